@@ -1,0 +1,50 @@
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(shell find csrc -type f)
+CPP := $(shell find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+DEMO ?=
+# versions of torch that must load what `make setup` compiled
+ABI_TORCHES ?= 2.10 2.11 2.13
+
+.PHONY: setup test demo bench lint format check-abi clean
+
+setup: .venv/installed
+
+# torch comes first, so that the extension is compiled on the version it is going to live with
+.venv/installed: pyproject.toml setup.py build_backend.py $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install torch torchvision
+	$(BIN)/pip install -e '.[train,test,dev]'
+	touch $@
+
+test: setup
+	$(BIN)/pytest
+
+demo: setup
+	$(BIN)/python -m anchorops.train $(DEMO)
+
+bench: setup
+	$(BIN)/pytest bench --benchmark-only
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+check-abi: setup $(ABI_TORCHES:%=build/abi/%)
+	ANCHOROPS_ABI_PYTHONS='$(ABI_TORCHES:%=build/abi/%/bin/python)' \
+	    $(BIN)/pytest tests/test_packaging.py -k other_torch
+
+build/abi/%:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install numpy 'torch==$*.*' || (rm -r $@; false)
+
+clean:
+	rm -rf build dist *.egg-info anchorops/*.so .venv/installed
+	rm -rf .benchmarks .hypothesis .pytest_cache .ruff_cache

@@ -1,0 +1,76 @@
+"""Argument checks: every message names the function, the argument, what was expected and what came."""
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_CLASSES = 65_536
+
+
+def fail(function: str, argument: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"{function}: {argument}: expected {expected}, got {got}")
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def check_features(function: str, features: Tensor, argument: str = "features") -> None:
+    """features: floating, (N, D), (B, D, N) or (B, D, H, W)."""
+    if not isinstance(features, Tensor) or features.dim() not in (2, 3, 4):
+        fail(function, argument, "a tensor (N, D), (B, D, N) or (B, D, H, W)", describe(features))
+    if features.dtype not in FLOATING:
+        fail(function, argument, "float32, bfloat16, float16 or float64", features.dtype)
+
+
+def check_labels(function: str, labels: Tensor, features: Tensor) -> None:
+    """labels: integer, (N,), (B, N) or (B, H', W') to match features, on the same device."""
+    dim = features.dim()
+    expected = {2: "(N,)", 3: "(B, N)", 4: "(B, H', W')"}[dim]
+    if not isinstance(labels, Tensor) or labels.dim() != dim - 1:
+        shape = tuple(features.shape)
+        fail(function, "labels", f"{expected} for features of shape {shape}", describe(labels))
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        fail(function, "labels", "an integer dtype", labels.dtype)
+    if labels.device != features.device:
+        fail(function, "labels", f"device {features.device}, as features", labels.device)
+    points = features.shape[0] if dim == 2 else features.shape[2]
+    if dim < 4 and labels.shape[-1] != points:
+        fail(function, "labels", f"{points} points, as features", labels.shape[-1])
+    if dim > 2 and labels.shape[0] != features.shape[0]:
+        fail(function, "labels", f"batch size {features.shape[0]}, as features", labels.shape[0])
+    if dim == 4 and labels.numel() == 0 and features.numel() > 0:
+        fail(function, "labels", "at least one label per image", f"shape {tuple(labels.shape)}")
+
+
+def check_num_classes(function: str, num_classes: int) -> None:
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool):
+        fail(function, "num_classes", "an int", describe(num_classes))
+    if not 1 <= num_classes <= MAX_CLASSES:
+        fail(function, "num_classes", f"1 to {MAX_CLASSES}", num_classes)
+
+
+def check_anchors(
+    function: str, anchors: Tensor, features: Tensor, num_classes: int | None = None
+) -> None:
+    """anchors: floating [K, D] on the features' device."""
+    dim = features.shape[1]
+    rows = "K" if num_classes is None else num_classes
+    if not isinstance(anchors, Tensor) or anchors.dim() != 2 or anchors.shape[1] != dim:
+        shape = f"[{rows}, {dim}] (features have D = {dim})"
+        fail(function, "anchors", shape, describe(anchors))
+    if num_classes is not None and anchors.shape[0] != num_classes:
+        fail(function, "anchors", f"{num_classes} rows, as num_classes", anchors.shape[0])
+    if not anchors.is_floating_point():
+        fail(function, "anchors", "a floating dtype", anchors.dtype)
+    if anchors.device != features.device:
+        fail(function, "anchors", f"device {features.device}, as features", anchors.device)
+
+
+def check_choice(function: str, argument: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        fail(function, argument, " or ".join(repr(c) for c in choices), repr(value))

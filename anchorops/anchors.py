@@ -1,0 +1,119 @@
+"""Fixed class anchors and classifiers: random, orthogonal, simplex, category basis.
+
+All are computed in float64 and returned in torch's default dtype, shape [K, D].
+"""
+
+import torch
+from torch import Tensor
+
+from ._checks import check_num_classes, describe, fail
+
+
+def _normal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+
+
+def _orthonormal_columns(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
+    """[rows, columns], uniformly distributed (the signs of R's diagonal are taken out)."""
+    q, r = torch.linalg.qr(_normal(rows, columns, generator))
+    return q * r.diagonal().sign()
+
+
+def _check(function: str, num_classes: int, dim: int, least_classes: int = 1) -> None:
+    check_num_classes(function, num_classes)
+    if num_classes < least_classes:
+        fail(function, "num_classes", f"at least {least_classes}", num_classes)
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+        fail(function, "dim", "an int of at least 1", describe(dim))
+
+
+def random_anchors(
+    num_classes: int, dim: int, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Rows drawn from N(0, I) (SAR, arXiv 2312.11872, "ND"): [K, D]."""
+    _check("random_anchors", num_classes, dim)
+    return _normal(num_classes, dim, generator).to(torch.get_default_dtype())
+
+
+def orthogonal_anchors(
+    num_classes: int, dim: int, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Orthonormal rows of a random rotation (SAR, "OM"): [K, D].
+
+    Raises ValueError where dim < num_classes: there are no K orthogonal directions then.
+    """
+    _check("orthogonal_anchors", num_classes, dim)
+    if dim < num_classes:
+        expected = f"at least num_classes = {num_classes}, for so many orthogonal rows"
+        fail("orthogonal_anchors", "dim", expected, dim)
+    return _orthonormal_columns(dim, num_classes, generator).T.to(torch.get_default_dtype())
+
+
+def simplex_etf(num_classes: int, dim: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """Simplex equiangular tight frame, randomly rotated: [K, D], unit rows, cosines −1/(K−1).
+
+    W = sqrt(K/(K−1)) · U (I − 11ᵀ/K) (CeCo, CVPR 2023, supplement Eq. 11; SAR, "MES"), here as
+    sqrt(K/(K−1)) · B Qᵀ with B Bᵀ = I − 11ᵀ/K and Q orthonormal, which needs D ≥ K−1 only.
+
+    Raises ValueError where dim < num_classes − 1 (no such frame exists) or num_classes < 2.
+    """
+    _check("simplex_etf", num_classes, dim, least_classes=2)
+    if dim < num_classes - 1:
+        expected = f"at least num_classes - 1 = {num_classes - 1}, the rank of a simplex"
+        fail("simplex_etf", "dim", expected, dim)
+    centering = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
+    basis = torch.linalg.eigh(centering).eigenvectors[:, 1:]  # the eigenvalue 0 comes first
+    rotation = _orthonormal_columns(dim, num_classes - 1, generator)
+    frame = (num_classes / (num_classes - 1)) ** 0.5 * basis @ rotation.T
+    return frame.to(torch.get_default_dtype())
+
+
+def category_basis(
+    num_classes: int,
+    dim: int,
+    length: float | None = 2.0,
+    *,
+    init: Tensor | None = None,
+    orthogonalize: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Category-basis prototypes: orthogonal rows of equal length, to be a frozen classifier.
+
+    CBP, Algorithm 1 (doi 10.1016/j.patcog.2024.110431): Kaiming initialisation (here normal,
+    fan_in: the variant is unstated), Gram-Schmidt on the rows without the algorithm's line 12,
+    which would undo it, and every row scaled to `length`.
+
+    Args:
+        num_classes, dim: K and D, with D ≥ K where orthogonalised.
+        length: T, the rows' length; None leaves the lengths as they are ("orthogonalised only").
+        init: [K, D] to start from instead (text embeddings, backbone features).
+        orthogonalize: False for "equalised only".
+
+    Returns:
+        [K, D].
+
+    Raises:
+        ValueError: D < K, a wrong length or init, or rows of init that are linearly dependent.
+    """
+    function = "category_basis"
+    _check(function, num_classes, dim)
+    if orthogonalize and dim < num_classes:
+        expected = f"at least num_classes = {num_classes}, for so many orthogonal rows"
+        fail(function, "dim", expected, dim)
+    if length is not None and not length > 0:
+        fail(function, "length", "a number above 0 or None", length)
+    if init is None:
+        weight = _normal(num_classes, dim, generator) * (2 / dim) ** 0.5
+    elif not isinstance(init, Tensor) or init.shape != (num_classes, dim):
+        fail(function, "init", f"a tensor [{num_classes}, {dim}]", describe(init))
+    else:
+        weight = init.detach().to("cpu", torch.float64)
+    if orthogonalize:
+        q, r = torch.linalg.qr(weight.T)
+        weight = (q * r.diagonal()).T  # Gram-Schmidt: residuals of the rows, not yet normalised
+        norms = r.diagonal().abs()
+        if not (norms > 1e-6 * norms.max()).all():
+            fail(function, "init", "linearly independent rows", "dependent ones")
+    if length is not None:
+        weight = length * torch.nn.functional.normalize(weight, dim=1)
+    return weight.to(torch.get_default_dtype())

@@ -1,0 +1,234 @@
+"""`attach`: give a regulariser the features before a model's last classifier."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.hooks import RemovableHandle
+
+from ._checks import describe, fail
+from .losses.base import Regularizer
+
+_logger = logging.getLogger("anchorops")
+
+
+class Tap:
+    """Keeps the input of a classifier from one training forward until it is asked for."""
+
+    def __init__(self, name: str, classifier: nn.Module) -> None:
+        self.name, self.classifier = name, classifier
+        self.features: Tensor | None = None
+        self.taken = False
+        # input and output of the last dropout that may have run just before the classifier
+        self.dropped: tuple[Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has seen no forward (and features, not being leaves, do not copy).
+        return self.__dict__ | {"features": None, "dropped": None, "taken": False}
+
+    def wants(self, module: nn.Module) -> bool:
+        if not module.training or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return False
+        # A checkpoint that recomputes during backward is not another forward.
+        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+
+    def see_dropout(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self.wants(module):
+            self.dropped = (args[0], output)
+
+    def see_classifier(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not self.wants(module):
+            return
+        features = args[0]
+        if self.dropped is not None and self.dropped[1] is features:
+            features = self.dropped[0]
+        if isinstance(module, nn.Linear):
+            features = features.movedim(-1, 1)  # channels last; a view
+        self.features, self.dropped, self.taken = features, None, False
+
+    def take(self, function: str, training: bool) -> tuple[Tensor, nn.Module]:
+        features, self.features = self.features, None
+        if features is not None:
+            self.taken = True
+            return features, self.classifier
+        if self.taken:
+            why = "the features of this forward were already taken: call it once per forward"
+        elif not training:
+            why = "in eval mode no features are kept: leave the term out, or call model.train()"
+        else:
+            why = (
+                f"{self.name} has not run since: run the model in training mode, with gradients, "
+                "before. A model whose first compiled call came before attach never calls it: "
+                "attach first, or call torch.compiler.reset() after"
+            )
+        raise RuntimeError(f"{function}: no features: {why}")
+
+
+class Attachment:
+    """What `attach` did. `detach()` takes it back."""
+
+    def __init__(
+        self,
+        regularizer: Regularizer,
+        tap: Tap,
+        parent: nn.Module,
+        child: str,
+        hooks: list[RemovableHandle],
+    ) -> None:
+        self.regularizer, self.classifier_name = regularizer, tap.name
+        self.classifier = tap.classifier
+        self._parent, self._child, self._hooks = parent, child, hooks
+
+    def detach(self) -> None:
+        """Restore the model: remove the hooks and the submodule."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        delattr(self._parent, self._child)
+        self.regularizer._tap = None
+
+    def __repr__(self) -> str:
+        method = type(self.regularizer).__name__
+        return f"{method} attached to {self.classifier_name}: {self.classifier!r}"
+
+
+def _unwrap(model: nn.Module, regularizer: Regularizer) -> nn.Module:
+    """The user's module inside torch.compile, DDP and the like."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+            continue
+        wrapper = type(model).__name__
+        if wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+            inner: nn.Module = model.module  # type: ignore[assignment]
+        elif "FSDPModule" in (base.__name__ for base in type(model).__mro__):
+            wrapper, inner = "fully_shard", model
+        else:
+            return model
+        if any(True for _ in regularizer.parameters()):
+            expected = f"a model not yet wrapped: {type(regularizer).__name__} brings parameters"
+            fail("attach", "model", f"{expected}, which {wrapper} would not see", wrapper)
+        if inner is model:
+            return model
+        model = inner
+
+
+def _outputs(module: nn.Module) -> tuple[int, int] | None:
+    """(outputs, inputs) of a linear layer or an ordinary convolution, else None."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, nn.Conv2d | nn.Conv1d) and module.groups == 1:
+        return module.out_channels, module.in_channels
+    return None
+
+
+def _inside_regularizer(model: nn.Module) -> set[nn.Module]:
+    return {m for r in model.modules() if isinstance(r, Regularizer) for m in r.modules()}
+
+
+def _find_classifier(model: nn.Module, num_classes: int, dim: int) -> tuple[str, nn.Module]:
+    skipped = _inside_regularizer(model)
+    layers = {
+        name: (module, shape)
+        for name, module in model.named_modules()
+        if module not in skipped and (shape := _outputs(module)) is not None
+    }
+    fits = [(name, m) for name, (m, shape) in layers.items() if shape == (num_classes, dim)]
+    main = [(name, m) for name, m in fits if "aux" not in name] or fits
+    pointwise = [
+        (name, m)
+        for name, m in main
+        if isinstance(m, nn.Linear) or all(k == 1 for k in m.kernel_size)  # type: ignore[union-attr]
+    ]
+    if main:
+        return (pointwise or main)[-1]
+    near = [
+        f"{name} ({inputs} → {outputs})"
+        for name, (_, (outputs, inputs)) in layers.items()
+        if outputs == num_classes
+    ]
+    expected = (
+        f"a model with a linear layer or convolution {dim} → {num_classes} (dim → num_classes)"
+    )
+    found = f"with {num_classes} outputs: {', '.join(near)}" if near else "none like it"
+    fail("attach", "model", expected, found)
+
+
+def _named(model: nn.Module, module: nn.Module | str, regularizer: Regularizer) -> Any:
+    if isinstance(module, str):
+        names = dict(model.named_modules())
+        if module not in names:
+            fail("attach", "module", "the name of a module of the model", repr(module))
+        return module, names[module]
+    for name, candidate in model.named_modules():
+        if candidate is module:
+            return name, module
+    fail("attach", "module", "a module of the model or its name", describe(module))
+
+
+def attach(
+    model: nn.Module, regularizer: Regularizer, module: nn.Module | str | None = None
+) -> Attachment:
+    """Give the regulariser the input of the model's last classifier:
+
+        loss = ce + regularizer(labels)
+
+    The classifier is the last linear layer or 1×1 convolution (else k×k) with `dim` inputs and
+    `num_classes` outputs whose name does not contain "aux"; which one it was, the returned
+    attachment says (and a record of the logger "anchorops"). A dropout beside it, through which
+    its input came, is passed over: the features are those before the dropout. Features are those
+    of one training forward, handed out once, never copied; in eval mode, without gradients and
+    under export the model is the bare model.
+
+    The regulariser becomes a submodule of the model (of the classifier where the model is an
+    nn.Sequential, which would call it), so that optimizers, `.to()`, DDP and checkpoints see its
+    parameters: attach before them, and before the first compiled call.
+
+    Args:
+        model: any module that ends in a classifier.
+        regularizer: SAR, OCCL, CeCo, MVSC, CBP, or several as `Combined`.
+        module: the classifier, or its name in the model, instead of the search.
+
+    Returns:
+        Attachment, with `detach()`, `classifier` and `classifier_name`.
+
+    Raises:
+        ValueError: no such classifier (the message names what was found), a regulariser already
+            attached, one with parameters on a model already wrapped in DDP or FSDP.
+    """
+    if not isinstance(model, nn.Module):
+        fail("attach", "model", "an nn.Module", describe(model))
+    if not isinstance(regularizer, Regularizer):
+        fail("attach", "regularizer", "an anchorops regulariser", describe(regularizer))
+    if regularizer._tap is not None:
+        fail("attach", "regularizer", "one that is not attached", f"one on {regularizer._tap.name}")
+    model = _unwrap(model, regularizer)
+    if module is None:
+        name, classifier = _find_classifier(model, regularizer.num_classes, regularizer.dim)
+    else:
+        name, classifier = _named(model, module, regularizer)
+        expected = (regularizer.num_classes, regularizer.dim)
+        if _outputs(classifier) != expected:
+            wanted = f"a linear layer or convolution {expected[1]} → {expected[0]}"
+            fail("attach", "module", wanted, f"{name}: {classifier!r}")
+    tap = Tap(name, classifier)
+    siblings = model.get_submodule(name.rpartition(".")[0]).children() if name else ()
+    hooks = [classifier.register_forward_pre_hook(tap.see_classifier)]
+    for sibling in siblings:
+        if isinstance(sibling, _DropoutNd):
+            hooks.append(sibling.register_forward_hook(tap.see_dropout))
+    parent = classifier if isinstance(model, nn.Sequential) else model
+    child = "regularizer"
+    while hasattr(parent, child):
+        child += "_"
+    parent.add_module(child, regularizer)
+    regularizer._tap = tap
+    attachment = Attachment(regularizer, tap, parent, child, hooks)
+    _logger.info("%r", attachment)
+    return attachment

@@ -1,0 +1,66 @@
+"""Statistics of the whole process group, with gradients."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .reference import ClassMoments
+
+
+def _sum(x: Tensor, group: str) -> Tensor:
+    from torch.distributed import _functional_collectives as collectives
+
+    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _sum(grads[0], ctx.group), None
+
+
+def group_name(process_group: "dist.ProcessGroup | str | None") -> str | None:
+    """What a module keeps of a process group: its name, which can be copied and pickled."""
+    if process_group is None or isinstance(process_group, str):
+        return process_group
+    return process_group.group_name
+
+
+def all_reduce(x: Tensor, group: str | None) -> Tensor:
+    """Σ of x over the ranks of a group ("world", a group's name, or None for this rank alone).
+
+    The backward pass sums the gradients likewise, so that every rank has the gradient of the sum
+    of the ranks' losses. Where each rank computes the same loss from global statistics, that is R
+    times its gradient, and DDP's mean over R ranks gives exactly the gradient of one process on the
+    concatenated batch.
+    """
+    if group is None or not (dist.is_available() and dist.is_initialized()):
+        return x
+    if group == "world":
+        group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    return _AllReduce.apply(x, group) if x.is_floating_point() else _sum(x, group)
+
+
+def reduce_moments(moments: ClassMoments, group: str | None) -> ClassMoments:
+    """Class moments over all ranks: sums and counts are reduced, never means.
+
+    Two collectives, the counts and one of everything else, whatever classes a rank has.
+    """
+    if group is None:
+        return moments
+    counts, sums, sqdists = moments
+    parts = [sums] if sqdists is None else [sums, sqdists]
+    flat = all_reduce(torch.cat([part.flatten() for part in parts]), group)
+    reduced = flat.split([part.numel() for part in parts])
+    return ClassMoments(
+        all_reduce(counts, group),
+        reduced[0].view_as(sums),
+        None if sqdists is None else reduced[1].view_as(sqdists),
+    )

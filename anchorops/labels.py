@@ -1,0 +1,63 @@
+"""The label pass: from labels at any size to one integer key per pixel of the features.
+
+It costs 1/D of the feature pass, and every operator on the same labels can share its result.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_library = torch.library.Library("anchorops", "FRAGMENT")
+BACKENDS = ("cpu", "triton", "cuda")
+
+for _backend in BACKENDS:
+    _library.define(
+        f"class_keys.{_backend}(Tensor labels, SymInt height, SymInt width, SymInt num_classes, "
+        "bool per_image, int ignore_index) -> (Tensor keys, Tensor counts)",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+
+
+def _class_keys_fake(
+    labels: Tensor, height: int, width: int, num_classes: int, per_image: bool, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    batch = labels.shape[0]
+    keys = labels.new_empty((batch, height * width), dtype=torch.int32)
+    shape = (batch, num_classes) if per_image else (num_classes,)
+    return keys, labels.new_empty(shape, dtype=torch.int64)
+
+
+for _backend in BACKENDS:
+    torch.library.register_fake(f"anchorops::class_keys.{_backend}", _class_keys_fake, lib=_library)
+
+
+def class_keys(
+    labels: Tensor,
+    features: Tensor,
+    num_classes: int,
+    *,
+    groups: int = 1,
+    per_image: bool = False,
+    seed: int | Tensor | None = None,
+    ignore_index: int = 255,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Key of each pixel of `features` and how many pixels have each key.
+
+    keys: int32 [B, P], ((image·K + class)·G + group, −1 where ignored; B = 1 and P = N for points.
+    counts: int64 [K], [K, G], [B, K] or [B, K, G].
+    """
+    if features.dim() == 2:
+        height, width, grid = 1, features.shape[0], labels[None, None]
+    elif features.dim() == 3:
+        height, width, grid = 1, features.shape[2], labels[:, None]
+    else:
+        height, width, grid = features.shape[2], features.shape[3], labels
+    operator = getattr(torch.ops.anchorops.class_keys, backend)
+    keys, counts = operator(grid, height, width, num_classes, per_image, ignore_index)
+    if groups > 1:
+        assert seed is not None
+        keys = reference.split_groups(keys, counts, groups, seed)
+        counts = reference.group_counts(counts, groups)
+    return keys, counts

@@ -1,0 +1,152 @@
+"""What the methods share: arguments, attachment, global statistics, logging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from .._checks import check_features, check_labels, check_num_classes, describe, fail
+from ..distributed import group_name, reduce_moments
+from ..reference import ClassMoments
+from .statistics import Request, class_statistics
+
+if TYPE_CHECKING:
+    from ..attach import Tap
+
+Classifier = nn.Module | Tensor
+
+
+class Losses(NamedTuple):
+    """terms: weighted parts, summed into the loss; logs: what else `terms` shows."""
+
+    terms: dict[str, Tensor]
+    logs: dict[str, Tensor]
+
+
+class Plan(NamedTuple):
+    """A method's step: the statistics it needs, and its losses once it has them."""
+
+    request: Request | None
+    losses: Callable[[ClassMoments | None], Losses]
+
+
+def linear_weight(function: str, classifier: object, num_classes: int, dim: int) -> tuple[Any, Any]:
+    """Weight [K, D] and bias [K] or None of a 1×1 convolution, a linear layer or a weight tensor.
+
+    A k×k kernel is summed over its positions: its logits for a feature that is constant around.
+    """
+    weight, bias = classifier, None
+    if isinstance(classifier, nn.Module):
+        weight, bias = getattr(classifier, "weight", None), getattr(classifier, "bias", None)
+    expected = f"a module or weight [{num_classes}, {dim}] or [{num_classes}, {dim}, 1, 1]"
+    if not isinstance(weight, Tensor):
+        fail(function, "classifier", expected, describe(classifier))
+    if weight.dim() not in (2, 4) or weight.shape[:2] != (num_classes, dim):
+        fail(function, "classifier", expected, describe(weight))
+    if hasattr(weight, "placements"):
+        expected += " that is not sharded (let fully_shard leave it unsharded after the forward)"
+        fail(function, "classifier", expected, "a DTensor")
+    weight = weight if weight.dim() == 2 else weight.sum((2, 3))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+class Regularizer(nn.Module):
+    """A loss on the features before a model's last classifier.
+
+    Call it with (features, labels, classifier), or after `anchorops.attach` with (labels) alone.
+
+    Args:
+        num_classes: K.
+        dim: D, channels of the features.
+        ignore_index: label that is left out, as is every label outside [0, K).
+        process_group: None for the statistics of this rank alone (as published); "world" or a
+            ProcessGroup for those of all its ranks. Under DDP the gradients are then those of one
+            process on the concatenated batch.
+
+    Shapes:
+        features: (B, D, H, W), (B, D, N) or (N, D), any strides, float32, bfloat16, float16 or
+            float64; labels: integer, (B, H', W') at any size, (B, N) or (N,).
+        classifier: a 1×1 convolution or linear layer, or its weight [K, D] or [K, D, 1, 1]; only
+            where the method shares it.
+        Returns a scalar, float32 (float64 for float64 features), also under autocast.
+
+    `terms` holds the weighted parts of the last loss, detached, still on their device.
+    """
+
+    settings: tuple[str, ...] = ()
+    uses_classifier = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        ignore_index: int = 255,
+        process_group: ProcessGroup | str | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_num_classes(name, num_classes)
+        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+            fail(name, "dim", "an int of at least 1", describe(dim))
+        if not isinstance(ignore_index, int):
+            fail(name, "ignore_index", "an int", describe(ignore_index))
+        self.num_classes, self.dim, self.ignore_index = num_classes, dim, ignore_index
+        self.process_group = group_name(process_group)
+        self.terms: dict[str, Tensor] = {}
+        self._tap: Tap | None = None
+
+    def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
+        """What this step needs, and how its losses follow; updates the state when training."""
+        raise NotImplementedError
+
+    def forward(
+        self, features: Tensor, labels: Tensor | None = None, classifier: Classifier | None = None
+    ) -> Tensor:
+        name = type(self).__name__
+        if labels is None:
+            if self._tap is None:
+                expected = "(features, labels, classifier), or attach(model, regularizer) before"
+                raise RuntimeError(f"{name}: not attached to a model: expected {expected}")
+            labels = features
+            features, classifier = self._tap.take(name, self.training)
+        self._check_inputs(features, labels, classifier)
+        with torch.autocast(features.device.type, enabled=False):
+            terms, logs = self._losses(features, labels, classifier)
+            loss = torch.stack(tuple(terms.values())).sum()
+        self.terms = {key: value.detach() for key, value in (terms | logs).items()}
+        return loss
+
+    def _losses(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Losses:
+        request, losses = self.plan(features, labels, classifier)
+        if request is None:
+            return losses(None)
+        (moments,) = class_statistics(
+            features, labels, self.num_classes, [request], self.ignore_index
+        )
+        return losses(self.reduce(moments, request))
+
+    def reduce(self, moments: ClassMoments, request: Request) -> ClassMoments:
+        """Over the ranks; statistics per image stay local, as batches may differ in size."""
+        return moments if request.per_image else reduce_moments(moments, self.process_group)
+
+    def _check_inputs(
+        self, features: Tensor, labels: Tensor, classifier: Classifier | None
+    ) -> None:
+        name = type(self).__name__
+        check_features(name, features)
+        if features.shape[1] != self.dim:
+            fail(name, "features", f"{self.dim} channels, as dim", f"shape {tuple(features.shape)}")
+        check_labels(name, labels, features)
+        if self.uses_classifier and classifier is None:
+            fail(name, "classifier", "the model's classifier or its weight", None)
+
+    def extra_repr(self) -> str:
+        names = [*self.settings, "ignore_index", "process_group"]
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{self.num_classes}, {self.dim}, {settings}"

@@ -1,0 +1,167 @@
+"""SAR, semantic anchor regularization (arXiv 2312.11872), and its ablation CR."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from .._checks import check_choice, describe, fail
+from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
+from ..reference import ClassMoments
+from .base import Classifier, Losses, Plan, Regularizer, linear_weight
+from .statistics import Request
+
+_ANCHORS = {
+    "normal": random_anchors,
+    "orthogonal": orthogonal_anchors,
+    "simplex": simplex_etf,
+}
+
+
+def _embedding(dim: int, layers: int) -> nn.Sequential:
+    """Linear → BN → ReLU, `layers` times, on the K anchors as a batch. The third one is the
+    release's 1×1 convolution, which on K×D is a linear layer without bias."""
+    modules: list[nn.Module] = []
+    for layer in range(layers):
+        modules += [nn.Linear(dim, dim, bias=layer < 2), nn.BatchNorm1d(dim), nn.ReLU()]
+    return nn.Sequential(*modules)
+
+
+class SAR(Regularizer):
+    """Pulls every pixel to its class's semantic anchor, learned apart from the features.
+
+    Fixed random anchors A pass an embedding h and the model's own classifier; h learns by the
+    cross-entropy of the anchors not yet recognised (L_aux). Where the anchors are recognised, their
+    moving average Â attracts the features: L_p2a = Σ ‖f_p − Â_{y_p}‖² / (D·N_valid) (its Eq. 4).
+
+        L = aux_weight·L_aux + loss_weight·L_p2a                          (its Eq. 9, without L_ce)
+
+    Args:
+        num_classes, dim: K ≥ 2 and D.
+        loss_weight: λ2 of L_p2a (0.05 for DeepLabV3).
+        aux_weight: λ1 of L_aux.
+        momentum: α of Â ← αÂ + (1−α)h(A); 0 switches the average off.
+        tau: L_aux counts the anchors with p_k ≤ τ only (its Eq. 6).
+        delta: an anchor is recognised when it is classified as its class with p_k > δ.
+        gate: "all" (as released): the average starts and moves, and L_p2a counts, only in steps
+            where every anchor is recognised. "per_class": as the text reads, each class on its own.
+        anchors: "normal", "orthogonal", "simplex" (ND, OM, MES of its Table 7), or a tensor [K, D].
+        embed: False for CR: L_p2a to the fixed A, no embedding, no classifier.
+        layers: of the embedding: 3 for segmentation, 2 for classification (its appendix A).
+        reweight: w_k = log p_k / Σ_S log p_j (its Eq. 7); False for the plain mean over S.
+        detach_weights: stop the gradient through w; the release does not.
+        ignore_index, process_group: as `Regularizer`; with a group L_p2a is that of all ranks.
+
+    State: `anchors` (A), `semantic_anchors` (Â) and `started` (bool [K]) are buffers. `terms`: aux,
+    p2a, gate (open share: 0 or 1 for "all") and unsure (|S|).
+    """
+
+    settings = (
+        "loss_weight",
+        "aux_weight",
+        "momentum",
+        "tau",
+        "delta",
+        "gate",
+        "embed",
+        "reweight",
+        "detach_weights",
+    )
+    anchors: Tensor
+    semantic_anchors: Tensor
+    started: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        loss_weight: float = 0.1,
+        aux_weight: float = 1.0,
+        momentum: float = 0.999,
+        tau: float = 0.9,
+        delta: float = 0.8,
+        gate: str = "all",
+        anchors: str | Tensor = "normal",
+        embed: bool = True,
+        layers: int = 3,
+        reweight: bool = True,
+        detach_weights: bool = False,
+        ignore_index: int = 255,
+        process_group: ProcessGroup | str | None = None,
+    ) -> None:
+        super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
+        check_choice("SAR", "gate", gate, ("all", "per_class"))
+        check_choice("SAR", "layers", layers, (2, 3))
+        for argument, value in (("momentum", momentum), ("tau", tau), ("delta", delta)):
+            if not 0 <= value <= 1:
+                fail("SAR", argument, "a number in [0, 1]", value)
+        if embed and num_classes < 2:
+            fail("SAR", "num_classes", "at least 2, for batch statistics over anchors", num_classes)
+        if isinstance(anchors, str):
+            check_choice("SAR", "anchors", anchors, tuple(_ANCHORS))
+            anchors = _ANCHORS[anchors](num_classes, dim)
+        elif not isinstance(anchors, Tensor) or anchors.shape != (num_classes, dim):
+            fail("SAR", "anchors", f"a name or a tensor [{num_classes}, {dim}]", describe(anchors))
+        self.loss_weight, self.aux_weight, self.momentum = loss_weight, aux_weight, momentum
+        self.tau, self.delta, self.gate = tau, delta, gate
+        self.embed, self.reweight, self.detach_weights = embed, reweight, detach_weights
+        self.uses_classifier = embed
+        self.register_buffer("anchors", anchors.detach().clone())
+        if embed:
+            self.embedding = _embedding(dim, layers)
+            self.register_buffer("semantic_anchors", torch.zeros_like(self.anchors))
+            self.register_buffer("started", torch.zeros(num_classes, dtype=torch.bool))
+
+    def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
+        if not self.embed:
+            return self._plan_p2a(self.anchors, None, {}, {})
+        weight, bias = linear_weight("SAR", classifier, self.num_classes, self.dim)
+        embedded = self.embedding(self.anchors)
+        logits = F.linear(embedded.to(weight.dtype), weight, bias)
+        log_p = logits.log_softmax(1).diagonal()
+        p = log_p.detach().exp()
+        unsure = p <= self.tau
+        recognised = (logits.argmax(1) == torch.arange(self.num_classes, device=p.device)) & (
+            p > self.delta
+        )
+        gate = recognised if self.gate == "per_class" else recognised.all().expand_as(recognised)
+        aux = self.aux_weight * self._auxiliary_loss(-log_p, unsure)
+        logs = {"gate": gate.to(p.dtype).mean(), "unsure": unsure.sum()}
+        return self._plan_p2a(self._average(embedded.detach(), gate), gate, {"aux": aux}, logs)
+
+    def _auxiliary_loss(self, ce: Tensor, unsure: Tensor) -> Tensor:
+        ce = torch.where(unsure, ce, 0)
+        if not self.reweight:
+            return ce.sum() / unsure.sum().clamp(min=1)
+        weights = ce.detach() if self.detach_weights else ce
+        return (weights * ce).sum() / (weights.sum() + 1e-9)
+
+    @torch.no_grad()
+    def _average(self, embedded: Tensor, gate: Tensor) -> Tensor:
+        """Â of this step (its Eq. 8), a new tensor: an earlier step's may still await backward."""
+        kept = self.semantic_anchors
+        average = self.momentum * kept + (1 - self.momentum) * embedded
+        average = torch.where(self.started[:, None], average, embedded)
+        average = torch.where(gate[:, None], average, kept)
+        if self.training:
+            self.semantic_anchors.copy_(average)
+            self.started.logical_or_(gate)
+        return average
+
+    def _plan_p2a(
+        self,
+        anchors: Tensor,
+        gate: Tensor | None,
+        terms: dict[str, Tensor],
+        logs: dict[str, Tensor],
+    ) -> Plan:
+        def losses(moments: ClassMoments | None) -> Losses:
+            assert moments is not None and moments.sqdists is not None
+            counts, _, sqdists = moments
+            if gate is not None:  # open classes only; the gate never is a branch
+                counts, sqdists = torch.where(gate, counts, 0), torch.where(gate, sqdists, 0)
+            p2a = sqdists.sum() / (self.dim * counts.sum()).clamp(min=1)
+            return Losses(terms | {"p2a": self.loss_weight * p2a}, logs)
+
+        return Plan(Request(anchors=anchors, with_sums=False), losses)

@@ -1,0 +1,95 @@
+"""Class statistics for several methods, in as few passes over the features as keys allow."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..ops.class_moments import unchecked_moments
+from ..reference import ClassMoments
+
+
+class Request(NamedTuple):
+    """Arguments of `class_moments` that a method asks for.
+
+    features: instead of the model's, where the method has its own (CeCo's projection).
+    """
+
+    anchors: Tensor | None = None
+    with_sums: bool = True
+    groups: int = 1
+    per_image: bool = False
+    seed: Tensor | None = None
+    features: Tensor | None = None
+
+
+def _fold(moments: ClassMoments, made: Request, asked: Request) -> ClassMoments:
+    """The statistics asked for, from those of a pass with finer keys.
+
+    A pixel's group is its rank in its class mod G, so with g dividing G its group of g is
+    group mod g: the very groups that a pass of its own would have made with the same seed.
+    """
+
+    def fold(statistic: Tensor, rest: tuple[int, ...]) -> Tensor:
+        axis = statistic.dim() - len(rest) - 1  # of the groups, the last of the key axes
+        if made.groups > 1:
+            shape = (*statistic.shape[:axis], made.groups // asked.groups, asked.groups)
+            statistic = statistic.view(*shape, *rest).sum(axis)
+            statistic = statistic if asked.groups > 1 else statistic.squeeze(axis)
+        return statistic.sum(0) if made.per_image and not asked.per_image else statistic
+
+    counts, sums, sqdists = moments
+    return ClassMoments(
+        fold(counts, ()),
+        fold(sums, sums.shape[-1:]) if asked.with_sums else sums,
+        fold(sqdists, ()) if asked.anchors is not None and sqdists is not None else None,
+    )
+
+
+def _passes(requests: Sequence[Request]) -> list[list[int]]:
+    """Which requests share a pass: those on the same features, one of them with anchors at most."""
+    passes: list[list[int]] = []
+    for i, request in enumerate(requests):
+        for members in passes:
+            same = requests[members[0]].features is request.features
+            anchored = any(requests[j].anchors is not None for j in members)
+            if same and not (anchored and request.anchors is not None):
+                members.append(i)
+                break
+        else:
+            passes.append([i])
+    return passes
+
+
+def class_statistics(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    requests: Sequence[Request],
+    ignore_index: int,
+) -> list[ClassMoments]:
+    """The moments that each request asks for. All random groups are drawn with the first seed."""
+    seed = next((request.seed for request in requests if request.seed is not None), None)
+    results: dict[int, ClassMoments] = {}
+    for members in _passes(requests):
+        asked = [requests[i] for i in members]
+        made = Request(
+            anchors=next((r.anchors for r in asked if r.anchors is not None), None),
+            with_sums=any(r.with_sums for r in asked),
+            groups=math.lcm(*(r.groups for r in asked)),
+            per_image=any(r.per_image for r in asked),
+        )
+        moments = unchecked_moments(
+            features if asked[0].features is None else asked[0].features,
+            labels,
+            num_classes,
+            anchors=made.anchors,
+            groups=made.groups,
+            per_image=made.per_image,
+            seed=seed,
+            ignore_index=ignore_index,
+            with_sums=made.with_sums,
+        )
+        results.update((i, _fold(moments, made, requests[i])) for i in members)
+    return [results[i] for i in range(len(requests))]

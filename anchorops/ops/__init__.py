@@ -1,0 +1,1 @@
+"""Operators: schema, autograd, dispatch to a backend, public functions."""

@@ -1,0 +1,379 @@
+"""Class moments: count, sum and squared distance to an anchor of each class's pixels.
+
+    counts[k] = #{p : key_p = k}    sums[k] = Σ f_p    sqdists[k] = Σ ‖f_p − anchors[k]‖²
+    dfeatures[p] = 2·dsqdists[k]·(f_p − anchors[k]) + dsums[k],  k = key_p;  0 where ignored
+    danchors[k]  = −2·dsqdists[k]·residuals[k],  residuals[k] = Σ (f_p − anchors[k])
+
+One pass over the features forward, one backward. The operator exists once per backend, as the
+overloads `anchorops::class_moments.cpu`, `.triton` and `.cuda` of one schema.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._backend import select
+from .._checks import (
+    check_anchors,
+    check_choice,
+    check_features,
+    check_labels,
+    check_num_classes,
+    describe,
+    fail,
+)
+from ..labels import BACKENDS, class_keys
+from ..reference import ClassMoments, statistics_dtype
+
+_library = torch.library.Library("anchorops", "FRAGMENT")
+
+# sums, sqdists and residuals are empty tensors (0,) where not asked for. The anchor of key k is row
+# (k // groups) % K. Statistics and anchors are float32, for float64 features float64.
+_SCHEMAS = (
+    "class_moments.{}(Tensor features, Tensor keys, Tensor? anchors, SymInt num_keys, "
+    "SymInt groups, bool with_sums, bool with_residuals) "
+    "-> (Tensor sums, Tensor sqdists, Tensor residuals)",
+    # features are needed for dsqdists alone; size, stride and dtype describe dfeatures.
+    "class_moments_backward.{}(Tensor? features, Tensor keys, Tensor? anchors, Tensor? dsums, "
+    "Tensor? dsqdists, SymInt groups, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor",
+)
+
+
+def _forward_fake(
+    features: Tensor,
+    keys: Tensor,
+    anchors: Tensor | None,
+    num_keys: int,
+    groups: int,
+    with_sums: bool,
+    with_residuals: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = (num_keys, features.shape[1])
+    dtype = statistics_dtype(features.dtype)
+    return (
+        features.new_empty(matrix if with_sums else (0,), dtype=dtype),
+        features.new_empty((num_keys,) if anchors is not None else (0,), dtype=dtype),
+        features.new_empty(matrix if with_residuals else (0,), dtype=dtype),
+    )
+
+
+def _backward_fake(
+    features: Tensor | None,
+    keys: Tensor,
+    anchors: Tensor | None,
+    dsums: Tensor | None,
+    dsqdists: Tensor | None,
+    groups: int,
+    size: list[int],
+    stride: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return keys.new_empty_strided(size, stride, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, keys, anchors, _, ctx.groups, ctx.with_sums, with_residuals = inputs
+    ctx.set_materialize_grads(False)
+    ctx.size, ctx.dtype = features.shape, features.dtype
+    ctx.stride = torch.empty_like(features, device="meta").stride()  # the features' layout, dense
+    ctx.save_for_backward(
+        features if anchors is not None else None,
+        keys,
+        anchors,
+        output[2] if with_residuals else None,
+    )
+
+
+_SECOND_DERIVATIVE = (
+    "class_moments: second derivatives are not implemented in the fused operators; "
+    'use anchorops.use_backend("reference") for them'
+)
+
+
+def _register(backend: str) -> None:
+    for schema in _SCHEMAS:
+        _library.define(schema.format(backend), tags=torch.Tag.pt2_compliant_tag)
+    forward_name = f"anchorops::class_moments.{backend}"
+    backward_name = f"anchorops::class_moments_backward.{backend}"
+    torch.library.register_fake(forward_name, _forward_fake, lib=_library)
+    torch.library.register_fake(backward_name, _backward_fake, lib=_library)
+    backward_op = getattr(torch.ops.anchorops.class_moments_backward, backend)
+
+    def backward(
+        ctx: Any, dsums: Tensor | None, dsqdists: Tensor | None, dresiduals: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if dresiduals is not None:  # residuals leave the operator only for danchors
+            raise RuntimeError(_SECOND_DERIVATIVE)
+        features, keys, anchors, residuals = ctx.saved_tensors
+        # The gradient of an absent (empty) output is an empty tensor, not None.
+        dsums = dsums if ctx.with_sums else None
+        dsqdists = dsqdists if anchors is not None else None
+        dfeatures = danchors = None
+        if ctx.needs_input_grad[0] and not (dsums is None and dsqdists is None):
+            dfeatures = backward_op(
+                features if dsqdists is not None else None,
+                keys,
+                anchors if dsqdists is not None else None,
+                dsums,
+                dsqdists,
+                ctx.groups,
+                ctx.size,
+                ctx.stride,
+                ctx.dtype,
+            )
+        if ctx.needs_input_grad[2] and dsqdists is not None:
+            danchors = -2 * dsqdists[:, None] * residuals
+            # keys are (image, class, group): images and groups share the class's anchor
+            shape = (-1, anchors.shape[0], ctx.groups, anchors.shape[1])
+            danchors = danchors.view(shape).sum((0, 2))
+        return dfeatures, None, danchors, None, None, None, None
+
+    def second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(_SECOND_DERIVATIVE)
+
+    torch.library.register_autograd(
+        forward_name, backward, setup_context=_setup_context, lib=_library
+    )
+    torch.library.register_autograd(backward_name, second_derivative, lib=_library)
+
+
+for _backend in BACKENDS:
+    _register(_backend)
+
+
+def _moments(
+    features: Tensor,
+    keys: Tensor,
+    num_keys: int,
+    anchors: Tensor | None,
+    *,
+    groups: int = 1,
+    with_sums: bool = True,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """sums [num_keys, D] and sqdists [num_keys] of features by key, through a fused operator."""
+    if anchors is not None:
+        anchors = anchors.to(statistics_dtype(features.dtype)).contiguous()
+    residuals = anchors is not None and anchors.requires_grad and torch.is_grad_enabled()
+    operator = getattr(torch.ops.anchorops.class_moments, backend)
+    sums, sqdists, _ = operator(features, keys, anchors, num_keys, groups, with_sums, residuals)
+    return sums, sqdists
+
+
+def _check_label_values(
+    function: str, labels: Tensor, num_classes: int, ignore_index: int
+) -> None:
+    valid = (labels == ignore_index) | ((labels >= 0) & (labels < num_classes))
+    if not valid.all():
+        wrong = labels[~valid].unique().tolist()
+        expected = f"values in [0, {num_classes}) or ignore_index = {ignore_index}"
+        fail(function, "labels", expected, wrong[:8] + (["…"] if len(wrong) > 8 else []))
+
+
+def _check_inputs(
+    function: str,
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    ignore_index: int,
+    check_labels_: bool,
+) -> None:
+    check_features(function, features)
+    check_labels(function, labels, features)
+    check_num_classes(function, num_classes)
+    if not isinstance(ignore_index, int):
+        fail(function, "ignore_index", "an int", describe(ignore_index))
+    if check_labels_:
+        _check_label_values(function, labels, num_classes, ignore_index)
+
+
+def _check_groups(groups: int, seed: int | Tensor | None, features: Tensor) -> None:
+    if not isinstance(groups, int) or groups < 1:
+        fail("class_moments", "groups", "an int of at least 1", describe(groups))
+    if groups == 1:
+        return
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != features.device:
+            expected = f"one int64 on {features.device}"
+            fail("class_moments", "seed", expected, describe(seed))
+    elif not isinstance(seed, int):
+        expected = "an int or an int64 tensor of one element where groups > 1"
+        fail("class_moments", "seed", expected, describe(seed))
+
+
+def class_moments(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    anchors: Tensor | None = None,
+    groups: int = 1,
+    per_image: bool = False,
+    seed: int | Tensor | None = None,
+    ignore_index: int = 255,
+    check_labels: bool = False,
+) -> ClassMoments:
+    """Count, sum and squared distance to an anchor of each class's features, in one pass.
+
+    Args:
+        features: (B, D, H, W), (B, D, N) or (N, D), any strides; float32, bfloat16, float16 or
+            float64. Gradients have its dtype and memory layout.
+        labels: any integer dtype; (B, H', W') at any size (brought to H×W by nearest), (B, N) or
+            (N,). A pixel counts where 0 <= label < num_classes and label != ignore_index; the
+            others change nothing, even where their feature is NaN or Inf.
+        num_classes: K, 1 to 65,536 (16,384 on GPU).
+        anchors: [K, D], any floating dtype; without them `sqdists` is None and the backward pass
+            neither reads nor keeps the features.
+        groups: G > 1 splits each class's pixels at random into G groups of equal size (±1), the
+            same ones on every device and backend.
+        per_image: keep the images of the batch apart.
+        seed: of the groups: an int or an int64 tensor of one element (a step counter).
+        check_labels: raise where a label is neither a class nor ignore_index; synchronises.
+
+    Returns:
+        ClassMoments(counts, sums, sqdists) of shapes [K], [K, D], [K]; with groups [K, G, …], with
+        per_image [B, K, …], with both [B, K, G, …]. counts int64; the others float32 (float64 for
+        float64 features). Bitwise reproducible; zero for an absent class.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, number or label; a backend chosen by name that
+            cannot serve the call.
+        RuntimeError: a second derivative was asked of a fused backend.
+
+    Every loss of SAR (arXiv 2312.11872), CBP+OCCL (doi 10.1016/j.patcog.2024.110431), CeCo
+    (CVPR 2023) and MVSC is arithmetic on these statistics.
+    """
+    _check_inputs("class_moments", features, labels, num_classes, ignore_index, check_labels)
+    _check_groups(groups, seed, features)
+    if anchors is not None:
+        check_anchors("class_moments", anchors, features, num_classes)
+    return unchecked_moments(
+        features,
+        labels,
+        num_classes,
+        anchors=anchors,
+        groups=groups,
+        per_image=per_image,
+        seed=seed,
+        ignore_index=ignore_index,
+    )
+
+
+def unchecked_moments(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    anchors: Tensor | None,
+    groups: int,
+    per_image: bool,
+    seed: int | Tensor | None,
+    ignore_index: int,
+    with_sums: bool = True,
+) -> ClassMoments:
+    """`class_moments` of arguments already checked; without sums the fused operators leave them
+    out, and `sums` is empty."""
+    backend = select("class_moments", features, num_classes)
+    if backend == "reference":
+        return reference.class_moments(
+            features,
+            labels,
+            num_classes,
+            anchors=anchors,
+            groups=groups,
+            per_image=per_image,
+            seed=seed,
+            ignore_index=ignore_index,
+        )
+    keys, counts = class_keys(
+        labels,
+        features,
+        num_classes,
+        groups=groups,
+        per_image=per_image,
+        seed=seed,
+        ignore_index=ignore_index,
+        backend=backend,
+    )
+    sums, sqdists = _moments(
+        features,
+        keys,
+        counts.numel(),
+        anchors,
+        groups=groups,
+        with_sums=with_sums,
+        backend=backend,
+    )
+    return ClassMoments(
+        counts,
+        sums.view(*counts.shape, features.shape[1]) if with_sums else sums,
+        None if anchors is None else sqdists.view(counts.shape),
+    )
+
+
+def class_centroids(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    per_image: bool = False,
+    ignore_index: int = 255,
+    check_labels: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mean feature of each class, zero for an absent class, and the number of its pixels.
+
+    With per_image this is the masked average pooling of few-shot segmentation. Arguments and errors
+    as `class_moments`.
+
+    Returns:
+        centroids [K, D] or [B, K, D], float32 (float64 for float64); counts [K] or [B, K], int64.
+    """
+    _check_inputs("class_centroids", features, labels, num_classes, ignore_index, check_labels)
+    counts, sums, _ = class_moments(
+        features, labels, num_classes, per_image=per_image, ignore_index=ignore_index
+    )
+    return sums / counts.clamp(min=1)[..., None], counts
+
+
+def pixel_to_anchor_mse(
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    *,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+    check_labels: bool = False,
+) -> Tensor:
+    """Squared distance of the valid pixels' features to their class's anchor.
+
+    L = Σ_valid ‖f_p − a_{y_p}‖² / (D·N_valid)   (SAR, arXiv 2312.11872: the pixel-to-anchor loss;
+    equal to F.mse_loss(features of valid pixels, anchors[labels])).
+
+    Args:
+        features, labels, ignore_index, check_labels: as `class_moments`.
+        anchors: [K, D], any floating dtype; K is the number of classes.
+        reduction: "mean" as above; "sum" without the division.
+
+    Returns:
+        A scalar, float32 (float64 for float64 features); 0 where no pixel is valid.
+    """
+    function = "pixel_to_anchor_mse"
+    check_features(function, features)
+    check_anchors(function, anchors, features)
+    num_classes = anchors.shape[0]
+    _check_inputs(function, features, labels, num_classes, ignore_index, check_labels)
+    check_choice(function, "reduction", reduction, ("mean", "sum"))
+    backend = select(function, features, num_classes)
+    if backend == "reference":
+        return reference.pixel_to_anchor_mse(
+            features, labels, anchors, ignore_index=ignore_index, reduction=reduction
+        )
+    keys, counts = class_keys(
+        labels, features, num_classes, ignore_index=ignore_index, backend=backend
+    )
+    _, sqdists = _moments(features, keys, num_classes, anchors, with_sums=False, backend=backend)
+    if reduction == "sum":
+        return sqdists.sum()
+    return sqdists.sum() / (features.shape[1] * counts.sum()).clamp(min=1)

@@ -1,0 +1,222 @@
+"""All the maths in plain PyTorch: the meaning of every operator, on any device.
+
+The functions here have the public functions' signatures and take arguments already checked.
+They are also the `reference` backend, differentiable as often as one likes.
+
+Shapes: features (B, D, H, W), (B, D, N) or (N, D); labels (B, H', W'), (B, N) or (N,); K classes;
+P = H·W pixels of an image. Accumulation is in float64, so that the order of a sum does not matter
+to the float32 result.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ClassMoments(NamedTuple):
+    """Count, sum and squared distance to an anchor of each class's features.
+
+    Shapes are [K], [K, D], [K]; with groups [K, G, …]; with per_image [B, K, …]; with both
+    [B, K, G, …]. `sqdists` is None where no anchors were given.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    sqdists: Tensor | None
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def nearest_index(size: int, source: int, device: torch.device) -> Tensor:
+    """Row (or column) of the labels for each row of the features, as F.interpolate's "nearest":
+    floor(i · source/size), the scale and the product in float32."""
+    scale = torch.tensor(source / max(size, 1), dtype=torch.float32, device=device)
+    index = (torch.arange(size, device=device, dtype=torch.float32) * scale).floor().long()
+    return index.clamp(max=source - 1)
+
+
+def resize_labels(labels: Tensor, features: Tensor) -> Tensor:
+    """Labels on the features' grid: int64 [B, P], with B = 1 for points (N,)."""
+    if features.dim() == 2:
+        return labels.long()[None]
+    if features.dim() == 4:
+        rows, columns = (
+            nearest_index(features.shape[i], labels.shape[i - 1], labels.device) for i in (2, 3)
+        )
+        labels = labels[:, rows[:, None], columns]
+    return labels.long().flatten(1)
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """A bijective 32-bit hash on int64 tensors (Wellons' "hash prospector"; both multipliers are
+    below 2^31, so that no product overflows int64)."""
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def split_groups(keys: Tensor, counts: Tensor, groups: int, seed: int | Tensor) -> Tensor:
+    """Split each key's pixels at random into `groups` keys of equal size (±1).
+
+    keys: [B, P] int, −1 where ignored; counts: int64, flattened [num_keys]. Within its key a pixel
+    has a rank: by the 32-bit hash of (seed, pixel index), ties by index. Its group is
+    rank mod groups, its new key is key·groups + group.
+    """
+    flat = keys.flatten().long()
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=keys.device).reshape(())
+    low, high = _mix32(seed & 0xFFFFFFFF), _mix32((seed >> 32) & 0xFFFFFFFF)
+    pixel = torch.arange(flat.numel(), device=keys.device) & 0xFFFFFFFF
+    hashes = _mix32(_mix32(pixel ^ low) ^ high)
+    valid = flat >= 0
+    segment = torch.where(valid, flat, counts.numel())
+    packed, order = torch.sort((segment << 32) | hashes, stable=True)
+    segment = packed >> 32
+    start = torch.cat([counts.new_zeros(1), counts.flatten().cumsum(0)])[segment]
+    rank = torch.arange(flat.numel(), device=keys.device) - start
+    group = torch.empty_like(flat).scatter(0, order, rank % groups)
+    return torch.where(valid, flat * groups + group, -1).to(keys.dtype).view_as(keys)
+
+
+def group_counts(counts: Tensor, groups: int) -> Tensor:
+    """Sizes of the groups that `split_groups` makes: [...] -> [..., groups]."""
+    offset = torch.arange(groups, device=counts.device)
+    return (counts[..., None] - offset + groups - 1) // groups
+
+
+def class_keys(
+    labels: Tensor, features: Tensor, num_classes: int, per_image: bool, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Key of each pixel, its class or image·K + class, −1 where ignored: int64 [B, P]; and how many
+    pixels have each key: int64 [K] or [B, K]."""
+    labels = resize_labels(labels, features)
+    valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
+    images, keys = (labels.shape[0] if per_image else 1), labels
+    if per_image:
+        keys = labels + num_classes * torch.arange(images, device=labels.device)[:, None]
+    keys = torch.where(valid, keys, -1)
+    counts = sum_by_key(keys.flatten(), valid.flatten().long(), images * num_classes)
+    return keys, counts.view(images, num_classes) if per_image else counts
+
+
+def sum_by_key(keys: Tensor, values: Tensor, num_keys: int) -> Tensor:
+    """Σ of values [N, …] for each key [N]; key −1 belongs nowhere."""
+    keys = torch.where(keys >= 0, keys, num_keys)
+    out = values.new_zeros(num_keys + 1, *values.shape[1:])
+    if values.is_cuda:  # sorts, and so sums in a fixed order; index_add uses atomics there
+        out = out.index_put((keys,), values, accumulate=True)
+    else:
+        out = out.index_add(0, keys, values)
+    return out[:-1]
+
+
+def feature_rows(features: Tensor) -> Tensor:
+    """One row per pixel: [N, D] or [B·P, D], in the order of the labels."""
+    return features if features.dim() == 2 else features.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def class_moments(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    anchors: Tensor | None = None,
+    groups: int = 1,
+    per_image: bool = False,
+    seed: int | Tensor | None = None,
+    ignore_index: int = 255,
+) -> ClassMoments:
+    """n_k = #{p : key_p = k},  s_k = Σ f_p,  q_k = Σ ‖f_p − a_k‖²."""
+    dtype = statistics_dtype(features.dtype)
+    wide = torch.float32 if features.device.type == "mps" else torch.float64  # MPS has no float64
+    keys, counts = class_keys(labels, features, num_classes, per_image, ignore_index)
+    if groups > 1:
+        assert seed is not None
+        keys = split_groups(keys, counts, groups, seed)
+        counts = group_counts(counts, groups)
+    keys, num_keys = keys.flatten(), counts.numel()
+    # Ignored pixels go by selection: NaN · 0 would be NaN.
+    rows = torch.where(keys[:, None] >= 0, feature_rows(features), 0).to(dtype)
+    sums = sum_by_key(keys, rows.to(wide), num_keys).to(dtype).view(*counts.shape, -1)
+    if anchors is None:
+        return ClassMoments(counts, sums, None)
+    nearest = anchors.to(dtype)[keys.clamp(min=0) // groups % num_classes]
+    residuals = torch.where(keys[:, None] >= 0, rows - nearest, 0)
+    sqdists = sum_by_key(keys, residuals.to(wide).square().sum(1), num_keys).to(dtype)
+    return ClassMoments(counts, sums, sqdists.view(counts.shape))
+
+
+def class_centroids(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    per_image: bool = False,
+    ignore_index: int = 255,
+) -> tuple[Tensor, Tensor]:
+    """c_k = s_k / n_k, zero for an absent class; and n_k."""
+    counts, sums, _ = class_moments(
+        features, labels, num_classes, per_image=per_image, ignore_index=ignore_index
+    )
+    return sums / counts.clamp(min=1)[..., None], counts
+
+
+def pixel_to_anchor_mse(
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    *,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+) -> Tensor:
+    """Σ_valid ‖f_p − a_{y_p}‖², over D·N_valid for "mean"; 0 where nothing is valid."""
+    counts, _, sqdists = class_moments(
+        features, labels, anchors.shape[0], anchors=anchors, ignore_index=ignore_index
+    )
+    assert sqdists is not None
+    if reduction == "sum":
+        return sqdists.sum()
+    return sqdists.sum() / (features.shape[1] * counts.sum()).clamp(min=1)
+
+
+def centroid_info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    positives: Tensor | None = None,
+    present: Tensor | None = None,
+    present_keys: Tensor | None = None,
+    temperature: float = 0.07,
+    reduction: str = "mean",
+) -> Tensor:
+    """−log [ e^{q_i·p_i/τ} / ( e^{q_i·p_i/τ} + Σ_{j≠i} e^{q_i·k_j/τ} ) ] for each present query i,
+    with p_i = k_i unless positives are given.
+
+    queries, positives: [K, D] or [K, G, D]; keys: [K, D]; present: bool [K] or [K, G];
+    present_keys: bool [K], by default the classes with a present query.
+    """
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    if present is None:
+        present = torch.ones(queries.shape[:-1], dtype=torch.bool, device=queries.device)
+    if present_keys is None:
+        present_keys = present if present.dim() == 1 else present.any(1)
+    own = torch.eye(keys.shape[0], dtype=torch.bool, device=keys.device)
+    if queries.dim() == 3:
+        own = own[:, None]
+    with torch.autocast(queries.device.type, enabled=False):
+        # By selection throughout: the centroid of an absent class may be NaN.
+        queries = torch.where(present[..., None], queries.to(dtype), 0)
+        used = present_keys | (present if present.dim() == 1 else present.any(1))
+        keys = torch.where(used[:, None], keys.to(dtype), 0)
+        logits = queries @ keys.T / temperature
+        if positives is not None:
+            positives = torch.where(present[..., None], positives.to(dtype), 0)
+            logits = torch.where(own, ((queries * positives).sum(-1) / temperature)[..., None], logits)
+        positive = torch.where(own, logits, 0).sum(-1)
+        lse = torch.where(present_keys | own, logits, -torch.inf).logsumexp(-1)
+        losses = torch.where(present, lse - positive, 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / present.sum().clamp(min=1)

@@ -1,0 +1,1 @@
+"""Reference training program: HRNet, SegFormer and any segmentation-models-pytorch architecture."""

@@ -1,0 +1,93 @@
+"""Real handwritten digits (UCI, in scikit-learn) on cluttered ground: a data set needing no network."""
+
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+IGNORED = 255
+SPLITS = ("train", "val")
+
+
+@cache
+def _digit_images(split: str) -> list[np.ndarray]:
+    """The 8×8 images of each digit, uint8 0..240; train and val share none."""
+    digits = load_digits()
+    images = (digits.images * 15).astype(np.uint8)
+    chosen = np.arange(len(images)) % 5 == 4
+    if split == "train":
+        chosen = ~chosen
+    return [images[chosen & (digits.target == digit)] for digit in range(10)]
+
+
+class DigitScenes:
+    """Scenes of two to five digits whose frequencies follow Zipf's law: 0 is common, 9 is rare.
+
+    Scene i of a split is a pure function of (seed, split, i). Classes: background, then the digits;
+    the soft rim of a stroke is ignored.
+
+    Args:
+        split: "train" or "val".
+        length: number of scenes.
+        size: height and width of a scene in pixels.
+        exponent: digit d is drawn with probability proportional to (d + 1)^−exponent.
+    """
+
+    classes = ("background", *map(str, range(10)))
+    channels = 3
+
+    def __init__(
+        self, split: str, length: int, size: tuple[int, int], *, seed: int, exponent: float = 1.0
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"DigitScenes: split: expected 'train' or 'val', got {split!r}")
+        if length < 1 or min(size) < 32:
+            raise ValueError(
+                "DigitScenes: expected length of at least 1 and size of at least 32×32, "
+                f"got {length} and {size}"
+            )
+        self.split, self.length, self.size, self.seed = split, length, size, seed
+        weights = np.arange(1, 11, dtype=np.float64) ** -exponent
+        self.probabilities = weights / weights.sum()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image uint8 (3, H, W) and labels uint8 (H, W)."""
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        random = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        height, width = self.size
+        scene = _ground(random, height, width)
+        labels = np.zeros((height, width), np.uint8)
+        for _ in range(random.integers(2, 6)):
+            digit = random.choice(10, p=self.probabilities)
+            images = _digit_images(self.split)[digit]
+            side = int(random.integers(24, 33))
+            stroke = Image.fromarray(images[random.integers(len(images))])
+            stroke = stroke.resize((side, side), Image.Resampling.BICUBIC)
+            angle = random.uniform(-10, 10)
+            stroke = stroke.rotate(angle, Image.Resampling.BILINEAR)
+            alpha = np.asarray(stroke, np.float32) / 240
+            corners = random.integers(0, (height - side + 1, width - side + 1), (8, 2))
+            windows = [np.s_[top : top + side, left : left + side] for top, left in corners]
+            window = min(windows, key=lambda window: np.count_nonzero(labels[window]))
+            color = random.uniform(0.55, 1.0, 3).astype(np.float32)
+            opacity = alpha.clip(0, 0.6)[..., None] / 0.6
+            scene[window] += opacity * (color - scene[window])
+            labels[window][alpha > 0.25] = IGNORED
+            labels[window][alpha > 0.4] = digit + 1
+        scene += random.normal(0, 0.04, scene.shape).astype(np.float32)
+        image = (scene.clip(0, 1) * 255).astype(np.uint8)
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(labels)
+
+
+def _ground(random: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Smooth dim colours: float32 (H, W, 3) in 0..0.5."""
+    coarse = random.integers(0, 128, (5, 5, 3), dtype=np.uint8)
+    ground = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(ground, np.float32) / 255

@@ -1,0 +1,30 @@
+"""setuptools' build backend, which compiles on the torch that is already installed.
+
+Naming torch in `build-system.requires` makes every isolated build download it again and
+compile on a version that is not the user's.
+"""
+
+import sys
+import sysconfig
+from importlib.metadata import distributions, version
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403
+
+if int(version("setuptools").split(".")[0]) < 77:  # the first to know `license = "Apache-2.0"`
+    sys.exit(f"anchorops: building needs setuptools>=77, found {version('setuptools')}: upgrade it")
+
+
+def _missing_torch() -> list[str]:
+    for torch in distributions(name="torch", path=[sysconfig.get_path("purelib")]):
+        if tuple(map(int, torch.version.split(".")[:2])) >= (2, 10):
+            return []
+    return ["torch>=2.10"]
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return build_meta.get_requires_for_build_wheel(config_settings) + _missing_torch()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return build_meta.get_requires_for_build_editable(config_settings) + _missing_torch()

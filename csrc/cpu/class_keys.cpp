@@ -1,0 +1,111 @@
+// The operator anchorops::class_keys.cpu: labels of any size and integer type -> one key per pixel.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+namespace anchorops::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// F.interpolate's "nearest": floor(i * scale), the scale and the product in float32.
+std::vector<int64_t> nearest_offsets(int64_t size, int64_t source, int64_t stride) {
+  std::vector<int64_t> offsets(size);
+  const float scale = size ? static_cast<float>(source) / static_cast<float>(size) : 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const auto nearest = static_cast<int64_t>(std::floor(static_cast<float>(i) * scale));
+    offsets[i] = (size == source ? i : std::min(nearest, source - 1)) * stride;
+  }
+  return offsets;
+}
+
+template <class Label>
+void write_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num_classes,
+                bool per_image, int64_t ignore_index, int32_t* keys, int64_t* counts) {
+  const Label* data = labels.const_data_ptr<Label>();
+  const auto rows = nearest_offsets(height, labels.size(1), labels.stride(1));
+  const auto columns = nearest_offsets(width, labels.size(2), labels.stride(2));
+  const int64_t pixels = labels.size(0) * height * width;
+  std::mutex mutex;
+  torch::stable::parallel_for(0, pixels, 1 << 15, [&](int64_t begin, int64_t end) {
+    const int64_t first_image = begin / (height * width);
+    const int64_t last_image = (end - 1) / (height * width);
+    std::vector<int64_t> local((per_image ? last_image - first_image + 1 : 1) * num_classes);
+    for (int64_t p = begin; p < end;) {
+      const int64_t image = p / (height * width), row = p / width % height;
+      const Label* line = data + image * labels.stride(0) + rows[row];
+      const int64_t first = per_image ? image * num_classes : 0;
+      int64_t* count = local.data() + (per_image ? (image - first_image) * num_classes : 0);
+      for (int64_t column = p % width; column < width && p < end; ++column, ++p) {
+        const auto label = static_cast<int64_t>(line[columns[column]]);
+        const bool valid = label >= 0 && label < num_classes && label != ignore_index;
+        keys[p] = valid ? static_cast<int32_t>(first + label) : -1;
+        if (valid) ++count[label];
+      }
+    }
+    const std::lock_guard lock(mutex);
+    int64_t* total = counts + (per_image ? first_image * num_classes : 0);
+    for (size_t i = 0; i < local.size(); ++i) total[i] += local[i];
+  });
+}
+
+std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t width,
+                                      int64_t num_classes, bool per_image, int64_t ignore_index) {
+  const int64_t batch = labels.size(0);
+  const std::vector<int64_t> shape =
+      per_image ? std::vector<int64_t>{batch, num_classes} : std::vector<int64_t>{num_classes};
+  Tensor keys = torch::stable::new_empty(
+      labels, std::vector<int64_t>{batch, height * width}, ScalarType::Int);
+  Tensor counts = torch::stable::new_zeros(labels, shape, ScalarType::Long);
+  const auto write = [&](auto label) {
+    write_keys<decltype(label)>(labels, height, width, num_classes, per_image, ignore_index,
+                                keys.mutable_data_ptr<int32_t>(),
+                                counts.mutable_data_ptr<int64_t>());
+  };
+  if (keys.numel() == 0) return {keys, counts};
+  switch (labels.scalar_type()) {
+    case ScalarType::Byte:
+      write(uint8_t{});
+      break;
+    case ScalarType::Char:
+      write(int8_t{});
+      break;
+    case ScalarType::Short:
+      write(int16_t{});
+      break;
+    case ScalarType::Int:
+      write(int32_t{});
+      break;
+    case ScalarType::Long:
+      write(int64_t{});
+      break;
+    case ScalarType::UInt16:
+      write(uint16_t{});
+      break;
+    case ScalarType::UInt32:
+      write(uint32_t{});
+      break;
+    case ScalarType::UInt64:
+      write(uint64_t{});
+      break;
+    default:
+      STD_TORCH_CHECK(false, "class_keys.cpu: labels: unexpected dtype");
+  }
+  return {keys, counts};
+}
+
+}  // namespace
+}  // namespace anchorops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(anchorops, CPU, library) {
+  library.impl("class_keys.cpu", TORCH_BOX(&anchorops::cpu::class_keys));
+}

@@ -1,0 +1,275 @@
+// The operators anchorops::class_moments.cpu and its backward: outputs, work items, threads.
+#include "class_moments.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace anchorops::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Items of work that keep the threads of any machine busy. They depend on shapes alone, never on
+// the number of threads, and so does the order in which partial sums are added.
+constexpr int64_t ITEMS = 64;
+
+// The best instruction set of this processor; ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers it, as
+// it does for torch.
+template <class T>
+Kernels<T> best_kernels() {
+#ifdef __x86_64__
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view wish = variable ? variable : "avx512";
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && wish != "default";
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && wish != "avx2")
+    return avx512::kernels<T>();
+  if (avx2) return avx2::kernels<T>();
+#endif
+  return baseline::kernels<T>();
+}
+
+template <class Sizes, class Strides>
+Layout layout_of(const Sizes& size, const Strides& stride) {
+  switch (size.size()) {
+    case 2:
+      return {1, size[1], 1, size[0], 0, stride[1], 0, stride[0]};
+    case 3:
+      return {size[0], size[1], 1, size[2], stride[0], stride[1], 0, stride[2]};
+    default:
+      return {size[0],   size[1],   size[2],   size[3],
+              stride[0], stride[1], stride[2], stride[3]};
+  }
+}
+
+bool one_row(const Layout& layout) {
+  return layout.width == 1 || layout.stride_h == layout.width * layout.stride_w;
+}
+
+// An image as a single row of pixels.
+Layout as_one_row(Layout layout) {
+  if (layout.width == 1) layout.stride_w = layout.stride_h;
+  layout.width *= layout.height;
+  layout.height = 1;
+  return layout;
+}
+
+// Work item i does split i / groups of the tiles and group i % groups of the channels.
+struct Work {
+  int64_t tiles, splits, dim, groups, group_channels;
+
+  // Contiguous planes are streamed one block of channels at a time, contiguous rows whole.
+  Work(const Layout& layout, int64_t lanes, int64_t max_splits, bool planes)
+      : tiles(layout.batch * layout.height * ceil_div(layout.width, lanes)), dim(layout.dim) {
+    const int64_t blocks = ceil_div(dim, lanes);
+    max_splits = std::clamp<int64_t>(max_splits, 1, ITEMS);
+    groups = planes ? blocks : std::min(ceil_div(ITEMS, max_splits), ceil_div(blocks, 4));
+    splits = std::min(max_splits, ceil_div(ITEMS, groups));
+    group_channels = ceil_div(blocks, groups) * lanes;
+    groups = ceil_div(dim, group_channels);
+  }
+
+  int64_t items() const { return splits * groups; }
+  Range split(int64_t i) const {
+    return {tiles * (i / groups) / splits, tiles * (i / groups + 1) / splits};
+  }
+  Range channels(int64_t i) const {
+    const int64_t begin = i % groups * group_channels;
+    return {begin, std::min(begin + group_channels, dim)};
+  }
+};
+
+std::vector<int32_t> anchor_of_keys(int64_t num_keys, int64_t groups, int64_t num_classes) {
+  std::vector<int32_t> rows(num_keys);
+  for (int64_t k = 0; k < num_keys; ++k) rows[k] = static_cast<int32_t>(k / groups % num_classes);
+  return rows;
+}
+
+template <class Stat>
+Anchors<Stat> anchors_of(const std::optional<Tensor>& anchors, const std::vector<int32_t>& rows) {
+  return {anchors ? anchors->const_data_ptr<Stat>() : nullptr, rows.data()};
+}
+
+Tensor new_empty(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
+  return torch::stable::new_empty(like, size, dtype);
+}
+
+template <class T>
+void moments(const Tensor& features, const Tensor& keys, const std::optional<Tensor>& anchors,
+             int64_t num_keys, int64_t groups, Tensor* sums, Tensor* sqdists, Tensor* residuals) {
+  using Stat = StatOf<T>;
+  const Kernels<T> kernels = best_kernels<T>();
+  const int64_t lanes = kernels.lanes;
+  Layout layout = layout_of(features.sizes(), features.strides());
+  if (one_row(layout)) layout = as_one_row(layout);
+  const int64_t dim = layout.dim, pixels = layout.batch * layout.height * layout.width;
+  const auto of_keys =
+      anchor_of_keys(anchors ? num_keys : 0, groups, anchors ? anchors->size(0) : 1);
+  const auto anchor_rows = anchors_of<Stat>(anchors, of_keys);
+
+  // Partial sums of the splits stay below 1 % of float32 features.
+  const Work work(layout, lanes, pixels / (256 * std::max<int64_t>(num_keys, 1)),
+                  layout.stride_w == 1);
+  Tensor* const matrices[] = {sums, residuals};
+  std::vector<double> partials[2];  // [splits, num_keys, dim]
+  for (int m = 0; m < 2; ++m)
+    if (matrices[m] && work.splits > 1) partials[m].resize(work.splits * num_keys * dim);
+  std::vector<double> sqdist_partials(sqdists ? work.items() * num_keys : 0);
+
+  torch::stable::parallel_for(0, work.items(), 1, [&](int64_t first, int64_t last) {
+    const int64_t block = num_keys * lanes;
+    const int64_t blocks = work.group_channels / lanes;
+    std::vector<double> totals[2], squares(sqdists ? block : 0);
+    for (int64_t item = first; item < last; ++item) {
+      for (int m = 0; m < 2; ++m) totals[m].assign(matrices[m] ? blocks * block : 0, 0);
+      squares.assign(squares.size(), 0);
+      const Range channels = work.channels(item);
+      kernels.forward(layout, features.const_data_ptr<T>(), keys.const_data_ptr<int32_t>(),
+                      num_keys, anchor_rows, work.split(item), channels,
+                      sums ? totals[0].data() : nullptr, sqdists ? squares.data() : nullptr,
+                      residuals ? totals[1].data() : nullptr);
+      for (int m = 0; m < 2; ++m) {
+        if (!matrices[m]) continue;
+        double* partial = partials[m].data() + item / work.groups * num_keys * dim;
+        Stat* out = matrices[m]->mutable_data_ptr<Stat>();
+        for (int64_t k = 0; k < num_keys; ++k)
+          for (int64_t c = channels.begin; c < channels.end; ++c) {
+            const int64_t lane = c - channels.begin;
+            const double total = totals[m][lane / lanes * block + k * lanes + lane % lanes];
+            if (work.splits > 1)
+              partial[k * dim + c] = total;
+            else
+              out[k * dim + c] = static_cast<Stat>(total);
+          }
+      }
+      for (int64_t i = 0; i < static_cast<int64_t>(squares.size()); ++i)
+        sqdist_partials[item * num_keys + i / lanes] += squares[i];
+    }
+  });
+
+  for (int m = 0; m < 2; ++m) {
+    if (!matrices[m] || work.splits == 1) continue;
+    Stat* out = matrices[m]->mutable_data_ptr<Stat>();
+    torch::stable::parallel_for(0, num_keys * dim, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        double total = 0;
+        for (int64_t s = 0; s < work.splits; ++s) total += partials[m][s * num_keys * dim + i];
+        out[i] = static_cast<Stat>(total);
+      }
+    });
+  }
+  if (sqdists) {
+    Stat* out = sqdists->mutable_data_ptr<Stat>();
+    for (int64_t k = 0; k < num_keys; ++k) {
+      double total = 0;
+      for (int64_t item = 0; item < work.items(); ++item)
+        total += sqdist_partials[item * num_keys + k];
+      out[k] = static_cast<Stat>(total);
+    }
+  }
+}
+
+template <class T>
+void moments_backward(const std::optional<Tensor>& features, const Tensor& keys,
+                      const std::optional<Tensor>& anchors, const std::optional<Tensor>& dsums,
+                      const std::optional<Tensor>& dsqdists, int64_t num_keys, int64_t groups,
+                      const Tensor& dfeatures) {
+  using Stat = StatOf<T>;
+  const Kernels<T> kernels = best_kernels<T>();
+  Layout dlayout = layout_of(dfeatures.sizes(), dfeatures.strides());
+  Layout layout = features ? layout_of(features->sizes(), features->strides()) : dlayout;
+  if (one_row(layout) && one_row(dlayout)) {
+    layout = as_one_row(layout);
+    dlayout = as_one_row(dlayout);
+  }
+  const auto of_keys =
+      anchor_of_keys(anchors ? num_keys : 0, groups, anchors ? anchors->size(0) : 1);
+  const auto anchor_rows = anchors_of<Stat>(anchors, of_keys);
+
+  const Work work(layout, kernels.lanes, ITEMS, dlayout.stride_w == 1);
+  torch::stable::parallel_for(0, work.items(), 1, [&](int64_t first, int64_t last) {
+    for (int64_t item = first; item < last; ++item)
+      kernels.backward(layout, features ? features->const_data_ptr<T>() : nullptr,
+                       keys.const_data_ptr<int32_t>(), anchor_rows,
+                       dsums ? dsums->const_data_ptr<Stat>() : nullptr,
+                       dsqdists ? dsqdists->const_data_ptr<Stat>() : nullptr, dlayout,
+                       dfeatures.mutable_data_ptr<T>(), work.split(item), work.channels(item));
+  });
+}
+
+template <class Function>
+void for_dtype(ScalarType dtype, Function function) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return function(float{});
+    case ScalarType::Double:
+      return function(double{});
+    case ScalarType::BFloat16:
+      return function(BFloat16{});
+    case ScalarType::Half:
+      return function(Half{});
+    default:
+      STD_TORCH_CHECK(false, "class_moments.cpu: features: unexpected dtype");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
+                                                 std::optional<Tensor> anchors, int64_t num_keys,
+                                                 int64_t groups, bool with_sums,
+                                                 bool with_residuals) {
+  const ScalarType dtype = features.scalar_type();
+  const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  const std::vector<int64_t> matrix = {num_keys, features.size(1)}, none = {0};
+  Tensor sums = new_empty(features, with_sums ? matrix : none, stat);
+  Tensor sqdists = new_empty(features, {anchors ? num_keys : 0}, stat);
+  Tensor residuals = new_empty(features, with_residuals ? matrix : none, stat);
+  if (anchors) anchors = torch::stable::contiguous(*anchors);
+  for_dtype(dtype, [&](auto element) {
+    moments<decltype(element)>(features, keys, anchors, num_keys, groups,
+                               with_sums ? &sums : nullptr, anchors ? &sqdists : nullptr,
+                               with_residuals ? &residuals : nullptr);
+  });
+  return {sums, sqdists, residuals};
+}
+
+Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
+                              std::optional<Tensor> anchors, std::optional<Tensor> dsums,
+                              std::optional<Tensor> dsqdists, int64_t groups,
+                              std::vector<int64_t> size, std::vector<int64_t> stride,
+                              ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      size.size(), size.data(), stride.data(), static_cast<int32_t>(dtype),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor dfeatures(handle);
+  if (anchors) anchors = torch::stable::contiguous(*anchors);
+  if (dsums) dsums = torch::stable::contiguous(*dsums);
+  if (dsqdists) dsqdists = torch::stable::contiguous(*dsqdists);
+  const int64_t num_keys = dsums ? dsums->size(0) : dsqdists ? dsqdists->size(0) : 0;
+  for_dtype(dtype, [&](auto element) {
+    moments_backward<decltype(element)>(features, keys, anchors, dsums, dsqdists, num_keys, groups,
+                                        dfeatures);
+  });
+  return dfeatures;
+}
+
+}  // namespace
+}  // namespace anchorops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(anchorops, CPU, library) {
+  library.impl("class_moments.cpu", TORCH_BOX(&anchorops::cpu::class_moments));
+  library.impl("class_moments_backward.cpu", TORCH_BOX(&anchorops::cpu::class_moments_backward));
+}

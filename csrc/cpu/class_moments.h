@@ -1,0 +1,64 @@
+// Class moments on the CPU: what the operators (class_moments.cpp) and the vector kernels
+// (class_moments_kernel.h, compiled once per instruction set) share.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace anchorops::cpu {
+
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+// Statistics are float32, for float64 features float64.
+template <class T>
+using StatOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// features [batch, dim, height, width] with any strides; pixel (b, h, w) has
+// keys[(b * height + h) * width + w], which is -1 where it is ignored.
+struct Layout {
+  int64_t batch, dim, height, width;
+  int64_t stride_b, stride_d, stride_h, stride_w;
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+template <class Stat>
+struct Anchors {
+  const Stat* rows;        // [K, dim]; null where there are none
+  const int32_t* of_keys;  // [num_keys]: the row of each key
+};
+
+// The kernels of one instruction set. A tile is up to `lanes` pixels of one row, in the order
+// (b, h, w); a block is up to `lanes` channels, counted from channels.begin.
+template <class T>
+struct Kernels {
+  using Stat = StatOf<T>;
+
+  int64_t lanes;
+
+  // Adds the tiles' pixels to sums and residuals [blocks, num_keys, lanes] and, over all blocks, to
+  // sqdists [num_keys, lanes]. Null pointers are left out.
+  void (*forward)(const Layout& layout, const T* features, const int32_t* keys, int64_t num_keys,
+                  const Anchors<Stat>& anchors, Range tiles, Range channels, double* sums,
+                  double* sqdists, double* residuals);
+
+  // Writes dfeatures. dsums [num_keys, dim] and dsqdists [num_keys] may be null; without dsqdists
+  // neither features nor anchors are read.
+  void (*backward)(const Layout& layout, const T* features, const int32_t* keys,
+                   const Anchors<Stat>& anchors, const Stat* dsums, const Stat* dsqdists,
+                   const Layout& dlayout, T* dfeatures, Range tiles, Range channels);
+};
+
+// clang-format off
+namespace baseline { template <class T> Kernels<T> kernels(); }
+namespace avx2 { template <class T> Kernels<T> kernels(); }
+namespace avx512 { template <class T> Kernels<T> kernels(); }
+// clang-format on
+
+}  // namespace anchorops::cpu

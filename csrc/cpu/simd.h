@@ -1,0 +1,118 @@
+// Vectors of one instruction set. Included by the kernels inside the namespace and under the target
+// of that instruction set, with VECTOR_BYTES defined; includes nothing, for what a header defines
+// under a target would be linked into portable code.
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+template <class Element, int LANES>
+using Vector __attribute__((vector_size(sizeof(Element) * LANES))) = Element;
+
+template <class T>
+struct Simd {
+  using Stat = StatOf<T>;
+  static constexpr int LANES = VECTOR_BYTES / sizeof(Stat);
+  using Vec = Vector<Stat, LANES>;
+  using Bits = Vector<uint32_t, LANES>;
+
+  static ALWAYS_INLINE Vec load(const T* source) {
+    if constexpr (std::is_same_v<T, Stat>) {
+      Vec v;
+      std::memcpy(&v, source, sizeof v);
+      return v;
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      Vector<uint16_t, LANES> half;
+      std::memcpy(&half, source, sizeof half);
+      return Vec(__builtin_convertvector(half, Bits) << 16);  // the same bits
+    } else {
+#if VECTOR_BYTES == 64
+      return Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
+#elif VECTOR_BYTES == 32
+      return Vec(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+#else
+      Vec v;
+      for (int i = 0; i < LANES; ++i) v[i] = static_cast<float>(source[i]);
+      return v;
+#endif
+    }
+  }
+
+  static ALWAYS_INLINE void store(T* target, Vec v) {
+    if constexpr (std::is_same_v<T, Stat>) {
+      std::memcpy(target, &v, sizeof v);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      // Round to nearest even; a NaN stays one.
+      const Bits bits = Bits(v);
+      const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+      const Bits quiet = rounded * 0 + 0x7fc0;
+      const auto half =
+          __builtin_convertvector(v == v ? rounded : quiet, Vector<uint16_t, LANES>);
+      std::memcpy(target, &half, sizeof half);
+    } else {
+#if VECTOR_BYTES == 64
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
+                          _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT));
+#elif VECTOR_BYTES == 32
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(target),
+                       _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+      for (int i = 0; i < LANES; ++i) target[i] = static_cast<Half>(v[i]);
+#endif
+    }
+  }
+
+  // The first `count` lanes; the others are zero.
+  static ALWAYS_INLINE Vec load(const T* source, int64_t count) {
+    if (count == LANES) return load(source);
+    T buffer[LANES] = {};
+    std::memcpy(buffer, source, count * sizeof(T));
+    return load(buffer);
+  }
+
+  static ALWAYS_INLINE void store(T* target, Vec v, int64_t count) {
+    if (count == LANES) return store(target, v);
+    T buffer[LANES];
+    store(buffer, v);
+    std::memcpy(target, buffer, count * sizeof(T));
+  }
+
+  // Transpose of a square of LANES vectors, by exchanging ever smaller blocks off the diagonal.
+  template <int BLOCK = LANES / 2>
+  static ALWAYS_INLINE void transpose(Vec* rows) {
+    if constexpr (BLOCK > 0) {
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i)
+        if (!(i & BLOCK)) exchange<BLOCK>(rows[i], rows[i + BLOCK], Lanes{});
+      transpose<BLOCK / 2>(rows);
+    }
+  }
+
+ private:
+  using Lanes = std::make_integer_sequence<int, LANES>;
+
+  template <int BLOCK, int... LANE>
+  static ALWAYS_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, LANE...>) {
+    const Vec low = __builtin_shufflevector(a, b, (LANE & BLOCK ? LANE - BLOCK + LANES : LANE)...);
+    b = __builtin_shufflevector(a, b, (LANE & BLOCK ? LANE + LANES : LANE + BLOCK)...);
+    a = low;
+  }
+};
+
+// target[0:LANES] += v, in double.
+template <class Stat, int LANES>
+ALWAYS_INLINE void accumulate(double* target, Vector<Stat, LANES> v) {
+  if constexpr (sizeof(Stat) == sizeof(double)) {
+    Vector<double, LANES> total;
+    std::memcpy(&total, target, sizeof total);
+    total += v;
+    std::memcpy(target, &total, sizeof total);
+  } else {
+    Vector<Stat, LANES / 2> halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    for (int i = 0; i < 2; ++i, target += LANES / 2) {
+      Vector<double, LANES / 2> total;
+      std::memcpy(&total, target, sizeof total);
+      total += __builtin_convertvector(halves[i], Vector<double, LANES / 2>);
+      std::memcpy(target, &total, sizeof total);
+    }
+  }
+}

@@ -1,0 +1,1 @@
+"""Triton kernels, one module per operator; import them lazily, builds of torch for CPU have no Triton."""

@@ -1,0 +1,150 @@
+"""Compiles what this machine can: anchorops._C (C++) and anchorops/_cuda.so (CUDA).
+
+Both use LibTorch's stable ABI alone, so one build serves torch 2.10 and every later version.
+Without a C++ compiler the package installs as pure Python. ANCHOROPS_CUDA=0 forbids the CUDA
+library, ANCHOROPS_CUDA=1 demands it; TORCH_CUDA_ARCH_LIST chooses its architectures.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from glob import glob
+
+from setuptools import Extension, find_packages, setup
+
+CUDA_CHOICE = os.environ.get("ANCHOROPS_CUDA", "")
+
+
+def do_without(part: str, obstacle: object) -> None:
+    if CUDA_CHOICE == "1":
+        sys.exit(f"anchorops: ANCHOROPS_CUDA=1 demands the CUDA library, but {obstacle}")
+    print(f"anchorops: installing without the {part}: {obstacle}", file=sys.stderr)
+
+
+def compiler_obstacle() -> str | None:
+    """Why C++20 with Python's headers does not compile here, or None."""
+    compiler = next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
+    command = shlex.split(os.environ.setdefault("CXX", compiler))
+    command += ["-std=c++20", "-fsyntax-only", "-x", "c++", "-I", sysconfig.get_path("include"), "-"]
+    source = "#include <Python.h>\n#include <concepts>\n"
+    try:
+        probe = subprocess.run(command, input=source, text=True, capture_output=True)
+    except OSError as error:
+        return str(error)
+    return (probe.stderr.strip() or shlex.join(command)) if probe.returncode else None
+
+
+def installed_torch():
+    # pip's isolated build hides the torch that the extension is going to live with
+    sys.path.append(sysconfig.get_path("purelib"))
+    try:
+        import pybind11  # noqa: F401
+        import torch
+    except ImportError as error:
+        sys.exit(f"anchorops: compiling needs torch and pybind11 ({error}): install them or allow isolation")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        sys.exit(f"anchorops: compiling needs torch>=2.10, found {torch.__version__}: upgrade it")
+    return torch
+
+
+def cuda_toolkit(torch) -> tuple[str, str]:
+    """nvcc's version and the architectures; LookupError tells why CUDA cannot be compiled."""
+    if torch.version.cuda is None:
+        raise LookupError(f"torch {torch.__version__} is a build without CUDA: install one with it")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    try:
+        command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+        plan = subprocess.run(command, text=True, capture_output=True).stderr
+    except OSError as error:
+        raise LookupError(f"nvcc was not found ({error}): install it or set CUDA_HOME") from None
+    top, release = re.search(r"TOP=(.*)", plan), re.search(r"VER_MAJOR__=(\d+).*?MINOR__=(\d+)", plan)
+    if not top or not release:
+        raise LookupError(f"{nvcc} does not work: {plan.strip()}")
+    version = f"{release[1]}.{release[2]}"
+    if release[1] != torch.version.cuda.split(".")[0]:
+        raise LookupError(
+            f"nvcc is of CUDA {version} and torch {torch.__version__} of CUDA {torch.version.cuda}: "
+            "install a toolkit of torch's major version and set CUDA_HOME to it"
+        )
+    # torch looks for the toolkit around nvcc, which may be a wrapper that lies elsewhere
+    os.environ["CUDA_HOME"] = os.path.normpath(top[1])
+
+    gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+    targets = gpus or [(8, 0), (9, 0)] + [(10, 0)] * (version >= "12.8")
+    default = ";".join(f"{major}.{minor}" for major, minor in targets) + "+PTX"
+    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
+    return version, os.environ["TORCH_CUDA_ARCH_LIST"]
+
+
+def compiled_parts() -> dict:
+    """The arguments of setup() for all that can be compiled here."""
+    if CUDA_CHOICE not in ("", "0", "1"):
+        sys.exit(f"anchorops: ANCHOROPS_CUDA must be 0 (forbid) or 1 (demand), not {CUDA_CHOICE!r}")
+    if obstacle := compiler_obstacle():
+        do_without("compiled backends", f"no C++20 compiler with Python's headers: {obstacle}")
+        return {}
+    torch = installed_torch()
+    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
+    cuda = archs = ""
+    try:
+        if CUDA_CHOICE == "1" and not cuda_sources:
+            raise LookupError("this release has no CUDA sources (csrc/cuda/*.cu)")
+        if CUDA_CHOICE != "0" and cuda_sources:
+            cuda, archs = cuda_toolkit(torch)
+    except LookupError as obstacle:
+        do_without("CUDA library", obstacle)
+
+    import pybind11
+    from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+
+    def extension(name: str, sources: list[str], device: str, libraries: list[str]) -> Extension:
+        flags = ["-O3", "-std=c++20"]
+        return Extension(
+            name,
+            sources,
+            # torch 2.11 bundles a pybind11 that rejects TORCH_TARGET_VERSION: ours comes first
+            include_dirs=[pybind11.get_include(), *include_paths(device)],
+            library_dirs=library_paths(device),
+            libraries=libraries,
+            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000ULL")],  # 2.10
+            extra_compile_args={
+                "cxx": [*flags, "-g0", "-fvisibility=hidden"],
+                "nvcc": [*flags, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden"],
+            },
+            language="c++",
+        )
+
+    class Build(BuildExtension):
+        def build_extensions(self):
+            info = {"VERSION": self.distribution.get_version(), "CUDA": cuda, "CUDA_ARCHS": archs}
+            macros = [(f"ANCHOROPS_{key}", f'"{value}"') for key, value in info.items()]
+            self.extensions[0].define_macros += macros
+            super().build_extensions()
+
+        def get_ext_filename(self, ext_name):
+            # torch.ops.load_library opens the CUDA library: its name carries no Python version
+            return re.sub(r"_cuda\..*", "_cuda.so", super().get_ext_filename(ext_name))
+
+    cpp_sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
+    ext_modules = [extension("anchorops._C", cpp_sources, "cpu", ["torch_cpu"])]
+    if cuda:
+        libraries = ["torch_cpu", "torch_cuda", "cudart"]
+        ext_modules.append(extension("anchorops._cuda", cuda_sources, "cuda", libraries))
+    return {"ext_modules": ext_modules, "cmdclass": {"build_ext": Build}}
+
+
+# the wheel carries the sources too: debuggers and profilers show them
+parts = {"anchorops.kernels": "kernels", "anchorops.csrc": "csrc"}
+describing = {"egg_info", "dist_info", "sdist"} & {*sys.argv}
+setup(
+    packages=sorted({*find_packages(include=["anchorops", "anchorops.*"]), *parts}),
+    package_dir=parts,
+    package_data={"": ["*.pyi", "py.typed"], "anchorops.csrc": ["**/*"]},
+    include_package_data=False,
+    **({} if describing else compiled_parts()),
+)

@@ -1,0 +1,156 @@
+"""What is built, installed and said about it. Nothing here needs a network."""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import anchorops
+from anchorops import doctor
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(anchorops.__file__).parent
+compiled = pytest.mark.skipif(find_spec("anchorops._C") is None, reason="nothing was compiled")
+
+
+def run(*command: object, **environment: object) -> subprocess.CompletedProcess[str]:
+    """Away from the root, which holds directories named as packages."""
+    variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    cwd = variables.get("CWD", Path(sys.executable).parent)
+    arguments = list(map(str, command))
+    return subprocess.run(arguments, cwd=cwd, env=variables, text=True, capture_output=True)
+
+
+@compiled
+def test_build_info():
+    info = importlib.import_module("anchorops._C").build_info()
+    assert info["version"] == version("anchorops")
+    assert info["torch_target"] == "2.10"
+    assert info["cxx_standard"] >= 202002
+    assert re.match(r"2\.\d+\.\d+", info["torch"])
+    assert info["compiler"]
+    assert (info["cuda"] is None) == (info["cuda_arch_list"] is None)
+
+
+@compiled
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+@pytest.mark.parametrize("library", sorted(PACKAGE.glob("*.so")), ids=lambda path: path.name)
+def test_only_the_stable_abi(library):
+    """C++ symbols of torch change from version to version; C symbols of the stable ABI do not."""
+    symbols = run("nm", "-D", "--undefined-only", library).stdout.split()
+    assert "torch_library_impl" in symbols or "PyModule_Create2" in symbols
+    assert [name for name in symbols if re.match(r"_Z.*(2at|3c10|5torch|6caffe2)\d", name)] == []
+
+
+@pytest.mark.parametrize("python", filter(None, os.getenv("ANCHOROPS_ABI_PYTHONS", "").split()))
+@compiled
+def test_other_torch(python):
+    """The extension compiled here works under the torch of another interpreter."""
+    code = (
+        "import torch, anchorops as ao; ao.use_backend('cpu');"
+        "print(ao.class_moments(torch.ones(4, 3), torch.tensor([0, 1, 1, 255]), 2).counts.tolist())"
+    )
+    answer = run(ROOT / python, "-c", code, PYTHONPATH=PACKAGE.parent)
+    assert answer.stdout.strip() == "[1, 2]", answer.stderr
+
+
+def test_kernels_are_a_subpackage():
+    code = "import anchorops.kernels, importlib.util as u; assert not u.find_spec('kernels')"
+    answer = run(sys.executable, "-c", code)
+    assert answer.returncode == 0, answer.stderr
+
+
+@compiled
+def test_doctor(capsys):
+    assert doctor.main() == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^torch +2\.\d+\.\d+", table, re.M)
+    assert re.search(r"^extension +/.*_C", table, re.M)
+    assert re.search(r"^cpu +yes$", table, re.M)
+    assert re.search(r"^reference +yes$", table, re.M)
+
+
+def test_doctor_without_the_extension():
+    code = "import sys; sys.modules['anchorops._C'] = None; from anchorops import doctor;"
+    answer = run(sys.executable, "-c", code + "sys.exit(doctor.main())", CUDA_VISIBLE_DEVICES="")
+    assert answer.returncode == 1, answer.stderr
+    assert re.search(r"^extension +missing", answer.stdout, re.M)
+    assert re.search(r"^cpu +no: .*\n +it takes a C\+\+20 compiler", answer.stdout, re.M)
+
+
+needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a checkout")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "data", "runs", "*.egg-info", "*.so")
+    return shutil.copytree(ROOT, tmp_path / "checkout", symlinks=True, ignore=ignored)
+
+
+@needs_sources
+def test_sdist_and_wheel_hold_everything(checkout, tmp_path):
+    """The wheel comes from the sdist, without a compiler, which leaves a pure one."""
+    pytest.importorskip("setuptools", minversion="77")
+    hook = "import build_backend as b; b.build_{}({!r})"
+    answer = run(sys.executable, "-c", hook.format("sdist", str(tmp_path)), CWD=checkout)
+    assert answer.returncode == 0, answer.stderr
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    source = tmp_path / sdist.name.removesuffix(".tar.gz")
+    hook = hook.format("wheel", str(tmp_path))
+    answer = run(sys.executable, "-c", hook, CWD=source, CXX="/nonexistent")
+    assert answer.returncode == 0, answer.stderr
+    assert "installing without the compiled backends" in answer.stderr
+    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
+
+    def files(folder: str) -> set[str]:
+        found = (path for path in (checkout / folder).rglob("*") if path.is_file())
+        return {path.relative_to(checkout).as_posix() for path in found if path.suffix != ".pyc"}
+
+    for folder in ("anchorops", "csrc", "kernels", "tests"):
+        missing = {name for name in files(folder) if not (source / name).exists()}
+        assert {name for name in missing if not name.startswith("anchorops/kernels/")} == set()
+    wheeled = set(zipfile.ZipFile(wheel).namelist())
+    assert files("anchorops") <= wheeled
+    assert {f"anchorops/{name}" for name in files("csrc") | files("kernels")} <= wheeled
+
+
+TORCH = "__version__ = {!r}\nclass version: cuda = {!r}\n"
+NVCC = "#!/bin/sh\necho 'TOP=/opt/cuda/bin/..\n-D__CUDACC_VER_MAJOR__=12 -D__CUDACC_VER_MINOR__=4' >&2"
+
+
+@needs_sources
+@pytest.mark.parametrize(
+    ("torch", "environment", "message"),
+    [
+        (TORCH.format("2.12.0", "13.0"), {"ANCHOROPS_CUDA": "on"}, "must be 0 .* or 1 .*, not 'on'"),
+        (TORCH.format("2.12.0", "13.0"), {"CXX": "/nonexistent"}, "demands .* no C.* '/nonexistent'"),
+        ("raise ImportError('no torch')", {}, r"needs torch and pybind11 \(no torch\)"),
+        (TORCH.format("2.9.1", "13.0"), {}, "needs torch>=2.10, found 2.9.1"),
+        (TORCH.format("2.12.0+cpu", None), {}, r"demands .* torch 2.12.0\+cpu is a build without CUDA"),
+        (TORCH.format("2.12.0", "13.0"), {"CUDA_HOME": "/nonexistent"}, "demands .* nvcc was not found"),
+        (TORCH.format("2.12.0", "13.0"), {}, "demands .* nvcc is of CUDA 12.4 and torch .* of CUDA 13.0"),
+    ],
+)
+def test_demands_that_cannot_be_met(checkout, tmp_path, torch, environment, message):
+    pytest.importorskip("pybind11")
+    files = {"torch/__init__.py": torch, "bin/nvcc": NVCC, "checkout/csrc/cuda/toy.cu": ""}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "bin/nvcc").chmod(0o755)
+    defaults = {"ANCHOROPS_CUDA": 1, "CUDA_HOME": tmp_path, "PYTHONPATH": tmp_path, "CWD": checkout}
+    answer = run(sys.executable, "setup.py", "build_ext", **(defaults | environment))
+    assert answer.returncode == 1
+    assert re.search(f"^anchorops: .*{message}", answer.stderr, re.M), answer.stderr
+    assert "Traceback" not in answer.stderr
