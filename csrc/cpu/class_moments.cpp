@@ -93,8 +93,9 @@ struct Work {
 };
 
 std::vector<int32_t> anchor_of_keys(int64_t num_keys, int64_t groups, int64_t num_classes) {
-  std::vector<int32_t> rows(num_keys);
-  for (int64_t k = 0; k < num_keys; ++k) rows[k] = static_cast<int32_t>(k / groups % num_classes);
+  std::vector<int32_t> rows(1 + num_keys);
+  for (int64_t k = 0; k < num_keys; ++k)
+    rows[1 + k] = static_cast<int32_t>(k / groups % num_classes);
   return rows;
 }
 
@@ -130,9 +131,9 @@ void moments(const Tensor& features, const Tensor& keys, const std::optional<Ten
   std::vector<double> sqdist_partials(sqdists ? work.items() * num_keys : 0);
 
   torch::stable::parallel_for(0, work.items(), 1, [&](int64_t first, int64_t last) {
-    const int64_t block = num_keys * lanes;
+    const int64_t block = (1 + num_keys) * lanes;
     const int64_t blocks = work.group_channels / lanes;
-    std::vector<double> totals[2], squares(sqdists ? block : 0);
+    std::vector<double> totals[2], squares(sqdists ? (1 + num_keys) * kernels.doubles : 0);
     for (int64_t item = first; item < last; ++item) {
       for (int m = 0; m < 2; ++m) totals[m].assign(matrices[m] ? blocks * block : 0, 0);
       squares.assign(squares.size(), 0);
@@ -148,15 +149,16 @@ void moments(const Tensor& features, const Tensor& keys, const std::optional<Ten
         for (int64_t k = 0; k < num_keys; ++k)
           for (int64_t c = channels.begin; c < channels.end; ++c) {
             const int64_t lane = c - channels.begin;
-            const double total = totals[m][lane / lanes * block + k * lanes + lane % lanes];
+            const double total = totals[m][lane / lanes * block + (1 + k) * lanes + lane % lanes];
             if (work.splits > 1)
               partial[k * dim + c] = total;
             else
               out[k * dim + c] = static_cast<Stat>(total);
           }
       }
-      for (int64_t i = 0; i < static_cast<int64_t>(squares.size()); ++i)
-        sqdist_partials[item * num_keys + i / lanes] += squares[i];
+      if (!sqdists) continue;
+      for (int64_t i = 0; i < num_keys * kernels.doubles; ++i)
+        sqdist_partials[item * num_keys + i / kernels.doubles] += squares[kernels.doubles + i];
     }
   });
 

@@ -18,7 +18,8 @@ template <class T>
 using StatOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // features [batch, dim, height, width] with any strides; pixel (b, h, w) has
-// keys[(b * height + h) * width + w], which is -1 where it is ignored.
+// keys[(b * height + h) * width + w], which is -1 where it is ignored. Tables by key that the kernels
+// use start with a row for key -1, so that an ignored pixel needs no branch.
 struct Layout {
   int64_t batch, dim, height, width;
   int64_t stride_b, stride_d, stride_h, stride_w;
@@ -31,7 +32,7 @@ struct Range {
 template <class Stat>
 struct Anchors {
   const Stat* rows;        // [K, dim]; null where there are none
-  const int32_t* of_keys;  // [num_keys]: the row of each key
+  const int32_t* of_keys;  // [1 + num_keys]: the row of each key
 };
 
 // The kernels of one instruction set. A tile is up to `lanes` pixels of one row, in the order
@@ -40,10 +41,10 @@ template <class T>
 struct Kernels {
   using Stat = StatOf<T>;
 
-  int64_t lanes;
+  int64_t lanes, doubles;
 
-  // Adds the tiles' pixels to sums and residuals [blocks, num_keys, lanes] and, over all blocks, to
-  // sqdists [num_keys, lanes]. Null pointers are left out.
+  // Adds the tiles' pixels to sums and residuals [blocks, 1 + num_keys, lanes] and, over all blocks,
+  // to sqdists [1 + num_keys, doubles]. Null pointers are left out.
   void (*forward)(const Layout& layout, const T* features, const int32_t* keys, int64_t num_keys,
                   const Anchors<Stat>& anchors, Range tiles, Range channels, double* sums,
                   double* sqdists, double* residuals);

@@ -1,198 +1,278 @@
 // The vector kernels of class moments. Included once per instruction set, in its namespace.
 //
-// The unit is a tile: LANES pixels × LANES channels, as one vector of channels per pixel. Where
+// The unit is a tile of LANES pixels × LANES channels, as one vector of channels per pixel. Where
 // channels are contiguous it is loaded so; where pixels are, the square is transposed in registers.
-// Pixels of equal key are then added up vector by vector, so that neither the labels nor the layout
-// change the speed much, and a key's total in double once per tile.
+// So neither the labels nor the layout change the speed much. A tile of one key is summed in
+// registers; in other tiles each pixel is added to its key's totals. Totals are double, sums within
+// a tile have the features' arithmetic type.
 //
 // Bytes: forward reads the features once; backward writes dfeatures once and reads the features once
-// where dsqdists is given. Keys and the [num_keys, LANES] totals of a channel block stay in cache.
+// where dsqdists is given. Keys and totals stay in cache.
+
+enum class Contiguous { PIXELS, CHANNELS, NEITHER };
+
+ALWAYS_INLINE Contiguous contiguous(const Layout& layout) {
+  return layout.stride_w == 1   ? Contiguous::PIXELS
+         : layout.stride_d == 1 ? Contiguous::CHANNELS
+                                : Contiguous::NEITHER;
+}
 
 template <class T>
 struct Tile {
   using S = Simd<T>;
-  using Vec = typename S::Vec;
   static constexpr int LANES = S::LANES;
 
-  Vec pixel[LANES];  // channels of each pixel
+  typename S::Vec pixel[LANES];  // channels of each pixel
 
+  // Pixels and channels beyond the given numbers become zero.
+  template <Contiguous C>
   ALWAYS_INLINE void load(const T* source, const Layout& layout, int64_t pixels, int64_t channels) {
-    if (layout.stride_w == 1) {
-      if (pixels == LANES && channels == LANES) {
-#pragma GCC unroll 16
-        for (int c = 0; c < LANES; ++c) pixel[c] = S::load(source + c * layout.stride_d);
-      } else {
-        for (int c = 0; c < LANES; ++c)
-          pixel[c] = c < channels ? S::load(source + c * layout.stride_d, pixels) : Vec{};
-      }
-      S::transpose(pixel);
-    } else if (layout.stride_d == 1) {
-      for (int p = 0; p < pixels; ++p) pixel[p] = S::load(source + p * layout.stride_w, channels);
-    } else {
-      for (int p = 0; p < pixels; ++p) {
+    if constexpr (C == Contiguous::NEITHER) {
+      for (int p = 0; p < LANES; ++p) {
         T gathered[LANES] = {};
-        for (int c = 0; c < channels; ++c)
+        for (int c = 0; p < pixels && c < channels; ++c)
           gathered[c] = source[p * layout.stride_w + c * layout.stride_d];
         pixel[p] = S::load(gathered);
       }
+    } else {
+      const auto [lines, length, stride] = contiguous_lines<C>(layout, pixels, channels);
+      if (lines == LANES && length == LANES) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) pixel[i] = S::load(source + i * stride);
+      } else {
+        for (int i = 0; i < LANES; ++i)
+          pixel[i] = i < lines ? S::load(source + i * stride, length) : typename S::Vec{};
+      }
+      if constexpr (C == Contiguous::PIXELS) S::transpose(pixel);
     }
   }
 
+  template <Contiguous C>
   ALWAYS_INLINE void store(T* target, const Layout& layout, int64_t pixels, int64_t channels) {
-    if (layout.stride_w == 1) {
-      S::transpose(pixel);
-      if (pixels == LANES && channels == LANES) {
-#pragma GCC unroll 16
-        for (int c = 0; c < LANES; ++c) S::store(target + c * layout.stride_d, pixel[c]);
-      } else {
-        for (int c = 0; c < channels; ++c)
-          S::store(target + c * layout.stride_d, pixel[c], pixels);
-      }
-    } else if (layout.stride_d == 1) {
-      for (int p = 0; p < pixels; ++p) S::store(target + p * layout.stride_w, pixel[p], channels);
-    } else {
+    if constexpr (C == Contiguous::NEITHER) {
       for (int p = 0; p < pixels; ++p) {
         T scattered[LANES];
         S::store(scattered, pixel[p]);
         for (int c = 0; c < channels; ++c)
           target[p * layout.stride_w + c * layout.stride_d] = scattered[c];
       }
+    } else {
+      const auto [lines, length, stride] = contiguous_lines<C>(layout, pixels, channels);
+      if constexpr (C == Contiguous::PIXELS) S::transpose(pixel);
+      if (lines == LANES && length == LANES) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) S::store(target + i * stride, pixel[i]);
+      } else {
+        for (int i = 0; i < lines; ++i) S::store(target + i * stride, pixel[i], length);
+      }
     }
+  }
+
+ private:
+  struct Lines {
+    int64_t count, length, stride;
+  };
+
+  template <Contiguous C>
+  static ALWAYS_INLINE Lines contiguous_lines(const Layout& layout, int64_t pixels,
+                                              int64_t channels) {
+    if constexpr (C == Contiguous::PIXELS) return {channels, pixels, layout.stride_d};
+    return {pixels, channels, layout.stride_w};
   }
 };
 
-// Calls visit(b, h, w, pixels, index of the first pixel) for each tile of the range.
+template <int LANES>
+ALWAYS_INLINE bool all_equal(const int32_t* keys) {
+  return std::memcmp(keys, keys + 1, (LANES - 1) * sizeof *keys) == 0;
+}
+
+// Calls visit(offset, pixels, keys, uniform) for each tile: its offset in a layout, its number of
+// pixels, LANES keys (-1 beyond the row's end), and whether they are all the same.
 template <int LANES, class Visit>
-ALWAYS_INLINE void for_tiles(const Layout& layout, Range tiles, Visit visit) {
-  const int64_t tiles_of_row = (layout.width + LANES - 1) / LANES;
-  int64_t row = tiles.begin / tiles_of_row, w = tiles.begin % tiles_of_row * LANES;
+ALWAYS_INLINE void for_tiles(const Layout& shape, const int32_t* keys, Range tiles, Visit visit) {
+  const int64_t tiles_of_row = (shape.width + LANES - 1) / LANES;
+  const int64_t row = tiles.begin / tiles_of_row;
+  int64_t b = row / shape.height, h = row % shape.height, w = tiles.begin % tiles_of_row * LANES;
+  keys += row * shape.width + w;
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-    const int64_t pixels = std::min<int64_t>(LANES, layout.width - w);
-    visit(row / layout.height, row % layout.height, w, pixels, row * layout.width + w);
+    const auto offset = [=](const Layout& layout) INLINE_LAMBDA {
+      return b * layout.stride_b + h * layout.stride_h + w * layout.stride_w;
+    };
+    const int64_t pixels = std::min<int64_t>(LANES, shape.width - w);
+    if (pixels == LANES) {
+      visit(offset, pixels, keys, all_equal<LANES>(keys));
+    } else {
+      int32_t padded[LANES];
+      for (int i = 0; i < LANES; ++i) padded[i] = i < pixels ? keys[i] : -1;
+      visit(offset, pixels, static_cast<const int32_t*>(padded), all_equal<LANES>(padded));
+    }
+    keys += pixels;
     w += LANES;
-    if (w >= layout.width) w = 0, ++row;
+    if (w >= shape.width) {
+      w = 0;
+      if (++h == shape.height) h = 0, ++b;
+    }
   }
 }
 
-ALWAYS_INLINE bool all_equal(const int32_t* keys, int64_t count) {
-  int32_t difference = 0;
-  for (int64_t i = 1; i < count; ++i) difference |= keys[i] ^ keys[0];
-  return difference == 0;
+// Row k of a [num_keys, dim] matrix, from channel c on.
+template <class Stat>
+ALWAYS_INLINE typename Simd<Stat>::Vec row(const Stat* matrix, int64_t k, int64_t dim, int64_t c,
+                                           int64_t width) {
+  return Simd<Stat>::load(matrix + k * dim + c, width);
 }
 
-template <class T, bool ANCHORS, bool RESIDUALS>
+template <class T, Contiguous C, bool ANCHORS, bool RESIDUALS>
 void forward(const Layout& layout, const T* features, const int32_t* keys, int64_t num_keys,
              const Anchors<StatOf<T>>& anchors, Range tiles, Range channels, double* sums,
              double* sqdists, double* residuals) {
-  using S = Simd<T>;
-  using Stat = typename S::Stat;
-  using Vec = typename S::Vec;
-  constexpr int LANES = S::LANES;
+  using Vec = typename Simd<T>::Vec;
+  constexpr int LANES = Simd<T>::LANES;
+  constexpr int DOUBLES = VECTOR_BYTES / sizeof(double);
 
-  for_tiles<LANES>(layout, tiles, [&](int64_t b, int64_t h, int64_t w, int64_t pixels, int64_t p) {
-    const int32_t* key = keys + p;
-    const bool uniform = all_equal(key, pixels);
+  for_tiles<LANES>(layout, keys, tiles, [&](auto offset, int64_t pixels, const int32_t* key, bool uniform) INLINE_LAMBDA {
     if (uniform && key[0] < 0) return;
-    const T* source = features + b * layout.stride_b + h * layout.stride_h + w * layout.stride_w;
+    const T* source = features + offset(layout);
+    int64_t totals = 0;  // of this block of channels, in sums and residuals
 
-    int64_t total = 0;  // of this block in sums and residuals
-    for (int64_t c = channels.begin; c < channels.end; c += LANES, total += num_keys * LANES) {
-      const int64_t width = std::min<int64_t>(LANES, channels.end - c);
+    // Whole tiles know their size when compiled and stay in registers.
+    const auto add_tile = [&](int64_t c, auto tile_pixels, auto width) INLINE_LAMBDA {
       Tile<T> tile;
-      tile.load(source + c * layout.stride_d, layout, pixels, width);
-
-      const auto add = [&](int64_t k, int begin, int end) __attribute__((always_inline)) {
-        Vec sum = {}, square = {}, residual = {}, anchor = {};
-        if constexpr (ANCHORS)
-          anchor = Simd<Stat>::load(anchors.rows + anchors.of_keys[k] * layout.dim + c, width);
-#pragma GCC unroll 16
-        for (int i = begin; i < end; ++i) {
-          const Vec f = tile.pixel[i];
-          sum += f;
-          if constexpr (ANCHORS) square += (f - anchor) * (f - anchor);
-          if constexpr (RESIDUALS) residual += f - anchor;
-        }
-        if (sums) accumulate<Stat, LANES>(sums + total + k * LANES, sum);
-        if constexpr (ANCHORS) accumulate<Stat, LANES>(sqdists + k * LANES, square);
-        if constexpr (RESIDUALS) accumulate<Stat, LANES>(residuals + total + k * LANES, residual);
+      tile.template load<C>(source + c * layout.stride_d, layout, tile_pixels, width);
+      const auto add = [&](int64_t k, Vec sum, Vec square, Vec residual) INLINE_LAMBDA {
+        const int64_t at = totals + (k + 1) * LANES;
+        if (sums) accumulate(sums + at, sum);
+        if constexpr (ANCHORS) accumulate(sqdists + (k + 1) * DOUBLES, fold(square));
+        if constexpr (RESIDUALS) accumulate(residuals + at, residual);
       };
-
-      if (uniform && pixels == LANES) {
-        add(key[0], 0, LANES);
+      const auto anchor = [&](int64_t k) INLINE_LAMBDA {
+        if constexpr (!ANCHORS) return Vec{};
+        return row(anchors.rows, anchors.of_keys[k + 1], layout.dim, c, width);
+      };
+      if (uniform) {
+        const int64_t k = key[0];
+        const Vec a = anchor(k);
+        Vec sum = {}, square = {}, residual = {};
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) {
+          const Vec difference = tile.pixel[i] - a;
+          sum += tile.pixel[i];
+          square += difference * difference;
+          residual += difference;
+        }
+        add(k, sum, square, residual);
       } else {
-        for (int begin = 0, end; begin < pixels; begin = end) {
-          for (end = begin + 1; end < pixels && key[end] == key[begin];) ++end;
-          if (key[begin] >= 0) add(key[begin], begin, end);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) {
+          const int64_t k = key[i];
+          const Vec difference = tile.pixel[i] - anchor(k);
+          add(k, tile.pixel[i], difference * difference, difference);
         }
       }
+    };
+
+    const std::integral_constant<int64_t, LANES> whole;
+    for (int64_t c = channels.begin; c < channels.end; c += LANES) {
+      const int64_t width = std::min<int64_t>(LANES, channels.end - c);
+      if (pixels == LANES && width == LANES)
+        add_tile(c, whole, whole);
+      else
+        add_tile(c, pixels, width);
+      totals += (num_keys + 1) * LANES;
     }
   });
 }
 
-template <class T, bool SQDISTS>
+template <class T, Contiguous C, bool SQDISTS>
 void backward(const Layout& layout, const T* features, const int32_t* keys,
-              const Anchors<StatOf<T>>& anchors,
-              const StatOf<T>* dsums, const StatOf<T>* dsqdists,
+              const Anchors<StatOf<T>>& anchors, const StatOf<T>* dsums, const StatOf<T>* dsqdists,
               const Layout& dlayout, T* dfeatures, Range tiles, Range channels) {
   using S = Simd<T>;
-  using Stat = typename S::Stat;
   using Vec = typename S::Vec;
   constexpr int LANES = S::LANES;
   const int64_t dim = layout.dim;
-  const bool planes = dlayout.stride_w == 1 && (!SQDISTS || layout.stride_w == 1);
+  const Contiguous source_contiguous = contiguous(layout);
 
-  for_tiles<LANES>(layout, tiles, [&](int64_t b, int64_t h, int64_t w, int64_t pixels, int64_t p) {
-    const int32_t* key = keys + p;
-    const auto offset = [&](const Layout& l, int64_t channel) {
-      return b * l.stride_b + channel * l.stride_d + h * l.stride_h + w * l.stride_w;
-    };
+  for_tiles<LANES>(layout, keys, tiles, [&](auto offset, int64_t pixels, const int32_t* key, bool uniform) INLINE_LAMBDA {
+    const T* source = SQDISTS ? features + offset(layout) : nullptr;
+    T* target = dfeatures + offset(dlayout);
 
-    if (planes && pixels == LANES && all_equal(key, LANES)) {
-      // One key: its gradient and anchor are scalars of each channel's plane.
+    if (C == Contiguous::PIXELS && source_contiguous == C && pixels == LANES &&
+        uniform) {
+      // In the plane of a channel the gradient and the anchor of one key are scalars.
       const int64_t k = key[0];
-      const int64_t a = SQDISTS && k >= 0 ? anchors.of_keys[k] : 0;
       for (int64_t c = channels.begin; c < channels.end; ++c) {
         Vec df = {};
         if (k >= 0) {
           if constexpr (SQDISTS)
-            df = (S::load(features + offset(layout, c)) - anchors.rows[a * dim + c]) *
+            df = (S::load(source + c * layout.stride_d) -
+                  anchors.rows[anchors.of_keys[k + 1] * dim + c]) *
                  (2 * dsqdists[k]);
           if (dsums) df += dsums[k * dim + c];
         }
-        S::store(dfeatures + offset(dlayout, c), df);
+        S::store(target + c * dlayout.stride_d, df);
       }
       return;
     }
 
-    for (int64_t c = channels.begin; c < channels.end; c += LANES) {
-      const int64_t width = std::min<int64_t>(LANES, channels.end - c);
+    const auto write_tile = [&](int64_t c, auto tile_pixels, auto width) INLINE_LAMBDA {
       Tile<T> tile;
-      if constexpr (SQDISTS) tile.load(features + offset(layout, c), layout, pixels, width);
-      for (int i = 0; i < pixels; ++i) {
+      if constexpr (SQDISTS) {
+        const T* from = source + c * layout.stride_d;
+        if (source_contiguous == C)
+          tile.template load<C>(from, layout, tile_pixels, width);
+        else
+          tile.template load<Contiguous::NEITHER>(from, layout, tile_pixels, width);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) {
         const int64_t k = key[i];
         Vec df = {};
         if (k >= 0) {
           if constexpr (SQDISTS)
-            df = (tile.pixel[i] -
-                  Simd<Stat>::load(anchors.rows + anchors.of_keys[k] * dim + c, width)) *
+            df = (tile.pixel[i] - row(anchors.rows, anchors.of_keys[k + 1], dim, c, width)) *
                  (2 * dsqdists[k]);
-          if (dsums) df += Simd<Stat>::load(dsums + k * dim + c, width);
+          if (dsums) df += row(dsums, k, dim, c, width);
         }
         tile.pixel[i] = df;
       }
-      tile.store(dfeatures + offset(dlayout, c), dlayout, pixels, width);
+      tile.template store<C>(target + c * dlayout.stride_d, dlayout, tile_pixels, width);
+    };
+
+    const std::integral_constant<int64_t, LANES> whole;
+    for (int64_t c = channels.begin; c < channels.end; c += LANES) {
+      const int64_t width = std::min<int64_t>(LANES, channels.end - c);
+      if (pixels == LANES && width == LANES)
+        write_tile(c, whole, whole);
+      else
+        write_tile(c, pixels, width);
     }
   });
+}
+
+template <class T, Contiguous C>
+auto forward_kernel(bool anchors, bool residuals) {
+  return residuals ? forward<T, C, true, true>
+         : anchors ? forward<T, C, true, false>
+                   : forward<T, C, false, false>;
+}
+
+template <class T, Contiguous C>
+auto backward_kernel(bool sqdists) {
+  return sqdists ? backward<T, C, true> : backward<T, C, false>;
 }
 
 template <class T>
 void any_forward(const Layout& layout, const T* features, const int32_t* keys, int64_t num_keys,
                  const Anchors<StatOf<T>>& anchors, Range tiles, Range channels, double* sums,
                  double* sqdists, double* residuals) {
-  const auto kernel = residuals      ? forward<T, true, true>
-                      : anchors.rows ? forward<T, true, false>
-                                     : forward<T, false, false>;
-  kernel(layout, features, keys, num_keys, anchors, tiles, channels, sums, sqdists, residuals);
+  const auto choose = contiguous(layout) == Contiguous::PIXELS
+                          ? forward_kernel<T, Contiguous::PIXELS>
+                      : contiguous(layout) == Contiguous::CHANNELS
+                          ? forward_kernel<T, Contiguous::CHANNELS>
+                          : forward_kernel<T, Contiguous::NEITHER>;
+  choose(anchors.rows, residuals)(layout, features, keys, num_keys, anchors, tiles, channels, sums,
+                                  sqdists, residuals);
 }
 
 template <class T>
@@ -200,13 +280,18 @@ void any_backward(const Layout& layout, const T* features, const int32_t* keys,
                   const Anchors<StatOf<T>>& anchors, const StatOf<T>* dsums,
                   const StatOf<T>* dsqdists, const Layout& dlayout, T* dfeatures, Range tiles,
                   Range channels) {
-  const auto kernel = dsqdists ? backward<T, true> : backward<T, false>;
-  kernel(layout, features, keys, anchors, dsums, dsqdists, dlayout, dfeatures, tiles, channels);
+  const auto choose = contiguous(dlayout) == Contiguous::PIXELS
+                          ? backward_kernel<T, Contiguous::PIXELS>
+                      : contiguous(dlayout) == Contiguous::CHANNELS
+                          ? backward_kernel<T, Contiguous::CHANNELS>
+                          : backward_kernel<T, Contiguous::NEITHER>;
+  choose(dsqdists)(layout, features, keys, anchors, dsums, dsqdists, dlayout, dfeatures, tiles,
+                   channels);
 }
 
 template <class T>
 Kernels<T> kernels() {
-  return {Simd<T>::LANES, any_forward<T>, any_backward<T>};
+  return {Simd<T>::LANES, VECTOR_BYTES / sizeof(double), any_forward<T>, any_backward<T>};
 }
 
 template Kernels<float> kernels();

@@ -2,7 +2,8 @@
 // of that instruction set, with VECTOR_BYTES defined; includes nothing, for what a header defines
 // under a target would be linked into portable code.
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+#define ALWAYS_INLINE inline INLINE_LAMBDA
 
 template <class Element, int LANES>
 using Vector __attribute__((vector_size(sizeof(Element) * LANES))) = Element;
@@ -97,22 +98,43 @@ struct Simd {
   }
 };
 
-// target[0:LANES] += v, in double.
-template <class Stat, int LANES>
-ALWAYS_INLINE void accumulate(double* target, Vector<Stat, LANES> v) {
+// A vector of as many lanes as fill a vector of doubles: of floats the upper half is added to the
+// lower one.
+template <class Vec>
+ALWAYS_INLINE auto fold(Vec v) {
+  using Stat = std::remove_cvref_t<decltype(v[0])>;
   if constexpr (sizeof(Stat) == sizeof(double)) {
+    return v;
+  } else {
+    Vector<Stat, VECTOR_BYTES / sizeof(double)> halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return halves[0] + halves[1];
+  }
+}
+
+// As many lanes as fill a vector of doubles.
+template <class Part>
+ALWAYS_INLINE auto widen(Part part) {
+#if VECTOR_BYTES == 64
+  if constexpr (sizeof part == 32) return Vector<double, 8>(_mm512_cvtps_pd(__m256(part)));
+#elif VECTOR_BYTES == 32
+  if constexpr (sizeof part == 16) return Vector<double, 4>(_mm256_cvtps_pd(__m128(part)));
+#endif
+  return __builtin_convertvector(part, Vector<double, VECTOR_BYTES / sizeof(double)>);
+}
+
+// target += v, in double.
+template <class Vec>
+ALWAYS_INLINE void accumulate(double* target, Vec v) {
+  using Stat = std::remove_cvref_t<decltype(v[0])>;
+  constexpr int LANES = VECTOR_BYTES / sizeof(double);
+  Vector<Stat, LANES> parts[sizeof(Vec) / sizeof(Stat) / LANES];
+  std::memcpy(parts, &v, sizeof v);
+  for (const auto& part : parts) {
     Vector<double, LANES> total;
     std::memcpy(&total, target, sizeof total);
-    total += v;
+    total += widen(part);
     std::memcpy(target, &total, sizeof total);
-  } else {
-    Vector<Stat, LANES / 2> halves[2];
-    std::memcpy(halves, &v, sizeof v);
-    for (int i = 0; i < 2; ++i, target += LANES / 2) {
-      Vector<double, LANES / 2> total;
-      std::memcpy(&total, target, sizeof total);
-      total += __builtin_convertvector(halves[i], Vector<double, LANES / 2>);
-      std::memcpy(target, &total, sizeof total);
-    }
+    target += LANES;
   }
 }
