@@ -71,15 +71,12 @@ Layout as_one_row(Layout layout) {
 struct Work {
   int64_t tiles, splits, dim, groups, group_channels;
 
-  // Contiguous planes are streamed one block of channels at a time, contiguous rows whole.
-  Work(const Layout& layout, int64_t lanes, int64_t max_splits, bool planes)
+  Work(const Layout& layout, int64_t lanes, int64_t blocks_of_group, int64_t max_splits)
       : tiles(layout.batch * layout.height * ceil_div(layout.width, lanes)), dim(layout.dim) {
     const int64_t blocks = ceil_div(dim, lanes);
-    max_splits = std::clamp<int64_t>(max_splits, 1, ITEMS);
-    groups = planes ? blocks : std::min(ceil_div(ITEMS, max_splits), ceil_div(blocks, 4));
-    splits = std::min(max_splits, ceil_div(ITEMS, groups));
-    group_channels = ceil_div(blocks, groups) * lanes;
-    groups = ceil_div(dim, group_channels);
+    groups = ceil_div(blocks, blocks_of_group);
+    group_channels = ceil_div(blocks, std::max<int64_t>(groups, 1)) * lanes;
+    splits = std::clamp<int64_t>(max_splits, 1, ceil_div(ITEMS, std::max<int64_t>(groups, 1)));
   }
 
   int64_t items() const { return splits * groups; }
@@ -121,9 +118,13 @@ void moments(const Tensor& features, const Tensor& keys, const std::optional<Ten
       anchor_of_keys(anchors ? num_keys : 0, groups, anchors ? anchors->size(0) : 1);
   const auto anchor_rows = anchors_of<Stat>(anchors, of_keys);
 
-  // Partial sums of the splits stay below 1 % of float32 features.
-  const Work work(layout, lanes, pixels / (256 * std::max<int64_t>(num_keys, 1)),
-                  layout.stride_w == 1);
+  // Contiguous planes are streamed a block of channels at a time; of contiguous rows, as many blocks
+  // as leave the totals in the L1 cache, but at least 256 bytes. Partial sums of the splits stay
+  // below 1 % of float32 features.
+  const int64_t table = (1 + num_keys) * lanes * sizeof(double);
+  const int64_t blocks_of_group =
+      layout.stride_w == 1 ? 1 : std::max<int64_t>(4, (32 << 10) / table);
+  const Work work(layout, lanes, blocks_of_group, pixels / (256 * (1 + num_keys)));
   Tensor* const matrices[] = {sums, residuals};
   std::vector<double> partials[2];  // [splits, num_keys, dim]
   for (int m = 0; m < 2; ++m)
@@ -201,7 +202,8 @@ void moments_backward(const std::optional<Tensor>& features, const Tensor& keys,
       anchor_of_keys(anchors ? num_keys : 0, groups, anchors ? anchors->size(0) : 1);
   const auto anchor_rows = anchors_of<Stat>(anchors, of_keys);
 
-  const Work work(layout, kernels.lanes, ITEMS, dlayout.stride_w == 1);
+  const int64_t all = std::max<int64_t>(1, ceil_div(layout.dim, kernels.lanes));
+  const Work work(layout, kernels.lanes, dlayout.stride_w == 1 ? 1 : all, ITEMS);
   torch::stable::parallel_for(0, work.items(), 1, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item)
       kernels.backward(layout, features ? features->const_data_ptr<T>() : nullptr,

@@ -38,7 +38,13 @@ struct Tile {
       const auto [lines, length, stride] = contiguous_lines<C>(layout, pixels, channels);
       if (lines == LANES && length == LANES) {
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) pixel[i] = S::load(source + i * stride);
+        for (int i = 0; i < LANES; ++i) {
+          pixel[i] = S::load(source + i * stride);
+          // LANES planes are more streams than the hardware follows well, and their lines, used
+          // once, would push each other out of the caches.
+          if constexpr (C == Contiguous::PIXELS)
+            __builtin_prefetch(source + i * stride + 192 / sizeof(T), 0, 0);
+        }
       } else {
         for (int i = 0; i < LANES; ++i)
           pixel[i] = i < lines ? S::load(source + i * stride, length) : typename S::Vec{};
@@ -197,24 +203,6 @@ void backward(const Layout& layout, const T* features, const int32_t* keys,
     const T* source = SQDISTS ? features + offset(layout) : nullptr;
     T* target = dfeatures + offset(dlayout);
 
-    if (C == Contiguous::PIXELS && source_contiguous == C && pixels == LANES &&
-        uniform) {
-      // In the plane of a channel the gradient and the anchor of one key are scalars.
-      const int64_t k = key[0];
-      for (int64_t c = channels.begin; c < channels.end; ++c) {
-        Vec df = {};
-        if (k >= 0) {
-          if constexpr (SQDISTS)
-            df = (S::load(source + c * layout.stride_d) -
-                  anchors.rows[anchors.of_keys[k + 1] * dim + c]) *
-                 (2 * dsqdists[k]);
-          if (dsums) df += dsums[k * dim + c];
-        }
-        S::store(target + c * dlayout.stride_d, df);
-      }
-      return;
-    }
-
     const auto write_tile = [&](int64_t c, auto tile_pixels, auto width) INLINE_LAMBDA {
       Tile<T> tile;
       if constexpr (SQDISTS) {
@@ -239,13 +227,33 @@ void backward(const Layout& layout, const T* features, const int32_t* keys,
       tile.template store<C>(target + c * dlayout.stride_d, dlayout, tile_pixels, width);
     };
 
+    // In the planes of a tile of one key, its gradient and anchor are scalars: no transposes. All
+    // loads come before the stores, which would alias with them where planes are 4096 bytes apart.
+    const auto write_uniform_planes = [&](int64_t c) INLINE_LAMBDA {
+      const int64_t k = key[0], a = SQDISTS && k >= 0 ? anchors.of_keys[k + 1] : 0;
+      Vec plane[LANES] = {};
+      if (k >= 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) {
+          if constexpr (SQDISTS)
+            plane[i] = (S::load(source + (c + i) * layout.stride_d) - anchors.rows[a * dim + c + i]) *
+                       (2 * dsqdists[k]);
+          if (dsums) plane[i] += dsums[k * dim + c + i];
+        }
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) S::store(target + (c + i) * dlayout.stride_d, plane[i]);
+    };
+
     const std::integral_constant<int64_t, LANES> whole;
     for (int64_t c = channels.begin; c < channels.end; c += LANES) {
       const int64_t width = std::min<int64_t>(LANES, channels.end - c);
-      if (pixels == LANES && width == LANES)
-        write_tile(c, whole, whole);
-      else
+      if (pixels < LANES || width < LANES)
         write_tile(c, pixels, width);
+      else if (C == Contiguous::PIXELS && source_contiguous == C && uniform)
+        write_uniform_planes(c);
+      else
+        write_tile(c, whole, whole);
     }
   });
 }
