@@ -2,9 +2,11 @@
 
 import importlib
 import importlib.util
-from functools import cache
+import os
+import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +17,25 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 # Numbers of classes that a backend takes; the reference takes all that are allowed at all.
 MAX_CLASSES = {"cuda": 16_384, "triton": 16_384, "cpu": 65_536, "reference": 65_536}
 
+# Triton's interpreter runs the kernels on CPU tensors; Triton reads this when it is imported.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
+
 _chosen = "auto"
 
 
-@cache
-def _why_not_cpu() -> str | None:
+def register_triton(library: torch.library.Library, operator: str) -> None:
+    """Implement `operator`.triton by the function of that name in the module of that name in
+    anchorops.kernels, which is imported, and Triton with it, at the first call."""
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"anchorops.kernels.{operator}"), operator)(*args)
+
+    library.impl(f"{operator}.triton", launch, "CUDA")
+    if TRITON_INTERPRETED:
+        library.impl(f"{operator}.triton", launch, "CPU")
+
+
+def _load_cpu() -> str | None:
     try:
         importlib.import_module("anchorops._C")
     except ImportError as error:
@@ -29,38 +45,40 @@ def _why_not_cpu() -> str | None:
     return None
 
 
-@cache
-def _why_not_triton() -> str | None:
-    if importlib.util.find_spec("anchorops.kernels.class_moments") is None:
-        return "this release has no Triton kernels"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (CPU builds of torch do not bring it)"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    return None
-
-
-@cache
-def _why_not_cuda() -> str | None:
-    library = Path(__file__).with_name("_cuda.so")
-    if not library.exists():
-        return "anchorops/_cuda.so was not built: it needs nvcc and a CUDA build of torch"
+def _load_cuda() -> str | None:
+    # An older library may lie there from before a build without CUDA: ask the build.
+    extension = sys.modules.get("anchorops._C")
+    if extension is None or not extension.build_info()["cuda"]:
+        return "anchorops was built without CUDA: it needs nvcc and a CUDA build of torch"
     if torch.version.cuda is None:
         return "this torch is a CPU build"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    torch.ops.load_library(library)
+    try:
+        torch.ops.load_library(Path(__file__).with_name("_cuda.so"))
+    except OSError as error:
+        return f"anchorops/_cuda.so does not load: {error}"
     return None
+
+
+def _find_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (CPU builds of torch do not bring it)"
+    return None
+
+
+# Why a backend's code is not here, fastest backend first. Known at import, so that choosing one is
+# a look into this table, which torch.compile can trace; whether there is a GPU is asked elsewhere.
+_cpu = _load_cpu()
+_MISSING = {"cuda": _load_cuda(), "triton": _find_triton(), "cpu": _cpu, "reference": None}
 
 
 def backends() -> dict[str, str | None]:
     """Every backend, fastest first, with None where it is usable here, else the reason it is not."""
-    return {
-        "cuda": _why_not_cuda(),
-        "triton": _why_not_triton(),
-        "cpu": _why_not_cpu(),
-        "reference": None,
-    }
+    reasons = dict(_MISSING)
+    for name in ("cuda", "triton"):
+        interpreted = name == "triton" and TRITON_INTERPRETED
+        if not reasons[name] and not interpreted and not torch.cuda.is_available():
+            reasons[name] = "torch sees no GPU"
+    return reasons
 
 
 class use_backend:
@@ -97,10 +115,11 @@ class use_backend:
 
 def _why_not(name: str, features: Tensor, num_classes: int) -> str | None:
     """Why the backend cannot serve this call, or None."""
-    device = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}.get(name)
+    triton = "cpu" if TRITON_INTERPRETED else "cuda"
+    device = {"cuda": "cuda", "triton": triton, "cpu": "cpu"}.get(name)
     if device and features.device.type != device:
         return f"it serves {device} tensors, features are on {features.device}"
-    if device == "cuda" and features.dtype == torch.float64:
+    if name in ("cuda", "triton") and features.dtype == torch.float64:
         return "it does not serve float64 (the reference does)"
     if num_classes > MAX_CLASSES[name]:
         return f"it serves at most {MAX_CLASSES[name]} classes, num_classes is {num_classes}"
@@ -114,9 +133,9 @@ def select(function: str, features: Tensor, num_classes: int) -> str:
         if reason:
             raise ValueError(f"{function}: backend {_chosen} cannot serve this call: {reason}")
         return _chosen
-    for name, unusable in backends().items():
-        if not unusable and not _why_not(name, features, num_classes):
+    for name, missing in _MISSING.items():
+        # Triton's interpreter is for proofs, not for work.
+        interpreted = name == "triton" and TRITON_INTERPRETED
+        if not missing and not interpreted and not _why_not(name, features, num_classes):
             return name
     return "reference"
-
-

@@ -1,6 +1,9 @@
 // The operators anchorops::class_moments.cpu and its backward: outputs, work items, threads.
 #include "class_moments.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -99,6 +102,16 @@ std::vector<int32_t> anchor_of_keys(int64_t num_keys, int64_t groups, int64_t nu
 template <class Stat>
 Anchors<Stat> anchors_of(const std::optional<Tensor>& anchors, const std::vector<int32_t>& rows) {
   return {anchors ? anchors->const_data_ptr<Stat>() : nullptr, rows.data()};
+}
+
+// As NumPy does for its arrays: the page faults of a large output cost more than writing it.
+void advise_huge_pages([[maybe_unused]] const Tensor& output, [[maybe_unused]] size_t bytes) {
+#ifdef __linux__
+  constexpr size_t PAGE = 4096;
+  if (bytes < size_t{4} << 20) return;
+  const auto begin = (reinterpret_cast<uintptr_t>(output.data_ptr()) + PAGE - 1) / PAGE * PAGE;
+  madvise(reinterpret_cast<void*>(begin), bytes - PAGE, MADV_HUGEPAGE);
+#endif
 }
 
 Tensor new_empty(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
@@ -264,6 +277,7 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
   if (dsqdists) dsqdists = torch::stable::contiguous(*dsqdists);
   const int64_t num_keys = dsums ? dsums->size(0) : dsqdists ? dsqdists->size(0) : 0;
   for_dtype(dtype, [&](auto element) {
+    advise_huge_pages(dfeatures, dfeatures.numel() * sizeof(element));
     moments_backward<decltype(element)>(features, keys, anchors, dsums, dsqdists, num_keys, groups,
                                         dfeatures);
   });

@@ -1,0 +1,295 @@
+"""What the Triton kernels compile to, without a GPU: `make kernels-report`.
+
+The launchers are called with tensors on the meta device and a driver that names a GPU; Triton then
+compiles what it would launch there, and the table is read off the machine code. Fails on spills.
+
+Two budgets for streaming kernels, both for an H200 (4.3 TB/s, 132 multiprocessors, 1.75 GHz):
+- warp instructions for each 512 bytes that a warp loads (stores, where nothing is loaded), on the
+  shortest path of the hot loop through its loads: 110 would take as long as the memory;
+- KB in flight on a multiprocessor: resident threads × the bytes each has asked for; 23 suffice.
+"""
+
+import argparse
+import heapq
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from anchorops.kernels import (
+    centroid_info_nce,
+    centroid_info_nce_backward,
+    class_keys,
+    class_moments,
+    class_moments_backward,
+)
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SHARED_PER_SM = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # KB
+# Instructions that the path must pass, in this order; a program without a loop ends where it began.
+FEATURES = r"LDG\.E\.EF"  # the only loads that are evicted first
+PATHS = {
+    "_one_key_kernel": [FEATURES],
+    "_several_keys_kernel": [FEATURES, r"MMA"],
+    "_class_moments_bwd_kernel": [r"STG"],
+}
+
+
+class Driver(NamedTuple):
+    """As much of a Triton driver as compilation asks for."""
+
+    name: str
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> str:
+        return self.name
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+class Variant(NamedTuple):
+    dtype: torch.dtype
+    layout: str
+    anchors: bool
+    residuals: bool
+
+    def __str__(self) -> str:
+        extra = " + anchors" * self.anchors + " + danchors" * self.residuals
+        return f"{str(self.dtype).removeprefix('torch.')} {self.layout}: sums{extra}"
+
+
+def variants() -> Iterator[Variant]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for layout in ("NCHW", "NHWC", "cropped"):
+            for anchors, residuals in ((False, False), (True, False), (True, True)):
+                if dtype == torch.bfloat16 or (layout != "cropped" and not residuals):
+                    yield Variant(dtype, layout, anchors, residuals)
+    yield Variant(torch.float32, "NHWC", True, True)
+
+
+def launch_info_nce(groups: int, with_positives: bool) -> None:
+    """Everything that centroid InfoNCE launches, K = 150, D = 768."""
+    shape = (150,) if groups == 1 else (150, groups)
+    queries, keys = (torch.empty((*s, 768), device="meta") for s in (shape, (150,)))
+    positives = torch.empty_like(queries) if with_positives else None
+    present = torch.empty(shape, dtype=torch.bool, device="meta")
+    inputs = queries, keys, positives, present, None
+    loss, *saved = centroid_info_nce.centroid_info_nce(*inputs, 0.07, "mean")
+    centroid_info_nce_backward.centroid_info_nce_backward(loss, *inputs, *saved, 0.07)
+
+
+def launch_moments(variant: Variant) -> None:
+    """Everything that class moments launch, at the HRNet shape."""
+    batch, dim, height, width, classes = 8, 720, 128, 256, 19
+    size = (batch, dim, height, width)
+    features = torch.empty(size, dtype=variant.dtype, device="meta")
+    if variant.layout == "NHWC":
+        features = features.contiguous(memory_format=torch.channels_last)
+    elif variant.layout == "cropped":
+        features = features.new_empty((batch, dim, height + 2, width + 2))[:, :, 1:-1, 1:-1]
+    labels = torch.empty((batch, 512, 1024), dtype=torch.uint8, device="meta")
+    keys, _ = class_keys.class_keys(labels, height, width, classes, False, 255)
+    anchors = torch.empty((classes, dim), device="meta") if variant.anchors else None
+    sums, sqdists, _ = class_moments.class_moments(
+        features, keys, anchors, classes, 1, True, variant.residuals
+    )
+    class_moments_backward.class_moments_backward(
+        features if variant.anchors else None,
+        keys,
+        anchors,
+        sums,
+        sqdists if variant.anchors else None,
+        1,
+        list(size),
+        list(torch.empty_like(features).stride()),
+        variant.dtype,
+    )
+
+
+def compiled(name: str, launch: Callable[..., None], *args: Any) -> dict[str, Any]:
+    """The kernels by name, as Triton would launch them on that GPU."""
+    kernels = {}
+
+    def getitem(self: Any, grid: Any) -> Any:
+        def compile_only(*args: Any, **kwargs: Any) -> None:
+            kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
+            kernels[kernel.metadata.name] = kernel
+
+        return compile_only
+
+    original, jit.JITFunction.__getitem__ = jit.JITFunction.__getitem__, getitem
+    driver.set_active(Driver(name))  # pyright: ignore[reportArgumentType]
+    try:
+        launch(*args)
+    finally:
+        jit.JITFunction.__getitem__ = original
+    return kernels
+
+
+def tool(name: str, *args: str) -> str:
+    return subprocess.run([TOOLS / name, *args], check=True, capture_output=True, text=True).stdout
+
+
+class Block(NamedTuple):
+    """A basic block of machine code; `next` are the blocks that may follow."""
+
+    instructions: list[str]
+    next: list[int]
+
+
+def blocks_of(sass: str) -> list[Block]:
+    labels, chunks = {}, [[]]
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            chunks.append([])
+            labels[label[1]] = len(chunks) - 1
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?;)", line):
+            chunks[-1].append(instruction[1])
+            if re.search(r"\b(BRA|EXIT)\b", instruction[1]):
+                chunks.append([])
+    blocks = []
+    for i, chunk in enumerate(chunks):
+        last = chunk[-1] if chunk else ""
+        after = [] if re.match(r"(BRA|EXIT)\b", last) else [i + 1]
+        if target := re.search(r"BRA.*\((\.L_x_\d+)\)", last):
+            after.append(labels[target[1]])
+        blocks.append(Block(chunk, [n for n in after if n < len(chunks)]))
+    return blocks
+
+
+def distances(blocks: list[Block], source: int) -> dict[int, int]:
+    """Instructions from the start of block `source` to the start of every other; to come back to
+    itself takes a loop."""
+    found: dict[int, int] = {}
+    heap = [(len(blocks[source].instructions), n) for n in blocks[source].next]
+    while heap:
+        distance, n = heapq.heappop(heap)
+        if n not in found:
+            found[n] = distance
+            for after in blocks[n].next:
+                heapq.heappush(heap, (distance + len(blocks[n].instructions), after))
+    return found
+
+
+def hot_path(kernel: str, sass: str) -> tuple[float, int]:
+    """Warp instructions for each 512 bytes that a warp loads or stores on the hot path, and the
+    bytes of a thread's loads on it."""
+    blocks = blocks_of(sass)
+
+    def holding(pattern: str) -> list[int]:
+        return [
+            i
+            for i, block in enumerate(blocks)
+            if any(re.search(pattern, x) for x in block.instructions)
+        ]
+
+    first = holding(PATHS[kernel][0])
+    best = float("inf"), 0
+    for start in first:
+        stops = [start, *(max(holding(pattern)) for pattern in PATHS[kernel][1:])]
+        loops = start in distances(blocks, start)
+        legs = pairwise([*stops, start] if loops else [0, *stops])
+        length = sum(distances(blocks, a).get(b, 10**6) if a != b else 0 for a, b in legs)
+        if stops == [start] and loops:
+            length = distances(blocks, start)[start]
+        if not loops:
+            length += len(blocks[stops[-1]].instructions)
+        pattern = FEATURES if holding(FEATURES) else "STG"
+        accesses = [x for x in blocks[start].instructions if re.search(pattern, x)]
+        if not accesses:  # loaded in a block before
+            accesses = [
+                x for x in blocks[min(holding(pattern))].instructions if re.search(pattern, x)
+            ]
+        sizes = [int(s[1]) // 8 if (s := re.search(r"\.(128|64)\b", x)) else 4 for x in accesses]
+        best = min(best, (length * 16 / sum(sizes), sum(sizes)))
+    return best
+
+
+class Row(NamedTuple):
+    registers: int
+    shared: int
+    spills: int
+    instructions_per_512_bytes: float | None
+    kilobytes_in_flight: float | None
+
+
+def measure(name: str, kernel: Any) -> Row:
+    if "amdgcn" in kernel.asm:
+        found = dict(re.findall(r"\.(\w+):\s+(\d+)", kernel.asm["amdgcn"]))
+        spills = int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])
+        return Row(int(found["vgpr_count"]), kernel.metadata.shared, spills, None, None)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = tool("nvdisasm", "-c", file.name)
+    registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
+    row = Row(registers, kernel.metadata.shared, stack, None, None)
+    if kernel.metadata.name not in PATHS:
+        return row
+    instructions, bytes_per_thread = hot_path(kernel.metadata.name, sass)
+    threads = 32 * kernel.metadata.num_warps
+    programs = min(
+        65536 // (-(-registers // 8) * 8 * threads),
+        2048 // threads,
+        SHARED_PER_SM[name] // (1 + kernel.metadata.shared / 1024),
+        32,
+    )
+    in_flight = programs * threads * bytes_per_thread / 1024
+    return Row(*row[:3], instructions, in_flight)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16", "float32"])
+    args = parser.parse_args()
+    columns = ("GPU", "kernel", "variant", *Row._fields)
+    print(f"Triton {triton.__version__}")
+    print("|", " | ".join(columns), "|\n|", "---|" * len(columns))
+    jobs = [
+        (launch_moments, str(variant), variant)
+        for variant in variants()
+        if str(variant.dtype).removeprefix("torch.") in args.dtypes
+    ]
+    jobs += [(launch_info_nce, "float32: K = 150, D = 768", 1, False)]
+    jobs += [(launch_info_nce, "float32: K = 150, D = 768, G = 4, positives", 4, True)]
+    failed = False
+    for name in args.targets:
+        seen = set()
+        for launch, title, *rest in jobs:
+            for kernel_name, kernel in compiled(name, launch, *rest).items():
+                if kernel.hash not in seen:
+                    seen.add(kernel.hash)
+                    row = measure(name, kernel)
+                    failed |= row.spills > 0
+                    cells = (
+                        name,
+                        kernel_name,
+                        title,
+                        *("" if x is None else round(x) for x in row),
+                    )
+                    print("|", " | ".join(map(str, cells)), "|", flush=True)
+    if failed:
+        sys.exit("kernels_report: a kernel spills registers")
+
+
+if __name__ == "__main__":
+    main()
