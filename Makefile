@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f)
 CPP := $(shell find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
-DEMO ?=
+DEMO ?= demo
 # versions of torch that must load what `make setup` compiled
 ABI_TORCHES ?= 2.10 2.11 2.13
 
@@ -10,11 +10,12 @@ ABI_TORCHES ?= 2.10 2.11 2.13
 
 setup: .venv/installed
 
-# torch comes first, so that the extension is compiled on the version it is going to live with
+# What compiles comes first: the extension is built on the torch it is going to live with, and
+# built again after a change without a network.
 .venv/installed: pyproject.toml setup.py build_backend.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install torch torchvision
-	$(BIN)/pip install -e '.[train,test,dev]'
+	$(BIN)/pip install torch torchvision 'setuptools>=77' pybind11 ninja
+	$(BIN)/pip install --no-build-isolation -e '.[train,test,dev]'
 	touch $@
 
 test: setup

@@ -72,7 +72,7 @@ _MISSING = {"cuda": _load_cuda(), "triton": _find_triton(), "cpu": _cpu, "refere
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend, fastest first, with None where it is usable here, else the reason it is not."""
+    """Every backend, fastest first: None where it is usable here, else the reason it is not."""
     reasons = dict(_MISSING)
     for name in ("cuda", "triton"):
         interpreted = name == "triton" and TRITON_INTERPRETED

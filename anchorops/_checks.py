@@ -1,4 +1,4 @@
-"""Argument checks: every message names the function, the argument, what was expected and what came."""
+"""Argument checks. Messages name the function, the argument, what was expected and what came."""
 
 from typing import NoReturn
 
@@ -20,11 +20,13 @@ def describe(value: object) -> str:
 
 
 def check_features(function: str, features: Tensor, argument: str = "features") -> None:
-    """features: floating, (N, D), (B, D, N) or (B, D, H, W)."""
+    """features: floating, (N, D), (B, D, N) or (B, D, H, W), D at least 1."""
     if not isinstance(features, Tensor) or features.dim() not in (2, 3, 4):
         fail(function, argument, "a tensor (N, D), (B, D, N) or (B, D, H, W)", describe(features))
     if features.dtype not in FLOATING:
         fail(function, argument, "float32, bfloat16, float16 or float64", features.dtype)
+    if features.shape[1] == 0:
+        fail(function, argument, "at least one channel", f"shape {tuple(features.shape)}")
 
 
 def check_labels(function: str, labels: Tensor, features: Tensor) -> None:

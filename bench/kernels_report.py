@@ -168,7 +168,7 @@ def blocks_of(sass: str) -> list[Block]:
     blocks = []
     for i, chunk in enumerate(chunks):
         last = chunk[-1] if chunk else ""
-        after = [] if re.match(r"(BRA|EXIT)\b", last) else [i + 1]
+        after = [] if re.match(r"BRA(\.\w+)* `|EXIT ;", last) else [i + 1]
         if target := re.search(r"BRA.*\((\.L_x_\d+)\)", last):
             after.append(labels[target[1]])
         blocks.append(Block(chunk, [n for n in after if n < len(chunks)]))

@@ -131,12 +131,10 @@ void moments(const Tensor& features, const Tensor& keys, const std::optional<Ten
       anchor_of_keys(anchors ? num_keys : 0, groups, anchors ? anchors->size(0) : 1);
   const auto anchor_rows = anchors_of<Stat>(anchors, of_keys);
 
-  // Contiguous planes are streamed a block of channels at a time; of contiguous rows, as many blocks
-  // as leave the totals in the L1 cache, but at least 256 bytes. Partial sums of the splits stay
-  // below 1 % of float32 features.
-  const int64_t table = (1 + num_keys) * lanes * sizeof(double);
-  const int64_t blocks_of_group =
-      layout.stride_w == 1 ? 1 : std::max<int64_t>(4, (32 << 10) / table);
+  // Contiguous planes are streamed a block of channels at a time; of contiguous rows 8 blocks, so
+  // that lines are read in a row and the totals stay in cache. Partial sums of the splits stay below
+  // 1 % of float32 features.
+  const int64_t blocks_of_group = layout.stride_w == 1 ? 1 : 8;
   const Work work(layout, lanes, blocks_of_group, pixels / (256 * (1 + num_keys)));
   Tensor* const matrices[] = {sums, residuals};
   std::vector<double> partials[2];  // [splits, num_keys, dim]

@@ -40,10 +40,10 @@ struct Tile {
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; ++i) {
           pixel[i] = S::load(source + i * stride);
-          // LANES planes are more streams than the hardware follows well, and their lines, used
-          // once, would push each other out of the caches.
-          if constexpr (C == Contiguous::PIXELS)
-            __builtin_prefetch(source + i * stride + 192 / sizeof(T), 0, 0);
+          // LANES lines are more streams than the hardware follows well, and what is read once
+          // would only push the rest out of the caches.
+          const int64_t ahead = C == Contiguous::PIXELS ? 192 / sizeof(T) : LANES * stride;
+          __builtin_prefetch(source + i * stride + ahead, 0, 0);
         }
       } else {
         for (int i = 0; i < LANES; ++i)
@@ -96,6 +96,7 @@ ALWAYS_INLINE bool all_equal(const int32_t* keys) {
 // pixels, LANES keys (-1 beyond the row's end), and whether they are all the same.
 template <int LANES, class Visit>
 ALWAYS_INLINE void for_tiles(const Layout& shape, const int32_t* keys, Range tiles, Visit visit) {
+  if (tiles.begin == tiles.end) return;  // also of no pixels: no division by 0
   const int64_t tiles_of_row = (shape.width + LANES - 1) / LANES;
   const int64_t row = tiles.begin / tiles_of_row;
   int64_t b = row / shape.height, h = row % shape.height, w = tiles.begin % tiles_of_row * LANES;
