@@ -9,7 +9,14 @@ import sysconfig
 from importlib.metadata import distributions, version
 
 from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403
+from setuptools.build_meta import (  # noqa: F401
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
 
 if int(version("setuptools").split(".")[0]) < 77:  # the first to know `license = "Apache-2.0"`
     sys.exit(f"anchorops: building needs setuptools>=77, found {version('setuptools')}: upgrade it")

@@ -28,8 +28,9 @@ def do_without(part: str, obstacle: object) -> None:
 def compiler_obstacle() -> str | None:
     """Why C++20 with Python's headers does not compile here, or None."""
     compiler = next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
+    headers = sysconfig.get_path("include")
     command = shlex.split(os.environ.setdefault("CXX", compiler))
-    command += ["-std=c++20", "-fsyntax-only", "-x", "c++", "-I", sysconfig.get_path("include"), "-"]
+    command += ["-std=c++20", "-fsyntax-only", f"-I{headers}", "-xc++", "-"]
     source = "#include <Python.h>\n#include <concepts>\n"
     try:
         probe = subprocess.run(command, input=source, text=True, capture_output=True)
@@ -45,7 +46,7 @@ def installed_torch():
         import pybind11  # noqa: F401
         import torch
     except ImportError as error:
-        sys.exit(f"anchorops: compiling needs torch and pybind11 ({error}): install them or allow isolation")
+        sys.exit(f"anchorops: {error}: install torch and pybind11, or allow build isolation")
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         sys.exit(f"anchorops: compiling needs torch>=2.10, found {torch.__version__}: upgrade it")
     return torch
@@ -62,13 +63,14 @@ def cuda_toolkit(torch) -> tuple[str, str]:
         plan = subprocess.run(command, text=True, capture_output=True).stderr
     except OSError as error:
         raise LookupError(f"nvcc was not found ({error}): install it or set CUDA_HOME") from None
-    top, release = re.search(r"TOP=(.*)", plan), re.search(r"VER_MAJOR__=(\d+).*?MINOR__=(\d+)", plan)
+    top = re.search(r"TOP=(.*)", plan)
+    release = re.search(r"VER_MAJOR__=(\d+).*?MINOR__=(\d+)", plan)
     if not top or not release:
         raise LookupError(f"{nvcc} does not work: {plan.strip()}")
     version = f"{release[1]}.{release[2]}"
     if release[1] != torch.version.cuda.split(".")[0]:
         raise LookupError(
-            f"nvcc is of CUDA {version} and torch {torch.__version__} of CUDA {torch.version.cuda}: "
+            f"nvcc is of CUDA {version}, torch {torch.__version__} of CUDA {torch.version.cuda}: "
             "install a toolkit of torch's major version and set CUDA_HOME to it"
         )
     # torch looks for the toolkit around nvcc, which may be a wrapper that lies elsewhere
@@ -103,7 +105,10 @@ def compiled_parts() -> dict:
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
     def extension(name: str, sources: list[str], device: str, libraries: list[str]) -> Extension:
-        flags = ["-O3", "-std=c++20"]
+        flags = {
+            "cxx": ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden"],
+            "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden"],
+        }
         return Extension(
             name,
             sources,
@@ -112,10 +117,7 @@ def compiled_parts() -> dict:
             library_dirs=library_paths(device),
             libraries=libraries,
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000ULL")],  # 2.10
-            extra_compile_args={
-                "cxx": [*flags, "-g0", "-fvisibility=hidden"],
-                "nvcc": [*flags, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden"],
-            },
+            extra_compile_args=flags,  # pyright: ignore[reportArgumentType]
             language="c++",
         )
 

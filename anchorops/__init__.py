@@ -1,16 +1,24 @@
 """Fused class-representation losses for semantic segmentation."""
 
+import importlib
+from types import ModuleType
+
 from ._backend import backends, use_backend
 from .anchors import category_basis, orthogonal_anchors, random_anchors, simplex_etf
 from .attach import attach
-from .losses import SAR
+from .losses import CBP, MVSC, OCCL, SAR, CeCo, Combined
 from .ops.centroid_info_nce import centroid_info_nce
 from .ops.class_moments import class_centroids, class_moments, pixel_to_anchor_mse
 from .reference import ClassMoments
 
 __all__ = [
+    "CBP",
+    "MVSC",
+    "OCCL",
     "SAR",
+    "CeCo",
     "ClassMoments",
+    "Combined",
     "attach",
     "backends",
     "category_basis",
@@ -23,3 +31,9 @@ __all__ = [
     "simplex_etf",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in ("diagnostics", "plots"):  # they need torchmetrics and matplotlib
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ _logger = logging.getLogger("anchorops")
 class Tap:
     """Keeps the input of a classifier from one training forward until it is asked for."""
 
-    def __init__(self, name: str, classifier: nn.Module) -> None:
-        self.name, self.classifier = name, classifier
+    def __init__(self, name: str, classifier: nn.Module, regularizer: Regularizer) -> None:
+        self.name, self.classifier, self.regularizer = name, classifier, regularizer
         self.features: Tensor | None = None
         self.taken = False
         # input and output of the last dropout that may have run just before the classifier
@@ -43,6 +44,7 @@ class Tap:
     def see_classifier(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not self.wants(module):
             return
+        self.regularizer.before_classifier(module)
         features = args[0]
         if self.dropped is not None and self.dropped[1] is features:
             features = self.dropped[0]
@@ -78,13 +80,14 @@ class Attachment:
         parent: nn.Module,
         child: str,
         hooks: list[RemovableHandle],
+        undo: Callable[[], None],
     ) -> None:
         self.regularizer, self.classifier_name = regularizer, tap.name
         self.classifier = tap.classifier
-        self._parent, self._child, self._hooks = parent, child, hooks
+        self._parent, self._child, self._hooks, self._undo = parent, child, hooks, undo
 
     def detach(self) -> None:
-        """Restore the model: remove the hooks and the submodule."""
+        """Restore the model: without hooks and submodule, with the classifier that it had."""
         if not self._hooks:
             return
         for hook in self._hooks:
@@ -92,10 +95,12 @@ class Attachment:
         self._hooks = []
         delattr(self._parent, self._child)
         self.regularizer._tap = None
+        self._undo()
 
     def __repr__(self) -> str:
-        method = type(self.regularizer).__name__
-        return f"{method} attached to {self.classifier_name}: {self.classifier!r}"
+        methods = getattr(self.regularizer, "methods", [self.regularizer])
+        names = " + ".join(type(method).__name__ for method in methods)
+        return f"{names} attached to {self.classifier_name}: {self.classifier!r}"
 
 
 def _unwrap(model: nn.Module, regularizer: Regularizer) -> nn.Module:
@@ -105,15 +110,21 @@ def _unwrap(model: nn.Module, regularizer: Regularizer) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
             continue
         wrapper = type(model).__name__
-        if wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+        if isinstance(model, nn.DataParallel):
+            fail("attach", "model", "a model or one under DDP: threads share no features", wrapper)
+        if wrapper in ("DistributedDataParallel", "FullyShardedDataParallel"):
             inner: nn.Module = model.module  # type: ignore[assignment]
         elif "FSDPModule" in (base.__name__ for base in type(model).__mro__):
             wrapper, inner = "fully_shard", model
         else:
             return model
+        name = type(regularizer).__name__
         if any(True for _ in regularizer.parameters()):
-            expected = f"a model not yet wrapped: {type(regularizer).__name__} brings parameters"
+            expected = f"a model not yet wrapped: {name} brings parameters"
             fail("attach", "model", f"{expected}, which {wrapper} would not see", wrapper)
+        if regularizer.replaces_classifier:
+            expected = f"a model not yet wrapped: {name} replaces the classifier"
+            fail("attach", "model", f"{expected}, which {wrapper} already holds", wrapper)
         if inner is model:
             return model
         model = inner
@@ -160,7 +171,21 @@ def _find_classifier(model: nn.Module, num_classes: int, dim: int) -> tuple[str,
     fail("attach", "model", expected, found)
 
 
-def _named(model: nn.Module, module: nn.Module | str, regularizer: Regularizer) -> Any:
+def _dropouts_before(model: nn.Module, name: str) -> list[nn.Module]:
+    """Dropouts that the classifier's input may come from: those beside it, and the last one that
+    was registered before it."""
+    parent, before = name.rpartition(".")[0], None
+    for other, module in model.named_modules():
+        if other == name:
+            break
+        before = module if isinstance(module, _DropoutNd) else before
+    beside: list[nn.Module] = [
+        m for m in model.get_submodule(parent).children() if isinstance(m, _DropoutNd)
+    ]
+    return beside if before is None or before in beside else [before, *beside]
+
+
+def _named(model: nn.Module, module: nn.Module | str) -> tuple[str, nn.Module]:
     if isinstance(module, str):
         names = dict(model.named_modules())
         if module not in names:
@@ -181,14 +206,15 @@ def attach(
 
     The classifier is the last linear layer or 1×1 convolution (else k×k) with `dim` inputs and
     `num_classes` outputs whose name does not contain "aux"; which one it was, the returned
-    attachment says (and a record of the logger "anchorops"). A dropout beside it, through which
-    its input came, is passed over: the features are those before the dropout. Features are those
-    of one training forward, handed out once, never copied; in eval mode, without gradients and
-    under export the model is the bare model.
+    attachment says (and a record of the logger "anchorops"). A dropout through which its input came
+    directly is passed over: the features are those before it. Features are those of one training
+    forward, handed out once, never copied; in eval mode, without gradients and under export the
+    model is the bare model.
 
     The regulariser becomes a submodule of the model (of the classifier where the model is an
     nn.Sequential, which would call it), so that optimizers, `.to()`, DDP and checkpoints see its
-    parameters: attach before them, and before the first compiled call.
+    parameters: attach before them, and before the first compiled call. They take part in every
+    backward, but not in the model's forward: DDP needs its default, find_unused_parameters=False.
 
     Args:
         model: any module that ends in a classifier.
@@ -200,7 +226,8 @@ def attach(
 
     Raises:
         ValueError: no such classifier (the message names what was found), a regulariser already
-            attached, one with parameters on a model already wrapped in DDP or FSDP.
+            attached; on a model already wrapped in DDP or FSDP, a regulariser with parameters
+            or one that replaces the classifier; nn.DataParallel.
     """
     if not isinstance(model, nn.Module):
         fail("attach", "model", "an nn.Module", describe(model))
@@ -212,23 +239,22 @@ def attach(
     if module is None:
         name, classifier = _find_classifier(model, regularizer.num_classes, regularizer.dim)
     else:
-        name, classifier = _named(model, module, regularizer)
+        name, classifier = _named(model, module)
         expected = (regularizer.num_classes, regularizer.dim)
         if _outputs(classifier) != expected:
             wanted = f"a linear layer or convolution {expected[1]} → {expected[0]}"
             fail("attach", "module", wanted, f"{name}: {classifier!r}")
-    tap = Tap(name, classifier)
-    siblings = model.get_submodule(name.rpartition(".")[0]).children() if name else ()
+    undo = regularizer.install(classifier)
+    tap = Tap(name, classifier, regularizer)
     hooks = [classifier.register_forward_pre_hook(tap.see_classifier)]
-    for sibling in siblings:
-        if isinstance(sibling, _DropoutNd):
-            hooks.append(sibling.register_forward_hook(tap.see_dropout))
+    for dropout in _dropouts_before(model, name):
+        hooks.append(dropout.register_forward_hook(tap.see_dropout))
     parent = classifier if isinstance(model, nn.Sequential) else model
     child = "regularizer"
     while hasattr(parent, child):
         child += "_"
     parent.add_module(child, regularizer)
     regularizer._tap = tap
-    attachment = Attachment(regularizer, tap, parent, child, hooks)
+    attachment = Attachment(regularizer, tap, parent, child, hooks, undo)
     _logger.info("%r", attachment)
     return attachment

@@ -12,7 +12,9 @@ from .reference import ClassMoments
 def _sum(x: Tensor, group: str) -> Tensor:
     from torch.distributed import _functional_collectives as collectives
 
-    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
+    # A group's name serves as the group; the annotation does not say so.
+    reduced = collectives.all_reduce(x.contiguous(), "sum", group)  # pyright: ignore
+    return collectives.wait_tensor(reduced)
 
 
 class _AllReduce(torch.autograd.Function):

@@ -52,13 +52,14 @@ def _extension() -> list[str]:
     try:
         extension = importlib.import_module("anchorops._C")
     except ImportError as error:
-        return [f"missing: {error}"]
+        return [f"not loaded: {error}"]
     info = extension.build_info()
     cuda = f"CUDA {info['cuda']} for {info['cuda_arch_list']}" if info["cuda"] else "no CUDA"
+    compiler = f"{info['compiler']}, C++{info['cxx_standard'] // 100 % 100}"
     return [
-        extension.__file__,
+        str(extension.__file__),
         f"version {info['version']} for torch {info['torch_target']} and later, {cuda}",
-        f"built with {info['compiler']} (C++ {info['cxx_standard']}) and torch {info['torch']}",
+        f"compiled by {compiler}, with torch {info['torch']}",
     ]
 
 
@@ -88,7 +89,7 @@ def main() -> int:
     for name, reason in reasons.items():
         print(f"{name:<11}{f'no: {reason}' if reason else 'yes'}")
         if reason:
-            print(f"{'':<11}it takes {REMEDIES[name]}")
+            print(f"{'':<11}needs {REMEDIES[name]}")
     return 0 if any(not why for name, why in reasons.items() if name != "reference") else 1
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._backend import register_triton
 
 _library = torch.library.Library("anchorops", "FRAGMENT")
 BACKENDS = ("cpu", "triton", "cuda")
@@ -30,6 +31,7 @@ def _class_keys_fake(
 
 for _backend in BACKENDS:
     torch.library.register_fake(f"anchorops::class_keys.{_backend}", _class_keys_fake, lib=_library)
+register_triton(_library, "class_keys")
 
 
 def class_keys(

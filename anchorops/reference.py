@@ -138,13 +138,13 @@ def class_moments(
         counts = group_counts(counts, groups)
     keys, num_keys = keys.flatten(), counts.numel()
     # Ignored pixels go by selection: NaN · 0 would be NaN.
-    rows = torch.where(keys[:, None] >= 0, feature_rows(features), 0).to(dtype)
-    sums = sum_by_key(keys, rows.to(wide), num_keys).to(dtype).view(*counts.shape, -1)
+    rows = torch.where(keys[:, None] >= 0, feature_rows(features), 0).to(wide)
+    sums = sum_by_key(keys, rows, num_keys).to(dtype).view(*counts.shape, -1)
     if anchors is None:
         return ClassMoments(counts, sums, None)
-    nearest = anchors.to(dtype)[keys.clamp(min=0) // groups % num_classes]
+    nearest = anchors.to(dtype).to(wide)[keys.clamp(min=0) // groups % num_classes]
     residuals = torch.where(keys[:, None] >= 0, rows - nearest, 0)
-    sqdists = sum_by_key(keys, residuals.to(wide).square().sum(1), num_keys).to(dtype)
+    sqdists = sum_by_key(keys, residuals.square().sum(1), num_keys).to(dtype)
     return ClassMoments(counts, sums, sqdists.view(counts.shape))
 
 
@@ -208,12 +208,16 @@ def centroid_info_nce(
     with torch.autocast(queries.device.type, enabled=False):
         # By selection throughout: the centroid of an absent class may be NaN.
         queries = torch.where(present[..., None], queries.to(dtype), 0)
-        used = present_keys | (present if present.dim() == 1 else present.any(1))
+        used = present_keys
+        if positives is None:
+            used = used | (present if present.dim() == 1 else present.any(1))
         keys = torch.where(used[:, None], keys.to(dtype), 0)
         logits = queries @ keys.T / temperature
         if positives is not None:
             positives = torch.where(present[..., None], positives.to(dtype), 0)
-            logits = torch.where(own, ((queries * positives).sum(-1) / temperature)[..., None], logits)
+            logits = torch.where(
+                own, ((queries * positives).sum(-1) / temperature)[..., None], logits
+            )
         positive = torch.where(own, logits, 0).sum(-1)
         lse = torch.where(present_keys | own, logits, -torch.inf).logsumexp(-1)
         losses = torch.where(present, lse - positive, 0)

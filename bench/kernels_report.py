@@ -218,7 +218,7 @@ def hot_path(kernel: str, sass: str) -> tuple[float, int]:
             accesses = [
                 x for x in blocks[min(holding(pattern))].instructions if re.search(pattern, x)
             ]
-        sizes = [int(s[1]) // 8 if (s := re.search(r"\.(128|64)\b", x)) else 4 for x in accesses]
+        sizes = [int(re.search(r"\.U?(128|64|16|8)\b|$", x)[1] or 32) // 8 for x in accesses]
         best = min(best, (length * 16 / sum(sizes), sum(sizes)))
     return best
 

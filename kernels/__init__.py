@@ -1,1 +1,1 @@
-"""Triton kernels, one module per operator; import them lazily, builds of torch for CPU have no Triton."""
+"""Triton kernels; import them lazily, for builds of torch for CPUs bring no Triton."""

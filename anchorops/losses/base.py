@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,12 +46,14 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
     expected = f"a module or weight [{num_classes}, {dim}] or [{num_classes}, {dim}, 1, 1]"
     if not isinstance(weight, Tensor):
         fail(function, "classifier", expected, describe(classifier))
-    if weight.dim() not in (2, 4) or weight.shape[:2] != (num_classes, dim):
+    if weight.dim() not in (2, 3, 4) or weight.shape[:2] != (num_classes, dim):
         fail(function, "classifier", expected, describe(weight))
     if hasattr(weight, "placements"):
-        expected += " that is not sharded (let fully_shard leave it unsharded after the forward)"
+        expected += (
+            " that is not sharded (shard it with the root, or with reshard_after_forward=False)"
+        )
         fail(function, "classifier", expected, "a DTensor")
-    weight = weight if weight.dim() == 2 else weight.sum((2, 3))
+    weight = weight if weight.dim() == 2 else weight.flatten(2).sum(2)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
@@ -80,6 +83,8 @@ class Regularizer(nn.Module):
 
     settings: tuple[str, ...] = ()
     uses_classifier = False
+    replaces_classifier = False
+    step: Tensor
 
     def __init__(
         self,
@@ -104,6 +109,31 @@ class Regularizer(nn.Module):
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         """What this step needs, and how its losses follow; updates the state when training."""
         raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Regularizer:
+        if not mode and self._tap is not None:
+            self._tap.features = None
+        return super().train(mode)
+
+    def install(self, classifier: nn.Module) -> Callable[[], None]:
+        """What `attach` does to the classifier (CBP replaces it); returns what undoes it."""
+        return lambda: None
+
+    def before_classifier(self, classifier: nn.Module) -> None:
+        """Called before the attached classifier runs in training."""
+
+    def _count_steps(self, seed: int) -> None:
+        if not isinstance(seed, int) or not 0 <= seed < 2**31:
+            fail(type(self).__name__, "seed", "an int in [0, 2^31)", describe(seed))
+        self.seed = seed
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def _next_seed(self) -> Tensor:
+        """Of this step's random splits, on the device; the step counter moves when training."""
+        seed = self.step + (self.seed << 32)
+        if self.training:
+            self.step.add_(1)
+        return seed
 
     def forward(
         self, features: Tensor, labels: Tensor | None = None, classifier: Classifier | None = None
@@ -143,6 +173,9 @@ class Regularizer(nn.Module):
         if features.shape[1] != self.dim:
             fail(name, "features", f"{self.dim} channels, as dim", f"shape {tuple(features.shape)}")
         check_labels(name, labels, features)
+        own = next(itertools.chain(self.buffers(), self.parameters()), None)
+        if own is not None and own.device != features.device:
+            fail(name, "features", f"device {own.device}, as the module", features.device)
         if self.uses_classifier and classifier is None:
             fail(name, "classifier", "the model's classifier or its weight", None)
 

@@ -52,8 +52,8 @@ class SAR(Regularizer):
         detach_weights: stop the gradient through w; the release does not.
         ignore_index, process_group: as `Regularizer`; with a group L_p2a is that of all ranks.
 
-    State: `anchors` (A), `semantic_anchors` (Â) and `started` (bool [K]) are buffers. `terms`: aux,
-    p2a, gate (open share: 0 or 1 for "all") and unsure (|S|).
+    State: `anchors` (A), `semantic_anchors` (Â) and `started` (bool [K]) are buffers; leave the
+    module in float32, as steps of (1−α) vanish in bfloat16. `terms`: aux, p2a, gate (open share: 0 or 1 for "all") and unsure (|S|).
     """
 
     settings = (
@@ -63,7 +63,9 @@ class SAR(Regularizer):
         "tau",
         "delta",
         "gate",
+        "anchor_kind",
         "embed",
+        "layers",
         "reweight",
         "detach_weights",
     )
@@ -92,14 +94,17 @@ class SAR(Regularizer):
     ) -> None:
         super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
         check_choice("SAR", "gate", gate, ("all", "per_class"))
-        check_choice("SAR", "layers", layers, (2, 3))
+        if layers not in (2, 3):
+            fail("SAR", "layers", "2 or 3", layers)
         for argument, value in (("momentum", momentum), ("tau", tau), ("delta", delta)):
             if not 0 <= value <= 1:
                 fail("SAR", argument, "a number in [0, 1]", value)
         if embed and num_classes < 2:
             fail("SAR", "num_classes", "at least 2, for batch statistics over anchors", num_classes)
+        self.anchor_kind, self.layers = "given", layers
         if isinstance(anchors, str):
             check_choice("SAR", "anchors", anchors, tuple(_ANCHORS))
+            self.anchor_kind = anchors
             anchors = _ANCHORS[anchors](num_classes, dim)
         elif not isinstance(anchors, Tensor) or anchors.shape != (num_classes, dim):
             fail("SAR", "anchors", f"a name or a tensor [{num_classes}, {dim}]", describe(anchors))
@@ -158,7 +163,7 @@ class SAR(Regularizer):
     ) -> Plan:
         def losses(moments: ClassMoments | None) -> Losses:
             assert moments is not None and moments.sqdists is not None
-            counts, _, sqdists = moments
+            counts, sqdists = moments.counts, moments.sqdists
             if gate is not None:  # open classes only; the gate never is a branch
                 counts, sqdists = torch.where(gate, counts, 0), torch.where(gate, sqdists, 0)
             p2a = sqdists.sum() / (self.dim * counts.sum()).clamp(min=1)

@@ -48,13 +48,16 @@ def _fold(moments: ClassMoments, made: Request, asked: Request) -> ClassMoments:
 
 
 def _passes(requests: Sequence[Request]) -> list[list[int]]:
-    """Which requests share a pass: those on the same features, one of them with anchors at most."""
+    """Which requests share a pass: those on the same features, one of them with anchors at most,
+    and not images with groups, which then would be groups of each image's pixels."""
     passes: list[list[int]] = []
     for i, request in enumerate(requests):
         for members in passes:
-            same = requests[members[0]].features is request.features
-            anchored = any(requests[j].anchors is not None for j in members)
-            if same and not (anchored and request.anchors is not None):
+            group = [*(requests[j] for j in members), request]
+            same = group[0].features is request.features
+            anchored = sum(r.anchors is not None for r in group)
+            mixed = any(r.per_image for r in group) and any(r.groups > 1 for r in group)
+            if same and anchored <= 1 and not mixed:
                 members.append(i)
                 break
         else:

@@ -1,10 +1,101 @@
-"""InfoNCE between the centroids of K classes: K×K×D, so everything is in the launches."""
+"""InfoNCE between the centroids of K classes: K×K×D, so everything is in the launches.
+
+On GPUs it is an operator, `anchorops::centroid_info_nce.triton` and `.cuda` of one schema; on CPU
+the formula of reference.py is as fast as any.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from .._backend import register_triton, select
 from .._checks import FLOATING, check_choice, describe, fail
+
+BACKENDS = ("triton", "cuda")
+
+_library = torch.library.Library("anchorops", "FRAGMENT")
+
+# lse, positive_logits (float32 [K] or [K, G]) and scale (what the sum of the losses is multiplied
+# by) are kept for the gradient. dpositives is (0,) where there are none.
+_SCHEMAS = (
+    "centroid_info_nce.{}(Tensor queries, Tensor keys, Tensor? positives, Tensor? present, "
+    "Tensor? present_keys, float temperature, str reduction) "
+    "-> (Tensor loss, Tensor lse, Tensor positive_logits, Tensor scale)",
+    "centroid_info_nce_backward.{}(Tensor dloss, Tensor queries, Tensor keys, Tensor? positives, "
+    "Tensor? present, Tensor? present_keys, Tensor lse, Tensor positive_logits, Tensor scale, "
+    "float temperature) -> (Tensor dqueries, Tensor dkeys, Tensor dpositives)",
+)
+
+
+def _forward_fake(
+    queries: Tensor,
+    keys: Tensor,
+    positives: Tensor | None,
+    present: Tensor | None,
+    present_keys: Tensor | None,
+    temperature: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = queries.shape[:-1]
+    return (
+        queries.new_empty(shape if reduction == "none" else (), dtype=torch.float32),
+        queries.new_empty(shape, dtype=torch.float32),
+        queries.new_empty(shape, dtype=torch.float32),
+        queries.new_empty((), dtype=torch.float32),
+    )
+
+
+def _backward_fake(
+    dloss: Tensor, queries: Tensor, keys: Tensor, positives: Tensor | None, *saved: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        queries.new_empty(queries.shape),
+        keys.new_empty(keys.shape),
+        queries.new_empty(0) if positives is None else positives.new_empty(queries.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.temperature, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _register(backend: str) -> None:
+    for schema in _SCHEMAS:
+        _library.define(schema.format(backend), tags=torch.Tag.pt2_compliant_tag)
+    forward_name = f"anchorops::centroid_info_nce.{backend}"
+    backward_name = f"anchorops::centroid_info_nce_backward.{backend}"
+    torch.library.register_fake(forward_name, _forward_fake, lib=_library)
+    torch.library.register_fake(backward_name, _backward_fake, lib=_library)
+    backward_op = getattr(torch.ops.anchorops.centroid_info_nce_backward, backend)
+
+    def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dloss is None:
+            return (None,) * 7
+        dqueries, dkeys, dpositives = backward_op(dloss, *ctx.saved_tensors, ctx.temperature)
+        has_positives = ctx.saved_tensors[2] is not None
+        return dqueries, dkeys, dpositives if has_positives else None, None, None, None, None
+
+    def second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "centroid_info_nce: second derivatives are not implemented in the fused operators; "
+            'use anchorops.use_backend("reference") for them'
+        )
+
+    torch.library.register_autograd(
+        forward_name, backward, setup_context=_setup_context, lib=_library
+    )
+    torch.library.register_autograd(backward_name, second_derivative, lib=_library)
+
+
+for _backend in BACKENDS:
+    _register(_backend)
+register_triton(_library, "centroid_info_nce")
+register_triton(_library, "centroid_info_nce_backward")
 
 
 def _check(argument: str, tensor: object, shape: tuple[int, ...], queries: Tensor) -> None:
@@ -66,12 +157,16 @@ def centroid_info_nce(
     if not temperature > 0:
         fail(function, "temperature", "a number above 0", temperature)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    return reference.centroid_info_nce(
-        queries,
-        keys,
-        positives=positives,
-        present=present,
-        present_keys=present_keys,
-        temperature=temperature,
-        reduction=reduction,
-    )
+    backend = select(function, queries, queries.shape[0])
+    if backend not in BACKENDS:
+        return reference.centroid_info_nce(
+            queries,
+            keys,
+            positives=positives,
+            present=present,
+            present_keys=present_keys,
+            temperature=temperature,
+            reduction=reduction,
+        )
+    operator = getattr(torch.ops.anchorops.centroid_info_nce, backend)
+    return operator(queries, keys, positives, present, present_keys, temperature, reduction)[0]

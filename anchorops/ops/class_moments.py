@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import select
+from .._backend import register_triton, select
 from .._checks import (
     check_anchors,
     check_choice,
@@ -104,9 +104,9 @@ def _register(backend: str) -> None:
     def backward(
         ctx: Any, dsums: Tensor | None, dsqdists: Tensor | None, dresiduals: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if dresiduals is not None:  # residuals leave the operator only for danchors
-            raise RuntimeError(_SECOND_DERIVATIVE)
         features, keys, anchors, residuals = ctx.saved_tensors
+        if dresiduals is not None and residuals is not None:  # they leave the operator for danchors
+            raise RuntimeError(_SECOND_DERIVATIVE)
         # The gradient of an absent (empty) output is an empty tensor, not None.
         dsums = dsums if ctx.with_sums else None
         dsqdists = dsqdists if anchors is not None else None
@@ -124,6 +124,7 @@ def _register(backend: str) -> None:
                 ctx.dtype,
             )
         if ctx.needs_input_grad[2] and dsqdists is not None:
+            assert anchors is not None and residuals is not None
             danchors = -2 * dsqdists[:, None] * residuals
             # keys are (image, class, group): images and groups share the class's anchor
             shape = (-1, anchors.shape[0], ctx.groups, anchors.shape[1])
@@ -141,6 +142,8 @@ def _register(backend: str) -> None:
 
 for _backend in BACKENDS:
     _register(_backend)
+register_triton(_library, "class_moments")
+register_triton(_library, "class_moments_backward")
 
 
 def _moments(
@@ -162,9 +165,8 @@ def _moments(
     return sums, sqdists
 
 
-def _check_label_values(
-    function: str, labels: Tensor, num_classes: int, ignore_index: int
-) -> None:
+def _check_label_values(function: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    labels = labels.long()  # uint16 to uint64 have no comparisons
     valid = (labels == ignore_index) | ((labels >= 0) & (labels < num_classes))
     if not valid.all():
         wrong = labels[~valid].unique().tolist()
@@ -183,8 +185,8 @@ def _check_inputs(
     check_features(function, features)
     check_labels(function, labels, features)
     check_num_classes(function, num_classes)
-    if not isinstance(ignore_index, int):
-        fail(function, "ignore_index", "an int", describe(ignore_index))
+    if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
+        fail(function, "ignore_index", "an int of 64 bits", describe(ignore_index))
     if check_labels_:
         _check_label_values(function, labels, num_classes, ignore_index)
 
@@ -198,8 +200,8 @@ def _check_groups(groups: int, seed: int | Tensor | None, features: Tensor) -> N
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != features.device:
             expected = f"one int64 on {features.device}"
             fail("class_moments", "seed", expected, describe(seed))
-    elif not isinstance(seed, int):
-        expected = "an int or an int64 tensor of one element where groups > 1"
+    elif not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        expected = "an int of 64 bits or an int64 tensor of one element where groups > 1"
         fail("class_moments", "seed", expected, describe(seed))
 
 
@@ -247,6 +249,10 @@ def class_moments(
     """
     _check_inputs("class_moments", features, labels, num_classes, ignore_index, check_labels)
     _check_groups(groups, seed, features)
+    images = features.shape[0] if per_image and features.dim() > 2 else 1
+    num_keys = images * num_classes * groups
+    if num_keys >= 2**31:
+        fail("class_moments", "num_classes", "fewer than 2^31 images × classes × groups", num_keys)
     if anchors is not None:
         check_anchors("class_moments", anchors, features, num_classes)
     return unchecked_moments(

@@ -1,5 +1,6 @@
-"""Real handwritten digits (UCI, in scikit-learn) on cluttered ground: a data set needing no network."""
+"""Real handwritten digits (UCI, in scikit-learn) on cluttered ground: data without a download."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -15,12 +16,12 @@ SPLITS = ("train", "val")
 @cache
 def _digit_images(split: str) -> list[np.ndarray]:
     """The 8×8 images of each digit, uint8 0..240; train and val share none."""
-    digits = load_digits()
-    images = (digits.images * 15).astype(np.uint8)
+    pixels, digits = load_digits(return_X_y=True)
+    images = (pixels.reshape(-1, 8, 8) * 15).astype(np.uint8)
     chosen = np.arange(len(images)) % 5 == 4
     if split == "train":
         chosen = ~chosen
-    return [images[chosen & (digits.target == digit)] for digit in range(10)]
+    return [images[chosen & (digits == digit)] for digit in range(10)]
 
 
 class DigitScenes:
@@ -36,7 +37,7 @@ class DigitScenes:
         exponent: digit d is drawn with probability proportional to (d + 1)^−exponent.
     """
 
-    classes = ("background", *map(str, range(10)))
+    classes: Sequence[str] = ("background", *map(str, range(10)))
     channels = 3
 
     def __init__(

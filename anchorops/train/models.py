@@ -122,6 +122,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     missing = [key for key in missing if not key.startswith("classifier.")]
     if missing or unexpected:
         raise ValueError(
-            f"weights {path} are of another model: {len(missing)} entries are missing "
-            f"({', '.join(missing[:3])} …), {len(unexpected)} unknown ({', '.join(unexpected[:3])} …)"
+            f"weights {path} are of another model: missing {', '.join(missing[:3]) or 'none'} "
+            f"({len(missing)} entries), unknown {', '.join(unexpected[:3]) or 'none'} "
+            f"({len(unexpected)} entries)"
         )

@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t wid
   const int64_t batch = labels.size(0);
   const std::vector<int64_t> shape =
       per_image ? std::vector<int64_t>{batch, num_classes} : std::vector<int64_t>{num_classes};
-  Tensor keys = torch::stable::new_empty(
-      labels, std::vector<int64_t>{batch, height * width}, ScalarType::Int);
+  Tensor keys = torch::stable::new_empty(labels, std::vector<int64_t>{batch, height * width},
+                                         ScalarType::Int);
   Tensor counts = torch::stable::new_zeros(labels, shape, ScalarType::Long);
   const auto write = [&](auto label) {
     write_keys<decltype(label)>(labels, height, width, num_classes, per_image, ignore_index,

@@ -53,8 +53,7 @@ Layout layout_of(const Sizes& size, const Strides& stride) {
     case 3:
       return {size[0], size[1], 1, size[2], stride[0], stride[1], 0, stride[2]};
     default:
-      return {size[0],   size[1],   size[2],   size[3],
-              stride[0], stride[1], stride[2], stride[3]};
+      return {size[0], size[1], size[2], size[3], stride[0], stride[1], stride[2], stride[3]};
   }
 }
 
@@ -132,8 +131,8 @@ void moments(const Tensor& features, const Tensor& keys, const std::optional<Ten
   const auto anchor_rows = anchors_of<Stat>(anchors, of_keys);
 
   // Contiguous planes are streamed a block of channels at a time; of contiguous rows 8 blocks, so
-  // that lines are read in a row and the totals stay in cache. Partial sums of the splits stay below
-  // 1 % of float32 features.
+  // that lines are read in a row and the totals stay in cache. Partial sums of the splits stay
+  // below 1 % of float32 features.
   const int64_t blocks_of_group = layout.stride_w == 1 ? 1 : 8;
   const Work work(layout, lanes, blocks_of_group, pixels / (256 * (1 + num_keys)));
   Tensor* const matrices[] = {sums, residuals};
@@ -266,9 +265,9 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
                               std::vector<int64_t> size, std::vector<int64_t> stride,
                               ScalarType dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      size.size(), size.data(), stride.data(), static_cast<int32_t>(dtype),
-      aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), stride.data(),
+                                                         static_cast<int32_t>(dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   Tensor dfeatures(handle);
   if (anchors) anchors = torch::stable::contiguous(*anchors);
   if (dsums) dsums = torch::stable::contiguous(*dsums);

@@ -18,8 +18,8 @@ template <class T>
 using StatOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // features [batch, dim, height, width] with any strides; pixel (b, h, w) has
-// keys[(b * height + h) * width + w], which is -1 where it is ignored. Tables by key that the kernels
-// use start with a row for key -1, so that an ignored pixel needs no branch.
+// keys[(b * height + h) * width + w], which is -1 where it is ignored. Tables by key that the
+// kernels use start with a row for key -1, so that an ignored pixel needs no branch.
 struct Layout {
   int64_t batch, dim, height, width;
   int64_t stride_b, stride_d, stride_h, stride_w;
@@ -43,8 +43,8 @@ struct Kernels {
 
   int64_t lanes, doubles;
 
-  // Adds the tiles' pixels to sums and residuals [blocks, 1 + num_keys, lanes] and, over all blocks,
-  // to sqdists [1 + num_keys, doubles]. Null pointers are left out.
+  // Adds the tiles' pixels to sums and residuals [blocks, 1 + num_keys, lanes] and, over all
+  // blocks, to sqdists [1 + num_keys, doubles]. Null pointers are left out.
   void (*forward)(const Layout& layout, const T* features, const int32_t* keys, int64_t num_keys,
                   const Anchors<Stat>& anchors, Range tiles, Range channels, double* sums,
                   double* sqdists, double* residuals);

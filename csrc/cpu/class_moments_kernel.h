@@ -6,8 +6,8 @@
 // registers; in other tiles each pixel is added to its key's totals. Totals are double, sums within
 // a tile have the features' arithmetic type.
 //
-// Bytes: forward reads the features once; backward writes dfeatures once and reads the features once
-// where dsqdists is given. Keys and totals stay in cache.
+// Bytes: forward reads the features once; backward writes dfeatures once and reads the features
+// once where dsqdists is given. Keys and totals stay in cache.
 
 enum class Contiguous { PIXELS, CHANNELS, NEITHER };
 
@@ -137,57 +137,59 @@ void forward(const Layout& layout, const T* features, const int32_t* keys, int64
   constexpr int LANES = Simd<T>::LANES;
   constexpr int DOUBLES = VECTOR_BYTES / sizeof(double);
 
-  for_tiles<LANES>(layout, keys, tiles, [&](auto offset, int64_t pixels, const int32_t* key, bool uniform) INLINE_LAMBDA {
-    if (uniform && key[0] < 0) return;
-    const T* source = features + offset(layout);
-    int64_t totals = 0;  // of this block of channels, in sums and residuals
+  for_tiles<LANES>(
+      layout, keys, tiles,
+      [&](auto offset, int64_t pixels, const int32_t* key, bool uniform) INLINE_LAMBDA {
+        if (uniform && key[0] < 0) return;
+        const T* source = features + offset(layout);
+        int64_t totals = 0;  // of this block of channels, in sums and residuals
 
-    // Whole tiles know their size when compiled and stay in registers.
-    const auto add_tile = [&](int64_t c, auto tile_pixels, auto width) INLINE_LAMBDA {
-      Tile<T> tile;
-      tile.template load<C>(source + c * layout.stride_d, layout, tile_pixels, width);
-      const auto add = [&](int64_t k, Vec sum, Vec square, Vec residual) INLINE_LAMBDA {
-        const int64_t at = totals + (k + 1) * LANES;
-        if (sums) accumulate(sums + at, sum);
-        if constexpr (ANCHORS) accumulate(sqdists + (k + 1) * DOUBLES, fold(square));
-        if constexpr (RESIDUALS) accumulate(residuals + at, residual);
-      };
-      const auto anchor = [&](int64_t k) INLINE_LAMBDA {
-        if constexpr (!ANCHORS) return Vec{};
-        return row(anchors.rows, anchors.of_keys[k + 1], layout.dim, c, width);
-      };
-      if (uniform) {
-        const int64_t k = key[0];
-        const Vec a = anchor(k);
-        Vec sum = {}, square = {}, residual = {};
+        // Whole tiles know their size when compiled and stay in registers.
+        const auto add_tile = [&](int64_t c, auto tile_pixels, auto width) INLINE_LAMBDA {
+          Tile<T> tile;
+          tile.template load<C>(source + c * layout.stride_d, layout, tile_pixels, width);
+          const auto add = [&](int64_t k, Vec sum, Vec square, Vec residual) INLINE_LAMBDA {
+            const int64_t at = totals + (k + 1) * LANES;
+            if (sums) accumulate(sums + at, sum);
+            if constexpr (ANCHORS) accumulate(sqdists + (k + 1) * DOUBLES, fold(square));
+            if constexpr (RESIDUALS) accumulate(residuals + at, residual);
+          };
+          const auto anchor = [&](int64_t k) INLINE_LAMBDA {
+            if constexpr (!ANCHORS) return Vec{};
+            return row(anchors.rows, anchors.of_keys[k + 1], layout.dim, c, width);
+          };
+          if (uniform) {
+            const int64_t k = key[0];
+            const Vec a = anchor(k);
+            Vec sum = {}, square = {}, residual = {};
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) {
-          const Vec difference = tile.pixel[i] - a;
-          sum += tile.pixel[i];
-          square += difference * difference;
-          residual += difference;
-        }
-        add(k, sum, square, residual);
-      } else {
+            for (int i = 0; i < LANES; ++i) {
+              const Vec difference = tile.pixel[i] - a;
+              sum += tile.pixel[i];
+              square += difference * difference;
+              residual += difference;
+            }
+            add(k, sum, square, residual);
+          } else {
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) {
-          const int64_t k = key[i];
-          const Vec difference = tile.pixel[i] - anchor(k);
-          add(k, tile.pixel[i], difference * difference, difference);
-        }
-      }
-    };
+            for (int i = 0; i < LANES; ++i) {
+              const int64_t k = key[i];
+              const Vec difference = tile.pixel[i] - anchor(k);
+              add(k, tile.pixel[i], difference * difference, difference);
+            }
+          }
+        };
 
-    const std::integral_constant<int64_t, LANES> whole;
-    for (int64_t c = channels.begin; c < channels.end; c += LANES) {
-      const int64_t width = std::min<int64_t>(LANES, channels.end - c);
-      if (pixels == LANES && width == LANES)
-        add_tile(c, whole, whole);
-      else
-        add_tile(c, pixels, width);
-      totals += (num_keys + 1) * LANES;
-    }
-  });
+        const std::integral_constant<int64_t, LANES> whole;
+        for (int64_t c = channels.begin; c < channels.end; c += LANES) {
+          const int64_t width = std::min<int64_t>(LANES, channels.end - c);
+          if (pixels == LANES && width == LANES)
+            add_tile(c, whole, whole);
+          else
+            add_tile(c, pixels, width);
+          totals += (num_keys + 1) * LANES;
+        }
+      });
 }
 
 template <class T, Contiguous C, bool SQDISTS>
@@ -200,63 +202,67 @@ void backward(const Layout& layout, const T* features, const int32_t* keys,
   const int64_t dim = layout.dim;
   const Contiguous source_contiguous = contiguous(layout);
 
-  for_tiles<LANES>(layout, keys, tiles, [&](auto offset, int64_t pixels, const int32_t* key, bool uniform) INLINE_LAMBDA {
-    const T* source = SQDISTS ? features + offset(layout) : nullptr;
-    T* target = dfeatures + offset(dlayout);
+  for_tiles<LANES>(
+      layout, keys, tiles,
+      [&](auto offset, int64_t pixels, const int32_t* key, bool uniform) INLINE_LAMBDA {
+        const T* source = SQDISTS ? features + offset(layout) : nullptr;
+        T* target = dfeatures + offset(dlayout);
 
-    const auto write_tile = [&](int64_t c, auto tile_pixels, auto width) INLINE_LAMBDA {
-      Tile<T> tile;
-      if constexpr (SQDISTS) {
-        const T* from = source + c * layout.stride_d;
-        if (source_contiguous == C)
-          tile.template load<C>(from, layout, tile_pixels, width);
-        else
-          tile.template load<Contiguous::NEITHER>(from, layout, tile_pixels, width);
-      }
+        const auto write_tile = [&](int64_t c, auto tile_pixels, auto width) INLINE_LAMBDA {
+          Tile<T> tile;
+          if constexpr (SQDISTS) {
+            const T* from = source + c * layout.stride_d;
+            if (source_contiguous == C)
+              tile.template load<C>(from, layout, tile_pixels, width);
+            else
+              tile.template load<Contiguous::NEITHER>(from, layout, tile_pixels, width);
+          }
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) {
-        const int64_t k = key[i];
-        Vec df = {};
-        if (k >= 0) {
-          if constexpr (SQDISTS)
-            df = (tile.pixel[i] - row(anchors.rows, anchors.of_keys[k + 1], dim, c, width)) *
-                 (2 * dsqdists[k]);
-          if (dsums) df += row(dsums, k, dim, c, width);
+          for (int i = 0; i < LANES; ++i) {
+            const int64_t k = key[i];
+            Vec df = {};
+            if (k >= 0) {
+              if constexpr (SQDISTS)
+                df = (tile.pixel[i] - row(anchors.rows, anchors.of_keys[k + 1], dim, c, width)) *
+                     (2 * dsqdists[k]);
+              if (dsums) df += row(dsums, k, dim, c, width);
+            }
+            tile.pixel[i] = df;
+          }
+          tile.template store<C>(target + c * dlayout.stride_d, dlayout, tile_pixels, width);
+        };
+
+        // In the planes of a tile of one key, its gradient and anchor are scalars: no transposes.
+        // All loads come before the stores, which would alias with them where planes are 4096 bytes
+        // apart.
+        const auto write_uniform_planes = [&](int64_t c) INLINE_LAMBDA {
+          const int64_t k = key[0], a = SQDISTS && k >= 0 ? anchors.of_keys[k + 1] : 0;
+          Vec plane[LANES] = {};
+          if (k >= 0) {
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) {
+              if constexpr (SQDISTS)
+                plane[i] =
+                    (S::load(source + (c + i) * layout.stride_d) - anchors.rows[a * dim + c + i]) *
+                    (2 * dsqdists[k]);
+              if (dsums) plane[i] += dsums[k * dim + c + i];
+            }
+          }
+#pragma GCC unroll 16
+          for (int i = 0; i < LANES; ++i) S::store(target + (c + i) * dlayout.stride_d, plane[i]);
+        };
+
+        const std::integral_constant<int64_t, LANES> whole;
+        for (int64_t c = channels.begin; c < channels.end; c += LANES) {
+          const int64_t width = std::min<int64_t>(LANES, channels.end - c);
+          if (pixels < LANES || width < LANES)
+            write_tile(c, pixels, width);
+          else if (C == Contiguous::PIXELS && source_contiguous == C && uniform)
+            write_uniform_planes(c);
+          else
+            write_tile(c, whole, whole);
         }
-        tile.pixel[i] = df;
-      }
-      tile.template store<C>(target + c * dlayout.stride_d, dlayout, tile_pixels, width);
-    };
-
-    // In the planes of a tile of one key, its gradient and anchor are scalars: no transposes. All
-    // loads come before the stores, which would alias with them where planes are 4096 bytes apart.
-    const auto write_uniform_planes = [&](int64_t c) INLINE_LAMBDA {
-      const int64_t k = key[0], a = SQDISTS && k >= 0 ? anchors.of_keys[k + 1] : 0;
-      Vec plane[LANES] = {};
-      if (k >= 0) {
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) {
-          if constexpr (SQDISTS)
-            plane[i] = (S::load(source + (c + i) * layout.stride_d) - anchors.rows[a * dim + c + i]) *
-                       (2 * dsqdists[k]);
-          if (dsums) plane[i] += dsums[k * dim + c + i];
-        }
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) S::store(target + (c + i) * dlayout.stride_d, plane[i]);
-    };
-
-    const std::integral_constant<int64_t, LANES> whole;
-    for (int64_t c = channels.begin; c < channels.end; c += LANES) {
-      const int64_t width = std::min<int64_t>(LANES, channels.end - c);
-      if (pixels < LANES || width < LANES)
-        write_tile(c, pixels, width);
-      else if (C == Contiguous::PIXELS && source_contiguous == C && uniform)
-        write_uniform_planes(c);
-      else
-        write_tile(c, whole, whole);
-    }
-  });
+      });
 }
 
 template <class T, Contiguous C>
@@ -275,11 +281,10 @@ template <class T>
 void any_forward(const Layout& layout, const T* features, const int32_t* keys, int64_t num_keys,
                  const Anchors<StatOf<T>>& anchors, Range tiles, Range channels, double* sums,
                  double* sqdists, double* residuals) {
-  const auto choose = contiguous(layout) == Contiguous::PIXELS
-                          ? forward_kernel<T, Contiguous::PIXELS>
-                      : contiguous(layout) == Contiguous::CHANNELS
-                          ? forward_kernel<T, Contiguous::CHANNELS>
-                          : forward_kernel<T, Contiguous::NEITHER>;
+  const auto choose =
+      contiguous(layout) == Contiguous::PIXELS     ? forward_kernel<T, Contiguous::PIXELS>
+      : contiguous(layout) == Contiguous::CHANNELS ? forward_kernel<T, Contiguous::CHANNELS>
+                                                   : forward_kernel<T, Contiguous::NEITHER>;
   choose(anchors.rows, residuals)(layout, features, keys, num_keys, anchors, tiles, channels, sums,
                                   sqdists, residuals);
 }
@@ -289,11 +294,10 @@ void any_backward(const Layout& layout, const T* features, const int32_t* keys,
                   const Anchors<StatOf<T>>& anchors, const StatOf<T>* dsums,
                   const StatOf<T>* dsqdists, const Layout& dlayout, T* dfeatures, Range tiles,
                   Range channels) {
-  const auto choose = contiguous(dlayout) == Contiguous::PIXELS
-                          ? backward_kernel<T, Contiguous::PIXELS>
-                      : contiguous(dlayout) == Contiguous::CHANNELS
-                          ? backward_kernel<T, Contiguous::CHANNELS>
-                          : backward_kernel<T, Contiguous::NEITHER>;
+  const auto choose =
+      contiguous(dlayout) == Contiguous::PIXELS     ? backward_kernel<T, Contiguous::PIXELS>
+      : contiguous(dlayout) == Contiguous::CHANNELS ? backward_kernel<T, Contiguous::CHANNELS>
+                                                    : backward_kernel<T, Contiguous::NEITHER>;
   choose(dsqdists)(layout, features, keys, anchors, dsums, dsqdists, dlayout, dfeatures, tiles,
                    channels);
 }

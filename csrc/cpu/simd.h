@@ -45,8 +45,7 @@ struct Simd {
       const Bits bits = Bits(v);
       const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
       const Bits quiet = rounded * 0 + 0x7fc0;
-      const auto half =
-          __builtin_convertvector(v == v ? rounded : quiet, Vector<uint16_t, LANES>);
+      const auto half = __builtin_convertvector(v == v ? rounded : quiet, Vector<uint16_t, LANES>);
       std::memcpy(target, &half, sizeof half);
     } else {
 #if VECTOR_BYTES == 64

@@ -1,0 +1,230 @@
+"""Neural-collapse and separability measures, as functions of vectors and as torchmetrics Metrics.
+
+Sources: CBP (doi 10.1016/j.patcog.2024.110431, Eq. 8), CeCo (CVPR 2023, Figs. 2, 5-7, Table 12).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+from ._checks import check_choice, check_num_classes, describe, fail
+from .ops.class_moments import class_moments
+
+
+def _rows(function: str, vectors: Tensor) -> Tensor:
+    """[K, D] in float64, from a weight [K, D] or [K, D, 1, 1]."""
+    if not isinstance(vectors, Tensor) or vectors.dim() not in (2, 4):
+        fail(function, "vectors", "a tensor [K, D] or [K, D, 1, 1]", describe(vectors))
+    return vectors.detach().flatten(1).double()
+
+
+def _pairwise_cosines(rows: Tensor) -> Tensor:
+    """cos of each pair i < j: [K(K−1)/2]."""
+    unit = F.normalize(rows, dim=1)
+    i, j = torch.triu_indices(len(rows), len(rows), 1, device=rows.device)
+    return (unit @ unit.T)[i, j]
+
+
+def class_separability(weight: Tensor) -> Tensor:
+    """½ Σ_i Σ_{j≠i} cos(w_i, w_j) of a classifier's rows (CBP, Eq. 8): 0 where orthogonal."""
+    return _pairwise_cosines(_rows("class_separability", weight)).sum()
+
+
+def equiangularity(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
+    """Standard deviation over pairs of cos(c_k − m, c_k' − m); 0 where all angles are equal.
+
+    vectors: classifier rows or centroids, [K, D]; mean: m [D], by default the vectors' own mean.
+    """
+    rows = _rows("equiangularity", vectors)
+    return _pairwise_cosines(rows - (rows.mean(0) if mean is None else mean)).std(correction=0)
+
+
+def maximal_angle(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
+    """Mean over pairs of |cos(c_k − m, c_k' − m) + 1/(K−1)|: 0 for a simplex, the widest angles.
+
+    Arguments as `equiangularity`.
+    """
+    rows = _rows("maximal_angle", vectors)
+    cosines = _pairwise_cosines(rows - (rows.mean(0) if mean is None else mean))
+    return (cosines + 1 / (len(rows) - 1)).abs().mean()
+
+
+def imbalance_factor(counts: Tensor) -> Tensor:
+    """n_max / n_min over the classes that occur (CeCo: PIF of pixels, CIF of centers)."""
+    present = counts[counts > 0].double()
+    return present.max() / present.min() if len(present) else torch.tensor(torch.nan)
+
+
+def pearson(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's correlation of two tensors [K]; NaN where either is constant."""
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
+
+
+def norm_correlation(weight: Tensor, counts: Tensor) -> Tensor:
+    """Pearson's correlation of ‖w_k‖ with the classes' pixel counts ("prior ambiguity" in CBP)."""
+    return pearson(_rows("norm_correlation", weight).norm(dim=1), counts)
+
+
+class CentroidGeometry(Metric):
+    """How far the features have collapsed to well-separated class centroids.
+
+    update(features, labels) as `class_moments`. compute() gives a dict of float64 scalars:
+
+        equiangularity   Std over pairs of cos(ĉ_k, ĉ_k'), ĉ the centroids less a mean
+        maximal_angle    mean over pairs of |cos(ĉ_k, ĉ_k') + 1/(K−1)|
+        compactness      Σ ‖f − c‖² / Σ n
+        min_distance, mean_distance    of pairs of centroids
+
+    over the classes that occurred; NaN with fewer than two of them.
+
+    Args:
+        num_classes, dim: K and D.
+        mean: what centroids are taken less: the mean of the "classes" (their centroids) or of the
+            "pixels".
+        anchors: [K, D] about which squares are summed: Σ‖f−c‖² = Σ‖f−a‖² − n‖c−a‖², which is the
+            more exact the nearer they are to the centroids; zero by default.
+        ignore_index: as `class_moments`.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    sqdists: Tensor
+    anchors: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        mean: str = "classes",
+        anchors: Tensor | None = None,
+        ignore_index: int = 255,
+        **metric_arguments: Any,
+    ) -> None:
+        super().__init__(**metric_arguments)
+        check_num_classes("CentroidGeometry", num_classes)
+        check_choice("CentroidGeometry", "mean", mean, ("classes", "pixels"))
+        self.num_classes, self.mean, self.ignore_index = num_classes, mean, ignore_index
+        zeros = torch.zeros(num_classes, dim)
+        self.register_buffer("anchors", zeros if anchors is None else anchors.detach().clone())
+        self.add_state("counts", torch.zeros(num_classes, dtype=torch.int64), "sum")
+        self.add_state("sums", zeros.double(), "sum")
+        self.add_state("sqdists", torch.zeros(num_classes, dtype=torch.float64), "sum")
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        counts, sums, sqdists = class_moments(
+            features,
+            labels,
+            self.num_classes,
+            anchors=self.anchors,
+            ignore_index=self.ignore_index,
+        )
+        assert sqdists is not None
+        self.counts += counts
+        self.sums += sums
+        self.sqdists += sqdists
+
+    def centroids(self) -> tuple[Tensor, Tensor]:
+        """Of this rank so far: centroids [K, D] float64 (zero where absent) and counts [K]."""
+        return self.sums / self.counts.clamp(min=1)[:, None], self.counts
+
+    def compute(self) -> dict[str, Tensor]:
+        present = self.counts > 0
+        counts = self.counts[present]
+        centroids = self.sums[present] / counts[:, None]
+        shift = centroids - self.anchors[present]
+        within = (self.sqdists[present] - counts * shift.square().sum(1)).clamp(min=0)
+        mean = None if self.mean == "classes" else self.sums.sum(0) / self.counts.sum()
+        distances = F.pdist(centroids) if len(counts) > 1 else centroids.new_full((1,), torch.nan)
+        few = len(counts) < 2
+        nan = distances.new_tensor(torch.nan)
+        return {
+            "equiangularity": nan if few else equiangularity(centroids, mean),
+            "maximal_angle": nan if few else maximal_angle(centroids, mean),
+            "compactness": within.sum() / counts.sum(),
+            "min_distance": distances.min(),
+            "mean_distance": distances.mean(),
+        }
+
+
+class LabelImbalance(Metric):
+    """How unequal the classes are, from labels alone (CeCo): update(labels), any integer (B, …).
+
+    compute() gives pixel_imbalance (PIF) and center_imbalance (CIF: of the numbers of images that
+    contain each class); the counts themselves are `pixels` and `images`, int64 [K]. `prior()` is
+    CeCo's π.
+    """
+
+    pixels: Tensor
+    images: Tensor
+
+    def __init__(
+        self, num_classes: int, *, ignore_index: int = 255, **metric_arguments: Any
+    ) -> None:
+        super().__init__(**metric_arguments)
+        check_num_classes("LabelImbalance", num_classes)
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        for name in ("pixels", "images"):
+            self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), "sum")
+
+    @torch.no_grad()
+    def update(self, labels: Tensor) -> None:
+        labels = labels.long().flatten(1)
+        valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
+        keys = torch.where(valid, labels, self.num_classes)
+        counts = keys.new_zeros(len(labels), self.num_classes + 1)
+        counts.scatter_add_(1, keys, torch.ones_like(keys))
+        self.pixels += counts[:, :-1].sum(0)
+        self.images += (counts[:, :-1] > 0).sum(0)
+
+    def prior(self) -> Tensor:
+        """Share of images that contain each class, normalised to sum 1: float32 [K]."""
+        return (self.images / self.images.sum()).float()
+
+    def compute(self) -> dict[str, Tensor]:
+        return {
+            "pixel_imbalance": imbalance_factor(self.pixels),
+            "center_imbalance": imbalance_factor(self.images),
+        }
+
+
+class FrequencyCorrelation(Metric):
+    """Pearson's correlation of the classes' accuracy with their pixel frequency (CeCo, Fig. 7).
+
+    update(predictions, labels): classes (B, …) or logits (B, K, …) at the labels' size. compute()
+    gives a float64 scalar over the classes that occur in the labels: near 0 where frequency does
+    not decide.
+    """
+
+    correct: Tensor
+    pixels: Tensor
+
+    def __init__(
+        self, num_classes: int, *, ignore_index: int = 255, **metric_arguments: Any
+    ) -> None:
+        super().__init__(**metric_arguments)
+        check_num_classes("FrequencyCorrelation", num_classes)
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        for name in ("correct", "pixels"):
+            self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), "sum")
+
+    @torch.no_grad()
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        if predictions.dim() == labels.dim() + 1:
+            predictions = predictions.argmax(1)
+        if predictions.shape != labels.shape:
+            expected = f"{tuple(labels.shape)}, as labels, or logits"
+            fail("FrequencyCorrelation", "predictions", expected, tuple(predictions.shape))
+        valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
+        labels, predictions = labels[valid].long(), predictions[valid]
+        self.pixels += labels.bincount(minlength=self.num_classes)
+        self.correct += labels[predictions == labels].bincount(minlength=self.num_classes)
+
+    def compute(self) -> Tensor:
+        present = self.pixels > 0
+        return pearson(self.correct[present] / self.pixels[present], self.pixels[present])

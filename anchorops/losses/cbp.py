@@ -1,0 +1,131 @@
+"""CBP, category-basis prototypes: a classifier that is set, not learned
+(doi 10.1016/j.patcog.2024.110431)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from .._checks import check_choice, describe, fail
+from ..anchors import category_basis
+from ..distributed import reduce_moments
+from ..reference import ClassMoments
+from .base import Classifier, Losses, Plan, Regularizer, linear_weight
+from .statistics import Request
+
+
+class CBP(Regularizer):
+    """Replaces the classifier's weight by `category_basis`, without a bias, and freezes it.
+
+    `attach` does that (`detach` restores the old weight and bias); elsewhere call
+    `install(classifier)`; either before a checkpoint is loaded. The logits stay the plain product.
+    The loss is 0 but for "penalty".
+
+    Args:
+        num_classes, dim: K and D ≥ K.
+        length: T of the rows (ADE20K: FCN 2, ConvNeXt 2, Swin 1, SegFormer 1); None: as
+            Gram-Schmidt leaves them ("orthogonalised only").
+        init: [K, D] to orthogonalise instead of Kaiming normal (text embeddings, say).
+        orthogonalize: False for "equalised only".
+        update: its Table 4: "frozen"; "gradient": learned from there; "ema": moving average of the
+            batch's class centroids, lengths following; "penalty": learned, rows kept at `length`,
+            with `penalty_weight` times the mean squared cosine between rows (the text says: forced
+            to 0). "ema" and "penalty" change the weight in place when the next training forward
+            begins: they need `attach`, and each forward its backward before the next.
+        momentum: of "ema", w ← momentum·w + (1 − momentum)·centroid on present classes.
+        ignore_index, process_group: as `Regularizer`; "ema" is always over all ranks, for the
+            ranks' classifiers must stay equal.
+    """
+
+    settings = ("length", "orthogonalize", "update", "momentum", "penalty_weight")
+    replaces_classifier = True
+    basis: Tensor
+    centroids: Tensor
+    present: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        length: float | None = 2.0,
+        init: Tensor | None = None,
+        orthogonalize: bool = True,
+        update: str = "frozen",
+        momentum: float = 0.999,
+        penalty_weight: float = 0.01,
+        ignore_index: int = 255,
+        process_group: ProcessGroup | str | None = None,
+    ) -> None:
+        super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
+        check_choice("CBP", "update", update, ("frozen", "gradient", "ema", "penalty"))
+        if update == "penalty" and length is None:
+            fail("CBP", "length", 'a number for update="penalty"', None)
+        self.length, self.orthogonalize, self.update = length, orthogonalize, update
+        self.momentum, self.penalty_weight = momentum, penalty_weight
+        self.uses_classifier = update == "penalty"
+        basis = category_basis(num_classes, dim, length, init=init, orthogonalize=orthogonalize)
+        self.register_buffer("basis", basis, persistent=False)  # the classifier keeps it
+        if update == "ema":
+            self.register_buffer("centroids", torch.zeros(num_classes, dim))
+            self.register_buffer("present", torch.zeros(num_classes, dtype=torch.bool))
+
+    @torch.no_grad()
+    def install(self, classifier: nn.Module) -> Callable[[], None]:
+        """Set the classifier's weight, take its bias out; returns what undoes it."""
+        weight, bias = classifier.weight, classifier.bias
+        if not isinstance(weight, Tensor) or weight.numel() != self.basis.numel():
+            expected = f"a linear layer or 1×1 convolution {self.dim} → {self.num_classes}"
+            fail("CBP", "classifier", expected, describe(classifier))
+        before, trained = weight.detach().clone(), weight.requires_grad
+        weight.copy_(self.basis.to(weight).view_as(weight))
+        weight.requires_grad_(self.update in ("gradient", "penalty"))
+        classifier.register_parameter("bias", None)
+
+        @torch.no_grad()
+        def undo() -> None:
+            weight.copy_(before)
+            weight.requires_grad_(trained)
+            classifier.register_parameter("bias", bias)  # pyright: ignore[reportArgumentType]
+
+        return undo
+
+    @torch.no_grad()
+    def before_classifier(self, classifier: nn.Module) -> None:
+        weight = classifier.weight
+        assert isinstance(weight, Tensor)
+        if self.update == "penalty":
+            assert self.length is not None
+            rows = F.normalize(weight.flatten(1), dim=1) * self.length
+            weight.copy_(rows.view_as(weight))
+        elif self.update == "ema":
+            rows = weight.flatten(1)
+            moved = self.momentum * rows + (1 - self.momentum) * self.centroids.to(weight)
+            weight.copy_(torch.where(self.present[:, None], moved, rows).view_as(weight))
+            self.present.zero_()
+
+    def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
+        zero = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
+        if self.update == "ema":
+            return Plan(Request(), lambda moments: self._remember(moments, zero))
+        if self.update == "penalty":
+            weight, _ = linear_weight("CBP", classifier, self.num_classes, self.dim)
+            rows = F.normalize(weight, dim=1)
+            cosines = (rows @ rows.T).fill_diagonal_(0)
+            pairs = max(self.num_classes * (self.num_classes - 1), 1)
+            penalty = self.penalty_weight * cosines.square().sum() / pairs
+            return Plan(None, lambda _: Losses({"penalty": penalty}, {}))
+        return Plan(None, lambda _: Losses({"basis": zero}, {}))
+
+    def reduce(self, moments: ClassMoments, request: Request) -> ClassMoments:
+        return reduce_moments(moments, self.process_group or "world")
+
+    @torch.no_grad()
+    def _remember(self, moments: ClassMoments | None, zero: Tensor) -> Losses:
+        assert moments is not None
+        if self.training:
+            self.centroids.copy_(moments.sums / moments.counts.clamp(min=1)[:, None])
+            self.present.copy_(moments.counts > 0)
+        return Losses({"basis": zero}, {})

@@ -1,0 +1,208 @@
+"""CeCo, center collapse (CVPR 2023)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from .._checks import check_choice, describe, fail
+from ..anchors import simplex_etf
+from ..distributed import all_reduce, reduce_moments
+from ..reference import ClassMoments
+from .base import Classifier, Losses, Plan, Regularizer
+from .statistics import Request
+
+_FIXED_POINT = 2**30  # weights are summed as integers: any order gives the same bits
+
+
+def _corners(size: int, source: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """For each of `size` label rows: two feature rows and their weights, as bilinear upsampling
+    takes them with align_corners=True."""
+    step = (source - 1) / (size - 1) if size > 1 else 0.0
+    scale = torch.tensor(step, dtype=torch.float32, device=device)
+    position = torch.arange(size, device=device, dtype=torch.float32) * scale
+    low = position.long().clamp(max=source - 1)
+    fraction = position - low
+    return [(low, 1 - fraction), ((low + 1).clamp(max=source - 1), fraction)]
+
+
+def splat_labels(
+    labels: Tensor, size: tuple[int, int], num_classes: int, ignore_index: int = 255
+) -> tuple[Tensor, Tensor]:
+    """W = upᵀ onehot(labels) and the classes' pixel counts.
+
+    Bilinear upsampling (align_corners=True) from `size` to the labels' size is linear, so that the
+    sum over a class of upsampled features, Σ_{p∈k} up(g)(p), is Σ_q W[k, q]·g(q): nothing of
+    the labels' size times the channels is ever built.
+
+    Args:
+        labels: integer (B, H', W').
+        size: (H, W) of the features.
+
+    Returns:
+        W: float32 [B, K, H·W]; counts: int64 [B, K]. The same bits whatever the device's order.
+    """
+    (height, width), images = size, labels.shape[0]
+    labels = labels.long()
+    valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
+    image = torch.arange(images, device=labels.device)[:, None, None]
+    spare = images * num_classes  # where the ignored go
+    keys = torch.where(valid, image * num_classes + labels, spare)
+    counts = torch.zeros(spare + 1, dtype=torch.int64, device=labels.device)
+    counts = counts.index_add(0, keys.flatten(), torch.ones_like(keys).flatten())[:-1]
+    cells = height * width
+    first = keys * cells
+    splatted = torch.zeros((spare + 1) * cells, dtype=torch.int64, device=labels.device)
+    for row, row_weight in _corners(labels.shape[1], height, labels.device):
+        for column, column_weight in _corners(labels.shape[2], width, labels.device):
+            weight = (row_weight[:, None] * column_weight * _FIXED_POINT).round().long()
+            cell = first + (row[:, None] * width + column)
+            splatted.index_add_(0, cell.flatten(), weight.expand_as(cell).flatten())
+    weights = splatted[:-cells].view(images, num_classes, cells).float() / _FIXED_POINT
+    return weights, counts.view(images, num_classes)
+
+
+class CeCo(Regularizer):
+    """Class centers of projected features, classified by a fixed simplex.
+
+    g = BN(reduction(features)), upsampled to the labels; z_k = mean of g over class k;
+    ẑ_k = normalize(ReLU(projection z_k)), dropped out; W the simplex ETF (supplement, Eq. 11); π
+    the share of training images that contain each class.
+
+        L = loss_weight · mean_{k present} −log softmax_k( scale·⟨ẑ_k, W⟩ + log(π + 1e−12) )
+
+    Args:
+        num_classes, dim: K and D.
+        loss_weight: λ: 0.8 (Swin-T), 0.2 (Swin-B).
+        reduced_dim, center_dim: channels of g and of ẑ; center_dim ≥ K − 1.
+        scale: of the cosines.
+        prior: π [K], any positive scale; uniform if None.
+        resolution: "label" as released (upsampled; without building that tensor), or "feature": the
+            labels are brought to the features by nearest instead.
+        per_image: centers of each image instead of the batch's.
+        freeze_projection: as released; False trains it.
+        dropout: probability, on ẑ.
+        ignore_index, process_group: as `Regularizer`; with a group BN's statistics are global, and
+            two ranks equal one process where dropout = 0.
+
+    The model's own classifier takes no part. `terms`: center, present (number of centers).
+    """
+
+    settings = (
+        "loss_weight",
+        "reduced_dim",
+        "center_dim",
+        "scale",
+        "resolution",
+        "per_image",
+        "freeze_projection",
+        "dropout",
+    )
+    prior: Tensor
+    etf: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        loss_weight: float = 0.8,
+        reduced_dim: int = 128,
+        center_dim: int = 512,
+        scale: float = 5.0,
+        prior: Tensor | None = None,
+        resolution: str = "label",
+        per_image: bool = False,
+        freeze_projection: bool = True,
+        dropout: float = 0.1,
+        ignore_index: int = 255,
+        process_group: ProcessGroup | str | None = None,
+    ) -> None:
+        super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
+        check_choice("CeCo", "resolution", resolution, ("label", "feature"))
+        if not 0 <= dropout < 1:
+            fail("CeCo", "dropout", "a number in [0, 1)", dropout)
+        if prior is None:
+            prior = torch.ones(num_classes)
+        elif not isinstance(prior, Tensor) or prior.shape != (num_classes,):
+            fail("CeCo", "prior", f"a tensor [{num_classes}]", describe(prior))
+        self.loss_weight, self.scale, self.dropout = loss_weight, scale, dropout
+        self.reduced_dim, self.center_dim = reduced_dim, center_dim
+        self.resolution, self.per_image = resolution, per_image
+        self.freeze_projection = freeze_projection
+        self.reduction = nn.Conv2d(dim, reduced_dim, 1, bias=False)
+        self.norm = nn.BatchNorm2d(reduced_dim)
+        self.projection = nn.Linear(reduced_dim, center_dim)
+        self.projection.requires_grad_(not freeze_projection)
+        self.register_buffer("prior", (prior / prior.sum()).to(torch.get_default_dtype()))
+        self.register_buffer("etf", simplex_etf(num_classes, center_dim))
+
+    def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
+        if self.per_image and features.dim() == 2:
+            expected = "images (B, D, ...) for per_image; pad point clouds with ignored labels"
+            fail("CeCo", "features", expected, f"points {tuple(features.shape)}")
+        reduced = self._reduce_channels(features)
+        if features.dim() == 4 and self.resolution == "label":
+            return Plan(None, lambda _: self._losses_of_centers(self._splat(reduced, labels)))
+
+        def losses(moments: ClassMoments | None) -> Losses:
+            assert moments is not None
+            return self._losses_of_centers(moments)
+
+        return Plan(Request(per_image=self.per_image, features=reduced), losses)
+
+    def _reduce_channels(self, features: Tensor) -> Tensor:
+        """g, in the features' shape and layout."""
+        maps = features.T[None] if features.dim() == 2 else features
+        maps = maps if maps.dim() == 4 else maps[..., None]
+        weight = self.reduction.weight.to(features.dtype)
+        reduced = self._normalise(F.conv2d(maps, weight))
+        if features.dim() == 4:
+            return reduced
+        return reduced[0, ..., 0].T if features.dim() == 2 else reduced[..., 0]
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """Batch norm of (B, C, H, W), over all ranks where there is a group."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        norm = self.norm
+        if self.process_group is None or not self.training:
+            return norm(x)
+        axes, shape = (0, 2, 3), (1, -1, 1, 1)
+        here = x.new_full((1,), x.numel() // x.shape[1])
+        total = all_reduce(torch.cat([x.sum(axes), here]), self.process_group)
+        size, mean = total[-1], total[:-1] / total[-1]
+        centered = x - mean.view(shape)
+        variance = all_reduce(centered.square().sum(axes), self.process_group) / size
+        with torch.no_grad():
+            momentum = norm.momentum
+            assert momentum is not None and norm.running_mean is not None
+            assert norm.running_var is not None and norm.num_batches_tracked is not None
+            unbiased = variance * size / (size - 1)
+            norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
+            norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
+            norm.num_batches_tracked.add_(1)
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        return centered * scale.view(shape) + norm.bias.view(shape)
+
+    def _splat(self, reduced: Tensor, labels: Tensor) -> ClassMoments:
+        size = (reduced.shape[2], reduced.shape[3])
+        weights, counts = splat_labels(labels, size, self.num_classes, self.ignore_index)
+        sums = (reduced.flatten(2) @ weights.to(reduced.dtype).transpose(1, 2)).transpose(1, 2)
+        if self.per_image:
+            return ClassMoments(counts, sums, None)
+        return reduce_moments(ClassMoments(counts.sum(0), sums.sum(0), None), self.process_group)
+
+    def _losses_of_centers(self, moments: ClassMoments) -> Losses:
+        """counts [K] or [B, K], sums [K, C] or [B, K, C]."""
+        counts, sums, _ = moments
+        present = counts > 0
+        centers = sums / counts.clamp(min=1)[..., None]
+        hidden = F.normalize(self.projection(centers).relu(), dim=-1)
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        logits = self.scale * F.linear(hidden, self.etf) + (self.prior + 1e-12).log()
+        own = logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
+        total, number = -torch.where(present, own, 0).sum(), present.sum()
+        if self.per_image:  # every rank has images of its own
+            total, number = (all_reduce(x, self.process_group) for x in (total, number))
+        loss = self.loss_weight * total / number.clamp(min=1)
+        return Losses({"center": loss}, {"present": number})

@@ -1,0 +1,76 @@
+"""Several methods on one model, from one pass over its features."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import describe, fail
+from .base import Classifier, Losses, Regularizer
+from .statistics import class_statistics
+
+
+class Combined(Regularizer):
+    """The sum of several regularisers, whose class statistics come from one pass where they can.
+
+    A pass is shared by all methods on the same features, one with anchors among them: SAR + OCCL
+    read the features once, and their gradients are written once. CeCo works on features of its own.
+    The values are those of the methods apart, if they count the same steps: with a shared pass the
+    random splits are those of the first method that needs one.
+
+    `terms` names parts by method, "sar.p2a" for instance.
+
+    Raises ValueError where the methods differ in num_classes, dim, ignore_index or seed.
+    """
+
+    def __init__(self, *regularizers: Regularizer) -> None:
+        for regularizer in regularizers:
+            if not isinstance(regularizer, Regularizer) or isinstance(regularizer, Combined):
+                fail("Combined", "regularizers", "single methods", describe(regularizer))
+        if not regularizers:
+            fail("Combined", "regularizers", "at least one", "none")
+        first = regularizers[0]
+        super().__init__(first.num_classes, first.dim, ignore_index=first.ignore_index)
+        for name in ("num_classes", "dim", "ignore_index", "seed"):
+            values = {getattr(r, name) for r in regularizers if hasattr(r, name)}
+            if len(values) > 1:
+                fail("Combined", "regularizers", f"one {name}", sorted(values))
+        self.methods = nn.ModuleList(regularizers)
+        self.replaces_classifier = any(r.replaces_classifier for r in regularizers)
+        self.uses_classifier = any(r.uses_classifier for r in regularizers)
+        names = [type(r).__name__.lower() for r in regularizers]
+        self._names = [
+            f"{name}{names[:i].count(name) + 1}" if names.count(name) > 1 else name
+            for i, name in enumerate(names)
+        ]
+
+    def _losses(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Losses:
+        methods: list[Regularizer] = list(self.methods)  # type: ignore[arg-type]
+        plans = [method.plan(features, labels, classifier) for method in methods]
+        requests = [plan.request for plan in plans if plan.request is not None]
+        moments = iter(
+            class_statistics(features, labels, self.num_classes, requests, self.ignore_index)
+        )
+        combined = Losses({}, {})
+        for name, method, (request, losses) in zip(self._names, methods, plans, strict=True):
+            own = losses(None if request is None else method.reduce(next(moments), request))
+            for parts, all_parts in zip(own, combined, strict=True):
+                all_parts.update({f"{name}.{key}": value for key, value in parts.items()})
+        return combined
+
+    def install(self, classifier: nn.Module) -> Callable[[], None]:
+        undo = [method.install(classifier) for method in self.methods]  # type: ignore[operator]
+
+        def undo_all() -> None:
+            for one in reversed(undo):
+                one()
+
+        return undo_all
+
+    @torch.no_grad()
+    def before_classifier(self, classifier: nn.Module) -> None:
+        for method in self.methods:
+            method.before_classifier(classifier)  # type: ignore[operator]
+
+    def extra_repr(self) -> str:
+        return ""

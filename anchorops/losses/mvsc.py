@@ -1,0 +1,141 @@
+"""MVSC, multi-group visual semantic centroids."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from .._checks import describe, fail
+from ..ops.centroid_info_nce import centroid_info_nce
+from ..reference import ClassMoments, split_groups
+from .base import Classifier, Losses, Plan, Regularizer, linear_weight
+from .occl import EPS
+from .statistics import Request
+
+
+class MVSC(Regularizer):
+    """Learnable centroids in G groups, aligned with those of random groups of each class's pixels.
+
+    V_g [K, D]: learnable, v'_k = mean_g V_gk; r_kg: mean of the g-th random group of class k's
+    pixels; a_k, b_k: means of V over a random half of the groups (⌊G/2⌋, drawn anew each step) and
+    over the rest. Means run over the non-empty (k, g), that of L_cos over all classes.
+
+        L_fca = mean_{k,g} −log [ e^{r_kg·v'_k/τ} / Σ_{j present} e^{r_kg·v'_j/τ} ]
+        L_cos = mean_k 1 − cos(a_k, b_k)
+        L_v   = mean_{k,g} CE(classifier(V'_kg), k),  V' = V + r − sg(r)
+        L = fca_weight·L_fca + cos_weight·L_cos + visual_weight·L_v
+
+    Its Eq. 2 is damaged in print; this is the InfoNCE that it describes, with r and v' normalised,
+    which is ours. The text once says that L_cos reduces the similarity; formula and purpose say the
+    contrary. V starts from Kaiming normal (unstated).
+
+    Args:
+        num_classes, dim: K and D.
+        groups: G; with 1, L_cos is 0.
+        fca_weight, cos_weight, visual_weight: λ_f, λ_c, λ_v.
+        enhance: False for L_v = CE of V itself, without gradient to the features.
+        temperature: τ.
+        seed: of the random splits, with the step counter `step`, a buffer.
+        ignore_index, process_group: as `Regularizer`.
+
+    State: `prototypes` (V), a parameter [G, K, D]. `terms`: fca, cos, visual, present (of K).
+    """
+
+    settings = (
+        "groups",
+        "fca_weight",
+        "cos_weight",
+        "visual_weight",
+        "enhance",
+        "temperature",
+        "seed",
+    )
+    uses_classifier = True
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        groups: int = 4,
+        fca_weight: float = 0.1,
+        cos_weight: float = 1.0,
+        visual_weight: float = 0.05,
+        enhance: bool = True,
+        temperature: float = 0.07,
+        seed: int = 0,
+        ignore_index: int = 255,
+        process_group: ProcessGroup | str | None = None,
+    ) -> None:
+        super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
+        if not isinstance(groups, int) or groups < 1:
+            fail("MVSC", "groups", "an int of at least 1", describe(groups))
+        if not temperature > 0:
+            fail("MVSC", "temperature", "a number above 0", temperature)
+        self.groups, self.enhance, self.temperature = groups, enhance, temperature
+        self.fca_weight, self.cos_weight = fca_weight, cos_weight
+        self.visual_weight = visual_weight
+        self.prototypes = nn.Parameter(torch.empty(groups, num_classes, dim))
+        for group in self.prototypes.data:
+            nn.init.kaiming_normal_(group)
+        self._count_steps(seed)
+
+    def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
+        weight, bias = linear_weight("MVSC", classifier, self.num_classes, self.dim)
+        seed = self._next_seed()
+
+        def losses(moments: ClassMoments | None) -> Losses:
+            assert moments is not None
+            shape = (self.num_classes, self.groups)
+            counts = moments.counts.view(shape)
+            sums = moments.sums.view(*shape, self.dim)
+            present = counts > 0
+            centroids = sums / counts.clamp(min=1)[..., None]
+            prototypes = self.prototypes.to(torch.promote_types(weight.dtype, centroids.dtype))
+            terms = {
+                "fca": self.fca_weight * self._alignment(centroids, prototypes, present),
+                "cos": self.cos_weight * self._consistency(prototypes, seed),
+                "visual": self.visual_weight
+                * self._visual(centroids, prototypes, present, weight, bias),
+            }
+            return Losses(terms, {"present": present.any(1).sum()})
+
+        return Plan(Request(groups=self.groups, seed=seed), losses)
+
+    def _alignment(self, centroids: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
+        queries = F.normalize(centroids, dim=-1, eps=EPS)
+        keys = F.normalize(prototypes.mean(0), dim=-1, eps=EPS).to(queries.dtype)
+        return centroid_info_nce(queries, keys, present=present, temperature=self.temperature)
+
+    def _consistency(self, prototypes: Tensor, seed: Tensor) -> Tensor:
+        if self.groups == 1:
+            return prototypes.new_zeros(())
+        groups = torch.zeros(1, self.groups, dtype=torch.int64, device=seed.device)
+        whole = torch.full((1,), self.groups, dtype=torch.int64, device=seed.device)
+        # Apart from the pixels' split, which has the same seed; group 1 is the half of ⌊G/2⌋.
+        half = split_groups(groups, whole, 2, seed + (1 << 31)).view(-1, 1, 1)
+        a, b = (
+            torch.where(half == x, prototypes, 0).sum(0) / size
+            for x, size in ((1, self.groups // 2), (0, (self.groups + 1) // 2))
+        )
+        return (1 - F.cosine_similarity(a, b, dim=1, eps=EPS)).mean()
+
+    def _visual(
+        self,
+        centroids: Tensor,
+        prototypes: Tensor,
+        present: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        visual = prototypes.transpose(0, 1)
+        if self.enhance:  # the value of V, the gradient to both
+            copied = centroids - centroids.detach()
+            visual = visual + torch.where(present[..., None], copied, 0)
+        weight = weight.to(visual.dtype)
+        logits = F.linear(visual, weight, None if bias is None else bias.to(visual.dtype))
+        targets = torch.arange(self.num_classes, device=logits.device)[:, None]
+        ce = F.cross_entropy(
+            logits.flatten(0, 1), targets.expand_as(present).flatten(), reduction="none"
+        )
+        return torch.where(present.flatten(), ce, 0).sum() / present.sum().clamp(min=1)

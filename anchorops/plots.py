@@ -1,0 +1,148 @@
+"""Figures of what the methods do to features, each a matplotlib Figure from one call."""
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ._checks import describe, fail
+
+_BLUE = "#3465a4"
+
+
+def _matrix(function: str, argument: str, value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.dim() not in (2, 4):
+        fail(function, argument, "a tensor [K, D] or [K, D, 1, 1]", describe(value))
+    return value.detach().float().cpu().flatten(1)
+
+
+def cosine_map(
+    vectors: Tensor,
+    names: Sequence[str] | None = None,
+    *,
+    centered: bool = False,
+    title: str = "cosine similarity",
+) -> Figure:
+    """Cosines between the rows of a classifier's weight, or between centroids, [K, D]; of what is
+    left of them without their mean where centered."""
+    rows = _matrix("cosine_map", "vectors", vectors)
+    unit = F.normalize(rows - rows.mean(0) if centered else rows, dim=1)
+    size = max(3.5, min(10.0, 0.25 * len(unit)))
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow((unit @ unit.T).numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    if names is not None:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    axes.set_title(title)
+    return figure
+
+
+def iou_against_frequency(
+    iou: Tensor, pixels: Tensor, names: Sequence[str] | None = None
+) -> Figure:
+    """Each class's IoU over its share of the training pixels; iou and pixels: [K]."""
+    share = pixels.detach().double().cpu() / pixels.sum().clamp(min=1).cpu()
+    values = iou.detach().double().cpu()
+    shown = (share > 0) & values.isfinite()
+    figure = Figure(figsize=(5.5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(share[shown].numpy(), values[shown].numpy(), s=20, color=_BLUE)
+    for k, name in enumerate(names or []):
+        if shown[k]:
+            position = (float(share[k]), float(values[k]))
+            axes.annotate(name, position, xytext=(3, 3), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", xlabel="share of training pixels", ylabel="IoU")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _project(points: Tensor) -> tuple[Tensor, str]:
+    """[N, D] → [N, 2], by UMAP where installed, else onto the two principal components."""
+    if importlib.util.find_spec("umap") is not None:
+        reducer = importlib.import_module("umap").UMAP(n_components=2, random_state=0)
+        return torch.as_tensor(reducer.fit_transform(points.numpy())), "UMAP"
+    centered = points - points.mean(0)
+    _, _, axes = torch.linalg.svd(centered, full_matrices=False)
+    return centered @ axes[:2].T, "PCA"
+
+
+def features_with_anchors(
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    *,
+    names: Sequence[str] | None = None,
+    ignore_index: int = 255,
+    max_points: int = 2000,
+) -> Figure:
+    """Features in two dimensions, coloured by class, with the anchors (or centroids) as stars.
+
+    features: (B, D, H, W), labels (B, H', W') brought to H×W by nearest; or (N, D) and (N,). At
+    most max_points of them are drawn, evenly spaced. anchors: [K, D].
+    """
+    from .reference import feature_rows, resize_labels
+
+    stars = _matrix("features_with_anchors", "anchors", anchors)
+    keys = resize_labels(labels, features).flatten().cpu()
+    valid = ((keys >= 0) & (keys < len(stars)) & (keys != ignore_index)).nonzero().flatten()
+    if len(valid) == 0:
+        fail("features_with_anchors", "labels", "at least one valid pixel", "none")
+    valid = valid[:: max(1, -(-len(valid) // max_points))]
+    rows = feature_rows(features.detach().cpu())[valid].float()
+    points, method = _project(torch.cat([rows, stars]))
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    palette = {"cmap": "tab20", "vmin": 0, "vmax": max(19, len(stars) - 1)}
+    axes.scatter(*points[: len(rows)].T.numpy(), c=keys[valid].numpy(), s=4, alpha=0.5, **palette)
+    axes.scatter(
+        *points[len(rows) :].T.numpy(),
+        c=range(len(stars)),
+        s=140,
+        marker="*",
+        edgecolors="black",
+        **palette,
+    )
+    for k, name in enumerate(names or []):
+        x, y = points[len(rows) + k].tolist()
+        axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=7)
+    axes.set(xticks=[], yticks=[], title=f"features and anchors ({method})")
+    return figure
+
+
+def centroid_similarity(features: Tensor, centroids: Tensor, image: Tensor | None = None) -> Figure:
+    """Cosine of every pixel to a class's centroid, over the image.
+
+    features: (D, H, W) of one image; centroids: [D], or [G, D] for one panel each (MVSC's groups);
+    image: (3, H', W') or (H', W'), values 0 to 1, drawn first.
+    """
+    if features.dim() != 3:
+        fail("centroid_similarity", "features", "a tensor (D, H, W)", describe(features))
+    vectors = centroids.detach().float().cpu()
+    vectors = vectors[None] if vectors.dim() == 1 else vectors
+    if vectors.dim() != 2 or vectors.shape[1] != features.shape[0]:
+        expected = f"[{features.shape[0]}] or [G, {features.shape[0]}]"
+        fail("centroid_similarity", "centroids", expected, describe(centroids))
+    unit = F.normalize(features.detach().float().cpu(), dim=0)
+    maps = torch.einsum("gd,dhw->ghw", F.normalize(vectors, dim=1), unit)
+    panels = len(maps) + (image is not None)
+    figure = Figure(figsize=(3 * panels + 0.8, 3), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    if image is not None:
+        pixels = image.detach().float().cpu()
+        axes[0].imshow(
+            (pixels if pixels.dim() == 2 else pixels.movedim(0, -1)).numpy(), cmap="gray"
+        )
+    shown = None
+    for axis, similarity in zip(axes[panels - len(maps) :], maps, strict=True):
+        shown = axis.imshow(similarity.numpy(), vmin=float(maps.min()), vmax=1, cmap="viridis")
+    for axis in axes:
+        axis.set_axis_off()
+    assert shown is not None
+    figure.colorbar(shown, ax=list(axes), shrink=0.8, label="cosine")
+    return figure

@@ -1,0 +1,99 @@
+"""What a trained network's features look like, and what its regulariser costs."""
+
+import copy
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import anchorops as ao
+
+from ..reference import resize_labels
+from .digits import IGNORED
+from .learner import Learner
+from .models import Segmenter
+
+SAMPLES = 2_000  # pixels shown in two dimensions
+REPEATS = 7
+
+
+class Features(NamedTuple):
+    """centroids [K, D] and counts [K] of the classes; samples: the features [n, D] of some pixels
+    and their labels [n]."""
+
+    centroids: Tensor
+    counts: Tensor
+    samples: tuple[Tensor, Tensor]
+
+
+@torch.inference_mode()
+def collect_features(
+    model: Segmenter,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    device: torch.device,
+) -> Features:
+    """The classes' mean features over the batches, and as many pixels of each class, as far as
+    there are."""
+    model.eval()
+    sums: Tensor | None = None
+    counts = torch.zeros(num_classes, dtype=torch.int64)
+    samples, sampled_labels = [], []
+    quota = SAMPLES // num_classes
+    taken = torch.zeros(num_classes, dtype=torch.int64)
+    for images, labels in batches:
+        features = model.body(images.to(device)).float()
+        labels = labels.to(device).long()
+        moments = ao.class_moments(features, labels, num_classes, ignore_index=IGNORED)
+        sums = moments.sums if sums is None else sums + moments.sums
+        counts += moments.counts.cpu()
+        pixels = features.flatten(2).transpose(1, 2).flatten(0, 1)
+        keys = resize_labels(labels, features).flatten()
+        for k in torch.nonzero(taken < quota).flatten().tolist():
+            found = torch.nonzero(keys == k).flatten()
+            # spread over the batch, so that not one object fills the quota
+            found = found[:: max(1, len(found) // 40)][: quota - int(taken[k])]
+            samples.append(pixels[found].cpu())
+            sampled_labels.append(torch.full((len(found),), k))
+            taken[k] += len(found)
+    assert sums is not None
+    centroids = sums.cpu() / counts.clamp(min=1)[:, None]
+    return Features(centroids, counts, (torch.cat(samples), torch.cat(sampled_labels)))
+
+
+class Cost(NamedTuple):
+    """Seconds and GPU memory in MB (None on CPU) of one forward and backward."""
+
+    seconds: float
+    memory_mb: float | None
+
+
+def measure_cost(
+    learner: Learner, images: Tensor, labels: Tensor, *, bf16: bool
+) -> tuple[Cost, Cost]:
+    """Without and with the regulariser, on a copy of the learner: medians of alternating passes."""
+    learner = copy.deepcopy(learner).train()
+    plain = Learner(learner.model, None, learner.cross_entropy)
+    seconds: dict[Learner, list[float]] = {plain: [], learner: []}
+    memory: dict[Learner, float] = {}
+    for repeat in range(REPEATS + 1):
+        for candidate, measured in seconds.items():
+            learner.zero_grad()
+            if images.is_cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            begin = time.perf_counter()
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                loss, _ = candidate(images, labels)
+            loss.backward()
+            if images.is_cuda:
+                torch.cuda.synchronize()
+                memory[candidate] = torch.cuda.max_memory_allocated() / 2**20
+            if repeat > 0:  # the first pass warms up
+                measured.append(time.perf_counter() - begin)
+    first, second = (
+        Cost(sorted(seconds[x])[REPEATS // 2], memory.get(x)) for x in (plain, learner)
+    )
+    return first, second

@@ -1,0 +1,61 @@
+"""Runs beside each other."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+MEASURES = {"mIoU": "miou", "head": "head", "body": "body", "tail": "tail", "mAcc": "macc"}
+
+
+def load_results(run: Path) -> dict[str, Any]:
+    """Raises ValueError where the run has not come to its end."""
+    path = run / "results.json"
+    if not path.exists():
+        raise ValueError(f"{run}: expected a finished run, with its results.json")
+    return json.loads(path.read_text())
+
+
+def comparison(results: Sequence[dict[str, Any]]) -> str:
+    """A table with a row for each data set, network and methods: mean ± standard deviation in %
+    over the seeds."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        key = tuple(result[name] for name in ("dataset", "model", "methods"))
+        groups.setdefault(key, []).append(result)
+    header = ["data", "network", "methods", "seeds", *MEASURES, "M params", "s/step", "GPU MB"]
+    rows = [header]
+    for key, runs in groups.items():
+        rows.append(
+            [
+                *key,
+                str(len(runs)),
+                *(_percent([run[name] for run in runs]) for name in MEASURES.values()),
+                f"{runs[0]['parameters'] / 1e6:.2f}",
+                f"{fmean(run['seconds_per_step'] for run in runs):.3f}",
+                _mean([run["gpu_memory_mb"] for run in runs], "{:.0f}"),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < 3 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def _mean(values: list[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return form.format(fmean(known)) if known else "–"
+
+
+def _percent(values: list[float | None]) -> str:
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return "–"
+    spread = f" ± {stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{fmean(known):.1f}{spread}"

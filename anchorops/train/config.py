@@ -1,0 +1,208 @@
+"""Every option of a training run; its help is the text under each field."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import OmitArgPrefixes
+
+
+@dataclass(frozen=True)
+class Data:
+    dataset: Literal[
+        "digits",
+        "folder",
+        "cityscapes",
+        "ade20k",
+        "pascal-context",
+        "coco-stuff-10k",
+        "coco-stuff-164k",
+    ] = "digits"
+    """digits: scenes of handwritten digits, made on the fly, no files needed. folder: images/train,
+    images/val, masks/train, masks/val and classes.txt under --root. Others: as downloaded."""
+    root: Path | None = None
+    """Where the data set lies."""
+    train_images: int = 20_000
+    """digits: scenes in the training split."""
+    val_images: int = 200
+    """digits: scenes in the validation split."""
+    crop: tuple[int, int] = (64, 64)
+    """Height and width of a training image (digits: of every scene)."""
+    image_suffix: str | None = None
+    """folder: ending of image names (_rgb.tif); any known one if not given."""
+    mask_suffix: str | None = None
+    """folder: ending of mask names (_labels.png)."""
+    num_classes: int | None = None
+    """folder: number of classes where there is no classes.txt."""
+    label_map: dict[int, int] = field(default_factory=dict)
+    """folder: values in the masks and their classes, 255 ignored: --label-map 128 1 7 255."""
+    channels: int = 3
+    """folder: channels of the images."""
+    short_side: int | None = None
+    """Images are scaled to this short side, aspect kept; None: as they are."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Range of a further random scale of training images, which are then cropped or padded."""
+    flip: bool = False
+    """Mirror half of the training images."""
+    photometric: bool = False
+    """Distort brightness, contrast, saturation and hue of training images."""
+    head_tail: tuple[float, float] = (0.01, 0.001)
+    """Head classes have at least the first share of the training pixels, tail classes less than
+    the second."""
+    workers: int = 0
+    """Processes that prepare images, per rank; the images do not depend on it."""
+
+
+@dataclass(frozen=True)
+class Model:
+    model: str = "hrnet-w18-small"
+    """hrnet-w18-small, hrnet-w18, hrnet-w48, …, segformer-b0 to segformer-b5, or
+    ARCHITECTURE:ENCODER of segmentation-models-pytorch."""
+    pretrained: bool = False
+    """Start from ImageNet weights (downloaded)."""
+    weights: Path | None = None
+    """Start from the weights in this file."""
+    methods: tuple[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"], ...] = ()
+    """Regularisers beside the cross-entropy, any number of them."""
+    method_options: dict[str, str] = field(default_factory=dict)
+    """Arguments of the methods as METHOD.ARGUMENT VALUE pairs: sar.decay 0.99 occl.split images."""
+
+
+@dataclass(frozen=True)
+class Optimization:
+    steps: int = 500
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Images per step, over all ranks and accumulated passes."""
+    accumulate: int = 1
+    """Passes per step over which gradients are accumulated."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd has momentum 0.9."""
+    lr: float = 0.01
+    """Learning rate after warm-up."""
+    weight_decay: float = 5e-4
+    """Not applied to biases and normalisation layers."""
+    head_lr_factor: float = 1.0
+    """Learning rate of everything but the backbone, relative to lr."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    power: float = 0.9
+    """Exponent of the polynomial decay to zero."""
+    clip: float | None = None
+    """Largest norm of the gradient."""
+    class_weights: Literal["none", "inverse-sqrt", "median"] = "none"
+    """Weights of the cross-entropy from class frequencies f: 1/√f or median(f)/f, mean 1."""
+    given_class_weights: tuple[float, ...] = ()
+    """Weights of the cross-entropy, one per class."""
+    ohem: float | None = None
+    """Online hard example mining: the cross-entropy counts only pixels whose true class has a
+    probability below this."""
+    ohem_kept: int = 100_000
+    """The hardest pixels that are kept in each pass however easy they are."""
+
+
+@dataclass(frozen=True)
+class Running:
+    out: Path = Path("runs")
+    """Directory of all runs."""
+    name: str | None = None
+    """Directory of this run inside --out; DATASET-MODEL-METHODS-seedN if not given."""
+    overwrite: bool = False
+    """Delete an earlier run of the same name."""
+    seed: int = 0
+    device: str | None = None
+    """cuda if there is one, else cpu."""
+    threads: int | None = None
+    """CPU threads of torch, per rank."""
+    bf16: bool = False
+    """bfloat16 autocast."""
+    channels_last: bool = False
+    """Memory layout of images, features and weights."""
+    sync_bn: bool = True
+    """Batch statistics over all ranks (on GPUs only: torch has it there)."""
+    compile: bool = False
+    """torch.compile the model."""
+    deterministic: bool = False
+    """Deterministic algorithms where torch has them: bit-for-bit resumption on a GPU needs them."""
+    evaluation: Literal["whole", "sliding"] = "whole"
+    """Predict from whole images, or from overlapping windows of the size of a crop."""
+    eval_batch_size: int = 1
+    """Images per pass of an evaluation; more than 1 needs images of one size."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: at the end only."""
+    patience: int | None = None
+    """Stop after so many evaluations without a better mIoU."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between log lines."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a segmentation network."""
+
+    data: OmitArgPrefixes[Data] = field(default_factory=Data)
+    model: OmitArgPrefixes[Model] = field(default_factory=Model)
+    optimization: OmitArgPrefixes[Optimization] = field(default_factory=Optimization)
+    running: OmitArgPrefixes[Running] = field(default_factory=Running)
+
+    def __post_init__(self) -> None:
+        positive = {
+            "steps": self.optimization.steps,
+            "batch-size": self.optimization.batch_size,
+            "accumulate": self.optimization.accumulate,
+            "save-every": self.running.save_every,
+            "log-every": self.running.log_every,
+        }
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"--{name}: expected at least 1, got {value}")
+
+    @property
+    def run(self) -> Path:
+        """Directory of the run."""
+        methods = "+".join(self.model.methods) or "plain"
+        model = self.model.model.replace(":", "-")
+        name = f"{self.data.dataset}-{model}-{methods}-seed{self.running.seed}"
+        return self.running.out / (self.running.name or name)
+
+    def replace(self, **options: Any) -> "Config":
+        """A copy with options of any section changed: config.replace(lr=0.1, methods=("sar",))."""
+        sections = {}
+        for section in dataclasses.fields(self):
+            old = getattr(self, section.name)
+            names = {field.name for field in dataclasses.fields(old)} & options.keys()
+            changes = {name: options.pop(name) for name in names}
+            sections[section.name] = dataclasses.replace(old, **changes)
+        if options:
+            raise TypeError(f"Config.replace: no such option: {', '.join(options)}")
+        return Config(**sections)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), default=str, indent=2) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> "Config":
+        sections = {"data": Data, "model": Model, "optimization": Optimization, "running": Running}
+        saved = json.loads(path.read_text())
+        return Config(
+            **{name: section(**_typed(saved[name])) for name, section in sections.items()}
+        )
+
+
+def _typed(section: dict[str, Any]) -> dict[str, Any]:
+    """Undo what JSON does to tuples, paths and integer keys."""
+    values = dict(section)
+    for name, value in section.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+        elif name in ("out", "root", "weights") and value is not None:
+            values[name] = Path(value)
+        elif name == "label_map":
+            values[name] = {int(key): label for key, label in (value or {}).items()}
+    return values

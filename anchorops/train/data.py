@@ -1,0 +1,234 @@
+"""What every data set gives, and the endless deterministic stream of training batches."""
+
+import signal
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from .config import Data
+from .digits import IGNORED, DigitScenes
+from .folders import MaskFolder, count_classes, open_folder, open_published
+
+
+class Segmentation(Protocol):
+    """A data set. Items: image uint8, or float32 in 0..1, (C, H, W); labels uint8 (H, W), 255
+    ignored."""
+
+    classes: Sequence[str]
+    channels: int
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> tuple[Tensor, Tensor]: ...
+
+
+def build_datasets(config: Data, seed: int) -> tuple[Segmentation, Segmentation]:
+    """Training and validation split."""
+    if config.dataset == "digits":
+        return (
+            DigitScenes("train", config.train_images, config.crop, seed=seed),
+            DigitScenes("val", config.val_images, config.crop, seed=0),
+        )
+    if config.root is None:
+        raise ValueError(f"--root: expected where the data set {config.dataset} lies, got nothing")
+    root = config.root
+    if config.dataset == "folder":
+        train, val = (
+            open_folder(
+                root,
+                split,
+                image_suffix=config.image_suffix,
+                mask_suffix=config.mask_suffix,
+                num_classes=config.num_classes,
+                label_map=config.label_map,
+                channels=config.channels,
+            )
+            for split in ("train", "val")
+        )
+    else:
+        train, val = (open_published(config.dataset, root, split) for split in ("train", "val"))
+    return train, val
+
+
+def class_counts(dataset: Segmentation, cache: Path) -> tuple[Tensor, Tensor]:
+    """How many training pixels and how many images have each class, int64 [K] each; of digit
+    scenes, among the first 2000."""
+    if isinstance(dataset, MaskFolder):
+        return count_classes(dataset, cache)
+    pixels = torch.zeros(2, len(dataset.classes), dtype=torch.int64)
+    for index in range(min(len(dataset), 2000)):
+        histogram = torch.bincount(dataset[index][1].flatten(), minlength=256)
+        histogram = histogram[: len(dataset.classes)]
+        pixels += torch.stack([histogram, histogram > 0])
+    return pixels[0], pixels[1]
+
+
+class RandomScale(v2.Transform):
+    """Scale to the short side (if given), times a random factor; labels by nearest."""
+
+    def __init__(self, short_side: int | None, scale: tuple[float, float]) -> None:
+        super().__init__()
+        self.short_side, self.scale = short_side, scale
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        factor = float(torch.empty(1).uniform_(*self.scale))
+        factor *= (self.short_side or min(height, width)) / min(height, width)
+        return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(v2.functional.resize, inpt, params["size"], antialias=True)
+
+
+def normalize(channels: int) -> v2.Transform:
+    """To float32 in 0..1, then less mean and by deviation: ImageNet's for three channels."""
+    mean, std = [0.5] * channels, [0.25] * channels
+    if channels == 3:
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+def augmentation(config: Data, channels: int) -> v2.Transform:
+    """The papers' order: scale, crop, flip, photometric distortion."""
+    steps: list[v2.Transform] = []
+    if config.dataset != "digits":
+        fill: Any = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
+        steps.append(RandomScale(config.short_side, config.scale))
+        steps.append(v2.RandomCrop(config.crop, pad_if_needed=True, fill=fill))
+    if config.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if config.photometric:
+        if channels != 3:
+            raise ValueError(f"--photometric: expected images of 3 channels, got {channels}")
+        steps.append(v2.RandomPhotometricDistort())
+    return v2.Compose([*steps, normalize(channels)])
+
+
+def evaluation_transform(config: Data, channels: int) -> v2.Transform:
+    """The image alone, scaled to the short side; its labels stay as they are."""
+    scale = [RandomScale(config.short_side, (1.0, 1.0))] if config.short_side else []
+    return v2.Compose([*scale, normalize(channels)])
+
+
+def mixed_seed(*parts: int | str) -> int:
+    """A seed for torch from several parts."""
+    return zlib.crc32(repr(parts).encode())
+
+
+class Draws:
+    """Which image is draw 0, 1, 2, … of a run: one shuffled pass over the data after the other."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __getitem__(self, draw: int) -> int:
+        epoch, position = divmod(draw, self.length)
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(mixed_seed("order", self.seed, epoch))
+            self._order = epoch, torch.randperm(self.length, generator=generator)
+        return int(self._order[1][position])
+
+
+class BatchSampler:
+    """This rank's passes from `first_step` to `steps`, as lists of (image, draw).
+
+    Draw d is a position in the run, whatever the number of ranks, workers, interruptions.
+    """
+
+    def __init__(
+        self,
+        draws: Draws,
+        *,
+        batch_size: int,
+        accumulate: int,
+        rank: int,
+        world: int,
+        first_step: int,
+        steps: int,
+    ) -> None:
+        if batch_size % (accumulate * world):
+            raise ValueError(
+                f"--batch-size: expected a multiple of accumulate × ranks = {accumulate * world}, "
+                f"got {batch_size}"
+            )
+        self.draws, self.size = draws, batch_size // (accumulate * world)
+        self.rank, self.world = rank, world
+        self.passes = range(first_step * accumulate, steps * accumulate)
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for number in self.passes:
+            start = (number * self.world + self.rank) * self.size
+            yield [(self.draws[draw], draw) for draw in range(start, start + self.size)]
+
+
+class Training(Dataset):
+    """Augmented images; the augmentation of a draw is a pure function of (seed, draw)."""
+
+    def __init__(self, dataset: Segmentation, transform: v2.Transform, seed: int) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        index, draw = item
+        image, labels = self.dataset[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed_seed("augmentation", self.seed, draw))
+            image, labels = self.transform(tv_tensors.Image(image), tv_tensors.Mask(labels))
+        return image.as_subclass(Tensor), labels.as_subclass(Tensor)
+
+
+class Validation(Dataset):
+    """Images as the network takes them; labels as they are."""
+
+    def __init__(self, dataset: Segmentation, transform: v2.Transform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, labels = self.dataset[index]
+        return self.transform(tv_tensors.Image(image)).as_subclass(Tensor), labels
+
+
+def _ignore_interrupt(_: int) -> None:
+    # Ctrl-C reaches the whole process group; the training process decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def training_loader(
+    dataset: Segmentation, config: Data, sampler: BatchSampler, *, seed: int, pin_memory: bool
+) -> DataLoader:
+    transform = augmentation(config, dataset.channels)
+    return DataLoader(
+        Training(dataset, transform, seed),
+        batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
+        num_workers=config.workers,
+        pin_memory=pin_memory,
+        persistent_workers=config.workers > 0,
+        worker_init_fn=_ignore_interrupt,
+        multiprocessing_context="forkserver" if config.workers else None,
+    )
+
+
+def evaluation_loader(
+    dataset: Segmentation, config: Data, *, batch_size: int, rank: int, world: int
+) -> DataLoader:
+    """Every image once, over all ranks; unaugmented."""
+    return DataLoader(
+        Validation(dataset, evaluation_transform(config, dataset.channels)),
+        batch_size=batch_size,
+        sampler=range(rank, len(dataset), world),
+        num_workers=config.workers,
+        worker_init_fn=_ignore_interrupt,
+        multiprocessing_context="forkserver" if config.workers else None,
+    )

@@ -1,0 +1,310 @@
+"""Data sets on disk: a plain folder of images and masks, and published ones in their layouts."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .digits import IGNORED
+
+IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+MAX_CLASSES = 255
+
+CITYSCAPES = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
+    "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle",
+    "bicycle",
+)  # fmt: skip
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+# of the 182 labels of COCO-Stuff these have no pixels
+COCO_STUFF_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
+
+
+class Layout(NamedTuple):
+    """Where a data set keeps things, relative to its root."""
+
+    pairs: Callable[[Path, str], list[tuple[Path, Path]]]
+    """(root, "train" or "val") to the paths of images and masks."""
+    labels: Mapping[int, int]
+    """Class of each value in the masks, 255 ignored."""
+    classes: Sequence[str] | int
+    """Names, or how many; names are then read from classes.txt in the root, where it is there."""
+
+
+class MaskFolder:
+    """Images and masks of labels on disk.
+
+    Args:
+        pairs: paths of images and their masks.
+        classes: names.
+        labels: class of each value in the masks, 255 ignored; any other value is an error.
+        channels: of the images.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Path, Path]],
+        classes: Sequence[str],
+        labels: Mapping[int, int],
+        channels: int = 3,
+    ) -> None:
+        if not 2 <= len(classes) <= MAX_CLASSES:
+            raise ValueError(f"expected 2 to {MAX_CLASSES} classes, got {len(classes)}")
+        wrong = {new for new in labels.values() if not (0 <= new < len(classes) or new == IGNORED)}
+        if wrong:
+            raise ValueError(f"label map: expected classes 0 to {len(classes) - 1}, got {wrong}")
+        self.pairs, self.classes, self.labels, self.channels = pairs, classes, labels, channels
+        self._table = np.full(65_536, -1, np.int16)
+        for value, label in labels.items():
+            self._table[value] = label
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image (C, H, W), uint8, or float32 in 0..1 where the file has more than 8 bits; labels
+        uint8 (H, W). Raises ValueError naming the file that does not fit."""
+        image_path, mask_path = self.pairs[index]
+        image, labels = read_image(image_path), self.read_labels(index)
+        if image.shape[0] == 1 and self.channels == 3:
+            image = image.expand(3, -1, -1)
+        if image.shape[0] != self.channels:
+            raise ValueError(
+                f"{image_path}: expected {self.channels} channels (--channels), "
+                f"got {image.shape[0]}"
+            )
+        if image.shape[1:] != labels.shape:
+            raise ValueError(
+                f"{mask_path}: expected the size of its image, {tuple(image.shape[1:])}, got "
+                f"{tuple(labels.shape)}"
+            )
+        return image, labels
+
+    def read_labels(self, index: int) -> Tensor:
+        """Labels uint8 (H, W) alone."""
+        path = self.pairs[index][1]
+        values = _read_array(path, palette=False)
+        if values.ndim != 2 or values.dtype.kind not in "uib":
+            raise ValueError(
+                f"{path}: expected one channel of integer labels, got {values.dtype} of shape "
+                f"{values.shape}"
+            )
+        if values.size and not 0 <= int(values.min()) <= int(values.max()) < len(self._table):
+            raise ValueError(f"{path}: expected labels 0 to 65535, got {values.min()}")
+        labels = self._table[values.astype(np.uint16)]
+        if (labels < 0).any():
+            unknown = np.unique(values[labels < 0])[:5].tolist()
+            raise ValueError(
+                f"{path}: label values {unknown} are not those of the {len(self.classes)} classes "
+                "nor ignored; name more classes, or map the values with --label-map"
+            )
+        return torch.from_numpy(labels.astype(np.uint8))
+
+
+def _read_array(path: Path, *, palette: bool) -> np.ndarray:
+    """palette: whether indexed colours become RGB; in masks the indices are the labels."""
+    try:
+        if path.suffix.lower() in (".tif", ".tiff"):
+            import tifffile
+
+            return tifffile.imread(path)
+        if path.suffix == ".mat":
+            from scipy.io import loadmat
+
+            return loadmat(path)["S"]
+        with Image.open(path) as image:
+            to_rgb = image.mode == "CMYK" or (palette and image.mode == "P")
+            return np.asarray(image.convert("RGB") if to_rgb else image)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def read_image(path: Path) -> Tensor:
+    """(C, H, W): uint8, or float32 in 0..1 for 16 bits, float32 as it is for floating files."""
+    array = _read_array(path, palette=True)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3:
+        raise ValueError(f"{path}: expected an image, got an array of shape {array.shape}")
+    if array.dtype == np.uint16:
+        array = array.astype(np.float32) / 65_535
+    elif array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype.kind == "f":
+        array = array.astype(np.float32)
+    elif array.dtype != np.uint8:
+        raise ValueError(f"{path}: expected 8 or 16 bits or floating values, got {array.dtype}")
+    return torch.from_numpy(np.moveaxis(array, 2, 0).copy())
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist (--root is where the data set lies)")
+    return path
+
+
+def _matched(
+    images: Path, masks: Path, image_end: Sequence[str], mask_end: Sequence[str]
+) -> list[tuple[Path, Path]]:
+    """Images under a folder, each with the mask of the same relative name up to its ending."""
+    pairs = []
+    _existing(masks)
+    for image in sorted(_existing(images).rglob("*")):
+        end = next((end for end in image_end if image.name.lower().endswith(end.lower())), None)
+        if end is None:
+            continue
+        stem = str(image.relative_to(images))[: -len(end)]
+        candidates = [masks / (stem + ending) for ending in mask_end]
+        mask = next((path for path in candidates if path.exists()), None)
+        if mask is None:
+            raise ValueError(f"{candidates[0]} does not exist: the mask of {image}")
+        pairs.append((image, mask))
+    if not pairs:
+        raise ValueError(f"{images} has no images ({', '.join(image_end)})")
+    return pairs
+
+
+def _listed(names: Path, images: Path, masks: Path, mask_end: str) -> list[tuple[Path, Path]]:
+    """The pairs that a text file lists by name."""
+    stems = _existing(names).read_text().split()
+    pairs = [(images / f"{stem}.jpg", masks / f"{stem}{mask_end}") for stem in stems]
+    for path in itertools.chain.from_iterable(pairs):
+        _existing(path)
+    return pairs
+
+
+def _cityscapes(root: Path, split: str) -> list[tuple[Path, Path]]:
+    return _matched(
+        root / "leftImg8bit" / split,
+        root / "gtFine" / split,
+        ["_leftImg8bit.png"],
+        ["_gtFine_labelIds.png"],
+    )
+
+
+def _ade20k(root: Path, split: str) -> list[tuple[Path, Path]]:
+    folder = {"train": "training", "val": "validation"}[split]
+    return _matched(root / "images" / folder, root / "annotations" / folder, [".jpg"], [".png"])
+
+
+def _pascal_context(root: Path, split: str) -> list[tuple[Path, Path]]:
+    return _listed(
+        root / "ImageSets" / "SegmentationContext" / f"{split}.txt",
+        root / "JPEGImages",
+        root / "SegmentationClassContext",
+        ".png",
+    )
+
+
+def _coco_stuff_10k(root: Path, split: str) -> list[tuple[Path, Path]]:
+    names = {"train": "train.txt", "val": "test.txt"}[split]
+    return _listed(root / "imageLists" / names, root / "images", root / "annotations", ".mat")
+
+
+def _coco_stuff_164k(root: Path, split: str) -> list[tuple[Path, Path]]:
+    year = f"{split}2017"
+    return _matched(root / "images" / year, root / "annotations" / year, [".jpg"], [".png"])
+
+
+def _consecutive(values: Iterable[int], ignored: Iterable[int]) -> dict[int, int]:
+    """Values to classes 0, 1, 2, …; the ignored ones to 255."""
+    return dict.fromkeys(ignored, IGNORED) | {value: k for k, value in enumerate(values)}
+
+
+_coco_stuff = [value for value in range(1, 183) if value not in COCO_STUFF_UNUSED]
+LAYOUTS = {
+    "cityscapes": Layout(
+        _cityscapes, _consecutive(CITYSCAPES_IDS, [*range(34), IGNORED]), CITYSCAPES
+    ),
+    "ade20k": Layout(_ade20k, _consecutive(range(1, 151), [0, IGNORED]), 150),
+    "pascal-context": Layout(_pascal_context, _consecutive(range(1, 60), [0, IGNORED]), 59),
+    "coco-stuff-10k": Layout(_coco_stuff_10k, _consecutive(_coco_stuff, range(183)), 171),
+    "coco-stuff-164k": Layout(
+        _coco_stuff_164k, _consecutive([x - 1 for x in _coco_stuff], [*range(182), IGNORED]), 171
+    ),
+}
+
+
+def open_published(name: str, root: Path, split: str) -> MaskFolder:
+    """A split of a published data set.
+
+    cityscapes: leftImg8bit/ and gtFine/ (labelIds). ade20k: ADEChallengeData2016 with images/ and
+    annotations/; 0 is ignored. pascal-context: VOC2010 with JPEGImages/, SegmentationClassContext/
+    and ImageSets/SegmentationContext/; 0 is ignored, 59 classes. coco-stuff-10k: images/,
+    annotations/ (.mat) and imageLists/. coco-stuff-164k: images/ and annotations/ (the
+    stuffthingmaps), each with train2017/ and val2017/.
+    """
+    layout = LAYOUTS[name]
+    if isinstance(layout.classes, int):
+        classes = _read_classes(root) or [f"class {k + 1}" for k in range(layout.classes)]
+        if len(classes) != layout.classes:
+            raise ValueError(
+                f"{root / 'classes.txt'}: expected {layout.classes} lines, got {len(classes)}"
+            )
+    else:
+        classes = layout.classes
+    return MaskFolder(layout.pairs(root, split), classes, layout.labels)
+
+
+def open_folder(
+    root: Path,
+    split: str,
+    *,
+    image_suffix: str | None = None,
+    mask_suffix: str | None = None,
+    num_classes: int | None = None,
+    label_map: Mapping[int, int] | None = None,
+    channels: int = 3,
+) -> MaskFolder:
+    """A split of anyone's data: images/SPLIT/… and masks/SPLIT/…, of the same names up to their
+    suffixes, and classes.txt with a name on each line (or num_classes).
+
+    Values in the masks are classes 0, 1, …, 255 is ignored; label_map changes that for values of
+    its own.
+    """
+    classes = _read_classes(root) or [f"class {k}" for k in range(num_classes or 0)]
+    if not classes:
+        raise ValueError(f"{root / 'classes.txt'} does not exist: write it, or give --num-classes")
+    if num_classes not in (None, len(classes)):
+        raise ValueError(
+            f"{root / 'classes.txt'}: expected {num_classes} lines (--num-classes), got "
+            f"{len(classes)}"
+        )
+    labels = {k: k for k in range(len(classes))} | {IGNORED: IGNORED} | dict(label_map or {})
+    image_end = (image_suffix,) if image_suffix else IMAGES
+    mask_end = (mask_suffix,) if mask_suffix else (".png", ".tif", ".tiff")
+    pairs = _matched(root / "images" / split, root / "masks" / split, image_end, mask_end)
+    return MaskFolder(pairs, classes, labels, channels)
+
+
+def _read_classes(root: Path) -> list[str] | None:
+    path = root / "classes.txt"
+    return path.read_text().splitlines() if path.exists() else None
+
+
+def count_classes(dataset: MaskFolder, cache: Path) -> tuple[Tensor, Tensor]:
+    """How many pixels and how many images have each class, int64 [K] each. Counted once and kept
+    in the folder `cache`, as long as the files and the label map are the same."""
+    files = [(str(mask), mask.stat().st_size, mask.stat().st_mtime) for _, mask in dataset.pairs]
+    key = repr((files, sorted(dataset.labels.items()), len(dataset.classes)))
+    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if not path.exists():
+        with ThreadPoolExecutor() as threads:
+            counts = torch.zeros(2, len(dataset.classes), dtype=torch.int64)
+            for labels in threads.map(dataset.read_labels, range(len(dataset))):
+                histogram = torch.bincount(labels.flatten(), minlength=256)[: counts.shape[1]]
+                counts += torch.stack([histogram, histogram > 0])
+        cache.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"pixels": counts[0].tolist(), "images": counts[1].tolist()}))
+    kept = json.loads(path.read_text())
+    return torch.tensor(kept["pixels"]), torch.tensor(kept["images"])

@@ -1,0 +1,124 @@
+"""What a run tells: a progress bar, metrics.jsonl, TensorBoard."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MB: of the GPU's tensors, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class Journal:
+    """Records a run from `first_step`; lines that an interrupted run wrote after it are taken back.
+
+    With run None (on every rank but the first) it does nothing.
+    """
+
+    def __init__(
+        self, run: Path | None, first_step: int, steps: int, *, tensorboard: bool = False
+    ) -> None:
+        self.path, self.events = None, None
+        self.bar = tqdm(
+            total=steps,
+            initial=first_step,
+            desc=run.name if run else None,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            disable=run is None,
+        )
+        if run is None:
+            return
+        self.path = run / METRICS
+        if self.path.exists():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ModuleNotFoundError as error:
+                raise ValueError(f"--tensorboard: {error}: pip install tensorboard") from None
+
+            self.events = SummaryWriter(str(run), purge_step=first_step + 1)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+        if self.events:
+            self.events.close()
+
+    def step(self) -> None:
+        self.bar.update()
+
+    def record(self, step: int, values: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.events:
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+
+    def show(self, values: dict[str, float]) -> None:
+        shown = {name: f"{value:.3g}" for name, value in values.items()}
+        self.bar.set_postfix(shown, refresh=False)
+
+    def write(self, text: str) -> None:
+        if self.path is not None:
+            self.bar.write(text, file=sys.stderr)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Averages:
+    """Means of loss terms between two log lines, summed on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._passes = 0
+        self._start = time.perf_counter()
+
+    def add(self, terms: dict[str, Tensor], passes: int) -> None:
+        """Terms of one of the `passes` passes of a step."""
+        self._passes += 1
+        for name, value in terms.items():
+            value = value.detach().float() / passes
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def not_finite(self) -> list[str]:
+        return [name for name, value in self._sums.items() if not math.isfinite(value)]
+
+    def take(self, passes: int) -> tuple[dict[str, float], float]:
+        """The means, and seconds per step, since the last take."""
+        steps = self._passes / passes
+        means = {name: value.item() / steps for name, value in self._sums.items()}
+        seconds = (time.perf_counter() - self._start) / steps
+        self.__init__()
+        return means, seconds
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": self._sums, "passes": self._passes}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._sums, self._passes = dict(state["sums"]), state["passes"]

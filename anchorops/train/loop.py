@@ -1,0 +1,414 @@
+"""A training run from its configuration to its results, with interruptions in between."""
+
+import itertools
+import json
+import math
+import shutil
+import signal
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
+
+from .analysis import collect_features, measure_cost
+from .checkpoint import latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
+from .config import Config
+from .data import (
+    BatchSampler,
+    Draws,
+    Training,
+    augmentation,
+    build_datasets,
+    class_counts,
+    evaluation_loader,
+    mixed_seed,
+    training_loader,
+)
+from .evaluate import evaluate
+from .journal import Averages, Journal, peak_memory_mb
+from .learner import (
+    Learner,
+    PixelCrossEntropy,
+    build_optimizer,
+    build_regularizer,
+    class_weights,
+    parameter_groups,
+)
+from .metrics import summarize
+from .models import build_model
+from .pictures import choose_images, draw_predictions
+from .ranks import Ranks, start_ranks, stop_ranks
+from .report import write_report
+
+PICTURES = 8  # validation images in predictions.png
+ANALYSED = 200  # validation images whose features the report shows
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+    def __init__(self, signum: int, run: Path, step: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} after step {step}; continue with: "
+            f"anchorops-train resume {run}"
+        )
+        self.exit_status = 128 + signum
+
+
+class StopSignals:
+    """Remembers SIGTERM and Ctrl-C for the end of a step; a second Ctrl-C interrupts at once."""
+
+    def __enter__(self) -> "StopSignals":
+        self.received: int | None = None
+        self._old = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.received == signal.SIGINT == signum:
+            raise KeyboardInterrupt
+        self.received = signum
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+
+
+def start(config: Config) -> dict[str, Any]:
+    """Begin a run and train it to its end; the results.
+
+    Raises ValueError where the configuration cannot be, OSError where files cannot be read or
+    written, Interrupted after SIGTERM or Ctrl-C.
+    """
+    ranks = start_ranks(config.running.device)
+    try:
+        ranks.from_first(lambda: _make_directory(config))
+        return _Run(config, ranks).train()
+    finally:
+        stop_ranks()
+
+
+def resume(run: Path) -> dict[str, Any]:
+    """Continue an interrupted run from its last checkpoint, as if it had never stopped."""
+    if not (run / "config.json").exists():
+        raise ValueError(f"resume {run}: expected the directory of a run, with its config.json")
+    config = Config.load(run / "config.json").replace(out=run.parent, name=run.name)
+    ranks = start_ranks(config.running.device)
+    try:
+        return _Run(config, ranks).train()
+    finally:
+        stop_ranks()
+
+
+def _make_directory(config: Config) -> None:
+    run = config.run
+    if (run / "config.json").exists():
+        if not config.running.overwrite:
+            raise ValueError(
+                f"{run} holds an earlier run: continue it with `anchorops-train resume {run}`, or "
+                "give this one a --name, or --overwrite"
+            )
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    config.save(run / "config.json")
+
+
+class _Run:
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks, self.run = config, ranks, config.run
+        running, options = config.running, config.optimization
+        if running.threads:
+            torch.set_num_threads(running.threads)
+        if running.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self.training_set, self.validation_set = build_datasets(config.data, running.seed)
+        self.num_classes = len(self.training_set.classes)
+        cache = running.out / "class-counts"
+        pixels, images = ranks.from_first(lambda: class_counts(self.training_set, cache))
+        self.frequencies = pixels / pixels.sum().clamp(min=1)
+
+        torch.manual_seed(running.seed)
+        self.model = build_model(
+            config.model.model,
+            self.num_classes,
+            channels=self.training_set.channels,
+            pretrained=config.model.pretrained,
+            weights=config.model.weights,
+        )
+        dim = self.model.classifier.in_channels
+        regularizer = build_regularizer(
+            config.model.methods,
+            config.model.method_options,
+            self.num_classes,
+            dim,
+            prior=images / images.sum().clamp(min=1),
+        )
+        weights = class_weights(options.class_weights, self.frequencies)
+        if given := options.given_class_weights:
+            if len(given) != self.num_classes:
+                raise ValueError(
+                    f"--given-class-weights: expected {self.num_classes} values, got {len(given)}"
+                )
+            weights = torch.tensor(given)
+        cross_entropy = PixelCrossEntropy(weights, options.ohem, options.ohem_kept)
+        learner: nn.Module = Learner(self.model, regularizer, cross_entropy).to(ranks.device)
+        self.layout = torch.channels_last if running.channels_last else torch.preserve_format
+        learner.to(memory_format=self.layout)  # pyright: ignore
+        groups = parameter_groups(
+            self.model, options.lr, options.weight_decay, options.head_lr_factor
+        )
+        self.optimizer = build_optimizer(options.optimizer, groups)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        self.averages = Averages()
+        self.step, self.best, self.stale, self.seconds = 0, -1.0, 0, 0.0
+        self._restore()
+        if running.sync_bn and ranks.world > 1 and ranks.device.type == "cuda":
+            convert_sync_batchnorm(learner)
+        if running.compile:
+            learner.compile()
+        self.learner = learner
+        if ranks.world > 1:
+            devices = [ranks.device] if ranks.device.type == "cuda" else None
+            self.learner = DistributedDataParallel(learner, device_ids=devices)
+
+    def _lr_factor(self, step: int) -> float:
+        """Linear warm-up, then polynomial decay to zero."""
+        options = self.config.optimization
+        warmup = min(1.0, (step + 1) / options.warmup) if options.warmup else 1.0
+        return warmup * max(0.0, 1 - step / options.steps) ** options.power
+
+    def _state(self) -> dict[str, Any]:
+        # Random numbers and the position in the data are functions of (seed, step): see _train_step
+        # and BatchSampler. The methods' state is in the model's.
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "averages": self.averages.state(),
+            "best": self.best,
+            "stale": self.stale,
+            "seconds": self.seconds,
+        }
+
+    def _restore(self) -> None:
+        path = latest_checkpoint(self.run)
+        if path is None:
+            return
+        state = load_checkpoint(path)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.averages.restore(state["averages"])
+        self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
+        self.seconds = state["seconds"]
+
+    def _save(self) -> None:
+        self._check_finite()
+        if self.ranks.first:
+            save_checkpoint(self.run, self.step, self._state())
+
+    def train(self) -> dict[str, Any]:
+        config, options = self.config, self.config.optimization
+        sampler = BatchSampler(
+            Draws(len(self.training_set), config.running.seed),
+            batch_size=options.batch_size,
+            accumulate=options.accumulate,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            first_step=self.step,
+            steps=options.steps,
+        )
+        batches = iter(
+            training_loader(
+                self.training_set,
+                config.data,
+                sampler,
+                seed=config.running.seed,
+                pin_memory=self.ranks.device.type == "cuda",
+            )
+        )
+        self.learner.train()
+        summary = None
+        with StopSignals() as signals, self._journal() as journal:
+            while not self._finished():
+                begin = time.perf_counter()
+                self._train_step(batches)
+                due = self.step % config.running.log_every == 0
+                if due:
+                    self._log(journal)
+                self.seconds += time.perf_counter() - begin
+                journal.step()
+                last = self.step == options.steps
+                if last or self._every(config.running.eval_every):
+                    summary = self._evaluate(journal)
+                # the ranks agree on stopping at log lines only: it costs a collective
+                asked = signals.received is not None
+                stop = self.ranks.any(asked) if due or self.ranks.world == 1 else False
+                if stop or self._finished() or self._every(config.running.save_every):
+                    self._save()
+                if stop and not self._finished():
+                    signum = signals.received or signal.SIGTERM
+                    raise Interrupted(signum, self.run, self.step)
+        return self._finish(summary or self._evaluate(None))
+
+    def _every(self, steps: int) -> bool:
+        return steps > 0 and self.step % steps == 0
+
+    def _finished(self) -> bool:
+        patience = self.config.running.patience
+        return self.step == self.config.optimization.steps or (
+            patience is not None and self.stale >= patience
+        )
+
+    def _journal(self) -> Journal:
+        return Journal(
+            self.run if self.ranks.first else None,
+            self.step,
+            self.config.optimization.steps,
+            tensorboard=self.config.running.tensorboard,
+        )
+
+    def _train_step(self, batches: Any) -> None:
+        options, running = self.config.optimization, self.config.running
+        device = self.ranks.device
+        # A stream of its own for every step and rank: an interruption leaves no trace in it.
+        torch.manual_seed(mixed_seed("step", running.seed, self.step, self.ranks.rank))
+        for number in range(options.accumulate):
+            images, labels = next(batches)
+            images = images.to(device, non_blocking=True, memory_format=self.layout)
+            labels = labels.to(device, non_blocking=True).long()
+            between = number + 1 < options.accumulate
+            wait = self.learner.no_sync() if between and self.ranks.world > 1 else nullcontext()  # pyright: ignore
+            with wait:
+                with torch.autocast(device.type, torch.bfloat16, enabled=running.bf16):
+                    loss, terms = self.learner(images, labels)
+                (loss / options.accumulate).backward()
+            self.averages.add(terms, options.accumulate)
+        if options.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.step += 1
+
+    def _check_finite(self) -> None:
+        broken = self.averages.not_finite()
+        if self.ranks.any(bool(broken)):
+            saved = latest_checkpoint(self.run)
+            raise ValueError(
+                f"{', '.join(broken) or 'a loss of another rank'} is not finite at step "
+                f"{self.step}; nothing of it was saved (last checkpoint: {saved or 'none'}). "
+                "A smaller --lr, a --warmup or --clip may help"
+            )
+
+    def _log(self, journal: Journal) -> None:
+        self._check_finite()
+        terms, seconds = self.averages.take(self.config.optimization.accumulate)
+        values = {
+            **terms,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": self.config.optimization.batch_size / seconds,
+            "memory_mb": peak_memory_mb(self.ranks.device),
+        }
+        journal.record(self.step, values)
+        journal.show({name: values[name] for name in (*terms, "memory_mb")})
+
+    def _evaluate(self, journal: Journal | None) -> dict[str, Any]:
+        loader = evaluation_loader(
+            self.validation_set,
+            self.config.data,
+            batch_size=self.config.running.eval_batch_size,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+        )
+        self.ranks.synchronize(self.model)
+        window = self.config.data.crop if self.config.running.evaluation == "sliding" else None
+        confusion = evaluate(self.model, loader, self.num_classes, self.ranks.device, window)
+        summary = summarize(
+            confusion, self.training_set.classes, self.frequencies, self.config.data.head_tail
+        )
+        if journal:
+            journal.record(
+                self.step,
+                {
+                    f"val_{name}": value
+                    for name, value in summary.items()
+                    if name != "classes" and value is not None
+                },
+            )
+            journal.write(f"step {self.step}: mIoU {100 * summary['miou']:.1f} %")
+        self.stale += 1
+        if summary["miou"] > self.best:
+            self.best, self.stale = summary["miou"], 0
+            if self.ranks.first:
+                state = {"step": self.step, "model": self.model.state_dict()}
+                save_atomically(state, self.run / "best.pt")
+        return summary
+
+    def _report(self, results: dict[str, Any]) -> None:
+        """report.html, from the first validation images and one training batch."""
+        device, options = self.ranks.device, self.config.optimization
+        loader = evaluation_loader(
+            self.validation_set,
+            self.config.data,
+            batch_size=self.config.running.eval_batch_size,
+            rank=0,
+            world=1,
+        )
+        batches = itertools.islice(loader, math.ceil(ANALYSED / loader.batch_size))  # pyright: ignore
+        features = collect_features(self.model, batches, self.num_classes, device)
+        costs = None
+        if self.config.model.methods:
+            training = Training(
+                self.training_set,
+                augmentation(self.config.data, self.training_set.channels),
+                self.config.running.seed,
+            )
+            count = options.batch_size // (options.accumulate * self.ranks.world)
+            images, labels = default_collate(
+                [training[draw % len(self.training_set), draw] for draw in range(count)]
+            )
+            images = images.to(device, memory_format=self.layout)
+            learner = self.learner.module if self.ranks.world > 1 else self.learner
+            costs = measure_cost(
+                learner,  # pyright: ignore[reportArgumentType]
+                images,
+                labels.to(device).long(),
+                bf16=self.config.running.bf16,
+            )
+        weight = self.model.classifier.weight.detach().flatten(1).cpu()
+        write_report(self.run, results, features, weight, costs)
+
+    def _finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        memory = peak_memory_mb(self.ranks.device)
+        results = {
+            "run": str(self.run),
+            "dataset": self.config.data.dataset,
+            "model": self.config.model.model,
+            "methods": "+".join(self.config.model.methods) or "plain",
+            "seed": self.config.running.seed,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "steps": self.step,
+            "seconds_per_step": self.seconds / self.step,
+            "gpu_memory_mb": memory if self.ranks.device.type == "cuda" else None,
+            "best_miou": self.best,
+            **summary,
+        }
+        if self.ranks.first:
+            (self.run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            draw_predictions(
+                self.model,
+                self.validation_set,
+                choose_images(self.validation_set, PICTURES),
+                self.run / "predictions.png",
+                title=f"{self.run.name}: mIoU {100 * results['miou']:.1f} %",
+                device=self.ranks.device,
+            )
+            self._report(results)
+        return results

@@ -1,0 +1,59 @@
+"""From one confusion matrix to the figures people quote."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GROUPS = ("head", "body", "tail")
+
+
+def class_groups(frequencies: Tensor, head_tail: tuple[float, float]) -> list[str]:
+    """ "head", "body" or "tail" of each class, by its share [K] of the training pixels."""
+    head, tail = head_tail
+    return [
+        "head" if share >= head else "tail" if share < tail else "body"
+        for share in frequencies.tolist()
+    ]
+
+
+def summarize(
+    confusion: Tensor, classes: Sequence[str], frequencies: Tensor, head_tail: tuple[float, float]
+) -> dict[str, Any]:
+    """Figures of a segmentation.
+
+    Args:
+        confusion: int64 [K, K], pixels of true class i predicted as j; ignored pixels left out.
+        classes: their names.
+        frequencies: float [K], share of the training pixels.
+        head_tail: see class_groups.
+
+    Returns:
+        miou, macc, accuracy, pixels (counted), miou of head, body and tail (None where a group has
+        no class), and "classes": name, group, frequency, iou, accuracy and f1 of each. A class that
+        is neither in the truth nor predicted has None and is left out of every mean, of accuracies
+        also one that is not in the truth.
+    """
+    confusion = confusion.double()
+    hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
+    iou = hits / (truth + predicted - hits)
+    accuracy = hits / truth
+    f1 = 2 * hits / (truth + predicted)
+    groups = class_groups(frequencies, head_tail)
+    members = {g: torch.tensor([group == g for group in groups]) for g in GROUPS}
+    figures = (map(_number, x) for x in (frequencies, iou, accuracy, f1))
+    columns = zip(classes, groups, *figures, strict=True)
+    names = ("name", "group", "frequency", "iou", "accuracy", "f1")
+    return {
+        "miou": _number(iou.nanmean()),
+        "macc": _number(accuracy.nanmean()),
+        "accuracy": _number(hits.sum() / truth.sum()),
+        "pixels": int(truth.sum()),
+        **{group: _number(iou[member].nanmean()) for group, member in members.items()},
+        "classes": [dict(zip(names, column, strict=True)) for column in columns],
+    }
+
+
+def _number(value: Tensor) -> float | None:
+    return None if value.isnan() else value.item()

@@ -1,0 +1,103 @@
+"""Pictures of what a network sees, for people."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor, nn
+
+from .data import Segmentation, normalize
+from .digits import IGNORED
+from .evaluate import predict
+
+IGNORED_COLOR = (255, 255, 255)
+
+
+def palette(num_classes: int) -> np.ndarray:
+    """Colours uint8 [256, 3] of the labels: class 0 black where there are few, ignored white."""
+    colors = np.zeros((256, 3), np.uint8)
+    few = num_classes <= 21
+    hues = matplotlib.colormaps["tab20" if few else "hsv"]
+    for index in range(num_classes):
+        # 0, 2, 4 … and then 1, 3, 5 … of tab20: the strong colours first
+        place = (2 * (index - 1) % 20 + (index > 10)) if few else (index * 0.61803) % 1.0
+        colors[index] = np.multiply(hues(place)[:3], 255)
+    if few:
+        colors[0] = 0
+    colors[IGNORED] = IGNORED_COLOR
+    return colors
+
+
+def choose_images(dataset: Segmentation, count: int) -> list[int]:
+    """Of the first hundred images, those which together show every class, the rarest first."""
+    labels = [dataset[index][1].flatten().long() for index in range(min(100, len(dataset)))]
+    present = torch.stack(
+        [torch.bincount(x, minlength=256)[: len(dataset.classes)] for x in labels]
+    )
+    present = (present > 0).double()
+    worth = 1 / present.sum(0).clamp(min=1)
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(labels)):
+        value = present @ worth
+        value[chosen] = -1
+        best = int(value.argmax())
+        chosen.append(best)
+        worth = torch.where(present[best] > 0, worth / 4, worth)
+    return chosen
+
+
+@torch.inference_mode()
+def draw_predictions(
+    model: nn.Module,
+    dataset: Segmentation,
+    indices: Sequence[int],
+    path: Path,
+    *,
+    title: str,
+    device: torch.device,
+) -> None:
+    """Write a picture: a row for each image, its truth and the prediction."""
+    model.eval()
+    colors = palette(len(dataset.classes))
+    transform = normalize(dataset.channels)
+    rows = []
+    for index in indices:
+        image, labels = dataset[index]
+        (prediction,) = predict(model, transform(image)[None].to(device), labels.shape)
+        rows.append((_rgb(image), colors[labels.numpy()], colors[prediction.cpu().numpy()]))
+
+    # images run from left to right, three rows of pictures under each other
+    height, width = rows[0][0].shape[:2]
+    figure = Figure(figsize=(1.6 * len(rows) + 0.6, 1.6 * 3 * height / width + 0.8))
+    axes = figure.subplots(3, len(rows), squeeze=False)
+    for column, row in enumerate(rows):
+        for line, (picture, name) in enumerate(
+            zip(row, ("image", "truth", "prediction"), strict=True)
+        ):
+            axis = axes[line, column]
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if column == 0:
+                axis.set_ylabel(name)
+    names = dict(enumerate(dataset.classes[:23])) | {IGNORED: "ignored"}
+    handles = [
+        Patch(facecolor=colors[label] / 255, edgecolor="0.5", label=name)
+        for label, name in names.items()
+    ]
+    figure.suptitle(title, fontsize=10)
+    figure.legend(
+        handles=handles, loc="lower center", ncols=min(len(handles), 12), fontsize=8, frameon=False
+    )
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path, dpi=110)
+
+
+def _rgb(image: Tensor) -> np.ndarray:
+    """uint8 (H, W, 3) of the first three channels, or the only one."""
+    channels = image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
+    return channels.permute(1, 2, 0).numpy()

@@ -1,0 +1,105 @@
+"""Settings by name: those of the papers, and one that needs nothing. Options on the command line
+override their preset.
+
+What the papers leave to the field is mmsegmentation's: scale 0.5 to 2, crop, flip, photometric
+distortion; for SegFormer a head at ten times the learning rate, warm-up of 1500 steps, no weight
+decay on norms.
+"""
+
+from .config import Config
+
+DIGITS = Config().replace(
+    dataset="digits",
+    steps=500,
+    batch_size=8,
+    optimizer="adamw",
+    lr=4e-3,
+    weight_decay=0.01,
+    warmup=20,
+    head_tail=(0.025, 0.011),
+    eval_batch_size=20,
+    eval_every=100,
+)
+
+# What a laptop does in minutes: HRNet learns at its rate, SegFormer at half of it.
+DEMO = {
+    "hrnet-w18-small": DIGITS.replace(model="hrnet-w18-small", channels_last=True),
+    "segformer-b0": DIGITS.replace(model="segformer-b0", lr=2e-3),
+}
+
+_PUBLISHED = Config().replace(
+    pretrained=True,
+    scale=(0.5, 2.0),
+    flip=True,
+    photometric=True,
+    workers=8,
+    bf16=True,
+    eval_every=8_000,
+    save_every=2_000,
+    log_every=50,
+)
+_CONVOLUTIONAL = _PUBLISHED.replace(optimizer="sgd", lr=0.01, weight_decay=5e-4, channels_last=True)
+_TRANSFORMER = _PUBLISHED.replace(
+    optimizer="adamw", lr=6e-5, weight_decay=0.01, head_lr_factor=10.0, warmup=1_500
+)
+
+_CITYSCAPES = {"dataset": "cityscapes", "batch_size": 8, "steps": 80_000}
+_ADE20K = {
+    "dataset": "ade20k",
+    "crop": (512, 512),
+    "short_side": 512,
+    "batch_size": 16,
+    "steps": 160_000,
+}
+_PASCAL_CONTEXT = _ADE20K | {
+    "dataset": "pascal-context",
+    "crop": (480, 480),
+    "short_side": 480,
+    "steps": 40_000,
+}
+_COCO_STUFF = _ADE20K | {"dataset": "coco-stuff-10k", "steps": 80_000}
+
+PRESETS = {
+    "digits": ("Scenes of handwritten digits, 64×64: minutes on a laptop, no files.", DIGITS),
+    "cityscapes-hrnet-w48": (
+        "SAR's Table 3: 79.9 mIoU, 81.4 with --methods sar.",
+        _CONVOLUTIONAL.replace(model="hrnet-w48", crop=(512, 1024), **_CITYSCAPES),
+    ),
+    "cityscapes-segformer-b4": (
+        "SAR: 81.9 mIoU, 82.3 with --methods sar.",
+        _TRANSFORMER.replace(
+            model="segformer-b4", crop=(1024, 1024), evaluation="sliding", **_CITYSCAPES
+        ),
+    ),
+    "ade20k-hrnet-w48": (
+        "SAR: 42.0 mIoU, 42.8 with --methods sar.",
+        _CONVOLUTIONAL.replace(model="hrnet-w48", **_ADE20K),
+    ),
+    "ade20k-segformer-b5": (
+        "SAR: 49.1 mIoU, 49.5 with --methods sar; CBP+OCCL: 48.9, 49.9 with --methods cbp occl "
+        "--method-options cbp.length 1 occl.category_weight 0.1.",
+        _TRANSFORMER.replace(model="segformer-b5", **_ADE20K),
+    ),
+    "ade20k-segformer-b0": (
+        "CBP+OCCL's ablation: 33.4 mIoU, 35.1 with --methods cbp occl --method-options "
+        "cbp.length 2 occl.centroid_weight 1 occl.category_weight 0.3.",
+        _TRANSFORMER.replace(model="segformer-b0", **(_ADE20K | {"steps": 40_000})),
+    ),
+    "ade20k-segformer-b0-20k": (
+        "MVSC's ablation: 30.9 mIoU, 32.6 with --methods mvsc.",
+        _TRANSFORMER.replace(model="segformer-b0", **(_ADE20K | {"steps": 20_000})),
+    ),
+    "pascal-context-hrnet-w48": (
+        "SAR, 59 classes: 50.3 mIoU, 51.1 with --methods sar.",
+        _CONVOLUTIONAL.replace(model="hrnet-w48", **_PASCAL_CONTEXT),
+    ),
+    "coco-stuff-10k-segformer-b5": (
+        "CBP+OCCL: 43.4 mIoU, 44.9 with --methods cbp occl --method-options cbp.length 1 "
+        "occl.category_weight 0.1.",
+        _TRANSFORMER.replace(model="segformer-b5", **_COCO_STUFF),
+    ),
+    "coco-stuff-10k-segformer-b4": (
+        "MVSC: 42.9 mIoU, 43.6 with --methods mvsc.",
+        _TRANSFORMER.replace(model="segformer-b4", **_COCO_STUFF),
+    ),
+}

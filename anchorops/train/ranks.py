@@ -1,0 +1,60 @@
+"""The processes of a run: one, or those that torchrun started."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+Result = TypeVar("Result")
+
+
+class Ranks(NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.world == 1:
+            return flag
+        shared = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return bool(shared)
+
+    def synchronize(self, module: nn.Module) -> None:
+        """Give every rank the first one's buffers: statistics of batch normalisation."""
+        if self.world > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+    def from_first(self, make: Callable[[], Result]) -> Result:
+        """What `make` returns on the first rank, on all."""
+        if self.world == 1:
+            return make()
+        shared = [make() if self.first else None]
+        dist.broadcast_object_list(shared, device=self.device)
+        return shared[0]  # pyright: ignore[reportReturnType]
+
+
+def start_ranks(device: str | None) -> Ranks:
+    """Join the process group where torchrun set one up (NCCL on GPUs, gloo on CPUs)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "LOCAL_RANK" not in os.environ:
+        return Ranks(0, 1, torch.device(device))
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def stop_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,195 @@
+"""One self-contained HTML page about a run."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from torch import Tensor
+
+from ..plots import cosine_map, features_with_anchors, iou_against_frequency
+from .analysis import Cost, Features
+from .compare import comparison
+from .journal import METRICS, read_metrics
+
+IOUS = ("val_miou", "val_head", "val_body", "val_tail")
+NOT_CURVES = ("step", "lr", "images_per_second", "memory_mb")
+COUNTS = ("gate", "unsure", "present")  # what methods log beside their terms
+RAREST = 10
+MOST_NAMES = 40  # classes whose names fit into a figure
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222; }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem }
+img { max-width: 100%; height: auto } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto }
+table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: right }
+td:first-child, th:first-child { text-align: left } tr + tr { border-top: 1px solid #ddd }
+.figures { display: flex; flex-wrap: wrap; gap: 2rem }
+.figures b { display: block; font-size: 1.6rem }
+.figures img { width: 47% }
+"""
+
+
+def write_report(
+    run: Path,
+    results: dict[str, Any],
+    features: Features,
+    classifier: Tensor,
+    costs: tuple[Cost, Cost] | None,
+) -> Path:
+    """Write report.html into the run's directory.
+
+    Args:
+        results: of the run.
+        features: of the validation split.
+        classifier: weight [K, D].
+        costs: without and with the regulariser, None where there is none.
+    """
+    names = [c["name"] for c in results["classes"]]
+    metrics = read_metrics(run / METRICS)
+    sections = [
+        ("", _headline(results)),
+        ("Predictions", _image((run / "predictions.png").read_bytes())),
+        ("Training", _png(_curves(metrics))),
+        ("Classes by frequency", _png(_iou_by_frequency(results["classes"]))),
+        (f"The {min(RAREST, len(names))} rarest classes", _rarest(results["classes"])),
+        ("Cosines between classes", _cosine_maps(features, classifier, names)),
+        (
+            "Features",
+            "<p>Pixels of the validation images, as many of each class as there are, and the "
+            "classes' centroids (stars).</p>"
+            + _png(features_with_anchors(*features.samples, features.centroids, names=names)),
+        ),
+    ]
+    if costs:
+        sections.append(("Cost of the regulariser", _cost_table(costs)))
+    sections.append(("Summary", f"<pre>{html.escape(comparison([results]))}</pre>"))
+    configuration = html.escape((run / "config.json").read_text())
+    sections.append(("Configuration", f"<pre>{configuration}</pre>"))
+    body = "\n".join(
+        f"<h2>{title}</h2>\n{content}" if title else content for title, content in sections
+    )
+    title = html.escape(run.name)
+    path = run / "report.html"
+    path.write_text(
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1>\n{body}\n</body></html>\n"
+    )
+    return path
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _headline(results: dict[str, Any]) -> str:
+    shown = {"mIoU": "miou", "head": "head", "body": "body", "tail": "tail", "mAcc": "macc"}
+    figures = "".join(
+        f"<div>{label} %<b>{_percent(results[name])}</b></div>" for label, name in shown.items()
+    )
+    return f'<div class="figures">{figures}</div>'
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _rarest(classes: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            c["name"],
+            c["group"],
+            f"{100 * c['frequency']:.3g}",
+            *(_percent(c[x]) for x in ("iou", "accuracy", "f1")),
+        ]
+        for c in sorted(classes, key=lambda c: c["frequency"])[:RAREST]
+    ]
+    return _table(["class", "group", "% of pixels", "IoU %", "accuracy %", "F1 %"], rows)
+
+
+def _cost_table(costs: tuple[Cost, Cost]) -> str:
+    def memory(cost: Cost) -> str:
+        return "–" if cost.memory_mb is None else f"{cost.memory_mb:.0f}"
+
+    plain, full = costs
+    rows = [
+        ["cross-entropy alone", f"{1e3 * plain.seconds:.1f}", "", memory(plain)],
+        [
+            "with the regulariser",
+            f"{1e3 * full.seconds:.1f}",
+            f"{100 * (full.seconds / plain.seconds - 1):+.1f} %",
+            memory(full),
+        ],
+    ]
+    header = ["one forward and backward", "ms (median)", "", "GPU memory, MB"]
+    return _table(header, rows)
+
+
+def _image(png: bytes) -> str:
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return _image(buffer.getvalue())
+
+
+def _curves(metrics: list[dict[str, Any]]) -> Figure:
+    panels: dict[str, list[str]] = {"loss and its terms": [], "validation IoU, %": [], "counts": []}
+    for name in dict.fromkeys(name for line in metrics for name in line):
+        if name.rpartition(".")[2] in COUNTS:
+            panels["counts"].append(name)
+        elif name in IOUS:
+            panels["validation IoU, %"].append(name)
+        elif name not in NOT_CURVES and not name.startswith("val_"):
+            panels["loss and its terms"].append(name)
+    panels = {title: names for title, names in panels.items() if names}
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, names) in zip(axes, panels.items(), strict=True):
+        for name in names:
+            scale = 100 if name in IOUS else 1
+            line = [(m["step"], scale * m[name]) for m in metrics if name in m]
+            marker = "." if len(line) < 30 else ""
+            label = name.removeprefix("val_")
+            axis.plot(*zip(*line, strict=True), label=label, linewidth=1.2, marker=marker)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _iou_by_frequency(classes: list[dict[str, Any]]) -> Figure:
+    known = [c for c in classes if c["iou"] is not None]
+    iou, share = (torch.tensor([c[name] for c in known]) for name in ("iou", "frequency"))
+    names = [c["name"] for c in known] if len(known) <= MOST_NAMES else None
+    figure = iou_against_frequency(iou, share, names)
+    (axes,) = figure.axes
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.15)
+    return figure
+
+
+def _cosine_maps(features: Features, classifier: Tensor, names: list[str]) -> str:
+    present = (features.counts > 0).nonzero().flatten()
+    labels = [names[k] for k in present.tolist()] if len(present) <= MOST_NAMES else None
+    figures = "".join(
+        _png(cosine_map(rows[present], labels, centered=True, title=title))
+        for title, rows in (("centroids", features.centroids), ("classifier", classifier))
+    )
+    return (
+        "<p>Between the rows less their mean; a class without validation pixels is left out.</p>"
+        f'<div class="figures">{figures}</div>'
+    )

@@ -1,0 +1,259 @@
+"""InfoNCE between centroids.
+
+    logits[r, j] = q_r·k_j/τ,  positive_logits[r] = q_r·p_r/τ in the place of the row's own key
+    losses[r] = lse[r] − positive_logits[r],  lse[r] = log Σ e^logits over own and present keys
+
+Row r is query g of class k: r = k·G + g. Two kernels, for the K×K×D products are small and launches
+are not. Rows and keys that are absent are never loaded: they may hold NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import architecture, on_device
+
+BLOCK_R = 16  # rows
+BLOCK_K = 32  # keys
+BLOCK_D = 64
+CHUNKS = 8  # of the keys, at most
+
+
+@triton.jit
+def is_present(present_ptr, r, rows):
+    inside = r < rows
+    if present_ptr is None:
+        return inside
+    else:
+        return tl.load(present_ptr + r, mask=inside, other=0).to(tl.int1)
+
+
+@triton.jit
+def key_is_present(present_ptr, present_keys_ptr, j, num_classes, GROUPS: tl.constexpr):
+    """Whether the key is in the denominator of every row."""
+    if present_keys_ptr is None:
+        found = j < 0
+        for g in tl.static_range(GROUPS):
+            found = found | is_present(present_ptr, j * GROUPS + g, num_classes * GROUPS)
+        return found
+    else:
+        return is_present(present_keys_ptr, j, num_classes)
+
+
+@triton.jit
+def row_offsets(r, stride_k, stride_g, GROUPS: tl.constexpr):
+    return (r // GROUPS).to(tl.int64) * stride_k + (r % GROUPS).to(tl.int64) * stride_g
+
+
+@triton.jit
+def inner_products(
+    queries_ptrs, keys_ptrs, row_mask, key_mask, dim, stride_qd, stride_kd, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows [BLOCK_R] times keys [BLOCK_K]: float32 [BLOCK_R, BLOCK_K]."""
+    total = tl.zeros((queries_ptrs.shape[0], keys_ptrs.shape[0]), tl.float32)
+    for start in range(0, dim, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        q = tl.load(
+            queries_ptrs[:, None] + (d.to(tl.int64) * stride_qd)[None, :],
+            mask=row_mask[:, None] & (d < dim)[None, :],
+            other=0.0,
+        )
+        k = tl.load(
+            keys_ptrs[None, :] + (d.to(tl.int64) * stride_kd)[:, None],
+            mask=key_mask[None, :] & (d < dim)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(q.to(tl.float32), k.to(tl.float32), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _centroid_info_nce_fwd_kernel(
+    queries_ptr,  # [K, G, D] by strides
+    keys_ptr,  # [K, D] by strides
+    positives_ptr,  # [K, G, D] by strides: the keys where none were given
+    present_ptr,  # bool [K·G] or None
+    present_keys_ptr,  # bool [K] or None
+    maxima_ptr,  # float32 [chunks, K·G]: largest logit of the chunk's keys, own key left out
+    totals_ptr,  # float32 [chunks, K·G]: Σ e^(logit − maximum)
+    positive_logits_ptr,  # float32 [K·G]
+    num_classes,
+    dim,
+    keys_per_chunk,
+    inverse_temperature,
+    stride_queries_k,
+    stride_queries_g,
+    stride_queries_d,
+    stride_keys_k,
+    stride_keys_d,
+    stride_positives_k,
+    stride_positives_g,
+    stride_positives_d,
+    GROUPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Reads BLOCK_R rows and a chunk of the keys."""
+    chunk = tl.program_id(1)
+    rows = num_classes * GROUPS
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    present = is_present(present_ptr, r, rows)
+    queries_ptr += row_offsets(r, stride_queries_k, stride_queries_g, GROUPS)
+
+    maximum = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    first = chunk * keys_per_chunk
+    for start in range(first, tl.minimum(first + keys_per_chunk, num_classes), BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        used = key_is_present(present_ptr, present_keys_ptr, j, num_classes, GROUPS)
+        keys_ptrs = keys_ptr + j.to(tl.int64) * stride_keys_k
+        logits = inverse_temperature * inner_products(
+            queries_ptr, keys_ptrs, present, used, dim, stride_queries_d, stride_keys_d, PRECISION,
+            BLOCK_D,
+        )  # fmt: skip
+        others = used[None, :] & ((r // GROUPS)[:, None] != j[None, :])
+        logits = tl.where(others, logits, -float("inf"))
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        shift = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
+        total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+        maximum = new_maximum
+    tl.store(maxima_ptr + chunk * rows + r, maximum, mask=r < rows)
+    tl.store(totals_ptr + chunk * rows + r, total, mask=r < rows)
+
+    if chunk == 0:
+        own = positives_ptr + row_offsets(r, stride_positives_k, stride_positives_g, GROUPS)
+        product = tl.zeros((BLOCK_R,), tl.float32)
+        for start in range(0, dim, BLOCK_D):
+            d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+            mask = present[:, None] & (d < dim)
+            q = tl.load(queries_ptr[:, None] + d * stride_queries_d, mask=mask, other=0.0)
+            p = tl.load(own[:, None] + d * stride_positives_d, mask=mask, other=0.0)
+            product += tl.sum(q.to(tl.float32) * p.to(tl.float32), 1)
+        tl.store(positive_logits_ptr + r, inverse_temperature * product, mask=r < rows)
+
+
+@triton.jit
+def _reduce_kernel(
+    maxima_ptr,  # these three: see _centroid_info_nce_fwd_kernel
+    totals_ptr,
+    positive_logits_ptr,
+    present_ptr,  # bool [K·G] or None
+    loss_ptr,  # float32: one, or [K·G] for "none"
+    lse_ptr,  # float32 [K·G]
+    scale_ptr,  # float32: what the sum of the losses is multiplied by
+    rows,
+    chunks,
+    REDUCTION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """One program: reads the partials of all rows."""
+    chunk = tl.arange(0, CHUNKS)[:, None]
+    loss = tl.zeros((BLOCK_R,), tl.float32)
+    count = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, rows, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        present = is_present(present_ptr, r, rows)
+        inside = (chunk < chunks) & (r < rows)[None, :]
+        maxima = tl.load(maxima_ptr + chunk * rows + r[None, :], inside, -float("inf"))
+        totals = tl.load(totals_ptr + chunk * rows + r[None, :], inside, 0.0)
+        positive = tl.load(positive_logits_ptr + r, mask=r < rows, other=0.0)
+        maximum = tl.maximum(tl.max(maxima, 0), positive)
+        total = tl.exp(positive - maximum) + tl.sum(totals * tl.exp(maxima - maximum[None, :]), 0)
+        lse = maximum + tl.log(total)
+        tl.store(lse_ptr + r, lse, mask=r < rows)
+        losses = tl.where(present, lse - positive, 0.0)
+        if REDUCTION == "none":
+            tl.store(loss_ptr + r, losses, mask=r < rows)
+        loss += losses
+        count += tl.where(present, 1.0, 0.0)
+    scale = 1.0
+    if REDUCTION == "mean":
+        scale = 1.0 / tl.maximum(tl.sum(count, 0), 1.0)
+    tl.store(scale_ptr, scale)
+    if REDUCTION != "none":
+        tl.store(loss_ptr, tl.sum(loss, 0) * scale)
+
+
+def precision() -> str:
+    """Of float32 products: three TF32 terms on tensor cores, else IEEE; never plain TF32."""
+    return "tf32x3" if architecture().startswith("sm_") else "ieee"
+
+
+def as_rows(tensor: Tensor) -> tuple[int, int, int]:
+    """Strides (k, g, d) of [K, D] or [K, G, D]."""
+    if tensor.dim() == 2:
+        return tensor.stride(0), 0, tensor.stride(1)
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def centroid_info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    positives: Tensor | None,
+    present: Tensor | None,
+    present_keys: Tensor | None,
+    temperature: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """queries, positives [K, D] or [K, G, D], keys [K, D] -> float32 loss, and for the gradient
+    lse and positive logits [K] or [K, G], and the scale of the sum []."""
+    shape, (num_classes, dim) = queries.shape[:-1], keys.shape
+    groups = 1 if queries.dim() == 2 else shape[1]
+    rows = num_classes * groups
+    loss = queries.new_empty(shape if reduction == "none" else (), dtype=torch.float32)
+    lse, positive_logits = (queries.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    scale = queries.new_empty((), dtype=torch.float32)
+    if rows == 0:
+        return loss.zero_(), lse, positive_logits, scale.fill_(1)
+    keys_per_chunk = triton.cdiv(triton.cdiv(num_classes, CHUNKS), BLOCK_K) * BLOCK_K
+    chunks = triton.cdiv(num_classes, keys_per_chunk)
+    maxima, totals = (queries.new_empty((chunks, rows), dtype=torch.float32) for _ in range(2))
+    present = None if present is None else present.contiguous()
+    own = keys if positives is None else positives
+    with on_device(queries):
+        _centroid_info_nce_fwd_kernel[(triton.cdiv(rows, BLOCK_R), chunks)](
+            queries,
+            keys,
+            own,
+            present,
+            present_keys,
+            maxima,
+            totals,
+            positive_logits,
+            num_classes,
+            dim,
+            keys_per_chunk,
+            1 / temperature,
+            *as_rows(queries),
+            *keys.stride(),
+            *as_rows(own),
+            GROUPS=groups,
+            PRECISION=precision(),
+            BLOCK_R=BLOCK_R,
+            BLOCK_K=BLOCK_K,
+            BLOCK_D=BLOCK_D,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+        _reduce_kernel[(1,)](
+            maxima,
+            totals,
+            positive_logits,
+            present,
+            loss,
+            lse,
+            scale,
+            rows,
+            chunks,
+            REDUCTION=reduction,
+            BLOCK_R=256,
+            CHUNKS=CHUNKS,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return loss, lse, positive_logits, scale

@@ -1,0 +1,108 @@
+"""The label pass: labels at any size -> one integer key per pixel, and how many pixels have it."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on_device
+
+BLOCK_P = 256
+
+
+@triton.jit
+def _class_keys_kernel(
+    labels_ptr,  # integer [B, H', W'], by strides
+    keys_ptr,  # int32 [B, P]
+    counts_ptr,  # int64 [K] or [B, K], zero on entry
+    pixels,
+    width,
+    tiles_per_image,
+    source_height,
+    source_width,
+    scale_y,
+    scale_x,
+    stride_labels_b,
+    stride_labels_y,
+    stride_labels_x,
+    num_classes,
+    ignore_index,
+    PER_IMAGE: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    RESIZE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Reads each label that is taken once, writes 4 bytes per pixel. The counts are integer
+    atomics, two for each key of a tile; their order does not matter."""
+    tile = tl.program_id(0)
+    image = tile // tiles_per_image
+    pixel = (tile % tiles_per_image).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = pixel < pixels
+
+    x = pixel
+    offset = image.to(tl.int64) * stride_labels_b
+    if HAS_ROWS:  # an image: fewer than 2^31 pixels
+        y = pixel.to(tl.int32) // width
+        x = pixel.to(tl.int32) % width
+        if RESIZE:  # nearest as F.interpolate: floor(i · source/size) in float32
+            y = tl.minimum((y.to(tl.float32) * scale_y).to(tl.int32), source_height - 1)
+            x = tl.minimum((x.to(tl.float32) * scale_x).to(tl.int32), source_width - 1)
+        offset += y.to(tl.int64) * stride_labels_y
+    label = tl.load(labels_ptr + offset + x.to(tl.int64) * stride_labels_x, mask=inside, other=0)
+    label = label.to(tl.int64)
+    valid = inside & (label >= 0) & (label < num_classes) & (label != ignore_index)
+    key = label.to(tl.int32)
+    if PER_IMAGE:
+        key += image * num_classes
+    key = tl.where(valid, key, -1)
+    tl.store(keys_ptr + image.to(tl.int64) * pixels + pixel, key, mask=inside)
+
+    # Sorted, equal keys make runs: one from i to j adds (j + 1) − i to its key's count.
+    run = tl.sort(key)
+    i = tl.arange(0, BLOCK_P)
+    starts = (i == 0) | (run != tl.gather(run, tl.maximum(i - 1, 0), 0))
+    ends = (i == BLOCK_P - 1) | (run != tl.gather(run, tl.minimum(i + 1, BLOCK_P - 1), 0))
+    counts_ptrs = counts_ptr + run
+    tl.atomic_add(counts_ptrs, -i.to(tl.int64), mask=starts & (run >= 0), sem="relaxed")
+    tl.atomic_add(counts_ptrs, i.to(tl.int64) + 1, mask=ends & (run >= 0), sem="relaxed")
+
+
+def class_keys(
+    labels: Tensor, height: int, width: int, num_classes: int, per_image: bool, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """labels [B, H', W'] -> keys int32 [B, height·width], counts int64 [K] or [B, K]."""
+    batch, source_height, source_width = labels.shape
+    pixels = height * width
+    keys = labels.new_empty((batch, pixels), dtype=torch.int32)
+    shape = (batch, num_classes) if per_image else (num_classes,)
+    counts = labels.new_zeros(shape, dtype=torch.int64)
+    if keys.numel() == 0:
+        return keys, counts
+    resize = (height, width) != (source_height, source_width)
+    stride_b, stride_y, stride_x = labels.stride()
+    tiles_per_image = triton.cdiv(pixels, BLOCK_P)
+    with on_device(labels):
+        _class_keys_kernel[(batch * tiles_per_image,)](
+            labels,
+            keys,
+            counts,
+            pixels,
+            width,
+            tiles_per_image,
+            source_height,
+            source_width,
+            source_height / height,
+            source_width / width,
+            stride_b,
+            stride_y,
+            stride_x,
+            num_classes,
+            ignore_index,
+            PER_IMAGE=per_image,
+            HAS_ROWS=resize or not (height == 1 or stride_y == width * stride_x),
+            RESIZE=resize,
+            BLOCK_P=BLOCK_P,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return keys, counts

@@ -1,0 +1,103 @@
+"""How tensors are seen by the kernels, and how large a program is: fixed tables, no autotuning."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+INTERPRETED = knobs.runtime.interpret
+
+
+class Pixels(NamedTuple):
+    """Features as lines × channels × pixels: element (line, d, p) lies at (line // lines_per_image)
+    ·stride_b + (line % lines_per_image)·stride_h + d·stride_d + p·stride_p.
+
+    A line is an image, or a row of one where the rows do not follow each other (a cropped view).
+    """
+
+    lines: int
+    dim: int
+    pixels: int
+    lines_per_image: int
+    stride_b: int
+    stride_h: int
+    stride_d: int
+    stride_p: int
+
+    @property
+    def strides(self) -> tuple[int, int, int, int]:
+        return self.stride_b, self.stride_h, self.stride_d, self.stride_p
+
+
+def _rows_follow_each_other(size: Sequence[int], stride: Sequence[int]) -> bool:
+    height, width = size[2:]
+    return height == 1 or width == 1 or stride[2] == width * stride[3]
+
+
+def as_pixels(size: Sequence[int], *strides: Sequence[int]) -> list[Pixels]:
+    """(B, D, H, W), (B, D, N) or (N, D) as lines of pixels, the same ones for all the strides."""
+    if len(size) == 2:
+        return [Pixels(1, size[1], size[0], 1, 0, 0, s[1], s[0]) for s in strides]
+    if len(size) == 3:
+        return [Pixels(size[0], size[1], size[2], 1, s[0], 0, s[1], s[2]) for s in strides]
+    batch, dim, height, width = size
+    if all(_rows_follow_each_other(size, s) for s in strides):
+        pixels = height * width
+        return [
+            Pixels(batch, dim, pixels, 1, s[0], 0, s[1], s[2] if width == 1 else s[3])
+            for s in strides
+        ]
+    return [Pixels(batch * height, dim, width, height, s[0], s[2], s[1], s[3]) for s in strides]
+
+
+class Tile(NamedTuple):
+    """A program's tile of BLOCK_D channels × BLOCK_P pixels, its warps, and the number of threads
+    among which they divide its pixels (times the vector width: LANES partial sums a channel)."""
+
+    block_d: int
+    block_p: int
+    lanes: int
+    num_warps: int
+
+
+# By (channels contiguous, itemsize). A tile is 16 KB, in lines of 128 bytes or more.
+_TILES = {
+    (False, 2): Tile(64, 128, 16, 8),
+    (False, 4): Tile(32, 128, 32, 8),
+    (True, 2): Tile(64, 128, 16, 4),
+    (True, 4): Tile(32, 128, 16, 4),
+}
+_SMALL_TILES = {key: tile._replace(block_d=tile.block_d // 2) for key, tile in _TILES.items()}
+_TILES_BY_ARCH = {"sm_80": _TILES, "sm_90": _TILES, "sm_100": _TILES}
+
+# Programs that fill the device a few times over, so that uneven tiles even out.
+_PROGRAMS = {"sm_80": 1536, "sm_90": 2048, "sm_100": 2304}
+_PROGRAMS_ELSEWHERE = 2048
+
+
+def architecture() -> str:
+    if INTERPRETED:
+        return "interpreter"
+    target = driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def tile_of(view: Pixels, itemsize: int) -> Tile:
+    channels_contiguous = view.stride_d == 1 and view.stride_p != 1
+    table = _TILES_BY_ARCH.get(architecture(), _SMALL_TILES)
+    tile = table[channels_contiguous, itemsize]
+    return tile._replace(block_d=min(tile.block_d, max(triton.next_power_of_2(view.dim), 16)))
+
+
+def programs() -> int:
+    return _PROGRAMS.get(architecture(), _PROGRAMS_ELSEWHERE)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,116 @@
+"""Loss and all gradients of centroid InfoNCE within the error budget: the error against float64 is
+at most twice that of the reference in float32, plus four roundings of a term."""
+
+import pytest
+import torch
+
+import anchorops as ao
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def loss_and_gradients(queries, keys, positives, **options):
+    inputs = [t.detach().requires_grad_() for t in (queries, keys, positives) if t is not None]
+    loss = ao.centroid_info_nce(
+        inputs[0], inputs[1], positives=inputs[2] if len(inputs) > 2 else None, **options
+    )
+    weights = torch.arange(1, loss.numel() + 1, dtype=loss.dtype).view(loss.shape)
+    return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), inputs)]
+
+
+def check(queries, keys, positives=None, temperature=0.07, **options):
+    options["temperature"] = temperature
+    ours = loss_and_gradients(queries, keys, positives, **options)
+    with ao.use_backend("reference"):
+        tensors = queries, keys, positives
+        formula = loss_and_gradients(
+            *(None if t is None else t.float() for t in tensors), **options
+        )
+        exact = loss_and_gradients(*(None if t is None else t.double() for t in tensors), **options)
+    finite = torch.cat([t[t.isfinite()].flatten().float() for t in tensors if t is not None])
+    term = float(finite.abs().max()) / temperature
+    for i, like in enumerate([None, *tensors][: len(ours)]):
+        dtype = torch.float32 if like is None else like.dtype
+        assert ours[i].dtype == dtype and ours[i].shape == exact[i].shape
+        assert ours[i].isfinite().all()
+        allowed = 2 * (formula[i].double() - exact[i]).abs().max() + 2**-21 * term
+        if dtype != torch.float32:  # one more rounding
+            allowed = allowed + torch.finfo(dtype).eps * exact[i].abs()
+        assert ((ours[i].double() - exact[i]).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "dim", "dtype", "reduction"),
+    [(1, 3, FP32, "mean"), (19, 40, FP32, "sum"), (37, 130, BF16, "mean"), (33, 64, FP16, "none")],
+)
+@pytest.mark.parametrize("with_positives", [False, True])
+def test_values_and_gradients(num_classes, dim, dtype, reduction, with_positives):
+    queries, keys, positives = torch.randn(3, num_classes, dim).to(dtype) / 4
+    check(queries, keys, positives if with_positives else None, reduction=reduction)
+
+
+@pytest.mark.parametrize("with_positives", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_groups(with_positives, reduction):
+    queries, positives = torch.randn(2, 21, 3, 20) / 2
+    present = torch.rand(21, 3) < 0.6
+    positives = positives if with_positives else None
+    check(queries, torch.randn(21, 20), positives, present=present, reduction=reduction)
+
+
+@pytest.mark.parametrize("with_positives", [False, True])
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_absent_classes_may_hold_nan(with_positives, with_keys):
+    queries, keys, positives = torch.randn(3, 40, 24) / 2
+    present = torch.rand(40) < 0.5
+    present_keys = torch.rand(40) < 0.7 if with_keys else None
+    queries[~present] = torch.nan
+    positives[~present] = torch.inf
+    unused = ~present if present_keys is None else ~present & ~present_keys
+    keys[unused] = torch.nan
+    check(
+        queries,
+        keys,
+        positives if with_positives else None,
+        present=present,
+        present_keys=present_keys,
+    )
+
+
+def test_no_class_present():
+    none = torch.zeros(5, dtype=torch.bool)
+    check(torch.full((5, 8), torch.nan), torch.randn(5, 8), present=none)
+
+
+def test_strides_and_temperature():
+    queries = torch.randn(50, 2, 33)[:, 1, ::2]
+    keys = torch.randn(17, 33).T[:17].T[::1][:, :17]
+    check(queries[:17], keys, temperature=0.5)
+    check(torch.randn(20, 9).T, torch.randn(1, 20).expand(9, 20), temperature=2.0)
+
+
+def test_large_logits():
+    check(30 * torch.randn(20, 16), 30 * torch.randn(20, 16), temperature=0.07, reduction="sum")
+
+
+def test_more_keys_than_a_chunk():
+    check(torch.randn(600, 4), torch.randn(600, 4), present=torch.rand(600) < 0.9)
+
+
+def test_operators_are_registered_as_torch_expects():
+    operators = torch.ops.anchorops
+    queries, keys, positives = torch.randn(3, 6, 5)
+    present = torch.rand(6) < 0.7
+    inputs = (queries.requires_grad_(), keys, positives, present, None, 0.1, "mean")
+    torch.library.opcheck(operators.centroid_info_nce.triton, inputs)
+    _, *saved = operators.centroid_info_nce.triton(*inputs)
+    saved = [queries.detach(), keys, positives, present, None, *saved, 0.1]
+    torch.library.opcheck(operators.centroid_info_nce_backward.triton, (torch.tensor(1.0), *saved))
+
+
+def test_second_derivatives_raise():
+    queries, keys = torch.randn(2, 6, 5)
+    loss = ao.centroid_info_nce(queries.requires_grad_(), keys)
+    (dqueries,) = torch.autograd.grad(loss, queries, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        dqueries.sum().backward()

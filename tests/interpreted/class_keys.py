@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from anchorops import labels as label_pass
+from anchorops import reference
+
+
+def check(labels, size, num_classes, per_image=False, ignore_index=255):
+    features = torch.empty(size)
+    expected = reference.class_keys(labels, features, num_classes, per_image, ignore_index)
+    keys, counts = label_pass.class_keys(
+        labels,
+        features,
+        num_classes,
+        per_image=per_image,
+        ignore_index=ignore_index,
+        backend="triton",
+    )
+    assert keys.dtype == torch.int32 and counts.dtype == torch.int64
+    assert torch.equal(keys.long(), expected[0]) and torch.equal(counts, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_dtypes(dtype):
+    labels = torch.randint(0, 8, (2, 9, 13)).to(dtype)
+    labels[0, 0, :4] = 120
+    check(labels, (2, 1, 9, 13), 5, ignore_index=3)
+
+
+@pytest.mark.parametrize(
+    ("source", "size"),
+    [((36, 52), (9, 13)), ((7, 5), (9, 13)), ((9, 30), (9, 13)), ((1, 1), (3, 4))],
+)
+@pytest.mark.parametrize("per_image", [False, True])
+def test_resized_by_nearest(source, size, per_image):
+    check(torch.randint(-1, 22, (2, *source)), (2, 1, *size), 19, per_image)
+
+
+def test_more_than_one_tile():
+    check(torch.randint(0, 300, (1, 700)), (1, 1, 700), 300)
+    check(torch.zeros(520, dtype=torch.int64), (520, 1), 1)
+    check(torch.randint(0, 40_000, (300,)), (300, 1), 16_384)
+
+
+def test_strides():
+    labels = torch.randint(0, 6, (2, 14, 30))
+    check(labels[:, ::2, 1::3], (2, 1, 7, 10), 6)
+    check(labels.transpose(1, 2), (2, 1, 30, 14), 6)
+    check(labels[:, :1].expand(2, 5, 30), (2, 1, 5, 30), 6)
+    check(labels[0, 3:4, ::2].expand(3, 15), (3, 1, 15), 6, per_image=True)
+
+
+def test_values_outside_are_ignored():
+    labels = torch.tensor([-1, 0, 4, 5, 255, 2**40, -(2**40), 2**32 + 1, 3])
+    check(labels, (9, 1), 5)
+    check(labels, (9, 1), 5, ignore_index=-1)
+    check(labels, (9, 1), 5, ignore_index=2**40)
+
+
+def test_empty():
+    check(torch.empty(0, dtype=torch.int64), (0, 3), 4)
+    check(torch.empty(0, 4, 4, dtype=torch.int64), (0, 3, 2, 2), 4, per_image=True)
+    check(torch.full((2, 5), 255), (2, 3, 5), 4)

@@ -1,0 +1,323 @@
+"""Values and all gradients of class moments within the error budget.
+
+The error against float64 is at most twice that of the float32 formula (a masked sum for each
+class), plus FLOOR.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import anchorops as ao
+from anchorops import reference
+
+FLOOR = 2**-23  # of the sum of the terms' sizes: one rounding to float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Case(NamedTuple):
+    size: tuple[int, ...]
+    num_classes: int
+    dtype: torch.dtype = FP32
+    layout: str = "contiguous"
+    labels: str = "random"
+    anchors: str | None = "learnable"
+    groups: int = 1
+    per_image: bool = False
+
+
+CASES = [
+    Case((1, 3, 4, 5), 2),
+    Case((2, 20, 7, 45), 5, labels="coherent"),
+    Case((1, 40, 16, 32), 5, BF16, labels="coherent", anchors="fixed"),
+    Case((2, 17, 9, 31), 40, FP16),
+    Case((1, 33, 13, 21), 150, BF16, anchors=None),
+    Case((2, 70, 8, 24), 7, FP32, "channels_last", "coherent"),
+    Case((2, 65, 9, 17), 40, BF16, "channels_last"),
+    Case((2, 16, 6, 10), 5, BF16, "channels_last", anchors=None),
+    Case((2, 6, 7, 20), 5, FP32, "cropped", "coherent"),
+    Case((2, 18, 5, 33), 9, BF16, "cropped", groups=3, per_image=True),
+    Case((2, 5, 12, 10), 4, FP16, "transposed"),
+    Case((2, 5, 12, 10), 4, FP32, "expanded", anchors="fixed"),
+    Case((130, 24), 10, FP32, "sliced"),
+    Case((70, 9), 3, BF16, "transposed", "coherent"),
+    Case((3, 7, 50), 4, FP32, "sliced", groups=2),
+    Case((3, 130, 40), 6, BF16, per_image=True),
+    Case((2, 4, 1, 30), 3, FP32),
+    Case((2, 4, 30, 1), 3, FP32, "sliced"),
+    Case((60, 3), 16_384, FP32, anchors="fixed"),
+]
+
+
+def make_features(case: Case) -> torch.Tensor:
+    """Random features of that layout; what lies around a view is NaN."""
+    values = torch.randn(case.size).to(case.dtype)
+    if case.layout == "contiguous":
+        return values
+    if case.layout == "channels_last":
+        return values.contiguous(memory_format=torch.channels_last)
+    if case.layout == "expanded":
+        return values[:1].expand(case.size)
+    around = [n + 3 for n in case.size]
+    if case.layout == "transposed":
+        buffer = torch.full(around[::-1], torch.nan, dtype=case.dtype)
+        buffer = buffer.permute(*reversed(range(len(around))))
+    else:
+        buffer = torch.full(around, torch.nan, dtype=case.dtype)
+    view = buffer[tuple(slice(1, n + 1) for n in case.size)]
+    if case.layout == "sliced":
+        view = torch.full([2 * n for n in around], torch.nan, dtype=case.dtype)
+        view = view[tuple(slice(2, 2 * n + 2, 2) for n in case.size)]
+    view.copy_(values)
+    return view
+
+
+def make_labels(case: Case) -> torch.Tensor:
+    pixels = case.size[:1] if len(case.size) == 2 else (case.size[0], *case.size[2:])
+    if case.labels == "coherent":
+        count = torch.Size(pixels).numel()
+        runs = torch.randint(0, case.num_classes, (count // 150 + 1,))
+        labels = runs.repeat_interleave(150)[:count].view(pixels)
+    else:
+        labels = torch.randint(0, case.num_classes, pixels)
+    labels.view(-1)[:5] = 255
+    return labels
+
+
+def moments_and_gradients(case, features, labels, anchors, weights):
+    """counts, sums, sqdists, dfeatures, danchors of a weighted sum of the statistics."""
+    features = features.detach().requires_grad_()
+    if anchors is not None:
+        anchors = anchors.detach().requires_grad_(case.anchors == "learnable")
+    counts, sums, sqdists = ao.class_moments(
+        features,
+        labels,
+        case.num_classes,
+        anchors=anchors,
+        groups=case.groups,
+        per_image=case.per_image,
+        seed=7,
+    )
+    loss = (sums * weights[0].to(sums.dtype)).sum()
+    if sqdists is not None:
+        loss = loss + (sqdists * weights[1].to(sums.dtype)).sum()
+    inputs = [features] if anchors is None or not anchors.requires_grad else [features, anchors]
+    dfeatures, *danchors = torch.autograd.grad(loss, inputs)
+    if sqdists is not None:
+        sqdists = sqdists.detach()
+    return counts, sums.detach(), sqdists, dfeatures, danchors[0] if danchors else None
+
+
+def by_class(case, features, labels, anchors):
+    """The straightforward float32 formula: sums and sqdists by a masked sum for each key."""
+    keys, counts = reference.class_keys(labels, features, case.num_classes, case.per_image, 255)
+    if case.groups > 1:
+        keys = reference.split_groups(keys, counts, case.groups, 7)
+        counts = reference.group_counts(counts, case.groups)
+    rows, keys = reference.feature_rows(features).float(), keys.flatten()
+    sums = torch.zeros(counts.numel(), rows.shape[1])
+    sqdists = torch.zeros(counts.numel())
+    for key in keys.unique():
+        if key >= 0:
+            own = rows[keys == key]
+            sums[key] = own.sum(0)
+            if anchors is not None:
+                nearest = anchors[int(key) // case.groups % case.num_classes]
+                sqdists[key] = (own - nearest).square().sum()
+    return sums.view(*counts.shape, -1), sqdists.view(counts.shape)
+
+
+def assert_within_budget(ours, exact, straightforward, size):
+    allowed = 2 * (straightforward.double() - exact).abs().max() + FLOOR * size.double().max()
+    assert (ours.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(case: Case):
+    features, labels = make_features(case), make_labels(case)
+    anchors = torch.randn(case.num_classes, case.size[1]) if case.anchors else None
+    shape = (case.num_classes,) if case.groups == 1 else (case.num_classes, case.groups)
+    shape = (case.size[0], *shape) if case.per_image else shape
+    weights = torch.randn(*shape, case.size[1]), torch.rand(shape)
+
+    ours = moments_and_gradients(case, features, labels, anchors, weights)
+    with ao.use_backend("reference"):
+        double = None if anchors is None else anchors.double()
+        exact = moments_and_gradients(case, features.double(), labels, double, weights)
+        size = moments_and_gradients(case, features.double().abs(), labels, double, weights)
+    sums, sqdists = by_class(case, features, labels, anchors)
+
+    assert torch.equal(ours[0], exact[0])
+    assert ours[1].dtype == torch.float32
+    assert_within_budget(ours[1], exact[1], sums, size[1])
+    if anchors is not None:
+        assert_within_budget(ours[2], exact[2], sqdists, exact[2])
+    layout = torch.empty_like(features, device="meta").stride()
+    assert ours[3].dtype == case.dtype and ours[3].stride() == layout
+    # one rounding to the features' dtype, and float32 arithmetic before it
+    error = (ours[3].double() - exact[3]).abs()
+    eps = torch.finfo(case.dtype).eps
+    assert (error <= eps * exact[3].abs() + 4 * FLOOR * exact[3].abs().max()).all()
+    if case.anchors == "learnable":
+        assert_within_budget(ours[4], exact[4], exact[4], 8 * exact[4].abs() + 2 * size[1].max())
+
+
+def test_far_anchors():
+    """Squared distances and residual sums are summed directly: no digit is lost to the distance."""
+    labels = torch.arange(400) // 190
+    anchors = torch.full((3, 8), 4096.0) + torch.randn(3, 8)
+    features = (anchors[labels] + 0.01 * torch.randn(400, 8)).float()
+    case = Case((400, 8), 3)
+    weights = torch.zeros(3, 8), torch.ones(3)
+    ours = moments_and_gradients(case, features, labels, anchors, weights)
+    with ao.use_backend("reference"):
+        exact = moments_and_gradients(case, features.double(), labels, anchors.double(), weights)
+    for i in (2, 3, 4):
+        torch.testing.assert_close(
+            ours[i].double(), exact[i], rtol=2e-5, atol=2e-5 * float(exact[i].abs().max())
+        )
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("size", [(1, 20, 10, 30), (200, 20)])
+def test_ignored_pixels_change_nothing(dtype, size):
+    case = Case(size, 6, dtype)
+    labels, anchors = make_labels(case), torch.randn(6, 20)
+    ignored = torch.rand(labels.shape) < 0.3
+    labels[ignored] = 255
+    features, spoilt = torch.randn(size).to(dtype), torch.tensor([torch.nan, torch.inf, -torch.inf])
+    weights = torch.randn(6, 20), torch.rand(6)
+    expected = moments_and_gradients(case, features, labels, anchors, weights)
+    rows = features.movedim(1, -1)
+    rows[ignored] = spoilt.repeat(int(ignored.sum()))[: int(ignored.sum()), None].to(dtype)
+    for ours, same in zip(
+        moments_and_gradients(case, features, labels, anchors, weights), expected, strict=True
+    ):
+        assert torch.equal(ours, same)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "num_classes"),
+    [
+        (torch.nan, BF16, 3),
+        (-torch.inf, FP32, 3),
+        (torch.inf, BF16, 50),
+        (torch.nan, FP32, 50),
+        (3e38, BF16, 50),
+        (3e38, FP32, 50),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+def test_not_finite_pixels_spoil_their_own_class(value, dtype, num_classes):
+    case = Case((1, 18, 9, 30), num_classes, dtype)
+    features, labels, anchors = make_features(case), make_labels(case), torch.randn(num_classes, 18)
+    weights = torch.randn(num_classes, 18), torch.rand(num_classes)
+    clean = moments_and_gradients(case, features, labels, anchors, weights)
+    features[0, 4, 5, 6] = value
+    own = int(labels[0, 5, 6])
+    others = torch.arange(num_classes) != own
+    ours = moments_and_gradients(case, features, labels, anchors, weights)
+    for i in (1, 2, 4):
+        torch.testing.assert_close(ours[i][others], clean[i][others], rtol=1e-5, atol=1e-4)
+    assert not ours[2][own].isfinite()
+    kept = labels != labels[0, 5, 6]
+    assert torch.equal(ours[3].movedim(1, -1)[kept], clean[3].movedim(1, -1)[kept])
+
+
+def test_reproducible():
+    case = Case((2, 20, 9, 40), 11, BF16)
+    inputs = make_features(case), make_labels(case), torch.randn(11, 20)
+    weights = torch.randn(11, 20), torch.rand(11)
+    first = moments_and_gradients(case, *inputs, weights)
+    second = moments_and_gradients(case, *inputs, weights)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("size", [(0, 4), (2, 4, 0), (0, 4, 3, 3)])
+def test_empty(size):
+    features = torch.empty(size, requires_grad=True)
+    labels = torch.empty(size[:1] + size[2:], dtype=torch.int64)
+    anchors = torch.randn(3, 4, requires_grad=True)
+    counts, sums, sqdists = ao.class_moments(features, labels, 3, anchors=anchors)
+    (sums.sum() + sqdists.sum()).backward()
+    assert not counts.any() and not sums.any() and not sqdists.any()
+    assert features.grad.shape == size and not anchors.grad.any()
+
+
+def test_nothing_valid():
+    features = torch.full((1, 4, 6, 30), torch.nan, requires_grad=True)
+    labels = torch.full((1, 6, 30), 255)
+    loss = ao.pixel_to_anchor_mse(features, labels, torch.randn(3, 4))
+    loss.backward()
+    assert loss == 0 and not features.grad.any()
+
+
+def test_offsets_are_64_bit():
+    """Strides of 2^30 elements: the last rows lie past 2^31. Few pages are ever touched."""
+    torch.use_deterministic_algorithms(False)  # or torch.empty would write all of it
+    buffer = torch.empty(2**32 + 64, dtype=FP16)
+    weights = torch.randn(2, 64), torch.rand(2)
+    for view in (
+        buffer.as_strided((4, 64), (2**30, 1)),
+        buffer.as_strided((64, 4), (1, 2**30)),
+        buffer.as_strided((4, 2, 3, 5), (2**30, 15, 5, 1)),
+        buffer.as_strided((1, 2, 4, 5), (0, 5, 2**30, 1)),
+    ):
+        case = Case(tuple(view.shape), 2, FP16)
+        view.copy_(torch.randn(view.shape))
+        labels, anchors = make_labels(case), torch.randn(2, view.shape[1])
+        labels[labels == 255] = 1
+        scale = weights[0][:, : view.shape[1]], weights[1]
+        ours = moments_and_gradients(case, view.clone(), labels, anchors, scale)
+        sums, sqdists = ao.class_moments(view, labels, 2, anchors=anchors)[1:]
+        torch.testing.assert_close(sums, ours[1])
+        torch.testing.assert_close(sqdists, ours[2])
+
+        keys, _ = reference.class_keys(labels, view, 2, False, 255)
+        dfeatures = torch.ops.anchorops.class_moments_backward.triton(
+            view, keys.int(), anchors, *scale, 1, view.shape, view.stride(), FP16
+        )
+        assert dfeatures.stride() == view.stride()
+        assert torch.equal(dfeatures, ours[3])
+
+
+def test_compiles_as_one_graph():
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    def loss(features, labels, anchors):
+        counts, sums, sqdists = ao.class_moments(features, labels, 4, anchors=anchors)
+        return sqdists.sum() + (sums.sum(1) * counts).sum()
+
+    for height in (3, 5):
+        features, labels = torch.randn(1, 6, height, 7), torch.randint(0, 4, (1, height, 7))
+        anchors = torch.randn(4, 6)
+        grads = []
+        for function in (loss, loss._torchdynamo_orig_callable):
+            leaf = features.clone().requires_grad_()
+            function(leaf, labels, anchors).backward()
+            grads.append(leaf.grad)
+        torch.testing.assert_close(*grads)
+
+
+def test_operators_are_registered_as_torch_expects():
+    operators = torch.ops.anchorops
+    features, keys = torch.randn(2, 6, 5), torch.randint(-1, 3, (2, 5), dtype=torch.int32)
+    anchors = torch.randn(3, 6)
+    moments = (features.requires_grad_(), keys, anchors, 3, 1, True, False)
+    torch.library.opcheck(operators.class_moments.triton, moments)
+    gradient = (features.detach(), keys, anchors, torch.randn(3, 6), torch.randn(3), 1)
+    gradient = (*gradient, features.shape, features.stride(), torch.float32)
+    torch.library.opcheck(operators.class_moments_backward.triton, gradient)
+    torch.library.opcheck(operators.class_keys.triton, (keys[:, None], 1, 5, 3, True, 255))
+
+
+def test_float64_is_refused():
+    with pytest.raises(ValueError, match=r"class_moments: backend triton .* float64"):
+        ao.class_moments(torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4).long(), 2)
+    with pytest.raises(ValueError, match="at most 16384 classes"):
+        ao.class_moments(torch.zeros(4, 2), torch.zeros(4).long(), 20_000)
+
+
+def test_auto_does_not_take_the_interpreter():
+    with ao.use_backend("auto"):
+        ao.class_moments(torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4).long(), 2)

@@ -1,0 +1,236 @@
+"""The label pass: keys, counts, resizing by nearest, random groups of equal size."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import anchorops as ao
+from anchorops import reference
+from anchorops.labels import class_keys
+
+INTEGERS = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint16, torch.uint32, torch.uint64),
+)
+
+
+def both(labels, size, num_classes, *, groups=1, per_image=False, seed=None, ignore_index=255):
+    """Keys and counts of the C++ label pass, found equal to the reference's."""
+    features = torch.empty(size)
+    keys, counts = class_keys(
+        labels,
+        features,
+        num_classes,
+        groups=groups,
+        per_image=per_image,
+        seed=seed,
+        ignore_index=ignore_index,
+        backend="cpu",
+    )
+    assert keys.dtype == torch.int32 and counts.dtype == torch.int64
+    expected = reference.class_keys(labels, features, num_classes, per_image, ignore_index)
+    if groups > 1:
+        expected = (
+            reference.split_groups(*expected, groups, seed),
+            reference.group_counts(expected[1], groups),
+        )
+    assert torch.equal(keys.long(), expected[0]) and torch.equal(counts, expected[1])
+    return keys, counts
+
+
+def bincount(keys: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return torch.bincount(keys[keys >= 0], minlength=counts.numel()).view(counts.shape)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_integer_dtypes(dtype: torch.dtype, poisoned: None):
+    labels = torch.randint(0, 8, (2, 9, 13)).to(dtype)
+    labels[0, 0, :4] = 120
+    keys, counts = both(labels, (2, 1, 9, 13), 5, ignore_index=3)
+    wide = labels.long().flatten(1)
+    assert torch.equal(keys.long(), torch.where((wide < 5) & (wide != 3), wide, -1))
+    assert torch.equal(counts, bincount(keys, counts)) and counts[3] == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "size"),
+    [
+        ((16, 24), (8, 12)),  # twice as large
+        ((36, 52), (9, 13)),  # four times
+        ((23, 31), (9, 13)),  # odd ratios
+        ((1024, 769), (113, 97)),
+        ((9, 30), (9, 13)),  # one side as it is
+        ((4, 3), (8, 6)),  # smaller than the features
+        ((7, 5), (9, 13)),
+        ((1, 1), (3, 4)),
+        ((5, 6), (1, 1)),
+    ],
+)
+@pytest.mark.parametrize("per_image", [False, True])
+def test_resized_as_interpolate(source, size, per_image: bool):
+    labels = torch.randint(-2, 22, (2, *source))
+    keys, counts = both(labels, (2, 1, *size), 19, per_image=per_image)
+    nearest = F.interpolate(labels[:, None].float(), size, mode="nearest").long().flatten(1)
+    image = 19 * torch.arange(2)[:, None] if per_image else 0
+    valid = (nearest >= 0) & (nearest < 19)
+    assert torch.equal(keys.long(), torch.where(valid, nearest + image, -1))
+    assert torch.equal(counts, bincount(keys, counts))
+
+
+def test_every_ratio_of_sizes():
+    """Where float32 rounds the scale, the source index may differ by one from exact arithmetic."""
+    for size in range(1, 40):
+        for source in range(1, 120, 7):
+            labels = torch.arange(source)[None, None]
+            keys, _ = both(labels, (1, 1, 1, size), 120)
+            nearest = F.interpolate(labels[None].float(), (1, size), mode="nearest")
+            assert torch.equal(keys, nearest.int().view(1, size))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_strides(dtype: torch.dtype):
+    labels = torch.randint(0, 6, (2, 14, 30)).to(dtype)
+    both(labels[:, ::2, 1::3], (2, 1, 7, 10), 6)
+    both(labels[:, ::2, 1::3], (2, 1, 14, 5), 6)
+    both(labels.transpose(1, 2), (2, 1, 30, 14), 6)
+    both(labels[:, :1].expand(2, 5, 30), (2, 1, 5, 30), 6)
+    both(labels[0, 3:4, ::2].expand(3, 15), (3, 1, 15), 6, per_image=True)
+    both(labels[0, :, 3], (14, 1), 6)
+
+
+def test_offsets_are_64_bit():
+    labels = torch.empty(2**32 + 64, dtype=torch.uint8).as_strided((3, 4, 5), (2**31, 5, 1))
+    labels.copy_(torch.randint(0, 6, (3, 4, 5)))
+    keys, _ = both(labels, (3, 1, 4, 5), 6)
+    assert torch.equal(keys.view(3, 4, 5), labels.int())
+
+
+def test_values_outside_are_ignored():
+    labels = torch.tensor([-1, 0, 4, 5, 255, 2**40, -(2**40), 2**32 + 1, 3, -(2**63), 2**63 - 1])
+    for ignore_index in (255, -1, -100, 2**40, -(2**63)):
+        keys, counts = both(labels, (11, 1), 5, ignore_index=ignore_index)
+        assert keys.tolist() == [[-1, 0, 4, -1, -1, -1, -1, -1, 3, -1, -1]]
+        assert counts.tolist() == [1, 0, 0, 1, 1]
+    keys, counts = both(labels, (11, 1), 5, ignore_index=4)  # a class
+    assert keys[0, 2] == -1 and counts.tolist() == [1, 0, 0, 1, 0]
+    keys, counts = both(labels, (11, 1), 300, ignore_index=-1)  # 255 is a class
+    assert keys[0, 4] == 255 and counts[255] == 1
+
+
+def test_ignore_index_is_not_wrapped_to_the_labels_dtype():
+    small = torch.tensor([-1, 0, 1], dtype=torch.int8)  # 255 as int8 would be -1
+    assert both(small, (3, 1), 2)[0].tolist() == [[-1, 0, 1]]
+    large = torch.tensor([255, 0, 1], dtype=torch.uint8)  # -1 as uint8 would be 255
+    assert both(large, (3, 1), 256, ignore_index=-1)[0].tolist() == [[255, 0, 1]]
+
+
+def test_65536_classes():
+    labels = torch.randint(0, 65_536, (4, 64, 64))
+    labels[0, 0, 0], labels[0, 0, 1] = 0, 65_535
+    keys, counts = both(labels, (4, 1, 64, 64), 65_536, ignore_index=-1)
+    assert torch.equal(keys.long(), labels.flatten(1))
+    assert torch.equal(counts, torch.bincount(labels.flatten(), minlength=65_536))
+    both(labels, (4, 1, 64, 64), 65_536, per_image=True)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_nothing_to_count(per_image: bool, poisoned: None):
+    for size in ((0, 3), (0, 3, 5), (2, 3, 0), (0, 3, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0)):
+        labels = torch.empty(size[:1] + size[2:], dtype=torch.int64)
+        keys, counts = both(labels, size, 4, per_image=per_image)
+        assert keys.numel() == 0 and not counts.any()
+    keys, counts = both(torch.full((2, 5, 5), 255), (2, 3, 5, 5), 4, per_image=per_image)
+    assert (keys == -1).all() and not counts.any()
+
+
+def test_threads_do_not_matter():
+    labels, threads = torch.randint(-1, 20, (3, 300, 200)), torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(both(labels, (3, 1, 300, 200), 19, groups=3, per_image=True, seed=5))
+    finally:
+        torch.set_num_threads(threads)
+    for keys, counts in results[1:]:
+        assert torch.equal(keys, results[0][0]) and torch.equal(counts, results[0][1])
+
+
+# Groups
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4, 7, 1000])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_groups_are_of_equal_size(groups: int, per_image: bool):
+    labels = torch.randint(-1, 6, (2, 40, 30))
+    size = (2, 1, 40, 30)
+    classes, of_class = both(labels, size, 5, per_image=per_image)
+    keys, counts = both(labels, size, 5, per_image=per_image, groups=groups, seed=11)
+    valid = classes >= 0
+    assert torch.equal(keys[valid] // groups, classes[valid]) and (keys[~valid] == -1).all()
+    assert torch.equal(counts, bincount(keys, counts))
+    assert torch.equal(counts.sum(-1), of_class)
+    assert (counts.amax(-1) - counts.amin(-1) <= 1).all()
+
+
+def test_groups_of_rare_classes():
+    labels = torch.tensor([0, 1, 1, 2, 2, 2, 255])
+    keys, counts = both(labels, (7, 1), 4, groups=4, seed=3)
+    assert counts.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    assert torch.equal(counts, bincount(keys, counts))
+
+
+def test_groups_never_change():
+    """The groups belong to the results that users publish: these are to stay for good."""
+    labels = torch.tensor([[0, 1, 0, 1, 2, 0, 255, 1, 0, 1, 2, 0]])
+
+    def groups(count: int, seed: int) -> list[int]:
+        keys, _ = both(labels, (1, 1, 12), 3, groups=count, seed=seed)
+        return torch.where(keys >= 0, keys % count, -1)[0].tolist()
+
+    assert groups(2, 0) == [0, 0, 1, 1, 0, 1, -1, 0, 0, 1, 1, 0]
+    assert groups(3, 12345) == [0, 0, 0, 1, 1, 1, -1, 0, 1, 2, 0, 2]
+    assert groups(3, -7) == [0, 0, 2, 2, 1, 1, -1, 0, 1, 1, 0, 0]
+    assert groups(3, 12345 + 2**32) == [0, 0, 1, 2, 1, 0, -1, 0, 1, 1, 0, 2]
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**40 + 5, -(2**63), 2**63 - 1])
+def test_seed_is_an_int_or_a_tensor(seed: int):
+    labels = torch.randint(0, 3, (500,))
+    keys, _ = both(labels, (500, 1), 3, groups=4, seed=seed)
+    for tensor in (torch.tensor(seed), torch.tensor([seed])):
+        assert torch.equal(keys, both(labels, (500, 1), 3, groups=4, seed=tensor)[0])
+
+
+def test_seeds_differ():
+    """Two seeds put about half of the pixels into the same one of two groups, as chance does."""
+    labels = torch.zeros(4096, dtype=torch.int64)
+    seeds = (0, 1, 2, -1, 2**32, 2**32 + 1)
+    groups = [both(labels, (4096, 1), 1, groups=2, seed=seed)[0] for seed in seeds]
+    for i, a in enumerate(groups):
+        for b in groups[:i]:
+            assert abs((a == b).double().mean() - 0.5) < 5 * 0.5 / 4096**0.5
+
+
+def test_groups_are_spread_evenly():
+    """Pixels next to each other, and a pixel under consecutive seeds, are grouped independently."""
+    labels = torch.zeros(64, 64, dtype=torch.int64)[None]
+    of_seed = torch.stack(
+        [both(labels, (1, 1, 64, 64), 1, groups=2, seed=s)[0].view(64, 64) for s in range(64)]
+    ).double()
+    tolerance = 5 * 0.5 / of_seed.numel() ** 0.5
+    for axis in range(3):
+        a, b = of_seed.narrow(axis, 0, 63), of_seed.narrow(axis, 1, 63)
+        assert abs((a == b).double().mean() - 0.5) < tolerance
+    assert (abs(of_seed.mean(0) - 0.5) < 5 * 0.5 / 64**0.5).all()
+
+
+def test_group_statistics_sum_to_the_class():
+    features, labels = torch.randn(2, 5, 12, 9), torch.randint(-1, 4, (2, 24, 18))
+    anchors = torch.randn(4, 5)
+    whole = ao.class_moments(features, labels, 4, anchors=anchors)
+    parts = ao.class_moments(features, labels, 4, anchors=anchors, groups=3, seed=9)
+    assert whole.sqdists is not None and parts.sqdists is not None
+    assert torch.equal(parts.counts.sum(1), whole.counts)
+    torch.testing.assert_close(parts.sums.sum(1), whole.sums)
+    torch.testing.assert_close(parts.sqdists.sum(1), whole.sqdists)

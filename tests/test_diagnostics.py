@@ -1,0 +1,191 @@
+"""Diagnostics against direct computations, and that every figure draws."""
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import anchorops as ao
+
+pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+from anchorops import diagnostics, plots
+
+K, D = 5, 7
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for images in (2, 3):
+        features = torch.randn(images, D, 4, 6, generator=generator) + 2
+        labels = torch.randint(0, K - 1, (images, 4, 6), generator=generator)  # the last is absent
+        labels[:, 0] = 255
+        labels[0, labels[0] == 3] = 2
+        made.append((features, labels))
+    return made
+
+
+def cosine_pairs(rows: np.ndarray) -> list[float]:
+    return [
+        float(rows[i] @ rows[j] / np.linalg.norm(rows[i]) / np.linalg.norm(rows[j]))
+        for i in range(len(rows))
+        for j in range(i)
+    ]
+
+
+def test_measures_of_vectors() -> None:
+    vectors = torch.randn(K, D, dtype=torch.float64)
+    rows = vectors.numpy()
+    close: Callable[[Tensor, float], None] = lambda got, want: torch.testing.assert_close(  # noqa: E731
+        got, torch.tensor(want, dtype=torch.float64)
+    )
+    close(diagnostics.class_separability(vectors[..., None, None]), sum(cosine_pairs(rows)))
+    pairs = cosine_pairs(rows - rows.mean(0))
+    close(diagnostics.equiangularity(vectors), statistics.pstdev(pairs))
+    close(diagnostics.maximal_angle(vectors), statistics.mean(abs(c + 1 / (K - 1)) for c in pairs))
+    counts = torch.tensor([10, 0, 3, 7, 5])
+    close(diagnostics.imbalance_factor(counts), 10 / 3)
+    norms = np.linalg.norm(rows, axis=1)
+    expected = float(np.corrcoef(norms, counts.numpy())[0, 1])
+    close(diagnostics.norm_correlation(vectors, counts), expected)
+
+
+def test_ideal_classifiers() -> None:
+    etf = ao.simplex_etf(K, 9)
+    assert diagnostics.equiangularity(etf) < 1e-6
+    assert diagnostics.maximal_angle(etf) < 1e-6
+    assert diagnostics.class_separability(ao.category_basis(K, 9)).abs() < 1e-6
+    torch.testing.assert_close(
+        diagnostics.class_separability(etf), torch.tensor(-K / 2, dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize("mean", ["classes", "pixels"])
+@pytest.mark.parametrize("near", [False, True])
+def test_centroid_geometry_accumulates(mean: str, near: bool) -> None:
+    anchors = torch.full((K, D), 2.0) if near else None
+    metric = diagnostics.CentroidGeometry(K, D, mean=mean, anchors=anchors)
+    for features, labels in batches():
+        metric.update(features, labels)
+    rows = np.concatenate([f.movedim(1, -1).reshape(-1, D).double().numpy() for f, _ in batches()])
+    labels = np.concatenate([y.flatten().numpy() for _, y in batches()])
+    present = range(K - 1)
+    centroids = np.stack([rows[labels == k].mean(0) for k in present])
+    middle = centroids.mean(0) if mean == "classes" else rows[labels < K].mean(0)
+    pairs = cosine_pairs(centroids - middle)
+    distances = [
+        float(np.linalg.norm(centroids[i] - centroids[j])) for i in present for j in range(i)
+    ]
+    within = sum(((rows[labels == k] - centroids[k]) ** 2).sum() for k in present)
+    expected = {
+        "equiangularity": statistics.pstdev(pairs),
+        "maximal_angle": statistics.mean(abs(c + 1 / (len(present) - 1)) for c in pairs),
+        "compactness": within / (labels < K).sum(),
+        "min_distance": min(distances),
+        "mean_distance": statistics.mean(distances),
+    }
+    got = metric.compute()
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(got[name]) == pytest.approx(float(value), rel=1e-5), name
+    got_centroids, counts = metric.centroids()
+    np.testing.assert_allclose(got_centroids[:-1].numpy(), centroids, rtol=1e-5)
+    assert counts.tolist() == [int((labels == k).sum()) for k in range(K)]
+    metric.reset()
+    assert all(math.isnan(value) for value in metric.compute().values())
+
+
+def test_label_imbalance() -> None:
+    metric = diagnostics.LabelImbalance(K)
+    for _, labels in batches():
+        metric.update(labels)
+    images = [image for _, labels in batches() for image in labels]
+    pixels = [sum(int((image == k).sum()) for image in images) for k in range(K)]
+    containing = [sum(bool((image == k).any()) for image in images) for k in range(K)]
+    assert metric.pixels.tolist() == pixels and metric.images.tolist() == containing
+    got = metric.compute()
+    assert float(got["pixel_imbalance"]) == pytest.approx(max(pixels) / min(pixels[:-1]))
+    assert float(got["center_imbalance"]) == pytest.approx(max(containing) / min(containing[:-1]))
+    torch.testing.assert_close(
+        metric.prior(), torch.tensor([c / sum(containing) for c in containing])
+    )
+
+
+@pytest.mark.parametrize("as_logits", [False, True])
+def test_frequency_correlation(as_logits: bool) -> None:
+    metric = diagnostics.FrequencyCorrelation(K)
+    truth, predicted = [], []
+    generator = torch.Generator().manual_seed(1)
+    for _, labels in batches():
+        predictions = torch.randint(0, K, labels.shape, generator=generator)
+        logits = F.one_hot(predictions, K).movedim(-1, 1).float()
+        metric.update(logits if as_logits else predictions, labels)
+        truth.append(labels.flatten().numpy())
+        predicted.append(predictions.flatten().numpy())
+    y, p = np.concatenate(truth), np.concatenate(predicted)
+    accuracy = [(p[y == k] == k).mean() for k in range(K - 1)]
+    pixels = [(y == k).sum() for k in range(K - 1)]
+    assert float(metric.compute()) == pytest.approx(np.corrcoef(accuracy, pixels)[0, 1])
+    with pytest.raises(ValueError, match="FrequencyCorrelation: predictions"):
+        metric.update(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_reached_from_the_package() -> None:
+    assert ao.diagnostics is diagnostics and ao.plots is plots
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ao.nothing  # type: ignore[attr-defined]
+
+
+def draws(figure: Any) -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def offsets(collection: Any) -> int:
+    return len(collection.get_offsets())
+
+
+def test_figures_draw_their_data() -> None:
+    features, labels = batches()[0]
+    centroids, _ = ao.class_centroids(features, labels, K)
+    names = [f"class {k}" for k in range(K)]
+    figure = plots.cosine_map(centroids[:-1], names[:-1])
+    drawn = np.asarray(figure.axes[0].images[0].get_array())
+    np.testing.assert_allclose(drawn[1, 0], cosine_pairs(centroids[:2].numpy())[0], rtol=1e-5)
+    assert draws(figure).std() > 0
+
+    figure = plots.iou_against_frequency(torch.rand(K), torch.arange(K), names)
+    assert offsets(figure.axes[0].collections[0]) == K - 1  # one class never occurs
+    assert draws(figure).std() > 0
+
+    figure = plots.features_with_anchors(features, labels, centroids, names=names, max_points=20)
+    points, stars = figure.axes[0].collections
+    assert 10 <= offsets(points) <= 20 and offsets(stars) == K
+    assert draws(figure).std() > 0
+
+    groups = torch.randn(3, D)
+    figure = plots.centroid_similarity(features[0], groups, image=torch.rand(3, 16, 24))
+    assert len(figure.axes) == 1 + 3 + 1  # image, groups, colour bar
+    drawn = np.asarray(figure.axes[1].images[0].get_array())
+    expected = F.cosine_similarity(features[0], groups[0, :, None, None], dim=0)
+    np.testing.assert_allclose(drawn, expected.numpy(), rtol=1e-4, atol=1e-6)
+    assert draws(figure).std() > 0
+
+
+def test_projection_without_umap_is_pca() -> None:
+    if plots.importlib.util.find_spec("umap") is not None:
+        pytest.skip("UMAP is installed, so that PCA is not used")
+    points = torch.randn(30, D, dtype=torch.float64) * torch.arange(1, D + 1) ** 2
+    projected, method = plots._project(points)
+    assert method == "PCA"
+    variances = torch.linalg.eigvalsh(points.T.cov())[-2:].flip(0)
+    torch.testing.assert_close(projected.T.var(dim=1), variances)

@@ -1,0 +1,237 @@
+"""Statistics over ranks: R gloo ranks under DDP equal one process on the concatenated batch."""
+
+import copy
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import anchorops as ao
+from anchorops.distributed import all_reduce
+from anchorops.losses import Regularizer, occl, statistics
+
+K, D = 6, 8
+METHODS: dict[str, Callable[..., Regularizer]] = {
+    "sar": lambda **kw: ao.SAR(K, D, delta=0.0, gate="per_class", **kw),
+    "cr": lambda **kw: ao.SAR(K, D, embed=False, **kw),
+    "occl": lambda **kw: ao.OCCL(K, D, **kw),
+    "occl_images": lambda **kw: ao.OCCL(K, D, split="images", **kw),
+    "mvsc": lambda **kw: ao.MVSC(K, D, **kw),
+    "ceco": lambda **kw: ao.CeCo(K, D, reduced_dim=7, center_dim=9, dropout=0.0, **kw),
+    "ceco_feature": lambda **kw: ao.CeCo(K, D, dropout=0.0, resolution="feature", **kw),
+    "ceco_per_image": lambda **kw: ao.CeCo(K, D, dropout=0.0, per_image=True, **kw),
+    "cbp_ema": lambda **kw: ao.Combined(
+        ao.CBP(K, D, update="ema", momentum=0.5, **kw), ao.OCCL(K, D, **kw)
+    ),
+    "combined": lambda **kw: ao.Combined(
+        ao.SAR(K, D, delta=0.0, gate="per_class", **kw), ao.OCCL(K, D, **kw), ao.MVSC(K, D, **kw)
+    ),
+}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, D, 3, padding=1)
+        self.classifier = nn.Conv2d(D, K, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.body(x))
+
+
+def build(method: str, process_group: str | None) -> tuple[Net, Regularizer]:
+    torch.manual_seed(0)
+    model, regularizer = Net(), METHODS[method](process_group=process_group)
+    ao.attach(model, regularizer)
+    return model, regularizer
+
+
+def batch_of(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    """Ranks differ in batch size and classes; at step 1, rank 1 has nothing valid."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    images = 2 + rank % 2
+    x = torch.randn(images, 3, 6, 5, generator=generator)
+    labels = torch.randint(2 * rank, 2 * rank + 3, (images, 12, 10), generator=generator) % K
+    labels[0, :2] = 255
+    return x, torch.full_like(labels, 255) if (rank, step) == (1, 1) else labels
+
+
+def draw_per_share(sizes: list[int], patch: pytest.MonkeyPatch) -> None:
+    """Let one process draw random views as the ranks do: within each rank's share of the batch."""
+    moments, halves = statistics.unchecked_moments, occl._halves
+
+    def shares(*tensors: Tensor) -> Any:
+        return zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
+
+    def added(parts: list[ao.ClassMoments]) -> ao.ClassMoments:
+        columns = zip(*parts, strict=True)
+        totals = [None if c[0] is None else torch.stack(c).sum(0) for c in columns]
+        return ao.ClassMoments(*totals)  # pyright: ignore[reportArgumentType]
+
+    def moments_of_shares(features: Tensor, labels: Tensor, *args: Any, **kw: Any) -> Any:
+        if kw["groups"] == 1:
+            return moments(features, labels, *args, **kw)
+        return added([moments(f, y, *args, **kw) for f, y in shares(features, labels)])
+
+    def halves_of_shares(counts: Tensor, sums: Tensor, seed: Tensor) -> ao.ClassMoments:
+        return added([halves(n, s, seed) for n, s in shares(counts, sums)])
+
+    patch.setattr(statistics, "unchecked_moments", moments_of_shares)
+    patch.setattr(occl, "_halves", halves_of_shares)
+
+
+def assert_same(got: Tensor, want: Tensor, what: str) -> None:
+    error = float((got - want).abs().max()) if got.numel() else 0.0
+    assert error <= 1e-5 * max(float(want.abs().max()), 0.1), f"{what}: {error}"
+
+
+def check_method(method: str, rank: int, ranks: int) -> None:
+    model, regularizer = build(method, "world")
+    alone, alone_regularizer = build(method, None)
+    parallel = DistributedDataParallel(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (parallel, alone)]
+    for step in range(3):
+        batches = [batch_of(r, step) for r in range(ranks)]
+        x, labels = batches[rank]
+        logits = parallel(x)  # in training, cross-entropy gives them a gradient
+        loss = regularizer(labels) + 0 * logits.sum()
+        with pytest.MonkeyPatch.context() as patch:
+            draw_per_share([len(x) for x, _ in batches], patch)
+            logits = alone(torch.cat([x for x, _ in batches]))
+            expected = alone_regularizer(torch.cat([labels for _, labels in batches]))
+            expected = expected + 0 * logits.sum()
+        what = f"{method}, {ranks} ranks, step {step}"
+        assert_same(loss.detach(), expected.detach(), what)
+        for optimizer, value in zip(optimizers, (loss, expected), strict=True):
+            optimizer.zero_grad()
+            value.backward()
+        for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+            if q.grad is not None:
+                assert p.grad is not None
+                assert_same(p.grad, q.grad, f"{what}, gradient of {name}")
+        for optimizer in optimizers:
+            optimizer.step()
+        for name, value in model.state_dict().items():
+            want = alone.state_dict()[name]
+            assert_same(value.double(), want.double(), f"{what}, {name}")
+
+
+def check_all_reduce(rank: int, ranks: int) -> None:
+    """The gradient of a sum over ranks is the sum of the ranks' gradients."""
+    x = torch.tensor([rank + 1.0], requires_grad=True)
+    total = all_reduce(x, "world")
+    assert total == ranks * (ranks + 1) / 2
+    ((rank + 1) * total).backward()
+    assert x.grad == ranks * (ranks + 1) / 2
+    halves = dist.new_group([0, 1])
+    if isinstance(halves, dist.ProcessGroup):  # elsewhere a number stands for no member
+        method = ao.OCCL(K, D, process_group=halves)
+        assert method.process_group == halves.group_name  # a name: copies and pickles
+        assert all_reduce(x.detach(), copy.deepcopy(method).process_group) == 3
+
+
+def check_compiled(rank: int) -> None:
+    model, regularizer = build("combined", "world")
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(regularizer, fullgraph=True, backend="aot_eager")
+    x, labels = batch_of(rank, 0)
+    model(x)
+    eager(x)
+    torch.testing.assert_close(compiled(labels), eager.regularizer(labels))  # type: ignore
+
+
+def check_wrapped(rank: int) -> None:
+    """On a wrapped model only what brings no parameters may be attached."""
+    parallel = DistributedDataParallel(Net())
+    for method in (ao.SAR(K, D), ao.MVSC(K, D), ao.CeCo(K, D)):
+        with pytest.raises(ValueError, match="not yet wrapped"):
+            ao.attach(parallel, method)
+    with pytest.raises(ValueError, match="not yet wrapped: CBP replaces the classifier"):
+        ao.attach(parallel, ao.CBP(K, D))
+    method = ao.OCCL(K, D)
+    ao.attach(parallel, method)
+    x, labels = batch_of(rank, 0)
+    loss = F.cross_entropy(parallel(x), labels[:, ::2, ::2], ignore_index=255) + method(labels)
+    loss.backward()
+
+
+def check_fully_sharded(method: str, rank: int, ranks: int) -> None:
+    """FSDP2: the root's parameters, the regulariser's among them, are whole until backward."""
+    model, regularizer = build(method, "world")
+    alone, alone_regularizer = build(method, None)
+    fully_shard(model)
+    batches = [batch_of(r, 0) for r in range(ranks)]
+    x, labels = batches[rank]
+    logits = model(x)  # FSDP waits for the gradient of the model's output, which CE gives
+    (regularizer(labels) + 0 * logits.sum()).backward()
+    with pytest.MonkeyPatch.context() as patch:
+        draw_per_share([len(x) for x, _ in batches], patch)
+        alone(torch.cat([x for x, _ in batches]))
+        alone_regularizer(torch.cat([labels for _, labels in batches])).backward()
+    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        if q.grad is not None and q.grad.any():
+            assert isinstance(p.grad, DTensor)
+            assert_same(p.grad.full_tensor(), q.grad, f"{method}, fully_shard, gradient of {name}")
+
+
+def check_sharded_classifier(rank: int) -> None:
+    model, regularizer = build("sar", None)
+    fully_shard(model.classifier)
+    fully_shard(model)
+    x, labels = batch_of(rank, 0)
+    model(x)
+    with pytest.raises(ValueError, match=r"SAR: classifier: .* not sharded .* got a DTensor"):
+        regularizer(labels)
+
+
+def check_diagnostics(rank: int, ranks: int) -> None:
+    """Metrics reduce over ranks by themselves."""
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+    shared, whole = (ao.diagnostics.CentroidGeometry(K, 3) for _ in range(2))
+    for r in range(ranks):
+        for metric in (shared, whole) if r == rank else (whole,):
+            metric.update(*batch_of(r, 0))
+    whole.sync = lambda *_, **__: None  # as if alone
+    got, want = shared.compute(), whole.compute()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value)
+
+
+def run_rank(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=100),
+    )
+    try:
+        check_all_reduce(rank, ranks)
+        for method in METHODS:
+            check_method(method, rank, ranks)
+        if ranks == 2:
+            check_compiled(rank)
+            check_diagnostics(rank, ranks)
+            check_wrapped(rank)
+            for method in ("sar", "occl", "mvsc"):
+                check_fully_sharded(method, rank, ranks)
+            check_sharded_classifier(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
+    multiprocessing.spawn(run_rank, (ranks, str(tmp_path)), nprocs=ranks)  # pyright: ignore

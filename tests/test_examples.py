@@ -1,0 +1,23 @@
+"""The examples run as their first lines say."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_every_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("segmentation_models_pytorch", reason="it is not installed")
+    arguments = ["--steps", "1", "--methods", "CBP + OCCL", "SAR", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["every_method.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "every_method.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "CBP + OCCL attached to segmentation_head.0" in printed
+    assert "step   1: ce" in printed and "occl.centroid" in printed and "equiangularity" in printed
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {"classifier.png", "centroids.png", "features.png", "similarity.png"}

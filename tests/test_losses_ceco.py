@@ -1,0 +1,160 @@
+"""CeCo against the released code's numbers, and its splat against the upsampled tensor."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import anchorops as ao
+from anchorops.losses.ceco import splat_labels
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def oracle() -> dict[str, Tensor]:
+    shared = ROOT.parent / "shared" / "oracles" / "ceco_official.npz"
+    arrays = np.load(shared if shared.exists() else ROOT / "tests" / "oracles" / shared.name)
+    return {key: torch.as_tensor(arrays[key]) for key in arrays.files}
+
+
+def ceco_of_release(oracle: dict[str, Tensor]) -> ao.CeCo:
+    num_classes, center_dim = oracle["etf"].shape
+    reduced_dim, dim = oracle["reduce_conv"].shape[:2]
+    ceco = ao.CeCo(
+        num_classes,
+        dim,
+        reduced_dim=reduced_dim,
+        center_dim=center_dim,
+        prior=oracle["prior"],
+        loss_weight=float(oracle["loss_weight"]),
+        scale=float(oracle["scale"]),
+        dropout=0.0,
+    )
+    with torch.no_grad():
+        ceco.reduction.weight.copy_(oracle["reduce_conv"])
+        ceco.projection.weight.copy_(oracle["gain_weight"])
+        ceco.projection.bias.copy_(oracle["gain_bias"])
+        ceco.etf.copy_(oracle["etf"])
+    return ceco
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_loss_and_gradient_of_the_release(
+    oracle: dict[str, Tensor], memory_format: torch.memory_format
+) -> None:
+    features = oracle["features"].clone(memory_format=memory_format).requires_grad_()
+    loss = ceco_of_release(oracle)(features, oracle["labels"])
+    loss.backward()
+    torch.testing.assert_close(loss.double(), oracle["loss"], rtol=2e-6, atol=0)
+    torch.testing.assert_close(features.grad, oracle["dfeatures"], rtol=1e-4, atol=1e-7)
+
+
+def test_centers_of_the_release(oracle: dict[str, Tensor]) -> None:
+    ceco = ceco_of_release(oracle)
+    counts, sums, _ = ceco._splat(ceco._reduce_channels(oracle["features"]), oracle["labels"])
+    assert counts.nonzero().flatten().tolist() == oracle["present"].tolist()
+    centers = sums[oracle["present"]] / counts[oracle["present"], None]
+    torch.testing.assert_close(centers, oracle["centers"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "label_size"),
+    [((6, 10), (24, 40)), ((5, 7), (13, 11)), ((1, 3), (4, 9)), ((4, 4), (1, 2))],
+)
+def test_splat_equals_sums_of_upsampled_features(
+    size: tuple[int, int], label_size: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(3, 4, *size, generator=generator, requires_grad=True)
+    labels = torch.randint(-1, 6, (3, *label_size), generator=generator)
+    labels[0, 0, 0] = 255
+    weights, counts = splat_labels(labels, size, 5)
+    sums = weights @ features.flatten(2).transpose(1, 2)
+    upsampled = F.interpolate(features, label_size, mode="bilinear", align_corners=True)
+    naive = torch.stack([(upsampled * (labels == k)[:, None]).sum((2, 3)) for k in range(5)], dim=1)
+    assert counts.tolist() == [[int((image == k).sum()) for k in range(5)] for image in labels]
+    torch.testing.assert_close(sums, naive, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn(sums.shape, generator=generator)
+    (gradient,) = torch.autograd.grad(sums, features, upstream)
+    (expected,) = torch.autograd.grad(naive, features, upstream)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def naive_loss(
+    ceco: ao.CeCo, features: Tensor, labels: Tensor, per_image: bool, upsample: bool
+) -> Tensor:
+    """Every center from its own mask, image by image or over the batch."""
+    reduced = ceco.norm(ceco.reduction(features))
+    if upsample:
+        reduced = F.interpolate(reduced, labels.shape[1:], mode="bilinear", align_corners=True)
+    else:
+        labels = F.interpolate(labels[:, None].float(), features.shape[2:])[:, 0].long()
+    rows = reduced.movedim(1, -1)
+    losses = []
+    for images in range(len(labels)) if per_image else [slice(None)]:
+        for k in range(ceco.num_classes):
+            mask = labels[images] == k
+            if not mask.any():
+                continue
+            hidden = ceco.projection(rows[images][mask].mean(0)).relu()
+            hidden = hidden / hidden.norm()
+            logits = ceco.scale * ceco.etf @ hidden + (ceco.prior + 1e-12).log()
+            losses.append(-logits.log_softmax(0)[k])
+    return ceco.loss_weight * torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("resolution", ["label", "feature"])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_options_against_the_naive_computation(
+    per_image: bool, resolution: str, freeze: bool
+) -> None:
+    torch.manual_seed(0)
+    ceco = ao.CeCo(
+        5,
+        6,
+        reduced_dim=7,
+        center_dim=9,
+        prior=torch.tensor([5.0, 1.0, 1.0, 0.0, 3.0]),
+        dropout=0.0,
+        resolution=resolution,
+        per_image=per_image,
+        freeze_projection=freeze,
+    )
+    features = torch.randn(2, 6, 5, 6, requires_grad=True)
+    labels = torch.randint(0, 4, (2, 10, 12))  # class 4 is absent
+    labels[:, :3] = 255
+    inputs = [features, *(p for p in ceco.parameters() if p.requires_grad)]
+    assert len(inputs) == (4 if freeze else 6)
+    loss = ceco(features, labels)
+    expected = naive_loss(ceco, features, labels, per_image, resolution == "label")
+    torch.testing.assert_close(loss, expected)
+    for got, want in zip(
+        torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert ceco.terms["present"] == (
+        sum(len(im[im < 255].unique()) for im in labels) if per_image else 4
+    )
+
+
+def test_dropout_only_in_training() -> None:
+    torch.manual_seed(0)
+    ceco = ao.CeCo(5, 6, dropout=0.5).eval()
+    features, labels = torch.randn(2, 6, 4, 4), torch.randint(0, 5, (2, 8, 8))
+    assert ceco(features, labels) == ceco(features, labels)
+    ceco.train()
+    assert ceco(features, labels) != ceco(features, labels)
+
+
+def test_simplex_needs_room() -> None:
+    with pytest.raises(ValueError, match=r"simplex_etf: dim: expected at least .* 9"):
+        ao.CeCo(10, 16, center_dim=8)
+    with pytest.raises(ValueError, match="CeCo: features: expected images"):
+        ao.CeCo(10, 16, per_image=True)(torch.randn(7, 16), torch.zeros(7, dtype=torch.long))
+    with pytest.raises(ValueError, match="CeCo: prior"):
+        ao.CeCo(10, 16, prior=torch.ones(9))

@@ -1,0 +1,351 @@
+"""What every method owes: dtypes, layouts, compilation, state, composition, errors."""
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import anchorops as ao
+from anchorops.losses import Regularizer
+from anchorops.ops import class_moments as class_moments_module
+
+K, D = 5, 12
+
+
+def combined() -> ao.Combined:
+    return ao.Combined(ao.SAR(K, D, delta=0.1), ao.OCCL(K, D), ao.MVSC(K, D))
+
+
+METHODS: dict[str, Callable[[], Regularizer]] = {
+    "sar": lambda: ao.SAR(K, D, delta=0.1),
+    "sar_per_class": lambda: ao.SAR(K, D, gate="per_class", delta=0.1),
+    "cr": lambda: ao.SAR(K, D, embed=False),
+    "occl": lambda: ao.OCCL(K, D),
+    "occl_images": lambda: ao.OCCL(K, D, split="images"),
+    "mvsc": lambda: ao.MVSC(K, D),
+    "ceco": lambda: ao.CeCo(K, D, reduced_dim=7, center_dim=9, dropout=0.0),
+    "ceco_feature": lambda: ao.CeCo(
+        K, D, reduced_dim=7, center_dim=9, dropout=0.0, resolution="feature"
+    ),
+    "cbp_penalty": lambda: ao.CBP(K, D, update="penalty"),
+    "combined": combined,
+}
+on_pixels = {k: v for k, v in METHODS.items() if k != "cbp_penalty"}
+each_method = pytest.mark.parametrize("build", METHODS.values(), ids=METHODS.keys())
+each_on_pixels = pytest.mark.parametrize("build", on_pixels.values(), ids=on_pixels.keys())
+
+
+def batch(images: int = 3) -> tuple[Tensor, Tensor, nn.Conv2d]:
+    torch.manual_seed(0)
+    features = torch.randn(images, D, 6, 7, requires_grad=True)
+    labels = torch.randint(0, K, (images, 24, 28))
+    labels[:, :5] = 255
+    return features, labels, nn.Conv2d(D, K, 1)
+
+
+def open_gate(method: Regularizer) -> Regularizer:
+    """A step beyond the gate, so that SAR's features count."""
+    for module in method.modules():
+        if isinstance(module, ao.SAR) and module.embed:
+            module.delta, module.gate = 0.0, "per_class"
+    return method
+
+
+@each_method
+def test_terms_sum_to_the_loss_and_settings_show(build: Callable[[], Regularizer]) -> None:
+    features, labels, classifier = batch()
+    method = build()
+    loss = method(features, labels, classifier)
+    assert loss.shape == () and loss.dtype == torch.float32
+    logs = ("gate", "unsure", "present")
+    parts = [v for name, v in method.terms.items() if not name.endswith(logs)]
+    torch.testing.assert_close(loss.detach(), torch.stack(parts).sum())
+    assert not any(value.requires_grad for value in method.terms.values())
+    for module in method.modules():
+        if isinstance(module, Regularizer):
+            assert all(f"{name}=" in repr(module) for name in module.settings)
+
+
+@each_on_pixels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_loss_in_float32(
+    build: Callable[[], Regularizer], dtype: torch.dtype
+) -> None:
+    features, labels, classifier = batch()
+    method = open_gate(build())
+    low = features.detach().to(dtype).requires_grad_()
+    expected = copy.deepcopy(method)(low.float(), labels, classifier)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = method(low, labels, classifier)
+    assert loss.dtype == torch.float32
+    # Only CeCo computes in the features' dtype: its projection.
+    tolerance = 0.03 if isinstance(method, ao.CeCo) else 1e-5
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
+    loss.backward()
+    assert low.grad is not None and low.grad.dtype == dtype and low.grad.isfinite().all()
+    assert low.grad.abs().sum() > 0
+
+
+@each_on_pixels
+def test_channels_last_changes_nothing(build: Callable[[], Regularizer]) -> None:
+    features, labels, classifier = batch()
+    method = open_gate(build())
+    other = copy.deepcopy(method)
+    last = features.detach().clone(memory_format=torch.channels_last).requires_grad_()
+    loss = method(features, labels, classifier)
+    torch.testing.assert_close(other(last, labels, classifier), loss)
+    loss.backward()
+    other(last, labels, classifier).backward()
+    assert last.grad is not None and last.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@each_method
+def test_nothing_valid_is_finite(build: Callable[[], Regularizer]) -> None:
+    features, labels, classifier = batch()
+    method = build()
+    loss = method(features, torch.full_like(labels, 255), classifier)
+    assert loss.isfinite()
+    loss.backward()
+    for parameter in (features, *method.parameters()):
+        if parameter.grad is not None:
+            assert parameter.grad.isfinite().all()
+    assert features.grad is None or features.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("build", [METHODS[n] for n in ("sar", "cr", "occl", "mvsc", "combined")])
+def test_ignored_pixels_may_be_nan(build: Callable[[], Regularizer]) -> None:
+    features, labels, classifier = batch()
+    method = open_gate(build())
+    spoiled = features.detach().clone()
+    spoiled[:, :, 0] = torch.nan  # rows 0-3 of the labels are ignored
+    spoiled.requires_grad_()
+    expected = copy.deepcopy(method)(features, labels, classifier)
+    loss = method(spoiled, labels, classifier)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert spoiled.grad is not None and spoiled.grad.isfinite().all()
+
+
+@each_on_pixels
+def test_any_ignore_index(build: Callable[[], Regularizer]) -> None:
+    features, labels, classifier = batch()
+    method = open_gate(build())
+    expected = copy.deepcopy(method)(features, labels, classifier)
+    for ignored in (-1, 2**31):
+        for module in method.modules():
+            if isinstance(module, Regularizer):
+                module.ignore_index = ignored
+        other = torch.where(labels == 255, ignored, labels)
+        loss = copy.deepcopy(method)(features, other, classifier)
+        torch.testing.assert_close(loss, expected)
+
+
+@each_on_pixels
+def test_backends_agree(build: Callable[[], Regularizer]) -> None:
+    features, labels, classifier = batch()
+    method = open_gate(build())
+    results = []
+    for backend in ("auto", "reference"):
+        with ao.use_backend(backend):
+            loss = copy.deepcopy(method)(features, labels, classifier)
+            results.append((loss, *torch.autograd.grad(loss, features)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+@each_method
+def test_one_image_and_one_class(build: Callable[[], Regularizer]) -> None:
+    features, labels, classifier = batch(images=1)
+    method = build()
+    if "images" in getattr(method, "split", ""):
+        pytest.skip("halves of the batch's images need two of them")
+    loss = method(features, torch.full_like(labels, 3), classifier)
+    assert loss.isfinite()
+    loss.backward()
+
+
+@each_on_pixels
+def test_points(build: Callable[[], Regularizer]) -> None:
+    """(N, D) and (B, D, N) are other views of (B, D, H, W)."""
+    features, labels, classifier = batch()
+    labels = labels[:, ::4, ::4]
+    method = open_gate(build())
+    as_points = [features.flatten(2), labels.flatten(1)]
+    as_rows = [features.movedim(1, -1).flatten(0, 2), labels.flatten()]
+    loss = copy.deepcopy(method)(*as_points, classifier)
+    if getattr(method, "resolution", "") == "label":
+        features = features.detach()  # at the features' size the labels need no upsampling
+    torch.testing.assert_close(copy.deepcopy(method)(features, labels, classifier), loss)
+    if getattr(method, "split", "") != "images":
+        torch.testing.assert_close(copy.deepcopy(method)(*as_rows, classifier), loss)
+    else:
+        with pytest.raises(ValueError, match="2 images"):
+            method(*as_rows, classifier)
+
+
+@each_method
+def test_weight_tensor_in_place_of_the_module(build: Callable[[], Regularizer]) -> None:
+    features, labels, classifier = batch()
+    nn.init.zeros_(classifier.bias)  # type: ignore[arg-type]
+    method = build()
+    expected = copy.deepcopy(method)(features, labels, classifier)
+    for weight in (classifier.weight, classifier.weight.flatten(1)):
+        loss = copy.deepcopy(method)(features, labels, weight)
+        torch.testing.assert_close(loss, expected)
+
+
+@each_method
+def test_state_round_trip_and_copies(build: Callable[[], Regularizer]) -> None:
+    features, labels, classifier = batch()
+    method = open_gate(build())
+    for _ in range(2):
+        method(features, labels, classifier)
+    buffer = io.BytesIO()
+    torch.save(method.state_dict(), buffer)
+    buffer.seek(0)
+    restored = open_gate(build())
+    restored.load_state_dict(torch.load(buffer))
+    copied = copy.deepcopy(method)
+    for _ in range(2):
+        loss = method(features, labels, classifier)
+        torch.testing.assert_close(restored(features, labels, classifier), loss)
+        torch.testing.assert_close(copied(features, labels, classifier), loss)
+    for name, value in method.state_dict().items():
+        torch.testing.assert_close(restored.state_dict()[name], value)
+
+
+@each_method
+def test_evaluation_changes_no_state(build: Callable[[], Regularizer]) -> None:
+    features, labels, classifier = batch()
+    method = open_gate(build())
+    method(features, labels, classifier)
+    method.eval()
+    before = copy.deepcopy(method.state_dict())
+    first = method(features, labels, classifier)
+    assert torch.equal(method(features, labels, classifier), first)
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+
+
+@each_method
+def test_two_forwards_before_one_backward(build: Callable[[], Regularizer]) -> None:
+    features, labels, classifier = batch()
+    method = open_gate(build())
+    total = method(features, labels, classifier) + method(features, labels, classifier)
+    total.backward()
+
+
+@each_method
+def test_compiles_as_one_graph(build: Callable[[], Regularizer]) -> None:
+    torch.compiler.reset()
+    features, labels, classifier = batch()
+    method = open_gate(build())
+    eager = copy.deepcopy(method)
+    compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        loss, expected = compiled(features, labels, classifier), eager(features, labels, classifier)
+        torch.testing.assert_close(loss, expected)
+    inputs = [p for p in (features, *method.parameters()) if p.requires_grad]
+    others = [p for p in (features, *eager.parameters()) if p.requires_grad]
+    for got, want in zip(
+        torch.autograd.grad(loss, inputs, allow_unused=True),
+        torch.autograd.grad(expected, others, allow_unused=True),
+        strict=True,
+    ):
+        if want is None or got is None:
+            assert (got is None or not got.any()) and (want is None or not want.any())
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(method.state_dict()[name], value)
+    assert method.terms.keys() == eager.terms.keys()
+
+
+def methods_of(together: Regularizer) -> nn.ModuleList:
+    assert isinstance(together, ao.Combined)
+    return together.methods
+
+
+def test_combined_equals_its_parts_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels, classifier = batch()
+    together = open_gate(combined())
+    apart = [copy.deepcopy(method) for method in methods_of(together)]
+    passes = []
+    moments = class_moments_module.unchecked_moments
+
+    def counted(*args: object, **kwargs: object) -> ao.ClassMoments:
+        passes.append(kwargs["groups"])
+        return moments(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("anchorops.losses.statistics.unchecked_moments", counted)
+    for _ in range(2):
+        loss = together(features, labels, classifier)
+        assert passes == [4]  # views of OCCL are pairs of MVSC's groups
+        expected = torch.stack([method(features, labels, classifier) for method in apart]).sum()
+        passes.clear()
+        torch.testing.assert_close(loss, expected)
+        (got,), (want,) = (torch.autograd.grad(x, features) for x in (loss, expected))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_combined_with_images_and_two_sets_of_anchors() -> None:
+    features, labels, classifier = batch()
+    together = ao.Combined(
+        ao.SAR(K, D, gate="per_class", delta=0.0),
+        ao.SAR(K, D, embed=False),
+        ao.OCCL(K, D, split="images"),
+        ao.MVSC(K, D, groups=3),
+        ao.CeCo(K, D, reduced_dim=7, center_dim=9, dropout=0.0, resolution="feature"),
+    )
+    apart = [copy.deepcopy(method) for method in methods_of(together)]
+    expected = torch.stack([method(features, labels, classifier) for method in apart]).sum()
+    torch.testing.assert_close(together(features, labels, classifier), expected)
+    assert {"sar1.aux", "sar1.p2a", "sar2.p2a", "occl.centroid"} < set(together.terms)
+
+
+def test_combined_refuses_what_does_not_fit() -> None:
+    for other, message in (
+        (ao.OCCL(K + 1, D), "num_classes"),
+        (ao.OCCL(K, D + 1), "dim"),
+        (ao.OCCL(K, D, ignore_index=0), "ignore_index"),
+        (ao.OCCL(K, D, seed=1), "seed"),
+    ):
+        with pytest.raises(ValueError, match=f"Combined: regularizers: expected one {message}"):
+            ao.Combined(ao.MVSC(K, D), other)
+    with pytest.raises(ValueError, match="at least one"):
+        ao.Combined()
+
+
+@each_method
+def test_wrong_inputs(build: Callable[[], Regularizer]) -> None:
+    features, labels, classifier = batch()
+    method = build()
+    name = type(method).__name__
+    with pytest.raises(ValueError, match=f"{name}: features: expected {D} channels"):
+        method(features[:, 1:], labels, classifier)
+    with pytest.raises(ValueError, match=f"{name}: labels"):
+        method(features, labels.float(), classifier)
+    if method.uses_classifier:
+        with pytest.raises(ValueError, match=f"{name}: classifier"):
+            method(features, labels)
+        with pytest.raises(ValueError, match="classifier: expected a module or weight"):
+            method(features, labels, nn.Conv2d(D, K + 1, 1))
+    with pytest.raises(RuntimeError, match=f"{name}: not attached"):
+        method(labels)
+
+
+def test_seed_is_checked() -> None:
+    with pytest.raises(ValueError, match="OCCL: seed"):
+        ao.OCCL(K, D, seed=-1)
+
+
+def test_double_precision_gradients() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(2, D, 1, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, K, (2, 1, 3))
+    weight = torch.randn(K, D, dtype=torch.float64, requires_grad=True)
+    # OCCL's centroid term stops a gradient, which differences do not see.
+    for method in (ao.OCCL(K, D, centroid_weight=0.0), METHODS["ceco"](), METHODS["cr"]()):
+        method.double().eval()
+        assert torch.autograd.gradcheck(lambda f, w, m=method: m(f, labels, w), (features, weight))
