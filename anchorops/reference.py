@@ -139,7 +139,7 @@ def class_moments(
     keys, num_keys = keys.flatten(), counts.numel()
     # Ignored pixels go by selection: NaN · 0 would be NaN.
     rows = torch.where(keys[:, None] >= 0, feature_rows(features), 0).to(wide)
-    sums = sum_by_key(keys, rows, num_keys).to(dtype).view(*counts.shape, -1)
+    sums = sum_by_key(keys, rows, num_keys).to(dtype).view(*counts.shape, features.shape[1])
     if anchors is None:
         return ClassMoments(counts, sums, None)
     nearest = anchors.to(dtype).to(wide)[keys.clamp(min=0) // groups % num_classes]

@@ -76,13 +76,20 @@ class Variant(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')} {self.layout}: sums{extra}"
 
 
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+QUICK = [
+    Variant(BF16, "NCHW", True, False),
+    Variant(BF16, "NHWC", True, True),
+    Variant(FP32, "NCHW", True, True),
+    Variant(FP16, "cropped", True, False),
+]
+
+
 def variants() -> Iterator[Variant]:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (BF16, FP16, FP32):
         for layout in ("NCHW", "NHWC", "cropped"):
             for anchors, residuals in ((False, False), (True, False), (True, True)):
-                if dtype == torch.bfloat16 or (layout != "cropped" and not residuals):
-                    yield Variant(dtype, layout, anchors, residuals)
-    yield Variant(torch.float32, "NHWC", True, True)
+                yield Variant(dtype, layout, anchors, residuals)
 
 
 def launch_info_nce(groups: int, with_positives: bool) -> None:
@@ -259,15 +266,13 @@ def measure(name: str, kernel: Any) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16", "float32"])
+    parser.add_argument("--quick", action="store_true", help="a choice of the variants")
     args = parser.parse_args()
     columns = ("GPU", "kernel", "variant", *Row._fields)
     print(f"Triton {triton.__version__}")
     print("|", " | ".join(columns), "|\n|", "---|" * len(columns))
-    jobs = [
-        (launch_moments, str(variant), variant)
-        for variant in variants()
-        if str(variant.dtype).removeprefix("torch.") in args.dtypes
+    jobs: list[tuple[Any, ...]] = [
+        (launch_moments, str(variant), variant) for variant in (QUICK if args.quick else variants())
     ]
     jobs += [(launch_info_nce, "float32: K = 150, D = 768", 1, False)]
     jobs += [(launch_info_nce, "float32: K = 150, D = 768, G = 4, positives", 4, True)]

@@ -16,7 +16,7 @@ from .launch import architecture, on_device
 
 BLOCK_R = 16  # rows
 BLOCK_K = 32  # keys
-BLOCK_D = 64
+BLOCK_D = 32
 CHUNKS = 8  # of the keys, at most
 
 

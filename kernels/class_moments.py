@@ -14,45 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, Pixels, as_pixels, on_device, programs, tile_of
+from .launch import INTERPRETED, Pixels, as_pixels, on_device, programs, tile_of, without_spills
+from .tile_keys import tile_keys
 
 BLOCK_K = 16  # keys in one one-hot product
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def _tile_keys_kernel(
-    keys_ptr,  # int32 [B, P], −1 where ignored
-    tile_ptr,  # int32 [tiles]: −1 − key if all pixels have that key, else how many keys there are
-    tile_keys_ptr,  # int32 [tiles, BLOCK_P]: these keys, ascending, without repetition
-    local_ptr,  # int16 [tiles, BLOCK_P]: place of the pixel's key among them; −1 where ignored
-    pixels,
-    tiles_per_line,
-    BLOCK_P: tl.constexpr,
-):
-    """Reads 4 bytes per pixel, writes 2 and the lists: 1/D of the feature pass."""
-    tile = tl.program_id(0)
-    line = (tile // tiles_per_line).to(tl.int64)
-    i = tl.arange(0, BLOCK_P)
-    pixel = (tile % tiles_per_line).to(tl.int64) * BLOCK_P + i
-    key = tl.load(keys_ptr + line * pixels + pixel, mask=pixel < pixels, other=-1)
-
-    low, high = tl.min(key, 0), tl.max(key, 0)
-    base = tile.to(tl.int64) * BLOCK_P
-    if low == high:
-        tl.store(tile_ptr + tile, -1 - high)  # 0 where all are ignored
-    else:
-        # Ignored pixels come last.
-        ordered = tl.sort((tl.where(key >= 0, key.to(tl.int64), 1 << 31) << 16) | i)
-        ordered_key = ordered >> 16
-        valid = ordered_key < (1 << 31)
-        before = tl.gather(ordered_key, tl.maximum(i - 1, 0), 0)
-        first = valid & ((i == 0) | (ordered_key != before))
-        rank = tl.cumsum(first.to(tl.int32), 0) - 1
-        tl.store(tile_ptr + tile, tl.sum(first.to(tl.int32), 0))
-        tl.store(tile_keys_ptr + base + rank, ordered_key.to(tl.int32), mask=first)
-        tl.store(local_ptr + base + (ordered & 0xFFFF), tl.where(valid, rank, -1).to(tl.int16))
 
 
 @triton.jit
@@ -74,7 +41,7 @@ def _fold(x, LANES: tl.constexpr, PIXELS_CONTIGUOUS: tl.constexpr):
 @triton.jit
 def _one_key_kernel(
     features_ptr,  # [B, D, P] by strides
-    tile_ptr,  # see _tile_keys_kernel
+    tile_ptr,  # see tile_keys.py
     anchors_ptr,  # float32 [K, D] by strides
     sums_ptr,  # partials: float32 [chunks, num_keys, D]
     residuals_ptr,  # the same
@@ -219,7 +186,7 @@ def _sums_by_rank(x, local, rank):
 def _several_keys_kernel(
     features_ptr,  # [B, D, P] by strides
     keys_ptr,  # int32 [B, P], −1 where ignored
-    tile_ptr,  # these three: see _tile_keys_kernel
+    tile_ptr,  # these three: see tile_keys.py
     tile_keys_ptr,
     local_ptr,
     anchors_ptr,  # float32 [K, D] by strides
@@ -379,7 +346,7 @@ def class_moments(
     if features.numel() == 0 or num_keys == 0:
         return sums.zero_(), sqdists.zero_(), residuals.zero_()
 
-    tile = tile_of(view, features.element_size())
+    tile = tile_of(view, features.element_size(), small=with_residuals)
     blocks = triton.cdiv(view.dim, tile.block_d)
     tiles_per_line = triton.cdiv(view.pixels, tile.block_p)
     tiles = view.lines * tiles_per_line
@@ -391,9 +358,6 @@ def class_moments(
     partial_residuals = new(chunks, num_keys, view.dim) if with_residuals else residuals
     partial_sqdists = new(chunks * blocks, num_keys) if has_anchors else sqdists
 
-    tile_summaries = keys.new_empty((tiles,))
-    tile_keys = keys.new_empty((tiles, tile.block_p))
-    local = keys.new_empty((tiles, tile.block_p), dtype=torch.int16)
     sizes = (
         view.dim,
         view.pixels,
@@ -418,17 +382,7 @@ def class_moments(
         "enable_fp_fusion": True,
     }
     with on_device(features):
-        _tile_keys_kernel[(tiles,)](
-            keys,
-            tile_summaries,
-            tile_keys,
-            local,
-            view.pixels,
-            tiles_per_line,
-            BLOCK_P=tile.block_p,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        tile_summaries, lists, local = tile_keys(keys, view, tile.block_p)
         _one_key_kernel[(blocks, chunks)](
             features,
             tile_summaries,
@@ -445,14 +399,14 @@ def class_moments(
             features,
             keys,
             tile_summaries,
-            tile_keys,
+            lists,
             local,
             anchors,
             partial_sums,
             partial_residuals,
             partial_sqdists,
             *sizes,
-            **(flags | {"num_warps": 8 if with_residuals else 4}),
+            **(flags | without_spills() | {"num_warps": tile.several_keys_warps}),
         )
         if with_sums:
             _add_chunks(partial_sums, sums)

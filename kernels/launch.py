@@ -56,23 +56,31 @@ def as_pixels(size: Sequence[int], *strides: Sequence[int]) -> list[Pixels]:
 
 
 class Tile(NamedTuple):
-    """A program's tile of BLOCK_D channels × BLOCK_P pixels, its warps, and the number of threads
-    among which they divide its pixels (times the vector width: LANES partial sums a channel)."""
+    """A program's tile of BLOCK_D channels × BLOCK_P pixels; LANES partial sums of a channel, one
+    for each thread among which its pixels are divided; warps for tiles of one key, and of several.
+    """
 
     block_d: int
     block_p: int
     lanes: int
     num_warps: int
+    several_keys_warps: int
 
 
-# By (channels contiguous, itemsize). A tile is 16 KB, in lines of 128 bytes or more.
+# By (channels contiguous, itemsize): 16 KB, in lines of 128 bytes or more.
 _TILES = {
-    (False, 2): Tile(64, 128, 16, 8),
-    (False, 4): Tile(32, 128, 32, 8),
-    (True, 2): Tile(64, 128, 16, 4),
-    (True, 4): Tile(32, 128, 16, 4),
+    (False, 2): Tile(64, 128, 16, 8, 4),
+    (False, 4): Tile(32, 128, 32, 8, 4),
+    (True, 2): Tile(64, 128, 16, 4, 4),
+    (True, 4): Tile(32, 128, 16, 4, 4),
 }
-_SMALL_TILES = {key: tile._replace(block_d=tile.block_d // 2) for key, tile in _TILES.items()}
+# Where a thread's registers are short: elements loaded one by one, danchors, GPUs not listed below.
+_SMALL_TILES = {
+    (False, 2): Tile(32, 128, 16, 8, 8),
+    (False, 4): Tile(16, 128, 32, 8, 8),
+    (True, 2): Tile(32, 128, 64, 8, 8),
+    (True, 4): Tile(16, 128, 64, 8, 8),
+}
 _TILES_BY_ARCH = {"sm_80": _TILES, "sm_90": _TILES, "sm_100": _TILES}
 
 # Programs that fill the device a few times over, so that uneven tiles even out.
@@ -87,15 +95,21 @@ def architecture() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-def tile_of(view: Pixels, itemsize: int) -> Tile:
+def tile_of(view: Pixels, itemsize: int, small: bool = False) -> Tile:
     channels_contiguous = view.stride_d == 1 and view.stride_p != 1
-    table = _TILES_BY_ARCH.get(architecture(), _SMALL_TILES)
+    small |= any(stride > 1 and stride * itemsize % 16 > 0 for stride in view.strides)
+    table = _SMALL_TILES if small else _TILES_BY_ARCH.get(architecture(), _SMALL_TILES)
     tile = table[channels_contiguous, itemsize]
     return tile._replace(block_d=min(tile.block_d, max(triton.next_power_of_2(view.dim), 16)))
 
 
 def programs() -> int:
     return _PROGRAMS.get(architecture(), _PROGRAMS_ELSEWHERE)
+
+
+def without_spills() -> dict[str, int]:
+    """ptxas spills a few registers to fit more programs than the memory needs: let it have them."""
+    return {"maxnreg": 255} if architecture().startswith("sm_") else {}
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:

@@ -119,7 +119,8 @@ def pixel_keys(case: Case, features: Tensor, labels: Tensor) -> tuple[Tensor, li
     """Key of each pixel (flat), −1 where ignored, and the shape of the statistics."""
     if features.dim() == 4:
         labels = F.interpolate(labels[:, None].double(), features.shape[2:], mode="nearest")[:, 0]
-    keys, shape = labels.long(), [case.num_classes]
+    keys = labels.long() if labels.dim() > 1 else labels.long()[None]
+    shape = [case.num_classes]
     valid = (keys >= 0) & (keys < case.num_classes) & (keys != 255)
     if case.per_image:
         image = torch.arange(len(keys)).view(-1, *[1] * (keys.dim() - 1))
@@ -429,7 +430,7 @@ def drawn_cases(draw: st.DrawFn) -> tuple[Case, list[int], list[int], list[int]]
         labels=draw(st.sampled_from(["random", "coherent"])),
         anchors=draw(st.booleans()),
         groups=draw(st.integers(1, 3)),
-        per_image=draw(st.booleans()) and dims > 2,
+        per_image=draw(st.booleans()),
         labels_size=draw(st.tuples(*[st.integers(1, 30)] * 2)) if dims == 4 else None,
     )
     order = draw(st.permutations(range(dims)))

@@ -1,12 +1,14 @@
 """CeCo against the released code's numbers, and its splat against the upsampled tensor."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
 from anchorops.losses.ceco import splat_labels
@@ -158,3 +160,25 @@ def test_simplex_needs_room() -> None:
         ao.CeCo(10, 16, per_image=True)(torch.randn(7, 16), torch.zeros(7, dtype=torch.long))
     with pytest.raises(ValueError, match="CeCo: prior"):
         ao.CeCo(10, 16, prior=torch.ones(9))
+
+
+def test_label_resolution_builds_no_upsampled_features() -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, Tensor):
+                    self.numel = max(self.numel, tensor.untyped_storage().nbytes() // 4)
+            return out
+
+    ceco = ao.CeCo(5, 16, reduced_dim=128)
+    features = torch.randn(2, 16, 8, 8, requires_grad=True)
+    labels = torch.randint(0, 5, (2, 64, 64))
+    with Largest() as largest:
+        ceco(features, labels).backward()
+    upsampled = labels.numel() * ceco.reduced_dim
+    assert 0 < largest.numel < upsampled / 8

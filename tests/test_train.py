@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import anchorops as ao
-from anchorops.train import checkpoint, loop
+from anchorops.train import checkpoint, loop, signals
 from anchorops.train.__main__ import main
 from anchorops.train.config import Config
 from anchorops.train.data import BatchSampler, Draws, class_counts
@@ -259,7 +259,7 @@ def test_interrupted_run_continues_bit_for_bit(
 
     train_step = loop._Run._train_step
     monkeypatch.setattr(loop._Run, "_train_step", step_and_signal)
-    with pytest.raises(loop.Interrupted, match=r"step 3; continue with: anchorops-train resume"):
+    with pytest.raises(signals.Interrupted, match=r"step 3; continue with: anchorops-train resume"):
         loop.start(config)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     torch.randn(5)  # the state of the global generator must not matter
@@ -365,7 +365,7 @@ def test_options_on_the_command_line(monkeypatch: pytest.MonkeyPatch):
 
     def record(config: Config) -> dict:
         started.append(config)
-        raise loop.Interrupted(signal.SIGTERM, config.run, 0)
+        raise signals.Interrupted(signal.SIGTERM, config.run, 0)
 
     monkeypatch.setattr("anchorops.train.__main__.start", record)
     options = (

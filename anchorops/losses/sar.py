@@ -53,7 +53,8 @@ class SAR(Regularizer):
         ignore_index, process_group: as `Regularizer`; with a group L_p2a is that of all ranks.
 
     State: `anchors` (A), `semantic_anchors` (Â) and `started` (bool [K]) are buffers; leave the
-    module in float32, as steps of (1−α) vanish in bfloat16. `terms`: aux, p2a, gate (open share: 0 or 1 for "all") and unsure (|S|).
+    module in float32, as steps of (1−α) vanish in bfloat16. `terms`: aux, p2a, gate (the share that
+    is open: 0 or 1 for "all") and unsure (|S|).
     """
 
     settings = (

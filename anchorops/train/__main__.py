@@ -8,8 +8,9 @@ try:
     import tyro
 
     from .compare import comparison, load_results
-    from .loop import Interrupted, resume, start
+    from .loop import resume, start
     from .presets import DEMO, PRESETS
+    from .signals import Interrupted
 except ModuleNotFoundError as error:
     sys.exit(f"anchorops-train: {error}: install what training needs: pip install anchorops[train]")
 

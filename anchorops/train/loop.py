@@ -8,7 +8,6 @@ import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -46,38 +45,10 @@ from .models import build_model
 from .pictures import choose_images, draw_predictions
 from .ranks import Ranks, start_ranks, stop_ranks
 from .report import write_report
+from .signals import Interrupted, StopSignals
 
 PICTURES = 8  # validation images in predictions.png
 ANALYSED = 200  # validation images whose features the report shows
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
-
-    def __init__(self, signum: int, run: Path, step: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}; continue with: "
-            f"anchorops-train resume {run}"
-        )
-        self.exit_status = 128 + signum
-
-
-class StopSignals:
-    """Remembers SIGTERM and Ctrl-C for the end of a step; a second Ctrl-C interrupts at once."""
-
-    def __enter__(self) -> "StopSignals":
-        self.received: int | None = None
-        self._old = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.received == signal.SIGINT == signum:
-            raise KeyboardInterrupt
-        self.received = signum
-
-    def __exit__(self, *exception: object) -> None:
-        for signum, handler in self._old.items():
-            signal.signal(signum, handler)
 
 
 def start(config: Config) -> dict[str, Any]:

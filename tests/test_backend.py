@@ -1,0 +1,229 @@
+"""The choice of a backend, and the message of every wrong argument."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import anchorops as ao
+from anchorops import _backend
+
+FEATURES, LABELS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int64)
+ANCHORS = torch.zeros(6, 3)
+POINTS, POINT_LABELS = torch.zeros(7, 3), torch.zeros(7, dtype=torch.int64)
+
+
+def test_backends_tells_why_not():
+    reasons = ao.backends()
+    assert list(reasons) == ["cuda", "triton", "cpu", "reference"]
+    assert reasons["cpu"] is None and reasons["reference"] is None
+    assert all(reason is None or len(reason) > 10 for reason in reasons.values())
+
+
+def test_auto_takes_the_cpu_kernels():
+    assert _backend.select("f", FEATURES, 6) == "cpu"
+    assert _backend.select("f", FEATURES.double(), 65_536) == "cpu"
+    assert _backend.select("f", FEATURES.to("meta"), 6) == "reference"
+
+
+def test_use_backend_as_a_context():
+    with ao.use_backend("reference"):
+        assert _backend.select("f", FEATURES, 6) == "reference"
+        with ao.use_backend("cpu"):
+            assert _backend.select("f", FEATURES, 6) == "cpu"
+        assert _backend.select("f", FEATURES, 6) == "reference"
+        with pytest.raises(KeyError), ao.use_backend("auto"):
+            raise KeyError
+        assert _backend.select("f", FEATURES, 6) == "reference"
+    assert _backend.select("f", FEATURES, 6) == "cpu"
+
+
+def test_use_backend_for_good():
+    try:
+        ao.use_backend("reference")
+        assert _backend.select("f", FEATURES, 6) == "reference"
+    finally:
+        ao.use_backend("auto")
+    assert _backend.select("f", FEATURES, 6) == "cpu"
+
+
+def test_backends_agree():
+    features, labels = torch.randn(2, 3, 4, 5), torch.randint(-1, 7, (2, 8, 10))
+    results = []
+    for name in ("cpu", "reference"):
+        with ao.use_backend(name):
+            results.append(ao.class_moments(features, labels, 6, anchors=ANCHORS, groups=2, seed=1))
+    assert torch.equal(results[0].counts, results[1].counts)
+    torch.testing.assert_close(results[0][1:], results[1][1:])
+
+
+def test_unknown_and_unusable_backends():
+    message = "^use_backend: name: expected 'auto' or 'cuda' or .* got 'gpu'"
+    with pytest.raises(ValueError, match=message):
+        ao.use_backend("gpu")
+    for name, reason in ao.backends().items():
+        if reason:
+            with pytest.raises(RuntimeError, match=f"^use_backend: {name} is not usable here: "):
+                ao.use_backend(name)
+    assert _backend.select("f", FEATURES, 6) == "cpu"
+
+
+def test_a_chosen_backend_never_gives_way():
+    with (
+        ao.use_backend("cpu"),
+        pytest.raises(ValueError, match=r"^class_moments: backend cpu cannot serve .* on meta"),
+    ):
+        ao.class_moments(FEATURES.to("meta"), LABELS.to("meta"), 6)
+
+
+def test_without_the_compiled_module():
+    """A machine without a compiler: `auto` takes the reference, and the reason is told."""
+    program = """
+import sys
+sys.modules["anchorops._C"] = None
+import torch, anchorops as ao
+print(ao.class_moments(torch.ones(3, 2), torch.tensor([0, 0, 1]), 2).sums.tolist())
+try:
+    ao.use_backend("cpu")
+except RuntimeError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("[[2.0, 2.0], [1.0, 1.0]]\nuse_backend: cpu is not usable here: ")
+
+
+def call(function: str, **arguments: Any) -> Any:
+    defaults: dict[str, Any] = {"features": FEATURES, "labels": LABELS}
+    if function == "pixel_to_anchor_mse":
+        defaults["anchors"] = ANCHORS
+    else:
+        defaults["num_classes"] = 6
+    return getattr(ao, function)(**(defaults | arguments))
+
+
+EVERYWHERE: list[tuple[dict[str, Any], str]] = [
+    ({"features": [1.0]}, r"features: expected a tensor \(N, D\), .*, got \[1.0\] of type list"),
+    ({"features": torch.zeros(3)}, r"features: expected a tensor .*, got .* of shape \(3,\) on"),
+    ({"features": FEATURES.int()}, "features: expected float32, .* or float64, got torch.int32"),
+    ({"features": FEATURES.cfloat()}, "features: expected float32, .*, got torch.complex64"),
+    (
+        {"features": FEATURES[:, :0], "labels": LABELS[:, :0]},
+        r"features: expected at least one channel, got shape \(2, 0, 4, 5\)",
+    ),
+    ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
+    ({"labels": LABELS.bool()}, "labels: expected an integer dtype, got torch.bool"),
+    ({"labels": None}, r"labels: expected \(B, H', W'\) for .* \(2, 3, 4, 5\), got None"),
+    ({"labels": LABELS[0]}, r"labels: expected \(B, H', W'\) for .*, got .* \(8, 10\) on cpu"),
+    ({"labels": LABELS[:1]}, "labels: expected batch size 2, as features, got 1"),
+    ({"labels": LABELS.to("meta")}, "labels: expected device cpu, as features, got meta"),
+    (
+        {"labels": LABELS[:, :0]},
+        r"labels: expected at least one label per image, got shape \(2, 0, 10\)",
+    ),
+    (
+        {"features": FEATURES.flatten(2), "labels": LABELS.flatten(1)},
+        "labels: expected 20 points, as features, got 80",
+    ),
+    (
+        {"features": FEATURES.flatten(2), "labels": LABELS},
+        r"labels: expected \(B, N\) for features of shape \(2, 3, 20\), got .* \(2, 8, 10\)",
+    ),
+    ({"features": POINTS, "labels": POINT_LABELS[:6]}, "labels: expected 7 points, .*, got 6"),
+    ({"features": POINTS}, r"labels: expected \(N,\) for features of shape \(7, 3\), got .*"),
+    ({"ignore_index": 1.0}, "ignore_index: expected an int of 64 bits, got 1.0 of type float"),
+    ({"ignore_index": None}, "ignore_index: expected an int of 64 bits, got None"),
+    ({"ignore_index": 2**63}, "ignore_index: expected an int of 64 bits, got 9223372036854775808"),
+    (
+        {"labels": LABELS + 6, "check_labels": True},
+        r"labels: expected values in \[0, 6\) or ignore_index = 255, got \[6\]",
+    ),
+]
+NUM_CLASSES: list[tuple[dict[str, Any], str]] = [
+    ({"num_classes": 0}, "num_classes: expected 1 to 65536, got 0"),
+    ({"num_classes": 65_537}, "num_classes: expected 1 to 65536, got 65537"),
+    ({"num_classes": 6.0}, "num_classes: expected an int, got 6.0 of type float"),
+    ({"num_classes": True}, "num_classes: expected an int, got True of type bool"),
+]
+ANCHOR_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"anchors": ANCHORS[:, :2]}, r"anchors: expected \[.*, 3\] \(features have D = 3\), got .*"),
+    ({"anchors": ANCHORS[0]}, r"anchors: expected \[.*, 3\] .*, got .* of shape \(3,\) on cpu"),
+    ({"anchors": [0.0]}, r"anchors: expected \[.*, 3\] .*, got \[0.0\] of type list"),
+    ({"anchors": ANCHORS.long()}, "anchors: expected a floating dtype, got torch.int64"),
+    ({"anchors": ANCHORS.to("meta")}, "anchors: expected device cpu, as features, got meta"),
+]
+MOMENTS_ONLY: list[tuple[dict[str, Any], str]] = [
+    ({"anchors": ANCHORS[:5]}, "anchors: expected 6 rows, as num_classes, got 5"),
+    ({"groups": 0}, "groups: expected an int of at least 1, got 0 of type int"),
+    ({"groups": 2.0}, "groups: expected an int of at least 1, got 2.0 of type float"),
+    ({"groups": 2}, "seed: expected an int of 64 bits or an int64 tensor .*, got None"),
+    ({"groups": 2, "seed": 1.0}, "seed: expected an int of 64 bits or .*, got 1.0 of type float"),
+    ({"groups": 2, "seed": 2**63}, "seed: expected an int of 64 bits or .*, got 92233720368547758"),
+    ({"groups": 2, "seed": torch.zeros(1)}, "seed: expected one int64 on cpu, got torch.float32"),
+    ({"groups": 2, "seed": torch.zeros(2).long()}, r"seed: expected one int64 .* \(2,\) on cpu"),
+    (
+        {"groups": 2**15, "seed": 1, "num_classes": 2**15, "per_image": True},
+        r"num_classes: expected fewer than 2\^31 images × classes × groups, got 2147483648",
+    ),
+]
+CASES = [
+    *(
+        (function, *case)
+        for function in ("class_moments", "class_centroids", "pixel_to_anchor_mse")
+        for case in EVERYWHERE
+    ),
+    *((f, *case) for f in ("class_moments", "class_centroids") for case in NUM_CLASSES),
+    *((f, *case) for f in ("class_moments", "pixel_to_anchor_mse") for case in ANCHOR_ARGUMENTS),
+    *(("class_moments", *case) for case in MOMENTS_ONLY),
+    (
+        "pixel_to_anchor_mse",
+        {"reduction": "none"},
+        "reduction: expected 'mean' or 'sum', got 'none'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments", "message"), CASES, ids=lambda v: str(v)[:50])
+def test_messages(function: str, arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^{function}: {message}"):
+        call(function, **arguments)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.int8, torch.int64, torch.uint16, torch.uint32, torch.uint64],
+    ids=str,
+)
+def test_check_labels(dtype: torch.dtype):
+    labels = torch.arange(80).remainder(6).view(1, 8, 10).expand(2, 8, 10).to(dtype)
+    call("class_moments", labels=labels, check_labels=True)
+    call("class_moments", labels=labels, check_labels=True, ignore_index=5, num_classes=5)
+    message = r"labels: expected values in \[0, 4\) or ignore_index = 255, got \[4, 5\]$"
+    with pytest.raises(ValueError, match=message):
+        call("class_moments", labels=labels, check_labels=True, num_classes=4)
+    with pytest.raises(ValueError, match=r"got \[4, 5\]$"):  # of another image only
+        ones = torch.ones_like(labels)
+        call(
+            "class_moments", labels=torch.cat([ones, labels])[1:3], check_labels=True, num_classes=4
+        )
+
+
+def test_check_labels_compares_values_not_bits():
+    """255 as int8 would be −1, and −1 as uint8 would be 255."""
+    labels = torch.full_like(LABELS, -1, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"got \[-1\]"):
+        call("class_moments", labels=labels, check_labels=True)
+    labels = torch.full_like(LABELS, 255, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"got \[255\]"):
+        call("class_moments", labels=labels, check_labels=True, ignore_index=-1)
+
+
+def test_check_labels_shows_eight_values():
+    with pytest.raises(ValueError, match=r"got \[6, 7, 8, 9, 10, 11, 12, 13, '…'\]"):
+        call(
+            "class_moments",
+            labels=torch.arange(80).view(1, 8, 10).repeat(2, 1, 1),
+            check_labels=True,
+        )

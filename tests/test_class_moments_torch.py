@@ -1,0 +1,304 @@
+"""Class moments with the rest of torch: gradcheck, opcheck, compile, autocast, saved tensors; and
+the functions on top, against torch's own."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import anchorops as ao
+
+F64 = torch.float64
+SECOND = (
+    "class_moments: second derivatives are not implemented in the fused operators; "
+    'use anchorops.use_backend\\("reference"\\) for them'
+)
+ROOMS = [  # size of features, and arguments
+    ((2, 3, 3, 4), {}),
+    ((2, 3, 3, 4), {"groups": 2, "seed": 1}),
+    ((2, 3, 3, 4), {"per_image": True}),
+    ((2, 3, 5), {"groups": 2, "seed": 1, "per_image": True}),
+    ((9, 2), {}),
+]
+
+
+def some_labels(size: tuple[int, ...], num_classes: int = 3) -> Tensor:
+    labels = torch.randint(0, num_classes, size[:1] + size[2:])
+    labels.view(-1)[3] = 255
+    return labels
+
+
+def leaves(size: tuple[int, ...], num_classes: int = 3) -> tuple[Tensor, Tensor]:
+    features = torch.randn(size, dtype=F64, requires_grad=True)
+    return features, torch.randn(num_classes, size[1], dtype=F64, requires_grad=True)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("size", "arguments"), ROOMS)
+def test_gradcheck(backend: str, size, arguments):
+    labels, inputs = some_labels(size), leaves(size)
+
+    def statistics(features: Tensor, anchors: Tensor):
+        return ao.class_moments(features, labels, 3, anchors=anchors, **arguments)[1:]
+
+    with ao.use_backend(backend):
+        assert torch.autograd.gradcheck(statistics, inputs)
+        features = inputs[0].detach()
+        assert torch.autograd.gradcheck(lambda a: statistics(features, a)[1], inputs[1])
+        anchors = inputs[1].detach()
+        assert torch.autograd.gradcheck(lambda f: statistics(f, anchors), inputs[0])
+
+
+def test_gradcheck_channels_last():
+    features, anchors = leaves((2, 3, 4, 3))
+    features = features.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    labels = some_labels((2, 3, 8, 6))
+    with ao.use_backend("cpu"):
+        assert torch.autograd.gradcheck(
+            lambda f, a: ao.class_moments(f, labels, 3, anchors=a)[1:], (features, anchors)
+        )
+
+
+@pytest.mark.parametrize(("size", "arguments"), ROOMS)
+def test_second_derivatives_of_the_reference(size, arguments):
+    labels = some_labels(size)
+    with ao.use_backend("reference"):
+        assert torch.autograd.gradgradcheck(
+            lambda f, a: ao.class_moments(f, labels, 3, anchors=a, **arguments)[1:], leaves(size)
+        )
+
+
+@pytest.mark.parametrize("wrt", ["features", "anchors"])
+@pytest.mark.parametrize("of", ["features", "anchors"])
+def test_second_derivatives_raise(wrt: str, of: str):
+    features, anchors = leaves((9, 2))
+    inputs = {"features": features, "anchors": anchors}
+    sqdists = ao.class_moments(features, some_labels((9, 2)), 3, anchors=anchors).sqdists
+    assert sqdists is not None
+    (first,) = torch.autograd.grad(sqdists.square().sum(), inputs[of], create_graph=True)
+    with pytest.raises(RuntimeError, match=SECOND):
+        torch.autograd.grad(first.square().sum(), inputs[wrt])
+
+
+def test_second_derivatives_raise_where_another_input_is_fixed():
+    features, anchors = leaves((9, 2))
+    labels = some_labels((9, 2))
+    sums = ao.class_moments(features, labels, 3).sums
+    (first,) = torch.autograd.grad(sums.square().sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match=SECOND):
+        torch.autograd.grad(first.square().sum(), features)
+    mse = ao.pixel_to_anchor_mse(features, labels, anchors.detach())
+    (first,) = torch.autograd.grad(mse, features, create_graph=True)
+    with pytest.raises(RuntimeError, match=SECOND):
+        torch.autograd.grad(first.square().sum(), features)
+    mse = ao.pixel_to_anchor_mse(features.detach(), labels, anchors)
+    (first,) = torch.autograd.grad(mse, anchors, create_graph=True)
+    with pytest.raises(RuntimeError, match=SECOND):
+        torch.autograd.grad(first.square().sum(), anchors)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.uint64], ids=str)
+@pytest.mark.parametrize("per_image", [False, True])
+def test_opcheck_class_keys(dtype: torch.dtype, per_image: bool):
+    labels = torch.randint(0, 6, (2, 8, 6)).to(dtype)
+    operator = torch.ops.anchorops.class_keys.cpu
+    torch.library.opcheck(operator, (labels, 4, 5, 5, per_image, 255))
+
+
+@pytest.mark.parametrize("size", [(2, 6, 5), (2, 6, 3, 4), (10, 6)])
+def test_opcheck_class_moments(size):
+    operator = torch.ops.anchorops.class_moments.cpu
+    keys = torch.randint(-1, 6, (1 if len(size) == 2 else 2, torch.Size(size).numel() // 6))
+    keys = keys[:, : keys.numel() if len(size) == 2 else keys.shape[1] // 2].int()
+    features, anchors = torch.randn(size, requires_grad=True), torch.randn(3, 6)
+    for given in (
+        (None, 6, 1, True, False),
+        (anchors, 6, 2, True, False),
+        (anchors, 6, 2, False, False),
+    ):
+        torch.library.opcheck(operator, (features, keys, *given))
+    # The residual sums leave the operator for danchors alone, and opcheck's AOT test, which takes
+    # the gradient of every output, meets the refusal of second derivatives.
+    torch.library.opcheck(
+        operator,
+        (features, keys, anchors.requires_grad_(), 6, 2, True, True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_opcheck_class_moments_backward():
+    operator = torch.ops.anchorops.class_moments_backward.cpu
+    features, keys = torch.randn(2, 6, 5), torch.randint(-1, 6, (2, 5), dtype=torch.int32)
+    anchors, dsums, dsqdists = torch.randn(3, 6), torch.randn(6, 6), torch.randn(6)
+    for given in (
+        (None, keys, None, dsums, None),
+        (features, keys, anchors, None, dsqdists),
+        (features, keys, anchors, dsums, dsqdists),
+    ):
+        for stride in ((30, 5, 1), (30, 1, 6)):
+            torch.library.opcheck(operator, (*given, 2, (2, 6, 5), stride, torch.float32))
+
+
+def compiled_loss(features: Tensor, labels: Tensor, anchors: Tensor, step: Tensor) -> Tensor:
+    num_classes = anchors.shape[0]
+    _, sums, sqdists = ao.class_moments(
+        features, labels, num_classes, anchors=anchors, groups=2, seed=step
+    )
+    assert sqdists is not None
+    centroids, counts = ao.class_centroids(features, labels, num_classes, per_image=True)
+    mse = ao.pixel_to_anchor_mse(features, labels, anchors)
+    nce = ao.centroid_info_nce(sums, anchors, present=sums.detach().any(2), temperature=9.0)
+    return sqdists.sum() + mse + nce + (centroids * counts[..., None]).square().sum()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_compiled_as_one_graph(compiler: str, channels_last: bool):
+    if compiler == "inductor" and channels_last:
+        pytest.skip("inductor is slow: one layout")
+    torch._dynamo.reset()
+    graph = torch.compile(compiled_loss, backend=compiler, fullgraph=True, dynamic=True)
+    for step, (batch, height) in enumerate([(2, 6), (3, 10)]):
+        features = torch.randn(batch, 5, height, 7)
+        if channels_last:
+            features = features.contiguous(memory_format=torch.channels_last)
+        labels, anchors = some_labels((batch, 5, 2 * height, 14), 4), torch.randn(4, 5)
+        results = []
+        for function in (compiled_loss, graph):
+            leaf, fixed = features.clone().requires_grad_(), anchors.clone().requires_grad_()
+            loss = function(leaf, labels, fixed, torch.tensor(step))
+            loss.backward()
+            assert leaf.grad is not None and leaf.grad.stride() == features.stride()
+            results.append((loss.detach(), leaf.grad, fixed.grad))
+        torch.testing.assert_close(results[1], results[0])
+
+
+def test_features_are_not_kept_without_anchors():
+    features = torch.randn(2, 4, 5, 6, requires_grad=True) * 1
+    pointer, saved = features.data_ptr(), []
+    labels = some_labels((2, 4, 5, 6))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        sums = ao.class_moments(features, labels, 3).sums
+        assert saved and all(t.data_ptr() != pointer for t in saved)
+        saved.clear()
+        ao.class_moments(features, labels, 3, anchors=torch.randn(3, 4))
+        assert any(t.data_ptr() == pointer for t in saved)
+    saved.clear()
+    gone = weakref.ref(features)
+    del features
+    gc.collect()
+    assert gone() is None and sums.requires_grad
+    sums.sum().backward()
+
+
+def test_anchors_without_gradient_cost_no_residual_sums():
+    saved = []
+    anchors = torch.randn(3, 4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ao.class_moments(
+            torch.randn(9, 4, requires_grad=True), some_labels((9, 4)), 3, anchors=anchors
+        )
+    assert sorted(t.numel() for t in saved) == [9, 12, 36]  # keys, anchors, features
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_changes_nothing(dtype: torch.dtype, backend: str):
+    features = torch.randn(2, 4, 5, 6, dtype=dtype, requires_grad=True)
+    labels, anchors = some_labels((2, 4, 5, 6)), torch.randn(3, 4)
+
+    def everything() -> list[Tensor]:
+        counts, sums, sqdists = ao.class_moments(features, labels, 3, anchors=anchors)
+        assert sqdists is not None
+        mse = ao.pixel_to_anchor_mse(features, labels, anchors)
+        centroids, _ = ao.class_centroids(features, labels, 3)
+        nce = ao.centroid_info_nce(centroids, anchors)
+        return [counts, sums, sqdists, mse, nce]
+
+    with ao.use_backend(backend):
+        expected = everything()
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = everything()
+        gradients = [
+            torch.autograd.grad(sum(t.sum() for t in s[1:]), features) for s in (ours, expected)
+        ]
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert all(t.dtype == torch.float32 for t in ours[1:])
+    assert gradients[0][0].dtype == dtype and torch.equal(*gradients[0], *gradients[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64], ids=str)
+def test_anchors_of_another_dtype(dtype: torch.dtype):
+    features, labels = torch.randn(20, 4), some_labels((20, 4))
+    anchors = torch.randn(3, 4).to(dtype).requires_grad_()
+    as_given = anchors.detach().float().requires_grad_()
+    ao.pixel_to_anchor_mse(features, labels, anchors).backward()
+    ao.pixel_to_anchor_mse(features, labels, as_given).backward()
+    assert anchors.grad is not None and as_given.grad is not None
+    assert anchors.grad.dtype == dtype and torch.equal(anchors.grad, as_given.grad.to(dtype))
+
+
+@pytest.mark.parametrize("anchors_t", [False, True])
+def test_strided_anchors_and_gradients(anchors_t: bool):
+    """Anchors and incoming gradients need not be contiguous."""
+    features, labels = torch.randn(2, 4, 5, 6), some_labels((2, 4, 5, 6))
+    anchors = torch.randn(4, 3).T if anchors_t else torch.randn(1, 4).expand(3, 4)
+    results = []
+    for given in (anchors, anchors.contiguous()):
+        leaf, fixed = features.clone().requires_grad_(), given.detach().requires_grad_()
+        _, sums, sqdists = ao.class_moments(leaf, labels, 3, anchors=fixed)
+        outputs = (sums, sqdists)
+        weights = torch.arange(4.0).expand(3, 4), torch.tensor(0.5).expand(3)
+        weights = weights if given is anchors else tuple(w.contiguous() for w in weights)
+        results.append(torch.autograd.grad(outputs, (leaf, fixed), weights))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# The functions on top
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("size", [(2, 5, 6, 7), (3, 5, 20), (40, 5)])
+def test_pixel_to_anchor_mse_is_mse_loss(backend: str, size):
+    features = torch.randn(size, dtype=F64, requires_grad=True)
+    anchors = torch.randn(4, 5, dtype=F64, requires_grad=True)
+    labels = some_labels(size, 4)
+    valid = labels != 255
+    rows, targets = features.movedim(1, -1)[valid], anchors[labels[valid]]
+    with ao.use_backend(backend):
+        for reduction in ("mean", "sum"):
+            ours = ao.pixel_to_anchor_mse(features, labels, anchors, reduction=reduction)
+            expected = F.mse_loss(rows, targets, reduction=reduction)
+            torch.testing.assert_close(ours, expected)
+            torch.testing.assert_close(
+                torch.autograd.grad(ours, (features, anchors), retain_graph=True),
+                torch.autograd.grad(expected, (features, anchors), retain_graph=True),
+            )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_class_centroids_are_masked_average_pooling(backend: str):
+    features = torch.randn(3, 5, 6, 7, requires_grad=True)
+    labels = torch.randint(0, 4, (3, 12, 14))
+    labels[1][labels[1] == 2] = 255
+    mask = F.interpolate(labels[:, None].float(), (6, 7), mode="nearest")
+    mask = mask == torch.arange(5).view(1, 5, 1, 1)  # [B, K, H, W]; class 4 is absent
+    total = torch.einsum("bkhw,bdhw->bkd", mask.float(), features)
+    weight = torch.randn(3, 5, 5)
+    with ao.use_backend(backend):
+        centroids, counts = ao.class_centroids(features, labels, 5, per_image=True)
+        pooled = total / mask.sum((2, 3)).clamp(min=1)[..., None]
+        assert torch.equal(counts, mask.sum((2, 3)))
+        torch.testing.assert_close(centroids, pooled)
+        assert not centroids[1, 2].any() and not centroids[:, 4].any()
+        torch.testing.assert_close(
+            torch.autograd.grad((centroids * weight).sum(), features),
+            torch.autograd.grad((pooled * weight).sum(), features),
+        )
+        centroids, counts = ao.class_centroids(features, labels, 5)
+        assert torch.equal(counts, mask.sum((0, 2, 3)))
+        torch.testing.assert_close(centroids, total.sum(0) / counts.clamp(min=1)[:, None])
