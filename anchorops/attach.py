@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -119,12 +120,13 @@ def _unwrap(model: nn.Module, regularizer: Regularizer) -> nn.Module:
         else:
             return model
         name = type(regularizer).__name__
-        if any(True for _ in regularizer.parameters()):
-            expected = f"a model not yet wrapped: {name} brings parameters"
-            fail("attach", "model", f"{expected}, which {wrapper} would not see", wrapper)
         if regularizer.replaces_classifier:
             expected = f"a model not yet wrapped: {name} replaces the classifier"
             fail("attach", "model", f"{expected}, which {wrapper} already holds", wrapper)
+        state = itertools.chain(regularizer.parameters(), regularizer.buffers())
+        if any(tensor.is_floating_point() for tensor in state):  # drawn by each rank for itself
+            expected = f"a model not yet wrapped: {name} brings parameters or anchors"
+            fail("attach", "model", f"{expected}, which {wrapper} would not see", wrapper)
         if inner is model:
             return model
         model = inner
@@ -207,14 +209,17 @@ def attach(
     The classifier is the last linear layer or 1×1 convolution (else k×k) with `dim` inputs and
     `num_classes` outputs whose name does not contain "aux"; which one it was, the returned
     attachment says (and a record of the logger "anchorops"). A dropout through which its input came
-    directly is passed over: the features are those before it. Features are those of one training
-    forward, handed out once, never copied; in eval mode, without gradients and under export the
-    model is the bare model.
+    directly is passed over (a module, not in place): the features are those before it. They are
+    those of one training forward, handed out once, never copied; in eval mode, without gradients
+    and under export the model is the bare model, to the operator (a torch.export program's
+    state_dict holds the whole model's, the regulariser's included: `detach()` first leaves it out).
 
     The regulariser becomes a submodule of the model (of the classifier where the model is an
     nn.Sequential, which would call it), so that optimizers, `.to()`, DDP and checkpoints see its
     parameters: attach before them, and before the first compiled call. They take part in every
     backward, but not in the model's forward: DDP needs its default, find_unused_parameters=False.
+    Parameters and anchors are drawn from torch's default generator: DDP gives all ranks those of
+    rank 0; with broadcast_buffers=False, or without DDP, seed the ranks alike.
 
     Args:
         model: any module that ends in a classifier.
@@ -226,8 +231,8 @@ def attach(
 
     Raises:
         ValueError: no such classifier (the message names what was found), a regulariser already
-            attached; on a model already wrapped in DDP or FSDP, a regulariser with parameters
-            or one that replaces the classifier; nn.DataParallel.
+            attached; on a model already wrapped in DDP or FSDP, a regulariser with parameters or
+            anchors, or one that replaces the classifier; nn.DataParallel.
     """
     if not isinstance(model, nn.Module):
         fail("attach", "model", "an nn.Module", describe(model))

@@ -220,8 +220,9 @@ class FrequencyCorrelation(Metric):
         if predictions.shape != labels.shape:
             expected = f"{tuple(labels.shape)}, as labels, or logits"
             fail("FrequencyCorrelation", "predictions", expected, tuple(predictions.shape))
+        labels = labels.long()  # uint16 to uint64 have no comparisons
         valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
-        labels, predictions = labels[valid].long(), predictions[valid]
+        labels, predictions = labels[valid], predictions[valid]
         self.pixels += labels.bincount(minlength=self.num_classes)
         self.correct += labels[predictions == labels].bincount(minlength=self.num_classes)
 

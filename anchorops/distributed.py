@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._checks import describe, fail
 from .reference import ClassMoments
 
 
@@ -28,11 +29,15 @@ class _AllReduce(torch.autograd.Function):
         return _sum(grads[0], ctx.group), None
 
 
-def group_name(process_group: "dist.ProcessGroup | str | None") -> str | None:
+def group_name(function: str, process_group: "dist.ProcessGroup | str | None") -> str | None:
     """What a module keeps of a process group: its name, which can be copied and pickled."""
     if process_group is None or isinstance(process_group, str):
         return process_group
-    return process_group.group_name
+    name = getattr(process_group, "group_name", None)
+    if name is None:  # new_group returns a number to ranks outside the group
+        expected = 'None, "world" or a ProcessGroup that this rank belongs to'
+        fail(function, "process_group", expected, describe(process_group))
+    return name
 
 
 def all_reduce(x: Tensor, group: str | None) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from ._checks import describe, fail
@@ -58,6 +59,8 @@ def iou_against_frequency(
             position = (float(share[k]), float(values[k]))
             axes.annotate(name, position, xytext=(3, 3), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="share of training pixels", ylabel="IoU")
+    axes.margins(x=0.15)  # room for the names at the right edge
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     return figure
 

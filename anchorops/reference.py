@@ -33,7 +33,8 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def nearest_index(size: int, source: int, device: torch.device) -> Tensor:
     """Row (or column) of the labels for each row of the features, as F.interpolate's "nearest":
     floor(i · source/size), the scale and the product in float32."""
-    scale = torch.tensor(source / max(size, 1), dtype=torch.float32, device=device)
+    # filled on the device: a copy to it would synchronise
+    scale = torch.full((), source / max(size, 1), dtype=torch.float32, device=device)
     index = (torch.arange(size, device=device, dtype=torch.float32) * scale).floor().long()
     return index.clamp(max=source - 1)
 
@@ -66,7 +67,9 @@ def split_groups(keys: Tensor, counts: Tensor, groups: int, seed: int | Tensor) 
     rank mod groups, its new key is key·groups + group.
     """
     flat = keys.flatten().long()
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=keys.device).reshape(())
+    if not isinstance(seed, Tensor):
+        seed = torch.full((), seed, dtype=torch.int64, device=keys.device)
+    seed = seed.reshape(())
     low, high = _mix32(seed & 0xFFFFFFFF), _mix32((seed >> 32) & 0xFFFFFFFF)
     pixel = torch.arange(flat.numel(), device=keys.device) & 0xFFFFFFFF
     hashes = _mix32(_mix32(pixel ^ low) ^ high)

@@ -99,8 +99,10 @@ def launch_info_nce(groups: int, with_positives: bool) -> None:
     positives = torch.empty_like(queries) if with_positives else None
     present = torch.empty(shape, dtype=torch.bool, device="meta")
     inputs = queries, keys, positives, present, None
-    loss, *saved = centroid_info_nce.centroid_info_nce(*inputs, 0.07, "mean")
-    centroid_info_nce_backward.centroid_info_nce_backward(loss, *inputs, *saved, 0.07)
+    loss, lse, positive_logits, scale = centroid_info_nce.centroid_info_nce(*inputs, 0.07, "mean")
+    centroid_info_nce_backward.centroid_info_nce_backward(
+        loss, *inputs, lse, positive_logits, scale, 0.07
+    )
 
 
 def launch_moments(variant: Variant) -> None:
@@ -225,7 +227,7 @@ def hot_path(kernel: str, sass: str) -> tuple[float, int]:
             accesses = [
                 x for x in blocks[min(holding(pattern))].instructions if re.search(pattern, x)
             ]
-        sizes = [int(re.search(r"\.U?(128|64|16|8)\b|$", x)[1] or 32) // 8 for x in accesses]
+        sizes = [int((re.findall(r"\.U?(128|64|16|8)\b", x) or [32])[0]) // 8 for x in accesses]
         best = min(best, (length * 16 / sum(sizes), sum(sizes)))
     return best
 
@@ -241,8 +243,10 @@ class Row(NamedTuple):
 def measure(name: str, kernel: Any) -> Row:
     if "amdgcn" in kernel.asm:
         found = dict(re.findall(r"\.(\w+):\s+(\d+)", kernel.asm["amdgcn"]))
-        spills = int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])
-        return Row(int(found["vgpr_count"]), kernel.metadata.shared, spills, None, None)
+        scratch = int(
+            found["private_segment_fixed_size"]
+        )  # scalar registers spill into vector ones
+        return Row(int(found["vgpr_count"]), kernel.metadata.shared, scratch, None, None)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
@@ -264,7 +268,7 @@ def measure(name: str, kernel: Any) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--quick", action="store_true", help="a choice of the variants")
     args = parser.parse_args()

@@ -229,8 +229,9 @@ def _several_keys_kernel(
         anchors_ptr += d.to(tl.int64) * stride_anchors_d
     first_tile = chunk * tiles_per_chunk
     for tile in range(first_tile, tl.minimum(first_tile + tiles_per_chunk, tiles)):
-        count = tl.load(tile_ptr + tile)
-        if count > 0:
+        summary = tl.load(tile_ptr + tile)
+        count = summary & 0xFFFF
+        if summary > 0:
             line = tile // tiles_per_line
             pixel = tl.cast(tile % tiles_per_line, tl.int64) * BLOCK_P + i
             inside = pixel < pixels
@@ -245,8 +246,8 @@ def _several_keys_kernel(
             )
             base = tl.cast(tile, tl.int64) * BLOCK_P
             local = tl.load(local_ptr + base + i)
-            valid = (local >= 0)[None, :]
-            x = tl.where(valid, x, 0.0)
+            if summary > 0xFFFF:  # there are ignored pixels
+                x = tl.where((local >= 0)[None, :], x, 0.0)
             if HAS_ANCHORS:
                 pixel_key = tl.load(keys_ptr + tl.cast(line, tl.int64) * pixels + pixel, inside, -1)
                 nearest = (pixel_key // groups % num_classes).to(tl.int64) * stride_anchors_k

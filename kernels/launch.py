@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -91,7 +91,7 @@ _PROGRAMS_ELSEWHERE = 2048
 def architecture() -> str:
     if INTERPRETED:
         return "interpreter"
-    target = driver.active.get_current_target()
+    target: Any = driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 

@@ -1,4 +1,4 @@
-"""The keys of each tile of pixels: what the feature pass of class moments has to know beforehand."""
+"""The keys of each tile of pixels: what the feature pass of class moments has to know before."""
 
 import torch
 import triton
@@ -11,7 +11,8 @@ from .launch import Pixels
 @triton.jit
 def _tile_keys_kernel(
     keys_ptr,  # int32 [B, P], −1 where ignored
-    tile_ptr,  # int32 [tiles]: −1 − key if all pixels have that key, else how many keys there are
+    tile_ptr,  # int32 [tiles]: −1 − key if all pixels have that key, else how many keys there are,
+    # plus 2^16 if there are ignored pixels too
     tile_keys_ptr,  # int32 [tiles, BLOCK_P]: these keys, ascending, without repetition
     local_ptr,  # int16 [tiles, BLOCK_P]: place of the pixel's key among them; −1 where ignored
     pixels,
@@ -37,7 +38,8 @@ def _tile_keys_kernel(
         before = tl.gather(ordered_key, tl.maximum(i - 1, 0), 0)
         first = valid & ((i == 0) | (ordered_key != before))
         rank = tl.cumsum(first.to(tl.int32), 0) - 1
-        tl.store(tile_ptr + tile, tl.sum(first.to(tl.int32), 0))
+        count = tl.sum(first.to(tl.int32), 0)
+        tl.store(tile_ptr + tile, count + tl.where(low < 0, 1 << 16, 0))
         tl.store(tile_keys_ptr + base + rank, ordered_key.to(tl.int32), mask=first)
         tl.store(local_ptr + base + (ordered & 0xFFFF), tl.where(valid, rank, -1).to(tl.int16))
 

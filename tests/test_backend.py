@@ -108,7 +108,10 @@ EVERYWHERE: list[tuple[dict[str, Any], str]] = [
     ({"features": [1.0]}, r"features: expected a tensor \(N, D\), .*, got \[1.0\] of type list"),
     ({"features": torch.zeros(3)}, r"features: expected a tensor .*, got .* of shape \(3,\) on"),
     ({"features": FEATURES.int()}, "features: expected float32, .* or float64, got torch.int32"),
-    ({"features": FEATURES.cfloat()}, "features: expected float32, .*, got torch.complex64"),
+    (
+        {"features": FEATURES.to(torch.complex64)},
+        "features: expected float32, .*, got torch.complex64",
+    ),
     (
         {"features": FEATURES[:, :0], "labels": LABELS[:, :0]},
         r"features: expected at least one channel, got shape \(2, 0, 4, 5\)",

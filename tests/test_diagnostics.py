@@ -132,6 +132,10 @@ def test_frequency_correlation(as_logits: bool) -> None:
     accuracy = [(p[y == k] == k).mean() for k in range(K - 1)]
     pixels = [(y == k).sum() for k in range(K - 1)]
     assert float(metric.compute()) == pytest.approx(np.corrcoef(accuracy, pixels)[0, 1])
+    narrow = diagnostics.FrequencyCorrelation(K)
+    for metric_labels in (torch.uint16, torch.uint8):
+        narrow.update(torch.zeros(2, 3), torch.zeros(2, 3).to(metric_labels))
+    assert narrow.correct.tolist() == [12] + [0] * (K - 1)
     with pytest.raises(ValueError, match="FrequencyCorrelation: predictions"):
         metric.update(torch.zeros(2, 3), torch.zeros(2, 4))
 

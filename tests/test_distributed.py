@@ -138,6 +138,9 @@ def check_all_reduce(rank: int, ranks: int) -> None:
         method = ao.OCCL(K, D, process_group=halves)
         assert method.process_group == halves.group_name  # a name: copies and pickles
         assert all_reduce(x.detach(), copy.deepcopy(method).process_group) == 3
+    else:
+        with pytest.raises(ValueError, match=r"OCCL: process_group: .* this rank belongs to"):
+            ao.OCCL(K, D, process_group=halves)
 
 
 def check_compiled(rank: int) -> None:
@@ -151,9 +154,10 @@ def check_compiled(rank: int) -> None:
 
 
 def check_wrapped(rank: int) -> None:
-    """On a wrapped model only what brings no parameters may be attached."""
+    """On a wrapped model only what brings no parameters or anchors, which differ, may be
+    attached."""
     parallel = DistributedDataParallel(Net())
-    for method in (ao.SAR(K, D), ao.MVSC(K, D), ao.CeCo(K, D)):
+    for method in (ao.SAR(K, D), ao.SAR(K, D, embed=False), ao.MVSC(K, D), ao.CeCo(K, D)):
         with pytest.raises(ValueError, match="not yet wrapped"):
             ao.attach(parallel, method)
     with pytest.raises(ValueError, match="not yet wrapped: CBP replaces the classifier"):

@@ -3,10 +3,12 @@
 import copy
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
 from anchorops.losses import Regularizer
@@ -87,6 +89,70 @@ def test_autocast_keeps_the_loss_in_float32(
     loss.backward()
     assert low.grad is not None and low.grad.dtype == dtype and low.grad.isfinite().all()
     assert low.grad.abs().sum() > 0
+
+
+@each_method
+@pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("module_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_any_dtype_of_module_and_features(
+    build: Callable[[], Regularizer], module_dtype: torch.dtype, features_dtype: torch.dtype
+) -> None:
+    """`model.to(dtype)` takes the regulariser with it."""
+    features, labels, classifier = batch()
+    method, classifier = open_gate(build()).to(module_dtype), classifier.to(module_dtype)
+    with torch.no_grad():
+        rounded = (features.to(features_dtype), classifier.double(), method.double())
+    expected = copy.deepcopy(rounded[2])(rounded[0].double(), labels, rounded[1])
+    method, classifier = method.to(module_dtype), classifier.to(module_dtype)
+    low = features.detach().to(features_dtype).requires_grad_()
+    loss = method(low, labels, classifier)
+    assert loss.dtype == (torch.float64 if features_dtype == torch.float64 else torch.float32)
+    # SAR's embedding and CeCo's projection compute in their own dtype.
+    coarse = torch.bfloat16 in (module_dtype, features_dtype)
+    torch.testing.assert_close(loss.double(), expected, rtol=0.05 if coarse else 1e-5, atol=1e-5)
+    if loss.requires_grad:
+        loss.backward()
+    if low.grad is not None:
+        assert low.grad.dtype == features_dtype and low.grad.isfinite().all()
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@each_method
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_nothing_waits_for_the_device(build: Callable[[], Regularizer], backend: str) -> None:
+    """On a GPU each of these operators would synchronise with the host, or forbid a CUDA graph."""
+    features, labels, classifier = batch()
+    method = open_gate(build())
+    with ao.use_backend(backend), Operators() as called:
+        method(features, labels, classifier).backward()
+    waits = {"lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"}
+    assert called.names and not called.names & waits
+
+
+@each_on_pixels
+def test_no_points(build: Callable[[], Regularizer]) -> None:
+    _, _, classifier = batch()
+    method = open_gate(build())
+    if "images" in getattr(method, "split", ""):
+        pytest.skip("points are in no images")
+    points = torch.zeros(0, D, requires_grad=True)
+    loss = method(points, torch.zeros(0, dtype=torch.long), classifier)
+    assert loss.isfinite()
+    loss.backward()
+    assert points.grad is not None
+    for value in method.state_dict().values():
+        assert value.isfinite().all()
 
 
 @each_on_pixels
@@ -333,6 +399,11 @@ def test_wrong_inputs(build: Callable[[], Regularizer]) -> None:
             method(features, labels, nn.Conv2d(D, K + 1, 1))
     with pytest.raises(RuntimeError, match=f"{name}: not attached"):
         method(labels)
+
+
+def test_process_group_is_checked() -> None:
+    with pytest.raises(ValueError, match="OCCL: process_group: expected None, \"world\" or"):
+        ao.OCCL(K, D, process_group=-100)  # type: ignore[arg-type]
 
 
 def test_seed_is_checked() -> None:

@@ -68,8 +68,9 @@ class Regularizer(nn.Module):
         dim: D, channels of the features.
         ignore_index: label that is left out, as is every label outside [0, K).
         process_group: None for the statistics of this rank alone (as published); "world" or a
-            ProcessGroup for those of all its ranks. Under DDP the gradients are then those of one
-            process on the concatenated batch.
+            ProcessGroup for those of all its R ranks. A rank's gradient is then that of the sum of
+            the ranks' (equal) losses, R times that of one: DDP's mean over the ranks gives exactly
+            the gradients of one process on the concatenated batch.
 
     Shapes:
         features: (B, D, H, W), (B, D, N) or (N, D), any strides, float32, bfloat16, float16 or
@@ -102,7 +103,7 @@ class Regularizer(nn.Module):
         if not isinstance(ignore_index, int):
             fail(name, "ignore_index", "an int", describe(ignore_index))
         self.num_classes, self.dim, self.ignore_index = num_classes, dim, ignore_index
-        self.process_group = group_name(process_group)
+        self.process_group = group_name(name, process_group)
         self.terms: dict[str, Tensor] = {}
         self._tap: Tap | None = None
 
@@ -149,6 +150,7 @@ class Regularizer(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             terms, logs = self._losses(features, labels, classifier)
             loss = torch.stack(tuple(terms.values())).sum()
+            loss = loss.to(torch.promote_types(features.dtype, torch.float32))
         self.terms = {key: value.detach() for key, value in (terms | logs).items()}
         return loss
 

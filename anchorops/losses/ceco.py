@@ -1,5 +1,7 @@
 """CeCo, center collapse (CVPR 2023)."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ def _corners(size: int, source: int, device: torch.device) -> list[tuple[Tensor,
     """For each of `size` label rows: two feature rows and their weights, as bilinear upsampling
     takes them with align_corners=True."""
     step = (source - 1) / (size - 1) if size > 1 else 0.0
-    scale = torch.tensor(step, dtype=torch.float32, device=device)
+    scale = torch.full((), step, dtype=torch.float32, device=device)  # a copy would synchronise
     position = torch.arange(size, device=device, dtype=torch.float32) * scale
     low = position.long().clamp(max=source - 1)
     fraction = position - low
@@ -53,11 +55,12 @@ def splat_labels(
     cells = height * width
     first = keys * cells
     splatted = torch.zeros((spare + 1) * cells, dtype=torch.int64, device=labels.device)
-    for row, row_weight in _corners(labels.shape[1], height, labels.device):
-        for column, column_weight in _corners(labels.shape[2], width, labels.device):
-            weight = (row_weight[:, None] * column_weight * _FIXED_POINT).round().long()
-            cell = first + (row[:, None] * width + column)
-            splatted.index_add_(0, cell.flatten(), weight.expand_as(cell).flatten())
+    rows = _corners(labels.shape[1], height, labels.device)
+    columns = _corners(labels.shape[2], width, labels.device)
+    for (row, row_weight), (column, column_weight) in itertools.product(rows, columns):
+        weight = (row_weight[:, None] * column_weight * _FIXED_POINT).round().long()
+        cell = first + (row[:, None] * width + column)
+        splatted.index_add_(0, cell.flatten(), weight.expand_as(cell).flatten())
     weights = splatted[:-cells].view(images, num_classes, cells).float() / _FIXED_POINT
     return weights, counts.view(images, num_classes)
 
@@ -152,21 +155,19 @@ class CeCo(Regularizer):
         return Plan(Request(per_image=self.per_image, features=reduced), losses)
 
     def _reduce_channels(self, features: Tensor) -> Tensor:
-        """g, in the features' shape and layout."""
-        maps = features.T[None] if features.dim() == 2 else features
-        maps = maps if maps.dim() == 4 else maps[..., None]
+        """g, in the features' shape and layout, float32 (float64 for float64 features)."""
+        maps = features[(..., *[None] * (4 - features.dim()))]
         weight = self.reduction.weight.to(features.dtype)
         reduced = self._normalise(F.conv2d(maps, weight))
-        if features.dim() == 4:
-            return reduced
-        return reduced[0, ..., 0].T if features.dim() == 2 else reduced[..., 0]
+        reduced = reduced.to(torch.promote_types(features.dtype, torch.float32))
+        return reduced[(..., *[0] * (4 - features.dim()))]
 
     def _normalise(self, x: Tensor) -> Tensor:
         """Batch norm of (B, C, H, W), over all ranks where there is a group."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
         norm = self.norm
         if self.process_group is None or not self.training:
-            return norm(x)
+            return norm(x.to(norm.weight.dtype))
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         axes, shape = (0, 2, 3), (1, -1, 1, 1)
         here = x.new_full((1,), x.numel() // x.shape[1])
         total = all_reduce(torch.cat([x.sum(axes), here]), self.process_group)
@@ -197,9 +198,13 @@ class CeCo(Regularizer):
         counts, sums, _ = moments
         present = counts > 0
         centers = sums / counts.clamp(min=1)[..., None]
-        hidden = F.normalize(self.projection(centers).relu(), dim=-1)
+        weight, bias, etf, prior = (
+            x.to(centers.dtype)
+            for x in (self.projection.weight, self.projection.bias, self.etf, self.prior)
+        )
+        hidden = F.normalize(F.linear(centers, weight, bias).relu(), dim=-1)
         hidden = F.dropout(hidden, self.dropout, self.training)
-        logits = self.scale * F.linear(hidden, self.etf) + (self.prior + 1e-12).log()
+        logits = self.scale * F.linear(hidden, etf) + (prior + 1e-12).log()
         own = logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
         total, number = -torch.where(present, own, 0).sum(), present.sum()
         if self.per_image:  # every rank has images of its own

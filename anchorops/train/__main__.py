@@ -52,9 +52,16 @@ def _demo(
     steps: int = 500,
     out: Path = Path("runs/demo"),
     seed: int = 0,
-    threads: int | None = None,
+    threads: int = 1,
 ) -> None:
-    """HRNet-W18-small and SegFormer-B0 on digit scenes, plain and with SAR."""
+    """HRNet-W18-small and SegFormer-B0 on digit scenes, plain and with SAR.
+
+    Args:
+        steps: of each of the four runs.
+        out: directory of the runs; earlier ones there are overwritten.
+        seed: of weights and data.
+        threads: CPU threads of torch.
+    """
     results = []
     for name, config in DEMO.items():
         for methods in ((), ("sar",)):

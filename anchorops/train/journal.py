@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,6 @@ class Averages:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
-        self._start = time.perf_counter()
 
     def add(self, terms: dict[str, Tensor], passes: int) -> None:
         """Terms of one of the `passes` passes of a step."""
@@ -109,13 +107,12 @@ class Averages:
     def not_finite(self) -> list[str]:
         return [name for name, value in self._sums.items() if not math.isfinite(value)]
 
-    def take(self, passes: int) -> tuple[dict[str, float], float]:
-        """The means, and seconds per step, since the last take."""
-        steps = self._passes / passes
+    def take(self, passes: int) -> tuple[dict[str, float], int]:
+        """The means since the last take, and over how many steps they are."""
+        steps = self._passes // passes
         means = {name: value.item() / steps for name, value in self._sums.items()}
-        seconds = (time.perf_counter() - self._start) / steps
-        self.__init__()
-        return means, seconds
+        self._sums, self._passes = {}, 0
+        return means, steps
 
     def state(self) -> dict[str, Any]:
         return {"sums": self._sums, "passes": self._passes}

@@ -14,7 +14,7 @@ import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from .analysis import collect_features, measure_cost
 from .checkpoint import latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
@@ -137,7 +137,8 @@ class _Run:
         self.optimizer = build_optimizer(options.optimizer, groups)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.averages = Averages()
-        self.step, self.best, self.stale, self.seconds = 0, -1.0, 0, 0.0
+        self.step, self.best, self.stale = 0, -1.0, 0
+        self.seconds, self.logged_seconds = 0.0, 0.0
         self._restore()
         if running.sync_bn and ranks.world > 1 and ranks.device.type == "cuda":
             convert_sync_batchnorm(learner)
@@ -165,6 +166,7 @@ class _Run:
             "best": self.best,
             "stale": self.stale,
             "seconds": self.seconds,
+            "logged_seconds": self.logged_seconds,
         }
 
     def _restore(self) -> None:
@@ -177,7 +179,7 @@ class _Run:
         self.schedule.load_state_dict(state["schedule"])
         self.averages.restore(state["averages"])
         self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
-        self.seconds = state["seconds"]
+        self.seconds, self.logged_seconds = state["seconds"], state["logged_seconds"]
 
     def _save(self) -> None:
         self._check_finite()
@@ -210,10 +212,12 @@ class _Run:
             while not self._finished():
                 begin = time.perf_counter()
                 self._train_step(batches)
-                due = self.step % config.running.log_every == 0
+                due = self._every(config.running.log_every)
+                if due:
+                    self._check_finite()  # waits for the device, for the clock too
+                self.seconds += time.perf_counter() - begin
                 if due:
                     self._log(journal)
-                self.seconds += time.perf_counter() - begin
                 journal.step()
                 last = self.step == options.steps
                 if last or self._every(config.running.eval_every):
@@ -270,49 +274,54 @@ class _Run:
 
     def _check_finite(self) -> None:
         broken = self.averages.not_finite()
+        if not nn.utils.get_total_norm(self.model.parameters()).isfinite():
+            broken.append("the weights' norm")
         if self.ranks.any(bool(broken)):
             saved = latest_checkpoint(self.run)
             raise ValueError(
-                f"{', '.join(broken) or 'a loss of another rank'} is not finite at step "
-                f"{self.step}; nothing of it was saved (last checkpoint: {saved or 'none'}). "
+                f"not finite at step {self.step}: {', '.join(broken) or 'on another rank'}; "
+                f"nothing of it was saved (last checkpoint: {saved or 'none'}). "
                 "A smaller --lr, a --warmup or --clip may help"
             )
 
     def _log(self, journal: Journal) -> None:
-        self._check_finite()
-        terms, seconds = self.averages.take(self.config.optimization.accumulate)
+        options = self.config.optimization
+        terms, steps = self.averages.take(options.accumulate)
+        images_per_second = steps * options.batch_size / (self.seconds - self.logged_seconds)
+        self.logged_seconds = self.seconds
         values = {
             **terms,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": self.config.optimization.batch_size / seconds,
+            "images_per_second": images_per_second,
             "memory_mb": peak_memory_mb(self.ranks.device),
         }
         journal.record(self.step, values)
         journal.show({name: values[name] for name in (*terms, "memory_mb")})
 
-    def _evaluate(self, journal: Journal | None) -> dict[str, Any]:
-        loader = evaluation_loader(
+    def _validation(self, rank: int, world: int) -> DataLoader:
+        return evaluation_loader(
             self.validation_set,
             self.config.data,
             batch_size=self.config.running.eval_batch_size,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
+            rank=rank,
+            world=world,
         )
+
+    def _evaluate(self, journal: Journal | None) -> dict[str, Any]:
+        self._check_finite()
         self.ranks.synchronize(self.model)
+        loader = self._validation(self.ranks.rank, self.ranks.world)
         window = self.config.data.crop if self.config.running.evaluation == "sliding" else None
         confusion = evaluate(self.model, loader, self.num_classes, self.ranks.device, window)
         summary = summarize(
             confusion, self.training_set.classes, self.frequencies, self.config.data.head_tail
         )
+        if summary["miou"] is None:
+            raise ValueError("the validation split has not one valid pixel")
         if journal:
-            journal.record(
-                self.step,
-                {
-                    f"val_{name}": value
-                    for name, value in summary.items()
-                    if name != "classes" and value is not None
-                },
-            )
+            known = {name: value for name, value in summary.items() if value is not None}
+            del known["classes"]
+            journal.record(self.step, {f"val_{name}": value for name, value in known.items()})
             journal.write(f"step {self.step}: mIoU {100 * summary['miou']:.1f} %")
         self.stale += 1
         if summary["miou"] > self.best:
@@ -325,13 +334,7 @@ class _Run:
     def _report(self, results: dict[str, Any]) -> None:
         """report.html, from the first validation images and one training batch."""
         device, options = self.ranks.device, self.config.optimization
-        loader = evaluation_loader(
-            self.validation_set,
-            self.config.data,
-            batch_size=self.config.running.eval_batch_size,
-            rank=0,
-            world=1,
-        )
+        loader = self._validation(rank=0, world=1)
         batches = itertools.islice(loader, math.ceil(ANALYSED / loader.batch_size))  # pyright: ignore
         features = collect_features(self.model, batches, self.num_classes, device)
         costs = None

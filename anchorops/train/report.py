@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from ..plots import cosine_map, features_with_anchors, iou_against_frequency
@@ -175,11 +174,7 @@ def _iou_by_frequency(classes: list[dict[str, Any]]) -> Figure:
     known = [c for c in classes if c["iou"] is not None]
     iou, share = (torch.tensor([c[name] for c in known]) for name in ("iou", "frequency"))
     names = [c["name"] for c in known] if len(known) <= MOST_NAMES else None
-    figure = iou_against_frequency(iou, share, names)
-    (axes,) = figure.axes
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.margins(x=0.15)
-    return figure
+    return iou_against_frequency(iou, share, names)
 
 
 def _cosine_maps(features: Features, classifier: Tensor, names: list[str]) -> str:

@@ -35,16 +35,13 @@ CASES = [
     Case((1, 33, 13, 21), 150, BF16, anchors=None),
     Case((2, 70, 8, 24), 7, FP32, "channels_last", "coherent"),
     Case((2, 65, 9, 17), 40, BF16, "channels_last"),
-    Case((2, 16, 6, 10), 5, BF16, "channels_last", anchors=None),
     Case((2, 6, 7, 20), 5, FP32, "cropped", "coherent"),
     Case((2, 18, 5, 33), 9, BF16, "cropped", groups=3, per_image=True),
-    Case((2, 5, 12, 10), 4, FP16, "transposed"),
     Case((2, 5, 12, 10), 4, FP32, "expanded", anchors="fixed"),
     Case((130, 24), 10, FP32, "sliced"),
     Case((70, 9), 3, BF16, "transposed", "coherent"),
     Case((3, 7, 50), 4, FP32, "sliced", groups=2),
     Case((3, 130, 40), 6, BF16, per_image=True),
-    Case((2, 4, 1, 30), 3, FP32),
     Case((2, 4, 30, 1), 3, FP32, "sliced"),
     Case((60, 3), 16_384, FP32, anchors="fixed"),
 ]
@@ -179,9 +176,8 @@ def test_far_anchors():
         )
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-@pytest.mark.parametrize("size", [(1, 20, 10, 30), (200, 20)])
-def test_ignored_pixels_change_nothing(dtype, size):
+@pytest.mark.parametrize(("size", "dtype"), [((1, 20, 10, 30), BF16), ((200, 20), FP32)])
+def test_ignored_pixels_change_nothing(size, dtype):
     case = Case(size, 6, dtype)
     labels, anchors = make_labels(case), torch.randn(6, 20)
     ignored = torch.rand(labels.shape) < 0.3
@@ -200,11 +196,9 @@ def test_ignored_pixels_change_nothing(dtype, size):
 @pytest.mark.parametrize(
     ("value", "dtype", "num_classes"),
     [
-        (torch.nan, BF16, 3),
+        (torch.nan, BF16, 50),
         (-torch.inf, FP32, 3),
-        (torch.inf, BF16, 50),
-        (torch.nan, FP32, 50),
-        (3e38, BF16, 50),
+        (3e38, BF16, 3),
         (3e38, FP32, 50),
     ],
 )
