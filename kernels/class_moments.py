@@ -159,10 +159,10 @@ def _product(x, member):
 def _sums_by_rank(x, local, rank):
     """Σ over pixels of x [BLOCK_D, BLOCK_P] where local [BLOCK_P] is rank [BLOCK_K].
 
-    A product with a one-hot matrix, exact but for the rounding of sums of at most 256 numbers, for
-    tensor cores truncate; a float32 is the exact sum of three bfloat16. A result that is not finite
-    may be a pixel that is not, times the zeros of other keys (0·NaN = NaN): then the sums are taken
-    again, by selection.
+    A product with a one-hot matrix, exact but for the rounding of the sums; these are of BLOCK_P
+    numbers at most, for tensor cores truncate. A float32 is the exact sum of three bfloat16. If the
+    result is not finite, a pixel that is not may have met the zeros of other keys (0·NaN = NaN):
+    then the sums are taken again, by selection.
     """
     member = local[:, None] == rank[None, :]
     if x.dtype == tl.float32:

@@ -160,6 +160,9 @@ def test_simplex_needs_room() -> None:
         ao.CeCo(10, 16, per_image=True)(torch.randn(7, 16), torch.zeros(7, dtype=torch.long))
     with pytest.raises(ValueError, match="CeCo: prior"):
         ao.CeCo(10, 16, prior=torch.ones(9))
+    for wrong in (torch.zeros(10), torch.linspace(-1, 1, 10)):
+        with pytest.raises(ValueError, match="CeCo: prior: expected no negative share"):
+            ao.CeCo(10, 16, prior=wrong)
 
 
 def test_label_resolution_builds_no_upsampled_features() -> None:

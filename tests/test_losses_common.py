@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
 from anchorops.losses import Regularizer
+from anchorops.losses.statistics import Request, class_statistics
 from anchorops.ops import class_moments as class_moments_module
 
 K, D = 5, 12
@@ -100,11 +101,9 @@ def test_any_dtype_of_module_and_features(
     """`model.to(dtype)` takes the regulariser with it."""
     features, labels, classifier = batch()
     method, classifier = open_gate(build()).to(module_dtype), classifier.to(module_dtype)
-    with torch.no_grad():
-        rounded = (features.to(features_dtype), classifier.double(), method.double())
-    expected = copy.deepcopy(rounded[2])(rounded[0].double(), labels, rounded[1])
-    method, classifier = method.to(module_dtype), classifier.to(module_dtype)
     low = features.detach().to(features_dtype).requires_grad_()
+    exact, exact_classifier = (copy.deepcopy(module).double() for module in (method, classifier))
+    expected = exact(low.detach().double(), labels, exact_classifier)
     loss = method(low, labels, classifier)
     assert loss.dtype == (torch.float64 if features_dtype == torch.float64 else torch.float32)
     # SAR's embedding and CeCo's projection compute in their own dtype.
@@ -355,6 +354,16 @@ def test_combined_equals_its_parts_in_one_pass(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
+def test_sums_go_to_those_who_ask() -> None:
+    """What SAR does not ask for, it does not reduce over the ranks either."""
+    features, labels, _ = batch()
+    anchored = Request(anchors=torch.randn(K, D), with_sums=False)
+    views = Request(groups=2, seed=torch.zeros((), dtype=torch.int64))
+    for requests in ([anchored], [anchored, views]):
+        moments = class_statistics(features, labels, K, requests, 255)[0]
+        assert moments.sums.numel() == 0 and moments.sqdists.shape == (K,)
+
+
 def test_combined_with_images_and_two_sets_of_anchors() -> None:
     features, labels, classifier = batch()
     together = ao.Combined(
@@ -402,7 +411,7 @@ def test_wrong_inputs(build: Callable[[], Regularizer]) -> None:
 
 
 def test_process_group_is_checked() -> None:
-    with pytest.raises(ValueError, match="OCCL: process_group: expected None, \"world\" or"):
+    with pytest.raises(ValueError, match='OCCL: process_group: expected None, "world" or'):
         ao.OCCL(K, D, process_group=-100)  # type: ignore[arg-type]
 
 

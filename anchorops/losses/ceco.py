@@ -79,7 +79,7 @@ class CeCo(Regularizer):
         loss_weight: λ: 0.8 (Swin-T), 0.2 (Swin-B).
         reduced_dim, center_dim: channels of g and of ẑ; center_dim ≥ K − 1.
         scale: of the cosines.
-        prior: π [K], any positive scale; uniform if None.
+        prior: π [K], any positive scale; uniform if None. `diagnostics.LabelImbalance` counts it.
         resolution: "label" as released (upsampled; without building that tensor), or "feature": the
             labels are brought to the features by nearest instead.
         per_image: centers of each image instead of the batch's.
@@ -129,6 +129,8 @@ class CeCo(Regularizer):
             prior = torch.ones(num_classes)
         elif not isinstance(prior, Tensor) or prior.shape != (num_classes,):
             fail("CeCo", "prior", f"a tensor [{num_classes}]", describe(prior))
+        elif not (prior >= 0).all() or not prior.any():
+            fail("CeCo", "prior", "no negative share, and one above 0", prior.tolist())
         self.loss_weight, self.scale, self.dropout = loss_weight, scale, dropout
         self.reduced_dim, self.center_dim = reduced_dim, center_dim
         self.resolution, self.per_image = resolution, per_image

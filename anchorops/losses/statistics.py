@@ -42,7 +42,7 @@ def _fold(moments: ClassMoments, made: Request, asked: Request) -> ClassMoments:
     counts, sums, sqdists = moments
     return ClassMoments(
         fold(counts, ()),
-        fold(sums, sums.shape[-1:]) if asked.with_sums else sums,
+        fold(sums, sums.shape[-1:]) if asked.with_sums else sums.new_empty(0),
         fold(sqdists, ()) if asked.anchors is not None and sqdists is not None else None,
     )
 
