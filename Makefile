@@ -6,7 +6,7 @@ DEMO ?= demo
 # versions of torch that must load what `make setup` compiled
 ABI_TORCHES ?= 2.10 2.11 2.13
 
-.PHONY: setup test demo bench lint format check-abi clean
+.PHONY: setup test demo bench kernels-report lint format check-abi clean
 
 setup: .venv/installed
 
@@ -26,6 +26,9 @@ demo: setup
 
 bench: setup
 	$(BIN)/pytest bench --benchmark-only
+
+kernels-report: setup
+	$(BIN)/python bench/kernels_report.py
 
 lint: setup
 	$(BIN)/ruff check
