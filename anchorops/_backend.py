@@ -18,7 +18,7 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 MAX_CLASSES = {"cuda": 16_384, "triton": 16_384, "cpu": 65_536, "reference": 65_536}
 
 # Triton's interpreter runs the kernels on CPU tensors; Triton reads this when it is imported.
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
+TRITON_INTERPRETED = os.getenv("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 _chosen = "auto"
 
@@ -28,7 +28,10 @@ def register_triton(library: torch.library.Library, operator: str) -> None:
     anchorops.kernels, which is imported, and Triton with it, at the first call."""
 
     def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"anchorops.kernels.{operator}"), operator)(*args)
+        kernels = importlib.import_module(f"anchorops.kernels.{operator}")
+        tensor = next(x for x in args if isinstance(x, Tensor))
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device
+            return getattr(kernels, operator)(*args)
 
     library.impl(f"{operator}.triton", launch, "CUDA")
     if TRITON_INTERPRETED:

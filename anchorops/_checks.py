@@ -1,9 +1,11 @@
 """Argument checks. Messages name the function, the argument, what was expected and what came."""
 
+from textwrap import shorten
 from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_CLASSES = 65_536
@@ -16,7 +18,8 @@ def fail(function: str, argument: str, expected: str, got: object) -> NoReturn:
 def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} of type {type(value).__name__}"
+    text = shorten(repr(value), 80, placeholder=" …")  # on one line
+    return f"{text} of type {type(value).__name__}"
 
 
 def check_features(function: str, features: Tensor, argument: str = "features") -> None:
@@ -25,6 +28,8 @@ def check_features(function: str, features: Tensor, argument: str = "features") 
         fail(function, argument, "a tensor (N, D), (B, D, N) or (B, D, H, W)", describe(features))
     if features.dtype not in FLOATING:
         fail(function, argument, "float32, bfloat16, float16 or float64", features.dtype)
+    if features.layout != torch.strided:
+        fail(function, argument, "a strided tensor", features.layout)
     if features.shape[1] == 0:
         fail(function, argument, "at least one channel", f"shape {tuple(features.shape)}")
 
@@ -71,6 +76,18 @@ def check_anchors(
         fail(function, "anchors", "a floating dtype", anchors.dtype)
     if anchors.device != features.device:
         fail(function, "anchors", f"device {features.device}, as features", anchors.device)
+
+
+def check_no_tangents(function: str, *tensors: Tensor | None) -> None:
+    """No forward-mode differentiation: of an operator torch.library drops tangents in silence."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                f"{function}: forward-mode derivatives are not implemented in the fused operators; "
+                'use anchorops.use_backend("reference") for them'
+            )
 
 
 def check_choice(function: str, argument: str, value: object, choices: tuple[str, ...]) -> None:

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from ._checks import describe, fail
 
-_BLUE = "#3465a4"
+BLUE = "#3465a4"
 
 
 def _matrix(function: str, argument: str, value: Tensor) -> Tensor:
@@ -53,7 +56,7 @@ def iou_against_frequency(
     shown = (share > 0) & values.isfinite()
     figure = Figure(figsize=(5.5, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.scatter(share[shown].numpy(), values[shown].numpy(), s=20, color=_BLUE)
+    axes.scatter(share[shown].numpy(), values[shown].numpy(), s=20, color=BLUE)
     for k, name in enumerate(names or []):
         if shown[k]:
             position = (float(share[k]), float(values[k]))
@@ -99,7 +102,7 @@ def features_with_anchors(
     valid = valid[:: max(1, -(-len(valid) // max_points))]
     rows = feature_rows(features.detach().cpu())[valid].float()
     points, method = _project(torch.cat([rows, stars]))
-    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
     palette = {"cmap": "tab20", "vmin": 0, "vmax": max(19, len(stars) - 1)}
     axes.scatter(*points[: len(rows)].T.numpy(), c=keys[valid].numpy(), s=4, alpha=0.5, **palette)
@@ -115,6 +118,15 @@ def features_with_anchors(
         x, y = points[len(rows) + k].tolist()
         axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=7)
     axes.set(xticks=[], yticks=[], title=f"features and anchors ({method})")
+    if names is not None:
+        colors = ScalarMappable(Normalize(palette["vmin"], palette["vmax"]), palette["cmap"])
+        dots = [
+            Line2D([], [], color=colors.to_rgba(k), marker="o", linestyle="", label=name)
+            for k, name in enumerate(names)
+        ]
+        figure.legend(
+            handles=dots, loc="outside right upper", fontsize=7, ncols=-(-len(dots) // 20)
+        )
     return figure
 
 

@@ -92,10 +92,10 @@ def variants() -> Iterator[Variant]:
                 yield Variant(dtype, layout, anchors, residuals)
 
 
-def launch_info_nce(groups: int, with_positives: bool) -> None:
+def launch_info_nce(dtype: torch.dtype, groups: int, with_positives: bool) -> None:
     """Everything that centroid InfoNCE launches, K = 150, D = 768."""
     shape = (150,) if groups == 1 else (150, groups)
-    queries, keys = (torch.empty((*s, 768), device="meta") for s in (shape, (150,)))
+    queries, keys = (torch.empty((*s, 768), dtype=dtype, device="meta") for s in (shape, (150,)))
     positives = torch.empty_like(queries) if with_positives else None
     present = torch.empty(shape, dtype=torch.bool, device="meta")
     inputs = queries, keys, positives, present, None
@@ -250,10 +250,11 @@ def measure(name: str, kernel: Any) -> Row:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = tool("nvdisasm", "-c", file.name)
+        streams = kernel.metadata.name in PATHS
+        sass = tool("nvdisasm", "-c", file.name) if streams else ""
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
     row = Row(registers, kernel.metadata.shared, stack, None, None)
-    if kernel.metadata.name not in PATHS:
+    if not streams:
         return row
     instructions, bytes_per_thread = hot_path(kernel.metadata.name, sass)
     threads = 32 * kernel.metadata.num_warps
@@ -278,8 +279,9 @@ def main() -> None:
     jobs: list[tuple[Any, ...]] = [
         (launch_moments, str(variant), variant) for variant in (QUICK if args.quick else variants())
     ]
-    jobs += [(launch_info_nce, "float32: K = 150, D = 768", 1, False)]
-    jobs += [(launch_info_nce, "float32: K = 150, D = 768, G = 4, positives", 4, True)]
+    for dtype, *given in ((FP32, 1, False), (BF16, 4, True)):  # float16 is cast as bfloat16 is
+        title = f"{str(dtype).removeprefix('torch.')}: K = 150, D = 768, (G, positives) = {given}"
+        jobs.append((launch_info_nce, title, dtype, *given))
     failed = False
     for name in args.targets:
         seen = set()

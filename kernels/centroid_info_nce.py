@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, on_device
+from .launch import architecture
 
 BLOCK_R = 16  # rows
 BLOCK_K = 32  # keys
@@ -191,6 +191,10 @@ def as_rows(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
+def dense(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous()
+
+
 def centroid_info_nce(
     queries: Tensor,
     keys: Tensor,
@@ -213,47 +217,46 @@ def centroid_info_nce(
     keys_per_chunk = triton.cdiv(triton.cdiv(num_classes, CHUNKS), BLOCK_K) * BLOCK_K
     chunks = triton.cdiv(num_classes, keys_per_chunk)
     maxima, totals = (queries.new_empty((chunks, rows), dtype=torch.float32) for _ in range(2))
-    present = None if present is None else present.contiguous()
+    present, present_keys = dense(present), dense(present_keys)
     own = keys if positives is None else positives
-    with on_device(queries):
-        _centroid_info_nce_fwd_kernel[(triton.cdiv(rows, BLOCK_R), chunks)](
-            queries,
-            keys,
-            own,
-            present,
-            present_keys,
-            maxima,
-            totals,
-            positive_logits,
-            num_classes,
-            dim,
-            keys_per_chunk,
-            1 / temperature,
-            *as_rows(queries),
-            *keys.stride(),
-            *as_rows(own),
-            GROUPS=groups,
-            PRECISION=precision(),
-            BLOCK_R=BLOCK_R,
-            BLOCK_K=BLOCK_K,
-            BLOCK_D=BLOCK_D,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-        _reduce_kernel[(1,)](
-            maxima,
-            totals,
-            positive_logits,
-            present,
-            loss,
-            lse,
-            scale,
-            rows,
-            chunks,
-            REDUCTION=reduction,
-            BLOCK_R=256,
-            CHUNKS=CHUNKS,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+    _centroid_info_nce_fwd_kernel[(triton.cdiv(rows, BLOCK_R), chunks)](
+        queries,
+        keys,
+        own,
+        present,
+        present_keys,
+        maxima,
+        totals,
+        positive_logits,
+        num_classes,
+        dim,
+        keys_per_chunk,
+        1 / temperature,
+        *as_rows(queries),
+        *keys.stride(),
+        *as_rows(own),
+        GROUPS=groups,
+        PRECISION=precision(),
+        BLOCK_R=BLOCK_R,
+        BLOCK_K=BLOCK_K,
+        BLOCK_D=BLOCK_D,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    _reduce_kernel[(1,)](
+        maxima,
+        totals,
+        positive_logits,
+        present,
+        loss,
+        lse,
+        scale,
+        rows,
+        chunks,
+        REDUCTION=reduction,
+        BLOCK_R=256,
+        CHUNKS=CHUNKS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
     return loss, lse, positive_logits, scale

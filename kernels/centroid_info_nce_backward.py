@@ -13,13 +13,13 @@ from .centroid_info_nce import (
     BLOCK_K,
     BLOCK_R,
     as_rows,
+    dense,
     inner_products,
     is_present,
     key_is_present,
     precision,
     row_offsets,
 )
-from .launch import on_device
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _centroid_info_nce_bwd_kernel(
     dkeys reads its columns and all queries."""
     rows = num_classes * GROUPS
     row_blocks = tl.cdiv(rows, BLOCK_R)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     channels = (d < dim)[None, :]
     total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     if tl.program_id(0) < row_blocks:
@@ -149,8 +149,8 @@ def _centroid_info_nce_bwd_kernel(
             dpositives = weight * q.to(tl.float32)
             dpositives = dpositives.to(dpositives_ptr.dtype.element_ty)
             tl.store(dpositives_ptr + out, dpositives, mask=(r < rows)[:, None] & channels)
-        total = total.to(dqueries_ptr.dtype.element_ty)
-        tl.store(dqueries_ptr + out, total, mask=(r < rows)[:, None] & channels)
+        dqueries = total.to(dqueries_ptr.dtype.element_ty)
+        tl.store(dqueries_ptr + out, dqueries, mask=(r < rows)[:, None] & channels)
     else:
         i = (tl.program_id(0) - row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
         for start in range(0, rows, BLOCK_K):
@@ -167,9 +167,9 @@ def _centroid_info_nce_bwd_kernel(
                 other=0.0,
             )
             total = tl.dot(column, x.to(tl.float32), total, input_precision=PRECISION)
-        total = total.to(dkeys_ptr.dtype.element_ty)
+        dkeys = total.to(dkeys_ptr.dtype.element_ty)
         dkeys_ptrs = dkeys_ptr + i.to(tl.int64)[:, None] * dim + d[None, :]
-        tl.store(dkeys_ptrs, total, mask=(i < num_classes)[:, None] & channels)
+        tl.store(dkeys_ptrs, dkeys, mask=(i < num_classes)[:, None] & channels)
 
 
 def centroid_info_nce_backward(
@@ -194,7 +194,7 @@ def centroid_info_nce_backward(
         return dqueries.zero_(), dkeys.zero_(), dpositives.zero_()
     dlogits = lse.new_empty((rows, num_classes))
     dpositive_logits = lse.new_empty(rows)
-    present = None if present is None else present.contiguous()
+    present, present_keys = dense(present), dense(present_keys)
     dloss = dloss.contiguous()
     own = keys if positives is None else positives
     flags = {
@@ -208,42 +208,41 @@ def centroid_info_nce_backward(
         "enable_fp_fusion": True,
     }
     row_blocks, key_blocks = triton.cdiv(rows, BLOCK_R), triton.cdiv(num_classes, BLOCK_R)
-    with on_device(queries):
-        _dlogits_kernel[(row_blocks, triton.cdiv(num_classes, BLOCK_K))](
-            dloss,
-            queries,
-            keys,
-            present,
-            present_keys,
-            lse,
-            positive_logits,
-            scale,
-            dlogits,
-            dpositive_logits,
-            num_classes,
-            dim,
-            1 / temperature,
-            0 if dloss.dim() == 0 else 1,
-            *as_rows(queries),
-            *keys.stride(),
-            **flags,
-        )
-        _centroid_info_nce_bwd_kernel[(row_blocks + key_blocks, triton.cdiv(dim, BLOCK_D))](
-            dlogits,
-            dpositive_logits,
-            queries,
-            keys,
-            own,
-            present,
-            present_keys,
-            dqueries,
-            dkeys,
-            dpositives,
-            num_classes,
-            dim,
-            *as_rows(queries),
-            *keys.stride(),
-            *as_rows(own),
-            **flags,
-        )
+    _dlogits_kernel[(row_blocks, triton.cdiv(num_classes, BLOCK_K))](
+        dloss,
+        queries,
+        keys,
+        present,
+        present_keys,
+        lse,
+        positive_logits,
+        scale,
+        dlogits,
+        dpositive_logits,
+        num_classes,
+        dim,
+        1 / temperature,
+        0 if dloss.dim() == 0 else 1,
+        *as_rows(queries),
+        *keys.stride(),
+        **flags,
+    )
+    _centroid_info_nce_bwd_kernel[(row_blocks + key_blocks, triton.cdiv(dim, BLOCK_D))](
+        dlogits,
+        dpositive_logits,
+        queries,
+        keys,
+        own,
+        present,
+        present_keys,
+        dqueries,
+        dkeys,
+        dpositives,
+        num_classes,
+        dim,
+        *as_rows(queries),
+        *keys.stride(),
+        *as_rows(own),
+        **flags,
+    )
     return dqueries, dkeys, dpositives

@@ -5,12 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
-
 BLOCK_P = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_per_image"])
 def _class_keys_kernel(
     labels_ptr,  # integer [B, H', W'], by strides
     keys_ptr,  # int32 [B, P]
@@ -81,28 +79,27 @@ def class_keys(
     resize = (height, width) != (source_height, source_width)
     stride_b, stride_y, stride_x = labels.stride()
     tiles_per_image = triton.cdiv(pixels, BLOCK_P)
-    with on_device(labels):
-        _class_keys_kernel[(batch * tiles_per_image,)](
-            labels,
-            keys,
-            counts,
-            pixels,
-            width,
-            tiles_per_image,
-            source_height,
-            source_width,
-            source_height / height,
-            source_width / width,
-            stride_b,
-            stride_y,
-            stride_x,
-            num_classes,
-            ignore_index,
-            PER_IMAGE=per_image,
-            HAS_ROWS=resize or not (height == 1 or stride_y == width * stride_x),
-            RESIZE=resize,
-            BLOCK_P=BLOCK_P,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+    _class_keys_kernel[(batch * tiles_per_image,)](
+        labels,
+        keys,
+        counts,
+        pixels,
+        width,
+        tiles_per_image,
+        source_height,
+        source_width,
+        source_height / height,
+        source_width / width,
+        stride_b,
+        stride_y,
+        stride_x,
+        num_classes,
+        ignore_index,
+        PER_IMAGE=per_image,
+        HAS_ROWS=resize or not (height == 1 or stride_y == width * stride_x),
+        RESIZE=resize,
+        BLOCK_P=BLOCK_P,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
     return keys, counts

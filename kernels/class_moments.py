@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, Pixels, as_pixels, on_device, programs, tile_of, without_spills
+from .launch import INTERPRETED, Pixels, as_pixels, programs, tile_of, without_spills
 from .tile_keys import tile_keys
 
 BLOCK_K = 16  # keys in one one-hot product
+# They change with the images' size: not compiled anew where one becomes 1 or a multiple of 16.
+TILE_COUNTS = ("tiles", "tiles_per_line", "tiles_per_chunk")
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -38,7 +40,7 @@ def _fold(x, LANES: tl.constexpr, PIXELS_CONTIGUOUS: tl.constexpr):
         return tl.sum(tl.reshape(x, (BLOCK_D, PER_LANE, LANES)), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=TILE_COUNTS)
 def _one_key_kernel(
     features_ptr,  # [B, D, P] by strides
     tile_ptr,  # see tile_keys.py
@@ -182,7 +184,7 @@ def _sums_by_rank(x, local, rank):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=TILE_COUNTS)
 def _several_keys_kernel(
     features_ptr,  # [B, D, P] by strides
     keys_ptr,  # int32 [B, P], −1 where ignored
@@ -382,37 +384,36 @@ def class_moments(
         "num_warps": tile.num_warps,
         "enable_fp_fusion": True,
     }
-    with on_device(features):
-        tile_summaries, lists, local = tile_keys(keys, view, tile.block_p)
-        _one_key_kernel[(blocks, chunks)](
-            features,
-            tile_summaries,
-            anchors,
-            partial_sums,
-            partial_residuals,
-            partial_sqdists,
-            *sizes,
-            PIXELS_CONTIGUOUS=view.stride_p == 1,
-            LANES=tile.lanes,
-            **flags,
-        )
-        _several_keys_kernel[(blocks, chunks)](
-            features,
-            keys,
-            tile_summaries,
-            lists,
-            local,
-            anchors,
-            partial_sums,
-            partial_residuals,
-            partial_sqdists,
-            *sizes,
-            **(flags | without_spills() | {"num_warps": tile.several_keys_warps}),
-        )
-        if with_sums:
-            _add_chunks(partial_sums, sums)
-        if with_residuals:
-            _add_chunks(partial_residuals, residuals)
-        if has_anchors:
-            _add_chunks(partial_sqdists, sqdists)
+    tile_summaries, lists, local = tile_keys(keys, view, tile.block_p)
+    _one_key_kernel[(blocks, chunks)](
+        features,
+        tile_summaries,
+        anchors,
+        partial_sums,
+        partial_residuals,
+        partial_sqdists,
+        *sizes,
+        PIXELS_CONTIGUOUS=view.stride_p == 1,
+        LANES=tile.lanes,
+        **flags,
+    )
+    _several_keys_kernel[(blocks, chunks)](
+        features,
+        keys,
+        tile_summaries,
+        lists,
+        local,
+        anchors,
+        partial_sums,
+        partial_residuals,
+        partial_sqdists,
+        *sizes,
+        **(flags | without_spills() | {"num_warps": tile.several_keys_warps}),
+    )
+    if with_sums:
+        _add_chunks(partial_sums, sums)
+    if with_residuals:
+        _add_chunks(partial_residuals, residuals)
+    if has_anchors:
+        _add_chunks(partial_sqdists, sqdists)
     return sums, sqdists, residuals

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import as_pixels, on_device, tile_of
+from .launch import as_pixels, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_per_line"])
 def _class_moments_bwd_kernel(
     features_ptr,  # [B, D, P] by strides
     keys_ptr,  # int32 [B, P], −1 where ignored
@@ -121,32 +121,29 @@ def class_moments_backward(
     )
     tile = tile_of(out, dfeatures.element_size())
     tiles_per_line = triton.cdiv(out.pixels, tile.block_p)
-    with on_device(keys):
-        _class_moments_bwd_kernel[
-            (out.lines * tiles_per_line * triton.cdiv(out.dim, tile.block_d),)
-        ](
-            features,
-            keys,
-            anchors,
-            dsums,
-            dsqdists,
-            dfeatures,
-            out.dim,
-            out.pixels,
-            out.lines_per_image,
-            tiles_per_line,
-            1 if anchors is None else anchors.shape[0],
-            groups,
-            *view.strides,
-            *((0, 0) if anchors is None else anchors.stride()),
-            *((0, 0) if dsums is None else dsums.stride()),
-            0 if dsqdists is None else dsqdists.stride(0),
-            *out.strides,
-            HAS_DSUMS=dsums is not None,
-            HAS_DSQDISTS=dsqdists is not None,
-            BLOCK_D=tile.block_d,
-            BLOCK_P=tile.block_p,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
-        )
+    _class_moments_bwd_kernel[(out.lines * tiles_per_line * triton.cdiv(out.dim, tile.block_d),)](
+        features,
+        keys,
+        anchors,
+        dsums,
+        dsqdists,
+        dfeatures,
+        out.dim,
+        out.pixels,
+        out.lines_per_image,
+        tiles_per_line,
+        1 if anchors is None else anchors.shape[0],
+        groups,
+        *view.strides,
+        *((0, 0) if anchors is None else anchors.stride()),
+        *((0, 0) if dsums is None else dsums.stride()),
+        0 if dsqdists is None else dsqdists.stride(0),
+        *out.strides,
+        HAS_DSUMS=dsums is not None,
+        HAS_DSQDISTS=dsqdists is not None,
+        BLOCK_D=tile.block_d,
+        BLOCK_P=tile.block_p,
+        num_warps=tile.num_warps,
+        enable_fp_fusion=True,
+    )
     return dfeatures

@@ -1,12 +1,9 @@
 """How tensors are seen by the kernels, and how large a program is: fixed tables, no autotuning."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-import torch
 import triton
-from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
@@ -110,8 +107,3 @@ def programs() -> int:
 def without_spills() -> dict[str, int]:
     """ptxas spills a few registers to fit more programs than the memory needs: let it have them."""
     return {"maxnreg": 255} if architecture().startswith("sm_") else {}
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -8,7 +8,7 @@ from torch import Tensor
 from .launch import Pixels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_per_line"])
 def _tile_keys_kernel(
     keys_ptr,  # int32 [B, P], −1 where ignored
     tile_ptr,  # int32 [tiles]: −1 − key if all pixels have that key, else how many keys there are,

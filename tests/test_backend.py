@@ -106,7 +106,12 @@ def call(function: str, **arguments: Any) -> Any:
 
 EVERYWHERE: list[tuple[dict[str, Any], str]] = [
     ({"features": [1.0]}, r"features: expected a tensor \(N, D\), .*, got \[1.0\] of type list"),
+    ({"features": [[1.0] * 99] * 9}, r"features: expected .*, got \[\[1.0, .{,80} … of type list$"),
     ({"features": torch.zeros(3)}, r"features: expected a tensor .*, got .* of shape \(3,\) on"),
+    (
+        {"features": POINTS.to_sparse(), "labels": POINT_LABELS},
+        "features: expected a strided tensor, got torch.sparse_coo",
+    ),
     ({"features": FEATURES.int()}, "features: expected float32, .* or float64, got torch.int32"),
     (
         {"features": FEATURES.to(torch.complex64)},

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import anchorops as ao
 
@@ -98,6 +99,24 @@ def test_second_derivatives_raise_where_another_input_is_fixed():
     (first,) = torch.autograd.grad(mse, anchors, create_graph=True)
     with pytest.raises(RuntimeError, match=SECOND):
         torch.autograd.grad(first.square().sum(), anchors)
+
+
+@pytest.mark.parametrize("of", ["features", "anchors"])
+def test_forward_mode_derivatives_are_right_or_raise(of: str):
+    features, anchors = (leaf.detach() for leaf in leaves((9, 2)))
+    labels = some_labels((9, 2))
+    with forward_ad.dual_level():
+        given = {"features": features, "anchors": anchors}
+        given[of] = forward_ad.make_dual(given[of], given[of])
+        with pytest.raises(RuntimeError, match="class_moments: forward-mode derivatives"):
+            ao.class_moments(labels=labels, num_classes=3, **given)
+        with ao.use_backend("reference"):
+            dual = ao.class_moments(labels=labels, num_classes=3, **given).sqdists
+        _, tangent = forward_ad.unpack_dual(dual)
+    leaf = given[of].detach().clone().requires_grad_()
+    primal = ao.class_moments(labels=labels, num_classes=3, **(given | {of: leaf})).sqdists.sum()
+    (gradient,) = torch.autograd.grad(primal, leaf)
+    torch.testing.assert_close(tangent.sum(), (gradient * leaf).sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.uint64], ids=str)

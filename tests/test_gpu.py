@@ -131,11 +131,19 @@ def test_another_device(gpu_backend):
 
 
 @pytest.mark.parametrize("with_positives", [False, True])
-@pytest.mark.parametrize("shape", [(19, 40), (150, 768), (171, 4, 256)])
-def test_centroid_info_nce(gpu_backend, shape, with_positives):
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((19, 40), torch.float32),
+        ((150, 768), torch.float32),
+        ((150, 768), torch.bfloat16),
+        ((171, 4, 256), torch.float16),
+    ],
+)
+def test_centroid_info_nce(gpu_backend, shape, dtype, with_positives):
     torch.manual_seed(0)
-    queries, positives = (torch.randn(2, *shape, device="cuda") / shape[-1] ** 0.25).unbind()
-    keys = torch.randn(shape[0], shape[-1], device="cuda")
+    queries, positives = torch.randn(2, *shape, device="cuda").div(shape[-1] ** 0.25).to(dtype)
+    keys = torch.randn(shape[0], shape[-1], device="cuda").to(dtype)
     present = torch.rand(shape[:-1], device="cuda") < 0.8
 
     def loss_and_gradients(*tensors):
@@ -148,4 +156,5 @@ def test_centroid_info_nce(gpu_backend, shape, with_positives):
     with ao.use_backend("reference"):
         exact = loss_and_gradients(queries.double(), keys.double(), positives.double())
     for a, b in zip(ours, exact, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+        rtol = max(1e-4, torch.finfo(a.dtype).eps)
+        torch.testing.assert_close(a.double(), b, rtol=rtol, atol=1e-5 * float(b.abs().max()))

@@ -13,13 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import anchorops as ao
 from anchorops.losses.ceco import splat_labels
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, Tensor]:
-    shared = ROOT.parent / "shared" / "oracles" / "ceco_official.npz"
-    arrays = np.load(shared if shared.exists() else ROOT / "tests" / "oracles" / shared.name)
+    arrays = np.load(Path(__file__).parent / "oracles" / "ceco_official.npz")
     return {key: torch.as_tensor(arrays[key]) for key in arrays.files}
 
 

@@ -12,12 +12,9 @@ from torch import Tensor, nn
 
 import anchorops as ao
 
-ROOT = Path(__file__).parents[1]
-
 
 def oracle(name: str) -> dict[str, Tensor]:
-    shared = ROOT.parent / "shared" / "oracles" / name
-    arrays = np.load(shared if shared.exists() else ROOT / "tests" / "oracles" / name)
+    arrays = np.load(Path(__file__).parent / "oracles" / name)
     return {key: torch.as_tensor(arrays[key]) for key in arrays.files}
 
 

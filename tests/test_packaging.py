@@ -116,7 +116,7 @@ def test_sdist_and_wheel_hold_everything(checkout, tmp_path):
         found = (path for path in (checkout / folder).rglob("*") if path.is_file())
         return {path.relative_to(checkout).as_posix() for path in found if path.suffix != ".pyc"}
 
-    for folder in ("anchorops", "csrc", "kernels", "tests"):
+    for folder in ("anchorops", "csrc", "kernels", "tests", "bench", "examples"):
         missing = {name for name in files(folder) if not (source / name).exists()}
         assert {name for name in missing if not name.startswith("anchorops/kernels/")} == set()
     wheeled = set(zipfile.ZipFile(wheel).namelist())

@@ -393,6 +393,8 @@ def test_command_line(straight: Path, capsys: pytest.CaptureFixture[str]):
     assert "hrnet-w18-small" in table and "± 0.0" in table
     with pytest.raises(SystemExit, match="expected a finished run"):
         main(["compare", str(straight.parent)])
+    with pytest.raises(SystemExit, match="expected the directories of finished runs, got none"):
+        main(["compare"])
     with pytest.raises(SystemExit, match="'digts' is neither a command nor a preset"):
         main(["digts"])
     with pytest.raises(SystemExit) as help_shown:

@@ -11,10 +11,9 @@ pytest.importorskip("triton", reason="builds of torch for CPUs bring no Triton")
 REPORT = Path(__file__).parents[1] / "bench" / "kernels_report.py"
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_triton_compiles_without_spills(target: str):
-    command = [sys.executable, str(REPORT), "--quick", "--targets", target]
-    run = subprocess.run(command, capture_output=True, text=True)
+def test_triton_compiles_without_spills():
+    run = subprocess.run([sys.executable, str(REPORT), "--quick"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    for kernel in ("_several_keys_kernel", "_class_moments_bwd_kernel", "_dlogits_kernel"):
-        assert f"| {target} | {kernel} |" in run.stdout
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for kernel in ("_several_keys_kernel", "_class_moments_bwd_kernel", "_dlogits_kernel"):
+            assert f"| {target} | {kernel} |" in run.stdout

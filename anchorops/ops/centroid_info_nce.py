@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import register_triton, select
-from .._checks import FLOATING, check_choice, describe, fail
+from .._checks import FLOATING, check_choice, check_no_tangents, describe, fail
 
 BACKENDS = ("triton", "cuda")
 
@@ -168,5 +168,6 @@ def centroid_info_nce(
             temperature=temperature,
             reduction=reduction,
         )
+    check_no_tangents(function, queries, keys, positives)
     operator = getattr(torch.ops.anchorops.centroid_info_nce, backend)
     return operator(queries, keys, positives, present, present_keys, temperature, reduction)[0]

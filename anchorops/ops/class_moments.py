@@ -20,6 +20,7 @@ from .._checks import (
     check_choice,
     check_features,
     check_labels,
+    check_no_tangents,
     check_num_classes,
     describe,
     fail,
@@ -157,6 +158,7 @@ def _moments(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """sums [num_keys, D] and sqdists [num_keys] of features by key, through a fused operator."""
+    check_no_tangents("class_moments", features, anchors)
     if anchors is not None:
         anchors = anchors.to(statistics_dtype(features.dtype)).contiguous()
     residuals = anchors is not None and anchors.requires_grad and torch.is_grad_enabled()
@@ -242,7 +244,7 @@ def class_moments(
     Raises:
         ValueError: wrong shape, dtype, device, number or label; a backend chosen by name that
             cannot serve the call.
-        RuntimeError: a second derivative was asked of a fused backend.
+        RuntimeError: a second or a forward-mode derivative was asked of a fused backend.
 
     Every loss of SAR (arXiv 2312.11872), CBP+OCCL (doi 10.1016/j.patcog.2024.110431), CeCo
     (CVPR 2023) and MVSC is arithmetic on these statistics.

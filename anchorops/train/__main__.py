@@ -45,6 +45,8 @@ def _resume(run: tyro.conf.Positional[Path]) -> None:
 
 def _compare(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     """Put finished runs beside each other: mean ± standard deviation over seeds."""
+    if not runs:
+        raise ValueError("compare: expected the directories of finished runs, got none")
     print(comparison([load_results(run) for run in runs]))
 
 
@@ -104,7 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"anchorops-train: {interrupted}", file=sys.stderr)
         sys.exit(interrupted.exit_status)
     except (ValueError, OSError) as error:
-        sys.exit(f"anchorops-train: {error}")
+        # of an error in a worker of the data loader torch hands on the whole traceback as text
+        _, _, message = str(error).rstrip().rpartition("\nValueError: ")
+        sys.exit(f"anchorops-train: {message}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import anchorops as ao
 
 from ..reference import resize_labels
 from .digits import IGNORED
+from .evaluate import pad_to_multiple
 from .learner import Learner
 from .models import Segmenter
 
@@ -21,11 +22,13 @@ REPEATS = 7
 
 class Features(NamedTuple):
     """centroids [K, D] and counts [K] of the classes; samples: the features [n, D] of some pixels
-    and their labels [n]."""
+    and their labels [n]; example: the first image (C, H, W), its features (D, h, w), labels [h·w].
+    """
 
     centroids: Tensor
     counts: Tensor
     samples: tuple[Tensor, Tensor]
+    example: tuple[Tensor, Tensor, Tensor]
 
 
 @torch.inference_mode()
@@ -40,17 +43,21 @@ def collect_features(
     model.eval()
     sums: Tensor | None = None
     counts = torch.zeros(num_classes, dtype=torch.int64)
-    samples, sampled_labels = [], []
+    samples, sampled_labels, example = [], [], None
     quota = SAMPLES // num_classes
     taken = torch.zeros(num_classes, dtype=torch.int64)
     for images, labels in batches:
-        features = model.body(images.to(device)).float()
-        labels = labels.to(device).long()
+        labels = resize_labels(labels.to(device), images).unflatten(1, images.shape[2:])
+        labels = pad_to_multiple(labels, IGNORED)
+        images = pad_to_multiple(images.to(device))
+        features = model.body(images).float()
         moments = ao.class_moments(features, labels, num_classes, ignore_index=IGNORED)
         sums = moments.sums if sums is None else sums + moments.sums
         counts += moments.counts.cpu()
         pixels = features.flatten(2).transpose(1, 2).flatten(0, 1)
-        keys = resize_labels(labels, features).flatten()
+        keys = resize_labels(labels, features)
+        example = example or (images[0].cpu(), features[0].cpu(), keys[0].cpu())
+        keys = keys.flatten()
         for k in torch.nonzero(taken < quota).flatten().tolist():
             found = torch.nonzero(keys == k).flatten()
             # spread over the batch, so that not one object fills the quota
@@ -58,9 +65,9 @@ def collect_features(
             samples.append(pixels[found].cpu())
             sampled_labels.append(torch.full((len(found),), k))
             taken[k] += len(found)
-    assert sums is not None
+    assert sums is not None and example is not None
     centroids = sums.cpu() / counts.clamp(min=1)[:, None]
-    return Features(centroids, counts, (torch.cat(samples), torch.cat(sampled_labels)))
+    return Features(centroids, counts, (torch.cat(samples), torch.cat(sampled_labels)), example)
 
 
 class Cost(NamedTuple):

@@ -1,6 +1,7 @@
 """Checkpoints that are either complete or not there."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,22 @@ KEPT = 2
 
 
 def save_atomically(state: Any, path: Path) -> None:
-    """Write to a temporary file, flush it to the disk, rename. On failure (a full disk) the
+    """Write (text, or anything through torch.save) to a temporary file, flush it to the disk,
+    rename. On failure (a full disk) the
     temporary file is removed and what was at `path` stays. Raises OSError."""
     temporary = path.with_name(path.name + ".part")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            file.write(state.encode()) if isinstance(state, str) else torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(path.parent).free / 2**20
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {error}; earlier files are intact") from error
+        raise OSError(
+            f"{path} could not be written: {error} ({free:.1f} MB free); earlier files are intact"
+        ) from error
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)

@@ -6,6 +6,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from .config import Config
+
+NAMES = ("dataset", "model", "methods")
 MEASURES = {"mIoU": "miou", "head": "head", "body": "body", "tail": "tail", "mAcc": "macc"}
 
 
@@ -14,15 +17,18 @@ def load_results(run: Path) -> dict[str, Any]:
     path = run / "results.json"
     if not path.exists():
         raise ValueError(f"{run}: expected a finished run, with its results.json")
-    return json.loads(path.read_text())
+    settings = Config.load(run / "config.json").settings
+    return {**json.loads(path.read_text()), "settings": settings}
 
 
 def comparison(results: Sequence[dict[str, Any]]) -> str:
     """A table with a row for each data set, network and methods: mean ± standard deviation in %
-    over the seeds."""
+    over the seeds. Runs whose other settings ("settings", where given) differ have their own rows,
+    and these settings in them."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for result in results:
-        key = tuple(result[name] for name in ("dataset", "model", "methods"))
+        dataset, model, methods = (result[name] for name in NAMES)
+        key = dataset, model, f"{methods} {_differing(result, results)}".rstrip()
         groups.setdefault(key, []).append(result)
     header = ["data", "network", "methods", "seeds", *MEASURES, "M params", "s/step", "GPU MB"]
     rows = [header]
@@ -40,12 +46,24 @@ def comparison(results: Sequence[dict[str, Any]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if column < 3 else cell.rjust(width)
+            cell.ljust(width) if column < len(NAMES) else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]
     return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def _differing(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
+    """The settings of a result in which others of the same data, network and methods differ."""
+    alike = [
+        other.get("settings", {})
+        for other in results
+        if all(other[name] == result[name] for name in NAMES)
+    ]
+    own = result.get("settings", {})
+    names = [name for name in own if any(other.get(name) != own[name] for other in alike)]
+    return " ".join(f"{name}={own[name]}" for name in names)
 
 
 def _mean(values: list[float | None], form: str) -> str:

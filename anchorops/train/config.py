@@ -8,6 +8,11 @@ from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
+from .checkpoint import save_atomically
+
+OF_ONE_RUN = ("out", "name", "overwrite", "seed", "device", "threads", "workers")
+MULTIPLE = 32  # the coarsest stride of the networks: image sides are multiples of it
+
 
 @dataclass(frozen=True)
 class Data:
@@ -29,7 +34,7 @@ class Data:
     val_images: int = 200
     """digits: scenes in the validation split."""
     crop: tuple[int, int] = (64, 64)
-    """Height and width of a training image (digits: of every scene)."""
+    """Height and width of a training image (digits: of every scene), multiples of 32."""
     image_suffix: str | None = None
     """folder: ending of image names (_rgb.tif); any known one if not given."""
     mask_suffix: str | None = None
@@ -152,16 +157,33 @@ class Config:
     running: OmitArgPrefixes[Running] = field(default_factory=Running)
 
     def __post_init__(self) -> None:
-        positive = {
-            "steps": self.optimization.steps,
-            "batch-size": self.optimization.batch_size,
-            "accumulate": self.optimization.accumulate,
-            "save-every": self.running.save_every,
-            "log-every": self.running.log_every,
+        least = {
+            1: "steps batch_size accumulate save_every log_every eval_batch_size threads patience "
+            "short_side ohem_kept",
+            0: "workers warmup eval_every power lr weight_decay head_lr_factor",
         }
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"--{name}: expected at least 1, got {value}")
+        options = {
+            name: value
+            for section in dataclasses.fields(self)
+            for name, value in vars(getattr(self, section.name)).items()
+        }
+        for bound, names in least.items():
+            for name in names.split():
+                if options[name] is not None and options[name] < bound:
+                    raise _wrong(name, f"at least {bound}", options[name])
+        methods = self.model.methods
+        if len(set(methods)) < len(methods):
+            raise _wrong("methods", "each at most once", methods)
+        if min(self.data.crop) < MULTIPLE or any(side % MULTIPLE for side in self.data.crop):
+            raise _wrong("crop", f"two multiples of {MULTIPLE}", self.data.crop)
+        if not 0 < self.data.scale[0] <= self.data.scale[1]:
+            raise _wrong("scale", "0 < smallest <= largest", self.data.scale)
+        if not self.data.head_tail[0] >= self.data.head_tail[1]:
+            raise _wrong("head_tail", "the share of the head first", self.data.head_tail)
+        if options["clip"] is not None and options["clip"] <= 0:
+            raise _wrong("clip", "more than 0", options["clip"])
+        if options["ohem"] is not None and not 0 < options["ohem"] <= 1:
+            raise _wrong("ohem", "a probability above 0", options["ohem"])
 
     @property
     def run(self) -> Path:
@@ -183,16 +205,31 @@ class Config:
             raise TypeError(f"Config.replace: no such option: {', '.join(options)}")
         return Config(**sections)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes two runs repetitions of each other, up to their seeds."""
+        sections = dataclasses.asdict(self).values()
+        options = {name: value for section in sections for name, value in section.items()}
+        return {name: str(value) for name, value in options.items() if name not in OF_ONE_RUN}
+
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), default=str, indent=2) + "\n")
+        text = json.dumps(dataclasses.asdict(self), default=str, indent=2)
+        save_atomically(text + "\n", path)
 
     @staticmethod
     def load(path: Path) -> "Config":
         sections = {"data": Data, "model": Model, "optimization": Optimization, "running": Running}
-        saved = json.loads(path.read_text())
-        return Config(
-            **{name: section(**_typed(saved[name])) for name, section in sections.items()}
-        )
+        try:
+            saved = json.loads(path.read_text())
+            return Config(
+                **{name: section(**_typed(saved[name])) for name, section in sections.items()}
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged, or of another version ({error!r})") from error
+
+
+def _wrong(name: str, expected: str, value: Any) -> ValueError:
+    return ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
 
 
 def _typed(section: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -67,6 +67,21 @@ def class_counts(dataset: Segmentation, cache: Path) -> tuple[Tensor, Tensor]:
         histogram = histogram[: len(dataset.classes)]
         pixels += torch.stack([histogram, histogram > 0])
     return pixels[0], pixels[1]
+
+
+def check_classes(classes: Sequence[str], training: Tensor, validation: Tensor) -> list[str]:
+    """Names of the classes that have no training pixel; training, validation: pixels [K]. Raises
+    ValueError where there is nothing to learn or to measure."""
+    if not validation.any():
+        raise ValueError("the validation split has not one valid pixel")
+    absent = [name for name, count in zip(classes, training.tolist(), strict=True) if not count]
+    if len(absent) > len(classes) - 2:
+        present = [name for name in classes if name not in absent]
+        raise ValueError(
+            f"the training masks have pixels of {len(present)} class alone {present}; {IGNORED} is "
+            "ignored unless --label-map makes it a class"
+        )
+    return absent
 
 
 class RandomScale(v2.Transform):
@@ -200,9 +215,11 @@ class Validation(Dataset):
         return self.transform(tv_tensors.Image(image)).as_subclass(Tensor), labels
 
 
-def _ignore_interrupt(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the training process decides when to stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(_: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the training process decides
+    # when to stop, and its workers end with it
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def training_loader(
@@ -215,9 +232,18 @@ def training_loader(
         num_workers=config.workers,
         pin_memory=pin_memory,
         persistent_workers=config.workers > 0,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_ignore_signals,
         multiprocessing_context="forkserver" if config.workers else None,
     )
+
+
+def _stack(items: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    sizes = {tuple(labels.shape) for _, labels in items}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"--eval-batch-size: more than 1 needs images of one size, got {sorted(sizes)}"
+        )
+    return default_collate(items)
 
 
 def evaluation_loader(
@@ -228,7 +254,8 @@ def evaluation_loader(
         Validation(dataset, evaluation_transform(config, dataset.channels)),
         batch_size=batch_size,
         sampler=range(rank, len(dataset), world),
+        collate_fn=_stack,
         num_workers=config.workers,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_ignore_signals,
         multiprocessing_context="forkserver" if config.workers else None,
     )

@@ -7,19 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from .config import MULTIPLE
 from .digits import IGNORED
 
-MULTIPLE = 32  # the coarsest stride of the networks: image sides are padded to multiples of it
+
+def pad_to_multiple(images: Tensor, value: float = 0.0) -> Tensor:
+    """(…, h, w) with sides that the networks take, filled below and at the right."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE), value=value)
 
 
 def _upsampled_logits(model: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
     """float32 (B, K, *size) of images (B, C, h, w) of any size."""
     height, width = images.shape[2:]
-    below, right = -height % MULTIPLE, -width % MULTIPLE
-    logits = model(F.pad(images, (0, right, 0, below))).float()
-    if below or right:
-        padded = (height + below, width + right)
-        logits = F.interpolate(logits, padded, mode="bilinear", align_corners=False)
+    padded = pad_to_multiple(images)
+    logits = model(padded).float()
+    if padded.shape != images.shape:
+        logits = F.interpolate(logits, padded.shape[2:], mode="bilinear", align_corners=False)
         logits = logits[..., :height, :width]
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
 

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from .digits import IGNORED
 
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_CLASSES = 255
+LABEL_VALUES = 65_536
 
 CITYSCAPES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
@@ -61,8 +63,11 @@ class MaskFolder:
         wrong = {new for new in labels.values() if not (0 <= new < len(classes) or new == IGNORED)}
         if wrong:
             raise ValueError(f"label map: expected classes 0 to {len(classes) - 1}, got {wrong}")
+        unread = [value for value in labels if not 0 <= value < LABEL_VALUES]
+        if unread:
+            raise ValueError(f"label map: expected values 0 to {LABEL_VALUES - 1}, got {unread}")
         self.pairs, self.classes, self.labels, self.channels = pairs, classes, labels, channels
-        self._table = np.full(65_536, -1, np.int16)
+        self._table = np.full(LABEL_VALUES, -1, np.int16)
         for value, label in labels.items():
             self._table[value] = label
 
@@ -73,7 +78,8 @@ class MaskFolder:
         """Image (C, H, W), uint8, or float32 in 0..1 where the file has more than 8 bits; labels
         uint8 (H, W). Raises ValueError naming the file that does not fit."""
         image_path, mask_path = self.pairs[index]
-        image, labels = read_image(image_path), self.read_labels(index)
+        labels = self.read_labels(index)
+        image = read_image(image_path, labels.shape)
         if image.shape[0] == 1 and self.channels == 3:
             image = image.expand(3, -1, -1)
         if image.shape[0] != self.channels:
@@ -129,11 +135,14 @@ def _read_array(path: Path, *, palette: bool) -> np.ndarray:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def read_image(path: Path) -> Tensor:
-    """(C, H, W): uint8, or float32 in 0..1 for 16 bits, float32 as it is for floating files."""
+def read_image(path: Path, size: Sequence[int]) -> Tensor:
+    """(C, H, W): uint8, or float32 in 0..1 for 16 bits, float32 as it is for floating files. The
+    file is (H, W), (H, W, C), or (C, H, W) where that fits the expected size (H, W)."""
     array = _read_array(path, palette=True)
     if array.ndim == 2:
         array = array[..., None]
+    if array.ndim == 3 and array.shape[1:] == tuple(size) != array.shape[:2]:
+        array = np.moveaxis(array, 0, 2)
     if array.ndim != 3:
         raise ValueError(f"{path}: expected an image, got an array of shape {array.shape}")
     if array.dtype == np.uint16:
@@ -289,7 +298,10 @@ def open_folder(
 
 def _read_classes(root: Path) -> list[str] | None:
     path = root / "classes.txt"
-    return path.read_text().splitlines() if path.exists() else None
+    if not path.exists():
+        return None
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def count_classes(dataset: MaskFolder, cache: Path) -> tuple[Tensor, Tensor]:
@@ -305,6 +317,9 @@ def count_classes(dataset: MaskFolder, cache: Path) -> tuple[Tensor, Tensor]:
                 histogram = torch.bincount(labels.flatten(), minlength=256)[: counts.shape[1]]
                 counts += torch.stack([histogram, histogram > 0])
         cache.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"pixels": counts[0].tolist(), "images": counts[1].tolist()}))
+        found = {"pixels": counts[0].tolist(), "images": counts[1].tolist()}
+        temporary = path.with_suffix(f".{os.getpid()}")  # other runs may be counting too
+        temporary.write_text(json.dumps(found))
+        temporary.replace(path)
     kept = json.loads(path.read_text())
     return torch.tensor(kept["pixels"]), torch.tensor(kept["images"])

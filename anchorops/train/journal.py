@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .checkpoint import save_atomically
+
 METRICS = "metrics.jsonl"
 
 
@@ -46,7 +48,7 @@ class Journal:
         self.path = run / METRICS
         if self.path.exists():
             kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            save_atomically("".join(json.dumps(line) + "\n" for line in kept), self.path)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -87,7 +89,10 @@ class Journal:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
     lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
 
 
 class Averages:

@@ -104,10 +104,13 @@ def build_regularizer(
         arguments["cr"]["embed"] = False
     if "ceco" in arguments:
         arguments["ceco"].setdefault("prior", prior)
-    regularizers = [
-        getattr(ao, CLASSES[method])(num_classes, dim, **kwargs)
-        for method, kwargs in arguments.items()
-    ]
+    try:
+        regularizers = [
+            getattr(ao, CLASSES[method])(num_classes, dim, **kwargs)
+            for method, kwargs in arguments.items()
+        ]
+    except TypeError as error:
+        raise ValueError(f"--method-options: a value of the wrong type: {error}") from error
     return ao.Combined(*regularizers) if len(regularizers) > 1 else next(iter(regularizers), None)
 
 

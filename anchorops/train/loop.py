@@ -3,8 +3,8 @@
 import itertools
 import json
 import math
-import shutil
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,11 +25,14 @@ from .data import (
     Training,
     augmentation,
     build_datasets,
+    check_classes,
     class_counts,
     evaluation_loader,
+    evaluation_transform,
     mixed_seed,
     training_loader,
 )
+from .directory import held, make_directory
 from .evaluate import evaluate
 from .journal import Averages, Journal, peak_memory_mb
 from .learner import (
@@ -59,8 +62,8 @@ def start(config: Config) -> dict[str, Any]:
     """
     ranks = start_ranks(config.running.device)
     try:
-        ranks.from_first(lambda: _make_directory(config))
-        return _Run(config, ranks).train()
+        ranks.from_first(lambda: make_directory(config))
+        return _train(config, ranks)
     finally:
         stop_ranks()
 
@@ -72,22 +75,14 @@ def resume(run: Path) -> dict[str, Any]:
     config = Config.load(run / "config.json").replace(out=run.parent, name=run.name)
     ranks = start_ranks(config.running.device)
     try:
-        return _Run(config, ranks).train()
+        return _train(config, ranks)
     finally:
         stop_ranks()
 
 
-def _make_directory(config: Config) -> None:
-    run = config.run
-    if (run / "config.json").exists():
-        if not config.running.overwrite:
-            raise ValueError(
-                f"{run} holds an earlier run: continue it with `anchorops-train resume {run}`, or "
-                "give this one a --name, or --overwrite"
-            )
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
-    config.save(run / "config.json")
+def _train(config: Config, ranks: Ranks) -> dict[str, Any]:
+    with held(config.run) if ranks.first else nullcontext():
+        return _Run(config, ranks).train()
 
 
 class _Run:
@@ -101,16 +96,24 @@ class _Run:
         self.training_set, self.validation_set = build_datasets(config.data, running.seed)
         self.num_classes = len(self.training_set.classes)
         cache = running.out / "class-counts"
-        pixels, images = ranks.from_first(lambda: class_counts(self.training_set, cache))
-        self.frequencies = pixels / pixels.sum().clamp(min=1)
+        splits = (self.training_set, self.validation_set)
+        # reads every mask: what is wrong with one shows now
+        (pixels, images), (valid, _) = ranks.from_first(
+            lambda: [class_counts(split, cache) for split in splits]
+        )
+        absent = check_classes(self.training_set.classes, pixels, valid)
+        if absent and ranks.first:
+            print(f"no training pixels: {', '.join(absent)}", file=sys.stderr)
+        self.frequencies = pixels / pixels.sum()
 
+        saved = latest_checkpoint(self.run)
         torch.manual_seed(running.seed)
         self.model = build_model(
             config.model.model,
             self.num_classes,
             channels=self.training_set.channels,
-            pretrained=config.model.pretrained,
-            weights=config.model.weights,
+            pretrained=config.model.pretrained and saved is None,
+            weights=config.model.weights if saved is None else None,
         )
         dim = self.model.classifier.in_channels
         regularizer = build_regularizer(
@@ -139,7 +142,8 @@ class _Run:
         self.averages = Averages()
         self.step, self.best, self.stale = 0, -1.0, 0
         self.seconds, self.logged_seconds = 0.0, 0.0
-        self._restore()
+        if saved:
+            self._restore(saved)
         if running.sync_bn and ranks.world > 1 and ranks.device.type == "cuda":
             convert_sync_batchnorm(learner)
         if running.compile:
@@ -169,10 +173,7 @@ class _Run:
             "logged_seconds": self.logged_seconds,
         }
 
-    def _restore(self) -> None:
-        path = latest_checkpoint(self.run)
-        if path is None:
-            return
+    def _restore(self, path: Path) -> None:
         state = load_checkpoint(path)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -298,6 +299,10 @@ class _Run:
         journal.record(self.step, values)
         journal.show({name: values[name] for name in (*terms, "memory_mb")})
 
+    @property
+    def _window(self) -> tuple[int, int] | None:
+        return self.config.data.crop if self.config.running.evaluation == "sliding" else None
+
     def _validation(self, rank: int, world: int) -> DataLoader:
         return evaluation_loader(
             self.validation_set,
@@ -311,16 +316,12 @@ class _Run:
         self._check_finite()
         self.ranks.synchronize(self.model)
         loader = self._validation(self.ranks.rank, self.ranks.world)
-        window = self.config.data.crop if self.config.running.evaluation == "sliding" else None
-        confusion = evaluate(self.model, loader, self.num_classes, self.ranks.device, window)
+        confusion = evaluate(self.model, loader, self.num_classes, self.ranks.device, self._window)
         summary = summarize(
             confusion, self.training_set.classes, self.frequencies, self.config.data.head_tail
         )
-        if summary["miou"] is None:
-            raise ValueError("the validation split has not one valid pixel")
         if journal:
-            known = {name: value for name, value in summary.items() if value is not None}
-            del known["classes"]
+            known = {k: v for k, v in summary.items() if isinstance(v, int | float)}
             journal.record(self.step, {f"val_{name}": value for name, value in known.items()})
             journal.write(f"step {self.step}: mIoU {100 * summary['miou']:.1f} %")
         self.stale += 1
@@ -375,12 +376,14 @@ class _Run:
             **summary,
         }
         if self.ranks.first:
-            (self.run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            save_atomically(json.dumps(results, indent=2) + "\n", self.run / "results.json")
             draw_predictions(
                 self.model,
                 self.validation_set,
                 choose_images(self.validation_set, PICTURES),
                 self.run / "predictions.png",
+                transform=evaluation_transform(self.config.data, self.training_set.channels),
+                window=self._window,
                 title=f"{self.run.name}: mIoU {100 * results['miou']:.1f} %",
                 device=self.ranks.device,
             )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FREQUENCY_GROUPS = 15  # as CBP+OCCL reports them
 GROUPS = ("head", "body", "tail")
 
 
@@ -31,7 +32,7 @@ def summarize(
 
     Returns:
         miou, macc, accuracy, pixels (counted), miou of head, body and tail (None where a group has
-        no class), and "classes": name, group, frequency, iou, accuracy and f1 of each. A class that
+        no class), f1_by_frequency (see frequency_groups), "classes": name, group, frequency, iou, accuracy and f1 of each. A class that
         is neither in the truth nor predicted has None and is left out of every mean, of accuracies
         also one that is not in the truth.
     """
@@ -51,8 +52,17 @@ def summarize(
         "accuracy": _number(hits.sum() / truth.sum()),
         "pixels": int(truth.sum()),
         **{group: _number(iou[member].nanmean()) for group, member in members.items()},
+        "f1_by_frequency": frequency_groups(f1, frequencies),
         "classes": [dict(zip(names, column, strict=True)) for column in columns],
     }
+
+
+def frequency_groups(values: Tensor, frequencies: Tensor) -> list[float | None]:
+    """Means of values [K] over up to 15 groups of classes, from the most frequent to the rarest;
+    None where no class of a group has a value."""
+    order = frequencies.argsort(descending=True, stable=True)
+    groups = values[order].tensor_split(min(FREQUENCY_GROUPS, len(values)))
+    return [_number(group.nanmean()) for group in groups]
 
 
 def _number(value: Tensor) -> float | None:

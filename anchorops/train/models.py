@@ -106,9 +106,14 @@ def build_model(
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Start from the weights in `path`; see build_model."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("model", "state_dict"):
-        state = state.get(key, state)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("model", "state_dict"):
+            state = state.get(key, state)
+    except FileNotFoundError:
+        raise ValueError(f"weights {path} do not exist") from None
+    except Exception as error:
+        raise ValueError(f"weights {path} cannot be read: {error}") from error
     own = model.state_dict()
     state = {
         key: value

@@ -9,8 +9,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
-from .data import Segmentation, normalize
+from .data import Segmentation
 from .digits import IGNORED
 from .evaluate import predict
 
@@ -57,17 +59,19 @@ def draw_predictions(
     indices: Sequence[int],
     path: Path,
     *,
+    transform: v2.Transform,
+    window: tuple[int, int] | None,
     title: str,
     device: torch.device,
 ) -> None:
-    """Write a picture: a row for each image, its truth and the prediction."""
+    """Write a picture: each image, its truth and the prediction, made as an evaluation makes it."""
     model.eval()
     colors = palette(len(dataset.classes))
-    transform = normalize(dataset.channels)
     rows = []
     for index in indices:
         image, labels = dataset[index]
-        (prediction,) = predict(model, transform(image)[None].to(device), labels.shape)
+        network_input = transform(tv_tensors.Image(image)).as_subclass(Tensor)[None].to(device)
+        (prediction,) = predict(model, network_input, labels.shape, window)
         rows.append((_rgb(image), colors[labels.numpy()], colors[prediction.cpu().numpy()]))
 
     # images run from left to right, three rows of pictures under each other

@@ -43,6 +43,20 @@ _TRANSFORMER = _PUBLISHED.replace(
     optimizer="adamw", lr=6e-5, weight_decay=0.01, head_lr_factor=10.0, warmup=1_500
 )
 
+FOLDER = _CONVOLUTIONAL.replace(
+    dataset="folder",
+    model="hrnet-w18",
+    crop=(256, 256),
+    steps=10_000,
+    pretrained=False,
+    photometric=False,
+    workers=4,
+    bf16=False,
+    eval_every=1_000,
+    save_every=500,
+    log_every=10,
+)
+
 _CITYSCAPES = {"dataset": "cityscapes", "batch_size": 8, "steps": 80_000}
 _ADE20K = {
     "dataset": "ade20k",
@@ -61,6 +75,7 @@ _COCO_STUFF = _ADE20K | {"dataset": "coco-stuff-10k", "steps": 80_000}
 
 PRESETS = {
     "digits": ("Scenes of handwritten digits, 64×64: minutes on a laptop, no files.", DIGITS),
+    "folder": ("Your own images and masks, of any size, in the folder --root.", FOLDER),
     "cityscapes-hrnet-w48": (
         "SAR's Table 3: 79.9 mIoU, 81.4 with --methods sar.",
         _CONVOLUTIONAL.replace(model="hrnet-w48", crop=(512, 1024), **_CITYSCAPES),

@@ -44,13 +44,21 @@ class Ranks(NamedTuple):
 
 
 def start_ranks(device: str | None) -> Ranks:
-    """Join the process group where torchrun set one up (NCCL on GPUs, gloo on CPUs)."""
+    """Join the process group where torchrun set one up (NCCL on GPUs, gloo on CPUs). Raises
+    ValueError where there is no such device."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if "LOCAL_RANK" not in os.environ:
-        return Ranks(0, 1, torch.device(device))
-    if device == "cuda":
+    launched = "LOCAL_RANK" in os.environ
+    if launched and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+    try:
+        torch.empty(0, device=device)
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used: {reason}") from None
+    if not launched:
+        return Ranks(0, 1, torch.device(device))
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
 

@@ -11,7 +11,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..plots import cosine_map, features_with_anchors, iou_against_frequency
+from ..plots import (
+    BLUE,
+    centroid_similarity,
+    cosine_map,
+    features_with_anchors,
+    iou_against_frequency,
+)
 from .analysis import Cost, Features
 from .compare import comparison
 from .journal import METRICS, read_metrics
@@ -51,21 +57,25 @@ def write_report(
         costs: without and with the regulariser, None where there is none.
     """
     names = [c["name"] for c in results["classes"]]
+    shown = names if len(names) <= MOST_NAMES else None
     metrics = read_metrics(run / METRICS)
     sections = [
         ("", _headline(results)),
         ("Predictions", _image((run / "predictions.png").read_bytes())),
         ("Training", _png(_curves(metrics))),
         ("Classes by frequency", _png(_iou_by_frequency(results["classes"]))),
+        ("F1 by frequency", _png(_f1_by_frequency(results["f1_by_frequency"]))),
         (f"The {min(RAREST, len(names))} rarest classes", _rarest(results["classes"])),
         ("Cosines between classes", _cosine_maps(features, classifier, names)),
         (
             "Features",
             "<p>Pixels of the validation images, as many of each class as there are, and the "
             "classes' centroids (stars).</p>"
-            + _png(features_with_anchors(*features.samples, features.centroids, names=names)),
+            + _png(features_with_anchors(*features.samples, features.centroids, names=shown)),
         ),
     ]
+    if heat := _similarity(features, results["classes"]):
+        sections.insert(-1, heat)
     if costs:
         sections.append(("Cost of the regulariser", _cost_table(costs)))
     sections.append(("Summary", f"<pre>{html.escape(comparison([results]))}</pre>"))
@@ -175,6 +185,29 @@ def _iou_by_frequency(classes: list[dict[str, Any]]) -> Figure:
     iou, share = (torch.tensor([c[name] for c in known]) for name in ("iou", "frequency"))
     names = [c["name"] for c in known] if len(known) <= MOST_NAMES else None
     return iou_against_frequency(iou, share, names)
+
+
+def _similarity(features: Features, classes: list[dict[str, Any]]) -> tuple[str, str] | None:
+    """The first image and the cosines of its pixels to the centroid of its rarest class."""
+    image, maps, labels = features.example
+    present = [k for k in labels.unique().tolist() if 0 <= k < len(classes)]
+    if not present:
+        return None
+    rarest = min(present, key=lambda k: classes[k]["frequency"])
+    shown = image[:3] if len(image) >= 3 else image[0]
+    shown = (shown - shown.min()) / (shown.max() - shown.min()).clamp(min=1e-6)
+    figure = centroid_similarity(maps, features.centroids[rarest], shown)
+    title = f"Cosine to the centroid of “{html.escape(classes[rarest]['name'])}”"
+    return title, _png(figure)
+
+
+def _f1_by_frequency(means: list[float | None]) -> Figure:
+    figure = Figure(figsize=(5.5, 2.5), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(1, len(means) + 1), [100 * (mean or 0.0) for mean in means], color=BLUE)
+    axes.set(xlabel="groups of classes, the most frequent first", ylabel="mean F1, %")
+    axes.grid(alpha=0.3, axis="y")
+    return figure
 
 
 def _cosine_maps(features: Features, classifier: Tensor, names: list[str]) -> str:

@@ -91,9 +91,20 @@ struct Simd {
 
   template <int BLOCK, int... LANE>
   static ALWAYS_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, LANE...>) {
-    const Vec low = __builtin_shufflevector(a, b, (LANE & BLOCK ? LANE - BLOCK + LANES : LANE)...);
-    b = __builtin_shufflevector(a, b, (LANE & BLOCK ? LANE + LANES : LANE + BLOCK)...);
+    const Vec low = select<(LANE & BLOCK ? LANE - BLOCK + LANES : LANE)...>(a, b);
+    b = select<(LANE & BLOCK ? LANE + LANES : LANE + BLOCK)...>(a, b);
     a = low;
+  }
+
+  // Lanes of the pair (a, b).
+  template <int... LANE>
+  static ALWAYS_INLINE Vec select(Vec a, Vec b) {
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(a, b, LANE...);
+#else  // GCC 11
+    using Index = std::conditional_t<sizeof(Stat) == sizeof(int64_t), int64_t, int32_t>;
+    return __builtin_shuffle(a, b, Vector<Index, LANES>{LANE...});
+#endif
   }
 };
 

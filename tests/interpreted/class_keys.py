@@ -3,6 +3,8 @@ import torch
 
 from anchorops import labels as label_pass
 from anchorops import reference
+from anchorops.kernels.launch import as_pixels
+from anchorops.kernels.tile_keys import tile_keys
 
 
 def check(labels, size, num_classes, per_image=False, ignore_index=255):
@@ -61,3 +63,23 @@ def test_empty():
     check(torch.empty(0, dtype=torch.int64), (0, 3), 4)
     check(torch.empty(0, 4, 4, dtype=torch.int64), (0, 3, 2, 2), 4, per_image=True)
     check(torch.full((2, 5), 255), (2, 3, 5), 4)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("num_keys", [1, 3, 2**31 - 1])
+def test_keys_of_a_tile(num_keys, ignored):
+    keys = torch.randint(0, num_keys, (2, 40), dtype=torch.int32)
+    keys[torch.rand(keys.shape) < ignored] = -1
+    (view,) = as_pixels((2, 5, 40), (200, 40, 1))
+    summaries, lists, local = tile_keys(keys, view, 32)  # the second tile of a line ends early
+    tiles = torch.full((4, 32), -1, dtype=torch.int32)
+    tiles[0::2], tiles[1::2, :8] = keys[:, :32], keys[:, 32:]
+    for tile, summary, listed, places in zip(tiles, summaries.tolist(), lists, local, strict=True):
+        present = tile[tile >= 0].unique()
+        if (tile == tile[0]).all():
+            assert summary == -1 - int(tile[0])
+        else:
+            assert summary == len(present) + 2**16 * int((tile < 0).any())
+            assert torch.equal(listed[: len(present)], present)
+            expected = torch.where(tile >= 0, torch.searchsorted(present, tile), -1)
+            assert torch.equal(places.long(), expected)

@@ -12,6 +12,8 @@ import torch
 import anchorops as ao
 from anchorops import reference
 
+pytestmark = pytest.mark.usefixtures("sorted_by_numpy")
+
 FLOOR = 2**-23  # of the sum of the terms' sizes: one rounding to float32
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
