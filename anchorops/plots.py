@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.cm import ScalarMappable
@@ -119,10 +120,11 @@ def features_with_anchors(
         axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=7)
     axes.set(xticks=[], yticks=[], title=f"features and anchors ({method})")
     if names is not None:
-        colors = ScalarMappable(Normalize(palette["vmin"], palette["vmax"]), palette["cmap"])
+        span = Normalize(palette["vmin"], palette["vmax"])
+        colors = ScalarMappable(span, palette["cmap"]).to_rgba(np.arange(len(names)))
         dots = [
-            Line2D([], [], color=colors.to_rgba(k), marker="o", linestyle="", label=name)
-            for k, name in enumerate(names)
+            Line2D([], [], color=tuple(color), marker="o", linestyle="", label=name)
+            for color, name in zip(colors, names, strict=True)
         ]
         figure.legend(
             handles=dots, loc="outside right upper", fontsize=7, ncols=-(-len(dots) // 20)

@@ -13,15 +13,18 @@ import pytest
 import torch
 
 import anchorops as ao
-from anchorops.train import checkpoint, loop, signals
+from anchorops.train import checkpoint, directory, loop, signals
 from anchorops.train.__main__ import main
+from anchorops.train.compare import comparison
 from anchorops.train.config import Config
 from anchorops.train.data import BatchSampler, Draws, class_counts
 from anchorops.train.digits import DigitScenes
+from anchorops.train.journal import Journal
 from anchorops.train.learner import Learner, PixelCrossEntropy, build_regularizer
-from anchorops.train.metrics import class_groups, summarize
+from anchorops.train.metrics import class_groups, frequency_groups, summarize
 from anchorops.train.models import build_model
 from anchorops.train.presets import DIGITS, PRESETS
+from anchorops.train.ranks import start_ranks
 
 TINY = DIGITS.replace(
     crop=(32, 32),
@@ -140,6 +143,14 @@ def test_summary_of_a_confusion_matrix():
     assert summary["tail"] is None
     assert [c["group"] for c in summary["classes"]] == ["head", "body", "tail", "body"]
     assert [c["f1"] for c in summary["classes"]][1:3] == [pytest.approx(6 / 9), None]
+    assert summary["f1_by_frequency"] == [pytest.approx(16 / 19), pytest.approx(6 / 9), None, None]
+
+
+def test_groups_by_frequency():
+    values, shares = torch.arange(31.0), torch.arange(31.0)
+    values[0] = torch.nan
+    groups = frequency_groups(values, shares)
+    assert len(groups) == 15 and groups[0] == 29 and groups[-2:] == [2.5, 1.0]
 
 
 def test_class_predicted_but_never_true_counts_as_zero():
@@ -210,8 +221,34 @@ def test_method_options():
     assert isinstance(sar, ao.SAR) and (sar.delta, sar.gate) == (0.5, "per_class")
     with pytest.raises(ValueError, match=r"sar has .*delta"):
         build_regularizer(["sar"], {"sar.detla": "0.5"}, 11, 240)
+    with pytest.raises(ValueError, match="--method-options: a value of the wrong type"):
+        build_regularizer(["sar"], {"sar.momentum": "foo"}, 11, 240)
     with pytest.raises(ValueError, match="METHOD among --methods sar"):
         build_regularizer(["sar"], {"occl.temperature": "1"}, 11, 240)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_batch_size": 0}, "--eval-batch-size: expected at least 1, got 0"),
+        ({"patience": 0}, "--patience: expected at least 1"),
+        ({"lr": -1.0}, "--lr: expected at least 0"),
+        ({"crop": (50, 64)}, r"--crop: expected two multiples of 32, got \(50, 64\)"),
+        ({"scale": (2.0, 0.5)}, "--scale: expected"),
+        ({"head_tail": (0.1, 0.5)}, "--head-tail: expected"),
+        ({"clip": 0.0}, "--clip: expected more than 0"),
+        ({"ohem": 7.0}, "--ohem: expected a probability"),
+        ({"methods": ("sar", "sar")}, "--methods: expected each at most once"),
+    ],
+)
+def test_options_out_of_range(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        DIGITS.replace(**options)
+
+
+def test_device_that_is_not_there():
+    with pytest.raises(ValueError, match="--device nonsense cannot be used"):
+        start_ranks("nonsense")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -233,10 +270,11 @@ def test_a_run_leaves_everything(straight: Path):
 
 def test_report_is_one_page(straight: Path):
     page = (straight / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == page.count("src=") == 6
+    assert page.count('src="data:image/png;base64,') == page.count("src=") == 8
     assert "http" not in page and "<script" not in page
     for section in (
         "Predictions",
+        "F1 by frequency",
         "Training",
         "Cosines between classes",
         "Cost of the regulariser",
@@ -326,6 +364,37 @@ def test_finished_run_is_not_overwritten(straight: Path, capsys: pytest.CaptureF
     assert (straight / "results.json").exists()
 
 
+def test_directory_has_one_program_at_a_time(tmp_path: Path):
+    config = TINY.replace(out=tmp_path, name="busy", overwrite=True)
+    directory.make_directory(config)
+    with directory.held(config.run):
+        with pytest.raises(ValueError, match="busy: another process is training in this directory"):
+            loop.resume(config.run)
+        with pytest.raises(ValueError, match="another process is training"):
+            loop.start(config)
+    assert (config.run / "config.json").exists()
+
+
+def test_resumption_does_not_need_the_first_weights(tmp_path: Path):
+    path, config = tmp_path / "w.pt", TINY.replace(out=tmp_path, name="from", steps=1, methods=())
+    torch.save(build_model("hrnet-w18-small", 11).state_dict(), path)
+    config = config.replace(weights=path)
+    loop.start(config)
+    path.unlink()
+    assert loop.resume(config.run)["steps"] == 1
+    path.write_text("not weights")
+    with pytest.raises(ValueError, match=r"weights .*w.pt cannot be read"):
+        loop.start(config.replace(overwrite=True))
+
+
+def test_lines_after_the_checkpoint_are_taken_back(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')
+    Journal(tmp_path, 4, 10)
+    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_full_disk_leaves_earlier_checkpoint(tmp_path: Path):
     path = checkpoint.save_checkpoint(tmp_path, 1, {"model": torch.zeros(10)})
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
@@ -395,6 +464,12 @@ def test_command_line(straight: Path, capsys: pytest.CaptureFixture[str]):
         main(["compare", str(straight.parent)])
     with pytest.raises(SystemExit, match="expected the directories of finished runs, got none"):
         main(["compare"])
+    result = {name: 1.0 for name in ("miou", "head", "body", "tail", "macc", "seconds_per_step")}
+    result |= {"dataset": "d", "model": "m", "methods": "sar", "parameters": 1}
+    result["gpu_memory_mb"] = None
+    first, second = ({**result, "settings": {"lr": lr, "steps": "5"}} for lr in ("0.1", "0.2"))
+    rows = comparison([first, second, first]).splitlines()[2:]
+    assert [row.split()[2:5] for row in rows] == [["sar", "lr=0.1", "2"], ["sar", "lr=0.2", "1"]]
     with pytest.raises(SystemExit, match="'digts' is neither a command nor a preset"):
         main(["digts"])
     with pytest.raises(SystemExit) as help_shown:

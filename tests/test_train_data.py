@@ -12,6 +12,8 @@ from torch import nn
 from torchvision import tv_tensors
 
 import anchorops as ao
+from anchorops.train import loop
+from anchorops.train.__main__ import main
 from anchorops.train.analysis import collect_features, measure_cost
 from anchorops.train.config import Data
 from anchorops.train.data import (
@@ -19,6 +21,7 @@ from anchorops.train.data import (
     Training,
     augmentation,
     build_datasets,
+    check_classes,
     class_counts,
     evaluation_transform,
 )
@@ -33,6 +36,7 @@ from anchorops.train.learner import (
 )
 from anchorops.train.models import build_model
 from anchorops.train.pictures import choose_images, palette
+from anchorops.train.presets import FOLDER
 
 
 def write(path: Path, array: np.ndarray) -> None:
@@ -87,6 +91,47 @@ def test_counts_are_made_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyP
         class_counts(open_folder(folder, "train", label_map={1: 255}), cache)
 
 
+def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "classes.txt").write_text("Straße\nthing\nabsent\n\n", encoding="utf-8")
+    options = ["--model", "segformer-b0", "--crop", "32", "32", "--steps", "1", "--batch-size", "2"]
+    options += ["--workers", "0", "--device", "cpu", "--evaluation", "sliding"]
+    main(["folder", "--root", str(folder), "--out", str(folder), "--name", "run", *options])
+    assert "no training pixels: absent" in capsys.readouterr().err
+    page = (folder / "run/report.html").read_text(encoding="utf-8")
+    assert "Straße" in page and "<h2>Features</h2>" in page
+    options += ["--eval-batch-size", "2", "--overwrite"]
+    with pytest.raises(
+        SystemExit, match=r"--eval-batch-size: more than 1 needs images of one size"
+    ):
+        main(["folder", "--root", str(folder), "--out", str(folder), "--name", "run", *options])
+
+
+def test_masks_are_read_before_a_run(folder: Path):
+    config = FOLDER.replace(root=folder, out=folder, name="run", workers=0, device="cpu")
+    write(folder / "masks/val/b.png", mask(9, height=4, width=5))
+    with pytest.raises(ValueError, match=r"masks/val/b.png: label values \[9\]"):
+        loop.start(config)
+
+
+def test_foreground_that_is_ignored():
+    classes, some, none = ["ground", "thing"], torch.tensor([5, 0]), torch.tensor([0, 0])
+    with pytest.raises(ValueError, match=r"1 class alone \['ground'\]; 255 is ignored unless"):
+        check_classes(classes, some, some)
+    with pytest.raises(ValueError, match="validation split has not one valid pixel"):
+        check_classes(classes, some + 1, none)
+    assert check_classes([*classes, "rare"], torch.tensor([5, 1, 0]), some) == ["rare"]
+
+
+def test_corrupt_image_in_a_worker(folder: Path):
+    path = folder / "images/train/a/1.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    command = ["--root", str(folder), "--out", str(folder), "--name", "run", "--workers", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["folder", "--crop", "32", "32", "--device", "cpu", *command])
+    message = str(stopped.value.code)
+    assert message.startswith(f"anchorops-train: {path} cannot be read: ") and "\n" not in message
+
+
 def test_label_map_and_suffixes(tmp_path: Path):
     write(tmp_path / "images/train/x_rgb.png", image())
     write(tmp_path / "images/train/x_depth.png", mask(9))
@@ -110,6 +155,20 @@ def test_tiff_of_many_channels_and_16_bits(tmp_path: Path):
     assert pixels.shape == (5, 6, 9) and pixels.dtype == torch.float32 and (pixels == 1).all()
     transformed, labels = Training(data, augmentation(Data("folder", crop=(8, 8)), 5), 0)[0, 0]
     assert transformed.shape == (5, 8, 8) and labels.shape == (8, 8)
+
+
+def test_tiff_whose_channels_come_first(tmp_path: Path):
+    planes = np.arange(7 * 6 * 9, dtype=np.uint8).reshape(7, 6, 9)
+    write(tmp_path / "images/train/x.tif", planes)
+    write(tmp_path / "masks/train/x.png", mask(0, 1))
+    pixels, _ = open_folder(tmp_path, "train", num_classes=2, channels=7)[0]
+    assert pixels.numpy().tolist() == planes.tolist()
+
+
+@pytest.mark.parametrize("value", [-1, 70_000])
+def test_label_map_of_impossible_values(folder: Path, value: int):
+    with pytest.raises(ValueError, match="label map: expected values 0 to 65535"):
+        open_folder(folder, "train", label_map={value: 1})
 
 
 def test_bilevel_mask_and_palette(tmp_path: Path):

@@ -32,9 +32,9 @@ def summarize(
 
     Returns:
         miou, macc, accuracy, pixels (counted), miou of head, body and tail (None where a group has
-        no class), f1_by_frequency (see frequency_groups), "classes": name, group, frequency, iou, accuracy and f1 of each. A class that
-        is neither in the truth nor predicted has None and is left out of every mean, of accuracies
-        also one that is not in the truth.
+        no class), f1_by_frequency (see frequency_groups), and "classes": name, group, frequency,
+        iou, accuracy and f1 of each. A class that is neither in the truth nor predicted has None
+        and is left out of every mean, of accuracies also one that is not in the truth.
     """
     confusion = confusion.double()
     hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)

@@ -17,23 +17,34 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// F.interpolate's "nearest": floor(i * scale), the scale and the product in float32.
-std::vector<int64_t> nearest_offsets(int64_t size, int64_t source, int64_t stride) {
-  std::vector<int64_t> offsets(size);
-  const float scale = size ? static_cast<float>(source) / static_cast<float>(size) : 0;
-  for (int64_t i = 0; i < size; ++i) {
-    const auto nearest = static_cast<int64_t>(std::floor(static_cast<float>(i) * scale));
-    offsets[i] = (size == source ? i : std::min(nearest, source - 1)) * stride;
+// Where a row (or column) of the features finds its label: as F.interpolate's "nearest",
+// floor(i * scale), the scale and the product in float32.
+class NearestOffset {
+ public:
+  NearestOffset(int64_t size, int64_t source, int64_t stride)
+      : same_(size == source),
+        last_(source - 1),
+        stride_(stride),
+        scale_(size ? static_cast<float>(source) / static_cast<float>(size) : 0) {}
+
+  int64_t operator()(int64_t i) const {
+    if (same_) return i * stride_;
+    const auto nearest = static_cast<int64_t>(std::floor(static_cast<float>(i) * scale_));
+    return std::min(nearest, last_) * stride_;
   }
-  return offsets;
-}
+
+ private:
+  bool same_;
+  int64_t last_, stride_;
+  float scale_;
+};
 
 template <class Label>
 void write_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num_classes,
                 bool per_image, int64_t ignore_index, int32_t* keys, int64_t* counts) {
   const Label* data = labels.const_data_ptr<Label>();
-  const auto rows = nearest_offsets(height, labels.size(1), labels.stride(1));
-  const auto columns = nearest_offsets(width, labels.size(2), labels.stride(2));
+  const NearestOffset row_offset(height, labels.size(1), labels.stride(1));
+  const NearestOffset column_offset(width, labels.size(2), labels.stride(2));
   const int64_t pixels = labels.size(0) * height * width;
   std::mutex mutex;
   torch::stable::parallel_for(0, pixels, 1 << 15, [&](int64_t begin, int64_t end) {
@@ -42,11 +53,11 @@ void write_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num
     std::vector<int64_t> local((per_image ? last_image - first_image + 1 : 1) * num_classes);
     for (int64_t p = begin; p < end;) {
       const int64_t image = p / (height * width), row = p / width % height;
-      const Label* line = data + image * labels.stride(0) + rows[row];
+      const Label* line = data + image * labels.stride(0) + row_offset(row);
       const int64_t first = per_image ? image * num_classes : 0;
       int64_t* count = local.data() + (per_image ? (image - first_image) * num_classes : 0);
       for (int64_t column = p % width; column < width && p < end; ++column, ++p) {
-        const auto label = static_cast<int64_t>(line[columns[column]]);
+        const auto label = static_cast<int64_t>(line[column_offset(column)]);
         const bool valid = label >= 0 && label < num_classes && label != ignore_index;
         keys[p] = valid ? static_cast<int32_t>(first + label) : -1;
         if (valid) ++count[label];
