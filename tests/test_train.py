@@ -1,4 +1,4 @@
-"""The training program: data, models, figures, and runs that end, stop and go on."""
+"""Training runs: that they end, stop, go on, and say what is wrong."""
 
 import json
 import os
@@ -12,19 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import anchorops as ao
 from anchorops.train import checkpoint, directory, loop, signals
 from anchorops.train.__main__ import main
 from anchorops.train.compare import comparison
 from anchorops.train.config import Config
-from anchorops.train.data import BatchSampler, Draws, class_counts
 from anchorops.train.digits import DigitScenes
 from anchorops.train.journal import Journal
-from anchorops.train.learner import Learner, PixelCrossEntropy, build_regularizer
-from anchorops.train.metrics import class_groups, frequency_groups, summarize
 from anchorops.train.models import build_model
 from anchorops.train.presets import DIGITS, PRESETS
-from anchorops.train.ranks import start_ranks
 
 TINY = DIGITS.replace(
     crop=(32, 32),
@@ -74,188 +69,6 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-
-
-def test_scene_is_a_function_of_seed_split_and_index():
-    scenes, again = (DigitScenes("train", 50, (48, 64), seed=3) for _ in range(2))
-    image, labels = scenes[7]
-    scenes[8]
-    assert image.shape == (3, 48, 64) and labels.shape == (48, 64)
-    assert torch.equal(image, again[7][0]) and torch.equal(labels, again[7][1])
-    for other in (
-        DigitScenes("train", 50, (48, 64), seed=4),
-        DigitScenes("val", 9, (48, 64), seed=3),
-    ):
-        assert not torch.equal(image, other[7][0])
-    assert set(labels.unique().tolist()) <= {*range(11), 255}
-    with pytest.raises(IndexError):
-        scenes[50]
-
-
-def test_digits_of_train_and_val_are_disjoint():
-    from anchorops.train.digits import _digit_images
-
-    train, val = (
-        {image.tobytes() for images in _digit_images(split) for image in images}
-        for split in ("train", "val")
-    )
-    assert train and val and not train & val
-
-
-def test_digit_frequencies_have_a_long_tail():
-    pixels, images = class_counts(DigitScenes("train", 2000, (64, 64), seed=0), Path())
-    shares = pixels / pixels.sum()
-    assert images[0] == 2000 and images[1] > 2 * images[10]
-    assert shares[1] > 2 * shares[3] > 3 * shares[8]
-    assert class_groups(shares, DIGITS.data.head_tail).count("tail") == 3
-
-
-def test_draws_do_not_depend_on_ranks_or_interruptions():
-    def drawn(world: int, accumulate: int, steps: range) -> list[tuple[int, int]]:
-        options = {"batch_size": 8, "accumulate": accumulate, "world": world}
-        options |= {"first_step": steps.start, "steps": steps.stop}
-        samplers = [BatchSampler(Draws(10, seed=1), rank=r, **options) for r in range(world)]
-        return sorted(item for sampler in samplers for batch in sampler for item in batch)
-
-    everything = drawn(1, 1, range(0, 5))
-    assert everything == drawn(2, 2, range(0, 5)) == drawn(4, 1, range(0, 5))
-    assert everything == sorted(drawn(1, 1, range(0, 2)) + drawn(1, 1, range(2, 5)))
-    # each of the four passes over the data shows every image once
-    by_draw = [image for _, image in sorted((draw, image) for image, draw in everything)]
-    assert all(sorted(by_draw[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))
-
-
-def test_batch_size_that_ranks_cannot_share():
-    with pytest.raises(ValueError, match=r"--batch-size: expected a multiple of .* = 3, got 8"):
-        BatchSampler(
-            Draws(4, 0), batch_size=8, accumulate=1, rank=0, world=3, first_step=0, steps=1
-        )
-
-
-def test_summary_of_a_confusion_matrix():
-    confusion = torch.tensor([[8, 2, 0, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
-    shares = torch.tensor([0.9, 0.05, 0.0005, 0.0495])
-    summary = summarize(confusion, "abcd", shares, (0.06, 0.001))
-    assert summary["miou"] == pytest.approx((8 / 11 + 3 / 6) / 2)
-    assert summary["macc"] == pytest.approx((8 / 10 + 3 / 4) / 2)
-    assert summary["accuracy"] == pytest.approx(11 / 14)
-    assert summary["head"] == pytest.approx(8 / 11) and summary["body"] == pytest.approx(0.5)
-    assert summary["tail"] is None
-    assert [c["group"] for c in summary["classes"]] == ["head", "body", "tail", "body"]
-    assert [c["f1"] for c in summary["classes"]][1:3] == [pytest.approx(6 / 9), None]
-    assert summary["f1_by_frequency"] == [pytest.approx(16 / 19), pytest.approx(6 / 9), None, None]
-
-
-def test_groups_by_frequency():
-    values, shares = torch.arange(31.0), torch.arange(31.0)
-    values[0] = torch.nan
-    groups = frequency_groups(values, shares)
-    assert len(groups) == 15 and groups[0] == 29 and groups[-2:] == [2.5, 1.0]
-
-
-def test_class_predicted_but_never_true_counts_as_zero():
-    summary = summarize(torch.tensor([[1, 1], [0, 0]]), "ab", torch.tensor([1.0, 0.0]), (0.1, 0.01))
-    assert summary["miou"] == pytest.approx(0.25) and summary["classes"][1]["accuracy"] is None
-
-
-def test_cross_entropy_of_valid_pixels():
-    logits = torch.randn(2, 5, 4, 4, requires_grad=True)
-    labels = torch.randint(5, (2, 4, 4))
-    labels[0, :2] = 255
-    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=255)
-    torch.testing.assert_close(PixelCrossEntropy()(logits, labels), expected)
-    nothing = PixelCrossEntropy()(logits, torch.full_like(labels, 255))
-    nothing.backward()
-    assert nothing == 0 and logits.grad is not None and not logits.grad.any()
-
-
-@pytest.mark.parametrize(
-    ("name", "dim", "stride"),
-    [("hrnet-w18-small", 240, 4), ("segformer-b0", 256, 4), ("unet:resnet18", 16, 1)],
-)
-def test_models(name: str, dim: int, stride: int):
-    model = build_model(name, 7, channels=4)
-    logits = model(torch.randn(2, 4, 64, 32))
-    assert logits.shape == (2, 7, 64 // stride, 32 // stride)
-    classifier = list(model.modules())[-1]
-    assert classifier is model.classifier and model.classifier.weight.shape == (7, dim, 1, 1)
-
-
-def test_hrnet_w48_has_the_papers_dimension():
-    with torch.device("meta"):
-        assert build_model("hrnet-w48", 19).classifier.in_channels == 720
-
-
-def test_unknown_model():
-    with pytest.raises(ValueError, match=r"model: expected hrnet-w18-small, .* got 'alexnet'"):
-        build_model("alexnet", 3)
-    with pytest.raises(ValueError, match="model 'unet:alexnet'"):
-        build_model("unet:alexnet", 3)
-
-
-def test_weights_start_a_model_with_other_classes(tmp_path: Path):
-    source, path = build_model("hrnet-w18-small", 5), tmp_path / "weights.pt"
-    torch.save(source.state_dict(), path)
-    model = build_model("hrnet-w18-small", 9, weights=path)
-    assert torch.equal(next(model.parameters()), next(source.parameters()))
-    with pytest.raises(
-        ValueError, match=r"weights .*weights.pt are of another model: missing body"
-    ):
-        build_model("segformer-b0", 5, weights=path)
-
-
-@pytest.mark.parametrize("methods", [("cr",), ("cbp", "occl"), ("ceco",), ("sar", "mvsc")])
-def test_every_method_takes_a_step(methods: tuple[str, ...]):
-    model = build_model("hrnet-w18-small", 11)
-    learner = Learner(model, build_regularizer(methods, {}, 11, 240))
-    labels = torch.randint(11, (2, 32, 32))
-    loss, terms = learner(torch.randn(2, 3, 32, 32), labels)
-    loss.backward()
-    assert {"loss", "ce"} < terms.keys() and all(value.isfinite() for value in terms.values())
-    assert all(p.grad is not None for p in model.body.parameters())
-    assert len(learner.state_dict()) == len(model.state_dict())  # each entry once
-
-
-def test_method_options():
-    sar = build_regularizer(["sar"], {"sar.delta": "0.5", "sar.gate": "per_class"}, 11, 240)
-    assert isinstance(sar, ao.SAR) and (sar.delta, sar.gate) == (0.5, "per_class")
-    with pytest.raises(ValueError, match=r"sar has .*delta"):
-        build_regularizer(["sar"], {"sar.detla": "0.5"}, 11, 240)
-    with pytest.raises(ValueError, match="--method-options: a value of the wrong type"):
-        build_regularizer(["sar"], {"sar.momentum": "foo"}, 11, 240)
-    with pytest.raises(ValueError, match="METHOD among --methods sar"):
-        build_regularizer(["sar"], {"occl.temperature": "1"}, 11, 240)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"eval_batch_size": 0}, "--eval-batch-size: expected at least 1, got 0"),
-        ({"patience": 0}, "--patience: expected at least 1"),
-        ({"lr": -1.0}, "--lr: expected at least 0"),
-        ({"crop": (50, 64)}, r"--crop: expected two multiples of 32, got \(50, 64\)"),
-        ({"scale": (2.0, 0.5)}, "--scale: expected"),
-        ({"head_tail": (0.1, 0.5)}, "--head-tail: expected"),
-        ({"clip": 0.0}, "--clip: expected more than 0"),
-        ({"ohem": 7.0}, "--ohem: expected a probability"),
-        ({"methods": ("sar", "sar")}, "--methods: expected each at most once"),
-    ],
-)
-def test_options_out_of_range(options: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        DIGITS.replace(**options)
-
-
-def test_device_that_is_not_there():
-    with pytest.raises(ValueError, match="--device nonsense cannot be used"):
-        start_ranks("nonsense")
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_configuration_survives_its_file(name: str, tmp_path: Path):
-    config = PRESETS[name][1].replace(methods=("sar", "occl"), method_options={"sar.tau": "1"})
-    config.save(tmp_path / "config.json")
-    assert Config.load(tmp_path / "config.json") == config
 
 
 def test_a_run_leaves_everything(straight: Path):

@@ -142,7 +142,8 @@ class Running:
     save_every: int = 500
     """Steps between checkpoints."""
     log_every: int = 10
-    """Steps between log lines."""
+    """Steps between log lines; where there are several ranks, they stop on request (SIGTERM) at
+    these only."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""
 
