@@ -71,8 +71,7 @@ def pytest_terminal_summary(terminalreporter, config):
             if ours:
                 line += f"  {row['median'] / ours:5.1f} x ours"
             if "bytes" in row:
-                share = row["bytes"] / row["best"] / row["read_bandwidth"]
                 line += f"  {row['bytes'] / row['median'] / 1e9:5.1f} GB/s"
-                line += f"  best {share:4.0%} of {row['read_bandwidth'] / 1e9:.1f} GB/s read"
+                line += f"  {row['read_share']:4.0%} of read bandwidth"
                 line += f"  memory {row['extra_bytes'] / row['feature_bytes']:+.1%} of the features"
             write(line)

@@ -3,15 +3,18 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 
-def best_seconds(function: Callable[[], object], rounds: int = 15) -> float:
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def read_ratio(run: Callable[[], object], read: Callable[[], object], rounds: int = 21) -> float:
+    """Median of read time / run time, each pair back to back: a machine's bandwidth drifts."""
+    return median(seconds(read) / seconds(run) for _ in range(rounds))
 
 
 def peak_extra_bytes(function: Callable[[], object]) -> int:

@@ -42,7 +42,7 @@ struct Tile {
           pixel[i] = S::load(source + i * stride);
           // LANES lines are more streams than the hardware follows well, and what is read once
           // would only push the rest out of the caches.
-          const int64_t ahead = C == Contiguous::PIXELS ? 192 / sizeof(T) : LANES * stride;
+          const int64_t ahead = C == Contiguous::PIXELS ? 384 / sizeof(T) : LANES * stride;
           __builtin_prefetch(source + i * stride + ahead, 0, 0);
         }
       } else {
