@@ -17,9 +17,8 @@ def main(rows_file: str, picture: str) -> None:
     groups = [sorted(group, key=lambda row: row["median"]) for group in groups if len(group) > 1]
     figure, axes = plt.subplots(
         len(groups),
-        figsize=(9, 0.36 * sum(map(len, groups)) + 0.7 * len(groups)),
+        figsize=(9, 0.24 * sum(map(len, groups)) + 0.55 * len(groups)),
         squeeze=False,
-        sharex=True,
         height_ratios=[len(group) + 1 for group in groups],
         layout="constrained",
     )
@@ -31,13 +30,12 @@ def main(rows_file: str, picture: str) -> None:
         labels = [f"{time:.0f} ms   {time / ours:.1f}×" for time in times]
         axis.bar_label(bars, labels, padding=4, fontsize=8)
         axis.set_title(group[0]["case"], fontsize=9, loc="left")
-        axis.set_xscale("log")
         axis.margins(x=0.18)
         axis.invert_yaxis()
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel(
-        f"milliseconds (log scale, median); {run['device']}, torch {run['torch']}", fontsize=8
+        f"milliseconds (median); {run['device']}, torch {run['torch']}", fontsize=8
     )
     figure.savefig(picture, dpi=150)
 
