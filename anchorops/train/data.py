@@ -215,11 +215,10 @@ class Validation(Dataset):
         return self.transform(tv_tensors.Image(image)).as_subclass(Tensor), labels
 
 
-def _ignore_signals(_: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the training process decides
-    # when to stop, and its workers end with it
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+def _ignore_interrupt(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the training process decides what it means. SIGTERM
+    # stays a worker's end: multiprocessing sends it at exit, and waits for ever where it is ignored.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def training_loader(
@@ -232,7 +231,7 @@ def training_loader(
         num_workers=config.workers,
         pin_memory=pin_memory,
         persistent_workers=config.workers > 0,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_ignore_interrupt,
         multiprocessing_context="forkserver" if config.workers else None,
     )
 
@@ -256,6 +255,6 @@ def evaluation_loader(
         sampler=range(rank, len(dataset), world),
         collate_fn=_stack,
         num_workers=config.workers,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_ignore_interrupt,
         multiprocessing_context="forkserver" if config.workers else None,
     )
