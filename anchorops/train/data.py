@@ -217,7 +217,7 @@ class Validation(Dataset):
 
 def _ignore_interrupt(worker: int) -> None:
     # Ctrl-C reaches the whole process group; the training process decides what it means. SIGTERM
-    # stays a worker's end: multiprocessing sends it at exit, and waits for ever where it is ignored.
+    # stays a worker's end: multiprocessing sends it at exit, and waits for ever if it is ignored.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
