@@ -17,8 +17,11 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 # Numbers of classes that a backend takes; the reference takes all that are allowed at all.
 MAX_CLASSES = {"cuda": 16_384, "triton": 16_384, "cpu": 65_536, "reference": 65_536}
 
-# Triton's interpreter runs the kernels on CPU tensors; Triton reads this when it is imported.
+# Proofs without a GPU run a backend's kernels on CPU tensors: Triton's in its interpreter (Triton
+# reads the variable when it is imported), the CUDA sources from a library that a C++ compiler made.
 TRITON_INTERPRETED = os.getenv("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+_CUDA_ON_HOST = os.getenv("ANCHOROPS_CUDA_ON_HOST")
+_ON_HOST = {"triton": TRITON_INTERPRETED, "cuda": bool(_CUDA_ON_HOST)}
 
 _chosen = "auto"
 
@@ -49,6 +52,9 @@ def _load_cpu() -> str | None:
 
 
 def _load_cuda() -> str | None:
+    if _CUDA_ON_HOST:
+        torch.ops.load_library(_CUDA_ON_HOST)
+        return None
     # An older library may lie there from before a build without CUDA: ask the build.
     extension = sys.modules.get("anchorops._C")
     if extension is None or not extension.build_info()["cuda"]:
@@ -78,8 +84,7 @@ def backends() -> dict[str, str | None]:
     """Every backend, fastest first: None where it is usable here, else the reason it is not."""
     reasons = dict(_MISSING)
     for name in ("cuda", "triton"):
-        interpreted = name == "triton" and TRITON_INTERPRETED
-        if not reasons[name] and not interpreted and not torch.cuda.is_available():
+        if not reasons[name] and not _ON_HOST[name] and not torch.cuda.is_available():
             reasons[name] = "torch sees no GPU"
     return reasons
 
@@ -118,9 +123,8 @@ class use_backend:
 
 def _why_not(name: str, features: Tensor, num_classes: int) -> str | None:
     """Why the backend cannot serve this call, or None."""
-    triton = "cpu" if TRITON_INTERPRETED else "cuda"
-    device = {"cuda": "cuda", "triton": triton, "cpu": "cpu"}.get(name)
-    if device and features.device.type != device:
+    device = "cpu" if name == "cpu" or _ON_HOST.get(name) else "cuda"
+    if name != "reference" and features.device.type != device:
         return f"it serves {device} tensors, features are on {features.device}"
     if name in ("cuda", "triton") and features.dtype == torch.float64:
         return "it does not serve float64 (the reference does)"
@@ -137,8 +141,7 @@ def select(function: str, features: Tensor, num_classes: int) -> str:
             raise ValueError(f"{function}: backend {_chosen} cannot serve this call: {reason}")
         return _chosen
     for name, missing in _MISSING.items():
-        # Triton's interpreter is for proofs, not for work.
-        interpreted = name == "triton" and TRITON_INTERPRETED
-        if not missing and not interpreted and not _why_not(name, features, num_classes):
+        # What runs on the host for proofs is not for work.
+        if not (missing or _ON_HOST.get(name) or _why_not(name, features, num_classes)):
             return name
     return "reference"

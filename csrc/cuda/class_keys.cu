@@ -1,0 +1,179 @@
+// The operator anchorops::class_keys.cuda: labels of any size and integer type -> one key per pixel.
+//
+// Reads each label that is taken once, writes 4 bytes per pixel. Counts are integer atomics, whose
+// order does not matter: up to MAX_BINS classes of shared memory, one global addition for each class
+// that a block has seen; of more, one for each run of equal keys in a warp.
+//
+// Predicted at B8 128×256 (262,144 pixels) from 512×1024 int64 labels: a sector of 32 bytes for each
+// label and 4 bytes for each key are 9.4 MB, 2.2 µs of an H200's memory; a launch, one round trip
+// for the four labels of a thread and one for the counts make it 4 to 6 µs, with the zeroing of the
+// counts.
+#include "tensors.cuh"
+
+namespace anchorops::cuda {
+namespace {
+
+constexpr int THREADS = 256;
+constexpr int PIXELS_PER_THREAD = 4;
+constexpr int PIXELS_PER_BLOCK = THREADS * PIXELS_PER_THREAD;
+constexpr int64_t MAX_BINS = 4096;
+
+// Where a row (or column) of the features finds its label: as F.interpolate's "nearest",
+// floor(i · source/size), the scale and the product in float32.
+struct Nearest {
+  bool same;
+  float scale;
+  int64_t last, stride;
+
+  Nearest(int64_t size, int64_t source, int64_t stride)
+      : same(size == source),
+        scale(static_cast<float>(static_cast<double>(source) / static_cast<double>(size))),
+        last(source - 1),
+        stride(stride) {}
+
+  __device__ int64_t offset(int64_t i) const {
+    if (same) return i * stride;
+    const auto nearest = static_cast<int64_t>(static_cast<float>(i) * scale);
+    return min(nearest, last) * stride;
+  }
+};
+
+struct Labels {
+  Nearest rows, columns;
+  int64_t stride_b, pixels, width;
+  int64_t step_y, step_x;  // from a pixel to the one THREADS after it
+  unsigned blocks_per_image;
+  int64_t num_classes, ignore_index;
+  bool per_image;
+};
+
+template <class Label>
+__global__ void __launch_bounds__(THREADS)
+    class_keys_kernel(const Label* labels,         // [B, H', W'] by strides
+                      int32_t* keys,               // [B, P]
+                      unsigned long long* counts,  // [K] or [B, K], zero on entry
+                      Labels shape) {
+  const int64_t image = blockIdx.x / shape.blocks_per_image;
+  const int64_t block = blockIdx.x % shape.blocks_per_image;
+  const int64_t first = block * PIXELS_PER_BLOCK + threadIdx.x;
+  labels += image * shape.stride_b;
+  keys += image * shape.pixels;
+  if (shape.per_image) counts += image * shape.num_classes;
+  const int64_t key_of_class_0 = shape.per_image ? image * shape.num_classes : 0;
+
+  int classes[PIXELS_PER_THREAD];
+  int64_t y = first / shape.width, x = first % shape.width;
+#pragma unroll
+  for (int i = 0; i < PIXELS_PER_THREAD; ++i) {
+    const int64_t pixel = first + i * THREADS;
+    classes[i] = -1;
+    if (pixel < shape.pixels) {
+      const auto label =
+          static_cast<int64_t>(labels[shape.rows.offset(y) + shape.columns.offset(x)]);
+      if (label >= 0 && label < shape.num_classes && label != shape.ignore_index)
+        classes[i] = static_cast<int>(label);
+      keys[pixel] = classes[i] < 0 ? -1 : static_cast<int32_t>(key_of_class_0 + classes[i]);
+    }
+    y += shape.step_y;
+    x += shape.step_x;
+    if (x >= shape.width) x -= shape.width, ++y;
+  }
+
+  if (shape.num_classes <= MAX_BINS) {
+    auto* bins = reinterpret_cast<unsigned*>(shared_memory());
+    for (int k = threadIdx.x; k < shape.num_classes; k += THREADS) bins[k] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < PIXELS_PER_THREAD; ++i)
+      if (classes[i] >= 0) atomicAdd(&bins[classes[i]], 1u);
+    __syncthreads();
+    for (int k = threadIdx.x; k < shape.num_classes; k += THREADS)
+      if (bins[k]) atomicAdd(&counts[k], static_cast<unsigned long long>(bins[k]));
+  } else {
+    const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < PIXELS_PER_THREAD; ++i) {
+      const int before = __shfl_up_sync(FULL_WARP, classes[i], 1);
+      const bool begins = lane == 0 || classes[i] != before;
+      const unsigned later = __ballot_sync(FULL_WARP, begins) & (0xfffffffe << lane);
+      const unsigned run = (later ? __ffs(later) - 1 : 32) - lane;
+      if (begins && classes[i] >= 0)
+        atomicAdd(&counts[classes[i]], static_cast<unsigned long long>(run));
+    }
+  }
+}
+
+template <class Label>
+void write_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num_classes,
+                bool per_image, int64_t ignore_index, const Tensor& keys, const Tensor& counts,
+                Stream stream) {
+  const Labels shape{.rows{height, labels.size(1), labels.stride(1)},
+                     .columns{width, labels.size(2), labels.stride(2)},
+                     .stride_b = labels.stride(0),
+                     .pixels = height * width,
+                     .width = width,
+                     .step_y = THREADS / width,
+                     .step_x = THREADS % width,
+                     .blocks_per_image =
+                         static_cast<unsigned>(ceil_div(height * width, PIXELS_PER_BLOCK)),
+                     .num_classes = num_classes,
+                     .ignore_index = ignore_index,
+                     .per_image = per_image};
+  const dim3 grid(static_cast<unsigned>(labels.size(0)) * shape.blocks_per_image);
+  const size_t shared_bytes = num_classes <= MAX_BINS ? num_classes * sizeof(unsigned) : 0;
+  launch("class_keys_kernel", class_keys_kernel<Label>, grid, THREADS, shared_bytes, stream,
+         labels.const_data_ptr<Label>(), keys.mutable_data_ptr<int32_t>(),
+         reinterpret_cast<unsigned long long*>(counts.mutable_data_ptr<int64_t>()), shape);
+}
+
+std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t width,
+                                      int64_t num_classes, bool per_image, int64_t ignore_index) {
+  const OnDevice device(labels);
+  const int64_t batch = labels.size(0);
+  const std::vector<int64_t> shape =
+      per_image ? std::vector<int64_t>{batch, num_classes} : std::vector<int64_t>{num_classes};
+  Tensor keys = new_empty(labels, {batch, height * width}, ScalarType::Int);
+  Tensor counts = new_empty(labels, shape, ScalarType::Long);
+  fill_zero(counts.mutable_data_ptr<int64_t>(), counts.numel() * sizeof(int64_t), device.stream);
+  if (keys.numel() == 0) return {keys, counts};
+  const auto write = [&](auto label) {
+    write_keys<decltype(label)>(labels, height, width, num_classes, per_image, ignore_index, keys,
+                                counts, device.stream);
+  };
+  switch (labels.scalar_type()) {
+    case ScalarType::Byte:
+      write(uint8_t{});
+      break;
+    case ScalarType::Char:
+      write(int8_t{});
+      break;
+    case ScalarType::Short:
+      write(int16_t{});
+      break;
+    case ScalarType::Int:
+      write(int32_t{});
+      break;
+    case ScalarType::Long:
+      write(int64_t{});
+      break;
+    case ScalarType::UInt16:
+      write(uint16_t{});
+      break;
+    case ScalarType::UInt32:
+      write(uint32_t{});
+      break;
+    case ScalarType::UInt64:
+      write(uint64_t{});
+      break;
+    default:
+      STD_TORCH_CHECK(false, "class_keys.cuda: labels: unexpected dtype");
+  }
+  return {keys, counts};
+}
+
+}  // namespace
+}  // namespace anchorops::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(anchorops, ANCHOROPS_DISPATCH_KEY, library) {
+  library.impl("class_keys.cuda", TORCH_BOX(&anchorops::cuda::class_keys));
+}

@@ -1,0 +1,112 @@
+// Tensors as the CUDA kernels see them: pixels by strides, the device's stream, new outputs.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "../device.cuh"
+#ifdef __CUDACC__
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#define ANCHOROPS_DISPATCH_KEY CUDA
+#else
+#define ANCHOROPS_DISPATCH_KEY CPU
+#endif
+
+namespace anchorops::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class A, class B>
+constexpr __host__ __device__ auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
+
+// Features as lines × channels × pixels: element (line, d, p) lies at (line / lines_per_image) ·
+// stride_b + (line % lines_per_image) · stride_h + d · stride_d + p · stride_p. A line is an image,
+// or a row of one where the rows do not follow each other (a cropped view).
+struct Pixels {
+  int64_t lines, dim, pixels, lines_per_image, stride_b, stride_h, stride_d, stride_p;
+
+  __device__ int64_t line_offset(int64_t line) const {
+    return line / lines_per_image * stride_b + line % lines_per_image * stride_h;
+  }
+};
+
+// (B, D, H, W), (B, D, N) or (N, D); rows join to one line where they do so in every one of the
+// strides, which are those of tensors of this size.
+inline Pixels as_pixels(const std::vector<int64_t>& size, const std::vector<int64_t>& stride,
+                        bool rows_join) {
+  if (size.size() == 2) return {1, size[1], size[0], 1, 0, 0, stride[1], stride[0]};
+  if (size.size() == 3) return {size[0], size[1], size[2], 1, stride[0], 0, stride[1], stride[2]};
+  const int64_t height = size[2], width = size[3];
+  if (!rows_join)
+    return {size[0] * height, size[1], width, height, stride[0], stride[2], stride[1], stride[3]};
+  const int64_t stride_p = width == 1 ? stride[2] : stride[3];
+  return {size[0], size[1], height * width, 1, stride[0], 0, stride[1], stride_p};
+}
+
+inline bool rows_join(const std::vector<int64_t>& size, const std::vector<int64_t>& stride) {
+  return size.size() < 4 || size[2] == 1 || size[3] == 1 || stride[2] == size[3] * stride[3];
+}
+
+// Whether 16 bytes of pixels (or channels: what has stride 1) can be read at once wherever a
+// multiple of them begins.
+inline bool vectors_aligned(const void* data, std::initializer_list<int64_t> strides,
+                            size_t itemsize) {
+  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (int64_t stride : strides) aligned &= stride * itemsize % 16 == 0;
+  return aligned;
+}
+
+inline std::vector<int64_t> to_vector(const torch::headeronly::IntHeaderOnlyArrayRef& array) {
+  return {array.begin(), array.end()};
+}
+
+// Makes the tensor's device the current one; the stream is the current one there.
+class OnDevice {
+ public:
+#ifdef __CUDACC__
+  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+    stream = static_cast<Stream>(current);
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+
+ public:
+#else
+  explicit OnDevice(const Tensor&) {}
+#endif
+  Stream stream = nullptr;
+};
+
+inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+  return torch::stable::new_empty(like, size, dtype);
+}
+
+template <class Function>
+void for_dtype(const char* operation, ScalarType dtype, Function function) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return function(float{});
+    case ScalarType::BFloat16:
+      return function(BFloat16{});
+    case ScalarType::Half:
+      return function(Half{});
+    default:
+      STD_TORCH_CHECK(false, operation, ": features: expected float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace anchorops::cuda

@@ -1,0 +1,155 @@
+// The only seam between the CUDA kernels and the machine they run on.
+//
+// nvcc compiles it to CUDA. Any other compiler takes tests/csrc/device_on_host.h in place of the
+// CUDA runtime: the same kernel sources then run on the CPU, for address and thread sanitizers.
+// Kernels use CUDA's own names for indices, barriers, shuffles, votes and integer atomics, and the
+// functions below for all else that touches the machine.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include "device_on_host.h"
+#endif
+
+namespace anchorops {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+constexpr unsigned FULL_WARP = 0xffffffff;
+
+// What one access of 16 bytes holds.
+template <class T>
+struct alignas(16) Vector {
+  static constexpr int SIZE = 16 / sizeof(T);
+  T elements[SIZE];
+};
+
+// Features are read once and their gradient is written once: neither is to stay in a cache. The
+// address is a multiple of 16 bytes.
+template <class T>
+__device__ __forceinline__ Vector<T> load_streaming(const T* address) {
+  Vector<T> vector;
+#ifdef __CUDACC__
+  *reinterpret_cast<uint4*>(&vector) = __ldcs(reinterpret_cast<const uint4*>(address));
+#else
+  on_host::check_alignment(address, 16);
+  for (int i = 0; i < Vector<T>::SIZE; ++i) vector.elements[i] = address[i];
+#endif
+  return vector;
+}
+
+template <class T>
+__device__ __forceinline__ void store_streaming(T* address, const Vector<T>& vector) {
+#ifdef __CUDACC__
+  __stcs(reinterpret_cast<uint4*>(address), *reinterpret_cast<const uint4*>(&vector));
+#else
+  on_host::check_alignment(address, 16);
+  for (int i = 0; i < Vector<T>::SIZE; ++i) address[i] = vector.elements[i];
+#endif
+}
+
+// Tables that stay in cache, read and written 16 bytes at a time.
+template <class T>
+__device__ __forceinline__ Vector<T> load_vector(const T* address) {
+#ifdef __CUDACC__
+  return *reinterpret_cast<const Vector<T>*>(address);
+#else
+  on_host::check_alignment(address, 16);
+  Vector<T> vector;
+  for (int i = 0; i < Vector<T>::SIZE; ++i) vector.elements[i] = address[i];
+  return vector;
+#endif
+}
+
+// The block's dynamic shared memory, aligned to 16 bytes.
+__device__ __forceinline__ unsigned char* shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+#else
+  return on_host::shared_memory();
+#endif
+}
+
+// Asynchronous copy of `bytes` (0 to 16) to 16 bytes of shared memory, zeroes after them; both
+// addresses are multiples of 16. What a thread has copied it may read after it has waited, other
+// threads after a barrier behind that.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+#ifdef __CUDACC__
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+               "r"(bytes)
+               : "memory");
+#else
+  on_host::copy_async(shared, global, bytes);
+#endif
+}
+
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void commit_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  on_host::commit_copies();
+#endif
+}
+
+// Waits for all but the last PENDING groups of this thread's copies.
+template <int PENDING>
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#else
+  on_host::wait_for_copies(PENDING);
+#endif
+}
+
+#ifdef __CUDACC__
+using Stream = cudaStream_t;
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+#else
+using Stream = void*;
+#endif
+
+// Zeroes memory, in the order of the stream.
+inline void fill_zero(void* memory, size_t bytes, [[maybe_unused]] Stream stream) {
+#ifdef __CUDACC__
+  if (bytes) check(cudaMemsetAsync(memory, 0, bytes, stream), "anchorops: cudaMemsetAsync");
+#else
+  on_host::fill_zero(memory, bytes);
+#endif
+}
+
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...); an empty grid is no launch. Throws
+// with the kernel's name where the launch fails.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            size_t shared_bytes, [[maybe_unused]] Stream stream, const Arguments&... arguments) {
+  if (size_t{grid.x} * grid.y * grid.z == 0) return;
+#ifdef __CUDACC__
+  if (shared_bytes > 48 << 10)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          name);
+  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+  check(cudaGetLastError(), name);
+#else
+  on_host::launch(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
+#endif
+}
+
+}  // namespace anchorops

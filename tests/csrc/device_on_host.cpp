@@ -1,0 +1,309 @@
+// Blocks, fibers and barriers for device_on_host.h. Compiled without instrumentation: sanitizers
+// are told of the fibers and of what orders them through the weak symbols below.
+#include "device_on_host.h"
+
+#include <ucontext.h>
+
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+extern "C" {
+[[gnu::weak]] void* __tsan_get_current_fiber();
+[[gnu::weak]] void* __tsan_create_fiber(unsigned flags);
+[[gnu::weak]] void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+[[gnu::weak]] void __tsan_acquire(void* address);
+[[gnu::weak]] void __tsan_release(void* address);
+[[gnu::weak]] void __sanitizer_start_switch_fiber(void** fake_stack, const void* stack,
+                                                  size_t size);
+[[gnu::weak]] void __sanitizer_finish_switch_fiber(void* fake_stack, const void** stack,
+                                                   size_t* size);
+}
+
+namespace anchorops::on_host {
+namespace {
+
+constexpr size_t STACK = 256 << 10;
+constexpr unsigned TSAN_NO_ORDER = 1;  // switching to a fiber orders nothing
+
+void acquire(void* token) {
+  if (__tsan_acquire) __tsan_acquire(token);
+}
+void release(void* token) {
+  if (__tsan_release) __tsan_release(token);
+}
+
+enum class Waits { NOT, FOR_BLOCK, FOR_WARP, FOREVER };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  void* tsan = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
+  void* fake_stack = nullptr;
+  Waits waits = Waits::FOREVER;
+  // What it brings to the lanes of `mask`, what they brought, and what orders them in a barrier: a
+  // lane that is one barrier ahead uses its other token.
+  unsigned mask = 0;
+  Slot brought, received[32];
+  unsigned warp_barriers = 0;
+  char tokens[2];
+  char* received_tokens[32];
+  std::vector<std::pair<Copy, int>> copies;  // and the group each belongs to
+  int groups = 0;
+};
+
+struct Launch {
+  const char* name;
+  dim3 grid, block;
+  size_t shared_bytes;
+  const std::function<void()>* kernel;
+  char begin, end;  // what orders a launch after what came before it, and before what comes after
+};
+
+// One of the blocks in flight, and the thread that runs it.
+
+class Worker {
+ public:
+  explicit Worker(unsigned parity) : parity_(parity) {}
+
+  void run(Launch& launch) {
+    launch_ = &launch;
+    const dim3 grid = launch.grid, block = launch.block;
+    threads_ = block.x * block.y * block.z;
+    if (threads_ % 32) fail("blocks are of whole warps here");
+    while (fibers_.size() < threads_) fibers_.push_back(std::make_unique<Fiber>());
+    if (__tsan_get_current_fiber) scheduler_tsan_ = __tsan_get_current_fiber();
+    current = this;
+    place = {{}, {}, block, grid};
+    const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+    for (uint64_t i = parity_; i < blocks; i += 2) {
+      place.block = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+      run_block();
+    }
+  }
+
+  void wait(Waits what, unsigned mask = 0) {
+    Fiber& fiber = *fibers_[thread_];
+    fiber.waits = what;
+    fiber.mask = mask;
+    if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(scheduler_tsan_, TSAN_NO_ORDER);
+    if (__sanitizer_start_switch_fiber)
+      __sanitizer_start_switch_fiber(what == Waits::FOREVER ? nullptr : &fiber.fake_stack,
+                                     scheduler_stack_, scheduler_stack_size_);
+    swapcontext(&fiber.context, &scheduler_);
+    if (__sanitizer_finish_switch_fiber)
+      __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack_, &scheduler_stack_size_);
+  }
+
+  Fiber& fiber() { return *fibers_[thread_]; }
+  unsigned lane() const { return thread_ % 32; }
+  unsigned char* shared() const { return shared_; }
+
+  [[noreturn]] void fail(const char* what) {
+    std::fprintf(stderr, "%s: block (%u, %u, %u), thread %u: %s\n", launch_->name, place.block.x,
+                 place.block.y, place.block.z, thread_, what);
+    std::abort();
+  }
+
+  static thread_local Worker* current;
+  Place place;
+  char barriers[2];
+  unsigned barriers_passed = 0;
+
+ private:
+  static void enter() {
+    Worker& worker = *current;
+    if (__sanitizer_finish_switch_fiber)
+      __sanitizer_finish_switch_fiber(nullptr, &worker.scheduler_stack_,
+                                      &worker.scheduler_stack_size_);
+    acquire(&worker.launch_->begin);
+    acquire(&worker.end_of_block_);
+    (*worker.launch_->kernel)();
+    release(&worker.end_of_block_);
+    release(&worker.launch_->end);
+    worker.wait(Waits::FOREVER);
+  }
+
+  void run_block() {
+    // Exactly as large as asked for, and full of NaN.
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 16, std::max<size_t>(launch_->shared_bytes, 1))) std::abort();
+    std::memset(memory, 0xff, launch_->shared_bytes);
+    release(&end_of_block_);
+    shared_ = static_cast<unsigned char*>(memory);
+    for (unsigned i = 0; i < threads_; ++i) {
+      Fiber& fiber = *fibers_[i];
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = STACK;
+      makecontext(&fiber.context, &Worker::enter, 0);
+      fiber.waits = Waits::NOT;
+      fiber.fake_stack = nullptr;
+      fiber.warp_barriers = 0;
+      fiber.copies.clear();
+      fiber.groups = 0;
+    }
+    barriers_passed = 0;
+    for (;;) {
+      bool progress = false, all_done = true;
+      for (unsigned i = 0; i < threads_; ++i) {
+        thread_ = parity_ ? threads_ - 1 - i : i;
+        if (fibers_[thread_]->waits == Waits::NOT) {
+          resume();
+          progress = true;
+        }
+        all_done &= fibers_[thread_]->waits == Waits::FOREVER;
+      }
+      if (all_done) break;
+      progress |= pass_barrier();
+      for (unsigned first = 0; first < threads_; first += 32) progress |= pass_warp(first);
+      if (!progress) fail("waits for threads that wait for others or have ended");
+    }
+    acquire(&end_of_block_);
+    std::free(memory);
+  }
+
+  void resume() {
+    Fiber& fiber = *fibers_[thread_];
+    const dim3 block = launch_->block;
+    place.thread =
+        dim3(thread_ % block.x, thread_ / block.x % block.y, thread_ / block.x / block.y);
+    void* fake_stack = nullptr;
+    if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(fiber.tsan, TSAN_NO_ORDER);
+    if (__sanitizer_start_switch_fiber)
+      __sanitizer_start_switch_fiber(&fake_stack, fiber.stack.get(), STACK);
+    swapcontext(&scheduler_, &fiber.context);
+    if (__sanitizer_finish_switch_fiber)
+      __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+  }
+
+  // A block's barrier lets all through once every thread that has not ended has come to it.
+  bool pass_barrier() {
+    for (unsigned i = 0; i < threads_; ++i)
+      if (fibers_[i]->waits != Waits::FOR_BLOCK && fibers_[i]->waits != Waits::FOREVER)
+        return false;
+    ++barriers_passed;
+    for (unsigned i = 0; i < threads_; ++i)
+      if (fibers_[i]->waits == Waits::FOR_BLOCK) fibers_[i]->waits = Waits::NOT;
+    return true;
+  }
+
+  // An exchange lets the lanes that it names through once all of them have come to it.
+  bool pass_warp(unsigned first) {
+    const unsigned lanes = std::min(32u, threads_ - first);
+    bool passed = false;
+    for (unsigned i = 0; i < lanes; ++i) {
+      if (fibers_[first + i]->waits != Waits::FOR_WARP) continue;
+      const unsigned mask = fibers_[first + i]->mask;
+      std::vector<std::pair<unsigned, Fiber*>> named;
+      for (unsigned j = 0; j < lanes; ++j)
+        if (mask >> j & 1) named.emplace_back(j, fibers_[first + j].get());
+      bool complete = true;
+      for (const auto& [j, fiber] : named)
+        complete &= fiber->waits == Waits::FOR_WARP && fiber->mask == mask;
+      if (!complete) continue;
+      for (const auto& [to, receiver] : named) {
+        receiver->waits = Waits::NOT;
+        for (const auto& [from, sender] : named) {
+          receiver->received[from] = sender->brought;
+          receiver->received_tokens[from] = &sender->tokens[sender->warp_barriers % 2];
+        }
+      }
+      passed = true;
+    }
+    return passed;
+  }
+
+  const unsigned parity_;
+  Launch* launch_ = nullptr;
+  unsigned threads_ = 0, thread_ = 0;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  unsigned char* shared_ = nullptr;
+  ucontext_t scheduler_;
+  void* scheduler_tsan_ = nullptr;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_size_ = 0;
+  char end_of_block_;
+};
+
+thread_local Worker* Worker::current = nullptr;
+
+}  // namespace
+
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
+            const std::function<void()>& kernel) {
+  static std::mutex one_at_a_time;
+  std::lock_guard lock(one_at_a_time);
+  static Worker workers[2] = {Worker(0), Worker(1)};
+  Launch job{name, grid, block, shared_bytes, &kernel, 0, 0};
+  release(&job.begin);
+  {
+    std::jthread even([&] { workers[0].run(job); });
+    std::jthread odd([&] { workers[1].run(job); });
+  }
+  acquire(&job.end);
+}
+
+Place place() { return Worker::current->place; }
+
+unsigned char* shared_memory() { return Worker::current->shared(); }
+
+unsigned lane() { return Worker::current->lane(); }
+
+void check_alignment(const void* address, size_t alignment) {
+  if (reinterpret_cast<uintptr_t>(address) % alignment)
+    Worker::current->fail("a vector access to a misaligned address");
+}
+
+void block_barrier() {
+  Worker& worker = *Worker::current;
+  char& token = worker.barriers[worker.barriers_passed % 2];
+  release(&token);
+  worker.wait(Waits::FOR_BLOCK);
+  acquire(&token);
+}
+
+const Slot* exchange(unsigned mask, const Slot& brought) {
+  Worker& worker = *Worker::current;
+  if (!(mask >> worker.lane() & 1)) worker.fail("takes part in a warp's exchange without its mask");
+  Fiber& fiber = worker.fiber();
+  fiber.brought = brought;
+  worker.wait(Waits::FOR_WARP, mask);
+  return fiber.received;
+}
+
+void warp_barrier(unsigned mask) {
+  Fiber& fiber = Worker::current->fiber();
+  release(&fiber.tokens[fiber.warp_barriers % 2]);
+  exchange(mask, {});
+  for (unsigned i = 0; i < 32; ++i)
+    if (mask >> i & 1) acquire(fiber.received_tokens[i]);
+  ++fiber.warp_barriers;
+}
+
+void copy_async(void* to, const void* from, int bytes) {
+  Worker& worker = *Worker::current;
+  check_alignment(to, 16);
+  check_alignment(from, 16);
+  if (bytes < 0 || bytes > 16) worker.fail("an asynchronous copy of less than 0 or over 16 bytes");
+  Fiber& fiber = worker.fiber();
+  const Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes};
+  fiber.copies.emplace_back(copy, fiber.groups);
+}
+
+void commit_copies() { ++Worker::current->fiber().groups; }
+
+bool next_copy(int pending_groups, Copy* copy) {
+  Fiber& fiber = Worker::current->fiber();
+  if (fiber.copies.empty() || fiber.copies.front().second >= fiber.groups - pending_groups)
+    return false;
+  *copy = fiber.copies.front().first;
+  fiber.copies.erase(fiber.copies.begin());
+  return true;
+}
+
+}  // namespace anchorops::on_host

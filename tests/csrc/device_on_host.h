@@ -1,0 +1,159 @@
+// What CUDA gives to kernels, for kernels that run on the CPU (csrc/device.cuh says why).
+//
+// Every CUDA thread is a fiber with a stack of its own. Two blocks are in flight, each on a thread
+// of the system, and each in an order of its threads of its own. A fiber runs until it waits: at
+// __syncthreads() for its block, at a shuffle, vote or __syncwarp() for the lanes it names. To
+// ThreadSanitizer only barriers order what fibers do, as in CUDA: a shuffle or a vote does not.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+namespace anchorops::on_host {
+
+struct Place {
+  dim3 thread, block, block_size, grid_size;
+};
+Place place();
+
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
+            const std::function<void()>& kernel);
+unsigned char* shared_memory();
+void check_alignment(const void* address, size_t alignment);
+
+// Waits for the lanes of `mask`; then slot i holds what lane i brought.
+struct Slot {
+  unsigned char bytes[16];
+};
+const Slot* exchange(unsigned mask, const Slot& brought);
+void block_barrier();
+void warp_barrier(unsigned mask);
+unsigned lane();
+
+// Copies happen when they are waited for: what is read before is the poison that was there.
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+  int bytes;
+};
+void copy_async(void* to, const void* from, int bytes);
+void commit_copies();
+bool next_copy(int pending_groups, Copy* copy);
+
+inline void wait_for_copies(int pending_groups) {
+  for (Copy copy; next_copy(pending_groups, &copy);)
+    for (int i = 0; i < 16; ++i) copy.to[i] = i < copy.bytes ? copy.from[i] : 0;
+}
+
+inline void fill_zero(void* memory, size_t bytes) { std::memset(memory, 0, bytes); }
+
+template <class T>
+const Slot* exchange_values(unsigned mask, const T& value) {
+  Slot slot = {};
+  std::memcpy(&slot, &value, sizeof value);
+  return exchange(mask, slot);
+}
+
+template <class T>
+T from_lane(unsigned mask, T value, unsigned source) {
+  const Slot* slots = exchange_values(mask, value);
+  std::memcpy(&value, &slots[source % 32], sizeof value);
+  return value;
+}
+
+}  // namespace anchorops::on_host
+
+#define threadIdx (anchorops::on_host::place().thread)
+#define blockIdx (anchorops::on_host::place().block)
+#define blockDim (anchorops::on_host::place().block_size)
+#define gridDim (anchorops::on_host::place().grid_size)
+
+inline void __syncthreads() { anchorops::on_host::block_barrier(); }
+inline void __syncwarp(unsigned mask = 0xffffffff) { anchorops::on_host::warp_barrier(mask); }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source) {
+  return anchorops::on_host::from_lane(mask, value, source);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return anchorops::on_host::from_lane(mask, value, anchorops::on_host::lane() ^ lanes);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned lanes) {
+  const unsigned lane = anchorops::on_host::lane();
+  return anchorops::on_host::from_lane(mask, value, lane + lanes < 32 ? lane + lanes : lane);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned lanes) {
+  const unsigned lane = anchorops::on_host::lane();
+  return anchorops::on_host::from_lane(mask, value, lane >= lanes ? lane - lanes : lane);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int vote) {
+  const auto* slots = anchorops::on_host::exchange_values(mask, vote);
+  unsigned ballot = 0;
+  for (unsigned i = 0; i < 32; ++i) {
+    std::memcpy(&vote, &slots[i], sizeof vote);
+    if ((mask >> i & 1) && vote) ballot |= 1u << i;
+  }
+  return ballot;
+}
+inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
+inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == mask; }
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  return std::atomic_ref<T>(*address).fetch_add(value, std::memory_order_relaxed);
+}
+
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+
+using std::max;
+using std::min;

@@ -1,0 +1,85 @@
+// Kernels with one fault each, and one without: what the sanitizers have to find, and not to find.
+#include <cstring>
+
+#include "../../csrc/device.cuh"
+
+namespace anchorops {
+namespace {
+
+constexpr unsigned THREADS = 64;
+
+enum class Fault {
+  NONE,
+  SHARED_OUT_OF_BOUNDS,
+  GLOBAL_OUT_OF_BOUNDS,
+  NO_SYNCTHREADS,
+  NO_SYNCWARP,
+  COPY_NOT_WAITED_FOR,
+  BLOCKS_RACE,
+  MISALIGNED,
+  BARRIER_FOR_SOME,
+};
+
+// Rotates the numbers of each block by one place, through shared memory, in three ways.
+template <Fault FAULT>
+__global__ void rotate_kernel(const float* in_ptr, float* out_ptr) {
+  auto* shared = reinterpret_cast<float*>(shared_memory());
+  const unsigned thread = threadIdx.x, next = (thread + 1) % THREADS, lane = thread % 32;
+  const float* block_in = in_ptr + blockIdx.x * THREADS;
+  float* block_out = out_ptr + blockIdx.x * THREADS;
+
+  const unsigned to = FAULT == Fault::SHARED_OUT_OF_BOUNDS ? thread + 1 : thread;
+  shared[to] = block_in[thread + (FAULT == Fault::GLOBAL_OUT_OF_BOUNDS ? THREADS * gridDim.x : 0)];
+  if (FAULT != Fault::NO_SYNCTHREADS && (FAULT != Fault::BARRIER_FOR_SOME || lane < 16))
+    __syncthreads();
+  if (FAULT == Fault::BARRIER_FOR_SOME) __syncwarp();
+  float value = shared[next];
+  __syncthreads();
+
+  // The numbers of a warp, turned round and back again.
+  shared[thread] = value;
+  if (FAULT != Fault::NO_SYNCWARP) __syncwarp();
+  value = shared[thread / 32 * 32 + 31 - lane];
+  __syncwarp();
+  shared[thread] = value;
+  __syncwarp();
+  value = shared[thread / 32 * 32 + 31 - lane];
+  __syncthreads();
+
+  block_out[thread] = value;
+  __syncthreads();
+  if (thread < THREADS / 4) {
+    const unsigned offset = FAULT == Fault::MISALIGNED && thread == 3 ? 1 : 0;
+    copy_async(shared + 4 * thread + offset, block_out + 4 * thread, 16);
+    commit_copies();
+    if (FAULT != Fault::COPY_NOT_WAITED_FOR) wait_for_copies<0>();
+    for (unsigned i = 4 * thread; i < 4 * thread + 4; ++i) block_out[i] = shared[i];
+  }
+  if (FAULT == Fault::BLOCKS_RACE && thread == 0) out_ptr[0] = value;
+}
+
+template <Fault FAULT>
+void rotate(const float* in_ptr, float* out_ptr, unsigned blocks) {
+  launch("rotate_kernel", rotate_kernel<FAULT>, blocks, THREADS, THREADS * sizeof(float), nullptr,
+         in_ptr, out_ptr);
+}
+
+}  // namespace
+}  // namespace anchorops
+
+extern "C" [[gnu::visibility("default")]] void rotate(const char* fault, const float* in_ptr,
+                                                      float* out_ptr, unsigned blocks) {
+  using namespace anchorops;
+#define PLANT(FAULT) \
+  if (!std::strcmp(fault, #FAULT)) return rotate<Fault::FAULT>(in_ptr, out_ptr, blocks)
+  PLANT(NONE);
+  PLANT(SHARED_OUT_OF_BOUNDS);
+  PLANT(GLOBAL_OUT_OF_BOUNDS);
+  PLANT(NO_SYNCTHREADS);
+  PLANT(NO_SYNCWARP);
+  PLANT(COPY_NOT_WAITED_FOR);
+  PLANT(BLOCKS_RACE);
+  PLANT(MISALIGNED);
+  PLANT(BARRIER_FOR_SOME);
+#undef PLANT
+}

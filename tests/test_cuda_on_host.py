@@ -1,0 +1,115 @@
+"""The CUDA sources on the CPU, against the reference: plainly, and under two sanitizers.
+
+The cases are those of Triton's interpreter, tests/interpreted/*.py, with the library that
+tests/csrc/Makefile makes in place of the CUDA one. planted_faults.cu shows what is caught.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+BUILD = TESTS.parent / "build/on_host"
+CASES = sorted((TESTS / "interpreted").glob("*_*.py"))
+RUNTIME = {"plain": None, "address": "libasan.so", "thread": "libtsan.so"}
+CAUGHT = 86  # the exit status of a sanitizer that has found something
+
+ROTATE = """
+import ctypes, sys
+import numpy as np
+
+library, fault, blocks = sys.argv[1], sys.argv[2], 3
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+values = [ctypes.c_void_p(libc.malloc(256 * blocks)) for _ in "io"]
+before, after = (np.ctypeslib.as_array((64 * blocks * ctypes.c_float).from_address(v.value))
+                 for v in values)
+before[:] = np.arange(len(before))
+ctypes.CDLL(library).rotate(fault.encode(), *values, blocks)
+print("right" if (after == np.roll(before.reshape(blocks, 64), -1, 1).ravel()).all() else "wrong")
+"""
+
+
+def _runtime(flavour: str) -> str:
+    """The sanitizer's library, which has to be loaded before Python."""
+    if RUNTIME[flavour] is None:
+        return ""
+    compiler = os.environ.get("CXX", "g++")
+    command = [compiler, f"-print-file-name={RUNTIME[flavour]}"]
+    path = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    if not Path(path).is_file():
+        pytest.skip(f"{compiler} has no {RUNTIME[flavour]}")
+    return path
+
+
+def _environment(flavour: str) -> dict[str, str]:
+    options = f"exitcode={CAUGHT}:halt_on_error=1"
+    return os.environ | {
+        "ANCHOROPS_CUDA_ON_HOST": str(BUILD / flavour / "cuda_on_host.so"),
+        "LD_PRELOAD": _runtime(flavour),
+        "ASAN_OPTIONS": f"{options}:detect_leaks=0",
+        "TSAN_OPTIONS": options,
+    }
+
+
+@pytest.fixture(scope="module", params=RUNTIME)
+def flavour(request) -> str:
+    if not (shutil.which("make") and shutil.which(os.environ.get("CXX", "g++"))):
+        pytest.skip("building the CUDA sources for the CPU needs make and g++")
+    _runtime(request.param)
+    command = ["make", "-s", "-j", str(os.cpu_count()), "-C", str(TESTS / "csrc")]
+    command += [f"FLAVOUR={request.param}", f"TORCH={Path(torch.__file__).parent}"]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-4000:]
+    return request.param
+
+
+def _rotate(flavour: str, fault: str) -> subprocess.CompletedProcess:
+    library = str(BUILD / flavour / "planted_faults.so")
+    command = [sys.executable, "-c", ROTATE, library, fault]
+    return subprocess.run(command, env=_environment(flavour), capture_output=True, text=True)
+
+
+def test_a_right_kernel_passes(flavour):
+    run = _rotate(flavour, "NONE")
+    assert run.returncode == 0 and run.stdout == "right\n", run.stderr
+
+
+# Where a fault shows, and how. What no sanitizer reports makes the numbers wrong: fibers run one
+# after the other, from the first or from the last, so that a missing barrier is always missed.
+WRONG, STOPPED = "wrong", "rotate_kernel: block (0, 0, 0), thread"
+PLANTED = [
+    ("address", "SHARED_OUT_OF_BOUNDS", "heap-buffer-overflow"),
+    ("address", "GLOBAL_OUT_OF_BOUNDS", "heap-buffer-overflow"),
+    ("thread", "NO_SYNCTHREADS", "data race"),
+    ("thread", "NO_SYNCWARP", "data race"),
+    ("thread", "BLOCKS_RACE", "data race"),
+    ("plain", "NO_SYNCTHREADS", WRONG),
+    ("plain", "NO_SYNCWARP", WRONG),
+    ("plain", "COPY_NOT_WAITED_FOR", WRONG),
+    ("plain", "MISALIGNED", f"{STOPPED} 3: a vector access to a misaligned address"),
+    ("plain", "BARRIER_FOR_SOME", "waits for threads that wait for others or have ended"),
+]
+
+
+def test_planted_faults_are_caught(flavour):
+    for where, fault, report in PLANTED:
+        if where != flavour:
+            continue
+        run = _rotate(flavour, fault)
+        if report == WRONG:
+            assert run.stdout == "wrong\n", (fault, run.stdout, run.stderr)
+        else:
+            caught = -6 if report.startswith((STOPPED, "waits")) else CAUGHT  # abort()
+            assert run.returncode == caught and report in run.stderr, (fault, run.stderr)
+
+
+def test_kernels(flavour):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, CASES)]
+    run = subprocess.run(command, env=_environment(flavour), capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-8000:]
