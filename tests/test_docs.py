@@ -1,0 +1,224 @@
+"""The README and docs/ keep their word: snippets run as pasted, commands parse, links lead
+somewhere, quoted messages are in the sources, the evidence is that of its rows."""
+
+import ast
+import json
+import os
+import re
+import runpy
+import shlex
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list:
+    found = []
+    for page in PAGES:
+        for i, text in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)):
+            found.append(pytest.param(text, id=f"{page.stem}-{i}"))
+    return found
+
+
+def commands() -> list:
+    lines = []
+    for block in blocks("sh"):
+        (text,) = block.values
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                lines.append(pytest.param(words, id=f"{block.id}: {shlex.join(words)}"))
+    return lines
+
+
+@pytest.mark.parametrize("snippet", blocks("python"))
+def test_snippet_runs(snippet: str, monkeypatch: pytest.MonkeyPatch):
+    if "segmentation_models_pytorch" in snippet:
+        pytest.importorskip("segmentation_models_pytorch", reason="it is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, str(value))
+    exec(compile(snippet, "snippet", "exec"), {})
+
+
+@pytest.mark.parametrize("words", commands())
+def test_command_parses(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys):
+    while "=" in words[0]:
+        variable, words = words[0].partition("=")[0], words[1:]
+        assert variable in sources() or variable == "TRITON_INTERPRET"
+    program, *rest = words
+    if program == "make":
+        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.M)
+    elif program == "pip":
+        check_pip(rest)
+    elif program == "anchorops-train":
+        check_train(rest, monkeypatch)
+    elif program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        options = get_args_parser().parse_args(rest)
+        assert options.module and options.training_script == "anchorops.train"
+        check_train(options.training_script_args, monkeypatch)
+    elif program == "anchorops-doctor":
+        from anchorops import doctor
+
+        check_options(rest, lambda: doctor.main(["--help"]), capsys)
+    elif program == "pytest":
+        check_pytest(rest)
+    elif program == "python":
+        script = ROOT / rest[0]
+        monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+        if any(word.startswith("-") for word in rest):
+            check_options(rest, lambda: runpy.run_path(str(script), run_name="__main__"), capsys)
+        assert script.is_file() and all((ROOT / w).exists() for w in rest if w.endswith(".json"))
+    else:
+        script = ROOT / program
+        assert os.access(script, os.X_OK), f"what is {program}?"
+        assert all(w in script.read_text() for w in rest if w.startswith("--"))
+
+
+def check_options(words: list[str], show_help, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        show_help()
+    assert end.value.code == 0
+    known = capsys.readouterr().out
+    assert all(word in known for word in words if word.startswith("-"))
+
+
+def check_pip(words: list[str]) -> None:
+    assert words[0] == "install" and "-e" in words
+    project = (ROOT / "pyproject.toml").read_text()
+    for extra in re.findall(r"\[(.*?)\]", words[-1]):
+        assert re.search(rf"^{extra} = ", project, re.M)
+
+
+def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training program parses its arguments to the end; nothing is trained."""
+    pytest.importorskip("tyro", reason="what training needs is not installed")
+    from anchorops.train import __main__ as program
+    from anchorops.train.learner import build_regularizer
+
+    called = []
+    monkeypatch.setattr(program, "start", called.append)
+    monkeypatch.setattr(program, "resume", called.append)
+    monkeypatch.setattr(program, "load_results", called.append)
+    monkeypatch.setattr(program, "comparison", lambda results: "")
+    monkeypatch.setattr(program, "_show", lambda results: None)
+    if "--help" in words and words != ["--help"]:
+        with pytest.raises(SystemExit) as end:
+            program.main(words)
+        assert end.value.code == 0
+        return
+    program.main(words)
+    assert called or words == ["--help"]
+    for config in called:
+        if not isinstance(config, Path):
+            build_regularizer(config.model.methods, config.model.method_options, 19, 64)
+
+
+@cache
+def pytest_help() -> str:
+    command = [sys.executable, "-m", "pytest", "bench", "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def check_pytest(words: list[str]) -> None:
+    assert (ROOT / words[0]).exists()
+    options = [word for word in words if word.startswith("--")]
+    assert not options or all(option in pytest_help() for option in options)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, heading = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        assert not heading or heading in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_are_named_exist(page: Path):
+    known = ("anchorops/", "csrc/", "kernels/", "tests/", "bench/", "examples/")
+    for name in re.findall(r"`([\w./]+)`", page.read_text()):
+        if name.startswith(known) and "NAME" not in name:
+            assert (ROOT / name).exists(), name
+
+
+def test_the_seam_has_what_is_named():
+    page = (ROOT / "docs/adding-an-operator.md").read_text()
+    table = page.partition("| the seam |")[2].partition("\n\n")[0]
+    names = re.findall(r"`(\w+)", table)
+    seam = (ROOT / "csrc/device.cuh").read_text()
+    assert len(names) > 10 and all(re.search(rf"\b{name}\(", seam) for name in names)
+
+
+@cache
+def sources() -> str:
+    """All sources, with the pieces of strings that stand on several lines joined."""
+    files = [ROOT / "setup.py", *(ROOT / "anchorops").rglob("*.py")]
+    return re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text() for file in files))
+
+
+def quoted_messages() -> list[str]:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    return re.findall(r"^\| `([^`]+)` \|", page, re.M)
+
+
+def test_messages_are_quoted():
+    assert len(quoted_messages()) > 20
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_quoted_message_is_in_the_sources(message: str):
+    # what an f-string puts in is shown as …; a colon may join what two functions say
+    for piece in re.split("…|: ", message):
+        assert piece.strip(" :") in sources(), piece
+
+
+@pytest.mark.parametrize("name", ["SAR", "CBP", "OCCL", "CeCo", "MVSC"])
+def test_every_argument_is_explained(name: str):
+    tree = ast.parse((ROOT / f"anchorops/losses/{name.lower()}.py").read_text())
+    (init,) = (
+        method
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == name
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__"
+    )
+    page = (ROOT / "docs/methods.md").read_text()
+    for argument in init.args.kwonlyargs:
+        assert re.search(rf"`{argument.arg}[`=]", page), argument.arg
+
+
+def test_evidence_is_that_of_the_rows():
+    pytest.importorskip("tyro", reason="what training needs is not installed")
+    rows = json.loads((ROOT / "docs/evidence.json").read_text())["rows"]
+    table = runpy.run_path(str(ROOT / "examples/evidence.py"))["table"]
+    page = (ROOT / "docs/methods.md").read_text()
+    for model in ("hrnet-w18-small", "segformer-b0"):
+        results: dict[tuple[str, ...], list[dict]] = {}
+        for row in rows:
+            if row["model"] == model:
+                methods = () if row["methods"] == "plain" else tuple(row["methods"].split("+"))
+                results.setdefault(methods, []).append(row)
+        assert {len(runs) for runs in results.values()} == {3}
+        assert table(results) in page
