@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from anchorops.train import checkpoint, directory, loop, signals
 from anchorops.train.__main__ import main
@@ -63,9 +67,9 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["p2a"]) for line in lines if "loss" in line]
 
 
-def assert_same_run(run: Path, other: Path) -> None:
+def assert_same_run(run: Path, other: Path, step: int = 6) -> None:
     assert losses(run) == losses(other)
-    first, second = weights(run), weights(other)
+    first, second = weights(run, step), weights(other, step)
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -136,6 +140,70 @@ def test_killed_run_continues_bit_for_bit(straight: Path, tmp_path: Path):
     assert_same_run(config.run, straight)
 
 
+def test_second_interrupt(monkeypatch: pytest.MonkeyPatch):
+    now = time.monotonic()
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    with signals.StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun's echo
+        assert stop.received == signal.SIGINT
+        now += 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def waiting(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run that waits for its data at nearly every step."""
+    root = tmp_path_factory.mktemp("large")
+    for split, size in (("train", 2000), ("val", 32)):
+        for kind, shape in (("images", (size, size, 3)), ("masks", (size, size))):
+            (root / kind / split).mkdir(parents=True)
+            values = np.random.default_rng(0).integers(2, size=shape, dtype=np.uint8)
+            Image.fromarray(values).save(root / kind / split / "x.png", compress_level=1)
+    config = TINY.replace(dataset="folder", root=root, num_classes=2, log_every=1, save_every=100)
+    return config.replace(out=root, name="straight", steps=5, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def waited(waiting: Config) -> Path:
+    loop.start(waiting)
+    return waiting.run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_signals_and_workers(signum: int, waiting: Config, waited: Path):
+    """SIGTERM to the whole group, workers included, leaves a checkpoint; a training process that is
+    killed alone takes its workers with it."""
+    config = waiting.replace(name=f"signal-{signum}", workers=1, save_every=1 if signum == 9 else 9)
+    config.run.mkdir()
+    config.save(config.run / "config.json")
+    command = [sys.executable, "-m", "anchorops.train", "resume", str(config.run)]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    sign = "checkpoint-*" if signum == signal.SIGKILL else "metrics.jsonl"
+    while not list(config.run.glob(sign)) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr and process.stderr.read().decode()
+        time.sleep(0.005)
+    kill = process.send_signal if signum == signal.SIGKILL else partial(os.killpg, process.pid)
+    kill(signum)
+    try:  # the end of stderr is that of every process which writes to it
+        _, messages = process.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if signum == signal.SIGTERM:
+        assert process.returncode == 128 + signum, messages.decode()
+        assert b"stopped by SIGTERM after step" in messages
+    assert not (config.run / "results.json").exists()
+    config.replace(workers=0).save(config.run / "config.json")
+    loop.resume(config.run)
+    assert_same_run(config.run, waited, 5)
+
+
 @pytest.mark.slow
 def test_two_ranks(tmp_path: Path):
     """Images are counted once, and what the ranks measure is what their checkpoint does alone."""
@@ -160,7 +228,8 @@ def test_bf16_with_workers_and_events(tmp_path: Path):
     config = TINY.replace(
         out=tmp_path, name="fast", steps=2, bf16=True, workers=1, tensorboard=True
     )
-    results = loop.start(config.replace(channels_last=True, methods=("sar", "occl")))
+    config = config.replace(channels_last=True, methods=("sar", "occl"), auxiliary_weight=0.4)
+    results = loop.start(config)
     assert results["miou"] > 0
     assert list(config.run.glob("events.out.tfevents*"))
 
@@ -210,17 +279,21 @@ def test_lines_after_the_checkpoint_are_taken_back(tmp_path: Path):
 
 def test_full_disk_leaves_earlier_checkpoint(tmp_path: Path):
     path = checkpoint.save_checkpoint(tmp_path, 1, {"model": torch.zeros(10)})
+    journal = Journal(tmp_path, 1, 10)
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
     try:
         with pytest.raises(OSError, match=r"could not be written: .*earlier files are intact"):
             checkpoint.save_checkpoint(tmp_path, 2, {"model": torch.zeros(1_000_000)})
+        with pytest.raises(OSError, match=r"metrics.jsonl could not be written: .*File too large"):
+            journal.record(2, {"name": "x" * 200_000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
-    assert list(tmp_path.iterdir()) == [path]
-    assert checkpoint.load_checkpoint(path)["step"] == 1
+    assert sorted(x.name for x in tmp_path.iterdir()) == [path.name, "metrics.jsonl"]
+    assert checkpoint.load_checkpoint(path)["step"] == 1 and Journal(tmp_path, 1, 10)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""  # the line that was cut short is gone
 
 
 def test_truncated_checkpoint_names_the_earlier_one(tmp_path: Path):

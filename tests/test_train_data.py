@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.io import savemat
 from torch import nn
@@ -35,7 +37,7 @@ from anchorops.train.learner import (
     class_weights,
 )
 from anchorops.train.models import build_model
-from anchorops.train.pictures import choose_images, palette
+from anchorops.train.pictures import choose_images, draw_legend, palette
 from anchorops.train.presets import FOLDER
 
 
@@ -109,6 +111,13 @@ def test_masks_are_read_before_a_run(folder: Path):
     write(folder / "masks/val/b.png", mask(9, height=4, width=5))
     with pytest.raises(ValueError, match=r"masks/val/b.png: label values \[9\]"):
         loop.start(config)
+
+
+def test_start_that_failed_is_no_earlier_run(folder: Path):
+    config = FOLDER.replace(root=folder / "typo", out=folder, name="run", device="cpu", workers=0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"typo does not exist \(--root is where"):
+            loop.start(config)
 
 
 def test_foreground_that_is_ignored():
@@ -342,6 +351,14 @@ def test_pictures():
     assert len({tuple(color) for color in colors[:11].tolist()}) == 11 and colors[255].min() == 255
     many = palette(200)
     assert len({tuple(color) for color in many[:200].tolist()}) > 190
+    for width, length in ((2.2, 5), (5.4, 20), (13.4, 8)):
+        figure = Figure((width, 6))
+        names = {k: f"class {k}".ljust(length, "x") for k in range(24)}
+        foot = draw_legend(figure, names, many)
+        (legend,) = figure.legends
+        extent = legend.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+        assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width, (width, length)
+        assert extent.y1 <= foot * figure.bbox.height
     scenes = DigitScenes("val", 60, (64, 64), seed=0)
     chosen = choose_images(scenes, 8)
     shown = {x for i in chosen for x in scenes[i][1].unique().tolist()}

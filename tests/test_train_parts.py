@@ -1,13 +1,25 @@
 """The training program without its runs: scenes, order, networks, losses, figures, options."""
 
+import copy
+import json
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torchvision import tv_tensors
 
 import anchorops as ao
 from anchorops.train.config import Config
-from anchorops.train.data import BatchSampler, Draws, class_counts
+from anchorops.train.data import (
+    BatchSampler,
+    Draws,
+    PhotometricDistort,
+    VariedCrop,
+    class_counts,
+)
 from anchorops.train.digits import DigitScenes
 from anchorops.train.learner import Learner, PixelCrossEntropy, build_regularizer
 from anchorops.train.metrics import class_groups, frequency_groups, summarize
@@ -119,7 +131,13 @@ def test_cross_entropy_of_valid_pixels():
 
 @pytest.mark.parametrize(
     ("name", "dim", "stride"),
-    [("hrnet-w18-small", 240, 4), ("segformer-b0", 256, 4), ("unet:resnet18", 16, 1)],
+    [
+        ("hrnet-w18-small", 240, 4),
+        ("segformer-b0", 256, 4),
+        ("unet:resnet18", 16, 1),
+        ("dpt:tu-vit_tiny_patch16_224", 256, 2),
+        ("upernet:tu-swin_tiny_patch4_window7_224", 256, 4),
+    ],
 )
 def test_models(name: str, dim: int, stride: int):
     model = build_model(name, 7, channels=4)
@@ -150,6 +168,68 @@ def test_weights_start_a_model_with_other_classes(tmp_path: Path):
         ValueError, match=r"weights .*weights.pt are of another model: missing body"
     ):
         build_model("segformer-b0", 5, weights=path)
+
+
+def test_auxiliary_head_adds_its_cross_entropy():
+    model = build_model("fpn:resnet18", 5, auxiliary=True)
+    learner = Learner(model, build_regularizer(["sar"], {}, 5, 128), auxiliary_weight=0.4)
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(5, (2, 64, 64))
+    assert model.auxiliary is not None
+    maps = []
+    model.auxiliary.register_forward_hook(lambda _, inputs, logits: maps.append((*inputs, logits)))
+    loss, terms = learner(images, labels)
+    ((third, logits),) = maps
+    assert third.shape == (2, 256, 4, 4) and logits.shape == (2, 5, 4, 4)
+    auxiliary = learner.cross_entropy(logits, labels)
+    torch.testing.assert_close(terms["auxiliary"], 0.4 * auxiliary.detach())
+    parts = [value for name, value in terms.items() if name in ("ce", "auxiliary", "aux", "p2a")]
+    torch.testing.assert_close(loss.detach(), torch.stack(parts).sum())
+    loss.backward()
+    assert all(p.grad is not None for p in model.auxiliary.parameters())
+    model(images)  # in training, its map not taken
+    model.eval()(images)
+    copy.deepcopy(model)  # nothing of the graph is kept
+
+
+def test_auxiliary_head_comes_and_goes_with_weights(tmp_path: Path):
+    source, path = build_model("hrnet-w18-small", 5, auxiliary=True), tmp_path / "weights.pt"
+    torch.save(source.state_dict(), path)
+    without = build_model("hrnet-w18-small", 5, weights=path)
+    torch.save(without.state_dict(), path)
+    again = build_model("hrnet-w18-small", 7, weights=path, auxiliary=True)
+    assert torch.equal(next(again.parameters()), next(source.parameters()))
+    with pytest.raises(ValueError, match=r"--auxiliary-weight: expected 0, dpt:.* has no map"):
+        build_model("dpt:tu-vit_tiny_patch16_224", 3, auxiliary=True)
+
+
+def test_crop_that_shows_one_class_is_drawn_again():
+    labels = torch.zeros(1, 8, 64, dtype=torch.uint8)
+    labels[..., 40:] = 1
+    labels[..., 60:] = 255
+    mask = tv_tensors.Mask(labels)
+
+    def shares(cat_max_ratio: float) -> list[float]:
+        torch.manual_seed(0)
+        crop = VariedCrop((8, 16), cat_max_ratio)
+        crops = [crop(mask) for _ in range(50)]
+        assert all(cropped.shape == (1, 8, 16) for cropped in crops)
+        counts = [torch.bincount(cropped[cropped != 255]) for cropped in crops]
+        return [float(c.max() / c.sum()) for c in counts]
+
+    assert shares(0.75) == shares(0.75)
+    plain, varied = shares(1.0), shares(0.75)
+    assert sum(share == 1 for share in plain) > 25
+    # one of eleven draws fails with probability (1 − 9/49)^11 = 0.11
+    assert sum(share < 0.75 for share in varied) > 35
+    small = VariedCrop((16, 96), 0.75)(tv_tensors.Mask(torch.zeros(1, 8, 8, dtype=torch.uint8)))
+    assert small.shape == (1, 16, 96)  # one class alone: given up, not repeated for ever
+
+
+def test_photometric_distortion_keeps_the_order_of_channels():
+    red = tv_tensors.Image(torch.tensor([200, 60, 20], dtype=torch.uint8).view(3, 1, 1))
+    distort = PhotometricDistort()
+    seen = torch.stack([distort(red).flatten() for _ in range(100)])
+    assert (seen[:, 0] == seen.amax(1)).all() and len(seen.unique(dim=0)) > 50
 
 
 @pytest.mark.parametrize("methods", [("cr",), ("cbp", "occl"), ("ceco",), ("sar", "mvsc")])
@@ -184,6 +264,7 @@ def test_method_options():
         ({"crop": (50, 64)}, r"--crop: expected two multiples of 32, got \(50, 64\)"),
         ({"scale": (2.0, 0.5)}, "--scale: expected"),
         ({"head_tail": (0.1, 0.5)}, "--head-tail: expected"),
+        ({"cat_max_ratio": 0.0}, "--cat-max-ratio: expected a share above 0"),
         ({"clip": 0.0}, "--clip: expected more than 0"),
         ({"ohem": 7.0}, "--ohem: expected a probability"),
         ({"methods": ("sar", "sar")}, "--methods: expected each at most once"),
@@ -204,3 +285,34 @@ def test_configuration_survives_its_file(name: str, tmp_path: Path):
     config = PRESETS[name][1].replace(methods=("sar", "occl"), method_options={"sar.tau": "1"})
     config.save(tmp_path / "config.json")
     assert Config.load(tmp_path / "config.json") == config
+
+
+@pytest.mark.slow
+def test_benchmark_of_training_steps(tmp_path: Path):
+    bench = Path(__file__).parents[1] / "bench/training_step.py"
+    command = [sys.executable, str(bench), "--dry-run", "--minutes", "0", "--out"]
+    done = subprocess.run([*command, str(tmp_path / "x/rows.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "x/rows.json").read_text())
+    assert run["dry_run"] and {"device", "torch", "commit"} < run.keys()
+    rows = {(row["network"].split()[0], row["methods"], row["backend"]) for row in run["rows"]}
+    networks, methods = ({row[place] for row in rows} for place in (0, 1))
+    assert networks == {"hrnet-w18-small", "segformer-b0"} and len(methods) == 8
+    assert len(rows) == len(run["rows"]) == 2 * (1 + 7 * 2)
+    assert all(row["seconds"]["median"] > 0 for row in run["rows"])
+    assert "cbp+occl reference" in done.stdout
+
+
+def test_table_of_evidence():
+    example = Path(__file__).parents[1] / "examples/evidence.py"
+    table = runpy.run_path(str(example))["table"]
+
+    def run(seed: int, miou: float) -> dict:
+        return {"seed": seed, "miou": miou, "head": 0.8, "body": 0.5, "tail": 0.2}
+
+    plain, ceco = [run(0, 0.5), run(1, 0.6)], [run(1, 0.57), run(0, 0.49)]
+    rows = table({(): plain, ("ceco", "cr"): ceco}).splitlines()[2:]
+    assert rows == [
+        "| plain | 55.0 ± 7.1 |  | 80.0 ± 0.0 | 50.0 ± 0.0 | 20.0 ± 0.0 |",
+        "| CeCo + CR | 53.0 ± 5.7 | −2.0 ± 1.4 | 80.0 ± 0.0 | 50.0 ± 0.0 | 20.0 ± 0.0 |",
+    ]

@@ -82,7 +82,7 @@ def measure_cost(
 ) -> tuple[Cost, Cost]:
     """Without and with the regulariser, on a copy of the learner: medians of alternating passes."""
     learner = copy.deepcopy(learner).train()
-    plain = Learner(learner.model, None, learner.cross_entropy)
+    plain = Learner(learner.model, None, learner.cross_entropy, learner.auxiliary_weight)
     seconds: dict[Learner, list[float]] = {plain: [], learner: []}
     memory: dict[Learner, float] = {}
     for repeat in range(REPEATS + 1):

@@ -51,6 +51,9 @@ class Data:
     """Range of a further random scale of training images, which are then cropped or padded."""
     flip: bool = False
     """Mirror half of the training images."""
+    cat_max_ratio: float = 1.0
+    """A crop in which one class has this share of the valid pixels or more is drawn again, up to
+    ten times; 1: never."""
     photometric: bool = False
     """Distort brightness, contrast, saturation and hue of training images."""
     head_tail: tuple[float, float] = (0.01, 0.001)
@@ -69,6 +72,9 @@ class Model:
     """Start from ImageNet weights (downloaded)."""
     weights: Path | None = None
     """Start from the weights in this file."""
+    auxiliary_weight: float = 0.0
+    """Weight of the cross-entropy of an auxiliary head (3×3 convolution, classifier) on the last
+    but one of the backbone's maps; 0: no such head. The field's is 0.4."""
     methods: tuple[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"], ...] = ()
     """Regularisers beside the cross-entropy, any number of them."""
     method_options: dict[str, str] = field(default_factory=dict)
@@ -161,7 +167,7 @@ class Config:
         least = {
             1: "steps batch_size accumulate save_every log_every eval_batch_size threads patience "
             "short_side ohem_kept",
-            0: "workers warmup eval_every power lr weight_decay head_lr_factor",
+            0: "workers warmup eval_every power lr weight_decay head_lr_factor auxiliary_weight",
         }
         options = {
             name: value
@@ -179,6 +185,8 @@ class Config:
             raise _wrong("crop", f"two multiples of {MULTIPLE}", self.data.crop)
         if not 0 < self.data.scale[0] <= self.data.scale[1]:
             raise _wrong("scale", "0 < smallest <= largest", self.data.scale)
+        if not 0 < self.data.cat_max_ratio <= 1:
+            raise _wrong("cat_max_ratio", "a share above 0", self.data.cat_max_ratio)
         if not self.data.head_tail[0] >= self.data.head_tail[1]:
             raise _wrong("head_tail", "the share of the head first", self.data.head_tail)
         if options["clip"] is not None and options["clip"] <= 0:

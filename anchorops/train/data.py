@@ -1,6 +1,5 @@
 """What every data set gives, and the endless deterministic stream of training batches."""
 
-import signal
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,9 @@ from torchvision.transforms import v2
 from .config import Data
 from .digits import IGNORED, DigitScenes
 from .folders import MaskFolder, count_classes, open_folder, open_published
+from .workers import follow_parent
+
+RETRIES = 10  # of a crop that shows little but one class
 
 
 class Segmentation(Protocol):
@@ -101,6 +103,40 @@ class RandomScale(v2.Transform):
         return self._call_kernel(v2.functional.resize, inpt, params["size"], antialias=True)
 
 
+class VariedCrop(v2.RandomCrop):
+    """A random crop, padded where the image is smaller; one in which a single class has
+    `cat_max_ratio` of the valid pixels or more is drawn again, up to ten times (mmsegmentation's
+    RandomCrop)."""
+
+    def __init__(self, size: Sequence[int], cat_max_ratio: float) -> None:
+        fill: Any = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
+        super().__init__(size, pad_if_needed=True, fill=fill)
+        self.cat_max_ratio = cat_max_ratio
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        params = super().make_params(flat_inputs)
+        if self.cat_max_ratio == 1:
+            return params
+        (mask,) = (x for x in flat_inputs if isinstance(x, tv_tensors.Mask))
+        for _ in range(RETRIES):
+            labels = self.transform(mask, params).flatten()
+            counts = torch.bincount(labels[labels != IGNORED], minlength=1)
+            if counts.max() < self.cat_max_ratio * counts.sum():
+                break
+            params = super().make_params(flat_inputs)
+        return params
+
+
+class PhotometricDistort(v2.RandomPhotometricDistort):
+    """mmsegmentation's: hues of ±0.1 turns, and no random order of channels."""
+
+    def __init__(self) -> None:
+        super().__init__(hue=(-0.1, 0.1))
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return super().make_params(flat_inputs) | {"channel_permutation": None}
+
+
 def normalize(channels: int) -> v2.Transform:
     """To float32 in 0..1, then less mean and by deviation: ImageNet's for three channels."""
     mean, std = [0.5] * channels, [0.25] * channels
@@ -113,15 +149,14 @@ def augmentation(config: Data, channels: int) -> v2.Transform:
     """The papers' order: scale, crop, flip, photometric distortion."""
     steps: list[v2.Transform] = []
     if config.dataset != "digits":
-        fill: Any = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
         steps.append(RandomScale(config.short_side, config.scale))
-        steps.append(v2.RandomCrop(config.crop, pad_if_needed=True, fill=fill))
+        steps.append(VariedCrop(config.crop, config.cat_max_ratio))
     if config.flip:
         steps.append(v2.RandomHorizontalFlip())
     if config.photometric:
         if channels != 3:
             raise ValueError(f"--photometric: expected images of 3 channels, got {channels}")
-        steps.append(v2.RandomPhotometricDistort())
+        steps.append(PhotometricDistort())
     return v2.Compose([*steps, normalize(channels)])
 
 
@@ -215,12 +250,6 @@ class Validation(Dataset):
         return self.transform(tv_tensors.Image(image)).as_subclass(Tensor), labels
 
 
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the training process decides what it means. SIGTERM
-    # stays a worker's end: multiprocessing sends it at exit, and waits for ever if it is ignored.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def training_loader(
     dataset: Segmentation, config: Data, sampler: BatchSampler, *, seed: int, pin_memory: bool
 ) -> DataLoader:
@@ -231,7 +260,7 @@ def training_loader(
         num_workers=config.workers,
         pin_memory=pin_memory,
         persistent_workers=config.workers > 0,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=follow_parent,
         multiprocessing_context="forkserver" if config.workers else None,
     )
 
@@ -255,6 +284,6 @@ def evaluation_loader(
         sampler=range(rank, len(dataset), world),
         collate_fn=_stack,
         num_workers=config.workers,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=follow_parent,
         multiprocessing_context="forkserver" if config.workers else None,
     )

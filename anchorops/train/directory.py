@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .config import Config
+from .journal import METRICS
 
 
 def make_directory(config: Config) -> None:
-    """A new directory with its config.json. Raises ValueError where there is an earlier run."""
+    """A new directory with its config.json. Raises ValueError where there is an earlier run that
+    came to its first log line."""
     run = config.run
     if (run / "config.json").exists():
-        if not config.running.overwrite:
+        if (run / METRICS).exists() and not config.running.overwrite:
             raise ValueError(
                 f"{run} holds an earlier run: continue it with `anchorops-train resume {run}`, or "
                 "give this one a --name, or --overwrite"

@@ -281,7 +281,7 @@ def open_folder(
     Values in the masks are classes 0, 1, …, 255 is ignored; label_map changes that for values of
     its own.
     """
-    classes = _read_classes(root) or [f"class {k}" for k in range(num_classes or 0)]
+    classes = _read_classes(_existing(root)) or [f"class {k}" for k in range(num_classes or 0)]
     if not classes:
         raise ValueError(f"{root / 'classes.txt'} does not exist: write it, or give --num-classes")
     if num_classes not in (None, len(classes)):

@@ -71,8 +71,11 @@ class Journal:
     def record(self, step: int, values: dict[str, Any]) -> None:
         if self.path is None:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:  # it names no file
+            raise OSError(f"{self.path} could not be written: {error}") from error
         if self.events:
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)

@@ -115,16 +115,18 @@ def build_regularizer(
 
 
 class Learner(nn.Module):
-    """Images and labels to the loss and its parts."""
+    """Images and labels to the loss and its parts; auxiliary_weight: of the cross-entropy of the
+    model's auxiliary head, where it has one."""
 
     def __init__(
         self,
         model: Segmenter,
         regularizer: Regularizer | None,
         cross_entropy: PixelCrossEntropy | None = None,
+        auxiliary_weight: float = 0.4,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.auxiliary_weight = model, auxiliary_weight
         self.cross_entropy = cross_entropy or PixelCrossEntropy()
         # kept out of the submodules: attach makes it one of the model
         self._regularizer = (regularizer,)
@@ -134,6 +136,10 @@ class Learner(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.cross_entropy(self.model(images), labels)
         terms = {"ce": loss.detach()}
+        if self.model.auxiliary is not None:
+            auxiliary = self.cross_entropy(self.model.auxiliary.logits(), labels)
+            loss = loss + self.auxiliary_weight * auxiliary
+            terms["auxiliary"] = self.auxiliary_weight * auxiliary.detach()
         (regularizer,) = self._regularizer
         if regularizer is not None:
             loss = loss + regularizer(labels)
@@ -143,10 +149,8 @@ class Learner(nn.Module):
 
 def parameter_groups(model: Segmenter, lr: float, weight_decay: float, head_lr_factor: float):
     """Groups for an optimizer: no weight decay on vectors (biases, normalisation), another rate
-    for everything outside the backbone (HRNet's, or a smp architecture's encoder)."""
-    body = model.body
-    backbone = body.backbone if hasattr(body, "backbone") else body.encoder
-    inside = {id(parameter) for parameter in backbone.parameters()}  # pyright: ignore
+    for everything outside the backbone."""
+    inside = {id(parameter) for parameter in model.backbone.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -49,6 +49,7 @@ from .pictures import choose_images, draw_predictions
 from .ranks import Ranks, start_ranks, stop_ranks
 from .report import write_report
 from .signals import Interrupted, StopSignals
+from .workers import batches_of
 
 PICTURES = 8  # validation images in predictions.png
 ANALYSED = 200  # validation images whose features the report shows
@@ -114,6 +115,7 @@ class _Run:
             channels=self.training_set.channels,
             pretrained=config.model.pretrained and saved is None,
             weights=config.model.weights if saved is None else None,
+            auxiliary=config.model.auxiliary_weight > 0,
         )
         dim = self.model.classifier.in_channels
         regularizer = build_regularizer(
@@ -131,7 +133,9 @@ class _Run:
                 )
             weights = torch.tensor(given)
         cross_entropy = PixelCrossEntropy(weights, options.ohem, options.ohem_kept)
-        learner: nn.Module = Learner(self.model, regularizer, cross_entropy).to(ranks.device)
+        learner: nn.Module = Learner(
+            self.model, regularizer, cross_entropy, config.model.auxiliary_weight
+        ).to(ranks.device)
         self.layout = torch.channels_last if running.channels_last else torch.preserve_format
         learner.to(memory_format=self.layout)  # pyright: ignore
         groups = parameter_groups(
@@ -198,18 +202,16 @@ class _Run:
             first_step=self.step,
             steps=options.steps,
         )
-        batches = iter(
-            training_loader(
-                self.training_set,
-                config.data,
-                sampler,
-                seed=config.running.seed,
-                pin_memory=self.ranks.device.type == "cuda",
-            )
+        loader = training_loader(
+            self.training_set,
+            config.data,
+            sampler,
+            seed=config.running.seed,
+            pin_memory=self.ranks.device.type == "cuda",
         )
         self.learner.train()
         summary = None
-        with StopSignals() as signals, self._journal() as journal:
+        with StopSignals() as signals, batches_of(loader) as batches, self._journal() as journal:
             while not self._finished():
                 begin = time.perf_counter()
                 self._train_step(batches)
@@ -316,7 +318,10 @@ class _Run:
         self._check_finite()
         self.ranks.synchronize(self.model)
         loader = self._validation(self.ranks.rank, self.ranks.world)
-        confusion = evaluate(self.model, loader, self.num_classes, self.ranks.device, self._window)
+        with batches_of(loader) as batches:
+            confusion = evaluate(
+                self.model, batches, self.num_classes, self.ranks.device, self._window
+            )
         summary = summarize(
             confusion, self.training_set.classes, self.frequencies, self.config.data.head_tail
         )
@@ -336,8 +341,11 @@ class _Run:
         """report.html, from the first validation images and one training batch."""
         device, options = self.ranks.device, self.config.optimization
         loader = self._validation(rank=0, world=1)
-        batches = itertools.islice(loader, math.ceil(ANALYSED / loader.batch_size))  # pyright: ignore
-        features = collect_features(self.model, batches, self.num_classes, device)
+        count = math.ceil(ANALYSED / self.config.running.eval_batch_size)
+        with batches_of(loader) as batches:
+            features = collect_features(
+                self.model, itertools.islice(batches, count), self.num_classes, device
+            )
         costs = None
         if self.config.model.methods:
             training = Training(

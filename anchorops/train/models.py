@@ -1,6 +1,8 @@
 """Segmentation networks as a body, giving features (B, D, h, w), and a 1×1 convolution on them."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
@@ -13,22 +15,61 @@ HRNETS = {
     "hrnet-w18-small-v2": "hrnet_w18_small_v2",
     **{f"hrnet-w{width}": f"hrnet_w{width}" for width in (18, 30, 32, 40, 44, 48, 64)},
 }
+HEADS = ("classifier.", "auxiliary.")  # what is for one set of classes
+AUXILIARY_DIM = 256
 SEGFORMERS = {f"segformer-b{size}": f"mit_b{size}" for size in range(6)}
 
 
 class Segmenter(nn.Module):
     """Images (B, C, H, W) to logits (B, K, H/s, W/s), s the stride of the body (4 as a rule).
 
-    Its last module is the classifier, whose input are the features that the methods work on.
+    The input of its classifier are the features that the methods work on. With auxiliary_dim, the
+    channels of the backbone's last map but one, there is an auxiliary head on that map.
     """
 
-    def __init__(self, body: nn.Module, dim: int, num_classes: int) -> None:
+    def __init__(
+        self, body: nn.Module, dim: int, num_classes: int, auxiliary_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.body = body
         self.classifier = nn.Conv2d(dim, num_classes, 1)
+        self.auxiliary = (
+            AuxiliaryHead(self.backbone, auxiliary_dim, num_classes) if auxiliary_dim else None
+        )
+
+    @property
+    def backbone(self) -> nn.Module:
+        """HRNet's, or the encoder of an architecture of segmentation-models-pytorch."""
+        body = self.body
+        return body.backbone if hasattr(body, "backbone") else body.encoder  # pyright: ignore
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.body(images))
+
+
+class AuxiliaryHead(nn.Sequential):
+    """Logits from the last but one of the backbone's maps, in training only: mmsegmentation's
+    FCNHead of one convolution."""
+
+    def __init__(self, backbone: nn.Module, dim: int, num_classes: int) -> None:
+        super().__init__(
+            nn.Conv2d(dim, AUXILIARY_DIM, 3, padding=1, bias=False),
+            nn.BatchNorm2d(AUXILIARY_DIM),
+            nn.ReLU(),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(AUXILIARY_DIM, num_classes, 1),
+        )
+        self._map: Tensor | None = None
+        backbone.register_forward_hook(self._keep)
+
+    def _keep(self, backbone: nn.Module, images: tuple[Tensor], maps: Sequence[Tensor]) -> None:
+        self._map = maps[-2] if self.training else None
+
+    def logits(self) -> Tensor:
+        """(B, K, h, w) of the model's last forward, once."""
+        kept, self._map = self._map, None
+        assert kept is not None, "the model has not run in training mode"
+        return self(kept)
 
 
 class HRNetBody(nn.Module):
@@ -45,7 +86,8 @@ class HRNetBody(nn.Module):
             feature_location="",
             out_indices=(1, 2, 3, 4),
         )
-        self.dim = sum(self.backbone.feature_info.channels())  # pyright: ignore
+        self.out_channels = self.backbone.feature_info.channels()  # pyright: ignore
+        self.dim = sum(self.out_channels)
         self.mix = nn.Sequential(
             nn.Conv2d(self.dim, self.dim, 1, bias=False), nn.BatchNorm2d(self.dim), nn.ReLU()
         )
@@ -64,6 +106,7 @@ def build_model(
     channels: int = 3,
     pretrained: bool = False,
     weights: Path | None = None,
+    auxiliary: bool = False,
 ) -> Segmenter:
     """A network by name.
 
@@ -73,13 +116,15 @@ def build_model(
         num_classes, channels: classes predicted and channels of the images.
         pretrained: start the backbone from ImageNet weights; they are downloaded.
         weights: a checkpoint of this program, or any file of a state dict, to start from; entries
-            of the classifier are left out where the number of classes differs.
+            of a classifier are left out where the number of classes differs.
+        auxiliary: with an auxiliary head.
 
-    Raises ValueError for an unknown name, and where the weights do not fit.
+    Raises ValueError for an unknown name, where the weights do not fit, and for an auxiliary head
+    on DPT, whose backbone gives no such map.
     """
     if name in HRNETS:
         body = HRNetBody(HRNETS[name], channels, pretrained)
-        dim = body.dim
+        dim, stages = body.dim, body.out_channels
     else:
         architecture, _, encoder = name.partition(":")
         if name in SEGFORMERS:
@@ -88,20 +133,31 @@ def build_model(
             known = ", ".join([*HRNETS, *SEGFORMERS])
             raise ValueError(f"model: expected {known} or ARCHITECTURE:ENCODER, got {name!r}")
         try:
-            body = smp.create_model(
+            body: Any = smp.create_model(
                 architecture,
                 encoder_name=encoder,
                 encoder_weights="imagenet" if pretrained else None,
                 in_channels=channels,
+                **_takes_any_size(architecture, encoder),
             )
         except KeyError as error:
             raise ValueError(f"model {name!r}: {error}") from None
-        dim = body.segmentation_head[0].in_channels  # pyright: ignore
-        body.segmentation_head = nn.Identity()
-    model = Segmenter(body, int(dim), num_classes)
+        stages, head = body.encoder.out_channels, body.segmentation_head
+        *layers, classifier = head.head if architecture == "dpt" else [head[0]]
+        dim, body.segmentation_head = classifier.in_channels, nn.Sequential(*layers)
+    if auxiliary and name.startswith("dpt:"):
+        raise ValueError(f"--auxiliary-weight: expected 0, {name} has no map for such a head")
+    model = Segmenter(body, int(dim), num_classes, stages[-2] if auxiliary else None)  # pyright: ignore
     if weights:
         load_weights(model, weights)
     return model
+
+
+def _takes_any_size(architecture: str, encoder: str) -> dict[str, bool]:
+    """What lets networks made for one size take images of another."""
+    if architecture == "dpt":
+        return {"dynamic_img_size": True}
+    return {"strict_img_size": False} if encoder.startswith("tu-swin_") else {}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -118,13 +174,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
     state = {
         key: value
         for key, value in state.items()
-        if not (key.startswith("classifier.") and key in own and own[key].shape != value.shape)
+        if not key.startswith(HEADS) or (key in own and own[key].shape == value.shape)
     }
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise ValueError(f"weights {path}: {error}") from None
-    missing = [key for key in missing if not key.startswith("classifier.")]
+    missing = [key for key in missing if not key.startswith(HEADS)]
     if missing or unexpected:
         raise ValueError(
             f"weights {path} are of another model: missing {', '.join(missing[:3]) or 'none'} "

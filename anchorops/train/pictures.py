@@ -1,6 +1,6 @@
 """Pictures of what a network sees, for people."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +16,7 @@ from .data import Segmentation
 from .digits import IGNORED
 from .evaluate import predict
 
+MOST_NAMES = 23  # in a legend
 IGNORED_COLOR = (255, 255, 255)
 
 
@@ -67,9 +68,10 @@ def draw_predictions(
     """Write a picture: each image, its truth and the prediction, made as an evaluation makes it."""
     model.eval()
     colors = palette(len(dataset.classes))
-    rows = []
+    rows, seen = [], set[int]()
     for index in indices:
         image, labels = dataset[index]
+        seen |= set(labels.unique().tolist())
         network_input = transform(tv_tensors.Image(image)).as_subclass(Tensor)[None].to(device)
         (prediction,) = predict(model, network_input, labels.shape, window)
         rows.append((_rgb(image), colors[labels.numpy()], colors[prediction.cpu().numpy()]))
@@ -88,17 +90,26 @@ def draw_predictions(
             axis.set_yticks([])
             if column == 0:
                 axis.set_ylabel(name)
-    names = dict(enumerate(dataset.classes[:23])) | {IGNORED: "ignored"}
+    figure.suptitle(title, fontsize=10)
+    names = {k: str(dataset.classes[k]) for k in sorted(seen - {IGNORED})[:MOST_NAMES]}
+    bottom = draw_legend(figure, names | {IGNORED: "ignored"}, colors)
+    figure.tight_layout(rect=(0, bottom, 1, 1))
+    figure.savefig(path, dpi=110)
+
+
+def draw_legend(figure: Figure, names: Mapping[int, str], colors: np.ndarray) -> float:
+    """Names of labels at the foot of the figure, in as many columns as it is wide; the share of its
+    height that they take."""
+    width, height = figure.get_size_inches()
+    columns = max(1, int(width / (0.6 + 0.07 * max(map(len, names.values())))))
     handles = [
         Patch(facecolor=colors[label] / 255, edgecolor="0.5", label=name)
         for label, name in names.items()
     ]
-    figure.suptitle(title, fontsize=10)
     figure.legend(
-        handles=handles, loc="lower center", ncols=min(len(handles), 12), fontsize=8, frameon=False
+        handles=handles, loc="lower center", ncols=min(columns, 12), fontsize=8, frameon=False
     )
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(path, dpi=110)
+    return (0.1 + 0.18 * -(-len(names) // min(columns, 12))) / height
 
 
 def _rgb(image: Tensor) -> np.ndarray:

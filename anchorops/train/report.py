@@ -19,6 +19,7 @@ from ..plots import (
     iou_against_frequency,
 )
 from .analysis import Cost, Features
+from .checkpoint import save_atomically
 from .compare import comparison
 from .journal import METRICS, read_metrics
 
@@ -86,9 +87,10 @@ def write_report(
     )
     title = html.escape(run.name)
     path = run / "report.html"
-    path.write_text(
+    save_atomically(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{title}</h1>\n{body}\n</body></html>\n"
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1>\n{body}\n</body></html>\n",
+        path,
     )
     return path
 

@@ -1,6 +1,7 @@
 """Stopping on request, at the end of a step."""
 
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -19,14 +20,20 @@ class Interrupted(Exception):
 class StopSignals:
     """Remembers SIGTERM and Ctrl-C for the end of a step; a second Ctrl-C interrupts at once."""
 
+    ECHO = 1.0  # seconds: torchrun passes on the Ctrl-C that its ranks have heard themselves
+
     def __enter__(self) -> "StopSignals":
         self.received: int | None = None
+        self._first = 0.0
         self._old = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.received == signal.SIGINT == signum:
+        now = time.monotonic()
+        if self.received == signal.SIGINT == signum and now > self._first + self.ECHO:
             raise KeyboardInterrupt
+        if self.received is None:
+            self._first = now
         self.received = signum
 
     def __exit__(self, *exception: object) -> None:

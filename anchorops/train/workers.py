@@ -1,0 +1,51 @@
+"""Data workers that live exactly as long as the training process wants them to."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, parent_process, resource_tracker
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+STOPPING = {signal.SIGTERM, signal.SIGINT}
+
+
+@contextmanager
+def batches_of(loader: DataLoader) -> Iterator[Iterator[Any]]:
+    """The loader's batches. Its workers end with the block, however that ends: multiprocessing
+    would send SIGTERM at exit, and wait for ever for processes that do not hear it."""
+    if loader.num_workers:
+        _start_server()
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _start_server() -> None:
+    """Start the server that workers are forked from, with the signals blocked that ask to stop:
+    Ctrl-C, SLURM and `timeout` send them to the whole group of processes, and the training process
+    alone decides what they mean. What is blocked in the server is blocked in its workers."""
+    resource_tracker.ensure_running()  # the server's start would start it, which unblocks signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def follow_parent(worker: int) -> None:
+    """End this worker with the training process, even where that is killed."""
+
+    def follow() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
