@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise, repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +46,7 @@ SHARED_PER_SM = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # KB
 # Instructions that the path must pass, in this order; a program without a loop ends where it began.
 FEATURES = r"LDG\.E\.EF"  # the only loads that are evicted first
 PATHS = {
+    "_sorted_pixels_kernel": [r"LDG\.E(?!\.EL)"],  # all the others are evicted last
     "_one_key_kernel": [FEATURES],
     "_several_keys_kernel": [FEATURES, r"MMA"],
     "_class_moments_bwd_kernel": [r"STG"],
@@ -76,6 +79,7 @@ class Variant(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')} {self.layout}: sums{extra}"
 
 
+MANY = 16_381  # classes, sorted by key; like 19 no multiple of 16, for Triton's constants
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUICK = [
     Variant(BF16, "NCHW", True, False),
@@ -105,9 +109,9 @@ def launch_info_nce(dtype: torch.dtype, groups: int, with_positives: bool) -> No
     )
 
 
-def launch_moments(variant: Variant) -> None:
+def launch_moments(variant: Variant, classes: int) -> None:
     """Everything that class moments launch, at the HRNet shape."""
-    batch, dim, height, width, classes = 8, 720, 128, 256, 19
+    batch, dim, height, width = 8, 720, 128, 256
     size = (batch, dim, height, width)
     features = torch.empty(size, dtype=variant.dtype, device="meta")
     if variant.layout == "NHWC":
@@ -221,13 +225,14 @@ def hot_path(kernel: str, sass: str) -> tuple[float, int]:
             length = distances(blocks, start)[start]
         if not loops:
             length += len(blocks[stops[-1]].instructions)
-        pattern = FEATURES if holding(FEATURES) else "STG"
+        pattern = FEATURES if holding(FEATURES) else PATHS[kernel][0]
         accesses = [x for x in blocks[start].instructions if re.search(pattern, x)]
         if not accesses:  # loaded in a block before
             accesses = [
                 x for x in blocks[min(holding(pattern))].instructions if re.search(pattern, x)
             ]
-        sizes = [int((re.findall(r"\.U?(128|64|16|8)\b", x) or [32])[0]) // 8 for x in accesses]
+        widths = (re.search(r"(?:LDG|STG)\S*?\.U?(128|64|16|8)(?![\w])", x) for x in accesses)
+        sizes = [int(width[1] if width else 32) // 8 for width in widths]
         best = min(best, (length * 16 / sum(sizes), sum(sizes)))
     return best
 
@@ -268,36 +273,43 @@ def measure(name: str, kernel: Any) -> Row:
     return Row(*row[:3], instructions, in_flight)
 
 
+COLUMNS = ("GPU", "kernel", "variant", *Row._fields)
+
+
+def rows_of(name: str, quick: bool) -> list[tuple[str, str, Row]]:
+    """Kernel, variant and what was measured, for that GPU; each machine code once."""
+    jobs: list[tuple[Any, ...]] = [
+        (launch_moments, str(variant), variant, classes)
+        for variant in (QUICK if quick else variants())
+        for classes in ((MANY,) if variant.residuals else (19, MANY))
+    ]
+    for dtype, *given in ((FP32, 1, False), (BF16, 4, True)):  # float16 is cast as bfloat16 is
+        title = f"{str(dtype).removeprefix('torch.')}: K = 150, D = 768, (G, positives) = {given}"
+        jobs.append((launch_info_nce, title, dtype, *given))
+    rows = {}
+    for launch, title, *rest in jobs:
+        for kernel_name, kernel in compiled(name, launch, *rest).items():
+            if kernel.hash not in rows:
+                rows[kernel.hash] = kernel_name, title, measure(name, kernel)
+    return list(rows.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--quick", action="store_true", help="a choice of the variants")
     args = parser.parse_args()
-    columns = ("GPU", "kernel", "variant", *Row._fields)
     print(f"Triton {triton.__version__}")
-    print("|", " | ".join(columns), "|\n|", "---|" * len(columns))
-    jobs: list[tuple[Any, ...]] = [
-        (launch_moments, str(variant), variant) for variant in (QUICK if args.quick else variants())
-    ]
-    for dtype, *given in ((FP32, 1, False), (BF16, 4, True)):  # float16 is cast as bfloat16 is
-        title = f"{str(dtype).removeprefix('torch.')}: K = 150, D = 768, (G, positives) = {given}"
-        jobs.append((launch_info_nce, title, dtype, *given))
+    print("|", " | ".join(COLUMNS), "|\n|", "---|" * len(COLUMNS))
     failed = False
-    for name in args.targets:
-        seen = set()
-        for launch, title, *rest in jobs:
-            for kernel_name, kernel in compiled(name, launch, *rest).items():
-                if kernel.hash not in seen:
-                    seen.add(kernel.hash)
-                    row = measure(name, kernel)
-                    failed |= row.spills > 0
-                    cells = (
-                        name,
-                        kernel_name,
-                        title,
-                        *("" if x is None else round(x) for x in row),
-                    )
-                    print("|", " | ".join(map(str, cells)), "|", flush=True)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for name, rows in zip(
+            args.targets, pool.map(rows_of, args.targets, repeat(args.quick)), strict=True
+        ):
+            for kernel, variant, row in rows:
+                failed |= row.spills > 0
+                cells = name, kernel, variant, *("" if x is None else round(x) for x in row)
+                print("|", " | ".join(map(str, cells)), "|", flush=True)
     if failed:
         sys.exit("kernels_report: a kernel spills registers")
 

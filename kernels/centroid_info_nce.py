@@ -4,7 +4,7 @@
     losses[r] = lse[r] − positive_logits[r],  lse[r] = log Σ e^logits over own and present keys
 
 Row r is query g of class k: r = k·G + g. Two kernels, for the K×K×D products are small and launches
-are not. Rows and keys that are absent are never loaded: they may hold NaN.
+are not; the logits are not kept. Rows and keys that are absent are never loaded: they may hold NaN.
 """
 
 import torch
@@ -97,7 +97,9 @@ def _centroid_info_nce_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Reads BLOCK_R rows and a chunk of the keys."""
+    """A program has BLOCK_R rows and a chunk of the keys. Reads queries, keys and positives from
+    memory once; from the caches the keys for each block of rows, the rows for each BLOCK_K keys.
+    Writes 8 bytes per row and chunk, and 4 per row."""
     chunk = tl.program_id(1)
     rows = num_classes * GROUPS
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -151,7 +153,8 @@ def _reduce_kernel(
     BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """One program: reads the partials of all rows."""
+    """One program. Reads 8 bytes per row and chunk, and 4 and a mask's per row; writes 4 bytes per
+    row (8 for "none"), the loss and the scale."""
     chunk = tl.arange(0, CHUNKS)[:, None]
     loss = tl.zeros((BLOCK_R,), tl.float32)
     count = tl.zeros((BLOCK_R,), tl.float32)

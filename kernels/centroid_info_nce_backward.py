@@ -50,7 +50,9 @@ def _dlogits_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Reads BLOCK_R rows and BLOCK_K keys, writes the gradients of their logits."""
+    """A program has BLOCK_R rows and BLOCK_K keys. Reads queries and keys from memory once, from
+    the caches for each block of the others, and 12 bytes per row; writes dlogits, 4 bytes per row
+    and key, and with positives 4 per row."""
     rows = num_classes * GROUPS
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -109,8 +111,11 @@ def _centroid_info_nce_bwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A block of dqueries (with dpositives) reads its rows of dlogits and all keys; a block of
-    dkeys reads its columns and all queries."""
+    """A program has BLOCK_D channels of BLOCK_R rows, or of as many keys. A block of dqueries (with
+    dpositives) reads its rows of dlogits and all keys, one of dkeys its columns and all queries:
+    from memory dlogits and the inputs once, if the caches hold dlogits; from these dlogits twice
+    for each block of channels, keys and queries for each block of rows and of keys. Writes each
+    gradient once."""
     rows = num_classes * GROUPS
     row_blocks = tl.cdiv(rows, BLOCK_R)
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
@@ -184,7 +189,10 @@ def centroid_info_nce_backward(
     scale: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dloss float32 [], [K] or [K, G] -> dqueries, dkeys, dpositives ((0,) if there were none)."""
+    """dloss float32 [], [K] or [K, G] -> dqueries, dkeys, dpositives ((0,) if there were none).
+
+    Beside them it takes 4·K·G·K bytes for dlogits: 90 KB for K = 150, 1 GB for K = 16,384.
+    """
     num_classes, dim = keys.shape
     groups = 1 if queries.dim() == 2 else queries.shape[1]
     rows = num_classes * groups

@@ -2,7 +2,10 @@
 
     sums[k] = Σ f_p    residuals[k] = Σ (f_p − a_k)    sqdists[k] = Σ ‖f_p − a_k‖²
 
-Four kernels. The first lists the keys of each tile of pixels, from the labels alone. The next two
+Where keys are few enough for partial statistics (launch.chunks_of) and no residuals are asked for:
+four kernels; else the pixels are sorted by key (class_moments_sorted.py).
+
+The first lists the keys of each tile of pixels, from the labels alone. The next two
 read the features, each tile once: tiles of one key, summed in registers while the key repeats; and
 tiles of several, multiplied by a one-hot matrix of the tile's own keys, however many classes there
 are. A program owns a block of channels and a chunk of the tiles, and adds to partial statistics of
@@ -14,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, Pixels, as_pixels, programs, tile_of, without_spills
+from .class_moments_sorted import class_moments_sorted
+from .fold import fold
+from .launch import INTERPRETED, as_pixels, chunks_of, tile_of, without_spills
 from .tile_keys import tile_keys
 
 BLOCK_K = 16  # keys in one one-hot product
@@ -29,24 +34,12 @@ def _add_to(pointers, values, mask=None):
     tl.store(pointers, tl.load(pointers, mask=mask) + values, mask=mask)
 
 
-@triton.jit
-def _fold(x, LANES: tl.constexpr, PIXELS_CONTIGUOUS: tl.constexpr):
-    """The part of a sum over pixels that a thread makes alone: [BLOCK_D, BLOCK_P] to […, LANES]."""
-    BLOCK_D: tl.constexpr = x.shape[0]
-    PER_LANE: tl.constexpr = x.shape[1] // LANES
-    if PIXELS_CONTIGUOUS:
-        return tl.sum(tl.reshape(x, (BLOCK_D, LANES, PER_LANE)), 2)
-    else:
-        return tl.sum(tl.reshape(x, (BLOCK_D, PER_LANE, LANES)), 1)
-
-
 @triton.jit(do_not_specialize=TILE_COUNTS)
 def _one_key_kernel(
     features_ptr,  # [B, D, P] by strides
     tile_ptr,  # see tile_keys.py
     anchors_ptr,  # float32 [K, D] by strides
     sums_ptr,  # partials: float32 [chunks, num_keys, D]
-    residuals_ptr,  # the same
     sqdists_ptr,  # partials: float32 [chunks · blocks, num_keys]
     dim,
     pixels,
@@ -65,7 +58,6 @@ def _one_key_kernel(
     stride_anchors_d,
     HAS_SUMS: tl.constexpr,
     HAS_ANCHORS: tl.constexpr,
-    HAS_RESIDUALS: tl.constexpr,
     PIXELS_CONTIGUOUS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -80,7 +72,6 @@ def _one_key_kernel(
     i = tl.arange(0, BLOCK_P)
 
     sums_ptr += chunk.to(tl.int64) * num_keys * dim + d
-    residuals_ptr += chunk.to(tl.int64) * num_keys * dim + d
     sqdists_ptr += (chunk.to(tl.int64) * tl.num_programs(0) + block) * num_keys
     for start in range(0, num_keys, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -88,10 +79,6 @@ def _one_key_kernel(
         inside = (k < num_keys)[:, None] & channels[None, :]
         if HAS_SUMS:
             tl.store(sums_ptr[None, :] + rows, tl.zeros((BLOCK_K, BLOCK_D), tl.float32), inside)
-        if HAS_RESIDUALS:
-            tl.store(
-                residuals_ptr[None, :] + rows, tl.zeros((BLOCK_K, BLOCK_D), tl.float32), inside
-            )
         if HAS_ANCHORS:
             tl.store(sqdists_ptr + k, tl.zeros((BLOCK_K,), tl.float32), k < num_keys)
     tl.debug_barrier()
@@ -100,7 +87,6 @@ def _one_key_kernel(
     if HAS_ANCHORS:
         anchors_ptr += d.to(tl.int64) * stride_anchors_d
     sums = tl.zeros((BLOCK_D, LANES), tl.float32)
-    residuals = tl.zeros((BLOCK_D, LANES), tl.float32)
     sqdists = tl.zeros((BLOCK_D, LANES), tl.float32)
     anchor = tl.zeros((BLOCK_D,), tl.float32)
     current = -1  # the key that is being summed
@@ -128,25 +114,20 @@ def _one_key_kernel(
                     row = current.to(tl.int64) * dim
                     if HAS_SUMS:
                         _add_to(sums_ptr + row, tl.sum(sums, 1), channels)
-                    if HAS_RESIDUALS:
-                        _add_to(residuals_ptr + row, tl.sum(residuals, 1), channels)
                     if HAS_ANCHORS:
                         _add_to(sqdists_ptr + current, tl.sum(sqdists))
                     tl.debug_barrier()  # other threads may add to these places next time
                 current = key
                 sums = tl.zeros((BLOCK_D, LANES), tl.float32)
-                residuals = tl.zeros((BLOCK_D, LANES), tl.float32)
                 sqdists = tl.zeros((BLOCK_D, LANES), tl.float32)
                 if HAS_ANCHORS:
                     nearest = (key // groups % num_classes).to(tl.int64) * stride_anchors_k
                     anchor = tl.load(anchors_ptr + nearest, d < tl.where(key >= 0, dim, 0), 0.0)
             if HAS_SUMS:
-                sums += _fold(x, LANES, PIXELS_CONTIGUOUS)
+                sums += fold(x, LANES, PIXELS_CONTIGUOUS)
             if HAS_ANCHORS:
                 residual = x - anchor[:, None]
-                sqdists += _fold(residual * residual, LANES, PIXELS_CONTIGUOUS)
-                if HAS_RESIDUALS:
-                    residuals += _fold(residual, LANES, PIXELS_CONTIGUOUS)
+                sqdists += fold(residual * residual, LANES, PIXELS_CONTIGUOUS)
 
 
 @triton.jit
@@ -193,7 +174,6 @@ def _several_keys_kernel(
     local_ptr,
     anchors_ptr,  # float32 [K, D] by strides
     sums_ptr,  # partials: float32 [chunks, num_keys, D]
-    residuals_ptr,  # the same
     sqdists_ptr,  # partials: float32 [chunks · blocks, num_keys]
     dim,
     pixels,
@@ -212,7 +192,6 @@ def _several_keys_kernel(
     stride_anchors_d,
     HAS_SUMS: tl.constexpr,
     HAS_ANCHORS: tl.constexpr,
-    HAS_RESIDUALS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -224,7 +203,6 @@ def _several_keys_kernel(
     channels = d < dim
     i = tl.arange(0, BLOCK_P)
     sums_ptr += chunk.to(tl.int64) * num_keys * dim + d
-    residuals_ptr += chunk.to(tl.int64) * num_keys * dim + d
     sqdists_ptr += (chunk.to(tl.int64) * tl.num_programs(0) + block) * num_keys
     features_ptr += d.to(tl.int64)[:, None] * stride_features_d
     if HAS_ANCHORS:
@@ -269,9 +247,6 @@ def _several_keys_kernel(
                 if HAS_SUMS:
                     sums = _sums_by_rank(x, local, rank)
                     _add_to(sums_ptr[:, None] + rows, sums, mask)
-                if HAS_RESIDUALS:
-                    residuals = _sums_by_rank(residual, local, rank)
-                    _add_to(residuals_ptr[:, None] + rows, residuals, mask)
                 if HAS_ANCHORS:
                     member = local[:, None] == rank[None, :]
                     sqdists = tl.sum(tl.where(member, sqdist[:, None], 0.0), 0)
@@ -314,18 +289,6 @@ def _add_chunks(partials: Tensor, out: Tensor) -> None:
     )
 
 
-def _chunks(view: Pixels, itemsize: int, blocks: int, chunk_bytes: int) -> int:
-    """Into how many chunks the tiles are to be divided: enough programs to fill the device a few
-    times over, but partials of at most 1/32 of the features, or 1/8 where it would stay half empty.
-    """
-    feature_bytes = view.lines * view.dim * view.pixels * itemsize
-    full, half = triton.cdiv(programs(), blocks), triton.cdiv(programs(), 8 * blocks)
-    affordable = (
-        max(feature_bytes // 32, min(half * chunk_bytes, feature_bytes // 8)) // chunk_bytes
-    )
-    return max(1, min(full, affordable))
-
-
 def class_moments(
     features: Tensor,
     keys: Tensor,
@@ -349,16 +312,18 @@ def class_moments(
     if features.numel() == 0 or num_keys == 0:
         return sums.zero_(), sqdists.zero_(), residuals.zero_()
 
-    tile = tile_of(view, features.element_size(), small=with_residuals)
+    tile = tile_of(view, features.element_size())
     blocks = triton.cdiv(view.dim, tile.block_d)
     tiles_per_line = triton.cdiv(view.pixels, tile.block_p)
     tiles = view.lines * tiles_per_line
-    chunk_bytes = 4 * num_keys * (view.dim * (with_sums + with_residuals) + blocks * has_anchors)
-    chunks = _chunks(view, features.element_size(), blocks, max(chunk_bytes, 1))
+    chunk_bytes = 4 * num_keys * (view.dim * with_sums + blocks * has_anchors)
+    chunks = chunks_of(view, features.element_size(), tile, chunk_bytes)
+    if with_residuals or chunks == 0:
+        class_moments_sorted(features, view, keys, anchors, groups, sums, sqdists, residuals)
+        return sums, sqdists, residuals
     tiles_per_chunk = triton.cdiv(tiles, chunks)
     chunks = triton.cdiv(tiles, tiles_per_chunk)
     partial_sums = new(chunks, num_keys, view.dim) if with_sums else sums
-    partial_residuals = new(chunks, num_keys, view.dim) if with_residuals else residuals
     partial_sqdists = new(chunks * blocks, num_keys) if has_anchors else sqdists
 
     sizes = (
@@ -377,7 +342,6 @@ def class_moments(
     flags = {
         "HAS_SUMS": with_sums,
         "HAS_ANCHORS": has_anchors,
-        "HAS_RESIDUALS": with_residuals,
         "BLOCK_D": tile.block_d,
         "BLOCK_P": tile.block_p,
         "BLOCK_K": BLOCK_K,
@@ -390,7 +354,6 @@ def class_moments(
         tile_summaries,
         anchors,
         partial_sums,
-        partial_residuals,
         partial_sqdists,
         *sizes,
         PIXELS_CONTIGUOUS=view.stride_p == 1,
@@ -405,15 +368,12 @@ def class_moments(
         local,
         anchors,
         partial_sums,
-        partial_residuals,
         partial_sqdists,
         *sizes,
         **(flags | without_spills() | {"num_warps": tile.several_keys_warps}),
     )
     if with_sums:
         _add_chunks(partial_sums, sums)
-    if with_residuals:
-        _add_chunks(partial_residuals, residuals)
     if has_anchors:
         _add_chunks(partial_sqdists, sqdists)
     return sums, sqdists, residuals

@@ -30,6 +30,16 @@ class Pixels(NamedTuple):
     def strides(self) -> tuple[int, int, int, int]:
         return self.stride_b, self.stride_h, self.stride_d, self.stride_p
 
+    @property
+    def channels_contiguous(self) -> bool:
+        return self.stride_d == 1 and self.stride_p != 1
+
+    @property
+    def rows_aligned(self) -> bool:
+        """Whether channels are contiguous and every pixel's begin at a multiple of 16 elements."""
+        strides = self.stride_b, self.stride_h, self.stride_p
+        return self.channels_contiguous and all(stride % 16 == 0 for stride in strides)
+
 
 def _rows_follow_each_other(size: Sequence[int], stride: Sequence[int]) -> bool:
     height, width = size[2:]
@@ -71,18 +81,27 @@ _TILES = {
     (True, 2): Tile(64, 128, 16, 4, 4),
     (True, 4): Tile(32, 128, 16, 4, 4),
 }
-# Where a thread's registers are short: elements loaded one by one, danchors, GPUs not listed below.
+# Where a thread's registers are short: elements loaded one by one, GPUs not listed below.
 _SMALL_TILES = {
     (False, 2): Tile(32, 128, 16, 8, 8),
     (False, 4): Tile(16, 128, 32, 8, 8),
     (True, 2): Tile(32, 128, 64, 8, 8),
     (True, 4): Tile(16, 128, 64, 8, 8),
 }
+# BLOCK_D, BLOCK_P and LANES for pixels sorted by key and one warp: 4 KB. Rows of 512 bytes where
+# channels are contiguous; else two pixels to a lane, for a key has often fewer than 64.
+_SORTED_TILES = {
+    (False, 2): (32, 64, 32),
+    (False, 4): (16, 64, 32),
+    (True, 2): (256, 8, 1),
+    (True, 4): (128, 8, 1),
+}
 _TILES_BY_ARCH = {"sm_80": _TILES, "sm_90": _TILES, "sm_100": _TILES}
 
 # Programs that fill the device a few times over, so that uneven tiles even out.
-_PROGRAMS = {"sm_80": 1536, "sm_90": 2048, "sm_100": 2304}
+_PROGRAMS = {"sm_80": 1536, "sm_90": 2048, "sm_100": 2304, "interpreter": 16}
 _PROGRAMS_ELSEWHERE = 2048
+PARTIALS_IN_CACHE = 16 * 2**20  # bytes
 
 
 def architecture() -> str:
@@ -92,16 +111,47 @@ def architecture() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-def tile_of(view: Pixels, itemsize: int, small: bool = False) -> Tile:
-    channels_contiguous = view.stride_d == 1 and view.stride_p != 1
-    small |= any(stride > 1 and stride * itemsize % 16 > 0 for stride in view.strides)
+def tile_of(view: Pixels, itemsize: int) -> Tile:
+    small = any(stride > 1 and stride * itemsize % 16 > 0 for stride in view.strides)
     table = _SMALL_TILES if small else _TILES_BY_ARCH.get(architecture(), _SMALL_TILES)
-    tile = table[channels_contiguous, itemsize]
+    tile = table[view.channels_contiguous, itemsize]
     return tile._replace(block_d=min(tile.block_d, max(triton.next_power_of_2(view.dim), 16)))
 
 
 def programs() -> int:
     return _PROGRAMS.get(architecture(), _PROGRAMS_ELSEWHERE)
+
+
+def chunks_of(view: Pixels, itemsize: int, tile: Tile, chunk_bytes: int) -> int:
+    """Into how many chunks the tiles are divided; 0 if their pixels are rather to be sorted.
+
+    A chunk has chunk_bytes of partial statistics of all keys. As many chunks as fill the device a
+    few times over, while the partials are at most 1/32 of the features; at least as many as fill
+    half of it (or a chunk for each tile), if then they are at most 1/8 of the features, or stay in
+    a second-level cache.
+    """
+    blocks = triton.cdiv(view.dim, tile.block_d)
+    tiles = view.lines * triton.cdiv(view.pixels, tile.block_p)
+    feature_bytes = view.lines * view.dim * view.pixels * itemsize
+    full = min(triton.cdiv(programs(), blocks), tiles)
+    half = min(triton.cdiv(programs(), 8 * blocks), tiles)
+    if half * chunk_bytes > max(feature_bytes // 8, PARTIALS_IN_CACHE):
+        return 0
+    return max(half, min(full, feature_bytes // 32 // max(chunk_bytes, 1)))
+
+
+def sorted_tile_of(view: Pixels, itemsize: int) -> tuple[int, int, int]:
+    """BLOCK_D, BLOCK_P and LANES of a program of one warp."""
+    block_d, block_p, lanes = _SORTED_TILES[view.channels_contiguous, itemsize]
+    return min(block_d, max(triton.next_power_of_2(view.dim), 16)), block_p, lanes
+
+
+def pixels_per_range(pixels: int, blocks: int) -> int:
+    """Of pixels sorted by key: enough ranges to fill the device a few times over with programs of
+    one warp. The rows of keys that go on in other ranges are at most 1/16 of the features.
+    """
+    wanted = triton.cdiv(pixels * blocks, 8 * programs())
+    return min(max(triton.cdiv(wanted, 128), 1), 8) * 128
 
 
 def without_spills() -> dict[str, int]:

@@ -3,6 +3,7 @@ at most twice that of the reference in float32, plus four roundings of a term.""
 
 import pytest
 import torch
+from emulator import BACKEND
 
 import anchorops as ao
 
@@ -97,8 +98,8 @@ def test_offsets_are_64_bit():
     far = torch.empty(2**32, dtype=FP16).as_strided((2, 2, 4), (2, 1, 2**30))
     near = far.copy_(torch.randn(far.shape)).clone()
     arguments = None, None, None, 0.5, "sum"
-    forward = torch.ops.anchorops.centroid_info_nce.triton
-    backward = torch.ops.anchorops.centroid_info_nce_backward.triton
+    forward = getattr(torch.ops.anchorops.centroid_info_nce, BACKEND)
+    backward = getattr(torch.ops.anchorops.centroid_info_nce_backward, BACKEND)
     results = []
     for queries, keys in (far, near):
         loss, *saved = forward(queries, keys, *arguments)
@@ -119,10 +120,12 @@ def test_operators_are_registered_as_torch_expects():
     queries, keys, positives = torch.randn(3, 6, 5)
     present = torch.rand(6) < 0.7
     inputs = (queries.requires_grad_(), keys, positives, present, None, 0.1, "mean")
-    torch.library.opcheck(operators.centroid_info_nce.triton, inputs)
-    _, *saved = operators.centroid_info_nce.triton(*inputs)
+    torch.library.opcheck(getattr(operators.centroid_info_nce, BACKEND), inputs)
+    _, *saved = getattr(operators.centroid_info_nce, BACKEND)(*inputs)
     saved = [queries.detach(), keys, positives, present, None, *saved, 0.1]
-    torch.library.opcheck(operators.centroid_info_nce_backward.triton, (torch.tensor(1.0), *saved))
+    torch.library.opcheck(
+        getattr(operators.centroid_info_nce_backward, BACKEND), (torch.tensor(1.0), *saved)
+    )
 
 
 def test_second_derivatives_raise():

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from emulator import BACKEND
 
 from anchorops import labels as label_pass
 from anchorops import reference
@@ -16,7 +17,7 @@ def check(labels, size, num_classes, per_image=False, ignore_index=255):
         num_classes,
         per_image=per_image,
         ignore_index=ignore_index,
-        backend="triton",
+        backend=BACKEND,
     )
     assert keys.dtype == torch.int32 and counts.dtype == torch.int64
     assert torch.equal(keys.long(), expected[0]) and torch.equal(counts, expected[1])
@@ -65,6 +66,25 @@ def test_empty():
     check(torch.full((2, 5), 255), (2, 3, 5), 4)
 
 
+@pytest.mark.skipif(BACKEND != "triton", reason="Triton alone sorts pixels by key")
+def test_few_keys_take_partials_and_many_are_sorted(monkeypatch):
+    from anchorops.kernels import launch
+
+    monkeypatch.setattr(launch, "architecture", lambda: "sm_90")
+
+    def chunks(num_keys, *size):
+        (view,) = launch.as_pixels(size, torch.empty(size, device="meta").stride())
+        return launch.chunks_of(view, 2, launch.tile_of(view, 2), 4 * num_keys * size[1])
+
+    for num_keys in (2, 19, 150, 171 * 4):
+        assert 22 <= chunks(num_keys, 8, 720, 128, 256) <= 171  # half of the device to all of it
+    for num_keys in (8 * 150, 2048, 16_384):
+        assert chunks(num_keys, 8, 720, 128, 256) == 0
+    assert chunks(19, 300, 64) == 3  # as many as there are tiles
+    assert chunks(16_384, 300, 768) == 0
+
+
+@pytest.mark.skipif(BACKEND != "triton", reason="Triton alone lists the keys of tiles")
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("num_keys", [1, 3, 2**31 - 1])
 def test_keys_of_a_tile(num_keys, ignored):

@@ -34,3 +34,18 @@ def sorted_by_numpy(monkeypatch):
         return tl.tensor(TensorHandle(np.sort(x.handle.data), x.handle.dtype), x.type)
 
     monkeypatch.setattr(tl, "sort", sort)
+
+
+@pytest.fixture(params=["tiles", "sorted"])
+def path(request, monkeypatch):
+    """Triton sums tiles of pixels, or pixels sorted by key: it goes this way, whatever the shapes.
+    Gives the kind of anchors to take: with learnable ones the pixels are always sorted."""
+    if BACKEND != "triton":
+        if request.param == "sorted":
+            pytest.skip("Triton alone sorts pixels by key")
+        return "learnable"
+    from anchorops.kernels import class_moments, launch
+
+    chunks_of = {"tiles": lambda *args: max(1, launch.chunks_of(*args)), "sorted": lambda *args: 0}
+    monkeypatch.setattr(class_moments, "chunks_of", chunks_of[request.param])
+    return {"tiles": "fixed", "sorted": "learnable"}[request.param]
