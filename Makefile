@@ -3,10 +3,11 @@ BIN := .venv/bin
 SOURCES := $(shell find csrc -type f)
 CPP := $(shell find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 DEMO ?= demo
+ROWS ?= build/bench/cpu.json
 # versions of torch that must load what `make setup` compiled
 ABI_TORCHES ?= 2.10 2.11 2.13
 
-.PHONY: setup test demo bench kernels-report lint format check-abi clean
+.PHONY: setup test demo bench kernels-report cuda-report lint format check-abi clean
 
 setup: .venv/installed
 
@@ -24,11 +25,16 @@ test: setup
 demo: setup
 	$(BIN)/python -m anchorops.train $(DEMO)
 
+# `make bench ROWS=bench/results/cpu.json` replaces the committed rows and plots
 bench: setup
-	$(BIN)/pytest bench --benchmark-only
+	$(BIN)/pytest bench -q --rows $(ROWS)
+	$(BIN)/python bench/plot.py $(ROWS)
 
 kernels-report: setup
 	$(BIN)/python bench/kernels_report.py
+
+cuda-report: setup
+	$(BIN)/python bench/cuda_report.py
 
 lint: setup
 	$(BIN)/ruff check

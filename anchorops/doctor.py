@@ -1,5 +1,9 @@
-"""anchorops-doctor: what anchorops can use on this machine, why not the rest, and how to get it."""
+"""anchorops-doctor: what anchorops can use on this machine, why not the rest, and how to get it.
 
+`anchorops-doctor --benchmark` also checks and times a few calls on each backend, within a minute.
+"""
+
+import argparse
 import importlib
 import os
 import platform
@@ -7,11 +11,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
-from ._backend import backends
+from ._backend import TRITON_INTERPRETED, backends, use_backend
+from ._measure import bandwidth, example_labels, measure, moments_bytes, package_version
+from .ops.centroid_info_nce import centroid_info_nce
+from .ops.class_moments import class_moments, pixel_to_anchor_mse
 
 REMEDIES = {
     "cuda": "an NVIDIA GPU, a CUDA build of torch, nvcc of the same CUDA major version; then "
@@ -20,13 +28,6 @@ REMEDIES = {
     "cpu": "a C++20 compiler and Python's headers (Debian, Ubuntu: apt install g++ python3-dev); "
     "then reinstall",
 }
-
-
-def _package(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _tool(command: list[str], line: int) -> str:
@@ -69,18 +70,106 @@ def _machine() -> dict[str, list[str]]:
     nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     cuda = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return {
-        "anchorops": [f"{_package('anchorops')} ({os.path.dirname(__file__)})"],
+        "anchorops": [f"{package_version('anchorops')} ({os.path.dirname(__file__)})"],
         "extension": _extension(),
         "Python": [f"{platform.python_version()} ({sys.executable})"],
         "torch": [f"{torch.__version__}, {cuda}"],
-        "triton": [_package("triton")],
+        "triton": [package_version("triton")],
         "GPU": [_gpus()],
         "compiler": [_tool(shlex.split(compiler), 0)],
         "nvcc": [_tool([nvcc], 3)],
     }
 
 
-def main() -> int:
+CPU_SIZE, GPU_SIZE = (1, 256, 128, 256), (4, 512, 128, 256)
+Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # of features, labels, anchors
+
+
+def _moments(features: Tensor, labels: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
+    _, sums, sqdists = class_moments(
+        features, labels, len(anchors), anchors=anchors, ignore_index=-1
+    )
+    assert sqdists is not None
+    return sums, sqdists
+
+
+def _gradient(features: Tensor, labels: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
+    features = features.detach().requires_grad_()
+    outputs = _moments(features, labels, anchors)
+    return torch.autograd.grad(outputs, features, [torch.ones_like(x) for x in outputs])
+
+
+CALLS: dict[str, Call] = {
+    "class moments": lambda f, y, a: class_moments(f, y, len(a), ignore_index=-1)[1:2],
+    "with anchors": _moments,
+    "with anchors, training": _gradient,
+    "pixel-to-anchor MSE": lambda f, y, a: (pixel_to_anchor_mse(f, y, a, ignore_index=-1),),
+    "centroid InfoNCE": lambda f, y, a: (centroid_info_nce(a, a.flip(1), reduction="sum"),),
+}
+
+
+def _bytes(name: str, features: Tensor, num_classes: int) -> int:
+    if name == "centroid InfoNCE":
+        return 8 * num_classes * features.shape[1]
+    training = "forward + backward" if name.endswith("training") else "forward"
+    sums, sqdists = name != "pixel-to-anchor MSE", name != "class moments"
+    return moments_bytes(features, num_classes, training, sums=sums, sqdists=sqdists)
+
+
+def _benchmark() -> bool:
+    """Prints errors and times of every fused backend that is usable; True where all were right."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    on_device = ("cuda", "triton") if cuda else ("cpu",)
+    usable = [name for name in on_device if backends()[name] is None and not TRITON_INTERPRETED]
+    size, dtype = (GPU_SIZE, torch.bfloat16) if cuda else (CPU_SIZE, torch.float32)
+    torch.manual_seed(0)
+    features = torch.randn(size, device=device).to(dtype)
+    speeds = bandwidth(features)
+    print(f"\n{device.type}, features {' × '.join(map(str, size))}, 19 classes, {dtype}")
+    print(f"copy {speeds['copy_gbps']:.0f} GB/s, read {speeds['read_gbps']:.0f} GB/s")
+    print(
+        f"{'backend':<10}{'call':<24}{'labels':<10}{'error':>8}{'ms':>9}{'GB/s':>8}{'of copy':>9}"
+    )
+    right = True
+    anchors = torch.randn(19, size[1], device=device) / size[1] ** 0.25
+    for kind in ("coherent", "random"):
+        labels = example_labels((size[0], *size[2:]), 19, kind).to(device)
+        for name, call in CALLS.items():
+            if name == "centroid InfoNCE" and kind == "random":  # it takes no labels
+                continue
+            with use_backend("reference"):
+                exact = call(features, labels, anchors)
+            for backend in usable or ["reference"]:
+                with use_backend(backend):
+                    error = max(map(_error, call(features, labels, anchors), exact))
+                    counted = _bytes(name, features, 19)
+                    measured, _ = measure(
+                        lambda call=call, labels=labels: call(features, labels, anchors),
+                        counted,
+                        device,
+                        beside=None if name == "centroid InfoNCE" else features,
+                    )
+                # float32 sums; a gradient in bfloat16 may be rounded the other way
+                tolerance = 1e-2 if name.endswith("training") and dtype != torch.float32 else 1e-4
+                right &= error <= tolerance
+                share = "" if measured.copy_share is None else f"{measured.copy_share:.0%}"
+                print(
+                    f"{backend:<10}{name:<24}{kind:<10}{error:>8.0e}{measured.median * 1e3:>9.3f}"
+                    f"{measured.gbps:>8.1f}{share:>9}{'' if error <= tolerance else '  WRONG'}"
+                )
+    return right
+
+
+def _error(ours: Tensor, exact: Tensor) -> float:
+    """‖ours − exact‖ / ‖exact‖."""
+    return float((ours.float() - exact.float()).norm() / exact.float().norm())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="anchorops-doctor", description=__doc__)
+    parser.add_argument("--benchmark", action="store_true", help="check and time, within a minute")
+    options = parser.parse_args(arguments)
     for name, lines in _machine().items():
         for i, line in enumerate(lines):
             print(f"{'' if i else name:<11}{line}")
@@ -90,7 +179,9 @@ def main() -> int:
         print(f"{name:<11}{f'no: {reason}' if reason else 'yes'}")
         if reason:
             print(f"{'':<11}needs {REMEDIES[name]}")
-    return 0 if any(not why for name, why in reasons.items() if name != "reference") else 1
+    right = _benchmark() if options.benchmark else True
+    fused = any(not why for name, why in reasons.items() if name != "reference")
+    return 0 if fused and right else 1
 
 
 if __name__ == "__main__":

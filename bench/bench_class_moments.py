@@ -1,75 +1,236 @@
-"""Class moments with anchors, against the formulas people write by hand.
-
-    pytest bench --benchmark-only -k cpu
+"""Class moments and what is built on them, against the formulas people write by hand.
 
 Bytes are those of the byte model: forward reads the features once; forward and backward together
-read them twice and write their gradient once.
+read them twice and write their gradient once, and where no squared distance is asked for read them
+once and write once.
 """
 
-import pytest
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import rivals
 import torch
-from cases import HRNET, RIVALS, Shape
-from measure import peak_extra_bytes, read_ratio
+from cases import (
+    COCO,
+    HRNET,
+    IMAGENET,
+    MANY,
+    OCRNET,
+    POINTS,
+    SEGFORMER,
+    Case,
+    Inputs,
+    backends,
+    grid,
+)
 from torch import Tensor
 
 import anchorops as ao
+from anchorops import reference
+from anchorops._measure import label_bytes, moments_bytes
+from anchorops.labels import class_keys
 
-ROUNDS = {"anchorops": 15, "compiled index_add": 7, "compiled one_hot": 7}
+BOTH = "class moments with anchors"
+SUMS = "class moments"
+GROUPS = "class moments in 4 groups"
+CENTROIDS = "class centroids"
+MSE = "pixel-to-anchor MSE"
+LABELS = "label pass"
+FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward + backward"
+
+QUICK = [
+    Case(BOTH, FORWARD, HRNET, compiled=True),
+    Case(BOTH, BACKWARD, HRNET),
+    Case(BOTH, TRAINING, HRNET, compiled=True),
+    Case(SUMS, FORWARD, HRNET),
+    Case(SUMS, TRAINING, HRNET),
+    Case(MSE, FORWARD, HRNET),
+    Case(MSE, TRAINING, HRNET, compiled=True),
+    Case(BOTH, FORWARD, HRNET, labels="random"),
+    Case(BOTH, TRAINING, HRNET, labels="random"),
+    Case(BOTH, TRAINING, HRNET, "bf16"),
+    Case(BOTH, TRAINING, HRNET, "fp32"),
+    Case(CENTROIDS, TRAINING, OCRNET),
+    Case(GROUPS, TRAINING, OCRNET),
+    Case(BOTH, TRAINING, SEGFORMER, compiled=True),
+    Case(BOTH, TRAINING, POINTS, labels="random"),
+    Case(BOTH, TRAINING, IMAGENET, labels="random"),
+    Case(BOTH, TRAINING, MANY),
+]
+FULL = [
+    Case(operation, direction, shape, dtype, labels)
+    for shape in (HRNET, SEGFORMER)
+    for dtype in ("bf16", "fp32")
+    for labels in ("coherent", "random")
+    for operation in (BOTH, SUMS, MSE, GROUPS)
+    for direction in (FORWARD, TRAINING)
+] + [
+    Case(BOTH, direction, shape, dtype, labels)
+    for shape in (OCRNET, COCO, POINTS, IMAGENET, MANY)
+    for dtype in ("bf16", "fp32")
+    for labels in ("coherent", "random")
+    for direction in (FORWARD, TRAINING)
+]
+
+Formula = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
-def ours(features: Tensor, labels: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-    _, sums, sqdists = ao.class_moments(features, labels, len(anchors), anchors=anchors)
-    assert sqdists is not None
-    return sums, sqdists
+def outputs(operation: str, moments: Callable[..., reference.ClassMoments]) -> Formula:
+    """What the operation gives of (features, labels, anchors), by one way to take moments."""
+
+    def formula(features: Tensor, labels: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
+        options = {
+            BOTH: {"anchors": anchors},
+            GROUPS: {"groups": 4, "seed": 0},
+        }.get(operation, {})
+        counts, sums, sqdists = moments(features, labels, len(anchors), ignore_index=-1, **options)
+        if operation == CENTROIDS:
+            return (sums / counts.clamp(min=1)[:, None],)
+        return (sums,) if sqdists is None else (sums, sqdists)
+
+    return formula
 
 
-FORMULAS = {"anchorops": ours, **RIVALS}
+def ours(operation: str) -> Formula:
+    if operation == MSE:
+        return lambda f, y, a: (ao.pixel_to_anchor_mse(f, y, a, ignore_index=-1),)
+    if operation == CENTROIDS:
+        return lambda f, y, a: ao.class_centroids(f, y, len(a), ignore_index=-1)[:1]
+    return outputs(operation, ao.class_moments)
 
 
-@pytest.fixture(scope="module", params=["coherent", "random"])
-def inputs(request) -> tuple[Shape, str, Tensor, Tensor, Tensor]:
-    kind = request.param
-    return HRNET, kind, HRNET.features(), HRNET.labels(kind), HRNET.anchors()
-
-
-def measure(benchmark, case: str, name: str, run, features: Tensor, passes: int) -> None:
-    features_bytes = features.numel() * features.element_size()
-    benchmark.pedantic(run, rounds=ROUNDS.get(name, 3), warmup_rounds=1)
-    benchmark.extra_info |= {"case": case, "name": name, "feature_bytes": features_bytes}
-    if name == "anchorops":
-        benchmark.extra_info |= {
-            "bytes": passes * features_bytes,
-            "read_share": passes * read_ratio(run, lambda: features.detach().sum()),
-            "extra_bytes": peak_extra_bytes(run) - (features_bytes if passes == 3 else 0),
+def rival_formulas(case: Case) -> dict[str, Formula]:
+    if case.operation == MSE:
+        formulas: dict[str, Formula] = {
+            "gather + mse": lambda f, y, a: (rivals.gather_mse(f, y, a),),
+            "class loop": lambda f, y, a: (rivals.loop_mse(f, y, a),),
         }
+        compiled = ["gather + mse"]
+    else:
+        formulas = {
+            name: outputs(case.operation, partial(rivals.class_moments, rival))
+            for name, rival in rivals.FORMULAS.items()
+            if name not in rivals.ABSENT
+        }
+        compiled = ["index_add", "one_hot bmm"]
+    # The loop's backward writes the gradient of all rows for each class.
+    if case.shape.num_classes > 512 or case.direction == BACKWARD:
+        del formulas["class loop"]
+    if case.compiled:
+        for name in compiled:
+            formulas[f"compiled {name}"] = torch.compile(formulas[name], dynamic=False)
+    return formulas
 
 
-@pytest.mark.parametrize("name", FORMULAS)
-def test_forward_cpu(benchmark, inputs, name):
-    shape, kind, features, labels, anchors = inputs
-    formula = FORMULAS[name]
-    for ours_, theirs in zip(ours(*inputs[2:]), formula(*inputs[2:]), strict=True):
-        torch.testing.assert_close(ours_, theirs, rtol=1e-3, atol=1e-1)
-    case = f"class moments with anchors, forward, {shape.name}, {kind} labels"
-    measure(benchmark, case, name, lambda: formula(features, labels, anchors), features, 1)
+def names(case: Case, device: torch.device) -> list[str]:
+    return [*backends(device), *rival_formulas(case)]
 
 
-def test_forward_sums_cpu(benchmark, inputs):
-    shape, kind, features, labels, _ = inputs
-    case = f"class moments without anchors, forward, {shape.name}, {kind} labels"
-    run = lambda: ao.class_moments(features, labels, shape.num_classes)  # noqa: E731
-    measure(benchmark, case, "anchorops", run, features, 1)
+@lru_cache(1)  # cases on the same inputs follow each other
+def make_inputs(*args) -> Inputs:
+    return Inputs(*args)
 
 
-@pytest.mark.parametrize("name", FORMULAS)
-def test_forward_backward_cpu(benchmark, inputs, name):
-    shape, kind, features, labels, anchors = inputs
-    features = features.detach().requires_grad_()
-    weights = torch.randn_like(anchors), torch.rand(len(anchors))
+def upstream(operation: str, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The gradients that arrive at the operation's outputs."""
+    if operation == MSE:
+        return (torch.ones((), device=inputs.device),)
+    if operation == GROUPS:
+        return (inputs.dsums[:, None].expand(-1, 4, -1),)
+    return (inputs.dsums, inputs.dsqdists)[: 1 + (operation == BOTH)]
 
-    def gradient(formula) -> Tensor:
-        return torch.autograd.grad(formula(features, labels, anchors), features, weights)[0]
 
-    torch.testing.assert_close(gradient(ours), gradient(FORMULAS[name]), rtol=1e-3, atol=1e-3)
-    case = f"class moments with anchors, forward and backward, {shape.name}, {kind} labels"
-    measure(benchmark, case, name, lambda: gradient(FORMULAS[name]), features, 3)
+@lru_cache(1)
+def exact_outputs(operation: str, inputs: Inputs) -> list[Tensor]:
+    counts, sums, sqdists = inputs.exact
+    assert sqdists is not None
+    if operation == MSE:
+        return [sqdists.sum() / (counts.sum() * inputs.anchors.shape[1])]
+    if operation == CENTROIDS:
+        return [sums / counts.clamp(min=1)[:, None]]
+    if operation == GROUPS:
+        moments = reference.class_moments(
+            inputs.features.double(), inputs.labels, len(counts), groups=4, seed=0, ignore_index=-1
+        )
+        return [moments.sums]
+    return [sums, sqdists][: 1 + (operation == BOTH)]
+
+
+@lru_cache(1)
+def exact_gradient(operation: str, inputs: Inputs) -> list[Tensor]:
+    counts = inputs.exact.counts
+    if operation == MSE:
+        scale = 1 / (counts.sum() * inputs.anchors.shape[1])
+        return [inputs.exact_gradient(None, scale.float().expand(len(counts)))]
+    if operation == CENTROIDS:
+        return [inputs.exact_gradient(inputs.dsums / counts.clamp(min=1)[:, None], None)]
+    return [inputs.exact_gradient(inputs.dsums, inputs.dsqdists if operation == BOTH else None)]
+
+
+def compare(bench, case: Case, name: str) -> None:
+    """Check one implementation on one case, then record its time, bytes and memory."""
+    shape = case.shape.on(bench.device, bench.tiny)
+    inputs = make_inputs(shape, case.dtype, case.labels, bench.device)
+    features, labels, anchors = inputs.features.detach(), inputs.labels, inputs.anchors
+    formula = ours(case.operation) if name in backends(bench.device) else rival_formulas(case)[name]
+    gradients = upstream(case.operation, inputs)
+
+    def forward() -> tuple[Tensor, ...]:
+        return formula(features, labels, anchors)
+
+    def training() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(), features, gradients)
+
+    with bench.backend(name):
+        features.requires_grad_(case.direction != FORWARD)
+        run = forward if case.direction == FORWARD else training
+        if case.direction == BACKWARD:
+            made = forward()
+            run = lambda: torch.autograd.grad(made, features, gradients, retain_graph=True)  # noqa: E731
+        exact = exact_outputs if case.direction == FORWARD else exact_gradient
+        bench.check(run(), exact(case.operation, inputs), case.dtype)
+        num_keys = shape.num_classes * (4 if case.operation == GROUPS else 1)
+        counted = moments_bytes(
+            features,
+            num_keys,
+            case.direction,
+            sums=case.operation != MSE,
+            sqdists=case.operation in (BOTH, MSE),
+        )
+        bench.record(run, case._replace(shape=shape), name, counted, beside=features)
+
+
+@grid(QUICK, FULL, names)
+def test_class_moments(bench, case: Case, name: str):
+    compare(bench, case, name)
+
+
+def label_names(case: Case, device: torch.device) -> list[str]:
+    own = [*backends(device), "interpolate + scatter_add"]
+    return own + [f"{name}, CUDA graph" for name in own if device.type == "cuda"]
+
+
+@grid(
+    [Case(LABELS, FORWARD, HRNET, "fp32", labels) for labels in ("coherent", "random")],
+    [Case(LABELS, FORWARD, shape, "fp32") for shape in (SEGFORMER, POINTS, MANY)],
+    label_names,
+)
+def test_label_pass(bench, case: Case, name: str):
+    shape = case.shape.on(bench.device, bench.tiny)
+    inputs = make_inputs(shape, case.dtype, case.labels, bench.device)
+    features, labels, num_classes = inputs.features, inputs.labels, shape.num_classes
+    implementation = name.removesuffix(", CUDA graph")
+    backend = backends(bench.device).get(implementation)
+
+    def run() -> tuple[Tensor, Tensor]:
+        if backend in (None, "reference"):
+            keys = rivals.class_keys(labels, features, num_classes)
+            return keys, rivals.class_counts(keys, num_classes)
+        return class_keys(labels, features, num_classes, ignore_index=-1, backend=backend)
+
+    keys, counts = run()
+    exact, exact_counts = reference.class_keys(labels, features, num_classes, False, -1)
+    assert torch.equal(torch.where(keys < num_classes, keys, -1).long(), exact)
+    assert torch.equal(counts, exact_counts)
+    counted = label_bytes(exact.numel(), num_classes)
+    bench.record(run, case._replace(shape=shape), name, counted)

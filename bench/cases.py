@@ -1,97 +1,138 @@
-"""What is measured: shapes, labels, and the rivals, each the best that people write by hand."""
+"""What is measured: shapes, labels, dtypes, and the exact answers that every formula must give."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-Moments = tuple[Tensor, Tensor]  # sums [K, D], sqdists [K]
+import anchorops as ao
+from anchorops import reference
+from anchorops._backend import TRITON_INTERPRETED
+from anchorops._measure import example_labels
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Shape(NamedTuple):
-    """A feature map (B, D, H, W) with K classes; labels come at four times the size."""
+    """A feature map (B, D, H, W) or points (N, D), with K classes. On CPU the batch is smaller."""
 
     name: str
-    batch: int
-    dim: int
-    height: int
-    width: int
+    size: tuple[int, ...]
     num_classes: int
+    cpu_batch: int = 2
 
-    def features(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        torch.manual_seed(0)
-        return torch.randn(self.batch, self.dim, self.height, self.width, dtype=dtype)
+    def on(self, device: torch.device, tiny: bool = False) -> "Shape":
+        size = list(self.size)
+        if device.type == "cpu":
+            size[0] = min(self.cpu_batch, size[0])
+        if tiny:
+            largest = (2, 24, 8, 12) if len(size) == 4 else (500, 24)
+            size = [min(pair) for pair in zip(size, largest, strict=True)]
+        return self._replace(size=tuple(size))
 
-    def labels(self, kind: str) -> Tensor:
-        """ "coherent": rectangles of 37×24 pixels of the features, at odd offsets; "random": each
-        pixel drawn alone. One in K + 1 is ignored (255)."""
-        generator = torch.Generator().manual_seed(1)
-        size = (self.batch, self.height, self.width)
-        if kind == "random":
-            labels = torch.randint(self.num_classes + 1, size, generator=generator)
-        else:
-            coarse = (self.batch, self.height // 24 + 2, self.width // 37 + 2)
-            labels = torch.randint(self.num_classes + 1, coarse, generator=generator)
-            labels = labels.repeat_interleave(24, 1).repeat_interleave(37, 2)
-            labels = labels[:, 5 : 5 + self.height, 11 : 11 + self.width]
-        labels = torch.where(labels == self.num_classes, 255, labels)
-        return labels.repeat_interleave(4, 1).repeat_interleave(4, 2).contiguous()
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        return (self.size[0], *self.size[2:])
 
-    def anchors(self) -> Tensor:
-        return torch.randn(self.num_classes, self.dim, generator=torch.Generator().manual_seed(2))
+    @property
+    def description(self) -> str:
+        axes = "BDHW" if len(self.size) == 4 else "ND"
+        sizes = " ".join(f"{axis}{size:,}" for axis, size in zip(axes, self.size, strict=True))
+        return f"{self.name}: {sizes} K{self.num_classes:,}"
 
 
-HRNET = Shape("HRNet B2 D720 128x256 K19", 2, 720, 128, 256, 19)
+HRNET = Shape("HRNet-W48, Cityscapes", (8, 720, 128, 256), 19)
+OCRNET = Shape("OCRNet, Cityscapes", (8, 512, 128, 256), 19)
+SEGFORMER = Shape("SegFormer-B5, ADE20K", (16, 768, 128, 128), 150)
+COCO = Shape("SegFormer-B5, COCO-Stuff", (16, 768, 128, 128), 171)
+POINTS = Shape("points, ScanNet200", (1_000_000, 96), 200, cpu_batch=100_000)
+IMAGENET = Shape("images, ImageNet", (1024, 2048), 1000, cpu_batch=1024)
+MANY = Shape("1,200 classes", (8, 512, 128, 128), 1200, cpu_batch=1)
 
 
-def _rows(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    labels = F.interpolate(labels[:, None].float(), features.shape[2:], mode="nearest").long()
-    labels = torch.where(labels < num_classes, labels, num_classes).flatten()
-    return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1]), labels
+class Case(NamedTuple):
+    """One comparison: every implementation does the same on the same inputs."""
+
+    operation: str
+    direction: str
+    shape: Shape
+    dtype: str = ""  # float32 on CPU, bfloat16 on GPU
+    labels: str = "coherent"
+    compiled: bool = False  # torch.compile of the rivals too, which takes some 10 s each
+
+    def __str__(self) -> str:
+        parts = (self.operation, self.direction, self.shape.name, self.dtype, self.labels)
+        return ", ".join(parts)
 
 
-def index_add(features: Tensor, labels: Tensor, anchors: Tensor) -> Moments:
-    """Rows by permute, sums by index_add_, anchors by gather: the usual formula."""
-    num_classes, dim = anchors.shape
-    rows, labels = _rows(features, labels, num_classes)
-    sums = rows.new_zeros(num_classes + 1, dim).index_add(0, labels, rows)
-    nearest = torch.cat([anchors, anchors.new_zeros(1, dim)])[labels]
-    squares = (rows - nearest).square().sum(1)
-    sqdists = rows.new_zeros(num_classes + 1).index_add(0, labels, squares)
-    return sums[:-1], sqdists[:-1]
+def grid(quick: list[Case], full: list[Case], names: Callable[[Case, torch.device], list[str]]):
+    """Parametrises a test by case and by the name of an implementation; conftest.py does it."""
+
+    def decorate(test: Callable) -> Callable:
+        test.grid = quick, full, names
+        return test
+
+    return decorate
 
 
-def one_hot(features: Tensor, labels: Tensor, anchors: Tensor) -> Moments:
-    """One-hot matmul for the sums; the squared distances of all classes by the expanded square,
-    which is fast and loses accuracy where anchors are far."""
-    num_classes = anchors.shape[0]
-    labels = F.interpolate(labels[:, None].float(), features.shape[2:], mode="nearest").long()
-    labels = torch.where(labels < num_classes, labels, num_classes).flatten(1)
-    hot = F.one_hot(labels, num_classes + 1)[..., :-1].to(features.dtype)
-    flat = features.flatten(2)
-    sums = torch.einsum("bdn,bnk->kd", flat, hot)
-    squares = torch.einsum("bn,bnk->k", flat.square().sum(1), hot)
-    norms = hot.sum((0, 1)) * anchors.square().sum(1)
-    return sums, squares - 2 * (sums * anchors).sum(1) + norms
+def backends(device: torch.device) -> dict[str, str]:
+    """Our implementations on the device, by the name they have in tables, fastest first."""
+    kinds = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}[device.type]
+    usable = [kind for kind in kinds if ao.backends()[kind] is None and not TRITON_INTERPRETED]
+    return {f"anchorops ({kind})": kind for kind in usable or ["reference"]}
 
 
-def class_loop(features: Tensor, labels: Tensor, anchors: Tensor) -> Moments:
-    """A mask for each class, as the released code of SAR and CeCo does."""
-    rows, labels = _rows(features, labels, anchors.shape[0])
-    members = [rows[labels == k] for k in range(anchors.shape[0])]
-    sums = torch.stack([rows.sum(0) for rows in members])
-    sqdists = [
-        (rows - anchor).square().sum() for rows, anchor in zip(members, anchors, strict=True)
-    ]
-    return sums, torch.stack(sqdists)
+class Inputs:
+    """Features, labels (of maps at four times the size) and anchors, with the exact statistics."""
+
+    def __init__(self, shape: Shape, dtype: str, labels: str, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        generator = torch.Generator(device).manual_seed(0)
+        self.features = torch.randn(
+            shape.size, dtype=DTYPES[dtype], device=device, generator=generator
+        )
+        self.labels = example_labels(shape.pixels, shape.num_classes, labels).to(device)
+        if len(shape.size) == 4:
+            self.labels = self.labels.repeat_interleave(4, 1).repeat_interleave(4, 2)
+        matrix = (shape.num_classes, shape.size[1])
+        self.anchors = torch.randn(matrix, device=device, generator=generator)
+        # the gradients that arrive at sums and sqdists
+        self.dsums = torch.randn(matrix, device=device, generator=generator)
+        self.dsqdists = torch.rand(shape.num_classes, device=device, generator=generator)
+
+    @cached_property
+    def exact(self) -> reference.ClassMoments:
+        """Statistics in float64."""
+        return reference.class_moments(
+            self.features.double(),
+            self.labels,
+            self.shape.num_classes,
+            anchors=self.anchors.double(),
+            ignore_index=-1,
+        )
+
+    def exact_gradient(self, dsums: Tensor | None, dsqdists: Tensor | None) -> Tensor:
+        """2·dsqdists[k]·(f_p − anchors[k]) + dsums[k], k = key_p: float32."""
+        num_classes = self.shape.num_classes
+        keys, _ = reference.class_keys(self.labels, self.features, num_classes, False, -1)
+        keys = keys.flatten()
+        rows = reference.feature_rows(self.features).float()
+        gradient = torch.zeros_like(rows)
+        if dsqdists is not None:
+            gradient = 2 * dsqdists[keys][:, None] * (rows - self.anchors[keys])
+        if dsums is not None:
+            gradient = gradient + dsums[keys]
+        gradient = torch.where(keys[:, None] >= 0, gradient, 0)
+        if self.features.dim() == 2:
+            return gradient
+        return gradient.view(*self.shape.pixels, -1).movedim(-1, 1)
 
 
-RIVALS: dict[str, Callable[[Tensor, Tensor, Tensor], Moments]] = {
-    "index_add": index_add,
-    "one_hot": one_hot,
-    "class_loop": class_loop,
-    "compiled index_add": torch.compile(index_add),
-    "compiled one_hot": torch.compile(one_hot),
-}
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    """‖ours − exact‖ / ‖exact‖."""
+    exact = exact.double() if exact.numel() < 1 << 20 else exact
+    exact = exact.detach()
+    difference = ours.detach().to(exact.dtype) - exact
+    return float(difference.norm() / exact.norm())

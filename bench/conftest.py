@@ -1,77 +1,206 @@
-"""Prints each benchmark beside the bandwidth of its machine and beside its rivals."""
+"""Checks, measures, records and prints each benchmark beside its rivals and its machine."""
 
 import json
-import platform
+import os
 import subprocess
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import rivals
 import torch
+from cases import Case, backends, relative_error
+from torch import Tensor
+
+import anchorops as ao
+from anchorops._measure import Run, bandwidth, cuda_graph, environment, measure, peak_extra_bytes
 
 ROOT = Path(__file__).parents[1]
+TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}  # of rivals too: expanded squares, sums kept in bfloat16
+NATURAL = {"cpu": "fp32", "cuda": "bf16"}  # dtype of the cases that name none
+GRAPH = ", CUDA graph"
+ROWS: pytest.StashKey["Rows"] = pytest.StashKey()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--rows", type=Path, help="write the results to this JSON file")
-    parser.addoption("--threads", type=int, default=2, help="of torch on the CPU (default 2)")
+    group = parser.getgroup("anchorops")
+    group.addoption("--full", action="store_true", help="the full grid of cases, not the quick one")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption("--rows", type=Path, help="write the results to this JSON file")
+    group.addoption("--threads", type=int, default=2, help="of torch on the CPU (default 2)")
+    group.addoption("--seconds", type=float, default=0.3, help="of timing for each row")
+    group.addoption("--tiny", action="store_true", help="tiny tensors: that everything runs")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def threads(request):
-    torch.set_num_threads(request.config.getoption("--threads"))
+def pytest_configure(config):
+    config.option.benchmark_quiet = True  # one table is enough
+    config.addinivalue_line("markers", "rank(n): 0 for quick cases, 1 for those of --full alone")
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
+    torch.set_num_threads(config.getoption("--threads"))
+    config.stash[ROWS] = Rows(config)
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _row(bench) -> dict:
-    """Seconds; bytes and bytes per second."""
-    stats = bench.stats
-    times = {"median": stats.median, "best": stats.min, "q1": stats.q1, "q3": stats.q3}
-    return {**bench.extra_info, **times, "rounds": stats.rounds}
-
-
-def _write_rows(path: Path, rows: list[dict]) -> None:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True, capture_output=True
+def pytest_generate_tests(metafunc):
+    quick, full, names = getattr(metafunc.function, "grid", ([], [], None))
+    if names is None:
+        return
+    config = metafunc.config
+    device = torch.device(config.getoption("--device"))
+    cases: dict[Case, tuple[Case, int]] = {}
+    for rank, some in enumerate((quick, full if config.getoption("--full") else [])):
+        for case in some:
+            case = case._replace(dtype=case.dtype or NATURAL[device.type])
+            cases.setdefault(case._replace(compiled=False), (case, rank))
+    pairs = [(case, name, rank) for case, rank in cases.values() for name in names(case, device)]
+    metafunc.parametrize(
+        ("case", "name"),
+        [pytest.param(case, name, marks=pytest.mark.rank(rank)) for case, name, rank in pairs],
+        ids=[f"{case}, {name}" for case, name, _ in pairs],
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run = {
-        "device": f"{_processor()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "rows": rows,
-    }
-    path.write_text(json.dumps(run, indent=1) + "\n")
+
+
+def pytest_collection_modifyitems(items):
+    """The quick cases of every file first: a run cut short has them."""
+    items.sort(key=lambda item: item.get_closest_marker("rank").args[0])
+
+
+class Rows:
+    """The rows of a run, written after each, so that a run cut short leaves what it has."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.device = torch.device(str(config.getoption("--device")))
+        self.path, self.rows, self.head = config.getoption("--rows"), [], {}
+        self.tiny = config.getoption("--tiny")
+
+    def add(self, row: dict) -> None:
+        if not self.rows:
+            size = 2**16 if self.tiny else 2**28 if self.device.type == "cuda" else 2**26
+            self.head = {
+                **environment(self.device),
+                **bandwidth(torch.randn(size, device=self.device)),
+                "commit": commit(),
+                "absent": rivals.ABSENT,
+            }
+        self.rows.append(row)
+        group = [other for other in self.rows if key(other) == key(row)]
+        base = next((other["median"] for other in group if other["ours"]), None)
+        for other in group:
+            other["ratio"] = other["median"] / base if base else None
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n")
+
+
+def key(row: dict) -> tuple:
+    """What rows share that compare: the case, and whether a CUDA graph was replayed."""
+    fields = ("operation", "direction", "shape", "size", "num_classes", "dtype", "labels")
+    return (*(str(row[field]) for field in fields), row["name"].endswith(GRAPH))
+
+
+def commit() -> str:
+    """Of the checkout; where only its files are, $ANCHOROPS_COMMIT says."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    return answer.stdout.strip() or os.environ.get("ANCHOROPS_COMMIT", "unknown")
+
+
+class Bench:
+    """What a benchmark needs: `check` first, then `record`."""
+
+    def __init__(self, request: pytest.FixtureRequest, benchmark) -> None:
+        config = request.config
+        self._rows, self._benchmark, self._error = config.stash[ROWS], benchmark, None
+        marker = request.node.get_closest_marker("rank")
+        self._quick = marker is not None and marker.args[0] == 0
+        self.device, self.tiny = self._rows.device, self._rows.tiny
+        self.seconds = 0.0 if self.tiny else float(config.getoption("--seconds") or 0)
+
+    def backend(self, name: str):
+        chosen = backends(self.device).get(name.removesuffix(GRAPH))
+        return ao.use_backend(chosen) if chosen else nullcontext()
+
+    def check(self, outputs: Sequence[Tensor], exact: Sequence[Tensor], dtype: str) -> None:
+        errors = [relative_error(*pair) for pair in zip(outputs, exact, strict=True)]
+        assert max(errors) <= TOLERANCE[dtype], errors
+        self._error = max(errors)
+
+    def record(
+        self, run: Run, case: Case, name: str, counted_bytes: int, beside: Tensor | None = None
+    ) -> None:
+        """Times the run, with the copy and the sum of the tensor `beside` it."""
+        graph = name.endswith(GRAPH)
+        if graph:
+            run = cuda_graph(run)
+            run()
+        measured, times = measure(
+            run, counted_bytes, self.device, beside=beside, seconds=self.seconds
+        )
+        own = [*backends(self.device), ""][0]
+        row = {
+            "operation": case.operation,
+            "direction": case.direction,
+            "shape": case.shape.name,
+            "size": list(case.shape.size),
+            "num_classes": case.shape.num_classes,
+            "dtype": case.dtype,
+            "labels": case.labels,
+            "name": name,
+            "ours": name.removesuffix(GRAPH) == own,
+            **measured._asdict(),
+            "bytes": counted_bytes,
+            # a graph allocates when it is captured
+            "extra_bytes": None if graph else peak_extra_bytes(run, self.device),
+            "error": self._error,
+            "quick": self._quick,
+        }
+        self._rows.add(row)
+        self._benchmark.extra_info.update(row)
+        if self._benchmark.enabled:  # for --benchmark-json, --benchmark-compare and the like
+            stats = self._benchmark._make_stats(1)
+            for seconds in times:
+                stats.update(seconds)
+
+
+@pytest.fixture
+def bench(request, benchmark) -> Bench:
+    torch.compiler.reset()  # else a formula compiled for many shapes runs uncompiled, in silence
+    return Bench(request, benchmark)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    session = getattr(config, "_benchmarksession", None)
-    benches = session.benchmarks if session else []
-    rows = [_row(bench) for bench in benches if "case" in bench.extra_info]
+    results = config.stash[ROWS]
+    rows, head = results.rows, results.head
     if not rows:
         return
-    if config.getoption("--rows"):
-        _write_rows(config.getoption("--rows"), rows)
     write = terminalreporter.write_line
     write("")
-    write(f"{torch.get_num_threads()} threads, torch {torch.__version__}; times are medians")
-    for case in dict.fromkeys(row["case"] for row in rows):
-        group = sorted((r for r in rows if r["case"] == case), key=lambda row: row["median"])
-        ours = next((row["median"] for row in group if row["name"] == "anchorops"), None)
+    write(f"{head['device']}, torch {head['torch']}, commit {head['commit']}")
+    write(f"bandwidth: copy {head['copy_gbps']:.0f} GB/s, read {head['read_gbps']:.0f} GB/s")
+    if head["absent"]:
+        write(f"not installed, so not compared: {', '.join(head['absent'])}")
+    for group in dict.fromkeys(map(key, rows)):
+        members = sorted((r for r in rows if key(r) == group), key=lambda row: row["median"])
+        first = members[0]
+        sizes = " × ".join(map(str, first["size"]))
         write("")
-        write(case)
-        for row in group:
-            line = f"  {row['name']:<20} {row['median'] * 1e3:8.1f} ms"
-            if ours:
-                line += f"  {row['median'] / ours:5.1f} x ours"
-            if "bytes" in row:
-                line += f"  {row['bytes'] / row['median'] / 1e9:5.1f} GB/s"
-                line += f"  {row['read_share']:4.0%} of read bandwidth"
-                line += f"  memory {row['extra_bytes'] / row['feature_bytes']:+.1%} of the features"
-            write(line)
+        write(
+            f"{first['operation']}, {first['direction']}: {first['shape']} ({sizes}, "
+            f"K {first['num_classes']}), {first['dtype']}, {first['labels']} labels"
+        )
+        for row in members:
+            write(line(row))
+    if results.path:
+        write(f"\nrows: {results.path}")
+
+
+def line(row: dict) -> str:
+    text = f"  {row['name']:<34}{row['median'] * 1e3:>10.3f} ms"
+    text += f"  [{row['q20'] * 1e3:.3f}, {row['q80'] * 1e3:.3f}]".ljust(22)
+    text += f"{row['ratio']:>7.1f}×" if row["ratio"] else " " * 8
+    if row["copy_share"] is not None:
+        text += f"{row['gbps']:>8.1f} GB/s {row['copy_share']:>5.0%} of copy"
+        text += f" {row['read_share']:>5.0%} of read"
+    if row["extra_bytes"] is not None:
+        text += f"  +{row['extra_bytes'] / 2**20:,.0f} MiB"
+    return text

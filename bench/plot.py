@@ -1,43 +1,280 @@
-"""Draws the rows of a benchmark run: python bench/plot.py bench/results/RUN.json OUT.png"""
+"""Draws the rows of a benchmark run beside them: python bench/plot.py bench/results/cpu.json
+
+cpu.png            the headline cases, in milliseconds
+cpu-cases.png      every case: time against ours, and memory beyond inputs and outputs
+cpu-bandwidth.png  counted bytes per second as a share of the copy bandwidth
+cpu-growth.png     time against N·D and K, with the byte model's line
+"""
 
 import json
 import sys
+from math import prod as product
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+OURS, OTHER = "#1f6f54", "#b9c2bd"
+STYLES = {  # name: colour, marker
+    "anchorops": (OURS, "D"),
+    "index_add": ("#c2571a", "o"),
+    "one_hot matmul": ("#7b5aa6", "s"),
+    "one_hot bmm": ("#2f6fb0", "^"),
+    "class loop": ("#8a8f8c", "X"),
+    "gather + mse": ("#b8860b", "P"),
+    "cross_entropy": ("#b0447a", "v"),
+    "interpolate + scatter_add": ("#4c4c4c", "h"),
+    "torch_scatter": ("#7a3b12", "p"),
+    "torch_geometric": ("#3a8f8a", "<"),
+}
+BOTH, TRAINING = "class moments with anchors", "forward + backward"
+HEADLINES = (
+    (BOTH, "forward", "HRNet-W48, Cityscapes"),
+    (BOTH, TRAINING, "HRNet-W48, Cityscapes"),
+    ("pixel-to-anchor MSE", TRAINING, "HRNet-W48, Cityscapes"),
+    (BOTH, TRAINING, "SegFormer-B5, ADE20K"),
+)
+GROWTH = ("growth with N·D", "growth with K")
+
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
 
-def main(rows_file: str, picture: str) -> None:
-    with open(rows_file) as file:
-        run = json.load(file)
-    cases = dict.fromkeys(row["case"] for row in run["rows"])
-    groups = [[row for row in run["rows"] if row["case"] == case] for case in cases]
-    groups = [sorted(group, key=lambda row: row["median"]) for group in groups if len(group) > 1]
+def main(rows_file: str) -> None:
+    path = Path(rows_file)
+    run = json.loads(path.read_text())
+    run["rows"] = [row for row in run["rows"] if row["quick"]]  # the full grid is for tables
+    pictures = {"": headlines, "-cases": cases, "-bandwidth": bandwidth, "-growth": growth}
+    for suffix, draw in pictures.items():
+        figure = draw(run)
+        if figure is None:  # the run has no such rows
+            continue
+        figure.supxlabel(caption(run), fontsize=7.5, color="#555555", ha="left", x=0.01)
+        picture = path.with_name(path.stem + suffix + ".png")
+        figure.savefig(picture, dpi=150)
+        plt.close(figure)
+        print(picture)
+
+
+def caption(run: dict) -> str:
+    cuda = f", CUDA {run['cuda']}" if run["device_type"] == "cuda" else ""
+    return (
+        f"{run['device']}; torch {run['torch']}{cuda}, anchorops {run['anchorops']} at commit "
+        f"{run['commit']}\nmedians; copy bandwidth {run['copy_gbps']:,.0f} GB/s, "
+        f"read {run['read_gbps']:,.0f} GB/s"
+    )
+
+
+def grouped(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Rows that compare, by (operation, direction, shape, dtype, labels); CUDA graphs apart."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        fields = ("operation", "direction", "shape", "num_classes", "dtype", "labels")
+        graph = row["name"].endswith(", CUDA graph")
+        groups.setdefault((*(row[field] for field in fields), graph), []).append(row)
+    return {key: sorted(group, key=lambda row: row["median"]) for key, group in groups.items()}
+
+
+def sizes(row: dict) -> str:
+    axes = {4: "BDHW", 2: "ND"}[len(row["size"])]
+    text = " ".join(f"{a}{n:,}" for a, n in zip(axes, row["size"], strict=True))
+    return f"{text} K{row['num_classes']:,}"
+
+
+def title(row: dict) -> str:
+    graph = ", CUDA graph" if row["name"].endswith("CUDA graph") else ""
+    what = f"{row['operation']}, {row['direction']}{graph}"
+    if row["shape"] == "centroids":
+        return f"{what}\n{sizes(row)}, {row['dtype']}"
+    return f"{what}\n{row['shape']}: {sizes(row)}, {row['dtype']}, {row['labels']} labels"
+
+
+def style(row: dict) -> tuple[str, str, str]:
+    """Colour, marker and fill of a row's implementation: a compiled one is hollow, and so is a
+    backend of ours that is not taken by itself."""
+    name = row["name"].removesuffix(", CUDA graph")
+    ours = name.startswith("anchorops")
+    colour, marker = STYLES["anchorops" if ours else name.removeprefix("compiled ")]
+    hollow = name.startswith("compiled ") or (ours and not row["ours"])
+    return colour, marker, "white" if hollow else colour
+
+
+def headlines(run: dict) -> Figure | None:
+    """One panel of bars for each headline case."""
+    dtype = "bf16" if run["device_type"] == "cuda" else "fp32"
+    found = {
+        (row["operation"], row["direction"], row["shape"]): group
+        for group in grouped(run["rows"]).values()
+        if (row := group[0])["labels"] == "coherent" and row["dtype"] == dtype and len(group) > 1
+    }
+    groups = [found[headline] for headline in HEADLINES if headline in found]
+    if not groups:
+        return None
     figure, axes = plt.subplots(
         len(groups),
-        figsize=(9, 0.24 * sum(map(len, groups)) + 0.55 * len(groups)),
+        figsize=(9, 0.26 * sum(map(len, groups)) + 0.8 * len(groups) + 0.5),
         squeeze=False,
         height_ratios=[len(group) + 1 for group in groups],
         layout="constrained",
     )
     for axis, group in zip(axes[:, 0], groups, strict=True):
         times = [row["median"] * 1e3 for row in group]
-        colours = ["#1f6f54" if row["name"] == "anchorops" else "#b9c2bd" for row in group]
-        bars = axis.barh([row["name"] for row in group], times, color=colours)
-        ours = next(row["median"] * 1e3 for row in group if row["name"] == "anchorops")
-        labels = [f"{time:.0f} ms   {time / ours:.1f}×" for time in times]
+        bars = axis.barh(
+            [row["name"] for row in group],
+            times,
+            color=[OURS if row["ours"] else OTHER for row in group],
+        )
+        labels = [f"{number(row['median'] * 1e3)} ms   {row['ratio']:.1f}×" for row in group]
         axis.bar_label(bars, labels, padding=4, fontsize=8)
-        axis.set_title(group[0]["case"], fontsize=9, loc="left")
+        axis.set_title(title(group[0]), fontsize=9, loc="left")
         axis.margins(x=0.18)
         axis.invert_yaxis()
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel(
-        f"milliseconds (median); {run['device']}, torch {run['torch']}", fontsize=8
+    axes[-1, 0].set_xlabel("milliseconds")
+    return figure
+
+
+def number(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def cases(run: dict) -> Figure | None:
+    """Every case on a line: how much longer each implementation takes, and what it allocates."""
+    groups = [
+        group
+        for key, group in grouped(run["rows"]).items()
+        if key[2] not in GROWTH and len(group) > 1
+    ]
+    if not groups:
+        return None
+    figure, (times, memory) = plt.subplots(
+        1,
+        2,
+        sharey=True,
+        figsize=(11, 0.42 * len(groups) + 1.8),
+        width_ratios=(3, 2),
+        layout="constrained",
     )
-    figure.savefig(picture, dpi=150)
+    seen = {}
+    for y, group in enumerate(groups):
+        for row in group:
+            colour, marker, fill = style(row)
+            looks = {"color": colour, "marker": marker, "markerfacecolor": fill, "linestyle": ""}
+            seen.setdefault(row["name"].removesuffix(", CUDA graph"), looks)
+            times.plot(row["ratio"], y, markersize=6, **looks)
+            if row["extra_bytes"] is not None:
+                memory.plot(row["extra_bytes"] / 2**20, y, markersize=6, **looks)
+    times.set_yticks(range(len(groups)), [title(group[0]) for group in groups], fontsize=7)
+    times.invert_yaxis()
+    times.set_xscale("log")
+    times.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
+    times.axvline(1, color=OURS, linewidth=1, zorder=0)
+    times.set_title("time, relative to anchorops", fontsize=9, loc="left")
+    memory.set_xscale("symlog", linthresh=1)
+    memory.set_xlim(-0.3, 2 * memory.get_xlim()[1])
+    memory.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    memory.set_title("memory beyond inputs and outputs, MiB", fontsize=9, loc="left")
+    for axis in (times, memory):
+        axis.grid(color="#e4e7e5", linewidth=0.6)
+        axis.set_axisbelow(True)
+    handles = [Line2D([], [], **looks) for looks in seen.values()]
+    figure.legend(handles, seen, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    return figure
+
+
+def bandwidth(run: dict) -> Figure | None:
+    """Ours and the best rival of every case, by the share of the copy bandwidth they reach."""
+    groups = [
+        group
+        for key, group in grouped(run["rows"]).items()
+        if key[2] not in GROWTH and group[0]["copy_share"] is not None
+    ]
+    pairs = []
+    for group in groups:
+        own = next((row for row in group if row["ours"]), None)
+        rival = next((row for row in group if not row["name"].startswith("anchorops")), None)
+        if own:
+            pairs.append((own, rival))
+    if not pairs:
+        return None
+    figure, axis = plt.subplots(figsize=(9, 0.5 * len(pairs) + 1.2), layout="constrained")
+    for y, (own, rival) in enumerate(pairs):
+        bar = axis.barh(y - 0.19, own["copy_share"], 0.38, color=OURS)
+        axis.bar_label(
+            bar, [f"{own['copy_share']:.0%}, {own['gbps']:,.0f} GB/s"], padding=3, fontsize=7
+        )
+        if rival:
+            bar = axis.barh(y + 0.19, rival["copy_share"], 0.38, color=OTHER)
+            label = f"{rival['copy_share']:.0%}, {rival['name']}"
+            axis.bar_label(bar, [label], padding=3, fontsize=7)
+    axis.set_yticks(range(len(pairs)), [title(own) for own, _ in pairs], fontsize=7)
+    axis.invert_yaxis()
+    axis.axvline(1, color="#555555", linewidth=1, linestyle="--")
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.margins(x=0.2)
+    axis.set_xlabel("counted bytes per second, as a share of the copy bandwidth")
+    axis.set_title("anchorops and the best rival", fontsize=9, loc="left")
+    return figure
+
+
+def growth(run: dict) -> Figure | None:
+    """Time against N·D and against K."""
+    rows = [row for row in run["rows"] if row["shape"] in GROWTH]
+    if not rows:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axis, shape in zip(axes, GROWTH, strict=True):
+        curves: dict[tuple[str, str, str], list[dict]] = {}
+        for row in rows:
+            if row["shape"] == shape:
+                curves.setdefault((row["name"], row["direction"], row["labels"]), []).append(row)
+        draw_growth(axis, curves, shape, run["copy_gbps"])
+    return figure
+
+
+def draw_growth(
+    axis: Axes, curves: dict[tuple[str, str, str], list[dict]], shape: str, copy_gbps: float
+) -> None:
+    by_size = shape == GROWTH[0]
+    for (name, direction, labels), rows in curves.items():
+        x = [product(row["size"]) if by_size else row["num_classes"] for row in rows]
+        y = [row["median"] * 1e3 for row in rows]
+        colour, marker, fill = style(rows[0])
+        aside = direction == "forward" or labels == ("random" if by_size else "coherent")
+        extra = f", {direction}" if by_size else f", {labels} labels"
+        label = name + (extra if rows[0]["ours"] else "")
+        axis.plot(
+            x,
+            y,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            markerfacecolor="white" if aside else fill,
+            linestyle="--" if aside else "-",
+            linewidth=1.2,
+            label=label,
+        )
+        low, high = ([row[q] * 1e3 for row in rows] for q in ("q20", "q80"))
+        axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        if rows[0]["ours"] and not aside:
+            model = [row["bytes"] / copy_gbps / 1e6 for row in rows]
+            axis.plot(x, model, color="#333333", linestyle=":", label="counted bytes at copy speed")
+    axis.set(xscale="log", yscale="log", ylabel="milliseconds")
+    first = next(iter(curves.values()))[0]
+    fixed = (
+        f"D{first['size'][1]} K{first['num_classes']}" if by_size else sizes(first).split(" K")[0]
+    )
+    axis.set_xlabel("feature elements N·D" if by_size else "classes K")
+    axis.set_title(f"{first['operation']}, {fixed}, {first['dtype']}", fontsize=9, loc="left")
+    axis.grid(color="#e4e7e5", linewidth=0.6)
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom, top * (top / bottom) ** 0.35)  # room for the legend
+    axis.legend(fontsize=7.5, frameon=False, loc="upper left", ncols=2)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,7 @@ def centroid_info_nce(
 
     (OCCL, doi 10.1016/j.patcog.2024.110431, Eqs. 4-6 as the text means them; MVSC, Eq. 2.)
     Nothing is normalised here. Inner products and sums are float32, also under autocast.
+    On a GPU the backward pass may keep the K·G×K gradients of the logits, in float32 (Triton does).
 
     Args:
         queries: [K, D], or [K, G, D] for G queries of each class; float.

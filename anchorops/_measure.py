@@ -1,0 +1,230 @@
+"""Time, bytes and memory of a call: what bench/ and `anchorops-doctor --benchmark` share."""
+
+import ctypes
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+Run = Callable[[], object]
+
+
+class Measurement(NamedTuple):
+    """Seconds of a call over its rounds; shares of bandwidth are None where none was asked for."""
+
+    median: float
+    q20: float
+    q80: float
+    rounds: int
+    gbps: float
+    copy_share: float | None = None
+    read_share: float | None = None
+
+
+def example_labels(size: tuple[int, ...], num_classes: int, kind: str) -> Tensor:
+    """int64 labels [N], [B, N] or [B, H, W], one in K + 1 ignored (−1).
+
+    kind: "coherent", rectangles of 24×37 pixels (runs of 37 points) at odd offsets, or "random",
+    each pixel drawn alone.
+    """
+    generator = torch.Generator().manual_seed(1)
+    if kind == "random":
+        labels = torch.randint(num_classes + 1, size, generator=generator)
+    else:
+        edges = {1: (37,), 2: (1, 37), 3: (1, 24, 37)}[len(size)]
+        coarse = tuple(n // edge + 2 for n, edge in zip(size, edges, strict=True))
+        labels = torch.randint(num_classes + 1, coarse, generator=generator)
+        for axis, (n, edge) in enumerate(zip(size, edges, strict=True)):
+            labels = labels.repeat_interleave(edge, axis).narrow(axis, edge // 3, n)
+    return torch.where(labels == num_classes, -1, labels)
+
+
+def moments_bytes(
+    features: Tensor, num_keys: int, direction: str, *, sums: bool = True, sqdists: bool = False
+) -> int:
+    """Bytes that class moments must move, each input read and each output written once.
+
+    forward:  features, a 4-byte key per pixel, anchors where sqdists are asked for; the statistics.
+    backward: keys, the statistics' gradients, anchors and features for sqdists; dfeatures.
+    The label pass is apart (`label_bytes`): it is 1/D of this.
+    """
+    feature_bytes = features.numel() * features.element_size()
+    keys = 4 * features.numel() // features.shape[1]
+    statistics = 4 * num_keys * (sums * features.shape[1] + sqdists)
+    anchors = 4 * num_keys * features.shape[1] * sqdists
+    forward = feature_bytes + keys + anchors + statistics
+    backward = (1 + sqdists) * feature_bytes + keys + anchors + statistics
+    counted = {"forward": forward, "backward": backward, "forward + backward": forward + backward}
+    return counted[direction]
+
+
+def label_bytes(pixels: int, num_keys: int, itemsize: int = 8) -> int:
+    """Bytes of the label pass: a label read and a 4-byte key written per pixel; the counts."""
+    return pixels * (itemsize + 4) + 8 * num_keys
+
+
+def sample(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[float]]:
+    """Seconds of each run in each round, the runs taking turns: as a machine's bandwidth drifts,
+    only neighbours compare."""
+    if device.type == "cuda":
+        return _sample_cuda(runs, rounds)
+    times = [[_seconds(run) for run in runs] for _ in range(rounds)]
+    return [list(column) for column in zip(*times, strict=True)]
+
+
+def _seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _sample_cuda(runs: Sequence[Run], rounds: int) -> list[list[float]]:
+    # Evicts the inputs from L2, and keeps the GPU busy while the host launches what is timed.
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    flush = torch.empty(min(2**30, memory // 16), dtype=torch.int8, device="cuda")
+
+    def events(run: Run) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+        return start, end
+
+    pairs = [[events(run) for run in runs] for _ in range(rounds)]
+    torch.cuda.synchronize()
+    times = [[start.elapsed_time(end) / 1e3 for start, end in row] for row in pairs]
+    return [list(column) for column in zip(*times, strict=True)]
+
+
+def cuda_graph(run: Run) -> Run:
+    """The run captured, so that a replay's time is the GPU's alone."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+
+    def replay() -> object:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def measure(
+    run: Run,
+    counted_bytes: int,
+    device: torch.device,
+    *,
+    beside: Tensor | None = None,
+    seconds: float = 0.5,
+    max_rounds: int = 100,
+) -> tuple[Measurement, list[float]]:
+    """Time a run that has run before (its first call may compile), for about `seconds`, 3 rounds at
+    least; also every sample.
+
+    With a tensor `beside`, its copy and its sum are timed in turn with the run, and the shares of
+    their bandwidths are medians over the rounds.
+    """
+    runs = [run]
+    if beside is not None:
+        tensor = beside.detach()
+        target = torch.empty_like(tensor)
+        runs += [lambda: target.copy_(tensor), lambda: tensor.sum()]
+    first = sample(runs, device, 1)
+    rounds = min(max(int(seconds / sum(column[0] for column in first)), 3), max_rounds)
+    later = sample(runs, device, rounds - 1)
+    times, *others = (a + b for a, b in zip(first, later, strict=True))
+    q20, *_, q80 = quantiles(times, n=5, method="inclusive")
+    shares: list[float | None] = [None, None]
+    if beside is not None:
+        size = beside.numel() * beside.element_size()
+        for i, moved in enumerate((2 * size, size)):
+            pairs = zip(times, others[i], strict=True)
+            shares[i] = median(counted_bytes / own / (moved / other) for own, other in pairs)
+    middle = median(times)
+    rate = counted_bytes / middle / 1e9
+    return Measurement(middle, q20, q80, rounds, rate, *shares), times
+
+
+def bandwidth(tensor: Tensor, rounds: int = 20) -> dict[str, float]:
+    """GB/s at which the tensor is copied (bytes read plus written) and summed (read); medians."""
+    target, size = torch.empty_like(tensor), tensor.numel() * tensor.element_size()
+    runs = [lambda: target.copy_(tensor), lambda: tensor.sum()]
+    sample(runs, tensor.device, 2)
+    copies, reads = sample(runs, tensor.device, rounds)
+    return {"copy_gbps": 2 * size / median(copies) / 1e9, "read_gbps": size / median(reads) / 1e9}
+
+
+def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
+    """Most memory that the run takes at once beyond its inputs and outputs; None where the system
+    does not tell (on CPU, Linux does)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outputs = _output_bytes(run())
+        return max(0, torch.cuda.max_memory_allocated() - before - outputs)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else freed memory is taken again, and is not seen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
+        before = _status("VmRSS")
+        outputs = _output_bytes(run())
+        return max(0, _status("VmHWM") - before - outputs)
+    except (AttributeError, OSError, StopIteration):
+        return None
+
+
+def _output_bytes(outputs: object) -> int:
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Hardware and versions, for the head of a table."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        name = f"{gpu.name}, {gpu.multi_processor_count} multiprocessors"
+    else:
+        name = f"{_processor()}, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "device_type": device.type,
+        "anchorops": package_version("anchorops"),
+        "torch": torch.__version__,
+        "triton": package_version("triton"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

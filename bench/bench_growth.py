@@ -1,0 +1,49 @@
+"""How the cost of class moments grows with the features' elements, and with the classes.
+
+Expected of the byte model: linear in N·D; flat in K until the K×D statistics, their gradients and
+the anchors weigh as much as the features. Where elements are few, calls cost more than bytes.
+"""
+
+import torch
+from bench_class_moments import BOTH, FORWARD, TRAINING, compare
+from cases import Case, Shape, backends, grid
+
+BY_SIZE, BY_CLASSES = "growth with N·D", "growth with K"
+EDGES = (6, 20, 62, 198, 625)  # 256 channels: 9.2·10^3 to 1.0·10^8 elements
+CLASSES = (2, 8, 32, 128, 512, 2048, 8192, 16_384)
+# Beyond: a backward pass writes the gradient of all rows for each class; one-hot labels of int64
+# take 4 GB at 16,384 classes.
+MOST_CLASSES = {"class loop": 128, "one_hot bmm": 2048}
+
+
+def names(case: Case, device: torch.device) -> list[str]:
+    ours = [*backends(device)]
+    if case.direction == FORWARD or case.labels != ("random" if by_classes(case) else "coherent"):
+        return ours
+    slow = ("one_hot bmm", "class loop") if by_classes(case) else ("one_hot bmm",)
+    limit = {name: MOST_CLASSES[name] for name in slow}
+    return [*ours, "index_add", *(n for n in slow if case.shape.num_classes <= limit[n])]
+
+
+def by_classes(case: Case) -> bool:
+    return case.shape.name == BY_CLASSES
+
+
+SIZES = [Shape(BY_SIZE, (1, 256, edge, edge), 19) for edge in EDGES]
+KEYS = [Shape(BY_CLASSES, (2, 256, 128, 128), num_classes) for num_classes in CLASSES]
+
+
+@grid(
+    [Case(BOTH, TRAINING, shape) for shape in SIZES]
+    + [Case(BOTH, FORWARD, shape) for shape in SIZES]
+    + [Case(BOTH, TRAINING, shape, labels="random") for shape in KEYS]
+    + [Case(BOTH, TRAINING, shape) for shape in KEYS],
+    [
+        Case(BOTH, FORWARD, shape, labels=labels)
+        for shape in KEYS
+        for labels in ("coherent", "random")
+    ],
+    names,
+)
+def test_growth(bench, case: Case, name: str):
+    compare(bench, case, name)

@@ -1,0 +1,247 @@
+"""What the CUDA sources compiled to, read off the machine code without a GPU: `make cuda-report`.
+
+Fails on spills, on stack frames, and where a streaming kernel lacks its accesses of 16 bytes.
+
+The budgets of the streaming kernels are those of kernels_report.py, for an H200 (4.3 TB/s, 132
+multiprocessors, 1.75 GHz):
+- warp instructions for each 512 bytes that a warp loads (stores, where nothing is loaded), on the
+  shortest path of the hot loop through its accesses: 110 would take as long as the memory, or 220
+  where as much is stored as loaded. Of the forward's tiles this is one whose pixels have one key;
+- KB in flight on a multiprocessor: resident threads × the bytes each has asked for; 23 suffice. The
+  forward's tables take shared memory: with 19 classes / with 150.
+Static shared memory is with what the GPU takes for itself, 1 KB from sm_90 on.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from kernels_report import SHARED_PER_SM, TOOLS, Block, blocks_of, distances, tool
+
+LIBRARY = Path(__file__).parents[1] / "anchorops" / "_cuda.so"
+FORWARD = re.compile(r"class_moments_kernel<(\w+), (\d), (true|false), (true|false)>")
+BACKWARD = re.compile(r"class_moments_backward_(planes|rows)_kernel<\w+, (.*)>")
+BACKWARD_THREADS = {"planes": 128, "rows": 256}  # of a block
+# Instructions. Evicted first are features and their gradient, and nothing else.
+FEATURES, GRADIENT, WIDE_COPY = r"LDG\.E\.EF", r"STG\.E\.EF", r"LDGSTS\S*\.128 "
+SPILL = r"\b(STL|LDL)\b"
+COLUMNS = (
+    "GPU",
+    "kernel",
+    "registers",
+    "stack",
+    "spills",
+    "static shared",
+    "16-byte accesses",
+    "instructions per 512 bytes",
+    "KB in flight",
+)
+
+
+class Kernel(NamedTuple):
+    gpu: str
+    name: str
+    registers: int
+    stack: int
+    shared: int
+    blocks: list[Block]
+
+    def count(self, pattern: str) -> int:
+        return sum(count(block, pattern) for block in self.blocks)
+
+    def holding(self, pattern: str) -> list[int]:
+        return [i for i, block in enumerate(self.blocks) if count(block, pattern)]
+
+    def resident(self, threads: int, shared_bytes: int = 0) -> int:
+        """Blocks on a multiprocessor."""
+        return min(
+            65536 // (-(-self.registers // 8) * 8 * threads),
+            2048 // threads,
+            (SHARED_PER_SM[self.gpu] << 10) // (1024 + shared_bytes),
+            32,
+        )
+
+
+class Budgets(NamedTuple):
+    instructions: float
+    kilobytes: list[float]
+
+
+def count(block: Block, pattern: str) -> int:
+    return sum(re.search(pattern, x) is not None for x in block.instructions)
+
+
+def around(blocks: list[Block], stops: list[int]) -> float:
+    """Instructions of the shortest way round a loop that passes the blocks in this order."""
+    far = float("inf")
+    return sum(distances(blocks, a).get(b, far) for a, b in pairwise([*stops, stops[0]]))
+
+
+def shared_reads(block: Block) -> int:
+    """Bytes that a lane reads from shared memory; 0 where it also writes there."""
+    if count(block, r"\bSTS\b"):
+        return 0
+    widths = {r"\bLDS ": 4, r"\bLDS\.U16": 2, r"\bLDS\.64": 8, r"\bLDS\.128": 16}
+    return sum(count(block, pattern) * width for pattern, width in widths.items())
+
+
+def forward_shared_bytes(itemsize: int, statistics: int, rows: bool, classes: int) -> int:
+    """What class_moments.cu asks for: a ring of two tiles of 8 KB, their keys, and the tables."""
+    tile, matrices = 256 // itemsize, (statistics & 1) + (statistics >> 2)
+    ring = 2 * (8192 + (0 if rows else 512)) + 3 * tile * 4
+
+    def with_tables(columns: int) -> int:
+        sqdists = columns if statistics & 2 else 0
+        return ring + (1 + classes) * (32 * matrices + sqdists) * 4
+
+    def blocks(columns: int) -> int:
+        return min(12, (227 << 10) // (with_tables(columns) + 1024))
+
+    return next(with_tables(c) for c in (32, 8, 1) if blocks(c) == blocks(1) or blocks(c) >= 6)
+
+
+def forward_budgets(kernel: Kernel, dtype: str, statistics: int, rows: bool) -> Budgets:
+    """A tile is copied to shared memory in the outer loop; the inner one reads 32 pixels of it."""
+    blocks = kernel.blocks
+    copies = max(range(len(blocks)), key=lambda i: count(blocks[i], WIDE_COPY))
+    most = max(shared_reads(block) for block in blocks)
+    copied = count(blocks[copies], WIDE_COPY)
+    times = copied * 16 / most
+    instructions = min(
+        around(blocks, [copies, reads]) + (times - 1) * around(blocks, [reads])
+        for reads, block in enumerate(blocks)
+        if shared_reads(block) == most
+    )
+    itemsize = 4 if dtype == "float" else 2
+    kilobytes = [
+        kernel.resident(32, forward_shared_bytes(itemsize, statistics, rows, classes)) * copied / 2
+        for classes in (19, 150)
+    ]
+    return Budgets(instructions / copied, kilobytes)
+
+
+def backward_budgets(kernel: Kernel, threads: int, reads_features: bool) -> Budgets:
+    pattern = rf"{FEATURES if reads_features else GRADIENT}\.128"
+    stops = kernel.holding(rf"({FEATURES}|{GRADIENT})\.128")
+    reached = {stop: distances(kernel.blocks, stop) for stop in stops}
+    loops = [[b for b in stops if b in reached[a] and a in reached[b]] for a in stops]
+
+    def accesses(loop: list[int]) -> int:
+        return sum(count(kernel.blocks[i], pattern) for i in loop)
+
+    hot = max(loops, key=accesses)
+    kilobytes = kernel.resident(threads) * threads * accesses(hot) * 16 / 1024
+    in_flight = [kilobytes] * reads_features  # nothing waits for a store
+    return Budgets(around(kernel.blocks, hot) / accesses(hot), in_flight)
+
+
+def wide_accesses(kernel: Kernel) -> int:
+    return sum(kernel.count(x) for x in (WIDE_COPY, r"LDG\S*\.128\b", r"STG\S*\.128\b"))
+
+
+def streaming(kernel: Kernel) -> tuple[list[str], Budgets | None]:
+    """What is missing from a streaming kernel, and its budgets."""
+    if match := FORWARD.match(kernel.name):
+        rows, gathers = match[3] == "true", match[4] == "true"
+        if gathers and not rows:  # elements of planes, at the places of sorted pixels
+            return [], None
+        if not kernel.count(WIDE_COPY):
+            return ["no copies of 16 bytes"], None
+        budgets = forward_budgets(kernel, match[1], int(match[2]), rows)
+    elif match := BACKWARD.match(kernel.name):
+        arguments = match[2].split(", ")
+        if match[1] == "planes" and arguments[0] == "1":  # element by element
+            return [], None
+        reads_features = arguments[-1] == "true"
+        wanted = {"stores": GRADIENT} | ({"loads": FEATURES} if reads_features else {})
+        missing = [
+            f"no {what} of 16 bytes"
+            for what, pattern in wanted.items()
+            if not kernel.count(rf"{pattern}\.128")
+        ]
+        if missing:
+            return missing, None
+        budgets = backward_budgets(kernel, BACKWARD_THREADS[match[1]], reads_features)
+    else:
+        return [], None
+    return [] if budgets.instructions < float("inf") else ["no hot loop was found"], budgets
+
+
+def kernels_of(cubin: Path) -> list[Kernel]:
+    code = {}
+    for section in tool("nvdisasm", "-c", str(cubin)).split("\n.text.")[1:]:
+        name, _, sass = section.partition(":")
+        # sm_80 leaves a loop by a "call" of a label, from which nothing returns.
+        code[name] = blocks_of(sass.replace("CALL.REL.NOINC `(.L_x", "BRA `(.L_x"))
+    usage = tool("cuobjdump", "--dump-resource-usage", str(cubin))
+    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    gpu = cubin.suffixes[-2].removeprefix(".")
+    return [
+        Kernel(gpu, name, int(registers), int(stack) + int(local), int(shared), code[name])
+        for name, registers, stack, shared, local in found
+    ]
+
+
+def readable(names: list[str]) -> list[str]:
+    found = subprocess.run(
+        ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
+    ).stdout
+    found = re.sub(r"\(anonymous namespace\)::|\b(anchorops|cuda|c10)::", "", found)
+    return [line.removeprefix("void ").partition("(")[0] for line in found.splitlines()]
+
+
+def read(files: list[Path]) -> list[Kernel]:
+    """All kernels of shared libraries or object files."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        for i, file in enumerate(files):
+            place = Path(folder, str(i))
+            place.mkdir()
+            command = [TOOLS / "cuobjdump", "-xelf", "all", file.resolve()]
+            subprocess.run(command, cwd=place, check=True, capture_output=True)
+        cubins = sorted(Path(folder).rglob("*.cubin"))
+        kernels = [kernel for some in pool.map(kernels_of, cubins) for kernel in some]
+    names = readable([kernel.name for kernel in kernels])
+    named = [kernel._replace(name=name) for kernel, name in zip(kernels, names, strict=True)]
+    return sorted(named, key=lambda kernel: (int(kernel.gpu.removeprefix("sm_")), kernel.name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="libraries or objects", default=[LIBRARY]
+    )
+    files = parser.parse_args().files
+    for file in files:
+        if not file.is_file():
+            sys.exit(f"cuda_report: {file} does not exist: compile it with nvcc")
+    print("|", " | ".join(COLUMNS), "|\n|", "---|" * len(COLUMNS))
+    faults, budgeted = [], 0
+    for kernel in read(files):
+        missing, budgets = streaming(kernel)
+        spills = kernel.count(SPILL)
+        missing += [f"{spills} spills"] * (spills > 0) + [f"stack {kernel.stack} B"] * (
+            kernel.stack > 0
+        )
+        faults += [f"{kernel.gpu} {kernel.name}: {x}" for x in missing]
+        cells = [*kernel[:4], spills, kernel.shared, wide_accesses(kernel)]
+        if budgets:
+            budgeted += 1
+            in_flight = " / ".join(f"{x:.0f}" for x in budgets.kilobytes)
+            cells += [f"{budgets.instructions:.0f}", in_flight]
+        else:
+            cells += ["", ""]
+        print("|", " | ".join(map(str, cells)), "|")
+    if files == [LIBRARY] and not budgeted:
+        faults.append("no streaming kernel was found under the names that this report knows")
+    if faults:
+        sys.exit("cuda_report:\n" + "\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()

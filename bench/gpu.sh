@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# All proofs and measurements that need a GPU, in under ten minutes:
+#
+#     bench/gpu.sh [--out DIR] [--dry-run]
+#
+# Correctness comes first, then speed. Each part has a time box and a log, a part that fails is
+# recorded and the rest goes on; the exit status is the number of parts that failed. DIR (build/gpu)
+# receives bench.json with its plots, training_step.json, summary.json and logs.tar.gz.
+# Without a GPU, or with --dry-run, every part goes as far as its first launch: the build, the
+# collection of the GPU tests, every benchmark on tiny tensors on the CPU.
+#
+# $PYTHON (python3) has torch; pytest, pytest-benchmark, pybind11, ninja, matplotlib and what
+# anchorops[train] names may come on PYTHONPATH. $ANCHOROPS_COMMIT names the commit where git
+# cannot tell. Nothing is installed, nothing is fetched.
+set -uo pipefail
+exec </dev/null
+
+root=$(realpath "$(dirname "$0")/..")
+out=$root/build/gpu dry_run=
+while [ $# -gt 0 ]; do
+    case $1 in
+    --out) out=$(realpath -m "${2:?--out needs a directory}") && shift ;;
+    --dry-run) dry_run=yes ;;
+    *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit 2 ;;
+    esac
+    shift
+done
+cd "$root" || exit
+
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || dry_run=yes
+mkdir -p "$out"
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+budget=570 patience=1 failures=0 parts=() steps=60
+[ -z "$dry_run" ] || budget=3000 patience=5 steps=2 # a machine that has no GPU may be slow
+
+part() { # name, most seconds, command …
+    local name=$1 box=$((patience * $2)) left=$((budget - SECONDS)) start=$SECONDS status=0
+    shift 2
+    if [ "$left" -lt 5 ]; then
+        status=124 && echo "no time left" >"$logs/$name.log"
+    else
+        echo "== $name: $*"
+        # SIGINT lets pytest print what it has
+        timeout --signal=INT --kill-after=10 $((box < left ? box : left)) "$@" \
+            >"$logs/$name.log" 2>&1 || status=$?
+        tail -n 12 "$logs/$name.log" | cut -c -180
+    fi
+    [ "$status" -eq 0 ] || failures=$((failures + 1))
+    parts+=("$name $status $((SECONDS - start))")
+    echo "== $name: exit $status after $((SECONDS - start)) s"
+}
+
+absent() { # name, reason
+    parts+=("$1 absent 0") && echo "== $1: left out: $2"
+}
+
+pytest=("$python" -m pytest -q -p no:cacheprovider)
+benches=(bench/bench_class_moments.py bench/bench_growth.py bench/bench_losses.py
+    bench/bench_centroid_info_nce.py)
+rows=$out/bench.json
+rm -f "$rows" "$out/training_step.json"
+
+part build 180 "$python" setup.py build_ext --inplace
+if [ -n "$dry_run" ]; then
+    part tests 60 "${pytest[@]}" tests/test_gpu.py --collect-only
+    part collect 60 "${pytest[@]}" "${benches[@]}" --full --device cuda --collect-only
+    part doctor 60 "$python" -m anchorops.doctor --benchmark
+    part bench 120 "${pytest[@]}" "${benches[@]}" --full --tiny --device cpu --rows "$rows"
+else
+    # values, gradients, streams, reproducibility, capture in a CUDA graph, torch.compile
+    part tests 120 "${pytest[@]}" tests/test_gpu.py
+    if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer); then
+        few=(tests/test_gpu.py -k "reproducible or (test_centroid_info_nce and shape0)")
+        for tool in memcheck racecheck; do
+            # every tensor its own allocation, so that a step over its end is seen
+            part "$tool" 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
+                --error-exitcode 99 --print-limit 20 "${pytest[@]}" "${few[@]}"
+        done
+    else
+        absent sanitizer "compute-sanitizer is not here"
+    fi
+    part doctor 45 "$python" -m anchorops.doctor --benchmark
+    part bench 210 "${pytest[@]}" "${benches[@]}" --full --device cuda --seconds 0.05 --rows "$rows"
+fi
+part plots 30 "$python" bench/plot.py "$rows"
+if [ -f bench/training_step.py ]; then
+    part training_step 120 "$python" bench/training_step.py --minutes 1.3 \
+        ${dry_run:+--dry-run} --out "$out/training_step.json"
+else
+    absent training_step "bench/training_step.py is not here"
+fi
+part smoke 60 "$python" -m anchorops.train digits --methods sar --steps "$steps" \
+    --workers 0 --out "$logs/run" --name smoke
+
+printf '%s\n' "${parts[@]}" | "$python" -c '
+import json, sys
+parts = [line.split() for line in sys.stdin]
+print(json.dumps([{"part": p, "exit": s, "seconds": int(t)} for p, s, t in parts], indent=1))
+' >"$out/summary.json"
+rm -rf "$logs/run"
+tar -czf "$out/logs.tar.gz" -C "$logs" .
+echo
+echo "${dry_run:+dry run: }$failures of ${#parts[@]} parts failed, $SECONDS s, results in $out"
+printf '%s\n' "${parts[@]}" | while read -r name status seconds; do
+    printf '%-16s exit %-8s %s s\n' "$name" "$status" "$seconds"
+done
+exit "$failures"

@@ -1,0 +1,153 @@
+"""The benchmarks: counted bytes, rows, plots, and that gpu.sh does not fail for a silly reason."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import anchorops as ao
+from anchorops import doctor
+from anchorops._measure import example_labels, label_bytes, measure, moments_bytes, peak_extra_bytes
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def test_counted_bytes():
+    features = torch.empty(2, 3, 4, 5, dtype=torch.bfloat16)  # 240 bytes, 40 pixels
+    keys, sums, sqdists, anchors = 160, 7 * 3 * 4, 7 * 4, 7 * 3 * 4
+    assert moments_bytes(features, 7, "forward") == 240 + keys + sums
+    assert moments_bytes(features, 7, "backward") == 240 + keys + sums
+    both = {"sums": True, "sqdists": True}
+    forward = moments_bytes(features, 7, "forward", **both)
+    assert forward == 240 + keys + anchors + sums + sqdists
+    backward = moments_bytes(features, 7, "backward", **both)
+    assert backward == 2 * 240 + keys + anchors + sums + sqdists
+    assert moments_bytes(features, 7, "forward + backward", **both) == forward + backward
+    assert label_bytes(40, 7) == 40 * (8 + 4) + 7 * 8
+
+
+@pytest.mark.parametrize("size", [(500,), (3, 200), (2, 60, 90)], ids=str)
+def test_example_labels(size):
+    random, coherent = (example_labels(size, 19, kind) for kind in ("random", "coherent"))
+    assert random.shape == coherent.shape == size
+    for labels in (random, coherent):
+        assert labels.min() == -1 or labels.min() >= 0
+        assert labels.max() < 19
+    changes = [(labels.diff() != 0).float().mean() for labels in (random, coherent)]
+    assert changes[0] > 0.8
+    assert changes[1] < 2 / 37
+
+
+def test_measure():
+    features = torch.randn(2, 8, 32, 32)
+    calls = []
+    measured, times = measure(
+        lambda: calls.append(features.sum()), 1000, CPU, beside=features, seconds=0
+    )
+    assert len(calls) == len(times) == measured.rounds == 3
+    assert min(times) <= measured.q20 <= measured.median <= measured.q80 <= max(times)
+    assert measured.gbps == pytest.approx(1000 / measured.median / 1e9)
+    assert (measured.copy_share or 0) > 0
+    assert (measured.read_share or 0) > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_peak_extra_bytes():
+    tensor = torch.ones(2**22)  # 16 MiB
+    runs = [lambda: tensor.sum(), lambda: tensor + 1, lambda: (tensor + 1).sum()]
+    nothing, output, temporary = (peak_extra_bytes(run, CPU) for run in runs)
+    assert nothing == pytest.approx(0, abs=2**20)
+    assert output == pytest.approx(0, abs=2**20)
+    assert temporary == pytest.approx(2**24, rel=0.1)
+
+
+FIELDS = {
+    "operation": str,
+    "direction": str,
+    "shape": str,
+    "size": list,
+    "num_classes": int,
+    "dtype": str,
+    "labels": str,
+    "name": str,
+    "ours": bool,
+    "median": float,
+    "q20": float,
+    "q80": float,
+    "rounds": int,
+    "gbps": float,
+    "bytes": int,
+    "quick": bool,
+}
+
+
+def check_rows(run: dict) -> None:
+    assert {"device", "device_type", "torch", "triton", "python", "commit"} <= set(run)
+    assert run["copy_gbps"] > 0
+    assert run["read_gbps"] > 0
+    for row in run["rows"]:
+        for field, kind in FIELDS.items():
+            assert isinstance(row[field], kind), (field, row)
+        assert row["q20"] <= row["median"] <= row["q80"]
+        assert row["bytes"] / row["median"] / 1e9 == pytest.approx(row["gbps"])
+        assert row["error"] is None or row["error"] <= 1e-2
+
+
+def test_rows_and_plots(tmp_path):
+    rows = tmp_path / "rows.json"
+    cases = "(HRNet and fp32 or growth) and coherent and (index_add or anchorops) and not compiled"
+    pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
+    command = [*pytest_, "bench", "--tiny", "--device", "cpu", "-k", cases, "--rows", str(rows)]
+    answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert answer.returncode == 0, answer.stdout[-4000:]
+    assert "class moments with anchors, forward + backward: HRNet" in answer.stdout
+    run = json.loads(rows.read_text())
+    check_rows(run)
+    ours = [row for row in run["rows"] if row["ours"] and row["shape"].startswith("HRNet")]
+    assert ours
+    assert all(row["ratio"] == 1 for row in ours)
+    command = [sys.executable, "bench/plot.py", str(rows)]
+    answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert answer.returncode == 0, answer.stderr
+    for suffix in ("", "-cases", "-bandwidth", "-growth"):
+        picture = tmp_path / f"rows{suffix}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG"), suffix
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "bench/results").glob("cpu*.json")))
+def test_committed_rows(name):
+    run = json.loads((ROOT / "bench/results" / name).read_text())
+    if "device_type" not in run:
+        pytest.skip(f"{name} has an earlier schema: make bench ROWS=bench/results/{name}")
+    check_rows(run)
+    assert run["device_type"] == "cpu"
+
+
+def test_gpu_script():
+    script = ROOT / "bench/gpu.sh"
+    answer = subprocess.run(["bash", "-n", script], text=True, capture_output=True)
+    assert answer.returncode == 0, answer.stderr
+    answer = subprocess.run(["bash", script, "--help"], text=True, capture_output=True)
+    assert answer.returncode == 2
+    assert "bench/gpu.sh [--out DIR] [--dry-run]" in answer.stdout
+    if shutil.which("shellcheck"):
+        answer = subprocess.run(["shellcheck", script], text=True, capture_output=True)
+        assert answer.returncode == 0, answer.stdout
+
+
+def test_doctor_benchmark(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "CPU_SIZE", (1, 16, 24, 40))
+    fused = ao.backends()["cpu"] is None
+    assert doctor.main(["--benchmark"]) == (0 if fused else 1)
+    table = capsys.readouterr().out
+    backend = "cpu" if fused else "reference"
+    assert f"{backend:<10}with anchors, training" in table
+    assert "WRONG" not in table
+    monkeypatch.setattr(doctor, "_error", lambda ours, exact: 1.0)
+    assert doctor.main(["--benchmark"]) == 1
+    assert "WRONG" in capsys.readouterr().out
