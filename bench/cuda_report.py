@@ -8,7 +8,7 @@ multiprocessors, 1.75 GHz):
   shortest path of the hot loop through its accesses: 110 would take as long as the memory, or 220
   where as much is stored as loaded. Of the forward's tiles this is one whose pixels have one key;
 - KB in flight on a multiprocessor: resident threads × the bytes each has asked for; 23 suffice. The
-  forward's tables take shared memory: with 19 classes / with 150.
+  forward's tables take shared memory: with 19 classes / with 150; of sorted pixels it has none.
 Static shared memory is with what the GPU takes for itself, 1 KB from sm_90 on.
 """
 
@@ -106,8 +106,11 @@ def forward_shared_bytes(itemsize: int, statistics: int, rows: bool, classes: in
     return next(with_tables(c) for c in (32, 8, 1) if blocks(c) == blocks(1) or blocks(c) >= 6)
 
 
-def forward_budgets(kernel: Kernel, dtype: str, statistics: int, rows: bool) -> Budgets:
-    """A tile is copied to shared memory in the outer loop; the inner one reads 32 pixels of it."""
+def forward_budgets(
+    kernel: Kernel, dtype: str, statistics: int, rows: bool, gathers: bool
+) -> Budgets:
+    """A tile is copied to shared memory in the outer loop; the inner one reads 32 pixels of it.
+    Of sorted pixels, which it gathers, there are no tables."""
     blocks = kernel.blocks
     copies = max(range(len(blocks)), key=lambda i: count(blocks[i], WIDE_COPY))
     most = max(shared_reads(block) for block in blocks)
@@ -121,7 +124,7 @@ def forward_budgets(kernel: Kernel, dtype: str, statistics: int, rows: bool) -> 
     itemsize = 4 if dtype == "float" else 2
     kilobytes = [
         kernel.resident(32, forward_shared_bytes(itemsize, statistics, rows, classes)) * copied / 2
-        for classes in (19, 150)
+        for classes in ((-1,) if gathers else (19, 150))
     ]
     return Budgets(instructions / copied, kilobytes)
 
@@ -153,7 +156,7 @@ def streaming(kernel: Kernel) -> tuple[list[str], Budgets | None]:
             return [], None
         if not kernel.count(WIDE_COPY):
             return ["no copies of 16 bytes"], None
-        budgets = forward_budgets(kernel, match[1], int(match[2]), rows)
+        budgets = forward_budgets(kernel, match[1], int(match[2]), rows, gathers)
     elif match := BACKWARD.match(kernel.name):
         arguments = match[2].split(", ")
         if match[1] == "planes" and arguments[0] == "1":  # element by element

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -71,6 +72,66 @@ __device__ __forceinline__ Vector<T> load_vector(const T* address) {
 #endif
 }
 
+template <class T>
+__device__ __forceinline__ void store_vector(T* address, const Vector<T>& vector) {
+#ifdef __CUDACC__
+  *reinterpret_cast<Vector<T>*>(address) = vector;
+#else
+  on_host::check_alignment(address, 16);
+  for (int i = 0; i < Vector<T>::SIZE; ++i) address[i] = vector.elements[i];
+#endif
+}
+
+// Rounds to nearest even, two at a time where the hardware does.
+template <class T>
+__device__ __forceinline__ Vector<T> round_to(const float (&values)[Vector<T>::SIZE]) {
+  Vector<T> vector;
+#ifdef __CUDACC__
+  [[maybe_unused]] auto* pairs = reinterpret_cast<uint32_t*>(&vector);
+#pragma unroll
+  for (int i = 0; i < Vector<T>::SIZE; ++i) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (i % 2)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
+            : "=r"(pairs[i / 2])
+            : "f"(values[i]), "f"(values[i - 1]));
+    } else if constexpr (std::is_same_v<T, Half>) {
+      if (i % 2)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+            : "=r"(pairs[i / 2])
+            : "f"(values[i]), "f"(values[i - 1]));
+    } else {
+      vector.elements[i] = values[i];
+    }
+  }
+#else
+  for (int i = 0; i < Vector<T>::SIZE; ++i) vector.elements[i] = static_cast<T>(values[i]);
+#endif
+  return vector;
+}
+
+template <class T>
+__device__ __forceinline__ float to_float(const Vector<T>& vector, int i) {
+  if constexpr (std::is_same_v<T, BFloat16>) {  // one instruction for either half of a register
+    unsigned pair;
+    memcpy(&pair, &vector.elements[i / 2 * 2], sizeof pair);
+    return __uint_as_float(i % 2 ? pair & 0xffff0000 : pair << 16);
+  } else {
+    return static_cast<float>(vector.elements[i]);
+  }
+}
+
+// The bits of `vector` that are set in `mask`.
+template <class T>
+__device__ __forceinline__ Vector<T> keep(const Vector<T>& vector, const unsigned (&mask)[4]) {
+  unsigned bits[4];
+  memcpy(bits, &vector, sizeof bits);
+  for (int i = 0; i < 4; ++i) bits[i] &= mask[i];
+  Vector<T> kept;
+  memcpy(&kept, bits, sizeof bits);
+  return kept;
+}
+
 // The block's dynamic shared memory, aligned to 16 bytes.
 __device__ __forceinline__ unsigned char* shared_memory() {
 #ifdef __CUDACC__
@@ -92,6 +153,16 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                : "memory");
 #else
   on_host::copy_async(shared, global, bytes);
+#endif
+}
+
+// The same of all 16 bytes, which takes fewer instructions.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+#ifdef __CUDACC__
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+#else
+  on_host::copy_async(shared, global, 16);
 #endif
 }
 

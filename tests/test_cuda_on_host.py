@@ -36,15 +36,18 @@ print("right" if (after == np.roll(before.reshape(blocks, 64), -1, 1).ravel()).a
 
 
 def _runtime(flavour: str) -> str:
-    """The sanitizer's library, which has to be loaded before Python."""
+    """The sanitizer's library, which has to be loaded before Python; and libstdc++, in which
+    AddressSanitizer looks for what throws exceptions when it is loaded itself."""
     if RUNTIME[flavour] is None:
         return ""
     compiler = os.environ.get("CXX", "g++")
-    command = [compiler, f"-print-file-name={RUNTIME[flavour]}"]
-    path = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    if not Path(path).is_file():
-        pytest.skip(f"{compiler} has no {RUNTIME[flavour]}")
-    return path
+    paths = []
+    for library in (RUNTIME[flavour], "libstdc++.so.6"):
+        command = [compiler, f"-print-file-name={library}"]
+        paths.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+        if not Path(paths[-1]).is_file():
+            pytest.skip(f"{compiler} has no {library}")
+    return " ".join(paths)
 
 
 def _environment(flavour: str) -> dict[str, str]:
@@ -54,6 +57,7 @@ def _environment(flavour: str) -> dict[str, str]:
         "LD_PRELOAD": _runtime(flavour),
         "ASAN_OPTIONS": f"{options}:detect_leaks=0",
         "TSAN_OPTIONS": options,
+        "OMP_NUM_THREADS": "1",  # ThreadSanitizer does not understand OpenMP's barriers
     }
 
 

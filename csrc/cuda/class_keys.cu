@@ -1,13 +1,14 @@
-// The operator anchorops::class_keys.cuda: labels of any size and integer type -> one key per pixel.
+// The operator anchorops::class_keys.cuda: labels of any size and integer type -> one key per
+// pixel.
 //
 // Reads each label that is taken once, writes 4 bytes per pixel. Counts are integer atomics, whose
-// order does not matter: up to MAX_BINS classes of shared memory, one global addition for each class
-// that a block has seen; of more, one for each run of equal keys in a warp.
+// order does not matter: up to MAX_BINS classes of shared memory, one global addition for each
+// class that a block has seen; of more, one for each run of equal keys in a warp.
 //
-// Predicted at B8 128×256 (262,144 pixels) from 512×1024 int64 labels: a sector of 32 bytes for each
-// label and 4 bytes for each key are 9.4 MB, 2.2 µs of an H200's memory; a launch, one round trip
-// for the four labels of a thread and one for the counts make it 4 to 6 µs, with the zeroing of the
-// counts.
+// Predicted at B8 128×256 (262,144 pixels) from 512×1024 int64 labels: a sector of 32 bytes for
+// each label and 4 bytes for each key are 9.4 MB, 2.2 µs of an H200's memory; a launch, one round
+// trip for the four labels of a thread and one for the counts make it 4 to 6 µs, with the zeroing
+// of the counts.
 #include "tensors.cuh"
 
 namespace anchorops::cuda {
@@ -107,18 +108,18 @@ template <class Label>
 void write_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num_classes,
                 bool per_image, int64_t ignore_index, const Tensor& keys, const Tensor& counts,
                 Stream stream) {
-  const Labels shape{.rows{height, labels.size(1), labels.stride(1)},
-                     .columns{width, labels.size(2), labels.stride(2)},
-                     .stride_b = labels.stride(0),
-                     .pixels = height * width,
-                     .width = width,
-                     .step_y = THREADS / width,
-                     .step_x = THREADS % width,
-                     .blocks_per_image =
-                         static_cast<unsigned>(ceil_div(height * width, PIXELS_PER_BLOCK)),
-                     .num_classes = num_classes,
-                     .ignore_index = ignore_index,
-                     .per_image = per_image};
+  const Labels shape{
+      .rows{height, labels.size(1), labels.stride(1)},
+      .columns{width, labels.size(2), labels.stride(2)},
+      .stride_b = labels.stride(0),
+      .pixels = height * width,
+      .width = width,
+      .step_y = THREADS / width,
+      .step_x = THREADS % width,
+      .blocks_per_image = static_cast<unsigned>(ceil_div(height * width, PIXELS_PER_BLOCK)),
+      .num_classes = num_classes,
+      .ignore_index = ignore_index,
+      .per_image = per_image};
   const dim3 grid(static_cast<unsigned>(labels.size(0)) * shape.blocks_per_image);
   const size_t shared_bytes = num_classes <= MAX_BINS ? num_classes * sizeof(unsigned) : 0;
   launch("class_keys_kernel", class_keys_kernel<Label>, grid, THREADS, shared_bytes, stream,

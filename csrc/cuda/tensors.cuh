@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -37,6 +38,9 @@ struct Pixels {
 
   __device__ int64_t line_offset(int64_t line) const {
     return line / lines_per_image * stride_b + line % lines_per_image * stride_h;
+  }
+  __device__ int64_t offset(int64_t line, int64_t d, int64_t pixel) const {
+    return line_offset(line) + d * stride_d + pixel * stride_p;
   }
 };
 
@@ -93,6 +97,21 @@ class OnDevice {
 
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
   return torch::stable::new_empty(like, size, dtype);
+}
+
+inline Tensor new_empty_strided(const Tensor& like, const std::vector<int64_t>& size,
+                                const std::vector<int64_t>& stride, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 7> stack = {from(like),
+                                       from(torch::headeronly::IntHeaderOnlyArrayRef(size)),
+                                       from(torch::headeronly::IntHeaderOnlyArrayRef(stride)),
+                                       from(std::optional(dtype)),
+                                       from(std::nullopt),
+                                       from(std::nullopt),
+                                       from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 template <class Function>

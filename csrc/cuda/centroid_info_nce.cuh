@@ -1,0 +1,297 @@
+// What centroid InfoNCE's kernels share: K×D tensors seen as rows, and the product of two tiles.
+#pragma once
+
+#include "tensors.cuh"
+
+namespace anchorops::cuda {
+
+constexpr int THREADS = 256;
+
+__device__ inline int64_t row_offset(int r, int groups, int64_t stride_k, int64_t stride_g) {
+  if (groups == 1) return r * stride_k;
+  return r / groups * stride_k + r % groups * stride_g;
+}
+
+// Rows of a tensor [K, D] or [K, G, D] by strides, r = k·G + g, of any dtype: it is looked at when
+// a row is read, which is little beside the product and makes one kernel of nine.
+struct Rows {
+  const void* data;
+  ScalarType dtype;
+  bool vectors;  // whether 8 elements, from a multiple of 8 on, can be read 16 bytes at a time
+  int count, groups, dim;
+  int64_t stride_k, stride_g, stride_d;
+
+  __device__ int64_t offset(int r) const { return row_offset(r, groups, stride_k, stride_g); }
+};
+
+inline Rows rows_of(const Tensor& tensor) {
+  const bool grouped = tensor.dim() == 3;
+  const int64_t groups = grouped ? tensor.size(1) : 1, stride_k = tensor.stride(0);
+  const int64_t stride_g = grouped ? tensor.stride(1) : 0, stride_d = tensor.stride(-1);
+  const void* data = tensor.const_data_ptr();
+  return {.data = data,
+          .dtype = tensor.scalar_type(),
+          .vectors =
+              stride_d == 1 && vectors_aligned(data, {stride_k, stride_g}, tensor.element_size()),
+          .count = static_cast<int>(tensor.size(0) * groups),
+          .groups = static_cast<int>(groups),
+          .dim = static_cast<int>(tensor.size(-1)),
+          .stride_k = stride_k,
+          .stride_g = stride_g,
+          .stride_d = stride_d};
+}
+
+// Which rows lose anything, and which keys they are pushed from: bytes as they lie in memory, so
+// that nothing waits for them before they are used.
+struct Present {
+  const uint8_t* queries;  // bool [K, G] by strides; null: all
+  const uint8_t* keys;     // bool [K] by stride; null: the classes with a present query
+  int groups;
+  int64_t stride_k, stride_g, stride_keys;
+  bool own_is_positive;  // no positives were given
+
+  __device__ uint8_t row(int r) const {
+    return queries ? queries[row_offset(r, groups, stride_k, stride_g)] : 1;
+  }
+  __device__ uint8_t any_row(int k) const {
+    if (!queries) return groups > 0;
+    if (groups == 1) return queries[k * stride_k];
+    uint8_t found = 0;
+#pragma unroll 1
+    for (int g = 0; g < groups; ++g) found |= queries[k * stride_k + g * stride_g];
+    return found;
+  }
+  // Whether the key is in the denominator of every row.
+  __device__ uint8_t key(int k) const { return keys ? keys[k * stride_keys] : any_row(k); }
+  // Whether it is in any term.
+  __device__ uint8_t key_used(int k) const {
+    return keys && own_is_positive ? keys[k * stride_keys] | any_row(k) : key(k);
+  }
+};
+
+inline const uint8_t* bytes_of(const Tensor& mask) {
+  return static_cast<const uint8_t*>(mask.const_data_ptr());
+}
+
+inline Present present_of(const std::optional<Tensor>& queries, const std::optional<Tensor>& keys,
+                          int groups, bool own_is_positive) {
+  return {.queries = queries ? bytes_of(*queries) : nullptr,
+          .keys = keys ? bytes_of(*keys) : nullptr,
+          .groups = groups,
+          .stride_k = queries ? queries->stride(0) : 0,
+          .stride_g = queries && queries->dim() == 2 ? queries->stride(1) : 0,
+          .stride_keys = keys ? keys->stride(0) : 0,
+          .own_is_positive = own_is_positive};
+}
+
+// Eight elements of a row as they lie in memory: of 2 bytes in `bits[0]`, of 4 bytes in both.
+// What is not selected counts as zero, whatever it holds; both are loaded at once.
+struct Eight {
+  Vector<uint32_t> bits[2];
+  uint8_t selected;
+};
+
+// Elements d to d + 7 of row r; zeros outside.
+template <class Select>
+__device__ Eight load_eight(const Rows& rows, int r, int d, Select select) {
+  Eight eight{};
+  if (r >= rows.count || d >= rows.dim) return eight;
+  const bool wide = rows.dtype == ScalarType::Float;
+  const auto* row = static_cast<const uint8_t*>(rows.data) + rows.offset(r) * (wide ? 4 : 2);
+  if (rows.vectors && d + 8 <= rows.dim) {
+    const auto* words = reinterpret_cast<const uint32_t*>(row + d * (wide ? 4u : 2u));
+    eight.bits[0] = load_vector(words);
+    if (wide) eight.bits[1] = load_vector(words + 4);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (d + i >= rows.dim) break;
+      const int64_t element = (d + i) * rows.stride_d;
+      if (wide)
+        eight.bits[i / 4].elements[i % 4] = reinterpret_cast<const uint32_t*>(row)[element];
+      else
+        eight.bits[0].elements[i / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(row)[element]}
+                                         << i % 2 * 16;
+    }
+  }
+  eight.selected = select(r);
+  return eight;
+}
+
+struct EightFloats {
+  Vector<float> part[2];
+
+  __device__ float& operator[](int i) { return part[i / 4].elements[i % 4]; }
+  __device__ float operator[](int i) const { return part[i / 4].elements[i % 4]; }
+};
+
+__device__ inline EightFloats to_float(const Eight& eight, ScalarType dtype) {
+  EightFloats floats;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t pair = eight.bits[0].elements[i / 2];
+    const auto half = static_cast<uint16_t>(i % 2 ? pair >> 16 : pair);
+    float value;
+    if (dtype == ScalarType::Float)
+      value = __uint_as_float(eight.bits[i / 4].elements[i % 4]);
+    else if (dtype == ScalarType::BFloat16)
+      value = __uint_as_float(uint32_t{half} << 16);
+    else
+      value = Half(half, Half::from_bits());
+    floats[i] = eight.selected ? value : 0;
+  }
+  return floats;
+}
+
+// ROWS × COLUMNS elements on their way from memory to float32 [ROWS][PITCH] in shared memory. The
+// pitch keeps rows that are read at once in different banks.
+template <int ROWS, int COLUMNS>
+struct OperandStage {
+  static constexpr int PITCH = COLUMNS + 4, SIZE = ROWS * PITCH;
+  static constexpr int EIGHTS = ROWS * COLUMNS / 8, PER_THREAD = ceil_div(EIGHTS, THREADS);
+  Eight eights[PER_THREAD];
+
+  template <class Select>
+  __device__ void load(const Rows& rows, int first_row, int first_column, Select select) {
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i) {
+      const int unit = threadIdx.x + i * THREADS;
+      if (EIGHTS % THREADS == 0 || unit < EIGHTS)
+        eights[i] = load_eight(rows, first_row + unit / (COLUMNS / 8),
+                               first_column + unit % (COLUMNS / 8) * 8, select);
+    }
+  }
+
+  __device__ void store(float* shared, ScalarType dtype) const {
+    // Every second four lanes begin with their second half: eight lanes then meet all banks once.
+    const bool swap = threadIdx.x & 4;
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i) {
+      const int unit = threadIdx.x + i * THREADS;
+      if (EIGHTS % THREADS && unit >= EIGHTS) continue;
+      const EightFloats floats = to_float(eights[i], dtype);
+      float* address = shared + unit / (COLUMNS / 8) * PITCH + unit % (COLUMNS / 8) * 8;
+      store_vector(address + 4 * swap, swap ? floats.part[1] : floats.part[0]);
+      store_vector(address + 4 * !swap, swap ? floats.part[0] : floats.part[1]);
+    }
+  }
+};
+
+// A block's tile of a product, M × N outputs, DEPTH terms at a time. A and B are staged as they
+// lie: outputs are their rows, or their columns. A thread has 4 × 4 outputs and every SPLIT-th four
+// terms: 8 reads of 16 bytes for 64 multiplications. At the end all terms' sums are in shared
+// memory.
+template <int M, int N, int DEPTH, bool A_BY_ROWS, bool B_BY_ROWS>
+struct TileProduct {
+  using A = OperandStage<A_BY_ROWS ? M : DEPTH, A_BY_ROWS ? DEPTH : M>;
+  using B = OperandStage<B_BY_ROWS ? N : DEPTH, B_BY_ROWS ? DEPTH : N>;
+  static constexpr int SPLIT = THREADS / (M / 4 * N / 4), PITCH = N + 4;
+  static constexpr int SHARED_FLOATS = std::max(A::SIZE + B::SIZE, SPLIT * M * PITCH);
+  static constexpr size_t SHARED_BYTES = SHARED_FLOATS * sizeof(float);
+
+  template <bool BY_ROWS, int GROUPS, int OPERAND_PITCH>
+  static __device__ void read(const float* shared, int group, int step, Vector<float> (&four)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      four[i] = load_vector(BY_ROWS ? shared + (group + GROUPS * i) * OPERAND_PITCH + 4 * step
+                                    : shared + (4 * step + i) * OPERAND_PITCH + 4 * group);
+  }
+
+  // load_a(stage, term) and load_b(stage, term) load DEPTH terms from there on.
+  template <class LoadA, class LoadB>
+  static __device__ void multiply(float* shared, int terms, ScalarType a_dtype, ScalarType b_dtype,
+                                  LoadA load_a, LoadB load_b) {
+    const int group_n = threadIdx.x % (N / 4), group_m = threadIdx.x / (N / 4) % (M / 4);
+    const int split = threadIdx.x / (N / 4 * (M / 4));
+    float totals[4][4] = {};
+    A a;
+    B b;
+    for (int term = -DEPTH; term < terms; term += DEPTH) {
+      if (term >= 0) {
+        __syncthreads();
+        a.store(shared, a_dtype);
+        b.store(shared + A::SIZE, b_dtype);
+        __syncthreads();
+      }
+      if (term + DEPTH < terms) {
+        load_a(a, term + DEPTH);
+        load_b(b, term + DEPTH);
+      }
+      if (term < 0) continue;
+#pragma unroll 4
+      for (int step = 0; step < DEPTH / 4; step += SPLIT) {
+        Vector<float> x[4], y[4];
+        read<A_BY_ROWS, M / 4, A::PITCH>(shared, group_m, step + split, x);
+        read<B_BY_ROWS, N / 4, B::PITCH>(shared + A::SIZE, group_n, step + split, y);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int m = 0; m < 4; ++m)
+#pragma unroll
+            for (int n = 0; n < 4; ++n)
+              totals[m][n] = fmaf((A_BY_ROWS ? x[m].elements[i] : x[i].elements[m]),
+                                  (B_BY_ROWS ? y[n].elements[i] : y[i].elements[n]), totals[m][n]);
+      }
+    }
+    __syncthreads();
+    shared += split * M * PITCH;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      float* row = shared + (A_BY_ROWS ? group_m + M / 4 * m : 4 * group_m + m) * PITCH;
+      if constexpr (B_BY_ROWS) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) row[group_n + N / 4 * n] = totals[m][n];
+      } else {
+        store_vector(row + 4 * group_n,
+                     Vector<float>{{totals[m][0], totals[m][1], totals[m][2], totals[m][3]}});
+      }
+    }
+    __syncthreads();
+  }
+
+  static __device__ float sum(const float* shared, int m, int n) {
+    float total = 0;
+#pragma unroll
+    for (int split = 0; split < SPLIT; ++split) total += shared[(split * M + m) * PITCH + n];
+    return total;
+  }
+
+  static __device__ EightFloats sum_eight(const float* shared, int m, int n) {
+    EightFloats total{};
+#pragma unroll
+    for (int split = 0; split < SPLIT; ++split)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto four = load_vector(shared + (split * M + m) * PITCH + n + 4 * half);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[4 * half + i] += four.elements[i];
+      }
+    return total;
+  }
+};
+
+// TILE rows times TILE keys. The small tile makes 100 blocks of 150 × 150 logits, the large one
+// reads a fourth as much. A thread then has the logits (t / 16 + 16·i, t % 16 + 16·j), i and j
+// below PER_THREAD.
+template <int TILE>
+struct Logits {
+  static constexpr int PER_THREAD = TILE / 16;
+  using Product = TileProduct<TILE, TILE, TILE == 16 ? 256 : 32, true, true>;
+
+  static __device__ void multiply(float* shared, const Rows& queries, const Rows& keys,
+                                  const Present& present, int first_row, int first_key) {
+    const auto row = [&](int r) { return present.row(r); };
+    const auto key = [&](int k) { return present.key_used(k); };
+    Product::multiply(
+        shared, queries.dim, queries.dtype, keys.dtype,
+        [&](auto& stage, int d) { stage.load(queries, first_row, d, row); },
+        [&](auto& stage, int d) { stage.load(keys, first_key, d, key); });
+  }
+};
+
+// Large tiles where they fill the device.
+inline bool large_tiles(int rows, int num_classes) {
+  return int64_t{ceil_div(rows, 64)} * ceil_div(num_classes, 64) >= 128;
+}
+
+}  // namespace anchorops::cuda
