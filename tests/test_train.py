@@ -1,9 +1,11 @@
 """Training runs: that they end, stop, go on, and say what is wrong."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from anchorops.train import checkpoint, directory, loop, signals
+from anchorops.train import checkpoint, directory, loop, signals, workers
 from anchorops.train.__main__ import main
 from anchorops.train.compare import comparison
 from anchorops.train.config import Config
+from anchorops.train.data import evaluation_loader
 from anchorops.train.digits import DigitScenes
 from anchorops.train.journal import Journal
 from anchorops.train.models import build_model
@@ -34,7 +37,7 @@ TINY = DIGITS.replace(
     eval_batch_size=5,
     log_every=2,
     save_every=2,
-    eval_every=0,
+    eval_every=3,
     warmup=0,
     threads=1,
     methods=("sar",),
@@ -62,9 +65,12 @@ def weights(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
     return checkpoint.load_checkpoint(run / f"checkpoint-{step:08d}.pt")["model"]
 
 
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run: Path) -> list[tuple[int, float, float]]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["loss"], line["p2a"]) for line in lines if "loss" in line]
+    return [(line["step"], line["loss"], line["p2a"]) for line in metrics(run) if "loss" in line]
 
 
 def assert_same_run(run: Path, other: Path, step: int = 6) -> None:
@@ -99,21 +105,31 @@ def test_report_is_one_page(straight: Path):
         assert f"<h2>{section}</h2>" in page
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("signum", "where"), [(signal.SIGTERM, "_measure"), (signal.SIGINT, "_train_step")]
+)
 def test_interrupted_run_continues_bit_for_bit(
-    signum: int, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    signum: int, where: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """In a step, and in the evaluation after it, which begins anew."""
     config = TINY.replace(out=tmp_path, name="interrupted", save_every=100)
     steps = []
 
-    def step_and_signal(self: loop._Run, *args: object) -> None:
+    def step(self: loop._Run, *args: object) -> None:
         train_step(self, *args)
         steps.append(self.step)
-        if self.step == 3:
-            os.kill(os.getpid(), signum)
 
     train_step = loop._Run._train_step
-    monkeypatch.setattr(loop._Run, "_train_step", step_and_signal)
+    monkeypatch.setattr(loop._Run, "_train_step", step)
+    interrupted = getattr(loop._Run, where)
+
+    def call_and_signal(self: loop._Run, *args: object) -> object:
+        if self.step == (3 if where == "_measure" else 2) and not signalled:
+            signalled.append(os.kill(os.getpid(), signum))
+        return interrupted(self, *args)
+
+    signalled: list[None] = []
+    monkeypatch.setattr(loop._Run, where, call_and_signal)
     with pytest.raises(signals.Interrupted, match=r"step 3; continue with: anchorops-train resume"):
         loop.start(config)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -121,23 +137,9 @@ def test_interrupted_run_continues_bit_for_bit(
     loop.resume(config.run)
     assert steps == [1, 2, 3, 4, 5, 6]
     assert_same_run(config.run, straight)
-
-
-def test_killed_run_continues_bit_for_bit(straight: Path, tmp_path: Path):
-    config = TINY.replace(out=tmp_path, name="killed")
-    config.run.mkdir()
-    config.save(config.run / "config.json")
-    command = [sys.executable, "-m", "anchorops.train", "resume", str(config.run)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(config.run.glob("checkpoint-*.pt")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr and process.stderr.read().decode()
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    assert not (config.run / "results.json").exists()
-    loop.resume(config.run)
-    assert_same_run(config.run, straight)
+    figures = [line for line in metrics(straight) if "val_miou" in line]
+    assert [line for line in metrics(config.run) if "val_miou" in line] == figures
+    assert [line["step"] for line in figures] == [3, 6]
 
 
 def test_second_interrupt(monkeypatch: pytest.MonkeyPatch):
@@ -204,24 +206,87 @@ def test_signals_and_workers(signum: int, waiting: Config, waited: Path):
     assert_same_run(config.run, waited, 5)
 
 
+RANKS = """
+import os, signal, sys
+from contextlib import suppress
+from pathlib import Path
+from anchorops.train import config, loop, signals
+
+def main(run):
+    loop.resume(run / "straight")
+    os.environ["MASTER_PORT"] = sys.argv[2]  # groups after the first need a store of their own
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    train_step = loop._Run._train_step
+    def step_and_signal(self, *args):
+        if (self.step, self.ranks.rank) == (0, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, *args)
+    loop._Run._train_step = step_and_signal
+    with suppress(signals.Interrupted):
+        loop.resume(run / "stopped")
+        sys.exit("the run was not stopped")
+    loop._Run._train_step = train_step
+    os.environ["MASTER_PORT"] = sys.argv[3]
+    loop.resume(run / "stopped")
+
+main(Path(sys.argv[1]))
+"""
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return str(server.getsockname()[1])
+
+
 @pytest.mark.slow
-def test_two_ranks(tmp_path: Path):
-    """Images are counted once, and what the ranks measure is what their checkpoint does alone."""
-    config = TINY.replace(
-        out=tmp_path, name="ranks", batch_size=8, accumulate=2, clip=1.0, steps=3, val_images=11
-    )
-    config.run.mkdir()
-    config.save(config.run / "config.json")
-    module = ["-m", "anchorops.train", "resume", str(config.run)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*torchrun, *module], capture_output=True, text=True, timeout=300)
+def test_ranks(tmp_path: Path):
+    """Three ranks, of which one is asked to stop between two log lines, stop together and go on bit
+    for bit. Images are counted once, and what the ranks measure is what their checkpoint does
+    alone. Methods with statistics of all ranks come to the report's end, too."""
+    for name in ("straight", "stopped"):
+        config = TINY.replace(
+            out=tmp_path,
+            name=name,
+            batch_size=12,
+            accumulate=2,
+            clip=1.0,
+            steps=3,
+            val_images=11,
+            log_every=3,
+            save_every=100,
+            deterministic=True,
+            method_options={"sar.process_group": "world"},
+        )
+        config.run.mkdir()
+        config.save(config.run / "config.json")
+    (tmp_path / "ranks.py").write_text(RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    command = [*torchrun, str(tmp_path / "ranks.py"), str(tmp_path), free_port(), free_port()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    together = json.loads((config.run / "results.json").read_text())
-    alone = loop.resume(config.run)
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert (stopped / "checkpoint-00000001.pt").exists()
+    assert_same_run(straight, stopped, 3)
+    together = json.loads((straight / "results.json").read_text())
+    alone = loop.resume(straight)
     assert together["pixels"] == alone["pixels"]
     assert together["classes"] == alone["classes"]
     scenes = DigitScenes("val", 11, (32, 32), seed=0)
     assert alone["pixels"] == sum(int((scenes[i][1] != 255).sum()) for i in range(11))
+
+
+def test_worker_that_is_killed():
+    config = TINY.replace(workers=1).data
+    loader = evaluation_loader(
+        DigitScenes("val", 40, (32, 32), seed=0), config, batch_size=1, rank=0, world=1
+    )
+    with workers.batches_of(loader) as batches:
+        next(batches)
+        (worker,) = [p for p in multiprocessing.active_children() if p.is_alive()]
+        worker.kill()
+        with pytest.raises(ValueError, match=r"want of memory .* fewer --workers"):
+            list(batches)
 
 
 def test_bf16_with_workers_and_events(tmp_path: Path):
@@ -271,15 +336,16 @@ def test_resumption_does_not_need_the_first_weights(tmp_path: Path):
 
 def test_lines_after_the_checkpoint_are_taken_back(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')
-    Journal(tmp_path, 4, 10)
-    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+    kept = '{"step": 2, "val_miou": 0.5}\n{"step": 4}\n'
+    path.write_text(kept + '{"step": 4, "val_miou": 0.5}\n{"step": 6}\n{"ste')
+    Journal(tmp_path, 4, 10, evaluated=2)
+    assert path.read_text() == kept
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_full_disk_leaves_earlier_checkpoint(tmp_path: Path):
     path = checkpoint.save_checkpoint(tmp_path, 1, {"model": torch.zeros(10)})
-    journal = Journal(tmp_path, 1, 10)
+    journal = Journal(tmp_path, 1, 10, evaluated=0)
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
@@ -292,7 +358,8 @@ def test_full_disk_leaves_earlier_checkpoint(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
     assert sorted(x.name for x in tmp_path.iterdir()) == [path.name, "metrics.jsonl"]
-    assert checkpoint.load_checkpoint(path)["step"] == 1 and Journal(tmp_path, 1, 10)
+    assert checkpoint.load_checkpoint(path)["step"] == 1
+    Journal(tmp_path, 1, 10, evaluated=0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""  # the line that was cut short is gone
 
 

@@ -161,6 +161,7 @@ def test_unknown_model():
 
 def test_weights_start_a_model_with_other_classes(tmp_path: Path):
     source, path = build_model("hrnet-w18-small", 5), tmp_path / "weights.pt"
+    Learner(source, build_regularizer(["sar"], {}, 5, 240))
     torch.save(source.state_dict(), path)
     model = build_model("hrnet-w18-small", 9, weights=path)
     assert torch.equal(next(model.parameters()), next(source.parameters()))
@@ -260,6 +261,11 @@ def test_method_options():
     [
         ({"eval_batch_size": 0}, "--eval-batch-size: expected at least 1, got 0"),
         ({"patience": 0}, "--patience: expected at least 1"),
+        ({"patience": 2, "eval_every": 0}, "--patience: expected --eval-every beside it"),
+        (
+            {"class_weights": "median", "given_class_weights": (1.0, 2.0)},
+            "--given-class-weights: expected --class-weights none beside it, got median",
+        ),
         ({"lr": -1.0}, "--lr: expected at least 0"),
         ({"crop": (50, 64)}, r"--crop: expected two multiples of 32, got \(50, 64\)"),
         ({"scale": (2.0, 0.5)}, "--scale: expected"),
@@ -278,6 +284,26 @@ def test_options_out_of_range(options: dict, message: str):
 def test_device_that_is_not_there():
     with pytest.raises(ValueError, match="--device nonsense cannot be used"):
         start_ranks("nonsense")
+
+
+def test_repetitions_may_save_and_log_as_they_like():
+    other = DIGITS.replace(seed=1, log_every=7, save_every=3, eval_batch_size=1, workers=2)
+    assert other.settings == DIGITS.settings != DIGITS.replace(lr=1.0).settings
+
+
+CONVOLUTIONAL = {
+    config.model.model
+    for _, config in PRESETS.values()
+    if not config.model.model.startswith("segformer")
+}
+
+
+@pytest.mark.parametrize("model", sorted(CONVOLUTIONAL))
+def test_networks_of_presets(model: str):
+    with torch.device("meta"):
+        network = build_model(model, 19, auxiliary=True)
+        assert network(torch.empty(2, 3, 64, 96)).shape[:2] == (2, 19)
+        assert network.auxiliary and network.auxiliary.logits().shape[:2] == (2, 19)
 
 
 @pytest.mark.parametrize("name", PRESETS)

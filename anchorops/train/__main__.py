@@ -10,6 +10,7 @@ try:
     from .compare import comparison, load_results
     from .loop import resume, start
     from .presets import DEMO, PRESETS
+    from .ranks import is_first
     from .signals import Interrupted
 except ModuleNotFoundError as error:
     sys.exit(f"anchorops-train: {error}: install what training needs: pip install anchorops[train]")
@@ -82,6 +83,8 @@ def _demo(
 
 
 def _show(results: list[dict]) -> None:
+    if not is_first():
+        return
     print(comparison(results))
     for result in results:
         print(f"{result['run']}/predictions.png  {result['run']}/report.html")
@@ -103,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 return
             _train(arguments)
     except Interrupted as interrupted:
-        print(f"anchorops-train: {interrupted}", file=sys.stderr)
+        if is_first():
+            print(f"anchorops-train: {interrupted}", file=sys.stderr)
         sys.exit(interrupted.exit_status)
     except (ValueError, OSError) as error:
         # of an error in a worker of the data loader torch hands on the whole traceback as text

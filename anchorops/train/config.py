@@ -10,7 +10,11 @@ from tyro.conf import OmitArgPrefixes
 
 from .checkpoint import save_atomically
 
-OF_ONE_RUN = ("out", "name", "overwrite", "seed", "device", "threads", "workers")
+# what does not make results incomparable
+OF_ONE_RUN = (
+    *("out", "name", "overwrite", "seed", "device", "threads", "workers"),
+    *("save_every", "log_every", "tensorboard", "eval_batch_size"),
+)
 MULTIPLE = 32  # the coarsest stride of the networks: image sides are multiples of it
 
 
@@ -136,7 +140,8 @@ class Running:
     compile: bool = False
     """torch.compile the model."""
     deterministic: bool = False
-    """Deterministic algorithms where torch has them: bit-for-bit resumption on a GPU needs them."""
+    """Deterministic algorithms where torch has them, and a fixed order of sums over the ranks:
+    bit-for-bit resumption on a GPU, or with more than two ranks, needs them."""
     evaluation: Literal["whole", "sliding"] = "whole"
     """Predict from whole images, or from overlapping windows of the size of a crop."""
     eval_batch_size: int = 1
@@ -146,10 +151,9 @@ class Running:
     patience: int | None = None
     """Stop after so many evaluations without a better mIoU."""
     save_every: int = 500
-    """Steps between checkpoints."""
+    """Steps between checkpoints; evaluations begin with another."""
     log_every: int = 10
-    """Steps between log lines; where there are several ranks, they stop on request (SIGTERM) at
-    these only."""
+    """Steps between log lines."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""
 
@@ -189,6 +193,11 @@ class Config:
             raise _wrong("cat_max_ratio", "a share above 0", self.data.cat_max_ratio)
         if not self.data.head_tail[0] >= self.data.head_tail[1]:
             raise _wrong("head_tail", "the share of the head first", self.data.head_tail)
+        if self.running.patience and not self.running.eval_every:
+            raise _wrong("patience", "--eval-every beside it", self.running.patience)
+        if self.optimization.given_class_weights and self.optimization.class_weights != "none":
+            kind = self.optimization.class_weights
+            raise _wrong("given-class-weights", "--class-weights none beside it", kind)
         if options["clip"] is not None and options["clip"] <= 0:
             raise _wrong("clip", "more than 0", options["clip"])
         if options["ohem"] is not None and not 0 < options["ohem"] <= 1:

@@ -311,10 +311,14 @@ def count_classes(dataset: MaskFolder, cache: Path) -> tuple[Tensor, Tensor]:
     key = repr((files, sorted(dataset.labels.items()), len(dataset.classes)))
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if not path.exists():
+        counts = torch.zeros(2, len(dataset.classes), dtype=torch.int64)
+
+        def histogram_of(index: int) -> Tensor:  # masks themselves would pile up
+            labels = dataset.read_labels(index).flatten()
+            return torch.bincount(labels, minlength=256)[: counts.shape[1]]
+
         with ThreadPoolExecutor() as threads:
-            counts = torch.zeros(2, len(dataset.classes), dtype=torch.int64)
-            for labels in threads.map(dataset.read_labels, range(len(dataset))):
-                histogram = torch.bincount(labels.flatten(), minlength=256)[: counts.shape[1]]
+            for histogram in threads.map(histogram_of, range(len(dataset))):
                 counts += torch.stack([histogram, histogram > 0])
         cache.mkdir(parents=True, exist_ok=True)
         found = {"pixels": counts[0].tolist(), "images": counts[1].tolist()}

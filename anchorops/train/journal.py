@@ -25,13 +25,20 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 class Journal:
-    """Records a run from `first_step`; lines that an interrupted run wrote after it are taken back.
+    """Records a run from `first_step`, the last one with an evaluation being `evaluated`; lines
+    that an interrupted run wrote after these are taken back.
 
     With run None (on every rank but the first) it does nothing.
     """
 
     def __init__(
-        self, run: Path | None, first_step: int, steps: int, *, tensorboard: bool = False
+        self,
+        run: Path | None,
+        first_step: int,
+        steps: int,
+        *,
+        evaluated: int,
+        tensorboard: bool = False,
     ) -> None:
         self.path, self.events = None, None
         self.bar = tqdm(
@@ -47,7 +54,11 @@ class Journal:
             return
         self.path = run / METRICS
         if self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
+            kept = [
+                line
+                for line in read_metrics(self.path)
+                if line["step"] <= (evaluated if "val_miou" in line else first_step)
+            ]
             save_atomically("".join(json.dumps(line) + "\n" for line in kept), self.path)
         if tensorboard:
             try:

@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 
-from .analysis import collect_features, measure_cost
+from .analysis import Cost, collect_features, measure_cost
 from .checkpoint import latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
 from .config import Config
 from .data import (
@@ -107,7 +108,7 @@ class _Run:
             print(f"no training pixels: {', '.join(absent)}", file=sys.stderr)
         self.frequencies = pixels / pixels.sum()
 
-        saved = latest_checkpoint(self.run)
+        saved = ranks.from_first(lambda: latest_checkpoint(self.run))
         torch.manual_seed(running.seed)
         self.model = build_model(
             config.model.model,
@@ -144,7 +145,7 @@ class _Run:
         self.optimizer = build_optimizer(options.optimizer, groups)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.averages = Averages()
-        self.step, self.best, self.stale = 0, -1.0, 0
+        self.step, self.evaluated, self.best, self.stale = 0, 0, -1.0, 0
         self.seconds, self.logged_seconds = 0.0, 0.0
         if saved:
             self._restore(saved)
@@ -155,7 +156,12 @@ class _Run:
         self.learner = learner
         if ranks.world > 1:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
-            self.learner = DistributedDataParallel(learner, device_ids=devices)
+            # otherwise buckets are made anew after the first step of a process, and with them
+            # the order in which three ranks or more are summed
+            fixed_buckets = running.deterministic
+            self.learner = DistributedDataParallel(
+                learner, device_ids=devices, find_unused_parameters=fixed_buckets
+            )
 
     def _lr_factor(self, step: int) -> float:
         """Linear warm-up, then polynomial decay to zero."""
@@ -171,6 +177,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "averages": self.averages.state(),
+            "evaluated": self.evaluated,
             "best": self.best,
             "stale": self.stale,
             "seconds": self.seconds,
@@ -183,7 +190,8 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.averages.restore(state["averages"])
-        self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
+        self.step, self.evaluated = state["step"], state["evaluated"]
+        self.best, self.stale = state["best"], state["stale"]
         self.seconds, self.logged_seconds = state["seconds"], state["logged_seconds"]
 
     def _save(self) -> None:
@@ -210,8 +218,8 @@ class _Run:
             pin_memory=self.ranks.device.type == "cuda",
         )
         self.learner.train()
-        summary = None
         with StopSignals() as signals, batches_of(loader) as batches, self._journal() as journal:
+            summary = self._evaluate(journal, signals) if self._evaluation_due() else None
             while not self._finished():
                 begin = time.perf_counter()
                 self._train_step(batches)
@@ -222,18 +230,27 @@ class _Run:
                 if due:
                     self._log(journal)
                 journal.step()
-                last = self.step == options.steps
-                if last or self._every(config.running.eval_every):
-                    summary = self._evaluate(journal)
-                # the ranks agree on stopping at log lines only: it costs a collective
-                asked = signals.received is not None
-                stop = self.ranks.any(asked) if due or self.ranks.world == 1 else False
-                if stop or self._finished() or self._every(config.running.save_every):
-                    self._save()
-                if stop and not self._finished():
-                    signum = signals.received or signal.SIGTERM
-                    raise Interrupted(signum, self.run, self.step)
-        return self._finish(summary or self._evaluate(None))
+                stop = self.ranks.any(signals.received is not None)
+                evaluation = self._evaluation_due()
+                if stop or evaluation or self._every(config.running.save_every):
+                    self._save()  # whoever stops in an evaluation has saved
+                if stop:
+                    raise self._interrupted(signals)
+                if evaluation:
+                    summary = self._evaluate(journal, signals)
+            if summary is None:  # the run had come to its end
+                summary = self._measure(signals)
+            else:
+                self._save()
+        return self._finish(summary)
+
+    def _interrupted(self, signals: StopSignals) -> Interrupted:
+        return Interrupted(signals.received or signal.SIGTERM, self.run, self.step)
+
+    def _evaluation_due(self) -> bool:
+        last = self.step == self.config.optimization.steps
+        due = last or self._every(self.config.running.eval_every)
+        return due and self.evaluated < self.step
 
     def _every(self, steps: int) -> bool:
         return steps > 0 and self.step % steps == 0
@@ -249,6 +266,7 @@ class _Run:
             self.run if self.ranks.first else None,
             self.step,
             self.config.optimization.steps,
+            evaluated=self.evaluated,
             tensorboard=self.config.running.tensorboard,
         )
 
@@ -314,21 +332,35 @@ class _Run:
             world=world,
         )
 
-    def _evaluate(self, journal: Journal | None) -> dict[str, Any]:
-        self._check_finite()
+    def _measure(self, signals: StopSignals) -> dict[str, Any]:
+        """The figures of the validation split. Raises Interrupted where a signal asks for it."""
+
+        def unless_asked(batches: Iterator[Any]) -> Iterator[Any]:
+            for batch in batches:
+                if signals.received is not None:
+                    raise self._interrupted(signals)
+                yield batch
+
         self.ranks.synchronize(self.model)
         loader = self._validation(self.ranks.rank, self.ranks.world)
         with batches_of(loader) as batches:
             confusion = evaluate(
-                self.model, batches, self.num_classes, self.ranks.device, self._window
+                self.model,
+                unless_asked(batches),
+                self.num_classes,
+                self.ranks.device,
+                self._window,
             )
-        summary = summarize(
+        return summarize(
             confusion, self.training_set.classes, self.frequencies, self.config.data.head_tail
         )
-        if journal:
-            known = {k: v for k, v in summary.items() if isinstance(v, int | float)}
-            journal.record(self.step, {f"val_{name}": value for name, value in known.items()})
-            journal.write(f"step {self.step}: mIoU {100 * summary['miou']:.1f} %")
+
+    def _evaluate(self, journal: Journal, signals: StopSignals) -> dict[str, Any]:
+        summary = self._measure(signals)
+        known = {k: v for k, v in summary.items() if isinstance(v, int | float)}
+        journal.record(self.step, {f"val_{name}": value for name, value in known.items()})
+        journal.write(f"step {self.step}: mIoU {100 * summary['miou']:.1f} %")
+        self.evaluated = self.step
         self.stale += 1
         if summary["miou"] > self.best:
             self.best, self.stale = summary["miou"], 0
@@ -337,33 +369,37 @@ class _Run:
                 save_atomically(state, self.run / "best.pt")
         return summary
 
-    def _report(self, results: dict[str, Any]) -> None:
-        """report.html, from the first validation images and one training batch."""
-        device, options = self.ranks.device, self.config.optimization
+    def _costs(self) -> tuple[Cost, Cost] | None:
+        """Of the regulariser, in one training batch; of all ranks together, for it may have
+        collectives, as synchronised batch norm has."""
+        if not self.config.model.methods:
+            return None
+        options, ranks = self.config.optimization, self.ranks
+        training = Training(
+            self.training_set,
+            augmentation(self.config.data, self.training_set.channels),
+            self.config.running.seed,
+        )
+        size = options.batch_size // (options.accumulate * ranks.world)
+        draws = range(ranks.rank * size, (ranks.rank + 1) * size)
+        images, labels = default_collate(
+            [training[draw % len(self.training_set), draw] for draw in draws]
+        )
+        return measure_cost(
+            self.learner.module if ranks.world > 1 else self.learner,  # pyright: ignore
+            images.to(ranks.device, memory_format=self.layout),
+            labels.to(ranks.device).long(),
+            bf16=self.config.running.bf16,
+        )
+
+    def _report(self, results: dict[str, Any], costs: tuple[Cost, Cost] | None) -> None:
+        """report.html, with the features of the first validation images."""
+        device = self.ranks.device
         loader = self._validation(rank=0, world=1)
         count = math.ceil(ANALYSED / self.config.running.eval_batch_size)
         with batches_of(loader) as batches:
             features = collect_features(
                 self.model, itertools.islice(batches, count), self.num_classes, device
-            )
-        costs = None
-        if self.config.model.methods:
-            training = Training(
-                self.training_set,
-                augmentation(self.config.data, self.training_set.channels),
-                self.config.running.seed,
-            )
-            count = options.batch_size // (options.accumulate * self.ranks.world)
-            images, labels = default_collate(
-                [training[draw % len(self.training_set), draw] for draw in range(count)]
-            )
-            images = images.to(device, memory_format=self.layout)
-            learner = self.learner.module if self.ranks.world > 1 else self.learner
-            costs = measure_cost(
-                learner,  # pyright: ignore[reportArgumentType]
-                images,
-                labels.to(device).long(),
-                bf16=self.config.running.bf16,
             )
         weight = self.model.classifier.weight.detach().flatten(1).cpu()
         write_report(self.run, results, features, weight, costs)
@@ -385,6 +421,8 @@ class _Run:
         }
         if self.ranks.first:
             save_atomically(json.dumps(results, indent=2) + "\n", self.run / "results.json")
+        costs = self._costs()
+        if self.ranks.first:
             draw_predictions(
                 self.model,
                 self.validation_set,
@@ -395,5 +433,5 @@ class _Run:
                 title=f"{self.run.name}: mIoU {100 * results['miou']:.1f} %",
                 device=self.ranks.device,
             )
-            self._report(results)
+            self._report(results, costs)
         return results

@@ -15,7 +15,8 @@ HRNETS = {
     "hrnet-w18-small-v2": "hrnet_w18_small_v2",
     **{f"hrnet-w{width}": f"hrnet_w{width}" for width in (18, 30, 32, 40, 44, 48, 64)},
 }
-HEADS = ("classifier.", "auxiliary.")  # what is for one set of classes
+# what is for one set of classes; a method's part in a checkpoint is under "regularizer"
+HEADS = ("classifier.", "auxiliary.", "regularizer.")
 AUXILIARY_DIM = 256
 SEGFORMERS = {f"segformer-b{size}": f"mit_b{size}" for size in range(6)}
 

@@ -37,14 +37,14 @@ def palette(num_classes: int) -> np.ndarray:
 
 def choose_images(dataset: Segmentation, count: int) -> list[int]:
     """Of the first hundred images, those which together show every class, the rarest first."""
-    labels = [dataset[index][1].flatten().long() for index in range(min(100, len(dataset)))]
-    present = torch.stack(
-        [torch.bincount(x, minlength=256)[: len(dataset.classes)] for x in labels]
-    )
-    present = (present > 0).double()
+    counts = [
+        torch.bincount(dataset[index][1].flatten(), minlength=256)[: len(dataset.classes)]
+        for index in range(min(100, len(dataset)))
+    ]
+    present = (torch.stack(counts) > 0).double()
     worth = 1 / present.sum(0).clamp(min=1)
     chosen: list[int] = []
-    while len(chosen) < min(count, len(labels)):
+    while len(chosen) < min(count, len(counts)):
         value = present @ worth
         value[chosen] = -1
         best = int(value.argmax())

@@ -24,7 +24,7 @@ class Ranks(NamedTuple):
         """Whether the flag is set on any rank."""
         if self.world == 1:
             return flag
-        shared = torch.tensor(int(flag), device=self.device)
+        shared = torch.tensor(int(flag))  # over gloo: nobody waits for a GPU
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return bool(shared)
 
@@ -39,16 +39,25 @@ class Ranks(NamedTuple):
         if self.world == 1:
             return make()
         shared = [make() if self.first else None]
-        dist.broadcast_object_list(shared, device=self.device)
+        dist.broadcast_object_list(shared, device=torch.device("cpu"))
         return shared[0]  # pyright: ignore[reportReturnType]
 
 
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all, before its group is formed and after."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def start_ranks(device: str | None) -> Ranks:
-    """Join the process group where torchrun set one up (NCCL on GPUs, gloo on CPUs). Raises
-    ValueError where there is no such device."""
+    """Join the process group where torchrun set one up (NCCL for what is on GPUs, gloo for what is
+    not). Raises ValueError where there is no such device."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    launched = "LOCAL_RANK" in os.environ
-    if launched and device == "cuda":
+    if launched() and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(0, device=device)
@@ -57,9 +66,9 @@ def start_ranks(device: str | None) -> Ranks:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used: {reason}") from None
-    if not launched:
+    if not launched():
         return Ranks(0, 1, torch.device(device))
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 

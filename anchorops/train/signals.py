@@ -5,14 +5,17 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from .ranks import launched
+
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state."""
 
     def __init__(self, signum: int, run: Path, step: int) -> None:
+        program = "torchrun … -m anchorops.train" if launched() else "anchorops-train"
         super().__init__(
             f"stopped by {signal.Signals(signum).name} after step {step}; continue with: "
-            f"anchorops-train resume {run}"
+            f"{program} resume {run}"
         )
         self.exit_status = 128 + signum
 

@@ -11,26 +11,49 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 STOPPING = {signal.SIGTERM, signal.SIGINT}
+# what workers import, and importing torch takes seconds; "__main__" is multiprocessing's default
+PRELOADED = ["__main__", f"{__package__}.loop"]
 
 
 @contextmanager
 def batches_of(loader: DataLoader) -> Iterator[Iterator[Any]]:
     """The loader's batches. Its workers end with the block, however that ends: multiprocessing
-    would send SIGTERM at exit, and wait for ever for processes that do not hear it."""
+    would send SIGTERM at exit, and wait for ever for processes that do not hear it.
+
+    Raises ValueError in the block where a worker is killed.
+    """
     if loader.num_workers:
         _start_server()
     batches = iter(loader)
     try:
-        yield batches
+        yield _or_why_not(batches) if loader.num_workers else batches
     finally:
         if loader.num_workers:
             batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _or_why_not(batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        message = str(error)
+        if message.startswith("Caught "):  # the data set's own, from the worker
+            raise
+        cut = isinstance(error, ConnectionError | EOFError)
+        if not (cut or "exited unexpectedly" in message or "killed by signal" in message):
+            raise
+        raise ValueError(
+            f"{message or 'no data'}: a process that prepares images was killed, as a rule for "
+            "want of memory (or of /dev/shm, in a container): fewer --workers, or none, need less"
+        ) from error
+
+
 def _start_server() -> None:
-    """Start the server that workers are forked from, with the signals blocked that ask to stop:
-    Ctrl-C, SLURM and `timeout` send them to the whole group of processes, and the training process
-    alone decides what they mean. What is blocked in the server is blocked in its workers."""
+    """Start the server that workers are forked from, with everything imported, and with the signals
+    blocked that ask to stop: Ctrl-C, SLURM and `timeout` send them to the whole group of processes,
+    and the training process alone decides what they mean. What is blocked in the server is blocked
+    in its workers."""
+    forkserver.set_forkserver_preload(PRELOADED)
     resource_tracker.ensure_running()  # the server's start would start it, which unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
