@@ -1,6 +1,7 @@
 """Time, bytes and memory of a call: what bench/ and `anchorops-doctor --benchmark` share."""
 
 import ctypes
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,9 @@ Run = Callable[[], object]
 
 
 class Measurement(NamedTuple):
-    """Seconds of a call over its rounds; shares of bandwidth are None where none was asked for."""
+    """Seconds of a call over its rounds; shares of bandwidth are None where none was asked for.
+    others: cores that other processes kept busy meanwhile; None on CUDA, where the system does not
+    tell, and under 0.1 s."""
 
     median: float
     q20: float
@@ -26,6 +29,7 @@ class Measurement(NamedTuple):
     gbps: float
     copy_share: float | None = None
     read_share: float | None = None
+    others: float | None = None
 
 
 def example_labels(size: tuple[int, ...], num_classes: int, kind: str) -> Tensor:
@@ -130,7 +134,6 @@ def measure(
     *,
     beside: Tensor | None = None,
     seconds: float = 0.5,
-    max_rounds: int = 100,
 ) -> tuple[Measurement, list[float]]:
     """Time a run that has run before (its first call may compile), for about `seconds`, 3 rounds at
     least; also every sample.
@@ -143,10 +146,18 @@ def measure(
         tensor = beside.detach()
         target = torch.empty_like(tensor)
         runs += [lambda: target.copy_(tensor), lambda: tensor.sum()]
-    first = sample(runs, device, 1)
-    rounds = min(max(int(seconds / sum(column[0] for column in first)), 3), max_rounds)
-    later = sample(runs, device, rounds - 1)
-    times, *others = (a + b for a, b in zip(first, later, strict=True))
+    # Until the time is up: the first calls of a run may take ten times as long as later ones, while
+    # the system looks for huge pages. On CUDA the host is to be ahead of the GPU.
+    chunk, most = (10, 100) if device.type == "cuda" else (1, 1000)
+    busy, start = _busy_elsewhere(device), time.perf_counter()
+    samples = sample(runs, device, 3)
+    while len(samples[0]) < most and time.perf_counter() - start < seconds:
+        samples = [a + b for a, b in zip(samples, sample(runs, device, chunk), strict=True)]
+    times, *others = samples
+    elapsed, after = time.perf_counter() - start, _busy_elsewhere(device)
+    cores = None
+    if busy is not None and after is not None and elapsed >= 0.1:  # the system counts by 10 ms
+        cores = max(0.0, after - busy) / elapsed
     q20, *_, q80 = quantiles(times, n=5, method="inclusive")
     shares: list[float | None] = [None, None]
     if beside is not None:
@@ -156,7 +167,22 @@ def measure(
             shares[i] = median(counted_bytes / own / (moved / other) for own, other in pairs)
     middle = median(times)
     rate = counted_bytes / middle / 1e9
-    return Measurement(middle, q20, q80, rounds, rate, *shares), times
+    return Measurement(middle, q20, q80, len(times), rate, *shares, others=cores), times
+
+
+# With other processes on the cores, threads wait for each other in every small layer: SAR's
+# embedding of 19 anchors then takes 500 ms instead of 2, unless OMP_WAIT_POLICY is passive.
+DISTURBED = 0.2  # cores busy elsewhere
+
+
+def _busy_elsewhere(device: torch.device) -> float | None:
+    """Seconds that all cores gave to other processes since the system started."""
+    stat = Path("/proc/stat")
+    if device.type == "cuda" or not stat.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().split()[1:11])
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def bandwidth(tensor: Tensor, rounds: int = 20) -> dict[str, float]:
@@ -204,6 +230,8 @@ def environment(device: torch.device) -> dict[str, object]:
         name = f"{gpu.name}, {gpu.multi_processor_count} multiprocessors"
     else:
         name = f"{_processor()}, {torch.get_num_threads()} threads"
+        if "OMP_WAIT_POLICY" in os.environ:
+            name += f" (OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']})"
     return {
         "device": name,
         "device_type": device.type,

@@ -3,6 +3,9 @@
 Bytes are those of the byte model: forward reads the features once; forward and backward together
 read them twice and write their gradient once, and where no squared distance is asked for read them
 once and write once.
+
+On CPU large outputs are fresh memory in each call, as in training, and their page faults are part
+of the time: of a gradient of 189 MB 46,000 with pages of 4 KB, 600 where huge pages are asked for.
 """
 
 from collections.abc import Callable

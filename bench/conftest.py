@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,9 +13,18 @@ import rivals
 import torch
 from cases import Case, backends, relative_error
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import anchorops as ao
-from anchorops._measure import Run, bandwidth, cuda_graph, environment, measure, peak_extra_bytes
+from anchorops._measure import (
+    DISTURBED,
+    Run,
+    bandwidth,
+    cuda_graph,
+    environment,
+    measure,
+    peak_extra_bytes,
+)
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}  # of rivals too: expanded squares, sums kept in bfloat16
@@ -29,7 +39,7 @@ def pytest_addoption(parser):
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--rows", type=Path, help="write the results to this JSON file")
     group.addoption("--threads", type=int, default=2, help="of torch on the CPU (default 2)")
-    group.addoption("--seconds", type=float, default=0.3, help="of timing for each row")
+    group.addoption("--seconds", type=float, default=0.6, help="of timing for each row")
     group.addoption("--tiny", action="store_true", help="tiny tensors: that everything runs")
 
 
@@ -101,8 +111,10 @@ def key(row: dict) -> tuple:
 def commit() -> str:
     """Of the checkout; where only its files are, $ANCHOROPS_COMMIT says."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    return answer.stdout.strip() or os.environ.get("ANCHOROPS_COMMIT", "unknown")
+    told = ""
+    if shutil.which("git"):
+        told = subprocess.run(command, cwd=ROOT, text=True, capture_output=True).stdout.strip()
+    return told or os.environ.get("ANCHOROPS_COMMIT", "unknown")
 
 
 class Bench:
@@ -131,8 +143,8 @@ class Bench:
         """Times the run, with the copy and the sum of the tensor `beside` it."""
         graph = name.endswith(GRAPH)
         if graph:
-            run = cuda_graph(run)
-            run()
+            eager, run = tree_leaves(run()), cuda_graph(run)
+            torch.testing.assert_close(tree_leaves(run()), eager)
         measured, times = measure(
             run, counted_bytes, self.device, beside=beside, seconds=self.seconds
         )
@@ -203,4 +215,6 @@ def line(row: dict) -> str:
         text += f" {row['read_share']:>5.0%} of read"
     if row["extra_bytes"] is not None:
         text += f"  +{row['extra_bytes'] / 2**20:,.0f} MiB"
+    if (row["others"] or 0) > DISTURBED:
+        text += f"  disturbed: {row['others']:.1f} cores busy elsewhere"
     return text

@@ -10,8 +10,8 @@
 # collection of the GPU tests, every benchmark on tiny tensors on the CPU.
 #
 # $PYTHON (python3) has torch; pytest, pytest-benchmark, pybind11, ninja, matplotlib and what
-# anchorops[train] names may come on PYTHONPATH. $ANCHOROPS_COMMIT names the commit where git
-# cannot tell. Nothing is installed, nothing is fetched.
+# anchorops[train] names may come on PYTHONPATH; a part that misses a package is left out and says
+# so. $ANCHOROPS_COMMIT names the commit where git cannot tell. Nothing is installed or fetched.
 set -uo pipefail
 exec </dev/null
 
@@ -43,8 +43,9 @@ part() { # name, most seconds, command …
         status=124 && echo "no time left" >"$logs/$name.log"
     else
         echo "== $name: $*"
-        # SIGINT lets pytest print what it has
-        timeout --signal=INT --kill-after=10 $((box < left ? box : left)) "$@" \
+        # SIGINT, ignored by whatever a script starts with &, lets pytest print what it has
+        timeout --signal=INT --kill-after=10 $((box < left ? box : left)) \
+            env --default-signal=INT "$@" \
             >"$logs/$name.log" 2>&1 || status=$?
         tail -n 12 "$logs/$name.log" | cut -c -180
     fi
@@ -55,6 +56,14 @@ part() { # name, most seconds, command …
 
 absent() { # name, reason
     parts+=("$1 absent 0") && echo "== $1: left out: $2"
+}
+
+needing() { # packages, then a part as above: left out where one of them is not installed
+    local missing
+    missing=$("$python" -c 'import importlib.util as u, sys
+print(*(name for name in sys.argv[1].split() if u.find_spec(name) is None))' "$1")
+    shift
+    if [ -n "$missing" ]; then absent "$1" "not installed: $missing"; else part "$@"; fi
 }
 
 pytest=("$python" -m pytest -q -p no:cacheprovider)
@@ -74,10 +83,21 @@ else
     part tests 120 "${pytest[@]}" tests/test_gpu.py
     if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer); then
         few=(tests/test_gpu.py -k "reproducible or (test_centroid_info_nce and shape0)")
-        for tool in memcheck racecheck; do
+        # some virtual machines keep the sanitizer from the device
+        timeout --kill-after=5 40 "$sanitizer" --report-api-errors no --error-exitcode 99 "$python" \
+            -c 'import torch; torch.ones(9, device="cuda").sum().item()' >"$logs/sanitizer.log" 2>&1
+        status=$? tools=(memcheck racecheck)
+        if [ "$status" -ne 0 ]; then
+            tools=()
+            absent sanitizer "exit $status: $(grep -m 1 '=====' "$logs/sanitizer.log")"
+        fi
+        for tool in "${tools[@]}"; do
             # every tensor its own allocation, so that a step over its end is seen
-            part "$tool" 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
-                --error-exitcode 99 --print-limit 20 "${pytest[@]}" "${few[@]}"
+            # torch tries calls that may fail: errors are those of kernels
+            options=(--tool "$tool" --error-exitcode 99 --print-limit 20)
+            [ "$tool" != memcheck ] || options+=(--report-api-errors no)
+            part "$tool" 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" "${options[@]}" \
+                "${pytest[@]}" "${few[@]}"
         done
     else
         absent sanitizer "compute-sanitizer is not here"
@@ -85,14 +105,15 @@ else
     part doctor 45 "$python" -m anchorops.doctor --benchmark
     part bench 210 "${pytest[@]}" "${benches[@]}" --full --device cuda --seconds 0.05 --rows "$rows"
 fi
-part plots 30 "$python" bench/plot.py "$rows"
+needing matplotlib plots 30 "$python" bench/plot.py "$rows"
+training="tyro timm segmentation_models_pytorch sklearn PIL matplotlib torchmetrics torchvision tqdm"
 if [ -f bench/training_step.py ]; then
-    part training_step 120 "$python" bench/training_step.py --minutes 1.3 \
+    needing "$training pytest" training_step 120 "$python" bench/training_step.py --minutes 1.3 \
         ${dry_run:+--dry-run} --out "$out/training_step.json"
 else
     absent training_step "bench/training_step.py is not here"
 fi
-part smoke 60 "$python" -m anchorops.train digits --methods sar --steps "$steps" \
+needing "$training" smoke 60 "$python" -m anchorops.train digits --methods sar --steps "$steps" \
     --workers 0 --out "$logs/run" --name smoke
 
 printf '%s\n' "${parts[@]}" | "$python" -c '

@@ -1,13 +1,14 @@
 """Draws the rows of a benchmark run beside them: python bench/plot.py bench/results/cpu.json
+With --table it prints the README's table instead.
 
-cpu.png            the headline cases, in milliseconds
+cpu.png            class moments against what people write, in milliseconds
 cpu-cases.png      every case: time against ours, and memory beyond inputs and outputs
 cpu-bandwidth.png  counted bytes per second as a share of the copy bandwidth
 cpu-growth.png     time against N·D and K, with the byte model's line
 """
 
+import argparse
 import json
-import sys
 from math import prod as product
 from pathlib import Path
 
@@ -34,21 +35,25 @@ STYLES = {  # name: colour, marker
     "torch_geometric": ("#3a8f8a", "<"),
 }
 BOTH, TRAINING = "class moments with anchors", "forward + backward"
-HEADLINES = (
-    (BOTH, "forward", "HRNet-W48, Cityscapes"),
-    (BOTH, TRAINING, "HRNet-W48, Cityscapes"),
-    ("pixel-to-anchor MSE", TRAINING, "HRNet-W48, Cityscapes"),
-    (BOTH, TRAINING, "SegFormer-B5, ADE20K"),
-)
+HEADLINE, DIRECTIONS = "HRNet-W48, Cityscapes", ("forward", TRAINING)
 GROWTH = ("growth with N·D", "growth with K")
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
 
-def main(rows_file: str) -> None:
-    path = Path(rows_file)
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    path = options.rows
     run = json.loads(path.read_text())
     run["rows"] = [row for row in run["rows"] if row["quick"]]  # the full grid is for tables
+    if options.table:
+        print(table(run))
+        return
     pictures = {"": headlines, "-cases": cases, "-bandwidth": bandwidth, "-growth": growth}
     for suffix, draw in pictures.items():
         figure = draw(run)
@@ -61,11 +66,17 @@ def main(rows_file: str) -> None:
         print(picture)
 
 
-def caption(run: dict) -> str:
+def machine(run: dict) -> str:
     cuda = f", CUDA {run['cuda']}" if run["device_type"] == "cuda" else ""
     return (
         f"{run['device']}; torch {run['torch']}{cuda}, anchorops {run['anchorops']} at commit "
-        f"{run['commit']}\nmedians; copy bandwidth {run['copy_gbps']:,.0f} GB/s, "
+        f"{run['commit']}"
+    )
+
+
+def caption(run: dict) -> str:
+    return (
+        f"{machine(run)}\nmedians; copy bandwidth {run['copy_gbps']:,.0f} GB/s, "
         f"read {run['read_gbps']:,.0f} GB/s"
     )
 
@@ -104,38 +115,76 @@ def style(row: dict) -> tuple[str, str, str]:
     return colour, marker, "white" if hollow else colour
 
 
-def headlines(run: dict) -> Figure | None:
-    """One panel of bars for each headline case."""
+def headline_groups(run: dict) -> list[list[dict]]:
+    """The headline case forward, and forward and backward."""
     dtype = "bf16" if run["device_type"] == "cuda" else "fp32"
     found = {
-        (row["operation"], row["direction"], row["shape"]): group
+        row["direction"]: group
         for group in grouped(run["rows"]).values()
-        if (row := group[0])["labels"] == "coherent" and row["dtype"] == dtype and len(group) > 1
+        if (row := group[0])["operation"] == BOTH
+        and (row["shape"], row["dtype"], row["labels"]) == (HEADLINE, dtype, "coherent")
     }
-    groups = [found[headline] for headline in HEADLINES if headline in found]
+    return [found[direction] for direction in DIRECTIONS if direction in found]
+
+
+def headlines(run: dict) -> Figure | None:
+    """Ours beside the fastest rival, the usual formula and what is published."""
+    groups = headline_groups(run)
     if not groups:
         return None
     figure, axes = plt.subplots(
-        len(groups),
-        figsize=(9, 0.26 * sum(map(len, groups)) + 0.8 * len(groups) + 0.5),
-        squeeze=False,
-        height_ratios=[len(group) + 1 for group in groups],
-        layout="constrained",
+        1, len(groups), figsize=(10, 2.5), squeeze=False, sharey=True, layout="constrained"
     )
-    for axis, group in zip(axes[:, 0], groups, strict=True):
-        times = [row["median"] * 1e3 for row in group]
-        bars = axis.barh(
-            [row["name"] for row in group],
-            times,
-            color=[OURS if row["ours"] else OTHER for row in group],
-        )
-        labels = [f"{number(row['median'] * 1e3)} ms   {row['ratio']:.1f}×" for row in group]
-        axis.bar_label(bars, labels, padding=4, fontsize=8)
-        axis.set_title(title(group[0]), fontsize=9, loc="left")
-        axis.margins(x=0.18)
-        axis.invert_yaxis()
-    axes[-1, 0].set_xlabel("milliseconds")
+    for axis, group in zip(axes[0], groups, strict=True):
+        own = next(row for row in group if row["ours"])
+        bars = {"anchorops": own}
+        for role, rival in (
+            ("fastest rival", next((r for r in group if "anchorops" not in r["name"]), None)),
+            ("permute + index_add", next((r for r in group if r["name"] == "index_add"), None)),
+            ("class loop", next((r for r in group if r["name"] == "class loop"), None)),
+        ):
+            if rival and rival not in bars.values():
+                bars[role] = rival
+        times = [row["median"] * 1e3 for row in bars.values()]
+        drawn = axis.barh([*bars], times, color=[OURS, *[OTHER] * (len(bars) - 1)])
+        labels = [
+            f"{number(row['median'] * 1e3)} ms" + ("" if row is own else f", {row['ratio']:.0f}×")
+            for row in bars.values()
+        ]
+        if "fastest rival" in bars:
+            labels[1] += f" ({bars['fastest rival']['name']})"
+        axis.bar_label(drawn, labels, padding=4)
+        axis.set_title(group[0]["direction"], loc="left", fontweight="bold")
+        axis.set_xlim(0, 1.3 * max(times))
+        axis.set_xlabel("milliseconds")
+    axes[0, 0].invert_yaxis()
+    row = groups[0][0]
+    what = f"Class sums and squared distances to anchors, {row['dtype']}, {row['labels']} labels"
+    figure.suptitle(f"{what}\n{row['shape']}: {sizes(row)}", x=0.01, ha="left", fontsize=10)
     return figure
+
+
+def table(run: dict) -> str:
+    """The README's table, verbatim: the headline case by every implementation."""
+    forward, training = headline_groups(run)
+    forward_times = {row["name"]: row for row in forward}
+    lines = [
+        f"{title(training[0]).splitlines()[1]}. {machine(run)}.",
+        "",
+        "| | forward, ms | forward + backward, ms | memory beyond inputs and outputs, MiB |",
+        "|---|---|---|---|",
+    ]
+    for row in training:
+        times = (forward_times.get(row["name"]), row)
+        cells = [f"{number(r['median'] * 1e3)} ({r['ratio']:.1f}×)" if r else "" for r in times]
+        memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:,.0f}"
+        lines.append(f"| {' | '.join([row['name'], *cells, memory])} |")
+    share = next(row["read_share"] for row in forward if row["ours"])
+    lines += [
+        "",
+        f"Forward, at {share:.0%} of the bandwidth at which torch sums the features beside it.",
+    ]
+    return "\n".join(lines)
 
 
 def number(value: float) -> str:
@@ -150,6 +199,7 @@ def cases(run: dict) -> Figure | None:
         for key, group in grouped(run["rows"]).items()
         if key[2] not in GROWTH and len(group) > 1
     ]
+    groups.sort(key=lambda group: group[0]["shape"] == "centroids")  # features first
     if not groups:
         return None
     figure, (times, memory) = plt.subplots(
@@ -170,7 +220,7 @@ def cases(run: dict) -> Figure | None:
             if row["extra_bytes"] is not None:
                 memory.plot(row["extra_bytes"] / 2**20, y, markersize=6, **looks)
     times.set_yticks(range(len(groups)), [title(group[0]) for group in groups], fontsize=7)
-    times.invert_yaxis()
+    times.set_ylim(len(groups) - 0.5, -0.5)
     times.set_xscale("log")
     times.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
     times.axvline(1, color=OURS, linewidth=1, zorder=0)
@@ -209,16 +259,17 @@ def bandwidth(run: dict) -> Figure | None:
             bar, [f"{own['copy_share']:.0%}, {own['gbps']:,.0f} GB/s"], padding=3, fontsize=7
         )
         if rival:
-            bar = axis.barh(y + 0.19, rival["copy_share"], 0.38, color=OTHER)
-            label = f"{rival['copy_share']:.0%}, {rival['name']}"
+            share = own["copy_share"] * own["median"] / rival["median"]  # of the same copy
+            bar = axis.barh(y + 0.19, share, 0.38, color=OTHER)
+            label = f"{share:.0%}, {rival['name']}"
             axis.bar_label(bar, [label], padding=3, fontsize=7)
     axis.set_yticks(range(len(pairs)), [title(own) for own, _ in pairs], fontsize=7)
-    axis.invert_yaxis()
+    axis.set_ylim(len(pairs) - 0.5, -0.5)
     axis.axvline(1, color="#555555", linewidth=1, linestyle="--")
     axis.xaxis.set_major_formatter(PercentFormatter(1))
     axis.margins(x=0.2)
     axis.set_xlabel("counted bytes per second, as a share of the copy bandwidth")
-    axis.set_title("anchorops and the best rival", fontsize=9, loc="left")
+    axis.set_title("anchorops and the fastest rival", fontsize=9, loc="left")
     return figure
 
 
@@ -278,4 +329,4 @@ def draw_growth(
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,10 +1,13 @@
 """The benchmarks: counted bytes, rows, plots, and that gpu.sh does not fail for a silly reason."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +57,67 @@ def test_measure():
     assert measured.gbps == pytest.approx(1000 / measured.median / 1e9)
     assert (measured.copy_share or 0) > 0
     assert (measured.read_share or 0) > 0
+    assert measured.others is None  # too short to tell
+
+
+def test_measure_outlasts_slow_first_calls():
+    calls = iter([0.02] * 4 + [0.0] * 1000)
+    measured, _ = measure(lambda: time.sleep(next(calls)), 1, CPU, seconds=0.1)
+    assert measured.median < 0.01
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc")
+def test_measure_sees_other_processes():
+    def others() -> float:
+        return measure(lambda: time.sleep(0.1), 1, CPU, seconds=0.3)[0].others or 0
+
+    quiet = min(others() for _ in range(3))
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        disturbed = max(others() for _ in range(3))
+    finally:
+        busy.kill()
+        busy.wait()
+    if quiet + 0.5 > len(os.sched_getaffinity(0)):
+        pytest.skip("no core is free")
+    assert disturbed > quiet + 0.2
+
+
+def test_measure_on_cuda(monkeypatch):
+    """The order of events, on a stand-in for CUDA: L2 flushed, start, the call, end."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("event")
+
+        def elapsed_time(self, end: object) -> float:
+            assert isinstance(end, Event)
+            return 2.0  # milliseconds
+
+    class Flush:
+        def zero_(self) -> None:
+            order.append("flush")
+
+    def empty(size: int, dtype: torch.dtype, device: str) -> Flush:
+        assert (size, dtype, device) == (2**30, torch.int8, "cuda")
+        return Flush()
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = SimpleNamespace(total_memory=141 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch, "empty", empty)
+    run = lambda: order.append("call")  # noqa: E731
+    measured, times = measure(run, 10**6, torch.device("cuda"), seconds=0)
+    assert times == [2e-3] * 3
+    assert measured.gbps == pytest.approx(0.5)
+    once = ["flush", "event", "call", "event"]
+    assert order == [*once, *once, *once, "synchronize"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
@@ -114,6 +178,13 @@ def test_rows_and_plots(tmp_path):
     command = [sys.executable, "bench/plot.py", str(rows)]
     answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert answer.returncode == 0, answer.stderr
+    table = subprocess.run([*command, "--table"], cwd=ROOT, text=True, capture_output=True).stdout
+    assert [line.split(" |")[0] for line in table.splitlines()[4:-2]] == [
+        "| " + row["name"]
+        for row in sorted(run["rows"], key=lambda row: row["median"])
+        if (row["operation"], row["direction"], row["shape"])
+        == ("class moments with anchors", "forward + backward", "HRNet-W48, Cityscapes")
+    ]
     for suffix in ("", "-cases", "-bandwidth", "-growth"):
         picture = tmp_path / f"rows{suffix}.png"
         assert picture.read_bytes().startswith(b"\x89PNG"), suffix
@@ -128,6 +199,16 @@ def test_committed_rows(name):
     assert run["device_type"] == "cpu"
 
 
+def test_readme_table():
+    rows = ROOT / "bench/results/cpu.json"
+    if "device_type" not in json.loads(rows.read_text()):
+        pytest.skip("cpu.json has an earlier schema: make bench ROWS=bench/results/cpu.json")
+    command = [sys.executable, "bench/plot.py", str(rows), "--table"]
+    answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip() in (ROOT / "README.md").read_text()
+
+
 def test_gpu_script():
     script = ROOT / "bench/gpu.sh"
     answer = subprocess.run(["bash", "-n", script], text=True, capture_output=True)
@@ -138,6 +219,42 @@ def test_gpu_script():
     if shutil.which("shellcheck"):
         answer = subprocess.run(["shellcheck", script], text=True, capture_output=True)
         assert answer.returncode == 0, answer.stdout
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["dry run", "GPU"])
+def test_gpu_script_records(tmp_path, gpu):
+    """On a stand-in for Python: a part that fails is counted, one that cannot run left out."""
+    stand_ins = {
+        "python": """#!/bin/sh
+case "$*" in
+*find_spec*matplotlib*) echo tyro timm ;;
+*json.dumps*) exec cat ;;
+*bench/bench_growth.py*--rows*) exit 3 ;;
+esac
+""",
+        "compute-sanitizer": "#!/bin/sh\necho ========= Device not supported\nexit 99\n",
+    }
+    for name, script in stand_ins.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
+    command = ["bash", ROOT / "bench/gpu.sh", "--out", tmp_path / "out"]
+    answer = subprocess.run(
+        command if gpu else [*command, "--dry-run"],
+        env=os.environ | path,
+        text=True,
+        capture_output=True,
+    )
+    assert answer.returncode == 1, answer.stdout + answer.stderr
+    assert "plots: left out: not installed: tyro timm" in answer.stdout
+    parts = [line.split()[:2] for line in (tmp_path / "out/summary.json").read_text().splitlines()]
+    assert ["bench", "3"] in parts
+    assert ["build", "0"] in parts
+    absent = {name for name, status in parts if status == "absent"}
+    assert absent == {"plots", "training_step", "smoke"} | ({"sanitizer"} if gpu else set())
+    if gpu:
+        assert "sanitizer: left out: exit 99: ========= Device not supported" in answer.stdout
+    assert (tmp_path / "out/logs.tar.gz").exists()
 
 
 def test_doctor_benchmark(capsys, monkeypatch):
