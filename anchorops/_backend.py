@@ -57,14 +57,20 @@ def _load_cuda() -> str | None:
         return None
     # An older library may lie there from before a build without CUDA: ask the build.
     extension = sys.modules.get("anchorops._C")
-    if extension is None or not extension.build_info()["cuda"]:
+    built = extension.build_info()["cuda"] if extension else ""
+    if not built:
         return "anchorops was built without CUDA: it needs nvcc and a CUDA build of torch"
     if torch.version.cuda is None:
         return "this torch is a CPU build"
+    if built.split(".")[0] != torch.version.cuda.split(".")[0]:  # two runtimes in one process
+        return (
+            f"anchorops was built with CUDA {built}, this torch with {torch.version.cuda}: "
+            "install anchorops again with nvcc of torch's major version"
+        )
     try:
         torch.ops.load_library(Path(__file__).with_name("_cuda.so"))
     except OSError as error:
-        return f"anchorops/_cuda.so does not load: {error}"
+        return f"anchorops/_cuda.so does not load: {error.__cause__ or error}"
     return None
 
 

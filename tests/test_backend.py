@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +94,23 @@ except RuntimeError as error:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("[[2.0, 2.0], [1.0, 1.0]]\nuse_backend: cpu is not usable here: ")
+
+
+def test_a_cuda_library_of_no_use_says_why(monkeypatch):
+    def does_not_load(path):
+        raise OSError(f"Could not load this library: {path}") from OSError("no libcudart.so.13")
+
+    extension = SimpleNamespace(build_info=lambda: {"cuda": "13.0"})
+    monkeypatch.setitem(sys.modules, "anchorops._C", extension)
+    monkeypatch.setattr(_backend, "_CUDA_ON_HOST", None)
+    monkeypatch.setattr(torch.ops, "load_library", does_not_load)
+    for version, reason in (
+        (None, "this torch is a CPU build"),
+        ("12.8", "anchorops was built with CUDA 13.0, this torch with 12.8: "),
+        ("13.2", "anchorops/_cuda.so does not load: no libcudart.so.13"),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert str(_backend._load_cuda()).startswith(reason)
 
 
 def call(function: str, **arguments: Any) -> Any:

@@ -173,6 +173,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_info_nce(
     Tensor queries, Tensor keys, std::optional<Tensor> positives, std::optional<Tensor> present,
     std::optional<Tensor> present_keys, double temperature, std::string reduction) {
   const OnDevice device(queries);
+  keys = without_doubles(keys);
+  if (positives) positives = without_doubles(*positives);
   std::vector<int64_t> shape = to_vector(queries.sizes());
   shape.pop_back();
   const bool reduces = reduction != "none";

@@ -24,7 +24,15 @@ struct Rows {
   __device__ int64_t offset(int r) const { return row_offset(r, groups, stride_k, stride_g); }
 };
 
+// Keys and positives may be float64 where the queries are not: products are float32 all the same.
+inline Tensor without_doubles(const Tensor& tensor) {
+  if (tensor.scalar_type() != ScalarType::Double) return tensor;
+  return torch::stable::to(tensor, ScalarType::Float);
+}
+
 inline Rows rows_of(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.scalar_type() != ScalarType::Double,
+                  "centroid_info_nce.cuda: queries: expected float32, bfloat16 or float16");
   const bool grouped = tensor.dim() == 3;
   const int64_t groups = grouped ? tensor.size(1) : 1, stride_k = tensor.stride(0);
   const int64_t stride_g = grouped ? tensor.stride(1) : 0, stride_d = tensor.stride(-1);

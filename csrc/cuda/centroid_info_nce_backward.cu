@@ -207,6 +207,10 @@ std::tuple<Tensor, Tensor, Tensor> centroid_info_nce_backward(
     std::optional<Tensor> present, std::optional<Tensor> present_keys, Tensor lse,
     Tensor positive_logits, Tensor scale, double temperature) {
   const OnDevice device(queries);
+  const ScalarType dtype_of_keys = keys.scalar_type();
+  const ScalarType dtype_of_positives = (positives ? *positives : queries).scalar_type();
+  keys = without_doubles(keys);
+  if (positives) positives = without_doubles(*positives);
   const Rows rows = rows_of(queries), key_rows = rows_of(keys);
   const Present mask = present_of(present, present_keys, rows.groups, !positives);
   const std::vector<int64_t> size = to_vector(queries.sizes());
@@ -227,7 +231,8 @@ std::tuple<Tensor, Tensor, Tensor> centroid_info_nce_backward(
   launch_second(rows_of(dlogits), dpositive_logits.const_data_ptr<float>(), rows, key_rows,
                 positives ? rows_of(*positives) : Rows{}, mask, output_of(dqueries, rows),
                 output_of(dkeys, key_rows), output_of(dpositives, rows), device.stream);
-  return {dqueries, dkeys, dpositives};
+  return {dqueries, torch::stable::to(dkeys, dtype_of_keys),
+          torch::stable::to(dpositives, dtype_of_positives)};
 }
 
 }  // namespace

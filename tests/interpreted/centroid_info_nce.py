@@ -50,6 +50,14 @@ def test_values_and_gradients(num_classes, dim, dtype, reduction, with_positives
     check(queries, keys, positives if with_positives else None, reduction=reduction)
 
 
+@pytest.mark.parametrize("dtype", [FP16, torch.float64])
+def test_keys_and_positives_of_another_dtype(dtype):
+    queries, keys, positives = torch.randn(3, 20, 9)
+    check(queries, keys.to(dtype))
+    check(queries, keys.to(dtype), positives.to(dtype))
+    check(queries.to(BF16), keys, positives.to(dtype))
+
+
 @pytest.mark.parametrize("with_positives", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_groups(with_positives, reduction):
@@ -113,6 +121,13 @@ def test_large_logits():
 
 def test_more_keys_than_a_chunk():
     check(torch.randn(259, 4), torch.randn(259, 4), present=torch.rand(259) < 0.9)
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="Triton has tiles of one size")
+@pytest.mark.parametrize("with_positives", [False, True])
+def test_large_tiles(with_positives):
+    queries, keys, positives = torch.randn(3, 760, 9)
+    check(queries, keys, positives if with_positives else None, present=torch.rand(760) < 0.8)
 
 
 def test_operators_are_registered_as_torch_expects():

@@ -28,6 +28,11 @@ class Case(NamedTuple):
     anchors: str | None = "learnable"
     groups: int = 1
     per_image: bool = False
+    unused_classes: int = 0  # behind those that labels have
+
+    @property
+    def classes(self):
+        return min(self.num_classes + self.unused_classes, 16_384)
 
 
 CASES = [
@@ -59,6 +64,12 @@ MANY_KEYS = [  # and what goes with sorted pixels: a key of all pixels, keys of 
     Case((170, 272), 4, FP16),
     Case((3, 35, 9, 40), 50, FP32, "cropped", "coherent", per_image=True),
     Case((70, 300), 16_384, anchors=None),
+]
+
+
+SEVERAL_TILES = [  # in each chunk of the CUDA kernels, across the end of an image
+    Case((2, 640, 10, 136), 600, BF16, labels="coherent", anchors=None),
+    Case((2, 640, 10, 136), 600, BF16, "channels_last", anchors=None),
 ]
 
 
@@ -109,7 +120,7 @@ def moments_and_gradients(case, features, labels, anchors, weights):
     counts, sums, sqdists = ao.class_moments(
         features,
         labels,
-        case.num_classes,
+        case.classes,
         anchors=anchors,
         groups=case.groups,
         per_image=case.per_image,
@@ -127,7 +138,7 @@ def moments_and_gradients(case, features, labels, anchors, weights):
 
 def by_class(case, features, labels, anchors):
     """The straightforward float32 formula: sums and sqdists by a masked sum for each key."""
-    keys, counts = reference.class_keys(labels, features, case.num_classes, case.per_image, 255)
+    keys, counts = reference.class_keys(labels, features, case.classes, case.per_image, 255)
     if case.groups > 1:
         keys = reference.split_groups(keys, counts, case.groups, 7)
         counts = reference.group_counts(counts, case.groups)
@@ -139,7 +150,7 @@ def by_class(case, features, labels, anchors):
             own = rows[keys == key]
             sums[key] = own.sum(0)
             if anchors is not None:
-                nearest = anchors[int(key) // case.groups % case.num_classes]
+                nearest = anchors[int(key) // case.groups % case.classes]
                 sqdists[key] = (own - nearest).square().sum()
     return sums.view(*counts.shape, -1), sqdists.view(counts.shape)
 
@@ -151,20 +162,27 @@ def assert_within_budget(ours, exact, straightforward, size):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(case: Case, path):
-    check(case._replace(anchors=path) if case.anchors == "learnable" else case)
+    anchors = path["anchors"] if case.anchors == "learnable" else case.anchors
+    check(case._replace(**path | {"anchors": anchors}))
 
 
 @pytest.mark.parametrize("case", MANY_KEYS, ids=str)
 @pytest.mark.parametrize("path", ["sorted"], indirect=True)
 def test_many_keys(case: Case, path):
+    check(case._replace(unused_classes=path["unused_classes"]))
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="Triton's chunks of these shapes are one tile each")
+@pytest.mark.parametrize("case", SEVERAL_TILES, ids=str)
+def test_several_tiles_in_a_chunk(case: Case):
     check(case)
 
 
 def check(case: Case):
     """Values and gradients of random features."""
     features, labels = make_features(case), make_labels(case)
-    anchors = torch.randn(case.num_classes, case.size[1]) if case.anchors else None
-    shape = (case.num_classes,) if case.groups == 1 else (case.num_classes, case.groups)
+    anchors = torch.randn(case.classes, case.size[1]) if case.anchors else None
+    shape = (case.classes,) if case.groups == 1 else (case.classes, case.groups)
     shape = (case.size[0], *shape) if case.per_image else shape
     weights = torch.randn(*shape, case.size[1]), torch.rand(shape)
 
@@ -197,15 +215,15 @@ def assert_equal(ours, others):
 
 def test_far_anchors(path):
     """Squared distances and residual sums are summed directly: no digit is lost to the distance."""
+    case = Case((400, 8), 3, **path)
     labels = torch.arange(400) // 190
-    anchors = torch.full((3, 8), 4096.0) + torch.randn(3, 8)
+    anchors = torch.full((case.classes, 8), 4096.0) + torch.randn(case.classes, 8)
     features = (anchors[labels] + 0.01 * torch.randn(400, 8)).float()
-    case = Case((400, 8), 3, anchors=path)
-    weights = torch.zeros(3, 8), torch.ones(3)
+    weights = torch.zeros(case.classes, 8), torch.ones(case.classes)
     ours = moments_and_gradients(case, features, labels, anchors, weights)
     with ao.use_backend("reference"):
         exact = moments_and_gradients(case, features.double(), labels, anchors.double(), weights)
-    for i in (2, 3) if path == "fixed" else (2, 3, 4):
+    for i in (2, 3) if case.anchors == "fixed" else (2, 3, 4):
         torch.testing.assert_close(
             ours[i].double(), exact[i], rtol=2e-5, atol=2e-5 * float(exact[i].abs().max())
         )
@@ -213,12 +231,12 @@ def test_far_anchors(path):
 
 @pytest.mark.parametrize(("size", "dtype"), [((1, 20, 10, 30), BF16), ((200, 20), FP32)])
 def test_ignored_pixels_change_nothing(path, size, dtype):
-    case = Case(size, 6, dtype, anchors=path)
-    labels, anchors = make_labels(case), torch.randn(6, 20)
+    case = Case(size, 6, dtype, **path)
+    labels, anchors = make_labels(case), torch.randn(case.classes, 20)
     ignored = torch.rand(labels.shape) < 0.3
     labels[ignored] = 255
     features, spoilt = torch.randn(size).to(dtype), torch.tensor([torch.nan, torch.inf, -torch.inf])
-    weights = torch.randn(6, 20), torch.rand(6)
+    weights = torch.randn(case.classes, 20), torch.rand(case.classes)
     expected = moments_and_gradients(case, features, labels, anchors, weights)
     rows = features.movedim(1, -1)
     rows[ignored] = spoilt.repeat(int(ignored.sum()))[: int(ignored.sum()), None].to(dtype)
@@ -237,15 +255,19 @@ def test_ignored_pixels_change_nothing(path, size, dtype):
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
 def test_not_finite_pixels_spoil_their_own_class(path, value, dtype, num_classes):
-    case = Case((1, 18, 9, 30), num_classes, dtype, anchors=path)
-    features, labels, anchors = make_features(case), make_labels(case), torch.randn(num_classes, 18)
-    weights = torch.randn(num_classes, 18), torch.rand(num_classes)
+    case = Case((1, 18, 9, 30), num_classes, dtype, **path)
+    features, labels, anchors = (
+        make_features(case),
+        make_labels(case),
+        torch.randn(case.classes, 18),
+    )
+    weights = torch.randn(case.classes, 18), torch.rand(case.classes)
     clean = moments_and_gradients(case, features, labels, anchors, weights)
     features[0, 4, 5, 6] = value
     own = int(labels[0, 5, 6])
-    others = torch.arange(num_classes) != own
+    others = torch.arange(case.classes) != own
     ours = moments_and_gradients(case, features, labels, anchors, weights)
-    for i in (1, 2) if path == "fixed" else (1, 2, 4):
+    for i in (1, 2) if case.anchors == "fixed" else (1, 2, 4):
         torch.testing.assert_close(ours[i][others], clean[i][others], rtol=1e-5, atol=1e-4)
     assert not ours[2][own].isfinite()
     kept = labels != labels[0, 5, 6]
@@ -253,9 +275,9 @@ def test_not_finite_pixels_spoil_their_own_class(path, value, dtype, num_classes
 
 
 def test_reproducible(path):
-    case = Case((2, 20, 9, 40), 11, BF16, anchors=path)
-    inputs = make_features(case), make_labels(case), torch.randn(11, 20)
-    weights = torch.randn(11, 20), torch.rand(11)
+    case = Case((2, 20, 9, 40), 11, BF16, **path)
+    inputs = make_features(case), make_labels(case), torch.randn(case.classes, 20)
+    weights = torch.randn(case.classes, 20), torch.rand(case.classes)
     first = moments_and_gradients(case, *inputs, weights)
     second = moments_and_gradients(case, *inputs, weights)
     assert_equal(first, second)
@@ -273,37 +295,37 @@ def test_empty(size):
 
 
 def test_nothing_valid(path):
-    features = torch.full((1, 4, 6, 30), torch.nan, requires_grad=True)
-    labels = torch.full((1, 6, 30), 255)
-    loss = ao.pixel_to_anchor_mse(features, labels, torch.randn(3, 4))
-    loss.backward()
-    assert loss == 0 and not features.grad.any()
+    case = Case((1, 4, 6, 30), 3, **path)
+    features, labels = torch.full(case.size, torch.nan), torch.full((1, 6, 30), 255)
+    anchors, weights = torch.randn(case.classes, 4), (torch.randn(case.classes, 4), torch.ones(1))
+    results = moments_and_gradients(case, features, labels, anchors, weights)
+    assert not any(result.any() for result in results if result is not None)
 
 
 def test_offsets_are_64_bit(path):
     """Strides of 2^30 elements: the last rows lie past 2^31. Few pages are ever touched."""
     torch.use_deterministic_algorithms(False)  # or torch.empty would write all of it
     buffer = torch.empty(2**32 + 64, dtype=FP16)
-    weights = torch.randn(2, 64), torch.rand(2)
     for view in (
         buffer.as_strided((4, 64), (2**30, 1)),
         buffer.as_strided((64, 4), (1, 2**30)),
         buffer.as_strided((4, 2, 3, 5), (2**30, 15, 5, 1)),
         buffer.as_strided((1, 2, 4, 5), (0, 5, 2**30, 1)),
     ):
-        case = Case(tuple(view.shape), 2, FP16, anchors=path)
+        case = Case(tuple(view.shape), 2, FP16, **path)
         view.copy_(torch.randn(view.shape))
-        labels, anchors = make_labels(case), torch.randn(2, view.shape[1])
+        classes, dim = case.classes, view.shape[1]
+        labels, anchors = make_labels(case), torch.randn(classes, dim)
         labels[labels == 255] = 1
-        scale = weights[0][:, : view.shape[1]], weights[1]
-        ours = moments_and_gradients(case, view.clone(), labels, anchors, scale)
-        sums, sqdists = ao.class_moments(view, labels, 2, anchors=anchors)[1:]
+        weights = torch.randn(classes, dim), torch.rand(classes)
+        ours = moments_and_gradients(case, view.clone(), labels, anchors, weights)
+        sums, sqdists = ao.class_moments(view, labels, classes, anchors=anchors)[1:]
         torch.testing.assert_close(sums, ours[1])
         torch.testing.assert_close(sqdists, ours[2])
 
-        keys, _ = reference.class_keys(labels, view, 2, False, 255)
+        keys, _ = reference.class_keys(labels, view, classes, False, 255)
         dfeatures = getattr(torch.ops.anchorops.class_moments_backward, BACKEND)(
-            view, keys.int(), anchors, *scale, 1, view.shape, view.stride(), FP16
+            view, keys.int(), anchors, *weights, 1, view.shape, view.stride(), FP16
         )
         assert dfeatures.stride() == view.stride()
         assert torch.equal(dfeatures, ours[3])
