@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
@@ -10,6 +9,8 @@
 #include <mutex>
 #include <tuple>
 #include <vector>
+
+#include "../labels.h"
 
 namespace anchorops::cpu {
 namespace {
@@ -77,40 +78,12 @@ std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t wid
   Tensor keys = torch::stable::new_empty(labels, std::vector<int64_t>{batch, height * width},
                                          ScalarType::Int);
   Tensor counts = torch::stable::new_zeros(labels, shape, ScalarType::Long);
-  const auto write = [&](auto label) {
+  if (keys.numel() == 0) return {keys, counts};
+  for_label_dtype("class_keys.cpu", labels.scalar_type(), [&](auto label) {
     write_keys<decltype(label)>(labels, height, width, num_classes, per_image, ignore_index,
                                 keys.mutable_data_ptr<int32_t>(),
                                 counts.mutable_data_ptr<int64_t>());
-  };
-  if (keys.numel() == 0) return {keys, counts};
-  switch (labels.scalar_type()) {
-    case ScalarType::Byte:
-      write(uint8_t{});
-      break;
-    case ScalarType::Char:
-      write(int8_t{});
-      break;
-    case ScalarType::Short:
-      write(int16_t{});
-      break;
-    case ScalarType::Int:
-      write(int32_t{});
-      break;
-    case ScalarType::Long:
-      write(int64_t{});
-      break;
-    case ScalarType::UInt16:
-      write(uint16_t{});
-      break;
-    case ScalarType::UInt32:
-      write(uint32_t{});
-      break;
-    case ScalarType::UInt64:
-      write(uint64_t{});
-      break;
-    default:
-      STD_TORCH_CHECK(false, "class_keys.cpu: labels: unexpected dtype");
-  }
+  });
   return {keys, counts};
 }
 

@@ -1,0 +1,38 @@
+// What every backend in C++ needs to know of labels.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+
+namespace anchorops {
+
+// Calls function with a value of the labels' type, which may be any integer.
+template <class Function>
+void for_label_dtype(const char* operation, torch::headeronly::ScalarType dtype,
+                     Function function) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Byte:
+      return function(uint8_t{});
+    case ScalarType::Char:
+      return function(int8_t{});
+    case ScalarType::Short:
+      return function(int16_t{});
+    case ScalarType::Int:
+      return function(int32_t{});
+    case ScalarType::Long:
+      return function(int64_t{});
+    case ScalarType::UInt16:
+      return function(uint16_t{});
+    case ScalarType::UInt32:
+      return function(uint32_t{});
+    case ScalarType::UInt64:
+      return function(uint64_t{});
+    default:
+      STD_TORCH_CHECK(false, operation, ": labels: unexpected dtype");
+  }
+}
+
+}  // namespace anchorops
