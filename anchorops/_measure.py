@@ -79,11 +79,11 @@ def sample(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[
     only neighbours compare."""
     if device.type == "cuda":
         return _sample_cuda(runs, rounds)
-    times = [[_seconds(run) for run in runs] for _ in range(rounds)]
+    times = [[duration(run) for run in runs] for _ in range(rounds)]
     return [list(column) for column in zip(*times, strict=True)]
 
 
-def _seconds(run: Run) -> float:
+def duration(run: Run) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -24,7 +24,7 @@ from conftest import commit
 from torch import Tensor
 
 import anchorops as ao
-from anchorops._measure import environment, example_labels
+from anchorops._measure import duration, environment, example_labels
 from anchorops.train.learner import (
     PixelCrossEntropy,
     build_optimizer,
@@ -139,15 +139,9 @@ def take_turn(
             attachment.detach()
 
 
-def _seconds(step: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
-
-
 def timed(step: Callable[[], None], device: torch.device) -> Turn:
     if device.type == "cpu":
-        return Turn([_seconds(step) for _ in range(2)], None)
+        return Turn([duration(step) for _ in range(2)], None)
     for _ in range(WARM_UP):
         step()
     torch.cuda.synchronize()

@@ -241,8 +241,9 @@ def free_port() -> str:
 
 
 @pytest.mark.slow
-def test_ranks(tmp_path: Path):
-    """Three ranks, of which one is asked to stop between two log lines, stop together and go on bit
+@pytest.mark.parametrize(("ranks", "deterministic"), [(2, False), (3, True)])
+def test_ranks(ranks: int, deterministic: bool, tmp_path: Path):
+    """Ranks, of which one is asked to stop between two log lines, stop together and go on bit
     for bit. Images are counted once, and what the ranks measure is what their checkpoint does
     alone. Methods with statistics of all ranks come to the report's end, too."""
     for name in ("straight", "stopped"):
@@ -256,13 +257,14 @@ def test_ranks(tmp_path: Path):
             val_images=11,
             log_every=3,
             save_every=100,
-            deterministic=True,
+            deterministic=deterministic,
             method_options={"sar.process_group": "world"},
         )
         config.run.mkdir()
         config.save(config.run / "config.json")
     (tmp_path / "ranks.py").write_text(RANKS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += [f"--nproc-per-node={ranks}"]
     command = [*torchrun, str(tmp_path / "ranks.py"), str(tmp_path), free_port(), free_port()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -82,7 +82,8 @@ class Model:
     methods: tuple[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"], ...] = ()
     """Regularisers beside the cross-entropy, any number of them."""
     method_options: dict[str, str] = field(default_factory=dict)
-    """Arguments of the methods as METHOD.ARGUMENT VALUE pairs: sar.decay 0.99 occl.split images."""
+    """Arguments of the methods as METHOD.ARGUMENT VALUE pairs: sar.momentum 0.99 occl.split
+    images."""
 
 
 @dataclass(frozen=True)

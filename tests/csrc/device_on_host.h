@@ -109,11 +109,6 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return anchorops::on_host::from_lane(mask, value, anchorops::on_host::lane() ^ lanes);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned lanes) {
-  const unsigned lane = anchorops::on_host::lane();
-  return anchorops::on_host::from_lane(mask, value, lane + lanes < 32 ? lane + lanes : lane);
-}
-template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned lanes) {
   const unsigned lane = anchorops::on_host::lane();
   return anchorops::on_host::from_lane(mask, value, lane >= lanes ? lane - lanes : lane);
@@ -128,8 +123,6 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
   }
   return ballot;
 }
-inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
-inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == mask; }
 
 template <class T>
 T atomicAdd(T* address, T value) {
@@ -142,18 +135,11 @@ T __ldg(const T* address) {
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline unsigned __float_as_uint(float x) {
-  unsigned bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
 inline float __uint_as_float(unsigned bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
 using std::max;
 using std::min;

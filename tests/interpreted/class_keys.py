@@ -23,7 +23,10 @@ def check(labels, size, num_classes, per_image=False, ignore_index=255):
     assert torch.equal(keys.long(), expected[0]) and torch.equal(counts, expected[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+INTEGERS = ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"]
+
+
+@pytest.mark.parametrize("dtype", [getattr(torch, name) for name in INTEGERS], ids=str)
 def test_dtypes(dtype):
     labels = torch.randint(0, 8, (2, 9, 13)).to(dtype)
     labels[0, 0, :4] = 120
@@ -51,6 +54,13 @@ def test_strides():
     check(labels.transpose(1, 2), (2, 1, 30, 14), 6)
     check(labels[:, :1].expand(2, 5, 30), (2, 1, 5, 30), 6)
     check(labels[0, 3:4, ::2].expand(3, 15), (3, 1, 15), 6, per_image=True)
+
+
+def test_offsets_are_64_bit():
+    torch.use_deterministic_algorithms(False)  # or torch.empty would write all of it
+    labels = torch.empty(2**32 + 64, dtype=torch.uint8).as_strided((3, 4, 5), (2**31, 5, 1))
+    labels.copy_(torch.randint(0, 6, (3, 4, 5)))
+    check(labels, (3, 1, 4, 5), 6)
 
 
 def test_values_outside_are_ignored():
