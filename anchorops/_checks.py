@@ -54,6 +54,48 @@ def check_labels(function: str, labels: Tensor, features: Tensor) -> None:
         fail(function, "labels", "at least one label per image", f"shape {tuple(labels.shape)}")
 
 
+def check_logits(function: str, logits: Tensor) -> None:
+    """logits: floating, (N, K), (B, K, N), (B, K, h, w) or (B, K, d, h, w), K at least 1."""
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3, 4, 5):
+        expected = "a tensor (N, K), (B, K, N), (B, K, h, w) or (B, K, d, h, w)"
+        fail(function, "logits", expected, describe(logits))
+    if logits.dtype not in FLOATING:
+        fail(function, "logits", "float32, bfloat16, float16 or float64", logits.dtype)
+    if logits.layout != torch.strided:
+        fail(function, "logits", "a strided tensor", logits.layout)
+    if not 1 <= logits.shape[1] <= MAX_CLASSES:
+        expected = f"1 to {MAX_CLASSES} classes in dimension 1"
+        fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
+
+
+def check_labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> None:
+    """labels: integer, on the logits' device, (N,), (B, N) or (B, d, h, w) as logits, or (B, H, W)
+    of any size."""
+    shape = (logits.shape[0], *logits.shape[2:])
+    images = logits.dim() == 4
+    expected = f"a tensor {(shape[0], 'H', 'W') if images else shape}, as logits"
+    if not isinstance(labels, Tensor) or labels.dim() != logits.dim() - 1:
+        fail(function, "labels", expected, describe(labels))
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        fail(function, "labels", "an integer dtype", labels.dtype)
+    if labels.device != logits.device:
+        fail(function, "labels", f"device {logits.device}, as logits", labels.device)
+    if labels.shape[0] != shape[0] or not (images or labels.shape == shape):
+        fail(function, "labels", expected, describe(labels))
+    if images and labels.numel() > 0 and logits.numel() == 0:
+        fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
+
+
+def check_label_values(function: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Every label is a class or ignore_index; waits for the device."""
+    labels = labels.long()  # uint16 to uint64 have no comparisons
+    valid = (labels == ignore_index) | ((labels >= 0) & (labels < num_classes))
+    if not valid.all():
+        wrong = labels[~valid].unique().tolist()
+        expected = f"values in [0, {num_classes}) or ignore_index = {ignore_index}"
+        fail(function, "labels", expected, wrong[:8] + (["…"] if len(wrong) > 8 else []))
+
+
 def check_num_classes(function: str, num_classes: int) -> None:
     if not isinstance(num_classes, int) or isinstance(num_classes, bool):
         fail(function, "num_classes", "an int", describe(num_classes))

@@ -7,17 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import register_triton
-
-_library = torch.library.Library("anchorops", "FRAGMENT")
-BACKENDS = ("cpu", "triton", "cuda")
-
-for _backend in BACKENDS:
-    _library.define(
-        f"class_keys.{_backend}(Tensor labels, SymInt height, SymInt width, SymInt num_classes, "
-        "bool per_image, int ignore_index) -> (Tensor keys, Tensor counts)",
-        tags=torch.Tag.pt2_compliant_tag,
-    )
+from .ops.registration import define
 
 
 def _class_keys_fake(
@@ -29,9 +19,12 @@ def _class_keys_fake(
     return keys, labels.new_empty(shape, dtype=torch.int64)
 
 
-for _backend in BACKENDS:
-    torch.library.register_fake(f"anchorops::class_keys.{_backend}", _class_keys_fake, lib=_library)
-register_triton(_library, "class_keys")
+define(
+    "class_keys",
+    "(Tensor labels, SymInt height, SymInt width, SymInt num_classes, bool per_image, "
+    "int ignore_index) -> (Tensor keys, Tensor counts)",
+    _class_keys_fake,
+)
 
 
 def class_keys(

@@ -11,22 +11,23 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import register_triton, select
+from .._backend import select
 from .._checks import FLOATING, check_choice, check_no_tangents, describe, fail
+from .registration import Gradient, define
 
 BACKENDS = ("triton", "cuda")
 
-_library = torch.library.Library("anchorops", "FRAGMENT")
-
 # lse, positive_logits (float32 [K] or [K, G]) and scale (what the sum of the losses is multiplied
 # by) are kept for the gradient. dpositives is (0,) where there are none.
-_SCHEMAS = (
-    "centroid_info_nce.{}(Tensor queries, Tensor keys, Tensor? positives, Tensor? present, "
-    "Tensor? present_keys, float temperature, str reduction) "
-    "-> (Tensor loss, Tensor lse, Tensor positive_logits, Tensor scale)",
-    "centroid_info_nce_backward.{}(Tensor dloss, Tensor queries, Tensor keys, Tensor? positives, "
-    "Tensor? present, Tensor? present_keys, Tensor lse, Tensor positive_logits, Tensor scale, "
-    "float temperature) -> (Tensor dqueries, Tensor dkeys, Tensor dpositives)",
+_SCHEMA = (
+    "(Tensor queries, Tensor keys, Tensor? positives, Tensor? present, Tensor? present_keys, "
+    "float temperature, str reduction) "
+    "-> (Tensor loss, Tensor lse, Tensor positive_logits, Tensor scale)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor dloss, Tensor queries, Tensor keys, Tensor? positives, Tensor? present, "
+    "Tensor? present_keys, Tensor lse, Tensor positive_logits, Tensor scale, float temperature) "
+    "-> (Tensor dqueries, Tensor dkeys, Tensor dpositives)"
 )
 
 
@@ -60,43 +61,25 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.temperature, _ = inputs
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _register(backend: str) -> None:
-    for schema in _SCHEMAS:
-        _library.define(schema.format(backend), tags=torch.Tag.pt2_compliant_tag)
-    forward_name = f"anchorops::centroid_info_nce.{backend}"
-    backward_name = f"anchorops::centroid_info_nce_backward.{backend}"
-    torch.library.register_fake(forward_name, _forward_fake, lib=_library)
-    torch.library.register_fake(backward_name, _backward_fake, lib=_library)
-    backward_op = getattr(torch.ops.anchorops.centroid_info_nce_backward, backend)
-
-    def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if dloss is None:
-            return (None,) * 7
-        dqueries, dkeys, dpositives = backward_op(dloss, *ctx.saved_tensors, ctx.temperature)
-        has_positives = ctx.saved_tensors[2] is not None
-        return dqueries, dkeys, dpositives if has_positives else None, None, None, None, None
-
-    def second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(
-            "centroid_info_nce: second derivatives are not implemented in the fused operators; "
-            'use anchorops.use_backend("reference") for them'
-        )
-
-    torch.library.register_autograd(
-        forward_name, backward, setup_context=_setup_context, lib=_library
-    )
-    torch.library.register_autograd(backward_name, second_derivative, lib=_library)
+def _backward(operator: Any, ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 7
+    dqueries, dkeys, dpositives = operator(dloss, *ctx.saved_tensors, ctx.temperature)
+    has_positives = ctx.saved_tensors[2] is not None
+    return dqueries, dkeys, dpositives if has_positives else None, None, None, None, None
 
 
-for _backend in BACKENDS:
-    _register(_backend)
-register_triton(_library, "centroid_info_nce")
-register_triton(_library, "centroid_info_nce_backward")
+define(
+    "centroid_info_nce",
+    _SCHEMA,
+    _forward_fake,
+    backends=BACKENDS,
+    gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
+)
 
 
 def _check(argument: str, tensor: object, shape: tuple[int, ...], queries: Tensor) -> None:

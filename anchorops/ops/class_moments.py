@@ -14,31 +14,33 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import register_triton, select
+from .._backend import select
 from .._checks import (
     check_anchors,
     check_choice,
     check_features,
+    check_label_values,
     check_labels,
     check_no_tangents,
     check_num_classes,
     describe,
     fail,
 )
-from ..labels import BACKENDS, class_keys
+from ..labels import class_keys
 from ..reference import ClassMoments, statistics_dtype
-
-_library = torch.library.Library("anchorops", "FRAGMENT")
+from .registration import Gradient, define, raise_second_derivative
 
 # sums, sqdists and residuals are empty tensors (0,) where not asked for. The anchor of key k is row
 # (k // groups) % K. Statistics and anchors are float32, for float64 features float64.
-_SCHEMAS = (
-    "class_moments.{}(Tensor features, Tensor keys, Tensor? anchors, SymInt num_keys, "
-    "SymInt groups, bool with_sums, bool with_residuals) "
-    "-> (Tensor sums, Tensor sqdists, Tensor residuals)",
-    # features are needed for dsqdists alone; size, stride and dtype describe dfeatures.
-    "class_moments_backward.{}(Tensor? features, Tensor keys, Tensor? anchors, Tensor? dsums, "
-    "Tensor? dsqdists, SymInt groups, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor",
+_SCHEMA = (
+    "(Tensor features, Tensor keys, Tensor? anchors, SymInt num_keys, SymInt groups, "
+    "bool with_sums, bool with_residuals) -> (Tensor sums, Tensor sqdists, Tensor residuals)"
+)
+
+# features are needed for dsqdists alone; size, stride and dtype describe dfeatures.
+_BACKWARD_SCHEMA = (
+    "(Tensor? features, Tensor keys, Tensor? anchors, Tensor? dsums, Tensor? dsqdists, "
+    "SymInt groups, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor"
 )
 
 
@@ -76,7 +78,6 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, keys, anchors, _, ctx.groups, ctx.with_sums, with_residuals = inputs
-    ctx.set_materialize_grads(False)
     ctx.size, ctx.dtype = features.shape, features.dtype
     ctx.stride = torch.empty_like(features, device="meta").stride()  # the features' layout, dense
     ctx.save_for_backward(
@@ -87,64 +88,47 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     )
 
 
-_SECOND_DERIVATIVE = (
-    "class_moments: second derivatives are not implemented in the fused operators; "
-    'use anchorops.use_backend("reference") for them'
+def _backward(
+    operator: Any,
+    ctx: Any,
+    dsums: Tensor | None,
+    dsqdists: Tensor | None,
+    dresiduals: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    features, keys, anchors, residuals = ctx.saved_tensors
+    if dresiduals is not None and residuals is not None:  # they leave the operator for danchors
+        raise_second_derivative("class_moments")
+    # The gradient of an absent (empty) output is an empty tensor, not None.
+    dsums = dsums if ctx.with_sums else None
+    dsqdists = dsqdists if anchors is not None else None
+    dfeatures = danchors = None
+    if ctx.needs_input_grad[0] and not (dsums is None and dsqdists is None):
+        dfeatures = operator(
+            features if dsqdists is not None else None,
+            keys,
+            anchors if dsqdists is not None else None,
+            dsums,
+            dsqdists,
+            ctx.groups,
+            ctx.size,
+            ctx.stride,
+            ctx.dtype,
+        )
+    if ctx.needs_input_grad[2] and dsqdists is not None:
+        assert anchors is not None and residuals is not None
+        danchors = -2 * dsqdists[:, None] * residuals
+        # keys are (image, class, group): images and groups share the class's anchor
+        shape = (-1, anchors.shape[0], ctx.groups, anchors.shape[1])
+        danchors = danchors.view(shape).sum((0, 2))
+    return dfeatures, None, danchors, None, None, None, None
+
+
+define(
+    "class_moments",
+    _SCHEMA,
+    _forward_fake,
+    gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
 )
-
-
-def _register(backend: str) -> None:
-    for schema in _SCHEMAS:
-        _library.define(schema.format(backend), tags=torch.Tag.pt2_compliant_tag)
-    forward_name = f"anchorops::class_moments.{backend}"
-    backward_name = f"anchorops::class_moments_backward.{backend}"
-    torch.library.register_fake(forward_name, _forward_fake, lib=_library)
-    torch.library.register_fake(backward_name, _backward_fake, lib=_library)
-    backward_op = getattr(torch.ops.anchorops.class_moments_backward, backend)
-
-    def backward(
-        ctx: Any, dsums: Tensor | None, dsqdists: Tensor | None, dresiduals: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        features, keys, anchors, residuals = ctx.saved_tensors
-        if dresiduals is not None and residuals is not None:  # they leave the operator for danchors
-            raise RuntimeError(_SECOND_DERIVATIVE)
-        # The gradient of an absent (empty) output is an empty tensor, not None.
-        dsums = dsums if ctx.with_sums else None
-        dsqdists = dsqdists if anchors is not None else None
-        dfeatures = danchors = None
-        if ctx.needs_input_grad[0] and not (dsums is None and dsqdists is None):
-            dfeatures = backward_op(
-                features if dsqdists is not None else None,
-                keys,
-                anchors if dsqdists is not None else None,
-                dsums,
-                dsqdists,
-                ctx.groups,
-                ctx.size,
-                ctx.stride,
-                ctx.dtype,
-            )
-        if ctx.needs_input_grad[2] and dsqdists is not None:
-            assert anchors is not None and residuals is not None
-            danchors = -2 * dsqdists[:, None] * residuals
-            # keys are (image, class, group): images and groups share the class's anchor
-            shape = (-1, anchors.shape[0], ctx.groups, anchors.shape[1])
-            danchors = danchors.view(shape).sum((0, 2))
-        return dfeatures, None, danchors, None, None, None, None
-
-    def second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(_SECOND_DERIVATIVE)
-
-    torch.library.register_autograd(
-        forward_name, backward, setup_context=_setup_context, lib=_library
-    )
-    torch.library.register_autograd(backward_name, second_derivative, lib=_library)
-
-
-for _backend in BACKENDS:
-    _register(_backend)
-register_triton(_library, "class_moments")
-register_triton(_library, "class_moments_backward")
 
 
 def _moments(
@@ -167,15 +151,6 @@ def _moments(
     return sums, sqdists
 
 
-def _check_label_values(function: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    labels = labels.long()  # uint16 to uint64 have no comparisons
-    valid = (labels == ignore_index) | ((labels >= 0) & (labels < num_classes))
-    if not valid.all():
-        wrong = labels[~valid].unique().tolist()
-        expected = f"values in [0, {num_classes}) or ignore_index = {ignore_index}"
-        fail(function, "labels", expected, wrong[:8] + (["…"] if len(wrong) > 8 else []))
-
-
 def _check_inputs(
     function: str,
     features: Tensor,
@@ -190,7 +165,7 @@ def _check_inputs(
     if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         fail(function, "ignore_index", "an int of 64 bits", describe(ignore_index))
     if check_labels_:
-        _check_label_values(function, labels, num_classes, ignore_index)
+        check_label_values(function, labels, num_classes, ignore_index)
 
 
 def _check_groups(groups: int, seed: int | Tensor | None, features: Tensor) -> None:

@@ -1,0 +1,91 @@
+"""One operator per schema, one overload per backend: its schema, fake kernel and autograd."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from .._backend import register_triton
+
+library = torch.library.Library("anchorops", "FRAGMENT")
+FUSED = ("cpu", "triton", "cuda")  # the backends that are operators; the reference is none
+
+
+class Gradient(NamedTuple):
+    """The operator NAME_backward and what calls it.
+
+    schema, fake: as in `define`.
+    setup_context: keeps what the backward pass needs, as of torch.library.register_autograd. Absent
+        gradients arrive as None; the gradient of an empty output arrives as an empty tensor.
+    backward: (operator, ctx, *grads) → a gradient or None for each argument of NAME; `operator` is
+        NAME_backward of the backend that ran forward.
+    """
+
+    schema: str
+    fake: Callable[..., Any]
+    setup_context: Callable[[Any, tuple, Any], None]
+    backward: Callable[..., tuple]
+
+
+def raise_second_derivative(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"{name}: second derivatives are not implemented in the fused operators; "
+        'use anchorops.use_backend("reference") for them'
+    )
+
+
+def define(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    backends: Sequence[str] = FUSED,
+    gradient: Gradient | None = None,
+) -> None:
+    """Define anchorops::NAME.BACKEND for each backend.
+
+    C++ implements the overloads `cpu` and `cuda` where its library is loaded; `triton` is
+    implemented here, by the function of that name in the module of that name in anchorops.kernels.
+
+    Args:
+        schema: "(Tensor features, …) -> Tensor". Floating results first (opcheck accumulates into
+            the first one); a result that was not asked for is an empty tensor (0,).
+        fake: results without values, from the arguments.
+        gradient: None where no result is differentiable.
+    """
+    for backend in backends:
+        _define(f"{name}.{backend}", schema, fake)
+        if gradient is not None:
+            _define(f"{name}_backward.{backend}", gradient.schema, gradient.fake)
+            _register_autograd(name, backend, gradient)
+    if "triton" in backends:
+        register_triton(library, name)
+        if gradient is not None:
+            register_triton(library, f"{name}_backward")
+
+
+def _define(overload: str, schema: str, fake: Callable[..., Any]) -> None:
+    library.define(overload + schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(f"anchorops::{overload}", fake, lib=library)
+
+
+def _register_autograd(name: str, backend: str, gradient: Gradient) -> None:
+    operator = getattr(getattr(torch.ops.anchorops, f"{name}_backward"), backend)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        gradient.setup_context(ctx, inputs, output)
+
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        return gradient.backward(operator, ctx, *grads)
+
+    # Without autograd of its own a second derivative would be None, with a mere warning.
+    def second_derivative(ctx: Any, *grads: Any) -> NoReturn:
+        raise_second_derivative(name)
+
+    torch.library.register_autograd(
+        f"anchorops::{name}.{backend}", backward, setup_context=setup_context, lib=library
+    )
+    torch.library.register_autograd(
+        f"anchorops::{name}_backward.{backend}", second_derivative, lib=library
+    )
