@@ -9,7 +9,10 @@ from .attach import attach
 from .losses import CBP, MVSC, OCCL, SAR, CeCo, Combined
 from .ops.centroid_info_nce import centroid_info_nce
 from .ops.class_moments import class_centroids, class_moments, pixel_to_anchor_mse
-from .reference import ClassMoments
+from .ops.confusion import confusion, pixel_confusion
+from .ops.pixel_argmax import pixel_argmax
+from .ops.softmax_moments import pixel_cross_entropy, softmax_moments
+from .reference import ClassMoments, SoftmaxMoments
 
 __all__ = [
     "CBP",
@@ -19,16 +22,22 @@ __all__ = [
     "CeCo",
     "ClassMoments",
     "Combined",
+    "SoftmaxMoments",
     "attach",
     "backends",
     "category_basis",
     "centroid_info_nce",
     "class_centroids",
     "class_moments",
+    "confusion",
     "orthogonal_anchors",
+    "pixel_argmax",
+    "pixel_confusion",
+    "pixel_cross_entropy",
     "pixel_to_anchor_mse",
     "random_anchors",
     "simplex_etf",
+    "softmax_moments",
     "use_backend",
 ]
 

@@ -4,8 +4,8 @@ The functions here have the public functions' signatures and take arguments alre
 They are also the `reference` backend, differentiable as often as one likes.
 
 Shapes: features (B, D, H, W), (B, D, N) or (N, D); labels (B, H', W'), (B, N) or (N,); K classes;
-P = H·W pixels of an image. Accumulation is in float64, so that the order of a sum does not matter
-to the float32 result.
+P = H·W pixels of an image; logits (B, K, h, w). Accumulation is in float64, so that the order of a
+sum does not matter to the float32 result.
 """
 
 from typing import NamedTuple
@@ -24,6 +24,23 @@ class ClassMoments(NamedTuple):
     counts: Tensor
     sums: Tensor
     sqdists: Tensor | None
+
+
+class SoftmaxMoments(NamedTuple):
+    """Statistics of p = softmax of the logits, upsampled to the labels' size, by class.
+
+    `counts`, `hits`, `losses`, `overlaps`, `masses` and `squares` are [K], with per_image [B, K];
+    `pixel_losses` and `lse` have the labels' shape. None where not asked for.
+    """
+
+    counts: Tensor
+    hits: Tensor | None
+    losses: Tensor
+    overlaps: Tensor | None
+    masses: Tensor | None
+    squares: Tensor | None
+    pixel_losses: Tensor | None
+    lse: Tensor | None
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -149,6 +166,111 @@ def class_moments(
     residuals = torch.where(keys[:, None] >= 0, rows - nearest, 0)
     sqdists = sum_by_key(keys, residuals.square().sum(1), num_keys).to(dtype)
     return ClassMoments(counts, sums, sqdists.view(counts.shape))
+
+
+def bilinear_sources(
+    size: int, source: int, align_corners: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row (or column) of the upsampled logits the two rows it lies between, and the weight
+    of the second, as F.interpolate's "bilinear": int64, int64 and `dtype`, [size]."""
+    at = torch.arange(size, device=device, dtype=dtype)
+    # filled on the device: a copy to it would synchronise
+    ratio = (source - 1) / max(size - 1, 1) if align_corners else source / max(size, 1)
+    ratio = torch.full((), ratio, dtype=dtype, device=device)
+    at = at * ratio if align_corners else ((at + 0.5) * ratio - 0.5).clamp(min=0)
+    lower = at.floor().clamp(max=source - 1)
+    weight = (at - lower).clamp(max=1)
+    lower = lower.long()
+    return lower, (lower + 1).clamp(max=source - 1), weight
+
+
+def upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """F.interpolate(logits, size, mode="bilinear"), but what has weight 0 is left out by selection:
+    there 0 · NaN and 0 · ∞ would be NaN. logits: (B, K, h, w); returns (B, K, *size)."""
+    # as F.interpolate, which has its coordinates in float32 but for float64 logits
+    dtype = statistics_dtype(logits.dtype)
+    x = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+    for axis, length in zip((2, 3), size, strict=True):
+        lower, upper, weight = bilinear_sources(
+            length, logits.shape[axis], align_corners, dtype, logits.device
+        )
+        index = (slice(None),) * axis  # by indexing, whose gradient sums in a fixed order
+        low, high, weight = x[(*index, lower)], x[(*index, upper)], weight.to(x.dtype)
+        weight = weight[:, None] if axis == 2 else weight
+        x = torch.where(weight == 0, low, (1 - weight) * low + weight * high)
+    return x
+
+
+def softmax_moments(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    per_image: bool = False,
+    hits: bool = True,
+    masses: bool = True,
+    squares: bool = False,
+    pixel_losses: bool = False,
+    lse: bool = False,
+) -> SoftmaxMoments:
+    """With z the upsampled logits, p = softmax z, V the valid pixels q:
+
+    counts[k] = #{q ∈ V : y = k}                 hits[k] = #{q ∈ V : y = k = argmax z}
+    losses[k] = Σ_{q ∈ V, y = k} −log p_k(q)     overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
+    masses[k] = Σ_{q ∈ V} p_k(q)                 squares[k] = Σ_{q ∈ V} p_k(q)²
+    pixel_losses[q] = −log p_y(q)                lse[q] = log Σ_k e^{z_k(q)};  0 where ignored
+
+    logits: (B, K, h, w); labels: (B, H, W).
+    """
+    dtype = statistics_dtype(logits.dtype)
+    (batch, num_classes), size = logits.shape[:2], (labels.shape[1], labels.shape[2])
+    labels = labels.long()
+    valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
+    own = torch.where(valid, labels, 0)
+    # Ignored pixels go by selection: NaN · 0 would be NaN.
+    z = torch.where(valid[:, None], upsample(logits, size, align_corners), 0)
+    all_lse = z.logsumexp(1)
+    losses = torch.where(valid, all_lse - z.gather(1, own[:, None])[:, 0], 0)
+    image = torch.arange(batch, device=labels.device)[:, None, None]
+    keys = torch.where(valid, image * num_classes + own, -1).flatten()
+
+    def by_class(values: Tensor) -> Tensor:
+        sums = sum_by_key(keys, values.flatten(), batch * num_classes).view(batch, num_classes)
+        return over_images(sums)
+
+    def over_images(sums: Tensor) -> Tensor:
+        sums = sums if per_image else sums.sum(0)
+        return sums.to(dtype) if sums.is_floating_point() else sums
+
+    p = torch.where(valid[:, None], (z - all_lse[:, None]).exp(), 0) if masses or squares else None
+    return SoftmaxMoments(
+        counts=by_class(valid.long()),
+        hits=by_class((valid & (z.argmax(1) == own)).long()) if hits else None,
+        losses=by_class(losses),
+        overlaps=by_class(p.gather(1, own[:, None])) if masses and p is not None else None,
+        masses=over_images(p.sum((2, 3))) if masses and p is not None else None,
+        squares=over_images(p.square().sum((2, 3))) if squares and p is not None else None,
+        pixel_losses=losses.to(dtype) if pixel_losses else None,
+        lse=torch.where(valid, all_lse, 0).to(dtype) if lse else None,
+    )
+
+
+def pixel_argmax(logits: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
+    """argmax of the upsampled logits, int64 (B, *size); the first of equal ones, NaN is largest."""
+    return upsample(logits, size, align_corners).argmax(1)
+
+
+def confusion(
+    predictions: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int = 255
+) -> Tensor:
+    """int64 [K, K], pixels of true class i predicted as j; pixels are left out whose label is
+    ignored, or whose prediction is no class."""
+    truth, predictions = labels.flatten().long(), predictions.flatten().long()
+    valid = (truth >= 0) & (truth < num_classes) & (truth != ignore_index)
+    valid &= (predictions >= 0) & (predictions < num_classes)
+    keys = torch.where(valid, truth * num_classes + predictions, -1)
+    return sum_by_key(keys, valid.long(), num_classes**2).view(num_classes, num_classes)
 
 
 def class_centroids(

@@ -1,0 +1,122 @@
+"""Confusion matrices: how many pixels of each true class are predicted as each class."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._backend import select
+from .._checks import (
+    check_label_values,
+    check_labels_of_logits,
+    check_logits,
+    describe,
+    fail,
+)
+from .pixel_argmax import pixel_argmax
+from .registration import define
+
+MAX_CLASSES = 4096  # of a matrix: 128 MiB
+
+
+def _fake(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    return predictions.new_empty((num_classes, num_classes), dtype=torch.int64)
+
+
+# predictions int64, labels of any integer dtype: one shape of up to three axes, any strides.
+define(
+    "confusion",
+    "(Tensor predictions, Tensor labels, SymInt num_classes, int ignore_index) -> Tensor",
+    _fake,
+)
+
+
+def _check_classes(function: str, argument: str, num_classes: int) -> None:
+    if not isinstance(num_classes, int) or not 1 <= num_classes <= MAX_CLASSES:
+        fail(function, argument, f"1 to {MAX_CLASSES} classes", num_classes)
+
+
+def confusion(
+    predictions: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    ignore_index: int = 255,
+    check_labels: bool = False,
+) -> Tensor:
+    """How many pixels of true class i were predicted as class j.
+
+    Its memory is that of the matrix, also under torch.use_deterministic_algorithms.
+
+    Args:
+        predictions: int64, the labels' shape.
+        labels: any integer dtype, up to three axes. A pixel is left out where its label is
+            ignore_index or no class, or its prediction is no class.
+        num_classes: K, 1 to 4,096.
+        ignore_index: a label that is left out.
+        check_labels: raise where a label is neither a class nor ignore_index; synchronises.
+
+    Returns:
+        int64 [K, K], truth × prediction.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, number or label.
+    """
+    function = "confusion"
+    _check_classes(function, "num_classes", num_classes)
+    if not isinstance(labels, Tensor) or labels.dim() not in (1, 2, 3):
+        fail(function, "labels", "a tensor of one to three axes", describe(labels))
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        fail(function, "labels", "an integer dtype", labels.dtype)
+    if (
+        not isinstance(predictions, Tensor)
+        or predictions.dtype != torch.int64
+        or predictions.shape != labels.shape
+        or predictions.device != labels.device
+    ):
+        expected = f"an int64 tensor of shape {tuple(labels.shape)} on {labels.device}, as labels"
+        fail(function, "predictions", expected, describe(predictions))
+    if check_labels:
+        check_label_values(function, labels, num_classes, ignore_index)
+    backend = select(function, predictions, num_classes)
+    if backend == "reference":
+        return reference.confusion(predictions, labels, num_classes, ignore_index=ignore_index)
+    operator = getattr(torch.ops.anchorops.confusion, backend)
+    return operator(predictions, labels, num_classes, ignore_index)
+
+
+def pixel_confusion(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    check_labels: bool = False,
+) -> Tensor:
+    """The confusion matrix of logits that are upsampled to the labels' size on the way.
+
+    confusion(pixel_argmax(logits, labels.shape[1:]), labels, K); beyond the logits it needs the
+    predictions, 8 bytes a pixel, and the matrix. Its diagonal is `hits` of `softmax_moments`.
+
+    Args:
+        logits: (B, K, h, w), as `pixel_argmax`; K at most 4,096.
+        labels: (B, H, W), any integer dtype and size.
+        ignore_index, check_labels: as `confusion`. align_corners: as in F.interpolate.
+
+    Returns:
+        int64 [K, K], truth × prediction.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, number or label.
+    """
+    function = "pixel_confusion"
+    check_logits(function, logits)
+    if logits.dim() != 4:
+        fail(function, "logits", "a tensor (B, K, h, w)", describe(logits))
+    check_labels_of_logits(function, labels, logits)
+    num_classes = logits.shape[1]
+    _check_classes(function, "logits", num_classes)
+    if check_labels:
+        check_label_values(function, labels, num_classes, ignore_index)
+    size = (labels.shape[1], labels.shape[2])
+    predictions = pixel_argmax(logits, size, align_corners=align_corners)
+    return confusion(predictions, labels, num_classes, ignore_index=ignore_index)

@@ -1,0 +1,53 @@
+"""The predicted class of every pixel, from low-resolution logits."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._backend import select
+from .._checks import check_logits, describe, fail
+from .registration import define
+
+
+def _fake(logits: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
+    return logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
+
+
+define(
+    "pixel_argmax",
+    "(Tensor logits, SymInt height, SymInt width, bool align_corners) -> Tensor",
+    _fake,
+)
+
+
+def pixel_argmax(logits: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
+    """argmax_k of logits that are upsampled to `size` on the way, without storing them.
+
+    Equal to F.interpolate(logits.float(), size, mode="bilinear", align_corners=align_corners)
+    .argmax(1), but for rounding where two classes are almost equal.
+
+    Args:
+        logits: (B, K, h, w), any strides; float32, bfloat16, float16 or float64; K from 1 to 65,536
+            (16,384 on GPU).
+        size: (H, W) of the result.
+        align_corners: as in F.interpolate.
+
+    Returns:
+        int64 (B, H, W), not differentiable: of equal logits the first counts as the largest, and
+        NaN as larger than all.
+
+    Raises:
+        ValueError: wrong shape, dtype or size; a backend chosen by name that cannot serve the call.
+    """
+    function = "pixel_argmax"
+    check_logits(function, logits)
+    if logits.dim() != 4:
+        fail(function, "logits", "a tensor (B, K, h, w)", describe(logits))
+    height, width = size
+    if min(height, width) < 0 or (logits.numel() == 0 and logits.shape[0] * height * width > 0):
+        fail(function, "size", "(H, W) of at least (0, 0), as logits have pixels", size)
+    backend = select(function, logits, logits.shape[1])
+    if backend == "reference":
+        return reference.pixel_argmax(logits, (height, width), align_corners=align_corners)
+    operator = getattr(torch.ops.anchorops.pixel_argmax, backend)
+    return operator(logits.detach(), height, width, align_corners)

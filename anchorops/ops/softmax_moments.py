@@ -1,0 +1,358 @@
+"""Softmax moments: every statistic that pixel losses need, at the labels' resolution, from the
+logits at theirs.
+
+With z the logits upsampled bilinearly to the labels' size, p = softmax_k z, y the labels, V the
+valid pixels q:
+
+    counts[k] = #{q ∈ V : y = k}                 hits[k] = #{q ∈ V : y = k = argmax z}
+    losses[k] = Σ_{q ∈ V, y = k} −log p_k(q)     overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
+    masses[k] = Σ_{q ∈ V} p_k(q)                 squares[k] = Σ_{q ∈ V} p_k(q)²
+    pixel_losses[q] = −log p_y(q)                lse[q] = log Σ_k e^{z_k(q)};  0 where ignored
+
+    dz_k = (d + dlse[q])·p_k − d·[y = k] + p_k·(u_k − Σ_j p_j u_j),  0 where ignored
+    d    = dlosses[y] + dpixel_losses[q]
+    u_k  = dmasses[k] + [y = k]·doverlaps[k] + 2·p_k·dsquares[k]
+    dlogits = the transpose of the upsampling, of dz
+
+The upsampled logits are never stored: the backward pass computes p again, from logits and lse.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._backend import select
+from .._checks import (
+    check_choice,
+    check_label_values,
+    check_labels_of_logits,
+    check_logits,
+    check_no_tangents,
+    describe,
+    fail,
+)
+from ..reference import SoftmaxMoments, statistics_dtype
+from .registration import Gradient, define
+
+# logits (B, K, h, w) of any strides, labels (B, H, W) of any integer dtype and strides. Statistics
+# by class are [K], with per_image [B, K]; pixel_losses and lse are (B, H, W), contiguous. Floating
+# results are float32, for float64 logits float64. What was not asked for is an empty tensor (0,).
+_SCHEMA = (
+    "(Tensor logits, Tensor labels, int ignore_index, bool align_corners, bool per_image, "
+    "bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) "
+    "-> (Tensor losses, Tensor overlaps, Tensor masses, Tensor squares, Tensor pixel_losses, "
+    "Tensor lse, Tensor counts, Tensor hits)"
+)
+
+# Gradients have the shapes and the dtype of the results; those by class are all [K] or all [B, K].
+# dlogits has the logits' dtype and, dense, their layout.
+_BACKWARD_SCHEMA = (
+    "(Tensor logits, Tensor labels, Tensor lse, Tensor? dlosses, Tensor? doverlaps, "
+    "Tensor? dmasses, Tensor? dsquares, Tensor? dpixel_losses, Tensor? dlse, int ignore_index, "
+    "bool align_corners) -> Tensor"
+)
+
+
+def _forward_fake(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    align_corners: bool,
+    per_image: bool,
+    with_hits: bool,
+    with_masses: bool,
+    with_squares: bool,
+    with_pixel_losses: bool,
+    with_lse: bool,
+) -> tuple[Tensor, ...]:
+    dtype = statistics_dtype(logits.dtype)
+    by_class = logits.shape[:2] if per_image else logits.shape[1:2]
+
+    def empty(asked: bool, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return logits.new_empty(shape if asked else (0,), dtype=dtype)
+
+    return (
+        empty(True, by_class, dtype),
+        empty(with_masses, by_class, dtype),
+        empty(with_masses, by_class, dtype),
+        empty(with_squares, by_class, dtype),
+        empty(with_pixel_losses, labels.shape, dtype),
+        empty(with_lse, labels.shape, dtype),
+        empty(True, by_class, torch.int64),
+        empty(with_hits, by_class, torch.int64),
+    )
+
+
+def _backward_fake(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, ctx.ignore_index, ctx.align_corners, _, _, *asked, _ = inputs
+    ctx.with_masses, ctx.with_squares, ctx.with_pixel_losses = asked
+    lse, counts, hits = output[5:]
+    ctx.mark_non_differentiable(counts, hits)
+    ctx.save_for_backward(logits, labels, lse)
+
+
+def _backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    dlosses, doverlaps, dmasses, dsquares, dpixel_losses, dlse, _, _ = grads
+    # The gradient of an absent (empty) output is an empty tensor, not None.
+    given = (
+        dlosses,
+        doverlaps if ctx.with_masses else None,
+        dmasses if ctx.with_masses else None,
+        dsquares if ctx.with_squares else None,
+        dpixel_losses if ctx.with_pixel_losses else None,
+        dlse,
+    )
+    dlogits = None
+    if ctx.needs_input_grad[0] and any(grad is not None for grad in given):
+        dlogits = operator(*ctx.saved_tensors, *given, ctx.ignore_index, ctx.align_corners)
+    return dlogits, *(None,) * 9
+
+
+define(
+    "softmax_moments",
+    _SCHEMA,
+    _forward_fake,
+    gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
+)
+
+
+def _as_images(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, K, h, w) and (B, H, W); points and volumes become one row of pixels. These are views,
+    but of a volume whose depth, height and width do not merge into one axis."""
+    if logits.dim() == 2:
+        return logits.t()[None, :, None], labels[None, None]
+    if logits.dim() == 4:
+        return logits, labels
+    return logits.flatten(2)[:, :, None], labels.flatten(1)[:, None]
+
+
+def softmax_moments(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    per_image: bool = False,
+    hits: bool = True,
+    masses: bool = True,
+    squares: bool = False,
+    pixel_losses: bool = False,
+    lse: bool = False,
+    check_labels: bool = False,
+) -> SoftmaxMoments:
+    """Softmax statistics by class of logits that are upsampled to the labels' size on the way.
+
+    With z = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear",
+    align_corners=align_corners) and p = z.softmax(1), without storing either:
+
+        counts[k] = #{y = k}            hits[k] = #{y = k = argmax z}
+        losses[k] = Σ_{y = k} −log p_k  overlaps[k] = Σ_{y = k} p_k
+        masses[k] = Σ p_k               squares[k] = Σ p_k²
+
+    over the valid pixels. Cross-entropy is (Σ losses)/(Σ counts); Dice, Tversky and Jaccard are
+    arithmetic on counts, overlaps and masses; accuracy is (Σ hits)/(Σ counts).
+
+    Args:
+        logits: (B, K, h, w), any strides; (N, K), (B, K, N) or volumes (B, K, d, h, w), whose
+            labels have the same size. float32, bfloat16, float16 or float64; K from 1 to 65,536
+            (16,384 on GPU). Gradients have its dtype and memory layout.
+        labels: any integer dtype; (B, H, W) of any size, (N,), (B, N) or (B, d, h, w). A pixel is
+            valid where 0 <= label < K and label != ignore_index; the others change nothing, even
+            where their logits are NaN or Inf, and have no gradient.
+        ignore_index: a label that is left out.
+        align_corners: of the upsampling, as in F.interpolate.
+        per_image: keep the images of the batch apart.
+        hits, masses, squares, pixel_losses, lse: what is computed beside counts and losses;
+            `masses` brings the overlaps too. Each costs time.
+        check_labels: raise where a label is neither a class nor ignore_index; synchronises.
+
+    Returns:
+        SoftmaxMoments(counts, hits, losses, overlaps, masses, squares, pixel_losses, lse); None
+        where not asked for. By class [K], with per_image [B, K]; pixel_losses = −log p_y and
+        lse = log Σ e^z have the labels' shape and are 0 where ignored. counts and hits int64, the
+        others float32 (float64 for float64 logits). Bitwise reproducible.
+        hits: of equal logits the first counts as the largest, and NaN as larger than all.
+        A pixel reads a logit where its weight is not 0: NaN spoils the pixels that read it and
+        nothing else. A logit of −inf has p = 0 and gradient 0.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or label; a backend chosen by name that cannot serve
+            the call.
+        RuntimeError: a second or a forward-mode derivative was asked of a fused backend.
+    """
+    function = "softmax_moments"
+    check_logits(function, logits)
+    check_labels_of_logits(function, labels, logits)
+    if check_labels:
+        check_label_values(function, labels, logits.shape[1], ignore_index)
+    shape = labels.shape
+    logits, labels = _as_images(logits, labels)
+    backend = select(function, logits, logits.shape[1])
+    if backend == "reference":
+        moments = reference.softmax_moments(
+            logits,
+            labels,
+            ignore_index=ignore_index,
+            align_corners=align_corners,
+            per_image=per_image,
+            hits=hits,
+            masses=masses,
+            squares=squares,
+            pixel_losses=pixel_losses,
+            lse=lse,
+        )
+    else:
+        check_no_tangents(function, logits)
+        keep_lse = lse or (logits.requires_grad and torch.is_grad_enabled())
+        operator = getattr(torch.ops.anchorops.softmax_moments, backend)
+        found = operator(
+            logits,
+            labels,
+            ignore_index,
+            align_corners,
+            per_image,
+            hits,
+            masses,
+            squares,
+            pixel_losses,
+            keep_lse,
+        )
+        moments = SoftmaxMoments(
+            counts=found[6],
+            hits=found[7] if hits else None,
+            losses=found[0],
+            overlaps=found[1] if masses else None,
+            masses=found[2] if masses else None,
+            squares=found[3] if squares else None,
+            pixel_losses=found[4] if pixel_losses else None,
+            lse=found[5] if lse else None,
+        )
+    pixel_maps = {"pixel_losses": moments.pixel_losses, "lse": moments.lse}
+    return moments._replace(**{k: v.view(shape) for k, v in pixel_maps.items() if v is not None})
+
+
+def pixel_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    check_labels: bool = False,
+) -> Tensor:
+    """Cross-entropy of logits that are upsampled to the labels' size on the way.
+
+    Equal to F.cross_entropy(F.interpolate(logits.float(), labels.shape[1:], mode="bilinear",
+    align_corners=align_corners), labels, weight, …), but it never stores the upsampled logits:
+
+        L = Σ_q w_y·[(1 − ε)·(−log p_y)] + ε/K·Σ_k w_k·(−log p_k), over Σ_q w_y for "mean"
+
+    with ε = label_smoothing, w = weight (1 where not given), summed over the valid pixels.
+
+    Args:
+        logits, labels, ignore_index, align_corners, check_labels: as `softmax_moments`; K at least
+            2, as one class has no cross-entropy.
+        weight: [K], floating, on the logits' device; not negative.
+        label_smoothing: ε in [0, 1].
+        reduction: "mean" as above; "sum"; or "none", a value for each label, 0 where ignored.
+
+    Returns:
+        A scalar, or the labels' shape; float32 (float64 for float64 logits). It is 0 where
+        F.cross_entropy is NaN: no pixel is valid, or their classes all have weight 0.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, value or label.
+    """
+    function = "pixel_cross_entropy"
+    check_logits(function, logits)
+    num_classes = logits.shape[1]
+    if num_classes == 1:
+        fail(function, "logits", "at least 2 classes: of one the loss is 0", tuple(logits.shape))
+    check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
+    if not 0 <= label_smoothing <= 1:
+        fail(function, "label_smoothing", "a number in [0, 1]", label_smoothing)
+    dtype = statistics_dtype(logits.dtype)
+    if weight is not None:
+        if not isinstance(weight, Tensor) or weight.shape != (num_classes,):
+            fail(function, "weight", f"a tensor [{num_classes}]", describe(weight))
+        if not weight.is_floating_point() or weight.device != logits.device:
+            fail(function, "weight", f"a floating dtype on {logits.device}", describe(weight))
+        weight = weight.to(dtype)
+    smooth = label_smoothing > 0
+    moments = softmax_moments(
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+        hits=False,
+        masses=False,
+        pixel_losses=reduction == "none",
+        lse=smooth,
+        check_labels=check_labels,
+    )
+    # A class of weight 0 is left out by selection: 0 · ∞ would be NaN.
+    if reduction == "none":
+        assert moments.pixel_losses is not None
+        losses = moments.pixel_losses
+        if weight is not None:
+            valid = _valid(labels, num_classes, ignore_index)
+            of_pixel = torch.where(valid, weight[torch.where(valid, labels.long(), 0)], 0)
+            losses = torch.where(of_pixel > 0, of_pixel * losses, 0)
+    else:
+        losses = moments.losses
+        if weight is not None:
+            losses = torch.where(weight > 0, weight * losses, 0)
+        losses = losses.sum()
+    if smooth:
+        assert moments.lse is not None
+        others = _uniform_losses(logits, labels, moments.lse, weight, ignore_index, align_corners)
+        others = others if reduction == "none" else others.sum()
+        losses = (1 - label_smoothing) * losses + label_smoothing / num_classes * others
+    if reduction != "mean":
+        return losses
+    total = moments.counts.to(dtype) if weight is None else weight * moments.counts
+    total = total.sum()
+    return losses / torch.where(total > 0, total, 1)
+
+
+def _valid(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    labels = labels.long()  # uint16 to uint64 have no comparisons
+    return (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
+
+
+def _uniform_losses(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+) -> Tensor:
+    """Σ_k w_k·(−log p_k) = lse·Σ_k w_k − Σ_k w_k z_k of each pixel, 0 where ignored.
+
+    Upsampling is linear, so Σ_k w_k z_k is one upsampled channel: the lse of a single class.
+    """
+    x = logits.to(lse.dtype)
+    if weight is not None:
+        x = x * weight.view(-1, *(1,) * (logits.dim() - 2))
+    total = logits.shape[1] if weight is None else weight.sum()
+    valid = _valid(labels, logits.shape[1], ignore_index)
+    z = softmax_moments(
+        x.sum(1, keepdim=True),
+        torch.where(valid, 0, -1),
+        ignore_index=-1,
+        align_corners=align_corners,
+        hits=False,
+        masses=False,
+        lse=True,
+    ).lse
+    assert z is not None
+    return lse * total - z
