@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,74 +17,46 @@ from .losses.base import Regularizer
 _logger = logging.getLogger("anchorops")
 
 
-class Tap:
-    """Keeps the input of a classifier from one training forward until it is asked for."""
-
-    def __init__(self, name: str, classifier: nn.Module, regularizer: Regularizer) -> None:
-        self.name, self.classifier, self.regularizer = name, classifier, regularizer
-        self.features: Tensor | None = None
-        self.taken = False
-        # input and output of the last dropout that may have run just before the classifier
-        self.dropped: tuple[Tensor, Tensor] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model has seen no forward (and features, not being leaves, do not copy).
-        return self.__dict__ | {"features": None, "dropped": None, "taken": False}
-
-    def wants(self, module: nn.Module) -> bool:
-        if not module.training or not torch.is_grad_enabled() or torch.compiler.is_exporting():
-            return False
-        # A checkpoint that recomputes during backward is not another forward.
-        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
-
-    def see_dropout(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if self.wants(module):
-            self.dropped = (args[0], output)
-
-    def see_classifier(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if not self.wants(module):
-            return
-        self.regularizer.before_classifier(module)
-        features = args[0]
-        if self.dropped is not None and self.dropped[1] is features:
-            features = self.dropped[0]
-        if isinstance(module, nn.Linear):
-            features = features.movedim(-1, 1)  # channels last; a view
-        self.features, self.dropped, self.taken = features, None, False
-
-    def take(self, function: str, training: bool) -> tuple[Tensor, nn.Module]:
-        features, self.features = self.features, None
-        if features is not None:
-            self.taken = True
-            return features, self.classifier
-        if self.taken:
-            why = "the features of this forward were already taken: call it once per forward"
-        elif not training:
-            why = "in eval mode no features are kept: leave the term out, or call model.train()"
-        else:
-            why = (
-                f"{self.name} has not run since: run the model in training mode, with gradients, "
-                "before. A model whose first compiled call came before attach never calls it: "
-                "attach first, or call torch.compiler.reset() after"
-            )
-        raise RuntimeError(f"{function}: no features: {why}")
-
-
 class Attachment:
-    """What `attach` did. `detach()` takes it back."""
+    """A regulariser on a model: what `attach` returns, and what the training loop calls.
+
+    Calling it with labels, once after each training forward, gives the regulariser's loss on the
+    classifier's input in that forward. A copy of the model has an attachment of its own, under
+    `copy.regularizer.attachment`.
+    """
 
     def __init__(
         self,
         regularizer: Regularizer,
-        tap: Tap,
+        classifier_name: str,
+        classifier: nn.Module,
         parent: nn.Module,
         child: str,
-        hooks: list[RemovableHandle],
-        undo: Callable[[], None],
     ) -> None:
-        self.regularizer, self.classifier_name = regularizer, tap.name
-        self.classifier = tap.classifier
-        self._parent, self._child, self._hooks, self._undo = parent, child, hooks, undo
+        self.regularizer, self.classifier_name = regularizer, classifier_name
+        self.classifier = classifier
+        self._parent, self._child = parent, child  # whose submodule the regulariser is
+        self._hooks: list[RemovableHandle] = []
+        self._features: Tensor | None = None  # of the last training forward, until asked for
+        self._taken = False
+        # input and output of the last dropout that may have run just before the classifier
+        self._dropped: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        """The loss on the features of the last training forward, a scalar.
+
+        labels: integer, (B, H', W') of any size, (B, N) or (N,), as the features are.
+
+        Raises:
+            RuntimeError: there has been no training forward since the last call.
+            ValueError: labels that do not fit the features.
+        """
+        return self.regularizer(self._take_features(), labels, self.classifier)
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """Weighted parts of the last loss, detached, still on their device."""
+        return self.regularizer.terms
 
     def detach(self) -> None:
         """Restore the model: without hooks and submodule, with the classifier that it had."""
@@ -95,13 +66,69 @@ class Attachment:
             hook.remove()
         self._hooks = []
         delattr(self._parent, self._child)
-        self.regularizer._tap = None
-        self._undo()
+        self.regularizer.uninstall(self.classifier)
+        self.regularizer.attachment = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the features of the last forward (`model.eval()` does)."""
+        self._features = self._dropped = None
+
+    def watch(self, dropouts: list[nn.Module]) -> None:
+        """Hook the classifier, and the dropouts that its input may come through."""
+        self._hooks.append(self.classifier.register_forward_pre_hook(self._see_classifier))
+        for dropout in dropouts:
+            self._hooks.append(dropout.register_forward_hook(self._see_dropout))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has seen no forward (and features, not being leaves, do not copy).
+        return self.__dict__ | {"_features": None, "_dropped": None, "_taken": False}
 
     def __repr__(self) -> str:
         methods = getattr(self.regularizer, "methods", [self.regularizer])
         names = " + ".join(type(method).__name__ for method in methods)
         return f"{names} attached to {self.classifier_name}: {self.classifier!r}"
+
+    def _see_dropout(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if _is_training_forward(module):
+            self._dropped = (args[0], output)
+
+    def _see_classifier(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not _is_training_forward(module):
+            return
+        self.regularizer.before_classifier(module)
+        features = args[0]
+        if self._dropped is not None and self._dropped[1] is features:
+            features = self._dropped[0]
+        if isinstance(module, nn.Linear):
+            features = features.movedim(-1, 1)  # channels last; a view
+        self._features, self._dropped, self._taken = features, None, False
+
+    def _take_features(self) -> Tensor:
+        features, self._features = self._features, None
+        if features is not None:
+            self._taken = True
+            return features
+        if not self._hooks:
+            why = "it was detached from the model"
+        elif self._taken:
+            why = "the features of this forward were already taken: call it once per forward"
+        elif not self.regularizer.training:
+            why = "in eval mode no features are kept: leave the term out, or call model.train()"
+        else:
+            why = (
+                f"{self.classifier_name} has not run since: run the model in training mode, with "
+                "gradients, before. A model whose first compiled call came before attach never "
+                "calls it: attach first, or call torch.compiler.reset() after"
+            )
+        raise RuntimeError(f"{type(self.regularizer).__name__}: no features: {why}")
+
+
+def _is_training_forward(module: nn.Module) -> bool:
+    if not module.training or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    # A checkpoint that recomputes during backward is not another forward.
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
 
 def _unwrap(model: nn.Module, regularizer: Regularizer) -> nn.Module:
@@ -204,7 +231,8 @@ def attach(
 ) -> Attachment:
     """Give the regulariser the input of the model's last classifier:
 
-        loss = ce + regularizer(labels)
+        sar = attach(model, SAR(19, 256))
+        loss = ce + sar(labels)
 
     The classifier is the last linear layer or 1×1 convolution (else k×k) with `dim` inputs and
     `num_classes` outputs whose name does not contain "aux"; which one it was, the returned
@@ -227,7 +255,8 @@ def attach(
         module: the classifier, or its name in the model, instead of the search.
 
     Returns:
-        Attachment, with `detach()`, `classifier` and `classifier_name`.
+        Attachment, which is called with the labels; also `terms`, `detach()`, `regularizer`,
+        `classifier` and `classifier_name`.
 
     Raises:
         ValueError: no such classifier (the message names what was found), a regulariser already
@@ -238,8 +267,9 @@ def attach(
         fail("attach", "model", "an nn.Module", describe(model))
     if not isinstance(regularizer, Regularizer):
         fail("attach", "regularizer", "an anchorops regulariser", describe(regularizer))
-    if regularizer._tap is not None:
-        fail("attach", "regularizer", "one that is not attached", f"one on {regularizer._tap.name}")
+    if regularizer.attachment is not None:
+        where = regularizer.attachment.classifier_name
+        fail("attach", "regularizer", "one that is not attached", f"one on {where}")
     model = _unwrap(model, regularizer)
     if module is None:
         name, classifier = _find_classifier(model, regularizer.num_classes, regularizer.dim)
@@ -249,17 +279,14 @@ def attach(
         if _outputs(classifier) != expected:
             wanted = f"a linear layer or convolution {expected[1]} → {expected[0]}"
             fail("attach", "module", wanted, f"{name}: {classifier!r}")
-    undo = regularizer.install(classifier)
-    tap = Tap(name, classifier, regularizer)
-    hooks = [classifier.register_forward_pre_hook(tap.see_classifier)]
-    for dropout in _dropouts_before(model, name):
-        hooks.append(dropout.register_forward_hook(tap.see_dropout))
+    regularizer.install(classifier)
     parent = classifier if isinstance(model, nn.Sequential) else model
     child = "regularizer"
     while hasattr(parent, child):
         child += "_"
+    attachment = Attachment(regularizer, name, classifier, parent, child)
+    attachment.watch(_dropouts_before(model, name))
     parent.add_module(child, regularizer)
-    regularizer._tap = tap
-    attachment = Attachment(regularizer, tap, parent, child, hooks, undo)
+    regularizer.attachment = attachment
     _logger.info("%r", attachment)
     return attachment

@@ -25,6 +25,7 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops._measure import duration, environment, example_labels
+from anchorops.attach import Attachment
 from anchorops.train.learner import (
     PixelCrossEntropy,
     build_optimizer,
@@ -92,7 +93,7 @@ def images_and_labels(setting: Setting, device: torch.device) -> tuple[Tensor, T
 def step_of(
     setting: Setting,
     model: Segmenter,
-    regularizer: ao.losses.Regularizer | None,
+    regularizer: Attachment | None,
     images: Tensor,
     labels: Tensor,
 ) -> Callable[[], None]:
@@ -127,16 +128,16 @@ def take_turn(
     torch.manual_seed(0)
     dim = model.classifier.in_channels
     regularizer = build_regularizer(candidate.methods, {}, setting.num_classes, dim)
-    attachment = None
+    attached = None
     if regularizer is not None:
-        attachment = ao.attach(model, regularizer.to(images.device))
+        attached = ao.attach(model, regularizer.to(images.device))
     try:
-        step = step_of(setting, model, regularizer, images, labels)
+        step = step_of(setting, model, attached, images, labels)
         with ao.use_backend(candidate.backend):
             return timed(step, images.device)
     finally:
-        if attachment is not None:
-            attachment.detach()
+        if attached is not None:
+            attached.detach()
 
 
 def timed(step: Callable[[], None], device: torch.device) -> Turn:

@@ -46,14 +46,13 @@ def scenes(images: int, size: int, generator: torch.Generator) -> tuple[Tensor, 
     return colours[labels].movedim(-1, 1) + noise, labels
 
 
-def train(method: str, steps: int) -> tuple[torch.nn.Module, Regularizer]:
+def train(method: str, steps: int) -> torch.nn.Module:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = smp.FPN("resnet18", encoder_weights=None, classes=K)
-    regularizer = METHODS[method]()
-    attachment = ao.attach(model, regularizer)  # the one line
+    regularizer = ao.attach(model, METHODS[method]())  # the one line
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    print(f"\n{attachment}")
+    print(f"\n{regularizer}")
     for step in range(steps):
         images, labels = scenes(4, 64, generator)
         ce = F.cross_entropy(model(images), labels)
@@ -66,7 +65,7 @@ def train(method: str, steps: int) -> tuple[torch.nn.Module, Regularizer]:
                 f"{name} {float(value):.3f}" for name, value in regularizer.terms.items()
             )
             print(f"  step {step + 1:3d}: ce {ce.item():.3f}, {terms}")
-    return model, regularizer
+    return model
 
 
 def diagnose(model: torch.nn.Module, out: Path | None) -> None:
@@ -102,7 +101,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     for method in arguments.methods:
-        model, _ = train(method, arguments.steps)
+        model = train(method, arguments.steps)
         last = method == arguments.methods[-1]
         diagnose(model, arguments.out if last else None)
 

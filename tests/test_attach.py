@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
+from anchorops.attach import Attachment
 from anchorops.losses import Regularizer
 
 K, D = 5, 16
@@ -78,9 +79,8 @@ def test_segmentation_models_train_with_sar(build: Any, dim: int, name: str) -> 
     torch.manual_seed(0)
     model = build()
     bare = {key for key, _ in model.named_parameters()}
-    sar = ao.SAR(K, dim, aux_weight=1.0)
-    attachment = ao.attach(model, sar)
-    assert attachment.classifier_name == name
+    sar = ao.attach(model, ao.SAR(K, dim, aux_weight=1.0))
+    assert sar.classifier_name == name
     brought = {key for key, _ in model.named_parameters()} - bare
     assert brought and all(key.startswith("regularizer.") for key in brought)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -93,23 +93,23 @@ def test_segmentation_models_train_with_sar(build: Any, dim: int, name: str) -> 
         loss.backward()
         optimizer.step()
         losses.append(sar.terms["aux"])
-    assert all(p.grad is not None for p in sar.parameters())
+    assert all(p.grad is not None for p in sar.regularizer.parameters())
     assert losses[-1] < losses[0]
 
 
 def test_features_are_the_classifiers_input_before_dropout() -> None:
     model = Net(dropout=0.5)
-    cr = ao.SAR(K, D, embed=False)
-    assert ao.attach(model, cr).classifier_name == "classifier"  # not the auxiliary head
+    cr = ao.attach(model, ao.SAR(K, D, embed=False))
+    assert cr.classifier_name == "classifier"  # not the auxiliary head
     x, labels = batch()
     model(x)
     features = model.body(x).relu()
-    torch.testing.assert_close(cr(labels), cr(features, labels))
+    torch.testing.assert_close(cr(labels), cr.regularizer(features, labels))
 
 
-def backward(model: nn.Module, regularizer: Regularizer) -> Tensor:
+def backward(model: nn.Module, attached: Attachment) -> Tensor:
     x, labels = batch()
-    loss = F.cross_entropy(model(x), labels[:, ::2, ::2]) + regularizer(labels)
+    loss = F.cross_entropy(model(x), labels[:, ::2, ::2]) + attached(labels)
     loss.backward()
     return loss.detach()
 
@@ -158,29 +158,27 @@ def timm_classifier() -> nn.Module:
 def test_finds_the_classifier(build: Callable[[], nn.Module], dim: int, name: str) -> None:
     torch.manual_seed(0)
     model = build()
-    occl = ao.OCCL(K, dim)
-    attachment = ao.attach(model, occl)
-    assert attachment.classifier_name == name and name in repr(attachment)
+    occl = ao.attach(model, ao.OCCL(K, dim))
+    assert occl.classifier_name == name and name in repr(occl)
     x, labels = batch(32, images=4)
     labels[0], labels[1] = labels[2], labels[3]
     model(x)
-    assert occl._tap is not None and occl._tap.features is not None
-    assert occl._tap.features.requires_grad and occl._tap.features.shape[:2] == (4, dim)
+    assert occl._features is not None and occl._features.requires_grad
+    assert occl._features.shape[:2] == (4, dim)
     assert occl(labels[:, 0, 0] if name == "fc" else labels) > 0
 
 
 def test_dropout_elsewhere_is_passed_over_too() -> None:
     """FPN of segmentation-models-pytorch ends its decoder, not its head, with a dropout."""
     model = smp_model("FPN")()
-    occl = ao.OCCL(K, 128)
-    attachment = ao.attach(model, occl)
+    occl = ao.attach(model, ao.OCCL(K, 128))
     inputs: list[Tensor] = []
     dropout = model.get_submodule("decoder.dropout")
     hook = dropout.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     model(batch(32)[0])
-    assert occl._tap is not None and occl._tap.features is inputs[0]
+    assert occl._features is inputs[0]
     hook.remove()
-    attachment.detach()
+    occl.detach()
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
@@ -202,32 +200,31 @@ def test_linear_classifier_on_tokens() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(x)
 
-    model, occl = Tokens(), ao.OCCL(K, D)
-    ao.attach(model, occl)
+    model = Tokens()
+    occl = ao.attach(model, ao.OCCL(K, D))
     x, labels = torch.randn(2, 30, D, requires_grad=True), torch.randint(0, K, (2, 30))
     model(x)
-    expected = copy.deepcopy(occl)(x.transpose(1, 2), labels, model.head)
+    expected = copy.deepcopy(occl.regularizer)(x.transpose(1, 2), labels, model.head)
     torch.testing.assert_close(occl(labels), expected)
 
 
 def test_features_are_taken_not_copied() -> None:
-    model, occl = Net(), ao.OCCL(K, D)
-    ao.attach(model, occl)
+    model = Net()
+    occl = ao.attach(model, ao.OCCL(K, D))
     seen: list[Tensor] = []
     model.dropout.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(batch()[0])
-    assert occl._tap is not None and occl._tap.features is seen[0]
+    assert occl._features is seen[0]
 
 
 def test_a_sequential_does_not_call_the_regularizer() -> None:
     model = nn.Sequential(nn.Conv2d(3, D, 1), nn.Conv2d(D, K, 1))
-    sar = ao.SAR(K, D)
-    attachment = ao.attach(model, sar)
+    sar = ao.attach(model, ao.SAR(K, D))
     x, labels = batch()
     assert model(x).shape == (2, K, 8, 8)
     sar(labels).backward()
     assert any("regularizer" in name for name, _ in model.named_parameters())
-    attachment.detach()
+    sar.detach()
     assert not any("regularizer" in name for name, _ in model.named_parameters())
 
 
@@ -236,21 +233,23 @@ def test_detach_restores_the_model() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x, _ = batch()
     logits = model(x)
-    attachment = ao.attach(model, ao.Combined(ao.CBP(K, D), ao.MVSC(K, D)))
+    both = ao.attach(model, ao.Combined(ao.CBP(K, D), ao.MVSC(K, D)))
     assert not torch.equal(model(x), logits)
-    attachment.detach()
-    attachment.detach()
+    both.detach()
+    both.detach()
     assert torch.equal(model(x), logits)
     assert model.state_dict().keys() == before.keys()
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-    ao.attach(model, attachment.regularizer)  # and may be attached again
+    with pytest.raises(RuntimeError, match="Combined: no features: it was detached"):
+        both(torch.zeros(2, 8, 8, dtype=torch.long))
+    ao.attach(model, both.regularizer)  # and may be attached again
 
 
 def test_parameters_reach_optimizer_and_checkpoint() -> None:
     model, mvsc = Net(), ao.MVSC(K, D)
-    ao.attach(model, mvsc)
+    attached = ao.attach(model, mvsc)
     assert any(p is mvsc.prototypes for p in model.parameters())
-    backward(model, mvsc)
+    backward(model, attached)
     other = Net()
     ao.attach(other, ao.MVSC(K, D, seed=0))
     other.load_state_dict(model.state_dict())
@@ -261,15 +260,15 @@ def test_parameters_reach_optimizer_and_checkpoint() -> None:
 
 
 def test_evaluation_is_the_bare_model() -> None:
-    model, sar = Net(dropout=0.5).eval(), ao.SAR(K, D)
+    model = Net(dropout=0.5).eval()
     x, labels = batch()
     bare = torch.export.export(model, (x,))
     logits = model(x)
-    ao.attach(model, sar)
+    sar = ao.attach(model, ao.SAR(K, D))
     model.eval()
     state = copy.deepcopy(model.state_dict())
     assert torch.equal(model(x), logits)
-    assert sar._tap is not None and sar._tap.features is None
+    assert sar._features is None
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with pytest.raises(RuntimeError, match="SAR: no features: in eval mode"):
         sar(labels)
@@ -298,39 +297,61 @@ def test_onnx_export_is_the_bare_model() -> None:
 
 
 def test_features_left_over_go_with_eval() -> None:
-    model, occl = Net(), ao.OCCL(K, D)
-    ao.attach(model, occl)
+    model = Net()
+    occl = ao.attach(model, ao.OCCL(K, D))
     model(batch()[0])
+    assert occl._features is not None
     model.eval()
-    assert occl._tap is not None and occl._tap.features is None
+    assert occl._features is None
 
 
 def test_copies_have_features_of_their_own() -> None:
-    model, sar = Net(), ao.SAR(K, D)
-    ao.attach(model, sar)
+    model = Net()
+    sar = ao.attach(model, ao.SAR(K, D))
     x, labels = batch()
     model(x)
-    for copied in (copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model).module):
-        own = copied.regularizer
-        assert isinstance(own, ao.SAR) and own._tap is not None and sar._tap is not None
-        assert own._tap.classifier is copied.classifier and own._tap.regularizer is own
+    copies: Any = (copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model).module)
+    for copied in copies:
+        own = copied.regularizer.attachment
+        assert isinstance(own, Attachment) and own is not sar
+        assert own.classifier is copied.classifier and own.regularizer is copied.regularizer
         with pytest.raises(RuntimeError, match="no features"):
             own(labels)
-        kept = sar._tap.features
+        kept = sar._features
         copied(x)
-        assert sar._tap.features is kept is not None
+        assert sar._features is kept is not None
         own(labels)
+        own.detach()
+        assert not hasattr(copied, "regularizer") and hasattr(model, "regularizer")
     sar(labels)
 
 
 def test_a_model_pickles_after_a_forward() -> None:
-    model, sar = Net(), ao.SAR(K, D)
-    ao.attach(model, sar)
+    model = Net()
+    sar = ao.attach(model, ao.SAR(K, D))
     x, labels = batch()
     model(x)
-    restored = pickle.loads(pickle.dumps(model))
+    restored, restored_sar = pickle.loads(pickle.dumps((model, sar)))
+    assert restored_sar is restored.regularizer.attachment
     restored(x)
-    torch.testing.assert_close(restored.regularizer(labels), sar(labels))
+    torch.testing.assert_close(restored_sar(labels), sar(labels))
+
+
+def test_a_copy_gets_its_own_classifier_back() -> None:
+    """What CBP replaced travels with the copy, so that detaching it leaves the original alone."""
+    model = Net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    cbp = ao.attach(model, ao.CBP(K, D))
+    copies: Any = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)))
+    for copied in copies:
+        copied.to(torch.float64)
+        copied.regularizer.attachment.detach()
+        state = copied.state_dict()
+        assert state.keys() == before.keys()
+        assert all(torch.equal(state[name], value.double()) for name, value in before.items())
+    assert cbp.classifier.bias is None and not torch.equal(
+        model.classifier.weight, before["classifier.weight"]
+    )
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -347,28 +368,27 @@ def test_gradient_checkpointing(whole: bool) -> None:
     plain.load_state_dict(model.state_dict())
     losses = []
     for net in (model, plain):
-        occl = ao.OCCL(K, D)
-        ao.attach(net, occl)
+        occl = ao.attach(net, ao.OCCL(K, D))
         losses.append(backward(net, occl))
-        assert occl._tap is not None and occl._tap.features is None
+        assert occl._features is None
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(model.body.weight.grad, plain.body.weight.grad)
 
 
 def test_grad_scaler() -> None:
-    model, sar = Net(), ao.SAR(K, D)
-    ao.attach(model, sar)
+    model, regularizer = Net(), ao.SAR(K, D)
+    sar = ao.attach(model, regularizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, labels = batch()
-    before = sar.embedding[0].weight.detach().clone()  # type: ignore[union-attr]
+    before = regularizer.embedding[0].weight.detach().clone()  # type: ignore[union-attr]
     with torch.autocast("cpu", dtype=torch.float16):
         loss = F.cross_entropy(model(x).float(), labels[:, ::2, ::2]) + sar(labels)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 256.0
-    assert not torch.equal(sar.embedding[0].weight, before)  # type: ignore[union-attr]
+    assert not torch.equal(regularizer.embedding[0].weight, before)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("build", [lambda: ao.SAR(K, D), lambda: ao.OCCL(K, D)])
@@ -376,20 +396,20 @@ def test_compiled_after_attach(build: Callable[[], Regularizer]) -> None:
     """The model alone, and the whole step, as one graph."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    model, regularizer = Net(), build()
-    ao.attach(model, regularizer)
-    eager = copy.deepcopy(model)
+    model = Net()
+    attached = ao.attach(model, build())
+    eager, eager_attached = copy.deepcopy((model, attached))
     x, labels = batch()
 
-    def step(model: Any, regularizer: Any) -> Tensor:
-        return F.cross_entropy(model(x), labels[:, ::2, ::2]) + regularizer(labels)
+    def step(model: Any, attached: Attachment) -> Tensor:
+        return F.cross_entropy(model(x), labels[:, ::2, ::2]) + attached(labels)
 
     compiled_model = torch.compile(model, fullgraph=True, backend="aot_eager")
-    expected = [step(eager, eager.regularizer) for _ in range(3)]
-    torch.testing.assert_close(step(compiled_model, regularizer), expected[0])
+    expected = [step(eager, eager_attached) for _ in range(3)]
+    torch.testing.assert_close(step(compiled_model, attached), expected[0])
     compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
     for want in expected[1:]:
-        loss = compiled_step(model, regularizer)
+        loss = compiled_step(model, attached)
         torch.testing.assert_close(loss, want)
     loss.backward()
     expected[2].backward()
@@ -399,11 +419,11 @@ def test_compiled_after_attach(build: Callable[[], Regularizer]) -> None:
 
 def test_compiled_before_attach_is_told() -> None:
     torch.compiler.reset()
-    model, occl = Net(), ao.OCCL(K, D)
+    model = Net()
     compiled: Any = torch.compile(model, backend="aot_eager")
     x, labels = batch()
     compiled(x)
-    ao.attach(compiled, occl)
+    occl = ao.attach(compiled, ao.OCCL(K, D))
     compiled(x)
     with pytest.raises(RuntimeError, match="first compiled call came before attach"):
         occl(labels)
@@ -415,8 +435,6 @@ def test_compiled_before_attach_is_told() -> None:
 def test_errors() -> None:
     x, labels = batch()
     model, occl = Net(), ao.OCCL(K, D)
-    with pytest.raises(RuntimeError, match="OCCL: not attached"):
-        occl(labels)
     with pytest.raises(ValueError, match=r"with 5 outputs: classifier \(16 → 5\), aux_head"):
         ao.attach(model, ao.OCCL(K, D + 1))
     with pytest.raises(ValueError, match="got none like it"):
@@ -431,27 +449,27 @@ def test_errors() -> None:
         ao.attach(model, nn.ReLU())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"attach: model: .* threads"):
         ao.attach(nn.DataParallel(model), occl)
-    ao.attach(model, occl)
+    attached = ao.attach(model, occl)
     with pytest.raises(ValueError, match="not attached, got one on classifier"):
         ao.attach(Net(), occl)
     with pytest.raises(RuntimeError, match="classifier has not run"):
-        occl(labels)
+        attached(labels)
     with torch.no_grad():
         model(x)
     with pytest.raises(RuntimeError, match="in training mode, with gradients"):
-        occl(labels)
+        attached(labels)
     model(x)
-    occl(labels)
+    attached(labels)
     with pytest.raises(RuntimeError, match="already taken: call it once per forward"):
-        occl(labels)
+        attached(labels)
 
 
 def test_two_regularizers_on_one_model() -> None:
-    model, first, second = Net(), ao.OCCL(K, D), ao.MVSC(K, D)
-    attachments = [ao.attach(model, first), ao.attach(model, second)]
+    model = Net()
+    occl, mvsc = ao.attach(model, ao.OCCL(K, D)), ao.attach(model, ao.MVSC(K, D))
     x, labels = batch()
     model(x)
-    (first(labels) + second(labels)).backward()
-    for attachment in attachments:
-        attachment.detach()
+    (occl(labels) + mvsc(labels)).backward()
+    occl.detach()
+    mvsc.detach()
     assert model.state_dict().keys() == Net().state_dict().keys()

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import anchorops as ao
+from anchorops.attach import Attachment
 from anchorops.distributed import all_reduce
 from anchorops.losses import Regularizer, occl, statistics
 
@@ -49,11 +50,10 @@ class Net(nn.Module):
         return self.classifier(self.body(x))
 
 
-def build(method: str, process_group: str | None) -> tuple[Net, Regularizer]:
+def build(method: str, process_group: str | None) -> tuple[Net, Attachment]:
     torch.manual_seed(0)
-    model, regularizer = Net(), METHODS[method](process_group=process_group)
-    ao.attach(model, regularizer)
-    return model, regularizer
+    model = Net()
+    return model, ao.attach(model, METHODS[method](process_group=process_group))
 
 
 def batch_of(rank: int, step: int) -> tuple[Tensor, Tensor]:
@@ -96,19 +96,19 @@ def assert_same(got: Tensor, want: Tensor, what: str) -> None:
 
 
 def check_method(method: str, rank: int, ranks: int) -> None:
-    model, regularizer = build(method, "world")
-    alone, alone_regularizer = build(method, None)
+    model, attached = build(method, "world")
+    alone, alone_attached = build(method, None)
     parallel = DistributedDataParallel(model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (parallel, alone)]
     for step in range(3):
         batches = [batch_of(r, step) for r in range(ranks)]
         x, labels = batches[rank]
         logits = parallel(x)  # in training, cross-entropy gives them a gradient
-        loss = regularizer(labels) + 0 * logits.sum()
+        loss = attached(labels) + 0 * logits.sum()
         with pytest.MonkeyPatch.context() as patch:
             draw_per_share([len(x) for x, _ in batches], patch)
             logits = alone(torch.cat([x for x, _ in batches]))
-            expected = alone_regularizer(torch.cat([labels for _, labels in batches]))
+            expected = alone_attached(torch.cat([labels for _, labels in batches]))
             expected = expected + 0 * logits.sum()
         what = f"{method}, {ranks} ranks, step {step}"
         assert_same(loss.detach(), expected.detach(), what)
@@ -144,13 +144,13 @@ def check_all_reduce(rank: int, ranks: int) -> None:
 
 
 def check_compiled(rank: int) -> None:
-    model, regularizer = build("combined", "world")
-    eager = copy.deepcopy(model)
-    compiled = torch.compile(regularizer, fullgraph=True, backend="aot_eager")
+    model, attached = build("combined", "world")
+    eager, eager_attached = copy.deepcopy((model, attached))
+    compiled = torch.compile(attached, fullgraph=True, backend="aot_eager")
     x, labels = batch_of(rank, 0)
     model(x)
     eager(x)
-    torch.testing.assert_close(compiled(labels), eager.regularizer(labels))  # type: ignore
+    torch.testing.assert_close(compiled(labels), eager_attached(labels))
 
 
 def check_wrapped(rank: int) -> None:
@@ -162,26 +162,25 @@ def check_wrapped(rank: int) -> None:
             ao.attach(parallel, method)
     with pytest.raises(ValueError, match="not yet wrapped: CBP replaces the classifier"):
         ao.attach(parallel, ao.CBP(K, D))
-    method = ao.OCCL(K, D)
-    ao.attach(parallel, method)
+    occl = ao.attach(parallel, ao.OCCL(K, D))
     x, labels = batch_of(rank, 0)
-    loss = F.cross_entropy(parallel(x), labels[:, ::2, ::2], ignore_index=255) + method(labels)
+    loss = F.cross_entropy(parallel(x), labels[:, ::2, ::2], ignore_index=255) + occl(labels)
     loss.backward()
 
 
 def check_fully_sharded(method: str, rank: int, ranks: int) -> None:
     """FSDP2: the root's parameters, the regulariser's among them, are whole until backward."""
-    model, regularizer = build(method, "world")
-    alone, alone_regularizer = build(method, None)
+    model, attached = build(method, "world")
+    alone, alone_attached = build(method, None)
     fully_shard(model)
     batches = [batch_of(r, 0) for r in range(ranks)]
     x, labels = batches[rank]
     logits = model(x)  # FSDP waits for the gradient of the model's output, which CE gives
-    (regularizer(labels) + 0 * logits.sum()).backward()
+    (attached(labels) + 0 * logits.sum()).backward()
     with pytest.MonkeyPatch.context() as patch:
         draw_per_share([len(x) for x, _ in batches], patch)
         alone(torch.cat([x for x, _ in batches]))
-        alone_regularizer(torch.cat([labels for _, labels in batches])).backward()
+        alone_attached(torch.cat([labels for _, labels in batches])).backward()
     for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         if q.grad is not None and q.grad.any():
             assert isinstance(p.grad, DTensor)
@@ -189,13 +188,13 @@ def check_fully_sharded(method: str, rank: int, ranks: int) -> None:
 
 
 def check_sharded_classifier(rank: int) -> None:
-    model, regularizer = build("sar", None)
+    model, attached = build("sar", None)
     fully_shard(model.classifier)
     fully_shard(model)
     x, labels = batch_of(rank, 0)
     model(x)
     with pytest.raises(ValueError, match=r"SAR: classifier: .* not sharded .* got a DTensor"):
-        regularizer(labels)
+        attached(labels)
 
 
 def check_diagnostics(rank: int, ranks: int) -> None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anchorops as ao
+from anchorops.attach import Attachment
 from anchorops.reference import class_keys, split_groups
 
 K, D = 5, 8
@@ -126,24 +127,23 @@ def rows(net: Net) -> Tensor:
 def test_cbp_replaces_and_freezes_the_classifier() -> None:
     net = Net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    attachment = ao.attach(net, ao.CBP(K, D, length=2.0))
+    cbp = ao.attach(net, ao.CBP(K, D, length=2.0))
     torch.testing.assert_close(rows(net) @ rows(net).T, 4 * torch.eye(K))
     assert net.classifier.bias is None and not net.classifier.weight.requires_grad
     x = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(net(x), F.conv2d(net.body(x), net.classifier.weight))
-    attachment.detach()
+    cbp.detach()
     assert net.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert net.classifier.weight.requires_grad
 
 
-def train(net: Net, regularizer: ao.CBP, steps: int = 3) -> list[Tensor]:
-    ao.attach(net, regularizer)
+def train(net: Net, cbp: Attachment, steps: int = 3) -> list[Tensor]:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
     history = [rows(net).clone()]
     for _ in range(steps):
         x, labels = torch.randn(2, 3, 4, 4), torch.randint(0, K - 1, (2, 4, 4))
-        loss = F.cross_entropy(net(x), labels) + regularizer(labels)
+        loss = F.cross_entropy(net(x), labels) + cbp(labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -152,17 +152,20 @@ def train(net: Net, regularizer: ao.CBP, steps: int = 3) -> list[Tensor]:
 
 
 def test_frozen_cbp_stays() -> None:
-    history = train(Net(), ao.CBP(K, D))
+    net = Net()
+    history = train(net, ao.attach(net, ao.CBP(K, D)))
     assert all(torch.equal(history[0], weight) for weight in history)
 
 
 def test_learned_cbp_moves() -> None:
-    history = train(Net(), ao.CBP(K, D, update="gradient"))
+    net = Net()
+    history = train(net, ao.attach(net, ao.CBP(K, D, update="gradient")))
     assert not torch.equal(history[0], history[1])
 
 
 def test_penalised_cbp_keeps_its_length_and_pays_for_cosines() -> None:
-    net, cbp = Net(), ao.CBP(K, D, update="penalty", penalty_weight=0.5)
+    net = Net()
+    cbp = ao.attach(net, ao.CBP(K, D, update="penalty", penalty_weight=0.5))
     train(net, cbp)
     with torch.no_grad():
         net.classifier.weight.mul_(torch.rand(K, 1, 1, 1) + 0.5)
@@ -176,8 +179,8 @@ def test_penalised_cbp_keeps_its_length_and_pays_for_cosines() -> None:
 
 
 def test_moving_average_cbp_follows_centroids_at_the_next_forward() -> None:
-    net, cbp = Net(), ao.CBP(K, D, update="ema", momentum=0.9)
-    ao.attach(net, cbp)
+    net = Net()
+    cbp = ao.attach(net, ao.CBP(K, D, update="ema", momentum=0.9))
     x, labels = torch.randn(2, 3, 4, 4), torch.randint(0, K - 1, (2, 4, 4))
     before = rows(net).clone()
     loss = F.cross_entropy(net(x), labels) + cbp(labels)
@@ -198,8 +201,7 @@ def test_moving_average_cbp_follows_centroids_at_the_next_forward() -> None:
 
 def test_cbp_with_occl_trains_on_one_pass() -> None:
     net = Net()
-    both = ao.Combined(ao.CBP(K, D, length=1.0), ao.OCCL(K, D))
-    ao.attach(net, both)
+    both = ao.attach(net, ao.Combined(ao.CBP(K, D, length=1.0), ao.OCCL(K, D)))
     x, labels = torch.randn(2, 3, 4, 4), torch.randint(0, K, (2, 4, 4))
     loss = F.cross_entropy(net(x), labels) + both(labels)
     loss.backward()

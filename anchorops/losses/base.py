@@ -16,7 +16,7 @@ from ..reference import ClassMoments
 from .statistics import Request, class_statistics
 
 if TYPE_CHECKING:
-    from ..attach import Tap
+    from ..attach import Attachment
 
 Classifier = nn.Module | Tensor
 
@@ -61,7 +61,8 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
 class Regularizer(nn.Module):
     """A loss on the features before a model's last classifier.
 
-    Call it with (features, labels, classifier), or after `anchorops.attach` with (labels) alone.
+    Call it with (features, labels, classifier), or let `anchorops.attach` give it the features of
+    a model and call what that returns with (labels).
 
     Args:
         num_classes: K.
@@ -105,20 +106,22 @@ class Regularizer(nn.Module):
         self.num_classes, self.dim, self.ignore_index = num_classes, dim, ignore_index
         self.process_group = group_name(name, process_group)
         self.terms: dict[str, Tensor] = {}
-        self._tap: Tap | None = None
+        self.attachment: Attachment | None = None
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         """What this step needs, and how its losses follow; updates the state when training."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> Regularizer:
-        if not mode and self._tap is not None:
-            self._tap.features = None
+        if not mode and self.attachment is not None:
+            self.attachment.forget()
         return super().train(mode)
 
-    def install(self, classifier: nn.Module) -> Callable[[], None]:
-        """What `attach` does to the classifier (CBP replaces it); returns what undoes it."""
-        return lambda: None
+    def install(self, classifier: nn.Module) -> None:
+        """What `attach` does to the classifier: CBP replaces its weight."""
+
+    def uninstall(self, classifier: nn.Module) -> None:
+        """What `detach` does to the classifier: the opposite of `install`."""
 
     def before_classifier(self, classifier: nn.Module) -> None:
         """Called before the attached classifier runs in training."""
@@ -137,15 +140,8 @@ class Regularizer(nn.Module):
         return seed
 
     def forward(
-        self, features: Tensor, labels: Tensor | None = None, classifier: Classifier | None = None
+        self, features: Tensor, labels: Tensor, classifier: Classifier | None = None
     ) -> Tensor:
-        name = type(self).__name__
-        if labels is None:
-            if self._tap is None:
-                expected = "(features, labels, classifier), or attach(model, regularizer) before"
-                raise RuntimeError(f"{name}: not attached to a model: expected {expected}")
-            labels = features
-            features, classifier = self._tap.take(name, self.training)
         self._check_inputs(features, labels, classifier)
         with torch.autocast(features.device.type, enabled=False):
             terms, logs = self._losses(features, labels, classifier)

@@ -1,7 +1,7 @@
 """CBP, category-basis prototypes: a classifier that is set, not learned
 (doi 10.1016/j.patcog.2024.110431)."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,14 @@ from ..distributed import reduce_moments
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .statistics import Request
+
+
+class _Replaced(NamedTuple):
+    """What a classifier was before `install`."""
+
+    weight: Tensor
+    trained: bool
+    bias: nn.Parameter | None
 
 
 class CBP(Regularizer):
@@ -67,30 +75,36 @@ class CBP(Regularizer):
         self.momentum, self.penalty_weight = momentum, penalty_weight
         self.uses_classifier = update == "penalty"
         basis = category_basis(num_classes, dim, length, init=init, orthogonalize=orthogonalize)
+        self._replaced: _Replaced | None = None
         self.register_buffer("basis", basis, persistent=False)  # the classifier keeps it
         if update == "ema":
             self.register_buffer("centroids", torch.zeros(num_classes, dim))
             self.register_buffer("present", torch.zeros(num_classes, dtype=torch.bool))
 
     @torch.no_grad()
-    def install(self, classifier: nn.Module) -> Callable[[], None]:
-        """Set the classifier's weight, take its bias out; returns what undoes it."""
+    def install(self, classifier: nn.Module) -> None:
+        """Set the classifier's weight and take its bias out."""
         weight, bias = classifier.weight, classifier.bias
         if not isinstance(weight, Tensor) or weight.numel() != self.basis.numel():
             expected = f"a linear layer or 1×1 convolution {self.dim} → {self.num_classes}"
             fail("CBP", "classifier", expected, describe(classifier))
-        before, trained = weight.detach().clone(), weight.requires_grad
+        assert bias is None or isinstance(bias, nn.Parameter)
+        self._replaced = _Replaced(weight.detach().clone(), weight.requires_grad, bias)
         weight.copy_(self.basis.to(weight).view_as(weight))
         weight.requires_grad_(self.update in ("gradient", "penalty"))
         classifier.register_parameter("bias", None)
 
-        @torch.no_grad()
-        def undo() -> None:
-            weight.copy_(before)
-            weight.requires_grad_(trained)
-            classifier.register_parameter("bias", bias)  # pyright: ignore[reportArgumentType]
-
-        return undo
+    @torch.no_grad()
+    def uninstall(self, classifier: nn.Module) -> None:
+        """Give the classifier the weight and bias that `install` took."""
+        weight, replaced = classifier.weight, self._replaced
+        assert isinstance(weight, Tensor) and replaced is not None
+        weight.copy_(replaced.weight)
+        weight.requires_grad_(replaced.trained)
+        if replaced.bias is not None:
+            replaced.bias.data = replaced.bias.to(weight)  # the model may have moved since
+        classifier.register_parameter("bias", replaced.bias)
+        self._replaced = None
 
     @torch.no_grad()
     def before_classifier(self, classifier: nn.Module) -> None:

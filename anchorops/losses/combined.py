@@ -1,7 +1,5 @@
 """Several methods on one model, from one pass over its features."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -58,14 +56,13 @@ class Combined(Regularizer):
                 all_parts.update({f"{name}.{key}": value for key, value in parts.items()})
         return combined
 
-    def install(self, classifier: nn.Module) -> Callable[[], None]:
-        undo = [method.install(classifier) for method in self.methods]  # type: ignore[operator]
+    def install(self, classifier: nn.Module) -> None:
+        for method in self.methods:
+            method.install(classifier)  # type: ignore[operator]
 
-        def undo_all() -> None:
-            for one in reversed(undo):
-                one()
-
-        return undo_all
+    def uninstall(self, classifier: nn.Module) -> None:
+        for method in reversed(self.methods):
+            method.uninstall(classifier)  # type: ignore[operator]
 
     @torch.no_grad()
     def before_classifier(self, classifier: nn.Module) -> None:

@@ -128,10 +128,7 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.auxiliary_weight = model, auxiliary_weight
         self.cross_entropy = cross_entropy or PixelCrossEntropy()
-        # kept out of the submodules: attach makes it one of the model
-        self._regularizer = (regularizer,)
-        if regularizer is not None:
-            ao.attach(model, regularizer)
+        self.attachment = None if regularizer is None else ao.attach(model, regularizer)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.cross_entropy(self.model(images), labels)
@@ -140,10 +137,9 @@ class Learner(nn.Module):
             auxiliary = self.cross_entropy(self.model.auxiliary.logits(), labels)
             loss = loss + self.auxiliary_weight * auxiliary
             terms["auxiliary"] = self.auxiliary_weight * auxiliary.detach()
-        (regularizer,) = self._regularizer
-        if regularizer is not None:
-            loss = loss + regularizer(labels)
-            terms |= regularizer.terms
+        if self.attachment is not None:
+            loss = loss + self.attachment(labels)
+            terms |= self.attachment.terms
         return loss, {"loss": loss.detach(), **terms}
 
 
