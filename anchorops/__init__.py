@@ -5,7 +5,7 @@ from types import ModuleType
 
 from ._backend import backends, use_backend
 from .anchors import category_basis, orthogonal_anchors, random_anchors, simplex_etf
-from .attach import attach
+from .attach import Attachment, attach
 from .losses import CBP, MVSC, OCCL, SAR, CeCo, Combined
 from .ops.centroid_info_nce import centroid_info_nce
 from .ops.class_moments import class_centroids, class_moments, pixel_to_anchor_mse
@@ -19,6 +19,7 @@ __all__ = [
     "MVSC",
     "OCCL",
     "SAR",
+    "Attachment",
     "CeCo",
     "ClassMoments",
     "Combined",

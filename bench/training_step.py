@@ -24,8 +24,8 @@ from conftest import commit
 from torch import Tensor
 
 import anchorops as ao
+from anchorops import Attachment
 from anchorops._measure import duration, environment, example_labels
-from anchorops.attach import Attachment
 from anchorops.train.learner import (
     PixelCrossEntropy,
     build_optimizer,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
-from anchorops.attach import Attachment
+from anchorops import Attachment
 from anchorops.losses import Regularizer
 
 K, D = 5, 16

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import anchorops as ao
-from anchorops.attach import Attachment
+from anchorops import Attachment
 from anchorops.distributed import all_reduce
 from anchorops.losses import Regularizer, occl, statistics
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anchorops as ao
-from anchorops.attach import Attachment
+from anchorops import Attachment
 from anchorops.reference import class_keys, split_groups
 
 K, D = 5, 8
