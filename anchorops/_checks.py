@@ -103,6 +103,20 @@ def check_num_classes(function: str, num_classes: int) -> None:
         fail(function, "num_classes", f"1 to {MAX_CLASSES}", num_classes)
 
 
+def check_ignore_index(function: str, ignore_index: int | None, num_classes: int) -> int:
+    """The label that is left out: 255 unless given. It may be a class, but only where it is given:
+    of more than 255 classes the default would leave out class 255 in silence."""
+    if ignore_index is None:
+        if num_classes > 255:
+            expected = "a value where num_classes > 255 (the default, 255, is a class there)"
+            fail(function, "ignore_index", expected, f"none, with num_classes = {num_classes}")
+        return 255
+    integer = isinstance(ignore_index, int) and not isinstance(ignore_index, bool)
+    if not integer or not -(2**63) <= ignore_index < 2**63:
+        fail(function, "ignore_index", "an int of 64 bits", describe(ignore_index))
+    return ignore_index
+
+
 def check_anchors(
     function: str, anchors: Tensor, features: Tensor, num_classes: int | None = None
 ) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
-from ._checks import check_choice, check_num_classes, describe, fail
+from ._checks import check_choice, check_ignore_index, check_num_classes, describe, fail
 from .ops.class_moments import class_moments
 
 
@@ -102,13 +102,14 @@ class CentroidGeometry(Metric):
         *,
         mean: str = "classes",
         anchors: Tensor | None = None,
-        ignore_index: int = 255,
+        ignore_index: int | None = None,
         **metric_arguments: Any,
     ) -> None:
         super().__init__(**metric_arguments)
         check_num_classes("CentroidGeometry", num_classes)
         check_choice("CentroidGeometry", "mean", mean, ("classes", "pixels"))
-        self.num_classes, self.mean, self.ignore_index = num_classes, mean, ignore_index
+        self.num_classes, self.mean = num_classes, mean
+        self.ignore_index = check_ignore_index("CentroidGeometry", ignore_index, num_classes)
         zeros = torch.zeros(num_classes, dim)
         self.register_buffer("anchors", zeros if anchors is None else anchors.detach().clone())
         self.add_state("counts", torch.zeros(num_classes, dtype=torch.int64), "sum")
@@ -164,11 +165,12 @@ class LabelImbalance(Metric):
     images: Tensor
 
     def __init__(
-        self, num_classes: int, *, ignore_index: int = 255, **metric_arguments: Any
+        self, num_classes: int, *, ignore_index: int | None = None, **metric_arguments: Any
     ) -> None:
         super().__init__(**metric_arguments)
         check_num_classes("LabelImbalance", num_classes)
-        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.num_classes = num_classes
+        self.ignore_index = check_ignore_index("LabelImbalance", ignore_index, num_classes)
         for name in ("pixels", "images"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), "sum")
 
@@ -205,11 +207,12 @@ class FrequencyCorrelation(Metric):
     pixels: Tensor
 
     def __init__(
-        self, num_classes: int, *, ignore_index: int = 255, **metric_arguments: Any
+        self, num_classes: int, *, ignore_index: int | None = None, **metric_arguments: Any
     ) -> None:
         super().__init__(**metric_arguments)
         check_num_classes("FrequencyCorrelation", num_classes)
-        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.num_classes = num_classes
+        self.ignore_index = check_ignore_index("FrequencyCorrelation", ignore_index, num_classes)
         for name in ("correct", "pixels"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), "sum")
 

@@ -35,7 +35,7 @@ def class_keys(
     groups: int = 1,
     per_image: bool = False,
     seed: int | Tensor | None = None,
-    ignore_index: int = 255,
+    ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Key of each pixel of `features` and how many pixels have each key.

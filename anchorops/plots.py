@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
-from ._checks import describe, fail
+from ._checks import check_ignore_index, describe, fail
 
 BLUE = "#3465a4"
 
@@ -85,7 +85,7 @@ def features_with_anchors(
     anchors: Tensor,
     *,
     names: Sequence[str] | None = None,
-    ignore_index: int = 255,
+    ignore_index: int | None = None,
     max_points: int = 2000,
 ) -> Figure:
     """Features in two dimensions, coloured by class, with the anchors (or centroids) as stars.
@@ -96,8 +96,9 @@ def features_with_anchors(
     from .reference import feature_rows, resize_labels
 
     stars = _matrix("features_with_anchors", "anchors", anchors)
+    ignored = check_ignore_index("features_with_anchors", ignore_index, len(stars))
     keys = resize_labels(labels, features).flatten().cpu()
-    valid = ((keys >= 0) & (keys < len(stars)) & (keys != ignore_index)).nonzero().flatten()
+    valid = ((keys >= 0) & (keys < len(stars)) & (keys != ignored)).nonzero().flatten()
     if len(valid) == 0:
         fail("features_with_anchors", "labels", "at least one valid pixel", "none")
     valid = valid[:: max(1, -(-len(valid) // max_points))]

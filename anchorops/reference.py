@@ -1,6 +1,7 @@
 """All the maths in plain PyTorch: the meaning of every operator, on any device.
 
-The functions here have the public functions' signatures and take arguments already checked.
+The functions here have the public functions' signatures and take arguments already checked, with
+ignore_index always given.
 They are also the `reference` backend, differentiable as often as one likes.
 
 Shapes: features (B, D, H, W), (B, D, N) or (N, D); labels (B, H', W'), (B, N) or (N,); K classes;
@@ -146,7 +147,7 @@ def class_moments(
     groups: int = 1,
     per_image: bool = False,
     seed: int | Tensor | None = None,
-    ignore_index: int = 255,
+    ignore_index: int,
 ) -> ClassMoments:
     """n_k = #{p : key_p = k},  s_k = Σ f_p,  q_k = Σ ‖f_p − a_k‖²."""
     dtype = statistics_dtype(features.dtype)
@@ -279,7 +280,7 @@ def class_centroids(
     num_classes: int,
     *,
     per_image: bool = False,
-    ignore_index: int = 255,
+    ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """c_k = s_k / n_k, zero for an absent class; and n_k."""
     counts, sums, _ = class_moments(
@@ -293,7 +294,7 @@ def pixel_to_anchor_mse(
     labels: Tensor,
     anchors: Tensor,
     *,
-    ignore_index: int = 255,
+    ignore_index: int,
     reduction: str = "mean",
 ) -> Tensor:
     """Σ_valid ‖f_p − a_{y_p}‖², over D·N_valid for "mean"; 0 where nothing is valid."""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import anchorops as ao
-from anchorops import _backend
+from anchorops import _backend, diagnostics, plots
 
 FEATURES, LABELS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int64)
 ANCHORS = torch.zeros(6, 3)
@@ -160,7 +161,7 @@ EVERYWHERE: list[tuple[dict[str, Any], str]] = [
     ({"features": POINTS, "labels": POINT_LABELS[:6]}, "labels: expected 7 points, .*, got 6"),
     ({"features": POINTS}, r"labels: expected \(N,\) for features of shape \(7, 3\), got .*"),
     ({"ignore_index": 1.0}, "ignore_index: expected an int of 64 bits, got 1.0 of type float"),
-    ({"ignore_index": None}, "ignore_index: expected an int of 64 bits, got None"),
+    ({"ignore_index": True}, "ignore_index: expected an int of 64 bits, got True of type bool"),
     ({"ignore_index": 2**63}, "ignore_index: expected an int of 64 bits, got 9223372036854775808"),
     (
         {"labels": LABELS + 6, "check_labels": True},
@@ -190,7 +191,13 @@ MOMENTS_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"groups": 2, "seed": torch.zeros(1)}, "seed: expected one int64 on cpu, got torch.float32"),
     ({"groups": 2, "seed": torch.zeros(2).long()}, r"seed: expected one int64 .* \(2,\) on cpu"),
     (
-        {"groups": 2**15, "seed": 1, "num_classes": 2**15, "per_image": True},
+        {
+            "groups": 2**15,
+            "seed": 1,
+            "num_classes": 2**15,
+            "per_image": True,
+            "ignore_index": -1,
+        },
         r"num_classes: expected fewer than 2\^31 images × classes × groups, got 2147483648",
     ),
 ]
@@ -244,6 +251,49 @@ def test_check_labels_compares_values_not_bits():
     labels = torch.full_like(LABELS, 255, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"got \[255\]"):
         call("class_moments", labels=labels, check_labels=True, ignore_index=-1)
+
+
+NONE_GIVEN = "ignore_index: expected a value where num_classes > 255 .*, got none, with .* = 256$"
+ANY_IGNORE_INDEX: dict[str, Callable[..., Any]] = {
+    "class_moments": lambda k, **i: ao.class_moments(FEATURES, LABELS, k, **i),
+    "class_centroids": lambda k, **i: ao.class_centroids(FEATURES, LABELS, k, **i),
+    "pixel_to_anchor_mse": lambda k, **i: ao.pixel_to_anchor_mse(
+        FEATURES, LABELS, torch.zeros(k, 3), **i
+    ),
+    "SAR": lambda k, **i: ao.SAR(k, 3, **i),
+    "CBP": lambda k, **i: ao.CBP(k, 256, **i),
+    "OCCL": lambda k, **i: ao.OCCL(k, 3, **i),
+    "CeCo": lambda k, **i: ao.CeCo(k, 3, **i),
+    "MVSC": lambda k, **i: ao.MVSC(k, 3, **i),
+    "CentroidGeometry": lambda k, **i: diagnostics.CentroidGeometry(k, 3, **i),
+    "LabelImbalance": lambda k, **i: diagnostics.LabelImbalance(k, **i),
+    "FrequencyCorrelation": lambda k, **i: diagnostics.FrequencyCorrelation(k, **i),
+    "features_with_anchors": lambda k, **i: plots.features_with_anchors(
+        FEATURES, LABELS, torch.zeros(k, 3), **i
+    ),
+}
+
+
+@pytest.mark.parametrize("function", ANY_IGNORE_INDEX)
+def test_the_default_ignore_index_never_is_a_class(function: str):
+    call = ANY_IGNORE_INDEX[function]
+    call(255)
+    with pytest.raises(ValueError, match=f"^{function}: {NONE_GIVEN}"):
+        call(256)
+    for ignored in (-1, 255):  # a class is left out where that is asked for
+        call(256, ignore_index=ignored)
+    with pytest.raises(ValueError, match=f"^{function}: ignore_index: expected an int of 64 bits"):
+        call(6, ignore_index=2.0)
+
+
+def test_class_255_counts():
+    labels = torch.full_like(LABELS, 255)
+    for ignored, count in ((-1, 40), (255, 0)):
+        assert ao.class_moments(FEATURES, labels, 256, ignore_index=ignored).counts[255] == count
+    both = ao.Combined(ao.OCCL(256, 3, ignore_index=-1), ao.SAR(256, 3, ignore_index=-1))
+    assert both.ignore_index == -1
+    both(FEATURES, labels, torch.randn(256, 3))
+    assert both.terms["occl.present"] == 1
 
 
 def test_check_labels_shows_eight_values():

@@ -190,6 +190,7 @@ def run(case: Case, features: Tensor, labels: Tensor, anchors: Tensor, dsums, ds
         groups=case.groups,
         per_image=case.per_image,
         seed=7,
+        ignore_index=255,
     )
     loss = (sums * dsums).sum()
     if sqdists is None:

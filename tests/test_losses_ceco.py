@@ -71,7 +71,7 @@ def test_splat_equals_sums_of_upsampled_features(
     features = torch.randn(3, 4, *size, generator=generator, requires_grad=True)
     labels = torch.randint(-1, 6, (3, *label_size), generator=generator)
     labels[0, 0, 0] = 255
-    weights, counts = splat_labels(labels, size, 5)
+    weights, counts = splat_labels(labels, size, 5, 255)
     sums = weights @ features.flatten(2).transpose(1, 2)
     upsampled = F.interpolate(features, label_size, mode="bilinear", align_corners=True)
     naive = torch.stack([(upsampled * (labels == k)[:, None]).sum((2, 3)) for k in range(5)], dim=1)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .._checks import check_features, check_labels, check_num_classes, describe, fail
+from .._checks import (
+    check_features,
+    check_ignore_index,
+    check_labels,
+    check_num_classes,
+    describe,
+    fail,
+)
 from ..distributed import group_name, reduce_moments
 from ..reference import ClassMoments
 from .statistics import Request, class_statistics
@@ -67,7 +74,8 @@ class Regularizer(nn.Module):
     Args:
         num_classes: K.
         dim: D, channels of the features.
-        ignore_index: label that is left out, as is every label outside [0, K).
+        ignore_index: label that is left out, as is every label outside [0, K): 255 by default; with
+            K > 255 it must be given.
         process_group: None for the statistics of this rank alone (as published); "world" or a
             ProcessGroup for those of all its R ranks. A rank's gradient is then that of the sum of
             the ranks' (equal) losses, R times that of one: DDP's mean over the ranks gives exactly
@@ -93,7 +101,7 @@ class Regularizer(nn.Module):
         num_classes: int,
         dim: int,
         *,
-        ignore_index: int = 255,
+        ignore_index: int | None = None,
         process_group: ProcessGroup | str | None = None,
     ) -> None:
         super().__init__()
@@ -101,9 +109,8 @@ class Regularizer(nn.Module):
         check_num_classes(name, num_classes)
         if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
             fail(name, "dim", "an int of at least 1", describe(dim))
-        if not isinstance(ignore_index, int):
-            fail(name, "ignore_index", "an int", describe(ignore_index))
-        self.num_classes, self.dim, self.ignore_index = num_classes, dim, ignore_index
+        self.num_classes, self.dim = num_classes, dim
+        self.ignore_index = check_ignore_index(name, ignore_index, num_classes)
         self.process_group = group_name(name, process_group)
         self.terms: dict[str, Tensor] = {}
         self.attachment: Attachment | None = None

@@ -64,7 +64,7 @@ class CBP(Regularizer):
         update: str = "frozen",
         momentum: float = 0.999,
         penalty_weight: float = 0.01,
-        ignore_index: int = 255,
+        ignore_index: int | None = None,
         process_group: ProcessGroup | str | None = None,
     ) -> None:
         super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)

@@ -29,7 +29,7 @@ def _corners(size: int, source: int, device: torch.device) -> list[tuple[Tensor,
 
 
 def splat_labels(
-    labels: Tensor, size: tuple[int, int], num_classes: int, ignore_index: int = 255
+    labels: Tensor, size: tuple[int, int], num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """W = upᵀ onehot(labels) and the classes' pixel counts.
 
@@ -118,7 +118,7 @@ class CeCo(Regularizer):
         per_image: bool = False,
         freeze_projection: bool = True,
         dropout: float = 0.1,
-        ignore_index: int = 255,
+        ignore_index: int | None = None,
         process_group: ProcessGroup | str | None = None,
     ) -> None:
         super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)

@@ -64,7 +64,7 @@ class MVSC(Regularizer):
         enhance: bool = True,
         temperature: float = 0.07,
         seed: int = 0,
-        ignore_index: int = 255,
+        ignore_index: int | None = None,
         process_group: ProcessGroup | str | None = None,
     ) -> None:
         super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)

@@ -90,7 +90,7 @@ class SAR(Regularizer):
         layers: int = 3,
         reweight: bool = True,
         detach_weights: bool = False,
-        ignore_index: int = 255,
+        ignore_index: int | None = None,
         process_group: ProcessGroup | str | None = None,
     ) -> None:
         super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)

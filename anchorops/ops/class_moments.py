@@ -19,6 +19,7 @@ from .._checks import (
     check_anchors,
     check_choice,
     check_features,
+    check_ignore_index,
     check_label_values,
     check_labels,
     check_no_tangents,
@@ -156,16 +157,17 @@ def _check_inputs(
     features: Tensor,
     labels: Tensor,
     num_classes: int,
-    ignore_index: int,
+    ignore_index: int | None,
     check_labels_: bool,
-) -> None:
+) -> int:
+    """Returns the label that is left out."""
     check_features(function, features)
     check_labels(function, labels, features)
     check_num_classes(function, num_classes)
-    if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
-        fail(function, "ignore_index", "an int of 64 bits", describe(ignore_index))
+    ignored = check_ignore_index(function, ignore_index, num_classes)
     if check_labels_:
-        check_label_values(function, labels, num_classes, ignore_index)
+        check_label_values(function, labels, num_classes, ignored)
+    return ignored
 
 
 def _check_groups(groups: int, seed: int | Tensor | None, features: Tensor) -> None:
@@ -191,7 +193,7 @@ def class_moments(
     groups: int = 1,
     per_image: bool = False,
     seed: int | Tensor | None = None,
-    ignore_index: int = 255,
+    ignore_index: int | None = None,
     check_labels: bool = False,
 ) -> ClassMoments:
     """Count, sum and squared distance to an anchor of each class's features, in one pass.
@@ -209,6 +211,8 @@ def class_moments(
             same ones on every device and backend.
         per_image: keep the images of the batch apart.
         seed: of the groups: an int or an int64 tensor of one element (a step counter).
+        ignore_index: 255 by default; with more than 255 classes, of which 255 is one, it must be
+            given (−1, say). A class may be given, and is then left out.
         check_labels: raise where a label is neither a class nor ignore_index; synchronises.
 
     Returns:
@@ -224,7 +228,9 @@ def class_moments(
     Every loss of SAR (arXiv 2312.11872), CBP+OCCL (doi 10.1016/j.patcog.2024.110431), CeCo
     (CVPR 2023) and MVSC is arithmetic on these statistics.
     """
-    _check_inputs("class_moments", features, labels, num_classes, ignore_index, check_labels)
+    ignored = _check_inputs(
+        "class_moments", features, labels, num_classes, ignore_index, check_labels
+    )
     _check_groups(groups, seed, features)
     images = features.shape[0] if per_image and features.dim() > 2 else 1
     num_keys = images * num_classes * groups
@@ -240,7 +246,7 @@ def class_moments(
         groups=groups,
         per_image=per_image,
         seed=seed,
-        ignore_index=ignore_index,
+        ignore_index=ignored,
     )
 
 
@@ -302,7 +308,7 @@ def class_centroids(
     num_classes: int,
     *,
     per_image: bool = False,
-    ignore_index: int = 255,
+    ignore_index: int | None = None,
     check_labels: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mean feature of each class, zero for an absent class, and the number of its pixels.
@@ -313,9 +319,11 @@ def class_centroids(
     Returns:
         centroids [K, D] or [B, K, D], float32 (float64 for float64); counts [K] or [B, K], int64.
     """
-    _check_inputs("class_centroids", features, labels, num_classes, ignore_index, check_labels)
+    ignored = _check_inputs(
+        "class_centroids", features, labels, num_classes, ignore_index, check_labels
+    )
     counts, sums, _ = class_moments(
-        features, labels, num_classes, per_image=per_image, ignore_index=ignore_index
+        features, labels, num_classes, per_image=per_image, ignore_index=ignored
     )
     return sums / counts.clamp(min=1)[..., None], counts
 
@@ -325,7 +333,7 @@ def pixel_to_anchor_mse(
     labels: Tensor,
     anchors: Tensor,
     *,
-    ignore_index: int = 255,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     check_labels: bool = False,
 ) -> Tensor:
@@ -346,16 +354,14 @@ def pixel_to_anchor_mse(
     check_features(function, features)
     check_anchors(function, anchors, features)
     num_classes = anchors.shape[0]
-    _check_inputs(function, features, labels, num_classes, ignore_index, check_labels)
+    ignored = _check_inputs(function, features, labels, num_classes, ignore_index, check_labels)
     check_choice(function, "reduction", reduction, ("mean", "sum"))
     backend = select(function, features, num_classes)
     if backend == "reference":
         return reference.pixel_to_anchor_mse(
-            features, labels, anchors, ignore_index=ignore_index, reduction=reduction
+            features, labels, anchors, ignore_index=ignored, reduction=reduction
         )
-    keys, counts = class_keys(
-        labels, features, num_classes, ignore_index=ignore_index, backend=backend
-    )
+    keys, counts = class_keys(labels, features, num_classes, ignore_index=ignored, backend=backend)
     _, sqdists = _moments(features, keys, num_classes, anchors, with_sums=False, backend=backend)
     if reduction == "sum":
         return sqdists.sum()
