@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,16 @@ TRITON_INTERPRETED = os.getenv("TRITON_INTERPRET", "").lower() in ("1", "true", 
 _CUDA_ON_HOST = os.getenv("ANCHOROPS_CUDA_ON_HOST")
 _ON_HOST = {"triton": TRITON_INTERPRETED, "cuda": bool(_CUDA_ON_HOST)}
 
-_chosen = "auto"
+
+class _Choice(threading.local):
+    """Of each thread. The attribute is the instance's, not the class's: only that one does
+    torch.compile guard. A context variable could not be set inside a compiled function."""
+
+    def __init__(self) -> None:
+        self.backend = "auto"
+
+
+_choice = _Choice()
 
 
 def register_triton(library: torch.library.Library, operator: str) -> None:
@@ -96,7 +106,11 @@ def backends() -> dict[str, str | None]:
 
 
 class use_backend:
-    """Choose the backend of every later call; as a context manager, of the calls inside.
+    """Choose the backend of this thread's later calls; as a context manager, of the calls inside.
+
+    Like torch.no_grad() it is this thread's alone: other threads begin with "auto", and asyncio's
+    tasks share the choice of their thread. Where torch.utils.checkpoint recomputes on a GPU, it
+    does so in a thread of autograd's: choose inside the checkpointed function.
 
     "auto" (the default) takes, for the features' device and dtype, the fastest that is usable:
     on CUDA `cuda`, then `triton` (float64, and more classes than they take, go to `reference`);
@@ -107,12 +121,11 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _chosen
         check_choice("use_backend", "name", name, ("auto", *NAMES))
         reason = None if name == "auto" else backends()[name]
         if reason:
             raise RuntimeError(f"use_backend: {name} is not usable here: {reason}")
-        self._previous, _chosen = _chosen, name
+        self._previous, _choice.backend = _choice.backend, name
 
     def __enter__(self) -> "use_backend":
         return self
@@ -123,8 +136,7 @@ class use_backend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        global _chosen
-        _chosen = self._previous
+        _choice.backend = self._previous
 
 
 def _why_not(name: str, features: Tensor, num_classes: int) -> str | None:
@@ -141,11 +153,12 @@ def _why_not(name: str, features: Tensor, num_classes: int) -> str | None:
 
 def select(function: str, features: Tensor, num_classes: int) -> str:
     """The backend that serves this call. Raises ValueError where the chosen one cannot."""
-    if _chosen != "auto":
-        reason = _why_not(_chosen, features, num_classes)
+    chosen = _choice.backend
+    if chosen != "auto":
+        reason = _why_not(chosen, features, num_classes)
         if reason:
-            raise ValueError(f"{function}: backend {_chosen} cannot serve this call: {reason}")
-        return _chosen
+            raise ValueError(f"{function}: backend {chosen} cannot serve this call: {reason}")
+        return chosen
     for name, missing in _MISSING.items():
         # What runs on the host for proofs is not for work.
         if not (missing or _ON_HOST.get(name) or _why_not(name, features, num_classes)):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +49,65 @@ def test_use_backend_for_good():
         assert _backend.select("f", FEATURES, 6) == "reference"
     finally:
         ao.use_backend("auto")
+    assert _backend.select("f", FEATURES, 6) == "cpu"
+
+
+def test_each_thread_chooses_for_itself():
+    """Two threads enter and leave in turns: a shared choice would be left as the other's."""
+    ours, theirs = threading.Event(), threading.Event()
+    seen = []
+
+    def other():
+        seen.append(_backend.select("f", FEATURES, 6))  # not that of the thread that started it
+        with ao.use_backend("cpu"):
+            theirs.set()
+            ours.wait()
+            seen.append(_backend.select("f", FEATURES.double(), 6))
+            with pytest.raises(ValueError, match=r"^f: backend cpu cannot serve"):
+                _backend.select("f", FEATURES.to("meta"), 6)
+        seen.append(_backend.select("f", FEATURES.to("meta"), 6))
+
+    with ao.use_backend("reference"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        theirs.wait()
+        assert _backend.select("f", FEATURES, 6) == "reference"
+    ours.set()
+    thread.join()
+    assert seen == ["cpu", "cpu", "reference"]
+    assert _backend.select("f", FEATURES, 6) == "cpu"
+
+
+def test_a_compiled_function_follows_the_choice_of_its_thread():
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.code))
+        return graph
+
+    @torch.compile(fullgraph=True, backend=keep)
+    def centroids(features):
+        return ao.class_centroids(features, LABELS, 6)[0]
+
+    def operator_of(backend):
+        with ao.use_backend(backend):
+            centroids(FEATURES)
+            return "class_moments_cpu" in graphs[-1]
+
+    assert operator_of("cpu") and not operator_of("reference")
+    with ao.use_backend("reference"):
+        thread = threading.Thread(target=centroids, args=(FEATURES,))
+        thread.start()
+        thread.join()
+        centroids(FEATURES)
+    assert len(graphs) == 3
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen_inside(features):
+        with ao.use_backend("reference"):
+            return ao.class_centroids(features, LABELS, 6)[0]
+
+    torch.testing.assert_close(chosen_inside(FEATURES), centroids(FEATURES))
     assert _backend.select("f", FEATURES, 6) == "cpu"
 
 
