@@ -6,12 +6,13 @@ from types import ModuleType
 from ._backend import backends, use_backend
 from .anchors import category_basis, orthogonal_anchors, random_anchors, simplex_etf
 from .attach import Attachment, attach
-from .losses import CBP, MVSC, OCCL, SAR, CeCo, Combined
+from .losses import CBP, MVSC, OCCL, SAR, CeCo, Combined, CrossEntropy, CrossEntropyDice, Dice
 from .ops.centroid_info_nce import centroid_info_nce
 from .ops.class_moments import class_centroids, class_moments, pixel_to_anchor_mse
 from .ops.confusion import confusion, pixel_confusion
 from .ops.pixel_argmax import pixel_argmax
-from .ops.softmax_moments import pixel_cross_entropy, softmax_moments
+from .ops.pixel_cross_entropy import pixel_cross_entropy
+from .ops.softmax_moments import softmax_moments
 from .reference import ClassMoments, SoftmaxMoments
 
 __all__ = [
@@ -23,6 +24,9 @@ __all__ = [
     "CeCo",
     "ClassMoments",
     "Combined",
+    "CrossEntropy",
+    "CrossEntropyDice",
+    "Dice",
     "SoftmaxMoments",
     "attach",
     "backends",

@@ -1,11 +1,26 @@
-"""The methods: each a module whose loss is arithmetic on class statistics."""
+"""Losses: of pixels, from softmax moments; the published methods, from class statistics."""
 
 from .base import Regularizer
 from .cbp import CBP
 from .ceco import CeCo
 from .combined import Combined
+from .cross_entropy import CrossEntropy
+from .dice import CrossEntropyDice, Dice
 from .mvsc import MVSC
 from .occl import OCCL
+from .pixel import PixelLoss
 from .sar import SAR
 
-__all__ = ["CBP", "MVSC", "OCCL", "SAR", "CeCo", "Combined", "Regularizer"]
+__all__ = [
+    "CBP",
+    "MVSC",
+    "OCCL",
+    "SAR",
+    "CeCo",
+    "Combined",
+    "CrossEntropy",
+    "CrossEntropyDice",
+    "Dice",
+    "PixelLoss",
+    "Regularizer",
+]

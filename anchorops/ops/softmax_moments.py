@@ -25,13 +25,10 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._checks import (
-    check_choice,
     check_label_values,
     check_labels_of_logits,
     check_logits,
     check_no_tangents,
-    describe,
-    fail,
 )
 from ..reference import SoftmaxMoments, statistics_dtype
 from .registration import Gradient, define
@@ -235,124 +232,3 @@ def softmax_moments(
         )
     pixel_maps = {"pixel_losses": moments.pixel_losses, "lse": moments.lse}
     return moments._replace(**{k: v.view(shape) for k, v in pixel_maps.items() if v is not None})
-
-
-def pixel_cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = 255,
-    align_corners: bool = False,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    check_labels: bool = False,
-) -> Tensor:
-    """Cross-entropy of logits that are upsampled to the labels' size on the way.
-
-    Equal to F.cross_entropy(F.interpolate(logits.float(), labels.shape[1:], mode="bilinear",
-    align_corners=align_corners), labels, weight, …), but it never stores the upsampled logits:
-
-        L = Σ_q w_y·[(1 − ε)·(−log p_y)] + ε/K·Σ_k w_k·(−log p_k), over Σ_q w_y for "mean"
-
-    with ε = label_smoothing, w = weight (1 where not given), summed over the valid pixels.
-
-    Args:
-        logits, labels, ignore_index, align_corners, check_labels: as `softmax_moments`; K at least
-            2, as one class has no cross-entropy.
-        weight: [K], floating, on the logits' device; not negative.
-        label_smoothing: ε in [0, 1].
-        reduction: "mean" as above; "sum"; or "none", a value for each label, 0 where ignored.
-
-    Returns:
-        A scalar, or the labels' shape; float32 (float64 for float64 logits). It is 0 where
-        F.cross_entropy is NaN: no pixel is valid, or their classes all have weight 0.
-
-    Raises:
-        ValueError: wrong shape, dtype, device, value or label.
-    """
-    function = "pixel_cross_entropy"
-    check_logits(function, logits)
-    num_classes = logits.shape[1]
-    if num_classes == 1:
-        fail(function, "logits", "at least 2 classes: of one the loss is 0", tuple(logits.shape))
-    check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    if not 0 <= label_smoothing <= 1:
-        fail(function, "label_smoothing", "a number in [0, 1]", label_smoothing)
-    dtype = statistics_dtype(logits.dtype)
-    if weight is not None:
-        if not isinstance(weight, Tensor) or weight.shape != (num_classes,):
-            fail(function, "weight", f"a tensor [{num_classes}]", describe(weight))
-        if not weight.is_floating_point() or weight.device != logits.device:
-            fail(function, "weight", f"a floating dtype on {logits.device}", describe(weight))
-        weight = weight.to(dtype)
-    smooth = label_smoothing > 0
-    moments = softmax_moments(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        align_corners=align_corners,
-        hits=False,
-        masses=False,
-        pixel_losses=reduction == "none",
-        lse=smooth,
-        check_labels=check_labels,
-    )
-    # A class of weight 0 is left out by selection: 0 · ∞ would be NaN.
-    if reduction == "none":
-        assert moments.pixel_losses is not None
-        losses = moments.pixel_losses
-        if weight is not None:
-            valid = _valid(labels, num_classes, ignore_index)
-            of_pixel = torch.where(valid, weight[torch.where(valid, labels.long(), 0)], 0)
-            losses = torch.where(of_pixel > 0, of_pixel * losses, 0)
-    else:
-        losses = moments.losses
-        if weight is not None:
-            losses = torch.where(weight > 0, weight * losses, 0)
-        losses = losses.sum()
-    if smooth:
-        assert moments.lse is not None
-        others = _uniform_losses(logits, labels, moments.lse, weight, ignore_index, align_corners)
-        others = others if reduction == "none" else others.sum()
-        losses = (1 - label_smoothing) * losses + label_smoothing / num_classes * others
-    if reduction != "mean":
-        return losses
-    total = moments.counts.to(dtype) if weight is None else weight * moments.counts
-    total = total.sum()
-    return losses / torch.where(total > 0, total, 1)
-
-
-def _valid(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    labels = labels.long()  # uint16 to uint64 have no comparisons
-    return (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
-
-
-def _uniform_losses(
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    align_corners: bool,
-) -> Tensor:
-    """Σ_k w_k·(−log p_k) = lse·Σ_k w_k − Σ_k w_k z_k of each pixel, 0 where ignored.
-
-    Upsampling is linear, so Σ_k w_k z_k is one upsampled channel: the lse of a single class.
-    """
-    x = logits.to(lse.dtype)
-    if weight is not None:
-        x = x * weight.view(-1, *(1,) * (logits.dim() - 2))
-    total = logits.shape[1] if weight is None else weight.sum()
-    valid = _valid(labels, logits.shape[1], ignore_index)
-    z = softmax_moments(
-        x.sum(1, keepdim=True),
-        torch.where(valid, 0, -1),
-        ignore_index=-1,
-        align_corners=align_corners,
-        hits=False,
-        masses=False,
-        lse=True,
-    ).lse
-    assert z is not None
-    return lse * total - z

@@ -1,0 +1,229 @@
+"""Dice and its relatives, alone or with cross-entropy from the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .._checks import check_choice, describe, fail
+from ..distributed import all_reduce, group_name
+from ..reference import SoftmaxMoments
+from .cross_entropy import CrossEntropy
+from .pixel import PixelLoss, class_weight
+
+
+class Dice(PixelLoss):
+    """Overlap loss of the softmax of logits that are upsampled to the labels' size on the way.
+
+        score_k = (o_k + s_n) / (o_k + α·(m_k − o_k) + β·(c_k − o_k) + s_d)
+        L = (Σ_k w_k·(1 − score_k) / Σ_k w_k)^γ
+
+    with o_k = Σ_{y = k} p_k, m_k = Σ p_k, c_k = #{y = k} over the valid pixels of the batch.
+    α = β = ½ is Dice, 2o / (m + c) (Milletari et al., arXiv 1606.04797); α = β = 1 is Jaccard, or
+    IoU; others are Tversky (Salehi et al., arXiv 1706.05721).
+
+    Args:
+        alpha, beta: α of false positives, β of false negatives, at least 0.
+        smooth, smooth_denominator: s_n, s_d, at least 0; s_d = s_n if not given. Where the
+            denominator is 0, the score is 0.
+        squared: Σ p_k² in place of m_k, as V-Net and MONAI's squared_pred.
+        per_image: a score for each image and class, then the mean over both.
+        classes: the classes that count; all if not given.
+        absent: a class (of an image) without pixels in the labels is left out of the mean ("skip"),
+            adds 0 to it ("zero"), or counts as the formula says ("keep").
+        weight: w, a number of at least 0 for each of the K classes; 1 if not given.
+        log: −log score_k in place of 1 − score_k.
+        gamma: γ above 0, of the mean, as smp's TverskyLoss (Abraham & Khan, arXiv 1810.07842, have
+            the power of each class).
+        process_group: "world" or a ProcessGroup for the statistics of all its ranks; the gradients
+            of DDP are then those of one process on the concatenated batch. Not with per_image.
+        ignore_index, align_corners: as `CrossEntropy`.
+
+    Of other libraries, for the same logits at the labels' size:
+        segmentation_models.pytorch: DiceLoss("multiclass", smooth=s) is Dice(smooth=s,
+            absent="zero"); TverskyLoss and JaccardLoss likewise. It clamps denominators at 1e-7.
+        MONAI: DiceLoss(softmax=True, to_onehot_y=True) is Dice(per_image=True, smooth=0.5e-5,
+            absent="keep"): its smooth_nr and smooth_dr, 1e-5, are added to 2·o and m + c. With
+            batch=True it is per_image=False.
+        nnU-Net returns −score.
+
+    Called with (logits, labels). `terms`: dice.
+    """
+
+    settings = (
+        "alpha",
+        "beta",
+        "smooth",
+        "smooth_denominator",
+        "squared",
+        "per_image",
+        "classes",
+        "absent",
+        "log",
+        "gamma",
+        "process_group",
+    )
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        smooth: float = 0.0,
+        smooth_denominator: float | None = None,
+        squared: bool = False,
+        per_image: bool = False,
+        classes: Sequence[int] | None = None,
+        absent: str = "skip",
+        weight: Tensor | None = None,
+        log: bool = False,
+        gamma: float = 1.0,
+        process_group: ProcessGroup | str | None = None,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__(ignore_index=ignore_index, align_corners=align_corners)
+        if smooth_denominator is None:
+            smooth_denominator = smooth
+        for argument, value in (
+            ("alpha", alpha),
+            ("beta", beta),
+            ("smooth", smooth),
+            ("smooth_denominator", smooth_denominator),
+        ):
+            if not value >= 0:
+                fail("Dice", argument, "a number of at least 0", value)
+        if not gamma > 0:
+            fail("Dice", "gamma", "a number above 0", gamma)
+        check_choice("Dice", "absent", absent, ("skip", "zero", "keep"))
+        if classes is not None:
+            classes = tuple(classes)
+            if not classes or len(set(classes)) < len(classes) or min(classes) < 0:
+                fail("Dice", "classes", "different classes, at least one", classes)
+        if per_image and process_group is not None:
+            fail("Dice", "process_group", "None with per_image", describe(process_group))
+        self._register_weight(weight)
+        self.alpha, self.beta = alpha, beta
+        self.smooth, self.smooth_denominator = smooth, smooth_denominator
+        self.squared, self.per_image, self.classes = squared, per_image, classes
+        self.absent, self.log, self.gamma = absent, log, gamma
+        self.process_group = group_name("Dice", process_group)
+
+    def asked(self) -> dict[str, bool]:
+        return {
+            "hits": False,
+            "masses": True,
+            "squares": self.squared,
+            "per_image": self.per_image,
+        }
+
+    def parts(
+        self,
+        moments: SoftmaxMoments,
+        logits: Tensor,
+        labels: Tensor,
+        pixel_weights: Tensor | None,
+    ) -> dict[str, Tensor]:
+        if pixel_weights is not None:
+            fail("Dice", "pixel_weights", "None: it has no weights of pixels", "a tensor")
+        return {"dice": self._dice(moments, class_weight(self, logits))}
+
+    def _dice(self, moments: SoftmaxMoments, weight: Tensor | None) -> Tensor:
+        masses = moments.squares if self.squared else moments.masses
+        overlaps, counts = moments.overlaps, moments.counts
+        assert masses is not None and overlaps is not None
+        if self.process_group is not None:
+            group = self.process_group
+            overlaps, masses = all_reduce(torch.stack([overlaps, masses]), group).unbind()
+            counts = all_reduce(counts, group)
+        if self.classes is not None:
+            if max(self.classes) >= counts.shape[-1]:
+                expected = f"at least {max(self.classes) + 1} classes, for classes={self.classes}"
+                fail("Dice", "logits", expected, counts.shape[-1])
+            overlaps, masses, counts = (
+                torch.stack([x[..., k] for k in self.classes], -1)
+                for x in (overlaps, masses, counts)
+            )
+            if weight is not None:
+                weight = torch.stack([weight[k] for k in self.classes])
+        present = counts > 0
+        counts = counts.to(overlaps.dtype)
+        false = self.alpha * (masses - overlaps) + self.beta * (counts - overlaps)
+        numerator, denominator = overlaps + self.smooth, overlaps + false + self.smooth_denominator
+        defined = denominator > 0
+        scores = torch.where(defined, numerator, 0) / torch.where(defined, denominator, 1)
+        tiny = torch.finfo(scores.dtype).tiny
+        losses = -scores.clamp(min=tiny).log() if self.log else 1 - scores
+        counted = torch.ones_like(losses) if weight is None else weight.expand_as(losses)
+        if self.absent != "keep":
+            losses = torch.where(present, losses, 0)
+        if self.absent == "skip":
+            counted = torch.where(present, counted, 0)
+        total = counted.sum()
+        mean = (counted * losses).sum() / torch.where(total > 0, total, 1)
+        return mean if self.gamma == 1 else mean.clamp(min=tiny) ** self.gamma
+
+
+class CrossEntropyDice(PixelLoss):
+    """ce_weight·CrossEntropy + dice_weight·Dice, from one pass over the logits each way.
+
+    Args:
+        cross_entropy, dice: the two; as constructed by default if not given. Both have the same
+            ignore_index and align_corners.
+        ce_weight, dice_weight: of the two parts.
+
+    Called with (logits, labels, pixel_weights=None); the weights are the cross-entropy's. `terms`:
+    ce, dice, accuracy where the cross-entropy asks for it.
+
+    Raises ValueError where the two differ in ignore_index or align_corners.
+    """
+
+    settings = ("ce_weight", "dice_weight")
+
+    def __init__(
+        self,
+        cross_entropy: CrossEntropy | None = None,
+        dice: Dice | None = None,
+        *,
+        ce_weight: float = 1.0,
+        dice_weight: float = 1.0,
+    ) -> None:
+        cross_entropy = CrossEntropy() if cross_entropy is None else cross_entropy
+        dice = Dice() if dice is None else dice
+        for argument, value, kind in (
+            ("cross_entropy", cross_entropy, CrossEntropy),
+            ("dice", dice, Dice),
+        ):
+            if not isinstance(value, kind):
+                fail("CrossEntropyDice", argument, f"a {kind.__name__}", describe(value))
+        for name in ("ignore_index", "align_corners"):
+            values = [getattr(cross_entropy, name), getattr(dice, name)]
+            if values[0] != values[1]:
+                expected = f"the cross-entropy's {name}, {values[0]}"
+                fail("CrossEntropyDice", "dice", expected, values[1])
+        super().__init__(
+            ignore_index=cross_entropy.ignore_index, align_corners=cross_entropy.align_corners
+        )
+        self.cross_entropy, self.dice = cross_entropy, dice
+        self.ce_weight, self.dice_weight = ce_weight, dice_weight
+
+    def asked(self) -> dict[str, bool]:
+        both = self.cross_entropy.asked(), self.dice.asked()
+        return {
+            name: any(asked.get(name, False) for asked in both) for asked in both for name in asked
+        }
+
+    def parts(
+        self,
+        moments: SoftmaxMoments,
+        logits: Tensor,
+        labels: Tensor,
+        pixel_weights: Tensor | None,
+    ) -> dict[str, Tensor]:
+        (ce,) = self.cross_entropy.parts(moments, logits, labels, pixel_weights).values()
+        (dice,) = self.dice.parts(moments, logits, labels, None).values()
+        return {"ce": self.ce_weight * ce, "dice": self.dice_weight * dice}

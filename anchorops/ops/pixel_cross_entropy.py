@@ -1,0 +1,159 @@
+"""Cross-entropy at the labels' resolution: arithmetic on softmax moments."""
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_logits, describe, fail
+from ..reference import SoftmaxMoments, statistics_dtype
+from .softmax_moments import softmax_moments
+
+
+def pixel_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    check_labels: bool = False,
+) -> Tensor:
+    """Cross-entropy of logits that are upsampled to the labels' size on the way.
+
+    Equal to F.cross_entropy(F.interpolate(logits.float(), labels.shape[1:], mode="bilinear",
+    align_corners=align_corners), labels, weight, …), but it never stores the upsampled logits:
+
+        L_q = (1 − ε)·w_y·(−log p_y) + ε/K·Σ_k w_k·(−log p_k),   L = Σ_q L_q / Σ_q w_y for "mean"
+
+    with ε = label_smoothing and w = weight (1 where not given), over the valid pixels q.
+
+    Args:
+        logits, labels, ignore_index, align_corners, check_labels: as `softmax_moments`; K at least
+            2, as one class has no cross-entropy.
+        weight: [K], floating, on the logits' device.
+        label_smoothing: ε in [0, 1].
+        reduction: "mean" as above; "sum"; or "none", a value for each label, 0 where ignored.
+
+    Returns:
+        A scalar, or the labels' shape; float32 (float64 for float64 logits). It is 0 where
+        F.cross_entropy is NaN: no pixel is valid, or their classes all have weight 0.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, value or label.
+    """
+    function = "pixel_cross_entropy"
+    check_classes(function, logits)
+    check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
+    check_share(function, "label_smoothing", label_smoothing)
+    if weight is not None:
+        check_weight(function, weight, logits)
+        weight = weight.to(statistics_dtype(logits.dtype))
+    moments = softmax_moments(
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+        hits=False,
+        masses=False,
+        pixel_losses=reduction == "none",
+        lse=label_smoothing > 0,
+        check_labels=check_labels,
+    )
+    uniform = None
+    if label_smoothing > 0:
+        uniform = uniform_losses(logits, labels, moments, weight, ignore_index, align_corners)
+    if reduction == "none":
+        weights = pixel_weights(labels, weight, logits, ignore_index)
+        assert moments.pixel_losses is not None
+        return smoothed(weighted(moments.pixel_losses, weights), uniform, label_smoothing, logits)
+    losses, weights = class_losses(moments, weight)
+    if uniform is not None:
+        uniform = uniform.sum()
+    loss = smoothed(losses.sum(), uniform, label_smoothing, logits)
+    return loss if reduction == "sum" else divide(loss, weights.sum())
+
+
+def check_classes(function: str, logits: Tensor) -> None:
+    check_logits(function, logits)
+    if logits.shape[1] == 1:
+        expected = "at least 2 classes in dimension 1: the loss of one is 0"
+        fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
+
+
+def check_share(function: str, argument: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        fail(function, argument, "a number in [0, 1]", value)
+
+
+def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
+    """weight: [K], floating, on the logits' device."""
+    if not isinstance(weight, Tensor) or weight.shape != logits.shape[1:2]:
+        fail(function, "weight", f"a tensor [{logits.shape[1]}]", describe(weight))
+    if not weight.is_floating_point() or weight.device != logits.device:
+        fail(function, "weight", f"a floating dtype on {logits.device}", describe(weight))
+
+
+def divide(total: Tensor, weights: Tensor) -> Tensor:
+    """total / weights, 0 where there is no weight."""
+    return total / torch.where(weights == 0, 1, weights)
+
+
+def weighted(losses: Tensor, weights: Tensor) -> Tensor:
+    """weights · losses; what has weight 0 goes by selection: 0 · ∞ would be NaN."""
+    return torch.where(weights != 0, weights * losses, 0)
+
+
+def class_losses(moments: SoftmaxMoments, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """w_k·losses[k] and w_k·counts[k]."""
+    counts = moments.counts.to(moments.losses.dtype)
+    if weight is None:
+        return moments.losses, counts
+    return weighted(moments.losses, weight.expand_as(counts)), weight * counts
+
+
+def pixel_weights(
+    labels: Tensor, weight: Tensor | None, logits: Tensor, ignore_index: int
+) -> Tensor:
+    """w_y of each pixel, 0 where ignored; float32 (float64 for float64 logits), labels' shape."""
+    labels = labels.long()  # uint16 to uint64 have no comparisons
+    valid = (labels >= 0) & (labels < logits.shape[1]) & (labels != ignore_index)
+    if weight is None:
+        return valid.to(statistics_dtype(logits.dtype))
+    return torch.where(valid, weight[torch.where(valid, labels, 0)], 0)
+
+
+def uniform_losses(
+    logits: Tensor,
+    labels: Tensor,
+    moments: SoftmaxMoments,
+    weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+) -> Tensor:
+    """Σ_k w_k·(−log p_k) = lse·Σ_k w_k − Σ_k w_k z_k of each pixel, 0 where ignored.
+
+    Upsampling is linear, so Σ_k w_k z_k is one upsampled channel: the lse of a single class.
+    """
+    assert moments.lse is not None
+    x = logits.to(moments.lse.dtype)
+    if weight is not None:
+        x = x * weight.view(-1, *(1,) * (logits.dim() - 2))
+    valid = pixel_weights(labels, None, logits, ignore_index) > 0
+    z = softmax_moments(
+        x.sum(1, keepdim=True),
+        torch.where(valid, 0, -1),
+        ignore_index=-1,
+        align_corners=align_corners,
+        hits=False,
+        masses=False,
+        lse=True,
+    ).lse
+    assert z is not None
+    return moments.lse * (logits.shape[1] if weight is None else weight.sum()) - z
+
+
+def smoothed(losses: Tensor, uniform: Tensor | None, share: float, logits: Tensor) -> Tensor:
+    if uniform is None:
+        return losses
+    return (1 - share) * losses + share / logits.shape[1] * uniform

@@ -1,0 +1,262 @@
+"""The losses of pixels against torch, segmentation_models.pytorch and MONAI."""
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.losses.dice import DiceLoss as MonaiDice
+from segmentation_models_pytorch import losses as smp
+from torch import Tensor
+
+import anchorops as ao
+
+K = 5
+pytestmark = pytest.mark.usefixtures("reference")
+
+
+@pytest.fixture
+def reference():
+    with ao.use_backend("reference"):
+        yield
+
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (3, K, 4, 6), the same upsampled, labels (3, 16, 24) without class 3; all classes but
+    0 absent in the last image."""
+    logits = (2 * torch.randn(3, K, 4, 6, dtype=dtype)).requires_grad_()
+    labels = torch.randint(0, K, (3, 16, 24))
+    labels[labels == 3] = 1
+    labels[2] = 0
+    return logits, F.interpolate(logits, (16, 24), mode="bilinear"), labels
+
+
+def ignoring(labels: Tensor) -> Tensor:
+    return torch.where(torch.rand(labels.shape) < 0.2, 255, labels)
+
+
+def check(loss: Tensor, expected: Tensor, logits: Tensor) -> None:
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.5, 2.0, 3.0, 0.0])])
+def test_cross_entropy_is_torchs(weight, label_smoothing):
+    logits, z, labels = inputs()
+    labels = ignoring(labels)
+    loss = ao.CrossEntropy(weight, label_smoothing=label_smoothing)(logits, labels)
+    expected = F.cross_entropy(
+        z,
+        labels,
+        None if weight is None else weight.double(),
+        ignore_index=255,
+        label_smoothing=label_smoothing,
+    )
+    check(loss, expected, logits)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_focal_cross_entropy(gamma):
+    logits, z, labels = inputs()
+    labels, weight = ignoring(labels), torch.rand(K)
+    loss = ao.CrossEntropy(weight, focal_gamma=gamma)(logits, labels)
+    ce = F.cross_entropy(z, labels, ignore_index=255, reduction="none")
+    w = torch.where(labels == 255, 0, weight.double()[labels.clamp(max=K - 1)])
+    check(loss, (w * (1 - (-ce).exp()) ** gamma * ce).sum() / w.sum(), logits)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0, 2.0])
+def test_focal_gradient_is_finite_where_the_loss_is_zero(gamma):
+    logits = torch.tensor([[200.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    ao.CrossEntropy(focal_gamma=gamma)(logits, torch.tensor([0, 255])).backward()
+    assert logits.grad.isfinite().all()
+
+
+def hardest(ce: Tensor, valid: Tensor, bound: float, kept: int) -> Tensor:
+    """By sorting: all with a loss of at least the bound, and the `kept` largest."""
+    largest = ce[valid].sort(descending=True).values
+    bound = min(bound, largest[min(kept, len(largest)) - 1].item()) if kept else bound
+    return valid & (ce >= bound)
+
+
+@pytest.mark.parametrize(
+    ("ohem", "kept"), [(0.3, None), (0.3, 40), (0.01, 200), (None, 100), (0.9, 10**6), (None, 1)]
+)
+def test_hard_examples(ohem, kept):
+    logits, z, labels = inputs(torch.float32)
+    labels = ignoring(labels)
+    pixel_weights = torch.rand(labels.shape)
+    loss = ao.CrossEntropy(ohem=ohem, ohem_kept=kept)(logits, labels, pixel_weights)
+    ce = F.cross_entropy(z, labels, ignore_index=255, reduction="none")
+    bound = math.inf if ohem is None else -math.log(ohem)
+    hard = hardest(ce.detach(), labels != 255, bound, kept or 0)
+    if kept == 10**6:
+        assert hard.sum() == (labels != 255).sum()
+    w = torch.where(hard, pixel_weights, 0)
+    check(loss, (w * ce).sum() / w.sum(), logits)
+
+
+def test_kth_largest_is_that_of_sorting():
+    from anchorops.losses.cross_entropy import kth_largest
+
+    values = torch.rand(1000) * torch.logspace(-30, 5, 1000)
+    values[:50] = values[50]  # equal ones
+    values[60:80] = 0
+    valid = torch.rand(1000) < 0.7
+    ordered = values[valid].sort(descending=True).values
+    for k in (1, 2, 10, 333, len(ordered)):
+        assert kth_largest(values, valid, k) == ordered[k - 1]
+    assert kth_largest(values, valid, len(ordered) + 1) == -math.inf
+    assert kth_largest(values, torch.zeros_like(valid), 1) == -math.inf
+    values[valid.nonzero()[0]] = math.nan
+    assert kth_largest(values, valid, 1).isnan()
+    assert kth_largest(values, valid, 2) == ordered[ordered != values[valid][0]][0]
+
+
+def test_hard_examples_do_not_swallow_nan():
+    logits, _, labels = inputs(torch.float32)
+    with torch.no_grad():
+        logits[0, 0, 0, 0] = math.nan
+    assert ao.CrossEntropy(ohem=0.5, ohem_kept=10)(logits, labels).isnan()
+
+
+def test_accuracy_is_logged():
+    logits, z, labels = inputs()
+    labels = ignoring(labels)
+    loss = ao.CrossEntropyDice(ao.CrossEntropy(accuracy=True), ce_weight=0.5, dice_weight=2.0)
+    total = loss(logits, labels)
+    right = (z.argmax(1) == labels).sum() / (labels != 255).sum()
+    assert set(loss.terms) == {"ce", "dice", "accuracy"}
+    torch.testing.assert_close(loss.terms["accuracy"], right)
+    check(total, 0.5 * ao.CrossEntropy()(logits, labels) + 2 * ao.Dice()(logits, labels), logits)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (smp.DiceLoss("multiclass"), {}),
+        (smp.DiceLoss("multiclass", smooth=2.0), {"smooth": 2.0}),
+        (smp.DiceLoss("multiclass", log_loss=True, smooth=1.0), {"log": True, "smooth": 1.0}),
+        (smp.DiceLoss("multiclass", classes=[0, 2, 3]), {"classes": [0, 2, 3]}),
+        (smp.DiceLoss("multiclass", class_weights=[1, 2, 3, 4, 5]), {"weight": [1, 2, 3, 4, 5]}),
+        (smp.JaccardLoss("multiclass"), {"alpha": 1, "beta": 1}),
+        (
+            smp.TverskyLoss("multiclass", alpha=0.3, beta=0.7, gamma=1.5),
+            {"alpha": 0.3, "beta": 0.7, "gamma": 1.5},
+        ),
+    ],
+)
+def test_dice_is_that_of_segmentation_models_pytorch(theirs, ours):
+    logits, z, labels = inputs()
+    check(ao.Dice(absent="zero", **ours)(logits, labels), theirs(z, labels), logits)
+
+
+def test_dice_ignores_as_segmentation_models_pytorch():
+    logits, z, labels = inputs()
+    labels = ignoring(labels)
+    expected = smp.DiceLoss("multiclass", ignore_index=255)(z, labels)
+    check(ao.Dice(absent="zero")(logits, labels), expected, logits)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({}, {"per_image": True}),
+        ({"batch": True}, {}),
+        ({"squared_pred": True}, {"per_image": True, "squared": True}),
+        ({"jaccard": True}, {"per_image": True, "alpha": 1, "beta": 1, "smooth": 1e-5}),
+        ({"include_background": False}, {"per_image": True, "classes": [1, 2, 3, 4]}),
+    ],
+)
+def test_dice_is_that_of_monai(theirs, ours):
+    logits, z, labels = inputs()
+    expected = MonaiDice(softmax=True, to_onehot_y=True, **theirs)(z, labels[:, None])
+    loss = ao.Dice(absent="keep", **({"smooth": 0.5e-5} | ours))
+    check(loss(logits, labels), expected, logits)
+
+
+@pytest.mark.parametrize("absent", ["skip", "zero", "keep"])
+def test_absent_classes(absent):
+    logits, z, labels = inputs()
+    loss = ao.Dice(absent=absent, weight=torch.arange(1.0, 6.0))(logits, labels)
+    p, own = z.softmax(1), F.one_hot(labels, K).movedim(-1, 1).double()
+    o, m, c = ((x).sum((0, 2, 3)) for x in (p * own, p, own))
+    losses, w = 1 - 2 * o / (m + c), torch.arange(1.0, 6.0).double()
+    present = c > 0
+    assert not present[3]
+    if absent != "keep":
+        losses = losses * present
+    if absent == "skip":
+        w = w * present
+    check(loss, (w * losses).sum() / w.sum(), logits)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [ao.CrossEntropy(), ao.CrossEntropy(ohem=0.7, ohem_kept=9), ao.Dice(), ao.CrossEntropyDice()],
+)
+def test_nothing_valid_is_zero_with_a_gradient(loss):
+    logits, _, labels = inputs(torch.float32)
+    value = loss(logits, torch.full_like(labels, 255))
+    assert value == 0
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert not gradient.any()
+
+
+def test_losses_are_float32_under_autocast():
+    logits, _, labels = inputs(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        for loss in (ao.CrossEntropy(focal_gamma=2, label_smoothing=0.1), ao.CrossEntropyDice()):
+            assert loss(logits, labels).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: ao.CrossEntropy([1.0, -1.0]),
+            "CrossEntropy: weight: expected a number of at least 0",
+        ),
+        (
+            lambda: ao.CrossEntropy("inverse"),
+            "CrossEntropy: weight: expected a number for each class",
+        ),
+        (lambda: ao.CrossEntropy(label_smoothing=2), "CrossEntropy: label_smoothing: expected"),
+        (lambda: ao.CrossEntropy(focal_gamma=-1), "CrossEntropy: focal_gamma: expected"),
+        (lambda: ao.CrossEntropy(ohem=0), "CrossEntropy: ohem: expected"),
+        (lambda: ao.CrossEntropy(ohem_kept=0), "CrossEntropy: ohem_kept: expected"),
+        (lambda: ao.CrossEntropy(ignore_index=None), "CrossEntropy: ignore_index: expected"),
+        (lambda: ao.Dice(alpha=-1), "Dice: alpha: expected"),
+        (lambda: ao.Dice(gamma=0), "Dice: gamma: expected"),
+        (lambda: ao.Dice(absent="drop"), "Dice: absent: expected 'skip' or 'zero' or 'keep'"),
+        (lambda: ao.Dice(classes=[1, 1]), "Dice: classes: expected different classes"),
+        (lambda: ao.Dice(per_image=True, process_group="world"), "Dice: process_group: expected"),
+        (lambda: ao.CrossEntropyDice(ao.Dice()), "CrossEntropyDice: cross_entropy: expected"),
+        (
+            lambda: ao.CrossEntropyDice(ao.CrossEntropy(ignore_index=0)),
+            "CrossEntropyDice: dice: expected the cross-entropy's ignore_index, 0, got 255",
+        ),
+    ],
+)
+def test_wrong_settings(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+def test_wrong_inputs():
+    logits, _, labels = inputs()
+    for loss in (ao.CrossEntropy(), ao.Dice(), ao.CrossEntropyDice()):
+        with pytest.raises(ValueError, match=f"{type(loss).__name__}: logits: expected at least 2"):
+            loss(logits[:, :1], labels)
+    with pytest.raises(ValueError, match="CrossEntropy: logits: expected 4 classes"):
+        ao.CrossEntropy(torch.ones(4))(logits, labels)
+    with pytest.raises(ValueError, match="CrossEntropy: pixel_weights: expected a floating tensor"):
+        ao.CrossEntropy()(logits, labels, torch.ones(3))
+    with pytest.raises(ValueError, match="Dice: pixel_weights: expected None"):
+        ao.Dice()(logits, labels, torch.ones(labels.shape))
+    with pytest.raises(ValueError, match="Dice: logits: expected at least 8 classes"):
+        ao.Dice(classes=[7])(logits, labels)
