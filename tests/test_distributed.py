@@ -143,6 +143,24 @@ def check_all_reduce(rank: int, ranks: int) -> None:
             ao.OCCL(K, D, process_group=halves)
 
 
+def check_dice(rank: int, ranks: int) -> None:
+    """Each rank has the loss of the concatenated batch, and R times its gradient."""
+    parts = [batch_of(r, 1) for r in range(ranks)]  # rank 1 has nothing valid
+    logits = [
+        torch.randn(len(x), K, 6, 5, generator=torch.Generator().manual_seed(r))
+        for r, (x, _) in enumerate(parts)
+    ]
+    whole, own = torch.cat(logits).requires_grad_(), logits[rank].clone().requires_grad_()
+    expected = ao.Dice()(whole, torch.cat([labels for _, labels in parts]))
+    expected.backward()
+    loss = ao.Dice(process_group="world")(own, parts[rank][1])
+    loss.backward()
+    assert own.grad is not None and whole.grad is not None
+    torch.testing.assert_close(loss, expected)
+    share = whole.grad.split([len(x) for x in logits])[rank]
+    torch.testing.assert_close(own.grad, ranks * share)
+
+
 def check_compiled(rank: int) -> None:
     model, attached = build("combined", "world")
     eager, eager_attached = copy.deepcopy((model, attached))
@@ -221,6 +239,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     )
     try:
         check_all_reduce(rank, ranks)
+        check_dice(rank, ranks)
         for method in METHODS:
             check_method(method, rank, ranks)
         if ranks == 2:
