@@ -1,12 +1,14 @@
-"""What each method adds to a training step, with our kernels and with the reference formulas.
+"""A training step with our losses against the plain step with torch's: time and memory.
 
     python bench/training_step.py [--minutes 3] [--out bench/results/training_step.json]
 
-HRNet-W48 at 512×1024, batch 8, 19 classes, and SegFormer-B5 at 512×512, batch 16, 150 classes;
-bf16 autocast. A step is forward, backward and optimizer. The candidates take turns, a few steps
-each, for as many rounds as the time allows; a candidate's time is compared with the plain network's
-of the same round. Without a GPU, or with --dry-run, small networks on small images take two steps
-each: that shows that every path runs, and nothing else.
+The candidates: the network with F.interpolate and F.cross_entropy; with our cross-entropy; with our
+cross-entropy and each method. On a GPU HRNet-W48 at 512×1024, batch 8, 19 classes, and SegFormer-B5
+at 512×512, batch 16, 150 classes, bf16 autocast; on the CPU HRNet-W18-small and SegFormer-B0 with
+batch 2 in float32. A step is forward, backward and optimizer. The candidates take turns, a few
+steps each, for as many rounds as the time allows; a candidate's time is compared with the first
+one's of the same round. --dry-run takes small images, which shows that every path runs, and nothing
+else.
 """
 
 import argparse
@@ -20,14 +22,14 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from conftest import commit
 from torch import Tensor
 
 import anchorops as ao
 from anchorops import Attachment
-from anchorops._measure import duration, environment, example_labels
+from anchorops._measure import duration, environment, example_labels, peak_extra_bytes
 from anchorops.train.learner import (
-    PixelCrossEntropy,
     build_optimizer,
     build_regularizer,
     parameter_groups,
@@ -36,8 +38,8 @@ from anchorops.train.models import Segmenter, build_model
 from anchorops.train.presets import PRESETS
 
 METHODS = (("cr",), ("sar",), ("cbp",), ("occl",), ("cbp", "occl"), ("ceco",), ("mvsc",))
-BACKENDS = ("auto", "reference")
 WARM_UP, STEPS = 1, 4  # of a turn on a GPU
+IGNORED = 255
 
 
 class Setting(NamedTuple):
@@ -59,23 +61,37 @@ class Setting(NamedTuple):
         return f"{self.model} {height}×{width} batch {self.batch} K{self.num_classes}"
 
 
-FULL = (
+ON_GPU = (
     Setting("cityscapes-hrnet-w48", "hrnet-w48", (512, 1024), 8, 19),
     Setting("ade20k-segformer-b5", "segformer-b5", (512, 512), 16, 150),
 )
-SMALL = (
-    Setting("cityscapes-hrnet-w48", "hrnet-w18-small", (32, 64), 2, 19),
-    Setting("ade20k-segformer-b0", "segformer-b0", (32, 32), 2, 21),
+ON_CPU = (
+    Setting("cityscapes-hrnet-w48", "hrnet-w18-small", (512, 1024), 2, 19),
+    Setting("ade20k-segformer-b0", "segformer-b0", (512, 512), 2, 150),
 )
+DRY_RUN = tuple(setting._replace(size=(32, 64), num_classes=21) for setting in ON_CPU)
 
 
 class Candidate(NamedTuple):
+    """cross_entropy: "torch" or "anchorops"."""
+
+    cross_entropy: str
     methods: tuple[str, ...]
-    backend: str
+
+    def __str__(self) -> str:
+        return f"{'+'.join(self.methods) or 'plain'}, {self.cross_entropy}"
+
+
+CANDIDATES = (
+    Candidate("torch", ()),
+    Candidate("anchorops", ()),
+    *(Candidate("anchorops", methods) for methods in METHODS),
+)
 
 
 class Turn(NamedTuple):
-    """Seconds of each step and the peak of the GPU's memory in bytes (None on CPU)."""
+    """Seconds of each step; most memory in bytes, on a GPU all that torch holds, on the CPU what a
+    step takes beyond what was there before (None where the system does not tell)."""
 
     seconds: list[float]
     peak_bytes: int | None
@@ -86,13 +102,21 @@ def images_and_labels(setting: Setting, device: torch.device) -> tuple[Tensor, T
     images = torch.randn(setting.batch, 3, height, width)
     coarse = (setting.batch, height // 4, width // 4)
     labels = example_labels(coarse, setting.num_classes, "coherent")
-    labels = torch.where(labels < 0, 255, labels).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    labels = (
+        torch.where(labels < 0, IGNORED, labels).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    )
     return images.to(device, memory_format=setting.layout), labels.to(device)
+
+
+def cross_entropy_of_torch(logits: Tensor, labels: Tensor) -> Tensor:
+    logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED)
 
 
 def step_of(
     setting: Setting,
     model: Segmenter,
+    candidate: Candidate,
     regularizer: Attachment | None,
     images: Tensor,
     labels: Tensor,
@@ -101,10 +125,11 @@ def step_of(
     options = PRESETS[setting.preset][1].optimization
     groups = parameter_groups(model, options.lr, options.weight_decay, options.head_lr_factor)
     optimizer = build_optimizer(options.optimizer, groups)
-    cross_entropy = PixelCrossEntropy()
+    ours = candidate.cross_entropy == "anchorops"
+    cross_entropy = ao.CrossEntropy(ignore_index=IGNORED) if ours else cross_entropy_of_torch
 
     def step() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
             loss = cross_entropy(model(images), labels)
             if regularizer is not None:
                 loss = loss + regularizer(labels)
@@ -121,28 +146,30 @@ def take_turn(
     candidate: Candidate,
     images: Tensor,
     labels: Tensor,
+    *,
+    memory: bool,
 ) -> Turn:
     """A few steps of the candidate; the model is without its methods afterwards."""
-    if images.is_cuda:
-        gc.collect()  # cycles of the last turn hold memory
+    gc.collect()  # cycles of the last turn hold memory
     torch.manual_seed(0)
     dim = model.classifier.in_channels
-    regularizer = build_regularizer(candidate.methods, {}, setting.num_classes, dim)
+    options = {f"{method}.ignore_index": str(IGNORED) for method in candidate.methods}
+    regularizer = build_regularizer(candidate.methods, options, setting.num_classes, dim)
     attached = None
     if regularizer is not None:
         attached = ao.attach(model, regularizer.to(images.device))
     try:
-        step = step_of(setting, model, attached, images, labels)
-        with ao.use_backend(candidate.backend):
-            return timed(step, images.device)
+        step = step_of(setting, model, candidate, attached, images, labels)
+        return timed(step, images.device, memory)
     finally:
         if attached is not None:
             attached.detach()
 
 
-def timed(step: Callable[[], None], device: torch.device) -> Turn:
+def timed(step: Callable[[], None], device: torch.device, memory: bool) -> Turn:
     if device.type == "cpu":
-        return Turn([duration(step) for _ in range(2)], None)
+        seconds = [duration(step) for _ in range(2)]
+        return Turn(seconds[1:], peak_extra_bytes(step, device) if memory else None)
     for _ in range(WARM_UP):
         step()
     torch.cuda.synchronize()
@@ -158,40 +185,42 @@ def timed(step: Callable[[], None], device: torch.device) -> Turn:
 
 
 def rows_of(setting: Setting, device: torch.device, minutes: float) -> Iterator[dict[str, Any]]:
-    """A row for the plain network, then for each method and backend."""
+    """A row for each candidate."""
     torch.manual_seed(0)
     model = build_model(setting.model, setting.num_classes).to(device)
     model = model.to(memory_format=setting.layout).train()  # pyright: ignore
     images, labels = images_and_labels(setting, device)
-    candidates = [
-        Candidate((), "auto"),
-        *map(Candidate._make, itertools.product(METHODS, BACKENDS)),
-    ]
     rounds: list[list[Turn]] = []
     deadline, last = time.monotonic() + 60 * minutes, 0.0
     while len(rounds) < 2 or time.monotonic() + last < deadline:
-        begin, first = time.monotonic(), len(rounds) % len(candidates)
-        order = candidates[first:] + candidates[:first]
-        turns = {x: take_turn(setting, model, x, images, labels) for x in order}
-        rounds.append([turns[candidate] for candidate in candidates])
+        begin, first = time.monotonic(), len(rounds) % len(CANDIDATES)
+        order = CANDIDATES[first:] + CANDIDATES[:first]
+        turns = {
+            candidate: take_turn(setting, model, candidate, images, labels, memory=not rounds)
+            for candidate in order
+        }
+        rounds.append([turns[candidate] for candidate in CANDIDATES])
         last = time.monotonic() - begin
-    del rounds[0]  # kernels were compiled and chosen in it
-    for number, (methods, backend) in enumerate(candidates):
-        own, plain = ([turns[i] for turns in rounds] for i in (number, 0))
+    warm_up = rounds.pop(0)  # kernels were compiled and chosen in it
+    for number, candidate in enumerate(CANDIDATES):
+        own, first = ([turns[i] for turns in rounds] for i in (number, 0))
         seconds = sorted(itertools.chain.from_iterable(turn.seconds for turn in own))
+        if len(seconds) == 1:
+            seconds *= 2
         q1, middle, q3 = quantiles(seconds, n=4, method="inclusive")
-        added = [median(a.seconds) / median(b.seconds) - 1 for a, b in zip(own, plain, strict=True)]
-        memory, plain_memory = own[-1].peak_bytes, plain[-1].peak_bytes
+        added = [median(a.seconds) / median(b.seconds) - 1 for a, b in zip(own, first, strict=True)]
+        last_peaks = warm_up if device.type == "cpu" else rounds[-1]
+        memory, first_memory = last_peaks[number].peak_bytes, last_peaks[0].peak_bytes
         yield {
             "network": str(setting),
-            "methods": "+".join(methods) or "plain",
-            "backend": backend,
+            "cross_entropy": candidate.cross_entropy,
+            "methods": "+".join(candidate.methods) or "plain",
             "seconds": {"median": middle, "q1": q1, "q3": q3, "best": seconds[0]},
             "rounds": len(rounds),
             "added_time": median(added),
             "added_time_of_rounds": added,
             "peak_bytes": memory,
-            "added_memory": memory / plain_memory - 1 if memory and plain_memory else None,
+            "added_memory": memory / first_memory - 1 if memory and first_memory else None,
         }
 
 
@@ -199,17 +228,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=3.0, help="for all (default 3)")
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
-    parser.add_argument("--dry-run", action="store_true", help="small networks on the CPU")
+    parser.add_argument("--dry-run", action="store_true", help="small images on the CPU")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available() and not arguments.dry_run
     device = torch.device("cuda" if cuda else "cpu")
-    if not cuda:
+    if arguments.dry_run:
         torch.set_num_threads(1)
-    settings = FULL if cuda else SMALL
-    run = {**environment(device), "commit": commit(), "dry_run": not cuda, "rows": []}
+    settings = DRY_RUN if arguments.dry_run else ON_GPU if cuda else ON_CPU
+    dry_run = arguments.dry_run
+    run = {**environment(device), "commit": commit(), "dry_run": dry_run, "rows": []}
     print(f"{run['device']}, torch {run['torch']}, commit {run['commit']}")
     for setting in settings:
-        print(f"\n{setting}\n{'':<24}      ms   q1–q3            added     MB   added")
+        print(f"\n{setting}\n{'':<24}      ms   q1–q3          to plain, torch     MiB")
         for row in rows_of(setting, device, arguments.minutes / len(settings)):
             run["rows"].append(row)
             print(line(row), flush=True)
@@ -220,7 +250,7 @@ def main() -> None:
 
 def line(row: dict[str, Any]) -> str:
     q1, middle, q3 = (1e3 * row["seconds"][name] for name in ("q1", "median", "q3"))
-    name = f"{row['methods']} {row['backend'] if row['methods'] != 'plain' else ''}"
+    name = f"{row['methods']}, {row['cross_entropy']}"
     text = f"{name:<24}{middle:8.1f}   {q1:.1f}–{q3:.1f}".ljust(50) + f"{row['added_time']:+8.1%}"
     if row["peak_bytes"] is None:
         return text

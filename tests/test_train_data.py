@@ -14,10 +14,11 @@ from torch import nn
 from torchvision import tv_tensors
 
 import anchorops as ao
+from anchorops._measure import peak_extra_bytes
 from anchorops.train import loop
 from anchorops.train.__main__ import main
 from anchorops.train.analysis import collect_features, measure_cost
-from anchorops.train.config import Data
+from anchorops.train.config import Data, Optimization
 from anchorops.train.data import (
     RandomScale,
     Training,
@@ -32,7 +33,7 @@ from anchorops.train.evaluate import evaluate, predict
 from anchorops.train.folders import MaskFolder, open_folder
 from anchorops.train.learner import (
     Learner,
-    PixelCrossEntropy,
+    build_loss,
     build_regularizer,
     class_weights,
 )
@@ -78,7 +79,7 @@ def test_folder(folder: Path):
     assert len(train) == len(val) == 2 and list(train.classes) == ["ground", "thing"]
     pixels, labels = train[0]
     assert pixels.shape == (3, 6, 9) and pixels.dtype == torch.uint8
-    assert labels[:, 0].tolist() == [0, 1, 255, 0, 1, 255]
+    assert labels[:, 0].tolist() == [0, 1, -1, 0, 1, -1]
     assert train[1][0].shape == (3, 4, 5)
 
 
@@ -151,7 +152,7 @@ def test_label_map_and_suffixes(tmp_path: Path):
         num_classes=2,
         label_map={7: 255, 128: 1},
     )
-    assert len(data) == 1 and data[0][1][:3, 0].tolist() == [255, 1, 0]
+    assert len(data) == 1 and data[0][1][:3, 0].tolist() == [-1, 1, 0]
 
 
 def test_tiff_of_many_channels_and_16_bits(tmp_path: Path):
@@ -226,7 +227,7 @@ def test_cityscapes(tmp_path: Path):
         write(tmp_path / f"gtFine/{stem}_gtFine_color.png", image())
     train, _ = build_datasets(Data(dataset="cityscapes", root=tmp_path), 0)
     assert len(train) == 1 and len(train.classes) == 19
-    assert train[0][1][:, 0].tolist() == [0, 255, 18, 255, 2, 16]
+    assert train[0][1][:, 0].tolist() == [0, -1, 18, -1, 2, 16]
 
 
 def test_ade20k(tmp_path: Path):
@@ -234,7 +235,7 @@ def test_ade20k(tmp_path: Path):
         write(tmp_path / f"images/{split}/ADE_1.jpg", image())
         write(tmp_path / f"annotations/{split}/ADE_1.png", mask(0, 1, 150))
     _, val = build_datasets(Data(dataset="ade20k", root=tmp_path), 0)
-    assert len(val.classes) == 150 and val[0][1][:3, 0].tolist() == [255, 0, 149]
+    assert len(val.classes) == 150 and val[0][1][:3, 0].tolist() == [-1, 0, 149]
 
 
 def test_pascal_context(tmp_path: Path):
@@ -245,7 +246,7 @@ def test_pascal_context(tmp_path: Path):
         lists.mkdir(parents=True, exist_ok=True)
         (lists / f"{split}.txt").write_text(f"{name}\n")
     train, _ = build_datasets(Data(dataset="pascal-context", root=tmp_path), 0)
-    assert len(train.classes) == 59 and train[0][1][:3, 0].tolist() == [255, 0, 58]
+    assert len(train.classes) == 59 and train[0][1][:3, 0].tolist() == [-1, 0, 58]
     (lists / "val.txt").write_text("2008_3\n")
     with pytest.raises(ValueError, match=r"2008_3.jpg does not exist"):
         build_datasets(Data(dataset="pascal-context", root=tmp_path), 0)
@@ -259,12 +260,12 @@ def test_coco_stuff(tmp_path: Path):
         (tmp_path / f"imageLists/{split}.txt").write_text(name)
     train, _ = build_datasets(Data(dataset="coco-stuff-10k", root=tmp_path), 0)
     assert len(train.classes) == 171
-    assert train[0][1][:5, 0].tolist() == [255, 0, 11, 170, 255]
+    assert train[0][1][:5, 0].tolist() == [-1, 0, 11, 170, -1]
     for year in ("train2017", "val2017"):
         write(tmp_path / f"images/{year}/1.jpg", image())
         write(tmp_path / f"annotations/{year}/1.png", mask(255, 0, 12, 181, 11))
     train, _ = build_datasets(Data(dataset="coco-stuff-164k", root=tmp_path), 0)
-    assert train[0][1][:5, 0].tolist() == [255, 0, 11, 170, 255]
+    assert train[0][1][:5, 0].tolist() == [-1, 0, 11, 170, -1]
 
 
 def test_augmentation_is_a_function_of_the_draw():
@@ -279,15 +280,15 @@ def test_augmentation_is_a_function_of_the_draw():
     assert not torch.equal(first[0], data[1, 11][0])
     torch.manual_seed(0)
     assert torch.equal(torch.get_rng_state(), state)
-    assert first[0].shape == (3, 32, 32) and first[1].dtype == torch.uint8
+    assert first[0].shape == (3, 32, 32) and first[1].dtype == torch.int16
 
 
 def test_padding_is_ignored_and_labels_are_not_interpolated():
     scenes = DigitScenes("train", 2, (32, 32), seed=0)
     config = Data("folder", crop=(96, 96), scale=(1.5, 1.5))
     _, labels = Training(scenes, augmentation(config, 3), seed=0)[0, 0]
-    assert (labels == 255).sum() >= 96 * 96 - 48 * 48
-    assert set(labels.unique().tolist()) <= set(scenes[0][1].unique().tolist()) | {255}
+    assert (labels == -1).sum() >= 96 * 96 - 48 * 48
+    assert set(labels.unique().tolist()) <= set(scenes[0][1].unique().tolist()) | {-1}
 
 
 def test_short_side():
@@ -306,24 +307,40 @@ def test_class_weights():
     assert class_weights("none", shares) is None
 
 
-def test_weighted_cross_entropy():
-    logits, labels = torch.randn(2, 4, 5, 5), torch.randint(4, (2, 5, 5))
-    labels[0, 0] = 255
+@pytest.mark.parametrize(
+    ("options", "terms"),
+    [
+        (Optimization(), {"ce"}),
+        (Optimization(loss="focal", focal_gamma=1.0), {"ce"}),
+        (Optimization(ohem=0.7, ohem_kept=3), {"ce"}),
+        (Optimization(loss="dice"), {"dice"}),
+        (Optimization(loss="ce+dice"), {"ce", "dice"}),
+    ],
+)
+def test_losses(options, terms):
+    logits, labels = torch.randn(2, 4, 5, 5), torch.randint(4, (2, 10, 10))
+    labels[0, 0] = -1
     weights = torch.tensor([1.0, 2.0, 0.5, 3.0])
-    expected = nn.functional.cross_entropy(logits, labels, weights, ignore_index=255)
-    torch.testing.assert_close(PixelCrossEntropy(weights)(logits, labels), expected)
-    assert PixelCrossEntropy(weights)(logits, torch.full_like(labels, 255)) == 0
+    loss = build_loss(options, weights)
+    value = loss(logits, labels)
+    assert set(loss.terms) == {*terms, "accuracy"}
+    z = nn.functional.interpolate(logits, (10, 10), mode="bilinear")
+    right = (z.argmax(1) == labels).sum() / (labels >= 0).sum()
+    torch.testing.assert_close(loss.terms["accuracy"], right)
+    if options == Optimization():
+        expected = nn.functional.cross_entropy(z, labels, weights, ignore_index=-1)
+        torch.testing.assert_close(value, expected)
 
 
 def test_hard_example_mining():
     labels = torch.zeros(1, 1, 4, dtype=torch.long)
-    labels[..., 3] = 255
+    labels[..., 3] = -1
     truth = torch.tensor([0.9, 0.8, 0.2, 0.1])
     logits = torch.stack([truth.log(), (1 - truth).log()])[None, :, None]
     losses = -truth.log()
-    hard = PixelCrossEntropy(ohem=0.7, kept=1)(logits, labels)
+    hard = build_loss(Optimization(ohem=0.7, ohem_kept=1))(logits, labels)
     torch.testing.assert_close(hard, losses[2])
-    two = PixelCrossEntropy(ohem=0.1, kept=2)(logits, labels)
+    two = build_loss(Optimization(ohem=0.1, ohem_kept=2))(logits, labels)
     torch.testing.assert_close(two, losses[1:3].mean())
 
 
@@ -339,16 +356,64 @@ def test_confusion_of_images_of_any_size_and_windows():
     image = torch.ones(1, 3, 40, 56)
     image[..., 24:] = -1
     truth = (image[:, 0] > 0).long()
-    truth[:, 3] = 255
+    truth[:, 3] = -1
     for window in (None, (16, 24), (64, 64)):
         confusion = evaluate(Threshold(), [(image, truth)], 2, torch.device("cpu"), window)
         assert confusion.tolist() == [[39 * 32, 0], [0, 39 * 24]], window
     assert predict(Threshold(), image, (80, 112)).shape == (1, 80, 112)
 
 
+def test_evaluation_memory_of_many_classes():
+    """No tensor of all pixels and classes, 1.2 GB here, and none of pixels and pairs of classes."""
+    image, truth = torch.zeros(1, 3, 1024, 2048), torch.zeros(1, 1024, 2048, dtype=torch.int16)
+
+    class Constant(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros(1, 150, images.shape[2] // 4, images.shape[3] // 4)
+            logits[:, 7] = 1
+            return logits
+
+    def evaluated() -> torch.Tensor:
+        return evaluate(Constant(), [(image, truth)], 150, torch.device("cpu"))
+
+    assert evaluated()[0, 7] == truth.numel()
+    torch.use_deterministic_algorithms(True)
+    try:
+        extra = peak_extra_bytes(evaluated, torch.device("cpu"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if extra is None:
+        pytest.skip("this system does not tell the peak of the memory")
+    logits, pixels = 150 * 256 * 512 * 4, truth.numel()
+    assert extra < logits + 24 * pixels
+
+
+@pytest.mark.slow
+def test_more_than_255_classes_from_files_to_report(tmp_path: Path):
+    """Masks of 16 bits; class 255 is one like the others."""
+    for split in ("train", "val"):
+        for name, classes in (("a", [255, 299]), ("b", [0, 255])):
+            write(tmp_path / f"images/{split}/{name}.png", image(32, 32))
+            rows = np.resize(np.array(classes, np.uint16), 32)
+            rows[3] = 65_535
+            write(tmp_path / f"masks/{split}/{name}.png", np.repeat(rows[:, None], 32, 1))
+    config = FOLDER.replace(
+        root=tmp_path, out=tmp_path, name="run", workers=0, device="cpu", num_classes=300
+    )
+    config = config.replace(label_map={65_535: -1}, steps=2, crop=(32, 32), batch_size=2)
+    config = config.replace(methods=("sar", "occl"), pretrained=False, scale=(1.0, 1.0))
+    train, _ = build_datasets(config.data, seed=0)
+    assert train[0][1][:4, 0].tolist() == [255, 299, 255, -1]
+    assert class_counts(train, tmp_path / "counts")[0].nonzero().flatten().tolist() == [0, 255, 299]
+    results = loop.start(config)
+    assert results["pixels"] == 2 * 31 * 32
+    assert results["classes"][255]["frequency"] == pytest.approx(47 / 62)
+    assert (tmp_path / "run/report.html").exists()
+
+
 def test_pictures():
     colors = palette(11)
-    assert len({tuple(color) for color in colors[:11].tolist()}) == 11 and colors[255].min() == 255
+    assert len({tuple(color) for color in colors[:11].tolist()}) == 11 and colors[-1].min() == 255
     many = palette(200)
     assert len({tuple(color) for color in many[:200].tolist()}) > 190
     for width, length in ((2.2, 5), (5.4, 20), (13.4, 8)):

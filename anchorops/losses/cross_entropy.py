@@ -53,7 +53,7 @@ class CrossEntropy(PixelLoss):
     factor, hard examples and pixel weights need a map of the labels' size.
     """
 
-    settings = ("label_smoothing", "focal_gamma", "ohem", "ohem_kept", "accuracy")
+    settings = ("label_smoothing", "focal_gamma", "ohem", "ohem_kept")
     weight: Tensor | None
 
     def __init__(
@@ -68,7 +68,7 @@ class CrossEntropy(PixelLoss):
         ignore_index: int = 255,
         align_corners: bool = False,
     ) -> None:
-        super().__init__(ignore_index=ignore_index, align_corners=align_corners)
+        super().__init__(accuracy=accuracy, ignore_index=ignore_index, align_corners=align_corners)
         self._register_weight(weight)
         check_share("CrossEntropy", "label_smoothing", label_smoothing)
         if not focal_gamma >= 0:
@@ -78,7 +78,7 @@ class CrossEntropy(PixelLoss):
         if ohem_kept is not None and (not isinstance(ohem_kept, int) or ohem_kept < 1):
             fail("CrossEntropy", "ohem_kept", "an int of at least 1", describe(ohem_kept))
         self.label_smoothing, self.focal_gamma = label_smoothing, focal_gamma
-        self.ohem, self.ohem_kept, self.accuracy = ohem, ohem_kept, accuracy
+        self.ohem, self.ohem_kept = ohem, ohem_kept
 
     @property
     def _selects(self) -> bool:
@@ -86,7 +86,6 @@ class CrossEntropy(PixelLoss):
 
     def asked(self) -> dict[str, bool]:
         return {
-            "hits": self.accuracy,
             "masses": False,
             "lse": self.label_smoothing > 0,
             "pixel_losses": self._selects or self.focal_gamma > 0,

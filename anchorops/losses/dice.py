@@ -40,7 +40,7 @@ class Dice(PixelLoss):
             the power of each class).
         process_group: "world" or a ProcessGroup for the statistics of all its ranks; the gradients
             of DDP are then those of one process on the concatenated batch. Not with per_image.
-        ignore_index, align_corners: as `CrossEntropy`.
+        accuracy, ignore_index, align_corners: as `CrossEntropy`.
 
     Of other libraries, for the same logits at the labels' size:
         segmentation_models.pytorch: DiceLoss("multiclass", smooth=s) is Dice(smooth=s,
@@ -50,7 +50,7 @@ class Dice(PixelLoss):
             batch=True it is per_image=False.
         nnU-Net returns −score.
 
-    Called with (logits, labels). `terms`: dice.
+    Called with (logits, labels). `terms`: dice, accuracy where asked for.
     """
 
     settings = (
@@ -83,10 +83,11 @@ class Dice(PixelLoss):
         log: bool = False,
         gamma: float = 1.0,
         process_group: ProcessGroup | str | None = None,
+        accuracy: bool = False,
         ignore_index: int = 255,
         align_corners: bool = False,
     ) -> None:
-        super().__init__(ignore_index=ignore_index, align_corners=align_corners)
+        super().__init__(accuracy=accuracy, ignore_index=ignore_index, align_corners=align_corners)
         if smooth_denominator is None:
             smooth_denominator = smooth
         for argument, value in (
@@ -115,7 +116,6 @@ class Dice(PixelLoss):
 
     def asked(self) -> dict[str, bool]:
         return {
-            "hits": False,
             "masses": True,
             "squares": self.squared,
             "per_image": self.per_image,
@@ -177,7 +177,7 @@ class CrossEntropyDice(PixelLoss):
         ce_weight, dice_weight: of the two parts.
 
     Called with (logits, labels, pixel_weights=None); the weights are the cross-entropy's. `terms`:
-    ce, dice, accuracy where the cross-entropy asks for it.
+    ce, dice, accuracy where one of them asks for it.
 
     Raises ValueError where the two differ in ignore_index or align_corners.
     """
@@ -206,7 +206,9 @@ class CrossEntropyDice(PixelLoss):
                 expected = f"the cross-entropy's {name}, {values[0]}"
                 fail("CrossEntropyDice", "dice", expected, values[1])
         super().__init__(
-            ignore_index=cross_entropy.ignore_index, align_corners=cross_entropy.align_corners
+            accuracy=cross_entropy.accuracy or dice.accuracy,
+            ignore_index=cross_entropy.ignore_index,
+            align_corners=cross_entropy.align_corners,
         )
         self.cross_entropy, self.dice = cross_entropy, dice
         self.ce_weight, self.dice_weight = ce_weight, dice_weight

@@ -27,15 +27,18 @@ class PixelLoss(nn.Module):
 
     settings: tuple[str, ...] = ()
 
-    def __init__(self, *, ignore_index: int = 255, align_corners: bool = False) -> None:
+    def __init__(
+        self, *, accuracy: bool = False, ignore_index: int = 255, align_corners: bool = False
+    ) -> None:
         super().__init__()
         if not isinstance(ignore_index, int):
             fail(type(self).__name__, "ignore_index", "an int", describe(ignore_index))
+        self.accuracy = accuracy
         self.ignore_index, self.align_corners = ignore_index, align_corners
         self.terms: dict[str, Tensor] = {}
 
     def asked(self) -> dict[str, bool]:
-        """Arguments of `softmax_moments`: which statistics the loss needs."""
+        """Arguments of `softmax_moments`: which statistics the loss needs, hits apart."""
         raise NotImplementedError
 
     def parts(
@@ -52,7 +55,7 @@ class PixelLoss(nn.Module):
         self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None
     ) -> Tensor:
         check_classes(type(self).__name__, logits)
-        asked = self.asked()
+        asked = self.asked() | {"hits": self.accuracy}
         if pixel_weights is not None:
             self._check_pixel_weights(pixel_weights, labels)
             asked["pixel_losses"] = True
@@ -93,7 +96,7 @@ class PixelLoss(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
 
     def extra_repr(self) -> str:
-        names = [*self.settings, "ignore_index", "align_corners"]
+        names = [*self.settings, "accuracy", "ignore_index", "align_corners"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import anchorops as ao
 
 from ..reference import resize_labels
-from .digits import IGNORED
+from .config import IGNORED
 from .evaluate import pad_to_multiple
 from .learner import Learner
 from .models import Segmenter
@@ -82,7 +82,7 @@ def measure_cost(
 ) -> tuple[Cost, Cost]:
     """Without and with the regulariser, on a copy of the learner: medians of alternating passes."""
     learner = copy.deepcopy(learner).train()
-    plain = Learner(learner.model, None, learner.cross_entropy, learner.auxiliary_weight)
+    plain = Learner(learner.model, None, learner.pixel_loss, learner.auxiliary_weight)
     seconds: dict[Learner, list[float]] = {plain: [], learner: []}
     memory: dict[Learner, float] = {}
     for repeat in range(REPEATS + 1):

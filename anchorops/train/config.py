@@ -15,6 +15,7 @@ OF_ONE_RUN = (
     *("out", "name", "overwrite", "seed", "device", "threads", "workers"),
     *("save_every", "log_every", "tensorboard", "eval_batch_size"),
 )
+IGNORED = -1  # the label of a pixel without one: no class, however many there are
 MULTIPLE = 32  # the coarsest stride of the networks: image sides are multiples of it
 
 
@@ -46,7 +47,8 @@ class Data:
     num_classes: int | None = None
     """folder: number of classes where there is no classes.txt."""
     label_map: dict[int, int] = field(default_factory=dict)
-    """folder: values in the masks and their classes, 255 ignored: --label-map 128 1 7 255."""
+    """folder: values in the masks and their classes, or −1 for ignored: --label-map 128 1 7 -1.
+    With at most 255 classes 255 is ignored, too."""
     channels: int = 3
     """folder: channels of the images."""
     short_side: int | None = None
@@ -77,7 +79,7 @@ class Model:
     weights: Path | None = None
     """Start from the weights in this file."""
     auxiliary_weight: float = 0.0
-    """Weight of the cross-entropy of an auxiliary head (3×3 convolution, classifier) on the last
+    """Weight of the loss of an auxiliary head (3×3 convolution, classifier) on the last
     but one of the backbone's maps; 0: no such head. The field's is 0.4."""
     methods: tuple[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"], ...] = ()
     """Regularisers beside the cross-entropy, any number of them."""
@@ -109,12 +111,17 @@ class Optimization:
     clip: float | None = None
     """Largest norm of the gradient."""
     class_weights: Literal["none", "inverse-sqrt", "median"] = "none"
-    """Weights of the cross-entropy from class frequencies f: 1/√f or median(f)/f, mean 1."""
+    """Weights of the loss from class frequencies f: 1/√f or median(f)/f, mean 1."""
     given_class_weights: tuple[float, ...] = ()
-    """Weights of the cross-entropy, one per class."""
+    """Weights of the loss, one per class."""
+    loss: Literal["ce", "focal", "dice", "ce+dice"] = "ce"
+    """Of the logits, upsampled to the labels' size: cross-entropy, without or with the focal
+    factor, Dice, or the sum of cross-entropy and Dice."""
+    focal_gamma: float = 2.0
+    """Exponent of the focal factor."""
     ohem: float | None = None
-    """Online hard example mining: the cross-entropy counts only pixels whose true class has a
-    probability below this."""
+    """Online hard example mining: the cross-entropy counts only pixels whose true class has at most
+    this probability."""
     ohem_kept: int = 100_000
     """The hardest pixels that are kept in each pass however easy they are."""
 
@@ -172,7 +179,8 @@ class Config:
         least = {
             1: "steps batch_size accumulate save_every log_every eval_batch_size threads patience "
             "short_side ohem_kept",
-            0: "workers warmup eval_every power lr weight_decay head_lr_factor auxiliary_weight",
+            0: "workers warmup eval_every power lr weight_decay head_lr_factor auxiliary_weight "
+            "focal_gamma",
         }
         options = {
             name: value
@@ -203,6 +211,8 @@ class Config:
             raise _wrong("clip", "more than 0", options["clip"])
         if options["ohem"] is not None and not 0 < options["ohem"] <= 1:
             raise _wrong("ohem", "a probability above 0", options["ohem"])
+        if options["ohem"] is not None and self.optimization.loss == "dice":
+            raise _wrong("ohem", "a --loss with cross-entropy beside it", options["ohem"])
 
     @property
     def run(self) -> Path:

@@ -11,16 +11,16 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .config import Data
-from .digits import IGNORED, DigitScenes
-from .folders import MaskFolder, count_classes, open_folder, open_published
+from .config import IGNORED, Data
+from .digits import DigitScenes
+from .folders import MaskFolder, class_histogram, count_classes, open_folder, open_published
 from .workers import follow_parent
 
 RETRIES = 10  # of a crop that shows little but one class
 
 
 class Segmentation(Protocol):
-    """A data set. Items: image uint8, or float32 in 0..1, (C, H, W); labels uint8 (H, W), 255
+    """A data set. Items: image uint8, or float32 in 0..1, (C, H, W); labels int16 (H, W), −1
     ignored."""
 
     classes: Sequence[str]
@@ -65,8 +65,7 @@ def class_counts(dataset: Segmentation, cache: Path) -> tuple[Tensor, Tensor]:
         return count_classes(dataset, cache)
     pixels = torch.zeros(2, len(dataset.classes), dtype=torch.int64)
     for index in range(min(len(dataset), 2000)):
-        histogram = torch.bincount(dataset[index][1].flatten(), minlength=256)
-        histogram = histogram[: len(dataset.classes)]
+        histogram = class_histogram(dataset[index][1], len(dataset.classes))
         pixels += torch.stack([histogram, histogram > 0])
     return pixels[0], pixels[1]
 
@@ -80,7 +79,7 @@ def check_classes(classes: Sequence[str], training: Tensor, validation: Tensor) 
     if len(absent) > len(classes) - 2:
         present = [name for name in classes if name not in absent]
         raise ValueError(
-            f"the training masks have pixels of {len(present)} class alone {present}; {IGNORED} is "
+            f"the training masks have pixels of {len(present)} class alone {present}; 255 is "
             "ignored unless --label-map makes it a class"
         )
     return absent

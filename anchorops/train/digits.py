@@ -9,7 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-IGNORED = 255
+from .config import IGNORED
+
 SPLITS = ("train", "val")
 
 
@@ -58,13 +59,13 @@ class DigitScenes:
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image uint8 (3, H, W) and labels uint8 (H, W)."""
+        """Image uint8 (3, H, W) and labels int16 (H, W), −1 ignored."""
         if not 0 <= index < self.length:
             raise IndexError(index)
         random = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         height, width = self.size
         scene = _ground(random, height, width)
-        labels = np.zeros((height, width), np.uint8)
+        labels = np.zeros((height, width), np.int16)
         for _ in range(random.integers(2, 6)):
             digit = random.choice(10, p=self.probabilities)
             images = _digit_images(self.split)[digit]

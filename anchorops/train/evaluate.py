@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassConfusionMatrix
 
-from .config import MULTIPLE
-from .digits import IGNORED
+import anchorops as ao
+
+from .config import IGNORED, MULTIPLE
 
 
 def pad_to_multiple(images: Tensor, value: float = 0.0) -> Tensor:
@@ -17,15 +18,12 @@ def pad_to_multiple(images: Tensor, value: float = 0.0) -> Tensor:
     return F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE), value=value)
 
 
-def _upsampled_logits(model: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
-    """float32 (B, K, *size) of images (B, C, h, w) of any size."""
+def _image_logits(logits: Tensor, padded: Tensor, images: Tensor) -> Tensor:
+    """float32 (B, K, h, w) at the size of images (B, C, h, w), from the padded ones' logits."""
     height, width = images.shape[2:]
-    padded = pad_to_multiple(images)
-    logits = model(padded).float()
-    if padded.shape != images.shape:
-        logits = F.interpolate(logits, padded.shape[2:], mode="bilinear", align_corners=False)
-        logits = logits[..., :height, :width]
-    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+    size = padded.shape[2:]
+    logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+    return logits[..., :height, :width]
 
 
 def _starts(length: int, window: int) -> list[int]:
@@ -40,24 +38,31 @@ def predict(
     model: nn.Module, images: Tensor, size: Sequence[int], window: tuple[int, int] | None = None
 ) -> Tensor:
     """Classes int64 (B, *size) of images (B, C, h, w), seen whole or through sliding windows whose
-    logits are averaged where they overlap."""
-    if window is None:
-        return _upsampled_logits(model, images, size).argmax(1)
+    logits are averaged where they overlap. Logits are kept at the size of the images only for
+    windows, and where images were both scaled and padded."""
     height, width = images.shape[2:]
+    if window is None:
+        padded = pad_to_multiple(images)
+        logits = model(padded)
+        if padded.shape == images.shape:
+            return ao.pixel_argmax(logits, (size[0], size[1]))
+        if (height, width) == tuple(size):
+            return ao.pixel_argmax(logits, (padded.shape[2], padded.shape[3]))[:, :height, :width]
+        return ao.pixel_argmax(_image_logits(logits, padded, images), (size[0], size[1]))
     rows, columns = window
     total, times = None, images.new_zeros(height, width)
     for top in _starts(height, rows):
         for left in _starts(width, columns):
             place = (..., slice(top, top + rows), slice(left, left + columns))
             part = images[place]
-            logits = _upsampled_logits(model, part, part.shape[2:])
+            padded = pad_to_multiple(part)
+            logits = _image_logits(model(padded), padded, part)
             if total is None:
                 total = logits.new_zeros(*logits.shape[:2], height, width)
             total[place] += logits
             times[place] += 1
     assert total is not None
-    logits = total / times
-    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False).argmax(1)
+    return ao.pixel_argmax(total / times, (size[0], size[1]))
 
 
 @torch.inference_mode()
@@ -72,10 +77,12 @@ def evaluate(
     left out. Leaves the model in its mode."""
     training = model.training
     model.eval()
-    confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
-    confusion = confusion.to(device)
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     for images, labels in batches:
-        labels = labels.to(device).long()
-        confusion.update(predict(model, images.to(device), labels.shape[1:], window), labels)
+        labels = labels.to(device)
+        predictions = predict(model, images.to(device), labels.shape[1:], window)
+        matrix += ao.confusion(predictions, labels, num_classes, ignore_index=IGNORED)
     model.train(training)
-    return confusion.compute().cpu()
+    if dist.is_initialized():
+        dist.all_reduce(matrix)
+    return matrix.cpu()

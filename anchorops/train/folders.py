@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .digits import IGNORED
+from .config import IGNORED
 
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-MAX_CLASSES = 255
+MAX_CLASSES = 4096  # of a confusion matrix
 LABEL_VALUES = 65_536
+UNKNOWN = -2  # in a table of labels
+NO_CLASS = 255  # in masks: ignored where there are at most so many classes
 
 CITYSCAPES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
@@ -36,7 +38,7 @@ class Layout(NamedTuple):
     pairs: Callable[[Path, str], list[tuple[Path, Path]]]
     """(root, "train" or "val") to the paths of images and masks."""
     labels: Mapping[int, int]
-    """Class of each value in the masks, 255 ignored."""
+    """Class of each value in the masks, −1 ignored."""
     classes: Sequence[str] | int
     """Names, or how many; names are then read from classes.txt in the root, where it is there."""
 
@@ -47,7 +49,7 @@ class MaskFolder:
     Args:
         pairs: paths of images and their masks.
         classes: names.
-        labels: class of each value in the masks, 255 ignored; any other value is an error.
+        labels: class of each value in the masks, −1 ignored; any other value is an error.
         channels: of the images.
     """
 
@@ -67,7 +69,7 @@ class MaskFolder:
         if unread:
             raise ValueError(f"label map: expected values 0 to {LABEL_VALUES - 1}, got {unread}")
         self.pairs, self.classes, self.labels, self.channels = pairs, classes, labels, channels
-        self._table = np.full(LABEL_VALUES, -1, np.int16)
+        self._table = np.full(LABEL_VALUES, UNKNOWN, np.int16)
         for value, label in labels.items():
             self._table[value] = label
 
@@ -76,7 +78,7 @@ class MaskFolder:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Image (C, H, W), uint8, or float32 in 0..1 where the file has more than 8 bits; labels
-        uint8 (H, W). Raises ValueError naming the file that does not fit."""
+        int16 (H, W). Raises ValueError naming the file that does not fit."""
         image_path, mask_path = self.pairs[index]
         labels = self.read_labels(index)
         image = read_image(image_path, labels.shape)
@@ -95,7 +97,7 @@ class MaskFolder:
         return image, labels
 
     def read_labels(self, index: int) -> Tensor:
-        """Labels uint8 (H, W) alone."""
+        """Labels int16 (H, W) alone."""
         path = self.pairs[index][1]
         values = _read_array(path, palette=False)
         if values.ndim != 2 or values.dtype.kind not in "uib":
@@ -106,13 +108,13 @@ class MaskFolder:
         if values.size and not 0 <= int(values.min()) <= int(values.max()) < len(self._table):
             raise ValueError(f"{path}: expected labels 0 to 65535, got {values.min()}")
         labels = self._table[values.astype(np.uint16)]
-        if (labels < 0).any():
-            unknown = np.unique(values[labels < 0])[:5].tolist()
+        if (labels == UNKNOWN).any():
+            unknown = np.unique(values[labels == UNKNOWN])[:5].tolist()
             raise ValueError(
                 f"{path}: label values {unknown} are not those of the {len(self.classes)} classes "
                 "nor ignored; name more classes, or map the values with --label-map"
             )
-        return torch.from_numpy(labels.astype(np.uint8))
+        return torch.from_numpy(labels)
 
 
 def _read_array(path: Path, *, palette: bool) -> np.ndarray:
@@ -226,20 +228,20 @@ def _coco_stuff_164k(root: Path, split: str) -> list[tuple[Path, Path]]:
 
 
 def _consecutive(values: Iterable[int], ignored: Iterable[int]) -> dict[int, int]:
-    """Values to classes 0, 1, 2, …; the ignored ones to 255."""
+    """Values to classes 0, 1, 2, …; the ignored ones to −1."""
     return dict.fromkeys(ignored, IGNORED) | {value: k for k, value in enumerate(values)}
 
 
 _coco_stuff = [value for value in range(1, 183) if value not in COCO_STUFF_UNUSED]
 LAYOUTS = {
     "cityscapes": Layout(
-        _cityscapes, _consecutive(CITYSCAPES_IDS, [*range(34), IGNORED]), CITYSCAPES
+        _cityscapes, _consecutive(CITYSCAPES_IDS, [*range(34), NO_CLASS]), CITYSCAPES
     ),
-    "ade20k": Layout(_ade20k, _consecutive(range(1, 151), [0, IGNORED]), 150),
-    "pascal-context": Layout(_pascal_context, _consecutive(range(1, 60), [0, IGNORED]), 59),
+    "ade20k": Layout(_ade20k, _consecutive(range(1, 151), [0, NO_CLASS]), 150),
+    "pascal-context": Layout(_pascal_context, _consecutive(range(1, 60), [0, NO_CLASS]), 59),
     "coco-stuff-10k": Layout(_coco_stuff_10k, _consecutive(_coco_stuff, range(183)), 171),
     "coco-stuff-164k": Layout(
-        _coco_stuff_164k, _consecutive([x - 1 for x in _coco_stuff], [*range(182), IGNORED]), 171
+        _coco_stuff_164k, _consecutive([x - 1 for x in _coco_stuff], [*range(182), NO_CLASS]), 171
     ),
 }
 
@@ -278,8 +280,9 @@ def open_folder(
     """A split of anyone's data: images/SPLIT/… and masks/SPLIT/…, of the same names up to their
     suffixes, and classes.txt with a name on each line (or num_classes).
 
-    Values in the masks are classes 0, 1, …, 255 is ignored; label_map changes that for values of
-    its own.
+    Values in the masks, of 8 or 16 bits, are classes 0, 1, …; with at most 255 classes 255 is
+    ignored. label_map changes that for values of its own: to a class, or to be ignored, −1 (or 255
+    with at most 255 classes).
     """
     classes = _read_classes(_existing(root)) or [f"class {k}" for k in range(num_classes or 0)]
     if not classes:
@@ -289,7 +292,9 @@ def open_folder(
             f"{root / 'classes.txt'}: expected {num_classes} lines (--num-classes), got "
             f"{len(classes)}"
         )
-    labels = {k: k for k in range(len(classes))} | {IGNORED: IGNORED} | dict(label_map or {})
+    labels = {NO_CLASS: IGNORED} | {k: k for k in range(len(classes))} | dict(label_map or {})
+    if len(classes) <= NO_CLASS:
+        labels = {k: IGNORED if label == NO_CLASS else label for k, label in labels.items()}
     image_end = (image_suffix,) if image_suffix else IMAGES
     mask_end = (mask_suffix,) if mask_suffix else (".png", ".tif", ".tiff")
     pairs = _matched(root / "images" / split, root / "masks" / split, image_end, mask_end)
@@ -304,6 +309,11 @@ def _read_classes(root: Path) -> list[str] | None:
     return [line.strip() for line in lines if line.strip()]
 
 
+def class_histogram(labels: Tensor, num_classes: int) -> Tensor:
+    """How many pixels have each class, int64 [K]."""
+    return torch.bincount(labels.flatten().int() + 1, minlength=num_classes + 1)[1:]
+
+
 def count_classes(dataset: MaskFolder, cache: Path) -> tuple[Tensor, Tensor]:
     """How many pixels and how many images have each class, int64 [K] each. Counted once and kept
     in the folder `cache`, as long as the files and the label map are the same."""
@@ -314,8 +324,7 @@ def count_classes(dataset: MaskFolder, cache: Path) -> tuple[Tensor, Tensor]:
         counts = torch.zeros(2, len(dataset.classes), dtype=torch.int64)
 
         def histogram_of(index: int) -> Tensor:  # masks themselves would pile up
-            labels = dataset.read_labels(index).flatten()
-            return torch.bincount(labels, minlength=256)[: counts.shape[1]]
+            return class_histogram(dataset.read_labels(index), counts.shape[1])
 
         with ThreadPoolExecutor() as threads:
             for histogram in threads.map(histogram_of, range(len(dataset))):

@@ -1,19 +1,18 @@
 """The network with its losses, as one module: what DDP wraps and torch.compile sees."""
 
 import ast
+import copy
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anchorops as ao
 
-from ..losses import Regularizer
-from .digits import IGNORED
+from ..losses import PixelLoss, Regularizer
+from .config import IGNORED, Optimization
 from .models import Segmenter
 
 CLASSES = {"cr": "SAR", "sar": "SAR", "cbp": "CBP", "occl": "OCCL", "ceco": "CeCo", "mvsc": "MVSC"}
@@ -31,43 +30,20 @@ def class_weights(kind: str, frequencies: Tensor) -> Tensor | None:
     return weights.float()
 
 
-class PixelCrossEntropy(nn.Module):
-    """Cross-entropy of the valid pixels; logits (B, K, h, w) are upsampled bilinearly to the labels
-    (B, H, W), int64.
-
-    L = Σ w_y·ce / Σ w_y over the valid pixels, 0 where there are none. With `ohem` only over those
-    whose true class has a probability below it, and in any case over the `kept` hardest.
-    """
-
-    weights: Tensor | None
-
-    def __init__(
-        self, weights: Tensor | None = None, ohem: float | None = None, kept: int = 100_000
-    ) -> None:
-        super().__init__()
-        self.register_buffer("weights", weights, persistent=False)
-        self.ohem, self.kept = ohem, kept
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        logits = F.interpolate(
-            logits.float(), labels.shape[1:], mode="bilinear", align_corners=False
-        )
-        valid = labels != IGNORED
-        if self.ohem is not None:
-            valid = self._hard(logits.detach(), labels, valid)
-            labels = torch.where(valid, labels, IGNORED)
-        total = F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORED, reduction="sum")
-        if self.weights is None:
-            return total / valid.sum().clamp(min=1)
-        weight = torch.where(valid, self.weights[torch.where(valid, labels, 0)], 0).sum()
-        return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
-
-    def _hard(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        assert self.ohem is not None
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
-        loss = torch.where(valid, loss, -1.0)
-        hardest = loss.flatten().topk(min(self.kept, loss.numel())).values[-1]
-        return valid & (loss >= hardest.clamp(max=-math.log(self.ohem)))
+def build_loss(options: Optimization, weights: Tensor | None = None) -> PixelLoss:
+    """The loss of the logits; its `terms` have their accuracy. weights: [K], of the classes."""
+    common: dict[str, Any] = {"ignore_index": IGNORED, "accuracy": True}
+    dice = ao.Dice(weight=weights, **common)
+    if options.loss == "dice":
+        return dice
+    cross_entropy = ao.CrossEntropy(
+        weights,
+        focal_gamma=options.focal_gamma if options.loss == "focal" else 0.0,
+        ohem=options.ohem,
+        ohem_kept=None if options.ohem is None else options.ohem_kept,
+        **common,
+    )
+    return ao.CrossEntropyDice(cross_entropy, dice) if options.loss == "ce+dice" else cross_entropy
 
 
 def build_regularizer(
@@ -104,6 +80,8 @@ def build_regularizer(
         arguments["cr"]["embed"] = False
     if "ceco" in arguments:
         arguments["ceco"].setdefault("prior", prior)
+    for given in arguments.values():
+        given.setdefault("ignore_index", IGNORED)
     try:
         regularizers = [
             getattr(ao, CLASSES[method])(num_classes, dim, **kwargs)
@@ -115,26 +93,31 @@ def build_regularizer(
 
 
 class Learner(nn.Module):
-    """Images and labels to the loss and its parts; auxiliary_weight: of the cross-entropy of the
-    model's auxiliary head, where it has one."""
+    """Images and labels to the loss and its parts.
+
+    pixel_loss: of the logits, cross-entropy if not given, and of those of the model's auxiliary
+    head, where it has one, times auxiliary_weight.
+    """
 
     def __init__(
         self,
         model: Segmenter,
         regularizer: Regularizer | None,
-        cross_entropy: PixelCrossEntropy | None = None,
+        pixel_loss: PixelLoss | None = None,
         auxiliary_weight: float = 0.4,
     ) -> None:
         super().__init__()
         self.model, self.auxiliary_weight = model, auxiliary_weight
-        self.cross_entropy = cross_entropy or PixelCrossEntropy()
+        self.pixel_loss = pixel_loss or build_loss(Optimization())
+        self.auxiliary_loss = copy.deepcopy(self.pixel_loss)
+        self.auxiliary_loss.accuracy = False
         self.attachment = None if regularizer is None else ao.attach(model, regularizer)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self.cross_entropy(self.model(images), labels)
-        terms = {"ce": loss.detach()}
+        loss = self.pixel_loss(self.model(images), labels)
+        terms = dict(self.pixel_loss.terms)
         if self.model.auxiliary is not None:
-            auxiliary = self.cross_entropy(self.model.auxiliary.logits(), labels)
+            auxiliary = self.auxiliary_loss(self.model.auxiliary.logits(), labels)
             loss = loss + self.auxiliary_weight * auxiliary
             terms["auxiliary"] = self.auxiliary_weight * auxiliary.detach()
         if self.attachment is not None:

@@ -38,7 +38,7 @@ from .evaluate import evaluate
 from .journal import Averages, Journal, peak_memory_mb
 from .learner import (
     Learner,
-    PixelCrossEntropy,
+    build_loss,
     build_optimizer,
     build_regularizer,
     class_weights,
@@ -133,9 +133,8 @@ class _Run:
                     f"--given-class-weights: expected {self.num_classes} values, got {len(given)}"
                 )
             weights = torch.tensor(given)
-        cross_entropy = PixelCrossEntropy(weights, options.ohem, options.ohem_kept)
         learner: nn.Module = Learner(
-            self.model, regularizer, cross_entropy, config.model.auxiliary_weight
+            self.model, regularizer, build_loss(options, weights), config.model.auxiliary_weight
         ).to(ranks.device)
         self.layout = torch.channels_last if running.channels_last else torch.preserve_format
         learner.to(memory_format=self.layout)  # pyright: ignore
@@ -278,7 +277,7 @@ class _Run:
         for number in range(options.accumulate):
             images, labels = next(batches)
             images = images.to(device, non_blocking=True, memory_format=self.layout)
-            labels = labels.to(device, non_blocking=True).long()
+            labels = labels.to(device, non_blocking=True)
             between = number + 1 < options.accumulate
             wait = self.learner.no_sync() if between and self.ranks.world > 1 else nullcontext()  # pyright: ignore
             with wait:

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from .config import IGNORED
 from .data import Segmentation
-from .digits import IGNORED
 from .evaluate import predict
+from .folders import class_histogram
 
 MOST_NAMES = 23  # in a legend
 IGNORED_COLOR = (255, 255, 255)
 
 
 def palette(num_classes: int) -> np.ndarray:
-    """Colours uint8 [256, 3] of the labels: class 0 black where there are few, ignored white."""
-    colors = np.zeros((256, 3), np.uint8)
+    """Colours uint8 [K + 1, 3] of the labels: class 0 black where there are few; the last, where
+    label −1 finds it, white."""
+    colors = np.zeros((num_classes + 1, 3), np.uint8)
     few = num_classes <= 21
     hues = matplotlib.colormaps["tab20" if few else "hsv"]
     for index in range(num_classes):
@@ -38,7 +40,7 @@ def palette(num_classes: int) -> np.ndarray:
 def choose_images(dataset: Segmentation, count: int) -> list[int]:
     """Of the first hundred images, those which together show every class, the rarest first."""
     counts = [
-        torch.bincount(dataset[index][1].flatten(), minlength=256)[: len(dataset.classes)]
+        class_histogram(dataset[index][1], len(dataset.classes))
         for index in range(min(100, len(dataset)))
     ]
     present = (torch.stack(counts) > 0).double()
