@@ -393,21 +393,22 @@ def test_more_than_255_classes_from_files_to_report(tmp_path: Path):
     """Masks of 16 bits; class 255 is one like the others."""
     for split in ("train", "val"):
         for name, classes in (("a", [255, 299]), ("b", [0, 255])):
-            write(tmp_path / f"images/{split}/{name}.png", image(32, 32))
-            rows = np.resize(np.array(classes, np.uint16), 32)
+            noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+            write(tmp_path / f"images/{split}/{name}.png", noise)
+            rows = np.resize(np.array(classes, np.uint16), 64)
             rows[3] = 65_535
-            write(tmp_path / f"masks/{split}/{name}.png", np.repeat(rows[:, None], 32, 1))
+            write(tmp_path / f"masks/{split}/{name}.png", np.repeat(rows[:, None], 64, 1))
     config = FOLDER.replace(
         root=tmp_path, out=tmp_path, name="run", workers=0, device="cpu", num_classes=300
     )
-    config = config.replace(label_map={65_535: -1}, steps=2, crop=(32, 32), batch_size=2)
-    config = config.replace(methods=("sar", "occl"), pretrained=False, scale=(1.0, 1.0))
+    config = config.replace(label_map={65_535: -1}, steps=2, crop=(64, 64), batch_size=4)
+    config = config.replace(methods=("occl",), lr=1e-3, threads=1)
     train, _ = build_datasets(config.data, seed=0)
     assert train[0][1][:4, 0].tolist() == [255, 299, 255, -1]
     assert class_counts(train, tmp_path / "counts")[0].nonzero().flatten().tolist() == [0, 255, 299]
     results = loop.start(config)
-    assert results["pixels"] == 2 * 31 * 32
-    assert results["classes"][255]["frequency"] == pytest.approx(47 / 62)
+    assert results["pixels"] == 2 * 63 * 64
+    assert results["classes"][255]["frequency"] == pytest.approx(63 / 126)
     assert (tmp_path / "run/report.html").exists()
 
 
