@@ -228,7 +228,7 @@ def test_losses_are_float32_under_autocast():
         (lambda: ao.CrossEntropy(focal_gamma=-1), "CrossEntropy: focal_gamma: expected"),
         (lambda: ao.CrossEntropy(ohem=0), "CrossEntropy: ohem: expected"),
         (lambda: ao.CrossEntropy(ohem_kept=0), "CrossEntropy: ohem_kept: expected"),
-        (lambda: ao.CrossEntropy(ignore_index=None), "CrossEntropy: ignore_index: expected"),
+        (lambda: ao.CrossEntropy(ignore_index=0.5), "CrossEntropy: ignore_index: expected"),
         (lambda: ao.Dice(alpha=-1), "Dice: alpha: expected"),
         (lambda: ao.Dice(gamma=0), "Dice: gamma: expected"),
         (lambda: ao.Dice(absent="drop"), "Dice: absent: expected 'skip' or 'zero' or 'keep'"),
@@ -237,7 +237,7 @@ def test_losses_are_float32_under_autocast():
         (lambda: ao.CrossEntropyDice(ao.Dice()), "CrossEntropyDice: cross_entropy: expected"),
         (
             lambda: ao.CrossEntropyDice(ao.CrossEntropy(ignore_index=0)),
-            "CrossEntropyDice: dice: expected the cross-entropy's ignore_index, 0, got 255",
+            "CrossEntropyDice: dice: expected the cross-entropy's ignore_index, 0, got None",
         ),
     ],
 )
@@ -257,5 +257,15 @@ def test_wrong_inputs():
         ao.CrossEntropy()(logits, labels, torch.ones(3))
     with pytest.raises(ValueError, match="Dice: pixel_weights: expected None"):
         ao.Dice()(logits, labels, torch.ones(labels.shape))
+    many, message = (
+        torch.randn(2, 256, 4, 4),
+        "ignore_index: expected a value where num_classes > 255",
+    )
+    for function in (ao.softmax_moments, ao.pixel_cross_entropy, ao.pixel_confusion):
+        with pytest.raises(ValueError, match=f"{function.__name__}: {message}"):
+            function(many, labels[:2])
+    for loss in (ao.CrossEntropy, ao.Dice, ao.CrossEntropyDice):
+        with pytest.raises(ValueError, match=f"{loss.__name__}: {message}"):
+            loss()(many, labels[:2])
     with pytest.raises(ValueError, match="Dice: logits: expected at least 8 classes"):
         ao.Dice(classes=[7])(logits, labels)

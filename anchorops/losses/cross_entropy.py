@@ -43,7 +43,7 @@ class CrossEntropy(PixelLoss):
         ohem_kept: so many pixels, those of the largest −log p_y, count in any case, with those that
             equal the last of them. Without `ohem` they are the only ones.
         accuracy: put the share of pixels that are predicted right among `terms`.
-        ignore_index: a label that is left out.
+        ignore_index: a label that is left out, 255 by default; with K > 255 it must be given.
         align_corners: of the upsampling, as in F.interpolate; that of the layer it replaces.
 
     Called with (logits, labels, pixel_weights=None): pixel_weights is v, floating, of the labels'
@@ -65,7 +65,7 @@ class CrossEntropy(PixelLoss):
         ohem: float | None = None,
         ohem_kept: int | None = None,
         accuracy: bool = False,
-        ignore_index: int = 255,
+        ignore_index: int | None = None,
         align_corners: bool = False,
     ) -> None:
         super().__init__(accuracy=accuracy, ignore_index=ignore_index, align_corners=align_corners)
@@ -98,11 +98,9 @@ class CrossEntropy(PixelLoss):
         labels: Tensor,
         pixel_weights: Tensor | None,
     ) -> dict[str, Tensor]:
-        weight, uniform = class_weight(self, logits), None
+        weight, ignored, uniform = class_weight(self, logits), self.ignored(logits), None
         if self.label_smoothing > 0:
-            uniform = uniform_losses(
-                logits, labels, moments, weight, self.ignore_index, self.align_corners
-            )
+            uniform = uniform_losses(logits, labels, moments, weight, ignored, self.align_corners)
         if pixel_weights is None and not self._selects and self.focal_gamma == 0:
             losses, weights = class_losses(moments, weight)
             total = None if uniform is None else uniform.sum()
@@ -110,7 +108,7 @@ class CrossEntropy(PixelLoss):
             return {"ce": divide(loss, weights.sum())}
         ce = moments.pixel_losses
         assert ce is not None
-        weights = weights_of_pixels(labels, weight, logits, self.ignore_index)
+        weights = weights_of_pixels(labels, weight, logits, ignored)
         losses = smoothed(weighted(ce, weights), uniform, self.label_smoothing, logits)
         if self.focal_gamma > 0:
             # 1 − e^{−ce}; kept above 0, where the derivative of a power below 1 is infinite
@@ -119,7 +117,7 @@ class CrossEntropy(PixelLoss):
         if pixel_weights is not None:
             losses, weights = weighted(losses, pixel_weights), weights * pixel_weights
         if self._selects:
-            valid = weights_of_pixels(labels, None, logits, self.ignore_index) > 0
+            valid = weights_of_pixels(labels, None, logits, ignored) > 0
             hard = self._hard(ce.detach(), valid)
             losses, weights = torch.where(hard, losses, 0), torch.where(hard, weights, 0)
         return {"ce": divide(losses.sum(), weights.sum())}

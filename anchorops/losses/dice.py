@@ -84,7 +84,7 @@ class Dice(PixelLoss):
         gamma: float = 1.0,
         process_group: ProcessGroup | str | None = None,
         accuracy: bool = False,
-        ignore_index: int = 255,
+        ignore_index: int | None = None,
         align_corners: bool = False,
     ) -> None:
         super().__init__(accuracy=accuracy, ignore_index=ignore_index, align_corners=align_corners)

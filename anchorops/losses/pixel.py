@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import describe, fail
+from .._checks import check_ignore_index, describe, fail
 from ..ops.pixel_cross_entropy import check_classes
 from ..ops.softmax_moments import softmax_moments
 from ..reference import SoftmaxMoments, statistics_dtype
@@ -28,14 +28,22 @@ class PixelLoss(nn.Module):
     settings: tuple[str, ...] = ()
 
     def __init__(
-        self, *, accuracy: bool = False, ignore_index: int = 255, align_corners: bool = False
+        self,
+        *,
+        accuracy: bool = False,
+        ignore_index: int | None = None,
+        align_corners: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(ignore_index, int):
-            fail(type(self).__name__, "ignore_index", "an int", describe(ignore_index))
+        if ignore_index is not None:
+            check_ignore_index(type(self).__name__, ignore_index, 1)
         self.accuracy = accuracy
         self.ignore_index, self.align_corners = ignore_index, align_corners
         self.terms: dict[str, Tensor] = {}
+
+    def ignored(self, logits: Tensor) -> int:
+        """The label that is left out, for so many classes."""
+        return check_ignore_index(type(self).__name__, self.ignore_index, logits.shape[1])
 
     def asked(self) -> dict[str, bool]:
         """Arguments of `softmax_moments`: which statistics the loss needs, hits apart."""
@@ -62,7 +70,7 @@ class PixelLoss(nn.Module):
         moments = softmax_moments(
             logits,
             labels,
-            ignore_index=self.ignore_index,
+            ignore_index=self.ignored(logits),
             align_corners=self.align_corners,
             **asked,
         )

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._checks import (
+    check_ignore_index,
     check_label_values,
     check_labels_of_logits,
     check_logits,
@@ -40,7 +41,7 @@ def confusion(
     labels: Tensor,
     num_classes: int,
     *,
-    ignore_index: int = 255,
+    ignore_index: int | None = None,
     check_labels: bool = False,
 ) -> Tensor:
     """How many pixels of true class i were predicted as class j.
@@ -52,7 +53,7 @@ def confusion(
         labels: any integer dtype, up to three axes. A pixel is left out where its label is
             ignore_index or no class, or its prediction is no class.
         num_classes: K, 1 to 4,096.
-        ignore_index: a label that is left out.
+        ignore_index: a label that is left out, 255 by default; with K > 255 it must be given.
         check_labels: raise where a label is neither a class nor ignore_index; synchronises.
 
     Returns:
@@ -75,6 +76,7 @@ def confusion(
     ):
         expected = f"an int64 tensor of shape {tuple(labels.shape)} on {labels.device}, as labels"
         fail(function, "predictions", expected, describe(predictions))
+    ignore_index = check_ignore_index(function, ignore_index, num_classes)
     if check_labels:
         check_label_values(function, labels, num_classes, ignore_index)
     backend = select(function, predictions, num_classes)
@@ -88,7 +90,7 @@ def pixel_confusion(
     logits: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = 255,
+    ignore_index: int | None = None,
     align_corners: bool = False,
     check_labels: bool = False,
 ) -> Tensor:
@@ -115,6 +117,7 @@ def pixel_confusion(
     check_labels_of_logits(function, labels, logits)
     num_classes = logits.shape[1]
     _check_classes(function, "logits", num_classes)
+    ignore_index = check_ignore_index(function, ignore_index, num_classes)
     if check_labels:
         check_label_values(function, labels, num_classes, ignore_index)
     size = (labels.shape[1], labels.shape[2])

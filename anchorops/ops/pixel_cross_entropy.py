@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_logits, describe, fail
+from .._checks import check_choice, check_ignore_index, check_logits, describe, fail
 from ..reference import SoftmaxMoments, statistics_dtype
 from .softmax_moments import softmax_moments
 
@@ -13,7 +13,7 @@ def pixel_cross_entropy(
     labels: Tensor,
     *,
     weight: Tensor | None = None,
-    ignore_index: int = 255,
+    ignore_index: int | None = None,
     align_corners: bool = False,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -49,6 +49,7 @@ def pixel_cross_entropy(
     if weight is not None:
         check_weight(function, weight, logits)
         weight = weight.to(statistics_dtype(logits.dtype))
+    ignore_index = check_ignore_index(function, ignore_index, logits.shape[1])
     moments = softmax_moments(
         logits,
         labels,

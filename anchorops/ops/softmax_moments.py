@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._checks import (
+    check_ignore_index,
     check_label_values,
     check_labels_of_logits,
     check_logits,
@@ -133,7 +134,7 @@ def softmax_moments(
     logits: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = 255,
+    ignore_index: int | None = None,
     align_corners: bool = False,
     per_image: bool = False,
     hits: bool = True,
@@ -162,7 +163,7 @@ def softmax_moments(
         labels: any integer dtype; (B, H, W) of any size, (N,), (B, N) or (B, d, h, w). A pixel is
             valid where 0 <= label < K and label != ignore_index; the others change nothing, even
             where their logits are NaN or Inf, and have no gradient.
-        ignore_index: a label that is left out.
+        ignore_index: a label that is left out, 255 by default; with K > 255 it must be given.
         align_corners: of the upsampling, as in F.interpolate.
         per_image: keep the images of the batch apart.
         hits, masses, squares, pixel_losses, lse: what is computed beside counts and losses;
@@ -186,6 +187,7 @@ def softmax_moments(
     function = "softmax_moments"
     check_logits(function, logits)
     check_labels_of_logits(function, labels, logits)
+    ignore_index = check_ignore_index(function, ignore_index, logits.shape[1])
     if check_labels:
         check_label_values(function, labels, logits.shape[1], ignore_index)
     shape = labels.shape
