@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
     operation: str
     direction: str
-    shape: Shape
+    shape: Any  # a Shape, or what a suite has in its place
     dtype: str = ""  # float32 on CPU, bfloat16 on GPU
     labels: str = "coherent"
     compiled: bool = False  # torch.compile of the rivals too, which takes some 10 s each

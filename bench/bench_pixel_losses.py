@@ -1,0 +1,240 @@
+"""Losses and confusion matrices at the labels' size, against upsampling the logits first.
+
+Bytes are those of the operator: forward reads logits and labels and writes lse; backward reads the
+three and writes the logits' gradient.
+
+The formulas people write allocate several tensors of all labels and classes. On CPU these are new
+memory in each call, whose page faults take about half of the time; "kept pages" are the same
+formulas where malloc keeps its memory, as some programs arrange it.
+"""
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, Case, backends, grid
+from segmentation_models_pytorch.losses import DiceLoss, FocalLoss
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+import anchorops as ao
+from anchorops._measure import example_labels
+
+FORWARD, TRAINING = "forward", "forward + backward"
+CE, CE_DICE, DICE, FOCAL = "cross-entropy", "cross-entropy + Dice", "Dice", "focal cross-entropy"
+CONFUSION = "confusion matrix"
+IGNORED = 255
+KEPT = ", kept pages"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
+
+
+class Logits(NamedTuple):
+    """Logits (B, K, h, w), or a volume (B, K, d, h, w), and the size of their labels."""
+
+    name: str
+    size: tuple[int, ...]
+    label_size: tuple[int, ...]
+    align_corners: bool = False
+    channels_last: bool = False
+    cpu_batch: int = 2
+
+    @property
+    def num_classes(self) -> int:
+        return self.size[1]
+
+    def on(self, device: torch.device, tiny: bool = False) -> "Logits":
+        size, label_size = list(self.size), self.label_size
+        if device.type == "cpu":
+            size[0] = min(self.cpu_batch, size[0])
+        if tiny:
+            size[1] = min(size[1], 20)
+            if size[2:] == list(label_size):
+                label_size = (4,) * len(label_size)
+                size[2:] = label_size
+            else:
+                label_size = tuple(n * 5 // s for n, s in zip(label_size, size[2:], strict=True))
+                size[2:] = (5, 5)
+        return self._replace(size=tuple(size), label_size=label_size)
+
+
+SEGFORMER = Logits("SegFormer, ADE20K", (16, 150, 128, 128), (512, 512))
+HRNET = Logits("HRNet, Cityscapes", (8, 19, 128, 256), (512, 1024))
+DEEPLAB = Logits("DeepLab, VOC", (8, 21, 65, 65), (513, 513))
+CORNERS = DEEPLAB._replace(name="DeepLab, VOC, aligned corners", align_corners=True)
+LAST = SEGFORMER._replace(name="SegFormer, ADE20K, channels last", channels_last=True)
+ONE = SEGFORMER._replace(name="SegFormer, ADE20K, one image", cpu_batch=1)
+COCO = Logits("SegFormer, COCO-Stuff", (16, 171, 128, 128), (512, 512))
+MANY = Logits("1,200 classes", (4, 1200, 64, 64), (256, 256))
+VOLUME = Logits("3-D patch", (2, 4, 64, 64, 64), (64, 64, 64))
+
+QUICK = [
+    Case(CE, TRAINING, SEGFORMER, compiled=True),
+    Case(CE, FORWARD, SEGFORMER),
+    *(Case(CE, TRAINING, shape) for shape in (HRNET, DEEPLAB, CORNERS, LAST, ONE, MANY)),
+    Case(CE_DICE, TRAINING, SEGFORMER),
+    Case(CE_DICE, TRAINING, VOLUME),
+    Case(DICE, TRAINING, HRNET),
+    Case(FOCAL, TRAINING, HRNET),
+    Case(CONFUSION, FORWARD, HRNET),
+    Case(CONFUSION, FORWARD, SEGFORMER),
+]
+FULL = [
+    Case(operation, direction, shape, dtype)
+    for shape in (SEGFORMER, HRNET, DEEPLAB, COCO, LAST)
+    for dtype in ("bf16", "fp32")
+    for operation in (CE, CE_DICE)
+    for direction in (FORWARD, TRAINING)
+]
+
+Formula = Callable[[Tensor, Tensor], Tensor]
+
+
+def ours(case: Case) -> Formula:
+    align_corners = case.shape.align_corners
+    options = {"ignore_index": IGNORED, "align_corners": align_corners}
+    if case.operation == CONFUSION:
+        return lambda x, y: ao.pixel_confusion(x, y, **options)
+    dice = ao.Dice(absent="zero", **options)
+    cross_entropy = ao.CrossEntropy(focal_gamma=2.0 * (case.operation == FOCAL), **options)
+    if case.operation == CE_DICE:
+        return ao.CrossEntropyDice(cross_entropy, dice)
+    return dice if case.operation == DICE else cross_entropy
+
+
+def upsampled(case: Case, x: Tensor) -> Tensor:
+    shape: Logits = case.shape
+    if x.shape[2:] == shape.label_size:
+        return x.float()
+    size, align_corners = shape.label_size, shape.align_corners
+    return F.interpolate(x.float(), size, mode="bilinear", align_corners=align_corners)
+
+
+def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y, ignore_index=IGNORED)
+
+
+def focal(z: Tensor, y: Tensor) -> Tensor:
+    losses = F.cross_entropy(z, y, ignore_index=IGNORED, reduction="none")
+    return ((1 - (-losses).exp()) ** 2 * losses).sum() / (y != IGNORED).sum()
+
+
+def torchmetrics_confusion(z: Tensor, y: Tensor) -> Tensor:
+    return multiclass_confusion_matrix(z.argmax(1), y, z.shape[1], ignore_index=IGNORED)
+
+
+def bincount_confusion(z: Tensor, y: Tensor) -> Tensor:
+    num_classes, valid = z.shape[1], y != IGNORED
+    pairs = y[valid] * num_classes + z.argmax(1)[valid]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def rival_formulas(case: Case) -> dict[str, Formula]:
+    """What is not the same loss, smp's focal, is left unchecked."""
+    smp_dice = DiceLoss("multiclass", ignore_index=IGNORED)
+    formulas: dict[str, Formula] = {
+        CE: {"interpolate + cross_entropy": cross_entropy},
+        DICE: {"interpolate + smp's Dice": smp_dice},
+        CE_DICE: {
+            "interpolate + cross_entropy + smp's Dice": lambda z, y: (
+                cross_entropy(z, y) + smp_dice(z, y)
+            )
+        },
+        FOCAL: {
+            "interpolate + focal": focal,
+            "interpolate + smp's focal": FocalLoss("multiclass", ignore_index=IGNORED),
+        },
+        CONFUSION: {
+            "interpolate + argmax + torchmetrics": torchmetrics_confusion,
+            "interpolate + argmax + bincount": bincount_confusion,
+        },
+    }[case.operation]
+    formulas = {
+        name: lambda x, y, formula=formula: formula(upsampled(case, x), y)
+        for name, formula in formulas.items()
+    }
+    first, formula = next(iter(formulas.items()))
+    if case.operation == CE:
+
+        def by_image(x: Tensor, y: Tensor) -> Tensor:
+            images = zip(x.split(1), y.split(1), strict=True)
+            losses = [formula(one, own) * (own != IGNORED).sum() for one, own in images]
+            return torch.stack(losses).sum() / (y != IGNORED).sum()
+
+        formulas["image by image"] = by_image
+    if case.compiled:
+        formulas[f"compiled {first}"] = torch.compile(formula, dynamic=False)
+    return formulas
+
+
+def names(case: Case, device: torch.device) -> list[str]:
+    rivals = [*rival_formulas(case)]
+    if device.type == "cpu":
+        rivals.append(rivals[0] + KEPT)
+    return [*backends(device), *rivals]
+
+
+@contextlib.contextmanager
+def kept_pages() -> Iterator[None]:
+    """malloc neither maps large blocks apart nor gives memory back."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_MAX, 65_536)
+        libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
+        libc.malloc_trim(0)
+
+
+@lru_cache(1)
+def make_inputs(shape: Logits, dtype: str, labels: str, device: torch.device):
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(shape.size, dtype=DTYPES[dtype], device=device, generator=generator)
+    if shape.channels_last:
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    size = (shape.size[0], *shape.label_size)
+    if len(size) == 3:
+        truth = example_labels(size, shape.num_classes, labels)
+    else:
+        truth = example_labels((size[0], size[1] * size[2], size[3]), shape.num_classes, labels)
+    truth = torch.where(truth < 0, IGNORED, truth).view(size).to(device)
+    return logits, truth
+
+
+@lru_cache(2)
+def exact(case: Case, device: torch.device) -> Tensor:
+    """By the plain formula in float32: the tests compare with float64."""
+    logits, labels = make_inputs(case.shape, case.dtype, case.labels, device)
+    formula = next(iter(rival_formulas(case).values()))
+    logits = logits.detach().requires_grad_(case.direction == TRAINING)
+    value = formula(logits, labels)
+    return torch.autograd.grad(value, logits)[0] if case.direction == TRAINING else value.double()
+
+
+def counted_bytes(logits: Tensor, labels: Tensor, direction: str) -> int:
+    forward = logits.nbytes + labels.nbytes + 4 * labels.numel()
+    return forward if direction == FORWARD else 2 * forward + logits.nbytes
+
+
+@grid(QUICK, FULL, names)
+def test_pixel_losses(bench, case: Case, name: str):
+    case = case._replace(shape=case.shape.on(bench.device, bench.tiny))
+    logits, labels = make_inputs(case.shape, case.dtype, case.labels, bench.device)
+    plain = name.removesuffix(KEPT)
+    formula = ours(case) if name in backends(bench.device) else rival_formulas(case)[plain]
+    logits = logits.detach().requires_grad_(case.direction == TRAINING)
+
+    def run() -> tuple[Tensor, ...]:
+        value = formula(logits, labels)
+        return torch.autograd.grad(value, logits) if logits.requires_grad else (value,)
+
+    with bench.backend(name), kept_pages() if name.endswith(KEPT) else contextlib.nullcontext():
+        if "smp's focal" not in name:
+            bench.check(run(), [exact(case._replace(compiled=False), bench.device)], case.dtype)
+        counted = counted_bytes(logits, labels, case.direction)
+        bench.record(run, case, name, counted, beside=logits)
