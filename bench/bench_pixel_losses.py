@@ -46,6 +46,12 @@ class Logits(NamedTuple):
     def num_classes(self) -> int:
         return self.size[1]
 
+    @property
+    def sizes(self) -> str:
+        axes = "BKhw" if len(self.size) == 4 else "BKdhw"
+        sizes = " ".join(f"{axis}{size:,}" for axis, size in zip(axes, self.size, strict=True))
+        return f"{sizes}, labels {'×'.join(map(str, self.label_size))}"
+
     def on(self, device: torch.device, tiny: bool = False) -> "Logits":
         size, label_size = list(self.size), self.label_size
         if device.type == "cpu":

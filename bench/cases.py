@@ -37,10 +37,10 @@ class Shape(NamedTuple):
         return (self.size[0], *self.size[2:])
 
     @property
-    def description(self) -> str:
+    def sizes(self) -> str:
         axes = "BDHW" if len(self.size) == 4 else "ND"
         sizes = " ".join(f"{axis}{size:,}" for axis, size in zip(axes, self.size, strict=True))
-        return f"{self.name}: {sizes} K{self.num_classes:,}"
+        return f"{sizes} K{self.num_classes:,}"
 
 
 HRNET = Shape("HRNet-W48, Cityscapes", (8, 720, 128, 256), 19)

@@ -154,6 +154,7 @@ class Bench:
             "direction": case.direction,
             "shape": case.shape.name,
             "size": list(case.shape.size),
+            "sizes": case.shape.sizes,
             "num_classes": case.shape.num_classes,
             "dtype": case.dtype,
             "labels": case.labels,
@@ -194,11 +195,10 @@ def pytest_terminal_summary(terminalreporter, config):
     for group in dict.fromkeys(map(key, rows)):
         members = sorted((r for r in rows if key(r) == group), key=lambda row: row["median"])
         first = members[0]
-        sizes = " × ".join(map(str, first["size"]))
         write("")
         write(
-            f"{first['operation']}, {first['direction']}: {first['shape']} ({sizes}, "
-            f"K {first['num_classes']}), {first['dtype']}, {first['labels']} labels"
+            f"{first['operation']}, {first['direction']}: {first['shape']} ({first['sizes']}), "
+            f"{first['dtype']}, {first['labels']} labels"
         )
         for row in members:
             write(line(row))

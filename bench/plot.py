@@ -31,11 +31,38 @@ STYLES = {  # name: colour, marker
     "gather + mse": ("#b8860b", "P"),
     "cross_entropy": ("#b0447a", "v"),
     "interpolate + scatter_add": ("#4c4c4c", "h"),
+    "interpolate + cross_entropy": ("#c2571a", "o"),
+    "image by image": ("#8a8f8c", "X"),
+    "interpolate + smp's Dice": ("#7b5aa6", "s"),
+    "interpolate + cross_entropy + smp's Dice": ("#2f6fb0", "^"),
+    "interpolate + focal": ("#b8860b", "P"),
+    "interpolate + smp's focal": ("#b0447a", "v"),
+    "interpolate + argmax + torchmetrics": ("#4c4c4c", "h"),
+    "interpolate + argmax + bincount": ("#3a8f8a", "<"),
     "torch_scatter": ("#7a3b12", "p"),
     "torch_geometric": ("#3a8f8a", "<"),
 }
+KEPT = ", kept pages"
 BOTH, TRAINING = "class moments with anchors", "forward + backward"
-HEADLINE, DIRECTIONS = "HRNet-W48, Cityscapes", ("forward", TRAINING)
+DIRECTIONS = "forward", TRAINING
+# operation, shape, what it is, and the formulas shown beside the fastest rival
+HEADLINES = (
+    (
+        BOTH,
+        "HRNet-W48, Cityscapes",
+        "Class sums and squared distances to anchors",
+        {"index_add": "permute + index_add", "class loop": "class loop"},
+    ),
+    (
+        "cross-entropy",
+        "SegFormer, ADE20K",
+        "Cross-entropy at the labels' size",
+        {
+            "interpolate + cross_entropy": "interpolate + cross_entropy",
+            "interpolate + cross_entropy, kept pages": "the same, kept pages",
+        },
+    ),
+)
 GROWTH = ("growth with N·D", "growth with K")
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
@@ -91,100 +118,106 @@ def grouped(rows: list[dict]) -> dict[tuple, list[dict]]:
     return {key: sorted(group, key=lambda row: row["median"]) for key, group in groups.items()}
 
 
-def sizes(row: dict) -> str:
-    axes = {4: "BDHW", 2: "ND"}[len(row["size"])]
-    text = " ".join(f"{a}{n:,}" for a, n in zip(axes, row["size"], strict=True))
-    return f"{text} K{row['num_classes']:,}"
-
-
 def title(row: dict) -> str:
     graph = ", CUDA graph" if row["name"].endswith("CUDA graph") else ""
     what = f"{row['operation']}, {row['direction']}{graph}"
     if row["shape"] == "centroids":
-        return f"{what}\n{sizes(row)}, {row['dtype']}"
-    return f"{what}\n{row['shape']}: {sizes(row)}, {row['dtype']}, {row['labels']} labels"
+        return f"{what}\n{row['sizes']}, {row['dtype']}"
+    return f"{what}\n{row['shape']}: {row['sizes']}, {row['dtype']}, {row['labels']} labels"
 
 
 def style(row: dict) -> tuple[str, str, str]:
-    """Colour, marker and fill of a row's implementation: a compiled one is hollow, and so is a
-    backend of ours that is not taken by itself."""
+    """Colour, marker and fill of a row's implementation: a variant of a formula is hollow, and so
+    is a backend of ours that is not taken by itself."""
     name = row["name"].removesuffix(", CUDA graph")
     ours = name.startswith("anchorops")
-    colour, marker = STYLES["anchorops" if ours else name.removeprefix("compiled ")]
-    hollow = name.startswith("compiled ") or (ours and not row["ours"])
+    formula = name.removeprefix("compiled ").removesuffix(KEPT)
+    colour, marker = STYLES["anchorops" if ours else formula]
+    hollow = (not ours and name != formula) or (ours and not row["ours"])
     return colour, marker, "white" if hollow else colour
 
 
-def headline_groups(run: dict) -> list[list[dict]]:
-    """The headline case forward, and forward and backward."""
+def headline_groups(run: dict, operation: str, shape: str) -> list[list[dict]]:
+    """A headline's case forward, and forward and backward."""
     dtype = "bf16" if run["device_type"] == "cuda" else "fp32"
     found = {
         row["direction"]: group
         for group in grouped(run["rows"]).values()
-        if (row := group[0])["operation"] == BOTH
-        and (row["shape"], row["dtype"], row["labels"]) == (HEADLINE, dtype, "coherent")
+        if (row := group[0])["operation"] == operation
+        and (row["shape"], row["dtype"], row["labels"]) == (shape, dtype, "coherent")
     }
     return [found[direction] for direction in DIRECTIONS if direction in found]
 
 
 def headlines(run: dict) -> Figure | None:
     """Ours beside the fastest rival, the usual formula and what is published."""
-    groups = headline_groups(run)
-    if not groups:
+    found = [(headline_groups(run, *headline[:2]), *headline[2:]) for headline in HEADLINES]
+    found = [headline for headline in found if headline[0]]
+    if not found:
         return None
-    figure, axes = plt.subplots(
-        1, len(groups), figsize=(10, 2.5), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, group in zip(axes[0], groups, strict=True):
-        own = next(row for row in group if row["ours"])
-        bars = {"anchorops": own}
-        for role, rival in (
-            ("fastest rival", next((r for r in group if "anchorops" not in r["name"]), None)),
-            ("permute + index_add", next((r for r in group if r["name"] == "index_add"), None)),
-            ("class loop", next((r for r in group if r["name"] == "class loop"), None)),
-        ):
-            if rival and rival not in bars.values():
-                bars[role] = rival
-        times = [row["median"] * 1e3 for row in bars.values()]
-        drawn = axis.barh([*bars], times, color=[OURS, *[OTHER] * (len(bars) - 1)])
-        labels = [
-            f"{number(row['median'] * 1e3)} ms" + ("" if row is own else f", {row['ratio']:.0f}×")
-            for row in bars.values()
-        ]
-        if "fastest rival" in bars:
-            labels[1] += f" ({bars['fastest rival']['name']})"
-        axis.bar_label(drawn, labels, padding=4)
-        axis.set_title(group[0]["direction"], loc="left", fontweight="bold")
-        axis.set_xlim(0, 1.3 * max(times))
-        axis.set_xlabel("milliseconds")
-    axes[0, 0].invert_yaxis()
-    row = groups[0][0]
-    what = f"Class sums and squared distances to anchors, {row['dtype']}, {row['labels']} labels"
-    figure.suptitle(f"{what}\n{row['shape']}: {sizes(row)}", x=0.01, ha="left", fontsize=10)
+    figure = plt.figure(figsize=(10, 2.6 * len(found)), layout="constrained")
+    parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
+    for part, (groups, what, formulas) in zip(parts, found, strict=True):
+        axes = part.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+        for axis, group in zip(axes, groups, strict=True):
+            draw_headline(axis, group, formulas)
+        axes[0].invert_yaxis()
+        row = groups[0][0]
+        text = f"{what}, {row['dtype']}, {row['labels']} labels\n{row['shape']}: {row['sizes']}"
+        part.suptitle(text, x=0.01, ha="left", fontsize=10)
     return figure
 
 
+def draw_headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> None:
+    own = next(row for row in group if row["ours"])
+    rows = {row["name"]: row for row in group}
+    bars = {"anchorops": own}
+    fastest = next((row for row in group if "anchorops" not in row["name"]), None)
+    if fastest:
+        bars["fastest rival"] = fastest
+    for name, label in formulas.items():
+        if name in rows and rows[name] is not fastest:
+            bars[label] = rows[name]
+    times = [row["median"] * 1e3 for row in bars.values()]
+    drawn = axis.barh([*bars], times, color=[OURS, *[OTHER] * (len(bars) - 1)])
+    labels = [
+        f"{number(row['median'] * 1e3)} ms" + ("" if row is own else f", {row['ratio']:.0f}×")
+        for row in bars.values()
+    ]
+    if fastest:
+        labels[1] += f" ({fastest['name']})"
+    axis.bar_label(drawn, labels, padding=4)
+    axis.set_title(group[0]["direction"], loc="left", fontweight="bold")
+    axis.set_xlim(0, 1.3 * max(times))
+    axis.set_xlabel("milliseconds")
+
+
 def table(run: dict) -> str:
-    """The README's table, verbatim: the headline case by every implementation."""
-    forward, training = headline_groups(run)
-    forward_times = {row["name"]: row for row in forward}
-    lines = [
-        f"{title(training[0]).splitlines()[1]}. {machine(run)}.",
-        "",
-        "| | forward, ms | forward + backward, ms | memory beyond inputs and outputs, MiB |",
-        "|---|---|---|---|",
-    ]
-    for row in training:
-        times = (forward_times.get(row["name"]), row)
-        cells = [f"{number(r['median'] * 1e3)} ({r['ratio']:.1f}×)" if r else "" for r in times]
-        memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:,.0f}"
-        lines.append(f"| {' | '.join([row['name'], *cells, memory])} |")
-    share = next(row["read_share"] for row in forward if row["ours"])
-    lines += [
-        "",
-        f"Forward, at {share:.0%} of the bandwidth at which torch sums the features beside it.",
-    ]
-    return "\n".join(lines)
+    """The README's tables, verbatim: the headline cases by every implementation."""
+    lines = []
+    for operation, shape, what, _ in HEADLINES:
+        groups = headline_groups(run, operation, shape)
+        if len(groups) < len(DIRECTIONS):
+            continue
+        forward, training = groups
+        forward_times = {row["name"]: row for row in forward}
+        lines += [
+            f"{what}. {title(training[0]).splitlines()[1]}. {machine(run)}.",
+            "",
+            "| | forward, ms | forward + backward, ms | memory beyond inputs and outputs, MiB |",
+            "|---|---|---|---|",
+        ]
+        for row in training:
+            times = (forward_times.get(row["name"]), row)
+            cells = [f"{number(r['median'] * 1e3)} ({r['ratio']:.1f}×)" if r else "" for r in times]
+            memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:,.0f}"
+            lines.append(f"| {' | '.join([row['name'], *cells, memory])} |")
+        lines.append("")
+        if operation == BOTH:
+            share = next(row["read_share"] for row in forward if row["ours"])
+            lines += [f"Forward, at {share:.0%} of the bandwidth at which torch sums the features."]
+            lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def number(value: float) -> str:
@@ -318,7 +351,7 @@ def draw_growth(
     axis.set(xscale="log", yscale="log", ylabel="milliseconds")
     first = next(iter(curves.values()))[0]
     fixed = (
-        f"D{first['size'][1]} K{first['num_classes']}" if by_size else sizes(first).split(" K")[0]
+        f"D{first['size'][1]} K{first['num_classes']}" if by_size else first["sizes"].split(" K")[0]
     )
     axis.set_xlabel("feature elements N·D" if by_size else "classes K")
     axis.set_title(f"{first['operation']}, {fixed}, {first['dtype']}", fontsize=9, loc="left")
