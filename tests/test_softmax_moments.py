@@ -1,72 +1,461 @@
-"""Softmax moments against torch's own upsampling and losses, in float64."""
+"""Softmax moments on the CPU and by the reference: against torch's own upsampling and softmax.
+
+The error against float64 is at most twice that of torch's formula in the dtype of the statistics
+(F.interpolate, log_softmax, masked sums), plus a floor that each check states.
+"""
+
+import os
+import subprocess
+import sys
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import anchorops as ao
+from anchorops.reference import statistics_dtype
 
-K = 7
-# size of logits, size of labels: up by whole and by odd ratios, the same, down, a single logit
-SIZES = [
-    ((5, 6), (20, 24)),
-    ((5, 6), (17, 25)),
-    ((5, 6), (5, 6)),
-    ((9, 8), (3, 5)),
-    ((1, 1), (4, 3)),
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+EVERYTHING = {"squares": True, "pixel_losses": True, "lse": True}
+
+
+class Case(NamedTuple):
+    size: tuple[int, int]  # of the logits
+    label_size: tuple[int, int]
+    num_classes: int
+    dtype: torch.dtype = F32
+    align_corners: bool = False
+    layout: str = "contiguous"
+    labels: str = "random"
+    scale: float = 3.0  # of the logits
+    per_image: bool = False
+    batch: int = 2
+
+
+CASES = [
+    Case((5, 6), (20, 24), 7),
+    Case((5, 6), (20, 24), 7, F64),
+    Case((5, 6), (17, 25), 7, F64, True, per_image=True),
+    Case((1, 1), (4, 3), 7, F64),
+    Case((9, 8), (3, 5), 7, F64),
+    Case((20, 33), (80, 132), 19, F32, labels="coherent"),
+    Case((20, 33), (80, 132), 19, F32, True, labels="coherent"),
+    Case((18, 16), (72, 64), 150, BF16),
+    Case((7, 17), (56, 136), 21, F16, labels="coherent"),
+    Case((17, 17), (129, 129), 21, F32, True),
+    Case((17, 17), (129, 129), 21, F32),
+    Case((33, 33), (129, 129), 3, F32, True, labels="coherent"),
+    Case((33, 33), (129, 129), 3, BF16),
+    Case((13, 10), (31, 29), 5),
+    Case((13, 10), (31, 29), 5, F32, True),
+    Case((6, 40), (90, 121), 4),
+    Case((6, 5), (200, 165), 4, F32, True),
+    Case((6, 5), (96, 80), 4, F16),
+    Case((9, 20), (13, 27), 6),
+    Case((9, 20), (9, 20), 6, F32, True),
+    Case((9, 20), (9, 50), 6, BF16),
+    Case((21, 30), (8, 11), 6, F32),
+    Case((21, 30), (8, 11), 6, F32, True),
+    Case((3, 4), (1, 1), 6, F32, True),
+    Case((1, 1), (4, 3), 2),
+    Case((1, 40), (1, 160), 2),
+    Case((9, 12), (36, 48), 1),
+    Case((4, 6), (16, 24), 1200, F32, scale=1.0),
+    Case((1, 60), (4, 240), 1200, BF16, scale=1.0),
+    Case((3, 5), (12, 20), 5000, scale=1.0, per_image=True),
+    Case((9, 12), (36, 48), 19, F32, layout="channels_last"),
+    Case((9, 18), (36, 72), 19, BF16, layout="channels_last", labels="coherent"),
+    Case((9, 12), (36, 48), 5, F16, layout="every other"),
+    Case((9, 12), (36, 48), 5, F32, layout="cropped"),
+    Case((9, 12), (36, 48), 20, BF16, layout="channels_last cropped"),
+    Case((9, 12), (36, 48), 5, F64, layout="transposed"),
+    Case((9, 12), (36, 48), 5, F32, layout="expanded batch"),
+    Case((9, 12), (36, 48), 150, labels="one class"),
+    Case((9, 12), (36, 48), 150, labels="ignored"),
+    Case((20, 9), (80, 36), 8, scale=80.0),
+    Case((20, 9), (80, 36), 8, scale=1e4, labels="coherent"),
+    Case((70, 9), (280, 36), 3, batch=1, per_image=True),
 ]
 
 
-def inputs(size, label_size, num_classes: int = K) -> tuple[Tensor, Tensor]:
-    logits = torch.randn(2, num_classes, *size, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(0, num_classes, (2, *label_size))
-    labels[torch.rand(labels.shape) < 0.2] = 255
-    return logits, labels
+def make_logits(case: Case) -> tuple[Tensor, Tensor]:
+    """Random logits of that layout, and the buffer they lie in: all NaN around them."""
+    size = (case.batch, case.num_classes, *case.size)
+    values = (torch.randn(size, dtype=F64) * case.scale).to(case.dtype)
+    if case.layout == "expanded batch":
+        buffer = values[:1]
+        return buffer.expand(size), buffer
+    order = [0, 1, 2, 3]
+    if case.layout.startswith("channels_last"):
+        order = [0, 2, 3, 1]
+    elif case.layout == "transposed":
+        order.reverse()
+    step, margin = (2, 2) if case.layout == "every other" else (1, 1)
+    if case.layout in ("contiguous", "channels_last"):
+        margin = 0
+    buffer = torch.full([step * size[i] + 2 * margin for i in order], torch.nan, dtype=case.dtype)
+    view = buffer.permute([order.index(i) for i in range(4)])
+    view = view[tuple(slice(margin, margin + step * n, step) for n in size)]
+    return view.copy_(values), buffer
 
 
-@pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize(("size", "label_size"), SIZES)
-def test_moments_of_the_upsampled_softmax(size, label_size, align_corners):
-    logits, labels = inputs(size, label_size)
-    with ao.use_backend("reference"):
-        moments = ao.softmax_moments(
-            logits, labels, align_corners=align_corners, squares=True, pixel_losses=True, lse=True
+def make_labels(case: Case) -> Tensor:
+    """Random, or patches of 7 × 9 pixels, or one class; some ignored and some out of range."""
+    shape = (case.batch, *case.label_size)
+    labels = torch.randint(0, case.num_classes, shape)
+    if case.labels == "coherent":
+        labels = labels.repeat_interleave(7, 1).repeat_interleave(9, 2)[:, : shape[1], : shape[2]]
+    elif case.labels == "one class":
+        labels.fill_(case.num_classes - 1)
+    elif case.labels == "ignored":
+        labels.fill_(255)
+    wrong = torch.tensor([255, -1, case.num_classes])[torch.randint(0, 3, shape)]
+    return torch.where(torch.rand(shape) < 0.1, wrong, labels) if labels.numel() > 2 else labels
+
+
+def unfused(case: Case, logits: Tensor, labels: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """losses, overlaps, masses, squares, pixel_losses and lse by torch's formulas in that dtype,
+    then counts and hits; a logit that is not read has no weight, so logits must be finite."""
+    z = F.interpolate(
+        logits.to(dtype), case.label_size, mode="bilinear", align_corners=case.align_corners
+    )
+    valid = (labels >= 0) & (labels < case.num_classes) & (labels != 255)
+    own = torch.where(valid, labels, 0)
+    log_p = z.log_softmax(1)
+    losses = -log_p.gather(1, own[:, None])[:, 0] * valid
+    image = torch.arange(case.batch)[:, None, None] if case.per_image else 0
+    keys = torch.where(valid, image * case.num_classes + own, -1)
+    shape = (case.batch, case.num_classes) if case.per_image else (case.num_classes,)
+
+    def by_class(values: Tensor) -> Tensor:
+        sums = values.new_zeros(torch.Size(shape).numel() + 1)
+        return sums.index_add(0, keys.flatten(), values.flatten())[:-1].view(shape)
+
+    keys = torch.where(keys < 0, torch.Size(shape).numel(), keys)
+    p = log_p.exp() * valid[:, None]
+    axes = (2, 3) if case.per_image else (0, 2, 3)
+    return [
+        by_class(losses),
+        by_class(p.gather(1, own[:, None])[:, 0]),
+        p.sum(axes),
+        p.square().sum(axes),
+        losses,
+        z.logsumexp(1) * valid,
+        by_class(valid.long()),
+        by_class((valid & (z.argmax(1) == own)).long()),
+    ]
+
+
+def fused(case: Case, logits: Tensor, labels: Tensor, **asked: bool) -> list[Tensor | None]:
+    """The same by ao.softmax_moments."""
+    found = ao.softmax_moments(
+        logits,
+        labels,
+        align_corners=case.align_corners,
+        per_image=case.per_image,
+        **(EVERYTHING | asked),
+    )
+    return [*found[2:], *found[:2]]
+
+
+def weights_of(case: Case) -> list[Tensor]:
+    """A gradient for each floating result."""
+    by_class = (case.batch, case.num_classes) if case.per_image else (case.num_classes,)
+    by_pixel = (case.batch, *case.label_size)
+    dtype = statistics_dtype(case.dtype)
+    return [torch.randn(shape, dtype=dtype) for shape in [by_class] * 4 + [by_pixel] * 2]
+
+
+def check(case: Case, logits: Tensor, labels: Tensor, backend: str) -> None:
+    dtype, weights = statistics_dtype(case.dtype), weights_of(case)
+    results = []
+    for function, x, of in (
+        (lambda x: fused(case, x, labels), logits.detach(), backend),
+        (lambda x: unfused(case, x, labels, F64), logits.double(), "auto"),
+        (lambda x: unfused(case, x, labels, dtype), logits.to(dtype), "auto"),
+    ):
+        x = x.requires_grad_()
+        with ao.use_backend(of):
+            outputs = function(x)
+            weighted = [w.to(y.dtype) for w, y in zip(weights, outputs, strict=False)]
+            results.append([*outputs, *torch.autograd.grad(outputs[:6], x, weighted)])
+    ours, exact, straightforward = results
+    gradient, eps = ours[-1], torch.finfo(dtype).eps
+    assert gradient.dtype == case.dtype
+    if backend != "reference":
+        assert gradient.stride() == torch.empty_like(logits).stride()
+    assert torch.equal(ours[6], exact[6])
+    # float64 is compared with sums in float64 itself; and a logit is rounded once
+    floor_of_terms = eps * max(32 if dtype == F64 else 8, logits.abs().max().item() / 2)
+    near_ties = (exact[7] - straightforward[7]).abs()
+    assert ((ours[7] - exact[7]).abs() <= 1 + 2 * near_ties).all()
+    for found, right, plain in zip(
+        ours[:6] + ours[8:],
+        exact[:6] + exact[8:],
+        straightforward[:6] + straightforward[8:],
+        strict=True,
+    ):
+        own = torch.finfo(found.dtype).eps
+        floor = own * right.abs() + floor_of_terms * right.abs().max()
+        error = (found.double() - right).abs()
+        allowed = 2 * (plain.double() - right).abs().max() + floor
+        assert (error <= allowed).all(), f"error {error.max():.3g}, allowed {allowed.max():.3g}"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(case: Case, backend: str, poisoned: None):
+    (logits, buffer), labels = make_logits(case), make_labels(case)
+    before = buffer.clone()
+    check(case, logits, labels, backend)
+    torch.testing.assert_close(buffer, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("asked", [{}, {"masses": False, "hits": False}, {"squares": True}])
+def test_what_is_not_asked_for_changes_nothing(asked: dict[str, bool], backend: str):
+    case = Case((9, 12), (36, 48), 19)
+    logits, labels = make_logits(case)[0], make_labels(case)
+    with ao.use_backend(backend):
+        everything = ao.softmax_moments(logits, labels, **EVERYTHING)
+        found = ao.softmax_moments(logits, labels, **asked)
+    for name, value in found._asdict().items():
+        default = name in ("hits", "masses", "overlaps", "counts", "losses")
+        flag = {"overlaps": "masses"}.get(name, name)
+        assert (value is not None) == asked.get(flag, default)
+        assert value is None or torch.equal(value, getattr(everything, name))
+
+
+@pytest.mark.parametrize("instructions", ["default", "avx2"])
+def test_lesser_instruction_sets(instructions: str):
+    """The same in a process that is to use less than this processor has."""
+    known = ["default", "avx2", "avx512"]
+    here = torch.backends.cpu.get_cpu_capability().lower()
+    if here not in known or known.index(here) <= known.index(instructions):
+        pytest.skip(f"{here} is the best here: the other tests use no more than {instructions}")
+    tests = "cpu and (values_and_gradients or not_finite) or threads"
+    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": instructions}
+    result = subprocess.run(
+        [*command, "-k", tests], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+def outputs_and_gradient(case: Case, logits: Tensor, labels: Tensor, weights: list[Tensor]):
+    logits = logits.detach().requires_grad_()
+    outputs = fused(case, logits, labels)
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs[:6], logits, weights)]
+
+
+NOT_FINITE = [
+    Case((9, 20), (36, 80), 7, labels="coherent"),
+    Case((9, 20), (36, 80), 7, BF16, True, layout="channels_last"),
+    Case((9, 20), (31, 67), 7, F32, True),
+    Case((9, 20), (72, 160), 3, F16),
+    Case((9, 20), (9, 20), 7, F32),
+    Case((9, 20), (5, 11), 7, F64),
+    Case((5, 6), (20, 24), 1),
+]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", NOT_FINITE, ids=str)
+def test_not_finite_ignored_pixels_change_nothing(case: Case, backend: str):
+    logits, labels, weights = make_logits(case)[0], make_labels(case), weights_of(case)
+    labels[:, : case.label_size[0] * 2 // 3] = 255  # no pixel reads the upper rows
+    with ao.use_backend(backend):
+        clean = outputs_and_gradient(case, logits, labels, weights)
+        for value in (torch.nan, torch.inf, -torch.inf):
+            logits[:, :, : case.size[0] // 2] = value
+            for ours, expected in zip(
+                outputs_and_gradient(case, logits, labels, weights), clean, strict=True
+            ):
+                assert torch.equal(ours, expected)
+    assert not clean[-1][:, :, : case.size[0] // 2].any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("case", NOT_FINITE, ids=str)
+def test_not_finite_logits_are_as_in_the_reference(case: Case, value: float):
+    """One logit, all classes of a position, and a whole class."""
+    logits, labels, weights = make_logits(case)[0], make_labels(case), weights_of(case)
+    logits[0, 0, 2, 3] = logits[1, :, 4, 4] = value
+    if case.num_classes > 2:
+        logits[1, 2] = value
+    results = []
+    for backend in ("cpu", "reference"):
+        with ao.use_backend(backend):
+            results.append(outputs_and_gradient(case, logits, labels, weights))
+    for ours, expected in zip(*results, strict=True):
+        rtol = 1e-2 if expected.dtype in (BF16, F16) else 1e-5
+        atol = rtol * float(torch.where(expected.isfinite(), expected, 0).abs().max())
+        torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_class_of_minus_infinity_is_no_class(backend: str):
+    case = Case((9, 20), (36, 80), 6)
+    logits, labels, weights = make_logits(case)[0], make_labels(case), weights_of(case)
+    labels[labels == 3] = 255
+    logits[:, 3] = -torch.inf
+    kept = torch.tensor([0, 1, 2, 4, 5])
+    fewer = Case((9, 20), (36, 80), 5)
+    with ao.use_backend(backend):
+        ours = outputs_and_gradient(case, logits, labels, weights)
+        others = outputs_and_gradient(
+            fewer,
+            logits[:, kept],
+            torch.where(
+                (labels > 3) & (labels < 6), labels - 1, torch.where(labels > 5, 5, labels)
+            ),
+            [w[kept] if w.dim() == 1 else w for w in weights],
         )
-    z = F.interpolate(logits, label_size, mode="bilinear", align_corners=align_corners)
-    valid = labels != 255
-    own = F.one_hot(torch.where(valid, labels, 0), K).movedim(-1, 1) * valid[:, None]
-    p = z.softmax(1) * valid[:, None]
-    losses = F.cross_entropy(z, labels, ignore_index=255, reduction="none")
-    expected = ao.SoftmaxMoments(
-        counts=own.sum((0, 2, 3)),
-        hits=(own * (z.argmax(1) == labels)[:, None]).sum((0, 2, 3)),
-        losses=(own * losses[:, None]).sum((0, 2, 3)),
-        overlaps=(own * p).sum((0, 2, 3)),
-        masses=p.sum((0, 2, 3)),
-        squares=p.square().sum((0, 2, 3)),
-        pixel_losses=losses,
-        lse=z.logsumexp(1) * valid,
-    )
-    torch.testing.assert_close(tuple(moments), tuple(expected))
-    weights = [torch.randn_like(x) for x in expected[2:]]
-    found, wanted = (
-        torch.autograd.grad(statistics[2:], logits, weights) for statistics in (moments, expected)
-    )
+    for found, expected in zip(ours, others, strict=True):
+        if found.dim() == 3:
+            torch.testing.assert_close(found, expected)
+            continue
+        axis = 0 if found.dim() == 1 else 1
+        torch.testing.assert_close(found.index_select(axis, kept), expected)
+        assert not found.select(axis, 3).any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("size", "labels"),
+    [
+        ((0, 5), (0,)),
+        ((0, 5, 7), (0, 7)),
+        ((2, 5, 0), (2, 0)),
+        ((0, 5, 3, 4), (0, 6, 8)),
+        ((2, 5, 0, 4), (2, 0, 4)),
+        ((2, 5, 3, 4), (2, 0, 8)),
+        ((2, 5, 3, 4), (2, 8, 0)),
+        ((2, 5, 3, 4), (2, 6, 8)),
+        ((2, 5, 2, 3, 4), (2, 2, 3, 4)),
+        ((9, 5), (9,)),
+    ],
+)
+@pytest.mark.parametrize("per_image", [False, True])
+def test_nothing_valid(size, labels, backend: str, per_image: bool, poisoned: None):
+    logits = torch.full(size, torch.nan, requires_grad=True)
+    ignored = torch.full(labels, 255)
+    with ao.use_backend(backend):
+        moments = ao.softmax_moments(logits, ignored, per_image=per_image, **EVERYTHING)
+        loss = ao.pixel_cross_entropy(logits, ignored)
+    images = (1 if len(size) == 2 else size[0],) if per_image else ()
+    for statistic in moments[:6]:
+        assert statistic.shape == (*images, 5)
+    assert moments.lse.shape == moments.pixel_losses.shape == labels
+    assert not any(x.any() for x in (*moments, loss))
+    (gradient,) = torch.autograd.grad([*moments[2:], loss], logits, [*moments[2:], loss])
+    assert gradient.shape == size and not gradient.any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("size", [(130, 24), (3, 7, 50), (2, 4, 3, 5, 6)])
+def test_points_and_volumes(size: tuple[int, ...], backend: str):
+    logits = torch.randn(size, requires_grad=True)
+    labels = torch.randint(0, size[1], (size[0], *size[2:]))
+    labels[0] = 255
+    with ao.use_backend(backend):
+        loss = ao.pixel_cross_entropy(logits, labels)
+    expected = F.cross_entropy(logits, labels, ignore_index=255)
+    torch.testing.assert_close(loss, expected)
+    found, wanted = (torch.autograd.grad(x, logits)[0] for x in (loss, expected))
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_cross_entropy(weighted, label_smoothing, reduction):
-    logits, labels = inputs((5, 6), (17, 25))
-    weight = torch.rand(K, dtype=torch.float64) if weighted else None
+def test_cross_entropy(weighted, label_smoothing, reduction, backend):
+    logits = torch.randn(2, 7, 5, 6, dtype=F64, requires_grad=True)
+    labels = torch.randint(0, 7, (2, 17, 25))
+    labels[torch.rand(labels.shape) < 0.2] = 255
+    weight = torch.rand(7, dtype=F64) if weighted else None
     options = {"weight": weight, "label_smoothing": label_smoothing, "reduction": reduction}
-    with ao.use_backend("reference"):
+    with ao.use_backend(backend):
         loss = ao.pixel_cross_entropy(logits, labels, **options)
     z = F.interpolate(logits, (17, 25), mode="bilinear")
     expected = F.cross_entropy(z, labels, ignore_index=255, **options)
     torch.testing.assert_close(loss, expected)
     found, wanted = (torch.autograd.grad(x.sum(), logits)[0] for x in (loss, expected))
     torch.testing.assert_close(found, wanted)
+
+
+def test_threads_and_repetition_do_not_matter():
+    threads = torch.get_num_threads()
+    for case in (
+        Case((40, 33), (160, 132), 19, labels="coherent", batch=1),
+        Case((40, 33), (129, 129), 5, BF16, True, layout="channels_last"),
+        Case((18, 70), (72, 280), 1200, F16, batch=1, per_image=True),
+        Case((1, 9000), (1, 9000), 40),
+    ):
+        arguments = make_logits(case)[0], make_labels(case), weights_of(case)
+        results = []
+        try:
+            for count in (1, 2, 2, 3):
+                torch.set_num_threads(count)
+                results.append(outputs_and_gradient(case, *arguments))
+        finally:
+            torch.set_num_threads(threads)
+        for result in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_offsets_are_64_bit():
+    """Strides of 2^30 elements and more: of the 4 GB buffer few pages are ever touched."""
+    buffer = torch.empty(2**31 + 2**11, dtype=F16)
+    for size, stride in (
+        ((3, 2, 3, 20), (2**30, 60, 20, 1)),
+        ((1, 3, 2, 17), (0, 2**30, 17, 1)),
+        ((1, 17, 3, 16), (0, 16, 2**30, 1)),
+        ((1, 17, 2, 3), (0, 1, 17, 2**30)),
+    ):
+        case = Case(size[2:], (4 * size[2], 4 * size[3]), size[1], F16, batch=size[0])
+        view, labels, weights = buffer.as_strided(size, stride), make_labels(case), weights_of(case)
+        view.copy_(torch.randn(size))
+        ours = outputs_and_gradient(case, view, labels, weights)
+        copied = outputs_and_gradient(case, view.contiguous(), labels, weights)
+        assert all(torch.equal(a, b) for a, b in zip(ours, copied, strict=True))
+    labels = torch.empty(2**31 + 2**11, dtype=torch.uint8).as_strided((2, 8, 2), (2, 2, 2**31))
+    case = Case((2, 2), (8, 2), 3)
+    labels.copy_(torch.randint(0, 3, labels.shape))
+    arguments = make_logits(case)[0], labels, weights_of(case)
+    copied = (arguments[0], labels.contiguous(), arguments[2])
+    for a, b in zip(
+        outputs_and_gradient(case, *arguments), outputs_and_gradient(case, *copied), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@st.composite
+def drawn_cases(draw: st.DrawFn) -> Case:
+    sides = draw(st.lists(st.integers(1, 37), min_size=2, max_size=2))
+    up = draw(st.sampled_from([None, 2, 3, 4, 6, 8]))
+    labels = [up * n for n in sides] if up else draw(st.lists(st.integers(1, 90), min_size=2))[:2]
+    return Case(
+        (sides[0], sides[1]),
+        (labels[0], labels[1]),
+        draw(st.sampled_from([1, 2, 5, 33])),
+        draw(st.sampled_from([F32, BF16, F16, F64])),
+        draw(st.booleans()),
+        draw(st.sampled_from(["contiguous", "channels_last", "cropped", "every other"])),
+        draw(st.sampled_from(["random", "coherent", "one class"])),
+        draw(st.sampled_from([1.0, 10.0])),
+        draw(st.booleans()),
+        draw(st.integers(1, 3)),
+    )
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(drawn_cases())
+def test_any_shape(case: Case):
+    torch.manual_seed(0)
+    check(case, make_logits(case)[0], make_labels(case), "cpu")

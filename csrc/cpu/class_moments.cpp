@@ -1,46 +1,24 @@
 // The operators anchorops::class_moments.cpu and its backward: outputs, work items, threads.
 #include "class_moments.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <optional>
-#include <string_view>
 #include <tuple>
 #include <vector>
+
+#include "operators.h"
 
 namespace anchorops::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Items of work that keep the threads of any machine busy. They depend on shapes alone, never on
-// the number of threads, and so does the order in which partial sums are added.
-constexpr int64_t ITEMS = 64;
-
-// The best instruction set of this processor; ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers it, as
-// it does for torch.
 template <class T>
 Kernels<T> best_kernels() {
 #ifdef __x86_64__
-  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view wish = variable ? variable : "avx512";
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && wish != "default";
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && wish != "avx2")
-    return avx512::kernels<T>();
-  if (avx2) return avx2::kernels<T>();
+  const InstructionSet best = best_instruction_set();
+  if (best == InstructionSet::AVX512) return avx512::kernels<T>();
+  if (best == InstructionSet::AVX2) return avx2::kernels<T>();
 #endif
   return baseline::kernels<T>();
 }
@@ -101,20 +79,6 @@ std::vector<int32_t> anchor_of_keys(int64_t num_keys, int64_t groups, int64_t nu
 template <class Stat>
 Anchors<Stat> anchors_of(const std::optional<Tensor>& anchors, const std::vector<int32_t>& rows) {
   return {anchors ? anchors->const_data_ptr<Stat>() : nullptr, rows.data()};
-}
-
-// As NumPy does for its arrays: the page faults of a large output cost more than writing it.
-void advise_huge_pages([[maybe_unused]] const Tensor& output, [[maybe_unused]] size_t bytes) {
-#ifdef __linux__
-  constexpr size_t PAGE = 4096;
-  if (bytes < size_t{4} << 20) return;
-  const auto begin = (reinterpret_cast<uintptr_t>(output.data_ptr()) + PAGE - 1) / PAGE * PAGE;
-  madvise(reinterpret_cast<void*>(begin), bytes - PAGE, MADV_HUGEPAGE);
-#endif
-}
-
-Tensor new_empty(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
-  return torch::stable::new_empty(like, size, dtype);
 }
 
 template <class T>
@@ -224,22 +188,6 @@ void moments_backward(const std::optional<Tensor>& features, const Tensor& keys,
   });
 }
 
-template <class Function>
-void for_dtype(ScalarType dtype, Function function) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return function(float{});
-    case ScalarType::Double:
-      return function(double{});
-    case ScalarType::BFloat16:
-      return function(BFloat16{});
-    case ScalarType::Half:
-      return function(Half{});
-    default:
-      STD_TORCH_CHECK(false, "class_moments.cpu: features: unexpected dtype");
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
                                                  std::optional<Tensor> anchors, int64_t num_keys,
                                                  int64_t groups, bool with_sums,
@@ -251,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
   Tensor sqdists = new_empty(features, {anchors ? num_keys : 0}, stat);
   Tensor residuals = new_empty(features, with_residuals ? matrix : none, stat);
   if (anchors) anchors = torch::stable::contiguous(*anchors);
-  for_dtype(dtype, [&](auto element) {
+  for_dtype("class_moments.cpu", dtype, [&](auto element) {
     moments<decltype(element)>(features, keys, anchors, num_keys, groups,
                                with_sums ? &sums : nullptr, anchors ? &sqdists : nullptr,
                                with_residuals ? &residuals : nullptr);
@@ -273,7 +221,7 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
   if (dsums) dsums = torch::stable::contiguous(*dsums);
   if (dsqdists) dsqdists = torch::stable::contiguous(*dsqdists);
   const int64_t num_keys = dsums ? dsums->size(0) : dsqdists ? dsqdists->size(0) : 0;
-  for_dtype(dtype, [&](auto element) {
+  for_dtype("class_moments.cpu", dtype, [&](auto element) {
     advise_huge_pages(dfeatures, dfeatures.numel() * sizeof(element));
     moments_backward<decltype(element)>(features, keys, anchors, dsums, dsqdists, num_keys, groups,
                                         dfeatures);

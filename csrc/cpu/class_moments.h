@@ -2,32 +2,9 @@
 // (class_moments_kernel.h, compiled once per instruction set) share.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <cstdint>
-#include <type_traits>
+#include "types.h"
 
 namespace anchorops::cpu {
-
-using BFloat16 = torch::headeronly::BFloat16;
-using Half = torch::headeronly::Half;
-
-// Statistics are float32, for float64 features float64.
-template <class T>
-using StatOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// features [batch, dim, height, width] with any strides; pixel (b, h, w) has
-// keys[(b * height + h) * width + w], which is -1 where it is ignored. Tables by key that the
-// kernels use start with a row for key -1, so that an ignored pixel needs no branch.
-struct Layout {
-  int64_t batch, dim, height, width;
-  int64_t stride_b, stride_d, stride_h, stride_w;
-};
-
-struct Range {
-  int64_t begin, end;
-};
 
 template <class Stat>
 struct Anchors {
@@ -35,8 +12,11 @@ struct Anchors {
   const int32_t* of_keys;  // [1 + num_keys]: the row of each key
 };
 
-// The kernels of one instruction set. A tile is up to `lanes` pixels of one row, in the order
-// (b, h, w); a block is up to `lanes` channels, counted from channels.begin.
+// The kernels of one instruction set. Features have any strides; pixel (b, h, w) of a Layout has
+// keys[(b * height + h) * width + w], which is -1 where it is ignored. Tables by key that the
+// kernels use start with a row for key -1, so that an ignored pixel needs no branch. A tile is up
+// to `lanes` pixels of one row, in the order (b, h, w); a block is up to `lanes` channels, counted
+// from channels.begin.
 template <class T>
 struct Kernels {
   using Stat = StatOf<T>;

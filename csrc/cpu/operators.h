@@ -1,0 +1,77 @@
+// What the operators on the CPU share: the choice of kernels, types, outputs.
+#pragma once
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <string_view>
+#include <vector>
+
+#include "types.h"
+
+namespace anchorops::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Items of work that keep the threads of any machine busy. They depend on shapes alone, never on
+// the number of threads, and so does the order in which partial sums are added.
+constexpr int64_t ITEMS = 64;
+
+enum class InstructionSet { BASELINE, AVX2, AVX512 };
+
+// The best of this processor; ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers it, as for torch.
+inline InstructionSet best_instruction_set() {
+#ifdef __x86_64__
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view wish = variable ? variable : "avx512";
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && wish != "default";
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && wish != "avx2")
+    return InstructionSet::AVX512;
+  if (avx2) return InstructionSet::AVX2;
+#endif
+  return InstructionSet::BASELINE;
+}
+
+// Calls function with a value of the dtype.
+template <class Function>
+void for_dtype(const char* operation, ScalarType dtype, Function function) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return function(float{});
+    case ScalarType::Double:
+      return function(double{});
+    case ScalarType::BFloat16:
+      return function(BFloat16{});
+    case ScalarType::Half:
+      return function(Half{});
+    default:
+      STD_TORCH_CHECK(false, operation, ": unexpected dtype");
+  }
+}
+
+inline Tensor new_empty(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
+  return torch::stable::new_empty(like, size, dtype);
+}
+
+// As NumPy does for its arrays: the page faults of a large output cost more than writing it.
+inline void advise_huge_pages([[maybe_unused]] const Tensor& output,
+                              [[maybe_unused]] size_t bytes) {
+#ifdef __linux__
+  constexpr size_t PAGE = 4096;
+  if (bytes < size_t{4} << 20) return;
+  const auto begin = (reinterpret_cast<uintptr_t>(output.data_ptr()) + PAGE - 1) / PAGE * PAGE;
+  madvise(reinterpret_cast<void*>(begin), bytes - PAGE, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace anchorops::cpu

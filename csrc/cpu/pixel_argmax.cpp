@@ -1,0 +1,39 @@
+// The operator anchorops::pixel_argmax.cpu.
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "softmax_tiles.h"
+
+namespace anchorops::cpu::softmax {
+namespace {
+
+Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_corners) {
+  Tensor predictions = new_empty(logits, {logits.size(0), height, width}, ScalarType::Long);
+  if (predictions.numel() == 0) return predictions;
+  for_dtype("pixel_argmax.cpu", logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using Stat = StatOf<T>;
+    const Layout layout = layout_of(logits);
+    const Tiles<Stat> tiles(layout, height, width, align_corners);
+    const Problem<T> problem = {
+        layout, logits.const_data_ptr<T>(), tiles.rows(), tiles.columns(), {}};
+    const auto kernels = best_kernels<T>();
+    for_items(tiles, tiles.count(), layout.dim, false,
+              [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
+                for (int64_t i = first; i < last; ++i)
+                  kernels.argmax(problem, tiles.tile(i, false), workspace,
+                                 predictions.mutable_data_ptr<int64_t>());
+              });
+  });
+  return predictions;
+}
+
+}  // namespace
+}  // namespace anchorops::cpu::softmax
+
+STABLE_TORCH_LIBRARY_IMPL(anchorops, CPU, library) {
+  library.impl("pixel_argmax.cpu", TORCH_BOX(&anchorops::cpu::softmax::pixel_argmax));
+}

@@ -1,0 +1,202 @@
+// The operators anchorops::softmax_moments.cpu and its backward: outputs, work items, threads.
+#include "softmax_moments.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "softmax_tiles.h"
+
+namespace anchorops::cpu::softmax {
+namespace {
+
+// Sums by class of each item: values of item i and class k at [i * K + k]. Empty where not asked
+// for.
+template <class Value>
+class Partials {
+ public:
+  Partials(bool asked, int64_t items, int64_t num_classes)
+      : num_classes_(num_classes), values_(asked ? items * num_classes : 0) {}
+
+  Value* of_item(int64_t item) {
+    return values_.empty() ? nullptr : values_.data() + item * num_classes_;
+  }
+
+  // out [groups, K]: sums over the splits of each group.
+  template <class Out>
+  void add_up(int64_t groups, int64_t splits, Out* out) const {
+    if (values_.empty()) return;
+    torch::stable::parallel_for(0, groups * num_classes_, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t group = i / num_classes_, k = i % num_classes_;
+        Value total = 0;
+        for (int64_t s = 0; s < splits; ++s)
+          total += values_[(group * splits + s) * num_classes_ + k];
+        out[i] = static_cast<Out>(total);
+      }
+    });
+  }
+
+ private:
+  int64_t num_classes_;
+  std::vector<Value> values_;
+};
+
+struct Outputs {
+  Tensor losses, overlaps, masses, squares, pixel_losses, lse, counts, hits;
+};
+
+template <class Value>
+Value* data_or_null(const Tensor& output) {
+  return output.numel() ? output.mutable_data_ptr<Value>() : nullptr;
+}
+
+template <class T>
+void forward(const Tensor& logits, const Labels& labels, int64_t height, int64_t width,
+             bool align_corners, bool per_image, const Outputs& out) {
+  using Stat = StatOf<T>;
+  const Layout layout = layout_of(logits);
+  const int64_t num_classes = layout.dim;
+  const Tiles<Stat> tiles(layout, height, width, align_corners);
+  const Problem<T> problem = {layout, logits.const_data_ptr<T>(), tiles.rows(), tiles.columns(),
+                              labels};
+  const auto kernels = best_kernels<T>();
+
+  // Partial sums stay below a tenth of the logits.
+  const int64_t groups = per_image ? layout.batch : 1;
+  const int64_t tiles_of_group = tiles.count() / groups;
+  const int64_t pixels_of_group = layout.batch / groups * layout.height * layout.width;
+  const int64_t splits = std::clamp<int64_t>(std::min(tiles_of_group, pixels_of_group / 128), 1,
+                                             ceil_div(ITEMS, groups));
+  const int64_t items = groups * splits;
+  Partials<double> losses(true, items, num_classes);
+  Partials<double> overlaps(out.overlaps.numel() > 0, items, num_classes);
+  Partials<double> masses(out.masses.numel() > 0, items, num_classes);
+  Partials<double> squares(out.squares.numel() > 0, items, num_classes);
+  Partials<int64_t> counts(true, items, num_classes);
+  Partials<int64_t> hits(out.hits.numel() > 0, items, num_classes);
+  const Maps<Stat> maps = {data_or_null<Stat>(out.pixel_losses), data_or_null<Stat>(out.lse)};
+
+  for_items(tiles, items, num_classes, false,
+            [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
+              for (int64_t item = first; item < last; ++item) {
+                const Sums sums = {losses.of_item(item), overlaps.of_item(item),
+                                   masses.of_item(item), squares.of_item(item),
+                                   counts.of_item(item), hits.of_item(item)};
+                const int64_t start = item / splits * tiles_of_group, split = item % splits;
+                for (int64_t i = tiles_of_group * split / splits;
+                     i < tiles_of_group * (split + 1) / splits; ++i)
+                  kernels.forward(problem, tiles.tile(start + i, false), workspace, sums, maps);
+              }
+            });
+
+  losses.add_up(groups, splits, out.losses.mutable_data_ptr<Stat>());
+  overlaps.add_up(groups, splits, data_or_null<Stat>(out.overlaps));
+  masses.add_up(groups, splits, data_or_null<Stat>(out.masses));
+  squares.add_up(groups, splits, data_or_null<Stat>(out.squares));
+  counts.add_up(groups, splits, out.counts.mutable_data_ptr<int64_t>());
+  hits.add_up(groups, splits, data_or_null<int64_t>(out.hits));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softmax_moments(
+    Tensor logits, Tensor labels, int64_t ignore_index, bool align_corners, bool per_image,
+    bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) {
+  const int64_t batch = logits.size(0), num_classes = logits.size(1);
+  const ScalarType dtype = logits.scalar_type();
+  const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  const bool empty = labels.numel() == 0;
+  const auto by_class = [&](bool asked, ScalarType type) {
+    std::vector<int64_t> size = {0};
+    if (asked && per_image) size = {batch, num_classes};
+    if (asked && !per_image) size = {num_classes};
+    return empty ? torch::stable::new_zeros(logits, size, type) : new_empty(logits, size, type);
+  };
+  const auto by_pixel = [&](bool asked) {
+    std::vector<int64_t> size = {0};
+    if (asked) size = {batch, labels.size(1), labels.size(2)};
+    return new_empty(logits, size, stat);
+  };
+  const Outputs out = {by_class(true, stat),
+                       by_class(with_masses, stat),
+                       by_class(with_masses, stat),
+                       by_class(with_squares, stat),
+                       by_pixel(with_pixel_losses),
+                       by_pixel(with_lse),
+                       by_class(true, ScalarType::Long),
+                       by_class(with_hits, ScalarType::Long)};
+  if (!empty)
+    for_dtype("softmax_moments.cpu", dtype, [&](auto element) {
+      forward<decltype(element)>(
+          logits, labels_of("softmax_moments.cpu", labels, num_classes, ignore_index),
+          labels.size(1), labels.size(2), align_corners, per_image, out);
+    });
+  return {out.losses,       out.overlaps, out.masses, out.squares,
+          out.pixel_losses, out.lse,      out.counts, out.hits};
+}
+
+template <class T>
+void backward(const Tensor& logits, const Labels& labels, int64_t height, int64_t width,
+              bool align_corners, const Gradients<StatOf<T>>& gradients, const Tensor& dlogits) {
+  using Stat = StatOf<T>;
+  const Layout layout = layout_of(logits), dlayout = layout_of(dlogits);
+  const Tiles<Stat> tiles(layout, height, width, align_corners);
+  const Problem<T> problem = {layout, logits.const_data_ptr<T>(), tiles.rows(), tiles.columns(),
+                              labels};
+  const auto kernels = best_kernels<T>();
+  for_items(tiles, tiles.count(), layout.dim, true,
+            [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
+              for (int64_t i = first; i < last; ++i)
+                kernels.backward(problem, tiles.tile(i, true), workspace, gradients, dlayout,
+                                 dlogits.mutable_data_ptr<T>());
+            });
+}
+
+Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
+                                std::optional<Tensor> dlosses, std::optional<Tensor> doverlaps,
+                                std::optional<Tensor> dmasses, std::optional<Tensor> dsquares,
+                                std::optional<Tensor> dpixel_losses, std::optional<Tensor> dlse,
+                                int64_t ignore_index, bool align_corners) {
+  Tensor dlogits = torch::stable::empty_like(logits);
+  if (dlogits.numel() == 0) return dlogits;
+  if (labels.numel() == 0) return torch::stable::zero_(dlogits);
+  for_dtype("softmax_moments.cpu", logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using Stat = StatOf<T>;
+    advise_huge_pages(dlogits, dlogits.numel() * sizeof(T));
+    Gradients<Stat> gradients = {};
+    const auto by_class = [&](std::optional<Tensor>& given) -> const Stat* {
+      if (!given) return nullptr;
+      given = torch::stable::contiguous(*given);
+      gradients.stride_b = given->dim() == 2 ? given->size(1) : 0;
+      return given->template const_data_ptr<Stat>();
+    };
+    const auto by_pixel = [](const std::optional<Tensor>& given) -> Map<Stat> {
+      if (!given) return {};
+      return {given->template const_data_ptr<Stat>(), given->stride(0), given->stride(1),
+              given->stride(2)};
+    };
+    gradients.dlosses = by_class(dlosses);
+    gradients.doverlaps = by_class(doverlaps);
+    gradients.dmasses = by_class(dmasses);
+    gradients.dsquares = by_class(dsquares);
+    gradients.dpixel_losses = by_pixel(dpixel_losses);
+    gradients.dlse = by_pixel(dlse);
+    gradients.lse = lse.const_data_ptr<Stat>();
+    backward<T>(logits, labels_of("softmax_moments.cpu", labels, logits.size(1), ignore_index),
+                labels.size(1), labels.size(2), align_corners, gradients, dlogits);
+  });
+  return dlogits;
+}
+
+}  // namespace
+}  // namespace anchorops::cpu::softmax
+
+STABLE_TORCH_LIBRARY_IMPL(anchorops, CPU, library) {
+  using namespace anchorops::cpu::softmax;
+  library.impl("softmax_moments.cpu", TORCH_BOX(&softmax_moments));
+  library.impl("softmax_moments_backward.cpu", TORCH_BOX(&softmax_moments_backward));
+}

@@ -1,0 +1,131 @@
+// How the operators on upsampled logits divide their work: by shape alone.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../labels.h"
+#include "bilinear.h"
+#include "operators.h"
+#include "softmax_moments.h"
+
+namespace anchorops::cpu::softmax {
+
+template <class T>
+Kernels<T> best_kernels() {
+#ifdef __x86_64__
+  const InstructionSet best = best_instruction_set();
+  if (best == InstructionSet::AVX512) return avx512::kernels<T>();
+  if (best == InstructionSet::AVX2) return avx2::kernels<T>();
+#endif
+  return baseline::kernels<T>();
+}
+
+inline Layout layout_of(const Tensor& x) {
+  return {x.size(0),   x.size(1),   x.size(2),   x.size(3),
+          x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+template <class Label>
+void read_labels(const Labels& labels, int64_t image, int64_t row, Range columns,
+                 int32_t* classes) {
+  const auto* data = static_cast<const Label*>(labels.data) + image * labels.stride_b +
+                     row * labels.stride_h + columns.begin * labels.stride_w;
+  for (int64_t i = 0; i < columns.end - columns.begin; ++i) {
+    const auto label = static_cast<int64_t>(data[i * labels.stride_w]);
+    const bool valid = label >= 0 && label < labels.num_classes && label != labels.ignore_index;
+    classes[i] = valid ? static_cast<int32_t>(label) : -1;
+  }
+}
+
+inline Labels labels_of(const char* operation, const Tensor& labels, int64_t num_classes,
+                        int64_t ignore_index) {
+  Labels result = {labels.data_ptr(), labels.stride(0), labels.stride(1), labels.stride(2),
+                   num_classes,       ignore_index,     nullptr};
+  for_label_dtype(operation, labels.scalar_type(),
+                  [&](auto label) { result.read = read_labels<decltype(label)>; });
+  return result;
+}
+
+// Tiles of the logits: strips of rows, chunks of columns where many classes would not stay in the
+// caches.
+template <class Stat>
+class Tiles {
+ public:
+  Tiles(const Layout& layout, int64_t height, int64_t width, bool align_corners)
+      : layout_(layout),
+        rows_(height, layout.height, align_corners),
+        columns_(width, layout.width, align_corners) {
+    strips_ = ceil_div(layout.height, 16);
+    // a multiple of four strips, as two or four threads wait for each other
+    if (strips_ > 1) strips_ = std::min(ceil_div(strips_, 4) * 4, layout.height);
+    const int64_t columns = std::max<int64_t>((1 << 16) / layout.dim, 32);
+    chunks_ = ceil_div(layout.width, columns);
+  }
+
+  Axis<Stat> rows() const { return rows_.axis(); }
+  Axis<Stat> columns() const { return columns_.axis(); }
+  int64_t of_image() const { return strips_ * chunks_; }
+  int64_t count() const { return layout_.batch * of_image(); }
+
+  // backward: with all labels that read the tile's logits
+  Tile tile(int64_t i, bool backward) const {
+    const int64_t strip = i / chunks_ % strips_, chunk = i % chunks_;
+    const auto column = [&](int64_t c) {
+      return std::min(ceil_div(layout_.width, 16) * c / chunks_ * 16, layout_.width);
+    };
+    Tile tile;
+    tile.image = i / of_image();
+    tile.rows = {layout_.height * strip / strips_, layout_.height * (strip + 1) / strips_};
+    tile.columns = {column(chunk), column(chunk + 1)};
+    const Range rows = {tile.rows.begin - backward, tile.rows.end};
+    const Range columns = {tile.columns.begin - backward, tile.columns.end};
+    tile.label_rows = rows_.labels(rows);
+    tile.label_columns = columns_.labels(columns);
+    tile.read = {std::max<int64_t>(columns.begin, 0), std::min(columns.end + 1, layout_.width)};
+    return tile;
+  }
+
+ private:
+  Layout layout_;
+  Bilinear<Stat> rows_, columns_;
+  int64_t strips_, chunks_;
+};
+
+// Calls visit(range of items, workspace) on the threads; the workspace serves any tile.
+template <class Stat, class Visit>
+void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, bool backward,
+               Visit visit) {
+  int64_t columns = 0, labels = 0;
+  for (int64_t i = 0; i < tiles.of_image(); ++i) {
+    const Tile tile = tiles.tile(i, backward);
+    columns = std::max(columns, tile.read.end - tile.read.begin);
+    labels = std::max(labels, tile.label_columns.end - tile.label_columns.begin);
+  }
+  torch::stable::parallel_for(0, items, 1, [&](int64_t first, int64_t last) {
+    Workspace<Stat> workspace;
+    workspace.stride = ceil_div(columns, 16) * 16 + 16;
+    workspace.group = num_classes <= 1024 ? GROUP : 16;
+    const int64_t rows = num_classes * workspace.stride + 16;
+    // not filled: pages that a small tile does not need stay untouched
+    const std::unique_ptr<Stat[]> memory(
+        new Stat[2 * rows + (num_classes + 3) * workspace.group + 3 * workspace.stride]);
+    std::vector<Stat> gradients(backward ? 2 * rows : 0);
+    std::vector<int32_t> classes(labels + GROUP);
+    Stat* next = memory.get();
+    const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
+    for (int i = 0; i < 2; ++i) {
+      workspace.packed[i] = take(rows);
+      workspace.shifts[i] = take(workspace.stride);
+      workspace.gradients[i] = gradients.data() + (backward ? i * rows : 0);
+    }
+    workspace.line = take(workspace.stride);
+    workspace.upsampled = take(num_classes * workspace.group);
+    workspace.classes = classes.data();
+    visit(first, last, workspace);
+  });
+}
+
+}  // namespace anchorops::cpu::softmax
