@@ -38,10 +38,11 @@ def test_predictions_and_their_confusion(
     logits = torch.randn(2, num_classes, *size).to(dtype)
     labels = torch.randint(0, num_classes, (2, *label_size))
     labels[torch.rand(labels.shape) < 0.2] = 255
+    options = {"align_corners": align_corners, "ignore_index": 255}
     with ao.use_backend(backend):
         predictions = ao.pixel_argmax(logits, label_size, align_corners=align_corners)
-        matrix = ao.pixel_confusion(logits, labels, align_corners=align_corners)
-        hits = ao.softmax_moments(logits, labels, align_corners=align_corners).hits
+        matrix = ao.pixel_confusion(logits, labels, **options)
+        hits = ao.softmax_moments(logits, labels, **options).hits
     z = F.interpolate(logits.double(), label_size, mode="bilinear", align_corners=align_corners)
     assert predictions.shape == (2, *label_size) and predictions.dtype == torch.int64
     # the largest, but for rounding
@@ -83,15 +84,17 @@ def test_confusion(shape: tuple[int, ...], num_classes: int, backend: str):
         (labels[valid], predictions[valid]), torch.ones(int(valid.sum()), dtype=torch.int64), True
     )
     with ao.use_backend(backend):
-        assert torch.equal(ao.confusion(predictions, labels, num_classes), expected)
+        found = ao.confusion(predictions, labels, num_classes, ignore_index=255)
+        assert torch.equal(found, expected)
         transposed = ao.confusion(
             predictions.t() if len(shape) == 2 else predictions,
             labels.t() if len(shape) == 2 else labels,
             num_classes,
+            ignore_index=255,
         )
         assert torch.equal(transposed, expected)
         predictions[..., ::2] = num_classes  # no class
-        half = ao.confusion(predictions, labels, num_classes)
+        half = ao.confusion(predictions, labels, num_classes, ignore_index=255)
     expected = valid & (torch.arange(shape[-1]) % 2 == 1)
     assert half.sum() == expected.sum()
 

@@ -13,13 +13,6 @@ from torch import Tensor
 import anchorops as ao
 
 K = 5
-pytestmark = pytest.mark.usefixtures("reference")
-
-
-@pytest.fixture
-def reference():
-    with ao.use_backend("reference"):
-        yield
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:

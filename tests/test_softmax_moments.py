@@ -155,6 +155,7 @@ def fused(case: Case, logits: Tensor, labels: Tensor, **asked: bool) -> list[Ten
     found = ao.softmax_moments(
         logits,
         labels,
+        ignore_index=255,
         align_corners=case.align_corners,
         per_image=case.per_image,
         **(EVERYTHING | asked),
