@@ -21,6 +21,7 @@ from ..plots import (
 from .analysis import Cost, Features
 from .checkpoint import save_atomically
 from .compare import comparison
+from .config import IGNORED
 from .journal import METRICS, read_metrics
 
 IOUS = ("val_miou", "val_head", "val_body", "val_tail")
@@ -72,7 +73,11 @@ def write_report(
             "Features",
             "<p>Pixels of the validation images, as many of each class as there are, and the "
             "classes' centroids (stars).</p>"
-            + _png(features_with_anchors(*features.samples, features.centroids, names=shown)),
+            + _png(
+                features_with_anchors(
+                    *features.samples, features.centroids, names=shown, ignore_index=IGNORED
+                )
+            ),
         ),
     ]
     if heat := _similarity(features, results["classes"]):
