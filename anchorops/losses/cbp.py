@@ -1,7 +1,7 @@
 """CBP, category-basis prototypes: a classifier that is set, not learned
 (doi 10.1016/j.patcog.2024.110431)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,13 +45,17 @@ class CBP(Regularizer):
         momentum: of "ema", w ← momentum·w + (1 − momentum)·centroid on present classes.
         ignore_index, process_group: as `Regularizer`; "ema" is always over all ranks, for the
             ranks' classifiers must stay equal.
+
+    State of "ema": `centroids` [K, D], a buffer: those of the last batch, to which the next
+    training forward moves the classifier's rows; zeros where the class was absent, or its row has
+    moved. An average of models (AveragedModel, ModelEma) has their mean: where training goes on
+    from it, the rows make one move of 1 − momentum to that mean, and the next batch replaces it.
     """
 
     settings = ("length", "orthogonalize", "update", "momentum", "penalty_weight")
     replaces_classifier = True
     basis: Tensor
     centroids: Tensor
-    present: Tensor
 
     def __init__(
         self,
@@ -79,7 +83,13 @@ class CBP(Regularizer):
         self.register_buffer("basis", basis, persistent=False)  # the classifier keeps it
         if update == "ema":
             self.register_buffer("centroids", torch.zeros(num_classes, dim))
-            self.register_buffer("present", torch.zeros(num_classes, dtype=torch.bool))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        present = state_dict.pop(f"{prefix}present", None)  # a buffer in earlier checkpoints
+        if present is not None:
+            centroids = state_dict[f"{prefix}centroids"]
+            state_dict[f"{prefix}centroids"] = torch.where(present[:, None], centroids, 0)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def install(self, classifier: nn.Module) -> None:
@@ -117,8 +127,9 @@ class CBP(Regularizer):
         elif self.update == "ema":
             rows = weight.flatten(1)
             moved = self.momentum * rows + (1 - self.momentum) * self.centroids.to(weight)
-            weight.copy_(torch.where(self.present[:, None], moved, rows).view_as(weight))
-            self.present.zero_()
+            present = self.centroids.any(1, keepdim=True)
+            weight.copy_(torch.where(present, moved, rows).view_as(weight))
+            self.centroids.zero_()
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         zero = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
@@ -141,5 +152,4 @@ class CBP(Regularizer):
         assert moments is not None
         if self.training:
             self.centroids.copy_(moments.sums / moments.counts.clamp(min=1)[:, None])
-            self.present.copy_(moments.counts > 0)
         return Losses({"basis": zero}, {})

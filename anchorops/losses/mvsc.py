@@ -35,7 +35,7 @@ class MVSC(Regularizer):
         fca_weight, cos_weight, visual_weight: λ_f, λ_c, λ_v.
         enhance: False for L_v = CE of V itself, without gradient to the features.
         temperature: τ.
-        seed: of the random splits, with the step counter `step`, a buffer.
+        seed: of the random splits, with the step counter `step`, a buffer, as in `OCCL`.
         ignore_index, process_group: as `Regularizer`.
 
     State: `prototypes` (V), a parameter [G, K, D]. `terms`: fca, cos, visual, present (of K).

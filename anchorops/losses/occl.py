@@ -38,7 +38,8 @@ class OCCL(Regularizer):
         reduction: "sum" over P as printed.
         split: what is split at random: each class's "pixels", or the batch's "images" (at least 2),
             nearer to the text's objects.
-        seed: of the random splits, with the step counter `step`, a buffer.
+        seed: of the random splits, with the step counter `step`, a buffer: int64 also in an average
+            of models, where it only decides which splits come next.
         ignore_index, process_group: as `Regularizer`.
 
     A trainable classifier receives the gradient of L_c. `terms`: centroid, category, present (|P|).

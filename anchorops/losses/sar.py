@@ -1,5 +1,7 @@
 """SAR, semantic anchor regularization (arXiv 2312.11872), and its ablation CR."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,9 +54,11 @@ class SAR(Regularizer):
         detach_weights: stop the gradient through w; the release does not.
         ignore_index, process_group: as `Regularizer`; with a group L_p2a is that of all ranks.
 
-    State: `anchors` (A), `semantic_anchors` (Â) and `started` (bool [K]) are buffers; leave the
-    module in float32, as steps of (1−α) vanish in bfloat16. `terms`: aux, p2a, gate (the share that
-    is open: 0 or 1 for "all") and unsure (|S|).
+    State: `anchors` (A) and `semantic_anchors` (Â) are buffers; a class whose average has not
+    started has zeros there, which count in an average of models (AveragedModel, ModelEma) as they
+    do in one of weights that have not been trained yet. Leave the module in float32, as steps of
+    (1−α) vanish in bfloat16. `terms`: aux, p2a, gate (the share that is open: 0 or 1 for "all") and
+    unsure (|S|).
     """
 
     settings = (
@@ -72,7 +76,6 @@ class SAR(Regularizer):
     )
     anchors: Tensor
     semantic_anchors: Tensor
-    started: Tensor
 
     def __init__(
         self,
@@ -117,7 +120,15 @@ class SAR(Regularizer):
         if embed:
             self.embedding = _embedding(dim, layers)
             self.register_buffer("semantic_anchors", torch.zeros_like(self.anchors))
-            self.register_buffer("started", torch.zeros(num_classes, dtype=torch.bool))
+
+    @property
+    def started(self) -> Tensor:
+        """The classes whose average has started: bool [K]."""
+        return self.semantic_anchors.any(1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}started", None)  # a buffer in earlier checkpoints
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         if not self.embed:
@@ -152,7 +163,6 @@ class SAR(Regularizer):
         average = torch.where(gate[:, None], average, kept)
         if self.training:
             self.semantic_anchors.copy_(average)
-            self.started.logical_or_(gate)
         return average
 
     def _plan_p2a(

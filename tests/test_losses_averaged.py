@@ -1,0 +1,131 @@
+"""Averages of models that hold a method: AveragedModel (which Lightning's callbacks use) and timm's
+ModelEma, over parameters and buffers."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import swa_utils
+
+import anchorops as ao
+
+K, D, DECAY = 3, 8, 0.75
+
+
+def swa(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
+    averaged = swa_utils.AveragedModel(model, use_buffers=True)
+    return averaged.module, averaged.update_parameters
+
+
+def ema(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
+    function = swa_utils.get_ema_avg_fn(DECAY)
+    averaged = swa_utils.AveragedModel(model, avg_fn=function, use_buffers=True)
+    return averaged.module, averaged.update_parameters
+
+
+def multi_ema(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
+    function = swa_utils.get_ema_multi_avg_fn(DECAY)
+    averaged = swa_utils.AveragedModel(model, multi_avg_fn=function, use_buffers=True)
+    return averaged.module, averaged.update_parameters
+
+
+def timm_v2(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
+    averaged = pytest.importorskip("timm.utils").ModelEmaV2(model, decay=DECAY)
+    return averaged.module, averaged.update
+
+
+def timm_v3(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
+    averaged = pytest.importorskip("timm.utils").ModelEmaV3(model, decay=DECAY)
+    return averaged.module, averaged.update
+
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "sar": lambda: ao.SAR(K, D, delta=0.0, gate="per_class"),
+    "cbp_ema": lambda: ao.CBP(K, D, update="ema", momentum=0.9),
+    "occl": lambda: ao.OCCL(K, D),
+    "mvsc": lambda: ao.MVSC(K, D),
+    "ceco": lambda: ao.CeCo(K, D, reduced_dim=5, center_dim=6),
+}
+
+
+def model_and_loss(method: str) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, D, 1), nn.Conv2d(D, K, 1))
+    return model, ao.attach(model, METHODS[method]())
+
+
+def train(model: nn.Module, loss: Any, steps: int = 1) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits = model(torch.randn(2, 4, 6, 5))
+        (logits.square().mean() + loss(torch.randint(0, K, (2, 6, 5)))).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("average", [swa, ema, multi_ema, timm_v2, timm_v3])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_average_of_a_model(method: str, average: Callable[..., Any]) -> None:
+    model, loss = model_and_loss(method)
+    averaged, update = average(model)
+    expected: dict[str, Tensor] = {}
+    for n in range(4):
+        train(model, loss)
+        update(model)
+        for name, value in model.state_dict().items():
+            if average is swa:
+                share = 1 / (n + 1)
+            else:  # AveragedModel begins with a copy, timm with the state before the first step
+                share = 1.0 if n == 0 and average in (ema, multi_ema) else 1 - DECAY
+            before = expected.get(name, torch.zeros_like(value))
+            if n == 0 and average in (timm_v2, timm_v3):
+                before = model_and_loss(method)[0].state_dict()[name]
+            expected[name] = before + share * (value - before)
+    state = averaged.state_dict()
+    for name, value in model.state_dict().items():
+        assert state[name].dtype == value.dtype and value.dtype != torch.bool
+        if value.is_floating_point():
+            torch.testing.assert_close(state[name], expected[name], rtol=1e-4, atol=1e-6)
+        else:
+            assert 0 <= state[name] <= value == 4
+    averaged.eval()(torch.randn(1, 4, 6, 5))
+    other, its_loss = model_and_loss(method)  # training goes on from the average
+    other.load_state_dict(state)
+    train(other, its_loss, 2)
+    assert all(value.isfinite().all() for value in other.state_dict().values())
+
+
+def test_the_average_has_the_classes_that_have_started() -> None:
+    model, loss = model_and_loss("sar")
+    averaged, update = multi_ema(model)
+    sar = loss.regularizer
+    sar.delta = 1.0  # no class is recognised
+    train(model, loss)
+    update(model)
+    (copied,) = (m for m in averaged.modules() if isinstance(m, ao.SAR))
+    assert not copied.started.any()
+    sar.delta = 0.0
+    train(model, loss, 5)
+    update(model)
+    assert sar.started.any() and torch.equal(copied.started, sar.started)
+
+
+@pytest.mark.parametrize("method", ["sar", "cbp_ema"])
+def test_checkpoints_with_flags_of_their_own_load(method: str) -> None:
+    """Those of earlier versions: `started` and `present`, bool [K]."""
+    model, loss = model_and_loss(method)
+    train(model, loss, 3)
+    state = copy.deepcopy(loss.regularizer.state_dict())
+    tensor = "semantic_anchors" if method == "sar" else "centroids"
+    flag = "started" if method == "sar" else "present"
+    state[flag] = state[tensor].any(1)
+    if method == "cbp_ema":
+        state[flag][0] = False  # which had moved; its centroid stayed
+    restored = METHODS[method]()
+    restored.load_state_dict(state)
+    expected = torch.where(state[flag][:, None], state[tensor], 0)
+    assert torch.equal(restored.state_dict()[tensor], expected) and flag in state
+    assert flag not in restored.state_dict()
