@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._checks import describe, fail
 from .losses.base import Regularizer
+from .losses.recomputation import checkpointed, recomputing
 
 _logger = logging.getLogger("anchorops")
 
@@ -39,6 +40,10 @@ class Attachment:
         self._hooks: list[RemovableHandle] = []
         self._features: Tensor | None = None  # of the last training forward, until asked for
         self._taken = False
+        # Where the regulariser is called within a checkpointed function, the recomputation calls
+        # it again, with the features that it has recomputed.
+        self._taken_in_checkpoint = False
+        self._recomputed: Tensor | None = None
         # input and output of the last dropout that may have run just before the classifier
         self._dropped: tuple[Tensor, Tensor] | None = None
 
@@ -72,7 +77,7 @@ class Attachment:
 
     def forget(self) -> None:
         """Drop the features of the last forward (`model.eval()` does)."""
-        self._features = self._dropped = None
+        self._features = self._dropped = self._recomputed = None
 
     def watch(self, dropouts: list[nn.Module]) -> None:
         """Hook the classifier, and the dropouts that its input may come through."""
@@ -82,7 +87,8 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has seen no forward (and features, not being leaves, do not copy).
-        return self.__dict__ | {"_features": None, "_dropped": None, "_taken": False}
+        empty = dict.fromkeys(("_features", "_dropped", "_recomputed"))
+        return self.__dict__ | empty | {"_taken": False, "_taken_in_checkpoint": False}
 
     def __repr__(self) -> str:
         methods = getattr(self.regularizer, "methods", [self.regularizer])
@@ -90,24 +96,42 @@ class Attachment:
         return f"{names} attached to {self.classifier_name}: {self.classifier!r}"
 
     def _see_dropout(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if _is_training_forward(module):
+        if self._watches(module):
             self._dropped = (args[0], output)
 
     def _see_classifier(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if not _is_training_forward(module):
+        again = recomputing()
+        if not self._watches(module):
+            if not (again or torch.compiler.is_compiling()):
+                self._taken = False  # the classifier has run since, and nothing was kept
             return
-        self.regularizer.before_classifier(module)
+        if not again:
+            self.regularizer.before_classifier(module)
         features = args[0]
         if self._dropped is not None and self._dropped[1] is features:
             features = self._dropped[0]
         if isinstance(module, nn.Linear):
             features = features.movedim(-1, 1)  # channels last; a view
-        self._features, self._dropped, self._taken = features, None, False
+        self._dropped = None
+        if again:
+            self._recomputed = features
+        else:
+            self._features, self._taken = features, False
+
+    def _watches(self, module: nn.Module) -> bool:
+        """Whether a training forward runs, or such a recomputation that calls the regulariser."""
+        if not module.training or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return False
+        return not recomputing() or self._taken_in_checkpoint
 
     def _take_features(self) -> Tensor:
+        if recomputing() and self._recomputed is not None:
+            features, self._recomputed = self._recomputed, None
+            return features
         features, self._features = self._features, None
         if features is not None:
             self._taken = True
+            self._taken_in_checkpoint = not torch.compiler.is_compiling() and checkpointed()
             return features
         if not self._hooks:
             why = "it was detached from the model"
@@ -118,17 +142,11 @@ class Attachment:
         else:
             why = (
                 f"{self.classifier_name} has not run since: run the model in training mode, with "
-                "gradients, before. A model whose first compiled call came before attach never "
+                "gradients, before; torch.utils.checkpoint over its classifier needs "
+                "use_reentrant=False. A model whose first compiled call came before attach never "
                 "calls it: attach first, or call torch.compiler.reset() after"
             )
         raise RuntimeError(f"{type(self.regularizer).__name__}: no features: {why}")
-
-
-def _is_training_forward(module: nn.Module) -> bool:
-    if not module.training or not torch.is_grad_enabled() or torch.compiler.is_exporting():
-        return False
-    # A checkpoint that recomputes during backward is not another forward.
-    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
 
 def _unwrap(model: nn.Module, regularizer: Regularizer) -> nn.Module:

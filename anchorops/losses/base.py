@@ -20,6 +20,7 @@ from .._checks import (
 )
 from ..distributed import group_name, reduce_moments
 from ..reference import ClassMoments
+from .recomputation import KnowAgain, check_reentrant, checkpointed, recomputing
 from .statistics import Request, class_statistics
 
 if TYPE_CHECKING:
@@ -88,6 +89,11 @@ class Regularizer(nn.Module):
             where the method shares it.
         Returns a scalar, float32 (float64 for float64 features), also under autocast.
 
+    State (step counters, moving averages, running statistics) moves once in each training forward,
+    with gradients or without, never in evaluation. Where activation checkpointing recomputes a
+    forward, the state does not move, and the recomputation reads what the first pass read; where
+    that is not possible it raises RuntimeError.
+
     `terms` holds the weighted parts of the last loss, detached, still on their device.
     """
 
@@ -114,6 +120,10 @@ class Regularizer(nn.Module):
         self.process_group = group_name(name, process_group)
         self.terms: dict[str, Tensor] = {}
         self.attachment: Attachment | None = None
+        # For recomputations (recomputation.py): what the last forward read of the state, its
+        # number, and how many forwards without gradients may yet be recomputed.
+        self._read: Tensor | None = None
+        self._forwards, self._without_grad, self._last_without_grad = 0, 0, False
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         """What this step needs, and how its losses follow; updates the state when training."""
@@ -141,20 +151,56 @@ class Regularizer(nn.Module):
 
     def _next_seed(self) -> Tensor:
         """Of this step's random splits, on the device; the step counter moves when training."""
-        seed = self.step + (self.seed << 32)
+        return self._read_and_move(self.step + (self.seed << 32), self.step, self.step + 1)
+
+    def _read_and_move(self, read: Tensor, state: Tensor, moved: Tensor) -> Tensor:
+        """read: what this forward needs of the state; moved: the state after a training forward.
+        A recomputation moves nothing, and has returned what its first pass read."""
+        if recomputing():
+            return read if self._read is None else self._read
+        if not torch.compiler.is_compiling():
+            self._read = read
+        elif self.training:
+            torch.ops.anchorops.first_pass(state, type(self).__name__)
         if self.training:
-            self.step.add_(1)
-        return seed
+            state.copy_(moved)
+        return read
+
+    def seen(self) -> tuple[int, list[Tensor | None]]:
+        """The number of the last forward, and what each method read of its state."""
+        methods = [module for module in self.modules() if isinstance(module, Regularizer)]
+        return self._forwards, [method._read for method in methods]
+
+    def see(self, number: int, reads: list[Tensor | None]) -> None:
+        """What a recomputation is to read: that of the forward of this number."""
+        methods = [module for module in self.modules() if isinstance(module, Regularizer)]
+        self._forwards = number
+        for method, read in zip(methods, reads, strict=True):
+            method._read = read
+
+    def _count_forward(self) -> None:
+        if not recomputing():
+            self._forwards += 1
+            self._last_without_grad = not torch.is_grad_enabled()
+            self._without_grad += self._last_without_grad
+        elif not checkpointed():
+            if any(read is not None for read in self.seen()[1]):
+                check_reentrant(self, self._without_grad, self._last_without_grad)
+            self._without_grad = 0
 
     def forward(
         self, features: Tensor, labels: Tensor, classifier: Classifier | None = None
     ) -> Tensor:
         self._check_inputs(features, labels, classifier)
+        if not torch.compiler.is_compiling():
+            self._count_forward()
         with torch.autocast(features.device.type, enabled=False):
             terms, logs = self._losses(features, labels, classifier)
             loss = torch.stack(tuple(terms.values())).sum()
             loss = loss.to(torch.promote_types(features.dtype, torch.float32))
         self.terms = {key: value.detach() for key, value in (terms | logs).items()}
+        if not torch.compiler.is_compiling() and loss.requires_grad and checkpointed():
+            loss = KnowAgain.apply(loss, self)
         return loss
 
     def _losses(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Losses:

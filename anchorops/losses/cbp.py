@@ -13,6 +13,7 @@ from ..anchors import category_basis
 from ..distributed import reduce_moments
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
+from .recomputation import recomputing
 from .statistics import Request
 
 
@@ -150,6 +151,6 @@ class CBP(Regularizer):
     @torch.no_grad()
     def _remember(self, moments: ClassMoments | None, zero: Tensor) -> Losses:
         assert moments is not None
-        if self.training:
+        if self.training and not recomputing():
             self.centroids.copy_(moments.sums / moments.counts.clamp(min=1)[:, None])
         return Losses({"basis": zero}, {})

@@ -1,6 +1,7 @@
 """CeCo, center collapse (CVPR 2023)."""
 
 import itertools
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from ..anchors import simplex_etf
 from ..distributed import all_reduce, reduce_moments
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer
+from .recomputation import recomputing, statistics_kept
 from .statistics import Request
 
 _FIXED_POINT = 2**30  # weights are summed as integers: any order gives the same bits
@@ -160,7 +162,10 @@ class CeCo(Regularizer):
         """g, in the features' shape and layout, float32 (float64 for float64 features)."""
         maps = features[(..., *[None] * (4 - features.dim()))]
         weight = self.reduction.weight.to(features.dtype)
-        reduced = self._normalise(F.conv2d(maps, weight))
+        if torch.compiler.is_compiling() and self.training:
+            torch.ops.anchorops.first_pass(self.norm.running_mean, "CeCo")
+        with statistics_kept(self.norm) if recomputing() else nullcontext():
+            reduced = self._normalise(F.conv2d(maps, weight))
         reduced = reduced.to(torch.promote_types(features.dtype, torch.float32))
         return reduced[(..., *[0] * (4 - features.dim()))]
 
@@ -179,11 +184,12 @@ class CeCo(Regularizer):
         with torch.no_grad():
             momentum = norm.momentum
             assert momentum is not None and norm.running_mean is not None
-            assert norm.running_var is not None and norm.num_batches_tracked is not None
+            assert norm.running_var is not None
             unbiased = variance * size / (size - 1)
             norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
             norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
-            norm.num_batches_tracked.add_(1)
+            if norm.num_batches_tracked is not None:  # a recomputation does not count
+                norm.num_batches_tracked.add_(1)
         scale = norm.weight * (variance + norm.eps).rsqrt()
         return centered * scale.view(shape) + norm.bias.view(shape)
 

@@ -1,5 +1,6 @@
 """SAR, semantic anchor regularization (arXiv 2312.11872), and its ablation CR."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from .._checks import check_choice, describe, fail
 from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
+from .recomputation import recomputing, statistics_kept
 from .statistics import Request
 
 _ANCHORS = {
@@ -134,7 +136,8 @@ class SAR(Regularizer):
         if not self.embed:
             return self._plan_p2a(self.anchors, None, {}, {})
         weight, bias = linear_weight("SAR", classifier, self.num_classes, self.dim)
-        embedded = self.embedding(self.anchors)
+        with statistics_kept(self.embedding) if recomputing() else nullcontext():
+            embedded = self.embedding(self.anchors)
         logits = F.linear(embedded.to(weight.dtype), weight, bias)
         log_p = logits.log_softmax(1).diagonal()
         p = log_p.detach().exp()
@@ -161,9 +164,7 @@ class SAR(Regularizer):
         average = self.momentum * kept + (1 - self.momentum) * embedded
         average = torch.where(self.started[:, None], average, embedded)
         average = torch.where(gate[:, None], average, kept)
-        if self.training:
-            self.semantic_anchors.copy_(average)
-        return average
+        return self._read_and_move(average, kept, average)
 
     def _plan_p2a(
         self,
