@@ -135,15 +135,30 @@ def check_anchors(
 
 
 def check_no_tangents(function: str, *tensors: Tensor | None) -> None:
-    """No forward-mode differentiation: of an operator torch.library drops tangents in silence."""
+    """Neither forward-mode differentiation, whose tangents torch.library drops in silence, nor
+    torch.func's (grad, vjp, jacrev), which it refuses with a message about itself."""
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(
-                f"{function}: forward-mode derivatives are not implemented in the fused operators; "
-                'use anchorops.use_backend("reference") for them'
-            )
+            what = "forward-mode derivatives are not implemented in the fused operators"
+        elif tensor is not None and in_transform(tensor, of_gradients=True):
+            what = "torch.func's derivatives are not implemented in the fused operators"
+        else:
+            continue
+        raise RuntimeError(f'{function}: {what}; use anchorops.use_backend("reference") for them')
+
+
+def in_transform(tensor: Tensor, *, of_gradients: bool = False) -> bool:
+    """Whether torch.func transforms a function of this tensor: any transform, or derivatives."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if not of_gradients or functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def check_choice(function: str, argument: str, value: object, choices: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ from .._checks import (
     check_num_classes,
     describe,
     fail,
+    in_transform,
 )
 from ..distributed import group_name, reduce_moments
 from ..reference import ClassMoments
@@ -100,6 +101,7 @@ class Regularizer(nn.Module):
     settings: tuple[str, ...] = ()
     uses_classifier = False
     replaces_classifier = False
+    has_state = False  # buffers that a training forward moves
     step: Tensor
 
     def __init__(
@@ -146,7 +148,7 @@ class Regularizer(nn.Module):
     def _count_steps(self, seed: int) -> None:
         if not isinstance(seed, int) or not 0 <= seed < 2**31:
             fail(type(self).__name__, "seed", "an int in [0, 2^31)", describe(seed))
-        self.seed = seed
+        self.seed, self.has_state = seed, True
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def _next_seed(self) -> Tensor:
@@ -227,6 +229,11 @@ class Regularizer(nn.Module):
         own = next(itertools.chain(self.buffers(), self.parameters()), None)
         if own is not None and own.device != features.device:
             fail(name, "features", f"device {own.device}, as the module", features.device)
+        if self.training and self.has_state and in_transform(features):
+            raise RuntimeError(
+                f"{name}: torch.func's transforms cannot move its state: call eval() on it before, "
+                'and use anchorops.use_backend("reference")'
+            )
         if self.uses_classifier and classifier is None:
             fail(name, "classifier", "the model's classifier or its weight", None)
 

@@ -78,7 +78,7 @@ class CBP(Regularizer):
             fail("CBP", "length", 'a number for update="penalty"', None)
         self.length, self.orthogonalize, self.update = length, orthogonalize, update
         self.momentum, self.penalty_weight = momentum, penalty_weight
-        self.uses_classifier = update == "penalty"
+        self.uses_classifier, self.has_state = update == "penalty", update == "ema"
         basis = category_basis(num_classes, dim, length, init=init, orthogonalize=orthogonalize)
         self._replaced: _Replaced | None = None
         self.register_buffer("basis", basis, persistent=False)  # the classifier keeps it

@@ -103,6 +103,7 @@ class CeCo(Regularizer):
         "freeze_projection",
         "dropout",
     )
+    has_state = True
     prior: Tensor
     etf: Tensor
 

@@ -36,6 +36,7 @@ class Combined(Regularizer):
         self.methods = nn.ModuleList(regularizers)
         self.replaces_classifier = any(r.replaces_classifier for r in regularizers)
         self.uses_classifier = any(r.uses_classifier for r in regularizers)
+        self.has_state = any(r.has_state for r in regularizers)
         names = [type(r).__name__.lower() for r in regularizers]
         self._names = [
             f"{name}{names[:i].count(name) + 1}" if names.count(name) > 1 else name

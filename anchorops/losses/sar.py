@@ -117,7 +117,7 @@ class SAR(Regularizer):
         self.loss_weight, self.aux_weight, self.momentum = loss_weight, aux_weight, momentum
         self.tau, self.delta, self.gate = tau, delta, gate
         self.embed, self.reweight, self.detach_weights = embed, reweight, detach_weights
-        self.uses_classifier = embed
+        self.uses_classifier = self.has_state = embed
         self.register_buffer("anchors", anchors.detach().clone())
         if embed:
             self.embedding = _embedding(dim, layers)

@@ -1,0 +1,94 @@
+"""torch.func: vmap of the fused operators, everything of the reference, a message for the rest."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, hessian, jvp, vmap
+
+import anchorops as ao
+
+K, D = 4, 5
+LABELS, ANCHORS = torch.arange(9) % (K + 1), torch.linspace(-1, 1, K * D).view(K, D).cos()
+OCCL = ao.OCCL(K, D).eval()
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "class_moments": lambda f: ao.class_moments(f, LABELS, K, anchors=ANCHORS)[2].sum(),
+    "pixel_to_anchor_mse": lambda f: ao.pixel_to_anchor_mse(f, LABELS, ANCHORS),
+    "class_centroids": lambda f: ao.class_centroids(f, LABELS, K)[0].square().sum(),
+    "SAR": lambda f: ao.SAR(K, D, embed=False, anchors=ANCHORS)(f, LABELS),
+    "OCCL": lambda f: OCCL(f, LABELS, ANCHORS),
+    "centroid_info_nce": lambda f: ao.centroid_info_nce(f[:K], ANCHORS, temperature=1.0),
+}
+fused = [name for name in FUNCTIONS if name != "centroid_info_nce"]  # on CPU the reference
+each_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+@each_function
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_vmap(name: str, backend: str) -> None:
+    function, features = FUNCTIONS[name], torch.randn(3, 9, D)
+    with ao.use_backend(backend):
+        expected = torch.stack([function(f) for f in features])
+        torch.testing.assert_close(vmap(function)(features), expected)
+
+
+@each_function
+def test_derivatives_of_the_reference(name: str) -> None:
+    function, features = FUNCTIONS[name], torch.randn(3, 9, D)
+    leaf = features[0].clone().requires_grad_()
+    with ao.use_backend("reference"):
+        (expected,) = torch.autograd.grad(function(leaf), leaf)
+        torch.testing.assert_close(grad(function)(features[0]), expected)
+        torch.testing.assert_close(vmap(grad(function))(features)[0], expected)
+        along = jvp(function, (features[0],), (features[1],))[1]
+        expected = (expected * features[1]).sum()
+        torch.testing.assert_close(along, expected, check_dtype=False)  # torch widens tangents
+        assert hessian(function)(features[0]).shape == (9, D, 9, D)
+
+
+@pytest.mark.parametrize("name", fused)
+def test_derivatives_of_the_fused_operators_raise(name: str) -> None:
+    function, features = FUNCTIONS[name], torch.randn(3, 9, D)
+    message = r"^class_moments: .*torch.func's derivatives.*use_backend\(\"reference\"\) for them$"
+    for run, inputs in (
+        (grad(function), features[0]),
+        (vmap(grad(function)), features),
+        (grad(lambda f: vmap(function)(f).sum()), features),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run(inputs)
+    with pytest.raises(RuntimeError, match=r"^class_moments: forward-mode derivatives .* them$"):
+        jvp(function, (features[0],), (features[1],))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ao.SAR(K, D),
+        ao.OCCL(K, D),
+        ao.MVSC(K, D),
+        ao.CeCo(K, D, reduced_dim=3, center_dim=4),
+        ao.CBP(K, D, update="ema"),
+        ao.Combined(ao.OCCL(K, D)),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_state_does_not_move_in_a_transform(method: Any) -> None:
+    features = torch.randn(2, 9, D)
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    message = rf"^{type(method).__name__}: .*call eval\(\).*use_backend\(\"reference\"\)$"
+
+    def loss(features: Tensor) -> Tensor:
+        return method(features, LABELS, ANCHORS)
+
+    for transformed in (vmap(loss), vmap(grad(loss))):
+        with pytest.raises(RuntimeError, match=message):
+            transformed(features)
+    with ao.use_backend("reference"):
+        method.eval()
+        if not isinstance(method, ao.CBP):  # a constant 0
+            assert grad(loss)(features[0]).isfinite().all()
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
