@@ -7,6 +7,7 @@ from ._backend import backends, use_backend
 from .anchors import category_basis, orthogonal_anchors, random_anchors, simplex_etf
 from .attach import Attachment, attach
 from .losses import CBP, MVSC, OCCL, SAR, CeCo, Combined, CrossEntropy, CrossEntropyDice, Dice
+from .low_resolution import low_resolution
 from .ops.centroid_info_nce import centroid_info_nce
 from .ops.class_moments import class_centroids, class_moments, pixel_to_anchor_mse
 from .ops.confusion import confusion, pixel_confusion
@@ -35,6 +36,7 @@ __all__ = [
     "class_centroids",
     "class_moments",
     "confusion",
+    "low_resolution",
     "orthogonal_anchors",
     "pixel_argmax",
     "pixel_confusion",

@@ -1,0 +1,299 @@
+"""`low_resolution`: a model without its last upsampling while it trains."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import logging
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from ._checks import describe, fail
+
+_logger = logging.getLogger("anchorops")
+
+
+def _tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a model's output (or of a function's arguments), with its place there."""
+    if isinstance(value, Tensor):
+        yield name or "the output", value
+    elif isinstance(value, Mapping):  # Hugging Face's ModelOutput too
+        for key, item in value.items():
+            yield from _tensors(item, f"{name}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _tensors(item, f"{name}[{i}]")
+
+
+class _Upsampling:
+    """One call of F.interpolate: its result, the options given, and who read the result."""
+
+    def __init__(self, result: Tensor, options: dict[str, Any]) -> None:
+        self.result, self.options = result, options
+        self.version = result._version
+        self.readers: list[str] = []
+
+    @property
+    def align_corners(self) -> bool:
+        return bool(self.options.get("align_corners"))
+
+    def objection(self) -> str | None:
+        """Why the loss could not do the same from the input, if so."""
+        mode = self.options.get("mode", "nearest")
+        if mode != "bilinear" or self.options.get("antialias"):
+            return f"mode={mode!r}" + (", antialias=True" if self.options.get("antialias") else "")
+        scale = self.options.get("scale_factor")
+        if scale is not None and not self.align_corners:
+            factors = scale if isinstance(scale, list | tuple) else [scale]
+            exact = all(float(factor).is_integer() for factor in factors)
+            if not exact and not self.options.get("recompute_scale_factor"):
+                return f"scale_factor={scale}, whose grid is not that of the sizes"
+        if self.readers:
+            return f"a result that {self.readers[0]} reads too"
+        if self.result._version != self.version:
+            return "a result that is changed in place"
+        return None
+
+
+class _Watch(TorchFunctionMode):
+    """Notes every F.interpolate of a forward, and which function made each tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upsamplings: list[_Upsampling] = []
+        # id: the tensor, what made it, and whether from an upsampled one
+        self._makers: dict[int, tuple[weakref.ref[Tensor], str, bool]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        read = {id(tensor) for _, tensor in _tensors([args, kwargs])}
+        made = [tensor for _, tensor in _tensors(result) if id(tensor) not in read]
+        sources = [up for up in self.upsamplings if id(up.result) in read]
+        name = resolve_name(func) or getattr(func, "__name__", repr(func))
+        for tensor in made:
+            self._makers[id(tensor)] = (weakref.ref(tensor), name, bool(sources))
+        if made:
+            for up in sources:
+                up.readers.append(name)
+        if func is F.interpolate:
+            self.upsamplings.append(_Upsampling(result, kwargs))
+        return result
+
+    def maker(self, tensor: Tensor) -> str:
+        made, name, upsampled = self._makers.get(id(tensor), (lambda: None, "", False))
+        if made() is not tensor:
+            return "no function of torch"
+        return f"{name} of an upsampled tensor" if upsampled else name
+
+
+class _Skip(TorchFunctionMode):
+    """Leaves out the calls of F.interpolate with these numbers. `inputs` gets the input of each,
+    and None for the others."""
+
+    def __init__(self, numbers: frozenset[int], inputs: list[Tensor | None]) -> None:
+        super().__init__()
+        self.numbers, self.inputs = numbers, inputs
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.interpolate:
+            skipped = len(self.inputs) in self.numbers
+            self.inputs.append(args[0] if skipped else None)
+            if skipped:
+                return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class _Plan(NamedTuple):
+    """Which calls of F.interpolate, counted from 0, a training forward leaves out."""
+
+    calls: int  # in one forward
+    returned: frozenset[int]
+
+
+@functools.cache
+def _without_upsampling(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of a model of class `cls` under `low_resolution`."""
+
+    @functools.wraps(cls.forward)  # Hugging Face's Trainer reads the signature
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        plan: _Plan | None = getattr(self, "_low_resolution", None)
+        if plan is None or not self.training:  # another instance of this class has no plan
+            return cls.forward(self, *args, **kwargs)
+        inputs: list[Tensor | None] = []
+        with _Skip(plan.returned, inputs):
+            output = cls.forward(self, *args, **kwargs)
+        if len(inputs) != plan.calls:
+            why = f"{len(inputs)} calls of F.interpolate, where the dry run had {plan.calls}"
+            raise RuntimeError(f"low_resolution: {cls.__name__}: {why}: {_ADVICE}")
+        tensors = [tensor for _, tensor in _tensors(output)]
+        for number in plan.returned:
+            if not any(tensor is inputs[number] for tensor in tensors):
+                why = "the output is not what the last upsampling was given"
+                raise RuntimeError(f"low_resolution: {cls.__name__}: {why}: {_ADVICE}")
+        return output
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        # pickle finds classes by name: it gets that of the model
+        make, args, *state = cls.__reduce_ex__(self, 2)
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            make, args = _new, (cls,)
+        return (make, args, *state)
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    methods = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_upsampling_class": cls}
+    return type(cls)(cls.__name__, (cls,), names | methods)  # type: ignore[call-arg]
+
+
+_ADVICE = "remove() the handle, and call low_resolution with arguments as in training"
+
+
+def _new(cls: type[nn.Module]) -> nn.Module:
+    changed: Any = _without_upsampling(cls)
+    return changed.__new__(changed)
+
+
+def _dry_run(model: nn.Module, args: Any, kwargs: Any) -> tuple[_Watch, dict[str, Tensor]]:
+    """One training forward of a copy, which leaves model, gradients and random numbers alone."""
+    trial = copy.deepcopy(model).train()
+    for module in trial.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()  # takes a single image, and asks no other rank
+    devices = {parameter.device for parameter in model.parameters()}
+    indices = sorted({device.index for device in devices if device.type == "cuda"})
+    watch = _Watch()
+    with torch.no_grad(), torch.random.fork_rng(indices), watch:
+        output = trial(*args, **kwargs)
+    return watch, dict(_tensors(output))
+
+
+class LowResolution:
+    """What `low_resolution` did. `remove()` takes it back.
+
+    Attributes:
+        align_corners: of the upsampling that was taken out; give it to the loss.
+        outputs: the places of low-resolution logits in the model's output, as "['out']".
+    """
+
+    def __init__(self, model: nn.Module, align_corners: bool, outputs: list[str]) -> None:
+        self.align_corners, self.outputs = align_corners, outputs
+        self._model: Any = model
+        self._class = getattr(model, "_upsampling_class", type(model))
+
+    def remove(self) -> None:
+        """Give the model its upsampling back."""
+        if not hasattr(self._model, "_low_resolution"):
+            return
+        if type(self._model) is not _without_upsampling(self._class):
+            expected = "the class that low_resolution gave it: undo first what came after"
+            fail("remove", "model", expected, type(self._model).__name__)
+        self._model.__class__ = self._class
+        del self._model._low_resolution
+
+    def __repr__(self) -> str:
+        places = ", ".join(self.outputs)
+        options = f"align_corners={self.align_corners}"
+        return f"low_resolution of {self._class.__name__}: {places} ({options})"
+
+
+def _check_model(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        fail("low_resolution", "model", "an nn.Module", describe(model))
+    name = type(model).__name__
+    wrappers = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+    sharded = any(base.__name__ == "FSDPModule" for base in type(model).__mro__)
+    if name in wrappers or sharded or hasattr(model, "_orig_mod"):
+        expected = "the model itself, before torch.compile, DDP and FSDP"
+        fail("low_resolution", "model", expected, f"one under {name}")
+    if hasattr(model, "_low_resolution"):
+        fail("low_resolution", "model", "a model as it was built", f"{name} under low_resolution")
+    if "forward" in vars(model):
+        expected = "a model with the forward of its class"
+        fail("low_resolution", "model", expected, f"{name} whose forward was replaced")
+    return model
+
+
+def low_resolution(model: nn.Module, *args: Any, **kwargs: Any) -> LowResolution:
+    """Take the last bilinear upsampling out of a model in training mode, for a loss that upsamples:
+
+        handle = ao.low_resolution(model, images)
+        loss = ao.pixel_cross_entropy(model(images), labels, align_corners=handle.align_corners)
+
+    In training mode the model's output has the same places as before (a tensor, tuple, dict,
+    Hugging Face's ModelOutput; several heads) and low-resolution logits where it had upsampled
+    ones; in eval mode it is the bare model. The labels must have the size to which the model
+    upsampled.
+
+    One dry run of a copy of the model (its parameters a second time, for as long as it runs), in
+    training mode without gradients, finds the calls of F.interpolate whose results the model
+    returns, by identity: nn.Upsample, also before nn.Identity, and F.interpolate in a forward.
+    Parameters, gradients, batch-norm statistics and torch's random numbers stay as they were.
+    Training forwards then return the inputs of these calls instead, and check that they did: a
+    forward unlike the dry run raises a RuntimeError. Parameter names do not change; copies and
+    pickles of the model are under low_resolution too.
+
+    Call it before torch.compile, DDP and FSDP. An upsampling inside a reentrant checkpoint raises
+    in backward (use_reentrant=False does not). An upsampled tensor that only an extension reads,
+    past torch's functions, is not seen.
+
+    Args:
+        model: any segmentation model.
+        args, kwargs: those of one training forward, as `images`; any batch and image size.
+
+    Returns:
+        LowResolution, with `align_corners`, `outputs` and `remove()`.
+
+    Raises:
+        ValueError: the model returns no upsampled tensor (it says what made its outputs: a softmax,
+            crop or sum after the upsampling, or a last convolution: then the output is of low
+            resolution already and goes into the loss as it is); the upsampling is not bilinear, has
+            a fractional scale_factor, or its result is read by something else too; heads that
+            disagree in align_corners; a wrapped model; a second low_resolution.
+    """
+    model = _check_model(model)
+    if not args and not kwargs:
+        expected = "the arguments of one training forward, as low_resolution(model, images)"
+        fail("low_resolution", "args", expected, "none")
+    watch, outputs = _dry_run(model, args, kwargs)
+    returned: dict[int, str] = {}
+    for place, tensor in outputs.items():
+        for number, up in enumerate(watch.upsamplings):
+            if up.result is tensor:
+                returned.setdefault(number, place)
+    expected = "a last step F.interpolate(…, mode='bilinear') whose result the model returns"
+    if not returned:
+        found = ", ".join(
+            f"{place} of shape {tuple(tensor.shape)} from {watch.maker(tensor)}"
+            for place, tensor in outputs.items()
+        )
+        advice = "an output that nothing upsampled goes into the loss as it is"
+        fail("low_resolution", "model", expected, f"{found or 'no tensor'}; {advice}")
+    for number, place in returned.items():
+        objection = watch.upsamplings[number].objection()
+        if objection is not None:
+            fail("low_resolution", "model", expected, f"{place}: {objection}")
+    corners = {watch.upsamplings[number].align_corners for number in returned}
+    if len(corners) > 1:
+        places = ", ".join(
+            f"{place}: {watch.upsamplings[number].align_corners}"
+            for number, place in returned.items()
+        )
+        fail("low_resolution", "model", "one align_corners for all outputs", places)
+    handle = LowResolution(model, corners.pop(), list(returned.values()))
+    plan = _Plan(len(watch.upsamplings), frozenset(returned))
+    model._low_resolution = plan  # type: ignore[assignment]
+    model.__class__ = _without_upsampling(handle._class)
+    _logger.info("%r", handle)
+    return handle

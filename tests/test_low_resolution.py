@@ -1,0 +1,401 @@
+"""low_resolution: the same loss and gradients as the model that upsamples, the same bare model in
+eval mode, and errors where it could not be so."""
+
+import copy
+import inspect
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import anchorops as ao
+
+K, D = 5, 8
+
+
+def batch(size: tuple[int, int] = (64, 64), images: int = 2) -> tuple[Tensor, Tensor]:
+    return torch.randn(images, 3, *size), torch.randint(0, K, (images, *size))
+
+
+class Net(nn.Module):
+    """A body with an upsampling inside, batch norm and dropout, a classifier and `after`."""
+
+    def __init__(self, after: Callable[[Tensor, Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, D, 3, stride=8, padding=1)
+        self.norm, self.dropout = nn.BatchNorm2d(D), nn.Dropout(0.5)
+        self.classifier = nn.Conv2d(D, K, 1)
+        self.after = after
+
+    def logits(self, x: Tensor) -> Tensor:
+        x = self.dropout(self.norm(self.body(x)).relu())
+        return self.classifier(F.interpolate(x, scale_factor=2, mode="bilinear"))
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.logits(x)
+        if self.after is not None:
+            return self.after(logits, x)
+        return F.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def upsampled(x: Tensor, size: Any = None, **options: Any) -> Tensor:
+    return F.interpolate(x, size, **{"mode": "bilinear", "align_corners": False} | options)
+
+
+class TrainingHeads(Net):
+    """In training mode only: a tuple with an auxiliary head and a score of the image."""
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.logits(x)
+        up = nn.Upsample(scale_factor=(4, 4), mode="bilinear", align_corners=True)
+        if not self.training:
+            return up(logits)
+        return up(logits), [up(logits * 2)], logits.mean((2, 3))
+
+
+def deeplab() -> nn.Module:
+    return torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=K, aux_loss=True
+    )
+
+
+def smp_model(name: str) -> Callable[[], nn.Module]:
+    return lambda: getattr(smp, name)("resnet18", encoder_weights=None, classes=K)
+
+
+def upernet() -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    backbone = transformers.ConvNextConfig(
+        hidden_sizes=[D] * 4, depths=[1] * 4, out_features=stages
+    )
+    config = transformers.UperNetConfig(
+        backbone_config=backbone, num_labels=K, hidden_size=D, auxiliary_channels=D
+    )
+    return transformers.UperNetForSemanticSegmentation(config)
+
+
+def segformer() -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.SegformerConfig(
+        num_labels=K, hidden_sizes=[D] * 4, depths=[1] * 4, decoder_hidden_size=D
+    )
+    return transformers.SegformerForSemanticSegmentation(config)
+
+
+def maps(output: Any) -> list[Tensor]:
+    """The logits of every head."""
+    if isinstance(output, Tensor):
+        return [output] if output.dim() == 4 else []
+    items = output.values() if isinstance(output, Mapping) else output
+    return [logits for item in items for logits in maps(item)]
+
+
+def step(model: nn.Module, x: Tensor, labels: Tensor, align_corners: bool) -> tuple[Tensor, Any]:
+    """Loss of all heads and the logits' size, from the same random numbers each time."""
+    torch.manual_seed(1)
+    model.train().zero_grad()
+    heads = maps(model(x))
+    full = [upsampled(z, labels.shape[1:], align_corners=align_corners) for z in heads]
+    loss = torch.stack([F.cross_entropy(z, labels) for z in full]).sum()
+    loss.backward()
+    return loss.detach(), tuple(heads[0].shape[2:])
+
+
+def check_step(plain: nn.Module, model: nn.Module, x: Tensor, labels: Tensor, **how: Any) -> None:
+    """One step of both: the same loss, gradients and statistics, from logits of `low`."""
+    bare, align_corners, low = how.get("bare", model), how.get("corners", False), how["low"]
+    expected, size = step(plain, x, labels, align_corners)
+    assert size == labels.shape[1:]
+    loss, size = step(model, x, labels, align_corners)
+    assert size == low
+    torch.testing.assert_close(loss, expected)
+    for (name, p), q in zip(plain.named_parameters(), bare.parameters(), strict=True):
+        if p.grad is None:  # the plain model leaves out the same
+            assert q.grad is None, name
+        else:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+    for p, q in zip(plain.buffers(), bare.buffers(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize(
+    ("build", "places", "corners", "stride"),
+    [
+        (Net, ["the output"], False, 4),
+        (TrainingHeads, ["[0]", "[1][0]"], True, 4),
+        (deeplab, ["['out']", "['aux']"], False, 16),
+        (smp_model("Segformer"), ["the output"], True, 4),
+        (upernet, ["['logits']"], False, 4),
+    ],
+    ids=["net", "training-heads", "deeplab", "segformer", "upernet"],
+)
+def test_trains_as_the_plain_model(
+    build: Callable[[], nn.Module], places: list[str], corners: bool, stride: int
+) -> None:
+    model = build()
+    plain = copy.deepcopy(model)
+    handle = ao.low_resolution(model, batch(images=1)[0])
+    assert (handle.outputs, handle.align_corners) == (places, corners)
+    x, labels = batch((96, 64))  # not the size of the dry run
+    low = (96 // stride, 64 // stride)
+    check_step(plain, model, x, labels, corners=corners, low=low)
+    for p, q in zip(maps(plain.eval()(x)), maps(model.eval()(x)), strict=True):
+        assert torch.equal(p, q)
+    assert type(model).__name__ == type(plain).__name__ and isinstance(model, type(plain))
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    handle.remove()
+    handle.remove()
+    assert type(model) is type(plain) and vars(model).keys() == vars(plain).keys()
+
+
+def test_the_dry_run_leaves_no_trace() -> None:
+    model = Net().train()
+    x, labels = batch()
+    step(model, x, labels, False)
+    model.eval()
+    before = copy.deepcopy(model)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    numbers = torch.get_rng_state()
+    ao.low_resolution(model, x)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert not model.training
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+    for name, value in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    ("build", "corners"),
+    [(Net, False), (TrainingHeads, True), (upernet, False)],
+    ids=["net", "training-heads", "upernet"],
+)
+def test_fullgraph(build: Callable[[], nn.Module], corners: bool) -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build()
+    plain = copy.deepcopy(model)
+    x, labels = batch()
+    ao.low_resolution(model, x)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    check_step(plain, compiled, x, labels, bare=model, corners=corners, low=(16, 16))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(maps(compiled.eval()(x)), maps(plain.eval()(x)))
+
+
+def test_ddp(tmp_path: Any) -> None:
+    model = Net()
+    plain = copy.deepcopy(model)
+    x, labels = batch()
+    ao.low_resolution(model, x)
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        check_step(plain, wrapped, x, labels, bare=model, low=(16, 16))
+        with pytest.raises(ValueError, match="one under DistributedDataParallel"):
+            ao.low_resolution(wrapped, x)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_replicas_of_data_parallel_use_their_own_parameters() -> None:
+    model = Net().train()
+    x, _ = batch()
+    ao.low_resolution(model, x)
+    replica: Any = model._replicate_for_data_parallel()
+    replica.classifier = nn.Conv2d(D, 7, 1)
+    assert replica(x).shape == (2, 7, 16, 16)
+
+
+def test_copies_and_pickles() -> None:
+    model = smp_model("FPN")()
+    x, _ = batch()
+    ao.low_resolution(model, x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is type(model) and other is not model
+        torch.testing.assert_close(other.eval()(x), model.eval()(x))
+        assert other.train()(x).shape == (2, K, 16, 16)
+
+
+def test_another_model_of_the_same_class_is_bare() -> None:
+    model = Net()
+    x, _ = batch()
+    ao.low_resolution(model, x)
+    other = type(model)()  # as from_pretrained of a class does
+    assert other.train()(x).shape == (2, K, 64, 64)
+    handle = ao.low_resolution(other, x)
+    assert other(x).shape == (2, K, 16, 16)
+    handle.remove()
+    assert type(other) is Net and other(x).shape == (2, K, 64, 64)
+
+
+class Checkpointed(Net):
+    def forward(self, x: Tensor) -> Any:
+        def tail(features: Tensor) -> Tensor:
+            features = self.dropout(self.norm(features).relu())
+            logits = self.classifier(F.interpolate(features, scale_factor=2, mode="bilinear"))
+            return upsampled(logits, x.shape[2:]) if self.whole else logits
+
+        output = checkpoint(tail, self.body(x), use_reentrant=self.reentrant)
+        return output if self.whole else upsampled(output, x.shape[2:])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("reentrant", "whole"), [(False, False), (False, True), (True, False)])
+def test_gradient_checkpointing(reentrant: bool, whole: bool) -> None:
+    model = Checkpointed().train()
+    model.reentrant, model.whole = reentrant, whole  # type: ignore[assignment]
+    plain = copy.deepcopy(model)
+    x, labels = batch()
+    ao.low_resolution(model, x)
+    check_step(plain, model, x, labels, low=(16, 16))
+
+
+def test_an_upsampling_in_a_reentrant_checkpoint_raises() -> None:
+    model = Checkpointed().train()
+    model.reentrant = model.whole = True  # type: ignore[assignment]
+    x, _ = batch()
+    ao.low_resolution(model, x)
+    with pytest.raises(RuntimeError, match="Mismatch in shape"):
+        model(x).sum().backward()
+
+
+def test_export_in_eval_mode_is_the_bare_model() -> None:
+    model = Net().eval()
+    x, _ = batch()
+    bare = torch.export.export(model, (x,))
+    ao.low_resolution(model, x)
+    exported = torch.export.export(model, (x,))
+    operators = [
+        [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        for program in (bare, exported)
+    ]
+    assert operators[0] == operators[1]
+
+
+def test_layout_and_dtype_are_those_of_the_classifier() -> None:
+    model = smp_model("Segformer")().to(memory_format=torch.channels_last)
+    x, _ = batch()
+    ao.low_resolution(model, x.to(memory_format=torch.channels_last))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.train()(x.to(memory_format=torch.channels_last))
+    assert logits.dtype == torch.bfloat16 and logits.shape == (2, K, 16, 16)
+    assert logits.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_attach_beside() -> None:
+    model, occl = smp_model("FPN")(), ao.OCCL(K, 128)
+    x, labels = batch()
+    term = ao.attach(model, occl)
+    ao.low_resolution(model, x)
+    with pytest.raises(RuntimeError, match="has not run"):
+        term(labels)
+    assert model.train()(x).shape == (2, K, 16, 16)
+    term(labels).backward()
+
+
+@pytest.mark.parametrize(
+    ("after", "got"),
+    [
+        (
+            lambda z, x: upsampled(z, x.shape[2:]).softmax(1),
+            "from torch.Tensor.softmax of an upsampled",
+        ),
+        (lambda z, x: upsampled(z, x.shape[2:])[:, :, 1:], "__getitem__ of an upsampled"),
+        (
+            lambda z, x: upsampled(z, x.shape[2:]) + upsampled(2 * z, x.shape[2:]),
+            r"torch.Tensor.add of an upsampled",
+        ),
+        (lambda z, x: upsampled(z, x.shape[2:]).relu_(), "a result that is changed in place"),
+        (
+            lambda z, x: (y := upsampled(z, x.shape[2:]), y.sigmoid()),
+            r"\[0\]: a result that torch.Tensor.sigmoid reads too",
+        ),
+        (lambda z, x: {"out": z}, r"\['out'\] of shape \(2, 5, 16, 16\) from .*conv2d"),
+        (lambda z, x: None, "got no tensor"),
+        (lambda z, x: F.interpolate(z, x.shape[2:]), "got the output: mode='nearest'"),
+        (lambda z, x: upsampled(z, x.shape[2:], mode="bicubic"), "mode='bicubic'"),
+        (lambda z, x: upsampled(z, x.shape[2:], antialias=True), "antialias=True"),
+        (lambda z, x: upsampled(z, scale_factor=3.9), "scale_factor=3.9, whose grid"),
+        (
+            lambda z, x: (upsampled(z, (9, 9)), upsampled(z, (9, 9), align_corners=True)),
+            r"one align_corners for all outputs, got \[0\]: False, \[1\]: True",
+        ),
+    ],
+    ids=range(12),
+)
+def test_models_it_refuses(after: Callable[[Tensor, Tensor], Any], got: str) -> None:
+    model = Net(after)
+    with pytest.raises(ValueError, match=f"low_resolution: model: expected .*{got}"):
+        ao.low_resolution(model, batch()[0])
+    assert type(model) is Net and not hasattr(model, "_low_resolution")
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda z, x: upsampled(z, scale_factor=3.9, recompute_scale_factor=True),
+        lambda z, x: upsampled(z, scale_factor=[4.0, 2.0]),
+        lambda z, x: upsampled(z, scale_factor=3.9, align_corners=True),
+        lambda z, x: upsampled(z, x.shape[2:]).contiguous().float(),
+        lambda z, x: nn.UpsamplingBilinear2d(scale_factor=4)(z),
+    ],
+    ids=range(5),
+)
+def test_models_it_takes(after: Callable[[Tensor, Tensor], Any]) -> None:
+    model = Net(after)
+    x, _ = batch()
+    corners = ao.low_resolution(model, x).align_corners
+    full = model.eval()(x)
+    for module in model.train().modules():
+        module.training = module is model
+    torch.testing.assert_close(upsampled(model(x), full.shape[2:], align_corners=corners), full)
+
+
+def test_low_resolution_already() -> None:
+    with pytest.raises(ValueError, match=r"got \['logits'\] of shape \(2, 5, 16, 16\) from"):
+        ao.low_resolution(segformer(), batch()[0])
+
+
+class Sometimes(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.logits(x)
+        if x.shape[2] > 64:
+            logits = upsampled(logits, scale_factor=2)
+        full = upsampled(logits, x.shape[2:])
+        return full if x.shape[3] == 64 else full * 2
+
+
+def test_a_forward_unlike_the_dry_run_raises() -> None:
+    model = Sometimes().train()
+    ao.low_resolution(model, batch()[0])
+    model(batch()[0])
+    with pytest.raises(RuntimeError, match=r"3 calls of F.interpolate, where the dry run had 2"):
+        model(batch((96, 64))[0])
+    with pytest.raises(RuntimeError, match="the output is not what the last upsampling was given"):
+        model(batch((64, 96))[0])
+
+
+def test_bad_input() -> None:
+    model, (x, _) = Net(), batch()
+    with pytest.raises(ValueError, match=r"low_resolution: model: expected an nn.Module"):
+        ao.low_resolution(len, x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"low_resolution: args: .* low_resolution\(model, images"):
+        ao.low_resolution(model)
+    with pytest.raises(ValueError, match=r"before torch.compile, DDP and FSDP"):
+        ao.low_resolution(torch.compile(model), x)  # type: ignore[arg-type]
+    handle = ao.low_resolution(model, x)
+    with pytest.raises(ValueError, match="got Net under low_resolution"):
+        ao.low_resolution(model, x)
+    handle.remove()
+    model.forward = lambda x: x  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="got Net whose forward was replaced"):
+        ao.low_resolution(model, x)
