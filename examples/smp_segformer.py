@@ -1,0 +1,50 @@
+"""Segformer of segmentation_models_pytorch, with and without its last upsampling.
+
+    python examples/smp_segformer.py [--steps 3] [--size 128]
+
+Trains two copies side by side on random images and labels: the model as it is with torch's
+cross-entropy, and under low_resolution with anchorops's. Their losses agree.
+"""
+
+import argparse
+import copy
+
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+
+import anchorops as ao
+
+K = 19
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--size", type=int, default=128, help="height and width of the images")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    model = smp.Segformer("mit_b0", encoder_weights=None, classes=K)
+    plain = copy.deepcopy(model)
+    images = torch.randn(2, 3, arguments.size, arguments.size)
+    labels = torch.randint(0, K, (2, arguments.size, arguments.size))
+    labels[:, :4] = 255  # ignored
+
+    handle = ao.low_resolution(model, images)
+    corners = handle.align_corners  # True: this library's heads upsample so
+    print(handle)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (plain, model)]
+    for step in range(arguments.steps):
+        torch.manual_seed(step)  # the same dropout for both
+        before = F.cross_entropy(plain.train()(images), labels, ignore_index=255)
+        torch.manual_seed(step)
+        after = ao.pixel_cross_entropy(model.train()(images), labels, align_corners=corners)
+        for loss, optimizer in zip((before, after), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        print(f"step {step + 1}: {before.item():.5f} before, {after.item():.5f} after")
+
+
+if __name__ == "__main__":
+    main()
