@@ -40,8 +40,9 @@ def commands() -> list:
 
 @pytest.mark.parametrize("snippet", blocks("python"))
 def test_snippet_runs(snippet: str, monkeypatch: pytest.MonkeyPatch):
-    if "segmentation_models_pytorch" in snippet:
-        pytest.importorskip("segmentation_models_pytorch", reason="it is not installed")
+    for package in ("segmentation_models_pytorch", "timm", "torchvision", "transformers"):
+        if package in snippet:
+            pytest.importorskip(package, reason="it is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
