@@ -83,6 +83,11 @@ def upernet() -> nn.Module:
     return transformers.UperNetForSemanticSegmentation(config)
 
 
+def model_output() -> nn.Module:
+    outputs = pytest.importorskip("transformers.modeling_outputs", reason="it is not installed")
+    return Net(lambda z, x: outputs.SemanticSegmenterOutput(logits=upsampled(z, x.shape[2:])))
+
+
 def segformer() -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     config = transformers.SegformerConfig(
@@ -176,8 +181,8 @@ def test_the_dry_run_leaves_no_trace() -> None:
 
 @pytest.mark.parametrize(
     ("build", "corners"),
-    [(Net, False), (TrainingHeads, True), (upernet, False)],
-    ids=["net", "training-heads", "upernet"],
+    [(Net, False), (TrainingHeads, True), (model_output, False)],
+    ids=["net", "training-heads", "model-output"],
 )
 def test_fullgraph(build: Callable[[], nn.Module], corners: bool) -> None:
     torch.compiler.reset()
