@@ -15,7 +15,7 @@ setup: .venv/installed
 # built again after a change without a network.
 .venv/installed: pyproject.toml setup.py build_backend.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install torch torchvision 'setuptools>=77' pybind11 ninja
+	$(BIN)/pip install torch torchvision 'setuptools>=77' ninja
 	$(BIN)/pip install --no-build-isolation -e '.[train,test,dev]'
 	touch $@
 

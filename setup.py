@@ -1,6 +1,7 @@
-"""Compiles what this machine can: anchorops._C (C++) and anchorops/_cuda.so (CUDA).
+"""Compiles what this machine can: anchorops/_cpu.so (C++) and anchorops/_cuda.so (CUDA).
 
-Both use LibTorch's stable ABI alone, so one build serves torch 2.10 and every later version.
+Both use LibTorch's stable ABI and nothing of Python's, so one build serves torch 2.10 and every
+later version, and every version of Python: the wheel's tag is py3-none-PLATFORM.
 Without a C++ compiler the package installs as pure Python. ANCHOROPS_CUDA=0 forbids the CUDA
 library, ANCHOROPS_CUDA=1 demands it; TORCH_CUDA_ARCH_LIST chooses its architectures.
 """
@@ -15,6 +16,7 @@ import sysconfig
 from glob import glob
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 CUDA_CHOICE = os.environ.get("ANCHOROPS_CUDA", "")
 
@@ -26,12 +28,11 @@ def do_without(part: str, obstacle: object) -> None:
 
 
 def compiler_obstacle() -> str | None:
-    """Why C++20 with Python's headers does not compile here, or None."""
+    """Why C++20 does not compile here, or None."""
     compiler = next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
-    headers = sysconfig.get_path("include")
     command = shlex.split(os.environ.setdefault("CXX", compiler))
-    command += ["-std=c++20", "-fsyntax-only", f"-I{headers}", "-xc++", "-"]
-    source = "#include <Python.h>\n#include <concepts>\n"
+    command += ["-std=c++20", "-fsyntax-only", "-xc++", "-"]
+    source = "#include <concepts>\n"
     try:
         probe = subprocess.run(command, input=source, text=True, capture_output=True)
     except OSError as error:
@@ -43,10 +44,9 @@ def installed_torch():
     # pip's isolated build hides the torch that the extension is going to live with
     sys.path.append(sysconfig.get_path("purelib"))
     try:
-        import pybind11  # noqa: F401
         import torch
     except ImportError as error:
-        sys.exit(f"anchorops: {error}: install torch and pybind11, or allow build isolation")
+        sys.exit(f"anchorops: {error}: install torch, or allow build isolation")
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         sys.exit(f"anchorops: compiling needs torch>=2.10, found {torch.__version__}: upgrade it")
     return torch
@@ -88,7 +88,7 @@ def compiled_parts() -> dict:
     if CUDA_CHOICE not in ("", "0", "1"):
         sys.exit(f"anchorops: ANCHOROPS_CUDA must be 0 (forbid) or 1 (demand), not {CUDA_CHOICE!r}")
     if obstacle := compiler_obstacle():
-        do_without("compiled backends", f"no C++20 compiler with Python's headers: {obstacle}")
+        do_without("compiled backends", f"no C++20 compiler: {obstacle}")
         return {}
     torch = installed_torch()
     cuda_sources = sorted(glob("csrc/cuda/*.cu"))
@@ -101,7 +101,6 @@ def compiled_parts() -> dict:
     except LookupError as obstacle:
         do_without("CUDA library", obstacle)
 
-    import pybind11
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
     def extension(name: str, sources: list[str], device: str, libraries: list[str]) -> Extension:
@@ -112,8 +111,7 @@ def compiled_parts() -> dict:
         return Extension(
             name,
             sources,
-            # torch 2.11 bundles a pybind11 that rejects TORCH_TARGET_VERSION: ours comes first
-            include_dirs=[pybind11.get_include(), *include_paths(device)],
+            include_dirs=include_paths(device),
             library_dirs=library_paths(device),
             libraries=libraries,
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000ULL")],  # 2.10
@@ -129,15 +127,19 @@ def compiled_parts() -> dict:
             super().build_extensions()
 
         def get_ext_filename(self, ext_name):
-            # torch.ops.load_library opens the CUDA library: its name carries no Python version
-            return re.sub(r"_cuda\..*", "_cuda.so", super().get_ext_filename(ext_name))
+            # torch.ops.load_library opens them: their names carry no version of Python
+            return re.sub(r"(_cpu|_cuda)\..*", r"\1.so", super().get_ext_filename(ext_name))
+
+    class Wheel(bdist_wheel):
+        def get_tag(self):
+            return "py3", "none", super().get_tag()[2]
 
     cpp_sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
-    ext_modules = [extension("anchorops._C", cpp_sources, "cpu", ["torch_cpu"])]
+    ext_modules = [extension("anchorops._cpu", cpp_sources, "cpu", ["torch_cpu"])]
     if cuda:
         libraries = ["torch_cpu", "torch_cuda", "cudart"]
         ext_modules.append(extension("anchorops._cuda", cuda_sources, "cuda", libraries))
-    return {"ext_modules": ext_modules, "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": ext_modules, "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel}}
 
 
 # the wheel carries the sources too: debuggers and profilers show them

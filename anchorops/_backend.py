@@ -1,9 +1,10 @@
 """Which implementation serves a call: `cuda`, `triton`, `cpu` (C++) or `reference` (PyTorch)."""
 
+import ctypes
 import importlib
 import importlib.util
+import json
 import os
-import sys
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,10 @@ MAX_CLASSES = {"cuda": 16_384, "triton": 16_384, "cpu": 65_536, "reference": 65_
 TRITON_INTERPRETED = os.getenv("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 _CUDA_ON_HOST = os.getenv("ANCHOROPS_CUDA_ON_HOST")
 _ON_HOST = {"triton": TRITON_INTERPRETED, "cuda": bool(_CUDA_ON_HOST)}
+
+# LibTorch's stable ABI and no Python: one build serves every torch from 2.10 on and every Python.
+CPU_LIBRARY = Path(__file__).with_name("_cpu.so")
+CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 
 
 class _Choice(threading.local):
@@ -51,13 +56,23 @@ def register_triton(library: torch.library.Library, operator: str) -> None:
         library.impl(f"{operator}.triton", launch, "CPU")
 
 
-def _load_cpu() -> str | None:
+def build_info() -> dict[str, str]:
+    """What the C++ library beside this file was built with; empty where it does not load."""
     try:
-        importlib.import_module("anchorops._C")
-    except ImportError as error:
-        if importlib.util.find_spec("anchorops._C") is None:
-            return "anchorops._C was not compiled: install a C++20 compiler and reinstall anchorops"
-        return f"anchorops._C does not load: {error}"
+        record = ctypes.CDLL(str(CPU_LIBRARY)).anchorops_build_info
+    except OSError:
+        return {}
+    record.restype = ctypes.c_char_p
+    return json.loads(record())
+
+
+def _load_cpu() -> str | None:
+    if not CPU_LIBRARY.exists():
+        return "anchorops/_cpu.so was not compiled: install a C++20 compiler, then anchorops again"
+    try:
+        torch.ops.load_library(CPU_LIBRARY)
+    except OSError as error:
+        return f"anchorops/_cpu.so does not load: {error.__cause__ or error}"
     return None
 
 
@@ -66,8 +81,7 @@ def _load_cuda() -> str | None:
         torch.ops.load_library(_CUDA_ON_HOST)
         return None
     # An older library may lie there from before a build without CUDA: ask the build.
-    extension = sys.modules.get("anchorops._C")
-    built = extension.build_info()["cuda"] if extension else ""
+    built = build_info().get("cuda")
     if not built:
         return "anchorops was built without CUDA: it needs nvcc and a CUDA build of torch"
     if torch.version.cuda is None:
@@ -78,7 +92,7 @@ def _load_cuda() -> str | None:
             "install anchorops again with nvcc of torch's major version"
         )
     try:
-        torch.ops.load_library(Path(__file__).with_name("_cuda.so"))
+        torch.ops.load_library(CUDA_LIBRARY)
     except OSError as error:
         return f"anchorops/_cuda.so does not load: {error.__cause__ or error}"
     return None

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import importlib
 import os
 import platform
 import shlex
@@ -16,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ._backend import TRITON_INTERPRETED, backends, use_backend
+from ._backend import CPU_LIBRARY, TRITON_INTERPRETED, backends, build_info, use_backend
 from ._measure import DISTURBED, bandwidth, example_labels, measure, moments_bytes, package_version
 from .ops.centroid_info_nce import centroid_info_nce
 from .ops.class_moments import class_moments, pixel_to_anchor_mse
@@ -25,8 +24,7 @@ REMEDIES = {
     "cuda": "an NVIDIA GPU, a CUDA build of torch, nvcc of the same CUDA major version; then "
     "reinstall with ANCHOROPS_CUDA=1",
     "triton": "a GPU, and triton, which the GPU builds of torch for Linux bring along",
-    "cpu": "a C++20 compiler and Python's headers (Debian, Ubuntu: apt install g++ python3-dev); "
-    "then reinstall",
+    "cpu": "a C++20 compiler (Debian, Ubuntu: apt install g++); then reinstall",
 }
 
 
@@ -50,15 +48,13 @@ def _gpus() -> str:
 
 
 def _extension() -> list[str]:
-    try:
-        extension = importlib.import_module("anchorops._C")
-    except ImportError as error:
-        return [f"not loaded: {error}"]
-    info = extension.build_info()
+    if reason := backends()["cpu"]:
+        return [f"not loaded: {reason}"]
+    info = build_info()
     cuda = f"CUDA {info['cuda']} for {info['cuda_arch_list']}" if info["cuda"] else "no CUDA"
-    compiler = f"{info['compiler']}, C++{info['cxx_standard'] // 100 % 100}"
+    compiler = f"{info['compiler']}, C++{info['cxx_standard'][2:4]}"
     return [
-        str(extension.__file__),
+        str(CPU_LIBRARY),
         f"version {info['version']} for torch {info['torch_target']} and later, {cuda}",
         f"compiled by {compiler}, with torch {info['torch']}",
     ]

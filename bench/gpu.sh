@@ -9,7 +9,7 @@
 # Without a GPU, or with --dry-run, every part goes as far as its first launch: the build, the
 # collection of the GPU tests, every benchmark on tiny tensors on the CPU.
 #
-# $PYTHON (python3) has torch; pytest, pytest-benchmark, pybind11, ninja, matplotlib and what
+# $PYTHON (python3) has torch; pytest, pytest-benchmark, ninja, matplotlib and what
 # anchorops[train] names may come on PYTHONPATH; a part that misses a package is left out and says
 # so. $ANCHOROPS_COMMIT names the commit where git cannot tell. Nothing is installed or fetched.
 set -uo pipefail

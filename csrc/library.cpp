@@ -1,39 +1,36 @@
-// The module anchorops._C. Importing it registers the operators of csrc/cpu/ with torch;
-// to Python itself it offers only the record of its build.
-#include <pybind11/pybind11.h>
+// The record of the build, read by anchorops._backend.build_info. Nothing here, or anywhere in
+// csrc/, is Python's: one library serves all its versions.
 #include <torch/headeronly/version.h>
 
 #include <string>
 
-namespace py = pybind11;
-
 namespace {
 
-py::object text_or_none(const std::string& text) {
-  return text.empty() ? py::none() : py::object(py::str(text));
-}
-
-py::dict build_info() {
 #if defined(__clang__)
-  const std::string compiler = __VERSION__;
+constexpr const char* kCompiler = __VERSION__;
 #else
-  const std::string compiler = "GCC " __VERSION__;
+constexpr const char* kCompiler = "GCC " __VERSION__;
 #endif
+
+std::string json() {
   constexpr auto target = TORCH_TARGET_VERSION;
-  py::dict info;
-  info["version"] = ANCHOROPS_VERSION;
-  info["compiler"] = compiler;
-  info["cxx_standard"] = __cplusplus;
-  info["torch"] = TORCH_VERSION;
-  info["torch_target"] = std::to_string(target >> 56) + "." + std::to_string(target >> 48 & 0xff);
-  info["cuda"] = text_or_none(ANCHOROPS_CUDA);
-  info["cuda_arch_list"] = text_or_none(ANCHOROPS_CUDA_ARCHS);
-  return info;
+  std::string text = "{";
+  const auto add = [&](const std::string& name, const std::string& value) {
+    text += (text.size() > 1 ? ", \"" : "\"") + name + "\": \"" + value + "\"";
+  };
+  add("version", ANCHOROPS_VERSION);
+  add("compiler", kCompiler);
+  add("cxx_standard", std::to_string(__cplusplus));
+  add("torch", TORCH_VERSION);
+  add("torch_target", std::to_string(target >> 56) + "." + std::to_string(target >> 48 & 0xff));
+  add("cuda", ANCHOROPS_CUDA);
+  add("cuda_arch_list", ANCHOROPS_CUDA_ARCHS);
+  return text + "}";
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled operators of anchorops";
-  m.def("build_info", &build_info, "What this extension was built with.");
+extern "C" __attribute__((visibility("default"))) const char* anchorops_build_info() {
+  static const std::string text = json();
+  return text.c_str();
 }
