@@ -7,7 +7,7 @@ ROWS ?= build/bench/cpu.json
 # versions of torch that must load what `make setup` compiled
 ABI_TORCHES ?= 2.10 2.11 2.13
 
-.PHONY: setup test demo bench kernels-report cuda-report lint format check-abi clean
+.PHONY: setup test demo bench kernels-report cuda-report lint format package check-abi clean
 
 setup: .venv/installed
 
@@ -46,6 +46,14 @@ format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
+
+# sdist, and from it a wheel for this platform and every Python; the last line is the manylinux tag
+# that it can have (auditwheel repair, in the release workflow, gives it)
+package: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/auditwheel show dist/*.whl | grep -o 'manylinux_[0-9a-z_]*'
 
 check-abi: setup $(ABI_TORCHES:%=build/abi/%)
 	ANCHOROPS_ABI_PYTHONS='$(ABI_TORCHES:%=build/abi/%/bin/python)' \

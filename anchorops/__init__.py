@@ -2,6 +2,7 @@
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ._backend import backends, use_backend
 from .anchors import category_basis, orthogonal_anchors, random_anchors, simplex_etf
@@ -48,8 +49,15 @@ __all__ = [
     "use_backend",
 ]
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
 
-def __getattr__(name: str) -> ModuleType:
-    if name in ("diagnostics", "plots"):  # they need torchmetrics and matplotlib
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# They need torchmetrics and matplotlib, and so are imported at their first use.
+if TYPE_CHECKING:  # a type checker that saw __getattr__ would believe in any name
+    from . import diagnostics as diagnostics
+    from . import plots as plots
+else:
+
+    def __getattr__(name: str) -> ModuleType:
+        if name in ("diagnostics", "plots"):
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,12 @@ def fail(function: str, argument: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{function}: {argument}: expected {expected}, got {got}")
 
 
+def missing_extra(part: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """For a part of the package whose dependencies are an extra of its name."""
+    message = f"anchorops.{part}: {error}: install it with: pip install 'anchorops[{part}]'"
+    return ModuleNotFoundError(message, name=error.name)
+
+
 def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"

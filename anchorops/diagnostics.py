@@ -8,10 +8,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
 
-from ._checks import check_choice, check_ignore_index, check_num_classes, describe, fail
+from ._checks import (
+    check_choice,
+    check_ignore_index,
+    check_num_classes,
+    describe,
+    fail,
+    missing_extra,
+)
 from .ops.class_moments import class_moments
+
+try:
+    from torchmetrics import Metric
+except ModuleNotFoundError as error:
+    raise missing_extra("diagnostics", error) from error
 
 
 def _rows(function: str, vectors: Tensor) -> Tensor:

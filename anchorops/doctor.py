@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import __version__
 from ._backend import CPU_LIBRARY, TRITON_INTERPRETED, backends, build_info, use_backend
 from ._measure import DISTURBED, bandwidth, example_labels, measure, moments_bytes, package_version
 from .ops.centroid_info_nce import centroid_info_nce
@@ -66,7 +67,7 @@ def _machine() -> dict[str, list[str]]:
     nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     cuda = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return {
-        "anchorops": [f"{package_version('anchorops')} ({os.path.dirname(__file__)})"],
+        "anchorops": [f"{__version__} ({os.path.dirname(__file__)})"],
         "extension": _extension(),
         "Python": [f"{platform.python_version()} ({sys.executable})"],
         "torch": [f"{torch.__version__}, {cuda}"],

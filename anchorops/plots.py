@@ -7,14 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
-from ._checks import check_ignore_index, describe, fail
+from ._checks import check_ignore_index, describe, fail, missing_extra
+
+try:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import NullFormatter
+except ModuleNotFoundError as error:
+    raise missing_extra("plots", error) from error
 
 BLUE = "#3465a4"
 

@@ -1,14 +1,17 @@
 """What is built, installed and said about it. Nothing here needs a network."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -37,7 +40,7 @@ def run(*command: object, cwd: Path = ELSEWHERE, **environment: object):
 @compiled
 def test_build_info():
     info = build_info()
-    assert info["version"] == version("anchorops")
+    assert info["version"] == anchorops.__version__
     assert info["torch_target"] == "2.10"
     assert int(info["cxx_standard"]) >= 202002
     assert re.match(r"2\.\d+\.\d+", info["torch"])
@@ -96,28 +99,55 @@ def test_doctor_without_the_extension():
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a checkout")
 
 
+def copy_sources(destination: Path) -> Path:
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "data", "runs", "*.egg-info", "*.so")
+    return shutil.copytree(ROOT, destination, symlinks=True, ignore=ignored)
+
+
 @pytest.fixture
 def checkout(tmp_path):
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "data", "runs", "*.egg-info", "*.so")
-    return shutil.copytree(ROOT, tmp_path / "checkout", symlinks=True, ignore=ignored)
+    return copy_sources(tmp_path / "checkout")
 
 
-@needs_sources
-def test_sdist_and_wheel_hold_everything(checkout, tmp_path):
-    """The wheel comes from the sdist, without a compiler, which leaves a pure one."""
+class Built(NamedTuple):
+    checkout: Path
+    sdist: Path
+    source: Path
+    """The unpacked sdist."""
+    wheel: Path
+    """Made from it without a compiler, which leaves a pure one."""
+    python: Path
+    """Of an environment that holds the wheel, and what this one holds but for anchorops."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Built:
     pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("built")
+    checkout = copy_sources(folder / "checkout")
     hook = "import build_backend as b; b.build_{}({!r})"
-    answer = run(sys.executable, "-c", hook.format("sdist", str(tmp_path)), cwd=checkout)
+    answer = run(sys.executable, "-c", hook.format("sdist", str(folder)), cwd=checkout)
     assert answer.returncode == 0, answer.stderr
-    (sdist,) = tmp_path.glob("*.tar.gz")
+    (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path)
-    source = tmp_path / sdist.name.removesuffix(".tar.gz")
-    hook = hook.format("wheel", str(tmp_path))
+        archive.extractall(folder)
+    source = folder / sdist.name.removesuffix(".tar.gz")
+    hook = hook.format("wheel", str(folder))
     answer = run(sys.executable, "-c", hook, cwd=source, CXX="/nonexistent")
     assert answer.returncode == 0, answer.stderr
     assert "installing without the compiled backends" in answer.stderr
-    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
+    (wheel,) = folder.glob("*-py3-none-any.whl")
+    venv.create(folder / "environment")
+    (packages,) = (folder / "environment").glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(packages)
+    # a .pth file in a directory that a .pth file names is not read: no editable install
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
+    return Built(checkout, sdist, source, wheel, folder / "environment/bin/python")
+
+
+@needs_sources
+def test_sdist_and_wheel_hold_everything(built):
+    checkout, _, source, wheel, _ = built
 
     def files(folder: str) -> set[str]:
         found = (path for path in (checkout / folder).rglob("*") if path.is_file())
@@ -129,6 +159,83 @@ def test_sdist_and_wheel_hold_everything(checkout, tmp_path):
     wheeled = set(zipfile.ZipFile(wheel).namelist())
     assert files("anchorops") <= wheeled
     assert {f"anchorops/{name}" for name in files("csrc") | files("kernels")} <= wheeled
+
+
+@needs_sources
+def test_one_version(built):
+    assert built.wheel.name.startswith(f"anchorops-{anchorops.__version__}-")
+    assert f"\nversion: {anchorops.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+@needs_sources
+def test_metadata(built):
+    pytest.importorskip("twine", reason="twine is not installed")
+    answer = run(sys.executable, "-m", "twine", "check", "--strict", built.sdist, built.wheel)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+@needs_sources
+def test_installed_wheel(built):
+    """In an environment that has no compiler and no extras."""
+    code = """
+import sys
+sys.modules.update(matplotlib=None, torchmetrics=None)
+import torch, anchorops as ao
+print(ao.__file__)
+print(ao.class_moments(torch.ones(3, 2), torch.tensor([0, 0, 1]), 2).counts.tolist())
+print(ao.backends()["cpu"])
+from anchorops import *
+for part in ("plots", "diagnostics"):
+    try:
+        getattr(ao, part)
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    answer = run(built.python, "-c", code, PYTHONPATH="")
+    file, counts, cpu, plots, diagnostics = answer.stdout.splitlines()
+    assert Path(file).is_relative_to(built.python.parents[1])
+    assert counts == "[2, 1]"
+    assert cpu.startswith("anchorops/_cpu.so was not compiled")
+    assert plots.endswith("install it with: pip install 'anchorops[plots]'")
+    assert diagnostics.endswith("install it with: pip install 'anchorops[diagnostics]'")
+
+
+USERS_FILE = """
+import torch
+from torch import nn
+import anchorops as ao
+
+features, labels = torch.randn(2, 8, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long)
+model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1))
+reveal_type(ao.class_moments(features, labels, 5))
+sar = ao.attach(model, ao.SAR(5, 8))
+reveal_type(sar(labels))
+reveal_type(ao.diagnostics.equiangularity(features))
+reveal_type(ao.plots.cosine_map(features))
+reveal_type(ao.__version__)
+ao.SARR(5, 8)
+ao.class_moments(features, labels, "5")
+sar(labels, features)
+"""
+
+
+@needs_sources
+def test_types_of_the_installed_wheel(built, tmp_path):
+    """What pyright tells a user of the wheel, whose py.typed promises types."""
+    pytest.importorskip("pyright", reason="pyright is not installed")
+    assert "anchorops/py.typed" in zipfile.ZipFile(built.wheel).namelist()
+    (tmp_path / "users.py").write_text(USERS_FILE)
+    command = ("-m", "pyright", "--pythonpath", built.python, "--outputjson", "users.py")
+    answer = run(sys.executable, *command, cwd=tmp_path, PYTHONPATH="")
+    told: dict[str, list[str]] = {"information": [], "error": []}
+    lines = USERS_FILE.splitlines()
+    for one in json.loads(answer.stdout)["generalDiagnostics"]:
+        line = lines[one["range"]["start"]["line"]]
+        told[one["severity"]].append(line if one["severity"] == "error" else one["message"])
+    assert [message.split(" is ")[1] for message in told["information"]] == [
+        '"ClassMoments"', '"Tensor"', '"Tensor"', '"Figure"', '"str"'
+    ]  # fmt: skip
+    assert told["error"] == lines[-3:]
 
 
 @needs_sources
