@@ -57,7 +57,7 @@ def moments_bytes(
 
     forward:  features, a 4-byte key per pixel, anchors where sqdists are asked for; the statistics.
     backward: keys, the statistics' gradients, anchors and features for sqdists; dfeatures.
-    The label pass is apart (`label_bytes`): it is 1/D of this.
+    Class keys are apart (`keys_bytes`): they are 1/D of this.
     """
     feature_bytes = features.numel() * features.element_size()
     keys = 4 * features.numel() // features.shape[1]
@@ -69,8 +69,8 @@ def moments_bytes(
     return counted[direction]
 
 
-def label_bytes(pixels: int, num_keys: int, itemsize: int = 8) -> int:
-    """Bytes of the label pass: a label read and a 4-byte key written per pixel; the counts."""
+def keys_bytes(pixels: int, num_keys: int, itemsize: int = 8) -> int:
+    """Bytes of class keys: a label read and a 4-byte key written per pixel; the counts."""
     return pixels * (itemsize + 4) + 8 * num_keys
 
 

@@ -108,7 +108,7 @@ def group_counts(counts: Tensor, groups: int) -> Tensor:
 
 
 def class_keys(
-    labels: Tensor, features: Tensor, num_classes: int, per_image: bool, ignore_index: int
+    features: Tensor, labels: Tensor, num_classes: int, per_image: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """Key of each pixel, its class or image·K + class, −1 where ignored: int64 [B, P]; and how many
     pixels have each key: int64 [K] or [B, K]."""
@@ -152,7 +152,7 @@ def class_moments(
     """n_k = #{p : key_p = k},  s_k = Σ f_p,  q_k = Σ ‖f_p − a_k‖²."""
     dtype = statistics_dtype(features.dtype)
     wide = torch.float32 if features.device.type == "mps" else torch.float64  # MPS has no float64
-    keys, counts = class_keys(labels, features, num_classes, per_image, ignore_index)
+    keys, counts = class_keys(features, labels, num_classes, per_image, ignore_index)
     if groups > 1:
         assert seed is not None
         keys = split_groups(keys, counts, groups, seed)

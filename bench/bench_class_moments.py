@@ -30,15 +30,15 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops import reference
-from anchorops._measure import label_bytes, moments_bytes
-from anchorops.labels import class_keys
+from anchorops._measure import keys_bytes, moments_bytes
+from anchorops.ops.class_keys import class_keys
 
 BOTH = "class moments with anchors"
 SUMS = "class moments"
 GROUPS = "class moments in 4 groups"
 CENTROIDS = "class centroids"
 MSE = "pixel-to-anchor MSE"
-LABELS = "label pass"
+KEYS = "class keys"
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward + backward"
 
 QUICK = [
@@ -214,11 +214,11 @@ def label_names(case: Case, device: torch.device) -> list[str]:
 
 
 @grid(
-    [Case(LABELS, FORWARD, HRNET, "fp32", labels) for labels in ("coherent", "random")],
-    [Case(LABELS, FORWARD, shape, "fp32") for shape in (SEGFORMER, POINTS, MANY)],
+    [Case(KEYS, FORWARD, HRNET, "fp32", labels) for labels in ("coherent", "random")],
+    [Case(KEYS, FORWARD, shape, "fp32") for shape in (SEGFORMER, POINTS, MANY)],
     label_names,
 )
-def test_label_pass(bench, case: Case, name: str):
+def test_class_keys(bench, case: Case, name: str):
     shape = case.shape.on(bench.device, bench.tiny)
     inputs = make_inputs(shape, case.dtype, case.labels, bench.device)
     features, labels, num_classes = inputs.features, inputs.labels, shape.num_classes
@@ -227,13 +227,13 @@ def test_label_pass(bench, case: Case, name: str):
 
     def run() -> tuple[Tensor, Tensor]:
         if backend in (None, "reference"):
-            keys = rivals.class_keys(labels, features, num_classes)
+            keys = rivals.class_keys(features, labels, num_classes)
             return keys, rivals.class_counts(keys, num_classes)
-        return class_keys(labels, features, num_classes, ignore_index=-1, backend=backend)
+        return class_keys(features, labels, num_classes, ignore_index=-1, backend=backend)
 
     keys, counts = run()
-    exact, exact_counts = reference.class_keys(labels, features, num_classes, False, -1)
+    exact, exact_counts = reference.class_keys(features, labels, num_classes, False, -1)
     assert torch.equal(torch.where(keys < num_classes, keys, -1).long(), exact)
     assert torch.equal(counts, exact_counts)
-    counted = label_bytes(exact.numel(), num_classes)
+    counted = keys_bytes(exact.numel(), num_classes)
     bench.record(run, case._replace(shape=shape), name, counted)

@@ -116,7 +116,7 @@ class Inputs:
     def exact_gradient(self, dsums: Tensor | None, dsqdists: Tensor | None) -> Tensor:
         """2·dsqdists[k]·(f_p − anchors[k]) + dsums[k], k = key_p: float32."""
         num_classes = self.shape.num_classes
-        keys, _ = reference.class_keys(self.labels, self.features, num_classes, False, -1)
+        keys, _ = reference.class_keys(self.features, self.labels, num_classes, False, -1)
         keys = keys.flatten()
         rows = reference.feature_rows(self.features).float()
         gradient = torch.zeros_like(rows)

@@ -121,7 +121,7 @@ LIBRARIES = ("torch_scatter", "torch_geometric")
 ABSENT = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 
 
-def class_keys(labels: Tensor, features: Tensor, num_classes: int) -> Tensor:
+def class_keys(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """int64 [B, P], num_classes where ignored; labels are resized as people do."""
     if features.dim() == 2:
         labels = labels[None]
@@ -151,7 +151,7 @@ def class_moments(
 ) -> ClassMoments:
     """`anchorops.class_moments` from a rival's statistics; the random groups are the same."""
     assert not per_image
-    keys = class_keys(labels, features, num_classes)
+    keys = class_keys(features, labels, num_classes)
     counts = class_counts(keys, num_classes)
     if groups > 1:
         assert seed is not None
@@ -172,7 +172,7 @@ def class_moments(
 
 def gather_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
     """The mean squared distance to anchors gathered for each pixel."""
-    keys = class_keys(labels, features, len(anchors))
+    keys = class_keys(features, labels, len(anchors))
     valid = (keys < len(anchors)).flatten()
     flat = features.T[None] if features.dim() == 2 else features.flatten(2)
     nearest = torch.cat([anchors, anchors.new_zeros(1, anchors.shape[1])])[keys.flatten()]
@@ -182,7 +182,7 @@ def gather_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
 
 def loop_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
     """A mask for each class, as SAR's release."""
-    keys = class_keys(labels, features, len(anchors)).flatten()
+    keys = class_keys(features, labels, len(anchors)).flatten()
     flat = features.T[None] if features.dim() == 2 else features.flatten(2)
     rows, total = _rows(flat), 0
     for k, anchor in enumerate(anchors):

@@ -1,4 +1,4 @@
-"""The label pass: labels at any size -> one integer key per pixel, and how many pixels have it."""
+"""Class keys: labels at any size -> one integer key per pixel, and how many pixels have it."""
 
 import torch
 import triton

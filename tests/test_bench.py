@@ -14,7 +14,7 @@ import torch
 
 import anchorops as ao
 from anchorops import doctor
-from anchorops._measure import example_labels, label_bytes, measure, moments_bytes, peak_extra_bytes
+from anchorops._measure import example_labels, keys_bytes, measure, moments_bytes, peak_extra_bytes
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def test_counted_bytes():
     backward = moments_bytes(features, 7, "backward", **both)
     assert backward == 2 * 240 + keys + anchors + sums + sqdists
     assert moments_bytes(features, 7, "forward + backward", **both) == forward + backward
-    assert label_bytes(40, 7) == 40 * (8 + 4) + 7 * 8
+    assert keys_bytes(40, 7) == 40 * (8 + 4) + 7 * 8
 
 
 @pytest.mark.parametrize("size", [(500,), (3, 200), (2, 60, 90)], ids=str)

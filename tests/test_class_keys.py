@@ -1,4 +1,4 @@
-"""The label pass: keys, counts, resizing by nearest, random groups of equal size."""
+"""Class keys: keys, counts, resizing by nearest, random groups of equal size."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import anchorops as ao
 from anchorops import reference
-from anchorops.labels import class_keys
+from anchorops.ops.class_keys import class_keys
 
 INTEGERS = (
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -15,11 +15,11 @@ INTEGERS = (
 
 
 def both(labels, size, num_classes, *, groups=1, per_image=False, seed=None, ignore_index=255):
-    """Keys and counts of the C++ label pass, found equal to the reference's."""
+    """Keys and counts of the C++ operator, found equal to the reference's."""
     features = torch.empty(size)
     keys, counts = class_keys(
-        labels,
         features,
+        labels,
         num_classes,
         groups=groups,
         per_image=per_image,
@@ -28,7 +28,7 @@ def both(labels, size, num_classes, *, groups=1, per_image=False, seed=None, ign
         backend="cpu",
     )
     assert keys.dtype == torch.int32 and counts.dtype == torch.int64
-    expected = reference.class_keys(labels, features, num_classes, per_image, ignore_index)
+    expected = reference.class_keys(features, labels, num_classes, per_image, ignore_index)
     if groups > 1:
         expected = (
             reference.split_groups(*expected, groups, seed),

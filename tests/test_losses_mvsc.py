@@ -23,7 +23,7 @@ def batch() -> tuple[Tensor, Tensor, nn.Linear]:
 
 def naive_loss(mvsc: ao.MVSC, features: Tensor, labels: Tensor, classifier: nn.Linear) -> Tensor:
     groups, prototypes, seed = mvsc.groups, mvsc.prototypes, mvsc.step + (mvsc.seed << 32)
-    keys, counts = class_keys(labels, features, K, per_image=False, ignore_index=255)
+    keys, counts = class_keys(features, labels, K, per_image=False, ignore_index=255)
     if groups > 1:
         keys = split_groups(keys, counts, groups, seed)
     rows = features.movedim(1, -1).flatten(0, -2)

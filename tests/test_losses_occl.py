@@ -25,7 +25,7 @@ def views_by_loops(occl: ao.OCCL, features: Tensor, labels: Tensor) -> dict[int,
     """The two view centroids of each class that is in both."""
     seed = occl.step + (occl.seed << 32)
     if occl.split == "pixels":
-        keys, counts = class_keys(labels, features, K, per_image=False, ignore_index=255)
+        keys, counts = class_keys(features, labels, K, per_image=False, ignore_index=255)
         view = split_groups(keys, counts, 2, seed) % 2
     else:
         images = split_groups(

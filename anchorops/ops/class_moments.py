@@ -27,8 +27,8 @@ from .._checks import (
     describe,
     fail,
 )
-from ..labels import class_keys
 from ..reference import ClassMoments, statistics_dtype
+from .class_keys import class_keys
 from .registration import Gradient, define, raise_second_derivative
 
 # sums, sqdists and residuals are empty tensors (0,) where not asked for. The anchor of key k is row
@@ -277,8 +277,8 @@ def unchecked_moments(
             ignore_index=ignore_index,
         )
     keys, counts = class_keys(
-        labels,
         features,
+        labels,
         num_classes,
         groups=groups,
         per_image=per_image,
@@ -361,7 +361,7 @@ def pixel_to_anchor_mse(
         return reference.pixel_to_anchor_mse(
             features, labels, anchors, ignore_index=ignored, reduction=reduction
         )
-    keys, counts = class_keys(labels, features, num_classes, ignore_index=ignored, backend=backend)
+    keys, counts = class_keys(features, labels, num_classes, ignore_index=ignored, backend=backend)
     _, sqdists = _moments(features, keys, num_classes, anchors, with_sums=False, backend=backend)
     if reduction == "sum":
         return sqdists.sum()

@@ -2,18 +2,18 @@ import pytest
 import torch
 from emulator import BACKEND
 
-from anchorops import labels as label_pass
 from anchorops import reference
 from anchorops.kernels.launch import as_pixels
 from anchorops.kernels.tile_keys import tile_keys
+from anchorops.ops.class_keys import class_keys
 
 
 def check(labels, size, num_classes, per_image=False, ignore_index=255):
     features = torch.empty(size)
-    expected = reference.class_keys(labels, features, num_classes, per_image, ignore_index)
-    keys, counts = label_pass.class_keys(
-        labels,
+    expected = reference.class_keys(features, labels, num_classes, per_image, ignore_index)
+    keys, counts = class_keys(
         features,
+        labels,
         num_classes,
         per_image=per_image,
         ignore_index=ignore_index,

@@ -139,7 +139,7 @@ def moments_and_gradients(case, features, labels, anchors, weights):
 
 def by_class(case, features, labels, anchors):
     """The straightforward float32 formula: sums and sqdists by a masked sum for each key."""
-    keys, counts = reference.class_keys(labels, features, case.classes, case.per_image, 255)
+    keys, counts = reference.class_keys(features, labels, case.classes, case.per_image, 255)
     if case.groups > 1:
         keys = reference.split_groups(keys, counts, case.groups, 7)
         counts = reference.group_counts(counts, case.groups)
@@ -326,7 +326,7 @@ def test_offsets_are_64_bit(path):
         torch.testing.assert_close(sums, ours[1])
         torch.testing.assert_close(sqdists, ours[2])
 
-        keys, _ = reference.class_keys(labels, view, classes, False, 255)
+        keys, _ = reference.class_keys(view, labels, classes, False, 255)
         dfeatures = getattr(torch.ops.anchorops.class_moments_backward, BACKEND)(
             view, keys.int(), anchors, *weights, 1, view.shape, view.stride(), FP16
         )

@@ -1,4 +1,4 @@
-"""The label pass: from labels at any size to one integer key per pixel of the features.
+"""Class keys: from labels at any size to one integer key per pixel of the features.
 
 It costs 1/D of the feature pass, and every operator on the same labels can share its result.
 """
@@ -6,8 +6,8 @@ It costs 1/D of the feature pass, and every operator on the same labels can shar
 import torch
 from torch import Tensor
 
-from . import reference
-from .ops.registration import define
+from .. import reference
+from .registration import define
 
 
 def _class_keys_fake(
@@ -28,8 +28,8 @@ define(
 
 
 def class_keys(
-    labels: Tensor,
     features: Tensor,
+    labels: Tensor,
     num_classes: int,
     *,
     groups: int = 1,
