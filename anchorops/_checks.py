@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_CLASSES = 65_536
+MAX_CLASSES = 65_536  # that an operator takes, on its best backend
 
 
 def fail(function: str, argument: str, expected: str, got: object) -> NoReturn:

@@ -16,7 +16,7 @@ from .._checks import (
 from .pixel_argmax import pixel_argmax
 from .registration import define
 
-MAX_CLASSES = 4096  # of a matrix: 128 MiB
+MATRIX_CLASSES = 4096  # rows of a matrix, which then takes 128 MiB
 
 
 def _fake(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -32,8 +32,8 @@ define(
 
 
 def _check_classes(function: str, argument: str, num_classes: int) -> None:
-    if not isinstance(num_classes, int) or not 1 <= num_classes <= MAX_CLASSES:
-        fail(function, argument, f"1 to {MAX_CLASSES} classes", num_classes)
+    if not isinstance(num_classes, int) or not 1 <= num_classes <= MATRIX_CLASSES:
+        fail(function, argument, f"1 to {MATRIX_CLASSES} classes", num_classes)
 
 
 def confusion(

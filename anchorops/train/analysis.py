@@ -2,15 +2,15 @@
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import anchorops as ao
 
-from ..reference import resize_labels
 from .config import IGNORED
 from .evaluate import pad_to_multiple
 from .learner import Learner
@@ -31,6 +31,11 @@ class Features(NamedTuple):
     example: tuple[Tensor, Tensor, Tensor]
 
 
+def _resized(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """Labels (B, H, W) at another size by nearest, as the operators take them."""
+    return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest")[:, 0].long()
+
+
 @torch.inference_mode()
 def collect_features(
     model: Segmenter,
@@ -47,7 +52,7 @@ def collect_features(
     quota = SAMPLES // num_classes
     taken = torch.zeros(num_classes, dtype=torch.int64)
     for images, labels in batches:
-        labels = resize_labels(labels.to(device), images).unflatten(1, images.shape[2:])
+        labels = _resized(labels.to(device), images.shape[2:])
         labels = pad_to_multiple(labels, IGNORED)
         images = pad_to_multiple(images.to(device))
         features = model.body(images).float()
@@ -55,7 +60,7 @@ def collect_features(
         sums = moments.sums if sums is None else sums + moments.sums
         counts += moments.counts.cpu()
         pixels = features.flatten(2).transpose(1, 2).flatten(0, 1)
-        keys = resize_labels(labels, features)
+        keys = _resized(labels, features.shape[2:]).flatten(1)
         example = example or (images[0].cpu(), features[0].cpu(), keys[0].cpu())
         keys = keys.flatten()
         for k in torch.nonzero(taken < quota).flatten().tolist():
