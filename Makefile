@@ -4,7 +4,8 @@ SOURCES := $(shell find csrc -type f)
 CPP := $(shell find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 DEMO ?= demo
 ROWS ?= build/bench/cpu.json
-# versions of torch that must load what `make setup` compiled
+# versions of torch that must load what `make setup` compiled; so must any Python:
+# make check-abi PYTHON=python3.13
 ABI_TORCHES ?= 2.10 2.11 2.13
 
 .PHONY: setup test demo bench kernels-report cuda-report lint format package check-abi clean

@@ -62,7 +62,7 @@ def test_only_the_stable_abi(library):
 @pytest.mark.parametrize("python", os.getenv("ANCHOROPS_ABI_PYTHONS", "").split())
 @compiled
 def test_other_torch(python):
-    """The extension compiled here works under the torch of another interpreter."""
+    """What was compiled here works under the torch, and the Python, of another interpreter."""
     code = (
         "import torch, anchorops as ao; ao.use_backend('cpu');"
         "print(ao.class_moments(torch.ones(4, 3), torch.tensor([0, 1, 1, 255]), 2).counts.tolist())"
