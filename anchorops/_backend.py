@@ -138,9 +138,12 @@ class use_backend:
         reason = None if name == "auto" else backends()[name]
         if reason:
             raise RuntimeError(f"use_backend: {name} is not usable here: {reason}")
+        self._name = name
         self._previous, _choice.backend = _choice.backend, name
 
     def __enter__(self) -> "use_backend":
+        if _choice.backend != self._name:  # entered again, or after another choice
+            self._previous, _choice.backend = _choice.backend, self._name
         return self
 
     def __exit__(

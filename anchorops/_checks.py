@@ -79,7 +79,7 @@ def check_labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Non
     of any size."""
     shape = (logits.shape[0], *logits.shape[2:])
     images = logits.dim() == 4
-    expected = f"a tensor {(shape[0], 'H', 'W') if images else shape}, as logits"
+    expected = f"a tensor {f'({shape[0]}, H, W)' if images else shape}, as logits"
     if not isinstance(labels, Tensor) or labels.dim() != logits.dim() - 1:
         fail(function, "labels", expected, describe(labels))
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

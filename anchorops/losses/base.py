@@ -181,6 +181,8 @@ class Regularizer(nn.Module):
             method._read = read
 
     def _count_forward(self) -> None:
+        if not self.training:  # an evaluation moves no state
+            return
         if not recomputing():
             self._forwards += 1
             self._last_without_grad = not torch.is_grad_enabled()

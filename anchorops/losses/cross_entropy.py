@@ -14,6 +14,7 @@ from ..ops.pixel_cross_entropy import (
     class_losses,
     divide,
     smoothed,
+    smoothing_dtype,
     uniform_losses,
     weighted,
 )
@@ -21,7 +22,7 @@ from ..ops.pixel_cross_entropy import (
     pixel_weights as weights_of_pixels,
 )
 from ..reference import SoftmaxMoments
-from .pixel import PixelLoss, class_weight
+from .pixel import PixelLoss, check_number, class_weight
 
 
 class CrossEntropy(PixelLoss):
@@ -39,18 +40,20 @@ class CrossEntropy(PixelLoss):
         focal_gamma: γ at least 0 (Lin et al., Focal Loss, arXiv 1708.02002, Eq. 4, of the softmax).
             smp's FocalLoss("multiclass") is that of K sigmoids; MONAI's divides by K, too.
         ohem: only pixels whose true class has at most this probability count (Shrivastava et al.,
-            arXiv 1604.03540, in the form of mmsegmentation's OHEMPixelSampler).
-        ohem_kept: so many pixels, those of the largest −log p_y, count in any case, with those that
-            equal the last of them. Without `ohem` they are the only ones.
+            arXiv 1604.03540).
+        ohem_kept: at least this number of pixels of the batch count: those with the largest losses,
+            ties included. Pixels of weight 0 are left out first. Without `ohem` only these count.
+            mmsegmentation's OHEMPixelSampler has the same two numbers, but its min_kept is per
+            image, and the mean divides by all pixels.
         accuracy: put the share of pixels that are predicted right among `terms`.
         ignore_index: a label that is left out, 255 by default; with K > 255 it must be given.
         align_corners: of the upsampling, as in F.interpolate; that of the layer it replaces.
 
     Called with (logits, labels, pixel_weights=None): pixel_weights is v, floating, of the labels'
-    shape, not negative; 1 if not given. `terms`: ce, accuracy where asked for.
+    shape; 1 if not given. `terms`: ce, accuracy where asked for.
 
-    Weights and smoothing cost next to nothing: they are arithmetic on statistics of classes. Focal
-    factor, hard examples and pixel weights need a map of the labels' size.
+    Class weights cost nothing: they are arithmetic on statistics of classes. Label smoothing,
+    focal factor, hard examples and pixel weights take some maps of the labels' size.
     """
 
     settings = ("label_smoothing", "focal_gamma", "ohem", "ohem_kept")
@@ -71,11 +74,11 @@ class CrossEntropy(PixelLoss):
         super().__init__(accuracy=accuracy, ignore_index=ignore_index, align_corners=align_corners)
         self._register_weight(weight)
         check_share("CrossEntropy", "label_smoothing", label_smoothing)
-        if not focal_gamma >= 0:
-            fail("CrossEntropy", "focal_gamma", "a number of at least 0", focal_gamma)
-        if ohem is not None and not 0 < ohem <= 1:
-            fail("CrossEntropy", "ohem", "a probability above 0", ohem)
-        if ohem_kept is not None and (not isinstance(ohem_kept, int) or ohem_kept < 1):
+        check_number("CrossEntropy", "focal_gamma", focal_gamma)
+        if ohem is not None:
+            check_number("CrossEntropy", "ohem", ohem, above=True)
+            check_share("CrossEntropy", "ohem", ohem)
+        if ohem_kept is not None and (type(ohem_kept) is not int or ohem_kept < 1):
             fail("CrossEntropy", "ohem_kept", "an int of at least 1", describe(ohem_kept))
         self.label_smoothing, self.focal_gamma = label_smoothing, focal_gamma
         self.ohem, self.ohem_kept = ohem, ohem_kept
@@ -83,6 +86,9 @@ class CrossEntropy(PixelLoss):
     @property
     def _selects(self) -> bool:
         return self.ohem is not None or self.ohem_kept is not None
+
+    def prepared(self, logits: Tensor) -> Tensor:
+        return smoothing_dtype(logits, self.label_smoothing)
 
     def asked(self) -> dict[str, bool]:
         return {
@@ -115,10 +121,9 @@ class CrossEntropy(PixelLoss):
             miss = (-torch.expm1(-ce)).clamp(min=torch.finfo(ce.dtype).tiny)
             losses = losses * miss**self.focal_gamma
         if pixel_weights is not None:
-            losses, weights = weighted(losses, pixel_weights), weights * pixel_weights
+            losses, weights = losses * pixel_weights, weights * pixel_weights
         if self._selects:
-            valid = weights_of_pixels(labels, None, logits, ignored) > 0
-            hard = self._hard(ce.detach(), valid)
+            hard = self._hard(ce.detach(), weights != 0)
             losses, weights = torch.where(hard, losses, 0), torch.where(hard, weights, 0)
         return {"ce": divide(losses.sum(), weights.sum())}
 
@@ -136,9 +141,10 @@ def kth_largest(values: Tensor, valid: Tensor, k: int) -> Tensor:
     """The k-th largest of the valid values, float32 and not negative; −∞ where there are fewer.
 
     Without sorting, and without waiting for the device: the bits of such numbers have their order,
-    so two histograms, of their upper and of their lower 16 bits, find it exactly. NaN is largest.
+    so two histograms, of their upper and of their lower 16 bits, find it exactly. NaN counts as ∞.
     """
-    bits = values.clamp(min=0).flatten().view(torch.int32).long()
+    values = values.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    bits = values.clamp(min=0).flatten().view(torch.int32)
     valid, rank = valid.flatten(), torch.full((), k, device=values.device)
     upper, rank = _bin_of_rank(bits >> 16, valid, rank)
     lower, rank = _bin_of_rank(bits & 0xFFFF, valid & (bits >> 16 == upper), rank)
@@ -149,8 +155,8 @@ def kth_largest(values: Tensor, valid: Tensor, k: int) -> Tensor:
 def _bin_of_rank(bins: Tensor, valid: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
     """Which of 2^16 bins holds the value of that rank, counted from 1 at the highest, and its rank
     inside the bin; a rank of 0 where there are fewer values."""
-    labels = torch.where(valid, bins >> 8, -1)
-    counts = confusion(bins & 0xFF, labels, 256, ignore_index=-1).flatten()
+    rows = torch.where(valid, bins >> 8, -1).to(torch.int16)
+    counts = confusion((bins & 0xFF).long(), rows, 256, ignore_index=-1).flatten()
     from_here = counts.flip(0).cumsum(0).flip(0)  # how many are in this bin or a higher one
     reached = from_here >= rank
     found = (reached.sum() - 1).clamp(min=0)

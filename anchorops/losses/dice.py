@@ -12,7 +12,7 @@ from .._checks import check_choice, describe, fail
 from ..distributed import all_reduce, group_name
 from ..reference import SoftmaxMoments
 from .cross_entropy import CrossEntropy
-from .pixel import PixelLoss, class_weight
+from .pixel import PixelLoss, check_number, class_weight
 
 
 class Dice(PixelLoss):
@@ -39,7 +39,8 @@ class Dice(PixelLoss):
         gamma: γ above 0, of the mean, as smp's TverskyLoss (Abraham & Khan, arXiv 1810.07842, have
             the power of each class).
         process_group: "world" or a ProcessGroup for the statistics of all its ranks; the gradients
-            of DDP are then those of one process on the concatenated batch. Not with per_image.
+            of DDP are then those of one process on the concatenated batch. Not with per_image. The
+            accuracy among `terms` stays that of the rank.
         accuracy, ignore_index, align_corners: as `CrossEntropy`.
 
     Of other libraries, for the same logits at the labels' size:
@@ -47,7 +48,7 @@ class Dice(PixelLoss):
             absent="zero"); TverskyLoss and JaccardLoss likewise. It clamps denominators at 1e-7.
         MONAI: DiceLoss(softmax=True, to_onehot_y=True) is Dice(per_image=True, smooth=0.5e-5,
             absent="keep"): its smooth_nr and smooth_dr, 1e-5, are added to 2·o and m + c. With
-            batch=True it is per_image=False.
+            batch=True it is per_image=False. Its weights are not divided by their sum.
         nnU-Net returns −score.
 
     Called with (logits, labels). `terms`: dice, accuracy where asked for.
@@ -96,15 +97,14 @@ class Dice(PixelLoss):
             ("smooth", smooth),
             ("smooth_denominator", smooth_denominator),
         ):
-            if not value >= 0:
-                fail("Dice", argument, "a number of at least 0", value)
-        if not gamma > 0:
-            fail("Dice", "gamma", "a number above 0", gamma)
+            check_number("Dice", argument, value)
+        check_number("Dice", "gamma", gamma, above=True)
         check_choice("Dice", "absent", absent, ("skip", "zero", "keep"))
         if classes is not None:
+            numbers = isinstance(classes, Sequence) and all(type(k) is int for k in classes)
+            if not numbers or not classes or len({*classes}) < len(classes) or min(classes) < 0:
+                fail("Dice", "classes", "different ints of at least 0", describe(classes))
             classes = tuple(classes)
-            if not classes or len(set(classes)) < len(classes) or min(classes) < 0:
-                fail("Dice", "classes", "different classes, at least one", classes)
         if per_image and process_group is not None:
             fail("Dice", "process_group", "None with per_image", describe(process_group))
         self._register_weight(weight)
@@ -194,6 +194,8 @@ class CrossEntropyDice(PixelLoss):
     ) -> None:
         cross_entropy = CrossEntropy() if cross_entropy is None else cross_entropy
         dice = Dice() if dice is None else dice
+        check_number("CrossEntropyDice", "ce_weight", ce_weight)
+        check_number("CrossEntropyDice", "dice_weight", dice_weight)
         for argument, value, kind in (
             ("cross_entropy", cross_entropy, CrossEntropy),
             ("dice", dice, Dice),
@@ -201,10 +203,10 @@ class CrossEntropyDice(PixelLoss):
             if not isinstance(value, kind):
                 fail("CrossEntropyDice", argument, f"a {kind.__name__}", describe(value))
         for name in ("ignore_index", "align_corners"):
-            values = [getattr(cross_entropy, name), getattr(dice, name)]
-            if values[0] != values[1]:
-                expected = f"the cross-entropy's {name}, {values[0]}"
-                fail("CrossEntropyDice", "dice", expected, values[1])
+            first, second = getattr(cross_entropy, name), getattr(dice, name)
+            if first != second:
+                expected = f"the cross-entropy's {name}, {first}"
+                fail("CrossEntropyDice", "dice", expected, f"{name} = {second}")
         super().__init__(
             accuracy=cross_entropy.accuracy or dice.accuracy,
             ignore_index=cross_entropy.ignore_index,
@@ -212,6 +214,9 @@ class CrossEntropyDice(PixelLoss):
         )
         self.cross_entropy, self.dice = cross_entropy, dice
         self.ce_weight, self.dice_weight = ce_weight, dice_weight
+
+    def prepared(self, logits: Tensor) -> Tensor:
+        return self.cross_entropy.prepared(logits)
 
     def asked(self) -> dict[str, bool]:
         both = self.cross_entropy.asked(), self.dice.asked()

@@ -9,8 +9,19 @@ from torch import Tensor, nn
 
 from .._checks import check_ignore_index, describe, fail
 from ..ops.pixel_cross_entropy import check_classes
-from ..ops.softmax_moments import softmax_moments
+from ..ops.softmax_moments import moments_for
 from ..reference import SoftmaxMoments, statistics_dtype
+
+
+def check_number(function: str, argument: str, value: object, *, above: bool = False) -> None:
+    """An int or float of at least 0, or above 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        in_range = False
+    else:
+        in_range = value > 0 if above else value >= 0
+    if not in_range:
+        expected = "a number above 0" if above else "a number of at least 0"
+        fail(function, argument, expected, describe(value))
 
 
 class PixelLoss(nn.Module):
@@ -45,6 +56,10 @@ class PixelLoss(nn.Module):
         """The label that is left out, for so many classes."""
         return check_ignore_index(type(self).__name__, self.ignore_index, logits.shape[1])
 
+    def prepared(self, logits: Tensor) -> Tensor:
+        """The logits as the loss takes them."""
+        return logits
+
     def asked(self) -> dict[str, bool]:
         """Arguments of `softmax_moments`: which statistics the loss needs, hits apart."""
         raise NotImplementedError
@@ -67,13 +82,17 @@ class PixelLoss(nn.Module):
         if pixel_weights is not None:
             self._check_pixel_weights(pixel_weights, labels)
             asked["pixel_losses"] = True
-        moments = softmax_moments(
+        logits = self.prepared(logits)
+        moments = moments_for(
+            type(self).__name__,
             logits,
             labels,
             ignore_index=self.ignored(logits),
             align_corners=self.align_corners,
             **asked,
         )
+        if pixel_weights is not None:
+            pixel_weights = pixel_weights.to(moments.losses.dtype)
         parts = self.parts(moments, logits, labels, pixel_weights)
         self.terms = {name: part.detach() for name, part in parts.items()}
         if moments.hits is not None:
@@ -91,17 +110,18 @@ class PixelLoss(nn.Module):
             expected = f"a floating tensor {tuple(labels.shape)} on {labels.device}, as labels"
             fail(type(self).__name__, "pixel_weights", expected, describe(pixel_weights))
 
-    def _register_weight(self, weight: object, num_classes: int | None = None) -> None:
-        """The buffer `weight`, None or float32 [K]; not in the state dict, as in torch's losses."""
+    def _register_weight(self, weight: object) -> None:
+        """The buffer `weight`, None or [K], a copy; float32, or float64 where it was."""
         if weight is not None:
             try:
-                weight = torch.as_tensor(weight, dtype=torch.float32)
+                dtype = torch.float64 if getattr(weight, "dtype", 0) == torch.float64 else None
+                weight = torch.as_tensor(weight, dtype=dtype or torch.float32).detach().clone()
             except (TypeError, ValueError, RuntimeError):
                 fail(type(self).__name__, "weight", "a number for each class", describe(weight))
-            if weight.dim() != 1 or not (weight >= 0).all():
-                expected = "a number of at least 0 for each class"
+            if weight.dim() != 1 or not ((weight >= 0) & weight.isfinite()).all():
+                expected = "a finite number of at least 0 for each class"
                 fail(type(self).__name__, "weight", expected, describe(weight))
-        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("weight", weight)
 
     def extra_repr(self) -> str:
         names = [*self.settings, "accuracy", "ignore_index", "align_corners"]
@@ -114,8 +134,8 @@ def class_weight(loss: PixelLoss, logits: Tensor) -> Tensor | None:
     if weight is None:
         return None
     if weight.shape != logits.shape[1:2]:
-        expected = f"{len(weight)} classes in dimension 1, as weight"
-        fail(type(loss).__name__, "logits", expected, f"shape {tuple(logits.shape)}")
+        expected = f"one number for each of the {logits.shape[1]} classes of logits"
+        fail(type(loss).__name__, "weight", expected, len(weight))
     if weight.device != logits.device:
         fail(type(loss).__name__, "logits", f"device {weight.device}, as weight", logits.device)
     return weight.to(statistics_dtype(logits.dtype))

@@ -32,7 +32,11 @@ define(
 
 
 def _check_classes(function: str, argument: str, num_classes: int) -> None:
-    if not isinstance(num_classes, int) or not 1 <= num_classes <= MATRIX_CLASSES:
+    if (
+        isinstance(num_classes, bool)
+        or not isinstance(num_classes, int)
+        or not 1 <= num_classes <= MATRIX_CLASSES
+    ):
         fail(function, argument, f"1 to {MATRIX_CLASSES} classes", num_classes)
 
 

@@ -1,5 +1,7 @@
 """The predicted class of every pixel, from low-resolution logits."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,9 +45,12 @@ def pixel_argmax(logits: Tensor, size: tuple[int, int], *, align_corners: bool =
     check_logits(function, logits)
     if logits.dim() != 4:
         fail(function, "logits", "a tensor (B, K, h, w)", describe(logits))
+    pair = isinstance(size, Sequence) and len(size) == 2
+    if not pair or any(isinstance(n, bool | float) or n < 0 for n in size):
+        fail(function, "size", "(H, W), two ints of at least 0", describe(size))
     height, width = size
-    if min(height, width) < 0 or (logits.numel() == 0 and logits.shape[0] * height * width > 0):
-        fail(function, "size", "(H, W) of at least (0, 0), as logits have pixels", size)
+    if logits.numel() == 0 and logits.shape[0] * height * width > 0:
+        fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
     backend = select(function, logits, logits.shape[1])
     if backend == "reference":
         return reference.pixel_argmax(logits, (height, width), align_corners=align_corners)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._checks import check_choice, check_ignore_index, check_logits, describe, fail
 from ..reference import SoftmaxMoments, statistics_dtype
-from .softmax_moments import softmax_moments
+from .softmax_moments import moments_for
 
 
 def pixel_cross_entropy(
@@ -50,13 +50,13 @@ def pixel_cross_entropy(
         check_weight(function, weight, logits)
         weight = weight.to(statistics_dtype(logits.dtype))
     ignore_index = check_ignore_index(function, ignore_index, logits.shape[1])
-    moments = softmax_moments(
+    logits = smoothing_dtype(logits, label_smoothing)
+    moments = moments_for(
+        function,
         logits,
         labels,
         ignore_index=ignore_index,
         align_corners=align_corners,
-        hits=False,
-        masses=False,
         pixel_losses=reduction == "none",
         lse=label_smoothing > 0,
         check_labels=check_labels,
@@ -82,9 +82,9 @@ def check_classes(function: str, logits: Tensor) -> None:
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
 
 
-def check_share(function: str, argument: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        fail(function, argument, "a number in [0, 1]", value)
+def check_share(function: str, argument: str, value: object) -> None:
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        fail(function, argument, "a number in [0, 1]", describe(value))
 
 
 def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
@@ -113,15 +113,26 @@ def class_losses(moments: SoftmaxMoments, weight: Tensor | None) -> tuple[Tensor
     return weighted(moments.losses, weight.expand_as(counts)), weight * counts
 
 
+def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # they have no comparisons
+        labels = labels.long()
+    return (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
+
+
 def pixel_weights(
     labels: Tensor, weight: Tensor | None, logits: Tensor, ignore_index: int
 ) -> Tensor:
     """w_y of each pixel, 0 where ignored; float32 (float64 for float64 logits), labels' shape."""
-    labels = labels.long()  # uint16 to uint64 have no comparisons
-    valid = (labels >= 0) & (labels < logits.shape[1]) & (labels != ignore_index)
+    valid = valid_pixels(labels, logits.shape[1], ignore_index)
     if weight is None:
         return valid.to(statistics_dtype(logits.dtype))
-    return torch.where(valid, weight[torch.where(valid, labels, 0)], 0)
+    return torch.where(valid, weight[torch.where(valid, labels.long(), 0)], 0)
+
+
+def smoothing_dtype(logits: Tensor, label_smoothing: float) -> Tensor:
+    """With label smoothing the logits have two gradients: in half precision they are added in
+    float32."""
+    return logits.to(statistics_dtype(logits.dtype)) if label_smoothing > 0 else logits
 
 
 def uniform_losses(
@@ -137,17 +148,14 @@ def uniform_losses(
     Upsampling is linear, so Σ_k w_k z_k is one upsampled channel: the lse of a single class.
     """
     assert moments.lse is not None
-    x = logits.to(moments.lse.dtype)
-    if weight is not None:
-        x = x * weight.view(-1, *(1,) * (logits.dim() - 2))
-    valid = pixel_weights(labels, None, logits, ignore_index) > 0
-    z = softmax_moments(
-        x.sum(1, keepdim=True),
-        torch.where(valid, 0, -1),
+    mixed = logits if weight is None else logits * weight.view(-1, *(1,) * (logits.dim() - 2))
+    valid = valid_pixels(labels, logits.shape[1], ignore_index)
+    z = moments_for(
+        "label smoothing",
+        mixed.sum(1, keepdim=True),
+        valid.to(torch.int8) - 1,  # class 0, or −1: ignored
         ignore_index=-1,
         align_corners=align_corners,
-        hits=False,
-        masses=False,
         lse=True,
     ).lse
     assert z is not None

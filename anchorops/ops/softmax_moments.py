@@ -184,7 +184,38 @@ def softmax_moments(
             the call.
         RuntimeError: a second or a forward-mode derivative was asked of a fused backend.
     """
-    function = "softmax_moments"
+    return moments_for(
+        "softmax_moments",
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+        per_image=per_image,
+        hits=hits,
+        masses=masses,
+        squares=squares,
+        pixel_losses=pixel_losses,
+        lse=lse,
+        check_labels=check_labels,
+    )
+
+
+def moments_for(
+    function: str,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int | None,
+    align_corners: bool,
+    per_image: bool = False,
+    hits: bool = False,
+    masses: bool = False,
+    squares: bool = False,
+    pixel_losses: bool = False,
+    lse: bool = False,
+    check_labels: bool = False,
+) -> SoftmaxMoments:
+    """`softmax_moments`, whose messages name `function`."""
     check_logits(function, logits)
     check_labels_of_logits(function, labels, logits)
     ignore_index = check_ignore_index(function, ignore_index, logits.shape[1])
