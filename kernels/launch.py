@@ -154,6 +154,19 @@ def pixels_per_range(pixels: int, blocks: int) -> int:
     return min(max(triton.cdiv(wanted, 128), 1), 8) * 128
 
 
+def forward_lanes() -> int:
+    """Lanes of a program of softmax moments: a warp, which sums without barriers."""
+    return 512 if INTERPRETED else 32
+
+
+def backward_lanes(parts_y: int, parts_x: int, row: int) -> tuple[int, int]:
+    """Lanes of a program of the gradient along either axis: one warp for each row of lanes. Of
+    labels of the logits' size, `row` logits wide, no cell needs its neighbours."""
+    if row > 0:
+        return 1, min(max(triton.next_power_of_2(row), 32), 256)
+    return max(8, min(4 * parts_y, 16), 2 * parts_y), max(32, 2 * parts_x)
+
+
 def without_spills() -> dict[str, int]:
     """ptxas spills a few registers to fit more programs than the memory needs: let it have them."""
     return {"maxnreg": 255} if architecture().startswith("sm_") else {}

@@ -1,0 +1,420 @@
+"""Softmax moments: see ops/softmax_moments.py.
+
+A lane (upsampling.py) reads its four logits of one class after the other and keeps Σ_k e^(z_k − m)
+of each of its pixels in registers, m the largest logit of the cell so far. In a cell whose
+neighbours differ by some 70 this underflows; then the lanes of the program find each pixel's own
+maximum in a second sweep over the classes, and the sums in a third. Masses and squares take one
+more sweep. Statistics by label are summed for one label of the tile after the other.
+
+A program adds to partial statistics of its own; torch.sum adds these in a fixed order. Hits and
+counts are integer atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import PARTIALS_IN_CACHE, forward_lanes
+from .upsampling import (
+    Axis,
+    axis_of,
+    corners,
+    first_larger,
+    neighbours,
+    pixels_of_part,
+    upsampled,
+    weights_of_axis,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+# A sum may be as small before terms that matter underflow.
+SMALLEST_SUM = tl.constexpr(2.0**-100)
+NO_CLASS = tl.constexpr(2**31 - 1)
+# They change with the images' size: not compiled anew where one becomes 1 or a multiple of 16.
+SIZES = ("height", "width", "label_height", "label_width", "lanes_x", "lanes", "chunks",
+         "tiles_per_chunk")  # fmt: skip
+
+
+@triton.jit
+def filled(value, LANES: tl.constexpr, PIXELS: tl.constexpr, DTYPE: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(PIXELS):
+        out = out + (tl.full((LANES,), value, DTYPE),)
+    return out
+
+
+@triton.jit
+def finite_or_zero(shift):
+    """A shift of −inf, where all is −inf, would give NaN."""
+    return tl.where(shift == -INF, 0.0, shift)
+
+
+@triton.jit
+def load_labels(
+    labels_ptr, start_y, stop_y, start_x, stop_x, stride_y, stride_x, num_classes, ignore_index,
+    SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr,
+):  # fmt: skip
+    """int32, −1 where ignored or no pixel."""
+    labels = ()
+    for i in tl.static_range(SLOTS_Y):
+        for j in tl.static_range(SLOTS_X):
+            y, x = start_y + i, start_x + j
+            offset = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+            inside = (y < stop_y) & (x < stop_x)
+            label = tl.load(labels_ptr + offset, mask=inside, other=0).to(tl.int64)
+            valid = inside & (label >= 0) & (label < num_classes) & (label != ignore_index)
+            labels = labels + (tl.where(valid, label, -1).to(tl.int32),)
+    return labels
+
+
+@triton.jit
+def own_logits(
+    logits_ptr, labels, stride_k, lower_y, upper_y, lower_x, upper_x, weights_y, weights_x,
+    SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr, SELECT_Y: tl.constexpr, SELECT_X: tl.constexpr,
+    SAME: tl.constexpr,
+):  # fmt: skip
+    """z of each pixel's own class; where ignored, of class 0."""
+    out = ()
+    for i in tl.static_range(SLOTS_Y * SLOTS_X):
+        ptrs = logits_ptr + tl.maximum(labels[i], 0).to(tl.int64) * stride_k
+        x00, x01, x10, x11 = corners(ptrs, lower_y, upper_y, lower_x, upper_x, SAME)
+        y = (weights_y[i // SLOTS_X],)
+        x = (weights_x[i % SLOTS_X],)
+        out = out + upsampled(x00, x01, x10, x11, y, x, 1, 1, SELECT_Y, SELECT_X, SAME)
+    return out
+
+
+@triton.jit
+def _add_to(ptr, value):
+    tl.store(ptr, tl.load(ptr) + value)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _softmax_moments_kernel(
+    logits_ptr,  # [B, K, h, w] by strides
+    labels_ptr,  # integer [B, H, W] by strides
+    losses_ptr,  # partials: float32 [B · chunks, K], zero on entry; the next three alike
+    overlaps_ptr,
+    masses_ptr,
+    squares_ptr,
+    pixel_losses_ptr,  # float32 [B, H, W]
+    lse_ptr,  # float32 [B, H, W]
+    counts_ptr,  # int64 [K] or [B, K], zero on entry
+    hits_ptr,  # the same
+    num_classes,
+    height,
+    width,
+    label_height,
+    label_width,
+    ratio_y,
+    ratio_x,
+    inverse_y,
+    inverse_x,
+    lanes_x,
+    lanes,
+    chunks,
+    tiles_per_chunk,
+    ignore_index,
+    stride_logits_b,
+    stride_logits_k,
+    stride_logits_h,
+    stride_logits_w,
+    stride_labels_b,
+    stride_labels_h,
+    stride_labels_w,
+    stride_counts_b,
+    HAS_HITS: tl.constexpr,
+    HAS_MASSES: tl.constexpr,
+    HAS_SQUARES: tl.constexpr,
+    HAS_PIXEL_LOSSES: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    SAME: tl.constexpr,
+    FIRST_Y: tl.constexpr,
+    FIRST_X: tl.constexpr,
+    PARTS_Y: tl.constexpr,
+    PARTS_X: tl.constexpr,
+    SLOTS_Y: tl.constexpr,
+    SLOTS_X: tl.constexpr,
+    SELECT_Y: tl.constexpr,
+    SELECT_X: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Reads the logits of a tile from memory once, and from the caches for each further sweep and
+    for neighbours; each label once. Writes the maps asked for and, for each tile, a number by
+    class for masses and for squares, and one by label of the tile for the others."""
+    PIXELS: tl.constexpr = SLOTS_Y * SLOTS_X
+    image, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    row = tl.program_id(0).to(tl.int64) * num_classes
+    counted = image.to(tl.int64) * stride_counts_b
+    logits_ptr += image.to(tl.int64) * stride_logits_b
+    labels_ptr += image.to(tl.int64) * stride_labels_b
+    first_label = image.to(tl.int64) * label_height * label_width
+
+    tiles = tl.cdiv(lanes, LANES)
+    for tile in range(
+        chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, tiles)
+    ):
+        lane = tile * LANES + tl.arange(0, LANES)
+        lane_y, lane_x = lane // lanes_x, lane % lanes_x
+        cell_y, cell_x = lane_y // PARTS_Y + FIRST_Y, lane_x // PARTS_X + FIRST_X
+        start_y, stop_y = pixels_of_part(
+            cell_y, lane_y % PARTS_Y, height, label_height, ratio_y, inverse_y, FIRST_Y, SLOTS_Y,
+            ALIGN_CORNERS, SAME,
+        )  # fmt: skip
+        start_x, stop_x = pixels_of_part(
+            cell_x, lane_x % PARTS_X, width, label_width, ratio_x, inverse_x, FIRST_X, SLOTS_X,
+            ALIGN_CORNERS, SAME,
+        )  # fmt: skip
+        weights_y = weights_of_axis(cell_y, start_y, height, ratio_y, SLOTS_Y, ALIGN_CORNERS)
+        weights_x = weights_of_axis(cell_x, start_x, width, ratio_x, SLOTS_X, ALIGN_CORNERS)
+        lower_y, upper_y = neighbours(cell_y, height, stride_logits_h)
+        lower_x, upper_x = neighbours(cell_x, width, stride_logits_w)
+        labels = load_labels(
+            labels_ptr, start_y, stop_y, start_x, stop_x, stride_labels_h, stride_labels_w,
+            num_classes, ignore_index, SLOTS_Y, SLOTS_X,
+        )  # fmt: skip
+
+        maximum = tl.full((LANES,), -INF, tl.float32)
+        shift = tl.zeros((LANES,), tl.float32)
+        sums = filled(0.0, LANES, PIXELS, tl.float32)
+        best = filled(-INF, LANES, PIXELS if HAS_HITS else 0, tl.float32)
+        predicted = filled(0, LANES, PIXELS if HAS_HITS else 0, tl.int32)
+        ptr = logits_ptr
+        for k in range(num_classes):
+            x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
+            z = upsampled(
+                x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME
+            )
+            # of a NaN and a number the number; the NaN is in the sum
+            new = tl.maximum(maximum, tl.maximum(tl.maximum(x00, x01), tl.maximum(x10, x11)))
+            new_shift = finite_or_zero(new) * -LOG2_E
+            scale = tl.where(maximum == -INF, 0.0, tl.exp2(new_shift - shift))
+            new_sums, new_best, new_predicted = (), (), ()
+            for i in tl.static_range(PIXELS):
+                term = tl.exp2(tl.fma(z[i], LOG2_E, new_shift))
+                new_sums = new_sums + (tl.fma(sums[i], scale, term),)
+                if HAS_HITS:
+                    better = z[i] > best[i]
+                    new_best = new_best + (tl.where(better, z[i], best[i]),)
+                    new_predicted = new_predicted + (tl.where(better, k, predicted[i]),)
+            maximum, shift = new, new_shift
+            sums, best, predicted = new_sums, new_best, new_predicted
+            ptr += stride_logits_k
+
+        own = own_logits(
+            logits_ptr, labels, stride_logits_k, lower_y, upper_y, lower_x, upper_x, weights_y,
+            weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME,
+        )  # fmt: skip
+        unsafe = lane < 0
+        shifts, exponents = (), ()  # Σ e^(z − shift), and log2 of the term of the pixel's own class
+        for i in tl.static_range(PIXELS):
+            unsafe |= (labels[i] >= 0) & ~(sums[i] >= SMALLEST_SUM)
+            shifts = shifts + (shift * -LN_2,)
+            exponents = exponents + (tl.fma(own[i], LOG2_E, shift),)
+        if tl.max(unsafe.to(tl.int32), 0) > 0:
+            best = filled(-INF, LANES, PIXELS, tl.float32)
+            predicted = filled(0, LANES, PIXELS if HAS_HITS else 0, tl.int32)
+            ptr = logits_ptr
+            for k in range(num_classes):
+                x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
+                z = upsampled(
+                    x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X,
+                    SAME,
+                )  # fmt: skip
+                new_best, new_predicted = (), ()
+                for i in tl.static_range(PIXELS):
+                    better = first_larger(z[i], best[i])
+                    new_best = new_best + (tl.where(better, z[i], best[i]),)
+                    if HAS_HITS:
+                        new_predicted = new_predicted + (tl.where(better, k, predicted[i]),)
+                best, predicted = new_best, new_predicted
+                ptr += stride_logits_k
+            shifts, exponents, sums = (), (), filled(0.0, LANES, PIXELS, tl.float32)
+            for i in tl.static_range(PIXELS):
+                shifts = shifts + (finite_or_zero(best[i]),)
+                exponents = exponents + ((own[i] - shifts[i]) * LOG2_E,)
+            ptr = logits_ptr
+            for _ in range(num_classes):
+                x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
+                z = upsampled(
+                    x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X,
+                    SAME,
+                )  # fmt: skip
+                new_sums = ()
+                for i in tl.static_range(PIXELS):
+                    new_sums = new_sums + (sums[i] + tl.exp2((z[i] - shifts[i]) * LOG2_E),)
+                sums = new_sums
+                ptr += stride_logits_k
+
+        lse, losses, overlaps = (), (), ()
+        smallest = tl.full((LANES,), NO_CLASS, tl.int32)
+        for i in tl.static_range(PIXELS):
+            valid = labels[i] >= 0
+            logarithm = tl.log2(sums[i])
+            value = tl.where(valid, tl.fma(logarithm, LN_2, shifts[i]), 0.0)
+            loss = tl.where(valid, (logarithm - exponents[i]) * LN_2, 0.0)
+            lse, losses = lse + (value,), losses + (loss,)
+            if HAS_MASSES:
+                p = tl.exp2(exponents[i] - logarithm)
+                overlaps = overlaps + (tl.where(valid, p, 0.0),)
+            smallest = tl.minimum(smallest, tl.where(valid, labels[i], NO_CLASS))
+            if HAS_LSE or HAS_PIXEL_LOSSES:
+                y, x = start_y + i // SLOTS_X, start_x + i % SLOTS_X
+                at = first_label + y.to(tl.int64) * label_width + x
+                inside = (y < stop_y) & (x < stop_x)
+                if HAS_LSE:
+                    tl.store(lse_ptr + at, value, mask=inside)
+                if HAS_PIXEL_LOSSES:
+                    tl.store(pixel_losses_ptr + at, loss, mask=inside)
+
+        label = tl.min(smallest, 0)
+        while label < NO_CLASS:
+            losses_of_lane = tl.zeros((LANES,), tl.float32)
+            overlaps_of_lane = tl.zeros((LANES,), tl.float32)
+            count = tl.zeros((LANES,), tl.int32)
+            hits = tl.zeros((LANES,), tl.int32)
+            smallest = tl.full((LANES,), NO_CLASS, tl.int32)
+            for i in tl.static_range(PIXELS):
+                mine = labels[i] == label
+                count += mine.to(tl.int32)
+                losses_of_lane += tl.where(mine, losses[i], 0.0)
+                if HAS_MASSES:
+                    overlaps_of_lane += tl.where(mine, overlaps[i], 0.0)
+                if HAS_HITS:
+                    hits += (mine & (predicted[i] == label)).to(tl.int32)
+                larger = tl.where(labels[i] > label, labels[i], NO_CLASS)
+                smallest = tl.minimum(smallest, larger)
+            _add_to(losses_ptr + row + label, tl.sum(losses_of_lane, 0))
+            if HAS_MASSES:
+                _add_to(overlaps_ptr + row + label, tl.sum(overlaps_of_lane, 0))
+            total = tl.sum(count, 0).to(tl.int64)
+            tl.atomic_add(counts_ptr + counted + label, total, sem="relaxed")
+            if HAS_HITS:
+                right = tl.sum(hits, 0).to(tl.int64)
+                tl.atomic_add(hits_ptr + counted + label, right, sem="relaxed")
+            label = tl.min(smallest, 0)
+
+        if HAS_MASSES or HAS_SQUARES:
+            ptr = logits_ptr
+            for k in range(num_classes):
+                x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
+                z = upsampled(
+                    x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X,
+                    SAME,
+                )  # fmt: skip
+                mass = tl.zeros((LANES,), tl.float32)
+                square = tl.zeros((LANES,), tl.float32)
+                for i in tl.static_range(PIXELS):
+                    p = tl.exp2((z[i] - lse[i]) * LOG2_E)
+                    p = tl.where(labels[i] >= 0, p, 0.0)
+                    mass += p
+                    square = tl.fma(p, p, square)
+                if HAS_MASSES:
+                    _add_to(masses_ptr + row + k, tl.sum(mass, 0))
+                if HAS_SQUARES:
+                    _add_to(squares_ptr + row + k, tl.sum(square, 0))
+                ptr += stride_logits_k
+
+
+def grid_options(y: Axis, x: Axis, same: bool, align_corners: bool) -> dict[str, int | bool]:
+    """What a kernel knows of the upsampling when it is compiled."""
+    return {
+        "ALIGN_CORNERS": align_corners,
+        "SAME": same,
+        "FIRST_Y": y.first,
+        "FIRST_X": x.first,
+        "PARTS_Y": y.parts,
+        "PARTS_X": x.parts,
+        "SLOTS_Y": y.slots,
+        "SLOTS_X": x.slots,
+        "SELECT_Y": y.select,
+        "SELECT_X": x.select,
+    }
+
+
+def softmax_moments(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    align_corners: bool,
+    per_image: bool,
+    with_hits: bool,
+    with_masses: bool,
+    with_squares: bool,
+    with_pixel_losses: bool,
+    with_lse: bool,
+) -> tuple[Tensor, ...]:
+    """See ops/softmax_moments.py.
+
+    Beside the results it takes the partials: for each statistic a row [K] for each tile of lanes,
+    or fewer where they would take more than 16 MiB and 1/8 of the logits.
+    """
+    batch, num_classes, height, width = logits.shape
+    label_height, label_width = labels.shape[1:]
+    shape = (batch, num_classes) if per_image else (num_classes,)
+
+    def zeros(asked: bool) -> Tensor:
+        return logits.new_zeros(shape if asked else (0,), dtype=torch.int64)
+
+    def pixel_map(asked: bool) -> Tensor:
+        return logits.new_empty(labels.shape if asked else (0,), dtype=torch.float32)
+
+    counts, hits = zeros(True), zeros(with_hits)
+    pixel_losses, lse = pixel_map(with_pixel_losses), pixel_map(with_lse)
+    asked = (True, with_masses, with_masses, with_squares)  # losses, overlaps, masses, squares
+    if labels.numel() == 0:
+        return *(zeros(a).float() for a in asked), pixel_losses, lse, counts, hits
+
+    y, x = (axis_of(logits.shape[i], labels.shape[i - 1], align_corners) for i in (2, 3))
+    lanes, block = y.lanes * x.lanes, forward_lanes()
+    row_bytes = 4 * sum(asked) * batch * num_classes
+    budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
+    tiles = triton.cdiv(lanes, block)
+    tiles_per_chunk = triton.cdiv(tiles, min(tiles, max(budget // row_bytes, 1)))
+    chunks = triton.cdiv(tiles, tiles_per_chunk)
+    partials = [
+        logits.new_zeros((batch, chunks, num_classes) if a else (0,), dtype=torch.float32)
+        for a in asked
+    ]
+    _softmax_moments_kernel[(batch * chunks,)](
+        logits,
+        labels,
+        *partials,
+        pixel_losses,
+        lse,
+        counts,
+        hits,
+        num_classes,
+        height,
+        width,
+        label_height,
+        label_width,
+        y.ratio,
+        x.ratio,
+        y.inverse,
+        x.inverse,
+        x.lanes,
+        lanes,
+        chunks,
+        tiles_per_chunk,
+        ignore_index,
+        *logits.stride(),
+        *labels.stride(),
+        num_classes if per_image else 0,
+        HAS_HITS=with_hits,
+        HAS_MASSES=with_masses,
+        HAS_SQUARES=with_squares,
+        HAS_PIXEL_LOSSES=with_pixel_losses,
+        HAS_LSE=with_lse,
+        **grid_options(y, x, (height, width) == (label_height, label_width), align_corners),
+        LANES=block,
+        num_warps=max(block // 32, 1),
+        enable_fp_fusion=False,  # coordinates are rounded as F.interpolate's
+    )
+    over = 1 if per_image else (0, 1)
+    sums = (p.sum(over) if a else p for p, a in zip(partials, asked, strict=True))
+    return *sums, pixel_losses, lse, counts, hits

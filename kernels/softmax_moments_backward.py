@@ -1,0 +1,367 @@
+"""The gradient of softmax moments.
+
+    dz_k = p_k·(d + dlse − t + dmasses[k] + 2·p_k·dsquares[k]) + [y = k]·(p_k·doverlaps[k] − d)
+    d = dlosses[y] + dpixel_losses,   t = Σ_j p_j·u_j,   0 where ignored
+
+A lane (upsampling.py) computes dz of its pixels, one class after the other, and sums it with the
+weights of the cell's four logits. A program has a tile of cells, and one more above and to the left
+of it; a logit's gradient is gathered from its four cells.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import backward_lanes
+from .softmax_moments import LOG2_E, filled, grid_options, load_labels, own_logits
+from .upsampling import axis_of, corners, neighbours, pixels_of_part, upsampled, weights_of_axis
+
+SIZES = ("height", "width", "label_height", "label_width", "tiles_y", "tiles_x")
+
+
+@triton.jit
+def load_map(
+    ptr, labels, start_y, start_x, stride_y, stride_x, SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr
+):  # fmt: skip
+    """A number for each valid pixel."""
+    out = ()
+    for i in tl.static_range(SLOTS_Y):
+        for j in tl.static_range(SLOTS_X):
+            y, x = (start_y + i).to(tl.int64), (start_x + j).to(tl.int64)
+            valid = labels[i * SLOTS_X + j] >= 0
+            out = out + (tl.load(ptr + y * stride_y + x * stride_x, mask=valid, other=0.0),)
+    return out
+
+
+@triton.jit
+def number(ptr, k, stride):
+    """Of class k; 0 where there are none."""
+    if ptr is None:
+        return 0.0
+    else:
+        return tl.load(ptr + tl.cast(k, tl.int64) * stride)
+
+
+@triton.jit
+def shares_of_axis(cell, weights, source, SLOTS: tl.constexpr):
+    """Of the upper neighbour in a pixel's gradient: its weight, and all where there is but one."""
+    shares = ()
+    for t in tl.static_range(SLOTS):
+        share = tl.where(cell < 0, 1.0, tl.where(cell >= source - 1, 0.0, weights[t]))
+        shares = shares + (share,)
+    return shares
+
+
+@triton.jit
+def divide(lower, upper, dz, share, SELECT: tl.constexpr):
+    """Add a gradient to that of the lower and of the upper neighbour."""
+    part = share * dz
+    if SELECT:  # 0 · NaN would be NaN
+        part = tl.where(share == 0, 0.0, part)
+    return tl.fma(1 - share, dz, lower), upper + part
+
+
+@triton.jit
+def of_cells(x, CELLS_Y: tl.constexpr, PARTS_Y: tl.constexpr, CELLS_X: tl.constexpr,
+             PARTS_X: tl.constexpr):  # fmt: skip
+    """Sums over the parts of each cell."""
+    x = tl.reshape(x, (CELLS_Y, PARTS_Y, CELLS_X, PARTS_X))
+    return tl.sum(tl.sum(x, 3), 1)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _softmax_moments_bwd_kernel(
+    logits_ptr,  # [B, K, h, w] by strides
+    labels_ptr,  # integer [B, H, W] by strides
+    lse_ptr,  # float32 [B, H, W] by strides
+    dlosses_ptr,  # float32 [K] or [B, K] by strides; the next three alike
+    doverlaps_ptr,
+    dmasses_ptr,
+    dsquares_ptr,
+    dpixel_losses_ptr,  # float32 [B, H, W] by strides
+    dlse_ptr,  # the same
+    dlogits_ptr,  # [B, K, h, w] by strides
+    num_classes,
+    height,
+    width,
+    label_height,
+    label_width,
+    ratio_y,
+    ratio_x,
+    inverse_y,
+    inverse_x,
+    tiles_y,
+    tiles_x,
+    ignore_index,
+    stride_logits_b,
+    stride_logits_k,
+    stride_logits_h,
+    stride_logits_w,
+    stride_labels_b,
+    stride_labels_h,
+    stride_labels_w,
+    stride_lse_b,
+    stride_lse_h,
+    stride_lse_w,
+    stride_dlosses_b,
+    stride_dlosses_k,
+    stride_doverlaps_b,
+    stride_doverlaps_k,
+    stride_dmasses_b,
+    stride_dmasses_k,
+    stride_dsquares_b,
+    stride_dsquares_k,
+    stride_dpixel_losses_b,
+    stride_dpixel_losses_h,
+    stride_dpixel_losses_w,
+    stride_dlse_b,
+    stride_dlse_h,
+    stride_dlse_w,
+    stride_dlogits_b,
+    stride_dlogits_k,
+    stride_dlogits_h,
+    stride_dlogits_w,
+    ALIGN_CORNERS: tl.constexpr,
+    SAME: tl.constexpr,
+    FIRST_Y: tl.constexpr,
+    FIRST_X: tl.constexpr,
+    PARTS_Y: tl.constexpr,
+    PARTS_X: tl.constexpr,
+    SLOTS_Y: tl.constexpr,
+    SLOTS_X: tl.constexpr,
+    SELECT_Y: tl.constexpr,
+    SELECT_X: tl.constexpr,
+    LANES_Y: tl.constexpr,
+    LANES_X: tl.constexpr,
+):
+    """Reads the logits of a tile and its edge, from memory once and from the caches for each sweep
+    and for neighbours; labels, lse and maps once, but for the edge. Writes dlogits once."""
+    PIXELS: tl.constexpr = SLOTS_Y * SLOTS_X
+    CELLS_Y: tl.constexpr = LANES_Y // PARTS_Y
+    CELLS_X: tl.constexpr = LANES_X // PARTS_X
+    EDGE: tl.constexpr = 0 if SAME else 1
+    pid = tl.program_id(0)
+    image = (pid // (tiles_y * tiles_x)).to(tl.int64)
+    # the first row and column of logits whose gradient the tile writes
+    row = pid // tiles_x % tiles_y * (CELLS_Y - EDGE)
+    column = pid % tiles_x * (CELLS_X - EDGE)
+    logits_ptr += image * stride_logits_b
+
+    lane = tl.arange(0, LANES_Y * LANES_X)
+    lane_y, lane_x = lane // LANES_X, lane % LANES_X
+    cell_y, cell_x = row - EDGE + lane_y // PARTS_Y, column - EDGE + lane_x // PARTS_X
+    start_y, stop_y = pixels_of_part(
+        cell_y, lane_y % PARTS_Y, height, label_height, ratio_y, inverse_y, FIRST_Y, SLOTS_Y,
+        ALIGN_CORNERS, SAME,
+    )  # fmt: skip
+    start_x, stop_x = pixels_of_part(
+        cell_x, lane_x % PARTS_X, width, label_width, ratio_x, inverse_x, FIRST_X, SLOTS_X,
+        ALIGN_CORNERS, SAME,
+    )  # fmt: skip
+    weights_y = weights_of_axis(cell_y, start_y, height, ratio_y, SLOTS_Y, ALIGN_CORNERS)
+    weights_x = weights_of_axis(cell_x, start_x, width, ratio_x, SLOTS_X, ALIGN_CORNERS)
+    shares_y = shares_of_axis(cell_y, weights_y, height, SLOTS_Y)
+    shares_x = shares_of_axis(cell_x, weights_x, width, SLOTS_X)
+    lower_y, upper_y = neighbours(cell_y, height, stride_logits_h)
+    lower_x, upper_x = neighbours(cell_x, width, stride_logits_w)
+    labels = load_labels(
+        labels_ptr + image * stride_labels_b, start_y, stop_y, start_x, stop_x, stride_labels_h,
+        stride_labels_w, num_classes, ignore_index, SLOTS_Y, SLOTS_X,
+    )  # fmt: skip
+    lse = load_map(
+        lse_ptr + image * stride_lse_b, labels, start_y, start_x, stride_lse_h, stride_lse_w,
+        SLOTS_Y, SLOTS_X,
+    )  # fmt: skip
+
+    # per pixel: common = d + dlse − t
+    own_gradients = filled(0.0, LANES_Y * LANES_X, PIXELS, tl.float32)
+    if dpixel_losses_ptr is not None:
+        own_gradients = load_map(
+            dpixel_losses_ptr + image * stride_dpixel_losses_b, labels, start_y, start_x,
+            stride_dpixel_losses_h, stride_dpixel_losses_w, SLOTS_Y, SLOTS_X,
+        )  # fmt: skip
+    common = own_gradients
+    if dlosses_ptr is not None:
+        dlosses_ptr += image * stride_dlosses_b
+        added = ()
+        for i in tl.static_range(PIXELS):
+            at = labels[i].to(tl.int64) * stride_dlosses_k
+            d = tl.load(dlosses_ptr + at, mask=labels[i] >= 0, other=0.0)
+            added = added + (common[i] + d,)
+        common = added
+    if dlse_ptr is not None:
+        dlse = load_map(
+            dlse_ptr + image * stride_dlse_b, labels, start_y, start_x, stride_dlse_h,
+            stride_dlse_w, SLOTS_Y, SLOTS_X,
+        )  # fmt: skip
+        added = ()
+        for i in tl.static_range(PIXELS):
+            added = added + (common[i] + dlse[i],)
+        common = added
+    if doverlaps_ptr is not None:
+        doverlaps_ptr += image * stride_doverlaps_b
+        own = own_logits(
+            logits_ptr, labels, stride_logits_k, lower_y, upper_y, lower_x, upper_x, weights_y,
+            weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME,
+        )  # fmt: skip
+        added = ()
+        for i in tl.static_range(PIXELS):
+            at = labels[i].to(tl.int64) * stride_doverlaps_k
+            u = tl.load(doverlaps_ptr + at, mask=labels[i] >= 0, other=0.0)
+            p = tl.exp2((own[i] - lse[i]) * LOG2_E)
+            added = added + (common[i] - p * u,)
+        common = added
+    if dmasses_ptr is not None:
+        dmasses_ptr += image * stride_dmasses_b
+    if dsquares_ptr is not None:
+        dsquares_ptr += image * stride_dsquares_b
+    if dmasses_ptr is not None or dsquares_ptr is not None:
+        ptr = logits_ptr
+        for k in range(num_classes):
+            x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
+            z = upsampled(
+                x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME
+            )
+            dmass = number(dmasses_ptr, k, stride_dmasses_k)
+            dsquare = 2 * number(dsquares_ptr, k, stride_dsquares_k)
+            added = ()
+            for i in tl.static_range(PIXELS):
+                p = tl.exp2((z[i] - lse[i]) * LOG2_E)
+                added = added + (tl.fma(-p, tl.fma(p, dsquare, dmass), common[i]),)
+            common = added
+            ptr += stride_logits_k
+
+    cell = tl.arange(0, CELLS_Y)[:, None]
+    y, x = row - EDGE + cell, column - EDGE + tl.arange(0, CELLS_X)[None, :]
+    written = (y >= row) & (y < height) & (x >= column) & (x < width)
+    dlogits_ptrs = dlogits_ptr + image * stride_dlogits_b + y.to(tl.int64) * stride_dlogits_h
+    dlogits_ptrs += x.to(tl.int64) * stride_dlogits_w
+    above = tl.broadcast_to(tl.maximum(cell - 1, 0), (CELLS_Y, CELLS_X))
+    left_of = tl.maximum(tl.arange(0, CELLS_X)[None, :] - 1, 0)
+    left_of = tl.broadcast_to(left_of, (CELLS_Y, CELLS_X))
+    ptr = logits_ptr
+    for k in range(num_classes):
+        x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
+        z = upsampled(
+            x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME
+        )
+        dloss = number(dlosses_ptr, k, stride_dlosses_k)
+        doverlap = number(doverlaps_ptr, k, stride_doverlaps_k)
+        dmass = number(dmasses_ptr, k, stride_dmasses_k)
+        dsquare = 2 * number(dsquares_ptr, k, stride_dsquares_k)
+        top_left = tl.zeros((LANES_Y * LANES_X,), tl.float32)
+        top_right, bottom_left, bottom_right = top_left, top_left, top_left
+        for i in tl.static_range(SLOTS_Y):
+            left = tl.zeros((LANES_Y * LANES_X,), tl.float32)
+            right = left
+            for j in tl.static_range(SLOTS_X):
+                at: tl.constexpr = i * SLOTS_X + j
+                p = tl.exp2((z[at] - lse[at]) * LOG2_E)
+                factor = common[at]
+                if dmasses_ptr is not None:
+                    factor += dmass
+                if dsquares_ptr is not None:
+                    factor = tl.fma(p, dsquare, factor)
+                own = -dloss
+                if dpixel_losses_ptr is not None:
+                    own -= own_gradients[at]
+                if doverlaps_ptr is not None:
+                    own = tl.fma(p, doverlap, own)
+                dz = tl.fma(p, factor, tl.where(labels[at] == k, own, 0.0))
+                dz = tl.where(labels[at] >= 0, dz, 0.0)
+                if SAME:
+                    left = dz
+                else:
+                    left, right = divide(left, right, dz, shares_x[j], SELECT_X)
+            if SAME:
+                top_left = left
+            else:
+                top_left, bottom_left = divide(top_left, bottom_left, left, shares_y[i], SELECT_Y)
+                top_right, bottom_right = divide(
+                    top_right, bottom_right, right, shares_y[i], SELECT_Y
+                )
+        gradient = of_cells(top_left, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
+        if not SAME:
+            top_right = of_cells(top_right, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
+            bottom = of_cells(bottom_left, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
+            bottom_right = of_cells(bottom_right, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
+            gradient += tl.gather(top_right, left_of, 1)
+            bottom += tl.gather(bottom_right, left_of, 1)
+            gradient += tl.gather(bottom, above, 0)
+        tl.store(dlogits_ptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
+        ptr += stride_logits_k
+        dlogits_ptrs += stride_dlogits_k
+
+
+def _strides_by_class(gradient: Tensor | None) -> tuple[int, int]:
+    if gradient is None:
+        return 0, 0
+    return (0, *gradient.stride())[-2:]  # pyright: ignore[reportReturnType]
+
+
+def softmax_moments_backward(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    dlosses: Tensor | None,
+    doverlaps: Tensor | None,
+    dmasses: Tensor | None,
+    dsquares: Tensor | None,
+    dpixel_losses: Tensor | None,
+    dlse: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+) -> Tensor:
+    """See ops/softmax_moments.py. It needs no memory but the gradient."""
+    dlogits = torch.empty_like(logits)
+    if labels.numel() == 0:
+        return dlogits.zero_()
+    batch, num_classes, height, width = logits.shape
+    label_height, label_width = labels.shape[1:]
+    same = (height, width) == (label_height, label_width)
+    y, x = (axis_of(logits.shape[i], labels.shape[i - 1], align_corners) for i in (2, 3))
+    lanes_y, lanes_x = backward_lanes(y.parts, x.parts, width if same else 0)
+    edge = 0 if same else 1
+    tiles_y = triton.cdiv(height, lanes_y // y.parts - edge)
+    tiles_x = triton.cdiv(width, lanes_x // x.parts - edge)
+    _softmax_moments_bwd_kernel[(batch * tiles_y * tiles_x,)](
+        logits,
+        labels,
+        lse,
+        dlosses,
+        doverlaps,
+        dmasses,
+        dsquares,
+        dpixel_losses,
+        dlse,
+        dlogits,
+        num_classes,
+        height,
+        width,
+        label_height,
+        label_width,
+        y.ratio,
+        x.ratio,
+        y.inverse,
+        x.inverse,
+        tiles_y,
+        tiles_x,
+        ignore_index,
+        *logits.stride(),
+        *labels.stride(),
+        *lse.stride(),
+        *_strides_by_class(dlosses),
+        *_strides_by_class(doverlaps),
+        *_strides_by_class(dmasses),
+        *_strides_by_class(dsquares),
+        *((0, 0, 0) if dpixel_losses is None else dpixel_losses.stride()),
+        *((0, 0, 0) if dlse is None else dlse.stride()),
+        *dlogits.stride(),
+        **grid_options(y, x, same, align_corners),
+        LANES_Y=lanes_y,
+        LANES_X=lanes_x,
+        num_warps=max(lanes_y * lanes_x // 32, 1) if lanes_y * lanes_x < 1024 else 32,
+        enable_fp_fusion=False,
+    )
+    return dlogits

@@ -1,0 +1,176 @@
+"""Bilinear upsampling of logits (B, K, h, w) to (B, H, W) inside a kernel, as F.interpolate does it.
+
+Coordinates are float32: (i + ½)·ratio − ½, with align_corners i·ratio, each operation rounded, so
+kernels are compiled without fusion of products and sums. A *cell* lies between four neighbouring
+logits, (c, c + 1) along each axis; without align_corners there is one more before the first logit.
+Its label pixels are i = first_pixel(c) … first_pixel(c + 1) − 1. They are divided into *parts* of at
+most SLOTS pixels along an axis; a *lane* of a kernel is one part along either axis. Beyond the first
+and the last logit both neighbours are the same one.
+
+Where labels have the logits' size (SAME), a pixel is a cell and reads one logit.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference import bilinear_sources
+from .launch import INTERPRETED
+
+MAX_SLOTS = 1 if INTERPRETED else 4  # along an axis: 16 pixels for each lane
+
+
+class Axis(NamedTuple):
+    """Cells begin with `first`, −1 or 0; a cell has `parts` of `slots` pixels, `parts` a power of
+    two. `select`: a pixel may have weight 0 for a neighbour that it must not read."""
+
+    source: int  # logits
+    size: int  # labels
+    first: int
+    parts: int
+    slots: int
+    select: bool
+    ratio: float
+    inverse: float
+
+    @property
+    def lanes(self) -> int:
+        return (self.source - self.first) * self.parts
+
+
+@lru_cache(maxsize=1024)
+def axis_of(source: int, size: int, align_corners: bool) -> Axis:
+    ratio = (source - 1) / max(size - 1, 1) if align_corners else source / max(size, 1)
+    inverse = 1 / ratio if ratio else 0.0
+    if source == size:
+        return Axis(source, size, 0, 1, 1, True, ratio, inverse)
+    lower, _, weight = bilinear_sources(
+        size, source, align_corners, torch.float32, torch.device("cpu")
+    )
+    first = 0 if align_corners else -1
+    centre = torch.arange(size, dtype=torch.float32) + 0.5
+    before = 0 if align_corners else int((centre * torch.tensor(ratio) - 0.5 < 0).sum())
+    pixels = lower[before:].bincount().tolist()
+    most = max(before, *pixels, 1)
+    parts = triton.next_power_of_2(triton.cdiv(most, MAX_SLOTS))
+    inside = weight[before:][lower[before:] < source - 1]
+    return Axis(
+        source,
+        size,
+        first,
+        parts,
+        triton.cdiv(most, parts),
+        bool((inside == 0).any()),
+        ratio,
+        inverse,
+    )
+
+
+@triton.jit
+def coordinate(i, ratio, ALIGN_CORNERS: tl.constexpr):
+    if ALIGN_CORNERS:
+        return i.to(tl.float32) * ratio
+    else:
+        return (i.to(tl.float32) + 0.5) * ratio - 0.5
+
+
+@triton.jit
+def first_pixel(cell, ratio, inverse, ALIGN_CORNERS: tl.constexpr):
+    """The first label row (or column) whose coordinate is at least the cell: next to where it
+    would be without rounding."""
+    if ALIGN_CORNERS:
+        exact = cell.to(tl.float32) * inverse
+    else:
+        exact = (cell.to(tl.float32) + 0.5) * inverse - 0.5
+    i = tl.ceil(exact).to(tl.int32) - 1
+    i += (coordinate(i, ratio, ALIGN_CORNERS) < cell).to(tl.int32)
+    i += (coordinate(i, ratio, ALIGN_CORNERS) < cell).to(tl.int32)
+    return i
+
+
+@triton.jit
+def pixels_of_part(
+    cell, part, source, size, ratio, inverse, FIRST: tl.constexpr, SLOTS: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """Along an axis: a part's first pixel, and where the pixels of its cell end. A cell that there
+    is not has none."""
+    if SAME:
+        start, stop = cell, tl.minimum(cell + 1, size)
+    else:
+        start = tl.maximum(first_pixel(cell, ratio, inverse, ALIGN_CORNERS), 0)
+        stop = first_pixel(cell + 1, ratio, inverse, ALIGN_CORNERS)
+        stop = tl.where(cell + 1 < source, tl.minimum(stop, size), size)
+        start += part * SLOTS
+    return start, tl.where((cell >= FIRST) & (cell < source), stop, start)
+
+
+@triton.jit
+def weights_of_axis(
+    cell, start, source, ratio, SLOTS: tl.constexpr, ALIGN_CORNERS: tl.constexpr
+):  # fmt: skip
+    """Of the upper neighbour, for each slot; ½ where both neighbours are one logit."""
+    weights = ()
+    one = (cell < 0) | (cell >= source - 1)
+    for t in tl.static_range(SLOTS):
+        weight = coordinate(start + t, ratio, ALIGN_CORNERS) - cell.to(tl.float32)
+        weights = weights + (tl.where(one, 0.5, weight),)
+    return weights
+
+
+@triton.jit
+def neighbours(cell, source, stride):
+    """Offsets of a cell's lower and upper neighbour along an axis."""
+    lower = tl.minimum(tl.maximum(cell, 0), source - 1)
+    upper = tl.minimum(tl.maximum(cell + 1, 0), source - 1)
+    return lower.to(tl.int64) * stride, upper.to(tl.int64) * stride
+
+
+@triton.jit
+def corners(
+    ptrs, lower_y, upper_y, lower_x, upper_x, SAME: tl.constexpr
+):  # fmt: skip
+    """The four logits of a cell, float32; of the same size one."""
+    x00 = tl.load(ptrs + lower_y + lower_x).to(tl.float32)
+    if SAME:
+        return x00, x00, x00, x00
+    else:
+        x01 = tl.load(ptrs + lower_y + upper_x).to(tl.float32)
+        x10 = tl.load(ptrs + upper_y + lower_x).to(tl.float32)
+        x11 = tl.load(ptrs + upper_y + upper_x).to(tl.float32)
+        return x00, x01, x10, x11
+
+
+@triton.jit
+def between(low, high, weight, SELECT: tl.constexpr):
+    z = tl.fma(weight, high, (1 - weight) * low)
+    if SELECT:  # 0 · NaN would be NaN
+        z = tl.where(weight == 0, low, z)
+    return z
+
+
+@triton.jit
+def upsampled(
+    x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr,
+    SELECT_Y: tl.constexpr, SELECT_X: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """The logits z of a lane's SLOTS_Y × SLOTS_X pixels."""
+    if SAME:
+        return (x00,)
+    else:
+        z = ()
+        for y in tl.static_range(SLOTS_Y):
+            left = between(x00, x10, weights_y[y], SELECT_Y)
+            right = between(x01, x11, weights_y[y], SELECT_Y)
+            for x in tl.static_range(SLOTS_X):
+                z = z + (between(left, right, weights_x[x], SELECT_X),)
+        return z
+
+
+@triton.jit
+def first_larger(z, best):
+    """Whether z takes the place of the best logit before it: NaN is larger than all."""
+    return (z > best) | ((z != z) & (best == best))
