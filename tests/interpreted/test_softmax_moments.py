@@ -37,22 +37,27 @@ class Case(NamedTuple):
         return (*self.size[:1], *self.pixels)
 
     @property
+    def ignore_index(self):
+        return 255 if self.size[1] <= 255 else -1
+
+    @property
     def options(self):
         asked = {name: name in self.asked for name in ALL}
-        return asked | {"align_corners": self.align_corners, "per_image": self.per_image}
+        options = {"align_corners": self.align_corners, "per_image": self.per_image}
+        return asked | options | {"ignore_index": self.ignore_index}
 
 
 CE = ()  # the cross-entropy needs nothing beside counts and losses
 CASES = [
     # ×4: one cell, several tiles of cells, many classes
     Case((1, 3, 1, 1), (4, 4)),
-    Case((2, 19, 5, 7), (20, 28)),
+    Case((2, 19, 3, 5), (12, 20)),
     Case((2, 2, 3, 37), (12, 148), asked=("masses",), per_image=True),
-    Case((1, 37, 9, 2), (36, 8), False, BF16, "channels_last", torch.uint8),
-    Case((1, 150, 3, 4), (12, 16), False, BF16, asked=CE),
-    Case((1, 150, 2, 3), (8, 12), False, FP16, "sliced", asked=("masses", "lse")),
+    Case((1, 7, 9, 2), (36, 8), False, BF16, "channels_last", torch.uint8),
+    Case((1, 150, 1, 3), (4, 12), False, BF16, asked=CE),
+    Case((1, 37, 2, 3), (8, 12), False, FP16, "sliced", asked=("masses", "lse")),
     # ×8
-    Case((1, 19, 3, 4), (24, 32), False, FP32, "channels_last", asked=CE),
+    Case((1, 8, 3, 4), (24, 32), False, FP32, "channels_last", asked=CE),
     Case((2, 5, 2, 3), (16, 24), False, BF16, "cropped", torch.int16),
     # ×2 and ×3, and another ratio along each axis
     Case((1, 7, 4, 5), (8, 10), asked=("hits", "masses")),
@@ -61,8 +66,8 @@ CASES = [
     # odd ratios, both ways to place the corners
     Case((1, 5, 9, 9), (33, 33)),
     Case((1, 5, 9, 9), (33, 33), True),
-    Case((2, 19, 4, 6), (17, 25), True, BF16, label_dtype=torch.int8),
-    Case((1, 37, 4, 5), (16, 20), True, FP32, "channels_last", asked=CE),
+    Case((2, 6, 4, 6), (17, 25), True, BF16, label_dtype=torch.int8),
+    Case((1, 9, 4, 5), (16, 20), True, FP32, "channels_last", asked=CE),
     Case((1, 3, 5, 4), (7, 9), False, FP16, "channels_last", asked=("squares",)),
     # the same size, down, one logit, one label
     Case((2, 6, 7, 5), (7, 5), False, BF16, "channels_last"),
@@ -78,7 +83,7 @@ CASES = [
     Case((3, 5, 40), (40,), per_image=True, label_dtype=torch.uint32),
     Case((2, 4, 3, 2, 5), (3, 2, 5), label_dtype=torch.uint64),
     # more classes than a block of any size has
-    Case((5, 1100), (), asked=("hits", "masses")),
+    Case((5, 1100 if BACKEND == "cuda" else 300), (), asked=CE),
 ]
 
 
@@ -104,17 +109,21 @@ def make_labels(case: Case) -> torch.Tensor:
     labels = torch.randint(0, num_classes, case.labels_size)
     if num_classes > 2:
         labels[labels == 1] = 0
-    ignored = 255 if num_classes < 255 else -1
-    labels[torch.rand(labels.shape) < 0.2] = ignored
-    labels.view(-1)[:3] = torch.tensor([-1, num_classes, ignored])[: labels.numel()]
+    labels[torch.rand(labels.shape) < 0.2] = case.ignore_index
+    none = torch.tensor([-1, num_classes, case.ignore_index])
+    labels.view(-1)[:3] = none[: labels.numel()]
     if case.label_dtype in (torch.int8, torch.uint8):
         labels[labels > 127] = -1  # as uint8: 255
     return labels.to(case.label_dtype)
 
 
+def is_valid(case: Case, labels) -> torch.Tensor:
+    labels = labels.long()
+    return (labels >= 0) & (labels < case.size[1]) & (labels != case.ignore_index)
+
+
 def moments_of(case: Case, logits, labels) -> dict[str, torch.Tensor]:
-    ignore_index = 255 if case.size[1] <= 255 else -1
-    moments = ao.softmax_moments(logits, labels, ignore_index=ignore_index, **case.options)
+    moments = ao.softmax_moments(logits, labels, **case.options)
     return {name: x for name, x in moments._asdict().items() if x is not None}
 
 
@@ -142,7 +151,7 @@ def straightforward(case: Case, logits, labels, weights, through=FLOATING):
         align = case.align_corners
         z = F.interpolate(x, case.pixels, mode="bilinear", align_corners=align)
     z, labels, num_classes = z.flatten(2), labels.flatten(1).long(), case.size[1]
-    valid = (labels >= 0) & (labels < num_classes) & (labels != 255)
+    valid = is_valid(case, labels)
     own = torch.where(valid, labels, 0)
     one_hot = (own[:, None] == torch.arange(num_classes)[:, None]) & valid[:, None]
     log_p = z.log_softmax(1)
@@ -195,7 +204,7 @@ def check(case: Case, through=FLOATING):
         check_hits(case, logits, labels, ours["hits"], floor)
     for name in ("pixel_losses", "lse"):
         if name in ours:
-            assert not ours[name][exact[name] == 0].any(), f"{name}: ignored pixels are 0"
+            assert not ours[name][~is_valid(case, labels)].any(), f"{name}: ignored pixels are 0"
     layout = torch.empty_like(logits, device="meta").stride()
     assert dlogits.dtype == case.dtype and dlogits.stride() == layout
     # one rounding to the logits' dtype, and float32 arithmetic before it
@@ -213,8 +222,7 @@ def check_hits(case: Case, logits, labels, hits, floor):
         logits, labels = logits.flatten(2)[:, :, None], labels.flatten(1)[:, None]
     z = reference.upsample(logits.float(), tuple(labels.shape[1:]), case.align_corners)
     labels, num_classes = labels.long(), case.size[1]
-    ignore_index = 255 if num_classes <= 255 else -1
-    valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
+    valid = is_valid(case, labels)
     own = torch.where(valid, labels, 0)
     others = z.scatter(1, own[:, None], -torch.inf).amax(1)
     lead = z.gather(1, own[:, None])[:, 0] - others
@@ -298,7 +306,7 @@ def test_not_finite_logit_spoils_the_pixels_that_read_it(size, pixels, align_cor
     ours, dlogits = values_and_gradient(case, logits, labels, weights)
     for name in ("pixel_losses", "lse"):
         assert torch.equal(ours[name][0], clean[name][0])
-        assert torch.equal(ours[name][1][~spoilt], clean[name][1][~spoilt])
+        torch.testing.assert_close(ours[name][1][~spoilt], clean[name][1][~spoilt])
         assert not ours[name][1][spoilt].isfinite().any()
     assert not ours["masses"][3].isfinite()
     assert not ours["losses"][labels[1, spoilt]].isfinite().any()
@@ -312,7 +320,7 @@ def test_not_finite_logit_spoils_the_pixels_that_read_it(size, pixels, align_cor
     )
     assert not dlogits[1, 3, 1, 2].isfinite()
     assert torch.equal(dlogits[0], clean_gradient[0])
-    assert torch.equal(dlogits[1][:, ~reached], clean_gradient[1][:, ~reached])
+    torch.testing.assert_close(dlogits[1][:, ~reached], clean_gradient[1][:, ~reached])
     if torch.isnan(torch.tensor(value)):
         assert dlogits[1][:, reached].isnan().all()
 
@@ -320,7 +328,8 @@ def test_not_finite_logit_spoils_the_pixels_that_read_it(size, pixels, align_cor
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("size", "pixels", "align_corners"), RATIOS)
 def test_ignored_pixels_change_nothing(size, pixels, align_corners):
-    """Every pixel that reads a NaN or an Inf is ignored: as if the logits were finite."""
+    """Every pixel that reads a NaN or an Inf is ignored: as if the logits were finite, but for
+    rounding, as another maximum may be subtracted."""
     case = Case((1, 5, *size), pixels, align_corners)
     logits, labels, weights = (
         make_logits(case),
@@ -332,8 +341,7 @@ def test_ignored_pixels_change_nothing(size, pixels, align_corners):
     for value in (torch.nan, torch.inf, -torch.inf):
         logits[0, 3, 1, 2] = value
         ours = values_and_gradient(case, logits, labels, weights)
-        assert all(torch.equal(ours[0][name], expected[0][name]) for name in ours[0])
-        assert torch.equal(ours[1], expected[1])
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -428,15 +436,14 @@ def test_offsets_are_64_bit():
         ((1, 3, 4, 4), (0, 4, 2**30, 1)),
         ((1, 3, 3, 4), (0, 1, 3, 2**30)),
     ):
-        for pixels in ((12, 16), (5, 7)):
-            case = Case(size, pixels, dtype=FP16)
-            far = buffer.as_strided(size, stride)
-            near = far.copy_(torch.randn(size)).clone()
-            labels, weights = make_labels(case), make_weights(case)
-            ours = values_and_gradient(case, far, labels, weights)
-            expected = values_and_gradient(case, near, labels, weights)
-            assert all(torch.equal(ours[0][name], expected[0][name]) for name in ours[0])
-            assert torch.equal(ours[1].contiguous(), expected[1].contiguous())
+        case = Case(size, (5, 7) if stride[2] == 2**30 else (12, 16), dtype=FP16)
+        far = buffer.as_strided(size, stride)
+        near = far.copy_(torch.randn(size)).clone()
+        labels, weights = make_labels(case), make_weights(case)
+        ours = values_and_gradient(case, far, labels, weights)
+        expected = values_and_gradient(case, near, labels, weights)
+        assert all(torch.equal(ours[0][name], expected[0][name]) for name in ours[0])
+        assert torch.equal(ours[1].contiguous(), expected[1].contiguous())
 
 
 def test_offsets_of_labels_are_64_bit():
