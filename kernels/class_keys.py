@@ -8,6 +8,19 @@ from torch import Tensor
 BLOCK_P = 256
 
 
+@triton.jit
+def add_counts(counts_ptr, key):
+    """counts[key] += 1 for each key of a tile that is not negative. Sorted, equal keys make runs:
+    one from i to j adds (j + 1) − i."""
+    run = tl.sort(key)
+    i = tl.arange(0, key.shape[0])
+    starts = (i == 0) | (run != tl.gather(run, tl.maximum(i - 1, 0), 0))
+    ends = (i == key.shape[0] - 1) | (run != tl.gather(run, tl.minimum(i + 1, key.shape[0] - 1), 0))
+    counts_ptrs = counts_ptr + run
+    tl.atomic_add(counts_ptrs, -i.to(tl.int64), mask=starts & (run >= 0), sem="relaxed")
+    tl.atomic_add(counts_ptrs, i.to(tl.int64) + 1, mask=ends & (run >= 0), sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["tiles_per_image"])
 def _class_keys_kernel(
     labels_ptr,  # integer [B, H', W'], by strides
@@ -55,14 +68,7 @@ def _class_keys_kernel(
     key = tl.where(valid, key, -1)
     tl.store(keys_ptr + image.to(tl.int64) * pixels + pixel, key, mask=inside)
 
-    # Sorted, equal keys make runs: one from i to j adds (j + 1) − i to its key's count.
-    run = tl.sort(key)
-    i = tl.arange(0, BLOCK_P)
-    starts = (i == 0) | (run != tl.gather(run, tl.maximum(i - 1, 0), 0))
-    ends = (i == BLOCK_P - 1) | (run != tl.gather(run, tl.minimum(i + 1, BLOCK_P - 1), 0))
-    counts_ptrs = counts_ptr + run
-    tl.atomic_add(counts_ptrs, -i.to(tl.int64), mask=starts & (run >= 0), sem="relaxed")
-    tl.atomic_add(counts_ptrs, i.to(tl.int64) + 1, mask=ends & (run >= 0), sem="relaxed")
+    add_counts(counts_ptr, key)
 
 
 def class_keys(

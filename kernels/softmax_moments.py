@@ -155,9 +155,7 @@ def _softmax_moments_kernel(
     first_label = image.to(tl.int64) * label_height * label_width
 
     tiles = tl.cdiv(lanes, LANES)
-    for tile in range(
-        chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, tiles)
-    ):
+    for tile in range(chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, tiles)):
         lane = tile * LANES + tl.arange(0, LANES)
         lane_y, lane_x = lane // lanes_x, lane % lanes_x
         cell_y, cell_x = lane_y // PARTS_Y + FIRST_Y, lane_x // PARTS_X + FIRST_X

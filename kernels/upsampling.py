@@ -1,11 +1,11 @@
-"""Bilinear upsampling of logits (B, K, h, w) to (B, H, W) inside a kernel, as F.interpolate does it.
+"""Bilinear upsampling of logits (B, K, h, w) to (B, H, W) inside a kernel, as F.interpolate's.
 
 Coordinates are float32: (i + ½)·ratio − ½, with align_corners i·ratio, each operation rounded, so
 kernels are compiled without fusion of products and sums. A *cell* lies between four neighbouring
-logits, (c, c + 1) along each axis; without align_corners there is one more before the first logit.
-Its label pixels are i = first_pixel(c) … first_pixel(c + 1) − 1. They are divided into *parts* of at
-most SLOTS pixels along an axis; a *lane* of a kernel is one part along either axis. Beyond the first
-and the last logit both neighbours are the same one.
+logits, c and c + 1 along each axis; without align_corners there is one more before the first logit.
+Its label pixels are i = first_pixel(c) … first_pixel(c + 1) − 1. They are divided into *parts* of
+at most SLOTS pixels along an axis; a *lane* of a kernel is one part along either axis. Beyond the
+first and the last logit both neighbours are the same one.
 
 Where labels have the logits' size (SAME), a pixel is a cell and reads one logit.
 """

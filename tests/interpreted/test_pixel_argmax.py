@@ -8,6 +8,8 @@ from emulator import BACKEND
 import anchorops as ao
 from anchorops import reference
 
+pytestmark = pytest.mark.usefixtures("sorted_by_numpy")
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 INTEGERS = ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"]
 

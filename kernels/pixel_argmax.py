@@ -1,0 +1,127 @@
+"""The predicted class of every pixel of upsampled logits, by the arithmetic of softmax moments."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import forward_lanes
+from .softmax_moments import INF, filled, grid_options
+from .upsampling import (
+    axis_of,
+    corners,
+    first_larger,
+    neighbours,
+    pixels_of_part,
+    upsampled,
+    weights_of_axis,
+)
+
+SIZES = ("height", "width", "label_height", "label_width", "lanes_x", "lanes", "tiles")
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _pixel_argmax_kernel(
+    logits_ptr,  # [B, K, h, w] by strides
+    predictions_ptr,  # int64 [B, H, W]
+    num_classes,
+    height,
+    width,
+    label_height,
+    label_width,
+    ratio_y,
+    ratio_x,
+    inverse_y,
+    inverse_x,
+    lanes_x,
+    lanes,
+    tiles,
+    stride_logits_b,
+    stride_logits_k,
+    stride_logits_h,
+    stride_logits_w,
+    ALIGN_CORNERS: tl.constexpr,
+    SAME: tl.constexpr,
+    FIRST_Y: tl.constexpr,
+    FIRST_X: tl.constexpr,
+    PARTS_Y: tl.constexpr,
+    PARTS_X: tl.constexpr,
+    SLOTS_Y: tl.constexpr,
+    SLOTS_X: tl.constexpr,
+    SELECT_Y: tl.constexpr,
+    SELECT_X: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Reads the logits from memory once, and from the caches for neighbours; writes 8 bytes a
+    pixel."""
+    PIXELS: tl.constexpr = SLOTS_Y * SLOTS_X
+    image, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    lane = tile * LANES + tl.arange(0, LANES)
+    lane_y, lane_x = lane // lanes_x, lane % lanes_x
+    cell_y, cell_x = lane_y // PARTS_Y + FIRST_Y, lane_x // PARTS_X + FIRST_X
+    start_y, stop_y = pixels_of_part(
+        cell_y, lane_y % PARTS_Y, height, label_height, ratio_y, inverse_y, FIRST_Y, SLOTS_Y,
+        ALIGN_CORNERS, SAME,
+    )  # fmt: skip
+    start_x, stop_x = pixels_of_part(
+        cell_x, lane_x % PARTS_X, width, label_width, ratio_x, inverse_x, FIRST_X, SLOTS_X,
+        ALIGN_CORNERS, SAME,
+    )  # fmt: skip
+    weights_y = weights_of_axis(cell_y, start_y, height, ratio_y, SLOTS_Y, ALIGN_CORNERS)
+    weights_x = weights_of_axis(cell_x, start_x, width, ratio_x, SLOTS_X, ALIGN_CORNERS)
+    lower_y, upper_y = neighbours(cell_y, height, stride_logits_h)
+    lower_x, upper_x = neighbours(cell_x, width, stride_logits_w)
+
+    best = filled(-INF, LANES, PIXELS, tl.float32)
+    predicted = filled(0, LANES, PIXELS, tl.int32)
+    ptr = logits_ptr + image * stride_logits_b
+    for k in range(num_classes):
+        x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
+        z = upsampled(
+            x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME
+        )
+        new_best, new_predicted = (), ()
+        for i in tl.static_range(PIXELS):
+            better = first_larger(z[i], best[i])
+            new_best = new_best + (tl.where(better, z[i], best[i]),)
+            new_predicted = new_predicted + (tl.where(better, k, predicted[i]),)
+        best, predicted = new_best, new_predicted
+        ptr += stride_logits_k
+
+    for i in tl.static_range(PIXELS):
+        y, x = start_y + i // SLOTS_X, start_x + i % SLOTS_X
+        at = (image * label_height + y) * label_width + x
+        tl.store(predictions_ptr + at, predicted[i].to(tl.int64), mask=(y < stop_y) & (x < stop_x))
+
+
+def pixel_argmax(logits: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
+    """logits (B, K, h, w) -> int64 (B, height, width)."""
+    predictions = logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
+    if predictions.numel() == 0:
+        return predictions
+    y, x = (
+        axis_of(logits.shape[2], height, align_corners),
+        axis_of(logits.shape[3], width, align_corners),
+    )
+    lanes, block = y.lanes * x.lanes, forward_lanes()
+    tiles = triton.cdiv(lanes, block)
+    _pixel_argmax_kernel[(logits.shape[0] * tiles,)](
+        logits,
+        predictions,
+        *logits.shape[1:],
+        height,
+        width,
+        y.ratio,
+        x.ratio,
+        y.inverse,
+        x.inverse,
+        x.lanes,
+        lanes,
+        tiles,
+        *logits.stride(),
+        **grid_options(y, x, logits.shape[2:] == (height, width), align_corners),
+        LANES=block,
+        num_warps=max(block // 32, 1),
+        enable_fp_fusion=False,  # as softmax_moments
+    )
+    return predictions
