@@ -214,8 +214,7 @@ def _softmax_moments_kernel(
             shifts = shifts + (shift * -LN_2,)
             exponents = exponents + (tl.fma(own[i], LOG2_E, shift),)
         if tl.max(unsafe.to(tl.int32), 0) > 0:
-            best = filled(-INF, LANES, PIXELS, tl.float32)
-            predicted = filled(0, LANES, PIXELS if HAS_HITS else 0, tl.int32)
+            largest = filled(-INF, LANES, PIXELS, tl.float32)
             ptr = logits_ptr
             for k in range(num_classes):
                 x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
@@ -223,17 +222,18 @@ def _softmax_moments_kernel(
                     x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X,
                     SAME,
                 )  # fmt: skip
-                new_best, new_predicted = (), ()
+                new_largest, new_predicted = (), ()
                 for i in tl.static_range(PIXELS):
-                    better = first_larger(z[i], best[i])
-                    new_best = new_best + (tl.where(better, z[i], best[i]),)
+                    better = first_larger(z[i], largest[i])
+                    new_largest = new_largest + (tl.where(better, z[i], largest[i]),)
                     if HAS_HITS:
-                        new_predicted = new_predicted + (tl.where(better, k, predicted[i]),)
-                best, predicted = new_best, new_predicted
+                        unlike = tl.where(k == 0, 0, predicted[i])  # begin anew
+                        new_predicted = new_predicted + (tl.where(better, k, unlike),)
+                largest, predicted = new_largest, new_predicted
                 ptr += stride_logits_k
             shifts, exponents, sums = (), (), filled(0.0, LANES, PIXELS, tl.float32)
             for i in tl.static_range(PIXELS):
-                shifts = shifts + (finite_or_zero(best[i]),)
+                shifts = shifts + (finite_or_zero(largest[i]),)
                 exponents = exponents + ((own[i] - shifts[i]) * LOG2_E,)
             ptr = logits_ptr
             for _ in range(num_classes):

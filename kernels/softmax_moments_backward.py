@@ -201,7 +201,7 @@ def _softmax_moments_bwd_kernel(
         common = added
     if doverlaps_ptr is not None:
         doverlaps_ptr += image * stride_doverlaps_b
-        own = own_logits(
+        own_z = own_logits(
             logits_ptr, labels, stride_logits_k, lower_y, upper_y, lower_x, upper_x, weights_y,
             weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME,
         )  # fmt: skip
@@ -209,7 +209,7 @@ def _softmax_moments_bwd_kernel(
         for i in tl.static_range(PIXELS):
             at = labels[i].to(tl.int64) * stride_doverlaps_k
             u = tl.load(doverlaps_ptr + at, mask=labels[i] >= 0, other=0.0)
-            p = tl.exp2((own[i] - lse[i]) * LOG2_E)
+            p = tl.exp2((own_z[i] - lse[i]) * LOG2_E)
             added = added + (common[i] - p * u,)
         common = added
     if dmasses_ptr is not None:
@@ -250,39 +250,35 @@ def _softmax_moments_bwd_kernel(
         doverlap = number(doverlaps_ptr, k, stride_doverlaps_k)
         dmass = number(dmasses_ptr, k, stride_dmasses_k)
         dsquare = 2 * number(dsquares_ptr, k, stride_dsquares_k)
-        top_left = tl.zeros((LANES_Y * LANES_X,), tl.float32)
-        top_right, bottom_left, bottom_right = top_left, top_left, top_left
-        for i in tl.static_range(SLOTS_Y):
-            left = tl.zeros((LANES_Y * LANES_X,), tl.float32)
-            right = left
-            for j in tl.static_range(SLOTS_X):
-                at: tl.constexpr = i * SLOTS_X + j
-                p = tl.exp2((z[at] - lse[at]) * LOG2_E)
-                factor = common[at]
-                if dmasses_ptr is not None:
-                    factor += dmass
-                if dsquares_ptr is not None:
-                    factor = tl.fma(p, dsquare, factor)
-                own = -dloss
-                if dpixel_losses_ptr is not None:
-                    own -= own_gradients[at]
-                if doverlaps_ptr is not None:
-                    own = tl.fma(p, doverlap, own)
-                dz = tl.fma(p, factor, tl.where(labels[at] == k, own, 0.0))
-                dz = tl.where(labels[at] >= 0, dz, 0.0)
-                if SAME:
-                    left = dz
-                else:
-                    left, right = divide(left, right, dz, shares_x[j], SELECT_X)
-            if SAME:
-                top_left = left
-            else:
+        dz = ()
+        for i in tl.static_range(PIXELS):
+            p = tl.exp2((z[i] - lse[i]) * LOG2_E)
+            factor = common[i]
+            if dmasses_ptr is not None:
+                factor += dmass
+            if dsquares_ptr is not None:
+                factor = tl.fma(p, dsquare, factor)
+            own = -dloss
+            if dpixel_losses_ptr is not None:
+                own -= own_gradients[i]
+            if doverlaps_ptr is not None:
+                own = tl.fma(p, doverlap, own)
+            gradient = tl.fma(p, factor, tl.where(labels[i] == k, own, 0.0))
+            dz = dz + (tl.where(labels[i] >= 0, gradient, 0.0),)
+        if SAME:
+            gradient = of_cells(dz[0], CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
+        else:
+            nothing = tl.zeros((LANES_Y * LANES_X,), tl.float32)
+            top_left, top_right, bottom_left, bottom_right = nothing, nothing, nothing, nothing
+            for i in tl.static_range(SLOTS_Y):
+                left, right = nothing, nothing
+                for j in tl.static_range(SLOTS_X):
+                    left, right = divide(left, right, dz[i * SLOTS_X + j], shares_x[j], SELECT_X)
                 top_left, bottom_left = divide(top_left, bottom_left, left, shares_y[i], SELECT_Y)
                 top_right, bottom_right = divide(
                     top_right, bottom_right, right, shares_y[i], SELECT_Y
                 )
-        gradient = of_cells(top_left, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
-        if not SAME:
+            gradient = of_cells(top_left, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
             top_right = of_cells(top_right, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
             bottom = of_cells(bottom_left, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
             bottom_right = of_cells(bottom_right, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
