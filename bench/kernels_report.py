@@ -33,6 +33,10 @@ from anchorops.kernels import (
     class_keys,
     class_moments,
     class_moments_backward,
+    confusion,
+    pixel_argmax,
+    softmax_moments,
+    softmax_moments_backward,
 )
 
 TARGETS = {
@@ -135,6 +139,56 @@ def launch_moments(variant: Variant, classes: int) -> None:
         list(torch.empty_like(features).stride()),
         variant.dtype,
     )
+
+
+class PixelVariant(NamedTuple):
+    """Upsampled logits; with `dice` masses, squares, hits and all gradients, else cross-entropy."""
+
+    dtype: torch.dtype
+    layout: str
+    size: tuple[int, ...]
+    labels: tuple[int, int]
+    align_corners: bool
+    dice: bool
+
+    def __str__(self) -> str:
+        what = "masses, squares, hits, maps" if self.dice else "cross-entropy"
+        corners = ", corners aligned" if self.align_corners else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype} {self.layout}: {self.size} to {self.labels}{corners}, {what}"
+
+
+ADE20K, DEEPLAB = (16, 150, 128, 128), (16, 21, 65, 65)
+QUICK_PIXELS = [PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False)]
+PIXELS = [
+    *QUICK_PIXELS,
+    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, True),
+    PixelVariant(FP16, "NHWC", ADE20K, (512, 512), False, False),
+    PixelVariant(FP32, "NCHW", DEEPLAB, (513, 513), True, False),
+    PixelVariant(FP32, "NCHW", DEEPLAB, (513, 513), True, True),
+    PixelVariant(BF16, "NCHW", DEEPLAB, (513, 513), False, False),
+    PixelVariant(BF16, "NCHW", DEEPLAB, (513, 513), False, True),
+    PixelVariant(BF16, "points", (16, 21, 64, 4096), (64, 4096), False, True),
+]
+
+
+def launch_pixels(variant: PixelVariant) -> None:
+    """Everything that softmax moments, argmax and confusion launch."""
+    logits = torch.empty(variant.size, dtype=variant.dtype, device="meta")
+    if variant.layout == "NHWC":
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    labels = torch.empty((variant.size[0], *variant.labels), dtype=torch.uint8, device="meta")
+    dice, align_corners = variant.dice, variant.align_corners
+    asked = dice, dice, dice, dice, True
+    found = softmax_moments.softmax_moments(logits, labels, 255, align_corners, False, *asked)
+    losses, overlaps, masses, squares, pixel_losses, lse = found[:6]
+    gradients = (overlaps, masses, squares, pixel_losses, lse) if dice else (None,) * 5
+    softmax_moments_backward.softmax_moments_backward(
+        logits, labels, lse, losses, *gradients, 255, align_corners
+    )
+    if dice:
+        predictions = pixel_argmax.pixel_argmax(logits, *variant.labels, align_corners)
+        confusion.confusion(predictions, labels, variant.size[1], 255)
 
 
 def compiled(name: str, launch: Callable[..., None], *args: Any) -> dict[str, Any]:
@@ -286,6 +340,8 @@ def rows_of(name: str, quick: bool) -> list[tuple[str, str, Row]]:
     for dtype, *given in ((FP32, 1, False), (BF16, 4, True)):  # float16 is cast as bfloat16 is
         title = f"{str(dtype).removeprefix('torch.')}: K = 150, D = 768, (G, positives) = {given}"
         jobs.append((launch_info_nce, title, dtype, *given))
+    for pixels in QUICK_PIXELS if quick else PIXELS:
+        jobs.append((launch_pixels, str(pixels), pixels))
     rows = {}
     for launch, title, *rest in jobs:
         for kernel_name, kernel in compiled(name, launch, *rest).items():

@@ -159,14 +159,22 @@ def forward_lanes() -> int:
     return 512 if INTERPRETED else 32
 
 
-def backward_lanes(parts_y: int, parts_x: int, row: int) -> tuple[int, int]:
-    """Lanes of a program of the gradient along either axis: one warp for each row of lanes. Of
-    labels of the logits' size, `row` logits wide, no cell needs its neighbours."""
+def backward_lanes(parts_y: int, parts_x: int, row: int, by_class: bool) -> list[tuple[int, int]]:
+    """Shapes of a program's lanes for the gradient, of which the one with the fewest lanes in all
+    is taken; fewer lanes where gradients by class need more registers. Of labels of the logits'
+    size, `row` logits wide, no cell needs its neighbours."""
     if row > 0:
-        return 1, min(max(triton.next_power_of_2(row), 32), 256)
-    return max(8, min(4 * parts_y, 16), 2 * parts_y), max(32, 2 * parts_x)
+        return [(1, min(max(triton.next_power_of_2(row), 32), 256))]
+    if max(parts_y, parts_x) > 2:
+        return [(max(16, 2 * parts_y), max(16, 2 * parts_x))]
+    return [(8, 16), (4, 32)] if by_class and parts_y == 1 else [(16, 16), (8, 32)]
+
+
+def registers(most: int) -> dict[str, int]:
+    """At most so many for a thread, where that can be said."""
+    return {"maxnreg": most} if architecture().startswith("sm_") else {}
 
 
 def without_spills() -> dict[str, int]:
     """ptxas spills a few registers to fit more programs than the memory needs: let it have them."""
-    return {"maxnreg": 255} if architecture().startswith("sm_") else {}
+    return registers(255)

@@ -50,6 +50,8 @@ def _pixel_argmax_kernel(
     SLOTS_X: tl.constexpr,
     SELECT_Y: tl.constexpr,
     SELECT_X: tl.constexpr,
+    EVEN_Y: tl.constexpr,
+    EVEN_X: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Reads the logits from memory once, and from the caches for neighbours; writes 8 bytes a
@@ -67,8 +69,8 @@ def _pixel_argmax_kernel(
         cell_x, lane_x % PARTS_X, width, label_width, ratio_x, inverse_x, FIRST_X, SLOTS_X,
         ALIGN_CORNERS, SAME,
     )  # fmt: skip
-    weights_y = weights_of_axis(cell_y, start_y, height, ratio_y, SLOTS_Y, ALIGN_CORNERS)
-    weights_x = weights_of_axis(cell_x, start_x, width, ratio_x, SLOTS_X, ALIGN_CORNERS)
+    weights_y = weights_of_axis(cell_y, start_y, height, ratio_y, SLOTS_Y, EVEN_Y, ALIGN_CORNERS)
+    weights_x = weights_of_axis(cell_x, start_x, width, ratio_x, SLOTS_X, EVEN_X, ALIGN_CORNERS)
     lower_y, upper_y = neighbours(cell_y, height, stride_logits_h)
     lower_x, upper_x = neighbours(cell_x, width, stride_logits_w)
 

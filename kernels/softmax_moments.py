@@ -141,6 +141,8 @@ def _softmax_moments_kernel(
     SLOTS_X: tl.constexpr,
     SELECT_Y: tl.constexpr,
     SELECT_X: tl.constexpr,
+    EVEN_Y: tl.constexpr,
+    EVEN_X: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Reads the logits of a tile from memory once, and from the caches for each further sweep and
@@ -167,8 +169,10 @@ def _softmax_moments_kernel(
             cell_x, lane_x % PARTS_X, width, label_width, ratio_x, inverse_x, FIRST_X, SLOTS_X,
             ALIGN_CORNERS, SAME,
         )  # fmt: skip
-        weights_y = weights_of_axis(cell_y, start_y, height, ratio_y, SLOTS_Y, ALIGN_CORNERS)
-        weights_x = weights_of_axis(cell_x, start_x, width, ratio_x, SLOTS_X, ALIGN_CORNERS)
+        weights_y = weights_of_axis(
+            cell_y, start_y, height, ratio_y, SLOTS_Y, EVEN_Y, ALIGN_CORNERS
+        )
+        weights_x = weights_of_axis(cell_x, start_x, width, ratio_x, SLOTS_X, EVEN_X, ALIGN_CORNERS)
         lower_y, upper_y = neighbours(cell_y, height, stride_logits_h)
         lower_x, upper_x = neighbours(cell_x, width, stride_logits_w)
         labels = load_labels(
@@ -331,6 +335,8 @@ def grid_options(y: Axis, x: Axis, same: bool, align_corners: bool) -> dict[str,
         "SLOTS_X": x.slots,
         "SELECT_Y": y.select,
         "SELECT_X": x.select,
+        "EVEN_Y": y.even,
+        "EVEN_X": x.even,
     }
 
 

@@ -8,12 +8,14 @@ weights of the cell's four logits. A program has a tile of cells, and one more a
 of it; a logit's gradient is gathered from its four cells.
 """
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import backward_lanes
+from .launch import backward_lanes, registers
 from .softmax_moments import LOG2_E, filled, grid_options, load_labels, own_logits
 from .upsampling import axis_of, corners, neighbours, pixels_of_part, upsampled, weights_of_axis
 
@@ -44,22 +46,20 @@ def number(ptr, k, stride):
 
 
 @triton.jit
-def shares_of_axis(cell, weights, source, SLOTS: tl.constexpr):
-    """Of the upper neighbour in a pixel's gradient: its weight, and all where there is but one."""
-    shares = ()
-    for t in tl.static_range(SLOTS):
-        share = tl.where(cell < 0, 1.0, tl.where(cell >= source - 1, 0.0, weights[t]))
-        shares = shares + (share,)
-    return shares
+def divide(lower, upper, dz, weight, SELECT: tl.constexpr):
+    """Add a gradient to that of the lower and of the upper neighbour."""
+    if SELECT:  # 0 · NaN would be NaN
+        upper = tl.where(weight == 0, upper, tl.fma(weight, dz, upper))
+    else:
+        upper = tl.fma(weight, dz, upper)
+    return tl.fma(1 - weight, dz, lower), upper
 
 
 @triton.jit
-def divide(lower, upper, dz, share, SELECT: tl.constexpr):
-    """Add a gradient to that of the lower and of the upper neighbour."""
-    part = share * dz
-    if SELECT:  # 0 · NaN would be NaN
-        part = tl.where(share == 0, 0.0, part)
-    return tl.fma(1 - share, dz, lower), upper + part
+def at_edges(lower, upper, cell, source):
+    """Before the first logit and beyond the last one, it has the gradient of both neighbours."""
+    first, last = cell < 0, cell == source - 1
+    return tl.where(last, lower + upper, lower), tl.where(first, lower + upper, upper)
 
 
 @triton.jit
@@ -132,6 +132,8 @@ def _softmax_moments_bwd_kernel(
     SLOTS_X: tl.constexpr,
     SELECT_Y: tl.constexpr,
     SELECT_X: tl.constexpr,
+    EVEN_Y: tl.constexpr,
+    EVEN_X: tl.constexpr,
     LANES_Y: tl.constexpr,
     LANES_X: tl.constexpr,
 ):
@@ -159,10 +161,8 @@ def _softmax_moments_bwd_kernel(
         cell_x, lane_x % PARTS_X, width, label_width, ratio_x, inverse_x, FIRST_X, SLOTS_X,
         ALIGN_CORNERS, SAME,
     )  # fmt: skip
-    weights_y = weights_of_axis(cell_y, start_y, height, ratio_y, SLOTS_Y, ALIGN_CORNERS)
-    weights_x = weights_of_axis(cell_x, start_x, width, ratio_x, SLOTS_X, ALIGN_CORNERS)
-    shares_y = shares_of_axis(cell_y, weights_y, height, SLOTS_Y)
-    shares_x = shares_of_axis(cell_x, weights_x, width, SLOTS_X)
+    weights_y = weights_of_axis(cell_y, start_y, height, ratio_y, SLOTS_Y, EVEN_Y, ALIGN_CORNERS)
+    weights_x = weights_of_axis(cell_x, start_x, width, ratio_x, SLOTS_X, EVEN_X, ALIGN_CORNERS)
     lower_y, upper_y = neighbours(cell_y, height, stride_logits_h)
     lower_x, upper_x = neighbours(cell_x, width, stride_logits_w)
     labels = load_labels(
@@ -237,7 +237,7 @@ def _softmax_moments_bwd_kernel(
     written = (y >= row) & (y < height) & (x >= column) & (x < width)
     dlogits_ptrs = dlogits_ptr + image * stride_dlogits_b + y.to(tl.int64) * stride_dlogits_h
     dlogits_ptrs += x.to(tl.int64) * stride_dlogits_w
-    above = tl.broadcast_to(tl.maximum(cell - 1, 0), (CELLS_Y, CELLS_X))
+    above = tl.maximum(tl.arange(0, CELLS_Y * CELLS_X) - CELLS_X, 0)
     left_of = tl.maximum(tl.arange(0, CELLS_X)[None, :] - 1, 0)
     left_of = tl.broadcast_to(left_of, (CELLS_Y, CELLS_X))
     ptr = logits_ptr
@@ -273,18 +273,22 @@ def _softmax_moments_bwd_kernel(
             for i in tl.static_range(SLOTS_Y):
                 left, right = nothing, nothing
                 for j in tl.static_range(SLOTS_X):
-                    left, right = divide(left, right, dz[i * SLOTS_X + j], shares_x[j], SELECT_X)
-                top_left, bottom_left = divide(top_left, bottom_left, left, shares_y[i], SELECT_Y)
+                    left, right = divide(left, right, dz[i * SLOTS_X + j], weights_x[j], SELECT_X)
+                top_left, bottom_left = divide(top_left, bottom_left, left, weights_y[i], SELECT_Y)
                 top_right, bottom_right = divide(
-                    top_right, bottom_right, right, shares_y[i], SELECT_Y
+                    top_right, bottom_right, right, weights_y[i], SELECT_Y
                 )
+            top_left, top_right = at_edges(top_left, top_right, cell_x, width)
+            bottom_left, bottom_right = at_edges(bottom_left, bottom_right, cell_x, width)
             gradient = of_cells(top_left, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
             top_right = of_cells(top_right, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
             bottom = of_cells(bottom_left, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
             bottom_right = of_cells(bottom_right, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
             gradient += tl.gather(top_right, left_of, 1)
             bottom += tl.gather(bottom_right, left_of, 1)
-            gradient += tl.gather(bottom, above, 0)
+            gradient, bottom = at_edges(gradient, bottom, y, height)
+            bottom = tl.gather(tl.reshape(bottom, (CELLS_Y * CELLS_X,)), above, 0)
+            gradient += tl.reshape(bottom, (CELLS_Y, CELLS_X))
         tl.store(dlogits_ptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
         ptr += stride_logits_k
         dlogits_ptrs += stride_dlogits_k
@@ -317,10 +321,18 @@ def softmax_moments_backward(
     label_height, label_width = labels.shape[1:]
     same = (height, width) == (label_height, label_width)
     y, x = (axis_of(logits.shape[i], labels.shape[i - 1], align_corners) for i in (2, 3))
-    lanes_y, lanes_x = backward_lanes(y.parts, x.parts, width if same else 0)
     edge = 0 if same else 1
-    tiles_y = triton.cdiv(height, lanes_y // y.parts - edge)
-    tiles_x = triton.cdiv(width, lanes_x // x.parts - edge)
+
+    def tiles(lanes: tuple[int, int]) -> tuple[int, int]:
+        return tuple(
+            triton.cdiv(axis.source, n // axis.parts - edge)
+            for axis, n in zip((y, x), lanes, strict=True)
+        )
+
+    by_class = any(gradient is not None for gradient in (doverlaps, dmasses, dsquares))
+    shapes = backward_lanes(y.parts, x.parts, width if same else 0, by_class)
+    lanes_y, lanes_x = min(shapes, key=lambda lanes: prod(tiles(lanes)))
+    tiles_y, tiles_x = tiles((lanes_y, lanes_x))
     _softmax_moments_bwd_kernel[(batch * tiles_y * tiles_x,)](
         logits,
         labels,
@@ -357,7 +369,9 @@ def softmax_moments_backward(
         **grid_options(y, x, same, align_corners),
         LANES_Y=lanes_y,
         LANES_X=lanes_x,
-        num_warps=max(lanes_y * lanes_x // 32, 1) if lanes_y * lanes_x < 1024 else 32,
-        enable_fp_fusion=False,
+        num_warps=lanes_y * lanes_x // 32,
+        enable_fp_fusion=False,  # as softmax_moments
+        # two programs on a multiprocessor, where they do not spill
+        **registers(128 if y.even and x.even and not by_class else 255),
     )
     return dlogits

@@ -25,7 +25,8 @@ MAX_SLOTS = 1 if INTERPRETED else 4  # along an axis: 16 pixels for each lane
 
 class Axis(NamedTuple):
     """Cells begin with `first`, −1 or 0; a cell has `parts` of `slots` pixels, `parts` a power of
-    two. `select`: a pixel may have weight 0 for a neighbour that it must not read."""
+    two. `select`: a pixel may have weight 0 for a neighbour that it must not read. `even`: each
+    cell has `slots` pixels, with weights (t + ½)/slots."""
 
     source: int  # logits
     size: int  # labels
@@ -33,6 +34,7 @@ class Axis(NamedTuple):
     parts: int
     slots: int
     select: bool
+    even: bool
     ratio: float
     inverse: float
 
@@ -46,7 +48,7 @@ def axis_of(source: int, size: int, align_corners: bool) -> Axis:
     ratio = (source - 1) / max(size - 1, 1) if align_corners else source / max(size, 1)
     inverse = 1 / ratio if ratio else 0.0
     if source == size:
-        return Axis(source, size, 0, 1, 1, True, ratio, inverse)
+        return Axis(source, size, 0, 1, 1, True, False, ratio, inverse)
     lower, _, weight = bilinear_sources(
         size, source, align_corners, torch.float32, torch.device("cpu")
     )
@@ -56,17 +58,10 @@ def axis_of(source: int, size: int, align_corners: bool) -> Axis:
     pixels = lower[before:].bincount().tolist()
     most = max(before, *pixels, 1)
     parts = triton.next_power_of_2(triton.cdiv(most, MAX_SLOTS))
-    inside = weight[before:][lower[before:] < source - 1]
-    return Axis(
-        source,
-        size,
-        first,
-        parts,
-        triton.cdiv(most, parts),
-        bool((inside == 0).any()),
-        ratio,
-        inverse,
-    )
+    slots = triton.cdiv(most, parts)
+    select = bool((weight[before:][lower[before:] < source - 1] == 0).any())
+    even = slots in (2, 4) and size == slots * source and not align_corners
+    return Axis(source, size, first, parts, slots, select, even, ratio, inverse)
 
 
 @triton.jit
@@ -110,14 +105,17 @@ def pixels_of_part(
 
 @triton.jit
 def weights_of_axis(
-    cell, start, source, ratio, SLOTS: tl.constexpr, ALIGN_CORNERS: tl.constexpr
+    cell, start, source, ratio, SLOTS: tl.constexpr, EVEN: tl.constexpr, ALIGN_CORNERS: tl.constexpr
 ):  # fmt: skip
-    """Of the upper neighbour, for each slot; ½ where both neighbours are one logit."""
+    """Of the upper neighbour, for each slot; any number where both neighbours are one logit."""
     weights = ()
     one = (cell < 0) | (cell >= source - 1)
     for t in tl.static_range(SLOTS):
-        weight = coordinate(start + t, ratio, ALIGN_CORNERS) - cell.to(tl.float32)
-        weights = weights + (tl.where(one, 0.5, weight),)
+        if EVEN:
+            weights = weights + ((t + 0.5) / SLOTS,)
+        else:
+            weight = coordinate(start + t, ratio, ALIGN_CORNERS) - cell.to(tl.float32)
+            weights = weights + (tl.where(one, 0.5, weight),)
     return weights
 
 

@@ -13,9 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="builds of torch for CPUs bring no Triton")
 
-NO_KERNELS_YET = ("test_softmax_moments.py", "test_pixel_argmax.py")
 CASES = sorted((Path(__file__).parent / "interpreted").glob("*_*.py"))
-CASES = [path for path in CASES if path.name not in NO_KERNELS_YET]
 
 
 def test_triton_interpreter():
