@@ -142,7 +142,7 @@ def _softmax_moments_bwd_kernel(
     PIXELS: tl.constexpr = SLOTS_Y * SLOTS_X
     CELLS_Y: tl.constexpr = LANES_Y // PARTS_Y
     CELLS_X: tl.constexpr = LANES_X // PARTS_X
-    EDGE: tl.constexpr = 0 if SAME else 1
+    EDGE: tl.constexpr = 1 - SAME
     pid = tl.program_id(0)
     image = (pid // (tiles_y * tiles_x)).to(tl.int64)
     # the first row and column of logits whose gradient the tile writes
@@ -324,10 +324,8 @@ def softmax_moments_backward(
     edge = 0 if same else 1
 
     def tiles(lanes: tuple[int, int]) -> tuple[int, int]:
-        return tuple(
-            triton.cdiv(axis.source, n // axis.parts - edge)
-            for axis, n in zip((y, x), lanes, strict=True)
-        )
+        down = triton.cdiv(height, lanes[0] // y.parts - edge)
+        return down, triton.cdiv(width, lanes[1] // x.parts - edge)
 
     by_class = any(gradient is not None for gradient in (doverlaps, dmasses, dsquares))
     shapes = backward_lanes(y.parts, x.parts, width if same else 0, by_class)

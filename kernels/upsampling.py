@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference import bilinear_sources
 from .launch import INTERPRETED
 
 MAX_SLOTS = 1 if INTERPRETED else 4  # along an axis: 16 pixels for each lane
@@ -49,17 +48,14 @@ def axis_of(source: int, size: int, align_corners: bool) -> Axis:
     inverse = 1 / ratio if ratio else 0.0
     if source == size:
         return Axis(source, size, 0, 1, 1, True, False, ratio, inverse)
-    lower, _, weight = bilinear_sources(
-        size, source, align_corners, torch.float32, torch.device("cpu")
-    )
+    at = torch.arange(size, dtype=torch.float32, device="cpu")
+    at = at * torch.tensor(ratio) if align_corners else (at + 0.5) * torch.tensor(ratio) - 0.5
+    cell = at.floor().clamp(max=source - 1)
     first = 0 if align_corners else -1
-    centre = torch.arange(size, dtype=torch.float32) + 0.5
-    before = 0 if align_corners else int((centre * torch.tensor(ratio) - 0.5 < 0).sum())
-    pixels = lower[before:].bincount().tolist()
-    most = max(before, *pixels, 1)
+    most = int((cell.long() + 1).bincount().max())
     parts = triton.next_power_of_2(triton.cdiv(most, MAX_SLOTS))
     slots = triton.cdiv(most, parts)
-    select = bool((weight[before:][lower[before:] < source - 1] == 0).any())
+    select = bool(((at == cell) & (cell < source - 1)).any())
     even = slots in (2, 4) and size == slots * source and not align_corners
     return Axis(source, size, first, parts, slots, select, even, ratio, inverse)
 

@@ -240,6 +240,26 @@ def test_values_and_gradients(case: Case):
     check(case)
 
 
+@pytest.mark.skipif(BACKEND != "triton", reason="the interpreter's lanes have one pixel")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((1, 3, 2, 3), (8, 12)),
+        Case((1, 3, 3, 2), (6, 16), dtype=BF16),
+        Case((1, 3, 2, 3), (7, 13), True, asked=("masses",)),
+    ],
+    ids=str,
+)
+def test_lanes_of_several_pixels(case: Case, monkeypatch):
+    """As on a GPU."""
+    from anchorops.kernels import upsampling
+
+    monkeypatch.setattr(upsampling, "MAX_SLOTS", 4)
+    upsampling.axis_of.cache_clear()
+    check(case)
+    upsampling.axis_of.cache_clear()
+
+
 @pytest.mark.parametrize("through", [("losses",), ("masses",), ("overlaps", "lse"), ("squares",)])
 def test_gradient_through_some(through):
     check(Case((1, 6, 3, 4), (12, 16)), through)
