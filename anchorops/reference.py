@@ -174,6 +174,9 @@ def bilinear_sources(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each row (or column) of the upsampled logits the two rows it lies between, and the weight
     of the second, as F.interpolate's "bilinear": int64, int64 and `dtype`, [size]."""
+    if size == source:  # float32 would round beyond 2^23
+        same = torch.arange(size, device=device)
+        return same, same, torch.zeros(size, device=device, dtype=dtype)
     at = torch.arange(size, device=device, dtype=dtype)
     # filled on the device: a copy to it would synchronise
     ratio = (source - 1) / max(size - 1, 1) if align_corners else source / max(size, 1)

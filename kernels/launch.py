@@ -166,7 +166,14 @@ def backward_lanes(parts_y: int, parts_x: int, row: int, by_class: bool) -> list
     if row > 0:
         return [(1, min(max(triton.next_power_of_2(row), 32), 256))]
     if max(parts_y, parts_x) > 2:
-        return [(max(16, 2 * parts_y), max(16, 2 * parts_x))]
+        lanes = max(16, 2 * parts_y), max(16, 2 * parts_x)
+        if lanes[0] * lanes[1] > 256 and not INTERPRETED:  # more threads have too few registers
+            most = 4 * max(parts_y, parts_x)
+            raise ValueError(
+                "softmax_moments: labels: for a gradient by the backend triton expected at most "
+                f"32 label pixels for each logit along an axis, got up to {most}"
+            )
+        return [lanes]
     return [(8, 16), (4, 32)] if by_class and parts_y == 1 else [(16, 16), (8, 32)]
 
 

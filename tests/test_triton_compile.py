@@ -8,6 +8,12 @@ import pytest
 
 pytest.importorskip("triton", reason="builds of torch for CPUs bring no Triton")
 
+KERNELS = (
+    "_several_keys_kernel",
+    "_sorted_pixels_kernel",
+    "_dlogits_kernel",
+    "_softmax_moments_kernel",
+)
 REPORT = Path(__file__).parents[1] / "bench" / "kernels_report.py"
 
 
@@ -15,5 +21,13 @@ def test_triton_compiles_without_spills():
     run = subprocess.run([sys.executable, str(REPORT), "--quick"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        for kernel in ("_several_keys_kernel", "_sorted_pixels_kernel", "_softmax_moments_kernel"):
+        for kernel in KERNELS:
             assert f"| {target} | {kernel} |" in run.stdout
+
+
+def test_ratio_that_no_program_serves():
+    from anchorops.kernels.launch import backward_lanes
+
+    assert backward_lanes(8, 8, 0, False) == [(16, 16)]
+    with pytest.raises(ValueError, match=r"softmax_moments: labels: .* triton .* got up to 64"):
+        backward_lanes(16, 16, 0, False)
