@@ -132,6 +132,28 @@ __device__ __forceinline__ Vector<T> keep(const Vector<T>& vector, const unsigne
   return kept;
 }
 
+// 2^x, to 2 units in the last place; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_approximate(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0 : y;
+#endif
+}
+
+// a·b rounded, whatever it is added to: never part of a fused multiply-add.
+__host__ __device__ inline float product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  volatile float rounded = a * b;
+  return rounded;
+#endif
+}
+
 // The block's dynamic shared memory, aligned to 16 bytes.
 __device__ __forceinline__ unsigned char* shared_memory() {
 #ifdef __CUDACC__

@@ -15,9 +15,7 @@ import torch
 
 TESTS = Path(__file__).parent
 BUILD = TESTS.parent / "build/on_host"
-NO_KERNELS_YET = ("test_softmax_moments.py", "test_pixel_argmax.py")
 CASES = sorted((TESTS / "interpreted").glob("*_*.py"))
-CASES = [path for path in CASES if path.name not in NO_KERNELS_YET]
 RUNTIME = {"plain": None, "address": "libasan.so", "thread": "libtsan.so"}
 CAUGHT = 86  # the exit status of a sanitizer that has found something
 

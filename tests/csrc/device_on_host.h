@@ -124,6 +124,16 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
   return ballot;
 }
 
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  const auto* slots = anchorops::on_host::exchange_values(mask, value);
+  unsigned least = value;
+  for (unsigned i = 0; i < 32; ++i) {
+    std::memcpy(&value, &slots[i], sizeof value);
+    if (mask >> i & 1) least = std::min(least, value);
+  }
+  return least;
+}
+
 template <class T>
 T atomicAdd(T* address, T value) {
   return std::atomic_ref<T>(*address).fetch_add(value, std::memory_order_relaxed);

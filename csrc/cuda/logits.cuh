@@ -1,0 +1,168 @@
+// Logits of low resolution, and where each label pixel reads them: coordinates and weights of
+// F.interpolate(mode="bilinear"). What has weight 0 is left out by selection: 0 · NaN is NaN.
+#pragma once
+
+#include "tensors.cuh"
+
+namespace anchorops::cuda {
+
+constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+
+enum class Element : int { FLOAT, BFLOAT16, HALF };
+
+inline Element element_of(const char* operation, const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return Element::FLOAT;
+    case ScalarType::BFloat16:
+      return Element::BFLOAT16;
+    case ScalarType::Half:
+      return Element::HALF;
+    default:
+      STD_TORCH_CHECK(false, operation, ": logits: expected float32, bfloat16 or float16");
+  }
+}
+
+// Calls function with a value of the elements' type. The type is the same for a whole launch, so
+// that a branch around a loop replaces a kernel for each type.
+template <class Function>
+__device__ __forceinline__ void for_element(Element element, Function function) {
+  if (element == Element::BFLOAT16)
+    function(BFloat16{});
+  else if (element == Element::HALF)
+    function(Half{});
+  else
+    function(float{});
+}
+
+// (B, K, h, w) by strides; logits to read, or their gradient to write.
+struct Logits {
+  void* data;
+  Element element;
+  int batch, num_classes, height, width;
+  int64_t stride_b, stride_k, stride_h, stride_w;
+
+  __device__ int64_t offset(int image, int row, int column) const {
+    return image * stride_b + row * stride_h + column * stride_w;
+  }
+  __device__ __forceinline__ float load(int64_t offset) const {
+    if (element == Element::BFLOAT16)
+      return static_cast<float>(static_cast<const BFloat16*>(data)[offset]);
+    if (element == Element::HALF) return static_cast<float>(static_cast<const Half*>(data)[offset]);
+    return static_cast<const float*>(data)[offset];
+  }
+};
+
+inline Logits logits_of(const char* operation, const Tensor& logits) {
+  return {const_cast<void*>(logits.data_ptr()),
+          element_of(operation, logits),
+          static_cast<int>(logits.size(0)),
+          static_cast<int>(logits.size(1)),
+          static_cast<int>(logits.size(2)),
+          static_cast<int>(logits.size(3)),
+          logits.stride(0),
+          logits.stride(1),
+          logits.stride(2),
+          logits.stride(3)};
+}
+
+// Between two neighbouring rows (or columns) of logits lies a cell of pixels. Cell i has those
+// between i and i + 1; cell -1 those before the first row, the last one those after the last: both
+// read one row alone.
+struct Axis {
+  int pixels, source;
+  float ratio;
+  bool align_corners;
+
+  Axis(int64_t pixels, int64_t source, bool align_corners)
+      : pixels(static_cast<int>(pixels)),
+        source(static_cast<int>(source)),
+        ratio(static_cast<float>(align_corners ? static_cast<double>(source - 1) /
+                                                     static_cast<double>(std::max<int64_t>(
+                                                         pixels - 1, 1))
+                                               : static_cast<double>(source) /
+                                                     static_cast<double>(pixels))),
+        align_corners(align_corners) {}
+
+  __host__ __device__ float at(int pixel) const {
+    if (align_corners) return product(static_cast<float>(pixel), ratio);
+    return product(static_cast<float>(pixel) + 0.5f, ratio) - 0.5f;
+  }
+  __host__ __device__ int cell_of(int pixel) const {
+    if (pixels == source) return pixel;
+    const float place = at(pixel);
+    return place < 0 ? -1 : min(static_cast<int>(place), source - 1);
+  }
+  // Weight of the second row of a cell that holds the pixel.
+  __host__ __device__ float fraction(int cell, int pixel) const {
+    if (pixels == source || cell == source - 1) return 0;
+    return cell < 0 ? 1 : min(at(pixel) - static_cast<float>(cell), 1.0f);
+  }
+  // The first pixel that is not before the cell.
+  __host__ __device__ int first_pixel(int cell) const {
+    if (pixels == source) return min(max(cell, 0), pixels);
+    if (cell >= source) return pixels;
+    if (cell < 0 || ratio == 0) return 0;
+    const float place = static_cast<float>(cell);
+    const float guess = align_corners ? place / ratio : (place + 0.5f) / ratio - 0.5f;
+    int pixel = static_cast<int>(min(max(guess, 0.0f), static_cast<float>(pixels)));
+    pixel = min(pixel, pixels);
+    while (pixel > 0 && cell_of(pixel - 1) >= cell) --pixel;
+    while (pixel < pixels && cell_of(pixel) < cell) ++pixel;
+    return pixel;
+  }
+  // Of the fullest cell.
+  int pixels_per_cell() const {
+    if (pixels == source) return 1;
+    int most = 0;
+    for (int cell = -1, first = 0; cell < source; ++cell) {
+      const int next = first_pixel(cell + 1);
+      most = std::max(most, next - first);
+      first = next;
+    }
+    return most;
+  }
+};
+
+__device__ __forceinline__ float interpolate(float a, float b, float weight) {
+  const float between = fmaf(weight, b, (1 - weight) * a);
+  return weight == 0 ? a : weight == 1 ? b : between;
+}
+
+// The logits z_k of one label pixel.
+struct PixelLogits {
+  const Logits& logits;
+  int64_t top, bottom, left, right;  // offsets of what has a weight; others are those that have
+  float weight_y, weight_x;
+
+  __device__ PixelLogits(const Logits& logits, const Axis& rows, const Axis& columns, int image,
+                         int y, int x)
+      : logits(logits) {
+    const int row = rows.cell_of(y), column = columns.cell_of(x);
+    weight_y = rows.fraction(row, y);
+    weight_x = columns.fraction(column, x);
+    bottom = weight_y == 0 ? row : min(row + 1, logits.height - 1);
+    top = weight_y == 1 ? bottom : row;
+    right = weight_x == 0 ? column : min(column + 1, logits.width - 1);
+    left = weight_x == 1 ? right : column;
+    top = image * logits.stride_b + top * logits.stride_h;
+    bottom = image * logits.stride_b + bottom * logits.stride_h;
+    left *= logits.stride_w;
+    right *= logits.stride_w;
+  }
+  __device__ float z(int k) const {
+    const int64_t plane = k * logits.stride_k;
+    const auto at = [&](int64_t row, int64_t column) {
+      return logits.load(plane + row + column);
+    };
+    const float first = at(top, left);
+    const float below = weight_y == 0 || weight_y == 1 ? first : at(bottom, left);
+    const float a = interpolate(first, below, weight_y);
+    if (weight_x == 0 || weight_x == 1) return a;
+    const float second = at(top, right);
+    const float second_below = weight_y == 0 || weight_y == 1 ? second : at(bottom, right);
+    return interpolate(a, interpolate(second, second_below, weight_y), weight_x);
+  }
+};
+
+}  // namespace anchorops::cuda

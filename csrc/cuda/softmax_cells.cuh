@@ -1,0 +1,320 @@
+// Softmax of upsampled logits, a cell of 4×4 pixels in each thread.
+//
+// Inside a cell z is bilinear, so that e^z is geometric along rows and columns: four exponentials
+// and multiplications replace one exponential for each pixel. Logits are shifted by the largest of
+// their position, which upsamples to no less than the largest of each pixel.
+//
+// A block takes WARPS rows of 32 cells. It stages the logits of 33 × (WARPS + 1) positions and
+// CLASSES classes at a time in shared memory, shifted, as float32: there types, strides and
+// channels-last end.
+//
+// Geometric sequences lose what differs widely: neighbours that differ by more than
+// `Cells::steepest`, and pixels whose sum falls below 2^-40, are computed one by one from the
+// logits themselves. So are those that read a logit which is not finite, and all of ratios below 2.
+#pragma once
+
+#include "logits.cuh"
+
+namespace anchorops::cuda {
+
+constexpr int WARPS = 8, TILE = 4, COLUMNS = 33;
+constexpr float SCALE = 30;          // shifted logits end there: 2^-126 is then 2^-156 of the largest
+constexpr float SMALLEST_SUM = -40;  // log2
+constexpr float NO_LOGIT = -1000;    // in place of -inf: 2^-1000 is 0
+
+// Of a position of the logits.
+struct Shift {
+  float largest;   // log2(e)·max_k x_k, NaN where that is too large or not finite
+  unsigned steep;  // RIGHT, DOWN: it differs widely from its neighbour there
+};
+constexpr unsigned RIGHT = 1, DOWN = 2;
+
+struct Cells {
+  Logits logits;
+  Axis rows, columns;
+  const Shift* shifts;  // [B, h, w]
+  int pitch;            // columns of cells of an image, of all images side by side: w + 2 or more
+  int first_row, row_count;  // rows of cells that hold pixels
+  int subs_y, subs_x;        // parts of a cell along each axis, of TILE pixels
+  bool geometric;            // else each pixel on its own
+
+  Cells(const Logits& logits, const Axis& rows, const Axis& columns)
+      : logits(logits), rows(rows), columns(columns), shifts(nullptr) {
+    pitch = logits.width + 2;  // cells -1 to w - 1, and one that is none
+    first_row = rows.cell_of(0);
+    row_count = rows.cell_of(rows.pixels - 1) - first_row + 1;
+    subs_y = std::max(1, ceil_div(rows.pixels_per_cell(), TILE));
+    subs_x = std::max(1, ceil_div(columns.pixels_per_cell(), TILE));
+    // of a single class p is 1, exactly
+    geometric = rows.ratio <= 0.5f && columns.ratio <= 0.5f && logits.num_classes > 1;
+  }
+
+  // Blocks of that many warps, one for each row of cells, for all pixels.
+  int warps() const { return std::min(WARPS, row_count); }
+  dim3 grid(const char* operation) const {
+    const int64_t x = ceil_div(int64_t{logits.batch} * pitch, 32), y = ceil_div(row_count, warps());
+    STD_TORCH_CHECK(x < int64_t{1} << 31 && y < 65536, operation, ": logits: too large");
+    return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), subs_y * subs_x);
+  }
+
+  // Largest difference of neighbours, in units of x: then powers of the ratios stay far from
+  // overflow, also of pixels beyond the end of a cell, and no sequence starts below 2^-126 and ends
+  // where it counts.
+  float steepest() const {
+    const float y = rows.ratio, x = columns.ratio;
+    return LN2 * std::min(26.0f, 50 / (std::max(x, y) + 6 * x * y + 1e-6f));
+  }
+
+  __device__ const Shift& shift(int image, int row, int column) const {
+    row = min(max(row, 0), logits.height - 1);
+    column = min(max(column, 0), logits.width - 1);
+    return shifts[(int64_t{image} * logits.height + row) * logits.width + column];
+  }
+};
+
+// CLASSES classes at the positions around a block's cells; SHIFTED, or as they are.
+template <int CLASSES, bool SHIFTED = true>
+struct Stage {
+  static constexpr int ROW = CLASSES * COLUMNS;
+  static constexpr size_t bytes(int warps) {
+    return sizeof(int64_t) * COLUMNS + sizeof(float) * (warps + 1) * (COLUMNS + ROW) + 8;
+  }
+
+  const Cells& cells;
+  int rows, first_row;
+  int64_t* column_offset;  // [COLUMNS]
+  float* shift;            // [rows, COLUMNS]
+  float* tile;             // [rows, CLASSES, COLUMNS]
+
+  // Positions from cell `first_row` and from `first_column` of all images side by side.
+  __device__ Stage(const Cells& cells, int first_row, int64_t first_column)
+      : cells(cells), rows(static_cast<int>(blockDim.x) / 32 + 1), first_row(first_row) {
+    column_offset = reinterpret_cast<int64_t*>(shared_memory());
+    shift = reinterpret_cast<float*>(column_offset + COLUMNS);
+    tile = shift + rows * COLUMNS;
+    for (int i = threadIdx.x; i < rows * COLUMNS; i += blockDim.x) {
+      const int row = i / COLUMNS, column = i % COLUMNS;
+      const int64_t at = first_column + column;
+      const int image = min(static_cast<int>(at / cells.pitch), cells.logits.batch - 1);
+      const int x = min(max(static_cast<int>(at % cells.pitch) - 1, 0), cells.logits.width - 1);
+      if (SHIFTED && cells.geometric)
+        shift[i] = SCALE - cells.shift(image, first_row + row, x).largest;
+      if (row == 0)
+        column_offset[column] = image * cells.logits.stride_b + x * cells.logits.stride_w;
+    }
+    __syncthreads();
+  }
+
+  // What lies behind it in shared memory.
+  __device__ float* end() const { return tile + rows * ROW; }
+
+  // Always finite: NaN, whose pixels do not use it, and -inf, of which p = 0, become NO_LOGIT.
+  __device__ __forceinline__ float staged(float x, int position) const {
+    if constexpr (!SHIFTED) return x;
+    return fmaxf(fmaf(x, LOG2E, shift[position]), NO_LOGIT);
+  }
+  __device__ int64_t row_offset(int row) const {
+    return min(max(first_row + row, 0), cells.logits.height - 1) * cells.logits.stride_h;
+  }
+
+  // Classes first_class to first_class + count.
+  __device__ void load(int first_class, int count) {
+    for_element(cells.logits.element, [&](auto element) {
+      using T = decltype(element);
+      const T* x = static_cast<const T*>(cells.logits.data) + first_class * cells.logits.stride_k;
+      if (cells.logits.stride_k < cells.logits.stride_w)
+        channels_last(x, count);
+      else
+        planes(x, count);
+    });
+  }
+
+  // A warp takes 32 columns of a plane; the last column is apart.
+  template <class T>
+  __device__ __forceinline__ void planes(const T* x, int count) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const int64_t stride_k = cells.logits.stride_k;
+    const T* lanes = x + column_offset[lane];
+#pragma unroll 4
+    for (int i = warp; i < rows * CLASSES; i += warps) {
+      const int row = i / CLASSES, k = i % CLASSES;
+      if (k < count)
+        tile[i * COLUMNS + lane] =
+            staged(static_cast<float>(lanes[row_offset(row) + k * stride_k]), row * COLUMNS + lane);
+    }
+    for (int i = threadIdx.x; i < rows * CLASSES; i += blockDim.x) {
+      const int row = i / CLASSES, k = i % CLASSES;
+      if (k < count)
+        tile[i * COLUMNS + 32] =
+            staged(static_cast<float>(x[column_offset[32] + row_offset(row) + k * stride_k]),
+                   row * COLUMNS + 32);
+    }
+  }
+
+  // CLASSES lanes take the classes of a position.
+  template <class T>
+  __device__ __forceinline__ void channels_last(const T* x, int count) {
+    const int k = threadIdx.x % CLASSES, step = blockDim.x / CLASSES;
+    if (k >= count) return;
+    x += k * cells.logits.stride_k;
+#pragma unroll 4
+    for (int i = threadIdx.x / CLASSES; i < rows * COLUMNS; i += step) {
+      const int row = i / COLUMNS, column = i % COLUMNS;
+      tile[row * ROW + k * COLUMNS + column] =
+          staged(static_cast<float>(x[column_offset[column] + row_offset(row)]), i);
+    }
+  }
+};
+
+// e^z of a cell's pixels: first·x^j·y^i·xy^(ij), times 2^SCALE.
+struct Powers {
+  float first, x, y, xy;
+};
+
+// A thread's part of a cell: up to TILE × TILE pixels.
+struct Cell {
+  int image, row, column, y, x, ny, nx;
+  float fraction_y, fraction_x, step_y, step_x;  // of the first pixel; to the next one
+  const float *a, *b, *c, *d;                    // staged logits at its four corners
+  unsigned regular;  // bit 2i + j: geometric sequences serve pixels that read i rows and j columns
+                     // beside the first ones
+
+  // Cell `at` of all images side by side.
+  __device__ Cell(const Cells& cells, int row, int64_t at, int sub)
+      : image(static_cast<int>(at / cells.pitch)),
+        row(row),
+        column(static_cast<int>(at % cells.pitch) - 1),
+        regular(0) {
+    const bool inside = image < cells.logits.batch && column < cells.logits.width &&
+                        row < cells.logits.height;
+    image = min(image, cells.logits.batch - 1);
+    y = cells.rows.first_pixel(row) + sub / cells.subs_x * TILE;
+    x = cells.columns.first_pixel(column) + sub % cells.subs_x * TILE;
+    ny = inside ? min(cells.rows.first_pixel(row + 1) - y, TILE) : 0;
+    nx = inside ? min(cells.columns.first_pixel(column + 1) - x, TILE) : 0;
+    fraction_y = cells.rows.fraction(row, y);
+    fraction_x = cells.columns.fraction(column, x);
+    // at the ends both corners are the same
+    step_y = row < 0 || row >= cells.logits.height - 1 ? 0 : cells.rows.ratio;
+    step_x = column < 0 || column >= cells.logits.width - 1 ? 0 : cells.columns.ratio;
+  }
+
+  // A corner that no regular pixel reads gives way to one that is read, or the ratios of the
+  // others might not be finite.
+  template <int CLASSES>
+  __device__ void set_corners(const Cells& cells, const Stage<CLASSES>& stage) {
+    a = b = c = d = stage.tile;
+    if (!cells.geometric) return;
+    const Shift &sa = cells.shift(image, row, column), &sb = cells.shift(image, row, column + 1);
+    const Shift& sc = cells.shift(image, row + 1, column);
+    const Shift& sd = cells.shift(image, row + 1, column + 1);
+    const auto finite = [](const Shift& s) { return s.largest == s.largest; };
+    const bool first = ny > 0 && nx > 0 && finite(sa);
+    const bool right = first && finite(sb) && (step_x == 0 || !(sa.steep & RIGHT));
+    const bool down = first && finite(sc) && (step_y == 0 || !(sa.steep & DOWN));
+    const bool both = right && down && finite(sd) && (step_x == 0 || !(sc.steep & RIGHT)) &&
+                      (step_y == 0 || !(sb.steep & DOWN));
+    regular = first | right << 1 | down << 2 | both << 3;
+    a = stage.tile + threadIdx.x / 32 * Stage<CLASSES>::ROW + threadIdx.x % 32;
+    b = right ? a + 1 : a;
+    c = down ? a + Stage<CLASSES>::ROW : a;
+    d = both ? a + Stage<CLASSES>::ROW + 1 : right ? b : c;
+  }
+
+  __device__ __forceinline__ Powers powers(int at) const {
+    const float down = c[at] - a[at], down_right = d[at] - b[at];
+    const float left = fmaf(fraction_y, down, a[at]);
+    const float across = fmaf(fraction_y, down_right, b[at]) - left;
+    const float cross = down_right - down;
+    return {exp2_approximate(fmaf(fraction_x, across, left)), exp2_approximate(step_x * across),
+            exp2_approximate(step_y * fmaf(fraction_x, cross, down)),
+            exp2_approximate(step_x * step_y * cross)};
+  }
+
+  __device__ float weight_y(const Cells& cells, int i) const {
+    return cells.rows.fraction(row, y + i);
+  }
+  __device__ float weight_x(const Cells& cells, int j) const {
+    return cells.columns.fraction(column, x + j);
+  }
+  __device__ bool is_regular(float weight_y, float weight_x) const {
+    return regular >> ((weight_y != 0) * 2 + (weight_x != 0)) & 1;
+  }
+  // log2 of what e^z was divided by.
+  __device__ float largest(const Cells& cells, float weight_y, float weight_x) const {
+    const auto of = [&](int i, int j) { return cells.shift(image, row + i, column + j).largest; };
+    return interpolate(interpolate(of(0, 0), of(1, 0), weight_y),
+                       interpolate(of(0, 1), of(1, 1), weight_y), weight_x) -
+           SCALE;
+  }
+  // 2^-SCALE/Σ e^z in units of the pixel's largest logit; false where it does not serve.
+  __device__ bool inverse_sum(const Cells& cells, int i, int j, float lse, float& inverse) const {
+    const float weight_y = this->weight_y(cells, i), weight_x = this->weight_x(cells, j);
+    if (!is_regular(weight_y, weight_x)) return false;
+    const float exponent = fmaf(-lse, LOG2E, largest(cells, weight_y, weight_x));
+    if (!(exponent <= -SCALE - SMALLEST_SUM)) return false;
+    inverse = exp2_approximate(exponent);
+    return true;
+  }
+  __device__ int64_t pixel(const Cells& cells, int i, int j) const {
+    return (int64_t{image} * cells.rows.pixels + y + i) * cells.columns.pixels + x + j;
+  }
+  __device__ PixelLogits logits(const Cells& cells, int i, int j) const {
+    return {cells.logits, cells.rows, cells.columns, image, y + i, x + j};
+  }
+};
+
+// Calls function(i, j, e^z·2^SCALE) for all pixels of the cell.
+template <class Function>
+__device__ __forceinline__ void for_pixels(const Powers& powers, Function function) {
+  float first = powers.first, x = powers.x;
+#pragma unroll
+  for (int i = 0; i < TILE; ++i) {
+    float e = first;
+#pragma unroll
+    for (int j = 0; j < TILE; ++j) {
+      function(i, j, e);
+      e *= x;
+    }
+    first *= powers.y;
+    x *= powers.xy;
+  }
+}
+
+// Σ factors·e^z·2^SCALE over the pixels of a cell, by Horner's rule.
+__device__ __forceinline__ float sum_over_pixels(const Powers& powers,
+                                                 const float (&factors)[TILE][TILE]) {
+  float x[TILE] = {powers.x}, sum = 0;
+#pragma unroll
+  for (int i = 1; i < TILE; ++i) x[i] = x[i - 1] * powers.xy;
+#pragma unroll
+  for (int i = TILE - 1; i >= 0; --i) {
+    float row = factors[i][TILE - 1];
+#pragma unroll
+    for (int j = TILE - 2; j >= 0; --j) row = fmaf(row, x[i], factors[i][j]);
+    sum = i == TILE - 1 ? row : fmaf(sum, powers.y, row);
+  }
+  return powers.first * sum;
+}
+
+// log Σ_k e^z of one pixel, as torch.logsumexp where z is not finite.
+__device__ inline float log_sum_exp(const PixelLogits& logits, int num_classes) {
+  float largest = -INFINITY, shift = 0, sum = 0;
+  for (int k = 0; k < num_classes; ++k) {
+    const float z = logits.z(k);
+    const float larger = fmaxf(largest, z);  // where z is NaN, so is the sum
+    if (larger > largest) {
+      const float next = larger == INFINITY ? 0 : larger;
+      sum *= exp2_approximate((largest - next) * LOG2E);
+      largest = larger;
+      shift = next;
+    }
+    sum += exp2_approximate((z - shift) * LOG2E);
+  }
+  return shift + logf(sum);
+}
+
+// Shift of each position: softmax_cells.cu.
+Tensor new_shifts(const Tensor& logits, Cells& cells, Stream stream);
+
+}  // namespace anchorops::cuda

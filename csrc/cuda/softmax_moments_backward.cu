@@ -1,0 +1,435 @@
+// The operator anchorops::softmax_moments_backward.cuda: the gradient of softmax moments.
+//
+// dz_k = p_k·(A + dmasses[k] + 2·p_k·dsquares[k]) - [y = k]·(d - p_k·doverlaps[k])
+// d = dlosses[y] + dpixel_losses,   A = d + dlse - Σ_j p_j·dz_j/dp_j, which the first launches find
+// dlogits = the transpose of the upsampling, of dz: gathered for each position, without atomics
+#include "class_keys.cuh"
+#include "softmax_cells.cuh"
+
+namespace anchorops::cuda {
+namespace {
+
+constexpr int SWEEP_CLASSES = 32, CLASSES = 16;
+constexpr unsigned ALL_WARPS = WARPS * 32;
+
+// A map [B, H, W] by strides; null where absent.
+struct PixelGradient {
+  const float* data;
+  int64_t stride_b, stride_h, stride_w;
+
+  __device__ float at(int image, int y, int x) const {
+    return data ? data[image * stride_b + y * stride_h + x * stride_w] : 0;
+  }
+};
+
+// Gradients of the statistics; by class [K], or [B, K] as keys are image·K + class. Null: absent.
+struct Gradients {
+  const float *dlosses, *doverlaps, *dmasses, *dsquares;
+  PixelGradient dpixel_losses, dlse;
+  bool by_image;
+
+  __device__ static float at(const float* table, int64_t key) { return table ? table[key] : 0; }
+};
+
+// Σ_k p_k·(dmasses[k] + 2·p_k·dsquares[k]) of each pixel.
+__global__ void __launch_bounds__(ALL_WARPS)
+    softmax_slopes_kernel(Cells cells, Gradients gradients,
+                          const int32_t* keys,  // [B, H, W]
+                          const float* lse,     // [B, H, W]
+                          float* slopes) {      // [B, H, W], left as it is where ignored
+  const int num_classes = cells.logits.num_classes;
+  const int first_row = cells.first_row + blockIdx.y * (blockDim.x / 32);
+  const int64_t first_column = int64_t{blockIdx.x} * 32;
+  Cell cell(cells, first_row + threadIdx.x / 32, first_column + threadIdx.x % 32, blockIdx.z);
+  const int64_t table = gradients.by_image ? int64_t{cell.image} * num_classes : 0;
+  float sums[TILE][TILE] = {}, squares[TILE][TILE] = {};
+  if (cells.geometric) {
+    Stage<SWEEP_CLASSES> stage(cells, first_row, first_column);
+    cell.set_corners(cells, stage);
+    for (int first = 0; first < num_classes; first += SWEEP_CLASSES) {
+      const int count = min(SWEEP_CLASSES, num_classes - first);
+      if (first > 0) __syncthreads();
+      stage.load(first, count);
+      __syncthreads();
+      for (int k = 0; k < count; ++k) {
+        const float dmass = Gradients::at(gradients.dmasses, table + first + k);
+        const float dsquare = 2 * Gradients::at(gradients.dsquares, table + first + k);
+        for_pixels(cell.powers(k * COLUMNS), [&](int i, int j, float e) {
+          sums[i][j] = fmaf(e, dmass, sums[i][j]);
+          squares[i][j] = fmaf(e * e, dsquare, squares[i][j]);
+        });
+      }
+    }
+  }
+  unsigned apart = 0;
+#pragma unroll
+  for (int i = 0; i < TILE; ++i) {
+#pragma unroll
+    for (int j = 0; j < TILE; ++j) {
+      if (i >= cell.ny || j >= cell.nx) continue;
+      const int64_t pixel = cell.pixel(cells, i, j);
+      if (keys[pixel] < 0) continue;
+      float inverse;
+      if (cell.inverse_sum(cells, i, j, lse[pixel], inverse))
+        slopes[pixel] = inverse * fmaf(inverse, squares[i][j], sums[i][j]);
+      else
+        apart |= 1u << (i * TILE + j);
+    }
+  }
+  for (; apart; apart &= apart - 1) {
+    const int i = (__ffs(apart) - 1) / TILE, j = (__ffs(apart) - 1) % TILE;
+    const int64_t pixel = cell.pixel(cells, i, j);
+    const PixelLogits logits = cell.logits(cells, i, j);
+    float sum = 0;
+    for (int k = 0; k < num_classes; ++k) {
+      const float p = exp2_approximate((logits.z(k) - lse[pixel]) * LOG2E);
+      const float slope = Gradients::at(gradients.dmasses, table + k) +
+                          2 * p * Gradients::at(gradients.dsquares, table + k);
+      sum = fmaf(p, slope, sum);
+    }
+    slopes[pixel] = sum;
+  }
+}
+
+constexpr int THREADS = 256;
+
+// A of each pixel, 0 where ignored.
+__global__ void __launch_bounds__(THREADS)
+    pixel_slopes_kernel(Logits logits, Axis rows, Axis columns, Gradients gradients,
+                        const int32_t* keys,  // [B, H, W]
+                        const float* lse,     // [B, H, W]
+                        float* slopes) {      // [B, H, W]: what was found above -> A
+  const int64_t pixel = int64_t{blockIdx.x} * THREADS + threadIdx.x;
+  const int64_t per_image = int64_t{rows.pixels} * columns.pixels;
+  if (pixel >= logits.batch * per_image) return;
+  const int key = keys[pixel];
+  float slope = 0;
+  if (key >= 0) {
+    const int image = static_cast<int>(pixel / per_image);
+    const int64_t in_image = pixel % per_image;
+    const int y = static_cast<int>(in_image / columns.pixels);
+    const int x = static_cast<int>(in_image % columns.pixels);
+    slope = Gradients::at(gradients.dlosses, key) + gradients.dpixel_losses.at(image, y, x) +
+            gradients.dlse.at(image, y, x);
+    if (gradients.dmasses || gradients.dsquares) slope -= slopes[pixel];
+    if (gradients.doverlaps) {
+      const int label = gradients.by_image ? key - image * logits.num_classes : key;
+      const float z = PixelLogits(logits, rows, columns, image, y, x).z(label);
+      slope -= exp2_approximate((z - lse[pixel]) * LOG2E) * gradients.doverlaps[key];
+    }
+  }
+  slopes[pixel] = slope;
+}
+
+// What the logits at the corners of a cell receive from its pixels.
+struct Corners {
+  float top_left = 0, top_right = 0, bottom_left = 0, bottom_right = 0;
+};
+
+// Of factors·e^z·2^SCALE, by Horner's rule for Σ f, Σ j·f, Σ i·f and Σ i·j·f.
+__device__ __forceinline__ Corners sum_to_corners(const Cell& cell, const Powers& powers,
+                                                  const float (&factors)[TILE][TILE]) {
+  float x[TILE] = {powers.x};
+#pragma unroll
+  for (int i = 1; i < TILE; ++i) x[i] = x[i - 1] * powers.xy;
+  float sum = 0, sum_i = 0, sum_j = 0, sum_ij = 0;  // sum_i and sum_ij without a factor y
+#pragma unroll
+  for (int i = TILE - 1; i >= 0; --i) {
+    float row = factors[i][TILE - 1], slope = row;
+#pragma unroll
+    for (int j = TILE - 2; j >= 0; --j) {
+      row = fmaf(row, x[i], factors[i][j]);
+      if (j > 0) slope = fmaf(slope, x[i], row);
+    }
+    slope *= x[i];
+    if (i == TILE - 1) {
+      sum = row, sum_j = slope;
+    } else {
+      sum_i = i == TILE - 2 ? sum : fmaf(sum_i, powers.y, sum);
+      sum_ij = i == TILE - 2 ? sum_j : fmaf(sum_ij, powers.y, sum_j);
+      sum = fmaf(sum, powers.y, row);
+      sum_j = fmaf(sum_j, powers.y, slope);
+    }
+  }
+  const float second = powers.first * powers.y;
+  sum *= powers.first, sum_j *= powers.first, sum_i *= second, sum_ij *= second;
+  const float right = fmaf(cell.fraction_x, sum, cell.step_x * sum_j);
+  const float right_i = fmaf(cell.fraction_x, sum_i, cell.step_x * sum_ij);
+  const float bottom = fmaf(cell.fraction_y, sum, cell.step_y * sum_i);
+  const float both = fmaf(cell.fraction_y, right, cell.step_y * right_i);
+  return {sum - bottom - (right - both), right - both, bottom - both, both};
+}
+
+// The pixels of a thread, of which every class needs these.
+template <bool BY_CLASS>
+struct Pixels4x4 {
+  float factors[TILE][TILE];              // 2^-SCALE/Σ e^z; times A unless BY_CLASS
+  float slopes[BY_CLASS ? TILE : 1][TILE];  // A
+  unsigned labels[TILE][TILE / 2];        // two in each, NONE where ignored
+  unsigned regular, apart;                // bit for each pixel: by geometric sequences, or not
+  static constexpr unsigned NONE = 0xffff;
+
+  __device__ void load(const Cells& cells, const Cell& cell, const int32_t* keys, const float* lse,
+                       const float* all_slopes, int key_of_class_0) {
+    regular = apart = 0;
+#pragma unroll
+    for (int i = 0; i < TILE; ++i) {
+#pragma unroll
+      for (int j = 0; j < TILE; ++j) {
+        unsigned label = NONE;
+        factors[i][j] = 0;
+        if constexpr (BY_CLASS) slopes[i][j] = 0;
+        if (i < cell.ny && j < cell.nx) {
+          const int64_t pixel = cell.pixel(cells, i, j);
+          const int key = keys[pixel];
+          if (key >= 0) {
+            label = key - key_of_class_0;
+            const bool serves = cell.inverse_sum(cells, i, j, lse[pixel], factors[i][j]);
+            (serves ? regular : apart) |= 1u << (i * TILE + j);
+            if constexpr (BY_CLASS)
+              slopes[i][j] = all_slopes[pixel];
+            else
+              factors[i][j] *= all_slopes[pixel];
+          }
+        }
+        labels[i][j / 2] = j % 2 ? labels[i][j / 2] | label << 16 : label;
+      }
+    }
+  }
+  __device__ __forceinline__ unsigned label(int i, int j) const {
+    return labels[i][j / 2] >> j % 2 * 16 & NONE;
+  }
+  // The first class from `least` on that a pixel of the warp has, else NONE.
+  __device__ unsigned next_label(unsigned least) const {
+    unsigned next = NONE;
+#pragma unroll
+    for (int i = 0; i < TILE * TILE; ++i) {
+      const unsigned each = label(i / TILE, i % TILE);
+      next = each >= least ? min(next, each) : next;
+    }
+    return __reduce_min_sync(FULL_WARP, next);
+  }
+};
+
+// All that the gradient needs of the pixels.
+struct PixelMaps {
+  const int32_t* keys;   // [B, H, W]
+  const float* lse;      // [B, H, W]
+  const float* slopes;   // [B, H, W], A
+};
+
+// dz of pixels that no geometric sequence serves, one by one. What has weight 0 receives nothing,
+// where dz may be NaN.
+__device__ inline void add_apart(const Cells& cells, const Cell& cell, const PixelMaps& maps,
+                                 const Gradients& gradients, unsigned pixels, int64_t key, int k,
+                                 Corners& corners) {
+  for (; pixels; pixels &= pixels - 1) {
+    const int i = (__ffs(pixels) - 1) / TILE, j = (__ffs(pixels) - 1) % TILE;
+    const int64_t pixel = cell.pixel(cells, i, j);
+    const float p =
+        exp2_approximate((cell.logits(cells, i, j).z(k) - maps.lse[pixel]) * LOG2E);
+    float slope = maps.slopes[pixel] + Gradients::at(gradients.dmasses, key) +
+                  2 * p * Gradients::at(gradients.dsquares, key);
+    float dz = p * slope;
+    if (maps.keys[pixel] == key) {
+      dz += p * Gradients::at(gradients.doverlaps, key) - Gradients::at(gradients.dlosses, key) -
+            gradients.dpixel_losses.at(cell.image, cell.y + i, cell.x + j);
+    }
+    const float weight_y = cell.weight_y(cells, i), weight_x = cell.weight_x(cells, j);
+    const auto add = [&](float& corner, float weight) {
+      if (weight != 0) corner = fmaf(weight, dz, corner);
+    };
+    add(corners.top_left, (1 - weight_y) * (1 - weight_x));
+    add(corners.top_right, (1 - weight_y) * weight_x);
+    add(corners.bottom_left, weight_y * (1 - weight_x));
+    add(corners.bottom_right, weight_y * weight_x);
+  }
+}
+
+// A block finds the gradient of 31 columns and one row less than it has warps, of all classes of
+// its share: the cells at its edges belong to its neighbours too.
+template <bool BY_CLASS>
+__global__ void __launch_bounds__(ALL_WARPS)
+    softmax_dlogits_kernel(Cells cells, Gradients gradients, PixelMaps maps,
+                           Logits dlogits,  // [B, K, h, w] by strides
+                           int classes_per_block) {
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_row = static_cast<int>(blockIdx.y) * (warps - 1) - 1;
+  const int64_t first_column = int64_t{blockIdx.x} * 31;
+  const int first_class = static_cast<int>(blockIdx.z) * classes_per_block;
+  const int end_class = min(first_class + classes_per_block, cells.logits.num_classes);
+  Stage<CLASSES> stage(cells, first_row, first_column);
+  // For the position at the left of each cell, [CLASSES, warps, 32] of its top and of its bottom.
+  const int pitch = warps * 32 + 1;
+  float *tops = stage.end(), *bottoms = tops + CLASSES * pitch;
+  const int parts = cells.subs_y * cells.subs_x;
+  Pixels4x4<BY_CLASS> pixels;
+
+  for (int first = first_class; first < end_class; first += CLASSES) {
+    const int count = min(CLASSES, end_class - first);
+    if (cells.geometric) stage.load(first, count);
+    __syncthreads();
+    for (int part = 0; part < parts; ++part) {
+      Cell cell(cells, first_row + warp, first_column + lane, part);
+      cell.set_corners(cells, stage);
+      const int64_t table =
+          gradients.by_image ? int64_t{cell.image} * cells.logits.num_classes : 0;
+      if (parts > 1 || first == first_class)
+        pixels.load(cells, cell, maps.keys, maps.lse, maps.slopes, static_cast<int>(table));
+      int next_label = static_cast<int>(pixels.next_label(first));
+      for (int k = 0; k < count; ++k) {
+        const int64_t key = table + first + k;
+        Corners corners;
+        if (cells.geometric) {
+          const Powers powers = cell.powers(k * COLUMNS);
+          if constexpr (BY_CLASS) {
+            const float dmass = Gradients::at(gradients.dmasses, key);
+            const float dsquare = 2 * Gradients::at(gradients.dsquares, key);
+            float dz[TILE][TILE];
+            for_pixels(powers, [&](int i, int j, float e) {
+              const float p = e * pixels.factors[i][j];
+              dz[i][j] = p * fmaf(p, dsquare, pixels.slopes[i][j] + dmass);
+            });
+            corners = sum_to_corners(cell, {1, 1, 1, 1}, dz);
+          } else {
+            corners = sum_to_corners(cell, powers, pixels.factors);
+          }
+          if (first + k == next_label) {
+            float dz[TILE][TILE];
+            for_pixels(powers, [&](int i, int j, float e) {
+              dz[i][j] = 0;
+              if (pixels.label(i, j) == first + k && pixels.regular >> (i * TILE + j) & 1) {
+                dz[i][j] = -Gradients::at(gradients.dlosses, key) -
+                           gradients.dpixel_losses.at(cell.image, cell.y + i, cell.x + j);
+                if constexpr (BY_CLASS)
+                  dz[i][j] += e * pixels.factors[i][j] * Gradients::at(gradients.doverlaps, key);
+              }
+            });
+            const Corners own = sum_to_corners(cell, {1, 1, 1, 1}, dz);
+            corners.top_left += own.top_left;
+            corners.top_right += own.top_right;
+            corners.bottom_left += own.bottom_left;
+            corners.bottom_right += own.bottom_right;
+            next_label = static_cast<int>(pixels.next_label(first + k + 1));
+          }
+        }
+        if (pixels.apart)
+          add_apart(cells, cell, maps, gradients, pixels.apart, key, first + k, corners);
+        const float top = corners.top_left + __shfl_up_sync(FULL_WARP, corners.top_right, 1);
+        const float bottom =
+            corners.bottom_left + __shfl_up_sync(FULL_WARP, corners.bottom_right, 1);
+        const int at = k * pitch + threadIdx.x;
+        tops[at] = part ? tops[at] + top : top;
+        bottoms[at] = part ? bottoms[at] + bottom : bottom;
+      }
+    }
+    __syncthreads();
+    for_element(dlogits.element, [&](auto element) {
+      using T = decltype(element);
+      const bool channels_last = dlogits.stride_k < dlogits.stride_w;
+      for (int i = threadIdx.x; i < (warps - 1) * 32 * CLASSES; i += blockDim.x) {
+        const int k = channels_last ? i % CLASSES : i / 32 % CLASSES;
+        const int column = channels_last ? i / CLASSES % 32 : i % 32;
+        const int row = i / (32 * CLASSES) + 1;
+        const int64_t at = first_column + column;
+        const int image = static_cast<int>(at / cells.pitch);
+        const int x = static_cast<int>(at % cells.pitch) - 1;
+        if (k >= count || column == 0 || x < 0 || x >= dlogits.width ||
+            image >= dlogits.batch || first_row + row >= dlogits.height)
+          continue;
+        const float value =
+            bottoms[k * pitch + (row - 1) * 32 + column] + tops[k * pitch + row * 32 + column];
+        static_cast<T*>(dlogits.data)[dlogits.offset(image, first_row + row, x) +
+                                      (first + k) * dlogits.stride_k] = static_cast<T>(value);
+      }
+    });
+    __syncthreads();
+  }
+}
+
+Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
+                                std::optional<Tensor> dlosses, std::optional<Tensor> doverlaps,
+                                std::optional<Tensor> dmasses, std::optional<Tensor> dsquares,
+                                std::optional<Tensor> dpixel_losses, std::optional<Tensor> dlse,
+                                int64_t ignore_index, bool align_corners) {
+  const OnDevice device(logits);
+  const Stream stream = device.stream;
+  Tensor dlogits = torch::stable::empty_like(logits);
+  if (dlogits.numel() == 0) return dlogits;
+  const int64_t batch = logits.size(0), height = labels.size(1), width = labels.size(2);
+  if (height * width == 0) {
+    fill_zero(dlogits.data_ptr(), dlogits.numel() * dlogits.element_size(), stream);
+    return dlogits;
+  }
+  // Rows that are apart, or one expanded to all: the copy is B×K.
+  bool by_image = false;
+  for (auto* table : {&dlosses, &doverlaps, &dmasses, &dsquares}) {
+    if (!*table) continue;
+    *table = torch::stable::contiguous(**table);
+    by_image = (*table)->dim() == 2;
+  }
+  const auto table = [](const std::optional<Tensor>& table) {
+    return table ? table->const_data_ptr<float>() : nullptr;
+  };
+  const auto map = [](const std::optional<Tensor>& map) {
+    if (!map) return PixelGradient{};
+    return PixelGradient{map->const_data_ptr<float>(), map->stride(0), map->stride(1),
+                         map->stride(2)};
+  };
+  const Gradients gradients{table(dlosses),     table(doverlaps), table(dmasses), table(dsquares),
+                            map(dpixel_losses), map(dlse),        by_image};
+  lse = torch::stable::contiguous(lse);
+
+  const int num_classes = static_cast<int>(logits.size(1));
+  const Tensor keys = std::get<0>(
+      class_keys(labels, height, width, num_classes, by_image, ignore_index));
+  Cells cells(logits_of("softmax_moments_backward.cuda", logits),
+              Axis(height, logits.size(2), align_corners),
+              Axis(width, logits.size(3), align_corners));
+  const Tensor shifts = new_shifts(logits, cells, stream);
+  const Tensor slopes = new_empty(logits, {batch, height, width}, ScalarType::Float);
+  const PixelMaps maps{keys.const_data_ptr<int32_t>(), lse.const_data_ptr<float>(),
+                       slopes.const_data_ptr<float>()};
+  if (dmasses || dsquares)
+    launch("softmax_slopes_kernel", softmax_slopes_kernel,
+           cells.grid("softmax_moments_backward.cuda"), cells.warps() * 32,
+           Stage<SWEEP_CLASSES>::bytes(cells.warps()), stream, cells, gradients, maps.keys,
+           maps.lse, slopes.mutable_data_ptr<float>());
+  const int64_t pixel_blocks = ceil_div(batch * height * width, int64_t{THREADS});
+  launch("pixel_slopes_kernel", pixel_slopes_kernel, dim3(static_cast<unsigned>(pixel_blocks)),
+         THREADS, 0, stream, cells.logits, cells.rows, cells.columns, gradients, maps.keys,
+         maps.lse, slopes.mutable_data_ptr<float>());
+
+  const int warps = std::min(WARPS, cells.logits.height + 1);
+  const int64_t grid_x = ceil_div(batch * cells.pitch - 1, 31);
+  const int64_t grid_y = ceil_div(cells.logits.height, warps - 1);
+  STD_TORCH_CHECK(grid_x < int64_t{1} << 31 && grid_y < 65536,
+                  "softmax_moments_backward.cuda: logits: too large");
+  // Classes are divided among blocks where there are few of these.
+  constexpr int64_t BLOCKS = 1024;
+  const int64_t shares = std::clamp<int64_t>(BLOCKS / (grid_x * grid_y), 1,
+                                             ceil_div(num_classes, CLASSES));
+  const int classes_per_block =
+      ceil_div(ceil_div(num_classes, static_cast<int>(shares)), CLASSES) * CLASSES;
+  const dim3 grid(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y),
+                  ceil_div(num_classes, classes_per_block));
+  const size_t bytes =
+      Stage<CLASSES>::bytes(warps) + 2 * CLASSES * (warps * 32 + 1) * sizeof(float);
+  const auto run = [&](auto kernel) {
+    launch("softmax_dlogits_kernel", kernel, grid, warps * 32, bytes, stream, cells, gradients,
+           maps, logits_of("softmax_moments_backward.cuda", dlogits), classes_per_block);
+  };
+  if (doverlaps || dmasses || dsquares)
+    run(softmax_dlogits_kernel<true>);
+  else
+    run(softmax_dlogits_kernel<false>);
+  return dlogits;
+}
+
+}  // namespace
+}  // namespace anchorops::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(anchorops, ANCHOROPS_DISPATCH_KEY, library) {
+  library.impl("softmax_moments_backward.cuda",
+               TORCH_BOX(&anchorops::cuda::softmax_moments_backward));
+}
