@@ -35,7 +35,7 @@ struct Cells {
   const Shift* shifts;  // [B, h, w]
   int pitch;            // columns of cells of an image, of all images side by side: w + 2 or more
   int first_row, row_count;  // rows of cells that hold pixels
-  int subs_y, subs_x;        // parts of a cell along each axis, of TILE pixels
+  int parts_y, parts_x;      // of a cell along each axis, of TILE pixels
   bool geometric;            // else each pixel on its own
 
   Cells(const Logits& logits, const Axis& rows, const Axis& columns)
@@ -43,8 +43,8 @@ struct Cells {
     pitch = logits.width + 2;  // cells -1 to w - 1, and one that is none
     first_row = rows.cell_of(0);
     row_count = rows.cell_of(rows.pixels - 1) - first_row + 1;
-    subs_y = std::max(1, ceil_div(rows.pixels_per_cell(), TILE));
-    subs_x = std::max(1, ceil_div(columns.pixels_per_cell(), TILE));
+    parts_y = std::max(1, ceil_div(rows.pixels_per_cell(), TILE));
+    parts_x = std::max(1, ceil_div(columns.pixels_per_cell(), TILE));
     // of a single class p is 1, exactly
     geometric = rows.ratio <= 0.5f && columns.ratio <= 0.5f && logits.num_classes > 1;
   }
@@ -54,7 +54,7 @@ struct Cells {
   dim3 grid(const char* operation) const {
     const int64_t x = ceil_div(int64_t{logits.batch} * pitch, 32), y = ceil_div(row_count, warps());
     STD_TORCH_CHECK(x < int64_t{1} << 31 && y < 65536, operation, ": logits: too large");
-    return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), subs_y * subs_x);
+    return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), parts_y * parts_x);
   }
 
   // Largest difference of neighbours, in units of x: then powers of the ratios stay far from
@@ -65,10 +65,13 @@ struct Cells {
     return LN2 * std::min(26.0f, 50 / (std::max(x, y) + 6 * x * y + 1e-6f));
   }
 
+  __device__ int inside_rows(int row) const { return min(max(row, 0), logits.height - 1); }
+  __device__ int inside_columns(int column) const {
+    return min(max(column, 0), logits.width - 1);
+  }
   __device__ const Shift& shift(int image, int row, int column) const {
-    row = min(max(row, 0), logits.height - 1);
-    column = min(max(column, 0), logits.width - 1);
-    return shifts[(int64_t{image} * logits.height + row) * logits.width + column];
+    return shifts[(int64_t{image} * logits.height + inside_rows(row)) * logits.width +
+                  inside_columns(column)];
   }
 };
 
@@ -76,45 +79,42 @@ struct Cells {
 template <int CLASSES, bool SHIFTED = true>
 struct Stage {
   static constexpr int ROW = CLASSES * COLUMNS;
-  static constexpr size_t bytes(int warps) {
-    return sizeof(int64_t) * COLUMNS + sizeof(float) * (warps + 1) * (COLUMNS + ROW) + 8;
+  static constexpr __host__ __device__ size_t bytes(int warps) {
+    return (warps + 1) * (COLUMNS * (sizeof(int64_t) + sizeof(float)) + ROW * sizeof(float));
   }
 
   const Cells& cells;
-  int rows, first_row;
-  int64_t* column_offset;  // [COLUMNS]
-  float* shift;            // [rows, COLUMNS]
-  float* tile;             // [rows, CLASSES, COLUMNS]
+  int positions, first_row;
+  int64_t* offsets;  // [rows, COLUMNS] of logits
+  float* shifts;     // [rows, COLUMNS]
+  float* tile;       // [rows, CLASSES, COLUMNS]
 
   // Positions from cell `first_row` and from `first_column` of all images side by side.
   __device__ Stage(const Cells& cells, int first_row, int64_t first_column)
-      : cells(cells), rows(static_cast<int>(blockDim.x) / 32 + 1), first_row(first_row) {
-    column_offset = reinterpret_cast<int64_t*>(shared_memory());
-    shift = reinterpret_cast<float*>(column_offset + COLUMNS);
-    tile = shift + rows * COLUMNS;
-    for (int i = threadIdx.x; i < rows * COLUMNS; i += blockDim.x) {
-      const int row = i / COLUMNS, column = i % COLUMNS;
-      const int64_t at = first_column + column;
+      : cells(cells),
+        positions((static_cast<int>(blockDim.x) / 32 + 1) * COLUMNS),
+        first_row(first_row) {
+    offsets = reinterpret_cast<int64_t*>(shared_memory());
+    tile = reinterpret_cast<float*>(offsets + positions);
+    shifts = tile + positions * CLASSES;
+    for (int i = threadIdx.x; i < positions; i += blockDim.x) {
+      const int64_t at = first_column + i % COLUMNS;
       const int image = min(static_cast<int>(at / cells.pitch), cells.logits.batch - 1);
-      const int x = min(max(static_cast<int>(at % cells.pitch) - 1, 0), cells.logits.width - 1);
-      if (SHIFTED && cells.geometric)
-        shift[i] = SCALE - cells.shift(image, first_row + row, x).largest;
-      if (row == 0)
-        column_offset[column] = image * cells.logits.stride_b + x * cells.logits.stride_w;
+      const int row = cells.inside_rows(first_row + i / COLUMNS);
+      const int column = cells.inside_columns(static_cast<int>(at % cells.pitch) - 1);
+      offsets[i] = cells.logits.offset(image, row, column);
+      if (SHIFTED && cells.geometric) shifts[i] = SCALE - cells.shift(image, row, column).largest;
     }
     __syncthreads();
   }
 
   // What lies behind it in shared memory.
-  __device__ float* end() const { return tile + rows * ROW; }
+  __device__ float* end() const { return shifts + positions; }
 
   // Always finite: NaN, whose pixels do not use it, and -inf, of which p = 0, become NO_LOGIT.
   __device__ __forceinline__ float staged(float x, int position) const {
     if constexpr (!SHIFTED) return x;
-    return fmaxf(fmaf(x, LOG2E, shift[position]), NO_LOGIT);
-  }
-  __device__ int64_t row_offset(int row) const {
-    return min(max(first_row + row, 0), cells.logits.height - 1) * cells.logits.stride_h;
+    return fmaxf(fmaf(x, LOG2E, shifts[position]), NO_LOGIT);
   }
 
   // Classes first_class to first_class + count.
@@ -129,25 +129,42 @@ struct Stage {
     });
   }
 
-  // A warp takes 32 columns of a plane; the last column is apart.
+  // A warp takes 32 columns of every row in a plane, three rows of some planes at a time; the last
+  // column is apart.
   template <class T>
   __device__ __forceinline__ void planes(const T* x, int count) {
+    constexpr int ROWS = 3, PLANES = CLASSES / WARPS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    const int64_t stride_k = cells.logits.stride_k;
-    const T* lanes = x + column_offset[lane];
-#pragma unroll 4
-    for (int i = warp; i < rows * CLASSES; i += warps) {
-      const int row = i / CLASSES, k = i % CLASSES;
-      if (k < count)
-        tile[i * COLUMNS + lane] =
-            staged(static_cast<float>(lanes[row_offset(row) + k * stride_k]), row * COLUMNS + lane);
+    const int64_t stride = cells.logits.stride_k;
+    for (int k = warp; k < count; k += PLANES * warps) {
+      const T* plane = x + k * stride;
+      float* to = tile + k * COLUMNS + lane;
+#pragma unroll 1
+      for (int position = lane; position < positions; position += ROWS * COLUMNS) {
+        float values[ROWS][PLANES];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          const T* from = plane + offsets[min(position + r * COLUMNS, positions - 1)];
+#pragma unroll
+          for (int i = 0; i < PLANES; ++i, from += warps * stride)
+            values[r][i] = k + i * warps < count ? static_cast<float>(*from) : 0;
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          if (position + r * COLUMNS >= positions) break;
+#pragma unroll
+          for (int i = 0; i < PLANES; ++i)
+            if (k + i * warps < count)
+              to[i * warps * COLUMNS] = staged(values[r][i], position + r * COLUMNS);
+          to += ROW;
+        }
+      }
     }
-    for (int i = threadIdx.x; i < rows * CLASSES; i += blockDim.x) {
-      const int row = i / CLASSES, k = i % CLASSES;
+    for (int i = threadIdx.x; i < positions / COLUMNS * CLASSES; i += blockDim.x) {
+      const int k = i % CLASSES, position = i / CLASSES * COLUMNS + 32;
       if (k < count)
         tile[i * COLUMNS + 32] =
-            staged(static_cast<float>(x[column_offset[32] + row_offset(row) + k * stride_k]),
-                   row * COLUMNS + 32);
+            staged(static_cast<float>(x[offsets[position] + k * stride]), position);
     }
   }
 
@@ -158,11 +175,9 @@ struct Stage {
     if (k >= count) return;
     x += k * cells.logits.stride_k;
 #pragma unroll 4
-    for (int i = threadIdx.x / CLASSES; i < rows * COLUMNS; i += step) {
-      const int row = i / COLUMNS, column = i % COLUMNS;
-      tile[row * ROW + k * COLUMNS + column] =
-          staged(static_cast<float>(x[column_offset[column] + row_offset(row)]), i);
-    }
+    for (int i = threadIdx.x / CLASSES; i < positions; i += step)
+      tile[i / COLUMNS * (ROW - COLUMNS) + k * COLUMNS + i] =
+          staged(static_cast<float>(x[offsets[i]]), i);
   }
 };
 
@@ -171,32 +186,42 @@ struct Powers {
   float first, x, y, xy;
 };
 
-// A thread's part of a cell: up to TILE × TILE pixels.
+// A thread's cell, and of it a part of up to TILE × TILE pixels.
 struct Cell {
-  int image, row, column, y, x, ny, nx;
-  float fraction_y, fraction_x, step_y, step_x;  // of the first pixel; to the next one
+  int image, row, column;
+  bool inside;                                   // else it is none
+  int first_y, first_x, end_y, end_x;            // its pixels
+  int y, x, ny, nx;                              // those of the part
+  float fraction_y, fraction_x, step_y, step_x;  // of the part's first pixel; to the next one
   const float *a, *b, *c, *d;                    // staged logits at its four corners
   unsigned regular;  // bit 2i + j: geometric sequences serve pixels that read i rows and j columns
                      // beside the first ones
 
   // Cell `at` of all images side by side.
-  __device__ Cell(const Cells& cells, int row, int64_t at, int sub)
+  __device__ Cell(const Cells& cells, int row, int64_t at, int part)
       : image(static_cast<int>(at / cells.pitch)),
         row(row),
         column(static_cast<int>(at % cells.pitch) - 1),
         regular(0) {
-    const bool inside = image < cells.logits.batch && column < cells.logits.width &&
-                        row < cells.logits.height;
+    inside = image < cells.logits.batch && column < cells.logits.width && row < cells.logits.height;
     image = min(image, cells.logits.batch - 1);
-    y = cells.rows.first_pixel(row) + sub / cells.subs_x * TILE;
-    x = cells.columns.first_pixel(column) + sub % cells.subs_x * TILE;
-    ny = inside ? min(cells.rows.first_pixel(row + 1) - y, TILE) : 0;
-    nx = inside ? min(cells.columns.first_pixel(column + 1) - x, TILE) : 0;
-    fraction_y = cells.rows.fraction(row, y);
-    fraction_x = cells.columns.fraction(column, x);
+    first_y = cells.rows.first_pixel(row);
+    first_x = cells.columns.first_pixel(column);
+    end_y = inside ? cells.rows.first_pixel(row + 1) : 0;
+    end_x = inside ? cells.columns.first_pixel(column + 1) : 0;
     // at the ends both corners are the same
     step_y = row < 0 || row >= cells.logits.height - 1 ? 0 : cells.rows.ratio;
     step_x = column < 0 || column >= cells.logits.width - 1 ? 0 : cells.columns.ratio;
+    select(cells, part);
+  }
+
+  __device__ void select(const Cells& cells, int part) {
+    y = first_y + part / cells.parts_x * TILE;
+    x = first_x + part % cells.parts_x * TILE;
+    ny = min(end_y - y, TILE);
+    nx = min(end_x - x, TILE);
+    fraction_y = cells.rows.fraction(row, y);
+    fraction_x = cells.columns.fraction(column, x);
   }
 
   // A corner that no regular pixel reads gives way to one that is read, or the ratios of the
@@ -209,7 +234,7 @@ struct Cell {
     const Shift& sc = cells.shift(image, row + 1, column);
     const Shift& sd = cells.shift(image, row + 1, column + 1);
     const auto finite = [](const Shift& s) { return s.largest == s.largest; };
-    const bool first = ny > 0 && nx > 0 && finite(sa);
+    const bool first = inside && finite(sa);
     const bool right = first && finite(sb) && (step_x == 0 || !(sa.steep & RIGHT));
     const bool down = first && finite(sc) && (step_y == 0 || !(sa.steep & DOWN));
     const bool both = right && down && finite(sd) && (step_x == 0 || !(sc.steep & RIGHT)) &&

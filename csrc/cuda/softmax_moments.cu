@@ -65,7 +65,9 @@ struct ByClass {
     while (left) {
       const int k = __shfl_sync(FULL_WARP, label, __ffs(left) - 1);
       left &= ~__ballot_sync(FULL_WARP, label == k);
-      for (int s = 0; s < statistics; ++s) {
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        if (s >= statistics) break;
         float sum = label == k ? values[s] : 0;
 #pragma unroll
         for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, lanes);
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__(ALL_WARPS)
 constexpr int SUM_WARPS = 32;
 
 struct Sums {
-  float* of[2];  // [images, K] each
+  float *first, *second;  // [images, K] of each statistic
 };
 
 // Sums partials [statistics][images][rows][K] over rows, in a fixed order.
@@ -247,7 +249,7 @@ __global__ void __launch_bounds__(SUM_WARPS * 32)
   __syncthreads();
   if (warp > 0 || k >= num_classes) return;
   for (int w = 1; w < SUM_WARPS; ++w) sum += sums[w * 32 + lane];
-  out.of[statistic][int64_t{image} * num_classes + k] = static_cast<float>(sum);
+  (statistic ? out.second : out.first)[int64_t{image} * num_classes + k] = static_cast<float>(sum);
 }
 
 void sum_partials(const Tensor& partials, Sums out, int statistics, int64_t images, int num_classes,
@@ -333,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
          keys_data, lse_data, data_or_null(pixel_losses), partials.mutable_data_ptr<float>(),
          statistics, per_image, static_cast<int>(blocks_per_image),
          static_cast<int>(pixels_per_block));
-  sum_partials(partials, {{data_or_null(losses), data_or_null(overlaps)}}, statistics, images,
+  sum_partials(partials, {data_or_null(losses), data_or_null(overlaps)}, statistics, images,
                num_classes, stream);
 
   if (with_masses || with_squares) {
@@ -352,7 +354,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
     with_squares ? run(softmax_masses_kernel<true>) : run(softmax_masses_kernel<false>);
     // Where only squares are asked for, their masses go where nobody reads them.
     const Tensor unread = by_class(with_squares && !with_masses, ScalarType::Float);
-    sum_partials(by_block, {{data_or_null(with_masses ? masses : unread), data_or_null(squares)}},
+    sum_partials(by_block, {data_or_null(with_masses ? masses : unread), data_or_null(squares)},
                  1 + with_squares, images, num_classes, stream);
   }
   if (with_hits) {

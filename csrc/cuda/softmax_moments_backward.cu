@@ -1,7 +1,8 @@
 // The operator anchorops::softmax_moments_backward.cuda: the gradient of softmax moments.
 //
-// dz_k = p_k·(A + dmasses[k] + 2·p_k·dsquares[k]) - [y = k]·(d - p_k·doverlaps[k])
-// d = dlosses[y] + dpixel_losses,   A = d + dlse - Σ_j p_j·dz_j/dp_j, which the first launches find
+// dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) - [y = k]·own
+// own = dlosses[y] + dpixel_losses - p_y·doverlaps[y],  slope = own + dlse - Σ_j p_j·(dmasses[j] +
+// 2·p_j·dsquares[j]), which earlier launches find for each pixel
 // dlogits = the transpose of the upsampling, of dz: gathered for each position, without atomics
 #include "class_keys.cuh"
 #include "softmax_cells.cuh"
@@ -93,37 +94,50 @@ __global__ void __launch_bounds__(ALL_WARPS)
 
 constexpr int THREADS = 256;
 
-// A of each pixel, 0 where ignored.
+// What dz of a pixel consists of, beside p: maps [B, H, W], 0 where ignored.
 __global__ void __launch_bounds__(THREADS)
     pixel_slopes_kernel(Logits logits, Axis rows, Axis columns, Gradients gradients,
                         const int32_t* keys,  // [B, H, W]
                         const float* lse,     // [B, H, W]
-                        float* slopes) {      // [B, H, W]: what was found above -> A
+                        float* slopes,        // what was found above -> slope
+                        float* own) {         // null where it is the slope
   const int64_t pixel = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   const int64_t per_image = int64_t{rows.pixels} * columns.pixels;
   if (pixel >= logits.batch * per_image) return;
   const int key = keys[pixel];
-  float slope = 0;
+  float of_label = 0, slope = 0;
   if (key >= 0) {
     const int image = static_cast<int>(pixel / per_image);
     const int64_t in_image = pixel % per_image;
     const int y = static_cast<int>(in_image / columns.pixels);
     const int x = static_cast<int>(in_image % columns.pixels);
-    slope = Gradients::at(gradients.dlosses, key) + gradients.dpixel_losses.at(image, y, x) +
-            gradients.dlse.at(image, y, x);
-    if (gradients.dmasses || gradients.dsquares) slope -= slopes[pixel];
+    of_label = Gradients::at(gradients.dlosses, key) + gradients.dpixel_losses.at(image, y, x);
     if (gradients.doverlaps) {
       const int label = gradients.by_image ? key - image * logits.num_classes : key;
       const float z = PixelLogits(logits, rows, columns, image, y, x).z(label);
-      slope -= exp2_approximate((z - lse[pixel]) * LOG2E) * gradients.doverlaps[key];
+      of_label -= exp2_approximate((z - lse[pixel]) * LOG2E) * gradients.doverlaps[key];
     }
+    slope = of_label + gradients.dlse.at(image, y, x);
+    if (gradients.dmasses || gradients.dsquares) slope -= slopes[pixel];
   }
   slopes[pixel] = slope;
+  if (own) own[pixel] = of_label;
 }
 
 // What the logits at the corners of a cell receive from its pixels.
 struct Corners {
   float top_left = 0, top_right = 0, bottom_left = 0, bottom_right = 0;
+
+  // What has weight 0 receives nothing, where dz may be NaN.
+  __device__ __forceinline__ void add(float dz, float weight_y, float weight_x) {
+    const auto add_to = [&](float& corner, float weight) {
+      if (weight != 0) corner = fmaf(weight, dz, corner);
+    };
+    add_to(top_left, (1 - weight_y) * (1 - weight_x));
+    add_to(top_right, (1 - weight_y) * weight_x);
+    add_to(bottom_left, weight_y * (1 - weight_x));
+    add_to(bottom_right, weight_y * weight_x);
+  }
 };
 
 // Of factors·e^z·2^SCALE, by Horner's rule for Σ f, Σ j·f, Σ i·f and Σ i·j·f.
@@ -163,8 +177,8 @@ __device__ __forceinline__ Corners sum_to_corners(const Cell& cell, const Powers
 // The pixels of a thread, of which every class needs these.
 template <bool BY_CLASS>
 struct Pixels4x4 {
-  float factors[TILE][TILE];              // 2^-SCALE/Σ e^z; times A unless BY_CLASS
-  float slopes[BY_CLASS ? TILE : 1][TILE];  // A
+  float factors[TILE][TILE];              // 2^-SCALE/Σ e^z; times slope unless BY_CLASS
+  float slopes[BY_CLASS ? TILE : 1][TILE];
   unsigned labels[TILE][TILE / 2];        // two in each, NONE where ignored
   unsigned regular, apart;                // bit for each pixel: by geometric sequences, or not
   static constexpr unsigned NONE = 0xffff;
@@ -199,6 +213,14 @@ struct Pixels4x4 {
   __device__ __forceinline__ unsigned label(int i, int j) const {
     return labels[i][j / 2] >> j % 2 * 16 & NONE;
   }
+  // Bit for each pixel of that label.
+  __device__ unsigned of_label(unsigned k) const {
+    unsigned found = 0;
+#pragma unroll
+    for (int i = 0; i < TILE * TILE; ++i)
+      if (label(i / TILE, i % TILE) == k) found |= 1u << i;
+    return found;
+  }
   // The first class from `least` on that a pixel of the warp has, else NONE.
   __device__ unsigned next_label(unsigned least) const {
     unsigned next = NONE;
@@ -215,41 +237,29 @@ struct Pixels4x4 {
 struct PixelMaps {
   const int32_t* keys;   // [B, H, W]
   const float* lse;      // [B, H, W]
-  const float* slopes;   // [B, H, W], A
+  const float* slopes;   // [B, H, W]
+  const float* own;      // [B, H, W]
 };
 
-// dz of pixels that no geometric sequence serves, one by one. What has weight 0 receives nothing,
-// where dz may be NaN.
+// dz of pixels that no geometric sequence serves, one by one.
 __device__ inline void add_apart(const Cells& cells, const Cell& cell, const PixelMaps& maps,
                                  const Gradients& gradients, unsigned pixels, int64_t key, int k,
                                  Corners& corners) {
   for (; pixels; pixels &= pixels - 1) {
     const int i = (__ffs(pixels) - 1) / TILE, j = (__ffs(pixels) - 1) % TILE;
     const int64_t pixel = cell.pixel(cells, i, j);
-    const float p =
-        exp2_approximate((cell.logits(cells, i, j).z(k) - maps.lse[pixel]) * LOG2E);
-    float slope = maps.slopes[pixel] + Gradients::at(gradients.dmasses, key) +
-                  2 * p * Gradients::at(gradients.dsquares, key);
-    float dz = p * slope;
-    if (maps.keys[pixel] == key) {
-      dz += p * Gradients::at(gradients.doverlaps, key) - Gradients::at(gradients.dlosses, key) -
-            gradients.dpixel_losses.at(cell.image, cell.y + i, cell.x + j);
-    }
-    const float weight_y = cell.weight_y(cells, i), weight_x = cell.weight_x(cells, j);
-    const auto add = [&](float& corner, float weight) {
-      if (weight != 0) corner = fmaf(weight, dz, corner);
-    };
-    add(corners.top_left, (1 - weight_y) * (1 - weight_x));
-    add(corners.top_right, (1 - weight_y) * weight_x);
-    add(corners.bottom_left, weight_y * (1 - weight_x));
-    add(corners.bottom_right, weight_y * weight_x);
+    const float p = exp2_approximate((cell.logits(cells, i, j).z(k) - maps.lse[pixel]) * LOG2E);
+    const float slope = maps.slopes[pixel] + Gradients::at(gradients.dmasses, key) +
+                        2 * p * Gradients::at(gradients.dsquares, key);
+    const float own = maps.keys[pixel] == key ? maps.own[pixel] : 0;
+    corners.add(p * slope - own, cell.weight_y(cells, i), cell.weight_x(cells, j));
   }
 }
 
 // A block finds the gradient of 31 columns and one row less than it has warps, of all classes of
 // its share: the cells at its edges belong to its neighbours too.
 template <bool BY_CLASS>
-__global__ void __launch_bounds__(ALL_WARPS)
+__global__ void __launch_bounds__(ALL_WARPS, BY_CLASS ? 2 : 2)
     softmax_dlogits_kernel(Cells cells, Gradients gradients, PixelMaps maps,
                            Logits dlogits,  // [B, K, h, w] by strides
                            int classes_per_block) {
@@ -259,88 +269,101 @@ __global__ void __launch_bounds__(ALL_WARPS)
   const int first_class = static_cast<int>(blockIdx.z) * classes_per_block;
   const int end_class = min(first_class + classes_per_block, cells.logits.num_classes);
   Stage<CLASSES> stage(cells, first_row, first_column);
-  // For the position at the left of each cell, [CLASSES, warps, 32] of its top and of its bottom.
+  // For the position at the left of each cell: offsets in dlogits, negative where there is none;
+  // [CLASSES, warps, 32] of its top and of its bottom.
+  auto* offsets = reinterpret_cast<int64_t*>(
+      shared_memory() + ceil_div(Stage<CLASSES>::bytes(warps), sizeof(int64_t)) * sizeof(int64_t));
   const int pitch = warps * 32 + 1;
-  float *tops = stage.end(), *bottoms = tops + CLASSES * pitch;
-  const int parts = cells.subs_y * cells.subs_x;
+  float *tops = reinterpret_cast<float*>(offsets + warps * 32), *bottoms = tops + CLASSES * pitch;
+  Cell cell(cells, first_row + warp, first_column + lane, 0);
+  cell.set_corners(cells, stage);
+  const bool is_position = warp > 0 && lane > 0 && cell.inside && cell.column >= 0;
+  offsets[threadIdx.x] = is_position ? dlogits.offset(cell.image, cell.row, cell.column) : -1;
+  const int parts = cells.parts_y * cells.parts_x;
+  const int64_t table = gradients.by_image ? int64_t{cell.image} * cells.logits.num_classes : 0;
   Pixels4x4<BY_CLASS> pixels;
 
+#pragma unroll 1
   for (int first = first_class; first < end_class; first += CLASSES) {
     const int count = min(CLASSES, end_class - first);
     if (cells.geometric) stage.load(first, count);
     __syncthreads();
+#pragma unroll 1
     for (int part = 0; part < parts; ++part) {
-      Cell cell(cells, first_row + warp, first_column + lane, part);
-      cell.set_corners(cells, stage);
-      const int64_t table =
-          gradients.by_image ? int64_t{cell.image} * cells.logits.num_classes : 0;
-      if (parts > 1 || first == first_class)
+      if (parts > 1 || first == first_class) {
+        cell.select(cells, part);
         pixels.load(cells, cell, maps.keys, maps.lse, maps.slopes, static_cast<int>(table));
-      int next_label = static_cast<int>(pixels.next_label(first));
-      for (int k = 0; k < count; ++k) {
-        const int64_t key = table + first + k;
-        Corners corners;
-        if (cells.geometric) {
+      }
+      const auto write = [&](int k, const Corners& corners, bool add) {
+        float top = corners.top_left + __shfl_up_sync(FULL_WARP, corners.top_right, 1);
+        float bottom = corners.bottom_left + __shfl_up_sync(FULL_WARP, corners.bottom_right, 1);
+        const int at = k * pitch + threadIdx.x;
+        if (add) top += tops[at], bottom += bottoms[at];
+        tops[at] = top;
+        bottoms[at] = bottom;
+      };
+      if (cells.geometric) {
+#pragma unroll 1
+        for (int k = 0; k < count; ++k) {
           const Powers powers = cell.powers(k * COLUMNS);
           if constexpr (BY_CLASS) {
-            const float dmass = Gradients::at(gradients.dmasses, key);
-            const float dsquare = 2 * Gradients::at(gradients.dsquares, key);
+            const float dmass = Gradients::at(gradients.dmasses, table + first + k);
+            const float dsquare = 2 * Gradients::at(gradients.dsquares, table + first + k);
             float dz[TILE][TILE];
             for_pixels(powers, [&](int i, int j, float e) {
               const float p = e * pixels.factors[i][j];
               dz[i][j] = p * fmaf(p, dsquare, pixels.slopes[i][j] + dmass);
             });
-            corners = sum_to_corners(cell, {1, 1, 1, 1}, dz);
+            write(k, sum_to_corners(cell, {1, 1, 1, 1}, dz), part > 0);
           } else {
-            corners = sum_to_corners(cell, powers, pixels.factors);
-          }
-          if (first + k == next_label) {
-            float dz[TILE][TILE];
-            for_pixels(powers, [&](int i, int j, float e) {
-              dz[i][j] = 0;
-              if (pixels.label(i, j) == first + k && pixels.regular >> (i * TILE + j) & 1) {
-                dz[i][j] = -Gradients::at(gradients.dlosses, key) -
-                           gradients.dpixel_losses.at(cell.image, cell.y + i, cell.x + j);
-                if constexpr (BY_CLASS)
-                  dz[i][j] += e * pixels.factors[i][j] * Gradients::at(gradients.doverlaps, key);
-              }
-            });
-            const Corners own = sum_to_corners(cell, {1, 1, 1, 1}, dz);
-            corners.top_left += own.top_left;
-            corners.top_right += own.top_right;
-            corners.bottom_left += own.bottom_left;
-            corners.bottom_right += own.bottom_right;
-            next_label = static_cast<int>(pixels.next_label(first + k + 1));
+            write(k, sum_to_corners(cell, powers, pixels.factors), part > 0);
           }
         }
-        if (pixels.apart)
-          add_apart(cells, cell, maps, gradients, pixels.apart, key, first + k, corners);
-        const float top = corners.top_left + __shfl_up_sync(FULL_WARP, corners.top_right, 1);
-        const float bottom =
-            corners.bottom_left + __shfl_up_sync(FULL_WARP, corners.bottom_right, 1);
-        const int at = k * pitch + threadIdx.x;
-        tops[at] = part ? tops[at] + top : top;
-        bottoms[at] = part ? bottoms[at] + bottom : bottom;
+      } else if (part == 0) {
+        for (int k = 0; k < count; ++k) write(k, {}, false);
+      }
+      // What is left concerns few classes, or few cells.
+#pragma unroll 1
+      for (int k = pixels.next_label(first); k < first + count; k = pixels.next_label(k + 1)) {
+        Corners corners;
+        for (unsigned own = pixels.of_label(k) & pixels.regular; own; own &= own - 1) {
+          const int i = (__ffs(own) - 1) / TILE, j = (__ffs(own) - 1) % TILE;
+          corners.add(-maps.own[cell.pixel(cells, i, j)], fmaf(i, cell.step_y, cell.fraction_y),
+                      fmaf(j, cell.step_x, cell.fraction_x));
+        }
+        write(k - first, corners, true);
+      }
+      if (__ballot_sync(FULL_WARP, pixels.apart)) {
+#pragma unroll 1
+        for (int k = 0; k < count; ++k) {
+          Corners corners;
+          add_apart(cells, cell, maps, gradients, pixels.apart, table + first + k, first + k,
+                    corners);
+          write(k, corners, true);
+        }
       }
     }
     __syncthreads();
     for_element(dlogits.element, [&](auto element) {
       using T = decltype(element);
-      const bool channels_last = dlogits.stride_k < dlogits.stride_w;
-      for (int i = threadIdx.x; i < (warps - 1) * 32 * CLASSES; i += blockDim.x) {
-        const int k = channels_last ? i % CLASSES : i / 32 % CLASSES;
-        const int column = channels_last ? i / CLASSES % 32 : i % 32;
-        const int row = i / (32 * CLASSES) + 1;
-        const int64_t at = first_column + column;
-        const int image = static_cast<int>(at / cells.pitch);
-        const int x = static_cast<int>(at % cells.pitch) - 1;
-        if (k >= count || column == 0 || x < 0 || x >= dlogits.width ||
-            image >= dlogits.batch || first_row + row >= dlogits.height)
-          continue;
-        const float value =
-            bottoms[k * pitch + (row - 1) * 32 + column] + tops[k * pitch + row * 32 + column];
-        static_cast<T*>(dlogits.data)[dlogits.offset(image, first_row + row, x) +
-                                      (first + k) * dlogits.stride_k] = static_cast<T>(value);
+      T* out = static_cast<T*>(dlogits.data) + first * dlogits.stride_k;
+      const auto store = [&](T* plane, int k, int position) {
+        if (offsets[position] >= 0)
+          plane[offsets[position]] = static_cast<T>(tops[k * pitch + position] +
+                                                    bottoms[k * pitch + position - 32]);
+      };
+      if (dlogits.stride_k < dlogits.stride_w) {
+        const int k = threadIdx.x % CLASSES;
+        T* plane = out + k * dlogits.stride_k;
+        for (int i = 32 + threadIdx.x / CLASSES; k < count && i < warps * 32;
+             i += blockDim.x / CLASSES)
+          store(plane, k, i);
+      } else {
+        for (int k = warp; k < count; k += warps) {
+          T* plane = out + k * dlogits.stride_k;
+#pragma unroll 4
+          for (int i = 32 + lane; i < warps * 32; i += 32) store(plane, k, i);
+        }
       }
     });
     __syncthreads();
@@ -388,8 +411,12 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
               Axis(width, logits.size(3), align_corners));
   const Tensor shifts = new_shifts(logits, cells, stream);
   const Tensor slopes = new_empty(logits, {batch, height, width}, ScalarType::Float);
+  const bool slope_is_own = !dlse && !dmasses && !dsquares;
+  const Tensor own = slope_is_own
+                         ? slopes
+                         : new_empty(logits, {batch, height, width}, ScalarType::Float);
   const PixelMaps maps{keys.const_data_ptr<int32_t>(), lse.const_data_ptr<float>(),
-                       slopes.const_data_ptr<float>()};
+                       slopes.const_data_ptr<float>(), own.const_data_ptr<float>()};
   if (dmasses || dsquares)
     launch("softmax_slopes_kernel", softmax_slopes_kernel,
            cells.grid("softmax_moments_backward.cuda"), cells.warps() * 32,
@@ -398,7 +425,8 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
   const int64_t pixel_blocks = ceil_div(batch * height * width, int64_t{THREADS});
   launch("pixel_slopes_kernel", pixel_slopes_kernel, dim3(static_cast<unsigned>(pixel_blocks)),
          THREADS, 0, stream, cells.logits, cells.rows, cells.columns, gradients, maps.keys,
-         maps.lse, slopes.mutable_data_ptr<float>());
+         maps.lse, slopes.mutable_data_ptr<float>(),
+         slope_is_own ? nullptr : own.mutable_data_ptr<float>());
 
   const int warps = std::min(WARPS, cells.logits.height + 1);
   const int64_t grid_x = ceil_div(batch * cells.pitch - 1, 31);
@@ -413,13 +441,14 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
       ceil_div(ceil_div(num_classes, static_cast<int>(shares)), CLASSES) * CLASSES;
   const dim3 grid(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y),
                   ceil_div(num_classes, classes_per_block));
-  const size_t bytes =
-      Stage<CLASSES>::bytes(warps) + 2 * CLASSES * (warps * 32 + 1) * sizeof(float);
+  const size_t bytes = ceil_div(Stage<CLASSES>::bytes(warps), sizeof(int64_t)) * sizeof(int64_t) +
+                       warps * 32 * sizeof(int64_t) +
+                       2 * CLASSES * (warps * 32 + 1) * sizeof(float);
   const auto run = [&](auto kernel) {
     launch("softmax_dlogits_kernel", kernel, grid, warps * 32, bytes, stream, cells, gradients,
            maps, logits_of("softmax_moments_backward.cuda", dlogits), classes_per_block);
   };
-  if (doverlaps || dmasses || dsquares)
+  if (dmasses || dsquares)
     run(softmax_dlogits_kernel<true>);
   else
     run(softmax_dlogits_kernel<false>);
