@@ -9,6 +9,8 @@ multiprocessors, 1.75 GHz):
   where as much is stored as loaded. Of the forward's tiles this is one whose pixels have one key;
 - KB in flight on a multiprocessor: resident threads × the bytes each has asked for; 23 suffice. The
   forward's tables take shared memory: with 19 classes / with 150; of sorted pixels it has none.
+The kernels of upsampled logits are bound by instructions: those of the hot loop for each class of a
+cell of pixels, without staging the logits.
 Static shared memory is with what the GPU takes for itself, 1 KB from sm_90 on.
 """
 
@@ -27,6 +29,7 @@ from kernels_report import SHARED_PER_SM, TOOLS, Block, blocks_of, distances, to
 LIBRARY = Path(__file__).parents[1] / "anchorops" / "_cuda.so"
 FORWARD = re.compile(r"class_moments_kernel<(\w+), (\d), (true|false), (true|false)>")
 BACKWARD = re.compile(r"class_moments_backward_(planes|rows)_kernel<\w+, (.*)>")
+CELLS = re.compile(r"softmax_(lse|masses|slopes|dlogits)_kernel")
 BACKWARD_THREADS = {"planes": 128, "rows": 256}  # of a block
 # Instructions. Evicted first are features and their gradient, and nothing else.
 FEATURES, GRADIENT, WIDE_COPY = r"LDG\.E\.EF", r"STG\.E\.EF", r"LDGSTS\S*\.128 "
@@ -39,6 +42,7 @@ COLUMNS = (
     "spills",
     "static shared",
     "16-byte accesses",
+    "instructions per cell and class",
     "instructions per 512 bytes",
     "KB in flight",
 )
@@ -144,6 +148,16 @@ def backward_budgets(kernel: Kernel, threads: int, reads_features: bool) -> Budg
     return Budgets(around(kernel.blocks, hot) / accesses(hot), in_flight)
 
 
+def instructions_per_cell(kernel: Kernel) -> float:
+    """Of the shortest loop that takes four exponentials for each class of a cell."""
+    best = float("inf")
+    for i, block in enumerate(kernel.blocks):
+        classes = count(block, r"\bMUFU\.EX2\b") / 4
+        if classes >= 1:
+            best = min(best, around(kernel.blocks, [i]) / classes)
+    return best
+
+
 def wide_accesses(kernel: Kernel) -> int:
     return sum(kernel.count(x) for x in (WIDE_COPY, r"LDG\S*\.128\b", r"STG\S*\.128\b"))
 
@@ -233,6 +247,10 @@ def main() -> None:
         )
         faults += [f"{kernel.gpu} {kernel.name}: {x}" for x in missing]
         cells = [*kernel[:4], spills, kernel.shared, wide_accesses(kernel)]
+        of_cell = instructions_per_cell(kernel) if CELLS.match(kernel.name) else None
+        if of_cell == float("inf"):
+            faults.append(f"{kernel.gpu} {kernel.name}: no loop over classes was found")
+        cells.append("" if of_cell is None else f"{of_cell:.0f}")
         if budgets:
             budgeted += 1
             in_flight = " / ".join(f"{x:.0f}" for x in budgets.kilobytes)
