@@ -77,11 +77,10 @@ struct Axis {
   Axis(int64_t pixels, int64_t source, bool align_corners)
       : pixels(static_cast<int>(pixels)),
         source(static_cast<int>(source)),
-        ratio(static_cast<float>(align_corners ? static_cast<double>(source - 1) /
-                                                     static_cast<double>(std::max<int64_t>(
-                                                         pixels - 1, 1))
-                                               : static_cast<double>(source) /
-                                                     static_cast<double>(pixels))),
+        ratio(static_cast<float>(align_corners
+                                     ? static_cast<double>(source - 1) /
+                                           static_cast<double>(std::max<int64_t>(pixels - 1, 1))
+                                     : static_cast<double>(source) / static_cast<double>(pixels))),
         align_corners(align_corners) {}
 
   __host__ __device__ float at(int pixel) const {
@@ -114,6 +113,9 @@ struct Axis {
   // Of the fullest cell.
   int pixels_per_cell() const {
     if (pixels == source) return 1;
+    int exponent;
+    if (std::frexp(ratio, &exponent) == 0.5f)  // a power of two: coordinates are exact
+      return std::max(1, static_cast<int>(1 / ratio));
     int most = 0;
     for (int cell = -1, first = 0; cell < source; ++cell) {
       const int next = first_pixel(cell + 1);
@@ -152,9 +154,7 @@ struct PixelLogits {
   }
   __device__ float z(int k) const {
     const int64_t plane = k * logits.stride_k;
-    const auto at = [&](int64_t row, int64_t column) {
-      return logits.load(plane + row + column);
-    };
+    const auto at = [&](int64_t row, int64_t column) { return logits.load(plane + row + column); };
     const float first = at(top, left);
     const float below = weight_y == 0 || weight_y == 1 ? first : at(bottom, left);
     const float a = interpolate(first, below, weight_y);

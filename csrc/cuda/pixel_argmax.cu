@@ -16,11 +16,11 @@ __global__ void __launch_bounds__(WARPS * 32)
                         int classes_per_image,
                         int64_t* predictions,  // [B, H, W], where keys are null
                         int32_t* hits) {       // [B, H, W], where they are not
-  const int warps = blockDim.x / 32, first_row = cells.first_row + blockIdx.y * warps;
-  const int64_t first_column = int64_t{blockIdx.x} * 32;
+  const int first_row = cells.block_row();
+  const int64_t first_column = cells.block_column();
   Stage<CLASSES, false> stage(cells, first_row, first_column);
   const Cell cell(cells, first_row + threadIdx.x / 32, first_column + threadIdx.x % 32,
-                  blockIdx.z);
+                  cells.block_part());
   // Before the first position and after the last one both rows are the same.
   float weights_y[TILE], weights_x[TILE];
 #pragma unroll
@@ -94,7 +94,8 @@ void write_argmax(const Cells& cells, const int32_t* keys, int classes_per_image
   const dim3 grid = cells.grid("pixel_argmax.cuda");
   const int warps = cells.warps();
   launch("pixel_argmax_kernel", pixel_argmax_kernel, grid, warps * 32,
-         Stage<CLASSES, false>::bytes(warps), stream, cells, keys, classes_per_image, predictions, hits);
+         Stage<CLASSES, false>::bytes(warps), stream, cells, keys, classes_per_image, predictions,
+         hits);
 }
 
 }  // namespace anchorops::cuda

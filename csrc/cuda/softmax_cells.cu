@@ -31,15 +31,14 @@ struct Extremes {
   __device__ Shift shift(float steepest) const {
     const float scaled = largest * LOG2E;
     const bool finite = !nan && fabsf(scaled) < LARGEST;
-    return {finite ? scaled : NAN,
-            (right > steepest ? RIGHT : 0u) | (down > steepest ? DOWN : 0u)};
+    return {finite ? scaled : NAN, (right > steepest ? RIGHT : 0u) | (down > steepest ? DOWN : 0u)};
   }
 };
 
 // LANES threads for each position: 32 where its classes follow each other in memory.
 template <int LANES>
 __global__ void __launch_bounds__(THREADS)
-    softmax_shifts_kernel(Logits logits,   // [B, K, h, w] by strides
+    softmax_shifts_kernel(Logits logits,  // [B, K, h, w] by strides
                           Shift* shifts,  // [B, h, w]
                           float steepest) {
   const int64_t at = (int64_t{blockIdx.x} * THREADS + threadIdx.x) / LANES;

@@ -18,7 +18,7 @@
 namespace anchorops::cuda {
 
 constexpr int WARPS = 8, TILE = 4, COLUMNS = 33;
-constexpr float SCALE = 30;          // shifted logits end there: 2^-126 is then 2^-156 of the largest
+constexpr float SCALE = 30;  // shifted logits end there: 2^-126 is then 2^-156 of the largest
 constexpr float SMALLEST_SUM = -40;  // log2
 constexpr float NO_LOGIT = -1000;    // in place of -inf: 2^-1000 is 0
 
@@ -34,7 +34,7 @@ struct Cells {
   Axis rows, columns;
   const Shift* shifts;  // [B, h, w]
   int pitch;            // columns of cells of an image, of all images side by side: w + 2 or more
-  int first_row, row_count;  // rows of cells that hold pixels
+  int first_row, row_count;  // of cells that hold pixels
   int parts_y, parts_x;      // of a cell along each axis, of TILE pixels
   bool geometric;            // else each pixel on its own
 
@@ -49,13 +49,19 @@ struct Cells {
     geometric = rows.ratio <= 0.5f && columns.ratio <= 0.5f && logits.num_classes > 1;
   }
 
-  // Blocks of that many warps, one for each row of cells, for all pixels.
+  __host__ __device__ int parts() const { return parts_y * parts_x; }
+  // Blocks of that many warps, one for each row of cells; along x, 32 columns of cells after the
+  // others and for each of them all parts.
   int warps() const { return std::min(WARPS, row_count); }
   dim3 grid(const char* operation) const {
-    const int64_t x = ceil_div(int64_t{logits.batch} * pitch, 32), y = ceil_div(row_count, warps());
+    const int64_t x = ceil_div(int64_t{logits.batch} * pitch, 32) * parts();
+    const int64_t y = ceil_div(row_count, warps());
     STD_TORCH_CHECK(x < int64_t{1} << 31 && y < 65536, operation, ": logits: too large");
-    return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), parts_y * parts_x);
+    return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
   }
+  __device__ int block_row() const { return first_row + blockIdx.y * (blockDim.x / 32); }
+  __device__ int64_t block_column() const { return int64_t{blockIdx.x} / parts() * 32; }
+  __device__ int block_part() const { return blockIdx.x % parts(); }
 
   // Largest difference of neighbours, in units of x: then powers of the ratios stay far from
   // overflow, also of pixels beyond the end of a cell, and no sequence starts below 2^-126 and ends
@@ -66,9 +72,7 @@ struct Cells {
   }
 
   __device__ int inside_rows(int row) const { return min(max(row, 0), logits.height - 1); }
-  __device__ int inside_columns(int column) const {
-    return min(max(column, 0), logits.width - 1);
-  }
+  __device__ int inside_columns(int column) const { return min(max(column, 0), logits.width - 1); }
   __device__ const Shift& shift(int image, int row, int column) const {
     return shifts[(int64_t{image} * logits.height + inside_rows(row)) * logits.width +
                   inside_columns(column)];

@@ -2,7 +2,17 @@
 //
 // Launches: the label pass (class_keys.cu), the shifts of positions (softmax_cells.cu), lse of each
 // pixel, its loss, and the sum of the losses' partials; with masses and squares another pass over
-// the logits, with hits pixel_argmax.cu and a count.
+// the logits and a sum, with hits pixel_argmax.cu and a count. Beside the results: lse and keys, 8
+// bytes a pixel; shifts, 8 bytes a position; partials.
+//
+// State of a pass over the logits: 16 sums and four corners of a cell in registers, 42 KB of shared
+// memory for 8 warps, 8 rows of 32 cells. Counted (nvcc 13, sm_90), warp instructions for each cell
+// and class: lse 56 (80 registers: 24 warps on a multiprocessor), masses 74, squares too 130 (16
+// warps); staging the logits adds 14 of 2 bytes, contiguous pixels.
+//
+// Predicted at B16 K150 128²→512² bf16 on an H200, which issues 924·10⁹ warp instructions a second,
+// were it never to wait: label pass 12 µs, shifts 20, lse 100 (93 million instructions), losses 20,
+// their sum 3. Masses take 130 more. To be confirmed or refuted by a measurement.
 #include "class_keys.cuh"
 #include "pixel_argmax.cuh"
 #include "softmax_cells.cuh"
@@ -13,12 +23,12 @@ namespace {
 constexpr int CLASSES = 32;
 constexpr unsigned ALL_WARPS = WARPS * 32;
 
-__global__ void __launch_bounds__(ALL_WARPS)
-    softmax_lse_kernel(Cells cells,
-                       float* lse) {  // [B, H, W]
-  const int first_row = cells.first_row + blockIdx.y * (blockDim.x / 32);
-  const int64_t first_column = int64_t{blockIdx.x} * 32;
-  Cell cell(cells, first_row + threadIdx.x / 32, first_column + threadIdx.x % 32, blockIdx.z);
+__global__ void __launch_bounds__(ALL_WARPS) softmax_lse_kernel(Cells cells,
+                                                                float* lse) {  // [B, H, W]
+  const int first_row = cells.block_row();
+  const int64_t first_column = cells.block_column();
+  Cell cell(cells, first_row + threadIdx.x / 32, first_column + threadIdx.x % 32,
+            cells.block_part());
   float sums[TILE][TILE] = {};
   if (cells.geometric) {
     Stage<CLASSES> stage(cells, first_row, first_column);
@@ -42,8 +52,7 @@ __global__ void __launch_bounds__(ALL_WARPS)
       const float weight_y = cell.weight_y(cells, i), weight_x = cell.weight_x(cells, j);
       const float log_sum = log2f(sums[i][j]);
       if (cell.is_regular(weight_y, weight_x) && log_sum >= SMALLEST_SUM + SCALE)
-        lse[cell.pixel(cells, i, j)] =
-            (log_sum + cell.largest(cells, weight_y, weight_x)) * LN2;
+        lse[cell.pixel(cells, i, j)] = (log_sum + cell.largest(cells, weight_y, weight_x)) * LN2;
       else
         apart |= 1u << (i * TILE + j);
     }
@@ -54,9 +63,9 @@ __global__ void __launch_bounds__(ALL_WARPS)
   }
 }
 
-// What pixels are given by their keys: partial sums of each block, one warp.
+// Sums over pixels by their class: partial sums of a block of one warp.
 struct ByClass {
-  float* sums;  // shared, [K] for each statistic
+  float* sums;  // shared, [num_classes] for each statistic
   int num_classes, statistics;
 
   // label: -1 where ignored. All lanes together.
@@ -77,7 +86,7 @@ struct ByClass {
   }
 };
 
-// A block goes through a range of an image's pixels.
+// A block goes through a range of an image's pixels, for its share of the classes.
 __global__ void __launch_bounds__(32)
     pixel_losses_kernel(Logits logits, Axis rows, Axis columns,
                         const int32_t* keys,  // [B, H·W]
@@ -85,9 +94,11 @@ __global__ void __launch_bounds__(32)
                         float* pixel_losses,  // [B, H·W] or null
                         float* partials,      // [statistics][B · blocks_per_image][K]
                         int statistics,       // losses, overlaps
-                        bool keys_by_image, int blocks_per_image, int pixels_per_block) {
+                        bool keys_by_image, int blocks_per_image, int pixels_per_block,
+                        int classes_per_block) {
   constexpr int UNROLL = 4;
-  const int num_classes = logits.num_classes, lane = threadIdx.x;
+  const int lane = threadIdx.x, first_class = static_cast<int>(blockIdx.y) * classes_per_block;
+  const int num_classes = min(classes_per_block, logits.num_classes - first_class);
   const int image = blockIdx.x / blocks_per_image;
   const int64_t pixels = int64_t{rows.pixels} * columns.pixels;
   const int64_t first = blockIdx.x % blocks_per_image * int64_t{pixels_per_block};
@@ -98,20 +109,23 @@ __global__ void __launch_bounds__(32)
   keys += image * pixels;
   lse += image * pixels;
   if (pixel_losses) pixel_losses += image * pixels;
-  const int key_of_class_0 = keys_by_image ? image * num_classes : 0;
+  const int first_key = first_class + (keys_by_image ? image * logits.num_classes : 0);
 
   int y = static_cast<int>((first + lane) / columns.pixels);
   int x = static_cast<int>((first + lane) % columns.pixels);
   const int step_y = 32 / columns.pixels, step_x = 32 % columns.pixels;
   for (int64_t start = first; start < end; start += 32 * UNROLL) {
     int labels[UNROLL];
+    bool ignored[UNROLL];
     float log_sums[UNROLL], values[UNROLL][2];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       const int64_t pixel = start + u * 32 + lane;
       const int key = pixel < end ? keys[pixel] : -1;
-      labels[u] = key < 0 ? -1 : key - key_of_class_0;
-      log_sums[u] = pixel < end ? lse[pixel] : 0;
+      const bool ours = key >= first_key && key < first_key + num_classes;
+      labels[u] = ours ? key - first_key : -1;
+      log_sums[u] = ours ? lse[pixel] : 0;
+      ignored[u] = key < 0 && pixel < end && blockIdx.y == 0;
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
@@ -119,12 +133,11 @@ __global__ void __launch_bounds__(32)
       values[u][0] = values[u][1] = 0;
       if (labels[u] >= 0) {
         const PixelLogits pixel_logits(logits, rows, columns, image, y, x);
-        values[u][0] = log_sums[u] - pixel_logits.z(labels[u]);
+        values[u][0] = log_sums[u] - pixel_logits.z(first_class + labels[u]);
         if (statistics > 1) values[u][1] = exp2_approximate(-values[u][0] * LOG2E);
-      } else if (pixel < end) {
-        lse[pixel] = 0;
       }
-      if (pixel_losses && pixel < end) pixel_losses[pixel] = values[u][0];
+      if (ignored[u]) lse[pixel] = 0;
+      if (pixel_losses && (ignored[u] || labels[u] >= 0)) pixel_losses[pixel] = values[u][0];
       y += step_y;
       x += step_x;
       if (x >= columns.pixels) x -= columns.pixels, ++y;
@@ -134,8 +147,8 @@ __global__ void __launch_bounds__(32)
   }
   __syncwarp();
   for (int i = lane; i < statistics * num_classes; i += 32)
-    partials[(int64_t{i / num_classes} * gridDim.x + blockIdx.x) * num_classes +
-             i % num_classes] = by_class.sums[i];
+    partials[(int64_t{i / num_classes} * gridDim.x + blockIdx.x) * logits.num_classes +
+             first_class + i % num_classes] = by_class.sums[i];
 }
 
 // p of the pixels of a cell that no geometric sequence serves, one by one.
@@ -157,18 +170,17 @@ struct PixelsApart {
 
 // Sums of p and p² by class: of each block, over its pixels.
 template <bool SQUARES>
-__global__ void __launch_bounds__(ALL_WARPS)
+__global__ void __launch_bounds__(ALL_WARPS, 2)
     softmax_masses_kernel(Cells cells,
                           const int32_t* keys,  // [B, H, W]
                           const float* lse,     // [B, H, W]
                           float* partials) {    // [1 + SQUARES][blocks][K]
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_row = cells.first_row + blockIdx.y * warps, num_classes = cells.logits.num_classes;
-  const int64_t first_column = int64_t{blockIdx.x} * 32;
-  const int64_t block =
-      (int64_t{blockIdx.x} * gridDim.y + blockIdx.y) * gridDim.z + blockIdx.z;
-  const int64_t blocks = int64_t{gridDim.x} * gridDim.y * gridDim.z;
-  Cell cell(cells, first_row + warp, first_column + lane, blockIdx.z);
+  const int first_row = cells.block_row(), num_classes = cells.logits.num_classes;
+  const int64_t first_column = cells.block_column();
+  const int64_t block = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
+  const int64_t blocks = int64_t{gridDim.x} * gridDim.y;
+  Cell cell(cells, first_row + warp, first_column + lane, cells.block_part());
   Stage<CLASSES> stage(cells, first_row, first_column);
   cell.set_corners(cells, stage);
   float* sums = stage.end();  // [1 + SQUARES][warps][CLASSES]
@@ -261,8 +273,8 @@ void sum_partials(const Tensor& partials, Sums out, int statistics, int64_t imag
          num_classes);
 }
 
-// What partial sums may take, and how many warps fill a device.
-constexpr int64_t PARTIAL_BYTES = 16 << 20, DEVICE_WARPS = 4096;
+// What partial sums may take, and a block's table of them; how many warps fill a device.
+constexpr int64_t PARTIAL_BYTES = 16 << 20, TABLE_BYTES = 64 << 10, DEVICE_WARPS = 4096;
 
 float* data_or_null(const Tensor& tensor) {
   return tensor.numel() ? tensor.mutable_data_ptr<float>() : nullptr;
@@ -284,8 +296,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
                      dtype);
   };
   const auto by_pixel = [&](bool asked, ScalarType dtype) {
-    return new_empty(
-        logits, asked ? std::vector<int64_t>{batch, height, width} : std::vector<int64_t>{0}, dtype);
+    return new_empty(logits,
+                     asked ? std::vector<int64_t>{batch, height, width} : std::vector<int64_t>{0},
+                     dtype);
   };
   const Tensor losses = by_class(true, ScalarType::Float);
   const Tensor overlaps = by_class(with_masses, ScalarType::Float);
@@ -297,10 +310,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
   const auto [keys, counts] =
       class_keys(labels, height, width, num_classes, per_image, ignore_index);
   const auto result = [&] {
-    return std::tuple{losses,       overlaps,
-                      masses,       squares,
-                      pixel_losses, with_lse ? lse : by_pixel(false, ScalarType::Float),
-                      counts,       hits};
+    return std::tuple{losses,  overlaps,     masses,
+                      squares, pixel_losses, with_lse ? lse : by_pixel(false, ScalarType::Float),
+                      counts,  hits};
   };
   if (lse.numel() == 0) {
     for (const Tensor* each : {&losses, &overlaps, &masses, &squares})
@@ -327,14 +339,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
       std::min(DEVICE_WARPS, PARTIAL_BYTES / (num_classes * statistics * 4)) / batch, 1);
   const int64_t pixels_per_block = std::max<int64_t>(ceil_div(height * width, most), 256);
   const int64_t blocks_per_image = ceil_div(height * width, pixels_per_block);
-  const Tensor partials = new_empty(
-      logits, {statistics, batch * blocks_per_image, num_classes}, ScalarType::Float);
+  const Tensor partials =
+      new_empty(logits, {statistics, batch * blocks_per_image, num_classes}, ScalarType::Float);
+  const int classes_per_block =
+      std::min(num_classes, static_cast<int>(TABLE_BYTES / (statistics * sizeof(float))));
   launch("pixel_losses_kernel", pixel_losses_kernel,
-         dim3(static_cast<unsigned>(batch * blocks_per_image)), 32,
-         statistics * num_classes * sizeof(float), stream, cells.logits, cells.rows, cells.columns,
-         keys_data, lse_data, data_or_null(pixel_losses), partials.mutable_data_ptr<float>(),
-         statistics, per_image, static_cast<int>(blocks_per_image),
-         static_cast<int>(pixels_per_block));
+         dim3(static_cast<unsigned>(batch * blocks_per_image),
+              ceil_div(num_classes, classes_per_block)),
+         32, statistics * classes_per_block * sizeof(float), stream, cells.logits, cells.rows,
+         cells.columns, keys_data, lse_data, data_or_null(pixel_losses),
+         partials.mutable_data_ptr<float>(), statistics, per_image,
+         static_cast<int>(blocks_per_image), static_cast<int>(pixels_per_block), classes_per_block);
   sum_partials(partials, {data_or_null(losses), data_or_null(overlaps)}, statistics, images,
                num_classes, stream);
 
@@ -342,10 +357,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
     // The cells of a block are of one image where images are kept apart.
     if (per_image) cells.pitch = ceil_div(cells.pitch, 32) * 32;
     const dim3 grid = cells.grid("softmax_moments.cuda");
-    const Tensor by_block =
-        new_empty(logits,
-                  {1 + with_squares, int64_t{grid.x} * grid.y * grid.z, num_classes},
-                  ScalarType::Float);
+    const Tensor by_block = new_empty(
+        logits, {1 + with_squares, int64_t{grid.x} * grid.y, num_classes}, ScalarType::Float);
     const size_t bytes = (1 + with_squares) * cells.warps() * CLASSES * sizeof(float);
     const auto run = [&](auto kernel) {
       cell_kernel("softmax_masses_kernel", kernel, bytes, keys_data,
