@@ -155,7 +155,17 @@ struct Corners {
   }
 };
 
-// Of factors·e^z·2^SCALE, by Horner's rule for Σ f, Σ j·f, Σ i·f and Σ i·j·f.
+// From Σ f, Σ i·f, Σ j·f and Σ i·j·f over the pixels of a cell.
+__device__ __forceinline__ Corners to_corners(const Cell& cell, float sum, float sum_i, float sum_j,
+                                              float sum_ij) {
+  const float right = fmaf(cell.fraction_x, sum, cell.step_x * sum_j);
+  const float right_i = fmaf(cell.fraction_x, sum_i, cell.step_x * sum_ij);
+  const float bottom = fmaf(cell.fraction_y, sum, cell.step_y * sum_i);
+  const float both = fmaf(cell.fraction_y, right, cell.step_y * right_i);
+  return {sum - bottom - (right - both), right - both, bottom - both, both};
+}
+
+// Of f = factors·e^z·2^SCALE, by Horner's rule.
 __device__ __forceinline__ Corners sum_to_corners(const Cell& cell, const Powers& powers,
                                                   const float (&factors)[TILE][TILE]) {
   float x[TILE] = {powers.x};
@@ -181,12 +191,8 @@ __device__ __forceinline__ Corners sum_to_corners(const Cell& cell, const Powers
     }
   }
   const float second = powers.first * powers.y;
-  sum *= powers.first, sum_j *= powers.first, sum_i *= second, sum_ij *= second;
-  const float right = fmaf(cell.fraction_x, sum, cell.step_x * sum_j);
-  const float right_i = fmaf(cell.fraction_x, sum_i, cell.step_x * sum_ij);
-  const float bottom = fmaf(cell.fraction_y, sum, cell.step_y * sum_i);
-  const float both = fmaf(cell.fraction_y, right, cell.step_y * right_i);
-  return {sum - bottom - (right - both), right - both, bottom - both, both};
+  return to_corners(cell, powers.first * sum, second * sum_i, powers.first * sum_j,
+                    second * sum_ij);
 }
 
 // The pixels of a thread, of which every class needs these.
@@ -324,12 +330,19 @@ __global__ void __launch_bounds__(ALL_WARPS, 2)
           if constexpr (BY_CLASS) {
             const float dmass = Gradients::at(gradients.dmasses, table + first + k);
             const float dsquare = 2 * Gradients::at(gradients.dsquares, table + first + k);
-            float dz[TILE][TILE];
+            float sum = 0, sum_i = 0, sum_j = 0, sum_ij = 0, row = 0, row_j = 0;
             for_pixels(powers, [&](int i, int j, float e) {
               const float p = e * pixels.factors[i][j];
-              dz[i][j] = p * fmaf(p, dsquare, pixels.slopes[i][j] + dmass);
+              const float dz = p * fmaf(p, dsquare, pixels.slopes[i][j] + dmass);
+              row = j ? row + dz : dz;
+              row_j = j ? fmaf(j, dz, row_j) : 0;
+              if (j < TILE - 1) return;
+              sum += row;
+              sum_i = fmaf(i, row, sum_i);
+              sum_j += row_j;
+              sum_ij = fmaf(i, row_j, sum_ij);
             });
-            write(k, sum_to_corners(cell, {1, 1, 1, 1}, dz), part > 0);
+            write(k, to_corners(cell, sum, sum_i, sum_j, sum_ij), part > 0);
           } else {
             write(k, sum_to_corners(cell, powers, pixels.factors), part > 0);
           }
