@@ -10,7 +10,7 @@ namespace {
 
 constexpr int CLASSES = 32;
 
-__global__ void __launch_bounds__(WARPS * 32)
+__global__ void __launch_bounds__(WARPS * 32, 2)
     pixel_argmax_kernel(Cells cells,
                         const int32_t* keys,  // [B, H, W] or null
                         int classes_per_image,

@@ -23,8 +23,8 @@ namespace {
 constexpr int CLASSES = 32;
 constexpr unsigned ALL_WARPS = WARPS * 32;
 
-__global__ void __launch_bounds__(ALL_WARPS) softmax_lse_kernel(Cells cells,
-                                                                float* lse) {  // [B, H, W]
+__global__ void __launch_bounds__(ALL_WARPS, 2) softmax_lse_kernel(Cells cells,
+                                                                   float* lse) {  // [B, H, W]
   const int first_row = cells.block_row();
   const int64_t first_column = cells.block_column();
   Cell cell(cells, first_row + threadIdx.x / 32, first_column + threadIdx.x % 32,

@@ -47,7 +47,7 @@ struct Gradients {
 };
 
 // Σ_k p_k·(dmasses[k] + 2·p_k·dsquares[k]) of each pixel.
-__global__ void __launch_bounds__(ALL_WARPS)
+__global__ void __launch_bounds__(ALL_WARPS, 2)
     softmax_slopes_kernel(Cells cells, Gradients gradients,
                           const int32_t* keys,  // [B, H, W]
                           const float* lse,     // [B, H, W]
