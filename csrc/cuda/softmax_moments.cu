@@ -7,11 +7,11 @@
 //
 // State of a pass over the logits: 16 sums and four corners of a cell in registers, 42 KB of shared
 // memory for 8 warps, 8 rows of 32 cells. Counted (nvcc 13, sm_90), warp instructions for each cell
-// and class: lse 56 (80 registers: 24 warps on a multiprocessor), masses 74, squares too 130 (16
-// warps); staging the logits adds 14 of 2 bytes, contiguous pixels.
+// and class: lse 53, masses 74, squares too 130 (91 to 96 registers: 16 warps on a multiprocessor);
+// staging the logits adds 14 of 2 bytes, contiguous pixels.
 //
 // Predicted at B16 K150 128²→512² bf16 on an H200, which issues 924·10⁹ warp instructions a second,
-// were it never to wait: label pass 12 µs, shifts 20, lse 100 (93 million instructions), losses 20,
+// were it never to wait: label pass 12 µs, shifts 20, lse 96 (89 million instructions), losses 20,
 // their sum 3. Masses take 130 more. To be confirmed or refuted by a measurement.
 #include "class_keys.cuh"
 #include "pixel_argmax.cuh"

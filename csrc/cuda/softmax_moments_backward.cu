@@ -277,10 +277,17 @@ __device__ inline void add_apart(const Cells& cells, const Cell& cell, const Pix
   }
 }
 
+// Of one multiprocessor. From sm_100 on nvcc takes more than 128 registers for masses.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int BLOCKS_BY_CLASS = 1;
+#else
+constexpr int BLOCKS_BY_CLASS = 2;
+#endif
+
 // A block finds the gradient of 31 columns and one row less than it has warps, of all classes of
 // its share: the cells at its edges belong to its neighbours too.
 template <bool BY_CLASS>
-__global__ void __launch_bounds__(ALL_WARPS, 2)
+__global__ void __launch_bounds__(ALL_WARPS, BY_CLASS ? BLOCKS_BY_CLASS : 2)
     softmax_dlogits_kernel(Cells cells, Gradients gradients, PixelMaps maps,
                            Logits dlogits,  // [B, K, h, w] by strides
                            int classes_per_block) {
