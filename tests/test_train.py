@@ -117,14 +117,14 @@ def test_interrupted_run_continues_bit_for_bit(
 
     def step(self: loop._Run, *args: object) -> None:
         train_step(self, *args)
-        steps.append(self.step)
+        steps.append(self.progress.step)
 
     train_step = loop._Run._train_step
     monkeypatch.setattr(loop._Run, "_train_step", step)
     interrupted = getattr(loop._Run, where)
 
     def call_and_signal(self: loop._Run, *args: object) -> object:
-        if self.step == (3 if where == "_measure" else 2) and not signalled:
+        if self.progress.step == (3 if where == "_measure" else 2) and not signalled:
             signalled.append(os.kill(os.getpid(), signum))
         return interrupted(self, *args)
 
@@ -219,7 +219,7 @@ def main(run):
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     train_step = loop._Run._train_step
     def step_and_signal(self, *args):
-        if (self.step, self.ranks.rank) == (0, 1):
+        if (self.progress.step, self.ranks.rank) == (0, 1):
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(self, *args)
     loop._Run._train_step = step_and_signal

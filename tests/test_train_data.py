@@ -17,8 +17,9 @@ import anchorops as ao
 from anchorops._measure import peak_extra_bytes
 from anchorops.train import loop
 from anchorops.train.__main__ import main
-from anchorops.train.analysis import collect_features, measure_cost
+from anchorops.train.analysis import collect_features
 from anchorops.train.config import Data, Optimization
+from anchorops.train.cost import measure_cost
 from anchorops.train.data import (
     RandomScale,
     Training,

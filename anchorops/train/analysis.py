@@ -1,7 +1,5 @@
-"""What a trained network's features look like, and what its regulariser costs."""
+"""What a trained network's features look like."""
 
-import copy
-import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,11 +11,9 @@ import anchorops as ao
 
 from .config import IGNORED
 from .evaluate import pad_to_multiple
-from .learner import Learner
 from .models import Segmenter
 
 SAMPLES = 2_000  # pixels shown in two dimensions
-REPEATS = 7
 
 
 class Features(NamedTuple):
@@ -73,39 +69,3 @@ def collect_features(
     assert sums is not None and example is not None
     centroids = sums.cpu() / counts.clamp(min=1)[:, None]
     return Features(centroids, counts, (torch.cat(samples), torch.cat(sampled_labels)), example)
-
-
-class Cost(NamedTuple):
-    """Seconds and GPU memory in MB (None on CPU) of one forward and backward."""
-
-    seconds: float
-    memory_mb: float | None
-
-
-def measure_cost(
-    learner: Learner, images: Tensor, labels: Tensor, *, bf16: bool
-) -> tuple[Cost, Cost]:
-    """Without and with the regulariser, on a copy of the learner: medians of alternating passes."""
-    learner = copy.deepcopy(learner).train()
-    plain = Learner(learner.model, None, learner.pixel_loss, learner.auxiliary_weight)
-    seconds: dict[Learner, list[float]] = {plain: [], learner: []}
-    memory: dict[Learner, float] = {}
-    for repeat in range(REPEATS + 1):
-        for candidate, measured in seconds.items():
-            learner.zero_grad()
-            if images.is_cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            begin = time.perf_counter()
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-                loss, _ = candidate(images, labels)
-            loss.backward()
-            if images.is_cuda:
-                torch.cuda.synchronize()
-                memory[candidate] = torch.cuda.max_memory_allocated() / 2**20
-            if repeat > 0:  # the first pass warms up
-                measured.append(time.perf_counter() - begin)
-    first, second = (
-        Cost(sorted(seconds[x])[REPEATS // 2], memory.get(x)) for x in (plain, learner)
-    )
-    return first, second

@@ -18,10 +18,11 @@ from ..plots import (
     features_with_anchors,
     iou_against_frequency,
 )
-from .analysis import Cost, Features
+from .analysis import Features
 from .checkpoint import save_atomically
 from .compare import comparison
 from .config import IGNORED
+from .cost import Cost
 from .journal import METRICS, read_metrics
 
 IOUS = ("val_miou", "val_head", "val_body", "val_tail")

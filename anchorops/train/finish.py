@@ -1,0 +1,67 @@
+"""What a run leaves at its end."""
+
+import itertools
+import json
+import math
+from typing import Any
+
+from .analysis import collect_features
+from .checkpoint import save_atomically
+from .cost import cost_of_regularizer
+from .data import evaluation_transform
+from .journal import peak_memory_mb
+from .parts import Parts
+from .pictures import choose_images, draw_predictions
+from .report import write_report
+from .state import Progress
+from .validation import validation_loader
+from .workers import batches_of
+
+PICTURES = 8  # validation images in predictions.png
+ANALYSED = 200  # validation images whose features the report shows
+
+
+def finish(parts: Parts, progress: Progress, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write results.json, then the pictures and the report; the results."""
+    results = _results(parts, progress, summary)
+    run = parts.config.run
+    if parts.ranks.first:
+        save_atomically(json.dumps(results, indent=2) + "\n", run / "results.json")
+    costs = cost_of_regularizer(parts)
+    if not parts.ranks.first:
+        return results
+    draw_predictions(
+        parts.model,
+        parts.validation_set,
+        choose_images(parts.validation_set, PICTURES),
+        run / "predictions.png",
+        transform=evaluation_transform(parts.config.data, parts.validation_set.channels),
+        window=parts.window,
+        title=f"{run.name}: mIoU {100 * results['miou']:.1f} %",
+        device=parts.ranks.device,
+    )
+    count = math.ceil(ANALYSED / parts.config.running.eval_batch_size)
+    with batches_of(validation_loader(parts, rank=0, world=1)) as batches:
+        features = collect_features(
+            parts.model, itertools.islice(batches, count), parts.num_classes, parts.ranks.device
+        )
+    weight = parts.model.classifier.weight.detach().flatten(1).cpu()
+    write_report(run, results, features, weight, costs)
+    return results
+
+
+def _results(parts: Parts, progress: Progress, summary: dict[str, Any]) -> dict[str, Any]:
+    config, device = parts.config, parts.ranks.device
+    return {
+        "run": str(config.run),
+        "dataset": config.data.dataset,
+        "model": config.model.model,
+        "methods": "+".join(config.model.methods) or "plain",
+        "seed": config.running.seed,
+        "parameters": sum(p.numel() for p in parts.model.parameters()),
+        "steps": progress.step,
+        "seconds_per_step": progress.seconds / progress.step,
+        "gpu_memory_mb": peak_memory_mb(device) if device.type == "cuda" else None,
+        "best_miou": progress.best,
+        **summary,
+    }

@@ -1,0 +1,104 @@
+"""The data, the network and the losses of a run, from its configuration."""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .data import Segmentation, build_datasets, check_classes, class_counts
+from .learner import Learner, build_loss, build_regularizer, class_weights
+from .models import Segmenter, build_model
+from .ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Parts:
+    config: Config
+    ranks: Ranks
+    training_set: Segmentation
+    validation_set: Segmentation
+    frequencies: Tensor
+    """float64 [K], each class's share of the training pixels."""
+    learner: Learner
+    """On its device; not wrapped for several ranks."""
+    layout: torch.memory_format
+    """Of images, features and weights."""
+
+    @property
+    def model(self) -> Segmenter:
+        return self.learner.model
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.training_set.classes)
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """Of a sliding evaluation."""
+        return self.config.data.crop if self.config.running.evaluation == "sliding" else None
+
+
+def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool) -> Parts:
+    """from_checkpoint: whether weights to start from are not needed. Raises ValueError where the
+    data or the options do not fit."""
+    running = config.running
+    if running.threads:
+        torch.set_num_threads(running.threads)
+    if running.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    splits = build_datasets(config.data, running.seed)
+    # reads every mask: what is wrong with one shows now
+    (pixels, images), (valid, _) = ranks.from_first(
+        lambda: [class_counts(split, running.out / "class-counts") for split in splits]
+    )
+    absent = check_classes(splits[0].classes, pixels, valid)
+    if absent and ranks.first:
+        print(f"no training pixels: {', '.join(absent)}", file=sys.stderr)
+    layout = torch.channels_last if running.channels_last else torch.preserve_format
+    learner = _build_learner(
+        config,
+        splits[0],
+        frequencies=pixels / pixels.sum(),
+        prior=images / images.sum().clamp(min=1),
+        from_checkpoint=from_checkpoint,
+    ).to(ranks.device)
+    learner.to(memory_format=layout)  # pyright: ignore
+    return Parts(config, ranks, *splits, pixels / pixels.sum(), learner, layout)
+
+
+def _build_learner(
+    config: Config,
+    training_set: Segmentation,
+    *,
+    frequencies: Tensor,
+    prior: Tensor,
+    from_checkpoint: bool,
+) -> Learner:
+    num_classes, options = len(training_set.classes), config.optimization
+    torch.manual_seed(config.running.seed)
+    model = build_model(
+        config.model.model,
+        num_classes,
+        channels=training_set.channels,
+        pretrained=config.model.pretrained and not from_checkpoint,
+        weights=None if from_checkpoint else config.model.weights,
+        auxiliary=config.model.auxiliary_weight > 0,
+    )
+    regularizer = build_regularizer(
+        config.model.methods,
+        config.model.method_options,
+        num_classes,
+        model.classifier.in_channels,
+        prior=prior,
+    )
+    weights = class_weights(options.class_weights, frequencies)
+    if given := options.given_class_weights:
+        if len(given) != num_classes:
+            raise ValueError(
+                f"--given-class-weights: expected {num_classes} values, got {len(given)}"
+            )
+        weights = torch.tensor(given)
+    loss = build_loss(options, weights)
+    return Learner(model, regularizer, loss, config.model.auxiliary_weight)

@@ -1,0 +1,58 @@
+"""What a checkpoint holds."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .journal import Averages
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    evaluated: int = 0
+    """The last step with an evaluation."""
+    best: float = -1.0
+    """The best mIoU."""
+    stale: int = 0
+    """Evaluations since then."""
+    seconds: float = 0.0
+    """Of training."""
+    logged_seconds: float = 0.0
+    """The same at the last log line."""
+
+
+class State:
+    """Everything that the next step depends on, beside the configuration.
+
+    Random numbers and the position in the data are functions of (seed, step): see the training step
+    and BatchSampler. The methods' state is in the model's.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, lr: LRScheduler) -> None:
+        self.model, self.optimizer, self.lr = model, optimizer, lr
+        self.averages, self.progress = Averages(), Progress()
+
+    def save(self, run: Path) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.lr.state_dict(),
+            "averages": self.averages.state(),
+            **asdict(self.progress),
+        }
+        save_checkpoint(run, self.progress.step, state)
+
+    def restore(self, path: Path) -> None:
+        state = load_checkpoint(path)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr.load_state_dict(state["schedule"])
+        self.averages.restore(state["averages"])
+        self.progress = Progress(**{name: state[name] for name in asdict(Progress())})
