@@ -4,7 +4,8 @@
                                 [--table evidence.md]
 
 Every method has the hyper-parameters that its paper publishes, every run the demo's schedule: 48
-runs of one to two minutes on one CPU core each. Finished runs are kept, so it can be interrupted.
+runs of one to two minutes on one CPU core each. It can be interrupted: finished runs are kept, the
+others go on.
 With --table the comparison is also written as Markdown, a table for each network.
 """
 
@@ -15,10 +16,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from anchorops.train.checkpoint import save_atomically
+from anchorops.train.checkpoint import latest_checkpoint, save_atomically
 from anchorops.train.compare import comparison, load_results
 from anchorops.train.learner import CLASSES
-from anchorops.train.loop import start
+from anchorops.train.loop import resume, start
 from anchorops.train.presets import DEMO
 
 METHODS = (
@@ -69,16 +70,20 @@ def main() -> None:
                 name = f"{network}-{'+'.join(methods) or 'plain'}-{seed}"
                 run = arguments.out / name
                 runs.append((network, methods, run))
-                if not (run / "results.json").exists():
-                    config = DEMO[network].replace(
-                        methods=methods,
-                        seed=seed,
-                        threads=1,
-                        out=arguments.out,
-                        name=name,
-                        overwrite=True,
-                    )
-                    start(config)
+                if (run / "results.json").exists():
+                    continue
+                if run.exists() and latest_checkpoint(run):
+                    resume(run)
+                    continue
+                config = DEMO[network].replace(
+                    methods=methods,
+                    seed=seed,
+                    threads=1,
+                    out=arguments.out,
+                    name=name,
+                    overwrite=True,
+                )
+                start(config)
     results = {
         network: {
             methods: [load_results(run) for n, m, run in runs if (n, m) == (network, methods)]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anchorops.train import checkpoint, directory, loop, signals, workers
+from anchorops.train import checkpoint, loop, signals, workers
 from anchorops.train.__main__ import main
 from anchorops.train.compare import comparison
 from anchorops.train.config import Config
@@ -312,17 +312,6 @@ def test_finished_run_is_not_overwritten(straight: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit, match="holds an earlier run: continue it with"):
         main(["--out", str(straight.parent), "--name", "straight"])
     assert (straight / "results.json").exists()
-
-
-def test_directory_has_one_program_at_a_time(tmp_path: Path):
-    config = TINY.replace(out=tmp_path, name="busy", overwrite=True)
-    directory.make_directory(config)
-    with directory.held(config.run):
-        with pytest.raises(ValueError, match="busy: another process is training in this directory"):
-            loop.resume(config.run)
-        with pytest.raises(ValueError, match="another process is training"):
-            loop.start(config)
-    assert (config.run / "config.json").exists()
 
 
 def test_resumption_does_not_need_the_first_weights(tmp_path: Path):

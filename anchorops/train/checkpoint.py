@@ -1,21 +1,24 @@
 """Checkpoints that are either complete or not there."""
 
 import os
+import re
 import shutil
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PATTERN = "checkpoint-*.pt"
+CHECKPOINT = re.compile(r"checkpoint-(?P<step>\d{8,})\.pt")
+PART = ".part"  # ends the name of a file that is being written
 KEPT = 2
 
 
 def save_atomically(state: Any, path: Path) -> None:
     """Write (text, or anything through torch.save) to a temporary file, flush it to the disk,
-    rename. On failure (a full disk) the
-    temporary file is removed and what was at `path` stays. Raises OSError."""
-    temporary = path.with_name(path.name + ".part")
+    rename. On failure (a full disk) the temporary file is removed and what was at `path` stays.
+    Raises OSError."""
+    temporary = path.with_name(path.name + PART)
     try:
         with open(temporary, "wb") as file:
             file.write(state.encode()) if isinstance(state, str) else torch.save(state, file)
@@ -37,9 +40,21 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any]) -> Path:
     """Save the state after `step` steps and keep the latest two checkpoints."""
     path = run / f"checkpoint-{step:08d}.pt"
     save_atomically({"step": step, **state}, path)
-    for old in sorted(run.glob(PATTERN))[:-KEPT]:
+    unfinished = re.compile(CHECKPOINT.pattern + re.escape(PART))  # by a process that was killed
+    parts = [part for part in run.iterdir() if unfinished.fullmatch(part.name)]
+    for old in (*checkpoints(run)[:-KEPT], *parts):
         old.unlink()
     return path
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """In the order of their steps."""
+    steps = {
+        int(match["step"]): path
+        for path in run.iterdir()
+        if (match := CHECKPOINT.fullmatch(path.name)) and path.is_file()
+    }
+    return [steps[step] for step in sorted(steps)]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -47,10 +62,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        earlier = [other for other in sorted(path.parent.glob(PATTERN)) if other < path]
+        earlier = list(takewhile(lambda other: other != path, checkpoints(path.parent)))
         advice = f"; delete it to resume from {earlier[-1]}" if earlier else ""
         raise ValueError(f"checkpoint {path} is damaged ({error}){advice}") from error
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    return max(run.glob(PATTERN), default=None)
+    return next(reversed(checkpoints(run)), None)

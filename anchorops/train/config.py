@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -133,7 +134,7 @@ class Running:
     name: str | None = None
     """Directory of this run inside --out; DATASET-MODEL-METHODS-seedN if not given."""
     overwrite: bool = False
-    """Delete an earlier run of the same name."""
+    """Delete what an earlier run of the same name wrote."""
     seed: int = 0
     device: str | None = None
     """cuda if there is one, else cpu."""
@@ -218,7 +219,7 @@ class Config:
     def run(self) -> Path:
         """Directory of the run."""
         methods = "+".join(self.model.methods) or "plain"
-        model = self.model.model.replace(":", "-")
+        model = re.sub(r"[^\w.+-]", "-", self.model.model)
         name = f"{self.data.dataset}-{model}-{methods}-seed{self.running.seed}"
         return self.running.out / (self.running.name or name)
 

@@ -1,35 +1,53 @@
-"""The directory of a run: made once, written by one program at a time."""
+"""The directory of a run: written by one program at a time, and never cleared of what others
+wrote."""
 
 import fcntl
-import shutil
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .checkpoint import CHECKPOINT, PART, latest_checkpoint
 from .config import Config
-from .journal import METRICS
+
+MARKER = ".anchorops-run"
+CONFIG = "config.json"
+# what a run writes beside its marker; anything else in its directory is not its own
+WRITTEN = re.compile(
+    r"(config\.json|metrics\.jsonl|results\.json|predictions\.png|report\.html|best\.pt"
+    rf"|{CHECKPOINT.pattern})({re.escape(PART)})?|events\.out\.tfevents\..+"
+)
 
 
-def make_directory(config: Config) -> None:
-    """A new directory with its config.json. Raises ValueError where there is an earlier run that
-    came to its first log line."""
+@contextmanager
+def new_run(config: Config) -> Iterator[None]:
+    """Makes the directory of a run, with its marker and config.json, and keeps others out of it. An
+    earlier run there is removed with --overwrite, and only what it wrote.
+
+    Raises ValueError for a --name that is no name, where there is an earlier run, and where there
+    are files without a marker.
+    """
+    _check_name(config.running.name)
     run = config.run
-    if (run / "config.json").exists():
-        if (run / METRICS).exists() and not config.running.overwrite:
-            raise ValueError(
-                f"{run} holds an earlier run: continue it with `anchorops-train resume {run}`, or "
-                "give this one a --name, or --overwrite"
-            )
-        with held(run):
-            shutil.rmtree(run)
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run} is a file: give this run a --name")
+    if run.exists() and any(run.iterdir()) and not (run / MARKER).exists():
+        raise ValueError(
+            f"{run} holds files, and no {MARKER}: they are not of a run, or of one of an earlier "
+            f"version. {_offer(run)}remove them yourself, or give this run a --name"
+        )
     run.mkdir(parents=True, exist_ok=True)
-    config.save(run / "config.json")
+    with held(run):
+        _make_way(run, overwrite=config.running.overwrite)
+        config.save(run / CONFIG)
+        yield
 
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
     """Keeps others out of the run's directory. Raises ValueError where one of them is in it."""
-    with open(run / "config.json", "r+") as file:
+    with open(run / MARKER, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -37,3 +55,43 @@ def held(run: Path) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
+
+
+def _check_name(name: str | None) -> None:
+    if name is None:
+        return
+    if name in ("", ".", "..") or re.search(r"[/\\]", name) or not name.isprintable():
+        raise ValueError(
+            f"--name: expected a directory's name inside --out, without separators, got {name!r}"
+        )
+
+
+def _offer(run: Path) -> str:
+    """To continue what is there, where that can be."""
+    saved = (run / CONFIG).exists() and latest_checkpoint(run)
+    return f"continue it with `anchorops-train resume {run}`, or " if saved else ""
+
+
+def _make_way(run: Path, *, overwrite: bool) -> None:
+    found = sorted(run.iterdir())
+    own = [path for path in found if WRITTEN.fullmatch(path.name) and path.is_file()]
+    if all(path.name.removesuffix(PART) == CONFIG for path in own):
+        return  # a start that failed
+    if not overwrite:
+        raise ValueError(
+            f"{run} holds an earlier run: {_offer(run)}give this one a --name, or --overwrite, "
+            "which deletes the earlier one"
+        )
+    size = sum(path.stat().st_size for path in own) / 2**20
+    for path in own:
+        path.unlink()
+    others = [path for path in found if path not in own and path.name != MARKER]
+    left = f"; left alone: {_names(others)}" if others else ""
+    print(
+        f"--overwrite: deleted the earlier run in {run} ({_names(own)}; {size:.1f} MB){left}",
+        file=sys.stderr,
+    )
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import latest_checkpoint, save_atomically
 from .config import Config
 from .data import BatchSampler, Draws, mixed_seed, training_loader
-from .directory import held, make_directory
+from .directory import CONFIG, held, new_run
 from .finish import finish
 from .journal import Journal, peak_memory_mb
 from .learner import build_optimizer, parameter_groups
@@ -35,27 +35,23 @@ def start(config: Config) -> dict[str, Any]:
     """
     ranks = start_ranks(config.running.device)
     try:
-        ranks.from_first(lambda: make_directory(config))
-        return _train(config, ranks)
+        with new_run(config) if ranks.first else nullcontext():
+            return _Run(config, ranks).train()
     finally:
         stop_ranks()
 
 
 def resume(run: Path) -> dict[str, Any]:
     """Continue an interrupted run from its last checkpoint, as if it had never stopped."""
-    if not (run / "config.json").exists():
-        raise ValueError(f"resume {run}: expected the directory of a run, with its config.json")
-    config = Config.load(run / "config.json").replace(out=run.parent, name=run.name)
+    if not (run / CONFIG).exists():
+        raise ValueError(f"resume {run}: expected the directory of a run, with its {CONFIG}")
+    config = Config.load(run / CONFIG).replace(out=run.parent, name=run.name)
     ranks = start_ranks(config.running.device)
     try:
-        return _train(config, ranks)
+        with held(run) if ranks.first else nullcontext():
+            return _Run(config, ranks).train()
     finally:
         stop_ranks()
-
-
-def _train(config: Config, ranks: Ranks) -> dict[str, Any]:
-    with held(config.run) if ranks.first else nullcontext():
-        return _Run(config, ranks).train()
 
 
 class _Run:

@@ -1,0 +1,127 @@
+"""The directory of a run: what may be deleted, and what is offered instead."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from anchorops.train import checkpoint, directory, loop
+from anchorops.train.__main__ import main
+from anchorops.train.presets import DIGITS
+
+
+def begin(run: Path, **options) -> None:
+    with directory.new_run(DIGITS.replace(out=run.parent, name=run.name, **options)):
+        pass
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_directory_of_somebody_else_is_left_alone(options: list[str], tmp_path: Path):
+    """A model of Hugging Face has a config.json, and no metrics.jsonl."""
+    model = tmp_path / "models/bert"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text('{"model_type": "bert"}')
+    (model / "model.safetensors").write_bytes(b"months of training")
+    before = contents(model)
+    with pytest.raises(SystemExit, match=r"models/bert holds files, and no .anchorops-run"):
+        main(["--out", str(tmp_path / "models"), "--name", "bert", *options])
+    assert contents(model) == before
+
+
+def test_command_that_was_killed_and_is_repeated(tmp_path: Path):
+    """Its checkpoints are there before its first log line."""
+    run = tmp_path / "run"
+    begin(run)
+    checkpoint.save_checkpoint(run, 400, {})
+    before = contents(run)
+    with pytest.raises(SystemExit, match=f"continue it with `anchorops-train resume {run}`"):
+        main(["--out", str(tmp_path), "--name", "run"])
+    assert contents(run) == before
+
+
+def test_earlier_run_without_a_checkpoint(tmp_path: Path):
+    begin(tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="holds an earlier run: give this one a --name") as error:
+        begin(tmp_path / "run")
+    assert "resume" not in str(error.value)
+
+
+def test_overwriting_deletes_only_what_a_run_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    begin(run)
+    checkpoint.save_checkpoint(run, 400, {})
+    own = ["best.pt", "metrics.jsonl", "results.json.part", "events.out.tfevents.1.host.2.0"]
+    others = ["notes.txt", "checkpoint-best.pt", "results.json.old", "config.json~"]
+    for name in own + others:
+        (run / name).write_text(name)
+    (run / "predictions.png").mkdir()
+    begin(run, overwrite=True, seed=7)
+    left = {path.name for path in run.iterdir()}
+    assert left == {*others, "predictions.png", "config.json", directory.MARKER}
+    assert json.loads((run / "config.json").read_text())["running"]["seed"] == 7
+    said = capsys.readouterr().err
+    assert f"deleted the earlier run in {run} (best.pt, checkpoint-00000400.pt, config.json" in said
+    assert "left alone: checkpoint-best.pt, config.json~, notes.txt" in said
+
+
+def test_run_of_an_earlier_version(tmp_path: Path):
+    """It had no marker: it is not deleted, but goes on."""
+    run = tmp_path / "run"
+    begin(run)
+    checkpoint.save_checkpoint(run, 400, {})
+    (run / directory.MARKER).unlink()
+    with pytest.raises(
+        ValueError, match=rf"earlier version\. continue it with `anchorops-train resume {run}`"
+    ):
+        begin(run, overwrite=True)
+    with directory.held(run):
+        pass
+
+
+def test_start_in_an_empty_directory(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    begin(tmp_path / "run")
+    begin(tmp_path / "run")  # the first came to nothing
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file: give this run a --name"):
+        begin(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", "a\\b", "a\nb"])
+def test_name_that_is_a_path(name: str, tmp_path: Path):
+    with pytest.raises(ValueError, match="--name: expected a directory's name inside --out"):
+        loop.start(DIGITS.replace(out=tmp_path, name=name, device="cpu"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_that_is_a_path(tmp_path: Path):
+    run = DIGITS.replace(out=tmp_path, model="unet:../../x").run
+    assert run.parent == tmp_path and run.name == "digits-unet-..-..-x-plain-seed0"
+
+
+def test_directory_has_one_program_at_a_time(tmp_path: Path):
+    config = DIGITS.replace(out=tmp_path, name="busy", overwrite=True, device="cpu")
+    with directory.new_run(config):
+        with pytest.raises(ValueError, match="busy: another process is training in this directory"):
+            loop.resume(config.run)
+        with pytest.raises(ValueError, match="another process is training"):
+            loop.start(config)
+    assert (config.run / "config.json").exists()
+
+
+def test_only_checkpoints_are_rotated(tmp_path: Path):
+    """A file that somebody put beside them is neither deleted nor resumed from."""
+    for name in ("checkpoint-best.pt", "checkpoint-1.pt", "checkpoint-00000009.pt.old"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "checkpoint-00000002.pt.part").touch()  # of a process that was killed
+    paths = [checkpoint.save_checkpoint(tmp_path, step, {}) for step in (3, 4, 5)]
+    assert checkpoint.checkpoints(tmp_path) == paths[1:]
+    assert checkpoint.latest_checkpoint(tmp_path) == paths[2]
+    assert len(list(tmp_path.iterdir())) == 5
