@@ -142,7 +142,7 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
     called = []
     monkeypatch.setattr(program, "start", called.append)
-    monkeypatch.setattr(program, "resume", called.append)
+    monkeypatch.setattr(program, "resume", lambda run, **_: called.append(run))
     monkeypatch.setattr(program, "load_results", called.append)
     monkeypatch.setattr(program, "comparison", lambda results: "")
     monkeypatch.setattr(program, "_show", lambda results: None)

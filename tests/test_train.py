@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -141,6 +142,30 @@ def test_interrupted_run_continues_bit_for_bit(
     figures = [line for line in metrics(straight) if "val_miou" in line]
     assert [line for line in metrics(config.run) if "val_miou" in line] == figures
     assert [line["step"] for line in figures] == [3, 6]
+
+
+def test_resuming_from_inside(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The results of a finished run are made anew, in its directory alone."""
+    shutil.copytree(straight, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    Path("results.json").unlink()
+    assert loop.resume(Path("."))["run"] == str(tmp_path / "run")
+    assert Path("results.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_other_ranks_need_a_flag(straight: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "checkpoint-00000006.pt").unlink()
+    path = run / "checkpoint-00000004.pt"
+    state = checkpoint.load_checkpoint(path)
+    assert state["ranks"] == 1
+    checkpoint.save_atomically({**state, "ranks": 2}, path)
+    with pytest.raises(ValueError, match=r"4.pt is of 2 ranks, this is 1: .*--allow-other-ranks"):
+        loop.resume(run)
+    main(["resume", str(run), "--allow-other-ranks"])
+    assert_same_run(run, straight)
 
 
 def test_second_interrupt(monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """Data sets on disk, in trees that the tests write; augmentation, weights, evaluation."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,22 @@ def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[s
     options += ["--eval-batch-size", "2", "--overwrite"]
     with pytest.raises(SystemExit, match="--eval-batch-size: more than 1 needs images of one"):
         main(["folder", "--root", str(folder), "--out", str(folder), "--name", "run", *options])
+
+
+def test_relative_root_is_found_from_anywhere(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    options = ["--model", "segformer-b0", "--crop", "32", "32", "--steps", "1", "--batch-size", "2"]
+    options += ["--workers", "0", "--device", "cpu", "--out", "runs", "--name", "run"]
+    monkeypatch.chdir(folder.parent)
+    main(["folder", "--root", folder.name, *options])
+    monkeypatch.chdir("/")
+    run = folder.parent / "runs/run"
+    main(["resume", str(run)])
+    moved = folder.parent / "moved"
+    shutil.copytree(folder, moved)
+    shutil.rmtree(folder / "images")
+    with pytest.raises(SystemExit, match=rf"{folder}/images/train does not exist \(--root"):
+        main(["resume", str(run)])
+    main(["resume", str(run), "--root", str(moved)])
 
 
 def test_masks_are_read_before_a_run(folder: Path):

@@ -39,9 +39,17 @@ def _train(arguments: Sequence[str]) -> None:
     _show([start(config)])
 
 
-def _resume(run: tyro.conf.Positional[Path]) -> None:
-    """Continue an interrupted run."""
-    _show([resume(run)])
+def _resume(
+    run: tyro.conf.Positional[Path], root: Path | None = None, allow_other_ranks: bool = False
+) -> None:
+    """Continue an interrupted run.
+
+    Args:
+        run: its directory.
+        root: where its data set lies now, if that was moved.
+        allow_other_ranks: go on with another number of ranks, and so with other numbers.
+    """
+    _show([resume(run, root=root, allow_other_ranks=allow_other_ranks)])
 
 
 def _compare(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:

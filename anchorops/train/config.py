@@ -235,6 +235,11 @@ class Config:
             raise TypeError(f"Config.replace: no such option: {', '.join(options)}")
         return Config(**sections)
 
+    def anywhere(self) -> "Config":
+        """A copy that means the same files in every working directory."""
+        root, weights = self.data.root, self.model.weights
+        return self.replace(root=root and root.absolute(), weights=weights and weights.absolute())
+
     @property
     def settings(self) -> dict[str, Any]:
         """What makes two runs repetitions of each other, up to their seeds."""

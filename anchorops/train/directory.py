@@ -3,6 +3,7 @@ wrote."""
 
 import fcntl
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,8 +69,9 @@ def _check_name(name: str | None) -> None:
 
 def _offer(run: Path) -> str:
     """To continue what is there, where that can be."""
-    saved = (run / CONFIG).exists() and latest_checkpoint(run)
-    return f"continue it with `anchorops-train resume {run}`, or " if saved else ""
+    if not (run / CONFIG).exists() or latest_checkpoint(run) is None:
+        return ""
+    return f"continue it with `anchorops-train resume {shlex.quote(str(run))}`, or "
 
 
 def _make_way(run: Path, *, overwrite: bool) -> None:

@@ -33,6 +33,7 @@ def start(config: Config) -> dict[str, Any]:
     Raises ValueError where the configuration cannot be, OSError where files cannot be read or
     written, Interrupted after SIGTERM or Ctrl-C.
     """
+    config = config.anywhere()
     ranks = start_ranks(config.running.device)
     try:
         with new_run(config) if ranks.first else nullcontext():
@@ -41,21 +42,34 @@ def start(config: Config) -> dict[str, Any]:
         stop_ranks()
 
 
-def resume(run: Path) -> dict[str, Any]:
-    """Continue an interrupted run from its last checkpoint, as if it had never stopped."""
+def resume(
+    run: Path, *, root: Path | None = None, allow_other_ranks: bool = False
+) -> dict[str, Any]:
+    """Continue an interrupted run from its last checkpoint, as if it had never stopped.
+
+    Args:
+        run: its directory.
+        root: where its data set lies now, if that was moved.
+        allow_other_ranks: go on with another number of ranks, and so with other numbers.
+
+    Raises what `start` raises.
+    """
+    run = run.resolve()  # "." has no name
     if not (run / CONFIG).exists():
         raise ValueError(f"resume {run}: expected the directory of a run, with its {CONFIG}")
     config = Config.load(run / CONFIG).replace(out=run.parent, name=run.name)
+    if root is not None:
+        config = config.replace(root=root).anywhere()
     ranks = start_ranks(config.running.device)
     try:
         with held(run) if ranks.first else nullcontext():
-            return _Run(config, ranks).train()
+            return _Run(config, ranks, allow_other_ranks).train()
     finally:
         stop_ranks()
 
 
 class _Run:
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(self, config: Config, ranks: Ranks, allow_other_ranks: bool = False) -> None:
         self.config, self.ranks, self.run = config, ranks, config.run
         options, running = config.optimization, config.running
         saved = ranks.from_first(lambda: latest_checkpoint(self.run))
@@ -67,10 +81,16 @@ class _Run:
         )
         self.optimizer = build_optimizer(options.optimizer, groups)
         self.lr = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule.lr_factor)
-        self.state = State(self.model, self.optimizer, self.lr)
-        if saved:
-            self.state.restore(saved)
+        self.state = State(self.model, self.optimizer, self.lr, ranks.world)
+        before = self.state.restore(saved) if saved else ranks.world
         self.averages, self.progress = self.state.averages, self.state.progress
+        others = before != ranks.world and not self.schedule.ended(self.progress)
+        if others and not allow_other_ranks:
+            raise ValueError(
+                f"{saved} is of {before} ranks, this is {ranks.world}: the numbers would not be "
+                "those of the run without a stop, for each rank has its own random numbers and "
+                f"batch statistics. Resume with {before}, or with --allow-other-ranks"
+            )
         if running.sync_bn and ranks.world > 1 and ranks.device.type == "cuda":
             convert_sync_batchnorm(learner)
         if running.compile:

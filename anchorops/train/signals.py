@@ -1,5 +1,6 @@
 """Stopping on request, at the end of a step."""
 
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ class Interrupted(Exception):
         program = "torchrun … -m anchorops.train" if launched() else "anchorops-train"
         super().__init__(
             f"stopped by {signal.Signals(signum).name} after step {step}; continue with: "
-            f"{program} resume {run}"
+            f"{program} resume {shlex.quote(str(run))}"
         )
         self.exit_status = 128 + signum
 

@@ -35,8 +35,8 @@ class State:
     and BatchSampler. The methods' state is in the model's.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, lr: LRScheduler) -> None:
-        self.model, self.optimizer, self.lr = model, optimizer, lr
+    def __init__(self, model: nn.Module, optimizer: Optimizer, lr: LRScheduler, ranks: int) -> None:
+        self.model, self.optimizer, self.lr, self.ranks = model, optimizer, lr, ranks
         self.averages, self.progress = Averages(), Progress()
 
     def save(self, run: Path) -> None:
@@ -45,14 +45,17 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.lr.state_dict(),
             "averages": self.averages.state(),
+            "ranks": self.ranks,
             **asdict(self.progress),
         }
         save_checkpoint(run, self.progress.step, state)
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path) -> int:
+        """How many ranks wrote the checkpoint."""
         state = load_checkpoint(path)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr.load_state_dict(state["schedule"])
         self.averages.restore(state["averages"])
         self.progress = Progress(**{name: state[name] for name in asdict(Progress())})
+        return state.get("ranks", self.ranks)  # of an earlier version's it is not known
