@@ -12,15 +12,27 @@ from torch import Tensor
 from ._checks import check_ignore_index, describe, fail, missing_extra
 
 try:
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import NullFormatter
+    from matplotlib.transforms import Bbox
 except ModuleNotFoundError as error:
     raise missing_extra("plots", error) from error
 
 BLUE = "#3465a4"
+LONGEST = 24  # characters of a class's name in a figure
+
+
+def plain(name: str, longest: int = LONGEST) -> str:
+    """A name as matplotlib is to draw it: no markup, its middle left out where it is long."""
+    if len(name) > longest:
+        end = longest // 3
+        name = f"{name[: longest - end - 1]}…{name[-end:]}"
+    return name.replace("$", r"\$")
 
 
 def _matrix(function: str, argument: str, value: Tensor) -> Tensor:
@@ -40,14 +52,16 @@ def cosine_map(
     left of them without their mean where centered."""
     rows = _matrix("cosine_map", "vectors", vectors)
     unit = F.normalize(rows - rows.mean(0) if centered else rows, dim=1)
+    shown = [plain(name) for name in names or []]
     size = max(3.5, min(10.0, 0.25 * len(unit)))
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    margin = 0.075 * max(map(len, shown), default=0)  # inches of a name in 10 points
+    figure = Figure(figsize=(size + margin + 1, size + margin), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow((unit @ unit.T).numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
     figure.colorbar(image, ax=axes, shrink=0.8)
     if names is not None:
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks(range(len(shown)), shown, rotation=90)
+        axes.set_yticks(range(len(shown)), shown)
     axes.set_title(title)
     return figure
 
@@ -55,22 +69,48 @@ def cosine_map(
 def iou_against_frequency(
     iou: Tensor, pixels: Tensor, names: Sequence[str] | None = None
 ) -> Figure:
-    """Each class's IoU over its share of the training pixels; iou and pixels: [K]."""
+    """Each class's IoU over its share of the training pixels; iou and pixels: [K]. Of names that
+    would lie over each other that of the rarer class is written."""
     share = pixels.detach().double().cpu() / pixels.sum().clamp(min=1).cpu()
     values = iou.detach().double().cpu()
     shown = (share > 0) & values.isfinite()
     figure = Figure(figsize=(5.5, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.scatter(share[shown].numpy(), values[shown].numpy(), s=20, color=BLUE)
-    for k, name in enumerate(names or []):
-        if shown[k]:
-            position = (float(share[k]), float(values[k]))
-            axes.annotate(name, position, xytext=(3, 3), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="share of training pixels", ylabel="IoU")
     axes.margins(x=0.15)  # room for the names at the right edge
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
+    if names is not None:
+        order: list[int] = [k for k in share.argsort().tolist() if shown[k]]
+        _annotate(axes, [((float(share[k]), float(values[k])), names[k]) for k in order])
     return figure
+
+
+def _annotate(axes: Axes, points: Sequence[tuple[tuple[float, float], str]]) -> None:
+    """Write names beside points, the first ones first, where there is room."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # the layout
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    taken: list[Bbox] = []
+    for position, name in points:
+        for x, y in ((4, 3), (4, -3), (-4, 3), (-4, -3)):
+            text = axes.annotate(
+                plain(name),
+                position,
+                xytext=(x, y),
+                textcoords="offset points",
+                ha="left" if x > 0 else "right",
+                va="bottom" if y > 0 else "top",
+                fontsize=7,
+            )
+            box = text.get_window_extent(renderer)
+            inside = figure.bbox.count_contains([box.min, box.max]) == 2
+            if inside and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def _project(points: Tensor) -> tuple[Tensor, str]:
@@ -108,7 +148,8 @@ def features_with_anchors(
     valid = valid[:: max(1, -(-len(valid) // max_points))]
     rows = feature_rows(features.detach().cpu())[valid].float()
     points, method = _project(torch.cat([rows, stars]))
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    longest = max((len(plain(name)) for name in names or []), default=0)
+    figure = Figure(figsize=(6 + 0.05 * longest, 4.5), layout="constrained")
     axes = figure.subplots()
     palette = {"cmap": "tab20", "vmin": 0, "vmax": max(19, len(stars) - 1)}
     axes.scatter(*points[: len(rows)].T.numpy(), c=keys[valid].numpy(), s=4, alpha=0.5, **palette)
@@ -120,20 +161,19 @@ def features_with_anchors(
         edgecolors="black",
         **palette,
     )
-    for k, name in enumerate(names or []):
-        x, y = points[len(rows) + k].tolist()
-        axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=7)
     axes.set(xticks=[], yticks=[], title=f"features and anchors ({method})")
     if names is not None:
         span = Normalize(palette["vmin"], palette["vmax"])
         colors = ScalarMappable(span, palette["cmap"]).to_rgba(np.arange(len(names)))
         dots = [
-            Line2D([], [], color=tuple(color), marker="o", linestyle="", label=name)
+            Line2D([], [], color=tuple(color), marker="o", linestyle="", label=plain(name))
             for color, name in zip(colors, names, strict=True)
         ]
         figure.legend(
             handles=dots, loc="outside right upper", fontsize=7, ncols=-(-len(dots) // 20)
         )
+        places = points[len(rows) :].tolist()
+        _annotate(axes, [((x, y), name) for (x, y), name in zip(places, names, strict=True)])
     return figure
 
 

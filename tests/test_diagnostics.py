@@ -185,6 +185,29 @@ def test_figures_draw_their_data() -> None:
     assert draws(figure).std() > 0
 
 
+def test_names_are_no_markup_and_do_not_overlap() -> None:
+    markup = ["$", "a$b$", r"$\frac$", r"\$", "_under", "<b>&amp;"]
+    names = [*markup, *(f"a class whose name is very long, number {k}" for k in range(K))]
+    count = len(names)
+    shares, vectors = torch.full((count,), 1.0), torch.randn(count, D)
+    for figure in (
+        plots.cosine_map(vectors, names),
+        plots.iou_against_frequency(torch.linspace(0.5, 0.51, count), shares, names),
+        plots.features_with_anchors(torch.randn(50, D), torch.arange(50), vectors, names=names),
+    ):
+        draws(figure)
+        (axes, *_) = figure.axes
+        tick_labels = [*axes.get_xticklabels(), *axes.get_yticklabels()]
+        legends = [text for legend in figure.legends for text in legend.get_texts()]
+        assert max(len(text.get_text()) for text in [*tick_labels, *legends]) <= plots.LONGEST + 1
+        texts = [text for text in axes.texts if text.get_text()]
+        boxes = [text.get_window_extent() for text in texts]
+        assert not any(box.count_overlaps(boxes) > 1 for box in boxes)
+        assert axes.get_window_extent().height > 0.5 * figure.bbox.height
+    assert [plots.plain(name) for name in markup[:2]] == [r"\$", r"a\$b\$"]
+    assert plots.plain(names[-1]) == "a class whose n…number 7"
+
+
 def test_projection_without_umap_is_pca() -> None:
     if plots.importlib.util.find_spec("umap") is not None:
         pytest.skip("UMAP is installed, so that PCA is not used")

@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 
 import anchorops as ao
 from anchorops._measure import peak_extra_bytes
-from anchorops.train import loop
+from anchorops.train import finish, loop, report
 from anchorops.train.__main__ import main
 from anchorops.train.analysis import collect_features
 from anchorops.train.config import Data, Optimization
@@ -107,6 +107,33 @@ def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[s
     options += ["--eval-batch-size", "2", "--overwrite"]
     with pytest.raises(SystemExit, match="--eval-batch-size: more than 1 needs images of one"):
         main(["folder", "--root", str(folder), "--out", str(folder), "--name", "run", *options])
+
+
+NAMES = [r"a $\frac$ thing", "<script>&amp;", "_of which the name is " + 5 * "so very long "]
+
+
+@pytest.mark.parametrize("fails", [None, "draw_predictions", "collect_features", "_curves"])
+def test_results_do_not_depend_on_pictures(
+    fails: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """Names with markup are drawn as they are; what fails is said on one line."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no\nink")
+
+    if fails:
+        monkeypatch.setattr(report if fails == "_curves" else finish, fails, fail)
+    (folder / "classes.txt").write_text("\n".join(NAMES))
+    config = FOLDER.replace(root=folder, out=folder, name="a$b$<i>", workers=0, device="cpu")
+    config = config.replace(crop=(32, 32), steps=1, batch_size=2, model="segformer-b0")
+    loop.start(config)
+    found = {path.name for path in config.run.iterdir()}
+    assert {"results.json", "best.pt", "report.html"} <= found
+    assert ("predictions.png" in found) == (fails != "draw_predictions")
+    page = (config.run / "report.html").read_text()
+    assert "<script>" not in page and "<i>" not in page and "&lt;script&gt;&amp;amp;" in page
+    said = [line for line in capsys.readouterr().err.splitlines() if "could not be made" in line]
+    assert [line.rpartition(": ")[2] for line in said] == (["no ink"] if fails else [])
 
 
 def test_relative_root_is_found_from_anywhere(folder: Path, monkeypatch: pytest.MonkeyPatch):

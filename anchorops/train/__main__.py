@@ -95,7 +95,8 @@ def _show(results: list[dict]) -> None:
         return
     print(comparison(results))
     for result in results:
-        print(f"{result['run']}/predictions.png  {result['run']}/report.html")
+        made = [Path(result["run"], name) for name in ("predictions.png", "report.html")]
+        print(*(path for path in made if path.exists()), sep="  ")
 
 
 COMMANDS = {"resume": _resume, "compare": _compare, "demo": _demo}

@@ -15,13 +15,16 @@ KEPT = 2
 
 
 def save_atomically(state: Any, path: Path) -> None:
-    """Write (text, or anything through torch.save) to a temporary file, flush it to the disk,
-    rename. On failure (a full disk) the temporary file is removed and what was at `path` stays.
-    Raises OSError."""
+    """Write (text, bytes, anything else through torch.save) to a temporary file, flush it to the
+    disk, rename. On failure (a full disk) the temporary file is removed and what was at `path`
+    stays. Raises OSError."""
     temporary = path.with_name(path.name + PART)
     try:
         with open(temporary, "wb") as file:
-            file.write(state.encode()) if isinstance(state, str) else torch.save(state, file)
+            if isinstance(state, str | bytes):
+                file.write(state.encode() if isinstance(state, str) else state)
+            else:
+                torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

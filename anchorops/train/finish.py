@@ -5,11 +5,11 @@ import json
 import math
 from typing import Any
 
-from .analysis import collect_features
+from .analysis import Features, collect_features
 from .checkpoint import save_atomically
 from .cost import cost_of_regularizer
 from .data import evaluation_transform
-from .journal import peak_memory_mb
+from .journal import attempt, peak_memory_mb
 from .parts import Parts
 from .pictures import choose_images, draw_predictions
 from .report import write_report
@@ -22,32 +22,42 @@ ANALYSED = 200  # validation images whose features the report shows
 
 
 def finish(parts: Parts, progress: Progress, summary: dict[str, Any]) -> dict[str, Any]:
-    """Write results.json, then the pictures and the report; the results."""
+    """Write results.json, then the pictures and the report, which may fail; the results."""
     results = _results(parts, progress, summary)
     run = parts.config.run
     if parts.ranks.first:
         save_atomically(json.dumps(results, indent=2) + "\n", run / "results.json")
-    costs = cost_of_regularizer(parts)
+    costs = attempt("the cost of the regulariser", lambda: cost_of_regularizer(parts))
     if not parts.ranks.first:
         return results
-    draw_predictions(
+    picture = attempt("predictions.png", lambda: _save_predictions(parts, results))
+    features = attempt("the picture of the features", lambda: _collect_features(parts))
+    weight = parts.model.classifier.weight.detach().flatten(1).cpu()
+    attempt("report.html", lambda: write_report(run, results, picture, features, weight, costs))
+    return results
+
+
+def _save_predictions(parts: Parts, results: dict[str, Any]) -> bytes:
+    run = parts.config.run
+    picture = draw_predictions(
         parts.model,
         parts.validation_set,
         choose_images(parts.validation_set, PICTURES),
-        run / "predictions.png",
         transform=evaluation_transform(parts.config.data, parts.validation_set.channels),
         window=parts.window,
         title=f"{run.name}: mIoU {100 * results['miou']:.1f} %",
         device=parts.ranks.device,
     )
+    save_atomically(picture, run / "predictions.png")
+    return picture
+
+
+def _collect_features(parts: Parts) -> Features:
     count = math.ceil(ANALYSED / parts.config.running.eval_batch_size)
     with batches_of(validation_loader(parts, rank=0, world=1)) as batches:
-        features = collect_features(
+        return collect_features(
             parts.model, itertools.islice(batches, count), parts.num_classes, parts.ranks.device
         )
-    weight = parts.model.classifier.weight.detach().flatten(1).cpu()
-    write_report(run, results, features, weight, costs)
-    return results
 
 
 def _results(parts: Parts, progress: Progress, summary: dict[str, Any]) -> dict[str, Any]:

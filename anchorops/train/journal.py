@@ -1,10 +1,11 @@
-"""What a run tells: a progress bar, metrics.jsonl, TensorBoard."""
+"""What a run tells: a progress bar, metrics.jsonl, TensorBoard, and what failed after training."""
 
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from .checkpoint import save_atomically
 
 METRICS = "metrics.jsonl"
+Result = TypeVar("Result")
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -107,6 +109,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged ({error})") from None
+
+
+def attempt(what: str, make: Callable[[], Result]) -> Result | None:
+    """What `make` gives, None where it fails, which one line of stderr says: whatever is made after
+    the training, the results are there and the rest is made too."""
+    try:
+        return make()
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"anchorops-train: {what} could not be made: {reason}", file=sys.stderr)
+        return None
 
 
 class Averages:

@@ -1,7 +1,7 @@
 """Pictures of what a network sees, for people."""
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ..plots import plain
 from .config import IGNORED
 from .data import Segmentation
 from .evaluate import predict
@@ -60,14 +61,13 @@ def draw_predictions(
     model: nn.Module,
     dataset: Segmentation,
     indices: Sequence[int],
-    path: Path,
     *,
     transform: v2.Transform,
     window: tuple[int, int] | None,
     title: str,
     device: torch.device,
-) -> None:
-    """Write a picture: each image, its truth and the prediction, made as an evaluation makes it."""
+) -> bytes:
+    """A PNG file: each image, its truth and the prediction, made as an evaluation makes it."""
     model.eval()
     colors = palette(len(dataset.classes))
     rows, seen = [], set[int]()
@@ -92,11 +92,13 @@ def draw_predictions(
             axis.set_yticks([])
             if column == 0:
                 axis.set_ylabel(name)
-    figure.suptitle(title, fontsize=10)
-    names = {k: str(dataset.classes[k]) for k in sorted(seen - {IGNORED})[:MOST_NAMES]}
+    figure.suptitle(plain(title, longest=int(14 * figure.get_figwidth())), fontsize=10)
+    names = {k: plain(dataset.classes[k]) for k in sorted(seen - {IGNORED})[:MOST_NAMES]}
     bottom = draw_legend(figure, names | {IGNORED: "ignored"}, colors)
     figure.tight_layout(rect=(0, bottom, 1, 1))
-    figure.savefig(path, dpi=110)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()
 
 
 def draw_legend(figure: Figure, names: Mapping[int, str], colors: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from .checkpoint import save_atomically
 from .compare import comparison
 from .config import IGNORED
 from .cost import Cost
-from .journal import METRICS, read_metrics
+from .directory import CONFIG
+from .journal import METRICS, attempt, read_metrics
 
 IOUS = ("val_miou", "val_head", "val_body", "val_tail")
 NOT_CURVES = ("step", "lr", "images_per_second", "memory_mb")
@@ -33,7 +34,7 @@ MOST_NAMES = 40  # classes whose names fit into a figure
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-       color: #222; }
+       color: #222; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem }
 img { max-width: 100%; height: auto } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto }
 table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: right }
@@ -47,58 +48,71 @@ td:first-child, th:first-child { text-align: left } tr + tr { border-top: 1px so
 def write_report(
     run: Path,
     results: dict[str, Any],
-    features: Features,
+    predictions: bytes | None,
+    features: Features | None,
     classifier: Tensor,
     costs: tuple[Cost, Cost] | None,
-) -> Path:
-    """Write report.html into the run's directory.
+) -> None:
+    """Write report.html into the run's directory. A section that fails is left out, and said.
 
     Args:
         results: of the run.
-        features: of the validation split.
+        predictions: a picture, None where there is none.
+        features: of the validation split, None where there are none.
         classifier: weight [K, D].
         costs: without and with the regulariser, None where there is none.
     """
-    names = [c["name"] for c in results["classes"]]
-    shown = names if len(names) <= MOST_NAMES else None
-    metrics = read_metrics(run / METRICS)
-    sections = [
-        ("", _headline(results)),
-        ("Predictions", _image((run / "predictions.png").read_bytes())),
-        ("Training", _png(_curves(metrics))),
-        ("Classes by frequency", _png(_iou_by_frequency(results["classes"]))),
-        ("F1 by frequency", _png(_f1_by_frequency(results["f1_by_frequency"]))),
-        (f"The {min(RAREST, len(names))} rarest classes", _rarest(results["classes"])),
-        ("Cosines between classes", _cosine_maps(features, classifier, names)),
-        (
-            "Features",
-            "<p>Pixels of the validation images, as many of each class as there are, and the "
-            "classes' centroids (stars).</p>"
-            + _png(
-                features_with_anchors(
-                    *features.samples, features.centroids, names=shown, ignore_index=IGNORED
-                )
-            ),
-        ),
-    ]
-    if heat := _similarity(features, results["classes"]):
-        sections.insert(-1, heat)
+    classes, summary = results["classes"], comparison([results])
+    sections: dict[str, Callable[[], str]] = {"": lambda: _headline(results)}
+    if predictions:
+        sections["Predictions"] = lambda: _image(predictions)
+    sections |= {
+        "Training": lambda: _png(_curves(read_metrics(run / METRICS))),
+        "Classes by frequency": lambda: _png(_iou_by_frequency(classes)),
+        "F1 by frequency": lambda: _png(_f1_by_frequency(results["f1_by_frequency"])),
+        f"The {min(RAREST, len(classes))} rarest classes": lambda: _rarest(classes),
+    }
+    if features:
+        sections |= _of_features(features, classifier, classes)
     if costs:
-        sections.append(("Cost of the regulariser", _cost_table(costs)))
-    sections.append(("Summary", f"<pre>{html.escape(comparison([results]))}</pre>"))
-    configuration = html.escape((run / "config.json").read_text())
-    sections.append(("Configuration", f"<pre>{configuration}</pre>"))
+        sections["Cost of the regulariser"] = lambda: _cost_table(costs)
+    sections["Summary"] = lambda: f"<pre>{html.escape(summary)}</pre>"
+    sections["Configuration"] = lambda: f"<pre>{html.escape((run / CONFIG).read_text())}</pre>"
+    made = {title: attempt(f"report.html: {title}", make) for title, make in sections.items()}
     body = "\n".join(
-        f"<h2>{title}</h2>\n{content}" if title else content for title, content in sections
+        f"<h2>{html.escape(title)}</h2>\n{content}" if title else content
+        for title, content in made.items()
+        if content is not None
     )
     title = html.escape(run.name)
-    path = run / "report.html"
     save_atomically(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style></head><body><h1>{title}</h1>\n{body}\n</body></html>\n",
-        path,
+        run / "report.html",
     )
-    return path
+
+
+def _of_features(
+    features: Features, classifier: Tensor, classes: list[dict[str, Any]]
+) -> dict[str, Callable[[], str]]:
+    names = [c["name"] for c in classes]
+    shown = names if len(names) <= MOST_NAMES else None
+    sections = {"Cosines between classes": lambda: _cosine_maps(features, classifier, names)}
+    present = [k for k in features.example[2].unique().tolist() if 0 <= k < len(classes)]
+    if present:
+        rarest = min(present, key=lambda k: classes[k]["frequency"])
+        title = f"Cosine to the centroid of “{names[rarest]}”"
+        sections[title] = lambda: _similarity(features, rarest)
+    sections["Features"] = lambda: (
+        "<p>Pixels of the validation images, as many of each class as there are, and the classes' "
+        "centroids (stars).</p>"
+        + _png(
+            features_with_anchors(
+                *features.samples, features.centroids, names=shown, ignore_index=IGNORED
+            )
+        )
+    )
+    return sections
 
 
 def _percent(value: float | None) -> str:
@@ -195,18 +209,12 @@ def _iou_by_frequency(classes: list[dict[str, Any]]) -> Figure:
     return iou_against_frequency(iou, share, names)
 
 
-def _similarity(features: Features, classes: list[dict[str, Any]]) -> tuple[str, str] | None:
-    """The first image and the cosines of its pixels to the centroid of its rarest class."""
-    image, maps, labels = features.example
-    present = [k for k in labels.unique().tolist() if 0 <= k < len(classes)]
-    if not present:
-        return None
-    rarest = min(present, key=lambda k: classes[k]["frequency"])
+def _similarity(features: Features, k: int) -> str:
+    """The first image and the cosines of its pixels to the centroid of class k."""
+    image, maps, _ = features.example
     shown = image[:3] if len(image) >= 3 else image[0]
     shown = (shown - shown.min()) / (shown.max() - shown.min()).clamp(min=1e-6)
-    figure = centroid_similarity(maps, features.centroids[rarest], shown)
-    title = f"Cosine to the centroid of “{html.escape(classes[rarest]['name'])}”"
-    return title, _png(figure)
+    return _png(centroid_similarity(maps, features.centroids[k], shown))
 
 
 def _f1_by_frequency(means: list[float | None]) -> Figure:
