@@ -205,7 +205,7 @@ def test_names_are_no_markup_and_do_not_overlap() -> None:
         assert not any(box.count_overlaps(boxes) > 1 for box in boxes)
         assert axes.get_window_extent().height > 0.5 * figure.bbox.height
     assert [plots.plain(name) for name in markup[:2]] == [r"\$", r"a\$b\$"]
-    assert plots.plain(names[-1]) == "a class whose n…number 7"
+    assert plots.plain(names[-1]) == "a class whose n…number 4"
 
 
 def test_projection_without_umap_is_pca() -> None:
