@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -21,11 +22,11 @@ from PIL import Image
 
 from anchorops.train import checkpoint, loop, signals, workers
 from anchorops.train.__main__ import main
-from anchorops.train.compare import comparison
+from anchorops.train.compare import comparison, load_results
 from anchorops.train.config import Config
 from anchorops.train.data import evaluation_loader
 from anchorops.train.digits import DigitScenes
-from anchorops.train.journal import Journal
+from anchorops.train.journal import Journal, read_metrics
 from anchorops.train.models import build_model
 from anchorops.train.presets import DIGITS, PRESETS
 
@@ -389,11 +390,70 @@ def test_truncated_checkpoint_names_the_earlier_one(tmp_path: Path):
         checkpoint.load_checkpoint(second)
 
 
+def test_flipped_bit_in_a_checkpoint(tmp_path: Path):
+    path = checkpoint.save_checkpoint(tmp_path, 1, {"x": torch.zeros(10_000)})
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 4  # in the tensor's values
+    path.write_bytes(whole)
+    assert torch.load(path)["x"].any()  # torch says nothing
+    with pytest.raises(ValueError, match=r"checkpoint-00000001.pt is damaged \(the checksum of"):
+        checkpoint.load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: [state], r"checkpoint .*6.pt is damaged \(it holds a list\); delete it to"),
+        (
+            lambda state: state | {"model": {"body.weight": torch.zeros(3)}},
+            r"checkpoint .*6.pt does not fit this run: it is of another model.* Missing key",
+        ),
+        (
+            lambda state: {"step": 6},
+            r"checkpoint .*6.pt does not fit this run: .*KeyError: 'model'",
+        ),
+    ],
+)
+def test_checkpoint_of_something_else(change, message: str, straight: Path, tmp_path: Path):
+    shutil.copytree(straight, tmp_path / "run")
+    path = tmp_path / "run/checkpoint-00000006.pt"
+    checkpoint.save_atomically(change(checkpoint.load_checkpoint(path)), path)
+    with pytest.raises(SystemExit, match=message):
+        main(["resume", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"loss": 1}\n'])
+def test_damaged_files_are_named(text: str, straight: Path, tmp_path: Path):
+    shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").write_text(text + "\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged \("):
+        read_metrics(tmp_path / "run/metrics.jsonl")
+    (tmp_path / "run/results.json").write_text(text[:2])
+    with pytest.raises(ValueError, match=r"results.json is damaged \("):
+        load_results(tmp_path / "run")
+
+
+def test_what_was_found_is_said_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = TINY.replace(out=tmp_path, name="found", steps=1, methods=())
+    loop.start(config)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        f"run in {config.run}",
+        "data set digits: 64 training and 10 validation images, 11 classes",
+    ]
+    assert re.match(r"training images: 32 high, 32 wide, [\d.]+ % of the pixels ignored", lines[2])
+    assert lines[3].startswith("validation images: 32 high")
+    assert re.match(r"rarest classes: \d [\d.]+ %, .* of the training pixels", lines[4])
+    assert any(re.search(r"step 1 of 1 took [\d.]+ s", line) for line in lines[5:])
+
+
 def test_loss_that_is_not_finite(tmp_path: Path):
     config = TINY.replace(
         out=tmp_path, name="diverging", lr=1e30, optimizer="sgd", methods=(), save_every=1
     )
-    with pytest.raises(ValueError, match=r"not finite at step 1: .*norm; .*checkpoint: none"):
+    with pytest.raises(ValueError, match=r"not finite at step 1: .*norm; .*none\).* --lr.*data"):
         loop.start(config)
     assert not list(config.run.glob("*.pt"))
 

@@ -21,13 +21,12 @@ from anchorops.train.__main__ import main
 from anchorops.train.analysis import collect_features
 from anchorops.train.config import Data, Optimization
 from anchorops.train.cost import measure_cost
+from anchorops.train.counts import check_classes, class_counts, describe_counts
 from anchorops.train.data import (
     RandomScale,
     Training,
     augmentation,
     build_datasets,
-    check_classes,
-    class_counts,
     evaluation_transform,
 )
 from anchorops.train.digits import DigitScenes
@@ -87,11 +86,11 @@ def test_folder(folder: Path):
 
 def test_counts_are_made_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch):
     cache = folder / "cache"
-    pixels, images = class_counts(open_folder(folder, "train"), cache)
+    pixels, images, *_ = class_counts(open_folder(folder, "train"), cache)
     assert pixels.tolist() == [18, 18 + 20] and images.tolist() == [1, 2]
     monkeypatch.setattr(MaskFolder, "read_labels", None)
     again = class_counts(open_folder(folder, "train"), cache)
-    assert [x.tolist() for x in again] == [[18, 38], [1, 2]]
+    assert [x.tolist() for x in again[:2]] == [[18, 38], [1, 2]]
     with pytest.raises(TypeError):  # another label map: counted anew
         class_counts(open_folder(folder, "train", label_map={1: 255}), cache)
 
@@ -220,7 +219,7 @@ def test_tiff_whose_channels_come_first(tmp_path: Path):
 
 @pytest.mark.parametrize("value", [-1, 70_000])
 def test_label_map_of_impossible_values(folder: Path, value: int):
-    with pytest.raises(ValueError, match="label map: expected values 0 to 65535"):
+    with pytest.raises(ValueError, match="--label-map: expected values 0 to 65535"):
         open_folder(folder, "train", label_map={value: 1})
 
 
@@ -262,6 +261,72 @@ def test_messages_name_the_file(folder: Path):
     (root / "classes.txt").unlink()
     with pytest.raises(ValueError, match=r"classes.txt does not exist: write it, or give --num"):
         open_folder(root, "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("Straße\nthing".encode("latin-1"), r"classes.txt: expected UTF-8, got .* byte 0xdf"),
+        ("a\nb".encode("utf-16"), r"classes.txt: expected UTF-8"),
+        (b"\n \n", r"classes.txt is empty: expected the name of a class on each line"),
+        (b"a\nb\na\n", r"classes.txt: expected each name once, got again: a$"),
+        (b"a\n", r"classes.txt: expected 2 to 255 classes, got 1"),
+    ],
+)
+def test_names_of_classes_that_cannot_be(content: bytes, message: str, folder: Path):
+    (folder / "classes.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_folder(folder, "train")
+
+
+def test_files_of_a_folder_that_do_not_pair(folder: Path):
+    write(folder / "images/train/.hidden/b.jpg", image())
+    (folder / "images/train/a/._1.jpg").write_bytes(b"of macOS")
+    (folder / "masks/train/._b.png").write_bytes(b"of macOS")
+    assert len(open_folder(folder, "train")) == 2
+    write(folder / "masks/train/c.png", mask(0))
+    with pytest.raises(ValueError, match=r"masks/train/c.png has no image in .*images/train"):
+        open_folder(folder, "train")
+    write(folder / "images/train/c.png", image())
+    write(folder / "images/train/c.jpg", image())
+    with pytest.raises(ValueError, match=r"train/c.png lies beside .*train/c.jpg: expected one"):
+        open_folder(folder, "train")
+    (folder / "images/train/c.jpg").unlink()
+    write(folder / "masks/train/c.tif", mask(0))
+    with pytest.raises(ValueError, match=r"masks/train/c.tif lies beside .*c.png: expected one"):
+        open_folder(folder, "train")
+
+
+def test_image_with_a_nan(tmp_path: Path):
+    values = np.zeros((6, 9), np.float32)
+    values[0, 0] = np.nan
+    write(tmp_path / "images/train/x.tif", values)
+    write(tmp_path / "masks/train/x.png", mask(0, 1))
+    with pytest.raises(ValueError, match=r"x.tif: expected finite values, got NaN or infinity in"):
+        open_folder(tmp_path, "train", num_classes=2)[0]
+
+
+def test_sizes_ignored_pixels_and_rare_classes(folder: Path):
+    counts = class_counts(open_folder(folder, "train"), folder / "cache")
+    assert (counts.ignored, counts.heights, counts.widths) == (18, (4, 6), (5, 9))
+    again = class_counts(open_folder(folder, "train"), folder / "cache")
+    assert again[2:] == counts[2:] and torch.equal(again.pixels, counts.pixels)
+    assert describe_counts(["ground", "thing"], counts, counts)[1:] == [
+        "validation images: 4 to 6 high, 5 to 9 wide, 24.3 % of the pixels ignored",
+        "rarest classes: ground 32 %, thing 68 % of the training pixels",
+    ]
+    (kept,) = (folder / "cache").iterdir()
+    for text in ("", "{}"):
+        kept.write_text(text)
+        with pytest.raises(ValueError, match=f"{kept} is damaged .*: delete it"):
+            class_counts(open_folder(folder, "train"), folder / "cache")
+
+
+def test_weights_of_absent_classes(folder: Path):
+    (folder / "classes.txt").write_text("ground\nthing\nabsent")
+    config = FOLDER.replace(root=folder, out=folder, given_class_weights=(0.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match="--given-class-weights: every class with training pixels"):
+        loop.start(config.replace(workers=0, device="cpu"))
 
 
 def test_cityscapes(tmp_path: Path):

@@ -13,12 +13,12 @@ from torchvision import tv_tensors
 
 import anchorops as ao
 from anchorops.train.config import Config
+from anchorops.train.counts import class_counts
 from anchorops.train.data import (
     BatchSampler,
     Draws,
     PhotometricDistort,
     VariedCrop,
-    class_counts,
 )
 from anchorops.train.digits import DigitScenes
 from anchorops.train.learner import Learner, build_regularizer
@@ -63,7 +63,7 @@ def test_digits_of_train_and_val_are_disjoint():
 
 
 def test_digit_frequencies_have_a_long_tail():
-    pixels, images = class_counts(DigitScenes("train", 2000, (64, 64), seed=0), Path())
+    pixels, images, *_ = class_counts(DigitScenes("train", 2000, (64, 64), seed=0), Path())
     shares = pixels / pixels.sum()
     assert images[0] == 2000 and images[1] > 2 * images[10]
     assert shares[1] > 2 * shares[3] > 3 * shares[8]
@@ -158,6 +158,23 @@ def test_weights_start_a_model_with_other_classes(tmp_path: Path):
         ValueError, match=r"weights .*weights.pt are of another model: missing body"
     ):
         build_model("segformer-b0", 5, weights=path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"model": [1]}, {"a": 1}])
+def test_weights_that_are_none(content: object, tmp_path: Path):
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights .*weights.pt cannot be read: expected tensors"):
+        build_model("hrnet-w18-small", 5, weights=tmp_path / "weights.pt")
+
+
+def test_configuration_that_is_damaged(tmp_path: Path):
+    path = tmp_path / "config.json"
+    DIGITS.save(path)
+    whole = path.read_text()
+    for text in (whole.replace('"seed": 0', '"seed": -1'), "[]", whole[:50], whole + "\ufffd"):
+        path.write_bytes(text.encode("latin-1", "replace") + (b"\xff" if text == whole else b""))
+        with pytest.raises(ValueError, match=r"config.json is damaged, or of another version"):
+            Config.load(path)
 
 
 def test_auxiliary_head_adds_its_cross_entropy():
@@ -262,6 +279,17 @@ def test_method_options():
         ({"cat_max_ratio": 0.0}, "--cat-max-ratio: expected a share above 0"),
         ({"clip": 0.0}, "--clip: expected more than 0"),
         ({"ohem": 7.0}, "--ohem: expected a probability"),
+        ({"lr": float("nan")}, "--lr: expected a finite value, got nan"),
+        ({"scale": (1.0, float("inf"))}, "--scale: expected a finite value"),
+        ({"seed": -1}, "--seed: expected 0 to 9223372036854775807, got -1"),
+        ({"seed": 2**64}, "--seed: expected 0 to"),
+        ({"steps": 2**40}, "--steps: expected at most 2147483647"),
+        ({"val_images": 0}, "--val-images: expected at least 1"),
+        ({"channels": 0}, "--channels: expected at least 1"),
+        ({"num_classes": 1}, "--num-classes: expected at least 2"),
+        ({"head_tail": (2.0, 0.1)}, "--head-tail: expected two shares"),
+        ({"given_class_weights": (0.0, 0.0)}, "--given-class-weights: expected .* one above, got"),
+        ({"given_class_weights": (-1.0, 2.0)}, "--given-class-weights: expected no value below 0"),
         ({"methods": ("sar", "sar")}, "--methods: expected each at most once"),
     ],
 )

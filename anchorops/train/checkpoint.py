@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import zipfile
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,21 @@ def checkpoints(run: Path) -> list[Path]:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Raises ValueError where the file is damaged, naming an earlier checkpoint if there is one."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the sums that it writes
+            if broken := archive.testzip():
+                raise ValueError(f"the checksum of {broken} does not fit")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
     except Exception as error:
-        earlier = list(takewhile(lambda other: other != path, checkpoints(path.parent)))
-        advice = f"; delete it to resume from {earlier[-1]}" if earlier else ""
-        raise ValueError(f"checkpoint {path} is damaged ({error}){advice}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"checkpoint {path} is damaged ({reason}){_advice(path)}") from error
+    return state
+
+
+def _advice(path: Path) -> str:
+    earlier = list(takewhile(lambda other: other != path, checkpoints(path.parent)))
+    return f"; delete it to resume from {earlier[-1]}" if earlier else ""
 
 
 def latest_checkpoint(run: Path) -> Path | None:

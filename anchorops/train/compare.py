@@ -18,7 +18,10 @@ def load_results(run: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{run}: expected a finished run, with its results.json")
     settings = Config.load(run / "config.json").settings
-    return {**json.loads(path.read_text()), "settings": settings}
+    try:
+        return {**json.loads(path.read_text()), "settings": settings}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
 
 
 def comparison(results: Sequence[dict[str, Any]]) -> str:

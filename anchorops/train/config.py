@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ OF_ONE_RUN = (
     *("save_every", "log_every", "tensorboard", "eval_batch_size"),
 )
 IGNORED = -1  # the label of a pixel without one: no class, however many there are
+LARGEST = 2**31 - 1
+LARGEST_SEED = 2**63 - 1  # torch's generators take no more
 MULTIPLE = 32  # the coarsest stride of the networks: image sides are multiples of it
 
 
@@ -178,8 +181,9 @@ class Config:
 
     def __post_init__(self) -> None:
         least = {
+            2: "num_classes",
             1: "steps batch_size accumulate save_every log_every eval_batch_size threads patience "
-            "short_side ohem_kept",
+            "short_side ohem_kept train_images val_images channels",
             0: "workers warmup eval_every power lr weight_decay head_lr_factor auxiliary_weight "
             "focal_gamma",
         }
@@ -192,6 +196,16 @@ class Config:
             for name in names.split():
                 if options[name] is not None and options[name] < bound:
                     raise _wrong(name, f"at least {bound}", options[name])
+        for name, value in options.items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
+                raise _wrong(name, "a finite value", value)
+            if name != "seed" and any(isinstance(x, int) and x > LARGEST for x in numbers):
+                raise _wrong(name, f"at most {LARGEST}", value)
+        if not 0 <= self.running.seed <= LARGEST_SEED:
+            raise _wrong("seed", f"0 to {LARGEST_SEED}", self.running.seed)
+        if (given := self.optimization.given_class_weights) and (min(given) < 0 or not any(given)):
+            raise _wrong("given_class_weights", "no value below 0, and one above", given)
         methods = self.model.methods
         if len(set(methods)) < len(methods):
             raise _wrong("methods", "each at most once", methods)
@@ -201,13 +215,13 @@ class Config:
             raise _wrong("scale", "0 < smallest <= largest", self.data.scale)
         if not 0 < self.data.cat_max_ratio <= 1:
             raise _wrong("cat_max_ratio", "a share above 0", self.data.cat_max_ratio)
-        if not self.data.head_tail[0] >= self.data.head_tail[1]:
-            raise _wrong("head_tail", "the share of the head first", self.data.head_tail)
+        if not 1 >= self.data.head_tail[0] >= self.data.head_tail[1] >= 0:
+            raise _wrong("head_tail", "two shares, that of the head first", self.data.head_tail)
         if self.running.patience and not self.running.eval_every:
             raise _wrong("patience", "--eval-every beside it", self.running.patience)
         if self.optimization.given_class_weights and self.optimization.class_weights != "none":
             kind = self.optimization.class_weights
-            raise _wrong("given-class-weights", "--class-weights none beside it", kind)
+            raise _wrong("given_class_weights", "--class-weights none beside it", kind)
         if options["clip"] is not None and options["clip"] <= 0:
             raise _wrong("clip", "more than 0", options["clip"])
         if options["ohem"] is not None and not 0 < options["ohem"] <= 1:
@@ -259,7 +273,7 @@ class Config:
             return Config(
                 **{name: section(**_typed(saved[name])) for name, section in sections.items()}
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is damaged, or of another version ({error!r})") from error
 
 

@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +12,7 @@ from torchvision.transforms import v2
 
 from .config import IGNORED, Data
 from .digits import DigitScenes
-from .folders import MaskFolder, class_histogram, count_classes, open_folder, open_published
+from .folders import open_folder, open_published
 from .workers import follow_parent
 
 RETRIES = 10  # of a crop that shows little but one class
@@ -56,33 +55,6 @@ def build_datasets(config: Data, seed: int) -> tuple[Segmentation, Segmentation]
     else:
         train, val = (open_published(config.dataset, root, split) for split in ("train", "val"))
     return train, val
-
-
-def class_counts(dataset: Segmentation, cache: Path) -> tuple[Tensor, Tensor]:
-    """How many training pixels and how many images have each class, int64 [K] each; of digit
-    scenes, among the first 2000."""
-    if isinstance(dataset, MaskFolder):
-        return count_classes(dataset, cache)
-    pixels = torch.zeros(2, len(dataset.classes), dtype=torch.int64)
-    for index in range(min(len(dataset), 2000)):
-        histogram = class_histogram(dataset[index][1], len(dataset.classes))
-        pixels += torch.stack([histogram, histogram > 0])
-    return pixels[0], pixels[1]
-
-
-def check_classes(classes: Sequence[str], training: Tensor, validation: Tensor) -> list[str]:
-    """Names of the classes that have no training pixel; training, validation: pixels [K]. Raises
-    ValueError where there is nothing to learn or to measure."""
-    if not validation.any():
-        raise ValueError("the validation split has not one valid pixel")
-    absent = [name for name, count in zip(classes, training.tolist(), strict=True) if not count]
-    if len(absent) > len(classes) - 2:
-        present = [name for name in classes if name not in absent]
-        raise ValueError(
-            f"the training masks have pixels of {len(present)} class alone {present}; 255 is "
-            "ignored unless --label-map makes it a class"
-        )
-    return absent
 
 
 class RandomScale(v2.Transform):

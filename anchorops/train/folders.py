@@ -1,11 +1,7 @@
 """Data sets on disk: a plain folder of images and masks, and published ones in their layouts."""
 
-import hashlib
 import itertools
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +12,7 @@ from torch import Tensor
 
 from .config import IGNORED
 
+CLASSES = "classes.txt"
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_CLASSES = 4096  # of a confusion matrix
 LABEL_VALUES = 65_536
@@ -64,10 +61,10 @@ class MaskFolder:
             raise ValueError(f"expected 2 to {MAX_CLASSES} classes, got {len(classes)}")
         wrong = {new for new in labels.values() if not (0 <= new < len(classes) or new == IGNORED)}
         if wrong:
-            raise ValueError(f"label map: expected classes 0 to {len(classes) - 1}, got {wrong}")
+            raise ValueError(f"--label-map: expected classes 0 to {len(classes) - 1}, got {wrong}")
         unread = [value for value in labels if not 0 <= value < LABEL_VALUES]
         if unread:
-            raise ValueError(f"label map: expected values 0 to {LABEL_VALUES - 1}, got {unread}")
+            raise ValueError(f"--label-map: expected values 0 to {LABEL_VALUES - 1}, got {unread}")
         self.pairs, self.classes, self.labels, self.channels = pairs, classes, labels, channels
         self._table = np.full(LABEL_VALUES, UNKNOWN, np.int16)
         for value, label in labels.items():
@@ -153,6 +150,11 @@ def read_image(path: Path, size: Sequence[int]) -> Tensor:
         array = array.astype(np.uint8) * 255
     elif array.dtype.kind == "f":
         array = array.astype(np.float32)
+        if not (finite := np.isfinite(array)).all():
+            share = 1 - finite.mean()
+            raise ValueError(
+                f"{path}: expected finite values, got NaN or infinity in {100 * share:.2g} %"
+            )
     elif array.dtype != np.uint8:
         raise ValueError(f"{path}: expected 8 or 16 bits or floating values, got {array.dtype}")
     return torch.from_numpy(np.moveaxis(array, 2, 0).copy())
@@ -165,29 +167,54 @@ def _existing(path: Path) -> Path:
 
 
 def _matched(
-    images: Path, masks: Path, image_end: Sequence[str], mask_end: Sequence[str]
+    images: Path,
+    masks: Path,
+    image_end: Sequence[str],
+    mask_end: Sequence[str],
+    *,
+    other_masks: bool = True,
 ) -> list[tuple[Path, Path]]:
-    """Images under a folder, each with the mask of the same relative name up to its ending."""
-    pairs = []
-    _existing(masks)
-    for image in sorted(_existing(images).rglob("*")):
-        end = next((end for end in image_end if image.name.lower().endswith(end.lower())), None)
-        if end is None:
-            continue
-        stem = str(image.relative_to(images))[: -len(end)]
-        candidates = [masks / (stem + ending) for ending in mask_end]
-        mask = next((path for path in candidates if path.exists()), None)
-        if mask is None:
-            raise ValueError(f"{candidates[0]} does not exist: the mask of {image}")
-        pairs.append((image, mask))
-    if not pairs:
+    """Images under a folder, each with the mask of the same relative name up to its ending.
+    other_masks: whether there may be masks without an image."""
+    found, of_stem = _by_stem(images, image_end), _by_stem(masks, mask_end)
+    if not found:
         raise ValueError(f"{images} has no images ({', '.join(image_end)})")
-    return pairs
+    for stem, image in found.items():
+        if stem not in of_stem:
+            raise ValueError(f"{masks / (stem + mask_end[0])} does not exist: the mask of {image}")
+    alone = [mask for stem, mask in of_stem.items() if stem not in found]
+    if alone and not other_masks:
+        raise ValueError(
+            f"{alone[0]} has no image in {images} ({len(alone)} masks have none): give it its "
+            "image or take it away; --mask-suffix tells masks from other files"
+        )
+    return [(image, of_stem[stem]) for stem, image in found.items()]
+
+
+def _by_stem(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
+    """Files under a folder by relative name without ending, in order; hidden ones (the `._a.jpg`
+    of macOS) are left out."""
+    found: dict[str, Path] = {}
+    for path in sorted(_existing(folder).rglob("*")):
+        relative = path.relative_to(folder)
+        end = next((end for end in endings if path.name.lower().endswith(end.lower())), None)
+        if end is None or any(part.startswith(".") for part in relative.parts):
+            continue
+        stem = str(relative)[: -len(end)]
+        if stem in found:
+            raise ValueError(
+                f"{path} lies beside {found[stem]}: expected one file of that name, whatever its "
+                "ending"
+            )
+        found[stem] = path
+    return found
 
 
 def _listed(names: Path, images: Path, masks: Path, mask_end: str) -> list[tuple[Path, Path]]:
     """The pairs that a text file lists by name."""
-    stems = _existing(names).read_text().split()
+    stems = _read_text(_existing(names)).split()
+    if not stems:
+        raise ValueError(f"{names} is empty: expected the names of images")
     pairs = [(images / f"{stem}.jpg", masks / f"{stem}{mask_end}") for stem in stems]
     for path in itertools.chain.from_iterable(pairs):
         _existing(path)
@@ -260,7 +287,7 @@ def open_published(name: str, root: Path, split: str) -> MaskFolder:
         classes = _read_classes(root) or [f"class {k + 1}" for k in range(layout.classes)]
         if len(classes) != layout.classes:
             raise ValueError(
-                f"{root / 'classes.txt'}: expected {layout.classes} lines, got {len(classes)}"
+                f"{root / CLASSES}: expected {layout.classes} lines, got {len(classes)}"
             )
     else:
         classes = layout.classes
@@ -286,27 +313,35 @@ def open_folder(
     """
     classes = _read_classes(_existing(root)) or [f"class {k}" for k in range(num_classes or 0)]
     if not classes:
-        raise ValueError(f"{root / 'classes.txt'} does not exist: write it, or give --num-classes")
+        raise ValueError(f"{root / CLASSES} does not exist: write it, or give --num-classes")
     if num_classes not in (None, len(classes)):
         raise ValueError(
-            f"{root / 'classes.txt'}: expected {num_classes} lines (--num-classes), got "
-            f"{len(classes)}"
+            f"{root / CLASSES}: expected {num_classes} lines (--num-classes), got {len(classes)}"
         )
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        source = "--num-classes" if num_classes else root / CLASSES
+        raise ValueError(f"{source}: expected 2 to {MAX_CLASSES} classes, got {len(classes)}")
     labels = {NO_CLASS: IGNORED} | {k: k for k in range(len(classes))} | dict(label_map or {})
     if len(classes) <= NO_CLASS:
         labels = {k: IGNORED if label == NO_CLASS else label for k, label in labels.items()}
     image_end = (image_suffix,) if image_suffix else IMAGES
     mask_end = (mask_suffix,) if mask_suffix else (".png", ".tif", ".tiff")
-    pairs = _matched(root / "images" / split, root / "masks" / split, image_end, mask_end)
+    folders = root / "images" / split, root / "masks" / split
+    pairs = _matched(*folders, image_end, mask_end, other_masks=False)
     return MaskFolder(pairs, classes, labels, channels)
 
 
 def _read_classes(root: Path) -> list[str] | None:
-    path = root / "classes.txt"
+    path = root / CLASSES
     if not path.exists():
         return None
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    classes = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    if not classes:
+        raise ValueError(f"{path} is empty: expected the name of a class on each line")
+    twice = sorted({name for name in classes if classes.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path}: expected each name once, got again: {', '.join(twice)}")
+    return classes
 
 
 def class_histogram(labels: Tensor, num_classes: int) -> Tensor:
@@ -314,25 +349,8 @@ def class_histogram(labels: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(labels.flatten().int() + 1, minlength=num_classes + 1)[1:]
 
 
-def count_classes(dataset: MaskFolder, cache: Path) -> tuple[Tensor, Tensor]:
-    """How many pixels and how many images have each class, int64 [K] each. Counted once and kept
-    in the folder `cache`, as long as the files and the label map are the same."""
-    files = [(str(mask), mask.stat().st_size, mask.stat().st_mtime) for _, mask in dataset.pairs]
-    key = repr((files, sorted(dataset.labels.items()), len(dataset.classes)))
-    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if not path.exists():
-        counts = torch.zeros(2, len(dataset.classes), dtype=torch.int64)
-
-        def histogram_of(index: int) -> Tensor:  # masks themselves would pile up
-            return class_histogram(dataset.read_labels(index), counts.shape[1])
-
-        with ThreadPoolExecutor() as threads:
-            for histogram in threads.map(histogram_of, range(len(dataset))):
-                counts += torch.stack([histogram, histogram > 0])
-        cache.mkdir(parents=True, exist_ok=True)
-        found = {"pixels": counts[0].tolist(), "images": counts[1].tolist()}
-        temporary = path.with_suffix(f".{os.getpid()}")  # other runs may be counting too
-        temporary.write_text(json.dumps(found))
-        temporary.replace(path)
-    kept = json.loads(path.read_text())
-    return torch.tensor(kept["pixels"]), torch.tensor(kept["images"])
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8, got {error}") from None

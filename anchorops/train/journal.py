@@ -104,11 +104,14 @@ class Journal:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
-    lines = path.read_text().splitlines(keepends=True)
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except json.JSONDecodeError as error:
+        lines = path.read_text().splitlines(keepends=True)
+        metrics = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not all(isinstance(line, dict) and "step" in line for line in metrics):
+            raise ValueError("a line without a step")
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error})") from None
+    return metrics
 
 
 def attempt(what: str, make: Callable[[], Result]) -> Result | None:

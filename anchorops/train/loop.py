@@ -117,12 +117,17 @@ class _Run:
         )
         with StopSignals() as signals, batches_of(loader) as batches, self._journal() as journal:
             summary = self._evaluate(journal, signals) if schedule.evaluates(progress) else None
+            first = progress.step + 1
             while not schedule.ended(progress):
                 begin = time.perf_counter()
                 self._train_step(batches)
                 if schedule.logs(progress):
                     self._check_finite()  # waits for the device, for the clock too
-                progress.seconds += time.perf_counter() - begin
+                seconds = time.perf_counter() - begin
+                progress.seconds += seconds
+                if progress.step == first:
+                    steps = self.config.optimization.steps
+                    journal.write(f"step {first} of {steps} took {seconds:.2g} s")
                 if schedule.logs(progress):
                     self._log(journal)
                 journal.step()
@@ -194,7 +199,8 @@ class _Run:
                 f"not finite at step {self.progress.step}: "
                 f"{', '.join(broken) or 'on another rank'}; "
                 f"nothing of it was saved (last checkpoint: {saved or 'none'}). "
-                "A smaller --lr, a --warmup or --clip may help"
+                "It can come from the learning rate (a smaller --lr, a --warmup or --clip may "
+                "help) or from the data (values far from 0 to 1 in floating images)"
             )
 
     def _save(self) -> None:

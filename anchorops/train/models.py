@@ -166,11 +166,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("model", "state_dict"):
-            state = state.get(key, state)
+            state = state.get(key, state) if isinstance(state, dict) else state
+        if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+            raise ValueError(f"expected tensors by name, got a {type(state).__name__}")
     except FileNotFoundError:
         raise ValueError(f"weights {path} do not exist") from None
     except Exception as error:
-        raise ValueError(f"weights {path} cannot be read: {error}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"weights {path} cannot be read: {reason}") from error
     own = model.state_dict()
     state = {
         key: value

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .data import Segmentation, build_datasets, check_classes, class_counts
+from .counts import check_classes, class_counts, describe_counts
+from .data import Segmentation, build_datasets
 from .learner import Learner, build_loss, build_regularizer, class_weights
 from .models import Segmenter, build_model
 from .ranks import Ranks
@@ -49,23 +50,38 @@ def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool) -> Parts
     if running.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     splits = build_datasets(config.data, running.seed)
+    classes = splits[0].classes
+    place = f" in {config.data.root}" if config.data.root else ""
+    _say(
+        ranks,
+        f"run in {config.run}",
+        f"data set {config.data.dataset}{place}: {len(splits[0])} training and {len(splits[1])} "
+        f"validation images, {len(classes)} classes",
+    )
     # reads every mask: what is wrong with one shows now
-    (pixels, images), (valid, _) = ranks.from_first(
+    training, validation = ranks.from_first(
         lambda: [class_counts(split, running.out / "class-counts") for split in splits]
     )
-    absent = check_classes(splits[0].classes, pixels, valid)
-    if absent and ranks.first:
-        print(f"no training pixels: {', '.join(absent)}", file=sys.stderr)
+    absent = check_classes(classes, training.pixels, validation.pixels)
+    _say(ranks, *describe_counts(classes, training, validation))
+    if absent:
+        _say(ranks, f"no training pixels: {', '.join(absent)}")
+    frequencies = training.pixels / training.pixels.sum()
     layout = torch.channels_last if running.channels_last else torch.preserve_format
     learner = _build_learner(
         config,
         splits[0],
-        frequencies=pixels / pixels.sum(),
-        prior=images / images.sum().clamp(min=1),
+        frequencies=frequencies,
+        prior=training.images / training.images.sum().clamp(min=1),
         from_checkpoint=from_checkpoint,
     ).to(ranks.device)
     learner.to(memory_format=layout)  # pyright: ignore
-    return Parts(config, ranks, *splits, pixels / pixels.sum(), learner, layout)
+    return Parts(config, ranks, *splits, frequencies, learner, layout)
+
+
+def _say(ranks: Ranks, *lines: str) -> None:
+    if ranks.first:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def _build_learner(
@@ -100,5 +116,7 @@ def _build_learner(
                 f"--given-class-weights: expected {num_classes} values, got {len(given)}"
             )
         weights = torch.tensor(given)
+        if not (weights * frequencies).any():
+            raise ValueError("--given-class-weights: every class with training pixels has weight 0")
     loss = build_loss(options, weights)
     return Learner(model, regularizer, loss, config.model.auxiliary_weight)

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from torch import nn
 from torch.optim import Optimizer
@@ -51,11 +52,18 @@ class State:
         save_checkpoint(run, self.progress.step, state)
 
     def restore(self, path: Path) -> int:
-        """How many ranks wrote the checkpoint."""
+        """How many ranks wrote the checkpoint. Raises ValueError where it does not fit."""
         state = load_checkpoint(path)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr.load_state_dict(state["schedule"])
-        self.averages.restore(state["averages"])
-        self.progress = Progress(**{name: state[name] for name in asdict(Progress())})
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.lr.load_state_dict(state["schedule"])
+            self.averages.restore(state["averages"])
+            self.progress = Progress(**{name: state[name] for name in asdict(Progress())})
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"checkpoint {path} does not fit this run: it is of another model, data set or "
+                f"version ({shorten(reason, 300, placeholder=' …')})"
+            ) from error
         return state.get("ranks", self.ranks)  # of an earlier version's it is not known

@@ -1,0 +1,143 @@
+"""What the masks of a data set hold, counted before the training."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .config import IGNORED
+from .data import Segmentation
+from .folders import MaskFolder, class_histogram
+
+SCENES = 2_000  # of digits, among which classes are counted
+RAREST = 5  # classes that are named
+
+
+class Counts(NamedTuple):
+    """Of a split's masks: pixels [K] and images [K] of each class, int64; ignored pixels; least and
+    largest height and width in pixels."""
+
+    pixels: Tensor
+    images: Tensor
+    ignored: int
+    heights: tuple[int, int]
+    widths: tuple[int, int]
+
+
+def class_counts(dataset: Segmentation, cache: Path) -> Counts:
+    """Of digit scenes among the first 2000; of masks on disk all, once, and kept in the folder
+    `cache` as long as the files and the label map are the same."""
+    if isinstance(dataset, MaskFolder):
+        return _kept_counts(dataset, cache)
+    num_classes = len(dataset.classes)
+    scenes = (dataset[index][1] for index in range(min(len(dataset), SCENES)))
+    return _sum(_count(labels, num_classes) for labels in scenes)
+
+
+def _count(labels: Tensor, num_classes: int) -> Counts:
+    """Of one mask (H, W)."""
+    pixels = class_histogram(labels, num_classes)
+    height, width = labels.shape
+    ignored = int((labels == IGNORED).sum())
+    return Counts(pixels, (pixels > 0).long(), ignored, (height, height), (width, width))
+
+
+def _sum(masks: Iterable[Counts]) -> Counts:
+    def add(a: Counts, b: Counts) -> Counts:
+        return Counts(
+            a.pixels + b.pixels,
+            a.images + b.images,
+            a.ignored + b.ignored,
+            (min(a.heights[0], b.heights[0]), max(a.heights[1], b.heights[1])),
+            (min(a.widths[0], b.widths[0]), max(a.widths[1], b.widths[1])),
+        )
+
+    return reduce(add, masks)
+
+
+def _kept_counts(dataset: MaskFolder, cache: Path) -> Counts:
+    files = [(str(mask), mask.stat().st_size, mask.stat().st_mtime) for _, mask in dataset.pairs]
+    key = repr((Counts._fields, files, sorted(dataset.labels.items()), len(dataset.classes)))
+    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if not path.exists():
+
+        def read(index: int) -> Counts:  # masks themselves would pile up
+            return _count(dataset.read_labels(index), len(dataset.classes))
+
+        threads = ThreadPoolExecutor()
+        try:
+            masks = tqdm(
+                threads.map(read, range(len(dataset))),
+                desc="counting classes",
+                total=len(dataset),
+                unit="mask",
+                dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 10,
+            )
+            counts = _sum(masks)
+        finally:
+            threads.shutdown(cancel_futures=True)  # one that fails ends all
+        cache.mkdir(parents=True, exist_ok=True)
+        found = {
+            name: value.tolist() if isinstance(value, Tensor) else value
+            for name, value in counts._asdict().items()
+        }
+        temporary = path.with_suffix(f".{os.getpid()}")  # other runs may be counting too
+        temporary.write_text(json.dumps(found))
+        temporary.replace(path)
+    try:
+        kept = Counts(**json.loads(path.read_text()))
+        return kept._replace(
+            pixels=torch.tensor(kept.pixels),
+            images=torch.tensor(kept.images),
+            heights=tuple(kept.heights),
+            widths=tuple(kept.widths),
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it") from None
+
+
+def check_classes(classes: Sequence[str], training: Tensor, validation: Tensor) -> list[str]:
+    """Names of the classes that have no training pixel; training, validation: pixels [K]. Raises
+    ValueError where there is nothing to learn or to measure."""
+    if not validation.any():
+        raise ValueError("the validation split has not one valid pixel")
+    absent = [name for name, count in zip(classes, training.tolist(), strict=True) if not count]
+    if len(absent) > len(classes) - 2:
+        present = [name for name in classes if name not in absent]
+        raise ValueError(
+            f"the training masks have pixels of {len(present)} class alone {present}; 255 is "
+            "ignored unless --label-map makes it a class"
+        )
+    return absent
+
+
+def describe_counts(classes: Sequence[str], training: Counts, validation: Counts) -> list[str]:
+    """Lines about sizes, ignored pixels and rare classes."""
+    lines = []
+    for split, counts in (("training", training), ("validation", validation)):
+        total = int(counts.pixels.sum()) + counts.ignored
+        lines.append(
+            f"{split} images: {_range(counts.heights)} high, {_range(counts.widths)} wide, "
+            f"{100 * counts.ignored / total:.3g} % of the pixels ignored"
+        )
+    present = [k for k in training.pixels.argsort(stable=True).tolist() if training.pixels[k] > 0]
+    total = int(training.pixels.sum())
+    rarest = [
+        f"{classes[k]} {100 * int(training.pixels[k]) / total:.2g} %" for k in present[:RAREST]
+    ]
+    return [*lines, f"rarest classes: {', '.join(rarest)} of the training pixels"]
+
+
+def _range(bounds: tuple[int, int]) -> str:
+    least, largest = bounds
+    return str(least) if least == largest else f"{least} to {largest}"
