@@ -137,7 +137,7 @@ def check_pip(words: list[str]) -> None:
 def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The training program parses its arguments to the end; nothing is trained."""
     pytest.importorskip("tyro", reason="what training needs is not installed")
-    from anchorops.train import __main__ as program
+    from anchorops.train import commands as program
     from anchorops.train.learner import build_regularizer
 
     called = []

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from anchorops.train import checkpoint, loop, signals, workers
-from anchorops.train.__main__ import main
+from anchorops.train.commands import main
 from anchorops.train.compare import comparison, load_results
 from anchorops.train.config import Config
 from anchorops.train.data import evaluation_loader
@@ -465,7 +465,7 @@ def test_options_on_the_command_line(monkeypatch: pytest.MonkeyPatch):
         started.append(config)
         raise signals.Interrupted(signal.SIGTERM, config.run, 0)
 
-    monkeypatch.setattr("anchorops.train.__main__.start", record)
+    monkeypatch.setattr("anchorops.train.commands.start", record)
     options = (
         "ade20k-segformer-b5 --methods cbp occl --method-options cbp.length 1 occl.split images"
     )

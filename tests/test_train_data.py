@@ -17,8 +17,8 @@ from torchvision import tv_tensors
 import anchorops as ao
 from anchorops._measure import peak_extra_bytes
 from anchorops.train import finish, loop, report
-from anchorops.train.__main__ import main
 from anchorops.train.analysis import collect_features
+from anchorops.train.commands import main
 from anchorops.train.config import Data, Optimization
 from anchorops.train.cost import measure_cost
 from anchorops.train.counts import check_classes, class_counts, describe_counts

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from anchorops.train import checkpoint, directory, loop
-from anchorops.train.__main__ import main
+from anchorops.train.commands import main
 from anchorops.train.presets import DIGITS
 
 

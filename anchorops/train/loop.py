@@ -21,7 +21,7 @@ from .learner import build_optimizer, parameter_groups
 from .parts import build_parts
 from .ranks import Ranks, start_ranks, stop_ranks
 from .schedule import Schedule
-from .signals import Interrupted, StopSignals
+from .signals import Interrupted, StopSignals, end_at_once
 from .state import State
 from .validation import validate
 from .workers import batches_of
@@ -71,6 +71,7 @@ def resume(
 class _Run:
     def __init__(self, config: Config, ranks: Ranks, allow_other_ranks: bool = False) -> None:
         self.config, self.ranks, self.run = config, ranks, config.run
+        end_at_once.run = self.run
         options, running = config.optimization, config.running
         saved = ranks.from_first(lambda: latest_checkpoint(self.run))
         self.parts = build_parts(config, ranks, from_checkpoint=saved is not None)

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-STOPPING = {signal.SIGTERM, signal.SIGINT}
+from .signals import STOPPING
+
 # what workers import, and importing torch takes seconds; "__main__" is multiprocessing's default
 PRELOADED = ["__main__", f"{__package__}.loop"]
 

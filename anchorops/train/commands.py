@@ -1,0 +1,124 @@
+"""What anchorops-train does: train, resume, compare, demo."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+try:
+    import tyro
+
+    from .compare import comparison, load_results
+    from .loop import resume, start
+    from .presets import DEMO, PRESETS
+    from .ranks import is_first
+    from .signals import Interrupted
+except ModuleNotFoundError as error:
+    sys.exit(f"anchorops-train: {error}: install what training needs: pip install anchorops[train]")
+
+USAGE = """usage: anchorops-train [PRESET] [OPTIONS]     train; PRESET is digits if not given
+       anchorops-train [PRESET] --help        the options
+       anchorops-train resume RUN             continue an interrupted run
+       anchorops-train compare RUN [RUN …]    finished runs beside each other
+       anchorops-train demo [--steps N]       both networks, plain and with SAR, on digits"""
+
+
+def _train(arguments: Sequence[str]) -> None:
+    preset = "digits"
+    if arguments and not arguments[0].startswith("-"):
+        preset, *arguments = arguments
+    if preset not in PRESETS:
+        raise ValueError(f"{preset!r} is neither a command nor a preset ({', '.join(PRESETS)})")
+    description, default = PRESETS[preset]
+    config = tyro.cli(
+        type(default),
+        prog=f"anchorops-train {preset}",
+        description=description,
+        args=arguments,
+        default=default,
+    )
+    _show([start(config)])
+
+
+def _resume(
+    run: tyro.conf.Positional[Path], root: Path | None = None, allow_other_ranks: bool = False
+) -> None:
+    """Continue an interrupted run.
+
+    Args:
+        run: its directory.
+        root: where its data set lies now, if that was moved.
+        allow_other_ranks: go on with another number of ranks, and so with other numbers.
+    """
+    _show([resume(run, root=root, allow_other_ranks=allow_other_ranks)])
+
+
+def _compare(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    """Put finished runs beside each other: mean ± standard deviation over seeds."""
+    if not runs:
+        raise ValueError("compare: expected the directories of finished runs, got none")
+    print(comparison([load_results(run) for run in runs]))
+
+
+def _demo(
+    steps: int = 500,
+    out: Path = Path("runs/demo"),
+    seed: int = 0,
+    threads: int = 1,
+) -> None:
+    """HRNet-W18-small and SegFormer-B0 on digit scenes, plain and with SAR.
+
+    Args:
+        steps: of each of the four runs.
+        out: directory of the runs; earlier ones there are overwritten.
+        seed: of weights and data.
+        threads: CPU threads of torch.
+    """
+    results = []
+    for name, config in DEMO.items():
+        for methods in ((), ("sar",)):
+            run = f"{name}-{'+'.join(methods) or 'plain'}"
+            config = config.replace(
+                steps=steps,
+                out=out,
+                seed=seed,
+                threads=threads,
+                methods=methods,
+                name=run,
+                overwrite=True,
+            )
+            results.append(start(config))
+    _show(results)
+
+
+def _show(results: list[dict]) -> None:
+    if not is_first():
+        return
+    print(comparison(results))
+    for result in results:
+        made = [Path(result["run"], name) for name in ("predictions.png", "report.html")]
+        print(*(path for path in made if path.exists()), sep="  ")
+
+
+COMMANDS = {"resume": _resume, "compare": _compare, "demo": _demo}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            command, *rest = arguments
+            tyro.cli(COMMANDS[command], prog=f"anchorops-train {command}", args=rest)
+        else:
+            if arguments and arguments[0] in ("-h", "--help"):
+                print(USAGE)
+                print("presets:", *(f"{k}: {text}" for k, (text, _) in PRESETS.items()), sep="\n  ")
+                return
+            _train(arguments)
+    except Interrupted as interrupted:
+        if is_first():
+            print(f"anchorops-train: {interrupted}", file=sys.stderr)
+        sys.exit(interrupted.exit_status)
+    except (ValueError, OSError) as error:
+        # of an error in a worker of the data loader torch hands on the whole traceback as text
+        _, _, message = str(error).rstrip().rpartition("\nValueError: ")
+        sys.exit(f"anchorops-train: {message}")
