@@ -3,12 +3,15 @@ BIN := .venv/bin
 SOURCES := $(shell find csrc -type f)
 CPP := $(shell find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 DEMO ?= demo
+# of make stress
+ROUNDS ?= 200
+SEED ?= 0
 ROWS ?= build/bench/cpu.json
 # versions of torch that must load what `make setup` compiled; so must any Python:
 # make check-abi PYTHON=python3.13
 ABI_TORCHES ?= 2.10 2.11 2.13
 
-.PHONY: setup test demo bench kernels-report cuda-report lint format package check-abi clean
+.PHONY: setup test stress demo bench kernels-report cuda-report lint format package check-abi clean
 
 setup: .venv/installed
 
@@ -22,6 +25,10 @@ setup: .venv/installed
 
 test: setup
 	$(BIN)/pytest
+
+# a failed round is run again with `--seed SEED --rounds 1`
+stress: setup
+	$(BIN)/pytest tests/stress -m stress -q --rounds $(ROUNDS) --seed $(SEED)
 
 demo: setup
 	$(BIN)/python -m anchorops.train $(DEMO)
