@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from anchorops.train import checkpoint, directory, loop
+from anchorops.train import checkpoint, commands, directory, loop
 from anchorops.train.commands import main
+from anchorops.train.config import Config
 from anchorops.train.presets import DIGITS
 
 
@@ -83,6 +84,25 @@ def test_run_of_an_earlier_version(tmp_path: Path):
         begin(run, overwrite=True)
     with directory.held(run):
         pass
+
+
+def test_demo_overwrites_its_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def start(config: Config) -> dict:
+        with directory.new_run(config):
+            checkpoint.save_checkpoint(config.run, 5, {})
+        return {}
+
+    monkeypatch.setattr(commands, "start", start)
+    monkeypatch.setattr(commands, "_show", lambda results: None)
+    for _ in range(2):
+        main(["demo", "--out", str(tmp_path)])
+    runs = sorted(tmp_path.iterdir())
+    assert [run.name for run in runs][:2] == ["hrnet-w18-small-plain", "hrnet-w18-small-sar"]
+    (runs[0] / directory.MARKER).unlink()  # of an earlier version
+    with pytest.raises(
+        SystemExit, match="hrnet-w18-small-plain holds files, and no .anchorops-run"
+    ):
+        main(["demo", "--out", str(tmp_path)])
 
 
 def test_start_in_an_empty_directory(tmp_path: Path):
