@@ -78,7 +78,7 @@ def iou_against_frequency(
     axes = figure.subplots()
     axes.scatter(share[shown].numpy(), values[shown].numpy(), s=20, color=BLUE)
     axes.set(xscale="log", xlabel="share of training pixels", ylabel="IoU")
-    axes.margins(x=0.15)  # room for the names at the right edge
+    axes.margins(x=0.15, y=0.1)  # room for the names at the edges
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     if names is not None:

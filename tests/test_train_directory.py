@@ -99,9 +99,7 @@ def test_demo_overwrites_its_own_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     runs = sorted(tmp_path.iterdir())
     assert [run.name for run in runs][:2] == ["hrnet-w18-small-plain", "hrnet-w18-small-sar"]
     (runs[0] / directory.MARKER).unlink()  # of an earlier version
-    with pytest.raises(
-        SystemExit, match="w18-small-plain holds files, and no"
-    ):
+    with pytest.raises(SystemExit, match="w18-small-plain holds files, and no"):
         main(["demo", "--out", str(tmp_path)])
 
 

@@ -51,11 +51,13 @@ class EndAtOnce:
                 signal.signal(signum, handler)
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if is_first():
-            name = signal.Signals(signum).name
-            # past Python's buffers, whose locks the interrupted code may hold
-            os.write(2, f"\nanchorops-train: {self._message(name)}\n".encode())
-        os._exit(128 + signum)
+        try:
+            if is_first():
+                message = self._message(signal.Signals(signum).name)
+                # past Python's buffers, whose locks the interrupted code may hold
+                os.write(2, f"\nanchorops-train: {message}\n".encode())
+        finally:
+            os._exit(128 + signum)
 
     def _message(self, name: str) -> str:
         if self.run is None or (saved := latest_checkpoint(self.run)) is None:
