@@ -270,7 +270,7 @@ def test_messages_name_the_file(folder: Path):
         ("a\nb".encode("utf-16"), r"classes.txt: expected UTF-8"),
         (b"\n \n", r"classes.txt is empty: expected the name of a class on each line"),
         (b"a\nb\na\n", r"classes.txt: expected each name once, got again: a$"),
-        (b"a\n", r"classes.txt: expected 2 to 255 classes, got 1"),
+        (b"a\n", r"classes.txt: expected 2 to 4096 classes, got 1"),
     ],
 )
 def test_names_of_classes_that_cannot_be(content: bytes, message: str, folder: Path):
