@@ -102,7 +102,7 @@ def _kept_counts(dataset: MaskFolder, cache: Path) -> Counts:
             heights=tuple(kept.heights),
             widths=tuple(kept.widths),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it") from None
 
 
