@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -93,7 +94,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
             image, labels = scenes[index]
             pixels = image.permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(root / f"images/{split}/{index}.png")
-            Image.fromarray(labels.numpy()).save(root / f"masks/{split}/{index}.png")
+            mask = labels.numpy().astype(np.uint8)  # 255 is ignored
+            Image.fromarray(mask).save(root / f"masks/{split}/{index}.png")
     (root / "classes.txt").write_text("\n".join(DigitScenes.classes))
     program = Program(root)
     yield program
