@@ -33,11 +33,20 @@ def save_atomically(state: Any, path: Path) -> None:
         free = shutil.disk_usage(path.parent).free / 2**20
         temporary.unlink(missing_ok=True)
         raise OSError(
-            f"{path} could not be written: {error} ({free:.1f} MB free); earlier files are intact"
+            f"{path} could not be written: {_cause(error)} ({free:.1f} MB free); earlier files are "
+            "intact"
         ) from error
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Of torch's writer, which fails once more when it is closed, the error of the disk."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause or error
 
 
 def save_checkpoint(run: Path, step: int, state: dict[str, Any]) -> Path:
