@@ -368,9 +368,7 @@ def test_full_disk_leaves_earlier_checkpoint(tmp_path: Path):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
     try:
-        with pytest.raises(
-            OSError, match=r"not be written: .*File too large.* are intact"
-        ):
+        with pytest.raises(OSError, match=r"not be written: .*File too large.* are intact"):
             checkpoint.save_checkpoint(tmp_path, 2, {"model": torch.zeros(1_000_000)})
         with pytest.raises(OSError, match=r"metrics.jsonl could not be written: .*File too large"):
             journal.record(2, {"name": "x" * 200_000})

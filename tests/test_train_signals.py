@@ -33,6 +33,7 @@ def end(place, signum, out):
                "2", "--steps", "1", "--eval-batch-size", "2", "--threads", "1", "--device", "cpu"]
     __main__.main([*options, "--out", out, "--name", f"{place}-{signum}"])
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for case in sys.argv[2:]:
     place, signum = case.split("-")
     child = os.fork()
@@ -76,7 +77,9 @@ def test_signal_outside_the_steps(case: str, ended: tuple[Path, dict[str, str]])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signal_while_the_program_is_imported(signum: int, tmp_path: Path):
     command = [sys.executable, "-m", "anchorops.train", "--out", str(tmp_path)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as a shell may
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     while not hears(process.pid, signal.SIGTERM) and time.monotonic() < deadline:
         assert process.poll() is None
