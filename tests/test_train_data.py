@@ -412,8 +412,8 @@ def test_class_weights():
     weights = class_weights("inverse-sqrt", shares)
     assert weights is not None and weights[:3].mean().item() == pytest.approx(1)
     assert (weights[2] / weights[0]).item() == pytest.approx(4) and weights[3] == 1
-    median = class_weights("median", shares)
-    assert median is not None and (median[2] / median[0]).item() == pytest.approx(16)
+    inverse = class_weights("inverse", shares)
+    assert inverse is not None and (inverse[2] / inverse[0]).item() == pytest.approx(16)
     assert class_weights("none", shares) is None
 
 

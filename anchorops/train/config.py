@@ -114,8 +114,8 @@ class Optimization:
     """Exponent of the polynomial decay to zero."""
     clip: float | None = None
     """Largest norm of the gradient."""
-    class_weights: Literal["none", "inverse-sqrt", "median"] = "none"
-    """Weights of the loss from class frequencies f: 1/√f or median(f)/f, mean 1."""
+    class_weights: Literal["none", "inverse-sqrt", "inverse"] = "none"
+    """Weights of the loss from class frequencies f: 1/√f or 1/f, mean 1."""
     given_class_weights: tuple[float, ...] = ()
     """Weights of the loss, one per class."""
     loss: Literal["ce", "focal", "dice", "ce+dice"] = "ce"
@@ -226,8 +226,13 @@ class Config:
             raise _wrong("clip", "more than 0", options["clip"])
         if options["ohem"] is not None and not 0 < options["ohem"] <= 1:
             raise _wrong("ohem", "a probability above 0", options["ohem"])
-        if options["ohem"] is not None and self.optimization.loss == "dice":
-            raise _wrong("ohem", "a --loss with cross-entropy beside it", options["ohem"])
+        for name, used, needed in (
+            ("ohem", self.optimization.loss != "dice", "a --loss with cross-entropy"),
+            ("ohem_kept", options["ohem"] is not None, "--ohem"),
+            ("focal_gamma", self.optimization.loss == "focal", "--loss focal"),
+        ):
+            if not used and options[name] != getattr(Optimization, name):
+                raise _wrong(name, f"{needed} beside it", options[name])
 
     @property
     def run(self) -> Path:

@@ -62,7 +62,8 @@ def predict(
             total[place] += logits
             times[place] += 1
     assert total is not None
-    return ao.pixel_argmax(total / times, (size[0], size[1]))
+    total /= times
+    return ao.pixel_argmax(total, (size[0], size[1]))
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ CLASSES = {"cr": "SAR", "sar": "SAR", "cbp": "CBP", "occl": "OCCL", "ceco": "CeC
 
 def class_weights(kind: str, frequencies: Tensor) -> Tensor | None:
     """Weights [K] of mean 1 from the classes' shares f [K] of the pixels: "inverse-sqrt", 1/√f;
-    "median", median(f)/f; None for "none". A class without pixels has 1."""
+    "inverse", 1/f; None for "none". A class without pixels has 1."""
     if kind == "none":
         return None
     seen = frequencies[frequencies > 0]
@@ -33,9 +33,8 @@ def class_weights(kind: str, frequencies: Tensor) -> Tensor | None:
 def build_loss(options: Optimization, weights: Tensor | None = None) -> PixelLoss:
     """The loss of the logits; its `terms` have their accuracy. weights: [K], of the classes."""
     common: dict[str, Any] = {"ignore_index": IGNORED, "accuracy": True}
-    dice = ao.Dice(weight=weights, **common)
     if options.loss == "dice":
-        return dice
+        return ao.Dice(weight=weights, **common)
     cross_entropy = ao.CrossEntropy(
         weights,
         focal_gamma=options.focal_gamma if options.loss == "focal" else 0.0,
@@ -43,7 +42,9 @@ def build_loss(options: Optimization, weights: Tensor | None = None) -> PixelLos
         ohem_kept=None if options.ohem is None else options.ohem_kept,
         **common,
     )
-    return ao.CrossEntropyDice(cross_entropy, dice) if options.loss == "ce+dice" else cross_entropy
+    if options.loss == "ce+dice":
+        return ao.CrossEntropyDice(cross_entropy, ao.Dice(weight=weights, **common))
+    return cross_entropy
 
 
 def build_regularizer(
