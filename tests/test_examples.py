@@ -1,11 +1,18 @@
 """The examples run as their first lines say."""
 
+import contextlib
+import json
+import os
 import re
 import runpy
+import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -30,6 +37,8 @@ def test_every_method(
         ("torchvision_deeplab", ["torchvision"], "from logits of (4, 4)"),
         ("smp_segformer", ["segmentation_models_pytorch"], "step 1: "),
         ("huggingface_trainer", ["transformers", "accelerate"], "eval_miou"),
+        ("accelerate_loop", ["segmentation_models_pytorch", "accelerate"], "centroid "),
+        ("lightning_module", ["segmentation_models_pytorch", "lightning"], "validation ce "),
     ],
 )
 def test_framework(
@@ -51,3 +60,79 @@ def test_framework(
             float(text) for text in re.findall(r"(\d+\.\d+) (?:before|after)", printed)
         )
         assert before == pytest.approx(after, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("point_cloud", ["--steps", "2"], ["step 2: ", "recall: ground "]),
+        (
+            "long_tailed_classification",
+            ["--steps", "2", "--seeds", "1"],
+            ["plain  head", "SAR    "],
+        ),
+        ("few_shot", ["--steps", "1"], ["before training: 0.", "after 1 steps: 0."]),
+    ],
+)
+def test_other_tasks(
+    name: str,
+    arguments: list[str],
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if name != "point_cloud":
+        pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in expected)
+
+
+def run_rank(rank: int, ports: list[int], folder: str) -> None:
+    """What torchrun gives a process, with --fsdp the second time."""
+    for port, options in zip(ports, ([], ["--fsdp"]), strict=True):
+        settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in settings.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        sys.argv = ["ddp_and_fsdp.py", "--steps", "2", *options]
+        with (
+            open(f"{folder}/{rank}{''.join(options)}.txt", "w") as printed,
+            contextlib.redirect_stdout(printed),
+        ):
+            runpy.run_path(str(EXAMPLES / "ddp_and_fsdp.py"), run_name="__main__")
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the ranks import this file as tests.test_examples, and inherit the path and one thread each
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with socket.socket() as one, socket.socket() as other:
+        for free in (one, other):
+            free.bind(("127.0.0.1", 0))
+        ports = [free.getsockname()[1] for free in (one, other)]
+    multiprocessing.spawn(run_rank, (ports, str(tmp_path)), nprocs=2)  # pyright: ignore
+    printed = [(tmp_path / name).read_text() for name in ("0.txt", "0--fsdp.txt")]
+    for text, wrapper in zip(printed, ("DistributedDataParallel", "FSDPSequential"), strict=True):
+        assert f"{wrapper}, step 2: " in text
+    losses = [re.findall(r"(?:ce|aux) (\d+\.\d+)", text) for text in printed]
+    assert len(losses[0]) == 4 and losses[0] == losses[1]  # the same training either way
+
+
+def test_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed").use("Agg")
+    path = EXAMPLES / "quickstart.ipynb"
+    assert path.stat().st_size < 200_000
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    pictures = [output for cell in cells for output in cell["outputs"] if "data" in output]
+    assert sum("image/png" in output["data"] for output in pictures) == 3
+    names: dict[str, Any] = {}
+    for cell in cells:
+        source = "".join(cell["source"])
+        assert source.count("range(200)") == ("attach" in source)
+        exec(compile(source.replace("range(200)", "range(60)"), str(path), "exec"), names)
+    assert names["history"][-1]["ce"] < 0.5 * names["history"][0]["ce"]
+    assert "centroid to anchor" in capsys.readouterr().out

@@ -1,0 +1,51 @@
+"""Hugging Face Accelerate: a loop with accumulated gradients, and OCCL.
+
+    python examples/accelerate_loop.py [--steps 3] [--size 64]
+    accelerate launch examples/accelerate_loop.py       # several GPUs, mixed precision
+
+Trains FPN on random images and labels.
+"""
+
+import argparse
+
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader, TensorDataset
+
+import anchorops as ao
+
+K = 7
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--size", type=int, default=64, help="height and width of the images")
+    arguments = parser.parse_args()
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    set_seed(0)
+    size = (arguments.size, arguments.size)
+    images = torch.randn(4 * arguments.steps, 3, *size)
+    data = TensorDataset(images, torch.randint(0, K, (len(images), *size)))
+    model = smp.FPN("resnet18", encoder_weights=None, classes=K)
+
+    occl = ao.attach(model, ao.OCCL(K, 128))  # 1. before the optimizer and `prepare`
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=2))
+    for images, labels in loader:
+        with accelerator.accumulate(model):
+            ce = F.cross_entropy(model(images), labels, ignore_index=255)
+            loss = ce + occl(labels)  # 2. one more term
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            terms = {"ce": ce.detach(), **occl.terms}  # 3. its weighted parts
+            accelerator.print(", ".join(f"{name} {float(terms[name]):.3f}" for name in terms))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Lightning: a module with cross-entropy and SAR, and the parts of SAR in the log.
+
+    python examples/lightning_module.py [--steps 3] [--size 64]
+
+Trains a timm backbone with a head of segmentation_models_pytorch on random images and labels.
+"""
+
+import argparse
+
+import lightning
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import anchorops as ao
+
+K = 7
+
+
+class Segmenter(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = smp.FPN("tu-resnet18", encoder_weights=None, classes=K)
+        # 1. here, not in `setup` or `fit`: the optimizer and DDP must see SAR's parameters
+        self.sar = ao.attach(self.model, ao.SAR(K, 128))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        images, labels = batch
+        ce = F.cross_entropy(self.model(images), labels, ignore_index=255)
+        loss = ce + self.sar(labels)  # 2. one more term
+        self.log_dict({"ce": ce, **self.sar.terms}, prog_bar=True)  # 3. its weighted parts
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        images, labels = batch  # in eval mode the model is the plain model
+        ce = F.cross_entropy(self.model(images), labels, ignore_index=255)
+        self.log("validation ce", ce)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--size", type=int, default=64, help="height and width of the images")
+    arguments = parser.parse_args()
+    lightning.seed_everything(0)
+    size = (arguments.size, arguments.size)
+    data = TensorDataset(torch.randn(8, 3, *size), torch.randint(0, K, (8, *size)))
+    batches = DataLoader(data, batch_size=2)
+    trainer = lightning.Trainer(
+        max_steps=arguments.steps,
+        accelerator="cpu",  # "auto" takes a GPU
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(Segmenter(), batches, batches)
+    print(", ".join(f"{name} {value:.3f}" for name, value in trainer.callback_metrics.items()))
+
+
+if __name__ == "__main__":
+    main()
