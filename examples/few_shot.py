@@ -3,7 +3,7 @@
     python examples/few_shot.py [--steps 300]
 
 An image shows two different digits. The support's mask marks one of them, and the same digit is to
-be found in the query. Trains on episodes of seven of scikit-learn's digits, and prints the IoU on 1, 4
+be found in the query. Trains on episodes of seven of scikit-learn's digits. Prints the IoU on 1, 4
 and 6, which it never saw, before and after. The prototypes are those of PANet (arXiv 1908.06391).
 """
 

@@ -49,10 +49,11 @@ def main() -> None:
     arguments = parser.parse_args()
     lightning.seed_everything(0)
     size = (arguments.size, arguments.size)
-    data = TensorDataset(torch.randn(8, 3, *size), torch.randint(0, K, (8, *size)))
+    images = torch.randn(2 * arguments.steps, 3, *size)
+    data = TensorDataset(images, torch.randint(0, K, (len(images), *size)))
     batches = DataLoader(data, batch_size=2)
     trainer = lightning.Trainer(
-        max_steps=arguments.steps,
+        max_epochs=1,
         accelerator="cpu",  # "auto" takes a GPU
         logger=False,
         enable_checkpointing=False,
