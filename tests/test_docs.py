@@ -20,7 +20,10 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def blocks(language: str) -> list:
@@ -185,6 +188,15 @@ def test_links_lead_somewhere(page: Path):
         linked = page.parent / path if path else page
         assert linked.exists(), target
         assert not heading or heading in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", ["docs/frameworks.md", "examples/README.md"])
+def test_every_example_is_linked(page: str):
+    linked = set(re.findall(r"\]\((?:\.\./examples/)?(\w+\.\w+)\)", (ROOT / page).read_text()))
+    examples = {
+        path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".ipynb")
+    }
+    assert len(examples) > 10 and examples <= linked
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
