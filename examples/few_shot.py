@@ -3,8 +3,8 @@
     python examples/few_shot.py [--steps 300]
 
 An image shows two different digits. The support's mask marks one of them, and the same digit is to
-be found in the query. Trains on episodes of seven of scikit-learn's digits. Prints the IoU on 1, 4
-and 6, which it never saw, before and after. The prototypes are those of PANet (arXiv 1908.06391).
+be found in the query. Trains on episodes of seven of scikit-learn's digits. Prints the IoU on 7, 8
+and 9, which it never saw, before and after. The prototypes are those of PANet (arXiv 1908.06391).
 """
 
 import argparse
@@ -68,11 +68,11 @@ def main() -> None:
         convolution = nn.Conv2d(inputs, 32, 5, stride=stride, padding=2)
         layers += [convolution, nn.BatchNorm2d(32), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Conv2d(32, 32, 1))
-    unseen = episodes(200, [1, 4, 6])
+    unseen = episodes(200, [7, 8, 9])
     print(f"IoU on unseen digits, before training: {iou(model, unseen):.3f}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(arguments.steps):
-        support, (images, masks) = episodes(16, [0, 2, 3, 5, 7, 8, 9])
+        support, (images, masks) = episodes(16, [0, 1, 2, 3, 4, 5, 6])
         loss = ao.pixel_cross_entropy(query_logits(model.train(), support, images), masks)
         optimizer.zero_grad()
         loss.backward()
