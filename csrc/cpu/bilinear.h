@@ -27,18 +27,29 @@ class Bilinear {
         at *= ratio;
       } else {
         const volatile Stat product = (at + Stat(0.5)) * ratio;  // rounded: no fused subtraction
+        if (product < Stat(0.5)) before_ = i + 1;
         at = std::max(product - Stat(0.5), Stat(0));
       }
       const Stat lower = std::min(std::floor(at), static_cast<Stat>(source - 1));
       lower_[i] = static_cast<int32_t>(lower);
       weight_[i] = std::min(at - lower, Stat(1));
     }
+    if (size < 2 * source) return;
+    step_ = static_cast<float>(exact);
+    cells_ = {0, before_};
+    for (int64_t cell = 0; cell < source; ++cell) {
+      cells_.push_back(static_cast<int32_t>(first(cell + 1)));
+      most_ = std::max<int64_t>(most_, cells_[cell + 2] - cells_[cell + 1]);
+    }
+    most_ = std::max<int64_t>(most_, before_);
   }
 
   Axis<Stat> axis() const {
     const bool same = size_ == source_;
     return {size_, source_, same ? nullptr : lower_.data(), same ? nullptr : weight_.data()};
   }
+
+  Cells cells() const { return {cells_.empty() ? nullptr : cells_.data(), most_, step_}; }
 
   // The labels whose lower logit is in that range.
   Range labels(Range logits) const { return {first(logits.begin), first(logits.end)}; }
@@ -52,6 +63,10 @@ class Bilinear {
   int64_t size_, source_;
   std::vector<int32_t> lower_;
   std::vector<Stat> weight_;
+  int32_t before_ = 0;  // labels before the first logit
+  std::vector<int32_t> cells_;
+  int64_t most_ = 0;
+  float step_ = 0;
 };
 
 }  // namespace anchorops::cpu::softmax

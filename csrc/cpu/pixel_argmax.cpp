@@ -1,8 +1,6 @@
 // The operator anchorops::pixel_argmax.cpu.
 #include <torch/csrc/stable/library.h>
 
-#include <memory>
-#include <utility>
 #include <vector>
 
 #include "softmax_tiles.h"
@@ -21,7 +19,7 @@ Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_cor
     const Problem<T> problem = {
         layout, logits.const_data_ptr<T>(), tiles.rows(), tiles.columns(), {}};
     const auto kernels = best_kernels<T>();
-    for_items(tiles, tiles.count(), layout.dim, false,
+    for_items(tiles, tiles.count(), layout.dim, false, false,
               [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
                 for (int64_t i = first; i < last; ++i)
                   kernels.argmax(problem, tiles.tile(i, false), workspace,

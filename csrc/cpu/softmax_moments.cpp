@@ -3,10 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <memory>
 #include <optional>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "softmax_tiles.h"
@@ -62,7 +60,8 @@ void forward(const Tensor& logits, const Labels& labels, int64_t height, int64_t
   const Layout layout = layout_of(logits);
   const int64_t num_classes = layout.dim;
   const Tiles<Stat> tiles(layout, height, width, align_corners);
-  const Problem<T> problem = {layout, logits.const_data_ptr<T>(), tiles.rows(), tiles.columns(),
+  const Problem<T> problem = {layout,          logits.const_data_ptr<T>(), tiles.rows(),
+                              tiles.columns(), tiles.row_cells(),          tiles.column_cells(),
                               labels};
   const auto kernels = best_kernels<T>();
 
@@ -81,7 +80,7 @@ void forward(const Tensor& logits, const Labels& labels, int64_t height, int64_t
   Partials<int64_t> hits(out.hits.numel() > 0, items, num_classes);
   const Maps<Stat> maps = {data_or_null<Stat>(out.pixel_losses), data_or_null<Stat>(out.lse)};
 
-  for_items(tiles, items, num_classes, false,
+  for_items(tiles, items, num_classes, false, out.masses.numel() + out.squares.numel() > 0,
             [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
               for (int64_t item = first; item < last; ++item) {
                 const Sums sums = {losses.of_item(item), overlaps.of_item(item),
@@ -144,10 +143,11 @@ void backward(const Tensor& logits, const Labels& labels, int64_t height, int64_
   using Stat = StatOf<T>;
   const Layout layout = layout_of(logits), dlayout = layout_of(dlogits);
   const Tiles<Stat> tiles(layout, height, width, align_corners);
-  const Problem<T> problem = {layout, logits.const_data_ptr<T>(), tiles.rows(), tiles.columns(),
+  const Problem<T> problem = {layout,          logits.const_data_ptr<T>(), tiles.rows(),
+                              tiles.columns(), tiles.row_cells(),          tiles.column_cells(),
                               labels};
   const auto kernels = best_kernels<T>();
-  for_items(tiles, tiles.count(), layout.dim, true,
+  for_items(tiles, tiles.count(), layout.dim, true, true,
             [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
               for (int64_t i = first; i < last; ++i)
                 kernels.backward(problem, tiles.tile(i, true), workspace, gradients, dlayout,

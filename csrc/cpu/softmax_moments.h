@@ -24,38 +24,52 @@ struct Labels {
   void (*read)(const Labels& labels, int64_t image, int64_t row, Range columns, int32_t* classes);
 };
 
+// Cell c of an axis lies between logits c and c + 1, where logit -1 is logit 0 and the one after
+// the last is the last. Its labels are begin[c + 1] to begin[c + 2] - 1, from cell -1 on.
+struct Cells {
+  const int32_t* begin;  // [source + 2]; null where labels are not at least twice as dense
+  int64_t most;          // labels of a cell
+  float step;            // between the weights of neighbours
+};
+
 template <class T>
 struct Problem {
   using Stat = StatOf<T>;
   Layout layout;  // of logits [B, K, h, w]
   const T* logits;
   Axis<Stat> rows, columns;
+  Cells row_cells, column_cells;
   Labels labels;
 };
 
 // The unit of work: logits of one image, rows × columns of them, and the labels that belong to
 // them. Forward, these are the labels whose lower row and column are in the tile; backward, where
-// a tile writes its logits' gradients, all that read its logits. `read` has one column more at
-// either side, where there is one and it is read.
+// a tile writes its logits' gradients, all that read its logits. Likewise the cells.
 struct Tile {
   int64_t image;
-  Range rows, columns, read, label_rows, label_columns;
+  Range rows, columns, label_rows, label_columns, row_cells, column_cells;
 };
 
-// Logits are packed by rows [K, stride] in Stat. Pixels are handled in groups of one row.
-constexpr int64_t GROUP = 64;
+// Pixels are handled in groups of one row; of the cells at most ROWS rows of labels at a time.
+constexpr int64_t GROUP = 64, ROWS = 8;
 
 // One thread's memory.
 template <class Stat>
 struct Workspace {
-  int64_t stride;      // of packed rows, a multiple of 16 with at least 16 columns to spare
-  int64_t group;       // pixels of a group: a multiple of 16, at most GROUP
-  Stat* packed[2];     // [K, stride]: rows of even and of odd number
-  Stat* shifts[2];     // [stride]
-  Stat* gradients[2];  // [K, stride], zero; backward only
-  Stat* upsampled;     // [K, group]
-  Stat* line;          // [stride]
-  int32_t* classes;    // of a row of the tile's labels
+  int64_t stride;         // of packed rows: the columns, one more at either side, room for a vector
+  int64_t group;          // pixels of a group: a multiple of 16, at most GROUP
+  int64_t label_stride;   // of rows of classes
+  int64_t lanes;          // of cells and the labels in them: pixels of a row of cells
+  Stat* packed[2];        // [K, stride]: rows of even and of odd number
+  Stat* shifts[2];        // [stride]
+  Stat* gradients[2];     // [K, stride], zero; backward only
+  Stat* upsampled;        // [K, group]
+  Stat* line;             // [stride]
+  int32_t* classes;       // [ROWS, label_stride]: of rows of the tile's labels
+  int32_t* cell_columns;  // [lanes]: each lane's label, from the tile's first on; -1: none
+  Stat* cell_weights;     // [lanes]
+  Stat* cell_starts;      // [lanes]: the weight of the first label of a cell
+  Stat* factors[2];       // [ROWS, lanes]; backward, and forward with masses
 };
 
 // By class [K], null where not asked for.

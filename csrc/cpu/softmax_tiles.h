@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "../labels.h"
@@ -67,6 +69,9 @@ class Tiles {
 
   Axis<Stat> rows() const { return rows_.axis(); }
   Axis<Stat> columns() const { return columns_.axis(); }
+  bool by_cells() const { return rows_.cells().begin && columns_.cells().begin; }
+  Cells row_cells() const { return by_cells() ? rows_.cells() : Cells{}; }
+  Cells column_cells() const { return by_cells() ? columns_.cells() : Cells{}; }
   int64_t of_image() const { return strips_ * chunks_; }
   int64_t count() const { return layout_.batch * of_image(); }
 
@@ -80,11 +85,11 @@ class Tiles {
     tile.image = i / of_image();
     tile.rows = {layout_.height * strip / strips_, layout_.height * (strip + 1) / strips_};
     tile.columns = {column(chunk), column(chunk + 1)};
-    const Range rows = {tile.rows.begin - backward, tile.rows.end};
-    const Range columns = {tile.columns.begin - backward, tile.columns.end};
-    tile.label_rows = rows_.labels(rows);
-    tile.label_columns = columns_.labels(columns);
-    tile.read = {std::max<int64_t>(columns.begin, 0), std::min(columns.end + 1, layout_.width)};
+    // cell -1 belongs to the first tile
+    tile.row_cells = {tile.rows.begin - (backward || strip == 0), tile.rows.end};
+    tile.column_cells = {tile.columns.begin - (backward || chunk == 0), tile.columns.end};
+    tile.label_rows = rows_.labels(tile.row_cells);
+    tile.label_columns = columns_.labels(tile.column_cells);
     return tile;
   }
 
@@ -97,33 +102,41 @@ class Tiles {
 // Calls visit(range of items, workspace) on the threads; the workspace serves any tile.
 template <class Stat, class Visit>
 void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, bool backward,
-               Visit visit) {
+               bool needs_factors, Visit visit) {
   int64_t columns = 0, labels = 0;
   for (int64_t i = 0; i < tiles.of_image(); ++i) {
     const Tile tile = tiles.tile(i, backward);
-    columns = std::max(columns, tile.read.end - tile.read.begin);
+    columns = std::max(columns, tile.columns.end - tile.columns.begin);
     labels = std::max(labels, tile.label_columns.end - tile.label_columns.begin);
   }
   torch::stable::parallel_for(0, items, 1, [&](int64_t first, int64_t last) {
     Workspace<Stat> workspace;
-    workspace.stride = ceil_div(columns, 16) * 16 + 16;
+    workspace.stride = ceil_div(columns + 2, 16) * 16 + 16;
     workspace.group = num_classes <= 1024 ? GROUP : 16;
+    workspace.label_stride = labels + 16;
+    workspace.lanes = tiles.by_cells() ? workspace.stride * (tiles.column_cells().most + 8) : 0;
     const int64_t rows = num_classes * workspace.stride + 16;
+    const int64_t factors = needs_factors ? ROWS * workspace.lanes : 0;
+    const int64_t count = 2 * rows + num_classes * workspace.group + 3 * workspace.stride +
+                          2 * workspace.lanes + 2 * factors;
     // not filled: pages that a small tile does not need stay untouched
-    const std::unique_ptr<Stat[]> memory(
-        new Stat[2 * rows + (num_classes + 3) * workspace.group + 3 * workspace.stride]);
+    const std::unique_ptr<Stat[]> memory(new Stat[count]);
     std::vector<Stat> gradients(backward ? 2 * rows : 0);
-    std::vector<int32_t> classes(labels + GROUP);
+    std::vector<int32_t> classes(ROWS * workspace.label_stride), cell_columns(workspace.lanes);
     Stat* next = memory.get();
-    const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
+    const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
     for (int i = 0; i < 2; ++i) {
       workspace.packed[i] = take(rows);
       workspace.shifts[i] = take(workspace.stride);
       workspace.gradients[i] = gradients.data() + (backward ? i * rows : 0);
+      workspace.factors[i] = take(factors);
     }
     workspace.line = take(workspace.stride);
     workspace.upsampled = take(num_classes * workspace.group);
+    workspace.cell_weights = take(workspace.lanes);
+    workspace.cell_starts = take(workspace.lanes);
     workspace.classes = classes.data();
+    workspace.cell_columns = cell_columns.data();
     visit(first, last, workspace);
   });
 }

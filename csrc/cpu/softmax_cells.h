@@ -1,0 +1,403 @@
+// Softmax moments of logits that are upsampled at least twice along both axes.
+//
+// In a cell, between four neighbouring logits, z is bilinear, so that e^z is a geometric series
+// along rows and columns: four exponentials for each cell and class, then a product for each label.
+// Lanes are neighbouring cells of one row. A block is one vector of cells with up to WIDTH labels
+// in a row of each; where cells have more, further passes take the rest. Pixels of a block are
+// [rows][WIDTH][lanes]. The sums over classes stay in registers, HEIGHT rows of labels at a time.
+//
+// Logits are at most 0, less their shift. A class with a logit below FAR in the block has plain
+// exponentials there: its series would underflow. A block where a pixel's sum falls below STEEP, as
+// its neighbouring logits differ widely, is done pixel by pixel, forward and backward. So is a row
+// of cells with a NaN or +inf.
+
+constexpr float FAR = -80.0f, STEEP = 0x1p-40f, LOG_STEEP = -27.7258872f;
+
+constexpr int height_of(int width) { return std::max(1, (VECTOR_BYTES == 64 ? 16 : 8) / width); }
+
+using Floats = VecOf<float>;
+using Ints = Vector<int32_t, LANES<float>>;
+
+ALWAYS_INLINE bool any(Ints mask) {
+#if VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask)) != 0;
+#else
+  Vector<int64_t, sizeof mask / 8> halves;
+  std::memcpy(&halves, &mask, sizeof mask);
+  int64_t bits = 0;
+  for (size_t i = 0; i < sizeof mask / 8; ++i) bits |= halves[i];
+  return bits != 0;
+#endif
+}
+
+// 2^x for x in [-126, 126].
+ALWAYS_INLINE Floats power_of_two(Floats x) {
+  using Bits = typename Simd<float>::Bits;
+  const Floats shifted = x + 0x1.8p23f;
+  const Floats f = x - (shifted - 0x1.8p23f);
+  Floats p = f * 0.000153458074f + 0.00133999312f;  // relative error 2e-9
+  p = p * f + 0.00961848897f;
+  p = p * f + 0.0555032878f;
+  p = p * f + 0.240226469f;
+  p = p * f + 0.693147206f;
+  p = p * f + 1.0f;
+  return Floats(Bits(p) + (Bits(shifted) << 23));
+}
+
+// The four logits around the cells of a block, of one class.
+struct Corners {
+  Floats a, b, c, d;  // upper left and right, lower left and right
+
+  ALWAYS_INLINE Corners(const float* upper, const float* lower)
+      : a(Simd<float>::load(upper)),
+        b(Simd<float>::load(upper + 1)),
+        c(Simd<float>::load(lower)),
+        d(Simd<float>::load(lower + 1)) {}
+
+  ALWAYS_INLINE bool all_above(float bound) const {
+    Floats least = a < b ? a : b;
+    least = c < least ? c : least;
+    least = d < least ? d : least;
+    return !any(least < bound);
+  }
+  ALWAYS_INLINE Floats at(Floats down, Floats right) const {
+    return blend(blend(a, c, down), blend(b, d, down), right);
+  }
+};
+
+// Powers of e at the first label of each cell and their ratios along the row, the column, and of
+// the rows' ratios along the column. right, down: weights of the first label; steps: of the next
+// ones.
+struct Series {
+  Floats first, right, down, twist;
+
+  ALWAYS_INLINE Series(const Corners& z, Floats at_right, float step_right, float at_down,
+                       float step_down) {
+    const Floats upper = z.b - z.a, change = (z.d - z.c) - upper;
+    const Floats start = z.a + at_right * upper;
+    const Floats below = (z.c - z.a) + at_right * change;
+    first = power_of_two((start + at_down * below) * LOG2_E);
+    right = power_of_two((upper + at_down * change) * (step_right * LOG2_E));
+    down = power_of_two(below * (step_down * LOG2_E));
+    twist = power_of_two(change * (step_right * step_down * LOG2_E));
+  }
+  ALWAYS_INLINE void next_row() {
+    first *= down;
+    right *= twist;
+  }
+};
+
+// A row of cells of a tile, of its labels up to ROWS rows.
+template <class T, int WIDTH>
+struct CellRow {
+  static constexpr int L = LANES<float>;
+  static constexpr int PIXELS = WIDTH * L;  // of a row of a block
+
+  const Problem<T>& problem;
+  const Tile& tile;
+  const Workspace<float>& workspace;
+  int64_t blocks, passes;
+  int64_t first_column;              // packed, of the first cell
+  int64_t cell, upper, lower;        // its rows of logits
+  int64_t y = 0, end = 0, rows = 0;  // of labels: the first, the end of the cell's, how many
+  float down[ROWS];                  // weights of the lower row
+  PackedRows<T> packed;
+
+  CellRow(const Problem<T>& problem, const Tile& tile, const Workspace<float>& workspace)
+      : problem(problem), tile(tile), workspace(workspace) {
+    const Range& cells = tile.column_cells;
+    blocks = (cells.end - cells.begin + L - 1) / L;
+    passes = (problem.column_cells.most + WIDTH - 1) / WIDTH;
+    cell = tile.row_cells.begin - 1;
+    first_column = cells.begin - tile.columns.begin + 1;
+    for (int64_t block = 0; block < passes * blocks; ++block)
+      for (int64_t lane = 0; lane < L; ++lane) {
+        const int64_t of_cell = cells.begin + block % blocks * L + lane;
+        const int32_t* begin = problem.column_cells.begin + of_cell + 1;
+        const int64_t first = of_cell < cells.end ? begin[0] + block / blocks * WIDTH : 0;
+        const int64_t end = of_cell < cells.end ? std::min<int64_t>(begin[1], first + WIDTH) : 0;
+        for (int64_t i = 0; i < WIDTH; ++i) {
+          const int64_t at = block * PIXELS + i * L + lane;
+          const bool valid = first + i < end;
+          workspace.cell_columns[at] =
+              static_cast<int32_t>(valid ? first + i - tile.label_columns.begin : -1);
+          workspace.cell_weights[at] = valid ? problem.columns.weight[first + i] : 0;
+        }
+        workspace.cell_starts[block * L + lane] =
+            start(problem.columns.weight, first, end, problem.column_cells.step);
+      }
+  }
+
+  // The weight of the first label. All of them are rounded: the mean is nearest to them all.
+  static float start(const float* weights, int64_t first, int64_t end, float step) {
+    float sum = 0;
+    for (int64_t i = first; i < end; ++i) sum += weights[i] - (i - first) * step;
+    return first < end ? sum / (end - first) : 0;
+  }
+
+  // The next up to height rows of labels of a row of cells; false after the last.
+  bool next(int64_t height) {
+    y += rows;
+    rows = 0;
+    while (y >= end) {
+      if (++cell >= tile.row_cells.end) return false;
+      y = problem.row_cells.begin[cell + 1];
+      end = problem.row_cells.begin[cell + 2];
+      if (y == end) continue;
+      upper = std::max<int64_t>(cell, 0);
+      lower = std::min(cell + 1, problem.layout.height - 1);
+      packed.need(problem, tile, upper, workspace);
+      packed.need(problem, tile, lower, workspace);
+    }
+    rows = std::min(height, end - y);
+    for (int64_t j = 0; j < rows; ++j) {
+      down[j] = problem.rows.weight[y + j];
+      if (problem.labels.read)
+        problem.labels.read(problem.labels, tile.image, y + j, tile.label_columns,
+                            workspace.classes + j * workspace.label_stride);
+    }
+    return true;
+  }
+  bool ordinary() const { return packed.ordinary[upper & 1] && packed.ordinary[lower & 1]; }
+
+  const float* upper_row(int64_t k) const {
+    return workspace.packed[upper & 1] + k * workspace.stride + first_column;
+  }
+  const float* lower_row(int64_t k) const {
+    return workspace.packed[lower & 1] + k * workspace.stride + first_column;
+  }
+  int64_t column_of(int64_t block) const { return block % blocks * L; }
+  const int32_t* columns_of(int64_t block) const { return workspace.cell_columns + block * PIXELS; }
+  Floats right(int64_t block, int64_t i) const {
+    return Simd<float>::load(workspace.cell_weights + block * PIXELS + i * L);
+  }
+  Floats right_start(int64_t block) const {
+    return Simd<float>::load(workspace.cell_starts + block * L);
+  }
+  float down_start(int64_t row) const {
+    return start(problem.rows.weight, y + row, y + rows, problem.row_cells.step);
+  }
+  ALWAYS_INLINE Corners corners(int64_t k, int64_t block) const {
+    return {upper_row(k) + column_of(block), lower_row(k) + column_of(block)};
+  }
+  ALWAYS_INLINE Series series(const Corners& z, int64_t block) const {
+    return {z, right_start(block), problem.column_cells.step, down_start(0),
+            problem.row_cells.step};
+  }
+  ALWAYS_INLINE Floats shift(int64_t block, int64_t j, int64_t i) const {
+    const int64_t column = first_column + column_of(block);
+    return Corners(workspace.shifts[upper & 1] + column, workspace.shifts[lower & 1] + column)
+        .at(Floats{} + down[j], right(block, i));
+  }
+  // Classes of a block's pixels, -1 where there is none; whether any is.
+  ALWAYS_INLINE bool classes_of(int64_t block, int32_t* classes) const {
+    const int32_t* column = columns_of(block);
+    int32_t all = -1;
+    for (int64_t j = 0; j < rows; ++j) {
+      const int32_t* line = workspace.classes + j * workspace.label_stride;
+      for (int64_t t = 0; t < PIXELS; ++t) {
+        const int32_t k = column[t] < 0 ? -1 : line[column[t]];
+        classes[j * PIXELS + t] = k;
+        all &= k;
+      }
+    }
+    if (all >= 0) return true;
+    for (int64_t t = 0; t < rows * PIXELS; ++t)
+      if (classes[t] >= 0) return true;
+    return false;
+  }
+  // z of a block's pixels at their own classes, of row j and label i.
+  ALWAYS_INLINE Floats own(int64_t block, const int32_t* classes, int64_t j, int64_t i) const {
+    float z[4][L];
+    const float* above = upper_row(0) + column_of(block);
+    const float* below = lower_row(0) + column_of(block);
+    for (int lane = 0; lane < L; ++lane) {
+      const int64_t at = std::max(classes[lane], 0) * workspace.stride + lane;
+      z[0][lane] = above[at];
+      z[1][lane] = above[at + 1];
+      z[2][lane] = below[at];
+      z[3][lane] = below[at + 1];
+    }
+    const Floats w = Floats{} + down[j];
+    return blend(blend(Simd<float>::load(z[0]), Simd<float>::load(z[2]), w),
+                 blend(Simd<float>::load(z[1]), Simd<float>::load(z[3]), w), right(block, i));
+  }
+
+  // Calls visit(group) for the pixels of the rows pixel by pixel, of one block or (-1) of all.
+  template <class Visit>
+  void for_pixels(int64_t block, Visit visit) const {
+    Group<float> group;
+    group.same = false;
+    for (int64_t j = 0; j < rows; ++j) {
+      group.y = y + j;
+      group.row = position(problem.rows, group.y);
+      group.count = 0;
+      const int32_t* line = workspace.classes + j * workspace.label_stride;
+      const auto add = [&](int64_t column) {
+        group.add(problem.columns, tile, tile.label_columns.begin + column, line[column]);
+        if (group.count < workspace.group) return;
+        visit(group);
+        group.count = 0;
+      };
+      if (block < 0) {
+        for (int64_t column = 0; column < tile.label_columns.end - tile.label_columns.begin;
+             ++column)
+          add(column);
+      } else {
+        for (int lane = 0; lane < L; ++lane)
+          for (int i = 0; i < WIDTH; ++i)
+            if (columns_of(block)[i * L + lane] >= 0) add(columns_of(block)[i * L + lane]);
+      }
+      if (group.count == 0) continue;
+      group.fill_up();
+      visit(group);
+    }
+  }
+};
+
+enum class Term { POWER, WEIGHTED, SQUARE };
+
+// Sums over classes for a block's pixels: of e^z, of e^z * weights[k] or of (e^z)^2 * weights[k].
+template <class T, int WIDTH, Term TERM>
+void sum_block(const CellRow<T, WIDTH>& row, int64_t first_row, int64_t block, const float* weights,
+               Floats* sums) {
+  constexpr int H = height_of(WIDTH);
+  const int64_t num_classes = row.problem.layout.dim;
+  const int64_t column = row.column_of(block), stride = row.workspace.stride;
+  const float* upper = row.upper_row(0) + column;
+  const float* lower = row.lower_row(0) + column;
+  const Floats at_right = row.right_start(block);
+  const float at_down = row.down_start(first_row);
+  const float step_right = row.problem.column_cells.step, step_down = row.problem.row_cells.step;
+  const auto term = [weights](Floats v, int64_t k) INLINE_LAMBDA {
+    if constexpr (TERM == Term::POWER) return v;
+    if constexpr (TERM == Term::WEIGHTED) return v * weights[k];
+    if constexpr (TERM == Term::SQUARE) return v * v * weights[k];
+  };
+  for (int n = 0; n < H * WIDTH; ++n) sums[n] = Floats{};
+  for (int64_t start = 0; start < num_classes; start += 128) {
+    Floats some[H * WIDTH] = {};  // sums of few terms, that rounding stays small
+    const int64_t end = std::min<int64_t>(start + 128, num_classes);
+    for (int64_t k = start; k < end; ++k) {
+      const Corners z(upper + k * stride, lower + k * stride);
+      if (z.all_above(FAR)) {
+        Series e(z, at_right, step_right, at_down, step_down);
+#pragma GCC unroll 8
+        for (int j = 0; j < H; ++j) {
+          Floats v = e.first;
+#pragma GCC unroll 8
+          for (int i = 0; i < WIDTH; ++i) {
+            some[j * WIDTH + i] += term(v, k);
+            if (i < WIDTH - 1) v *= e.right;
+          }
+          if (j < H - 1) e.next_row();
+        }
+      } else {
+        for (int j = 0; j < H; ++j)
+          for (int i = 0; i < WIDTH; ++i) {
+            const float down = row.down[std::min<int64_t>(first_row + j, row.rows - 1)];
+            const Floats v = exp<float>(z.at(Floats{} + down, row.right(block, i)));
+            some[j * WIDTH + i] += term(v, k);
+          }
+      }
+    }
+#pragma GCC unroll 16
+    for (int n = 0; n < H * WIDTH; ++n) sums[n] += some[n];
+  }
+}
+
+// l + w (r - l), but (1 - w) l + w r where infinities meet.
+ALWAYS_INLINE Floats between(Floats l, Floats r, Floats w) {
+  Floats z = l + w * (r - l);
+  z = z == z ? z : (1 - w) * l + w * r;
+  return w == 0 ? l : z;
+}
+
+// The class of the largest z of a block's pixels, the first of equal ones.
+template <class T, int WIDTH>
+void largest_of_block(const CellRow<T, WIDTH>& row, int64_t block, int32_t* classes) {
+  using Row = CellRow<T, WIDTH>;
+  constexpr int H = std::max(1, height_of(WIDTH) / 2);
+  for (int64_t first = 0; first < row.rows; first += H) {
+    Floats largest[H * WIDTH];
+    Ints index[H * WIDTH] = {};
+    for (auto& z : largest) z = Floats{} - __builtin_inff();
+    for (int64_t k = 0; k < row.problem.layout.dim; ++k) {
+      const Corners z = row.corners(k, block);
+      const bool finite = z.all_above(-3e38f);
+      const Floats right_down = z.d - z.b, left_down = z.c - z.a;
+#pragma GCC unroll 8
+      for (int j = 0; j < H; ++j) {
+        const Floats down = Floats{} + row.down[std::min<int64_t>(first + j, row.rows - 1)];
+        const Floats l = finite ? z.a + down * left_down : between(z.a, z.c, down);
+        const Floats r = finite ? z.b + down * right_down : between(z.b, z.d, down);
+        const Floats change = r - l;
+#pragma GCC unroll 8
+        for (int i = 0; i < WIDTH; ++i) {
+          const Floats w = row.right(block, i);
+          const Floats value = finite ? l + w * change : between(l, r, w);
+          Floats& best = largest[j * WIDTH + i];
+          Ints& of_best = index[j * WIDTH + i];
+          const Ints larger = value > best;
+          best = larger ? value : best;
+          of_best = larger ? Ints{} + static_cast<int32_t>(k) : of_best;
+        }
+      }
+    }
+    const int64_t height = std::min<int64_t>(H, row.rows - first);
+    std::memcpy(classes + first * Row::PIXELS, index, height * Row::PIXELS * sizeof(int32_t));
+  }
+}
+
+template <int WIDTH, class T>
+void argmax_cells(std::integral_constant<int, WIDTH>, const Problem<T>& problem, const Tile& tile,
+                  const Workspace<float>& workspace, int64_t* predictions) {
+  using Row = CellRow<T, WIDTH>;
+  Row row(problem, tile, workspace);
+  const auto line = [&](int64_t y) { return predictions + y * problem.columns.size; };
+  while (row.next(height_of(WIDTH))) {
+    if (!row.ordinary()) {
+      row.for_pixels(-1, [&](const Group<float>& group) {
+        int32_t classes[GROUP];
+        upsample_classes(problem, workspace, group);
+        largest_of_group(problem, workspace, group, classes);
+        for (int64_t t = 0; t < group.count; ++t) line(group.y)[group.x[t]] = classes[t];
+      });
+      continue;
+    }
+    int32_t classes[height_of(WIDTH) * Row::PIXELS];
+    for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
+      largest_of_block(row, block, classes);
+      const int32_t* columns = row.columns_of(block);
+      for (int64_t j = 0; j < row.rows; ++j) {
+        int64_t* out = line(row.y + j) + tile.label_columns.begin;
+        for (int t = 0; t < Row::PIXELS; ++t)
+          if (columns[t] >= 0) out[columns[t]] = classes[j * Row::PIXELS + t];
+      }
+    }
+  }
+}
+
+// Adds to a class's total what neighbouring pixels have, as long as they are of one class.
+template <class Value>
+class RunningTotal {
+ public:
+  explicit RunningTotal(Value* totals) : totals_(totals) {}
+  ~RunningTotal() { flush(); }
+  ALWAYS_INLINE void add(int32_t k, Value value) {
+    if (k != k_) {
+      flush();
+      k_ = k;
+    }
+    sum_ += value;
+  }
+
+ private:
+  ALWAYS_INLINE void flush() {
+    if (k_ >= 0) totals_[k_] += sum_;
+    sum_ = 0;
+  }
+  Value* totals_;
+  Value sum_ = 0;
+  int32_t k_ = -1;
+};

@@ -1,0 +1,199 @@
+// Rows of logits on their way in and of gradients on their way out, for the kernels of softmax
+// moments: strides, dtypes and layouts end here.
+//
+// A packed row holds, for each class, the tile's columns less the largest logit of their position,
+// the shift. Left of the first column and right of the last one stands its copy.
+
+template <class Stat>
+using VecOf = typename Simd<Stat>::Vec;
+
+template <class Stat>
+constexpr int LANES = Simd<Stat>::LANES;
+
+constexpr float LOG2_E = 1.44269504f;
+
+// e^x; right for every x, also where it is not finite.
+template <class Stat>
+ALWAYS_INLINE VecOf<Stat> exp(VecOf<Stat> x) {
+  using Vec = VecOf<Stat>;
+  if constexpr (std::is_same_v<Stat, double>) {
+    Vec result;
+    for (int i = 0; i < LANES<double>; ++i) result[i] = std::exp(x[i]);
+    return result;
+  } else {
+    using Bits = typename Simd<float>::Bits;
+    // x = n ln 2 + f; adding 3 * 2^22 rounds to an integer, which is in the low bits then
+    const Vec shifted = x * LOG2_E + 0x1.8p23f;
+    const Vec n = shifted - 0x1.8p23f;
+    const Vec f = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    Vec p = f * 0.00138368418f + 0.00837481579f;  // relative error 2e-9
+    p = p * f + 0.0416682256f;
+    p = p * f + 0.166664202f;
+    p = p * f + 0.499999921f;
+    p = p * f + 1.00000004f;
+    p = p * f + 1.0f;
+    p *= Vec((Bits(shifted) + 127) << 23);
+    p = x < -87.3f ? Vec{} : p;
+    return x > 88.7f ? Vec{} + __builtin_inff() : p;
+  }
+}
+
+template <class Vec>
+ALWAYS_INLINE Vec maximum(Vec a, Vec b) {  // keeps a NaN of a, drops one of b
+  return b > a ? b : a;
+}
+
+// log x of normal numbers x > 0.
+ALWAYS_INLINE VecOf<float> log(VecOf<float> x) {
+  using Vec = VecOf<float>;
+  using Bits = typename Simd<float>::Bits;
+  using Int = Vector<int32_t, LANES<float>>;
+  // x = 2^n (1 + f), 1 + f in [sqrt(0.5), sqrt(2))
+  const Int n = Int(Bits(x) - 0x3f3504f3) >> 23;
+  const Vec f = Vec(Bits(x) - (Bits(n) << 23)) - 1.0f;
+  Vec p = f * -0.0762101864f + 0.129046082f;  // relative error 4e-9
+  p = p * f - 0.132434762f;
+  p = p * f + 0.141818448f;
+  p = p * f - 0.166090121f;
+  p = p * f + 0.20001968f;
+  p = p * f - 0.250015866f;
+  p = p * f + 0.33333326f;
+  p = p * f - 0.499999883f;
+  p = p * f + 0.999999999f;
+  return __builtin_convertvector(n, Vec) * 0.693147181f + f * p;
+}
+
+// Column j of packed rows is logit tile.columns.begin - 1 + j. Returns whether all logits are
+// finite or -inf.
+template <class T>
+bool pack_row(const Problem<T>& problem, const Tile& tile, int64_t row,
+              const Workspace<StatOf<T>>& workspace) {
+  using Stat = StatOf<T>;
+  using V = Simd<T>;
+  using Vec = VecOf<Stat>;
+  constexpr int L = LANES<Stat>;
+  const Layout& layout = problem.layout;
+  const int64_t stride = workspace.stride;
+  const int64_t first = std::max<int64_t>(tile.columns.begin - 1, 0);
+  const int64_t columns = std::min(tile.columns.end + 1, layout.width) - first;
+  const int64_t left = first - (tile.columns.begin - 1);  // 1 where a copy stands left
+  const bool right = tile.columns.end == layout.width;
+  const T* source = problem.logits + tile.image * layout.stride_b + row * layout.stride_h +
+                    first * layout.stride_w;
+  Stat* packed = workspace.packed[row & 1] + left;
+  Stat* shifts = workspace.shifts[row & 1] + left;
+  auto below = Vec{} == Vec{};  // no larger than the shift, and no NaN
+
+  for (int64_t j = 0; j < columns; j += L) {
+    const int64_t count = std::min<int64_t>(L, columns - j);
+    Vec largest = Vec{} - static_cast<Stat>(__builtin_inf());
+    const auto put = [&](int64_t k, Vec x) INLINE_LAMBDA {
+      largest = maximum(largest, x);
+      Simd<Stat>::store(packed + k * stride + j, x);
+    };
+    const T* from = source + j * layout.stride_w;
+    if (layout.stride_w == 1 || columns == 1) {
+      for (int64_t k = 0; k < layout.dim; ++k) put(k, V::load(from + k * layout.stride_d, count));
+    } else {
+      for (int64_t k = 0; k < layout.dim; k += L) {
+        const int64_t classes = std::min<int64_t>(L, layout.dim - k);
+        Vec square[L] = {};
+        for (int64_t p = 0; p < count; ++p) {
+          const T* of_pixel = from + p * layout.stride_w + k * layout.stride_d;
+          if (layout.stride_d == 1) {
+            square[p] = V::load(of_pixel, classes);
+          } else {
+            T gathered[L] = {};
+            for (int64_t c = 0; c < classes; ++c) gathered[c] = of_pixel[c * layout.stride_d];
+            square[p] = V::load(gathered);
+          }
+        }
+        Simd<Stat>::transpose(square);
+        for (int64_t c = 0; c < classes; ++c) put(k + c, square[c]);
+      }
+    }
+    // a position whose largest is not finite stays as it is
+    const Vec shift = largest - largest == 0 ? largest : Vec{};
+    Simd<Stat>::store(shifts + j, shift);
+    for (int64_t k = 0; k < layout.dim; ++k) {
+      Stat* at = packed + k * stride + j;
+      const Vec x = Simd<Stat>::load(at) - shift;
+      Simd<Stat>::store(at, x);
+      below = below & (x <= 0);
+    }
+  }
+  // copies at the sides, then zeros, that idle lanes have finite numbers
+  for (int64_t k = -1; k < layout.dim; ++k) {
+    Stat* line = k < 0 ? shifts : packed + k * stride;
+    if (left) line[-1] = line[0];
+    if (right) line[columns] = line[columns - 1];
+    std::memset(line + columns + right, 0, (stride - left - columns - right) * sizeof(Stat));
+  }
+  bool ordinary = true;
+  for (int i = 0; i < L; ++i) ordinary = ordinary && below[i];
+  return ordinary;
+}
+
+// Writes a row of dlogits and makes the gradients of its parity zero again.
+template <class T>
+void finish_row(const Problem<T>& problem, const Tile& tile, const Workspace<StatOf<T>>& workspace,
+                int64_t row, const Layout& dlayout, T* dlogits) {
+  using Stat = StatOf<T>;
+  using V = Simd<T>;
+  using Vec = VecOf<Stat>;
+  constexpr int L = LANES<Stat>;
+  const int64_t stride = workspace.stride, num_classes = problem.layout.dim;
+  Stat* gradients = workspace.gradients[row & 1];
+  Stat* source = gradients + 1;
+  T* target = dlogits + tile.image * dlayout.stride_b + row * dlayout.stride_h +
+              tile.columns.begin * dlayout.stride_w;
+  const int64_t columns = tile.columns.end - tile.columns.begin;
+  if (row >= tile.rows.begin && row < tile.rows.end) {
+    for (int64_t k = 0; k < num_classes; ++k) {  // the copies at the sides
+      Stat* line = source + k * stride;
+      if (tile.columns.begin == 0) line[0] += line[-1];
+      if (tile.columns.end == problem.layout.width) line[columns - 1] += line[columns];
+    }
+    for (int64_t j = 0; j < columns; j += L) {
+      const int64_t count = std::min<int64_t>(L, columns - j);
+      T* to = target + j * dlayout.stride_w;
+      if (dlayout.stride_w == 1 || columns == 1) {
+        for (int64_t k = 0; k < num_classes; ++k)
+          V::store(to + k * dlayout.stride_d, Simd<Stat>::load(source + k * stride + j), count);
+        continue;
+      }
+      for (int64_t k = 0; k < num_classes; k += L) {
+        const int64_t classes = std::min<int64_t>(L, num_classes - k);
+        Vec square[L] = {};
+        for (int64_t c = 0; c < classes; ++c)
+          square[c] = Simd<Stat>::load(source + (k + c) * stride + j);
+        Simd<Stat>::transpose(square);
+        for (int64_t p = 0; p < count; ++p) {
+          T* of_pixel = to + p * dlayout.stride_w + k * dlayout.stride_d;
+          if (dlayout.stride_d == 1) {
+            V::store(of_pixel, square[p], classes);
+          } else {
+            T scattered[L];
+            V::store(scattered, square[p]);
+            for (int64_t c = 0; c < classes; ++c) of_pixel[c * dlayout.stride_d] = scattered[c];
+          }
+        }
+      }
+    }
+  }
+  std::memset(gradients, 0, num_classes * stride * sizeof(Stat));
+}
+
+// The rows of logits that are packed, by parity.
+template <class T>
+struct PackedRows {
+  int64_t of_parity[2] = {-1, -1};
+  bool ordinary[2];  // neither NaN nor +inf
+
+  void need(const Problem<T>& problem, const Tile& tile, int64_t row,
+            const Workspace<StatOf<T>>& workspace) {
+    if (of_parity[row & 1] == row) return;
+    ordinary[row & 1] = pack_row(problem, tile, row, workspace);
+    of_parity[row & 1] = row;
+  }
+};
