@@ -129,6 +129,7 @@ class CentroidGeometry(Metric):
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add the statistics of a batch; shapes and dtypes as `class_moments`."""
         counts, sums, sqdists = class_moments(
             features,
             labels,
@@ -146,6 +147,7 @@ class CentroidGeometry(Metric):
         return self.sums / self.counts.clamp(min=1)[:, None], self.counts
 
     def compute(self) -> dict[str, Tensor]:
+        """The five measures by name, float64 scalars."""
         present = self.counts > 0
         counts = self.counts[present]
         centroids = self.sums[present] / counts[:, None]
@@ -187,6 +189,7 @@ class LabelImbalance(Metric):
 
     @torch.no_grad()
     def update(self, labels: Tensor) -> None:
+        """Count the pixels and images of each class in labels, integer (B, …)."""
         labels = labels.long().flatten(1)
         valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
         keys = torch.where(valid, labels, self.num_classes)
@@ -200,6 +203,7 @@ class LabelImbalance(Metric):
         return (self.images / self.images.sum()).float()
 
     def compute(self) -> dict[str, Tensor]:
+        """pixel_imbalance and center_imbalance, float64 scalars; NaN where no class occurred."""
         return {
             "pixel_imbalance": imbalance_factor(self.pixels),
             "center_imbalance": imbalance_factor(self.images),
@@ -229,6 +233,15 @@ class FrequencyCorrelation(Metric):
 
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
+        """Count the correct pixels of a batch.
+
+        Args:
+            predictions: classes (B, …), or logits (B, K, …) at the labels' size.
+            labels: integer (B, …).
+
+        Raises:
+            ValueError: predictions of another shape.
+        """
         if predictions.dim() == labels.dim() + 1:
             predictions = predictions.argmax(1)
         if predictions.shape != labels.shape:
@@ -241,5 +254,6 @@ class FrequencyCorrelation(Metric):
         self.correct += labels[predictions == labels].bincount(minlength=self.num_classes)
 
     def compute(self) -> Tensor:
+        """The correlation, a float64 scalar; NaN where all classes are equally frequent."""
         present = self.pixels > 0
         return pearson(self.correct[present] / self.pixels[present], self.pixels[present])
