@@ -11,7 +11,7 @@ ROWS ?= build/bench/cpu.json
 # make check-abi PYTHON=python3.13
 ABI_TORCHES ?= 2.10 2.11 2.13
 
-.PHONY: setup test stress demo bench kernels-report cuda-report lint format package check-abi clean
+.PHONY: setup test stress demo bench kernels-report cuda-report lint format docs package check-abi clean
 
 setup: .venv/installed
 
@@ -20,7 +20,7 @@ setup: .venv/installed
 .venv/installed: pyproject.toml setup.py build_backend.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install torch torchvision 'setuptools>=77' ninja
-	$(BIN)/pip install --no-build-isolation -e '.[train,test,dev]'
+	$(BIN)/pip install --no-build-isolation -e '.[train,test,dev,docs]'
 	touch $@
 
 test: setup
@@ -56,6 +56,10 @@ format: setup
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
+# the site, in site/; a broken link or a missing docstring fails
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # sdist, and from it a wheel for this platform and every Python; the last line is the manylinux tag
 # that it can have (auditwheel repair, in the release workflow, gives it)
 package: setup
@@ -73,5 +77,5 @@ build/abi/%:
 	$@/bin/pip install numpy 'torch==$*.*' || (rm -r $@; false)
 
 clean:
-	rm -rf build dist *.egg-info anchorops/*.so .venv/installed
+	rm -rf build dist site *.egg-info anchorops/*.so .venv/installed
 	rm -rf .benchmarks .hypothesis .pytest_cache .ruff_cache
