@@ -22,7 +22,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 
 
@@ -133,8 +133,8 @@ def check_options(words: list[str], show_help, capsys) -> None:
 def check_pip(words: list[str]) -> None:
     assert words[0] == "install" and "-e" in words
     project = (ROOT / "pyproject.toml").read_text()
-    for extra in re.findall(r"\[(.*?)\]", words[-1]):
-        assert re.search(rf"^{extra} = ", project, re.M)
+    for extras in re.findall(r"\[(.*?)\]", words[-1]):
+        assert all(re.search(rf"^{extra} = ", project, re.M) for extra in extras.split(","))
 
 
 def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
