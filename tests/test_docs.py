@@ -207,12 +207,12 @@ def test_files_that_are_named_exist(page: Path):
             assert (ROOT / name).exists(), name
 
 
-def test_the_seam_has_what_is_named():
+def test_the_device_interface_has_what_is_named():
     page = (ROOT / "docs/adding-an-operator.md").read_text()
-    table = page.partition("| the seam |")[2].partition("\n\n")[0]
+    table = page.partition("| device interface |")[2].partition("\n\n")[0]
     names = re.findall(r"`(\w+)", table)
-    seam = (ROOT / "csrc/device.cuh").read_text()
-    assert len(names) > 10 and all(re.search(rf"\b{name}\(", seam) for name in names)
+    interface = (ROOT / "csrc/device.cuh").read_text()
+    assert len(names) > 10 and all(re.search(rf"\b{name}\(", interface) for name in names)
 
 
 @cache
