@@ -4,7 +4,9 @@ import ctypes
 import importlib
 import importlib.util
 import json
+import math
 import os
+import re
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -97,6 +99,18 @@ def _load_cuda() -> str | None:
     return None
 
 
+def _built_for(targets: str) -> list[tuple[tuple[int, int], tuple[float, float]]]:
+    """First and last compute capability of the GPUs on which code for each of the targets runs,
+    which are as in TORCH_CUDA_ARCH_LIST. Machine code serves its own major version from its minor
+    version on, PTX every later capability; "9.0a" is for 9.0 alone, "10.0f" is for its family."""
+    ranges = []
+    for major, minor, kind, ptx in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", targets):
+        first = int(major), int(minor)
+        later = first if kind == "a" else (first[0], math.inf)
+        ranges.append((first, (math.inf, math.inf) if ptx and not kind else later))
+    return ranges
+
+
 def _find_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (CPU builds of torch do not bring it)"
@@ -105,16 +119,39 @@ def _find_triton() -> str | None:
 
 # Why a backend's code is not here, fastest backend first. Known at import, so that choosing one is
 # a look into this table, which torch.compile can trace; whether there is a GPU is asked elsewhere.
-_cpu = _load_cpu()
-_MISSING = {"cuda": _load_cuda(), "triton": _find_triton(), "cpu": _cpu, "reference": None}
+_MISSING = {
+    "cuda": _load_cuda(),
+    "triton": _find_triton(),
+    "cpu": _load_cpu(),
+    "reference": None,
+}
+_CUDA_TARGETS = build_info().get("cuda_arch_list", "")
+_CUDA_RANGES = _built_for(_CUDA_TARGETS)
+
+
+def _no_code_for(device: torch.device | int) -> str | None:
+    """Why the CUDA library does not run on this GPU, or None. torch.compile traces it."""
+    gpu = torch.cuda.get_device_properties(device)
+    for first, last in _CUDA_RANGES:
+        if first <= (gpu.major, gpu.minor) <= last:
+            return None
+    return (
+        f"anchorops was built for compute capability {_CUDA_TARGETS}, the GPU {gpu.name} has "
+        f"{gpu.major}.{gpu.minor}: install anchorops again where torch sees this GPU, or with "
+        "TORCH_CUDA_ARCH_LIST"
+    )
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend, fastest first: None where it is usable here, else the reason it is not."""
+    """Every backend, fastest first: None where it is usable here, else the reason it is not. Of
+    several GPUs, `cuda` is usable where it is on one."""
     reasons = dict(_MISSING)
     for name in ("cuda", "triton"):
         if not reasons[name] and not _ON_HOST[name] and not torch.cuda.is_available():
             reasons[name] = "torch sees no GPU"
+    if not reasons["cuda"] and not _ON_HOST["cuda"]:
+        obstacles = [_no_code_for(i) for i in range(torch.cuda.device_count())]
+        reasons["cuda"] = None if None in obstacles else obstacles[0]
     return reasons
 
 
@@ -126,9 +163,9 @@ class use_backend:
     does so in a thread of autograd's: choose inside the checkpointed function.
 
     "auto" (the default) takes, for the features' device and dtype, the fastest that is usable:
-    on CUDA `cuda`, then `triton` (float64, and more classes than they take, go to `reference`);
-    on CPU `cpu`; everywhere else `reference`. A backend asked for by name that cannot serve a call
-    raises; nothing falls back in silence.
+    on CUDA `cuda` where it was built for that GPU, then `triton` (float64, and more classes than
+    they take, go to `reference`); on CPU `cpu`; everywhere else `reference`. A backend asked for by
+    name that cannot serve a call raises; nothing falls back in silence.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not usable here.
     """
@@ -164,7 +201,7 @@ def _why_not(name: str, features: Tensor, num_classes: int) -> str | None:
         return "it does not serve float64 (the reference does)"
     if name in ("cuda", "triton") and num_classes > GPU_MAX_CLASSES:
         return f"it serves at most {GPU_MAX_CLASSES} classes, num_classes is {num_classes}"
-    return None
+    return _no_code_for(features.device) if name == "cuda" and device == "cuda" else None
 
 
 def select(function: str, features: Tensor, num_classes: int) -> str:

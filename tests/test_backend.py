@@ -4,6 +4,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +174,77 @@ def test_a_cuda_library_of_no_use_says_why(monkeypatch):
     ):
         monkeypatch.setattr(torch.version, "cuda", version)
         assert str(_backend._load_cuda()).startswith(reason)
+
+
+class Gpu(Enum):
+    """What a choice asks of the properties of GPUs; torch.compile knows members as constants, as
+    it does torch's own class of properties."""
+
+    def __init__(self, major: int, minor: int) -> None:
+        self.major, self.minor = major, minor
+
+
+class Gpus:
+    """GPUs of these compute capabilities in place of the machine's, and a CUDA library for them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, targets: str, *capabilities: str) -> None:
+        versions = [tuple(map(int, capability.split("."))) for capability in capabilities]
+        gpus = list(Gpu("Gpu", [(f"number {i}", version) for i, version in enumerate(versions)]))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        monkeypatch.setattr(torch.cuda, "_get_device_properties", gpus.__getitem__, raising=False)
+        missing = {"cuda": None, "triton": None, "cpu": None, "reference": None}
+        monkeypatch.setattr(_backend, "_MISSING", missing)
+        monkeypatch.setattr(_backend, "_CUDA_TARGETS", targets)
+        monkeypatch.setattr(_backend, "_CUDA_RANGES", _backend._built_for(targets))
+
+    def select(self, index: int) -> str:
+        features: Any = SimpleNamespace(
+            device=torch.device("cuda", index), dtype=torch.bfloat16, shape=(2, 3, 4, 5)
+        )
+        return _backend.select("f", features, 6)
+
+
+@pytest.mark.parametrize(
+    ("targets", "served", "not_served"),
+    [
+        ("8.0;9.0", ["8.0", "8.6", "8.9", "9.0"], ["7.5", "10.0", "12.0"]),
+        ("8.6 9.0+PTX", ["8.6", "8.9", "9.0", "10.0", "12.1"], ["8.0"]),
+        ("9.0a;10.0f+PTX", ["9.0", "10.0", "10.3"], ["8.9", "11.0", "12.0"]),
+        ("9.0+PTX", ["9.0", "12.0"], ["8.9"]),
+        ("", [], ["9.0"]),
+    ],
+)
+def test_auto_takes_triton_on_a_gpu_without_code(monkeypatch, targets, served, not_served):
+    gpus = Gpus(monkeypatch, targets, *served, *not_served)
+    expected = ["cuda"] * len(served) + ["triton"] * len(not_served)
+    assert [gpus.select(i) for i in range(len(expected))] == expected
+
+
+def test_a_gpu_without_code_says_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpus = Gpus(monkeypatch, "9.0", "9.0", "8.9")
+    assert ao.backends()["cuda"] is None
+    reason = "anchorops was built for compute capability 9.0, the GPU number 1 has 8.9: install"
+    with ao.use_backend("cuda"):
+        assert gpus.select(0) == "cuda"
+        with pytest.raises(ValueError, match=f"^f: backend cuda cannot serve this call: {reason}"):
+            gpus.select(1)
+    gpus = Gpus(monkeypatch, "10.0", "8.0", "8.9")
+    assert str(ao.backends()["cuda"]).startswith("anchorops was built for compute capability 10.0")
+    with pytest.raises(RuntimeError, match=r"^use_backend: cuda is not usable here: anchorops was"):
+        ao.use_backend("cuda")
+
+
+def test_the_choice_among_gpus_is_traced(monkeypatch):
+    """torch.compile asks a GPU's properties when it traces, and takes them for constants."""
+    Gpus(monkeypatch, "9.0", "9.0", "8.9")
+
+    def served(x):
+        return [x + (_backend._no_code_for(torch.device("cuda", i)) is None) for i in range(2)]
+
+    compiled = torch.compile(served, fullgraph=True, backend="eager")
+    assert [y.item() for y in compiled(torch.zeros(()))] == [1, 0]
 
 
 def call(function: str, **arguments: Any) -> Any:
