@@ -77,10 +77,16 @@ def cuda_toolkit(torch) -> tuple[str, str]:
     os.environ["CUDA_HOME"] = os.path.normpath(top[1])
 
     gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-    targets = gpus or [(8, 0), (9, 0)] + [(10, 0)] * (version >= "12.8")
+    # Without a GPU, code for all of them: that of 8.0 runs on 8.6 and 8.9 too, where code of their
+    # own would differ in its schedule alone and take half as long again to compile.
+    blackwell = [(10, 0), (12, 0)] if tuple(map(int, release.groups())) >= (12, 8) else []
+    targets = gpus or [(8, 0), (9, 0), *blackwell]
     default = ";".join(f"{major}.{minor}" for major, minor in targets) + "+PTX"
-    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
-    return version, os.environ["TORCH_CUDA_ARCH_LIST"]
+    archs = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
+    # The library says what it was built for, and is not called on other GPUs.
+    if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?[; ]*)+", archs):
+        sys.exit(f"anchorops: TORCH_CUDA_ARCH_LIST must be as 8.0;9.0+PTX, not {archs!r}")
+    return version, archs
 
 
 def compiled_parts() -> dict:

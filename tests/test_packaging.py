@@ -248,11 +248,13 @@ def test_types_of_the_installed_wheel(built, tmp_path):
         ("2.12.0", None, {}, "demands .* torch 2.12.0 is a build without CUDA"),
         ("2.12.0", "13.0", {"CUDA_HOME": "/nonexistent"}, "demands .* nvcc was not found"),
         ("2.12.0", "13.0", {}, "demands .* nvcc is of CUDA 12.4, torch 2.12.0 of CUDA 13.0"),
+        ("2.12.0", "12.9", {"TORCH_CUDA_ARCH_LIST": "Hopper"}, "must be as 8.0;.*, not 'Hopper'"),
         (None, None, {}, "no torch here: install torch"),
     ],
 )
 def test_demands_that_cannot_be_met(checkout, tmp_path, torch, cuda, environment, message):
-    module = f"__version__ = {torch!r}\nclass version: cuda = {cuda!r}"
+    module = f"__version__ = {torch!r}\nclass version: cuda = {cuda!r}\n"
+    module += "class cuda: device_count = lambda: 0"
     plan = "TOP=/opt/cuda/bin/..\n-D__CUDACC_VER_MAJOR__=12 -D__CUDACC_VER_MINOR__=4"
     files = {
         "torch/__init__.py": module if torch else "raise ImportError('no torch here')",
