@@ -1,6 +1,7 @@
-// What every backend in C++ needs to know of labels.
+// What every backend in C++ needs to know of labels and keys.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -33,6 +34,13 @@ void for_label_dtype(const char* operation, torch::headeronly::ScalarType dtype,
     default:
       STD_TORCH_CHECK(false, operation, ": labels: unexpected dtype");
   }
+}
+
+// Kernels read the keys of all pixels one after the other.
+inline void check_keys(const char* operation, const torch::stable::Tensor& keys, int64_t pixels) {
+  STD_TORCH_CHECK(keys.is_contiguous() && keys.numel() == pixels, operation,
+                  ": keys: expected a contiguous key for each of ", pixels, " pixels, got ",
+                  keys.numel(), keys.is_contiguous() ? "" : ", not contiguous");
 }
 
 }  // namespace anchorops

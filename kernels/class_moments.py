@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .class_moments_sorted import class_moments_sorted
 from .fold import fold
-from .launch import INTERPRETED, as_pixels, chunks_of, tile_of, without_spills
+from .launch import INTERPRETED, as_pixels, check_keys, chunks_of, tile_of, without_spills
 from .tile_keys import tile_keys
 
 BLOCK_K = 16  # keys in one one-hot product
@@ -300,6 +300,7 @@ def class_moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """features by strides, keys int32 [B, P], anchors float32 [K, D] -> float32
     sums [num_keys, D], sqdists [num_keys], residuals [num_keys, D]; (0,) where not asked for."""
+    check_keys("class_moments.triton", keys, features.numel() // max(features.shape[1], 1))
     (view,) = as_pixels(features.shape, features.stride())
     has_anchors = anchors is not None
 

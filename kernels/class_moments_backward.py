@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import as_pixels, tile_of
+from .launch import as_pixels, check_keys, tile_of
 
 
 @triton.jit(do_not_specialize=["tiles_per_line"])
@@ -116,6 +116,7 @@ def class_moments_backward(
     dfeatures = keys.new_empty_strided(size, stride, dtype=dtype)
     if dfeatures.numel() == 0:
         return dfeatures
+    check_keys("class_moments_backward.triton", keys, dfeatures.numel() // dfeatures.shape[1])
     out, view = as_pixels(
         size, dfeatures.stride(), (dfeatures if features is None else features).stride()
     )

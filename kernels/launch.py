@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
@@ -44,6 +45,15 @@ class Pixels(NamedTuple):
 def _rows_follow_each_other(size: Sequence[int], stride: Sequence[int]) -> bool:
     height, width = size[2:]
     return height == 1 or width == 1 or stride[2] == width * stride[3]
+
+
+def check_keys(operation: str, keys: Tensor, pixels: int) -> None:
+    """Kernels read the keys of all pixels one after the other."""
+    if not keys.is_contiguous() or keys.numel() != pixels:
+        raise ValueError(
+            f"{operation}: keys: expected a contiguous key for each of {pixels} pixels, "
+            f"got shape {tuple(keys.shape)} and strides {keys.stride()}"
+        )
 
 
 def as_pixels(size: Sequence[int], *strides: Sequence[int]) -> list[Pixels]:

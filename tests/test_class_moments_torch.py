@@ -161,6 +161,20 @@ def test_opcheck_class_moments_backward():
             torch.library.opcheck(operator, (*given, 2, (2, 6, 5), stride, torch.float32))
 
 
+@pytest.mark.parametrize("keys", [torch.zeros(6, 2).T, torch.zeros(2, 5)], ids=["strided", "few"])
+def test_keys_that_do_not_follow_each_other_are_refused(keys):
+    features, anchors = torch.randn(2, 4, 6), torch.randn(3, 4)
+    operators = torch.ops.anchorops
+    refused = pytest.raises(RuntimeError, match="keys: expected a contiguous key for")
+    with refused:
+        operators.class_moments.cpu(features, keys.int(), anchors, 3, 1, True, False)
+    gradients = anchors, anchors[:, 0]
+    with refused:
+        operators.class_moments_backward.cpu(
+            features, keys.int(), anchors, *gradients, 1, (2, 4, 6), (24, 6, 1), torch.float32
+        )
+
+
 def compiled_loss(features: Tensor, labels: Tensor, anchors: Tensor, step: Tensor) -> Tensor:
     num_classes = anchors.shape[0]
     _, sums, sqdists = ao.class_moments(

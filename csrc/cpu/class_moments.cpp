@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../labels.h"
 #include "operators.h"
 
 namespace anchorops::cpu {
@@ -192,6 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
                                                  std::optional<Tensor> anchors, int64_t num_keys,
                                                  int64_t groups, bool with_sums,
                                                  bool with_residuals) {
+  check_keys("class_moments.cpu", keys, features.numel() / std::max<int64_t>(features.size(1), 1));
   const ScalarType dtype = features.scalar_type();
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const std::vector<int64_t> matrix = {num_keys, features.size(1)}, none = {0};
@@ -217,6 +219,8 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
                                                          static_cast<int32_t>(dtype),
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor dfeatures(handle);
+  if (dfeatures.numel() == 0) return dfeatures;
+  check_keys("class_moments_backward.cpu", keys, dfeatures.numel() / dfeatures.size(1));
   if (anchors) anchors = torch::stable::contiguous(*anchors);
   if (dsums) dsums = torch::stable::contiguous(*dsums);
   if (dsqdists) dsqdists = torch::stable::contiguous(*dsqdists);

@@ -30,6 +30,7 @@
 // 88 µs, and SegFormer B16 D768 128×128, 403 MB, 94 µs, and about 5 µs for the partials; three
 // warps that wait for each other's data in turn may well be slower than the memory (K ≥ 150,
 // residuals).
+#include "../labels.h"
 #include "class_moments_kernel.cuh"
 
 namespace anchorops::cuda {
@@ -325,6 +326,7 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
                                                  std::optional<Tensor> anchors, int64_t num_keys,
                                                  int64_t groups, bool with_sums,
                                                  bool with_residuals) {
+  check_keys("class_moments.cuda", keys, features.numel() / std::max<int64_t>(features.size(1), 1));
   const OnDevice device(features);
   const int statistics = (with_sums ? SUMS : 0) | (anchors ? SQDISTS : 0) |
                          (anchors && with_residuals ? RESIDUALS : 0);

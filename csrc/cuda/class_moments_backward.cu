@@ -24,6 +24,7 @@
 // a warp read rows of their own: 16 loads of tables for 2 KB of bf16 features take 64 cycles of
 // the first-level cache if keys are equal, 512 if none are and it serves one line a cycle; the
 // memory takes 220. If a measurement confirms it: tables in shared memory, with fewer conflicts.
+#include "../labels.h"
 #include "tensors.cuh"
 
 namespace anchorops::cuda {
@@ -346,6 +347,7 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
   const OnDevice device(keys);
   Tensor dfeatures = new_empty_strided(keys, size, stride, dtype);
   if (dfeatures.numel() == 0) return dfeatures;
+  check_keys("class_moments_backward.cuda", keys, dfeatures.numel() / dfeatures.size(1));
   const std::vector<int64_t> from = features ? to_vector(features->strides()) : stride;
   const bool join = rows_join(size, from) && rows_join(size, stride);
   Pixels view = as_pixels(size, from, join), out = as_pixels(size, stride, join);

@@ -365,6 +365,21 @@ def test_operators_are_registered_as_torch_expects():
     )
 
 
+@pytest.mark.parametrize("keys", [torch.zeros(6, 2).T, torch.zeros(2, 5)], ids=["strided", "few"])
+def test_keys_that_do_not_follow_each_other_are_refused(keys):
+    features, anchors = torch.randn(2, 4, 6), torch.randn(3, 4)
+    forward, backward = (
+        getattr(getattr(torch.ops.anchorops, name), BACKEND)
+        for name in ("class_moments", "class_moments_backward")
+    )
+    refused = pytest.raises((RuntimeError, ValueError), match="keys: expected a contiguous key for")
+    with refused:
+        forward(features, keys.int(), anchors, 3, 1, True, False)
+    gradients = anchors, anchors[:, 0]
+    with refused:
+        backward(features, keys.int(), anchors, *gradients, 1, (2, 4, 6), (24, 6, 1), FP32)
+
+
 def test_float64_is_refused():
     with pytest.raises(ValueError, match=rf"class_moments: backend {BACKEND} .* float64"):
         ao.class_moments(torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4).long(), 2)
