@@ -11,9 +11,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -227,6 +230,33 @@ inline void fill_zero(void* memory, size_t bytes, [[maybe_unused]] Stream stream
 #endif
 }
 
+// What a block may ask for on every GPU from sm_80 on: 8.6, 8.9 and 12.0 have 99 KB, others more.
+// Plans keep to it.
+constexpr size_t MAX_SHARED_BYTES = 99 << 10;
+
+#ifdef __CUDACC__
+// Once for each kernel and device, and the same limit whatever a launch asks for, so that threads
+// of the host that launch at the same time do not disturb each other. What a kernel does not need
+// of the shared memory is first-level cache: one that asks for none keeps what its blocks take for
+// themselves, 1 KB each.
+inline void configure(const char* name, const void* kernel, bool asks_for_shared) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> configured;
+  constexpr int PERCENT_FOR_BLOCKS = 14;  // 32 KB on sm_80 and sm_90, 14 KB on sm_86
+  int device = 0;
+  check(cudaGetDevice(&device), name);
+  const std::lock_guard lock(mutex);
+  if (configured.contains({device, kernel})) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MAX_SHARED_BYTES),
+        name);
+  check(cudaFuncSetAttribute(
+            kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+            asks_for_shared ? int{cudaSharedmemCarveoutMaxShared} : PERCENT_FOR_BLOCKS),
+        name);
+  configured.emplace(device, kernel);
+}
+#endif
+
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...); an empty grid is no launch. Throws
 // with the kernel's name where the launch fails.
 template <class... Parameters, class... Arguments>
@@ -234,13 +264,12 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
             size_t shared_bytes, [[maybe_unused]] Stream stream, const Arguments&... arguments) {
   if (size_t{grid.x} * grid.y * grid.z == 0) return;
 #ifdef __CUDACC__
-  if (shared_bytes > 48 << 10)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          name);
+  configure(name, reinterpret_cast<const void*>(kernel), shared_bytes > 0);
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
   check(cudaGetLastError(), name);
 #else
+  if (shared_bytes > MAX_SHARED_BYTES)
+    throw std::logic_error(std::string(name) + ": more shared memory than every GPU has");
   on_host::launch(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
 #endif
 }

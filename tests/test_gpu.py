@@ -1,5 +1,7 @@
 """The GPU backends on a GPU: values, gradients, streams, graphs, compilation."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -110,6 +112,22 @@ def test_cuda_graph_and_streams(gpu_backend):
     static.copy_(features)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_threads_that_launch_at_once(gpu_backend):
+    """Tables of 19 and of 150 classes take different amounts of shared memory of one kernel."""
+    inputs = [make_inputs((2, 64, 16, 32), k, torch.bfloat16, False, 9) for k in (19, 150)]
+
+    def results(i):
+        with ao.use_backend(gpu_backend):
+            return [moments_and_gradients(*inputs[i % 2]) for _ in range(50)]
+
+    with ThreadPoolExecutor(4) as threads:
+        for i, found in enumerate(threads.map(results, range(4))):
+            expected = moments_and_gradients(*inputs[i % 2])
+            assert all(
+                torch.equal(a, b) for some in found for a, b in zip(some, expected, strict=True)
+            )
 
 
 def test_compiles_as_one_graph(gpu_backend):

@@ -196,6 +196,7 @@ struct TileProduct {
   static constexpr int SPLIT = THREADS / (M / 4 * N / 4), PITCH = N + 4;
   static constexpr int SHARED_FLOATS = std::max(A::SIZE + B::SIZE, SPLIT * M * PITCH);
   static constexpr size_t SHARED_BYTES = SHARED_FLOATS * sizeof(float);
+  static_assert(SHARED_BYTES <= MAX_SHARED_BYTES);
 
   template <bool BY_ROWS, int GROUPS, int OPERAND_PITCH>
   static __device__ void read(const float* shared, int group, int step, Vector<float> (&four)[4]) {

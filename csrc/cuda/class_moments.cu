@@ -136,8 +136,7 @@ __global__ void __launch_bounds__(128)
   }
 }
 
-// What a multiprocessor of an H200 has, and what a block may have on any GPU from sm_80 on.
-constexpr int64_t MULTIPROCESSORS = 132, SHARED_BYTES = 227 << 10, BLOCK_SHARED_BYTES = 96 << 10;
+constexpr int64_t MULTIPROCESSORS = 132, SHARED_BYTES = 227 << 10;  // of each: an H200
 constexpr int64_t MAX_BLOCKS = 12;  // of a multiprocessor: as many as registers allow
 constexpr int64_t PARTIALS_IN_CACHE = 16 << 20;
 
@@ -363,7 +362,7 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
                                       sizeof(T));
     problem.sqdists_columns = columns_of(statistics, num_keys, RING_BYTES<T, false>);
     const int64_t tables = table_bytes(statistics, num_keys, problem.sqdists_columns);
-    if (tables + RING_BYTES<T, false> <= BLOCK_SHARED_BYTES)
+    if (tables + RING_BYTES<T, false> <= int64_t{MAX_SHARED_BYTES})
       in_raster_order(problem, statistics, tables, out, device.stream);
     else
       in_order_of_keys(problem, statistics, keys, out, device.stream);

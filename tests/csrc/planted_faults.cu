@@ -18,6 +18,7 @@ enum class Fault {
   BLOCKS_RACE,
   MISALIGNED,
   BARRIER_FOR_SOME,
+  TOO_MUCH_SHARED,
 };
 
 // Rotates the numbers of each block by one place, through shared memory, in three ways.
@@ -60,8 +61,10 @@ __global__ void rotate_kernel(const float* in_ptr, float* out_ptr) {
 
 template <Fault FAULT>
 void rotate(const float* in_ptr, float* out_ptr, unsigned blocks) {
-  launch("rotate_kernel", rotate_kernel<FAULT>, blocks, THREADS, THREADS * sizeof(float), nullptr,
-         in_ptr, out_ptr);
+  constexpr size_t SHARED_BYTES =
+      FAULT == Fault::TOO_MUCH_SHARED ? MAX_SHARED_BYTES + 4 : THREADS * sizeof(float);
+  launch("rotate_kernel", rotate_kernel<FAULT>, blocks, THREADS, SHARED_BYTES, nullptr, in_ptr,
+         out_ptr);
 }
 
 }  // namespace
@@ -81,5 +84,6 @@ extern "C" [[gnu::visibility("default")]] void rotate(const char* fault, const f
   PLANT(BLOCKS_RACE);
   PLANT(MISALIGNED);
   PLANT(BARRIER_FOR_SOME);
+  PLANT(TOO_MUCH_SHARED);
 #undef PLANT
 }
