@@ -90,13 +90,15 @@ def duration(run: Run) -> float:
 
 
 def _sample_cuda(runs: Sequence[Run], rounds: int) -> list[list[float]]:
-    # Evicts the inputs from L2, and keeps the GPU busy while the host launches what is timed.
+    # Reading it evicts the inputs from L2, writes back there what the call before has written, and
+    # keeps the GPU busy while the host launches what is timed. Had it been written, its own lines
+    # would be written back while the call runs.
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    flush = torch.empty(min(2**30, memory // 16), dtype=torch.int8, device="cuda")
+    clean = torch.zeros(min(2**30, memory // 16) // 4, dtype=torch.float32, device="cuda")
 
     def events(run: Run) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        clean.sum()
         start.record()
         run()
         end.record()

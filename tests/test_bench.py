@@ -84,7 +84,7 @@ def test_measure_sees_other_processes():
 
 
 def test_measure_on_cuda(monkeypatch):
-    """The order of events, on a stand-in for CUDA: L2 flushed, start, the call, end."""
+    """The order of events, on a stand-in for CUDA: a clean buffer read, start, the call, end."""
     order = []
 
     class Event:
@@ -98,25 +98,25 @@ def test_measure_on_cuda(monkeypatch):
             assert isinstance(end, Event)
             return 2.0  # milliseconds
 
-    class Flush:
-        def zero_(self) -> None:
-            order.append("flush")
+    class Clean:
+        def sum(self) -> None:  # nothing that writes: it would leave dirty lines
+            order.append("read")
 
-    def empty(size: int, dtype: torch.dtype, device: str) -> Flush:
-        assert (size, dtype, device) == (2**30, torch.int8, "cuda")
-        return Flush()
+    def zeros(size: int, dtype: torch.dtype, device: str) -> Clean:
+        assert (size, dtype, device) == (2**28, torch.float32, "cuda")
+        return Clean()
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     properties = SimpleNamespace(total_memory=141 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "zeros", zeros)
     run = lambda: order.append("call")  # noqa: E731
     measured, times = measure(run, 10**6, torch.device("cuda"), seconds=0)
     assert times == [2e-3] * 3
     assert measured.gbps == pytest.approx(0.5)
-    once = ["flush", "event", "call", "event"]
+    once = ["read", "event", "call", "event"]
     assert order == [*once, *once, *once, "synchronize"]
 
 
