@@ -42,7 +42,7 @@ kernels-report: setup
 	$(BIN)/python bench/kernels_report.py
 
 cuda-report: setup
-	$(BIN)/python bench/cuda_report.py
+	$(BIN)/python bench/cuda_report.py --times
 
 lint: setup
 	$(BIN)/ruff check

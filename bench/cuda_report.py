@@ -11,6 +11,7 @@ multiprocessors, 1.75 GHz):
   forward's tables take shared memory: with 19 classes / with 150; of sorted pixels it has none.
 The kernels of upsampled logits are bound by instructions: those of the hot loop for each class of a
 cell of pixels, without staging the logits.
+`--times` adds the times that time_model.py predicts along the ways that paths.py knows.
 Static shared memory is with what the GPU takes for itself, 1 KB from sm_90 on.
 """
 
@@ -19,12 +20,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from kernels_report import SHARED_PER_SM, TOOLS, Block, blocks_of, distances, tool
+import paths
+from kernels_report import SHARED_PER_SM, THREADS_PER_SM, TOOLS, Block, blocks_of, distances, tool
 
 LIBRARY = Path(__file__).parents[1] / "anchorops" / "_cuda.so"
 FORWARD = re.compile(r"class_moments_kernel<(\w+), (\d), (true|false), (true|false)>")
@@ -55,6 +57,7 @@ class Kernel(NamedTuple):
     stack: int
     shared: int
     blocks: list[Block]
+    sass: str
 
     def count(self, pattern: str) -> int:
         return sum(count(block, pattern) for block in self.blocks)
@@ -66,7 +69,7 @@ class Kernel(NamedTuple):
         """Blocks on a multiprocessor."""
         return min(
             65536 // (-(-self.registers // 8) * 8 * threads),
-            2048 // threads,
+            THREADS_PER_SM.get(self.gpu, 2048) // threads,
             (SHARED_PER_SM[self.gpu] << 10) // (1024 + shared_bytes),
             32,
         )
@@ -192,15 +195,23 @@ def streaming(kernel: Kernel) -> tuple[list[str], Budgets | None]:
 
 def kernels_of(cubin: Path) -> list[Kernel]:
     code = {}
-    for section in tool("nvdisasm", "-c", str(cubin)).split("\n.text.")[1:]:
+    for section in tool("nvdisasm", "-c", "-hex", str(cubin)).split("\n.text.")[1:]:
         name, _, sass = section.partition(":")
         # sm_80 leaves a loop by a "call" of a label, from which nothing returns.
-        code[name] = blocks_of(sass.replace("CALL.REL.NOINC `(.L_x", "BRA `(.L_x"))
+        code[name] = sass.replace("CALL.REL.NOINC `(.L_x", "BRA `(.L_x")
     usage = tool("cuobjdump", "--dump-resource-usage", str(cubin))
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     gpu = cubin.suffixes[-2].removeprefix(".")
     return [
-        Kernel(gpu, name, int(registers), int(stack) + int(local), int(shared), code[name])
+        Kernel(
+            gpu,
+            name,
+            int(registers),
+            int(stack) + int(local),
+            int(shared),
+            blocks_of(code[name]),
+            code[name],
+        )
         for name, registers, stack, shared, local in found
     ]
 
@@ -228,18 +239,40 @@ def read(files: list[Path]) -> list[Kernel]:
     return sorted(named, key=lambda kernel: (int(kernel.gpu.removeprefix("sm_")), kernel.name))
 
 
+def print_times(kernels: list[Kernel]) -> None:
+    """What paths.py predicts for an H200."""
+    print("\nWarps of the forward on a multiprocessor, bf16 NCHW: sums / both / all three")
+    for num_keys in (19, 76, 150, 171, 600):
+        print(f"- K = {num_keys}: {paths.resident_forward(num_keys)}")
+    print("\nPredicted, not measured:\n")
+    print("|", " | ".join(paths.HEAD), "|\n|", "---|" * len(paths.HEAD))
+    with ProcessPoolExecutor() as pool:
+        for rows in pool.map(times_of, kernels):
+            for name, case, warps, one, every, waves, share, goal in rows:
+                cells = name, case, warps, f"{one:.0f}", f"{every:.0f}", f"{waves:.1f}"
+                missed = "" if share >= goal else f"under {goal:.0%}"
+                print("|", " | ".join(map(str, (*cells, f"{share:.0%}", missed))), "|", flush=True)
+
+
+def times_of(kernel: Kernel) -> list[tuple[Any, ...]]:
+    return paths.estimates(kernel.name, kernel.sass, kernel.resident)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "files", nargs="*", type=Path, help="libraries or objects", default=[LIBRARY]
     )
-    files = parser.parse_args().files
+    parser.add_argument("--times", action="store_true", help="predict times, which takes minutes")
+    args = parser.parse_args()
+    files = args.files
     for file in files:
         if not file.is_file():
             sys.exit(f"cuda_report: {file} does not exist: compile it with nvcc")
     print("|", " | ".join(COLUMNS), "|\n|", "---|" * len(COLUMNS))
     faults, budgeted = [], 0
-    for kernel in read(files):
+    kernels = read(files)
+    for kernel in kernels:
         missing, budgets = streaming(kernel)
         spills = kernel.count(SPILL)
         missing += [f"{spills} spills"] * (spills > 0) + [f"stack {kernel.stack} B"] * (
@@ -260,6 +293,8 @@ def main() -> None:
         print("|", " | ".join(map(str, cells)), "|")
     if files == [LIBRARY] and not budgeted:
         faults.append("no streaming kernel was found under the names that this report knows")
+    if args.times:
+        print_times([kernel for kernel in kernels if kernel.gpu == "sm_90"])
     if faults:
         sys.exit("cuda_report:\n" + "\n".join(faults))
 

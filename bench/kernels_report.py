@@ -46,7 +46,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-SHARED_PER_SM = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # KB
+SHARED_PER_SM = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "sm_120": 100}  # KB
+THREADS_PER_SM = {"sm_120": 1536}  # others 2048
 # Instructions that the path must pass, in this order; a program without a loop ends where it began.
 FEATURES = r"LDG\.E\.EF"  # the only loads that are evicted first
 PATHS = {
@@ -319,7 +320,7 @@ def measure(name: str, kernel: Any) -> Row:
     threads = 32 * kernel.metadata.num_warps
     programs = min(
         65536 // (-(-registers // 8) * 8 * threads),
-        2048 // threads,
+        THREADS_PER_SM.get(name, 2048) // threads,
         SHARED_PER_SM[name] // (1 + kernel.metadata.shared / 1024),
         32,
     )

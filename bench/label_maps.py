@@ -1,0 +1,58 @@
+"""Label maps for the time model: of street scenes, and random; and what their tiles hold."""
+
+from functools import cache
+
+import numpy as np
+
+Tiles = list[tuple[tuple[int, ...], ...]]  # of each tile, the changes in its segments, by groups
+
+
+@cache
+def label_maps(kind: str, batch: int, height: int, width: int, classes: int) -> np.ndarray:
+    """int [batch, height, width], 255 in place of what is ignored.
+
+    "images": each has four bands with uneven edges, as sky, buildings, ground and road have, 16
+    things of 3 to 40 pixels before them, small ones at the horizon, three poles and a border of ignored
+    pixels. "random": each pixel drawn alone.
+    """
+    random = np.random.default_rng(0)
+    if kind == "random":
+        return random.integers(0, classes, (batch, height, width))
+    maps = np.empty((batch, height, width), int)
+    y, x = np.mgrid[:height, :width]
+    for labels in maps:
+        labels[:] = random.integers(classes)
+        for level in (0.35, 0.55, 0.7):
+            phases, periods = random.uniform(0, 6, 4), random.uniform(8, width / 2, 4)
+            edge = level * height + sum(
+                2 * np.sin(x[0] / period + phase)
+                for phase, period in zip(phases, periods, strict=True)
+            )
+            labels[y > edge] = random.integers(classes)
+        for _ in range(16):
+            size = 3 + 37 * random.random() ** 3
+            bottom, left = height * (0.5 + 0.4 * size / 40), random.integers(width)
+            inside = (abs(x - left) < size / 2) & (y > bottom - 1.5 * size) & (y <= bottom)
+            if random.random() < 0.5:  # round
+                inside &= (x - left) ** 2 + (y - bottom + size / 2) ** 2 < size**2 / 3
+            labels[inside] = random.integers(classes)
+        for left in random.integers(width, size=3):
+            labels[(x == left) & (y > 0.2 * height) & (y < 0.7 * height)] = random.integers(classes)
+        labels[-height // 25 :] = 255
+    return maps
+
+
+def changes_of_tiles(keys: np.ndarray, tile: int, segment: int) -> Tiles:
+    """How often the key changes in each segment of each group of 32 pixels, tile by tile."""
+    flat = keys.reshape(-1)[: keys.size // tile * tile]
+    begins = np.diff(flat, prepend=flat[0]) != 0
+    counts = begins.reshape(-1, tile // 32, 32 // segment, segment).sum(-1)
+    return [tuple(map(tuple, groups)) for groups in counts.tolist()]
+
+
+def rows_of_loads(keys: np.ndarray, pixels_per_lane: int) -> float:
+    """Rows of a table that a warp's lanes read at once, each lane having so many pixels."""
+    warps = keys.reshape(-1)[: keys.size // (32 * pixels_per_lane) * 32 * pixels_per_lane]
+    warps = warps.reshape(-1, 32, pixels_per_lane)
+    some = warps[:: max(1, len(warps) // 500)]
+    return float(np.mean([len(np.unique(warp[:, i])) for warp in some for i in (0, -1)]))

@@ -1,0 +1,236 @@
+"""How long warps take along a path of machine code, computed without a GPU.
+
+SASS tells how an instruction is to be issued: the cycles until the warp's next one, and which of six
+scoreboards it sets and waits for. The model adds what code does not tell, the numbers below. Issue
+is in order, one instruction a cycle for each of four schedulers, from the warp that could first;
+pipes are busy for some cycles; memory is a queue of a multiprocessor's share of the copy bandwidth,
+with a latency behind it. Not modelled: instruction cache, bank conflicts, taken branches beyond
+their stall count, barriers between warps, other multiprocessors. The numbers are estimates for an
+H200 (sm_90), partly from microbenchmarks that others have published: predictions, until one run on a
+GPU corrects them here.
+"""
+
+import heapq
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+CLOCK, MULTIPROCESSORS = 1.75e9, 132
+COPY_BANDWIDTH = 4.3e12  # bytes a second, read and written together
+BYTES_PER_CYCLE = COPY_BANDWIDTH / MULTIPROCESSORS / CLOCK  # of a multiprocessor: 18.6
+LAUNCH = 3e-6  # seconds from the end of a kernel to the start of the next of a stream
+MEMORY, L2, L1 = 700, 260, 38  # cycles until a load has its result
+OPERANDS = 12  # cycles until a load or store has read its registers
+
+# Opcode -> cycles to the result, cycles that a pipe is busy, pipe. "lsu" is one for the
+# multiprocessor, of 128 bytes a cycle; each scheduler has the others for itself.
+PIPES = [
+    (r"LDS|LDSM", 29, 1, "lsu"),
+    (r"STS", 30, 1, "lsu"),
+    (r"LDG(?!DEP)|LD\.|ATOM|RED", L1, 1, "lsu"),
+    (r"STG|ST\.", 30, 1, "lsu"),
+    (r"SHFL|VOTE|MATCH|REDUX", 24, 2, "lsu"),
+    (r"U?LDC", 40, 1, "constant"),
+    (r"S2U?R|CS2R|R2UR|BAR|DEPBAR|LDGDEPBAR|MEMBAR|WARPSYNC", 25, 2, "other"),
+    (r"MUFU|F2I|I2F|F2F|FRND|POPC|FLO|BREV", 20, 8, "special"),
+    (r"[HBI]G?MMA", 33, 16, "tensor"),
+    (r"DADD|DMUL|DFMA|DSETP", 40, 32, "double"),
+    (r"FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2", 4, 1, "fma"),
+    (r"IMAD|IDP", 5, 2, "imad"),
+    (r"BRA|BSSY|BSYNC|BREAK|EXIT|NOP|CALL|RET|YIELD", 5, 1, "branch"),
+    (r"", 5, 2, "alu"),
+]
+RULES = [(re.compile(pattern), rule) for pattern, *rule in PIPES]
+STREAM = re.compile(r"LDGSTS|(LDG|STG)\.E\.EF")  # features and their gradient, past the caches
+
+
+class Instruction(NamedTuple):
+    text: str
+    opcode: str
+    stall: int
+    write: int  # scoreboard that the result sets, 7 for none
+    read: int  # the one that is set when registers have been read
+    wait: tuple[int, ...]  # scoreboards to wait for
+    latency: int
+    busy: int
+    pipe: str
+    bytes: int = 0  # of memory that a warp moves
+    pending: int | None = None  # DEPBAR: groups of copies that may be under way
+
+
+class Block(NamedTuple):
+    """A basic block; `next` are the blocks that may follow."""
+
+    instructions: list[Instruction]
+    next: list[int]
+
+    def count(self, pattern: str) -> int:
+        return sum(re.match(pattern, x.opcode) is not None for x in self.instructions)
+
+
+Path = list[Instruction]
+Choice = Callable[[Block], bool]
+
+
+def opcode(text: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].rstrip(";")
+
+
+def decode(text: str, high: int) -> Instruction:
+    """high: the upper 64 bits of the instruction. From bit 41: stall 4, yield 1, write 3, read 3,
+    wait 6."""
+    bits, name = high >> 41, opcode(text)
+    latency, busy, pipe = next(rule for pattern, rule in RULES if pattern.match(name))
+    width = re.search(r"\.(128|64|U?16|U?8)\b", name)
+    size = int(width[1].lstrip("U")) // 8 if width else 4
+    if pipe == "lsu" and re.match(r"LD|ST", name):
+        busy = max(1, size // 4)
+    streams = STREAM.match(name) is not None
+    pending = re.search(r"DEPBAR\.LE SB\d, 0x(\w+)", text)
+    return Instruction(
+        text,
+        name,
+        max(1, bits & 15),
+        bits >> 5 & 7,
+        bits >> 8 & 7,
+        tuple(b for b in range(6) if bits >> 11 + b & 1),
+        MEMORY if streams else latency,
+        busy,
+        pipe,
+        32 * size if streams else 0,
+        int(pending[1], 16) if pending else None,
+    )
+
+
+def blocks_of(sass: str) -> list[Block]:
+    """Of one function, as `nvdisasm -c -hex` prints it."""
+    labels: dict[str, int] = {}
+    chunks: list[Path] = [[]]
+    pending = ""
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            chunks.append([])
+            labels[label[1]] = len(chunks) - 1
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?;)", line):
+            pending = found[1]
+        elif pending and (high := re.match(r"\s+/\* (0x[0-9a-f]{16}) \*/", line)):
+            chunks[-1].append(decode(pending, int(high[1], 16)))
+            if re.search(r"\b(BRA|EXIT|RET\S*)\b", pending):
+                chunks.append([])
+            pending = ""
+    blocks = []
+    for i, chunk in enumerate(chunks):
+        last = chunk[-1].text if chunk else ""
+        after = [] if re.match(r"(BRA(\.\w+)* `|EXIT ;|RET)", last) else [i + 1]
+        if target := re.search(r"BRA.*\((\.L_x_\d+)\)", last):
+            after.append(labels[target[1]])
+        blocks.append(Block(chunk, [n for n in after if n < len(chunks)]))
+    return blocks
+
+
+def walk(blocks: Sequence[Block], *stops: Choice | Iterable[int]) -> Path:
+    """The instructions from the first stop up to the last, by the way with the fewest stalls that
+    passes a block of each: the last block is not walked. A loop ends with the stop it began with. A
+    stop is a set of blocks, or what tells them."""
+    sets = [
+        [i for i, block in enumerate(blocks) if stop(block)] if callable(stop) else list(stop)
+        for stop in stops
+    ]
+    ways: dict[int, tuple[float, list[int]]] = {i: (0.0, []) for i in sets[0]}
+    for following in sets[1:]:
+        reached: dict[int, tuple[float, list[int]]] = {}
+        for start, (cost, way) in ways.items():
+            for end, (more, leg) in _shortest(blocks, start, set(following)).items():
+                if end not in reached or cost + more < reached[end][0]:
+                    reached[end] = cost + more, way + leg
+        ways = reached
+    if not ways:
+        raise LookupError("no way through the code passes these blocks")
+    if len({*sets[0]} & {*sets[-1]}) and len(sets) > 1:  # a loop comes back to where it began
+        ways = {end: way for end, way in ways.items() if way[1] and way[1][0] == end} or ways
+    _, way = min(ways.values())
+    return [x for i in way for x in blocks[i].instructions]
+
+
+def _shortest(
+    blocks: Sequence[Block], start: int, ends: set[int]
+) -> dict[int, tuple[float, list[int]]]:
+    found: dict[int, tuple[float, list[int]]] = {}
+    seen: set[int] = set()
+    heap: list[tuple[float, int, list[int]]] = []
+
+    def leave(cost: float, block: int, way: list[int]) -> None:
+        cost += sum(x.stall for x in blocks[block].instructions)
+        for after in blocks[block].next:
+            heapq.heappush(heap, (cost, after, [*way, block]))
+
+    leave(0, start, [])
+    while heap:
+        cost, block, way = heapq.heappop(heap)
+        if block in seen:
+            continue
+        seen.add(block)
+        if block in ends:
+            found[block] = cost, way
+        leave(cost, block, way)
+    return found
+
+
+def cached(path: Path, latency: int, lines: int = 1) -> Path:
+    """The path with table loads that take so long, from so many lines of 128 bytes each."""
+    return [
+        x._replace(latency=latency, busy=max(x.busy, lines))
+        if re.match(r"LDG\.", x.opcode) and not x.bytes
+        else x
+        for x in path
+    ]
+
+
+def simulate(paths: Sequence[Path]) -> float:
+    """Cycles until all of the warps of a multiprocessor have come to the ends of their paths."""
+    at = [0] * len(paths)
+    ready = [[0.0] * 8 for _ in paths]  # by scoreboard; 7 is none
+    copies: list[list[float]] = [[0.0] for _ in paths]  # ends of groups, the last still open
+    scheduler = [0.0] * 4
+    pipes: dict[tuple[str, int], float] = {}
+    memory = end = 0.0
+    heap = [(0.0, w) for w, path in enumerate(paths) if path]
+    while heap:
+        time, w = heap[0]
+        x, boards = paths[w][at[w]], ready[w]
+        pipe = x.pipe, -1 if x.pipe == "lsu" else w % 4
+        start = max(time, scheduler[w % 4], pipes.get(pipe, 0.0))
+        for board in x.wait:
+            start = max(start, boards[board])
+        if x.pending is not None:
+            start = max([start, *copies[w][: max(0, len(copies[w]) - 1 - x.pending)]])
+        if start > time:
+            heapq.heapreplace(heap, (start, w))
+            continue
+        scheduler[w % 4], pipes[pipe] = start + 1, start + x.busy
+        done = start + x.latency
+        if x.bytes:
+            memory = max(memory, start) + x.bytes / BYTES_PER_CYCLE
+            done = memory + x.latency
+            if x.opcode.startswith("LDGSTS"):
+                copies[w][-1] = max(copies[w][-1], done)
+        elif x.opcode == "LDGDEPBAR":
+            copies[w].append(0.0)
+        boards[x.write] = max(boards[x.write], done)
+        boards[x.read] = max(boards[x.read], start + OPERANDS)
+        at[w] += 1
+        end = max(end, start + x.stall)
+        if at[w] < len(paths[w]):
+            heapq.heapreplace(heap, (start + x.stall, w))
+        else:
+            heapq.heappop(heap)
+    return max(end, memory)
+
+
+def steady(round_of: Callable[[int, int], Path], warps: int, rounds: int = 6) -> float:
+    """Cycles of a round once all warps are under way: round_of(warp, round) is its path."""
+
+    def run(count: int) -> float:
+        return simulate([[x for r in range(count) for x in round_of(w, r)] for w in range(warps)])
+
+    return (run(3 * rounds // 2) - run(rounds // 2)) / rounds
