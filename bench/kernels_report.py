@@ -7,6 +7,7 @@ Two budgets for streaming kernels, both for an H200 (4.3 TB/s, 132 multiprocesso
 - warp instructions for each 512 bytes that a warp loads (stores, where nothing is loaded), on the
   shortest path of the hot loop through its loads: 110 would take as long as the memory;
 - KB in flight on a multiprocessor: resident threads × the bytes each has asked for; 23 suffice.
+And the share of the copy bandwidth that time_model.py predicts for the same loop on sm_90.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import time_model
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -55,6 +57,13 @@ PATHS = {
     "_one_key_kernel": [FEATURES],
     "_several_keys_kernel": [FEATURES, r"MMA"],
     "_class_moments_bwd_kernel": [r"STG"],
+}
+
+
+# What moves features or their gradient there.
+STREAMS = {
+    "_sorted_pixels_kernel": re.compile(r"LDG\.E(?!\.EL)"),
+    "_class_moments_bwd_kernel": re.compile(rf"{FEATURES}|STG"),
 }
 
 
@@ -292,12 +301,35 @@ def hot_path(kernel: str, sass: str) -> tuple[float, int]:
     return best
 
 
+def loop_share(kernel: str, sass: str, warps: int) -> float:
+    """Predicted share of the copy bandwidth while so many warps of a multiprocessor go through the
+    hot path, tables in the first-level cache (time_model.py)."""
+    blocks = time_model.blocks_of(sass, STREAMS.get(kernel, time_model.STREAM))
+
+    def holding(pattern: str) -> list[int]:
+        return [
+            i
+            for i, block in enumerate(blocks)
+            if any(re.search(pattern, x.text) for x in block.instructions)
+        ]
+
+    starts, *others = map(holding, PATHS[kernel])
+    try:
+        path = time_model.walk(blocks, starts, *others, starts)
+    except LookupError:  # no loop
+        path = time_model.walk(blocks, [0], starts, *others, holding("EXIT"))
+    cycles = time_model.steady(lambda warp, r: path, warps)
+    moved = warps * sum(x.bytes for x in path)
+    return moved / cycles / time_model.BYTES_PER_CYCLE
+
+
 class Row(NamedTuple):
     registers: int
     shared: int
     spills: int
     instructions_per_512_bytes: float | None
     kilobytes_in_flight: float | None
+    predicted_percent: float | None  # of the copy bandwidth, in the hot loop on sm_90
 
 
 def measure(name: str, kernel: Any) -> Row:
@@ -306,14 +338,14 @@ def measure(name: str, kernel: Any) -> Row:
         scratch = int(
             found["private_segment_fixed_size"]
         )  # scalar registers spill into vector ones
-        return Row(int(found["vgpr_count"]), kernel.metadata.shared, scratch, None, None)
+        return Row(int(found["vgpr_count"]), kernel.metadata.shared, scratch, None, None, None)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
         streams = kernel.metadata.name in PATHS
-        sass = tool("nvdisasm", "-c", file.name) if streams else ""
+        sass = tool("nvdisasm", "-c", "-hex", file.name) if streams else ""
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
-    row = Row(registers, kernel.metadata.shared, stack, None, None)
+    row = Row(registers, kernel.metadata.shared, stack, None, None, None)
     if not streams:
         return row
     instructions, bytes_per_thread = hot_path(kernel.metadata.name, sass)
@@ -325,7 +357,12 @@ def measure(name: str, kernel: Any) -> Row:
         32,
     )
     in_flight = programs * threads * bytes_per_thread / 1024
-    return Row(*row[:3], instructions, in_flight)
+    share = None
+    if name == "sm_90":
+        share = 100 * loop_share(
+            kernel.metadata.name, sass, int(programs) * kernel.metadata.num_warps
+        )
+    return Row(*row[:3], instructions, in_flight, share)
 
 
 COLUMNS = ("GPU", "kernel", "variant", *Row._fields)

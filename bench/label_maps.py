@@ -12,8 +12,8 @@ def label_maps(kind: str, batch: int, height: int, width: int, classes: int) -> 
     """int [batch, height, width], 255 in place of what is ignored.
 
     "images": each has four bands with uneven edges, as sky, buildings, ground and road have, 16
-    things of 3 to 40 pixels before them, small ones at the horizon, three poles and a border of ignored
-    pixels. "random": each pixel drawn alone.
+    things of 3 to 40 pixels before them, small ones at the horizon, three poles and a border of
+    ignored pixels. "random": each pixel drawn alone.
     """
     random = np.random.default_rng(0)
     if kind == "random":

@@ -7,7 +7,6 @@ it survives another compiler; where a kernel is written anew, its way is too.
 import math
 import re
 from collections.abc import Callable
-from functools import cache
 from itertools import product
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from time_model import (
     LAUNCH,
     MULTIPROCESSORS,
     Block,
+    Choice,
     Path,
     blocks_of,
     cached,
@@ -70,6 +70,7 @@ class ForwardPlan(NamedTuple):
     chunks: int
     tiles_per_chunk: int
     partial_bytes: int
+    anchor_bytes: int  # of a warp's channels
 
 
 def forward_plan(shape: Shape, itemsize: int, statistics: int, rows: bool) -> ForwardPlan | None:
@@ -103,7 +104,15 @@ def forward_plan(shape: Shape, itemsize: int, statistics: int, rows: bool) -> Fo
     tiles_per_chunk = math.ceil(tiles / min(max(wanted, 1), tiles))
     chunks = math.ceil(tiles / tiles_per_chunk)
     warps = resident(ring(rows) + tables(columns))
-    return ForwardPlan(warps, columns, blocks, chunks, tiles_per_chunk, chunks * chunk_bytes)
+    return ForwardPlan(
+        warps,
+        columns,
+        blocks,
+        chunks,
+        tiles_per_chunk,
+        chunks * chunk_bytes,
+        shape.num_keys * CHANNELS * 4,
+    )
 
 
 def staged_bytes(block: Block) -> int:
@@ -115,84 +124,71 @@ def staged_bytes(block: Block) -> int:
 
 
 class Forward:
-    """Ways of class_moments_kernel in raster order."""
+    """Ways of class_moments_kernel in raster order.
 
-    def __init__(self, blocks: list[Block], statistics: int, columns: int, anchor_latency: int):
-        self.latency, self.columns = anchor_latency, columns
-        most = max(map(staged_bytes, blocks))
-        vote = [i for i, b in enumerate(blocks) if b.count("VOTE") and b.count("DEPBAR")]
-        copies = max(b.count("LDGSTS") for b in blocks)
-        self.copy = [i for i, b in enumerate(blocks) if b.count("LDGSTS") == copies]
-        self.keys = [i for i, b in enumerate(blocks) if b.count("LDGSTS") == 1 and i < self.copy[0]]
-        self.whole = [i for i, b in enumerate(blocks) if staged_bytes(b) == most]
-        self.vote = vote
-        heads = range(vote[0] + 1, self.whole[0])
-        self.group = [
-            i for i in heads if blocks[i].count("SHFL") == 1 and not blocks[i].count("FADD")
-        ][:1]
-        self.segment = [i for i in heads if staged_bytes(blocks[i]) == 16][:1]
-        self.squares = statistics & SQDISTS
-        # the block that ends a flush, and those of a segment of many keys
-        self.flush = [
-            i
-            for i in heads
-            if 1 <= blocks[i].count("STS") <= 2
-            and (blocks[i].count("FADD") <= 2 if self.squares else blocks[i].count("FADD") >= 3)
-        ]
-        self.many = [
-            i
-            for i in heads
-            if i > self.segment[0]
-            and blocks[i].count("LDS") >= 4
-            and blocks[i].count(r"LDG|STS") >= 4
-            and len(blocks[i].instructions) > 60
-        ][:1]
-        self.rows = [
-            i
-            for i in heads
-            if i > (self.many or [0])[0] and blocks[i].count("STS") == 4 == blocks[i].count("LDS")
-        ]
-        self.blocks = blocks
-        self.shuffles = [i for i in heads if blocks[i].count("SHFL") == 2]
-        self.pixels = most // 32  # bytes of a pixel
+    A group of 32 pixels of one key is summed in one block. Others go segment by segment, of 16
+    bytes of pixels: a segment of one or two changes of key ends a run at each; of more, its pixels
+    are added one by one.
+    """
+
+    def __init__(self, blocks: list[Block], statistics: int, itemsize: int, plan: ForwardPlan):
+        self.blocks, self.segment = blocks, 16 // itemsize
+        self.squares = bool(statistics & SQDISTS)
+        in_cache = plan.warps * plan.anchor_bytes <= CACHE_PER_SM - SHARED_PER_SM
+        self.latency = L1 if in_cache else L2
+        self.ways: dict[object, Path] = {}
+
+        most = max(block.count("LDGSTS") for block in blocks)
+        self.copy = self.those(lambda b: b.count("LDGSTS") == most)
+        self.keys = self.those(lambda b: b.count("LDGSTS") == 1, 0, self.copy[0])
+        self.vote = self.those(lambda b: b.count("VOTE") > 0 and b.count("DEPBAR") > 0)
+        self.whole = self.those(lambda b: staged_bytes(b) == 32 * itemsize, self.vote[0])[-1:]
+        inside = self.vote[0] + 1, self.whole[0]
+        self.group = self.those(lambda b: b.count("SHFL") == 1 and not b.count("FADD"), *inside)[:1]
+        self.head = self.those(lambda b: staged_bytes(b) == 16, *inside)[:1]
+        self.run = self.those(  # the block that ends a run
+            lambda b: 1 <= b.count("STS") <= 2 and (b.count("FADD") <= 2) == self.squares, *inside
+        )
+        self.many = self.those(  # the first of a segment of many changes, and those of its squares
+            lambda b: b.count("LDS") >= 4 and b.count("LDG|STS") >= 4, self.head[0] + 1, inside[1]
+        )[:1]
+        self.rows = self.those(lambda b: b.count("STS") == 4 == b.count("LDS"), *inside)
+        self.folds = [self.those(lambda b: b.count("SHFL") == 2, *inside)] * (
+            self.squares and plan.columns < CHANNELS
+        )
+
+    def those(self, choice: Choice, first: int = 0, last: int | None = None) -> list[int]:
+        return [i for i in range(len(self.blocks))[first:last] if choice(self.blocks[i])]
 
     def walk(self, *stops: list[int]) -> Path:
-        return cached(walk(self.blocks, *stops), self.latency)
+        key = tuple(map(tuple, stops))
+        if key not in self.ways:
+            self.ways[key] = cached(walk(self.blocks, *stops), self.latency)
+        return self.ways[key]
 
-    @cache
-    def part(self, start: str, kind: int, end: str) -> Path:
-        """From a segment of so many changes to the next one, group or tile."""
-        starts, ends = getattr(self, start), {"tile": [self.keys, self.copy]}.get(end)
-        ends = ends or [getattr(self, end)]
-        if kind == 0:
-            return self.walk(starts, *ends)
-        folded = [self.shuffles] if self.squares and self.columns < 32 else []
-        if kind <= 2:
-            return self.walk(
-                starts, *[stop for _ in range(kind) for stop in (*folded, self.flush)], *ends
-            )
-        segment = 16 // self.pixels
-        rows = [self.rows] * (segment // 4 if self.squares else 0)
-        return self.walk(starts, self.many, *folded * segment, *rows, *ends)
-
-    @cache
     def tile(self, groups: tuple[tuple[int, ...], ...]) -> Path:
-        path = self.walk(self.copy, self.vote, self.group)
-        for i, segments in enumerate(groups):
-            end = "group" if i + 1 < len(groups) else "tile"
-            if not any(segments):
-                path = path + self.walk(
-                    self.group,
-                    self.whole,
-                    *([self.group] if end == "group" else [self.keys, self.copy]),
-                )
-                continue
-            path = path + self.walk(self.group, self.segment)
-            for j, changes in enumerate(segments):
-                path = path + self.part(
-                    "segment", min(changes, 3), "segment" if j + 1 < len(segments) else end
-                )
-        return path
+        """groups: of each, the changes of key in its segments."""
+        if groups not in self.ways:
+            path = self.walk(self.copy, self.vote, self.group)
+            for segments in groups[:-1]:
+                path = path + self.summed(segments, self.group)
+            self.ways[groups] = path + self.summed(groups[-1], self.keys, self.copy)
+        return self.ways[groups]
+
+    def summed(self, segments: tuple[int, ...], *end: list[int]) -> Path:
+        """From a group to the next, or to the next tile."""
+        if not any(segments):
+            return self.walk(self.group, self.whole, *end)
+        path = self.walk(self.group, self.head)
+        for changes in segments[:-1]:
+            path = path + self.walk(self.head, *self.stops(changes), self.head)
+        return path + self.walk(self.head, *self.stops(segments[-1]), *end)
+
+    def stops(self, changes: int) -> list[list[int]]:
+        if changes <= 2:
+            return [*self.folds, self.run] * changes
+        rows = [self.rows] * (self.segment // 4 if self.squares else 0)
+        return [self.many, *self.folds * self.segment, *rows]
 
 
 def forward(
@@ -201,9 +197,7 @@ def forward(
     plan = forward_plan(shape, itemsize, statistics, rows)
     if plan is None:
         return None
-    cache_bytes = CACHE_PER_SM - SHARED_PER_SM
-    in_cache = shape.num_keys * CHANNELS * 4 * plan.warps <= cache_bytes
-    code = Forward(blocks, statistics, plan.columns, L1 if in_cache else L2)
+    code = Forward(blocks, statistics, itemsize, plan)
     keys = label_maps(kind, shape.batch, shape.height, shape.width, shape.num_keys)
     tiles = changes_of_tiles(keys, 256 // itemsize, 16 // itemsize)
     order = np.random.default_rng(1).permutation(len(tiles)).tolist()
@@ -211,8 +205,8 @@ def forward(
     def tile(warp: int, r: int) -> Path:
         return code.tile(tiles[order[(warp * 31 + r) % len(order)]])
 
-    one = simulate([[x for r in range(16) for x in tile(0, r)]]) / 16
-    every = steady(tile, plan.warps, 2 if kind == "random" else 6)
+    one = simulate([[x for r in range(100) for x in tile(0, r)]]) / 100
+    every = steady(tile, plan.warps, 2 if kind == "random" else 24)
     waves = plan.chunks * plan.blocks / (MULTIPROCESSORS * plan.warps)
     last = waves - math.floor(waves)
     full = every * plan.tiles_per_chunk

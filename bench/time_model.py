@@ -1,13 +1,12 @@
 """How long warps take along a path of machine code, computed without a GPU.
 
-SASS tells how an instruction is to be issued: the cycles until the warp's next one, and which of six
-scoreboards it sets and waits for. The model adds what code does not tell, the numbers below. Issue
-is in order, one instruction a cycle for each of four schedulers, from the warp that could first;
-pipes are busy for some cycles; memory is a queue of a multiprocessor's share of the copy bandwidth,
-with a latency behind it. Not modelled: instruction cache, bank conflicts, taken branches beyond
-their stall count, barriers between warps, other multiprocessors. The numbers are estimates for an
-H200 (sm_90), partly from microbenchmarks that others have published: predictions, until one run on a
-GPU corrects them here.
+SASS tells how an instruction is to be issued: the cycles until the warp's next one, and which of
+six scoreboards it sets and waits for. The model adds what code does not tell, the numbers below.
+Issue is in order, one instruction a cycle for each of four schedulers, from the warp that could
+first; pipes are busy for some cycles; memory is a queue of a multiprocessor's share of the copy
+bandwidth, with a latency behind it. Not modelled: instruction cache, bank conflicts, taken branches
+beyond their stall count, barriers between warps, other multiprocessors. The numbers are estimates
+for an H200 (sm_90), to be corrected here by one run on a GPU.
 """
 
 import heapq
@@ -24,7 +23,7 @@ OPERANDS = 12  # cycles until a load or store has read its registers
 
 # Opcode -> cycles to the result, cycles that a pipe is busy, pipe. "lsu" is one for the
 # multiprocessor, of 128 bytes a cycle; each scheduler has the others for itself.
-PIPES = [
+PIPES: list[tuple[str, int, int, str]] = [
     (r"LDS|LDSM", 29, 1, "lsu"),
     (r"STS", 30, 1, "lsu"),
     (r"LDG(?!DEP)|LD\.|ATOM|RED", L1, 1, "lsu"),
@@ -40,7 +39,7 @@ PIPES = [
     (r"BRA|BSSY|BSYNC|BREAK|EXIT|NOP|CALL|RET|YIELD", 5, 1, "branch"),
     (r"", 5, 2, "alu"),
 ]
-RULES = [(re.compile(pattern), rule) for pattern, *rule in PIPES]
+RULES = [(re.compile(pattern), (latency, busy, pipe)) for pattern, latency, busy, pipe in PIPES]
 STREAM = re.compile(r"LDGSTS|(LDG|STG)\.E\.EF")  # features and their gradient, past the caches
 
 
@@ -76,7 +75,7 @@ def opcode(text: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].rstrip(";")
 
 
-def decode(text: str, high: int) -> Instruction:
+def decode(text: str, high: int, streams: re.Pattern[str] = STREAM) -> Instruction:
     """high: the upper 64 bits of the instruction. From bit 41: stall 4, yield 1, write 3, read 3,
     wait 6."""
     bits, name = high >> 41, opcode(text)
@@ -85,7 +84,7 @@ def decode(text: str, high: int) -> Instruction:
     size = int(width[1].lstrip("U")) // 8 if width else 4
     if pipe == "lsu" and re.match(r"LD|ST", name):
         busy = max(1, size // 4)
-    streams = STREAM.match(name) is not None
+    memory = streams.match(name) is not None
     pending = re.search(r"DEPBAR\.LE SB\d, 0x(\w+)", text)
     return Instruction(
         text,
@@ -94,16 +93,17 @@ def decode(text: str, high: int) -> Instruction:
         bits >> 5 & 7,
         bits >> 8 & 7,
         tuple(b for b in range(6) if bits >> 11 + b & 1),
-        MEMORY if streams else latency,
+        MEMORY if memory else latency,
         busy,
         pipe,
-        32 * size if streams else 0,
+        32 * size if memory else 0,
         int(pending[1], 16) if pending else None,
     )
 
 
-def blocks_of(sass: str) -> list[Block]:
-    """Of one function, as `nvdisasm -c -hex` prints it."""
+def blocks_of(sass: str, streams: re.Pattern[str] = STREAM) -> list[Block]:
+    """Of one function, as `nvdisasm -c -hex` prints it. streams: opcodes that move features or
+    their gradient."""
     labels: dict[str, int] = {}
     chunks: list[Path] = [[]]
     pending = ""
@@ -114,7 +114,7 @@ def blocks_of(sass: str) -> list[Block]:
         elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?;)", line):
             pending = found[1]
         elif pending and (high := re.match(r"\s+/\* (0x[0-9a-f]{16}) \*/", line)):
-            chunks[-1].append(decode(pending, int(high[1], 16)))
+            chunks[-1].append(decode(pending, int(high[1], 16), streams))
             if re.search(r"\b(BRA|EXIT|RET\S*)\b", pending):
                 chunks.append([])
             pending = ""

@@ -1,0 +1,154 @@
+"""The time model of bench/, on machine code written by hand."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+label_maps = pytest.importorskip("label_maps")
+model = pytest.importorskip("time_model")
+paths = pytest.importorskip("paths")
+
+NONE = 7  # no scoreboard
+
+
+def line(text: str, stall: int = 1, write: int = NONE, read: int = NONE, wait: int = 0) -> str:
+    """An instruction as `nvdisasm -hex` prints it."""
+    high = (stall | write << 5 | read << 8 | wait << 11) << 41
+    low = (
+        "        /*0000*/                   {} ;   /* 0x00000a00ff017b82 */\n    /* 0x{:016x} */\n"
+    )
+    return low.format(text, high)
+
+
+def path(*lines: str) -> list:
+    (block, *_) = model.blocks_of("".join(lines))
+    return block.instructions
+
+
+LOOP = "".join(
+    [
+        line("MOV R1, RZ", 2),
+        ".L_x_0:\n",
+        line("LDS.128 R4, [R0]", 2, write=1),
+        line("@!P1 BRA `(.L_x_2)", 5),
+        line("FADD R4, R4, R8", 4, wait=0b10),
+        line("STS [R0], R4", 1, read=0),
+        ".L_x_2:\n",
+        line("@!P0 BRA `(.L_x_0)", 5),
+        line("EXIT", 5),
+    ]
+)
+
+
+def test_decode():
+    (x,) = path(line("@P2 LDG.E.EF.128 R4, desc[UR8][R2.64]", 3, write=5, read=0, wait=0b100010))
+    assert (x.opcode, x.stall, x.write, x.read, x.wait) == ("LDG.E.EF.128", 3, 5, 0, (1, 5))
+    assert (x.bytes, x.latency, x.pipe, x.busy) == (512, model.MEMORY, "lsu", 4)
+    (x,) = path(line("DEPBAR.LE SB0, 0x1", 1))
+    assert x.pending == 1
+    (x,) = path(line("LDG.E.CONSTANT R4, desc[UR8][R2.64]", 1, write=0))
+    assert (x.bytes, x.latency) == (0, model.L1)
+    (slow,) = model.cached([x], model.L2, lines=32)
+    assert (slow.latency, slow.busy) == (model.L2, 32)
+
+
+def test_blocks():
+    blocks = model.blocks_of(LOOP)
+    assert [len(block.instructions) for block in blocks] == [1, 2, 2, 1, 1, 0]
+    assert [block.next for block in blocks[:5]] == [[1], [2, 3], [3], [4, 1], []]
+    assert blocks[1].count("LDS") == 1 and blocks[2].count("STS") == 1
+
+
+def test_walks_by_what_blocks_hold():
+    blocks = model.blocks_of(LOOP)
+    read, store = (lambda b: b.count("LDS") > 0), (lambda b: b.count("STS") > 0)
+    names = [
+        [x.opcode for x in model.walk(blocks, *stops)]
+        for stops in ([read, read], [read, store, read])
+    ]
+    assert names[0] == ["LDS.128", "BRA", "BRA"]
+    assert names[1] == ["LDS.128", "BRA", "FADD", "STS", "BRA"]
+    assert [x.opcode for x in model.walk(blocks, [0], read)] == ["MOV"]
+    with pytest.raises(LookupError, match="no way"):
+        model.walk(blocks, [4], read)
+
+
+def test_one_warp_waits():
+    chain = path(line("FADD R1, R1, R2", 4), line("FADD R1, R1, R2", 4), line("FADD R1, R1, R2", 4))
+    assert model.simulate([chain]) == 12
+    load = path(line("LDS R1, [R0]", 2, write=0), line("FADD R1, R1, R2", 4, wait=1))
+    assert model.simulate([load]) == 29 + 4
+    apart = path(line("LDS R1, [R0]", 2, write=0), line("FADD R3, R3, R2", 4))
+    assert model.simulate([apart]) == 6
+
+
+def test_warps_share_schedulers_and_pipes():
+    adds = path(*[line("FADD R1, R1, R2", 4)] * 25)
+    assert [model.simulate([adds] * warps) for warps in (1, 4, 16)] == pytest.approx(
+        [100] * 3, abs=4
+    )
+    assert model.simulate([adds] * 32) == pytest.approx(200, abs=4)
+    integers = path(*[line("LOP3.LUT R1, R1, R2, RZ", 1)] * 25)  # a pipe of half the rate
+    assert model.simulate([integers]) == pytest.approx(50, abs=2)
+    loads = path(*[line("LDS.128 R4, [R0]", 1, write=0)] * 25)  # 4 cycles, of all schedulers
+    assert model.simulate([loads] * 4) == pytest.approx(400, abs=4)
+
+
+def test_memory_is_a_queue_with_a_latency():
+    load = path(line("LDG.E.EF.128 R4, [R2.64]", 1, write=0), line("FADD R4, R4, R4", 1, wait=1))
+    once = 512 / model.BYTES_PER_CYCLE
+    assert model.simulate([load]) == pytest.approx(model.MEMORY + once + 1)
+    assert model.simulate([load * 10] * 40) == pytest.approx(400 * once, rel=0.1)
+    stores = path(*[line("STG.E.EF.128 [R2.64], R4", 1)] * 100)
+    assert model.simulate([stores]) == pytest.approx(100 * once)
+
+
+def test_copies_are_waited_for_in_groups():
+    copy = [line("LDGSTS.E.BYPASS.128 [R7], [R4.64]"), line("LDGDEPBAR")]
+    one, all_ = line("DEPBAR.LE SB0, 0x1"), line("DEPBAR.LE SB0, 0x0")
+    once = 512 / model.BYTES_PER_CYCLE
+    assert model.simulate([path(*copy, one)]) < model.MEMORY
+    assert model.simulate([path(*copy, all_)]) == pytest.approx(model.MEMORY + once, abs=3)
+    assert model.simulate([path(*copy, *copy, one)]) == pytest.approx(model.MEMORY + once, abs=3)
+    assert model.simulate([path(*copy, *copy, all_)]) == pytest.approx(
+        model.MEMORY + 2 * once, abs=3
+    )
+
+
+def test_steady_leaves_the_start_out():
+    adds, load = path(line("FADD R1, R1, R2", 4)), path(line("LDC R1, c[0x0]", 15))
+    assert model.steady(lambda warp, r: adds * (5 if r else 50), 3) == pytest.approx(20)
+    assert model.steady(lambda warp, r: load if warp else adds, 2) == pytest.approx(15)
+
+
+def test_label_maps():
+    shape = 4, 128, 256, 19
+    images, random = (label_maps.label_maps(kind, *shape) for kind in ("images", "random"))
+    assert images.shape == random.shape == shape[:3]
+    runs = [1 / (np.diff(maps, axis=-1) != 0).mean() for maps in (images, random)]
+    assert 25 < runs[0] < 60 and runs[1] < 1.1
+    assert all(len(np.unique(image)) > 5 for image in images)
+
+
+def test_changes_of_tiles():
+    keys = np.repeat([1, 2, 3], [40, 8, 80])[None]
+    tiles = label_maps.changes_of_tiles(keys, 64, 8)
+    assert tiles == [((0, 0, 0, 0), (0, 1, 1, 0)), ((0,) * 4, (0,) * 4)]
+    assert label_maps.rows_of_loads(np.arange(256)[None], 8) == 32
+    assert label_maps.rows_of_loads(np.zeros((1, 256)), 8) == 1
+
+
+@pytest.mark.parametrize(
+    ("statistics", "warps"), [(1, [10, 7, 5, 5]), (3, [9, 7, 5, 5]), (7, [8, 5, 3, 3])]
+)
+def test_forward_plan(statistics, warps):
+    """As the head of class_moments.cu says; it has the same arithmetic in C++."""
+    plans = [
+        paths.forward_plan(paths.HRNET._replace(num_keys=k), 2, statistics, False)
+        for k in (19, 76, 150, 171)
+    ]
+    assert [plan.warps for plan in plans] == warps
+    assert paths.forward_plan(paths.HRNET._replace(num_keys=1000), 2, statistics, False) is None
