@@ -81,14 +81,15 @@ void add_partials(AllPartials all, Stream stream) {
 }
 
 // Pixels in the order of their keys: where each begins, and its key.
+template <class Key>
 __global__ void __launch_bounds__(THREADS)
-    sorted_pixels_kernel(int64_t* order,       // pixels on entry, offsets on return
-                         const int32_t* keys,  // of the pixels
+    sorted_pixels_kernel(int64_t* order,   // pixels on entry, offsets on return
+                         const Key* keys,  // in this order
                          int32_t* sorted_keys, const Pixels view) {
   const int64_t i = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   if (i >= view.lines * view.pixels) return;
   const int64_t pixel = order[i];
-  sorted_keys[i] = keys[pixel];
+  sorted_keys[i] = keys[i];
   order[i] = view.line_offset(pixel / view.pixels) + pixel % view.pixels * view.stride_p;
 }
 
@@ -250,14 +251,15 @@ void in_raster_order(Problem<T>& problem, int statistics, int64_t shared_bytes, 
   add_partials(all, stream);
 }
 
-Tensor stable_order(const Tensor& keys) {
+// The keys sorted, and the pixels in this order.
+std::pair<Tensor, Tensor> stable_sort(const Tensor& keys) {
   std::array<StableIValue, 4> stack{
       torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
       torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  const auto values = torch::stable::detail::to<Tensor>(stack[0]);
-  return torch::stable::detail::to<Tensor>(stack[1]);
+  const auto sorted = torch::stable::detail::to<Tensor>(stack[0]);
+  return {sorted, torch::stable::detail::to<Tensor>(stack[1])};
 }
 
 template <class T>
@@ -268,12 +270,19 @@ void in_order_of_keys(Problem<T>& problem, int statistics, const Tensor& keys, c
   Tensor flat = torch::stable::view(keys, {pixels});
   // Half the bits are half the passes of a radix sort.
   if (num_keys <= 1 << 15) flat = torch::stable::to(flat, ScalarType::Short);
-  const Tensor order = stable_order(flat);
+  const auto [sorted, order] = stable_sort(flat);
   const Tensor sorted_keys = new_empty(keys, {pixels}, ScalarType::Int);
-  launch("sorted_pixels_kernel", sorted_pixels_kernel,
-         static_cast<unsigned>(ceil_div(pixels, THREADS)), THREADS, 0, stream,
-         order.mutable_data_ptr<int64_t>(), problem.keys, sorted_keys.mutable_data_ptr<int32_t>(),
-         view);
+  const auto prepare = [&](const auto* keys_in_order) {
+    using Key = std::remove_cvref_t<decltype(*keys_in_order)>;
+    launch("sorted_pixels_kernel", sorted_pixels_kernel<Key>,
+           static_cast<unsigned>(ceil_div(pixels, THREADS)), THREADS, 0, stream,
+           order.template mutable_data_ptr<int64_t>(), keys_in_order,
+           sorted_keys.mutable_data_ptr<int32_t>(), view);
+  };
+  if (sorted.scalar_type() == ScalarType::Short)
+    prepare(sorted.template const_data_ptr<int16_t>());
+  else
+    prepare(sorted.template const_data_ptr<int32_t>());
 
   problem.keys = sorted_keys.const_data_ptr<int32_t>();
   problem.offsets = order.const_data_ptr<int64_t>();

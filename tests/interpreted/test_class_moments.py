@@ -64,6 +64,7 @@ MANY_KEYS = [  # and what goes with sorted pixels: a key of all pixels, keys of 
     Case((170, 272), 4, FP16),
     Case((3, 35, 9, 40), 50, FP32, "cropped", "coherent", per_image=True),
     Case((70, 300), 16_384, anchors=None),
+    Case((3, 4, 20), 16_384, anchors="fixed", per_image=True),  # keys of more than 16 bits
 ]
 
 
