@@ -86,7 +86,8 @@ def forward_plan(shape: Shape, itemsize: int, statistics: int, rows: bool) -> Fo
         )
 
     def resident(shared: int) -> int:
-        return min(12, SHARED_PER_SM // (shared + 1024))
+        warps = min(12, SHARED_PER_SM // (shared + 1024))
+        return warps // 4 * 4 if warps > 8 else warps
 
     def planned(columns: int) -> int:
         return resident(ring(False) + tables(columns))

@@ -221,6 +221,19 @@ inline void check(cudaError_t error, const char* what) {
 using Stream = void*;
 #endif
 
+// Of all blocks together, on the current device.
+inline size_t shared_bytes_of_multiprocessor() {
+#ifdef __CUDACC__
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "anchorops: cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+        "anchorops: cudaDeviceGetAttribute");
+  return static_cast<size_t>(bytes);
+#else
+  return 228 << 10;
+#endif
+}
+
 // Zeroes memory, in the order of the stream.
 inline void fill_zero(void* memory, size_t bytes, [[maybe_unused]] Stream stream) {
 #ifdef __CUDACC__

@@ -142,7 +142,7 @@ def test_changes_of_tiles():
 
 
 @pytest.mark.parametrize(
-    ("statistics", "warps"), [(1, [10, 7, 5, 5]), (3, [9, 7, 5, 5]), (7, [8, 5, 3, 3])]
+    ("statistics", "warps"), [(1, [8, 7, 5, 5]), (3, [8, 7, 5, 5]), (7, [8, 5, 3, 3])]
 )
 def test_forward_plan(statistics, warps):
     """As the head of class_moments.cu says; it has the same arithmetic in C++."""

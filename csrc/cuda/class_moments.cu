@@ -22,14 +22,14 @@
 // multiprocessor of an H200, where 23 KB are needed, in bf16.
 //
 //                              K = 19       K = 150      K = 200
-//     sums                     10, 80 KB     5, 40 KB     5, 40 KB
-//     sums, sqdists             9, 72 KB     5, 40 KB     4, 32 KB
+//     sums                      8, 64 KB     5, 40 KB     5, 40 KB
+//     sums, sqdists             8, 64 KB     5, 40 KB     4, 32 KB
 //     sums, sqdists, residuals  8, 64 KB     3, 24 KB     3, 24 KB
 //
-// Predicted, not measured, from 4.3 TB/s and coherent labels: bf16 HRNet B8 D720 128×256, 378 MB,
-// 88 µs, and SegFormer B16 D768 128×128, 403 MB, 94 µs, and about 5 µs for the partials; three
-// warps that wait for each other's data in turn may well be slower than the memory (K ≥ 150,
-// residuals).
+// Predicted, not measured (bench/time_model.py), for labels of images in bf16 NCHW, as a share of
+// 4.3 TB/s: HRNet B8 D720 128×256 K19 (378 MB, 88 µs) 86 % for sums, 81 % with sqdists; SegFormer
+// B16 D768 128×128 K150 (403 MB, 94 µs) 66 % and 34 %, for its five warps wait for each change of
+// key.
 #include "../labels.h"
 #include "class_moments_kernel.cuh"
 
@@ -151,16 +151,34 @@ template <class T, bool CHANNELS_LAST>
 constexpr int64_t RING_BYTES =
     STAGES * Stage<T, CHANNELS_LAST>::BYTES + (STAGES + 1) * TILE<T> * int64_t{sizeof(int)};
 
+// As many as fit. Of more than eight warps a multiple of four: they are issued by four schedulers,
+// and where one has three warps and the others two, all wait for it.
+int64_t blocks_per_multiprocessor(int64_t shared_bytes) {
+  const int64_t blocks = std::min(MAX_BLOCKS, SHARED_BYTES / (shared_bytes + 1024));
+  return blocks > 8 ? blocks / 4 * 4 : blocks;
+}
+
+// What a block asks for, so that no more of them are resident than that.
+int64_t padded_shared_bytes(int64_t shared_bytes) {
+  const int64_t blocks = blocks_per_multiprocessor(shared_bytes);
+  const auto all = static_cast<int64_t>(shared_bytes_of_multiprocessor());
+  if (blocks < 8 || all < SHARED_BYTES) return shared_bytes;
+  return std::max(shared_bytes, SHARED_BYTES / blocks - 1024);
+}
+
 template <class T, int STATISTICS, bool SORTED>
 void launch_moments(Problem<T>& problem, int64_t shared_bytes, Stream stream) {
   const bool channels_last = problem.view.stride_d == 1 && problem.view.stride_p != 1;
   const dim3 grid(static_cast<unsigned>(problem.chunks * problem.blocks));
+  const auto bytes = [&](int64_t ring_bytes) {
+    return SORTED ? ring_bytes : padded_shared_bytes(shared_bytes + ring_bytes);
+  };
   if (channels_last)
     launch("class_moments_kernel", class_moments_kernel<T, STATISTICS, true, SORTED>, grid,
-           CHANNELS, shared_bytes + RING_BYTES<T, true>, stream, problem);
+           CHANNELS, bytes(RING_BYTES<T, true>), stream, problem);
   else
     launch("class_moments_kernel", class_moments_kernel<T, STATISTICS, false, SORTED>, grid,
-           CHANNELS, shared_bytes + RING_BYTES<T, false>, stream, problem);
+           CHANNELS, bytes(RING_BYTES<T, false>), stream, problem);
 }
 
 template <class T, bool SORTED>
@@ -195,10 +213,6 @@ int64_t table_bytes(int statistics, int64_t num_keys, int columns) {
   const int64_t row = (((statistics & SUMS) != 0) + ((statistics & RESIDUALS) != 0)) * CHANNELS +
                       ((statistics & SQDISTS) != 0) * columns;
   return (1 + num_keys) * row * static_cast<int64_t>(sizeof(float));
-}
-
-int64_t blocks_per_multiprocessor(int64_t shared_bytes) {
-  return std::min(MAX_BLOCKS, SHARED_BYTES / (shared_bytes + 1024));
 }
 
 // Squared distances of a key: in a column for each lane where that leaves room for other blocks.
