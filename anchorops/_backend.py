@@ -119,12 +119,8 @@ def _find_triton() -> str | None:
 
 # Why a backend's code is not here, fastest backend first. Known at import, so that choosing one is
 # a look into this table, which torch.compile can trace; whether there is a GPU is asked elsewhere.
-_MISSING = {
-    "cuda": _load_cuda(),
-    "triton": _find_triton(),
-    "cpu": _load_cpu(),
-    "reference": None,
-}
+_cpu = _load_cpu()
+_MISSING = {"cuda": _load_cuda(), "triton": _find_triton(), "cpu": _cpu, "reference": None}
 _CUDA_TARGETS = build_info().get("cuda_arch_list", "")
 _CUDA_RANGES = _built_for(_CUDA_TARGETS)
 

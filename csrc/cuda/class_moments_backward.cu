@@ -22,8 +22,8 @@
 // Predicted, not measured (bench/time_model.py), for labels of images: 97 to 99 % of 4.3 TB/s for
 // contiguous pixels, 87 to 99 % for contiguous channels; bf16 HRNet B8 D720 128×256 is 88 µs for
 // dsums, 176 µs with dsqdists. With random labels and contiguous pixels the lanes of a warp read
-// rows of their own: in bf16 68 to 98 % at K = 19 and 41 to 75 % at K = 150, if the first-level cache
-// serves one line a cycle. If a measurement confirms it: tables in shared memory, with fewer
+// rows of their own: in bf16 68 to 98 % at K = 19 and 41 to 75 % at K = 150, if the first-level
+// cache serves one line a cycle. If a measurement confirms it: tables in shared memory, with fewer
 // conflicts.
 #include "../labels.h"
 #include "tensors.cuh"
