@@ -189,12 +189,15 @@ def launch_pixels(variant: PixelVariant) -> None:
         logits = logits.contiguous(memory_format=torch.channels_last)
     labels = torch.empty((variant.size[0], *variant.labels), dtype=torch.uint8, device="meta")
     dice, align_corners = variant.dice, variant.align_corners
-    asked = dice, dice, dice, dice, True
-    found = softmax_moments.softmax_moments(logits, labels, 255, align_corners, False, *asked)
+    found = softmax_moments.softmax_moments(
+        logits, labels, 255, align_corners, False, dice, dice, dice, dice, True
+    )
     losses, overlaps, masses, squares, pixel_losses, lse = found[:6]
-    gradients = (overlaps, masses, squares, pixel_losses, lse) if dice else (None,) * 5
+    if not dice:
+        overlaps = masses = squares = pixel_losses = None
     softmax_moments_backward.softmax_moments_backward(
-        logits, labels, lse, losses, *gradients, 255, align_corners
+        *(logits, labels, lse, losses, overlaps, masses, squares, pixel_losses),
+        *(lse if dice else None, 255, align_corners),
     )
     if dice:
         predictions = pixel_argmax.pixel_argmax(logits, *variant.labels, align_corners)

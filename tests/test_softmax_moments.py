@@ -183,7 +183,8 @@ def check(case: Case, logits: Tensor, labels: Tensor, backend: str) -> None:
         with ao.use_backend(of):
             outputs = function(x)
             weighted = [w.to(y.dtype) for w, y in zip(weights, outputs, strict=False)]
-            results.append([*outputs, *torch.autograd.grad(outputs[:6], x, weighted)])
+            found = torch.autograd.grad(outputs[:6], x, weighted)  # pyright: ignore
+            results.append([*outputs, *found])
     ours, exact, straightforward = results
     gradient, eps = ours[-1], torch.finfo(dtype).eps
     assert gradient.dtype == case.dtype
@@ -251,7 +252,8 @@ def test_lesser_instruction_sets(instructions: str):
 def outputs_and_gradient(case: Case, logits: Tensor, labels: Tensor, weights: list[Tensor]):
     logits = logits.detach().requires_grad_()
     outputs = fused(case, logits, labels)
-    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs[:6], logits, weights)]
+    gradient = torch.autograd.grad(outputs[:6], logits, weights)  # pyright: ignore
+    return [*(x.detach() for x in outputs), *gradient]
 
 
 NOT_FINITE = [
@@ -354,7 +356,8 @@ def test_nothing_valid(size, labels, backend: str, per_image: bool, poisoned: No
         assert statistic.shape == (*images, 5)
     assert moments.lse.shape == moments.pixel_losses.shape == labels
     assert not any(x.any() for x in (*moments, loss))
-    (gradient,) = torch.autograd.grad([*moments[2:], loss], logits, [*moments[2:], loss])
+    found = [*moments[2:], loss]
+    (gradient,) = torch.autograd.grad(found, logits, found)  # pyright: ignore
     assert gradient.shape == size and not gradient.any()
 
 

@@ -131,7 +131,8 @@ def values_and_gradient(case: Case, logits, labels, weights, through=FLOATING):
     """All statistics, and the gradient of a weighted sum of those named in `through`."""
     logits = logits.detach().requires_grad_()
     moments = moments_of(case, logits, labels)
-    total = sum((moments[k] * weights[k]).sum() for k in FLOATING if k in through and k in moments)
+    asked = [k for k in FLOATING if k in through and k in moments]
+    total = torch.stack([(moments[k] * weights[k]).sum() for k in asked]).sum()
     (dlogits,) = torch.autograd.grad(total, logits)
     return {name: x.detach() for name, x in moments.items()}, dlogits
 
@@ -167,7 +168,8 @@ def straightforward(case: Case, logits, labels, weights, through=FLOATING):
         "lse": torch.where(valid, z.logsumexp(1), 0).view(shape),
     }
     asked = {"losses", "overlaps" if "masses" in case.asked else "losses", *case.asked}
-    total = sum((moments[k] * weights[k]).sum() for k in asked & set(through) & set(FLOATING))
+    used = asked & set(through) & set(FLOATING)
+    total = torch.stack([(moments[k] * weights[k]).sum() for k in used]).sum()
     (dlogits,) = torch.autograd.grad(total, x)
     return {name: moment.detach() for name, moment in moments.items()}, dlogits
 
@@ -405,7 +407,7 @@ def test_nothing_valid(labels_size, dtype):
     labels = torch.full(labels_size, 255)
     moments = ao.softmax_moments(logits, labels, squares=True, pixel_losses=True, lse=True)
     assert not any(x.any() for x in moments)
-    sum(x.sum() for x in moments[2:]).backward()
+    torch.stack([x.sum() for x in moments[2:]]).sum().backward()
     assert not logits.grad.any()
 
 
@@ -417,7 +419,7 @@ def test_empty(size, labels_size):
     labels = torch.empty(labels_size, dtype=torch.int64)
     moments = ao.softmax_moments(logits, labels, squares=True, pixel_losses=True, lse=True)
     assert not any(x.any() for x in moments)
-    sum(x.sum() for x in moments[2:]).backward()
+    torch.stack([x.sum() for x in moments[2:]]).sum().backward()
     assert logits.grad.shape == size
 
 
