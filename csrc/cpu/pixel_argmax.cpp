@@ -16,9 +16,8 @@ Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_cor
     using Stat = StatOf<T>;
     const Layout layout = layout_of(logits);
     const Tiles<Stat> tiles(layout, height, width, align_corners);
-    const Problem<T> problem = {
-        layout, logits.const_data_ptr<T>(), tiles.rows(), tiles.columns(), {}};
-    const auto kernels = best_kernels<T>();
+    const Problem<Stat> problem = tiles.template problem<T>(logits, {});
+    const auto kernels = best_kernels<Stat>();
     for_items(tiles, tiles.count(), layout.dim, false, false,
               [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
                 for (int64_t i = first; i < last; ++i)

@@ -88,12 +88,12 @@ struct Series {
 };
 
 // A row of cells of a tile, of its labels up to ROWS rows.
-template <class T, int WIDTH>
+template <int WIDTH>
 struct CellRow {
   static constexpr int L = LANES<float>;
   static constexpr int PIXELS = WIDTH * L;  // of a row of a block
 
-  const Problem<T>& problem;
+  const Problem<float>& problem;
   const Tile& tile;
   const Workspace<float>& workspace;
   int64_t blocks, passes;
@@ -101,9 +101,9 @@ struct CellRow {
   int64_t cell, upper, lower;        // its rows of logits
   int64_t y = 0, end = 0, rows = 0;  // of labels: the first, the end of the cell's, how many
   float down[ROWS];                  // weights of the lower row
-  PackedRows<T> packed;
+  PackedRows<float> packed;
 
-  CellRow(const Problem<T>& problem, const Tile& tile, const Workspace<float>& workspace)
+  CellRow(const Problem<float>& problem, const Tile& tile, const Workspace<float>& workspace)
       : problem(problem), tile(tile), workspace(workspace) {
     const Range& cells = tile.column_cells;
     blocks = (cells.end - cells.begin + L - 1) / L;
@@ -258,8 +258,8 @@ struct CellRow {
 enum class Term { POWER, WEIGHTED, SQUARE };
 
 // Sums over classes for a block's pixels: of e^z, of e^z * weights[k] or of (e^z)^2 * weights[k].
-template <class T, int WIDTH, Term TERM>
-void sum_block(const CellRow<T, WIDTH>& row, int64_t first_row, int64_t block, const float* weights,
+template <int WIDTH, Term TERM>
+void sum_block(const CellRow<WIDTH>& row, int64_t first_row, int64_t block, const float* weights,
                Floats* sums) {
   constexpr int H = height_of(WIDTH);
   const int64_t num_classes = row.problem.layout.dim;
@@ -314,9 +314,9 @@ ALWAYS_INLINE Floats between(Floats l, Floats r, Floats w) {
 }
 
 // The class of the largest z of a block's pixels, the first of equal ones.
-template <class T, int WIDTH>
-void largest_of_block(const CellRow<T, WIDTH>& row, int64_t block, int32_t* classes) {
-  using Row = CellRow<T, WIDTH>;
+template <int WIDTH>
+void largest_of_block(const CellRow<WIDTH>& row, int64_t block, int32_t* classes) {
+  using Row = CellRow<WIDTH>;
   constexpr int H = std::max(1, height_of(WIDTH) / 2);
   for (int64_t first = 0; first < row.rows; first += H) {
     Floats largest[H * WIDTH];
@@ -349,10 +349,10 @@ void largest_of_block(const CellRow<T, WIDTH>& row, int64_t block, int32_t* clas
   }
 }
 
-template <int WIDTH, class T>
-void argmax_cells(std::integral_constant<int, WIDTH>, const Problem<T>& problem, const Tile& tile,
-                  const Workspace<float>& workspace, int64_t* predictions) {
-  using Row = CellRow<T, WIDTH>;
+template <int WIDTH>
+void argmax_cells(std::integral_constant<int, WIDTH>, const Problem<float>& problem,
+                  const Tile& tile, const Workspace<float>& workspace, int64_t* predictions) {
+  using Row = CellRow<WIDTH>;
   Row row(problem, tile, workspace);
   const auto line = [&](int64_t y) { return predictions + y * problem.columns.size; };
   while (row.next(height_of(WIDTH))) {

@@ -2,9 +2,9 @@
 
 // masses[k] += the sum over pixels of p = factors * e^z; squares[k] += that of its squares, where
 // they are asked for.
-template <class T, int WIDTH>
-void add_masses(const CellRow<T, WIDTH>& row, double* masses, double* squares) {
-  using Row = CellRow<T, WIDTH>;
+template <int WIDTH>
+void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
+  using Row = CellRow<WIDTH>;
   using V = Simd<float>;
   const Workspace<float>& workspace = row.workspace;
   for (int64_t k = 0; k < row.problem.layout.dim; ++k) {
@@ -46,10 +46,11 @@ void add_masses(const CellRow<T, WIDTH>& row, double* masses, double* squares) {
   }
 }
 
-template <int WIDTH, class T>
-void forward_cells(std::integral_constant<int, WIDTH>, const Problem<T>& problem, const Tile& tile,
-                   const Workspace<float>& workspace, const Sums& sums, const Maps<float>& maps) {
-  using Row = CellRow<T, WIDTH>;
+template <int WIDTH>
+void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& problem,
+                   const Tile& tile, const Workspace<float>& workspace, const Sums& sums,
+                   const Maps<float>& maps) {
+  using Row = CellRow<WIDTH>;
   using V = Simd<float>;
   constexpr int H = height_of(WIDTH), L = Row::L, PIXELS = Row::PIXELS;
   Row row(problem, tile, workspace);
@@ -70,7 +71,7 @@ void forward_cells(std::integral_constant<int, WIDTH>, const Problem<T>& problem
       float loss[PIXELS], lse[PIXELS], overlap[PIXELS];
       Floats totals[H * WIDTH];
       const bool any_valid = row.classes_of(block, classes);
-      if (any_valid) sum_block<T, WIDTH, Term::POWER>(row, 0, block, nullptr, totals);
+      if (any_valid) sum_block<WIDTH, Term::POWER>(row, 0, block, nullptr, totals);
       Ints steep = {};
       for (int64_t n = 0; n < row.rows * WIDTH; ++n) {
         Ints valid;
@@ -137,9 +138,9 @@ ALWAYS_INLINE Floats shift_up(Floats before, Floats v) {
 // gradients += the sum over pixels of weight * dz, with dz = e^z * (factors[0] + factors[1] *
 // (dmasses
 // + 2 * p * dsquares)) and p = factors[1] * e^z. TERMS: how many of the three there are.
-template <class T, int WIDTH, int TERMS>
-void add_gradients(const CellRow<T, WIDTH>& row, const float* dmasses, const float* dsquares) {
-  using Row = CellRow<T, WIDTH>;
+template <int WIDTH, int TERMS>
+void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float* dsquares) {
+  using Row = CellRow<WIDTH>;
   using V = Simd<float>;
   constexpr int L = Row::L;
   const Workspace<float>& workspace = row.workspace;
@@ -212,10 +213,10 @@ void add_gradients(const CellRow<T, WIDTH>& row, const float* dmasses, const flo
 
 // Subtracts what the pixels' own classes have of their own: values [rows][WIDTH][lanes], where
 // classes are not negative.
-template <class T, int WIDTH>
-void subtract_own(const CellRow<T, WIDTH>& row, int64_t block, const int32_t* classes,
+template <int WIDTH>
+void subtract_own(const CellRow<WIDTH>& row, int64_t block, const int32_t* classes,
                   const float* values) {
-  using Row = CellRow<T, WIDTH>;
+  using Row = CellRow<WIDTH>;
   constexpr int L = Row::L;
   const Workspace<float>& workspace = row.workspace;
   const int64_t column = row.first_column + row.column_of(block);
@@ -251,11 +252,11 @@ void subtract_own(const CellRow<T, WIDTH>& row, int64_t block, const int32_t* cl
   }
 }
 
-template <int WIDTH, class T, class Begin>
-void backward_cells(std::integral_constant<int, WIDTH>, const Problem<T>& problem, const Tile& tile,
-                    const Workspace<float>& workspace, const Gradients<float>& gradients,
-                    Begin finish_until) {
-  using Row = CellRow<T, WIDTH>;
+template <int WIDTH, class Begin>
+void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& problem,
+                    const Tile& tile, const Workspace<float>& workspace,
+                    const Gradients<float>& gradients, Begin finish_until) {
+  using Row = CellRow<WIDTH>;
   using V = Simd<float>;
   constexpr int H = height_of(WIDTH), L = Row::L, PIXELS = Row::PIXELS;
   Row row(problem, tile, workspace);
@@ -285,8 +286,8 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<T>& proble
       for (int64_t j = 0; j < row.rows; ++j) {
         const int32_t* of_row = classes + j * PIXELS;
         if (any_valid && j % H == 0) {
-          if (dmasses) sum_block<T, WIDTH, Term::WEIGHTED>(row, j, block, dmasses, totals);
-          if (dsquares) sum_block<T, WIDTH, Term::SQUARE>(row, j, block, dsquares, squares);
+          if (dmasses) sum_block<WIDTH, Term::WEIGHTED>(row, j, block, dmasses, totals);
+          if (dsquares) sum_block<WIDTH, Term::SQUARE>(row, j, block, dsquares, squares);
         }
         const int64_t y = row.y + j;
         const float* line = gradients.lse +
@@ -336,16 +337,16 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<T>& proble
           std::memset(const_cast<float*>(factor) + j * workspace.lanes, 0, PIXELS * sizeof(float));
       row.for_pixels(block, backward_pixels);
     }
-    const auto add = dsquares  ? add_gradients<T, WIDTH, 3>
-                     : dmasses ? add_gradients<T, WIDTH, 2>
-                               : add_gradients<T, WIDTH, 1>;
+    const auto add = dsquares  ? add_gradients<WIDTH, 3>
+                     : dmasses ? add_gradients<WIDTH, 2>
+                               : add_gradients<WIDTH, 1>;
     add(row, dmasses, dsquares);
   }
 }
 
 // Calls visit with the WIDTH that serves the problem, as a constant.
-template <class T, class Visit>
-void for_widths(const Problem<T>& problem, Visit visit) {
+template <class Visit>
+void for_widths(const Problem<float>& problem, Visit visit) {
   const int64_t most = problem.column_cells.most, passes = (most + 7) / 8;
   const int64_t width = (most + passes - 1) / passes;
   if (width <= 2) return visit(std::integral_constant<int, 2>{});

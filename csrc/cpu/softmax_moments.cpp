@@ -60,10 +60,8 @@ void forward(const Tensor& logits, const Labels& labels, int64_t height, int64_t
   const Layout layout = layout_of(logits);
   const int64_t num_classes = layout.dim;
   const Tiles<Stat> tiles(layout, height, width, align_corners);
-  const Problem<T> problem = {layout,          logits.const_data_ptr<T>(), tiles.rows(),
-                              tiles.columns(), tiles.row_cells(),          tiles.column_cells(),
-                              labels};
-  const auto kernels = best_kernels<T>();
+  const Problem<Stat> problem = tiles.template problem<T>(logits, labels);
+  const auto kernels = best_kernels<Stat>();
 
   // Partial sums stay below a tenth of the logits.
   const int64_t groups = per_image ? layout.batch : 1;
@@ -141,17 +139,16 @@ template <class T>
 void backward(const Tensor& logits, const Labels& labels, int64_t height, int64_t width,
               bool align_corners, const Gradients<StatOf<T>>& gradients, const Tensor& dlogits) {
   using Stat = StatOf<T>;
-  const Layout layout = layout_of(logits), dlayout = layout_of(dlogits);
+  const Layout layout = layout_of(logits);
   const Tiles<Stat> tiles(layout, height, width, align_corners);
-  const Problem<T> problem = {layout,          logits.const_data_ptr<T>(), tiles.rows(),
-                              tiles.columns(), tiles.row_cells(),          tiles.column_cells(),
-                              labels};
-  const auto kernels = best_kernels<T>();
+  const Problem<Stat> problem = tiles.template problem<T>(logits, labels);
+  const Output<Stat> output = {layout_of(dlogits), dlogits.mutable_data_ptr<T>(),
+                               best_rows<T>().finish_row};
+  const auto kernels = best_kernels<Stat>();
   for_items(tiles, tiles.count(), layout.dim, true, true,
             [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
               for (int64_t i = first; i < last; ++i)
-                kernels.backward(problem, tiles.tile(i, true), workspace, gradients, dlayout,
-                                 dlogits.mutable_data_ptr<T>());
+                kernels.backward(problem, tiles.tile(i, true), workspace, gradients, output);
             });
 }
 

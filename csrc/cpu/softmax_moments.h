@@ -32,16 +32,6 @@ struct Cells {
   float step;            // between the weights of neighbours
 };
 
-template <class T>
-struct Problem {
-  using Stat = StatOf<T>;
-  Layout layout;  // of logits [B, K, h, w]
-  const T* logits;
-  Axis<Stat> rows, columns;
-  Cells row_cells, column_cells;
-  Labels labels;
-};
-
 // The unit of work: logits of one image, rows × columns of them, and the labels that belong to
 // them. Forward, these are the labels whose lower row and column are in the tile; backward, where
 // a tile writes its logits' gradients, all that read its logits. Likewise the cells.
@@ -72,6 +62,18 @@ struct Workspace {
   Stat* factors[2];       // [ROWS, lanes]; backward, and forward with masses
 };
 
+template <class Stat>
+struct Problem {
+  Layout layout;  // of logits [B, K, h, w]
+  const void* logits;
+  // Packs a row of logits for a tile. Returns whether all are finite or -inf.
+  bool (*pack_row)(const Problem& problem, const Tile& tile, int64_t row,
+                   const Workspace<Stat>& workspace);
+  Axis<Stat> rows, columns;
+  Cells row_cells, column_cells;
+  Labels labels;
+};
+
 // By class [K], null where not asked for.
 struct Sums {
   double *losses, *overlaps, *masses, *squares;
@@ -99,28 +101,42 @@ struct Gradients {
   const Stat* lse;  // contiguous [B, H, W], of the forward pass
 };
 
-// The kernels of one instruction set.
-template <class T>
-struct Kernels {
-  using Stat = StatOf<T>;
+template <class Stat>
+struct Output {
+  Layout layout;  // of dlogits
+  void* dlogits;
+  // Writes a tile's row of dlogits, if it has it, and makes the gradients of its parity zero again.
+  void (*finish_row)(const Output& output, const Tile& tile, int64_t row,
+                     const Workspace<Stat>& workspace);
+};
 
+// The kernels of one instruction set.
+template <class Stat>
+struct Kernels {
   // Adds to sums and writes the maps at the tile's labels.
-  void (*forward)(const Problem<T>& problem, const Tile& tile, const Workspace<Stat>& workspace,
+  void (*forward)(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
                   const Sums& sums, const Maps<Stat>& maps);
 
   // Writes the tile of dlogits.
-  void (*backward)(const Problem<T>& problem, const Tile& tile, const Workspace<Stat>& workspace,
-                   const Gradients<Stat>& gradients, const Layout& dlayout, T* dlogits);
+  void (*backward)(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
+                   const Gradients<Stat>& gradients, const Output<Stat>& output);
 
   // Writes predictions [B, H, W] at the tile's labels.
-  void (*argmax)(const Problem<T>& problem, const Tile& tile, const Workspace<Stat>& workspace,
+  void (*argmax)(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
                  int64_t* predictions);
 };
 
+// What depends on the dtype of the logits.
+template <class T>
+struct Rows {
+  decltype(Problem<StatOf<T>>::pack_row) pack_row;
+  decltype(Output<StatOf<T>>::finish_row) finish_row;
+};
+
 // clang-format off
-namespace baseline { template <class T> Kernels<T> kernels(); }
-namespace avx2 { template <class T> Kernels<T> kernels(); }
-namespace avx512 { template <class T> Kernels<T> kernels(); }
+namespace baseline { template <class T> Rows<T> rows(); template <class Stat> Kernels<Stat> kernels(); }
+namespace avx2 { template <class T> Rows<T> rows(); template <class Stat> Kernels<Stat> kernels(); }
+namespace avx512 { template <class T> Rows<T> rows(); template <class Stat> Kernels<Stat> kernels(); }
 // clang-format on
 
 }  // namespace anchorops::cpu::softmax

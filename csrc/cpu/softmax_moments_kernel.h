@@ -5,10 +5,10 @@
 #include "softmax_cells.h"
 #include "softmax_cells_passes.h"
 
-template <class T>
-void forward(const Problem<T>& problem, const Tile& tile, const Workspace<StatOf<T>>& workspace,
-             const Sums& sums, const Maps<StatOf<T>>& maps) {
-  if constexpr (!std::is_same_v<T, double>)
+template <class Stat>
+void forward(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
+             const Sums& sums, const Maps<Stat>& maps) {
+  if constexpr (std::is_same_v<Stat, float>)
     if (problem.column_cells.begin)
       return for_widths(
           problem, [&](auto width) { forward_cells(width, problem, tile, workspace, sums, maps); });
@@ -17,15 +17,15 @@ void forward(const Problem<T>& problem, const Tile& tile, const Workspace<StatOf
       [&](const auto& group) { forward_group(problem, tile, workspace, group, sums, maps); });
 }
 
-template <class T>
-void backward(const Problem<T>& problem, const Tile& tile, const Workspace<StatOf<T>>& workspace,
-              const Gradients<StatOf<T>>& gradients, const Layout& dlayout, T* dlogits) {
+template <class Stat>
+void backward(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
+              const Gradients<Stat>& gradients, const Output<Stat>& output) {
   int64_t next = std::max<int64_t>(tile.rows.begin - 1, 0);  // the first row that is not finished
   const auto finish_until = [&](int64_t row) {
-    for (; next < row; ++next) finish_row(problem, tile, workspace, next, dlayout, dlogits);
+    for (; next < row; ++next) output.finish_row(output, tile, next, workspace);
   };
   bool done = false;
-  if constexpr (!std::is_same_v<T, double>)
+  if constexpr (std::is_same_v<Stat, float>)
     if (problem.column_cells.begin) {
       for_widths(problem, [&](auto width) {
         backward_cells(width, problem, tile, workspace, gradients, finish_until);
@@ -39,11 +39,11 @@ void backward(const Problem<T>& problem, const Tile& tile, const Workspace<StatO
   finish_until(std::min(tile.rows.end + 1, problem.layout.height));
 }
 
-template <class T>
-void argmax(const Problem<T>& problem, const Tile& tile, const Workspace<StatOf<T>>& workspace,
+template <class Stat>
+void argmax(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
             int64_t* predictions) {
   int64_t* image = predictions + tile.image * problem.rows.size * problem.columns.size;
-  if constexpr (!std::is_same_v<T, double>)
+  if constexpr (std::is_same_v<Stat, float>)
     if (problem.column_cells.begin)
       return for_widths(problem,
                         [&](auto width) { argmax_cells(width, problem, tile, workspace, image); });
@@ -58,12 +58,19 @@ void argmax(const Problem<T>& problem, const Tile& tile, const Workspace<StatOf<
       });
 }
 
+template <class Stat>
+Kernels<Stat> kernels() {
+  return {forward<Stat>, backward<Stat>, argmax<Stat>};
+}
+
 template <class T>
-Kernels<T> kernels() {
-  return {forward<T>, backward<T>, argmax<T>};
+Rows<T> rows() {
+  return {pack_row<T>, finish_row<T>};
 }
 
 template Kernels<float> kernels();
 template Kernels<double> kernels();
-template Kernels<BFloat16> kernels();
-template Kernels<Half> kernels();
+template Rows<float> rows();
+template Rows<double> rows();
+template Rows<BFloat16> rows();
+template Rows<Half> rows();

@@ -82,11 +82,10 @@ ALWAYS_INLINE int64_t round_up_to_lanes(int64_t n) {
   return (n + LANES<Stat> - 1) / LANES<Stat> * LANES<Stat>;
 }
 
-template <class T>
-ALWAYS_INLINE void upsample_classes(const Problem<T>& problem,
-                                    const Workspace<StatOf<T>>& workspace,
-                                    const Group<StatOf<T>>& group) {
-  const int64_t pixels = round_up_to_lanes<StatOf<T>>(group.count);
+template <class Stat>
+ALWAYS_INLINE void upsample_classes(const Problem<Stat>& problem, const Workspace<Stat>& workspace,
+                                    const Group<Stat>& group) {
+  const int64_t pixels = round_up_to_lanes<Stat>(group.count);
   for (int64_t k = 0; k < problem.layout.dim; ++k)
     upsample(group, workspace.packed[group.row.lower & 1] + k * workspace.stride,
              workspace.packed[group.row.upper & 1] + k * workspace.stride, workspace.line, pixels,
@@ -94,11 +93,9 @@ ALWAYS_INLINE void upsample_classes(const Problem<T>& problem,
 }
 
 // The class of the largest of each pixel: the first of equal ones, NaN is largest.
-template <class T>
-ALWAYS_INLINE void largest_of_group(const Problem<T>& problem,
-                                    const Workspace<StatOf<T>>& workspace,
-                                    const Group<StatOf<T>>& group, int32_t* classes) {
-  using Stat = StatOf<T>;
+template <class Stat>
+ALWAYS_INLINE void largest_of_group(const Problem<Stat>& problem, const Workspace<Stat>& workspace,
+                                    const Group<Stat>& group, int32_t* classes) {
   using Vec = VecOf<Stat>;
   using Index = decltype(Vec{} < Vec{});
   for (int64_t t = 0; t < group.count; t += LANES<Stat>) {
@@ -147,11 +144,9 @@ ALWAYS_INLINE Stat value(const Map<Stat>& map, int64_t image, int64_t y, int64_t
 }
 
 // The sums and maps of a group.
-template <class T>
-void forward_group(const Problem<T>& problem, const Tile& tile,
-                   const Workspace<StatOf<T>>& workspace, const Group<StatOf<T>>& group,
-                   const Sums& sums, const Maps<StatOf<T>>& maps) {
-  using Stat = StatOf<T>;
+template <class Stat>
+void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
+                   const Group<Stat>& group, const Sums& sums, const Maps<Stat>& maps) {
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
@@ -193,11 +188,10 @@ void forward_group(const Problem<T>& problem, const Tile& tile,
 }
 
 // upsampled becomes dz of the group's pixels.
-template <class T>
-void gradients_of_group(const Problem<T>& problem, const Tile& tile,
-                        const Workspace<StatOf<T>>& workspace,
-                        const Gradients<StatOf<T>>& gradients, const Group<StatOf<T>>& group) {
-  using Stat = StatOf<T>;
+template <class Stat>
+void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
+                        const Workspace<Stat>& workspace, const Gradients<Stat>& gradients,
+                        const Group<Stat>& group) {
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
@@ -247,11 +241,10 @@ void gradients_of_group(const Problem<T>& problem, const Tile& tile,
 }
 
 // Adds the gradients of the logits that a group reads.
-template <class T>
-void backward_group(const Problem<T>& problem, const Tile& tile,
-                    const Workspace<StatOf<T>>& workspace, const Gradients<StatOf<T>>& gradients,
-                    const Group<StatOf<T>>& group) {
-  using Stat = StatOf<T>;
+template <class Stat>
+void backward_group(const Problem<Stat>& problem, const Tile& tile,
+                    const Workspace<Stat>& workspace, const Gradients<Stat>& gradients,
+                    const Group<Stat>& group) {
   const int64_t stride = workspace.stride, first = group.first(), last = group.last();
   const Position<Stat>& row = group.row;
   gradients_of_group(problem, tile, workspace, gradients, group);
@@ -273,11 +266,11 @@ void backward_group(const Problem<T>& problem, const Tile& tile,
 
 // Calls visit(group) for the labels of a tile, pixel by pixel, their logits packed; before that
 // begin(first row of logits that is still read) for each row of labels.
-template <class T, class Begin, class Visit>
-ALWAYS_INLINE void for_groups(const Problem<T>& problem, const Tile& tile,
-                              const Workspace<StatOf<T>>& workspace, Begin begin, Visit visit) {
-  PackedRows<T> rows;
-  Group<StatOf<T>> group;
+template <class Stat, class Begin, class Visit>
+ALWAYS_INLINE void for_groups(const Problem<Stat>& problem, const Tile& tile,
+                              const Workspace<Stat>& workspace, Begin begin, Visit visit) {
+  PackedRows<Stat> rows;
+  Group<Stat> group;
   group.same = !problem.columns.lower;
   const Range& columns = tile.label_columns;
   for (group.y = tile.label_rows.begin; group.y < tile.label_rows.end; ++group.y) {

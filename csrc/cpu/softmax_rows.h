@@ -66,7 +66,7 @@ ALWAYS_INLINE VecOf<float> log(VecOf<float> x) {
 // Column j of packed rows is logit tile.columns.begin - 1 + j. Returns whether all logits are
 // finite or -inf.
 template <class T>
-bool pack_row(const Problem<T>& problem, const Tile& tile, int64_t row,
+bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
               const Workspace<StatOf<T>>& workspace) {
   using Stat = StatOf<T>;
   using V = Simd<T>;
@@ -78,8 +78,8 @@ bool pack_row(const Problem<T>& problem, const Tile& tile, int64_t row,
   const int64_t columns = std::min(tile.columns.end + 1, layout.width) - first;
   const int64_t left = first - (tile.columns.begin - 1);  // 1 where a copy stands left
   const bool right = tile.columns.end == layout.width;
-  const T* source = problem.logits + tile.image * layout.stride_b + row * layout.stride_h +
-                    first * layout.stride_w;
+  const T* source = static_cast<const T*>(problem.logits) + tile.image * layout.stride_b +
+                    row * layout.stride_h + first * layout.stride_w;
   Stat* packed = workspace.packed[row & 1] + left;
   Stat* shifts = workspace.shifts[row & 1] + left;
   auto below = Vec{} == Vec{};  // no larger than the shift, and no NaN
@@ -134,25 +134,25 @@ bool pack_row(const Problem<T>& problem, const Tile& tile, int64_t row,
   return ordinary;
 }
 
-// Writes a row of dlogits and makes the gradients of its parity zero again.
 template <class T>
-void finish_row(const Problem<T>& problem, const Tile& tile, const Workspace<StatOf<T>>& workspace,
-                int64_t row, const Layout& dlayout, T* dlogits) {
+void finish_row(const Output<StatOf<T>>& output, const Tile& tile, int64_t row,
+                const Workspace<StatOf<T>>& workspace) {
   using Stat = StatOf<T>;
   using V = Simd<T>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
-  const int64_t stride = workspace.stride, num_classes = problem.layout.dim;
+  const Layout& dlayout = output.layout;
+  const int64_t stride = workspace.stride, num_classes = dlayout.dim;
   Stat* gradients = workspace.gradients[row & 1];
   Stat* source = gradients + 1;
-  T* target = dlogits + tile.image * dlayout.stride_b + row * dlayout.stride_h +
-              tile.columns.begin * dlayout.stride_w;
+  T* target = static_cast<T*>(output.dlogits) + tile.image * dlayout.stride_b +
+              row * dlayout.stride_h + tile.columns.begin * dlayout.stride_w;
   const int64_t columns = tile.columns.end - tile.columns.begin;
   if (row >= tile.rows.begin && row < tile.rows.end) {
     for (int64_t k = 0; k < num_classes; ++k) {  // the copies at the sides
       Stat* line = source + k * stride;
       if (tile.columns.begin == 0) line[0] += line[-1];
-      if (tile.columns.end == problem.layout.width) line[columns - 1] += line[columns];
+      if (tile.columns.end == dlayout.width) line[columns - 1] += line[columns];
     }
     for (int64_t j = 0; j < columns; j += L) {
       const int64_t count = std::min<int64_t>(L, columns - j);
@@ -185,15 +185,15 @@ void finish_row(const Problem<T>& problem, const Tile& tile, const Workspace<Sta
 }
 
 // The rows of logits that are packed, by parity.
-template <class T>
+template <class Stat>
 struct PackedRows {
   int64_t of_parity[2] = {-1, -1};
   bool ordinary[2];  // neither NaN nor +inf
 
-  void need(const Problem<T>& problem, const Tile& tile, int64_t row,
-            const Workspace<StatOf<T>>& workspace) {
+  void need(const Problem<Stat>& problem, const Tile& tile, int64_t row,
+            const Workspace<Stat>& workspace) {
     if (of_parity[row & 1] == row) return;
-    ordinary[row & 1] = pack_row(problem, tile, row, workspace);
+    ordinary[row & 1] = problem.pack_row(problem, tile, row, workspace);
     of_parity[row & 1] = row;
   }
 };

@@ -15,14 +15,24 @@
 
 namespace anchorops::cpu::softmax {
 
-template <class T>
-Kernels<T> best_kernels() {
+template <class Stat>
+Kernels<Stat> best_kernels() {
 #ifdef __x86_64__
   const InstructionSet best = best_instruction_set();
-  if (best == InstructionSet::AVX512) return avx512::kernels<T>();
-  if (best == InstructionSet::AVX2) return avx2::kernels<T>();
+  if (best == InstructionSet::AVX512) return avx512::kernels<Stat>();
+  if (best == InstructionSet::AVX2) return avx2::kernels<Stat>();
 #endif
-  return baseline::kernels<T>();
+  return baseline::kernels<Stat>();
+}
+
+template <class T>
+Rows<T> best_rows() {
+#ifdef __x86_64__
+  const InstructionSet best = best_instruction_set();
+  if (best == InstructionSet::AVX512) return avx512::rows<T>();
+  if (best == InstructionSet::AVX2) return avx2::rows<T>();
+#endif
+  return baseline::rows<T>();
 }
 
 inline Layout layout_of(const Tensor& x) {
@@ -67,11 +77,21 @@ class Tiles {
     chunks_ = ceil_div(layout.width, columns);
   }
 
-  Axis<Stat> rows() const { return rows_.axis(); }
-  Axis<Stat> columns() const { return columns_.axis(); }
   bool by_cells() const { return rows_.cells().begin && columns_.cells().begin; }
-  Cells row_cells() const { return by_cells() ? rows_.cells() : Cells{}; }
-  Cells column_cells() const { return by_cells() ? columns_.cells() : Cells{}; }
+  int64_t most_of_cell() const { return columns_.cells().most; }
+
+  template <class T>
+  Problem<Stat> problem(const Tensor& logits, const Labels& labels) const {
+    return {layout_,
+            logits.const_data_ptr<T>(),
+            best_rows<T>().pack_row,
+            rows_.axis(),
+            columns_.axis(),
+            by_cells() ? rows_.cells() : Cells{},
+            by_cells() ? columns_.cells() : Cells{},
+            labels};
+  }
+
   int64_t of_image() const { return strips_ * chunks_; }
   int64_t count() const { return layout_.batch * of_image(); }
 
@@ -114,7 +134,7 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
     workspace.stride = ceil_div(columns + 2, 16) * 16 + 16;
     workspace.group = num_classes <= 1024 ? GROUP : 16;
     workspace.label_stride = labels + 16;
-    workspace.lanes = tiles.by_cells() ? workspace.stride * (tiles.column_cells().most + 8) : 0;
+    workspace.lanes = tiles.by_cells() ? workspace.stride * (tiles.most_of_cell() + 8) : 0;
     const int64_t rows = num_classes * workspace.stride + 16;
     const int64_t factors = needs_factors ? ROWS * workspace.lanes : 0;
     const int64_t count = 2 * rows + num_classes * workspace.group + 3 * workspace.stride +
