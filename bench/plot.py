@@ -173,10 +173,10 @@ def draw_headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> No
     rows = {row["name"]: row for row in group}
     bars = {"anchorops": own}
     fastest = next((row for row in group if "anchorops" not in row["name"]), None)
-    if fastest:
+    if fastest and fastest["name"] not in formulas:
         bars["fastest rival"] = fastest
     for name, label in formulas.items():
-        if name in rows and rows[name] is not fastest:
+        if name in rows:
             bars[label] = rows[name]
     times = [row["median"] * 1e3 for row in bars.values()]
     drawn = axis.barh([*bars], times, color=[OURS, *[OTHER] * (len(bars) - 1)])
@@ -184,7 +184,7 @@ def draw_headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> No
         f"{number(row['median'] * 1e3)} ms" + ("" if row is own else f", {row['ratio']:.0f}×")
         for row in bars.values()
     ]
-    if fastest:
+    if fastest and "fastest rival" in bars:
         labels[1] += f" ({fastest['name']})"
     axis.bar_label(drawn, labels, padding=4)
     axis.set_title(group[0]["direction"], loc="left", fontweight="bold")
@@ -248,7 +248,9 @@ def cases(run: dict) -> Figure | None:
         for row in group:
             colour, marker, fill = style(row)
             looks = {"color": colour, "marker": marker, "markerfacecolor": fill, "linestyle": ""}
-            seen.setdefault(row["name"].removesuffix(", CUDA graph"), looks)
+            variant = row["name"].removesuffix(", CUDA graph")
+            if row["ours"] or fill != "white":  # variants of a formula are hollow
+                seen.setdefault(variant, looks)
             times.plot(row["ratio"], y, markersize=6, **looks)
             if row["extra_bytes"] is not None:
                 memory.plot(row["extra_bytes"] / 2**20, y, markersize=6, **looks)
@@ -266,7 +268,7 @@ def cases(run: dict) -> Figure | None:
         axis.grid(color="#e4e7e5", linewidth=0.6)
         axis.set_axisbelow(True)
     handles = [Line2D([], [], **looks) for looks in seen.values()]
-    figure.legend(handles, seen, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(handles, seen, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 

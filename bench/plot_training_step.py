@@ -73,7 +73,8 @@ def bars(axis: Axes, rows: list[dict], shares: list[float], texts: list[str], ti
     colours = [OTHER if row["cross_entropy"] == "torch" else OURS for row in rows]
     drawn = axis.barh(range(len(rows)), shares, color=colours)
     labels = [f"{share:.0%}, {text}" for share, text in zip(shares, texts, strict=True)]
-    axis.bar_label(drawn, labels, padding=4, fontsize=8)
+    clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axis.bar_label(drawn, labels, padding=4, fontsize=8, bbox=clear)
     axis.set_yticks(range(len(rows)), [label(row) for row in rows])
     axis.invert_yaxis()
     axis.set_xlim(0, 1.35 * max(shares))

@@ -200,11 +200,16 @@ def test_committed_rows(name):
     assert run["device_type"] == "cpu"
 
 
-def test_readme_table():
-    rows = ROOT / "bench/results/cpu.json"
-    if "device_type" not in json.loads(rows.read_text()):
-        pytest.skip("cpu.json has an earlier schema: make bench ROWS=bench/results/cpu.json")
-    command = [sys.executable, "bench/plot.py", str(rows), "--table"]
+@pytest.mark.parametrize(
+    ("script", "rows"),
+    [
+        ("plot.py", "cpu.json"),
+        ("plot.py", "cpu-pixel-losses.json"),
+        ("plot_training_step.py", "training-step-cpu.json"),
+    ],
+)
+def test_readme_table(script, rows):
+    command = [sys.executable, f"bench/{script}", f"bench/results/{rows}", "--table"]
     answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.strip() in (ROOT / "README.md").read_text()

@@ -17,17 +17,19 @@ import plot  # noqa: E402
 import plot_training_step  # noqa: E402
 
 MARKER = re.compile(r"<!-- rows: (\w+) -->")
+RUNS = ("cpu-pixel-losses", "cpu")
 TRAINING_STEP = "training-step-cpu"
 
 
-def quick_rows() -> dict:
-    run = json.loads((RESULTS / "cpu.json").read_text())
-    return run | {"rows": [row for row in run["rows"] if row["quick"]]}
+def quick_runs() -> list[dict]:
+    """Of pixel losses and of class moments."""
+    runs = [json.loads((RESULTS / f"{name}.json").read_text()) for name in RUNS]
+    return [run | {"rows": [row for row in run["rows"] if row["quick"]]} for run in runs]
 
 
 def headlines() -> str:
     """The README's tables."""
-    return plot.table(quick_rows())
+    return "\n\n".join(plot.table(run) for run in quick_runs())
 
 
 def milliseconds(row: dict) -> str:
@@ -44,7 +46,8 @@ def cases() -> str:
         "| operation | sizes | anchorops, ms | MiB | fastest other | ms | × | MiB |",
         "|---|---|--:|--:|---|--:|--:|--:|",
     ]
-    for key, rows in plot.grouped(quick_rows()["rows"]).items():
+    groups = [group for run in quick_runs() for group in plot.grouped(run["rows"]).items()]
+    for key, rows in groups:
         own = next((row for row in rows if row["ours"]), None)
         other = next((row for row in rows if not row["name"].startswith("anchorops")), None)
         if own is None or other is None or key[2] in plot.GROWTH:
