@@ -13,8 +13,6 @@
 
 constexpr float FAR = -80.0f, STEEP = 0x1p-40f, LOG_STEEP = -27.7258872f;
 
-constexpr int height_of(int width) { return std::max(1, (VECTOR_BYTES == 64 ? 16 : 8) / width); }
-
 using Floats = VecOf<float>;
 using Ints = Vector<int32_t, LANES<float>>;
 
@@ -28,6 +26,33 @@ ALWAYS_INLINE bool any(Ints mask) {
   for (size_t i = 0; i < sizeof mask / 8; ++i) bits |= halves[i];
   return bits != 0;
 #endif
+}
+
+// table[index], of what may be other where index is negative.
+template <class Element>
+ALWAYS_INLINE Vector<Element, LANES<float>> gather(const Element* table, Ints index,
+                                                   Element other) {
+  static_assert(sizeof(Element) == 4);
+  using Vec = Vector<Element, LANES<float>>;
+  const Vec others = Vec{} + other;
+#if VECTOR_BYTES == 64
+  const __mmask16 valid = ~_mm512_movepi32_mask(__m512i(index));
+  return Vec(_mm512_mask_i32gather_epi32(__m512i(others), valid, __m512i(index), table, 4));
+#elif VECTOR_BYTES == 32
+  return Vec(_mm256_mask_i32gather_epi32(__m256i(others), reinterpret_cast<const int*>(table),
+                                         __m256i(index), __m256i(index >= 0), 4));
+#else
+  Vec result = others;
+  for (int i = 0; i < LANES<float>; ++i)
+    if (index[i] >= 0) result[i] = table[index[i]];
+  return result;
+#endif
+}
+
+ALWAYS_INLINE Ints load_ints(const int32_t* source) {
+  Ints v;
+  std::memcpy(&v, source, sizeof v);
+  return v;
 }
 
 // 2^x for x in [-126, 126].
@@ -48,6 +73,7 @@ ALWAYS_INLINE Floats power_of_two(Floats x) {
 struct Corners {
   Floats a, b, c, d;  // upper left and right, lower left and right
 
+  ALWAYS_INLINE Corners(Floats a, Floats b, Floats c, Floats d) : a(a), b(b), c(c), d(d) {}
   ALWAYS_INLINE Corners(const float* upper, const float* lower)
       : a(Simd<float>::load(upper)),
         b(Simd<float>::load(upper + 1)),
@@ -92,6 +118,7 @@ template <int WIDTH>
 struct CellRow {
   static constexpr int L = LANES<float>;
   static constexpr int PIXELS = WIDTH * L;  // of a row of a block
+  static constexpr int HEIGHT = std::max(1, (VECTOR_BYTES == 64 ? 16 : 8) / WIDTH);
 
   const Problem<float>& problem;
   const Tile& tile;
@@ -177,6 +204,34 @@ struct CellRow {
   float down_start(int64_t row) const {
     return start(problem.rows.weight, y + row, y + rows, problem.row_cells.step);
   }
+  float* factors(int which, int64_t block, int64_t j, int64_t i) const {
+    return workspace.factors[which] + j * workspace.lanes + block * PIXELS + i * L;
+  }
+  // Writes a row of pixels of a block to a contiguous map [B, H, W], if there is one.
+  ALWAYS_INLINE void scatter(int64_t block, int64_t j, float* map, const float* values) const {
+    if (!map) return;
+    const int32_t* column = columns_of(block);
+    float* line = map + (tile.image * problem.rows.size + y + j) * problem.columns.size +
+                  tile.label_columns.begin;
+    for (int t = 0; t < PIXELS; ++t)
+      if (column[t] >= 0) line[column[t]] = values[t];
+  }
+  Map<float> lse_map(const float* lse) const {
+    return {lse, problem.rows.size * problem.columns.size, problem.columns.size, 1};
+  }
+  // The valid pixels' values of a map, 0 elsewhere and where there is no map.
+  ALWAYS_INLINE Floats gather_map(int64_t block, int64_t j, int64_t i, Ints valid,
+                                  const Map<float>& map) const {
+    if (!map.data) return Floats{};
+    const Ints column = valid ? load_ints(columns_of(block) + i * L) : Ints{} - 1;
+    const float* line = map.data + tile.image * map.stride_b + (y + j) * map.stride_h +
+                        tile.label_columns.begin * map.stride_w;
+    if (map.stride_w == 1) return gather(line, column, 0.0f);
+    Floats values = {};
+    for (int lane = 0; lane < L; ++lane)
+      if (column[lane] >= 0) values[lane] = line[column[lane] * map.stride_w];
+    return values;
+  }
   ALWAYS_INLINE Corners corners(int64_t k, int64_t block) const {
     return {upper_row(k) + column_of(block), lower_row(k) + column_of(block)};
   }
@@ -189,38 +244,28 @@ struct CellRow {
     return Corners(workspace.shifts[upper & 1] + column, workspace.shifts[lower & 1] + column)
         .at(Floats{} + down[j], right(block, i));
   }
-  // Classes of a block's pixels, -1 where there is none; whether any is.
-  ALWAYS_INLINE bool classes_of(int64_t block, int32_t* classes) const {
-    const int32_t* column = columns_of(block);
-    int32_t all = -1;
-    for (int64_t j = 0; j < rows; ++j) {
-      const int32_t* line = workspace.classes + j * workspace.label_stride;
-      for (int64_t t = 0; t < PIXELS; ++t) {
-        const int32_t k = column[t] < 0 ? -1 : line[column[t]];
-        classes[j * PIXELS + t] = k;
-        all &= k;
+  // Classes of a block's pixels, -1 where there is none. Returns the largest of each cell, mostly
+  // the only one.
+  ALWAYS_INLINE Ints classes_of(int64_t block, int32_t* classes) const {
+    Ints of_cells = Ints{} - 1;
+    for (int64_t j = 0; j < rows; ++j)
+      for (int64_t i = 0; i < WIDTH; ++i) {
+        const Ints k = gather(workspace.classes + j * workspace.label_stride,
+                              load_ints(columns_of(block) + i * L), -1);
+        std::memcpy(classes + j * PIXELS + i * L, &k, sizeof k);
+        of_cells = k > of_cells ? k : of_cells;
       }
-    }
-    if (all >= 0) return true;
-    for (int64_t t = 0; t < rows * PIXELS; ++t)
-      if (classes[t] >= 0) return true;
-    return false;
+    return of_cells;
   }
-  // z of a block's pixels at their own classes, of row j and label i.
-  ALWAYS_INLINE Floats own(int64_t block, const int32_t* classes, int64_t j, int64_t i) const {
-    float z[4][L];
+  // The logits around the cells, of their own classes; of any numbers where there is none.
+  ALWAYS_INLINE Corners own_corners(int64_t block, Ints classes) const {
+    Ints at = {};
+    for (int lane = 0; lane < L; ++lane) at[lane] = lane;
+    at += (classes >= 0 ? classes : Ints{}) * static_cast<int32_t>(workspace.stride);
     const float* above = upper_row(0) + column_of(block);
     const float* below = lower_row(0) + column_of(block);
-    for (int lane = 0; lane < L; ++lane) {
-      const int64_t at = std::max(classes[lane], 0) * workspace.stride + lane;
-      z[0][lane] = above[at];
-      z[1][lane] = above[at + 1];
-      z[2][lane] = below[at];
-      z[3][lane] = below[at + 1];
-    }
-    const Floats w = Floats{} + down[j];
-    return blend(blend(Simd<float>::load(z[0]), Simd<float>::load(z[2]), w),
-                 blend(Simd<float>::load(z[1]), Simd<float>::load(z[3]), w), right(block, i));
+    return {gather(above, at, 0.0f), gather(above + 1, at, 0.0f), gather(below, at, 0.0f),
+            gather(below + 1, at, 0.0f)};
   }
 
   // Calls visit(group) for the pixels of the rows pixel by pixel, of one block or (-1) of all.
@@ -261,7 +306,7 @@ enum class Term { POWER, WEIGHTED, SQUARE };
 template <int WIDTH, Term TERM>
 void sum_block(const CellRow<WIDTH>& row, int64_t first_row, int64_t block, const float* weights,
                Floats* sums) {
-  constexpr int H = height_of(WIDTH);
+  constexpr int H = CellRow<WIDTH>::HEIGHT;
   const int64_t num_classes = row.problem.layout.dim;
   const int64_t column = row.column_of(block), stride = row.workspace.stride;
   const float* upper = row.upper_row(0) + column;
@@ -317,7 +362,7 @@ ALWAYS_INLINE Floats between(Floats l, Floats r, Floats w) {
 template <int WIDTH>
 void largest_of_block(const CellRow<WIDTH>& row, int64_t block, int32_t* classes) {
   using Row = CellRow<WIDTH>;
-  constexpr int H = std::max(1, height_of(WIDTH) / 2);
+  constexpr int H = std::max(1, Row::HEIGHT / 2);
   for (int64_t first = 0; first < row.rows; first += H) {
     Floats largest[H * WIDTH];
     Ints index[H * WIDTH] = {};
@@ -355,7 +400,7 @@ void argmax_cells(std::integral_constant<int, WIDTH>, const Problem<float>& prob
   using Row = CellRow<WIDTH>;
   Row row(problem, tile, workspace);
   const auto line = [&](int64_t y) { return predictions + y * problem.columns.size; };
-  while (row.next(height_of(WIDTH))) {
+  while (row.next(Row::HEIGHT)) {
     if (!row.ordinary()) {
       row.for_pixels(-1, [&](const Group<float>& group) {
         int32_t classes[GROUP];
@@ -365,7 +410,7 @@ void argmax_cells(std::integral_constant<int, WIDTH>, const Problem<float>& prob
       });
       continue;
     }
-    int32_t classes[height_of(WIDTH) * Row::PIXELS];
+    int32_t classes[Row::HEIGHT * Row::PIXELS];
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
       largest_of_block(row, block, classes);
       const int32_t* columns = row.columns_of(block);
@@ -377,27 +422,3 @@ void argmax_cells(std::integral_constant<int, WIDTH>, const Problem<float>& prob
     }
   }
 }
-
-// Adds to a class's total what neighbouring pixels have, as long as they are of one class.
-template <class Value>
-class RunningTotal {
- public:
-  explicit RunningTotal(Value* totals) : totals_(totals) {}
-  ~RunningTotal() { flush(); }
-  ALWAYS_INLINE void add(int32_t k, Value value) {
-    if (k != k_) {
-      flush();
-      k_ = k;
-    }
-    sum_ += value;
-  }
-
- private:
-  ALWAYS_INLINE void flush() {
-    if (k_ >= 0) totals_[k_] += sum_;
-    sum_ = 0;
-  }
-  Value* totals_;
-  Value sum_ = 0;
-  int32_t k_ = -1;
-};

@@ -46,81 +46,98 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
   }
 }
 
+// The sums and maps of a block; totals: of e^z over the classes. Pixels of their cell's class are
+// summed by cells, the others one by one.
+template <int WIDTH>
+void add_block(const CellRow<WIDTH>& row, int64_t block, const int32_t* classes, Ints of_cells,
+               const Floats* totals, const Sums& sums, const Maps<float>& maps) {
+  using Row = CellRow<WIDTH>;
+  using V = Simd<float>;
+  constexpr int L = Row::L, PIXELS = Row::PIXELS;
+  const Corners of_cell = row.own_corners(block, of_cells);
+  Floats losses = {}, overlaps = {};
+  Ints counts = {};
+  for (int64_t j = 0; j < row.rows; ++j) {
+    float loss[PIXELS], lse[PIXELS];
+    for (int i = 0; i < WIDTH; ++i) {
+      const int64_t n = j * WIDTH + i;
+      const Ints k = load_ints(classes + n * L);
+      const Ints valid = k >= 0, same = valid & (k == of_cells), others = valid & (k != of_cells);
+      const Floats down = Floats{} + row.down[j], right = row.right(block, i);
+      const Floats of_sum = log(totals[n]);
+      const Corners z = any(others) ? row.own_corners(block, k) : of_cell;
+      const Floats of_pixel = of_sum - z.at(down, right);
+      const Floats overlap = sums.overlaps ? exp<float>(-of_pixel) : Floats{};
+      losses += same ? of_pixel : Floats{};
+      overlaps += same ? overlap : Floats{};
+      counts -= same;
+      V::store(loss + i * L, valid ? of_pixel : Floats{});
+      if (maps.lse) V::store(lse + i * L, valid ? of_sum + row.shift(block, j, i) : Floats{});
+      if (!any(others)) continue;
+      for (int lane = 0; lane < L; ++lane) {
+        if (!others[lane]) continue;
+        sums.losses[k[lane]] += of_pixel[lane];
+        ++sums.counts[k[lane]];
+        if (sums.overlaps) sums.overlaps[k[lane]] += overlap[lane];
+      }
+    }
+    row.scatter(block, j, maps.pixel_losses, loss);
+    row.scatter(block, j, maps.lse, lse);
+  }
+  for (int lane = 0; lane < L; ++lane) {
+    const int32_t k = of_cells[lane];
+    if (k < 0) continue;
+    sums.losses[k] += losses[lane];
+    sums.counts[k] += counts[lane];
+    if (sums.overlaps) sums.overlaps[k] += overlaps[lane];
+  }
+}
+
 template <int WIDTH>
 void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& problem,
                    const Tile& tile, const Workspace<float>& workspace, const Sums& sums,
                    const Maps<float>& maps) {
   using Row = CellRow<WIDTH>;
   using V = Simd<float>;
-  constexpr int H = height_of(WIDTH), L = Row::L, PIXELS = Row::PIXELS;
+  constexpr int L = Row::L, PIXELS = Row::PIXELS;
   Row row(problem, tile, workspace);
   const bool with_probabilities = sums.masses || sums.squares;
   Sums without_hits = sums;
   without_hits.hits = nullptr;
-  while (row.next(H)) {
+  while (row.next(Row::HEIGHT)) {
     if (!row.ordinary()) {
       row.for_pixels(-1, [&](const Group<float>& group) {
         forward_group(problem, tile, workspace, group, sums, maps);
       });
       continue;
     }
-    RunningTotal<double> losses(sums.losses), overlaps(sums.overlaps);
-    RunningTotal<int64_t> counts(sums.counts);
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
-      int32_t classes[H * PIXELS], predicted[H * PIXELS];
-      float loss[PIXELS], lse[PIXELS], overlap[PIXELS];
-      Floats totals[H * WIDTH];
-      const bool any_valid = row.classes_of(block, classes);
+      int32_t classes[Row::HEIGHT * PIXELS], predicted[Row::HEIGHT * PIXELS];
+      Floats totals[Row::HEIGHT * WIDTH] = {};
+      const Ints of_cells = row.classes_of(block, classes);
+      const bool any_valid = any(of_cells >= 0);
       if (any_valid) sum_block<WIDTH, Term::POWER>(row, 0, block, nullptr, totals);
       Ints steep = {};
-      for (int64_t n = 0; n < row.rows * WIDTH; ++n) {
-        Ints valid;
-        std::memcpy(&valid, classes + n * L, sizeof valid);
-        steep |= (valid >= 0) & ~((totals[n] >= STEEP) & (totals[n] <= 1e38f));
-      }
-      const bool by_pixel = any_valid && any(steep);
+      for (int64_t n = 0; n < row.rows * WIDTH; ++n)
+        steep |= (load_ints(classes + n * L) >= 0) & ~((totals[n] >= STEEP) & (totals[n] <= 1e38f));
+      const bool by_cells = any_valid && !any(steep);
+      if (with_probabilities)
+        for (int64_t n = 0; n < row.rows * WIDTH; ++n) {
+          const Ints counts = (load_ints(classes + n * L) >= 0) & (Ints{} - by_cells);
+          V::store(row.factors(0, block, n / WIDTH, n % WIDTH),
+                   counts != 0 ? 1 / totals[n] : Floats{});
+        }
       if (sums.hits && any_valid) {
         largest_of_block(row, block, predicted);
         for (int64_t t = 0; t < row.rows * PIXELS; ++t)
           if (classes[t] >= 0) sums.hits[classes[t]] += classes[t] == predicted[t];
       }
-      if (by_pixel)
+      if (by_cells)
+        add_block(row, block, classes, of_cells, totals, sums, maps);
+      else
         row.for_pixels(block, [&](const Group<float>& group) {
           forward_group(problem, tile, workspace, group, without_hits, maps);
         });
-      if (with_probabilities)
-        for (int64_t n = 0; n < row.rows * WIDTH; ++n) {
-          Ints valid;
-          std::memcpy(&valid, classes + n * L, sizeof valid);
-          const bool counted = any_valid && !by_pixel;
-          V::store(
-              workspace.factors[0] + n / WIDTH * workspace.lanes + block * PIXELS + n % WIDTH * L,
-              counted ? (valid >= 0 ? 1 / totals[n] : Floats{}) : Floats{});
-        }
-      if (by_pixel) continue;
-      const int32_t* columns = row.columns_of(block);
-      for (int64_t j = 0; j < row.rows; ++j) {
-        const int32_t* of_row = classes + j * PIXELS;
-        for (int i = 0; any_valid && i < WIDTH; ++i) {
-          const Floats of_sum = log(totals[j * WIDTH + i]);
-          const Floats of_pixel = of_sum - row.own(block, of_row + i * L, j, i);
-          V::store(loss + i * L, of_pixel);
-          if (maps.lse) V::store(lse + i * L, of_sum + row.shift(block, j, i));
-          if (sums.overlaps) V::store(overlap + i * L, exp<float>(-of_pixel));
-        }
-        const int64_t line = (tile.image * problem.rows.size + row.y + j) * problem.columns.size +
-                             tile.label_columns.begin;
-        for (int t = 0; t < PIXELS; ++t) {
-          const int32_t k = of_row[t];
-          if (columns[t] < 0) continue;
-          if (maps.pixel_losses) maps.pixel_losses[line + columns[t]] = k < 0 ? 0 : loss[t];
-          if (maps.lse) maps.lse[line + columns[t]] = k < 0 ? 0 : lse[t];
-          if (k < 0) continue;
-          losses.add(k, loss[t]);
-          counts.add(k, 1);
-          if (sums.overlaps) overlaps.add(k, overlap[t]);
-        }
-      }
     }
     if (with_probabilities) add_masses(row, sums.masses, sums.squares);
   }
@@ -211,45 +228,94 @@ void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float*
   }
 }
 
-// Subtracts what the pixels' own classes have of their own: values [rows][WIDTH][lanes], where
-// classes are not negative.
+// Subtracts what the pixels' own classes have of their own: values [rows][WIDTH][lanes], 0 where
+// there is no class.
 template <int WIDTH>
-void subtract_own(const CellRow<WIDTH>& row, int64_t block, const int32_t* classes,
+void subtract_own(const CellRow<WIDTH>& row, int64_t block, const int32_t* classes, Ints of_cells,
                   const float* values) {
   using Row = CellRow<WIDTH>;
   constexpr int L = Row::L;
   const Workspace<float>& workspace = row.workspace;
   const int64_t column = row.first_column + row.column_of(block);
-  const float* weights = workspace.cell_weights + block * Row::PIXELS;
-  for (int lane = 0; lane < L; ++lane) {
-    int32_t k = -1;
-    float sums[4] = {};
-    const auto flush = [&]() INLINE_LAMBDA {
-      if (k < 0) return;
-      float* above = workspace.gradients[row.upper & 1] + k * workspace.stride + column + lane;
-      above[0] -= sums[0];
-      above[1] -= sums[1];
-      float* below = workspace.gradients[row.lower & 1] + k * workspace.stride + column + lane;
-      below[0] -= sums[2];
-      below[1] -= sums[3];
-    };
-    for (int64_t j = 0; j < row.rows; ++j)
-      for (int i = 0; i < WIDTH; ++i) {
-        const int64_t at = j * Row::PIXELS + i * L + lane;
-        if (classes[at] < 0) continue;
-        if (classes[at] != k) {
-          flush();
-          k = classes[at];
-          for (float& sum : sums) sum = 0;
-        }
-        const float right = values[at] * weights[i * L + lane], left = values[at] - right;
-        sums[0] += left * (1 - row.down[j]);
-        sums[1] += right * (1 - row.down[j]);
-        sums[2] += left * row.down[j];
-        sums[3] += right * row.down[j];
+  float* const above = workspace.gradients[row.upper & 1] + column;
+  float* const below = workspace.gradients[row.lower & 1] + column;
+  const auto subtract = [&](int32_t k, int lane, float left, float right, float left_below,
+                            float right_below) INLINE_LAMBDA {
+    const int64_t at = k * workspace.stride + lane;
+    above[at] -= left - left_below;
+    above[at + 1] -= right - right_below;
+    below[at] -= left_below;
+    below[at + 1] -= right_below;
+  };
+  Floats left = {}, right = {}, left_below = {}, right_below = {};
+  for (int64_t j = 0; j < row.rows; ++j) {
+    Floats all = {}, of_right = {};
+    for (int i = 0; i < WIDTH; ++i) {
+      const int64_t at = j * Row::PIXELS + i * L;
+      const Ints k = load_ints(classes + at), others = (k >= 0) & (k != of_cells);
+      const Floats value = Simd<float>::load(values + at), weight = row.right(block, i);
+      all += k == of_cells ? value : Floats{};
+      of_right += k == of_cells ? value * weight : Floats{};
+      if (!any(others)) continue;
+      for (int lane = 0; lane < L; ++lane) {
+        if (!others[lane]) continue;
+        const float r = value[lane] * weight[lane], l = value[lane] - r;
+        subtract(k[lane], lane, l, r, l * row.down[j], r * row.down[j]);
       }
-    flush();
+    }
+    left += all - of_right;
+    right += of_right;
+    left_below += row.down[j] * (all - of_right);
+    right_below += row.down[j] * of_right;
   }
+  for (int lane = 0; lane < L; ++lane)
+    if (of_cells[lane] >= 0)
+      subtract(of_cells[lane], lane, left[lane], right[lane], left_below[lane], right_below[lane]);
+}
+
+// Writes the factors of a block's pixels and what their own classes have of their own. Returns
+// false where the block is to be done pixel by pixel.
+template <int WIDTH>
+bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const int32_t* classes,
+                      Ints of_cells, const Gradients<float>& gradients, const float* dmasses,
+                      const float* dsquares, float* own) {
+  using V = Simd<float>;
+  constexpr int H = CellRow<WIDTH>::HEIGHT, L = CellRow<WIDTH>::L;
+  const int64_t of_image = row.tile.image * gradients.stride_b;
+  const auto of_class = [&](const float* by_class, Ints k) INLINE_LAMBDA {
+    return by_class ? gather(by_class + of_image, k, 0.0f) : Floats{};
+  };
+  const bool any_valid = any(of_cells >= 0);
+  Floats totals[H * WIDTH] = {}, squares[H * WIDTH] = {};
+  Ints steep = {};
+  for (int64_t j = 0; j < row.rows; ++j) {
+    if (any_valid && j % H == 0) {
+      if (dmasses) sum_block<WIDTH, Term::WEIGHTED>(row, j, block, dmasses, totals);
+      if (dsquares) sum_block<WIDTH, Term::SQUARE>(row, j, block, dsquares, squares);
+    }
+    for (int i = 0; i < WIDTH; ++i) {
+      const Ints k = load_ints(classes + (j * WIDTH + i) * L), valid = k >= 0;
+      const Floats of_sum =
+          row.gather_map(block, j, i, valid, row.lse_map(gradients.lse)) - row.shift(block, j, i);
+      steep |= valid & ~((of_sum >= LOG_STEEP) & (of_sum <= 80.0f));
+      const Floats q = exp<float>(-of_sum);
+      Floats of_own = of_class(gradients.dlosses, k) +
+                      row.gather_map(block, j, i, valid, gradients.dpixel_losses);
+      Floats rest = of_own + row.gather_map(block, j, i, valid, gradients.dlse);
+      const int64_t n = j % H * WIDTH + i;
+      rest -= (totals[n] + 2 * q * squares[n]) * q;
+      if (gradients.doverlaps) {
+        const Floats z = row.own_corners(block, k).at(Floats{} + row.down[j], row.right(block, i));
+        const Floats of_overlap = exp<float>(z - of_sum) * of_class(gradients.doverlaps, k);
+        rest -= of_overlap;
+        of_own -= of_overlap;
+      }
+      V::store(row.factors(0, block, j, i), valid ? rest * q : Floats{});
+      if (dmasses || dsquares) V::store(row.factors(1, block, j, i), valid ? q : Floats{});
+      V::store(own + (j * WIDTH + i) * L, valid ? of_own : Floats{});
+    }
+  }
+  return !any(steep);
 }
 
 template <int WIDTH, class Begin>
@@ -258,11 +324,9 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
                     const Gradients<float>& gradients, Begin finish_until) {
   using Row = CellRow<WIDTH>;
   using V = Simd<float>;
-  constexpr int H = height_of(WIDTH), L = Row::L, PIXELS = Row::PIXELS;
+  constexpr int L = Row::L, PIXELS = Row::PIXELS;
   Row row(problem, tile, workspace);
   const int64_t of_image = tile.image * gradients.stride_b;
-  const auto of_class = [&](const float* by_class, int32_t k)
-                            INLINE_LAMBDA { return by_class ? by_class[of_image + k] : 0.0f; };
   const float* dmasses = gradients.dmasses ? gradients.dmasses + of_image : nullptr;
   const float* dsquares = gradients.dsquares ? gradients.dsquares + of_image : nullptr;
   while (row.next(ROWS)) {
@@ -276,65 +340,17 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
     }
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
       int32_t classes[ROWS * PIXELS];
-      float lse[PIXELS], own[ROWS * PIXELS], of_lse[PIXELS], overlaps[PIXELS];
-      float* factors[2] = {workspace.factors[0] + block * PIXELS,
-                           workspace.factors[1] + block * PIXELS};
-      const bool any_valid = row.classes_of(block, classes);
-      const int32_t* columns = row.columns_of(block);
-      Floats totals[H * WIDTH] = {}, squares[H * WIDTH] = {};
-      Ints steep = {};
-      for (int64_t j = 0; j < row.rows; ++j) {
-        const int32_t* of_row = classes + j * PIXELS;
-        if (any_valid && j % H == 0) {
-          if (dmasses) sum_block<WIDTH, Term::WEIGHTED>(row, j, block, dmasses, totals);
-          if (dsquares) sum_block<WIDTH, Term::SQUARE>(row, j, block, dsquares, squares);
-        }
-        const int64_t y = row.y + j;
-        const float* line = gradients.lse +
-                            (tile.image * problem.rows.size + y) * problem.columns.size +
-                            tile.label_columns.begin;
-        for (int t = 0; t < PIXELS; ++t) {
-          const int32_t k = of_row[t];
-          lse[t] = k < 0 ? 0 : line[columns[t]];
-          own[j * PIXELS + t] = k < 0 ? 0 : of_class(gradients.dlosses, k);
-          overlaps[t] = k < 0 ? 0 : of_class(gradients.doverlaps, k);
-          of_lse[t] = 0;
-        }
-        if (gradients.dpixel_losses.data || gradients.dlse.data)
-          for (int t = 0; t < PIXELS; ++t) {
-            if (of_row[t] < 0) continue;
-            const int64_t x = tile.label_columns.begin + columns[t];
-            own[j * PIXELS + t] += value(gradients.dpixel_losses, tile.image, y, x);
-            of_lse[t] = value(gradients.dlse, tile.image, y, x);
-          }
-        for (int i = 0; i < WIDTH; ++i) {
-          Ints valid;
-          std::memcpy(&valid, of_row + i * L, sizeof valid);
-          const Floats of_sum = V::load(lse + i * L) - row.shift(block, j, i);
-          steep |= (valid >= 0) & ~((of_sum >= LOG_STEEP) & (of_sum <= 80.0f));
-          const Floats q = valid >= 0 ? exp<float>(-of_sum) : Floats{};
-          float* of_own = own + j * PIXELS + i * L;
-          Floats rest = V::load(of_own) + V::load(of_lse + i * L);
-          const int64_t n = j % H * WIDTH + i;
-          rest -= (totals[n] + 2 * q * squares[n]) * q;
-          if (gradients.doverlaps) {
-            const Floats p = exp<float>(row.own(block, of_row + i * L, j, i) - of_sum);
-            const Floats of_overlap = valid >= 0 ? p * V::load(overlaps + i * L) : Floats{};
-            rest -= of_overlap;
-            V::store(of_own, V::load(of_own) - of_overlap);
-          }
-          V::store(factors[0] + j * workspace.lanes + i * L, valid >= 0 ? rest * q : Floats{});
-          if (dmasses || dsquares) V::store(factors[1] + j * workspace.lanes + i * L, q);
-        }
-      }
-      if (!any_valid) continue;
-      if (!any(steep)) {
-        subtract_own(row, block, classes, own);
+      float own[ROWS * PIXELS];
+      const Ints of_cells = row.classes_of(block, classes);
+      if (factors_of_block(row, block, classes, of_cells, gradients, dmasses, dsquares, own)) {
+        subtract_own(row, block, classes, of_cells, own);
         continue;
       }
       for (int64_t j = 0; j < row.rows; ++j)
-        for (const auto* factor : factors)
-          std::memset(const_cast<float*>(factor) + j * workspace.lanes, 0, PIXELS * sizeof(float));
+        for (int i = 0; i < WIDTH; ++i) {
+          V::store(row.factors(0, block, j, i), Floats{});
+          V::store(row.factors(1, block, j, i), Floats{});
+        }
       row.for_pixels(block, backward_pixels);
     }
     const auto add = dsquares  ? add_gradients<WIDTH, 3>

@@ -84,22 +84,23 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
   Stat* shifts = workspace.shifts[row & 1] + left;
   auto below = Vec{} == Vec{};  // no larger than the shift, and no NaN
 
-  for (int64_t j = 0; j < columns; j += L) {
-    const int64_t count = std::min<int64_t>(L, columns - j);
-    Vec largest = Vec{} - static_cast<Stat>(__builtin_inf());
-    const auto put = [&](int64_t k, Vec x) INLINE_LAMBDA {
-      largest = maximum(largest, x);
-      Simd<Stat>::store(packed + k * stride + j, x);
-    };
-    const T* from = source + j * layout.stride_w;
-    if (layout.stride_w == 1 || columns == 1) {
-      for (int64_t k = 0; k < layout.dim; ++k) put(k, V::load(from + k * layout.stride_d, count));
-    } else {
+  const Vec lowest = Vec{} - static_cast<Stat>(__builtin_inf());
+  for (int64_t j = 0; j < columns; j += L) Simd<Stat>::store(shifts + j, lowest);
+  const auto put = [&](int64_t k, int64_t j, Vec x) INLINE_LAMBDA {
+    Simd<Stat>::store(packed + k * stride + j, x);
+    Simd<Stat>::store(shifts + j, maximum(Simd<Stat>::load(shifts + j), x));
+  };
+  if (layout.stride_w == 1 || columns == 1) {
+    for (int64_t k = 0; k < layout.dim; ++k)
+      for (int64_t j = 0; j < columns; j += L)
+        put(k, j, V::load(source + k * layout.stride_d + j, std::min<int64_t>(L, columns - j)));
+  } else {
+    for (int64_t j = 0; j < columns; j += L)
       for (int64_t k = 0; k < layout.dim; k += L) {
         const int64_t classes = std::min<int64_t>(L, layout.dim - k);
         Vec square[L] = {};
-        for (int64_t p = 0; p < count; ++p) {
-          const T* of_pixel = from + p * layout.stride_w + k * layout.stride_d;
+        for (int64_t p = 0; p < std::min<int64_t>(L, columns - j); ++p) {
+          const T* of_pixel = source + (j + p) * layout.stride_w + k * layout.stride_d;
           if (layout.stride_d == 1) {
             square[p] = V::load(of_pixel, classes);
           } else {
@@ -109,19 +110,21 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
           }
         }
         Simd<Stat>::transpose(square);
-        for (int64_t c = 0; c < classes; ++c) put(k + c, square[c]);
+        for (int64_t c = 0; c < classes; ++c) put(k + c, j, square[c]);
       }
-    }
+  }
+  for (int64_t j = 0; j < columns; j += L) {
+    const Vec largest = Simd<Stat>::load(shifts + j);
     // a position whose largest is not finite stays as it is
-    const Vec shift = largest - largest == 0 ? largest : Vec{};
-    Simd<Stat>::store(shifts + j, shift);
-    for (int64_t k = 0; k < layout.dim; ++k) {
+    Simd<Stat>::store(shifts + j, largest - largest == 0 ? largest : Vec{});
+  }
+  for (int64_t k = 0; k < layout.dim; ++k)
+    for (int64_t j = 0; j < columns; j += L) {
       Stat* at = packed + k * stride + j;
-      const Vec x = Simd<Stat>::load(at) - shift;
+      const Vec x = Simd<Stat>::load(at) - Simd<Stat>::load(shifts + j);
       Simd<Stat>::store(at, x);
       below = below & (x <= 0);
     }
-  }
   // copies at the sides, then zeros, that idle lanes have finite numbers
   for (int64_t k = -1; k < layout.dim; ++k) {
     Stat* line = k < 0 ? shifts : packed + k * stride;
@@ -154,31 +157,30 @@ void finish_row(const Output<StatOf<T>>& output, const Tile& tile, int64_t row,
       if (tile.columns.begin == 0) line[0] += line[-1];
       if (tile.columns.end == dlayout.width) line[columns - 1] += line[columns];
     }
-    for (int64_t j = 0; j < columns; j += L) {
-      const int64_t count = std::min<int64_t>(L, columns - j);
-      T* to = target + j * dlayout.stride_w;
-      if (dlayout.stride_w == 1 || columns == 1) {
-        for (int64_t k = 0; k < num_classes; ++k)
-          V::store(to + k * dlayout.stride_d, Simd<Stat>::load(source + k * stride + j), count);
-        continue;
-      }
-      for (int64_t k = 0; k < num_classes; k += L) {
-        const int64_t classes = std::min<int64_t>(L, num_classes - k);
-        Vec square[L] = {};
-        for (int64_t c = 0; c < classes; ++c)
-          square[c] = Simd<Stat>::load(source + (k + c) * stride + j);
-        Simd<Stat>::transpose(square);
-        for (int64_t p = 0; p < count; ++p) {
-          T* of_pixel = to + p * dlayout.stride_w + k * dlayout.stride_d;
-          if (dlayout.stride_d == 1) {
-            V::store(of_pixel, square[p], classes);
-          } else {
-            T scattered[L];
-            V::store(scattered, square[p]);
-            for (int64_t c = 0; c < classes; ++c) of_pixel[c * dlayout.stride_d] = scattered[c];
+    if (dlayout.stride_w == 1 || columns == 1) {
+      for (int64_t k = 0; k < num_classes; ++k)
+        for (int64_t j = 0; j < columns; j += L)
+          V::store(target + k * dlayout.stride_d + j, Simd<Stat>::load(source + k * stride + j),
+                   std::min<int64_t>(L, columns - j));
+    } else {
+      for (int64_t j = 0; j < columns; j += L)
+        for (int64_t k = 0; k < num_classes; k += L) {
+          const int64_t classes = std::min<int64_t>(L, num_classes - k);
+          Vec square[L] = {};
+          for (int64_t c = 0; c < classes; ++c)
+            square[c] = Simd<Stat>::load(source + (k + c) * stride + j);
+          Simd<Stat>::transpose(square);
+          for (int64_t p = 0; p < std::min<int64_t>(L, columns - j); ++p) {
+            T* of_pixel = target + (j + p) * dlayout.stride_w + k * dlayout.stride_d;
+            if (dlayout.stride_d == 1) {
+              V::store(of_pixel, square[p], classes);
+            } else {
+              T scattered[L];
+              V::store(scattered, square[p]);
+              for (int64_t c = 0; c < classes; ++c) of_pixel[c * dlayout.stride_d] = scattered[c];
+            }
           }
         }
-      }
     }
   }
   std::memset(gradients, 0, num_classes * stride * sizeof(Stat));

@@ -45,11 +45,17 @@ void read_labels(const Labels& labels, int64_t image, int64_t row, Range columns
                  int32_t* classes) {
   const auto* data = static_cast<const Label*>(labels.data) + image * labels.stride_b +
                      row * labels.stride_h + columns.begin * labels.stride_w;
-  for (int64_t i = 0; i < columns.end - columns.begin; ++i) {
-    const auto label = static_cast<int64_t>(data[i * labels.stride_w]);
-    const bool valid = label >= 0 && label < labels.num_classes && label != labels.ignore_index;
+  const int64_t stride = labels.stride_w, count = columns.end - columns.begin;
+  const auto num_classes = static_cast<uint64_t>(labels.num_classes);
+  const auto read = [&](int64_t i, int64_t at) {
+    const auto label = static_cast<int64_t>(data[at]);
+    const bool valid = static_cast<uint64_t>(label) < num_classes && label != labels.ignore_index;
     classes[i] = valid ? static_cast<int32_t>(label) : -1;
-  }
+  };
+  if (stride == 1)
+    for (int64_t i = 0; i < count; ++i) read(i, i);
+  else
+    for (int64_t i = 0; i < count; ++i) read(i, i * stride);
 }
 
 inline Labels labels_of(const char* operation, const Tensor& labels, int64_t num_classes,
