@@ -86,8 +86,16 @@ struct Simd {
     }
   }
 
+  // The lanes of v moved up by one; the last lane of before comes first.
+  static ALWAYS_INLINE Vec shift_up(Vec before, Vec v) { return shift_up(before, v, Lanes{}); }
+
  private:
   using Lanes = std::make_integer_sequence<int, LANES>;
+
+  template <int... LANE>
+  static ALWAYS_INLINE Vec shift_up(Vec before, Vec v, std::integer_sequence<int, LANE...>) {
+    return select<(LANE + LANES - 1)...>(before, v);
+  }
 
   template <int BLOCK, int... LANE>
   static ALWAYS_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, LANE...>) {

@@ -128,6 +128,7 @@ struct CellRow {
   int64_t cell, upper, lower;        // its rows of logits
   int64_t y = 0, end = 0, rows = 0;  // of labels: the first, the end of the cell's, how many
   float down[ROWS];                  // weights of the lower row
+  float at_down;                     // the weight of the first row
   PackedRows<float> packed;
 
   CellRow(const Problem<float>& problem, const Tile& tile, const Workspace<float>& workspace)
@@ -183,6 +184,7 @@ struct CellRow {
         problem.labels.read(problem.labels, tile.image, y + j, tile.label_columns,
                             workspace.classes + j * workspace.label_stride);
     }
+    at_down = down_start(0);
     return true;
   }
   bool ordinary() const { return packed.ordinary[upper & 1] && packed.ordinary[lower & 1]; }
@@ -236,8 +238,7 @@ struct CellRow {
     return {upper_row(k) + column_of(block), lower_row(k) + column_of(block)};
   }
   ALWAYS_INLINE Series series(const Corners& z, int64_t block) const {
-    return {z, right_start(block), problem.column_cells.step, down_start(0),
-            problem.row_cells.step};
+    return {z, right_start(block), problem.column_cells.step, at_down, problem.row_cells.step};
   }
   ALWAYS_INLINE Floats shift(int64_t block, int64_t j, int64_t i) const {
     const int64_t column = first_column + column_of(block);

@@ -143,15 +143,6 @@ void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pro
   }
 }
 
-// Moves the lanes up by one; the last lane of before comes first.
-ALWAYS_INLINE Floats shift_up(Floats before, Floats v) {
-  constexpr int L = LANES<float>;
-  float both[2 * L];
-  Simd<float>::store(both, before);
-  Simd<float>::store(both + L, v);
-  return Simd<float>::load(both + L - 1);
-}
-
 // gradients += the sum over pixels of weight * dz, with dz = e^z * (factors[0] + factors[1] *
 // (dmasses
 // + 2 * p * dsquares)) and p = factors[1] * e^z. TERMS: how many of the three there are.
@@ -214,10 +205,10 @@ void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float*
       const Floats right_above = right - right_below;
       const int64_t column = row.column_of(block);
       if (column == 0) last_above = last_below = Floats{};
-      V::store(above + column,
-               V::load(above + column) + (left - left_below) + shift_up(last_above, right_above));
+      V::store(above + column, V::load(above + column) + (left - left_below) +
+                                   V::shift_up(last_above, right_above));
       V::store(below + column,
-               V::load(below + column) + left_below + shift_up(last_below, right_below));
+               V::load(below + column) + left_below + V::shift_up(last_below, right_below));
       last_above = right_above;
       last_below = right_below;
       if (column + L == row.blocks * L) {
@@ -324,7 +315,7 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
                     const Gradients<float>& gradients, Begin finish_until) {
   using Row = CellRow<WIDTH>;
   using V = Simd<float>;
-  constexpr int L = Row::L, PIXELS = Row::PIXELS;
+  constexpr int PIXELS = Row::PIXELS;
   Row row(problem, tile, workspace);
   const int64_t of_image = tile.image * gradients.stride_b;
   const float* dmasses = gradients.dmasses ? gradients.dmasses + of_image : nullptr;
