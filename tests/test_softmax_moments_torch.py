@@ -1,7 +1,9 @@
-"""The operator softmax_moments in torch: opcheck, gradcheck, torch.compile, autograd."""
+"""softmax_moments and pixel_cross_entropy as functions of torch: shapes and dtypes of any kind,
+opcheck, gradcheck, torch.compile, autograd."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import anchorops as ao
@@ -159,3 +161,69 @@ def test_grad_scaler_in_half_precision():
     torch.testing.assert_close(
         scaled / 2**12, plain.float(), rtol=2e-3, atol=1e-6, check_dtype=False
     )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("size", "labels"),
+    [
+        ((0, 5), (0,)),
+        ((0, 5, 7), (0, 7)),
+        ((2, 5, 0), (2, 0)),
+        ((0, 5, 3, 4), (0, 6, 8)),
+        ((2, 5, 0, 4), (2, 0, 4)),
+        ((2, 5, 3, 4), (2, 0, 8)),
+        ((2, 5, 3, 4), (2, 8, 0)),
+        ((2, 5, 3, 4), (2, 6, 8)),
+        ((2, 5, 2, 3, 4), (2, 2, 3, 4)),
+        ((9, 5), (9,)),
+    ],
+)
+@pytest.mark.parametrize("per_image", [False, True])
+def test_nothing_valid(size, labels, backend: str, per_image: bool, poisoned: None):
+    logits = torch.full(size, torch.nan, requires_grad=True)
+    ignored = torch.full(labels, 255)
+    with ao.use_backend(backend):
+        moments = ao.softmax_moments(logits, ignored, per_image=per_image, **EVERYTHING)
+        loss = ao.pixel_cross_entropy(logits, ignored)
+    images = (1 if len(size) == 2 else size[0],) if per_image else ()
+    for statistic in moments[:6]:
+        assert statistic.shape == (*images, 5)
+    assert moments.lse.shape == moments.pixel_losses.shape == labels
+    assert not any(x.any() for x in (*moments, loss))
+    found = [*moments[2:], loss]
+    (gradient,) = torch.autograd.grad(found, logits, found)  # pyright: ignore
+    assert gradient.shape == size and not gradient.any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("size", [(130, 24), (3, 7, 50), (2, 4, 3, 5, 6)])
+def test_points_and_volumes(size: tuple[int, ...], backend: str):
+    logits = torch.randn(size, requires_grad=True)
+    labels = torch.randint(0, size[1], (size[0], *size[2:]))
+    labels[0] = 255
+    with ao.use_backend(backend):
+        loss = ao.pixel_cross_entropy(logits, labels)
+    expected = F.cross_entropy(logits, labels, ignore_index=255)
+    torch.testing.assert_close(loss, expected)
+    found, wanted = (torch.autograd.grad(x, logits)[0] for x in (loss, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy(weighted, label_smoothing, reduction, backend):
+    logits = torch.randn(2, 7, 5, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 7, (2, 17, 25))
+    labels[torch.rand(labels.shape) < 0.2] = 255
+    weight = torch.rand(7, dtype=torch.float64) if weighted else None
+    options = {"weight": weight, "label_smoothing": label_smoothing, "reduction": reduction}
+    with ao.use_backend(backend):
+        loss = ao.pixel_cross_entropy(logits, labels, **options)
+    z = F.interpolate(logits, (17, 25), mode="bilinear")
+    expected = F.cross_entropy(z, labels, ignore_index=255, **options)
+    torch.testing.assert_close(loss, expected)
+    found, wanted = (torch.autograd.grad(x.sum(), logits)[0] for x in (loss, expected))
+    torch.testing.assert_close(found, wanted)

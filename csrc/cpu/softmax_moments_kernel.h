@@ -3,6 +3,7 @@
 #include "softmax_rows.h"
 #include "softmax_pixels.h"
 #include "softmax_cells.h"
+#include "softmax_cells_argmax.h"
 #include "softmax_cells_passes.h"
 
 template <class Stat>

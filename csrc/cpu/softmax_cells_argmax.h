@@ -1,0 +1,75 @@
+// The class of the largest logit of each pixel, over the cells of a tile.
+
+// l + w (r - l), but (1 - w) l + w r where infinities meet.
+ALWAYS_INLINE Floats between(Floats l, Floats r, Floats w) {
+  Floats z = l + w * (r - l);
+  z = z == z ? z : (1 - w) * l + w * r;
+  return w == 0 ? l : z;
+}
+
+// The class of the largest z of a block's pixels, the first of equal ones. Not inlined: its
+// products are to be fused in one way, that hits are the diagonal of the confusion matrix.
+template <int WIDTH>
+__attribute__((noinline)) void largest_of_block(const CellRow<WIDTH>& row, int64_t block,
+                                                int32_t* classes) {
+  using Row = CellRow<WIDTH>;
+  constexpr int H = std::max(1, Row::HEIGHT / 2);
+  for (int64_t first = 0; first < row.rows; first += H) {
+    Floats largest[H * WIDTH];
+    Ints index[H * WIDTH] = {};
+    for (auto& z : largest) z = Floats{} - __builtin_inff();
+    for (int64_t k = 0; k < row.problem.layout.dim; ++k) {
+      const Corners z = row.corners(k, block);
+      const bool finite = z.all_above(-3e38f);
+      const Floats right_down = z.d - z.b, left_down = z.c - z.a;
+#pragma GCC unroll 8
+      for (int j = 0; j < H; ++j) {
+        const Floats down = Floats{} + row.down[std::min<int64_t>(first + j, row.rows - 1)];
+        const Floats l = finite ? z.a + down * left_down : between(z.a, z.c, down);
+        const Floats r = finite ? z.b + down * right_down : between(z.b, z.d, down);
+        const Floats change = r - l;
+#pragma GCC unroll 8
+        for (int i = 0; i < WIDTH; ++i) {
+          const Floats w = row.right(block, i);
+          const Floats value = finite ? l + w * change : between(l, r, w);
+          Floats& best = largest[j * WIDTH + i];
+          Ints& of_best = index[j * WIDTH + i];
+          const Ints larger = value > best;
+          best = larger ? value : best;
+          of_best = larger ? Ints{} + static_cast<int32_t>(k) : of_best;
+        }
+      }
+    }
+    const int64_t height = std::min<int64_t>(H, row.rows - first);
+    std::memcpy(classes + first * Row::PIXELS, index, height * Row::PIXELS * sizeof(int32_t));
+  }
+}
+
+template <int WIDTH>
+void argmax_cells(std::integral_constant<int, WIDTH>, const Problem<float>& problem,
+                  const Tile& tile, const Workspace<float>& workspace, int64_t* predictions) {
+  using Row = CellRow<WIDTH>;
+  Row row(problem, tile, workspace);
+  const auto line = [&](int64_t y) { return predictions + y * problem.columns.size; };
+  while (row.next(Row::HEIGHT)) {
+    if (!row.ordinary()) {
+      row.for_pixels(-1, [&](const Group<float>& group) {
+        int32_t classes[GROUP];
+        upsample_classes(problem, workspace, group);
+        largest_of_group(problem, workspace, group, classes);
+        for (int64_t t = 0; t < group.count; ++t) line(group.y)[group.x[t]] = classes[t];
+      });
+      continue;
+    }
+    int32_t classes[Row::HEIGHT * Row::PIXELS];
+    for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
+      largest_of_block(row, block, classes);
+      const int32_t* columns = row.columns_of(block);
+      for (int64_t j = 0; j < row.rows; ++j) {
+        int64_t* out = line(row.y + j) + tile.label_columns.begin;
+        for (int t = 0; t < Row::PIXELS; ++t)
+          if (columns[t] >= 0) out[columns[t]] = classes[j * Row::PIXELS + t];
+      }
+    }
+  }
+}
