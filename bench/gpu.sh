@@ -74,13 +74,13 @@ rm -f "$rows" "$out/training_step.json"
 
 part build 180 "$python" setup.py build_ext --inplace
 if [ -n "$dry_run" ]; then
-    part tests 60 "${pytest[@]}" tests/test_gpu.py --collect-only
+    part tests 60 "${pytest[@]}" tests/test_gpu*.py --collect-only
     part collect 60 "${pytest[@]}" "${benches[@]}" --full --device cuda --collect-only
     part doctor 60 "$python" -m anchorops.doctor --benchmark
     part bench 120 "${pytest[@]}" "${benches[@]}" --full --tiny --device cpu --rows "$rows"
 else
     # values, gradients, streams, reproducibility, capture in a CUDA graph, torch.compile
-    part tests 120 "${pytest[@]}" tests/test_gpu.py
+    part tests 120 "${pytest[@]}" tests/test_gpu*.py
     if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer); then
         few=(tests/test_gpu.py -k "reproducible or (test_centroid_info_nce and shape0)")
         # some virtual machines keep the sanitizer from the device
