@@ -10,6 +10,8 @@ formulas where malloc keeps its memory, as some programs arrange it.
 
 import contextlib
 import ctypes
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,9 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, Case, backends, grid
-from segmentation_models_pytorch.losses import DiceLoss, FocalLoss
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 import anchorops as ao
 from anchorops._measure import example_labels
@@ -29,6 +29,7 @@ CE, CE_DICE, DICE, FOCAL = "cross-entropy", "cross-entropy + Dice", "Dice", "foc
 CONFUSION = "confusion matrix"
 IGNORED = 255
 KEPT = ", kept pages"
+LIBRARIES = {"smp": "segmentation_models_pytorch", "torchmetrics": "torchmetrics"}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
 
@@ -129,7 +130,8 @@ def focal(z: Tensor, y: Tensor) -> Tensor:
 
 
 def torchmetrics_confusion(z: Tensor, y: Tensor) -> Tensor:
-    return multiclass_confusion_matrix(z.argmax(1), y, z.shape[1], ignore_index=IGNORED)
+    functional = importlib.import_module("torchmetrics.functional.classification")
+    return functional.multiclass_confusion_matrix(z.argmax(1), y, z.shape[1], ignore_index=IGNORED)
 
 
 def bincount_confusion(z: Tensor, y: Tensor) -> Tensor:
@@ -139,19 +141,24 @@ def bincount_confusion(z: Tensor, y: Tensor) -> Tensor:
 
 
 def rival_formulas(case: Case) -> dict[str, Formula]:
-    """What is not the same loss, smp's focal, is left unchecked."""
-    smp_dice = DiceLoss("multiclass", ignore_index=IGNORED)
+    """Those of libraries that are installed. What is not the same loss, smp's focal, is left
+    unchecked."""
+
+    def smp(name: str) -> Formula:
+        losses = importlib.import_module("segmentation_models_pytorch.losses")
+        return getattr(losses, name)("multiclass", ignore_index=IGNORED)
+
     formulas: dict[str, Formula] = {
         CE: {"interpolate + cross_entropy": cross_entropy},
-        DICE: {"interpolate + smp's Dice": smp_dice},
+        DICE: {"interpolate + smp's Dice": lambda z, y: smp("DiceLoss")(z, y)},
         CE_DICE: {
             "interpolate + cross_entropy + smp's Dice": lambda z, y: (
-                cross_entropy(z, y) + smp_dice(z, y)
+                cross_entropy(z, y) + smp("DiceLoss")(z, y)
             )
         },
         FOCAL: {
             "interpolate + focal": focal,
-            "interpolate + smp's focal": FocalLoss("multiclass", ignore_index=IGNORED),
+            "interpolate + smp's focal": lambda z, y: smp("FocalLoss")(z, y),
         },
         CONFUSION: {
             "interpolate + argmax + torchmetrics": torchmetrics_confusion,
@@ -161,7 +168,10 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
     formulas = {
         name: lambda x, y, formula=formula: formula(upsampled(case, x), y)
         for name, formula in formulas.items()
+        if not any(mark in name and absent(library) for mark, library in LIBRARIES.items())
     }
+    if not formulas:
+        return {}
     first, formula = next(iter(formulas.items()))
     if case.operation == CE:
 
@@ -176,9 +186,13 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
     return formulas
 
 
+def absent(library: str) -> bool:
+    return importlib.util.find_spec(library) is None
+
+
 def names(case: Case, device: torch.device) -> list[str]:
     rivals = [*rival_formulas(case)]
-    if device.type == "cpu":
+    if rivals and device.type == "cpu":
         rivals.append(rivals[0] + KEPT)
     return [*backends(device), *rivals]
 
@@ -216,7 +230,7 @@ def make_inputs(shape: Logits, dtype: str, labels: str, device: torch.device):
 def exact(case: Case, device: torch.device) -> Tensor:
     """By the plain formula in float32: the tests compare with float64."""
     logits, labels = make_inputs(case.shape, case.dtype, case.labels, device)
-    formula = next(iter(rival_formulas(case).values()))
+    formula = next(iter(rival_formulas(case).values()), ours(case))
     logits = logits.detach().requires_grad_(case.direction == TRAINING)
     value = formula(logits, labels)
     return torch.autograd.grad(value, logits)[0] if case.direction == TRAINING else value.double()

@@ -67,8 +67,8 @@ print(*(name for name in sys.argv[1].split() if u.find_spec(name) is None))' "$1
 }
 
 pytest=("$python" -m pytest -q -p no:cacheprovider)
-benches=(bench/bench_class_moments.py bench/bench_growth.py bench/bench_losses.py
-    bench/bench_centroid_info_nce.py)
+benches=(bench/bench_class_moments.py bench/bench_pixel_losses.py bench/bench_growth.py
+    bench/bench_losses.py bench/bench_centroid_info_nce.py)
 rows=$out/bench.json
 rm -f "$rows" "$out/training_step.json"
 
