@@ -14,26 +14,13 @@ from torchvision import tv_tensors
 import anchorops as ao
 from anchorops.train.config import Config
 from anchorops.train.counts import class_counts
-from anchorops.train.data import (
-    BatchSampler,
-    Draws,
-    PhotometricDistort,
-    VariedCrop,
-)
+from anchorops.train.data import BatchSampler, Draws, PhotometricDistort, VariedCrop
 from anchorops.train.digits import DigitScenes
 from anchorops.train.learner import Learner, build_regularizer
 from anchorops.train.metrics import class_groups, frequency_groups, summarize
 from anchorops.train.models import build_model
 from anchorops.train.presets import DIGITS, PRESETS
 from anchorops.train.ranks import start_ranks
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_scene_is_a_function_of_seed_split_and_index():
@@ -335,7 +322,7 @@ def test_configuration_survives_its_file(name: str, tmp_path: Path):
 
 @pytest.mark.slow
 def test_benchmark_of_training_steps(tmp_path: Path):
-    bench = Path(__file__).parents[1] / "bench/training_step.py"
+    bench = Path(__file__).parents[2] / "bench/training_step.py"
     command = [sys.executable, str(bench), "--dry-run", "--minutes", "0", "--out"]
     done = subprocess.run([*command, str(tmp_path / "x/rows.json")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -351,7 +338,7 @@ def test_benchmark_of_training_steps(tmp_path: Path):
 
 
 def test_table_of_evidence():
-    example = Path(__file__).parents[1] / "examples/evidence.py"
+    example = Path(__file__).parents[2] / "examples/evidence.py"
     table = runpy.run_path(str(example))["table"]
 
     def run(seed: int, miou: float) -> dict:

@@ -1,13 +1,21 @@
-"""SIGTERM and Ctrl-C before the first step and after the last one."""
+"""SIGTERM, Ctrl-C and SIGKILL: before the first step, in the steps, and after the last one."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from tiny_runs import TINY, assert_same_run
+
+from anchorops.train import loop, signals
+from anchorops.train.config import Config
 
 # forked from one process that has imported everything: each case takes a second
 PROGRAM = """
@@ -99,3 +107,67 @@ def hears(process: int, signum: int) -> bool:
     status = Path(f"/proc/{process}/status").read_text()
     (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(caught, 16) >> (signum - 1) & 1)
+
+
+def test_second_interrupt(monkeypatch: pytest.MonkeyPatch):
+    now = time.monotonic()
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    with signals.StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun's echo
+        assert stop.received == signal.SIGINT
+        now += 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def waiting(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run that waits for its data at nearly every step."""
+    root = tmp_path_factory.mktemp("large")
+    for split, size in (("train", 2000), ("val", 32)):
+        for kind, shape in (("images", (size, size, 3)), ("masks", (size, size))):
+            (root / kind / split).mkdir(parents=True)
+            values = np.random.default_rng(0).integers(2, size=shape, dtype=np.uint8)
+            Image.fromarray(values).save(root / kind / split / "x.png", compress_level=1)
+    config = TINY.replace(dataset="folder", root=root, num_classes=2, log_every=1, save_every=100)
+    return config.replace(out=root, name="straight", steps=5, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def waited(waiting: Config) -> Path:
+    loop.start(waiting)
+    return waiting.run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_signals_and_workers(signum: int, waiting: Config, waited: Path):
+    """SIGTERM to the whole group, workers included, leaves a checkpoint; a training process that is
+    killed alone takes its workers with it."""
+    config = waiting.replace(name=f"signal-{signum}", workers=1, save_every=1 if signum == 9 else 9)
+    config.run.mkdir()
+    config.save(config.run / "config.json")
+    command = [sys.executable, "-m", "anchorops.train", "resume", str(config.run)]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    sign = "checkpoint-*" if signum == signal.SIGKILL else "metrics.jsonl"
+    while not list(config.run.glob(sign)) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr and process.stderr.read().decode()
+        time.sleep(0.005)
+    kill = process.send_signal if signum == signal.SIGKILL else partial(os.killpg, process.pid)
+    kill(signum)
+    try:  # the end of stderr is that of every process which writes to it
+        _, messages = process.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if signum == signal.SIGTERM:
+        assert process.returncode == 128 + signum, messages.decode()
+        assert b"stopped by SIGTERM after step" in messages
+    assert not (config.run / "results.json").exists()
+    config.replace(workers=0).save(config.run / "config.json")
+    loop.resume(config.run)
+    assert_same_run(config.run, waited, 5)

@@ -1,0 +1,67 @@
+"""The command line: options, presets, comparing runs."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from anchorops.train import signals
+from anchorops.train.commands import main
+from anchorops.train.compare import comparison
+from anchorops.train.config import Config
+from anchorops.train.presets import PRESETS
+
+
+def test_finished_run_is_not_overwritten(straight: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="holds an earlier run: continue it with"):
+        main(["--out", str(straight.parent), "--name", "straight"])
+    assert (straight / "results.json").exists()
+
+
+def test_options_on_the_command_line(monkeypatch: pytest.MonkeyPatch):
+    started: list[Config] = []
+
+    def record(config: Config) -> dict:
+        started.append(config)
+        raise signals.Interrupted(signal.SIGTERM, config.run, 0)
+
+    monkeypatch.setattr("anchorops.train.commands.start", record)
+    options = (
+        "ade20k-segformer-b5 --methods cbp occl --method-options cbp.length 1 occl.split images"
+    )
+    options += " --root /data --crop 64 96 --label-map 128 1 7 255 --no-pretrained --clip 1.0"
+    with pytest.raises(SystemExit) as stopped:
+        main(options.split())
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert started == [
+        PRESETS["ade20k-segformer-b5"][1].replace(
+            methods=("cbp", "occl"),
+            method_options={"cbp.length": "1", "occl.split": "images"},
+            root=Path("/data"),
+            crop=(64, 96),
+            label_map={128: 1, 7: 255},
+            pretrained=False,
+            clip=1.0,
+        )
+    ]
+
+
+def test_command_line(straight: Path, capsys: pytest.CaptureFixture[str]):
+    main(["compare", str(straight), str(straight)])
+    table = capsys.readouterr().out
+    assert "hrnet-w18-small" in table and "± 0.0" in table
+    with pytest.raises(SystemExit, match="expected a finished run"):
+        main(["compare", str(straight.parent)])
+    with pytest.raises(SystemExit, match="expected the directories of finished runs, got none"):
+        main(["compare"])
+    result = {name: 1.0 for name in ("miou", "head", "body", "tail", "macc", "seconds_per_step")}
+    result |= {"dataset": "d", "model": "m", "methods": "sar", "parameters": 1}
+    result["gpu_memory_mb"] = None
+    first, second = ({**result, "settings": {"lr": lr, "steps": "5"}} for lr in ("0.1", "0.2"))
+    rows = comparison([first, second, first]).splitlines()[2:]
+    assert [row.split()[2:5] for row in rows] == [["sar", "lr=0.1", "2"], ["sar", "lr=0.2", "1"]]
+    with pytest.raises(SystemExit, match="'digts' is neither a command nor a preset"):
+        main(["digts"])
+    with pytest.raises(SystemExit) as help_shown:
+        main(["digits", "--help"])
+    assert help_shown.value.code == 0 and "--batch-size" in capsys.readouterr().out

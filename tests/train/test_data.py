@@ -1,0 +1,78 @@
+"""Class counts and augmentation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision import tv_tensors
+
+from anchorops.train.config import Data
+from anchorops.train.counts import check_classes, class_counts, describe_counts
+from anchorops.train.data import RandomScale, Training, augmentation, evaluation_transform
+from anchorops.train.digits import DigitScenes
+from anchorops.train.folders import MaskFolder, open_folder
+
+
+def test_counts_are_made_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    cache = folder / "cache"
+    pixels, images, *_ = class_counts(open_folder(folder, "train"), cache)
+    assert pixels.tolist() == [18, 18 + 20] and images.tolist() == [1, 2]
+    monkeypatch.setattr(MaskFolder, "read_labels", None)
+    again = class_counts(open_folder(folder, "train"), cache)
+    assert [x.tolist() for x in again[:2]] == [[18, 38], [1, 2]]
+    with pytest.raises(TypeError):  # another label map: counted anew
+        class_counts(open_folder(folder, "train", label_map={1: 255}), cache)
+
+
+def test_foreground_that_is_ignored():
+    classes, some, none = ["ground", "thing"], torch.tensor([5, 0]), torch.tensor([0, 0])
+    with pytest.raises(ValueError, match=r"1 class alone \['ground'\]; 255 is ignored unless"):
+        check_classes(classes, some, some)
+    with pytest.raises(ValueError, match="validation split has not one valid pixel"):
+        check_classes(classes, some + 1, none)
+    assert check_classes([*classes, "rare"], torch.tensor([5, 1, 0]), some) == ["rare"]
+
+
+def test_sizes_ignored_pixels_and_rare_classes(folder: Path):
+    counts = class_counts(open_folder(folder, "train"), folder / "cache")
+    assert (counts.ignored, counts.heights, counts.widths) == (18, (4, 6), (5, 9))
+    again = class_counts(open_folder(folder, "train"), folder / "cache")
+    assert again[2:] == counts[2:] and torch.equal(again.pixels, counts.pixels)
+    assert describe_counts(["ground", "thing"], counts, counts)[1:] == [
+        "validation images: 4 to 6 high, 5 to 9 wide, 24.3 % of the pixels ignored",
+        "rarest classes: ground 32 %, thing 68 % of the training pixels",
+    ]
+    (kept,) = (folder / "cache").iterdir()
+    for text in ("", "{}"):
+        kept.write_text(text)
+        with pytest.raises(ValueError, match=f"{kept} is damaged .*: delete it"):
+            class_counts(open_folder(folder, "train"), folder / "cache")
+
+
+def test_augmentation_is_a_function_of_the_draw():
+    scenes = DigitScenes("train", 4, (40, 48), seed=0)
+    config = Data("folder", crop=(32, 32), scale=(0.5, 2.0), flip=True, photometric=True)
+    data = Training(scenes, augmentation(config, 3), seed=5)
+    torch.manual_seed(0)
+    first = data[1, 10]
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, data[1, 10], strict=True))
+    assert not torch.equal(first[0], data[1, 11][0])
+    torch.manual_seed(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first[0].shape == (3, 32, 32) and first[1].dtype == torch.int16
+
+
+def test_padding_is_ignored_and_labels_are_not_interpolated():
+    scenes = DigitScenes("train", 2, (32, 32), seed=0)
+    config = Data("folder", crop=(96, 96), scale=(1.5, 1.5))
+    _, labels = Training(scenes, augmentation(config, 3), seed=0)[0, 0]
+    assert (labels == -1).sum() >= 96 * 96 - 48 * 48
+    assert set(labels.unique().tolist()) <= set(scenes[0][1].unique().tolist()) | {-1}
+
+
+def test_short_side():
+    scaled = evaluation_transform(Data("ade20k", short_side=20), 3)
+    assert scaled(tv_tensors.Image(torch.zeros(3, 40, 60, dtype=torch.uint8))).shape == (3, 20, 30)
+    assert RandomScale(None, (2.0, 2.0))(tv_tensors.Mask(torch.zeros(8, 6))).shape == (16, 12)

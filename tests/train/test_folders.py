@@ -1,0 +1,193 @@
+"""Data sets on disk, in trees that the tests write: pairing, formats, label values, messages."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_files import image, mask, write
+from PIL import Image
+
+from anchorops.train.config import Data
+from anchorops.train.data import Training, augmentation, build_datasets
+from anchorops.train.folders import open_folder
+
+
+def test_folder(folder: Path):
+    train, val = build_datasets(Data(dataset="folder", root=folder), seed=0)
+    assert len(train) == len(val) == 2 and list(train.classes) == ["ground", "thing"]
+    pixels, labels = train[0]
+    assert pixels.shape == (3, 6, 9) and pixels.dtype == torch.uint8
+    assert labels[:, 0].tolist() == [0, 1, -1, 0, 1, -1]
+    assert train[1][0].shape == (3, 4, 5)
+
+
+def test_label_map_and_suffixes(tmp_path: Path):
+    write(tmp_path / "images/train/x_rgb.png", image())
+    write(tmp_path / "images/train/x_depth.png", mask(9))
+    write(tmp_path / "masks/train/x_label.png", mask(7, 128, 0))
+    data = open_folder(
+        tmp_path,
+        "train",
+        image_suffix="_rgb.png",
+        mask_suffix="_label.png",
+        num_classes=2,
+        label_map={7: 255, 128: 1},
+    )
+    assert len(data) == 1 and data[0][1][:3, 0].tolist() == [-1, 1, 0]
+
+
+def test_tiff_of_many_channels_and_16_bits(tmp_path: Path):
+    write(tmp_path / "images/train/x.tif", np.full((6, 9, 5), 65_535, np.uint16))
+    write(tmp_path / "masks/train/x.tif", mask(0, 1).astype(np.uint16))
+    data = open_folder(tmp_path, "train", num_classes=2, channels=5)
+    pixels, _ = data[0]
+    assert pixels.shape == (5, 6, 9) and pixels.dtype == torch.float32 and (pixels == 1).all()
+    transformed, labels = Training(data, augmentation(Data("folder", crop=(8, 8)), 5), 0)[0, 0]
+    assert transformed.shape == (5, 8, 8) and labels.shape == (8, 8)
+
+
+def test_tiff_whose_channels_come_first(tmp_path: Path):
+    planes = np.arange(7 * 6 * 9, dtype=np.uint8).reshape(7, 6, 9)
+    write(tmp_path / "images/train/x.tif", planes)
+    write(tmp_path / "masks/train/x.png", mask(0, 1))
+    pixels, _ = open_folder(tmp_path, "train", num_classes=2, channels=7)[0]
+    assert pixels.numpy().tolist() == planes.tolist()
+
+
+@pytest.mark.parametrize("value", [-1, 70_000])
+def test_label_map_of_impossible_values(folder: Path, value: int):
+    with pytest.raises(ValueError, match="--label-map: expected values 0 to 65535"):
+        open_folder(folder, "train", label_map={value: 1})
+
+
+def test_bilevel_mask_and_palette(tmp_path: Path):
+    write(tmp_path / "images/train/x.png", image())
+    write(tmp_path / "images/train/y.png", image())
+    write(tmp_path / "masks/train/x.png", mask(0, 1).astype(bool))
+    indexed = Image.fromarray(mask(1, 0), "P")
+    indexed.putpalette([10, 20, 30, 40, 50, 60])
+    indexed.save(tmp_path / "masks/train/y.png")
+    data = open_folder(tmp_path, "train", num_classes=2)
+    assert data[0][1][:2, 0].tolist() == [0, 1] and data[1][1][:2, 0].tolist() == [1, 0]
+
+
+def test_messages_name_the_file(folder: Path):
+    root = folder
+    with pytest.raises(ValueError, match="--root: expected where the data set folder lies"):
+        build_datasets(Data(dataset="folder"), 0)
+    with pytest.raises(ValueError, match=r"leftImg8bit.* does not exist|gtFine.* does not exist"):
+        build_datasets(Data(dataset="cityscapes", root=root), 0)
+    with pytest.raises(ValueError, match=r"b.png: expected 4 channels \(--channels\), got 3"):
+        open_folder(root, "train", channels=4)[1]
+    write(root / "masks/train/b.png", mask(7, height=4, width=5))
+    with pytest.raises(ValueError, match=r"masks/train/b.png: label values \[7\] are not those of"):
+        open_folder(root, "train")[1]
+    write(root / "masks/train/b.png", mask(1))
+    with pytest.raises(ValueError, match=r"b.png: expected the size of its image, \(4, 5\), got"):
+        open_folder(root, "train")[1]
+    write(root / "masks/train/b.png", image(4, 5))
+    with pytest.raises(ValueError, match=r"b.png: expected one channel of integer labels"):
+        open_folder(root, "train")[1]
+    path = root / "images/train/a/1.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"a/1.jpg cannot be read: .*[Tt]runcated"):
+        open_folder(root, "train")[0]
+    (root / "masks/train/a/1.png").unlink()
+    with pytest.raises(ValueError, match=r"masks/train/a/1.png does not exist: the mask of .*jpg"):
+        open_folder(root, "train")
+    (root / "classes.txt").unlink()
+    with pytest.raises(ValueError, match=r"classes.txt does not exist: write it, or give --num"):
+        open_folder(root, "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("Straße\nthing".encode("latin-1"), r"classes.txt: expected UTF-8, got .* byte 0xdf"),
+        ("a\nb".encode("utf-16"), r"classes.txt: expected UTF-8"),
+        (b"\n \n", r"classes.txt is empty: expected the name of a class on each line"),
+        (b"a\nb\na\n", r"classes.txt: expected each name once, got again: a$"),
+        (b"a\n", r"classes.txt: expected 2 to 4096 classes, got 1"),
+    ],
+)
+def test_names_of_classes_that_cannot_be(content: bytes, message: str, folder: Path):
+    (folder / "classes.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_folder(folder, "train")
+
+
+def test_files_of_a_folder_that_do_not_pair(folder: Path):
+    write(folder / "images/train/.hidden/b.jpg", image())
+    (folder / "images/train/a/._1.jpg").write_bytes(b"of macOS")
+    (folder / "masks/train/._b.png").write_bytes(b"of macOS")
+    assert len(open_folder(folder, "train")) == 2
+    write(folder / "masks/train/c.png", mask(0))
+    with pytest.raises(ValueError, match=r"masks/train/c.png has no image in .*images/train"):
+        open_folder(folder, "train")
+    write(folder / "images/train/c.png", image())
+    write(folder / "images/train/c.jpg", image())
+    with pytest.raises(ValueError, match=r"train/c.png lies beside .*train/c.jpg: expected one"):
+        open_folder(folder, "train")
+    (folder / "images/train/c.jpg").unlink()
+    write(folder / "masks/train/c.tif", mask(0))
+    with pytest.raises(ValueError, match=r"masks/train/c.tif lies beside .*c.png: expected one"):
+        open_folder(folder, "train")
+
+
+def test_image_with_a_nan(tmp_path: Path):
+    values = np.zeros((6, 9), np.float32)
+    values[0, 0] = np.nan
+    write(tmp_path / "images/train/x.tif", values)
+    write(tmp_path / "masks/train/x.png", mask(0, 1))
+    with pytest.raises(ValueError, match=r"x.tif: expected finite values, got NaN or infinity in"):
+        open_folder(tmp_path, "train", num_classes=2)[0]
+
+
+def test_cityscapes(tmp_path: Path):
+    for split, city in (("train", "ulm"), ("val", "lindau")):
+        stem = f"{split}/{city}/{city}_0_0"
+        write(tmp_path / f"leftImg8bit/{stem}_leftImg8bit.png", image())
+        write(tmp_path / f"gtFine/{stem}_gtFine_labelIds.png", mask(7, 0, 33, 3, 11, 31))
+        write(tmp_path / f"gtFine/{stem}_gtFine_color.png", image())
+    train, _ = build_datasets(Data(dataset="cityscapes", root=tmp_path), 0)
+    assert len(train) == 1 and len(train.classes) == 19
+    assert train[0][1][:, 0].tolist() == [0, -1, 18, -1, 2, 16]
+
+
+def test_ade20k(tmp_path: Path):
+    for split in ("training", "validation"):
+        write(tmp_path / f"images/{split}/ADE_1.jpg", image())
+        write(tmp_path / f"annotations/{split}/ADE_1.png", mask(0, 1, 150))
+    _, val = build_datasets(Data(dataset="ade20k", root=tmp_path), 0)
+    assert len(val.classes) == 150 and val[0][1][:3, 0].tolist() == [-1, 0, 149]
+
+
+def test_pascal_context(tmp_path: Path):
+    for split, name in (("train", "2008_1"), ("val", "2008_2")):
+        write(tmp_path / f"JPEGImages/{name}.jpg", image())
+        write(tmp_path / f"SegmentationClassContext/{name}.png", mask(0, 1, 59))
+        lists = tmp_path / "ImageSets/SegmentationContext"
+        lists.mkdir(parents=True, exist_ok=True)
+        (lists / f"{split}.txt").write_text(f"{name}\n")
+    train, _ = build_datasets(Data(dataset="pascal-context", root=tmp_path), 0)
+    assert len(train.classes) == 59 and train[0][1][:3, 0].tolist() == [-1, 0, 58]
+    (lists / "val.txt").write_text("2008_3\n")
+    with pytest.raises(ValueError, match=r"2008_3.jpg does not exist"):
+        build_datasets(Data(dataset="pascal-context", root=tmp_path), 0)
+
+
+def test_coco_stuff(tmp_path: Path):
+    (tmp_path / "imageLists").mkdir()
+    for split, name in (("train", "COCO_1"), ("test", "COCO_2")):
+        write(tmp_path / f"images/{name}.jpg", image())
+        write(tmp_path / f"annotations/{name}.mat", mask(0, 1, 13, 182, 12))
+        (tmp_path / f"imageLists/{split}.txt").write_text(name)
+    train, _ = build_datasets(Data(dataset="coco-stuff-10k", root=tmp_path), 0)
+    assert len(train.classes) == 171
+    assert train[0][1][:5, 0].tolist() == [-1, 0, 11, 170, -1]
+    for year in ("train2017", "val2017"):
+        write(tmp_path / f"images/{year}/1.jpg", image())
+        write(tmp_path / f"annotations/{year}/1.png", mask(255, 0, 12, 181, 11))
+    train, _ = build_datasets(Data(dataset="coco-stuff-164k", root=tmp_path), 0)
+    assert train[0][1][:5, 0].tolist() == [-1, 0, 11, 170, -1]

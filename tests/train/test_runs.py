@@ -1,0 +1,247 @@
+"""Training runs: that they end, stop, go on, and say what is wrong."""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import TINY, assert_same_run, losses, metrics
+
+from anchorops.train import checkpoint, loop, signals, workers
+from anchorops.train.commands import main
+from anchorops.train.config import Config
+from anchorops.train.data import evaluation_loader
+from anchorops.train.digits import DigitScenes
+from anchorops.train.models import build_model
+
+
+def test_a_run_leaves_everything(straight: Path):
+    results = json.loads((straight / "results.json").read_text())
+    assert 0 < results["miou"] <= 1 and results["steps"] == 6 and len(results["classes"]) == 11
+    assert [step for step, *_ in losses(straight)] == [2, 4, 6]
+    assert (straight / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert Config.load(straight / "config.json").run == straight
+    names = sorted(path.name for path in straight.glob("*.pt"))
+    assert names == ["best.pt", "checkpoint-00000004.pt", "checkpoint-00000006.pt"]
+
+
+def test_report_is_one_page(straight: Path):
+    page = (straight / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == page.count("src=") == 8
+    assert "http" not in page and "<script" not in page
+    for section in (
+        "Predictions",
+        "F1 by frequency",
+        "Training",
+        "Cosines between classes",
+        "Cost of the regulariser",
+    ):
+        assert f"<h2>{section}</h2>" in page
+
+
+@pytest.mark.parametrize(
+    ("signum", "where"), [(signal.SIGTERM, "_measure"), (signal.SIGINT, "_train_step")]
+)
+def test_interrupted_run_continues_bit_for_bit(
+    signum: int, where: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In a step, and in the evaluation after it, which begins anew."""
+    config = TINY.replace(out=tmp_path, name="interrupted", save_every=100)
+    steps = []
+
+    def step(self: loop._Run, *args: object) -> None:
+        train_step(self, *args)
+        steps.append(self.progress.step)
+
+    train_step = loop._Run._train_step
+    monkeypatch.setattr(loop._Run, "_train_step", step)
+    interrupted = getattr(loop._Run, where)
+
+    def call_and_signal(self: loop._Run, *args: object) -> object:
+        if self.progress.step == (3 if where == "_measure" else 2) and not signalled:
+            signalled.append(os.kill(os.getpid(), signum))
+        return interrupted(self, *args)
+
+    signalled: list[None] = []
+    monkeypatch.setattr(loop._Run, where, call_and_signal)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(signals.Interrupted, match=r"step 3; continue with: anchorops-train resume"):
+        loop.start(config)
+    assert signal.getsignal(signal.SIGINT) == handler
+    torch.randn(5)  # the state of the global generator must not matter
+    loop.resume(config.run)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert_same_run(config.run, straight)
+    figures = [line for line in metrics(straight) if "val_miou" in line]
+    assert [line for line in metrics(config.run) if "val_miou" in line] == figures
+    assert [line["step"] for line in figures] == [3, 6]
+
+
+def test_resuming_from_inside(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The results of a finished run are made anew, in its directory alone."""
+    shutil.copytree(straight, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    Path("results.json").unlink()
+    assert loop.resume(Path("."))["run"] == str(tmp_path / "run")
+    assert Path("results.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_other_ranks_need_a_flag(straight: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "checkpoint-00000006.pt").unlink()
+    path = run / "checkpoint-00000004.pt"
+    state = checkpoint.load_checkpoint(path)
+    assert state["ranks"] == 1
+    checkpoint.save_atomically({**state, "ranks": 2}, path)
+    with pytest.raises(ValueError, match=r"4.pt is of 2 ranks, this is 1: .*--allow-other-ranks"):
+        loop.resume(run)
+    main(["resume", str(run), "--allow-other-ranks"])
+    assert_same_run(run, straight)
+
+
+RANKS = """
+import os, signal, sys
+from contextlib import suppress
+from pathlib import Path
+from anchorops.train import config, loop, signals
+
+def main(run):
+    loop.resume(run / "straight")
+    os.environ["MASTER_PORT"] = sys.argv[2]  # groups after the first need a store of their own
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    train_step = loop._Run._train_step
+    def step_and_signal(self, *args):
+        if (self.progress.step, self.ranks.rank) == (0, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, *args)
+    loop._Run._train_step = step_and_signal
+    with suppress(signals.Interrupted):
+        loop.resume(run / "stopped")
+        sys.exit("the run was not stopped")
+    loop._Run._train_step = train_step
+    os.environ["MASTER_PORT"] = sys.argv[3]
+    loop.resume(run / "stopped")
+
+main(Path(sys.argv[1]))
+"""
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return str(server.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "deterministic"), [(2, False), (3, True)])
+def test_ranks(ranks: int, deterministic: bool, tmp_path: Path):
+    """Ranks, of which one is asked to stop between two log lines, stop together and go on bit
+    for bit. Images are counted once, and what the ranks measure is what their checkpoint does
+    alone. Methods with statistics of all ranks come to the report's end, too."""
+    for name in ("straight", "stopped"):
+        config = TINY.replace(
+            out=tmp_path,
+            name=name,
+            batch_size=12,
+            accumulate=2,
+            clip=1.0,
+            steps=3,
+            val_images=11,
+            log_every=3,
+            save_every=100,
+            deterministic=deterministic,
+            method_options={"sar.process_group": "world"},
+        )
+        config.run.mkdir()
+        config.save(config.run / "config.json")
+    (tmp_path / "ranks.py").write_text(RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += [f"--nproc-per-node={ranks}"]
+    command = [*torchrun, str(tmp_path / "ranks.py"), str(tmp_path), free_port(), free_port()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert (stopped / "checkpoint-00000001.pt").exists()
+    assert_same_run(straight, stopped, 3)
+    together = json.loads((straight / "results.json").read_text())
+    alone = loop.resume(straight)
+    assert together["pixels"] == alone["pixels"]
+    assert together["classes"] == alone["classes"]
+    scenes = DigitScenes("val", 11, (32, 32), seed=0)
+    assert alone["pixels"] == sum(int((scenes[i][1] >= 0).sum()) for i in range(11))
+
+
+def test_worker_that_is_killed():
+    config = TINY.replace(workers=1).data
+    loader = evaluation_loader(
+        DigitScenes("val", 40, (32, 32), seed=0), config, batch_size=1, rank=0, world=1
+    )
+    with workers.batches_of(loader) as batches:
+        next(batches)
+        (worker,) = [p for p in multiprocessing.active_children() if p.is_alive()]
+        worker.kill()
+        with pytest.raises(ValueError, match=r"want of memory .* fewer --workers"):
+            list(batches)
+
+
+def test_bf16_with_workers_and_events(tmp_path: Path):
+    config = TINY.replace(
+        out=tmp_path, name="fast", steps=2, bf16=True, workers=1, tensorboard=True
+    )
+    config = config.replace(channels_last=True, methods=("sar", "occl"), auxiliary_weight=0.4)
+    results = loop.start(config)
+    assert results["miou"] > 0
+    assert list(config.run.glob("events.out.tfevents*"))
+
+
+def test_patience_ends_a_run(tmp_path: Path):
+    config = TINY.replace(out=tmp_path, name="patient", lr=0.0, steps=50, eval_every=1, patience=2)
+    results = loop.start(config)
+    assert results["steps"] < 50 and loop.resume(config.run)["steps"] == results["steps"]
+
+
+def test_resumption_does_not_need_the_first_weights(tmp_path: Path):
+    path, config = tmp_path / "w.pt", TINY.replace(out=tmp_path, name="from", steps=1, methods=())
+    torch.save(build_model("hrnet-w18-small", 11).state_dict(), path)
+    config = config.replace(weights=path)
+    loop.start(config)
+    path.unlink()
+    assert loop.resume(config.run)["steps"] == 1
+    path.write_text("not weights")
+    with pytest.raises(ValueError, match=r"weights .*w.pt cannot be read"):
+        loop.start(config.replace(overwrite=True))
+
+
+def test_what_was_found_is_said_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = TINY.replace(out=tmp_path, name="found", steps=1, methods=())
+    loop.start(config)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        f"run in {config.run}",
+        "data set digits: 64 training and 10 validation images, 11 classes",
+    ]
+    assert re.match(r"training images: 32 high, 32 wide, [\d.]+ % of the pixels ignored", lines[2])
+    assert lines[3].startswith("validation images: 32 high")
+    assert re.match(r"rarest classes: \d [\d.]+ %, .* of the training pixels", lines[4])
+    assert any(re.search(r"step 1 of 1 took [\d.]+ s", line) for line in lines[5:])
+
+
+def test_loss_that_is_not_finite(tmp_path: Path):
+    config = TINY.replace(
+        out=tmp_path, name="diverging", lr=1e30, optimizer="sgd", methods=(), save_every=1
+    )
+    with pytest.raises(ValueError, match=r"not finite at step 1: .*norm; .*none\).* --lr.*data"):
+        loop.start(config)
+    assert not list(config.run.glob("*.pt"))
