@@ -7,54 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from methods import METHODS, D, K, batch, each_method, each_on_pixels, open_gate
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
 from anchorops.losses import Regularizer
-from anchorops.losses.statistics import Request, class_statistics
-from anchorops.ops import class_moments as class_moments_module
-
-K, D = 5, 12
-
-
-def combined() -> ao.Combined:
-    return ao.Combined(ao.SAR(K, D, delta=0.1), ao.OCCL(K, D), ao.MVSC(K, D))
-
-
-METHODS: dict[str, Callable[[], Regularizer]] = {
-    "sar": lambda: ao.SAR(K, D, delta=0.1),
-    "sar_per_class": lambda: ao.SAR(K, D, gate="per_class", delta=0.1),
-    "cr": lambda: ao.SAR(K, D, embed=False),
-    "occl": lambda: ao.OCCL(K, D),
-    "occl_images": lambda: ao.OCCL(K, D, split="images"),
-    "mvsc": lambda: ao.MVSC(K, D),
-    "ceco": lambda: ao.CeCo(K, D, reduced_dim=7, center_dim=9, dropout=0.0),
-    "ceco_feature": lambda: ao.CeCo(
-        K, D, reduced_dim=7, center_dim=9, dropout=0.0, resolution="feature"
-    ),
-    "cbp_penalty": lambda: ao.CBP(K, D, update="penalty"),
-    "combined": combined,
-}
-on_pixels = {k: v for k, v in METHODS.items() if k != "cbp_penalty"}
-each_method = pytest.mark.parametrize("build", METHODS.values(), ids=METHODS.keys())
-each_on_pixels = pytest.mark.parametrize("build", on_pixels.values(), ids=on_pixels.keys())
-
-
-def batch(images: int = 3) -> tuple[Tensor, Tensor, nn.Conv2d]:
-    torch.manual_seed(0)
-    features = torch.randn(images, D, 6, 7, requires_grad=True)
-    labels = torch.randint(0, K, (images, 24, 28))
-    labels[:, :5] = 255
-    return features, labels, nn.Conv2d(D, K, 1)
-
-
-def open_gate(method: Regularizer) -> Regularizer:
-    """A step beyond the gate, so that SAR's features count."""
-    for module in method.modules():
-        if isinstance(module, ao.SAR) and module.embed:
-            module.delta, module.gate = 0.0, "per_class"
-    return method
 
 
 @each_method
@@ -325,71 +283,6 @@ def test_compiles_as_one_graph(build: Callable[[], Regularizer]) -> None:
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(method.state_dict()[name], value)
     assert method.terms.keys() == eager.terms.keys()
-
-
-def methods_of(together: Regularizer) -> nn.ModuleList:
-    assert isinstance(together, ao.Combined)
-    return together.methods
-
-
-def test_combined_equals_its_parts_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    features, labels, classifier = batch()
-    together = open_gate(combined())
-    apart = [copy.deepcopy(method) for method in methods_of(together)]
-    passes = []
-    moments = class_moments_module.unchecked_moments
-
-    def counted(*args: object, **kwargs: object) -> ao.ClassMoments:
-        passes.append(kwargs["groups"])
-        return moments(*args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("anchorops.losses.statistics.unchecked_moments", counted)
-    for _ in range(2):
-        loss = together(features, labels, classifier)
-        assert passes == [4]  # views of OCCL are pairs of MVSC's groups
-        expected = torch.stack([method(features, labels, classifier) for method in apart]).sum()
-        passes.clear()
-        torch.testing.assert_close(loss, expected)
-        (got,), (want,) = (torch.autograd.grad(x, features) for x in (loss, expected))
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
-
-
-def test_sums_go_to_those_who_ask() -> None:
-    """What SAR does not ask for, it does not reduce over the ranks either."""
-    features, labels, _ = batch()
-    anchored = Request(anchors=torch.randn(K, D), with_sums=False)
-    views = Request(groups=2, seed=torch.zeros((), dtype=torch.int64))
-    for requests in ([anchored], [anchored, views]):
-        moments = class_statistics(features, labels, K, requests, 255)[0]
-        assert moments.sums.numel() == 0 and moments.sqdists.shape == (K,)
-
-
-def test_combined_with_images_and_two_sets_of_anchors() -> None:
-    features, labels, classifier = batch()
-    together = ao.Combined(
-        ao.SAR(K, D, gate="per_class", delta=0.0),
-        ao.SAR(K, D, embed=False),
-        ao.OCCL(K, D, split="images"),
-        ao.MVSC(K, D, groups=3),
-        ao.CeCo(K, D, reduced_dim=7, center_dim=9, dropout=0.0, resolution="feature"),
-    )
-    apart = [copy.deepcopy(method) for method in methods_of(together)]
-    expected = torch.stack([method(features, labels, classifier) for method in apart]).sum()
-    torch.testing.assert_close(together(features, labels, classifier), expected)
-    assert {"sar1.aux", "sar1.p2a", "sar2.p2a", "occl.centroid"} < set(together.terms)
-
-
-def test_combined_refuses_what_does_not_fit() -> None:
-    for other, message in (
-        (ao.OCCL(K + 1, D), "num_classes"),
-        (ao.OCCL(K, D + 1), "dim"),
-        (ao.OCCL(K, D, ignore_index=0), "ignore_index"),
-        (ao.OCCL(K, D, seed=1), "seed"),
-    ):
-        with pytest.raises(ValueError, match=f"Combined: regularizers: expected one {message}"):
-            ao.Combined(ao.MVSC(K, D), other)
-    with pytest.raises(ValueError, match="at least one"):
-        ao.Combined()
 
 
 @each_method

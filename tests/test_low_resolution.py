@@ -8,17 +8,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-import segmentation_models_pytorch as smp
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
+from networks import K, smp_model, torchvision_model, transformers_segformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
 
-K, D = 5, 8
+D = 8
 
 
 def batch(size: tuple[int, int] = (64, 64), images: int = 2) -> tuple[Tensor, Tensor]:
@@ -61,16 +60,6 @@ class TrainingHeads(Net):
         return up(logits), [up(logits * 2)], logits.mean((2, 3))
 
 
-def deeplab() -> nn.Module:
-    return torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
-        weights=None, weights_backbone=None, num_classes=K, aux_loss=True
-    )
-
-
-def smp_model(name: str) -> Callable[[], nn.Module]:
-    return lambda: getattr(smp, name)("resnet18", encoder_weights=None, classes=K)
-
-
 def upernet() -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     stages = ["stage1", "stage2", "stage3", "stage4"]
@@ -86,14 +75,6 @@ def upernet() -> nn.Module:
 def model_output() -> nn.Module:
     outputs = pytest.importorskip("transformers.modeling_outputs", reason="it is not installed")
     return Net(lambda z, x: outputs.SemanticSegmenterOutput(logits=upsampled(z, x.shape[2:])))
-
-
-def segformer() -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.SegformerConfig(
-        num_labels=K, hidden_sizes=[D] * 4, depths=[1] * 4, decoder_hidden_size=D
-    )
-    return transformers.SegformerForSemanticSegmentation(config)
 
 
 def maps(output: Any) -> list[Tensor]:
@@ -137,7 +118,7 @@ def check_step(plain: nn.Module, model: nn.Module, x: Tensor, labels: Tensor, **
     [
         (Net, ["the output"], False, 4),
         (TrainingHeads, ["[0]", "[1][0]"], True, 4),
-        (deeplab, ["['out']", "['aux']"], False, 16),
+        (torchvision_model("deeplabv3_mobilenet_v3_large"), ["['out']", "['aux']"], False, 16),
         (smp_model("Segformer"), ["the output"], True, 4),
         (upernet, ["['logits']"], False, 4),
     ],
@@ -367,7 +348,7 @@ def test_models_it_takes(after: Callable[[Tensor, Tensor], Any]) -> None:
 
 def test_low_resolution_already() -> None:
     with pytest.raises(ValueError, match=r"got \['logits'\] of shape \(2, 5, 16, 16\) from"):
-        ao.low_resolution(segformer(), batch()[0])
+        ao.low_resolution(transformers_segformer(), batch()[0])
 
 
 class Sometimes(Net):

@@ -4,14 +4,12 @@ The error against float64 is at most twice that of torch's formula in the dtype 
 (F.interpolate, log_softmax, masked sums), plus a floor that each check states.
 """
 
-import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_kernels import in_layout, passes_with, same_for_all_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -86,21 +84,7 @@ def make_logits(case: Case) -> tuple[Tensor, Tensor]:
     """Random logits of that layout, and the buffer they lie in: all NaN around them."""
     size = (case.batch, case.num_classes, *case.size)
     values = (torch.randn(size, dtype=F64) * case.scale).to(case.dtype)
-    if case.layout == "expanded batch":
-        buffer = values[:1]
-        return buffer.expand(size), buffer
-    order = [0, 1, 2, 3]
-    if case.layout.startswith("channels_last"):
-        order = [0, 2, 3, 1]
-    elif case.layout == "transposed":
-        order.reverse()
-    step, margin = (2, 2) if case.layout == "every other" else (1, 1)
-    if case.layout in ("contiguous", "channels_last"):
-        margin = 0
-    buffer = torch.full([step * size[i] + 2 * margin for i in order], torch.nan, dtype=case.dtype)
-    view = buffer.permute([order.index(i) for i in range(4)])
-    view = view[tuple(slice(margin, margin + step * n, step) for n in size)]
-    return view.copy_(values), buffer
+    return in_layout(values, case.layout)
 
 
 def make_labels(case: Case) -> Tensor:
@@ -236,17 +220,8 @@ def test_what_is_not_asked_for_changes_nothing(asked: dict[str, bool], backend: 
 @pytest.mark.parametrize("instructions", ["default", "avx2"])
 def test_lesser_instruction_sets(instructions: str):
     """The same in a process that is to use less than this processor has."""
-    known = ["default", "avx2", "avx512"]
-    here = torch.backends.cpu.get_cpu_capability().lower()
-    if here not in known or known.index(here) <= known.index(instructions):
-        pytest.skip(f"{here} is the best here: the other tests use no more than {instructions}")
     tests = "cpu and (values_and_gradients or not_finite) or threads"
-    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": instructions}
-    result = subprocess.run(
-        [*command, "-k", tests], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    passes_with(instructions, __file__, tests)
 
 
 def outputs_and_gradient(case: Case, logits: Tensor, labels: Tensor, weights: list[Tensor]):
@@ -329,23 +304,14 @@ def test_a_class_of_minus_infinity_is_no_class(backend: str):
 
 
 def test_threads_and_repetition_do_not_matter():
-    threads = torch.get_num_threads()
     for case in (
         Case((40, 33), (160, 132), 19, labels="coherent", batch=1),
         Case((40, 33), (129, 129), 5, BF16, True, layout="channels_last"),
         Case((18, 70), (72, 280), 1200, F16, batch=1, per_image=True),
         Case((1, 9000), (1, 9000), 40),
     ):
-        arguments = make_logits(case)[0], make_labels(case), weights_of(case)
-        results = []
-        try:
-            for count in (1, 2, 2, 3):
-                torch.set_num_threads(count)
-                results.append(outputs_and_gradient(case, *arguments))
-        finally:
-            torch.set_num_threads(threads)
-        for result in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+        arguments = case, make_logits(case)[0], make_labels(case), weights_of(case)
+        same_for_all_threads(lambda arguments=arguments: outputs_and_gradient(*arguments))
 
 
 def test_offsets_are_64_bit():

@@ -1,0 +1,48 @@
+"""Segmentation networks for what attaches to a model."""
+
+from collections.abc import Callable
+
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+import torchvision
+from torch import Tensor, nn
+
+K, D = 5, 16
+
+
+class Net(nn.Module):
+    """A body, a dropout, a 1×1 convolution and an auxiliary head beside."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, D, 3, stride=2, padding=1)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(D, K, 1)
+        self.aux_head = nn.Conv2d(D, K, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.body(x).relu()))
+
+
+def batch(size: int = 8, images: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(images, 3, size, size, generator=generator)
+    return x, torch.randint(0, K, (images, size, size), generator=generator)
+
+
+def torchvision_model(name: str) -> Callable[[], nn.Module]:
+    build = getattr(torchvision.models.segmentation, name)
+    return lambda: build(weights=None, weights_backbone=None, num_classes=K, aux_loss=True)
+
+
+def smp_model(name: str) -> Callable[[], nn.Module]:
+    return lambda: getattr(smp, name)("resnet18", encoder_weights=None, classes=K)
+
+
+def transformers_segformer() -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.SegformerConfig(
+        num_labels=K, hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, decoder_hidden_size=D
+    )
+    return transformers.SegformerForSemanticSegmentation(config)
