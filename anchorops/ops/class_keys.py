@@ -3,11 +3,22 @@
 It costs 1/D of the feature pass, and every operator on the same labels can share its result.
 """
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from .registration import define
+
+
+class KeyOptions(TypedDict):
+    """Keyword arguments that decide a pixel's key: those of `class_moments`, already checked."""
+
+    groups: int
+    per_image: bool
+    seed: int | Tensor | None
+    ignore_index: int
 
 
 def _class_keys_fake(

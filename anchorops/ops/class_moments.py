@@ -8,7 +8,9 @@ One pass over the features forward, one backward. The operator exists once per b
 overloads `anchorops::class_moments.cpu`, `.triton` and `.cuda` of one schema.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,8 +30,11 @@ from .._checks import (
     fail,
 )
 from ..reference import ClassMoments, statistics_dtype
-from .class_keys import class_keys
+from .class_keys import KeyOptions, class_keys
 from .registration import Gradient, define, raise_second_derivative
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11
 
 # sums, sqdists and residuals are empty tensors (0,) where not asked for. The anchor of key k is row
 # (k // groups) % K. Statistics and anchors are float32, for float64 features float64.
@@ -256,42 +261,21 @@ def unchecked_moments(
     num_classes: int,
     *,
     anchors: Tensor | None,
-    groups: int,
-    per_image: bool,
-    seed: int | Tensor | None,
-    ignore_index: int,
     with_sums: bool = True,
+    **options: Unpack[KeyOptions],
 ) -> ClassMoments:
     """`class_moments` of arguments already checked; without sums the fused operators leave them
     out, and `sums` is empty."""
     backend = select("class_moments", features, num_classes)
     if backend == "reference":
-        return reference.class_moments(
-            features,
-            labels,
-            num_classes,
-            anchors=anchors,
-            groups=groups,
-            per_image=per_image,
-            seed=seed,
-            ignore_index=ignore_index,
-        )
-    keys, counts = class_keys(
-        features,
-        labels,
-        num_classes,
-        groups=groups,
-        per_image=per_image,
-        seed=seed,
-        ignore_index=ignore_index,
-        backend=backend,
-    )
+        return reference.class_moments(features, labels, num_classes, anchors=anchors, **options)
+    keys, counts = class_keys(features, labels, num_classes, backend=backend, **options)
     sums, sqdists = _moments(
         features,
         keys,
         counts.numel(),
         anchors,
-        groups=groups,
+        groups=options["groups"],
         with_sums=with_sums,
         backend=backend,
     )
