@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import __version__
 from ._backend import CPU_LIBRARY, TRITON_INTERPRETED, backends, build_info, use_backend
-from ._measure import DISTURBED, bandwidth, example_labels, measure, moments_bytes, package_version
+from .measure import DISTURBED, bandwidth, environment, example_labels, measure, moments_bytes
 from .ops.centroid_info_nce import centroid_info_nce
 from .ops.class_moments import class_moments, pixel_to_anchor_mse
 
@@ -71,7 +71,7 @@ def _machine() -> dict[str, list[str]]:
         "extension": _extension(),
         "Python": [f"{platform.python_version()} ({sys.executable})"],
         "torch": [f"{torch.__version__}, {cuda}"],
-        "triton": [package_version("triton")],
+        "triton": [str(environment(torch.device("cpu"))["triton"])],
         "GPU": [_gpus()],
         "compiler": [_tool(shlex.split(compiler), 0)],
         "nvcc": [_tool([nvcc], 3)],

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops import reference
-from anchorops._measure import keys_bytes, moments_bytes
+from anchorops.measure import keys_bytes, moments_bytes
 from anchorops.ops.class_keys import class_keys
 
 BOTH = "class moments with anchors"

@@ -13,7 +13,7 @@ from cases import OCRNET, SEGFORMER, Case, Inputs, backends, grid
 from torch import Tensor, nn
 
 import anchorops as ao
-from anchorops._measure import moments_bytes
+from anchorops.measure import moments_bytes
 
 TRAINING = "forward + backward"
 METHODS = {

@@ -22,7 +22,7 @@ from cases import DTYPES, Case, backends, grid
 from torch import Tensor
 
 import anchorops as ao
-from anchorops._measure import example_labels
+from anchorops.measure import example_labels
 
 FORWARD, TRAINING = "forward", "forward + backward"
 CE, CE_DICE, DICE, FOCAL = "cross-entropy", "cross-entropy + Dice", "Dice", "focal cross-entropy"

@@ -10,7 +10,7 @@ from torch import Tensor
 import anchorops as ao
 from anchorops import reference
 from anchorops._backend import TRITON_INTERPRETED
-from anchorops._measure import example_labels
+from anchorops.measure import example_labels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

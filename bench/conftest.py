@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import anchorops as ao
-from anchorops._measure import (
+from anchorops.measure import (
     DISTURBED,
     Run,
     bandwidth,

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops import Attachment
-from anchorops._measure import duration, environment, example_labels, peak_extra_bytes
+from anchorops.measure import duration, environment, example_labels, peak_extra_bytes
 from anchorops.train.learner import (
     build_optimizer,
     build_regularizer,

@@ -14,7 +14,7 @@ import torch
 
 import anchorops as ao
 from anchorops import doctor
-from anchorops._measure import example_labels, keys_bytes, measure, moments_bytes, peak_extra_bytes
+from anchorops.measure import example_labels, keys_bytes, measure, moments_bytes, peak_extra_bytes
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = ("diagnostics", "plots")  # modules that need an extra, and so are not in __all__
+MODULES = ("diagnostics", "measure", "plots")  # public, and not in __all__
 SHOWN = re.compile(r"^::: anchorops\.(\S+)(?:\n +options:\n +members: \[(.*)\])?", re.M)
 
 
@@ -18,7 +18,7 @@ def public_names(package: griffe.Object) -> Iterator[str]:
     for name in map(str, package.exports or ()):
         # a module hides the function of its name
         yield f"{name}.{name}" if package[name].is_module else name
-    for module in OPTIONAL:
+    for module in MODULES:
         for name, member in package[module].members.items():
             if not (name.startswith("_") or member.is_alias or member.is_attribute):
                 yield f"{module}.{name}"

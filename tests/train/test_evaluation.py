@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import anchorops as ao
-from anchorops._measure import peak_extra_bytes
+from anchorops.measure import peak_extra_bytes
 from anchorops.train.analysis import collect_features
 from anchorops.train.digits import DigitScenes
 from anchorops.train.evaluate import evaluate, predict

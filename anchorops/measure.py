@@ -1,4 +1,11 @@
-"""Time, bytes and memory of a call: what bench/ and `anchorops-doctor --benchmark` share."""
+"""Time, memory and bandwidth of a call; the benchmarks and `anchorops-doctor` use it.
+
+device = torch.device("cpu")
+loss = lambda: ao.pixel_cross_entropy(logits, labels)
+loss()
+measurement, seconds = measure(loss, logits.nbytes, device)
+memory = peak_extra_bytes(loss, device)
+"""
 
 import ctypes
 import os
@@ -18,9 +25,18 @@ Run = Callable[[], object]
 
 
 class Measurement(NamedTuple):
-    """Seconds of a call over its rounds; shares of bandwidth are None where none was asked for.
-    others: cores that other processes kept busy meanwhile; None on CUDA, where the system does not
-    tell, and under 0.1 s."""
+    """What `measure` found of a call.
+
+    Attributes:
+        median: seconds, as are q20 and q80, the quantiles at 20 and 80 %.
+        rounds: how often the call was timed.
+        gbps: counted bytes per second, in GB/s.
+        copy_share: that rate as a share of the rate of a copy in the same rounds; None where no
+            tensor was given.
+        read_share: the same of a sum, which only reads.
+        others: cores that other processes kept busy meanwhile; None on CUDA, where the system does
+            not tell, and under 0.1 s.
+    """
 
     median: float
     q20: float
@@ -33,10 +49,16 @@ class Measurement(NamedTuple):
 
 
 def example_labels(size: tuple[int, ...], num_classes: int, kind: str) -> Tensor:
-    """int64 labels [N], [B, N] or [B, H, W], one in K + 1 ignored (−1).
+    """Labels that are always the same, of which one in K + 1 is ignored (−1).
 
-    kind: "coherent", rectangles of 24×37 pixels (runs of 37 points) at odd offsets, or "random",
-    each pixel drawn alone.
+    Args:
+        size: (N,), (B, N) or (B, H, W).
+        num_classes: K.
+        kind: "coherent", rectangles of 24×37 pixels (runs of 37 points) at odd offsets, or
+            "random", each pixel drawn alone.
+
+    Returns:
+        int64 labels of that size on the CPU.
     """
     generator = torch.Generator().manual_seed(1)
     if kind == "random":
@@ -58,6 +80,12 @@ def moments_bytes(
     forward:  features, a 4-byte key per pixel, anchors where sqdists are asked for; the statistics.
     backward: keys, the statistics' gradients, anchors and features for sqdists; dfeatures.
     Class keys are apart (`keys_bytes`): they are 1/D of this.
+
+    Args:
+        features: (N, D), (B, D, N) or (B, D, H, W), of which only shape and dtype count.
+        num_keys: rows of the statistics: classes × images × groups.
+        direction: "forward", "backward" or "forward + backward".
+        sums, sqdists: which statistics are asked for.
     """
     feature_bytes = features.numel() * features.element_size()
     keys = 4 * features.numel() // features.shape[1]
@@ -74,7 +102,7 @@ def keys_bytes(pixels: int, num_keys: int, itemsize: int = 8) -> int:
     return pixels * (itemsize + 4) + 8 * num_keys
 
 
-def sample(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[float]]:
+def _sample(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[float]]:
     """Seconds of each run in each round, the runs taking turns: as a machine's bandwidth drifts,
     only neighbours compare."""
     if device.type == "cuda":
@@ -84,6 +112,7 @@ def sample(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[
 
 
 def duration(run: Run) -> float:
+    """Seconds of one call on the host, which on CUDA does not wait for the GPU."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -111,7 +140,7 @@ def _sample_cuda(runs: Sequence[Run], rounds: int) -> list[list[float]]:
 
 
 def cuda_graph(run: Run) -> Run:
-    """The run captured, so that a replay's time is the GPU's alone."""
+    """The call captured as a CUDA graph: a replay's time is the GPU's alone."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -137,11 +166,21 @@ def measure(
     beside: Tensor | None = None,
     seconds: float = 0.5,
 ) -> tuple[Measurement, list[float]]:
-    """Time a run that has run before (its first call may compile), for about `seconds`, 3 rounds at
-    least; also every sample.
+    """Time a call that was made before, because its first call may compile.
 
-    With a tensor `beside`, its copy and its sum are timed in turn with the run, and the shares of
-    their bandwidths are medians over the rounds.
+    On CUDA the inputs are evicted from the L2 cache before each call, and events give the GPU's
+    time.
+
+    Args:
+        run: the call; what it returns is dropped.
+        counted_bytes: bytes that it must move, each input read and each output written once.
+        device: where it runs.
+        beside: a tensor whose copy and whose sum are timed in turn with the call, so that the
+            shares of their bandwidths are medians over the same rounds.
+        seconds: how long to repeat it; at least 3 rounds.
+
+    Returns:
+        The measurement, and the seconds of each round.
     """
     runs = [run]
     if beside is not None:
@@ -152,9 +191,9 @@ def measure(
     # the system looks for huge pages. On CUDA the host is to be ahead of the GPU.
     chunk, most = (10, 100) if device.type == "cuda" else (1, 1000)
     busy, start = _busy_elsewhere(device), time.perf_counter()
-    samples = sample(runs, device, 3)
+    samples = _sample(runs, device, 3)
     while len(samples[0]) < most and time.perf_counter() - start < seconds:
-        samples = [a + b for a, b in zip(samples, sample(runs, device, chunk), strict=True)]
+        samples = [a + b for a, b in zip(samples, _sample(runs, device, chunk), strict=True)]
     times, *others = samples
     elapsed, after = time.perf_counter() - start, _busy_elsewhere(device)
     cores = None
@@ -188,17 +227,27 @@ def _busy_elsewhere(device: torch.device) -> float | None:
 
 
 def bandwidth(tensor: Tensor, rounds: int = 20) -> dict[str, float]:
-    """GB/s at which the tensor is copied (bytes read plus written) and summed (read); medians."""
+    """GB/s at which torch copies a tensor (bytes read plus written) and sums it (bytes read).
+
+    Args:
+        tensor: its device is measured; larger than the caches.
+        rounds: of which the medians are taken.
+
+    Returns:
+        `copy_gbps` and `read_gbps`.
+    """
     target, size = torch.empty_like(tensor), tensor.numel() * tensor.element_size()
     runs = [lambda: target.copy_(tensor), lambda: tensor.sum()]
-    sample(runs, tensor.device, 2)
-    copies, reads = sample(runs, tensor.device, rounds)
+    _sample(runs, tensor.device, 2)
+    copies, reads = _sample(runs, tensor.device, rounds)
     return {"copy_gbps": 2 * size / median(copies) / 1e9, "read_gbps": size / median(reads) / 1e9}
 
 
 def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
-    """Most memory that the run takes at once beyond its inputs and outputs; None where the system
-    does not tell (on CPU, Linux does)."""
+    """Most memory that a call takes at once beyond its inputs and outputs, in bytes.
+
+    None where the system does not tell: on the CPU only Linux does.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -225,8 +274,8 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
-def environment(device: torch.device) -> dict[str, object]:
-    """Hardware and versions, for the head of a table."""
+def environment(device: torch.device) -> dict[str, str | None]:
+    """Hardware, threads and versions, for the head of a table."""
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         name = f"{gpu.name}, {gpu.multi_processor_count} multiprocessors"
@@ -237,15 +286,15 @@ def environment(device: torch.device) -> dict[str, object]:
     return {
         "device": name,
         "device_type": device.type,
-        "anchorops": package_version("anchorops"),
+        "anchorops": _package_version("anchorops"),
         "torch": torch.__version__,
-        "triton": package_version("triton"),
+        "triton": _package_version("triton"),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
     }
 
 
-def package_version(name: str) -> str:
+def _package_version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
