@@ -230,7 +230,6 @@ def training_loader(
         batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
         num_workers=config.workers,
         pin_memory=pin_memory,
-        persistent_workers=config.workers > 0,
         worker_init_fn=follow_parent,
         multiprocessing_context="forkserver" if config.workers else None,
     )

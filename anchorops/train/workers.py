@@ -3,9 +3,10 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from multiprocessing import forkserver, parent_process, resource_tracker
+from traceback import clear_frames
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -25,12 +26,18 @@ def batches_of(loader: DataLoader) -> Iterator[Iterator[Any]]:
     """
     if loader.num_workers:
         _start_server()
-    batches = iter(loader)
-    try:
+    with closing(_only_owner(loader)) as batches:
         yield _or_why_not(batches) if loader.num_workers else batches
-    finally:
-        if loader.num_workers:
-            batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _only_owner(loader: DataLoader) -> Generator[Any, None, None]:
+    """The loader's iterator, referred to from here alone: torch ends the workers when it is garbage
+    collected. So the loader must not have persistent workers, which it refers to itself."""
+    try:
+        yield from loader
+    except BaseException as error:
+        clear_frames(error.__traceback__)  # those of torch refer to the iterator
+        raise
 
 
 def _or_why_not(batches: Iterator[Any]) -> Iterator[Any]:

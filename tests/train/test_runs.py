@@ -1,7 +1,6 @@
 """Training runs: that they end, stop, go on, and say what is wrong."""
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -15,10 +14,9 @@ import pytest
 import torch
 from tiny_runs import TINY, assert_same_run, losses, metrics
 
-from anchorops.train import checkpoint, loop, signals, workers
+from anchorops.train import checkpoint, loop, signals
 from anchorops.train.commands import main
 from anchorops.train.config import Config
-from anchorops.train.data import evaluation_loader
 from anchorops.train.digits import DigitScenes
 from anchorops.train.models import build_model
 
@@ -179,19 +177,6 @@ def test_ranks(ranks: int, deterministic: bool, tmp_path: Path):
     assert together["classes"] == alone["classes"]
     scenes = DigitScenes("val", 11, (32, 32), seed=0)
     assert alone["pixels"] == sum(int((scenes[i][1] >= 0).sum()) for i in range(11))
-
-
-def test_worker_that_is_killed():
-    config = TINY.replace(workers=1).data
-    loader = evaluation_loader(
-        DigitScenes("val", 40, (32, 32), seed=0), config, batch_size=1, rank=0, world=1
-    )
-    with workers.batches_of(loader) as batches:
-        next(batches)
-        (worker,) = [p for p in multiprocessing.active_children() if p.is_alive()]
-        worker.kill()
-        with pytest.raises(ValueError, match=r"want of memory .* fewer --workers"):
-            list(batches)
 
 
 def test_bf16_with_workers_and_events(tmp_path: Path):

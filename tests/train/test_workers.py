@@ -1,0 +1,74 @@
+"""Processes that prepare images: they end when the training process wants them to."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from tiny_runs import TINY
+from torch.utils.data import DataLoader
+
+from anchorops.train.data import evaluation_loader
+from anchorops.train.digits import DigitScenes
+from anchorops.train.workers import batches_of
+
+
+class Broken(DigitScenes):
+    def __getitem__(self, index: int):
+        if index == 20:
+            raise ValueError("image 20 is broken")
+        return super().__getitem__(index)
+
+
+def loader(scenes: type[DigitScenes] = DigitScenes) -> DataLoader:
+    """Batches of one image, from one worker."""
+    dataset, config = scenes("val", 40, (32, 32), seed=0), TINY.replace(workers=1).data
+    return evaluation_loader(dataset, config, batch_size=1, rank=0, world=1)
+
+
+def worker() -> Any:
+    (process,) = [p for p in multiprocessing.active_children() if p.is_alive()]
+    return process
+
+
+def leave(batches: Iterator[Any]) -> None:
+    next(batches)
+    assert worker()
+
+
+def fail(batches: Iterator[Any]) -> None:
+    next(batches)
+    raise KeyError("of the training")
+
+
+def read_all(batches: Iterator[Any]) -> None:
+    list(batches)
+
+
+@pytest.mark.parametrize(
+    ("use", "scenes", "error"),
+    [(leave, DigitScenes, None), (fail, DigitScenes, KeyError), (read_all, Broken, ValueError)],
+)
+def test_workers_end_with_the_block(
+    use: Callable[[Iterator[Any]], None],
+    scenes: type[DigitScenes],
+    error: type[Exception] | None,
+):
+    """However it ends, and while its exception is still there, whose frames refer to torch's."""
+    caught = None
+    try:
+        with batches_of(loader(scenes)) as batches:
+            use(batches)
+    except (KeyError, ValueError) as found:
+        caught = found
+    assert type(caught) is (error or type(None))
+    assert not multiprocessing.active_children()
+
+
+def test_worker_that_is_killed():
+    with batches_of(loader()) as batches:
+        next(batches)
+        worker().kill()
+        with pytest.raises(ValueError, match=r"want of memory .* fewer --workers"):
+            list(batches)
+    assert not multiprocessing.active_children()
