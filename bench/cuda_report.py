@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import paths
-from kernels_report import SHARED_PER_SM, THREADS_PER_SM, TOOLS, Block, blocks_of, distances, tool
+from machine_code import SHARED_PER_SM, THREADS_PER_SM, TOOLS, Block, blocks_of, distances, tool
 
 LIBRARY = Path(__file__).parents[1] / "anchorops" / "_cuda.so"
 FORWARD = re.compile(r"class_moments_kernel<(\w+), (\d), (true|false), (true|false)>")

@@ -11,9 +11,7 @@ And the share of the copy bandwidth that time_model.py predicts for the same loo
 """
 
 import argparse
-import heapq
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from typing import Any, NamedTuple
 import time_model
 import torch
 import triton
+from machine_code import SHARED_PER_SM, THREADS_PER_SM, blocks_of, distances, tool
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
@@ -47,9 +46,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-SHARED_PER_SM = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "sm_120": 100}  # KB
-THREADS_PER_SM = {"sm_120": 1536}  # others 2048
 # Instructions that the path must pass, in this order; a program without a loop ends where it began.
 FEATURES = r"LDG\.E\.EF"  # the only loads that are evicted first
 PATHS = {
@@ -222,51 +218,6 @@ def compiled(name: str, launch: Callable[..., None], *args: Any) -> dict[str, An
     finally:
         jit.JITFunction.__getitem__ = original
     return kernels
-
-
-def tool(name: str, *args: str) -> str:
-    return subprocess.run([TOOLS / name, *args], check=True, capture_output=True, text=True).stdout
-
-
-class Block(NamedTuple):
-    """A basic block of machine code; `next` are the blocks that may follow."""
-
-    instructions: list[str]
-    next: list[int]
-
-
-def blocks_of(sass: str) -> list[Block]:
-    labels, chunks = {}, [[]]
-    for line in sass.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            chunks.append([])
-            labels[label[1]] = len(chunks) - 1
-        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?;)", line):
-            chunks[-1].append(instruction[1])
-            if re.search(r"\b(BRA|EXIT)\b", instruction[1]):
-                chunks.append([])
-    blocks = []
-    for i, chunk in enumerate(chunks):
-        last = chunk[-1] if chunk else ""
-        after = [] if re.match(r"BRA(\.\w+)* `|EXIT ;", last) else [i + 1]
-        if target := re.search(r"BRA.*\((\.L_x_\d+)\)", last):
-            after.append(labels[target[1]])
-        blocks.append(Block(chunk, [n for n in after if n < len(chunks)]))
-    return blocks
-
-
-def distances(blocks: list[Block], source: int) -> dict[int, int]:
-    """Instructions from the start of block `source` to the start of every other; to come back to
-    itself takes a loop."""
-    found: dict[int, int] = {}
-    heap = [(len(blocks[source].instructions), n) for n in blocks[source].next]
-    while heap:
-        distance, n = heapq.heappop(heap)
-        if n not in found:
-            found[n] = distance
-            for after in blocks[n].next:
-                heapq.heappush(heap, (distance + len(blocks[n].instructions), after))
-    return found
 
 
 def hot_path(kernel: str, sass: str) -> tuple[float, int]:
