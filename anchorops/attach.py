@@ -63,6 +63,12 @@ class Attachment:
         """Weighted parts of the last loss, detached, still on their device."""
         return self.regularizer.terms
 
+    @property
+    def features(self) -> Tensor | None:
+        """Those of the last training forward, with their graph, until the call takes them; None
+        after it. For `anchorops.diagnostics.gradient_ratio`."""
+        return self._features
+
     def detach(self) -> None:
         """Restore the model: without hooks and submodule, with the classifier that it had."""
         if not self._hooks:

@@ -80,6 +80,46 @@ def norm_correlation(weight: Tensor, counts: Tensor) -> Tensor:
     return pearson(_rows("norm_correlation", weight).norm(dim=1), counts)
 
 
+def gradient_ratio(features: Tensor, loss: Tensor, other: Tensor) -> Tensor:
+    """‖∂loss/∂features‖ / ‖∂other/∂features‖, Euclidean norms: a method's pull at the features
+    beside the cross-entropy's. A scalar, float32 (float64 for float64 features), detached.
+
+        features = sar.features  # sar = anchorops.attach(…); None after sar(labels)
+        extra = sar(labels)
+        ratio = gradient_ratio(features, extra, cross_entropy)  # before the backward pass
+
+    It costs both backward passes from the losses to the features, and leaves graphs and `.grad` as
+    they are. With float16 features give losses times the scaler's factor: gradients would vanish.
+
+    Args:
+        features: any shape, not a leaf as a rule, on the way to the losses.
+        loss: a scalar; the ratio is 0 where it does not depend on the features (CBP).
+        other: a scalar that depends on them.
+
+    Raises ValueError where `features` need no gradient or `other` does not depend on them: within
+    one compiled graph no gradient ends at the features, so measure on a model that is not compiled.
+    """
+    if not isinstance(features, Tensor) or not features.requires_grad:
+        fail("gradient_ratio", "features", "a tensor that requires a gradient", describe(features))
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    norms = []
+    for name, scalar in (("loss", loss), ("other", other)):
+        if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+            fail("gradient_ratio", name, "a scalar tensor", describe(scalar))
+        gradient = None
+        if scalar.requires_grad:
+            (gradient,) = torch.autograd.grad(
+                scalar, features, retain_graph=True, allow_unused=True
+            )
+        if gradient is None:
+            if name == "other":
+                expected = "a loss that depends on the features (not through a compiled model)"
+                fail("gradient_ratio", "other", expected, "one that does not")
+            gradient = torch.zeros_like(features)
+        norms.append(torch.linalg.vector_norm(gradient, dtype=dtype))
+    return norms[0] / norms[1]
+
+
 class CentroidGeometry(Metric):
     """How far the features have collapsed to well-separated class centroids.
 

@@ -15,7 +15,7 @@ from .checkpoint import save_atomically
 # what does not make results incomparable
 OF_ONE_RUN = (
     *("out", "name", "overwrite", "seed", "device", "threads", "workers"),
-    *("save_every", "log_every", "tensorboard", "eval_batch_size"),
+    *("save_every", "log_every", "gradient_ratio_every", "tensorboard", "eval_batch_size"),
 )
 IGNORED = -1  # the label of a pixel without one: no class, however many there are
 LARGEST = 2**31 - 1
@@ -166,6 +166,10 @@ class Running:
     """Steps between checkpoints; evaluations begin with another."""
     log_every: int = 10
     """Steps between log lines."""
+    gradient_ratio_every: int = 100
+    """Steps between measurements of each method's gradient on the features beside that of the
+    loss of the logits, which change nothing in the run; 0: none. One takes less time than a
+    step, and for that time the memory of a second copy of the weights."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""
 
@@ -185,7 +189,7 @@ class Config:
             1: "steps batch_size accumulate save_every log_every eval_batch_size threads patience "
             "short_side ohem_kept train_images val_images channels",
             0: "workers warmup eval_every power lr weight_decay head_lr_factor auxiliary_weight "
-            "focal_gamma",
+            "focal_gamma gradient_ratio_every",
         }
         options = {
             name: value

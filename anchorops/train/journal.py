@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .checkpoint import save_atomically
 
 METRICS = "metrics.jsonl"
+RATIO = "gradient_ratio"  # METHOD.gradient_ratio is the value of a method
 Result = TypeVar("Result")
 
 

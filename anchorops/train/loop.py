@@ -3,12 +3,13 @@
 import signal
 import time
 from contextlib import nullcontext
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import latest_checkpoint, save_atomically
@@ -16,7 +17,8 @@ from .config import Config
 from .data import BatchSampler, Draws, mixed_seed, training_loader
 from .directory import CONFIG, held, new_run
 from .finish import finish
-from .journal import Journal, peak_memory_mb
+from .gradients import gradient_ratios
+from .journal import RATIO, Journal, peak_memory_mb
 from .learner import build_optimizer, parameter_groups
 from .parts import build_parts
 from .ranks import Ranks, start_ranks, stop_ranks
@@ -85,6 +87,7 @@ class _Run:
         self.state = State(self.model, self.optimizer, self.lr, ranks.world)
         before = self.state.restore(saved) if saved else ranks.world
         self.averages, self.progress = self.state.averages, self.state.progress
+        self.ratios: dict[str, float] = {}  # METHOD.gradient_ratio, as last measured
         others = before != ranks.world and not self.schedule.ended(self.progress)
         if others and not allow_other_ranks:
             raise ValueError(
@@ -120,6 +123,7 @@ class _Run:
             summary = self._evaluate(journal, signals) if schedule.evaluates(progress) else None
             first = progress.step + 1
             while not schedule.ended(progress):
+                compares = schedule.compares_gradients(progress)
                 begin = time.perf_counter()
                 self._train_step(batches)
                 if schedule.logs(progress):
@@ -129,6 +133,8 @@ class _Run:
                 if progress.step == first:
                     steps = self.config.optimization.steps
                     journal.write(f"step {first} of {steps} took {seconds:.2g} s")
+                if compares and self.ratios:
+                    journal.record(progress.step, self.ratios)
                 if schedule.logs(progress):
                     self._log(journal)
                 journal.step()
@@ -176,6 +182,8 @@ class _Run:
             images, labels = next(batches)
             images = images.to(device, non_blocking=True, memory_format=self.parts.layout)
             labels = labels.to(device, non_blocking=True)
+            if number == 0 and self.schedule.compares_gradients(self.progress):
+                self._compare_gradients(images, labels)
             between = number + 1 < options.accumulate
             wait = self.learner.no_sync() if between and self.ranks.world > 1 else nullcontext()  # pyright: ignore
             with wait:
@@ -189,6 +197,12 @@ class _Run:
         self.optimizer.zero_grad()
         self.lr.step()
         self.progress.step += 1
+
+    def _compare_gradients(self, images: Tensor, labels: Tensor) -> None:
+        ratios = gradient_ratios(self.parts.learner, images, labels, bf16=self.config.running.bf16)
+        named = zip(self.config.model.methods, ratios, strict=True)
+        # a batch without a valid pixel has no gradients, and no ratio
+        self.ratios = {f"{name}.{RATIO}": ratio for name, ratio in named if isfinite(ratio)}
 
     def _check_finite(self) -> None:
         broken = self.averages.not_finite()
@@ -224,7 +238,7 @@ class _Run:
             "memory_mb": peak_memory_mb(self.ranks.device),
         }
         journal.record(progress.step, values)
-        journal.show({name: values[name] for name in (*terms, "memory_mb")})
+        journal.show({name: values[name] for name in (*terms, "memory_mb")} | self.ratios)
 
     def _measure(self, signals: StopSignals) -> dict[str, Any]:
         """The figures of the validation split. Raises Interrupted where a signal asks for it."""

@@ -24,10 +24,17 @@ from .compare import comparison
 from .config import IGNORED
 from .cost import Cost
 from .directory import CONFIG
-from .journal import METRICS, attempt, read_metrics
+from .journal import METRICS, RATIO, attempt, read_metrics
 
 IOUS = ("val_miou", "val_head", "val_body", "val_tail")
 NOT_CURVES = ("step", "lr", "images_per_second", "memory_mb")
+# of the section on training
+PANELS = (
+    "loss and its terms",
+    "validation IoU, %",
+    "gradient on the features,\nthat of the cross-entropy = 1",
+    "counts",
+)
 COUNTS = ("gate", "unsure", "present")  # what methods log beside their terms
 RAREST = 10
 MOST_NAMES = 40  # classes whose names fit into a figure
@@ -176,23 +183,26 @@ def _png(figure: Figure) -> str:
 
 
 def _curves(metrics: list[dict[str, Any]]) -> Figure:
-    panels: dict[str, list[str]] = {"loss and its terms": [], "validation IoU, %": [], "counts": []}
+    terms, ious, ratios, counts = PANELS
+    panels: dict[str, list[str]] = {title: [] for title in PANELS}
     for name in dict.fromkeys(name for line in metrics for name in line):
         if name.rpartition(".")[2] in COUNTS:
-            panels["counts"].append(name)
+            panels[counts].append(name)
+        elif name.rpartition(".")[2] == RATIO:
+            panels[ratios].append(name)
         elif name in IOUS:
-            panels["validation IoU, %"].append(name)
+            panels[ious].append(name)
         elif name not in NOT_CURVES and not name.startswith("val_"):
-            panels["loss and its terms"].append(name)
+            panels[terms].append(name)
     panels = {title: names for title, names in panels.items() if names}
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    figure = Figure(figsize=(max(8, 3 * len(panels)), 3), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
             scale = 100 if name in IOUS else 1
             line = [(m["step"], scale * m[name]) for m in metrics if name in m]
             marker = "." if len(line) < 30 else ""
-            label = name.removeprefix("val_")
+            label = name.removeprefix("val_").removesuffix(f".{RATIO}")
             axis.plot(*zip(*line, strict=True), label=label, linewidth=1.2, marker=marker)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")

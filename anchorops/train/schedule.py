@@ -17,6 +17,10 @@ class Schedule:
     def logs(self, progress: Progress) -> bool:
         return _every(self.running.log_every, progress.step)
 
+    def compares_gradients(self, progress: Progress) -> bool:
+        """In the next step."""
+        return _every(self.running.gradient_ratio_every, progress.step)
+
     def saves(self, progress: Progress) -> bool:
         return _every(self.running.save_every, progress.step)
 
