@@ -11,6 +11,7 @@ from typing import Any, Literal
 from tyro.conf import OmitArgPrefixes
 
 from .checkpoint import save_atomically
+from .settings import PUBLISHED, SETTINGS, setting_options
 
 # what does not make results incomparable
 OF_ONE_RUN = (
@@ -87,9 +88,12 @@ class Model:
     but one of the backbone's maps; 0: no such head. The field's is 0.4."""
     methods: tuple[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"], ...] = ()
     """Regularisers beside the cross-entropy, any number of them."""
+    setting: str = PUBLISHED
+    """Arguments of the methods by name: published, their defaults; from-scratch, weaker OCCL and
+    CeCo, for training from random weights."""
     method_options: dict[str, str] = field(default_factory=dict)
-    """Arguments of the methods as METHOD.ARGUMENT VALUE pairs: sar.momentum 0.99 occl.split
-    images."""
+    """Further arguments of the methods, which go before those of the setting, as METHOD.ARGUMENT
+    VALUE pairs: sar.momentum 0.99 occl.split images."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,8 @@ class Config:
         methods = self.model.methods
         if len(set(methods)) < len(methods):
             raise _wrong("methods", "each at most once", methods)
+        if self.model.setting not in SETTINGS:
+            raise _wrong("setting", f"one of {', '.join(SETTINGS)}", self.model.setting)
         if min(self.data.crop) < MULTIPLE or any(side % MULTIPLE for side in self.data.crop):
             raise _wrong("crop", f"two multiples of {MULTIPLE}", self.data.crop)
         if not 0 < self.data.scale[0] <= self.data.scale[1]:
@@ -242,6 +248,8 @@ class Config:
     def run(self) -> Path:
         """Directory of the run."""
         methods = "+".join(self.model.methods) or "plain"
+        if setting_options(self.model.setting, self.model.methods):
+            methods += f"-{self.model.setting}"
         model = re.sub(r"[^\w.+-]", "-", self.model.model)
         name = f"{self.data.dataset}-{model}-{methods}-seed{self.running.seed}"
         return self.running.out / (self.running.name or name)

@@ -12,6 +12,7 @@ from .data import Segmentation, build_datasets
 from .learner import Learner, build_loss, build_regularizer, class_weights
 from .models import Segmenter, build_model
 from .ranks import Ranks
+from .settings import setting_options
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _build_learner(
     )
     regularizer = build_regularizer(
         config.model.methods,
-        config.model.method_options,
+        setting_options(config.model.setting, config.model.methods) | config.model.method_options,
         num_classes,
         model.classifier.in_channels,
         prior=prior,
