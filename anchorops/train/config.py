@@ -43,6 +43,11 @@ class Data:
     """digits: scenes in the training split."""
     val_images: int = 200
     """digits: scenes in the validation split."""
+    zipf: float = 1.0
+    """digits: exponent of their frequencies in the training split, digit d as (d + 1)^−zipf;
+    in the validation split it is 1."""
+    data_seed: int | None = None
+    """digits: seed of the training scenes; --seed if not given."""
     crop: tuple[int, int] = (64, 64)
     """Height and width of a training image (digits: of every scene), multiples of 32."""
     image_suffix: str | None = None
@@ -193,7 +198,7 @@ class Config:
             1: "steps batch_size accumulate save_every log_every eval_batch_size threads patience "
             "short_side ohem_kept train_images val_images channels",
             0: "workers warmup eval_every power lr weight_decay head_lr_factor auxiliary_weight "
-            "focal_gamma gradient_ratio_every",
+            "focal_gamma gradient_ratio_every zipf data_seed",
         }
         options = {
             name: value

@@ -32,8 +32,10 @@ class Segmentation(Protocol):
 def build_datasets(config: Data, seed: int) -> tuple[Segmentation, Segmentation]:
     """Training and validation split."""
     if config.dataset == "digits":
+        if config.data_seed is not None:
+            seed = config.data_seed
         return (
-            DigitScenes("train", config.train_images, config.crop, seed=seed),
+            DigitScenes("train", config.train_images, config.crop, seed=seed, exponent=config.zipf),
             DigitScenes("val", config.val_images, config.crop, seed=0),
         )
     if config.root is None:

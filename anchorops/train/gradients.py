@@ -16,8 +16,8 @@ def gradient_ratios(learner: Learner, images: Tensor, labels: Tensor, *, bf16: b
     the logits (`anchorops.diagnostics.gradient_ratio`), in this rank's batch.
 
     Computed on a copy, which no compiler has seen, with random numbers that are then put back: the
-    learner's next step is the same, bit for bit. Costs a copy of the model, a forward pass and the
-    backward passes down to the features. Where there are several ranks, all of them call it.
+    learner's next step is the same, bit for bit. It costs a copy of the model, a forward pass and
+    the backward passes down to the features. Where there are several ranks, all of them call it.
     """
     if learner.attachment is None:
         return []
