@@ -22,9 +22,12 @@ def test_features_are_the_classifiers_input_before_dropout() -> None:
     cr = ao.attach(model, ao.SAR(K, D, embed=False))
     assert cr.classifier_name == "classifier"  # not the auxiliary head
     x, labels = batch()
+    assert cr.features is None
     model(x)
     features = model.body(x).relu()
+    torch.testing.assert_close(cr.features, features)
     torch.testing.assert_close(cr(labels), cr.regularizer(features, labels))
+    assert cr.features is None  # taken
 
 
 def backward(model: nn.Module, attached: Attachment) -> Tensor:

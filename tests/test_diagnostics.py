@@ -56,6 +56,25 @@ def test_measures_of_vectors() -> None:
     close(diagnostics.norm_correlation(vectors, counts), expected)
 
 
+def test_gradient_ratio() -> None:
+    features = (torch.randn(6, D, requires_grad=True) * 1).bfloat16()
+    loss, other = features.sum() * 3, features.sum() * 2
+    for _ in range(2):  # graphs stay
+        torch.testing.assert_close(
+            diagnostics.gradient_ratio(features, loss, other), torch.tensor(1.5)
+        )
+    independent = torch.ones((), requires_grad=True) * 2
+    assert diagnostics.gradient_ratio(features, independent, other) == 0
+    assert diagnostics.gradient_ratio(features, torch.zeros(()), other) == 0
+    for arguments, message in (
+        ((features.detach(), loss, other), "gradient_ratio: features: expected a tensor that req"),
+        ((features, features, other), "gradient_ratio: loss: expected a scalar tensor"),
+        ((features, loss, independent), "gradient_ratio: other: expected a loss that depends on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            diagnostics.gradient_ratio(*arguments)
+
+
 def test_ideal_classifiers() -> None:
     etf = ao.simplex_etf(K, 9)
     assert diagnostics.equiangularity(etf) < 1e-6

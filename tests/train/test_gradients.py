@@ -1,0 +1,111 @@
+"""The gradients of the methods beside the cross-entropy's: measured, and nothing else changed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anchorops.train import loop
+from anchorops.train.checkpoint import load_checkpoint
+from anchorops.train.gradients import gradient_ratios
+from anchorops.train.journal import read_metrics
+from anchorops.train.learner import Learner, build_regularizer
+from anchorops.train.models import build_model
+from anchorops.train.presets import DIGITS
+
+RUN = DIGITS.replace(
+    crop=(32, 32),
+    train_images=64,
+    val_images=4,
+    batch_size=4,
+    steps=4,
+    eval_every=0,
+    save_every=2,
+    log_every=2,
+    warmup=0,
+    methods=("sar",),
+    device="cpu",
+)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run / "metrics.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def _only_steps_on_one_thread(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loop, "finish", lambda *arguments: {})  # no pictures
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"methods": ("sar", "occl", "ceco", "mvsc"), "accumulate": 2, "bf16": True},
+        {"methods": ("cbp", "occl"), "method_options": {"cbp.update": "ema"}, "clip": 1.0},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=["combined", "ema", "compiled"],
+)
+def test_measuring_changes_no_run(options: dict, tmp_path: Path):
+    runs = []
+    for every in (0, 1):
+        config = RUN.replace(
+            out=tmp_path, name=f"every-{every}", gradient_ratio_every=every, **options
+        )
+        loop.start(config)
+        runs.append(config.run)
+    first, second = (load_checkpoint(run / "checkpoint-00000004.pt")["model"] for run in runs)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    shown = [[line["loss"] for line in metrics(run) if "loss" in line] for run in runs]
+    assert shown[0] == shown[1] and len(shown[0]) == 2
+    names = [f"{method}.gradient_ratio" for method in options.get("methods", ("sar",))]
+    assert not any(name in line for line in metrics(runs[0]) for name in names)
+    for name in names:
+        ratios = {line["step"]: line[name] for line in metrics(runs[1]) if name in line}
+        assert list(ratios) == [1, 2, 3, 4]
+        assert name in ("sar.gradient_ratio", "cbp.gradient_ratio") or min(ratios.values()) > 0
+
+
+def test_resumed_run_measures_the_same(tmp_path: Path):
+    runs = []
+    for name in ("straight", "resumed"):
+        config = RUN.replace(out=tmp_path, name=name, methods=("occl",), gradient_ratio_every=2)
+        loop.start(config)
+        runs.append(config.run)
+    (runs[1] / "checkpoint-00000004.pt").unlink()
+    loop.resume(runs[1])
+    key = "occl.gradient_ratio"
+    first, second = ([line for line in metrics(run) if key in line] for run in runs)
+    assert first == second and [line["step"] for line in first] == [1, 3]
+
+
+def test_ratios_are_those_of_the_gradients():
+    torch.manual_seed(0)
+    methods = ("cbp", "occl", "mvsc")
+    model = build_model("hrnet-w18-small", 11)
+    learner = Learner(model, build_regularizer(methods, {}, 11, 240))
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, 11, (2, 32, 32))
+    state = {name: value.clone() for name, value in learner.state_dict().items()}
+    random = torch.get_rng_state()
+    ratios = gradient_ratios(learner, images, labels, bf16=False)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, state[name]) for name, value in learner.state_dict().items())
+    assert all(parameter.grad is None for parameter in learner.parameters())
+
+    learner.train().model(images)
+    attachment = learner.attachment
+    assert attachment is not None and attachment.features is not None
+    features = attachment.features.detach().requires_grad_()
+    logits = model.classifier(features)
+    (expected,) = torch.autograd.grad(learner.pixel_loss(logits, labels), features)
+    norms = [torch.zeros(())]
+    combined: Any = attachment.regularizer
+    for method in combined.methods[1:]:
+        (gradient,) = torch.autograd.grad(method(features, labels, model.classifier), features)
+        norms.append(gradient.norm())
+    assert ratios == pytest.approx([float(norm / expected.norm()) for norm in norms], rel=1e-4)
