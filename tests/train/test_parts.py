@@ -6,21 +6,30 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torchvision import tv_tensors
 
 import anchorops as ao
-from anchorops.train.config import Config
+from anchorops.train.config import Config, Data
 from anchorops.train.counts import class_counts
-from anchorops.train.data import BatchSampler, Draws, PhotometricDistort, VariedCrop
+from anchorops.train.data import (
+    BatchSampler,
+    Draws,
+    PhotometricDistort,
+    VariedCrop,
+    build_datasets,
+)
 from anchorops.train.digits import DigitScenes
 from anchorops.train.learner import Learner, build_regularizer
 from anchorops.train.metrics import class_groups, frequency_groups, summarize
 from anchorops.train.models import build_model
+from anchorops.train.parts import build_parts
 from anchorops.train.presets import DIGITS, PRESETS
-from anchorops.train.ranks import start_ranks
+from anchorops.train.ranks import Ranks, start_ranks
+from anchorops.train.settings import SETTINGS, setting_options
 
 
 def test_scene_is_a_function_of_seed_split_and_index():
@@ -55,6 +64,12 @@ def test_digit_frequencies_have_a_long_tail():
     assert images[0] == 2000 and images[1] > 2 * images[10]
     assert shares[1] > 2 * shares[3] > 3 * shares[8]
     assert class_groups(shares, DIGITS.data.head_tail).count("tail") == 3
+
+
+def test_steep_frequencies_and_a_seed_of_their_own():
+    train, val = build_datasets(Data(zipf=3.0, data_seed=5, crop=(32, 32)), seed=1)
+    assert torch.equal(train[3][1], DigitScenes("train", 9, (32, 32), seed=5, exponent=3.0)[3][1])
+    assert torch.equal(val[3][1], DigitScenes("val", 9, (32, 32), seed=0)[3][1])
 
 
 def test_draws_do_not_depend_on_ranks_or_interruptions():
@@ -236,6 +251,25 @@ def test_every_method_takes_a_step(methods: tuple[str, ...]):
     assert {"loss", "ce"} < terms.keys() and all(value.isfinite() for value in terms.values())
     assert all(p.grad is not None for p in model.body.parameters())
     assert len(learner.state_dict()) == len(model.state_dict())  # each entry once
+
+
+def test_settings(tmp_path: Path):
+    """Arguments by name, of the chosen methods alone; options go before them."""
+    config = DIGITS.replace(methods=("sar", "ceco"), setting="from-scratch", out=tmp_path)
+    assert config.run.name == "digits-hrnet-w18-small-sar+ceco-from-scratch-seed0"
+    assert setting_options("from-scratch", ("sar", "ceco")) == {"ceco.loss_weight": "0.2"}
+    config = config.replace(train_images=8, val_images=8, device="cpu")
+    for options, weight in (({}, 0.2), ({"ceco.loss_weight": "0.3"}, 0.3)):
+        config = config.replace(method_options=options)
+        parts = build_parts(config, Ranks(0, 1, torch.device("cpu")), from_checkpoint=False)
+        attachment: Any = parts.learner.attachment
+        sar, ceco = attachment.regularizer.methods
+        assert ceco.loss_weight == weight and sar.loss_weight == 0.1
+    for setting, arguments in SETTINGS.items():
+        methods = sorted({name.partition(".")[0] for name in arguments})
+        assert setting == "published" or build_regularizer(methods, arguments, 11, 240)
+    with pytest.raises(ValueError, match="--setting: expected one of published, from-scratch, got"):
+        DIGITS.replace(setting="scratch")
 
 
 def test_method_options():
