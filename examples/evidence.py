@@ -1,101 +1,278 @@
-"""The methods on digit scenes, beside the plain network: mean ± standard deviation over seeds.
+"""The methods on digit scenes, after short and long trainings, beside the plain network.
 
-    python examples/evidence.py [--seeds 3] [--out runs/evidence] [--networks hrnet-w18-small]
-                                [--table evidence.md]
+    python examples/evidence.py --jobs 2 --budget 240   # trains what is missing, for four hours
+    python examples/evidence.py --list                  # the runs in their order, and which exist
+    python examples/evidence.py --report docs           # docs/evidence.json, .md and pictures
 
-Every method has the hyper-parameters that its paper publishes, every run the demo's schedule: 48
-runs of one to two minutes on one CPU core each. It can be interrupted: finished runs are kept, the
-others go on.
-With --table the comparison is also written as Markdown, a table for each network.
+One process trains one run on one CPU thread. The order is such that a stop at any time leaves the
+most useful runs complete. Finished runs are kept, interrupted ones go on, bit for bit, at the next
+call with the same --out; their reports are in there, and `anchorops-train compare` takes them.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
-from itertools import chain
+import fnmatch
+import itertools
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
-from anchorops.train.checkpoint import latest_checkpoint, save_atomically
-from anchorops.train.compare import comparison, load_results
-from anchorops.train.learner import CLASSES
+import evidence_report
+import torch
+
+from anchorops.train.checkpoint import checkpoints, save_atomically
+from anchorops.train.config import Config
+from anchorops.train.journal import METRICS, RATIO, read_metrics
 from anchorops.train.loop import resume, start
 from anchorops.train.presets import DEMO
+from anchorops.train.settings import PUBLISHED
+from anchorops.train.signals import Interrupted
 
-METHODS = (
-    (),
-    ("cr",),
-    ("sar",),
-    ("cbp",),
-    ("occl",),
-    ("cbp", "occl"),
-    ("ceco",),
-    ("mvsc",),
+HRNET, SEGFORMER = DEMO
+SCRATCH = "from-scratch"
+EVALUATIONS = {500: 100, 1_500: 250, 4_000: 500, 8_000: 1_000}  # horizon: steps between them
+HORIZONS = (500, 1_500, 4_000)
+# head_tail: such that there are four head classes, four of the body, three of the tail
+SCENES: dict[str, dict[str, Any]] = {
+    "digits": {},
+    "few": {"train_images": 500, "data_seed": 0},
+    "steep": {"zipf": 2.0, "head_tail": (0.013, 0.003)},
+}
+Choice = tuple[tuple[str, ...], str]  # methods and their setting
+PLAIN: Choice = ((), PUBLISHED)
+MAIN: tuple[Choice, ...] = (
+    PLAIN,
+    (("sar",), PUBLISHED),
+    (("occl",), PUBLISHED),
+    (("occl",), SCRATCH),
+    (("ceco",), PUBLISHED),
+    (("ceco",), SCRATCH),
+    (("mvsc",), PUBLISHED),
 )
-MEASURES = ("miou", "head", "body", "tail")
+REST: tuple[Choice, ...] = (
+    (("cr",), PUBLISHED),
+    (("cbp",), PUBLISHED),
+    (("cbp", "occl"), PUBLISHED),
+    (("cbp", "occl"), SCRATCH),
+)
+HARD: tuple[Choice, ...] = (MAIN[0], MAIN[1], MAIN[3], MAIN[5], MAIN[6])
 
 
-def table(results: Mapping[tuple[str, ...], Sequence[dict[str, Any]]]) -> str:
-    """Markdown: a row for the results of each choice of methods, one per seed, the plain network's
-    (key ()) among them. In %, mean ± standard deviation over the seeds; the difference to plain is
-    that of equal seeds."""
-    plain = {run["seed"]: run["miou"] for run in results[()]}
-    lines = ["| methods | mIoU | to plain | head | body | tail |", "|---|" + "---:|" * 5]
-    for methods, runs in results.items():
-        miou, *groups = (_spread([run[name] for run in runs]) for name in MEASURES)
-        added = "" if not methods else _spread([r["miou"] - plain[r["seed"]] for r in runs], "+")
-        name = " + ".join(CLASSES[m] if m != "cr" else "CR" for m in methods) or "plain"
-        cells = [name, miou, added, *groups]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+class Run(NamedTuple):
+    scenes: str
+    model: str
+    methods: tuple[str, ...]
+    setting: str
+    steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        methods = "+".join(self.methods) or "plain"
+        if self.setting != PUBLISHED:
+            methods += f"-{self.setting}"
+        return f"{self.scenes}-{self.model}-{methods}-{self.steps}-{self.seed}"
+
+    def config(self, out: Path) -> Config:
+        return DEMO[self.model].replace(
+            **SCENES[self.scenes],
+            methods=self.methods,
+            setting=self.setting,
+            steps=self.steps,
+            eval_every=EVALUATIONS[self.steps],
+            seed=self.seed,
+            threads=1,
+            out=out,
+            name=self.name,
+            overwrite=True,
+        )
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    percent = [100 * value for value in values]
-    spread = f" ± {stdev(percent):.1f}" if len(percent) > 1 else ""
-    return f"{fmean(percent):{sign}.1f}{spread}".replace("-", "−")
+def plan() -> list[Run]:
+    """Every run, the most useful first."""
+
+    def runs(
+        scenes: str,
+        model: str,
+        choices: Sequence[Choice],
+        horizons: Sequence[int] = HORIZONS,
+        seeds: Sequence[int] = (0, 1, 2),
+    ) -> list[Run]:
+        order = itertools.product(seeds, horizons, choices)
+        return [Run(scenes, model, *choice, steps, seed) for seed, steps, choice in order]
+
+    return [
+        *runs("digits", HRNET, MAIN, seeds=[0]),
+        *runs("digits", HRNET, [PLAIN], horizons=[8_000], seeds=[0]),
+        *runs("digits", HRNET, MAIN, seeds=[1, 2]),
+        *runs("digits", SEGFORMER, MAIN, seeds=[0]),
+        *runs("few", HRNET, HARD, horizons=[1_500]),
+        *runs("steep", HRNET, HARD, horizons=[1_500]),
+        *runs("digits", HRNET, REST, horizons=[500]),
+        *runs("digits", SEGFORMER, MAIN + REST, horizons=[500]),  # seed 0 of MAIN is above
+        *runs("digits", SEGFORMER, MAIN, seeds=[1, 2]),
+        *runs("digits", SEGFORMER, [PLAIN], horizons=[8_000], seeds=[0]),
+        *runs("digits", HRNET, REST, horizons=[1_500, 4_000]),
+        *runs("few", SEGFORMER, HARD, horizons=[1_500]),
+        *runs("steep", SEGFORMER, HARD, horizons=[1_500]),
+        *runs("digits", SEGFORMER, REST, horizons=[1_500, 4_000]),
+    ]
+
+
+def train(run: Run, out: Path) -> None:
+    """Begin the run, or go on with it, and write its row."""
+    config = run.config(out)
+    try:
+        begun = config.run.exists() and checkpoints(config.run)
+        results = resume(config.run) if begun else start(config)
+    except Interrupted as interrupted:
+        sys.exit(interrupted.exit_status)
+    metrics = read_metrics(config.run / METRICS)
+    row = {
+        **run._asdict(),
+        "methods": "+".join(run.methods) or "plain",
+        "commit": commit(),
+        "seconds_per_step": round(results["seconds_per_step"], 4),
+        **{name: round(results[name], 6) for name in evidence_report.MEASURES},
+        "curve": [
+            [line["step"], *(round(line[f"val_{name}"], 4) for name in evidence_report.MEASURES)]
+            for line in metrics
+            if "val_miou" in line
+        ],
+        "gradient_ratios": {
+            method: [round(line[key], 3) for line in metrics if key in line]
+            for method in run.methods
+            for key in [f"{method}.{RATIO}"]
+        },
+    }
+    save_atomically(json.dumps(row) + "\n", row_file(run, out))
+    for path in (*checkpoints(config.run), config.run / "best.pt"):
+        path.unlink(missing_ok=True)  # 100 MB a run
+
+
+def row_file(run: Run, out: Path) -> Path:
+    """The row of a finished run."""
+    return out / "rows" / f"{run.name}.json"
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def train_all(todo: Iterator[Run], out: Path, jobs: int, minutes: float) -> None:
+    """`jobs` runs at a time, each in a process of its own; after `minutes`, and where this process
+    is asked to stop, those that run are interrupted."""
+    end = time.monotonic() + 60 * minutes
+    running: dict[subprocess.Popen[bytes], Run] = {}
+
+    def stop(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        while time.monotonic() < end:
+            for process in [process for process in running if process.poll() is not None]:
+                run = running.pop(process)
+                failed = f"FAILED, see {_log(run, out)}"
+                print(f"{run.name}: {failed if process.returncode else 'finished'}")
+            while len(running) < jobs and (run := next(todo, None)):
+                running[_process(run, out)] = run
+            if not running:
+                return
+            sys.stdout.flush()
+            time.sleep(1)
+        print(f"{minutes:g} minutes are over")
+    except KeyboardInterrupt:
+        print("asked to stop")
+    finally:
+        for process in running:
+            process.terminate()
+        for process, run in running.items():
+            print(f"{run.name}: {'finished' if process.wait() == 0 else 'interrupted'}")
+
+
+def _process(run: Run, out: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, __file__, "--out", str(out), "--only", run.name, "--here"]
+    log = _log(run, out)
+    log.parent.mkdir(exist_ok=True)
+    with open(log, "a") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        # a group of its own: Ctrl-C reaches this process alone, which interrupts the others
+        return subprocess.Popen(
+            command, stderr=file, stdout=file, env=environment, start_new_session=True
+        )
+
+
+def _log(run: Run, out: Path) -> Path:
+    return out / "logs" / f"{run.name}.txt"
+
+
+def finished(out: Path) -> list[dict[str, Any]]:
+    """The rows of the plan's finished runs."""
+    paths = [row_file(run, out) for run in dict.fromkeys(plan())]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def evidence(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What evidence.json holds."""
+    planned = [
+        run._asdict() | {"methods": "+".join(run.methods) or "plain"}
+        for run in dict.fromkeys(plan())
+    ]
+    return {
+        "command": "python examples/evidence.py",
+        "device": f"{_processor()}, 1 thread a run",
+        "torch": torch.__version__,
+        "planned": [list(run.values()) for run in planned],
+        "rows": rows,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "CPU")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--networks", nargs="+", choices=DEMO, default=list(DEMO))
-    parser.add_argument("--table", type=Path, help="write the comparison as Markdown")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="minutes")
+    parser.add_argument("--only", default="*", help="names of runs, as 'few-*-plain-*'")
+    parser.add_argument("--list", action="store_true", help="the runs, and which are finished")
+    parser.add_argument("--report", type=Path, metavar="DIRECTORY", help="write it; do not train")
+    parser.add_argument("--here", action="store_true", help="train in this process")
     arguments = parser.parse_args()
-    runs = []
-    for seed in range(arguments.seeds):
-        for network in arguments.networks:
-            for methods in METHODS:
-                name = f"{network}-{'+'.join(methods) or 'plain'}-{seed}"
-                run = arguments.out / name
-                runs.append((network, methods, run))
-                if (run / "results.json").exists():
-                    continue
-                if run.exists() and latest_checkpoint(run):
-                    resume(run)
-                    continue
-                config = DEMO[network].replace(
-                    methods=methods,
-                    seed=seed,
-                    threads=1,
-                    out=arguments.out,
-                    name=name,
-                    overwrite=True,
-                )
-                start(config)
-    results = {
-        network: {
-            methods: [load_results(run) for n, m, run in runs if (n, m) == (network, methods)]
-            for methods in METHODS
-        }
-        for network in arguments.networks
-    }
-    rows = [rows for network in results.values() for rows in network.values()]
-    print(comparison(list(chain.from_iterable(rows))))
-    if arguments.table:
-        tables = [f"### {network}\n\n{table(rows)}" for network, rows in results.items()]
-        save_atomically("\n".join(tables), arguments.table)
+    out: Path = arguments.out.absolute()
+    chosen = [run for run in dict.fromkeys(plan()) if fnmatch.fnmatch(run.name, arguments.only)]
+    if arguments.report:
+        evidence_report.write(evidence(finished(out)), arguments.report)
+        return
+    if arguments.list:
+        for run in chosen:
+            print("finished" if row_file(run, out).exists() else "missing ", run.name)
+        return
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    todo = [run for run in chosen if not row_file(run, out).exists()]
+    if arguments.here:
+        for run in todo:
+            train(run, out)
+        return
+    train_all(iter(todo), out, arguments.jobs, arguments.budget)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,228 @@
+"""Tables and pictures of the runs of evidence.py: evidence.md and evidence-*.png beside
+evidence.json."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from anchorops.train.checkpoint import save_atomically
+from anchorops.train.learner import CLASSES
+from anchorops.train.settings import PUBLISHED
+
+MEASURES = ("miou", "head", "body", "tail")
+TITLES = {"miou": "mIoU", "head": "head", "body": "body", "tail": "tail"}
+NETWORKS = {"hrnet-w18-small": "HRNet-W18-small", "segformer-b0": "SegFormer-B0"}
+SCENES = {
+    "digits": "Digit scenes",
+    "few": "Few scenes: 500 training scenes, the same for all seeds",
+    "steep": "A steeper law: digit d as (d + 1)⁻² in the training scenes",
+}
+CONVERGED = 1.0  # points of mIoU that the next horizon adds to plain, at most
+COLORS = {"plain": "black", "cr": "tab:gray", "sar": "tab:blue", "cbp": "tab:olive"} | {
+    "occl": "tab:orange",
+    "cbp+occl": "tab:brown",
+    "ceco": "tab:green",
+    "mvsc": "tab:red",
+}
+Row = dict[str, Any]
+
+INTRODUCTION = """# The methods by training horizon
+
+{device}; torch {torch}; {count} runs of `{command}`, at {commits}
+([rows](evidence.json)). This page is written by `{command} --report docs`.
+
+Scenes of handwritten digits with Zipf frequencies, 64×64 pixels, 11 classes, from random weights;
+a horizon is a training of its own, whose learning rate decays to 0 at its end. Mean ± standard
+deviation over n seeds in %; "to plain" is the difference to the plain network of the same seeds.
+Head, body and tail are the four most frequent classes, the next four and the last three. "From
+scratch" is `--setting from-scratch`; the others have the published weights.
+
+A network has converged at a horizon where the next one adds less than {converged:g} point to the
+mIoU of plain.
+"""
+
+
+def write(evidence: dict[str, Any], directory: Path) -> None:
+    """evidence.json, evidence.md, and a picture of each network's learning curves."""
+    head = {name: value for name, value in evidence.items() if name not in ("planned", "rows")}
+    text = json.dumps(head, indent=1, ensure_ascii=False)[:-2]
+    for name in ("planned", "rows"):
+        lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in evidence[name])
+        text += f',\n "{name}": [\n{lines}\n ]'
+    save_atomically(text + "\n}\n", directory / "evidence.json")
+    save_atomically(page(evidence), directory / "evidence.md")
+    for (scenes, model), rows in _groups(evidence["rows"], "scenes", "model").items():
+        if any(row["curve"] for row in rows):
+            curves(rows).savefig(directory / _picture(scenes, model), dpi=80)
+
+
+def page(evidence: dict[str, Any]) -> str:
+    """evidence.md."""
+    rows = evidence["rows"]
+    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in rows))
+    parts = [
+        INTRODUCTION.format(
+            **{name: evidence[name] for name in ("device", "torch", "command")},
+            count=len(rows),
+            commits=commits,
+            converged=CONVERGED,
+        )
+    ]
+    for (scenes, model), group in _groups(rows, "scenes", "model").items():
+        title = SCENES[scenes]
+        parts.append(f"## {title}, {NETWORKS[model]}\n\n{_plain_by_horizon(group)}\n")
+        if any(row["curve"] for row in group):
+            parts.append(f"![Learning curves]({_picture(scenes, model)})\n")
+        for (steps,), runs in sorted(_groups(group, "steps").items()):
+            if {row["methods"] for row in runs} != {"plain"}:
+                parts.append(f"### {NETWORKS[model]}, {steps:,} steps\n\n{table(runs)}")
+    if ratios := _gradient_ratios(rows):
+        parts.append(ratios)
+    parts.append(_not_run(evidence))
+    return "\n".join(parts)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a row for each choice of methods. rows: of one network and horizon."""
+    plain = {row["seed"]: row["miou"] for row in rows if row["methods"] == "plain"}
+    lines = ["| methods | n | mIoU | to plain | head | body | tail |", "|---|" + "---:|" * 6]
+    for runs in _groups(rows, "methods", "setting").values():
+        miou, *groups = (_spread([run[name] for run in runs]) for name in MEASURES)
+        added = [r["miou"] - plain[r["seed"]] for r in runs if r["seed"] in plain]
+        to_plain = _spread(added, "+") if runs[0]["methods"] != "plain" and added else ""
+        cells = [label(runs[0]), str(len(runs)), miou, to_plain, *groups]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def label(row: Row) -> str:
+    methods: list[str] = row["methods"].split("+")
+    name = " + ".join("CR" if m == "cr" else CLASSES.get(m, m) for m in methods)
+    return name if row["setting"] == PUBLISHED else f"{name}, {row['setting'].replace('-', ' ')}"
+
+
+def curves(rows: Sequence[Row]) -> Figure:
+    """A row of axes for each horizon, a column for each measure: mean over the seeds and, as a
+    band, their standard deviation."""
+    horizons = sorted(_groups([row for row in rows if row["curve"]], "steps").items())
+    figure = Figure(figsize=(14, 3 * len(horizons) + 0.6), layout="constrained")
+    grid = figure.subplots(len(horizons), len(MEASURES), squeeze=False, sharey="col")
+    lines: dict[str, Any] = {}
+    for axes, ((steps,), at_horizon) in zip(grid, horizons, strict=True):
+        for runs in _groups(at_horizon, "methods", "setting").values():
+            style = "-" if runs[0]["setting"] == PUBLISHED else "--"
+            points = list(zip(*(run["curve"] for run in runs), strict=False))
+            x = [at_step[0][0] for at_step in points]
+            for column, axis in enumerate(axes, 1):
+                values = [[100 * point[column] for point in at_step] for at_step in points]
+                means = [fmean(value) for value in values]
+                color = COLORS[runs[0]["methods"]]
+                (line,) = axis.plot(x, means, style, color=color, linewidth=1.3)
+                lines[label(runs[0])] = line
+                if len(runs) > 1:
+                    spreads = [stdev(value) for value in values]
+                    low, high = (
+                        [mean + sign * spread for mean, spread in zip(means, spreads, strict=True)]
+                        for sign in (-1, 1)
+                    )
+                    axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+        for axis, name in zip(axes, MEASURES, strict=True):
+            axis.set_title(f"{TITLES[name]}, {steps:,} steps", fontsize=10)
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("IoU on validation scenes, %")
+    for axis in grid[-1]:
+        axis.set_xlabel("step")
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def _groups(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def _picture(scenes: str, model: str) -> str:
+    return f"evidence-{scenes}-{model}.png"
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    percent = [100 * value for value in values]
+    spread = f" ± {stdev(percent):.1f}" if len(percent) > 1 else ""
+    return f"{fmean(percent):{sign}.1f}{spread}".replace("-", "−")
+
+
+def _plain_by_horizon(rows: Sequence[Row]) -> str:
+    """What plain reaches at each horizon, and which of them it has converged at."""
+    plain = sorted(_groups([r for r in rows if r["methods"] == "plain"], "steps").items())
+    by_seed = [{run["seed"]: 100 * run["miou"] for run in runs} for _, runs in plain]
+    figures = [f"{steps:,} steps {_spread([r['miou'] for r in runs])}" for (steps,), runs in plain]
+    lines = [f"Plain: {'; '.join(figures)}."]
+    for ((steps,), _), ((more,), _), here, there in zip(
+        plain, plain[1:], by_seed, by_seed[1:], strict=False
+    ):
+        seeds = here.keys() & there.keys()
+        if not seeds:
+            continue
+        gain = fmean(there[seed] - here[seed] for seed in seeds)
+        verdict = "converged" if gain < CONVERGED else "not converged"
+        added = f"{gain:+.1f}".replace("-", "−")
+        lines.append(f"At {steps:,}: {verdict} ({more:,} add {added}, n = {len(seeds)}).")
+    if plain:
+        ((last,), _) = plain[-1]
+        lines.append(f"At {last:,}: not known, nothing longer was run.")
+    return " ".join(lines)
+
+
+def _gradient_ratios(rows: Sequence[Row]) -> str:
+    """A table of the methods' gradients on the features beside the cross-entropy's."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        for method, ratios in row.get("gradient_ratios", {}).items():
+            if row["scenes"] == "digits" and ratios and "+" not in row["methods"]:
+                of_network = found.setdefault((label(row), row["model"]), {})
+                of_network.setdefault(method, []).extend(ratios)
+    if not found:
+        return ""
+    models = [model for model in NETWORKS if any(model == other for _, other in found)]
+    lines = [
+        "## Gradient on the features",
+        "",
+        "The norm of the method's gradient on the features over that of the cross-entropy, every",
+        "100 steps: median, least and largest over all runs on digit scenes.",
+        "",
+        f"| methods | {' | '.join(NETWORKS[model] for model in models)} |",
+        "|---|" + "---:|" * len(models),
+    ]
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = [
+            "; ".join(
+                f"{median(ratios):.2g} ({min(ratios):.2g} to {max(ratios):.2g})"
+                for ratios in found.get((name, model), {}).values()
+            )
+            for model in models
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _not_run(evidence: dict[str, Any]) -> str:
+    names = ("scenes", "model", "methods", "setting", "steps", "seed")
+    done = {tuple(row[name] for name in names) for row in evidence["rows"]}
+    planned = [tuple(run) for run in evidence["planned"]]
+    missing: list[Row] = [dict(zip(names, run, strict=True)) for run in planned if run not in done]
+    if not missing:
+        return f"## Not run\n\nNothing: all {len(done)} runs of the plan are here.\n"
+    lines = ["## Not run", "", "Of the plan these runs are missing:", ""]
+    for (scenes, model, steps), runs in _groups(missing, "scenes", "model", "steps").items():
+        choices = [
+            f"{label(group[0])} ({len(group)})"
+            for group in _groups(runs, "methods", "setting").values()
+        ]
+        lines.append(f"- {scenes}, {NETWORKS[model]}, {steps:,} steps: {'; '.join(choices)}")
+    return "\n".join(lines) + "\n"
