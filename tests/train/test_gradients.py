@@ -1,17 +1,19 @@
 """The gradients of the methods beside the cross-entropy's: measured, and nothing else changed."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from anchorops.train import loop
 from anchorops.train.checkpoint import load_checkpoint
 from anchorops.train.gradients import gradient_ratios
 from anchorops.train.journal import read_metrics
 from anchorops.train.learner import Learner, build_regularizer
-from anchorops.train.models import build_model
+from anchorops.train.models import Segmenter, build_model
 from anchorops.train.presets import DIGITS
 
 RUN = DIGITS.replace(
@@ -47,9 +49,8 @@ def _only_steps_on_one_thread(monkeypatch: pytest.MonkeyPatch):
     [
         {"methods": ("sar", "occl", "ceco", "mvsc"), "accumulate": 2, "bf16": True},
         {"methods": ("cbp", "occl"), "method_options": {"cbp.update": "ema"}, "clip": 1.0},
-        pytest.param({"compile": True}, marks=pytest.mark.slow),
     ],
-    ids=["combined", "ema", "compiled"],
+    ids=["combined", "ema"],
 )
 def test_measuring_changes_no_run(options: dict, tmp_path: Path):
     runs = []
@@ -63,7 +64,7 @@ def test_measuring_changes_no_run(options: dict, tmp_path: Path):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     shown = [[line["loss"] for line in metrics(run) if "loss" in line] for run in runs]
     assert shown[0] == shown[1] and len(shown[0]) == 2
-    names = [f"{method}.gradient_ratio" for method in options.get("methods", ("sar",))]
+    names = [f"{method}.gradient_ratio" for method in options["methods"]]
     assert not any(name in line for line in metrics(runs[0]) for name in names)
     for name in names:
         ratios = {line["step"]: line[name] for line in metrics(runs[1]) if name in line}
@@ -109,3 +110,26 @@ def test_ratios_are_those_of_the_gradients():
         (gradient,) = torch.autograd.grad(method(features, labels, model.classifier), features)
         norms.append(gradient.norm())
     assert ratios == pytest.approx([float(norm / expected.norm()) for norm in norms], rel=1e-4)
+
+
+def test_compiled_learner():
+    """It is measured without the compiler, and stays compiled."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, stride=4), nn.BatchNorm2d(16), nn.ReLU())
+    learner = Learner(Segmenter(body, 16, 11), build_regularizer(("occl",), {}, 11, 16))
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, 11, (2, 32, 32))
+    eager = gradient_ratios(learner, images, labels, bf16=False)
+    learner.compile(backend="aot_eager")
+    assert gradient_ratios(learner, images, labels, bf16=False) == eager
+    alone, measured = copy.deepcopy(learner), copy.deepcopy(learner)
+    for each in (alone, measured):
+        each.compile(backend="aot_eager")
+    for _ in range(2):
+        gradient_ratios(measured, images, labels, bf16=False)
+        (first, _), (second, _) = (each(images, labels) for each in (alone, measured))
+        assert torch.equal(first, second)
+        first.backward()
+        second.backward()
+    gradients = [[p.grad for p in each.parameters()] for each in (alone, measured)]
+    for first, second in zip(*gradients, strict=True):
+        assert first is not None and torch.equal(first, second)
