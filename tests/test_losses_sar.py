@@ -179,6 +179,17 @@ def test_parameters_of_the_paper() -> None:
     assert sum(p.numel() for p in ao.SAR(19, 720).parameters()) == 1_560_960
 
 
+def test_embedding_starts_as_the_release_does() -> None:
+    """Two layers as nn.Linear, U(−1/√D, 1/√D); the third, mmcv's ConvModule, N(0, 2/D)."""
+    torch.manual_seed(0)
+    embedding = ao.SAR(19, 720).embedding
+    first, second, third = (layer.weight for layer in embedding if isinstance(layer, nn.Linear))
+    for weight in (first, second):
+        assert weight.abs().max() <= 720**-0.5
+        assert float(weight.detach().std()) == pytest.approx((3 * 720) ** -0.5, rel=0.01)
+    assert float(third.detach().std()) == pytest.approx((2 / 720) ** 0.5, rel=0.01)
+
+
 def test_classification() -> None:
     """Points (N, D) and the two-layer embedding of the paper's appendix A."""
     torch.manual_seed(0)

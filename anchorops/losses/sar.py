@@ -24,10 +24,14 @@ _ANCHORS = {
 
 def _embedding(dim: int, layers: int) -> nn.Sequential:
     """Linear → BN → ReLU, `layers` times, on the K anchors as a batch. The third one is the
-    release's 1×1 convolution, which on K×D is a linear layer without bias."""
+    release's 1×1 convolution, which on K×D is a linear layer without bias, and starts as
+    mmcv's ConvModule does: Kaiming normal, fan-out. The others start as nn.Linear does."""
     modules: list[nn.Module] = []
     for layer in range(layers):
-        modules += [nn.Linear(dim, dim, bias=layer < 2), nn.BatchNorm1d(dim), nn.ReLU()]
+        linear = nn.Linear(dim, dim, bias=layer < 2)
+        if layer == 2:
+            nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+        modules += [linear, nn.BatchNorm1d(dim), nn.ReLU()]
     return nn.Sequential(*modules)
 
 
