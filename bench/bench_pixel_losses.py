@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, Case, backends, grid
+from cases import DTYPES, IGNORE_INDEX, Case, backends, grid
 from torch import Tensor
 
 import anchorops as ao
@@ -27,7 +27,6 @@ from anchorops.measure import example_labels
 FORWARD, TRAINING = "forward", "forward + backward"
 CE, CE_DICE, DICE, FOCAL = "cross-entropy", "cross-entropy + Dice", "Dice", "focal cross-entropy"
 CONFUSION = "confusion matrix"
-IGNORED = 255
 KEPT = ", kept pages"
 LIBRARIES = {"smp": "segmentation_models_pytorch", "torchmetrics": "torchmetrics"}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
@@ -102,7 +101,7 @@ Formula = Callable[[Tensor, Tensor], Tensor]
 
 def ours(case: Case) -> Formula:
     align_corners = case.shape.align_corners
-    options = {"ignore_index": IGNORED, "align_corners": align_corners}
+    options = {"ignore_index": IGNORE_INDEX, "align_corners": align_corners}
     if case.operation == CONFUSION:
         return lambda x, y: ao.pixel_confusion(x, y, **options)
     dice = ao.Dice(absent="zero", **options)
@@ -121,21 +120,23 @@ def upsampled(case: Case, x: Tensor) -> Tensor:
 
 
 def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z, y, ignore_index=IGNORED)
+    return F.cross_entropy(z, y, ignore_index=IGNORE_INDEX)
 
 
 def focal(z: Tensor, y: Tensor) -> Tensor:
-    losses = F.cross_entropy(z, y, ignore_index=IGNORED, reduction="none")
-    return ((1 - (-losses).exp()) ** 2 * losses).sum() / (y != IGNORED).sum()
+    losses = F.cross_entropy(z, y, ignore_index=IGNORE_INDEX, reduction="none")
+    return ((1 - (-losses).exp()) ** 2 * losses).sum() / (y != IGNORE_INDEX).sum()
 
 
 def torchmetrics_confusion(z: Tensor, y: Tensor) -> Tensor:
     functional = importlib.import_module("torchmetrics.functional.classification")
-    return functional.multiclass_confusion_matrix(z.argmax(1), y, z.shape[1], ignore_index=IGNORED)
+    return functional.multiclass_confusion_matrix(
+        z.argmax(1), y, z.shape[1], ignore_index=IGNORE_INDEX
+    )
 
 
 def bincount_confusion(z: Tensor, y: Tensor) -> Tensor:
-    num_classes, valid = z.shape[1], y != IGNORED
+    num_classes, valid = z.shape[1], y != IGNORE_INDEX
     pairs = y[valid] * num_classes + z.argmax(1)[valid]
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
@@ -146,7 +147,7 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
 
     def smp(name: str) -> Formula:
         losses = importlib.import_module("segmentation_models_pytorch.losses")
-        return getattr(losses, name)("multiclass", ignore_index=IGNORED)
+        return getattr(losses, name)("multiclass", ignore_index=IGNORE_INDEX)
 
     formulas: dict[str, Formula] = {
         CE: {"interpolate + cross_entropy": cross_entropy},
@@ -177,8 +178,8 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
 
         def by_image(x: Tensor, y: Tensor) -> Tensor:
             images = zip(x.split(1), y.split(1), strict=True)
-            losses = [formula(one, own) * (own != IGNORED).sum() for one, own in images]
-            return torch.stack(losses).sum() / (y != IGNORED).sum()
+            losses = [formula(one, own) * (own != IGNORE_INDEX).sum() for one, own in images]
+            return torch.stack(losses).sum() / (y != IGNORE_INDEX).sum()
 
         formulas["image by image"] = by_image
     if case.compiled:
@@ -222,7 +223,7 @@ def make_inputs(shape: Logits, dtype: str, labels: str, device: torch.device):
         truth = example_labels(size, shape.num_classes, labels)
     else:
         truth = example_labels((size[0], size[1] * size[2], size[3]), shape.num_classes, labels)
-    truth = torch.where(truth < 0, IGNORED, truth).view(size).to(device)
+    truth = torch.where(truth < 0, IGNORE_INDEX, truth).view(size).to(device)
     return logits, truth
 
 

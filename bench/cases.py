@@ -12,6 +12,7 @@ from anchorops import reference
 from anchorops._backend import TRITON_INTERPRETED
 from anchorops.measure import example_labels
 
+IGNORE_INDEX = 255  # in the labels of pixel losses
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from cases import IGNORE_INDEX
 from conftest import commit
 from torch import Tensor
 
@@ -39,7 +40,6 @@ from anchorops.train.presets import PRESETS
 
 METHODS = (("cr",), ("sar",), ("cbp",), ("occl",), ("cbp", "occl"), ("ceco",), ("mvsc",))
 WARM_UP, STEPS = 1, 4  # of a turn on a GPU
-IGNORED = 255
 
 
 class Setting(NamedTuple):
@@ -103,14 +103,16 @@ def images_and_labels(setting: Setting, device: torch.device) -> tuple[Tensor, T
     coarse = (setting.batch, height // 4, width // 4)
     labels = example_labels(coarse, setting.num_classes, "coherent")
     labels = (
-        torch.where(labels < 0, IGNORED, labels).repeat_interleave(4, 1).repeat_interleave(4, 2)
+        torch.where(labels < 0, IGNORE_INDEX, labels)
+        .repeat_interleave(4, 1)
+        .repeat_interleave(4, 2)
     )
     return images.to(device, memory_format=setting.layout), labels.to(device)
 
 
 def cross_entropy_of_torch(logits: Tensor, labels: Tensor) -> Tensor:
     logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
 
 
 def step_of(
@@ -126,7 +128,7 @@ def step_of(
     groups = parameter_groups(model, options.lr, options.weight_decay, options.head_lr_factor)
     optimizer = build_optimizer(options.optimizer, groups)
     ours = candidate.cross_entropy == "anchorops"
-    cross_entropy = ao.CrossEntropy(ignore_index=IGNORED) if ours else cross_entropy_of_torch
+    cross_entropy = ao.CrossEntropy(ignore_index=IGNORE_INDEX) if ours else cross_entropy_of_torch
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
@@ -153,7 +155,7 @@ def take_turn(
     gc.collect()  # cycles of the last turn hold memory
     torch.manual_seed(0)
     dim = model.classifier.in_channels
-    options = {f"{method}.ignore_index": str(IGNORED) for method in candidate.methods}
+    options = {f"{method}.ignore_index": str(IGNORE_INDEX) for method in candidate.methods}
     regularizer = build_regularizer(candidate.methods, options, setting.num_classes, dim)
     attached = None
     if regularizer is not None:

@@ -123,6 +123,7 @@ class Built(NamedTuple):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Built:
     pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("pip", reason="pip is not installed")
     folder = tmp_path_factory.mktemp("built")
     checkout = copy_sources(folder / "checkout")
     hook = "import build_backend as b; b.build_{}({!r})"
@@ -139,10 +140,13 @@ def built(tmp_path_factory) -> Built:
     (wheel,) = folder.glob("*-py3-none-any.whl")
     venv.create(folder / "environment")
     (packages,) = (folder / "environment").glob("lib/python*/site-packages")
-    zipfile.ZipFile(wheel).extractall(packages)
+    python = folder / "environment/bin/python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps")
+    answer = run(*pip, wheel)
+    assert answer.returncode == 0, answer.stderr
     # a .pth file in a directory that a .pth file names is not read: no editable install
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
-    return Built(checkout, sdist, source, wheel, folder / "environment/bin/python")
+    return Built(checkout, sdist, source, wheel, python)
 
 
 @needs_sources
@@ -175,12 +179,18 @@ def test_metadata(built):
 
 
 @needs_sources
-def test_installed_wheel(built):
-    """In an environment that has no compiler and no extras."""
+def test_installed_wheel(built, tmp_path):
+    """A training step in an environment that has no compiler and no extras."""
     code = """
-import sys
+import shutil, sys
+assert not any(map(shutil.which, ("c++", "g++", "cc", "gcc", "clang++", "nvcc")))
 sys.modules.update(matplotlib=None, torchmetrics=None)
 import torch, anchorops as ao
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 5, 1))
+sar, labels = ao.attach(model, ao.SAR(5, 8)), torch.randint(0, 5, (2, 16, 16))
+loss = ao.pixel_cross_entropy(model(torch.randn(2, 3, 4, 4)), labels) + sar(labels)
+loss.backward()
+assert loss.isfinite() and model[0].weight.grad.any()
 print(ao.__file__)
 print(ao.class_moments(torch.ones(3, 2), torch.tensor([0, 0, 1]), 2).counts.tolist())
 print(ao.backends()["cpu"])
@@ -191,7 +201,8 @@ for part in ("plots", "diagnostics"):
     except ModuleNotFoundError as error:
         print(error)
 """
-    answer = run(built.python, "-c", code, PYTHONPATH="")
+    answer = run(built.python, "-c", code, PYTHONPATH="", PATH=tmp_path)
+    assert answer.returncode == 0, answer.stderr
     file, counts, cpu, plots, diagnostics = answer.stdout.splitlines()
     assert Path(file).is_relative_to(built.python.parents[1])
     assert counts == "[2, 1]"

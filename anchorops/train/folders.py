@@ -14,7 +14,7 @@ from .config import IGNORED
 
 CLASSES = "classes.txt"
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-MAX_CLASSES = 4096  # of a confusion matrix
+MAX_EVALUATED = 4096  # classes: a confusion matrix of 128 MiB
 LABEL_VALUES = 65_536
 UNKNOWN = -2  # in a table of labels
 NO_CLASS = 255  # in masks: ignored where there are at most so many classes
@@ -57,8 +57,8 @@ class MaskFolder:
         labels: Mapping[int, int],
         channels: int = 3,
     ) -> None:
-        if not 2 <= len(classes) <= MAX_CLASSES:
-            raise ValueError(f"expected 2 to {MAX_CLASSES} classes, got {len(classes)}")
+        if not 2 <= len(classes) <= MAX_EVALUATED:
+            raise ValueError(f"expected 2 to {MAX_EVALUATED} classes, got {len(classes)}")
         wrong = {new for new in labels.values() if not (0 <= new < len(classes) or new == IGNORED)}
         if wrong:
             raise ValueError(f"--label-map: expected classes 0 to {len(classes) - 1}, got {wrong}")
@@ -318,9 +318,9 @@ def open_folder(
         raise ValueError(
             f"{root / CLASSES}: expected {num_classes} lines (--num-classes), got {len(classes)}"
         )
-    if not 2 <= len(classes) <= MAX_CLASSES:
+    if not 2 <= len(classes) <= MAX_EVALUATED:
         source = "--num-classes" if num_classes else root / CLASSES
-        raise ValueError(f"{source}: expected 2 to {MAX_CLASSES} classes, got {len(classes)}")
+        raise ValueError(f"{source}: expected 2 to {MAX_EVALUATED} classes, got {len(classes)}")
     labels = {NO_CLASS: IGNORED} | {k: k for k in range(len(classes))} | dict(label_map or {})
     if len(classes) <= NO_CLASS:
         labels = {k: IGNORED if label == NO_CLASS else label for k, label in labels.items()}
