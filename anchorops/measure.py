@@ -31,11 +31,11 @@ class Measurement(NamedTuple):
         median: seconds, as are q20 and q80, the quantiles at 20 and 80 %.
         rounds: how often the call was timed.
         gbps: counted bytes per second, in GB/s.
-        copy_share: that rate as a share of the rate of a copy in the same rounds; None where no
-            tensor was given.
-        read_share: the same of a sum, which only reads.
-        others: cores that other processes kept busy meanwhile; None on CUDA, where the system does
-            not tell, and under 0.1 s.
+        copy_share: that rate as a share of the rate of a copy in the same rounds; None if no tensor
+            was given.
+        read_share: the same for a sum, which only reads.
+        others: cores that other processes kept busy during the measurement; None on CUDA, where the
+            system does not report this, and below 0.1 s.
     """
 
     median: float
@@ -49,13 +49,13 @@ class Measurement(NamedTuple):
 
 
 def example_labels(size: tuple[int, ...], num_classes: int, kind: str) -> Tensor:
-    """Labels that are always the same, of which one in K + 1 is ignored (−1).
+    """Labels that are the same in every call. One of K + 1 is ignored (−1).
 
     Args:
         size: (N,), (B, N) or (B, H, W).
         num_classes: K.
         kind: "coherent", rectangles of 24×37 pixels (runs of 37 points) at odd offsets, or
-            "random", each pixel drawn alone.
+            "random", each pixel drawn independently.
 
     Returns:
         int64 labels of that size on the CPU.
@@ -75,17 +75,17 @@ def example_labels(size: tuple[int, ...], num_classes: int, kind: str) -> Tensor
 def moments_bytes(
     features: Tensor, num_keys: int, direction: str, *, sums: bool = True, sqdists: bool = False
 ) -> int:
-    """Bytes that class moments must move, each input read and each output written once.
+    """Bytes that class moments must move if each input is read and each output written once.
 
-    forward:  features, a 4-byte key per pixel, anchors where sqdists are asked for; the statistics.
+    forward:  features, a 4-byte key per pixel, anchors if sqdists are requested; the statistics.
     backward: keys, the statistics' gradients, anchors and features for sqdists; dfeatures.
-    Class keys are apart (`keys_bytes`): they are 1/D of this.
+    The bytes of class keys are not included (see `keys_bytes`): they are 1/D of this.
 
     Args:
-        features: (N, D), (B, D, N) or (B, D, H, W), of which only shape and dtype count.
+        features: (N, D), (B, D, N) or (B, D, H, W); only its shape and dtype are used.
         num_keys: rows of the statistics: classes × images × groups.
         direction: "forward", "backward" or "forward + backward".
-        sums, sqdists: which statistics are asked for.
+        sums, sqdists: which statistics are requested.
     """
     feature_bytes = features.numel() * features.element_size()
     keys = 4 * features.numel() // features.shape[1]
@@ -103,8 +103,8 @@ def keys_bytes(pixels: int, num_keys: int, itemsize: int = 8) -> int:
 
 
 def _sample(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[float]]:
-    """Seconds of each run in each round, the runs taking turns: as a machine's bandwidth drifts,
-    only neighbours compare."""
+    """Seconds of each run in each round. The runs take turns, because the bandwidth of a machine
+    drifts, and only measurements close in time can be compared."""
     if device.type == "cuda":
         return _sample_cuda(runs, rounds)
     times = [[duration(run) for run in runs] for _ in range(rounds)]
@@ -112,16 +112,16 @@ def _sample(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list
 
 
 def duration(run: Run) -> float:
-    """Seconds of one call on the host, which on CUDA does not wait for the GPU."""
+    """Seconds of one call on the host. On CUDA it does not wait for the GPU."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def _sample_cuda(runs: Sequence[Run], rounds: int) -> list[list[float]]:
-    # Reading it evicts the inputs from L2, writes back there what the call before has written, and
-    # keeps the GPU busy while the host launches what is timed. Had it been written, its own lines
-    # would be written back while the call runs.
+    # Reading this buffer evicts the inputs from L2, and makes L2 write back the results of the call
+    # before. It also keeps the GPU busy while the host launches the timed call. The buffer is only
+    # read: written lines would be written back during the timed call.
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     clean = torch.zeros(min(2**30, memory // 16) // 4, dtype=torch.float32, device="cuda")
 
@@ -140,7 +140,7 @@ def _sample_cuda(runs: Sequence[Run], rounds: int) -> list[list[float]]:
 
 
 def cuda_graph(run: Run) -> Run:
-    """The call captured as a CUDA graph: a replay's time is the GPU's alone."""
+    """The run as a CUDA graph: the time of a replay is GPU time only."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -166,29 +166,28 @@ def measure(
     beside: Tensor | None = None,
     seconds: float = 0.5,
 ) -> tuple[Measurement, list[float]]:
-    """Time a call that was made before, because its first call may compile.
+    """Times a run. It must have been called before, because its first call may compile.
 
-    On CUDA the inputs are evicted from the L2 cache before each call, and events give the GPU's
-    time.
+    On CUDA the inputs are evicted from the L2 cache before each call, and the time is the GPU's.
 
     Args:
-        run: the call; what it returns is dropped.
-        counted_bytes: bytes that it must move, each input read and each output written once.
+        run: the call; its result is not kept.
+        counted_bytes: bytes that it must move if each input is read and each output written once.
         device: where it runs.
-        beside: a tensor whose copy and whose sum are timed in turn with the call, so that the
-            shares of their bandwidths are medians over the same rounds.
-        seconds: how long to repeat it; at least 3 rounds.
+        beside: a tensor whose copy and sum take turns with the run. The shares of their bandwidths
+            are medians over the rounds.
+        seconds: for about how long the run is repeated; at least 3 rounds.
 
     Returns:
-        The measurement, and the seconds of each round.
+        The measurement, and the seconds of every round.
     """
     runs = [run]
     if beside is not None:
         tensor = beside.detach()
         target = torch.empty_like(tensor)
         runs += [lambda: target.copy_(tensor), lambda: tensor.sum()]
-    # Until the time is up: the first calls of a run may take ten times as long as later ones, while
-    # the system looks for huge pages. On CUDA the host is to be ahead of the GPU.
+    # The loop runs until the time is over: the first calls of a run may take ten times as long as
+    # later ones, while the system looks for huge pages. On CUDA the host must be ahead of the GPU.
     chunk, most = (10, 100) if device.type == "cuda" else (1, 1000)
     busy, start = _busy_elsewhere(device), time.perf_counter()
     samples = _sample(runs, device, 3)
@@ -197,7 +196,7 @@ def measure(
     times, *others = samples
     elapsed, after = time.perf_counter() - start, _busy_elsewhere(device)
     cores = None
-    if busy is not None and after is not None and elapsed >= 0.1:  # the system counts by 10 ms
+    if busy is not None and after is not None and elapsed >= 0.1:  # the system counts in 10 ms
         cores = max(0.0, after - busy) / elapsed
     q20, *_, q80 = quantiles(times, n=5, method="inclusive")
     shares: list[float | None] = [None, None]
@@ -211,13 +210,13 @@ def measure(
     return Measurement(middle, q20, q80, len(times), rate, *shares, others=cores), times
 
 
-# With other processes on the cores, threads wait for each other in every small layer: SAR's
+# If other processes use the cores, threads wait for each other in every small layer: SAR's
 # embedding of 19 anchors then takes 500 ms instead of 2, unless OMP_WAIT_POLICY is passive.
-DISTURBED = 0.2  # cores busy elsewhere
+DISTURBED = 0.2  # cores that other processes keep busy
 
 
 def _busy_elsewhere(device: torch.device) -> float | None:
-    """Seconds that all cores gave to other processes since the system started."""
+    """Seconds that all cores spent on other processes since the system started."""
     stat = Path("/proc/stat")
     if device.type == "cuda" or not stat.exists():
         return None
@@ -227,11 +226,11 @@ def _busy_elsewhere(device: torch.device) -> float | None:
 
 
 def bandwidth(tensor: Tensor, rounds: int = 20) -> dict[str, float]:
-    """GB/s at which torch copies a tensor (bytes read plus written) and sums it (bytes read).
+    """GB/s of copying a tensor (bytes read plus written) and of summing it (bytes read).
 
     Args:
-        tensor: its device is measured; larger than the caches.
-        rounds: of which the medians are taken.
+        tensor: larger than the caches of its device.
+        rounds: the medians are over so many.
 
     Returns:
         `copy_gbps` and `read_gbps`.
@@ -244,9 +243,9 @@ def bandwidth(tensor: Tensor, rounds: int = 20) -> dict[str, float]:
 
 
 def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
-    """Most memory that a call takes at once beyond its inputs and outputs, in bytes.
+    """Peak memory of the run in bytes, without its inputs and outputs.
 
-    None where the system does not tell: on the CPU only Linux does.
+    None if the system does not report it: on the CPU only Linux does.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -255,8 +254,8 @@ def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
         outputs = _output_bytes(run())
         return max(0, torch.cuda.max_memory_allocated() - before - outputs)
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else freed memory is taken again, and is not seen
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise reused memory would not be counted
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
         before = _status("VmRSS")
         outputs = _output_bytes(run())
         return max(0, _status("VmHWM") - before - outputs)
@@ -275,7 +274,7 @@ def _status(field: str) -> int:
 
 
 def environment(device: torch.device) -> dict[str, str | None]:
-    """Hardware, threads and versions, for the head of a table."""
+    """Hardware, threads and versions, for the header of a table."""
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         name = f"{gpu.name}, {gpu.multi_processor_count} multiprocessors"
