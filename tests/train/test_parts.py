@@ -1,10 +1,6 @@
 """The training program without its runs: scenes, order, networks, losses, figures, options."""
 
 import copy
-import json
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -352,55 +348,3 @@ def test_configuration_survives_its_file(name: str, tmp_path: Path):
     config = PRESETS[name][1].replace(methods=("sar", "occl"), method_options={"sar.tau": "1"})
     config.save(tmp_path / "config.json")
     assert Config.load(tmp_path / "config.json") == config
-
-
-@pytest.mark.slow
-def test_benchmark_of_training_steps(tmp_path: Path):
-    bench = Path(__file__).parents[2] / "bench/training_step.py"
-    command = [sys.executable, str(bench), "--dry-run", "--minutes", "0", "--out"]
-    done = subprocess.run([*command, str(tmp_path / "x/rows.json")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    run = json.loads((tmp_path / "x/rows.json").read_text())
-    assert run["dry_run"] and {"device", "torch", "commit"} < run.keys()
-    names = ("network", "methods", "cross_entropy")
-    networks, methods, losses = ({row[name] for row in run["rows"]} for name in names)
-    assert {network.split()[0] for network in networks} == {"hrnet-w18-small", "segformer-b0"}
-    assert len(methods) == 8 and losses == {"torch", "anchorops"}
-    assert len(run["rows"]) == 2 * (2 + 7)
-    assert all(row["seconds"]["median"] > 0 and row["peak_bytes"] for row in run["rows"])
-    assert "cbp+occl, anchorops" in done.stdout
-
-
-def test_report_of_evidence(tmp_path: Path):
-    """Of what there is: seeds that are missing are not made up, and what was not run is said."""
-    example = Path(__file__).parents[2] / "examples/evidence_report.py"
-    report = runpy.run_path(str(example))
-
-    def row(methods: str, setting: str, steps: int, seed: int, miou: float) -> dict:
-        run = {"scenes": "digits", "model": "segformer-b0", "methods": methods, "setting": setting}
-        run |= {"steps": steps, "seed": seed, "miou": miou, "head": 0.8, "body": 0.5, "tail": 0.2}
-        curve = [[steps // 2, miou / 2, 0.4, 0.2, 0.0], [steps, miou, 0.8, 0.5, 0.2]]
-        ratios = {method: [0.5, 3.0] for method in methods.split("+") if method != "plain"}
-        return run | {"commit": "abc", "curve": curve, "gradient_ratios": ratios}
-
-    rows = [
-        *(row("plain", "published", 500, seed, miou) for seed, miou in ((0, 0.5), (1, 0.6))),
-        *(row("ceco", "published", 500, seed, miou) for seed, miou in ((1, 0.57), (0, 0.49))),
-        row("ceco", "from-scratch", 500, 2, 0.7),
-        row("plain", "published", 1500, 0, 0.505),
-    ]
-    assert report["table"]([run for run in rows if run["steps"] == 500]).splitlines()[2:] == [
-        "| plain | 2 | 55.0 ± 7.1 |  | 80.0 ± 0.0 | 50.0 ± 0.0 | 20.0 ± 0.0 |",
-        "| CeCo | 2 | 53.0 ± 5.7 | −2.0 ± 1.4 | 80.0 ± 0.0 | 50.0 ± 0.0 | 20.0 ± 0.0 |",
-        "| CeCo, from scratch | 1 | 70.0 |  | 80.0 | 50.0 | 20.0 |",
-    ]
-    planned = [["digits", "segformer-b0", "sar", "published", 500, seed] for seed in range(3)]
-    evidence = {"command": "run", "device": "CPU", "torch": "2", "planned": planned, "rows": rows}
-    report["write"](evidence, tmp_path)
-    assert json.loads((tmp_path / "evidence.json").read_text()) == evidence
-    page = (tmp_path / "evidence.md").read_text()
-    assert "At 500: converged (1,500 add +0.5, n = 1). At 1,500: not known" in page
-    assert "| CeCo | 1.8 (0.5 to 3) |" in page
-    assert "- digits, SegFormer-B0, 500 steps: SAR (3)\n" in page
-    picture = (tmp_path / "evidence-digits-segformer-b0.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
