@@ -1,4 +1,4 @@
-"""Fused class-representation losses for semantic segmentation."""
+"""Losses for semantic segmentation, as fused PyTorch operators."""
 
 import importlib
 from types import ModuleType
@@ -51,8 +51,8 @@ __all__ = [
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
-# They need torchmetrics and matplotlib, and so are imported at their first use.
-if TYPE_CHECKING:  # a type checker that saw __getattr__ would believe in any name
+# diagnostics needs torchmetrics and plots needs matplotlib, so they are imported at first use.
+if TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
     from . import diagnostics as diagnostics
     from . import plots as plots
 else:

@@ -1,4 +1,4 @@
-"""Which implementation serves a call: `cuda`, `triton`, `cpu` (C++) or `reference` (PyTorch)."""
+"""Selects the backend of a call: `cuda`, `triton`, `cpu` (C++) or `reference` (PyTorch)."""
 
 import ctypes
 import importlib
@@ -18,22 +18,25 @@ from torch import Tensor
 from ._checks import check_choice
 
 NAMES = ("cuda", "triton", "cpu", "reference")
-GPU_MAX_CLASSES = 16_384  # of cuda and triton; the others take MAX_CLASSES of _checks
+GPU_MAX_CLASSES = 16_384  # of cuda and triton; the others support MAX_CLASSES of _checks
 
-# Proofs without a GPU run a backend's kernels on CPU tensors: Triton's in its interpreter (Triton
-# reads the variable when it is imported), the CUDA sources from a library that a C++ compiler made.
+# Tests without a GPU run the kernels of a backend on CPU tensors. Triton's interpreter runs the
+# Triton kernels (Triton reads the variable when it is imported). The CUDA sources are loaded from a
+# library that a C++ compiler made.
 TRITON_INTERPRETED = os.getenv("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 _CUDA_ON_HOST = os.getenv("ANCHOROPS_CUDA_ON_HOST")
 _ON_HOST = {"triton": TRITON_INTERPRETED, "cuda": bool(_CUDA_ON_HOST)}
 
-# LibTorch's stable ABI and no Python: one build serves every torch from 2.10 on and every Python.
+# They use LibTorch's stable ABI and no Python: one build works with torch 2.10 and later, and with
+# every version of Python.
 CPU_LIBRARY = Path(__file__).with_name("_cpu.so")
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 
 
 class _Choice(threading.local):
-    """Of each thread. The attribute is the instance's, not the class's: only that one does
-    torch.compile guard. A context variable could not be set inside a compiled function."""
+    """The chosen backend of each thread. It is an attribute of the instance, not of the class,
+    because torch.compile guards only instance attributes. A context variable could not be set
+    inside a compiled function."""
 
     def __init__(self) -> None:
         self.backend = "auto"
@@ -43,8 +46,8 @@ _choice = _Choice()
 
 
 def register_triton(library: torch.library.Library, operator: str) -> None:
-    """Implement `operator`.triton by the function of that name in the module of that name in
-    anchorops.kernels, which is imported, and Triton with it, at the first call."""
+    """Implement `operator`.triton by the function `operator` of anchorops.kernels.`operator`. The
+    first call imports this module, and Triton with it."""
 
     def launch(*args: Any) -> Any:
         kernels = importlib.import_module(f"anchorops.kernels.{operator}")
@@ -58,7 +61,7 @@ def register_triton(library: torch.library.Library, operator: str) -> None:
 
 
 def build_info() -> dict[str, str]:
-    """What the C++ library beside this file was built with; empty where it does not load."""
+    """How the C++ library next to this file was built; empty if it cannot be loaded."""
     try:
         record = ctypes.CDLL(str(CPU_LIBRARY)).anchorops_build_info
     except OSError:
@@ -81,13 +84,14 @@ def _load_cuda() -> str | None:
     if _CUDA_ON_HOST:
         torch.ops.load_library(_CUDA_ON_HOST)
         return None
-    # An older library may lie there from before a build without CUDA: ask the build.
+    # The file may be left from before a build without CUDA, so the build is asked.
     built = build_info().get("cuda")
     if not built:
         return "anchorops was built without CUDA: it needs nvcc and a CUDA build of torch"
     if torch.version.cuda is None:
         return "this torch is a CPU build"
-    if built.split(".")[0] != torch.version.cuda.split(".")[0]:  # two runtimes in one process
+    # Two CUDA runtimes in one process do not work together.
+    if built.split(".")[0] != torch.version.cuda.split(".")[0]:
         return (
             f"anchorops was built with CUDA {built}, this torch with {torch.version.cuda}: "
             "install anchorops again with nvcc of torch's major version"
@@ -100,9 +104,10 @@ def _load_cuda() -> str | None:
 
 
 def _built_for(targets: str) -> list[tuple[tuple[int, int], tuple[float, float]]]:
-    """First and last compute capability of the GPUs on which code for each of the targets runs,
-    which are as in TORCH_CUDA_ARCH_LIST. Machine code serves its own major version from its minor
-    version on, PTX every later capability; "9.0a" is for 9.0 alone, "10.0f" is for its family."""
+    """First and last compute capability of the GPUs that can run the code of each target. The
+    targets are written as in TORCH_CUDA_ARCH_LIST. Machine code runs on the same major version with
+    an equal or higher minor version; PTX runs on every later capability. "9.0a" is for 9.0 only,
+    "10.0f" for its family."""
     ranges = []
     for major, minor, kind, ptx in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", targets):
         first = int(major), int(minor)
@@ -113,12 +118,13 @@ def _built_for(targets: str) -> list[tuple[tuple[int, int], tuple[float, float]]
 
 def _find_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (CPU builds of torch do not bring it)"
+        return "triton is not installed (CPU builds of torch do not include it)"
     return None
 
 
-# Why a backend's code is not here, fastest backend first. Known at import, so that choosing one is
-# a look into this table, which torch.compile can trace; whether there is a GPU is asked elsewhere.
+# Why the code of a backend is missing, fastest backend first. This is known at import, so choosing
+# a backend only reads this table, which torch.compile can trace. It does not say whether there is a
+# GPU.
 _cpu = _load_cpu()
 _MISSING = {"cuda": _load_cuda(), "triton": _find_triton(), "cpu": _cpu, "reference": None}
 _CUDA_TARGETS = build_info().get("cuda_arch_list", "")
@@ -139,8 +145,8 @@ def _no_code_for(device: torch.device | int) -> str | None:
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend, fastest first: None where it is usable here, else the reason it is not. Of
-    several GPUs, `cuda` is usable where it is on one."""
+    """All backends, fastest first: None if the backend is usable here, otherwise the reason why
+    not. With several GPUs, `cuda` is usable if at least one GPU supports it."""
     reasons = dict(_MISSING)
     for name in ("cuda", "triton"):
         if not reasons[name] and not _ON_HOST[name] and not torch.cuda.is_available():
@@ -152,16 +158,17 @@ def backends() -> dict[str, str | None]:
 
 
 class use_backend:
-    """Choose the backend of this thread's later calls; as a context manager, of the calls inside.
+    """Choose the backend for the following calls, or as a context manager for the calls inside.
 
-    Like torch.no_grad() it is this thread's alone: other threads begin with "auto", and asyncio's
-    tasks share the choice of their thread. Where torch.utils.checkpoint recomputes on a GPU, it
-    does so in a thread of autograd's: choose inside the checkpointed function.
+    Like torch.no_grad() this applies to the current thread only. Other threads begin with "auto";
+    asyncio tasks share the choice of their thread. On a GPU, torch.utils.checkpoint recomputes in
+    a thread of autograd: call use_backend inside the checkpointed function.
 
-    "auto" (the default) takes, for the features' device and dtype, the fastest that is usable:
-    on CUDA `cuda` where it was built for that GPU, then `triton` (float64, and more classes than
-    they take, go to `reference`); on CPU `cpu`; everywhere else `reference`. A backend asked for by
-    name that cannot serve a call raises; nothing falls back in silence.
+    "auto" (the default) selects the fastest usable backend for the device and dtype of the input.
+    For CUDA tensors this is `cuda`, if it was built for that GPU, then `triton`; float64, or more
+    classes than they support, use `reference`. For CPU tensors it is `cpu`, for all others
+    `reference`. A backend chosen by name raises an error if it does not support a call; it is never
+    silently replaced by another one.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not usable here.
     """
@@ -188,28 +195,29 @@ class use_backend:
         _choice.backend = self._previous
 
 
-def _why_not(name: str, features: Tensor, num_classes: int) -> str | None:
-    """Why the backend cannot serve this call, or None."""
+def _why_not(name: str, tensor: Tensor, num_classes: int) -> str | None:
+    """Why the backend does not support a call with this input, or None."""
     device = "cpu" if name == "cpu" or _ON_HOST.get(name) else "cuda"
-    if name != "reference" and features.device.type != device:
-        return f"it serves {device} tensors, features are on {features.device}"
-    if name in ("cuda", "triton") and features.dtype == torch.float64:
-        return "it does not serve float64 (the reference does)"
+    if name != "reference" and tensor.device.type != device:
+        return f"it supports {device} tensors, the input is on {tensor.device}"
+    if name in ("cuda", "triton") and tensor.dtype == torch.float64:
+        return "it does not support float64 (the reference does)"
     if name in ("cuda", "triton") and num_classes > GPU_MAX_CLASSES:
-        return f"it serves at most {GPU_MAX_CLASSES} classes, num_classes is {num_classes}"
-    return _no_code_for(features.device) if name == "cuda" and device == "cuda" else None
+        return f"it supports at most {GPU_MAX_CLASSES} classes, num_classes is {num_classes}"
+    return _no_code_for(tensor.device) if name == "cuda" and device == "cuda" else None
 
 
-def select(function: str, features: Tensor, num_classes: int) -> str:
-    """The backend that serves this call. Raises ValueError where the chosen one cannot."""
+def select(function: str, tensor: Tensor, num_classes: int) -> str:
+    """The backend of a call with this input (features, logits or predictions). Raises ValueError if
+    the chosen backend does not support it."""
     chosen = _choice.backend
     if chosen != "auto":
-        reason = _why_not(chosen, features, num_classes)
+        reason = _why_not(chosen, tensor, num_classes)
         if reason:
-            raise ValueError(f"{function}: backend {chosen} cannot serve this call: {reason}")
+            raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
         return chosen
     for name, missing in _MISSING.items():
-        # What runs on the host for proofs is not for work.
-        if not (missing or _ON_HOST.get(name) or _why_not(name, features, num_classes)):
+        # Interpreted and emulated kernels are for tests: they are never selected automatically.
+        if not (missing or _ON_HOST.get(name) or _why_not(name, tensor, num_classes)):
             return name
     return "reference"

@@ -1,4 +1,4 @@
-"""Argument checks. Messages name the function, the argument, what was expected and what came."""
+"""Argument checks. Messages name the function, the argument, what was expected and received."""
 
 from textwrap import shorten
 from typing import NoReturn
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_CLASSES = 65_536  # that an operator takes, on its best backend
+MAX_CLASSES = 65_536  # of the backends cpu and reference
 
 
 def fail(function: str, argument: str, expected: str, got: object) -> NoReturn:
@@ -16,7 +16,7 @@ def fail(function: str, argument: str, expected: str, got: object) -> NoReturn:
 
 
 def missing_extra(part: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
-    """For a part of the package whose dependencies are an extra of its name."""
+    """The error of a module whose dependencies are in the extra of the same name."""
     message = f"anchorops.{part}: {error}: install it with: pip install 'anchorops[{part}]'"
     return ModuleNotFoundError(message, name=error.name)
 
@@ -93,8 +93,8 @@ def check_labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Non
 
 
 def check_label_values(function: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Every label is a class or ignore_index; waits for the device."""
-    labels = labels.long()  # uint16 to uint64 have no comparisons
+    """Every label is a class or ignore_index. This synchronises with the device."""
+    labels = labels.long()  # torch has no comparisons for uint16 to uint64
     valid = (labels == ignore_index) | ((labels >= 0) & (labels < num_classes))
     if not valid.all():
         wrong = labels[~valid].unique().tolist()
@@ -110,8 +110,8 @@ def check_num_classes(function: str, num_classes: int) -> None:
 
 
 def check_ignore_index(function: str, ignore_index: int | None, num_classes: int) -> int:
-    """The label that is left out: 255 unless given. It may be a class, but only where it is given:
-    of more than 255 classes the default would leave out class 255 in silence."""
+    """The label to ignore; the default is 255. A class may be ignored, but only if it is given
+    explicitly: with more than 255 classes the default would silently ignore class 255."""
     if ignore_index is None:
         if num_classes > 255:
             expected = "a value where num_classes > 255 (the default, 255, is a class there)"
@@ -140,9 +140,9 @@ def check_anchors(
         fail(function, "anchors", f"device {features.device}, as features", anchors.device)
 
 
-def check_no_tangents(function: str, *tensors: Tensor | None) -> None:
-    """Neither forward-mode differentiation, whose tangents torch.library drops in silence, nor
-    torch.func's (grad, vjp, jacrev), which it refuses with a message about itself."""
+def check_derivatives(function: str, *tensors: Tensor | None) -> None:
+    """Only reverse-mode derivatives by autograd are requested. torch.library silently drops the
+    tangents of forward mode. For torch.func's grad, vjp and jacrev its message would be unclear."""
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
@@ -156,7 +156,7 @@ def check_no_tangents(function: str, *tensors: Tensor | None) -> None:
 
 
 def in_transform(tensor: Tensor, *, of_gradients: bool = False) -> bool:
-    """Whether torch.func transforms a function of this tensor: any transform, or derivatives."""
+    """Whether a torch.func transform is applied to this tensor: any transform, or a derivative."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,7 +14,7 @@ def _normal(rows: int, columns: int, generator: torch.Generator | None) -> Tenso
 
 
 def _orthonormal_columns(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
-    """[rows, columns], uniformly distributed (the signs of R's diagonal are taken out)."""
+    """[rows, columns], uniformly distributed (q is corrected by the signs of R's diagonal)."""
     q, r = torch.linalg.qr(_normal(rows, columns, generator))
     return q * r.diagonal().sign()
 
@@ -40,11 +40,11 @@ def orthogonal_anchors(
 ) -> Tensor:
     """Orthonormal rows of a random rotation (SAR, "OM"): [K, D].
 
-    Raises ValueError where dim < num_classes: there are no K orthogonal directions then.
+    Raises ValueError if dim < num_classes, because K orthogonal directions need D ≥ K.
     """
     _check("orthogonal_anchors", num_classes, dim)
     if dim < num_classes:
-        expected = f"at least num_classes = {num_classes}, for so many orthogonal rows"
+        expected = f"at least num_classes = {num_classes}, the number of orthogonal rows"
         fail("orthogonal_anchors", "dim", expected, dim)
     return _orthonormal_columns(dim, num_classes, generator).T.to(torch.get_default_dtype())
 
@@ -53,9 +53,9 @@ def simplex_etf(num_classes: int, dim: int, *, generator: torch.Generator | None
     """Simplex equiangular tight frame, randomly rotated: [K, D], unit rows, cosines −1/(K−1).
 
     W = sqrt(K/(K−1)) · U (I − 11ᵀ/K) (CeCo, CVPR 2023, supplement Eq. 11; SAR, "MES"), here as
-    sqrt(K/(K−1)) · B Qᵀ with B Bᵀ = I − 11ᵀ/K and Q orthonormal, which needs D ≥ K−1 only.
+    sqrt(K/(K−1)) · B Qᵀ with B Bᵀ = I − 11ᵀ/K and Q orthonormal, which only needs D ≥ K−1.
 
-    Raises ValueError where dim < num_classes − 1 (no such frame exists) or num_classes < 2.
+    Raises ValueError if dim < num_classes − 1 (no such frame exists) or num_classes < 2.
     """
     _check("simplex_etf", num_classes, dim, least_classes=2)
     if dim < num_classes - 1:
@@ -77,16 +77,16 @@ def category_basis(
     orthogonalize: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Category-basis prototypes: orthogonal rows of equal length, to be a frozen classifier.
+    """Category-basis prototypes: orthogonal rows of equal length, for a frozen classifier.
 
     CBP, Algorithm 1 (doi 10.1016/j.patcog.2024.110431): Kaiming initialisation (here normal,
-    fan_in: the variant is unstated), Gram-Schmidt on the rows without the algorithm's line 12,
-    which would undo it, and every row scaled to `length`.
+    fan_in, because the paper does not state the variant), then Gram-Schmidt on the rows, without
+    line 12 of the algorithm, which would undo it. Then every row is scaled to `length`.
 
     Args:
-        num_classes, dim: K and D, with D ≥ K where orthogonalised.
-        length: T, the rows' length; None leaves the lengths as they are ("orthogonalised only").
-        init: [K, D] to start from instead (text embeddings, backbone features).
+        num_classes, dim: K and D, with D ≥ K if orthogonalised.
+        length: T, the rows' length; None keeps the lengths as they are ("orthogonalised only").
+        init: initial matrix [K, D] instead of a random one (text embeddings, backbone features).
         orthogonalize: False for "equalised only".
 
     Returns:
@@ -98,7 +98,7 @@ def category_basis(
     function = "category_basis"
     _check(function, num_classes, dim)
     if orthogonalize and dim < num_classes:
-        expected = f"at least num_classes = {num_classes}, for so many orthogonal rows"
+        expected = f"at least num_classes = {num_classes}, the number of orthogonal rows"
         fail(function, "dim", expected, dim)
     if length is not None and not length > 0:
         fail(function, "length", "a number above 0 or None", length)

@@ -1,4 +1,4 @@
-"""`attach`: give a regulariser the features before a model's last classifier."""
+"""`attach`: connects a regulariser to the features before a model's last classifier."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _logger = logging.getLogger("anchorops")
 
 
 class Attachment:
-    """A regulariser on a model: what `attach` returns, and what the training loop calls.
+    """A regulariser attached to a model. `attach` returns it, and the training loop calls it.
 
-    Calling it with labels, once after each training forward, gives the regulariser's loss on the
-    classifier's input in that forward. A copy of the model has an attachment of its own, under
-    `copy.regularizer.attachment`.
+    Call it with the labels, once after each forward pass in training mode. It returns the
+    regulariser's loss on the classifier's input in that forward. A copy of the model has its own
+    attachment, `copy.regularizer.attachment`.
     """
 
     def __init__(
@@ -36,25 +36,25 @@ class Attachment:
     ) -> None:
         self.regularizer, self.classifier_name = regularizer, classifier_name
         self.classifier = classifier
-        self._parent, self._child = parent, child  # whose submodule the regulariser is
+        self._parent, self._child = parent, child  # the regulariser is parent.child
         self._hooks: list[RemovableHandle] = []
-        self._features: Tensor | None = None  # of the last training forward, until asked for
+        self._features: Tensor | None = None  # of the last training forward, until they are taken
         self._taken = False
-        # Where the regulariser is called within a checkpointed function, the recomputation calls
-        # it again, with the features that it has recomputed.
+        # If the regulariser is called inside a checkpointed function, the recomputation calls it
+        # again with recomputed features.
         self._taken_in_checkpoint = False
         self._recomputed: Tensor | None = None
-        # input and output of the last dropout that may have run just before the classifier
+        # input and output of the last dropout that may have run immediately before the classifier
         self._dropped: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, labels: Tensor) -> Tensor:
         """The loss on the features of the last training forward, a scalar.
 
-        labels: integer, (B, H', W') of any size, (B, N) or (N,), as the features are.
+        labels: integer, (B, H', W') of any size, (B, N) or (N,), matching the features.
 
         Raises:
-            RuntimeError: there has been no training forward since the last call.
-            ValueError: labels that do not fit the features.
+            RuntimeError: there was no forward pass in training mode since the last call.
+            ValueError: the labels do not match the features.
         """
         return self.regularizer(self._take_features(), labels, self.classifier)
 
@@ -86,13 +86,14 @@ class Attachment:
         self._features = self._dropped = self._recomputed = None
 
     def watch(self, dropouts: list[nn.Module]) -> None:
-        """Hook the classifier, and the dropouts that its input may come through."""
+        """Add hooks to the classifier, and to the dropouts that may produce its input."""
         self._hooks.append(self.classifier.register_forward_pre_hook(self._see_classifier))
         for dropout in dropouts:
             self._hooks.append(dropout.register_forward_hook(self._see_dropout))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model has seen no forward (and features, not being leaves, do not copy).
+        # A copy of the model has had no forward pass. (Features are not leaves: they cannot be
+        # copied.)
         empty = dict.fromkeys(("_features", "_dropped", "_recomputed"))
         return self.__dict__ | empty | {"_taken": False, "_taken_in_checkpoint": False}
 
@@ -109,7 +110,7 @@ class Attachment:
         again = recomputing()
         if not self._watches(module):
             if not (again or torch.compiler.is_compiling()):
-                self._taken = False  # the classifier has run since, and nothing was kept
+                self._taken = False  # the classifier ran again, and no features were kept
             return
         if not again:
             self.regularizer.before_classifier(module)
@@ -125,7 +126,7 @@ class Attachment:
             self._features, self._taken = features, False
 
     def _watches(self, module: nn.Module) -> bool:
-        """Whether a training forward runs, or such a recomputation that calls the regulariser."""
+        """Whether this is a training forward, or a recomputation that calls the regulariser."""
         if not module.training or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return False
         return not recomputing() or self._taken_in_checkpoint
@@ -144,19 +145,19 @@ class Attachment:
         elif self._taken:
             why = "the features of this forward were already taken: call it once per forward"
         elif not self.regularizer.training:
-            why = "in eval mode no features are kept: leave the term out, or call model.train()"
+            why = "in eval mode no features are kept: omit the term, or call model.train()"
         else:
             why = (
                 f"{self.classifier_name} has not run since: run the model in training mode, with "
                 "gradients, before; torch.utils.checkpoint over its classifier needs "
-                "use_reentrant=False. A model whose first compiled call came before attach never "
-                "calls it: attach first, or call torch.compiler.reset() after"
+                "use_reentrant=False. If a compiled model was called before attach, it never runs "
+                "the hook: attach first, or call torch.compiler.reset() after"
             )
         raise RuntimeError(f"{type(self.regularizer).__name__}: no features: {why}")
 
 
 def _unwrap(model: nn.Module, regularizer: Regularizer) -> nn.Module:
-    """The user's module inside torch.compile, DDP and the like."""
+    """The user's module inside torch.compile, DDP and other wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
@@ -175,8 +176,8 @@ def _unwrap(model: nn.Module, regularizer: Regularizer) -> nn.Module:
             expected = f"a model not yet wrapped: {name} replaces the classifier"
             fail("attach", "model", f"{expected}, which {wrapper} already holds", wrapper)
         state = itertools.chain(regularizer.parameters(), regularizer.buffers())
-        if any(tensor.is_floating_point() for tensor in state):  # drawn by each rank for itself
-            expected = f"a model not yet wrapped: {name} brings parameters or anchors"
+        if any(tensor.is_floating_point() for tensor in state):  # each rank has drawn its own
+            expected = f"a model not yet wrapped: {name} adds parameters or anchors"
             fail("attach", "model", f"{expected}, which {wrapper} would not see", wrapper)
         if inner is model:
             return model
@@ -225,8 +226,8 @@ def _find_classifier(model: nn.Module, num_classes: int, dim: int) -> tuple[str,
 
 
 def _dropouts_before(model: nn.Module, name: str) -> list[nn.Module]:
-    """Dropouts that the classifier's input may come from: those beside it, and the last one that
-    was registered before it."""
+    """Dropouts that may produce the classifier's input: its sibling modules, and the last dropout
+    that was registered before it."""
     parent, before = name.rpartition(".")[0], None
     for other, module in model.named_modules():
         if other == name:
@@ -253,39 +254,40 @@ def _named(model: nn.Module, module: nn.Module | str) -> tuple[str, nn.Module]:
 def attach(
     model: nn.Module, regularizer: Regularizer, module: nn.Module | str | None = None
 ) -> Attachment:
-    """Give the regulariser the input of the model's last classifier:
+    """Connect a regulariser to the input of the model's last classifier:
 
         sar = attach(model, SAR(19, 256))
         loss = ce + sar(labels)
 
-    The classifier is the last linear layer or 1×1 convolution (else k×k) with `dim` inputs and
-    `num_classes` outputs whose name does not contain "aux"; which one it was, the returned
-    attachment says (and a record of the logger "anchorops"). A dropout through which its input came
-    directly is passed over (a module, not in place): the features are those before it. They are
-    those of one training forward, handed out once, never copied; in eval mode, without gradients
-    and under export the model is the bare model, to the operator (a torch.export program's
-    state_dict holds the whole model's, the regulariser's included: `detach()` first leaves it out).
+    The classifier is the last linear layer or 1×1 convolution (otherwise k×k) with `dim` inputs and
+    `num_classes` outputs whose name does not contain "aux". The returned attachment and a record of
+    the logger "anchorops" name it. If a dropout module (not in place) directly produces its input,
+    the features before the dropout are used. The features of each training forward can be used
+    once; they are never copied. In eval mode, without gradients and under export, the model runs
+    exactly the operators that it runs without the regulariser. (The state_dict of a torch.export
+    program includes the regulariser; call `detach()` before exporting to remove it.)
 
-    The regulariser becomes a submodule of the model (of the classifier where the model is an
-    nn.Sequential, which would call it), so that optimizers, `.to()`, DDP and checkpoints see its
-    parameters: attach before them, and before the first compiled call. They take part in every
-    backward, but not in the model's forward: DDP needs its default, find_unused_parameters=False.
-    Parameters and anchors are drawn from torch's default generator: DDP gives all ranks those of
-    rank 0; with broadcast_buffers=False, or without DDP, seed the ranks alike.
+    The regulariser becomes a submodule of the model, so optimizers, `.to()`, DDP and checkpoints
+    see its parameters. (If the model is an nn.Sequential, which would call it, it becomes a
+    submodule of the classifier.) Attach before you create these, and before the first compiled
+    call. The parameters are used in every backward pass, but not in the model's forward: DDP needs
+    its default, find_unused_parameters=False. Parameters and anchors are drawn from torch's default
+    generator. DDP copies those of rank 0 to all ranks; with broadcast_buffers=False, or without
+    DDP, use the same seed on all ranks.
 
     Args:
         model: any module that ends in a classifier.
         regularizer: SAR, OCCL, CeCo, MVSC, CBP, or several as `Combined`.
-        module: the classifier, or its name in the model, instead of the search.
+        module: the classifier, or its name in the model. If it is given, there is no search.
 
     Returns:
-        Attachment, which is called with the labels; also `terms`, `detach()`, `regularizer`,
-        `classifier` and `classifier_name`.
+        Attachment: call it with the labels. It has `terms`, `detach()`, `regularizer`, `classifier`
+        and `classifier_name`.
 
     Raises:
-        ValueError: no such classifier (the message names what was found), a regulariser already
-            attached; on a model already wrapped in DDP or FSDP, a regulariser with parameters or
-            anchors, or one that replaces the classifier; nn.DataParallel.
+        ValueError: no such classifier (the message lists similar layers); a regulariser that is
+            already attached; a model already wrapped in DDP or FSDP, if the regulariser has
+            parameters or anchors or replaces the classifier; nn.DataParallel.
     """
     if not isinstance(model, nn.Module):
         fail("attach", "model", "an nn.Module", describe(model))

@@ -54,7 +54,7 @@ def equiangularity(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
 
 
 def maximal_angle(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
-    """Mean over pairs of |cos(c_k − m, c_k' − m) + 1/(K−1)|: 0 for a simplex, the widest angles.
+    """Mean over pairs of |cos(c_k − m, c_k' − m) + 1/(K−1)|: 0 for a simplex (largest angles).
 
     Arguments as `equiangularity`.
     """
@@ -76,7 +76,7 @@ def pearson(x: Tensor, y: Tensor) -> Tensor:
 
 
 def norm_correlation(weight: Tensor, counts: Tensor) -> Tensor:
-    """Pearson's correlation of ‖w_k‖ with the classes' pixel counts ("prior ambiguity" in CBP)."""
+    """Pearson's correlation of ‖w_k‖ and the classes' pixel counts ("prior ambiguity" in CBP)."""
     return pearson(_rows("norm_correlation", weight).norm(dim=1), counts)
 
 
@@ -121,24 +121,25 @@ def gradient_ratio(features: Tensor, loss: Tensor, other: Tensor) -> Tensor:
 
 
 class CentroidGeometry(Metric):
-    """How far the features have collapsed to well-separated class centroids.
+    """Measures how closely the features have collapsed to well-separated class centroids.
 
-    update(features, labels) as `class_moments`. compute() gives a dict of float64 scalars:
+    update(features, labels) has the arguments of `class_moments`. compute() returns a dict of
+    float64 scalars:
 
-        equiangularity   Std over pairs of cos(ĉ_k, ĉ_k'), ĉ the centroids less a mean
+        equiangularity   standard deviation over pairs of cos(ĉ_k, ĉ_k'), ĉ: centroid minus mean
         maximal_angle    mean over pairs of |cos(ĉ_k, ĉ_k') + 1/(K−1)|
         compactness      Σ ‖f − c‖² / Σ n
-        min_distance, mean_distance    of pairs of centroids
+        min_distance, mean_distance    over pairs of centroids
 
     over the classes that occurred; NaN with fewer than two of them.
 
     Args:
         num_classes, dim: K and D.
-        mean: what centroids are taken less: the mean of the "classes" (their centroids) or of the
-            "pixels".
-        anchors: [K, D] about which squares are summed: Σ‖f−c‖² = Σ‖f−a‖² − n‖c−a‖², which is the
-            more exact the nearer they are to the centroids; zero by default.
-        ignore_index: as `class_moments`.
+        mean: which mean is subtracted from the centroids: that of the "classes" (their centroids)
+            or of the "pixels".
+        anchors: [K, D], zero by default. Σ‖f−c‖² is computed as Σ‖f−a‖² − n‖c−a‖²; this is more
+            exact if the anchors are closer to the centroids.
+        ignore_index: as in `class_moments`.
     """
 
     counts: Tensor
@@ -169,7 +170,7 @@ class CentroidGeometry(Metric):
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add the statistics of a batch; shapes and dtypes as `class_moments`."""
+        """Add the statistics of a batch; shapes and dtypes as in `class_moments`."""
         counts, sums, sqdists = class_moments(
             features,
             labels,
@@ -183,7 +184,7 @@ class CentroidGeometry(Metric):
         self.sqdists += sqdists
 
     def centroids(self) -> tuple[Tensor, Tensor]:
-        """Of this rank so far: centroids [K, D] float64 (zero where absent) and counts [K]."""
+        """The values of this rank so far: centroids [K, D], float64, zero if absent; counts [K]."""
         return self.sums / self.counts.clamp(min=1)[:, None], self.counts
 
     def compute(self) -> dict[str, Tensor]:
@@ -207,11 +208,11 @@ class CentroidGeometry(Metric):
 
 
 class LabelImbalance(Metric):
-    """How unequal the classes are, from labels alone (CeCo): update(labels), any integer (B, …).
+    """Class imbalance of labels (CeCo): update(labels), any integer dtype, (B, …).
 
-    compute() gives pixel_imbalance (PIF) and center_imbalance (CIF: of the numbers of images that
-    contain each class); the counts themselves are `pixels` and `images`, int64 [K]. `prior()` is
-    CeCo's π.
+    compute() returns pixel_imbalance (PIF) and center_imbalance (CIF, from the number of images
+    that contain each class). The counts are `pixels` and `images`, int64 [K]. `prior()` is CeCo's
+    π.
     """
 
     pixels: Tensor
@@ -239,11 +240,11 @@ class LabelImbalance(Metric):
         self.images += (counts[:, :-1] > 0).sum(0)
 
     def prior(self) -> Tensor:
-        """Share of images that contain each class, normalised to sum 1: float32 [K]."""
+        """Share of the images that contain each class, normalised to sum 1: float32 [K]."""
         return (self.images / self.images.sum()).float()
 
     def compute(self) -> dict[str, Tensor]:
-        """pixel_imbalance and center_imbalance, float64 scalars; NaN where no class occurred."""
+        """pixel_imbalance and center_imbalance, float64 scalars; NaN if no class occurred."""
         return {
             "pixel_imbalance": imbalance_factor(self.pixels),
             "center_imbalance": imbalance_factor(self.images),
@@ -251,11 +252,11 @@ class LabelImbalance(Metric):
 
 
 class FrequencyCorrelation(Metric):
-    """Pearson's correlation of the classes' accuracy with their pixel frequency (CeCo, Fig. 7).
+    """Pearson's correlation of the classes' accuracy and their pixel frequency (CeCo, Fig. 7).
 
     update(predictions, labels): classes (B, …) or logits (B, K, …) at the labels' size. compute()
-    gives a float64 scalar over the classes that occur in the labels: near 0 where frequency does
-    not decide.
+    returns a float64 scalar over the classes that occur in the labels. It is near 0 if accuracy
+    does not depend on frequency.
     """
 
     correct: Tensor
@@ -287,13 +288,13 @@ class FrequencyCorrelation(Metric):
         if predictions.shape != labels.shape:
             expected = f"{tuple(labels.shape)}, as labels, or logits"
             fail("FrequencyCorrelation", "predictions", expected, tuple(predictions.shape))
-        labels = labels.long()  # uint16 to uint64 have no comparisons
+        labels = labels.long()  # torch has no comparisons for uint16 to uint64
         valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
         labels, predictions = labels[valid], predictions[valid]
         self.pixels += labels.bincount(minlength=self.num_classes)
         self.correct += labels[predictions == labels].bincount(minlength=self.num_classes)
 
     def compute(self) -> Tensor:
-        """The correlation, a float64 scalar; NaN where all classes are equally frequent."""
+        """The correlation, a float64 scalar; NaN if all classes are equally frequent."""
         present = self.pixels > 0
         return pearson(self.correct[present] / self.pixels[present], self.pixels[present])

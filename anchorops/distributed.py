@@ -13,7 +13,7 @@ from .reference import ClassMoments
 def _sum(x: Tensor, group: str) -> Tensor:
     from torch.distributed import _functional_collectives as collectives
 
-    # A group's name serves as the group; the annotation does not say so.
+    # all_reduce accepts the name of a group; its annotation does not say so.
     reduced = collectives.all_reduce(x.contiguous(), "sum", group)  # pyright: ignore
     return collectives.wait_tensor(reduced)
 
@@ -30,7 +30,8 @@ class _AllReduce(torch.autograd.Function):
 
 
 def group_name(function: str, process_group: "dist.ProcessGroup | str | None") -> str | None:
-    """What a module keeps of a process group: its name, which can be copied and pickled."""
+    """The name of a process group. A module keeps the name, because it can be copied and
+    pickled."""
     if process_group is None or isinstance(process_group, str):
         return process_group
     name = getattr(process_group, "group_name", None)
@@ -43,8 +44,8 @@ def group_name(function: str, process_group: "dist.ProcessGroup | str | None") -
 def all_reduce(x: Tensor, group: str | None) -> Tensor:
     """Σ of x over the ranks of a group ("world", a group's name, or None for this rank alone).
 
-    The backward pass sums the gradients likewise, so that every rank has the gradient of the sum
-    of the ranks' losses. Where each rank computes the same loss from global statistics, that is R
+    The backward pass sums the gradients in the same way, so every rank has the gradient of the sum
+    of the ranks' losses. If each rank computes the same loss from global statistics, this is R
     times its gradient, and DDP's mean over R ranks gives exactly the gradient of one process on the
     concatenated batch.
     """
@@ -58,7 +59,8 @@ def all_reduce(x: Tensor, group: str | None) -> Tensor:
 def reduce_moments(moments: ClassMoments, group: str | None) -> ClassMoments:
     """Class moments over all ranks: sums and counts are reduced, never means.
 
-    Two collectives, the counts and one of everything else, whatever classes a rank has.
+    There are always two collectives, for the counts and for all other statistics, whichever classes
+    a rank has.
     """
     if group is None:
         return moments

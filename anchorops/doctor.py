@@ -1,4 +1,4 @@
-"""anchorops-doctor: what anchorops can use on this machine, why not the rest, and how to get it.
+"""anchorops-doctor shows which backends are usable here, why others are not, and what they need.
 
 `anchorops-doctor --benchmark` also checks and times a few calls on each backend, within a minute.
 """
@@ -24,18 +24,18 @@ from .ops.class_moments import class_moments, pixel_to_anchor_mse
 REMEDIES = {
     "cuda": "an NVIDIA GPU, a CUDA build of torch, nvcc of the same CUDA major version; then "
     "reinstall with ANCHOROPS_CUDA=1",
-    "triton": "a GPU, and triton, which the GPU builds of torch for Linux bring along",
+    "triton": "a GPU, and triton, which the GPU builds of torch for Linux include",
     "cpu": "a C++20 compiler (Debian, Ubuntu: apt install g++); then reinstall",
 }
 
 
 def _tool(command: list[str], line: int) -> str:
-    """One line of what a tool says of its version."""
+    """One line of the output of a tool's --version."""
     path = shutil.which(command[0])
     if path is None:
         return f"not found ({command[0]})"
     answer = subprocess.run([*command, "--version"], capture_output=True, text=True)
-    lines = (answer.stdout + answer.stderr).strip().splitlines() or ["says nothing"]
+    lines = (answer.stdout + answer.stderr).strip().splitlines() or ["no output"]
     return f"{lines[min(line, len(lines) - 1)]} ({path})"
 
 
@@ -114,7 +114,7 @@ def _bytes(name: str, features: Tensor, num_classes: int) -> int:
 
 
 def _benchmark() -> bool:
-    """Prints errors and times of every fused backend that is usable; True where all were right."""
+    """Prints errors and times of every usable fused backend; True if all results are correct."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     on_device = ("cuda", "triton") if cuda else ("cpu",)
@@ -133,7 +133,7 @@ def _benchmark() -> bool:
     for kind in ("coherent", "random"):
         labels = example_labels((size[0], *size[2:]), 19, kind).to(device)
         for name, call in CALLS.items():
-            if name == "centroid InfoNCE" and kind == "random":  # it takes no labels
+            if name == "centroid InfoNCE" and kind == "random":  # it has no labels
                 continue
             with use_backend("reference"):
                 exact = call(features, labels, anchors)
@@ -147,7 +147,7 @@ def _benchmark() -> bool:
                         device,
                         beside=None if name == "centroid InfoNCE" else features,
                     )
-                # float32 sums; a gradient in bfloat16 may be rounded the other way
+                # sums are float32; a gradient in bfloat16 may be rounded differently
                 tolerance = 1e-2 if name.endswith("training") and dtype != torch.float32 else 1e-4
                 right &= error <= tolerance
                 disturbed = max(disturbed, measured.others or 0)
@@ -157,7 +157,7 @@ def _benchmark() -> bool:
                     f"{measured.gbps:>8.1f}{share:>9}{'' if error <= tolerance else '  WRONG'}"
                 )
     if disturbed > DISTURBED:
-        print(f"disturbed: other processes kept up to {disturbed:.1f} cores busy meanwhile")
+        print(f"disturbed: other processes kept up to {disturbed:.1f} cores busy at the same time")
     return right
 
 

@@ -1,4 +1,4 @@
-"""`low_resolution`: a model without its last upsampling while it trains."""
+"""`low_resolution`: removes the last upsampling of a model in training mode."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _logger = logging.getLogger("anchorops")
 
 
 def _tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a model's output (or of a function's arguments), with its place there."""
+    """Every tensor in a model's output (or in a function's arguments), with its place there."""
     if isinstance(value, Tensor):
         yield name or "the output", value
     elif isinstance(value, Mapping):  # Hugging Face's ModelOutput too
@@ -34,7 +34,7 @@ def _tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 class _Upsampling:
-    """One call of F.interpolate: its result, the options given, and who read the result."""
+    """One call of F.interpolate: its result, its options, and the functions that read it."""
 
     def __init__(self, result: Tensor, options: dict[str, Any]) -> None:
         self.result, self.options = result, options
@@ -46,7 +46,7 @@ class _Upsampling:
         return bool(self.options.get("align_corners"))
 
     def objection(self) -> str | None:
-        """Why the loss could not do the same from the input, if so."""
+        """Why the loss cannot replace this upsampling, or None if it can."""
         mode = self.options.get("mode", "nearest")
         if mode != "bilinear" or self.options.get("antialias"):
             return f"mode={mode!r}" + (", antialias=True" if self.options.get("antialias") else "")
@@ -55,21 +55,21 @@ class _Upsampling:
             factors = scale if isinstance(scale, list | tuple) else [scale]
             exact = all(float(factor).is_integer() for factor in factors)
             if not exact and not self.options.get("recompute_scale_factor"):
-                return f"scale_factor={scale}, whose grid is not that of the sizes"
+                return f"scale_factor={scale}, whose grid differs from that of the sizes"
         if self.readers:
-            return f"a result that {self.readers[0]} reads too"
+            return f"a result that {self.readers[0]} also reads"
         if self.result._version != self.version:
             return "a result that is changed in place"
         return None
 
 
 class _Watch(TorchFunctionMode):
-    """Notes every F.interpolate of a forward, and which function made each tensor."""
+    """Records every F.interpolate of a forward, and which function made each tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.upsamplings: list[_Upsampling] = []
-        # id: the tensor, what made it, and whether from an upsampled one
+        # id: the tensor, the function that made it, and whether that read an upsampled tensor
         self._makers: dict[int, tuple[weakref.ref[Tensor], str, bool]] = {}
 
     def __torch_function__(
@@ -98,8 +98,8 @@ class _Watch(TorchFunctionMode):
 
 
 class _Skip(TorchFunctionMode):
-    """Leaves out the calls of F.interpolate with these numbers. `inputs` gets the input of each,
-    and None for the others."""
+    """Skips the calls of F.interpolate with these numbers. `inputs` receives the input of each
+    skipped call, and None for every other call."""
 
     def __init__(self, numbers: frozenset[int], inputs: list[Tensor | None]) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class _Skip(TorchFunctionMode):
 
 
 class _Plan(NamedTuple):
-    """Which calls of F.interpolate, counted from 0, a training forward leaves out."""
+    """Which calls of F.interpolate, counted from 0, a training forward skips."""
 
     calls: int  # in one forward
     returned: frozenset[int]
@@ -141,12 +141,12 @@ def _without_upsampling(cls: type[nn.Module]) -> type[nn.Module]:
         tensors = [tensor for _, tensor in _tensors(output)]
         for number in plan.returned:
             if not any(tensor is inputs[number] for tensor in tensors):
-                why = "the output is not what the last upsampling was given"
+                why = "the output is not the input of the last upsampling"
                 raise RuntimeError(f"low_resolution: {cls.__name__}: {why}: {_ADVICE}")
         return output
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        # pickle finds classes by name: it gets that of the model
+        # pickle finds classes by name, so it gets the class of the original model
         make, args, *state = cls.__reduce_ex__(self, 2)
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             make, args = _new, (cls,)
@@ -166,11 +166,11 @@ def _new(cls: type[nn.Module]) -> nn.Module:
 
 
 def _dry_run(model: nn.Module, args: Any, kwargs: Any) -> tuple[_Watch, dict[str, Tensor]]:
-    """One training forward of a copy, which leaves model, gradients and random numbers alone."""
+    """One training forward of a copy. It does not change the model, gradients or random numbers."""
     trial = copy.deepcopy(model).train()
     for module in trial.modules():
         if isinstance(module, _BatchNorm):
-            module.eval()  # takes a single image, and asks no other rank
+            module.eval()  # accepts a single image, and does not synchronise with other ranks
     devices = {parameter.device for parameter in model.parameters()}
     indices = sorted({device.index for device in devices if device.type == "cuda"})
     watch = _Watch()
@@ -180,11 +180,11 @@ def _dry_run(model: nn.Module, args: Any, kwargs: Any) -> tuple[_Watch, dict[str
 
 
 class LowResolution:
-    """What `low_resolution` did. `remove()` takes it back.
+    """The result of `low_resolution`. `remove()` restores the upsampling.
 
     Attributes:
-        align_corners: of the upsampling that was taken out; give it to the loss.
-        outputs: the places of low-resolution logits in the model's output, as "['out']".
+        align_corners: of the removed upsampling; pass it to the loss.
+        outputs: the places of low-resolution logits in the model's output, for example "['out']".
     """
 
     def __init__(self, model: nn.Module, align_corners: bool, outputs: list[str]) -> None:
@@ -193,11 +193,11 @@ class LowResolution:
         self._class = getattr(model, "_upsampling_class", type(model))
 
     def remove(self) -> None:
-        """Give the model its upsampling back."""
+        """Restore the upsampling of the model."""
         if not hasattr(self._model, "_low_resolution"):
             return
         if type(self._model) is not _without_upsampling(self._class):
-            expected = "the class that low_resolution gave it: undo first what came after"
+            expected = "the class that low_resolution gave it: first undo what changed it later"
             fail("remove", "model", expected, type(self._model).__name__)
         self._model.__class__ = self._class
         del self._model._low_resolution
@@ -216,9 +216,10 @@ def _check_model(model: object) -> nn.Module:
     sharded = any(base.__name__ == "FSDPModule" for base in type(model).__mro__)
     if name in wrappers or sharded or hasattr(model, "_orig_mod"):
         expected = "the model itself, before torch.compile, DDP and FSDP"
-        fail("low_resolution", "model", expected, f"one under {name}")
+        fail("low_resolution", "model", expected, f"one wrapped in {name}")
     if hasattr(model, "_low_resolution"):
-        fail("low_resolution", "model", "a model as it was built", f"{name} under low_resolution")
+        expected = "a model that low_resolution has not changed yet"
+        fail("low_resolution", "model", expected, f"{name} after low_resolution")
     if "forward" in vars(model):
         expected = "a model with the forward of its class"
         fail("low_resolution", "model", expected, f"{name} whose forward was replaced")
@@ -226,41 +227,42 @@ def _check_model(model: object) -> nn.Module:
 
 
 def low_resolution(model: nn.Module, *args: Any, **kwargs: Any) -> LowResolution:
-    """Take the last bilinear upsampling out of a model in training mode, for a loss that upsamples:
+    """Remove the last bilinear upsampling of a model in training mode, for a loss that upsamples:
 
         handle = ao.low_resolution(model, images)
         loss = ao.pixel_cross_entropy(model(images), labels, align_corners=handle.align_corners)
 
-    In training mode the model's output has the same places as before (a tensor, tuple, dict,
-    Hugging Face's ModelOutput; several heads) and low-resolution logits where it had upsampled
-    ones; in eval mode it is the bare model. The labels must have the size to which the model
+    In training mode the model's output has the same structure as before (a tensor, tuple, dict,
+    Hugging Face's ModelOutput; several heads), with low-resolution logits instead of upsampled
+    ones. In eval mode the model is unchanged. The labels must have the size to which the model
     upsampled.
 
-    One dry run of a copy of the model (its parameters a second time, for as long as it runs), in
-    training mode without gradients, finds the calls of F.interpolate whose results the model
-    returns, by identity: nn.Upsample, also before nn.Identity, and F.interpolate in a forward.
-    Parameters, gradients, batch-norm statistics and torch's random numbers stay as they were.
-    Training forwards then return the inputs of these calls instead, and check that they did: a
-    forward unlike the dry run raises a RuntimeError. Parameter names do not change; copies and
-    pickles of the model are under low_resolution too.
+    A dry run of a copy of the model, in training mode without gradients, finds the calls of
+    F.interpolate whose results the model returns, comparing by object identity. This includes
+    nn.Upsample, also before nn.Identity. During the dry run the parameters are in memory twice.
+    Parameters, gradients, batch-norm statistics and torch's random numbers do not change. After
+    that, every training forward returns the inputs of these calls instead, and checks that it does;
+    a forward that differs from the dry run raises a RuntimeError. Parameter names do not change.
+    Copies and pickles of the model keep low_resolution.
 
     Call it before torch.compile, DDP and FSDP. An upsampling inside a reentrant checkpoint raises
-    in backward (use_reentrant=False does not). An upsampled tensor that only an extension reads,
-    past torch's functions, is not seen.
+    an error in backward (with use_reentrant=False it does not). If only an extension reads an
+    upsampled tensor, without torch's functions, this is not detected.
 
     Args:
         model: any segmentation model.
-        args, kwargs: those of one training forward, as `images`; any batch and image size.
+        args, kwargs: the arguments of one training forward, such as `images`; any batch and image
+            size.
 
     Returns:
         LowResolution, with `align_corners`, `outputs` and `remove()`.
 
     Raises:
-        ValueError: the model returns no upsampled tensor (it says what made its outputs: a softmax,
-            crop or sum after the upsampling, or a last convolution: then the output is of low
-            resolution already and goes into the loss as it is); the upsampling is not bilinear, has
-            a fractional scale_factor, or its result is read by something else too; heads that
-            disagree in align_corners; a wrapped model; a second low_resolution.
+        ValueError: the model returns no upsampled tensor. The message says what made its outputs: a
+            softmax, crop or sum after the upsampling; or a last convolution, and then the output
+            already has low resolution and can be passed to the loss. Also: the upsampling is not
+            bilinear or has a fractional scale_factor; another function reads its result; the heads
+            differ in align_corners; the model is wrapped; low_resolution was called twice.
     """
     model = _check_model(model)
     if not args and not kwargs:
@@ -278,7 +280,7 @@ def low_resolution(model: nn.Module, *args: Any, **kwargs: Any) -> LowResolution
             f"{place} of shape {tuple(tensor.shape)} from {watch.maker(tensor)}"
             for place, tensor in outputs.items()
         )
-        advice = "an output that nothing upsampled goes into the loss as it is"
+        advice = "an output that was not upsampled can be passed to the loss directly"
         fail("low_resolution", "model", expected, f"{found or 'no tensor'}; {advice}")
     for number, place in returned.items():
         objection = watch.upsamplings[number].objection()

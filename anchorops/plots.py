@@ -1,4 +1,4 @@
-"""Figures of what the methods do to features, each a matplotlib Figure from one call."""
+"""Figures of features, centroids and classifiers; each function returns a matplotlib Figure."""
 
 import importlib
 import importlib.util
@@ -28,7 +28,7 @@ LONGEST = 24  # characters of a class's name in a figure
 
 
 def plain(name: str, longest: int = LONGEST) -> str:
-    """A name as matplotlib is to draw it: no markup, its middle left out where it is long."""
+    """A name for matplotlib: without markup, and with its middle omitted if it is long."""
     if len(name) > longest:
         end = longest // 3
         name = f"{name[: longest - end - 1]}…{name[-end:]}"
@@ -48,8 +48,8 @@ def cosine_map(
     centered: bool = False,
     title: str = "cosine similarity",
 ) -> Figure:
-    """Cosines between the rows of a classifier's weight, or between centroids, [K, D]; of what is
-    left of them without their mean where centered."""
+    """Cosines between the rows of a classifier's weight, or between centroids, [K, D]. If centered,
+    the mean of the rows is subtracted first."""
     rows = _matrix("cosine_map", "vectors", vectors)
     unit = F.normalize(rows - rows.mean(0) if centered else rows, dim=1)
     shown = [plain(name) for name in names or []]
@@ -69,8 +69,8 @@ def cosine_map(
 def iou_against_frequency(
     iou: Tensor, pixels: Tensor, names: Sequence[str] | None = None
 ) -> Figure:
-    """Each class's IoU over its share of the training pixels; iou and pixels: [K]. Of names that
-    would lie over each other that of the rarer class is written."""
+    """Each class's IoU over its share of the training pixels; iou and pixels: [K]. If names would
+    overlap, only that of the rarer class is written."""
     share = pixels.detach().double().cpu() / pixels.sum().clamp(min=1).cpu()
     values = iou.detach().double().cpu()
     shown = (share > 0) & values.isfinite()
@@ -78,7 +78,7 @@ def iou_against_frequency(
     axes = figure.subplots()
     axes.scatter(share[shown].numpy(), values[shown].numpy(), s=20, color=BLUE)
     axes.set(xscale="log", xlabel="share of training pixels", ylabel="IoU")
-    axes.margins(x=0.15, y=0.1)  # room for the names at the edges
+    axes.margins(x=0.15, y=0.1)  # space for the names at the edges
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     if names is not None:
@@ -88,7 +88,7 @@ def iou_against_frequency(
 
 
 def _annotate(axes: Axes, points: Sequence[tuple[tuple[float, float], str]]) -> None:
-    """Write names beside points, the first ones first, where there is room."""
+    """Write names beside points, in the given order, if they do not overlap earlier ones."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # the layout
@@ -114,7 +114,7 @@ def _annotate(axes: Axes, points: Sequence[tuple[tuple[float, float], str]]) -> 
 
 
 def _project(points: Tensor) -> tuple[Tensor, str]:
-    """[N, D] → [N, 2], by UMAP where installed, else onto the two principal components."""
+    """[N, D] → [N, 2], by UMAP if it is installed, otherwise by two principal components."""
     if importlib.util.find_spec("umap") is not None:
         reducer = importlib.import_module("umap").UMAP(n_components=2, random_state=0)
         return torch.as_tensor(reducer.fit_transform(points.numpy())), "UMAP"
@@ -134,8 +134,9 @@ def features_with_anchors(
 ) -> Figure:
     """Features in two dimensions, coloured by class, with the anchors (or centroids) as stars.
 
-    features: (B, D, H, W), labels (B, H', W') brought to H×W by nearest; or (N, D) and (N,). At
-    most max_points of them are drawn, evenly spaced. anchors: [K, D].
+    features: (B, D, H, W), with labels (B, H', W') that are resized to H×W by nearest-neighbour
+    interpolation; or (N, D) and (N,). At most max_points features are drawn, evenly spaced.
+    anchors: [K, D].
     """
     from .reference import feature_rows, resize_labels
 
@@ -178,10 +179,10 @@ def features_with_anchors(
 
 
 def centroid_similarity(features: Tensor, centroids: Tensor, image: Tensor | None = None) -> Figure:
-    """Cosine of every pixel to a class's centroid, over the image.
+    """A map of the cosine between every pixel's feature and the centroid of a class.
 
     features: (D, H, W) of one image; centroids: [D], or [G, D] for one panel each (MVSC's groups);
-    image: (3, H', W') or (H', W'), values 0 to 1, drawn first.
+    image: (3, H', W') or (H', W'), values 0 to 1, shown as the first panel.
     """
     if features.dim() != 3:
         fail("centroid_similarity", "features", "a tensor (D, H, W)", describe(features))

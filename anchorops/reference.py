@@ -1,12 +1,12 @@
-"""All the maths in plain PyTorch: the meaning of every operator, on any device.
+"""The definition of every operator, in plain PyTorch for any device.
 
-The functions here have the public functions' signatures and take arguments already checked, with
-ignore_index always given.
-They are also the `reference` backend, differentiable as often as one likes.
+The functions here have the signatures of the public functions. Their arguments are already checked,
+and ignore_index is always given. They are also the `reference` backend; as they are plain PyTorch,
+higher-order derivatives work.
 
 Shapes: features (B, D, H, W), (B, D, N) or (N, D); labels (B, H', W'), (B, N) or (N,); K classes;
-P = H·W pixels of an image; logits (B, K, h, w). Accumulation is in float64, so that the order of a
-sum does not matter to the float32 result.
+P = H·W pixels of an image; logits (B, K, h, w). Accumulation is in float64, so the order of a sum
+does not affect the float32 result.
 """
 
 from typing import NamedTuple
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 class ClassMoments(NamedTuple):
-    """Count, sum and squared distance to an anchor of each class's features.
+    """Count, sum and squared distance to an anchor, over the features of each class.
 
     Shapes are [K], [K, D], [K]; with groups [K, G, …]; with per_image [B, K, …]; with both
-    [B, K, G, …]. `sqdists` is None where no anchors were given.
+    [B, K, G, …]. `sqdists` is None if no anchors were given.
     """
 
     counts: Tensor
@@ -28,10 +28,10 @@ class ClassMoments(NamedTuple):
 
 
 class SoftmaxMoments(NamedTuple):
-    """Statistics of p = softmax of the logits, upsampled to the labels' size, by class.
+    """Statistics of each class, from p = the softmax of the logits upsampled to the labels' size.
 
-    `counts`, `hits`, `losses`, `overlaps`, `masses` and `squares` are [K], with per_image [B, K];
-    `pixel_losses` and `lse` have the labels' shape. None where not asked for.
+    `counts`, `hits`, `losses`, `overlaps`, `masses` and `squares` are [K], with per_image [B, K].
+    `pixel_losses` and `lse` (log-sum-exp) have the labels' shape. What was not requested is None.
     """
 
     counts: Tensor
@@ -50,8 +50,8 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def nearest_index(size: int, source: int, device: torch.device) -> Tensor:
     """Row (or column) of the labels for each row of the features, as F.interpolate's "nearest":
-    floor(i · source/size), the scale and the product in float32."""
-    # filled on the device: a copy to it would synchronise
+    floor(i · source/size), with the scale and the product in float32."""
+    # filled on the device, because copying a number to it would synchronise
     scale = torch.full((), source / max(size, 1), dtype=torch.float32, device=device)
     index = (torch.arange(size, device=device, dtype=torch.float32) * scale).floor().long()
     return index.clamp(max=source - 1)
@@ -70,8 +70,8 @@ def resize_labels(labels: Tensor, features: Tensor) -> Tensor:
 
 
 def _mix32(x: Tensor) -> Tensor:
-    """A bijective 32-bit hash on int64 tensors (Wellons' "hash prospector"; both multipliers are
-    below 2^31, so that no product overflows int64)."""
+    """A bijective 32-bit hash on int64 tensors (from Wellons' "hash prospector"). Both multipliers
+    are below 2^31, so no product overflows int64."""
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
     return x ^ (x >> 15)
@@ -80,9 +80,9 @@ def _mix32(x: Tensor) -> Tensor:
 def split_groups(keys: Tensor, counts: Tensor, groups: int, seed: int | Tensor) -> Tensor:
     """Split each key's pixels at random into `groups` keys of equal size (±1).
 
-    keys: [B, P] int, −1 where ignored; counts: int64, flattened [num_keys]. Within its key a pixel
-    has a rank: by the 32-bit hash of (seed, pixel index), ties by index. Its group is
-    rank mod groups, its new key is key·groups + group.
+    keys: [B, P] int, −1 where ignored; counts: int64, flattened [num_keys]. The pixels of a key are
+    ranked by the 32-bit hash of (seed, pixel index), ties by index. The group of a pixel is
+    rank mod groups; its new key is key·groups + group.
     """
     flat = keys.flatten().long()
     if not isinstance(seed, Tensor):
@@ -102,7 +102,7 @@ def split_groups(keys: Tensor, counts: Tensor, groups: int, seed: int | Tensor) 
 
 
 def group_counts(counts: Tensor, groups: int) -> Tensor:
-    """Sizes of the groups that `split_groups` makes: [...] -> [..., groups]."""
+    """Sizes of the groups of `split_groups`: [...] -> [..., groups]."""
     offset = torch.arange(groups, device=counts.device)
     return (counts[..., None] - offset + groups - 1) // groups
 
@@ -110,8 +110,8 @@ def group_counts(counts: Tensor, groups: int) -> Tensor:
 def class_keys(
     features: Tensor, labels: Tensor, num_classes: int, per_image: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Key of each pixel, its class or image·K + class, −1 where ignored: int64 [B, P]; and how many
-    pixels have each key: int64 [K] or [B, K]."""
+    """The key of each pixel, int64 [B, P]: its class, or image·K + class, or −1 if ignored. And the
+    number of pixels with each key: int64 [K] or [B, K]."""
     labels = resize_labels(labels, features)
     valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
     images, keys = (labels.shape[0] if per_image else 1), labels
@@ -123,10 +123,10 @@ def class_keys(
 
 
 def sum_by_key(keys: Tensor, values: Tensor, num_keys: int) -> Tensor:
-    """Σ of values [N, …] for each key [N]; key −1 belongs nowhere."""
+    """Σ of values [N, …] for each key [N]; values with key −1 are ignored."""
     keys = torch.where(keys >= 0, keys, num_keys)
     out = values.new_zeros(num_keys + 1, *values.shape[1:])
-    if values.is_cuda:  # sorts, and so sums in a fixed order; index_add uses atomics there
+    if values.is_cuda:  # index_put sorts, and so sums in a fixed order; index_add uses atomics
         out = out.index_put((keys,), values, accumulate=True)
     else:
         out = out.index_add(0, keys, values)
@@ -158,7 +158,7 @@ def class_moments(
         keys = split_groups(keys, counts, groups, seed)
         counts = group_counts(counts, groups)
     keys, num_keys = keys.flatten(), counts.numel()
-    # Ignored pixels go by selection: NaN · 0 would be NaN.
+    # Ignored pixels are removed by selection, because NaN · 0 would be NaN.
     rows = torch.where(keys[:, None] >= 0, feature_rows(features), 0).to(wide)
     sums = sum_by_key(keys, rows, num_keys).to(dtype).view(*counts.shape, features.shape[1])
     if anchors is None:
@@ -172,13 +172,13 @@ def class_moments(
 def bilinear_sources(
     size: int, source: int, align_corners: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row (or column) of the upsampled logits the two rows it lies between, and the weight
-    of the second, as F.interpolate's "bilinear": int64, int64 and `dtype`, [size]."""
-    if size == source:  # float32 would round beyond 2^23
+    """For each row (or column) of the upsampled logits: the two rows of the logits around it, and
+    the weight of the second, as in F.interpolate's "bilinear". int64, int64 and `dtype`, [size]."""
+    if size == source:  # float32 coordinates would be rounded beyond 2^23
         same = torch.arange(size, device=device)
         return same, same, torch.zeros(size, device=device, dtype=dtype)
     at = torch.arange(size, device=device, dtype=dtype)
-    # filled on the device: a copy to it would synchronise
+    # filled on the device, because copying a number to it would synchronise
     ratio = (source - 1) / max(size - 1, 1) if align_corners else source / max(size, 1)
     ratio = torch.full((), ratio, dtype=dtype, device=device)
     at = at * ratio if align_corners else ((at + 0.5) * ratio - 0.5).clamp(min=0)
@@ -189,16 +189,16 @@ def bilinear_sources(
 
 
 def upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """F.interpolate(logits, size, mode="bilinear"), but what has weight 0 is left out by selection:
-    there 0 · NaN and 0 · ∞ would be NaN. logits: (B, K, h, w); returns (B, K, *size)."""
-    # as F.interpolate, which has its coordinates in float32 but for float64 logits
+    """F.interpolate(logits, size, mode="bilinear"), but terms of weight 0 are removed by selection,
+    because 0 · NaN and 0 · ∞ would be NaN. logits: (B, K, h, w); returns (B, K, *size)."""
+    # as F.interpolate: coordinates are float32, for float64 logits float64
     dtype = statistics_dtype(logits.dtype)
     x = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
     for axis, length in zip((2, 3), size, strict=True):
         lower, upper, weight = bilinear_sources(
             length, logits.shape[axis], align_corners, dtype, logits.device
         )
-        index = (slice(None),) * axis  # by indexing, whose gradient sums in a fixed order
+        index = (slice(None),) * axis  # the gradient of indexing sums in a fixed order
         low, high, weight = x[(*index, lower)], x[(*index, upper)], weight.to(x.dtype)
         weight = weight[:, None] if axis == 2 else weight
         x = torch.where(weight == 0, low, (1 - weight) * low + weight * high)
@@ -218,7 +218,7 @@ def softmax_moments(
     pixel_losses: bool = False,
     lse: bool = False,
 ) -> SoftmaxMoments:
-    """With z the upsampled logits, p = softmax z, V the valid pixels q:
+    """Let z be the upsampled logits, p = softmax z, V the valid pixels q:
 
     counts[k] = #{q ∈ V : y = k}                 hits[k] = #{q ∈ V : y = k = argmax z}
     losses[k] = Σ_{q ∈ V, y = k} −log p_k(q)     overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
@@ -232,7 +232,7 @@ def softmax_moments(
     labels = labels.long()
     valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
     own = torch.where(valid, labels, 0)
-    # Ignored pixels go by selection: NaN · 0 would be NaN.
+    # Ignored pixels are removed by selection, because NaN · 0 would be NaN.
     z = torch.where(valid[:, None], upsample(logits, size, align_corners), 0)
     all_lse = z.logsumexp(1)
     losses = torch.where(valid, all_lse - z.gather(1, own[:, None])[:, 0], 0)
@@ -261,15 +261,16 @@ def softmax_moments(
 
 
 def pixel_argmax(logits: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
-    """argmax of the upsampled logits, int64 (B, *size); the first of equal ones, NaN is largest."""
+    """argmax of the upsampled logits, int64 (B, *size). It is the first of equal logits; NaN is
+    larger than all numbers."""
     return upsample(logits, size, align_corners).argmax(1)
 
 
 def confusion(
     predictions: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int = 255
 ) -> Tensor:
-    """int64 [K, K], pixels of true class i predicted as j; pixels are left out whose label is
-    ignored, or whose prediction is no class."""
+    """int64 [K, K]: the number of pixels of true class i predicted as class j. Pixels are ignored
+    if their label is ignored, or if their prediction is not a class."""
     truth, predictions = labels.flatten().long(), predictions.flatten().long()
     valid = (truth >= 0) & (truth < num_classes) & (truth != ignore_index)
     valid &= (predictions >= 0) & (predictions < num_classes)
@@ -285,7 +286,7 @@ def class_centroids(
     per_image: bool = False,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """c_k = s_k / n_k, zero for an absent class; and n_k."""
+    """c_k = s_k / n_k (zero for an absent class), and n_k."""
     counts, sums, _ = class_moments(
         features, labels, num_classes, per_image=per_image, ignore_index=ignore_index
     )
@@ -300,7 +301,7 @@ def pixel_to_anchor_mse(
     ignore_index: int,
     reduction: str = "mean",
 ) -> Tensor:
-    """Σ_valid ‖f_p − a_{y_p}‖², over D·N_valid for "mean"; 0 where nothing is valid."""
+    """Σ_valid ‖f_p − a_{y_p}‖², divided by D·N_valid for "mean"; 0 if no pixel is valid."""
     counts, _, sqdists = class_moments(
         features, labels, anchors.shape[0], anchors=anchors, ignore_index=ignore_index
     )
@@ -335,7 +336,7 @@ def centroid_info_nce(
     if queries.dim() == 3:
         own = own[:, None]
     with torch.autocast(queries.device.type, enabled=False):
-        # By selection throughout: the centroid of an absent class may be NaN.
+        # Absent classes are removed by selection, because their centroids may be NaN.
         queries = torch.where(present[..., None], queries.to(dtype), 0)
         used = present_keys
         if positives is None:

@@ -254,7 +254,7 @@ def test_compiled_before_attach_is_told() -> None:
     compiled(x)
     occl = ao.attach(compiled, ao.OCCL(K, D))
     compiled(x)
-    with pytest.raises(RuntimeError, match="first compiled call came before attach"):
+    with pytest.raises(RuntimeError, match="compiled model was called before attach"):
         occl(labels)
     torch.compiler.reset()
     compiled(x)

@@ -187,7 +187,7 @@ def test_ddp(tmp_path: Any) -> None:
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
         check_step(plain, wrapped, x, labels, bare=model, low=(16, 16))
-        with pytest.raises(ValueError, match="one under DistributedDataParallel"):
+        with pytest.raises(ValueError, match="one wrapped in DistributedDataParallel"):
             ao.low_resolution(wrapped, x)
     finally:
         dist.destroy_process_group()
@@ -303,7 +303,7 @@ def test_attach_beside() -> None:
         (lambda z, x: upsampled(z, x.shape[2:]).relu_(), "a result that is changed in place"),
         (
             lambda z, x: (y := upsampled(z, x.shape[2:]), y.sigmoid()),
-            r"\[0\]: a result that torch.Tensor.sigmoid reads too",
+            r"\[0\]: a result that torch.Tensor.sigmoid also reads",
         ),
         (lambda z, x: {"out": z}, r"\['out'\] of shape \(2, 5, 16, 16\) from .*conv2d"),
         (lambda z, x: None, "got no tensor"),
@@ -366,7 +366,7 @@ def test_a_forward_unlike_the_dry_run_raises() -> None:
     model(batch()[0])
     with pytest.raises(RuntimeError, match=r"3 calls of F.interpolate, where the dry run had 2"):
         model(batch((96, 64))[0])
-    with pytest.raises(RuntimeError, match="the output is not what the last upsampling was given"):
+    with pytest.raises(RuntimeError, match="the output is not the input of the last upsampling"):
         model(batch((64, 96))[0])
 
 
@@ -379,7 +379,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"before torch.compile, DDP and FSDP"):
         ao.low_resolution(torch.compile(model), x)  # type: ignore[arg-type]
     handle = ao.low_resolution(model, x)
-    with pytest.raises(ValueError, match="got Net under low_resolution"):
+    with pytest.raises(ValueError, match="got Net after low_resolution"):
         ao.low_resolution(model, x)
     handle.remove()
     model.forward = lambda x: x  # type: ignore[assignment]

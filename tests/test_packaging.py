@@ -254,12 +254,12 @@ def test_types_of_the_installed_wheel(built, tmp_path):
     ("torch", "cuda", "environment", "message"),
     [
         ("2.12.0", "13.0", {"ANCHOROPS_CUDA": "on"}, "must be 0 .* or 1 .*, not 'on'"),
-        ("2.12.0", "13.0", {"CXX": "/nonexistent"}, "demands .* no C.* '/nonexistent'"),
+        ("2.12.0", "13.0", {"CXX": "/nonexistent"}, "requires .* no C.* '/nonexistent'"),
         ("2.9.1", "13.0", {}, "needs torch>=2.10, found 2.9.1"),
-        ("2.12.0", None, {}, "demands .* torch 2.12.0 is a build without CUDA"),
-        ("2.12.0", "13.0", {"CUDA_HOME": "/nonexistent"}, "demands .* nvcc was not found"),
-        ("2.12.0", "13.0", {}, "demands .* nvcc is of CUDA 12.4, torch 2.12.0 of CUDA 13.0"),
-        ("2.12.0", "12.9", {"TORCH_CUDA_ARCH_LIST": "Hopper"}, "must be as 8.0;.*, not 'Hopper'"),
+        ("2.12.0", None, {}, "requires .* torch 2.12.0 is a build without CUDA"),
+        ("2.12.0", "13.0", {"CUDA_HOME": "/nonexistent"}, "requires .* nvcc was not found"),
+        ("2.12.0", "13.0", {}, "requires .* nvcc is of CUDA 12.4, torch 2.12.0 of CUDA 13.0"),
+        ("2.12.0", "12.9", {"TORCH_CUDA_ARCH_LIST": "Hopper"}, "look like 8.0;.*, not 'Hopper'"),
         (None, None, {}, "no torch here: install torch"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Losses: of pixels, from softmax moments; the published methods, from class statistics."""
+"""Losses: pixel losses from softmax moments, and the published methods from class moments."""
 
 from .base import Regularizer
 from .cbp import CBP

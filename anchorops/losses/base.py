@@ -1,4 +1,4 @@
-"""What the methods share: arguments, attachment, global statistics, logging."""
+"""The base class of the methods: arguments, attachment, global statistics, logging."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ Classifier = nn.Module | Tensor
 
 
 class Losses(NamedTuple):
-    """terms: weighted parts, summed into the loss; logs: what else `terms` shows."""
+    """terms: weighted parts, whose sum is the loss; logs: other values shown in the method's
+    `terms`."""
 
     terms: dict[str, Tensor]
     logs: dict[str, Tensor]
 
 
 class Plan(NamedTuple):
-    """A method's step: the statistics it needs, and its losses once it has them."""
+    """One step of a method: the statistics that it needs, and the function that computes its losses
+    from them."""
 
     request: Request | None
     losses: Callable[[ClassMoments | None], Losses]
@@ -47,7 +49,7 @@ class Plan(NamedTuple):
 def linear_weight(function: str, classifier: object, num_classes: int, dim: int) -> tuple[Any, Any]:
     """Weight [K, D] and bias [K] or None of a 1×1 convolution, a linear layer or a weight tensor.
 
-    A k×k kernel is summed over its positions: its logits for a feature that is constant around.
+    A k×k kernel is summed over its positions. This gives its logits for constant features.
     """
     weight, bias = classifier, None
     if isinstance(classifier, nn.Module):
@@ -70,38 +72,38 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
 class Regularizer(nn.Module):
     """A loss on the features before a model's last classifier.
 
-    Call it with (features, labels, classifier), or let `anchorops.attach` give it the features of
-    a model and call what that returns with (labels).
+    Call it with (features, labels, classifier). Or use `anchorops.attach`, which gets the features
+    from a model, and call the returned object with (labels).
 
     Args:
         num_classes: K.
         dim: D, channels of the features.
-        ignore_index: label that is left out, as is every label outside [0, K): 255 by default; with
-            K > 255 it must be given.
-        process_group: None for the statistics of this rank alone (as published); "world" or a
-            ProcessGroup for those of all its R ranks. A rank's gradient is then that of the sum of
-            the ranks' (equal) losses, R times that of one: DDP's mean over the ranks gives exactly
-            the gradients of one process on the concatenated batch.
+        ignore_index: the label to ignore, 255 by default; with K > 255 it must be given. Labels
+            outside [0, K) are also ignored.
+        process_group: None for the statistics of this rank only (as published); "world" or a
+            ProcessGroup for those of all its R ranks. The gradient of a rank is then that of the
+            sum of the ranks' (equal) losses, R times that of one rank. DDP's mean over the ranks
+            gives exactly the gradients of one process on the concatenated batch.
 
     Shapes:
         features: (B, D, H, W), (B, D, N) or (N, D), any strides, float32, bfloat16, float16 or
             float64; labels: integer, (B, H', W') at any size, (B, N) or (N,).
         classifier: a 1×1 convolution or linear layer, or its weight [K, D] or [K, D, 1, 1]; only
-            where the method shares it.
+            needed if the method shares it.
         Returns a scalar, float32 (float64 for float64 features), also under autocast.
 
-    State (step counters, moving averages, running statistics) moves once in each training forward,
-    with gradients or without, never in evaluation. Where activation checkpointing recomputes a
-    forward, the state does not move, and the recomputation reads what the first pass read; where
-    that is not possible it raises RuntimeError.
+    The state (step counters, moving averages, running statistics) is updated once in each training
+    forward, with or without gradients, and never in evaluation. When activation checkpointing
+    recomputes a forward, the state is not updated, and the recomputation reads the same state as
+    the first pass; if this is not possible, it raises RuntimeError.
 
-    `terms` holds the weighted parts of the last loss, detached, still on their device.
+    `terms` contains the weighted terms of the last loss, detached, still on their device.
     """
 
     settings: tuple[str, ...] = ()
     uses_classifier = False
     replaces_classifier = False
-    has_state = False  # buffers that a training forward moves
+    has_state = False  # whether it has buffers that a training forward updates
     step: Tensor
 
     def __init__(
@@ -122,13 +124,13 @@ class Regularizer(nn.Module):
         self.process_group = group_name(name, process_group)
         self.terms: dict[str, Tensor] = {}
         self.attachment: Attachment | None = None
-        # For recomputations (recomputation.py): what the last forward read of the state, its
-        # number, and how many forwards without gradients may yet be recomputed.
+        # For recomputations (recomputation.py): the state that the last forward read, its number,
+        # and how many forwards without gradients may still be recomputed.
         self._read: Tensor | None = None
         self._forwards, self._without_grad, self._last_without_grad = 0, 0, False
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
-        """What this step needs, and how its losses follow; updates the state when training."""
+        """The statistics and the losses of this step; updates the state in training mode."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> Regularizer:
@@ -137,10 +139,10 @@ class Regularizer(nn.Module):
         return super().train(mode)
 
     def install(self, classifier: nn.Module) -> None:
-        """What `attach` does to the classifier: CBP replaces its weight."""
+        """Change the classifier; called by `attach`. CBP replaces the weight."""
 
     def uninstall(self, classifier: nn.Module) -> None:
-        """What `detach` does to the classifier: the opposite of `install`."""
+        """Restore the classifier; called by `detach`."""
 
     def before_classifier(self, classifier: nn.Module) -> None:
         """Called before the attached classifier runs in training."""
@@ -152,12 +154,13 @@ class Regularizer(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def _next_seed(self) -> Tensor:
-        """Of this step's random splits, on the device; the step counter moves when training."""
-        return self._read_and_move(self.step + (self.seed << 32), self.step, self.step + 1)
+        """The seed of this step's random splits, on the device. In training mode this increments
+        the step counter."""
+        return self._read_and_update(self.step + (self.seed << 32), self.step, self.step + 1)
 
-    def _read_and_move(self, read: Tensor, state: Tensor, moved: Tensor) -> Tensor:
-        """read: what this forward needs of the state; moved: the state after a training forward.
-        A recomputation moves nothing, and has returned what its first pass read."""
+    def _read_and_update(self, read: Tensor, state: Tensor, updated: Tensor) -> Tensor:
+        """Returns `read`, what this forward needs of the state, and in training mode sets the state
+        to `updated`. A recomputation updates nothing, and gets what the first pass read."""
         if recomputing():
             return read if self._read is None else self._read
         if not torch.compiler.is_compiling():
@@ -165,7 +168,7 @@ class Regularizer(nn.Module):
         elif self.training:
             torch.ops.anchorops.first_pass(state, type(self).__name__)
         if self.training:
-            state.copy_(moved)
+            state.copy_(updated)
         return read
 
     def seen(self) -> tuple[int, list[Tensor | None]]:
@@ -174,14 +177,14 @@ class Regularizer(nn.Module):
         return self._forwards, [method._read for method in methods]
 
     def see(self, number: int, reads: list[Tensor | None]) -> None:
-        """What a recomputation is to read: that of the forward of this number."""
+        """Set what a recomputation reads: the state that the forward of this number read."""
         methods = [module for module in self.modules() if isinstance(module, Regularizer)]
         self._forwards = number
         for method, read in zip(methods, reads, strict=True):
             method._read = read
 
     def _count_forward(self) -> None:
-        if not self.training:  # an evaluation moves no state
+        if not self.training:  # an evaluation updates no state
             return
         if not recomputing():
             self._forwards += 1
@@ -217,7 +220,7 @@ class Regularizer(nn.Module):
         return losses(self.reduce(moments, request))
 
     def reduce(self, moments: ClassMoments, request: Request) -> ClassMoments:
-        """Over the ranks; statistics per image stay local, as batches may differ in size."""
+        """Reduce over the ranks. Statistics per image stay local: batches may differ in size."""
         return moments if request.per_image else reduce_moments(moments, self.process_group)
 
     def _check_inputs(
@@ -233,8 +236,8 @@ class Regularizer(nn.Module):
             fail(name, "features", f"device {own.device}, as the module", features.device)
         if self.training and self.has_state and in_transform(features):
             raise RuntimeError(
-                f"{name}: torch.func's transforms cannot move its state: call eval() on it before, "
-                'and use anchorops.use_backend("reference")'
+                f"{name}: torch.func's transforms cannot update its state: first call eval() on "
+                'it, and use anchorops.use_backend("reference")'
             )
         if self.uses_classifier and classifier is None:
             fail(name, "classifier", "the model's classifier or its weight", None)

@@ -1,4 +1,4 @@
-"""CBP, category-basis prototypes: a classifier that is set, not learned
+"""CBP, category-basis prototypes: a classifier that is fixed instead of learned
 (doi 10.1016/j.patcog.2024.110431)."""
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from .statistics import Request
 
 
 class _Replaced(NamedTuple):
-    """What a classifier was before `install`."""
+    """The state of a classifier before `install`."""
 
     weight: Tensor
     trained: bool
@@ -28,29 +28,31 @@ class _Replaced(NamedTuple):
 class CBP(Regularizer):
     """Replaces the classifier's weight by `category_basis`, without a bias, and freezes it.
 
-    `attach` does that (`detach` restores the old weight and bias); elsewhere call
-    `install(classifier)`; either before a checkpoint is loaded. The logits stay the plain product.
-    The loss is 0 but for "penalty".
+    `attach` does this, and `detach` restores the old weight and bias. Without `attach`, call
+    `install(classifier)`. Do this before you load a checkpoint. The logits are still the product of
+    features and weight. The loss is 0, except with "penalty".
 
     Args:
         num_classes, dim: K and D ≥ K.
         length: T of the rows (ADE20K: FCN 2, ConvNeXt 2, Swin 1, SegFormer 1); None: as
             Gram-Schmidt leaves them ("orthogonalised only").
-        init: [K, D] to orthogonalise instead of Kaiming normal (text embeddings, say).
+        init: [K, D] to orthogonalise instead of Kaiming normal (for example text embeddings).
         orthogonalize: False for "equalised only".
-        update: its Table 4: "frozen"; "gradient": learned from there; "ema": moving average of the
-            batch's class centroids, lengths following; "penalty": learned, rows kept at `length`,
-            with `penalty_weight` times the mean squared cosine between rows (the text says: forced
-            to 0). "ema" and "penalty" change the weight in place when the next training forward
-            begins: they need `attach`, and each forward its backward before the next.
-        momentum: of "ema", w ← momentum·w + (1 − momentum)·centroid on present classes.
-        ignore_index, process_group: as `Regularizer`; "ema" is always over all ranks, for the
+        update: from the paper's Table 4. "frozen": never changed. "gradient": learned from this
+            start. "ema": moving average of the batch's class centroids; the lengths change too.
+            "penalty": learned, with rows kept at `length`; the loss is `penalty_weight` times the
+            mean squared cosine between rows (the text says: forced to 0). "ema" and "penalty"
+            change the weight in place when the next training forward begins. Therefore they need
+            `attach`, and a backward pass after each forward, before the next one.
+        momentum: for "ema", w ← momentum·w + (1 − momentum)·centroid on present classes.
+        ignore_index, process_group: as in `Regularizer`; "ema" always uses all ranks, because the
             ranks' classifiers must stay equal.
 
-    State of "ema": `centroids` [K, D], a buffer: those of the last batch, to which the next
-    training forward moves the classifier's rows; zeros where the class was absent, or its row has
-    moved. An average of models (AveragedModel, ModelEma) has their mean: where training goes on
-    from it, the rows make one move of 1 − momentum to that mean, and the next batch replaces it.
+    State of "ema": `centroids` [K, D], a buffer with the centroids of the last batch. The next
+    training forward moves the classifier's rows towards them. A row is zero if the class was
+    absent, or if the classifier's row has already been moved. An average of models (AveragedModel,
+    ModelEma) contains the mean of these centroids. If training continues from it, the rows first
+    move by 1 − momentum to that mean, and the next batch replaces it.
     """
 
     settings = ("length", "orthogonalize", "update", "momentum", "penalty_weight")
@@ -94,7 +96,7 @@ class CBP(Regularizer):
 
     @torch.no_grad()
     def install(self, classifier: nn.Module) -> None:
-        """Set the classifier's weight and take its bias out."""
+        """Set the classifier's weight and remove its bias."""
         weight, bias = classifier.weight, classifier.bias
         if not isinstance(weight, Tensor) or weight.numel() != self.basis.numel():
             expected = f"a linear layer or 1×1 convolution {self.dim} → {self.num_classes}"
@@ -107,7 +109,7 @@ class CBP(Regularizer):
 
     @torch.no_grad()
     def uninstall(self, classifier: nn.Module) -> None:
-        """Give the classifier the weight and bias that `install` took."""
+        """Restore the weight and bias that the classifier had before `install`."""
         weight, replaced = classifier.weight, self._replaced
         assert isinstance(weight, Tensor) and replaced is not None
         weight.copy_(replaced.weight)

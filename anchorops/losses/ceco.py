@@ -16,14 +16,15 @@ from .base import Classifier, Losses, Plan, Regularizer
 from .recomputation import recomputing, statistics_kept
 from .statistics import Request
 
-_FIXED_POINT = 2**30  # weights are summed as integers: any order gives the same bits
+_FIXED_POINT = 2**30  # weights are summed as integers, so any order gives the same bits
 
 
 def _corners(size: int, source: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """For each of `size` label rows: two feature rows and their weights, as bilinear upsampling
-    takes them with align_corners=True."""
+    """For each of `size` label rows: the two feature rows and their weights in bilinear upsampling
+    with align_corners=True."""
     step = (source - 1) / (size - 1) if size > 1 else 0.0
-    scale = torch.full((), step, dtype=torch.float32, device=device)  # a copy would synchronise
+    # filled on the device, because copying a number to it would synchronise
+    scale = torch.full((), step, dtype=torch.float32, device=device)
     position = torch.arange(size, device=device, dtype=torch.float32) * scale
     low = position.long().clamp(max=source - 1)
     fraction = position - low
@@ -35,22 +36,22 @@ def splat_labels(
 ) -> tuple[Tensor, Tensor]:
     """W = upᵀ onehot(labels) and the classes' pixel counts.
 
-    Bilinear upsampling (align_corners=True) from `size` to the labels' size is linear, so that the
-    sum over a class of upsampled features, Σ_{p∈k} up(g)(p), is Σ_q W[k, q]·g(q): nothing of
-    the labels' size times the channels is ever built.
+    Bilinear upsampling (align_corners=True) from `size` to the labels' size is linear. Therefore
+    the sum of upsampled features over a class, Σ_{p∈k} up(g)(p), is Σ_q W[k, q]·g(q), and no tensor
+    of the labels' size times the channels is stored.
 
     Args:
         labels: integer (B, H', W').
         size: (H, W) of the features.
 
     Returns:
-        W: float32 [B, K, H·W]; counts: int64 [B, K]. The same bits whatever the device's order.
+        W: float32 [B, K, H·W]; counts: int64 [B, K]. Both are reproducible bit for bit.
     """
     (height, width), images = size, labels.shape[0]
     labels = labels.long()
     valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
     image = torch.arange(images, device=labels.device)[:, None, None]
-    spare = images * num_classes  # where the ignored go
+    spare = images * num_classes  # the key of ignored pixels
     keys = torch.where(valid, image * num_classes + labels, spare)
     counts = torch.zeros(spare + 1, dtype=torch.int64, device=labels.device)
     counts = counts.index_add(0, keys.flatten(), torch.ones_like(keys).flatten())[:-1]
@@ -71,8 +72,8 @@ class CeCo(Regularizer):
     """Class centers of projected features, classified by a fixed simplex.
 
     g = BN(reduction(features)), upsampled to the labels; z_k = mean of g over class k;
-    ẑ_k = normalize(ReLU(projection z_k)), dropped out; W the simplex ETF (supplement, Eq. 11); π
-    the share of training images that contain each class.
+    ẑ_k = normalize(ReLU(projection z_k)), with dropout; W: the simplex ETF (supplement, Eq. 11);
+    π: the share of the training images that contain each class.
 
         L = loss_weight · mean_{k present} −log softmax_k( scale·⟨ẑ_k, W⟩ + log(π + 1e−12) )
 
@@ -81,16 +82,16 @@ class CeCo(Regularizer):
         loss_weight: λ: 0.8 (Swin-T), 0.2 (Swin-B).
         reduced_dim, center_dim: channels of g and of ẑ; center_dim ≥ K − 1.
         scale: of the cosines.
-        prior: π [K], any positive scale; uniform if None. `diagnostics.LabelImbalance` counts it.
-        resolution: "label" as released (upsampled; without building that tensor), or "feature": the
-            labels are brought to the features by nearest instead.
-        per_image: centers of each image instead of the batch's.
-        freeze_projection: as released; False trains it.
-        dropout: probability, on ẑ.
-        ignore_index, process_group: as `Regularizer`; with a group BN's statistics are global, and
-            two ranks equal one process where dropout = 0.
+        prior: π [K], any positive scale; uniform if None. `diagnostics.LabelImbalance` computes it.
+        resolution: "label" as in the released code (upsampled, but this tensor is not stored), or
+            "feature": the labels are resized to the features by nearest-neighbour interpolation.
+        per_image: centers of each image instead of the batch.
+        freeze_projection: True as in the released code; False trains it.
+        dropout: probability, for ẑ.
+        ignore_index, process_group: as in `Regularizer`; with a group, the statistics of BN are
+            global, and two ranks equal one process if dropout = 0.
 
-    The model's own classifier takes no part. `terms`: center, present (number of centers).
+    The model's own classifier is not used. `terms`: center, present (number of centers).
     """
 
     settings = (
@@ -171,7 +172,7 @@ class CeCo(Regularizer):
         return reduced[(..., *[0] * (4 - features.dim()))]
 
     def _normalise(self, x: Tensor) -> Tensor:
-        """Batch norm of (B, C, H, W), over all ranks where there is a group."""
+        """Batch norm of (B, C, H, W), over all ranks if there is a group."""
         norm = self.norm
         if self.process_group is None or not self.training:
             return norm(x.to(norm.weight.dtype))
@@ -189,7 +190,7 @@ class CeCo(Regularizer):
             unbiased = variance * size / (size - 1)
             norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
             norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
-            if norm.num_batches_tracked is not None:  # a recomputation does not count
+            if norm.num_batches_tracked is not None:  # None in a recomputation
                 norm.num_batches_tracked.add_(1)
         scale = norm.weight * (variance + norm.eps).rsqrt()
         return centered * scale.view(shape) + norm.bias.view(shape)
@@ -216,7 +217,7 @@ class CeCo(Regularizer):
         logits = self.scale * F.linear(hidden, etf) + (prior + 1e-12).log()
         own = logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
         total, number = -torch.where(present, own, 0).sum(), present.sum()
-        if self.per_image:  # every rank has images of its own
+        if self.per_image:  # every rank has its own images
             total, number = (all_reduce(x, self.process_group) for x in (total, number))
         loss = self.loss_weight * total / number.clamp(min=1)
         return Losses({"center": loss}, {"present": number})

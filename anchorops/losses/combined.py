@@ -9,16 +9,16 @@ from .statistics import class_statistics
 
 
 class Combined(Regularizer):
-    """The sum of several regularisers, whose class statistics come from one pass where they can.
+    """The sum of several regularisers. If possible, one pass computes all their class moments.
 
-    A pass is shared by all methods on the same features, one with anchors among them: SAR + OCCL
-    read the features once, and their gradients are written once. CeCo works on features of its own.
-    The values are those of the methods apart, if they count the same steps: with a shared pass the
+    Methods on the same features share a pass, if at most one of them has anchors: SAR + OCCL read
+    the features once, and their gradients are written once. CeCo has its own features. The values
+    equal those of the separate methods if these have counted the same steps: in a shared pass, the
     random splits are those of the first method that needs one.
 
-    `terms` names parts by method, "sar.p2a" for instance.
+    The keys of `terms` begin with the method, for example "sar.p2a".
 
-    Raises ValueError where the methods differ in num_classes, dim, ignore_index or seed.
+    Raises ValueError if the methods differ in num_classes, dim, ignore_index or seed.
     """
 
     def __init__(self, *regularizers: Regularizer) -> None:

@@ -26,34 +26,35 @@ from .pixel import PixelLoss, check_number, class_weight
 
 
 class CrossEntropy(PixelLoss):
-    """Cross-entropy of logits that are upsampled to the labels' size on the way.
+    """Cross-entropy of low-resolution logits, compared with labels at their own size.
 
         L = Σ_q v_q·(1 − p_y)^γ·L_q / Σ_q v_q·w_y
         L_q = (1 − ε)·w_y·(−log p_y) + ε/K·Σ_k w_k·(−log p_k)
 
-    over the valid pixels q that count, with p the softmax of the upsampled logits; 0 where the
-    denominator is. Without options it equals F.cross_entropy of F.interpolate(logits.float(), …).
+    over the valid pixels q that are used (all, unless ohem or ohem_kept is given), with p the
+    softmax of the upsampled logits. It is 0 if the denominator is 0. Without options it equals
+    F.cross_entropy of F.interpolate(logits.float(), …).
 
     Args:
         weight: w, a number of at least 0 for each class; 1 if not given.
         label_smoothing: ε in [0, 1].
         focal_gamma: γ at least 0 (Lin et al., Focal Loss, arXiv 1708.02002, Eq. 4, of the softmax).
-            smp's FocalLoss("multiclass") is that of K sigmoids; MONAI's divides by K, too.
-        ohem: only pixels whose true class has at most this probability count (Shrivastava et al.,
-            arXiv 1604.03540).
-        ohem_kept: at least this number of pixels of the batch count: those with the largest losses,
-            ties included. Pixels of weight 0 are left out first. Without `ohem` only these count.
-            mmsegmentation's OHEMPixelSampler has the same two numbers, but its min_kept is per
-            image, and the mean divides by all pixels.
-        accuracy: put the share of pixels that are predicted right among `terms`.
-        ignore_index: a label that is left out, 255 by default; with K > 255 it must be given.
-        align_corners: of the upsampling, as in F.interpolate; that of the layer it replaces.
+            smp's FocalLoss("multiclass") uses K sigmoids; MONAI additionally divides by K.
+        ohem: only pixels whose true class has at most this probability are used (Shrivastava et
+            al., arXiv 1604.03540).
+        ohem_kept: at least this number of pixels of the batch are used: those with the largest
+            losses, including ties. Pixels of weight 0 are removed first. Without `ohem` only these
+            pixels are used. mmsegmentation's OHEMPixelSampler has the same two parameters, but its
+            min_kept is per image, and its mean divides by all pixels.
+        accuracy: add the share of correctly predicted pixels to `terms`.
+        ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
+        align_corners: of the upsampling, as in F.interpolate; the same as in the layer it replaces.
 
-    Called with (logits, labels, pixel_weights=None): pixel_weights is v, floating, of the labels'
-    shape; 1 if not given. `terms`: ce, accuracy where asked for.
+    Call it with (logits, labels, pixel_weights=None). pixel_weights is v, a floating-point tensor
+    of the labels' shape; 1 if not given. `terms`: ce, and accuracy if requested.
 
-    Class weights cost nothing: they are arithmetic on statistics of classes. Label smoothing,
-    focal factor, hard examples and pixel weights take some maps of the labels' size.
+    Class weights need no additional time: they are applied to statistics of classes. Label
+    smoothing, focal factor, hard examples and pixel weights need some maps of the labels' size.
     """
 
     settings = ("label_smoothing", "focal_gamma", "ohem", "ohem_kept")
@@ -128,20 +129,21 @@ class CrossEntropy(PixelLoss):
         return {"ce": divide(losses.sum(), weights.sum())}
 
     def _hard(self, ce: Tensor, valid: Tensor) -> Tensor:
-        """The pixels that count: bool, the labels' shape."""
-        ce = ce.float()  # in which the k-th largest is found
+        """The pixels that are used: bool, the labels' shape."""
+        ce = ce.float()  # kth_largest needs float32
         bound = math.inf if self.ohem is None else -math.log(self.ohem)
         bound = torch.full((), bound, device=ce.device)
         if self.ohem_kept is not None:
             bound = bound.minimum(kth_largest(ce, valid, self.ohem_kept))
-        return valid & ~(ce < bound)  # NaN counts
+        return valid & ~(ce < bound)  # includes NaN
 
 
 def kth_largest(values: Tensor, valid: Tensor, k: int) -> Tensor:
-    """The k-th largest of the valid values, float32 and not negative; −∞ where there are fewer.
+    """The k-th largest of the valid values, float32 and not negative; −∞ if there are fewer.
 
-    Without sorting, and without waiting for the device: the bits of such numbers have their order,
-    so two histograms, of their upper and of their lower 16 bits, find it exactly. NaN counts as ∞.
+    It neither sorts nor synchronises. The bits of non-negative floats, read as integers, have the
+    same order as the floats. Therefore two histograms, of the upper and of the lower 16 bits, find
+    the value exactly. NaN is treated as ∞.
     """
     values = values.nan_to_num(nan=torch.inf, posinf=torch.inf)
     bits = values.clamp(min=0).flatten().view(torch.int32)
@@ -153,8 +155,8 @@ def kth_largest(values: Tensor, valid: Tensor, k: int) -> Tensor:
 
 
 def _bin_of_rank(bins: Tensor, valid: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of 2^16 bins holds the value of that rank, counted from 1 at the highest, and its rank
-    inside the bin; a rank of 0 where there are fewer values."""
+    """Which of 2^16 bins contains the value of this rank (1 is the highest), and its rank inside
+    the bin; a rank of 0 if there are fewer values."""
     rows = torch.where(valid, bins >> 8, -1).to(torch.int16)
     counts = confusion((bins & 0xFF).long(), rows, 256, ignore_index=-1).flatten()
     from_here = counts.flip(0).cumsum(0).flip(0)  # how many are in this bin or a higher one

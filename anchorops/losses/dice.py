@@ -1,4 +1,4 @@
-"""Dice and its relatives, alone or with cross-entropy from the same pass."""
+"""Dice, Jaccard and Tversky losses, alone or with cross-entropy in the same pass."""
 
 from __future__ import annotations
 
@@ -16,42 +16,44 @@ from .pixel import PixelLoss, check_number, class_weight
 
 
 class Dice(PixelLoss):
-    """Overlap loss of the softmax of logits that are upsampled to the labels' size on the way.
+    """Overlap loss of low-resolution logits, compared with labels at their own size.
 
         score_k = (o_k + s_n) / (o_k + α·(m_k − o_k) + β·(c_k − o_k) + s_d)
         L = (Σ_k w_k·(1 − score_k) / Σ_k w_k)^γ
 
-    with o_k = Σ_{y = k} p_k, m_k = Σ p_k, c_k = #{y = k} over the valid pixels of the batch.
-    α = β = ½ is Dice, 2o / (m + c) (Milletari et al., arXiv 1606.04797); α = β = 1 is Jaccard, or
-    IoU; others are Tversky (Salehi et al., arXiv 1706.05721).
+    with p the softmax of the upsampled logits, and o_k = Σ_{y = k} p_k, m_k = Σ p_k, c_k = #{y = k}
+    over the valid pixels of the batch. α = β = ½ is Dice, 2o / (m + c) (Milletari et al.,
+    arXiv 1606.04797); α = β = 1 is Jaccard, or IoU; others are Tversky (Salehi et al.,
+    arXiv 1706.05721).
 
     Args:
         alpha, beta: α of false positives, β of false negatives, at least 0.
-        smooth, smooth_denominator: s_n, s_d, at least 0; s_d = s_n if not given. Where the
+        smooth, smooth_denominator: s_n, s_d, at least 0; s_d = s_n if not given. If the
             denominator is 0, the score is 0.
-        squared: Σ p_k² in place of m_k, as V-Net and MONAI's squared_pred.
-        per_image: a score for each image and class, then the mean over both.
-        classes: the classes that count; all if not given.
-        absent: a class (of an image) without pixels in the labels is left out of the mean ("skip"),
-            adds 0 to it ("zero"), or counts as the formula says ("keep").
+        squared: Σ p_k² instead of m_k, as in V-Net and MONAI's squared_pred.
+        per_image: compute a score for each image and class, then the mean over both.
+        classes: the classes to use; all if not given.
+        absent: a class (of an image) without pixels in the labels is omitted from the mean
+            ("skip"), adds 0 to it ("zero"), or is treated as by the formula ("keep").
         weight: w, a number of at least 0 for each of the K classes; 1 if not given.
-        log: −log score_k in place of 1 − score_k.
-        gamma: γ above 0, of the mean, as smp's TverskyLoss (Abraham & Khan, arXiv 1810.07842, have
-            the power of each class).
-        process_group: "world" or a ProcessGroup for the statistics of all its ranks; the gradients
-            of DDP are then those of one process on the concatenated batch. Not with per_image. The
-            accuracy among `terms` stays that of the rank.
-        accuracy, ignore_index, align_corners: as `CrossEntropy`.
+        log: −log score_k instead of 1 − score_k.
+        gamma: γ above 0, the power of the mean, as in smp's TverskyLoss (Abraham & Khan, arXiv
+            1810.07842, apply it to each class).
+        process_group: "world" or a ProcessGroup for the statistics of all its ranks. With DDP, the
+            gradients are then those of one process on the concatenated batch. Not with per_image.
+            The accuracy in `terms` remains that of the rank.
+        accuracy, ignore_index, align_corners: as in `CrossEntropy`.
 
-    Of other libraries, for the same logits at the labels' size:
+    Comparison with other libraries, for the same logits at the labels' size:
         segmentation_models.pytorch: DiceLoss("multiclass", smooth=s) is Dice(smooth=s,
-            absent="zero"); TverskyLoss and JaccardLoss likewise. It clamps denominators at 1e-7.
+            absent="zero"); the same holds for TverskyLoss and JaccardLoss. smp clamps denominators
+            at 1e-7.
         MONAI: DiceLoss(softmax=True, to_onehot_y=True) is Dice(per_image=True, smooth=0.5e-5,
             absent="keep"): its smooth_nr and smooth_dr, 1e-5, are added to 2·o and m + c. With
             batch=True it is per_image=False. Its weights are not divided by their sum.
         nnU-Net returns −score.
 
-    Called with (logits, labels). `terms`: dice, accuracy where asked for.
+    Call it with (logits, labels). `terms`: dice, and accuracy if requested.
     """
 
     settings = (
@@ -129,7 +131,7 @@ class Dice(PixelLoss):
         pixel_weights: Tensor | None,
     ) -> dict[str, Tensor]:
         if pixel_weights is not None:
-            fail("Dice", "pixel_weights", "None: it has no weights of pixels", "a tensor")
+            fail("Dice", "pixel_weights", "None: Dice has no pixel weights", "a tensor")
         return {"dice": self._dice(moments, class_weight(self, logits))}
 
     def _dice(self, moments: SoftmaxMoments, weight: Tensor | None) -> Tensor:
@@ -169,17 +171,17 @@ class Dice(PixelLoss):
 
 
 class CrossEntropyDice(PixelLoss):
-    """ce_weight·CrossEntropy + dice_weight·Dice, from one pass over the logits each way.
+    """ce_weight·CrossEntropy + dice_weight·Dice, sharing the passes over the logits.
 
     Args:
-        cross_entropy, dice: the two; as constructed by default if not given. Both have the same
-            ignore_index and align_corners.
-        ce_weight, dice_weight: of the two parts.
+        cross_entropy, dice: the two losses; with their default arguments if not given. Both must
+            have the same ignore_index and align_corners.
+        ce_weight, dice_weight: the weights of the two losses.
 
-    Called with (logits, labels, pixel_weights=None); the weights are the cross-entropy's. `terms`:
-    ce, dice, accuracy where one of them asks for it.
+    Call it with (logits, labels, pixel_weights=None); the pixel weights apply to the cross-entropy.
+    `terms`: ce, dice, and accuracy if one of them requests it.
 
-    Raises ValueError where the two differ in ignore_index or align_corners.
+    Raises ValueError if the two differ in ignore_index or align_corners.
     """
 
     settings = ("ce_weight", "dice_weight")

@@ -14,11 +14,11 @@ from .statistics import Request
 
 
 class MVSC(Regularizer):
-    """Learnable centroids in G groups, aligned with those of random groups of each class's pixels.
+    """Aligns learnable centroids in G groups with means of random groups of each class's pixels.
 
     V_g [K, D]: learnable, v'_k = mean_g V_gk; r_kg: mean of the g-th random group of class k's
-    pixels; a_k, b_k: means of V over a random half of the groups (⌊G/2⌋, drawn anew each step) and
-    over the rest. Means run over the non-empty (k, g), that of L_cos over all classes.
+    pixels; a_k, b_k: means of V over a random half of the groups (⌊G/2⌋, drawn in every step) and
+    over the other groups. Means are over the non-empty (k, g), the mean in L_cos over all classes.
 
         L_fca = mean_{k,g} −log [ e^{r_kg·v'_k/τ} / Σ_{j present} e^{r_kg·v'_j/τ} ]
         L_cos = mean_k 1 − cos(a_k, b_k)
@@ -33,10 +33,10 @@ class MVSC(Regularizer):
         num_classes, dim: K and D.
         groups: G; with 1, L_cos is 0.
         fca_weight, cos_weight, visual_weight: λ_f, λ_c, λ_v.
-        enhance: False for L_v = CE of V itself, without gradient to the features.
+        enhance: False for L_v = CE of V itself, without a gradient to the features.
         temperature: τ.
-        seed: of the random splits, with the step counter `step`, a buffer, as in `OCCL`.
-        ignore_index, process_group: as `Regularizer`.
+        seed: of the random splits, together with the step counter `step`, a buffer, as in `OCCL`.
+        ignore_index, process_group: as in `Regularizer`.
 
     State: `prototypes` (V), a parameter [G, K, D]. `terms`: fca, cos, visual, present (of K).
     """
@@ -112,7 +112,7 @@ class MVSC(Regularizer):
             return prototypes.new_zeros(())
         groups = torch.zeros(1, self.groups, dtype=torch.int64, device=seed.device)
         whole = torch.full((1,), self.groups, dtype=torch.int64, device=seed.device)
-        # Apart from the pixels' split, which has the same seed; group 1 is the half of ⌊G/2⌋.
+        # A different seed from the pixels' split. Group 1 is the half with ⌊G/2⌋ groups.
         half = split_groups(groups, whole, 2, seed + (1 << 31)).view(-1, 1, 1)
         a, b = (
             torch.where(half == x, prototypes, 0).sum(0) / size

@@ -12,7 +12,7 @@ from ..reference import ClassMoments, split_groups
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .statistics import Request
 
-EPS = 1e-6  # of normalisation: the gradient of a centroid at zero stays below 1/EPS
+EPS = 1e-6  # of normalisation: it keeps the gradient of a centroid at zero below 1/EPS
 
 
 class OCCL(Regularizer):
@@ -25,22 +25,22 @@ class OCCL(Regularizer):
         L_c^x = mean_{i∈P} −log [ e^{v_ix·w_i/τ} / Σ_{j=1..K} e^{v_ix·w_j/τ} ]
         L = ½ [ centroid_weight·(L_v^1 + L_v^2) + category_weight·(L_c^1 + L_c^2) ]
 
-    As printed, Eqs. 4-6 lack −log and their negatives repel a class from its own centroid; the text
-    says InfoNCE, and so it is here. Ours: the mean over P, and v, s, w normalised, for τ = 0.07 on
-    raw features saturates.
+    As printed, Eqs. 4-6 have no −log, and their negatives repel a class from its own centroid. The
+    text says InfoNCE, which is implemented here. Our additions: the mean over P, and v, s, w are
+    normalised, because τ = 0.07 saturates on raw features.
 
     Args:
         num_classes, dim: K and D.
         centroid_weight, category_weight: λ and φ (ADE20K: FCN .4/.1, ConvNeXt 1/.2, Swin 1/.2,
-            SegFormer 1/.1; COCO-Stuff: φ .3 but for SegFormer).
+            SegFormer 1/.1; COCO-Stuff: φ .3 except for SegFormer).
         temperature: τ.
-        normalize: False for the inner products as printed.
-        reduction: "sum" over P as printed.
+        normalize: False for the inner products as printed in the paper.
+        reduction: "mean" over P, or "sum" as printed in the paper.
         split: what is split at random: each class's "pixels", or the batch's "images" (at least 2),
-            nearer to the text's objects.
-        seed: of the random splits, with the step counter `step`, a buffer: int64 also in an average
-            of models, where it only decides which splits come next.
-        ignore_index, process_group: as `Regularizer`.
+            which is closer to the objects of the text.
+        seed: of the random splits, together with the step counter `step`, a buffer. It is int64
+            also in an average of models, where it only determines the next splits.
+        ignore_index, process_group: as in `Regularizer`.
 
     A trainable classifier receives the gradient of L_c. `terms`: centroid, category, present (|P|).
     """
@@ -115,7 +115,7 @@ class OCCL(Regularizer):
             "temperature": self.temperature,
             "reduction": self.reduction,
         }
-        # The mean over both views is ½(L^1 + L^2), the sum twice that of "sum".
+        # The mean over both views is ½(L^1 + L^2); the sum over both views is twice that of "sum".
         scale = 0.5 if self.reduction == "sum" else 1.0
         centroid = centroid_info_nce(views, centroids, positives=views.flip(1), **options)
         everything = torch.ones_like(in_both)
@@ -130,7 +130,7 @@ class OCCL(Regularizer):
 
 
 def _halves(counts: Tensor, sums: Tensor, seed: Tensor) -> ClassMoments:
-    """[B, K], [B, K, D] → [K, 2], [K, 2, D]: the images in two random halves of equal size (±1)."""
+    """[B, K], [B, K, D] → [K, 2], [K, 2, D]: two random halves of the images, equal size (±1)."""
     images = torch.zeros(1, counts.shape[0], dtype=torch.int64, device=counts.device)
     whole = torch.full((1,), counts.shape[0], dtype=torch.int64, device=counts.device)
     half = split_groups(images, whole, 2, seed).view(-1, 1)

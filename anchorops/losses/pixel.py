@@ -1,4 +1,4 @@
-"""Losses of pixels: what a module asks of softmax moments, and what it makes of them."""
+"""The base class of pixel losses, which are computed from softmax moments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_number(function: str, argument: str, value: object, *, above: bool = F
 
 
 class PixelLoss(nn.Module):
-    """A loss of logits at low resolution against labels at theirs.
+    """A loss of low-resolution logits, compared with labels at their own size.
 
     Shapes:
         logits: (B, K, h, w), (N, K), (B, K, N) or (B, K, d, h, w), as `softmax_moments`; K at least
@@ -33,7 +33,7 @@ class PixelLoss(nn.Module):
         labels: integer; (B, H, W) of any size, or (N,), (B, N), (B, d, h, w).
         Returns a scalar, float32 (float64 for float64 logits), also under autocast.
 
-    `terms` holds the weighted parts of the last loss, detached, still on their device.
+    `terms` contains the weighted terms of the last loss, detached, still on their device.
     """
 
     settings: tuple[str, ...] = ()
@@ -53,15 +53,15 @@ class PixelLoss(nn.Module):
         self.terms: dict[str, Tensor] = {}
 
     def ignored(self, logits: Tensor) -> int:
-        """The label that is left out, for so many classes."""
+        """The label to ignore, for the number of classes of these logits."""
         return check_ignore_index(type(self).__name__, self.ignore_index, logits.shape[1])
 
     def prepared(self, logits: Tensor) -> Tensor:
-        """The logits as the loss takes them."""
+        """The logits as the loss needs them."""
         return logits
 
     def asked(self) -> dict[str, bool]:
-        """Arguments of `softmax_moments`: which statistics the loss needs, hits apart."""
+        """The statistics that the loss needs, as arguments of `softmax_moments`, except hits."""
         raise NotImplementedError
 
     def parts(
@@ -71,7 +71,7 @@ class PixelLoss(nn.Module):
         labels: Tensor,
         pixel_weights: Tensor | None,
     ) -> dict[str, Tensor]:
-        """The loss in weighted parts, from statistics with what was asked for."""
+        """The weighted parts of the loss, from the requested statistics."""
         raise NotImplementedError
 
     def forward(
@@ -111,7 +111,7 @@ class PixelLoss(nn.Module):
             fail(type(self).__name__, "pixel_weights", expected, describe(pixel_weights))
 
     def _register_weight(self, weight: object) -> None:
-        """The buffer `weight`, None or [K], a copy; float32, or float64 where it was."""
+        """Register the buffer `weight`: None or a copy [K], float32 (float64 if it was that)."""
         if weight is not None:
             try:
                 dtype = torch.float64 if getattr(weight, "dtype", 0) == torch.float64 else None

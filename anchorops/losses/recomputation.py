@@ -1,10 +1,10 @@
-"""Activation checkpointing: torch.utils.checkpoint runs a forward again, within the backward pass.
+"""Activation checkpointing: torch.utils.checkpoint runs a forward again during the backward pass.
 
-The rule for every method: a training forward moves the state once; a recomputation moves nothing,
-and reads of the state what its first pass read. Not reentrant, the first pass leaves `KnowAgain` in
-the graph, which says which forward is recomputed. Reentrant, it leaves nothing: the recomputation
-then must be that of the last forward. A compiled forward cannot be told apart from its
-recomputation. What cannot be right raises.
+The rule for every method: a training forward updates the state once. A recomputation updates
+nothing, and reads the state that the first pass read. With use_reentrant=False, the first pass adds
+the node `KnowAgain` to the graph, which says which forward is recomputed. With use_reentrant=True
+there is no such node, so the recomputation must be that of the last forward. A compiled forward
+cannot be distinguished from its recomputation. Cases that cannot be handled raise an error.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ _library = torch.library.Library("anchorops", "FRAGMENT")
 
 
 def recomputing() -> bool:
-    """Whether a forward that runs now is a recomputation: one within a backward pass."""
+    """Whether the current forward is a recomputation, that is, runs during a backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def checkpointed() -> bool:
-    """Whether hooks take what is saved for backward: those of a checkpoint that is not reentrant,
-    in its first pass and in its recomputation."""
+    """Whether hooks replace saved tensors. A checkpoint with use_reentrant=False has such hooks, in
+    its first pass and in its recomputation."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
     return hooks(True) is not None
 
 
 class KnowAgain(torch.autograd.Function):
-    """Passes the loss of a checkpointed forward through.
+    """The identity on the loss of a checkpointed forward.
 
-    In the backward pass it asks for its saved tensor, the number of the forward, which the
-    checkpoint has not kept: that starts the recomputation, while the regulariser reads what its
-    first pass read. Where another node of the checkpointed function has started it before, the last
-    forward's state was read, and a number that differs shows that this was another forward.
+    Its backward pass unpacks a saved tensor, the number of the forward. The checkpoint has not kept
+    this tensor, so unpacking it starts the recomputation, with the state that the first pass read.
+    If another node of the checkpointed function started the recomputation earlier, the state of
+    the last forward was read. Then a different number shows that this was another forward.
     """
 
     @staticmethod
@@ -69,8 +69,8 @@ class KnowAgain(torch.autograd.Function):
 
 
 def check_reentrant(regularizer: Regularizer, first_passes: int, was_last: bool) -> None:
-    """first_passes: forwards without gradients that were not recomputed; was_last: one of them was
-    the last forward of all."""
+    """first_passes: the number of forwards without gradients that were not recomputed; was_last:
+    whether the last forward is one of them."""
     if first_passes > 1 or not was_last:
         raise RuntimeError(
             f"{type(regularizer).__name__}: several forwards before the recomputation by "
@@ -81,8 +81,8 @@ def check_reentrant(regularizer: Regularizer, first_passes: int, was_last: bool)
 
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Batch norms do not count what they normalise inside. No operator more than in the first pass,
-    nor a saved tensor less: torch.utils.checkpoint compares them."""
+    """Batch norms keep their running statistics inside this context. It runs the same operators as
+    the first pass and saves the same tensors, because torch.utils.checkpoint compares them."""
     norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
     kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -94,16 +94,16 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
-# In a compiled forward; the state is named as changed, so that the operator is neither left out
-# nor moved behind what changes the state.
+# For compiled forwards. The schema says that it changes the state, so the compiler neither removes
+# the operator nor moves it behind an operator that changes the state.
 _library.define("first_pass(Tensor(a!) state, str name) -> ()", tags=torch.Tag.pt2_compliant_tag)
 
 
 def _first_pass(state: Tensor, name: str) -> None:
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            f"{name}: torch.utils.checkpoint recomputes a compiled forward, whose state would move "
-            f"twice: {_WAY_OUT}"
+            f"{name}: torch.utils.checkpoint recomputes a compiled forward, whose state would be "
+            f"updated twice: {_WAY_OUT}"
         )
 
 

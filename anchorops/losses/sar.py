@@ -36,11 +36,12 @@ def _embedding(dim: int, layers: int) -> nn.Sequential:
 
 
 class SAR(Regularizer):
-    """Pulls every pixel to its class's semantic anchor, learned apart from the features.
+    """Pulls every pixel to the semantic anchor of its class, which is learned without the features.
 
-    Fixed random anchors A pass an embedding h and the model's own classifier; h learns by the
-    cross-entropy of the anchors not yet recognised (L_aux). Where the anchors are recognised, their
-    moving average Â attracts the features: L_p2a = Σ ‖f_p − Â_{y_p}‖² / (D·N_valid) (its Eq. 4).
+    Fixed random anchors A pass through an embedding h and the model's own classifier. h learns from
+    the cross-entropy of the anchors that are not recognised yet (L_aux). When the anchors are
+    recognised, their moving average Â attracts the features:
+    L_p2a = Σ ‖f_p − Â_{y_p}‖² / (D·N_valid) (its Eq. 4).
 
         L = aux_weight·L_aux + loss_weight·L_p2a                          (its Eq. 9, without L_ce)
 
@@ -48,23 +49,23 @@ class SAR(Regularizer):
         num_classes, dim: K ≥ 2 and D.
         loss_weight: λ2 of L_p2a (0.05 for DeepLabV3).
         aux_weight: λ1 of L_aux.
-        momentum: α of Â ← αÂ + (1−α)h(A); 0 switches the average off.
-        tau: L_aux counts the anchors with p_k ≤ τ only (its Eq. 6).
-        delta: an anchor is recognised when it is classified as its class with p_k > δ.
-        gate: "all" (as released): the average starts and moves, and L_p2a counts, only in steps
-            where every anchor is recognised. "per_class": as the text reads, each class on its own.
+        momentum: α of Â ← αÂ + (1−α)h(A); with 0 there is no average.
+        tau: L_aux includes only the anchors with p_k ≤ τ (its Eq. 6).
+        delta: an anchor is recognised if it is classified as its class with p_k > δ.
+        gate: "all" (as in the released code): the average is started and updated, and L_p2a is not
+            0, only in steps in which every anchor is recognised. "per_class": as in the text, each
+            class separately.
         anchors: "normal", "orthogonal", "simplex" (ND, OM, MES of its Table 7), or a tensor [K, D].
         embed: False for CR: L_p2a to the fixed A, no embedding, no classifier.
         layers: of the embedding: 3 for segmentation, 2 for classification (its appendix A).
-        reweight: w_k = log p_k / Σ_S log p_j (its Eq. 7); False for the plain mean over S.
-        detach_weights: stop the gradient through w; the release does not.
-        ignore_index, process_group: as `Regularizer`; with a group L_p2a is that of all ranks.
+        reweight: w_k = log p_k / Σ_S log p_j (its Eq. 7); False for the unweighted mean over S.
+        detach_weights: stop the gradient through w; the released code does not.
+        ignore_index, process_group: as in `Regularizer`; with a group L_p2a is that of all ranks.
 
-    State: `anchors` (A) and `semantic_anchors` (Â) are buffers; a class whose average has not
-    started has zeros there, which count in an average of models (AveragedModel, ModelEma) as they
-    do in one of weights that have not been trained yet. Leave the module in float32, as steps of
-    (1−α) vanish in bfloat16. `terms`: aux, p2a, gate (the share that is open: 0 or 1 for "all") and
-    unsure (|S|).
+    State: `anchors` (A) and `semantic_anchors` (Â) are buffers. If the average of a class has not
+    started, its row is zero; an average of models (AveragedModel, ModelEma) then includes these
+    zeros. Keep the module in float32, because updates of size (1−α) are lost in bfloat16. `terms`:
+    aux, p2a, gate (the share of open gates: 0 or 1 for "all") and unsure (|S|).
     """
 
     settings = (
@@ -163,12 +164,13 @@ class SAR(Regularizer):
 
     @torch.no_grad()
     def _average(self, embedded: Tensor, gate: Tensor) -> Tensor:
-        """Â of this step (its Eq. 8), a new tensor: an earlier step's may still await backward."""
+        """Â of this step (its Eq. 8). It is a new tensor, because the backward pass of an earlier
+        step may still need the old one."""
         kept = self.semantic_anchors
         average = self.momentum * kept + (1 - self.momentum) * embedded
         average = torch.where(self.started[:, None], average, embedded)
         average = torch.where(gate[:, None], average, kept)
-        return self._read_and_move(average, kept, average)
+        return self._read_and_update(average, kept, average)
 
     def _plan_p2a(
         self,
@@ -180,7 +182,7 @@ class SAR(Regularizer):
         def losses(moments: ClassMoments | None) -> Losses:
             assert moments is not None and moments.sqdists is not None
             counts, sqdists = moments.counts, moments.sqdists
-            if gate is not None:  # open classes only; the gate never is a branch
+            if gate is not None:  # only open classes; there is no `if` on the gate's values
                 counts, sqdists = torch.where(gate, counts, 0), torch.where(gate, sqdists, 0)
             p2a = sqdists.sum() / (self.dim * counts.sum()).clamp(min=1)
             return Losses(terms | {"p2a": self.loss_weight * p2a}, logs)

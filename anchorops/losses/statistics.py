@@ -1,4 +1,4 @@
-"""Class statistics for several methods, in as few passes over the features as keys allow."""
+"""Class moments for several methods, in as few passes over the features as possible."""
 
 import math
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from ..reference import ClassMoments
 
 
 class Request(NamedTuple):
-    """Arguments of `class_moments` that a method asks for.
+    """The arguments of `class_moments` for a method.
 
-    features: instead of the model's, where the method has its own (CeCo's projection).
+    features: the method's own features (CeCo's projection); None for the model's.
     """
 
     anchors: Tensor | None = None
@@ -25,10 +25,10 @@ class Request(NamedTuple):
 
 
 def _fold(moments: ClassMoments, made: Request, asked: Request) -> ClassMoments:
-    """The statistics asked for, from those of a pass with finer keys.
+    """The requested statistics, from those of a pass with finer keys.
 
-    A pixel's group is its rank in its class mod G, so with g dividing G its group of g is
-    group mod g: the very groups that a pass of its own would have made with the same seed.
+    A pixel's group is its rank in its class mod G. If g divides G, its group of g is group mod g.
+    These are the same groups as those of a separate pass with the same seed.
     """
 
     def fold(statistic: Tensor, rest: tuple[int, ...]) -> Tensor:
@@ -48,8 +48,8 @@ def _fold(moments: ClassMoments, made: Request, asked: Request) -> ClassMoments:
 
 
 def _passes(requests: Sequence[Request]) -> list[list[int]]:
-    """Which requests share a pass: those on the same features, one of them with anchors at most,
-    and not images with groups, which then would be groups of each image's pixels."""
+    """Which requests share a pass. They must have the same features, and at most one may have
+    anchors. per_image and groups cannot share a pass: it would split each image's pixels."""
     passes: list[list[int]] = []
     for i, request in enumerate(requests):
         for members in passes:
@@ -72,7 +72,7 @@ def class_statistics(
     requests: Sequence[Request],
     ignore_index: int,
 ) -> list[ClassMoments]:
-    """The moments that each request asks for. All random groups are drawn with the first seed."""
+    """The class moments of each request. All random groups are drawn with the first seed."""
     seed = next((request.seed for request in requests if request.seed is not None), None)
     results: dict[int, ClassMoments] = {}
     for members in _passes(requests):

@@ -1,8 +1,9 @@
-"""InfoNCE between the centroids of K classes: K×K×D, so everything is in the launches.
+"""InfoNCE between the centroids of K classes. It computes only K×K×D products, so on a GPU the
+launches determine its time.
 
 On GPUs it is an operator, `anchorops::centroid_info_nce.triton` and `.cuda` of one schema. On CPU
-the formula of reference.py serves: with its masks of classes it takes some 0.1 ms at K = 19, up to
-four times as long as a plain cross-entropy.
+the formula of reference.py is used: with its masks of classes it takes about 0.1 ms at K = 19, up
+to four times as long as a plain cross-entropy.
 """
 
 from typing import Any
@@ -12,13 +13,13 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import FLOATING, check_choice, check_no_tangents, describe, fail
+from .._checks import FLOATING, check_choice, check_derivatives, describe, fail
 from .registration import Gradient, define
 
 BACKENDS = ("triton", "cuda")
 
-# lse, positive_logits (float32 [K] or [K, G]) and scale (what the sum of the losses is multiplied
-# by) are kept for the gradient. dpositives is (0,) where there are none.
+# lse, positive_logits (float32 [K] or [K, G]) and scale (the factor of the sum of the losses) are
+# kept for the gradient. dpositives is (0,) if there are no positives.
 _SCHEMA = (
     "(Tensor queries, Tensor keys, Tensor? positives, Tensor? present, Tensor? present_keys, "
     "float temperature, str reduction) "
@@ -97,22 +98,22 @@ def centroid_info_nce(
     temperature: float = 0.07,
     reduction: str = "mean",
 ) -> Tensor:
-    """InfoNCE that pulls each class's query to its positive and pushes it from the other keys.
+    """InfoNCE: pulls the query of each class to its positive, and away from the other keys.
 
     L_i = −log [ e^{q_i·p_i/τ} / ( e^{q_i·p_i/τ} + Σ_{j≠i} e^{q_i·k_j/τ} ) ],  p_i = k_i by default
 
-    (OCCL, doi 10.1016/j.patcog.2024.110431, Eqs. 4-6 as the text means them; MVSC, Eq. 2.)
+    (OCCL, doi 10.1016/j.patcog.2024.110431, Eqs. 4-6 as described in the text; MVSC, Eq. 2.)
     Nothing is normalised here. Inner products and sums are float32, also under autocast.
-    On a GPU the backward pass may keep the K·G×K gradients of the logits, in float32 (Triton does).
+    On a GPU the backward pass may keep the K·G×K gradients of the logits in float32 (Triton does).
 
     Args:
         queries: [K, D], or [K, G, D] for G queries of each class; float.
         keys: [K, D]; float.
-        positives: as queries; takes the place of the query's own key.
-        present: bool [K] or [K, G] as queries; the others lose nothing and push nothing. Rows of
-            absent classes may hold NaN.
-        present_keys: bool [K]: the keys in the denominator besides the query's own; by default the
-            classes with a present query.
+        positives: same shape as queries; replace the query's own key.
+        present: bool [K], or [K, G] for [K, G, D] queries. Absent queries have no loss, and their
+            keys are not in the denominators. Rows of absent classes may contain NaN.
+        present_keys: bool [K]: the keys in the denominator in addition to the query's own; by
+            default the classes with a present query.
         temperature: τ > 0.
         reduction: "mean" over the present queries (0 if there is none), "sum", or "none".
 
@@ -153,6 +154,6 @@ def centroid_info_nce(
             temperature=temperature,
             reduction=reduction,
         )
-    check_no_tangents(function, queries, keys, positives)
+    check_derivatives(function, queries, keys, positives)
     operator = getattr(torch.ops.anchorops.centroid_info_nce, backend)
     return operator(queries, keys, positives, present, present_keys, temperature, reduction)[0]

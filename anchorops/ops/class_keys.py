@@ -1,6 +1,7 @@
 """Class keys: from labels at any size to one integer key per pixel of the features.
 
-It costs 1/D of the feature pass, and every operator on the same labels can share its result.
+It moves 1/D of the bytes of a pass over the features. Operators on the same labels can share its
+result.
 """
 
 from typing import TypedDict
@@ -49,7 +50,7 @@ def class_keys(
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Key of each pixel of `features` and how many pixels have each key.
+    """The key of each pixel of `features`, and the number of pixels with each key.
 
     keys: int32 [B, P], ((image·K + class)·G + group, −1 where ignored; B = 1 and P = N for points.
     counts: int64 [K], [K, G], [B, K] or [B, K, G].

@@ -1,11 +1,11 @@
-"""Class moments: count, sum and squared distance to an anchor of each class's pixels.
+"""Class moments: count, sum and squared distance to an anchor, over the pixels of each class.
 
     counts[k] = #{p : key_p = k}    sums[k] = Σ f_p    sqdists[k] = Σ ‖f_p − anchors[k]‖²
     dfeatures[p] = 2·dsqdists[k]·(f_p − anchors[k]) + dsums[k],  k = key_p;  0 where ignored
     danchors[k]  = −2·dsqdists[k]·residuals[k],  residuals[k] = Σ (f_p − anchors[k])
 
-One pass over the features forward, one backward. The operator exists once per backend, as the
-overloads `anchorops::class_moments.cpu`, `.triton` and `.cuda` of one schema.
+The forward pass reads the features once, and so does the backward pass. The operator exists once
+per backend, as the overloads `anchorops::class_moments.cpu`, `.triton` and `.cuda` of one schema.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .._backend import select
 from .._checks import (
     check_anchors,
     check_choice,
+    check_derivatives,
     check_features,
     check_ignore_index,
     check_label_values,
     check_labels,
-    check_no_tangents,
     check_num_classes,
     describe,
     fail,
@@ -36,14 +36,14 @@ from .registration import Gradient, define, raise_second_derivative
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11
 
-# sums, sqdists and residuals are empty tensors (0,) where not asked for. The anchor of key k is row
+# sums, sqdists and residuals are empty tensors (0,) if not requested. The anchor of key k is row
 # (k // groups) % K. Statistics and anchors are float32, for float64 features float64.
 _SCHEMA = (
     "(Tensor features, Tensor keys, Tensor? anchors, SymInt num_keys, SymInt groups, "
     "bool with_sums, bool with_residuals) -> (Tensor sums, Tensor sqdists, Tensor residuals)"
 )
 
-# features are needed for dsqdists alone; size, stride and dtype describe dfeatures.
+# features are needed only for dsqdists; size, stride and dtype describe dfeatures.
 _BACKWARD_SCHEMA = (
     "(Tensor? features, Tensor keys, Tensor? anchors, Tensor? dsums, Tensor? dsqdists, "
     "SymInt groups, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor"
@@ -85,7 +85,7 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, keys, anchors, _, ctx.groups, ctx.with_sums, with_residuals = inputs
     ctx.size, ctx.dtype = features.shape, features.dtype
-    ctx.stride = torch.empty_like(features, device="meta").stride()  # the features' layout, dense
+    ctx.stride = torch.empty_like(features, device="meta").stride()  # dense, as the features
     ctx.save_for_backward(
         features if anchors is not None else None,
         keys,
@@ -102,7 +102,7 @@ def _backward(
     dresiduals: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     features, keys, anchors, residuals = ctx.saved_tensors
-    if dresiduals is not None and residuals is not None:  # they leave the operator for danchors
+    if dresiduals is not None and residuals is not None:  # residuals are an output for danchors
         raise_second_derivative("class_moments")
     # The gradient of an absent (empty) output is an empty tensor, not None.
     dsums = dsums if ctx.with_sums else None
@@ -147,8 +147,8 @@ def _moments(
     with_sums: bool = True,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """sums [num_keys, D] and sqdists [num_keys] of features by key, through a fused operator."""
-    check_no_tangents("class_moments", features, anchors)
+    """sums [num_keys, D] and sqdists [num_keys] for each key, by a fused operator."""
+    check_derivatives("class_moments", features, anchors)
     if anchors is not None:
         anchors = anchors.to(statistics_dtype(features.dtype)).contiguous()
     residuals = anchors is not None and anchors.requires_grad and torch.is_grad_enabled()
@@ -165,7 +165,7 @@ def _check_inputs(
     ignore_index: int | None,
     check_labels_: bool,
 ) -> int:
-    """Returns the label that is left out."""
+    """Returns the label to ignore."""
     check_features(function, features)
     check_labels(function, labels, features)
     check_num_classes(function, num_classes)
@@ -201,37 +201,39 @@ def class_moments(
     ignore_index: int | None = None,
     check_labels: bool = False,
 ) -> ClassMoments:
-    """Count, sum and squared distance to an anchor of each class's features, in one pass.
+    """Count, sum and squared distance to an anchor, over the features of each class, in one pass.
 
     Args:
         features: (B, D, H, W), (B, D, N) or (N, D), any strides; float32, bfloat16, float16 or
             float64. Gradients have its dtype and memory layout.
-        labels: any integer dtype; (B, H', W') at any size (brought to H×W by nearest), (B, N) or
-            (N,). A pixel counts where 0 <= label < num_classes and label != ignore_index; the
-            others change nothing, even where their feature is NaN or Inf.
+        labels: any integer dtype; (B, H', W') at any size (resized to H×W by nearest-neighbour
+            interpolation), (B, N) or (N,). A pixel is valid if 0 <= label < num_classes and
+            label != ignore_index. Other pixels change nothing, even if their feature is NaN or Inf.
         num_classes: K, 1 to 65,536 (16,384 on GPU).
-        anchors: [K, D], any floating dtype; without them `sqdists` is None and the backward pass
-            neither reads nor keeps the features.
-        groups: G > 1 splits each class's pixels at random into G groups of equal size (±1), the
-            same ones on every device and backend.
-        per_image: keep the images of the batch apart.
-        seed: of the groups: an int or an int64 tensor of one element (a step counter).
-        ignore_index: 255 by default; with more than 255 classes, of which 255 is one, it must be
-            given (−1, say). A class may be given, and is then left out.
-        check_labels: raise where a label is neither a class nor ignore_index; synchronises.
+        anchors: [K, D], any floating dtype. Without anchors `sqdists` is None, and the backward
+            pass neither reads nor keeps the features.
+        groups: G > 1 splits each class's pixels at random into G groups of equal size (±1). The
+            groups are the same on every device and backend.
+        per_image: compute the statistics of each image separately.
+        seed: for the groups: an int, or an int64 tensor with one element (a step counter).
+        ignore_index: the label to ignore, 255 by default. With more than 255 classes, 255 is a
+            class; then it must be given, for example −1. A class may be given, and is then ignored.
+        check_labels: raise an error if a label is neither a class nor ignore_index; this
+            synchronises with the device.
 
     Returns:
-        ClassMoments(counts, sums, sqdists) of shapes [K], [K, D], [K]; with groups [K, G, …], with
-        per_image [B, K, …], with both [B, K, G, …]. counts int64; the others float32 (float64 for
-        float64 features). Bitwise reproducible; zero for an absent class.
+        ClassMoments(counts, sums, sqdists) with shapes [K], [K, D], [K]; with groups [K, G, …];
+        with per_image [B, K, …]; with both [B, K, G, …]. counts are int64, the others float32
+        (float64 for float64 features). Results are bitwise reproducible. They are zero for an
+        absent class.
 
     Raises:
-        ValueError: wrong shape, dtype, device, number or label; a backend chosen by name that
-            cannot serve the call.
-        RuntimeError: a second or a forward-mode derivative was asked of a fused backend.
+        ValueError: wrong shape, dtype, device, number or label; a chosen backend that does not
+            support the call.
+        RuntimeError: a second or a forward-mode derivative was requested from a fused backend.
 
     Every loss of SAR (arXiv 2312.11872), CBP+OCCL (doi 10.1016/j.patcog.2024.110431), CeCo
-    (CVPR 2023) and MVSC is arithmetic on these statistics.
+    (CVPR 2023) and MVSC is computed from these statistics.
     """
     ignored = _check_inputs(
         "class_moments", features, labels, num_classes, ignore_index, check_labels
@@ -264,8 +266,8 @@ def unchecked_moments(
     with_sums: bool = True,
     **options: Unpack[KeyOptions],
 ) -> ClassMoments:
-    """`class_moments` of arguments already checked; without sums the fused operators leave them
-    out, and `sums` is empty."""
+    """`class_moments` of arguments that were already checked. If sums are not requested, the fused
+    operators do not compute them, and `sums` is empty."""
     backend = select("class_moments", features, num_classes)
     if backend == "reference":
         return reference.class_moments(features, labels, num_classes, anchors=anchors, **options)
@@ -295,10 +297,10 @@ def class_centroids(
     ignore_index: int | None = None,
     check_labels: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mean feature of each class, zero for an absent class, and the number of its pixels.
+    """The mean feature of each class (zero for an absent class) and the number of its pixels.
 
     With per_image this is the masked average pooling of few-shot segmentation. Arguments and errors
-    as `class_moments`.
+    are those of `class_moments`.
 
     Returns:
         centroids [K, D] or [B, K, D], float32 (float64 for float64); counts [K] or [B, K], int64.
@@ -321,9 +323,9 @@ def pixel_to_anchor_mse(
     reduction: str = "mean",
     check_labels: bool = False,
 ) -> Tensor:
-    """Squared distance of the valid pixels' features to their class's anchor.
+    """Mean squared distance of the valid pixels' features to the anchor of their class.
 
-    L = Σ_valid ‖f_p − a_{y_p}‖² / (D·N_valid)   (SAR, arXiv 2312.11872: the pixel-to-anchor loss;
+    L = Σ_valid ‖f_p − a_{y_p}‖² / (D·N_valid)   (the pixel-to-anchor loss of SAR, arXiv 2312.11872;
     equal to F.mse_loss(features of valid pixels, anchors[labels])).
 
     Args:
@@ -332,7 +334,7 @@ def pixel_to_anchor_mse(
         reduction: "mean" as above; "sum" without the division.
 
     Returns:
-        A scalar, float32 (float64 for float64 features); 0 where no pixel is valid.
+        A scalar, float32 (float64 for float64 features); 0 if no pixel is valid.
     """
     function = "pixel_to_anchor_mse"
     check_features(function, features)

@@ -16,7 +16,7 @@ from .._checks import (
 from .pixel_argmax import pixel_argmax
 from .registration import define
 
-MATRIX_CLASSES = 4096  # rows of a matrix, which then takes 128 MiB
+MATRIX_CLASSES = 4096  # at most: the matrix then needs 128 MiB
 
 
 def _fake(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -48,17 +48,18 @@ def confusion(
     ignore_index: int | None = None,
     check_labels: bool = False,
 ) -> Tensor:
-    """How many pixels of true class i were predicted as class j.
+    """The number of pixels of true class i that were predicted as class j.
 
-    Its memory is that of the matrix, also under torch.use_deterministic_algorithms.
+    It only needs the memory of the matrix, also under torch.use_deterministic_algorithms.
 
     Args:
         predictions: int64, the labels' shape.
-        labels: any integer dtype, up to three axes. A pixel is left out where its label is
-            ignore_index or no class, or its prediction is no class.
+        labels: any integer dtype, up to three axes. A pixel is ignored if its label is ignore_index
+            or not a class, or if its prediction is not a class.
         num_classes: K, 1 to 4,096.
-        ignore_index: a label that is left out, 255 by default; with K > 255 it must be given.
-        check_labels: raise where a label is neither a class nor ignore_index; synchronises.
+        ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
+        check_labels: raise an error if a label is neither a class nor ignore_index; this
+            synchronises with the device.
 
     Returns:
         int64 [K, K], truth × prediction.
@@ -98,10 +99,11 @@ def pixel_confusion(
     align_corners: bool = False,
     check_labels: bool = False,
 ) -> Tensor:
-    """The confusion matrix of logits that are upsampled to the labels' size on the way.
+    """The confusion matrix of low-resolution logits, compared with labels at their own size.
 
-    confusion(pixel_argmax(logits, labels.shape[1:]), labels, K); beyond the logits it needs the
-    predictions, 8 bytes a pixel, and the matrix. Its diagonal is `hits` of `softmax_moments`.
+    Equal to confusion(pixel_argmax(logits, labels.shape[1:]), labels, K). In addition to the logits
+    it needs memory for the predictions, 8 bytes a pixel, and the matrix. Its diagonal is `hits` of
+    `softmax_moments`.
 
     Args:
         logits: (B, K, h, w), as `pixel_argmax`; K at most 4,096.

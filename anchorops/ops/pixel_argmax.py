@@ -23,10 +23,10 @@ define(
 
 
 def pixel_argmax(logits: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
-    """argmax_k of logits that are upsampled to `size` on the way, without storing them.
+    """The predicted class of each pixel: argmax_k of the upsampled logits, which are not stored.
 
     Equal to F.interpolate(logits.float(), size, mode="bilinear", align_corners=align_corners)
-    .argmax(1), but for rounding where two classes are almost equal.
+    .argmax(1), except for rounding where two classes are almost equal.
 
     Args:
         logits: (B, K, h, w), any strides; float32, bfloat16, float16 or float64; K from 1 to 65,536
@@ -35,11 +35,11 @@ def pixel_argmax(logits: Tensor, size: tuple[int, int], *, align_corners: bool =
         align_corners: as in F.interpolate.
 
     Returns:
-        int64 (B, H, W), not differentiable: of equal logits the first counts as the largest, and
-        NaN as larger than all.
+        int64 (B, H, W), not differentiable. Among equal logits the first class is returned; NaN is
+        larger than all numbers.
 
     Raises:
-        ValueError: wrong shape, dtype or size; a backend chosen by name that cannot serve the call.
+        ValueError: wrong shape, dtype or size; a chosen backend that does not support the call.
     """
     function = "pixel_argmax"
     check_logits(function, logits)

@@ -1,4 +1,4 @@
-"""Cross-entropy at the labels' resolution: arithmetic on softmax moments."""
+"""Cross-entropy at the labels' resolution, computed from softmax moments."""
 
 import torch
 from torch import Tensor
@@ -19,25 +19,25 @@ def pixel_cross_entropy(
     reduction: str = "mean",
     check_labels: bool = False,
 ) -> Tensor:
-    """Cross-entropy of logits that are upsampled to the labels' size on the way.
+    """Cross-entropy of low-resolution logits, compared with labels at their own size.
 
     Equal to F.cross_entropy(F.interpolate(logits.float(), labels.shape[1:], mode="bilinear",
     align_corners=align_corners), labels, weight, …), but it never stores the upsampled logits:
 
         L_q = (1 − ε)·w_y·(−log p_y) + ε/K·Σ_k w_k·(−log p_k),   L = Σ_q L_q / Σ_q w_y for "mean"
 
-    with ε = label_smoothing and w = weight (1 where not given), over the valid pixels q.
+    with ε = label_smoothing and w = weight (1 if not given), over the valid pixels q.
 
     Args:
-        logits, labels, ignore_index, align_corners, check_labels: as `softmax_moments`; K at least
-            2, as one class has no cross-entropy.
+        logits, labels, ignore_index, align_corners, check_labels: as in `softmax_moments`; K is at
+            least 2, because the loss of a single class would always be 0.
         weight: [K], floating, on the logits' device.
         label_smoothing: ε in [0, 1].
-        reduction: "mean" as above; "sum"; or "none", a value for each label, 0 where ignored.
+        reduction: "mean" as above; "sum"; or "none", one value for each label, 0 if ignored.
 
     Returns:
-        A scalar, or the labels' shape; float32 (float64 for float64 logits). It is 0 where
-        F.cross_entropy is NaN: no pixel is valid, or their classes all have weight 0.
+        A scalar, or the labels' shape; float32 (float64 for float64 logits). If no pixel is valid,
+        or all their classes have weight 0, it is 0 (F.cross_entropy returns NaN).
 
     Raises:
         ValueError: wrong shape, dtype, device, value or label.
@@ -78,7 +78,7 @@ def pixel_cross_entropy(
 def check_classes(function: str, logits: Tensor) -> None:
     check_logits(function, logits)
     if logits.shape[1] == 1:
-        expected = "at least 2 classes in dimension 1: the loss of one is 0"
+        expected = "at least 2 classes in dimension 1: the loss of one class is always 0"
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
 
 
@@ -96,12 +96,12 @@ def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
 
 
 def divide(total: Tensor, weights: Tensor) -> Tensor:
-    """total / weights, 0 where there is no weight."""
+    """total / weights, 0 where weights is 0."""
     return total / torch.where(weights == 0, 1, weights)
 
 
 def weighted(losses: Tensor, weights: Tensor) -> Tensor:
-    """weights · losses; what has weight 0 goes by selection: 0 · ∞ would be NaN."""
+    """weights · losses. Losses of weight 0 are removed by selection, because 0 · ∞ would be NaN."""
     return torch.where(weights != 0, weights * losses, 0)
 
 
@@ -114,7 +114,7 @@ def class_losses(moments: SoftmaxMoments, weight: Tensor | None) -> tuple[Tensor
 
 
 def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # they have no comparisons
+    if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # without comparisons in torch
         labels = labels.long()
     return (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
 
@@ -130,8 +130,8 @@ def pixel_weights(
 
 
 def smoothing_dtype(logits: Tensor, label_smoothing: float) -> Tensor:
-    """With label smoothing the logits have two gradients: in half precision they are added in
-    float32."""
+    """The logits as label smoothing needs them. It gives the logits two gradients; in half
+    precision these are added in float32."""
     return logits.to(statistics_dtype(logits.dtype)) if label_smoothing > 0 else logits
 
 

@@ -1,4 +1,4 @@
-"""One operator per schema, one overload per backend: its schema, fake kernel and autograd."""
+"""Registration of operators: one overload per backend, with schema, fake kernel and autograd."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -8,17 +8,17 @@ import torch
 from .._backend import register_triton
 
 library = torch.library.Library("anchorops", "FRAGMENT")
-FUSED = ("cpu", "triton", "cuda")  # the backends that are operators; the reference is none
+FUSED = ("cpu", "triton", "cuda")  # the backends that are operators; the reference is not
 
 
 class Gradient(NamedTuple):
-    """The operator NAME_backward and what calls it.
+    """The operator NAME_backward, and the functions that call it.
 
     schema, fake: as in `define`.
-    setup_context: keeps what the backward pass needs, as of torch.library.register_autograd. Absent
-        gradients arrive as None; the gradient of an empty output arrives as an empty tensor.
+    setup_context: saves what the backward pass needs, as in torch.library.register_autograd.
     backward: (operator, ctx, *grads) → a gradient or None for each argument of NAME; `operator` is
-        NAME_backward of the backend that ran forward.
+        NAME_backward of the backend that ran the forward pass. Absent gradients are None; the
+        gradient of an empty output is an empty tensor.
     """
 
     schema: str
@@ -44,14 +44,15 @@ def define(
 ) -> None:
     """Define anchorops::NAME.BACKEND for each backend.
 
-    C++ implements the overloads `cpu` and `cuda` where its library is loaded; `triton` is
-    implemented here, by the function of that name in the module of that name in anchorops.kernels.
+    C++ implements the overloads `cpu` and `cuda` when its library is loaded. `triton` is
+    implemented here by the function NAME of anchorops.kernels.NAME.
 
     Args:
-        schema: "(Tensor features, …) -> Tensor". Floating results first (opcheck accumulates into
-            the first one); a result that was not asked for is an empty tensor (0,).
-        fake: results without values, from the arguments.
-        gradient: None where no result is differentiable.
+        schema: "(Tensor features, …) -> Tensor". Floating-point results come first (opcheck
+            accumulates into the first one). A result that was not requested is an empty tensor
+            (0,).
+        fake: returns results without values, from the arguments.
+        gradient: None if no result is differentiable.
     """
     for backend in backends:
         _define(f"{name}.{backend}", schema, fake)
@@ -79,7 +80,7 @@ def _register_autograd(name: str, backend: str, gradient: Gradient) -> None:
     def backward(ctx: Any, *grads: Any) -> tuple:
         return gradient.backward(operator, ctx, *grads)
 
-    # Without autograd of its own a second derivative would be None, with a mere warning.
+    # If NAME_backward had no autograd, a second derivative would be None, with only a warning.
     def second_derivative(ctx: Any, *grads: Any) -> NoReturn:
         raise_second_derivative(name)
 

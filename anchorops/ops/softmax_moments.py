@@ -1,7 +1,7 @@
-"""Softmax moments: every statistic that pixel losses need, at the labels' resolution, from the
-logits at theirs.
+"""Softmax moments: the statistics that pixel losses need, at the labels' resolution, computed from
+low-resolution logits.
 
-With z the logits upsampled bilinearly to the labels' size, p = softmax_k z, y the labels, V the
+Let z be the logits upsampled bilinearly to the labels' size, p = softmax_k z, y the labels, V the
 valid pixels q:
 
     counts[k] = #{q ∈ V : y = k}                 hits[k] = #{q ∈ V : y = k = argmax z}
@@ -25,18 +25,19 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._checks import (
+    check_derivatives,
     check_ignore_index,
     check_label_values,
     check_labels_of_logits,
     check_logits,
-    check_no_tangents,
 )
 from ..reference import SoftmaxMoments, statistics_dtype
 from .registration import Gradient, define
 
 # logits (B, K, h, w) of any strides, labels (B, H, W) of any integer dtype and strides. Statistics
-# by class are [K], with per_image [B, K]; pixel_losses and lse are (B, H, W), contiguous. Floating
-# results are float32, for float64 logits float64. What was not asked for is an empty tensor (0,).
+# of classes are [K], with per_image [B, K]; pixel_losses and lse are (B, H, W), contiguous.
+# Floating-point results are float32, for float64 logits float64. A result that was not requested is
+# an empty tensor (0,).
 _SCHEMA = (
     "(Tensor logits, Tensor labels, int ignore_index, bool align_corners, bool per_image, "
     "bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) "
@@ -44,8 +45,8 @@ _SCHEMA = (
     "Tensor lse, Tensor counts, Tensor hits)"
 )
 
-# Gradients have the shapes and the dtype of the results; those by class are all [K] or all [B, K].
-# dlogits has the logits' dtype and, dense, their layout.
+# Gradients have the shapes and the dtype of the results; those of classes are all [K] or all
+# [B, K]. dlogits is dense and has the logits' dtype and layout.
 _BACKWARD_SCHEMA = (
     "(Tensor logits, Tensor labels, Tensor lse, Tensor? dlosses, Tensor? doverlaps, "
     "Tensor? dmasses, Tensor? dsquares, Tensor? dpixel_losses, Tensor? dlse, int ignore_index, "
@@ -121,8 +122,8 @@ define(
 
 
 def _as_images(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, K, h, w) and (B, H, W); points and volumes become one row of pixels. These are views,
-    but of a volume whose depth, height and width do not merge into one axis."""
+    """(B, K, h, w) and (B, H, W). Points and volumes become one row of pixels. The results are
+    views, except for a volume whose strides do not allow merging depth, height and width."""
     if logits.dim() == 2:
         return logits.t()[None, :, None], labels[None, None]
     if logits.dim() == 4:
@@ -144,45 +145,47 @@ def softmax_moments(
     lse: bool = False,
     check_labels: bool = False,
 ) -> SoftmaxMoments:
-    """Softmax statistics by class of logits that are upsampled to the labels' size on the way.
+    """Softmax statistics of each class, from low-resolution logits and labels at their own size.
 
     With z = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear",
-    align_corners=align_corners) and p = z.softmax(1), without storing either:
+    align_corners=align_corners) and p = z.softmax(1), neither of which is stored:
 
         counts[k] = #{y = k}            hits[k] = #{y = k = argmax z}
         losses[k] = Σ_{y = k} −log p_k  overlaps[k] = Σ_{y = k} p_k
         masses[k] = Σ p_k               squares[k] = Σ p_k²
 
-    over the valid pixels. Cross-entropy is (Σ losses)/(Σ counts); Dice, Tversky and Jaccard are
-    arithmetic on counts, overlaps and masses; accuracy is (Σ hits)/(Σ counts).
+    over the valid pixels. Cross-entropy is (Σ losses)/(Σ counts). Dice, Tversky and Jaccard are
+    computed from counts, overlaps and masses. Accuracy is (Σ hits)/(Σ counts).
 
     Args:
         logits: (B, K, h, w), any strides; (N, K), (B, K, N) or volumes (B, K, d, h, w), whose
             labels have the same size. float32, bfloat16, float16 or float64; K from 1 to 65,536
             (16,384 on GPU). Gradients have its dtype and memory layout.
         labels: any integer dtype; (B, H, W) of any size, (N,), (B, N) or (B, d, h, w). A pixel is
-            valid where 0 <= label < K and label != ignore_index; the others change nothing, even
-            where their logits are NaN or Inf, and have no gradient.
-        ignore_index: a label that is left out, 255 by default; with K > 255 it must be given.
+            valid if 0 <= label < K and label != ignore_index. Other pixels change nothing, even if
+            their logits are NaN or Inf, and have no gradient.
+        ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
         align_corners: of the upsampling, as in F.interpolate.
-        per_image: keep the images of the batch apart.
-        hits, masses, squares, pixel_losses, lse: what is computed beside counts and losses;
-            `masses` brings the overlaps too. Each costs time.
-        check_labels: raise where a label is neither a class nor ignore_index; synchronises.
+        per_image: compute the statistics of each image separately.
+        hits, masses, squares, pixel_losses, lse: what to compute in addition to counts and losses;
+            `masses` includes the overlaps. Each of them needs time.
+        check_labels: raise an error if a label is neither a class nor ignore_index; this
+            synchronises with the device.
 
     Returns:
-        SoftmaxMoments(counts, hits, losses, overlaps, masses, squares, pixel_losses, lse); None
-        where not asked for. By class [K], with per_image [B, K]; pixel_losses = −log p_y and
-        lse = log Σ e^z have the labels' shape and are 0 where ignored. counts and hits int64, the
-        others float32 (float64 for float64 logits). Bitwise reproducible.
-        hits: of equal logits the first counts as the largest, and NaN as larger than all.
-        A pixel reads a logit where its weight is not 0: NaN spoils the pixels that read it and
-        nothing else. A logit of −inf has p = 0 and gradient 0.
+        SoftmaxMoments(counts, hits, losses, overlaps, masses, squares, pixel_losses, lse); None for
+        what was not requested. Statistics of classes are [K], with per_image [B, K]. pixel_losses
+        = −log p_y and lse = log Σ e^z (log-sum-exp) have the labels' shape and are 0 for ignored
+        pixels. counts and hits are int64, the others float32 (float64 for float64 logits). Results
+        are bitwise reproducible.
+        For hits, the first of equal logits is the largest, and NaN is larger than all numbers.
+        A pixel reads only logits whose interpolation weight is not 0, so a NaN affects only the
+        pixels that read it. A logit of −inf has p = 0 and gradient 0.
 
     Raises:
-        ValueError: wrong shape, dtype, device or label; a backend chosen by name that cannot serve
-            the call.
-        RuntimeError: a second or a forward-mode derivative was asked of a fused backend.
+        ValueError: wrong shape, dtype, device or label; a chosen backend that does not support the
+            call.
+        RuntimeError: a second or a forward-mode derivative was requested from a fused backend.
     """
     return moments_for(
         "softmax_moments",
@@ -215,7 +218,7 @@ def moments_for(
     lse: bool = False,
     check_labels: bool = False,
 ) -> SoftmaxMoments:
-    """`softmax_moments`, whose messages name `function`."""
+    """`softmax_moments`, with messages that name `function`."""
     check_logits(function, logits)
     check_labels_of_logits(function, labels, logits)
     ignore_index = check_ignore_index(function, ignore_index, logits.shape[1])
@@ -238,7 +241,7 @@ def moments_for(
             lse=lse,
         )
     else:
-        check_no_tangents(function, logits)
+        check_derivatives(function, logits)
         keep_lse = lse or (logits.requires_grad and torch.is_grad_enabled())
         operator = getattr(torch.ops.anchorops.softmax_moments, backend)
         found = operator(

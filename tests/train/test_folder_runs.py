@@ -80,7 +80,7 @@ def test_masks_are_read_before_a_run(folder: Path):
 def test_start_that_failed_is_no_earlier_run(folder: Path):
     config = FOLDER.replace(root=folder / "typo", out=folder, name="run", device="cpu", workers=0)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"typo does not exist \(--root is where"):
+        with pytest.raises(ValueError, match=r"typo does not exist \(--root is the directory"):
             loop.start(config)
 
 

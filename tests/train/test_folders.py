@@ -74,7 +74,7 @@ def test_bilevel_mask_and_palette(tmp_path: Path):
 
 def test_messages_name_the_file(folder: Path):
     root = folder
-    with pytest.raises(ValueError, match="--root: expected where the data set folder lies"):
+    with pytest.raises(ValueError, match="--root: expected the directory of the data set folder"):
         build_datasets(Data(dataset="folder"), 0)
     with pytest.raises(ValueError, match=r"leftImg8bit.* does not exist|gtFine.* does not exist"):
         build_datasets(Data(dataset="cityscapes", root=root), 0)

@@ -69,6 +69,6 @@ def test_worker_that_is_killed():
     with batches_of(loader()) as batches:
         next(batches)
         worker().kill()
-        with pytest.raises(ValueError, match=r"want of memory .* fewer --workers"):
+        with pytest.raises(ValueError, match=r"too little memory .* fewer --workers"):
             list(batches)
     assert not multiprocessing.active_children()
