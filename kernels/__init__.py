@@ -1,1 +1,1 @@
-"""Triton kernels; import them lazily, for builds of torch for CPUs bring no Triton."""
+"""Triton kernels. Import them lazily, because CPU builds of torch do not include Triton."""

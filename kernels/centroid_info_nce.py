@@ -1,10 +1,11 @@
 """InfoNCE between centroids.
 
-    logits[r, j] = q_r·k_j/τ,  positive_logits[r] = q_r·p_r/τ in the place of the row's own key
+    logits[r, j] = q_r·k_j/τ,  positive_logits[r] = q_r·p_r/τ instead of the row's own key
     losses[r] = lse[r] − positive_logits[r],  lse[r] = log Σ e^logits over own and present keys
 
-Row r is query g of class k: r = k·G + g. Two kernels, for the K×K×D products are small and launches
-are not; the logits are not kept. Rows and keys that are absent are never loaded: they may hold NaN.
+Row r is query g of class k: r = k·G + g. There are only two kernels, because launches take longer
+than the small K×K×D products. The logits are not kept. Absent rows and keys are never loaded: they
+may contain NaN.
 """
 
 import torch
@@ -73,10 +74,10 @@ def inner_products(
 def _centroid_info_nce_fwd_kernel(
     queries_ptr,  # [K, G, D] by strides
     keys_ptr,  # [K, D] by strides
-    positives_ptr,  # [K, G, D] by strides: the keys where none were given
+    positives_ptr,  # [K, G, D] by strides: the keys if none were given
     present_ptr,  # bool [K·G] or None
     present_keys_ptr,  # bool [K] or None
-    maxima_ptr,  # float32 [chunks, K·G]: largest logit of the chunk's keys, own key left out
+    maxima_ptr,  # float32 [chunks, K·G]: largest logit of the chunk's keys, without the own key
     totals_ptr,  # float32 [chunks, K·G]: Σ e^(logit − maximum)
     positive_logits_ptr,  # float32 [K·G]
     num_classes,
@@ -97,9 +98,9 @@ def _centroid_info_nce_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program has BLOCK_R rows and a chunk of the keys. Reads queries, keys and positives from
-    memory once; from the caches the keys for each block of rows, the rows for each BLOCK_K keys.
-    Writes 8 bytes per row and chunk, and 4 per row."""
+    """A program computes BLOCK_R rows and a chunk of the keys. It reads queries, keys and positives
+    from memory once; from the caches it reads the keys for each block of rows, and the rows for
+    each BLOCK_K keys. It writes 8 bytes per row and chunk, and 4 per row."""
     chunk = tl.program_id(1)
     rows = num_classes * GROUPS
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -146,15 +147,15 @@ def _reduce_kernel(
     present_ptr,  # bool [K·G] or None
     loss_ptr,  # float32: one, or [K·G] for "none"
     lse_ptr,  # float32 [K·G]
-    scale_ptr,  # float32: what the sum of the losses is multiplied by
+    scale_ptr,  # float32: the factor of the sum of the losses
     rows,
     chunks,
     REDUCTION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """One program. Reads 8 bytes per row and chunk, and 4 and a mask's per row; writes 4 bytes per
-    row (8 for "none"), the loss and the scale."""
+    """One program. Reads 8 bytes per row and chunk, and 4 bytes and the mask per row. Writes 4
+    bytes per row (8 for "none"), the loss and the scale."""
     chunk = tl.arange(0, CHUNKS)[:, None]
     loss = tl.zeros((BLOCK_R,), tl.float32)
     count = tl.zeros((BLOCK_R,), tl.float32)
@@ -183,7 +184,8 @@ def _reduce_kernel(
 
 
 def precision() -> str:
-    """Of float32 products: three TF32 terms on tensor cores, else IEEE; never plain TF32."""
+    """The precision of float32 products: three TF32 terms on tensor cores, otherwise IEEE; never
+    plain TF32."""
     return "tf32x3" if architecture().startswith("sm_") else "ieee"
 
 

@@ -32,7 +32,7 @@ def _dlogits_kernel(
     lse_ptr,  # float32 [K·G]
     positive_logits_ptr,  # float32 [K·G]
     scale_ptr,
-    dlogits_ptr,  # float32 [K·G, K]; the own key's stands apart where positives were given
+    dlogits_ptr,  # float32 [K·G, K]; if positives were given, the own key's is stored separately
     dpositive_logits_ptr,  # float32 [K·G]
     num_classes,
     dim,
@@ -50,9 +50,9 @@ def _dlogits_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program has BLOCK_R rows and BLOCK_K keys. Reads queries and keys from memory once, from
-    the caches for each block of the others, and 12 bytes per row; writes dlogits, 4 bytes per row
-    and key, and with positives 4 per row."""
+    """A program computes BLOCK_R rows and BLOCK_K keys. It reads queries and keys from memory once,
+    from the caches for each block of the others, and 12 bytes per row. It writes dlogits, 4 bytes
+    per row and key, and with positives 4 bytes per row."""
     rows = num_classes * GROUPS
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -111,11 +111,11 @@ def _centroid_info_nce_bwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program has BLOCK_D channels of BLOCK_R rows, or of as many keys. A block of dqueries (with
-    dpositives) reads its rows of dlogits and all keys, one of dkeys its columns and all queries:
-    from memory dlogits and the inputs once, if the caches hold dlogits; from these dlogits twice
-    for each block of channels, keys and queries for each block of rows and of keys. Writes each
-    gradient once."""
+    """A program computes BLOCK_D channels of BLOCK_R rows, or of as many keys. A block of dqueries
+    (with dpositives) reads its rows of dlogits and all keys; a block of dkeys reads its columns and
+    all queries. If the caches hold dlogits, dlogits and the inputs are read from memory once. From
+    the caches, dlogits is read twice for each block of channels, keys and queries for each block of
+    rows and of keys. Each gradient is written once."""
     rows = num_classes * GROUPS
     row_blocks = tl.cdiv(rows, BLOCK_R)
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
@@ -126,7 +126,7 @@ def _centroid_info_nce_bwd_kernel(
         for start in range(0, num_classes, BLOCK_K):
             j = start + tl.arange(0, BLOCK_K)
             used = key_is_present(present_ptr, present_keys_ptr, j, num_classes, GROUPS)
-            if not HAS_POSITIVES:  # a present row's own key is used, whether present or not
+            if not HAS_POSITIVES:  # a present row uses its own key even if that key is absent
                 used = used | key_is_present(present_ptr, None, j, num_classes, GROUPS)
             weights = tl.load(
                 dlogits_ptr + r.to(tl.int64)[:, None] * num_classes + j[None, :],
@@ -191,7 +191,7 @@ def centroid_info_nce_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dloss float32 [], [K] or [K, G] -> dqueries, dkeys, dpositives ((0,) if there were none).
 
-    Beside them it takes 4·K·G·K bytes for dlogits: 90 KB for K = 150, 1 GB for K = 16,384.
+    In addition it needs 4·K·G·K bytes for dlogits: 90 KB for K = 150, 1 GB for K = 16,384.
     """
     num_classes, dim = keys.shape
     groups = 1 if queries.dim() == 2 else queries.shape[1]

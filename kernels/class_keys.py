@@ -1,4 +1,4 @@
-"""Class keys: labels at any size -> one integer key per pixel, and how many pixels have it."""
+"""Class keys: labels at any size -> one integer key per pixel, and the number of pixels per key."""
 
 import torch
 import triton
@@ -10,8 +10,8 @@ BLOCK_P = 256
 
 @triton.jit
 def add_counts(counts_ptr, key):
-    """counts[key] += 1 for each key of a tile that is not negative. Sorted, equal keys make runs:
-    one from i to j adds (j + 1) − i."""
+    """counts[key] += 1 for each non-negative key of a tile. The keys are sorted, so equal keys form
+    runs: a run from i to j adds (j + 1) − i."""
     run = tl.sort(key)
     i = tl.arange(0, key.shape[0])
     starts = (i == 0) | (run != tl.gather(run, tl.maximum(i - 1, 0), 0))
@@ -43,8 +43,8 @@ def _class_keys_kernel(
     RESIZE: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Reads each label that is taken once, writes 4 bytes per pixel. The counts are integer
-    atomics, two for each key of a tile; their order does not matter."""
+    """Reads each used label once, writes 4 bytes per pixel. The counts use integer atomics, two for
+    each key of a tile; their order does not matter."""
     tile = tl.program_id(0)
     image = tile // tiles_per_image
     pixel = (tile % tiles_per_image).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)

@@ -2,14 +2,15 @@
 
     sums[k] = Σ f_p    residuals[k] = Σ (f_p − a_k)    sqdists[k] = Σ ‖f_p − a_k‖²
 
-Where keys are few enough for partial statistics (launch.chunks_of) and no residuals are asked for:
-four kernels; else the pixels are sorted by key (class_moments_sorted.py).
+If there are few enough keys for partials (launch.chunks_of) and no residuals are requested, there
+are four kernels. Otherwise the pixels are sorted by key (class_moments_sorted.py).
 
-The first lists the keys of each tile of pixels, from the labels alone. The next two
-read the features, each tile once: tiles of one key, summed in registers while the key repeats; and
-tiles of several, multiplied by a one-hot matrix of the tile's own keys, however many classes there
-are. A program owns a block of channels and a chunk of the tiles, and adds to partial statistics of
-its own; the last kernel adds the chunks in a fixed order.
+The first kernel lists the keys of each tile of pixels; it reads only the labels. The next two
+kernels read the features, each tile once. Tiles of one key are summed in registers as long as the
+key repeats. Tiles of several keys are multiplied by a one-hot matrix of the tile's own keys; its
+size does not depend on the number of classes. A program processes a block of channels and a chunk
+of the tiles, and adds to its own partials. The last kernel adds the partials of the chunks in a
+fixed order.
 """
 
 import torch
@@ -23,7 +24,8 @@ from .launch import INTERPRETED, as_pixels, check_keys, chunks_of, tile_of, with
 from .tile_keys import tile_keys
 
 BLOCK_K = 16  # keys in one one-hot product
-# They change with the images' size: not compiled anew where one becomes 1 or a multiple of 16.
+# They change with the images' size. Triton does not compile again if one becomes 1 or a multiple of
+# 16.
 TILE_COUNTS = ("tiles", "tiles_per_line", "tiles_per_chunk")
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -64,8 +66,8 @@ def _one_key_kernel(
     BLOCK_K: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Zeroes the partials; reads the features of tiles of one key once and, whenever the key
-    changes, reads and writes a partial row of BLOCK_D."""
+    """Sets the partials to zero. Reads the features of tiles of one key once. Whenever the key
+    changes, it reads and writes a partial row of BLOCK_D."""
     block, chunk = tl.program_id(0), tl.program_id(1)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     channels = d < dim
@@ -89,12 +91,12 @@ def _one_key_kernel(
     sums = tl.zeros((BLOCK_D, LANES), tl.float32)
     sqdists = tl.zeros((BLOCK_D, LANES), tl.float32)
     anchor = tl.zeros((BLOCK_D,), tl.float32)
-    current = -1  # the key that is being summed
+    current = -1  # the key of the sum in registers
     first_tile = chunk * tiles_per_chunk
     last_tile = tl.minimum(first_tile + tiles_per_chunk, tiles)
     for tile in range(
         first_tile, last_tile + 1
-    ):  # once more than there are tiles, for the last key
+    ):  # one iteration more than there are tiles, to store the last key
         key = -1 - tl.load(tile_ptr + tl.minimum(tile, tiles - 1))
         key = tl.where(tile < last_tile, key, -1)
         if (key >= 0) | (tile == last_tile):
@@ -116,7 +118,7 @@ def _one_key_kernel(
                         _add_to(sums_ptr + row, tl.sum(sums, 1), channels)
                     if HAS_ANCHORS:
                         _add_to(sqdists_ptr + current, tl.sum(sqdists))
-                    tl.debug_barrier()  # other threads may add to these places next time
+                    tl.debug_barrier()  # next time other threads may add to these addresses
                 current = key
                 sums = tl.zeros((BLOCK_D, LANES), tl.float32)
                 sqdists = tl.zeros((BLOCK_D, LANES), tl.float32)
@@ -132,7 +134,7 @@ def _one_key_kernel(
 
 @triton.jit
 def _product(x, member):
-    if _INTERPRETED:  # which has no bfloat16 product
+    if _INTERPRETED:  # the interpreter has no bfloat16 product
         return tl.dot(x.to(tl.float32), tl.where(member, 1.0, 0.0), input_precision="ieee")
     else:
         return tl.dot(x, member.to(x.dtype))
@@ -142,10 +144,10 @@ def _product(x, member):
 def _sums_by_rank(x, local, rank):
     """Σ over pixels of x [BLOCK_D, BLOCK_P] where local [BLOCK_P] is rank [BLOCK_K].
 
-    A product with a one-hot matrix, exact but for the rounding of the sums; these are of BLOCK_P
-    numbers at most, for tensor cores truncate. A float32 is the exact sum of three bfloat16. If the
-    result is not finite, a pixel that is not may have met the zeros of other keys (0·NaN = NaN):
-    then the sums are taken again, by selection.
+    This is a product with a one-hot matrix. It is exact except for the rounding of the sums, which
+    have at most BLOCK_P terms, because tensor cores truncate. A float32 is the exact sum of three
+    bfloat16. If the result is not finite, a pixel that is not finite may have been multiplied by
+    the zeros of other keys (0·NaN = NaN). Then the sums are computed again, by selection.
     """
     member = local[:, None] == rank[None, :]
     if x.dtype == tl.float32:
@@ -196,8 +198,9 @@ def _several_keys_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Reads the features of tiles of several keys once. From the caches, per tile: 2 bytes a pixel,
-    a row of BLOCK_D anchors a pixel, and for each key a partial row of BLOCK_D read and written."""
+    """Reads the features of tiles of several keys once. From the caches it reads 2 bytes and a row
+    of BLOCK_D anchors for each pixel; for each key of a tile it reads and writes a partial row of
+    BLOCK_D."""
     block, chunk = tl.program_id(0), tl.program_id(1)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     channels = d < dim
@@ -299,7 +302,7 @@ def class_moments(
     with_residuals: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """features by strides, keys int32 [B, P], anchors float32 [K, D] -> float32
-    sums [num_keys, D], sqdists [num_keys], residuals [num_keys, D]; (0,) where not asked for."""
+    sums [num_keys, D], sqdists [num_keys], residuals [num_keys, D]; (0,) if not requested."""
     check_keys("class_moments.triton", keys, features.numel() // max(features.shape[1], 1))
     (view,) = as_pixels(features.shape, features.stride())
     has_anchors = anchors is not None

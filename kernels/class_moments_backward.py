@@ -43,8 +43,8 @@ def _class_moments_bwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Writes dfeatures once; reads the features once if sqdists has a gradient, else not at all.
-    A tile of one key takes a column of the tables, any other gathers from the caches."""
+    """Writes dfeatures once. Reads the features once if sqdists has a gradient, otherwise not at
+    all. A tile of one key reads a column of the tables; other tiles gather from the caches."""
     blocks = tl.cdiv(dim, BLOCK_D)
     tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     line = tile // tiles_per_line
@@ -111,8 +111,8 @@ def class_moments_backward(
     stride: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """dsums float32 [num_keys, D], dsqdists float32 [num_keys] -> dfeatures of that size, stride
-    and dtype. features and anchors (float32 [K, D]) are needed for dsqdists alone."""
+    """dsums float32 [num_keys, D], dsqdists float32 [num_keys] -> dfeatures of this size, stride
+    and dtype. features and anchors (float32 [K, D]) are needed only for dsqdists."""
     dfeatures = keys.new_empty_strided(size, stride, dtype=dtype)
     if dfeatures.numel() == 0:
         return dfeatures

@@ -1,16 +1,17 @@
-"""Class moments of many keys, and residual sums: the pixels in the order of their keys.
+"""Class moments for many keys, and residual sums: the pixels are sorted by key.
 
     sums[k] = Σ f_p    residuals[k] = Σ (f_p − a_k)    sqdists[k] = Σ ‖f_p − a_k‖²
 
-The pixels are sorted by key, once; a program owns a block of channels and a range of that order,
-and no partial statistics of all keys. A key whose pixels lie within a range is written once, to its
-place. One that goes on in other ranges leaves a row in each, and a last kernel adds these in the
-order of the ranges.
+The pixels are sorted by key once. A program processes a block of channels and a range of the sorted
+pixels; there are no partials of all keys. If all pixels of a key lie within a range, its statistics
+are written once, to their final place. If a key continues in other ranges, each range stores one
+row of it, and a last kernel adds these rows in the order of the ranges.
 
-Where channels are contiguous, a program gathers rows of 512 bytes. Where pixels are, it gathers
-from each channel's plane: runs of equal labels remain runs, but of random labels each pixel fetches
-a sector of 32 bytes. All ranges of a block of channels run before the next block: that much of the
-features (pixels × BLOCK_D) stays in the second-level cache and is fetched from memory once.
+If channels are contiguous, a program gathers rows of 512 bytes. If pixels are contiguous, it
+gathers from the plane of each channel: runs of equal labels remain runs, but with random labels
+each pixel fetches a sector of 32 bytes. All ranges of a block of channels run before the next
+block. This part of the features (pixels × BLOCK_D) stays in the L2 cache and is fetched from memory
+once.
 """
 
 import torch
@@ -46,8 +47,8 @@ def _offsets_kernel(
 
 @triton.jit
 def _store_row(values, column, mask, out_ptr, ends_ptr, key, before, after, part, width):
-    """Store to the row of a key's statistics: its own, or if it began before this range or goes on
-    after it, the first or the second of this range's."""
+    """Store the statistics of a key: in its own row; or, if the key began before this range or
+    continues after it, in the first or second of this range's rows."""
     end = 2 * part + tl.where(key == before, 0, 1)
     goes_on = (key == before) | (key == after)
     row = tl.where(goes_on, ends_ptr + end * width, out_ptr + key.to(tl.int64) * width)
@@ -60,10 +61,10 @@ def _sorted_pixels_kernel(
     keys_ptr,  # int32 [N], ascending, −1 where ignored
     offsets_ptr,  # int64 [N]: see _offsets_kernel
     anchors_ptr,  # float32 [K, D] by strides
-    sums_ptr,  # float32 [num_keys, D]; these three zero on entry
+    sums_ptr,  # float32 [num_keys, D]; these three are zero on entry
     residuals_ptr,  # the same
     sqdists_ptr,  # float32 [num_keys, blocks]
-    sums_ends_ptr,  # float32 [ranges · 2, D]; these three for keys that go on: see _store_row
+    sums_ends_ptr,  # float32 [ranges · 2, D]; these three for keys in several ranges: _store_row
     residuals_ends_ptr,  # the same
     sqdists_ends_ptr,  # float32 [ranges · 2, blocks]
     dim,
@@ -82,8 +83,9 @@ def _sorted_pixels_kernel(
     BLOCK_P: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Reads the features once (but for sectors, see above); 12 bytes a pixel for each block of
-    channels; for each key of a range a row of anchors, and writes a row of statistics."""
+    """Reads the features once (except for sectors, see above), 12 bytes a pixel for each block of
+    channels, and a row of anchors for each key of a range. Writes a row of statistics for each key
+    of a range."""
     part, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     channels = d < dim
@@ -91,7 +93,7 @@ def _sorted_pixels_kernel(
     last = tl.minimum(first + range_pixels, total)
     before = tl.load(keys_ptr + first - 1, first > 0, -1, eviction_policy="evict_last")
     after = tl.load(keys_ptr + last, last < total, -1, eviction_policy="evict_last")
-    # Past the last channel it is read again: cheaper than a mask, where loads are short.
+    # Beyond the last channel, this channel is read again: faster than a mask for short loads.
     column = d if ALIGNED else tl.minimum(d, dim - 1)
     features_ptr += column.to(tl.int64) * stride_features_d
     if HAS_ANCHORS:
@@ -162,8 +164,8 @@ def _join_ranges_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """A program for each boundary of two ranges: of a key that goes on there for the first time it
-    reads the rows in all ranges, once, and writes their sum."""
+    """One program for each boundary of two ranges. If a key crosses its first boundary there, the
+    program reads the rows of this key in all ranges once, and writes their sum."""
     part = tl.program_id(0).to(tl.int64)
     first, boundary = part * range_pixels, (part + 1) * range_pixels
     column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -214,10 +216,10 @@ def class_moments_sorted(
     sqdists: Tensor,
     residuals: Tensor,
 ) -> None:
-    """Fills sums and residuals [num_keys, D] and sqdists [num_keys], where they are not (0,).
+    """Fills sums and residuals [num_keys, D] and sqdists [num_keys], if they are not (0,).
 
-    Beside them it takes about 40 bytes a pixel, most of it for the sort, and two rows of each for
-    each range.
+    In addition it needs about 40 bytes a pixel, most of it for the sort, and two rows of each
+    result for each range.
     """
     with_sums, with_residuals, has_anchors = (t.numel() > 0 for t in (sums, residuals, sqdists))
     ordered, order = torch.sort(keys.flatten(), stable=True)

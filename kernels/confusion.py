@@ -27,7 +27,7 @@ def _confusion_kernel(
     stride_labels_w,
     BLOCK_P: tl.constexpr,
 ):
-    """Reads each prediction and label once. The counts are integer atomics, two for each pair of
+    """Reads each prediction and label once. The counts use integer atomics, two for each pair of
     classes of a tile; their order does not matter."""
     pixel = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pixel < pixels

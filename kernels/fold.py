@@ -1,4 +1,4 @@
-"""The part of a sum that each thread makes alone."""
+"""Sums within a thread."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def fold(x, LANES: tl.constexpr, PIXELS_CONTIGUOUS: tl.constexpr):
-    """The part of a sum over pixels that a thread makes alone: [BLOCK_D, BLOCK_P] to […, LANES]."""
+    """The part of a sum over pixels within each thread: [BLOCK_D, BLOCK_P] to […, LANES]."""
     BLOCK_D: tl.constexpr = x.shape[0]
     PER_LANE: tl.constexpr = x.shape[1] // LANES
     if PIXELS_CONTIGUOUS:

@@ -1,4 +1,4 @@
-"""The predicted class of every pixel of upsampled logits, by the arithmetic of softmax moments."""
+"""The predicted class of every pixel of upsampled logits, computed as in softmax moments."""
 
 import torch
 import triton

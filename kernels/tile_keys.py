@@ -1,4 +1,4 @@
-"""The keys of each tile of pixels: what the feature pass of class moments has to know before."""
+"""The keys of each tile of pixels, which class moments need before they read the features."""
 
 import torch
 import triton
@@ -11,15 +11,15 @@ from .launch import Pixels
 @triton.jit(do_not_specialize=["tiles_per_line"])
 def _tile_keys_kernel(
     keys_ptr,  # int32 [B, P], −1 where ignored
-    tile_ptr,  # int32 [tiles]: −1 − key if all pixels have that key, else how many keys there are,
-    # plus 2^16 if there are ignored pixels too
+    tile_ptr,  # int32 [tiles]: −1 − key if all pixels have this key, else the number of keys,
+    # plus 2^16 if there are also ignored pixels
     tile_keys_ptr,  # int32 [tiles, BLOCK_P]: these keys, ascending, without repetition
-    local_ptr,  # int16 [tiles, BLOCK_P]: place of the pixel's key among them; −1 where ignored
+    local_ptr,  # int16 [tiles, BLOCK_P]: index of the pixel's key among them; −1 where ignored
     pixels,
     tiles_per_line,
     BLOCK_P: tl.constexpr,
 ):
-    """Reads 4 bytes per pixel, writes 2 and the lists: 1/D of the feature pass."""
+    """Reads 4 bytes per pixel, writes 2 bytes and the lists: 1/D of a pass over the features."""
     tile = tl.program_id(0)
     line = (tile // tiles_per_line).to(tl.int64)
     i = tl.arange(0, BLOCK_P)
@@ -45,8 +45,9 @@ def _tile_keys_kernel(
 
 
 def tile_keys(keys: Tensor, view: Pixels, block_p: int) -> tuple[Tensor, Tensor, Tensor]:
-    """keys int32 [lines, pixels] -> by tile: int32 [tiles], −1 − key or how many keys; these keys,
-    int32 [tiles, block_p]; and each pixel's place among them, int16 [tiles, block_p]."""
+    """keys int32 [lines, pixels] -> for each tile: int32 [tiles], −1 − key or the number of keys;
+    these keys, int32 [tiles, block_p]; and the index of each pixel's key, int16 [tiles, block_p].
+    """
     tiles_per_line = triton.cdiv(view.pixels, block_p)
     tiles = view.lines * tiles_per_line
     summaries, lists = keys.new_empty((tiles,)), keys.new_empty((tiles, block_p))

@@ -1,13 +1,13 @@
-"""Bilinear upsampling of logits (B, K, h, w) to (B, H, W) inside a kernel, as F.interpolate's.
+"""Bilinear upsampling of logits (B, K, h, w) to (B, H, W) inside a kernel, as in F.interpolate.
 
-Coordinates are float32: (i + ½)·ratio − ½, with align_corners i·ratio, each operation rounded, so
-kernels are compiled without fusion of products and sums. A *cell* lies between four neighbouring
-logits, c and c + 1 along each axis; without align_corners there is one more before the first logit.
-Its label pixels are i = first_pixel(c) … first_pixel(c + 1) − 1. They are divided into *parts* of
-at most SLOTS pixels along an axis; a *lane* of a kernel is one part along either axis. Beyond the
-first and the last logit both neighbours are the same one.
+Coordinates are float32: (i + ½)·ratio − ½, with align_corners i·ratio. Each operation is rounded,
+so kernels are compiled without fusing products and sums. A *cell* lies between four neighbouring
+logits, c and c + 1 along each axis; without align_corners there is one more cell before the first
+logit. Its label pixels are i = first_pixel(c) … first_pixel(c + 1) − 1. They are divided into
+*parts* of at most SLOTS pixels along an axis; a *lane* of a kernel is one part along both axes.
+Before the first and beyond the last logit both neighbours are the same logit.
 
-Where labels have the logits' size (SAME), a pixel is a cell and reads one logit.
+If labels have the logits' size (SAME), a pixel is a cell and reads one logit.
 """
 
 from functools import lru_cache
@@ -23,9 +23,9 @@ MAX_SLOTS = 1 if INTERPRETED else 4  # along an axis: 16 pixels for each lane
 
 
 class Axis(NamedTuple):
-    """Cells begin with `first`, −1 or 0; a cell has `parts` of `slots` pixels, `parts` a power of
-    two. `select`: a pixel may have weight 0 for a neighbour that it must not read. `even`: each
-    cell has `slots` pixels, with weights (t + ½)/slots."""
+    """One axis of the upsampling. The first cell is `first`, −1 or 0. A cell has `parts` (a power
+    of two) of `slots` pixels. `select`: a pixel may have weight 0 for a neighbour that it must not
+    read. `even`: each cell has `slots` pixels, with weights (t + ½)/slots."""
 
     source: int  # logits
     size: int  # labels
@@ -70,8 +70,8 @@ def coordinate(i, ratio, ALIGN_CORNERS: tl.constexpr):
 
 @triton.jit
 def first_pixel(cell, ratio, inverse, ALIGN_CORNERS: tl.constexpr):
-    """The first label row (or column) whose coordinate is at least the cell: next to where it
-    would be without rounding."""
+    """The first label row (or column) whose coordinate is at least the cell. It is at most one away
+    from where it would be without rounding."""
     if ALIGN_CORNERS:
         exact = cell.to(tl.float32) * inverse
     else:
@@ -87,8 +87,8 @@ def pixels_of_part(
     cell, part, source, size, ratio, inverse, FIRST: tl.constexpr, SLOTS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    """Along an axis: a part's first pixel, and where the pixels of its cell end. A cell that there
-    is not has none."""
+    """Along an axis: the first pixel of a part, and the end of the pixels of its cell. A cell that
+    does not exist has no pixels."""
     if SAME:
         start, stop = cell, tl.minimum(cell + 1, size)
     else:
@@ -103,7 +103,8 @@ def pixels_of_part(
 def weights_of_axis(
     cell, start, source, ratio, SLOTS: tl.constexpr, EVEN: tl.constexpr, ALIGN_CORNERS: tl.constexpr
 ):  # fmt: skip
-    """Of the upper neighbour, for each slot; any number where both neighbours are one logit."""
+    """The weight of the upper neighbour, for each slot; any number if both neighbours are the same
+    logit."""
     weights = ()
     one = (cell < 0) | (cell >= source - 1)
     for t in tl.static_range(SLOTS):
@@ -127,7 +128,7 @@ def neighbours(cell, source, stride):
 def corners(
     ptrs, lower_y, upper_y, lower_x, upper_x, SAME: tl.constexpr
 ):  # fmt: skip
-    """The four logits of a cell, float32; of the same size one."""
+    """The four logits of a cell, float32; one logit if the sizes are the same."""
     x00 = tl.load(ptrs + lower_y + lower_x).to(tl.float32)
     if SAME:
         return x00, x00, x00, x00
@@ -166,5 +167,5 @@ def upsampled(
 
 @triton.jit
 def first_larger(z, best):
-    """Whether z takes the place of the best logit before it: NaN is larger than all."""
+    """Whether z replaces the best logit before it. NaN is larger than all numbers."""
     return (z > best) | ((z != z) & (best == best))
