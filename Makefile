@@ -7,16 +7,16 @@ DEMO ?= demo
 ROUNDS ?= 200
 SEED ?= 0
 ROWS ?= build/bench/cpu.json
-# versions of torch that must load what `make setup` compiled; so must any Python:
-# make check-abi PYTHON=python3.13
+# versions of torch that must be able to load what `make setup` compiled. For other versions of
+# Python: make check-abi PYTHON=python3.13
 ABI_TORCHES ?= 2.10 2.11 2.13
 
 .PHONY: setup test stress demo bench kernels-report cuda-report lint format docs package check-abi clean
 
 setup: .venv/installed
 
-# What compiles comes first: the extension is built on the torch it is going to live with, and
-# built again after a change without a network.
+# The packages for compiling are installed first. So the extension is built with the torch that will
+# load it, and can be built again without a network.
 .venv/installed: pyproject.toml setup.py build_backend.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install torch torchvision 'setuptools>=77' ninja
@@ -60,8 +60,8 @@ format: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# sdist, and from it a wheel for this platform and every Python; the last line is the manylinux tag
-# that it can have (auditwheel repair, in the release workflow, gives it)
+# sdist, and from it a wheel for this platform and every Python. The last line prints the manylinux
+# tag that the wheel can have; auditwheel repair, in the release workflow, sets it
 package: setup
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation

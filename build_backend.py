@@ -1,7 +1,7 @@
-"""setuptools' build backend, which compiles on the torch that is already installed.
+"""setuptools' build backend, which compiles with the torch that is already installed.
 
-Naming torch in `build-system.requires` makes every isolated build download it again and
-compile on a version that is not the user's.
+If torch were named in `build-system.requires`, every isolated build would download it again, and
+compile with a version that differs from the user's.
 """
 
 import sys
@@ -18,7 +18,8 @@ from setuptools.build_meta import (  # noqa: F401
     prepare_metadata_for_build_wheel,
 )
 
-if int(version("setuptools").split(".")[0]) < 77:  # the first to know `license = "Apache-2.0"`
+# version 77 is the first that supports `license = "Apache-2.0"`
+if int(version("setuptools").split(".")[0]) < 77:
     sys.exit(f"anchorops: building needs setuptools>=77, found {version('setuptools')}: upgrade it")
 
 

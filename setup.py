@@ -1,9 +1,9 @@
-"""Compiles what this machine can: anchorops/_cpu.so (C++) and anchorops/_cuda.so (CUDA).
+"""Compiles anchorops/_cpu.so (C++) and anchorops/_cuda.so (CUDA), if this machine has compilers.
 
-Both use LibTorch's stable ABI and nothing of Python's, so one build serves torch 2.10 and every
-later version, and every version of Python: the wheel's tag is py3-none-PLATFORM.
-Without a C++ compiler the package installs as pure Python. ANCHOROPS_CUDA=0 forbids the CUDA
-library, ANCHOROPS_CUDA=1 demands it; TORCH_CUDA_ARCH_LIST chooses its architectures.
+Both use LibTorch's stable ABI and do not link to Python, so one build works with torch 2.10 and
+later and with every version of Python: the wheel's tag is py3-none-PLATFORM.
+Without a C++ compiler the package installs as pure Python. ANCHOROPS_CUDA=0 skips the CUDA library,
+ANCHOROPS_CUDA=1 requires it; TORCH_CUDA_ARCH_LIST selects its architectures.
 """
 
 import os
@@ -23,12 +23,12 @@ CUDA_CHOICE = os.environ.get("ANCHOROPS_CUDA", "")
 
 def do_without(part: str, obstacle: object) -> None:
     if CUDA_CHOICE == "1":
-        sys.exit(f"anchorops: ANCHOROPS_CUDA=1 demands the CUDA library, but {obstacle}")
+        sys.exit(f"anchorops: ANCHOROPS_CUDA=1 requires the CUDA library, but {obstacle}")
     print(f"anchorops: installing without the {part}: {obstacle}", file=sys.stderr)
 
 
 def compiler_obstacle() -> str | None:
-    """Why C++20 does not compile here, or None."""
+    """Why C++20 cannot be compiled here, or None."""
     compiler = next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
     command = shlex.split(os.environ.setdefault("CXX", compiler))
     command += ["-std=c++20", "-fsyntax-only", "-xc++", "-"]
@@ -41,7 +41,7 @@ def compiler_obstacle() -> str | None:
 
 
 def installed_torch():
-    # pip's isolated build hides the torch that the extension is going to live with
+    # pip's isolated build hides the installed torch, which the extension will be loaded into
     sys.path.append(sysconfig.get_path("purelib"))
     try:
         import torch
@@ -53,9 +53,10 @@ def installed_torch():
 
 
 def cuda_toolkit(torch) -> tuple[str, str]:
-    """nvcc's version and the architectures; LookupError tells why CUDA cannot be compiled."""
+    """nvcc's version and the architectures. Raises LookupError if CUDA cannot be compiled."""
     if torch.version.cuda is None:
-        raise LookupError(f"torch {torch.__version__} is a build without CUDA: install one with it")
+        what = f"torch {torch.__version__} is a build without CUDA: install a CUDA build"
+        raise LookupError(what)
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     try:
@@ -73,26 +74,26 @@ def cuda_toolkit(torch) -> tuple[str, str]:
             f"nvcc is of CUDA {version}, torch {torch.__version__} of CUDA {torch.version.cuda}: "
             "install a toolkit of torch's major version and set CUDA_HOME to it"
         )
-    # torch looks for the toolkit around nvcc, which may be a wrapper that lies elsewhere
+    # torch looks for the toolkit near nvcc, but nvcc may be a wrapper in another directory
     os.environ["CUDA_HOME"] = os.path.normpath(top[1])
 
     gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-    # Without a GPU, code for all of them: that of 8.0 runs on 8.6 and 8.9 too, where code of their
-    # own would differ in its schedule alone and take half as long again to compile.
+    # Without a GPU, the code is compiled for all GPUs. Code for 8.0 also runs on 8.6 and 8.9: code
+    # for these would only be scheduled differently, and compiling would take 50 % longer.
     blackwell = [(10, 0), (12, 0)] if tuple(map(int, release.groups())) >= (12, 8) else []
     targets = gpus or [(8, 0), (9, 0), *blackwell]
     default = ";".join(f"{major}.{minor}" for major, minor in targets) + "+PTX"
     archs = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
-    # The library says what it was built for, and is not called on other GPUs.
+    # The library records its architectures, and is not called on other GPUs.
     if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?[; ]*)+", archs):
-        sys.exit(f"anchorops: TORCH_CUDA_ARCH_LIST must be as 8.0;9.0+PTX, not {archs!r}")
+        sys.exit(f"anchorops: TORCH_CUDA_ARCH_LIST must look like 8.0;9.0+PTX, not {archs!r}")
     return version, archs
 
 
 def compiled_parts() -> dict:
-    """The arguments of setup() for all that can be compiled here."""
+    """The arguments of setup() for everything that can be compiled here."""
     if CUDA_CHOICE not in ("", "0", "1"):
-        sys.exit(f"anchorops: ANCHOROPS_CUDA must be 0 (forbid) or 1 (demand), not {CUDA_CHOICE!r}")
+        sys.exit(f"anchorops: ANCHOROPS_CUDA must be 0 (skip) or 1 (require), not {CUDA_CHOICE!r}")
     if obstacle := compiler_obstacle():
         do_without("compiled backends", f"no C++20 compiler: {obstacle}")
         return {}
@@ -133,7 +134,7 @@ def compiled_parts() -> dict:
             super().build_extensions()
 
         def get_ext_filename(self, ext_name):
-            # torch.ops.load_library opens them: their names carry no version of Python
+            # torch.ops.load_library opens these files: their names contain no version of Python
             return re.sub(r"(_cpu|_cuda)\..*", r"\1.so", super().get_ext_filename(ext_name))
 
     class Wheel(bdist_wheel):
@@ -148,7 +149,7 @@ def compiled_parts() -> dict:
     return {"ext_modules": ext_modules, "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel}}
 
 
-# the wheel carries the sources too: debuggers and profilers show them
+# the wheel contains the sources too, because debuggers and profilers show them
 parts = {"anchorops.kernels": "kernels", "anchorops.csrc": "csrc"}
 describing = {"egg_info", "dist_info", "sdist"} & {*sys.argv}
 setup(

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# All proofs and measurements that need a GPU, in under ten minutes:
+# Runs all tests and measurements that need a GPU, in under ten minutes:
 #
 #     bench/gpu.sh [--out DIR] [--dry-run]
 #
-# Correctness comes first, then speed. Each part has a time box and a log, a part that fails is
-# recorded and the rest goes on; the exit status is the number of parts that failed. DIR (build/gpu)
+# Tests come first, then speed. Each part has a time limit and a log. If a part fails, this is
+# recorded and the others still run; the exit status is the number of failed parts. DIR (build/gpu)
 # receives bench.json with its plots, training_step.json, summary.json and logs.tar.gz.
-# Without a GPU, or with --dry-run, every part goes as far as its first launch: the build, the
+# Without a GPU, or with --dry-run, every part runs up to its first launch: the build, the
 # collection of the GPU tests, every benchmark on tiny tensors on the CPU.
 #
-# $PYTHON (python3) has torch; pytest, pytest-benchmark, ninja, matplotlib and what
-# anchorops[train] names may come on PYTHONPATH; a part that misses a package is left out and says
-# so. $ANCHOROPS_COMMIT names the commit where git cannot tell. Nothing is installed or fetched.
+# $PYTHON (python3) must have torch. pytest, pytest-benchmark, ninja, matplotlib and the packages of
+# anchorops[train] may be on PYTHONPATH; a part with a missing package is skipped and says so.
+# $ANCHOROPS_COMMIT names the commit if git is not available. Nothing is installed or downloaded.
 set -uo pipefail
 exec </dev/null
 
@@ -43,7 +43,7 @@ part() { # name, most seconds, command …
         status=124 && echo "no time left" >"$logs/$name.log"
     else
         echo "== $name: $*"
-        # SIGINT, ignored by whatever a script starts with &, lets pytest print what it has
+        # at SIGINT pytest prints its results so far; processes started with & would ignore SIGINT
         timeout --signal=INT --kill-after=10 $((box < left ? box : left)) \
             env --default-signal=INT "$@" \
             >"$logs/$name.log" 2>&1 || status=$?
@@ -58,7 +58,7 @@ absent() { # name, reason
     parts+=("$1 absent 0") && echo "== $1: left out: $2"
 }
 
-needing() { # packages, then a part as above: left out where one of them is not installed
+needing() { # packages, then a part as above: it is skipped if one of them is not installed
     local missing
     missing=$("$python" -c 'import importlib.util as u, sys
 print(*(name for name in sys.argv[1].split() if u.find_spec(name) is None))' "$1")
@@ -83,7 +83,7 @@ else
     part tests 120 "${pytest[@]}" tests/test_gpu*.py
     if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer); then
         few=(tests/test_gpu.py -k "reproducible or (test_centroid_info_nce and shape0)")
-        # some virtual machines keep the sanitizer from the device
+        # on some virtual machines the sanitizer cannot use the GPU
         timeout --kill-after=5 40 "$sanitizer" --report-api-errors no --error-exitcode 99 "$python" \
             -c 'import torch; torch.ones(9, device="cuda").sum().item()' >"$logs/sanitizer.log" 2>&1
         status=$? tools=(memcheck racecheck)
@@ -92,8 +92,8 @@ else
             absent sanitizer "exit $status: $(grep -m 1 '=====' "$logs/sanitizer.log")"
         fi
         for tool in "${tools[@]}"; do
-            # every tensor its own allocation, so that a step over its end is seen
-            # torch tries calls that may fail: errors are those of kernels
+            # every tensor has its own allocation, so an access beyond its end is found;
+            # torch makes calls that may fail, so only errors of kernels are reported
             options=(--tool "$tool" --error-exitcode 99 --print-limit 20)
             [ "$tool" != memcheck ] || options+=(--report-api-errors no)
             part "$tool" 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" "${options[@]}" \

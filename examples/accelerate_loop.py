@@ -38,12 +38,12 @@ def main() -> None:
     for images, labels in loader:
         with accelerator.accumulate(model):
             ce = F.cross_entropy(model(images), labels, ignore_index=255)
-            loss = ce + occl(labels)  # 2. one more term
+            loss = ce + occl(labels)  # 2. add the method's loss
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            terms = {"ce": ce.detach(), **occl.terms}  # 3. its weighted parts
+            terms = {"ce": ce.detach(), **occl.terms}  # 3. log its weighted terms
             accelerator.print(", ".join(f"{name} {float(terms[name]):.3f}" for name in terms))
 
 

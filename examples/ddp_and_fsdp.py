@@ -1,8 +1,8 @@
-"""Several processes: DDP, and with --fsdp FSDP2, in a plain loop with SAR.
+"""Several processes with DDP, or with --fsdp FSDP2: a training loop with SAR.
 
     torchrun --nproc-per-node 2 examples/ddp_and_fsdp.py [--fsdp] [--steps 3]
 
-Trains a small network on random images and labels, on the CPU where there is no GPU.
+Trains a small network on random images and labels, on the CPU if there is no GPU.
 """
 
 import argparse
@@ -30,10 +30,11 @@ def main() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    torch.manual_seed(0)  # FSDP does not copy the parameters of rank 0: all ranks draw the same
+    torch.manual_seed(0)  # FSDP does not copy rank 0's parameters: all ranks must draw the same
     model = nn.Sequential(nn.Conv2d(3, D, 3, padding=1), nn.ReLU(), nn.Conv2d(D, K, 1))
 
-    # 1. before the model is wrapped, and the optimizer after; statistics are those of all ranks
+    # 1. attach before wrapping the model; create the optimizer after it. process_group: use the
+    # statistics of all ranks
     sar = ao.attach(model, ao.SAR(K, D, gate="per_class", process_group="world"))
     model.to(device)
     if arguments.fsdp:
@@ -47,11 +48,11 @@ def main() -> None:
         images = torch.randn(2, 3, 32, 32, device=device)
         labels = torch.randint(0, K, (2, 32, 32), device=device)
         ce = F.cross_entropy(parallel(images), labels, ignore_index=255)
-        loss = ce + sar(labels)  # 2. one more term
+        loss = ce + sar(labels)  # 2. add the method's loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        terms = {"ce": ce.detach(), **sar.terms}  # 3. its weighted parts
+        terms = {"ce": ce.detach(), **sar.terms}  # 3. log its weighted terms
         if dist.get_rank() == 0:
             text = ", ".join(f"{name} {float(value):.3f}" for name, value in terms.items())
             print(f"{type(parallel).__name__}, step {step + 1}: {text}")

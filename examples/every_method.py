@@ -1,9 +1,9 @@
-"""Every method on a stock segmentation-models-pytorch model, by one line each.
+"""Every method on an unchanged segmentation-models-pytorch model, with one line each.
 
     python examples/every_method.py [--steps 10] [--out FOLDER]
 
-Trains FPN on little scenes of coloured discs, on CPU in about a minute, prints each method's terms
-and diagnostics, and with --out leaves figures of the last model.
+Trains FPN on small scenes of coloured discs, on a CPU in about a minute. Prints the terms and
+diagnostics of each method; with --out it writes figures of the last model.
 """
 
 import argparse
@@ -33,7 +33,7 @@ METHODS: dict[str, Callable[[], Regularizer]] = {
 
 
 def scenes(images: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Discs of K − 1 classes, told by colour and the rarer the higher, on background 0."""
+    """Discs of K − 1 classes on background 0. The colour is the class; higher classes are rarer."""
     colours = torch.linspace(-1, 1, K)[:, None] * torch.tensor([1.0, -0.5, 0.25])
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     labels = torch.zeros(images, size, size, dtype=torch.long)
@@ -50,7 +50,7 @@ def train(method: str, steps: int) -> torch.nn.Module:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = smp.FPN("resnet18", encoder_weights=None, classes=K)
-    regularizer = ao.attach(model, METHODS[method]())  # the one line
+    regularizer = ao.attach(model, METHODS[method]())  # the only line that is added
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     print(f"\n{regularizer}")
     for step in range(steps):

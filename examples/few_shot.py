@@ -2,9 +2,10 @@
 
     python examples/few_shot.py [--steps 300]
 
-An image shows two different digits. The support's mask marks one of them, and the same digit is to
-be found in the query. Trains on episodes of seven of scikit-learn's digits. Prints the IoU on 7, 8
-and 9, which it never saw, before and after. The prototypes are those of PANet (arXiv 1908.06391).
+An image shows two different digits. The mask of the support image marks one of them, and the
+network must find the same digit in the query image. It is trained on episodes with seven of
+scikit-learn's digits. The script prints the IoU on the digits 7, 8 and 9, which are not in the
+training data, before and after training. The prototypes are those of PANet (arXiv 1908.06391).
 """
 
 import argparse
@@ -22,8 +23,8 @@ Pictures = tuple[Tensor, Tensor]
 
 
 def picture(kinds: list[int]) -> Pictures:
-    """Image (1, 16, 32) of two digits side by side in random order, and mask (16, 32): 1 on the
-    strokes of the first of them."""
+    """An image (1, 16, 32) of two digits side by side in random order, and a mask (16, 32), which
+    is 1 on the strokes of the first digit."""
     first, second = (OF_DIGIT[k][torch.randint(len(OF_DIGIT[k]), ())] for k in kinds)
     image = torch.stack([torch.cat([first, second], 1), torch.cat([first, 0 * second], 1)])
     image = image.roll(8 * int(torch.randint(2, ())), dims=2)
@@ -41,7 +42,7 @@ def episodes(count: int, digits: list[int]) -> tuple[Pictures, Pictures]:
 
 
 def query_logits(model: nn.Module, support: Pictures, images: Tensor) -> Tensor:
-    """Cosines to the prototypes of background and digit over a temperature: (B, 2, 8, 16)."""
+    """Cosines to the prototypes of background and digit, over a temperature: (B, 2, 8, 16)."""
     features = model(torch.cat([support[0], images]))
     of_support, of_query = features.chunk(2)
     prototypes, _ = ao.class_centroids(of_support, support[1], 2, per_image=True)  # (B, 2, D)

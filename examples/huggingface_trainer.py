@@ -3,8 +3,8 @@
     python examples/huggingface_trainer.py [--steps 3] [--size 128]
 
 Trains on random images and labels, to show the three functions that a Trainer needs. Segformer
-upsamples its logits for its own loss alone: without labels it returns them at low resolution, and a
-Trainer with compute_loss_func withholds the labels.
+upsamples its logits only for its own loss: without labels it returns them at low resolution, and a
+Trainer with compute_loss_func does not pass the labels to the model.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Lightning: a module with cross-entropy and SAR, and the parts of SAR in the log.
+"""Lightning: a module with cross-entropy and SAR, which logs the terms of SAR.
 
     python examples/lightning_module.py [--steps 3] [--size 64]
 
@@ -29,12 +29,12 @@ class Segmenter(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
         ce = F.cross_entropy(self.model(images), labels, ignore_index=255)
-        loss = ce + self.sar(labels)  # 2. one more term
-        self.log_dict({"ce": ce, **self.sar.terms}, prog_bar=True)  # 3. its weighted parts
+        loss = ce + self.sar(labels)  # 2. add the method's loss
+        self.log_dict({"ce": ce, **self.sar.terms}, prog_bar=True)  # 3. log its weighted terms
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        images, labels = batch  # in eval mode the model is the plain model
+        images, labels = batch  # in eval mode the model is unchanged
         ce = F.cross_entropy(self.model(images), labels, ignore_index=255)
         self.log("validation ce", ce)
 
@@ -54,7 +54,7 @@ def main() -> None:
     batches = DataLoader(data, batch_size=2)
     trainer = lightning.Trainer(
         max_epochs=1,
-        accelerator="cpu",  # "auto" takes a GPU
+        accelerator="cpu",  # "auto" would use a GPU
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -1,11 +1,12 @@
-"""Long-tailed classification: scikit-learn's digits with few images of the later ones, and SAR.
+"""Long-tailed classification with SAR: scikit-learn's digits with few images of the high digits.
 
     python examples/long_tailed_classification.py [--seeds 5] [--steps 500]
 
-Trains a small network on 100 images of digit 0, and geometrically fewer of each next one, to 3 of
-digit 9, with and without SAR, for each seed. The test images are balanced. Prints the accuracy on
-the first three digits (head) and the last three (tail). With the defaults SAR does not raise the
-tail of this small network: the script shows the use and the comparison, not a gain.
+Trains a small network with and without SAR, for each seed. There are 100 training images of digit
+0, and geometrically fewer of each following digit, down to 3 of digit 9. The test images are
+balanced. Prints the accuracy on the first three digits (head) and the last three (tail). With the
+defaults SAR does not improve the tail accuracy of this small network: the script shows how to use
+and compare it, not a gain.
 """
 
 import argparse
@@ -24,7 +25,7 @@ COUNTS = [round(100 * 0.03 ** (k / 9)) for k in range(K)]  # 100, 68, …, 3
 
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images (N, 64) in [0, 1] and labels (N,), then those of the test."""
+    """Training images (N, 64) in [0, 1] and labels (N,), then test images and labels."""
     pixels, digits = load_digits(return_X_y=True)
     of_digit = [np.flatnonzero(digits == k) for k in range(K)]  # at least 174 each
     train = np.concatenate([rows[:n] for rows, n in zip(of_digit, COUNTS, strict=True)])
@@ -34,7 +35,7 @@ def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def accuracy(with_sar: bool, seed: int, steps: int) -> tuple[float, float]:
-    """In %, of head and tail: the first and the last three digits."""
+    """Accuracy in % on head and tail: the first and the last three digits."""
     images, labels, test_images, test_labels = load()
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, D), nn.ReLU())

@@ -2,9 +2,9 @@
 
     python examples/point_cloud.py [--steps 100]
 
-Scenes of a ground, a wall, a pole and a ball have different numbers of points. They follow each
-other in one tensor, as libraries for sparse convolutions store them. The network looks at each
-point alone; put your own in its place.
+Scenes with a ground, a wall, a pole and a ball have different numbers of points. They are
+concatenated in one tensor, as in libraries for sparse convolutions. The network processes each
+point independently; replace it by your own.
 """
 
 import argparse
@@ -50,8 +50,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(arguments.steps):
         points, labels = batch()  # (N, 3), (N,); 255 is ignored
-        ce = ao.pixel_cross_entropy(model(points), labels)  # 2. points serve as pixels do
-        loss = ce + mvsc(labels)  # 3. one more term
+        ce = ao.pixel_cross_entropy(model(points), labels)  # 2. works for points too
+        loss = ce + mvsc(labels)  # 3. add the method's loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -2,8 +2,8 @@
 
     python examples/smp_segformer.py [--steps 3] [--size 128]
 
-Trains two copies side by side on random images and labels: the model as it is with torch's
-cross-entropy, and under low_resolution with anchorops's. Their losses agree.
+Trains two copies of a model on random images and labels: one unchanged, with torch's cross-entropy;
+the other with low_resolution and anchorops's cross-entropy. Their losses agree.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     labels[:, :4] = 255  # ignored
 
     handle = ao.low_resolution(model, images)
-    corners = handle.align_corners  # True: this library's heads upsample so
+    corners = handle.align_corners  # True for the heads of this library
     print(handle)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (plain, model)]
     for step in range(arguments.steps):

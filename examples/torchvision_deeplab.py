@@ -27,7 +27,7 @@ def main() -> None:
     images = torch.randn(2, 3, arguments.size, arguments.size)
     labels = torch.randint(0, K, (2, arguments.size, arguments.size))
 
-    handle = ao.low_resolution(model, images)  # 1. takes the upsampling out of both heads
+    handle = ao.low_resolution(model, images)  # 1. removes the upsampling of both heads
     sar = ao.attach(model, ao.SAR(K, 256))
     print(handle)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -42,7 +42,7 @@ def main() -> None:
         print(f"step {step + 1}: ce {ce['out'].item():.3f} from logits of {size}")
 
     with torch.no_grad():
-        logits = model.eval()(images)["out"]  # upsampled, as ever
+        logits = model.eval()(images)["out"]  # upsampled, as before
     print(f"in eval mode: {tuple(logits.shape)}")
 
 

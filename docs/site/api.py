@@ -1,5 +1,5 @@
-"""The build fails where a public name has no docstring, or no place in docs/api/, and where a
-docstring explains an argument that does not exist."""
+"""The build fails if a public name has no docstring or is missing in docs/api/, and if a docstring
+explains an argument that does not exist."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ SHOWN = re.compile(r"^::: anchorops\.(\S+)(?:\n +options:\n +members: \[(.*)\])?
 
 def public_names(package: griffe.Object) -> Iterator[str]:
     for name in map(str, package.exports or ()):
-        # a module hides the function of its name
+        # a module hides the function of the same name
         yield f"{name}.{name}" if package[name].is_module else name
     for module in MODULES:
         for name, member in package[module].members.items():
@@ -52,7 +52,7 @@ def on_pre_build(config: MkDocsConfig) -> None:
             wrong.append(f"{name}: no docstring")
         arguments = unknown_arguments(package[name])
         wrong += [
-            f"{name}: its docstring explains {argument}, which it does not take"
+            f"{name}: its docstring explains {argument}, which is not an argument"
             for argument in arguments
         ]
     if wrong:

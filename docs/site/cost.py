@@ -1,4 +1,5 @@
-"""Tables of docs/cost.md, from committed rows: they replace the comments `<!-- rows: … -->`."""
+"""The tables of docs/cost.md. They are made from committed rows, and replace the comments
+`<!-- rows: … -->`."""
 
 import json
 import re
@@ -22,7 +23,7 @@ TRAINING_STEP = "training-step-cpu"
 
 
 def quick_runs() -> list[dict]:
-    """Of pixel losses and of class moments."""
+    """The quick cases of pixel losses and of class moments."""
     runs = [json.loads((RESULTS / f"{name}.json").read_text()) for name in RUNS]
     return [run | {"rows": [row for row in run["rows"] if row["quick"]]} for run in runs]
 

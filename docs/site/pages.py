@@ -1,7 +1,7 @@
-"""Which files the site has: the pages of the navigation, and what they link to.
+"""The files of the site: the pages of the navigation, and the files that they link to.
 
-A page has the same path on the site as in the repository, so relative links work on both. A Python
-file that is linked becomes a page which shows it.
+A page has the same path on the site as in the repository, so relative links work on both. A linked
+Python file becomes a page that shows it.
 """
 
 import posixpath
@@ -37,7 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if file.src_dir == config.docs_dir:
             files.remove(file)
     paths = in_navigation(config.nav)
-    for path in paths:  # grows while the loop runs
+    for path in paths:  # the loop appends to it
         if path.endswith(".md"):
             paths += [other for other in linked(path) if other not in paths]
     for path in [*paths, STYLE]:
