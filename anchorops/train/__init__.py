@@ -1,1 +1,1 @@
-"""Reference training program: HRNet, SegFormer and any segmentation-models-pytorch architecture."""
+"""The training program: HRNet, SegFormer and any segmentation-models-pytorch architecture."""

@@ -1,4 +1,4 @@
-"""The program anchorops-train: it hears signals before it imports what takes seconds."""
+"""The program anchorops-train. It handles signals before the imports, which take seconds."""
 
 from collections.abc import Sequence
 

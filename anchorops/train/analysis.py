@@ -1,4 +1,4 @@
-"""What a trained network's features look like."""
+"""Statistics and samples of a trained network's features."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -28,7 +28,7 @@ class Features(NamedTuple):
 
 
 def _resized(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """Labels (B, H, W) at another size by nearest, as the operators take them."""
+    """Labels (B, H, W) resized by nearest-neighbour interpolation, as in the operators."""
     return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest")[:, 0].long()
 
 
@@ -39,8 +39,8 @@ def collect_features(
     num_classes: int,
     device: torch.device,
 ) -> Features:
-    """The classes' mean features over the batches, and as many pixels of each class, as far as
-    there are."""
+    """The mean feature of each class over the batches, and equally many sample pixels of each
+    class, if there are enough."""
     model.eval()
     sums: Tensor | None = None
     counts = torch.zeros(num_classes, dtype=torch.int64)
@@ -61,7 +61,7 @@ def collect_features(
         keys = keys.flatten()
         for k in torch.nonzero(taken < quota).flatten().tolist():
             found = torch.nonzero(keys == k).flatten()
-            # spread over the batch, so that not one object fills the quota
+            # spread over the batch, so that a single object does not fill the quota
             found = found[:: max(1, len(found) // 40)][: quota - int(taken[k])]
             samples.append(pixels[found].cpu())
             sampled_labels.append(torch.full((len(found),), k))

@@ -1,4 +1,4 @@
-"""Checkpoints that are either complete or not there."""
+"""Checkpoints that are either complete or absent."""
 
 import os
 import re
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 CHECKPOINT = re.compile(r"checkpoint-(?P<step>\d{8,})\.pt")
-PART = ".part"  # ends the name of a file that is being written
+PART = ".part"  # the suffix of a file that is being written
 KEPT = 2
 
 
 def save_atomically(state: Any, path: Path) -> None:
-    """Write (text, bytes, anything else through torch.save) to a temporary file, flush it to the
-    disk, rename. On failure (a full disk) the temporary file is removed and what was at `path`
-    stays. Raises OSError."""
+    """Write text, bytes, or any other object with torch.save: to a temporary file, which is flushed
+    to the disk and then renamed. If this fails (a full disk), the temporary file is removed and the
+    old file at `path` is kept. Raises OSError."""
     temporary = path.with_name(path.name + PART)
     try:
         with open(temporary, "wb") as file:
@@ -42,7 +42,7 @@ def save_atomically(state: Any, path: Path) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Of torch's writer, which fails once more when it is closed, the error of the disk."""
+    """The error of the disk. torch's writer fails a second time when it is closed."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
@@ -53,7 +53,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any]) -> Path:
     """Save the state after `step` steps and keep the latest two checkpoints."""
     path = run / f"checkpoint-{step:08d}.pt"
     save_atomically({"step": step, **state}, path)
-    unfinished = re.compile(CHECKPOINT.pattern + re.escape(PART))  # by a process that was killed
+    unfinished = re.compile(CHECKPOINT.pattern + re.escape(PART))  # of a process that was killed
     parts = [part for part in run.iterdir() if unfinished.fullmatch(part.name)]
     for old in (*checkpoints(run)[:-KEPT], *parts):
         old.unlink()
@@ -61,7 +61,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """In the order of their steps."""
+    """The checkpoints of a run, in the order of their steps."""
     steps = {
         int(match["step"]): path
         for path in run.iterdir()
@@ -71,9 +71,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Raises ValueError where the file is damaged, naming an earlier checkpoint if there is one."""
+    """Raises ValueError if the file is damaged; the message names an earlier checkpoint, if any."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not compare the sums that it writes
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not check them
             if broken := archive.testzip():
                 raise ValueError(f"the checksum of {broken} does not fit")
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""What anchorops-train does: train, resume, compare, demo."""
+"""The commands of anchorops-train: train, resume, compare, demo."""
 
 import sys
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 USAGE = """usage: anchorops-train [PRESET] [OPTIONS]     train; PRESET is digits if not given
        anchorops-train [PRESET] --help        the options
        anchorops-train resume RUN             continue an interrupted run
-       anchorops-train compare RUN [RUN …]    finished runs beside each other
+       anchorops-train compare RUN [RUN …]    compare finished runs
        anchorops-train demo [--steps N]       both networks, plain and with SAR, on digits"""
 
 
@@ -46,14 +46,14 @@ def _resume(
 
     Args:
         run: its directory.
-        root: where its data set lies now, if that was moved.
-        allow_other_ranks: go on with another number of ranks, and so with other numbers.
+        root: the new directory of its data set, if it was moved.
+        allow_other_ranks: resume with another number of ranks, which changes the results.
     """
     _show([resume(run, root=root, allow_other_ranks=allow_other_ranks)])
 
 
 def _compare(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
-    """Put finished runs beside each other: mean ± standard deviation over seeds."""
+    """Compare finished runs: mean ± standard deviation over seeds."""
     if not runs:
         raise ValueError("compare: expected the directories of finished runs, got none")
     print(comparison([load_results(run) for run in runs]))
@@ -69,7 +69,7 @@ def _demo(
 
     Args:
         steps: of each of the four runs.
-        out: directory of the runs; earlier ones there are overwritten.
+        out: directory of the runs; earlier runs in it are overwritten.
         seed: of weights and data.
         threads: CPU threads of torch.
     """
@@ -119,6 +119,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"anchorops-train: {interrupted}", file=sys.stderr)
         sys.exit(interrupted.exit_status)
     except (ValueError, OSError) as error:
-        # of an error in a worker of the data loader torch hands on the whole traceback as text
+        # for an error in a worker of the data loader, the message contains the whole traceback
         _, _, message = str(error).rstrip().rpartition("\nValueError: ")
         sys.exit(f"anchorops-train: {message}")

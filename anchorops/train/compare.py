@@ -1,4 +1,4 @@
-"""Runs beside each other."""
+"""Comparison of runs."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ MEASURES = {"mIoU": "miou", "head": "head", "body": "body", "tail": "tail", "mAc
 
 
 def load_results(run: Path) -> dict[str, Any]:
-    """Raises ValueError where the run has not come to its end."""
+    """The results of a run. Raises ValueError if it has not finished."""
     path = run / "results.json"
     if not path.exists():
         raise ValueError(f"{run}: expected a finished run, with its results.json")
@@ -26,8 +26,8 @@ def load_results(run: Path) -> dict[str, Any]:
 
 def comparison(results: Sequence[dict[str, Any]]) -> str:
     """A table with a row for each data set, network and methods: mean ± standard deviation in %
-    over the seeds. Runs whose other settings ("settings", where given) differ have their own rows,
-    and these settings in them."""
+    over the seeds. Runs that differ in other settings (if "settings" is given) have separate rows,
+    which show these settings."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for result in results:
         dataset, model, methods = (result[name] for name in NAMES)
@@ -58,7 +58,7 @@ def comparison(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _differing(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
-    """The settings of a result in which others of the same data, network and methods differ."""
+    """The settings that differ between results of the same data, network and methods."""
     alike = [
         other.get("settings", {})
         for other in results

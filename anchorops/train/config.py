@@ -1,4 +1,4 @@
-"""Every option of a training run; its help is the text under each field."""
+"""All options of a training run. The text under each field is its help."""
 
 import dataclasses
 import json
@@ -13,14 +13,14 @@ from tyro.conf import OmitArgPrefixes
 from .checkpoint import save_atomically
 from .settings import PUBLISHED, SETTINGS, setting_options
 
-# what does not make results incomparable
+# options that do not affect the results
 OF_ONE_RUN = (
     *("out", "name", "overwrite", "seed", "device", "threads", "workers"),
     *("save_every", "log_every", "gradient_ratio_every", "tensorboard", "eval_batch_size"),
 )
-IGNORED = -1  # the label of a pixel without one: no class, however many there are
+IGNORED = -1  # the label of ignored pixels: never a class, for any number of classes
 LARGEST = 2**31 - 1
-LARGEST_SEED = 2**63 - 1  # torch's generators take no more
+LARGEST_SEED = 2**63 - 1  # the largest of torch's generators
 MULTIPLE = 32  # the coarsest stride of the networks: image sides are multiples of it
 
 
@@ -35,10 +35,11 @@ class Data:
         "coco-stuff-10k",
         "coco-stuff-164k",
     ] = "digits"
-    """digits: scenes of handwritten digits, made on the fly, no files needed. folder: images/train,
-    images/val, masks/train, masks/val and classes.txt under --root. Others: as downloaded."""
+    """digits: scenes of handwritten digits, generated while training; needs no files. folder:
+    images/train, images/val, masks/train, masks/val and classes.txt under --root. Others: a
+    published data set, with its files as downloaded."""
     root: Path | None = None
-    """Where the data set lies."""
+    """Directory of the data set."""
     train_images: int = 20_000
     """digits: scenes in the training split."""
     val_images: int = 200
@@ -55,28 +56,28 @@ class Data:
     mask_suffix: str | None = None
     """folder: ending of mask names (_labels.png)."""
     num_classes: int | None = None
-    """folder: number of classes where there is no classes.txt."""
+    """folder: number of classes, if there is no classes.txt."""
     label_map: dict[int, int] = field(default_factory=dict)
     """folder: values in the masks and their classes, or −1 for ignored: --label-map 128 1 7 -1.
-    With at most 255 classes 255 is ignored, too."""
+    With at most 255 classes, 255 is also ignored."""
     channels: int = 3
     """folder: channels of the images."""
     short_side: int | None = None
-    """Images are scaled to this short side, aspect kept; None: as they are."""
+    """Images are scaled to this short side, keeping their aspect ratio; None: not scaled."""
     scale: tuple[float, float] = (1.0, 1.0)
-    """Range of a further random scale of training images, which are then cropped or padded."""
+    """Range of an additional random scale of training images, which are then cropped or padded."""
     flip: bool = False
     """Mirror half of the training images."""
     cat_max_ratio: float = 1.0
-    """A crop in which one class has this share of the valid pixels or more is drawn again, up to
-    ten times; 1: never."""
+    """If one class has this share of the valid pixels of a crop or more, the crop is drawn again,
+    up to ten times; 1: never."""
     photometric: bool = False
     """Distort brightness, contrast, saturation and hue of training images."""
     head_tail: tuple[float, float] = (0.01, 0.001)
     """Head classes have at least the first share of the training pixels, tail classes less than
     the second."""
     workers: int = 0
-    """Processes that prepare images, per rank; the images do not depend on it."""
+    """Number of processes that load images, per rank; it does not affect the images."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,10 @@ class Model:
     weights: Path | None = None
     """Start from the weights in this file."""
     auxiliary_weight: float = 0.0
-    """Weight of the loss of an auxiliary head (3×3 convolution, classifier) on the last
-    but one of the backbone's maps; 0: no such head. The field's is 0.4."""
+    """Weight of the loss of an auxiliary head (3×3 convolution, classifier) on the second last map
+    of the backbone; 0: no auxiliary head. The usual weight is 0.4."""
     methods: tuple[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"], ...] = ()
-    """Regularisers beside the cross-entropy, any number of them."""
+    """Regularisers in addition to the cross-entropy; any number of them."""
     setting: str = PUBLISHED
     """Arguments of the methods by name: published, their defaults; from-scratch, weaker OCCL and
     CeCo, for training from random weights."""
@@ -114,29 +115,29 @@ class Optimization:
     lr: float = 0.01
     """Learning rate after warm-up."""
     weight_decay: float = 5e-4
-    """Not applied to biases and normalisation layers."""
+    """Weight decay; not applied to biases and normalisation layers."""
     head_lr_factor: float = 1.0
-    """Learning rate of everything but the backbone, relative to lr."""
+    """Learning rate of everything except the backbone, relative to lr."""
     warmup: int = 0
     """Steps of linear warm-up."""
     power: float = 0.9
     """Exponent of the polynomial decay to zero."""
     clip: float | None = None
-    """Largest norm of the gradient."""
+    """The gradient is clipped to this norm."""
     class_weights: Literal["none", "inverse-sqrt", "inverse"] = "none"
     """Weights of the loss from class frequencies f: 1/√f or 1/f, mean 1."""
     given_class_weights: tuple[float, ...] = ()
     """Weights of the loss, one per class."""
     loss: Literal["ce", "focal", "dice", "ce+dice"] = "ce"
-    """Of the logits, upsampled to the labels' size: cross-entropy, without or with the focal
+    """The loss of the logits at the labels' size: cross-entropy, cross-entropy with the focal
     factor, Dice, or the sum of cross-entropy and Dice."""
     focal_gamma: float = 2.0
     """Exponent of the focal factor."""
     ohem: float | None = None
-    """Online hard example mining: the cross-entropy counts only pixels whose true class has at most
+    """Online hard example mining: the cross-entropy uses only pixels whose true class has at most
     this probability."""
     ohem_kept: int = 100_000
-    """The hardest pixels that are kept in each pass however easy they are."""
+    """With --ohem, at least this number of pixels is used in each pass: the hardest ones."""
 
 
 @dataclass(frozen=True)
@@ -146,33 +147,33 @@ class Running:
     name: str | None = None
     """Directory of this run inside --out; DATASET-MODEL-METHODS-seedN if not given."""
     overwrite: bool = False
-    """Delete what an earlier run of the same name wrote."""
+    """Delete the files of an earlier run of the same name."""
     seed: int = 0
     device: str | None = None
-    """cuda if there is one, else cpu."""
+    """Device; if not given, cuda if there is a GPU, otherwise cpu."""
     threads: int | None = None
     """CPU threads of torch, per rank."""
     bf16: bool = False
     """bfloat16 autocast."""
     channels_last: bool = False
-    """Memory layout of images, features and weights."""
+    """Use the channels-last memory layout for images, features and weights."""
     sync_bn: bool = True
-    """Batch statistics over all ranks (on GPUs only: torch has it there)."""
+    """Batch norm uses the statistics of all ranks (torch supports this on GPUs only)."""
     compile: bool = False
-    """torch.compile the model."""
+    """Compile the model with torch.compile."""
     deterministic: bool = False
-    """Deterministic algorithms where torch has them, and a fixed order of sums over the ranks:
-    bit-for-bit resumption on a GPU, or with more than two ranks, needs them."""
+    """Use torch's deterministic algorithms, and a fixed order of sums over the ranks. Resuming bit
+    for bit needs this on a GPU, or with more than two ranks."""
     evaluation: Literal["whole", "sliding"] = "whole"
-    """Predict from whole images, or from overlapping windows of the size of a crop."""
+    """Predict whole images, or overlapping windows of the size of a crop."""
     eval_batch_size: int = 1
-    """Images per pass of an evaluation; more than 1 needs images of one size."""
+    """Images per pass of an evaluation; with more than 1, all images must have the same size."""
     eval_every: int = 0
-    """Steps between evaluations; 0: at the end only."""
+    """Steps between evaluations; 0: only at the end."""
     patience: int | None = None
-    """Stop after so many evaluations without a better mIoU."""
+    """Stop after this number of evaluations without a better mIoU."""
     save_every: int = 500
-    """Steps between checkpoints; evaluations begin with another."""
+    """Steps between checkpoints; another one is written before each evaluation."""
     log_every: int = 10
     """Steps between log lines."""
     gradient_ratio_every: int = 100
@@ -180,7 +181,7 @@ class Running:
     loss of the logits, which change nothing in the run; 0: none. One takes less time than a
     step, and for that time the memory of a second copy of the weights."""
     tensorboard: bool = False
-    """Write TensorBoard events beside metrics.jsonl."""
+    """Write TensorBoard events in addition to metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -272,13 +273,13 @@ class Config:
         return Config(**sections)
 
     def anywhere(self) -> "Config":
-        """A copy that means the same files in every working directory."""
+        """A copy with absolute paths, which can be used from any working directory."""
         root, weights = self.data.root, self.model.weights
         return self.replace(root=root and root.absolute(), weights=weights and weights.absolute())
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes two runs repetitions of each other, up to their seeds."""
+        """The settings in which repetitions of a run agree; they may differ in their seeds."""
         sections = dataclasses.asdict(self).values()
         options = {name: value for section in sections for name, value in section.items()}
         return {name: str(value) for name, value in options.items() if name not in OF_ONE_RUN}
@@ -304,7 +305,7 @@ def _wrong(name: str, expected: str, value: Any) -> ValueError:
 
 
 def _typed(section: dict[str, Any]) -> dict[str, Any]:
-    """Undo what JSON does to tuples, paths and integer keys."""
+    """Restore tuples, paths and integer keys, which JSON cannot represent."""
     values = dict(section)
     for name, value in section.items():
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What the regulariser costs."""
+"""The time and memory that the regulariser needs."""
 
 import copy
 import time
@@ -23,8 +23,8 @@ class Cost(NamedTuple):
 
 
 def cost_of_regularizer(parts: Parts) -> tuple[Cost, Cost] | None:
-    """Without and with it, in one training batch, None where there is none; of all ranks together,
-    for it may have collectives, as synchronised batch norm has."""
+    """The cost of a training batch without and with the regulariser; None if there is none. All
+    ranks measure together, because it may call collectives, like synchronised batch norm."""
     config, ranks = parts.config, parts.ranks
     if not config.model.methods:
         return None

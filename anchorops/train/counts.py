@@ -1,4 +1,4 @@
-"""What the masks of a data set hold, counted before the training."""
+"""Counts of classes and sizes in the masks of a data set, computed before the training."""
 
 import hashlib
 import json
@@ -18,13 +18,13 @@ from .config import IGNORED
 from .data import Segmentation
 from .folders import MaskFolder, class_histogram
 
-SCENES = 2_000  # of digits, among which classes are counted
+SCENES = 2_000  # of digits, in which classes are counted
 RAREST = 5  # classes that are named
 
 
 class Counts(NamedTuple):
-    """Of a split's masks: pixels [K] and images [K] of each class, int64; ignored pixels; least and
-    largest height and width in pixels."""
+    """Counts of the masks of a split: pixels [K] and images [K] of each class, int64; ignored
+    pixels; smallest and largest height and width in pixels."""
 
     pixels: Tensor
     images: Tensor
@@ -34,8 +34,8 @@ class Counts(NamedTuple):
 
 
 def class_counts(dataset: Segmentation, cache: Path) -> Counts:
-    """Of digit scenes among the first 2000; of masks on disk all, once, and kept in the folder
-    `cache` as long as the files and the label map are the same."""
+    """The counts of the first 2000 digit scenes, or of all masks on disk. The counts of masks are
+    stored in the folder `cache`, and reused if the files and the label map are the same."""
     if isinstance(dataset, MaskFolder):
         return _kept_counts(dataset, cache)
     num_classes = len(dataset.classes)
@@ -44,7 +44,7 @@ def class_counts(dataset: Segmentation, cache: Path) -> Counts:
 
 
 def _count(labels: Tensor, num_classes: int) -> Counts:
-    """Of one mask (H, W)."""
+    """The counts of one mask (H, W)."""
     pixels = class_histogram(labels, num_classes)
     height, width = labels.shape
     ignored = int((labels == IGNORED).sum())
@@ -70,7 +70,7 @@ def _kept_counts(dataset: MaskFolder, cache: Path) -> Counts:
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if not path.exists():
 
-        def read(index: int) -> Counts:  # masks themselves would pile up
+        def read(index: int) -> Counts:  # it returns counts, because masks would fill the memory
             return _count(dataset.read_labels(index), len(dataset.classes))
 
         threads = ThreadPoolExecutor()
@@ -85,7 +85,7 @@ def _kept_counts(dataset: MaskFolder, cache: Path) -> Counts:
             )
             counts = _sum(masks)
         finally:
-            threads.shutdown(cancel_futures=True)  # one that fails ends all
+            threads.shutdown(cancel_futures=True)  # if one fails, all end
         cache.mkdir(parents=True, exist_ok=True)
         found = {
             name: value.tolist() if isinstance(value, Tensor) else value
@@ -107,15 +107,15 @@ def _kept_counts(dataset: MaskFolder, cache: Path) -> Counts:
 
 
 def check_classes(classes: Sequence[str], training: Tensor, validation: Tensor) -> list[str]:
-    """Names of the classes that have no training pixel; training, validation: pixels [K]. Raises
-    ValueError where there is nothing to learn or to measure."""
+    """Names of the classes without training pixels; training, validation: pixels [K]. Raises
+    ValueError if there is nothing to learn or to measure."""
     if not validation.any():
-        raise ValueError("the validation split has not one valid pixel")
+        raise ValueError("the validation split has no valid pixel")
     absent = [name for name, count in zip(classes, training.tolist(), strict=True) if not count]
     if len(absent) > len(classes) - 2:
         present = [name for name in classes if name not in absent]
         raise ValueError(
-            f"the training masks have pixels of {len(present)} class alone {present}; 255 is "
+            f"the training masks have pixels of only {len(present)} class {present}; 255 is "
             "ignored unless --label-map makes it a class"
         )
     return absent

@@ -1,4 +1,4 @@
-"""What every data set gives, and the endless deterministic stream of training batches."""
+"""The interface of data sets, and the endless deterministic stream of training batches."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from .digits import DigitScenes
 from .folders import open_folder, open_published
 from .workers import follow_parent
 
-RETRIES = 10  # of a crop that shows little but one class
+RETRIES = 10  # for a crop that shows mostly one class
 
 
 class Segmentation(Protocol):
@@ -39,7 +39,8 @@ def build_datasets(config: Data, seed: int) -> tuple[Segmentation, Segmentation]
             DigitScenes("val", config.val_images, config.crop, seed=0),
         )
     if config.root is None:
-        raise ValueError(f"--root: expected where the data set {config.dataset} lies, got nothing")
+        what = f"--root: expected the directory of the data set {config.dataset}, got nothing"
+        raise ValueError(what)
     root = config.root
     if config.dataset == "folder":
         train, val = (
@@ -60,7 +61,8 @@ def build_datasets(config: Data, seed: int) -> tuple[Segmentation, Segmentation]
 
 
 class RandomScale(v2.Transform):
-    """Scale to the short side (if given), times a random factor; labels by nearest."""
+    """Scale to the short side (if given), times a random factor; labels by nearest-neighbour
+    interpolation."""
 
     def __init__(self, short_side: int | None, scale: tuple[float, float]) -> None:
         super().__init__()
@@ -77,9 +79,8 @@ class RandomScale(v2.Transform):
 
 
 class VariedCrop(v2.RandomCrop):
-    """A random crop, padded where the image is smaller; one in which a single class has
-    `cat_max_ratio` of the valid pixels or more is drawn again, up to ten times (mmsegmentation's
-    RandomCrop)."""
+    """A random crop, padded if the image is smaller. If a single class has `cat_max_ratio` of the
+    valid pixels or more, the crop is drawn again, up to ten times (mmsegmentation's RandomCrop)."""
 
     def __init__(self, size: Sequence[int], cat_max_ratio: float) -> None:
         fill: Any = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
@@ -101,7 +102,7 @@ class VariedCrop(v2.RandomCrop):
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):
-    """mmsegmentation's: hues of ±0.1 turns, and no random order of channels."""
+    """As in mmsegmentation: hues of ±0.1 turns, and no random order of channels."""
 
     def __init__(self) -> None:
         super().__init__(hue=(-0.1, 0.1))
@@ -111,7 +112,8 @@ class PhotometricDistort(v2.RandomPhotometricDistort):
 
 
 def normalize(channels: int) -> v2.Transform:
-    """To float32 in 0..1, then less mean and by deviation: ImageNet's for three channels."""
+    """Convert to float32 in 0..1, subtract the mean and divide by the standard deviation: those of
+    ImageNet for three channels."""
     mean, std = [0.5] * channels, [0.25] * channels
     if channels == 3:
         mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -119,7 +121,7 @@ def normalize(channels: int) -> v2.Transform:
 
 
 def augmentation(config: Data, channels: int) -> v2.Transform:
-    """The papers' order: scale, crop, flip, photometric distortion."""
+    """The augmentation, in the papers' order: scale, crop, flip, photometric distortion."""
     steps: list[v2.Transform] = []
     if config.dataset != "digits":
         steps.append(RandomScale(config.short_side, config.scale))
@@ -134,7 +136,7 @@ def augmentation(config: Data, channels: int) -> v2.Transform:
 
 
 def evaluation_transform(config: Data, channels: int) -> v2.Transform:
-    """The image alone, scaled to the short side; its labels stay as they are."""
+    """Only the image is scaled to the short side; its labels do not change."""
     scale = [RandomScale(config.short_side, (1.0, 1.0))] if config.short_side else []
     return v2.Compose([*scale, normalize(channels)])
 
@@ -145,7 +147,7 @@ def mixed_seed(*parts: int | str) -> int:
 
 
 class Draws:
-    """Which image is draw 0, 1, 2, … of a run: one shuffled pass over the data after the other."""
+    """The image of draw 0, 1, 2, … of a run: shuffled passes over the data, one after another."""
 
     def __init__(self, length: int, seed: int) -> None:
         self.length, self.seed = length, seed
@@ -162,7 +164,7 @@ class Draws:
 class BatchSampler:
     """This rank's passes from `first_step` to `steps`, as lists of (image, draw).
 
-    Draw d is a position in the run, whatever the number of ranks, workers, interruptions.
+    Draw d is a position in the run. It does not depend on ranks, workers or interruptions.
     """
 
     def __init__(
@@ -210,7 +212,7 @@ class Training(Dataset):
 
 
 class Validation(Dataset):
-    """Images as the network takes them; labels as they are."""
+    """Images as the network needs them; unchanged labels."""
 
     def __init__(self, dataset: Segmentation, transform: v2.Transform) -> None:
         self.dataset, self.transform = dataset, transform
@@ -249,7 +251,7 @@ def _stack(items: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
 def evaluation_loader(
     dataset: Segmentation, config: Data, *, batch_size: int, rank: int, world: int
 ) -> DataLoader:
-    """Every image once, over all ranks; unaugmented."""
+    """Every image once, over all ranks, without augmentation."""
     return DataLoader(
         Validation(dataset, evaluation_transform(config, dataset.channels)),
         batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""Real handwritten digits (UCI, in scikit-learn) on cluttered ground: data without a download."""
+"""Handwritten digits (UCI, in scikit-learn) on a noisy background: data without a download."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -16,7 +16,7 @@ SPLITS = ("train", "val")
 
 @cache
 def _digit_images(split: str) -> list[np.ndarray]:
-    """The 8×8 images of each digit, uint8 0..240; train and val share none."""
+    """The 8×8 images of each digit, uint8 0..240; train and val have different images."""
     pixels, digits = load_digits(return_X_y=True)
     images = (pixels.reshape(-1, 8, 8) * 15).astype(np.uint8)
     chosen = np.arange(len(images)) % 5 == 4
@@ -29,7 +29,7 @@ class DigitScenes:
     """Scenes of two to five digits whose frequencies follow Zipf's law: 0 is common, 9 is rare.
 
     Scene i of a split is a pure function of (seed, split, i). Classes: background, then the digits;
-    the soft rim of a stroke is ignored.
+    the soft border of a stroke is ignored.
 
     Args:
         split: "train" or "val".

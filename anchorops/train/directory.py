@@ -1,5 +1,5 @@
-"""The directory of a run: written by one program at a time, and never cleared of what others
-wrote."""
+"""The directory of a run. Only one program writes to it at a time, and files that a run did not
+write are never deleted."""
 
 import fcntl
 import re
@@ -14,7 +14,7 @@ from .config import Config
 
 MARKER = ".anchorops-run"
 CONFIG = "config.json"
-# what a run writes beside its marker; anything else in its directory is not its own
+# the files that a run writes, in addition to its marker; it does not own any other file
 WRITTEN = re.compile(
     r"(config\.json|metrics\.jsonl|results\.json|predictions\.png|report\.html|best\.pt"
     rf"|{CHECKPOINT.pattern})({re.escape(PART)})?|events\.out\.tfevents\..+"
@@ -23,11 +23,11 @@ WRITTEN = re.compile(
 
 @contextmanager
 def new_run(config: Config) -> Iterator[None]:
-    """Makes the directory of a run, with its marker and config.json, and keeps others out of it. An
-    earlier run there is removed with --overwrite, and only what it wrote.
+    """Creates the directory of a run, with its marker and config.json, and locks it. With
+    --overwrite the files of an earlier run there are removed, and no others.
 
-    Raises ValueError for a --name that is no name, where there is an earlier run, and where there
-    are files without a marker.
+    Raises ValueError for an invalid --name, if there is an earlier run, and if there are files but
+    no marker.
     """
     _check_name(config.running.name)
     run = config.run
@@ -47,7 +47,7 @@ def new_run(config: Config) -> Iterator[None]:
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Keeps others out of the run's directory. Raises ValueError where one of them is in it."""
+    """Locks the run's directory. Raises ValueError if another process has locked it."""
     with open(run / MARKER, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,7 +68,7 @@ def _check_name(name: str | None) -> None:
 
 
 def _offer(run: Path) -> str:
-    """To continue what is there, where that can be."""
+    """The advice to continue the existing run, if this is possible."""
     if not (run / CONFIG).exists() or latest_checkpoint(run) is None:
         return ""
     return f"continue it with `anchorops-train resume {shlex.quote(str(run))}`, or "

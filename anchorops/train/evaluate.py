@@ -13,13 +13,13 @@ from .config import IGNORED, MULTIPLE
 
 
 def pad_to_multiple(images: Tensor, value: float = 0.0) -> Tensor:
-    """(…, h, w) with sides that the networks take, filled below and at the right."""
+    """(…, h, w), padded at the bottom and right to sides that the networks support."""
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE), value=value)
 
 
 def _image_logits(logits: Tensor, padded: Tensor, images: Tensor) -> Tensor:
-    """float32 (B, K, h, w) at the size of images (B, C, h, w), from the padded ones' logits."""
+    """float32 (B, K, h, w) at the size of images (B, C, h, w), from the logits of padded images."""
     height, width = images.shape[2:]
     size = padded.shape[2:]
     logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
@@ -37,9 +37,9 @@ def _starts(length: int, window: int) -> list[int]:
 def predict(
     model: nn.Module, images: Tensor, size: Sequence[int], window: tuple[int, int] | None = None
 ) -> Tensor:
-    """Classes int64 (B, *size) of images (B, C, h, w), seen whole or through sliding windows whose
-    logits are averaged where they overlap. Logits are kept at the size of the images only for
-    windows, and where images were both scaled and padded."""
+    """Classes int64 (B, *size) of images (B, C, h, w): of whole images, or by sliding windows whose
+    logits are averaged where they overlap. Logits at the size of the images are stored only for
+    windows, and if images were both scaled and padded."""
     height, width = images.shape[2:]
     if window is None:
         padded = pad_to_multiple(images)
@@ -74,8 +74,8 @@ def evaluate(
     device: torch.device,
     window: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Confusion matrix int64 [K, K] (truth × prediction), summed over all ranks; ignored pixels
-    left out. Leaves the model in its mode."""
+    """Confusion matrix int64 [K, K] (truth × prediction) of the valid pixels, summed over all
+    ranks. Restores the mode of the model."""
     training = model.training
     model.eval()
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""What a run leaves at its end."""
+"""The files that a run writes at its end."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ ANALYSED = 200  # validation images whose features the report shows
 
 
 def finish(parts: Parts, progress: Progress, summary: dict[str, Any]) -> dict[str, Any]:
-    """Write results.json, then the pictures and the report, which may fail; the results."""
+    """Write results.json, then the pictures and the report, which may fail. Returns the results."""
     results = _results(parts, progress, summary)
     run = parts.config.run
     if parts.ranks.first:

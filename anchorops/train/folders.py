@@ -17,7 +17,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_EVALUATED = 4096  # classes: a confusion matrix of 128 MiB
 LABEL_VALUES = 65_536
 UNKNOWN = -2  # in a table of labels
-NO_CLASS = 255  # in masks: ignored where there are at most so many classes
+NO_CLASS = 255  # in masks: ignored if there are at most this number of classes
 
 CITYSCAPES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
@@ -25,19 +25,19 @@ CITYSCAPES = (
     "bicycle",
 )  # fmt: skip
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-# of the 182 labels of COCO-Stuff these have no pixels
+# these of the 182 labels of COCO-Stuff have no pixels
 COCO_STUFF_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 
 
 class Layout(NamedTuple):
-    """Where a data set keeps things, relative to its root."""
+    """The file structure of a data set, relative to its root."""
 
     pairs: Callable[[Path, str], list[tuple[Path, Path]]]
     """(root, "train" or "val") to the paths of images and masks."""
     labels: Mapping[int, int]
     """Class of each value in the masks, −1 ignored."""
     classes: Sequence[str] | int
-    """Names, or how many; names are then read from classes.txt in the root, where it is there."""
+    """Names, or their number; then names are read from classes.txt in the root, if it exists."""
 
 
 class MaskFolder:
@@ -74,8 +74,8 @@ class MaskFolder:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image (C, H, W), uint8, or float32 in 0..1 where the file has more than 8 bits; labels
-        int16 (H, W). Raises ValueError naming the file that does not fit."""
+        """Image (C, H, W), uint8, or float32 in 0..1 if the file has more than 8 bits; labels
+        int16 (H, W). Raises ValueError that names a wrong file."""
         image_path, mask_path = self.pairs[index]
         labels = self.read_labels(index)
         image = read_image(image_path, labels.shape)
@@ -94,7 +94,7 @@ class MaskFolder:
         return image, labels
 
     def read_labels(self, index: int) -> Tensor:
-        """Labels int16 (H, W) alone."""
+        """Only the labels, int16 (H, W)."""
         path = self.pairs[index][1]
         values = _read_array(path, palette=False)
         if values.ndim != 2 or values.dtype.kind not in "uib":
@@ -135,8 +135,8 @@ def _read_array(path: Path, *, palette: bool) -> np.ndarray:
 
 
 def read_image(path: Path, size: Sequence[int]) -> Tensor:
-    """(C, H, W): uint8, or float32 in 0..1 for 16 bits, float32 as it is for floating files. The
-    file is (H, W), (H, W, C), or (C, H, W) where that fits the expected size (H, W)."""
+    """(C, H, W): uint8; float32 in 0..1 for 16 bits; unchanged float32 for floating-point files.
+    The file is (H, W), (H, W, C), or (C, H, W) if this matches the expected size (H, W)."""
     array = _read_array(path, palette=True)
     if array.ndim == 2:
         array = array[..., None]
@@ -162,7 +162,7 @@ def read_image(path: Path, size: Sequence[int]) -> Tensor:
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise ValueError(f"{path} does not exist (--root is where the data set lies)")
+        raise ValueError(f"{path} does not exist (--root is the directory of the data set)")
     return path
 
 
@@ -174,8 +174,8 @@ def _matched(
     *,
     other_masks: bool = True,
 ) -> list[tuple[Path, Path]]:
-    """Images under a folder, each with the mask of the same relative name up to its ending.
-    other_masks: whether there may be masks without an image."""
+    """Images under a folder, each with the mask of the same relative name without suffix.
+    other_masks: whether masks without an image are permitted."""
     found, of_stem = _by_stem(images, image_end), _by_stem(masks, mask_end)
     if not found:
         raise ValueError(f"{images} has no images ({', '.join(image_end)})")
@@ -186,14 +186,14 @@ def _matched(
     if alone and not other_masks:
         raise ValueError(
             f"{alone[0]} has no image in {images} ({len(alone)} masks have none): give it its "
-            "image or take it away; --mask-suffix tells masks from other files"
+            "image or remove it; --mask-suffix distinguishes masks from other files"
         )
     return [(image, of_stem[stem]) for stem, image in found.items()]
 
 
 def _by_stem(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
-    """Files under a folder by relative name without ending, in order; hidden ones (the `._a.jpg`
-    of macOS) are left out."""
+    """Files under a folder by relative name without suffix, in order. Hidden files (such as the
+    `._a.jpg` of macOS) are skipped."""
     found: dict[str, Path] = {}
     for path in sorted(_existing(folder).rglob("*")):
         relative = path.relative_to(folder)
@@ -304,12 +304,12 @@ def open_folder(
     label_map: Mapping[int, int] | None = None,
     channels: int = 3,
 ) -> MaskFolder:
-    """A split of anyone's data: images/SPLIT/… and masks/SPLIT/…, of the same names up to their
-    suffixes, and classes.txt with a name on each line (or num_classes).
+    """A split of your own data: images/SPLIT/… and masks/SPLIT/…, with the same names except for
+    their suffixes, and classes.txt with one name per line (or num_classes).
 
-    Values in the masks, of 8 or 16 bits, are classes 0, 1, …; with at most 255 classes 255 is
-    ignored. label_map changes that for values of its own: to a class, or to be ignored, −1 (or 255
-    with at most 255 classes).
+    Values in the masks, of 8 or 16 bits, are the classes 0, 1, …; with at most 255 classes, 255 is
+    ignored. label_map replaces this for the values that it contains: by a class, or by −1 for
+    ignored (or 255 with at most 255 classes).
     """
     classes = _read_classes(_existing(root)) or [f"class {k}" for k in range(num_classes or 0)]
     if not classes:
@@ -345,7 +345,7 @@ def _read_classes(root: Path) -> list[str] | None:
 
 
 def class_histogram(labels: Tensor, num_classes: int) -> Tensor:
-    """How many pixels have each class, int64 [K]."""
+    """The number of pixels of each class, int64 [K]."""
     return torch.bincount(labels.flatten().int() + 1, minlength=num_classes + 1)[1:]
 
 

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, metrics.jsonl, TensorBoard, and what failed after training."""
+"""The output of a run: a progress bar, metrics.jsonl, TensorBoard, and failures after training."""
 
 import json
 import math
@@ -28,10 +28,10 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 class Journal:
-    """Records a run from `first_step`, the last one with an evaluation being `evaluated`; lines
-    that an interrupted run wrote after these are taken back.
+    """Records a run from `first_step`; `evaluated` is the last step with an evaluation. Lines that
+    an interrupted run wrote after these steps are removed.
 
-    With run None (on every rank but the first) it does nothing.
+    If run is None (on every rank except the first), it does nothing.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Journal:
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:  # it names no file
+        except OSError as error:  # its message names no file
             raise OSError(f"{self.path} could not be written: {error}") from error
         if self.events:
             for name, value in values.items():
@@ -104,7 +104,7 @@ class Journal:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The lines of a metrics.jsonl, without a last line that a crash has truncated."""
     try:
         lines = path.read_text().splitlines(keepends=True)
         metrics = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -116,8 +116,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def attempt(what: str, make: Callable[[], Result]) -> Result | None:
-    """What `make` gives, None where it fails, which one line of stderr says: whatever is made after
-    the training, the results are there and the rest is made too."""
+    """The result of `make`, or None if it fails; then one line on stderr says so. After the
+    training the results are already written, and the other files can still be made."""
     try:
         return make()
     except Exception as error:
@@ -144,7 +144,7 @@ class Averages:
         return [name for name, value in self._sums.items() if not math.isfinite(value)]
 
     def take(self, passes: int) -> tuple[dict[str, float], int]:
-        """The means since the last take, and over how many steps they are."""
+        """The means since the last call, and their number of steps."""
         steps = self._passes // passes
         means = {name: value.item() / steps for name, value in self._sums.items()}
         self._sums, self._passes = {}, 0

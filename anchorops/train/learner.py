@@ -1,4 +1,4 @@
-"""The network with its losses, as one module: what DDP wraps and torch.compile sees."""
+"""The network with its losses, as one module, which DDP wraps and torch.compile compiles."""
 
 import ast
 import copy
@@ -19,8 +19,8 @@ CLASSES = {"cr": "SAR", "sar": "SAR", "cbp": "CBP", "occl": "OCCL", "ceco": "CeC
 
 
 def class_weights(kind: str, frequencies: Tensor) -> Tensor | None:
-    """Weights [K] of mean 1 from the classes' shares f [K] of the pixels: "inverse-sqrt", 1/√f;
-    "inverse", 1/f; None for "none". A class without pixels has 1."""
+    """Weights [K] with mean 1, from the classes' shares f [K] of the pixels: "inverse-sqrt", 1/√f;
+    "inverse", 1/f; None for "none". A class without pixels has weight 1."""
     if kind == "none":
         return None
     seen = frequencies[frequencies > 0]
@@ -31,7 +31,7 @@ def class_weights(kind: str, frequencies: Tensor) -> Tensor | None:
 
 
 def build_loss(options: Optimization, weights: Tensor | None = None) -> PixelLoss:
-    """The loss of the logits; its `terms` have their accuracy. weights: [K], of the classes."""
+    """The loss of the logits; its `terms` contain the accuracy. weights: [K], of the classes."""
     common: dict[str, Any] = {"ignore_index": IGNORED, "accuracy": True}
     if options.loss == "dice":
         return ao.Dice(weight=weights, **common)
@@ -54,10 +54,10 @@ def build_regularizer(
     dim: int,
     prior: Tensor | None = None,
 ) -> Regularizer | None:
-    """The methods as one regulariser, None if there are none.
+    """The methods as one regulariser, or None if there are none.
 
-    options: {"sar.momentum": "0.99"}; values as in Python, anything else is a string.
-    prior: [K], share of training images that contain each class, for CeCo.
+    options: {"sar.momentum": "0.99"}; values are written as in Python, any other is a string.
+    prior: [K], the share of the training images that contain each class, for CeCo.
     Raises ValueError for an option that no chosen method has.
     """
     arguments: dict[str, dict[str, Any]] = {method: {} for method in methods}
@@ -94,10 +94,10 @@ def build_regularizer(
 
 
 class Learner(nn.Module):
-    """Images and labels to the loss and its parts.
+    """Computes the loss and its parts from images and labels.
 
-    pixel_loss: of the logits, cross-entropy if not given, and of those of the model's auxiliary
-    head, where it has one, times auxiliary_weight.
+    pixel_loss: the loss of the logits; cross-entropy if not given. If the model has an auxiliary
+    head, the same loss of its logits is added, times auxiliary_weight.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class Learner(nn.Module):
 
 
 def parameter_groups(model: Segmenter, lr: float, weight_decay: float, head_lr_factor: float):
-    """Groups for an optimizer: no weight decay on vectors (biases, normalisation), another rate
-    for everything outside the backbone."""
+    """Parameter groups for an optimizer: no weight decay on vectors (biases, normalisation), and
+    another learning rate for everything outside the backbone."""
     inside = {id(parameter) for parameter in model.backbone.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():

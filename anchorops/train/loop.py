@@ -1,4 +1,4 @@
-"""A training run from its configuration to its results, with interruptions in between."""
+"""A training run from its configuration to its results; it can be interrupted and resumed."""
 
 import signal
 import time
@@ -30,10 +30,10 @@ from .workers import batches_of
 
 
 def start(config: Config) -> dict[str, Any]:
-    """Begin a run and train it to its end; the results.
+    """Start a run and train it to its end. Returns the results.
 
-    Raises ValueError where the configuration cannot be, OSError where files cannot be read or
-    written, Interrupted after SIGTERM or Ctrl-C.
+    Raises ValueError if the configuration is wrong, OSError if files cannot be read or written, and
+    Interrupted after SIGTERM or Ctrl-C.
     """
     config = config.anywhere()
     ranks = start_ranks(config.running.device)
@@ -51,10 +51,10 @@ def resume(
 
     Args:
         run: its directory.
-        root: where its data set lies now, if that was moved.
-        allow_other_ranks: go on with another number of ranks, and so with other numbers.
+        root: the new directory of its data set, if it was moved.
+        allow_other_ranks: resume with another number of ranks, which changes the results.
 
-    Raises what `start` raises.
+    Raises the same errors as `start`.
     """
     run = run.resolve()  # "." has no name
     if not (run / CONFIG).exists():
@@ -102,8 +102,8 @@ class _Run:
         self.learner: nn.Module = learner
         if ranks.world > 1:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
-            # otherwise buckets are made anew after the first step of a process, and with them
-            # the order in which three ranks or more are summed
+            # otherwise DDP makes new buckets after the first step of a process, which changes the
+            # order in which three or more ranks are summed
             fixed_buckets = running.deterministic
             self.learner = DistributedDataParallel(
                 learner, device_ids=devices, find_unused_parameters=fixed_buckets
@@ -127,7 +127,7 @@ class _Run:
                 begin = time.perf_counter()
                 self._train_step(batches)
                 if schedule.logs(progress):
-                    self._check_finite()  # waits for the device, for the clock too
+                    self._check_finite()  # synchronises, which the time measurement also needs
                 seconds = time.perf_counter() - begin
                 progress.seconds += seconds
                 if progress.step == first:
@@ -141,12 +141,12 @@ class _Run:
                 stop = self.ranks.any(signals.received is not None)
                 evaluation = schedule.evaluates(progress)
                 if stop or evaluation or schedule.saves(progress):
-                    self._save()  # whoever stops in an evaluation has saved
+                    self._save()  # so that a run stopped in an evaluation has been saved
                 if stop:
                     raise self._interrupted(signals)
                 if evaluation:
                     summary = self._evaluate(journal, signals)
-            if summary is None:  # the run had come to its end
+            if summary is None:  # the run had already finished
                 summary = self._measure(signals)
             else:
                 self._save()
@@ -176,7 +176,7 @@ class _Run:
     def _train_step(self, batches: Any) -> None:
         options, running = self.config.optimization, self.config.running
         device, step = self.ranks.device, self.progress.step
-        # A stream of its own for every step and rank: an interruption leaves no trace in it.
+        # Each step and rank has its own random numbers, so an interruption does not change them.
         torch.manual_seed(mixed_seed("step", running.seed, step, self.ranks.rank))
         for number in range(options.accumulate):
             images, labels = next(batches)
@@ -241,7 +241,7 @@ class _Run:
         journal.show({name: values[name] for name in (*terms, "memory_mb")} | self.ratios)
 
     def _measure(self, signals: StopSignals) -> dict[str, Any]:
-        """The figures of the validation split. Raises Interrupted where a signal asks for it."""
+        """The figures of the validation split. Raises Interrupted after a signal."""
 
         def stop_if_asked() -> None:
             if signals.received is not None:

@@ -1,4 +1,4 @@
-"""From one confusion matrix to the figures people quote."""
+"""The usual measures, from a confusion matrix."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,16 +25,17 @@ def summarize(
     """Figures of a segmentation.
 
     Args:
-        confusion: int64 [K, K], pixels of true class i predicted as j; ignored pixels left out.
+        confusion: int64 [K, K], pixels of true class i predicted as j, without ignored pixels.
         classes: their names.
         frequencies: float [K], share of the training pixels.
         head_tail: see class_groups.
 
     Returns:
-        miou, macc, accuracy, pixels (counted), miou of head, body and tail (None where a group has
-        no class), f1_by_frequency (see frequency_groups), and "classes": name, group, frequency,
-        iou, accuracy and f1 of each. A class that is neither in the truth nor predicted has None
-        and is left out of every mean, of accuracies also one that is not in the truth.
+        miou, macc, accuracy, pixels (their number), miou of head, body and tail (None if a group
+        has no class), f1_by_frequency (see frequency_groups), and "classes": name, group,
+        frequency, iou, accuracy and f1 of each. A class that is neither in the truth nor predicted
+        has None, and is omitted from every mean. A class that is not in the truth is also omitted
+        from the mean of accuracies.
     """
     confusion = confusion.double()
     hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
@@ -59,7 +60,7 @@ def summarize(
 
 def frequency_groups(values: Tensor, frequencies: Tensor) -> list[float | None]:
     """Means of values [K] over up to 15 groups of classes, from the most frequent to the rarest;
-    None where no class of a group has a value."""
+    None if no class of a group has a value."""
     order = frequencies.argsort(descending=True, stable=True)
     groups = values[order].tensor_split(min(FREQUENCY_GROUPS, len(values)))
     return [_number(group.nanmean()) for group in groups]

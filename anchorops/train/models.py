@@ -1,4 +1,4 @@
-"""Segmentation networks as a body, giving features (B, D, h, w), and a 1×1 convolution on them."""
+"""Segmentation networks: a body that returns features (B, D, h, w), and a 1×1 convolution."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +15,18 @@ HRNETS = {
     "hrnet-w18-small-v2": "hrnet_w18_small_v2",
     **{f"hrnet-w{width}": f"hrnet_w{width}" for width in (18, 30, 32, 40, 44, 48, 64)},
 }
-# what is for one set of classes; a method's part in a checkpoint is under "regularizer"
+# the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "regularizer.")
 AUXILIARY_DIM = 256
 SEGFORMERS = {f"segformer-b{size}": f"mit_b{size}" for size in range(6)}
 
 
 class Segmenter(nn.Module):
-    """Images (B, C, H, W) to logits (B, K, H/s, W/s), s the stride of the body (4 as a rule).
+    """Computes logits (B, K, H/s, W/s) of images (B, C, H, W); s is the stride of the body
+    (usually 4).
 
-    The input of its classifier are the features that the methods work on. With auxiliary_dim, the
-    channels of the backbone's last map but one, there is an auxiliary head on that map.
+    The methods use the input of its classifier. If auxiliary_dim is given, the number of channels
+    of the backbone's second last map, there is an auxiliary head on this map.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Segmenter(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """HRNet's, or the encoder of an architecture of segmentation-models-pytorch."""
+        """The backbone: HRNet, or the encoder of a segmentation-models-pytorch architecture."""
         body = self.body
         return body.backbone if hasattr(body, "backbone") else body.encoder  # pyright: ignore
 
@@ -49,8 +50,8 @@ class Segmenter(nn.Module):
 
 
 class AuxiliaryHead(nn.Sequential):
-    """Logits from the last but one of the backbone's maps, in training only: mmsegmentation's
-    FCNHead of one convolution."""
+    """Logits from the second last map of the backbone, only in training: mmsegmentation's FCNHead
+    with one convolution."""
 
     def __init__(self, backbone: nn.Module, dim: int, num_classes: int) -> None:
         super().__init__(
@@ -67,15 +68,15 @@ class AuxiliaryHead(nn.Sequential):
         self._map = maps[-2] if self.training else None
 
     def logits(self) -> Tensor:
-        """(B, K, h, w) of the model's last forward, once."""
+        """The logits (B, K, h, w) of the model's last forward; they can be read once."""
         kept, self._map = self._map, None
         assert kept is not None, "the model has not run in training mode"
         return self(kept)
 
 
 class HRNetBody(nn.Module):
-    """HRNetV2 (arXiv 1908.07919): the four resolutions brought to stride 4, concatenated and mixed;
-    D is the sum of their channels, 720 for W48."""
+    """HRNetV2 (arXiv 1908.07919): the four resolutions are upsampled to stride 4, concatenated and
+    mixed; D is the sum of their channels, 720 for W48."""
 
     def __init__(self, name: str, channels: int, pretrained: bool) -> None:
         super().__init__()
@@ -113,15 +114,15 @@ def build_model(
 
     Args:
         name: "hrnet-w18-small", "hrnet-w18", "hrnet-w48", …, "segformer-b0" to "segformer-b5", or
-            ARCHITECTURE:ENCODER of segmentation-models-pytorch, "unet:resnet34" for instance.
-        num_classes, channels: classes predicted and channels of the images.
+            ARCHITECTURE:ENCODER of segmentation-models-pytorch, for example "unet:resnet34".
+        num_classes, channels: the number of classes, and of channels of the images.
         pretrained: start the backbone from ImageNet weights; they are downloaded.
-        weights: a checkpoint of this program, or any file of a state dict, to start from; entries
-            of a classifier are left out where the number of classes differs.
-        auxiliary: with an auxiliary head.
+        weights: a checkpoint of this program, or any file of a state dict, to start from. Entries
+            of a classifier are skipped if the number of classes differs.
+        auxiliary: add an auxiliary head.
 
-    Raises ValueError for an unknown name, where the weights do not fit, and for an auxiliary head
-    on DPT, whose backbone gives no such map.
+    Raises ValueError for an unknown name, for weights that do not match, and for an auxiliary head
+    on DPT, whose backbone has no such map.
     """
     if name in HRNETS:
         body = HRNetBody(HRNETS[name], channels, pretrained)
@@ -155,7 +156,7 @@ def build_model(
 
 
 def _takes_any_size(architecture: str, encoder: str) -> dict[str, bool]:
-    """What lets networks made for one size take images of another."""
+    """Options with which networks for a fixed size accept images of any size."""
     if architecture == "dpt":
         return {"dynamic_img_size": True}
     return {"strict_img_size": False} if encoder.startswith("tu-swin_") else {}

@@ -26,7 +26,7 @@ class Parts:
     learner: Learner
     """On its device; not wrapped for several ranks."""
     layout: torch.memory_format
-    """Of images, features and weights."""
+    """The memory format of images, features and weights."""
 
     @property
     def model(self) -> Segmenter:
@@ -38,13 +38,13 @@ class Parts:
 
     @property
     def window(self) -> tuple[int, int] | None:
-        """Of a sliding evaluation."""
+        """The size of the windows of a sliding evaluation."""
         return self.config.data.crop if self.config.running.evaluation == "sliding" else None
 
 
 def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool) -> Parts:
-    """from_checkpoint: whether weights to start from are not needed. Raises ValueError where the
-    data or the options do not fit."""
+    """from_checkpoint: a checkpoint will be loaded, so initial weights are not needed. Raises
+    ValueError if the data or the options are wrong."""
     running = config.running
     if running.threads:
         torch.set_num_threads(running.threads)
@@ -59,7 +59,7 @@ def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool) -> Parts
         f"data set {config.data.dataset}{place}: {len(splits[0])} training and {len(splits[1])} "
         f"validation images, {len(classes)} classes",
     )
-    # reads every mask: what is wrong with one shows now
+    # this reads every mask, so errors in masks are found now
     training, validation = ranks.from_first(
         lambda: [class_counts(split, running.out / "class-counts") for split in splits]
     )

@@ -1,4 +1,4 @@
-"""Pictures of what a network sees, for people."""
+"""Pictures of images, labels and predictions."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ IGNORED_COLOR = (255, 255, 255)
 
 
 def palette(num_classes: int) -> np.ndarray:
-    """Colours uint8 [K + 1, 3] of the labels: class 0 black where there are few; the last, where
-    label −1 finds it, white."""
+    """Colours uint8 [K + 1, 3] of the labels. With few classes, class 0 is black. The last row,
+    which label −1 selects, is white."""
     colors = np.zeros((num_classes + 1, 3), np.uint8)
     few = num_classes <= 21
     hues = matplotlib.colormaps["tab20" if few else "hsv"]
@@ -39,7 +39,7 @@ def palette(num_classes: int) -> np.ndarray:
 
 
 def choose_images(dataset: Segmentation, count: int) -> list[int]:
-    """Of the first hundred images, those which together show every class, the rarest first."""
+    """Those of the first hundred images that together show every class, the rarest class first."""
     counts = [
         class_histogram(dataset[index][1], len(dataset.classes))
         for index in range(min(100, len(dataset)))
@@ -67,7 +67,7 @@ def draw_predictions(
     title: str,
     device: torch.device,
 ) -> bytes:
-    """A PNG file: each image, its truth and the prediction, made as an evaluation makes it."""
+    """A PNG file with each image, its labels and its prediction, computed as in an evaluation."""
     model.eval()
     colors = palette(len(dataset.classes))
     rows, seen = [], set[int]()
@@ -78,7 +78,7 @@ def draw_predictions(
         (prediction,) = predict(model, network_input, labels.shape, window)
         rows.append((_rgb(image), colors[labels.numpy()], colors[prediction.cpu().numpy()]))
 
-    # images run from left to right, three rows of pictures under each other
+    # images from left to right, in three rows
     height, width = rows[0][0].shape[:2]
     figure = Figure(figsize=(1.6 * len(rows) + 0.6, 1.6 * 3 * height / width + 0.8))
     axes = figure.subplots(3, len(rows), squeeze=False)
@@ -102,8 +102,8 @@ def draw_predictions(
 
 
 def draw_legend(figure: Figure, names: Mapping[int, str], colors: np.ndarray) -> float:
-    """Names of labels at the foot of the figure, in as many columns as it is wide; the share of its
-    height that they take."""
+    """Draw the names of labels at the bottom of the figure, in as many columns as fit. Returns the
+    share of its height that they need."""
     width, height = figure.get_size_inches()
     columns = max(1, int(width / (0.6 + 0.07 * max(map(len, names.values())))))
     handles = [

@@ -1,12 +1,12 @@
-"""Settings by name: those of the papers, and one that needs nothing. Options on the command line
+"""Settings by name: those of the papers, and one that needs no files. Options on the command line
 override their preset.
 
-What the papers leave to the field is mmsegmentation's: scale 0.5 to 2, crop (again where one class
-covers 75 %), flip, photometric distortion; an auxiliary head of weight 0.4 for DeepLab and UPerNet;
-for transformers warm-up of 1500 steps and no weight decay on norms, for SegFormer a head at ten
-times the learning rate.
+Settings that the papers do not give are those of mmsegmentation: scale 0.5 to 2, crop (drawn again
+if one class covers 75 %), flip, photometric distortion; an auxiliary head of weight 0.4 for DeepLab
+and UPerNet; for transformers warm-up of 1500 steps and no weight decay on norms; for SegFormer the
+head has ten times the learning rate.
 
-Where the published settings differ from what the papers and mmsegmentation did:
+Differences from the settings of the papers and mmsegmentation:
 
 - all: bf16 autocast; the learning rate decays to 0 (there to 1e-4 with SGD) with power 0.9 (there 1
   for SegFormer); neither norms nor biases have weight decay, in convolutional networks either;
@@ -38,7 +38,7 @@ DIGITS = Config().replace(
     eval_every=100,
 )
 
-# What a laptop does in minutes: HRNet learns at its rate, SegFormer at half of it.
+# A laptop needs minutes for this. SegFormer has half the learning rate of HRNet.
 DEMO = {
     "hrnet-w18-small": DIGITS.replace(model="hrnet-w18-small", channels_last=True),
     "segformer-b0": DIGITS.replace(model="segformer-b0", lr=2e-3),

@@ -24,18 +24,18 @@ class Ranks(NamedTuple):
         """Whether the flag is set on any rank."""
         if self.world == 1:
             return flag
-        shared = torch.tensor(int(flag))  # over gloo: nobody waits for a GPU
+        shared = torch.tensor(int(flag))  # over gloo, which does not synchronise with a GPU
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return bool(shared)
 
     def synchronize(self, module: nn.Module) -> None:
-        """Give every rank the first one's buffers: statistics of batch normalisation."""
+        """Copy the buffers of the first rank to all ranks: statistics of batch normalisation."""
         if self.world > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 
     def from_first(self, make: Callable[[], Result]) -> Result:
-        """What `make` returns on the first rank, on all."""
+        """The result of `make` on the first rank, returned on all ranks."""
         if self.world == 1:
             return make()
         shared = [make() if self.first else None]
@@ -49,13 +49,13 @@ def launched() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all, before its group is formed and after."""
+    """Whether this is the first rank; also before the process group is created."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def start_ranks(device: str | None) -> Ranks:
-    """Join the process group where torchrun set one up (NCCL for what is on GPUs, gloo for what is
-    not). Raises ValueError where there is no such device."""
+    """Join the process group if torchrun started this process (NCCL for tensors on GPUs, gloo for
+    others). Raises ValueError if there is no such device."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if launched() and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"

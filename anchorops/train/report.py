@@ -35,7 +35,7 @@ PANELS = (
     "gradient on the features,\nthat of the cross-entropy = 1",
     "counts",
 )
-COUNTS = ("gate", "unsure", "present")  # what methods log beside their terms
+COUNTS = ("gate", "unsure", "present")  # what methods log in addition to their terms
 RAREST = 10
 MOST_NAMES = 40  # classes whose names fit into a figure
 
@@ -60,14 +60,14 @@ def write_report(
     classifier: Tensor,
     costs: tuple[Cost, Cost] | None,
 ) -> None:
-    """Write report.html into the run's directory. A section that fails is left out, and said.
+    """Write report.html into the run's directory. A section that fails is omitted, with a message.
 
     Args:
         results: of the run.
-        predictions: a picture, None where there is none.
-        features: of the validation split, None where there are none.
+        predictions: a picture, or None.
+        features: of the validation split, or None.
         classifier: weight [K, D].
-        costs: without and with the regulariser, None where there is none.
+        costs: without and with the regulariser, or None.
     """
     classes, summary = results["classes"], comparison([results])
     sections: dict[str, Callable[[], str]] = {"": lambda: _headline(results)}
@@ -111,7 +111,8 @@ def _of_features(
         title = f"Cosine to the centroid of “{names[rarest]}”"
         sections[title] = lambda: _similarity(features, rarest)
     sections["Features"] = lambda: (
-        "<p>Pixels of the validation images, as many of each class as there are, and the classes' "
+        "<p>Pixels of the validation images, if possible equally many of each class, and the "
+        "classes' "
         "centroids (stars).</p>"
         + _png(
             features_with_anchors(
@@ -160,7 +161,7 @@ def _cost_table(costs: tuple[Cost, Cost]) -> str:
 
     plain, full = costs
     rows = [
-        ["cross-entropy alone", f"{1e3 * plain.seconds:.1f}", "", memory(plain)],
+        ["cross-entropy only", f"{1e3 * plain.seconds:.1f}", "", memory(plain)],
         [
             "with the regulariser",
             f"{1e3 * full.seconds:.1f}",
@@ -244,6 +245,7 @@ def _cosine_maps(features: Features, classifier: Tensor, names: list[str]) -> st
         for title, rows in (("centroids", features.centroids), ("classifier", classifier))
     )
     return (
-        "<p>Between the rows less their mean; a class without validation pixels is left out.</p>"
+        "<p>Cosines between the rows minus their mean, without classes that have no validation "
+        "pixels.</p>"
         f'<div class="figures">{figures}</div>'
     )

@@ -1,4 +1,4 @@
-"""When a run logs, saves, evaluates and ends; and its learning rate."""
+"""The schedule of a run: when it logs, saves, evaluates and ends; and its learning rate."""
 
 from .config import Config
 from .state import Progress

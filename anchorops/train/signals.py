@@ -1,5 +1,5 @@
-"""SIGTERM and Ctrl-C: the training ends its step and saves; before and after it there is nothing to
-save, and the program ends at once."""
+"""SIGTERM and Ctrl-C. During the training, the program finishes the step and saves. Before and
+after the training there is nothing to save, and the program ends immediately."""
 
 import os
 import shlex
@@ -31,17 +31,17 @@ def resume_command(run: Path) -> str:
 
 
 class EndAtOnce:
-    """What the program does outside the training steps, and at a second Ctrl-C within them: one
-    line, and no more. No exception, which an import or a library's clean-up could swallow, and
-    whose way out would wait for threads that read masks."""
+    """The reaction outside the training steps, and to a second Ctrl-C within them: the program
+    prints one line and ends. It does not raise an exception, because an import or the clean-up of a
+    library could catch it, and because it would wait for threads that read masks."""
 
     def __init__(self) -> None:
         self.run: Path | None = None
-        """The directory of the run, where one has been made."""
+        """The directory of the run, if it has been created."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """For the time of the block; what the shell had the program ignore, it ignores."""
+        """Handle signals inside the block, except those that the shell set to be ignored."""
         heard = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
         before = {signum: signal.signal(signum, self) for signum in heard}
         try:
@@ -54,7 +54,7 @@ class EndAtOnce:
         try:
             if is_first():
                 message = self._message(signal.Signals(signum).name)
-                # past Python's buffers, whose locks the interrupted code may hold
+                # not through Python's buffers: the interrupted code may hold their locks
                 os.write(2, f"\nanchorops-train: {message}\n".encode())
         finally:
             os._exit(128 + signum)
@@ -73,10 +73,10 @@ end_at_once = EndAtOnce()
 
 
 class StopSignals:
-    """Remembers SIGTERM and Ctrl-C for the end of a step; a second Ctrl-C does what it did before:
-    it raises KeyboardInterrupt, and in the program it ends at once."""
+    """Records SIGTERM and Ctrl-C until the end of a step. A second Ctrl-C has the previous effect:
+    it raises KeyboardInterrupt, or ends the training program immediately."""
 
-    ECHO = 1.0  # seconds: torchrun passes on the Ctrl-C that its ranks have heard themselves
+    ECHO = 1.0  # seconds in which torchrun forwards a Ctrl-C that its ranks have also received
 
     def __enter__(self) -> "StopSignals":
         self.received: int | None = None

@@ -1,4 +1,4 @@
-"""What a checkpoint holds."""
+"""The contents of a checkpoint."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from .journal import Averages
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int = 0
     evaluated: int = 0
@@ -22,7 +22,7 @@ class Progress:
     best: float = -1.0
     """The best mIoU."""
     stale: int = 0
-    """Evaluations since then."""
+    """Evaluations since the best mIoU."""
     seconds: float = 0.0
     """Of training."""
     logged_seconds: float = 0.0
@@ -30,10 +30,10 @@ class Progress:
 
 
 class State:
-    """Everything that the next step depends on, beside the configuration.
+    """Everything that the next step depends on, except the configuration.
 
     Random numbers and the position in the data are functions of (seed, step): see the training step
-    and BatchSampler. The methods' state is in the model's.
+    and BatchSampler. The model's state includes the state of the methods.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, lr: LRScheduler, ranks: int) -> None:
@@ -52,7 +52,8 @@ class State:
         save_checkpoint(run, self.progress.step, state)
 
     def restore(self, path: Path) -> int:
-        """How many ranks wrote the checkpoint. Raises ValueError where it does not fit."""
+        """Load a checkpoint; returns the number of ranks that wrote it. Raises ValueError if it
+        does not match."""
         state = load_checkpoint(path)
         try:
             self.model.load_state_dict(state["model"])
@@ -66,4 +67,4 @@ class State:
                 f"checkpoint {path} does not fit this run: it is of another model, data set or "
                 f"version ({shorten(reason, 300, placeholder=' …')})"
             ) from error
-        return state.get("ranks", self.ranks)  # of an earlier version's it is not known
+        return state.get("ranks", self.ranks)  # an earlier version did not store it

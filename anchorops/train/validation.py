@@ -23,8 +23,8 @@ def validation_loader(parts: Parts, rank: int, world: int) -> DataLoader:
 
 
 def validate(parts: Parts, before_batch: Callable[[], None]) -> dict[str, Any]:
-    """What `summarize` says of the whole split; each rank evaluates its share of the images.
-    `before_batch` may raise to break it off."""
+    """The result of `summarize` for the whole split; each rank evaluates its share of the images.
+    `before_batch` may raise an exception to stop it."""
 
     def watched(batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:

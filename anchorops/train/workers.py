@@ -1,4 +1,4 @@
-"""Data workers that live exactly as long as the training process wants them to."""
+"""Data workers that end when the training process no longer needs them."""
 
 import os
 import signal
@@ -13,16 +13,16 @@ from torch.utils.data import DataLoader
 
 from .signals import STOPPING
 
-# what workers import, and importing torch takes seconds; "__main__" is multiprocessing's default
+# modules that workers need; importing torch takes seconds; "__main__" is multiprocessing's default
 PRELOADED = ["__main__", f"{__package__}.loop"]
 
 
 @contextmanager
 def batches_of(loader: DataLoader) -> Iterator[Iterator[Any]]:
-    """The loader's batches. Its workers end with the block, however that ends: multiprocessing
-    would send SIGTERM at exit, and wait for ever for processes that do not hear it.
+    """The loader's batches. Its workers always end with the block. Otherwise multiprocessing would
+    send SIGTERM at exit, and wait forever for processes that do not handle it.
 
-    Raises ValueError in the block where a worker is killed.
+    Raises ValueError in the block if a worker is killed.
     """
     if loader.num_workers:
         _start_server()
@@ -51,18 +51,17 @@ def _or_why_not(batches: Iterator[Any]) -> Iterator[Any]:
         if not (cut or "exited unexpectedly" in message or "killed by signal" in message):
             raise
         raise ValueError(
-            f"{message or 'no data'}: a process that prepares images was killed, as a rule for "
-            "want of memory (or of /dev/shm, in a container): fewer --workers, or none, need less"
+            f"{message or 'no data'}: a process that loads images was killed, usually because of "
+            "too little memory (or /dev/shm, in a container): use fewer --workers, or none"
         ) from error
 
 
 def _start_server() -> None:
-    """Start the server that workers are forked from, with everything imported, and with the signals
-    blocked that ask to stop: Ctrl-C, SLURM and `timeout` send them to the whole group of processes,
-    and the training process alone decides what they mean. What is blocked in the server is blocked
-    in its workers."""
+    """Start the server that workers are forked from, with all modules imported and with the stop
+    signals blocked. Ctrl-C, SLURM and `timeout` send these signals to the whole group of processes,
+    but only the training process should react. The workers inherit the blocked signals."""
     forkserver.set_forkserver_preload(PRELOADED)
-    resource_tracker.ensure_running()  # the server's start would start it, which unblocks signals
+    resource_tracker.ensure_running()  # otherwise the server starts it, and this unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         forkserver.ensure_running()
@@ -71,7 +70,7 @@ def _start_server() -> None:
 
 
 def follow_parent(worker: int) -> None:
-    """End this worker with the training process, even where that is killed."""
+    """End this worker when the training process ends, even if it is killed."""
 
     def follow() -> None:
         parent = parent_process()
