@@ -1,9 +1,9 @@
-// The only seam between the CUDA kernels and the machine they run on.
+// The device interface: the only code through which the CUDA kernels use the GPU.
 //
-// nvcc compiles it to CUDA. Any other compiler takes tests/csrc/device_on_host.h in place of the
-// CUDA runtime: the same kernel sources then run on the CPU, for address and thread sanitizers.
-// Kernels use CUDA's own names for indices, barriers, shuffles, votes and integer atomics, and the
-// functions below for all else that touches the machine.
+// nvcc compiles it to CUDA. Other compilers use the emulator, tests/csrc/device_on_host.h, instead
+// of the CUDA runtime. The same kernel sources then run on the CPU, with address and thread
+// sanitizers. Kernels use CUDA's own names for indices, barriers, shuffles, votes and integer
+// atomics, and the functions below for everything else.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -31,14 +31,14 @@ using torch::headeronly::Half;
 
 constexpr unsigned FULL_WARP = 0xffffffff;
 
-// What one access of 16 bytes holds.
+// The elements of one access of 16 bytes.
 template <class T>
 struct alignas(16) Vector {
   static constexpr int SIZE = 16 / sizeof(T);
   T elements[SIZE];
 };
 
-// Features are read once and their gradient is written once: neither is to stay in a cache. The
+// Features are read once and their gradient is written once, so neither should stay in a cache. The
 // address is a multiple of 16 bytes.
 template <class T>
 __device__ __forceinline__ Vector<T> load_streaming(const T* address) {
@@ -85,7 +85,7 @@ __device__ __forceinline__ void store_vector(T* address, const Vector<T>& vector
 #endif
 }
 
-// Rounds to nearest even, two at a time where the hardware does.
+// Rounds to nearest even, two at a time if the hardware can.
 template <class T>
 __device__ __forceinline__ Vector<T> round_to(const float (&values)[Vector<T>::SIZE]) {
   Vector<T> vector;
@@ -115,7 +115,7 @@ __device__ __forceinline__ Vector<T> round_to(const float (&values)[Vector<T>::S
 
 template <class T>
 __device__ __forceinline__ float to_float(const Vector<T>& vector, int i) {
-  if constexpr (std::is_same_v<T, BFloat16>) {  // one instruction for either half of a register
+  if constexpr (std::is_same_v<T, BFloat16>) {  // one instruction for each half of a register
     unsigned pair;
     memcpy(&pair, &vector.elements[i / 2 * 2], sizeof pair);
     return __uint_as_float(i % 2 ? pair & 0xffff0000 : pair << 16);
@@ -147,7 +147,7 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 #endif
 }
 
-// a·b rounded, whatever it is added to: never part of a fused multiply-add.
+// a·b, rounded. It is never fused with an addition.
 __host__ __device__ inline float product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
@@ -167,9 +167,9 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #endif
 }
 
-// Asynchronous copy of `bytes` (0 to 16) to 16 bytes of shared memory, zeroes after them; both
-// addresses are multiples of 16. What a thread has copied it may read after it has waited, other
-// threads after a barrier behind that.
+// Asynchronous copy of `bytes` (0 to 16) to 16 bytes of shared memory, the others become zero; both
+// addresses are multiples of 16. The thread may read its copy after it has waited, other threads
+// after a barrier that follows this.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
 #ifdef __CUDACC__
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
@@ -181,7 +181,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
 #endif
 }
 
-// The same of all 16 bytes, which takes fewer instructions.
+// The same for all 16 bytes, which needs fewer instructions.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #ifdef __CUDACC__
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
@@ -200,7 +200,7 @@ __device__ __forceinline__ void commit_copies() {
 #endif
 }
 
-// Waits for all but the last PENDING groups of this thread's copies.
+// Waits for all groups of this thread's copies except the last PENDING ones.
 template <int PENDING>
 __device__ __forceinline__ void wait_for_copies() {
 #ifdef __CUDACC__
@@ -221,7 +221,7 @@ inline void check(cudaError_t error, const char* what) {
 using Stream = void*;
 #endif
 
-// Of all blocks together, on the current device.
+// The shared memory of all blocks of a multiprocessor of the current device.
 inline size_t shared_bytes_of_multiprocessor() {
 #ifdef __CUDACC__
   int device = 0, bytes = 0;
@@ -243,15 +243,14 @@ inline void fill_zero(void* memory, size_t bytes, [[maybe_unused]] Stream stream
 #endif
 }
 
-// What a block may ask for on every GPU from sm_80 on: 8.6, 8.9 and 12.0 have 99 KB, others more.
-// Plans keep to it.
+// The limit of a block on every GPU from sm_80 on: 8.6, 8.9 and 12.0 have 99 KB, others more. All
+// kernels keep within it.
 constexpr size_t MAX_SHARED_BYTES = 99 << 10;
 
 #ifdef __CUDACC__
-// Once for each kernel and device, and the same limit whatever a launch asks for, so that threads
-// of the host that launch at the same time do not disturb each other. What a kernel does not need
-// of the shared memory is first-level cache: one that asks for none keeps what its blocks take for
-// themselves, 1 KB each.
+// Called once for each kernel and device. The limit is the same for all launches, so host threads
+// that launch at the same time do not interfere. Shared memory that a kernel does not need is used
+// as L1 cache: a kernel that requests none keeps only the 1 KB that each block needs itself.
 inline void configure(const char* name, const void* kernel, bool asks_for_shared) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> configured;
@@ -270,8 +269,8 @@ inline void configure(const char* name, const void* kernel, bool asks_for_shared
 }
 #endif
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...); an empty grid is no launch. Throws
-// with the kernel's name where the launch fails.
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...); no launch if the grid is empty. If
+// the launch fails, throws an error with the kernel's name.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             size_t shared_bytes, [[maybe_unused]] Stream stream, const Arguments&... arguments) {

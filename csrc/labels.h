@@ -1,4 +1,4 @@
-// What every backend in C++ needs to know of labels and keys.
+// Labels and keys, for all C++ backends.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,7 +9,7 @@
 
 namespace anchorops {
 
-// Calls function with a value of the labels' type, which may be any integer.
+// Calls function with a value of the labels' type, which may be any integer type.
 template <class Function>
 void for_label_dtype(const char* operation, torch::headeronly::ScalarType dtype,
                      Function function) {
@@ -36,7 +36,7 @@ void for_label_dtype(const char* operation, torch::headeronly::ScalarType dtype,
   }
 }
 
-// Kernels read the keys of all pixels one after the other.
+// The keys of all pixels are contiguous, because kernels read them consecutively.
 inline void check_keys(const char* operation, const torch::stable::Tensor& keys, int64_t pixels) {
   STD_TORCH_CHECK(keys.is_contiguous() && keys.numel() == pixels, operation,
                   ": keys: expected a contiguous key for each of ", pixels, " pixels, got ",

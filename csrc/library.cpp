@@ -1,5 +1,5 @@
-// The record of the build, read by anchorops._backend.build_info. Nothing here, or anywhere in
-// csrc/, is Python's: one library serves all its versions.
+// The record of the build, which anchorops._backend.build_info reads. Nothing in csrc/ uses Python:
+// one library works with all its versions.
 #include <torch/headeronly/version.h>
 
 #include <string>

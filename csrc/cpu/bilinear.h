@@ -1,5 +1,5 @@
-// Between which logits each label lies, as F.interpolate's "bilinear". Not for vector kernels:
-// their compilers would fuse the products.
+// The logits around each label, as in F.interpolate's "bilinear". Do not use it in vector kernels:
+// for these the compiler would fuse the products.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ class Bilinear {
       if (align_corners) {
         at *= ratio;
       } else {
-        const volatile Stat product = (at + Stat(0.5)) * ratio;  // rounded: no fused subtraction
+        const volatile Stat product = (at + Stat(0.5)) * ratio;  // rounded, never fused
         if (product < Stat(0.5)) before_ = i + 1;
         at = std::max(product - Stat(0.5), Stat(0));
       }
@@ -51,7 +51,7 @@ class Bilinear {
 
   Cells cells() const { return {cells_.empty() ? nullptr : cells_.data(), most_, step_}; }
 
-  // The labels whose lower logit is in that range.
+  // The labels whose lower logit is in this range.
   Range labels(Range logits) const { return {first(logits.begin), first(logits.end)}; }
 
  private:

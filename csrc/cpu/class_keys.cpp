@@ -18,8 +18,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Where a row (or column) of the features finds its label: as F.interpolate's "nearest",
-// floor(i * scale), the scale and the product in float32.
+// The label's row (or column) for each row of the features, as in F.interpolate's "nearest":
+// floor(i * scale), with the scale and the product in float32.
 class NearestOffset {
  public:
   NearestOffset(int64_t size, int64_t source, int64_t stride)

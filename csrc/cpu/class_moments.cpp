@@ -48,7 +48,7 @@ Layout as_one_row(Layout layout) {
   return layout;
 }
 
-// Work item i does split i / groups of the tiles and group i % groups of the channels.
+// Work item i processes split i / groups of the tiles and group i % groups of the channels.
 struct Work {
   int64_t tiles, splits, dim, groups, group_channels;
 
@@ -95,9 +95,9 @@ void moments(const Tensor& features, const Tensor& keys, const std::optional<Ten
       anchor_of_keys(anchors ? num_keys : 0, groups, anchors ? anchors->size(0) : 1);
   const auto anchor_rows = anchors_of<Stat>(anchors, of_keys);
 
-  // Contiguous planes are streamed a block of channels at a time; of contiguous rows 8 blocks, so
-  // that lines are read in a row and the totals stay in cache. Partial sums of the splits stay
-  // below 1 % of float32 features.
+  // If planes are contiguous, one block of channels is read at a time. If rows are contiguous, 8
+  // blocks, so that cache lines are read consecutively and the totals stay in cache. The partials
+  // of the splits stay below 1 % of float32 features.
   const int64_t blocks_of_group = layout.stride_w == 1 ? 1 : 8;
   const Work work(layout, lanes, blocks_of_group, pixels / (256 * (1 + num_keys)));
   Tensor* const matrices[] = {sums, residuals};

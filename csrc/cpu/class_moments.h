@@ -1,5 +1,5 @@
-// Class moments on the CPU: what the operators (class_moments.cpp) and the vector kernels
-// (class_moments_kernel.h, compiled once per instruction set) share.
+// Class moments on the CPU: declarations for the operators (class_moments.cpp) and the vector
+// kernels (class_moments_kernel.h, compiled once per instruction set).
 #pragma once
 
 #include "types.h"
@@ -8,13 +8,13 @@ namespace anchorops::cpu {
 
 template <class Stat>
 struct Anchors {
-  const Stat* rows;        // [K, dim]; null where there are none
+  const Stat* rows;        // [K, dim]; null if there are none
   const int32_t* of_keys;  // [1 + num_keys]: the row of each key
 };
 
-// The kernels of one instruction set. Features have any strides; pixel (b, h, w) of a Layout has
-// keys[(b * height + h) * width + w], which is -1 where it is ignored. Tables by key that the
-// kernels use start with a row for key -1, so that an ignored pixel needs no branch. A tile is up
+// The kernels of one instruction set. Features have any strides; the key of pixel (b, h, w) of a
+// Layout is keys[(b * height + h) * width + w], -1 if it is ignored. The kernels' tables, with one
+// row per key, start with a row for key -1, so an ignored pixel needs no branch. A tile is up
 // to `lanes` pixels of one row, in the order (b, h, w); a block is up to `lanes` channels, counted
 // from channels.begin.
 template <class T>
@@ -24,7 +24,7 @@ struct Kernels {
   int64_t lanes, doubles;
 
   // Adds the tiles' pixels to sums and residuals [blocks, 1 + num_keys, lanes] and, over all
-  // blocks, to sqdists [1 + num_keys, doubles]. Null pointers are left out.
+  // blocks, to sqdists [1 + num_keys, doubles]. Pointers may be null.
   void (*forward)(const Layout& layout, const T* features, const int32_t* keys, int64_t num_keys,
                   const Anchors<Stat>& anchors, Range tiles, Range channels, double* sums,
                   double* sqdists, double* residuals);

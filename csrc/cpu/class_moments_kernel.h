@@ -1,13 +1,13 @@
 // The vector kernels of class moments. Included once per instruction set, in its namespace.
 //
-// The unit is a tile of LANES pixels × LANES channels, as one vector of channels per pixel. Where
-// channels are contiguous it is loaded so; where pixels are, the square is transposed in registers.
-// So neither the labels nor the layout change the speed much. A tile of one key is summed in
-// registers; in other tiles each pixel is added to its key's totals. Totals are double, sums within
-// a tile have the features' arithmetic type.
+// The kernel processes tiles of LANES pixels × LANES channels, as one vector of channels per pixel.
+// If channels are contiguous, a tile is loaded like this; if pixels are contiguous, it is
+// transposed in registers. So neither the labels nor the layout change the speed much. A tile of
+// one key is summed in registers; in other tiles each pixel is added to the totals of its key.
+// Totals are double, sums within a tile have the features' arithmetic type.
 //
 // Bytes: forward reads the features once; backward writes dfeatures once and reads the features
-// once where dsqdists is given. Keys and totals stay in cache.
+// once if dsqdists is given. Keys and totals stay in cache.
 
 enum class Contiguous { PIXELS, CHANNELS, NEITHER };
 
@@ -40,8 +40,8 @@ struct Tile {
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; ++i) {
           pixel[i] = S::load(source + i * stride);
-          // LANES lines are more streams than the hardware follows well, and what is read once
-          // would only push the rest out of the caches.
+          // LANES lines are too many streams for the hardware prefetcher. Data that is read once
+          // should not evict other data from the caches.
           const int64_t ahead = C == Contiguous::PIXELS ? 384 / sizeof(T) : LANES * stride;
           __builtin_prefetch(source + i * stride + ahead, 0, 0);
         }
@@ -96,7 +96,7 @@ ALWAYS_INLINE bool all_equal(const int32_t* keys) {
 // pixels, LANES keys (-1 beyond the row's end), and whether they are all the same.
 template <int LANES, class Visit>
 ALWAYS_INLINE void for_tiles(const Layout& shape, const int32_t* keys, Range tiles, Visit visit) {
-  if (tiles.begin == tiles.end) return;  // also of no pixels: no division by 0
+  if (tiles.begin == tiles.end) return;  // also if there are no pixels: avoids a division by 0
   const int64_t tiles_of_row = (shape.width + LANES - 1) / LANES;
   const int64_t row = tiles.begin / tiles_of_row;
   int64_t b = row / shape.height, h = row % shape.height, w = tiles.begin % tiles_of_row * LANES;
@@ -144,7 +144,7 @@ void forward(const Layout& layout, const T* features, const int32_t* keys, int64
         const T* source = features + offset(layout);
         int64_t totals = 0;  // of this block of channels, in sums and residuals
 
-        // Whole tiles know their size when compiled and stay in registers.
+        // The size of whole tiles is known at compile time, so they stay in registers.
         const auto add_tile = [&](int64_t c, auto tile_pixels, auto width) INLINE_LAMBDA {
           Tile<T> tile;
           tile.template load<C>(source + c * layout.stride_d, layout, tile_pixels, width);
@@ -232,9 +232,9 @@ void backward(const Layout& layout, const T* features, const int32_t* keys,
           tile.template store<C>(target + c * dlayout.stride_d, dlayout, tile_pixels, width);
         };
 
-        // In the planes of a tile of one key, its gradient and anchor are scalars: no transposes.
-        // All loads come before the stores, which would alias with them where planes are 4096 bytes
-        // apart.
+        // In the planes of a tile of one key, its gradient and anchor are scalars, so nothing is
+        // transposed. All loads come before the stores, which would alias with them if planes are
+        // 4096 bytes apart.
         const auto write_uniform_planes = [&](int64_t c) INLINE_LAMBDA {
           const int64_t k = key[0], a = SQDISTS && k >= 0 ? anchors.of_keys[k + 1] : 0;
           Vec plane[LANES] = {};

@@ -1,4 +1,4 @@
-// The operator anchorops::confusion.cpu: how many pixels of each true class have each prediction.
+// The operator anchorops::confusion.cpu: the number of pixels for each true and predicted class.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -29,7 +29,7 @@ void count(const Tensor& predictions, const Tensor& labels, int64_t num_classes,
   const int64_t width = labels.size(labels.dim() - 1);
   const int64_t height = labels.dim() > 1 ? labels.size(labels.dim() - 2) : 1;
   const int64_t cells = num_classes * num_classes, pixels = labels.numel();
-  // Threads count for themselves where their matrices are smaller than what they count.
+  // Each thread has its own matrix if this is smaller than the pixels that it counts.
   const bool local = cells <= 1 << 16;
   std::mutex mutex;
   torch::stable::parallel_for(0, pixels, 1 << 16, [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// What the operators on the CPU share: the choice of kernels, types, outputs.
+// For all operators on the CPU: the choice of kernels, types, outputs.
 #pragma once
 
 #ifdef __linux__
@@ -21,13 +21,14 @@ using torch::stable::Tensor;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Items of work that keep the threads of any machine busy. They depend on shapes alone, never on
-// the number of threads, and so does the order in which partial sums are added.
+// Items of work, enough to keep the threads of any machine busy. They depend only on shapes, never
+// on the number of threads; the same holds for the order in which partials are added.
 constexpr int64_t ITEMS = 64;
 
 enum class InstructionSet { BASELINE, AVX2, AVX512 };
 
-// The best of this processor; ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers it, as for torch.
+// The best of this processor. ATEN_CPU_CAPABILITY=default|avx2|avx512 selects a lower one, as for
+// torch.
 inline InstructionSet best_instruction_set() {
 #ifdef __x86_64__
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
@@ -63,7 +64,7 @@ inline Tensor new_empty(const Tensor& like, std::vector<int64_t> size, ScalarTyp
   return torch::stable::new_empty(like, size, dtype);
 }
 
-// As NumPy does for its arrays: the page faults of a large output cost more than writing it.
+// As NumPy does for its arrays: the page faults of a large output take longer than writing it.
 inline void advise_huge_pages([[maybe_unused]] const Tensor& output,
                               [[maybe_unused]] size_t bytes) {
 #ifdef __linux__

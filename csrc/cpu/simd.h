@@ -1,6 +1,6 @@
-// Vectors of one instruction set. Included by the kernels inside the namespace and under the target
-// of that instruction set, with VECTOR_BYTES defined; includes nothing, for what a header defines
-// under a target would be linked into portable code.
+// Vectors of one instruction set. The kernels include it inside the namespace and under the target
+// of that instruction set, with VECTOR_BYTES defined. It includes nothing, because functions that a
+// header defines under a target would be linked into portable code.
 
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define ALWAYS_INLINE inline INLINE_LAMBDA
@@ -41,7 +41,7 @@ struct Simd {
     if constexpr (std::is_same_v<T, Stat>) {
       std::memcpy(target, &v, sizeof v);
     } else if constexpr (std::is_same_v<T, BFloat16>) {
-      // Round to nearest even; a NaN stays one.
+      // Round to nearest even; a NaN remains NaN.
       const Bits bits = Bits(v);
       const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
       const Bits quiet = rounded * 0 + 0x7fc0;
@@ -75,7 +75,7 @@ struct Simd {
     std::memcpy(target, buffer, count * sizeof(T));
   }
 
-  // Transpose of a square of LANES vectors, by exchanging ever smaller blocks off the diagonal.
+  // Transpose of a square of LANES vectors, by exchanging smaller and smaller off-diagonal blocks.
   template <int BLOCK = LANES / 2>
   static ALWAYS_INLINE void transpose(Vec* rows) {
     if constexpr (BLOCK > 0) {
@@ -116,8 +116,8 @@ struct Simd {
   }
 };
 
-// A vector of as many lanes as fill a vector of doubles: of floats the upper half is added to the
-// lower one.
+// A vector with as many lanes as a vector of doubles. For floats, the upper half is added to the
+// lower half.
 template <class Vec>
 ALWAYS_INLINE auto fold(Vec v) {
   using Stat = std::remove_cvref_t<decltype(v[0])>;
@@ -130,7 +130,7 @@ ALWAYS_INLINE auto fold(Vec v) {
   }
 }
 
-// As many lanes as fill a vector of doubles.
+// With as many lanes as a vector of doubles.
 template <class Part>
 ALWAYS_INLINE auto widen(Part part) {
 #if VECTOR_BYTES == 64

@@ -1,14 +1,15 @@
 // The class of the largest logit of each pixel, over the cells of a tile.
 
-// l + w (r - l), but (1 - w) l + w r where infinities meet.
+// l + w (r - l), but (1 - w) l + w r if both are infinite.
 ALWAYS_INLINE Floats between(Floats l, Floats r, Floats w) {
   Floats z = l + w * (r - l);
   z = z == z ? z : (1 - w) * l + w * r;
   return w == 0 ? l : z;
 }
 
-// The class of the largest z of a block's pixels, the first of equal ones. Not inlined: its
-// products are to be fused in one way, that hits are the diagonal of the confusion matrix.
+// The class of the largest z of a block's pixels, the first of equal ones. It is not inlined, so
+// its products are always fused in the same way, and hits equal the diagonal of the confusion
+// matrix.
 template <int WIDTH>
 __attribute__((noinline)) void largest_of_block(const CellRow<WIDTH>& row, int64_t block,
                                                 int32_t* classes) {

@@ -12,8 +12,7 @@
 namespace anchorops::cpu::softmax {
 namespace {
 
-// Sums by class of each item: values of item i and class k at [i * K + k]. Empty where not asked
-// for.
+// Sums of each item for each class: item i and class k at [i * K + k]. Empty if not requested.
 template <class Value>
 class Partials {
  public:
@@ -63,7 +62,7 @@ void forward(const Tensor& logits, const Labels& labels, int64_t height, int64_t
   const Problem<Stat> problem = tiles.template problem<T>(logits, labels);
   const auto kernels = best_kernels<Stat>();
 
-  // Partial sums stay below a tenth of the logits.
+  // The partials stay below a tenth of the logits.
   const int64_t groups = per_image ? layout.batch : 1;
   const int64_t tiles_of_group = tiles.count() / groups;
   const int64_t pixels_of_group = layout.batch / groups * layout.height * layout.width;

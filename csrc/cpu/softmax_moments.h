@@ -1,13 +1,14 @@
-// Softmax moments on the CPU: what the operators (softmax_moments.cpp, pixel_argmax.cpp) and the
-// vector kernels (softmax_moments_kernel.h, compiled once per instruction set) share.
+// Softmax moments on the CPU: declarations for the operators (softmax_moments.cpp,
+// pixel_argmax.cpp) and the vector kernels (softmax_moments_kernel.h, compiled once per instruction
+// set).
 #pragma once
 
 #include "types.h"
 
 namespace anchorops::cpu::softmax {
 
-// Label i of an axis lies at (1 - weight[i]) * logit[lower[i]] + weight[i] * logit[lower[i] + 1],
-// where the last logit is its own neighbour. Null pointers where label i is logit i.
+// z at label i of an axis is (1 - weight[i]) * logit[lower[i]] + weight[i] * logit[lower[i] + 1],
+// where the last logit is its own neighbour. The pointers are null if label i is logit i.
 template <class Stat>
 struct Axis {
   int64_t size, source;  // numbers of labels and of logits
@@ -16,7 +17,7 @@ struct Axis {
 };
 
 // Labels [batch, height, width] of some integer dtype. read writes the classes of a row's columns,
-// -1 where the label is ignored or no class.
+// -1 if the label is ignored or not a class.
 struct Labels {
   const void* data;
   int64_t stride_b, stride_h, stride_w;
@@ -27,26 +28,27 @@ struct Labels {
 // Cell c of an axis lies between logits c and c + 1, where logit -1 is logit 0 and the one after
 // the last is the last. Its labels are begin[c + 1] to begin[c + 2] - 1, from cell -1 on.
 struct Cells {
-  const int32_t* begin;  // [source + 2]; null where labels are not at least twice as dense
-  int64_t most;          // labels of a cell
+  const int32_t* begin;  // [source + 2]; null if labels are not at least twice as dense
+  int64_t most;          // labels of the largest cell
   float step;            // between the weights of neighbours
 };
 
-// The unit of work: logits of one image, rows × columns of them, and the labels that belong to
-// them. Forward, these are the labels whose lower row and column are in the tile; backward, where
-// a tile writes its logits' gradients, all that read its logits. Likewise the cells.
+// The unit of work: rows × columns of logits of one image, and their labels. In the forward pass
+// these are the labels whose lower row and column are in the tile. In the backward pass a tile
+// writes the gradients of its logits, so these are all labels that read them. The same holds for
+// the cells.
 struct Tile {
   int64_t image;
   Range rows, columns, label_rows, label_columns, row_cells, column_cells;
 };
 
-// Pixels are handled in groups of one row; of the cells at most ROWS rows of labels at a time.
+// Pixels are processed in groups of one row; cells with at most ROWS rows of labels at a time.
 constexpr int64_t GROUP = 64, ROWS = 8;
 
 // One thread's memory.
 template <class Stat>
 struct Workspace {
-  int64_t stride;         // of packed rows: the columns, one more at either side, room for a vector
+  int64_t stride;         // of packed rows: the columns, one more at each side, space for a vector
   int64_t group;          // pixels of a group: a multiple of 16, at most GROUP
   int64_t label_stride;   // of rows of classes
   int64_t lanes;          // of cells and the labels in them: pixels of a row of cells
@@ -74,13 +76,13 @@ struct Problem {
   Labels labels;
 };
 
-// By class [K], null where not asked for.
+// For each class [K], null if not requested.
 struct Sums {
   double *losses, *overlaps, *masses, *squares;
   int64_t *counts, *hits;
 };
 
-// By pixel, contiguous [B, H, W], null where not asked for.
+// For each pixel, contiguous [B, H, W], null if not requested.
 template <class Stat>
 struct Maps {
   Stat *pixel_losses, *lse;
@@ -92,7 +94,7 @@ struct Map {
   int64_t stride_b, stride_h, stride_w;
 };
 
-// Null where not given. By class [K], of image b at b * stride_b.
+// For each class [K], of image b at b * stride_b. Null if not given.
 template <class Stat>
 struct Gradients {
   const Stat *dlosses, *doverlaps, *dmasses, *dsquares;
@@ -105,7 +107,7 @@ template <class Stat>
 struct Output {
   Layout layout;  // of dlogits
   void* dlogits;
-  // Writes a tile's row of dlogits, if it has it, and makes the gradients of its parity zero again.
+  // Writes a tile's row of dlogits, if the row is in the tile, and sets its gradients to zero.
   void (*finish_row)(const Output& output, const Tile& tile, int64_t row,
                      const Workspace<Stat>& workspace);
 };
@@ -126,7 +128,7 @@ struct Kernels {
                  int64_t* predictions);
 };
 
-// What depends on the dtype of the logits.
+// Functions that depend on the dtype of the logits.
 template <class T>
 struct Rows {
   decltype(Problem<StatOf<T>>::pack_row) pack_row;

@@ -1,8 +1,8 @@
-// Rows of logits on their way in and of gradients on their way out, for the kernels of softmax
-// moments: strides, dtypes and layouts end here.
+// Reading rows of logits and writing rows of gradients, for the kernels of softmax moments. Only
+// this code depends on strides, dtypes and layouts.
 //
-// A packed row holds, for each class, the tile's columns less the largest logit of their position,
-// the shift. Left of the first column and right of the last one stands its copy.
+// A packed row contains, for each class, the tile's columns minus the largest logit of their
+// position, the shift. The first and the last column are copied once more at the sides.
 
 template <class Stat>
 using VecOf = typename Simd<Stat>::Vec;
@@ -12,7 +12,7 @@ constexpr int LANES = Simd<Stat>::LANES;
 
 constexpr float LOG2_E = 1.44269504f;
 
-// e^x; right for every x, also where it is not finite.
+// e^x, correct for every x, also if it is not finite.
 template <class Stat>
 ALWAYS_INLINE VecOf<Stat> exp(VecOf<Stat> x) {
   using Vec = VecOf<Stat>;
@@ -22,7 +22,7 @@ ALWAYS_INLINE VecOf<Stat> exp(VecOf<Stat> x) {
     return result;
   } else {
     using Bits = typename Simd<float>::Bits;
-    // x = n ln 2 + f; adding 3 * 2^22 rounds to an integer, which is in the low bits then
+    // x = n ln 2 + f; adding 3 * 2^22 rounds to an integer, which is then in the low bits
     const Vec shifted = x * LOG2_E + 0x1.8p23f;
     const Vec n = shifted - 0x1.8p23f;
     const Vec f = (x - n * 0.693145752f) - n * 1.42860677e-6f;
@@ -39,11 +39,11 @@ ALWAYS_INLINE VecOf<Stat> exp(VecOf<Stat> x) {
 }
 
 template <class Vec>
-ALWAYS_INLINE Vec maximum(Vec a, Vec b) {  // keeps a NaN of a, drops one of b
+ALWAYS_INLINE Vec maximum(Vec a, Vec b) {  // keeps a NaN in a, ignores a NaN in b
   return b > a ? b : a;
 }
 
-// log x of normal numbers x > 0.
+// log x for normal numbers x > 0.
 ALWAYS_INLINE VecOf<float> log(VecOf<float> x) {
   using Vec = VecOf<float>;
   using Bits = typename Simd<float>::Bits;
@@ -76,13 +76,13 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
   const int64_t stride = workspace.stride;
   const int64_t first = std::max<int64_t>(tile.columns.begin - 1, 0);
   const int64_t columns = std::min(tile.columns.end + 1, layout.width) - first;
-  const int64_t left = first - (tile.columns.begin - 1);  // 1 where a copy stands left
+  const int64_t left = first - (tile.columns.begin - 1);  // 1 if there is a copy at the left
   const bool right = tile.columns.end == layout.width;
   const T* source = static_cast<const T*>(problem.logits) + tile.image * layout.stride_b +
                     row * layout.stride_h + first * layout.stride_w;
   Stat* packed = workspace.packed[row & 1] + left;
   Stat* shifts = workspace.shifts[row & 1] + left;
-  auto below = Vec{} == Vec{};  // no larger than the shift, and no NaN
+  auto below = Vec{} == Vec{};  // not larger than the shift, and not NaN
 
   const Vec lowest = Vec{} - static_cast<Stat>(__builtin_inf());
   for (int64_t j = 0; j < columns; j += L) Simd<Stat>::store(shifts + j, lowest);
@@ -115,7 +115,7 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
   }
   for (int64_t j = 0; j < columns; j += L) {
     const Vec largest = Simd<Stat>::load(shifts + j);
-    // a position whose largest is not finite stays as it is
+    // a position whose largest logit is not finite is not shifted
     Simd<Stat>::store(shifts + j, largest - largest == 0 ? largest : Vec{});
   }
   for (int64_t k = 0; k < layout.dim; ++k)
@@ -125,7 +125,7 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
       Simd<Stat>::store(at, x);
       below = below & (x <= 0);
     }
-  // copies at the sides, then zeros, that idle lanes have finite numbers
+  // copies at the sides, then zeros, so that unused lanes have finite numbers
   for (int64_t k = -1; k < layout.dim; ++k) {
     Stat* line = k < 0 ? shifts : packed + k * stride;
     if (left) line[-1] = line[0];
@@ -186,7 +186,7 @@ void finish_row(const Output<StatOf<T>>& output, const Tile& tile, int64_t row,
   std::memset(gradients, 0, num_classes * stride * sizeof(Stat));
 }
 
-// The rows of logits that are packed, by parity.
+// The packed rows of logits: one of even and one of odd number.
 template <class Stat>
 struct PackedRows {
   int64_t of_parity[2] = {-1, -1};

@@ -1,4 +1,4 @@
-// How the operators on upsampled logits divide their work: by shape alone.
+// How the operators on upsampled logits divide their work. This depends only on shapes.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -67,8 +67,8 @@ inline Labels labels_of(const char* operation, const Tensor& labels, int64_t num
   return result;
 }
 
-// Tiles of the logits: strips of rows, chunks of columns where many classes would not stay in the
-// caches.
+// Tiles of the logits: strips of rows; also chunks of columns, if many classes would not fit into
+// the caches.
 template <class Stat>
 class Tiles {
  public:
@@ -77,7 +77,7 @@ class Tiles {
         rows_(height, layout.height, align_corners),
         columns_(width, layout.width, align_corners) {
     strips_ = ceil_div(layout.height, 16);
-    // a multiple of four strips, as two or four threads wait for each other
+    // a multiple of four strips, because two or four threads wait for each other
     if (strips_ > 1) strips_ = std::min(ceil_div(strips_, 4) * 4, layout.height);
     const int64_t columns = std::max<int64_t>((1 << 16) / layout.dim, 32);
     chunks_ = ceil_div(layout.width, columns);
@@ -125,7 +125,8 @@ class Tiles {
   int64_t strips_, chunks_;
 };
 
-// Calls visit(range of items, workspace) on the threads; the workspace serves any tile.
+// Calls visit(range of items, workspace) on the threads; the workspace is large enough for any
+// tile.
 template <class Stat, class Visit>
 void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, bool backward,
                bool needs_factors, Visit visit) {
@@ -145,7 +146,7 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
     const int64_t factors = needs_factors ? ROWS * workspace.lanes : 0;
     const int64_t count = 2 * rows + num_classes * workspace.group + 3 * workspace.stride +
                           2 * workspace.lanes + 2 * factors;
-    // not filled: pages that a small tile does not need stay untouched
+    // not initialised, so pages that a small tile does not need are never touched
     const std::unique_ptr<Stat[]> memory(new Stat[count]);
     std::vector<Stat> gradients(backward ? 2 * rows : 0);
     std::vector<int32_t> classes(ROWS * workspace.label_stride), cell_columns(workspace.lanes);

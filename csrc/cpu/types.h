@@ -1,5 +1,5 @@
-// What operators and vector kernels on the CPU share. Kernels are compiled once per instruction
-// set, so this header has types alone: no function that they could define a second time.
+// Types for operators and vector kernels on the CPU. Kernels are compiled once per instruction set,
+// so this header contains no functions: they would be defined several times.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

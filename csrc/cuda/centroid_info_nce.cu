@@ -1,17 +1,17 @@
 // The operator anchorops::centroid_info_nce.cuda.
 //
-//   logits[r, j] = q_r·k_j/τ,  positive_logits[r] = q_r·p_r/τ in the place of the row's own key
+//   logits[r, j] = q_r·k_j/τ,  positive_logits[r] = q_r·p_r/τ instead of the row's own key
 //   losses[r] = lse[r] − positive_logits[r],  lse[r] = log Σ e^logits over own and present keys
 //
-// Row r is query g of class k: r = k·G + g. Two launches: blocks of logits, of which the maximum
-// and the sum of exponentials of each row are kept, then one block that adds these up in order.
-// Products are float32, in ordinary arithmetic: at K = 150 they are a tenth of the time.
+// Row r is query g of class k: r = k·G + g. Two launches: the first computes blocks of logits and
+// keeps the maximum and the sum of exponentials of each row; the second, with one block, adds these
+// in order. Products are float32, without tensor cores: at K = 150 they are a tenth of the time.
 //
 // Predicted for K = 150, D = 768 on an H200, not measured: 100 blocks of 16 × 16 logits. Each reads
-// 98 KB (float32; half of it in bfloat16) from the second-level cache, 1.8 µs if all do at its 5.5
-// TB/s. A warp takes 634 instructions for 256 channels, counted in the machine code of sm_90, 256
-// of them multiplications: 2.2 µs if none waits. With the launch and three round trips of loads 5
-// µs. The second kernel is a launch, one round trip and a reduction: 2.5 µs.
+// 98 KB (float32; half of it in bfloat16) from the L2 cache, 1.8 µs at its 5.5 TB/s. A warp needs
+// 634 instructions for 256 channels, counted in the machine code of sm_90, 256 of them
+// multiplications: 2.2 µs if none waits. With the launch and three round trips of loads 5 µs. The
+// second kernel is a launch, one round trip and a reduction: 2.5 µs.
 #include "centroid_info_nce.cuh"
 
 #include <cmath>
@@ -22,11 +22,11 @@ namespace {
 
 constexpr int WARPS = THREADS / 32;
 
-// grid: blocks of rows × (chunks of the keys, then, for given positives, blocks of WARPS rows).
+// grid: blocks of rows × (chunks of the keys, then, if positives are given, blocks of WARPS rows).
 template <int TILE>
 __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
     centroid_info_nce_kernel(Rows queries, Rows keys,
-                             Rows positives,  // used where they were given
+                             Rows positives,  // used if they were given
                              Present present,
                              float2* partials,  // [chunks, K·G]: largest logit of the chunk's keys
                                                 // without the own, and Σ e^(logit − largest)
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(THREADS)
                   const float* positive_logits, Present present,
                   float* loss,   // one, or [K·G] for NONE
                   float* lse,    // [K·G]
-                  float* scale,  // what the sum of the losses is multiplied by
+                  float* scale,  // the factor of the sum of the losses
                   int rows, int chunks, Reduction reduction) {
   float loss_of_thread = 0;
   int rows_of_thread = 0;

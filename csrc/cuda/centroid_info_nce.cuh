@@ -1,4 +1,4 @@
-// What centroid InfoNCE's kernels share: K×D tensors seen as rows, and the product of two tiles.
+// For both kernels of centroid InfoNCE: K×D tensors as rows, and the product of two tiles.
 #pragma once
 
 #include "tensors.cuh"
@@ -12,19 +12,20 @@ __device__ inline int64_t row_offset(int r, int groups, int64_t stride_k, int64_
   return r / groups * stride_k + r % groups * stride_g;
 }
 
-// Rows of a tensor [K, D] or [K, G, D] by strides, r = k·G + g, of any dtype: it is looked at when
-// a row is read, which is little beside the product and makes one kernel of nine.
+// Rows of a tensor [K, D] or [K, G, D] by strides, r = k·G + g, of any dtype. The dtype is checked
+// when a row is read. This takes little time compared with the product, and one kernel replaces
+// nine.
 struct Rows {
   const void* data;
   ScalarType dtype;
-  bool vectors;  // whether 8 elements, from a multiple of 8 on, can be read 16 bytes at a time
+  bool vectors;  // whether 8 elements, beginning at a multiple of 8, can be read as 16-byte vectors
   int count, groups, dim;
   int64_t stride_k, stride_g, stride_d;
 
   __device__ int64_t offset(int r) const { return row_offset(r, groups, stride_k, stride_g); }
 };
 
-// Keys and positives may be float64 where the queries are not: products are float32 all the same.
+// Keys and positives may be float64 if the queries are not; products are float32 in any case.
 inline Tensor without_doubles(const Tensor& tensor) {
   if (tensor.scalar_type() != ScalarType::Double) return tensor;
   return torch::stable::to(tensor, ScalarType::Float);
@@ -49,11 +50,11 @@ inline Rows rows_of(const Tensor& tensor) {
           .stride_d = stride_d};
 }
 
-// Which rows lose anything, and which keys they are pushed from: bytes as they lie in memory, so
-// that nothing waits for them before they are used.
+// Which rows have a loss, and which keys are in their denominators. These are bytes as in memory,
+// so nothing waits for them before they are used.
 struct Present {
   const uint8_t* queries;  // bool [K, G] by strides; null: all
-  const uint8_t* keys;     // bool [K] by stride; null: the classes with a present query
+  const uint8_t* keys;     // bool [K] by stride; null: all classes with a present query
   int groups;
   int64_t stride_k, stride_g, stride_keys;
   bool own_is_positive;  // no positives were given
@@ -71,7 +72,7 @@ struct Present {
   }
   // Whether the key is in the denominator of every row.
   __device__ uint8_t key(int k) const { return keys ? keys[k * stride_keys] : any_row(k); }
-  // Whether it is in any term.
+  // Whether the key is in any term.
   __device__ uint8_t key_used(int k) const {
     return keys && own_is_positive ? keys[k * stride_keys] | any_row(k) : key(k);
   }
@@ -92,8 +93,8 @@ inline Present present_of(const std::optional<Tensor>& queries, const std::optio
           .own_is_positive = own_is_positive};
 }
 
-// Eight elements of a row as they lie in memory: of 2 bytes in `bits[0]`, of 4 bytes in both.
-// What is not selected counts as zero, whatever it holds; both are loaded at once.
+// Eight elements of a row as in memory: 2-byte elements in `bits[0]`, 4-byte elements in both.
+// Elements that are not selected are zero, whatever memory contains; both are loaded at once.
 struct Eight {
   Vector<uint32_t> bits[2];
   uint8_t selected;
@@ -151,8 +152,8 @@ __device__ inline EightFloats to_float(const Eight& eight, ScalarType dtype) {
   return floats;
 }
 
-// ROWS × COLUMNS elements on their way from memory to float32 [ROWS][PITCH] in shared memory. The
-// pitch keeps rows that are read at once in different banks.
+// Copies ROWS × COLUMNS elements from memory to float32 [ROWS][PITCH] in shared memory. With this
+// pitch, rows that are read at once are in different banks.
 template <int ROWS, int COLUMNS>
 struct OperandStage {
   static constexpr int PITCH = COLUMNS + 4, SIZE = ROWS * PITCH;
@@ -171,7 +172,8 @@ struct OperandStage {
   }
 
   __device__ void store(float* shared, ScalarType dtype) const {
-    // Every second four lanes begin with their second half: eight lanes then meet all banks once.
+    // Every second group of four lanes begins with its second half, so eight lanes use each bank
+    // once.
     const bool swap = threadIdx.x & 4;
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i) {
@@ -185,10 +187,10 @@ struct OperandStage {
   }
 };
 
-// A block's tile of a product, M × N outputs, DEPTH terms at a time. A and B are staged as they
-// lie: outputs are their rows, or their columns. A thread has 4 × 4 outputs and every SPLIT-th four
-// terms: 8 reads of 16 bytes for 64 multiplications. At the end all terms' sums are in shared
-// memory.
+// A block's tile of a product, M × N outputs, DEPTH terms at a time. A and B are copied to shared
+// memory without a transpose: outputs are their rows, or their columns. A thread computes 4 × 4
+// outputs and every SPLIT-th group of four terms: 8 reads of 16 bytes for 64 multiplications. At
+// the end the sums of all terms are in shared memory.
 template <int M, int N, int DEPTH, bool A_BY_ROWS, bool B_BY_ROWS>
 struct TileProduct {
   using A = OperandStage<A_BY_ROWS ? M : DEPTH, A_BY_ROWS ? DEPTH : M>;
@@ -206,7 +208,7 @@ struct TileProduct {
                                     : shared + (4 * step + i) * OPERAND_PITCH + 4 * group);
   }
 
-  // load_a(stage, term) and load_b(stage, term) load DEPTH terms from there on.
+  // load_a(stage, term) and load_b(stage, term) load DEPTH terms, beginning at `term`.
   template <class LoadA, class LoadB>
   static __device__ void multiply(float* shared, int terms, ScalarType a_dtype, ScalarType b_dtype,
                                   LoadA load_a, LoadB load_b) {
@@ -279,8 +281,8 @@ struct TileProduct {
   }
 };
 
-// TILE rows times TILE keys. The small tile makes 100 blocks of 150 × 150 logits, the large one
-// reads a fourth as much. A thread then has the logits (t / 16 + 16·i, t % 16 + 16·j), i and j
+// TILE rows times TILE keys. The small tile divides 150 × 150 logits into 100 blocks; the large one
+// reads a fourth as much. Thread t then has the logits (t / 16 + 16·i, t % 16 + 16·j), i and j
 // below PER_THREAD.
 template <int TILE>
 struct Logits {
@@ -298,7 +300,7 @@ struct Logits {
   }
 };
 
-// Large tiles where they fill the device.
+// Large tiles, if they fill the device.
 inline bool large_tiles(int rows, int num_classes) {
   return int64_t{ceil_div(rows, 64)} * ceil_div(num_classes, 64) >= 128;
 }

@@ -3,11 +3,12 @@
 //   dlogits[r, j] = dloss[r]·(e^(logits[r, j] − lse[r]) − [j is r's own])/τ
 //   dqueries = dlogits·keys,  dkeys = dlogitsᵀ·queries,  dpositives[r] = dlogits[r, own]·q_r
 //
-// Two launches: the logits again, tile by tile, and their gradients; then both products with them.
+// Two launches: the first computes the logits again, tile by tile, and their gradients; the second
+// computes both products with these gradients.
 //
-// Predicted for K = 150, D = 768 on an H200, not measured: the first kernel as the forward's, 5 µs.
-// The second has 120 blocks of 32 × 64 outputs; each reads 58 KB (float32) from the second-level
-// cache, 7 MB together, 1.3 µs. A warp takes 451 instructions for 32 terms, 256 of them
+// Predicted for K = 150, D = 768 on an H200, not measured: the first kernel as in the forward pass,
+// 5 µs. The second has 120 blocks of 32 × 64 outputs; each reads 58 KB (float32) from the L2
+// cache, 7 MB together, 1.3 µs. A warp needs 451 instructions for 32 terms, 256 of them
 // multiplications: 2.6 µs if none waits; with the launch and five stages of loads behind
 // multiplications 6 µs. Forward and backward together 19 µs.
 #include "centroid_info_nce.cuh"
@@ -26,15 +27,15 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
                    const float* lse,              // [K·G]
                    const float* positive_logits,  // [K·G]
                    const float* scale,            // one
-                   float* dlogits,  // [K·G, width]; the own key's stands apart where positives
-                                    // were given; zeros from K on
-                   float* dpositive_logits,  // [K·G], written where positives were given
+                   float* dlogits,  // [K·G, width], without the own key's if positives were
+                                    // given; zeros from column K on
+                   float* dpositive_logits,  // [K·G], written if positives were given
                    int width, float inverse_temperature) {
   constexpr int N = Logits<TILE>::PER_THREAD;
   auto* shared = reinterpret_cast<float*>(shared_memory());
   const int first_row = blockIdx.x * TILE + threadIdx.x / 16;
   const int first_key = blockIdx.y * TILE + threadIdx.x % 16;
-  // All loaded before the product, used after it.
+  // All of these are loaded before the product, but used after it.
   uint8_t is_present[N], in_denominator[N];
   float lse_of_row[N], positive[N], dloss_of_row[N];
   const float scale_of_sum = *scale;
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
   }
 }
 
-// A new tensor's rows.
+// The rows of a new tensor.
 struct Output {
   void* data;
   ScalarType dtype;
@@ -115,7 +116,7 @@ inline Output output_of(const Tensor& tensor, const Rows& rows) {
   return {tensor.mutable_data_ptr(), tensor.scalar_type(), rows.count, rows.dim};
 }
 
-// TILE rows of dqueries, or of dkeys, by WIDTH channels; both leave their sums in the same form.
+// TILE rows of dqueries, or of dkeys, by WIDTH channels; both store their sums in the same way.
 template <int TILE>
 struct Gradients {
   static constexpr int WIDTH = 64, DEPTH = 32;
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
                                       Rows queries, Rows keys, Rows positives, Present present,
                                       Output dqueries,   // [K, G, D]
                                       Output dkeys,      // [K, D]
-                                      Output dpositives  // [K, G, D], where positives were given
+                                      Output dpositives  // [K, G, D], if positives were given
     ) {
   using OfRows = typename Gradients<TILE>::OfRows;
   using OfKeys = typename Gradients<TILE>::OfKeys;

@@ -1,14 +1,15 @@
 // The operator anchorops::class_keys.cuda: labels of any size and integer type -> one key per
 // pixel.
 //
-// Reads each label that is taken once, writes 4 bytes per pixel. Counts are integer atomics, whose
-// order does not matter: up to MAX_BINS classes of shared memory, one global addition for each
-// class that a block has seen; of more, one for each run of equal keys in a warp.
+// Reads each used label once, writes 4 bytes per pixel. Counts use integer atomics, whose order
+// does not matter. Up to MAX_BINS classes are counted in shared memory, with one global addition
+// for each class that a block has seen. With more classes there is one for each run of equal keys
+// in a warp.
 //
 // Predicted at B8 128×256 (262,144 pixels) from 512×1024 int64 labels: a sector of 32 bytes for
-// each label and 4 bytes for each key are 9.4 MB, 2.2 µs of an H200's memory; a launch, one round
-// trip for the four labels of a thread and one for the counts make it 4 to 6 µs, with the zeroing
-// of the counts.
+// each label and 4 bytes for each key are 9.4 MB, which take 2.2 µs on an H200. With a launch, one
+// round trip for the four labels of a thread, one for the counts, and setting the counts to zero,
+// it takes 4 to 6 µs.
 #include "class_keys.cuh"
 
 #include "../labels.h"
@@ -21,8 +22,8 @@ constexpr int PIXELS_PER_THREAD = 4;
 constexpr int PIXELS_PER_BLOCK = THREADS * PIXELS_PER_THREAD;
 constexpr int64_t MAX_BINS = 4096;
 
-// Where a row (or column) of the features finds its label: as F.interpolate's "nearest",
-// floor(i · source/size), the scale and the product in float32.
+// The label's row (or column) for each row of the features, as in F.interpolate's "nearest":
+// floor(i · source/size), with the scale and the product in float32.
 struct Nearest {
   bool same;
   float scale;

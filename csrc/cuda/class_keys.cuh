@@ -1,4 +1,4 @@
-// The label pass, for operators that take labels.
+// Class keys, for operators that have labels.
 #pragma once
 
 #include "tensors.cuh"

@@ -2,14 +2,14 @@
 //
 // dfeatures[p] = 2·dsqdists[k]·(f_p − anchors[k]) + dsums[k],  k = key_p;  0 where ignored
 //
-// Writes dfeatures once; reads the features once where dsqdists is given, else not at all. Keys are
-// read again for each range of channels, 4 bytes a pixel, and rows of the tables for each pixel:
-// both from caches. Registers only. One launch.
+// Writes dfeatures once; reads the features once if dsqdists is given, otherwise not at all. Keys
+// are read again for each range of channels, 4 bytes a pixel, and rows of the tables for each
+// pixel: both from caches. It uses only registers. One launch.
 //
 // Counted (nvcc 13, sm_90; sm_80 and sm_100 differ little): warp instructions for each 512 bytes
 // that a warp loads (stores, for dsums alone) / KB of loads in flight on a multiprocessor. On an
-// H200, 110 instructions take as long as the memory, 220 where as much is stored as is loaded; 23
-// KB suffice, half of it where as much is stored.
+// H200, 110 instructions take as long as the memory, or 220 if as much is stored as loaded; 23 KB
+// are enough, or half of this if as much is stored.
 //
 //                                   dsums     dsqdists        both
 //   contiguous pixels, 2 bytes         16      44 / 40     51 / 32
@@ -21,9 +21,9 @@
 //
 // Predicted, not measured (bench/time_model.py), for labels of images: 97 to 99 % of 4.3 TB/s for
 // contiguous pixels, 87 to 99 % for contiguous channels; bf16 HRNet B8 D720 128×256 is 88 µs for
-// dsums, 176 µs with dsqdists. With random labels and contiguous pixels the lanes of a warp read
-// rows of their own: in bf16 68 to 98 % at K = 19 and 41 to 75 % at K = 150, if the first-level
-// cache serves one line a cycle. If a measurement confirms it: tables in shared memory, with fewer
+// dsums, 176 µs with dsqdists. With random labels and contiguous pixels each lane of a warp reads a
+// different row: in bf16 68 to 98 % at K = 19 and 41 to 75 % at K = 150, if the L1 cache delivers
+// one line a cycle. If a measurement confirms this, tables in shared memory would have fewer
 // conflicts.
 #include "../labels.h"
 #include "tensors.cuh"
@@ -31,7 +31,7 @@
 namespace anchorops::cuda {
 namespace {
 
-// What a kernel reads besides features. Rows of a table follow each other.
+// What a kernel reads in addition to the features. The rows of a table are contiguous.
 struct Tables {
   const float* anchors;   // [K, D]
   const float* dsums;     // [num_keys, D]
@@ -39,7 +39,7 @@ struct Tables {
   unsigned num_classes, groups, row_bytes;
   bool anchor_of_each_key;  // key and class are the same
 
-  // From keys (those of ignored pixels anything valid) to rows of anchors.
+  // From keys to rows of anchors; the keys of ignored pixels may be any valid ones.
   template <int COUNT>
   __device__ __forceinline__ void to_anchors(unsigned (&rows)[COUNT]) const {
     if (anchor_of_each_key) return;
@@ -47,14 +47,14 @@ struct Tables {
     for (int i = 0; i < COUNT; ++i) rows[i] = rows[i] / groups % num_classes;
   }
 
-  // One instruction, where a 64-bit index would take three.
+  // One instruction; with a 64-bit index it would be three.
   __device__ const float* row(const float* table, unsigned row) const {
     return reinterpret_cast<const float*>(reinterpret_cast<const char*>(table) +
                                           static_cast<uint64_t>(row) * row_bytes);
   }
 };
 
-// Four channels at a time, or every LANES-th one.
+// Four channels at a time, or every LANES-th channel.
 template <int WIDTH, int LANES, int COUNT>
 __device__ __forceinline__ void load_row(const float* row, float (&values)[COUNT]) {
   if constexpr (WIDTH > 1) {
@@ -137,8 +137,8 @@ constexpr int CHANNELS_PER_STEP = WIDTH > 1   ? 4
                                   : LANES > 1 ? 8
                                               : 16;
 
-// A thread goes through a range of channels: of WIDTH contiguous pixels, 16 bytes; or, one element
-// at a time, of one pixel, whose channels are divided among LANES threads.
+// A thread processes a range of channels of WIDTH contiguous pixels, 16 bytes; or of one pixel, one
+// element at a time, with the channels of the pixel divided among LANES threads.
 template <class T, int WIDTH, int LANES, bool HAS_DSUMS, bool HAS_DSQDISTS>
 __global__ void __launch_bounds__(PLANES_THREADS, 4)
     class_moments_backward_planes_kernel(const T* features,    // by strides
@@ -181,8 +181,9 @@ __global__ void __launch_bounds__(PLANES_THREADS, 4)
 constexpr int ROWS_THREADS = 256;
 constexpr int ROWS_UNROLL = 4;
 
-// Of contiguous channels: a block takes a slice of them of a line's pixels, a thread 16 bytes of
-// them at a time. Slices are slow in the grid, so that the tables' stay in a first-level cache.
+// For contiguous channels: a block processes a slice of the channels of a line's pixels, a thread
+// 16 bytes of them at a time. The slice is the slowest index of the grid, so its part of the tables
+// stays in the L1 cache.
 template <class T, bool HAS_DSUMS, bool HAS_DSQDISTS>
 __global__ void __launch_bounds__(ROWS_THREADS, 3)
     class_moments_backward_rows_kernel(const T* features,    // by strides
@@ -249,9 +250,9 @@ __global__ void __launch_bounds__(ROWS_THREADS, 3)
   }
 }
 
-// Blocks that fill a device a few times over.
+// Enough blocks to fill a device a few times.
 constexpr int64_t BLOCKS = 2048;
-// What the tables may take of a first-level cache, for the channels that are worked on together.
+// The part of the L1 cache for the tables, for channels that are processed together.
 constexpr int64_t TABLES_IN_CACHE = 128 << 10;
 
 unsigned grid_of(int64_t blocks) {
@@ -259,7 +260,7 @@ unsigned grid_of(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-// Images whose pixels follow each other become one line.
+// Images with contiguous pixels become one line.
 void join_lines(Pixels& view, Pixels& out) {
   const auto joins = [](const Pixels& p) {
     return p.lines_per_image == 1 &&
@@ -304,7 +305,7 @@ struct Gradient {
   void write_rows() const {
     const int64_t vectors = out.dim / WIDTH;
     int64_t cached = TABLES_IN_CACHE / (table_bytes_per_channel * WIDTH);
-    if (cached < 8) cached = vectors;  // not a line of 128 bytes of features
+    if (cached < 8) cached = vectors;  // less than a cache line of 128 bytes of features
     const int64_t slices = ceil_div(vectors, cached), slice = ceil_div(vectors, slices);
     constexpr int64_t ROUND = ROWS_THREADS * ROWS_UNROLL;
     const int64_t rounds =
@@ -344,7 +345,7 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
   STD_TORCH_CHECK(dsums || dsqdists,
                   "class_moments_backward.cuda: expected dsums or dsqdists, got neither");
   STD_TORCH_CHECK(!dsqdists || (features && anchors),
-                  "class_moments_backward.cuda: dsqdists: expected features and anchors with it");
+                  "class_moments_backward.cuda: dsqdists: expected features and anchors too");
   const OnDevice device(keys);
   Tensor dfeatures = new_empty_strided(keys, size, stride, dtype);
   if (dfeatures.numel() == 0) return dfeatures;
@@ -355,7 +356,7 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
   join_lines(view, out);
   STD_TORCH_CHECK(out.dim < 1 << 29, "class_moments_backward.cuda: features: too many channels");
 
-  // Rows that are apart, or one expanded to all: the copy is K×D.
+  // If rows are not contiguous, or one row is expanded to all, they are copied: K×D.
   for (auto* table : {&anchors, &dsums, &dsqdists})
     if (*table) *table = torch::stable::contiguous(**table);
   const auto data = [](const std::optional<Tensor>& table) {

@@ -1,7 +1,7 @@
-// The operator anchorops::confusion.cuda: pixels of each true class that were predicted as each.
+// The operator anchorops::confusion.cuda: the number of pixels for each true and predicted class.
 //
-// Reads labels once (the label pass) and predictions once; counts are integer atomics, whose order
-// does not matter: one for each run of equal pairs, along a thread's pixels and along a warp.
+// Reads labels once (class keys) and predictions once. Counts use integer atomics, whose order does
+// not matter: one for each run of equal pairs, along a thread's pixels and along a warp.
 #include "class_keys.cuh"
 
 namespace anchorops::cuda {
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(THREADS)
     }
     ++run;
   }
-  // What is left: of neighbouring lanes with the same pair together.
+  // The last run of each thread: neighbouring lanes with the same pair are added together.
   const int64_t before = __shfl_up_sync(FULL_WARP, pair, 1);
   const bool begins = lane == 0 || pair != before;
   unsigned heads = __ballot_sync(FULL_WARP, begins);

@@ -1,5 +1,6 @@
-// Logits of low resolution, and where each label pixel reads them: coordinates and weights of
-// F.interpolate(mode="bilinear"). What has weight 0 is left out by selection: 0 · NaN is NaN.
+// Low-resolution logits, and which of them each label pixel reads: coordinates and weights of
+// F.interpolate(mode="bilinear"). Terms of weight 0 are removed by selection, because 0 · NaN is
+// NaN.
 #pragma once
 
 #include "tensors.cuh"
@@ -23,8 +24,8 @@ inline Element element_of(const char* operation, const Tensor& logits) {
   }
 }
 
-// Calls function with a value of the elements' type. The type is the same for a whole launch, so
-// that a branch around a loop replaces a kernel for each type.
+// Calls function with a value of the elements' type. The type is the same for a whole launch, so a
+// branch around a loop replaces a kernel for each type.
 template <class Function>
 __device__ __forceinline__ void for_element(Element element, Function function) {
   if (element == Element::BFLOAT16)
@@ -66,9 +67,9 @@ inline Logits logits_of(const char* operation, const Tensor& logits) {
           logits.stride(3)};
 }
 
-// Between two neighbouring rows (or columns) of logits lies a cell of pixels. Cell i has those
-// between i and i + 1; cell -1 those before the first row, the last one those after the last: both
-// read one row alone.
+// A cell contains the pixels between two neighbouring rows (or columns) of logits: cell i those
+// between rows i and i + 1, cell -1 those before the first row, the last cell those after the last
+// row. The first and the last cell read only one row.
 struct Axis {
   int pixels, source;
   float ratio;
@@ -97,7 +98,7 @@ struct Axis {
     if (pixels == source || cell == source - 1) return 0;
     return cell < 0 ? 1 : min(at(pixel) - static_cast<float>(cell), 1.0f);
   }
-  // The first pixel that is not before the cell.
+  // The first pixel of the cell.
   __host__ __device__ int first_pixel(int cell) const {
     if (pixels == source) return min(max(cell, 0), pixels);
     if (cell >= source) return pixels;
@@ -110,7 +111,7 @@ struct Axis {
     while (pixel < pixels && cell_of(pixel) < cell) ++pixel;
     return pixel;
   }
-  // Of the fullest cell.
+  // The pixels of the largest cell.
   int pixels_per_cell() const {
     if (pixels == source) return 1;
     int exponent;
@@ -134,7 +135,7 @@ __device__ __forceinline__ float interpolate(float a, float b, float weight) {
 // The logits z_k of one label pixel.
 struct PixelLogits {
   const Logits& logits;
-  int64_t top, bottom, left, right;  // offsets of what has a weight; others are those that have
+  int64_t top, bottom, left, right;  // offsets; if a weight is 0, the offset of its neighbour
   float weight_y, weight_x;
 
   __device__ PixelLogits(const Logits& logits, const Axis& rows, const Axis& columns, int image,

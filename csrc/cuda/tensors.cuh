@@ -1,4 +1,4 @@
-// Tensors as the CUDA kernels see them: pixels by strides, the device's stream, new outputs.
+// Tensors for the CUDA kernels: pixels by strides, the device's stream, new outputs.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -32,7 +32,7 @@ constexpr __host__ __device__ auto ceil_div(A a, B b) {
 
 // Features as lines × channels × pixels: element (line, d, p) lies at (line / lines_per_image) ·
 // stride_b + (line % lines_per_image) · stride_h + d · stride_d + p · stride_p. A line is an image,
-// or a row of one where the rows do not follow each other (a cropped view).
+// or a row of an image if its rows are not adjacent (in a cropped view).
 struct Pixels {
   int64_t lines, dim, pixels, lines_per_image, stride_b, stride_h, stride_d, stride_p;
 
@@ -44,8 +44,8 @@ struct Pixels {
   }
 };
 
-// (B, D, H, W), (B, D, N) or (N, D); rows join to one line where they do so in every one of the
-// strides, which are those of tensors of this size.
+// (B, D, H, W), (B, D, N) or (N, D). Rows are joined to one line if all of the given strides, of
+// tensors of this size, permit it.
 inline Pixels as_pixels(const std::vector<int64_t>& size, const std::vector<int64_t>& stride,
                         bool rows_join) {
   if (size.size() == 2) return {1, size[1], size[0], 1, 0, 0, stride[1], stride[0]};
@@ -61,8 +61,8 @@ inline bool rows_join(const std::vector<int64_t>& size, const std::vector<int64_
   return size.size() < 4 || size[2] == 1 || size[3] == 1 || stride[2] == size[3] * stride[3];
 }
 
-// Whether 16 bytes of pixels (or channels: what has stride 1) can be read at once wherever a
-// multiple of them begins.
+// Whether 16 bytes of pixels (or of channels, whichever has stride 1) can be read at once at every
+// multiple of 16 bytes.
 inline bool vectors_aligned(const void* data, std::initializer_list<int64_t> strides,
                             size_t itemsize) {
   bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;

@@ -1,5 +1,5 @@
-// Blocks, fibers and barriers for device_on_host.h. Compiled without instrumentation: sanitizers
-// are told of the fibers and of what orders them through the weak symbols below.
+// Blocks, fibers and barriers for device_on_host.h. Compiled without instrumentation. The weak
+// symbols below inform the sanitizers about the fibers and their order.
 #include "device_on_host.h"
 
 #include <ucontext.h>
@@ -45,14 +45,14 @@ struct Fiber {
   void* tsan = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
   void* fake_stack = nullptr;
   Waits waits = Waits::FOREVER;
-  // What it brings to the lanes of `mask`, what they brought, and what orders them in a barrier: a
+  // Its value for the lanes of `mask`, their values, and the tokens that order them in a barrier: a
   // lane that is one barrier ahead uses its other token.
   unsigned mask = 0;
   Slot brought, received[32];
   unsigned warp_barriers = 0;
   char tokens[2];
   char* received_tokens[32];
-  std::vector<std::pair<Copy, int>> copies;  // and the group each belongs to
+  std::vector<std::pair<Copy, int>> copies;  // each with its group
   int groups = 0;
 };
 
@@ -61,10 +61,10 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes;
   const std::function<void()>* kernel;
-  char begin, end;  // what orders a launch after what came before it, and before what comes after
+  char begin, end;  // tokens that order a launch after earlier code, and before later code
 };
 
-// One of the blocks in flight, and the thread that runs it.
+// One of the running blocks, and the system thread that runs it.
 
 class Worker {
  public:
@@ -74,7 +74,7 @@ class Worker {
     launch_ = &launch;
     const dim3 grid = launch.grid, block = launch.block;
     threads_ = block.x * block.y * block.z;
-    if (threads_ % 32) fail("blocks are of whole warps here");
+    if (threads_ % 32) fail("blocks must consist of whole warps");
     while (fibers_.size() < threads_) fibers_.push_back(std::make_unique<Fiber>());
     if (__tsan_get_current_fiber) scheduler_tsan_ = __tsan_get_current_fiber();
     current = this;
@@ -129,7 +129,7 @@ class Worker {
   }
 
   void run_block() {
-    // Exactly as large as asked for, and full of NaN.
+    // Exactly the requested size, filled with NaN.
     void* memory = nullptr;
     if (posix_memalign(&memory, 16, std::max<size_t>(launch_->shared_bytes, 1))) std::abort();
     std::memset(memory, 0xff, launch_->shared_bytes);
@@ -181,7 +181,7 @@ class Worker {
       __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
   }
 
-  // A block's barrier lets all through once every thread that has not ended has come to it.
+  // The barrier of a block is complete when every thread that has not ended has reached it.
   bool pass_barrier() {
     for (unsigned i = 0; i < threads_; ++i)
       if (fibers_[i]->waits != Waits::FOR_BLOCK && fibers_[i]->waits != Waits::FOREVER)
@@ -192,7 +192,7 @@ class Worker {
     return true;
   }
 
-  // An exchange lets the lanes that it names through once all of them have come to it.
+  // An exchange is complete when all lanes of its mask have reached it.
   bool pass_warp(unsigned first) {
     const unsigned lanes = std::min(32u, threads_ - first);
     bool passed = false;

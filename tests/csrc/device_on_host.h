@@ -1,9 +1,10 @@
-// What CUDA gives to kernels, for kernels that run on the CPU (csrc/device.cuh says why).
+// The emulator: the CUDA functions of kernels, for kernels that run on the CPU (see
+// csrc/device.cuh).
 //
-// Every CUDA thread is a fiber with a stack of its own. Two blocks are in flight, each on a thread
-// of the system, and each in an order of its threads of its own. A fiber runs until it waits: at
-// __syncthreads() for its block, at a shuffle, vote or __syncwarp() for the lanes it names. To
-// ThreadSanitizer only barriers order what fibers do, as in CUDA: a shuffle or a vote does not.
+// Every CUDA thread is a fiber with its own stack. Two blocks run at the same time, each on a
+// thread of the system, and each with a different order of its CUDA threads. A fiber runs until it
+// waits: at __syncthreads() for its block, at a shuffle, vote or __syncwarp() for the given lanes.
+// For ThreadSanitizer only barriers order the fibers, as in CUDA: a shuffle or a vote does not.
 #pragma once
 
 #include <algorithm>
@@ -50,7 +51,7 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
 unsigned char* shared_memory();
 void check_alignment(const void* address, size_t alignment);
 
-// Waits for the lanes of `mask`; then slot i holds what lane i brought.
+// Waits for the lanes of `mask`; then slot i contains the value of lane i.
 struct Slot {
   unsigned char bytes[16];
 };
@@ -59,7 +60,7 @@ void block_barrier();
 void warp_barrier(unsigned mask);
 unsigned lane();
 
-// Copies happen when they are waited for: what is read before is the poison that was there.
+// Copies are done when the kernel waits for them. Reading earlier gives the NaN from before.
 struct Copy {
   unsigned char* to;
   const unsigned char* from;

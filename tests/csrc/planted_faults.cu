@@ -1,4 +1,4 @@
-// Kernels with one fault each, and one without: what the sanitizers have to find, and not to find.
+// Kernels with one fault each, which the sanitizers must find, and one kernel without a fault.
 #include <cstring>
 
 #include "../../csrc/device.cuh"
@@ -21,7 +21,7 @@ enum class Fault {
   TOO_MUCH_SHARED,
 };
 
-// Rotates the numbers of each block by one place, through shared memory, in three ways.
+// Rotates the numbers of each block by one position, through shared memory, in three ways.
 template <Fault FAULT>
 __global__ void rotate_kernel(const float* in_ptr, float* out_ptr) {
   auto* shared = reinterpret_cast<float*>(shared_memory());
@@ -37,7 +37,7 @@ __global__ void rotate_kernel(const float* in_ptr, float* out_ptr) {
   float value = shared[next];
   __syncthreads();
 
-  // The numbers of a warp, turned round and back again.
+  // The numbers of a warp, reversed and reversed again.
   shared[thread] = value;
   if (FAULT != Fault::NO_SYNCWARP) __syncwarp();
   value = shared[thread / 32 * 32 + 31 - lane];
