@@ -1,4 +1,4 @@
-"""Time, memory and bandwidth of a call; the benchmarks and `anchorops-doctor` use it.
+"""Time, memory and bandwidth of a call, as used by the benchmarks and `anchorops-doctor`.
 
 device = torch.device("cpu")
 loss = lambda: ao.pixel_cross_entropy(logits, labels)
@@ -25,7 +25,7 @@ Run = Callable[[], object]
 
 
 class Measurement(NamedTuple):
-    """What `measure` found of a call.
+    """The results of `measure`.
 
     Attributes:
         median: seconds, as are q20 and q80, the quantiles at 20 and 80 %.

@@ -14,7 +14,7 @@ from .registration import define
 
 
 class KeyOptions(TypedDict):
-    """Keyword arguments that decide a pixel's key: those of `class_moments`, already checked."""
+    """The keyword arguments of `class_moments` that determine a pixel's key, already checked."""
 
     groups: int
     per_image: bool

@@ -31,8 +31,9 @@ def batches_of(loader: DataLoader) -> Iterator[Iterator[Any]]:
 
 
 def _only_owner(loader: DataLoader) -> Generator[Any, None, None]:
-    """The loader's iterator, referred to from here alone: torch ends the workers when it is garbage
-    collected. So the loader must not have persistent workers, which it refers to itself."""
+    """The loader's iterator, with no other reference to it: torch ends the workers when the
+    iterator is garbage collected. The loader must not have persistent workers, because then it
+    refers to the iterator itself."""
     try:
         yield from loader
     except BaseException as error:

@@ -10,7 +10,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("diagnostics", "measure", "plots")  # public, and not in __all__
+MODULES = ("diagnostics", "measure", "plots")  # public, but not in __all__
 SHOWN = re.compile(r"^::: anchorops\.(\S+)(?:\n +options:\n +members: \[(.*)\])?", re.M)
 
 
