@@ -14,8 +14,8 @@ def seeded() -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Tensors torch leaves uninitialised hold NaN, all other new memory the bytes 0x7f (as float32
-    3e38), so that nothing unwritten passes for a result."""
+    """Uninitialised tensors of torch contain NaN, and other new memory the bytes 0x7f (as float32
+    3e38), so that a test fails if a result was not written."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         pytest.skip("poisoned memory needs glibc's mallopt")

@@ -1,4 +1,4 @@
-"""attach: what the model is before, after and meanwhile, and when the features are there."""
+"""attach: the model before, during and after it, and when the features are available."""
 
 import copy
 import pickle
@@ -167,7 +167,7 @@ def test_a_model_pickles_after_a_forward() -> None:
 
 
 def test_a_copy_gets_its_own_classifier_back() -> None:
-    """What CBP replaced travels with the copy, so that detaching it leaves the original alone."""
+    """A copy has its own replaced classifier, so detaching it does not change the original."""
     model = Net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cbp = ao.attach(model, ao.CBP(K, D))
@@ -222,7 +222,7 @@ def test_grad_scaler() -> None:
 
 @pytest.mark.parametrize("build", [lambda: ao.SAR(K, D), lambda: ao.OCCL(K, D)])
 def test_compiled_after_attach(build: Callable[[], Regularizer]) -> None:
-    """The model alone, and the whole step, as one graph."""
+    """The model, and the whole step, as one graph."""
     torch.compiler.reset()
     torch.manual_seed(0)
     model = Net()

@@ -1,4 +1,4 @@
-"""attach: which classifier, and which features, of the models that people use."""
+"""attach: the chosen classifier and features in common models."""
 
 import copy
 from collections.abc import Callable

@@ -52,12 +52,12 @@ def test_use_backend_for_good():
 
 
 def test_each_thread_chooses_for_itself():
-    """Two threads enter and leave in turns: a shared choice would be left as the other's."""
+    """Two threads enter and leave in turns. With a shared choice, one would get the other's."""
     ours, theirs = threading.Event(), threading.Event()
     seen = []
 
     def other():
-        seen.append(_backend.select("f", FEATURES, 6))  # not that of the thread that started it
+        seen.append(_backend.select("f", FEATURES, 6))  # not the choice of the starting thread
         with ao.use_backend("cpu"):
             theirs.set()
             ours.wait()
@@ -140,7 +140,7 @@ def test_a_chosen_backend_never_gives_way():
 
 
 def test_without_the_compiled_library():
-    """A library that does not load: `auto` takes the reference, and the reason is told."""
+    """If the library does not load, `auto` selects the reference, and `backends` says why."""
     program = """
 import torch
 def load_library(path):
@@ -175,15 +175,15 @@ def test_a_cuda_library_of_no_use_says_why(monkeypatch):
 
 
 class Gpu(Enum):
-    """What a choice asks of the properties of GPUs; torch.compile knows members as constants, as
-    it does torch's own class of properties."""
+    """The properties of GPUs that the selection reads. torch.compile treats members of an Enum as
+    constants, like torch's own class of properties."""
 
     def __init__(self, major: int, minor: int) -> None:
         self.major, self.minor = major, minor
 
 
 class Gpus:
-    """GPUs of these compute capabilities in place of the machine's, and a CUDA library for them."""
+    """GPUs of these compute capabilities instead of the machine's, and a CUDA library for them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, targets: str, *capabilities: str) -> None:
         versions = [tuple(map(int, capability.split("."))) for capability in capabilities]
@@ -236,7 +236,7 @@ def test_a_gpu_without_code_says_why(monkeypatch):
 
 
 def test_the_choice_among_gpus_is_traced(monkeypatch):
-    """torch.compile asks a GPU's properties when it traces, and takes them for constants."""
+    """torch.compile reads a GPU's properties when it traces, and treats them as constants."""
     Gpus(monkeypatch, "9.0", "9.0", "8.9")
 
     def served(x):

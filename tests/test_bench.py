@@ -1,4 +1,4 @@
-"""The benchmarks: counted bytes, rows, plots, and that gpu.sh does not fail for a silly reason."""
+"""The benchmarks: counted bytes, rows, plots, and that gpu.sh runs."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_measure():
     assert measured.gbps == pytest.approx(1000 / measured.median / 1e9)
     assert (measured.copy_share or 0) > 0
     assert (measured.read_share or 0) > 0
-    assert measured.others is None  # too short to tell
+    assert measured.others is None  # too short to measure it
 
 
 def test_measure_outlasts_slow_first_calls():
@@ -84,7 +84,7 @@ def test_measure_sees_other_processes():
 
 
 def test_measure_on_cuda(monkeypatch):
-    """The order of events, on a stand-in for CUDA: a clean buffer read, start, the call, end."""
+    """The order of events, with a replacement for CUDA: read a clean buffer, start, call, end."""
     order = []
 
     class Event:
@@ -99,7 +99,7 @@ def test_measure_on_cuda(monkeypatch):
             return 2.0  # milliseconds
 
     class Clean:
-        def sum(self) -> None:  # nothing that writes: it would leave dirty lines
+        def sum(self) -> None:  # only a read, because a write would leave dirty lines
             order.append("read")
 
     def zeros(size: int, dtype: torch.dtype, device: str) -> Clean:
@@ -229,7 +229,7 @@ def test_gpu_script():
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["dry run", "GPU"])
 def test_gpu_script_records(tmp_path, gpu):
-    """On a stand-in for Python: a part that fails is counted, one that cannot run left out."""
+    """With a replacement for Python: failed parts are counted, parts that cannot run are skipped."""
     stand_ins = {
         "python": """#!/bin/sh
 case "$*" in

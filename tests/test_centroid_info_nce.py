@@ -139,7 +139,7 @@ def test_absent_rows_may_hold_anything(groups: int | None, with_positives: bool,
 
 
 def test_a_key_that_nothing_uses_may_hold_anything():
-    """With positives, the key of a class absent among the keys is in no term."""
+    """With positives, the key of a class that is absent among the keys is not in any term."""
     queries, keys, positives = (t.requires_grad_() for t in inputs(None, True) if t is not None)
     with torch.no_grad():
         keys[1] = torch.nan

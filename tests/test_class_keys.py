@@ -1,4 +1,4 @@
-"""Class keys: keys, counts, resizing by nearest, random groups of equal size."""
+"""Class keys: keys, counts, nearest-neighbour resizing, random groups of equal size."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ INTEGERS = (
 
 
 def both(labels, size, num_classes, *, groups=1, per_image=False, seed=None, ignore_index=255):
-    """Keys and counts of the C++ operator, found equal to the reference's."""
+    """Keys and counts of the C++ operator, after checking that they equal the reference's."""
     features = torch.empty(size)
     keys, counts = class_keys(
         features,
@@ -60,7 +60,7 @@ def test_integer_dtypes(dtype: torch.dtype, poisoned: None):
         ((36, 52), (9, 13)),  # four times
         ((23, 31), (9, 13)),  # odd ratios
         ((1024, 769), (113, 97)),
-        ((9, 30), (9, 13)),  # one side as it is
+        ((9, 30), (9, 13)),  # one side unchanged
         ((4, 3), (8, 6)),  # smaller than the features
         ((7, 5), (9, 13)),
         ((1, 1), (3, 4)),
@@ -175,7 +175,7 @@ def test_groups_of_rare_classes():
 
 
 def test_groups_never_change():
-    """The groups belong to the results that users publish: these are to stay for good."""
+    """Users publish results that depend on the groups, so the groups must never change."""
     labels = torch.tensor([[0, 1, 0, 1, 2, 0, 255, 1, 0, 1, 2, 0]])
 
     def groups(count: int, seed: int) -> list[int]:
@@ -197,7 +197,7 @@ def test_seed_is_an_int_or_a_tensor(seed: int):
 
 
 def test_seeds_differ():
-    """Two seeds put about half of the pixels into the same one of two groups, as chance does."""
+    """With two seeds, about half of the pixels are in the same one of two groups, as by chance."""
     labels = torch.zeros(4096, dtype=torch.int64)
     seeds = (0, 1, 2, -1, 2**32, 2**32 + 1)
     groups = [both(labels, (4096, 1), 1, groups=2, seed=seed)[0] for seed in seeds]

@@ -76,7 +76,7 @@ def test_values_and_gradients(case: Case, backend: str, poisoned: None):
 
 @pytest.mark.parametrize("instructions", ["default", "avx2"])
 def test_lesser_instruction_sets(instructions: str):
-    """The same in a process that is to use less than this processor has."""
+    """The same in a process that uses a lower instruction set than this processor has."""
     tests = "test_values_and_gradients and cpu or spoil and cpu or pixels_of_one_class or far_from"
     passes_with(instructions, __file__, tests)
 
@@ -100,7 +100,7 @@ def test_65536_pixels_of_one_class(dtype: torch.dtype, layout: str, mean: float)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every other"])
 @pytest.mark.parametrize("labels", ["random", "coherent"])
 def test_anchors_far_from_zero(layout: str, labels: str):
-    """Features at 1e3 with noise 1e-2 about their anchors: s − n·a would lose the digits."""
+    """Features at 1e3 with noise 1e-2 around their anchors: s − n·a would lose the digits."""
     case = Case((2, 19, 20, 33), 5, F32, layout, labels)
     features, labels_ = make_features(case)[0], make_labels(case)
     anchors = 1e3 + torch.randn(5, 19)
@@ -217,7 +217,7 @@ def test_threads_and_repetition_do_not_matter():
 
 
 def test_offsets_are_64_bit():
-    """Strides of 2^30 elements and more: of the 4 GB buffer few pages are ever touched."""
+    """Strides of 2^30 elements and more; few pages of the 4 GB buffer are touched."""
     buffer = torch.empty(2**31 + 2**10, dtype=F16)
     for size, stride in (
         ((3, 64), (2**30, 1)),

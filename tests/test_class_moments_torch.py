@@ -1,5 +1,5 @@
-"""Class moments with the rest of torch: gradcheck, opcheck, compile, autocast, saved tensors; and
-the functions on top, against torch's own."""
+"""Class moments together with torch: gradcheck, opcheck, compile, autocast, saved tensors. Also the
+functions that use them, compared with torch's own."""
 
 import gc
 import weakref
@@ -139,8 +139,8 @@ def test_opcheck_class_moments(size):
         (anchors, 6, 2, False, False),
     ):
         torch.library.opcheck(operator, (features, keys, *given))
-    # The residual sums leave the operator for danchors alone, and opcheck's AOT test, which takes
-    # the gradient of every output, meets the refusal of second derivatives.
+    # The residual sums are an output only for danchors. opcheck's AOT test computes the gradient of
+    # every output, and so would get the error for second derivatives.
     torch.library.opcheck(
         operator,
         (features, keys, anchors.requires_grad_(), 6, 2, True, True),
@@ -293,7 +293,7 @@ def test_strided_anchors_and_gradients(anchors_t: bool):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-# The functions on top
+# The functions that use class moments
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

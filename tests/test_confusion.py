@@ -1,4 +1,4 @@
-"""pixel_argmax, confusion and pixel_confusion against torch and torchmetrics."""
+"""pixel_argmax, confusion and pixel_confusion, compared with torch and torchmetrics."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_predictions_and_their_confusion(
         hits = ao.softmax_moments(logits, labels, **options).hits
     z = F.interpolate(logits.double(), label_size, mode="bilinear", align_corners=align_corners)
     assert predictions.shape == (2, *label_size) and predictions.dtype == torch.int64
-    # the largest, but for rounding
+    # the largest, except for rounding
     found, largest = z.gather(1, predictions[:, None])[:, 0], z.amax(1)
     coordinates = 1e-5 if dtype != torch.float64 else 1e-12
     assert (largest - found <= coordinates * z.abs().max()).all()

@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA sources: no spills, no stack frames, accesses of 16 bytes."""
+"""The machine code of the CUDA sources: no spills, no stack frames, accesses of 16 bytes."""
 
 import shutil
 import subprocess
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton brings the disassembler, and is not installed")
+pytest.importorskip("triton", reason="Triton, which contains the disassembler, is missing")
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "anchorops" / "_cuda.so"
 
-# As a kernel of ours is called, but with an array that has to lie in memory and 4-byte accesses.
+# Named like one of our kernels, but with an array that must be in memory, and with 4-byte accesses.
 FAULTY = """
 namespace anchorops::cuda {
 template <class T, bool HAS_DSUMS, bool HAS_DSQDISTS>

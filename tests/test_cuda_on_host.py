@@ -1,7 +1,9 @@
-"""The CUDA sources on the CPU, against the reference: plainly, and under two sanitizers.
+"""The CUDA sources in the emulator on the CPU, compared with the reference: without a sanitizer,
+and under two sanitizers.
 
 The cases are those of Triton's interpreter, tests/interpreted/*.py, with the library that
-tests/csrc/Makefile makes in place of the CUDA one. planted_faults.cu shows what is caught.
+tests/csrc/Makefile makes instead of the CUDA library. planted_faults.cu shows which faults are
+found.
 """
 
 import os
@@ -37,8 +39,8 @@ print("right" if (after == np.roll(before.reshape(blocks, 64), -1, 1).ravel()).a
 
 
 def _runtime(flavour: str) -> str:
-    """The sanitizer's library, which has to be loaded before Python; and libstdc++, in which
-    AddressSanitizer looks for what throws exceptions when it is loaded itself."""
+    """The sanitizer's library, which must be loaded before Python; and libstdc++, because
+    AddressSanitizer looks for the function that throws exceptions when it is loaded."""
     if RUNTIME[flavour] is None:
         return ""
     compiler = os.environ.get("CXX", "g++")
@@ -85,8 +87,8 @@ def test_a_right_kernel_passes(flavour):
     assert run.returncode == 0 and run.stdout == "right\n", run.stderr
 
 
-# Where a fault shows, and how. What no sanitizer reports makes the numbers wrong: fibers run one
-# after the other, from the first or from the last, so that a missing barrier is always missed.
+# Where and how each fault is found. Faults that no sanitizer reports make the numbers wrong: fibers
+# run one after the other, from the first or from the last, so a missing barrier always matters.
 WRONG, STOPPED = "wrong", "rotate_kernel: block (0, 0, 0), thread"
 PLANTED = [
     ("address", "SHARED_OUT_OF_BOUNDS", "heap-buffer-overflow"),
@@ -120,8 +122,8 @@ def test_kernels(flavour):
     command += map(str, CASES)
     run = subprocess.run(command, env=_environment(flavour), capture_output=True, text=True)
     if flavour == "thread" and run.returncode == CAUGHT:
-        # The kernels' fibers run in one fixed order: their races come again. torch's own threads,
-        # which are not instrumented, were once reported on a busy machine.
+        # The kernels' fibers run in a fixed order, so their races are reported every time. torch's
+        # own threads are not instrumented; once they were reported on a busy machine.
         warnings.warn(f"ThreadSanitizer, first run:\n{run.stderr[-8000:]}", stacklevel=1)
         run = subprocess.run(command, env=_environment(flavour), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-8000:]

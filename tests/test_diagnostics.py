@@ -1,4 +1,4 @@
-"""Diagnostics against direct computations, and that every figure draws."""
+"""Diagnostics compared with direct computations; every figure can be drawn."""
 
 import math
 import statistics

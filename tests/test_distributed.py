@@ -67,7 +67,7 @@ def batch_of(rank: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_per_share(sizes: list[int], patch: pytest.MonkeyPatch) -> None:
-    """Let one process draw random views as the ranks do: within each rank's share of the batch."""
+    """Let one process draw random views like the ranks: within each rank's share of the batch."""
     moments, halves = statistics.unchecked_moments, occl._halves
 
     def shares(*tensors: Tensor) -> Any:
@@ -134,9 +134,9 @@ def check_all_reduce(rank: int, ranks: int) -> None:
     ((rank + 1) * total).backward()
     assert x.grad == ranks * (ranks + 1) / 2
     halves = dist.new_group([0, 1])
-    if isinstance(halves, dist.ProcessGroup):  # elsewhere a number stands for no member
+    if isinstance(halves, dist.ProcessGroup):  # a number on ranks outside the group
         method = ao.OCCL(K, D, process_group=halves)
-        assert method.process_group == halves.group_name  # a name: copies and pickles
+        assert method.process_group == halves.group_name  # a name can be copied and pickled
         assert all_reduce(x.detach(), copy.deepcopy(method).process_group) == 3
     else:
         with pytest.raises(ValueError, match=r"OCCL: process_group: .* this rank belongs to"):
@@ -172,8 +172,8 @@ def check_compiled(rank: int) -> None:
 
 
 def check_wrapped(rank: int) -> None:
-    """On a wrapped model only what brings no parameters or anchors, which differ, may be
-    attached."""
+    """Only methods without parameters and anchors, which would differ between ranks, can be
+    attached to a wrapped model."""
     parallel = DistributedDataParallel(Net())
     for method in (ao.SAR(K, D), ao.SAR(K, D, embed=False), ao.MVSC(K, D), ao.CeCo(K, D)):
         with pytest.raises(ValueError, match="not yet wrapped"):
@@ -187,7 +187,7 @@ def check_wrapped(rank: int) -> None:
 
 
 def check_fully_sharded(method: str, rank: int, ranks: int) -> None:
-    """FSDP2: the root's parameters, the regulariser's among them, are whole until backward."""
+    """FSDP2: the root's parameters, including the regulariser's, are not sharded until backward."""
     model, attached = build(method, "world")
     alone, alone_attached = build(method, None)
     fully_shard(model)
@@ -216,13 +216,13 @@ def check_sharded_classifier(rank: int) -> None:
 
 
 def check_diagnostics(rank: int, ranks: int) -> None:
-    """Metrics reduce over ranks by themselves."""
+    """Metrics reduce over ranks automatically."""
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     shared, whole = (ao.diagnostics.CentroidGeometry(K, 3) for _ in range(2))
     for r in range(ranks):
         for metric in (shared, whole) if r == rank else (whole,):
             metric.update(*batch_of(r, 0))
-    whole.sync = lambda *_, **__: None  # as if alone
+    whole.sync = lambda *_, **__: None  # as with a single process
     got, want = shared.compute(), whole.compute()
     for name, value in want.items():
         torch.testing.assert_close(got[name], value)

@@ -1,5 +1,5 @@
-"""The README and docs/ keep their word: snippets run as pasted, commands parse, links lead
-somewhere, quoted messages are in the sources, the evidence is that of its rows."""
+"""The README and docs/ are correct: snippets run, commands parse, links and files exist, quoted
+messages are in the sources, the tables of the evidence are those of its rows."""
 
 import ast
 import json
@@ -140,7 +140,7 @@ def check_pip(words: list[str]) -> None:
 
 def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The training program parses its arguments to the end; nothing is trained."""
-    pytest.importorskip("tyro", reason="what training needs is not installed")
+    pytest.importorskip("tyro", reason="the packages for training are not installed")
     from anchorops.train import commands as program
     from anchorops.train.learner import build_regularizer
 
@@ -175,7 +175,7 @@ def check_pytest(words: list[str]) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Of its headings, as GitHub makes them."""
+    """The anchors of its headings, as on GitHub."""
     headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
@@ -218,7 +218,7 @@ def test_the_device_interface_has_what_is_named():
 
 @cache
 def sources() -> str:
-    """All sources, with the pieces of strings that stand on several lines joined."""
+    """All sources; strings on several lines are joined."""
     files = [ROOT / "setup.py", *(ROOT / "anchorops").rglob("*.py")]
     return re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text() for file in files))
 
@@ -234,7 +234,7 @@ def test_messages_are_quoted():
 
 @pytest.mark.parametrize("message", quoted_messages())
 def test_quoted_message_is_in_the_sources(message: str):
-    # what an f-string puts in is shown as …; a colon may join what two functions say
+    # … stands for the values in an f-string; a colon may join the messages of two functions
     for piece in re.split("…|: ", message):
         assert piece.strip(" :") in sources(), piece
 
@@ -255,7 +255,7 @@ def test_every_argument_is_explained(name: str):
 
 
 def test_evidence_is_that_of_the_rows():
-    pytest.importorskip("tyro", reason="what training needs is not installed")
+    pytest.importorskip("tyro", reason="the packages for training are not installed")
     evidence = json.loads((ROOT / "docs/evidence.json").read_text())
     page = runpy.run_path(str(ROOT / "examples/evidence_report.py"))["page"]
     assert (ROOT / "docs/evidence.md").read_text() == page(evidence)

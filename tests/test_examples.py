@@ -1,4 +1,4 @@
-"""The examples run as their first lines say."""
+"""The examples run with the commands in their docstrings."""
 
 import contextlib
 import json
@@ -90,7 +90,7 @@ def test_other_tasks(
 
 
 def run_rank(rank: int, ports: list[int], folder: str) -> None:
-    """What torchrun gives a process, with --fsdp the second time."""
+    """Run a process with the variables of torchrun; the second time with --fsdp."""
     for port, options in zip(ports, ([], ["--fsdp"]), strict=True):
         settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in settings.items()})

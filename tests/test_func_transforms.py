@@ -1,4 +1,4 @@
-"""torch.func: vmap of the fused operators, everything of the reference, a message for the rest."""
+"""torch.func: vmap of the fused operators, all transforms of the reference, and messages."""
 
 from collections.abc import Callable
 from typing import Any

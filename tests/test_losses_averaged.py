@@ -1,4 +1,4 @@
-"""Averages of models that hold a method: AveragedModel (which Lightning's callbacks use) and timm's
+"""Averages of models with a method: AveragedModel (which Lightning's callbacks use) and timm's
 ModelEma, over parameters and buffers."""
 
 import copy
@@ -92,7 +92,7 @@ def test_the_average_of_a_model(method: str, average: Callable[..., Any]) -> Non
         else:
             assert 0 <= state[name] <= value == 4
     averaged.eval()(torch.randn(1, 4, 6, 5))
-    other, its_loss = model_and_loss(method)  # training goes on from the average
+    other, its_loss = model_and_loss(method)  # training continues from the average
     other.load_state_dict(state)
     train(other, its_loss, 2)
     assert all(value.isfinite().all() for value in other.state_dict().values())
@@ -115,7 +115,7 @@ def test_the_average_has_the_classes_that_have_started() -> None:
 
 @pytest.mark.parametrize("method", ["sar", "cbp_ema"])
 def test_checkpoints_with_flags_of_their_own_load(method: str) -> None:
-    """Those of earlier versions: `started` and `present`, bool [K]."""
+    """The flags of earlier versions: `started` and `present`, bool [K]."""
     model, loss = model_and_loss(method)
     train(model, loss, 3)
     state = copy.deepcopy(loss.regularizer.state_dict())

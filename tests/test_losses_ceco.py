@@ -1,4 +1,4 @@
-"""CeCo against the released code's numbers, and its splat against the upsampled tensor."""
+"""CeCo compared with numbers of the released code, and its weights with the upsampled tensor."""
 
 from pathlib import Path
 from typing import Any

@@ -40,8 +40,8 @@ def test_combined_equals_its_parts_in_one_pass(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
-def test_sums_go_to_those_who_ask() -> None:
-    """What SAR does not ask for, it does not reduce over the ranks either."""
+def test_sums_only_for_methods_that_request_them() -> None:
+    """Statistics that SAR does not request are not reduced over the ranks."""
     features, labels, _ = batch()
     anchored = Request(anchors=torch.randn(K, D), with_sums=False)
     views = Request(groups=2, seed=torch.zeros((), dtype=torch.int64))

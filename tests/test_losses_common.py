@@ -1,4 +1,4 @@
-"""What every method owes: dtypes, layouts, compilation, state, composition, errors."""
+"""Tests of every method: dtypes, layouts, compilation, state, composition, errors."""
 
 import copy
 import io
@@ -56,7 +56,7 @@ def test_autocast_keeps_the_loss_in_float32(
 def test_any_dtype_of_module_and_features(
     build: Callable[[], Regularizer], module_dtype: torch.dtype, features_dtype: torch.dtype
 ) -> None:
-    """`model.to(dtype)` takes the regulariser with it."""
+    """`model.to(dtype)` also converts the regulariser."""
     features, labels, classifier = batch()
     method, classifier = open_gate(build()).to(module_dtype), classifier.to(module_dtype)
     low = features.detach().to(features_dtype).requires_grad_()
@@ -300,7 +300,7 @@ def test_wrong_inputs(build: Callable[[], Regularizer]) -> None:
         with pytest.raises(ValueError, match="classifier: expected a module or weight"):
             method(features, labels, nn.Conv2d(D, K + 1, 1))
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'labels'"):
-        method(labels)  # that is for what attach returns
+        method(labels)  # only the object that attach returns is called like this
 
 
 def test_process_group_is_checked() -> None:
@@ -318,7 +318,7 @@ def test_double_precision_gradients() -> None:
     features = torch.randn(2, D, 1, 3, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, K, (2, 1, 3))
     weight = torch.randn(K, D, dtype=torch.float64, requires_grad=True)
-    # OCCL's centroid term stops a gradient, which differences do not see.
+    # OCCL's centroid term stops a gradient, which finite differences do not.
     for method in (ao.OCCL(K, D, centroid_weight=0.0), METHODS["ceco"](), METHODS["cr"]()):
         method.double().eval()
         assert torch.autograd.gradcheck(lambda f, w, m=method: m(f, labels, w), (features, weight))

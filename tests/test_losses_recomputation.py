@@ -1,4 +1,4 @@
-"""Activation checkpointing: a recomputed forward is the same computation, or raises."""
+"""Activation checkpointing: a recomputed forward gives the same result, or raises an error."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ reentrant_or_not = pytest.mark.parametrize("reentrant", [False, True])
 
 
 class Step(nn.Module):
-    """A layer, the loss by hand on its output, and what else there is to learn."""
+    """A layer, the loss called directly with its output, and other parameters."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def test_steps_are_those_without_checkpoint(name: str, reentrant: bool, whole: b
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ZERO])
 def test_several_forwards_before_backward(name: str) -> None:
-    """Their losses returned from the function alone: each recomputation knows which one it is."""
+    """The function returns only their losses: each recomputation knows which forward it repeats."""
     step, plain, batch = Step(name), Step(name), batches()
     total = torch.zeros(())
     expected = torch.zeros(())
@@ -131,7 +131,7 @@ def test_what_cannot_be_known_raises(name: str) -> None:
         losses = []
         for _ in range(2):
             images, labels = next(batch)
-            # The square saves the loss, and so its backward begins the recomputation.
+            # The square saves the loss, so its backward starts the recomputation.
             losses.append(
                 checkpoint(
                     lambda i, y, step=step: step(i, y).square(),

@@ -1,4 +1,4 @@
-"""SAR against the released code's numbers and against its equations written out."""
+"""SAR compared with the numbers of the released code and with its equations."""
 
 import copy
 from pathlib import Path
@@ -141,7 +141,7 @@ def test_gate_and_moving_average(gate: str, momentum: float) -> None:
         seen.add(sum(is_open))
         state = copy.deepcopy(sar.state_dict())
         h = sar.embedding(sar.anchors).detach()
-        sar.load_state_dict(state)  # the embedding's running statistics moved
+        sar.load_state_dict(state)  # the embedding's running statistics had changed
         for k in range(K):
             if is_open[k]:
                 average[k] = momentum * average[k] + (1 - momentum) * h[k] if started[k] else h[k]

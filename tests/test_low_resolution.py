@@ -1,5 +1,5 @@
-"""low_resolution: the same loss and gradients as the model that upsamples, the same bare model in
-eval mode, and errors where it could not be so."""
+"""low_resolution: the same loss and gradients as the model that upsamples, the unchanged model in
+eval mode, and errors if this is not possible."""
 
 import copy
 import inspect
@@ -105,7 +105,7 @@ def check_step(plain: nn.Module, model: nn.Module, x: Tensor, labels: Tensor, **
     assert size == low
     torch.testing.assert_close(loss, expected)
     for (name, p), q in zip(plain.named_parameters(), bare.parameters(), strict=True):
-        if p.grad is None:  # the plain model leaves out the same
+        if p.grad is None:  # the unchanged model has no gradient there either
             assert q.grad is None, name
         else:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
@@ -131,7 +131,7 @@ def test_trains_as_the_plain_model(
     plain = copy.deepcopy(model)
     handle = ao.low_resolution(model, batch(images=1)[0])
     assert (handle.outputs, handle.align_corners) == (places, corners)
-    x, labels = batch((96, 64))  # not the size of the dry run
+    x, labels = batch((96, 64))  # another size than in the dry run
     low = (96 // stride, 64 // stride)
     check_step(plain, model, x, labels, corners=corners, low=low)
     for p, q in zip(maps(plain.eval()(x)), maps(model.eval()(x)), strict=True):

@@ -1,4 +1,4 @@
-"""The message of every wrong argument; what counts as ignored."""
+"""The message of every wrong argument; which labels are ignored."""
 
 from collections.abc import Callable
 from typing import Any
@@ -190,7 +190,7 @@ def test_the_default_ignore_index_never_is_a_class(function: str):
     call(255)
     with pytest.raises(ValueError, match=f"^{function}: {NONE_GIVEN}"):
         call(256)
-    for ignored in (-1, 255):  # a class is left out where that is asked for
+    for ignored in (-1, 255):  # a class is ignored if it is given explicitly
         call(256, ignore_index=ignored)
     with pytest.raises(ValueError, match=f"^{function}: ignore_index: expected an int of 64 bits"):
         call(6, ignore_index=2.0)

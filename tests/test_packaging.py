@@ -1,4 +1,4 @@
-"""What is built, installed and said about it. Nothing here needs a network."""
+"""Building and installing, and the messages about it. These tests need no network."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def load_library(path):
     raise OSError(f"{path} is for another machine")
 torch.ops.load_library = load_library
 """
-ELSEWHERE = Path(sys.executable).parent  # the root has folders that would pass for packages
+ELSEWHERE = Path(sys.executable).parent  # in the root, folders could be imported as packages
 compiled = pytest.mark.skipif(not CPU_LIBRARY.exists(), reason="nothing was compiled")
 
 
@@ -62,7 +62,7 @@ def test_only_the_stable_abi(library):
 @pytest.mark.parametrize("python", os.getenv("ANCHOROPS_ABI_PYTHONS", "").split())
 @compiled
 def test_other_torch(python):
-    """What was compiled here works under the torch, and the Python, of another interpreter."""
+    """The compiled files work with the torch and the Python of another interpreter."""
     code = (
         "import torch, anchorops as ao; ao.use_backend('cpu');"
         "print(ao.class_moments(torch.ones(4, 3), torch.tensor([0, 1, 1, 255]), 2).counts.tolist())"
@@ -144,7 +144,7 @@ def built(tmp_path_factory) -> Built:
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps")
     answer = run(*pip, wheel)
     assert answer.returncode == 0, answer.stderr
-    # a .pth file in a directory that a .pth file names is not read: no editable install
+    # .pth files in a directory that a .pth file names are not read, so no editable install
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
     return Built(checkout, sdist, source, wheel, python)
 
@@ -232,7 +232,7 @@ sar(labels, features)
 
 @needs_sources
 def test_types_of_the_installed_wheel(built, tmp_path):
-    """What pyright tells a user of the wheel, whose py.typed promises types."""
+    """pyright finds the types of the installed wheel, which contains py.typed."""
     pytest.importorskip("pyright", reason="pyright is not installed")
     assert "anchorops/py.typed" in zipfile.ZipFile(built.wheel).namelist()
     (tmp_path / "users.py").write_text(USERS_FILE)

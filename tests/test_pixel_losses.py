@@ -1,4 +1,4 @@
-"""The losses of pixels against torch, segmentation_models.pytorch and MONAI."""
+"""Pixel losses compared with torch, segmentation_models.pytorch and MONAI."""
 
 import math
 import re
@@ -16,8 +16,8 @@ K = 5
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (3, K, 4, 6), the same upsampled, labels (3, 16, 24) without class 3; all classes but
-    0 absent in the last image."""
+    """Logits (3, K, 4, 6), the upsampled logits, and labels (3, 16, 24) without class 3; the last
+    image has only class 0."""
     logits = (2 * torch.randn(3, K, 4, 6, dtype=dtype)).requires_grad_()
     labels = torch.randint(0, K, (3, 16, 24))
     labels[labels == 3] = 1

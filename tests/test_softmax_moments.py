@@ -1,4 +1,4 @@
-"""Softmax moments on the CPU and by the reference: against torch's own upsampling and softmax.
+"""Softmax moments on the CPU and of the reference, compared with torch's upsampling and softmax.
 
 The error against float64 is at most twice that of torch's formula in the dtype of the statistics
 (F.interpolate, log_softmax, masked sums), plus a floor that each check states.
@@ -81,7 +81,7 @@ CASES = [
 
 
 def make_logits(case: Case) -> tuple[Tensor, Tensor]:
-    """Random logits of that layout, and the buffer they lie in: all NaN around them."""
+    """Random logits of this layout, and their buffer, which is NaN around them."""
     size = (case.batch, case.num_classes, *case.size)
     values = (torch.randn(size, dtype=F64) * case.scale).to(case.dtype)
     return in_layout(values, case.layout)
@@ -102,8 +102,8 @@ def make_labels(case: Case) -> Tensor:
 
 
 def unfused(case: Case, logits: Tensor, labels: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """losses, overlaps, masses, squares, pixel_losses and lse by torch's formulas in that dtype,
-    then counts and hits; a logit that is not read has no weight, so logits must be finite."""
+    """losses, overlaps, masses, squares, pixel_losses and lse by torch's formulas in this dtype,
+    then counts and hits. Here also unread logits are multiplied by 0, so all must be finite."""
     z = F.interpolate(
         logits.to(dtype), case.label_size, mode="bilinear", align_corners=case.align_corners
     )
@@ -175,7 +175,7 @@ def check(case: Case, logits: Tensor, labels: Tensor, backend: str) -> None:
     if backend != "reference":
         assert gradient.stride() == torch.empty_like(logits).stride()
     assert torch.equal(ours[6], exact[6])
-    # float64 is compared with sums in float64 itself; and a logit is rounded once
+    # float64 is compared with sums in float64; a logit is rounded once
     floor_of_terms = eps * max(32 if dtype == F64 else 8, logits.abs().max().item() / 2)
     near_ties = (exact[7] - straightforward[7]).abs()
     assert ((ours[7] - exact[7]).abs() <= 1 + 2 * near_ties).all()
@@ -219,7 +219,7 @@ def test_what_is_not_asked_for_changes_nothing(asked: dict[str, bool], backend: 
 
 @pytest.mark.parametrize("instructions", ["default", "avx2"])
 def test_lesser_instruction_sets(instructions: str):
-    """The same in a process that is to use less than this processor has."""
+    """The same in a process that uses a lower instruction set than this processor has."""
     tests = "cpu and (values_and_gradients or not_finite) or threads"
     passes_with(instructions, __file__, tests)
 
@@ -315,7 +315,7 @@ def test_threads_and_repetition_do_not_matter():
 
 
 def test_offsets_are_64_bit():
-    """Strides of 2^30 elements and more: of the 4 GB buffer few pages are ever touched."""
+    """Strides of 2^30 elements and more; few pages of the 4 GB buffer are touched."""
     buffer = torch.empty(2**31 + 2**11, dtype=F16)
     for size, stride in (
         ((3, 2, 3, 20), (2**30, 60, 20, 1)),

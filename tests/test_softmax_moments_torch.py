@@ -1,4 +1,4 @@
-"""softmax_moments and pixel_cross_entropy as functions of torch: shapes and dtypes of any kind,
+"""softmax_moments and pixel_cross_entropy together with torch: all shapes and dtypes,
 opcheck, gradcheck, torch.compile, autograd."""
 
 import pytest

@@ -1,4 +1,4 @@
-"""The time model of bench/, on machine code written by hand."""
+"""The time model of bench/, on hand-written machine code."""
 
 import sys
 from pathlib import Path
@@ -145,7 +145,7 @@ def test_changes_of_tiles():
     ("statistics", "warps"), [(1, [8, 7, 5, 5]), (3, [8, 7, 5, 5]), (7, [8, 5, 3, 3])]
 )
 def test_forward_plan(statistics, warps):
-    """As the head of class_moments.cu says; it has the same arithmetic in C++."""
+    """As stated at the beginning of class_moments.cu, which has the same arithmetic in C++."""
     plans = [
         paths.forward_plan(paths.HRNET._replace(num_keys=k), 2, statistics, False)
         for k in (19, 76, 150, 171)

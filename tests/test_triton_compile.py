@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="builds of torch for CPUs bring no Triton")
+pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
 
 KERNELS = (
     "_several_keys_kernel",

@@ -1,7 +1,7 @@
-"""The Triton kernels against the reference, in Triton's interpreter: no GPU needed.
+"""The Triton kernels in Triton's interpreter, compared with the reference. This needs no GPU.
 
 Triton decides whether to interpret when it is imported, so the cases, tests/interpreted/*.py, run
-in a process of their own.
+in a separate process.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="builds of torch for CPUs bring no Triton")
+pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
 
 CASES = sorted((Path(__file__).parent / "interpreted").glob("*_*.py"))
 

@@ -1,4 +1,4 @@
-"""What the tests of every CPU kernel share: layouts in memory, instruction sets, threads."""
+"""Helpers for the tests of every CPU kernel: layouts in memory, instruction sets, threads."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def in_layout(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """The values in that layout, and the buffer they lie in: all NaN around them."""
+    """The values in this layout, and their buffer, which is NaN around them."""
     size, dims = values.shape, range(values.dim())
     order = list(dims)
     if layout.startswith("channels_last"):
@@ -32,7 +32,7 @@ def in_layout(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
 
 
 def passes_with(instructions: str, file: str, tests: str) -> None:
-    """Tests of that file pass in a process that is to use less than this processor has."""
+    """The tests of this file pass in a process with a lower instruction set than the processor."""
     known = ["default", "avx2", "avx512"]
     here = torch.backends.cpu.get_cpu_capability().lower()
     if here not in known or known.index(here) <= known.index(instructions):
@@ -44,7 +44,7 @@ def passes_with(instructions: str, file: str, tests: str) -> None:
 
 
 def same_for_all_threads(run: Callable[[], list[Tensor] | tuple[Tensor, ...]]) -> None:
-    """The same bits from 1, 2 and 7 threads, and from run to run."""
+    """The same bits with 1, 2 and 7 threads, and from run to run."""
     threads = torch.get_num_threads()
     results = []
     try:

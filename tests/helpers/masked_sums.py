@@ -1,9 +1,10 @@
-"""Class moments by the naive formulas, and the error that is allowed beside them.
+"""Class moments by the straightforward formulas, and the allowed error.
 
 The error against float64 is at most twice that of the straightforward formula (a masked sum per
-class, in the dtype of the statistics: for half precision a stricter measure than the features'
-own), plus a floor: one rounding of the result, and that of the terms, which grows like their norm.
-float64 is accumulated in float64 itself, as the formula is that it is compared with: 8 roundings.
+class, in the dtype of the statistics: for half precision this is stricter than the features'
+dtype), plus a floor: one rounding of the result, and the rounding of the terms, which grows like
+their norm. float64 is accumulated in float64, like the formula that it is compared with: 8
+roundings.
 """
 
 from typing import NamedTuple
@@ -32,7 +33,7 @@ class Case(NamedTuple):
 
 
 def make_features(case: Case) -> tuple[Tensor, Tensor]:
-    """Random features of that layout, and the buffer they lie in: all NaN around them."""
+    """Random features of this layout, and their buffer, which is NaN around them."""
     return in_layout(torch.randn(case.size, dtype=F64).to(case.dtype), case.layout)
 
 
@@ -51,7 +52,7 @@ def make_labels(case: Case) -> Tensor:
 
 
 def pixel_keys(case: Case, features: Tensor, labels: Tensor) -> tuple[Tensor, list[int]]:
-    """Key of each pixel (flat), −1 where ignored, and the shape of the statistics."""
+    """The key of each pixel (flat), −1 if ignored, and the shape of the statistics."""
     if features.dim() == 4:
         labels = F.interpolate(labels[:, None].double(), features.shape[2:], mode="nearest")[:, 0]
     keys = labels.long() if labels.dim() > 1 else labels.long()[None]
@@ -61,7 +62,7 @@ def pixel_keys(case: Case, features: Tensor, labels: Tensor) -> tuple[Tensor, li
         image = torch.arange(len(keys)).view(-1, *[1] * (keys.dim() - 1))
         keys, shape = keys + case.num_classes * image, [len(keys), *shape]
     keys = torch.where(valid, keys, -1).flatten()
-    if case.groups > 1:  # proven in test_class_keys.py
+    if case.groups > 1:  # tested in test_class_keys.py
         counts = torch.bincount(keys[keys >= 0], minlength=torch.Size(shape).numel())
         keys, shape = reference.split_groups(keys, counts, case.groups, 7), [*shape, case.groups]
     return keys, shape
@@ -84,7 +85,7 @@ def masked_sums(
     dsqdists: Tensor,
     term=lambda t: t,
 ) -> Expected:
-    """The naive formulas, a masked sum per key, in the anchors' dtype; sums are of term(…)."""
+    """The straightforward formulas: masked sums per key, in the anchors' dtype; sums of term(…)."""
     keys, shape = pixel_keys(case, features, labels)
     rows = features.movedim(1, -1).flatten(0, -2).to(anchors.dtype)
     dsums, dsqdists = dsums.to(rows.dtype).view(-1, rows.shape[1]), dsqdists.to(rows.dtype).view(-1)
@@ -115,7 +116,7 @@ def within_budget(ours: Tensor, exact: Tensor, straightforward: Tensor, squares:
 
 
 def run(case: Case, features: Tensor, labels: Tensor, anchors: Tensor, dsums, dsqdists):
-    """counts, sums, sqdists, dfeatures, danchors; without the anchors' where there are none."""
+    """counts, sums, sqdists, dfeatures, danchors; without the last if there are no anchors."""
     features, anchors = features.detach().requires_grad_(), anchors.detach().requires_grad_()
     counts, sums, sqdists = ao.class_moments(
         features,

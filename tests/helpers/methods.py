@@ -50,7 +50,7 @@ def batch(images: int = 3) -> tuple[Tensor, Tensor, nn.Conv2d]:
 
 
 def open_gate(method: Regularizer) -> Regularizer:
-    """A step beyond the gate, so that SAR's features count."""
+    """The method with an open gate, so that SAR uses the features."""
     for module in method.modules():
         if isinstance(module, ao.SAR) and module.embed:
             module.delta, module.gate = 0.0, "per_class"

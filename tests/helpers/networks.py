@@ -1,4 +1,4 @@
-"""Segmentation networks for what attaches to a model."""
+"""Segmentation networks for tests of `attach` and the training program."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ K, D = 5, 16
 
 
 class Net(nn.Module):
-    """A body, a dropout, a 1×1 convolution and an auxiliary head beside."""
+    """A body, a dropout, a 1×1 convolution and an auxiliary head."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A run of six steps on small digit scenes, and what it leaves in its directory."""
+"""A run of six steps on small digit scenes, and the files that it writes."""
 
 import json
 from pathlib import Path

@@ -5,8 +5,8 @@ from emulator import BACKEND, EMULATED
 
 import anchorops as ao
 
-# Without an emulator nothing here can run: tests/test_triton_interpreter.py and
-# tests/test_cuda_on_host.py start processes that have one.
+# These tests need the interpreter or the emulator: tests/test_triton_interpreter.py and
+# tests/test_cuda_on_host.py start processes with one of them.
 collect_ignore_glob = [] if EMULATED else ["test_*.py"]
 
 
@@ -19,7 +19,8 @@ def backend():
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """torch.empty holds NaN, integers their maximum: nothing unwritten passes for a result."""
+    """torch.empty contains NaN, or the largest integers, so that a test fails if a result was not
+    written."""
     torch.use_deterministic_algorithms(True)
     assert torch.zeros(1).new_empty(3).isnan().all()
     yield
@@ -28,8 +29,9 @@ def poisoned():
 
 @pytest.fixture(autouse=True)
 def patched_once(monkeypatch):
-    """The interpreter looks through triton.language at each call of a function by another. For our
-    own functions the kernel's launch has patched it: half the time of kernels with many of them."""
+    """The interpreter patches triton.language at each call of a function by another function. For
+    our own functions the launch of the kernel has already done this. It takes half of the time of
+    kernels with many functions."""
     if BACKEND != "triton":
         return
     from triton.runtime.interpreter import InterpretedFunction
@@ -46,7 +48,7 @@ def patched_once(monkeypatch):
 
 @pytest.fixture
 def sorted_by_numpy(monkeypatch):
-    """Triton's sorting network takes four fifths of the interpreter's time."""
+    """NumPy sorts, because Triton's sorting network takes four fifths of the interpreter's time."""
     if BACKEND != "triton":
         return
     import triton.language as tl
@@ -60,9 +62,9 @@ def sorted_by_numpy(monkeypatch):
 
 @pytest.fixture(params=["tiles", "sorted"])
 def path(request, monkeypatch):
-    """Pixels are summed tile by tile, or sorted by key: it goes this way, whatever the shapes.
-    Gives the fields of a case that lead there: Triton always sorts where anchors are learnable,
-    CUDA where tables of all classes do not fit in shared memory."""
+    """Selects whether pixels are summed tile by tile or sorted by key, for any shapes. Returns the
+    fields of a case that need this path: Triton always sorts if anchors are learnable, CUDA if
+    tables of all classes do not fit in shared memory."""
     if BACKEND != "triton":
         return {"anchors": "learnable", "unused_classes": 0 if request.param == "tiles" else 700}
     from anchorops.kernels import class_moments, launch

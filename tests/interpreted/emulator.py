@@ -1,5 +1,5 @@
-"""The backend whose kernels run here on the CPU: Triton's in its interpreter, or the CUDA sources
-as a C++ compiler built them (tests/csrc)."""
+"""The backend whose kernels run here on the CPU: the Triton kernels in Triton's interpreter, or the
+CUDA sources in the emulator (tests/csrc)."""
 
 import os
 

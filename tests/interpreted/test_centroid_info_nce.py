@@ -101,8 +101,8 @@ def test_strides_and_temperature():
 
 
 def test_offsets_are_64_bit():
-    """Strides of 2^30 elements: the last channels lie past 2^31. Few pages are ever touched."""
-    torch.use_deterministic_algorithms(False)  # or torch.empty would write all of it
+    """Strides of 2^30 elements: the last channels are beyond 2^31. Few pages are touched."""
+    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
     far = torch.empty(2**32, dtype=FP16).as_strided((2, 2, 4), (2, 1, 2**30))
     near = far.copy_(torch.randn(far.shape)).clone()
     arguments = None, None, None, 0.5, "sum"

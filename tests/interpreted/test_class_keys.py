@@ -57,7 +57,7 @@ def test_strides():
 
 
 def test_offsets_are_64_bit():
-    torch.use_deterministic_algorithms(False)  # or torch.empty would write all of it
+    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
     labels = torch.empty(2**32 + 64, dtype=torch.uint8).as_strided((3, 4, 5), (2**31, 5, 1))
     labels.copy_(torch.randint(0, 6, (3, 4, 5)))
     check(labels, (3, 1, 4, 5), 6)
@@ -90,7 +90,7 @@ def test_few_keys_take_partials_and_many_are_sorted(monkeypatch):
         assert 22 <= chunks(num_keys, 8, 720, 128, 256) <= 171  # half of the device to all of it
     for num_keys in (8 * 150, 2048, 16_384):
         assert chunks(num_keys, 8, 720, 128, 256) == 0
-    assert chunks(19, 300, 64) == 3  # as many as there are tiles
+    assert chunks(19, 300, 64) == 3  # the number of tiles
     assert chunks(16_384, 300, 768) == 0
 
 

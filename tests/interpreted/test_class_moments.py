@@ -75,7 +75,7 @@ SEVERAL_TILES = [  # in each chunk of the CUDA kernels, across the end of an ima
 
 
 def make_features(case: Case) -> torch.Tensor:
-    """Random features of that layout; what lies around a view is NaN."""
+    """Random features of this layout; the memory around a view is NaN."""
     values = torch.randn(case.size).to(case.dtype)
     if case.layout == "contiguous":
         return values
@@ -139,7 +139,7 @@ def moments_and_gradients(case, features, labels, anchors, weights):
 
 
 def by_class(case, features, labels, anchors):
-    """The straightforward float32 formula: sums and sqdists by a masked sum for each key."""
+    """The straightforward float32 formula: sums and sqdists as a masked sum for each key."""
     keys, counts = reference.class_keys(features, labels, case.classes, case.per_image, 255)
     if case.groups > 1:
         keys = reference.split_groups(keys, counts, case.groups, 7)
@@ -202,7 +202,7 @@ def check(case: Case):
         assert_within_budget(ours[2], exact[2], sqdists, exact[2])
     layout = torch.empty_like(features, device="meta").stride()
     assert ours[3].dtype == case.dtype and ours[3].stride() == layout
-    # one rounding to the features' dtype, and float32 arithmetic before it
+    # float32 arithmetic, then one rounding to the features' dtype
     error = (ours[3].double() - exact[3]).abs()
     eps = torch.finfo(case.dtype).eps
     assert (error <= eps * exact[3].abs() + 4 * FLOOR * exact[3].abs().max()).all()
@@ -216,7 +216,7 @@ def assert_equal(ours, others):
 
 
 def test_far_anchors(path):
-    """Squared distances and residual sums are summed directly: no digit is lost to the distance."""
+    """Squared distances and residuals are summed directly, so far anchors lose no digits."""
     case = Case((400, 8), 3, **path)
     labels = torch.arange(400) // 190
     anchors = torch.full((case.classes, 8), 4096.0) + torch.randn(case.classes, 8)
@@ -305,8 +305,8 @@ def test_nothing_valid(path):
 
 
 def test_offsets_are_64_bit(path):
-    """Strides of 2^30 elements: the last rows lie past 2^31. Few pages are ever touched."""
-    torch.use_deterministic_algorithms(False)  # or torch.empty would write all of it
+    """Strides of 2^30 elements: the last rows are beyond 2^31. Few pages are touched."""
+    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
     buffer = torch.empty(2**32 + 64, dtype=FP16)
     for view in (
         buffer.as_strided((4, 64), (2**30, 1)),

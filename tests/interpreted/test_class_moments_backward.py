@@ -1,6 +1,6 @@
-"""The gradient of class moments, by its operator: layouts, alignments and tables of all kinds.
+"""The gradient of class moments, by its operator: all layouts, alignments and tables.
 
-Each element lies between the exact value less and plus its error in float32, both rounded to the
+Each element is between the exact value minus and plus its error in float32, both rounded to the
 features' dtype.
 """
 
@@ -44,7 +44,7 @@ LAYOUTS = [  # of features, and their size
 
 
 def make_features(layout, size, dtype):
-    """Random features of that layout; what lies around a view is NaN."""
+    """Random features of this layout; the memory around a view is NaN."""
     values = torch.randn(size).to(dtype)
     if layout == "contiguous":
         return values
@@ -83,7 +83,7 @@ def dense_stride(features):
 
 
 def run(features, keys, anchors, dsums, dsqdists, groups=1, stride=None):
-    """features may be a view; without dsqdists the operator is not given them."""
+    """features may be a view; without dsqdists they are not passed to the operator."""
     size, dtype, stride = features.shape, features.dtype, stride or dense_stride(features)
     if dsqdists is None:
         features = anchors = None
@@ -182,8 +182,8 @@ def test_not_finite_element_spoils_itself_alone(layout):
 
 
 def test_offsets_are_64_bit():
-    """Strides of 2^30 elements: the last rows lie past 2^31. Few pages are ever touched."""
-    torch.use_deterministic_algorithms(False)  # or torch.empty would write all of it
+    """Strides of 2^30 elements: the last rows are beyond 2^31. Few pages are touched."""
+    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
     buffer = torch.empty(2**32 + 64, dtype=FP16)
     for size, stride in (  # test_class_moments.py has others
         ((4, 61), (2**30, 1)),

@@ -1,5 +1,4 @@
-"""Predicted classes and confusion matrices: equal integers, but where logits are equal up to
-rounding."""
+"""Predicted classes and confusion matrices: equal integers, unless logits are almost equal."""
 
 import pytest
 import torch
@@ -80,7 +79,7 @@ def test_nan_is_largest(pixels):
 
 
 def test_offsets_are_64_bit():
-    torch.use_deterministic_algorithms(False)  # or torch.empty would write all of it
+    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
     buffer = torch.empty(2**32 + 64, dtype=FP16)
     for stride in ((2**30, 12, 4, 1), (0, 2**30, 4, 1), (0, 1, 2**30, 4), (0, 1, 3, 2**30)):
         far = buffer.as_strided((4 if stride[0] else 1, 3, 3, 4), stride)
@@ -141,7 +140,7 @@ def test_strides_of_confusion():
     ],
 )
 def test_hits_are_the_diagonal(size, pixels, align_corners, dtype):
-    """By the same arithmetic: also where logits are equal up to rounding."""
+    """The arithmetic is the same, so this holds even if logits are equal up to rounding."""
     logits = (torch.randn(size) * 4).round().div(4).to(dtype)
     labels = torch.randint(0, size[1], (size[0], *pixels))
     labels[torch.rand(labels.shape) < 0.2] = 255

@@ -88,7 +88,7 @@ CASES = [
 
 
 def make_logits(case: Case) -> torch.Tensor:
-    """Random logits of that layout; what lies around a view is NaN."""
+    """Random logits of this layout; the memory around a view is NaN."""
     values = (case.scale * 3 * torch.randn(case.size)).to(case.dtype)
     if case.layout == "contiguous":
         return values
@@ -209,7 +209,7 @@ def check(case: Case, through=FLOATING):
             assert not ours[name][~is_valid(case, labels)].any(), f"{name}: ignored pixels are 0"
     layout = torch.empty_like(logits, device="meta").stride()
     assert dlogits.dtype == case.dtype and dlogits.stride() == layout
-    # one rounding to the logits' dtype, and float32 arithmetic before it
+    # float32 arithmetic, then one rounding to the logits' dtype
     eps = torch.finfo(case.dtype).eps * (1 if case.dtype == BF16 and BACKEND == "triton" else 0.5)
     if case.dtype == FP16:
         formula_gradient = formula_gradient + 2**-24  # its smallest number
@@ -449,8 +449,8 @@ def test_strides_of_labels_and_gradients():
 
 
 def test_offsets_are_64_bit():
-    """Strides of 2^30 elements: the last ones lie past 2^31. Few pages are ever touched."""
-    torch.use_deterministic_algorithms(False)  # or torch.empty would write all of it
+    """Strides of 2^30 elements: the last ones are beyond 2^31. Few pages are touched."""
+    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
     buffer = torch.empty(2**32 + 64, dtype=FP16)
     for size, stride in (
         ((4, 2, 3, 4), (2**30, 12, 4, 1)),

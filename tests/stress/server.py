@@ -1,9 +1,9 @@
-"""Imports the training program once, and forks for every run of it.
+"""Imports the training program once, and forks a process for every run.
 
-A line of standard input is a JSON object: `arguments` of the program, `messages`, the file for what
-it prints, whether to draw `pictures`, which takes nine tenths of a run, and an attack: `place`,
-`call`, `event` and `signum` (see watch), or `limit`, the largest file in bytes. The answer is the
-exit status.
+A line of standard input is a JSON object. It contains `arguments` of the program; `messages`, the
+file for its output; whether to draw `pictures`, which takes nine tenths of a run; and a
+disturbance: `place`, `call`, `event` and `signum` (see watch), or `limit`, the largest file in
+bytes. The answer is the exit status.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import nn
 from anchorops.train import __main__, checkpoint, commands, finish, loop, parts, state, validation
 from anchorops.train.models import Segmenter
 
-# what is attacked: a function, where its caller finds it
+# the places that are disturbed: functions, with the module in which their caller finds them
 PLACES: dict[str, tuple[Any, str]] = {
     "parse": (commands, "_train"),
     "count": (parts, "class_counts"),
@@ -59,7 +59,8 @@ def build_model(name: str, num_classes: int, *, channels: int, **_: object) -> S
 
 def watch(place: str | None, call: int, event: int, signum: int) -> dict[str, list[int]]:
     """Send the signal to this process at the event-th call of a function, in Python or C, within
-    the call-th call of a place. Without a place: how many such events each call of each has."""
+    the call-th call of a place. Without a place: the number of such events in each call of each
+    place."""
     events: dict[str, list[int]] = {name: [] for name in PLACES}
     active: list[str] = []
 
@@ -111,7 +112,7 @@ def run_program(order: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have ignored it
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -1,5 +1,5 @@
-"""Training runs that are killed, interrupted, given too small a disk, damaged checkpoints and data,
-and in the end are the run that nothing happened to, bit for bit. `make stress` runs them.
+"""Training runs that are killed or interrupted, or have a full disk, damaged checkpoints or damaged
+data. In the end they must equal an undisturbed run, bit for bit. `make stress` runs them.
 
 A round is a function of its seed: pytest tests/stress -m stress --seed 17 --rounds 1
 """
@@ -64,7 +64,7 @@ class Program:
         return self._run([*arguments, *OPTIONS.split()], out, attack)
 
     def go_on(self, out: Path, **attack: Any) -> int:
-        """As somebody would: resume, or start again where the first start left nothing."""
+        """Continue like a user: resume, or start again if the first start wrote no checkpoint."""
         if not (out / "run/config.json").exists():
             return self.start(out, **attack)
         return self._run(["resume", str(out / "run")], out, attack)
@@ -130,7 +130,7 @@ def test_attacked_run_is_the_run_without(program: Program, seed: int):
 
 
 def stop_by_signal(program: Program, out: Path, random: Random) -> None:
-    """At a random moment in a random place; a run that has passed the place comes to its end."""
+    """At a random moment in a random place; a run that has passed the place finishes."""
     places = program.places()
     signum, place = random.choice(SIGNALS), random.choice(sorted(places))
     call = random.randint(1, len(places[place]))
@@ -149,7 +149,7 @@ def stop_by_signal(program: Program, out: Path, random: Random) -> None:
 
 
 def repeat_the_command(program: Program, out: Path) -> None:
-    """By mistake: a run that has a checkpoint is neither changed nor started over."""
+    """Repeated by mistake: a run with a checkpoint is neither changed nor started again."""
     run = out / "run"
     if not run.exists() or not latest_checkpoint(run):
         return
@@ -160,7 +160,7 @@ def repeat_the_command(program: Program, out: Path) -> None:
 
 
 def fill_disk(program: Program, out: Path, random: Random) -> None:
-    """A disk of a random size, or files of one where nothing can be mounted."""
+    """A disk of a random size, or a limit of the file size if nothing can be mounted."""
     out.mkdir()
     needed = sum(path.stat().st_size for path in program.straight.iterdir())
     size = random.randint(needed // 20, needed)
@@ -168,7 +168,7 @@ def fill_disk(program: Program, out: Path, random: Random) -> None:
     print(f"  {size} bytes of {needed}, {'on a disk' if mounted else 'the largest file'}")
     status = program.start(out, **({} if mounted else {"limit": size}))
     print(f"  {status}: {program.said.strip().splitlines()[-1:]}")
-    if status == 0:  # what fails after the training is only said
+    if status == 0:  # failures after the training are only reported
         assert (out / "run/results.json").exists()
     else:
         assert status == 1 and "anchorops-train: " in program.said
@@ -190,7 +190,7 @@ def unmount(folder: Path) -> None:
 
 
 def damage_checkpoint(program: Program, out: Path, random: Random) -> None:
-    """A damaged checkpoint is refused by name, or the damage was to no value."""
+    """A damaged checkpoint is refused with its name, unless the damage changed no value."""
     run = out / "run"
     path = latest_checkpoint(run) if run.exists() else None
     if path is None:
@@ -214,7 +214,7 @@ def damage_checkpoint(program: Program, out: Path, random: Random) -> None:
 
 
 def damage_data(program: Program, out: Path, random: Random) -> None:
-    """A file that was cut off is named, or was not needed any more."""
+    """The message names a truncated file, unless it was no longer needed."""
     files = [path for path in sorted(program.root.glob("[im]*s/*/*")) if path.is_file()]
     path = random.choice([*files, program.root / "classes.txt"])
     kept = path.with_suffix(".kept")
@@ -232,7 +232,7 @@ def damage_data(program: Program, out: Path, random: Random) -> None:
 
 def assert_same_run(run: Path, straight: Path, pictures: bool) -> None:
     saved, expected = checkpoints(run), checkpoints(straight)
-    assert saved[-1].name == expected[-1].name and len(saved) <= 2  # the other is of the stop
+    assert saved[-1].name == expected[-1].name and len(saved) <= 2  # the other: from stopping
     names = {path.name for path in straight.iterdir() if path not in expected}
     assert {path.name for path in run.iterdir() if path not in saved} == names
     for name in ("results.json", "metrics.jsonl"):

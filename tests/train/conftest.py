@@ -19,7 +19,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps that nothing interrupted."""
+    """A run of six steps without interruptions."""
     config = TINY.replace(out=tmp_path_factory.mktemp("runs"), name="straight")
     loop.start(config)
     return config.run
@@ -27,7 +27,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes, images of differing sizes in sub-folders, JPEG and PNG."""
+    """Two classes, images of different sizes in subfolders, JPEG and PNG."""
     for split in ("train", "val"):
         write(tmp_path / f"images/{split}/a/1.jpg", image())
         write(tmp_path / f"masks/{split}/a/1.png", mask(0, 1, 255))

@@ -1,4 +1,4 @@
-"""Checkpoints and journals that are cut short, damaged or of something else."""
+"""Checkpoints and journals that are truncated, damaged or from another run."""
 
 import resource
 import shutil
@@ -40,7 +40,7 @@ def test_full_disk_leaves_earlier_checkpoint(tmp_path: Path):
     assert sorted(x.name for x in tmp_path.iterdir()) == [path.name, "metrics.jsonl"]
     assert checkpoint.load_checkpoint(path)["step"] == 1
     Journal(tmp_path, 1, 10, evaluated=0)
-    assert (tmp_path / "metrics.jsonl").read_text() == ""  # the line that was cut short is gone
+    assert (tmp_path / "metrics.jsonl").read_text() == ""  # the truncated line was removed
 
 
 def test_truncated_checkpoint_names_the_earlier_one(tmp_path: Path):
@@ -57,7 +57,7 @@ def test_flipped_bit_in_a_checkpoint(tmp_path: Path):
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 4  # in the tensor's values
     path.write_bytes(whole)
-    assert torch.load(path)["x"].any()  # torch says nothing
+    assert torch.load(path)["x"].any()  # torch does not report it
     with pytest.raises(ValueError, match=r"checkpoint-00000001.pt is damaged \(the checksum of"):
         checkpoint.load_checkpoint(path)
 

@@ -20,7 +20,7 @@ def test_counts_are_made_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(MaskFolder, "read_labels", None)
     again = class_counts(open_folder(folder, "train"), cache)
     assert [x.tolist() for x in again[:2]] == [[18, 38], [1, 2]]
-    with pytest.raises(TypeError):  # another label map: counted anew
+    with pytest.raises(TypeError):  # another label map: counted again
         class_counts(open_folder(folder, "train", label_map={1: 255}), cache)
 
 

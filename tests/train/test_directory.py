@@ -1,4 +1,4 @@
-"""The directory of a run: what may be deleted, and what is offered instead."""
+"""The directory of a run: what may be deleted, and what is suggested instead."""
 
 import json
 from pathlib import Path
@@ -21,8 +21,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
-def test_directory_of_somebody_else_is_left_alone(options: list[str], tmp_path: Path):
-    """A model of Hugging Face has a config.json, and no metrics.jsonl."""
+def test_other_directories_are_not_changed(options: list[str], tmp_path: Path):
+    """A model of Hugging Face has a config.json, but no metrics.jsonl."""
     model = tmp_path / "models/bert"
     model.mkdir(parents=True)
     (model / "config.json").write_text('{"model_type": "bert"}')
@@ -34,7 +34,7 @@ def test_directory_of_somebody_else_is_left_alone(options: list[str], tmp_path: 
 
 
 def test_command_that_was_killed_and_is_repeated(tmp_path: Path):
-    """Its checkpoints are there before its first log line."""
+    """It has written checkpoints before its first log line."""
     run = tmp_path / "run"
     begin(run)
     checkpoint.save_checkpoint(run, 400, {})
@@ -73,7 +73,7 @@ def test_overwriting_deletes_only_what_a_run_wrote(
 
 
 def test_run_of_an_earlier_version(tmp_path: Path):
-    """It had no marker: it is not deleted, but goes on."""
+    """It has no marker: it is not deleted, but can be resumed."""
     run = tmp_path / "run"
     begin(run)
     checkpoint.save_checkpoint(run, 400, {})
@@ -106,7 +106,7 @@ def test_demo_overwrites_its_own_runs(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_start_in_an_empty_directory(tmp_path: Path):
     (tmp_path / "run").mkdir()
     begin(tmp_path / "run")
-    begin(tmp_path / "run")  # the first came to nothing
+    begin(tmp_path / "run")  # the first start failed
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file: give this run a --name"):
         begin(tmp_path / "file")
@@ -135,7 +135,7 @@ def test_directory_has_one_program_at_a_time(tmp_path: Path):
 
 
 def test_only_checkpoints_are_rotated(tmp_path: Path):
-    """A file that somebody put beside them is neither deleted nor resumed from."""
+    """Another file in the directory is neither deleted nor resumed from."""
     for name in ("checkpoint-best.pt", "checkpoint-1.pt", "checkpoint-00000009.pt.old"):
         (tmp_path / name).write_text(name)
     (tmp_path / "checkpoint-00000002.pt.part").touch()  # of a process that was killed

@@ -35,7 +35,7 @@ def test_confusion_of_images_of_any_size_and_windows():
 
 
 def test_evaluation_memory_of_many_classes():
-    """No tensor of all pixels and classes, 1.2 GB here, and none of pixels and pairs of classes."""
+    """No tensor has all pixels and classes, here 1.2 GB, or all pixels and pairs of classes."""
     image, truth = torch.zeros(1, 3, 1024, 2048), torch.zeros(1, 1024, 2048, dtype=torch.int16)
 
     class Constant(nn.Module):

@@ -34,7 +34,7 @@ NAMES = [r"a $\frac$ thing", "<script>&amp;", "_of which the name is " + 5 * "so
 def test_results_do_not_depend_on_pictures(
     fails: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    """Names with markup are drawn as they are; what fails is said on one line."""
+    """Names with markup are drawn unchanged; a failure is reported on one line."""
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no\nink")
@@ -103,7 +103,7 @@ def test_weights_of_absent_classes(folder: Path):
 
 @pytest.mark.slow
 def test_more_than_255_classes_from_files_to_report(tmp_path: Path):
-    """Masks of 16 bits; class 255 is one like the others."""
+    """16-bit masks; class 255 is an ordinary class."""
     for split in ("train", "val"):
         for name, classes in (("a", [255, 299]), ("b", [0, 255])):
             noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Data sets on disk, in trees that the tests write: pairing, formats, label values, messages."""
+"""Data sets in directories that the tests write: pairing, formats, label values, messages."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The training program without its runs: scenes, order, networks, losses, figures, options."""
+"""Parts of the training program: scenes, order, networks, losses, figures, options."""
 
 import copy
 from pathlib import Path
@@ -191,7 +191,7 @@ def test_auxiliary_head_adds_its_cross_entropy():
     torch.testing.assert_close(loss.detach(), torch.stack(parts).sum())
     loss.backward()
     assert all(p.grad is not None for p in model.auxiliary.parameters())
-    model(images)  # in training, its map not taken
+    model(images)  # in training, without reading its map
     model.eval()(images)
     copy.deepcopy(model)  # nothing of the graph is kept
 
@@ -227,7 +227,7 @@ def test_crop_that_shows_one_class_is_drawn_again():
     # one of eleven draws fails with probability (1 − 9/49)^11 = 0.11
     assert sum(share < 0.75 for share in varied) > 35
     small = VariedCrop((16, 96), 0.75)(tv_tensors.Mask(torch.zeros(1, 8, 8, dtype=torch.int16)))
-    assert small.shape == (1, 16, 96)  # one class alone: given up, not repeated for ever
+    assert small.shape == (1, 16, 96)  # only one class: it stops after some repetitions
 
 
 def test_photometric_distortion_keeps_the_order_of_channels():

@@ -1,4 +1,4 @@
-"""Training runs: that they end, stop, go on, and say what is wrong."""
+"""Training runs: they finish, stop, resume, and report what is wrong."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_report_is_one_page(straight: Path):
 def test_interrupted_run_continues_bit_for_bit(
     signum: int, where: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """In a step, and in the evaluation after it, which begins anew."""
+    """In a step, and in the evaluation after it, which is repeated."""
     config = TINY.replace(out=tmp_path, name="interrupted", save_every=100)
     steps = []
 
@@ -84,7 +84,7 @@ def test_interrupted_run_continues_bit_for_bit(
 
 
 def test_resuming_from_inside(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The results of a finished run are made anew, in its directory alone."""
+    """The results of a finished run are written again, only in its directory."""
     shutil.copytree(straight, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
     Path("results.json").unlink()
@@ -143,9 +143,9 @@ def free_port() -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "deterministic"), [(2, False), (3, True)])
 def test_ranks(ranks: int, deterministic: bool, tmp_path: Path):
-    """Ranks, of which one is asked to stop between two log lines, stop together and go on bit
-    for bit. Images are counted once, and what the ranks measure is what their checkpoint does
-    alone. Methods with statistics of all ranks come to the report's end, too."""
+    """If one rank is asked to stop between two log lines, all ranks stop, and they resume bit for
+    bit. Images are counted once, and the figures of the ranks equal those of their checkpoint in
+    one process. With statistics of all ranks, the report is also written."""
     for name in ("straight", "stopped"):
         config = TINY.replace(
             out=tmp_path,

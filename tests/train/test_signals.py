@@ -85,7 +85,7 @@ def test_signal_outside_the_steps(case: str, ended: tuple[Path, dict[str, str]])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signal_while_the_program_is_imported(signum: int, tmp_path: Path):
     command = [sys.executable, "-m", "anchorops.train", "--out", str(tmp_path)]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as a shell may
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
@@ -114,7 +114,7 @@ def test_second_interrupt(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(signals.time, "monotonic", lambda: now)
     with signals.StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # torchrun's echo
+        os.kill(os.getpid(), signal.SIGINT)  # as torchrun forwards it
         assert stop.received == signal.SIGINT
         now += 2
         with pytest.raises(KeyboardInterrupt):
@@ -143,8 +143,8 @@ def waited(waiting: Config) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_signals_and_workers(signum: int, waiting: Config, waited: Path):
-    """SIGTERM to the whole group, workers included, leaves a checkpoint; a training process that is
-    killed alone takes its workers with it."""
+    """After SIGTERM to the whole group, including workers, there is a checkpoint. If only the
+    training process is killed, its workers end too."""
     config = waiting.replace(name=f"signal-{signum}", workers=1, save_every=1 if signum == 9 else 9)
     config.run.mkdir()
     config.save(config.run / "config.json")
@@ -159,7 +159,7 @@ def test_signals_and_workers(signum: int, waiting: Config, waited: Path):
         time.sleep(0.005)
     kill = process.send_signal if signum == signal.SIGKILL else partial(os.killpg, process.pid)
     kill(signum)
-    try:  # the end of stderr is that of every process which writes to it
+    try:  # stderr ends when every process that writes to it has ended
         _, messages = process.communicate(timeout=60)
     finally:
         with suppress(ProcessLookupError):

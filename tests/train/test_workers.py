@@ -1,4 +1,4 @@
-"""Processes that prepare images: they end when the training process wants them to."""
+"""Processes that load images: they end when the training process no longer needs them."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -54,7 +54,7 @@ def test_workers_end_with_the_block(
     scenes: type[DigitScenes],
     error: type[Exception] | None,
 ):
-    """However it ends, and while its exception is still there, whose frames refer to torch's."""
+    """They always end with it, also while its exception exists, whose frames refer to torch's."""
     caught = None
     try:
         with batches_of(loader(scenes)) as batches:
