@@ -1,7 +1,7 @@
-"""InfoNCE between the centroids of K classes, against cross-entropy of a similarity matrix.
+"""InfoNCE between the centroids of K classes, compared with cross-entropy of a similarity matrix.
 
-Bytes: queries and keys read once, for the gradients read again and written once. It is bound by its
-launches, so on a GPU it is also timed as a CUDA graph.
+Bytes: queries and keys are read once; for the gradients they are read again and written once. The
+launches determine its time, so on a GPU it is also timed as a CUDA graph.
 """
 
 import torch

@@ -1,11 +1,10 @@
-"""Class moments and what is built on them, against the formulas people write by hand.
+"""Class moments and functions that use them, compared with the formulas people write by hand.
 
-Bytes are those of the byte model: forward reads the features once; forward and backward together
-read them twice and write their gradient once, and where no squared distance is asked for read them
-once and write once.
+Bytes are those of the byte model. Forward reads the features once. Forward and backward together
+read them twice and write their gradient once; without squared distances they read and write once.
 
-On CPU large outputs are fresh memory in each call, as in training, and their page faults are part
-of the time: of a gradient of 189 MB 46,000 with pages of 4 KB, 600 where huge pages are asked for.
+On CPU large outputs are new memory in each call, as in training, and their page faults are part of
+the time: a gradient of 189 MB has 46,000 page faults with pages of 4 KB, and 600 with huge pages.
 """
 
 from collections.abc import Callable
@@ -79,7 +78,7 @@ Formula = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def outputs(operation: str, moments: Callable[..., reference.ClassMoments]) -> Formula:
-    """What the operation gives of (features, labels, anchors), by one way to take moments."""
+    """The results of the operation for (features, labels, anchors), with one implementation."""
 
     def formula(features: Tensor, labels: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
         options = {
@@ -129,13 +128,13 @@ def names(case: Case, device: torch.device) -> list[str]:
     return [*backends(device), *rival_formulas(case)]
 
 
-@lru_cache(1)  # cases on the same inputs follow each other
+@lru_cache(1)  # consecutive cases have the same inputs
 def make_inputs(*args) -> Inputs:
     return Inputs(*args)
 
 
 def upstream(operation: str, inputs: Inputs) -> tuple[Tensor, ...]:
-    """The gradients that arrive at the operation's outputs."""
+    """The gradients of the operation's outputs."""
     if operation == MSE:
         return (torch.ones((), device=inputs.device),)
     if operation == GROUPS:

@@ -1,7 +1,7 @@
-"""How the cost of class moments grows with the features' elements, and with the classes.
+"""The time of class moments for growing numbers of feature elements and of classes.
 
-Expected of the byte model: linear in N·D; flat in K until the K×D statistics, their gradients and
-the anchors weigh as much as the features. Where elements are few, calls cost more than bytes.
+The byte model predicts: linear in N·D; constant in K until the K×D statistics, their gradients and
+the anchors are as large as the features. With few elements, calls take longer than moving bytes.
 """
 
 import torch
@@ -11,8 +11,8 @@ from cases import Case, Shape, backends, grid
 BY_SIZE, BY_CLASSES = "growth with N·D", "growth with K"
 EDGES = (6, 20, 62, 198, 625)  # 256 channels: 9.2·10^3 to 1.0·10^8 elements
 CLASSES = (2, 8, 32, 128, 512, 2048, 8192, 16_384)
-# Beyond: a backward pass writes the gradient of all rows for each class; one-hot labels of int64
-# take 4 GB at 16,384 classes.
+# With more classes, the loop's backward pass writes the gradient of all rows for each class, and
+# one-hot labels of int64 need 4 GB at 16,384 classes.
 MOST_CLASSES = {"class loop": 128, "one_hot bmm": 2048}
 
 

@@ -1,7 +1,7 @@
 """Each loss as `attach` calls it, forward and backward to features, classifier and parameters.
 
-The rivals are the same losses on class statistics taken by hand, so the figures differ by the
-statistics alone. Bytes are those of the method's pass over the features.
+They are compared with the same losses on class statistics computed by hand, so the figures differ
+only by the statistics. Bytes are those of the method's pass over the features.
 """
 
 import copy
@@ -28,7 +28,7 @@ METHODS = {
     ),
 }
 WITH_ANCHORS = ("SAR", "SAR + OCCL")
-OWN_PASS = ("CeCo at label size",)  # splats the labels and takes one bmm: no keyed statistics
+OWN_PASS = ("CeCo at label size",)  # it uses one bmm instead of class moments
 RIVALS = ("index_add", "one_hot bmm", "class loop")
 
 
@@ -61,7 +61,7 @@ def test_loss(bench, case: Case, name: str):
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
 
     def step(module: nn.Module, parameters: list[Tensor]) -> list[Tensor]:
-        """Gradients of features and parameters; of CBP, which has none, the centroids."""
+        """Gradients of features and parameters; for CBP, which has none, the centroids."""
         loss = module(features, inputs.labels, classifier)
         if isinstance(module, ao.CBP):
             return [module.centroids]
@@ -87,7 +87,7 @@ def test_loss(bench, case: Case, name: str):
 
 @torch.no_grad()
 def open_gate(sar: ao.SAR, classifier: nn.Conv2d) -> None:
-    """SAR pulls pixels only while the classifier recognises all anchors: make it so."""
+    """SAR pulls pixels only if the classifier recognises all anchors: set the weights for this."""
     weight = 20 * torch.linalg.pinv(sar.embedding(sar.anchors)).T
     classifier.weight.copy_(weight[..., None, None])
     if classifier.bias is not None:

@@ -1,11 +1,11 @@
-"""Losses and confusion matrices at the labels' size, against upsampling the logits first.
+"""Losses and confusion matrices at the labels' size, compared with upsampling the logits first.
 
-Bytes are those of the operator: forward reads logits and labels and writes lse; backward reads the
-three and writes the logits' gradient.
+Bytes are those of the operator: forward reads logits and labels and writes lse; backward reads
+these three and writes the logits' gradient.
 
 The formulas people write allocate several tensors of all labels and classes. On CPU these are new
-memory in each call, whose page faults take about half of the time; "kept pages" are the same
-formulas where malloc keeps its memory, as some programs arrange it.
+memory in each call, and their page faults take about half of the time. "kept pages" are the same
+formulas with a malloc that does not return memory to the operating system, as in some programs.
 """
 
 import contextlib
@@ -142,8 +142,8 @@ def bincount_confusion(z: Tensor, y: Tensor) -> Tensor:
 
 
 def rival_formulas(case: Case) -> dict[str, Formula]:
-    """Those of libraries that are installed. What is not the same loss, smp's focal, is left
-    unchecked."""
+    """The formulas of installed libraries. smp's focal loss is another loss, so its value is not
+    checked."""
 
     def smp(name: str) -> Formula:
         losses = importlib.import_module("segmentation_models_pytorch.losses")
@@ -200,7 +200,7 @@ def names(case: Case, device: torch.device) -> list[str]:
 
 @contextlib.contextmanager
 def kept_pages() -> Iterator[None]:
-    """malloc neither maps large blocks apart nor gives memory back."""
+    """malloc neither maps large blocks separately nor returns memory to the operating system."""
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

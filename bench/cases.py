@@ -1,4 +1,4 @@
-"""What is measured: shapes, labels, dtypes, and the exact answers that every formula must give."""
+"""The measured cases: shapes, labels, dtypes, and the exact results for every formula."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -58,10 +58,10 @@ class Case(NamedTuple):
 
     operation: str
     direction: str
-    shape: Any  # a Shape, or what a suite has in its place
+    shape: Any  # a Shape, or another type of a benchmark file
     dtype: str = ""  # float32 on CPU, bfloat16 on GPU
     labels: str = "coherent"
-    compiled: bool = False  # torch.compile of the rivals too, which takes some 10 s each
+    compiled: bool = False  # also compile the rivals, which takes about 10 s each
 
     def __str__(self) -> str:
         parts = (self.operation, self.direction, self.shape.name, self.dtype, self.labels)
@@ -79,7 +79,7 @@ def grid(quick: list[Case], full: list[Case], names: Callable[[Case, torch.devic
 
 
 def backends(device: torch.device) -> dict[str, str]:
-    """Our implementations on the device, by the name they have in tables, fastest first."""
+    """Our implementations on the device, by their name in tables, fastest first."""
     kinds = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}[device.type]
     usable = [kind for kind in kinds if ao.backends()[kind] is None and not TRITON_INTERPRETED]
     return {f"anchorops ({kind})": kind for kind in usable or ["reference"]}
@@ -99,7 +99,7 @@ class Inputs:
             self.labels = self.labels.repeat_interleave(4, 1).repeat_interleave(4, 2)
         matrix = (shape.num_classes, shape.size[1])
         self.anchors = torch.randn(matrix, device=device, generator=generator)
-        # the gradients that arrive at sums and sqdists
+        # the gradients of sums and sqdists
         self.dsums = torch.randn(matrix, device=device, generator=generator)
         self.dsqdists = torch.rand(shape.num_classes, device=device, generator=generator)
 

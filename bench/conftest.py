@@ -1,4 +1,4 @@
-"""Checks, measures, records and prints each benchmark beside its rivals and its machine."""
+"""Checks, measures, records and prints each benchmark, with its rivals and its machine."""
 
 import json
 import os
@@ -27,8 +27,8 @@ from anchorops.measure import (
 )
 
 ROOT = Path(__file__).parents[1]
-TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}  # of rivals too: expanded squares, sums kept in bfloat16
-NATURAL = {"cpu": "fp32", "cuda": "bf16"}  # dtype of the cases that name none
+TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}  # also for rivals with expanded squares or bfloat16 sums
+NATURAL = {"cpu": "fp32", "cuda": "bf16"}  # the default dtype of a case
 GRAPH = ", CUDA graph"
 ROWS: pytest.StashKey["Rows"] = pytest.StashKey()
 
@@ -40,7 +40,7 @@ def pytest_addoption(parser):
     group.addoption("--rows", type=Path, help="write the results to this JSON file")
     group.addoption("--threads", type=int, default=2, help="of torch on the CPU (default 2)")
     group.addoption("--seconds", type=float, default=0.6, help="of timing for each row")
-    group.addoption("--tiny", action="store_true", help="tiny tensors: that everything runs")
+    group.addoption("--tiny", action="store_true", help="tiny tensors, only to test the code")
 
 
 def pytest_configure(config):
@@ -71,12 +71,12 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """The quick cases of every file first: a run cut short has them."""
+    """The quick cases of every file come first, so an interrupted run has them."""
     items.sort(key=lambda item: item.get_closest_marker("rank").args[0])
 
 
 class Rows:
-    """The rows of a run, written after each, so that a run cut short leaves what it has."""
+    """The rows of a run. They are written after each row, so an interrupted run keeps them."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.device = torch.device(str(config.getoption("--device")))
@@ -103,13 +103,13 @@ class Rows:
 
 
 def key(row: dict) -> tuple:
-    """What rows share that compare: the case, and whether a CUDA graph was replayed."""
+    """The key of rows that are compared: the case, and whether a CUDA graph was replayed."""
     fields = ("operation", "direction", "shape", "size", "num_classes", "dtype", "labels")
     return (*(str(row[field]) for field in fields), row["name"].endswith(GRAPH))
 
 
 def commit() -> str:
-    """Of the checkout; where only its files are, $ANCHOROPS_COMMIT says."""
+    """The commit of the checkout; without git, $ANCHOROPS_COMMIT."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     told = ""
     if shutil.which("git"):
@@ -118,7 +118,7 @@ def commit() -> str:
 
 
 class Bench:
-    """What a benchmark needs: `check` first, then `record`."""
+    """The fixture of a benchmark: call `check` first, then `record`."""
 
     def __init__(self, request: pytest.FixtureRequest, benchmark) -> None:
         config = request.config
@@ -140,7 +140,7 @@ class Bench:
     def record(
         self, run: Run, case: Case, name: str, counted_bytes: int, beside: Tensor | None = None
     ) -> None:
-        """Times the run, with the copy and the sum of the tensor `beside` it."""
+        """Times the run, in turn with a copy and a sum of the tensor `beside`."""
         graph = name.endswith(GRAPH)
         if graph:
             eager, run = tree_leaves(run()), cuda_graph(run)
@@ -169,7 +169,7 @@ class Bench:
         }
         self._rows.add(row)
         self._benchmark.extra_info.update(row)
-        if self._benchmark.enabled:  # for --benchmark-json, --benchmark-compare and the like
+        if self._benchmark.enabled:  # for --benchmark-json, --benchmark-compare and others
             stats = self._benchmark._make_stats(1)
             for seconds in times:
                 stats.update(seconds)
@@ -177,7 +177,7 @@ class Bench:
 
 @pytest.fixture
 def bench(request, benchmark) -> Bench:
-    torch.compiler.reset()  # else a formula compiled for many shapes runs uncompiled, in silence
+    torch.compiler.reset()  # otherwise a formula compiled for many shapes would run uncompiled
     return Bench(request, benchmark)
 
 
@@ -216,5 +216,5 @@ def line(row: dict) -> str:
     if row["extra_bytes"] is not None:
         text += f"  +{row['extra_bytes'] / 2**20:,.0f} MiB"
     if (row["others"] or 0) > DISTURBED:
-        text += f"  disturbed: {row['others']:.1f} cores busy elsewhere"
+        text += f"  disturbed: {row['others']:.1f} cores busy with other processes"
     return text

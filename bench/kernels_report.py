@@ -1,13 +1,17 @@
-"""What the Triton kernels compile to, without a GPU: `make kernels-report`.
+"""A report of the machine code of the Triton kernels, without a GPU: `make kernels-report`.
 
-The launchers are called with tensors on the meta device and a driver that names a GPU; Triton then
-compiles what it would launch there, and the table is read off the machine code. Fails on spills.
+The launchers are called with tensors on the meta device and a driver that names a GPU. Triton then
+compiles the kernels that it would launch there, and the machine code is counted. It fails on
+spills.
 
-Two budgets for streaming kernels, both for an H200 (4.3 TB/s, 132 multiprocessors, 1.75 GHz):
-- warp instructions for each 512 bytes that a warp loads (stores, where nothing is loaded), on the
+There are two budgets for streaming kernels, both for an H200 (4.3 TB/s, 132 multiprocessors, 1.75
+GHz):
+- warp instructions for each 512 bytes that a warp loads (stores, if nothing is loaded), on the
   shortest path of the hot loop through its loads: 110 would take as long as the memory;
-- KB in flight on a multiprocessor: resident threads × the bytes each has asked for; 23 suffice.
-And the share of the copy bandwidth that time_model.py predicts for the same loop on sm_90.
+- KB in flight on a multiprocessor: resident threads × the bytes that each has requested; 23 are
+  enough.
+The report also has the share of the copy bandwidth that time_model.py predicts for the same loop on
+sm_90.
 """
 
 import argparse
@@ -46,7 +50,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Instructions that the path must pass, in this order; a program without a loop ends where it began.
+# Instructions that the path must contain, in this order.
 FEATURES = r"LDG\.E\.EF"  # the only loads that are evicted first
 PATHS = {
     "_sorted_pixels_kernel": [r"LDG\.E(?!\.EL)"],  # all the others are evicted last
@@ -56,7 +60,7 @@ PATHS = {
 }
 
 
-# What moves features or their gradient there.
+# The instructions that move features or their gradient there.
 STREAMS = {
     "_sorted_pixels_kernel": re.compile(r"LDG\.E(?!\.EL)"),
     "_class_moments_bwd_kernel": re.compile(rf"{FEATURES}|STG"),
@@ -64,7 +68,7 @@ STREAMS = {
 
 
 class Driver(NamedTuple):
-    """As much of a Triton driver as compilation asks for."""
+    """The parts of a Triton driver that compilation needs."""
 
     name: str
 
@@ -89,7 +93,7 @@ class Variant(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')} {self.layout}: sums{extra}"
 
 
-MANY = 16_381  # classes, sorted by key; like 19 no multiple of 16, for Triton's constants
+MANY = 16_381  # classes, sorted by key; like 19 not a multiple of 16, for Triton's constants
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUICK = [
     Variant(BF16, "NCHW", True, False),
@@ -148,7 +152,8 @@ def launch_moments(variant: Variant, classes: int) -> None:
 
 
 class PixelVariant(NamedTuple):
-    """Upsampled logits; with `dice` masses, squares, hits and all gradients, else cross-entropy."""
+    """Upsampled logits; with `dice` masses, squares, hits and all gradients, otherwise only the
+    cross-entropy."""
 
     dtype: torch.dtype
     layout: str

@@ -1,4 +1,4 @@
-"""Label maps for the time model: of street scenes, and random; and what their tiles hold."""
+"""Label maps for the time model, of street scenes and random, and the keys in their tiles."""
 
 from functools import cache
 
@@ -9,11 +9,11 @@ Tiles = list[tuple[tuple[int, ...], ...]]  # of each tile, the changes in its se
 
 @cache
 def label_maps(kind: str, batch: int, height: int, width: int, classes: int) -> np.ndarray:
-    """int [batch, height, width], 255 in place of what is ignored.
+    """int [batch, height, width], 255 for ignored pixels.
 
-    "images": each has four bands with uneven edges, as sky, buildings, ground and road have, 16
-    things of 3 to 40 pixels before them, small ones at the horizon, three poles and a border of
-    ignored pixels. "random": each pixel drawn alone.
+    "images": each has four bands with uneven edges, like sky, buildings, ground and road; 16
+    objects of 3 to 40 pixels in front of them, small ones at the horizon; three poles; and a border
+    of ignored pixels. "random": each pixel drawn independently.
     """
     random = np.random.default_rng(0)
     if kind == "random":
@@ -51,7 +51,7 @@ def changes_of_tiles(keys: np.ndarray, tile: int, segment: int) -> Tiles:
 
 
 def rows_of_loads(keys: np.ndarray, pixels_per_lane: int) -> float:
-    """Rows of a table that a warp's lanes read at once, each lane having so many pixels."""
+    """Rows of a table that a warp's lanes read at once, with this number of pixels per lane."""
     warps = keys.reshape(-1)[: keys.size // (32 * pixels_per_lane) * 32 * pixels_per_lane]
     warps = warps.reshape(-1, 32, pixels_per_lane)
     some = warps[:: max(1, len(warps) // 500)]

@@ -1,7 +1,7 @@
-"""Draws the rows of a benchmark run beside them: python bench/plot.py bench/results/cpu.json
+"""Draws the rows of a benchmark run, next to them: python bench/plot.py bench/results/cpu.json
 With --table it prints the README's table instead.
 
-cpu.png            class moments against what people write, in milliseconds
+cpu.png            class moments compared with formulas that people write, in milliseconds
 cpu-cases.png      every case: time against ours, and memory beyond inputs and outputs
 cpu-bandwidth.png  counted bytes per second as a share of the copy bandwidth
 cpu-growth.png     time against N·D and K, with the byte model's line
@@ -45,7 +45,7 @@ STYLES = {  # name: colour, marker
 KEPT = ", kept pages"
 BOTH, TRAINING = "class moments with anchors", "forward + backward"
 DIRECTIONS = "forward", TRAINING
-# operation, shape, what it is, and the formulas shown beside the fastest rival
+# operation, shape, title, and the formulas that are shown in addition to the fastest rival
 HEADLINES = (
     (
         BOTH,
@@ -109,7 +109,7 @@ def caption(run: dict) -> str:
 
 
 def grouped(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Rows that compare, by (operation, direction, shape, dtype, labels); CUDA graphs apart."""
+    """Comparable rows, by (operation, direction, shape, dtype, labels); CUDA graphs separately."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         fields = ("operation", "direction", "shape", "num_classes", "dtype", "labels")
@@ -127,8 +127,8 @@ def title(row: dict) -> str:
 
 
 def style(row: dict) -> tuple[str, str, str]:
-    """Colour, marker and fill of a row's implementation: a variant of a formula is hollow, and so
-    is a backend of ours that is not taken by itself."""
+    """Colour, marker and fill of a row's implementation. Variants of a formula are hollow, and so
+    are our backends that are not selected automatically."""
     name = row["name"].removesuffix(", CUDA graph")
     ours = name.startswith("anchorops")
     formula = name.removeprefix("compiled ").removesuffix(KEPT)
@@ -150,7 +150,7 @@ def headline_groups(run: dict, operation: str, shape: str) -> list[list[dict]]:
 
 
 def headlines(run: dict) -> Figure | None:
-    """Ours beside the fastest rival, the usual formula and what is published."""
+    """Ours, the fastest rival, the usual formula and the published formula."""
     found = [(headline_groups(run, *headline[:2]), *headline[2:]) for headline in HEADLINES]
     found = [headline for headline in found if headline[0]]
     if not found:
@@ -226,7 +226,7 @@ def number(value: float) -> str:
 
 
 def cases(run: dict) -> Figure | None:
-    """Every case on a line: how much longer each implementation takes, and what it allocates."""
+    """One line per case: the relative time of each implementation, and the memory it allocates."""
     groups = [
         group
         for key, group in grouped(run["rows"]).items()
@@ -273,7 +273,7 @@ def cases(run: dict) -> Figure | None:
 
 
 def bandwidth(run: dict) -> Figure | None:
-    """Ours and the best rival of every case, by the share of the copy bandwidth they reach."""
+    """Ours and the best rival of every case: the share of the copy bandwidth that they reach."""
     groups = [
         group
         for key, group in grouped(run["rows"]).items()
@@ -359,7 +359,7 @@ def draw_growth(
     axis.set_title(f"{first['operation']}, {fixed}, {first['dtype']}", fontsize=9, loc="left")
     axis.grid(color="#e4e7e5", linewidth=0.6)
     bottom, top = axis.get_ylim()
-    axis.set_ylim(bottom, top * (top / bottom) ** 0.35)  # room for the legend
+    axis.set_ylim(bottom, top * (top / bottom) ** 0.35)  # space for the legend
     axis.legend(fontsize=7.5, frameon=False, loc="upper left", ncols=2)
 
 

@@ -1,4 +1,4 @@
-"""Draws training steps beside their rows: python bench/plot_training_step.py ROWS.json
+"""Draws training steps, next to their rows: python bench/plot_training_step.py ROWS.json
 With --table it prints the README's table instead.
 
 ROWS.png: time and memory of each candidate, in shares of the plain network with torch's loss.

@@ -1,8 +1,8 @@
-"""Class statistics as people write them by hand: what anchorops is measured against.
+"""Class statistics as people write them by hand; anchorops is compared with them.
 
-A rival takes features as (B, D, P), keys int64 [B, P] in [0, num_keys] (num_keys where ignored) and
-the anchor of each key [num_keys, D] or None; it returns sums [num_keys, D] and sqdists [num_keys]
-or None.
+The arguments of a rival are features (B, D, P), keys int64 [B, P] in [0, num_keys] (num_keys if
+ignored) and the anchor of each key [num_keys, D] or None. It returns sums [num_keys, D] and sqdists
+[num_keys] or None.
 """
 
 import importlib
@@ -26,7 +26,7 @@ def _rows(features: Tensor) -> Tensor:
 
 
 def _squares(rows: Tensor, keys: Tensor, anchors: Tensor) -> Tensor:
-    """‖f_p − a_p‖² of every pixel, the anchors by gather."""
+    """‖f_p − a_p‖² of every pixel, with gathered anchors."""
     anchors = torch.cat([anchors, anchors.new_zeros(1, anchors.shape[1])])
     return (rows - anchors[keys]).square().sum(1)
 
@@ -42,7 +42,7 @@ def index_add(features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | N
 
 
 def _expanded(sums: Tensor, hot: Tensor, squares: Tensor, anchors: Tensor) -> Tensor:
-    """Σ‖f‖² − 2·a·Σf + n·‖a‖²: fast, and inaccurate where anchors are far."""
+    """Σ‖f‖² − 2·a·Σf + n·‖a‖²: fast, but inaccurate if anchors are far away."""
     counts = hot.sum(0, dtype=torch.float32)
     own = squares @ hot.to(squares.dtype)
     return own - 2 * (sums * anchors).sum(1) + counts * anchors.square().sum(1)
@@ -86,7 +86,7 @@ def class_loop(features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | 
 def torch_scatter(
     features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None
 ) -> Statistics:
-    """As index_add, by the library's own kernel."""
+    """As index_add, with the kernel of the library."""
     scatter_add = importlib.import_module("torch_scatter").scatter_add
     rows, keys = _rows(features), keys.flatten()
     sums = scatter_add(rows, keys, 0, dim_size=num_keys + 1)[:-1]
@@ -99,7 +99,7 @@ def torch_scatter(
 def torch_geometric(
     features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None
 ) -> Statistics:
-    """As index_add, by PyG, which takes torch_scatter or pyg-lib where they are faster."""
+    """As index_add, by PyG, which uses torch_scatter or pyg-lib if they are faster."""
     scatter = importlib.import_module("torch_geometric.utils").scatter
     rows, keys = _rows(features), keys.flatten()
     sums = scatter(rows, keys, 0, dim_size=num_keys + 1)[:-1]
@@ -122,7 +122,7 @@ ABSENT = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 
 
 def class_keys(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """int64 [B, P], num_classes where ignored; labels are resized as people do."""
+    """int64 [B, P], num_classes if ignored; labels are resized by F.interpolate."""
     if features.dim() == 2:
         labels = labels[None]
     elif features.dim() == 4:
@@ -191,7 +191,7 @@ def loop_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
 
 
 def statistics_by(rival: Rival):
-    """Inside it, every loss takes its class statistics from the rival."""
+    """Inside this context, every loss uses the class statistics of the rival."""
 
     def moments(features: Tensor, labels: Tensor, num_classes: int, **options) -> ClassMoments:
         return class_moments(rival, features, labels, num_classes, **options)

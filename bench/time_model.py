@@ -1,12 +1,12 @@
-"""How long warps take along a path of machine code, computed without a GPU.
+"""Computes, without a GPU, how long warps take along a path of machine code.
 
-SASS tells how an instruction is to be issued: the cycles until the warp's next one, and which of
-six scoreboards it sets and waits for. The model adds what code does not tell, the numbers below.
-Issue is in order, one instruction a cycle for each of four schedulers, from the warp that could
-first; pipes are busy for some cycles; memory is a queue of a multiprocessor's share of the copy
-bandwidth, with a latency behind it. Not modelled: instruction cache, bank conflicts, taken branches
-beyond their stall count, barriers between warps, other multiprocessors. The numbers are estimates
-for an H200 (sm_90), to be corrected here by one run on a GPU.
+SASS contains the issue rules of an instruction: the cycles until the warp's next one, and which of
+six scoreboards it sets and waits for. The model adds numbers that are not in the code; they are
+below. Instructions are issued in order, one a cycle for each of four schedulers, from the warp that
+was ready first. Pipes are busy for some cycles. Memory is a queue with a multiprocessor's share of
+the copy bandwidth, followed by a latency. Not modelled: instruction cache, bank conflicts, taken
+branches beyond their stall count, barriers between warps, other multiprocessors. The numbers are
+estimates for an H200 (sm_90), and must be corrected after a run on a GPU.
 """
 
 import heapq
@@ -21,8 +21,8 @@ LAUNCH = 3e-6  # seconds from the end of a kernel to the start of the next of a 
 MEMORY, L2, L1 = 700, 260, 38  # cycles until a load has its result
 OPERANDS = 12  # cycles until a load or store has read its registers
 
-# Opcode -> cycles to the result, cycles that a pipe is busy, pipe. "lsu" is one for the
-# multiprocessor, of 128 bytes a cycle; each scheduler has the others for itself.
+# Opcode -> cycles to the result, cycles that a pipe is busy, pipe. There is one "lsu" for the
+# multiprocessor, with 128 bytes a cycle; each scheduler has its own pipes of the other kinds.
 PIPES: list[tuple[str, int, int, str]] = [
     (r"LDS|LDSM", 29, 1, "lsu"),
     (r"STS", 30, 1, "lsu"),
@@ -54,7 +54,7 @@ class Instruction(NamedTuple):
     busy: int
     pipe: str
     bytes: int = 0  # of memory that a warp moves
-    pending: int | None = None  # DEPBAR: groups of copies that may be under way
+    pending: int | None = None  # DEPBAR: groups of copies that may be unfinished
 
 
 class Block(NamedTuple):
@@ -102,8 +102,8 @@ def decode(text: str, high: int, streams: re.Pattern[str] = STREAM) -> Instructi
 
 
 def blocks_of(sass: str, streams: re.Pattern[str] = STREAM) -> list[Block]:
-    """Of one function, as `nvdisasm -c -hex` prints it. streams: opcodes that move features or
-    their gradient."""
+    """The blocks of one function, from the output of `nvdisasm -c -hex`. streams: opcodes that move
+    features or their gradient."""
     labels: dict[str, int] = {}
     chunks: list[Path] = [[]]
     pending = ""
@@ -129,9 +129,9 @@ def blocks_of(sass: str, streams: re.Pattern[str] = STREAM) -> list[Block]:
 
 
 def walk(blocks: Sequence[Block], *stops: Choice | Iterable[int]) -> Path:
-    """The instructions from the first stop up to the last, by the way with the fewest stalls that
-    passes a block of each: the last block is not walked. A loop ends with the stop it began with. A
-    stop is a set of blocks, or what tells them."""
+    """The instructions from the first stop to the last, on the path with the fewest stalls that
+    passes a block of each stop; the last block is not included. The last stop of a loop is its
+    first one. A stop is a set of blocks, or a function that selects them."""
     sets = [
         [i for i, block in enumerate(blocks) if stop(block)] if callable(stop) else list(stop)
         for stop in stops
@@ -145,8 +145,8 @@ def walk(blocks: Sequence[Block], *stops: Choice | Iterable[int]) -> Path:
                     reached[end] = cost + more, way + leg
         ways = reached
     if not ways:
-        raise LookupError("no way through the code passes these blocks")
-    if len({*sets[0]} & {*sets[-1]}) and len(sets) > 1:  # a loop comes back to where it began
+        raise LookupError("no path through the code passes these blocks")
+    if len({*sets[0]} & {*sets[-1]}) and len(sets) > 1:  # a loop ends at its first block
         ways = {end: way for end, way in ways.items() if way[1] and way[1][0] == end} or ways
     _, way = min(ways.values())
     return [x for i in way for x in blocks[i].instructions]
@@ -177,7 +177,7 @@ def _shortest(
 
 
 def cached(path: Path, latency: int, lines: int = 1) -> Path:
-    """The path with table loads that take so long, from so many lines of 128 bytes each."""
+    """The path with this latency of table loads, each from this number of lines of 128 bytes."""
     return [
         x._replace(latency=latency, busy=max(x.busy, lines))
         if re.match(r"LDG\.", x.opcode) and not x.bytes
@@ -187,7 +187,7 @@ def cached(path: Path, latency: int, lines: int = 1) -> Path:
 
 
 def simulate(paths: Sequence[Path]) -> float:
-    """Cycles until all of the warps of a multiprocessor have come to the ends of their paths."""
+    """Cycles until all warps of a multiprocessor have reached the ends of their paths."""
     at = [0] * len(paths)
     ready = [[0.0] * 8 for _ in paths]  # by scoreboard; 7 is none
     copies: list[list[float]] = [[0.0] for _ in paths]  # ends of groups, the last still open
@@ -228,7 +228,7 @@ def simulate(paths: Sequence[Path]) -> float:
 
 
 def steady(round_of: Callable[[int, int], Path], warps: int, rounds: int = 6) -> float:
-    """Cycles of a round once all warps are under way: round_of(warp, round) is its path."""
+    """Cycles of a round after all warps have started: round_of(warp, round) is its path."""
 
     def run(count: int) -> float:
         return simulate([[x for r in range(count) for x in round_of(w, r)] for w in range(warps)])

@@ -1,4 +1,4 @@
-"""A training step with our losses against the plain step with torch's: time and memory.
+"""Time and memory of a training step with our losses, compared with the plain step with torch's.
 
     python bench/training_step.py [--minutes 3] [--out bench/results/training_step.json]
 
@@ -6,9 +6,8 @@ The candidates: the network with F.interpolate and F.cross_entropy; with our cro
 cross-entropy and each method. On a GPU HRNet-W48 at 512×1024, batch 8, 19 classes, and SegFormer-B5
 at 512×512, batch 16, 150 classes, bf16 autocast; on the CPU HRNet-W18-small and SegFormer-B0 with
 batch 2 in float32. A step is forward, backward and optimizer. The candidates take turns, a few
-steps each, for as many rounds as the time allows; a candidate's time is compared with the first
-one's of the same round. --dry-run takes small images, which shows that every path runs, and nothing
-else.
+steps each, for as many rounds as the time allows; the time of a candidate is compared with that of
+the first candidate in the same round. --dry-run uses small images; it only tests the code.
 """
 
 import argparse
@@ -90,8 +89,8 @@ CANDIDATES = (
 
 
 class Turn(NamedTuple):
-    """Seconds of each step; most memory in bytes, on a GPU all that torch holds, on the CPU what a
-    step takes beyond what was there before (None where the system does not tell)."""
+    """Seconds of each step; peak memory in bytes: on a GPU all memory of torch's tensors, on the
+    CPU the additional memory of a step (None if the system does not report it)."""
 
     seconds: list[float]
     peak_bytes: int | None
@@ -123,7 +122,7 @@ def step_of(
     images: Tensor,
     labels: Tensor,
 ) -> Callable[[], None]:
-    """One training step, as the training program makes it."""
+    """One training step, as in the training program."""
     options = PRESETS[setting.preset][1].optimization
     groups = parameter_groups(model, options.lr, options.weight_decay, options.head_lr_factor)
     optimizer = build_optimizer(options.optimizer, groups)
@@ -152,7 +151,7 @@ def take_turn(
     memory: bool,
 ) -> Turn:
     """A few steps of the candidate; the model is without its methods afterwards."""
-    gc.collect()  # cycles of the last turn hold memory
+    gc.collect()  # reference cycles of the last turn keep memory
     torch.manual_seed(0)
     dim = model.classifier.in_channels
     options = {f"{method}.ignore_index": str(IGNORE_INDEX) for method in candidate.methods}

@@ -229,7 +229,7 @@ def test_gpu_script():
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["dry run", "GPU"])
 def test_gpu_script_records(tmp_path, gpu):
-    """With a replacement for Python: failed parts are counted, parts that cannot run are skipped."""
+    """With a replacement for Python: failed parts are counted, impossible parts are skipped."""
     stand_ins = {
         "python": """#!/bin/sh
 case "$*" in
