@@ -60,17 +60,17 @@ class Attachment:
 
     @property
     def terms(self) -> dict[str, Tensor]:
-        """Weighted parts of the last loss, detached, still on their device."""
+        """The weighted terms of the last loss, detached, still on their device."""
         return self.regularizer.terms
 
     @property
     def features(self) -> Tensor | None:
-        """Those of the last training forward, with their graph, until the call takes them; None
-        after it. For `anchorops.diagnostics.gradient_ratio`."""
+        """The features of the last training forward, with their graph; None after the attachment
+        was called. `anchorops.diagnostics.gradient_ratio` needs them."""
         return self._features
 
     def detach(self) -> None:
-        """Restore the model: without hooks and submodule, with the classifier that it had."""
+        """Restore the model: remove the hooks and the submodule, restore the old classifier."""
         if not self._hooks:
             return
         for hook in self._hooks:

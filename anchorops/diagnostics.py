@@ -81,23 +81,25 @@ def norm_correlation(weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def gradient_ratio(features: Tensor, loss: Tensor, other: Tensor) -> Tensor:
-    """‖∂loss/∂features‖ / ‖∂other/∂features‖, Euclidean norms: a method's pull at the features
-    beside the cross-entropy's. A scalar, float32 (float64 for float64 features), detached.
+    """‖∂loss/∂features‖ / ‖∂other/∂features‖, Euclidean norms: compares the gradient of a method
+    on the features with that of the cross-entropy. A detached scalar, float32 (float64 for float64
+    features).
 
         features = sar.features  # sar = anchorops.attach(…); None after sar(labels)
         extra = sar(labels)
         ratio = gradient_ratio(features, extra, cross_entropy)  # before the backward pass
 
-    It costs both backward passes from the losses to the features, and leaves graphs and `.grad` as
-    they are. With float16 features give losses times the scaler's factor: gradients would vanish.
+    It runs two backward passes, from each loss to the features. It does not change graphs or
+    `.grad`. With float16 features, multiply the losses by the scaler's factor; otherwise gradients
+    underflow.
 
     Args:
-        features: any shape, not a leaf as a rule, on the way to the losses.
-        loss: a scalar; the ratio is 0 where it does not depend on the features (CBP).
+        features: any shape, usually not a leaf; the losses are computed from them.
+        loss: a scalar; the ratio is 0 if it does not depend on the features (CBP).
         other: a scalar that depends on them.
 
-    Raises ValueError where `features` need no gradient or `other` does not depend on them: within
-    one compiled graph no gradient ends at the features, so measure on a model that is not compiled.
+    Raises ValueError if `features` need no gradient, or if `other` does not depend on them. Inside
+    a compiled graph there is no gradient at the features, so use a model that is not compiled.
     """
     if not isinstance(features, Tensor) or not features.requires_grad:
         fail("gradient_ratio", "features", "a tensor that requires a gradient", describe(features))

@@ -1,12 +1,12 @@
-"""The methods on digit scenes, after short and long trainings, beside the plain network.
+"""Compares the methods with the plain network on digit scenes, after short and long trainings.
 
-    python examples/evidence.py --jobs 2 --budget 240   # trains what is missing, for four hours
+    python examples/evidence.py --jobs 2 --budget 240   # trains missing runs, for four hours
     python examples/evidence.py --list                  # the runs in their order, and which exist
     python examples/evidence.py --report docs           # docs/evidence.json, .md and pictures
 
-One process trains one run on one CPU thread. The order is such that a stop at any time leaves the
-most useful runs complete. Finished runs are kept, interrupted ones go on, bit for bit, at the next
-call with the same --out; their reports are in there, and `anchorops-train compare` takes them.
+One process trains one run on one CPU thread. The most useful runs come first, so you can stop at
+any time. Finished runs are kept. Interrupted runs continue, bit for bit, at the next call with the
+same --out. This directory contains their reports, and `anchorops-train compare` can read them.
 """
 
 import argparse
@@ -38,7 +38,7 @@ HRNET, SEGFORMER = DEMO
 SCRATCH = "from-scratch"
 EVALUATIONS = {500: 100, 1_500: 250, 4_000: 500, 8_000: 1_000}  # horizon: steps between them
 HORIZONS = (500, 1_500, 4_000)
-# head_tail: such that there are four head classes, four of the body, three of the tail
+# head_tail: chosen so that there are four head, four body and three tail classes
 SCENES: dict[str, dict[str, Any]] = {
     "digits": {},
     "few": {"train_images": 500, "data_seed": 0},
@@ -126,7 +126,7 @@ def plan() -> list[Run]:
 
 
 def train(run: Run, out: Path) -> None:
-    """Begin the run, or go on with it, and write its row."""
+    """Start or resume the run, and write its row."""
     config = run.config(out)
     try:
         begun = config.run.exists() and checkpoints(config.run)
@@ -171,8 +171,8 @@ def commit() -> str:
 
 
 def train_all(todo: Iterator[Run], out: Path, jobs: int, minutes: float) -> None:
-    """`jobs` runs at a time, each in a process of its own; after `minutes`, and where this process
-    is asked to stop, those that run are interrupted."""
+    """`jobs` runs at a time, each in its own process. After `minutes`, or if this process is asked
+    to stop, the current runs are interrupted."""
     end = time.monotonic() + 60 * minutes
     running: dict[subprocess.Popen[bytes], Run] = {}
 
@@ -225,7 +225,7 @@ def finished(out: Path) -> list[dict[str, Any]]:
 
 
 def evidence(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What evidence.json holds."""
+    """The contents of evidence.json."""
     planned = [
         run._asdict() | {"methods": "+".join(run.methods) or "plain"}
         for run in dict.fromkeys(plan())

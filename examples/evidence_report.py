@@ -1,4 +1,4 @@
-"""Tables and pictures of the runs of evidence.py: evidence.md and evidence-*.png beside
+"""Tables and pictures of the runs of evidence.py: evidence.md and evidence-*.png, next to
 evidence.json."""
 
 import json
@@ -19,9 +19,9 @@ NETWORKS = {"hrnet-w18-small": "HRNet-W18-small", "segformer-b0": "SegFormer-B0"
 SCENES = {
     "digits": "Digit scenes",
     "few": "Few scenes: 500 training scenes, the same for all seeds",
-    "steep": "A steeper law: digit d as (d + 1)⁻² in the training scenes",
+    "steep": "Steeper frequencies: (d + 1)⁻² for digit d in the training scenes",
 }
-CONVERGED = 1.0  # points of mIoU that the next horizon adds to plain, at most
+CONVERGED = 1.0  # at most, points of mIoU that the next horizon adds to plain
 COLORS = {"plain": "black", "cr": "tab:gray", "sar": "tab:blue", "cbp": "tab:olive"} | {
     "occl": "tab:orange",
     "cbp+occl": "tab:brown",
@@ -35,13 +35,14 @@ INTRODUCTION = """# The methods by training horizon
 {device}; torch {torch}; {count} runs of `{command}`, at {commits}
 ([rows](evidence.json)). This page is written by `{command} --report docs`.
 
-Scenes of handwritten digits with Zipf frequencies, 64×64 pixels, 11 classes, from random weights;
-a horizon is a training of its own, whose learning rate decays to 0 at its end. Mean ± standard
-deviation over n seeds in %; "to plain" is the difference to the plain network of the same seeds.
-Head, body and tail are the four most frequent classes, the next four and the last three. "From
-scratch" is `--setting from-scratch`; the others have the published weights.
+The networks are trained from random weights on scenes of handwritten digits with Zipf frequencies,
+64×64 pixels, 11 classes. A horizon is a number of training steps; each horizon is a separate
+training, whose learning rate decays to 0 at its end. The tables show mean ± standard deviation over
+n seeds in %. "To plain" is the difference to the plain network of the same seeds. Head, body and
+tail are the four most frequent classes, the next four and the last three. "From scratch" is
+`--setting from-scratch`; the others have the published weights.
 
-A network has converged at a horizon where the next one adds less than {converged:g} point to the
+A network has converged at a horizon if the next horizon adds less than {converged:g} point to the
 mIoU of plain.
 """
 
@@ -158,7 +159,7 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
 
 
 def _plain_by_horizon(rows: Sequence[Row]) -> str:
-    """What plain reaches at each horizon, and which of them it has converged at."""
+    """The mIoU of plain at each horizon, and at which horizons it has converged."""
     plain = sorted(_groups([r for r in rows if r["methods"] == "plain"], "steps").items())
     by_seed = [{run["seed"]: 100 * run["miou"] for run in runs} for _, runs in plain]
     figures = [f"{steps:,} steps {_spread([r['miou'] for r in runs])}" for (steps,), runs in plain]
@@ -175,12 +176,12 @@ def _plain_by_horizon(rows: Sequence[Row]) -> str:
         lines.append(f"At {steps:,}: {verdict} ({more:,} add {added}, n = {len(seeds)}).")
     if plain:
         ((last,), _) = plain[-1]
-        lines.append(f"At {last:,}: not known, nothing longer was run.")
+        lines.append(f"At {last:,}: not known, because there is no longer run.")
     return " ".join(lines)
 
 
 def _gradient_ratios(rows: Sequence[Row]) -> str:
-    """A table of the methods' gradients on the features beside the cross-entropy's."""
+    """A table of the methods' gradients on the features, relative to the cross-entropy's."""
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         for method, ratios in row.get("gradient_ratios", {}).items():
@@ -193,8 +194,8 @@ def _gradient_ratios(rows: Sequence[Row]) -> str:
     lines = [
         "## Gradient on the features",
         "",
-        "The norm of the method's gradient on the features over that of the cross-entropy, every",
-        "100 steps: median, least and largest over all runs on digit scenes.",
+        "The norm of the method's gradient on the features, divided by that of the cross-entropy,",
+        "every 100 steps: median, smallest and largest over all runs on digit scenes.",
         "",
         f"| methods | {' | '.join(NETWORKS[model] for model in models)} |",
         "|---|" + "---:|" * len(models),
@@ -218,7 +219,7 @@ def _not_run(evidence: dict[str, Any]) -> str:
     missing: list[Row] = [dict(zip(names, run, strict=True)) for run in planned if run not in done]
     if not missing:
         return f"## Not run\n\nNothing: all {len(done)} runs of the plan are here.\n"
-    lines = ["## Not run", "", "Of the plan these runs are missing:", ""]
+    lines = ["## Not run", "", "These runs of the plan are missing:", ""]
     for (scenes, model, steps), runs in _groups(missing, "scenes", "model", "steps").items():
         choices = [
             f"{label(group[0])} ({len(group)})"

@@ -45,8 +45,8 @@ class Data:
     val_images: int = 200
     """digits: scenes in the validation split."""
     zipf: float = 1.0
-    """digits: exponent of their frequencies in the training split, digit d as (d + 1)^−zipf;
-    in the validation split it is 1."""
+    """digits: exponent of the frequencies in the training split: digit d has (d + 1)^−zipf; in the
+    validation split the exponent is 1."""
     data_seed: int | None = None
     """digits: seed of the training scenes; --seed if not given."""
     crop: tuple[int, int] = (64, 64)
@@ -95,10 +95,10 @@ class Model:
     methods: tuple[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"], ...] = ()
     """Regularisers in addition to the cross-entropy; any number of them."""
     setting: str = PUBLISHED
-    """Arguments of the methods by name: published, their defaults; from-scratch, weaker OCCL and
-    CeCo, for training from random weights."""
+    """A named set of arguments of the methods. published: their defaults. from-scratch: smaller
+    weights of OCCL and CeCo, for training from random weights."""
     method_options: dict[str, str] = field(default_factory=dict)
-    """Further arguments of the methods, which go before those of the setting, as METHOD.ARGUMENT
+    """Additional arguments of the methods, which override those of the setting, as METHOD.ARGUMENT
     VALUE pairs: sar.momentum 0.99 occl.split images."""
 
 
@@ -177,9 +177,9 @@ class Running:
     log_every: int = 10
     """Steps between log lines."""
     gradient_ratio_every: int = 100
-    """Steps between measurements of each method's gradient on the features beside that of the
-    loss of the logits, which change nothing in the run; 0: none. One takes less time than a
-    step, and for that time the memory of a second copy of the weights."""
+    """Steps between measurements of each method's gradient on the features, relative to that of the
+    loss of the logits; 0: none. They do not change the run. A measurement takes less time than a
+    step, and needs memory for a second copy of the weights."""
     tensorboard: bool = False
     """Write TensorBoard events in addition to metrics.jsonl."""
 

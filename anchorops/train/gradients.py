@@ -1,4 +1,4 @@
-"""How strongly the methods pull at the features, beside the loss of the logits."""
+"""The gradients of the methods on the features, relative to that of the loss of the logits."""
 
 import copy
 
@@ -12,12 +12,12 @@ from .learner import Learner
 
 
 def gradient_ratios(learner: Learner, images: Tensor, labels: Tensor, *, bf16: bool) -> list[float]:
-    """Of each of its methods, the norm of the gradient on the features over that of the loss of
-    the logits (`anchorops.diagnostics.gradient_ratio`), in this rank's batch.
+    """For each method, the norm of its gradient on the features divided by that of the loss of the
+    logits (`anchorops.diagnostics.gradient_ratio`), in this rank's batch.
 
-    Computed on a copy, which no compiler has seen, with random numbers that are then put back: the
-    learner's next step is the same, bit for bit. It costs a copy of the model, a forward pass and
-    the backward passes down to the features. Where there are several ranks, all of them call it.
+    It is computed on a copy that is not compiled, and the random state is restored, so the
+    learner's next step is the same, bit for bit. It needs a copy of the model, a forward pass and
+    the backward passes down to the features. With several ranks, all of them must call it.
     """
     if learner.attachment is None:
         return []
