@@ -208,7 +208,7 @@ def _process(run: Run, out: Path) -> "subprocess.Popen[bytes]":
     log.parent.mkdir(exist_ok=True)
     with open(log, "a") as file:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        # a group of its own: Ctrl-C reaches this process alone, which interrupts the others
+        # in a separate process group: only this process gets Ctrl-C, and it interrupts the others
         return subprocess.Popen(
             command, stderr=file, stdout=file, env=environment, start_new_session=True
         )

@@ -234,10 +234,10 @@ class Config:
         if not 1 >= self.data.head_tail[0] >= self.data.head_tail[1] >= 0:
             raise _wrong("head_tail", "two shares, that of the head first", self.data.head_tail)
         if self.running.patience and not self.running.eval_every:
-            raise _wrong("patience", "--eval-every beside it", self.running.patience)
+            raise _wrong("patience", "--eval-every with it", self.running.patience)
         if self.optimization.given_class_weights and self.optimization.class_weights != "none":
             kind = self.optimization.class_weights
-            raise _wrong("given_class_weights", "--class-weights none beside it", kind)
+            raise _wrong("given_class_weights", "--class-weights none with it", kind)
         if options["clip"] is not None and options["clip"] <= 0:
             raise _wrong("clip", "more than 0", options["clip"])
         if options["ohem"] is not None and not 0 < options["ohem"] <= 1:
@@ -248,7 +248,7 @@ class Config:
             ("focal_gamma", self.optimization.loss == "focal", "--loss focal"),
         ):
             if not used and options[name] != getattr(Optimization, name):
-                raise _wrong(name, f"{needed} beside it", options[name])
+                raise _wrong(name, f"{needed} with it", options[name])
 
     @property
     def run(self) -> Path:

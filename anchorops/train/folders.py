@@ -203,7 +203,7 @@ def _by_stem(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
         stem = str(relative)[: -len(end)]
         if stem in found:
             raise ValueError(
-                f"{path} lies beside {found[stem]}: expected one file of that name, whatever its "
+                f"{path} is next to {found[stem]}: expected one file of that name, whatever its "
                 "ending"
             )
         found[stem] = path

@@ -127,11 +127,11 @@ def test_files_of_a_folder_that_do_not_pair(folder: Path):
         open_folder(folder, "train")
     write(folder / "images/train/c.png", image())
     write(folder / "images/train/c.jpg", image())
-    with pytest.raises(ValueError, match=r"train/c.png lies beside .*train/c.jpg: expected one"):
+    with pytest.raises(ValueError, match=r"train/c.png is next to .*train/c.jpg: expected one"):
         open_folder(folder, "train")
     (folder / "images/train/c.jpg").unlink()
     write(folder / "masks/train/c.tif", mask(0))
-    with pytest.raises(ValueError, match=r"masks/train/c.tif lies beside .*c.png: expected one"):
+    with pytest.raises(ValueError, match=r"masks/train/c.tif is next to .*c.png: expected one"):
         open_folder(folder, "train")
 
 

@@ -284,10 +284,10 @@ def test_method_options():
     [
         ({"eval_batch_size": 0}, "--eval-batch-size: expected at least 1, got 0"),
         ({"patience": 0}, "--patience: expected at least 1"),
-        ({"patience": 2, "eval_every": 0}, "--patience: expected --eval-every beside it"),
+        ({"patience": 2, "eval_every": 0}, "--patience: expected --eval-every with it"),
         (
             {"class_weights": "inverse", "given_class_weights": (1.0, 2.0)},
-            "--given-class-weights: expected --class-weights none beside it, got inverse",
+            "--given-class-weights: expected --class-weights none with it, got inverse",
         ),
         ({"lr": -1.0}, "--lr: expected at least 0"),
         ({"crop": (50, 64)}, r"--crop: expected two multiples of 32, got \(50, 64\)"),
@@ -297,8 +297,8 @@ def test_method_options():
         ({"clip": 0.0}, "--clip: expected more than 0"),
         ({"ohem": 7.0}, "--ohem: expected a probability"),
         ({"ohem": 0.7, "loss": "dice"}, "--ohem: expected a --loss with cross-entropy"),
-        ({"ohem_kept": 5}, "--ohem-kept: expected --ohem beside it, got 5"),
-        ({"focal_gamma": 3.0}, "--focal-gamma: expected --loss focal beside it, got 3.0"),
+        ({"ohem_kept": 5}, "--ohem-kept: expected --ohem with it, got 5"),
+        ({"focal_gamma": 3.0}, "--focal-gamma: expected --loss focal with it, got 3.0"),
         ({"lr": float("nan")}, "--lr: expected a finite value, got nan"),
         ({"scale": (1.0, float("inf"))}, "--scale: expected a finite value"),
         ({"seed": -1}, "--seed: expected 0 to 9223372036854775807, got -1"),
