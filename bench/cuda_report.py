@@ -1,18 +1,19 @@
-"""What the CUDA sources compiled to, read off the machine code without a GPU: `make cuda-report`.
+"""A report of the machine code of the CUDA sources, without a GPU: `make cuda-report`.
 
-Fails on spills, on stack frames, and where a streaming kernel lacks its accesses of 16 bytes.
+It fails on spills, on stack frames, and if a streaming kernel has no accesses of 16 bytes.
 
 The budgets of the streaming kernels are those of kernels_report.py, for an H200 (4.3 TB/s, 132
 multiprocessors, 1.75 GHz):
-- warp instructions for each 512 bytes that a warp loads (stores, where nothing is loaded), on the
+- warp instructions for each 512 bytes that a warp loads (stores, if nothing is loaded), on the
   shortest path of the hot loop through its accesses: 110 would take as long as the memory, or 220
-  where as much is stored as loaded. Of the forward's tiles this is one whose pixels have one key;
-- KB in flight on a multiprocessor: resident threads × the bytes each has asked for; 23 suffice. The
-  forward's tables take shared memory: with 19 classes / with 150; of sorted pixels it has none.
-The kernels of upsampled logits are bound by instructions: those of the hot loop for each class of a
-cell of pixels, without staging the logits.
-`--times` adds the times that time_model.py predicts along the ways that paths.py knows.
-Static shared memory is with what the GPU takes for itself, 1 KB from sm_90 on.
+  if as much is stored as loaded. In the forward pass this is a tile whose pixels have one key;
+- KB in flight on a multiprocessor: resident threads × the bytes that each has requested; 23 are
+  enough. The forward pass has tables in shared memory: with 19 classes / with 150; there are none
+  for sorted pixels.
+For the kernels of upsampled logits, instructions determine the time: those of the hot loop for each
+class of a cell of pixels, without staging the logits.
+`--times` adds the times that time_model.py predicts for the paths in paths.py.
+Static shared memory includes the part that the GPU needs itself, 1 KB from sm_90 on.
 """
 
 import argparse
@@ -33,7 +34,7 @@ FORWARD = re.compile(r"class_moments_kernel<(\w+), (\d), (true|false), (true|fal
 BACKWARD = re.compile(r"class_moments_backward_(planes|rows)_kernel<\w+, (.*)>")
 CELLS = re.compile(r"softmax_(lse|masses|slopes|dlogits)_kernel")
 BACKWARD_THREADS = {"planes": 128, "rows": 256}  # of a block
-# Instructions. Evicted first are features and their gradient, and nothing else.
+# Instructions. Only features and their gradient are evicted first.
 FEATURES, GRADIENT, WIDE_COPY = r"LDG\.E\.EF", r"STG\.E\.EF", r"LDGSTS\S*\.128 "
 SPILL = r"\b(STL|LDL)\b"
 COLUMNS = (
@@ -85,13 +86,13 @@ def count(block: Block, pattern: str) -> int:
 
 
 def around(blocks: list[Block], stops: list[int]) -> float:
-    """Instructions of the shortest way round a loop that passes the blocks in this order."""
+    """Instructions of the shortest cycle that passes the blocks in this order."""
     far = float("inf")
     return sum(distances(blocks, a).get(b, far) for a, b in pairwise([*stops, stops[0]]))
 
 
 def shared_reads(block: Block) -> int:
-    """Bytes that a lane reads from shared memory; 0 where it also writes there."""
+    """Bytes that a lane reads from shared memory; 0 if it also writes there."""
     if count(block, r"\bSTS\b"):
         return 0
     widths = {r"\bLDS ": 4, r"\bLDS\.U16": 2, r"\bLDS\.64": 8, r"\bLDS\.128": 16}
@@ -99,7 +100,7 @@ def shared_reads(block: Block) -> int:
 
 
 def forward_shared_bytes(itemsize: int, statistics: int, rows: bool, classes: int) -> int:
-    """What class_moments.cu asks for: a ring of two tiles of 8 KB, their keys, and the tables."""
+    """The shared memory of class_moments.cu: a ring of two tiles of 8 KB, their keys, tables."""
     tile, matrices = 256 // itemsize, (statistics & 1) + (statistics >> 2)
     ring = 2 * (8192 + (0 if rows else 512)) + 3 * tile * 4
 
@@ -152,7 +153,7 @@ def backward_budgets(kernel: Kernel, threads: int, reads_features: bool) -> Budg
 
 
 def instructions_per_cell(kernel: Kernel) -> float:
-    """Of the shortest loop that takes four exponentials for each class of a cell."""
+    """Instructions of the shortest loop with four exponentials for each class of a cell."""
     best = float("inf")
     for i, block in enumerate(kernel.blocks):
         classes = count(block, r"\bMUFU\.EX2\b") / 4
@@ -166,10 +167,10 @@ def wide_accesses(kernel: Kernel) -> int:
 
 
 def streaming(kernel: Kernel) -> tuple[list[str], Budgets | None]:
-    """What is missing from a streaming kernel, and its budgets."""
+    """The missing instructions of a streaming kernel, and its budgets."""
     if match := FORWARD.match(kernel.name):
         rows, gathers = match[3] == "true", match[4] == "true"
-        if gathers and not rows:  # elements of planes, at the places of sorted pixels
+        if gathers and not rows:  # elements of planes, at the positions of sorted pixels
             return [], None
         if not kernel.count(WIDE_COPY):
             return ["no copies of 16 bytes"], None
@@ -197,7 +198,7 @@ def kernels_of(cubin: Path) -> list[Kernel]:
     code = {}
     for section in tool("nvdisasm", "-c", "-hex", str(cubin)).split("\n.text.")[1:]:
         name, _, sass = section.partition(":")
-        # sm_80 leaves a loop by a "call" of a label, from which nothing returns.
+        # sm_80 leaves a loop by a "call" of a label that never returns.
         code[name] = sass.replace("CALL.REL.NOINC `(.L_x", "BRA `(.L_x")
     usage = tool("cuobjdump", "--dump-resource-usage", str(cubin))
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
@@ -240,7 +241,7 @@ def read(files: list[Path]) -> list[Kernel]:
 
 
 def print_times(kernels: list[Kernel]) -> None:
-    """What paths.py predicts for an H200."""
+    """The predictions of paths.py for an H200."""
     print("\nWarps of the forward on a multiprocessor, bf16 NCHW: sums / both / all three")
     for num_keys in (19, 76, 150, 171, 600):
         print(f"- K = {num_keys}: {paths.resident_forward(num_keys)}")

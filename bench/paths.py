@@ -1,7 +1,8 @@
-"""The ways of our CUDA kernels through their machine code, and the times that follow from them.
+"""The paths of our CUDA kernels through their machine code, and the times that follow from them.
 
-NOTES.md says how to add a kernel. A way is told by what its blocks hold, not by addresses, so that
-it survives another compiler; where a kernel is written anew, its way is too.
+NOTES.md says how to add a kernel. A path is described by the instructions in its blocks, not by
+addresses, so it remains valid with another compiler. If a kernel is rewritten, its path must be
+rewritten too.
 """
 
 import math
@@ -53,16 +54,16 @@ HRNET, SEGFORMER = Shape(8, 720, 128, 256, 19), Shape(16, 768, 128, 128, 150)
 class Estimate(NamedTuple):
     warps: int  # resident on a multiprocessor
     one: float  # cycles of a tile (a step of the backward pass), one warp alone
-    all: float  # the same when all resident warps work on tiles of theirs
+    all: float  # the same when all resident warps work on their own tiles
     waves: float
-    share: float  # of the copy bandwidth, launches and partial statistics counted
+    share: float  # of the copy bandwidth, including launches and partials
 
 
 # --- forward: a warp, 32 channels, tile after tile ------------------------------------------------
 
 
 class ForwardPlan(NamedTuple):
-    """What class_moments.cu decides."""
+    """The plan of class_moments.cu."""
 
     warps: int
     columns: int  # of squared distances
@@ -74,7 +75,7 @@ class ForwardPlan(NamedTuple):
 
 
 def forward_plan(shape: Shape, itemsize: int, statistics: int, rows: bool) -> ForwardPlan | None:
-    """None where tables do not fit, so that pixels are sorted."""
+    """None if tables do not fit; then pixels are sorted."""
     tile, matrices = 256 // itemsize, (statistics & SUMS > 0) + (statistics & RESIDUALS > 0)
 
     def ring(channels_last: bool) -> int:
@@ -117,7 +118,7 @@ def forward_plan(shape: Shape, itemsize: int, statistics: int, rows: bool) -> Fo
 
 
 def staged_bytes(block: Block) -> int:
-    """Bytes that a lane reads from a tile in shared memory; 0 where it also writes there."""
+    """Bytes that a lane reads from a tile in shared memory; 0 if it also writes there."""
     if block.count(r"STS"):
         return 0
     widths = {r"LDS$": 4, r"LDS\.U16": 2, r"LDS\.64": 8, r"LDS\.128": 16}
@@ -125,11 +126,11 @@ def staged_bytes(block: Block) -> int:
 
 
 class Forward:
-    """Ways of class_moments_kernel in raster order.
+    """Paths of class_moments_kernel in raster order.
 
-    A group of 32 pixels of one key is summed in one block. Others go segment by segment, of 16
-    bytes of pixels: a segment of one or two changes of key ends a run at each; of more, its pixels
-    are added one by one.
+    A group of 32 pixels of one key is summed in one block. Other groups are processed in segments
+    of 16 bytes of pixels. In a segment with one or two changes of key, each change ends a run; with
+    more changes, the pixels are added one by one.
     """
 
     def __init__(self, blocks: list[Block], statistics: int, itemsize: int, plan: ForwardPlan):
@@ -168,7 +169,7 @@ class Forward:
         return self.ways[key]
 
     def tile(self, groups: tuple[tuple[int, ...], ...]) -> Path:
-        """groups: of each, the changes of key in its segments."""
+        """groups: for each group, the changes of key in its segments."""
         if groups not in self.ways:
             path = self.walk(self.copy, self.vote, self.group)
             for segments in groups[:-1]:
@@ -211,7 +212,7 @@ def forward(
     waves = plan.chunks * plan.blocks / (MULTIPROCESSORS * plan.warps)
     last = waves - math.floor(waves)
     full = every * plan.tiles_per_chunk
-    # of the last wave, which leaves warps out: as long as a warp alone, or as its share of memory
+    # the last wave has fewer warps: it takes as long as one warp, or as its share of the memory
     rest = max(one, every * last) * plan.tiles_per_chunk if last else 0
     bytes_moved = shape.pixels * shape.dim * itemsize
     seconds = (math.floor(waves) * full + rest) / CLOCK + LAUNCH
@@ -225,7 +226,7 @@ GRADIENT = r"STG\.E\.EF\.128"
 
 
 class BackwardPlan(NamedTuple):
-    """What class_moments_backward.cu decides."""
+    """The plan of class_moments_backward.cu."""
 
     threads: int  # of all blocks
     stores: int  # of 16 bytes, of each thread
@@ -256,7 +257,7 @@ def backward(
     shape: Shape,
     kind: str,
 ) -> Estimate:
-    """A loop stores in one block, or in several, which are guarded one by one."""
+    """A loop stores in one block, or in several blocks with separate conditions."""
     plan = backward_plan(shape, itemsize, rows, sums, sqdists)
     most = max(block.count(GRADIENT) for block in blocks)
     loop = [[i] for i, block in enumerate(blocks) if block.count(GRADIENT) == most]
@@ -302,8 +303,8 @@ BACKWARD = re.compile(
 
 
 def estimates(name: str, sass: str, resident: Callable[[int], int]) -> list[tuple[object, ...]]:
-    """Rows of the table for a kernel of sm_90, none for one whose ways are not known here.
-    resident: blocks on a multiprocessor, by threads."""
+    """Rows of the table for a kernel of sm_90; none for a kernel whose paths are not known here.
+    resident: blocks on a multiprocessor, for a number of threads."""
     forwards, backwards = FORWARD.match(name), BACKWARD.match(name)
     if not (forwards or backwards):
         return []
@@ -330,7 +331,7 @@ def estimates(name: str, sass: str, resident: Callable[[int], int]) -> list[tupl
 
 
 def resident_forward(num_keys: int) -> str:
-    """Warps on a multiprocessor for sums / both / all three, in bf16 NCHW; "sorted" where tables do
+    """Warps on a multiprocessor for sums / both / all three, in bf16 NCHW; "sorted" if tables do
     not fit."""
     shape = HRNET._replace(num_keys=num_keys)
     plans = [forward_plan(shape, 2, statistics, False) for statistics in (1, 3, 7)]

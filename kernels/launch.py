@@ -1,4 +1,4 @@
-"""How tensors are seen by the kernels, and how large a program is: fixed tables, no autotuning."""
+"""Views of tensors for the kernels, and sizes of programs: fixed tables, no autotuning."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ class Pixels(NamedTuple):
     """Features as lines × channels × pixels: element (line, d, p) lies at (line // lines_per_image)
     ·stride_b + (line % lines_per_image)·stride_h + d·stride_d + p·stride_p.
 
-    A line is an image, or a row of one where the rows do not follow each other (a cropped view).
+    A line is an image; or a row of an image, if its rows are not adjacent (in a cropped view).
     """
 
     lines: int
@@ -37,7 +37,8 @@ class Pixels(NamedTuple):
 
     @property
     def rows_aligned(self) -> bool:
-        """Whether channels are contiguous and every pixel's begin at a multiple of 16 elements."""
+        """Whether channels are contiguous, and those of every pixel begin at a multiple of 16
+        elements."""
         strides = self.stride_b, self.stride_h, self.stride_p
         return self.channels_contiguous and all(stride % 16 == 0 for stride in strides)
 
@@ -48,7 +49,7 @@ def _rows_follow_each_other(size: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def check_keys(operation: str, keys: Tensor, pixels: int) -> None:
-    """Kernels read the keys of all pixels one after the other."""
+    """The keys of all pixels are contiguous, because kernels read them consecutively."""
     if not keys.is_contiguous() or keys.numel() != pixels:
         raise ValueError(
             f"{operation}: keys: expected a contiguous key for each of {pixels} pixels, "
@@ -57,7 +58,7 @@ def check_keys(operation: str, keys: Tensor, pixels: int) -> None:
 
 
 def as_pixels(size: Sequence[int], *strides: Sequence[int]) -> list[Pixels]:
-    """(B, D, H, W), (B, D, N) or (N, D) as lines of pixels, the same ones for all the strides."""
+    """(B, D, H, W), (B, D, N) or (N, D) as lines of pixels: the same lines for all the strides."""
     if len(size) == 2:
         return [Pixels(1, size[1], size[0], 1, 0, 0, s[1], s[0]) for s in strides]
     if len(size) == 3:
@@ -73,9 +74,8 @@ def as_pixels(size: Sequence[int], *strides: Sequence[int]) -> list[Pixels]:
 
 
 class Tile(NamedTuple):
-    """A program's tile of BLOCK_D channels × BLOCK_P pixels; LANES partial sums of a channel, one
-    for each thread among which its pixels are divided; warps for tiles of one key, and of several.
-    """
+    """A program's tile of BLOCK_D channels × BLOCK_P pixels; LANES sums of a channel, one for each
+    thread that sums a part of its pixels; warps for tiles of one key, and of several keys."""
 
     block_d: int
     block_p: int
@@ -91,15 +91,16 @@ _TILES = {
     (True, 2): Tile(64, 128, 16, 4, 4),
     (True, 4): Tile(32, 128, 16, 4, 4),
 }
-# Where a thread's registers are short: elements loaded one by one, GPUs not listed below.
+# If a thread has too few registers: for elements that are loaded one by one, and for GPUs that are
+# not listed below.
 _SMALL_TILES = {
     (False, 2): Tile(32, 128, 16, 8, 8),
     (False, 4): Tile(16, 128, 32, 8, 8),
     (True, 2): Tile(32, 128, 64, 8, 8),
     (True, 4): Tile(16, 128, 64, 8, 8),
 }
-# BLOCK_D, BLOCK_P and LANES for pixels sorted by key and one warp: 4 KB. Rows of 512 bytes where
-# channels are contiguous; else two pixels to a lane, for a key has often fewer than 64.
+# BLOCK_D, BLOCK_P and LANES for pixels sorted by key and one warp: 4 KB. Rows of 512 bytes if
+# channels are contiguous; otherwise two pixels for each lane: a key often has fewer than 64 pixels.
 _SORTED_TILES = {
     (False, 2): (32, 64, 32),
     (False, 4): (16, 64, 32),
@@ -108,7 +109,7 @@ _SORTED_TILES = {
 }
 _TILES_BY_ARCH = {"sm_80": _TILES, "sm_90": _TILES, "sm_100": _TILES}
 
-# Programs that fill the device a few times over, so that uneven tiles even out.
+# Enough programs to fill the device a few times, which balances tiles of unequal work.
 _PROGRAMS = {"sm_80": 1536, "sm_90": 2048, "sm_100": 2304, "interpreter": 16}
 _PROGRAMS_ELSEWHERE = 2048
 PARTIALS_IN_CACHE = 16 * 2**20  # bytes
@@ -133,12 +134,12 @@ def programs() -> int:
 
 
 def chunks_of(view: Pixels, itemsize: int, tile: Tile, chunk_bytes: int) -> int:
-    """Into how many chunks the tiles are divided; 0 if their pixels are rather to be sorted.
+    """The number of chunks of tiles; 0 if the pixels should be sorted instead.
 
-    A chunk has chunk_bytes of partial statistics of all keys. As many chunks as fill the device a
-    few times over, while the partials are at most 1/32 of the features; at least as many as fill
-    half of it (or a chunk for each tile), if then they are at most 1/8 of the features, or stay in
-    a second-level cache.
+    The partials of a chunk, for all keys, have chunk_bytes. There are as many chunks as fill the
+    device a few times, if the partials are at most 1/32 of the features. There are at least as many
+    as fill half of it (or one for each tile), if the partials are then at most 1/8 of the features,
+    or fit into the L2 cache.
     """
     blocks = triton.cdiv(view.dim, tile.block_d)
     tiles = view.lines * triton.cdiv(view.pixels, tile.block_p)
@@ -157,27 +158,26 @@ def sorted_tile_of(view: Pixels, itemsize: int) -> tuple[int, int, int]:
 
 
 def pixels_per_range(pixels: int, blocks: int) -> int:
-    """Of pixels sorted by key: enough ranges to fill the device a few times over with programs of
-    one warp. The rows of keys that go on in other ranges are at most 1/16 of the features.
-    """
+    """For pixels sorted by key: enough ranges to fill the device a few times with programs of one
+    warp. The rows of keys that continue in other ranges are at most 1/16 of the features."""
     wanted = triton.cdiv(pixels * blocks, 8 * programs())
     return min(max(triton.cdiv(wanted, 128), 1), 8) * 128
 
 
 def forward_lanes() -> int:
-    """Lanes of a program of softmax moments: a warp, which sums without barriers."""
+    """Lanes of a program of softmax moments: one warp, because it sums without barriers."""
     return 512 if INTERPRETED else 32
 
 
 def backward_lanes(parts_y: int, parts_x: int, row: int, by_class: bool) -> list[tuple[int, int]]:
-    """Shapes of a program's lanes for the gradient, of which the one with the fewest lanes in all
-    is taken; fewer lanes where gradients by class need more registers. Of labels of the logits'
-    size, `row` logits wide, no cell needs its neighbours."""
+    """Shapes of a program's lanes for the gradient. The caller chooses the shape with the fewest
+    lanes in total. If gradients of class statistics need more registers, there are fewer lanes. If
+    the labels have the logits' size, `row` logits wide, no cell needs its neighbours."""
     if row > 0:
         return [(1, min(max(triton.next_power_of_2(row), 32), 256))]
     if max(parts_y, parts_x) > 2:
         lanes = max(16, 2 * parts_y), max(16, 2 * parts_x)
-        if lanes[0] * lanes[1] > 256 and not INTERPRETED:  # more threads have too few registers
+        if lanes[0] * lanes[1] > 256 and not INTERPRETED:  # more threads would lack registers
             most = 4 * max(parts_y, parts_x)
             raise ValueError(
                 "softmax_moments: labels: for a gradient by the backend triton expected at most "
@@ -188,10 +188,11 @@ def backward_lanes(parts_y: int, parts_x: int, row: int, by_class: bool) -> list
 
 
 def registers(most: int) -> dict[str, int]:
-    """At most so many for a thread, where that can be said."""
+    """An option that limits the registers of a thread, if the compiler has one."""
     return {"maxnreg": most} if architecture().startswith("sm_") else {}
 
 
 def without_spills() -> dict[str, int]:
-    """ptxas spills a few registers to fit more programs than the memory needs: let it have them."""
+    """An option that lets ptxas use all registers. By default it would spill a few of them to run
+    more programs at once than the memory needs."""
     return registers(255)

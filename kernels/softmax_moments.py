@@ -1,13 +1,13 @@
 """Softmax moments: see ops/softmax_moments.py.
 
-A lane (upsampling.py) reads its four logits of one class after the other and keeps Σ_k e^(z_k − m)
-of each of its pixels in registers, m the largest logit of the cell so far. In a cell whose
-neighbours differ by some 70 this underflows; then the lanes of the program find each pixel's own
-maximum in a second sweep over the classes, and the sums in a third. Masses and squares take one
-more sweep. Statistics by label are summed for one label of the tile after the other.
+A lane (upsampling.py) reads its four logits class by class. For each of its pixels it keeps
+Σ_k e^(z_k − m) in registers, where m is the largest logit of the cell so far. If the neighbours of
+a cell differ by about 70, this underflows. Then the lanes of the program find the maximum of each
+pixel in a second loop over the classes, and the sums in a third. Masses and squares need one more
+loop. Statistics of the true class are summed label by label of the tile.
 
-A program adds to partial statistics of its own; torch.sum adds these in a fixed order. Hits and
-counts are integer atomics.
+A program adds to its own partials; torch.sum adds these in a fixed order. Hits and counts use
+integer atomics.
 """
 
 import torch
@@ -30,10 +30,11 @@ from .upsampling import (
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-# A sum may be as small before terms that matter underflow.
+# Below this sum, terms that matter may have underflowed.
 SMALLEST_SUM = tl.constexpr(2.0**-100)
 NO_CLASS = tl.constexpr(2**31 - 1)
-# They change with the images' size: not compiled anew where one becomes 1 or a multiple of 16.
+# They change with the images' size. Triton does not compile again if one becomes 1 or a multiple of
+# 16.
 SIZES = ("height", "width", "label_height", "label_width", "lanes_x", "lanes", "chunks",
          "tiles_per_chunk")  # fmt: skip
 
@@ -48,7 +49,7 @@ def filled(value, LANES: tl.constexpr, PIXELS: tl.constexpr, DTYPE: tl.constexpr
 
 @triton.jit
 def finite_or_zero(shift):
-    """A shift of −inf, where all is −inf, would give NaN."""
+    """The shift, or 0 if it is −inf: if all logits are −inf, a shift of −inf would give NaN."""
     return tl.where(shift == -INF, 0.0, shift)
 
 
@@ -57,7 +58,7 @@ def load_labels(
     labels_ptr, start_y, stop_y, start_x, stop_x, stride_y, stride_x, num_classes, ignore_index,
     SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr,
 ):  # fmt: skip
-    """int32, −1 where ignored or no pixel."""
+    """int32, −1 if the pixel is ignored or does not exist."""
     labels = ()
     for i in tl.static_range(SLOTS_Y):
         for j in tl.static_range(SLOTS_X):
@@ -76,7 +77,7 @@ def own_logits(
     SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr, SELECT_Y: tl.constexpr, SELECT_X: tl.constexpr,
     SAME: tl.constexpr,
 ):  # fmt: skip
-    """z of each pixel's own class; where ignored, of class 0."""
+    """z of each pixel's true class; for ignored pixels, of class 0."""
     out = ()
     for i in tl.static_range(SLOTS_Y * SLOTS_X):
         ptrs = logits_ptr + tl.maximum(labels[i], 0).to(tl.int64) * stride_k
@@ -96,7 +97,7 @@ def _add_to(ptr, value):
 def _softmax_moments_kernel(
     logits_ptr,  # [B, K, h, w] by strides
     labels_ptr,  # integer [B, H, W] by strides
-    losses_ptr,  # partials: float32 [B · chunks, K], zero on entry; the next three alike
+    losses_ptr,  # partials: float32 [B · chunks, K], zero on entry; also the next three
     overlaps_ptr,
     masses_ptr,
     squares_ptr,
@@ -145,9 +146,9 @@ def _softmax_moments_kernel(
     EVEN_X: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Reads the logits of a tile from memory once, and from the caches for each further sweep and
-    for neighbours; each label once. Writes the maps asked for and, for each tile, a number by
-    class for masses and for squares, and one by label of the tile for the others."""
+    """Reads the logits of a tile from memory once, and from the caches for each further loop and
+    for neighbours; each label once. Writes the requested maps. For each tile it writes one number
+    per class for masses and for squares, and one per label of the tile for the other statistics."""
     PIXELS: tl.constexpr = SLOTS_Y * SLOTS_X
     image, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     row = tl.program_id(0).to(tl.int64) * num_classes
@@ -191,7 +192,7 @@ def _softmax_moments_kernel(
             z = upsampled(
                 x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME
             )
-            # of a NaN and a number the number; the NaN is in the sum
+            # tl.maximum of a NaN and a number is the number; the NaN remains in the sum
             new = tl.maximum(maximum, tl.maximum(tl.maximum(x00, x01), tl.maximum(x10, x11)))
             new_shift = finite_or_zero(new) * -LOG2_E
             scale = tl.where(maximum == -INF, 0.0, tl.exp2(new_shift - shift))
@@ -212,7 +213,7 @@ def _softmax_moments_kernel(
             weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME,
         )  # fmt: skip
         unsafe = lane < 0
-        shifts, exponents = (), ()  # Σ e^(z − shift), and log2 of the term of the pixel's own class
+        shifts, exponents = (), ()  # Σ e^(z − shift), and log2 of the term of the true class
         for i in tl.static_range(PIXELS):
             unsafe |= (labels[i] >= 0) & ~(sums[i] >= SMALLEST_SUM)
             shifts = shifts + (shift * -LN_2,)
@@ -231,7 +232,7 @@ def _softmax_moments_kernel(
                     better = first_larger(z[i], largest[i])
                     new_largest = new_largest + (tl.where(better, z[i], largest[i]),)
                     if HAS_HITS:
-                        unlike = tl.where(k == 0, 0, predicted[i])  # begin anew
+                        unlike = tl.where(k == 0, 0, predicted[i])  # start again
                         new_predicted = new_predicted + (tl.where(better, k, unlike),)
                 largest, predicted = new_largest, new_predicted
                 ptr += stride_logits_k
@@ -323,7 +324,7 @@ def _softmax_moments_kernel(
 
 
 def grid_options(y: Axis, x: Axis, same: bool, align_corners: bool) -> dict[str, int | bool]:
-    """What a kernel knows of the upsampling when it is compiled."""
+    """The constants of the upsampling that a kernel is compiled with."""
     return {
         "ALIGN_CORNERS": align_corners,
         "SAME": same,
@@ -354,8 +355,8 @@ def softmax_moments(
 ) -> tuple[Tensor, ...]:
     """See ops/softmax_moments.py.
 
-    Beside the results it takes the partials: for each statistic a row [K] for each tile of lanes,
-    or fewer where they would take more than 16 MiB and 1/8 of the logits.
+    In addition to the results it needs memory for the partials: for each statistic a row [K] for
+    each tile of lanes; or fewer rows, if these would need more than 16 MiB and 1/8 of the logits.
     """
     batch, num_classes, height, width = logits.shape
     label_height, label_width = labels.shape[1:]
@@ -417,7 +418,7 @@ def softmax_moments(
         **grid_options(y, x, (height, width) == (label_height, label_width), align_corners),
         LANES=block,
         num_warps=max(block // 32, 1),
-        enable_fp_fusion=False,  # coordinates are rounded as F.interpolate's
+        enable_fp_fusion=False,  # coordinates are rounded as in F.interpolate
     )
     over = 1 if per_image else (0, 1)
     sums = (p.sum(over) if a else p for p, a in zip(partials, asked, strict=True))

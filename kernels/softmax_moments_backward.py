@@ -3,9 +3,9 @@
     dz_k = p_k·(d + dlse − t + dmasses[k] + 2·p_k·dsquares[k]) + [y = k]·(p_k·doverlaps[k] − d)
     d = dlosses[y] + dpixel_losses,   t = Σ_j p_j·u_j,   0 where ignored
 
-A lane (upsampling.py) computes dz of its pixels, one class after the other, and sums it with the
-weights of the cell's four logits. A program has a tile of cells, and one more above and to the left
-of it; a logit's gradient is gathered from its four cells.
+A lane (upsampling.py) computes dz of its pixels class by class, and sums it with the weights of the
+cell's four logits. A program processes a tile of cells, with one more row above and one more column
+to the left. The gradient of a logit is the sum over its four cells.
 """
 
 from math import prod
@@ -26,7 +26,7 @@ SIZES = ("height", "width", "label_height", "label_width", "tiles_y", "tiles_x")
 def load_map(
     ptr, labels, start_y, start_x, stride_y, stride_x, SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr
 ):  # fmt: skip
-    """A number for each valid pixel."""
+    """One value for each valid pixel."""
     out = ()
     for i in tl.static_range(SLOTS_Y):
         for j in tl.static_range(SLOTS_X):
@@ -38,7 +38,7 @@ def load_map(
 
 @triton.jit
 def number(ptr, k, stride):
-    """Of class k; 0 where there are none."""
+    """The number of class k; 0 if the pointer is None."""
     if ptr is None:
         return 0.0
     else:
@@ -47,7 +47,7 @@ def number(ptr, k, stride):
 
 @triton.jit
 def divide(lower, upper, dz, weight, SELECT: tl.constexpr):
-    """Add a gradient to that of the lower and of the upper neighbour."""
+    """Add a gradient to those of the lower and the upper neighbour."""
     if SELECT:  # 0 · NaN would be NaN
         upper = tl.where(weight == 0, upper, tl.fma(weight, dz, upper))
     else:
@@ -57,7 +57,8 @@ def divide(lower, upper, dz, weight, SELECT: tl.constexpr):
 
 @triton.jit
 def at_edges(lower, upper, cell, source):
-    """Before the first logit and beyond the last one, it has the gradient of both neighbours."""
+    """In cells before the first logit and beyond the last one, both neighbours are the same logit,
+    which gets both gradients."""
     first, last = cell < 0, cell == source - 1
     return tl.where(last, lower + upper, lower), tl.where(first, lower + upper, upper)
 
@@ -75,7 +76,7 @@ def _softmax_moments_bwd_kernel(
     logits_ptr,  # [B, K, h, w] by strides
     labels_ptr,  # integer [B, H, W] by strides
     lse_ptr,  # float32 [B, H, W] by strides
-    dlosses_ptr,  # float32 [K] or [B, K] by strides; the next three alike
+    dlosses_ptr,  # float32 [K] or [B, K] by strides; also the next three
     doverlaps_ptr,
     dmasses_ptr,
     dsquares_ptr,
@@ -137,8 +138,9 @@ def _softmax_moments_bwd_kernel(
     LANES_Y: tl.constexpr,
     LANES_X: tl.constexpr,
 ):
-    """Reads the logits of a tile and its edge, from memory once and from the caches for each sweep
-    and for neighbours; labels, lse and maps once, but for the edge. Writes dlogits once."""
+    """Reads the logits of a tile and its edge from memory once, and from the caches for each loop
+    over the classes and for neighbours. Reads labels, lse and maps once, except at the edge. Writes
+    dlogits once."""
     PIXELS: tl.constexpr = SLOTS_Y * SLOTS_X
     CELLS_Y: tl.constexpr = LANES_Y // PARTS_Y
     CELLS_X: tl.constexpr = LANES_X // PARTS_X
@@ -313,7 +315,7 @@ def softmax_moments_backward(
     ignore_index: int,
     align_corners: bool,
 ) -> Tensor:
-    """See ops/softmax_moments.py. It needs no memory but the gradient."""
+    """See ops/softmax_moments.py. It needs no memory except the gradient."""
     dlogits = torch.empty_like(logits)
     if labels.numel() == 0:
         return dlogits.zero_()
@@ -369,7 +371,7 @@ def softmax_moments_backward(
         LANES_X=lanes_x,
         num_warps=lanes_y * lanes_x // 32,
         enable_fp_fusion=False,  # as softmax_moments
-        # two programs on a multiprocessor, where they do not spill
+        # two programs on a multiprocessor, if they do not spill
         **registers(128 if y.even and x.even and not by_class else 255),
     )
     return dlogits

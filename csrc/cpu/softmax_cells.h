@@ -1,15 +1,16 @@
 // Softmax moments of logits that are upsampled at least twice along both axes.
 //
-// In a cell, between four neighbouring logits, z is bilinear, so that e^z is a geometric series
-// along rows and columns: four exponentials for each cell and class, then a product for each label.
+// In a cell, between four neighbouring logits, z is bilinear, so e^z is a geometric series along
+// rows and columns: four exponentials for each cell and class, then a product for each label.
 // Lanes are neighbouring cells of one row. A block is one vector of cells with up to WIDTH labels
-// in a row of each; where cells have more, further passes take the rest. Pixels of a block are
-// [rows][WIDTH][lanes]. The sums over classes stay in registers, HEIGHT rows of labels at a time.
+// in each row of a cell; if cells have more labels, further passes process the rest. Pixels of a
+// block are [rows][WIDTH][lanes]. The sums over classes stay in registers, HEIGHT rows of labels at
+// a time.
 //
-// Logits are at most 0, less their shift. A class with a logit below FAR in the block has plain
-// exponentials there: its series would underflow. A block where a pixel's sum falls below STEEP, as
-// its neighbouring logits differ widely, is done pixel by pixel, forward and backward. So is a row
-// of cells with a NaN or +inf.
+// After subtracting their shift, logits are at most 0. If a logit of a class is below FAR in the
+// block, its exponentials are computed directly, because its series would underflow. If the sum of
+// a pixel falls below STEEP, because neighbouring logits differ widely, its block is processed
+// pixel by pixel, forward and backward. The same holds for a row of cells with a NaN or +inf.
 
 constexpr float FAR = -80.0f, STEEP = 0x1p-40f, LOG_STEEP = -27.7258872f;
 
@@ -28,7 +29,7 @@ ALWAYS_INLINE bool any(Ints mask) {
 #endif
 }
 
-// table[index], of what may be other where index is negative.
+// table[index]; any element if index is negative.
 template <class Element>
 ALWAYS_INLINE Vector<Element, LANES<float>> gather(const Element* table, Ints index,
                                                    Element other) {
@@ -69,7 +70,7 @@ ALWAYS_INLINE Floats power_of_two(Floats x) {
   return Floats(Bits(p) + (Bits(shifted) << 23));
 }
 
-// The four logits around the cells of a block, of one class.
+// The four logits of one class around the cells of a block.
 struct Corners {
   Floats a, b, c, d;  // upper left and right, lower left and right
 
@@ -91,9 +92,9 @@ struct Corners {
   }
 };
 
-// Powers of e at the first label of each cell and their ratios along the row, the column, and of
-// the rows' ratios along the column. right, down: weights of the first label; steps: of the next
-// ones.
+// Powers of e at the first label of each cell, their ratios along the row and along the column, and
+// the ratio of the rows' ratios along the column. right, down: weights of the first label; steps:
+// from one label to the next.
 struct Series {
   Floats first, right, down, twist;
 
@@ -156,7 +157,7 @@ struct CellRow {
       }
   }
 
-  // The weight of the first label. All of them are rounded: the mean is nearest to them all.
+  // The weight of the first label. All weights are rounded, so their mean is used.
   static float start(const float* weights, int64_t first, int64_t end, float step) {
     float sum = 0;
     for (int64_t i = first; i < end; ++i) sum += weights[i] - (i - first) * step;
@@ -221,7 +222,7 @@ struct CellRow {
   Map<float> lse_map(const float* lse) const {
     return {lse, problem.rows.size * problem.columns.size, problem.columns.size, 1};
   }
-  // The valid pixels' values of a map, 0 elsewhere and where there is no map.
+  // The valid pixels' values of a map; 0 for other pixels, or if there is no map.
   ALWAYS_INLINE Floats gather_map(int64_t block, int64_t j, int64_t i, Ints valid,
                                   const Map<float>& map) const {
     if (!map.data) return Floats{};
@@ -245,8 +246,8 @@ struct CellRow {
     return Corners(workspace.shifts[upper & 1] + column, workspace.shifts[lower & 1] + column)
         .at(Floats{} + down[j], right(block, i));
   }
-  // Classes of a block's pixels, -1 where there is none. Returns the largest of each cell, mostly
-  // the only one.
+  // Classes of a block's pixels, -1 if there is none. Returns the largest of each cell, which is
+  // usually the only one.
   ALWAYS_INLINE Ints classes_of(int64_t block, int32_t* classes) const {
     Ints of_cells = Ints{} - 1;
     for (int64_t j = 0; j < rows; ++j)
@@ -258,7 +259,7 @@ struct CellRow {
       }
     return of_cells;
   }
-  // The logits around the cells, of their own classes; of any numbers where there is none.
+  // The logits around the cells, of their true classes; any numbers if there is none.
   ALWAYS_INLINE Corners own_corners(int64_t block, Ints classes) const {
     Ints at = {};
     for (int lane = 0; lane < L; ++lane) at[lane] = lane;
@@ -322,7 +323,7 @@ void sum_block(const CellRow<WIDTH>& row, int64_t first_row, int64_t block, cons
   };
   for (int n = 0; n < H * WIDTH; ++n) sums[n] = Floats{};
   for (int64_t start = 0; start < num_classes; start += 128) {
-    Floats some[H * WIDTH] = {};  // sums of few terms, that rounding stays small
+    Floats some[H * WIDTH] = {};  // sums of few terms, to keep rounding errors small
     const int64_t end = std::min<int64_t>(start + 128, num_classes);
     for (int64_t k = start; k < end; ++k) {
       const Corners z(upper + k * stride, lower + k * stride);

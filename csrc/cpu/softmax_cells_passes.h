@@ -1,7 +1,7 @@
 // Forward and backward over the cells of a tile.
 
-// masses[k] += the sum over pixels of p = factors * e^z; squares[k] += that of its squares, where
-// they are asked for.
+// masses[k] += the sum over pixels of p = factors * e^z; squares[k] += the sum of p^2, if
+// requested.
 template <int WIDTH>
 void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
   using Row = CellRow<WIDTH>;
@@ -46,8 +46,8 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
   }
 }
 
-// The sums and maps of a block; totals: of e^z over the classes. Pixels of their cell's class are
-// summed by cells, the others one by one.
+// The sums and maps of a block; totals: of e^z over the classes. Pixels that have the class of
+// their cell are summed cell by cell, the others one by one.
 template <int WIDTH>
 void add_block(const CellRow<WIDTH>& row, int64_t block, const int32_t* classes, Ints of_cells,
                const Floats* totals, const Sums& sums, const Maps<float>& maps) {
@@ -219,7 +219,7 @@ void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float*
   }
 }
 
-// Subtracts what the pixels' own classes have of their own: values [rows][WIDTH][lanes], 0 where
+// Subtracts the additional terms of the pixels' true classes: values [rows][WIDTH][lanes], 0 if
 // there is no class.
 template <int WIDTH>
 void subtract_own(const CellRow<WIDTH>& row, int64_t block, const int32_t* classes, Ints of_cells,
@@ -264,8 +264,8 @@ void subtract_own(const CellRow<WIDTH>& row, int64_t block, const int32_t* class
       subtract(of_cells[lane], lane, left[lane], right[lane], left_below[lane], right_below[lane]);
 }
 
-// Writes the factors of a block's pixels and what their own classes have of their own. Returns
-// false where the block is to be done pixel by pixel.
+// Writes the factors of a block's pixels and the additional terms of their true classes. Returns
+// false if the block must be processed pixel by pixel.
 template <int WIDTH>
 bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const int32_t* classes,
                       Ints of_cells, const Gradients<float>& gradients, const float* dmasses,
@@ -351,7 +351,7 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
   }
 }
 
-// Calls visit with the WIDTH that serves the problem, as a constant.
+// Calls visit with the WIDTH for this problem, as a constant.
 template <class Visit>
 void for_widths(const Problem<float>& problem, Visit visit) {
   const int64_t most = problem.column_cells.most, passes = (most + 7) / 8;

@@ -1,5 +1,5 @@
-// Softmax moments pixel by pixel, for any ratio of sizes and any values: an exponential for each
-// pixel and class, less the pixel's exact maximum.
+// Softmax moments pixel by pixel, for any ratio of sizes and any values: one exponential for each
+// pixel and class, after subtracting the exact maximum of the pixel.
 
 template <class Stat>
 struct Position {
@@ -14,12 +14,12 @@ ALWAYS_INLINE Position<Stat> position(const Axis<Stat>& axis, int64_t i) {
   return {lower, std::min(lower + 1, axis.source - 1), axis.weight[i]};
 }
 
-// Up to GROUP labels of one row, in order, their classes and the logits that they lie between.
+// Up to GROUP labels of one row, in order, their classes and the logits around them.
 template <class Stat>
 struct Group {
   int64_t y, count = 0;
   Position<Stat> row;
-  bool same;  // each label is one logit, and they are neighbours
+  bool same;  // each label is one logit, and these are adjacent
   int64_t x[GROUP];
   int32_t classes[GROUP], lower[GROUP], upper[GROUP];  // packed columns
   Stat weight[GROUP];
@@ -33,7 +33,7 @@ struct Group {
     weight[count++] = at.weight;
   }
 
-  void fill_up() {  // that vectors have a sense beyond the last label
+  void fill_up() {  // so that whole vectors can be read beyond the last label
     for (int64_t t = count; t % LANES<Stat>; ++t) {
       lower[t] = upper[t] = lower[0];
       classes[t] = -1;
@@ -44,7 +44,7 @@ struct Group {
   int64_t last() const { return upper[count - 1]; }
 };
 
-// (1 - weight) * low + weight * high, where a weight of 0 leaves high out.
+// (1 - weight) * low + weight * high; with weight 0, high is not used.
 template <class Vec>
 ALWAYS_INLINE Vec blend(Vec low, Vec high, Vec weight) {
   return weight == 0 ? low : (1 - weight) * low + weight * high;
@@ -92,7 +92,7 @@ ALWAYS_INLINE void upsample_classes(const Problem<Stat>& problem, const Workspac
              workspace.upsampled + k * workspace.group);
 }
 
-// The class of the largest of each pixel: the first of equal ones, NaN is largest.
+// The class of the largest logit of each pixel: the first of equal ones; NaN is larger than all.
 template <class Stat>
 ALWAYS_INLINE void largest_of_group(const Problem<Stat>& problem, const Workspace<Stat>& workspace,
                                     const Group<Stat>& group, int32_t* classes) {
@@ -112,7 +112,7 @@ ALWAYS_INLINE void largest_of_group(const Problem<Stat>& problem, const Workspac
 }
 
 // One vector of pixels, z at [k * stride]: returns their lse, and with PROBABILITIES z becomes p.
-// As torch's logsumexp and softmax where values are not finite.
+// As torch's logsumexp and softmax if values are not finite.
 template <class Stat, bool PROBABILITIES>
 ALWAYS_INLINE VecOf<Stat> normalize(Stat* z, int64_t num_classes, int64_t stride) {
   using V = Simd<Stat>;
@@ -122,7 +122,7 @@ ALWAYS_INLINE VecOf<Stat> normalize(Stat* z, int64_t num_classes, int64_t stride
   largest = largest - largest == 0 ? largest : Vec{};
   Vec total = {};
   for (int64_t first = 0; first < num_classes; first += 128) {
-    Vec sum = {};  // of few terms, that rounding stays small
+    Vec sum = {};  // of few terms, to keep rounding errors small
     for (int64_t k = first; k < std::min<int64_t>(first + 128, num_classes); ++k) {
       const Vec e = exp<Stat>(V::load(z + k * stride) - largest);
       if (PROBABILITIES) V::store(z + k * stride, e);
@@ -212,7 +212,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     factor[t] = own_gradient[t] + value(gradients.dlse, tile.image, group.y, x);
   }
 
-  // dz = p * (factor + u - total) - own_gradient at the own class, total = sum of p * u
+  // dz = p * (factor + u - total) - own_gradient at the true class, total = sum of p * u
   for (int64_t t = 0; t < group.count; t += L) {
     const Vec is_valid = V::load(valid + t);
     normalize<Stat, true>(workspace.upsampled + t, num_classes, workspace.group);
@@ -264,8 +264,8 @@ void backward_group(const Problem<Stat>& problem, const Tile& tile,
   }
 }
 
-// Calls visit(group) for the labels of a tile, pixel by pixel, their logits packed; before that
-// begin(first row of logits that is still read) for each row of labels.
+// Calls visit(group) for the labels of a tile, pixel by pixel, with packed logits. For each row of
+// labels it first calls begin(the first row of logits that is still read).
 template <class Stat, class Begin, class Visit>
 ALWAYS_INLINE void for_groups(const Problem<Stat>& problem, const Tile& tile,
                               const Workspace<Stat>& workspace, Begin begin, Visit visit) {

@@ -2,23 +2,23 @@
 //
 //     sums[k] = Σ f_p    residuals[k] = Σ (f_p − a_k)    sqdists[k] = Σ ‖f_p − a_k‖²
 //
-// In raster order where tables of all keys fit in a block's shared memory: a block is one warp,
-// which has 32 channels of a chunk of the pixels. Features are read once, keys once for each 32
-// channels (from the second-level cache but for the first), partial statistics are written and read
-// once: they are 1 to 5 % of the features. A second kernel adds them in a fixed order. Else in the
-// order of their keys (a stable sort, and 12 bytes for each pixel and 32 channels more): what a key
-// has inside a chunk is complete; the first and the last key's of each chunk are joined by a kernel
-// of their own.
+// If tables of all keys fit in a block's shared memory, pixels are read in raster order. A block is
+// one warp, which sums 32 channels of a chunk of the pixels. Features are read once, keys once for
+// each 32 channels (from the L2 cache except the first time), partials are written and read once:
+// they are 1 to 5 % of the features. A second kernel adds them in a fixed order. Otherwise pixels
+// are read in the order of their keys (a stable sort, and 12 bytes more for each pixel and 32
+// channels). Keys inside a chunk are complete; another kernel joins the first and the last key of
+// each chunk.
 //
-// Counted in the SASS of sm_90, where the label does not change within 32 pixels: warp instructions
-// for each 512 bytes (memory alone takes as long as 110 on an H200).
+// Counted in the SASS of sm_90, if the label does not change within 32 pixels: warp instructions
+// for each 512 bytes (the memory takes as long as 110 on an H200).
 //
 //                            bf16 NCHW  channels last    fp32 NCHW  channels last
 //     sums                          30             37           16             19
 //     sums, sqdists                 46             53           23             27
 //     sums, sqdists, residuals      54             61           28             31
 //
-// Counted from shared memory (no register limits it): warps and KB of features in flight on a
+// Counted from shared memory (registers do not limit it): warps and KB of features in flight on a
 // multiprocessor of an H200, where 23 KB are needed, in bf16.
 //
 //                              K = 19       K = 150      K = 200
@@ -28,15 +28,15 @@
 //
 // Predicted, not measured (bench/time_model.py), for labels of images in bf16 NCHW, as a share of
 // 4.3 TB/s: HRNet B8 D720 128×256 K19 (378 MB, 88 µs) 86 % for sums, 81 % with sqdists; SegFormer
-// B16 D768 128×128 K150 (403 MB, 94 µs) 66 % and 34 %, for its five warps wait for each change of
-// key.
+// B16 D768 128×128 K150 (403 MB, 94 µs) 66 % and 34 %, because its five warps wait for each change
+// of key.
 #include "../labels.h"
 #include "class_moments_kernel.cuh"
 
 namespace anchorops::cuda {
 namespace {
 
-// Partial statistics of chunks and their sum.
+// The partials of chunks and their sum.
 struct Partials {
   const float* partials;  // float32 [count, size]
   float* out;             // float32 [size]
@@ -49,8 +49,8 @@ struct AllPartials {
 
 constexpr int THREADS = 256;
 
-// Reads each partial and writes each result once. Of a result's partials each thread adds every
-// slices-th; then half of the threads add what the others have, and so on.
+// Reads each partial and writes each result once. Each thread adds every slices-th partial of a
+// result; then half of the threads add the sums of the other half, and so on.
 __global__ void __launch_bounds__(THREADS) add_partials_kernel(const AllPartials all) {
   const Partials own = blockIdx.y == 0 ? all.of[0] : blockIdx.y == 1 ? all.of[1] : all.of[2];
   const int width = THREADS / own.slices, slice = threadIdx.x / width;
@@ -80,7 +80,7 @@ void add_partials(AllPartials all, Stream stream) {
          THREADS, THREADS * sizeof(double), stream, all);
 }
 
-// Pixels in the order of their keys: where each begins, and its key.
+// Pixels in the order of their keys: the offset of each, and its key.
 template <class Key>
 __global__ void __launch_bounds__(THREADS)
     sorted_pixels_kernel(int64_t* order,   // pixels on entry, offsets on return
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(THREADS)
   order[i] = view.line_offset(pixel / view.pixels) + pixel % view.pixels * view.stride_p;
 }
 
-// Rows of the first and the last key of each chunk, and where their sums go.
+// Rows of the first and the last key of each chunk, and the output for their sums.
 struct Ends {
   const float* ends;  // float32 [2·chunks, width]
   float* out;         // key k, column c: out[k·stride_k + c·stride_c]
@@ -103,8 +103,8 @@ struct AllEnds {
   Ends of[3];
 };
 
-// Adds the ends of each key, in the order of the chunks. A block has the last key of a chunk, or
-// its first where that did not begin in the chunk before.
+// Adds the ends of each key, in the order of the chunks. A block processes the last key of a chunk,
+// or its first key if this did not begin in the chunk before.
 __global__ void __launch_bounds__(128)
     join_chunks_kernel(const int32_t* sorted_keys, int64_t pixels, int64_t pixels_per_chunk,
                        int tile, int chunks, const AllEnds all) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(128)
   if (which == 0) {
     if (begin > 0 && sorted_keys[begin - 1] == key) return;
   } else {
-    // A tile that the pixels do not fill ends with none, and so does no key.
+    // An incomplete last tile ends without a pixel, so no key continues there.
     if (end % tile != 0 || sorted_keys[end - 1] == key) return;
     key = sorted_keys[end - 1];
   }
@@ -151,14 +151,14 @@ template <class T, bool CHANNELS_LAST>
 constexpr int64_t RING_BYTES =
     STAGES * Stage<T, CHANNELS_LAST>::BYTES + (STAGES + 1) * TILE<T> * int64_t{sizeof(int)};
 
-// As many as fit. Of more than eight warps a multiple of four: they are issued by four schedulers,
-// and where one has three warps and the others two, all wait for it.
+// As many as fit. More than eight warps are rounded to a multiple of four: there are four
+// schedulers, and if one has three warps and the others two, all wait for it.
 int64_t blocks_per_multiprocessor(int64_t shared_bytes) {
   const int64_t blocks = std::min(MAX_BLOCKS, SHARED_BYTES / (shared_bytes + 1024));
   return blocks > 8 ? blocks / 4 * 4 : blocks;
 }
 
-// What a block asks for, so that no more of them are resident than that.
+// The shared memory that a block requests, so that not more blocks than this are resident.
 int64_t padded_shared_bytes(int64_t shared_bytes) {
   const int64_t blocks = blocks_per_multiprocessor(shared_bytes);
   const auto all = static_cast<int64_t>(shared_bytes_of_multiprocessor());
@@ -215,7 +215,7 @@ int64_t table_bytes(int statistics, int64_t num_keys, int columns) {
   return (1 + num_keys) * row * static_cast<int64_t>(sizeof(float));
 }
 
-// Squared distances of a key: in a column for each lane where that leaves room for other blocks.
+// Columns for the squared distances of a key: one for each lane, if other blocks still fit.
 int columns_of(int statistics, int64_t num_keys, int64_t ring_bytes) {
   const auto blocks = [&](int columns) {
     return blocks_per_multiprocessor(ring_bytes + table_bytes(statistics, num_keys, columns));
@@ -225,9 +225,9 @@ int columns_of(int statistics, int64_t num_keys, int64_t ring_bytes) {
   return 1;
 }
 
-// As many chunks as occupy the device once, or a few times over if their partial statistics are
-// less than 1/64 of the features; fewer if those were more than 1/8 of the features and than a
-// share of the second-level cache. By shapes alone: the order of additions is part of the result.
+// As many chunks as occupy the device once, or a few times if their partials are less than 1/64 of
+// the features; fewer if the partials would be more than 1/8 of the features and than a share of
+// the L2 cache. This depends only on shapes, because the order of additions affects the result.
 int64_t wanted_chunks(const Pixels& view, int64_t blocks, int64_t shared_bytes, int64_t chunk_bytes,
                       int64_t feature_bytes) {
   const int64_t resident = MULTIPROCESSORS * blocks_per_multiprocessor(shared_bytes);
@@ -265,7 +265,7 @@ void in_raster_order(Problem<T>& problem, int statistics, int64_t shared_bytes, 
   add_partials(all, stream);
 }
 
-// The keys sorted, and the pixels in this order.
+// The sorted keys, and the pixels in this order.
 std::pair<Tensor, Tensor> stable_sort(const Tensor& keys) {
   std::array<StableIValue, 4> stack{
       torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
@@ -282,7 +282,7 @@ void in_order_of_keys(Problem<T>& problem, int statistics, const Tensor& keys, c
   const Pixels view = problem.view;
   const int64_t pixels = view.lines * view.pixels, num_keys = problem.num_keys;
   Tensor flat = torch::stable::view(keys, {pixels});
-  // Half the bits are half the passes of a radix sort.
+  // With half the bits, a radix sort needs half the passes.
   if (num_keys <= 1 << 15) flat = torch::stable::to(flat, ScalarType::Short);
   const auto [sorted, order] = stable_sort(flat);
   const Tensor sorted_keys = new_empty(keys, {pixels}, ScalarType::Int);
@@ -302,7 +302,7 @@ void in_order_of_keys(Problem<T>& problem, int statistics, const Tensor& keys, c
   problem.offsets = order.const_data_ptr<int64_t>();
   problem.view.lines = problem.view.lines_per_image = 1;
   problem.view.pixels = pixels;
-  // Chunks that occupy the device a few times over, of at least two tiles, so that ends are few.
+  // Chunks that occupy the device a few times, of at least two tiles, so that there are few ends.
   const int64_t tiles = ceil_div(pixels, TILE<T>);
   const int64_t occupied = 4 * MAX_BLOCKS * MULTIPROCESSORS;
   set_tiles(problem,

@@ -1,5 +1,4 @@
-// The pass over the features: a warp sums its 32 channels, a channel for each lane, tile after
-// tile.
+// The pass over the features: a warp sums its 32 channels, one for each lane, tile after tile.
 #pragma once
 
 #include "class_moments_tiles.cuh"
@@ -8,7 +7,7 @@ namespace anchorops::cuda {
 
 constexpr int SUMS = 1, SQDISTS = 2, RESIDUALS = 4;  // statistics
 
-// Sums while the key repeats, in four parts that do not wait for each other.
+// Sums while the key repeats, in four independent parts.
 template <int STATISTICS>
 struct Totals {
   float sums[4] = {}, sqdists[4] = {}, residuals[4] = {};
@@ -26,7 +25,7 @@ struct Totals {
   }
 };
 
-// Adds values of pixels to the rows of their keys, one after the other where keys are the same.
+// Adds values of pixels to the rows of their keys, one after the other if keys are the same.
 template <int N>
 __device__ __forceinline__ void add_to_rows(float* table, int columns, const Vector<int>& keys,
                                             const float (&values)[N]) {
@@ -45,9 +44,9 @@ __device__ __forceinline__ void add_to_rows(float* table, int columns, const Vec
   for (int i = 0; i < N; ++i) table[keys.elements[i] * columns] = totals[i];
 }
 
-// Statistics of a chunk: in registers for the key that is being summed, else in tables in shared
-// memory, [1 + num_keys, 32] each, whose first row takes what is ignored (key −1). A lane touches
-// its own column only. SORTED: a key's go to global memory when the next key comes.
+// Statistics of a chunk: in registers for the current key, otherwise in tables in shared memory,
+// [1 + num_keys, 32] each, whose first row is for ignored pixels (key −1). A lane uses only its own
+// column. SORTED: the statistics of a key are stored to global memory when the next key begins.
 template <class T, int STATISTICS, bool SORTED>
 struct Accumulator {
   const Problem<T>& problem;
@@ -60,7 +59,7 @@ struct Accumulator {
   Totals<STATISTICS> totals;
   int key;
   float anchor = 0;
-  bool pending = false;  // whether totals hold pixels
+  bool pending = false;  // whether totals contain pixels
   bool first = true;     // SORTED: whether this is the first key of the chunk
 
   __device__ Accumulator(const Problem<T>& problem, int block, int chunk, float* tables, int key)
@@ -91,7 +90,7 @@ struct Accumulator {
     return inside ? __ldg(anchors + int64_t{max(row, 0)} * dim) : 0;
   }
 
-  // Lanes of the same column (lane mod columns, which is 32, 8 or 1) together.
+  // The sum over lanes of the same column (lane mod columns, which is 32, 8 or 1).
   static __device__ __forceinline__ float over_lanes(float value, int columns) {
     if (columns == CHANNELS) return value;
     value += __shfl_xor_sync(FULL_WARP, value, 16);
@@ -121,8 +120,8 @@ struct Accumulator {
     pending = false;
   }
 
-  // SORTED: to the end of the chunk that this key is, for others may go on with it, or to the
-  // output.
+  // SORTED: to a row for the first or last key of the chunk, because other chunks may continue with
+  // this key; or to the output.
   __device__ __forceinline__ void store(bool end, int which) const {
     if (key < 0) return;
     const int64_t dim = problem.view.dim, edge = int64_t{2} * chunk + which;
@@ -143,7 +142,7 @@ struct Accumulator {
     }
   }
 
-  // Pixels of the key that is being summed.
+  // Pixels of the current key.
   template <int N>
   __device__ __forceinline__ void add(const float (&x)[N]) {
 #pragma unroll
@@ -151,7 +150,8 @@ struct Accumulator {
     pending = true;
   }
 
-  // Pixels of few keys: bit i of `changes` says that pixel i has another key than the one before.
+  // Pixels of few keys: bit i of `changes` says that the key of pixel i differs from the one
+  // before.
   template <int N>
   __device__ __forceinline__ void add_runs(const float (&x)[N], unsigned changes, const int* keys,
                                            const int* anchor_rows) {
@@ -167,7 +167,7 @@ struct Accumulator {
     }
   }
 
-  // Pixels of many keys go straight to the tables, four at a time.
+  // Pixels of many keys are added to the tables directly, four at a time.
   template <int N>
   __device__ __forceinline__ void add_scattered(const float (&x)[N], const int* keys,
                                                 const int* anchor_rows) {
@@ -216,7 +216,7 @@ struct Accumulator {
       float* out = problem.sqdists + (int64_t{chunk} * problem.blocks + block) * num_keys;
       for (int k = lane; k < num_keys; k += CHANNELS) {
         float total = 0;
-        for (int i = 0; i < columns; ++i)  // each lane in a bank of its own
+        for (int i = 0; i < columns; ++i)  // each lane uses a different bank
           total += sqdists[k * columns + (i + lane) % columns - lane];
         out[k] = total;
       }
@@ -230,8 +230,8 @@ __global__ void __launch_bounds__(CHANNELS, 12) class_moments_kernel(const Probl
   using Shape = Stage<T, CHANNELS_LAST>;
   constexpr int SEGMENT = Shape::SEGMENT, GROUPS = TILE<T> / 32;
   const int lane = threadIdx.x;
-  // Neighbours read neighbouring channels; of sorted pixels, the same planes, which so stay in
-  // cache.
+  // Neighbouring blocks read neighbouring channels; with sorted pixels, the same planes, which then
+  // stay in cache.
   constexpr bool CHUNKS_FIRST = SORTED && !CHANNELS_LAST;
   const int block = CHUNKS_FIRST ? blockIdx.x / problem.chunks : blockIdx.x % problem.blocks;
   const int chunk = CHUNKS_FIRST ? blockIdx.x % problem.chunks : blockIdx.x / problem.blocks;
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(CHANNELS, 12) class_moments_kernel(const Probl
 
   int slot = 0;
   for (int tile = 1 - STAGES; tile < tiles; ++tile) {
-    __syncwarp();  // nothing reads any more what is overwritten now
+    __syncwarp();  // all lanes have read what is overwritten now
     if (tile + STAGES - 1 < tiles) {
       const int free = (slot + STAGES - 1) % STAGES;
       fill_stage<T, CHANNELS_LAST>(stages + free * Shape::ELEMENTS, staged_keys + free * TILE<T>,
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(CHANNELS, 12) class_moments_kernel(const Probl
       const T* stage = stages + slot * Shape::ELEMENTS;
       const int* keys = staged_keys + slot * TILE<T>;
       const int* anchor_rows = anchors_by_key ? keys : staged_rows;
-      unsigned changes = 0;  // lane g: which of the 32 pixels from 32·g on begin a run
+      unsigned changes = 0;  // lane g: which of the 32 pixels beginning at 32·g begin a run
 #pragma unroll
       for (int g = 0; g < GROUPS; ++g) {
         const int key = keys[g * 32 + lane];

@@ -1,6 +1,6 @@
 // Tiles of features in shared memory: 32 channels, one for each lane of a warp, by as many pixels
-// as make 8 KB. Memory that follows in a plane (or, with channels last, in a pixel) is copied 16
-// bytes at a time behind the warp's back; other strides and misaligned views, element by element.
+// as make 8 KB. Contiguous memory in a plane (or, with channels last, in a pixel) is copied
+// asynchronously, 16 bytes at a time; other strides and misaligned views, element by element.
 #pragma once
 
 #include <cstring>
@@ -11,14 +11,14 @@
 namespace anchorops::cuda {
 
 constexpr int CHANNELS = 32;  // of a block, which is one warp
-constexpr int STAGES = 2;     // of the ring of tiles: one is read while the other is under way
+constexpr int STAGES = 2;     // of the ring of tiles: one is read while the other is copied
 constexpr int BATCH = 16;     // elements that a lane loads before it waits for the first
 
 template <class T>
 constexpr int TILE = 256 / static_cast<int>(sizeof(T));  // pixels
 
-// What a kernel of class moments is given. A chunk is a range of tiles; pixels sorted by key are a
-// single line.
+// The arguments of a kernel of class moments. A chunk is a range of tiles; pixels sorted by key are
+// a single line.
 template <class T>
 struct Problem {
   const T* features;       // [B, D, P] by strides
@@ -36,11 +36,11 @@ struct Problem {
   int tiles_per_line, last_tile;  // pixels in the last tile of a line
   int num_keys, num_classes, groups;
   int chunks, blocks;         // of channels
-  int sqdists_columns;        // of a key in shared memory: 32, or 8 or 1 to save room
+  int sqdists_columns;        // of a key in shared memory: 32, or 8 or 1 to save space
   bool vectors, key_vectors;  // whether 16 bytes of features, of keys, can be copied at once
 };
 
-// Exact, and one instruction for each element: the high half of a word needs no shift.
+// Exact, with one instruction for each element: the high half of a word needs no shift.
 template <class T>
 __device__ __forceinline__ void widen(const Vector<T>& vector, float (&x)[Vector<T>::SIZE]) {
   unsigned words[4];
@@ -56,8 +56,8 @@ __device__ __forceinline__ void widen(const Vector<T>& vector, float (&x)[Vector
   }
 }
 
-// A tile as it lies in shared memory: [channel][pixel], rows padded to spread over the banks; with
-// channels last [pixel][channel].
+// The layout of a tile in shared memory: [channel][pixel], with rows padded to use different banks;
+// with channels last [pixel][channel].
 template <class T, bool CHANNELS_LAST>
 struct Stage {
   static constexpr int SEGMENT = Vector<T>::SIZE;  // pixels that are read at once
@@ -79,7 +79,7 @@ struct Stage {
   }
 };
 
-// Walks over the tiles of a chunk.
+// Iterates over the tiles of a chunk.
 template <class T, bool SORTED>
 struct Cursor {
   const Problem<T>& problem;
@@ -112,7 +112,7 @@ struct Cursor {
   __device__ __forceinline__ int pixels() const {
     return tiles_left == 1 ? problem.last_tile : TILE<T>;
   }
-  // Where the features of the pixel begin, seen from `features`.
+  // The offset of the pixel's features from `features`.
   __device__ __forceinline__ int64_t offset(int pixel) const {
     if constexpr (!SORTED) return pixel * problem.view.stride_p;
     return pixel < pixels() ? problem.offsets[keys - problem.keys + pixel] : 0;
@@ -158,7 +158,7 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys, const Cursor<T, 
     return;
   }
 
-  // A lane has a pixel and goes through the channels; with channels last, the other way round.
+  // A lane has one pixel and iterates over the channels; with channels last, the other way round.
 #pragma unroll 1
   for (int first = 0; first < Shape::COLUMNS; first += 32) {
     const int column = first + lane;

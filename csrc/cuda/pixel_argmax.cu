@@ -1,8 +1,8 @@
 // The operator anchorops::pixel_argmax.cuda: the class of the largest upsampled logit.
 //
-// A thread takes a cell of 4×4 pixels (softmax_cells.cuh says of what), its 16 largest logits and
-// their classes in registers. Reads the logits once, 1.2 times from the second-level cache, and
-// writes 8 bytes a pixel. One launch.
+// A thread processes a cell of 4×4 pixels (see softmax_cells.cuh), with the largest logit of each
+// of the 16 pixels and its class in registers. Reads the logits once, 1.2 times from the L2 cache,
+// and writes 8 bytes a pixel. One launch.
 #include "pixel_argmax.cuh"
 
 namespace anchorops::cuda {
@@ -14,8 +14,8 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
     pixel_argmax_kernel(Cells cells,
                         const int32_t* keys,  // [B, H, W] or null
                         int classes_per_image,
-                        int64_t* predictions,  // [B, H, W], where keys are null
-                        int32_t* hits) {       // [B, H, W], where they are not
+                        int64_t* predictions,  // [B, H, W], if keys are null
+                        int32_t* hits) {       // [B, H, W], if keys are not null
   const int first_row = cells.block_row();
   const int64_t first_column = cells.block_column();
   Stage<CLASSES, false> stage(cells, first_row, first_column);

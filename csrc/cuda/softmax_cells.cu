@@ -1,19 +1,19 @@
-// What the logits of each position are shifted by, and where neighbours differ widely.
+// The shift of the logits of each position, and where neighbours differ widely.
 //
 // Reads the logits once, with the neighbours to the right and below from the caches; writes 8
 // bytes a position. One launch.
 //
-// Predicted at B16 K150 128×128 bf16: 79 MB are 18 µs of an H200's memory; some 13 instructions
-// for each logit of a lane, 16 million warp instructions, 17 µs at full rate.
+// Predicted at B16 K150 128×128 bf16: 79 MB take 18 µs on an H200; about 13 instructions for each
+// logit of a lane are 16 million warp instructions, 17 µs at full rate.
 #include "softmax_cells.cuh"
 
 namespace anchorops::cuda {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr float LARGEST = 1 << 20;  // beyond it, the rounding of a shift would count
+constexpr float LARGEST = 1 << 20;  // beyond it, the rounding of a shift would matter
 
-// A logit, its neighbours, and what the classes so far have given.
+// A logit, its neighbours, and the extremes over the classes so far.
 struct Extremes {
   float largest = -INFINITY, right = 0, down = 0;
   bool nan = false;
@@ -24,7 +24,7 @@ struct Extremes {
     right = fmaxf(right, difference(x, x_right));
     down = fmaxf(down, difference(x, x_down));
   }
-  // A neighbour that is NaN or +inf spoils the cells that it belongs to, and no others.
+  // A neighbour that is NaN or +inf affects only the cells that it belongs to.
   static __device__ __forceinline__ float difference(float a, float b) {
     return b == INFINITY ? 0 : fabsf(a - b);
   }
@@ -35,7 +35,7 @@ struct Extremes {
   }
 };
 
-// LANES threads for each position: 32 where its classes follow each other in memory.
+// LANES threads for each position: 32 if its classes are contiguous in memory.
 template <int LANES>
 __global__ void __launch_bounds__(THREADS)
     softmax_shifts_kernel(Logits logits,  // [B, K, h, w] by strides

@@ -1,16 +1,16 @@
 // Softmax of upsampled logits, a cell of 4×4 pixels in each thread.
 //
-// Inside a cell z is bilinear, so that e^z is geometric along rows and columns: four exponentials
-// and multiplications replace one exponential for each pixel. Logits are shifted by the largest of
-// their position, which upsamples to no less than the largest of each pixel.
+// Inside a cell z is bilinear, so e^z is geometric along rows and columns: four exponentials and
+// multiplications replace one exponential for each pixel. The largest logit of a position is
+// subtracted from its logits; upsampled, it is at least the largest logit of each pixel.
 //
-// A block takes WARPS rows of 32 cells. It stages the logits of 33 × (WARPS + 1) positions and
-// CLASSES classes at a time in shared memory, shifted, as float32: there types, strides and
-// channels-last end.
+// A block processes WARPS rows of 32 cells. It stages the logits of 33 × (WARPS + 1) positions and
+// CLASSES classes at a time in shared memory, shifted, as float32. The code after this does not
+// depend on types, strides or layout.
 //
-// Geometric sequences lose what differs widely: neighbours that differ by more than
-// `Cells::steepest`, and pixels whose sum falls below 2^-40, are computed one by one from the
-// logits themselves. So are those that read a logit which is not finite, and all of ratios below 2.
+// Geometric sequences are inaccurate if logits differ widely. Pixels are computed one by one from
+// the logits if neighbours differ by more than `Cells::steepest`, if their sum falls below 2^-40,
+// if they read a logit that is not finite, and always if the ratio of sizes is below 2.
 #pragma once
 
 #include "logits.cuh"
@@ -20,11 +20,11 @@ namespace anchorops::cuda {
 constexpr int WARPS = 8, TILE = 4, COLUMNS = 33;
 constexpr float SCALE = 30;  // shifted logits end there: 2^-126 is then 2^-156 of the largest
 constexpr float SMALLEST_SUM = -40;  // log2
-constexpr float NO_LOGIT = -1000;    // in place of -inf: 2^-1000 is 0
+constexpr float NO_LOGIT = -1000;    // instead of -inf: 2^-1000 is 0
 
-// Of a position of the logits.
+// The shift of a position of the logits.
 struct Shift {
-  float largest;   // log2(e)·max_k x_k, NaN where that is too large or not finite
+  float largest;   // log2(e)·max_k x_k; NaN if it is too large or not finite
   unsigned steep;  // RIGHT, DOWN: it differs widely from its neighbour there
 };
 constexpr unsigned RIGHT = 1, DOWN = 2;
@@ -34,24 +34,24 @@ struct Cells {
   Axis rows, columns;
   const Shift* shifts;  // [B, h, w]
   int pitch;            // columns of cells of an image, of all images side by side: w + 2 or more
-  int first_row, row_count;  // of cells that hold pixels
+  int first_row, row_count;  // of cells that contain pixels
   int parts_y, parts_x;      // of a cell along each axis, of TILE pixels
-  bool geometric;            // else each pixel on its own
+  bool geometric;            // otherwise pixels are computed one by one
 
   Cells(const Logits& logits, const Axis& rows, const Axis& columns)
       : logits(logits), rows(rows), columns(columns), shifts(nullptr) {
-    pitch = logits.width + 2;  // cells -1 to w - 1, and one that is none
+    pitch = logits.width + 2;  // cells -1 to w - 1, and one empty cell
     first_row = rows.cell_of(0);
     row_count = rows.cell_of(rows.pixels - 1) - first_row + 1;
     parts_y = std::max(1, ceil_div(rows.pixels_per_cell(), TILE));
     parts_x = std::max(1, ceil_div(columns.pixels_per_cell(), TILE));
-    // of a single class p is 1, exactly
+    // with a single class p is exactly 1
     geometric = rows.ratio <= 0.5f && columns.ratio <= 0.5f && logits.num_classes > 1;
   }
 
   __host__ __device__ int parts() const { return parts_y * parts_x; }
-  // Blocks of that many warps, one for each row of cells; along x, 32 columns of cells after the
-  // others and for each of them all parts.
+  // Blocks of this number of warps, one for each row of cells; along x, groups of 32 columns of
+  // cells, and for each group all parts.
   int warps() const { return std::min(WARPS, row_count); }
   dim3 grid(const char* operation) const {
     const int64_t x = ceil_div(int64_t{logits.batch} * pitch, 32) * parts();
@@ -63,9 +63,9 @@ struct Cells {
   __device__ int64_t block_column() const { return int64_t{blockIdx.x} / parts() * 32; }
   __device__ int block_part() const { return blockIdx.x % parts(); }
 
-  // Largest difference of neighbours, in units of x: then powers of the ratios stay far from
-  // overflow, also of pixels beyond the end of a cell, and no sequence starts below 2^-126 and ends
-  // where it counts.
+  // Largest difference of neighbours, in units of x. Up to it, powers of the ratios do not
+  // overflow, also for pixels beyond the end of a cell, and no sequence starts below 2^-126 and
+  // ends with terms that matter.
   float steepest() const {
     const float y = rows.ratio, x = columns.ratio;
     return LN2 * std::min(26.0f, 50 / (std::max(x, y) + 6 * x * y + 1e-6f));
@@ -79,7 +79,7 @@ struct Cells {
   }
 };
 
-// CLASSES classes at the positions around a block's cells; SHIFTED, or as they are.
+// CLASSES classes at the positions around a block's cells; SHIFTED, or unchanged.
 template <int CLASSES, bool SHIFTED = true>
 struct Stage {
   static constexpr int ROW = CLASSES * COLUMNS;
@@ -112,10 +112,10 @@ struct Stage {
     __syncthreads();
   }
 
-  // What lies behind it in shared memory.
+  // The shared memory after it.
   __device__ float* end() const { return shifts + positions; }
 
-  // Always finite: NaN, whose pixels do not use it, and -inf, of which p = 0, become NO_LOGIT.
+  // Always finite: -inf (p = 0) and NaN (whose pixels do not use it) become NO_LOGIT.
   __device__ __forceinline__ float staged(float x, int position) const {
     if constexpr (!SHIFTED) return x;
     return fmaxf(fmaf(x, LOG2E, shifts[position]), NO_LOGIT);
@@ -133,8 +133,8 @@ struct Stage {
     });
   }
 
-  // A warp takes 32 columns of every row in a plane, three rows of some planes at a time; the last
-  // column is apart.
+  // A warp loads 32 columns of every row in a plane, three rows of some planes at a time; the last
+  // column is loaded separately.
   template <class T>
   __device__ __forceinline__ void planes(const T* x, int count) {
     constexpr int ROWS = 3, PLANES = CLASSES / WARPS;
@@ -172,7 +172,7 @@ struct Stage {
     }
   }
 
-  // CLASSES lanes take the classes of a position.
+  // CLASSES lanes load the classes of a position.
   template <class T>
   __device__ __forceinline__ void channels_last(const T* x, int count) {
     const int k = threadIdx.x % CLASSES, step = blockDim.x / CLASSES;
@@ -190,16 +190,16 @@ struct Powers {
   float first, x, y, xy;
 };
 
-// A thread's cell, and of it a part of up to TILE × TILE pixels.
+// A thread's cell, and its part of the cell, up to TILE × TILE pixels.
 struct Cell {
   int image, row, column;
-  bool inside;                                   // else it is none
+  bool inside;                                   // whether the cell exists
   int first_y, first_x, end_y, end_x;            // its pixels
-  int y, x, ny, nx;                              // those of the part
+  int y, x, ny, nx;                              // the pixels of the part
   float fraction_y, fraction_x, step_y, step_x;  // of the part's first pixel; to the next one
   const float *a, *b, *c, *d;                    // staged logits at its four corners
-  unsigned regular;  // bit 2i + j: geometric sequences serve pixels that read i rows and j columns
-                     // beside the first ones
+  unsigned regular;  // bit 2i + j: geometric sequences can be used for pixels that read i rows and
+                     // j columns in addition to the first ones
 
   // Cell `at` of all images side by side.
   __device__ Cell(const Cells& cells, int row, int64_t at, int part)
@@ -213,7 +213,7 @@ struct Cell {
     first_x = cells.columns.first_pixel(column);
     end_y = inside ? cells.rows.first_pixel(row + 1) : 0;
     end_x = inside ? cells.columns.first_pixel(column + 1) : 0;
-    // at the ends both corners are the same
+    // before the first and after the last row both corners are the same
     step_y = row < 0 || row >= cells.logits.height - 1 ? 0 : cells.rows.ratio;
     step_x = column < 0 || column >= cells.logits.width - 1 ? 0 : cells.columns.ratio;
     select(cells, part);
@@ -228,8 +228,8 @@ struct Cell {
     fraction_x = cells.columns.fraction(column, x);
   }
 
-  // A corner that no regular pixel reads gives way to one that is read, or the ratios of the
-  // others might not be finite.
+  // A corner that no regular pixel reads is replaced by one that is read; otherwise the ratios of
+  // the others might not be finite.
   template <int CLASSES>
   __device__ void set_corners(const Cells& cells, const Stage<CLASSES>& stage) {
     a = b = c = d = stage.tile;
@@ -269,14 +269,14 @@ struct Cell {
   __device__ bool is_regular(float weight_y, float weight_x) const {
     return regular >> ((weight_y != 0) * 2 + (weight_x != 0)) & 1;
   }
-  // log2 of what e^z was divided by.
+  // log2 of the divisor of e^z.
   __device__ float largest(const Cells& cells, float weight_y, float weight_x) const {
     const auto of = [&](int i, int j) { return cells.shift(image, row + i, column + j).largest; };
     return interpolate(interpolate(of(0, 0), of(1, 0), weight_y),
                        interpolate(of(0, 1), of(1, 1), weight_y), weight_x) -
            SCALE;
   }
-  // 2^-SCALE/Σ e^z in units of the pixel's largest logit; false where it does not serve.
+  // 2^-SCALE/Σ e^z in units of the pixel's largest logit; false if it cannot be used.
   __device__ bool inverse_sum(const Cells& cells, int i, int j, float lse, float& inverse) const {
     const float weight_y = this->weight_y(cells, i), weight_x = this->weight_x(cells, j);
     if (!is_regular(weight_y, weight_x)) return false;
@@ -326,12 +326,12 @@ __device__ __forceinline__ float sum_over_pixels(const Powers& powers,
   return powers.first * sum;
 }
 
-// log Σ_k e^z of one pixel, as torch.logsumexp where z is not finite.
+// log Σ_k e^z of one pixel, as torch.logsumexp if z is not finite.
 __device__ inline float log_sum_exp(const PixelLogits& logits, int num_classes) {
   float largest = -INFINITY, shift = 0, sum = 0;
   for (int k = 0; k < num_classes; ++k) {
     const float z = logits.z(k);
-    const float larger = fmaxf(largest, z);  // where z is NaN, so is the sum
+    const float larger = fmaxf(largest, z);  // if z is NaN, the sum is NaN
     if (larger > largest) {
       const float next = larger == INFINITY ? 0 : larger;
       sum *= exp2_approximate((largest - next) * LOG2E);
@@ -343,7 +343,7 @@ __device__ inline float log_sum_exp(const PixelLogits& logits, int num_classes) 
   return shift + logf(sum);
 }
 
-// Shift of each position: softmax_cells.cu.
+// The shift of each position: softmax_cells.cu.
 Tensor new_shifts(const Tensor& logits, Cells& cells, Stream stream);
 
 }  // namespace anchorops::cuda

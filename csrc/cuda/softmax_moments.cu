@@ -1,9 +1,9 @@
 // The operator anchorops::softmax_moments.cuda: statistics of the softmax of upsampled logits.
 //
-// Launches: the label pass (class_keys.cu), the shifts of positions (softmax_cells.cu), lse of each
+// Launches: class keys (class_keys.cu), the shifts of positions (softmax_cells.cu), lse of each
 // pixel, its loss, and the sum of the losses' partials; with masses and squares another pass over
-// the logits and a sum, with hits pixel_argmax.cu and a count. Beside the results: lse and keys, 8
-// bytes a pixel; shifts, 8 bytes a position; partials.
+// the logits and a sum, with hits pixel_argmax.cu and a count. Memory in addition to the results:
+// lse and keys, 8 bytes a pixel; shifts, 8 bytes a position; partials.
 //
 // State of a pass over the logits: 16 sums and four corners of a cell in registers, 42 KB of shared
 // memory for 8 warps, 8 rows of 32 cells. Counted (nvcc 13, sm_90), warp instructions for each cell
@@ -11,8 +11,8 @@
 // staging the logits adds 14 of 2 bytes, contiguous pixels.
 //
 // Predicted at B16 K150 128²→512² bf16 on an H200, which issues 924·10⁹ warp instructions a second,
-// were it never to wait: label pass 12 µs, shifts 20, lse 96 (89 million instructions), losses 20,
-// their sum 3. Masses take 130 more. To be confirmed or refuted by a measurement.
+// if it never waits: class keys 12 µs, shifts 20, lse 96 (89 million instructions), losses 20,
+// their sum 3. Masses take 130 more. A measurement must confirm or refute this.
 #include "class_keys.cuh"
 #include "pixel_argmax.cuh"
 #include "softmax_cells.cuh"
@@ -63,12 +63,12 @@ __global__ void __launch_bounds__(ALL_WARPS, 2) softmax_lse_kernel(Cells cells,
   }
 }
 
-// Sums over pixels by their class: partial sums of a block of one warp.
+// Sums over pixels for each class: partials of a block of one warp.
 struct ByClass {
   float* sums;  // shared, [num_classes] for each statistic
   int num_classes, statistics;
 
-  // label: -1 where ignored. All lanes together.
+  // label: -1 if ignored. All lanes must call it.
   __device__ void add(int label, const float (&values)[2]) const {
     unsigned left = __ballot_sync(FULL_WARP, label >= 0);
     while (left) {
@@ -86,7 +86,7 @@ struct ByClass {
   }
 };
 
-// A block goes through a range of an image's pixels, for its share of the classes.
+// A block processes a range of an image's pixels, for its share of the classes.
 __global__ void __launch_bounds__(32)
     pixel_losses_kernel(Logits logits, Axis rows, Axis columns,
                         const int32_t* keys,  // [B, H·W]
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(32)
              first_class + i % num_classes] = by_class.sums[i];
 }
 
-// p of the pixels of a cell that no geometric sequence serves, one by one.
+// p of the pixels of a cell that are computed one by one, without a geometric sequence.
 struct PixelsApart {
   const Cells& cells;
   const Cell& cell;
@@ -168,7 +168,7 @@ struct PixelsApart {
   }
 };
 
-// Sums of p and p² by class: of each block, over its pixels.
+// Sums of p and p² for each class, over the pixels of each block.
 template <bool SQUARES>
 __global__ void __launch_bounds__(ALL_WARPS, 2)
     softmax_masses_kernel(Cells cells,
@@ -273,7 +273,7 @@ void sum_partials(const Tensor& partials, Sums out, int statistics, int64_t imag
          num_classes);
 }
 
-// What partial sums may take, and a block's table of them; how many warps fill a device.
+// The largest size of all partials, and of a block's table; the number of warps that fill a device.
 constexpr int64_t PARTIAL_BYTES = 16 << 20, TABLE_BYTES = 64 << 10, DEVICE_WARPS = 4096;
 
 float* data_or_null(const Tensor& tensor) {
@@ -354,7 +354,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
                num_classes, stream);
 
   if (with_masses || with_squares) {
-    // The cells of a block are of one image where images are kept apart.
+    // For statistics of each image, the cells of a block are all of one image.
     if (per_image) cells.pitch = ceil_div(cells.pitch, 32) * 32;
     const dim3 grid = cells.grid("softmax_moments.cuda");
     const Tensor by_block = new_empty(
@@ -365,7 +365,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
                   static_cast<const float*>(lse_data), by_block.mutable_data_ptr<float>());
     };
     with_squares ? run(softmax_masses_kernel<true>) : run(softmax_masses_kernel<false>);
-    // Where only squares are asked for, their masses go where nobody reads them.
+    // If only squares are requested, the masses are written to a tensor that is not used.
     const Tensor unread = by_class(with_squares && !with_masses, ScalarType::Float);
     sum_partials(by_block, {data_or_null(with_masses ? masses : unread), data_or_null(squares)},
                  1 + with_squares, images, num_classes, stream);

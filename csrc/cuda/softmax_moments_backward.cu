@@ -2,22 +2,22 @@
 //
 // dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) - [y = k]·own
 // own = dlosses[y] + dpixel_losses - p_y·doverlaps[y],  slope = own + dlse - Σ_j p_j·(dmasses[j] +
-// 2·p_j·dsquares[j]), which earlier launches find for each pixel
-// dlogits = the transpose of the upsampling, of dz: gathered for each position, without atomics
+// 2·p_j·dsquares[j]), which earlier launches compute for each pixel
+// dlogits = the transpose of the upsampling, applied to dz: gathered for each position, no atomics
 //
-// Launches: the label pass, the shifts of positions, with dmasses or dsquares a pass over the
-// logits, the slopes of pixels, and the gradient. Beside it: keys, slopes and own terms, 8 to 12
-// bytes a pixel; shifts, 8 bytes a position.
+// Launches: class keys, the shifts of positions, with dmasses or dsquares a pass over the logits,
+// the slopes of pixels, and the gradient. Memory in addition to the gradient: keys, slopes and own
+// terms, 8 to 12 bytes a pixel; shifts, 8 bytes a position.
 //
 // State of the gradient's pass: 16 factors of a cell's pixels and their labels in registers, which
-// stay there for all classes of a block; sums over a cell by Horner's rule, of its columns, then of
-// its rows; 57 KB of shared memory for 8 warps, of which two blocks are resident. One row of cells
+// stay there for all classes of a block; sums over a cell by Horner's rule, over its columns, then
+// over its rows; 57 KB of shared memory for 8 warps; two blocks are resident. One row of cells
 // in 8 and one column in 32 are computed twice. Counted (nvcc 13, sm_90), warp instructions for
-// each cell and class: 89, with dmasses or dsquares 190; staging adds 18, storing some 12. Labels
-// add some 150 for each class that a warp's 512 pixels have.
+// each cell and class: 89, with dmasses or dsquares 190; staging adds 18, storing about 12. Labels
+// add about 150 for each class that a warp's 512 pixels have.
 //
-// Predicted at B16 K150 128²→512² bf16 on an H200 that never waits: label pass 12 µs, shifts 20,
-// slopes 10, gradient 200 (185 million instructions). To be confirmed or refuted by a measurement.
+// Predicted at B16 K150 128²→512² bf16 on an H200 that never waits: class keys 12 µs, shifts 20,
+// slopes 10, gradient 200 (185 million instructions). A measurement must confirm or refute this.
 #include "class_keys.cuh"
 #include "softmax_cells.cuh"
 
@@ -27,7 +27,7 @@ namespace {
 constexpr int SWEEP_CLASSES = 32, CLASSES = 16;
 constexpr unsigned ALL_WARPS = WARPS * 32;
 
-// A map [B, H, W] by strides; null where absent.
+// A map [B, H, W] by strides; null if absent.
 struct PixelGradient {
   const float* data;
   int64_t stride_b, stride_h, stride_w;
@@ -37,7 +37,7 @@ struct PixelGradient {
   }
 };
 
-// Gradients of the statistics; by class [K], or [B, K] as keys are image·K + class. Null: absent.
+// Gradients of the statistics of classes: [K], or [B, K] if keys are image·K + class. Null: absent.
 struct Gradients {
   const float *dlosses, *doverlaps, *dmasses, *dsquares;
   PixelGradient dpixel_losses, dlse;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(ALL_WARPS, 2)
     softmax_slopes_kernel(Cells cells, Gradients gradients,
                           const int32_t* keys,  // [B, H, W]
                           const float* lse,     // [B, H, W]
-                          float* slopes) {      // [B, H, W], left as it is where ignored
+                          float* slopes) {      // [B, H, W], not written for ignored pixels
   const int num_classes = cells.logits.num_classes;
   const int first_row = cells.block_row();
   const int64_t first_column = cells.block_column();
@@ -109,13 +109,13 @@ __global__ void __launch_bounds__(ALL_WARPS, 2)
 
 constexpr int THREADS = 256;
 
-// What dz of a pixel consists of, beside p: maps [B, H, W], 0 where ignored.
+// The terms of dz of a pixel, except p: maps [B, H, W], 0 if ignored.
 __global__ void __launch_bounds__(THREADS)
     pixel_slopes_kernel(Logits logits, Axis rows, Axis columns, Gradients gradients,
                         const int32_t* keys,  // [B, H, W]
                         const float* lse,     // [B, H, W]
-                        float* slopes,        // what was found above -> slope
-                        float* own) {         // null where it is the slope
+                        float* slopes,        // the result of the kernel above -> slope
+                        float* own) {         // null if it equals the slope
   const int64_t pixel = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   const int64_t per_image = int64_t{rows.pixels} * columns.pixels;
   if (pixel >= logits.batch * per_image) return;
@@ -139,11 +139,11 @@ __global__ void __launch_bounds__(THREADS)
   if (own) own[pixel] = of_label;
 }
 
-// What the logits at the corners of a cell receive from its pixels.
+// The gradients of the logits at the corners of a cell, from its pixels.
 struct Corners {
   float top_left = 0, top_right = 0, bottom_left = 0, bottom_right = 0;
 
-  // What has weight 0 receives nothing, where dz may be NaN.
+  // A corner of weight 0 receives nothing, because dz may be NaN.
   __device__ __forceinline__ void add(float dz, float weight_y, float weight_x) {
     const auto add_to = [&](float& corner, float weight) {
       if (weight != 0) corner = fmaf(weight, dz, corner);
@@ -165,7 +165,7 @@ __device__ __forceinline__ Corners to_corners(const Cell& cell, float sum, float
   return {sum - bottom - (right - both), right - both, bottom - both, both};
 }
 
-// Of f = factors·e^z·2^SCALE, by Horner's rule.
+// The same for f = factors·e^z·2^SCALE, by Horner's rule.
 __device__ __forceinline__ Corners sum_to_corners(const Cell& cell, const Powers& powers,
                                                   const float (&factors)[TILE][TILE]) {
   float x[TILE] = {powers.x};
@@ -195,12 +195,12 @@ __device__ __forceinline__ Corners sum_to_corners(const Cell& cell, const Powers
                     second * sum_ij);
 }
 
-// The pixels of a thread, of which every class needs these.
+// The values of a thread's pixels that every class needs.
 template <bool BY_CLASS>
 struct Pixels4x4 {
   float factors[TILE][TILE];  // 2^-SCALE/Σ e^z; times slope unless BY_CLASS
   float slopes[BY_CLASS ? TILE : 1][TILE];
-  unsigned labels[TILE][TILE / 2];  // two in each, NONE where ignored
+  unsigned labels[TILE][TILE / 2];  // two in each, NONE if ignored
   unsigned regular, apart;          // bit for each pixel: by geometric sequences, or not
   static constexpr unsigned NONE = 0xffff;
 
@@ -234,7 +234,7 @@ struct Pixels4x4 {
   __device__ __forceinline__ unsigned label(int i, int j) const {
     return labels[i][j / 2] >> j % 2 * 16 & NONE;
   }
-  // Bit for each pixel of that label.
+  // A bit for each pixel with this label.
   __device__ unsigned of_label(unsigned k) const {
     unsigned found = 0;
 #pragma unroll
@@ -242,7 +242,7 @@ struct Pixels4x4 {
       if (label(i / TILE, i % TILE) == k) found |= 1u << i;
     return found;
   }
-  // The first class from `least` on that a pixel of the warp has, else NONE.
+  // The smallest label of the warp's pixels that is at least `least`, or NONE.
   __device__ unsigned next_label(unsigned least) const {
     unsigned next = NONE;
 #pragma unroll
@@ -254,7 +254,7 @@ struct Pixels4x4 {
   }
 };
 
-// All that the gradient needs of the pixels.
+// All values of the pixels that the gradient needs.
 struct PixelMaps {
   const int32_t* keys;  // [B, H, W]
   const float* lse;     // [B, H, W]
@@ -262,7 +262,7 @@ struct PixelMaps {
   const float* own;     // [B, H, W]
 };
 
-// dz of pixels that no geometric sequence serves, one by one.
+// dz of pixels that are computed one by one, without a geometric sequence.
 __device__ inline void add_apart(const Cells& cells, const Cell& cell, const PixelMaps& maps,
                                  const Gradients& gradients, unsigned pixels, int64_t key, int k,
                                  Corners& corners) {
@@ -277,15 +277,15 @@ __device__ inline void add_apart(const Cells& cells, const Cell& cell, const Pix
   }
 }
 
-// Of one multiprocessor. From sm_100 on nvcc takes more than 128 registers for masses.
+// Blocks of one multiprocessor. From sm_100 on nvcc uses more than 128 registers for masses.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int BLOCKS_BY_CLASS = 1;
 #else
 constexpr int BLOCKS_BY_CLASS = 2;
 #endif
 
-// A block finds the gradient of 31 columns and one row less than it has warps, of all classes of
-// its share: the cells at its edges belong to its neighbours too.
+// A block computes the gradient of 31 columns and of one row less than it has warps, for all
+// classes of its share: the cells at its edges are also computed by its neighbours.
 template <bool BY_CLASS>
 __global__ void __launch_bounds__(ALL_WARPS, BY_CLASS ? BLOCKS_BY_CLASS : 2)
     softmax_dlogits_kernel(Cells cells, Gradients gradients, PixelMaps maps,
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(ALL_WARPS, BY_CLASS ? BLOCKS_BY_CLASS : 2)
   const int first_class = static_cast<int>(blockIdx.z) * classes_per_block;
   const int end_class = min(first_class + classes_per_block, cells.logits.num_classes);
   Stage<CLASSES> stage(cells, first_row, first_column);
-  // For the position at the left of each cell: offsets in dlogits, negative where there is none;
+  // For the position at the left of each cell: offsets in dlogits, negative if there is none;
   // [CLASSES, warps, 32] of its top and of its bottom.
   auto* offsets = reinterpret_cast<int64_t*>(
       shared_memory() + ceil_div(Stage<CLASSES>::bytes(warps), sizeof(int64_t)) * sizeof(int64_t));
@@ -357,7 +357,7 @@ __global__ void __launch_bounds__(ALL_WARPS, BY_CLASS ? BLOCKS_BY_CLASS : 2)
       } else if (part == 0) {
         for (int k = 0; k < count; ++k) write(k, {}, false);
       }
-      // What is left concerns few classes, or few cells.
+      // The rest is needed for few classes, or few cells.
 #pragma unroll 1
       for (int k = pixels.next_label(first); k < first + count; k = pixels.next_label(k + 1)) {
         Corners corners;
@@ -419,7 +419,7 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
     fill_zero(dlogits.data_ptr(), dlogits.numel() * dlogits.element_size(), stream);
     return dlogits;
   }
-  // Rows that are apart, or one expanded to all: the copy is B×K.
+  // If rows are not contiguous, or one row is expanded to all, they are copied: B×K.
   bool by_image = false;
   for (auto* table : {&dlosses, &doverlaps, &dmasses, &dsquares}) {
     if (!*table) continue;
@@ -467,7 +467,7 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
   const int64_t grid_y = ceil_div(cells.logits.height, warps - 1);
   STD_TORCH_CHECK(grid_x < int64_t{1} << 31 && grid_y < 65536,
                   "softmax_moments_backward.cuda: logits: too large");
-  // Classes are divided among blocks where there are few of these.
+  // If there are few blocks, the classes are divided among more of them.
   constexpr int64_t BLOCKS = 1024;
   const int64_t shares =
       std::clamp<int64_t>(BLOCKS / (grid_x * grid_y), 1, ceil_div(num_classes, CLASSES));

@@ -47,7 +47,7 @@ class Case(NamedTuple):
         return asked | options | {"ignore_index": self.ignore_index}
 
 
-CE = ()  # the cross-entropy needs nothing beside counts and losses
+CE = ()  # the cross-entropy needs only counts and losses
 CASES = [
     # ×4: one cell, several tiles of cells, many classes
     Case((1, 3, 1, 1), (4, 4)),
@@ -104,7 +104,8 @@ def make_logits(case: Case) -> torch.Tensor:
 
 
 def make_labels(case: Case) -> torch.Tensor:
-    """Random classes, without class 1 where there are three; a fifth is ignored, three are none."""
+    """Random classes, without class 1 if there are three. A fifth of the labels is ignored, and
+    three labels are not classes."""
     num_classes = case.size[1]
     labels = torch.randint(0, num_classes, case.labels_size)
     if num_classes > 2:
@@ -143,7 +144,7 @@ def exact_values_and_gradient(case: Case, logits, labels, weights, through=FLOAT
 
 
 def straightforward(case: Case, logits, labels, weights, through=FLOATING):
-    """The same as `values_and_gradient` by the float32 formula, where all is finite."""
+    """The same as `values_and_gradient` by the float32 formula, if all logits are finite."""
     x = logits.detach().float().contiguous().requires_grad_()
     z, shape = x, labels.shape
     if x.dim() == 2:
@@ -217,7 +218,7 @@ def check(case: Case, through=FLOATING):
 
 
 def check_hits(case: Case, logits, labels, hits, floor):
-    """Exact but for pixels where the two largest logits are equal up to rounding."""
+    """Exact, except for pixels where the two largest logits are equal up to rounding."""
     if logits.dim() == 2:
         logits, labels = logits.t()[None], labels[None]
     if logits.dim() != 4:
@@ -333,7 +334,7 @@ def test_not_finite_logit_spoils_the_pixels_that_read_it(size, pixels, align_cor
     assert not ours["masses"][3].isfinite()
     assert not ours["losses"][labels[1, spoilt]].isfinite().any()
     torch.testing.assert_close(ours["losses"][2:], clean["losses"][2:])
-    # positions that no spoilt pixel reads keep their gradient; that of the logit shows the fault
+    # positions that no affected pixel reads keep their gradient; that of the logit is not finite
     reached = torch.tensor(
         [
             [(read_by(size, pixels, align_corners, i, j) & spoilt).any() for j in range(size[1])]
@@ -350,8 +351,8 @@ def test_not_finite_logit_spoils_the_pixels_that_read_it(size, pixels, align_cor
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("size", "pixels", "align_corners"), RATIOS)
 def test_ignored_pixels_change_nothing(size, pixels, align_corners):
-    """Every pixel that reads a NaN or an Inf is ignored: as if the logits were finite, but for
-    rounding, as another maximum may be subtracted."""
+    """If every pixel that reads a NaN or an Inf is ignored, the results are as with finite logits,
+    except for rounding, because another maximum may be subtracted."""
     case = Case((1, 5, *size), pixels, align_corners)
     logits, labels, weights = (
         make_logits(case),
