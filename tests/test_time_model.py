@@ -72,7 +72,7 @@ def test_walks_by_what_blocks_hold():
     assert names[0] == ["LDS.128", "BRA", "BRA"]
     assert names[1] == ["LDS.128", "BRA", "FADD", "STS", "BRA"]
     assert [x.opcode for x in model.walk(blocks, [0], read)] == ["MOV"]
-    with pytest.raises(LookupError, match="no way"):
+    with pytest.raises(LookupError, match="no path"):
         model.walk(blocks, [4], read)
 
 
