@@ -19,6 +19,7 @@ enum class Fault {
   MISALIGNED,
   BARRIER_FOR_SOME,
   TOO_MUCH_SHARED,
+  TOO_MANY_ROWS_OF_BLOCKS,
 };
 
 // Rotates the numbers of each block by one position, through shared memory, in three ways.
@@ -63,7 +64,8 @@ template <Fault FAULT>
 void rotate(const float* in_ptr, float* out_ptr, unsigned blocks) {
   constexpr size_t SHARED_BYTES =
       FAULT == Fault::TOO_MUCH_SHARED ? MAX_SHARED_BYTES + 4 : THREADS * sizeof(float);
-  launch("rotate_kernel", rotate_kernel<FAULT>, blocks, THREADS, SHARED_BYTES, nullptr, in_ptr,
+  const dim3 grid(blocks, FAULT == Fault::TOO_MANY_ROWS_OF_BLOCKS ? 65536 : 1);
+  launch("rotate_kernel", rotate_kernel<FAULT>, grid, THREADS, SHARED_BYTES, nullptr, in_ptr,
          out_ptr);
 }
 
@@ -85,5 +87,6 @@ extern "C" [[gnu::visibility("default")]] void rotate(const char* fault, const f
   PLANT(MISALIGNED);
   PLANT(BARRIER_FOR_SOME);
   PLANT(TOO_MUCH_SHARED);
+  PLANT(TOO_MANY_ROWS_OF_BLOCKS);
 #undef PLANT
 }
