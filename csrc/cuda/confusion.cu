@@ -69,7 +69,7 @@ Tensor confusion(Tensor predictions, Tensor labels, int64_t num_classes, int64_t
   const Predictions view{labels.size(1), labels.size(2), predictions.stride(0),
                          predictions.stride(1), predictions.stride(2)};
   const int64_t blocks = ceil_div(pixels, int64_t{THREADS} * PIXELS_PER_THREAD);
-  launch("confusion_kernel", confusion_kernel, dim3(static_cast<unsigned>(blocks)), THREADS, 0,
+  launch("confusion_kernel", confusion_kernel, grid_of("confusion_kernel", blocks), THREADS, 0,
          device.stream, keys.const_data_ptr<int32_t>(), predictions.const_data_ptr<int64_t>(),
          reinterpret_cast<unsigned long long*>(counts), view, pixels, num_classes);
   return matrix;

@@ -14,13 +14,10 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
     pixel_argmax_kernel(Cells cells,
                         const int32_t* keys,  // [B, H, W] or null
                         int classes_per_image,
-                        int64_t* predictions,  // [B, H, W], if keys are null
-                        int32_t* hits) {       // [B, H, W], if keys are not null
-  const int first_row = cells.block_row();
-  const int64_t first_column = cells.block_column();
-  Stage<CLASSES, false> stage(cells, first_row, first_column);
-  const Cell cell(cells, first_row + threadIdx.x / 32, first_column + threadIdx.x % 32,
-                  cells.block_part());
+                        int64_t* predictions,  // [B, H, W], where keys are null
+                        int32_t* hits) {       // [B, H, W], where they are not
+  Stage<CLASSES, false> stage(cells);
+  const Cell cell(cells);
   // Before the first position and after the last one both rows are the same.
   float weights_y[TILE], weights_x[TILE];
 #pragma unroll
@@ -34,11 +31,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
   for (int i = 0; i < TILE * TILE; ++i) largest[i / TILE][i % TILE] = -INFINITY;
 
   const float* corner = stage.tile + threadIdx.x / 32 * stage.ROW + threadIdx.x % 32;
-  for (int first = 0; first < cells.logits.num_classes; first += CLASSES) {
-    const int count = min(CLASSES, cells.logits.num_classes - first);
-    if (first > 0) __syncthreads();
-    stage.load(first, count);
-    __syncthreads();
+  stage.for_classes([&](int first, int count) {
     for (int k = 0; k < count; ++k) {
       const float* at = corner + k * COLUMNS;
 #pragma unroll
@@ -59,7 +52,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
         }
       }
     }
-  }
+  });
 #pragma unroll
   for (int i = 0; i < TILE; ++i) {
 #pragma unroll
@@ -91,11 +84,8 @@ Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_cor
 
 void write_argmax(const Cells& cells, const int32_t* keys, int classes_per_image,
                   int64_t* predictions, int32_t* hits, Stream stream) {
-  const dim3 grid = cells.grid("pixel_argmax.cuda");
-  const int warps = cells.warps();
-  launch("pixel_argmax_kernel", pixel_argmax_kernel, grid, warps * 32,
-         Stage<CLASSES, false>::bytes(warps), stream, cells, keys, classes_per_image, predictions,
-         hits);
+  launch_cells<Stage<CLASSES, false>>("pixel_argmax_kernel", pixel_argmax_kernel, cells, 0, stream,
+                                      keys, classes_per_image, predictions, hits);
 }
 
 }  // namespace anchorops::cuda

@@ -79,9 +79,9 @@ Tensor new_shifts(const Tensor& logits, Cells& cells, Stream stream) {
   Tensor shifts = new_empty(logits, {positions, 2}, ScalarType::Float);
   auto* data = reinterpret_cast<Shift*>(shifts.mutable_data_ptr<float>());
   const auto run = [&]<int LANES>() {
-    const dim3 grid(static_cast<unsigned>(ceil_div(positions * LANES, int64_t{THREADS})));
-    launch("softmax_shifts_kernel", softmax_shifts_kernel<LANES>, grid, THREADS, 0, stream,
-           cells.logits, data, cells.steepest());
+    launch("softmax_shifts_kernel", softmax_shifts_kernel<LANES>,
+           grid_of("softmax_shifts_kernel", ceil_div(positions * LANES, int64_t{THREADS})), THREADS,
+           0, stream, cells.logits, data, cells.steepest());
   };
   if (cells.logits.stride_k < cells.logits.stride_w)
     run.template operator()<32>();

@@ -50,18 +50,20 @@ struct Cells {
   }
 
   __host__ __device__ int parts() const { return parts_y * parts_x; }
-  // Blocks of this number of warps, one for each row of cells; along x, groups of 32 columns of
-  // cells, and for each group all parts.
+  // Blocks of that many warps, one for each row of cells. They are counted along x, of which a grid
+  // has 2^31: the parts of 32 columns, all columns, and then the next rows.
   int warps() const { return std::min(WARPS, row_count); }
-  dim3 grid(const char* operation) const {
-    const int64_t x = ceil_div(int64_t{logits.batch} * pitch, 32) * parts();
-    const int64_t y = ceil_div(row_count, warps());
-    STD_TORCH_CHECK(x < int64_t{1} << 31 && y < 65536, operation, ": logits: too large");
-    return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+  __host__ __device__ unsigned blocks_across() const {
+    return static_cast<unsigned>((int64_t{logits.batch} * pitch + 31) / 32 * parts());
   }
-  __device__ int block_row() const { return first_row + blockIdx.y * (blockDim.x / 32); }
-  __device__ int64_t block_column() const { return int64_t{blockIdx.x} / parts() * 32; }
-  __device__ int block_part() const { return blockIdx.x % parts(); }
+  int64_t blocks() const { return ceil_div(row_count, warps()) * int64_t{blocks_across()}; }
+  __device__ int block_row() const {
+    return first_row + blockIdx.x / blocks_across() * (blockDim.x / 32);
+  }
+  __device__ int64_t block_column() const {
+    return int64_t{blockIdx.x % blocks_across() / parts()} * 32;
+  }
+  __device__ int block_part() const { return blockIdx.x % blocks_across() % parts(); }
 
   // Largest difference of neighbours, in units of x. Up to it, powers of the ratios do not
   // overflow, also for pixels beyond the end of a cell, and no sequence starts below 2^-126 and
@@ -112,13 +114,31 @@ struct Stage {
     __syncthreads();
   }
 
-  // The shared memory after it.
+  // Of a block's cells.
+  __device__ explicit Stage(const Cells& cells)
+      : Stage(cells, cells.block_row(), cells.block_column()) {}
+
+  // What lies behind it in shared memory.
   __device__ float* end() const { return shifts + positions; }
 
   // Always finite: -inf (p = 0) and NaN (whose pixels do not use it) become NO_LOGIT.
   __device__ __forceinline__ float staged(float x, int position) const {
     if constexpr (!SHIFTED) return x;
     return fmaxf(fmaf(x, LOG2E, shifts[position]), NO_LOGIT);
+  }
+
+  // Calls function(first_class, count) for CLASSES classes after the others; staged, unless they
+  // are shifted, for there are no shifts where nothing is geometric.
+  template <class Function>
+  __device__ __forceinline__ void for_classes(Function function) {
+    const int num_classes = cells.logits.num_classes;
+    for (int first = 0; first < num_classes; first += CLASSES) {
+      const int count = min(CLASSES, num_classes - first);
+      if (first > 0) __syncthreads();
+      if (cells.geometric || !SHIFTED) load(first, count);
+      __syncthreads();
+      function(first, count);
+    }
   }
 
   // Classes first_class to first_class + count.
@@ -218,6 +238,9 @@ struct Cell {
     step_x = column < 0 || column >= cells.logits.width - 1 ? 0 : cells.columns.ratio;
     select(cells, part);
   }
+  __device__ explicit Cell(const Cells& cells)
+      : Cell(cells, cells.block_row() + threadIdx.x / 32, cells.block_column() + threadIdx.x % 32,
+             cells.block_part()) {}
 
   __device__ void select(const Cells& cells, int part) {
     y = first_y + part / cells.parts_x * TILE;
@@ -343,7 +366,16 @@ __device__ inline float log_sum_exp(const PixelLogits& logits, int num_classes) 
   return shift + logf(sum);
 }
 
-// The shift of each position: softmax_cells.cu.
+// A block of cells.warps() warps for each of cells.blocks(), with a Stage and extra_bytes behind
+// it.
+template <class Staged, class... Parameters, class... Arguments>
+void launch_cells(const char* name, void (*kernel)(Cells, Parameters...), const Cells& cells,
+                  size_t extra_bytes, Stream stream, const Arguments&... arguments) {
+  launch(name, kernel, grid_of(name, cells.blocks()), cells.warps() * 32,
+         Staged::bytes(cells.warps()) + extra_bytes, stream, cells, arguments...);
+}
+
+// Shift of each position: softmax_cells.cu.
 Tensor new_shifts(const Tensor& logits, Cells& cells, Stream stream);
 
 }  // namespace anchorops::cuda

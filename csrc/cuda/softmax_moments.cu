@@ -25,23 +25,16 @@ constexpr unsigned ALL_WARPS = WARPS * 32;
 
 __global__ void __launch_bounds__(ALL_WARPS, 2) softmax_lse_kernel(Cells cells,
                                                                    float* lse) {  // [B, H, W]
-  const int first_row = cells.block_row();
-  const int64_t first_column = cells.block_column();
-  Cell cell(cells, first_row + threadIdx.x / 32, first_column + threadIdx.x % 32,
-            cells.block_part());
+  Cell cell(cells);
   float sums[TILE][TILE] = {};
   if (cells.geometric) {
-    Stage<CLASSES> stage(cells, first_row, first_column);
+    Stage<CLASSES> stage(cells);
     cell.set_corners(cells, stage);
-    for (int first = 0; first < cells.logits.num_classes; first += CLASSES) {
-      const int count = min(CLASSES, cells.logits.num_classes - first);
-      if (first > 0) __syncthreads();
-      stage.load(first, count);
-      __syncthreads();
+    stage.for_classes([&](int, int count) {
 #pragma unroll 2
       for (int k = 0; k < count; ++k)
         for_pixels(cell.powers(k * COLUMNS), [&](int i, int j, float e) { sums[i][j] += e; });
-    }
+    });
   }
   unsigned apart = 0;  // pixels that are computed one by one
 #pragma unroll
@@ -176,12 +169,12 @@ __global__ void __launch_bounds__(ALL_WARPS, 2)
                           const float* lse,     // [B, H, W]
                           float* partials) {    // [1 + SQUARES][blocks][K]
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_row = cells.block_row(), num_classes = cells.logits.num_classes;
-  const int64_t first_column = cells.block_column();
-  const int64_t block = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
-  const int64_t blocks = int64_t{gridDim.x} * gridDim.y;
-  Cell cell(cells, first_row + warp, first_column + lane, cells.block_part());
-  Stage<CLASSES> stage(cells, first_row, first_column);
+  const int num_classes = cells.logits.num_classes;
+  // Counted along rows, so that those of an image follow each other.
+  const unsigned across = cells.blocks_across(), down = gridDim.x / across;
+  const int64_t block = blockIdx.x % across * int64_t{down} + blockIdx.x / across;
+  Cell cell(cells);
+  Stage<CLASSES> stage(cells);
   cell.set_corners(cells, stage);
   float* sums = stage.end();  // [1 + SQUARES][warps][CLASSES]
 
@@ -198,11 +191,7 @@ __global__ void __launch_bounds__(ALL_WARPS, 2)
     }
   }
   const PixelsApart pixels_apart{cells, cell, lse};
-  for (int first = 0; first < num_classes; first += CLASSES) {
-    const int count = min(CLASSES, num_classes - first);
-    if (first > 0) __syncthreads();
-    if (cells.geometric) stage.load(first, count);
-    __syncthreads();
+  stage.for_classes([&](int first, int count) {
     for (int k = 0; k < count; ++k) {
       float mass = 0, square = 0;
       if (cells.geometric) {
@@ -234,9 +223,9 @@ __global__ void __launch_bounds__(ALL_WARPS, 2)
       if (k >= count) continue;
       float sum = 0;
       for (int w = 0; w < warps; ++w) sum += sums[(statistic * warps + w) * CLASSES + k];
-      partials[(statistic * blocks + block) * num_classes + first + k] = sum;
+      partials[(int64_t{gridDim.x} * statistic + block) * num_classes + first + k] = sum;
     }
-  }
+  });
 }
 
 constexpr int SUM_WARPS = 32;
@@ -245,32 +234,36 @@ struct Sums {
   float *first, *second;  // [images, K] of each statistic
 };
 
-// Sums partials [statistics][images][rows][K] over rows, in a fixed order.
+// Sums partials [statistics][images][rows][K] over rows, in a fixed order. Blocks: 32 classes after
+// the others, of each image, times statistics.
 __global__ void __launch_bounds__(SUM_WARPS * 32)
     sum_partials_kernel(const float* partials, Sums out, int64_t rows, int num_classes) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int k = blockIdx.x * 32 + lane, image = blockIdx.y, statistic = blockIdx.z;
-  auto* sums = reinterpret_cast<double*>(shared_memory());  // [SUM_WARPS, 32]
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const unsigned across = ceil_div(num_classes, 32), statistic = blockIdx.y;
+  const int k = blockIdx.x % across * 32 + lane;
+  const int64_t images = gridDim.x / across, image = blockIdx.x / across;
+  auto* sums = reinterpret_cast<double*>(shared_memory());  // [warps, 32]
   double sum = 0;
   if (k < num_classes) {
-    partials += (int64_t{statistic} * gridDim.y + image) * rows * num_classes + k;
+    partials += (statistic * images + image) * rows * num_classes + k;
 #pragma unroll 4
-    for (int64_t row = warp; row < rows; row += SUM_WARPS) sum += partials[row * num_classes];
+    for (int64_t row = warp; row < rows; row += warps) sum += partials[row * num_classes];
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (warp > 0 || k >= num_classes) return;
-  for (int w = 1; w < SUM_WARPS; ++w) sum += sums[w * 32 + lane];
-  (statistic ? out.second : out.first)[int64_t{image} * num_classes + k] = static_cast<float>(sum);
+  for (int w = 1; w < warps; ++w) sum += sums[w * 32 + lane];
+  (statistic ? out.second : out.first)[image * num_classes + k] = static_cast<float>(sum);
 }
 
 void sum_partials(const Tensor& partials, Sums out, int statistics, int64_t images, int num_classes,
                   Stream stream) {
   const int64_t rows = partials.numel() / (statistics * images * num_classes);
-  const dim3 grid(ceil_div(num_classes, 32), static_cast<unsigned>(images), statistics);
-  launch("sum_partials_kernel", sum_partials_kernel, grid, SUM_WARPS * 32,
-         SUM_WARPS * 32 * sizeof(double), stream, partials.const_data_ptr<float>(), out, rows,
-         num_classes);
+  const int threads = static_cast<int>(std::min<int64_t>(rows, SUM_WARPS)) * 32;
+  dim3 grid = grid_of("sum_partials_kernel", images * ceil_div(num_classes, 32));
+  grid.y = statistics;
+  launch("sum_partials_kernel", sum_partials_kernel, grid, threads, threads * sizeof(double),
+         stream, partials.const_data_ptr<float>(), out, rows, num_classes);
 }
 
 // The largest size of all partials, and of a block's table; the number of warps that fill a device.
@@ -327,12 +320,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
   const Tensor shifts = new_shifts(logits, cells, stream);
   const auto* keys_data = keys.const_data_ptr<int32_t>();
   auto* lse_data = lse.mutable_data_ptr<float>();
-  const auto cell_kernel = [&](const char* name, auto kernel, size_t extra_bytes,
-                               const auto&... arguments) {
-    launch(name, kernel, cells.grid("softmax_moments.cuda"), cells.warps() * 32,
-           Stage<CLASSES>::bytes(cells.warps()) + extra_bytes, stream, cells, arguments...);
-  };
-  cell_kernel("softmax_lse_kernel", softmax_lse_kernel, 0, lse_data);
+  launch_cells<Stage<CLASSES>>("softmax_lse_kernel", softmax_lse_kernel, cells, 0, stream,
+                               lse_data);
 
   const int statistics = with_masses ? 2 : 1;
   const int64_t most = std::max<int64_t>(
@@ -343,10 +332,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
       new_empty(logits, {statistics, batch * blocks_per_image, num_classes}, ScalarType::Float);
   const int classes_per_block =
       std::min(num_classes, static_cast<int>(TABLE_BYTES / (statistics * sizeof(float))));
-  launch("pixel_losses_kernel", pixel_losses_kernel,
-         dim3(static_cast<unsigned>(batch * blocks_per_image),
-              ceil_div(num_classes, classes_per_block)),
-         32, statistics * classes_per_block * sizeof(float), stream, cells.logits, cells.rows,
+  dim3 grid = grid_of("pixel_losses_kernel", batch * blocks_per_image);
+  grid.y = ceil_div(num_classes, classes_per_block);
+  launch("pixel_losses_kernel", pixel_losses_kernel, grid, 32,
+         statistics * classes_per_block * sizeof(float), stream, cells.logits, cells.rows,
          cells.columns, keys_data, lse_data, data_or_null(pixel_losses),
          partials.mutable_data_ptr<float>(), statistics, per_image,
          static_cast<int>(blocks_per_image), static_cast<int>(pixels_per_block), classes_per_block);
@@ -356,16 +345,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
   if (with_masses || with_squares) {
     // For statistics of each image, the cells of a block are all of one image.
     if (per_image) cells.pitch = ceil_div(cells.pitch, 32) * 32;
-    const dim3 grid = cells.grid("softmax_moments.cuda");
-    const Tensor by_block = new_empty(
-        logits, {1 + with_squares, int64_t{grid.x} * grid.y, num_classes}, ScalarType::Float);
+    const Tensor by_block =
+        new_empty(logits, {1 + with_squares, cells.blocks(), num_classes}, ScalarType::Float);
     const size_t bytes = (1 + with_squares) * cells.warps() * CLASSES * sizeof(float);
-    const auto run = [&](auto kernel) {
-      cell_kernel("softmax_masses_kernel", kernel, bytes, keys_data,
-                  static_cast<const float*>(lse_data), by_block.mutable_data_ptr<float>());
-    };
-    with_squares ? run(softmax_masses_kernel<true>) : run(softmax_masses_kernel<false>);
-    // If only squares are requested, the masses are written to a tensor that is not used.
+    launch_cells<Stage<CLASSES>>(
+        "softmax_masses_kernel",
+        with_squares ? softmax_masses_kernel<true> : softmax_masses_kernel<false>, cells, bytes,
+        stream, keys_data, static_cast<const float*>(lse_data), by_block.mutable_data_ptr<float>());
+    // Where only squares are asked for, their masses go where nobody reads them.
     const Tensor unread = by_class(with_squares && !with_masses, ScalarType::Float);
     sum_partials(by_block, {data_or_null(with_masses ? masses : unread), data_or_null(squares)},
                  1 + with_squares, images, num_classes, stream);

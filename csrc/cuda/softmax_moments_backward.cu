@@ -1,9 +1,8 @@
 // The operator anchorops::softmax_moments_backward.cuda: the gradient of softmax moments.
 //
-// dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) - [y = k]·own
-// own = dlosses[y] + dpixel_losses - p_y·doverlaps[y],  slope = own + dlse - Σ_j p_j·(dmasses[j] +
-// 2·p_j·dsquares[j]), which earlier launches compute for each pixel
-// dlogits = the transpose of the upsampling, applied to dz: gathered for each position, no atomics
+// dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) - [y = k]·own, both of a pixel
+// (softmax_slopes.cu)
+// dlogits = the transpose of the upsampling, of dz: gathered for each position, without atomics
 //
 // Launches: class keys, the shifts of positions, with dmasses or dsquares a pass over the logits,
 // the slopes of pixels, and the gradient. Memory in addition to the gradient: keys, slopes and own
@@ -19,127 +18,15 @@
 // Predicted at B16 K150 128²→512² bf16 on an H200 that never waits: class keys 12 µs, shifts 20,
 // slopes 10, gradient 200 (185 million instructions). A measurement must confirm or refute this.
 #include "class_keys.cuh"
-#include "softmax_cells.cuh"
+#include "softmax_gradients.cuh"
 
 namespace anchorops::cuda {
 namespace {
 
-constexpr int SWEEP_CLASSES = 32, CLASSES = 16;
+constexpr int CLASSES = 16;
 constexpr unsigned ALL_WARPS = WARPS * 32;
 
-// A map [B, H, W] by strides; null if absent.
-struct PixelGradient {
-  const float* data;
-  int64_t stride_b, stride_h, stride_w;
-
-  __device__ float at(int image, int y, int x) const {
-    return data ? data[image * stride_b + y * stride_h + x * stride_w] : 0;
-  }
-};
-
-// Gradients of the statistics of classes: [K], or [B, K] if keys are image·K + class. Null: absent.
-struct Gradients {
-  const float *dlosses, *doverlaps, *dmasses, *dsquares;
-  PixelGradient dpixel_losses, dlse;
-  bool by_image;
-
-  __device__ static float at(const float* table, int64_t key) { return table ? table[key] : 0; }
-};
-
-// Σ_k p_k·(dmasses[k] + 2·p_k·dsquares[k]) of each pixel.
-__global__ void __launch_bounds__(ALL_WARPS, 2)
-    softmax_slopes_kernel(Cells cells, Gradients gradients,
-                          const int32_t* keys,  // [B, H, W]
-                          const float* lse,     // [B, H, W]
-                          float* slopes) {      // [B, H, W], not written for ignored pixels
-  const int num_classes = cells.logits.num_classes;
-  const int first_row = cells.block_row();
-  const int64_t first_column = cells.block_column();
-  Cell cell(cells, first_row + threadIdx.x / 32, first_column + threadIdx.x % 32,
-            cells.block_part());
-  const int64_t table = gradients.by_image ? int64_t{cell.image} * num_classes : 0;
-  float sums[TILE][TILE] = {}, squares[TILE][TILE] = {};
-  if (cells.geometric) {
-    Stage<SWEEP_CLASSES> stage(cells, first_row, first_column);
-    cell.set_corners(cells, stage);
-    for (int first = 0; first < num_classes; first += SWEEP_CLASSES) {
-      const int count = min(SWEEP_CLASSES, num_classes - first);
-      if (first > 0) __syncthreads();
-      stage.load(first, count);
-      __syncthreads();
-      for (int k = 0; k < count; ++k) {
-        const float dmass = Gradients::at(gradients.dmasses, table + first + k);
-        const float dsquare = 2 * Gradients::at(gradients.dsquares, table + first + k);
-        for_pixels(cell.powers(k * COLUMNS), [&](int i, int j, float e) {
-          sums[i][j] = fmaf(e, dmass, sums[i][j]);
-          squares[i][j] = fmaf(e * e, dsquare, squares[i][j]);
-        });
-      }
-    }
-  }
-  unsigned apart = 0;
-#pragma unroll
-  for (int i = 0; i < TILE; ++i) {
-#pragma unroll
-    for (int j = 0; j < TILE; ++j) {
-      if (i >= cell.ny || j >= cell.nx) continue;
-      const int64_t pixel = cell.pixel(cells, i, j);
-      if (keys[pixel] < 0) continue;
-      float inverse;
-      if (cell.inverse_sum(cells, i, j, lse[pixel], inverse))
-        slopes[pixel] = inverse * fmaf(inverse, squares[i][j], sums[i][j]);
-      else
-        apart |= 1u << (i * TILE + j);
-    }
-  }
-  for (; apart; apart &= apart - 1) {
-    const int i = (__ffs(apart) - 1) / TILE, j = (__ffs(apart) - 1) % TILE;
-    const int64_t pixel = cell.pixel(cells, i, j);
-    const PixelLogits logits = cell.logits(cells, i, j);
-    float sum = 0;
-    for (int k = 0; k < num_classes; ++k) {
-      const float p = exp2_approximate((logits.z(k) - lse[pixel]) * LOG2E);
-      const float slope = Gradients::at(gradients.dmasses, table + k) +
-                          2 * p * Gradients::at(gradients.dsquares, table + k);
-      sum = fmaf(p, slope, sum);
-    }
-    slopes[pixel] = sum;
-  }
-}
-
-constexpr int THREADS = 256;
-
-// The terms of dz of a pixel, except p: maps [B, H, W], 0 if ignored.
-__global__ void __launch_bounds__(THREADS)
-    pixel_slopes_kernel(Logits logits, Axis rows, Axis columns, Gradients gradients,
-                        const int32_t* keys,  // [B, H, W]
-                        const float* lse,     // [B, H, W]
-                        float* slopes,        // the result of the kernel above -> slope
-                        float* own) {         // null if it equals the slope
-  const int64_t pixel = int64_t{blockIdx.x} * THREADS + threadIdx.x;
-  const int64_t per_image = int64_t{rows.pixels} * columns.pixels;
-  if (pixel >= logits.batch * per_image) return;
-  const int key = keys[pixel];
-  float of_label = 0, slope = 0;
-  if (key >= 0) {
-    const int image = static_cast<int>(pixel / per_image);
-    const int64_t in_image = pixel % per_image;
-    const int y = static_cast<int>(in_image / columns.pixels);
-    const int x = static_cast<int>(in_image % columns.pixels);
-    of_label = Gradients::at(gradients.dlosses, key) + gradients.dpixel_losses.at(image, y, x);
-    if (gradients.doverlaps) {
-      const int label = gradients.by_image ? key - image * logits.num_classes : key;
-      const float z = PixelLogits(logits, rows, columns, image, y, x).z(label);
-      of_label -= exp2_approximate((z - lse[pixel]) * LOG2E) * gradients.doverlaps[key];
-    }
-    slope = of_label + gradients.dlse.at(image, y, x);
-    if (gradients.dmasses || gradients.dsquares) slope -= slopes[pixel];
-  }
-  slopes[pixel] = slope;
-  if (own) own[pixel] = of_label;
-}
-
-// The gradients of the logits at the corners of a cell, from its pixels.
+// What the logits at the corners of a cell receive from its pixels.
 struct Corners {
   float top_left = 0, top_right = 0, bottom_left = 0, bottom_right = 0;
 
@@ -254,15 +141,7 @@ struct Pixels4x4 {
   }
 };
 
-// All values of the pixels that the gradient needs.
-struct PixelMaps {
-  const int32_t* keys;  // [B, H, W]
-  const float* lse;     // [B, H, W]
-  const float* slopes;  // [B, H, W]
-  const float* own;     // [B, H, W]
-};
-
-// dz of pixels that are computed one by one, without a geometric sequence.
+// dz of pixels that no geometric sequence serves, one by one.
 __device__ inline void add_apart(const Cells& cells, const Cell& cell, const PixelMaps& maps,
                                  const Gradients& gradients, unsigned pixels, int64_t key, int k,
                                  Corners& corners) {
@@ -284,17 +163,24 @@ constexpr int BLOCKS_BY_CLASS = 1;
 constexpr int BLOCKS_BY_CLASS = 2;
 #endif
 
-// A block computes the gradient of 31 columns and of one row less than it has warps, for all
-// classes of its share: the cells at its edges are also computed by its neighbours.
+// For 31 columns of cells each, of all images side by side.
+__host__ __device__ inline int64_t blocks_across(const Cells& cells) {
+  return ceil_div(int64_t{cells.logits.batch} * cells.pitch - 1, 31);
+}
+
+// A block finds the gradient of 31 columns and one row less than it has warps, of all classes of
+// its share: the cells at its edges belong to its neighbours too. Blocks: columns after the others,
+// of each row, times shares of the classes.
 template <bool BY_CLASS>
 __global__ void __launch_bounds__(ALL_WARPS, BY_CLASS ? BLOCKS_BY_CLASS : 2)
     softmax_dlogits_kernel(Cells cells, Gradients gradients, PixelMaps maps,
                            Logits dlogits,  // [B, K, h, w] by strides
                            int classes_per_block) {
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_row = static_cast<int>(blockIdx.y) * (warps - 1) - 1;
-  const int64_t first_column = int64_t{blockIdx.x} * 31;
-  const int first_class = static_cast<int>(blockIdx.z) * classes_per_block;
+  const auto across = static_cast<unsigned>(blocks_across(cells));
+  const int first_row = static_cast<int>(blockIdx.x / across) * (warps - 1) - 1;
+  const int64_t first_column = int64_t{blockIdx.x % across} * 31;
+  const int first_class = static_cast<int>(blockIdx.y) * classes_per_block;
   const int end_class = min(first_class + classes_per_block, cells.logits.num_classes);
   Stage<CLASSES> stage(cells, first_row, first_column);
   // For the position at the left of each cell: offsets in dlogits, negative if there is none;
@@ -451,30 +337,18 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
       slope_is_own ? slopes : new_empty(logits, {batch, height, width}, ScalarType::Float);
   const PixelMaps maps{keys.const_data_ptr<int32_t>(), lse.const_data_ptr<float>(),
                        slopes.const_data_ptr<float>(), own.const_data_ptr<float>()};
-  if (dmasses || dsquares)
-    launch("softmax_slopes_kernel", softmax_slopes_kernel,
-           cells.grid("softmax_moments_backward.cuda"), cells.warps() * 32,
-           Stage<SWEEP_CLASSES>::bytes(cells.warps()), stream, cells, gradients, maps.keys,
-           maps.lse, slopes.mutable_data_ptr<float>());
-  const int64_t pixel_blocks = ceil_div(batch * height * width, int64_t{THREADS});
-  launch("pixel_slopes_kernel", pixel_slopes_kernel, dim3(static_cast<unsigned>(pixel_blocks)),
-         THREADS, 0, stream, cells.logits, cells.rows, cells.columns, gradients, maps.keys,
-         maps.lse, slopes.mutable_data_ptr<float>(),
-         slope_is_own ? nullptr : own.mutable_data_ptr<float>());
+  write_slopes(cells, gradients, maps.keys, maps.lse, slopes.mutable_data_ptr<float>(),
+               own.mutable_data_ptr<float>(), stream);
 
   const int warps = std::min(WARPS, cells.logits.height + 1);
-  const int64_t grid_x = ceil_div(batch * cells.pitch - 1, 31);
-  const int64_t grid_y = ceil_div(cells.logits.height, warps - 1);
-  STD_TORCH_CHECK(grid_x < int64_t{1} << 31 && grid_y < 65536,
-                  "softmax_moments_backward.cuda: logits: too large");
-  // If there are few blocks, the classes are divided among more of them.
+  const int64_t blocks = blocks_across(cells) * ceil_div(cells.logits.height, warps - 1);
+  // Classes are divided among blocks where there are few of these.
   constexpr int64_t BLOCKS = 1024;
-  const int64_t shares =
-      std::clamp<int64_t>(BLOCKS / (grid_x * grid_y), 1, ceil_div(num_classes, CLASSES));
+  const int64_t shares = std::clamp<int64_t>(BLOCKS / blocks, 1, ceil_div(num_classes, CLASSES));
   const int classes_per_block =
       ceil_div(ceil_div(num_classes, static_cast<int>(shares)), CLASSES) * CLASSES;
-  const dim3 grid(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y),
-                  ceil_div(num_classes, classes_per_block));
+  dim3 grid = grid_of("softmax_dlogits_kernel", blocks);
+  grid.y = ceil_div(num_classes, classes_per_block);
   const size_t bytes = ceil_div(Stage<CLASSES>::bytes(warps), sizeof(int64_t)) * sizeof(int64_t) +
                        warps * 32 * sizeof(int64_t) +
                        2 * CLASSES * (warps * 32 + 1) * sizeof(float);

@@ -114,6 +114,12 @@ inline Tensor new_empty_strided(const Tensor& like, const std::vector<int64_t>& 
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Blocks along x, of which a grid has 2^31 - 1; along y and z it has 65,535.
+inline dim3 grid_of(const char* kernel, int64_t blocks) {
+  STD_TORCH_CHECK(blocks < int64_t{1} << 31, kernel, ": more blocks than a grid has");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
 template <class Function>
 void for_dtype(const char* operation, ScalarType dtype, Function function) {
   switch (dtype) {
