@@ -169,6 +169,9 @@ def forward_lanes() -> int:
     return 512 if INTERPRETED else 32
 
 
+MOST_PARTS = 8  # along an axis, in a program of the gradient: of 256 lanes, as it has two cells
+
+
 def backward_lanes(parts_y: int, parts_x: int, row: int, by_class: bool) -> list[tuple[int, int]]:
     """Shapes of a program's lanes for the gradient. The caller chooses the shape with the fewest
     lanes in total. If gradients of class statistics need more registers, there are fewer lanes. If
@@ -176,14 +179,7 @@ def backward_lanes(parts_y: int, parts_x: int, row: int, by_class: bool) -> list
     if row > 0:
         return [(1, min(max(triton.next_power_of_2(row), 32), 256))]
     if max(parts_y, parts_x) > 2:
-        lanes = max(16, 2 * parts_y), max(16, 2 * parts_x)
-        if lanes[0] * lanes[1] > 256 and not INTERPRETED:  # more threads would lack registers
-            most = 4 * max(parts_y, parts_x)
-            raise ValueError(
-                "softmax_moments: labels: for a gradient by the backend triton expected at most "
-                f"32 label pixels for each logit along an axis, got up to {most}"
-            )
-        return [lanes]
+        return [(max(16, 2 * parts_y), max(16, 2 * parts_x))]
     return [(8, 16), (4, 32)] if by_class and parts_y == 1 else [(16, 16), (8, 32)]
 
 

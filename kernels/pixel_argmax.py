@@ -5,22 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .lanes import INF, filled
 from .launch import forward_lanes
-from .softmax_moments import INF, filled, grid_options
 from .upsampling import (
-    axis_of,
-    corners,
+    SIZES,
+    along_axis,
+    class_planes,
     first_larger,
-    neighbours,
-    pixels_of_part,
-    upsampled,
-    weights_of_axis,
+    logits_of_pixels,
+    upsampling_of,
 )
 
-SIZES = ("height", "width", "label_height", "label_width", "lanes_x", "lanes", "tiles")
 
-
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=(*SIZES, "lanes_x", "lanes", "tiles"))
 def _pixel_argmax_kernel(
     logits_ptr,  # [B, K, h, w] by strides
     predictions_ptr,  # int64 [B, H, W]
@@ -61,27 +58,23 @@ def _pixel_argmax_kernel(
     lane = tile * LANES + tl.arange(0, LANES)
     lane_y, lane_x = lane // lanes_x, lane % lanes_x
     cell_y, cell_x = lane_y // PARTS_Y + FIRST_Y, lane_x // PARTS_X + FIRST_X
-    start_y, stop_y = pixels_of_part(
-        cell_y, lane_y % PARTS_Y, height, label_height, ratio_y, inverse_y, FIRST_Y, SLOTS_Y,
-        ALIGN_CORNERS, SAME,
+    start_y, stop_y, weights_y, lower_y, upper_y = along_axis(
+        cell_y, lane_y % PARTS_Y, height, label_height, ratio_y, inverse_y, stride_logits_h,
+        FIRST_Y, SLOTS_Y, EVEN_Y, ALIGN_CORNERS, SAME,
     )  # fmt: skip
-    start_x, stop_x = pixels_of_part(
-        cell_x, lane_x % PARTS_X, width, label_width, ratio_x, inverse_x, FIRST_X, SLOTS_X,
-        ALIGN_CORNERS, SAME,
+    start_x, stop_x, weights_x, lower_x, upper_x = along_axis(
+        cell_x, lane_x % PARTS_X, width, label_width, ratio_x, inverse_x, stride_logits_w,
+        FIRST_X, SLOTS_X, EVEN_X, ALIGN_CORNERS, SAME,
     )  # fmt: skip
-    weights_y = weights_of_axis(cell_y, start_y, height, ratio_y, SLOTS_Y, EVEN_Y, ALIGN_CORNERS)
-    weights_x = weights_of_axis(cell_x, start_x, width, ratio_x, SLOTS_X, EVEN_X, ALIGN_CORNERS)
-    lower_y, upper_y = neighbours(cell_y, height, stride_logits_h)
-    lower_x, upper_x = neighbours(cell_x, width, stride_logits_w)
 
     best = filled(-INF, LANES, PIXELS, tl.float32)
     predicted = filled(0, LANES, PIXELS, tl.int32)
     ptr = logits_ptr + image * stride_logits_b
     for k in range(num_classes):
-        x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
-        z = upsampled(
-            x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME
-        )
+        z = logits_of_pixels(
+            ptr, lower_y, upper_y, lower_x, upper_x, weights_y, weights_x, SLOTS_Y, SLOTS_X,
+            SELECT_Y, SELECT_X, SAME,
+        )  # fmt: skip
         new_best, new_predicted = (), ()
         for i in tl.static_range(PIXELS):
             better = first_larger(z[i], best[i])
@@ -101,29 +94,21 @@ def pixel_argmax(logits: Tensor, height: int, width: int, align_corners: bool) -
     predictions = logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
     if predictions.numel() == 0:
         return predictions
-    y, x = (
-        axis_of(logits.shape[2], height, align_corners),
-        axis_of(logits.shape[3], width, align_corners),
-    )
-    lanes, block = y.lanes * x.lanes, forward_lanes()
-    tiles = triton.cdiv(lanes, block)
+    logits = class_planes(logits)
+    upsampling = upsampling_of(logits, height, width, align_corners)
+    block = forward_lanes()
+    tiles = triton.cdiv(upsampling.lanes, block)
     _pixel_argmax_kernel[(logits.shape[0] * tiles,)](
         logits,
         predictions,
-        *logits.shape[1:],
-        height,
-        width,
-        y.ratio,
-        x.ratio,
-        y.inverse,
-        x.inverse,
-        x.lanes,
-        lanes,
+        logits.shape[1],
+        *upsampling.arguments,
+        upsampling.x.lanes,
+        upsampling.lanes,
         tiles,
         *logits.stride(),
-        **grid_options(y, x, logits.shape[2:] == (height, width), align_corners),
+        **upsampling.constants,
         LANES=block,
         num_warps=max(block // 32, 1),
-        enable_fp_fusion=False,  # as softmax_moments
     )
     return predictions

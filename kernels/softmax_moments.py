@@ -15,36 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .lanes import INF, LN_2, LOG2_E, NO_CLASS, filled, load_labels, next_label
 from .launch import PARTIALS_IN_CACHE, forward_lanes
 from .upsampling import (
-    Axis,
-    axis_of,
+    SIZES,
+    along_axis,
+    class_planes,
     corners,
     first_larger,
-    neighbours,
-    pixels_of_part,
+    logits_of_pixels,
     upsampled,
-    weights_of_axis,
+    upsampling_of,
 )
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-INF = tl.constexpr(float("inf"))
-# Below this sum, terms that matter may have underflowed.
+# A sum may be as small before terms that matter underflow.
 SMALLEST_SUM = tl.constexpr(2.0**-100)
-NO_CLASS = tl.constexpr(2**31 - 1)
-# They change with the images' size. Triton does not compile again if one becomes 1 or a multiple of
-# 16.
-SIZES = ("height", "width", "label_height", "label_width", "lanes_x", "lanes", "chunks",
-         "tiles_per_chunk")  # fmt: skip
-
-
-@triton.jit
-def filled(value, LANES: tl.constexpr, PIXELS: tl.constexpr, DTYPE: tl.constexpr):
-    out = ()
-    for _ in tl.static_range(PIXELS):
-        out = out + (tl.full((LANES,), value, DTYPE),)
-    return out
 
 
 @triton.jit
@@ -54,46 +39,11 @@ def finite_or_zero(shift):
 
 
 @triton.jit
-def load_labels(
-    labels_ptr, start_y, stop_y, start_x, stop_x, stride_y, stride_x, num_classes, ignore_index,
-    SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr,
-):  # fmt: skip
-    """int32, −1 if the pixel is ignored or does not exist."""
-    labels = ()
-    for i in tl.static_range(SLOTS_Y):
-        for j in tl.static_range(SLOTS_X):
-            y, x = start_y + i, start_x + j
-            offset = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
-            inside = (y < stop_y) & (x < stop_x)
-            label = tl.load(labels_ptr + offset, mask=inside, other=0).to(tl.int64)
-            valid = inside & (label >= 0) & (label < num_classes) & (label != ignore_index)
-            labels = labels + (tl.where(valid, label, -1).to(tl.int32),)
-    return labels
-
-
-@triton.jit
-def own_logits(
-    logits_ptr, labels, stride_k, lower_y, upper_y, lower_x, upper_x, weights_y, weights_x,
-    SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr, SELECT_Y: tl.constexpr, SELECT_X: tl.constexpr,
-    SAME: tl.constexpr,
-):  # fmt: skip
-    """z of each pixel's true class; for ignored pixels, of class 0."""
-    out = ()
-    for i in tl.static_range(SLOTS_Y * SLOTS_X):
-        ptrs = logits_ptr + tl.maximum(labels[i], 0).to(tl.int64) * stride_k
-        x00, x01, x10, x11 = corners(ptrs, lower_y, upper_y, lower_x, upper_x, SAME)
-        y = (weights_y[i // SLOTS_X],)
-        x = (weights_x[i % SLOTS_X],)
-        out = out + upsampled(x00, x01, x10, x11, y, x, 1, 1, SELECT_Y, SELECT_X, SAME)
-    return out
-
-
-@triton.jit
 def _add_to(ptr, value):
     tl.store(ptr, tl.load(ptr) + value)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=(*SIZES, "lanes_x", "lanes", "chunks", "tiles_per_chunk"))
 def _softmax_moments_kernel(
     logits_ptr,  # [B, K, h, w] by strides
     labels_ptr,  # integer [B, H, W] by strides
@@ -162,20 +112,14 @@ def _softmax_moments_kernel(
         lane = tile * LANES + tl.arange(0, LANES)
         lane_y, lane_x = lane // lanes_x, lane % lanes_x
         cell_y, cell_x = lane_y // PARTS_Y + FIRST_Y, lane_x // PARTS_X + FIRST_X
-        start_y, stop_y = pixels_of_part(
-            cell_y, lane_y % PARTS_Y, height, label_height, ratio_y, inverse_y, FIRST_Y, SLOTS_Y,
-            ALIGN_CORNERS, SAME,
+        start_y, stop_y, weights_y, lower_y, upper_y = along_axis(
+            cell_y, lane_y % PARTS_Y, height, label_height, ratio_y, inverse_y, stride_logits_h,
+            FIRST_Y, SLOTS_Y, EVEN_Y, ALIGN_CORNERS, SAME,
         )  # fmt: skip
-        start_x, stop_x = pixels_of_part(
-            cell_x, lane_x % PARTS_X, width, label_width, ratio_x, inverse_x, FIRST_X, SLOTS_X,
-            ALIGN_CORNERS, SAME,
+        start_x, stop_x, weights_x, lower_x, upper_x = along_axis(
+            cell_x, lane_x % PARTS_X, width, label_width, ratio_x, inverse_x, stride_logits_w,
+            FIRST_X, SLOTS_X, EVEN_X, ALIGN_CORNERS, SAME,
         )  # fmt: skip
-        weights_y = weights_of_axis(
-            cell_y, start_y, height, ratio_y, SLOTS_Y, EVEN_Y, ALIGN_CORNERS
-        )
-        weights_x = weights_of_axis(cell_x, start_x, width, ratio_x, SLOTS_X, EVEN_X, ALIGN_CORNERS)
-        lower_y, upper_y = neighbours(cell_y, height, stride_logits_h)
-        lower_x, upper_x = neighbours(cell_x, width, stride_logits_w)
         labels = load_labels(
             labels_ptr, start_y, stop_y, start_x, stop_x, stride_labels_h, stride_labels_w,
             num_classes, ignore_index, SLOTS_Y, SLOTS_X,
@@ -208,24 +152,19 @@ def _softmax_moments_kernel(
             sums, best, predicted = new_sums, new_best, new_predicted
             ptr += stride_logits_k
 
-        own = own_logits(
-            logits_ptr, labels, stride_logits_k, lower_y, upper_y, lower_x, upper_x, weights_y,
-            weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME,
-        )  # fmt: skip
         unsafe = lane < 0
-        shifts, exponents = (), ()  # Σ e^(z − shift), and log2 of the term of the true class
+        shifts = ()  # Σ e^(z − shift)
         for i in tl.static_range(PIXELS):
             unsafe |= (labels[i] >= 0) & ~(sums[i] >= SMALLEST_SUM)
             shifts = shifts + (shift * -LN_2,)
-            exponents = exponents + (tl.fma(own[i], LOG2_E, shift),)
-        if tl.max(unsafe.to(tl.int32), 0) > 0:
+        by_pixel = tl.max(unsafe.to(tl.int32), 0) > 0
+        if by_pixel:
             largest = filled(-INF, LANES, PIXELS, tl.float32)
             ptr = logits_ptr
             for k in range(num_classes):
-                x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
-                z = upsampled(
-                    x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X,
-                    SAME,
+                z = logits_of_pixels(
+                    ptr, lower_y, upper_y, lower_x, upper_x, weights_y, weights_x, SLOTS_Y, SLOTS_X,
+                    SELECT_Y, SELECT_X, SAME,
                 )  # fmt: skip
                 new_largest, new_predicted = (), ()
                 for i in tl.static_range(PIXELS):
@@ -236,16 +175,14 @@ def _softmax_moments_kernel(
                         new_predicted = new_predicted + (tl.where(better, k, unlike),)
                 largest, predicted = new_largest, new_predicted
                 ptr += stride_logits_k
-            shifts, exponents, sums = (), (), filled(0.0, LANES, PIXELS, tl.float32)
+            shifts, sums = (), filled(0.0, LANES, PIXELS, tl.float32)
             for i in tl.static_range(PIXELS):
                 shifts = shifts + (finite_or_zero(largest[i]),)
-                exponents = exponents + ((own[i] - shifts[i]) * LOG2_E,)
             ptr = logits_ptr
             for _ in range(num_classes):
-                x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
-                z = upsampled(
-                    x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X,
-                    SAME,
+                z = logits_of_pixels(
+                    ptr, lower_y, upper_y, lower_x, upper_x, weights_y, weights_x, SLOTS_Y, SLOTS_X,
+                    SELECT_Y, SELECT_X, SAME,
                 )  # fmt: skip
                 new_sums = ()
                 for i in tl.static_range(PIXELS):
@@ -253,44 +190,48 @@ def _softmax_moments_kernel(
                 sums = new_sums
                 ptr += stride_logits_k
 
-        lse, losses, overlaps = (), (), ()
-        smallest = tl.full((LANES,), NO_CLASS, tl.int32)
+        lse, logarithms, places, insides = (), (), (), ()
         for i in tl.static_range(PIXELS):
-            valid = labels[i] >= 0
             logarithm = tl.log2(sums[i])
-            value = tl.where(valid, tl.fma(logarithm, LN_2, shifts[i]), 0.0)
-            loss = tl.where(valid, (logarithm - exponents[i]) * LN_2, 0.0)
-            lse, losses = lse + (value,), losses + (loss,)
-            if HAS_MASSES:
-                p = tl.exp2(exponents[i] - logarithm)
-                overlaps = overlaps + (tl.where(valid, p, 0.0),)
-            smallest = tl.minimum(smallest, tl.where(valid, labels[i], NO_CLASS))
+            value = tl.fma(logarithm, LN_2, shifts[i])
+            logarithms = logarithms + (logarithm,)
+            lse = lse + (tl.where(labels[i] >= 0, value, 0.0),)
             if HAS_LSE or HAS_PIXEL_LOSSES:
                 y, x = start_y + i // SLOTS_X, start_x + i % SLOTS_X
-                at = first_label + y.to(tl.int64) * label_width + x
-                inside = (y < stop_y) & (x < stop_x)
-                if HAS_LSE:
-                    tl.store(lse_ptr + at, value, mask=inside)
-                if HAS_PIXEL_LOSSES:
-                    tl.store(pixel_losses_ptr + at, loss, mask=inside)
+                places = places + (first_label + y.to(tl.int64) * label_width + x,)
+                insides = insides + ((y < stop_y) & (x < stop_x),)
+        if HAS_LSE:
+            for i in tl.static_range(PIXELS):
+                tl.store(lse_ptr + places[i], lse[i], mask=insides[i])
 
-        label = tl.min(smallest, 0)
+        losses = filled(0.0, LANES, PIXELS if HAS_PIXEL_LOSSES else 0, tl.float32)
+        label = next_label(labels, -1, PIXELS)
         while label < NO_CLASS:
+            z = logits_of_pixels(
+                logits_ptr + label.to(tl.int64) * stride_logits_k, lower_y, upper_y, lower_x,
+                upper_x, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME,
+            )  # fmt: skip
             losses_of_lane = tl.zeros((LANES,), tl.float32)
             overlaps_of_lane = tl.zeros((LANES,), tl.float32)
             count = tl.zeros((LANES,), tl.int32)
             hits = tl.zeros((LANES,), tl.int32)
-            smallest = tl.full((LANES,), NO_CLASS, tl.int32)
+            new_losses = ()
             for i in tl.static_range(PIXELS):
                 mine = labels[i] == label
+                # log2 of the term of its own class, as it is in the sum
+                exponent = tl.fma(z[i], LOG2_E, shift)
+                exponent = tl.where(by_pixel, (z[i] - shifts[i]) * LOG2_E, exponent)
+                loss = (logarithms[i] - exponent) * LN_2
+                losses_of_lane += tl.where(mine, loss, 0.0)
                 count += mine.to(tl.int32)
-                losses_of_lane += tl.where(mine, losses[i], 0.0)
+                if HAS_PIXEL_LOSSES:
+                    new_losses = new_losses + (tl.where(mine, loss, losses[i]),)
                 if HAS_MASSES:
-                    overlaps_of_lane += tl.where(mine, overlaps[i], 0.0)
+                    p = tl.exp2(exponent - logarithms[i])
+                    overlaps_of_lane += tl.where(mine, p, 0.0)
                 if HAS_HITS:
                     hits += (mine & (predicted[i] == label)).to(tl.int32)
-                larger = tl.where(labels[i] > label, labels[i], NO_CLASS)
-                smallest = tl.minimum(smallest, larger)
+            losses = new_losses
             _add_to(losses_ptr + row + label, tl.sum(losses_of_lane, 0))
             if HAS_MASSES:
                 _add_to(overlaps_ptr + row + label, tl.sum(overlaps_of_lane, 0))
@@ -299,15 +240,17 @@ def _softmax_moments_kernel(
             if HAS_HITS:
                 right = tl.sum(hits, 0).to(tl.int64)
                 tl.atomic_add(hits_ptr + counted + label, right, sem="relaxed")
-            label = tl.min(smallest, 0)
+            label = next_label(labels, label, PIXELS)
+        if HAS_PIXEL_LOSSES:
+            for i in tl.static_range(PIXELS):
+                tl.store(pixel_losses_ptr + places[i], losses[i], mask=insides[i])
 
         if HAS_MASSES or HAS_SQUARES:
             ptr = logits_ptr
             for k in range(num_classes):
-                x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
-                z = upsampled(
-                    x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X,
-                    SAME,
+                z = logits_of_pixels(
+                    ptr, lower_y, upper_y, lower_x, upper_x, weights_y, weights_x, SLOTS_Y, SLOTS_X,
+                    SELECT_Y, SELECT_X, SAME,
                 )  # fmt: skip
                 mass = tl.zeros((LANES,), tl.float32)
                 square = tl.zeros((LANES,), tl.float32)
@@ -321,24 +264,6 @@ def _softmax_moments_kernel(
                 if HAS_SQUARES:
                     _add_to(squares_ptr + row + k, tl.sum(square, 0))
                 ptr += stride_logits_k
-
-
-def grid_options(y: Axis, x: Axis, same: bool, align_corners: bool) -> dict[str, int | bool]:
-    """The constants of the upsampling that a kernel is compiled with."""
-    return {
-        "ALIGN_CORNERS": align_corners,
-        "SAME": same,
-        "FIRST_Y": y.first,
-        "FIRST_X": x.first,
-        "PARTS_Y": y.parts,
-        "PARTS_X": x.parts,
-        "SLOTS_Y": y.slots,
-        "SLOTS_X": x.slots,
-        "SELECT_Y": y.select,
-        "SELECT_X": x.select,
-        "EVEN_Y": y.even,
-        "EVEN_X": x.even,
-    }
 
 
 def softmax_moments(
@@ -355,11 +280,11 @@ def softmax_moments(
 ) -> tuple[Tensor, ...]:
     """See ops/softmax_moments.py.
 
-    In addition to the results it needs memory for the partials: for each statistic a row [K] for
-    each tile of lanes; or fewer rows, if these would need more than 16 MiB and 1/8 of the logits.
+    Beside the results it takes the partials: for each statistic a row [K] for each tile of lanes,
+    or fewer where they would take more than 16 MiB and 1/8 of the logits; and a copy of logits
+    whose classes are contiguous.
     """
-    batch, num_classes, height, width = logits.shape
-    label_height, label_width = labels.shape[1:]
+    batch, num_classes = logits.shape[:2]
     shape = (batch, num_classes) if per_image else (num_classes,)
 
     def zeros(asked: bool) -> Tensor:
@@ -374,8 +299,9 @@ def softmax_moments(
     if labels.numel() == 0:
         return *(zeros(a).float() for a in asked), pixel_losses, lse, counts, hits
 
-    y, x = (axis_of(logits.shape[i], labels.shape[i - 1], align_corners) for i in (2, 3))
-    lanes, block = y.lanes * x.lanes, forward_lanes()
+    logits = class_planes(logits)
+    upsampling = upsampling_of(logits, *labels.shape[1:], align_corners)
+    lanes, block = upsampling.lanes, forward_lanes()
     row_bytes = 4 * sum(asked) * batch * num_classes
     budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
     tiles = triton.cdiv(lanes, block)
@@ -394,15 +320,8 @@ def softmax_moments(
         counts,
         hits,
         num_classes,
-        height,
-        width,
-        label_height,
-        label_width,
-        y.ratio,
-        x.ratio,
-        y.inverse,
-        x.inverse,
-        x.lanes,
+        *upsampling.arguments,
+        upsampling.x.lanes,
         lanes,
         chunks,
         tiles_per_chunk,
@@ -415,10 +334,9 @@ def softmax_moments(
         HAS_SQUARES=with_squares,
         HAS_PIXEL_LOSSES=with_pixel_losses,
         HAS_LSE=with_lse,
-        **grid_options(y, x, (height, width) == (label_height, label_width), align_corners),
+        **upsampling.constants,
         LANES=block,
         num_warps=max(block // 32, 1),
-        enable_fp_fusion=False,  # coordinates are rounded as in F.interpolate
     )
     over = 1 if per_image else (0, 1)
     sums = (p.sum(over) if a else p for p, a in zip(partials, asked, strict=True))

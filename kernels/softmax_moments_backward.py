@@ -3,9 +3,10 @@
     dz_k = p_k·(d + dlse − t + dmasses[k] + 2·p_k·dsquares[k]) + [y = k]·(p_k·doverlaps[k] − d)
     d = dlosses[y] + dpixel_losses,   t = Σ_j p_j·u_j,   0 where ignored
 
-A lane (upsampling.py) computes dz of its pixels class by class, and sums it with the weights of the
-cell's four logits. A program processes a tile of cells, with one more row above and one more column
-to the left. The gradient of a logit is the sum over its four cells.
+A lane (upsampling.py) computes dz of its pixels, one class after the other, and sums it with the
+weights of the cell's four logits. A program has a tile of cells, and one more above and to the left
+of it; a logit's gradient is gathered from its four cells. Of cells with more than MOST_PARTS parts
+along an axis a program has one block of parts, and the gradients of the blocks are summed.
 """
 
 from math import prod
@@ -15,25 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import backward_lanes, registers
-from .softmax_moments import LOG2_E, filled, grid_options, load_labels, own_logits
-from .upsampling import axis_of, corners, neighbours, pixels_of_part, upsampled, weights_of_axis
-
-SIZES = ("height", "width", "label_height", "label_width", "tiles_y", "tiles_x")
-
-
-@triton.jit
-def load_map(
-    ptr, labels, start_y, start_x, stride_y, stride_x, SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr
-):  # fmt: skip
-    """One value for each valid pixel."""
-    out = ()
-    for i in tl.static_range(SLOTS_Y):
-        for j in tl.static_range(SLOTS_X):
-            y, x = (start_y + i).to(tl.int64), (start_x + j).to(tl.int64)
-            valid = labels[i * SLOTS_X + j] >= 0
-            out = out + (tl.load(ptr + y * stride_y + x * stride_x, mask=valid, other=0.0),)
-    return out
+from .lanes import LOG2_E, NO_CLASS, filled, load_labels, load_map, next_label
+from .launch import MOST_PARTS, backward_lanes, registers
+from .upsampling import (
+    SIZES,
+    along_axis,
+    class_planes,
+    classes_contiguous,
+    logits_of_pixels,
+    upsampling_of,
+)
 
 
 @triton.jit
@@ -64,14 +56,15 @@ def at_edges(lower, upper, cell, source):
 
 
 @triton.jit
-def of_cells(x, CELLS_Y: tl.constexpr, PARTS_Y: tl.constexpr, CELLS_X: tl.constexpr,
-             PARTS_X: tl.constexpr):  # fmt: skip
+def of_cells(
+    x, CELLS_Y: tl.constexpr, BLOCK_Y: tl.constexpr, CELLS_X: tl.constexpr, BLOCK_X: tl.constexpr
+):
     """Sums over the parts of each cell."""
-    x = tl.reshape(x, (CELLS_Y, PARTS_Y, CELLS_X, PARTS_X))
+    x = tl.reshape(x, (CELLS_Y, BLOCK_Y, CELLS_X, BLOCK_X))
     return tl.sum(tl.sum(x, 3), 1)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=(*SIZES, "tiles_y", "tiles_x"))
 def _softmax_moments_bwd_kernel(
     logits_ptr,  # [B, K, h, w] by strides
     labels_ptr,  # integer [B, H, W] by strides
@@ -82,7 +75,7 @@ def _softmax_moments_bwd_kernel(
     dsquares_ptr,
     dpixel_losses_ptr,  # float32 [B, H, W] by strides
     dlse_ptr,  # the same
-    dlogits_ptr,  # [B, K, h, w] by strides
+    dlogits_ptr,  # [blocks, B, K, h, w] by strides
     num_classes,
     height,
     width,
@@ -119,6 +112,7 @@ def _softmax_moments_bwd_kernel(
     stride_dlse_b,
     stride_dlse_h,
     stride_dlse_w,
+    stride_dlogits_block,
     stride_dlogits_b,
     stride_dlogits_k,
     stride_dlogits_h,
@@ -135,6 +129,8 @@ def _softmax_moments_bwd_kernel(
     SELECT_X: tl.constexpr,
     EVEN_Y: tl.constexpr,
     EVEN_X: tl.constexpr,
+    BLOCKS_Y: tl.constexpr,
+    BLOCKS_X: tl.constexpr,
     LANES_Y: tl.constexpr,
     LANES_X: tl.constexpr,
 ):
@@ -142,10 +138,13 @@ def _softmax_moments_bwd_kernel(
     over the classes and for neighbours. Reads labels, lse and maps once, except at the edge. Writes
     dlogits once."""
     PIXELS: tl.constexpr = SLOTS_Y * SLOTS_X
-    CELLS_Y: tl.constexpr = LANES_Y // PARTS_Y
-    CELLS_X: tl.constexpr = LANES_X // PARTS_X
+    BLOCK_Y: tl.constexpr = PARTS_Y // BLOCKS_Y
+    BLOCK_X: tl.constexpr = PARTS_X // BLOCKS_X
+    CELLS_Y: tl.constexpr = LANES_Y // BLOCK_Y
+    CELLS_X: tl.constexpr = LANES_X // BLOCK_X
     EDGE: tl.constexpr = 1 - SAME
-    pid = tl.program_id(0)
+    pid = tl.program_id(0) // (BLOCKS_Y * BLOCKS_X)
+    block = tl.program_id(0) % (BLOCKS_Y * BLOCKS_X)
     image = (pid // (tiles_y * tiles_x)).to(tl.int64)
     # the first row and column of logits whose gradient the tile writes
     row = pid // tiles_x % tiles_y * (CELLS_Y - EDGE)
@@ -154,19 +153,17 @@ def _softmax_moments_bwd_kernel(
 
     lane = tl.arange(0, LANES_Y * LANES_X)
     lane_y, lane_x = lane // LANES_X, lane % LANES_X
-    cell_y, cell_x = row - EDGE + lane_y // PARTS_Y, column - EDGE + lane_x // PARTS_X
-    start_y, stop_y = pixels_of_part(
-        cell_y, lane_y % PARTS_Y, height, label_height, ratio_y, inverse_y, FIRST_Y, SLOTS_Y,
-        ALIGN_CORNERS, SAME,
+    cell_y, cell_x = row - EDGE + lane_y // BLOCK_Y, column - EDGE + lane_x // BLOCK_X
+    part_y = block // BLOCKS_X * BLOCK_Y + lane_y % BLOCK_Y
+    part_x = block % BLOCKS_X * BLOCK_X + lane_x % BLOCK_X
+    start_y, stop_y, weights_y, lower_y, upper_y = along_axis(
+        cell_y, part_y, height, label_height, ratio_y, inverse_y, stride_logits_h,
+        FIRST_Y, SLOTS_Y, EVEN_Y, ALIGN_CORNERS, SAME,
     )  # fmt: skip
-    start_x, stop_x = pixels_of_part(
-        cell_x, lane_x % PARTS_X, width, label_width, ratio_x, inverse_x, FIRST_X, SLOTS_X,
-        ALIGN_CORNERS, SAME,
+    start_x, stop_x, weights_x, lower_x, upper_x = along_axis(
+        cell_x, part_x, width, label_width, ratio_x, inverse_x, stride_logits_w,
+        FIRST_X, SLOTS_X, EVEN_X, ALIGN_CORNERS, SAME,
     )  # fmt: skip
-    weights_y = weights_of_axis(cell_y, start_y, height, ratio_y, SLOTS_Y, EVEN_Y, ALIGN_CORNERS)
-    weights_x = weights_of_axis(cell_x, start_x, width, ratio_x, SLOTS_X, EVEN_X, ALIGN_CORNERS)
-    lower_y, upper_y = neighbours(cell_y, height, stride_logits_h)
-    lower_x, upper_x = neighbours(cell_x, width, stride_logits_w)
     labels = load_labels(
         labels_ptr + image * stride_labels_b, start_y, stop_y, start_x, stop_x, stride_labels_h,
         stride_labels_w, num_classes, ignore_index, SLOTS_Y, SLOTS_X,
@@ -186,6 +183,24 @@ def _softmax_moments_bwd_kernel(
     common = own_gradients
     if dlosses_ptr is not None:
         dlosses_ptr += image * stride_dlosses_b
+    if doverlaps_ptr is not None:
+        doverlaps_ptr += image * stride_doverlaps_b
+        label = next_label(labels, -1, PIXELS)
+        while label < NO_CLASS:
+            z = logits_of_pixels(
+                logits_ptr + label.to(tl.int64) * stride_logits_k, lower_y, upper_y, lower_x,
+                upper_x, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME,
+            )  # fmt: skip
+            dloss = number(dlosses_ptr, label, stride_dlosses_k)
+            doverlap = number(doverlaps_ptr, label, stride_doverlaps_k)
+            added = ()
+            for i in tl.static_range(PIXELS):
+                p = tl.exp2((z[i] - lse[i]) * LOG2_E)
+                new = tl.fma(-p, doverlap, common[i] + dloss)
+                added = added + (tl.where(labels[i] == label, new, common[i]),)
+            common = added
+            label = next_label(labels, label, PIXELS)
+    elif dlosses_ptr is not None:
         added = ()
         for i in tl.static_range(PIXELS):
             at = labels[i].to(tl.int64) * stride_dlosses_k
@@ -201,19 +216,6 @@ def _softmax_moments_bwd_kernel(
         for i in tl.static_range(PIXELS):
             added = added + (common[i] + dlse[i],)
         common = added
-    if doverlaps_ptr is not None:
-        doverlaps_ptr += image * stride_doverlaps_b
-        own_z = own_logits(
-            logits_ptr, labels, stride_logits_k, lower_y, upper_y, lower_x, upper_x, weights_y,
-            weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME,
-        )  # fmt: skip
-        added = ()
-        for i in tl.static_range(PIXELS):
-            at = labels[i].to(tl.int64) * stride_doverlaps_k
-            u = tl.load(doverlaps_ptr + at, mask=labels[i] >= 0, other=0.0)
-            p = tl.exp2((own_z[i] - lse[i]) * LOG2_E)
-            added = added + (common[i] - p * u,)
-        common = added
     if dmasses_ptr is not None:
         dmasses_ptr += image * stride_dmasses_b
     if dsquares_ptr is not None:
@@ -221,10 +223,10 @@ def _softmax_moments_bwd_kernel(
     if dmasses_ptr is not None or dsquares_ptr is not None:
         ptr = logits_ptr
         for k in range(num_classes):
-            x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
-            z = upsampled(
-                x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME
-            )
+            z = logits_of_pixels(
+                ptr, lower_y, upper_y, lower_x, upper_x, weights_y, weights_x, SLOTS_Y, SLOTS_X,
+                SELECT_Y, SELECT_X, SAME,
+            )  # fmt: skip
             dmass = number(dmasses_ptr, k, stride_dmasses_k)
             dsquare = 2 * number(dsquares_ptr, k, stride_dsquares_k)
             added = ()
@@ -237,17 +239,18 @@ def _softmax_moments_bwd_kernel(
     cell = tl.arange(0, CELLS_Y)[:, None]
     y, x = row - EDGE + cell, column - EDGE + tl.arange(0, CELLS_X)[None, :]
     written = (y >= row) & (y < height) & (x >= column) & (x < width)
-    dlogits_ptrs = dlogits_ptr + image * stride_dlogits_b + y.to(tl.int64) * stride_dlogits_h
+    dlogits_ptr += block.to(tl.int64) * stride_dlogits_block + image * stride_dlogits_b
+    dlogits_ptrs = dlogits_ptr + y.to(tl.int64) * stride_dlogits_h
     dlogits_ptrs += x.to(tl.int64) * stride_dlogits_w
     above = tl.maximum(tl.arange(0, CELLS_Y * CELLS_X) - CELLS_X, 0)
     left_of = tl.maximum(tl.arange(0, CELLS_X)[None, :] - 1, 0)
     left_of = tl.broadcast_to(left_of, (CELLS_Y, CELLS_X))
     ptr = logits_ptr
     for k in range(num_classes):
-        x00, x01, x10, x11 = corners(ptr, lower_y, upper_y, lower_x, upper_x, SAME)
-        z = upsampled(
-            x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME
-        )
+        z = logits_of_pixels(
+            ptr, lower_y, upper_y, lower_x, upper_x, weights_y, weights_x, SLOTS_Y, SLOTS_X,
+            SELECT_Y, SELECT_X, SAME,
+        )  # fmt: skip
         dloss = number(dlosses_ptr, k, stride_dlosses_k)
         doverlap = number(doverlaps_ptr, k, stride_doverlaps_k)
         dmass = number(dmasses_ptr, k, stride_dmasses_k)
@@ -268,7 +271,7 @@ def _softmax_moments_bwd_kernel(
             gradient = tl.fma(p, factor, tl.where(labels[i] == k, own, 0.0))
             dz = dz + (tl.where(labels[i] >= 0, gradient, 0.0),)
         if SAME:
-            gradient = of_cells(dz[0], CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
+            gradient = of_cells(dz[0], CELLS_Y, BLOCK_Y, CELLS_X, BLOCK_X)
         else:
             nothing = tl.zeros((LANES_Y * LANES_X,), tl.float32)
             top_left, top_right, bottom_left, bottom_right = nothing, nothing, nothing, nothing
@@ -282,10 +285,10 @@ def _softmax_moments_bwd_kernel(
                 )
             top_left, top_right = at_edges(top_left, top_right, cell_x, width)
             bottom_left, bottom_right = at_edges(bottom_left, bottom_right, cell_x, width)
-            gradient = of_cells(top_left, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
-            top_right = of_cells(top_right, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
-            bottom = of_cells(bottom_left, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
-            bottom_right = of_cells(bottom_right, CELLS_Y, PARTS_Y, CELLS_X, PARTS_X)
+            gradient = of_cells(top_left, CELLS_Y, BLOCK_Y, CELLS_X, BLOCK_X)
+            top_right = of_cells(top_right, CELLS_Y, BLOCK_Y, CELLS_X, BLOCK_X)
+            bottom = of_cells(bottom_left, CELLS_Y, BLOCK_Y, CELLS_X, BLOCK_X)
+            bottom_right = of_cells(bottom_right, CELLS_Y, BLOCK_Y, CELLS_X, BLOCK_X)
             gradient += tl.gather(top_right, left_of, 1)
             bottom += tl.gather(bottom_right, left_of, 1)
             gradient, bottom = at_edges(gradient, bottom, y, height)
@@ -315,25 +318,39 @@ def softmax_moments_backward(
     ignore_index: int,
     align_corners: bool,
 ) -> Tensor:
-    """See ops/softmax_moments.py. It needs no memory except the gradient."""
+    """See ops/softmax_moments.py.
+
+    Beside the gradient it takes copies of logits and gradient where classes are contiguous, and of
+    cells with more than MOST_PARTS parts along an axis a gradient float32 for each block of parts:
+    4·K bytes for each of 32 × 32 pixels, or 16 × 16.
+    """
     dlogits = torch.empty_like(logits)
     if labels.numel() == 0:
         return dlogits.zero_()
-    batch, num_classes, height, width = logits.shape
-    label_height, label_width = labels.shape[1:]
-    same = (height, width) == (label_height, label_width)
-    y, x = (axis_of(logits.shape[i], labels.shape[i - 1], align_corners) for i in (2, 3))
+    logits = class_planes(logits)
+    batch, _, height, width = logits.shape
+    upsampling = upsampling_of(logits, *labels.shape[1:], align_corners)
+    y, x, same = upsampling.y, upsampling.x, upsampling.same
+    blocks_y, blocks_x = (triton.cdiv(axis.parts, MOST_PARTS) for axis in (y, x))
+    parts_y, parts_x = y.parts // blocks_y, x.parts // blocks_x
     edge = 0 if same else 1
 
     def tiles(lanes: tuple[int, int]) -> tuple[int, int]:
-        down = triton.cdiv(height, lanes[0] // y.parts - edge)
-        return down, triton.cdiv(width, lanes[1] // x.parts - edge)
+        down = triton.cdiv(height, lanes[0] // parts_y - edge)
+        return down, triton.cdiv(width, lanes[1] // parts_x - edge)
 
     by_class = any(gradient is not None for gradient in (doverlaps, dmasses, dsquares))
-    shapes = backward_lanes(y.parts, x.parts, width if same else 0, by_class)
+    shapes = backward_lanes(parts_y, parts_x, width if same else 0, by_class)
     lanes_y, lanes_x = min(shapes, key=lambda lanes: prod(tiles(lanes)))
     tiles_y, tiles_x = tiles((lanes_y, lanes_x))
-    _softmax_moments_bwd_kernel[(batch * tiles_y * tiles_x,)](
+    blocks = blocks_y * blocks_x
+    in_place = blocks == 1 and not classes_contiguous(dlogits)
+    if in_place:
+        gradients = dlogits[None]
+    else:
+        dtype = torch.float32 if blocks > 1 else logits.dtype
+        gradients = logits.new_empty((blocks, *logits.shape), dtype=dtype)
+    _softmax_moments_bwd_kernel[(batch * tiles_y * tiles_x * blocks,)](
         logits,
         labels,
         lse,
@@ -343,16 +360,9 @@ def softmax_moments_backward(
         dsquares,
         dpixel_losses,
         dlse,
-        dlogits,
-        num_classes,
-        height,
-        width,
-        label_height,
-        label_width,
-        y.ratio,
-        x.ratio,
-        y.inverse,
-        x.inverse,
+        gradients,
+        logits.shape[1],
+        *upsampling.arguments,
         tiles_y,
         tiles_x,
         ignore_index,
@@ -365,13 +375,16 @@ def softmax_moments_backward(
         *_strides_by_class(dsquares),
         *((0, 0, 0) if dpixel_losses is None else dpixel_losses.stride()),
         *((0, 0, 0) if dlse is None else dlse.stride()),
-        *dlogits.stride(),
-        **grid_options(y, x, same, align_corners),
+        *gradients.stride(),
+        **upsampling.constants,
+        BLOCKS_Y=blocks_y,
+        BLOCKS_X=blocks_x,
         LANES_Y=lanes_y,
         LANES_X=lanes_x,
         num_warps=lanes_y * lanes_x // 32,
-        enable_fp_fusion=False,  # as softmax_moments
-        # two programs on a multiprocessor, if they do not spill
+        # two programs on a multiprocessor, where they do not spill
         **registers(128 if y.even and x.even and not by_class else 255),
     )
-    return dlogits
+    if in_place:
+        return dlogits
+    return dlogits.copy_(gradients.sum(0) if blocks > 1 else gradients[0])

@@ -16,10 +16,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import INTERPRETED
 
 MAX_SLOTS = 1 if INTERPRETED else 4  # along an axis: 16 pixels for each lane
+# Arguments that change with the images' size: not compiled anew where one becomes 1 or a multiple
+# of 16.
+SIZES = ("height", "width", "label_height", "label_width")
 
 
 class Axis(NamedTuple):
@@ -58,6 +62,69 @@ def axis_of(source: int, size: int, align_corners: bool) -> Axis:
     select = bool(((at == cell) & (cell < source - 1)).any())
     even = slots in (2, 4) and size == slots * source and not align_corners
     return Axis(source, size, first, parts, slots, select, even, ratio, inverse)
+
+
+class Upsampling(NamedTuple):
+    """Of both axes, and how a kernel is told of it."""
+
+    y: Axis
+    x: Axis
+    align_corners: bool
+
+    @property
+    def same(self) -> bool:
+        return self.y.source == self.y.size and self.x.source == self.x.size
+
+    @property
+    def lanes(self) -> int:
+        """Of an image."""
+        return self.y.lanes * self.x.lanes
+
+    @property
+    def arguments(self) -> tuple[int | float, ...]:
+        """height, width, label_height, label_width, ratio_y, ratio_x, inverse_y, inverse_x"""
+        y, x = self.y, self.x
+        return y.source, x.source, y.size, x.size, y.ratio, x.ratio, y.inverse, x.inverse
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        """What is known when a kernel is compiled. Fusion is switched off because coordinates are
+        rounded as F.interpolate's."""
+        y, x = self.y, self.x
+        return {
+            "ALIGN_CORNERS": self.align_corners,
+            "SAME": self.same,
+            "FIRST_Y": y.first,
+            "FIRST_X": x.first,
+            "PARTS_Y": y.parts,
+            "PARTS_X": x.parts,
+            "SLOTS_Y": y.slots,
+            "SLOTS_X": x.slots,
+            "SELECT_Y": y.select,
+            "SELECT_X": x.select,
+            "EVEN_Y": y.even,
+            "EVEN_X": x.even,
+            "enable_fp_fusion": False,
+        }
+
+
+def upsampling_of(logits: Tensor, height: int, width: int, align_corners: bool) -> Upsampling:
+    """From logits (B, K, h, w) to labels (B, height, width)."""
+    y = axis_of(logits.shape[2], height, align_corners)
+    x = axis_of(logits.shape[3], width, align_corners)
+    return Upsampling(y, x, align_corners)
+
+
+def classes_contiguous(logits: Tensor) -> bool:
+    """Of (B, K, h, w): in channels last, and points (N, K)."""
+    return logits.stride(1) < logits.stride(3)
+
+
+def class_planes(logits: Tensor) -> Tensor:
+    """Logits whose classes are apart: a copy where they are contiguous. A lane goes through the
+    classes of its position, so that of contiguous ones each load of a warp would take 2 or 4 bytes
+    from each of 32 lines of the cache: longer than the copy, which reads and writes them once."""
+    return logits.contiguous() if classes_contiguous(logits) else logits
 
 
 @triton.jit
@@ -125,6 +192,20 @@ def neighbours(cell, source, stride):
 
 
 @triton.jit
+def along_axis(
+    cell, part, source, size, ratio, inverse, stride, FIRST: tl.constexpr, SLOTS: tl.constexpr,
+    EVEN: tl.constexpr, ALIGN_CORNERS: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """The three above."""
+    start, stop = pixels_of_part(
+        cell, part, source, size, ratio, inverse, FIRST, SLOTS, ALIGN_CORNERS, SAME
+    )
+    weights = weights_of_axis(cell, start, source, ratio, SLOTS, EVEN, ALIGN_CORNERS)
+    lower, upper = neighbours(cell, source, stride)
+    return start, stop, weights, lower, upper
+
+
+@triton.jit
 def corners(
     ptrs, lower_y, upper_y, lower_x, upper_x, SAME: tl.constexpr
 ):  # fmt: skip
@@ -163,6 +244,18 @@ def upsampled(
             for x in tl.static_range(SLOTS_X):
                 z = z + (between(left, right, weights_x[x], SELECT_X),)
         return z
+
+
+@triton.jit
+def logits_of_pixels(
+    ptrs, lower_y, upper_y, lower_x, upper_x, weights_y, weights_x, SLOTS_Y: tl.constexpr,
+    SLOTS_X: tl.constexpr, SELECT_Y: tl.constexpr, SELECT_X: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """The same, from the class's logits in memory."""
+    x00, x01, x10, x11 = corners(ptrs, lower_y, upper_y, lower_x, upper_x, SAME)
+    return upsampled(
+        x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME
+    )
 
 
 @triton.jit

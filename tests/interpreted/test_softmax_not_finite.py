@@ -1,0 +1,94 @@
+"""Softmax moments of logits that are not finite: a pixel reads a logit where its weight is not 0,
+and NaN spoils the pixels that read it, and nothing else."""
+
+import pytest
+import torch
+from pixels import Case, exact_values_and_gradient, make_logits, make_weights, values_and_gradient
+
+from anchorops import reference
+
+RATIOS = [((3, 4), (12, 16), False), ((3, 4), (9, 13), True), ((3, 4), (3, 4), False)]
+
+
+def read_by(size, pixels, align_corners, row, column):
+    """bool [H, W]: the pixels that read the logit at (row, column)."""
+    x = torch.zeros(1, 1, *size)
+    x[0, 0, row, column] = 1
+    return reference.upsample(x, pixels, align_corners)[0, 0] != 0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("size", "pixels", "align_corners"), RATIOS)
+def test_not_finite_logit_spoils_the_pixels_that_read_it(size, pixels, align_corners, value):
+    case = Case((2, 5, *size), pixels, align_corners)
+    logits, labels, weights = (
+        make_logits(case),
+        torch.randint(0, 5, (2, *pixels)),
+        make_weights(case),
+    )
+    spoilt = read_by(size, pixels, align_corners, 1, 2)
+    labels[1, spoilt] %= 2
+    clean, clean_gradient = values_and_gradient(case, logits, labels, weights)
+    logits[1, 3, 1, 2] = value
+    ours, dlogits = values_and_gradient(case, logits, labels, weights)
+    for name in ("pixel_losses", "lse"):
+        assert torch.equal(ours[name][0], clean[name][0])
+        torch.testing.assert_close(ours[name][1][~spoilt], clean[name][1][~spoilt])
+        assert not ours[name][1][spoilt].isfinite().any()
+    assert not ours["masses"][3].isfinite()
+    assert not ours["losses"][labels[1, spoilt]].isfinite().any()
+    torch.testing.assert_close(ours["losses"][2:], clean["losses"][2:])
+    # positions that no spoilt pixel reads keep their gradient; that of the logit shows the fault
+    reached = torch.tensor(
+        [
+            [(read_by(size, pixels, align_corners, i, j) & spoilt).any() for j in range(size[1])]
+            for i in range(size[0])
+        ]
+    )
+    assert not dlogits[1, 3, 1, 2].isfinite()
+    assert torch.equal(dlogits[0], clean_gradient[0])
+    torch.testing.assert_close(dlogits[1][:, ~reached], clean_gradient[1][:, ~reached])
+    if torch.isnan(torch.tensor(value)):
+        assert dlogits[1][:, reached].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("size", "pixels", "align_corners"), RATIOS)
+def test_ignored_pixels_change_nothing(size, pixels, align_corners):
+    """Every pixel that reads a NaN or an Inf is ignored: as if the logits were finite, but for
+    rounding, as another maximum may be subtracted."""
+    case = Case((1, 5, *size), pixels, align_corners)
+    logits, labels, weights = (
+        make_logits(case),
+        torch.randint(0, 5, (1, *pixels)),
+        make_weights(case),
+    )
+    labels[0, read_by(size, pixels, align_corners, 1, 2)] = 255
+    expected = values_and_gradient(case, logits, labels, weights)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        logits[0, 3, 1, 2] = value
+        ours = values_and_gradient(case, logits, labels, weights)
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("size", "pixels", "align_corners"), RATIOS)
+def test_minus_infinity_masks_a_class(size, pixels, align_corners):
+    """p = 0 and gradient 0, in a whole plane and at single positions; no NaN arises."""
+    case = Case((1, 5, *size), pixels, align_corners)
+    logits, weights = make_logits(case), make_weights(case)
+    labels = torch.randint(0, 2, (1, *pixels))
+    logits[0, 2] = -torch.inf
+    logits[0, 4, 0, 1] = -torch.inf
+    logits[0, 3, 1:, 2:] = -torch.inf
+    ours, dlogits = values_and_gradient(case, logits, labels, weights)
+    exact, exact_gradient = exact_values_and_gradient(case, logits, labels, weights)
+    for name in ours:
+        torch.testing.assert_close(ours[name], exact[name], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dlogits, exact_gradient, rtol=1e-5, atol=1e-5)
+    assert not dlogits[0, 2].any() and not dlogits[0, 4, 0, 1].any()
+    labels[0, 1, 1] = 2  # a masked class is not expected: its loss is infinite
+    ours, _ = values_and_gradient(case, logits, labels, weights)
+    assert ours["losses"][2] == torch.inf and ours["pixel_losses"][0, 1, 1] == torch.inf
+    assert ours["losses"].isfinite().sum() == 4 and ours["overlaps"][2] == 0
