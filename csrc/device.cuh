@@ -85,7 +85,14 @@ __device__ __forceinline__ void store_vector(T* address, const Vector<T>& vector
 #endif
 }
 
-// Rounds to nearest even, two at a time if the hardware can.
+// Asks for a line of 128 bytes, so that it is in the second-level cache when it is loaded.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
+// Rounds to nearest even, two at a time where the hardware does.
 template <class T>
 __device__ __forceinline__ Vector<T> round_to(const float (&values)[Vector<T>::SIZE]) {
   Vector<T> vector;

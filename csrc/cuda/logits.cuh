@@ -153,16 +153,20 @@ struct PixelLogits {
     left *= logits.stride_w;
     right *= logits.stride_w;
   }
+  // Loads what it needs at once; of weights 0 and 1 (no upsampling) that is one logit.
   __device__ float z(int k) const {
     const int64_t plane = k * logits.stride_k;
-    const auto at = [&](int64_t row, int64_t column) { return logits.load(plane + row + column); };
-    const float first = at(top, left);
-    const float below = weight_y == 0 || weight_y == 1 ? first : at(bottom, left);
-    const float a = interpolate(first, below, weight_y);
-    if (weight_x == 0 || weight_x == 1) return a;
-    const float second = at(top, right);
-    const float second_below = weight_y == 0 || weight_y == 1 ? second : at(bottom, right);
-    return interpolate(a, interpolate(second, second_below, weight_y), weight_x);
+    if (top == bottom && left == right) return logits.load(plane + top + left);
+    float first, below, second, second_below;
+    for_element(logits.element, [&](auto element) {
+      const auto* x = static_cast<const decltype(element)*>(logits.data) + plane;
+      first = static_cast<float>(x[top + left]);
+      below = static_cast<float>(x[bottom + left]);
+      second = static_cast<float>(x[top + right]);
+      second_below = static_cast<float>(x[bottom + right]);
+    });
+    return interpolate(interpolate(first, below, weight_y),
+                       interpolate(second, second_below, weight_y), weight_x);
   }
 };
 

@@ -21,12 +21,8 @@ struct Extremes {
   __device__ __forceinline__ void add(float x, float x_right, float x_down) {
     nan |= x != x;
     largest = fmaxf(largest, x);
-    right = fmaxf(right, difference(x, x_right));
-    down = fmaxf(down, difference(x, x_down));
-  }
-  // A neighbour that is NaN or +inf affects only the cells that it belongs to.
-  static __device__ __forceinline__ float difference(float a, float b) {
-    return b == INFINITY ? 0 : fabsf(a - b);
+    right = fmaxf(right, fabsf(x - x_right));
+    down = fmaxf(down, fabsf(x - x_down));
   }
   __device__ Shift shift(float steepest) const {
     const float scaled = largest * LOG2E;
@@ -37,7 +33,7 @@ struct Extremes {
 
 // LANES threads for each position: 32 if its classes are contiguous in memory.
 template <int LANES>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 8)
     softmax_shifts_kernel(Logits logits,  // [B, K, h, w] by strides
                           Shift* shifts,  // [B, h, w]
                           float steepest) {

@@ -137,7 +137,21 @@ struct Stage {
       if (first > 0) __syncthreads();
       if (cells.geometric || !SHIFTED) load(first, count);
       __syncthreads();
+      if (cells.geometric) prefetch_classes(first + CLASSES, num_classes);
       function(first, count);
+    }
+  }
+
+  // The first position of each row, of CLASSES classes of which `end` is the last: a row of the
+  // stage is a line or two of memory. Not of channels last, whose lines hold several classes.
+  __device__ void prefetch_classes(int first_class, int end) const {
+    if (cells.logits.stride_k < cells.logits.stride_w) return;
+    const int itemsize = cells.logits.element == Element::FLOAT ? 4 : 2;
+    const auto* x = static_cast<const char*>(cells.logits.data);
+    for (int i = threadIdx.x; i < positions / COLUMNS * CLASSES; i += blockDim.x) {
+      const int64_t k = first_class + i % CLASSES;
+      if (k < end)
+        prefetch(x + (offsets[i / CLASSES * COLUMNS] + k * cells.logits.stride_k) * itemsize);
     }
   }
 

@@ -79,8 +79,8 @@ struct ByClass {
   }
 };
 
-// A block processes a range of an image's pixels, for its share of the classes.
-__global__ void __launch_bounds__(32)
+// A block goes through a range of an image's pixels, for its share of the classes.
+__global__ void __launch_bounds__(32, 32)
     pixel_losses_kernel(Logits logits, Axis rows, Axis columns,
                         const int32_t* keys,  // [B, H·W]
                         float* lse,           // [B, H·W], 0 on return where ignored
@@ -238,32 +238,32 @@ struct Sums {
 // the others, of each image, times statistics.
 __global__ void __launch_bounds__(SUM_WARPS * 32)
     sum_partials_kernel(const float* partials, Sums out, int64_t rows, int num_classes) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const unsigned across = ceil_div(num_classes, 32), statistic = blockIdx.y;
   const int k = blockIdx.x % across * 32 + lane;
   const int64_t images = gridDim.x / across, image = blockIdx.x / across;
-  auto* sums = reinterpret_cast<double*>(shared_memory());  // [warps, 32]
+  auto* sums = reinterpret_cast<double*>(shared_memory());  // [SUM_WARPS, 32]
   double sum = 0;
   if (k < num_classes) {
     partials += (statistic * images + image) * rows * num_classes + k;
 #pragma unroll 4
-    for (int64_t row = warp; row < rows; row += warps) sum += partials[row * num_classes];
+    for (int64_t row = warp; row < rows; row += SUM_WARPS) sum += partials[row * num_classes];
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (warp > 0 || k >= num_classes) return;
-  for (int w = 1; w < warps; ++w) sum += sums[w * 32 + lane];
+  for (int w = 1; w < SUM_WARPS; ++w) sum += sums[w * 32 + lane];
   (statistic ? out.second : out.first)[image * num_classes + k] = static_cast<float>(sum);
 }
 
 void sum_partials(const Tensor& partials, Sums out, int statistics, int64_t images, int num_classes,
                   Stream stream) {
   const int64_t rows = partials.numel() / (statistics * images * num_classes);
-  const int threads = static_cast<int>(std::min<int64_t>(rows, SUM_WARPS)) * 32;
   dim3 grid = grid_of("sum_partials_kernel", images * ceil_div(num_classes, 32));
   grid.y = statistics;
-  launch("sum_partials_kernel", sum_partials_kernel, grid, threads, threads * sizeof(double),
-         stream, partials.const_data_ptr<float>(), out, rows, num_classes);
+  launch("sum_partials_kernel", sum_partials_kernel, grid, SUM_WARPS * 32,
+         SUM_WARPS * 32 * sizeof(double), stream, partials.const_data_ptr<float>(), out, rows,
+         num_classes);
 }
 
 // The largest size of all partials, and of a block's table; the number of warps that fill a device.

@@ -202,6 +202,7 @@ __global__ void __launch_bounds__(ALL_WARPS, BY_CLASS ? BLOCKS_BY_CLASS : 2)
     const int count = min(CLASSES, end_class - first);
     if (cells.geometric) stage.load(first, count);
     __syncthreads();
+    if (cells.geometric) stage.prefetch_classes(first + CLASSES, end_class);
 #pragma unroll 1
     for (int part = 0; part < parts; ++part) {
       if (parts > 1 || first == first_class) {
