@@ -6,14 +6,14 @@ The budgets of the streaming kernels are those of kernels_report.py, for an H200
 multiprocessors, 1.75 GHz):
 - warp instructions for each 512 bytes that a warp loads (stores, if nothing is loaded), on the
   shortest path of the hot loop through its accesses: 110 would take as long as the memory, or 220
-  if as much is stored as loaded. In the forward pass this is a tile whose pixels have one key;
-- KB in flight on a multiprocessor: resident threads × the bytes that each has requested; 23 are
-  enough. The forward pass has tables in shared memory: with 19 classes / with 150; there are none
-  for sorted pixels.
-For the kernels of upsampled logits, instructions determine the time: those of the hot loop for each
-class of a cell of pixels, without staging the logits.
-`--times` adds the times that time_model.py predicts for the paths in paths.py.
-Static shared memory includes the part that the GPU needs itself, 1 KB from sm_90 on.
+  where as much is stored as loaded. Of the forward's tiles this is one whose pixels have one key;
+- KB in flight on a multiprocessor: resident threads × the bytes each has asked for; 23 suffice. The
+  forward's tables take shared memory: with 19 classes / with 150; of sorted pixels it has none.
+The kernels of upsampled logits are bound by instructions: those of the hot loop for each class of a
+cell of pixels, without staging the logits.
+`--times` adds the times that time_model.py predicts along the ways that paths.py and
+softmax_paths.py know, and fails where softmax moments would take longer than that file allows.
+Static shared memory is with what the GPU takes for itself, 1 KB from sm_90 on.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import paths
+import softmax_paths
 from machine_code import SHARED_PER_SM, THREADS_PER_SM, TOOLS, Block, blocks_of, distances, tool
 
 LIBRARY = Path(__file__).parents[1] / "anchorops" / "_cuda.so"
@@ -255,6 +256,18 @@ def print_times(kernels: list[Kernel]) -> None:
                 print("|", " | ".join(map(str, (*cells, f"{share:.0%}", missed))), "|", flush=True)
 
 
+def print_softmax_times(kernels: list[Kernel]) -> list[str]:
+    """What softmax_paths.py predicts; what is above its limit."""
+    library = {kernel.name: (kernel.sass, kernel.resident) for kernel in kernels}
+    if "softmax_lse_kernel" not in library:
+        return []
+    return softmax_paths.print_times(
+        "CUDA",
+        lambda shape: softmax_paths.cuda_kernels(library, shape),
+        softmax_paths.MEMSETS,
+    )
+
+
 def times_of(kernel: Kernel) -> list[tuple[Any, ...]]:
     return paths.estimates(kernel.name, kernel.sass, kernel.resident)
 
@@ -295,7 +308,9 @@ def main() -> None:
     if files == [LIBRARY] and not budgeted:
         faults.append("no streaming kernel was found under the names that this report knows")
     if args.times:
-        print_times([kernel for kernel in kernels if kernel.gpu == "sm_90"])
+        hopper = [kernel for kernel in kernels if kernel.gpu == "sm_90"]
+        print_times(hopper)
+        faults += print_softmax_times(hopper)
     if faults:
         sys.exit("cuda_report:\n" + "\n".join(faults))
 

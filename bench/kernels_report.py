@@ -1,17 +1,15 @@
 """A report of the machine code of the Triton kernels, without a GPU: `make kernels-report`.
 
-The launchers are called with tensors on the meta device and a driver that names a GPU. Triton then
-compiles the kernels that it would launch there, and the machine code is counted. It fails on
-spills.
+The launchers are called with tensors on the meta device and a driver that names a GPU; Triton then
+compiles what it would launch there, and the table is read off the machine code.
 
 There are two budgets for streaming kernels, both for an H200 (4.3 TB/s, 132 multiprocessors, 1.75
 GHz):
 - warp instructions for each 512 bytes that a warp loads (stores, if nothing is loaded), on the
   shortest path of the hot loop through its loads: 110 would take as long as the memory;
-- KB in flight on a multiprocessor: resident threads × the bytes that each has requested; 23 are
-  enough.
-The report also has the share of the copy bandwidth that time_model.py predicts for the same loop on
-sm_90.
+- KB in flight on a multiprocessor: resident threads × the bytes each has asked for; 23 suffice.
+And the share of the copy bandwidth that time_model.py predicts for the same loop on sm_90.
+Fails on spills, and where softmax moments would take longer than softmax_paths.py allows.
 """
 
 import argparse
@@ -25,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import softmax_paths
 import time_model
 import torch
 import triton
@@ -169,16 +168,15 @@ class PixelVariant(NamedTuple):
         return f"{dtype} {self.layout}: {self.size} to {self.labels}{corners}, {what}"
 
 
-ADE20K, DEEPLAB = (16, 150, 128, 128), (16, 21, 65, 65)
+# Channels last are copied, and other numbers of classes give the same code.
+ADE20K, DEEPLAB, FEW = (16, 150, 128, 128), (16, 21, 65, 65), (16, 21, 8, 8)
 QUICK_PIXELS = [PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False)]
 PIXELS = [
     *QUICK_PIXELS,
     PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, True),
-    PixelVariant(FP16, "NHWC", ADE20K, (512, 512), False, False),
-    PixelVariant(FP32, "NCHW", DEEPLAB, (513, 513), True, False),
     PixelVariant(FP32, "NCHW", DEEPLAB, (513, 513), True, True),
-    PixelVariant(BF16, "NCHW", DEEPLAB, (513, 513), False, False),
-    PixelVariant(BF16, "NCHW", DEEPLAB, (513, 513), False, True),
+    PixelVariant(FP16, "NCHW", DEEPLAB, (513, 513), False, False),
+    PixelVariant(BF16, "NCHW", FEW, (512, 512), False, True),  # 64 pixels for each logit
     PixelVariant(BF16, "points", (16, 21, 64, 4096), (64, 4096), False, True),
 ]
 
@@ -186,8 +184,6 @@ PIXELS = [
 def launch_pixels(variant: PixelVariant) -> None:
     """Everything that softmax moments, argmax and confusion launch."""
     logits = torch.empty(variant.size, dtype=variant.dtype, device="meta")
-    if variant.layout == "NHWC":
-        logits = logits.contiguous(memory_format=torch.channels_last)
     labels = torch.empty((variant.size[0], *variant.labels), dtype=torch.uint8, device="meta")
     dice, align_corners = variant.dice, variant.align_corners
     found = softmax_moments.softmax_moments(
@@ -291,6 +287,27 @@ class Row(NamedTuple):
     predicted_percent: float | None  # of the copy bandwidth, in the hot loop on sm_90
 
 
+def machine_code(kernel: Any, with_sass: bool) -> tuple[int, int, str]:
+    """Registers, bytes of stack, SASS."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = tool("nvdisasm", "-c", "-hex", file.name) if with_sass else ""
+    registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
+    return registers, stack, sass
+
+
+def resident_programs(name: str, kernel: Any, registers: int) -> int:
+    """On a multiprocessor."""
+    threads = 32 * kernel.metadata.num_warps
+    return min(
+        65536 // (-(-registers // 8) * 8 * threads),
+        THREADS_PER_SM.get(name, 2048) // threads,
+        int(SHARED_PER_SM[name] // (1 + kernel.metadata.shared / 1024)),
+        32,
+    )
+
+
 def measure(name: str, kernel: Any) -> Row:
     if "amdgcn" in kernel.asm:
         found = dict(re.findall(r"\.(\w+):\s+(\d+)", kernel.asm["amdgcn"]))
@@ -298,30 +315,24 @@ def measure(name: str, kernel: Any) -> Row:
             found["private_segment_fixed_size"]
         )  # scalar registers spill into vector ones
         return Row(int(found["vgpr_count"]), kernel.metadata.shared, scratch, None, None, None)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(kernel.asm["cubin"])
-        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        streams = kernel.metadata.name in PATHS
-        sass = tool("nvdisasm", "-c", "-hex", file.name) if streams else ""
-    registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
+    streams = kernel.metadata.name in PATHS
+    registers, stack, sass = machine_code(kernel, streams)
     row = Row(registers, kernel.metadata.shared, stack, None, None, None)
     if not streams:
         return row
     instructions, bytes_per_thread = hot_path(kernel.metadata.name, sass)
-    threads = 32 * kernel.metadata.num_warps
-    programs = min(
-        65536 // (-(-registers // 8) * 8 * threads),
-        THREADS_PER_SM.get(name, 2048) // threads,
-        SHARED_PER_SM[name] // (1 + kernel.metadata.shared / 1024),
-        32,
-    )
-    in_flight = programs * threads * bytes_per_thread / 1024
+    programs, warps = resident_programs(name, kernel, registers), kernel.metadata.num_warps
+    in_flight = programs * 32 * warps * bytes_per_thread / 1024
     share = None
     if name == "sm_90":
-        share = 100 * loop_share(
-            kernel.metadata.name, sass, int(programs) * kernel.metadata.num_warps
-        )
+        share = 100 * loop_share(kernel.metadata.name, sass, programs * warps)
     return Row(*row[:3], instructions, in_flight, share)
+
+
+def softmax_program(name: str, kernel: Any) -> softmax_paths.Program:
+    registers, _, sass = machine_code(kernel, True)
+    resident = resident_programs(name, kernel, registers)
+    return softmax_paths.Program(sass, kernel.metadata.num_warps, resident)
 
 
 COLUMNS = ("GPU", "kernel", "variant", *Row._fields)
@@ -347,6 +358,17 @@ def rows_of(name: str, quick: bool) -> list[tuple[str, str, Row]]:
     return list(rows.values())
 
 
+def softmax_programs() -> tuple[softmax_paths.Program, softmax_paths.Program]:
+    """Of the cross-entropy, forward and backward, for sm_90: its code is the same for every number
+    of classes and size."""
+    found = compiled("sm_90", launch_pixels, QUICK_PIXELS[0])
+    forward, backward = (
+        softmax_program("sm_90", found[kernel])
+        for kernel in ("_softmax_moments_kernel", "_softmax_moments_bwd_kernel")
+    )
+    return forward, backward
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
@@ -354,17 +376,24 @@ def main() -> None:
     args = parser.parse_args()
     print(f"Triton {triton.__version__}")
     print("|", " | ".join(COLUMNS), "|\n|", "---|" * len(COLUMNS))
-    failed = False
+    faults: list[str] = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for name, rows in zip(
-            args.targets, pool.map(rows_of, args.targets, repeat(args.quick)), strict=True
-        ):
+        pending = pool.map(rows_of, args.targets, repeat(args.quick))
+        programs = pool.submit(softmax_programs) if "sm_90" in args.targets else None
+        for name, rows in zip(args.targets, pending, strict=True):
             for kernel, variant, row in rows:
-                failed |= row.spills > 0
+                faults += [f"{name} {kernel}: spills registers"] * (row.spills > 0)
                 cells = name, kernel, variant, *("" if x is None else round(x) for x in row)
                 print("|", " | ".join(map(str, cells)), "|", flush=True)
-    if failed:
-        sys.exit("kernels_report: a kernel spills registers")
+    if programs:
+        given = programs.result()
+        faults += softmax_paths.print_times(
+            "Triton",
+            lambda shape: softmax_paths.triton_kernels(*given, shape),
+            softmax_paths.FILLS,
+        )
+    if faults:
+        sys.exit("kernels_report:\n" + "\n".join(faults))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ PIPES: list[tuple[str, int, int, str]] = [
     (r"S2U?R|CS2R|R2UR|BAR|DEPBAR|LDGDEPBAR|MEMBAR|WARPSYNC", 25, 2, "other"),
     (r"MUFU|F2I|I2F|F2F|FRND|POPC|FLO|BREV", 20, 8, "special"),
     (r"[HBI]G?MMA", 33, 16, "tensor"),
-    (r"DADD|DMUL|DFMA|DSETP", 40, 32, "double"),
+    (r"DADD|DMUL|DFMA|DSETP", 40, 2, "double"),  # 16 lanes
     (r"FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2", 4, 1, "fma"),
     (r"IMAD|IDP", 5, 2, "imad"),
     (r"BRA|BSSY|BSYNC|BREAK|EXIT|NOP|CALL|RET|YIELD", 5, 1, "branch"),

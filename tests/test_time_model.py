@@ -6,27 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "bench"), str(Path(__file__).parent)]
 label_maps = pytest.importorskip("label_maps")
 model = pytest.importorskip("time_model")
 paths = pytest.importorskip("paths")
-
-NONE = 7  # no scoreboard
-
-
-def line(text: str, stall: int = 1, write: int = NONE, read: int = NONE, wait: int = 0) -> str:
-    """An instruction as `nvdisasm -hex` prints it."""
-    high = (stall | write << 5 | read << 8 | wait << 11) << 41
-    low = (
-        "        /*0000*/                   {} ;   /* 0x00000a00ff017b82 */\n    /* 0x{:016x} */\n"
-    )
-    return low.format(text, high)
-
-
-def path(*lines: str) -> list:
-    (block, *_) = model.blocks_of("".join(lines))
-    return block.instructions
-
+sass = pytest.importorskip("sass")
+line, path = sass.line, sass.path
 
 LOOP = "".join(
     [

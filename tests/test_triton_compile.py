@@ -23,11 +23,3 @@ def test_triton_compiles_without_spills():
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         for kernel in KERNELS:
             assert f"| {target} | {kernel} |" in run.stdout
-
-
-def test_ratio_that_no_program_serves():
-    from anchorops.kernels.launch import backward_lanes
-
-    assert backward_lanes(8, 8, 0, False) == [(16, 16)]
-    with pytest.raises(ValueError, match=r"softmax_moments: labels: .* triton .* got up to 64"):
-        backward_lanes(16, 16, 0, False)
