@@ -44,8 +44,8 @@ SOFTMAX = {
     "pixel_argmax_kernel": (128, None),
     "pixel_losses_kernel": (64, None),
     "pixel_slopes_kernel": (40, None),
-    "softmax_shifts_kernel<1>": (32, None),
-    "softmax_shifts_kernel<32>": (32, None),
+    "softmax_shifts_kernel<1>": (64, None),
+    "softmax_shifts_kernel<32>": (64, None),
     "sum_partials_kernel": (64, None),
 }
 # From sm_100 on nvcc takes more, and the launch bounds let it.

@@ -33,7 +33,7 @@ struct Extremes {
 
 // LANES threads for each position: 32 if its classes are contiguous in memory.
 template <int LANES>
-__global__ void __launch_bounds__(THREADS, 8)
+__global__ void __launch_bounds__(THREADS)
     softmax_shifts_kernel(Logits logits,  // [B, K, h, w] by strides
                           Shift* shifts,  // [B, h, w]
                           float steepest) {
