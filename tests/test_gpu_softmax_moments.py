@@ -17,6 +17,8 @@ SHAPES = [  # size of logits, size of labels, dtype, channels_last, align_corner
     ((1, 1200, 9, 11), (40, 31), torch.float32, False, False),
     ((2, 7, 30, 40), (9, 13), torch.bfloat16, False, False),
     ((2, 4, 1, 4000), (1, 4000), torch.float32, False, False),
+    ((2, 5, 3, 2), (200, 129), torch.float16, True, False),  # 65 pixels for each logit
+    ((1, 16_384, 4, 4), (16, 16), torch.bfloat16, False, False),
 ]
 
 

@@ -1,11 +1,7 @@
 """The ways of softmax moments through machine code written by hand."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "bench"), str(Path(__file__).parent)]
 model = pytest.importorskip("time_model")
 paths = pytest.importorskip("softmax_paths")
 sass = pytest.importorskip("sass")

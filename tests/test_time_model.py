@@ -1,12 +1,8 @@
 """The time model of bench/, on hand-written machine code."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "bench"), str(Path(__file__).parent)]
 label_maps = pytest.importorskip("label_maps")
 model = pytest.importorskip("time_model")
 paths = pytest.importorskip("paths")

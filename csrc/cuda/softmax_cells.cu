@@ -3,8 +3,8 @@
 // Reads the logits once, with the neighbours to the right and below from the caches; writes 8
 // bytes a position. One launch.
 //
-// Predicted at B16 K150 128×128 bf16: 79 MB take 18 µs on an H200; about 13 instructions for each
-// logit of a lane are 16 million warp instructions, 17 µs at full rate.
+// Predicted at B16 K150 128×128 bf16 (bench/softmax_paths.py): some 53 µs, of instructions: 79 MB
+// are 18 µs of an H200's memory, but each logit of a lane takes 21, most of them at half rate.
 #include "softmax_cells.cuh"
 
 namespace anchorops::cuda {
