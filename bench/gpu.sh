@@ -83,7 +83,7 @@ else
     part tests 120 "${pytest[@]}" tests/test_gpu*.py
     if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer); then
         few=(tests/test_gpu.py tests/test_gpu_softmax_moments.py -k "reproducible or (test_centroid_info_nce and shape0)")
-        # some virtual machines keep the sanitizer from the device
+        # on some virtual machines the sanitizer cannot use the GPU
         timeout --kill-after=5 40 "$sanitizer" --report-api-errors no --error-exitcode 99 "$python" \
             -c 'import torch; torch.ones(9, device="cuda").sum().item()' >"$logs/sanitizer.log" 2>&1
         status=$? tools=(memcheck racecheck)

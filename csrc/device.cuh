@@ -92,7 +92,7 @@ __device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
-// Rounds to nearest even, two at a time where the hardware does.
+// Rounds to nearest even, two at a time if the hardware can.
 template <class T>
 __device__ __forceinline__ Vector<T> round_to(const float (&values)[Vector<T>::SIZE]) {
   Vector<T> vector;

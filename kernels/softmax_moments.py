@@ -28,7 +28,7 @@ from .upsampling import (
     upsampling_of,
 )
 
-# A sum may be as small before terms that matter underflow.
+# Below this sum, terms that matter may have underflowed.
 SMALLEST_SUM = tl.constexpr(2.0**-100)
 
 

@@ -382,7 +382,7 @@ def softmax_moments_backward(
         LANES_Y=lanes_y,
         LANES_X=lanes_x,
         num_warps=lanes_y * lanes_x // 32,
-        # two programs on a multiprocessor, where they do not spill
+        # two programs on a multiprocessor, if they do not spill
         **registers(128 if y.even and x.even and not by_class else 255),
     )
     if in_place:

@@ -14,8 +14,8 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
     pixel_argmax_kernel(Cells cells,
                         const int32_t* keys,  // [B, H, W] or null
                         int classes_per_image,
-                        int64_t* predictions,  // [B, H, W], where keys are null
-                        int32_t* hits) {       // [B, H, W], where they are not
+                        int64_t* predictions,  // [B, H, W], if keys are null
+                        int32_t* hits) {       // [B, H, W], if keys are not null
   Stage<CLASSES, false> stage(cells);
   const Cell cell(cells);
   // Before the first position and after the last one both rows are the same.

@@ -118,7 +118,7 @@ struct Stage {
   __device__ explicit Stage(const Cells& cells)
       : Stage(cells, cells.block_row(), cells.block_column()) {}
 
-  // What lies behind it in shared memory.
+  // The shared memory after it.
   __device__ float* end() const { return shifts + positions; }
 
   // Always finite: -inf (p = 0) and NaN (whose pixels do not use it) become NO_LOGIT.
@@ -389,7 +389,7 @@ void launch_cells(const char* name, void (*kernel)(Cells, Parameters...), const 
          Staged::bytes(cells.warps()) + extra_bytes, stream, cells, arguments...);
 }
 
-// Shift of each position: softmax_cells.cu.
+// The shift of each position: softmax_cells.cu.
 Tensor new_shifts(const Tensor& logits, Cells& cells, Stream stream);
 
 }  // namespace anchorops::cuda

@@ -79,7 +79,7 @@ struct ByClass {
   }
 };
 
-// A block goes through a range of an image's pixels, for its share of the classes.
+// A block processes a range of an image's pixels, for its share of the classes.
 __global__ void __launch_bounds__(32, 32)
     pixel_losses_kernel(Logits logits, Axis rows, Axis columns,
                         const int32_t* keys,  // [B, H·W]
@@ -352,7 +352,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
         "softmax_masses_kernel",
         with_squares ? softmax_masses_kernel<true> : softmax_masses_kernel<false>, cells, bytes,
         stream, keys_data, static_cast<const float*>(lse_data), by_block.mutable_data_ptr<float>());
-    // Where only squares are asked for, their masses go where nobody reads them.
+    // If only squares are requested, the masses are written to a tensor that is not used.
     const Tensor unread = by_class(with_squares && !with_masses, ScalarType::Float);
     sum_partials(by_block, {data_or_null(with_masses ? masses : unread), data_or_null(squares)},
                  1 + with_squares, images, num_classes, stream);

@@ -26,7 +26,7 @@ namespace {
 constexpr int CLASSES = 16;
 constexpr unsigned ALL_WARPS = WARPS * 32;
 
-// What the logits at the corners of a cell receive from its pixels.
+// The gradients of the logits at the corners of a cell, from its pixels.
 struct Corners {
   float top_left = 0, top_right = 0, bottom_left = 0, bottom_right = 0;
 
@@ -141,7 +141,7 @@ struct Pixels4x4 {
   }
 };
 
-// dz of pixels that no geometric sequence serves, one by one.
+// dz of pixels that are computed one by one, without a geometric sequence.
 __device__ inline void add_apart(const Cells& cells, const Cell& cell, const PixelMaps& maps,
                                  const Gradients& gradients, unsigned pixels, int64_t key, int k,
                                  Corners& corners) {
@@ -168,9 +168,9 @@ __host__ __device__ inline int64_t blocks_across(const Cells& cells) {
   return ceil_div(int64_t{cells.logits.batch} * cells.pitch - 1, 31);
 }
 
-// A block finds the gradient of 31 columns and one row less than it has warps, of all classes of
-// its share: the cells at its edges belong to its neighbours too. Blocks: columns after the others,
-// of each row, times shares of the classes.
+// A block computes the gradient of 31 columns and of one row less than it has warps, for all
+// classes of its share: the cells at its edges are also computed by its neighbours. Blocks: columns
+// after the others, of each row, times shares of the classes.
 template <bool BY_CLASS>
 __global__ void __launch_bounds__(ALL_WARPS, BY_CLASS ? BLOCKS_BY_CLASS : 2)
     softmax_dlogits_kernel(Cells cells, Gradients gradients, PixelMaps maps,
@@ -343,7 +343,7 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
 
   const int warps = std::min(WARPS, cells.logits.height + 1);
   const int64_t blocks = blocks_across(cells) * ceil_div(cells.logits.height, warps - 1);
-  // Classes are divided among blocks where there are few of these.
+  // If there are few blocks, the classes are divided among more of them.
   constexpr int64_t BLOCKS = 1024;
   const int64_t shares = std::clamp<int64_t>(BLOCKS / blocks, 1, ceil_div(num_classes, CLASSES));
   const int classes_per_block =
