@@ -2,79 +2,70 @@
 //
 //     sums[k] = Σ f_p    residuals[k] = Σ (f_p − a_k)    sqdists[k] = Σ ‖f_p − a_k‖²
 //
-// If tables of all keys fit in a block's shared memory, pixels are read in raster order. A block is
-// one warp, which sums 32 channels of a chunk of the pixels. Features are read once, keys once for
-// each 32 channels (from the L2 cache except the first time), partials are written and read once:
-// they are 1 to 5 % of the features. A second kernel adds them in a fixed order. Otherwise pixels
-// are read in the order of their keys (a stable sort, and 12 bytes more for each pixel and 32
-// channels). Keys inside a chunk are complete; another kernel joins the first and the last key of
-// each chunk.
+// Up to 1,024 keys in raster order: a block is one warp, which has 32 channels of a chunk of the
+// pixels, and tables in shared memory of the keys that the chunk meets. Features are read once,
+// keys once for each 32 channels (from the second-level cache but for the first), partials of the
+// keys that a chunk has met are written and read once. A second kernel adds them in a fixed order.
+// Of more keys in their order (a stable sort, and 12 bytes for each pixel and 32 channels more):
+// what a key has inside a chunk is complete; the first and the last key's of each chunk are joined
+// by a kernel of their own.
 //
-// Counted in the SASS of sm_90, if the label does not change within 32 pixels: warp instructions
-// for each 512 bytes (the memory takes as long as 110 on an H200).
-//
-//                            bf16 NCHW  channels last    fp32 NCHW  channels last
-//     sums                          30             37           16             19
-//     sums, sqdists                 46             53           23             27
-//     sums, sqdists, residuals      54             61           28             31
-//
-// Counted from shared memory (registers do not limit it): warps and KB of features in flight on a
-// multiprocessor of an H200, where 23 KB are needed, in bf16.
-//
-//                              K = 19       K = 150      K = 200
-//     sums                      8, 64 KB     5, 40 KB     5, 40 KB
-//     sums, sqdists             8, 64 KB     5, 40 KB     4, 32 KB
-//     sums, sqdists, residuals  8, 64 KB     3, 24 KB     3, 24 KB
-//
-// Predicted, not measured (bench/time_model.py), for labels of images in bf16 NCHW, as a share of
-// 4.3 TB/s: HRNet B8 D720 128×256 K19 (378 MB, 88 µs) 86 % for sums, 81 % with sqdists; SegFormer
-// B16 D768 128×128 K150 (403 MB, 94 µs) 66 % and 34 %, because its five warps wait for each change
-// of key.
+// Eight warps are resident on a multiprocessor, whatever the number of keys: 64 KB of features in
+// flight, where an H200 needs 23. Warp instructions for each 512 bytes and times are those that
+// `make cuda-report` prints; bench/NOTES.md has the shares of the bandwidth that follow from them.
+// Predicted, not measured.
 #include "../labels.h"
 #include "class_moments_kernel.cuh"
 
 namespace anchorops::cuda {
 namespace {
 
-// The partials of chunks and their sum.
-struct Partials {
-  const float* partials;  // float32 [count, size]
-  float* out;             // float32 [size]
-  int64_t count, size;
-  int slices;  // threads for each result, a power of two
+// Partial statistics and their sum.
+struct Reduction {
+  const float* partials;  // float32 [count, num_keys, width]
+  float* out;             // float32 [num_keys, width]
+  int64_t count, width;
+  int rows_per_chunk;  // of count
+  int slices;          // threads for each result, a power of two
 };
-struct AllPartials {
-  Partials of[3];
+struct Reductions {
+  Reduction of[3];
+  const uint8_t*
+      met;  // [chunks, num_keys]: 0 where there are no partials; null where all are there
+  int64_t num_keys;
 };
 
 constexpr int THREADS = 256;
 
-// Reads each partial and writes each result once. Each thread adds every slices-th partial of a
-// result; then half of the threads add the sums of the other half, and so on.
-__global__ void __launch_bounds__(THREADS) add_partials_kernel(const AllPartials all) {
-  const Partials own = blockIdx.y == 0 ? all.of[0] : blockIdx.y == 1 ? all.of[1] : all.of[2];
+// Reads each partial and writes each result once. Of a result's partials each thread adds every
+// slices-th; then half of the threads add what the others have, and so on.
+__global__ void __launch_bounds__(THREADS) add_partials_kernel(const Reductions all) {
+  const Reduction own = blockIdx.y == 0 ? all.of[0] : blockIdx.y == 1 ? all.of[1] : all.of[2];
   const int width = THREADS / own.slices, slice = threadIdx.x / width;
   const int64_t i = int64_t{blockIdx.x} * width + threadIdx.x % width;
+  const int64_t size = all.num_keys * own.width;
   double* const totals = reinterpret_cast<double*>(shared_memory());
   double total = 0;
-  if (i < own.size) {
+  if (i < size) {
+    const uint8_t* const met = all.met ? all.met + i / own.width : nullptr;
 #pragma unroll 8
-    for (int64_t c = slice; c < own.count; c += own.slices) total += own.partials[c * own.size + i];
+    for (int64_t c = slice; c < own.count; c += own.slices)
+      if (!met || met[c / own.rows_per_chunk * all.num_keys]) total += own.partials[c * size + i];
   }
   totals[threadIdx.x] = total;
   for (int half = own.slices / 2; half > 0; half /= 2) {
     __syncthreads();
     if (slice < half) totals[threadIdx.x] = total += totals[threadIdx.x + half * width];
   }
-  if (slice == 0 && i < own.size) own.out[i] = static_cast<float>(total);
+  if (slice == 0 && i < size) own.out[i] = static_cast<float>(total);
 }
 
-void add_partials(AllPartials all, Stream stream) {
+void add_partials(Reductions all, Stream stream) {
   int64_t blocks = 0;
-  for (Partials& each : all.of) {
+  for (Reduction& each : all.of) {
     each.slices = 1;
     while (each.slices < THREADS && each.slices * 8 < each.count) each.slices *= 2;
-    blocks = std::max(blocks, ceil_div(each.size, int64_t{THREADS} / each.slices));
+    blocks = std::max(blocks, ceil_div(all.num_keys * each.width, int64_t{THREADS} / each.slices));
   }
   launch("add_partials_kernel", add_partials_kernel, dim3(static_cast<unsigned>(blocks), 3),
          THREADS, THREADS * sizeof(double), stream, all);
@@ -138,8 +129,10 @@ __global__ void __launch_bounds__(128)
 }
 
 constexpr int64_t MULTIPROCESSORS = 132, SHARED_BYTES = 227 << 10;  // of each: an H200
-constexpr int64_t MAX_BLOCKS = 12;  // of a multiprocessor: as many as registers allow
 constexpr int64_t PARTIALS_IN_CACHE = 16 << 20;
+// Of more keys, looking up rows and writing partials takes longer than sorting.
+constexpr int64_t MAX_UNSORTED_KEYS = 1024;
+constexpr int64_t SHARED_BYTES_OF_BLOCK = SHARED_BYTES / BLOCKS_PER_MULTIPROCESSOR - 1024;
 
 struct Outputs {
   Tensor sums, sqdists, residuals;
@@ -147,121 +140,109 @@ struct Outputs {
 
 float* data(const Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
 
-template <class T, bool CHANNELS_LAST>
-constexpr int64_t RING_BYTES =
-    STAGES * Stage<T, CHANNELS_LAST>::BYTES + (STAGES + 1) * TILE<T> * int64_t{sizeof(int)};
+// How pixels and tables are divided. Of shapes alone: the order of additions is part of the result.
+struct Plan {
+  Tiling tiling;
+  int rows;                      // of the tables
+  int64_t shared_bytes_of_sink;  // the tables, and what is beside them
+};
 
-// As many as fit. More than eight warps are rounded to a multiple of four: there are four
-// schedulers, and if one has three warps and the others two, all wait for it.
-int64_t blocks_per_multiprocessor(int64_t shared_bytes) {
-  const int64_t blocks = std::min(MAX_BLOCKS, SHARED_BYTES / (shared_bytes + 1024));
-  return blocks > 8 ? blocks / 4 * 4 : blocks;
+template <class T>
+Tiling tiles_of(const Pixels& view, int64_t wanted_chunks) {
+  Tiling tiling{};
+  tiling.tiles_per_line = static_cast<int>(ceil_div(view.pixels, TILE<T>));
+  tiling.last_tile = static_cast<int>((view.pixels - 1) % TILE<T>) + 1;
+  tiling.tiles = view.lines * tiling.tiles_per_line;
+  tiling.tiles_per_chunk =
+      ceil_div(tiling.tiles, std::clamp<int64_t>(wanted_chunks, 1, tiling.tiles));
+  tiling.chunks = static_cast<int>(ceil_div(tiling.tiles, tiling.tiles_per_chunk));
+  tiling.blocks = static_cast<int>(ceil_div(view.dim, CHANNELS));
+  return tiling;
 }
 
-// The shared memory that a block requests, so that not more blocks than this are resident.
-int64_t padded_shared_bytes(int64_t shared_bytes) {
-  const int64_t blocks = blocks_per_multiprocessor(shared_bytes);
-  const auto all = static_cast<int64_t>(shared_bytes_of_multiprocessor());
-  if (blocks < 8 || all < SHARED_BYTES) return shared_bytes;
-  return std::max(shared_bytes, SHARED_BYTES / blocks - 1024);
+// As many rows as leave room for other blocks. As many chunks as occupy the device once, or a few
+// times over if their partial statistics are less than 1/64 of the features; fewer if those were
+// more than 1/4 of the features and than a share of the second-level cache.
+template <class T>
+Plan plan(const Pixels& view, int64_t num_keys, int statistics) {
+  const int64_t row_bytes =
+      (matrices_of(statistics) + ((statistics & SQDISTS) != 0)) * int64_t{CHANNELS * sizeof(float)};
+  const int64_t beside = SCATTER_BYTES + 1 + num_keys;
+  const int64_t room = SHARED_BYTES_OF_BLOCK - Ring<T, false, false>::BYTES - beside;
+  const int64_t rows = std::min({1 + num_keys, room / row_bytes, int64_t{MAX_ROWS}});
+
+  const int64_t blocks = ceil_div(view.dim, CHANNELS);
+  const int64_t chunk_bytes =
+      4 * num_keys * (matrices_of(statistics) * view.dim + ((statistics & SQDISTS) != 0) * blocks);
+  const int64_t feature_bytes =
+      view.lines * view.pixels * view.dim * static_cast<int64_t>(sizeof(T));
+  const int64_t once = std::max<int64_t>(MULTIPROCESSORS * BLOCKS_PER_MULTIPROCESSOR / blocks, 1);
+  const int64_t times = std::clamp<int64_t>(feature_bytes / 64 / (once * chunk_bytes), 1, 4);
+  const int64_t most = std::max(feature_bytes / 4, PARTIALS_IN_CACHE) / chunk_bytes;
+  return {tiles_of<T>(view, std::min(once * times, most)), static_cast<int>(rows),
+          beside + rows * row_bytes};
 }
 
-template <class T, int STATISTICS, bool SORTED>
-void launch_moments(Problem<T>& problem, int64_t shared_bytes, Stream stream) {
-  const bool channels_last = problem.view.stride_d == 1 && problem.view.stride_p != 1;
-  const dim3 grid(static_cast<unsigned>(problem.chunks * problem.blocks));
-  const auto bytes = [&](int64_t ring_bytes) {
-    return SORTED ? ring_bytes : padded_shared_bytes(shared_bytes + ring_bytes);
-  };
-  if (channels_last)
-    launch("class_moments_kernel", class_moments_kernel<T, STATISTICS, true, SORTED>, grid,
-           CHANNELS, bytes(RING_BYTES<T, true>), stream, problem);
-  else
-    launch("class_moments_kernel", class_moments_kernel<T, STATISTICS, false, SORTED>, grid,
-           CHANNELS, bytes(RING_BYTES<T, false>), stream, problem);
-}
-
-template <class T, bool SORTED>
-void launch_moments(int statistics, Problem<T>& problem, int64_t shared_bytes, Stream stream) {
+// Calls function with the statistics as a constant.
+template <class Function>
+void for_statistics(int statistics, Function function) {
   switch (statistics) {
     case SUMS:
-      return launch_moments<T, SUMS, SORTED>(problem, shared_bytes, stream);
+      return function.template operator()<SUMS>();
     case SQDISTS:
-      return launch_moments<T, SQDISTS, SORTED>(problem, shared_bytes, stream);
+      return function.template operator()<SQDISTS>();
     case SUMS | SQDISTS:
-      return launch_moments<T, SUMS | SQDISTS, SORTED>(problem, shared_bytes, stream);
+      return function.template operator()<SUMS | SQDISTS>();
     case SQDISTS | RESIDUALS:
-      return launch_moments<T, SQDISTS | RESIDUALS, SORTED>(problem, shared_bytes, stream);
+      return function.template operator()<SQDISTS | RESIDUALS>();
     default:
-      return launch_moments<T, SUMS | SQDISTS | RESIDUALS, SORTED>(problem, shared_bytes, stream);
+      return function.template operator()<SUMS | SQDISTS | RESIDUALS>();
   }
 }
 
-template <class T>
-void set_tiles(Problem<T>& problem, int64_t chunks) {
-  problem.tiles_per_line = static_cast<int>(ceil_div(problem.view.pixels, TILE<T>));
-  problem.last_tile = static_cast<int>((problem.view.pixels - 1) % TILE<T>) + 1;
-  problem.key_vectors = reinterpret_cast<uintptr_t>(problem.keys) % 16 == 0 &&
-                        (problem.view.lines == 1 || problem.view.pixels % 4 == 0);
-  problem.tiles = problem.view.lines * problem.tiles_per_line;
-  problem.tiles_per_chunk = ceil_div(problem.tiles, std::clamp<int64_t>(chunks, 1, problem.tiles));
-  problem.chunks = static_cast<int>(ceil_div(problem.tiles, problem.tiles_per_chunk));
-}
-
-// Bytes of the tables of a block.
-int64_t table_bytes(int statistics, int64_t num_keys, int columns) {
-  const int64_t row = (((statistics & SUMS) != 0) + ((statistics & RESIDUALS) != 0)) * CHANNELS +
-                      ((statistics & SQDISTS) != 0) * columns;
-  return (1 + num_keys) * row * static_cast<int64_t>(sizeof(float));
-}
-
-// Columns for the squared distances of a key: one for each lane, if other blocks still fit.
-int columns_of(int statistics, int64_t num_keys, int64_t ring_bytes) {
-  const auto blocks = [&](int columns) {
-    return blocks_per_multiprocessor(ring_bytes + table_bytes(statistics, num_keys, columns));
+template <class T, bool SORTED, class Output>
+void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
+                    const Output& output, int64_t shared_bytes_of_sink, Stream stream) {
+  const dim3 grid(static_cast<unsigned>(int64_t{tiling.chunks} * tiling.blocks));
+  const auto with = [&]<int STATISTICS, bool CHANNELS_LAST>() {
+    int64_t bytes = Ring<T, CHANNELS_LAST, SORTED>::BYTES + shared_bytes_of_sink;
+    // So that as many are resident as the schedulers share evenly.
+    const auto all = static_cast<int64_t>(shared_bytes_of_multiprocessor());
+    if (!SORTED && all >= SHARED_BYTES) bytes = std::max(bytes, SHARED_BYTES_OF_BLOCK);
+    launch("class_moments_kernel", class_moments_kernel<T, STATISTICS, CHANNELS_LAST, SORTED>, grid,
+           CHANNELS, bytes, stream, input, tiling, output);
   };
-  for (int columns : {32, 8})
-    if (blocks(columns) == blocks(1) || blocks(columns) >= 6) return columns;
-  return 1;
-}
-
-// As many chunks as occupy the device once, or a few times if their partials are less than 1/64 of
-// the features; fewer if the partials would be more than 1/8 of the features and than a share of
-// the L2 cache. This depends only on shapes, because the order of additions affects the result.
-int64_t wanted_chunks(const Pixels& view, int64_t blocks, int64_t shared_bytes, int64_t chunk_bytes,
-                      int64_t feature_bytes) {
-  const int64_t resident = MULTIPROCESSORS * blocks_per_multiprocessor(shared_bytes);
-  const int64_t once = std::max<int64_t>(resident / blocks, 1);
-  const int64_t times = std::clamp<int64_t>(feature_bytes / 64 / (once * chunk_bytes), 1, 4);
-  return std::min(once * times, std::max(feature_bytes / 8, PARTIALS_IN_CACHE) / chunk_bytes);
+  for_statistics(statistics, [&]<int STATISTICS>() {
+    if (input.view.stride_d == 1 && input.view.stride_p != 1)
+      with.template operator()<STATISTICS, true>();
+    else
+      with.template operator()<STATISTICS, false>();
+  });
 }
 
 template <class T>
-void in_raster_order(Problem<T>& problem, int statistics, int64_t shared_bytes, const Outputs& out,
-                     Stream stream) {
-  const Pixels& view = problem.view;
-  const int64_t num_keys = problem.num_keys, size = num_keys * view.dim;
-  const int matrices = ((statistics & SUMS) != 0) + ((statistics & RESIDUALS) != 0);
-  const int64_t chunk_bytes =
-      (matrices * size + ((statistics & SQDISTS) != 0) * problem.blocks * num_keys) * 4;
-  set_tiles(problem,
-            wanted_chunks(view, problem.blocks, shared_bytes + RING_BYTES<T, false>, chunk_bytes,
-                          view.lines * view.pixels * view.dim * static_cast<int64_t>(sizeof(T))));
-
-  AllPartials all{};
-  std::vector<Tensor> partials;
-  const auto partials_of = [&](int which, bool wanted, const Tensor& total, int64_t count,
-                               int64_t size) -> float* {
-    if (!wanted || count == 1) return data(total);
-    partials.push_back(new_empty(total, {count, size}, ScalarType::Float));
-    all.of[which] = {data(partials.back()), data(total), count, size};
-    return data(partials.back());
+void in_raster_order(const Input<T>& input, int statistics, const Outputs& out, Stream stream) {
+  const int64_t num_keys = input.num_keys, dim = input.view.dim;
+  const Plan plan = cuda::plan<T>(input.view, num_keys, statistics);
+  const int64_t chunks = plan.tiling.chunks, blocks = plan.tiling.blocks;
+  const Tensor met = new_empty(out.sums, {chunks, num_keys}, ScalarType::Byte);
+  Partials partials{.met = met.mutable_data_ptr<uint8_t>(), .rows = plan.rows};
+  Reductions all{.met = partials.met, .num_keys = num_keys};
+  std::vector<Tensor> buffers;
+  const auto reduce = [&](int which, bool wanted, const Tensor& total, int64_t rows_per_chunk,
+                          int64_t width) -> float* {
+    if (!wanted) return nullptr;
+    buffers.push_back(
+        new_empty(total, {chunks * rows_per_chunk, num_keys, width}, ScalarType::Float));
+    all.of[which] = {data(buffers.back()), data(total), chunks * rows_per_chunk, width,
+                     static_cast<int>(rows_per_chunk)};
+    return data(buffers.back());
   };
-  problem.sums = partials_of(0, statistics & SUMS, out.sums, problem.chunks, size);
-  problem.residuals = partials_of(1, statistics & RESIDUALS, out.residuals, problem.chunks, size);
-  problem.sqdists = partials_of(2, statistics & SQDISTS, out.sqdists,
-                                int64_t{problem.chunks} * problem.blocks, num_keys);
-  launch_moments<T, false>(statistics, problem, shared_bytes, stream);
+  partials.sums = reduce(0, statistics & SUMS, out.sums, 1, dim);
+  partials.residuals = reduce(1, statistics & RESIDUALS, out.residuals, 1, dim);
+  partials.sqdists = reduce(2, statistics & SQDISTS, out.sqdists, blocks, 1);
+  launch_moments<T, false>(statistics, input, plan.tiling, partials, plan.shared_bytes_of_sink,
+                           stream);
   add_partials(all, stream);
 }
 
@@ -277,10 +258,10 @@ std::pair<Tensor, Tensor> stable_sort(const Tensor& keys) {
 }
 
 template <class T>
-void in_order_of_keys(Problem<T>& problem, int statistics, const Tensor& keys, const Outputs& out,
+void in_order_of_keys(Input<T> input, int statistics, const Tensor& keys, const Outputs& out,
                       Stream stream) {
-  const Pixels view = problem.view;
-  const int64_t pixels = view.lines * view.pixels, num_keys = problem.num_keys;
+  const Pixels view = input.view;
+  const int64_t pixels = view.lines * view.pixels, num_keys = input.num_keys;
   Tensor flat = torch::stable::view(keys, {pixels});
   // With half the bits, a radix sort needs half the passes.
   if (num_keys <= 1 << 15) flat = torch::stable::to(flat, ScalarType::Short);
@@ -298,48 +279,49 @@ void in_order_of_keys(Problem<T>& problem, int statistics, const Tensor& keys, c
   else
     prepare(sorted.template const_data_ptr<int32_t>());
 
-  problem.keys = sorted_keys.const_data_ptr<int32_t>();
-  problem.offsets = order.const_data_ptr<int64_t>();
-  problem.view.lines = problem.view.lines_per_image = 1;
-  problem.view.pixels = pixels;
-  // Chunks that occupy the device a few times, of at least two tiles, so that there are few ends.
-  const int64_t tiles = ceil_div(pixels, TILE<T>);
-  const int64_t occupied = 4 * MAX_BLOCKS * MULTIPROCESSORS;
-  set_tiles(problem,
-            ceil_div(tiles, std::clamp<int64_t>(tiles * problem.blocks / occupied, 2, 16)));
+  input.keys = sorted_keys.const_data_ptr<int32_t>();
+  input.key_vectors = true;
+  input.offsets = order.const_data_ptr<int64_t>();
+  input.view.lines = input.view.lines_per_image = 1;
+  input.view.pixels = pixels;
+  // Chunks that occupy the device a few times over, of at least two tiles, so that ends are few.
+  constexpr int64_t OCCUPIED = int64_t{4} * 12 * MULTIPROCESSORS;
+  const int64_t tiles = ceil_div(pixels, TILE<T>), blocks = ceil_div(view.dim, CHANNELS);
+  const Tiling tiling = tiles_of<T>(
+      input.view, ceil_div(tiles, std::clamp<int64_t>(tiles * blocks / OCCUPIED, 2, 16)));
 
+  SortedSums output{.sums = data(out.sums), .residuals = data(out.residuals)};
   AllEnds all{};
   std::vector<Tensor> buffers;
-  const auto new_buffer = [&](bool wanted, int64_t rows, int64_t columns) {
-    buffers.push_back(new_empty(keys, {wanted ? rows : 0, columns}, ScalarType::Float));
+  const auto new_buffer = [&](int64_t rows, int64_t columns) {
+    buffers.push_back(new_empty(keys, {rows, columns}, ScalarType::Float));
     return data(buffers.back());
   };
-  const int64_t edges = int64_t{2} * problem.chunks;
-  problem.sums_ends = new_buffer(statistics & SUMS, edges, view.dim);
-  problem.residuals_ends = new_buffer(statistics & RESIDUALS, edges, view.dim);
-  problem.sqdists_ends = new_buffer(statistics & SQDISTS, edges, problem.blocks);
-  problem.sums = data(out.sums);
-  problem.residuals = data(out.residuals);
-  problem.sqdists = new_buffer(statistics & SQDISTS, problem.blocks, num_keys);
+  const int64_t edges = int64_t{2} * tiling.chunks;
+  const auto join = [&](int which, float* ends, float* out, int64_t width, int64_t stride_k,
+                        int64_t stride_c) {
+    all.of[which] = {ends, out, width, stride_k, stride_c};
+    fill_zero(out, num_keys * width * sizeof(float), stream);
+  };
   if (statistics & SUMS) {
-    all.of[0] = {problem.sums_ends, problem.sums, view.dim, view.dim, 1};
-    fill_zero(problem.sums, num_keys * view.dim * sizeof(float), stream);
+    output.sums_ends = new_buffer(edges, view.dim);
+    join(0, output.sums_ends, output.sums, view.dim, view.dim, 1);
   }
   if (statistics & RESIDUALS) {
-    all.of[1] = {problem.residuals_ends, problem.residuals, view.dim, view.dim, 1};
-    fill_zero(problem.residuals, num_keys * view.dim * sizeof(float), stream);
+    output.residuals_ends = new_buffer(edges, view.dim);
+    join(1, output.residuals_ends, output.residuals, view.dim, view.dim, 1);
   }
   if (statistics & SQDISTS) {
-    all.of[2] = {problem.sqdists_ends, problem.sqdists, problem.blocks, 1, num_keys};
-    fill_zero(problem.sqdists, num_keys * problem.blocks * sizeof(float), stream);
+    output.sqdists_ends = new_buffer(edges, blocks);
+    output.sqdists = new_buffer(blocks, num_keys);
+    join(2, output.sqdists_ends, output.sqdists, blocks, 1, num_keys);
   }
-  launch_moments<T, true>(statistics, problem, 0, stream);
+  launch_moments<T, true>(statistics, input, tiling, output, 0, stream);
   launch("join_chunks_kernel", join_chunks_kernel, dim3(static_cast<unsigned>(edges), 3), 128, 0,
-         stream, problem.keys, pixels, problem.tiles_per_chunk * TILE<T>, TILE<T>, problem.chunks,
-         all);
+         stream, input.keys, pixels, tiling.tiles_per_chunk * TILE<T>, TILE<T>, tiling.chunks, all);
   if (statistics & SQDISTS) {
-    AllPartials by_block{};
-    by_block.of[0] = {problem.sqdists, data(out.sqdists), problem.blocks, num_keys};
+    Reductions by_block{.num_keys = num_keys};
+    by_block.of[0] = {output.sqdists, data(out.sqdists), blocks, 1, 1};
     add_partials(by_block, stream);
   }
 }
@@ -367,28 +349,29 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
   for_dtype("class_moments.cuda", features.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const auto size = to_vector(features.sizes()), stride = to_vector(features.strides());
-    Problem<T> problem{};
     const Pixels view = as_pixels(size, stride, rows_join(size, stride));
     const bool channels_last = view.stride_d == 1 && view.stride_p != 1;
-    problem.features = features.const_data_ptr<T>();
-    problem.keys = keys.const_data_ptr<int32_t>();
-    problem.anchors = anchors ? anchors->const_data_ptr<float>() : nullptr;
-    problem.view = view;
-    problem.num_keys = static_cast<int>(num_keys);
-    problem.num_classes = anchors ? static_cast<int>(anchors->size(0)) : 1;
-    problem.groups = static_cast<int>(groups);
-    problem.blocks = static_cast<int>(ceil_div(view.dim, CHANNELS));
-    problem.vectors = (channels_last || view.stride_p == 1) &&
-                      vectors_aligned(problem.features,
-                                      {view.stride_b, view.stride_h,
-                                       channels_last ? view.stride_p : view.stride_d},
-                                      sizeof(T));
-    problem.sqdists_columns = columns_of(statistics, num_keys, RING_BYTES<T, false>);
-    const int64_t tables = table_bytes(statistics, num_keys, problem.sqdists_columns);
-    if (tables + RING_BYTES<T, false> <= int64_t{MAX_SHARED_BYTES})
-      in_raster_order(problem, statistics, tables, out, device.stream);
+    const T* const first = features.const_data_ptr<T>();
+    const int32_t* const first_key = keys.const_data_ptr<int32_t>();
+    const Input<T> input{.features = first,
+                         .keys = first_key,
+                         .offsets = nullptr,
+                         .anchors = anchors ? anchors->const_data_ptr<float>() : nullptr,
+                         .view = view,
+                         .num_keys = static_cast<int>(num_keys),
+                         .num_classes = anchors ? static_cast<int>(anchors->size(0)) : 1,
+                         .groups = static_cast<int>(groups),
+                         .vectors = (channels_last || view.stride_p == 1) &&
+                                    vectors_aligned(first,
+                                                    {view.stride_b, view.stride_h,
+                                                     channels_last ? view.stride_p : view.stride_d},
+                                                    sizeof(T)),
+                         .key_vectors = reinterpret_cast<uintptr_t>(first_key) % 16 == 0 &&
+                                        (view.lines == 1 || view.pixels % 4 == 0)};
+    if (num_keys <= MAX_UNSORTED_KEYS)
+      in_raster_order(input, statistics, out, device.stream);
     else
-      in_order_of_keys(problem, statistics, keys, out, device.stream);
+      in_order_of_keys(input, statistics, keys, out, device.stream);
   });
   return {out.sums, out.sqdists, out.residuals};
 }

@@ -1,6 +1,6 @@
 // Tiles of features in shared memory: 32 channels, one for each lane of a warp, by as many pixels
-// as make 8 KB. Contiguous memory in a plane (or, with channels last, in a pixel) is copied
-// asynchronously, 16 bytes at a time; other strides and misaligned views, element by element.
+// as make 4 KB. Memory that follows in a plane (or, with channels last, in a pixel) is copied 16
+// bytes at a time behind the warp's back; other strides and misaligned views, element by element.
 #pragma once
 
 #include <cstring>
@@ -11,36 +11,61 @@
 namespace anchorops::cuda {
 
 constexpr int CHANNELS = 32;  // of a block, which is one warp
-constexpr int STAGES = 2;     // of the ring of tiles: one is read while the other is copied
-constexpr int BATCH = 16;     // elements that a lane loads before it waits for the first
+constexpr int TILE_BYTES = 8192;
+constexpr int STAGES = 2;  // of the ring of tiles: one is read while the other is under way
+constexpr int BATCH = 16;  // elements that a lane loads before it waits for the first
 
 template <class T>
-constexpr int TILE = 256 / static_cast<int>(sizeof(T));  // pixels
+constexpr int TILE = TILE_BYTES / CHANNELS / static_cast<int>(sizeof(T));  // pixels
 
-// The arguments of a kernel of class moments. A chunk is a range of tiles; pixels sorted by key are
-// a single line.
+struct Anchors;
+
+// What a kernel of class moments reads.
 template <class T>
-struct Problem {
+struct Input {
   const T* features;       // [B, D, P] by strides
   const int32_t* keys;     // int32 [B, P], −1 where ignored
-  const int64_t* offsets;  // SORTED: int64 [B·P], where each pixel's features begin
+  const int64_t* offsets;  // sorted: int64 [B·P], where each pixel's features begin
   const float* anchors;    // float32 [K, D]
-  float* sums;             // float32 [chunks, num_keys, D]; SORTED: [num_keys, D]
-  float* residuals;        // the same
-  float* sqdists;          // float32 [chunks, blocks, num_keys]; SORTED: [blocks, num_keys]
-  float* sums_ends;        // SORTED: float32 [2·chunks, D], the first and the last key of a chunk
-  float* residuals_ends;   // the same
-  float* sqdists_ends;     // SORTED: float32 [2·chunks, blocks]
   Pixels view;
-  int64_t tiles, tiles_per_chunk;
-  int tiles_per_line, last_tile;  // pixels in the last tile of a line
   int num_keys, num_classes, groups;
-  int chunks, blocks;         // of channels
-  int sqdists_columns;        // of a key in shared memory: 32, or 8 or 1 to save space
   bool vectors, key_vectors;  // whether 16 bytes of features, of keys, can be copied at once
+
+  __device__ Anchors anchors_of(int block) const;
 };
 
-// Exact, with one instruction for each element: the high half of a word needs no shift.
+// How the pixels are divided: a chunk is a range of tiles, and a tile part of a line. Pixels sorted
+// by key are a single line. By shapes alone: the order of additions is part of the result.
+struct Tiling {
+  int64_t tiles, tiles_per_chunk;
+  int tiles_per_line, last_tile;  // pixels in the last tile of a line
+  int chunks, blocks;             // of channels
+};
+
+// The anchors of a lane's channel.
+struct Anchors {
+  const float* of_channel;  // at the first row
+  int dim, num_classes, groups;
+  bool inside, by_key;
+
+  // The anchor of key k is row k / groups mod K; that of an ignored pixel is not used.
+  __device__ __forceinline__ int row_of_key(int key) const {
+    return max(by_key ? key : key / groups % num_classes, 0);
+  }
+  __device__ __forceinline__ float at(int row) const {
+    return inside ? __ldg(of_channel + int64_t{row} * dim) : 0;
+  }
+  __device__ __forceinline__ float of_key(int key) const { return at(row_of_key(key)); }
+};
+
+template <class T>
+__device__ Anchors Input<T>::anchors_of(int block) const {
+  const int channel = block * CHANNELS + static_cast<int>(threadIdx.x);
+  return {anchors + channel,  static_cast<int>(view.dim), num_classes, groups,
+          channel < view.dim, num_keys == num_classes};
+}
+
+// Exact, and one instruction for each element: the high half of a word needs no shift.
 template <class T>
 __device__ __forceinline__ void widen(const Vector<T>& vector, float (&x)[Vector<T>::SIZE]) {
   unsigned words[4];
@@ -67,14 +92,26 @@ struct Stage {
   static constexpr int ELEMENTS = ROWS * PITCH;
   static constexpr int BYTES = ELEMENTS * static_cast<int>(sizeof(T));
 
-  static __device__ __forceinline__ void read(const T* stage, int pixel, float (&x)[SEGMENT]) {
-    const int lane = threadIdx.x;
-    if constexpr (CHANNELS_LAST) {
+  static constexpr int PIXEL = CHANNELS_LAST ? PITCH : 1;  // from a pixel to the next
+
+  // The lane's channel of the first pixel.
+  static __device__ __forceinline__ const T* channel(const T* stage) {
+    return stage + threadIdx.x * (CHANNELS_LAST ? 1 : PITCH);
+  }
+  // The lane's channel of N pixels.
+  template <int N>
+  static __device__ __forceinline__ void read(const T* pixels, float (&x)[N]) {
 #pragma unroll
-      for (int i = 0; i < SEGMENT; ++i)
-        x[i] = static_cast<float>(stage[(pixel + i) * PITCH + lane]);
-    } else {
-      widen(load_vector(stage + lane * PITCH + pixel), x);
+    for (int i = 0; i < N; i += SEGMENT) {
+      float segment[SEGMENT];
+      if constexpr (CHANNELS_LAST) {
+#pragma unroll
+        for (int j = 0; j < SEGMENT; ++j) segment[j] = static_cast<float>(pixels[(i + j) * PIXEL]);
+      } else {
+        widen(load_vector(pixels + i), segment);
+      }
+#pragma unroll
+      for (int j = 0; j < SEGMENT; ++j) x[i + j] = segment[j];
     }
   }
 };
@@ -82,40 +119,41 @@ struct Stage {
 // Iterates over the tiles of a chunk.
 template <class T, bool SORTED>
 struct Cursor {
-  const Problem<T>& problem;
+  const Input<T>& input;
+  const Tiling& tiling;
   const int64_t channel;  // the block's first
   int64_t line;
   int tiles_left;       // in the line
   const T* features;    // of the tile's first pixel and the block's first channel
   const int32_t* keys;  // of the tile's first pixel
 
-  __device__ Cursor(const Problem<T>& problem, int64_t channel, int64_t tile)
-      : problem(problem), channel(channel), line(tile / problem.tiles_per_line) {
-    enter_line(static_cast<int>(tile % problem.tiles_per_line));
+  __device__ Cursor(const Input<T>& input, const Tiling& tiling, int64_t channel, int64_t tile)
+      : input(input), tiling(tiling), channel(channel), line(tile / tiling.tiles_per_line) {
+    enter_line(static_cast<int>(tile % tiling.tiles_per_line));
   }
   __device__ void enter_line(int tile) {
-    const Pixels& view = problem.view;
-    tiles_left = problem.tiles_per_line - tile;
+    const Pixels& view = input.view;
+    tiles_left = tiling.tiles_per_line - tile;
     const int64_t pixel = int64_t{tile} * TILE<T>;
-    features = problem.features + channel * view.stride_d;
+    features = input.features + channel * view.stride_d;
     if constexpr (!SORTED) features += view.line_offset(line) + pixel * view.stride_p;
-    keys = problem.keys + line * view.pixels + pixel;
+    keys = input.keys + line * view.pixels + pixel;
   }
   __device__ __forceinline__ void next() {
     if (--tiles_left == 0) {
       ++line;
       return enter_line(0);
     }
-    if constexpr (!SORTED) features += TILE<T> * problem.view.stride_p;
+    if constexpr (!SORTED) features += TILE<T> * input.view.stride_p;
     keys += TILE<T>;
   }
   __device__ __forceinline__ int pixels() const {
-    return tiles_left == 1 ? problem.last_tile : TILE<T>;
+    return tiles_left == 1 ? tiling.last_tile : TILE<T>;
   }
   // The offset of the pixel's features from `features`.
   __device__ __forceinline__ int64_t offset(int pixel) const {
-    if constexpr (!SORTED) return pixel * problem.view.stride_p;
-    return pixel < pixels() ? problem.offsets[keys - problem.keys + pixel] : 0;
+    if constexpr (!SORTED) return pixel * input.view.stride_p;
+    return pixel < pixels() ? input.offsets[keys - input.keys + pixel] : 0;
   }
 };
 
@@ -125,12 +163,12 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys, const Cursor<T, 
   using Shape = Stage<T, CHANNELS_LAST>;
   constexpr int SEGMENT = Shape::SEGMENT, PITCH = Shape::PITCH;
   constexpr int VECTORS = Shape::COLUMNS / SEGMENT, STEP = 32 / VECTORS;  // rows copied at once
-  const Problem<T>& problem = cursor.problem;
-  const Pixels& view = problem.view;
+  const Input<T>& input = cursor.input;
+  const Pixels& view = input.view;
   const int lane = threadIdx.x, pixels = cursor.pixels();
   const int channels = static_cast<int>(min(view.dim - cursor.channel, int64_t{CHANNELS}));
 
-  if (problem.key_vectors && pixels == TILE<T>) {
+  if (input.key_vectors && pixels == TILE<T>) {
     if (lane * 4 < TILE<T>) copy_async(keys + lane * 4, cursor.keys + lane * 4);
   } else {
     for (int i = lane; i < TILE<T>; i += 32) keys[i] = i < pixels ? cursor.keys[i] : -1;
@@ -138,7 +176,7 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys, const Cursor<T, 
 
   const int row = lane / VECTORS, column = lane % VECTORS * SEGMENT;
   const int64_t row_stride = CHANNELS_LAST ? view.stride_p : view.stride_d;
-  if (problem.vectors && (CHANNELS_LAST || !SORTED)) {
+  if (input.vectors && (CHANNELS_LAST || !SORTED)) {
     T* const to = stage + row * PITCH + column;
     if (pixels == TILE<T> && channels == CHANNELS) {
       const T* from = cursor.features + column + (SORTED ? 0 : row * row_stride);
@@ -179,5 +217,45 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys, const Cursor<T, 
     }
   }
 }
+
+// The tiles of a chunk, one after the other: while one is read, the next is under way.
+template <class T, bool CHANNELS_LAST, bool SORTED>
+struct Ring {
+  using Layout = Stage<T, CHANNELS_LAST>;
+  static constexpr int BYTES = STAGES * (Layout::BYTES + TILE<T> * int{sizeof(int)});
+
+  Cursor<T, SORTED> cursor;
+  const int tiles;  // of the chunk
+  int slot = 0;     // of the tile that is read
+
+  __device__ Ring(const Input<T>& input, const Tiling& tiling, int block, int chunk)
+      : cursor(input, tiling, int64_t{block} * CHANNELS, chunk * tiling.tiles_per_chunk),
+        tiles(static_cast<int>(
+            min(tiling.tiles_per_chunk, tiling.tiles - chunk * tiling.tiles_per_chunk))) {}
+
+  static __device__ __forceinline__ T* stage_at(int slot) {
+    return reinterpret_cast<T*>(shared_memory()) + slot * Layout::ELEMENTS;
+  }
+  static __device__ __forceinline__ int* keys_at(int slot) {
+    return reinterpret_cast<int*>(shared_memory() + STAGES * Layout::BYTES) + slot * TILE<T>;
+  }
+  static __device__ unsigned char* end() { return shared_memory() + BYTES; }
+  __device__ __forceinline__ const T* stage() const { return stage_at(slot); }
+  __device__ __forceinline__ const int* keys() const { return keys_at(slot); }
+
+  // To this tile: from 1 − STAGES on, for the first ones have to come before they are read.
+  __device__ __forceinline__ void advance(int tile) {
+    slot = (slot + 1) % STAGES;
+    __syncwarp();  // nothing reads any more what is overwritten now
+    if (tile + STAGES - 1 < tiles) {
+      const int free = (slot + STAGES - 1) % STAGES;
+      fill_stage<T, CHANNELS_LAST>(stage_at(free), keys_at(free), cursor);
+      cursor.next();
+    }
+    commit_copies();
+    wait_for_copies<STAGES - 1>();
+    __syncwarp();
+  }
+};
 
 }  // namespace anchorops::cuda

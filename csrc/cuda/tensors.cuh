@@ -1,4 +1,10 @@
-// Tensors for the CUDA kernels: pixels by strides, the device's stream, new outputs.
+// Tensors as the CUDA kernels see them: pixels by strides, the device's stream, new outputs.
+//
+// Words of the kernels here. Key: the class of a pixel, with its image and its group; −1 where it
+// is ignored. Run: neighbouring pixels of one key. Tile: what a warp copies to shared memory at
+// once; stage: where it lies there; ring: the stages in turn. Segment: 16 bytes of a tile. Group:
+// 32 pixels of a tile, one for each lane. Chunk: the tiles of one warp. Partial: what a chunk adds
+// up to, for a second kernel to add. Plan: how work is divided, of shapes alone.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

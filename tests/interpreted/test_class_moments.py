@@ -68,9 +68,13 @@ MANY_KEYS = [  # and what goes with sorted pixels: a key of all pixels, keys of 
 ]
 
 
-SEVERAL_TILES = [  # in each chunk of the CUDA kernels, across the end of an image
+SEVERAL_TILES = [  # in each chunk of the CUDA kernels, across the end of an image; and more keys
+    # than its tables have rows
     Case((2, 640, 10, 136), 600, BF16, labels="coherent", anchors=None),
     Case((2, 640, 10, 136), 600, BF16, "channels_last", anchors=None),
+    Case((2, 320, 10, 136), 600, BF16, labels="runs"),
+    Case((2, 200, 10, 136), 1000, FP32, "channels_last", labels="runs", anchors="fixed"),
+    Case((2, 640, 10, 136), 600, FP16, labels="alternating"),
 ]
 
 
@@ -103,6 +107,13 @@ def make_labels(case: Case) -> torch.Tensor:
         count = torch.Size(pixels).numel()
         runs = torch.randint(0, case.num_classes, (count // 150 + 1,))
         labels = runs.repeat_interleave(150)[:count].view(pixels)
+    elif case.labels == "runs":  # of 1 to 12 pixels
+        lengths = torch.randint(1, 13, (torch.Size(pixels).numel(),))
+        runs = torch.randint(0, case.num_classes, lengths.shape)
+        labels = runs.repeat_interleave(lengths)[: len(runs)].view(pixels)
+    elif case.labels == "alternating":  # pixels of two to four keys
+        first = torch.arange(torch.Size(pixels).numel()) // 45 * 3 % case.num_classes
+        labels = (first + torch.randint(0, 2, first.shape)).view(pixels)
     elif case.labels == "one":
         labels = torch.full(pixels, case.num_classes - 1)
     elif case.labels == "distinct":
@@ -294,6 +305,22 @@ def test_empty(size):
     (sums.sum() + sqdists.sum()).backward()
     assert not counts.any() and not sums.any() and not sqdists.any()
     assert features.grad.shape == size and not anchors.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_squared_distances_alone(path, dtype):
+    case = Case((2, 33, 6, 45), 7, dtype, labels="coherent", **path)
+    features, labels = make_features(case).requires_grad_(), make_labels(case)
+    anchors = torch.randn(case.classes, 33, requires_grad=case.anchors == "learnable")
+    ours = ao.pixel_to_anchor_mse(features, labels, anchors, ignore_index=255)
+    gradients = torch.autograd.grad(ours, [x for x in (features, anchors) if x.requires_grad])
+    with ao.use_backend("reference"):
+        inputs = [x.detach().double().requires_grad_() for x in (features, anchors)]
+        exact = ao.pixel_to_anchor_mse(inputs[0], labels, inputs[1], ignore_index=255)
+        wanted = torch.autograd.grad(exact, inputs)
+    torch.testing.assert_close(ours.double(), exact)
+    for gradient, right in zip(gradients, wanted, strict=False):
+        torch.testing.assert_close(gradient.double(), right, rtol=2e-2, atol=1e-7)
 
 
 def test_nothing_valid(path):
