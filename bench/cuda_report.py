@@ -7,12 +7,10 @@ multiprocessors, 1.75 GHz):
 - warp instructions for each 512 bytes that a warp loads (stores, if nothing is loaded), on the
   shortest path of the hot loop through its accesses: 110 would take as long as the memory, or 220
   where as much is stored as loaded. Of the forward's tiles this is one whose pixels have one key;
-- KB in flight on a multiprocessor: resident threads × the bytes each has asked for; 23 suffice. The
-  forward's tables take shared memory: with 19 classes / with 150; of sorted pixels it has none.
+- KB in flight on a multiprocessor: resident threads × the bytes each has asked for; 23 suffice.
 The kernels of upsampled logits are bound by instructions: those of the hot loop for each class of a
 cell of pixels, without staging the logits.
-`--times` adds the times that time_model.py predicts along the ways that paths.py and
-softmax_paths.py know, and fails where softmax moments would take longer than that file allows.
+`--times` adds the times that time_model.py predicts along the ways that paths.py knows.
 Static shared memory is with what the GPU takes for itself, 1 KB from sm_90 on.
 """
 
@@ -100,42 +98,25 @@ def shared_reads(block: Block) -> int:
     return sum(count(block, pattern) * width for pattern, width in widths.items())
 
 
-def forward_shared_bytes(itemsize: int, statistics: int, rows: bool, classes: int) -> int:
-    """The shared memory of class_moments.cu: a ring of two tiles of 8 KB, their keys, tables."""
-    tile, matrices = 256 // itemsize, (statistics & 1) + (statistics >> 2)
-    ring = 2 * (8192 + (0 if rows else 512)) + 3 * tile * 4
-
-    def with_tables(columns: int) -> int:
-        sqdists = columns if statistics & 2 else 0
-        return ring + (1 + classes) * (32 * matrices + sqdists) * 4
-
-    def blocks(columns: int) -> int:
-        return min(12, (227 << 10) // (with_tables(columns) + 1024))
-
-    return next(with_tables(c) for c in (32, 8, 1) if blocks(c) == blocks(1) or blocks(c) >= 6)
+# What class_moments.cu asks for: so much that 8 warps are resident, or, of sorted pixels, a ring of
+# two tiles of 8 KB and their keys.
+FORWARD_SHARED_BYTES, SORTED_SHARED_BYTES = (227 << 10) // 8 - 1024, 2 * (8192 + 512) + 1024
 
 
-def forward_budgets(
-    kernel: Kernel, dtype: str, statistics: int, rows: bool, gathers: bool
-) -> Budgets:
-    """A tile is copied to shared memory in the outer loop; the inner one reads 32 pixels of it.
-    Of sorted pixels, which it gathers, there are no tables."""
+def forward_budgets(kernel: Kernel, dtype: str, gathers: bool) -> Budgets:
+    """A tile is copied to shared memory in the outer loop; the inner one reads 32 pixels of it."""
     blocks = kernel.blocks
     copies = max(range(len(blocks)), key=lambda i: count(blocks[i], WIDE_COPY))
-    most = max(shared_reads(block) for block in blocks)
+    group_bytes = 32 * (4 if dtype == "float" else 2)  # of a lane
     copied = count(blocks[copies], WIDE_COPY)
-    times = copied * 16 / most
+    times = copied * 16 / group_bytes
     instructions = min(
         around(blocks, [copies, reads]) + (times - 1) * around(blocks, [reads])
         for reads, block in enumerate(blocks)
-        if shared_reads(block) == most
+        if shared_reads(block) == group_bytes and count(block, r"\bFADD\b") >= 32
     )
-    itemsize = 4 if dtype == "float" else 2
-    kilobytes = [
-        kernel.resident(32, forward_shared_bytes(itemsize, statistics, rows, classes)) * copied / 2
-        for classes in ((-1,) if gathers else (19, 150))
-    ]
-    return Budgets(instructions / copied, kilobytes)
+    shared = SORTED_SHARED_BYTES if gathers else FORWARD_SHARED_BYTES
+    return Budgets(instructions / copied, [kernel.resident(32, shared) * copied / 2])
 
 
 def backward_budgets(kernel: Kernel, threads: int, reads_features: bool) -> Budgets:
@@ -175,7 +156,7 @@ def streaming(kernel: Kernel) -> tuple[list[str], Budgets | None]:
             return [], None
         if not kernel.count(WIDE_COPY):
             return ["no copies of 16 bytes"], None
-        budgets = forward_budgets(kernel, match[1], int(match[2]), rows, gathers)
+        budgets = forward_budgets(kernel, match[1], gathers)
     elif match := BACKWARD.match(kernel.name):
         arguments = match[2].split(", ")
         if match[1] == "planes" and arguments[0] == "1":  # element by element
@@ -242,10 +223,10 @@ def read(files: list[Path]) -> list[Kernel]:
 
 
 def print_times(kernels: list[Kernel]) -> None:
-    """The predictions of paths.py for an H200."""
-    print("\nWarps of the forward on a multiprocessor, bf16 NCHW: sums / both / all three")
+    """What paths.py predicts for an H200."""
+    print("\nRows of the forward's tables, bf16: sums / both / all three, for 8 warps")
     for num_keys in (19, 76, 150, 171, 600):
-        print(f"- K = {num_keys}: {paths.resident_forward(num_keys)}")
+        print(f"- K = {num_keys}: {paths.rows_of_tables(num_keys)}")
     print("\nPredicted, not measured:\n")
     print("|", " | ".join(paths.HEAD), "|\n|", "---|" * len(paths.HEAD))
     with ProcessPoolExecutor() as pool:

@@ -1,10 +1,20 @@
 """Label maps for the time model, of street scenes and random, and the keys in their tiles."""
 
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
-Tiles = list[tuple[tuple[int, ...], ...]]  # of each tile, the changes in its segments, by groups
+
+class Group(NamedTuple):
+    """Of 32 pixels, where runs begin. Of each time that totals go to a sink, and of pixels that
+    are scattered: whether it is in shared memory."""
+
+    two: tuple[bool, ...] = ()  # keys, in one go
+    mixed: tuple[bool, ...] = ()  # whether each 8 pixels have both
+    keys: tuple[bool, ...] = ()  # one after the other
+    of_keys: tuple[tuple[int, ...], ...] = ()  # pixels of each in each 8 pixels
+    scattered: tuple[bool, ...] = ()  # the pixels, and the key before them
 
 
 @cache
@@ -42,12 +52,36 @@ def label_maps(kind: str, batch: int, height: int, width: int, classes: int) -> 
     return maps
 
 
-def changes_of_tiles(keys: np.ndarray, tile: int, segment: int) -> Tiles:
-    """How often the key changes in each segment of each group of 32 pixels, tile by tile."""
-    flat = keys.reshape(-1)[: keys.size // tile * tile]
-    begins = np.diff(flat, prepend=flat[0]) != 0
-    counts = begins.reshape(-1, tile // 32, 32 // segment, segment).sum(-1)
-    return [tuple(map(tuple, groups)) for groups in counts.tolist()]
+def groups_of_chunk(keys: np.ndarray, rows: int, many: int = 12) -> list[Group | None]:
+    """How class_moments_kernel takes the groups of 32 pixels of a chunk, given its keys in order
+    (−1 where ignored) and the rows of its tables. None: no run begins."""
+    here = {-1: True}  # whether the row of a key that was met is in shared memory
+    held, groups = -1, []
+
+    def add(key: int) -> bool:
+        return here.setdefault(key, len(here) < rows)
+
+    for group in keys.reshape(-1, 32).tolist():
+        before = [held, *group[:-1]]
+        runs = sum(key != last for key, last in zip(group, before, strict=True))
+        others = set(group) - {held}
+        if runs == 0:
+            groups.append(None)
+        elif len(others) == 1:
+            sink = add(others.pop() if group[-1] == held else held)
+            mixed = tuple(len(set(group[i : i + 8])) > 1 for i in range(0, 32, 8))
+            groups.append(Group((sink,), mixed))
+        elif runs > many:
+            placed = [add(key) for key in group]
+            groups.append(Group(scattered=(all(placed), add(held))))
+        else:
+            order = list(dict.fromkeys(key for key in group if key != held))
+            turns = [held, *order]
+            pixels = [tuple(group[i : i + 8].count(key) for i in range(0, 32, 8)) for key in turns]
+            turns += [group[-1]] * (order[-1] != group[-1])
+            groups.append(Group(keys=tuple(add(key) for key in turns[:-1]), of_keys=tuple(pixels)))
+        held = group[-1]
+    return groups
 
 
 def rows_of_loads(keys: np.ndarray, pixels_per_lane: int) -> float:

@@ -12,7 +12,7 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
-from label_maps import changes_of_tiles, label_maps, rows_of_loads
+from label_maps import Group, groups_of_chunk, label_maps, rows_of_loads
 from time_model import (
     BYTES_PER_CYCLE,
     CLOCK,
@@ -33,7 +33,10 @@ from time_model import (
 
 SUMS, SQDISTS, RESIDUALS = 1, 2, 4
 CHANNELS = 32
-MAX_SHARED_BYTES, SHARED_PER_SM, CACHE_PER_SM = 99 << 10, 227 << 10, 256 << 10
+TILE_BYTES = 8192
+WARPS = 8  # of the forward, resident on a multiprocessor
+MAX_UNSORTED_KEYS = 1024
+SHARED_PER_SM, CACHE_PER_SM = 227 << 10, 256 << 10
 
 
 class Shape(NamedTuple):
@@ -41,7 +44,12 @@ class Shape(NamedTuple):
     dim: int
     height: int
     width: int
-    num_keys: int
+    classes: int
+    groups: int = 1  # of each class, drawn for each pixel
+
+    @property
+    def num_keys(self) -> int:
+        return self.classes * self.groups
 
     @property
     def pixels(self) -> int:
@@ -65,99 +73,83 @@ class Estimate(NamedTuple):
 class ForwardPlan(NamedTuple):
     """The plan of class_moments.cu."""
 
-    warps: int
-    columns: int  # of squared distances
+    rows: int  # of a block's tables
     blocks: int  # of channels
     chunks: int
     tiles_per_chunk: int
-    partial_bytes: int
-    anchor_bytes: int  # of a warp's channels
 
 
-def forward_plan(shape: Shape, itemsize: int, statistics: int, rows: bool) -> ForwardPlan | None:
-    """None if tables do not fit; then pixels are sorted."""
-    tile, matrices = 256 // itemsize, (statistics & SUMS > 0) + (statistics & RESIDUALS > 0)
-
-    def ring(channels_last: bool) -> int:
-        return 2 * (8192 + (0 if channels_last else 512)) + 3 * tile * 4
-
-    def tables(columns: int) -> int:
-        return (
-            (1 + shape.num_keys) * 4 * (CHANNELS * matrices + columns * bool(statistics & SQDISTS))
-        )
-
-    def resident(shared: int) -> int:
-        warps = min(12, SHARED_PER_SM // (shared + 1024))
-        return warps // 4 * 4 if warps > 8 else warps
-
-    def planned(columns: int) -> int:
-        return resident(ring(False) + tables(columns))
-
-    columns = next((c for c in (32, 8) if planned(c) == planned(1) or planned(c) >= 6), 1)
-    if tables(columns) + ring(False) > MAX_SHARED_BYTES:
+def forward_plan(shape: Shape, itemsize: int, statistics: int) -> ForwardPlan | None:
+    """None where pixels are sorted."""
+    if shape.num_keys > MAX_UNSORTED_KEYS:
         return None
+    tile, matrices = (
+        TILE_BYTES // CHANNELS // itemsize,
+        (statistics & SUMS > 0) + (statistics & RESIDUALS > 0),
+    )
+    tables = matrices + (statistics & SQDISTS > 0)
+    ring = 2 * (TILE_BYTES + 512 + tile * 4)
+    room = SHARED_PER_SM // WARPS - 1024 - ring - 256 - 1 - shape.num_keys
+    rows = min(1 + shape.num_keys, room // (tables * CHANNELS * 4), 254)
     blocks = math.ceil(shape.dim / CHANNELS)
     chunk_bytes = 4 * shape.num_keys * (matrices * shape.dim + blocks * bool(statistics & SQDISTS))
     feature_bytes = shape.pixels * shape.dim * itemsize
-    once = max(MULTIPROCESSORS * planned(columns) // blocks, 1)
+    once = max(MULTIPROCESSORS * WARPS // blocks, 1)
     times = min(max(feature_bytes // 64 // (once * chunk_bytes), 1), 4)
-    wanted = min(once * times, max(feature_bytes // 8, 16 << 20) // chunk_bytes)
+    wanted = min(once * times, max(feature_bytes // 4, 16 << 20) // chunk_bytes)
     tiles = shape.pixels // tile
     tiles_per_chunk = math.ceil(tiles / min(max(wanted, 1), tiles))
-    chunks = math.ceil(tiles / tiles_per_chunk)
-    warps = resident(ring(rows) + tables(columns))
-    return ForwardPlan(
-        warps,
-        columns,
-        blocks,
-        chunks,
-        tiles_per_chunk,
-        chunks * chunk_bytes,
-        shape.num_keys * CHANNELS * 4,
-    )
-
-
-def staged_bytes(block: Block) -> int:
-    """Bytes that a lane reads from a tile in shared memory; 0 if it also writes there."""
-    if block.count(r"STS"):
-        return 0
-    widths = {r"LDS$": 4, r"LDS\.U16": 2, r"LDS\.64": 8, r"LDS\.128": 16}
-    return sum(block.count(pattern) * width for pattern, width in widths.items())
+    return ForwardPlan(rows, blocks, math.ceil(tiles / tiles_per_chunk), tiles_per_chunk)
 
 
 class Forward:
     """Paths of class_moments_kernel in raster order.
 
-    A group of 32 pixels of one key is summed in one block. Other groups are processed in segments
-    of 16 bytes of pixels. In a segment with one or two changes of key, each change ends a run; with
-    more changes, the pixels are added one by one.
+    A group of 32 pixels in which no run begins is summed in one block, one of two keys in turn in
+    another. Of a few runs, 8 pixels are summed at a time, those where one begins run after run;
+    between two runs totals go to a table, or to global memory. Of many, each pixel goes there.
     """
 
-    def __init__(self, blocks: list[Block], statistics: int, itemsize: int, plan: ForwardPlan):
-        self.blocks, self.segment = blocks, 16 // itemsize
-        self.squares = bool(statistics & SQDISTS)
-        in_cache = plan.warps * plan.anchor_bytes <= CACHE_PER_SM - SHARED_PER_SM
-        self.latency = L1 if in_cache else L2
+    def __init__(self, blocks: list[Block], statistics: int, latency: int):
+        self.blocks, self.latency = blocks, latency
         self.ways: dict[object, Path] = {}
+        adds = tables = bin(statistics).count("1")
 
         most = max(block.count("LDGSTS") for block in blocks)
         self.copy = self.those(lambda b: b.count("LDGSTS") == most)
         self.keys = self.those(lambda b: b.count("LDGSTS") == 1, 0, self.copy[0])
-        self.vote = self.those(lambda b: b.count("VOTE") > 0 and b.count("DEPBAR") > 0)
-        self.whole = self.those(lambda b: staged_bytes(b) == 32 * itemsize, self.vote[0])[-1:]
-        inside = self.vote[0] + 1, self.whole[0]
-        self.group = self.those(lambda b: b.count("SHFL") == 1 and not b.count("FADD"), *inside)[:1]
-        self.head = self.those(lambda b: staged_bytes(b) == 16, *inside)[:1]
-        self.run = self.those(  # the block that ends a run
-            lambda b: 1 <= b.count("STS") <= 2 and (b.count("FADD") <= 2) == self.squares, *inside
+        self.votes = self.those(lambda b: b.count("VOTE") > 2, self.copy[-1])[:1]
+        (votes,) = self.votes
+
+        def sums(pixels: int, selects: bool) -> list[int]:
+            most, fewest = pixels * adds + 15, pixels * adds * (3 if selects else 4) // 4
+            return self.those(
+                lambda b: fewest <= b.count("FADD") <= most and (b.count("R2P") > 0) == selects,
+                votes,
+            )
+
+        self.whole = sums(32, False)[:1]
+        if statistics == SUMS:
+            (two, *_), ones = sums(64, True), sums(32, True)  # the first key apart, or not
+            self.two, self.one = [([two], [two])], []
+            self.heads, self.again = [ones[:1]], ones[-1:]
+        else:  # of each 8 pixels: of one key, of two; of the key that is held, some of it
+            pure, mixed, some = sums(8, False)[:12], sums(16, True)[:4], sums(8, True)[-4:]
+            self.two = [(pure[2 * i : 2 * i + 2], [mixed[i]]) for i in range(4)]
+            self.one = [([pure[8 + i]], [some[i]]) for i in range(4)]
+            self.heads = [self.those(lambda b, i=i: pure[8 + i] in b.next)[:1] for i in range(4)]
+            self.again = self.heads[0]
+        self.group = [i for i in range(votes, len(blocks)) if self.whole[0] in blocks[i].next][:1]
+        self.table = self.those(
+            lambda b: b.count("STS") == tables == b.count("FADD") and b.count("LDS") >= tables,
+            votes,
         )
-        self.many = self.those(  # the first of a segment of many changes, and those of its squares
-            lambda b: b.count("LDS") >= 4 and b.count("LDG|STS") >= 4, self.head[0] + 1, inside[1]
-        )[:1]
-        self.rows = self.those(lambda b: b.count("STS") == 4 == b.count("LDS"), *inside)
-        self.folds = [self.those(lambda b: b.count("SHFL") == 2, *inside)] * (
-            self.squares and plan.columns < CHANNELS
+        self.memory = self.those(
+            lambda b: b.count("SHFL") == 5 if statistics & SQDISTS else b.count("LDG|STG") > 1,
+            self.table[0],
         )
+        self.rows = self.those(lambda b: b.count("STS") == 16 * tables, votes)[:1]
+        self.generic = self.those(lambda b: b.count(r"LD\.") >= 2, votes)
 
     def those(self, choice: Choice, first: int = 0, last: int | None = None) -> list[int]:
         return [i for i in range(len(self.blocks))[first:last] if choice(self.blocks[i])]
@@ -165,59 +157,87 @@ class Forward:
     def walk(self, *stops: list[int]) -> Path:
         key = tuple(map(tuple, stops))
         if key not in self.ways:
-            self.ways[key] = cached(walk(self.blocks, *stops), self.latency)
+            path = cached(walk(self.blocks, *stops), self.latency)
+            # of either memory; if one pixel of two is in global memory, both wait
+            self.ways[key] = [
+                x._replace(latency=L2) if re.match(r"LD\.", x.opcode) else x for x in path
+            ]
         return self.ways[key]
 
-    def tile(self, groups: tuple[tuple[int, ...], ...]) -> Path:
-        """groups: for each group, the changes of key in its segments."""
+    def tile(self, groups: tuple[Group | None, ...]) -> Path:
         if groups not in self.ways:
-            path = self.walk(self.copy, self.vote, self.group)
-            for segments in groups[:-1]:
-                path = path + self.summed(segments, self.group)
+            voting = [self.votes] if any(groups) else []
+            path = self.walk(self.copy, *voting, self.group)
+            for group in groups[:-1]:
+                path = path + self.summed(group, self.group)
             self.ways[groups] = path + self.summed(groups[-1], self.keys, self.copy)
         return self.ways[groups]
 
-    def summed(self, segments: tuple[int, ...], *end: list[int]) -> Path:
-        """From a group to the next, or to the next tile."""
-        if not any(segments):
-            return self.walk(self.group, self.whole, *end)
-        path = self.walk(self.group, self.head)
-        for changes in segments[:-1]:
-            path = path + self.walk(self.head, *self.stops(changes), self.head)
-        return path + self.walk(self.head, *self.stops(segments[-1]), *end)
+    def sink(self, in_table: bool) -> list[int]:
+        return self.table if in_table else self.memory
 
-    def stops(self, changes: int) -> list[list[int]]:
-        if changes <= 2:
-            return [*self.folds, self.run] * changes
-        rows = [self.rows] * (self.segment // 4 if self.squares else 0)
-        return [self.many, *self.folds * self.segment, *rows]
+    def summed(self, group: Group | None, *end: list[int]) -> Path:
+        """From a group to the next, or to the next tile."""
+        if group is None:
+            return self.walk(self.group, self.whole, *end)
+        if group.two:
+            sums = [ways[mixed] for ways, mixed in zip(self.two, group.mixed, strict=False)]
+            return self.walk(self.group, *sums, self.sink(group.two[0]), *end)
+        if group.scattered:
+            in_tables, before = group.scattered
+            stops = [self.rows] if in_tables else [[i] for i in self.generic]
+            return self.walk(self.group, *stops * 2, self.sink(before), *end)
+        path, first = self.walk(self.group, self.heads[0]), self.heads[0]
+        for i, pixels in enumerate(group.of_keys):
+            stops, last = [first], i == len(group.of_keys) - 1
+            for head, (whole, part), count in zip(self.heads, self.one, pixels, strict=False):
+                stops += [head] * (head != stops[-1])
+                stops += [whole] * (count == 8) + [part] * (0 < count < 8)
+            sinks = map(self.sink, group.keys[i:] if last else group.keys[i : i + 1])
+            path = path + self.walk(*stops, *sinks, *(end if last else [self.again]))
+            first = self.again
+        return path
 
 
 def forward(
-    blocks: list[Block], itemsize: int, statistics: int, rows: bool, shape: Shape, kind: str
+    blocks: list[Block], itemsize: int, statistics: int, shape: Shape, kind: str
 ) -> Estimate | None:
-    plan = forward_plan(shape, itemsize, statistics, rows)
+    plan = forward_plan(shape, itemsize, statistics)
     if plan is None:
         return None
-    code = Forward(blocks, statistics, itemsize, plan)
-    keys = label_maps(kind, shape.batch, shape.height, shape.width, shape.num_keys)
-    tiles = changes_of_tiles(keys, 256 // itemsize, 16 // itemsize)
+    keys = label_maps(kind, shape.batch, shape.height, shape.width, shape.classes)
+    keys = np.where(keys == 255, -1, keys).reshape(-1)
+    if shape.groups > 1:
+        drawn = np.random.default_rng(2).integers(0, shape.groups, keys.shape)
+        keys = np.where(keys < 0, -1, keys * shape.groups + drawn)
+    tile_size = TILE_BYTES // CHANNELS // itemsize
+    per_tile = tile_size // 32
+    tiles, met = [], 0
+    for chunk in np.split(keys, range(0, keys.size, plan.tiles_per_chunk * tile_size)[1:]):
+        met += len(np.unique(chunk[chunk >= 0]))
+        groups = groups_of_chunk(chunk, plan.rows)
+        tiles += [tuple(groups[i : i + per_tile]) for i in range(0, len(groups), per_tile)]
+    anchor_bytes = WARPS * met / plan.chunks * CHANNELS * 4
+    latency = L1 if anchor_bytes <= CACHE_PER_SM - SHARED_PER_SM else L2
+    code = Forward(blocks, statistics, latency)
     order = np.random.default_rng(1).permutation(len(tiles)).tolist()
 
     def tile(warp: int, r: int) -> Path:
         return code.tile(tiles[order[(warp * 31 + r) % len(order)]])
 
     one = simulate([[x for r in range(100) for x in tile(0, r)]]) / 100
-    every = steady(tile, plan.warps, 2 if kind == "random" else 24)
-    waves = plan.chunks * plan.blocks / (MULTIPROCESSORS * plan.warps)
+    every = steady(tile, WARPS, 2 if kind == "random" else 24)
+    waves = plan.chunks * plan.blocks / (MULTIPROCESSORS * WARPS)
     last = waves - math.floor(waves)
     full = every * plan.tiles_per_chunk
     # the last wave has fewer warps: it takes as long as one warp, or as its share of the memory
     rest = max(one, every * last) * plan.tiles_per_chunk if last else 0
     bytes_moved = shape.pixels * shape.dim * itemsize
+    matrices = (statistics & SUMS > 0) + (statistics & RESIDUALS > 0)
+    partial_bytes = 4 * met * (matrices * shape.dim + plan.blocks * bool(statistics & SQDISTS))
     seconds = (math.floor(waves) * full + rest) / CLOCK + LAUNCH
-    seconds += 2 * plan.partial_bytes / COPY_BANDWIDTH
-    return Estimate(plan.warps, one, every, waves, bytes_moved / COPY_BANDWIDTH / seconds)
+    seconds += 2 * partial_bytes / COPY_BANDWIDTH
+    return Estimate(WARPS, one, every, waves, bytes_moved / COPY_BANDWIDTH / seconds)
 
 
 # --- backward: a thread, 16 bytes of pixels or of channels at a time ------------------------------
@@ -284,6 +304,11 @@ def backward(
 # --- what cuda_report.py prints -------------------------------------------------------------------
 
 SHAPES = {"HRNet": HRNET, "SegFormer": SEGFORMER}
+# Random groups of the pixels of each class: OCCL's two and MVSC's four, of which it needs the sums.
+GROUPED = {
+    f"{title}, {groups} groups": shape._replace(groups=groups)
+    for (title, shape), groups in product(SHAPES.items(), (2, 4))
+}
 GOALS = {("forward", "images"): 0.9, ("backward", "images"): 0.85}
 GOAL_OF_RANDOM = 0.6
 HEAD = (
@@ -309,12 +334,13 @@ def estimates(name: str, sass: str, resident: Callable[[int], int]) -> list[tupl
     if not (forwards or backwards):
         return []
     blocks, found = blocks_of(sass), []
-    for (title, shape), kind in product(SHAPES.items(), ("images", "random")):
+    cases = list(product(SHAPES.items(), ("images", "random")))
+    if forwards and int(forwards[2]) == SUMS:
+        cases += product(GROUPED.items(), ("images",))
+    for (title, shape), kind in cases:
         if forwards:
             itemsize = 2 if forwards[1] == "BFloat16" else 4
-            estimate = forward(
-                blocks, itemsize, int(forwards[2]), forwards[3] == "true", shape, kind
-            )
+            estimate = forward(blocks, itemsize, int(forwards[2]), shape, kind)
             goal = GOALS["forward", "images"]
         else:
             assert backwards is not None
@@ -330,9 +356,8 @@ def estimates(name: str, sass: str, resident: Callable[[int], int]) -> list[tupl
     return found
 
 
-def resident_forward(num_keys: int) -> str:
-    """Warps on a multiprocessor for sums / both / all three, in bf16 NCHW; "sorted" if tables do
-    not fit."""
-    shape = HRNET._replace(num_keys=num_keys)
-    plans = [forward_plan(shape, 2, statistics, False) for statistics in (1, 3, 7)]
-    return " / ".join(str(plan.warps) if plan else "sorted" for plan in plans)
+def rows_of_tables(num_keys: int) -> str:
+    """For sums / both / all three, in bf16; "sorted" where keys are too many."""
+    shape = HRNET._replace(classes=num_keys)
+    plans = [forward_plan(shape, 2, statistics) for statistics in (1, 3, 7)]
+    return " / ".join(str(plan.rows) if plan else "sorted" for plan in plans)

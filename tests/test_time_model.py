@@ -114,22 +114,34 @@ def test_label_maps():
     assert all(len(np.unique(image)) > 5 for image in images)
 
 
-def test_changes_of_tiles():
-    keys = np.repeat([1, 2, 3], [40, 8, 80])[None]
-    tiles = label_maps.changes_of_tiles(keys, 64, 8)
-    assert tiles == [((0, 0, 0, 0), (0, 1, 1, 0)), ((0,) * 4, (0,) * 4)]
+def test_groups_of_a_chunk():
+    """The ways of class_moments_kernel; keys −1, 1, 2, 3 and two rows of tables, one for −1."""
+    keys = np.repeat([-1, 1, 2, 3, 1], [40, 24, 40, 8, 48])
+    one, two, three, several, last = label_maps.groups_of_chunk(keys, rows=2)
+    assert one is None
+    assert two == label_maps.Group((True,), (False,) * 4)
+    assert three == label_maps.Group((True,), (False,) * 4)
+    assert several == label_maps.Group(
+        keys=(False, False), of_keys=((8, 0, 0, 0), (0, 8, 0, 0), (0, 0, 8, 8))
+    )
+    assert last is None
+    many = label_maps.groups_of_chunk(np.arange(32) % 5, rows=9)
+    assert many == [label_maps.Group(scattered=(True, True))]
+
+
+def test_rows_of_loads():
     assert label_maps.rows_of_loads(np.arange(256)[None], 8) == 32
     assert label_maps.rows_of_loads(np.zeros((1, 256)), 8) == 1
 
 
 @pytest.mark.parametrize(
-    ("statistics", "warps"), [(1, [8, 7, 5, 5]), (3, [8, 7, 5, 5]), (7, [8, 5, 3, 3])]
+    ("statistics", "rows"), [(1, [20, 72, 71, 71]), (3, [20, 36, 35, 35]), (7, [20, 24, 23, 23])]
 )
-def test_forward_plan(statistics, warps):
-    """As stated at the beginning of class_moments.cu, which has the same arithmetic in C++."""
+def test_forward_plan(statistics, rows):
+    """The same arithmetic as in class_moments.cu."""
     plans = [
-        paths.forward_plan(paths.HRNET._replace(num_keys=k), 2, statistics, False)
+        paths.forward_plan(paths.HRNET._replace(classes=k), 2, statistics)
         for k in (19, 76, 150, 171)
     ]
-    assert [plan.warps for plan in plans] == warps
-    assert paths.forward_plan(paths.HRNET._replace(num_keys=1000), 2, statistics, False) is None
+    assert [plan.rows for plan in plans] == rows
+    assert paths.forward_plan(paths.HRNET._replace(classes=1025), 2, statistics) is None
