@@ -72,9 +72,9 @@ SEVERAL_TILES = [  # in each chunk of the CUDA kernels, across the end of an ima
     # than its tables have rows
     Case((2, 640, 10, 136), 600, BF16, labels="coherent", anchors=None),
     Case((2, 640, 10, 136), 600, BF16, "channels_last", anchors=None),
-    Case((2, 320, 10, 136), 600, BF16, labels="runs"),
-    Case((2, 200, 10, 136), 1000, FP32, "channels_last", labels="runs", anchors="fixed"),
-    Case((2, 640, 10, 136), 600, FP16, labels="alternating"),
+    Case((2, 128, 10, 136), 1000, BF16, labels="runs"),
+    Case((2, 100, 10, 136), 1000, FP32, "channels_last", labels="runs", anchors="fixed"),
+    Case((2, 128, 10, 136), 1000, FP16, labels="alternating"),
 ]
 
 
