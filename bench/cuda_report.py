@@ -223,7 +223,7 @@ def read(files: list[Path]) -> list[Kernel]:
 
 
 def print_times(kernels: list[Kernel]) -> None:
-    """What paths.py predicts for an H200."""
+    """The predictions of paths.py for an H200."""
     print("\nRows of the forward's tables, bf16: sums / both / all three, for 8 warps")
     for num_keys in (19, 76, 150, 171, 600):
         print(f"- K = {num_keys}: {paths.rows_of_tables(num_keys)}")

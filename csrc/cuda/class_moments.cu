@@ -37,8 +37,8 @@ struct Reductions {
 
 constexpr int THREADS = 256;
 
-// Reads each partial and writes each result once. Of a result's partials each thread adds every
-// slices-th; then half of the threads add what the others have, and so on.
+// Reads each partial and writes each result once. Each thread adds every slices-th partial of a
+// result; then half of the threads add the sums of the other half, and so on.
 __global__ void __launch_bounds__(THREADS) add_partials_kernel(const Reductions all) {
   const Reduction own = blockIdx.y == 0 ? all.of[0] : blockIdx.y == 1 ? all.of[1] : all.of[2];
   const int width = THREADS / own.slices, slice = threadIdx.x / width;
@@ -284,7 +284,7 @@ void in_order_of_keys(Input<T> input, int statistics, const Tensor& keys, const 
   input.offsets = order.const_data_ptr<int64_t>();
   input.view.lines = input.view.lines_per_image = 1;
   input.view.pixels = pixels;
-  // Chunks that occupy the device a few times over, of at least two tiles, so that ends are few.
+  // Chunks that occupy the device a few times, of at least two tiles, so that there are few ends.
   constexpr int64_t OCCUPIED = int64_t{4} * 12 * MULTIPROCESSORS;
   const int64_t tiles = ceil_div(pixels, TILE<T>), blocks = ceil_div(view.dim, CHANNELS);
   const Tiling tiling = tiles_of<T>(

@@ -195,8 +195,8 @@ template <class T, int STATISTICS, bool CHANNELS_LAST, bool SORTED>
 __global__ void __launch_bounds__(CHANNELS, SORTED ? 12 : BLOCKS_PER_MULTIPROCESSOR)
     class_moments_kernel(const Input<T> input, const Tiling tiling,
                          const typename SinkOf<STATISTICS, SORTED>::Output output) {
-  // Neighbours read neighbouring channels; of sorted pixels, the same planes, which so stay in
-  // cache.
+  // Neighbouring blocks read neighbouring channels; with sorted pixels, the same planes, which then
+  // stay in cache.
   constexpr bool CHUNKS_FIRST = SORTED && !CHANNELS_LAST;
   const int block = CHUNKS_FIRST ? blockIdx.x / tiling.chunks : blockIdx.x % tiling.blocks;
   const int chunk = CHUNKS_FIRST ? blockIdx.x % tiling.chunks : blockIdx.x / tiling.blocks;

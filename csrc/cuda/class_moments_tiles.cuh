@@ -65,7 +65,7 @@ __device__ Anchors Input<T>::anchors_of(int block) const {
           channel < view.dim, num_keys == num_classes};
 }
 
-// Exact, and one instruction for each element: the high half of a word needs no shift.
+// Exact, with one instruction for each element: the high half of a word needs no shift.
 template <class T>
 __device__ __forceinline__ void widen(const Vector<T>& vector, float (&x)[Vector<T>::SIZE]) {
   unsigned words[4];

@@ -1,4 +1,4 @@
-// Tensors as the CUDA kernels see them: pixels by strides, the device's stream, new outputs.
+// Tensors for the CUDA kernels: pixels by strides, the device's stream, new outputs.
 //
 // Words of the kernels here. Key: the class of a pixel, with its image and its group; −1 where it
 // is ignored. Run: neighbouring pixels of one key. Tile: what a warp copies to shared memory at
