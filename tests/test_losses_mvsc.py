@@ -86,3 +86,10 @@ def test_terms_can_be_off(off: str) -> None:
     expected = naive_loss(mvsc, features, labels, classifier)
     torch.testing.assert_close(mvsc(features, labels, classifier), expected)
     assert mvsc.terms[off.removesuffix("_weight")] == 0
+
+
+@pytest.mark.parametrize("dim", [64, 720])
+def test_prototypes_start_with_one_length(dim: int) -> None:
+    """Root mean square √2, as the docstring says."""
+    rows = ao.MVSC(19, dim).prototypes.detach()
+    assert float(rows.square().sum(-1).mean()) == pytest.approx(2, rel=0.1)

@@ -27,7 +27,12 @@ class MVSC(Regularizer):
 
     Its Eq. 2 is damaged in print; this is the InfoNCE that it describes, with r and v' normalised,
     which is ours. The text once says that L_cos reduces the similarity; formula and purpose say the
-    contrary. V starts from Kaiming normal (unstated).
+    contrary.
+
+    V starts from Kaiming normal (unstated), with rows of length √2 in the mean square, whatever the
+    length of the features. L_fca and L_cos are of cosines, which no length changes. L_v alone
+    depends on it: with short rows it begins near log K, and their length is learned. A length taken
+    from the first batch would make the initial weights depend on the data, and differ among ranks.
 
     Args:
         num_classes, dim: K and D.
