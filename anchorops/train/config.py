@@ -63,9 +63,12 @@ class Data:
     channels: int = 3
     """folder: channels of the images."""
     short_side: int | None = None
-    """Images are scaled to this short side, keeping their aspect ratio; None: not scaled."""
+    """Images are scaled to this short side, aspect kept; None: as they are."""
+    long_side: int | None = None
+    """Images are scaled to this long side; with --short-side, so that neither is exceeded."""
     scale: tuple[float, float] = (1.0, 1.0)
-    """Range of an additional random scale of training images, which are then cropped or padded."""
+    """Range of a further random scale of training images, which are then cropped, or padded with
+    their mean."""
     flip: bool = False
     """Mirror half of the training images."""
     cat_max_ratio: float = 1.0
@@ -84,14 +87,22 @@ class Data:
 class Model:
     model: str = "hrnet-w18-small"
     """hrnet-w18-small, hrnet-w18, hrnet-w48, …, segformer-b0 to segformer-b5, or
-    ARCHITECTURE:ENCODER of segmentation-models-pytorch."""
+    ARCHITECTURE:ENCODER of segmentation-models-pytorch. With heads as mmsegmentation's:
+    mmseg-fcn:BACKBONE, mmseg-ocrnet:BACKBONE, mmseg-segformer:BACKBONE, of one of the HRNets,
+    mit_b0 to mit_b5, or tu-NAME of timm (ResNets)."""
     pretrained: bool = False
     """Start from ImageNet weights (downloaded)."""
     weights: Path | None = None
     """Start from the weights in this file."""
     auxiliary_weight: float = 0.0
-    """Weight of the loss of an auxiliary head (3×3 convolution, classifier) on the second last map
-    of the backbone; 0: no auxiliary head. The usual weight is 0.4."""
+    """Weight of the loss of an auxiliary head (3×3 convolution, classifier) on the last
+    but one of the backbone's maps, or of OCRNet's regions; 0: no such head. The field's is 0.4."""
+    dropout: float = 0.0
+    """Share of the feature maps that are dropped before the classifier, in training; the methods
+    see all of them. mmsegmentation's is 0.1 but for HRNet. DeepLab's own dropout is then off."""
+    classifier_std: float | None = None
+    """Standard deviation of the classifiers' initial weights, drawn from a normal distribution
+    (mmsegmentation's: 0.01); their biases are then 0. None: as torch does it."""
     methods: tuple[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"], ...] = ()
     """Regularisers in addition to the cross-entropy; any number of them."""
     setting: str = PUBLISHED
@@ -117,7 +128,9 @@ class Optimization:
     weight_decay: float = 5e-4
     """Weight decay; not applied to biases and normalisation layers."""
     head_lr_factor: float = 1.0
-    """Learning rate of everything except the backbone, relative to lr."""
+    """Learning rate of everything but the backbone and the methods, relative to lr."""
+    regularizer_lr_factor: float = 1.0
+    """Learning rate of the methods' own parameters, relative to lr."""
     warmup: int = 0
     """Steps of linear warm-up."""
     power: float = 0.9
@@ -197,9 +210,10 @@ class Config:
         least = {
             2: "num_classes",
             1: "steps batch_size accumulate save_every log_every eval_batch_size threads patience "
-            "short_side ohem_kept train_images val_images channels",
-            0: "workers warmup eval_every power lr weight_decay head_lr_factor auxiliary_weight "
-            "focal_gamma gradient_ratio_every zipf data_seed",
+            "short_side long_side ohem_kept train_images val_images channels",
+            0: "workers warmup eval_every power lr weight_decay head_lr_factor "
+            "regularizer_lr_factor auxiliary_weight focal_gamma dropout gradient_ratio_every zipf "
+            "data_seed",
         }
         options = {
             name: value
@@ -237,7 +251,11 @@ class Config:
             raise _wrong("patience", "--eval-every with it", self.running.patience)
         if self.optimization.given_class_weights and self.optimization.class_weights != "none":
             kind = self.optimization.class_weights
-            raise _wrong("given_class_weights", "--class-weights none with it", kind)
+            raise _wrong("given_class_weights", "--class-weights none beside it", kind)
+        if self.model.dropout >= 1:
+            raise _wrong("dropout", "a share below 1", self.model.dropout)
+        if options["classifier_std"] is not None and options["classifier_std"] <= 0:
+            raise _wrong("classifier_std", "more than 0", options["classifier_std"])
         if options["clip"] is not None and options["clip"] <= 0:
             raise _wrong("clip", "more than 0", options["clip"])
         if options["ohem"] is not None and not 0 < options["ohem"] <= 1:

@@ -117,8 +117,8 @@ class Learner(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.pixel_loss(self.model(images), labels)
         terms = dict(self.pixel_loss.terms)
-        if self.model.auxiliary is not None:
-            auxiliary = self.auxiliary_loss(self.model.auxiliary.logits(), labels)
+        if (head := self.model.auxiliary_head) is not None:
+            auxiliary = self.auxiliary_loss(head.logits(), labels)
             loss = loss + self.auxiliary_weight * auxiliary
             terms["auxiliary"] = self.auxiliary_weight * auxiliary.detach()
         if self.attachment is not None:
@@ -127,22 +127,31 @@ class Learner(nn.Module):
         return loss, {"loss": loss.detach(), **terms}
 
 
-def parameter_groups(model: Segmenter, lr: float, weight_decay: float, head_lr_factor: float):
-    """Parameter groups for an optimizer: no weight decay on vectors (biases, normalisation), and
-    another learning rate for everything outside the backbone."""
-    inside = {id(parameter) for parameter in model.backbone.parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+def parameter_groups(
+    model: Segmenter,
+    lr: float,
+    weight_decay: float,
+    head_lr_factor: float,
+    regularizer_lr_factor: float = 1.0,
+):
+    """Groups for an optimizer: no weight decay on vectors (biases, normalisation), other rates for
+    the regulariser and for everything else outside the backbone."""
+    factors = {parameter: head_lr_factor for parameter in model.parameters()}
+    factors |= dict.fromkeys(model.backbone.parameters(), 1.0)
+    for module in model.modules():
+        if isinstance(module, Regularizer):
+            factors |= dict.fromkeys(module.parameters(), regularizer_lr_factor)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter, factor in factors.items():
         if parameter.requires_grad:
-            key = (id(parameter) in inside, parameter.dim() > 1)
-            groups.setdefault(key, []).append(parameter)
+            groups.setdefault((factor, parameter.dim() > 1), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": lr if in_backbone else lr * head_lr_factor,
+            "lr": lr * factor,
             "weight_decay": weight_decay if is_matrix else 0.0,
         }
-        for (in_backbone, is_matrix), parameters in groups.items()
+        for (factor, is_matrix), parameters in groups.items()
     ]
 
 

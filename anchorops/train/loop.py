@@ -80,7 +80,11 @@ class _Run:
         self.model, learner = self.parts.model, self.parts.learner
         self.schedule = Schedule(config)
         groups = parameter_groups(
-            self.model, options.lr, options.weight_decay, options.head_lr_factor
+            self.model,
+            options.lr,
+            options.weight_decay,
+            options.head_lr_factor,
+            options.regularizer_lr_factor,
         )
         self.optimizer = build_optimizer(options.optimizer, groups)
         self.lr = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule.lr_factor)

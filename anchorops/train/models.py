@@ -7,17 +7,20 @@ from typing import Any
 import segmentation_models_pytorch as smp
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .heads import FCNHead, OCRHead, SegFormerHead, SoftRegions, at_first_size, conv_norm_relu
 
 HRNETS = {
     "hrnet-w18-small": "hrnet_w18_small",
     "hrnet-w18-small-v2": "hrnet_w18_small_v2",
     **{f"hrnet-w{width}": f"hrnet_w{width}" for width in (18, 30, 32, 40, 44, 48, 64)},
 }
-# the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
-HEADS = ("classifier.", "auxiliary.", "regularizer.")
+# what is for one set of classes; a method's part in a checkpoint is under "regularizer"
+HEADS = ("classifier.", "auxiliary.", "body.head.regions.", "regularizer.")
 AUXILIARY_DIM = 256
+# heads of heads.py, as ARCHITECTURE:BACKBONE
+MMSEG = {f"mmseg-{head}": head for head in ("fcn", "ocrnet", "segformer")}
 SEGFORMERS = {f"segformer-b{size}": f"mit_b{size}" for size in range(6)}
 
 
@@ -25,19 +28,32 @@ class Segmenter(nn.Module):
     """Computes logits (B, K, H/s, W/s) of images (B, C, H, W); s is the stride of the body
     (usually 4).
 
-    The methods use the input of its classifier. If auxiliary_dim is given, the number of channels
-    of the backbone's second last map, there is an auxiliary head on this map.
+    The input of its classifier are the features that the methods work on. With auxiliary_dim, the
+    channels of the backbone's last map but one, there is an auxiliary head on that map. dropout:
+    share of the feature maps that the classifier does not see in training.
     """
 
     def __init__(
-        self, body: nn.Module, dim: int, num_classes: int, auxiliary_dim: int | None = None
+        self,
+        body: nn.Module,
+        dim: int,
+        num_classes: int,
+        auxiliary_dim: int | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.body = body
+        self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
         self.classifier = nn.Conv2d(dim, num_classes, 1)
         self.auxiliary = (
             AuxiliaryHead(self.backbone, auxiliary_dim, num_classes) if auxiliary_dim else None
         )
+
+    @property
+    def auxiliary_head(self) -> "AuxiliaryHead | SoftRegions | None":
+        """What has a loss of its own: the auxiliary head, or OCRNet's regions."""
+        head = getattr(self.body, "head", None)
+        return head.regions if isinstance(head, OCRHead) else self.auxiliary
 
     @property
     def backbone(self) -> nn.Module:
@@ -46,7 +62,15 @@ class Segmenter(nn.Module):
         return body.backbone if hasattr(body, "backbone") else body.encoder  # pyright: ignore
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.body(images))
+        return self.classifier(self.dropout(self.body(images)))
+
+    def draw_classifiers(self, std: float) -> None:
+        """Give the classifiers, the auxiliary one too, weights from N(0, std²) and biases of 0."""
+        head = self.auxiliary_head
+        for classifier in (self.classifier, *([] if head is None else [head[-1]])):
+            assert isinstance(classifier, nn.Conv2d) and classifier.bias is not None
+            nn.init.normal_(classifier.weight, std=std)
+            nn.init.zeros_(classifier.bias)
 
 
 class AuxiliaryHead(nn.Sequential):
@@ -80,25 +104,55 @@ class HRNetBody(nn.Module):
 
     def __init__(self, name: str, channels: int, pretrained: bool) -> None:
         super().__init__()
-        self.backbone = timm.create_model(
-            name,
+        self.backbone, self.out_channels = _backbone(name, channels, pretrained)
+        self.dim = sum(self.out_channels)
+        self.mix = conv_norm_relu(self.dim, self.dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.mix(at_first_size(self.backbone(images)))
+
+
+class HeadedBody(nn.Module):
+    """A backbone with one of mmsegmentation's heads; ResNets are dilated, to stride 8."""
+
+    def __init__(
+        self, head: str, backbone: str, num_classes: int, channels: int, pretrained: bool
+    ) -> None:
+        super().__init__()
+        self.backbone, self.out_channels = _backbone(backbone, channels, pretrained)
+        if head == "ocrnet":
+            joined = backbone in HRNETS
+            self.head = OCRHead(self.out_channels, num_classes, joined=joined)
+        else:
+            self.head = {"fcn": FCNHead, "segformer": SegFormerHead}[head](self.out_channels)
+        self.dim = self.head.dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images)[-4:])  # smp's encoders begin with the images
+
+
+def _backbone(name: str, channels: int, pretrained: bool) -> tuple[nn.Module, list[int]]:
+    """A backbone and the channels of its four maps, finest first: HRNet, SegFormer's mit_b0 to
+    mit_b5, or tu-NAME of timm."""
+    if name.startswith("mit_"):
+        weights = "imagenet" if pretrained else None
+        encoder = smp.encoders.get_encoder(name, in_channels=channels, weights=weights)
+        return encoder, list(encoder.out_channels[-4:])
+    options: dict[str, Any] = {"output_stride": 8}
+    if name in HRNETS:
+        name, options = HRNETS[name], {"feature_location": ""}
+    try:
+        backbone = timm.create_model(
+            name.removeprefix("tu-"),
             pretrained=pretrained,
             in_chans=channels,
             features_only=True,
-            feature_location="",
             out_indices=(1, 2, 3, 4),
+            **options,
         )
-        self.out_channels = self.backbone.feature_info.channels()  # pyright: ignore
-        self.dim = sum(self.out_channels)
-        self.mix = nn.Sequential(
-            nn.Conv2d(self.dim, self.dim, 1, bias=False), nn.BatchNorm2d(self.dim), nn.ReLU()
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        first, *others = self.backbone(images)
-        size = first.shape[2:]
-        resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in others]
-        return self.mix(torch.cat([first, *resized], dim=1))
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(f"model: backbone {name!r}: {error}") from None
+    return backbone, backbone.feature_info.channels()  # pyright: ignore
 
 
 def build_model(
@@ -109,26 +163,43 @@ def build_model(
     pretrained: bool = False,
     weights: Path | None = None,
     auxiliary: bool = False,
+    dropout: float = 0.0,
+    classifier_std: float | None = None,
 ) -> Segmenter:
     """A network by name.
 
     Args:
         name: "hrnet-w18-small", "hrnet-w18", "hrnet-w48", …, "segformer-b0" to "segformer-b5", or
-            ARCHITECTURE:ENCODER of segmentation-models-pytorch, for example "unet:resnet34".
-        num_classes, channels: the number of classes, and of channels of the images.
+            ARCHITECTURE:ENCODER of segmentation-models-pytorch, "unet:resnet34" for instance. With
+            heads as mmsegmentation's, "mmseg-fcn:BACKBONE", "mmseg-ocrnet:BACKBONE" and
+            "mmseg-segformer:BACKBONE", of a HRNet, of mit_b0 to mit_b5, or of tu-NAME of timm.
+        num_classes, channels: classes predicted and channels of the images.
         pretrained: start the backbone from ImageNet weights; they are downloaded.
-        weights: a checkpoint of this program, or any file of a state dict, to start from. Entries
-            of a classifier are skipped if the number of classes differs.
-        auxiliary: add an auxiliary head.
+        weights: a checkpoint of this program, or any file of a state dict, to start from; entries
+            of a classifier are left out where the number of classes differs.
+        auxiliary: with an auxiliary head.
+        dropout: share of the feature maps dropped before the classifier in training; DeepLab's own
+            dropout is off then.
+        classifier_std: of the classifiers' initial weights, with biases of 0; None: torch's.
 
-    Raises ValueError for an unknown name, for weights that do not match, and for an auxiliary head
-    on DPT, whose backbone has no such map.
+    Raises ValueError for an unknown name, where the weights do not fit, for an auxiliary head
+    on DPT, whose backbone gives no such map, and for OCRNet without one, whose regions are that.
     """
+    architecture, _, encoder = name.partition(":")
     if name in HRNETS:
-        body = HRNetBody(HRNETS[name], channels, pretrained)
+        body = HRNetBody(name, channels, pretrained)
         dim, stages = body.dim, body.out_channels
+    elif architecture in MMSEG:
+        head = MMSEG[architecture]
+        body = HeadedBody(head, encoder, num_classes, channels, pretrained)
+        dim, stages = body.dim, body.out_channels
+        if head == "ocrnet" and not auxiliary:
+            raise ValueError(
+                f"--auxiliary-weight: expected more than 0, for by it {name} learns its regions; "
+                "mmsegmentation's is 0.4"
+            )
+        auxiliary = auxiliary and head != "ocrnet"
     else:
-        architecture, _, encoder = name.partition(":")
         if name in SEGFORMERS:
             architecture, encoder = "segformer", SEGFORMERS[name]
         if not encoder:
@@ -140,7 +211,7 @@ def build_model(
                 encoder_name=encoder,
                 encoder_weights="imagenet" if pretrained else None,
                 in_channels=channels,
-                **_takes_any_size(architecture, encoder),
+                **_options(architecture, encoder, dropout),
             )
         except KeyError as error:
             raise ValueError(f"model {name!r}: {error}") from None
@@ -149,16 +220,27 @@ def build_model(
         dim, body.segmentation_head = classifier.in_channels, nn.Sequential(*layers)
     if auxiliary and name.startswith("dpt:"):
         raise ValueError(f"--auxiliary-weight: expected 0, {name} has no map for such a head")
-    model = Segmenter(body, int(dim), num_classes, stages[-2] if auxiliary else None)  # pyright: ignore
+    model = Segmenter(
+        body,
+        int(dim),  # pyright: ignore
+        num_classes,
+        stages[-2] if auxiliary else None,
+        dropout,
+    )
+    if classifier_std is not None:
+        model.draw_classifiers(classifier_std)
     if weights:
         load_weights(model, weights)
     return model
 
 
-def _takes_any_size(architecture: str, encoder: str) -> dict[str, bool]:
-    """Options with which networks for a fixed size accept images of any size."""
+def _options(architecture: str, encoder: str, dropout: float) -> dict[str, Any]:
+    """Of smp's networks: what lets those made for one size take images of another, and DeepLab's
+    own dropout off where there is dropout before the classifier."""
     if architecture == "dpt":
         return {"dynamic_img_size": True}
+    if dropout and architecture.startswith("deeplab"):
+        return {"decoder_aspp_dropout": 0.0}
     return {"strict_img_size": False} if encoder.startswith("tu-swin_") else {}
 
 

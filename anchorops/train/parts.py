@@ -102,6 +102,8 @@ def _build_learner(
         pretrained=config.model.pretrained and not from_checkpoint,
         weights=None if from_checkpoint else config.model.weights,
         auxiliary=config.model.auxiliary_weight > 0,
+        dropout=config.model.dropout,
+        classifier_std=config.model.classifier_std,
     )
     regularizer = build_regularizer(
         config.model.methods,
