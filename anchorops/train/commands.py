@@ -9,7 +9,7 @@ try:
 
     from .compare import comparison, load_results
     from .loop import resume, start
-    from .presets import DEMO, PRESETS
+    from .presets import DEMO, PRESETS, with_published_options
     from .ranks import is_first
     from .signals import Interrupted
 except ModuleNotFoundError as error:
@@ -36,7 +36,7 @@ def _train(arguments: Sequence[str]) -> None:
         args=arguments,
         default=default,
     )
-    _show([start(config)])
+    _show([start(with_published_options(preset, config))])
 
 
 def _resume(

@@ -61,44 +61,73 @@ def build_datasets(config: Data, seed: int) -> tuple[Segmentation, Segmentation]
 
 
 class RandomScale(v2.Transform):
-    """Scale to the short side (if given), times a random factor; labels by nearest-neighbour
-    interpolation."""
+    """Scale to the short side, to the long side or until one of both is reached (as they are where
+    neither is given), times a random factor; labels by nearest."""
 
-    def __init__(self, short_side: int | None, scale: tuple[float, float]) -> None:
+    def __init__(
+        self, short_side: int | None, scale: tuple[float, float], long_side: int | None = None
+    ) -> None:
         super().__init__()
-        self.short_side, self.scale = short_side, scale
+        self.sides, self.scale = (short_side, long_side), scale
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.functional.get_size(flat_inputs[0])
         factor = float(torch.empty(1).uniform_(*self.scale))
-        factor *= (self.short_side or min(height, width)) / min(height, width)
+        own = min(height, width), max(height, width)
+        wanted = zip(self.sides, own, strict=True)
+        factor *= min((side / length for side, length in wanted if side is not None), default=1)
         return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return self._call_kernel(v2.functional.resize, inpt, params["size"], antialias=True)
 
 
-class VariedCrop(v2.RandomCrop):
-    """A random crop, padded if the image is smaller. If a single class has `cat_max_ratio` of the
-    valid pixels or more, the crop is drawn again, up to ten times (mmsegmentation's RandomCrop)."""
+class VariedCrop(v2.Transform):
+    """A random crop, the whole side where the image is smaller; one in which a single class has
+    `cat_max_ratio` of the valid pixels or more is drawn again, up to ten times (mmsegmentation's
+    RandomCrop)."""
 
     def __init__(self, size: Sequence[int], cat_max_ratio: float) -> None:
-        fill: Any = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
-        super().__init__(size, pad_if_needed=True, fill=fill)
-        self.cat_max_ratio = cat_max_ratio
+        super().__init__()
+        self.size, self.cat_max_ratio = size, cat_max_ratio
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        params = super().make_params(flat_inputs)
-        if self.cat_max_ratio == 1:
-            return params
-        (mask,) = (x for x in flat_inputs if isinstance(x, tv_tensors.Mask))
-        for _ in range(RETRIES):
-            labels = self.transform(mask, params).flatten()
-            counts = torch.bincount(labels[labels != IGNORED], minlength=1)
-            if counts.max() < self.cat_max_ratio * counts.sum():
+        sides = v2.functional.get_size(flat_inputs[0])
+        lengths = [min(pair) for pair in zip(self.size, sides, strict=True)]
+        params = {}
+        for _ in range(1 + RETRIES):
+            top, left = (
+                int(torch.randint(side - length + 1, ()))
+                for side, length in zip(sides, lengths, strict=True)
+            )
+            params = {"top": top, "left": left, "height": lengths[0], "width": lengths[1]}
+            if self.cat_max_ratio == 1 or self._varied(flat_inputs, params):
                 break
-            params = super().make_params(flat_inputs)
         return params
+
+    def _varied(self, flat_inputs: list[Any], params: dict[str, Any]) -> bool:
+        (mask,) = (x for x in flat_inputs if isinstance(x, tv_tensors.Mask))
+        labels = self.transform(mask, params).flatten()
+        counts = torch.bincount(labels[labels != IGNORED], minlength=1)
+        return bool(counts.max() < self.cat_max_ratio * counts.sum())
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(v2.functional.crop, inpt, **params)
+
+
+class Pad(v2.Transform):
+    """Pad to a size, below and at the right: normalised images with 0, their mean, masks with
+    ignored pixels (mmsegmentation's Pad)."""
+
+    def __init__(self, size: Sequence[int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        height, width = v2.functional.get_size(inpt)
+        padding = [0, 0, max(0, self.size[1] - width), max(0, self.size[0] - height)]
+        value = IGNORED if isinstance(inpt, tv_tensors.Mask) else 0
+        return self._call_kernel(v2.functional.pad, inpt, padding, fill=value)
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):
@@ -121,10 +150,10 @@ def normalize(channels: int) -> v2.Transform:
 
 
 def augmentation(config: Data, channels: int) -> v2.Transform:
-    """The augmentation, in the papers' order: scale, crop, flip, photometric distortion."""
+    """The papers' order: scale, crop, flip, photometric distortion, normalisation, padding."""
     steps: list[v2.Transform] = []
     if config.dataset != "digits":
-        steps.append(RandomScale(config.short_side, config.scale))
+        steps.append(RandomScale(config.short_side, config.scale, config.long_side))
         steps.append(VariedCrop(config.crop, config.cat_max_ratio))
     if config.flip:
         steps.append(v2.RandomHorizontalFlip())
@@ -132,12 +161,13 @@ def augmentation(config: Data, channels: int) -> v2.Transform:
         if channels != 3:
             raise ValueError(f"--photometric: expected images of 3 channels, got {channels}")
         steps.append(PhotometricDistort())
-    return v2.Compose([*steps, normalize(channels)])
+    return v2.Compose([*steps, normalize(channels), Pad(config.crop)])
 
 
 def evaluation_transform(config: Data, channels: int) -> v2.Transform:
-    """Only the image is scaled to the short side; its labels do not change."""
-    scale = [RandomScale(config.short_side, (1.0, 1.0))] if config.short_side else []
+    """The image alone, scaled to the short or the long side; its labels stay as they are."""
+    scaled = config.short_side or config.long_side
+    scale = [RandomScale(config.short_side, (1.0, 1.0), config.long_side)] if scaled else []
     return v2.Compose([*scale, normalize(channels)])
 
 
