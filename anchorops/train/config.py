@@ -109,8 +109,9 @@ class Model:
     """A named set of arguments of the methods. published: their defaults. from-scratch: smaller
     weights of OCCL and CeCo, for training from random weights."""
     method_options: dict[str, str] = field(default_factory=dict)
-    """Additional arguments of the methods, which override those of the setting, as METHOD.ARGUMENT
-    VALUE pairs: sar.momentum 0.99 occl.split images."""
+    """Further arguments of the methods, which go before those of the setting, as METHOD.ARGUMENT
+    VALUE pairs: sar.momentum 0.99 occl.split images. @FILE.npy, an array [K, D] of numpy.save, for
+    sar.anchors, cr.anchors and cbp.init; the run keeps a copy."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,15 @@ class Config:
     def anywhere(self) -> "Config":
         """A copy with absolute paths, which can be used from any working directory."""
         root, weights = self.data.root, self.model.weights
-        return self.replace(root=root and root.absolute(), weights=weights and weights.absolute())
+        options = {
+            option: f"@{Path(text[1:]).absolute()}" if text.startswith("@") else text
+            for option, text in self.model.method_options.items()
+        }
+        return self.replace(
+            root=root and root.absolute(),
+            weights=weights and weights.absolute(),
+            method_options=options,
+        )
 
     @property
     def settings(self) -> dict[str, Any]:

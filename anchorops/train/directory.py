@@ -11,23 +11,25 @@ from pathlib import Path
 
 from .checkpoint import CHECKPOINT, PART, latest_checkpoint
 from .config import Config
+from .vectors import PREFIX, given_vectors, keep_vectors
 
 MARKER = ".anchorops-run"
 CONFIG = "config.json"
 # the files that a run writes, in addition to its marker; it does not own any other file
 WRITTEN = re.compile(
     r"(config\.json|metrics\.jsonl|results\.json|predictions\.png|report\.html|best\.pt"
-    rf"|{CHECKPOINT.pattern})({re.escape(PART)})?|events\.out\.tfevents\..+"
+    rf"|{PREFIX}.+\.npy|{CHECKPOINT.pattern})({re.escape(PART)})?|events\.out\.tfevents\..+"
 )
 
 
 @contextmanager
 def new_run(config: Config) -> Iterator[None]:
-    """Creates the directory of a run, with its marker and config.json, and locks it. With
-    --overwrite the files of an earlier run there are removed, and no others.
+    """Makes the directory of a run, with its marker, config.json and copies of the methods'
+    vectors, and keeps others out of it. An earlier run there is removed with --overwrite, and only
+    what it wrote.
 
-    Raises ValueError for an invalid --name, if there is an earlier run, and if there are files but
-    no marker.
+    Raises ValueError for a --name that is no name, where there is an earlier run, where there are
+    files without a marker, and for vectors that cannot be read.
     """
     _check_name(config.running.name)
     run = config.run
@@ -40,8 +42,10 @@ def new_run(config: Config) -> Iterator[None]:
         )
     run.mkdir(parents=True, exist_ok=True)
     with held(run):
+        vectors = given_vectors(config)  # perhaps from the run that is about to go
         _make_way(run, overwrite=config.running.overwrite)
         config.save(run / CONFIG)
+        keep_vectors(run, vectors)
         yield
 
 
@@ -77,7 +81,7 @@ def _offer(run: Path) -> str:
 def _make_way(run: Path, *, overwrite: bool) -> None:
     found = sorted(run.iterdir())
     own = [path for path in found if WRITTEN.fullmatch(path.name) and path.is_file()]
-    if all(path.name.removesuffix(PART) == CONFIG for path in own):
+    if all(path.name.startswith((CONFIG, PREFIX)) for path in own):
         return  # a start that failed
     if not overwrite:
         raise ValueError(

@@ -4,6 +4,7 @@ import ast
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ import anchorops as ao
 from ..losses import PixelLoss, Regularizer
 from .config import IGNORED, Optimization
 from .models import Segmenter
+from .vectors import read_vectors
 
 CLASSES = {"cr": "SAR", "sar": "SAR", "cbp": "CBP", "occl": "OCCL", "ceco": "CeCo", "mvsc": "MVSC"}
+VECTORS = ("sar.anchors", "cr.anchors", "cbp.init")  # arguments that are [K, D]
 
 
 def class_weights(kind: str, frequencies: Tensor) -> Tensor | None:
@@ -56,9 +59,10 @@ def build_regularizer(
 ) -> Regularizer | None:
     """The methods as one regulariser, or None if there are none.
 
-    options: {"sar.momentum": "0.99"}; values are written as in Python, any other is a string.
-    prior: [K], the share of the training images that contain each class, for CeCo.
-    Raises ValueError for an option that no chosen method has.
+    options: {"sar.momentum": "0.99"}; values as in Python, anything else is a string; for the
+        arguments that take vectors [K, D] (SAR's and CR's anchors, CBP's init) also "@FILE.npy".
+    prior: [K], share of training images that contain each class, for CeCo.
+    Raises ValueError for an option that no chosen method has, and for a file that does not fit.
     """
     arguments: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for option, text in options.items():
@@ -73,6 +77,9 @@ def build_regularizer(
             raise ValueError(
                 f"--method-options {option}: {method} has {', '.join(list(known)[2:])}"
             )
+        if text.startswith("@"):
+            arguments[method][argument] = _vectors(option, Path(text[1:]), num_classes, dim)
+            continue
         try:
             arguments[method][argument] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -91,6 +98,21 @@ def build_regularizer(
     except TypeError as error:
         raise ValueError(f"--method-options: a value of the wrong type: {error}") from error
     return ao.Combined(*regularizers) if len(regularizers) > 1 else next(iter(regularizers), None)
+
+
+def _vectors(option: str, path: Path, num_classes: int, dim: int) -> Tensor:
+    if option not in VECTORS:
+        raise ValueError(
+            f"--method-options {option}: expected no file; those that take one are "
+            f"{', '.join(VECTORS)}"
+        )
+    vectors = read_vectors(option, path)
+    if vectors.shape != (num_classes, dim):
+        raise ValueError(
+            f"--method-options {option}: {path}: expected a row of {dim} numbers (the features' "
+            f"channels) for each of {num_classes} classes, got shape {tuple(vectors.shape)}"
+        )
+    return vectors
 
 
 class Learner(nn.Module):

@@ -13,6 +13,7 @@ from .learner import Learner, build_loss, build_regularizer, class_weights
 from .models import Segmenter, build_model
 from .ranks import Ranks
 from .settings import setting_options
+from .vectors import with_copies
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _build_learner(
     )
     regularizer = build_regularizer(
         config.model.methods,
-        setting_options(config.model.setting, config.model.methods) | config.model.method_options,
+        setting_options(config.model.setting, config.model.methods) | with_copies(config),
         num_classes,
         model.classifier.in_channels,
         prior=prior,

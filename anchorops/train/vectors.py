@@ -1,0 +1,69 @@
+"""Vectors for the methods from files: `--method-options sar.anchors @clip.npy`.
+
+A run keeps a copy in its directory and reads nothing else: resuming does not depend on the file.
+"""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checkpoint import save_atomically
+from .config import Config
+
+PREFIX = "vectors-"  # of a copy's name, before METHOD.ARGUMENT.npy
+
+
+def vector_files(options: Mapping[str, str]) -> dict[str, Path]:
+    """The options whose value is @FILE, and their files."""
+    return {option: Path(text[1:]) for option, text in options.items() if text.startswith("@")}
+
+
+def given_vectors(config: Config) -> dict[str, Tensor]:
+    """By option. Raises ValueError where a file cannot be read."""
+    files = vector_files(config.model.method_options)
+    return {option: read_vectors(option, path) for option, path in files.items()}
+
+
+def keep_vectors(run: Path, vectors: Mapping[str, Tensor]) -> None:
+    """Write the copies into the run's directory."""
+    for option, rows in vectors.items():
+        file = io.BytesIO()
+        np.save(file, rows.numpy())
+        save_atomically(file.getvalue(), _copy(run, option))
+
+
+def with_copies(config: Config) -> dict[str, str]:
+    """The options of the methods, with the copies instead of the files."""
+    options = config.model.method_options
+    copies = {option: f"@{_copy(config.run, option)}" for option in vector_files(options)}
+    return {**options, **copies}
+
+
+def _copy(run: Path, option: str) -> Path:
+    return run / f"{PREFIX}{option}.npy"
+
+
+def read_vectors(option: str, path: Path) -> Tensor:
+    """float32 [K, D] from a file of numpy.save. Raises ValueError, naming option and file, where it
+    holds anything but finite floating numbers in two dimensions; it never runs code."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"--method-options {option}: {path} cannot be read: {error}") from error
+    if not isinstance(array, np.ndarray):  # of an .npz
+        array.close()
+        found = "several arrays"
+    elif array.dtype.kind != "f" or array.ndim != 2:
+        found = f"{array.dtype} of shape {array.shape}"
+    elif not np.isfinite(array).all():
+        found = "NaN or infinity"
+    else:
+        return torch.from_numpy(array.astype(np.float32))
+    raise ValueError(
+        f"--method-options {option}: {path}: expected one array [K, D] of finite floating numbers "
+        f"(numpy.save), got {found}"
+    )
