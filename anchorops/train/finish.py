@@ -7,6 +7,7 @@ from typing import Any
 
 from .analysis import Features, collect_features
 from .checkpoint import save_atomically
+from .complexity import measure_complexity
 from .cost import cost_of_regularizer
 from .data import evaluation_transform
 from .journal import attempt, peak_memory_mb
@@ -31,9 +32,12 @@ def finish(parts: Parts, progress: Progress, summary: dict[str, Any]) -> dict[st
     if not parts.ranks.first:
         return results
     picture = attempt("predictions.png", lambda: _save_predictions(parts, results))
+    size = attempt("size and speed of the network", lambda: measure_complexity(parts))
     features = attempt("the picture of the features", lambda: _collect_features(parts))
     weight = parts.model.classifier.weight.detach().flatten(1).cpu()
-    attempt("report.html", lambda: write_report(run, results, picture, features, weight, costs))
+    attempt(
+        "report.html", lambda: write_report(run, results, picture, features, weight, costs, size)
+    )
     return results
 
 

@@ -21,6 +21,7 @@ from ..plots import (
 from .analysis import Features
 from .checkpoint import save_atomically
 from .compare import comparison
+from .complexity import Complexity
 from .config import IGNORED
 from .cost import Cost
 from .directory import CONFIG
@@ -59,6 +60,7 @@ def write_report(
     features: Features | None,
     classifier: Tensor,
     costs: tuple[Cost, Cost] | None,
+    complexity: Complexity | None,
 ) -> None:
     """Write report.html into the run's directory. A section that fails is omitted, with a message.
 
@@ -67,7 +69,8 @@ def write_report(
         predictions: a picture, or None.
         features: of the validation split, or None.
         classifier: weight [K, D].
-        costs: without and with the regulariser, or None.
+        costs: without and with the regulariser, None where there is none.
+        complexity: of the network, None where it could not be measured.
     """
     classes, summary = results["classes"], comparison([results])
     sections: dict[str, Callable[[], str]] = {"": lambda: _headline(results)}
@@ -83,6 +86,8 @@ def write_report(
         sections |= _of_features(features, classifier, classes)
     if costs:
         sections["Cost of the regulariser"] = lambda: _cost_table(costs)
+    if complexity:
+        sections["Size and speed of the network"] = lambda: _complexity_table(complexity)
     sections["Summary"] = lambda: f"<pre>{html.escape(summary)}</pre>"
     sections["Configuration"] = lambda: f"<pre>{html.escape((run / CONFIG).read_text())}</pre>"
     made = {title: attempt(f"report.html: {title}", make) for title, make in sections.items()}
@@ -171,6 +176,19 @@ def _cost_table(costs: tuple[Cost, Cost]) -> str:
     ]
     header = ["one forward and backward", "ms (median)", "", "GPU memory, MB"]
     return _table(header, rows)
+
+
+def _complexity_table(complexity: Complexity) -> str:
+    parameters, trained, (height, width), flops, frames_per_second = complexity
+    rows = [
+        ["parameters, M", f"{parameters / 1e6:.2f}"],
+        ["with what is for training only, M", f"{trained / 1e6:.2f}"],
+        [f"FLOPs of an image {height}×{width}, G", f"{flops / 1e9:.3g}"],
+        ["half of it: multiplications with their addition, G", f"{flops / 2e9:.3g}"],
+        [f"images {height}×{width} per second, one by one", f"{frames_per_second:.3g}"],
+    ]
+    note = "Papers mostly print the multiplications, and call them FLOPs."
+    return f"{_table(['prediction', ''], rows)}<p>{note}</p>"
 
 
 def _image(png: bytes) -> str:
