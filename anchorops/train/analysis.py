@@ -32,6 +32,16 @@ def _resized(labels: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest")[:, 0].long()
 
 
+def features_and_labels(
+    model: Segmenter, images: Tensor, labels: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Features float32 (B, D, h, w) of images seen whole, and their labels as `class_moments` takes
+    them: at the padded images' size."""
+    labels = _resized(labels.to(device), images.shape[2:])
+    features = model.body(pad_to_multiple(images.to(device)))
+    return features.float(), pad_to_multiple(labels, IGNORED)
+
+
 @torch.inference_mode()
 def collect_features(
     model: Segmenter,
@@ -48,16 +58,14 @@ def collect_features(
     quota = SAMPLES // num_classes
     taken = torch.zeros(num_classes, dtype=torch.int64)
     for images, labels in batches:
-        labels = _resized(labels.to(device), images.shape[2:])
-        labels = pad_to_multiple(labels, IGNORED)
-        images = pad_to_multiple(images.to(device))
-        features = model.body(images).float()
+        features, labels = features_and_labels(model, images, labels, device)
         moments = ao.class_moments(features, labels, num_classes, ignore_index=IGNORED)
         sums = moments.sums if sums is None else sums + moments.sums
         counts += moments.counts.cpu()
         pixels = features.flatten(2).transpose(1, 2).flatten(0, 1)
         keys = _resized(labels, features.shape[2:]).flatten(1)
-        example = example or (images[0].cpu(), features[0].cpu(), keys[0].cpu())
+        image = pad_to_multiple(images[0])
+        example = example or (image, features[0].cpu(), keys[0].cpu())
         keys = keys.flatten()
         for k in torch.nonzero(taken < quota).flatten().tolist():
             found = torch.nonzero(keys == k).flatten()

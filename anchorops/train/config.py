@@ -16,7 +16,8 @@ from .settings import PUBLISHED, SETTINGS, setting_options
 # options that do not affect the results
 OF_ONE_RUN = (
     *("out", "name", "overwrite", "seed", "device", "threads", "workers"),
-    *("save_every", "log_every", "gradient_ratio_every", "tensorboard", "eval_batch_size"),
+    *("save_every", "log_every", "gradient_ratio_every", "collapse_images", "tensorboard"),
+    "eval_batch_size",
 )
 IGNORED = -1  # the label of ignored pixels: never a class, for any number of classes
 LARGEST = 2**31 - 1
@@ -183,7 +184,11 @@ class Running:
     eval_batch_size: int = 1
     """Images per pass of an evaluation; with more than 1, all images must have the same size."""
     eval_every: int = 0
-    """Steps between evaluations; 0: only at the end."""
+    """Steps between evaluations; 0: at the end only."""
+    collapse_images: int = 0
+    """Validation images, seen whole at each evaluation, on which neural collapse is measured: how
+    equal and how wide the angles are between class centroids and between the classifier's rows.
+    0: not measured."""
     patience: int | None = None
     """Stop after this number of evaluations without a better mIoU."""
     save_every: int = 500
@@ -213,8 +218,8 @@ class Config:
             1: "steps batch_size accumulate save_every log_every eval_batch_size threads patience "
             "short_side long_side ohem_kept train_images val_images channels",
             0: "workers warmup eval_every power lr weight_decay head_lr_factor "
-            "regularizer_lr_factor auxiliary_weight focal_gamma dropout gradient_ratio_every zipf "
-            "data_seed",
+            "regularizer_lr_factor auxiliary_weight focal_gamma dropout gradient_ratio_every "
+            "collapse_images zipf data_seed",
         }
         options = {
             name: value

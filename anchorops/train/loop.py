@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import latest_checkpoint, save_atomically
+from .collapse import collapse_measures
 from .config import Config
 from .data import BatchSampler, Draws, mixed_seed, training_loader
 from .directory import CONFIG, held, new_run
@@ -256,7 +257,10 @@ class _Run:
     def _evaluate(self, journal: Journal, signals: StopSignals) -> dict[str, Any]:
         summary, progress = self._measure(signals), self.progress
         known = {k: v for k, v in summary.items() if isinstance(v, int | float)}
-        journal.record(progress.step, {f"val_{name}": value for name, value in known.items()})
+        values = {f"val_{name}": value for name, value in known.items()}
+        if self.config.running.collapse_images:
+            values |= collapse_measures(self.parts, summary["classes"])
+        journal.record(progress.step, values)
         journal.write(f"step {progress.step}: mIoU {100 * summary['miou']:.1f} %")
         progress.evaluated = progress.step
         progress.stale += 1

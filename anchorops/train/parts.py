@@ -24,6 +24,8 @@ class Parts:
     validation_set: Segmentation
     frequencies: Tensor
     """float64 [K], each class's share of the training pixels."""
+    prior: Tensor
+    """float32 [K], of the training images that contain each class, with sum 1: CeCo's π."""
     learner: Learner
     """On its device; not wrapped for several ranks."""
     layout: torch.memory_format
@@ -69,16 +71,17 @@ def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool) -> Parts
     if absent:
         _say(ranks, f"no training pixels: {', '.join(absent)}")
     frequencies = training.pixels / training.pixels.sum()
+    prior = training.images / training.images.sum().clamp(min=1)
     layout = torch.channels_last if running.channels_last else torch.preserve_format
     learner = _build_learner(
         config,
         splits[0],
         frequencies=frequencies,
-        prior=training.images / training.images.sum().clamp(min=1),
+        prior=prior,
         from_checkpoint=from_checkpoint,
     ).to(ranks.device)
     learner.to(memory_format=layout)  # pyright: ignore
-    return Parts(config, ranks, *splits, frequencies, learner, layout)
+    return Parts(config, ranks, *splits, frequencies, prior, learner, layout)
 
 
 def _say(ranks: Ranks, *lines: str) -> None:

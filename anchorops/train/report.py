@@ -20,9 +20,18 @@ from ..plots import (
 )
 from .analysis import Features
 from .checkpoint import save_atomically
+from .collapse import (
+    ACCURACY_AND_IMAGES,
+    ACCURACY_AND_PIXELS,
+    CENTROIDS,
+    CLASSIFIER,
+    COLLAPSE,
+    EQUIANGULARITY,
+    MAXIMAL_ANGLE,
+)
 from .compare import comparison
 from .complexity import Complexity
-from .config import IGNORED
+from .config import IGNORED, Config
 from .cost import Cost
 from .directory import CONFIG
 from .journal import METRICS, RATIO, attempt, read_metrics
@@ -82,6 +91,8 @@ def write_report(
         "F1 by frequency": lambda: _png(_f1_by_frequency(results["f1_by_frequency"])),
         f"The {min(RAREST, len(classes))} rarest classes": lambda: _rarest(classes),
     }
+    if Config.load(run / CONFIG).running.collapse_images:
+        sections["Neural collapse"] = lambda: _png(_collapse(read_metrics(run / METRICS)))
     if features:
         sections |= _of_features(features, classifier, classes)
     if costs:
@@ -211,7 +222,7 @@ def _curves(metrics: list[dict[str, Any]]) -> Figure:
             panels[ratios].append(name)
         elif name in IOUS:
             panels[ious].append(name)
-        elif name not in NOT_CURVES and not name.startswith("val_"):
+        elif name not in (*NOT_CURVES, *COLLAPSE) and not name.startswith("val_"):
             panels[terms].append(name)
     panels = {title: names for title, names in panels.items() if names}
     figure = Figure(figsize=(max(8, 3 * len(panels)), 3), layout="constrained")
@@ -226,6 +237,31 @@ def _curves(metrics: list[dict[str, Any]]) -> Figure:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _collapse(metrics: list[dict[str, Any]]) -> Figure:
+    """CeCo's Figs. 2, 5 and 7, over the steps."""
+    panels = {
+        "Std of cosines (Fig. 2)": {f"{x}.{EQUIANGULARITY}": x for x in (CENTROIDS, CLASSIFIER)},
+        "mean |cosine + 1/(K − 1)| (Fig. 5)": {
+            f"{x}.{MAXIMAL_ANGLE}": x for x in (CENTROIDS, CLASSIFIER)
+        },
+        "correlation of accuracy (Fig. 7)": {
+            ACCURACY_AND_PIXELS: "with training pixels",
+            ACCURACY_AND_IMAGES: "with training images",
+        },
+    }
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name, label in names.items():
+            line = [(m["step"], m[name]) for m in metrics if name in m]
+            if line:
+                axis.plot(*zip(*line, strict=True), label=label, linewidth=1.2, marker=".")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     return figure

@@ -1,0 +1,78 @@
+"""CeCo's measures of neural collapse during training."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import anchorops as ao
+from anchorops.train.collapse import COLLAPSE, collapse_measures
+from anchorops.train.config import IGNORED
+from anchorops.train.loop import resume, start
+from anchorops.train.parts import build_parts
+from anchorops.train.presets import DIGITS
+from anchorops.train.ranks import start_ranks
+
+TINY = DIGITS.replace(
+    crop=(32, 64),
+    train_images=8,
+    val_images=4,
+    batch_size=2,
+    eval_batch_size=2,
+    steps=4,
+    eval_every=2,
+    save_every=2,
+    device="cpu",
+)
+
+
+def test_measures():
+    """Of the first two of four images, from the features directly."""
+    parts = build_parts(TINY.replace(collapse_images=2), start_ranks("cpu"), from_checkpoint=True)
+    classes = [{"accuracy": x} for x in (0.9, None, *(0.1 * k for k in range(9)))]
+    found = collapse_measures(parts, classes)
+    assert found.keys() == set(COLLAPSE) and parts.model.training
+    images, labels = zip(*(parts.validation_set[i] for i in range(2)), strict=True)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
+    with torch.no_grad():
+        features = parts.model.eval().body((torch.stack(images) / 255 - mean) / std)
+    centroids, counts = ao.class_centroids(
+        features, torch.stack(labels).long(), 11, ignore_index=IGNORED
+    )
+    centered = centroids[counts > 0] - centroids[counts > 0].mean(0)
+    i, j = torch.triu_indices(len(centered), len(centered), 1)
+    cosines = torch.cosine_similarity(centered[i], centered[j])
+    assert found["centroids.equiangularity"] == pytest.approx(
+        float(cosines.std(correction=0)), 1e-3
+    )
+    expected = float((cosines + 1 / (len(centered) - 1)).abs().mean())
+    assert found["centroids.maximal_angle"] == pytest.approx(expected, 1e-3)
+    known = [k for k in range(11) if classes[k]["accuracy"] is not None]
+    accuracy = torch.tensor([classes[k]["accuracy"] for k in known]).double()
+    for name, counted in (("pixels", parts.frequencies), ("images", parts.prior)):
+        pair = torch.stack([accuracy, counted[known].double()])
+        expected = float(torch.corrcoef(pair)[0, 1])
+        assert found[f"accuracy_and_{name}"] == pytest.approx(expected, 1e-6)
+
+
+def test_curves_in_journal_and_report(tmp_path: Path):
+    """They change nothing else, and a run that is resumed measures what it would have."""
+    with_measures, without = (
+        TINY.replace(out=tmp_path, name=f"run-{count}", collapse_images=count) for count in (3, 0)
+    )
+    assert start(with_measures)["miou"] == start(without)["miou"]
+    run = with_measures.run
+
+    def lines() -> list[dict]:
+        text = (run / "metrics.jsonl").read_text()
+        return [line for line in map(json.loads, text.splitlines()) if "val_miou" in line]
+
+    straight = lines()
+    assert [line["step"] for line in straight] == [2, 4]
+    assert all(set(COLLAPSE) >= line.keys() & set(COLLAPSE) != set() for line in straight)
+    assert "<h2>Neural collapse</h2>" in (run / "report.html").read_text()
+    assert "<h2>Neural collapse</h2>" not in (without.run / "report.html").read_text()
+    (run / "checkpoint-00000004.pt").unlink()
+    resume(run)
+    assert lines() == straight
