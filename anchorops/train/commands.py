@@ -8,6 +8,7 @@ try:
     import tyro
 
     from .compare import comparison, load_results
+    from .dependency import class_dependency
     from .loop import resume, start
     from .presets import DEMO, PRESETS, with_published_options
     from .ranks import is_first
@@ -52,11 +53,19 @@ def _resume(
     _show([resume(run, root=root, allow_other_ranks=allow_other_ranks)])
 
 
-def _compare(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
-    """Compare finished runs: mean ± standard deviation over seeds."""
+def _compare(runs: tyro.conf.Positional[tuple[Path, ...]], dependency: bool = False) -> None:
+    """Put finished runs beside each other: mean ± standard deviation over seeds.
+
+    Args:
+        runs: their directories.
+        dependency: also how the classes' vectors depend on each other, and whether the seeds agree
+            in that (SAR's Fig. 1).
+    """
     if not runs:
         raise ValueError("compare: expected the directories of finished runs, got none")
     print(comparison([load_results(run) for run in runs]))
+    if dependency:
+        print(f"\n{class_dependency(runs)}")
 
 
 def _demo(

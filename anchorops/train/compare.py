@@ -26,16 +26,11 @@ def load_results(run: Path) -> dict[str, Any]:
 
 def comparison(results: Sequence[dict[str, Any]]) -> str:
     """A table with a row for each data set, network and methods: mean ± standard deviation in %
-    over the seeds. Runs that differ in other settings (if "settings" is given) have separate rows,
-    which show these settings."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for result in results:
-        dataset, model, methods = (result[name] for name in NAMES)
-        key = dataset, model, f"{methods} {_differing(result, results)}".rstrip()
-        groups.setdefault(key, []).append(result)
+    over the seeds. Runs whose other settings ("settings", where given) differ have their own rows,
+    and these settings in them."""
     header = ["data", "network", "methods", "seeds", *MEASURES, "M params", "s/step", "GPU MB"]
     rows = [header]
-    for key, runs in groups.items():
+    for key, runs in grouped(results).items():
         rows.append(
             [
                 *key,
@@ -46,10 +41,27 @@ def comparison(results: Sequence[dict[str, Any]]) -> str:
                 _mean([run["gpu_memory_mb"] for run in runs], "{:.0f}"),
             ]
         )
+    return text_table(rows, words=len(NAMES))
+
+
+def grouped(results: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    """Repetitions of a run, which differ in their seeds, by data set, network and methods; the last
+    one with the settings, where given, in which these differ from others of the same names."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        dataset, model, methods = (result[name] for name in NAMES)
+        key = dataset, model, f"{methods} {_differing(result, results)}".rstrip()
+        groups.setdefault(key, []).append(result)
+    return groups
+
+
+def text_table(rows: Sequence[Sequence[str]], *, words: int) -> str:
+    """Aligned columns, of which the first `words` hold words and the others numbers, under the
+    first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if column < len(NAMES) else cell.rjust(width)
+            cell.ljust(width) if column < words else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows

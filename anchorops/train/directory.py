@@ -18,7 +18,7 @@ CONFIG = "config.json"
 # the files that a run writes, in addition to its marker; it does not own any other file
 WRITTEN = re.compile(
     r"(config\.json|metrics\.jsonl|results\.json|predictions\.png|report\.html|best\.pt"
-    rf"|{PREFIX}.+\.npy|{CHECKPOINT.pattern})({re.escape(PART)})?|events\.out\.tfevents\..+"
+    rf"|centroids\.npz|{PREFIX}.+\.npy|{CHECKPOINT.pattern})({re.escape(PART)})?|events\.out\.tfevents\..+"
 )
 
 

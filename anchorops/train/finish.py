@@ -10,6 +10,8 @@ from .checkpoint import save_atomically
 from .complexity import measure_complexity
 from .cost import cost_of_regularizer
 from .data import evaluation_transform
+from .dependency import FILE as DEPENDENCY
+from .dependency import save_centroids
 from .journal import attempt, peak_memory_mb
 from .parts import Parts
 from .pictures import choose_images, draw_predictions
@@ -34,6 +36,8 @@ def finish(parts: Parts, progress: Progress, summary: dict[str, Any]) -> dict[st
     picture = attempt("predictions.png", lambda: _save_predictions(parts, results))
     size = attempt("size and speed of the network", lambda: measure_complexity(parts))
     features = attempt("the picture of the features", lambda: _collect_features(parts))
+    if features:
+        attempt(DEPENDENCY, lambda: save_centroids(run, features, parts.learner.regularizer))
     weight = parts.model.classifier.weight.detach().flatten(1).cpu()
     attempt(
         "report.html", lambda: write_report(run, results, picture, features, weight, costs, size)

@@ -136,6 +136,10 @@ class Learner(nn.Module):
         self.auxiliary_loss.accuracy = False
         self.attachment = None if regularizer is None else ao.attach(model, regularizer)
 
+    @property
+    def regularizer(self) -> Regularizer | None:
+        return None if self.attachment is None else self.attachment.regularizer
+
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.pixel_loss(self.model(images), labels)
         terms = dict(self.pixel_loss.terms)

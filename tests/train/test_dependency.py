@@ -1,0 +1,86 @@
+"""Class dependency across seeds."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import anchorops as ao
+from anchorops.train.analysis import Features
+from anchorops.train.commands import main
+from anchorops.train.dependency import class_dependency, save_centroids
+from anchorops.train.loop import start
+from anchorops.train.presets import DIGITS
+
+
+def finished(out: Path, methods: tuple[str, ...], seed: int) -> Path:
+    """As a run leaves it, as far as it matters here."""
+    config = DIGITS.replace(methods=methods, seed=seed, out=out)
+    config.run.mkdir(parents=True)
+    config.save(config.run / "config.json")
+    (config.run / "results.json").write_text(
+        f'{{"dataset": "digits", "model": "m", "methods": "{"+".join(methods)}"}}'
+    )
+    return config.run
+
+
+def test_strength_and_agreement_by_hand(tmp_path: Path):
+    """Of the classes that both runs have seen: the first four of five. Anchors where all have
+    them."""
+    rows = np.random.default_rng(0).normal(size=(2, 5, 8))
+    runs = [finished(tmp_path, ("sar",), seed) for seed in range(2)]
+    for run, centroids, last in zip(runs, rows, (7, 0), strict=True):
+        np.savez(
+            run / "centroids.npz", centroids=centroids, counts=[5, 5, 5, 5, last], anchors=rows[0]
+        )
+    cosines = []
+    for centroids in rows[:, :4]:
+        unit = centroids - centroids.mean(0)
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        cosines.append((unit @ unit.T)[np.triu_indices(4, 1)])
+    strengths = [abs(x).mean() for x in cosines]
+    _, _, centroids, anchors = (line.split() for line in class_dependency(runs).splitlines())
+    assert centroids[:6] == ["digits", "m", "sar", "class", "centroids", "2"]
+    assert float(centroids[6]) == pytest.approx(np.mean(strengths), abs=6e-4)
+    assert float(centroids[8]) == pytest.approx(np.std(strengths, ddof=1), abs=6e-4)
+    assert float(centroids[9]) == pytest.approx(np.corrcoef(*cosines)[0, 1], abs=6e-4)
+    assert anchors[3:6] == ["semantic", "anchors", "2"] and anchors[8:] == ["0.000", "1.000"]
+
+
+def test_seeds_that_agree(tmp_path: Path):
+    """A rotation changes no cosine."""
+    generator = np.random.default_rng(0)
+    rows, rotation = generator.normal(size=(5, 8)), np.linalg.qr(generator.normal(size=(8, 8)))[0]
+    runs = [finished(tmp_path, (), seed) for seed in range(2)]
+    for run, centroids in zip(runs, (rows, rows @ rotation), strict=True):
+        np.savez(run / "centroids.npz", centroids=centroids, counts=np.ones(5, int))
+    assert class_dependency(runs).splitlines()[-1].split()[-1] == "1.000"
+    assert class_dependency(runs[:1]).splitlines()[-1].split()[-1] == "–"
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_anchors_are_kept_once_every_class_has_one(started: bool, tmp_path: Path):
+    sar = ao.SAR(3, 4)
+    sar.semantic_anchors += torch.ones(3, 4)
+    sar.semantic_anchors[0] *= started
+    zeros = torch.zeros(3, 4)
+    features = Features(zeros, torch.ones(3), (zeros, zeros[:, 0]), (zeros, zeros, zeros))
+    save_centroids(tmp_path, features, ao.Combined(ao.OCCL(3, 4), sar))
+    with np.load(tmp_path / "centroids.npz") as arrays:
+        expected = {"centroids", "counts", "anchors"} if started else {"centroids", "counts"}
+        assert set(arrays.files) == expected
+
+
+def test_from_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tiny = DIGITS.replace(crop=(32, 64), train_images=8, val_images=4, batch_size=2, steps=1)
+    run = tiny.replace(eval_batch_size=2, device="cpu", out=tmp_path, name="run")
+    start(run)
+    with np.load(run.run / "centroids.npz") as arrays:
+        assert arrays["centroids"].shape == (11, 240) and arrays["counts"].sum() > 0
+    main(["compare", str(run.run), "--dependency"])
+    printed = capsys.readouterr().out
+    assert "mIoU" in printed and "agreement" in printed and "class centroids" in printed
+    (run.run / "centroids.npz").unlink()
+    with pytest.raises(SystemExit, match=r"centroids.npz does not exist: .*resume"):
+        main(["compare", str(run.run), "--dependency"])
