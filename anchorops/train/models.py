@@ -185,53 +185,57 @@ def build_model(
     Raises ValueError for an unknown name, where the weights do not fit, for an auxiliary head
     on DPT, whose backbone gives no such map, and for OCRNet without one, whose regions are that.
     """
-    architecture, _, encoder = name.partition(":")
+    architecture, _, backbone = name.partition(":")
+    regions = architecture == "mmseg-ocrnet"
+    if regions and not auxiliary:
+        raise ValueError(
+            f"--auxiliary-weight: expected more than 0, for by it {name} learns its regions; "
+            "mmsegmentation's is 0.4"
+        )
+    if auxiliary and architecture == "dpt":
+        raise ValueError(f"--auxiliary-weight: expected 0, {name} has no map for such a head")
     if name in HRNETS:
         body = HRNetBody(name, channels, pretrained)
         dim, stages = body.dim, body.out_channels
     elif architecture in MMSEG:
-        head = MMSEG[architecture]
-        body = HeadedBody(head, encoder, num_classes, channels, pretrained)
+        body = HeadedBody(MMSEG[architecture], backbone, num_classes, channels, pretrained)
         dim, stages = body.dim, body.out_channels
-        if head == "ocrnet" and not auxiliary:
-            raise ValueError(
-                f"--auxiliary-weight: expected more than 0, for by it {name} learns its regions; "
-                "mmsegmentation's is 0.4"
-            )
-        auxiliary = auxiliary and head != "ocrnet"
     else:
-        if name in SEGFORMERS:
-            architecture, encoder = "segformer", SEGFORMERS[name]
-        if not encoder:
-            known = ", ".join([*HRNETS, *SEGFORMERS])
-            raise ValueError(f"model: expected {known} or ARCHITECTURE:ENCODER, got {name!r}")
-        try:
-            body: Any = smp.create_model(
-                architecture,
-                encoder_name=encoder,
-                encoder_weights="imagenet" if pretrained else None,
-                in_channels=channels,
-                **_options(architecture, encoder, dropout),
-            )
-        except KeyError as error:
-            raise ValueError(f"model {name!r}: {error}") from None
-        stages, head = body.encoder.out_channels, body.segmentation_head
-        *layers, classifier = head.head if architecture == "dpt" else [head[0]]
-        dim, body.segmentation_head = classifier.in_channels, nn.Sequential(*layers)
-    if auxiliary and name.startswith("dpt:"):
-        raise ValueError(f"--auxiliary-weight: expected 0, {name} has no map for such a head")
-    model = Segmenter(
-        body,
-        int(dim),  # pyright: ignore
-        num_classes,
-        stages[-2] if auxiliary else None,
-        dropout,
-    )
+        body, dim, stages = _smp_body(name, channels, pretrained, dropout)
+    auxiliary_dim = stages[-2] if auxiliary and not regions else None
+    model = Segmenter(body, dim, num_classes, auxiliary_dim, dropout)
     if classifier_std is not None:
         model.draw_classifiers(classifier_std)
     if weights:
         load_weights(model, weights)
     return model
+
+
+def _smp_body(
+    name: str, channels: int, pretrained: bool, dropout: float
+) -> tuple[nn.Module, int, Sequence[int]]:
+    """One of segmentation-models-pytorch's networks without its classifier; the channels of its
+    features and of its backbone's maps."""
+    architecture, _, encoder = name.partition(":")
+    if name in SEGFORMERS:
+        architecture, encoder = "segformer", SEGFORMERS[name]
+    if not encoder:
+        known = ", ".join([*HRNETS, *SEGFORMERS])
+        raise ValueError(f"model: expected {known} or ARCHITECTURE:ENCODER, got {name!r}")
+    try:
+        body: Any = smp.create_model(
+            architecture,
+            encoder_name=encoder,
+            encoder_weights="imagenet" if pretrained else None,
+            in_channels=channels,
+            **_options(architecture, encoder, dropout),
+        )
+    except KeyError as error:
+        raise ValueError(f"model {name!r}: {error}") from None
+    head = body.segmentation_head
+    *layers, classifier = head.head if architecture == "dpt" else [head[0]]
+    body.segmentation_head = nn.Sequential(*layers)
+    return body, int(classifier.in_channels), body.encoder.out_channels
 
 
 def _options(architecture: str, encoder: str, dropout: float) -> dict[str, Any]:

@@ -1,20 +1,19 @@
 """CeCo's measures of neural collapse during training."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import TINY, metrics
 
 import anchorops as ao
 from anchorops.train.collapse import COLLAPSE, collapse_measures
 from anchorops.train.config import IGNORED
 from anchorops.train.loop import resume, start
 from anchorops.train.parts import build_parts
-from anchorops.train.presets import DIGITS
 from anchorops.train.ranks import start_ranks
 
-TINY = DIGITS.replace(
+FEW = TINY.replace(
     crop=(32, 64),
     train_images=8,
     val_images=4,
@@ -22,14 +21,13 @@ TINY = DIGITS.replace(
     eval_batch_size=2,
     steps=4,
     eval_every=2,
-    save_every=2,
-    device="cpu",
+    methods=(),
 )
 
 
 def test_measures():
     """Of the first two of four images, from the features directly."""
-    parts = build_parts(TINY.replace(collapse_images=2), start_ranks("cpu"), from_checkpoint=True)
+    parts = build_parts(FEW.replace(collapse_images=2), start_ranks("cpu"), from_checkpoint=True)
     classes = [{"accuracy": x} for x in (0.9, None, *(0.1 * k for k in range(9)))]
     found = collapse_measures(parts, classes)
     assert found.keys() == set(COLLAPSE) and parts.model.training
@@ -59,14 +57,13 @@ def test_measures():
 def test_curves_in_journal_and_report(tmp_path: Path):
     """They change nothing else, and a run that is resumed measures what it would have."""
     with_measures, without = (
-        TINY.replace(out=tmp_path, name=f"run-{count}", collapse_images=count) for count in (3, 0)
+        FEW.replace(out=tmp_path, name=f"run-{count}", collapse_images=count) for count in (3, 0)
     )
     assert start(with_measures)["miou"] == start(without)["miou"]
     run = with_measures.run
 
     def lines() -> list[dict]:
-        text = (run / "metrics.jsonl").read_text()
-        return [line for line in map(json.loads, text.splitlines()) if "val_miou" in line]
+        return [line for line in metrics(run) if "val_miou" in line]
 
     straight = lines()
     assert [line["step"] for line in straight] == [2, 4]

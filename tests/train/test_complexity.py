@@ -4,19 +4,18 @@ import re
 from pathlib import Path
 
 import pytest
+from tiny_runs import TINY
 
 from anchorops.train import complexity
 from anchorops.train.config import Config
 from anchorops.train.loop import start
 from anchorops.train.parts import build_parts
-from anchorops.train.presets import DIGITS
 from anchorops.train.ranks import start_ranks
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    tiny = DIGITS.replace(crop=(32, 64), train_images=8, val_images=2, batch_size=2, steps=1)
-    return tiny.replace(eval_batch_size=2, device="cpu", methods=("sar",), out=tmp_path, name="run")
+    return TINY.replace(crop=(32, 64), steps=1, out=tmp_path, name="run")
 
 
 def test_counts_of_a_network(config: Config, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,6 @@ import anchorops as ao
 from anchorops.train.analysis import Features
 from anchorops.train.commands import main
 from anchorops.train.dependency import class_dependency, save_centroids
-from anchorops.train.loop import start
 from anchorops.train.presets import DIGITS
 
 
@@ -72,15 +71,12 @@ def test_anchors_are_kept_once_every_class_has_one(started: bool, tmp_path: Path
         assert set(arrays.files) == expected
 
 
-def test_from_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    tiny = DIGITS.replace(crop=(32, 64), train_images=8, val_images=4, batch_size=2, steps=1)
-    run = tiny.replace(eval_batch_size=2, device="cpu", out=tmp_path, name="run")
-    start(run)
-    with np.load(run.run / "centroids.npz") as arrays:
+def test_from_a_run(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with np.load(straight / "centroids.npz") as arrays:
         assert arrays["centroids"].shape == (11, 240) and arrays["counts"].sum() > 0
-    main(["compare", str(run.run), "--dependency"])
+    main(["compare", str(straight), "--dependency"])
     printed = capsys.readouterr().out
     assert "mIoU" in printed and "agreement" in printed and "class centroids" in printed
-    (run.run / "centroids.npz").unlink()
+    run = finished(tmp_path, (), 0)
     with pytest.raises(SystemExit, match=r"centroids.npz does not exist: .*resume"):
-        main(["compare", str(run.run), "--dependency"])
+        main(["compare", str(run), "--dependency"])

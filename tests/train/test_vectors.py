@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_runs import TINY
 
 from anchorops.train import loop
 from anchorops.train.checkpoint import checkpoints, load_checkpoint
 from anchorops.train.commands import main
 from anchorops.train.learner import build_regularizer
-from anchorops.train.presets import DIGITS
 
 K, D = 11, 240
 
@@ -89,11 +89,10 @@ def test_files_that_are_none(rows: Path, tmp_path: Path):
 
 
 def test_a_start_that_fails_can_be_repeated(rows: Path, tmp_path: Path):
-    config = DIGITS.replace(
-        out=tmp_path, name="run", crop=(32, 32), train_images=8, val_images=2, batch_size=2,
-        eval_batch_size=2, steps=1, device="cpu", methods=("cbp",),
-        method_options={"cbp.init": f"@{rows}"},
-    )  # fmt: skip
+    options = {"cbp.init": f"@{rows}"}
+    config = TINY.replace(
+        out=tmp_path, name="run", steps=1, methods=("cbp",), method_options=options
+    )
     good = np.load(rows)
     np.save(rows, good[:5])
     with pytest.raises(ValueError, match=r"vectors-cbp.init.npy: expected a row of 240"):
