@@ -27,7 +27,7 @@ def test_options_on_the_command_line(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("anchorops.train.commands.start", record)
     options = (
-        "ade20k-segformer-b5 --methods cbp occl --method-options cbp.length 1 occl.split images"
+        "ade20k-segformer-b5 --methods cbp occl --method-options cbp.length 3 occl.split images"
     )
     options += " --root /data --crop 64 96 --label-map 128 1 7 255 --no-pretrained --clip 1.0"
     with pytest.raises(SystemExit) as stopped:
@@ -36,7 +36,12 @@ def test_options_on_the_command_line(monkeypatch: pytest.MonkeyPatch):
     assert started == [
         PRESETS["ade20k-segformer-b5"][1].replace(
             methods=("cbp", "occl"),
-            method_options={"cbp.length": "1", "occl.split": "images"},
+            method_options={
+                "cbp.length": "3",
+                "occl.centroid_weight": "1",  # the preset's
+                "occl.category_weight": "0.1",
+                "occl.split": "images",
+            },
             root=Path("/data"),
             crop=(64, 96),
             label_map={128: 1, 7: 255},

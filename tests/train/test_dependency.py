@@ -77,6 +77,5 @@ def test_from_a_run(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     main(["compare", str(straight), "--dependency"])
     printed = capsys.readouterr().out
     assert "mIoU" in printed and "agreement" in printed and "class centroids" in printed
-    run = finished(tmp_path, (), 0)
-    with pytest.raises(SystemExit, match=r"centroids.npz does not exist: .*resume"):
-        main(["compare", str(run), "--dependency"])
+    with pytest.raises(ValueError, match=r"centroids.npz does not exist: .*resume"):
+        class_dependency([finished(tmp_path, (), 0)])
