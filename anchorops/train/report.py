@@ -92,7 +92,10 @@ def write_report(
         f"The {min(RAREST, len(classes))} rarest classes": lambda: _rarest(classes),
     }
     if Config.load(run / CONFIG).running.collapse_images:
-        sections["Neural collapse"] = lambda: _png(_collapse(read_metrics(run / METRICS)))
+        sections["Neural collapse"] = lambda: (
+            "<p>As in CeCo's figures; validation images, training pixels and images.</p>"
+            + _png(_collapse(read_metrics(run / METRICS)))
+        )
     if features:
         sections |= _of_features(features, classifier, classes)
     if costs:
