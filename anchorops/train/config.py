@@ -107,8 +107,8 @@ class Model:
     methods: tuple[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"], ...] = ()
     """Regularisers in addition to the cross-entropy; any number of them."""
     setting: str = PUBLISHED
-    """A named set of arguments of the methods. published: their defaults. from-scratch: smaller
-    weights of OCCL and CeCo, for training from random weights."""
+    """Arguments of the methods by name: published, their defaults and what the preset's paper has
+    for its network; from-scratch, weaker OCCL and CeCo, for training from random weights."""
     method_options: dict[str, str] = field(default_factory=dict)
     """Further arguments of the methods, which go before those of the setting, as METHOD.ARGUMENT
     VALUE pairs: sar.momentum 0.99 occl.split images. @FILE.npy, an array [K, D] of numpy.save, for

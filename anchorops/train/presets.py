@@ -29,6 +29,7 @@ Values that no paper prints, and that are assumed here:
 """
 
 from .config import Config
+from .settings import PUBLISHED
 
 DIGITS = Config().replace(
     dataset="digits",
@@ -228,7 +229,10 @@ METHOD_OPTIONS: dict[str, dict[str, str]] = {
 
 
 def with_published_options(preset: str, config: Config) -> Config:
-    """The configuration with the preset's options of the methods that it has."""
+    """The configuration with the preset's options of the methods that it has; as it is with another
+    --setting than the published one."""
+    if config.model.setting != PUBLISHED:
+        return config
     published = {
         option: value
         for option, value in METHOD_OPTIONS.get(preset, {}).items()
