@@ -186,9 +186,9 @@ class Running:
     eval_every: int = 0
     """Steps between evaluations; 0: at the end only."""
     collapse_images: int = 0
-    """Validation images, seen whole at each evaluation, on which neural collapse is measured: how
-    equal and how wide the angles are between class centroids and between the classifier's rows.
-    0: not measured."""
+    """Validation images, up to whole batches of all ranks, on which neural collapse is measured at
+    each evaluation: how equal and how wide the angles are between class centroids and between the
+    classifier's rows. 0: not measured."""
     patience: int | None = None
     """Stop after this number of evaluations without a better mIoU."""
     save_every: int = 500

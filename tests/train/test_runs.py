@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY, assert_same_run, losses, metrics
+from tiny_runs import TINY, assert_same_run, losses, metrics, weights
 
 from anchorops.train import checkpoint, loop, signals
+from anchorops.train.collapse import collapse_measures
 from anchorops.train.commands import main
 from anchorops.train.config import Config
 from anchorops.train.digits import DigitScenes
 from anchorops.train.models import build_model
+from anchorops.train.parts import build_parts
+from anchorops.train.ranks import start_ranks
 
 
 def test_a_run_leaves_everything(straight: Path):
@@ -159,6 +162,7 @@ def test_ranks(ranks: int, deterministic: bool, tmp_path: Path):
             save_every=100,
             deterministic=deterministic,
             gradient_ratio_every=int(name == "straight"),  # which changes nothing
+            collapse_images=11,
             method_options={"sar.process_group": "world"},
         )
         config.run.mkdir()
@@ -174,6 +178,13 @@ def test_ranks(ranks: int, deterministic: bool, tmp_path: Path):
     assert_same_run(straight, stopped, 3)
     together = json.loads((straight / "results.json").read_text())
     alone = loop.resume(straight)
+    parts = build_parts(
+        Config.load(straight / "config.json"), start_ranks("cpu"), from_checkpoint=True
+    )
+    parts.model.load_state_dict(weights(straight, 3))
+    found = collapse_measures(parts, alone["classes"])
+    (line,) = (line for line in metrics(straight) if "val_miou" in line)
+    assert {name: line[name] for name in found} == pytest.approx(found, rel=1e-5)
     assert together["pixels"] == alone["pixels"]
     assert together["classes"] == alone["classes"]
     scenes = DigitScenes("val", 11, (32, 32), seed=0)
