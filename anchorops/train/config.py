@@ -69,7 +69,7 @@ class Data:
     """Images are scaled to this long side; with --short-side, so that neither is exceeded."""
     scale: tuple[float, float] = (1.0, 1.0)
     """Range of a further random scale of training images, which are then cropped, or padded with
-    their mean."""
+    the mean colour."""
     flip: bool = False
     """Mirror half of the training images."""
     cat_max_ratio: float = 1.0

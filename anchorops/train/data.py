@@ -116,8 +116,8 @@ class VariedCrop(v2.Transform):
 
 
 class Pad(v2.Transform):
-    """Pad to a size, below and at the right: normalised images with 0, their mean, masks with
-    ignored pixels (mmsegmentation's Pad)."""
+    """Pad to a size, below and at the right: normalised images with 0, which is the mean colour,
+    masks with ignored pixels (mmsegmentation's Pad)."""
 
     def __init__(self, size: Sequence[int]) -> None:
         super().__init__()

@@ -12,7 +12,8 @@ Where the settings differ from what the papers and mmsegmentation did:
 
 - all: bf16 autocast; the learning rate decays to 0 (there to 1e-4 with SGD) with power 0.9 (there 1
   for SegFormer); neither norms nor biases have weight decay, in convolutional networks either.
-- HRNet and ResNets start from timm's ImageNet weights (there mmcv's).
+- Backbones start from the ImageNet weights of timm and segmentation-models-pytorch, which need not
+  be mmsegmentation's.
 - Pascal-Context: learning rate and weight decay of SAR's release (the paper prints 0.01 and 5e-4).
 - Cityscapes with SegFormer: windows overlap by a third (there by a quarter).
 - DeepLab: DeepLabV3's features have 256 channels (there 512); DeepLabV3+ has a backbone of stride
