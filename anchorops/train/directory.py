@@ -44,8 +44,8 @@ def new_run(config: Config) -> Iterator[None]:
     with held(run):
         vectors = given_vectors(config)  # perhaps from the run that is about to go
         _make_way(run, overwrite=config.running.overwrite)
-        config.save(run / CONFIG)
         keep_vectors(run, vectors)
+        config.save(run / CONFIG)  # last: what has it can be resumed
         yield
 
 
