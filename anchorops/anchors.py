@@ -80,9 +80,9 @@ def category_basis(
     """Category-basis prototypes: orthogonal rows of equal length, for a frozen classifier.
 
     CBP, Algorithm 1 (doi 10.1016/j.patcog.2024.110431): Kaiming initialisation (here normal,
-    fan_in: the variant is unstated), Gram-Schmidt on the rows (lines 3 to 11) and every row scaled
-    to `length`. Line 12 is that scaling, β·T/√(βᵀβ) of one row β at a time. Read as a product of
-    matrices it would mix the rows, against its own comment, "equalize the ℓ2 norm".
+    fan_in, because the paper does not state the variant), then Gram-Schmidt on the rows (lines 3 to
+    11), then every row is scaled to `length`. That is line 12, β·T/√(βᵀβ), applied to one row β at
+    a time. As a product of matrices it would mix the rows; its comment says "equalize the ℓ2 norm".
 
     Args:
         num_classes, dim: K and D, with D ≥ K if orthogonalised.

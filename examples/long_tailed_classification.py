@@ -4,15 +4,15 @@
     python examples/long_tailed_classification.py --root FOLDER [--imbalance 100]
         [--network resnet18] [--size 32]
 
-Trains a network with and without SAR, its embedding of two layers as in its appendix A, for each
-seed, and prints the accuracy on the third of the classes with the most training images (head), the
-third with the fewest (tail) and those between (body).
+Trains a network with and without SAR, whose embedding has two layers as in the paper's appendix A,
+for each seed. Prints the accuracy on the third of the classes with the most training images (head),
+the third with the fewest (tail) and those between (body).
 
-Without --root: a small network on 100 images of digit 0, and geometrically fewer of each next one,
-to 3 of digit 9. FOLDER holds train/CLASS/… and val/CLASS/…, images of any size; --imbalance F keeps
-geometrically fewer images of each next class, 1/F of the last (its CIFAR-100-LT has 100). With the
-defaults SAR does not raise the tail of the small network: the script shows the use and the
-comparison, not a gain.
+Without --root: a small network on 100 images of digit 0, and geometrically fewer of each following
+digit, down to 3 of digit 9. FOLDER contains train/CLASS/… and val/CLASS/…, images of any size;
+--imbalance F keeps geometrically fewer images of each following class, 1/F of the last one (100 in
+the paper's CIFAR-100-LT). With the defaults SAR does not improve the tail accuracy of the small
+network: the script shows how to use and compare it, not a gain.
 """
 
 import argparse

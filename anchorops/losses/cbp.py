@@ -35,8 +35,8 @@ class CBP(Regularizer):
     Args:
         num_classes, dim: K and D ≥ K.
         length: T of the rows (ADE20K: FCN 2, ConvNeXt 2, Swin 1, SegFormer 1); None: as
-            Gram-Schmidt leaves them ("orthogonalised only"; Algorithm 1 without its line 12).
-        init: [K, D] to orthogonalise instead of Kaiming normal (text embeddings, say).
+            Gram-Schmidt leaves them ("orthogonalised only": Algorithm 1 without its line 12).
+        init: [K, D] to orthogonalise instead of Kaiming normal (for example text embeddings).
         orthogonalize: False for "equalised only".
         update: from the paper's Table 4. "frozen": never changed. "gradient": learned from this
             start. "ema": moving average of the batch's class centroids; the lengths change too.

@@ -54,12 +54,12 @@ def _resume(
 
 
 def _compare(runs: tyro.conf.Positional[tuple[Path, ...]], dependency: bool = False) -> None:
-    """Put finished runs beside each other: mean ± standard deviation over seeds.
+    """Compare finished runs: mean ± standard deviation over seeds.
 
     Args:
         runs: their directories.
-        dependency: also how the classes' vectors depend on each other, and whether the seeds agree
-            in that (SAR's Fig. 1).
+        dependency: also print how the classes' vectors depend on each other, and whether the seeds
+            agree in this (SAR's Fig. 1).
     """
     if not runs:
         raise ValueError("compare: expected the directories of finished runs, got none")

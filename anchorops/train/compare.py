@@ -26,8 +26,8 @@ def load_results(run: Path) -> dict[str, Any]:
 
 def comparison(results: Sequence[dict[str, Any]]) -> str:
     """A table with a row for each data set, network and methods: mean ± standard deviation in %
-    over the seeds. Runs whose other settings ("settings", where given) differ have their own rows,
-    and these settings in them."""
+    over the seeds. Runs that differ in other settings (if "settings" is given) have separate rows,
+    which show these settings."""
     header = ["data", "network", "methods", "seeds", *MEASURES, "M params", "s/step", "GPU MB"]
     rows = [header]
     for key, runs in grouped(results).items():

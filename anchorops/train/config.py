@@ -64,12 +64,12 @@ class Data:
     channels: int = 3
     """folder: channels of the images."""
     short_side: int | None = None
-    """Images are scaled to this short side, aspect kept; None: as they are."""
+    """Images are scaled to this short side, keeping their aspect ratio; None: not scaled."""
     long_side: int | None = None
     """Images are scaled to this long side; with --short-side, so that neither is exceeded."""
     scale: tuple[float, float] = (1.0, 1.0)
-    """Range of a further random scale of training images, which are then cropped, or padded with
-    the mean colour."""
+    """Range of an additional random scale of training images, which are then cropped, or padded
+    with the mean colour."""
     flip: bool = False
     """Mirror half of the training images."""
     cat_max_ratio: float = 1.0
@@ -96,23 +96,24 @@ class Model:
     weights: Path | None = None
     """Start from the weights in this file."""
     auxiliary_weight: float = 0.0
-    """Weight of the loss of an auxiliary head (3×3 convolution, classifier) on the last
-    but one of the backbone's maps, or of OCRNet's regions; 0: no such head. The field's is 0.4."""
+    """Weight of the loss of an auxiliary head (3×3 convolution, classifier) on the second last map
+    of the backbone, or of OCRNet's regions; 0: no auxiliary head. The usual weight is 0.4."""
     dropout: float = 0.0
-    """Share of the feature maps that are dropped before the classifier, in training; the methods
-    see all of them. mmsegmentation's is 0.1 but for HRNet. DeepLab's own dropout is then off."""
+    """Share of the feature maps that are dropped before the classifier in training; the methods use
+    all of them. mmsegmentation has 0.1, except for HRNet. It replaces DeepLab's own dropout."""
     classifier_std: float | None = None
     """Standard deviation of the classifiers' initial weights, drawn from a normal distribution
-    (mmsegmentation's: 0.01); their biases are then 0. None: as torch does it."""
+    (mmsegmentation: 0.01); their biases are then 0. None: torch's default."""
     methods: tuple[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"], ...] = ()
     """Regularisers in addition to the cross-entropy; any number of them."""
     setting: str = PUBLISHED
-    """Arguments of the methods by name: published, their defaults and what the preset's paper has
-    for its network; from-scratch, weaker OCCL and CeCo, for training from random weights."""
+    """A named set of arguments of the methods. published: their defaults, and those that the
+    preset's paper has for its network. from-scratch: smaller weights of OCCL and CeCo, for training
+    from random weights."""
     method_options: dict[str, str] = field(default_factory=dict)
-    """Further arguments of the methods, which go before those of the setting, as METHOD.ARGUMENT
-    VALUE pairs: sar.momentum 0.99 occl.split images. @FILE.npy, an array [K, D] of numpy.save, for
-    sar.anchors, cr.anchors and cbp.init; the run keeps a copy."""
+    """Additional arguments of the methods, which override those of the setting, as METHOD.ARGUMENT
+    VALUE pairs: sar.momentum 0.99 occl.split images. sar.anchors, cr.anchors and cbp.init accept
+    @FILE.npy, an array [K, D] of numpy.save; the run keeps a copy."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Optimization:
     weight_decay: float = 5e-4
     """Weight decay; not applied to biases and normalisation layers."""
     head_lr_factor: float = 1.0
-    """Learning rate of everything but the backbone and the methods, relative to lr."""
+    """Learning rate of everything except the backbone and the methods, relative to lr."""
     regularizer_lr_factor: float = 1.0
     """Learning rate of the methods' own parameters, relative to lr."""
     warmup: int = 0
@@ -184,7 +185,7 @@ class Running:
     eval_batch_size: int = 1
     """Images per pass of an evaluation; with more than 1, all images must have the same size."""
     eval_every: int = 0
-    """Steps between evaluations; 0: at the end only."""
+    """Steps between evaluations; 0: only at the end."""
     collapse_images: int = 0
     """Validation images, up to whole batches of all ranks, on which neural collapse is measured at
     each evaluation: how equal and how wide the angles are between class centroids and between the
@@ -257,7 +258,7 @@ class Config:
             raise _wrong("patience", "--eval-every with it", self.running.patience)
         if self.optimization.given_class_weights and self.optimization.class_weights != "none":
             kind = self.optimization.class_weights
-            raise _wrong("given_class_weights", "--class-weights none beside it", kind)
+            raise _wrong("given_class_weights", "--class-weights none with it", kind)
         if self.model.dropout >= 1:
             raise _wrong("dropout", "a share below 1", self.model.dropout)
         if options["classifier_std"] is not None and options["classifier_std"] <= 0:

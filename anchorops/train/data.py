@@ -61,8 +61,8 @@ def build_datasets(config: Data, seed: int) -> tuple[Segmentation, Segmentation]
 
 
 class RandomScale(v2.Transform):
-    """Scale to the short side, to the long side or until one of both is reached (as they are where
-    neither is given), times a random factor; labels by nearest."""
+    """Scale to the short side, to the long side, or until one of both is reached (not at all if
+    neither is given), times a random factor; labels by nearest-neighbour interpolation."""
 
     def __init__(
         self, short_side: int | None, scale: tuple[float, float], long_side: int | None = None
@@ -83,9 +83,9 @@ class RandomScale(v2.Transform):
 
 
 class VariedCrop(v2.Transform):
-    """A random crop, the whole side where the image is smaller; one in which a single class has
-    `cat_max_ratio` of the valid pixels or more is drawn again, up to ten times (mmsegmentation's
-    RandomCrop)."""
+    """A random crop, or the whole side if the image is smaller. If a single class has
+    `cat_max_ratio` of the valid pixels or more, the crop is drawn again, up to ten times
+    (mmsegmentation's RandomCrop)."""
 
     def __init__(self, size: Sequence[int], cat_max_ratio: float) -> None:
         super().__init__()
@@ -150,7 +150,8 @@ def normalize(channels: int) -> v2.Transform:
 
 
 def augmentation(config: Data, channels: int) -> v2.Transform:
-    """The papers' order: scale, crop, flip, photometric distortion, normalisation, padding."""
+    """The augmentation, in the papers' order: scale, crop, flip, photometric distortion,
+    normalisation, padding."""
     steps: list[v2.Transform] = []
     if config.dataset != "digits":
         steps.append(RandomScale(config.short_side, config.scale, config.long_side))
@@ -165,7 +166,7 @@ def augmentation(config: Data, channels: int) -> v2.Transform:
 
 
 def evaluation_transform(config: Data, channels: int) -> v2.Transform:
-    """The image alone, scaled to the short or the long side; its labels stay as they are."""
+    """Only the image is scaled to the short or the long side; its labels do not change."""
     scaled = config.short_side or config.long_side
     scale = [RandomScale(config.short_side, (1.0, 1.0), config.long_side)] if scaled else []
     return v2.Compose([*scale, normalize(channels)])

@@ -24,12 +24,12 @@ WRITTEN = re.compile(
 
 @contextmanager
 def new_run(config: Config) -> Iterator[None]:
-    """Makes the directory of a run, with its marker, config.json and copies of the methods'
-    vectors, and keeps others out of it. An earlier run there is removed with --overwrite, and only
-    what it wrote.
+    """Creates the directory of a run, with its marker, config.json and copies of the methods'
+    vectors, and locks it. With --overwrite the files of an earlier run there are removed, and no
+    others.
 
-    Raises ValueError for a --name that is no name, where there is an earlier run, where there are
-    files without a marker, and for vectors that cannot be read.
+    Raises ValueError for an invalid --name, if there is an earlier run, if there are files but no
+    marker, and for vectors that cannot be read.
     """
     _check_name(config.running.name)
     run = config.run

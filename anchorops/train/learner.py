@@ -59,9 +59,9 @@ def build_regularizer(
 ) -> Regularizer | None:
     """The methods as one regulariser, or None if there are none.
 
-    options: {"sar.momentum": "0.99"}; values as in Python, anything else is a string; for the
-        arguments that take vectors [K, D] (SAR's and CR's anchors, CBP's init) also "@FILE.npy".
-    prior: [K], share of training images that contain each class, for CeCo.
+    options: {"sar.momentum": "0.99"}; values are written as in Python, any other is a string. The
+        arguments that are vectors [K, D] (SAR's and CR's anchors, CBP's init) accept "@FILE.npy".
+    prior: [K], the share of the training images that contain each class, for CeCo.
     Raises ValueError for an option that no chosen method has, and for a file that does not fit.
     """
     arguments: dict[str, dict[str, Any]] = {method: {} for method in methods}
@@ -160,8 +160,8 @@ def parameter_groups(
     head_lr_factor: float,
     regularizer_lr_factor: float = 1.0,
 ):
-    """Groups for an optimizer: no weight decay on vectors (biases, normalisation), other rates for
-    the regulariser and for everything else outside the backbone."""
+    """Parameter groups for an optimizer: no weight decay on vectors (biases, normalisation), and
+    other learning rates for the regulariser and for everything else outside the backbone."""
     factors = {parameter: head_lr_factor for parameter in model.parameters()}
     factors |= dict.fromkeys(model.backbone.parameters(), 1.0)
     for module in model.modules():

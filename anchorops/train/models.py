@@ -16,7 +16,7 @@ HRNETS = {
     "hrnet-w18-small-v2": "hrnet_w18_small_v2",
     **{f"hrnet-w{width}": f"hrnet_w{width}" for width in (18, 30, 32, 40, 44, 48, 64)},
 }
-# what is for one set of classes; a method's part in a checkpoint is under "regularizer"
+# the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "body.head.regions.", "regularizer.")
 AUXILIARY_DIM = 256
 # heads of heads.py, as ARCHITECTURE:BACKBONE
@@ -28,9 +28,9 @@ class Segmenter(nn.Module):
     """Computes logits (B, K, H/s, W/s) of images (B, C, H, W); s is the stride of the body
     (usually 4).
 
-    The input of its classifier are the features that the methods work on. With auxiliary_dim, the
-    channels of the backbone's last map but one, there is an auxiliary head on that map. dropout:
-    share of the feature maps that the classifier does not see in training.
+    The methods use the input of its classifier. If auxiliary_dim is given, the number of channels
+    of the backbone's second last map, there is an auxiliary head on this map. dropout: share of the
+    feature maps that are dropped before the classifier in training.
     """
 
     def __init__(
@@ -170,20 +170,20 @@ def build_model(
 
     Args:
         name: "hrnet-w18-small", "hrnet-w18", "hrnet-w48", …, "segformer-b0" to "segformer-b5", or
-            ARCHITECTURE:ENCODER of segmentation-models-pytorch, "unet:resnet34" for instance. With
-            heads as mmsegmentation's, "mmseg-fcn:BACKBONE", "mmseg-ocrnet:BACKBONE" and
-            "mmseg-segformer:BACKBONE", of a HRNet, of mit_b0 to mit_b5, or of tu-NAME of timm.
-        num_classes, channels: classes predicted and channels of the images.
+            ARCHITECTURE:ENCODER of segmentation-models-pytorch, for example "unet:resnet34". With
+            mmsegmentation's heads: "mmseg-fcn:BACKBONE", "mmseg-ocrnet:BACKBONE" and
+            "mmseg-segformer:BACKBONE", of an HRNet, of mit_b0 to mit_b5, or of tu-NAME of timm.
+        num_classes, channels: the number of classes, and of channels of the images.
         pretrained: start the backbone from ImageNet weights; they are downloaded.
-        weights: a checkpoint of this program, or any file of a state dict, to start from; entries
-            of a classifier are left out where the number of classes differs.
-        auxiliary: with an auxiliary head.
-        dropout: share of the feature maps dropped before the classifier in training; DeepLab's own
-            dropout is off then.
+        weights: a checkpoint of this program, or any file of a state dict, to start from. Entries
+            of a classifier are skipped if the number of classes differs.
+        auxiliary: add an auxiliary head.
+        dropout: share of the feature maps that are dropped before the classifier in training; it
+            replaces DeepLab's own dropout.
         classifier_std: of the classifiers' initial weights, with biases of 0; None: torch's.
 
-    Raises ValueError for an unknown name, where the weights do not fit, for an auxiliary head
-    on DPT, whose backbone gives no such map, and for OCRNet without one, whose regions are that.
+    Raises ValueError for an unknown name, for weights that do not match, for an auxiliary head on
+    DPT, whose backbone has no such map, and for OCRNet without one, because its regions are one.
     """
     architecture, _, backbone = name.partition(":")
     regions = architecture == "mmseg-ocrnet"

@@ -1,14 +1,14 @@
 """Settings by name: those of the papers, and one that needs no files. Options on the command line
 override their preset.
 
-What the papers leave to the field is mmsegmentation's: scale 0.5 to 2, crop (again where one class
-covers 75 %), flip, photometric distortion, padding after normalisation; classifiers that start from
-N(0, 0.01); an auxiliary head of weight 0.4 for FCN, DeepLab and UPerNet, of OCRNet's regions too;
-dropout 0.1 before the classifier but for HRNet and OCRNet; for transformers warm-up of 1500 steps
-and no weight decay on norms, for SegFormer a head at ten times the learning rate (the methods' own
-parameters at once that rate: SAR's release keeps them out of the head).
+Settings that the papers do not give are those of mmsegmentation: scale 0.5 to 2, crop (drawn again
+if one class covers 75 %), flip, photometric distortion, padding after normalisation; classifiers
+that start from N(0, 0.01); an auxiliary head of weight 0.4 for FCN, DeepLab and UPerNet, and the
+same weight for OCRNet's regions; dropout 0.1 before the classifier, except for HRNet and OCRNet;
+for transformers warm-up of 1500 steps and no weight decay on norms; for SegFormer the head has ten
+times the learning rate (the methods' own parameters do not: SAR's release keeps them outside).
 
-Where the settings differ from what the papers and mmsegmentation did:
+Differences from the settings of the papers and mmsegmentation:
 
 - all: bf16 autocast; the learning rate decays to 0 (there to 1e-4 with SGD) with power 0.9 (there 1
   for SegFormer); neither norms nor biases have weight decay, in convolutional networks either.

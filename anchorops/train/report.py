@@ -78,8 +78,8 @@ def write_report(
         predictions: a picture, or None.
         features: of the validation split, or None.
         classifier: weight [K, D].
-        costs: without and with the regulariser, None where there is none.
-        complexity: of the network, None where it could not be measured.
+        costs: without and with the regulariser, or None.
+        complexity: of the network, or None.
     """
     classes, summary = results["classes"], comparison([results])
     sections: dict[str, Callable[[], str]] = {"": lambda: _headline(results)}

@@ -227,7 +227,7 @@ def test_crop_that_shows_one_class_is_drawn_again():
     # one of eleven draws fails with probability (1 − 9/49)^11 = 0.11
     assert sum(share < 0.75 for share in varied) > 35
     small = VariedCrop((16, 96), 0.75)(tv_tensors.Mask(torch.zeros(1, 8, 8, dtype=torch.int16)))
-    assert small.shape == (1, 8, 8)  # one class alone: given up, not repeated for ever
+    assert small.shape == (1, 8, 8)  # only one class: it stops after some repetitions
 
 
 def test_photometric_distortion_keeps_the_order_of_channels():
