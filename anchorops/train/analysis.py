@@ -10,8 +10,8 @@ from torch import Tensor
 import anchorops as ao
 
 from .config import IGNORED
-from .evaluate import pad_to_multiple
 from .models import Segmenter
+from .predict import pad_to_multiple
 
 SAMPLES = 2_000  # pixels shown in two dimensions
 

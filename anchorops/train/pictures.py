@@ -15,8 +15,8 @@ from torchvision.transforms import v2
 from ..plots import plain
 from .config import IGNORED
 from .data import Segmentation
-from .evaluate import predict
 from .folders import class_histogram
+from .predict import predict
 
 MOST_NAMES = 23  # in a legend
 IGNORED_COLOR = (255, 255, 255)

@@ -1,18 +1,17 @@
 """After training: confusion matrices, features of a split, pictures."""
 
-import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
 import anchorops as ao
-from anchorops.measure import peak_extra_bytes
 from anchorops.train.analysis import collect_features
 from anchorops.train.digits import DigitScenes
-from anchorops.train.evaluate import evaluate, predict
+from anchorops.train.evaluate import evaluate
 from anchorops.train.models import build_model
 from anchorops.train.pictures import choose_images, draw_legend, palette
+from anchorops.train.predict import predict
 
 
 class Threshold(nn.Module):
@@ -32,31 +31,6 @@ def test_confusion_of_images_of_any_size_and_windows():
         confusion = evaluate(Threshold(), [(image, truth)], 2, torch.device("cpu"), window)
         assert confusion.tolist() == [[39 * 32, 0], [0, 39 * 24]], window
     assert predict(Threshold(), image, (80, 112)).shape == (1, 80, 112)
-
-
-def test_evaluation_memory_of_many_classes():
-    """No tensor has all pixels and classes, here 1.2 GB, or all pixels and pairs of classes."""
-    image, truth = torch.zeros(1, 3, 1024, 2048), torch.zeros(1, 1024, 2048, dtype=torch.int16)
-
-    class Constant(nn.Module):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            logits = torch.zeros(1, 150, images.shape[2] // 4, images.shape[3] // 4)
-            logits[:, 7] = 1
-            return logits
-
-    def evaluated() -> torch.Tensor:
-        return evaluate(Constant(), [(image, truth)], 150, torch.device("cpu"))
-
-    assert evaluated()[0, 7] == truth.numel()
-    torch.use_deterministic_algorithms(True)
-    try:
-        extra = peak_extra_bytes(evaluated, torch.device("cpu"))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    if extra is None:
-        pytest.skip("this system does not tell the peak of the memory")
-    logits, pixels = 150 * 256 * 512 * 4, truth.numel()
-    assert extra < logits + 24 * pixels
 
 
 def test_pictures():

@@ -1,0 +1,120 @@
+"""The class of every pixel. Logits are kept at the network's resolution, never at the labels'."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import anchorops as ao
+
+from .config import MULTIPLE
+
+TILE = 128  # label rows and columns whose logits exist at the same time
+LEAST = -1e30  # in place of −∞, whose product with a weight of 0 would be NaN
+
+
+def pad_to_multiple(images: Tensor, value: float = 0.0) -> Tensor:
+    """(…, h, w), padded at the bottom and right to sides that the networks support."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE), value=value)
+
+
+class Term(NamedTuple):
+    """Logits (B, K, h, w) of low resolution, and the matrices rows [H, h] and columns [W, w],
+    float32 on the CPU, that bring them to the labels' size: rows · logits · columnsᵀ.
+
+    Upsampling, cropping, the mean of overlapping windows and scaling are all linear, and the same
+    in each row and in each column. A flipped image is a term whose `columns` are flipped: so
+    predictions from several scales and flips are sums of terms.
+    """
+
+    logits: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """float32 (B, K, …) at these rows and columns of the labels."""
+        row_weights, column_weights = self.rows[rows], self.columns[columns]
+        i, j = (weights.any(0).nonzero()[:, 0] for weights in (row_weights, column_weights))
+        device = self.logits.device
+        logits = self.logits[:, :, i[:, None].to(device), j.to(device)].float().clamp(min=LEAST)
+        return row_weights[:, i].to(device) @ logits @ column_weights[:, j].T.to(device)
+
+
+def largest(terms: Sequence[Term]) -> Tensor:
+    """Classes int64 (B, H, W): those of the largest sum of the terms, tile by tile."""
+    batch, (height, width) = len(terms[0].logits), (len(terms[0].rows), len(terms[0].columns))
+    classes = terms[0].logits.new_empty(batch, height, width, dtype=torch.int64)
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            rows, columns = slice(top, top + TILE), slice(left, left + TILE)
+            tile = terms[0].tile(rows, columns)
+            for term in terms[1:]:
+                tile += term.tile(rows, columns)
+            classes[:, rows, columns] = ao.pixel_argmax(tile, (tile.shape[2], tile.shape[3]))
+    return classes
+
+
+def _starts(length: int, window: int) -> list[int]:
+    """First pixels of windows that cover the length, overlapping by at least a third."""
+    if length <= window:
+        return [0]
+    stride = max(1, window * 2 // 3)
+    return [*range(0, length - window, stride), length - window]
+
+
+def _weights(length: int, window: int, low: int, size: int) -> Tensor:
+    """[size, windows·low]: from the `low` logits of each window along an axis of an image of this
+    length to `size` labels. A window's logits are upsampled to its padded length, cropped, averaged
+    with the other windows', and all is scaled to the labels."""
+    starts, window = _starts(length, window), min(length, window)
+    padded = window + -window % MULTIPLE
+    image = torch.zeros(len(starts), low, length)
+    for part, start in zip(image, starts, strict=True):
+        part[:, start : start + window] = _interpolate(torch.eye(low), padded)[:, :window]
+    image /= image.any(1).sum(0)
+    return _interpolate(image.flatten(0, 1), size).T
+
+
+def _interpolate(rows: Tensor, size: int) -> Tensor:
+    return F.interpolate(rows[None], size, mode="linear", align_corners=False)[0]
+
+
+def window_logits(
+    model: nn.Module, images: Tensor, size: Sequence[int], window: tuple[int, int] | None = None
+) -> Term:
+    """The logits of images (B, C, h, w), of whole images or of sliding windows, for labels of this
+    size."""
+    (height, width), (rows, columns) = images.shape[2:], window or images.shape[2:]
+    tops, lefts = _starts(height, rows), _starts(width, columns)
+    logits = images.new_empty(0)
+    for i, top in enumerate(tops):
+        for j, left in enumerate(lefts):
+            part = images[..., top : top + rows, left : left + columns]
+            part = model(pad_to_multiple(part))
+            if i == j == 0:
+                batch, classes, low_height, low_width = part.shape
+                shape = (batch, classes, len(tops), low_height, len(lefts), low_width)
+                logits = part.new_empty(shape)
+            logits[:, :, i, :, j] = part
+    return Term(
+        logits.flatten(4).flatten(2, 3),
+        _weights(height, rows, logits.shape[3], size[0]),
+        _weights(width, columns, logits.shape[5], size[1]),
+    )
+
+
+def predict(
+    model: nn.Module, images: Tensor, size: Sequence[int], window: tuple[int, int] | None = None
+) -> Tensor:
+    """Classes int64 (B, *size) of images (B, C, h, w): of whole images, or by sliding windows whose
+    logits are averaged where they overlap."""
+    height, width = size
+    padded = pad_to_multiple(images)
+    aligned = padded.shape == images.shape  # what is padded and scaled is interpolated twice
+    if window is None and (aligned or images.shape[2:] == (height, width)):
+        whole = (height, width) if aligned else (padded.shape[2], padded.shape[3])
+        return ao.pixel_argmax(model(padded), whole)[:, :height, :width]
+    return largest([window_logits(model, images, size, window)])

@@ -1,0 +1,115 @@
+"""Predictions against logits that are stored at the labels' size, and their memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anchorops.measure import peak_extra_bytes
+from anchorops.train.evaluate import evaluate
+from anchorops.train.predict import _starts, largest, pad_to_multiple, predict, window_logits
+
+Size = tuple[int, int]
+
+
+def stored(model: nn.Module, images: Tensor, size: Size, window: Size | None) -> Tensor:
+    """Logits (B, K, *size): each window's upsampled and cropped, their mean, scaled."""
+    height, width = images.shape[2:]
+    rows, columns = window or (height, width)
+    total, times = torch.zeros(()), torch.zeros(height, width)
+    for top in _starts(height, rows):
+        for left in _starts(width, columns):
+            right, below = max(0, width - left - columns), max(0, height - top - rows)
+            part = images[..., top : height - below, left : width - right]
+            padded = pad_to_multiple(part)
+            logits = F.interpolate(model(padded), padded.shape[2:], mode="bilinear")
+            logits = logits[..., : part.shape[2], : part.shape[3]]
+            total = total + F.pad(logits, (left, right, top, below))
+            times += F.pad(torch.ones(part.shape[2:]), (left, right, top, below))
+    return F.interpolate(total / times, size, mode="bilinear")
+
+
+@pytest.mark.parametrize(
+    ("image_size", "size", "window"),
+    [
+        ((64, 96), (64, 96), None),
+        ((40, 60), (40, 60), None),  # padded
+        ((40, 60), (33, 277), None),  # both
+        ((64, 300), (64, 300), (64, 128)),
+        ((40, 61), (40, 61), (64, 32)),  # a window higher than the image
+        ((150, 301), (201, 207), (48, 96)),
+    ],
+)
+def test_classes_of_stored_logits(image_size: Size, size: Size, window: Size | None):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Conv2d(3, 7, 4, 4)
+    images = torch.randn(2, 3, *image_size, generator=generator)
+    with torch.no_grad():
+        logits = stored(model, images, size, window)
+        classes = predict(model, images, size, window)
+        term = window_logits(model, images, size, window)
+        mirrored = window_logits(model, images.flip(3), size, window)
+    torch.testing.assert_close(term.tile(slice(None), slice(None)), logits)
+    assert classes.shape == (2, *size) and classes.dtype == torch.int64
+    assert_largest(classes, logits)
+    assert_largest(largest([term]), logits)
+    # a flipped copy is one term more
+    mirrored = mirrored._replace(columns=mirrored.columns.flip(0))
+    with torch.no_grad():
+        logits += stored(model, images.flip(3), size, window).flip(3)
+    assert_largest(largest([term, mirrored]), logits)
+
+
+def test_a_whole_image_is_interpolated_once():
+    model, images = nn.Conv2d(3, 7, 4, 4), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        logits = F.interpolate(model(images), (50, 131), mode="bilinear")
+        assert_largest(predict(model, images, (50, 131)), logits)
+
+
+def assert_largest(classes: Tensor, logits: Tensor) -> None:
+    found = logits.gather(1, classes[:, None])[:, 0]
+    torch.testing.assert_close(found, logits.amax(1))
+
+
+def test_a_class_that_is_masked_out():
+    class Masked(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = F.avg_pool2d(images, 4)
+            logits[:, 1] = -torch.inf
+            return logits
+
+    images = torch.zeros(1, 3, 40, 60)
+    images[:, 2] = 1
+    assert (predict(Masked(), images, (80, 90), (32, 32)) == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("image_size", "window", "megabytes"),
+    [((1024, 2048), None, 150), ((1024, 2048), (512, 1024), 420), ((500, 1000), None, 150)],
+    ids=["whole", "windows", "scaled and padded"],
+)
+def test_memory_of_many_classes(image_size: Size, window: Size | None, megabytes: int):
+    """No tensor has all pixels and classes, here 1258 MB, or all pixels and pairs of classes. The
+    network's logits are 79 MB; those of all windows are 177 MB, because they overlap. Malloc keeps
+    some freed blocks of one window, each 20 MB."""
+    image, truth = torch.zeros(1, 3, *image_size), torch.zeros(1, 1024, 2048, dtype=torch.int16)
+
+    class Constant(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = torch.zeros(1, 150, images.shape[2] // 4, images.shape[3] // 4)
+            logits[:, 7] = 1
+            return logits
+
+    def evaluated() -> Tensor:
+        return evaluate(Constant(), [(image, truth)], 150, torch.device("cpu"), window)
+
+    assert evaluated()[0, 7] == truth.numel()
+    torch.use_deterministic_algorithms(True)
+    try:
+        extra = peak_extra_bytes(evaluated, torch.device("cpu"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if extra is None:
+        pytest.skip("this system does not tell the peak of the memory")
+    assert extra < megabytes * 1e6
