@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from . import _program as _program  # first: it hears signals while torch is imported
 from ._backend import backends, use_backend
 from .anchors import category_basis, orthogonal_anchors, random_anchors, simplex_etf
 from .attach import Attachment, attach

@@ -10,9 +10,9 @@ try:
     from .compare import comparison, load_results
     from .dependency import class_dependency
     from .loop import resume, start
-    from .presets import DEMO, PRESETS, with_published_options
-    from .ranks import is_first
+    from .presets import DEMO, PRESETS
     from .signals import Interrupted
+    from .torchrun import is_first
 except ModuleNotFoundError as error:
     sys.exit(f"anchorops-train: {error}: install what training needs: pip install anchorops[train]")
 

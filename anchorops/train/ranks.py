@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .torchrun import launched
+
 Result = TypeVar("Result")
 
 
@@ -41,16 +43,6 @@ class Ranks(NamedTuple):
         shared = [make() if self.first else None]
         dist.broadcast_object_list(shared, device=torch.device("cpu"))
         return shared[0]  # pyright: ignore[reportReturnType]
-
-
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "LOCAL_RANK" in os.environ
-
-
-def is_first() -> bool:
-    """Whether this is the first rank; also before the process group is created."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def start_ranks(device: str | None) -> Ranks:

@@ -1,5 +1,8 @@
 """SIGTERM and Ctrl-C. During the training, the program finishes the step and saves. Before and
-after the training there is nothing to save, and the program ends immediately."""
+after the training there is nothing to save, and the program ends immediately.
+
+`anchorops/_program.py` imports this module before torch, so it imports nothing that takes seconds.
+"""
 
 import os
 import shlex
@@ -9,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from .checkpoint import latest_checkpoint
-from .ranks import is_first, launched
+from .torchrun import is_first, launched
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
@@ -39,11 +42,16 @@ class EndAtOnce:
         self.run: Path | None = None
         """The directory of the run, if it has been created."""
 
+    def install(self) -> dict[signal.Signals, Any]:
+        """Handle signals, except those that the shell set to be ignored. Returns the handlers that
+        it replaces."""
+        heard = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
+        return {signum: signal.signal(signum, self) for signum in heard}
+
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle signals inside the block, except those that the shell set to be ignored."""
-        heard = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
-        before = {signum: signal.signal(signum, self) for signum in heard}
+        """Handle signals inside the block."""
+        before = self.install()
         try:
             yield
         finally:
@@ -60,7 +68,12 @@ class EndAtOnce:
             os._exit(128 + signum)
 
     def _message(self, name: str) -> str:
-        if self.run is None or (saved := latest_checkpoint(self.run)) is None:
+        if self.run is None:
+            return f"stopped by {name}; it has not begun: start it again"
+        from .checkpoint import latest_checkpoint  # a run has imported torch
+
+        saved = latest_checkpoint(self.run)
+        if saved is None:
             return f"stopped by {name}; there is no checkpoint yet: start it again"
         if (self.run / "results.json").exists():
             there = "results.json is there, make the report with"

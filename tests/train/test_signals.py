@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from tiny_runs import TINY, assert_same_run
 
+from anchorops._program import is_program
 from anchorops.train import loop, signals
 from anchorops.train.config import Config
 
@@ -81,25 +82,60 @@ def test_signal_outside_the_steps(case: str, ended: tuple[Path, dict[str, str]])
     assert (out / case / "results.json").exists() == (case in ("features-15", "report-2"))
 
 
+SCRIPT = "from anchorops.train.__main__ import main\nmain()\n"  # as pip writes it
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_signal_while_the_program_is_imported(signum: int, tmp_path: Path):
-    command = [sys.executable, "-m", "anchorops.train", "--out", str(tmp_path)]
+@pytest.mark.parametrize("delay", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize(
+    ("program", "signum"), [("module", signal.SIGINT), ("script", signal.SIGTERM)]
+)
+def test_signal_while_the_program_starts(
+    program: str, signum: signal.Signals, delay: float, tmp_path: Path
+):
+    """The handlers are installed before torch is imported, which takes seconds."""
+    (tmp_path / "anchorops-train").write_text(SCRIPT)
+    started = ["-m", "anchorops.train"] if program == "module" else [tmp_path / "anchorops-train"]
+    command = [sys.executable, *started, "--out", tmp_path / "runs", "--device", "cpu"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     while not hears(process.pid, signal.SIGTERM) and time.monotonic() < deadline:
         assert process.poll() is None
-        time.sleep(0.01)
+        time.sleep(0.001)
+    if delay == 0:
+        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+    time.sleep(delay)
     os.kill(process.pid, signum)
     _, message = process.communicate(timeout=60)
-    name = signal.Signals(signum).name
     assert process.returncode == 128 + signum, message
-    assert message == (
-        f"\nanchorops-train: stopped by {name}; there is no checkpoint yet: start it again\n"
-    )
-    assert not list(tmp_path.iterdir())
+    last = message.splitlines()[-1]
+    assert last.startswith(f"anchorops-train: stopped by {signum.name}; "), message
+    assert last.endswith("start it again") and "Traceback" not in message
+    if delay == 0:
+        assert message == f"\n{last}\n" and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("original", "arguments", "program"),
+    [
+        ("python -u -m anchorops.train digits --steps 5", "-m digits --steps 5", True),
+        ("python /usr/bin/anchorops-train", "/usr/bin/anchorops-train", True),
+        ("python -m pytest anchorops.train", "-m anchorops.train", False),
+        ("python train.py --out anchorops-train", "train.py --out anchorops-train", False),
+        ("python -c code anchorops-train", "-c anchorops-train", False),
+        ("python", "", False),
+        # a process of multiprocessing, which has the arguments of its parent
+        ("python -c code --multiprocessing-fork", "/usr/bin/anchorops-train --steps 5", False),
+    ],
+)
+def test_only_the_program_hears_signals(
+    original: str, arguments: str, program: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "orig_argv", original.split())
+    monkeypatch.setattr(sys, "argv", arguments.split(" "))
+    assert is_program() == program
 
 
 def hears(process: int, signum: int) -> bool:
