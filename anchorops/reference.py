@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SPLAT_UNITS = 2**30  # of a weight of one pixel
+
 
 class ClassMoments(NamedTuple):
     """Count, sum and squared distance to an anchor, over the features of each class.
@@ -203,6 +205,63 @@ def upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tens
         weight = weight[:, None] if axis == 2 else weight
         x = torch.where(weight == 0, low, (1 - weight) * low + weight * high)
     return x
+
+
+class Splat(NamedTuple):
+    """How labels lie among features, of size (H, W), under upsampling with align_corners=True:
+    index [N] of the upper left feature of each label, and offset from it and weight [N], in units
+    of 1/SPLAT_UNITS, of all four; int64."""
+
+    first: Tensor
+    corners: list[tuple[int, Tensor]]
+    size: tuple[int, int]
+
+
+def splat_axis(size: int, source: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each of `size` label rows (or columns) the upper of two feature rows, int64, and the
+    weight of the lower, float32: 0 for the last row, which has none below."""
+    step = (source - 1) / (size - 1) if size > 1 else 0.0
+    scale = torch.full((), step, dtype=torch.float32, device=device)  # a copy would synchronise
+    position = torch.arange(size, device=device, dtype=torch.float32) * scale
+    upper = position.long().clamp(max=source - 1)
+    return upper, torch.where(upper < source - 1, position - upper, 0)
+
+
+def splat_of(
+    rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], size: tuple[int, int]
+) -> Splat:
+    (row, below), (column, right) = rows, columns
+    corners = []
+    for down, row_weight in enumerate((1 - below, below)):
+        for across, column_weight in enumerate((1 - right, right)):
+            weight = (row_weight[:, None] * column_weight * SPLAT_UNITS).round().long()
+            corners.append((down * size[1] + across, weight.flatten()))
+    return Splat((row[:, None] * size[1] + column).flatten(), corners, size)
+
+
+def splat_keys(keys: Tensor, num_keys: int, splat: Splat) -> Tensor:
+    """W = upᵀ onehot(keys), int64 [num_keys, H·W] in units of 1/SPLAT_UNITS: integers, so that any
+    order gives the same bits. keys: [B, N]; −1 belongs nowhere."""
+    cells, width = splat.size[0] * splat.size[1], splat.size[1]
+    first = ((keys.long() + 1) * cells + splat.first).flatten()
+    # the cells of key −1 come first; weights of 0 may lie beyond the last ones
+    table = keys.new_zeros((num_keys + 1) * cells + width + 1, dtype=torch.int64)
+    for offset, weight in splat.corners:
+        table[offset:].index_add_(0, first, weight.expand_as(keys).flatten())
+    return table[cells : (num_keys + 1) * cells].view(num_keys, cells)
+
+
+def upsampled_sums(
+    features: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int
+) -> ClassMoments:
+    """n_k and s_k = Σ_{p∈k} up(f)(p) = Σ_q W[k, q]·f_q of each image, up to the labels' size."""
+    size = (features.shape[2], features.shape[3])
+    rows, columns = (splat_axis(labels.shape[i + 1], size[i], labels.device) for i in (0, 1))
+    keys, counts = class_keys(labels[:, None], labels, num_classes, True, ignore_index)
+    table = splat_keys(keys, counts.numel(), splat_of(rows, columns, size))
+    weights = (table.float() / SPLAT_UNITS).to(features.dtype).view(*counts.shape, -1)
+    sums = (features.flatten(2) @ weights.transpose(1, 2)).transpose(1, 2)
+    return ClassMoments(counts, sums, None)
 
 
 def softmax_moments(

@@ -1,17 +1,14 @@
 """CeCo compared with numbers of the released code, and its weights with the upsampled tensor."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
-from anchorops.losses.ceco import splat_labels
 
 
 @pytest.fixture(scope="module")
@@ -58,29 +55,6 @@ def test_centers_of_the_release(oracle: dict[str, Tensor]) -> None:
     assert counts.nonzero().flatten().tolist() == oracle["present"].tolist()
     centers = sums[oracle["present"]] / counts[oracle["present"], None]
     torch.testing.assert_close(centers, oracle["centers"], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("size", "label_size"),
-    [((6, 10), (24, 40)), ((5, 7), (13, 11)), ((1, 3), (4, 9)), ((4, 4), (1, 2))],
-)
-def test_splat_equals_sums_of_upsampled_features(
-    size: tuple[int, int], label_size: tuple[int, int]
-) -> None:
-    generator = torch.Generator().manual_seed(1)
-    features = torch.randn(3, 4, *size, generator=generator, requires_grad=True)
-    labels = torch.randint(-1, 6, (3, *label_size), generator=generator)
-    labels[0, 0, 0] = 255
-    weights, counts = splat_labels(labels, size, 5, 255)
-    sums = weights @ features.flatten(2).transpose(1, 2)
-    upsampled = F.interpolate(features, label_size, mode="bilinear", align_corners=True)
-    naive = torch.stack([(upsampled * (labels == k)[:, None]).sum((2, 3)) for k in range(5)], dim=1)
-    assert counts.tolist() == [[int((image == k).sum()) for k in range(5)] for image in labels]
-    torch.testing.assert_close(sums, naive, rtol=1e-4, atol=1e-4)
-    upstream = torch.randn(sums.shape, generator=generator)
-    (gradient,) = torch.autograd.grad(sums, features, upstream)
-    (expected,) = torch.autograd.grad(naive, features, upstream)
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
 def naive_loss(
@@ -160,25 +134,3 @@ def test_simplex_needs_room() -> None:
     for wrong in (torch.zeros(10), torch.linspace(-1, 1, 10)):
         with pytest.raises(ValueError, match="CeCo: prior: expected no negative share"):
             ao.CeCo(10, 16, prior=wrong)
-
-
-def test_label_resolution_builds_no_upsampled_features() -> None:
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(tensor, Tensor):
-                    self.numel = max(self.numel, tensor.untyped_storage().nbytes() // 4)
-            return out
-
-    ceco = ao.CeCo(5, 16, reduced_dim=128)
-    features = torch.randn(2, 16, 8, 8, requires_grad=True)
-    labels = torch.randint(0, 5, (2, 64, 64))
-    with Largest() as largest:
-        ceco(features, labels).backward()
-    upsampled = labels.numel() * ceco.reduced_dim
-    assert 0 < largest.numel < upsampled / 8

@@ -1,6 +1,5 @@
 """CeCo, center collapse (CVPR 2023)."""
 
-import itertools
 from contextlib import nullcontext
 
 import torch
@@ -11,61 +10,11 @@ from torch.distributed import ProcessGroup
 from .._checks import check_choice, describe, fail
 from ..anchors import simplex_etf
 from ..distributed import all_reduce, reduce_moments
+from ..ops.upsampled_sums import upsampled_sums
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer
 from .recomputation import recomputing, statistics_kept
 from .statistics import Request
-
-_FIXED_POINT = 2**30  # weights are summed as integers, so any order gives the same bits
-
-
-def _corners(size: int, source: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """For each of `size` label rows: the two feature rows and their weights in bilinear upsampling
-    with align_corners=True."""
-    step = (source - 1) / (size - 1) if size > 1 else 0.0
-    # filled on the device, because copying a number to it would synchronise
-    scale = torch.full((), step, dtype=torch.float32, device=device)
-    position = torch.arange(size, device=device, dtype=torch.float32) * scale
-    low = position.long().clamp(max=source - 1)
-    fraction = position - low
-    return [(low, 1 - fraction), ((low + 1).clamp(max=source - 1), fraction)]
-
-
-def splat_labels(
-    labels: Tensor, size: tuple[int, int], num_classes: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """W = upᵀ onehot(labels) and the classes' pixel counts.
-
-    Bilinear upsampling (align_corners=True) from `size` to the labels' size is linear. Therefore
-    the sum of upsampled features over a class, Σ_{p∈k} up(g)(p), is Σ_q W[k, q]·g(q), and no tensor
-    of the labels' size times the channels is stored.
-
-    Args:
-        labels: integer (B, H', W').
-        size: (H, W) of the features.
-
-    Returns:
-        W: float32 [B, K, H·W]; counts: int64 [B, K]. Both are reproducible bit for bit.
-    """
-    (height, width), images = size, labels.shape[0]
-    labels = labels.long()
-    valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
-    image = torch.arange(images, device=labels.device)[:, None, None]
-    spare = images * num_classes  # the key of ignored pixels
-    keys = torch.where(valid, image * num_classes + labels, spare)
-    counts = torch.zeros(spare + 1, dtype=torch.int64, device=labels.device)
-    counts = counts.index_add(0, keys.flatten(), torch.ones_like(keys).flatten())[:-1]
-    cells = height * width
-    first = keys * cells
-    splatted = torch.zeros((spare + 1) * cells, dtype=torch.int64, device=labels.device)
-    rows = _corners(labels.shape[1], height, labels.device)
-    columns = _corners(labels.shape[2], width, labels.device)
-    for (row, row_weight), (column, column_weight) in itertools.product(rows, columns):
-        weight = (row_weight[:, None] * column_weight * _FIXED_POINT).round().long()
-        cell = first + (row[:, None] * width + column)
-        splatted.index_add_(0, cell.flatten(), weight.expand_as(cell).flatten())
-    weights = splatted[:-cells].view(images, num_classes, cells).float() / _FIXED_POINT
-    return weights, counts.view(images, num_classes)
 
 
 class CeCo(Regularizer):
@@ -196,11 +145,11 @@ class CeCo(Regularizer):
         return centered * scale.view(shape) + norm.bias.view(shape)
 
     def _splat(self, reduced: Tensor, labels: Tensor) -> ClassMoments:
-        size = (reduced.shape[2], reduced.shape[3])
-        weights, counts = splat_labels(labels, size, self.num_classes, self.ignore_index)
-        sums = (reduced.flatten(2) @ weights.to(reduced.dtype).transpose(1, 2)).transpose(1, 2)
+        counts, sums, _ = moments = upsampled_sums(
+            reduced, labels, self.num_classes, ignore_index=self.ignore_index
+        )
         if self.per_image:
-            return ClassMoments(counts, sums, None)
+            return moments
         return reduce_moments(ClassMoments(counts.sum(0), sums.sum(0), None), self.process_group)
 
     def _losses_of_centers(self, moments: ClassMoments) -> Losses:
