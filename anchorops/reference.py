@@ -208,9 +208,10 @@ def upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tens
 
 
 class Splat(NamedTuple):
-    """How labels lie among features, of size (H, W), under upsampling with align_corners=True:
-    index [N] of the upper left feature of each label, and offset from it and weight [N], in units
-    of 1/SPLAT_UNITS, of all four; int64."""
+    """How N labels lie among features, of size (H, W), under upsampling with align_corners=True:
+    first [N], where in a table of keys −1, 0, 1, … times features the upper left feature of each
+    label is for key 0; offset from it and weight [N], in units of 1/SPLAT_UNITS, of all four.
+    """
 
     first: Tensor
     corners: list[tuple[int, Tensor]]
@@ -236,15 +237,16 @@ def splat_of(
         for across, column_weight in enumerate((1 - right, right)):
             weight = (row_weight[:, None] * column_weight * SPLAT_UNITS).round().long()
             corners.append((down * size[1] + across, weight.flatten()))
-    return Splat((row[:, None] * size[1] + column).flatten(), corners, size)
+    first = (row[:, None] + size[0]) * size[1] + column
+    return Splat(first.flatten(), corners, size)
 
 
 def splat_keys(keys: Tensor, num_keys: int, splat: Splat) -> Tensor:
     """W = upᵀ onehot(keys), int64 [num_keys, H·W] in units of 1/SPLAT_UNITS: integers, so that any
     order gives the same bits. keys: [B, N]; −1 belongs nowhere."""
     cells, width = splat.size[0] * splat.size[1], splat.size[1]
-    first = ((keys.long() + 1) * cells + splat.first).flatten()
-    # the cells of key −1 come first; weights of 0 may lie beyond the last ones
+    first = torch.add(splat.first, keys, alpha=cells).flatten()
+    # weights of 0 may lie beyond the last features
     table = keys.new_zeros((num_keys + 1) * cells + width + 1, dtype=torch.int64)
     for offset, weight in splat.corners:
         table[offset:].index_add_(0, first, weight.expand_as(keys).flatten())
