@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..losses import Regularizer
-from .evaluate import predict
 from .parts import Parts
+from .predict import predict
 
 REPEATS = 5
 

@@ -182,6 +182,11 @@ class Running:
     for bit needs this on a GPU, or with more than two ranks."""
     evaluation: Literal["whole", "sliding"] = "whole"
     """Predict whole images, or overlapping windows of the size of a crop."""
+    eval_scales: tuple[float, ...] = (1.0,)
+    """Scales of the images in an evaluation, whose probabilities are averaged: 0.5 0.75 1 1.25
+    1.5 1.75. An evaluation has one pass for each scale."""
+    eval_flip: bool = False
+    """Also average with the probabilities of the mirrored images: twice as many passes."""
     eval_batch_size: int = 1
     """Images per pass of an evaluation; with more than 1, all images must have the same size."""
     eval_every: int = 0
@@ -250,6 +255,9 @@ class Config:
             raise _wrong("crop", f"two multiples of {MULTIPLE}", self.data.crop)
         if not 0 < self.data.scale[0] <= self.data.scale[1]:
             raise _wrong("scale", "0 < smallest <= largest", self.data.scale)
+        scales = self.running.eval_scales
+        if not scales or min(scales) <= 0:
+            raise _wrong("eval_scales", "one scale or more, above 0", scales)
         if not 0 < self.data.cat_max_ratio <= 1:
             raise _wrong("cat_max_ratio", "a share above 0", self.data.cat_max_ratio)
         if not 1 >= self.data.head_tail[0] >= self.data.head_tail[1] >= 0:

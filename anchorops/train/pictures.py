@@ -64,6 +64,8 @@ def draw_predictions(
     *,
     transform: v2.Transform,
     window: tuple[int, int] | None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
     title: str,
     device: torch.device,
 ) -> bytes:
@@ -75,7 +77,9 @@ def draw_predictions(
         image, labels = dataset[index]
         seen |= set(labels.unique().tolist())
         network_input = transform(tv_tensors.Image(image)).as_subclass(Tensor)[None].to(device)
-        (prediction,) = predict(model, network_input, labels.shape, window)
+        (prediction,) = predict(
+            model, network_input, labels.shape, window, scales=scales, flip=flip
+        )
         rows.append((_rgb(image), colors[labels.numpy()], colors[prediction.cpu().numpy()]))
 
     # images from left to right, in three rows

@@ -43,16 +43,22 @@ class Term(NamedTuple):
         return row_weights[:, i].to(device) @ logits @ column_weights[:, j].T.to(device)
 
 
-def largest(terms: Sequence[Term]) -> Tensor:
-    """Classes int64 (B, H, W): those of the largest sum of the terms, tile by tile."""
+def largest(terms: Sequence[Term], *, softmax: bool = False) -> Tensor:
+    """Classes int64 (B, H, W): those of the largest sum of the terms, with softmax of the terms'
+    probabilities; tile by tile."""
+
+    def scores(term: Term, rows: slice, columns: slice) -> Tensor:
+        tile = term.tile(rows, columns)
+        return tile.softmax(1) if softmax else tile
+
     batch, (height, width) = len(terms[0].logits), (len(terms[0].rows), len(terms[0].columns))
     classes = terms[0].logits.new_empty(batch, height, width, dtype=torch.int64)
     for top in range(0, height, TILE):
         for left in range(0, width, TILE):
             rows, columns = slice(top, top + TILE), slice(left, left + TILE)
-            tile = terms[0].tile(rows, columns)
+            tile = scores(terms[0], rows, columns)
             for term in terms[1:]:
-                tile += term.tile(rows, columns)
+                tile += scores(term, rows, columns)
             classes[:, rows, columns] = ao.pixel_argmax(tile, (tile.shape[2], tile.shape[3]))
     return classes
 
@@ -106,11 +112,34 @@ def window_logits(
     )
 
 
+def _scaled(images: Tensor, scale: float) -> Tensor:
+    if scale == 1:
+        return images
+    size = [max(1, round(side * scale)) for side in images.shape[2:]]
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+
+
 def predict(
-    model: nn.Module, images: Tensor, size: Sequence[int], window: tuple[int, int] | None = None
+    model: nn.Module,
+    images: Tensor,
+    size: Sequence[int],
+    window: tuple[int, int] | None = None,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
 ) -> Tensor:
     """Classes int64 (B, *size) of images (B, C, h, w): of whole images, or by sliding windows whose
-    logits are averaged where they overlap."""
+    logits are averaged where they overlap. With several scales, or with flip, the probabilities of
+    all scaled and mirrored images are averaged (mmsegmentation's test-time augmentation)."""
+    if tuple(scales) != (1.0,) or flip:
+        terms = []
+        for scale in scales:
+            scaled = _scaled(images, scale)
+            terms.append(window_logits(model, scaled, size, window))
+            if flip:
+                term = window_logits(model, scaled.flip(3), size, window)
+                terms.append(term._replace(columns=term.columns.flip(0)))
+        return largest(terms, softmax=True)
     height, width = size
     padded = pad_to_multiple(images)
     aligned = padded.shape == images.shape  # what is padded and scaled is interpolated twice

@@ -35,7 +35,13 @@ def validate(parts: Parts, before_batch: Callable[[], None]) -> dict[str, Any]:
     ranks.synchronize(parts.model)
     with batches_of(validation_loader(parts, ranks.rank, ranks.world)) as batches:
         confusion = evaluate(
-            parts.model, watched(batches), parts.num_classes, ranks.device, parts.window
+            parts.model,
+            watched(batches),
+            parts.num_classes,
+            ranks.device,
+            parts.window,
+            scales=parts.config.running.eval_scales,
+            flip=parts.config.running.eval_flip,
         )
     return summarize(
         confusion, parts.training_set.classes, parts.frequencies, parts.config.data.head_tail
