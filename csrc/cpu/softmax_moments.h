@@ -135,10 +135,18 @@ struct Rows {
   decltype(Output<StatOf<T>>::finish_row) finish_row;
 };
 
-// clang-format off
-namespace baseline { template <class T> Rows<T> rows(); template <class Stat> Kernels<Stat> kernels(); }
-namespace avx2 { template <class T> Rows<T> rows(); template <class Stat> Kernels<Stat> kernels(); }
-namespace avx512 { template <class T> Rows<T> rows(); template <class Stat> Kernels<Stat> kernels(); }
-// clang-format on
+#define KERNELS_OF(instruction_set)        \
+  namespace instruction_set {              \
+  template <class Label>                   \
+  decltype(Labels::read) label_reader();   \
+  template <class T>                       \
+  Rows<T> rows();                          \
+  template <class Stat>                    \
+  Kernels<Stat> kernels();                 \
+  }
+KERNELS_OF(baseline)
+KERNELS_OF(avx2)
+KERNELS_OF(avx512)
+#undef KERNELS_OF
 
 }  // namespace anchorops::cpu::softmax

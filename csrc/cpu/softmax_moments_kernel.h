@@ -69,6 +69,19 @@ Rows<T> rows() {
   return {pack_row<T>, finish_row<T>};
 }
 
+template <class Label>
+decltype(Labels::read) label_reader() {
+  return read_labels<Label>;
+}
+
+template decltype(Labels::read) label_reader<uint8_t>();
+template decltype(Labels::read) label_reader<int8_t>();
+template decltype(Labels::read) label_reader<uint16_t>();
+template decltype(Labels::read) label_reader<int16_t>();
+template decltype(Labels::read) label_reader<uint32_t>();
+template decltype(Labels::read) label_reader<int32_t>();
+template decltype(Labels::read) label_reader<uint64_t>();
+template decltype(Labels::read) label_reader<int64_t>();
 template Kernels<float> kernels();
 template Kernels<double> kernels();
 template Rows<float> rows();

@@ -63,6 +63,25 @@ ALWAYS_INLINE VecOf<float> log(VecOf<float> x) {
   return __builtin_convertvector(n, Vec) * 0.693147181f + f * p;
 }
 
+template <class Label>
+void read_labels(const Labels& labels, int64_t image, int64_t row, Range columns,
+                 int32_t* classes) {
+  const Label* data = static_cast<const Label*>(labels.data) + image * labels.stride_b +
+                      row * labels.stride_h + columns.begin * labels.stride_w;
+  const int64_t stride = labels.stride_w, count = columns.end - columns.begin;
+  const auto num_classes = static_cast<uint64_t>(labels.num_classes);
+  const int64_t ignore_index = labels.ignore_index;
+  const auto read = [&](int64_t i, int64_t at) INLINE_LAMBDA {
+    const auto label = static_cast<int64_t>(data[at]);
+    const bool valid = (static_cast<uint64_t>(label) < num_classes) & (label != ignore_index);
+    classes[i] = valid ? static_cast<int32_t>(label) : -1;
+  };
+  if (stride == 1)
+    for (int64_t i = 0; i < count; ++i) read(i, i);
+  else
+    for (int64_t i = 0; i < count; ++i) read(i, i * stride);
+}
+
 // Column j of packed rows is logit tile.columns.begin - 1 + j. Returns whether all logits are
 // finite or -inf.
 template <class T>

@@ -41,21 +41,13 @@ inline Layout layout_of(const Tensor& x) {
 }
 
 template <class Label>
-void read_labels(const Labels& labels, int64_t image, int64_t row, Range columns,
-                 int32_t* classes) {
-  const auto* data = static_cast<const Label*>(labels.data) + image * labels.stride_b +
-                     row * labels.stride_h + columns.begin * labels.stride_w;
-  const int64_t stride = labels.stride_w, count = columns.end - columns.begin;
-  const auto num_classes = static_cast<uint64_t>(labels.num_classes);
-  const auto read = [&](int64_t i, int64_t at) {
-    const auto label = static_cast<int64_t>(data[at]);
-    const bool valid = static_cast<uint64_t>(label) < num_classes && label != labels.ignore_index;
-    classes[i] = valid ? static_cast<int32_t>(label) : -1;
-  };
-  if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) read(i, i);
-  else
-    for (int64_t i = 0; i < count; ++i) read(i, i * stride);
+decltype(Labels::read) best_label_reader() {
+#ifdef __x86_64__
+  const InstructionSet best = best_instruction_set();
+  if (best == InstructionSet::AVX512) return avx512::label_reader<Label>();
+  if (best == InstructionSet::AVX2) return avx2::label_reader<Label>();
+#endif
+  return baseline::label_reader<Label>();
 }
 
 inline Labels labels_of(const char* operation, const Tensor& labels, int64_t num_classes,
@@ -63,7 +55,7 @@ inline Labels labels_of(const char* operation, const Tensor& labels, int64_t num
   Labels result = {labels.data_ptr(), labels.stride(0), labels.stride(1), labels.stride(2),
                    num_classes,       ignore_index,     nullptr};
   for_label_dtype(operation, labels.scalar_type(),
-                  [&](auto label) { result.read = read_labels<decltype(label)>; });
+                  [&](auto label) { result.read = best_label_reader<decltype(label)>(); });
   return result;
 }
 
