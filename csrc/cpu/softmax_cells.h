@@ -17,19 +17,28 @@ constexpr float FAR = -80.0f, STEEP = 0x1p-40f, LOG_STEEP = -27.7258872f;
 using Floats = VecOf<float>;
 using Ints = Vector<int32_t, LANES<float>>;
 
-ALWAYS_INLINE bool any(Ints mask) {
+// A bit for each lane of a mask.
+ALWAYS_INLINE uint32_t lanes_of(Ints mask) {
 #if VECTOR_BYTES == 64
-  return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask)) != 0;
+  return _mm512_movepi32_mask(__m512i(mask));
+#elif VECTOR_BYTES == 32
+  return _mm256_movemask_ps(__m256(mask));
 #else
-  Vector<int64_t, sizeof mask / 8> halves;
-  std::memcpy(&halves, &mask, sizeof mask);
-  int64_t bits = 0;
-  for (size_t i = 0; i < sizeof mask / 8; ++i) bits |= halves[i];
-  return bits != 0;
+  uint32_t lanes = 0;
+  for (int i = 0; i < LANES<float>; ++i) lanes |= (mask[i] & 1) << i;
+  return lanes;
 #endif
 }
 
-// table[index]; any element if index is negative.
+ALWAYS_INLINE bool any(Ints mask) { return lanes_of(mask) != 0; }
+
+// Calls visit(lane) for each lane of a mask.
+template <class Visit>
+ALWAYS_INLINE void for_lanes(Ints mask, Visit visit) {
+  for (uint32_t lanes = lanes_of(mask); lanes; lanes &= lanes - 1) visit(__builtin_ctz(lanes));
+}
+
+// table[index], of what may be other where index is negative.
 template <class Element>
 ALWAYS_INLINE Vector<Element, LANES<float>> gather(const Element* table, Ints index,
                                                    Element other) {
@@ -47,6 +56,17 @@ ALWAYS_INLINE Vector<Element, LANES<float>> gather(const Element* table, Ints in
   for (int i = 0; i < LANES<float>; ++i)
     if (index[i] >= 0) result[i] = table[index[i]];
   return result;
+#endif
+}
+
+// table[index] = values, but nothing where index is negative.
+ALWAYS_INLINE void scatter(float* table, Ints index, Floats values) {
+#if VECTOR_BYTES == 64
+  const __mmask16 valid = ~_mm512_movepi32_mask(__m512i(index));
+  _mm512_mask_i32scatter_ps(table, valid, __m512i(index), __m512(values), 4);
+#else
+  for (int i = 0; i < LANES<float>; ++i)
+    if (index[i] >= 0) table[index[i]] = values[i];
 #endif
 }
 
@@ -89,6 +109,11 @@ struct Corners {
   }
   ALWAYS_INLINE Floats at(Floats down, Floats right) const {
     return blend(blend(a, c, down), blend(b, d, down), right);
+  }
+  // The same of finite logits.
+  ALWAYS_INLINE Floats of_finite(float down, Floats right) const {
+    const Floats left = a + down * (c - a);
+    return left + right * ((b + down * (d - b)) - left);
   }
 };
 
@@ -210,14 +235,13 @@ struct CellRow {
   float* factors(int which, int64_t block, int64_t j, int64_t i) const {
     return workspace.factors[which] + j * workspace.lanes + block * PIXELS + i * L;
   }
-  // Writes a row of pixels of a block to a contiguous map [B, H, W], if there is one.
-  ALWAYS_INLINE void scatter(int64_t block, int64_t j, float* map, const float* values) const {
+  // Writes a vector of pixels to a contiguous map [B, H, W], if there is one.
+  ALWAYS_INLINE void scatter_map(int64_t block, int64_t j, int64_t i, float* map,
+                                 Floats values) const {
     if (!map) return;
-    const int32_t* column = columns_of(block);
     float* line = map + (tile.image * problem.rows.size + y + j) * problem.columns.size +
                   tile.label_columns.begin;
-    for (int t = 0; t < PIXELS; ++t)
-      if (column[t] >= 0) line[column[t]] = values[t];
+    scatter(line, load_ints(columns_of(block) + i * L), values);
   }
   Map<float> lse_map(const float* lse) const {
     return {lse, problem.rows.size * problem.columns.size, problem.columns.size, 1};
@@ -241,10 +265,9 @@ struct CellRow {
   ALWAYS_INLINE Series series(const Corners& z, int64_t block) const {
     return {z, right_start(block), problem.column_cells.step, at_down, problem.row_cells.step};
   }
-  ALWAYS_INLINE Floats shift(int64_t block, int64_t j, int64_t i) const {
+  ALWAYS_INLINE Corners shifts(int64_t block) const {
     const int64_t column = first_column + column_of(block);
-    return Corners(workspace.shifts[upper & 1] + column, workspace.shifts[lower & 1] + column)
-        .at(Floats{} + down[j], right(block, i));
+    return {workspace.shifts[upper & 1] + column, workspace.shifts[lower & 1] + column};
   }
   // Classes of a block's pixels, -1 if there is none. Returns the largest of each cell, which is
   // usually the only one.

@@ -52,38 +52,37 @@ template <int WIDTH>
 void add_block(const CellRow<WIDTH>& row, int64_t block, const int32_t* classes, Ints of_cells,
                const Floats* totals, const Sums& sums, const Maps<float>& maps) {
   using Row = CellRow<WIDTH>;
-  using V = Simd<float>;
-  constexpr int L = Row::L, PIXELS = Row::PIXELS;
-  const Corners of_cell = row.own_corners(block, of_cells);
+  constexpr int L = Row::L;
+  const Corners of_cell = row.own_corners(block, of_cells), shifts = row.shifts(block);
+  const bool finite = of_cell.all_above(-3e38f);
   Floats losses = {}, overlaps = {};
   Ints counts = {};
-  for (int64_t j = 0; j < row.rows; ++j) {
-    float loss[PIXELS], lse[PIXELS];
+  for (int64_t j = 0; j < row.rows; ++j)
     for (int i = 0; i < WIDTH; ++i) {
       const int64_t n = j * WIDTH + i;
       const Ints k = load_ints(classes + n * L);
       const Ints valid = k >= 0, same = valid & (k == of_cells), others = valid & (k != of_cells);
-      const Floats down = Floats{} + row.down[j], right = row.right(block, i);
-      const Floats of_sum = log(totals[n]);
-      const Corners z = any(others) ? row.own_corners(block, k) : of_cell;
-      const Floats of_pixel = of_sum - z.at(down, right);
-      const Floats overlap = sums.overlaps ? exp<float>(-of_pixel) : Floats{};
-      losses += same ? of_pixel : Floats{};
+      const Floats right = row.right(block, i), of_sum = log(totals[n]);
+      Floats z;
+      if (any(others))
+        z = row.own_corners(block, k).at(Floats{} + row.down[j], right);
+      else if (finite)
+        z = of_cell.of_finite(row.down[j], right);
+      else
+        z = of_cell.at(Floats{} + row.down[j], right);
+      const Floats loss = of_sum - z, overlap = sums.overlaps ? exp<float>(-loss) : Floats{};
+      losses += same ? loss : Floats{};
       overlaps += same ? overlap : Floats{};
       counts -= same;
-      V::store(loss + i * L, valid ? of_pixel : Floats{});
-      if (maps.lse) V::store(lse + i * L, valid ? of_sum + row.shift(block, j, i) : Floats{});
-      if (!any(others)) continue;
-      for (int lane = 0; lane < L; ++lane) {
-        if (!others[lane]) continue;
-        sums.losses[k[lane]] += of_pixel[lane];
+      row.scatter_map(block, j, i, maps.pixel_losses, valid ? loss : Floats{});
+      const Floats lse = of_sum + shifts.of_finite(row.down[j], right);
+      row.scatter_map(block, j, i, maps.lse, valid ? lse : Floats{});
+      for_lanes(others, [&](int lane) {
+        sums.losses[k[lane]] += loss[lane];
         ++sums.counts[k[lane]];
         if (sums.overlaps) sums.overlaps[k[lane]] += overlap[lane];
-      }
+      });
     }
-    row.scatter(block, j, maps.pixel_losses, loss);
-    row.scatter(block, j, maps.lse, lse);
-  }
   for (int lane = 0; lane < L; ++lane) {
     const int32_t k = of_cells[lane];
     if (k < 0) continue;
@@ -247,12 +246,10 @@ void subtract_own(const CellRow<WIDTH>& row, int64_t block, const int32_t* class
       const Floats value = Simd<float>::load(values + at), weight = row.right(block, i);
       all += k == of_cells ? value : Floats{};
       of_right += k == of_cells ? value * weight : Floats{};
-      if (!any(others)) continue;
-      for (int lane = 0; lane < L; ++lane) {
-        if (!others[lane]) continue;
+      for_lanes(others, [&](int lane) {
         const float r = value[lane] * weight[lane], l = value[lane] - r;
         subtract(k[lane], lane, l, r, l * row.down[j], r * row.down[j]);
-      }
+      });
     }
     left += all - of_right;
     right += of_right;
@@ -277,6 +274,8 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const int32_t* c
     return by_class ? gather(by_class + of_image, k, 0.0f) : Floats{};
   };
   const bool any_valid = any(of_cells >= 0);
+  const Corners shifts = row.shifts(block);
+  const Floats dloss_of_cells = of_class(gradients.dlosses, of_cells);
   Floats totals[H * WIDTH] = {}, squares[H * WIDTH] = {};
   Ints steep = {};
   for (int64_t j = 0; j < row.rows; ++j) {
@@ -286,12 +285,13 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const int32_t* c
     }
     for (int i = 0; i < WIDTH; ++i) {
       const Ints k = load_ints(classes + (j * WIDTH + i) * L), valid = k >= 0;
-      const Floats of_sum =
-          row.gather_map(block, j, i, valid, row.lse_map(gradients.lse)) - row.shift(block, j, i);
+      const Floats of_sum = row.gather_map(block, j, i, valid, row.lse_map(gradients.lse)) -
+                            shifts.of_finite(row.down[j], row.right(block, i));
       steep |= valid & ~((of_sum >= LOG_STEEP) & (of_sum <= 80.0f));
       const Floats q = exp<float>(-of_sum);
-      Floats of_own = of_class(gradients.dlosses, k) +
-                      row.gather_map(block, j, i, valid, gradients.dpixel_losses);
+      const Floats dloss = any(valid & (k != of_cells)) ? of_class(gradients.dlosses, k)
+                                                        : dloss_of_cells;
+      Floats of_own = dloss + row.gather_map(block, j, i, valid, gradients.dpixel_losses);
       Floats rest = of_own + row.gather_map(block, j, i, valid, gradients.dlse);
       const int64_t n = j % H * WIDTH + i;
       rest -= (totals[n] + 2 * q * squares[n]) * q;
