@@ -32,10 +32,19 @@ ALWAYS_INLINE uint32_t lanes_of(Ints mask) {
 
 ALWAYS_INLINE bool any(Ints mask) { return lanes_of(mask) != 0; }
 
-// Calls visit(lane) for each lane of a mask.
-template <class Visit>
-ALWAYS_INLINE void for_lanes(Ints mask, Visit visit) {
-  for (uint32_t lanes = lanes_of(mask); lanes; lanes &= lanes - 1) visit(__builtin_ctz(lanes));
+// Writes first + lane for each lane of a mask, to a place for LANES numbers. Returns how many.
+ALWAYS_INLINE int put_lanes(Ints mask, int64_t first, int32_t* target) {
+#if VECTOR_BYTES == 64
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(first)));
+  _mm512_storeu_si512(target, _mm512_maskz_compress_epi32(lanes_of(mask), numbers));
+  return __builtin_popcount(lanes_of(mask));
+#else
+  int count = 0;
+  for (uint32_t lanes = lanes_of(mask); lanes; lanes &= lanes - 1)
+    target[count++] = static_cast<int32_t>(first) + __builtin_ctz(lanes);
+  return count;
+#endif
 }
 
 // table[index], of what may be other where index is negative.
@@ -139,6 +148,18 @@ struct Series {
   }
 };
 
+// The classes of a block's pixels [rows][WIDTH][lanes], -1 where there is none.
+template <int WIDTH>
+struct BlockClasses {
+  static constexpr int PIXELS = WIDTH * LANES<float>;
+  int32_t classes[ROWS * PIXELS];
+  Ints of_cells;  // the largest of each cell, mostly the only one
+  int32_t others[ROWS * PIXELS + LANES<float>];  // the pixels that are of another class
+  int64_t count;                                 // of the others
+
+  Ints of_pixels(int64_t n) const { return load_ints(classes + n * LANES<float>); }
+};
+
 // A row of cells of a tile, of its labels up to ROWS rows.
 template <int WIDTH>
 struct CellRow {
@@ -235,13 +256,22 @@ struct CellRow {
   float* factors(int which, int64_t block, int64_t j, int64_t i) const {
     return workspace.factors[which] + j * workspace.lanes + block * PIXELS + i * L;
   }
+  // The pixel's logit of class k, of the block's pixel t.
+  ALWAYS_INLINE float logit(int64_t block, int64_t t, int64_t k) const {
+    const int64_t column = column_of(block) + t % L;
+    const float *above = upper_row(k) + column, *below = lower_row(k) + column;
+    const float of_row = down[t / PIXELS];
+    return blend(blend(above[0], below[0], of_row), blend(above[1], below[1], of_row),
+                 workspace.cell_weights[block * PIXELS + t % PIXELS]);
+  }
   // Writes a vector of pixels to a contiguous map [B, H, W], if there is one.
   ALWAYS_INLINE void scatter_map(int64_t block, int64_t j, int64_t i, float* map,
                                  Floats values) const {
-    if (!map) return;
-    float* line = map + (tile.image * problem.rows.size + y + j) * problem.columns.size +
-                  tile.label_columns.begin;
-    scatter(line, load_ints(columns_of(block) + i * L), values);
+    if (map) scatter(line_of(map, j), load_ints(columns_of(block) + i * L), values);
+  }
+  ALWAYS_INLINE float* line_of(float* map, int64_t j) const {
+    return map + (tile.image * problem.rows.size + y + j) * problem.columns.size +
+           tile.label_columns.begin;
   }
   Map<float> lse_map(const float* lse) const {
     return {lse, problem.rows.size * problem.columns.size, problem.columns.size, 1};
@@ -269,18 +299,20 @@ struct CellRow {
     const int64_t column = first_column + column_of(block);
     return {workspace.shifts[upper & 1] + column, workspace.shifts[lower & 1] + column};
   }
-  // Classes of a block's pixels, -1 if there is none. Returns the largest of each cell, which is
-  // usually the only one.
-  ALWAYS_INLINE Ints classes_of(int64_t block, int32_t* classes) const {
-    Ints of_cells = Ints{} - 1;
-    for (int64_t j = 0; j < rows; ++j)
-      for (int64_t i = 0; i < WIDTH; ++i) {
-        const Ints k = gather(workspace.classes + j * workspace.label_stride,
-                              load_ints(columns_of(block) + i * L), -1);
-        std::memcpy(classes + j * PIXELS + i * L, &k, sizeof k);
-        of_cells = k > of_cells ? k : of_cells;
-      }
-    return of_cells;
+  ALWAYS_INLINE void find_classes(int64_t block, BlockClasses<WIDTH>& found) const {
+    found.of_cells = Ints{} - 1;
+    for (int64_t n = 0; n < rows * WIDTH; ++n) {
+      const Ints k = gather(workspace.classes + n / WIDTH * workspace.label_stride,
+                            load_ints(columns_of(block) + n % WIDTH * L), -1);
+      std::memcpy(found.classes + n * L, &k, sizeof k);
+      found.of_cells = k > found.of_cells ? k : found.of_cells;
+    }
+    found.count = 0;
+    for (int64_t n = 0; n < rows * WIDTH; ++n) {
+      const Ints k = load_ints(found.classes + n * L);
+      found.count +=
+          put_lanes((k >= 0) & (k != found.of_cells), n * L, found.others + found.count);
+    }
   }
   // The logits around the cells, of their true classes; any numbers if there is none.
   ALWAYS_INLINE Corners own_corners(int64_t block, Ints classes) const {

@@ -49,46 +49,45 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
 // The sums and maps of a block; totals: of e^z over the classes. Pixels that have the class of
 // their cell are summed cell by cell, the others one by one.
 template <int WIDTH>
-void add_block(const CellRow<WIDTH>& row, int64_t block, const int32_t* classes, Ints of_cells,
+void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
                const Floats* totals, const Sums& sums, const Maps<float>& maps) {
   using Row = CellRow<WIDTH>;
   constexpr int L = Row::L;
-  const Corners of_cell = row.own_corners(block, of_cells), shifts = row.shifts(block);
+  const Corners of_cell = row.own_corners(block, classes.of_cells), shifts = row.shifts(block);
   const bool finite = of_cell.all_above(-3e38f);
+  float of_sums[Row::HEIGHT * Row::PIXELS];
   Floats losses = {}, overlaps = {};
   Ints counts = {};
   for (int64_t j = 0; j < row.rows; ++j)
     for (int i = 0; i < WIDTH; ++i) {
       const int64_t n = j * WIDTH + i;
-      const Ints k = load_ints(classes + n * L);
-      const Ints valid = k >= 0, same = valid & (k == of_cells), others = valid & (k != of_cells);
+      const Ints k = classes.of_pixels(n), valid = k >= 0, same = valid & (k == classes.of_cells);
       const Floats right = row.right(block, i), of_sum = log(totals[n]);
-      Floats z;
-      if (any(others))
-        z = row.own_corners(block, k).at(Floats{} + row.down[j], right);
-      else if (finite)
-        z = of_cell.of_finite(row.down[j], right);
-      else
-        z = of_cell.at(Floats{} + row.down[j], right);
-      const Floats loss = of_sum - z, overlap = sums.overlaps ? exp<float>(-loss) : Floats{};
-      losses += same ? loss : Floats{};
-      overlaps += same ? overlap : Floats{};
+      const Floats z = finite ? of_cell.of_finite(row.down[j], right)
+                              : of_cell.at(Floats{} + row.down[j], right);
+      const Floats loss = same ? of_sum - z : Floats{};
+      losses += loss;
+      if (sums.overlaps) overlaps += same ? exp<float>(-loss) : Floats{};
       counts -= same;
-      row.scatter_map(block, j, i, maps.pixel_losses, valid ? loss : Floats{});
+      row.scatter_map(block, j, i, maps.pixel_losses, loss);
       const Floats lse = of_sum + shifts.of_finite(row.down[j], right);
       row.scatter_map(block, j, i, maps.lse, valid ? lse : Floats{});
-      for_lanes(others, [&](int lane) {
-        sums.losses[k[lane]] += loss[lane];
-        ++sums.counts[k[lane]];
-        if (sums.overlaps) sums.overlaps[k[lane]] += overlap[lane];
-      });
+      Simd<float>::store(of_sums + n * L, of_sum);
     }
   for (int lane = 0; lane < L; ++lane) {
-    const int32_t k = of_cells[lane];
+    const int32_t k = classes.of_cells[lane];
     if (k < 0) continue;
     sums.losses[k] += losses[lane];
     sums.counts[k] += counts[lane];
     if (sums.overlaps) sums.overlaps[k] += overlaps[lane];
+  }
+  for (int64_t n = 0; n < classes.count; ++n) {
+    const int32_t t = classes.others[n], k = classes.classes[t];
+    const float loss = of_sums[t] - row.logit(block, t, k);
+    sums.losses[k] += loss;
+    ++sums.counts[k];
+    if (sums.overlaps) sums.overlaps[k] += exp<float>(Floats{} - loss)[0];
+    if (maps.pixel_losses) row.line_of(maps.pixel_losses, t / Row::PIXELS)[row.columns_of(block)[t % Row::PIXELS]] = loss;
   }
 }
 
@@ -98,7 +97,7 @@ void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pro
                    const Maps<float>& maps) {
   using Row = CellRow<WIDTH>;
   using V = Simd<float>;
-  constexpr int L = Row::L, PIXELS = Row::PIXELS;
+  constexpr int PIXELS = Row::PIXELS;
   Row row(problem, tile, workspace);
   const bool with_probabilities = sums.masses || sums.squares;
   Sums without_hits = sums;
@@ -111,28 +110,29 @@ void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pro
       continue;
     }
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
-      int32_t classes[Row::HEIGHT * PIXELS], predicted[Row::HEIGHT * PIXELS];
+      int32_t predicted[Row::HEIGHT * PIXELS];
       Floats totals[Row::HEIGHT * WIDTH] = {};
-      const Ints of_cells = row.classes_of(block, classes);
-      const bool any_valid = any(of_cells >= 0);
+      BlockClasses<WIDTH> classes;
+      row.find_classes(block, classes);
+      const bool any_valid = any(classes.of_cells >= 0);
       if (any_valid) sum_block<WIDTH, Term::POWER>(row, 0, block, nullptr, totals);
       Ints steep = {};
       for (int64_t n = 0; n < row.rows * WIDTH; ++n)
-        steep |= (load_ints(classes + n * L) >= 0) & ~((totals[n] >= STEEP) & (totals[n] <= 1e38f));
+        steep |= (classes.of_pixels(n) >= 0) & ~((totals[n] >= STEEP) & (totals[n] <= 1e38f));
       const bool by_cells = any_valid && !any(steep);
       if (with_probabilities)
         for (int64_t n = 0; n < row.rows * WIDTH; ++n) {
-          const Ints counts = (load_ints(classes + n * L) >= 0) & (Ints{} - by_cells);
+          const Ints counts = (classes.of_pixels(n) >= 0) & (Ints{} - by_cells);
           V::store(row.factors(0, block, n / WIDTH, n % WIDTH),
                    counts != 0 ? 1 / totals[n] : Floats{});
         }
       if (sums.hits && any_valid) {
         largest_of_block(row, block, predicted);
         for (int64_t t = 0; t < row.rows * PIXELS; ++t)
-          if (classes[t] >= 0) sums.hits[classes[t]] += classes[t] == predicted[t];
+          if (const int32_t k = classes.classes[t]; k >= 0) sums.hits[k] += k == predicted[t];
       }
       if (by_cells)
-        add_block(row, block, classes, of_cells, totals, sums, maps);
+        add_block(row, block, classes, totals, sums, maps);
       else
         row.for_pixels(block, [&](const Group<float>& group) {
           forward_group(problem, tile, workspace, group, without_hits, maps);
@@ -221,7 +221,7 @@ void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float*
 // Subtracts the additional terms of the pixels' true classes: values [rows][WIDTH][lanes], 0 if
 // there is no class.
 template <int WIDTH>
-void subtract_own(const CellRow<WIDTH>& row, int64_t block, const int32_t* classes, Ints of_cells,
+void subtract_own(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
                   const float* values) {
   using Row = CellRow<WIDTH>;
   constexpr int L = Row::L;
@@ -229,7 +229,7 @@ void subtract_own(const CellRow<WIDTH>& row, int64_t block, const int32_t* class
   const int64_t column = row.first_column + row.column_of(block);
   float* const above = workspace.gradients[row.upper & 1] + column;
   float* const below = workspace.gradients[row.lower & 1] + column;
-  const auto subtract = [&](int32_t k, int lane, float left, float right, float left_below,
+  const auto subtract = [&](int32_t k, int64_t lane, float left, float right, float left_below,
                             float right_below) INLINE_LAMBDA {
     const int64_t at = k * workspace.stride + lane;
     above[at] -= left - left_below;
@@ -241,15 +241,11 @@ void subtract_own(const CellRow<WIDTH>& row, int64_t block, const int32_t* class
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats all = {}, of_right = {};
     for (int i = 0; i < WIDTH; ++i) {
-      const int64_t at = j * Row::PIXELS + i * L;
-      const Ints k = load_ints(classes + at), others = (k >= 0) & (k != of_cells);
-      const Floats value = Simd<float>::load(values + at), weight = row.right(block, i);
-      all += k == of_cells ? value : Floats{};
-      of_right += k == of_cells ? value * weight : Floats{};
-      for_lanes(others, [&](int lane) {
-        const float r = value[lane] * weight[lane], l = value[lane] - r;
-        subtract(k[lane], lane, l, r, l * row.down[j], r * row.down[j]);
-      });
+      const int64_t n = j * WIDTH + i;
+      const Floats value = Simd<float>::load(values + n * L);
+      const Floats of_cell = classes.of_pixels(n) == classes.of_cells ? value : Floats{};
+      all += of_cell;
+      of_right += of_cell * row.right(block, i);
     }
     left += all - of_right;
     right += of_right;
@@ -257,15 +253,23 @@ void subtract_own(const CellRow<WIDTH>& row, int64_t block, const int32_t* class
     right_below += row.down[j] * of_right;
   }
   for (int lane = 0; lane < L; ++lane)
-    if (of_cells[lane] >= 0)
-      subtract(of_cells[lane], lane, left[lane], right[lane], left_below[lane], right_below[lane]);
+    if (classes.of_cells[lane] >= 0)
+      subtract(classes.of_cells[lane], lane, left[lane], right[lane], left_below[lane],
+               right_below[lane]);
+  for (int64_t n = 0; n < classes.count; ++n) {
+    const int32_t t = classes.others[n];
+    const float down = row.down[t / Row::PIXELS];
+    const float r = values[t] * workspace.cell_weights[block * Row::PIXELS + t % Row::PIXELS];
+    const float l = values[t] - r;
+    subtract(classes.classes[t], t % L, l, r, l * down, r * down);
+  }
 }
 
 // Writes the factors of a block's pixels and the additional terms of their true classes. Returns
 // false if the block must be processed pixel by pixel.
 template <int WIDTH>
-bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const int32_t* classes,
-                      Ints of_cells, const Gradients<float>& gradients, const float* dmasses,
+bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
+                      const Gradients<float>& gradients, const float* dmasses,
                       const float* dsquares, float* own) {
   using V = Simd<float>;
   constexpr int H = CellRow<WIDTH>::HEIGHT, L = CellRow<WIDTH>::L;
@@ -273,9 +277,8 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const int32_t* c
   const auto of_class = [&](const float* by_class, Ints k) INLINE_LAMBDA {
     return by_class ? gather(by_class + of_image, k, 0.0f) : Floats{};
   };
-  const bool any_valid = any(of_cells >= 0);
+  const bool any_valid = any(classes.of_cells >= 0);
   const Corners shifts = row.shifts(block);
-  const Floats dloss_of_cells = of_class(gradients.dlosses, of_cells);
   Floats totals[H * WIDTH] = {}, squares[H * WIDTH] = {};
   Ints steep = {};
   for (int64_t j = 0; j < row.rows; ++j) {
@@ -284,14 +287,13 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const int32_t* c
       if (dsquares) sum_block<WIDTH, Term::SQUARE>(row, j, block, dsquares, squares);
     }
     for (int i = 0; i < WIDTH; ++i) {
-      const Ints k = load_ints(classes + (j * WIDTH + i) * L), valid = k >= 0;
+      const Ints k = classes.of_pixels(j * WIDTH + i), valid = k >= 0;
       const Floats of_sum = row.gather_map(block, j, i, valid, row.lse_map(gradients.lse)) -
                             shifts.of_finite(row.down[j], row.right(block, i));
       steep |= valid & ~((of_sum >= LOG_STEEP) & (of_sum <= 80.0f));
       const Floats q = exp<float>(-of_sum);
-      const Floats dloss = any(valid & (k != of_cells)) ? of_class(gradients.dlosses, k)
-                                                        : dloss_of_cells;
-      Floats of_own = dloss + row.gather_map(block, j, i, valid, gradients.dpixel_losses);
+      Floats of_own = of_class(gradients.dlosses, k) +
+                      row.gather_map(block, j, i, valid, gradients.dpixel_losses);
       Floats rest = of_own + row.gather_map(block, j, i, valid, gradients.dlse);
       const int64_t n = j % H * WIDTH + i;
       rest -= (totals[n] + 2 * q * squares[n]) * q;
@@ -330,11 +332,11 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
       continue;
     }
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
-      int32_t classes[ROWS * PIXELS];
+      BlockClasses<WIDTH> classes;
       float own[ROWS * PIXELS];
-      const Ints of_cells = row.classes_of(block, classes);
-      if (factors_of_block(row, block, classes, of_cells, gradients, dmasses, dsquares, own)) {
-        subtract_own(row, block, classes, of_cells, own);
+      row.find_classes(block, classes);
+      if (factors_of_block(row, block, classes, gradients, dmasses, dsquares, own)) {
+        subtract_own(row, block, classes, own);
         continue;
       }
       for (int64_t j = 0; j < row.rows; ++j)
