@@ -12,7 +12,7 @@
 // a pixel falls below STEEP, because neighbouring logits differ widely, its block is processed
 // pixel by pixel, forward and backward. The same holds for a row of cells with a NaN or +inf.
 
-constexpr float FAR = -80.0f, STEEP = 0x1p-40f, LOG_STEEP = -27.7258872f;
+constexpr float FAR = -40.0f, STEEP = 0x1p-40f, LOG_STEEP = -27.7258872f;
 
 using Floats = VecOf<float>;
 using Ints = Vector<int32_t, LANES<float>>;
@@ -126,21 +126,45 @@ struct Corners {
   }
 };
 
-// Powers of e at the first label of each cell, their ratios along the row and along the column, and
-// the ratio of the rows' ratios along the column. right, down: weights of the first label; steps:
-// from one label to the next.
+// z around the cells of a block, of one class: at the first column of labels of the upper logits,
+// and its changes over a whole cell: down, to the right, and of the latter down.
+struct Slopes {
+  Floats start, down, right, twist;
+
+  ALWAYS_INLINE Slopes(const Corners& z, Floats at_right) {
+    right = z.b - z.a;
+    twist = (z.d - z.c) - right;
+    start = z.a + at_right * right;
+    down = (z.c - z.a) + at_right * twist;
+  }
+  // e^z at the first column; the weight of the lower logits may be that of any row.
+  ALWAYS_INLINE Floats power(float at_down) const {
+    return power_of_two((start + at_down * down) * LOG2_E);
+  }
+  // The factors of e^z from one label to the next: along that row, down the first column, and of
+  // the former down.
+  ALWAYS_INLINE Floats ratio_right(float at_down, float step) const {
+    return power_of_two((right + at_down * twist) * (step * LOG2_E));
+  }
+  ALWAYS_INLINE Floats ratio_down(float step) const { return power_of_two(down * (step * LOG2_E)); }
+  ALWAYS_INLINE Floats ratio_twist(float step_right, float step_down) const {
+    return power_of_two(twist * (step_right * step_down * LOG2_E));
+  }
+};
+
+// Powers of e at the first label of each cell and their ratios along the row, the column, and of
+// the rows' ratios along the column. right, down: weights of the first label; steps: of the next
+// ones.
 struct Series {
   Floats first, right, down, twist;
 
   ALWAYS_INLINE Series(const Corners& z, Floats at_right, float step_right, float at_down,
                        float step_down) {
-    const Floats upper = z.b - z.a, change = (z.d - z.c) - upper;
-    const Floats start = z.a + at_right * upper;
-    const Floats below = (z.c - z.a) + at_right * change;
-    first = power_of_two((start + at_down * below) * LOG2_E);
-    right = power_of_two((upper + at_down * change) * (step_right * LOG2_E));
-    down = power_of_two(below * (step_down * LOG2_E));
-    twist = power_of_two(change * (step_right * step_down * LOG2_E));
+    const Slopes slopes(z, at_right);
+    first = slopes.power(at_down);
+    right = slopes.ratio_right(at_down, step_right);
+    down = slopes.ratio_down(step_down);
+    twist = slopes.ratio_twist(step_right, step_down);
   }
   ALWAYS_INLINE void next_row() {
     first *= down;

@@ -142,14 +142,78 @@ void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pro
   }
 }
 
-// gradients += the sum over pixels of weight * dz, with dz = e^z * (factors[0] + factors[1] *
-// (dmasses
-// + 2 * p * dsquares)) and p = factors[1] * e^z. TERMS: how many of the three there are.
+// Sums of dz over the pixels of each cell of a block, times their weights to the right and down.
+struct WeightedSums {
+  Floats all = {}, right = {}, below = {}, right_below = {};
+};
+
+// Of dz = factor(j, i) * e^z. In row j the powers of e are first * r^i, so that the sum of dz is a
+// polynomial in r, and the sum of i * dz is r times its derivative: Horner's rule gives both and
+// needs no power for each pixel. The same down the rows, in 1 / (ratio down), from the last row.
+template <int WIDTH, class Factor>
+ALWAYS_INLINE WeightedSums sums_by_series(const CellRow<WIDTH>& row, const Corners& z,
+                                          int64_t block, Factor factor) {
+  const float step_right = row.problem.column_cells.step, step_down = row.problem.row_cells.step;
+  const float last = row.at_down + (row.rows - 1) * step_down;
+  const Floats at_right = row.right_start(block);
+  const Slopes slopes(z, at_right);
+  Floats r = slopes.ratio_right(row.at_down, step_right);
+  const Floats twist = slopes.ratio_twist(step_right, step_down);
+  const Floats up = slopes.ratio_down(-step_down);
+  Floats all = {}, all_rows = {}, along = {}, along_rows = {};  // _rows: times last row - j
+  for (int64_t j = 0; j < row.rows; ++j) {
+    Floats sum = factor(j, WIDTH - 1), derivative = sum;
+#pragma GCC unroll 8
+    for (int i = WIDTH - 2; i >= 0; --i) {
+      sum = sum * r + factor(j, i);
+      if (i > 0) derivative = derivative * r + sum;
+    }
+    all_rows = all_rows * up + all;
+    along_rows = along_rows * up + along;
+    all = all * up + sum;
+    along = along * up + derivative * r;
+    r *= twist;
+  }
+  const Floats scale = slopes.power(last);
+  const Floats below = last * all - (step_down * up) * all_rows;
+  const Floats along_below = last * along - (step_down * up) * along_rows;
+  return {scale * all, scale * (at_right * all + step_right * along), scale * below,
+          scale * (at_right * below + step_right * along_below)};
+}
+
+// Of dz = gradient(e^z, j, i).
+template <int WIDTH, class Gradient>
+ALWAYS_INLINE WeightedSums sums_by_pixels(const CellRow<WIDTH>& row, const Corners& z,
+                                          int64_t block, Gradient gradient) {
+  WeightedSums sums;
+  const bool far = !z.all_above(FAR);
+  Series e = row.series(z, block);  // of no use where far
+  for (int64_t j = 0; j < row.rows; ++j) {
+    Floats all = {}, of_right = {}, power = e.first;
+    for (int i = 0; i < WIDTH; ++i) {
+      const Floats right = row.right(block, i);
+      const Floats v = far ? exp<float>(z.at(Floats{} + row.down[j], right)) : power;
+      const Floats dz = v == v ? gradient(v, j, i) : Floats{};
+      all += dz;
+      of_right += dz * right;
+      power *= e.right;
+    }
+    sums.all += all;
+    sums.right += of_right;
+    sums.below += row.down[j] * all;
+    sums.right_below += row.down[j] * of_right;
+    e.next_row();
+  }
+  return sums;
+}
+
+// gradients += the sum over pixels of weight * dz, with
+// dz = e^z * (factors[0] + factors[1] * (dmasses + 2 * p * dsquares)) and p = factors[1] * e^z.
+// TERMS: how many of the three there are.
 template <int WIDTH, int TERMS>
 void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float* dsquares) {
-  using Row = CellRow<WIDTH>;
   using V = Simd<float>;
-  constexpr int L = Row::L;
+  constexpr int L = CellRow<WIDTH>::L;
   const Workspace<float>& workspace = row.workspace;
   for (int64_t k = 0; k < row.problem.layout.dim; ++k) {
     float* above = workspace.gradients[row.upper & 1] + k * workspace.stride + row.first_column;
@@ -158,61 +222,32 @@ void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float*
     Floats last_above = {}, last_below = {};
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
       const Corners z = row.corners(k, block);
+      const auto factor = [&](int64_t j, int i) INLINE_LAMBDA {
+        const Floats own = V::load(row.factors(0, block, j, i));
+        return TERMS > 1 ? own + V::load(row.factors(1, block, j, i)) * dmass : own;
+      };
       const auto gradient = [&](Floats v, int64_t j, int i) INLINE_LAMBDA {
-        const int64_t at = j * workspace.lanes + block * Row::PIXELS + i * L;
-        Floats factor = V::load(workspace.factors[0] + at);
-        if constexpr (TERMS > 1) {
-          const Floats q = V::load(workspace.factors[1] + at);
-          factor += q * (TERMS > 2 ? v * q * dsquare + dmass : Floats{} + dmass);
-        }
-        return v * factor;
+        if constexpr (TERMS < 3) return v * factor(j, i);
+        const Floats p = v * V::load(row.factors(1, block, j, i));
+        return v * factor(j, i) + p * p * dsquare;
       };
-      Floats left = {}, right = {}, left_below = {}, right_below = {};
-      const auto add_row = [&](int64_t j, Floats all, Floats of_right) INLINE_LAMBDA {
-        const Floats of_left = all - of_right;
-        left += of_left;
-        right += of_right;
-        left_below += row.down[j] * of_left;
-        right_below += row.down[j] * of_right;
-      };
-      if (z.all_above(FAR)) {
-        Series e = row.series(z, block);
-        for (int64_t j = 0; j < row.rows; ++j) {
-          Floats v = e.first, all = {}, of_right = {};
-#pragma GCC unroll 8
-          for (int i = 0; i < WIDTH; ++i) {
-            const Floats dz = gradient(v, j, i);
-            all += dz;
-            of_right += dz * row.right(block, i);
-            v *= e.right;
-          }
-          add_row(j, all, of_right);
-          e.next_row();
-        }
-      } else {
-        for (int64_t j = 0; j < row.rows; ++j) {
-          Floats all = {}, of_right = {};
-          for (int i = 0; i < WIDTH; ++i) {
-            const Floats v = exp<float>(z.at(Floats{} + row.down[j], row.right(block, i)));
-            const Floats dz = v == v ? gradient(v, j, i) : Floats{};
-            all += dz;
-            of_right += dz * row.right(block, i);
-          }
-          add_row(j, all, of_right);
-        }
-      }
-      const Floats right_above = right - right_below;
+      const bool by_series = TERMS < 3 && z.all_above(FAR);
+      const WeightedSums sums = by_series ? sums_by_series(row, z, block, factor)
+                                          : sums_by_pixels(row, z, block, gradient);
+      const Floats left_below = sums.below - sums.right_below;
+      const Floats left_above = sums.all - sums.right - left_below;
+      const Floats right_above = sums.right - sums.right_below;
       const int64_t column = row.column_of(block);
       if (column == 0) last_above = last_below = Floats{};
-      V::store(above + column, V::load(above + column) + (left - left_below) +
-                                   V::shift_up(last_above, right_above));
+      V::store(above + column,
+               V::load(above + column) + left_above + V::shift_up(last_above, right_above));
       V::store(below + column,
-               V::load(below + column) + left_below + V::shift_up(last_below, right_below));
+               V::load(below + column) + left_below + V::shift_up(last_below, sums.right_below));
       last_above = right_above;
-      last_below = right_below;
+      last_below = sums.right_below;
       if (column + L == row.blocks * L) {
         above[column + L] += right_above[L - 1];
-        below[column + L] += right_below[L - 1];
+        below[column + L] += sums.right_below[L - 1];
       }
     }
   }
