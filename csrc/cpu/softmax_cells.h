@@ -200,6 +200,7 @@ struct CellRow {
   int64_t y = 0, end = 0, rows = 0;  // of labels: the first, the end of the cell's, how many
   float down[ROWS];                  // weights of the lower row
   float at_down;                     // the weight of the first row
+  const char* next_logits;           // of the row below
   PackedRows<float> packed;
 
   CellRow(const Problem<float>& problem, const Tile& tile, const Workspace<float>& workspace)
@@ -256,6 +257,10 @@ struct CellRow {
                             workspace.classes + j * workspace.label_stride);
     }
     at_down = down_start(0);
+    next_logits = static_cast<const char*>(problem.logits) +
+                  problem.bytes * (tile.image * problem.layout.stride_b +
+                                   (lower + 1) * problem.layout.stride_h +
+                                   tile.columns.begin * problem.layout.stride_w);
     return true;
   }
   bool ordinary() const { return packed.ordinary[upper & 1] && packed.ordinary[lower & 1]; }
@@ -322,6 +327,13 @@ struct CellRow {
   ALWAYS_INLINE Corners shifts(int64_t block) const {
     const int64_t column = first_column + column_of(block);
     return {workspace.shifts[upper & 1] + column, workspace.shifts[lower & 1] + column};
+  }
+  // Asks for a block's logits of the row below, a class at a time: rows of classes lie far apart,
+  // so the processor does not foresee them.
+  ALWAYS_INLINE void fetch_logits(int64_t block, int64_t k) const {
+    const Layout& layout = problem.layout;
+    const int64_t at = k * layout.stride_d + column_of(block) * layout.stride_w;
+    __builtin_prefetch(next_logits + problem.bytes * at, 0, 2);
   }
   ALWAYS_INLINE void find_classes(int64_t block, BlockClasses<WIDTH>& found) const {
     found.of_cells = Ints{} - 1;
@@ -406,6 +418,7 @@ void sum_block(const CellRow<WIDTH>& row, int64_t first_row, int64_t block, cons
     const int64_t end = std::min<int64_t>(start + 128, num_classes);
     for (int64_t k = start; k < end; ++k) {
       const Corners z(upper + k * stride, lower + k * stride);
+      row.fetch_logits(block, k);
       if (z.all_above(FAR)) {
         Series e(z, at_right, step_right, at_down, step_down);
 #pragma GCC unroll 8

@@ -231,6 +231,7 @@ void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float*
         const Floats p = v * V::load(row.factors(1, block, j, i));
         return v * factor(j, i) + p * p * dsquare;
       };
+      row.fetch_logits(block, k);
       const bool by_series = TERMS < 3 && z.all_above(FAR);
       const WeightedSums sums = by_series ? sums_by_series(row, z, block, factor)
                                           : sums_by_pixels(row, z, block, gradient);

@@ -68,6 +68,7 @@ template <class Stat>
 struct Problem {
   Layout layout;  // of logits [B, K, h, w]
   const void* logits;
+  int64_t bytes;  // of a logit
   // Packs a row of logits for a tile. Returns whether all are finite or -inf.
   bool (*pack_row)(const Problem& problem, const Tile& tile, int64_t row,
                    const Workspace<Stat>& workspace);

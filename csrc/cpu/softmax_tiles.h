@@ -82,6 +82,7 @@ class Tiles {
   Problem<Stat> problem(const Tensor& logits, const Labels& labels) const {
     return {layout_,
             logits.const_data_ptr<T>(),
+            sizeof(T),
             best_rows<T>().pack_row,
             rows_.axis(),
             columns_.axis(),
