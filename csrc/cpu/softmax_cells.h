@@ -12,7 +12,7 @@
 // a pixel falls below STEEP, because neighbouring logits differ widely, its block is processed
 // pixel by pixel, forward and backward. The same holds for a row of cells with a NaN or +inf.
 
-constexpr float FAR = -40.0f, STEEP = 0x1p-40f, LOG_STEEP = -27.7258872f;
+constexpr float FAR = -40.0f, STEEP = 0x1p-40f, LOG_STEEP = -27.7258872f, LARGE = 16.0f;
 
 using Floats = VecOf<float>;
 using Ints = Vector<int32_t, LANES<float>>;
@@ -115,6 +115,10 @@ struct Corners {
     least = c < least ? c : least;
     least = d < least ? d : least;
     return !any(least < bound);
+  }
+  ALWAYS_INLINE bool any_beyond(float bound) const {
+    const auto beyond = [bound](Floats x) INLINE_LAMBDA { return (x > bound) | (x < -bound); };
+    return any(beyond(a) | beyond(b) | beyond(c) | beyond(d));
   }
   ALWAYS_INLINE Floats at(Floats down, Floats right) const {
     return blend(blend(a, c, down), blend(b, d, down), right);

@@ -301,8 +301,9 @@ void subtract_own(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<W
   }
 }
 
-// Writes the factors of a block's pixels and the additional terms of their true classes. Returns
-// false if the block must be processed pixel by pixel.
+// Writes the factors of a block's pixels and what their own classes have of their own. Returns
+// false where the block is to be done pixel by pixel. Where logits are large, the rounding of lse
+// would be an error of all p: the sums are computed again.
 template <int WIDTH>
 bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
                       const Gradients<float>& gradients, const float* dmasses,
@@ -315,23 +316,27 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
   };
   const bool any_valid = any(classes.of_cells >= 0);
   const Corners shifts = row.shifts(block);
-  Floats totals[H * WIDTH] = {}, squares[H * WIDTH] = {};
+  const bool large = shifts.any_beyond(LARGE);
+  Floats powers[H * WIDTH] = {}, totals[H * WIDTH] = {}, squares[H * WIDTH] = {};
   Ints steep = {};
   for (int64_t j = 0; j < row.rows; ++j) {
     if (any_valid && j % H == 0) {
+      if (large) sum_block<WIDTH, Term::POWER>(row, j, block, nullptr, powers);
       if (dmasses) sum_block<WIDTH, Term::WEIGHTED>(row, j, block, dmasses, totals);
       if (dsquares) sum_block<WIDTH, Term::SQUARE>(row, j, block, dsquares, squares);
     }
     for (int i = 0; i < WIDTH; ++i) {
       const Ints k = classes.of_pixels(j * WIDTH + i), valid = k >= 0;
-      const Floats of_sum = row.gather_map(block, j, i, valid, row.lse_map(gradients.lse)) -
-                            shifts.of_finite(row.down[j], row.right(block, i));
+      const int64_t n = j % H * WIDTH + i;
+      const Floats of_sum =
+          large ? log(powers[n])
+                : row.gather_map(block, j, i, valid, row.lse_map(gradients.lse)) -
+                      shifts.of_finite(row.down[j], row.right(block, i));
       steep |= valid & ~((of_sum >= LOG_STEEP) & (of_sum <= 80.0f));
       const Floats q = exp<float>(-of_sum);
       Floats of_own = of_class(gradients.dlosses, k) +
                       row.gather_map(block, j, i, valid, gradients.dpixel_losses);
       Floats rest = of_own + row.gather_map(block, j, i, valid, gradients.dlse);
-      const int64_t n = j % H * WIDTH + i;
       rest -= (totals[n] + 2 * q * squares[n]) * q;
       if (gradients.doverlaps) {
         const Floats z = row.own_corners(block, k).at(Floats{} + row.down[j], row.right(block, i));
