@@ -201,6 +201,36 @@ def test_values_and_gradients(case: Case, backend: str, poisoned: None):
     torch.testing.assert_close(buffer, before, rtol=0, atol=0, equal_nan=True)
 
 
+STEEP = [
+    Case((9, 20), (18, 40), 19),
+    Case((9, 20), (36, 80), 19, labels="coherent"),
+    Case((9, 20), (36, 80), 150, F32, True),
+    Case((9, 17), (72, 129), 21),
+    Case((9, 17), (65, 131), 2, F32, True),
+    Case((9, 20), (9, 20), 19),
+]
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0, 1e3, 1e4])
+@pytest.mark.parametrize("case", STEEP, ids=str)
+def test_steep_logits(case: Case, scale: float):
+    """Neighbours that differ by up to twice the scale, and many pixels with equal logits: errors
+    are those of torch's formula, however large the logits."""
+    labels = make_labels(case)
+    size = (case.batch, case.num_classes, *case.size)
+    for logits in (torch.randn(size), torch.randint(0, 2, size) * 2.0 - 1):
+        results = []
+        for function, dtype in ((fused, F32), (unfused, F64), (unfused, F32)):
+            x = (logits * scale).to(dtype).requires_grad_()
+            arguments = (case, x, labels) if function is fused else (case, x, labels, dtype)
+            losses = function(*arguments)[0]
+            assert losses is not None
+            results.append((losses, torch.autograd.grad(losses.sum(), x)[0]))
+        for ours, exact, plain in zip(*results, strict=True):
+            error, of_torch = (ours - exact).abs().max(), (plain - exact).abs().max()
+            assert error <= 2 * of_torch + 16 * torch.finfo(F32).eps * exact.abs().max()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("asked", [{}, {"masses": False, "hits": False}, {"squares": True}])
 def test_what_is_not_asked_for_changes_nothing(asked: dict[str, bool], backend: str):

@@ -111,6 +111,18 @@ ALWAYS_INLINE void largest_of_group(const Problem<Stat>& problem, const Workspac
   }
 }
 
+// log x of what is not below 0, right where it is not finite.
+template <class Vec>
+ALWAYS_INLINE Vec log_of_sum(Vec x) {
+  if constexpr (std::is_same_v<Vec, VecOf<float>>) {
+    bool normal = true;
+    for (int i = 0; i < LANES<float>; ++i) normal = normal & (x[i] >= 1e-37f) & (x[i] <= 3e38f);
+    if (normal) return log(x);
+  }
+  for (size_t lane = 0; lane < sizeof x / sizeof x[0]; ++lane) x[lane] = std::log(x[lane]);
+  return x;
+}
+
 // One vector of pixels, z at [k * stride]: returns their lse, and with PROBABILITIES z becomes p.
 // As torch's logsumexp and softmax if values are not finite.
 template <class Stat, bool PROBABILITIES>
@@ -133,8 +145,7 @@ ALWAYS_INLINE VecOf<Stat> normalize(Stat* z, int64_t num_classes, int64_t stride
   if (PROBABILITIES)
     for (int64_t k = 0; k < num_classes; ++k)
       V::store(z + k * stride, V::load(z + k * stride) * (1 / total));
-  for (int i = 0; i < LANES<Stat>; ++i) largest[i] += std::log(total[i]);
-  return largest;
+  return largest + log_of_sum(total);
 }
 
 template <class Stat>
@@ -153,7 +164,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   const int64_t num_classes = problem.layout.dim;
   const bool with_probabilities = sums.masses || sums.squares;
   const int64_t line = (tile.image * problem.rows.size + group.y) * problem.columns.size;
-  Stat shift[GROUP], own[GROUP] = {}, lse[GROUP];
+  Stat shift[GROUP], own[GROUP] = {}, lse[GROUP], overlap[GROUP];
   int32_t predicted[GROUP];
   upsample_classes(problem, workspace, group);
   upsample(group, workspace.shifts[group.row.lower & 1], workspace.shifts[group.row.upper & 1],
@@ -165,6 +176,8 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     const auto of_pixels = with_probabilities ? normalize<Stat, true> : normalize<Stat, false>;
     V::store(lse + t, of_pixels(workspace.upsampled + t, num_classes, workspace.group));
   }
+  for (int64_t t = 0; t < group.count; t += L)
+    V::store(overlap + t, sums.overlaps ? exp<Stat>(V::load(own + t) - V::load(lse + t)) : Vec{});
   for (int64_t t = 0; t < group.count; ++t) {
     const int64_t k = group.classes[t];
     const Stat loss = k < 0 ? 0 : lse[t] - own[t];
@@ -174,15 +187,21 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     sums.losses[k] += loss;
     ++sums.counts[k];
     if (sums.hits) sums.hits[k] += predicted[t] == k;
-    if (sums.overlaps) sums.overlaps[k] += exp<Stat>(Vec{} - loss)[0];
+    if (sums.overlaps) sums.overlaps[k] += overlap[t];
   }
   if (!with_probabilities) return;
+  Stat valid[GROUP] = {};  // 1 or 0
+  for (int64_t t = 0; t < group.count; ++t) valid[t] = group.classes[t] >= 0;
   for (int64_t k = 0; k < num_classes; ++k) {
-    const Stat* p = workspace.upsampled + k * workspace.group;
-    for (int64_t t = 0; t < group.count; ++t) {
-      if (group.classes[t] < 0) continue;
-      if (sums.masses) sums.masses[k] += p[t];
-      if (sums.squares) sums.squares[k] += double(p[t]) * p[t];
+    Vec mass = {}, square = {};
+    for (int64_t t = 0; t < group.count; t += L) {
+      const Vec p = V::load(workspace.upsampled + k * workspace.group + t);
+      mass += V::load(valid + t) != 0 ? p : Vec{};
+      square += V::load(valid + t) != 0 ? p * p : Vec{};
+    }
+    for (int lane = 0; lane < L; ++lane) {
+      if (sums.masses) sums.masses[k] += mass[lane];
+      if (sums.squares) sums.squares[k] += square[lane];
     }
   }
 }
@@ -250,6 +269,11 @@ void backward_group(const Problem<Stat>& problem, const Tile& tile,
   gradients_of_group(problem, tile, workspace, gradients, group);
   for (int64_t k = 0; k < problem.layout.dim; ++k) {
     const Stat* dz = workspace.upsampled + k * workspace.group;
+    if (group.same && row.weight == 0) {
+      Stat* gradients = workspace.gradients[row.lower & 1] + k * stride + first;
+      for (int64_t t = 0; t < group.count; ++t) gradients[t] += dz[t];
+      continue;
+    }
     Stat* line = workspace.line;
     for (int64_t j = first; j <= last; ++j) line[j] = 0;
     for (int64_t t = 0; t < group.count; ++t) {
