@@ -63,6 +63,10 @@ struct Simd {
   // The first `count` lanes; the others are zero.
   static ALWAYS_INLINE Vec load(const T* source, int64_t count) {
     if (count == LANES) return load(source);
+#if VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<T, float>)
+      return Vec(_mm512_maskz_loadu_ps((1u << count) - 1, source));
+#endif
     T buffer[LANES] = {};
     std::memcpy(buffer, source, count * sizeof(T));
     return load(buffer);
@@ -70,6 +74,10 @@ struct Simd {
 
   static ALWAYS_INLINE void store(T* target, Vec v, int64_t count) {
     if (count == LANES) return store(target, v);
+#if VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<T, float>)
+      return _mm512_mask_storeu_ps(target, (1u << count) - 1, __m512(v));
+#endif
     T buffer[LANES];
     store(buffer, v);
     std::memcpy(target, buffer, count * sizeof(T));

@@ -231,16 +231,21 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     factor[t] = own_gradient[t] + value(gradients.dlse, tile.image, group.y, x);
   }
 
-  // dz = p * (factor + u - total) - own_gradient at the true class, total = sum of p * u
+  const bool with_u = gradients.dmasses || gradients.dsquares;
+  const auto u = [&](Vec p, int64_t k) INLINE_LAMBDA {
+    return by_class(gradients.dmasses, k) + 2 * p * by_class(gradients.dsquares, k);
+  };
+
+  // dz = p * (factor + u - total) - own_gradient at the own class, total = sum of p * u
   for (int64_t t = 0; t < group.count; t += L) {
     const Vec is_valid = V::load(valid + t);
     normalize<Stat, true>(workspace.upsampled + t, num_classes, workspace.group);
     Vec total = {};
-    for (int64_t k = 0; k < num_classes; ++k) {
+    for (int64_t k = 0; with_u && k < num_classes; ++k) {
       const Vec p = V::load(workspace.upsampled + k * workspace.group + t);
-      total += p * (by_class(gradients.dmasses, k) + 2 * p * by_class(gradients.dsquares, k));
+      total += p * u(p, k);
     }
-    for (int i = 0; i < std::min<int64_t>(L, group.count - t); ++i) {
+    for (int i = 0; gradients.doverlaps && i < std::min<int64_t>(L, group.count - t); ++i) {
       if (classes[t + i] < 0) continue;
       const Stat of_own = workspace.upsampled[classes[t + i] * workspace.group + t + i] *
                           by_class(gradients.doverlaps, classes[t + i]);
@@ -251,8 +256,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     for (int64_t k = 0; k < num_classes; ++k) {
       Stat* z = workspace.upsampled + k * workspace.group + t;
       const Vec p = V::load(z);
-      const Vec u = by_class(gradients.dmasses, k) + 2 * p * by_class(gradients.dsquares, k);
-      V::store(z, is_valid != 0 ? p * (rest + u) : Vec{});
+      V::store(z, is_valid != 0 ? p * (with_u ? rest + u(p, k) : rest) : Vec{});
     }
   }
   for (int64_t t = 0; t < group.count; ++t)
