@@ -6,9 +6,12 @@ DEMO ?= demo
 # of make stress
 ROUNDS ?= 200
 SEED ?= 0
+# of make bench: files of rows, and the minutes that training steps may take
 ROWS ?= build/bench/cpu.json
-# versions of torch that must be able to load what `make setup` compiled. For other versions of
-# Python: make check-abi PYTHON=python3.13
+STEP_ROWS ?= build/bench/training-step-cpu.json
+MINUTES ?= 3
+# versions of torch that must load what `make setup` compiled; so must any Python:
+# make check-abi PYTHON=python3.13
 ABI_TORCHES ?= 2.10 2.11 2.13
 
 .PHONY: setup test stress demo bench kernels-report cuda-report lint format docs package check-abi clean
@@ -33,10 +36,14 @@ stress: setup
 demo: setup
 	$(BIN)/python -m anchorops.train $(DEMO)
 
-# `make bench ROWS=bench/results/cpu.json` replaces the committed rows and plots
+# `make bench ROWS=bench/results/cpu.json STEP_ROWS=bench/results/training-step-cpu.json` replaces
+# the committed rows and plots
 bench: setup
 	$(BIN)/pytest bench -q --rows $(ROWS)
 	$(BIN)/python bench/plot.py $(ROWS)
+	$(BIN)/python bench/training_step.py --minutes $(MINUTES) --out $(STEP_ROWS)
+	$(BIN)/python bench/plot_training_step.py $(STEP_ROWS)
+	$(BIN)/python bench/ratios.py $(ROWS) $(STEP_ROWS)
 
 kernels-report: setup
 	$(BIN)/python bench/kernels_report.py

@@ -215,6 +215,20 @@ def test_readme_table(script, rows):
     assert answer.stdout.strip() in (ROOT / "README.md").read_text()
 
 
+def test_ratios():
+    names = ("cpu-pixel-losses.json", "training-step-cpu.json")
+    files = [f"bench/results/{name}" for name in names]
+    answer = subprocess.run(
+        [sys.executable, "bench/ratios.py", *files], cwd=ROOT, text=True, capture_output=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    pixels, steps = [json.loads((ROOT / file).read_text()) for file in files]
+    rival = next(row for row in pixels["rows"] if not row["ours"])
+    assert f"{rival['ratio']:.1f}× {rival['name']}" in answer.stdout
+    row = steps["rows"][1]
+    assert f"plain, anchorops: {1 + row['added_time']:.0%} of time" in answer.stdout
+
+
 def test_gpu_script():
     script = ROOT / "bench/gpu.sh"
     answer = subprocess.run(["bash", "-n", script], text=True, capture_output=True)
