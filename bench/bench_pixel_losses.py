@@ -80,7 +80,7 @@ VOLUME = Logits("3-D patch", (2, 4, 64, 64, 64), (64, 64, 64))
 QUICK = [
     Case(CE, TRAINING, SEGFORMER, compiled=True),
     Case(CE, FORWARD, SEGFORMER),
-    *(Case(CE, TRAINING, shape) for shape in (HRNET, DEEPLAB, CORNERS, LAST, ONE, MANY)),
+    *(Case(CE, TRAINING, shape) for shape in (HRNET, DEEPLAB, CORNERS, COCO, LAST, ONE, MANY)),
     Case(CE_DICE, TRAINING, SEGFORMER),
     Case(CE_DICE, TRAINING, VOLUME),
     Case(DICE, TRAINING, HRNET),
