@@ -94,6 +94,39 @@ struct Simd {
     }
   }
 
+  // COUNT vectors of neighbours: the i-th becomes every COUNT-th number from the i-th on, and back.
+  // COUNT is a power of two.
+  template <int COUNT>
+  static ALWAYS_INLINE void deinterleave(Vec* v) {
+    if constexpr (COUNT > 1) {
+      Vec even[COUNT / 2], odd[COUNT / 2];
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT / 2; ++i) {
+        even[i] = every_other<0>(v[2 * i], v[2 * i + 1], Lanes{});
+        odd[i] = every_other<1>(v[2 * i], v[2 * i + 1], Lanes{});
+      }
+      deinterleave<COUNT / 2>(even);
+      deinterleave<COUNT / 2>(odd);
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT; ++i) v[i] = i % 2 ? odd[i / 2] : even[i / 2];
+    }
+  }
+  template <int COUNT>
+  static ALWAYS_INLINE void interleave(Vec* v) {
+    if constexpr (COUNT > 1) {
+      Vec even[COUNT / 2], odd[COUNT / 2];
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT; ++i) (i % 2 ? odd : even)[i / 2] = v[i];
+      interleave<COUNT / 2>(even);
+      interleave<COUNT / 2>(odd);
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT / 2; ++i) {
+        v[2 * i] = by_turns<0>(even[i], odd[i], Lanes{});
+        v[2 * i + 1] = by_turns<LANES / 2>(even[i], odd[i], Lanes{});
+      }
+    }
+  }
+
   // The lanes of v moved up by one; the last lane of before comes first.
   static ALWAYS_INLINE Vec shift_up(Vec before, Vec v) { return shift_up(before, v, Lanes{}); }
 
@@ -103,6 +136,16 @@ struct Simd {
   template <int... LANE>
   static ALWAYS_INLINE Vec shift_up(Vec before, Vec v, std::integer_sequence<int, LANE...>) {
     return select<(LANE + LANES - 1)...>(before, v);
+  }
+
+  template <int FIRST, int... LANE>
+  static ALWAYS_INLINE Vec every_other(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
+    return select<(2 * LANE + FIRST)...>(a, b);
+  }
+
+  template <int FIRST, int... LANE>
+  static ALWAYS_INLINE Vec by_turns(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
+    return select<(FIRST + LANE / 2 + LANE % 2 * LANES)...>(a, b);
   }
 
   template <int BLOCK, int... LANE>

@@ -14,92 +14,7 @@
 
 constexpr float FAR = -40.0f, STEEP = 0x1p-40f, LOG_STEEP = -27.7258872f, LARGE = 16.0f;
 
-using Floats = VecOf<float>;
-using Ints = Vector<int32_t, LANES<float>>;
-
-// A bit for each lane of a mask.
-ALWAYS_INLINE uint32_t lanes_of(Ints mask) {
-#if VECTOR_BYTES == 64
-  return _mm512_movepi32_mask(__m512i(mask));
-#elif VECTOR_BYTES == 32
-  return _mm256_movemask_ps(__m256(mask));
-#else
-  uint32_t lanes = 0;
-  for (int i = 0; i < LANES<float>; ++i) lanes |= (mask[i] & 1) << i;
-  return lanes;
-#endif
-}
-
-ALWAYS_INLINE bool any(Ints mask) { return lanes_of(mask) != 0; }
-
-// Writes first + lane for each lane of a mask, to a place for LANES numbers. Returns how many.
-ALWAYS_INLINE int put_lanes(Ints mask, int64_t first, int32_t* target) {
-#if VECTOR_BYTES == 64
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(first)));
-  _mm512_storeu_si512(target, _mm512_maskz_compress_epi32(lanes_of(mask), numbers));
-  return __builtin_popcount(lanes_of(mask));
-#else
-  int count = 0;
-  for (uint32_t lanes = lanes_of(mask); lanes; lanes &= lanes - 1)
-    target[count++] = static_cast<int32_t>(first) + __builtin_ctz(lanes);
-  return count;
-#endif
-}
-
-// table[index], of what may be other where index is negative.
-template <class Element>
-ALWAYS_INLINE Vector<Element, LANES<float>> gather(const Element* table, Ints index,
-                                                   Element other) {
-  static_assert(sizeof(Element) == 4);
-  using Vec = Vector<Element, LANES<float>>;
-  const Vec others = Vec{} + other;
-#if VECTOR_BYTES == 64
-  const __mmask16 valid = ~_mm512_movepi32_mask(__m512i(index));
-  return Vec(_mm512_mask_i32gather_epi32(__m512i(others), valid, __m512i(index), table, 4));
-#elif VECTOR_BYTES == 32
-  return Vec(_mm256_mask_i32gather_epi32(__m256i(others), reinterpret_cast<const int*>(table),
-                                         __m256i(index), __m256i(index >= 0), 4));
-#else
-  Vec result = others;
-  for (int i = 0; i < LANES<float>; ++i)
-    if (index[i] >= 0) result[i] = table[index[i]];
-  return result;
-#endif
-}
-
-// table[index] = values, but nothing where index is negative.
-ALWAYS_INLINE void scatter(float* table, Ints index, Floats values) {
-#if VECTOR_BYTES == 64
-  const __mmask16 valid = ~_mm512_movepi32_mask(__m512i(index));
-  _mm512_mask_i32scatter_ps(table, valid, __m512i(index), __m512(values), 4);
-#else
-  for (int i = 0; i < LANES<float>; ++i)
-    if (index[i] >= 0) table[index[i]] = values[i];
-#endif
-}
-
-ALWAYS_INLINE Ints load_ints(const int32_t* source) {
-  Ints v;
-  std::memcpy(&v, source, sizeof v);
-  return v;
-}
-
-// 2^x for x in [-126, 126].
-ALWAYS_INLINE Floats power_of_two(Floats x) {
-  using Bits = typename Simd<float>::Bits;
-  const Floats shifted = x + 0x1.8p23f;
-  const Floats f = x - (shifted - 0x1.8p23f);
-  Floats p = f * 0.000153458074f + 0.00133999312f;  // relative error 2e-9
-  p = p * f + 0.00961848897f;
-  p = p * f + 0.0555032878f;
-  p = p * f + 0.240226469f;
-  p = p * f + 0.693147206f;
-  p = p * f + 1.0f;
-  return Floats(Bits(p) + (Bits(shifted) << 23));
-}
-
-// The four logits of one class around the cells of a block.
+// The four logits around the cells of a block, of one class.
 struct Corners {
   Floats a, b, c, d;  // upper left and right, lower left and right
 
@@ -181,7 +96,7 @@ template <int WIDTH>
 struct BlockClasses {
   static constexpr int PIXELS = WIDTH * LANES<float>;
   int32_t classes[ROWS * PIXELS];
-  Ints of_cells;  // the largest of each cell, mostly the only one
+  Ints of_cells;                                 // the largest of each cell, mostly the only one
   int32_t others[ROWS * PIXELS + LANES<float>];  // the pixels that are of another class
   int64_t count;                                 // of the others
 
@@ -192,7 +107,8 @@ struct BlockClasses {
 template <int WIDTH>
 struct CellRow {
   static constexpr int L = LANES<float>;
-  static constexpr int PIXELS = WIDTH * L;  // of a row of a block
+  static constexpr int PIXELS = WIDTH * L;                       // of a row of a block
+  static constexpr int WHOLE = WIDTH & (WIDTH - 1) ? 1 : WIDTH;  // of vectors to be deinterleaved
   static constexpr int HEIGHT = std::max(1, (VECTOR_BYTES == 64 ? 16 : 8) / WIDTH);
 
   const Problem<float>& problem;
@@ -297,10 +213,41 @@ struct CellRow {
     return blend(blend(above[0], below[0], of_row), blend(above[1], below[1], of_row),
                  workspace.cell_weights[block * PIXELS + t % PIXELS]);
   }
-  // Writes a vector of pixels to a contiguous map [B, H, W], if there is one.
-  ALWAYS_INLINE void scatter_map(int64_t block, int64_t j, int64_t i, float* map,
-                                 Floats values) const {
-    if (map) scatter(line_of(map, j), load_ints(columns_of(block) + i * L), values);
+  // Whether the pixels of a block are neighbours: all its cells have WIDTH labels.
+  ALWAYS_INLINE bool is_whole(int64_t block) const {
+    const int32_t* columns = columns_of(block);
+    return (WIDTH & (WIDTH - 1)) == 0 && passes == 1 && columns[0] >= 0 &&
+           columns[PIXELS - 1] == columns[0] + PIXELS - 1;
+  }
+  // A row of a block's pixels from a line of the tile's labels; of what may be other where there is
+  // no pixel.
+  template <class Element, class Vec>
+  ALWAYS_INLINE void load_pixels(int64_t block, const Element* line, Element other,
+                                 Vec* pixels) const {
+    const int32_t* columns = columns_of(block);
+    if (is_whole(block)) {
+      Floats neighbours[WIDTH];
+      std::memcpy(neighbours, line + columns[0], sizeof neighbours);
+      Simd<float>::template deinterleave<WHOLE>(neighbours);
+      std::memcpy(pixels, neighbours, sizeof neighbours);
+      return;
+    }
+    for (int i = 0; i < WIDTH; ++i) pixels[i] = gather(line, load_ints(columns + i * L), other);
+  }
+  ALWAYS_INLINE void store_pixels(int64_t block, float* line, const Floats* pixels) const {
+    const int32_t* columns = columns_of(block);
+    if (is_whole(block)) {
+      Floats neighbours[WIDTH];
+      std::memcpy(neighbours, pixels, sizeof neighbours);
+      Simd<float>::template interleave<WHOLE>(neighbours);
+      std::memcpy(line + columns[0], neighbours, sizeof neighbours);
+      return;
+    }
+    for (int i = 0; i < WIDTH; ++i) scatter(line, load_ints(columns + i * L), pixels[i]);
+  }
+  // Writes a row of a block's pixels to a contiguous map [B, H, W], if there is one.
+  ALWAYS_INLINE void store_map(int64_t block, int64_t j, float* map, const Floats* pixels) const {
+    if (map) store_pixels(block, line_of(map, j), pixels);
   }
   ALWAYS_INLINE float* line_of(float* map, int64_t j) const {
     return map + (tile.image * problem.rows.size + y + j) * problem.columns.size +
@@ -309,18 +256,17 @@ struct CellRow {
   Map<float> lse_map(const float* lse) const {
     return {lse, problem.rows.size * problem.columns.size, problem.columns.size, 1};
   }
-  // The valid pixels' values of a map; 0 for other pixels, or if there is no map.
-  ALWAYS_INLINE Floats gather_map(int64_t block, int64_t j, int64_t i, Ints valid,
-                                  const Map<float>& map) const {
-    if (!map.data) return Floats{};
-    const Ints column = valid ? load_ints(columns_of(block) + i * L) : Ints{} - 1;
+  // A row of a block's pixels of a map; 0 where there is no map.
+  ALWAYS_INLINE void load_map(int64_t block, int64_t j, const Map<float>& map,
+                              Floats* pixels) const {
+    for (int i = 0; i < WIDTH; ++i) pixels[i] = Floats{};
+    if (!map.data) return;
     const float* line = map.data + tile.image * map.stride_b + (y + j) * map.stride_h +
                         tile.label_columns.begin * map.stride_w;
-    if (map.stride_w == 1) return gather(line, column, 0.0f);
-    Floats values = {};
-    for (int lane = 0; lane < L; ++lane)
-      if (column[lane] >= 0) values[lane] = line[column[lane] * map.stride_w];
-    return values;
+    if (map.stride_w == 1) return load_pixels(block, line, 0.0f, pixels);
+    const int32_t* columns = columns_of(block);
+    for (int t = 0; t < PIXELS; ++t)
+      if (columns[t] >= 0) pixels[t / L][t % L] = line[columns[t] * map.stride_w];
   }
   ALWAYS_INLINE Corners corners(int64_t k, int64_t block) const {
     return {upper_row(k) + column_of(block), lower_row(k) + column_of(block)};
@@ -341,17 +287,17 @@ struct CellRow {
   }
   ALWAYS_INLINE void find_classes(int64_t block, BlockClasses<WIDTH>& found) const {
     found.of_cells = Ints{} - 1;
-    for (int64_t n = 0; n < rows * WIDTH; ++n) {
-      const Ints k = gather(workspace.classes + n / WIDTH * workspace.label_stride,
-                            load_ints(columns_of(block) + n % WIDTH * L), -1);
-      std::memcpy(found.classes + n * L, &k, sizeof k);
-      found.of_cells = k > found.of_cells ? k : found.of_cells;
+    for (int64_t j = 0; j < rows; ++j) {
+      Ints k[WIDTH];
+      load_pixels(block, workspace.classes + j * workspace.label_stride, -1, k);
+      std::memcpy(found.classes + j * PIXELS, k, sizeof k);
+      for (int i = 0; i < WIDTH; ++i)
+        found.of_cells = k[i] > found.of_cells ? k[i] : found.of_cells;
     }
     found.count = 0;
     for (int64_t n = 0; n < rows * WIDTH; ++n) {
       const Ints k = load_ints(found.classes + n * L);
-      found.count +=
-          put_lanes((k >= 0) & (k != found.of_cells), n * L, found.others + found.count);
+      found.count += put_lanes((k >= 0) & (k != found.of_cells), n * L, found.others + found.count);
     }
   }
   // The logits around the cells, of their true classes; any numbers if there is none.

@@ -58,22 +58,25 @@ void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDT
   float of_sums[Row::HEIGHT * Row::PIXELS];
   Floats losses = {}, overlaps = {};
   Ints counts = {};
-  for (int64_t j = 0; j < row.rows; ++j)
+  for (int64_t j = 0; j < row.rows; ++j) {
+    Floats loss[WIDTH], lse[WIDTH];
+#pragma GCC unroll 8
     for (int i = 0; i < WIDTH; ++i) {
       const int64_t n = j * WIDTH + i;
-      const Ints k = classes.of_pixels(n), valid = k >= 0, same = valid & (k == classes.of_cells);
+      const Ints k = classes.of_pixels(n), same = (k >= 0) & (k == classes.of_cells);
       const Floats right = row.right(block, i), of_sum = log(totals[n]);
       const Floats z = finite ? of_cell.of_finite(row.down[j], right)
                               : of_cell.at(Floats{} + row.down[j], right);
-      const Floats loss = same ? of_sum - z : Floats{};
-      losses += loss;
-      if (sums.overlaps) overlaps += same ? exp<float>(-loss) : Floats{};
+      loss[i] = same ? of_sum - z : Floats{};
+      lse[i] = k >= 0 ? of_sum + shifts.of_finite(row.down[j], right) : Floats{};
+      losses += loss[i];
+      if (sums.overlaps) overlaps += same ? exp<float>(-loss[i]) : Floats{};
       counts -= same;
-      row.scatter_map(block, j, i, maps.pixel_losses, loss);
-      const Floats lse = of_sum + shifts.of_finite(row.down[j], right);
-      row.scatter_map(block, j, i, maps.lse, valid ? lse : Floats{});
       Simd<float>::store(of_sums + n * L, of_sum);
     }
+    row.store_map(block, j, maps.pixel_losses, loss);
+    row.store_map(block, j, maps.lse, lse);
+  }
   for (int lane = 0; lane < L; ++lane) {
     const int32_t k = classes.of_cells[lane];
     if (k < 0) continue;
@@ -87,7 +90,9 @@ void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDT
     sums.losses[k] += loss;
     ++sums.counts[k];
     if (sums.overlaps) sums.overlaps[k] += exp<float>(Floats{} - loss)[0];
-    if (maps.pixel_losses) row.line_of(maps.pixel_losses, t / Row::PIXELS)[row.columns_of(block)[t % Row::PIXELS]] = loss;
+    if (maps.pixel_losses)
+      row.line_of(maps.pixel_losses, t / Row::PIXELS)[row.columns_of(block)[t % Row::PIXELS]] =
+          loss;
   }
 }
 
@@ -325,18 +330,20 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
       if (dmasses) sum_block<WIDTH, Term::WEIGHTED>(row, j, block, dmasses, totals);
       if (dsquares) sum_block<WIDTH, Term::SQUARE>(row, j, block, dsquares, squares);
     }
+    Floats lse[WIDTH], dpixel_losses[WIDTH], dlse[WIDTH];
+    row.load_map(block, j, row.lse_map(gradients.lse), lse);
+    row.load_map(block, j, gradients.dpixel_losses, dpixel_losses);
+    row.load_map(block, j, gradients.dlse, dlse);
+#pragma GCC unroll 8
     for (int i = 0; i < WIDTH; ++i) {
       const Ints k = classes.of_pixels(j * WIDTH + i), valid = k >= 0;
       const int64_t n = j % H * WIDTH + i;
       const Floats of_sum =
-          large ? log(powers[n])
-                : row.gather_map(block, j, i, valid, row.lse_map(gradients.lse)) -
-                      shifts.of_finite(row.down[j], row.right(block, i));
+          large ? log(powers[n]) : lse[i] - shifts.of_finite(row.down[j], row.right(block, i));
       steep |= valid & ~((of_sum >= LOG_STEEP) & (of_sum <= 80.0f));
       const Floats q = exp<float>(-of_sum);
-      Floats of_own = of_class(gradients.dlosses, k) +
-                      row.gather_map(block, j, i, valid, gradients.dpixel_losses);
-      Floats rest = of_own + row.gather_map(block, j, i, valid, gradients.dlse);
+      Floats of_own = of_class(gradients.dlosses, k) + dpixel_losses[i];
+      Floats rest = of_own + dlse[i];
       rest -= (totals[n] + 2 * q * squares[n]) * q;
       if (gradients.doverlaps) {
         const Floats z = row.own_corners(block, k).at(Floats{} + row.down[j], row.right(block, i));

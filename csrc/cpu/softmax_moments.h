@@ -136,14 +136,14 @@ struct Rows {
   decltype(Output<StatOf<T>>::finish_row) finish_row;
 };
 
-#define KERNELS_OF(instruction_set)        \
-  namespace instruction_set {              \
-  template <class Label>                   \
-  decltype(Labels::read) label_reader();   \
-  template <class T>                       \
-  Rows<T> rows();                          \
-  template <class Stat>                    \
-  Kernels<Stat> kernels();                 \
+#define KERNELS_OF(instruction_set)      \
+  namespace instruction_set {            \
+  template <class Label>                 \
+  decltype(Labels::read) label_reader(); \
+  template <class T>                     \
+  Rows<T> rows();                        \
+  template <class Stat>                  \
+  Kernels<Stat> kernels();               \
   }
 KERNELS_OF(baseline)
 KERNELS_OF(avx2)

@@ -2,6 +2,7 @@
 
 #include "softmax_rows.h"
 #include "softmax_pixels.h"
+#include "softmax_vectors.h"
 #include "softmax_cells.h"
 #include "softmax_cells_argmax.h"
 #include "softmax_cells_passes.h"

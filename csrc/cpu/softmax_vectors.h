@@ -1,0 +1,87 @@
+// What the kernels over cells do with vectors of floats, beyond arithmetic: masks, gathering and
+// scattering, powers of two.
+
+using Floats = VecOf<float>;
+using Ints = Vector<int32_t, LANES<float>>;
+
+// A bit for each lane of a mask.
+ALWAYS_INLINE uint32_t lanes_of(Ints mask) {
+#if VECTOR_BYTES == 64
+  return _mm512_movepi32_mask(__m512i(mask));
+#elif VECTOR_BYTES == 32
+  return _mm256_movemask_ps(__m256(mask));
+#else
+  uint32_t lanes = 0;
+  for (int i = 0; i < LANES<float>; ++i) lanes |= (mask[i] & 1) << i;
+  return lanes;
+#endif
+}
+
+ALWAYS_INLINE bool any(Ints mask) { return lanes_of(mask) != 0; }
+
+// Writes first + lane for each lane of a mask, to a place for LANES numbers. Returns how many.
+ALWAYS_INLINE int put_lanes(Ints mask, int64_t first, int32_t* target) {
+#if VECTOR_BYTES == 64
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(first)));
+  _mm512_storeu_si512(target, _mm512_maskz_compress_epi32(lanes_of(mask), numbers));
+  return __builtin_popcount(lanes_of(mask));
+#else
+  int count = 0;
+  for (uint32_t lanes = lanes_of(mask); lanes; lanes &= lanes - 1)
+    target[count++] = static_cast<int32_t>(first) + __builtin_ctz(lanes);
+  return count;
+#endif
+}
+
+// table[index], of what may be other where index is negative.
+template <class Element>
+ALWAYS_INLINE Vector<Element, LANES<float>> gather(const Element* table, Ints index,
+                                                   Element other) {
+  static_assert(sizeof(Element) == 4);
+  using Vec = Vector<Element, LANES<float>>;
+  const Vec others = Vec{} + other;
+#if VECTOR_BYTES == 64
+  const __mmask16 valid = ~_mm512_movepi32_mask(__m512i(index));
+  return Vec(_mm512_mask_i32gather_epi32(__m512i(others), valid, __m512i(index), table, 4));
+#elif VECTOR_BYTES == 32
+  return Vec(_mm256_mask_i32gather_epi32(__m256i(others), reinterpret_cast<const int*>(table),
+                                         __m256i(index), __m256i(index >= 0), 4));
+#else
+  Vec result = others;
+  for (int i = 0; i < LANES<float>; ++i)
+    if (index[i] >= 0) result[i] = table[index[i]];
+  return result;
+#endif
+}
+
+// table[index] = values, but nothing where index is negative.
+ALWAYS_INLINE void scatter(float* table, Ints index, Floats values) {
+#if VECTOR_BYTES == 64
+  const __mmask16 valid = ~_mm512_movepi32_mask(__m512i(index));
+  _mm512_mask_i32scatter_ps(table, valid, __m512i(index), __m512(values), 4);
+#else
+  for (int i = 0; i < LANES<float>; ++i)
+    if (index[i] >= 0) table[index[i]] = values[i];
+#endif
+}
+
+ALWAYS_INLINE Ints load_ints(const int32_t* source) {
+  Ints v;
+  std::memcpy(&v, source, sizeof v);
+  return v;
+}
+
+// 2^x for x in [-126, 126].
+ALWAYS_INLINE Floats power_of_two(Floats x) {
+  using Bits = typename Simd<float>::Bits;
+  const Floats shifted = x + 0x1.8p23f;
+  const Floats f = x - (shifted - 0x1.8p23f);
+  Floats p = f * 0.000153458074f + 0.00133999312f;  // relative error 2e-9
+  p = p * f + 0.00961848897f;
+  p = p * f + 0.0555032878f;
+  p = p * f + 0.240226469f;
+  p = p * f + 0.693147206f;
+  p = p * f + 1.0f;
+  return Floats(Bits(p) + (Bits(shifted) << 23));
+}
