@@ -10,8 +10,8 @@ SEED ?= 0
 ROWS ?= build/bench/cpu.json
 STEP_ROWS ?= build/bench/training-step-cpu.json
 MINUTES ?= 3
-# versions of torch that must load what `make setup` compiled; so must any Python:
-# make check-abi PYTHON=python3.13
+# versions of torch that must be able to load what `make setup` compiled. For other versions of
+# Python: make check-abi PYTHON=python3.13
 ABI_TORCHES ?= 2.10 2.11 2.13
 
 .PHONY: setup test stress demo bench kernels-report cuda-report lint format docs package check-abi clean
