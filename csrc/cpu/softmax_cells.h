@@ -14,7 +14,7 @@
 
 constexpr float FAR = -40.0f, STEEP = 0x1p-40f, LOG_STEEP = -27.7258872f, LARGE = 16.0f;
 
-// The four logits around the cells of a block, of one class.
+// The four logits of one class around the cells of a block.
 struct Corners {
   Floats a, b, c, d;  // upper left and right, lower left and right
 
@@ -71,9 +71,9 @@ struct Slopes {
   }
 };
 
-// Powers of e at the first label of each cell and their ratios along the row, the column, and of
-// the rows' ratios along the column. right, down: weights of the first label; steps: of the next
-// ones.
+// Powers of e at the first label of each cell, their ratios along the row and along the column, and
+// the ratio of the rows' ratios along the column. right, down: weights of the first label; steps:
+// from one label to the next.
 struct Series {
   Floats first, right, down, twist;
 

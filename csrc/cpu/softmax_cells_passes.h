@@ -306,8 +306,8 @@ void subtract_own(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<W
   }
 }
 
-// Writes the factors of a block's pixels and what their own classes have of their own. Returns
-// false where the block is to be done pixel by pixel. Where logits are large, the rounding of lse
+// Writes the factors of a block's pixels and the additional terms of their true classes. Returns
+// false if the block must be processed pixel by pixel. Where logits are large, the rounding of lse
 // would be an error of all p: the sums are computed again.
 template <int WIDTH>
 bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,

@@ -236,7 +236,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     return by_class(gradients.dmasses, k) + 2 * p * by_class(gradients.dsquares, k);
   };
 
-  // dz = p * (factor + u - total) - own_gradient at the own class, total = sum of p * u
+  // dz = p * (factor + u - total) - own_gradient at the true class, total = sum of p * u
   for (int64_t t = 0; t < group.count; t += L) {
     const Vec is_valid = V::load(valid + t);
     normalize<Stat, true>(workspace.upsampled + t, num_classes, workspace.group);
