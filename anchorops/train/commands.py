@@ -10,7 +10,7 @@ try:
     from .compare import comparison, load_results
     from .dependency import class_dependency
     from .loop import resume, start
-    from .presets import DEMO, PRESETS
+    from .presets import DEMO, PRESETS, with_published_options
     from .signals import Interrupted
     from .torchrun import is_first
 except ModuleNotFoundError as error:
