@@ -267,6 +267,7 @@ def training_loader(
         pin_memory=pin_memory,
         worker_init_fn=follow_parent,
         multiprocessing_context="forkserver" if config.workers else None,
+        generator=torch.Generator(),  # else an iterator moves torch's random numbers
     )
 
 
@@ -291,4 +292,5 @@ def evaluation_loader(
         num_workers=config.workers,
         worker_init_fn=follow_parent,
         multiprocessing_context="forkserver" if config.workers else None,
+        generator=torch.Generator(),  # else an iterator moves torch's random numbers
     )

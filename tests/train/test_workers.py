@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import TINY
 from torch.utils.data import DataLoader
 
-from anchorops.train.data import evaluation_loader
+from anchorops.train.data import BatchSampler, Draws, evaluation_loader, training_loader
 from anchorops.train.digits import DigitScenes
 from anchorops.train.workers import batches_of
 
@@ -24,6 +25,24 @@ def loader(scenes: type[DigitScenes] = DigitScenes) -> DataLoader:
     """Batches of one image, from one worker."""
     dataset, config = scenes("val", 40, (32, 32), seed=0), TINY.replace(workers=1).data
     return evaluation_loader(dataset, config, batch_size=1, rank=0, world=1)
+
+
+def test_iterators_draw_no_random_numbers():
+    """The steps draw them, and a resumed run makes its iterator before another step."""
+    config = TINY.replace(workers=0).data
+    scenes = DigitScenes("val", 4, (32, 32), seed=0)
+    draws = Draws(len(scenes), seed=0)
+    sampler = BatchSampler(
+        draws, batch_size=2, accumulate=1, rank=0, world=1, first_step=0, steps=1
+    )
+    before = torch.get_rng_state()
+    for loader in (
+        training_loader(scenes, config, sampler, seed=0, pin_memory=False),
+        evaluation_loader(scenes, config, batch_size=1, rank=0, world=1),
+    ):
+        with batches_of(loader) as batches:
+            next(batches)
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def worker() -> Any:
