@@ -217,8 +217,8 @@ struct TableSink {
     }
     if (in_tables)
       scatter<2, true>(rows, x, near);
-    else  // as many loads at once as registers allow: they take long
-      scatter<8, false>(rows, x, near);
+    else  // as many loads at once as registers allow without spills: they take long
+      scatter<TABLES == 3 ? 2 : 8, false>(rows, x, near);
   }
 
   template <int AT_ONCE, bool IN_TABLES, int N>
