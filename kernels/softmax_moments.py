@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import INF, LN_2, LOG2_E, NO_CLASS, filled, load_labels, next_label
-from .launch import PARTIALS_IN_CACHE, forward_lanes
+from .launch import PARTIALS_IN_CACHE, architecture, forward_lanes, without_spills
 from .upsampling import (
     SIZES,
     along_axis,
@@ -337,6 +337,8 @@ def softmax_moments(
         **upsampling.constants,
         LANES=block,
         num_warps=max(block // 32, 1),
+        # with 128 registers, two programs on a multiprocessor, it spills on sm_8x only
+        **(without_spills() if architecture().startswith("sm_8") else {}),
     )
     over = 1 if per_image else (0, 1)
     sums = (p.sum(over) if a else p for p, a in zip(partials, asked, strict=True))
