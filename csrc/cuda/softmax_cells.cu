@@ -32,8 +32,16 @@ struct Extremes {
 };
 
 // LANES threads for each position: 32 if its classes are contiguous in memory.
+// Blocks of one multiprocessor, at least. With eight, a thread has 32 registers; on other GPUs than
+// sm_90 it then spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int SHIFT_BLOCKS = 8;
+#else
+constexpr int SHIFT_BLOCKS = 4;
+#endif
+
 template <int LANES>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, SHIFT_BLOCKS)
     softmax_shifts_kernel(Logits logits,  // [B, K, h, w] by strides
                           Shift* shifts,  // [B, h, w]
                           float steepest) {
