@@ -73,16 +73,19 @@ def test_layout_and_the_rest_of_torch():
 
 
 def test_memory():
-    """Of W, 150 classes × the pixels in int64 and float32, 118 MB here, there is a part alone."""
+    """Of W, 600 classes × the pixels in int64 and float32, 472 MB, only a part exists at a time.
+
+    A part takes some 10 MB; how many pages the allocator keeps changes from run to run, by as many.
+    """
     features = torch.randn(4, 64, 128, 128, requires_grad=True)
-    labels = torch.randint(0, 150, (4, 512, 512), dtype=torch.int16)
+    labels = torch.randint(0, 600, (4, 512, 512), dtype=torch.int16)
 
     def step() -> Tensor:
-        sums = upsampled_sums(features, labels, 150, ignore_index=255).sums
+        sums = upsampled_sums(features, labels, 600, ignore_index=-1).sums
         return torch.autograd.grad(sums.square().sum(), features)[0]
 
     step()
     extra = peak_extra_bytes(step, torch.device("cpu"))
     if extra is None:
         pytest.skip("this system does not tell the peak of the memory")
-    assert extra < 16 << 20
+    assert extra < 48 << 20
