@@ -176,7 +176,7 @@ def _unwrap(model: nn.Module, regularizer: Regularizer) -> nn.Module:
             expected = f"a model not yet wrapped: {name} replaces the classifier"
             fail("attach", "model", f"{expected}, which {wrapper} already holds", wrapper)
         state = itertools.chain(regularizer.parameters(), regularizer.buffers())
-        if any(tensor.is_floating_point() for tensor in state):  # each rank has drawn its own
+        if any(tensor.is_floating_point() for tensor in state):  # each rank has other values
             expected = f"a model not yet wrapped: {name} adds parameters or anchors"
             fail("attach", "model", f"{expected}, which {wrapper} would not see", wrapper)
         if inner is model:

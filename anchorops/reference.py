@@ -208,9 +208,13 @@ def upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tens
 
 
 class Splat(NamedTuple):
-    """How N labels lie among features, of size (H, W), under upsampling with align_corners=True:
-    first [N], where in a table of keys −1, 0, 1, … times features the upper left feature of each
-    label is for key 0; offset from it and weight [N], in units of 1/SPLAT_UNITS, of all four.
+    """The four features around each of N labels, for upsampling with align_corners=True.
+
+    first: [N], the index of the upper left feature of each label in the row of key 0 of a flat
+        table [1 + num_keys, H·W], whose first row is that of key −1.
+    corners: for each of the four features the offset from the upper left one, and the weights [N]
+        in units of 1/SPLAT_UNITS.
+    size: (H, W) of the features.
     """
 
     first: Tensor
@@ -219,8 +223,8 @@ class Splat(NamedTuple):
 
 
 def splat_axis(size: int, source: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each of `size` label rows (or columns) the upper of two feature rows, int64, and the
-    weight of the lower, float32: 0 for the last row, which has none below."""
+    """For each of `size` label rows (or columns): the upper one of the two feature rows around it,
+    int64, and the weight of the lower one, float32. If there is no lower row, the weight is 0."""
     step = (source - 1) / (size - 1) if size > 1 else 0.0
     scale = torch.full((), step, dtype=torch.float32, device=device)  # a copy would synchronise
     position = torch.arange(size, device=device, dtype=torch.float32) * scale
@@ -242,11 +246,11 @@ def splat_of(
 
 
 def splat_keys(keys: Tensor, num_keys: int, splat: Splat) -> Tensor:
-    """W = upᵀ onehot(keys), int64 [num_keys, H·W] in units of 1/SPLAT_UNITS: integers, so that any
-    order gives the same bits. keys: [B, N]; −1 belongs nowhere."""
+    """W = upᵀ onehot(keys), int64 [num_keys, H·W] in units of 1/SPLAT_UNITS. W has integers, so
+    that the order of its sums does not matter. keys: [B, N]; −1 is ignored."""
     cells, width = splat.size[0] * splat.size[1], splat.size[1]
     first = torch.add(splat.first, keys, alpha=cells).flatten()
-    # weights of 0 may lie beyond the last features
+    # for weights of 0 the index may be beyond the last feature
     table = keys.new_zeros((num_keys + 1) * cells + width + 1, dtype=torch.int64)
     for offset, weight in splat.corners:
         table[offset:].index_add_(0, first, weight.expand_as(keys).flatten())
@@ -256,7 +260,8 @@ def splat_keys(keys: Tensor, num_keys: int, splat: Splat) -> Tensor:
 def upsampled_sums(
     features: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int
 ) -> ClassMoments:
-    """n_k and s_k = Σ_{p∈k} up(f)(p) = Σ_q W[k, q]·f_q of each image, up to the labels' size."""
+    """For each image: n_k and s_k = Σ_{p∈k} up(f)(p) = Σ_q W[k, q]·f_q, where `up` upsamples to the
+    labels' size."""
     size = (features.shape[2], features.shape[3])
     rows, columns = (splat_axis(labels.shape[i + 1], size[i], labels.device) for i in (0, 1))
     keys, counts = class_keys(labels[:, None], labels, num_classes, True, ignore_index)

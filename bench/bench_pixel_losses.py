@@ -229,7 +229,7 @@ def make_inputs(shape: Logits, dtype: str, labels: str, device: torch.device):
 
 @lru_cache(2)
 def exact(case: Case, device: torch.device) -> Tensor:
-    """By the plain formula in float32: the tests compare with float64."""
+    """The results of the plain formula in float32. (The tests compare with float64.)"""
     logits, labels = make_inputs(case.shape, case.dtype, case.labels, device)
     formula = next(iter(rival_formulas(case).values()), ours(case))
     logits = logits.detach().requires_grad_(case.direction == TRAINING)

@@ -1,5 +1,5 @@
-"""Draws the rows of a benchmark run, next to them: python bench/plot.py bench/results/cpu.json
-With --table it prints the README's table instead.
+"""Draws the rows of a benchmark run: python bench/plot.py bench/results/cpu.json
+With --table it prints the README's table instead. The pictures are written next to the rows:
 
 cpu.png            class moments compared with formulas that people write, in milliseconds
 cpu-cases.png      every case: time against ours, and memory beyond inputs and outputs

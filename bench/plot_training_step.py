@@ -1,7 +1,8 @@
-"""Draws training steps, next to their rows: python bench/plot_training_step.py ROWS.json
+"""Draws training steps: python bench/plot_training_step.py ROWS.json
 With --table it prints the README's table instead.
 
-ROWS.png: time and memory of each candidate, in shares of the plain network with torch's loss.
+ROWS.png, next to ROWS.json, shows time and memory of each candidate, relative to the plain network
+with torch's loss.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""Prints what `make bench` measured, as ratios: python bench/ratios.py [ROWS.json …]
+"""Prints the results of `make bench` as ratios: python bench/ratios.py [ROWS.json …]
 
-A line for each case, the times of the others over ours, and for each network, the time and the
-memory of a training step over those of the plain step with torch's cross-entropy.
+For each case there is a line with the time of every rival, divided by our time. For each network
+there are the time and the memory of a training step with each method, divided by those of the plain
+step with torch's cross-entropy.
 """
 
 import json

@@ -73,7 +73,7 @@ def one_hot_bmm(
 
 
 def class_loop(features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None) -> Statistics:
-    """A mask for each class, as the released code of SAR and CeCo does."""
+    """A mask for each class, as in the released code of SAR and CeCo."""
     rows, keys = _rows(features), keys.flatten()
     members = [rows[keys == k] for k in range(num_keys)]
     sums = torch.stack([rows.sum(0) for rows in members])
@@ -181,7 +181,7 @@ def gather_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
 
 
 def loop_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-    """A mask for each class, as SAR's release."""
+    """A mask for each class, as in the released code of SAR."""
     keys = class_keys(features, labels, len(anchors)).flatten()
     flat = features.T[None] if features.dim() == 2 else features.flatten(2)
     rows, total = _rows(flat), 0

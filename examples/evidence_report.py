@@ -21,7 +21,7 @@ SCENES = {
     "few": "Few scenes: 500 training scenes, the same for all seeds",
     "steep": "Steeper frequencies: (d + 1)⁻² for digit d in the training scenes",
 }
-CONVERGED = 1.0  # at most, points of mIoU that the next horizon adds to plain
+CONVERGED = 1.0  # converged: the next horizon adds less than these points of mIoU to plain
 COLORS = {"plain": "black", "cr": "tab:gray", "sar": "tab:blue", "cbp": "tab:olive"} | {
     "occl": "tab:orange",
     "cbp+occl": "tab:brown",

@@ -33,7 +33,7 @@ def picture(kinds: list[int]) -> Pictures:
 
 
 def episodes(count: int, digits: list[int]) -> tuple[Pictures, Pictures]:
-    """Support and query: images (B, 1, 16, 32) and masks (B, 16, 32) each."""
+    """Support and query, each with images (B, 1, 16, 32) and masks (B, 16, 32)."""
     chosen = [torch.randperm(len(digits))[:2].tolist() for _ in range(count)]
     pairs = [[digits[i] for i in pair] for pair in chosen]
     columns = [zip(*map(picture, pairs), strict=True) for _ in range(2)]

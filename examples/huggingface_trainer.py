@@ -34,7 +34,7 @@ def collate(examples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 
 def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    # the mean over all accumulated batches and ranks, which the Trainer counted beforehand
+    # a mean over all accumulated batches and ranks: the Trainer has counted their labels
     options = {"ignore_index": -100, "align_corners": False}
     if num_items_in_batch is None:
         return ao.pixel_cross_entropy(outputs.logits, labels, **options)
@@ -44,7 +44,7 @@ def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -
 
 
 def predictions(logits: Tensor, labels: Tensor) -> Tensor:
-    # the Trainer keeps these of the whole data set, instead of all logits
+    # the Trainer keeps the predictions of the whole data set, instead of all logits
     height, width = labels.shape[1:]
     return ao.pixel_argmax(logits, (height, width))
 

@@ -4,15 +4,15 @@
     python examples/long_tailed_classification.py --root FOLDER [--imbalance 100]
         [--network resnet18] [--size 32]
 
-Trains a network with and without SAR, whose embedding has two layers as in the paper's appendix A,
-for each seed. Prints the accuracy on the third of the classes with the most training images (head),
-the third with the fewest (tail) and those between (body).
+Trains a network with and without SAR for each seed. SAR's embedding has two layers, as in the
+paper's appendix A. Prints the accuracy of the third of the classes with the most training images
+(head), of the third with the fewest (tail), and of the other classes (body).
 
-Without --root: a small network on 100 images of digit 0, and geometrically fewer of each following
-digit, down to 3 of digit 9. FOLDER contains train/CLASS/… and val/CLASS/…, images of any size;
---imbalance F keeps geometrically fewer images of each following class, 1/F of the last one (100 in
-the paper's CIFAR-100-LT). With the defaults SAR does not improve the tail accuracy of the small
-network: the script shows how to use and compare it, not a gain.
+Without --root, a small network is trained on 100 images of digit 0, and geometrically fewer of each
+following digit, down to 3 of digit 9. FOLDER contains train/CLASS/… and val/CLASS/…, with images of
+any size. --imbalance F keeps geometrically fewer images of each following class: of the last class,
+the share 1/F (the paper's CIFAR-100-LT uses F = 100). With the defaults, SAR does not improve the
+tail accuracy of the small network. The script shows how to use SAR and compare results.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Task(NamedTuple):
 
 
 def kept(labels: Tensor, most: Tensor, imbalance: float) -> Tensor:
-    """Of each class k the first most[k]·imbalance^(−k/(K−1)) images: their indices."""
+    """Indices of the images that are kept: the first most[k]·imbalance^(−k/(K−1)) of class k."""
     classes = len(most)
     counts = [max(1, round(int(n) * imbalance ** (-k / (classes - 1)))) for k, n in enumerate(most)]
     return torch.cat([(labels == k).nonzero().flatten()[:n] for k, n in enumerate(counts)])
@@ -94,7 +94,7 @@ def folder(root: Path, name: str, size: int, imbalance: float) -> Task:
 
 
 def accuracies(task: Task, with_sar: bool, seed: int, steps: int) -> list[float]:
-    """In %, of head, body and tail."""
+    """The accuracy of head, body and tail, in %."""
     classes = len(task.counts)
     torch.manual_seed(seed)
     model = task.network()
@@ -104,7 +104,7 @@ def accuracies(task: Task, with_sar: bool, seed: int, steps: int) -> list[float]
             model, ao.SAR(classes, task.dim, layers=2, ignore_index=-1)
         )  # 1. appendix A
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    draws = torch.Generator().manual_seed(seed)  # the same with and without
+    draws = torch.Generator().manual_seed(seed)  # the same with and without SAR
     sampler = RandomSampler(
         task.train,  # type: ignore[arg-type]
         replacement=True,

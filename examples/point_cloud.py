@@ -19,7 +19,7 @@ K, D = len(NAMES), 64
 
 
 def scene(ground: int) -> tuple[Tensor, Tensor]:
-    """Points (n, 3) and labels (n,), noisy; each class has half as many as the one before."""
+    """Noisy points (n, 3) and labels (n,). Each class has half as many points as the one before."""
     counts = [ground // 2**k for k in range(K)]
     u, v, w = (torch.rand(sum(counts)).split(counts) for _ in range(3))
     surface = torch.stack([4 * u[0] - 2, 4 * v[0] - 2, torch.zeros_like(u[0])], 1)

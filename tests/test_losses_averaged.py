@@ -123,7 +123,7 @@ def test_checkpoints_with_flags_of_their_own_load(method: str) -> None:
     flag = "started" if method == "sar" else "present"
     state[flag] = state[tensor].any(1)
     if method == "cbp_ema":
-        state[flag][0] = False  # which had moved; its centroid stayed
+        state[flag][0] = False  # as if this row had been moved; its centroid was kept
     restored = METHODS[method]()
     restored.load_state_dict(state)
     expected = torch.where(state[flag][:, None], state[tensor], 0)

@@ -32,7 +32,7 @@ def test_combined_equals_its_parts_in_one_pass(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("anchorops.losses.statistics.unchecked_moments", counted)
     for _ in range(2):
         loss = together(features, labels, classifier)
-        assert passes == [4]  # views of OCCL are pairs of MVSC's groups
+        assert passes == [4]  # OCCL's views are pairs of MVSC's groups
         expected = torch.stack([method(features, labels, classifier) for method in apart]).sum()
         passes.clear()
         torch.testing.assert_close(loss, expected)

@@ -1,4 +1,4 @@
-"""Sums over the classes of upsampled features against those of the upsampled tensor."""
+"""Sums of upsampled features over each class, compared with sums of the upsampled tensor."""
 
 import sys
 
@@ -73,9 +73,11 @@ def test_layout_and_the_rest_of_torch():
 
 
 def test_memory():
-    """Of W, 600 classes × the pixels in int64 and float32, 472 MB, only a part exists at a time.
+    """W has 600 classes × the pixels; in int64 and float32 these are 472 MB. Only a part of it
+    exists at a time.
 
-    A part takes some 10 MB; how many pages the allocator keeps changes from run to run, by as many.
+    A part needs about 10 MB. The allocator keeps some freed pages, and their number changes from
+    run to run, by about 10 MB too.
     """
     features = torch.randn(4, 64, 128, 128, requires_grad=True)
     labels = torch.randint(0, 600, (4, 512, 512), dtype=torch.int16)

@@ -130,8 +130,8 @@ def pixel_weights(
 
 
 def smoothing_dtype(logits: Tensor, label_smoothing: float) -> Tensor:
-    """The logits as label smoothing needs them. It gives the logits two gradients; in half
-    precision these are added in float32."""
+    """The logits, converted to float32 if label smoothing is used with half precision: then the
+    logits receive two gradients, which are added in float32."""
     return logits.to(statistics_dtype(logits.dtype)) if label_smoothing > 0 else logits
 
 

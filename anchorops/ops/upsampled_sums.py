@@ -1,11 +1,12 @@
-"""Sums over the classes of features that are upsampled to the labels' size, for CeCo.
+"""Sums of upsampled features over the pixels of each class, at the labels' size, for CeCo.
 
 Bilinear upsampling (align_corners=True) is linear: Σ_{p∈k} up(f)(p) = Σ_q W[k, q]·f_q with
-W = upᵀ onehot(labels). Nothing of the labels' size times the channels is built, and of W, classes
-times the features' pixels, some rows at a time; the backward pass makes them again from the labels.
+W = upᵀ onehot(labels). The upsampled features are never stored. W has an entry for each class and
+each pixel of the features; only a part of it exists at a time. The backward pass computes the parts
+again from the labels.
 
-Plain PyTorch on every device: the operator is for the memory, and for torch.compile, which would
-unroll the loop.
+The code is plain PyTorch on every device. It is an operator to save memory, and because
+torch.compile would unroll the loop over the parts.
 """
 
 import itertools
@@ -22,12 +23,15 @@ from ..reference import SPLAT_UNITS, ClassMoments
 from .class_keys import class_keys
 from .registration import Gradient, define, library
 
-CACHED = 2**18  # entries of W that stay in a CPU's cache
+CACHED = 2**18  # entries of W that fit into a CPU's cache
 
 
 class Part(NamedTuple):
-    """Of these images and rows of the features: W, int64 [B, K, H·W] in units of 1/SPLAT_UNITS, and
-    the pixels [B, K] of labels that no other part has."""
+    """The part of W for some images and some rows of the features.
+
+    table: int64 [B, K, H·W] in units of 1/SPLAT_UNITS. counts: [B, K], the pixels of its labels;
+    each label belongs to one part.
+    """
 
     images: slice
     rows: slice
@@ -43,7 +47,7 @@ def _parts(
     ignore_index: int,
     backend: str,
 ) -> Iterator[Part]:
-    """The last row of a part is the first one of the next."""
+    """All parts. The last row of a part is also the first row of the next part."""
     (height, width), (batch, label_height, label_width) = size, labels.shape
     entries = CACHED
     if labels.is_cuda:  # few launches, and a quarter of the features' memory
@@ -51,7 +55,7 @@ def _parts(
     images = max(1, entries // (num_classes * height * width))
     step = height if images > 1 else max(1, entries // (num_classes * width) - 1)
     starts = range(0, height, step)
-    # on the host, for asking the device would synchronise
+    # on the host, because reading the result from the device would synchronise
     upper, _ = reference.splat_axis(label_height, height, torch.device("cpu"))
     edges = [*torch.searchsorted(upper, torch.tensor(starts)).tolist(), label_height]
     row, below = reference.splat_axis(label_height, height, labels.device)
@@ -161,7 +165,7 @@ def upsampled_sums(
     features: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int
 ) -> ClassMoments:
     """counts [B, K] and sums [B, K, C] of features (B, C, H, W), float32 or float64, upsampled with
-    align_corners=True to the labels (B, H', W'). Arguments already checked."""
+    align_corners=True to the labels (B, H', W'). The arguments must already be checked."""
     function = "upsampled_sums"
     backend = select(function, features, num_classes)
     if backend == "reference" or in_transform(features):

@@ -35,8 +35,8 @@ def _resized(labels: Tensor, size: Sequence[int]) -> Tensor:
 def features_and_labels(
     model: Segmenter, images: Tensor, labels: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Features float32 (B, D, h, w) of images seen whole, and their labels as `class_moments` takes
-    them: at the padded images' size."""
+    """Features float32 (B, D, h, w) of whole images, and labels of the size of the padded images,
+    for `class_moments`."""
     labels = _resized(labels.to(device), images.shape[2:])
     features = model.body(pad_to_multiple(images.to(device)))
     return features.float(), pad_to_multiple(labels, IGNORED)

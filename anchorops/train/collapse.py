@@ -1,4 +1,4 @@
-"""How far training has come towards neural collapse: CeCo's measures, at each evaluation."""
+"""CeCo's measures of neural collapse, computed at each evaluation."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from .parts import Parts
 from .validation import validation_loader
 from .workers import batches_of
 
-# what the journal calls the measures; the report draws them by these names
+# names of the measures in the journal; the report draws them
 CENTROIDS, CLASSIFIER = "centroids", "classifier"
 EQUIANGULARITY, MAXIMAL_ANGLE = "equiangularity", "maximal_angle"
 ACCURACY_AND_PIXELS = "accuracy_and_pixels"
@@ -27,13 +27,15 @@ COLLAPSE = (
 
 @torch.inference_mode()
 def collapse_measures(parts: Parts, classes: list[dict[str, Any]]) -> dict[str, float]:
-    """Of the first validation images, as many as --collapse-images; each rank sees its share.
+    """The measures by name, on the first --collapse-images validation images. Each rank processes
+    its share of them.
 
-    CENTROIDS.EQUIANGULARITY, CLASSIFIER.EQUIANGULARITY: its Fig. 2; the same of MAXIMAL_ANGLE: its
-    Fig. 5; correlation of the classes' accuracy with their training pixels and with the training
-    images that show them: its Fig. 7. Without those that are not defined (a class alone).
+    EQUIANGULARITY of the class centroids and of the classifier's rows is in CeCo's Fig. 2,
+    MAXIMAL_ANGLE of both in its Fig. 5. Fig. 7 has the correlation of the classes' accuracy with
+    their numbers of training pixels and training images. Measures that are not defined (for a
+    single class) are omitted.
 
-    classes: of `summarize`.
+    classes: as returned by `summarize`.
     """
     model, ranks, running = parts.model, parts.ranks, parts.config.running
     weight = model.classifier.weight

@@ -45,8 +45,9 @@ def comparison(results: Sequence[dict[str, Any]]) -> str:
 
 
 def grouped(results: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
-    """Repetitions of a run, which differ in their seeds, by data set, network and methods; the last
-    one with the settings, where given, in which these differ from others of the same names."""
+    """Repetitions of a run, which differ only in their seeds. The key is (data set, network,
+    methods). If runs of the same names differ in other settings, the methods are followed by these
+    settings."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for result in results:
         dataset, model, methods = (result[name] for name in NAMES)
@@ -56,8 +57,8 @@ def grouped(results: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dic
 
 
 def text_table(rows: Sequence[Sequence[str]], *, words: int) -> str:
-    """Aligned columns, of which the first `words` hold words and the others numbers, under the
-    first row."""
+    """Rows as aligned columns; the first row is the header. The first `words` columns contain words
+    and are aligned to the left, the others contain numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

@@ -16,9 +16,10 @@ REPEATS = 5
 
 
 class Complexity(NamedTuple):
-    """parameters: of the network alone, as it predicts; trained: with those of the methods and of
-    an auxiliary head. flops: of one image (height, width), a multiplication and an addition
-    counting 2. frames_per_second: of single images of that size, median."""
+    """parameters: those that predictions use. trained: also those of the methods and of an
+    auxiliary head. size: (height, width) of an image. flops: for one image of this size; a
+    multiplication and an addition count as 2. frames_per_second: single images of this size,
+    median."""
 
     parameters: int
     trained: int
@@ -29,8 +30,8 @@ class Complexity(NamedTuple):
 
 @torch.inference_mode()
 def measure_complexity(parts: Parts) -> Complexity:
-    """Of an image of the size of a crop. FLOPs are counted on a copy without data, of matrix
-    products, convolutions and attention."""
+    """The size and speed of the network, for an image of the size of a crop. FLOPs are counted on a
+    copy without data; they include matrix products, convolutions and attention."""
     model = parts.model.eval()
     size, channels = parts.config.data.crop, parts.training_set.channels
     left_out = [m for m in model.modules() if isinstance(m, Regularizer)]
@@ -49,7 +50,7 @@ def measure_complexity(parts: Parts) -> Complexity:
 
 
 def _seconds(parts: Parts, size: tuple[int, int], channels: int) -> list[float]:
-    """Of `predict`, classes at the image's size, pass by pass; the first one warms up."""
+    """Seconds of each call of `predict` for one image. A first call, not included, warms up."""
     device = parts.ranks.device
     image = torch.zeros(1, channels, *size, device=device).to(memory_format=parts.layout)
     seconds = []

@@ -99,8 +99,8 @@ class Model:
     """Weight of the loss of an auxiliary head (3×3 convolution, classifier) on the second last map
     of the backbone, or of OCRNet's regions; 0: no auxiliary head. The usual weight is 0.4."""
     dropout: float = 0.0
-    """Share of the feature maps that are dropped before the classifier in training; the methods use
-    all of them. mmsegmentation has 0.1, except for HRNet. It replaces DeepLab's own dropout."""
+    """Share of the channels that are dropped before the classifier in training; the methods use
+    all channels. mmsegmentation uses 0.1, except for HRNet. It replaces DeepLab's own dropout."""
     classifier_std: float | None = None
     """Standard deviation of the classifiers' initial weights, drawn from a normal distribution
     (mmsegmentation: 0.01); their biases are then 0. None: torch's default."""
@@ -183,8 +183,8 @@ class Running:
     evaluation: Literal["whole", "sliding"] = "whole"
     """Predict whole images, or overlapping windows of the size of a crop."""
     eval_scales: tuple[float, ...] = (1.0,)
-    """Scales of the images in an evaluation, whose probabilities are averaged: 0.5 0.75 1 1.25
-    1.5 1.75. An evaluation has one pass for each scale."""
+    """Scales of the images in an evaluation, for example 0.5 0.75 1 1.25 1.5 1.75. There is one
+    pass for each scale; the probabilities are averaged."""
     eval_flip: bool = False
     """Also average with the probabilities of the mirrored images: twice as many passes."""
     eval_batch_size: int = 1
@@ -192,9 +192,9 @@ class Running:
     eval_every: int = 0
     """Steps between evaluations; 0: only at the end."""
     collapse_images: int = 0
-    """Validation images, up to whole batches of all ranks, on which neural collapse is measured at
-    each evaluation: how equal and how wide the angles are between class centroids and between the
-    classifier's rows. 0: not measured."""
+    """Number of validation images on which neural collapse is measured at each evaluation, rounded
+    up to whole batches of all ranks: how equal and how wide the angles are between class centroids
+    and between the classifier's rows. 0: not measured."""
     patience: int | None = None
     """Stop after this number of evaluations without a better mIoU."""
     save_every: int = 500

@@ -70,7 +70,7 @@ def _kept_counts(dataset: MaskFolder, cache: Path) -> Counts:
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if not path.exists():
 
-        def read(index: int) -> Counts:  # it returns counts, because masks would fill the memory
+        def read(index: int) -> Counts:  # counts, because masks would fill the memory
             return _count(dataset.read_labels(index), len(dataset.classes))
 
         threads = ThreadPoolExecutor()

@@ -61,8 +61,9 @@ def build_datasets(config: Data, seed: int) -> tuple[Segmentation, Segmentation]
 
 
 class RandomScale(v2.Transform):
-    """Scale to the short side, to the long side, or until one of both is reached (not at all if
-    neither is given), times a random factor; labels by nearest-neighbour interpolation."""
+    """Scale to the short side, or to the long side; if both are given, so that neither is exceeded;
+    if none is given, not at all. Then scale by a random factor. Labels are scaled by
+    nearest-neighbour interpolation."""
 
     def __init__(
         self, short_side: int | None, scale: tuple[float, float], long_side: int | None = None
@@ -166,7 +167,7 @@ def augmentation(config: Data, channels: int) -> v2.Transform:
 
 
 def evaluation_transform(config: Data, channels: int) -> v2.Transform:
-    """Only the image is scaled to the short or the long side; its labels do not change."""
+    """Scale only the image to the short or the long side; its labels do not change."""
     scaled = config.short_side or config.long_side
     scale = [RandomScale(config.short_side, (1.0, 1.0), config.long_side)] if scaled else []
     return v2.Compose([*scale, normalize(channels)])
@@ -267,7 +268,7 @@ def training_loader(
         pin_memory=pin_memory,
         worker_init_fn=follow_parent,
         multiprocessing_context="forkserver" if config.workers else None,
-        generator=torch.Generator(),  # else an iterator moves torch's random numbers
+        generator=torch.Generator(),  # otherwise an iterator draws from torch's random numbers
     )
 
 
@@ -292,5 +293,5 @@ def evaluation_loader(
         num_workers=config.workers,
         worker_init_fn=follow_parent,
         multiprocessing_context="forkserver" if config.workers else None,
-        generator=torch.Generator(),  # else an iterator moves torch's random numbers
+        generator=torch.Generator(),  # otherwise an iterator draws from torch's random numbers
     )

@@ -1,5 +1,5 @@
-"""Class dependency across seeds: whether repetitions of a run place the classes alike, as SAR's
-Fig. 1 asks of class centroids and of its semantic anchors."""
+"""Class dependency across seeds: whether repetitions of a run place the classes in the same way.
+SAR's Fig. 1 compares this for class centroids and for its semantic anchors."""
 
 import io
 import itertools
@@ -25,8 +25,8 @@ KINDS = {"centroids": "class centroids", "anchors": "semantic anchors"}
 
 
 def save_centroids(run: Path, features: Features, regularizer: Regularizer | None) -> None:
-    """Write the classes' centroids [K, D] and pixels [K], and where SAR's average has started for
-    every class its anchors [K, D], into the run's directory."""
+    """Write the centroids [K, D] and numbers of pixels [K] of the classes into the run's directory.
+    If SAR's average has started for every class, its anchors [K, D] are written too."""
     arrays: dict[str, Any] = {
         "centroids": features.centroids.numpy(),
         "counts": features.counts.numpy(),
@@ -41,16 +41,17 @@ def save_centroids(run: Path, features: Features, regularizer: Regularizer | Non
 
 
 def class_dependency(runs: Sequence[Path]) -> str:
-    """A table with a row for each data set, network and methods, and one more where SAR has
+    """A table with a row for each data set, network and methods, and a second row if SAR has
     anchors.
 
     The paper prints no formula. Here the dependency of two classes is the cosine between their
-    vectors less the vectors' mean, of the classes with validation pixels in every run of the row.
-    "strength" is the mean size of it over pairs of classes, mean ± standard deviation over the
-    seeds; "agreement" Pearson's correlation of two seeds' dependencies over these pairs, mean over
-    pairs of seeds: 1 where every seed places the classes alike.
+    vectors, after subtracting the mean of all vectors. It is computed for the classes that have
+    validation pixels in every run of the row. "strength" is the mean absolute dependency over the
+    pairs of classes (mean ± standard deviation over the seeds). "agreement" is Pearson's
+    correlation between the dependencies of two seeds over these pairs, averaged over pairs of
+    seeds. It is 1 if every seed places the classes in the same way.
 
-    Raises ValueError where a run has not come to its end, or without its file of centroids.
+    Raises ValueError if a run has not finished, or if its file of centroids is missing or damaged.
     """
     rows = [["data", "network", "methods", "vectors", "seeds", "strength", "agreement"]]
     results = [{**load_results(run), "vectors": _load(run)} for run in runs]
@@ -76,7 +77,7 @@ def _load(run: Path) -> dict[str, Tensor]:
 
 
 def _cosines(vectors: Tensor) -> Tensor:
-    """Of each pair of classes: [K(K−1)/2]."""
+    """The dependency of each pair of classes: [K(K−1)/2]."""
     centered = vectors.double() - vectors.double().mean(0)
     i, j = torch.triu_indices(len(centered), len(centered), 1)
     return F.cosine_similarity(centered[i], centered[j])

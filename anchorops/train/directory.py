@@ -42,10 +42,10 @@ def new_run(config: Config) -> Iterator[None]:
         )
     run.mkdir(parents=True, exist_ok=True)
     with held(run):
-        vectors = given_vectors(config)  # perhaps from the run that is about to go
+        vectors = given_vectors(config)  # perhaps from the earlier run, which is deleted next
         _make_way(run, overwrite=config.running.overwrite)
         keep_vectors(run, vectors)
-        config.save(run / CONFIG)  # last: what has it can be resumed
+        config.save(run / CONFIG)  # last, because a run with this file can be resumed
         yield
 
 

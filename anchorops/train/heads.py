@@ -1,5 +1,5 @@
-"""Heads as mmsegmentation builds them, on the maps of a backbone, finest first: FCN's, OCRNet's and
-SegFormer's. Each gives the features before the last classifier."""
+"""The heads of FCN, OCRNet and SegFormer, as in mmsegmentation. Their input is the list of a
+backbone's maps, the finest first; their output is the features before the last classifier."""
 
 from collections.abc import Sequence
 
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 
 def conv_norm_relu(inputs: int, outputs: int, kernel: int = 1) -> nn.Sequential:
-    """A convolution that keeps the size, without a bias; batch norm; ReLU."""
+    """A convolution without bias that keeps the size, then batch norm and ReLU."""
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def at_first_size(maps: Sequence[Tensor]) -> Tensor:
-    """(B, ΣC, H, W): the maps at the first one's size, one after the other."""
+    """(B, ΣC, H, W): the maps, resized to the size of the first one and concatenated."""
     size = maps[0].shape[2:]
     resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps[1:]]
     return torch.cat([maps[0], *resized], dim=1)
 
 
 class FCNHead(nn.Module):
-    """Two 3×3 convolutions on the last map, and a third on that map and what they give
+    """Two 3×3 convolutions of the last map, and a third one of that map and their result
     (arXiv 1411.4038)."""
 
     dim = 512
@@ -41,8 +41,9 @@ class FCNHead(nn.Module):
 
 
 class SegFormerHead(nn.Module):
-    """Every map to 256 channels and the first one's size, and all of them mixed
-    (arXiv 2105.15203; the papers' baselines have batch norm and ReLU behind each linear layer)."""
+    """Every map is reduced to 256 channels and resized to the size of the first one; a 1×1
+    convolution mixes them (arXiv 2105.15203). As in the papers' baselines, batch norm and ReLU
+    follow each linear layer."""
 
     dim = 256
 
@@ -57,7 +58,7 @@ class SegFormerHead(nn.Module):
 
 
 class SoftRegions(nn.Sequential):
-    """Logits of OCRNet's regions, which have a loss of their own in training."""
+    """The logits of OCRNet's regions. In training they have their own loss."""
 
     def __init__(self, inputs: int, hidden: int, kernel: int, dropout: float, num_classes: int):
         super().__init__(
@@ -73,7 +74,7 @@ class SoftRegions(nn.Sequential):
         return logits
 
     def logits(self) -> Tensor:
-        """(B, K, h, w) of the last training forward, once."""
+        """The logits (B, K, h, w) of the last training forward; they can be read once."""
         kept, self._logits = self._logits, None
         assert kept is not None, "the model has not run in training mode"
         return kept
@@ -83,8 +84,9 @@ class OCRHead(nn.Module):
     """Object-contextual representations (arXiv 1909.11065): each pixel attends to the classes'
     soft regions.
 
-    joined: as on HRNet, where regions and pixels come from all maps at the first one's size; else,
-    as on ResNet, the regions come from the last map but one, the pixels from the last.
+    joined: whether regions and pixels are computed from all maps, resized to the size of the first
+    one (as for HRNet). Otherwise the regions are computed from the second last map, and the pixels
+    from the last one (as for ResNet).
     """
 
     dim, inner_dim = 512, 256

@@ -30,7 +30,7 @@ class Segmenter(nn.Module):
 
     The methods use the input of its classifier. If auxiliary_dim is given, the number of channels
     of the backbone's second last map, there is an auxiliary head on this map. dropout: share of the
-    feature maps that are dropped before the classifier in training.
+    channels that are dropped before the classifier in training.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Segmenter(nn.Module):
 
     @property
     def auxiliary_head(self) -> "AuxiliaryHead | SoftRegions | None":
-        """What has a loss of its own: the auxiliary head, or OCRNet's regions."""
+        """The part of the model that has its own loss: the auxiliary head, or OCRNet's regions."""
         head = getattr(self.body, "head", None)
         return head.regions if isinstance(head, OCRHead) else self.auxiliary
 
@@ -178,12 +178,13 @@ def build_model(
         weights: a checkpoint of this program, or any file of a state dict, to start from. Entries
             of a classifier are skipped if the number of classes differs.
         auxiliary: add an auxiliary head.
-        dropout: share of the feature maps that are dropped before the classifier in training; it
+        dropout: share of the channels that are dropped before the classifier in training; it
             replaces DeepLab's own dropout.
         classifier_std: of the classifiers' initial weights, with biases of 0; None: torch's.
 
     Raises ValueError for an unknown name, for weights that do not match, for an auxiliary head on
-    DPT, whose backbone has no such map, and for OCRNet without one, because its regions are one.
+    DPT, whose backbone has no such map, and for OCRNet without an auxiliary head, because the loss
+    of its regions has the same weight.
     """
     architecture, _, backbone = name.partition(":")
     regions = architecture == "mmseg-ocrnet"
@@ -239,8 +240,8 @@ def _smp_body(
 
 
 def _options(architecture: str, encoder: str, dropout: float) -> dict[str, Any]:
-    """Of smp's networks: what lets those made for one size take images of another, and DeepLab's
-    own dropout off where there is dropout before the classifier."""
+    """Arguments of smp's networks. Those made for one image size accept other sizes too. DeepLab's
+    own dropout is switched off if there is dropout before the classifier."""
     if architecture == "dpt":
         return {"dynamic_img_size": True}
     if dropout and architecture.startswith("deeplab"):

@@ -12,22 +12,22 @@ import anchorops as ao
 from .config import MULTIPLE
 
 TILE = 128  # label rows and columns whose logits exist at the same time
-LEAST = -1e30  # in place of −∞, whose product with a weight of 0 would be NaN
+LEAST = -1e30  # instead of −∞, whose product with a weight of 0 would be NaN
 
 
 def pad_to_multiple(images: Tensor, value: float = 0.0) -> Tensor:
-    """(…, h, w), padded at the bottom and right to sides that the networks support."""
+    """(…, h, w), padded at the bottom and at the right to sizes that the networks support."""
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE), value=value)
 
 
 class Term(NamedTuple):
-    """Logits (B, K, h, w) of low resolution, and the matrices rows [H, h] and columns [W, w],
-    float32 on the CPU, that bring them to the labels' size: rows · logits · columnsᵀ.
+    """Low-resolution logits (B, K, h, w), and the matrices rows [H, h] and columns [W, w], float32
+    on the CPU. The logits at the labels' size are rows · logits · columnsᵀ.
 
-    Upsampling, cropping, the mean of overlapping windows and scaling are all linear, and the same
-    in each row and in each column. A flipped image is a term whose `columns` are flipped: so
-    predictions from several scales and flips are sums of terms.
+    Upsampling, cropping, averaging overlapping windows and scaling are all linear, and the same for
+    each row and for each column. For a flipped image, `columns` are flipped. Therefore predictions
+    from several scales and flips are sums of terms.
     """
 
     logits: Tensor
@@ -44,8 +44,8 @@ class Term(NamedTuple):
 
 
 def largest(terms: Sequence[Term], *, softmax: bool = False) -> Tensor:
-    """Classes int64 (B, H, W): those of the largest sum of the terms, with softmax of the terms'
-    probabilities; tile by tile."""
+    """Classes int64 (B, H, W) with the largest sum over the terms: of their logits or, with
+    softmax, of their probabilities. It is computed tile by tile."""
 
     def scores(term: Term, rows: slice, columns: slice) -> Tensor:
         tile = term.tile(rows, columns)
@@ -72,9 +72,10 @@ def _starts(length: int, window: int) -> list[int]:
 
 
 def _weights(length: int, window: int, low: int, size: int) -> Tensor:
-    """[size, windows·low]: from the `low` logits of each window along an axis of an image of this
-    length to `size` labels. A window's logits are upsampled to its padded length, cropped, averaged
-    with the other windows', and all is scaled to the labels."""
+    """The matrix [size, windows·low] of one axis. It computes the logits of `size` labels from the
+    `low` logits of each window of an image of this length: it upsamples the logits of each window
+    to the padded length of the window, crops them, averages the windows where they overlap, and
+    scales the result to the labels' size."""
     starts, window = _starts(length, window), min(length, window)
     padded = window + -window % MULTIPLE
     image = torch.zeros(len(starts), low, length)
@@ -91,8 +92,8 @@ def _interpolate(rows: Tensor, size: int) -> Tensor:
 def window_logits(
     model: nn.Module, images: Tensor, size: Sequence[int], window: tuple[int, int] | None = None
 ) -> Term:
-    """The logits of images (B, C, h, w), of whole images or of sliding windows, for labels of this
-    size."""
+    """The logits of images (B, C, h, w), from whole images or from sliding windows, for labels of
+    this size."""
     (height, width), (rows, columns) = images.shape[2:], window or images.shape[2:]
     tops, lefts = _starts(height, rows), _starts(width, columns)
     logits = images.new_empty(0)
@@ -128,9 +129,10 @@ def predict(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Tensor:
-    """Classes int64 (B, *size) of images (B, C, h, w): of whole images, or by sliding windows whose
-    logits are averaged where they overlap. With several scales, or with flip, the probabilities of
-    all scaled and mirrored images are averaged (mmsegmentation's test-time augmentation)."""
+    """Classes int64 (B, *size) of images (B, C, h, w), from whole images, or from sliding windows
+    whose logits are averaged where they overlap. With several scales, or with flip, the
+    probabilities of all scaled and mirrored images are averaged (as mmsegmentation's test-time
+    augmentation)."""
     if tuple(scales) != (1.0,) or flip:
         terms = []
         for scale in scales:
@@ -142,7 +144,7 @@ def predict(
         return largest(terms, softmax=True)
     height, width = size
     padded = pad_to_multiple(images)
-    aligned = padded.shape == images.shape  # what is padded and scaled is interpolated twice
+    aligned = padded.shape == images.shape  # padded and scaled images are interpolated twice
     if window is None and (aligned or images.shape[2:] == (height, width)):
         whole = (height, width) if aligned else (padded.shape[2], padded.shape[3])
         return ao.pixel_argmax(model(padded), whole)[:, :height, :width]

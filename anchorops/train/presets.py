@@ -10,8 +10,8 @@ times the learning rate (the methods' own parameters do not: SAR's release keeps
 
 Differences from the settings of the papers and mmsegmentation:
 
-- all: bf16 autocast; the learning rate decays to 0 (there to 1e-4 with SGD) with power 0.9 (there 1
-  for SegFormer); neither norms nor biases have weight decay, in convolutional networks either.
+- All: bf16 autocast. The learning rate decays to 0 (there to 1e-4 with SGD) with power 0.9 (there 1
+  for SegFormer). Norms and biases have no weight decay, also in convolutional networks.
 - Backbones start from the ImageNet weights of timm and segmentation-models-pytorch, which need not
   be mmsegmentation's.
 - Pascal-Context: learning rate and weight decay of SAR's release (the paper prints 0.01 and 5e-4).
@@ -230,8 +230,8 @@ METHOD_OPTIONS: dict[str, dict[str, str]] = {
 
 
 def with_published_options(preset: str, config: Config) -> Config:
-    """The configuration with the preset's options of the methods that it has; as it is with another
-    --setting than the published one."""
+    """The configuration, with the preset's options of the chosen methods added. It is unchanged if
+    --setting is not "published"."""
     if config.model.setting != PUBLISHED:
         return config
     published = {

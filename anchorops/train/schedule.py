@@ -18,7 +18,7 @@ class Schedule:
         return _every(self.running.log_every, progress.step)
 
     def compares_gradients(self, progress: Progress) -> bool:
-        """In the next step."""
+        """Whether the next step measures the gradients of the methods."""
         return _every(self.running.gradient_ratio_every, progress.step)
 
     def saves(self, progress: Progress) -> bool:

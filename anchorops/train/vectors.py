@@ -1,6 +1,6 @@
 """Vectors for the methods from files: `--method-options sar.anchors @clip.npy`.
 
-A run keeps a copy in its directory and reads nothing else: resuming does not depend on the file.
+A run keeps a copy in its directory and only reads this copy, so resuming does not need the file.
 """
 
 import io
@@ -23,7 +23,7 @@ def vector_files(options: Mapping[str, str]) -> dict[str, Path]:
 
 
 def given_vectors(config: Config) -> dict[str, Tensor]:
-    """By option. Raises ValueError where a file cannot be read."""
+    """The vectors of each option. Raises ValueError if a file cannot be read."""
     files = vector_files(config.model.method_options)
     return {option: read_vectors(option, path) for option, path in files.items()}
 
@@ -48,13 +48,14 @@ def _copy(run: Path, option: str) -> Path:
 
 
 def read_vectors(option: str, path: Path) -> Tensor:
-    """float32 [K, D] from a file of numpy.save. Raises ValueError, naming option and file, where it
-    holds anything but finite floating numbers in two dimensions; it never runs code."""
+    """float32 [K, D] from a file of numpy.save. No code in the file is run. Raises ValueError, with
+    the names of option and file, unless the file contains finite floating-point numbers in two
+    dimensions."""
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"--method-options {option}: {path} cannot be read: {error}") from error
-    if not isinstance(array, np.ndarray):  # of an .npz
+    if not isinstance(array, np.ndarray):  # the file is an .npz
         array.close()
         found = "several arrays"
     elif array.dtype.kind != "f" or array.ndim != 2:

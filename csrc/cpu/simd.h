@@ -94,8 +94,8 @@ struct Simd {
     }
   }
 
-  // COUNT vectors of neighbours: the i-th becomes every COUNT-th number from the i-th on, and back.
-  // COUNT is a power of two.
+  // For COUNT vectors of consecutive numbers: afterwards vector i contains every COUNT-th number,
+  // beginning with number i. `interleave` is the inverse. COUNT is a power of two.
   template <int COUNT>
   static ALWAYS_INLINE void deinterleave(Vec* v) {
     if constexpr (COUNT > 1) {

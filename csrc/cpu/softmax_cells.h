@@ -38,15 +38,15 @@ struct Corners {
   ALWAYS_INLINE Floats at(Floats down, Floats right) const {
     return blend(blend(a, c, down), blend(b, d, down), right);
   }
-  // The same of finite logits.
+  // The same, if all logits are finite.
   ALWAYS_INLINE Floats of_finite(float down, Floats right) const {
     const Floats left = a + down * (c - a);
     return left + right * ((b + down * (d - b)) - left);
   }
 };
 
-// z around the cells of a block, of one class: at the first column of labels of the upper logits,
-// and its changes over a whole cell: down, to the right, and of the latter down.
+// z of one class in the cells of a block. start: z at the upper logits, at the first column of
+// labels. down, right: the change of z over a whole cell. twist: the change of `right`, going down.
 struct Slopes {
   Floats start, down, right, twist;
 
@@ -56,7 +56,7 @@ struct Slopes {
     start = z.a + at_right * right;
     down = (z.c - z.a) + at_right * twist;
   }
-  // e^z at the first column; the weight of the lower logits may be that of any row.
+  // e^z at the first column, in the row whose lower logits have the weight at_down.
   ALWAYS_INLINE Floats power(float at_down) const {
     return power_of_two((start + at_down * down) * LOG2_E);
   }
@@ -98,29 +98,29 @@ struct BlockClasses {
   int32_t classes[ROWS * PIXELS];
   Ints of_cells;                                 // the largest of each cell, mostly the only one
   int32_t others[ROWS * PIXELS + LANES<float>];  // the pixels that are of another class
-  int64_t count;                                 // of the others
+  int64_t count;                                 // number of the others
 
   Ints of_pixels(int64_t n) const { return load_ints(classes + n * LANES<float>); }
 };
 
-// A row of cells of a tile, of its labels up to ROWS rows.
+// A row of cells of a tile, with at most ROWS rows of its labels at a time.
 template <int WIDTH>
 struct CellRow {
   static constexpr int L = LANES<float>;
-  static constexpr int PIXELS = WIDTH * L;                       // of a row of a block
-  static constexpr int WHOLE = WIDTH & (WIDTH - 1) ? 1 : WIDTH;  // of vectors to be deinterleaved
+  static constexpr int PIXELS = WIDTH * L;                       // in a row of a block
+  static constexpr int WHOLE = WIDTH & (WIDTH - 1) ? 1 : WIDTH;  // vectors to be deinterleaved
   static constexpr int HEIGHT = std::max(1, (VECTOR_BYTES == 64 ? 16 : 8) / WIDTH);
 
   const Problem<float>& problem;
   const Tile& tile;
   const Workspace<float>& workspace;
   int64_t blocks, passes;
-  int64_t first_column;              // packed, of the first cell
-  int64_t cell, upper, lower;        // its rows of logits
-  int64_t y = 0, end = 0, rows = 0;  // of labels: the first, the end of the cell's, how many
-  float down[ROWS];                  // weights of the lower row
-  float at_down;                     // the weight of the first row
-  const char* next_logits;           // of the row below
+  int64_t first_column;              // the first cell's column in packed rows
+  int64_t cell, upper, lower;        // the row of cells, and its two rows of logits
+  int64_t y = 0, end = 0, rows = 0;  // rows of labels: first, end in this cell, number at a time
+  float down[ROWS];                  // weight of the lower logits in each row of labels
+  float at_down;                     // the same in the first row, rounded as the mean
+  const char* next_logits;           // the row of logits below
   PackedRows<float> packed;
 
   CellRow(const Problem<float>& problem, const Tile& tile, const Workspace<float>& workspace)
@@ -155,7 +155,8 @@ struct CellRow {
     return first < end ? sum / (end - first) : 0;
   }
 
-  // The next up to height rows of labels of a row of cells; false after the last.
+  // Goes to the next rows of labels, at most `height` of them, of one row of cells. Returns false
+  // after the last row.
   bool next(int64_t height) {
     y += rows;
     rows = 0;
@@ -205,7 +206,7 @@ struct CellRow {
   float* factors(int which, int64_t block, int64_t j, int64_t i) const {
     return workspace.factors[which] + j * workspace.lanes + block * PIXELS + i * L;
   }
-  // The pixel's logit of class k, of the block's pixel t.
+  // The logit of class k at pixel t of the block.
   ALWAYS_INLINE float logit(int64_t block, int64_t t, int64_t k) const {
     const int64_t column = column_of(block) + t % L;
     const float *above = upper_row(k) + column, *below = lower_row(k) + column;
@@ -219,8 +220,8 @@ struct CellRow {
     return (WIDTH & (WIDTH - 1)) == 0 && passes == 1 && columns[0] >= 0 &&
            columns[PIXELS - 1] == columns[0] + PIXELS - 1;
   }
-  // A row of a block's pixels from a line of the tile's labels; of what may be other where there is
-  // no pixel.
+  // Loads a row of a block's pixels from a line over the tile's labels; `other` where there is no
+  // pixel.
   template <class Element, class Vec>
   ALWAYS_INLINE void load_pixels(int64_t block, const Element* line, Element other,
                                  Vec* pixels) const {
@@ -256,7 +257,7 @@ struct CellRow {
   Map<float> lse_map(const float* lse) const {
     return {lse, problem.rows.size * problem.columns.size, problem.columns.size, 1};
   }
-  // A row of a block's pixels of a map; 0 where there is no map.
+  // Loads a row of a block's pixels from a map; 0 if there is no map.
   ALWAYS_INLINE void load_map(int64_t block, int64_t j, const Map<float>& map,
                               Floats* pixels) const {
     for (int i = 0; i < WIDTH; ++i) pixels[i] = Floats{};
@@ -278,8 +279,8 @@ struct CellRow {
     const int64_t column = first_column + column_of(block);
     return {workspace.shifts[upper & 1] + column, workspace.shifts[lower & 1] + column};
   }
-  // Asks for a block's logits of the row below, a class at a time: rows of classes lie far apart,
-  // so the processor does not foresee them.
+  // Prefetches one class of a block's logits in the row below. The rows of different classes are
+  // far apart in memory, so the processor does not prefetch them itself.
   ALWAYS_INLINE void fetch_logits(int64_t block, int64_t k) const {
     const Layout& layout = problem.layout;
     const int64_t at = k * layout.stride_d + column_of(block) * layout.stride_w;
@@ -300,7 +301,7 @@ struct CellRow {
       found.count += put_lanes((k >= 0) & (k != found.of_cells), n * L, found.others + found.count);
     }
   }
-  // The logits around the cells, of their true classes; any numbers if there is none.
+  // The logits around the cells of their true classes; any numbers if a cell has no true class.
   ALWAYS_INLINE Corners own_corners(int64_t block, Ints classes) const {
     Ints at = {};
     for (int lane = 0; lane < L; ++lane) at[lane] = lane;
@@ -311,7 +312,7 @@ struct CellRow {
             gather(below + 1, at, 0.0f)};
   }
 
-  // Calls visit(group) for the pixels of the rows pixel by pixel, of one block or (-1) of all.
+  // Calls visit(group) for the rows' pixels in one block, or in all blocks (-1).
   template <class Visit>
   void for_pixels(int64_t block, Visit visit) const {
     Group<float> group;

@@ -46,8 +46,8 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
   }
 }
 
-// The sums and maps of a block; totals: of e^z over the classes. Pixels that have the class of
-// their cell are summed cell by cell, the others one by one.
+// Adds a block to the sums and writes its maps. totals: the sums of e^z over the classes. Pixels
+// that have the class of their cell are summed cell by cell, the others one by one.
 template <int WIDTH>
 void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
                const Floats* totals, const Sums& sums, const Maps<float>& maps) {
@@ -147,14 +147,16 @@ void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pro
   }
 }
 
-// Sums of dz over the pixels of each cell of a block, times their weights to the right and down.
+// Sums of dz over the pixels of each cell of a block: unweighted, and with the weights of the right
+// logits, of the lower logits, and of both.
 struct WeightedSums {
   Floats all = {}, right = {}, below = {}, right_below = {};
 };
 
-// Of dz = factor(j, i) * e^z. In row j the powers of e are first * r^i, so that the sum of dz is a
-// polynomial in r, and the sum of i * dz is r times its derivative: Horner's rule gives both and
-// needs no power for each pixel. The same down the rows, in 1 / (ratio down), from the last row.
+// The weighted sums of dz = factor(j, i) * e^z. In row j the powers of e are first * r^i. Therefore
+// the sum of dz is a polynomial in r, and the sum of i * dz is r times its derivative. Horner's
+// rule computes both without a power for each pixel. The same holds for the sum over the rows: it
+// is a polynomial in 1 / (ratio down), beginning with the last row.
 template <int WIDTH, class Factor>
 ALWAYS_INLINE WeightedSums sums_by_series(const CellRow<WIDTH>& row, const Corners& z,
                                           int64_t block, Factor factor) {
@@ -186,13 +188,13 @@ ALWAYS_INLINE WeightedSums sums_by_series(const CellRow<WIDTH>& row, const Corne
           scale * (at_right * below + step_right * along_below)};
 }
 
-// Of dz = gradient(e^z, j, i).
+// The weighted sums of dz = gradient(e^z, j, i), pixel by pixel.
 template <int WIDTH, class Gradient>
 ALWAYS_INLINE WeightedSums sums_by_pixels(const CellRow<WIDTH>& row, const Corners& z,
                                           int64_t block, Gradient gradient) {
   WeightedSums sums;
   const bool far = !z.all_above(FAR);
-  Series e = row.series(z, block);  // of no use where far
+  Series e = row.series(z, block);  // not used if far
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats all = {}, of_right = {}, power = e.first;
     for (int i = 0; i < WIDTH; ++i) {
@@ -214,7 +216,7 @@ ALWAYS_INLINE WeightedSums sums_by_pixels(const CellRow<WIDTH>& row, const Corne
 
 // gradients += the sum over pixels of weight * dz, with
 // dz = e^z * (factors[0] + factors[1] * (dmasses + 2 * p * dsquares)) and p = factors[1] * e^z.
-// TERMS: how many of the three there are.
+// TERMS is 3 with dsquares, otherwise 2 with dmasses, otherwise 1.
 template <int WIDTH, int TERMS>
 void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float* dsquares) {
   using V = Simd<float>;
@@ -307,8 +309,8 @@ void subtract_own(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<W
 }
 
 // Writes the factors of a block's pixels and the additional terms of their true classes. Returns
-// false if the block must be processed pixel by pixel. Where logits are large, the rounding of lse
-// would be an error of all p: the sums are computed again.
+// false if the block must be processed pixel by pixel. If logits are large, the rounding of lse
+// would be an error of all p. Then the sums are computed again.
 template <int WIDTH>
 bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
                       const Gradients<float>& gradients, const float* dmasses,

@@ -30,7 +30,7 @@ struct Labels {
 struct Cells {
   const int32_t* begin;  // [source + 2]; null if labels are not at least twice as dense
   int64_t most;          // labels of the largest cell
-  float step;            // between the weights of neighbours
+  float step;            // the weight of a label minus that of the label before it
 };
 
 // The unit of work: rows × columns of logits of one image, and their labels. In the forward pass
@@ -48,17 +48,17 @@ constexpr int64_t GROUP = 64, ROWS = 8;
 // One thread's memory.
 template <class Stat>
 struct Workspace {
-  int64_t stride;         // of packed rows: the columns, one more at each side, space for a vector
+  int64_t stride;         // length of a packed row: columns, one more at each side, a vector
   int64_t group;          // pixels of a group: a multiple of 16, at most GROUP
-  int64_t label_stride;   // of rows of classes
-  int64_t lanes;          // of cells and the labels in them: pixels of a row of cells
-  Stat* packed[2];        // [K, stride]: rows of even and of odd number
+  int64_t label_stride;   // length of a row of classes
+  int64_t lanes;          // pixels of a row of cells
+  Stat* packed[2];        // [K, stride]: an even and an odd row
   Stat* shifts[2];        // [stride]
   Stat* gradients[2];     // [K, stride], zero; backward only
   Stat* upsampled;        // [K, group]
   Stat* line;             // [stride]
-  int32_t* classes;       // [ROWS, label_stride]: of rows of the tile's labels
-  int32_t* cell_columns;  // [lanes]: each lane's label, from the tile's first on; -1: none
+  int32_t* classes;       // [ROWS, label_stride]: rows of the tile's labels
+  int32_t* cell_columns;  // [lanes]: each lane's column among the tile's labels; -1: no label
   Stat* cell_weights;     // [lanes]
   Stat* cell_starts;      // [lanes]: the weight of the first label of a cell
   Stat* factors[2];       // [ROWS, lanes]; backward, and forward with masses
@@ -66,9 +66,9 @@ struct Workspace {
 
 template <class Stat>
 struct Problem {
-  Layout layout;  // of logits [B, K, h, w]
+  Layout layout;  // logits [B, K, h, w]
   const void* logits;
-  int64_t bytes;  // of a logit
+  int64_t bytes;  // size of a logit
   // Packs a row of logits for a tile. Returns whether all are finite or -inf.
   bool (*pack_row)(const Problem& problem, const Tile& tile, int64_t row,
                    const Workspace<Stat>& workspace);
@@ -106,7 +106,7 @@ struct Gradients {
 
 template <class Stat>
 struct Output {
-  Layout layout;  // of dlogits
+  Layout layout;  // dlogits
   void* dlogits;
   // Writes a tile's row of dlogits, if the row is in the tile, and sets its gradients to zero.
   void (*finish_row)(const Output& output, const Tile& tile, int64_t row,

@@ -111,7 +111,7 @@ ALWAYS_INLINE void largest_of_group(const Problem<Stat>& problem, const Workspac
   }
 }
 
-// log x of what is not below 0, right where it is not finite.
+// log x for x of at least 0, also if x is not finite.
 template <class Vec>
 ALWAYS_INLINE Vec log_of_sum(Vec x) {
   if constexpr (std::is_same_v<Vec, VecOf<float>>) {
@@ -134,7 +134,7 @@ ALWAYS_INLINE VecOf<Stat> normalize(Stat* z, int64_t num_classes, int64_t stride
   largest = largest - largest == 0 ? largest : Vec{};
   Vec total = {};
   for (int64_t first = 0; first < num_classes; first += 128) {
-    Vec sum = {};  // of few terms, to keep rounding errors small
+    Vec sum = {};  // sums of few terms, to keep rounding errors small
     for (int64_t k = first; k < std::min<int64_t>(first + 128, num_classes); ++k) {
       const Vec e = exp<Stat>(V::load(z + k * stride) - largest);
       if (PROBABILITIES) V::store(z + k * stride, e);
@@ -154,7 +154,7 @@ ALWAYS_INLINE Stat value(const Map<Stat>& map, int64_t image, int64_t y, int64_t
   return map.data[image * map.stride_b + y * map.stride_h + x * map.stride_w];
 }
 
-// The sums and maps of a group.
+// Adds a group to the sums and writes its maps.
 template <class Stat>
 void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
                    const Group<Stat>& group, const Sums& sums, const Maps<Stat>& maps) {
@@ -206,7 +206,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   }
 }
 
-// upsampled becomes dz of the group's pixels.
+// Replaces workspace.upsampled by dz of the group's pixels.
 template <class Stat>
 void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
                         const Workspace<Stat>& workspace, const Gradients<Stat>& gradients,

@@ -205,7 +205,7 @@ void finish_row(const Output<StatOf<T>>& output, const Tile& tile, int64_t row,
   std::memset(gradients, 0, num_classes * stride * sizeof(Stat));
 }
 
-// The packed rows of logits: one of even and one of odd number.
+// The packed rows of logits: an even one and an odd one.
 template <class Stat>
 struct PackedRows {
   int64_t of_parity[2] = {-1, -1};

@@ -1,5 +1,5 @@
-// What the kernels over cells do with vectors of floats, beyond arithmetic: masks, gathering and
-// scattering, powers of two.
+// Functions on vectors of floats for the kernels over cells: masks, gathering and scattering,
+// powers of two.
 
 using Floats = VecOf<float>;
 using Ints = Vector<int32_t, LANES<float>>;
@@ -19,7 +19,8 @@ ALWAYS_INLINE uint32_t lanes_of(Ints mask) {
 
 ALWAYS_INLINE bool any(Ints mask) { return lanes_of(mask) != 0; }
 
-// Writes first + lane for each lane of a mask, to a place for LANES numbers. Returns how many.
+// Writes first + lane for each lane in the mask, one after the other. target has space for LANES
+// numbers. Returns how many lanes are in the mask.
 ALWAYS_INLINE int put_lanes(Ints mask, int64_t first, int32_t* target) {
 #if VECTOR_BYTES == 64
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -34,7 +35,7 @@ ALWAYS_INLINE int put_lanes(Ints mask, int64_t first, int32_t* target) {
 #endif
 }
 
-// table[index], of what may be other where index is negative.
+// table[index]; `other` where index is negative.
 template <class Element>
 ALWAYS_INLINE Vector<Element, LANES<float>> gather(const Element* table, Ints index,
                                                    Element other) {
@@ -55,7 +56,7 @@ ALWAYS_INLINE Vector<Element, LANES<float>> gather(const Element* table, Ints in
 #endif
 }
 
-// table[index] = values, but nothing where index is negative.
+// table[index] = values; nothing is written where index is negative.
 ALWAYS_INLINE void scatter(float* table, Ints index, Floats values) {
 #if VECTOR_BYTES == 64
   const __mmask16 valid = ~_mm512_movepi32_mask(__m512i(index));

@@ -85,7 +85,8 @@ def masked_sums(
     dsqdists: Tensor,
     term=lambda t: t,
 ) -> Expected:
-    """The straightforward formulas: masked sums per key, in the anchors' dtype; sums of term(…)."""
+    """The straightforward formula in the anchors' dtype: the sum of term(…) over each key's pixels,
+    by masks."""
     keys, shape = pixel_keys(case, features, labels)
     rows = features.movedim(1, -1).flatten(0, -2).to(anchors.dtype)
     dsums, dsqdists = dsums.to(rows.dtype).view(-1, rows.shape[1]), dsqdists.to(rows.dtype).view(-1)

@@ -62,9 +62,9 @@ def sorted_by_numpy(monkeypatch):
 
 @pytest.fixture(params=["tiles", "sorted"])
 def path(request, monkeypatch):
-    """Pixels are summed tile by tile, or sorted by key: it goes this way, whatever the shapes.
-    Gives the fields of a case that lead there: Triton always sorts where anchors are learnable,
-    CUDA where there are more than 1,024 keys."""
+    """Makes the backend sum pixels tile by tile, or sorted by key, for any shape. Returns the
+    fields of a case that lead to this: Triton always sorts if anchors are learnable, CUDA if there
+    are more than 1,024 keys."""
     if BACKEND != "triton":
         return {"anchors": "learnable", "unused_classes": 0 if request.param == "tiles" else 1100}
     from anchorops.kernels import class_moments, launch

@@ -87,7 +87,7 @@ def moments_of(case: Case, logits, labels) -> dict[str, torch.Tensor]:
 
 
 def values_and_gradient(case: Case, logits, labels, weights, through=FLOATING):
-    """All statistics, and the gradient of a weighted sum of those named in `through`."""
+    """All statistics, and the gradient of a weighted sum of the statistics in `through`."""
     logits = logits.detach().requires_grad_()
     moments = moments_of(case, logits, labels)
     asked = [k for k in FLOATING if k in through and k in moments]
@@ -102,7 +102,7 @@ def exact_values_and_gradient(case: Case, logits, labels, weights, through=FLOAT
 
 
 def straightforward(case: Case, logits, labels, weights, through=FLOATING):
-    """The same as `values_and_gradient` by the float32 formula, where all is finite."""
+    """The results of `values_and_gradient` by the float32 formula, for finite logits."""
     x = logits.detach().float().contiguous().requires_grad_()
     z, shape = x, labels.shape
     if x.dim() == 2:
@@ -176,7 +176,7 @@ def check(case: Case, through=FLOATING):
 
 
 def check_hits(case: Case, logits, labels, hits, floor):
-    """Exact but for pixels where the two largest logits are equal up to rounding."""
+    """The hits are exact, except for pixels whose two largest logits are equal up to rounding."""
     if logits.dim() == 2:
         logits, labels = logits.t()[None], labels[None]
     if logits.dim() != 4:

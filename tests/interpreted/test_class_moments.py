@@ -55,7 +55,7 @@ CASES = [
 ]
 
 
-MANY_KEYS = [  # and what goes with sorted pixels: a key of all pixels, keys of one
+MANY_KEYS = [  # also for sorted pixels: one key with all pixels, keys of one pixel
     Case((600, 20), 3, BF16, labels="one", anchors="fixed"),
     Case((5000, 3), 2, layout="transposed", labels="one"),
     Case((1, 36, 13, 11), 143, FP16, labels="distinct"),

@@ -1,5 +1,5 @@
-"""Softmax moments of logits that are not finite: a pixel reads a logit where its weight is not 0,
-and NaN spoils the pixels that read it, and nothing else."""
+"""Softmax moments of logits that are not finite. A pixel reads a logit if its weight is not 0. A
+NaN affects the pixels that read it, and nothing else."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_not_finite_logit_spoils_the_pixels_that_read_it(size, pixels, align_cor
     assert not ours["masses"][3].isfinite()
     assert not ours["losses"][labels[1, spoilt]].isfinite().any()
     torch.testing.assert_close(ours["losses"][2:], clean["losses"][2:])
-    # positions that no spoilt pixel reads keep their gradient; that of the logit shows the fault
+    # Positions that no affected pixel reads keep their gradient. That of the logit is not finite.
     reached = torch.tensor(
         [
             [(read_by(size, pixels, align_corners, i, j) & spoilt).any() for j in range(size[1])]
@@ -56,8 +56,8 @@ def test_not_finite_logit_spoils_the_pixels_that_read_it(size, pixels, align_cor
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("size", "pixels", "align_corners"), RATIOS)
 def test_ignored_pixels_change_nothing(size, pixels, align_corners):
-    """Every pixel that reads a NaN or an Inf is ignored: as if the logits were finite, but for
-    rounding, as another maximum may be subtracted."""
+    """Every pixel that reads a NaN or an Inf is ignored. Then the results are those of finite
+    logits, except for rounding, because another maximum may be subtracted."""
     case = Case((1, 5, *size), pixels, align_corners)
     logits, labels, weights = (
         make_logits(case),
@@ -75,7 +75,7 @@ def test_ignored_pixels_change_nothing(size, pixels, align_corners):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("size", "pixels", "align_corners"), RATIOS)
 def test_minus_infinity_masks_a_class(size, pixels, align_corners):
-    """p = 0 and gradient 0, in a whole plane and at single positions; no NaN arises."""
+    """A logit of −inf, in a whole plane or at single positions: p = 0, gradient 0, no NaN."""
     case = Case((1, 5, *size), pixels, align_corners)
     logits, weights = make_logits(case), make_weights(case)
     labels = torch.randint(0, 2, (1, *pixels))

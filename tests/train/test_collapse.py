@@ -26,7 +26,7 @@ FEW = TINY.replace(
 
 
 def test_measures():
-    """Of the first two of four images, from the features directly."""
+    """The measures on the first two of four images, compared with direct computations."""
     parts = build_parts(FEW.replace(collapse_images=2), start_ranks("cpu"), from_checkpoint=True)
     classes = [{"accuracy": x} for x in (0.9, None, *(0.1 * k for k in range(9)))]
     found = collapse_measures(parts, classes)
@@ -55,7 +55,7 @@ def test_measures():
 
 
 def test_curves_in_journal_and_report(tmp_path: Path):
-    """They change nothing else, and a run that is resumed measures what it would have."""
+    """Measuring does not change the run, and a resumed run has the same measures."""
     with_measures, without = (
         FEW.replace(out=tmp_path, name=f"run-{count}", collapse_images=count) for count in (3, 0)
     )

@@ -19,7 +19,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def test_counts_of_a_network(config: Config, monkeypatch: pytest.MonkeyPatch):
-    """FLOPs by hand of a single convolution; what training alone needs is told apart."""
+    """FLOPs of a single convolution, counted by hand. Parameters only for training are separate."""
     parts = build_parts(
         config.replace(auxiliary_weight=0.4), start_ranks("cpu"), from_checkpoint=True
     )

@@ -14,7 +14,7 @@ from anchorops.train.presets import DIGITS
 
 
 def finished(out: Path, methods: tuple[str, ...], seed: int) -> Path:
-    """As a run leaves it, as far as it matters here."""
+    """The directory of a finished run, with the files that are needed here."""
     config = DIGITS.replace(methods=methods, seed=seed, out=out)
     config.run.mkdir(parents=True)
     config.save(config.run / "config.json")
@@ -25,8 +25,8 @@ def finished(out: Path, methods: tuple[str, ...], seed: int) -> Path:
 
 
 def test_strength_and_agreement_by_hand(tmp_path: Path):
-    """Of the classes that both runs have seen: the first four of five. Anchors where all have
-    them."""
+    """Only classes with pixels in both runs count: the first four of five. All runs have anchors,
+    so there is a row for them."""
     rows = np.random.default_rng(0).normal(size=(2, 5, 8))
     runs = [finished(tmp_path, ("sar",), seed) for seed in range(2)]
     for run, centroids, last in zip(runs, rows, (7, 0), strict=True):
@@ -48,7 +48,7 @@ def test_strength_and_agreement_by_hand(tmp_path: Path):
 
 
 def test_seeds_that_agree(tmp_path: Path):
-    """A rotation changes no cosine."""
+    """A rotation does not change cosines."""
     generator = np.random.default_rng(0)
     rows, rotation = generator.normal(size=(5, 8)), np.linalg.qr(generator.normal(size=(8, 8)))[0]
     runs = [finished(tmp_path, (), seed) for seed in range(2)]

@@ -34,7 +34,7 @@ def test_other_directories_are_not_changed(options: list[str], tmp_path: Path):
 
 
 def test_command_that_was_killed_and_is_repeated(tmp_path: Path):
-    """It has written checkpoints before its first log line."""
+    """A run may have written checkpoints before its first log line."""
     run = tmp_path / "run"
     begin(run)
     checkpoint.save_checkpoint(run, 400, {})
@@ -73,7 +73,7 @@ def test_overwriting_deletes_only_what_a_run_wrote(
 
 
 def test_run_of_an_earlier_version(tmp_path: Path):
-    """It has no marker: it is not deleted, but can be resumed."""
+    """Such a run has no marker. It is not deleted, but it can be resumed."""
     run = tmp_path / "run"
     begin(run)
     checkpoint.save_checkpoint(run, 400, {})

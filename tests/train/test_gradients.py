@@ -113,7 +113,7 @@ def test_ratios_are_those_of_the_gradients():
 
 
 def test_compiled_learner():
-    """It is measured without the compiler, and stays compiled."""
+    """The measurement does not use the compiled code, and the learner stays compiled."""
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, stride=4), nn.BatchNorm2d(16), nn.ReLU())
     learner = Learner(Segmenter(body, 16, 11), build_regularizer(("occl",), {}, 11, 16))

@@ -38,7 +38,7 @@ def test_networks(name: str, dim: int, stride: int):
     ],
 )
 def test_size_of_the_papers(name: str, num_classes: int, size: int, millions: float, giga: float):
-    """Parameters, and multiplications with an addition (printed as FLOPs), up to the norms'."""
+    """Parameters, and multiply-adds (which papers print as FLOPs), except those of norms."""
     model = build_model(name, num_classes).eval().to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, size, size, device="meta"))
@@ -47,7 +47,7 @@ def test_size_of_the_papers(name: str, num_classes: int, size: int, millions: fl
 
 
 def test_regions_attend_as_the_paper_says():
-    """Softmax over the pixels, then over the regions, written out."""
+    """Compared with the formula: softmax over the pixels, then over the regions."""
     head = OCRHead([6, 10], 3, joined=False).eval()
     first, last = torch.randn(2, 6, 4, 5), torch.randn(2, 10, 4, 5)
     pixels, logits = head.pixels(last), head.regions(first)

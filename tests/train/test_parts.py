@@ -250,7 +250,7 @@ def test_every_method_takes_a_step(methods: tuple[str, ...]):
 
 
 def test_settings(tmp_path: Path):
-    """Arguments by name, of the chosen methods alone; options go before them."""
+    """The named arguments of the chosen methods; options override them."""
     config = DIGITS.replace(methods=("sar", "ceco"), setting="from-scratch", out=tmp_path)
     assert config.run.name == "digits-hrnet-w18-small-sar+ceco-from-scratch-seed0"
     assert setting_options("from-scratch", ("sar", "ceco")) == {"ceco.loss_weight": "0.2"}

@@ -13,7 +13,8 @@ Size = tuple[int, int]
 
 
 def stored(model: nn.Module, images: Tensor, size: Size, window: Size | None) -> Tensor:
-    """Logits (B, K, *size): each window's upsampled and cropped, their mean, scaled."""
+    """Logits (B, K, *size): those of each window are upsampled and cropped, then averaged and
+    scaled."""
     height, width = images.shape[2:]
     rows, columns = window or (height, width)
     total, times = torch.zeros(()), torch.zeros(height, width)

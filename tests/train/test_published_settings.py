@@ -1,4 +1,4 @@
-"""What the papers' frameworks do, and the presets with them."""
+"""The presets compared with the settings of the papers' frameworks."""
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def test_sides(short_side: int | None, long_side: int | None, size: tuple[int, i
 
 
 def test_padding_comes_after_normalisation():
-    """Below and at the right; 0 is the mean of normalised images."""
+    """Images are padded at the bottom and at the right, with 0: the mean of normalised images."""
     image = tv_tensors.Image(torch.full((3, 20, 40), 255, dtype=torch.uint8))
     mask = tv_tensors.Mask(torch.ones(20, 40, dtype=torch.int16))
     padded, labels = augmentation(Data("ade20k", crop=(32, 32)), 3)(image, mask)

@@ -54,7 +54,7 @@ def test_report_is_one_page(straight: Path):
 def test_interrupted_run_continues_bit_for_bit(
     signum: int, where: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """In a step, and in the evaluation after it, which is repeated."""
+    """A run is stopped in a step, and in the evaluation after it, which is then repeated."""
     config = TINY.replace(out=tmp_path, name="interrupted", save_every=100)
     steps = []
 

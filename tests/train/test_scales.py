@@ -23,8 +23,8 @@ Size = tuple[int, int]
     ],
 )
 def test_mean_of_probabilities(image_size: Size, size: Size, window: Size | None, flip: bool):
-    """Written out with logits at the image's and then at the labels' size, as mmsegmentation has
-    them."""
+    """The same as mmsegmentation: logits are upsampled to the image's size, then to the labels'
+    size."""
     torch.manual_seed(0)
     model, images = nn.Conv2d(3, 5, 4, 4), torch.randn(2, 3, *image_size)
     scales = (0.5, 1.0, 2.0)

@@ -27,7 +27,7 @@ def test_benchmark_of_training_steps(tmp_path: Path):
 
 
 def test_report_of_evidence(tmp_path: Path):
-    """Of what there is: seeds that are missing are not made up, and what was not run is said."""
+    """The report contains the runs that exist, and lists those that are missing."""
     example = Path(__file__).parents[2] / "examples/evidence_report.py"
     report = runpy.run_path(str(example))
 

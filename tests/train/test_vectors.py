@@ -31,7 +31,7 @@ def test_anchors(method: str, option: str, rows: Path):
 
 
 def test_initial_vectors(rows: Path):
-    """Orthogonalised: the first row keeps its direction."""
+    """The vectors are orthogonalised, so the first row keeps its direction."""
     cbp = build_regularizer(["cbp"], {"cbp.init": f"@{rows}", "cbp.length": "1"}, K, D)
     assert cbp is not None
     basis, first = cbp.get_buffer("basis"), torch.from_numpy(np.load(rows)[0]).float()
@@ -42,7 +42,8 @@ def test_initial_vectors(rows: Path):
 def test_a_run_keeps_a_copy(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """It goes on without the file, and another run may start from the copy, even in its place."""
+    """A run resumes without the file. Another run may start from the copy, even in the same
+    directory."""
     monkeypatch.chdir(tmp_path)
     tiny = "--crop 32 32 --train-images 8 --val-images 2 --batch-size 2 --eval-batch-size 2"
     tiny += " --steps 2 --save-every 1 --device cpu --name run --methods sar --method-options"

@@ -28,7 +28,8 @@ def loader(scenes: type[DigitScenes] = DigitScenes) -> DataLoader:
 
 
 def test_iterators_draw_no_random_numbers():
-    """The steps draw them, and a resumed run makes its iterator before another step."""
+    """Steps draw torch's random numbers, and a resumed run creates its iterator before another
+    step. So iterators must not draw any."""
     config = TINY.replace(workers=0).data
     scenes = DigitScenes("val", 4, (32, 32), seed=0)
     draws = Draws(len(scenes), seed=0)
@@ -73,7 +74,8 @@ def test_workers_end_with_the_block(
     scenes: type[DigitScenes],
     error: type[Exception] | None,
 ):
-    """They always end with it, also while its exception exists, whose frames refer to torch's."""
+    """Workers end with the block, even while an exception exists whose frames refer to torch's
+    iterator."""
     caught = None
     try:
         with batches_of(loader(scenes)) as batches:
