@@ -2,7 +2,7 @@
 launches determine its time.
 
 On GPUs it is an operator, `anchorops::centroid_info_nce.triton` and `.cuda` of one schema. On CPU
-the formula of reference.py is used: with its masks of classes it takes about 0.1 ms at K = 19, up
+the formula of the reference is used: with its masks of classes it takes about 0.1 ms at K = 19, up
 to four times as long as a plain cross-entropy.
 """
 

@@ -5,7 +5,20 @@
 #include "softmax_vectors.h"
 #include "softmax_cells.h"
 #include "softmax_cells_argmax.h"
-#include "softmax_cells_passes.h"
+#include "softmax_cells_forward.h"
+#include "softmax_cells_backward.h"
+
+// Calls visit with the WIDTH for this problem, as a constant.
+template <class Visit>
+void for_widths(const Problem<float>& problem, Visit visit) {
+  const int64_t most = problem.column_cells.most, passes = (most + 7) / 8;
+  const int64_t width = (most + passes - 1) / passes;
+  if (width <= 2) return visit(std::integral_constant<int, 2>{});
+  if (width == 3) return visit(std::integral_constant<int, 3>{});
+  if (width == 4) return visit(std::integral_constant<int, 4>{});
+  if (width <= 6) return visit(std::integral_constant<int, 6>{});
+  return visit(std::integral_constant<int, 8>{});
+}
 
 template <class Stat>
 void forward(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,

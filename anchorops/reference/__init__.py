@@ -1,0 +1,50 @@
+"""The definition of every operator, in plain PyTorch for any device.
+
+The functions here have the signatures of the public functions. Their arguments are already checked,
+and ignore_index is always given. They are also the `reference` backend; as they are plain PyTorch,
+higher-order derivatives work.
+
+Shapes: features (B, D, H, W), (B, D, N) or (N, D); labels (B, H', W'), (B, N) or (N,); K classes;
+P = H·W pixels of an image; logits (B, K, h, w). Accumulation is in float64, so the order of a sum
+does not affect the float32 result.
+"""
+
+from .centroid_info_nce import centroid_info_nce
+from .class_keys import class_keys, group_counts, resize_labels, split_groups
+from .class_moments import (
+    ClassMoments,
+    class_centroids,
+    class_moments,
+    feature_rows,
+    pixel_to_anchor_mse,
+    statistics_dtype,
+)
+from .confusion import confusion
+from .pixel_argmax import pixel_argmax
+from .softmax_moments import SoftmaxMoments, softmax_moments
+from .upsampled_sums import SPLAT_UNITS, splat_axis, splat_keys, splat_of, upsampled_sums
+from .upsampling import upsample
+
+__all__ = [
+    "SPLAT_UNITS",
+    "ClassMoments",
+    "SoftmaxMoments",
+    "centroid_info_nce",
+    "class_centroids",
+    "class_keys",
+    "class_moments",
+    "confusion",
+    "feature_rows",
+    "group_counts",
+    "pixel_argmax",
+    "pixel_to_anchor_mse",
+    "resize_labels",
+    "softmax_moments",
+    "splat_axis",
+    "splat_keys",
+    "splat_of",
+    "split_groups",
+    "statistics_dtype",
+    "upsample",
+    "upsampled_sums",
+]

@@ -1,0 +1,93 @@
+"""Class moments, and the two functions that are computed from them directly."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .class_keys import class_keys, group_counts, split_groups, sum_by_key
+
+
+class ClassMoments(NamedTuple):
+    """Count, sum and squared distance to an anchor, over the features of each class.
+
+    Shapes are [K], [K, D], [K]; with groups [K, G, …]; with per_image [B, K, …]; with both
+    [B, K, G, …]. `sqdists` is None if no anchors were given.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    sqdists: Tensor | None
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def feature_rows(features: Tensor) -> Tensor:
+    """One row per pixel: [N, D] or [B·P, D], in the order of the labels."""
+    return features if features.dim() == 2 else features.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def class_moments(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    anchors: Tensor | None = None,
+    groups: int = 1,
+    per_image: bool = False,
+    seed: int | Tensor | None = None,
+    ignore_index: int,
+) -> ClassMoments:
+    """n_k = #{p : key_p = k},  s_k = Σ f_p,  q_k = Σ ‖f_p − a_k‖²."""
+    dtype = statistics_dtype(features.dtype)
+    wide = torch.float32 if features.device.type == "mps" else torch.float64  # MPS has no float64
+    keys, counts = class_keys(features, labels, num_classes, per_image, ignore_index)
+    if groups > 1:
+        assert seed is not None
+        keys = split_groups(keys, counts, groups, seed)
+        counts = group_counts(counts, groups)
+    keys, num_keys = keys.flatten(), counts.numel()
+    # Ignored pixels are removed by selection, because NaN · 0 would be NaN.
+    rows = torch.where(keys[:, None] >= 0, feature_rows(features), 0).to(wide)
+    sums = sum_by_key(keys, rows, num_keys).to(dtype).view(*counts.shape, features.shape[1])
+    if anchors is None:
+        return ClassMoments(counts, sums, None)
+    nearest = anchors.to(dtype).to(wide)[keys.clamp(min=0) // groups % num_classes]
+    residuals = torch.where(keys[:, None] >= 0, rows - nearest, 0)
+    sqdists = sum_by_key(keys, residuals.square().sum(1), num_keys).to(dtype)
+    return ClassMoments(counts, sums, sqdists.view(counts.shape))
+
+
+def class_centroids(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    per_image: bool = False,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """c_k = s_k / n_k (zero for an absent class), and n_k."""
+    counts, sums, _ = class_moments(
+        features, labels, num_classes, per_image=per_image, ignore_index=ignore_index
+    )
+    return sums / counts.clamp(min=1)[..., None], counts
+
+
+def pixel_to_anchor_mse(
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    *,
+    ignore_index: int,
+    reduction: str = "mean",
+) -> Tensor:
+    """Σ_valid ‖f_p − a_{y_p}‖², divided by D·N_valid for "mean"; 0 if no pixel is valid."""
+    counts, _, sqdists = class_moments(
+        features, labels, anchors.shape[0], anchors=anchors, ignore_index=ignore_index
+    )
+    assert sqdists is not None
+    if reduction == "sum":
+        return sqdists.sum()
+    return sqdists.sum() / (features.shape[1] * counts.sum()).clamp(min=1)

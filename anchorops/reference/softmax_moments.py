@@ -1,0 +1,82 @@
+"""Softmax moments of upsampled logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .class_keys import sum_by_key
+from .class_moments import statistics_dtype
+from .upsampling import upsample
+
+
+class SoftmaxMoments(NamedTuple):
+    """Statistics of each class, from p = the softmax of the logits upsampled to the labels' size.
+
+    `counts`, `hits`, `losses`, `overlaps`, `masses` and `squares` are [K], with per_image [B, K].
+    `pixel_losses` and `lse` (log-sum-exp) have the labels' shape. What was not requested is None.
+    """
+
+    counts: Tensor
+    hits: Tensor | None
+    losses: Tensor
+    overlaps: Tensor | None
+    masses: Tensor | None
+    squares: Tensor | None
+    pixel_losses: Tensor | None
+    lse: Tensor | None
+
+
+def softmax_moments(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    per_image: bool = False,
+    hits: bool = True,
+    masses: bool = True,
+    squares: bool = False,
+    pixel_losses: bool = False,
+    lse: bool = False,
+) -> SoftmaxMoments:
+    """Let z be the upsampled logits, p = softmax z, V the valid pixels q:
+
+    counts[k] = #{q ∈ V : y = k}                 hits[k] = #{q ∈ V : y = k = argmax z}
+    losses[k] = Σ_{q ∈ V, y = k} −log p_k(q)     overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
+    masses[k] = Σ_{q ∈ V} p_k(q)                 squares[k] = Σ_{q ∈ V} p_k(q)²
+    pixel_losses[q] = −log p_y(q)                lse[q] = log Σ_k e^{z_k(q)};  0 where ignored
+
+    logits: (B, K, h, w); labels: (B, H, W).
+    """
+    dtype = statistics_dtype(logits.dtype)
+    (batch, num_classes), size = logits.shape[:2], (labels.shape[1], labels.shape[2])
+    labels = labels.long()
+    valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
+    own = torch.where(valid, labels, 0)
+    # Ignored pixels are removed by selection, because NaN · 0 would be NaN.
+    z = torch.where(valid[:, None], upsample(logits, size, align_corners), 0)
+    all_lse = z.logsumexp(1)
+    losses = torch.where(valid, all_lse - z.gather(1, own[:, None])[:, 0], 0)
+    image = torch.arange(batch, device=labels.device)[:, None, None]
+    keys = torch.where(valid, image * num_classes + own, -1).flatten()
+
+    def by_class(values: Tensor) -> Tensor:
+        sums = sum_by_key(keys, values.flatten(), batch * num_classes).view(batch, num_classes)
+        return over_images(sums)
+
+    def over_images(sums: Tensor) -> Tensor:
+        sums = sums if per_image else sums.sum(0)
+        return sums.to(dtype) if sums.is_floating_point() else sums
+
+    p = torch.where(valid[:, None], (z - all_lse[:, None]).exp(), 0) if masses or squares else None
+    return SoftmaxMoments(
+        counts=by_class(valid.long()),
+        hits=by_class((valid & (z.argmax(1) == own)).long()) if hits else None,
+        losses=by_class(losses),
+        overlaps=by_class(p.gather(1, own[:, None])) if masses and p is not None else None,
+        masses=over_images(p.sum((2, 3))) if masses and p is not None else None,
+        squares=over_images(p.square().sum((2, 3))) if squares and p is not None else None,
+        pixel_losses=losses.to(dtype) if pixel_losses else None,
+        lse=torch.where(valid, all_lse, 0).to(dtype) if lse else None,
+    )

@@ -1,0 +1,148 @@
+// The statistics of softmax moments over the cells of a tile.
+
+// masses[k] += the sum over pixels of p = factors * e^z; squares[k] += the sum of p^2, if
+// requested.
+template <int WIDTH>
+void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
+  using Row = CellRow<WIDTH>;
+  using V = Simd<float>;
+  const Workspace<float>& workspace = row.workspace;
+  for (int64_t k = 0; k < row.problem.layout.dim; ++k) {
+    Floats total = {}, total_square = {};
+    const auto add = [&](Floats p) INLINE_LAMBDA {
+      total += p;
+      if (squares) total_square += p * p;
+    };
+    for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
+      const float* factors = workspace.factors[0] + block * Row::PIXELS;
+      const Corners z = row.corners(k, block);
+      if (z.all_above(FAR)) {
+        Series e = row.series(z, block);
+        for (int64_t j = 0; j < row.rows; ++j) {
+          Floats v = e.first;
+#pragma GCC unroll 8
+          for (int i = 0; i < WIDTH; ++i) {
+            add(v * V::load(factors + j * workspace.lanes + i * Row::L));
+            v *= e.right;
+          }
+          e.next_row();
+        }
+      } else {
+        for (int64_t j = 0; j < row.rows; ++j)
+          for (int i = 0; i < WIDTH; ++i) {
+            const Floats factor = V::load(factors + j * workspace.lanes + i * Row::L);
+            const Floats v = exp<float>(z.at(Floats{} + row.down[j], row.right(block, i)));
+            add(factor == 0 ? Floats{} : v * factor);
+          }
+      }
+    }
+    double sum = 0, sum_square = 0;
+    for (int lane = 0; lane < Row::L; ++lane) {
+      sum += total[lane];
+      sum_square += total_square[lane];
+    }
+    if (masses) masses[k] += sum;
+    if (squares) squares[k] += sum_square;
+  }
+}
+
+// Adds a block to the sums and writes its maps. totals: the sums of e^z over the classes. Pixels
+// that have the class of their cell are summed cell by cell, the others one by one.
+template <int WIDTH>
+void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
+               const Floats* totals, const Sums& sums, const Maps<float>& maps) {
+  using Row = CellRow<WIDTH>;
+  constexpr int L = Row::L;
+  const Corners of_cell = row.own_corners(block, classes.of_cells), shifts = row.shifts(block);
+  const bool finite = of_cell.all_above(-3e38f);
+  float of_sums[Row::HEIGHT * Row::PIXELS];
+  Floats losses = {}, overlaps = {};
+  Ints counts = {};
+  for (int64_t j = 0; j < row.rows; ++j) {
+    Floats loss[WIDTH], lse[WIDTH];
+#pragma GCC unroll 8
+    for (int i = 0; i < WIDTH; ++i) {
+      const int64_t n = j * WIDTH + i;
+      const Ints k = classes.of_pixels(n), same = (k >= 0) & (k == classes.of_cells);
+      const Floats right = row.right(block, i), of_sum = log(totals[n]);
+      const Floats z = finite ? of_cell.of_finite(row.down[j], right)
+                              : of_cell.at(Floats{} + row.down[j], right);
+      loss[i] = same ? of_sum - z : Floats{};
+      lse[i] = k >= 0 ? of_sum + shifts.of_finite(row.down[j], right) : Floats{};
+      losses += loss[i];
+      if (sums.overlaps) overlaps += same ? exp<float>(-loss[i]) : Floats{};
+      counts -= same;
+      Simd<float>::store(of_sums + n * L, of_sum);
+    }
+    row.store_map(block, j, maps.pixel_losses, loss);
+    row.store_map(block, j, maps.lse, lse);
+  }
+  for (int lane = 0; lane < L; ++lane) {
+    const int32_t k = classes.of_cells[lane];
+    if (k < 0) continue;
+    sums.losses[k] += losses[lane];
+    sums.counts[k] += counts[lane];
+    if (sums.overlaps) sums.overlaps[k] += overlaps[lane];
+  }
+  for (int64_t n = 0; n < classes.count; ++n) {
+    const int32_t t = classes.others[n], k = classes.classes[t];
+    const float loss = of_sums[t] - row.logit(block, t, k);
+    sums.losses[k] += loss;
+    ++sums.counts[k];
+    if (sums.overlaps) sums.overlaps[k] += exp<float>(Floats{} - loss)[0];
+    if (maps.pixel_losses)
+      row.line_of(maps.pixel_losses, t / Row::PIXELS)[row.columns_of(block)[t % Row::PIXELS]] =
+          loss;
+  }
+}
+
+template <int WIDTH>
+void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& problem,
+                   const Tile& tile, const Workspace<float>& workspace, const Sums& sums,
+                   const Maps<float>& maps) {
+  using Row = CellRow<WIDTH>;
+  using V = Simd<float>;
+  constexpr int PIXELS = Row::PIXELS;
+  Row row(problem, tile, workspace);
+  const bool with_probabilities = sums.masses || sums.squares;
+  Sums without_hits = sums;
+  without_hits.hits = nullptr;
+  while (row.next(Row::HEIGHT)) {
+    if (!row.ordinary()) {
+      row.for_pixels(-1, [&](const Group<float>& group) {
+        forward_group(problem, tile, workspace, group, sums, maps);
+      });
+      continue;
+    }
+    for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
+      int32_t predicted[Row::HEIGHT * PIXELS];
+      Floats totals[Row::HEIGHT * WIDTH] = {};
+      BlockClasses<WIDTH> classes;
+      row.find_classes(block, classes);
+      const bool any_valid = any(classes.of_cells >= 0);
+      if (any_valid) sum_block<WIDTH, Term::POWER>(row, 0, block, nullptr, totals);
+      Ints steep = {};
+      for (int64_t n = 0; n < row.rows * WIDTH; ++n)
+        steep |= (classes.of_pixels(n) >= 0) & ~((totals[n] >= STEEP) & (totals[n] <= 1e38f));
+      const bool by_cells = any_valid && !any(steep);
+      if (with_probabilities)
+        for (int64_t n = 0; n < row.rows * WIDTH; ++n) {
+          const Ints counts = (classes.of_pixels(n) >= 0) & (Ints{} - by_cells);
+          V::store(row.factors(0, block, n / WIDTH, n % WIDTH),
+                   counts != 0 ? 1 / totals[n] : Floats{});
+        }
+      if (sums.hits && any_valid) {
+        largest_of_block(row, block, predicted);
+        for (int64_t t = 0; t < row.rows * PIXELS; ++t)
+          if (const int32_t k = classes.classes[t]; k >= 0) sums.hits[k] += k == predicted[t];
+      }
+      if (by_cells)
+        add_block(row, block, classes, totals, sums, maps);
+      else
+        row.for_pixels(block, [&](const Group<float>& group) {
+          forward_group(problem, tile, workspace, group, without_hits, maps);
+        });
+    }
+    if (with_probabilities) add_masses(row, sums.masses, sums.squares);
+  }
+}
