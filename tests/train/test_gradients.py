@@ -6,33 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import TINY, metrics
 from torch import nn
 
 from anchorops.train import loop
 from anchorops.train.checkpoint import load_checkpoint
 from anchorops.train.gradients import gradient_ratios
-from anchorops.train.journal import read_metrics
 from anchorops.train.learner import Learner, build_regularizer
 from anchorops.train.models import Segmenter, build_model
-from anchorops.train.presets import DIGITS
 
-RUN = DIGITS.replace(
-    crop=(32, 32),
-    train_images=64,
-    val_images=4,
-    batch_size=4,
-    steps=4,
-    eval_every=0,
-    save_every=2,
-    log_every=2,
-    warmup=0,
-    methods=("sar",),
-    device="cpu",
-)
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return read_metrics(run / "metrics.jsonl")
+RUN = TINY.replace(val_images=4, steps=4, eval_every=0)
 
 
 @pytest.fixture(autouse=True)
