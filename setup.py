@@ -129,6 +129,7 @@ def compiled_parts() -> dict:
     class Build(BuildExtension):
         def build_extensions(self):
             info = {"VERSION": self.distribution.get_version(), "CUDA": cuda, "CUDA_ARCHS": archs}
+            info["CUDA_CHOICE"] = CUDA_CHOICE
             macros = [(f"ANCHOROPS_{key}", f'"{value}"') for key, value in info.items()]
             self.extensions[0].define_macros += macros
             super().build_extensions()

@@ -85,7 +85,10 @@ def _load_cuda() -> str | None:
         torch.ops.load_library(_CUDA_ON_HOST)
         return None
     # The file may be left from before a build without CUDA, so the build is asked.
-    built = build_info().get("cuda")
+    info = build_info()
+    built = info.get("cuda")
+    if not built and info.get("cuda_choice") == "0":
+        return "anchorops was built with ANCHOROPS_CUDA=0"
     if not built:
         return "anchorops was built without CUDA: it needs nvcc and a CUDA build of torch"
     if torch.version.cuda is None:

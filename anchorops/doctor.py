@@ -4,6 +4,7 @@
 """
 
 import argparse
+import importlib.util
 import os
 import platform
 import shlex
@@ -20,13 +21,6 @@ from ._backend import CPU_LIBRARY, TRITON_INTERPRETED, backends, build_info, use
 from .measure import DISTURBED, bandwidth, environment, example_labels, measure, moments_bytes
 from .ops.centroid_info_nce import centroid_info_nce
 from .ops.class_moments import class_moments, pixel_to_anchor_mse
-
-REMEDIES = {
-    "cuda": "an NVIDIA GPU, a CUDA build of torch, nvcc of the same CUDA major version; then "
-    "reinstall with ANCHOROPS_CUDA=1",
-    "triton": "a GPU, and triton, which the GPU builds of torch for Linux include",
-    "cpu": "a C++20 compiler (Debian, Ubuntu: apt install g++); then reinstall",
-}
 
 
 def _tool(command: list[str], line: int) -> str:
@@ -48,6 +42,29 @@ def _gpus() -> str:
     )
 
 
+def _nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+
+
+def _remedy(backend: str) -> str:
+    """What an unusable backend needs on this machine."""
+    if backend == "cpu":
+        return "a C++20 compiler (Debian, Ubuntu: apt install g++); then reinstall"
+    needs = [] if torch.cuda.is_available() else ["a GPU"]
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            needs.append("triton, which the GPU builds of torch for Linux include")
+        return ", ".join(needs)
+    if torch.version.cuda is None:
+        needs.append("a CUDA build of torch")
+    if not build_info().get("cuda"):
+        if shutil.which(_nvcc()) is None:
+            needs.append("nvcc of the CUDA major version of torch")
+        needs.append("a reinstallation with ANCHOROPS_CUDA=1")
+    return ", ".join(needs) or "a reinstallation on this machine"
+
+
 def _extension() -> list[str]:
     if reason := backends()["cpu"]:
         return [f"not loaded: {reason}"]
@@ -63,8 +80,6 @@ def _extension() -> list[str]:
 
 def _machine() -> dict[str, list[str]]:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     cuda = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return {
         "anchorops": [f"{__version__} ({os.path.dirname(__file__)})"],
@@ -74,7 +89,7 @@ def _machine() -> dict[str, list[str]]:
         "triton": [str(environment(torch.device("cpu"))["triton"])],
         "GPU": [_gpus()],
         "compiler": [_tool(shlex.split(compiler), 0)],
-        "nvcc": [_tool([nvcc], 3)],
+        "nvcc": [_tool([_nvcc()], 3)],
     }
 
 
@@ -178,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, reason in reasons.items():
         print(f"{name:<11}{f'no: {reason}' if reason else 'yes'}")
         if reason:
-            print(f"{'':<11}needs {REMEDIES[name]}")
+            print(f"{'':<11}needs {_remedy(name)}")
     right = _benchmark() if options.benchmark else True
     fused = any(not why for name, why in reasons.items() if name != "reference")
     return 0 if fused and right else 1

@@ -25,6 +25,7 @@ std::string json() {
   add("torch_target", std::to_string(target >> 56) + "." + std::to_string(target >> 48 & 0xff));
   add("cuda", ANCHOROPS_CUDA);
   add("cuda_arch_list", ANCHOROPS_CUDA_ARCHS);
+  add("cuda_choice", ANCHOROPS_CUDA_CHOICE);
   return text + "}";
 }
 

@@ -162,7 +162,8 @@ def test_a_cuda_library_of_no_use_says_why(monkeypatch):
     def does_not_load(path):
         raise OSError(f"Could not load this library: {path}") from OSError("no libcudart.so.13")
 
-    monkeypatch.setattr(_backend, "build_info", lambda: {"cuda": "13.0"})
+    built = {"cuda": "13.0"}
+    monkeypatch.setattr(_backend, "build_info", lambda: built)
     monkeypatch.setattr(_backend, "_CUDA_ON_HOST", None)
     monkeypatch.setattr(torch.ops, "load_library", does_not_load)
     for version, reason in (
@@ -172,6 +173,10 @@ def test_a_cuda_library_of_no_use_says_why(monkeypatch):
     ):
         monkeypatch.setattr(torch.version, "cuda", version)
         assert str(_backend._load_cuda()).startswith(reason)
+    built = {"cuda": "", "cuda_choice": ""}
+    assert str(_backend._load_cuda()).startswith("anchorops was built without CUDA: it needs nvcc")
+    built = {"cuda": "", "cuda_choice": "0"}
+    assert _backend._load_cuda() == "anchorops was built with ANCHOROPS_CUDA=0"
 
 
 class Gpu(Enum):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import anchorops
 from anchorops import doctor
@@ -85,6 +86,23 @@ def test_doctor(capsys):
     assert re.search(r"^extension +/.*_cpu\.so", table, re.M)
     assert re.search(r"^cpu +yes$", table, re.M)
     assert re.search(r"^reference +yes$", table, re.M)
+
+
+def test_doctor_names_what_backends_lack(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(doctor, "build_info", lambda: {"cuda": "", "cuda_choice": "0"})
+    again = "a reinstallation with ANCHOROPS_CUDA=1"
+    nvcc = "nvcc of the CUDA major version of torch"
+    assert doctor._remedy("cuda") == f"a GPU, {nvcc}, {again}"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").write_text("")
+    (tmp_path / "bin/nvcc").chmod(0o755)
+    assert doctor._remedy("cuda") == f"a GPU, {again}"
+    monkeypatch.setattr(doctor, "build_info", lambda: {"cuda": "13.0"})
+    assert doctor._remedy("cuda") == doctor._remedy("triton") == "a GPU"
 
 
 def test_doctor_without_the_extension():
