@@ -47,8 +47,7 @@ def check_labels(function: str, labels: Tensor, features: Tensor) -> None:
     if not isinstance(labels, Tensor) or labels.dim() != dim - 1:
         shape = tuple(features.shape)
         fail(function, "labels", f"{expected} for features of shape {shape}", describe(labels))
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        fail(function, "labels", "an integer dtype", labels.dtype)
+    check_integers(function, "labels", labels)
     if labels.device != features.device:
         fail(function, "labels", f"device {features.device}, as features", labels.device)
     points = features.shape[0] if dim == 2 else features.shape[2]
@@ -82,14 +81,21 @@ def check_labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Non
     expected = f"a tensor {f'({shape[0]}, H, W)' if images else shape}, as logits"
     if not isinstance(labels, Tensor) or labels.dim() != logits.dim() - 1:
         fail(function, "labels", expected, describe(labels))
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        fail(function, "labels", "an integer dtype", labels.dtype)
+    check_integers(function, "labels", labels)
     if labels.device != logits.device:
         fail(function, "labels", f"device {logits.device}, as logits", labels.device)
     if labels.shape[0] != shape[0] or not (images or labels.shape == shape):
         fail(function, "labels", expected, describe(labels))
     if images and labels.numel() > 0 and logits.numel() == 0:
         fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
+
+
+def check_integers(function: str, argument: str, values: Tensor) -> None:
+    """Any integer dtype, and strided."""
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        fail(function, argument, "an integer dtype", values.dtype)
+    if values.layout != torch.strided:
+        fail(function, argument, "a strided tensor", values.layout)
 
 
 def check_label_values(function: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
@@ -165,6 +171,12 @@ def in_transform(tensor: Tensor, *, of_gradients: bool = False) -> bool:
             return True
         tensor = functorch.get_unwrapped(tensor)
     return False
+
+
+def check_flags(function: str, **flags: object) -> None:
+    for argument, value in flags.items():
+        if not isinstance(value, bool):
+            fail(function, argument, "True or False", describe(value))
 
 
 def check_choice(function: str, argument: str, value: object, choices: tuple[str, ...]) -> None:

@@ -79,8 +79,8 @@ class CrossEntropy(PixelLoss):
         if ohem is not None:
             check_number("CrossEntropy", "ohem", ohem, above=True)
             check_share("CrossEntropy", "ohem", ohem)
-        if ohem_kept is not None and (type(ohem_kept) is not int or ohem_kept < 1):
-            fail("CrossEntropy", "ohem_kept", "an int of at least 1", describe(ohem_kept))
+        if ohem_kept is not None and (type(ohem_kept) is not int or not 1 <= ohem_kept < 2**63):
+            fail("CrossEntropy", "ohem_kept", "an int from 1 to 2^63 − 1", describe(ohem_kept))
         self.label_smoothing, self.focal_gamma = label_smoothing, focal_gamma
         self.ohem, self.ohem_kept = ohem, ohem_kept
 

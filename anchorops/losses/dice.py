@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .._checks import check_choice, describe, fail
+from .._checks import check_choice, check_flags, describe, fail
 from ..distributed import all_reduce, group_name
 from ..reference import SoftmaxMoments
 from .cross_entropy import CrossEntropy
@@ -101,6 +101,7 @@ class Dice(PixelLoss):
         ):
             check_number("Dice", argument, value)
         check_number("Dice", "gamma", gamma, above=True)
+        check_flags("Dice", squared=squared, per_image=per_image, log=log)
         check_choice("Dice", "absent", absent, ("skip", "zero", "keep"))
         if classes is not None:
             numbers = isinstance(classes, Sequence) and all(type(k) is int for k in classes)

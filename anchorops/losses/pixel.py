@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_ignore_index, describe, fail
+from .._checks import (
+    check_flags,
+    check_ignore_index,
+    check_labels_of_logits,
+    describe,
+    fail,
+)
 from ..ops.pixel_cross_entropy import check_classes
 from ..ops.softmax_moments import moments_for
 from ..reference import SoftmaxMoments, statistics_dtype
 
 
 def check_number(function: str, argument: str, value: object, *, above: bool = False) -> None:
-    """An int or float of at least 0, or above 0."""
+    """A finite int or float of at least 0, or above 0."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         in_range = False
     else:
-        in_range = value > 0 if above else value >= 0
+        in_range = math.isfinite(value) and (value > 0 if above else value >= 0)
     if not in_range:
-        expected = "a number above 0" if above else "a number of at least 0"
+        expected = "a finite number above 0" if above else "a finite number of at least 0"
         fail(function, argument, expected, describe(value))
 
 
@@ -48,6 +55,7 @@ class PixelLoss(nn.Module):
         super().__init__()
         if ignore_index is not None:
             check_ignore_index(type(self).__name__, ignore_index, 1)
+        check_flags(type(self).__name__, accuracy=accuracy, align_corners=align_corners)
         self.accuracy = accuracy
         self.ignore_index, self.align_corners = ignore_index, align_corners
         self.terms: dict[str, Tensor] = {}
@@ -80,6 +88,7 @@ class PixelLoss(nn.Module):
         check_classes(type(self).__name__, logits)
         asked = self.asked() | {"hits": self.accuracy}
         if pixel_weights is not None:
+            check_labels_of_logits(type(self).__name__, labels, logits)
             self._check_pixel_weights(pixel_weights, labels)
             asked["pixel_losses"] = True
         logits = self.prepared(logits)
@@ -115,6 +124,8 @@ class PixelLoss(nn.Module):
         if weight is not None:
             try:
                 dtype = torch.float64 if getattr(weight, "dtype", 0) == torch.float64 else None
+                if torch.as_tensor(weight).is_complex():
+                    raise TypeError
                 weight = torch.as_tensor(weight, dtype=dtype or torch.float32).detach().clone()
             except (TypeError, ValueError, RuntimeError):
                 fail(type(self).__name__, "weight", "a number for each class", describe(weight))

@@ -6,7 +6,9 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._checks import (
+    check_flags,
     check_ignore_index,
+    check_integers,
     check_label_values,
     check_labels_of_logits,
     check_logits,
@@ -71,17 +73,20 @@ def confusion(
     _check_classes(function, "num_classes", num_classes)
     if not isinstance(labels, Tensor) or labels.dim() not in (1, 2, 3):
         fail(function, "labels", "a tensor of one to three axes", describe(labels))
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        fail(function, "labels", "an integer dtype", labels.dtype)
+    check_integers(function, "labels", labels)
     if (
         not isinstance(predictions, Tensor)
         or predictions.dtype != torch.int64
+        or predictions.layout != torch.strided
         or predictions.shape != labels.shape
         or predictions.device != labels.device
     ):
-        expected = f"an int64 tensor of shape {tuple(labels.shape)} on {labels.device}, as labels"
+        expected = (
+            f"a strided int64 tensor of shape {tuple(labels.shape)} on {labels.device}, as labels"
+        )
         fail(function, "predictions", expected, describe(predictions))
     ignore_index = check_ignore_index(function, ignore_index, num_classes)
+    check_flags(function, check_labels=check_labels)
     if check_labels:
         check_label_values(function, labels, num_classes, ignore_index)
     backend = select(function, predictions, num_classes)
@@ -124,6 +129,7 @@ def pixel_confusion(
     num_classes = logits.shape[1]
     _check_classes(function, "logits", num_classes)
     ignore_index = check_ignore_index(function, ignore_index, num_classes)
+    check_flags(function, align_corners=align_corners, check_labels=check_labels)
     if check_labels:
         check_label_values(function, labels, num_classes, ignore_index)
     size = (labels.shape[1], labels.shape[2])

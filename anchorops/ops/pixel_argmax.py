@@ -1,13 +1,11 @@
 """The predicted class of every pixel, from low-resolution logits."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_logits, describe, fail
+from .._checks import check_flags, check_logits, describe, fail
 from .registration import define
 
 
@@ -20,6 +18,10 @@ define(
     "(Tensor logits, SymInt height, SymInt width, bool align_corners) -> Tensor",
     _fake,
 )
+
+
+def _is_length(n: object) -> bool:
+    return isinstance(n, int | torch.SymInt) and not isinstance(n, bool) and bool(n >= 0)
 
 
 def pixel_argmax(logits: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
@@ -45,9 +47,10 @@ def pixel_argmax(logits: Tensor, size: tuple[int, int], *, align_corners: bool =
     check_logits(function, logits)
     if logits.dim() != 4:
         fail(function, "logits", "a tensor (B, K, h, w)", describe(logits))
-    pair = isinstance(size, Sequence) and len(size) == 2
-    if not pair or any(isinstance(n, bool | float) or n < 0 for n in size):
+    pair = isinstance(size, list | tuple) and len(size) == 2
+    if not pair or not all(_is_length(n) for n in size):
         fail(function, "size", "(H, W), two ints of at least 0", describe(size))
+    check_flags(function, align_corners=align_corners)
     height, width = size
     if logits.numel() == 0 and logits.shape[0] * height * width > 0:
         fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")

@@ -83,7 +83,7 @@ def check_classes(function: str, logits: Tensor) -> None:
 
 
 def check_share(function: str, argument: str, value: object) -> None:
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
         fail(function, argument, "a number in [0, 1]", describe(value))
 
 

@@ -26,6 +26,7 @@ from .. import reference
 from .._backend import select
 from .._checks import (
     check_derivatives,
+    check_flags,
     check_ignore_index,
     check_label_values,
     check_labels_of_logits,
@@ -222,6 +223,17 @@ def moments_for(
     check_logits(function, logits)
     check_labels_of_logits(function, labels, logits)
     ignore_index = check_ignore_index(function, ignore_index, logits.shape[1])
+    check_flags(
+        function,
+        align_corners=align_corners,
+        per_image=per_image,
+        hits=hits,
+        masses=masses,
+        squares=squares,
+        pixel_losses=pixel_losses,
+        lse=lse,
+        check_labels=check_labels,
+    )
     if check_labels:
         check_label_values(function, labels, logits.shape[1], ignore_index)
     shape = labels.shape

@@ -1,0 +1,131 @@
+"""The message of every wrong argument of the functions and losses of logits."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import anchorops as ao
+
+LOGITS, LABELS = torch.zeros(2, 5, 4, 6), torch.zeros(2, 16, 24, dtype=torch.int64)
+LOSSES = (ao.CrossEntropy, ao.Dice, ao.CrossEntropyDice)
+
+INPUTS: list[tuple[dict[str, Any], str]] = [
+    ({"logits": None}, r"logits: expected a tensor \(N, K\), .*, got None of type NoneType"),
+    ({"logits": LOGITS[0, 0, 0]}, r"logits: expected a tensor .*, got .* of shape \(6,\) on cpu"),
+    ({"logits": LOGITS.int()}, "logits: expected float32, .* or float64, got torch.int32"),
+    ({"logits": LOGITS.to_sparse()}, "logits: expected a strided tensor, got torch.sparse_coo"),
+    ({"logits": LOGITS[:, :0]}, r"logits: expected 1 to 65536 classes .*, got .*\(2, 0, 4, 6\)"),
+    ({"logits": LOGITS[:, :, :0]}, "logits: expected at least one pixel per image, got shape"),
+    ({"labels": None}, r"labels: expected a tensor \(2, H, W\), as logits, got None of type"),
+    ({"labels": LABELS[0]}, r"labels: expected .*, as logits, got .* \(16, 24\) on cpu"),
+    ({"labels": LABELS[:1]}, r"labels: expected .*, as logits, got .* \(1, 16, 24\) on cpu"),
+    ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
+    ({"labels": LABELS.bool()}, "labels: expected an integer dtype, got torch.bool"),
+    ({"labels": LABELS.to_sparse()}, "labels: expected a strided tensor, got torch.sparse_coo"),
+    ({"labels": LABELS.to("meta")}, "labels: expected device cpu, as logits, got meta"),
+    ({"ignore_index": 1.0}, "ignore_index: expected an int of 64 bits, got 1.0 of type float"),
+    ({"align_corners": None}, "align_corners: expected True or False, got None of type NoneType"),
+    ({"align_corners": "yes"}, "align_corners: expected True or False, got 'yes' of type str"),
+    ({"check_labels": 1}, "check_labels: expected True or False, got 1 of type int"),
+    ({"labels": LABELS + 5, "check_labels": True}, r"labels: expected values in \[0, 5\) .*\[5\]"),
+]
+
+FLAGS = [
+    ({flag: 1}, f"{flag}: expected True or False, got 1 of type int")
+    for flag in ("per_image", "hits", "masses", "squares", "pixel_losses", "lse")
+]
+
+CROSS_ENTROPY: list[tuple[dict[str, Any], str]] = [
+    ({"weight": [1.0] * 5}, r"weight: expected a tensor \[5\], got \[1.0, .* of type list"),
+    ({"weight": torch.ones(4)}, r"weight: expected a tensor \[5\], got .* of shape \(4,\) on cpu"),
+    ({"weight": torch.ones(5).int()}, "weight: expected a floating dtype on cpu, got torch.int32"),
+    ({"label_smoothing": -0.1}, r"label_smoothing: expected a number in \[0, 1\], got -0.1"),
+    ({"label_smoothing": True}, r"label_smoothing: expected a number in \[0, 1\], got True"),
+    ({"reduction": None}, "reduction: expected 'mean' or 'sum' or 'none', got None"),
+    ({"logits": LOGITS[:, :1]}, "logits: expected at least 2 classes in dimension 1: .*, got"),
+]
+
+CASES = [
+    *((f, *case) for f in ("softmax_moments", "pixel_cross_entropy") for case in INPUTS),
+    *(("pixel_confusion", *case) for case in INPUTS),
+    *(("softmax_moments", *case) for case in FLAGS),
+    *(("pixel_cross_entropy", *case) for case in CROSS_ENTROPY),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments", "message"), CASES, ids=lambda v: str(v)[:50])
+def test_functions_of_logits_and_labels(function: str, arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^{function}: {message}"):
+        getattr(ao, function)(**({"logits": LOGITS, "labels": LABELS} | arguments))
+
+
+@pytest.mark.parametrize("make", LOSSES)
+@pytest.mark.parametrize(("arguments", "message"), INPUTS[:-5], ids=lambda v: str(v)[:50])
+def test_inputs_of_losses(make: Any, arguments: dict[str, Any], message: str):
+    for more in ({}, {"pixel_weights": torch.ones(2, 16, 24)}):
+        with pytest.raises(ValueError, match=f"^{make.__name__}: {message}"):
+            make()(**({"logits": LOGITS, "labels": LABELS} | more | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(
+            ({"size": size}, r"size: expected \(H, W\), two ints of at least 0, got ")
+            for size in (16, (16,), "ab", ("a", "b"), (None, 3), (16.0, 24.0), (True, 4), (-1, 4))
+        ),
+        ({"logits": LOGITS[0]}, r"logits: expected a tensor \(B, K, h, w\), got .*\(5, 4, 6\)"),
+        ({"align_corners": "yes"}, "align_corners: expected True or False, got 'yes' of type str"),
+    ],
+    ids=str,
+)
+def test_pixel_argmax(arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^pixel_argmax: {message}"):
+        ao.pixel_argmax(**({"logits": LOGITS, "size": (16, 24)} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": None}, "labels: expected a tensor of one to three axes, got None"),
+        ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
+        ({"labels": LABELS.to_sparse()}, "labels: expected a strided tensor, got"),
+        *(
+            ({"predictions": x}, "predictions: expected a strided int64 tensor of shape .*, as lab")
+            for x in (LABELS.int(), LABELS[:1], LABELS.to_sparse(), LABELS.to("meta"), None)
+        ),
+        ({"num_classes": 5.0}, "num_classes: expected 1 to 4096 classes, got 5.0"),
+        ({"num_classes": 4097}, "num_classes: expected 1 to 4096 classes, got 4097"),
+        ({"num_classes": 256}, "ignore_index: expected a value where num_classes > 255"),
+        ({"check_labels": None}, "check_labels: expected True or False, got None"),
+    ],
+    ids=lambda v: str(v)[:50],
+)
+def test_confusion(arguments: dict[str, Any], message: str):
+    given = {"predictions": LABELS, "labels": LABELS, "num_classes": 5}
+    with pytest.raises(ValueError, match=f"^confusion: {message}"):
+        ao.confusion(**(given | arguments))
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (ao.CrossEntropy, {"focal_gamma": float("inf")}, "focal_gamma: expected a finite number"),
+        (ao.CrossEntropy, {"label_smoothing": True}, "label_smoothing: expected a number in"),
+        (ao.CrossEntropy, {"ohem_kept": 2**63}, "ohem_kept: expected an int from 1 to 2^63 − 1"),
+        (ao.CrossEntropy, {"accuracy": 1}, "accuracy: expected True or False, got 1"),
+        (ao.CrossEntropy, {"align_corners": None}, "align_corners: expected True or False, got"),
+        (ao.CrossEntropy, {"weight": torch.ones(5) * 1j}, "weight: expected a number for each"),
+        (ao.Dice, {"smooth": float("inf")}, "smooth: expected a finite number of at least 0"),
+        (ao.Dice, {"gamma": float("nan")}, "gamma: expected a finite number above 0, got nan"),
+        (ao.Dice, {"squared": "yes"}, "squared: expected True or False, got 'yes' of type str"),
+        (ao.Dice, {"per_image": None}, "per_image: expected True or False, got None"),
+        (ao.Dice, {"log": 1}, "log: expected True or False, got 1 of type int"),
+        (ao.CrossEntropyDice, {"ce_weight": float("inf")}, "ce_weight: expected a finite number"),
+    ],
+    ids=lambda v: str(v)[:50],
+)
+def test_settings_of_losses(make: Any, arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=rf"^{make.__name__}: {message.replace('^', '.')}"):
+        make(**arguments)
