@@ -109,11 +109,25 @@ def test_kth_largest_is_that_of_sorting():
     assert kth_largest(values, valid, 2) == ordered[ordered != values[valid][0]][0]
 
 
-def test_hard_examples_do_not_swallow_nan():
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ao.CrossEntropy(ohem=0.5, ohem_kept=10),
+        ao.CrossEntropy(focal_gamma=0.5),
+        ao.Dice(),
+        ao.Dice(log=True, absent="zero"),
+        ao.Dice(per_image=True, squared=True, gamma=0.5),
+        ao.CrossEntropyDice(),
+    ],
+    ids=str,
+)
+def test_losses_do_not_swallow_nan(loss):
     logits, _, labels = inputs(torch.float32)
     with torch.no_grad():
         logits[0, 0, 0, 0] = math.nan
-    assert ao.CrossEntropy(ohem=0.5, ohem_kept=10)(logits, labels).isnan()
+    value = loss(logits, labels)
+    value.backward()
+    assert value.isnan() and not logits.grad.isfinite().all()
 
 
 def test_accuracy_is_logged():

@@ -157,8 +157,8 @@ class Dice(PixelLoss):
         counts = counts.to(overlaps.dtype)
         false = self.alpha * (masses - overlaps) + self.beta * (counts - overlaps)
         numerator, denominator = overlaps + self.smooth, overlaps + false + self.smooth_denominator
-        defined = denominator > 0
-        scores = torch.where(defined, numerator, 0) / torch.where(defined, denominator, 1)
+        undefined = denominator <= 0  # false for NaN, which must not become a score of 0
+        scores = torch.where(undefined, 0, numerator) / torch.where(undefined, 1, denominator)
         tiny = torch.finfo(scores.dtype).tiny
         losses = -scores.clamp(min=tiny).log() if self.log else 1 - scores
         counted = torch.ones_like(losses) if weight is None else weight.expand_as(losses)
