@@ -213,6 +213,14 @@ def test_nothing_valid_is_zero_with_a_gradient(loss):
     assert logits.grad is not None and not logits.grad.any()
 
 
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 2.0])
+def test_power_of_a_dice_loss_of_zero(gamma):
+    logits, _, labels = inputs(torch.float32)
+    loss = ao.Dice(gamma=gamma)(logits, torch.full_like(labels, 255))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
 def test_losses_are_float32_under_autocast():
     logits, _, labels = inputs(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):

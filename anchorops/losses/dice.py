@@ -168,7 +168,10 @@ class Dice(PixelLoss):
             counted = torch.where(present, counted, 0)
         total = counted.sum()
         mean = (counted * losses).sum() / torch.where(total > 0, total, 1)
-        return mean if self.gamma == 1 else mean.clamp(min=tiny) ** self.gamma
+        if self.gamma == 1:
+            return mean
+        # kept above 0, where the derivative of a power below 1 is infinite
+        return torch.where(mean <= 0, 0, mean.clamp(min=tiny) ** self.gamma)
 
 
 class CrossEntropyDice(PixelLoss):
