@@ -221,6 +221,16 @@ def test_power_of_a_dice_loss_of_zero(gamma):
     assert loss.item() == 0 and not logits.grad.any()
 
 
+def test_weights_of_ignored_pixels_may_be_nan():
+    logits, _, labels = inputs()
+    labels, weights = ignoring(labels), torch.rand(labels.shape).double()
+    losses = [
+        ao.CrossEntropy(label_smoothing=0.1)(logits, labels, w)
+        for w in (weights, torch.where(labels == 255, math.nan, weights))
+    ]
+    check(losses[1], losses[0], logits)
+
+
 def test_losses_are_float32_under_autocast():
     logits, _, labels = inputs(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):

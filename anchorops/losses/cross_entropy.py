@@ -16,6 +16,7 @@ from ..ops.pixel_cross_entropy import (
     smoothed,
     smoothing_dtype,
     uniform_losses,
+    valid_pixels,
     weighted,
 )
 from ..ops.pixel_cross_entropy import (
@@ -122,6 +123,8 @@ class CrossEntropy(PixelLoss):
             miss = (-torch.expm1(-ce)).clamp(min=torch.finfo(ce.dtype).tiny)
             losses = losses * miss**self.focal_gamma
         if pixel_weights is not None:
+            valid = valid_pixels(labels, logits.shape[1], ignored)
+            pixel_weights = torch.where(valid, pixel_weights, 0)  # may be NaN where ignored
             losses, weights = losses * pixel_weights, weights * pixel_weights
         if self._selects:
             hard = self._hard(ce.detach(), weights != 0)
