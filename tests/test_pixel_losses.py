@@ -231,6 +231,21 @@ def test_weights_of_ignored_pixels_may_be_nan():
     check(losses[1], losses[0], logits)
 
 
+def test_a_masked_class_of_weight_0_has_no_part_in_label_smoothing():
+    logits, _, labels = inputs()  # without class 3
+    masked = logits.detach().clone()
+    masked[:, 3] = -math.inf
+    masked.requires_grad_()
+    weight, kept = torch.tensor([1.0, 2.0, 3.0, 0.0, 4.0]), [0, 1, 2, 4]
+    loss = ao.pixel_cross_entropy(masked, labels, weight=weight, label_smoothing=0.25)
+    z = F.interpolate(masked[:, kept], (16, 24), mode="bilinear")
+    # ε is shared by five classes there, by four here: 0.25·4/5 of 1 − 0.25/5
+    four = F.cross_entropy(
+        z, labels.clamp(max=3), weight[kept].double(), label_smoothing=0.2 / 0.95
+    )
+    check(loss, 0.95 * four, masked)
+
+
 def test_losses_are_float32_under_autocast():
     logits, _, labels = inputs(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):

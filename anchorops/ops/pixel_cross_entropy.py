@@ -148,7 +148,9 @@ def uniform_losses(
     Upsampling is linear, so Σ_k w_k z_k is one upsampled channel: the lse of a single class.
     """
     assert moments.lse is not None
-    mixed = logits if weight is None else logits * weight.view(-1, *(1,) * (logits.dim() - 2))
+    mixed = logits
+    if weight is not None:  # classes of weight 0 may be masked by −∞
+        mixed = weighted(logits, weight.view(-1, *(1,) * (logits.dim() - 2)))
     valid = valid_pixels(labels, logits.shape[1], ignore_index)
     z = moments_for(
         "label smoothing",
