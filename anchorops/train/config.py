@@ -182,6 +182,9 @@ class Running:
     for bit needs this on a GPU, or with more than two ranks."""
     evaluation: Literal["whole", "sliding"] = "whole"
     """Predict whole images, or overlapping windows of the size of a crop."""
+    window_stride: tuple[int, int] | None = None
+    """With --evaluation sliding: rows and columns from one window to the next; two thirds of a crop
+    if not given."""
     eval_scales: tuple[float, ...] = (1.0,)
     """Scales of the images in an evaluation, for example 0.5 0.75 1 1.25 1.5 1.75. There is one
     pass for each scale; the probabilities are averaged."""
@@ -255,6 +258,12 @@ class Config:
             raise _wrong("crop", f"two multiples of {MULTIPLE}", self.data.crop)
         if not 0 < self.data.scale[0] <= self.data.scale[1]:
             raise _wrong("scale", "0 < smallest <= largest", self.data.scale)
+        if stride := self.running.window_stride:
+            if self.running.evaluation != "sliding":
+                raise _wrong("window_stride", "None without --evaluation sliding", stride)
+            if not all(1 <= s <= side for s, side in zip(stride, self.data.crop, strict=True)):
+                expected = f"1 to the rows and columns of --crop {self.data.crop}"
+                raise _wrong("window_stride", expected, stride)
         scales = self.running.eval_scales
         if not scales or min(scales) <= 0:
             raise _wrong("eval_scales", "one scale or more, above 0", scales)

@@ -20,18 +20,25 @@ def evaluate(
     device: torch.device,
     window: tuple[int, int] | None = None,
     *,
+    stride: tuple[int, int] | None = None,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Tensor:
     """Confusion matrix int64 [K, K] (truth × prediction) of the valid pixels, summed over all
-    ranks; window, scales, flip as in `predict`. Restores the mode of the model."""
+    ranks; window, stride, scales, flip as in `predict`. Restores the mode of the model."""
     training = model.training
     model.eval()
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     for images, labels in batches:
         labels = labels.to(device)
         predictions = predict(
-            model, images.to(device), labels.shape[1:], window, scales=scales, flip=flip
+            model,
+            images.to(device),
+            labels.shape[1:],
+            window,
+            stride=stride,
+            scales=scales,
+            flip=flip,
         )
         matrix += ao.confusion(predictions, labels, num_classes, ignore_index=IGNORED)
     model.train(training)

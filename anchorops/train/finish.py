@@ -53,6 +53,7 @@ def _save_predictions(parts: Parts, results: dict[str, Any]) -> bytes:
         choose_images(parts.validation_set, PICTURES),
         transform=evaluation_transform(parts.config.data, parts.validation_set.channels),
         window=parts.window,
+        stride=parts.config.running.window_stride,
         scales=parts.config.running.eval_scales,
         flip=parts.config.running.eval_flip,
         title=f"{run.name}: mIoU {100 * results['miou']:.1f} %",

@@ -64,6 +64,7 @@ def draw_predictions(
     *,
     transform: v2.Transform,
     window: tuple[int, int] | None,
+    stride: tuple[int, int] | None = None,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     title: str,
@@ -78,7 +79,7 @@ def draw_predictions(
         seen |= set(labels.unique().tolist())
         network_input = transform(tv_tensors.Image(image)).as_subclass(Tensor)[None].to(device)
         (prediction,) = predict(
-            model, network_input, labels.shape, window, scales=scales, flip=flip
+            model, network_input, labels.shape, window, stride=stride, scales=scales, flip=flip
         )
         rows.append((_rgb(image), colors[labels.numpy()], colors[prediction.cpu().numpy()]))
 

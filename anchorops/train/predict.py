@@ -63,20 +63,19 @@ def largest(terms: Sequence[Term], *, softmax: bool = False) -> Tensor:
     return classes
 
 
-def _starts(length: int, window: int) -> list[int]:
-    """First pixels of windows that cover the length, overlapping by at least a third."""
+def _starts(length: int, window: int, stride: int) -> list[int]:
+    """First pixels of windows that cover the length: the last one ends where the length ends."""
     if length <= window:
         return [0]
-    stride = max(1, window * 2 // 3)
     return [*range(0, length - window, stride), length - window]
 
 
-def _weights(length: int, window: int, low: int, size: int) -> Tensor:
+def _weights(starts: Sequence[int], length: int, window: int, low: int, size: int) -> Tensor:
     """The matrix [size, windows·low] of one axis. It computes the logits of `size` labels from the
     `low` logits of each window of an image of this length: it upsamples the logits of each window
     to the padded length of the window, crops them, averages the windows where they overlap, and
-    scales the result to the labels' size."""
-    starts, window = _starts(length, window), min(length, window)
+    scales the result to the labels' size. starts: the first pixels of the windows."""
+    window = min(length, window)
     padded = window + -window % MULTIPLE
     image = torch.zeros(len(starts), low, length)
     for part, start in zip(image, starts, strict=True):
@@ -90,12 +89,17 @@ def _interpolate(rows: Tensor, size: int) -> Tensor:
 
 
 def window_logits(
-    model: nn.Module, images: Tensor, size: Sequence[int], window: tuple[int, int] | None = None
+    model: nn.Module,
+    images: Tensor,
+    size: Sequence[int],
+    window: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
 ) -> Term:
     """The logits of images (B, C, h, w), from whole images or from sliding windows, for labels of
-    this size."""
+    this size; window and stride as in `predict`."""
     (height, width), (rows, columns) = images.shape[2:], window or images.shape[2:]
-    tops, lefts = _starts(height, rows), _starts(width, columns)
+    down, right = stride or (max(1, rows * 2 // 3), max(1, columns * 2 // 3))
+    tops, lefts = _starts(height, rows, down), _starts(width, columns, right)
     logits = images.new_empty(0)
     for i, top in enumerate(tops):
         for j, left in enumerate(lefts):
@@ -108,8 +112,8 @@ def window_logits(
             logits[:, :, i, :, j] = part
     return Term(
         logits.flatten(4).flatten(2, 3),
-        _weights(height, rows, logits.shape[3], size[0]),
-        _weights(width, columns, logits.shape[5], size[1]),
+        _weights(tops, height, rows, logits.shape[3], size[0]),
+        _weights(lefts, width, columns, logits.shape[5], size[1]),
     )
 
 
@@ -126,20 +130,22 @@ def predict(
     size: Sequence[int],
     window: tuple[int, int] | None = None,
     *,
+    stride: tuple[int, int] | None = None,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Tensor:
     """Classes int64 (B, *size) of images (B, C, h, w), from whole images, or from sliding windows
-    whose logits are averaged where they overlap. With several scales, or with flip, the
-    probabilities of all scaled and mirrored images are averaged (as mmsegmentation's test-time
-    augmentation)."""
+    whose logits are averaged where they overlap. stride: rows and columns from one window to the
+    next, at most those of a window; if not given, two thirds of them. With several scales, or with
+    flip, the probabilities of all scaled and mirrored images are averaged (as mmsegmentation's
+    test-time augmentation)."""
     if tuple(scales) != (1.0,) or flip:
         terms = []
         for scale in scales:
             scaled = _scaled(images, scale)
-            terms.append(window_logits(model, scaled, size, window))
+            terms.append(window_logits(model, scaled, size, window, stride))
             if flip:
-                term = window_logits(model, scaled.flip(3), size, window)
+                term = window_logits(model, scaled.flip(3), size, window, stride)
                 terms.append(term._replace(columns=term.columns.flip(0)))
         return largest(terms, softmax=True)
     height, width = size
@@ -148,4 +154,4 @@ def predict(
     if window is None and (aligned or images.shape[2:] == (height, width)):
         whole = (height, width) if aligned else (padded.shape[2], padded.shape[3])
         return ao.pixel_argmax(model(padded), whole)[:, :height, :width]
-    return largest([window_logits(model, images, size, window)])
+    return largest([window_logits(model, images, size, window, stride)])

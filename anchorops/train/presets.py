@@ -15,7 +15,6 @@ Differences from the settings of the papers and mmsegmentation:
 - Backbones start from the ImageNet weights of timm and segmentation-models-pytorch, which need not
   be mmsegmentation's.
 - Pascal-Context: learning rate and weight decay of SAR's release (the paper prints 0.01 and 5e-4).
-- Cityscapes with SegFormer: windows overlap by a third (there by a quarter).
 - DeepLab: DeepLabV3's features have 256 channels (there 512); DeepLabV3+ has a backbone of stride
   16 (there 8), ResNet-18 the ordinary stem (timm has no other).
 - Swin: stochastic depth 0.1 (there 0.3), weight decay on the relative positions, features of 256
@@ -106,6 +105,7 @@ _PASCAL_CONTEXT = _ADE20K | {
     "short_side": None,
     "long_side": 520,
     "evaluation": "sliding",
+    "window_stride": (320, 320),
     "steps": 40_000,
     "lr": 0.004,
     "weight_decay": 1e-4,
@@ -135,6 +135,7 @@ PRESETS = {
             model="mmseg-segformer:mit_b4",
             crop=(1024, 1024),
             evaluation="sliding",
+            window_stride=(768, 768),
             **_CITYSCAPES,
         ),
     ),

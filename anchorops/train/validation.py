@@ -40,6 +40,7 @@ def validate(parts: Parts, before_batch: Callable[[], None]) -> dict[str, Any]:
             parts.num_classes,
             ranks.device,
             parts.window,
+            stride=parts.config.running.window_stride,
             scales=parts.config.running.eval_scales,
             flip=parts.config.running.eval_flip,
         )

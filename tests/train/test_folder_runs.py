@@ -18,6 +18,7 @@ def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[s
     (folder / "classes.txt").write_text("Straße\nthing\nabsent\n\n", encoding="utf-8")
     options = ["--model", "segformer-b0", "--crop", "32", "32", "--steps", "1", "--batch-size", "2"]
     options += ["--workers", "0", "--device", "cpu", "--evaluation", "sliding"]
+    options += ["--window-stride", "16", "24"]
     main(["folder", "--root", str(folder), "--out", str(folder), "--name", "run", *options])
     assert "no training pixels: absent" in capsys.readouterr().err
     page = (folder / "run/report.html").read_text(encoding="utf-8")

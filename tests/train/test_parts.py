@@ -311,6 +311,15 @@ def test_method_options():
         ({"given_class_weights": (0.0, 0.0)}, "--given-class-weights: expected .* one above, got"),
         ({"given_class_weights": (-1.0, 2.0)}, "--given-class-weights: expected no value below 0"),
         ({"methods": ("sar", "sar")}, "--methods: expected each at most once"),
+        (
+            {"window_stride": (32, 32)},
+            r"--window-stride: expected None without --evaluation sliding, got \(32, 32\)",
+        ),
+        (
+            {"window_stride": (32, 65), "evaluation": "sliding"},
+            r"--window-stride: expected 1 to the rows and columns of --crop \(64, 64\), got",
+        ),
+        ({"window_stride": (0, 32), "evaluation": "sliding"}, "--window-stride: expected 1 to"),
     ],
 )
 def test_options_out_of_range(options: dict, message: str):

@@ -12,21 +12,24 @@ from anchorops.train.predict import _starts, largest, pad_to_multiple, predict, 
 Size = tuple[int, int]
 
 
-def stored(model: nn.Module, images: Tensor, size: Size, window: Size | None) -> Tensor:
+def stored(
+    model: nn.Module, images: Tensor, size: Size, window: Size | None, stride: Size | None = None
+) -> Tensor:
     """Logits (B, K, *size): those of each window are upsampled and cropped, then averaged and
     scaled."""
     height, width = images.shape[2:]
     rows, columns = window or (height, width)
+    down, right = stride or (rows * 2 // 3, columns * 2 // 3)
     total, times = torch.zeros(()), torch.zeros(height, width)
-    for top in _starts(height, rows):
-        for left in _starts(width, columns):
-            right, below = max(0, width - left - columns), max(0, height - top - rows)
-            part = images[..., top : height - below, left : width - right]
+    for top in _starts(height, rows, down):
+        for left in _starts(width, columns, right):
+            after, below = max(0, width - left - columns), max(0, height - top - rows)
+            part = images[..., top : height - below, left : width - after]
             padded = pad_to_multiple(part)
             logits = F.interpolate(model(padded), padded.shape[2:], mode="bilinear")
             logits = logits[..., : part.shape[2], : part.shape[3]]
-            total = total + F.pad(logits, (left, right, top, below))
-            times += F.pad(torch.ones(part.shape[2:]), (left, right, top, below))
+            total = total + F.pad(logits, (left, after, top, below))
+            times += F.pad(torch.ones(part.shape[2:]), (left, after, top, below))
     return F.interpolate(total / times, size, mode="bilinear")
 
 
@@ -59,6 +62,32 @@ def test_classes_of_stored_logits(image_size: Size, size: Size, window: Size | N
     with torch.no_grad():
         logits += stored(model, images.flip(3), size, window).flip(3)
     assert_largest(largest([term, mirrored]), logits)
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "stride"),
+    [(520, 480, 320), (2048, 1024, 768), (1024, 1024, 768), (390, 480, 320), (100, 10, 10)],
+)
+def test_windows_are_those_of_mmsegmentation(length: int, window: int, stride: int):
+    """As in the slide_inference of its encoder_decoder.py."""
+    grids = max(length - window + stride - 1, 0) // stride + 1
+    ends = [min(i * stride + window, length) for i in range(grids)]
+    assert _starts(length, window, stride) == [max(end - window, 0) for end in ends]
+
+
+def test_strides_of_windows():
+    torch.manual_seed(0)
+    model, images = nn.Conv2d(3, 7, 4, 4), torch.randn(1, 3, 64, 160)
+    window, stride = (64, 64), (64, 32)
+    with torch.no_grad():
+        logits = stored(model, images, (64, 160), window, stride)
+        term = window_logits(model, images, (64, 160), window, stride)
+        assert term.logits.shape == (1, 7, 16, 4 * 16)
+        torch.testing.assert_close(term.tile(slice(None), slice(None)), logits)
+        assert_largest(predict(model, images, (64, 160), window, stride=stride), logits)
+        mirrored = stored(model, images.flip(3), (64, 160), window, stride).flip(3)
+        both = predict(model, images, (64, 160), window, stride=stride, flip=True)
+        assert_largest(both, logits.softmax(1) + mirrored.softmax(1))
 
 
 def test_a_whole_image_is_interpolated_once():
