@@ -117,3 +117,19 @@ def test_published_options_are_options(preset: str):
     options = METHOD_OPTIONS[preset]
     methods = {option.partition(".")[0] for option in options}
     assert preset in PRESETS and build_regularizer(sorted(methods), options, 11, 240) is not None
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_schedules_and_windows_of_mmsegmentation(preset: str):
+    """Transformers: a linear warm-up and decay; windows: Pascal-Context 480 by steps of 320,
+    Cityscapes with SegFormer 1024 by 768."""
+    config = PRESETS[preset][1]
+    if config.data.dataset in ("digits", "folder"):
+        return
+    transformer = config.optimization.optimizer == "adamw"
+    schedule = config.optimization.warmup, config.optimization.power
+    assert schedule == ((1_500, 1.0) if transformer else (0, 0.9))
+    strides = {"pascal-context": (320, 320), "cityscapes-segformer-b4": (768, 768)}
+    stride = strides.get(config.data.dataset) or strides.get(preset)
+    assert config.running.window_stride == stride
+    assert (config.running.evaluation == "sliding") == (stride is not None)
