@@ -3,10 +3,12 @@
 import base64
 import html
 import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -36,16 +38,17 @@ from .cost import Cost
 from .directory import CONFIG
 from .journal import METRICS, RATIO, attempt, read_metrics
 
-IOUS = ("val_miou", "val_head", "val_body", "val_tail")
+PERCENT = ("accuracy", "val_miou", "val_head", "val_body", "val_tail")
 NOT_CURVES = ("step", "lr", "images_per_second", "memory_mb")
 # of the section on training
 PANELS = (
     "loss and its terms",
-    "validation IoU, %",
+    "training accuracy and\nvalidation IoU, %",
     "gradient on the features,\nthat of the cross-entropy = 1",
     "counts",
 )
 COUNTS = ("gate", "unsure", "present")  # what methods log in addition to their terms
+COLUMNS = 2  # of a legend
 RAREST = 10
 MOST_NAMES = 40  # classes whose names fit into a figure
 
@@ -216,32 +219,40 @@ def _png(figure: Figure) -> str:
 
 
 def _curves(metrics: list[dict[str, Any]]) -> Figure:
-    terms, ious, ratios, counts = PANELS
+    terms, percent, ratios, counts = PANELS
     panels: dict[str, list[str]] = {title: [] for title in PANELS}
     for name in dict.fromkeys(name for line in metrics for name in line):
         if name.rpartition(".")[2] in COUNTS:
             panels[counts].append(name)
         elif name.rpartition(".")[2] == RATIO:
             panels[ratios].append(name)
-        elif name in IOUS:
-            panels[ious].append(name)
+        elif name in PERCENT:
+            panels[percent].append(name)
         elif name not in (*NOT_CURVES, *COLLAPSE) and not name.startswith("val_"):
             panels[terms].append(name)
     panels = {title: names for title, names in panels.items() if names}
-    figure = Figure(figsize=(max(8, 3 * len(panels)), 3), layout="constrained")
+    most = max(map(len, panels.values()), default=1)
+    size = max(8, 3 * len(panels)), 3 + 0.17 * math.ceil(most / COLUMNS)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
+        if len(names) > 10:  # the usual colours are ten
+            axis.set_prop_cycle(color=matplotlib.colormaps["tab20"](range(20)))
         for name in names:
-            scale = 100 if name in IOUS else 1
+            scale = 100 if name in PERCENT else 1
             line = [(m["step"], scale * m[name]) for m in metrics if name in m]
             marker = "." if len(line) < 30 else ""
             label = name.removeprefix("val_").removesuffix(f".{RATIO}")
             axis.plot(*zip(*line, strict=True), label=label, linewidth=1.2, marker=marker)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
+        if title == ratios:  # from 0.01 to 10 and more; 0 before SAR's gate opens
+            axis.set_yscale("symlog", linthresh=0.01)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7, ncols=COLUMNS, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return figure
 
 
@@ -263,6 +274,8 @@ def _collapse(metrics: list[dict[str, Any]]) -> Figure:
             line = [(m["step"], m[name]) for m in metrics if name in m]
             if line:
                 axis.plot(*zip(*line, strict=True), label=label, linewidth=1.2, marker=".")
+        if ACCURACY_AND_PIXELS not in names:
+            axis.set_ylim(bottom=0)  # which collapse reaches
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
