@@ -13,6 +13,11 @@ Differences from the settings of the papers and mmsegmentation:
 
 - All: bf16 autocast. The learning rate decays to 0 (there to 1e-4 with SGD). Norms and biases have
   no weight decay (there they have it in convolutional networks, and biases in transformers).
+- Images are scaled with antialiasing (there without). Brightness is multiplied by 0.875 to 1.125
+  (there shifted by up to 32 of 255), contrast changed around the image's mean (there around 0). An
+  evaluation pads images to multiples of 32 (there it does not).
+- The convolutions of the heads start as torch's (there: Kaiming normal, fan-out; MVSC prints He
+  initialisation). Only the classifiers start as there.
 - Backbones start from the ImageNet weights of timm and segmentation-models-pytorch, which need not
   be mmsegmentation's.
 - Pascal-Context: learning rate and weight decay of SAR's release (the paper prints 0.01 and 5e-4).
@@ -27,8 +32,7 @@ Values that no paper prints, and that are assumed here:
 
 - CeCo on DeepLab: loss_weight 0.8, Swin-T's; on Cityscapes also 80 000 steps, batch 8, crop
   512×1024.
-- MVSC: learning rate 6e-5, weight decay 0.01, mmsegmentation's for SegFormer. The paper's He
-  initialisation of the head is taken for that of its convolutions.
+- MVSC: learning rate 6e-5, weight decay 0.01, mmsegmentation's for SegFormer.
 """
 
 from .config import Config
