@@ -41,6 +41,7 @@ from anchorops.kernels import (
     pixel_argmax,
     softmax_moments,
     softmax_moments_backward,
+    split_groups,
 )
 
 TARGETS = {
@@ -148,6 +149,13 @@ def launch_moments(variant: Variant, classes: int) -> None:
         list(torch.empty_like(features).stride()),
         variant.dtype,
     )
+
+
+def launch_groups() -> None:
+    """Everything that random groups launch."""
+    keys = torch.empty((8, 128 * 256), dtype=torch.int32, device="meta")
+    counts, seed = (torch.empty(n, dtype=torch.int64, device="meta") for n in (19, 1))
+    split_groups.split_groups(keys, counts, seed, 2)
 
 
 class PixelVariant(NamedTuple):
@@ -350,6 +358,7 @@ def rows_of(name: str, quick: bool) -> list[tuple[str, str, Row]]:
         jobs.append((launch_info_nce, title, dtype, *given))
     for pixels in QUICK_PIXELS if quick else PIXELS:
         jobs.append((launch_pixels, str(pixels), pixels))
+    jobs.append((launch_groups, "any number of groups"))
     rows = {}
     for launch, title, *rest in jobs:
         for kernel_name, kernel in compiled(name, launch, *rest).items():

@@ -1,4 +1,4 @@
-// Labels and keys, for all C++ backends.
+// Labels, keys and random groups, for all C++ backends.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -41,6 +41,30 @@ inline void check_keys(const char* operation, const torch::stable::Tensor& keys,
   STD_TORCH_CHECK(keys.is_contiguous() && keys.numel() == pixels, operation,
                   ": keys: expected a contiguous key for each of ", pixels, " pixels, got ",
                   keys.numel(), keys.is_contiguous() ? "" : ", not contiguous");
+}
+
+// A bijective 32-bit hash, as in anchorops/reference/split_groups.py.
+constexpr uint32_t mix32(uint32_t x) {
+  x = (x ^ x >> 16) * 0x21F0AAADu;
+  x = (x ^ x >> 15) * 0x735A2D97u;
+  return x ^ x >> 15;
+}
+
+// Random numbers of 32 bits: one for each pixel, all different.
+struct PixelHash {
+  uint32_t low, high;
+
+  constexpr explicit PixelHash(int64_t seed)
+      : low(mix32(static_cast<uint32_t>(seed))),
+        high(mix32(static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32))) {}
+
+  constexpr uint32_t operator()(uint32_t pixel) const { return mix32(mix32(pixel ^ low) ^ high); }
+};
+
+// floor(hash·count / 2^32), less than count: it orders hashes, and spreads those of `count` pixels
+// evenly over as many buckets.
+constexpr uint32_t bucket_of(uint32_t hash, uint32_t count) {
+  return static_cast<uint32_t>(uint64_t{hash} * count >> 32);
 }
 
 }  // namespace anchorops

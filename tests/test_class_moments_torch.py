@@ -127,6 +127,12 @@ def test_opcheck_class_keys(dtype: torch.dtype, per_image: bool):
     torch.library.opcheck(operator, (labels, 4, 5, 5, per_image, 255))
 
 
+def test_opcheck_split_groups():
+    keys, counts = torch.tensor([[0, -1, 2], [2, 0, 0]], dtype=torch.int32), torch.tensor([3, 0, 2])
+    operator = torch.ops.anchorops.split_groups.cpu
+    torch.library.opcheck(operator, (keys, counts, torch.tensor(5), 2))
+
+
 @pytest.mark.parametrize("size", [(2, 6, 5), (2, 6, 3, 4), (10, 6)])
 def test_opcheck_class_moments(size):
     operator = torch.ops.anchorops.class_moments.cpu

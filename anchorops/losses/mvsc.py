@@ -7,7 +7,8 @@ from torch.distributed import ProcessGroup
 
 from .._checks import describe, fail
 from ..ops.centroid_info_nce import centroid_info_nce
-from ..reference import ClassMoments, split_groups
+from ..ops.split_groups import random_halves
+from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .occl import EPS
 from .statistics import Request
@@ -115,10 +116,8 @@ class MVSC(Regularizer):
     def _consistency(self, prototypes: Tensor, seed: Tensor) -> Tensor:
         if self.groups == 1:
             return prototypes.new_zeros(())
-        groups = torch.zeros(1, self.groups, dtype=torch.int64, device=seed.device)
-        whole = torch.full((1,), self.groups, dtype=torch.int64, device=seed.device)
         # A different seed from the pixels' split. Group 1 is the half with ⌊G/2⌋ groups.
-        half = split_groups(groups, whole, 2, seed + (1 << 31)).view(-1, 1, 1)
+        half = random_halves(self.groups, seed + (1 << 31), prototypes)[:, None, None]
         a, b = (
             torch.where(half == x, prototypes, 0).sum(0) / size
             for x, size in ((1, self.groups // 2), (0, (self.groups + 1) // 2))

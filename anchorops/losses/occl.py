@@ -8,7 +8,8 @@ from torch.distributed import ProcessGroup
 from .._checks import check_choice, fail
 from ..distributed import reduce_moments
 from ..ops.centroid_info_nce import centroid_info_nce
-from ..reference import ClassMoments, split_groups
+from ..ops.split_groups import random_halves
+from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .statistics import Request
 
@@ -131,9 +132,7 @@ class OCCL(Regularizer):
 
 def _halves(counts: Tensor, sums: Tensor, seed: Tensor) -> ClassMoments:
     """[B, K], [B, K, D] → [K, 2], [K, 2, D]: two random halves of the images, equal size (±1)."""
-    images = torch.zeros(1, counts.shape[0], dtype=torch.int64, device=counts.device)
-    whole = torch.full((1,), counts.shape[0], dtype=torch.int64, device=counts.device)
-    half = split_groups(images, whole, 2, seed).view(-1, 1)
+    half = random_halves(len(counts), seed, sums)[:, None]
     parts = [half == x for x in range(2)]
     return ClassMoments(
         torch.stack([torch.where(part, counts, 0).sum(0) for part in parts], 1),

@@ -9,8 +9,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from .. import reference
 from .registration import define
+from .split_groups import split_groups
 
 
 class KeyOptions(TypedDict):
@@ -65,6 +65,5 @@ def class_keys(
     keys, counts = operator(grid, height, width, num_classes, per_image, ignore_index)
     if groups > 1:
         assert seed is not None
-        keys = reference.split_groups(keys, counts, groups, seed)
-        counts = reference.group_counts(counts, groups)
+        return split_groups(keys, counts, groups, seed, backend=backend)
     return keys, counts

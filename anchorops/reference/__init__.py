@@ -10,7 +10,7 @@ does not affect the float32 result.
 """
 
 from .centroid_info_nce import centroid_info_nce
-from .class_keys import class_keys, group_counts, resize_labels, split_groups
+from .class_keys import class_keys, resize_labels
 from .class_moments import (
     ClassMoments,
     class_centroids,
@@ -22,6 +22,7 @@ from .class_moments import (
 from .confusion import confusion
 from .pixel_argmax import pixel_argmax
 from .softmax_moments import SoftmaxMoments, softmax_moments
+from .split_groups import group_counts, split_groups
 from .upsampled_sums import SPLAT_UNITS, splat_axis, splat_keys, splat_of, upsampled_sums
 from .upsampling import upsample
 

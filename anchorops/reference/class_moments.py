@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .class_keys import class_keys, group_counts, split_groups, sum_by_key
+from .class_keys import class_keys, sum_by_key
+from .split_groups import group_counts, split_groups
 
 
 class ClassMoments(NamedTuple):

@@ -1,0 +1,145 @@
+"""Random groups: keys of pixels -> keys of random groups of equal size (±1).
+
+n pixels of a key have n buckets, in the order of their hashes. A bucket is a list, which the pixels
+enter in any order: their ranks depend on the hashes alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_K = 1024
+BLOCK_P = 256
+
+
+@triton.jit
+def _mix32(x):
+    """As in anchorops/reference/split_groups.py; x: uint32."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0x735A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def _hash(seed_ptr, pixel):
+    """pixel: int32 -> uint32."""
+    seed = tl.load(seed_ptr)
+    low, high = _mix32(seed.to(tl.uint32)), _mix32((seed >> 32).to(tl.uint32))
+    return _mix32(_mix32(pixel.to(tl.uint32) ^ low) ^ high)
+
+
+@triton.jit(do_not_specialize=["num_keys", "groups"])
+def _group_counts_kernel(
+    counts_ptr,  # int64 [num_keys]
+    starts_ptr,  # int64 [num_keys]: the pixels of the keys before
+    of_groups_ptr,  # int64 [num_keys, groups]
+    num_keys,
+    groups,
+    BLOCK_K: tl.constexpr,
+):
+    """One program."""
+    before = tl.zeros((), tl.int64)
+    for first in range(0, num_keys, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        count = tl.load(counts_ptr + k, mask=k < num_keys, other=0)
+        tl.store(starts_ptr + k, before + tl.cumsum(count, 0) - count, mask=k < num_keys)
+        before += tl.sum(count, 0)
+        for g in range(0, groups):
+            of_group = (count - g + groups - 1) // groups
+            tl.store(of_groups_ptr + k.to(tl.int64) * groups + g, of_group, mask=k < num_keys)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _link_pixels_kernel(
+    keys_ptr,  # int32 [pixels], −1 where ignored
+    counts_ptr,  # int64 [num_keys]
+    starts_ptr,  # int64 [num_keys]
+    seed_ptr,  # int64, one
+    first_ptr,  # int32 [pixels], of each bucket: a pixel + 1; zero on entry
+    totals_ptr,  # int32 [programs]: the pixels in each BLOCK_P buckets; zero on entry
+    next_ptr,  # int32 [pixels], of each pixel: the next one in its bucket + 1, or 0
+    split_ptr,  # int32 [pixels], written where keys are ignored
+    pixels,
+    BLOCK_P: tl.constexpr,
+):
+    """Reads 4 bytes per pixel, writes 8."""
+    pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    key = tl.load(keys_ptr + pixel, mask=pixel < pixels, other=-1)
+    valid = key >= 0
+    tl.store(split_ptr + pixel, key, mask=(pixel < pixels) & (key < 0))
+    count = tl.load(counts_ptr + key, mask=valid, other=0).to(tl.uint64)
+    start = tl.load(starts_ptr + key, mask=valid, other=0)
+    bucket = start + ((_hash(seed_ptr, pixel).to(tl.uint64) * count) >> 32).to(tl.int64)
+    head = tl.atomic_xchg(first_ptr + bucket, pixel + 1, mask=valid, sem="relaxed")
+    tl.store(next_ptr + pixel, head, mask=valid)
+    tl.atomic_add(totals_ptr + bucket // BLOCK_P, 1, mask=valid, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["pixels", "groups"])
+def _rank_pixels_kernel(
+    keys_ptr,  # these: see _link_pixels_kernel
+    starts_ptr,
+    seed_ptr,
+    first_ptr,
+    totals_ptr,
+    next_ptr,
+    split_ptr,
+    pixels,
+    groups,
+    BLOCK_P: tl.constexpr,
+):
+    """BLOCK_P buckets: reads the lists (m + 2) times if m pixels are in them."""
+    program = tl.program_id(0)
+    before = tl.zeros((BLOCK_P,), tl.int64)  # of the programs before
+    for block in range(0, program, BLOCK_P):
+        other = block + tl.arange(0, BLOCK_P)
+        before += tl.load(totals_ptr + other, mask=other < program, other=0)
+    bucket = program * BLOCK_P + tl.arange(0, BLOCK_P)
+    head = tl.load(first_ptr + bucket, mask=bucket < pixels, other=0)
+    size = tl.zeros((BLOCK_P,), tl.int64)
+    a = head
+    while tl.max(a, 0) > 0:
+        size += (a > 0).to(tl.int64)
+        a = tl.load(next_ptr + a - 1, mask=a > 0, other=0)
+    start = tl.sum(before, 0) + tl.cumsum(size, 0) - size
+    a = head
+    while tl.max(a, 0) > 0:
+        key = tl.load(keys_ptr + a - 1, mask=a > 0, other=0)
+        rank = start - tl.load(starts_ptr + key, mask=a > 0, other=0)
+        own = _hash(seed_ptr, a - 1)
+        b = head
+        while tl.max(b, 0) > 0:
+            rank += ((b > 0) & (_hash(seed_ptr, b - 1) < own)).to(tl.int64)
+            b = tl.load(next_ptr + b - 1, mask=b > 0, other=0)
+        group = (rank % groups).to(tl.int32)
+        tl.store(split_ptr + a - 1, key * groups + group, mask=a > 0)
+        a = tl.load(next_ptr + a - 1, mask=a > 0, other=0)
+
+
+def split_groups(keys: Tensor, counts: Tensor, seed: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """keys int32 [B, P], counts int64 of any shape -> keys·groups + group, counts [..., groups]."""
+    pixels = keys.numel()
+    if pixels >= 2**31 or not keys.is_contiguous():
+        raise ValueError(
+            "split_groups: keys: expected fewer than 2^31 contiguous keys, "
+            f"got shape {tuple(keys.shape)} and strides {keys.stride()}"
+        )
+    split = torch.empty_like(keys)
+    of_groups, starts = counts.new_empty((*counts.shape, groups)), torch.empty_like(counts)
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    _group_counts_kernel[(1,)](
+        counts, starts, of_groups, counts.numel(), groups, BLOCK_K=BLOCK_K, **options
+    )
+    if pixels == 0:
+        return split, of_groups
+    programs = triton.cdiv(pixels, BLOCK_P)
+    first, totals = keys.new_zeros(pixels + programs).split([pixels, programs])
+    lists = first, totals, keys.new_empty(pixels)
+    _link_pixels_kernel[(programs,)](
+        *(keys, counts, starts, seed, *lists, split, pixels), BLOCK_P=BLOCK_P, **options
+    )
+    _rank_pixels_kernel[(programs,)](
+        *(keys, starts, seed, *lists, split, pixels, groups), BLOCK_P=BLOCK_P, **options
+    )
+    return split, of_groups
