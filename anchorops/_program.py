@@ -17,6 +17,6 @@ def is_program() -> bool:
 
 
 if is_program():
-    from .train.signals import end_at_once
+    from .train.signals import end_at_once, handle
 
-    end_at_once.install()
+    handle(end_at_once)

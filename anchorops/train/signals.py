@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,6 +17,13 @@ from typing import Any
 from .torchrun import is_first, launched
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+def handle(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Handle signals, except those that are ignored: by `nohup`, or because a script's shell has
+    started the program in the background. Returns the handlers that it replaces."""
+    heard = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
+    return {signum: signal.signal(signum, handler) for signum in heard}
 
 
 class Interrupted(Exception):
@@ -42,16 +49,10 @@ class EndAtOnce:
         self.run: Path | None = None
         """The directory of the run, if it has been created."""
 
-    def install(self) -> dict[signal.Signals, Any]:
-        """Handle signals, except those that the shell set to be ignored. Returns the handlers that
-        it replaces."""
-        heard = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
-        return {signum: signal.signal(signum, self) for signum in heard}
-
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Handle signals inside the block."""
-        before = self.install()
+        before = handle(self)
         try:
             yield
         finally:
@@ -94,7 +95,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self.received: int | None = None
         self._first = 0.0
-        self._old = {s: signal.signal(s, self._receive) for s in STOPPING}
+        self._old = handle(self._receive)
         return self
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:

@@ -157,6 +157,20 @@ def test_second_interrupt(monkeypatch: pytest.MonkeyPatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_ignored_signals_stay_ignored():
+    """As in a script that runs the program with & or nohup: Ctrl-C is for another program."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.end_at_once.installed(), signals.StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.received is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def waiting(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run that waits for its data at nearly every step."""
