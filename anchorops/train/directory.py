@@ -1,7 +1,9 @@
 """The directory of a run. Only one program writes to it at a time, and files that a run did not
 write are never deleted."""
 
+import dataclasses
 import fcntl
+import json
 import re
 import shlex
 import sys
@@ -18,7 +20,8 @@ CONFIG = "config.json"
 # the files that a run writes, in addition to its marker; it does not own any other file
 WRITTEN = re.compile(
     r"(config\.json|metrics\.jsonl|results\.json|predictions\.png|report\.html|best\.pt"
-    rf"|centroids\.npz|{PREFIX}.+\.npy|{CHECKPOINT.pattern})({re.escape(PART)})?|events\.out\.tfevents\..+"
+    rf"|centroids\.npz|{PREFIX}[a-z]+\.[a-z]+\.npy|{CHECKPOINT.pattern})({re.escape(PART)})?"
+    r"|events\.out\.tfevents\..+"
 )
 
 
@@ -29,7 +32,7 @@ def new_run(config: Config) -> Iterator[None]:
     others.
 
     Raises ValueError for an invalid --name, if there is an earlier run, if there are files but no
-    marker, and for vectors that cannot be read.
+    marker or a config.json that is not of a run, and for vectors that cannot be read.
     """
     _check_name(config.running.name)
     run = config.run
@@ -39,6 +42,11 @@ def new_run(config: Config) -> Iterator[None]:
         raise ValueError(
             f"{run} holds files, and no {MARKER}: they are not of a run, or of one of an earlier "
             f"version. {_offer(run)}remove them yourself, or give this run a --name"
+        )
+    if (run / CONFIG).exists() and not _is_of_a_run(run / CONFIG):
+        raise ValueError(
+            f"{run / CONFIG} was not written by a run, although {MARKER} is next to it: remove "
+            "them yourself, or give this run a --name"
         )
     run.mkdir(parents=True, exist_ok=True)
     with held(run):
@@ -69,6 +77,16 @@ def _check_name(name: str | None) -> None:
         raise ValueError(
             f"--name: expected a directory's name inside --out, without separators, got {name!r}"
         )
+
+
+def _is_of_a_run(config: Path) -> bool:
+    """Whether a config.json, of this or an earlier version, has the sections of ours. A marker
+    alone proves nothing: it may have been copied into the directory of a model."""
+    try:
+        sections = json.loads(config.read_text()).keys()
+    except (ValueError, AttributeError):
+        return False
+    return sections >= {section.name for section in dataclasses.fields(Config)}
 
 
 def _offer(run: Path) -> str:

@@ -33,6 +33,18 @@ def test_other_directories_are_not_changed(options: list[str], tmp_path: Path):
     assert contents(model) == before
 
 
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}])
+@pytest.mark.parametrize("config", ['{"model_type": "bert"}', "[]", "{"])
+def test_marker_in_the_directory_of_a_model(config: str, options: dict, tmp_path: Path):
+    """It was copied there, and proves nothing: best.pt may be the model's."""
+    for name, text in (("config.json", config), ("best.pt", "months"), (directory.MARKER, "")):
+        (tmp_path / name).write_text(text)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"config.json was not written by a run, although"):
+        begin(tmp_path, **options)
+    assert contents(tmp_path) == before
+
+
 def test_command_that_was_killed_and_is_repeated(tmp_path: Path):
     """A run may have written checkpoints before its first log line."""
     run = tmp_path / "run"
@@ -59,7 +71,14 @@ def test_overwriting_deletes_only_what_a_run_wrote(
     begin(run)
     checkpoint.save_checkpoint(run, 400, {})
     own = ["best.pt", "metrics.jsonl", "results.json.part", "events.out.tfevents.1.host.2.0"]
-    others = ["notes.txt", "checkpoint-best.pt", "results.json.old", "config.json~"]
+    own += ["vectors-sar.anchors.npy"]
+    others = [
+        "notes.txt",
+        "checkpoint-best.pt",
+        "results.json.old",
+        "config.json~",
+        "vectors-a.npy",
+    ]
     for name in own + others:
         (run / name).write_text(name)
     (run / "predictions.png").mkdir()
