@@ -35,6 +35,18 @@ def test_vmap(name: str, backend: str) -> None:
         torch.testing.assert_close(vmap(function)(features), expected)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_vmap_of_confusion(backend: str) -> None:
+    logits, labels = torch.randn(3, 2, K, 2, 3), torch.randint(0, K, (2, 4, 6))
+
+    def confusion(logits: Tensor) -> Tensor:
+        return ao.pixel_confusion(logits, labels)
+
+    with ao.use_backend(backend):
+        expected = torch.stack([confusion(x) for x in logits])
+        assert torch.equal(vmap(confusion)(logits), expected)
+
+
 @each_function
 def test_derivatives_of_the_reference(name: str) -> None:
     function, features = FUNCTIONS[name], torch.randn(3, 9, D)

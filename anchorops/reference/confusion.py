@@ -13,6 +13,6 @@ def confusion(
     if their label is ignored, or if their prediction is not a class."""
     truth, predictions = labels.flatten().long(), predictions.flatten().long()
     valid = (truth >= 0) & (truth < num_classes) & (truth != ignore_index)
-    valid &= (predictions >= 0) & (predictions < num_classes)
+    valid = valid & (predictions >= 0) & (predictions < num_classes)
     keys = torch.where(valid, truth * num_classes + predictions, -1)
     return sum_by_key(keys, valid.long(), num_classes**2).view(num_classes, num_classes)
