@@ -7,7 +7,7 @@ from .class_keys import sum_by_key
 
 
 def confusion(
-    predictions: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int = 255
+    predictions: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int
 ) -> Tensor:
     """int64 [K, K]: the number of pixels of true class i predicted as class j. Pixels are ignored
     if their label is ignored, or if their prediction is not a class."""

@@ -31,7 +31,7 @@ def softmax_moments(
     logits: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = 255,
+    ignore_index: int,
     align_corners: bool = False,
     per_image: bool = False,
     hits: bool = True,
