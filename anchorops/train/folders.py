@@ -102,7 +102,7 @@ class MaskFolder:
                 f"{path}: expected one channel of integer labels, got {values.dtype} of shape "
                 f"{values.shape}"
             )
-        if values.size and not 0 <= int(values.min()) <= int(values.max()) < len(self._table):
+        if not 0 <= int(values.min()) <= int(values.max()) < len(self._table):
             raise ValueError(f"{path}: expected labels 0 to 65535, got {values.min()}")
         labels = self._table[values.astype(np.uint16)]
         if (labels == UNKNOWN).any():
@@ -116,6 +116,13 @@ class MaskFolder:
 
 def _read_array(path: Path, *, palette: bool) -> np.ndarray:
     """palette: whether indexed colours become RGB; in masks the indices are the labels."""
+    array = _decode(path, palette=palette)
+    if array.size == 0:
+        raise ValueError(f"{path}: expected pixels, got an array of shape {array.shape}")
+    return array
+
+
+def _decode(path: Path, *, palette: bool) -> np.ndarray:
     try:
         if path.suffix.lower() in (".tif", ".tiff"):
             import tifffile
@@ -153,7 +160,7 @@ def read_image(path: Path, size: Sequence[int]) -> Tensor:
         if not (finite := np.isfinite(array)).all():
             share = 1 - finite.mean()
             raise ValueError(
-                f"{path}: expected finite values, got NaN or infinity in {100 * share:.2g} %"
+                f"{path}: expected finite values, got NaN or infinity in {100 * share:.3g} %"
             )
     elif array.dtype != np.uint8:
         raise ValueError(f"{path}: expected 8 or 16 bits or floating values, got {array.dtype}")

@@ -137,10 +137,22 @@ def test_files_of_a_folder_that_do_not_pair(folder: Path):
 
 def test_image_with_a_nan(tmp_path: Path):
     values = np.zeros((6, 9), np.float32)
-    values[0, 0] = np.nan
+    values[:] = np.nan
     write(tmp_path / "images/train/x.tif", values)
     write(tmp_path / "masks/train/x.png", mask(0, 1))
-    with pytest.raises(ValueError, match=r"x.tif: expected finite values, got NaN or infinity in"):
+    with pytest.raises(ValueError, match=r"x.tif: expected finite values, got NaN .* in 100 %"):
+        open_folder(tmp_path, "train", num_classes=2)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*zero-size array")
+def test_files_without_pixels(tmp_path: Path):
+    write(tmp_path / "images/train/x.tif", np.zeros((0, 9, 3), np.uint8))
+    write(tmp_path / "masks/train/x.tif", np.zeros((0, 9), np.uint8))
+    with pytest.raises(ValueError, match=r"masks/train/x.tif: expected pixels, got .* \(0, 9\)"):
+        open_folder(tmp_path, "train", num_classes=2).read_labels(0)
+    (tmp_path / "masks/train/x.tif").unlink()
+    write(tmp_path / "masks/train/x.png", mask(0, 1))
+    with pytest.raises(ValueError, match=r"images/train/x.tif: expected pixels, got .*0, 9"):
         open_folder(tmp_path, "train", num_classes=2)[0]
 
 
