@@ -25,13 +25,13 @@ class Schedule:
         return _every(self.running.save_every, progress.step)
 
     def evaluates(self, progress: Progress) -> bool:
-        last = progress.step == self.options.steps
+        last = progress.step >= self.options.steps
         due = last or _every(self.running.eval_every, progress.step)
         return due and progress.evaluated < progress.step
 
     def ended(self, progress: Progress) -> bool:
         patience = self.running.patience
-        return progress.step == self.options.steps or (
+        return progress.step >= self.options.steps or (  # config.json may have been edited
             patience is not None and progress.stale >= patience
         )
 

@@ -110,6 +110,14 @@ def test_other_ranks_need_a_flag(straight: Path, tmp_path: Path):
     assert_same_run(run, straight)
 
 
+def test_steps_made_fewer_than_done(straight: Path, tmp_path: Path):
+    """In config.json, to end a run earlier: it ends where it is."""
+    shutil.copytree(straight, tmp_path / "run")
+    config = Config.load(tmp_path / "run/config.json")
+    config.replace(steps=3).save(tmp_path / "run/config.json")
+    assert loop.resume(tmp_path / "run")["steps"] == 6
+
+
 RANKS = """
 import os, signal, sys
 from contextlib import suppress
