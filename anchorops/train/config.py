@@ -6,8 +6,9 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from tyro.conf import OmitArgPrefixes
 
 from .checkpoint import save_atomically
@@ -344,7 +345,7 @@ class Config:
         try:
             saved = json.loads(path.read_text())
             return Config(
-                **{name: section(**_typed(saved[name])) for name, section in sections.items()}
+                **{name: _typed(section, saved[name]) for name, section in sections.items()}
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is damaged, or of another version ({error!r})") from error
@@ -354,14 +355,23 @@ def _wrong(name: str, expected: str, value: Any) -> ValueError:
     return ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
 
 
-def _typed(section: dict[str, Any]) -> dict[str, Any]:
-    """Restore tuples, paths and integer keys, which JSON cannot represent."""
-    values = dict(section)
-    for name, value in section.items():
+def _typed(section: Any, saved: dict[str, Any]) -> Any:
+    """A section from its values in JSON, which cannot represent tuples, paths and integer keys.
+    Raises ValueError for a value that the command line would not accept: the file may have been
+    edited."""
+    values = dict(saved)
+    for name, value in saved.items():
         if isinstance(value, list):
             values[name] = tuple(value)
         elif name in ("out", "root", "weights") and value is not None:
             values[name] = Path(value)
         elif name == "label_map":
             values[name] = {int(key): label for key, label in (value or {}).items()}
-    return values
+    hints = get_type_hints(section)
+    for name, value in values.items():
+        strategy = CollectionCheckStrategy.ALL_ITEMS
+        try:
+            check_type(value, hints.get(name, Any), collection_check_strategy=strategy)
+        except TypeCheckError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return section(**values)

@@ -1,6 +1,7 @@
 """Parts of the training program: scenes, order, networks, losses, figures, options."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,31 @@ def test_configuration_that_is_damaged(tmp_path: Path):
         path.write_bytes(text.encode("latin-1", "replace") + (b"\xff" if text == whole else b""))
         with pytest.raises(ValueError, match=r"config.json is damaged, or of another version"):
             Config.load(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "message"),
+    [
+        ("optimization", "steps", 6.5, "steps: float is not an instance of int"),
+        ("optimization", "loss", "lovasz", "loss: str is not any of .*'ce', 'focal'"),
+        ("running", "evaluation", "crops", "evaluation: str is not any of .*'whole'"),
+        ("data", "head_tail", [0.1], r"head_tail: tuple has wrong number of elements"),
+        ("data", "label_map", [1], "label_map: tuple is not a dict"),
+        ("model", "methods", ["sar", "foo"], "methods: item 1 of tuple is not any of"),
+        ("model", "method_options", {"sar.momentum": 0.5}, "method_options: value of key"),
+    ],
+)
+def test_configuration_that_was_edited(
+    section: str, name: str, value: Any, message: str, tmp_path: Path
+):
+    """No value that the command line would refuse: an unknown loss was the cross-entropy."""
+    path = tmp_path / "config.json"
+    DIGITS.save(path)
+    saved = json.loads(path.read_text())
+    saved[section][name] = value
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=rf"config.json is damaged, .*{message}"):
+        Config.load(path)
 
 
 def test_auxiliary_head_adds_its_cross_entropy():
