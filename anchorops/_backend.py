@@ -181,12 +181,15 @@ class use_backend:
         reason = None if name == "auto" else backends()[name]
         if reason:
             raise RuntimeError(f"use_backend: {name} is not usable here: {reason}")
-        self._name = name
-        self._previous, _choice.backend = _choice.backend, name
+        self._name, self._entered = name, False
+        self._previous = [_choice.backend]  # one for each block that has been entered
+        _choice.backend = name
 
     def __enter__(self) -> "use_backend":
-        if _choice.backend != self._name:  # entered again, or after another choice
-            self._previous, _choice.backend = _choice.backend, self._name
+        if self._entered or _choice.backend != self._name:  # again, or after another choice
+            self._previous.append(_choice.backend)
+            _choice.backend = self._name
+        self._entered = True
         return self
 
     def __exit__(
@@ -195,7 +198,7 @@ class use_backend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _choice.backend = self._previous
+        _choice.backend = self._previous.pop()
 
 
 def _why_not(name: str, tensor: Tensor, num_classes: int) -> str | None:

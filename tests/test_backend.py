@@ -42,6 +42,18 @@ def test_use_backend_as_a_context():
     assert _backend.select("f", FEATURES, 6) == "cpu"
 
 
+def test_one_context_in_itself():
+    context = ao.use_backend("reference")
+    with context:
+        with context:
+            assert _backend._choice.backend == "reference"
+        assert _backend._choice.backend == "reference"
+    assert _backend._choice.backend == "auto"
+    with context, ao.use_backend("cpu"), context:
+        assert _backend._choice.backend == "reference"
+    assert _backend._choice.backend == "auto"
+
+
 def test_use_backend_for_good():
     try:
         ao.use_backend("reference")
