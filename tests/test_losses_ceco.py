@@ -129,6 +129,8 @@ def test_simplex_needs_room() -> None:
         ao.CeCo(10, 16, center_dim=8)
     with pytest.raises(ValueError, match="CeCo: features: expected images"):
         ao.CeCo(10, 16, per_image=True)(torch.randn(7, 16), torch.zeros(7, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"CeCo: features: expected at least one pixel per image"):
+        ao.CeCo(10, 16)(torch.randn(2, 16, 0, 3), torch.zeros(2, 4, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="CeCo: prior"):
         ao.CeCo(10, 16, prior=torch.ones(9))
     for wrong in (torch.zeros(10), torch.linspace(-1, 1, 10)):

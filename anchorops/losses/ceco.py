@@ -99,6 +99,9 @@ class CeCo(Regularizer):
         if self.per_image and features.dim() == 2:
             expected = "images (B, D, ...) for per_image; pad point clouds with ignored labels"
             fail("CeCo", "features", expected, f"points {tuple(features.shape)}")
+        if 0 in features.shape[2:]:  # torch's convolution would say that its kernel is too large
+            shape = tuple(features.shape)
+            fail("CeCo", "features", "at least one pixel per image", f"shape {shape}")
         reduced = self._reduce_channels(features)
         if features.dim() == 4 and self.resolution == "label":
             return Plan(None, lambda _: self._losses_of_centers(self._splat(reduced, labels)))
