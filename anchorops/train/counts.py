@@ -86,14 +86,17 @@ def _kept_counts(dataset: MaskFolder, cache: Path) -> Counts:
             counts = _sum(masks)
         finally:
             threads.shutdown(cancel_futures=True)  # if one fails, all end
-        cache.mkdir(parents=True, exist_ok=True)
         found = {
             name: value.tolist() if isinstance(value, Tensor) else value
             for name, value in counts._asdict().items()
         }
         temporary = path.with_suffix(f".{os.getpid()}")  # other runs may be counting too
-        temporary.write_text(json.dumps(found))
-        temporary.replace(path)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(found))
+            temporary.replace(path)
+        except OSError as error:  # that of a full disk names no file
+            raise OSError(f"{path} could not be written: {error}") from error
     try:
         kept = Counts(**json.loads(path.read_text()))
         return kept._replace(
@@ -115,8 +118,8 @@ def check_classes(classes: Sequence[str], training: Tensor, validation: Tensor) 
     if len(absent) > len(classes) - 2:
         present = [name for name in classes if name not in absent]
         raise ValueError(
-            f"the training masks have pixels of only {len(present)} class {present}; 255 is "
-            "ignored unless --label-map makes it a class"
+            f"the training masks have pixels of {', '.join(present) or 'no class'} only: expected "
+            "two classes or more; 255 is ignored unless --label-map makes it a class"
         )
     return absent
 

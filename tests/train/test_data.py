@@ -24,10 +24,19 @@ def test_counts_are_made_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyP
         class_counts(open_folder(folder, "train", label_map={1: 255}), cache)
 
 
+def test_counts_that_cannot_be_kept(folder: Path):
+    (folder / "cache").touch()
+    with pytest.raises(OSError, match=r"cache/\w+.json could not be written: "):
+        class_counts(open_folder(folder, "train"), folder / "cache")
+
+
 def test_foreground_that_is_ignored():
     classes, some, none = ["ground", "thing"], torch.tensor([5, 0]), torch.tensor([0, 0])
-    with pytest.raises(ValueError, match=r"only 1 class \['ground'\]; 255 is ignored unless"):
-        check_classes(classes, some, some)
+    for training, present in ((some, "ground"), (none, "no class")):
+        with pytest.raises(
+            ValueError, match=f"pixels of {present} only: .*; 255 is ignored unless"
+        ):
+            check_classes(classes, training, some)
     with pytest.raises(ValueError, match="validation split has no valid pixel"):
         check_classes(classes, some + 1, none)
     assert check_classes([*classes, "rare"], torch.tensor([5, 1, 0]), some) == ["rare"]
