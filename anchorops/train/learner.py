@@ -72,11 +72,10 @@ def build_regularizer(
                 f"--method-options {option}: expected METHOD.ARGUMENT with a METHOD among "
                 f"--methods {' '.join(methods)}"
             )
-        known = inspect.signature(getattr(ao, CLASSES[method])).parameters
+        # without num_classes and dim, which are those of the data and of the network
+        known = list(inspect.signature(getattr(ao, CLASSES[method])).parameters)[2:]
         if argument not in known:
-            raise ValueError(
-                f"--method-options {option}: {method} has {', '.join(list(known)[2:])}"
-            )
+            raise ValueError(f"--method-options {option}: {method} has {', '.join(known)}")
         if text.startswith("@"):
             arguments[method][argument] = _vectors(option, Path(text[1:]), num_classes, dim)
             continue
