@@ -279,7 +279,8 @@ def _collapse(metrics: list[dict[str, Any]]) -> Figure:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.lines:  # none where no measure is defined: a class alone
+            axis.legend(fontsize=8)
     return figure
 
 
