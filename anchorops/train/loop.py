@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import latest_checkpoint, save_atomically
 from .collapse import collapse_measures
 from .config import Config
-from .data import BatchSampler, Draws, mixed_seed, training_loader
+from .data import BatchSampler, Draws, build_datasets, mixed_seed, training_loader
 from .directory import CONFIG, held, new_run
 from .finish import finish
 from .gradients import gradient_ratios
@@ -39,6 +39,8 @@ def start(config: Config) -> dict[str, Any]:
     config = config.anywhere()
     ranks = start_ranks(config.running.device)
     try:
+        if config.running.overwrite and ranks.first:
+            build_datasets(config.data, config.running.seed)  # a wrong --root deletes nothing
         with new_run(config) if ranks.first else nullcontext():
             return _Run(config, ranks).train()
     finally:

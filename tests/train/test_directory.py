@@ -8,7 +8,7 @@ import pytest
 from anchorops.train import checkpoint, commands, directory, loop
 from anchorops.train.commands import main
 from anchorops.train.config import Config
-from anchorops.train.presets import DIGITS
+from anchorops.train.presets import DIGITS, FOLDER
 
 
 def begin(run: Path, **options) -> None:
@@ -89,6 +89,17 @@ def test_overwriting_deletes_only_what_a_run_wrote(
     said = capsys.readouterr().err
     assert f"deleted the earlier run in {run} (best.pt, checkpoint-00000400.pt, config.json" in said
     assert "left alone: checkpoint-best.pt, config.json~, notes.txt" in said
+
+
+def test_wrong_root_deletes_no_earlier_run(tmp_path: Path):
+    run = tmp_path / "run"
+    begin(run)
+    checkpoint.save_checkpoint(run, 400, {})
+    before = contents(run)
+    config = FOLDER.replace(out=tmp_path, name="run", overwrite=True, device="cpu")
+    with pytest.raises(ValueError, match=r"typo does not exist \(--root is the directory"):
+        loop.start(config.replace(root=tmp_path / "typo"))
+    assert contents(run) == before
 
 
 def test_run_of_an_earlier_version(tmp_path: Path):
