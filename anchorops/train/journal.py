@@ -108,7 +108,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text().splitlines(keepends=True)
         metrics = [json.loads(line) for line in lines if line.endswith("\n")]
-        if not all(isinstance(line, dict) and "step" in line for line in metrics):
+        if not all(isinstance(line, dict) and type(line.get("step")) is int for line in metrics):
             raise ValueError("a line without a step")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error})") from None

@@ -60,7 +60,8 @@ class State:
             self.optimizer.load_state_dict(state["optimizer"])
             self.lr.load_state_dict(state["schedule"])
             self.averages.restore(state["averages"])
-            self.progress = Progress(**{name: state[name] for name in asdict(Progress())})
+            types = {name: type(value) for name, value in asdict(Progress()).items()}
+            self.progress = Progress(**{name: kind(state[name]) for name, kind in types.items()})
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(

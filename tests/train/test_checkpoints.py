@@ -74,6 +74,10 @@ def test_flipped_bit_in_a_checkpoint(tmp_path: Path):
             lambda state: {"step": 6},
             r"checkpoint .*6.pt does not fit this run: .*KeyError: 'model'",
         ),
+        (
+            lambda state: state | {"evaluated": None},
+            r"checkpoint .*6.pt does not fit this run: .*TypeError: int\(\) argument",
+        ),
     ],
 )
 def test_checkpoint_of_something_else(change, message: str, straight: Path, tmp_path: Path):
@@ -84,7 +88,7 @@ def test_checkpoint_of_something_else(change, message: str, straight: Path, tmp_
         main(["resume", str(tmp_path / "run")])
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"loss": 1}\n'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"loss": 1}\n', '{"step": "1"}\n'])
 def test_damaged_files_are_named(text: str, straight: Path, tmp_path: Path):
     shutil.copytree(straight, tmp_path / "run")
     (tmp_path / "run/metrics.jsonl").write_text(text + "\n")
