@@ -13,6 +13,7 @@ from .learner import Learner, build_loss, build_regularizer, class_weights
 from .models import Segmenter, build_model
 from .ranks import Ranks
 from .settings import setting_options
+from .state import Found
 from .vectors import with_copies
 
 
@@ -22,6 +23,8 @@ class Parts:
     ranks: Ranks
     training_set: Segmentation
     validation_set: Segmentation
+    found: Found
+    """What a checkpoint must have been written with."""
     frequencies: Tensor
     """float64 [K], each class's share of the training pixels."""
     prior: Tensor
@@ -81,7 +84,8 @@ def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool) -> Parts
         from_checkpoint=from_checkpoint,
     ).to(ranks.device)
     learner.to(memory_format=layout)  # pyright: ignore
-    return Parts(config, ranks, *splits, frequencies, prior, learner, layout)
+    found = Found(len(splits[0]), len(splits[1]), list(classes), training.pixels.tolist())
+    return Parts(config, ranks, *splits, found, frequencies, prior, learner, layout)
 
 
 def _say(ranks: Ranks, *lines: str) -> None:

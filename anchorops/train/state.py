@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
@@ -29,6 +30,15 @@ class Progress:
     """The same at the last log line."""
 
 
+class Found(NamedTuple):
+    """The data of a run: numbers of images, names of the classes, and their training pixels."""
+
+    training_images: int
+    validation_images: int
+    classes: list[str]
+    pixels: list[int]
+
+
 class State:
     """Everything that the next step depends on, except the configuration.
 
@@ -36,8 +46,17 @@ class State:
     and BatchSampler. The model's state includes the state of the methods.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, lr: LRScheduler, ranks: int) -> None:
-        self.model, self.optimizer, self.lr, self.ranks = model, optimizer, lr, ranks
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        lr: LRScheduler,
+        *,
+        data: Found,
+        ranks: int,
+    ) -> None:
+        self.model, self.optimizer, self.lr = model, optimizer, lr
+        self.data, self.ranks = data, ranks
         self.averages, self.progress = Averages(), Progress()
 
     def save(self, run: Path) -> None:
@@ -47,14 +66,16 @@ class State:
             "schedule": self.lr.state_dict(),
             "averages": self.averages.state(),
             "ranks": self.ranks,
+            "data": self.data._asdict(),
             **asdict(self.progress),
         }
         save_checkpoint(run, self.progress.step, state)
 
     def restore(self, path: Path) -> int:
         """Load a checkpoint; returns the number of ranks that wrote it. Raises ValueError if it
-        does not match."""
+        does not match, or was written with other data."""
         state = load_checkpoint(path)
+        self._compare_data(path, state.get("data"))  # None: of an earlier version
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -69,3 +90,15 @@ class State:
                 f"version ({shorten(reason, 300, placeholder=' …')})"
             ) from error
         return state.get("ranks", self.ranks)  # an earlier version did not store it
+
+    def _compare_data(self, path: Path, saved: dict[str, Any] | None) -> None:
+        now = self.data._asdict()
+        others = [name for name in now if saved is not None and saved.get(name) != now[name]]
+        if others:
+            name = others[0]
+            values = [shorten(str(x[name]), 80, placeholder=" …") for x in (saved, now)]
+            raise ValueError(
+                f"checkpoint {path} was written with other data ({name.replace('_', ' ')}: "
+                f"{values[0]}, now {values[1]}): the numbers would not be those of the run without "
+                f"a stop. Give --root the same data, or start a new run with --weights {path}"
+            )

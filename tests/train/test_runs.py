@@ -110,6 +110,23 @@ def test_other_ranks_need_a_flag(straight: Path, tmp_path: Path):
     assert_same_run(run, straight)
 
 
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"train_images": 32}, r"training images: 64, now 32"),
+        ({"val_images": 11}, r"validation images: 10, now 11"),
+        ({"data_seed": 1}, r"pixels: \[\d+, .*, now \[\d+, "),
+    ],
+)
+def test_other_data_is_refused(options: dict, difference: str, straight: Path, tmp_path: Path):
+    """For example by a wrong --root: the images would be drawn in another order."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    Config.load(run / "config.json").replace(**options).save(run / "config.json")
+    with pytest.raises(ValueError, match=rf"6.pt was written with other data \({difference}"):
+        loop.resume(run)
+
+
 def test_steps_made_fewer_than_done(straight: Path, tmp_path: Path):
     """In config.json, to end a run earlier: it ends where it is."""
     shutil.copytree(straight, tmp_path / "run")
