@@ -159,6 +159,43 @@ def test_a_forward_without_gradients_moves_the_state_once(name: str) -> None:
     assert_equal(step, plain)
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ZERO])
+@reentrant_or_not
+def test_an_evaluation_before_the_backward_pass(name: str, reentrant: bool) -> None:
+    """It reads another state than the forward that is recomputed."""
+    step, plain, batch = Step(name), Step(name), batches()
+    for _ in range(2):
+        images, labels = next(batch)
+        for module in (step, plain):
+            torch.manual_seed(1)
+            if module is step:
+                loss = checkpoint(step, images, labels, use_reentrant=reentrant)
+            else:
+                loss = plain(images, labels)
+            module.eval()
+            with torch.no_grad():
+                module(images, labels)
+            module.train()
+            loss.backward()  # type: ignore[union-attr]
+        assert_equal(step, plain)
+
+
+@each_method
+@reentrant_or_not
+def test_recomputation_in_evaluation(name: str, reentrant: bool) -> None:
+    """It reads the state that training has left, not the one that training has read."""
+    step, plain, batch = Step(name), Step(name), batches()
+    for mode in (True, False):
+        images, labels = next(batch)
+        for module in (step, plain):
+            torch.manual_seed(1)
+            module.train(mode)
+        checkpoint(step, images, labels, use_reentrant=reentrant).backward()  # type: ignore
+        torch.manual_seed(1)
+        plain(images, labels).backward()
+        assert_equal(step, plain)
+
+
 @each_method
 def test_compiled_and_recomputed(name: str) -> None:
     torch.compiler.reset()

@@ -161,14 +161,15 @@ class Regularizer(nn.Module):
     def _read_and_update(self, read: Tensor, state: Tensor, updated: Tensor) -> Tensor:
         """Returns `read`, what this forward needs of the state, and in training mode sets the state
         to `updated`. A recomputation updates nothing, and gets what the first pass read."""
+        if not self.training:  # repeating it reads the same state
+            return read
         if recomputing():
             return read if self._read is None else self._read
-        if not torch.compiler.is_compiling():
-            self._read = read
-        elif self.training:
+        if torch.compiler.is_compiling():
             torch.ops.anchorops.first_pass(state, type(self).__name__)
-        if self.training:
-            state.copy_(updated)
+        else:
+            self._read = read
+        state.copy_(updated)
         return read
 
     def seen(self) -> tuple[int, list[Tensor | None]]:
