@@ -2,7 +2,7 @@
 
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,10 @@ def start(config: Config) -> dict[str, Any]:
     config = config.anywhere()
     ranks = start_ranks(config.running.device)
     try:
-        if config.running.overwrite and ranks.first:
+        if config.running.overwrite:
             build_datasets(config.data, config.running.seed)  # a wrong --root deletes nothing
-        with new_run(config) if ranks.first else nullcontext():
+        with ExitStack() as stack:
+            ranks.from_first(lambda: stack.enter_context(new_run(config)))
             return _Run(config, ranks).train()
     finally:
         stop_ranks()
@@ -67,7 +68,8 @@ def resume(
         config = config.replace(root=root).anywhere()
     ranks = start_ranks(config.running.device)
     try:
-        with held(run) if ranks.first else nullcontext():
+        with ExitStack() as stack:
+            ranks.from_first(lambda: stack.enter_context(held(run)))
             return _Run(config, ranks, allow_other_ranks).train()
     finally:
         stop_ranks()

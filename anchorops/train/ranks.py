@@ -37,12 +37,22 @@ class Ranks(NamedTuple):
                 dist.broadcast(buffer, 0)
 
     def from_first(self, make: Callable[[], Result]) -> Result:
-        """The result of `make` on the first rank, returned on all ranks."""
+        """The result of `make` on the first rank, returned on all ranks. A ValueError or OSError is
+        raised on all ranks: the others would only see that a connection was closed."""
         if self.world == 1:
             return make()
-        shared = [make() if self.first else None]
+        result = error = None
+        if self.first:
+            try:
+                result = make()
+            except (ValueError, OSError) as raised:
+                error = raised
+        shared = [(result, error)]
         dist.broadcast_object_list(shared, device=torch.device("cpu"))
-        return shared[0]  # pyright: ignore[reportReturnType]
+        result, error = shared[0]
+        if error is not None:
+            raise error
+        return result  # pyright: ignore[reportReturnType]
 
 
 def start_ranks(device: str | None) -> Ranks:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from anchorops.train.config import Config
 from anchorops.train.digits import DigitScenes
 from anchorops.train.models import build_model
 from anchorops.train.parts import build_parts
-from anchorops.train.ranks import start_ranks
+from anchorops.train.ranks import Ranks, start_ranks
 
 
 def test_a_run_leaves_everything(straight: Path):
@@ -135,10 +136,30 @@ def test_steps_made_fewer_than_done(straight: Path, tmp_path: Path):
     assert loop.resume(tmp_path / "run")["steps"] == 6
 
 
+def test_error_of_the_first_rank_is_that_of_all(straight: Path, monkeypatch: pytest.MonkeyPatch):
+    """An earlier run in the directory, for example: the other ranks do not read it."""
+    sent: list[Any] = []
+
+    def broadcast(shared: list[Any], device: torch.device) -> None:
+        sent[:] = shared
+
+    def receive(shared: list[Any], device: torch.device) -> None:
+        shared[:] = sent
+
+    for rank, transfer in enumerate((broadcast, receive)):
+        monkeypatch.setattr(torch.distributed, "broadcast_object_list", transfer)
+        monkeypatch.setattr(
+            loop, "start_ranks", lambda _, rank=rank: Ranks(rank, 2, torch.device("cpu"))
+        )
+        with pytest.raises(ValueError, match="holds an earlier run: continue it with"):
+            loop.start(TINY.replace(out=straight.parent, name=straight.name))
+
+
 RANKS = """
 import os, signal, sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from anchorops.train import config, loop, signals
 
 def main(run):
