@@ -11,6 +11,7 @@ try:
     from .dependency import class_dependency
     from .loop import resume, start
     from .presets import DEMO, PRESETS, with_published_options
+    from .ranks import lost_connection
     from .signals import Interrupted
     from .torchrun import is_first
 except ModuleNotFoundError as error:
@@ -131,3 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # for an error in a worker of the data loader, the message contains the whole traceback
         _, _, message = str(error).rstrip().rpartition("\nValueError: ")
         sys.exit(f"anchorops-train: {message}")
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        sys.exit(f"anchorops-train: another rank has ended, see its message ({error})")

@@ -74,6 +74,12 @@ def start_ranks(device: str | None) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
+def lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended: NCCL's errors have a type, those
+    of gloo only a place in its sources."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def stop_ranks() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

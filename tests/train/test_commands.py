@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from anchorops.train import signals
 from anchorops.train.commands import main
@@ -16,6 +17,27 @@ def test_finished_run_is_not_overwritten(straight: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit, match="holds an earlier run: continue it with"):
         main(["--out", str(straight.parent), "--name", "straight"])
     assert (straight / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (torch.distributed.DistBackendError("NCCL: x"), SystemExit, r"another rank .*\(NCCL: x\)"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:545] y"), SystemExit, "another rank has ended"),
+        (RuntimeError("a mistake"), RuntimeError, "^a mistake$"),
+    ],
+)
+def test_rank_that_waits_for_one_that_has_ended(
+    error: Exception, raised: type, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    """One line, beside the message of the other rank; other errors keep their traceback."""
+
+    def fail(_: Config) -> dict:
+        raise error
+
+    monkeypatch.setattr("anchorops.train.commands.start", fail)
+    with pytest.raises(raised, match=message):
+        main([])
 
 
 def test_options_on_the_command_line(monkeypatch: pytest.MonkeyPatch):
