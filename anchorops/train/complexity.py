@@ -1,15 +1,18 @@
 """The network's size and speed, as papers print them."""
 
 import copy
+import statistics
+import time
 from typing import NamedTuple
 
 import torch
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..losses import Regularizer
 from .parts import Parts
 from .predict import predict
+
+REPEATS = 5
 
 
 class Complexity(NamedTuple):
@@ -42,16 +45,21 @@ def measure_complexity(parts: Parts) -> Complexity:
         sum(p.numel() for p in model.parameters()),
         size,
         counter.get_total_flops(),
-        1 / _seconds(parts, size, channels),
+        1 / statistics.median(_seconds(parts, size, channels)),
     )
 
 
-def _seconds(parts: Parts, size: tuple[int, int], channels: int) -> float:
-    """The median time of a call of `predict` for one image."""
-    image = torch.zeros(1, channels, *size, device=parts.ranks.device)
-    image = image.to(memory_format=parts.layout)
-    variables = {"predict": predict, "model": parts.model, "image": image, "size": size}
-    timer = Timer(
-        "predict(model, image, size)", globals=variables, num_threads=torch.get_num_threads()
-    )
-    return timer.blocked_autorange(min_run_time=0.5).median
+def _seconds(parts: Parts, size: tuple[int, int], channels: int) -> list[float]:
+    """Seconds of each call of `predict` for one image. A first call, not included, warms up."""
+    device = parts.ranks.device
+    image = torch.zeros(1, channels, *size, device=device).to(memory_format=parts.layout)
+    seconds = []
+    for _ in range(1 + REPEATS):
+        if image.is_cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        predict(parts.model, image, size)
+        if image.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1:]
