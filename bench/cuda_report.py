@@ -7,11 +7,12 @@ multiprocessors, 1.75 GHz):
 - warp instructions for each 512 bytes that a warp loads (stores, if nothing is loaded), on the
   shortest path of the hot loop through its accesses: 110 would take as long as the memory, or 220
   where as much is stored as loaded. Of the forward's tiles this is one whose pixels have one key;
-- KB in flight on a multiprocessor: resident threads × the bytes each has asked for; 23 suffice.
-The kernels of upsampled logits are bound by instructions: those of the hot loop for each class of a
-cell of pixels, without staging the logits.
-`--times` adds the times that time_model.py predicts along the ways that paths.py knows.
-Static shared memory is with what the GPU takes for itself, 1 KB from sm_90 on.
+- KB in flight on a multiprocessor: resident threads × the bytes that each has requested; 23 are
+  enough.
+For the kernels of upsampled logits, instructions determine the time. The report counts those of the
+hot loop for each class of a cell of pixels, without staging the logits.
+`--times` adds the times that time_model.py predicts along the paths of paths.py.
+Static shared memory includes the part that the GPU itself uses, 1 KB from sm_90 on.
 """
 
 import argparse

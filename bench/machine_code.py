@@ -1,4 +1,4 @@
-"""A GPU's machine code, as CUDA's tools print it: basic blocks, and ways between them."""
+"""A GPU's machine code, as CUDA's tools print it: basic blocks, and paths between them."""
 
 import heapq
 import re
@@ -45,8 +45,8 @@ def blocks_of(sass: str) -> list[Block]:
 
 
 def distances(blocks: list[Block], source: int) -> dict[int, int]:
-    """Instructions from the start of block `source` to the start of every other; to come back to
-    itself takes a loop."""
+    """The smallest number of instructions from the start of block `source` to the start of every
+    block. For `source` itself, this is the shortest loop."""
     found: dict[int, int] = {}
     heap = [(len(blocks[source].instructions), n) for n in blocks[source].next]
     while heap:

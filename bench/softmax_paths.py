@@ -1,9 +1,10 @@
-"""The ways of the kernels of softmax moments through their machine code, and the times that follow:
-the cross-entropy forward and backward, at half precision, labels of images.
+"""The paths of the kernels of softmax moments through their machine code, and the times that
+follow: for the cross-entropy, forward and backward, in half precision, with labels of images.
 
-Like paths.py, with one simplification: a kernel takes what its warps take by time_model.py, or what
-its bytes take from memory, whichever is longer. Loads of logits wait for memory, other loads of the
-kernels that go through the classes for the second-level cache.
+This is like paths.py, with one simplification. The time of a kernel is the larger one of two: the
+time of its warps by time_model.py, and the time to move its bytes. Loads of logits have the latency
+of memory. Other loads of the kernels that loop over the classes have that of the second-level
+cache.
 """
 
 import math
@@ -71,8 +72,9 @@ def seconds(kernel: Kernel) -> float:
 
 
 def wave(path: Path, warps: int, blocks: int) -> float:
-    """Cycles of so many blocks of a multiprocessor, each of which begins a little after the one
-    before, as it does where others have ended before it: else all would wait at the same places."""
+    """Cycles until this number of blocks has finished on one multiprocessor. Each block begins a
+    little later than the one before, as on a GPU, where it begins when another block has ended.
+    Otherwise all blocks would wait at the same places."""
     if not blocks:
         return 0
     apart = sum(x.stall for x in path) // 16 // blocks
@@ -82,8 +84,8 @@ def wave(path: Path, warps: int, blocks: int) -> float:
 
 
 def waiting(path: Path, others: int = L2, lines: int = 1, logits: int = MEMORY) -> Path:
-    """With the latencies of loads. lines: of 128 bytes, that each load of a warp takes of others
-    than logits."""
+    """The path with the latencies of its loads. lines: how many lines of 128 bytes each load of a
+    warp reads, except loads of logits."""
     return [
         x._replace(latency=logits)
         if LOGITS.match(x.opcode)
@@ -111,7 +113,7 @@ def labels_of_tile(shape: Shape, height: int, width: int) -> float:
 
 
 class Code:
-    """Blocks of a kernel, found by what they hold."""
+    """Blocks of a kernel, found by the instructions that they contain."""
 
     def __init__(self, sass: str):
         self.blocks = blocks_of(sass)
@@ -132,8 +134,8 @@ def loads_bfloat16(block: Block, count: int) -> bool:
 
 
 class Sweep:
-    """What a warp of a block of cells does for some classes: it stages their logits, nine rows of
-    33 positions in three rounds, with the last column apart, then takes the loop over classes."""
+    """The path of a warp for some classes: it stages their logits, nine rows of 33 positions in
+    three rounds and the last column separately, and then runs the loop over the classes."""
 
     def __init__(self, code: Code, classes: int, loop: list[int]):
         self.code, self.loop, self.classes = code, loop, classes
@@ -149,15 +151,15 @@ class Sweep:
         return self.code.walk([0], self.load)
 
     def staged(self, first: bool, *before: list[int]) -> Path:
-        """From the first load to the loop, past the blocks `before`; all classes but the first
-        ones have been prefetched."""
+        """From the first load to the loop, through the blocks `before`. All classes except the
+        first ones have been prefetched."""
         stores = [[i] for i in self.store]
         rows = self.code.walk(self.load, *stores, self.load)
         path = rows * 2 + self.code.walk(self.load, *stores, self.edge, *before, self.loop)
         return waiting(path, lines=4, logits=MEMORY if first else L2)
 
     def looped(self, count: int) -> Path:
-        """The loop but for its last round."""
+        """The loop without its last iteration."""
         rounds = math.ceil(count / self.classes_of_loop)
         return self.code.walk(self.loop, self.loop) * (rounds - 1)
 
@@ -178,7 +180,8 @@ def lse_path(code: Code, num_classes: int) -> Path:
 
 
 def dlogits_path(code: Code, num_classes: int, labels: int) -> Path:
-    """labels: of a warp's pixels; each is dealt with in one of the first groups of classes."""
+    """labels: the number of different labels of a warp's pixels. Each is processed in one of the
+    first groups of classes."""
     loop = code.those(
         lambda b: b.count(r"MUFU\.EX2") == 4 and b.count("LDS") == 4 and b.count("SHFL") == 2
     )[:1]
@@ -223,7 +226,7 @@ def keys_path(code: Code) -> Path:
 
 
 def losses_path(code: Code, rounds: int, labels: int) -> Path:
-    """In each round 4 × 32 pixels, of which so many labels are summed."""
+    """Each iteration processes 4 × 32 pixels and sums this number of labels."""
     head = code.those(lambda b: b.count(r"LDG\.E$") == 8)[:1]
     logit = code.those(lambda b: loads_bfloat16(b, 4))
     summed = code.those(lambda b: b.count(r"SHFL\.BFLY") == 5 and b.count(r"SHFL\.IDX") == 1)
@@ -376,8 +379,8 @@ def triton_kernels(forward: Program, backward: Program, shape: Shape) -> list[tu
 def print_times(
     title: str, kernels_of: Callable[[Shape], list[tuple[str, Kernel]]], others: int
 ) -> list[str]:
-    """A table of microseconds. others: launches beside the kernels, of next to no work. Returns
-    what is above the limit."""
+    """Prints a table of microseconds. others: launches with almost no work, in addition to the
+    kernels. Returns a message for a total above the limit."""
     columns = {name: kernels_of(shape) for name, shape in SHAPES.items()}
     times = [[seconds(kernel) for _, kernel in kernels] for kernels in columns.values()]
     names = [name for name, _ in next(iter(columns.values()))]

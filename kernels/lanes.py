@@ -1,5 +1,5 @@
-"""What a lane of upsampled logits (upsampling.py) reads for each of its pixels: tuples of tensors
-[lanes], in which pixel (i, j) of SLOTS_Y × SLOTS_X is number i · SLOTS_X + j."""
+"""Functions that read labels and maps for the pixels of a lane (upsampling.py). They return tuples
+of tensors [lanes]; pixel (i, j) of SLOTS_Y × SLOTS_X is element i · SLOTS_X + j."""
 
 import triton
 import triton.language as tl

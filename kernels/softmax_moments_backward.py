@@ -4,9 +4,10 @@
     d = dlosses[y] + dpixel_losses,   t = Σ_j p_j·u_j,   0 where ignored
 
 A lane (upsampling.py) computes dz of its pixels, one class after the other, and sums it with the
-weights of the cell's four logits. A program has a tile of cells, and one more above and to the left
-of it; a logit's gradient is gathered from its four cells. Of cells with more than MOST_PARTS parts
-along an axis a program has one block of parts, and the gradients of the blocks are summed.
+weights of the cell's four logits. A program processes a tile of cells, and one more row above it
+and column at its left, so that it can gather a logit's gradient from its four cells. If cells have
+more than MOST_PARTS parts along an axis, a program processes one block of parts; then the gradients
+of the blocks are summed.
 """
 
 from math import prod
@@ -320,9 +321,9 @@ def softmax_moments_backward(
 ) -> Tensor:
     """See ops/softmax_moments.py.
 
-    Beside the gradient it takes copies of logits and gradient where classes are contiguous, and of
-    cells with more than MOST_PARTS parts along an axis a gradient float32 for each block of parts:
-    4·K bytes for each of 32 × 32 pixels, or 16 × 16.
+    In addition to the gradient it needs memory for copies of logits and gradient, if classes are
+    contiguous. If cells have more than MOST_PARTS parts along an axis, it needs a float32 gradient
+    for each block of parts: 4·K bytes for every 32 × 32 pixels, or 16 × 16.
     """
     dlogits = torch.empty_like(logits)
     if labels.numel() == 0:

@@ -21,8 +21,8 @@ from torch import Tensor
 from .launch import INTERPRETED
 
 MAX_SLOTS = 1 if INTERPRETED else 4  # along an axis: 16 pixels for each lane
-# Arguments that change with the images' size: not compiled anew where one becomes 1 or a multiple
-# of 16.
+# Arguments that change with the images' size. Triton does not compile again if one becomes 1 or a
+# multiple of 16.
 SIZES = ("height", "width", "label_height", "label_width")
 
 
@@ -65,7 +65,7 @@ def axis_of(source: int, size: int, align_corners: bool) -> Axis:
 
 
 class Upsampling(NamedTuple):
-    """Of both axes, and how a kernel is told of it."""
+    """The upsampling along both axes, and the arguments of a kernel that describe it."""
 
     y: Axis
     x: Axis
@@ -88,8 +88,8 @@ class Upsampling(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int | bool]:
-        """What is known when a kernel is compiled. Fusion is switched off because coordinates are
-        rounded as F.interpolate's."""
+        """The constants of a compiled kernel. Fusing products and sums is switched off, because
+        coordinates are rounded as in F.interpolate."""
         y, x = self.y, self.x
         return {
             "ALIGN_CORNERS": self.align_corners,
@@ -116,14 +116,15 @@ def upsampling_of(logits: Tensor, height: int, width: int, align_corners: bool) 
 
 
 def classes_contiguous(logits: Tensor) -> bool:
-    """Of (B, K, h, w): in channels last, and points (N, K)."""
+    """Whether the classes of (B, K, h, w) are contiguous: channels last, and points (N, K)."""
     return logits.stride(1) < logits.stride(3)
 
 
 def class_planes(logits: Tensor) -> Tensor:
-    """Logits whose classes are apart: a copy where they are contiguous. A lane goes through the
-    classes of its position, so that of contiguous ones each load of a warp would take 2 or 4 bytes
-    from each of 32 lines of the cache: longer than the copy, which reads and writes them once."""
+    """Logits whose classes are not contiguous: a copy, if necessary. A lane reads the classes of
+    its position one after the other. If classes are contiguous, each load of a warp would read 2 or
+    4 bytes from each of 32 cache lines. This takes longer than the copy, which reads and writes the
+    logits once."""
     return logits.contiguous() if classes_contiguous(logits) else logits
 
 
@@ -154,8 +155,8 @@ def pixels_of_part(
     cell, part, source, size, ratio, inverse, FIRST: tl.constexpr, SLOTS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    """Along an axis: the first pixel of a part, and the end of the pixels of its cell. A cell that
-    does not exist has no pixels."""
+    """The first pixel of a part along an axis, and the end of its cell's pixels. A cell that does
+    not exist has no pixels."""
     if SAME:
         start, stop = cell, tl.minimum(cell + 1, size)
     else:

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
                    const float* lse,              // [K·G]
                    const float* positive_logits,  // [K·G]
                    const float* scale,            // one
-                   float* dlogits,  // [K·G, width], without the own key's if positives were
+                   float* dlogits,  // [K·G, width], without that of the own key if positives were
                                     // given; zeros from column K on
                    float* dpositive_logits,  // [K·G], written if positives were given
                    int width, float inverse_temperature) {

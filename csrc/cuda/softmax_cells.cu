@@ -3,8 +3,9 @@
 // Reads the logits once, with the neighbours to the right and below from the caches; writes 8
 // bytes a position. One launch.
 //
-// Predicted at B16 K150 128×128 bf16 (bench/softmax_paths.py): some 53 µs, of instructions: 79 MB
-// are 18 µs of an H200's memory, but each logit of a lane takes 21, most of them at half rate.
+// Predicted at B16 K150 128×128 bf16 (bench/softmax_paths.py): about 53 µs. The instructions
+// determine the time: an H200 reads 79 MB in 18 µs, but each logit of a lane needs 21 instructions,
+// most of them at half rate.
 #include "softmax_cells.cuh"
 
 namespace anchorops::cuda {
@@ -32,8 +33,8 @@ struct Extremes {
 };
 
 // LANES threads for each position: 32 if its classes are contiguous in memory.
-// Blocks of one multiprocessor, at least. With eight, a thread has 32 registers; on other GPUs than
-// sm_90 it then spills.
+// The smallest number of blocks on a multiprocessor. With eight, a thread has 32 registers; then it
+// spills on GPUs other than sm_90.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr int SHIFT_BLOCKS = 8;
 #else

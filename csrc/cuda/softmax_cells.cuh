@@ -33,9 +33,9 @@ struct Cells {
   Logits logits;
   Axis rows, columns;
   const Shift* shifts;  // [B, h, w]
-  int pitch;            // columns of cells of an image, of all images side by side: w + 2 or more
-  int first_row, row_count;  // of cells that contain pixels
-  int parts_y, parts_x;      // of a cell along each axis, of TILE pixels
+  int pitch;            // columns of cells of one image, w + 2 or more; images are side by side
+  int first_row, row_count;  // rows of cells that contain pixels
+  int parts_y, parts_x;      // parts of TILE pixels of a cell, along each axis
   bool geometric;            // otherwise pixels are computed one by one
 
   Cells(const Logits& logits, const Axis& rows, const Axis& columns)
@@ -81,7 +81,8 @@ struct Cells {
   }
 };
 
-// CLASSES classes at the positions around a block's cells; SHIFTED, or unchanged.
+// The logits of CLASSES classes at the positions around a block's cells, in shared memory; with the
+// shift subtracted if SHIFTED.
 template <int CLASSES, bool SHIFTED = true>
 struct Stage {
   static constexpr int ROW = CLASSES * COLUMNS;
@@ -91,11 +92,11 @@ struct Stage {
 
   const Cells& cells;
   int positions, first_row;
-  int64_t* offsets;  // [rows, COLUMNS] of logits
+  int64_t* offsets;  // [rows, COLUMNS], in the logits
   float* shifts;     // [rows, COLUMNS]
   float* tile;       // [rows, CLASSES, COLUMNS]
 
-  // Positions from cell `first_row` and from `first_column` of all images side by side.
+  // The positions begin at cell (first_row, first_column), where all images are side by side.
   __device__ Stage(const Cells& cells, int first_row, int64_t first_column)
       : cells(cells),
         positions((static_cast<int>(blockDim.x) / 32 + 1) * COLUMNS),
@@ -114,21 +115,22 @@ struct Stage {
     __syncthreads();
   }
 
-  // Of a block's cells.
+  // The stage for the block's cells.
   __device__ explicit Stage(const Cells& cells)
       : Stage(cells, cells.block_row(), cells.block_column()) {}
 
-  // The shared memory after it.
+  // The end of the stage in shared memory.
   __device__ float* end() const { return shifts + positions; }
 
-  // Always finite: -inf (p = 0) and NaN (whose pixels do not use it) become NO_LOGIT.
+  // The shifted logit, which is always finite: -inf (p = 0) and NaN (no pixel uses it here) become
+  // NO_LOGIT.
   __device__ __forceinline__ float staged(float x, int position) const {
     if constexpr (!SHIFTED) return x;
     return fmaxf(fmaf(x, LOG2E, shifts[position]), NO_LOGIT);
   }
 
-  // Calls function(first_class, count) for CLASSES classes after the others; staged, unless they
-  // are shifted, for there are no shifts where nothing is geometric.
+  // Calls function(first_class, count) for CLASSES classes at a time, after staging them. Without
+  // geometric sequences there are no shifts, so then shifted logits are not staged.
   template <class Function>
   __device__ __forceinline__ void for_classes(Function function) {
     const int num_classes = cells.logits.num_classes;
@@ -142,8 +144,9 @@ struct Stage {
     }
   }
 
-  // The first position of each row, of CLASSES classes of which `end` is the last: a row of the
-  // stage is a line or two of memory. Not of channels last, whose lines hold several classes.
+  // Prefetches the first position of each row, for CLASSES classes before `end`: a row of the stage
+  // is one line of memory, or two. In channels last, a line contains several classes, and nothing
+  // is prefetched.
   __device__ void prefetch_classes(int first_class, int end) const {
     if (cells.logits.stride_k < cells.logits.stride_w) return;
     const int itemsize = cells.logits.element == Element::FLOAT ? 4 : 2;
@@ -155,7 +158,7 @@ struct Stage {
     }
   }
 
-  // Classes first_class to first_class + count.
+  // Stages the classes from first_class to first_class + count - 1.
   __device__ void load(int first_class, int count) {
     for_element(cells.logits.element, [&](auto element) {
       using T = decltype(element);

@@ -1,5 +1,5 @@
-// What the gradient of softmax moments is made of, and the two terms of each pixel that do not
-// depend on the class: found by softmax_slopes.cu, for softmax_moments_backward.cu.
+// The gradients of the statistics of softmax moments, and the two terms of each pixel that do not
+// depend on the class. softmax_slopes.cu computes these for softmax_moments_backward.cu.
 #pragma once
 
 #include "softmax_cells.cuh"
@@ -16,7 +16,7 @@ struct PixelGradient {
   }
 };
 
-// Gradients of the statistics; by class [K], or [B, K] as keys are image·K + class. Null: absent.
+// Gradients of the statistics; by class [K], or [B, K] if keys are image·K + class. Null: absent.
 struct Gradients {
   const float *dlosses, *doverlaps, *dmasses, *dsquares;
   PixelGradient dpixel_losses, dlse;
@@ -25,7 +25,7 @@ struct Gradients {
   __device__ static float at(const float* table, int64_t key) { return table ? table[key] : 0; }
 };
 
-// Of each pixel: dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) - [y = k]·own.
+// The terms of each pixel: dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) - [y = k]·own.
 struct PixelMaps {
   const int32_t* keys;  // [B, H, W]
   const float* lse;     // [B, H, W]
@@ -33,7 +33,7 @@ struct PixelMaps {
   const float* own;     // the same; may be the slopes
 };
 
-// Writes the two maps: slopes, and own unless that is the same map.
+// Writes the map of slopes, and the map `own` if it is not the same map.
 void write_slopes(const Cells& cells, const Gradients& gradients, const int32_t* keys,
                   const float* lse, float* slopes, float* own, Stream stream);
 

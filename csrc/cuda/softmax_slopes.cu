@@ -3,9 +3,9 @@
 // own = dlosses[y] + dpixel_losses - p_y·doverlaps[y]
 // slope = own + dlse - Σ_j p_j·(dmasses[j] + 2·p_j·dsquares[j])
 //
-// With dmasses or dsquares a pass over the logits finds the sum: 115 registers, 100 warp
-// instructions for each class of a cell of 4×4 pixels. Then a launch over pixels: labels, lse and
-// what is given by pixel are read once.
+// With dmasses or dsquares a pass over the logits computes the sum: 115 registers, 100 warp
+// instructions for each class of a cell of 4×4 pixels. Then there is a launch over the pixels,
+// which reads labels, lse and the gradients of maps once.
 #include "softmax_gradients.cuh"
 
 namespace anchorops::cuda {
@@ -69,13 +69,13 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
 
 constexpr int THREADS = 256;
 
-// What dz of a pixel consists of, beside p: maps [B, H, W], 0 where ignored.
+// The slope and the own term of each pixel: maps [B, H, W], 0 where ignored.
 __global__ void __launch_bounds__(THREADS)
     pixel_slopes_kernel(Logits logits, Axis rows, Axis columns, Gradients gradients,
                         const int32_t* keys,  // [B, H, W]
                         const float* lse,     // [B, H, W]
-                        float* slopes,        // what was found above -> slope
-                        float* own) {         // null where it is the slope
+                        float* slopes,        // on entry the sum that is computed above
+                        float* own) {         // null if it equals the slope
   const int64_t pixel = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   const int64_t per_image = int64_t{rows.pixels} * columns.pixels;
   if (pixel >= logits.batch * per_image) return;

@@ -1,10 +1,11 @@
 // Tensors for the CUDA kernels: pixels by strides, the device's stream, new outputs.
 //
-// Words of the kernels here. Key: the class of a pixel, with its image and its group; −1 where it
-// is ignored. Run: neighbouring pixels of one key. Tile: what a warp copies to shared memory at
-// once; stage: where it lies there; ring: the stages in turn. Segment: 16 bytes of a tile. Group:
-// 32 pixels of a tile, one for each lane. Chunk: the tiles of one warp. Partial: what a chunk adds
-// up to, for a second kernel to add. Plan: how work is divided, of shapes alone.
+// Terms of the kernels here. Key: the class of a pixel, with its image and its group; −1 if the
+// pixel is ignored. Run: consecutive pixels with the same key. Tile: the pixels and channels that a
+// warp copies to shared memory at once. Stage: the shared memory of one tile. Ring: the stages,
+// which are used in turn. Segment: 16 bytes of a tile. Group: 32 pixels of a tile, one for each
+// lane. Chunk: the tiles of one warp. Partial: the sums of one chunk; a second kernel adds the
+// partials. Plan: how the work is divided; it depends only on shapes.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
