@@ -131,13 +131,14 @@ def test_learning_rates(example: dict[str, Any]):
 def test_mixed_images_are_attracted_by_both_anchors(example: dict[str, Any]):
     """By each in the share of its image; here every anchor is recognised, so the gate is open."""
     torch.manual_seed(0)
-    model, rows = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)), torch.eye(3, 4)
-    sar = ao.attach(model, ao.SAR(3, 4, layers=2, anchors=10 * rows))
+    classifier = nn.Linear(4, 3)
+    model = nn.Sequential(nn.Linear(6, 4), classifier)
+    sar = ao.attach(model, ao.SAR(3, 4, layers=2, anchors=10 * torch.eye(3, 4)))
     images, labels = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
     method = sar.regularizer
     assert isinstance(method, ao.SAR)
     method.embedding = nn.Sequential()
-    model[1].weight.data.copy_(rows)
+    nn.init.eye_(classifier.weight)
     method.semantic_anchors.normal_()
     seen: dict[str, Any] = {}
     torch.manual_seed(1)
@@ -147,7 +148,7 @@ def test_mixed_images_are_attracted_by_both_anchors(example: dict[str, Any]):
     torch.manual_seed(1)
     loss = example["loss_of_batch"](model, sar, images, labels, 0.5)
     features, others = seen["features"], labels[order]
-    logits = model[1](features)
+    logits = classifier(features)
     ce = nn.functional.cross_entropy
     expected = share * ce(logits, labels) + (1 - share) * ce(logits, others) + sar.terms["aux"]
     for part, y in ((share, labels), (1 - share, others)):
