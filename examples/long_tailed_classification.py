@@ -315,7 +315,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    torch.use_deterministic_algorithms(options.deterministic)
+    torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
     task = digit_task(options.imbalance) if options.setting == "digits" else image_task(options)
     print(f"{len(task.counts)} classes with {max(task.counts)} to {min(task.counts)} images")
     if options.out:
