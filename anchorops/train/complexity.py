@@ -2,17 +2,17 @@
 
 import copy
 import statistics
-import time
 from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..losses import Regularizer
+from ..measure import duration
 from .parts import Parts
 from .predict import predict
 
-REPEATS = 5
+REPEATS = 9
 
 
 class Complexity(NamedTuple):
@@ -45,21 +45,20 @@ def measure_complexity(parts: Parts) -> Complexity:
         sum(p.numel() for p in model.parameters()),
         size,
         counter.get_total_flops(),
-        1 / statistics.median(_seconds(parts, size, channels)),
+        1 / _seconds(parts, size, channels),
     )
 
 
-def _seconds(parts: Parts, size: tuple[int, int], channels: int) -> list[float]:
-    """Seconds of each call of `predict` for one image. A first call, not included, warms up."""
-    device = parts.ranks.device
-    image = torch.zeros(1, channels, *size, device=device).to(memory_format=parts.layout)
-    seconds = []
-    for _ in range(1 + REPEATS):
-        if image.is_cuda:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
+def _seconds(parts: Parts, size: tuple[int, int], channels: int) -> float:
+    """The median time of a call of `predict` for one image. (torch.utils.benchmark imports what
+    builds C++ extensions, which warns at every start if there is nvcc but no GPU.)"""
+    image = torch.zeros(1, channels, *size, device=parts.ranks.device)
+    image = image.to(memory_format=parts.layout)
+
+    def run() -> None:
         predict(parts.model, image, size)
         if image.is_cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return seconds[1:]
+
+    run()
+    return statistics.median(duration(run) for _ in range(REPEATS))

@@ -246,6 +246,7 @@ def _curves(metrics: list[dict[str, Any]]) -> Figure:
             axis.plot(*zip(*line, strict=True), label=label, linewidth=1.2, marker=marker)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
+        axis.locator_params(axis="x", integer=True)
         if title == ratios:  # from 0.01 to 10 and more; 0 before SAR's gate opens
             axis.set_yscale("symlog", linthresh=0.01)
             axis.yaxis.set_major_formatter("{x:g}")
@@ -278,6 +279,7 @@ def _collapse(metrics: list[dict[str, Any]]) -> Figure:
             axis.set_ylim(bottom=0)  # which collapse reaches
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
+        axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
         if axis.lines:  # none where no measure is defined: a class alone
             axis.legend(fontsize=8)

@@ -162,6 +162,8 @@ from pathlib import Path
 from typing import Any
 from anchorops.train import config, loop, signals
 
+assert "torch.utils.cpp_extension" not in sys.modules  # it warns where nvcc is and no GPU
+
 def main(run):
     loop.resume(run / "straight")
     os.environ["MASTER_PORT"] = sys.argv[2]  # groups after the first need a store of their own
