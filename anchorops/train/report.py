@@ -125,7 +125,6 @@ def _of_features(
     features: Features, classifier: Tensor, classes: list[dict[str, Any]]
 ) -> dict[str, Callable[[], str]]:
     names = [c["name"] for c in classes]
-    shown = names if len(names) <= MOST_NAMES else None
     sections = {"Cosines between classes": lambda: _cosine_maps(features, classifier, names)}
     present = [k for k in features.example[2].unique().tolist() if 0 <= k < len(classes)]
     if present:
@@ -134,13 +133,7 @@ def _of_features(
         sections[title] = lambda: _similarity(features, rarest)
     sections["Features"] = lambda: (
         "<p>Pixels of the validation images, if possible equally many of each class, and the "
-        "classes' "
-        "centroids (stars).</p>"
-        + _png(
-            features_with_anchors(
-                *features.samples, features.centroids, names=shown, ignore_index=IGNORED
-            )
-        )
+        "classes' centroids (stars).</p>" + _png(_samples(features, names))
     )
     return sections
 
@@ -251,7 +244,8 @@ def _curves(metrics: list[dict[str, Any]]) -> Figure:
             axis.set_yscale("symlog", linthresh=0.01)
             axis.yaxis.set_major_formatter("{x:g}")
             axis.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
-        axis.set_ylim(bottom=0)
+        highest = axis.dataLim.y1
+        axis.set_ylim(0, 1.05 * highest if highest > 0 else 1)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, ncols=COLUMNS, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return figure
@@ -291,6 +285,21 @@ def _iou_by_frequency(classes: list[dict[str, Any]]) -> Figure:
     iou, share = (torch.tensor([c[name] for c in known]) for name in ("iou", "frequency"))
     names = [c["name"] for c in known] if len(known) <= MOST_NAMES else None
     return iou_against_frequency(iou, share, names)
+
+
+def _samples(features: Features, names: list[str]) -> Figure:
+    """Pixels and centroids in two dimensions; the centroid of a class without pixels is zero, and
+    is not drawn."""
+    present = features.counts > 0
+    pixels, labels = features.samples
+    shown = [name for name, there in zip(names, present.tolist(), strict=True) if there]
+    return features_with_anchors(
+        pixels,
+        (present.cumsum(0) - 1)[labels],
+        features.centroids[present],
+        names=shown if len(shown) <= MOST_NAMES else None,
+        ignore_index=IGNORED,
+    )
 
 
 def _similarity(features: Features, k: int) -> str:

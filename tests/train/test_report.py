@@ -4,10 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from anchorops.train.report import PANELS, _curves
+from anchorops.train.analysis import Features
+from anchorops.train.report import PANELS, _curves, _samples
 
 
 @pytest.fixture
@@ -44,10 +46,25 @@ def heights(axis: Axes) -> list[list[float]]:
 def test_scales_of_curves(metrics: list[dict[str, Any]]):
     """Shares are in %. Ratios from 0 and 0.1 to 3 are all visible, and 1 is marked."""
     _, percent, ratios, _ = _curves(metrics).axes
-    assert heights(percent) == [[75] * 3, [50] * 3]
+    assert heights(percent) == [[75] * 3, [50] * 3] and percent.get_ylim()[1] > 78
     assert ratios.get_yscale() == "symlog" and ratios.get_ylim()[0] == 0 < 3 < ratios.get_ylim()[1]
     first, *_, mark = heights(ratios)
     assert first == pytest.approx([0, 0.1, 3]) and mark == [1, 1]
+
+
+def test_classes_without_pixels_have_no_star():
+    """The second class of three."""
+    centroids = torch.tensor([[5.0, 1.0], [0.0, 0.0], [9.0, 3.0]])
+    labels = torch.tensor([0, 2, 2, 0])
+    samples = centroids[labels] + 0.1 * torch.randn(4, 2), labels
+    nothing = torch.zeros(1, 1, 1)
+    counts = torch.tensor([2, 0, 2])
+    figure = _samples(Features(centroids, counts, samples, (nothing,) * 3), ["a", "b", "c"])
+    pixels, stars = figure.axes[0].collections
+    assert np.asarray(pixels.get_array()).tolist() == [0, 1, 1, 0]
+    assert len(np.asarray(stars.get_offsets())) == 2
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "c"]
 
 
 def test_curves_of_a_method_without_gradient():
