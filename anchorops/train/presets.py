@@ -13,9 +13,10 @@ Differences from the settings of the papers and mmsegmentation:
 
 - All: bf16 autocast. The learning rate decays to 0 (there to 1e-4 with SGD). Norms and biases have
   no weight decay (there they have it in convolutional networks, and biases in transformers).
-- Images are scaled with antialiasing (there without). Brightness is multiplied by 0.875 to 1.125
-  (there shifted by up to 32 of 255), contrast changed around the image's mean (there around 0). An
-  evaluation pads images to multiples of 32 (there it does not).
+- Images are scaled with antialiasing (there without). The photometric distortion is torchvision's,
+  with the same ranges of contrast, saturation and hue; brightness is multiplied by 0.875 to 1.125
+  (there shifted by up to 32 of 255). An evaluation pads images to multiples of 32 (there it does
+  not).
 - The convolutions of the heads start as torch's (there: Kaiming normal, fan-out; MVSC prints He
   initialisation). Only the classifiers start as there.
 - Backbones start from the ImageNet weights of timm and segmentation-models-pytorch, which need not
