@@ -92,8 +92,10 @@ class State:
         return state.get("ranks", self.ranks)  # an earlier version did not store it
 
     def _compare_data(self, path: Path, saved: dict[str, Any] | None) -> None:
+        if saved is None:  # an earlier version did not store it
+            return
         now = self.data._asdict()
-        others = [name for name in now if saved is not None and saved.get(name) != now[name]]
+        others = [name for name in now if saved.get(name) != now[name]]
         if others:
             name = others[0]
             values = [shorten(str(x[name]), 80, placeholder=" …") for x in (saved, now)]
