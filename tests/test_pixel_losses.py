@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_kernels import same_for_all_threads
 from monai.losses.dice import DiceLoss as MonaiDice
 from segmentation_models_pytorch import losses as smp
 from torch import Tensor
@@ -229,6 +230,27 @@ def test_weights_of_ignored_pixels_may_be_nan():
         for w in (weights, torch.where(labels == 255, math.nan, weights))
     ]
     check(losses[1], losses[0], logits)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ao.CrossEntropy(torch.rand(K), focal_gamma=2.0),
+        ao.CrossEntropy(ohem=0.5, ohem_kept=1000, label_smoothing=0.1),
+        ao.CrossEntropyDice(ao.CrossEntropy(label_smoothing=0.1), ao.Dice(per_image=True)),
+    ],
+    ids=str,
+)
+def test_threads_do_not_matter(loss):
+    logits, labels = torch.randn(2, K, 40, 60), torch.randint(0, K, (2, 160, 240))
+    weights = torch.rand(labels.shape)
+
+    def run():
+        x = logits.clone().requires_grad_()
+        value = loss(x, labels, weights)
+        return value.detach(), torch.autograd.grad(value, x)[0]
+
+    same_for_all_threads(run)
 
 
 def test_a_masked_class_of_weight_0_has_no_part_in_label_smoothing():

@@ -15,6 +15,7 @@ from ..ops.pixel_cross_entropy import (
     divide,
     smoothed,
     smoothing_dtype,
+    sum_of_pixels,
     uniform_losses,
     valid_pixels,
     weighted,
@@ -111,7 +112,7 @@ class CrossEntropy(PixelLoss):
             uniform = uniform_losses(logits, labels, moments, weight, ignored, self.align_corners)
         if pixel_weights is None and not self._selects and self.focal_gamma == 0:
             losses, weights = class_losses(moments, weight)
-            total = None if uniform is None else uniform.sum()
+            total = None if uniform is None else sum_of_pixels(uniform)
             loss = smoothed(losses.sum(), total, self.label_smoothing, logits)
             return {"ce": divide(loss, weights.sum())}
         ce = moments.pixel_losses
@@ -129,7 +130,7 @@ class CrossEntropy(PixelLoss):
         if self._selects:
             hard = self._hard(ce.detach(), weights != 0)
             losses, weights = torch.where(hard, losses, 0), torch.where(hard, weights, 0)
-        return {"ce": divide(losses.sum(), weights.sum())}
+        return {"ce": divide(sum_of_pixels(losses), sum_of_pixels(weights))}
 
     def _hard(self, ce: Tensor, valid: Tensor) -> Tensor:
         """The pixels that are used: bool, the labels' shape."""

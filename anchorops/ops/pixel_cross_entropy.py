@@ -70,7 +70,7 @@ def pixel_cross_entropy(
         return smoothed(weighted(moments.pixel_losses, weights), uniform, label_smoothing, logits)
     losses, weights = class_losses(moments, weight)
     if uniform is not None:
-        uniform = uniform.sum()
+        uniform = sum_of_pixels(uniform)
     loss = smoothed(losses.sum(), uniform, label_smoothing, logits)
     return loss if reduction == "sum" else divide(loss, weights.sum())
 
@@ -98,6 +98,15 @@ def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
 def divide(total: Tensor, weights: Tensor) -> Tensor:
     """total / weights, 0 where weights is 0."""
     return total / torch.where(weights == 0, 1, weights)
+
+
+def sum_of_pixels(values: Tensor) -> Tensor:
+    """The sum of a map, with the same bits for any number of threads: one thread sums a row, and in
+    float64 the order of a sum does not affect a float32 result."""
+    rows = values if values.dim() == 1 else values.sum(-1)
+    if values.device.type == "mps":  # without float64
+        return rows.sum()
+    return rows.sum(dtype=torch.float64).to(values.dtype)
 
 
 def weighted(losses: Tensor, weights: Tensor) -> Tensor:
