@@ -47,7 +47,7 @@ class Dice(PixelLoss):
     Comparison with other libraries, for the same logits at the labels' size:
         segmentation_models.pytorch: DiceLoss("multiclass", smooth=s) is Dice(smooth=s,
             absent="zero"); the same holds for TverskyLoss and JaccardLoss. smp clamps denominators
-            at 1e-7.
+            at 1e-7, and with log_loss also scores; here −log of a score of 0 is about 87.
         MONAI: DiceLoss(softmax=True, to_onehot_y=True) is Dice(per_image=True, smooth=0.5e-5,
             absent="keep"): its smooth_nr and smooth_dr, 1e-5, are added to 2·o and m + c. With
             batch=True it is per_image=False. Its weights are not divided by their sum.
