@@ -108,12 +108,14 @@ class _Skip(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func is F.interpolate:
+            source = args[0] if args else kwargs["input"]
             skipped = len(self.inputs) in self.numbers
-            self.inputs.append(args[0] if skipped else None)
+            self.inputs.append(source if skipped else None)
             if skipped:
-                return args[0]
-        return func(*args, **(kwargs or {}))
+                return source
+        return func(*args, **kwargs)
 
 
 class _Plan(NamedTuple):

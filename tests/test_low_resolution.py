@@ -77,6 +77,10 @@ def model_output() -> nn.Module:
     return Net(lambda z, x: outputs.SemanticSegmenterOutput(logits=upsampled(z, x.shape[2:])))
 
 
+def keyword() -> nn.Module:
+    return Net(lambda z, x: F.interpolate(input=z, size=x.shape[2:], mode="bilinear"))
+
+
 def maps(output: Any) -> list[Tensor]:
     """The logits of every head."""
     if isinstance(output, Tensor):
@@ -162,8 +166,8 @@ def test_the_dry_run_leaves_no_trace() -> None:
 
 @pytest.mark.parametrize(
     ("build", "corners"),
-    [(Net, False), (TrainingHeads, True), (model_output, False)],
-    ids=["net", "training-heads", "model-output"],
+    [(Net, False), (TrainingHeads, True), (model_output, False), (keyword, False)],
+    ids=["net", "training-heads", "model-output", "keyword"],
 )
 def test_fullgraph(build: Callable[[], nn.Module], corners: bool) -> None:
     torch.compiler.reset()
