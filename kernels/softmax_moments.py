@@ -222,6 +222,7 @@ def _softmax_moments_kernel(
                 exponent = tl.fma(z[i], LOG2_E, shift)
                 exponent = tl.where(by_pixel, (z[i] - shifts[i]) * LOG2_E, exponent)
                 loss = (logarithms[i] - exponent) * LN_2
+                loss = tl.where(loss < 0, 0.0, loss)  # by rounding; NaN remains
                 losses_of_lane += tl.where(mine, loss, 0.0)
                 count += mine.to(tl.int32)
                 if HAS_PIXEL_LOSSES:

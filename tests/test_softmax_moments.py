@@ -231,6 +231,16 @@ def test_steep_logits(case: Case, scale: float):
             assert error <= 2 * of_torch + 16 * torch.finfo(F32).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("scale", [10.0, 20.0])
+@pytest.mark.parametrize("case", STEEP, ids=str)
+def test_losses_are_never_negative(case: Case, scale: float):
+    """Where the label has almost all of the probability, rounding could make them so."""
+    logits = scale * torch.randn(case.batch, case.num_classes, *case.size)
+    labels = ao.pixel_argmax(logits, case.label_size, align_corners=case.align_corners)
+    losses = fused(case, logits, labels)[4]
+    assert losses is not None and (losses >= 0).all()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("asked", [{}, {"masses": False, "hits": False}, {"squares": True}])
 def test_what_is_not_asked_for_changes_nothing(asked: dict[str, bool], backend: str):

@@ -67,7 +67,7 @@ void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDT
       const Floats right = row.right(block, i), of_sum = log(totals[n]);
       const Floats z = finite ? of_cell.of_finite(row.down[j], right)
                               : of_cell.at(Floats{} + row.down[j], right);
-      loss[i] = same ? of_sum - z : Floats{};
+      loss[i] = same ? not_below_0(of_sum - z) : Floats{};
       lse[i] = k >= 0 ? of_sum + shifts.of_finite(row.down[j], right) : Floats{};
       losses += loss[i];
       if (sums.overlaps) overlaps += same ? exp<float>(-loss[i]) : Floats{};
@@ -86,7 +86,7 @@ void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDT
   }
   for (int64_t n = 0; n < classes.count; ++n) {
     const int32_t t = classes.others[n], k = classes.classes[t];
-    const float loss = of_sums[t] - row.logit(block, t, k);
+    const float loss = not_below_0(of_sums[t] - row.logit(block, t, k));
     sums.losses[k] += loss;
     ++sums.counts[k];
     if (sums.overlaps) sums.overlaps[k] += exp<float>(Floats{} - loss)[0];

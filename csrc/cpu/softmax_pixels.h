@@ -180,7 +180,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     V::store(overlap + t, sums.overlaps ? exp<Stat>(V::load(own + t) - V::load(lse + t)) : Vec{});
   for (int64_t t = 0; t < group.count; ++t) {
     const int64_t k = group.classes[t];
-    const Stat loss = k < 0 ? 0 : lse[t] - own[t];
+    const Stat loss = k < 0 ? 0 : not_below_0(lse[t] - own[t]);
     if (maps.pixel_losses) maps.pixel_losses[line + group.x[t]] = loss;
     if (maps.lse) maps.lse[line + group.x[t]] = k < 0 ? 0 : lse[t] + shift[t];
     if (k < 0) continue;

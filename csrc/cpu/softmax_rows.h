@@ -43,6 +43,12 @@ ALWAYS_INLINE Vec maximum(Vec a, Vec b) {  // keeps a NaN in a, ignores a NaN in
   return b > a ? b : a;
 }
 
+// A loss without its rounding error below 0; NaN remains NaN.
+template <class Value>
+ALWAYS_INLINE Value not_below_0(Value x) {
+  return x < 0 ? Value{} : x;
+}
+
 // log x for normal numbers x > 0.
 ALWAYS_INLINE VecOf<float> log(VecOf<float> x) {
   using Vec = VecOf<float>;

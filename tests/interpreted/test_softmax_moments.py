@@ -109,6 +109,16 @@ def test_largest_logits():
     torch.testing.assert_close(dlogits, exact_gradient)
 
 
+@pytest.mark.parametrize("pixels", [(32, 48), (7, 9)])
+def test_losses_are_never_negative(pixels):
+    """Where the label has almost all of the probability, rounding could make them so."""
+    for scale in (10, 10, 20, 20):
+        logits = scale * torch.randn(1, 5, 4, 6)
+        labels = ao.pixel_argmax(logits, pixels)
+        moments = ao.softmax_moments(logits, labels, pixel_losses=True)
+        assert (moments.pixel_losses >= 0).all() and (moments.losses >= 0).all()
+
+
 def test_far_from_zero():
     """A constant that all classes share changes nothing but lse."""
     case = Case((1, 5, 3, 4), (12, 16))
