@@ -136,7 +136,7 @@ def features_with_anchors(
 
     features: (B, D, H, W), with labels (B, H', W') that are resized to H×W by nearest-neighbour
     interpolation; or (N, D) and (N,). At most max_points features are drawn, evenly spaced.
-    anchors: [K, D].
+    anchors: [K, D]. A row of zeros, the centroid of an absent class, is not drawn.
     """
     from .reference import feature_rows, resize_labels
 
@@ -148,7 +148,8 @@ def features_with_anchors(
         fail("features_with_anchors", "labels", "at least one valid pixel", "none")
     valid = valid[:: max(1, -(-len(valid) // max_points))]
     rows = feature_rows(features.detach().cpu())[valid].float()
-    points, method = _project(torch.cat([rows, stars]))
+    drawn = stars.any(1).nonzero().flatten()
+    points, method = _project(torch.cat([rows, stars[drawn]]))
     longest = max((len(plain(name)) for name in names or []), default=0)
     figure = Figure(figsize=(6 + 0.05 * longest, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -156,7 +157,7 @@ def features_with_anchors(
     axes.scatter(*points[: len(rows)].T.numpy(), c=keys[valid].numpy(), s=4, alpha=0.5, **palette)
     axes.scatter(
         *points[len(rows) :].T.numpy(),
-        c=range(len(stars)),
+        c=drawn.numpy(),
         s=140,
         marker="*",
         edgecolors="black",
@@ -173,8 +174,8 @@ def features_with_anchors(
         figure.legend(
             handles=dots, loc="outside right upper", fontsize=7, ncols=-(-len(dots) // 20)
         )
-        places = points[len(rows) :].tolist()
-        _annotate(axes, [((x, y), name) for (x, y), name in zip(places, names, strict=True)])
+        places = zip(points[len(rows) :].tolist(), drawn.tolist(), strict=True)
+        _annotate(axes, [((x, y), names[k]) for (x, y), k in places])
     return figure
 
 
