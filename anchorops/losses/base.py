@@ -97,7 +97,8 @@ class Regularizer(nn.Module):
     recomputes a forward, the state is not updated, and the recomputation reads the same state as
     the first pass; if this is not possible, it raises RuntimeError.
 
-    `terms` contains the weighted terms of the last loss, detached, still on their device.
+    `terms` contains the weighted terms of the last loss, and other values to log, as floating-point
+    scalars, detached, still on their device.
     """
 
     settings: tuple[str, ...] = ()
@@ -206,7 +207,9 @@ class Regularizer(nn.Module):
             terms, logs = self._losses(features, labels, classifier)
             loss = torch.stack(tuple(terms.values())).sum()
             loss = loss.to(torch.promote_types(features.dtype, torch.float32))
-        self.terms = {key: value.detach() for key, value in (terms | logs).items()}
+        self.terms = {key: value.detach() for key, value in terms.items()}
+        # counts too are floating-point, because loggers average over steps and ranks
+        self.terms |= {key: value.detach().to(loss.dtype) for key, value in logs.items()}
         if not torch.compiler.is_compiling() and loss.requires_grad and checkpointed():
             loss = KnowAgain.apply(loss, self)
         return loss
