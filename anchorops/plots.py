@@ -174,8 +174,8 @@ def features_with_anchors(
         figure.legend(
             handles=dots, loc="outside right upper", fontsize=7, ncols=-(-len(dots) // 20)
         )
-        places = zip(points[len(rows) :].tolist(), drawn.tolist(), strict=True)
-        _annotate(axes, [((x, y), names[k]) for (x, y), k in places])
+        labelled = zip(points[len(rows) :].tolist(), map(int, drawn), strict=True)
+        _annotate(axes, [((x, y), names[k]) for (x, y), k in labelled])
     return figure
 
 
