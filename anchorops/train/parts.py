@@ -16,6 +16,8 @@ from .settings import setting_options
 from .state import Found
 from .vectors import with_copies
 
+MOST_ABSENT = 10  # names of absent classes in a message
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -72,7 +74,8 @@ def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool) -> Parts
     absent = check_classes(classes, training.pixels, validation.pixels)
     _say(ranks, *describe_counts(classes, training, validation))
     if absent:
-        _say(ranks, f"no training pixels: {', '.join(absent)}")
+        more = f" and {len(absent) - MOST_ABSENT} more" if len(absent) > MOST_ABSENT else ""
+        _say(ranks, f"no training pixels: {', '.join(absent[:MOST_ABSENT])}{more}")
     frequencies = training.pixels / training.pixels.sum()
     prior = training.images / training.images.sum().clamp(min=1)
     layout = torch.channels_last if running.channels_last else torch.preserve_format

@@ -15,12 +15,14 @@ from anchorops.train.presets import FOLDER
 
 
 def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[str]):
-    (folder / "classes.txt").write_text("Straße\nthing\nabsent\n\n", encoding="utf-8")
+    names = ["Straße", "thing", *(f"absent {k}" for k in range(12))]
+    (folder / "classes.txt").write_text("\n".join([*names, "", ""]), encoding="utf-8")
     options = ["--model", "segformer-b0", "--crop", "32", "32", "--steps", "1", "--batch-size", "2"]
     options += ["--workers", "0", "--device", "cpu", "--evaluation", "sliding"]
     options += ["--window-stride", "16", "24"]
     main(["folder", "--root", str(folder), "--out", str(folder), "--name", "run", *options])
-    assert "no training pixels: absent" in capsys.readouterr().err
+    absent = f"no training pixels: {', '.join(names[2:12])} and 2 more\n"
+    assert absent in capsys.readouterr().err
     page = (folder / "run/report.html").read_text(encoding="utf-8")
     assert "Straße" in page and "<h2>Features</h2>" in page
     options += ["--eval-batch-size", "2", "--overwrite"]
