@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..plots import (
@@ -315,6 +316,7 @@ def _f1_by_frequency(means: list[float | None]) -> Figure:
     axes = figure.subplots()
     axes.bar(range(1, len(means) + 1), [100 * (mean or 0.0) for mean in means], color=BLUE)
     axes.set(xlabel="groups of classes, the most frequent first", ylabel="mean F1, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3, axis="y")
     return figure
 
