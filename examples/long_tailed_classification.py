@@ -12,13 +12,13 @@ run that was stopped; results.json has the accuracies.
 Settings, each with SAR's own weights, which are those of segmentation. Options override them:
 
 - digits: a small network on 100 images of scikit-learn's digit 0, and geometrically fewer of each
-  following digit, down to 3 of digit 9. It shows the use, not a gain: plain and SAR differ by less
-  than their deviation.
+  following digit, down to 3 of digit 9. It only shows how to use SAR: here plain and SAR
+  differ by less than their standard deviation.
 - cifar-100 (Table 8), cub-200 (Table 9): MMPretrain's settings. The short side of CUB-200's images
   is scaled, not both sides; the ImageNet weights are timm's.
-- cifar-100-lt (Table 10, stage 1): that of MiSLAS, imbalance 100, with mixup. The paper does not
-  say how SAR and mixup go together: here the two anchors of a mixed image attract its features in
-  the shares of their images. MiSLAS's second stage is not part of this script.
+- cifar-100-lt (Table 10, stage 1): the setting of MiSLAS, imbalance 100, with mixup. The paper does
+  not say how to combine SAR and mixup. Here the anchors of both labels attract the features of a
+  mixed image, in the proportions of the mixture. MiSLAS's second stage is not in this script.
 - folder: your own images, from random weights.
 
 --root contains train/CLASS/… and val/CLASS/…, images of any size, or the directory
@@ -74,7 +74,7 @@ class Task(NamedTuple):
     counts: list[int]
     """Training images of each class."""
     network: Callable[[], nn.Module]
-    """It ends in a linear classifier."""
+    """Creates a network that ends in a linear classifier."""
 
 
 def kept(labels: Tensor, most: Tensor, imbalance: float) -> Tensor:
@@ -122,7 +122,7 @@ def image_task(options: argparse.Namespace) -> Task:
     else:
         train, test = ImageFolder(root / "train", augmented), ImageFolder(root / "val", whole)
     if train.classes != test.classes:
-        raise SystemExit(f"--root {root}: train and val have other classes")
+        raise SystemExit(f"--root {root}: train and val have different classes")
     labels, classes = torch.tensor(train.targets), len(train.classes)
     rows = kept(labels, labels.bincount(), options.imbalance)
     counts = labels[rows].bincount(minlength=classes).tolist()
@@ -131,7 +131,7 @@ def image_task(options: argparse.Namespace) -> Task:
 
 
 def build_network(name: str, classes: int, pretrained: bool = False) -> nn.Module:
-    """cifar-resnet32, cifar-NAME for a ResNet of timm with a stem for small images, or NAME."""
+    """cifar-resnet32; cifar-NAME, a ResNet of timm with a stem for small images; NAME of timm."""
     if name == "cifar-resnet32":
         return cifar_resnet32(classes)
     import timm
@@ -152,7 +152,7 @@ def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
 
 
 class Block(nn.Module):
-    """Two convolutions beside the identity, whose new channels are 0 (arXiv 1512.03385, A)."""
+    """Two convolutions and a shortcut, whose new channels are 0 (arXiv 1512.03385, option A)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -176,7 +176,8 @@ def cifar_resnet32(classes: int) -> nn.Module:
 
 
 def lr_factor(options: argparse.Namespace, epoch: int) -> float:
-    """Of an epoch from 0: linear warm-up; then steps at the milestones, or else a cosine."""
+    """The factor of the learning rate in this epoch, counted from 0: a linear warm-up, then steps
+    at the milestones, or a cosine if there are none."""
     if epoch < options.warmup:
         return (epoch + 1) / options.warmup
     if options.milestones:
@@ -187,7 +188,7 @@ def lr_factor(options: argparse.Namespace, epoch: int) -> float:
 def loss_of_batch(
     model: nn.Module, sar: ao.Attachment | None, images: Tensor, labels: Tensor, mixup: float
 ) -> Tensor:
-    others, share = labels, 1.0  # of the images in mixed ones
+    others, share = labels, 1.0  # of mixed images: the second labels, the share of the first
     if mixup:
         share = float(torch.distributions.Beta(mixup, mixup).sample())
         order = torch.randperm(len(images), device=images.device)
@@ -200,7 +201,7 @@ def loss_of_batch(
         return loss
     features = sar.features
     loss = loss + sar(labels)  # 2. the labels of the images
-    if mixup:  # its attraction to the anchors of `labels` becomes one to both
+    if mixup:  # the anchors of both labels attract the features
         method = sar.regularizer
         assert isinstance(method, ao.SAR) and features is not None
         own, other = (
@@ -283,13 +284,13 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--setting", choices=SETTINGS, default="digits")
     add("--root", type=Path, help="directory of the images")
-    add("--imbalance", type=float, default=1.0, help="of the classes: first to last")
+    add("--imbalance", type=float, default=1.0, help="images of the first class to the last's")
     add("--groups", type=int, nargs=2, help="numbers of head and body classes (default: thirds)")
-    add("--network", default="resnet18", help="of timm, cifar-NAME or cifar-resnet32")
+    add("--network", default="resnet18", help="a name of timm, cifar-NAME or cifar-resnet32")
     add("--pretrained", action=argparse.BooleanOptionalAction, help="ImageNet weights of timm")
     add("--resize", type=int, help="the short side of the images, before they are cropped")
-    add("--size", type=int, default=32, help="of the crops, in pixels")
-    add("--padding", type=int, default=0, help="of the training images, before they are cropped")
+    add("--size", type=int, default=32, help="height and width of the crops, in pixels")
+    add("--padding", type=int, default=0, help="added to training images before they are cropped")
     add("--mixup", type=float, default=0.0, help="α of mixup; 0: none")
     add("--epochs", type=int, default=100)
     add("--batch-size", type=int, default=64)
@@ -298,10 +299,10 @@ def parse() -> argparse.Namespace:
     add("--lr", type=float, default=0.1)
     add("--weight-decay", type=float, default=5e-4)
     add("--warmup", type=int, default=0, help="epochs of linear warm-up")
-    add("--milestones", type=int, nargs="*", help="epochs of lower rates (default: a cosine)")
-    add("--gamma", type=float, default=0.1, help="factor of the rate at each of them")
+    add("--milestones", type=int, nargs="*", help="epochs where the rate falls (default: a cosine)")
+    add("--gamma", type=float, default=0.1, help="factor of the learning rate at each milestone")
     add("--seeds", type=int, default=5, help="runs with and without SAR")
-    add("--workers", type=int, default=0, help="processes that load images; they affect crops")
+    add("--workers", type=int, default=0, help="processes that load images; it affects the crops")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--deterministic", action=argparse.BooleanOptionalAction, default=False)
     add("--out", type=Path, help="directory of checkpoints and results.json")
