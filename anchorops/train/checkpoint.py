@@ -78,7 +78,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
                 raise ValueError(f"the checksum of {broken} does not fit")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
+            raise ValueError(f"it contains a {type(state).__name__}")
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"checkpoint {path} is damaged ({reason}){_advice(path)}") from error

@@ -40,8 +40,8 @@ def new_run(config: Config) -> Iterator[None]:
         raise ValueError(f"{run} is a file: give this run a --name")
     if run.exists() and any(run.iterdir()) and not (run / MARKER).exists():
         raise ValueError(
-            f"{run} holds files, and no {MARKER}: they are not of a run, or of one of an earlier "
-            f"version. {_offer(run)}remove them yourself, or give this run a --name"
+            f"{run} contains files but no {MARKER}: they do not belong to a run, or the run is of "
+            f"an earlier version. {_offer(run)}remove them yourself, or give this run a --name"
         )
     if (run / CONFIG).exists() and not _is_of_a_run(run / CONFIG):
         raise ValueError(
@@ -103,7 +103,7 @@ def _make_way(run: Path, *, overwrite: bool) -> None:
         return  # a start that failed
     if not overwrite:
         raise ValueError(
-            f"{run} holds an earlier run: {_offer(run)}give this one a --name, or --overwrite, "
+            f"{run} contains an earlier run: {_offer(run)}give this one a --name, or --overwrite, "
             "which deletes the earlier one"
         )
     size = sum(path.stat().st_size for path in own) / 2**20

@@ -65,7 +65,7 @@ def test_flipped_bit_in_a_checkpoint(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: [state], r"checkpoint .*6.pt is damaged \(it holds a list\); delete it to"),
+        (lambda state: [state], r"checkpoint .*6.pt is damaged \(it contains a list\); delete"),
         (
             lambda state: state | {"model": {"body.weight": torch.zeros(3)}},
             r"checkpoint .*6.pt does not fit this run: it is of another model.* Missing key",

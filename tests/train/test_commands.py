@@ -14,7 +14,7 @@ from anchorops.train.presets import PRESETS
 
 
 def test_finished_run_is_not_overwritten(straight: Path, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit, match="holds an earlier run: continue it with"):
+    with pytest.raises(SystemExit, match="contains an earlier run: continue it with"):
         main(["--out", str(straight.parent), "--name", "straight"])
     assert (straight / "results.json").exists()
 

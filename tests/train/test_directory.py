@@ -28,7 +28,7 @@ def test_other_directories_are_not_changed(options: list[str], tmp_path: Path):
     (model / "config.json").write_text('{"model_type": "bert"}')
     (model / "model.safetensors").write_bytes(b"months of training")
     before = contents(model)
-    with pytest.raises(SystemExit, match=r"models/bert holds files, and no .anchorops-run"):
+    with pytest.raises(SystemExit, match=r"models/bert contains files but no .anchorops-run"):
         main(["--out", str(tmp_path / "models"), "--name", "bert", *options])
     assert contents(model) == before
 
@@ -59,7 +59,7 @@ def test_command_that_was_killed_and_is_repeated(tmp_path: Path):
 def test_earlier_run_without_a_checkpoint(tmp_path: Path):
     begin(tmp_path / "run")
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ValueError, match="holds an earlier run: give this one a --name") as error:
+    with pytest.raises(ValueError, match="an earlier run: give this one a --name") as error:
         begin(tmp_path / "run")
     assert "resume" not in str(error.value)
 
@@ -129,7 +129,7 @@ def test_demo_overwrites_its_own_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     runs = sorted(tmp_path.iterdir())
     assert [run.name for run in runs][:2] == ["hrnet-w18-small-plain", "hrnet-w18-small-sar"]
     (runs[0] / directory.MARKER).unlink()  # of an earlier version
-    with pytest.raises(SystemExit, match="w18-small-plain holds files, and no"):
+    with pytest.raises(SystemExit, match="w18-small-plain contains files but no"):
         main(["demo", "--out", str(tmp_path)])
 
 

@@ -151,7 +151,7 @@ def test_error_of_the_first_rank_is_that_of_all(straight: Path, monkeypatch: pyt
         monkeypatch.setattr(
             loop, "start_ranks", lambda _, rank=rank: Ranks(rank, 2, torch.device("cpu"))
         )
-        with pytest.raises(ValueError, match="holds an earlier run: continue it with"):
+        with pytest.raises(ValueError, match="contains an earlier run: continue it with"):
             loop.start(TINY.replace(out=straight.parent, name=straight.name))
 
 
