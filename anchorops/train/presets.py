@@ -208,7 +208,7 @@ PRESETS = {
         _CONVOLUTIONAL.replace(model="hrnet-w48", **_PASCAL_CONTEXT),
     ),
     "pascal-context-ocrnet-hrnet-w48": (
-        "SAR's Table 4: 52.0 mIoU, which is its own; 52.4 with --methods sar.",
+        "SAR's Table 4: 52.0 mIoU, measured by its authors; 52.4 with --methods sar.",
         _OCRNET.replace(model="mmseg-ocrnet:hrnet-w48", **_PASCAL_CONTEXT),
     ),
     "pascal-context-fcn-r101": (
