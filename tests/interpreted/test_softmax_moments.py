@@ -116,6 +116,7 @@ def test_losses_are_never_negative(pixels):
         logits = scale * torch.randn(1, 5, 4, 6)
         labels = ao.pixel_argmax(logits, pixels)
         moments = ao.softmax_moments(logits, labels, pixel_losses=True)
+        assert moments.pixel_losses is not None
         assert (moments.pixel_losses >= 0).all() and (moments.losses >= 0).all()
 
 
