@@ -2,12 +2,16 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 
 try:
+    import docstring_parser  # tyro installs it
     import tyro
 
     from .compare import comparison, load_results
+    from .config import Config
     from .dependency import class_dependency
     from .loop import resume, start
     from .presets import DEMO, PRESETS, with_published_options
@@ -31,6 +35,7 @@ def _train(arguments: Sequence[str]) -> None:
     if preset not in PRESETS:
         raise ValueError(f"{preset!r} is neither a command nor a preset ({', '.join(PRESETS)})")
     description, default = PRESETS[preset]
+    _join_help_lines(default)
     config = tyro.cli(
         type(default),
         prog=f"anchorops-train {preset}",
@@ -39,6 +44,17 @@ def _train(arguments: Sequence[str]) -> None:
         default=default,
     )
     _show([start(with_published_options(preset, config))])
+
+
+def _join_help_lines(config: Config) -> None:
+    """Set the help of each option as a single line: tyro would keep its docstring's line breaks."""
+    for section in fields(config):
+        options = getattr(config, section.name)
+        described = docstring_parser.parse_from_object(type(options)).params
+        texts = {option.arg_name: option.description or "" for option in described}
+        for option in fields(options):
+            text = " ".join(texts.get(option.name, "").split())
+            option.metadata = MappingProxyType({"help": text})
 
 
 def _resume(

@@ -19,6 +19,12 @@ def test_finished_run_is_not_overwritten(straight: Path, capsys: pytest.CaptureF
     assert (straight / "results.json").exists()
 
 
+def test_help_has_no_line_breaks_of_the_source(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["folder", "--help"])
+    assert "under --root. Others: a published data set, with its" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("error", "raised", "message"),
     [
