@@ -61,8 +61,8 @@ struct PixelHash {
   constexpr uint32_t operator()(uint32_t pixel) const { return mix32(mix32(pixel ^ low) ^ high); }
 };
 
-// floor(hash·count / 2^32), less than count: it orders hashes, and spreads those of `count` pixels
-// evenly over as many buckets.
+// The bucket of a hash, floor(hash·count / 2^32), less than count. It increases with the hash, and
+// `count` pixels are spread evenly over as many buckets.
 constexpr uint32_t bucket_of(uint32_t hash, uint32_t count) {
   return static_cast<uint32_t>(uint64_t{hash} * count >> 32);
 }

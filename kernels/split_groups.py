@@ -1,7 +1,7 @@
 """Random groups: keys of pixels -> keys of random groups of equal size (±1).
 
-n pixels of a key have n buckets, in the order of their hashes. A bucket is a list, which the pixels
-enter in any order: their ranks depend on the hashes alone.
+The n pixels of a key are divided among n buckets by their hashes, in ascending order. A bucket is a
+linked list. The order of a list does not matter, because ranks depend only on the hashes.
 """
 
 import torch
@@ -89,9 +89,9 @@ def _rank_pixels_kernel(
     groups,
     BLOCK_P: tl.constexpr,
 ):
-    """BLOCK_P buckets: reads the lists (m + 2) times if m pixels are in them."""
+    """Processes BLOCK_P buckets. Reads a list m + 2 times if there are m pixels in it."""
     program = tl.program_id(0)
-    before = tl.zeros((BLOCK_P,), tl.int64)  # of the programs before
+    before = tl.zeros((BLOCK_P,), tl.int64)  # pixels in the buckets of the programs before
     for block in range(0, program, BLOCK_P):
         other = block + tl.arange(0, BLOCK_P)
         before += tl.load(totals_ptr + other, mask=other < program, other=0)

@@ -1,8 +1,9 @@
 """Random groups: each key's pixels are split at random into keys of equal size (±1).
 
-The pixels of a key are ranked by a hash of (seed, pixel index), as reference.split_groups defines.
-The fused backends do not sort: the hashes of n pixels of a key are spread over n buckets in their
-order, so a bucket has one pixel on average, and its pixels are compared with each other.
+The pixels of a key are ranked by a hash of (seed, pixel index), as defined by
+reference.split_groups. The fused backends do not sort. They divide the n pixels of a key among n
+buckets by their hashes, in ascending order. A bucket has one pixel on average, and its pixels are
+compared with each other.
 """
 
 import torch
@@ -44,8 +45,8 @@ def split_groups(
 
 
 def random_halves(items: int, seed: Tensor, like: Tensor) -> Tensor:
-    """0 or 1 for each of `items`: two random halves of equal size (±1), integers [items]. The
-    backend is that of an operator on `like`."""
+    """Two random halves of equal size (±1): integers [items], 0 or 1. The backend is that of an
+    operator on `like`."""
     keys = torch.zeros(1, items, dtype=torch.int32, device=seed.device)
     counts = torch.full((1,), items, dtype=torch.int64, device=seed.device)
     backend = select("split_groups", like, 1)

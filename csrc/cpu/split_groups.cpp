@@ -1,9 +1,9 @@
 // The operator anchorops::split_groups.cpu: each key's pixels are divided at random into groups of
-// equal size (±1), by the rank of a pixel's hash among those of its key.
+// equal size (±1), by the rank of a pixel's hash among the hashes of its key.
 //
-// Nothing is sorted: n pixels of a key have n buckets, in the order of their hashes, with one pixel
-// each on average. The pixels of the buckets before, and the smaller hashes in its own bucket, are
-// the rank of a pixel.
+// Nothing is sorted. The n pixels of a key are divided among n buckets by their hashes, in
+// ascending order, so a bucket has one pixel on average. The rank of a pixel is the number of
+// pixels in the buckets before its own, plus the number of smaller hashes in its own bucket.
 #include <torch/csrc/stable/library.h>
 
 #include "../labels.h"
@@ -12,7 +12,7 @@
 namespace anchorops::cpu {
 namespace {
 
-// counts [num_keys], starts [num_keys]: the pixels of all keys before.
+// counts [num_keys]; starts [num_keys]: the number of pixels with smaller keys.
 void write_groups(const int32_t* keys, const int64_t* counts, const int64_t* starts,
                   const PixelHash& hash, int64_t pixels, int64_t buckets, int64_t groups,
                   int32_t* split) {

@@ -1,15 +1,16 @@
 // The operator anchorops::split_groups.cuda: each key's pixels are divided at random into groups of
-// equal size (±1), by the rank of a pixel's hash among those of its key.
+// equal size (±1), by the rank of a pixel's hash among the hashes of its key.
 //
-// Nothing is sorted: n pixels of a key have n buckets, in the order of their hashes, with one pixel
-// each on average. The pixels of the buckets before, and the smaller hashes in its own bucket, are
-// the rank of a pixel. A bucket is a list, which the pixels enter in any order: their ranks depend
-// on the hashes alone. Three launches: where the buckets of each key start; the lists; the ranks.
+// Nothing is sorted. The n pixels of a key are divided among n buckets by their hashes, in
+// ascending order, so a bucket has one pixel on average. The rank of a pixel is the number of
+// pixels in the buckets before its own, plus the number of smaller hashes in its own bucket. A
+// bucket is a linked list. The order of a list does not matter, because ranks depend only on the
+// hashes. Three launches compute where the buckets of each key start, the lists, and the ranks.
 //
-// Reads keys twice and writes them once, writes and reads 8 bytes a pixel for the lists, most of it
-// in the order of the hashes: sectors of 32 bytes, from the second-level cache. Predicted, not
-// measured, at 262,144 pixels: each launch 2.5 µs, with two round trips of memory for the lists and
-// some ten for the ranks 12 to 15 µs together.
+// Reads keys twice and writes them once; writes and reads 8 bytes a pixel for the lists. Most of
+// these accesses are in the order of the hashes: sectors of 32 bytes, from the second-level cache.
+// Predicted for 262,144 pixels, not measured: 2.5 µs for each launch; with two round trips to
+// memory for the lists and about ten for the ranks, 12 to 15 µs together.
 #include "../labels.h"
 #include "tensors.cuh"
 
@@ -18,7 +19,7 @@ namespace {
 
 constexpr int THREADS = 256;
 
-// Σ of a value over the threads before in the block. shared: [THREADS / 32].
+// The sum of a value over the block's threads before this one. shared: [THREADS / 32].
 __device__ uint64_t sum_before(uint64_t value, uint64_t* shared) {
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint64_t total = value;
@@ -33,10 +34,10 @@ __device__ uint64_t sum_before(uint64_t value, uint64_t* shared) {
   return total - value;
 }
 
-// One block: each thread has a range of the keys.
+// One block; each thread processes a range of the keys.
 __global__ void __launch_bounds__(THREADS)
     group_counts_kernel(const int64_t* counts,  // [num_keys]
-                        int64_t* starts,        // [num_keys]: the pixels of the keys before
+                        int64_t* starts,        // [num_keys]: number of pixels with smaller keys
                         int64_t* of_groups,     // [num_keys, groups]
                         int64_t num_keys, int64_t groups) {
   const int64_t each = ceil_div(num_keys, int64_t{THREADS});
@@ -53,9 +54,9 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 struct Lists {
-  uint32_t* first;   // [pixels], of each bucket: a pixel + 1, or 0
-  uint32_t* totals;  // [blocks]: the pixels in the buckets of each block
-  uint32_t* next;    // [pixels], of each pixel: the next one in its bucket + 1, or 0
+  uint32_t* first;   // [pixels], for each bucket: its first pixel + 1, or 0
+  uint32_t* totals;  // [blocks]: the number of pixels in the buckets of each block
+  uint32_t* next;    // [pixels], for each pixel: the next pixel in its bucket + 1, or 0
 };
 
 __global__ void __launch_bounds__(THREADS)
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(THREADS)
                        const int64_t* starts,  // [num_keys]
                        const int64_t* seed,    // one
                        Lists lists,            // first and totals are zero on entry
-                       int32_t* split,         // [pixels], written where keys are ignored
+                       int32_t* split,         // [pixels], written here if the key is ignored
                        int64_t pixels) {
   const int64_t p = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   if (p >= pixels) return;
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(THREADS)
   atomicAdd(&lists.totals[bucket / THREADS], 1u);
 }
 
-// A thread has one bucket. Lists are read (m + 2) times if m pixels are in them.
+// A thread processes one bucket. It reads its list m + 2 times if there are m pixels in it.
 __global__ void __launch_bounds__(THREADS)
     rank_pixels_kernel(const int32_t* keys, const int64_t* starts, const int64_t* seed,
                        const Lists lists, int32_t* split, int64_t pixels, int32_t groups) {
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(THREADS)
   for (uint32_t a = head; a; a = lists.next[a - 1]) ++size;
   for (unsigned block = threadIdx.x; block < blockIdx.x; block += THREADS)
     in_blocks_before += lists.totals[block];
-  // One sum for both: the last thread has what all others have of the blocks before.
+  // the number of pixels in the buckets of all blocks before this one
   for (int lanes = 16; lanes; lanes /= 2)
     in_blocks_before += __shfl_xor_sync(FULL_WARP, in_blocks_before, lanes);
   uint64_t before = sum_before(size, shared);
