@@ -41,6 +41,7 @@ from anchorops.kernels import (
     pixel_argmax,
     softmax_moments,
     softmax_moments_backward,
+    splat_keys,
     split_groups,
 )
 
@@ -156,6 +157,12 @@ def launch_groups() -> None:
     keys = torch.empty((8, 128 * 256), dtype=torch.int32, device="meta")
     counts, seed = (torch.empty(n, dtype=torch.int64, device="meta") for n in (19, 1))
     split_groups.split_groups(keys, counts, seed, 2)
+
+
+def launch_splat() -> None:
+    """What CeCo launches beside matrix products."""
+    keys = torch.empty((8, 512 * 1024), dtype=torch.int32, device="meta")
+    splat_keys.splat_keys(keys, 8 * 19, 512, 1024, 128, 256)
 
 
 class PixelVariant(NamedTuple):
@@ -358,7 +365,7 @@ def rows_of(name: str, quick: bool) -> list[tuple[str, str, Row]]:
         jobs.append((launch_info_nce, title, dtype, *given))
     for pixels in QUICK_PIXELS if quick else PIXELS:
         jobs.append((launch_pixels, str(pixels), pixels))
-    jobs.append((launch_groups, "any number of groups"))
+    jobs += [(launch_groups, "any number of groups"), (launch_splat, "any size")]
     rows = {}
     for launch, title, *rest in jobs:
         for kernel_name, kernel in compiled(name, launch, *rest).items():

@@ -5,8 +5,9 @@ W = upᵀ onehot(labels). The upsampled features are never stored. W has an entr
 each pixel of the features; only a part of it exists at a time. The backward pass computes the parts
 again from the labels.
 
-The code is plain PyTorch on every device. It is an operator to save memory, and because
-torch.compile would unroll the loop over the parts.
+On GPUs a part is W of some images, made by the operator `splat_keys`. On CPU it is some rows of W,
+which fit into the cache, made by the reference. The rest is plain PyTorch. It is an operator to
+save memory, and because torch.compile would unroll the loop over the parts.
 """
 
 import itertools
@@ -22,8 +23,11 @@ from .._checks import check_derivatives, in_transform
 from ..reference import SPLAT_UNITS, ClassMoments
 from .class_keys import class_keys
 from .registration import Gradient, define, library
+from .splat_keys import BACKENDS as GPU_BACKENDS
+from .splat_keys import splat_keys
 
 CACHED = 2**18  # entries of W that fit into a CPU's cache
+FEWEST_PARTS = 2  # on a GPU: W of some images has at most the features' entries divided by this
 
 
 class Part(NamedTuple):
@@ -40,25 +44,15 @@ class Part(NamedTuple):
 
 
 def _parts(
-    labels: Tensor,
-    size: tuple[int, int],
-    num_classes: int,
-    channels: int,
-    ignore_index: int,
-    backend: str,
+    labels: Tensor, size: tuple[int, int], num_classes: int, ignore_index: int
 ) -> Iterator[Part]:
-    """All parts. The last row of a part is also the first row of the next part."""
+    """All parts on CPU. The last row of a part is also the first row of the next part."""
     (height, width), (batch, label_height, label_width) = size, labels.shape
-    entries = CACHED
-    if labels.is_cuda:  # few launches, and a quarter of the features' memory
-        entries = max(entries, batch * channels * height * width // 12)
-    images = max(1, entries // (num_classes * height * width))
-    step = height if images > 1 else max(1, entries // (num_classes * width) - 1)
+    images = max(1, CACHED // (num_classes * height * width))
+    step = height if images > 1 else max(1, CACHED // (num_classes * width) - 1)
     starts = range(0, height, step)
-    # on the host, because reading the result from the device would synchronise
-    upper, _ = reference.splat_axis(label_height, height, torch.device("cpu"))
-    edges = [*torch.searchsorted(upper, torch.tensor(starts)).tolist(), label_height]
     row, below = reference.splat_axis(label_height, height, labels.device)
+    edges = [*torch.searchsorted(row, torch.tensor(starts)).tolist(), label_height]
     columns = reference.splat_axis(label_width, width, labels.device)
     for start, (begin, end) in zip(starts, itertools.pairwise(edges), strict=True):
         rows = slice(start, min(start + step + 1, height))
@@ -73,19 +67,84 @@ def _parts(
                 num_classes,
                 per_image=True,
                 ignore_index=ignore_index,
-                backend=backend,
+                backend="cpu",
             )
             table = reference.splat_keys(keys, counts.numel(), splat)
             yield Part(some, rows, table.view(*counts.shape, -1), counts)
 
 
-def _forward(
+def _keys(
+    labels: Tensor, num_classes: int, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """image·K + class of each label, int32 [B, H'·W'], and the counts [B, K]."""
+    return class_keys(
+        labels[:, None],
+        labels,
+        num_classes,
+        per_image=True,
+        ignore_index=ignore_index,
+        backend=backend,
+    )
+
+
+def _weights(
+    keys: Tensor,
+    label_size: tuple[int, int],
+    size: tuple[int, int],
+    num_classes: int,
+    channels: int,
+    backend: str,
+) -> Iterator[tuple[slice, Tensor]]:
+    """All parts on a GPU: some images, and their W, float32 [images, K, H·W]."""
+    images = max(1, int(len(keys) * channels / FEWEST_PARTS / num_classes))
+    for first in range(0, len(keys), images):
+        some = slice(first, first + images)
+        part = keys[some] - first * num_classes if first else keys[some]
+        weights = splat_keys(part, len(part) * num_classes, label_size, size, backend)
+        yield some, weights.view(len(part), num_classes, -1)
+
+
+def _gpu_forward(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = features.shape
+    keys, counts = _keys(labels, num_classes, ignore_index, backend)
+    pixels = features.flatten(2).transpose(1, 2)
+    sums = features.new_empty(batch, num_classes, channels)
+    sizes = (labels.shape[1], labels.shape[2]), (height, width)
+    for some, weights in _weights(keys, *sizes, num_classes, channels, backend):
+        torch.bmm(weights, pixels[some], out=sums[some])
+    return sums, counts
+
+
+def _gpu_backward(
+    dsums: Tensor,
+    labels: Tensor,
+    height: int,
+    width: int,
+    channels_last: bool,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    num_classes, channels = dsums.shape[1:]
+    keys, _ = _keys(labels, num_classes, ignore_index, backend)
+    dfeatures = _backward_fake(dsums, labels, height, width, channels_last)
+    pixels = dfeatures.view(len(keys), channels, -1)
+    sizes = (labels.shape[1], labels.shape[2]), (height, width)
+    for some, weights in _weights(keys, *sizes, num_classes, channels, backend):
+        torch.bmm(dsums[some].transpose(1, 2), weights, out=pixels[some])
+    return dfeatures
+
+
+def _forward(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend in GPU_BACKENDS:
+        return _gpu_forward(features, labels, num_classes, ignore_index, backend)
+    batch, channels, height, width = features.shape
     sums = features.new_zeros(batch, num_classes, channels)
     counts = labels.new_zeros(batch, num_classes, dtype=torch.int64)
-    for part in _parts(labels, (height, width), num_classes, channels, ignore_index, backend):
+    for part in _parts(labels, (height, width), num_classes, ignore_index):
         pixels = features[part.images, :, part.rows].flatten(2).transpose(1, 2)
         sums[part.images].baddbmm_(part.table.to(features.dtype), pixels)
         counts[part.images] += part.counts
@@ -101,10 +160,12 @@ def _backward(
     ignore_index: int,
     backend: str,
 ) -> Tensor:
+    if backend in GPU_BACKENDS:
+        return _gpu_backward(dsums, labels, height, width, channels_last, ignore_index, backend)
     num_classes, channels = dsums.shape[1:]
     dfeatures = _backward_fake(dsums, labels, height, width, channels_last).zero_()
     dsums = dsums.transpose(1, 2) / SPLAT_UNITS
-    for part in _parts(labels, (height, width), num_classes, channels, ignore_index, backend):
+    for part in _parts(labels, (height, width), num_classes, ignore_index):
         images = len(part.table)
         pixels = dfeatures[part.images, :, part.rows].view(images, channels, -1)
         pixels.baddbmm_(dsums[part.images], part.table.to(dsums.dtype))
