@@ -11,7 +11,8 @@ multiprocessors, 1.75 GHz):
   enough.
 For the kernels of upsampled logits, instructions determine the time. The report counts those of the
 hot loop for each class of a cell of pixels, without staging the logits.
-`--times` adds the times that time_model.py predicts along the paths of paths.py.
+`--times` adds the times that time_model.py predicts along the paths of paths.py, and the
+launches of each method.
 Static shared memory includes the part that the GPU itself uses, 1 KB from sm_90 on.
 """
 
@@ -25,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import launches
 import paths
 import softmax_paths
 from machine_code import SHARED_PER_SM, THREADS_PER_SM, TOOLS, Block, blocks_of, distances, tool
@@ -293,6 +295,7 @@ def main() -> None:
         hopper = [kernel for kernel in kernels if kernel.gpu == "sm_90"]
         print_times(hopper)
         faults += print_softmax_times(hopper)
+        faults += launches.print_launches()
     if faults:
         sys.exit("cuda_report:\n" + "\n".join(faults))
 

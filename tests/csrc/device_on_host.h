@@ -75,7 +75,7 @@ inline void wait_for_copies(int pending_groups) {
     for (int i = 0; i < 16; ++i) copy.to[i] = i < copy.bytes ? copy.from[i] : 0;
 }
 
-inline void fill_zero(void* memory, size_t bytes) { std::memset(memory, 0, bytes); }
+void fill_zero(void* memory, size_t bytes);
 
 template <class T>
 const Slot* exchange_values(unsigned mask, const T& value) {

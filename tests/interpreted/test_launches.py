@@ -1,0 +1,57 @@
+"""The launches of each operator are those that bench/launches.py declares."""
+
+import ctypes
+import os
+
+import pytest
+import torch
+from emulator import BACKEND
+from torch.utils._python_dispatch import _disable_current_modes
+
+launches = pytest.importorskip("launches")
+
+
+def count(monkeypatch, operator, *args):
+    """The results of an operator, and its launches."""
+    if BACKEND == "cuda":
+        library = ctypes.CDLL(os.environ["ANCHOROPS_CUDA_ON_HOST"])
+        before = library.anchorops_launches()
+        result = getattr(torch.ops.anchorops, operator).cuda(*args)
+        return result, library.anchorops_launches() - before
+    from importlib import import_module
+
+    from triton.runtime.interpreter import GridExecutor
+
+    started, launch = [], GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        started.append(self)
+        with _disable_current_modes():  # the interpreter copies tensors
+            return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    kernels = import_module(f"anchorops.kernels.{operator}")
+    with launches.Counts("triton") as of_torch:
+        result = getattr(kernels, operator)(*args)
+    monkeypatch.undo()
+    return result, len(started) + sum(of_torch.launches.values())
+
+
+def test_declared_launches(monkeypatch, sorted_by_numpy):
+    def run(operator, *args):
+        result, found = count(monkeypatch, operator, *args)
+        assert found == launches.OWN[operator][launches.BACKENDS.index(BACKEND)], operator
+        return result
+
+    torch.use_deterministic_algorithms(False)  # which fills new memory
+    labels = torch.randint(0, 3, (2, 8, 6))
+    keys, counts = run("class_keys", labels, 4, 3, 3, False, 255)
+    run("split_groups", keys, counts, torch.tensor(1), 2)
+    run("splat_keys", keys, 3, 4, 3, 2, 2)
+    features, anchors = torch.randn(2, 16, 4, 3), torch.randn(3, 16)
+    sums, sqdists, _ = run("class_moments", features, keys, anchors, 3, 1, True, False)
+    given = features, keys, anchors, sums, sqdists, 1, list(features.shape), features.stride()
+    run("class_moments_backward", *given, torch.float32)
+    inputs = sums, anchors, None, None, None
+    loss, *saved = run("centroid_info_nce", *inputs, 0.07, "mean")
+    run("centroid_info_nce_backward", loss, *inputs, *saved, 0.07)
