@@ -17,8 +17,8 @@ Differences from the settings of the papers and mmsegmentation:
   with the same ranges of contrast, saturation and hue; brightness is multiplied by 0.875 to 1.125
   (there shifted by up to 32 of 255). An evaluation pads images to multiples of 32 (there it does
   not).
-- The convolutions of the heads start as torch's (there: Kaiming normal, fan-out; MVSC prints He
-  initialisation). Only the classifiers start as there.
+- The convolutions of the heads start as torch, or segmentation-models-pytorch, starts them (there:
+  Kaiming normal, fan-out; MVSC prints He initialisation). Only the classifiers start as there.
 - Backbones start from the ImageNet weights of timm and segmentation-models-pytorch, which need not
   be mmsegmentation's.
 - Pascal-Context: learning rate and weight decay of SAR's release (the paper prints 0.01 and 5e-4).
