@@ -231,6 +231,25 @@ def test_steep_logits(case: Case, scale: float):
             assert error <= 2 * of_torch + 16 * torch.finfo(F32).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize(("num_classes", "allowed"), [(2, 5.0), (4, 3.0)])
+def test_rounding_errors_of_many_factors(num_classes: int, allowed: float):
+    """In cells of 8 × 8 labels, where all cells have the same slopes, so that their errors do not
+    cancel: allowed times torch's."""
+    case = Case((9, 17), (72, 136), num_classes)
+    labels = make_labels(case)
+    logits = torch.randn(2, num_classes, 9, 17) * 0.1 + torch.arange(9)[:, None] / 10
+    gradients = []
+    for function, dtype in ((fused, F32), (unfused, F64), (unfused, F32)):
+        x = logits.to(dtype).requires_grad_()
+        arguments = (case, x, labels) if function is fused else (case, x, labels, dtype)
+        losses = function(*arguments)[0]
+        assert losses is not None
+        gradients.append(torch.autograd.grad(losses.sum(), x)[0].double())
+    ours, exact, plain = gradients
+    error, of_torch = ((x - exact).square().mean().sqrt() for x in (ours, plain))
+    assert error <= allowed * of_torch
+
+
 @pytest.mark.parametrize("scale", [10.0, 20.0])
 @pytest.mark.parametrize("case", STEEP, ids=str)
 def test_losses_are_never_negative(case: Case, scale: float):

@@ -33,6 +33,8 @@ ALWAYS_INLINE WeightedSums sums_by_series(const CellRow<WIDTH>& row, const Corne
     all = all * up + sum;
     along = along * up + derivative * r;
     r *= twist;
+    // each product adds the rounding error of twist, and r has up to seven powers
+    if (j == 3 && row.rows > 4) r = slopes.ratio_right(row.at_down + 4 * step_down, step_right);
   }
   const Floats scale = slopes.power(last);
   const Floats below = last * all - (step_down * up) * all_rows;
