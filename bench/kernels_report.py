@@ -7,9 +7,11 @@ There are two budgets for streaming kernels, both for an H200 (4.3 TB/s, 132 mul
 GHz):
 - warp instructions for each 512 bytes that a warp loads (stores, if nothing is loaded), on the
   shortest path of the hot loop through its loads: 110 would take as long as the memory;
-- KB in flight on a multiprocessor: resident threads × the bytes each has asked for; 23 suffice.
-And the share of the copy bandwidth that time_model.py predicts for the same loop on sm_90.
-Fails on spills, and where softmax moments would take longer than softmax_paths.py allows.
+- KB in flight on a multiprocessor: resident threads × the bytes that each has requested; 23 are
+  enough.
+The table also has the share of the copy bandwidth that time_model.py predicts for the same loop on
+sm_90. The report fails on spills, and if softmax moments would take longer than softmax_paths.py
+allows.
 """
 
 import argparse
@@ -272,8 +274,8 @@ def hot_path(kernel: str, sass: str) -> tuple[float, int]:
 
 
 def loop_share(kernel: str, sass: str, warps: int) -> float:
-    """Predicted share of the copy bandwidth while so many warps of a multiprocessor go through the
-    hot path, tables in the first-level cache (time_model.py)."""
+    """Predicted share of the copy bandwidth while this number of warps of a multiprocessor run the
+    hot path, with tables in the first-level cache (time_model.py)."""
     blocks = time_model.blocks_of(sass, STREAMS.get(kernel, time_model.STREAM))
 
     def holding(pattern: str) -> list[int]:
@@ -375,8 +377,8 @@ def rows_of(name: str, quick: bool) -> list[tuple[str, str, Row]]:
 
 
 def softmax_programs() -> tuple[softmax_paths.Program, softmax_paths.Program]:
-    """Of the cross-entropy, forward and backward, for sm_90: its code is the same for every number
-    of classes and size."""
+    """The kernels of the cross-entropy, forward and backward, for sm_90. Their code is the same for
+    every number of classes and every size."""
     found = compiled("sm_90", launch_pixels, QUICK_PIXELS[0])
     forward, backward = (
         softmax_program("sm_90", found[kernel])

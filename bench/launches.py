@@ -1,12 +1,14 @@
 """Launches of GPU kernels in a training step of each method, counted without a GPU.
 
-The methods run on fake tensors, which have shapes but no memory. Each ATen operator that computes
-counts as one launch, views and new memory as none; LAUNCHES has the others, as ATen's CUDA sources
-launch them. The launches of our own operators are in OWN: tests/interpreted/test_launches.py counts
-them in the emulator and in Triton's interpreter. Setting memory to a number is a launch too.
+The methods run on fake tensors, which have shapes but no memory. An ATen operator that computes
+something counts as one launch; views and new memory count as none. LAUNCHES contains the
+exceptions, according to ATen's CUDA sources. OWN contains the launches of our own operators, which
+tests/interpreted/test_launches.py counts in the emulator and in Triton's interpreter. Setting
+memory to a number is a launch too.
 
-Counted: forward and backward of the method alone, for features in bfloat16 and a float32
-classifier. Not counted: adding its gradients to those of other losses, the optimizer, logging.
+The table counts forward and backward of the method alone, for features in bfloat16 and a float32
+classifier. It does not count adding its gradients to those of other losses, the optimizer, and
+logging.
 """
 
 from collections import Counter
@@ -26,8 +28,9 @@ from anchorops.losses import Regularizer
 from anchorops.ops import upsampled_sums
 
 BACKENDS = ("cuda", "triton")
-# Operators that are not one launch. Batch norm: statistics, running statistics, result; and its
-# step counter is an operator of its own. A convolution's gradients: of its input, of its weight.
+# Operators with another number of launches than one. Batch norm: statistics, running statistics,
+# result (its step counter is a separate operator). Gradients of a convolution: of its input and of
+# its weight.
 LAUNCHES = {
     "empty": 0,
     "empty_like": 0,
@@ -39,8 +42,8 @@ LAUNCHES = {
     "native_batch_norm": 3,
     "convolution_backward": 2,
 }
-# For each of BACKENDS, with anchors; without them class moments have one launch less in Triton.
-# Of at most 1,024 keys: pixels are not sorted.
+# For each of BACKENDS, with anchors (without them, Triton's class moments have one launch less) and
+# with at most 1,024 keys (then pixels are not sorted).
 OWN = {
     "class_keys": (2, 2),
     "split_groups": (4, 4),
@@ -84,7 +87,7 @@ class Counts(TorchDispatchMode):
 
 @contextmanager
 def pretended(backend: str) -> Iterator[None]:
-    """Operators on CPU tensors are those of the backend; fake tensors never run its kernels."""
+    """Operators on CPU tensors use this backend. Fake tensors never run its kernels."""
     on_host, chosen = _backend._ON_HOST[backend], _backend._choice.backend
     _backend._ON_HOST[backend], _backend._choice.backend = True, backend
     try:
@@ -93,7 +96,7 @@ def pretended(backend: str) -> Iterator[None]:
         _backend._ON_HOST[backend], _backend._choice.backend = on_host, chosen
 
 
-# Of layers that a method trains or applies, and their gradients.
+# Launches of the layers that a method trains or applies, and of their gradients.
 LAYERS = {
     "addmm",
     "mm",
@@ -114,7 +117,7 @@ METHODS: dict[str, Callable[[int, int], Regularizer]] = {
     "MVSC": ao.MVSC,
 }
 GOAL = 15
-# Of `cuda` at HRNet's shape; the report fails above.
+# The largest permitted numbers of launches of `cuda` at HRNet's shape; above them the report fails.
 MOST = {"SAR": 101, "CR": 16, "CBP": 3, "OCCL": 79, "CeCo": 79, "MVSC": 164}
 
 
@@ -145,7 +148,7 @@ def count(build: Callable[[int, int], Regularizer], shape: Shape, backend: str) 
 
 
 def print_launches() -> list[str]:
-    """A table of all methods; what is above its limit."""
+    """Prints a table of all methods. Returns a message for each one that is above its limit."""
     print("\nLaunches in a training step, forward and backward; of them by layers of the method")
     print("| method | shape | cuda | triton | layers | |\n|---|---|---|---|---|---|")
     faults = []

@@ -1,5 +1,5 @@
-"""W = upᵀ onehot(keys): the sums of upsampling weights that each feature has for the labels of each
-key."""
+"""W = upᵀ onehot(keys). For each key and feature, W is the sum of the feature's upsampling weights
+for the labels with this key."""
 
 import math
 
@@ -23,7 +23,7 @@ def _upper(label, step, features):
 
 @triton.jit
 def _before(feature, labels_each):
-    """A label at or before the first one around the feature, by less than four."""
+    """The first label around the feature, or one of the three labels before it."""
     return tl.maximum(((feature - 1) * labels_each).to(tl.int32) - 1, 0)
 
 
@@ -44,8 +44,8 @@ def _splat_keys_kernel(
     BLOCK_F: tl.constexpr,
 ):
     """Reads the keys of the labels around each feature, from the caches except for the first time.
-    Each element of the result belongs to one thread, which adds to it in the order of the labels:
-    atomics, because a load could be before an earlier store."""
+    Each element of the result belongs to one thread, which adds to it in the order of the labels.
+    The additions are atomic, because a load could otherwise happen before an earlier store."""
     features = height * width
     feature = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = feature < features
@@ -76,7 +76,7 @@ def _splat_keys_kernel(
 
 
 def _axis(labels: int, features: int) -> tuple[float, float, int]:
-    """Features for each label, labels for each feature, and more labels than are around any one."""
+    """Features for each label; labels for each feature; a number of labels that no feature exceeds."""
     step = (features - 1) / (labels - 1) if labels > 1 else 0.0
     return (step, 1 / step, min(labels, math.ceil(2 / step) + 5)) if step else (0.0, 0.0, labels)
 

@@ -1,5 +1,6 @@
-"""W = upᵀ onehot(keys): the sums of upsampling weights that each feature has for the labels of each
-key, for `upsampled_sums` on GPUs. On CPU it uses reference.splat_keys, part by part.
+"""W = upᵀ onehot(keys), for `upsampled_sums` on GPUs. For each key and feature, W is the sum of the
+feature's upsampling weights for the labels with this key. On CPU, reference.splat_keys computes it,
+part by part.
 """
 
 import torch

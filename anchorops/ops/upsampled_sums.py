@@ -5,9 +5,9 @@ W = upᵀ onehot(labels). The upsampled features are never stored. W has an entr
 each pixel of the features; only a part of it exists at a time. The backward pass computes the parts
 again from the labels.
 
-On GPUs a part is W of some images, made by the operator `splat_keys`. On CPU it is some rows of W,
-which fit into the cache, made by the reference. The rest is plain PyTorch. It is an operator to
-save memory, and because torch.compile would unroll the loop over the parts.
+On GPUs, a part is W of some images, computed by the operator `splat_keys`. On CPU, a part is some
+rows of W, which fit into the cache, computed by the reference. The rest is plain PyTorch. It is an
+operator to save memory, and because torch.compile would unroll the loop over the parts.
 """
 
 import itertools

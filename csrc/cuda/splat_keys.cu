@@ -1,14 +1,14 @@
-// The operator anchorops::splat_keys.cuda: W = upᵀ onehot(keys), the sums of upsampling weights
-// that each feature has for the labels of each key.
+// The operator anchorops::splat_keys.cuda: W = upᵀ onehot(keys). For each key and feature, W is the
+// sum of the feature's upsampling weights for the labels with this key.
 //
-// A thread has a feature and reads the keys of the labels around it, four times as many as labels
-// per feature: from memory once, otherwise from the caches. It adds weights in registers as long as
-// the key is the same, and then to its own elements of W, in the order of the labels. Writes W
-// twice: W is zero on entry.
+// A thread processes one feature. It reads the keys of the labels around the feature. Each key is
+// read for four features: from memory once, otherwise from the caches. Weights are added in
+// registers as long as the key is the same, and then to the thread's own elements of W, in the
+// order of the labels. W is written twice, because it is zero on entry.
 //
-// Predicted, not measured, at B16 K150 128² from 512² labels, four times as long on a side: 81 keys
-// for each of 262,144 features, some 12 instructions each, 15 µs; W has 157 MB, whose zeros take
-// 40 µs at 4.3 TB/s.
+// Predicted, not measured, at B16 K150 128² and 512² labels: 81 keys for each of 262,144 features,
+// about 12 instructions each, take 15 µs; W has 157 MB, and writing its zeros takes 40 µs at
+// 4.3 TB/s.
 #include "../labels.h"
 #include "tensors.cuh"
 
@@ -17,7 +17,8 @@ namespace {
 
 constexpr int THREADS = 256;
 
-// Rows or columns of labels on those of features, the first and the last ones on each other.
+// Positions of the rows (or columns) of labels among those of the features. The first and the last
+// ones of both coincide.
 struct Axis {
   int labels, features;
   float step;
@@ -33,7 +34,7 @@ struct Axis {
   __device__ int upper(int label) const {
     return min(static_cast<int>(position(label)), features - 1);
   }
-  // Of the feature, which is the upper one of the label or the one below.
+  // The weight of the feature, which is the upper one of the label's two features or the lower one.
   __device__ float weight(int label, int feature) const {
     const int up = upper(label);
     const float below = up < features - 1 ? position(label) - static_cast<float>(up) : 0;

@@ -38,7 +38,7 @@ def test_weights(size, label_size):
 
 @pytest.mark.parametrize("images", [1, 2, 3])
 def test_sums(images, monkeypatch):
-    """W of so many images at a time."""
+    """W of this number of images at a time."""
     module = sys.modules["anchorops.ops.upsampled_sums"]
     monkeypatch.setattr(module, "FEWEST_PARTS", 3 * 4 / 5 / images)
     features = torch.randn(3, 4, 3, 4, requires_grad=True)
