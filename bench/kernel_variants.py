@@ -1,0 +1,170 @@
+"""The calls of the Triton launchers that kernels_report.py compiles, with tensors on the meta
+device: every dtype, layout and flag that changes the machine code."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from anchorops.kernels import (
+    centroid_info_nce,
+    centroid_info_nce_backward,
+    class_keys,
+    class_moments,
+    class_moments_backward,
+    confusion,
+    pixel_argmax,
+    softmax_moments,
+    softmax_moments_backward,
+    splat_keys,
+    split_groups,
+)
+
+
+class Variant(NamedTuple):
+    dtype: torch.dtype
+    layout: str
+    anchors: bool
+    residuals: bool
+
+    def __str__(self) -> str:
+        extra = " + anchors" * self.anchors + " + danchors" * self.residuals
+        return f"{str(self.dtype).removeprefix('torch.')} {self.layout}: sums{extra}"
+
+
+MANY = 16_381  # classes, sorted by key; like 19 not a multiple of 16, for Triton's constants
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+QUICK = [
+    Variant(BF16, "NCHW", True, False),
+    Variant(BF16, "NHWC", True, True),
+    Variant(FP32, "NCHW", True, True),
+    Variant(FP16, "cropped", True, False),
+]
+
+
+def variants() -> Iterator[Variant]:
+    for dtype in (BF16, FP16, FP32):
+        for layout in ("NCHW", "NHWC", "cropped"):
+            for anchors, residuals in ((False, False), (True, False), (True, True)):
+                yield Variant(dtype, layout, anchors, residuals)
+
+
+def launch_info_nce(dtype: torch.dtype, groups: int, with_positives: bool) -> None:
+    """Everything that centroid InfoNCE launches, K = 150, D = 768."""
+    shape = (150,) if groups == 1 else (150, groups)
+    queries, keys = (torch.empty((*s, 768), dtype=dtype, device="meta") for s in (shape, (150,)))
+    positives = torch.empty_like(queries) if with_positives else None
+    present = torch.empty(shape, dtype=torch.bool, device="meta")
+    inputs = queries, keys, positives, present, None
+    loss, lse, positive_logits, scale = centroid_info_nce.centroid_info_nce(*inputs, 0.07, "mean")
+    centroid_info_nce_backward.centroid_info_nce_backward(
+        loss, *inputs, lse, positive_logits, scale, 0.07
+    )
+
+
+def launch_moments(variant: Variant, classes: int) -> None:
+    """Everything that class moments launch, at the HRNet shape."""
+    batch, dim, height, width = 8, 720, 128, 256
+    size = (batch, dim, height, width)
+    features = torch.empty(size, dtype=variant.dtype, device="meta")
+    if variant.layout == "NHWC":
+        features = features.contiguous(memory_format=torch.channels_last)
+    elif variant.layout == "cropped":
+        features = features.new_empty((batch, dim, height + 2, width + 2))[:, :, 1:-1, 1:-1]
+    labels = torch.empty((batch, 512, 1024), dtype=torch.uint8, device="meta")
+    keys, _ = class_keys.class_keys(labels, height, width, classes, False, 255)
+    anchors = torch.empty((classes, dim), device="meta") if variant.anchors else None
+    sums, sqdists, _ = class_moments.class_moments(
+        features, keys, anchors, classes, 1, True, variant.residuals
+    )
+    class_moments_backward.class_moments_backward(
+        features if variant.anchors else None,
+        keys,
+        anchors,
+        sums,
+        sqdists if variant.anchors else None,
+        1,
+        list(size),
+        list(torch.empty_like(features).stride()),
+        variant.dtype,
+    )
+
+
+def launch_groups() -> None:
+    """Everything that random groups launch."""
+    keys = torch.empty((8, 128 * 256), dtype=torch.int32, device="meta")
+    counts, seed = (torch.empty(n, dtype=torch.int64, device="meta") for n in (19, 1))
+    split_groups.split_groups(keys, counts, seed, 2)
+
+
+def launch_splat() -> None:
+    """What CeCo launches beside matrix products."""
+    keys = torch.empty((8, 512 * 1024), dtype=torch.int32, device="meta")
+    splat_keys.splat_keys(keys, 8 * 19, 512, 1024, 128, 256)
+
+
+class PixelVariant(NamedTuple):
+    """Upsampled logits; with `dice` masses, squares, hits and all gradients, otherwise only the
+    cross-entropy."""
+
+    dtype: torch.dtype
+    layout: str
+    size: tuple[int, ...]
+    labels: tuple[int, int]
+    align_corners: bool
+    dice: bool
+
+    def __str__(self) -> str:
+        what = "masses, squares, hits, maps" if self.dice else "cross-entropy"
+        corners = ", corners aligned" if self.align_corners else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype} {self.layout}: {self.size} to {self.labels}{corners}, {what}"
+
+
+# Channels last are copied, and other numbers of classes give the same code.
+ADE20K, DEEPLAB, FEW = (16, 150, 128, 128), (16, 21, 65, 65), (16, 21, 8, 8)
+QUICK_PIXELS = [PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False)]
+PIXELS = [
+    *QUICK_PIXELS,
+    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, True),
+    PixelVariant(FP32, "NCHW", DEEPLAB, (513, 513), True, True),
+    PixelVariant(FP16, "NCHW", DEEPLAB, (513, 513), False, False),
+    PixelVariant(BF16, "NCHW", FEW, (512, 512), False, True),  # 64 pixels for each logit
+    PixelVariant(BF16, "points", (16, 21, 64, 4096), (64, 4096), False, True),
+]
+
+
+def launch_pixels(variant: PixelVariant) -> None:
+    """Everything that softmax moments, argmax and confusion launch."""
+    logits = torch.empty(variant.size, dtype=variant.dtype, device="meta")
+    labels = torch.empty((variant.size[0], *variant.labels), dtype=torch.uint8, device="meta")
+    dice, align_corners = variant.dice, variant.align_corners
+    found = softmax_moments.softmax_moments(
+        logits, labels, 255, align_corners, False, dice, dice, dice, dice, True
+    )
+    losses, overlaps, masses, squares, pixel_losses, lse = found[:6]
+    if not dice:
+        overlaps = masses = squares = pixel_losses = None
+    softmax_moments_backward.softmax_moments_backward(
+        *(logits, labels, lse, losses, overlaps, masses, squares, pixel_losses),
+        *(lse if dice else None, 255, align_corners),
+    )
+    if dice:
+        predictions = pixel_argmax.pixel_argmax(logits, *variant.labels, align_corners)
+        confusion.confusion(predictions, labels, variant.size[1], 255)
+
+
+def jobs(quick: bool) -> list[tuple[Any, ...]]:
+    """Launcher, title of the variant, arguments of the launcher."""
+    found: list[tuple[Any, ...]] = [
+        (launch_moments, str(variant), variant, classes)
+        for variant in (QUICK if quick else variants())
+        for classes in ((MANY,) if variant.residuals else (19, MANY))
+    ]
+    for dtype, *given in ((FP32, 1, False), (BF16, 4, True)):  # float16 is cast as bfloat16 is
+        title = f"{str(dtype).removeprefix('torch.')}: K = 150, D = 768, (G, positives) = {given}"
+        found.append((launch_info_nce, title, dtype, *given))
+    for pixels in QUICK_PIXELS if quick else PIXELS:
+        found.append((launch_pixels, str(pixels), pixels))
+    found += [(launch_groups, "any number of groups"), (launch_splat, "any size")]
+    return found
