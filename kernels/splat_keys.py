@@ -76,7 +76,7 @@ def _splat_keys_kernel(
 
 
 def _axis(labels: int, features: int) -> tuple[float, float, int]:
-    """Features for each label; labels for each feature; a number of labels that no feature exceeds."""
+    """Features for each label; labels for each feature; more labels than any feature has."""
     step = (features - 1) / (labels - 1) if labels > 1 else 0.0
     return (step, 1 / step, min(labels, math.ceil(2 / step) + 5)) if step else (0.0, 0.0, labels)
 
