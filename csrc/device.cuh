@@ -85,6 +85,17 @@ __device__ __forceinline__ void store_vector(T* address, const Vector<T>& vector
 #endif
 }
 
+// threadIdx.x, read again, so that what follows from it is not kept in registers around a loop.
+__device__ __forceinline__ int thread_again() {
+#ifdef __CUDACC__
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return threadIdx.x;
+#endif
+}
+
 // Asks for a line of 128 bytes, so that it is in the second-level cache when it is loaded.
 __device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
 #ifdef __CUDACC__

@@ -3,19 +3,19 @@
 //     sums[k] = Σ f_p    residuals[k] = Σ (f_p − a_k)    sqdists[k] = Σ ‖f_p − a_k‖²
 //
 // Up to 1,024 keys in raster order: a block is one warp, which has 32 channels of a chunk of the
-// pixels, and tables in shared memory of the keys that the chunk meets. Features are read once,
-// keys once for each 32 channels (from the second-level cache but for the first), partials of the
-// keys that a chunk has met are written and read once. A second kernel adds them in a fixed order.
-// Of more keys in their order (a stable sort, and 12 bytes for each pixel and 32 channels more):
-// what a key has inside a chunk is complete; the first and the last key's of each chunk are joined
-// by a kernel of their own.
+// pixels, and adds up as many keys at a time as it has slots, on tensor cores. Features are read
+// once, keys once for each 32 channels (from the second-level cache but for the first), partials of
+// the keys that a chunk has met are written and read once. A second kernel adds them in a fixed
+// order. Of more keys in their order (a stable sort, and 12 bytes for each pixel and 32 channels
+// more): what a key has inside a chunk is complete; the first and the last key's of each chunk are
+// joined by a kernel of their own.
 //
-// Eight warps are resident on a multiprocessor, whatever the number of keys: 64 KB of features in
+// Twelve warps are resident on a multiprocessor, whatever the number of keys: 48 KB of features in
 // flight, where an H200 needs 23. Warp instructions for each 512 bytes and times are those that
 // `make cuda-report` prints; bench/NOTES.md has the shares of the bandwidth that follow from them.
 // Predicted, not measured.
 #include "../labels.h"
-#include "class_moments_kernel.cuh"
+#include "class_moments_launch.cuh"
 
 namespace anchorops::cuda {
 namespace {
@@ -128,24 +128,16 @@ __global__ void __launch_bounds__(128)
   }
 }
 
-constexpr int64_t MULTIPROCESSORS = 132, SHARED_BYTES = 227 << 10;  // of each: an H200
+constexpr int64_t MULTIPROCESSORS = 132;  // of an H200
 constexpr int64_t PARTIALS_IN_CACHE = 16 << 20;
-// Of more keys, looking up rows and writing partials takes longer than sorting.
+// Of more keys, writing partials takes longer than sorting.
 constexpr int64_t MAX_UNSORTED_KEYS = 1024;
-constexpr int64_t SHARED_BYTES_OF_BLOCK = SHARED_BYTES / BLOCKS_PER_MULTIPROCESSOR - 1024;
 
 struct Outputs {
   Tensor sums, sqdists, residuals;
 };
 
 float* data(const Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
-
-// How pixels and tables are divided. Of shapes alone: the order of additions is part of the result.
-struct Plan {
-  Tiling tiling;
-  int rows;                      // of the tables
-  int64_t shared_bytes_of_sink;  // the tables, and what is beside them
-};
 
 template <class T>
 Tiling tiles_of(const Pixels& view, int64_t wanted_chunks) {
@@ -160,73 +152,30 @@ Tiling tiles_of(const Pixels& view, int64_t wanted_chunks) {
   return tiling;
 }
 
-// As many rows as leave room for other blocks. As many chunks as occupy the device once, or a few
-// times over if their partial statistics are less than 1/64 of the features; fewer if those were
-// more than 1/4 of the features and than a share of the second-level cache.
+// As many chunks as occupy the device once, or a few times over if their partial statistics are
+// less than 1/64 of the features; fewer if those were more than 1/4 of the features and than a
+// share of the second-level cache.
 template <class T>
-Plan plan(const Pixels& view, int64_t num_keys, int statistics) {
-  const int64_t row_bytes =
-      (matrices_of(statistics) + ((statistics & SQDISTS) != 0)) * int64_t{CHANNELS * sizeof(float)};
-  const int64_t beside = SCATTER_BYTES + 1 + num_keys;
-  const int64_t room = SHARED_BYTES_OF_BLOCK - Ring<T, false, false>::BYTES - beside;
-  const int64_t rows = std::min({1 + num_keys, room / row_bytes, int64_t{MAX_ROWS}});
-
+Tiling plan(const Pixels& view, int64_t num_keys, int statistics) {
   const int64_t blocks = ceil_div(view.dim, CHANNELS);
+  const int64_t matrices = ((statistics & SUMS) != 0) + ((statistics & RESIDUALS) != 0);
   const int64_t chunk_bytes =
-      4 * num_keys * (matrices_of(statistics) * view.dim + ((statistics & SQDISTS) != 0) * blocks);
+      4 * num_keys * (matrices * view.dim + ((statistics & SQDISTS) != 0) * blocks);
   const int64_t feature_bytes =
       view.lines * view.pixels * view.dim * static_cast<int64_t>(sizeof(T));
-  const int64_t once = std::max<int64_t>(MULTIPROCESSORS * BLOCKS_PER_MULTIPROCESSOR / blocks, 1);
+  const int64_t once = std::max<int64_t>(MULTIPROCESSORS * MOST_WARPS / blocks, 1);
   const int64_t times = std::clamp<int64_t>(feature_bytes / 64 / (once * chunk_bytes), 1, 4);
   const int64_t most = std::max(feature_bytes / 4, PARTIALS_IN_CACHE) / chunk_bytes;
-  return {tiles_of<T>(view, std::min(once * times, most)), static_cast<int>(rows),
-          beside + rows * row_bytes};
-}
-
-// Calls function with the statistics as a constant.
-template <class Function>
-void for_statistics(int statistics, Function function) {
-  switch (statistics) {
-    case SUMS:
-      return function.template operator()<SUMS>();
-    case SQDISTS:
-      return function.template operator()<SQDISTS>();
-    case SUMS | SQDISTS:
-      return function.template operator()<SUMS | SQDISTS>();
-    case SQDISTS | RESIDUALS:
-      return function.template operator()<SQDISTS | RESIDUALS>();
-    default:
-      return function.template operator()<SUMS | SQDISTS | RESIDUALS>();
-  }
-}
-
-template <class T, bool SORTED, class Output>
-void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
-                    const Output& output, int64_t shared_bytes_of_sink, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(int64_t{tiling.chunks} * tiling.blocks));
-  const auto with = [&]<int STATISTICS, bool CHANNELS_LAST>() {
-    int64_t bytes = Ring<T, CHANNELS_LAST, SORTED>::BYTES + shared_bytes_of_sink;
-    // So that as many are resident as the schedulers share evenly.
-    const auto all = static_cast<int64_t>(shared_bytes_of_multiprocessor());
-    if (!SORTED && all >= SHARED_BYTES) bytes = std::max(bytes, SHARED_BYTES_OF_BLOCK);
-    launch("class_moments_kernel", class_moments_kernel<T, STATISTICS, CHANNELS_LAST, SORTED>, grid,
-           CHANNELS, bytes, stream, input, tiling, output);
-  };
-  for_statistics(statistics, [&]<int STATISTICS>() {
-    if (input.view.stride_d == 1 && input.view.stride_p != 1)
-      with.template operator()<STATISTICS, true>();
-    else
-      with.template operator()<STATISTICS, false>();
-  });
+  return tiles_of<T>(view, std::min(once * times, most));
 }
 
 template <class T>
 void in_raster_order(const Input<T>& input, int statistics, const Outputs& out, Stream stream) {
   const int64_t num_keys = input.num_keys, dim = input.view.dim;
-  const Plan plan = cuda::plan<T>(input.view, num_keys, statistics);
-  const int64_t chunks = plan.tiling.chunks, blocks = plan.tiling.blocks;
+  const Tiling tiling = plan<T>(input.view, num_keys, statistics);
+  const int64_t chunks = tiling.chunks, blocks = tiling.blocks;
   const Tensor met = new_empty(out.sums, {chunks, num_keys}, ScalarType::Byte);
-  Partials partials{.met = met.mutable_data_ptr<uint8_t>(), .rows = plan.rows};
+  Partials partials{.met = met.mutable_data_ptr<uint8_t>()};
   Reductions all{.met = partials.met, .num_keys = num_keys};
   std::vector<Tensor> buffers;
   const auto reduce = [&](int which, bool wanted, const Tensor& total, int64_t rows_per_chunk,
@@ -241,8 +190,7 @@ void in_raster_order(const Input<T>& input, int statistics, const Outputs& out, 
   partials.sums = reduce(0, statistics & SUMS, out.sums, 1, dim);
   partials.residuals = reduce(1, statistics & RESIDUALS, out.residuals, 1, dim);
   partials.sqdists = reduce(2, statistics & SQDISTS, out.sqdists, blocks, 1);
-  launch_moments<T, false>(statistics, input, plan.tiling, partials, plan.shared_bytes_of_sink,
-                           stream);
+  launch_moments(statistics, input, tiling, partials, stream);
   add_partials(all, stream);
 }
 
@@ -316,7 +264,7 @@ void in_order_of_keys(Input<T> input, int statistics, const Tensor& keys, const 
     output.sqdists = new_buffer(blocks, num_keys);
     join(2, output.sqdists_ends, output.sqdists, blocks, 1, num_keys);
   }
-  launch_moments<T, true>(statistics, input, tiling, output, 0, stream);
+  launch_moments(statistics, input, tiling, output, stream);
   launch("join_chunks_kernel", join_chunks_kernel, dim3(static_cast<unsigned>(edges), 3), 128, 0,
          stream, input.keys, pixels, tiling.tiles_per_chunk * TILE<T>, TILE<T>, tiling.chunks, all);
   if (statistics & SQDISTS) {

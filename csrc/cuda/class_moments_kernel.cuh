@@ -1,226 +1,346 @@
-// The pass over the features: a warp sums its 32 channels, a channel for each lane, tile after
-// tile, in groups of 32 pixels. Pixels of the key that is held are added in registers. Where other
-// keys come, totals go to a sink; after a group its last pixel's key is held.
-//
-// A group is taken in one of four ways, by what the time model says of their instructions:
-// - all of the key that is held: no test of any pixel;
-// - of that key and another one (a run begins, or two groups of a class alternate): both in one go;
-// - of a few keys: one after the other;
-// - of many: each pixel goes to the sink's tables.
+// The pass over the features in raster order: a warp adds up its 32 channels, tile after tile, in
+// groups of 32 pixels. Sums of a group by key are products on tensor cores of the one-hot matrix of
+// the pixels' slots by their features. Squared distances to the pixels' own anchors are first added
+// over channels, then by key in the same way: numbers in float32 as sums of three bfloat16 numbers.
 #pragma once
 
-#include "class_moments_sinks.cuh"
+#include "class_moments_slots.cuh"
 
 namespace anchorops::cuda {
 
-// What the groups of 32 pixels of a tile hold. Bit g tells of group g whether all have the key
-// before it, and whether they have that one and another. Lane g knows which of its pixels have the
-// key before it, and the first other key.
-template <class T>
-struct Keys {
-  static constexpr int GROUPS = TILE<T> / 32;
-  static constexpr unsigned ALL = (1u << GROUPS) - 1;
-  unsigned uniform = ALL, two = 0;
-  unsigned own = 0;
-  int other = 0;
+// The features of a group in the order of products: lane 4n + q has channels 8·j + n at [j], of
+// them pixels 8·i + 2q + b at [2·i + b].
+template <class T, bool CHANNELS_LAST>
+struct Features {
+  using Layout = Stage<T, CHANNELS_LAST, false>;
+  using Element = T;  // of products
+  static constexpr int TERMS = 1;
+  unsigned pairs[4][4];
 
-  __device__ __forceinline__ Keys(const int* keys, int key_before) {
-    const int lane = threadIdx.x;
-    int key[GROUPS], first[GROUPS];
-    unsigned same[GROUPS];
-    bool all_same = true;
+  Features() = default;
+  __device__ __forceinline__ explicit Features(const T* group) {
+    const int matrix = threadIdx.x / 8 * 8, row = threadIdx.x % 8;
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-      key[g] = keys[g * 32 + lane];
-      all_same &= key[g] == key_before;
+    for (int j = 0; j < 4; ++j)
+      if constexpr (CHANNELS_LAST)
+        load_matrices<true>(pairs[j], group + (matrix + row) * Layout::PITCH + 8 * j);
+      else
+        load_matrices<false>(pairs[j], group + (8 * j + row) * Layout::PITCH + matrix);
+  }
+  __device__ __forceinline__ bool are_finite() const {
+    unsigned zeros = 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) zeros = add_zeros_of<T>(pairs[i / 4][i % 4], zeros);
+    return (zeros & 0x7fff7fff) == 0;
+  }
+  __device__ __forceinline__ float at(int j, int pixel) const {
+    const unsigned pair = pairs[j][pixel / 2];
+    if constexpr (std::is_same_v<T, BFloat16>)
+      return __uint_as_float(pixel % 2 ? pair & 0xffff0000 : pair << 16);
+    T half;
+    const auto bits = static_cast<uint16_t>(pixel % 2 ? pair >> 16 : pair);
+    memcpy(&half, &bits, sizeof half);
+    return static_cast<float>(half);
+  }
+  __device__ __forceinline__ void terms(int j, int pair, unsigned (&terms)[1]) const {
+    terms[0] = pairs[j][pair];
+  }
+};
+
+template <bool CHANNELS_LAST>
+struct Features<float, CHANNELS_LAST> {
+  using Layout = Stage<float, CHANNELS_LAST, false>;
+  using Element = BFloat16;
+  static constexpr int TERMS = 3;
+  float values[4][8];
+
+  Features() = default;
+  __device__ __forceinline__ explicit Features(const float* group) {
+    const int column = threadIdx.x / 4, row = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int channel = 8 * j + column, pixel = row + i / 2 * 8 + i % 2;
+        values[j][i] = group[CHANNELS_LAST ? pixel * Layout::PITCH + channel
+                                           : channel * Layout::PITCH + pixel];
+      }
     }
-    if (__ballot_sync(FULL_WARP, all_same) == FULL_WARP) return;
-    uniform = 0;
+  }
+  __device__ __forceinline__ bool are_finite() const {
+    float total = 0;  // of zeros
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) first[g] = g ? keys[g * 32 - 1] : key_before;
+    for (int i = 0; i < 32; ++i) total = fmaf(values[i / 8][i % 8], 0.f, total);
+    return total == 0;
+  }
+  __device__ __forceinline__ float at(int j, int pixel) const { return values[j][pixel]; }
+  __device__ __forceinline__ void terms(int j, int pair, unsigned (&terms)[3]) const {
+    split(values[j][2 * pair], values[j][2 * pair + 1], terms);
+  }
+};
+
+// The one-hot matrix of the pixels of a tile in 16 slots.
+template <int GROUPS>
+struct OneHot {
+  unsigned ones[2 * GROUPS][4];
+
+  __device__ __forceinline__ OneHot(const Vector<unsigned> (&pairs)[GROUPS], int first_slot) {
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-      same[g] = __ballot_sync(FULL_WARP, key[g] == first[g]);
-      if (same[g] == FULL_WARP) uniform |= 1u << g;
-      first[g] = keys[g * 32 + ((__ffs(static_cast<int>(~same[g])) - 1) & 31)];
+    for (int i = 0; i < 8 * GROUPS; ++i) {
+      const unsigned slot = slot_code(first_slot + 8 * (i % 2) + threadIdx.x / 4);
+      ones[i / 4][i % 4] = ones_where_equal(pairs[i / 8].elements[i / 2 % 4], slot * 0x10001);
+    }
+  }
+
+  // For each slot, the sums of the first terms, and of the others.
+  template <class Element, int TERMS>
+  __device__ __forceinline__ void multiply(const unsigned (&terms)[4 * GROUPS][TERMS],
+                                           float (&first)[4], float (&rest)[4]) const {
+    float sums[TERMS][4] = {};
+#pragma unroll
+    for (int term = 0; term < TERMS; ++term) {
+#pragma unroll
+      for (int s = 0; s < 2 * GROUPS; ++s) {
+        const unsigned factor[2] = {terms[2 * s][term], terms[2 * s + 1][term]};
+        unsigned of_step[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)  // 1 in float16, too
+          of_step[i] = std::is_same_v<Element, Half> ? ones[s][i] & 0x3c003c00 : ones[s][i];
+        multiply_add<Element>(sums[term], of_step, factor);
+      }
     }
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-      const unsigned others = __ballot_sync(FULL_WARP, key[g] == first[g]);
-      if ((same[g] | others) == FULL_WARP) two |= 1u << g;
-      if (lane == g) own = same[g], other = first[g];
+    for (int i = 0; i < 4; ++i) {
+      first[i] = sums[0][i];
+      rest[i] = TERMS == 3 ? sums[TERMS - 1][i] + sums[TERMS / 2][i] : 0;
     }
   }
 };
 
-// Sums of the key that is held, until another comes.
-template <class T, int STATISTICS, bool CHANNELS_LAST, bool SORTED>
+template <class T, int STATISTICS, bool CHANNELS_LAST>
 struct Accumulator {
-  using Layout = Stage<T, CHANNELS_LAST>;
-  using Sink = SinkOf<STATISTICS, SORTED>;
-  // As many pixels are worth a test whether they have the same key, so that none is selected.
-  static constexpr int TESTED = STATISTICS == SUMS ? 32 : 8;
-  static constexpr unsigned ALL_TESTED = FULL_WARP >> (32 - TESTED);
-  static constexpr int MANY_RUNS = 12, SCATTERED_AT_ONCE = 16;  // of 32 pixels
+  using Layout = Stage<T, CHANNELS_LAST, false>;
+  using Fragment = Features<T, CHANNELS_LAST>;
+  static constexpr int GROUPS = TILE<T> / 32;
+  // Registers do not suffice for the features and the products of squares at the same time.
+  static constexpr bool RELOADS =
+      STATISTICS & RESIDUALS || (STATISTICS == (SUMS | SQDISTS) && sizeof(T) == 4);
+  // A pixel with a larger squared residual is added alone: others' products would not be finite.
+  static constexpr float LARGEST = 0x1p100f;
 
-  const Anchors anchors;
-  Sink sink;
-  int key, row;
-  float anchor;
-  Totals<STATISTICS> totals;
+  Slots<STATISTICS> slots;
+  const int lane = threadIdx.x;
 
-  __device__ Accumulator(const Anchors& anchors, const Sink& sink, int key)
-      : anchors(anchors), sink(sink), key(key), row(sink.find(key)), anchor(anchor_of(key)) {}
-
-  __device__ __forceinline__ float anchor_of(int key) const {
-    if constexpr (STATISTICS & SQDISTS) return anchors.of_key(key);
-    return 0;
-  }
-
-  __device__ __forceinline__ void consume(const T* pixels, const int* keys, const Keys<T>& of_tile,
-                                          int group) {
-    if (of_tile.uniform >> group & 1) return consume_one(pixels);
-    if (of_tile.two >> group & 1)
-      return consume_two(pixels, __shfl_sync(FULL_WARP, of_tile.own, group),
-                         __shfl_sync(FULL_WARP, of_tile.other, group));
-    const int lane = threadIdx.x, pixel_key = keys[lane], last_key = keys[31];
-    const int before = __shfl_up_sync(FULL_WARP, pixel_key, 1);
-    const unsigned begins = __ballot_sync(FULL_WARP, pixel_key != (lane ? before : key));
-    if (!SORTED && __popc(begins) > MANY_RUNS) return scatter(pixels, pixel_key, last_key);
-    consume_few(pixels, pixel_key, last_key);
-  }
-
-  __device__ __forceinline__ void consume_one(const T* pixels) {
-    float x[32];
-    Layout::read(pixels, x);
-#pragma unroll
-    for (int i = 0; i < 32; ++i) totals.add(i, x[i], anchor);
-  }
-
-  __device__ __forceinline__ void consume_few(const T* pixels, int pixel_key, int last_key) {
-    float x[32];
-    Layout::read(pixels, x);
-    unsigned own = __ballot_sync(FULL_WARP, pixel_key == key), left = FULL_WARP;
+  __device__ __forceinline__ void consume(T* tile, int* keys) {
+    int* const own = keys + 2 * lane;  // of the lane's two pixels
+    const bool has_pixels = lane < TILE<T> / 2;
 #pragma unroll 1
     for (;;) {
-      add_where(own, x);
-      left &= ~own;
-      if (left == 0) break;
-      hold(__shfl_sync(FULL_WARP, pixel_key, __ffs(static_cast<int>(left)) - 1));
-      own = __ballot_sync(FULL_WARP, pixel_key == key);
+      const int2 found = slots.find(has_pixels ? own[0] : -1, has_pixels ? own[1] : -1);
+      if (has_pixels) slots.place(found);
+      if (has_pixels && slots.used == SLOTS) {  // these pixels are done
+        if (found.x != NO_SLOT) own[0] = -1;
+        if (found.y != NO_SLOT) own[1] = -1;
+      }
+      add(tile);
+      if (slots.used < SLOTS) return;
+      const bool left = has_pixels && max(own[0], own[1]) >= 0;
+      if (__ballot_sync(FULL_WARP, left) == 0) return;
+      slots.evict();
     }
-    if (key != last_key) hold(last_key);
   }
 
-  // By selection, for a pixel of another key may be infinite.
-  __device__ __forceinline__ void add_where(unsigned own, const float (&x)[32]) {
+  // Pixels that have a slot.
+  __device__ __forceinline__ void add(T* tile) {
+    Fragment x[GROUPS];
+    Vector<unsigned> pairs[GROUPS];
+    float squares[GROUPS][8];
+#pragma unroll 1
+    for (bool all_finite = false;; all_finite = true) {
+      __syncwarp();
+      bool finite = true;
 #pragma unroll
-    for (int first = 0; first < 32; first += TESTED) {
-      const unsigned here = own << (32 - TESTED - first) >> (32 - TESTED);
-      if (TESTED < 32 && here == ALL_TESTED) {
+      for (int g = 0; g < GROUPS; ++g) {
+        pairs[g] = slots.pairs(g);
+        x[g] = Fragment(tile + Layout::offset(0, 32 * g));
+        if constexpr (STATISTICS & SQDISTS)
+          finite &= square(x[g], pairs[g], squares[g]) < LARGEST;
+        else
+          finite &= x[g].are_finite();
+      }
+      if (all_finite || __ballot_sync(FULL_WARP, finite) == FULL_WARP) break;
+      take_out(tile);
+    }
+    const OneHot<GROUPS> one_hot(pairs, 0);
+    const bool more = slots.used > ROWS;
+    if constexpr (STATISTICS & SQDISTS) {
+      unsigned terms[4 * GROUPS][3];
 #pragma unroll
-        for (int i = first; i < first + TESTED; ++i) totals.add(i, x[i], anchor);
-      } else if (TESTED == 32 || here != 0) {
-#pragma unroll
-        for (int i = first; i < first + TESTED; ++i)
-          if (own >> i & 1) totals.add(i, x[i], anchor);
+      for (int i = 0; i < 4 * GROUPS; ++i)
+        split(squares[i / 4][i % 4 * 2], squares[i / 4][i % 4 * 2 + 1], terms[i]);
+      add_squares<0>(one_hot, terms);
+      if (more) add_squares<1>(upper_half(), terms);
+    }
+    if constexpr (STATISTICS & (SUMS | RESIDUALS)) {
+      if constexpr (RELOADS) load(tile, x);
+      add_features<0>(one_hot, x);
+      if (more) {
+        load(tile, x);
+        add_features<1>(upper_half(), x);
       }
     }
   }
 
-  // Pixels in `own` have the key that is held, all others have the other one.
-  __device__ __forceinline__ void consume_two(const T* pixels, unsigned own, int other) {
-    const int other_row = sink.find(other);
-    const float other_anchor = anchor_of(other);
-    float x[32];
-    Layout::read(pixels, x);
-    Totals<STATISTICS> of_other;
+  // What is loaded twice is not kept in registers, of which there are too few.
+  __device__ __forceinline__ OneHot<GROUPS> upper_half() const {
+    __syncwarp();
+    Vector<unsigned> pairs[GROUPS];
 #pragma unroll
-    for (int first = 0; first < 32; first += TESTED) {
-      const unsigned here = own << (32 - TESTED - first) >> (32 - TESTED);
-      if (TESTED < 32 && here == ALL_TESTED) {
+    for (int g = 0; g < GROUPS; ++g) pairs[g] = slots.pairs(g);
+    return {pairs, ROWS};
+  }
+  __device__ __forceinline__ void load(const T* tile, Fragment (&x)[GROUPS]) const {
+    __syncwarp();
 #pragma unroll
-        for (int i = first; i < first + TESTED; ++i) totals.add(i, x[i], anchor);
-      } else if (TESTED < 32 && here == 0) {
+    for (int g = 0; g < GROUPS; ++g) x[g] = Fragment(tile + Layout::offset(0, 32 * g));
+  }
+
+  // Of each pixel, added over the lane's channels. Returns their sum.
+  __device__ __forceinline__ float square(const Fragment& x, const Vector<unsigned>& pairs,
+                                          float (&squares)[8]) const {
+    float total = 0;
 #pragma unroll
-        for (int i = first; i < first + TESTED; ++i) of_other.add(i, x[i], other_anchor);
-      } else {
+    for (int i = 0; i < 8; ++i) {
+      const unsigned pair = pairs.elements[i / 2];
+      const unsigned code = i % 2 ? pair >> 16 : pair & 0xffff;
+      const Vector<float> anchor = load_vector(reinterpret_cast<const float*>(
+          reinterpret_cast<const unsigned char*>(slots.anchors + lane / 4 * 4) + code));
+      squares[i] = 0;
 #pragma unroll
-        for (int i = first; i < first + TESTED; ++i) {
-          if (own >> i & 1)
-            totals.add(i, x[i], anchor);
-          else
-            of_other.add(i, x[i], other_anchor);
+      for (int j = 0; j < 4; ++j) {
+        const float residual = x.at(j, i) - anchor.elements[j];
+        squares[i] = fmaf(residual, residual, squares[i]);
+      }
+      total += squares[i];
+    }
+    return total;
+  }
+
+  // To slots 16·M to 16·M + 15.
+  template <int M>
+  __device__ __forceinline__ void add_squares(const OneHot<GROUPS>& one_hot,
+                                              const unsigned (&terms)[4 * GROUPS][3]) {
+    float sums[4], rest[4];
+    one_hot.template multiply<BFloat16>(terms, sums, rest);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) slots.totals.sqdists[M][i] += sums[i] + rest[i];
+  }
+
+  template <int M>
+  __device__ __forceinline__ void add_features(const OneHot<GROUPS>& one_hot,
+                                               const Fragment (&x)[GROUPS]) {
+    auto& totals = slots.totals;
+    float counts[4], no_rest[4];
+    Vector<float> anchors[4];  // of 2·h + b
+    if constexpr (STATISTICS & RESIDUALS) {
+      unsigned ones[4 * GROUPS][1];
+#pragma unroll
+      for (auto& pair : ones) pair[0] = 0x3f803f80;
+      one_hot.template multiply<BFloat16>(ones, counts, no_rest);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        anchors[i] = load_vector(slots.anchors + (ROWS * M + i / 2 * 8 + lane / 4) * PITCH +
+                                 (lane % 4 * 2 + i % 2) * 4);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      unsigned terms[4 * GROUPS][Fragment::TERMS];
+      float sums[4], rest[4];
+#pragma unroll
+      for (int i = 0; i < 4 * GROUPS; ++i) x[i / 4].terms(j, i % 4, terms[i]);
+      one_hot.template multiply<typename Fragment::Element>(terms, sums, rest);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (STATISTICS & SUMS)
+          totals.sums[j][M][i] += Fragment::TERMS > 1 ? sums[i] + rest[i] : sums[i];
+        if constexpr (STATISTICS & RESIDUALS) {
+          // Exact but for one rounding: up to 64 terms of 8 bits (11 in float16) have sums of 24.
+          const float anchor = anchors[i].elements[j];
+          if constexpr (Fragment::TERMS == 1) {
+            totals.residuals[j][M][i] += fmaf(-counts[i], anchor, sums[i]);
+          } else {
+            const float first = __uint_as_float(__float_as_uint(anchor) & 0xffff0000);
+            totals.residuals[j][M][i] +=
+                fmaf(-counts[i], first, sums[i]) + fmaf(-counts[i], anchor - first, rest[i]);
+          }
         }
       }
     }
-    const Sums sums = totals.total(), other_sums = of_other.total();
-    const bool keep = own >> 31;
-    sink.add(keep ? other : key, keep ? other_row : row, select(keep, other_sums, sums));
-    totals = {select(keep, sums, other_sums)};
-    key = keep ? key : other;
-    row = keep ? row : other_row;
-    anchor = keep ? anchor : other_anchor;
   }
 
-  // Another key, from here on.
-  __device__ __forceinline__ void hold(int next) {
-    sink.add(key, row, totals.total());
-    totals = {};
-    key = next;
-    row = sink.find(key);
-    anchor = anchor_of(key);
-  }
-
-  static __device__ __forceinline__ Sums select(bool first, const Sums& a, const Sums& b) {
-    return {first ? a.sum : b.sum, first ? a.sqdist : b.sqdist, first ? a.residual : b.residual};
-  }
-
-  __device__ __forceinline__ void scatter(const T* pixels, int pixel_key, int last_key) {
-    if constexpr (!SORTED) {
-      const bool in_tables = sink.begin_scatter(pixel_key, anchors.row_of_key(pixel_key));
+  // Adds pixels that are not finite, or too large, one by one; then they are zero, in no slot.
+  __device__ __forceinline__ void take_out(T* tile) {
 #pragma unroll 1
-      for (int i = 0; i < 32; i += SCATTERED_AT_ONCE) {
-        float x[SCATTERED_AT_ONCE];
-        Layout::read(pixels + i * Layout::PIXEL, x);
-        sink.scatter(i, x, anchors, in_tables);
+    for (int pixel = 0; pixel < TILE<T>; ++pixel) {
+      const int slot = slots.code(pixel) / static_cast<int>(slot_code(1));
+      T* const own = tile + Layout::offset(lane, pixel);
+      float residual = static_cast<float>(*own);
+      if constexpr (STATISTICS & SQDISTS) residual -= slots.anchor(slot);
+      if (__ballot_sync(FULL_WARP, residual * residual < LARGEST) == FULL_WARP) continue;
+      if (slot != NO_SLOT) add_alone(tile, pixel, slot);
+      __syncwarp();
+      *own = T(0.f);
+      if (lane == 0) slots.code(pixel) = slot_code(NO_SLOT);
+    }
+  }
+
+  __device__ __forceinline__ void add_alone(const T* tile, int pixel, int slot) {
+    if (slot % 8 != lane / 4) return;
+    auto& totals = slots.totals;
+#pragma unroll
+    for (int i = 0; i < SLOTS; ++i) {
+      const int m = i / 16, h = i / 8 % 2, j = i / 2 % 4, b = i % 2;
+      if (slot / 8 != i / 8) continue;
+      const int channel = 8 * j + lane % 4 * 2 + b;
+      const auto value = static_cast<float>(tile[Layout::offset(channel, pixel)]);
+      if constexpr (STATISTICS & SUMS) totals.sums[j][m][2 * h + b] += value;
+      if constexpr (STATISTICS & SQDISTS) {
+        const float residual = value - slots.anchors[slot * PITCH + channel % 8 * 4 + j];
+        totals.sqdists[m][2 * h + b] = fmaf(residual, residual, totals.sqdists[m][2 * h + b]);
+        if constexpr (STATISTICS & RESIDUALS) totals.residuals[j][m][2 * h + b] += residual;
       }
-      hold(last_key);
     }
   }
 };
 
-// Reads the features of its tiles, and their keys, once; writes each statistic of each key once.
-template <class T, int STATISTICS, bool CHANNELS_LAST, bool SORTED>
-__global__ void __launch_bounds__(CHANNELS, SORTED ? 12 : BLOCKS_PER_MULTIPROCESSOR)
-    class_moments_kernel(const Input<T> input, const Tiling tiling,
-                         const typename SinkOf<STATISTICS, SORTED>::Output output) {
-  // Neighbouring blocks read neighbouring channels; with sorted pixels, the same planes, which then
-  // stay in cache.
-  constexpr bool CHUNKS_FIRST = SORTED && !CHANNELS_LAST;
-  const int block = CHUNKS_FIRST ? blockIdx.x / tiling.chunks : blockIdx.x % tiling.blocks;
-  const int chunk = CHUNKS_FIRST ? blockIdx.x % tiling.chunks : blockIdx.x / tiling.blocks;
+// Warps of a multiprocessor: three for each scheduler, or two where registers do not suffice, as
+// nvcc takes more of them from sm_100 on.
+template <class T>
+constexpr int warps_of(int statistics) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  constexpr int MOST = SUMS | SQDISTS;
+#else
+  constexpr int MOST = SUMS | SQDISTS | RESIDUALS;
+#endif
+  return sizeof(T) == 4 && (statistics & MOST) == MOST ? 8 : MOST_WARPS;
+}
 
-  Ring<T, CHANNELS_LAST, SORTED> ring(input, tiling, block, chunk);
-  Accumulator<T, STATISTICS, CHANNELS_LAST, SORTED> accumulator(
-      input.anchors_of(block), {output, tiling, input, block, chunk, ring.end()},
-      SORTED ? *ring.cursor.keys : -1);
+// Reads the features of its tiles, and their keys, once; writes each statistic of each key once.
+template <class T, int STATISTICS, bool CHANNELS_LAST>
+__global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
+    class_moments_kernel(const Input<T> input, const Tiling tiling, const Partials partials) {
+  // Neighbouring blocks read neighbouring channels.
+  const int block = blockIdx.x % tiling.blocks, chunk = blockIdx.x / tiling.blocks;
+  Ring<T, CHANNELS_LAST, false> ring(input, tiling, block, chunk);
+  Accumulator<T, STATISTICS, CHANNELS_LAST> accumulator{
+      {partials, tiling, input, block, chunk, ring.end()}};
 
 #pragma unroll 1
   for (int tile = 1 - STAGES; tile < ring.tiles; ++tile) {
     ring.advance(tile);
-    if (tile < 0) continue;
-    const T* pixels = Stage<T, CHANNELS_LAST>::channel(ring.stage());
-    const int* keys = ring.keys();
-    const Keys<T> of_tile(keys, accumulator.key);
-#pragma unroll 1
-    for (int g = 0; g < Keys<T>::GROUPS; ++g) {
-      accumulator.consume(pixels, keys, of_tile, g);
-      pixels += 32 * Stage<T, CHANNELS_LAST>::PIXEL;
-      keys += 32;
-    }
+    if (tile >= 0) accumulator.consume(ring.stage(tile), ring.keys(tile));
   }
-  accumulator.sink.finish(accumulator.key, accumulator.totals.total());
+  accumulator.slots.finish();
 }
 
 }  // namespace anchorops::cuda

@@ -10,8 +10,13 @@
 
 namespace anchorops::cuda {
 
+constexpr int SUMS = 1, SQDISTS = 2, RESIDUALS = 4;  // statistics
+
+// What a multiprocessor of an H200 holds: three warps for each of its four schedulers.
+constexpr int MOST_WARPS = 12;
+
 constexpr int CHANNELS = 32;  // of a block, which is one warp
-constexpr int TILE_BYTES = 8192;
+constexpr int TILE_BYTES = 4096;
 constexpr int STAGES = 2;  // of the ring of tiles: one is read while the other is under way
 constexpr int BATCH = 16;  // elements that a lane loads before it waits for the first
 
@@ -40,6 +45,25 @@ struct Tiling {
   int64_t tiles, tiles_per_chunk;
   int tiles_per_line, last_tile;  // pixels in the last tile of a line
   int chunks, blocks;             // of channels
+};
+
+// Partial statistics of chunks, for a kernel that adds them. Only what a chunk has met is written.
+struct Partials {
+  float* sums;       // float32 [chunks, num_keys, D]
+  float* residuals;  // the same
+  float* sqdists;    // float32 [chunks, blocks, num_keys]
+  uint8_t* met;      // [chunks, num_keys]: 0 where a chunk has not met a key
+};
+
+// The sums of sorted pixels. The first and the last key's of a chunk are its ends: neighbours may
+// have more of these keys.
+struct SortedSums {
+  float* sums;            // float32 [num_keys, D]
+  float* residuals;       // the same
+  float* sqdists;         // float32 [blocks, num_keys]
+  float* sums_ends;       // float32 [2·chunks, D]
+  float* residuals_ends;  // the same
+  float* sqdists_ends;    // float32 [2·chunks, blocks]
 };
 
 // The anchors of a lane's channel.
@@ -81,19 +105,25 @@ __device__ __forceinline__ void widen(const Vector<T>& vector, float (&x)[Vector
   }
 }
 
-// The layout of a tile in shared memory: [channel][pixel], with rows padded to use different banks;
-// with channels last [pixel][channel].
-template <class T, bool CHANNELS_LAST>
+// The layout of a tile in shared memory: [channel][pixel], or [pixel][channel] with channels last.
+// Rows are padded so that they are in different banks, except where a warp reads a single one.
+template <class T, bool CHANNELS_LAST, bool SORTED>
 struct Stage {
   static constexpr int SEGMENT = Vector<T>::SIZE;  // pixels that are read at once
   static constexpr int ROWS = CHANNELS_LAST ? TILE<T> : CHANNELS;
   static constexpr int COLUMNS = CHANNELS_LAST ? CHANNELS : TILE<T>;
-  static constexpr int PITCH = CHANNELS_LAST ? COLUMNS : COLUMNS + SEGMENT;
+  static constexpr int PADDING = CHANNELS_LAST              ? (SORTED ? 0 : SEGMENT)
+                                 : SORTED || sizeof(T) == 2 ? SEGMENT
+                                                            : 2 * SEGMENT;
+  static constexpr int PITCH = COLUMNS + PADDING;
   static constexpr int ELEMENTS = ROWS * PITCH;
   static constexpr int BYTES = ELEMENTS * static_cast<int>(sizeof(T));
 
   static constexpr int PIXEL = CHANNELS_LAST ? PITCH : 1;  // from a pixel to the next
 
+  static __device__ __forceinline__ int offset(int channel, int pixel) {
+    return CHANNELS_LAST ? pixel * PITCH + channel : channel * PITCH + pixel;
+  }
   // The lane's channel of the first pixel.
   static __device__ __forceinline__ const T* channel(const T* stage) {
     return stage + threadIdx.x * (CHANNELS_LAST ? 1 : PITCH);
@@ -121,14 +151,17 @@ template <class T, bool SORTED>
 struct Cursor {
   const Input<T>& input;
   const Tiling& tiling;
-  const int64_t channel;  // the block's first
-  int64_t line;
+  const int channel;  // the block's first
+  int line;
   int tiles_left;       // in the line
   const T* features;    // of the tile's first pixel and the block's first channel
   const int32_t* keys;  // of the tile's first pixel
 
-  __device__ Cursor(const Input<T>& input, const Tiling& tiling, int64_t channel, int64_t tile)
-      : input(input), tiling(tiling), channel(channel), line(tile / tiling.tiles_per_line) {
+  __device__ Cursor(const Input<T>& input, const Tiling& tiling, int channel, int64_t tile)
+      : input(input),
+        tiling(tiling),
+        channel(channel),
+        line(static_cast<int>(tile / tiling.tiles_per_line)) {
     enter_line(static_cast<int>(tile % tiling.tiles_per_line));
   }
   __device__ void enter_line(int tile) {
@@ -137,7 +170,7 @@ struct Cursor {
     const int64_t pixel = int64_t{tile} * TILE<T>;
     features = input.features + channel * view.stride_d;
     if constexpr (!SORTED) features += view.line_offset(line) + pixel * view.stride_p;
-    keys = input.keys + line * view.pixels + pixel;
+    keys = input.keys + int64_t{line} * view.pixels + pixel;
   }
   __device__ __forceinline__ void next() {
     if (--tiles_left == 0) {
@@ -160,12 +193,12 @@ struct Cursor {
 // Copies keys of a tile, −1 beyond the pixels, and its features, 0 beyond the pixels and channels.
 template <class T, bool CHANNELS_LAST, bool SORTED>
 __device__ __forceinline__ void fill_stage(T* stage, int* keys, const Cursor<T, SORTED>& cursor) {
-  using Shape = Stage<T, CHANNELS_LAST>;
+  using Shape = Stage<T, CHANNELS_LAST, SORTED>;
   constexpr int SEGMENT = Shape::SEGMENT, PITCH = Shape::PITCH;
   constexpr int VECTORS = Shape::COLUMNS / SEGMENT, STEP = 32 / VECTORS;  // rows copied at once
   const Input<T>& input = cursor.input;
   const Pixels& view = input.view;
-  const int lane = threadIdx.x, pixels = cursor.pixels();
+  const int lane = thread_again(), pixels = cursor.pixels();
   const int channels = static_cast<int>(min(view.dim - cursor.channel, int64_t{CHANNELS}));
 
   if (input.key_vectors && pixels == TILE<T>) {
@@ -221,15 +254,14 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys, const Cursor<T, 
 // The tiles of a chunk, one after the other: while one is read, the next is under way.
 template <class T, bool CHANNELS_LAST, bool SORTED>
 struct Ring {
-  using Layout = Stage<T, CHANNELS_LAST>;
+  using Layout = Stage<T, CHANNELS_LAST, SORTED>;
   static constexpr int BYTES = STAGES * (Layout::BYTES + TILE<T> * int{sizeof(int)});
 
   Cursor<T, SORTED> cursor;
   const int tiles;  // of the chunk
-  int slot = 0;     // of the tile that is read
 
   __device__ Ring(const Input<T>& input, const Tiling& tiling, int block, int chunk)
-      : cursor(input, tiling, int64_t{block} * CHANNELS, chunk * tiling.tiles_per_chunk),
+      : cursor(input, tiling, block * CHANNELS, chunk * tiling.tiles_per_chunk),
         tiles(static_cast<int>(
             min(tiling.tiles_per_chunk, tiling.tiles - chunk * tiling.tiles_per_chunk))) {}
 
@@ -240,15 +272,14 @@ struct Ring {
     return reinterpret_cast<int*>(shared_memory() + STAGES * Layout::BYTES) + slot * TILE<T>;
   }
   static __device__ unsigned char* end() { return shared_memory() + BYTES; }
-  __device__ __forceinline__ const T* stage() const { return stage_at(slot); }
-  __device__ __forceinline__ const int* keys() const { return keys_at(slot); }
+  __device__ __forceinline__ T* stage(int tile) const { return stage_at(tile % STAGES); }
+  __device__ __forceinline__ int* keys(int tile) const { return keys_at(tile % STAGES); }
 
   // To this tile: from 1 − STAGES on, for the first ones have to come before they are read.
   __device__ __forceinline__ void advance(int tile) {
-    slot = (slot + 1) % STAGES;
     __syncwarp();  // nothing reads any more what is overwritten now
     if (tile + STAGES - 1 < tiles) {
-      const int free = (slot + STAGES - 1) % STAGES;
+      const int free = (tile + STAGES - 1) % STAGES;
       fill_stage<T, CHANNELS_LAST>(stage_at(free), keys_at(free), cursor);
       cursor.next();
     }

@@ -26,6 +26,9 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct int2 {
+  int x, y;
+};
 struct float2 {
   float x, y;
 };
@@ -53,7 +56,7 @@ void check_alignment(const void* address, size_t alignment);
 
 // Waits for the lanes of `mask`; then slot i contains the value of lane i.
 struct Slot {
-  unsigned char bytes[16];
+  unsigned char bytes[24];
 };
 const Slot* exchange(unsigned mask, const Slot& brought);
 void block_barrier();
@@ -91,6 +94,51 @@ T from_lane(unsigned mask, T value, unsigned source) {
   return value;
 }
 
+// The products of csrc/matrices.cuh.
+template <class T>
+float half_of(unsigned pair, int which) {
+  const auto bits = static_cast<uint16_t>(pair >> 16 * which);
+  T half;
+  std::memcpy(&half, &bits, sizeof half);
+  return half;
+}
+
+template <class T>
+void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  struct Operands {
+    unsigned a[4], b[2];
+  } operands[32];
+  std::memcpy(operands->a, a, sizeof a);
+  std::memcpy(operands->b, b, sizeof b);
+  const Slot* slots = exchange_values(0xffffffff, operands[0]);
+  for (int i = 0; i < 32; ++i) std::memcpy(&operands[i], &slots[i], sizeof operands[i]);
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const int register_of_a = row / 8 + k / 8 * 2, quarter = k % 8 / 2;
+      sum += double{half_of<T>(operands[row % 8 * 4 + quarter].a[register_of_a], k % 2)} *
+             half_of<T>(operands[column * 4 + quarter].b[k / 8], k % 2);
+    }
+    c[i] = static_cast<float>(sum);
+    if (std::abs(c[i]) > std::abs(sum)) c[i] = std::nextafter(c[i], 0.f);  // truncated
+  }
+}
+
+template <bool TRANSPOSED>
+void load_matrices(unsigned (&registers)[4], const void* row) {
+  check_alignment(row, 16);
+  const uint16_t* rows[32];
+  const Slot* slots = exchange_values(0xffffffff, row);
+  for (int i = 0; i < 32; ++i) std::memcpy(&rows[i], &slots[i], sizeof rows[i]);
+  const unsigned n = lane() / 4, q = lane() % 4;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned first = TRANSPOSED ? rows[8 * i + 2 * q][n] : rows[8 * i + n][2 * q];
+    const unsigned second = TRANSPOSED ? rows[8 * i + 2 * q + 1][n] : rows[8 * i + n][2 * q + 1];
+    registers[i] = first | second << 16;
+  }
+}
+
 }  // namespace anchorops::on_host
 
 #define threadIdx (anchorops::on_host::place().thread)
@@ -125,6 +173,14 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
   return ballot;
 }
 
+inline unsigned __match_any_sync(unsigned mask, int value) {
+  const auto* slots = anchorops::on_host::exchange_values(mask, value);
+  unsigned same = 0;
+  for (unsigned i = 0; i < 32; ++i)
+    if ((mask >> i & 1) && std::memcmp(&slots[i], &value, sizeof value) == 0) same |= 1u << i;
+  return same;
+}
+
 inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
   const auto* slots = anchorops::on_host::exchange_values(mask, value);
   unsigned least = value;
@@ -151,6 +207,11 @@ T __ldg(const T* address) {
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
 inline float __uint_as_float(unsigned bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);

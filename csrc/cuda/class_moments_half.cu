@@ -1,0 +1,9 @@
+#include "class_moments_instances.cuh"
+
+namespace anchorops::cuda {
+
+template void launch_moments<Half>(int, const Input<Half>&, const Tiling&, const Partials&, Stream);
+template void launch_moments<Half>(int, const Input<Half>&, const Tiling&, const SortedSums&,
+                                   Stream);
+
+}  // namespace anchorops::cuda

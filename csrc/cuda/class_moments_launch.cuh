@@ -1,0 +1,17 @@
+// Launches of the passes over the features. Each dtype is compiled in a file of its own, and these
+// files at the same time.
+#pragma once
+
+#include "class_moments_tiles.cuh"
+
+namespace anchorops::cuda {
+
+// Statistics of chunks in raster order, or of sorted pixels.
+template <class T>
+void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
+                    const Partials& partials, Stream stream);
+template <class T>
+void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
+                    const SortedSums& sums, Stream stream);
+
+}  // namespace anchorops::cuda

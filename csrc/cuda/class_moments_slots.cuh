@@ -1,0 +1,181 @@
+// The keys that a warp is adding up have slots. A slot is a row of products on tensor cores: of
+// the one-hot matrix of the pixels' slots by their features. Totals of slots are in registers,
+// their anchors in shared memory. When all slots are taken and another key comes, totals go to the
+// chunk's partials in global memory, and all slots are free again. So nothing depends on where runs
+// begin, and little on the number of keys.
+#pragma once
+
+#include "../matrices.cuh"
+#include "class_moments_tiles.cuh"
+
+namespace anchorops::cuda {
+
+constexpr int SLOTS = 32, NO_SLOT = SLOTS;
+constexpr int ROWS = 16;  // slots of a product
+// Anchors of slots, and zeros for NO_SLOT: channel 8·j + n at 4·n + j. Padded, so that different
+// slots are in different banks.
+constexpr int PITCH = CHANNELS + 8;
+constexpr uint8_t NOT_MET = 255, IN_PARTIALS = 254;  // instead of a slot
+
+// A slot in 16 bits: where its anchor begins, in bytes, and a bfloat16 number that no other has.
+__host__ __device__ constexpr unsigned slot_code(int slot) { return slot * PITCH * sizeof(float); }
+
+// Totals of all slots, in the order of products (matrices.cuh): lane 4n + q has slots 16·m + 8·h +
+// n at [m][2h + b]; of them channels 8·j + 2q + b at [j], or, of squared distances, a part.
+template <int STATISTICS>
+struct SlotTotals {
+  float sums[4][2][4] = {}, residuals[4][2][4] = {}, sqdists[2][4] = {};
+};
+
+template <int STATISTICS>
+struct Slots {
+  static constexpr int ANCHORS_BYTES =
+      STATISTICS & SQDISTS ? (SLOTS + 1) * PITCH * int{sizeof(float)} : 0;
+  static constexpr int PIXELS_BYTES = 64 * sizeof(uint16_t), KEYS_BYTES = SLOTS * sizeof(int2);
+  static constexpr int64_t bytes(int64_t num_keys) {
+    return ANCHORS_BYTES + PIXELS_BYTES + KEYS_BYTES + 1 + num_keys;
+  }
+
+  const Partials partials;
+  const Anchors source;
+  const int chunk, block, blocks, num_keys, dim, lane = threadIdx.x;
+  float* const anchors;       // float32 [SLOTS + 1, PITCH]
+  unsigned* const of_pixels;  // codes of the tile's pixels, in the order of products
+  int2* const keys;           // [SLOTS]: the key, and whether the partials have sums of it
+  uint8_t* const of_key;      // [1 + num_keys], at key 0
+  int used = 0;
+  SlotTotals<STATISTICS> totals;
+
+  template <class T>
+  __device__ Slots(const Partials& partials, const Tiling& tiling, const Input<T>& input, int block,
+                   int chunk, unsigned char* memory)
+      : partials(partials),
+        source(input.anchors_of(block)),
+        chunk(chunk),
+        block(block),
+        blocks(tiling.blocks),
+        num_keys(input.num_keys),
+        dim(static_cast<int>(input.view.dim)),
+        anchors(reinterpret_cast<float*>(memory)),
+        of_pixels(reinterpret_cast<unsigned*>(memory + ANCHORS_BYTES)),
+        keys(reinterpret_cast<int2*>(memory + ANCHORS_BYTES + PIXELS_BYTES)),
+        of_key(memory + ANCHORS_BYTES + PIXELS_BYTES + KEYS_BYTES + 1) {
+    keys[lane] = {0, 0};
+    for (int k = lane - 1; k < num_keys; k += 32) of_key[k] = k < 0 ? NO_SLOT : NOT_MET;
+    clear_anchors();
+    __syncwarp();
+  }
+
+  // Of the lane's channel.
+  __device__ __forceinline__ float& anchor(int slot) const {
+    return anchors[slot * PITCH + lane % 8 * 4 + lane / 8];
+  }
+
+  // Free slots have zeros, so that the residuals of no pixels are 0.
+  __device__ __forceinline__ void clear_anchors() const {
+    if constexpr (STATISTICS & SQDISTS)
+      for (int s = 0; s <= SLOTS; ++s) anchor(s) = 0;
+  }
+
+  // The slots of two keys of each lane: NO_SLOT where all are taken, or for key −1.
+  __device__ __forceinline__ int2 find(int first_key, int second_key) {
+    int2 found = {of_key[first_key], of_key[second_key]};
+    if (__ballot_sync(FULL_WARP, max(found.x, found.y) > NO_SLOT)) {
+      const int first = used;
+      assign(first_key);
+      assign(second_key);
+      if constexpr (STATISTICS & SQDISTS) {
+        const int row = source.row_of_key(keys[lane].x);
+#pragma unroll 4
+        for (int s = first; s < used; ++s) anchor(s) = source.at(__shfl_sync(FULL_WARP, row, s));
+        __syncwarp();
+      }
+      found = {min(int{of_key[first_key]}, NO_SLOT), min(int{of_key[second_key]}, NO_SLOT)};
+    }
+    return found;
+  }
+
+  // The slots of pixels 8·i + 2q and 8·i + 2q + 1 of a group, in the halves of [group][q][i].
+  __device__ __forceinline__ void place(int2 found) const {
+    of_pixels[lane / 16 * 16 + lane % 4 * 4 + lane % 16 / 4] =
+        slot_code(found.y) << 16 | slot_code(found.x);
+  }
+  __device__ __forceinline__ Vector<unsigned> pairs(int group) const {
+    return load_vector(of_pixels + group * 16 + lane % 4 * 4);
+  }
+  __device__ __forceinline__ uint16_t& code(int pixel) const {
+    const int pair = pixel / 32 * 16 + pixel % 8 / 2 * 4 + pixel % 32 / 8;
+    return reinterpret_cast<uint16_t*>(of_pixels)[2 * pair + pixel % 2];
+  }
+
+  // Of lanes with the same key, the first one assigns the slot.
+  __device__ __forceinline__ void assign(int wanted) {
+    const unsigned before_lane = (1u << lane) - 1;
+    const int found = of_key[wanted];
+    const unsigned same = __match_any_sync(FULL_WARP, wanted);
+    const unsigned all = __ballot_sync(FULL_WARP, found > NO_SLOT && (same & before_lane) == 0);
+    const int slot = used + __popc(all & before_lane);
+    __syncwarp();
+    if (all >> lane & 1 && slot < SLOTS) {
+      keys[slot] = {wanted, found == IN_PARTIALS};
+      of_key[wanted] = static_cast<uint8_t>(slot);
+    }
+    used = min(used + __popc(all), SLOTS);
+    __syncwarp();
+  }
+
+  // All totals to the partials; afterwards all slots are free.
+  __device__ __forceinline__ void evict() {
+    const int first_channel = block * CHANNELS + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < SLOTS / 8; ++i) {
+      const int slot = 8 * i + lane / 4, m = i / 2, h = i % 2;
+      const int2 key = keys[slot];
+      const bool add = key.y;
+      const int64_t row = int64_t{chunk} * num_keys + key.x;
+      const auto store = [&](float* matrix, float (&values)[4][2][4]) {
+        float* const at = matrix + row * dim + first_channel;
+        float before[8];
+#pragma unroll
+        for (int c = 0; c < 8; ++c)
+          before[c] = add && slot < used && first_channel + c / 2 * 8 + c % 2 < dim
+                          ? at[c / 2 * 8 + c % 2]
+                          : 0;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          float& value = values[c / 2][m][2 * h + c % 2];
+          if (slot < used && first_channel + c / 2 * 8 + c % 2 < dim)
+            at[c / 2 * 8 + c % 2] = before[c] + value;
+          value = 0;
+        }
+      };
+      if constexpr (STATISTICS & SUMS) store(partials.sums, totals.sums);
+      if constexpr (STATISTICS & RESIDUALS) store(partials.residuals, totals.residuals);
+      if constexpr (STATISTICS & SQDISTS) {
+        float (&values)[4] = totals.sqdists[m];
+        float total = values[2 * h] + values[2 * h + 1];
+        values[2 * h] = values[2 * h + 1] = 0;
+        total += __shfl_xor_sync(FULL_WARP, total, 1);
+        total += __shfl_xor_sync(FULL_WARP, total, 2);
+        if (slot < used && lane % 4 == 0) {
+          float* const at = partials.sqdists + row - int64_t{chunk} * num_keys +
+                            (int64_t{chunk} * blocks + block) * num_keys;
+          *at = add ? *at + total : total;
+        }
+      }
+    }
+    if (lane < used) of_key[keys[lane].x] = IN_PARTIALS;
+    used = 0;
+    clear_anchors();
+    __syncwarp();
+  }
+
+  __device__ void finish() {
+    evict();
+    if (block == 0)
+      for (int k = lane; k < num_keys; k += 32)
+        partials.met[int64_t{chunk} * num_keys + k] = of_key[k] == IN_PARTIALS;
+  }
+};
+
+}  // namespace anchorops::cuda

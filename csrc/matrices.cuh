@@ -1,0 +1,114 @@
+// Products of small matrices, by a warp on tensor cores: part of the device interface, device.cuh.
+//
+// A register contains two 16-bit elements, the first in its low half. Lane 4·n + q contains
+// - of a matrix A of 16 rows and 16 columns: a[0] of row n, a[1] of row n + 8, columns 2q and
+//   2q + 1; a[2] and a[3] the same 8 columns further on;
+// - of a matrix B of 16 rows and 8 columns: b[0] of column n, rows 2q and 2q + 1; b[1] the same 8
+//   rows further down;
+// - of a product C of 16 rows and 8 columns: c[0] and c[1] of row n, columns 2q and 2q + 1; c[2]
+// and
+//   c[3] of row n + 8.
+#pragma once
+
+#include "device.cuh"
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace anchorops {
+
+// C + A·B, of float32 sums that are truncated, so C should have few products. A or B that is not
+// finite spoils all of its column or row.
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4],
+                                             const unsigned (&b)[2]) {
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<T, Half>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  on_host::multiply_add<T>(c, a, b);
+#endif
+}
+
+// Four matrices of 8 rows of 16 bytes; lane 8·i + r has the address of row r of matrix i. Lane
+// 4·n + q then contains, in register i, elements 2q and 2q + 1 of row n of matrix i; or,
+// transposed, rows 2q and 2q + 1 of column n.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_matrices(unsigned (&registers)[4], const void* row) {
+#ifdef __CUDACC__
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(address)
+                 : "memory");
+#else
+  on_host::load_matrices<TRANSPOSED>(registers, row);
+#endif
+}
+
+// For each half, 1 as a bfloat16 if both registers have the same one, else 0. The halves are finite
+// bfloat16 numbers.
+__device__ __forceinline__ unsigned ones_where_equal(unsigned a, unsigned b) {
+#ifdef __CUDACC__
+  const __nv_bfloat162 ones = __heq2(reinterpret_cast<const __nv_bfloat162&>(a),
+                                     reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const unsigned&>(ones);
+#else
+  const unsigned differ = a ^ b;
+  return (differ & 0xffff ? 0 : 0x3f80) | (differ >> 16 ? 0 : 0x3f80u << 16);
+#endif
+}
+
+// The upper half of `first`, then that of `second`: of float32 numbers, these are their largest
+// bfloat16 parts.
+__device__ __forceinline__ unsigned upper_halves(float first, float second) {
+#ifdef __CUDACC__
+  return __byte_perm(__float_as_uint(first), __float_as_uint(second), 0x7632);
+#else
+  return __float_as_uint(first) >> 16 | (__float_as_uint(second) & 0xffff0000);
+#endif
+}
+
+// Two numbers as sums of three bfloat16 numbers, exactly: from the largest to the smallest.
+__device__ __forceinline__ void split(float first, float second, unsigned (&terms)[3]) {
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    terms[i] = upper_halves(first, second);
+    first -= __uint_as_float(__float_as_uint(first) & 0xffff0000);
+    second -= __uint_as_float(__float_as_uint(second) & 0xffff0000);
+  }
+}
+
+// sum + 0·pair, for each half: 0 as long as all pairs are finite.
+template <class T>
+__device__ __forceinline__ unsigned add_zeros_of(unsigned pair, unsigned sum) {
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<T, Half>)
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
+  else
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
+  return sum;
+#else
+  const unsigned infinite = std::is_same_v<T, Half> ? 0x7c00 : 0x7f80;
+  for (unsigned half : {pair, pair >> 16})
+    if ((half & infinite) == infinite) sum = 0x7fff7fff;
+  return sum;
+#endif
+}
+
+}  // namespace anchorops
