@@ -5,16 +5,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+SLOTS = 32  # of keys that a warp adds up at a time
 
-class Group(NamedTuple):
-    """Of 32 pixels, where runs begin. Of each time that totals go to a sink, and of pixels that
-    are scattered: whether it is in shared memory."""
 
-    two: tuple[bool, ...] = ()  # keys, in one go
-    mixed: tuple[bool, ...] = ()  # whether each 8 pixels have both
-    keys: tuple[bool, ...] = ()  # one after the other
-    of_keys: tuple[tuple[int, ...], ...] = ()  # pixels of each in each 8 pixels
-    scattered: tuple[bool, ...] = ()  # the pixels, and the key before them
+class Pass(NamedTuple):
+    """Over a tile."""
+
+    found: int = 0  # keys that get a slot
+    used: int = 0  # slots
+    evicts: bool = False  # afterwards, to make room for other keys of the tile
 
 
 @cache
@@ -52,36 +51,23 @@ def label_maps(kind: str, batch: int, height: int, width: int, classes: int) -> 
     return maps
 
 
-def groups_of_chunk(keys: np.ndarray, rows: int, many: int = 12) -> list[Group | None]:
-    """How class_moments_kernel takes the groups of 32 pixels of a chunk, given its keys in order
-    (−1 where ignored) and the rows of its tables. None: no run begins."""
-    here = {-1: True}  # whether the row of a key that was met is in shared memory
-    held, groups = -1, []
-
-    def add(key: int) -> bool:
-        return here.setdefault(key, len(here) < rows)
-
-    for group in keys.reshape(-1, 32).tolist():
-        before = [held, *group[:-1]]
-        runs = sum(key != last for key, last in zip(group, before, strict=True))
-        others = set(group) - {held}
-        if runs == 0:
-            groups.append(None)
-        elif len(others) == 1:
-            sink = add(others.pop() if group[-1] == held else held)
-            mixed = tuple(len(set(group[i : i + 8])) > 1 for i in range(0, 32, 8))
-            groups.append(Group((sink,), mixed))
-        elif runs > many:
-            placed = [add(key) for key in group]
-            groups.append(Group(scattered=(all(placed), add(held))))
-        else:
-            order = list(dict.fromkeys(key for key in group if key != held))
-            turns = [held, *order]
-            pixels = [tuple(group[i : i + 8].count(key) for i in range(0, 32, 8)) for key in turns]
-            turns += [group[-1]] * (order[-1] != group[-1])
-            groups.append(Group(keys=tuple(add(key) for key in turns[:-1]), of_keys=tuple(pixels)))
-        held = group[-1]
-    return groups
+def passes_of_chunk(keys: np.ndarray, tile: int) -> list[tuple[Pass, ...]]:
+    """The passes of class_moments_kernel over each tile of a chunk, given its keys in order (−1
+    where ignored)."""
+    slots: set[int] = set()
+    tiles = []
+    for pixels in keys.reshape(-1, tile).tolist():
+        passes, left = [], [key for key in dict.fromkeys(pixels) if key >= 0]
+        while left or not passes:
+            unmet = [key for key in left if key not in slots]
+            found = unmet[: SLOTS - len(slots)]
+            slots.update(found)
+            left = unmet[len(found) :]
+            passes.append(Pass(len(found), len(slots), bool(left)))
+            if left:
+                slots.clear()
+        tiles.append(tuple(passes))
+    return tiles
 
 
 def rows_of_loads(keys: np.ndarray, pixels_per_lane: int) -> float:

@@ -12,7 +12,7 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
-from label_maps import Group, groups_of_chunk, label_maps, rows_of_loads
+from label_maps import SLOTS, Pass, label_maps, passes_of_chunk, rows_of_loads
 from time_model import (
     BYTES_PER_CYCLE,
     CLOCK,
@@ -33,8 +33,7 @@ from time_model import (
 
 SUMS, SQDISTS, RESIDUALS = 1, 2, 4
 CHANNELS = 32
-TILE_BYTES = 8192
-WARPS = 8  # of the forward, resident on a multiprocessor
+TILE_BYTES = 4096
 MAX_UNSORTED_KEYS = 1024
 SHARED_PER_SM, CACHE_PER_SM = 227 << 10, 256 << 10
 
@@ -73,83 +72,50 @@ class Estimate(NamedTuple):
 class ForwardPlan(NamedTuple):
     """The plan of class_moments.cu."""
 
-    rows: int  # of a block's tables
     blocks: int  # of channels
     chunks: int
     tiles_per_chunk: int
+
+
+def warps_of(itemsize: int, statistics: int) -> int:
+    """Resident on a multiprocessor."""
+    return 8 if itemsize == 4 and statistics == SUMS | SQDISTS | RESIDUALS else 12
 
 
 def forward_plan(shape: Shape, itemsize: int, statistics: int) -> ForwardPlan | None:
     """None where pixels are sorted."""
     if shape.num_keys > MAX_UNSORTED_KEYS:
         return None
-    tile, matrices = (
-        TILE_BYTES // CHANNELS // itemsize,
-        (statistics & SUMS > 0) + (statistics & RESIDUALS > 0),
-    )
-    tables = matrices + (statistics & SQDISTS > 0)
-    ring = 2 * (TILE_BYTES + 512 + tile * 4)
-    room = SHARED_PER_SM // WARPS - 1024 - ring - 256 - 1 - shape.num_keys
-    rows = min(1 + shape.num_keys, room // (tables * CHANNELS * 4), 254)
+    tile = TILE_BYTES // CHANNELS // itemsize
+    matrices = (statistics & SUMS > 0) + (statistics & RESIDUALS > 0)
     blocks = math.ceil(shape.dim / CHANNELS)
     chunk_bytes = 4 * shape.num_keys * (matrices * shape.dim + blocks * bool(statistics & SQDISTS))
     feature_bytes = shape.pixels * shape.dim * itemsize
-    once = max(MULTIPROCESSORS * WARPS // blocks, 1)
+    once = max(MULTIPROCESSORS * warps_of(itemsize, statistics) // blocks, 1)
     times = min(max(feature_bytes // 64 // (once * chunk_bytes), 1), 4)
     wanted = min(once * times, max(feature_bytes // 4, 16 << 20) // chunk_bytes)
     tiles = shape.pixels // tile
     tiles_per_chunk = math.ceil(tiles / min(max(wanted, 1), tiles))
-    return ForwardPlan(rows, blocks, math.ceil(tiles / tiles_per_chunk), tiles_per_chunk)
+    return ForwardPlan(blocks, math.ceil(tiles / tiles_per_chunk), tiles_per_chunk)
 
 
 class Forward:
-    """Paths of class_moments_kernel in raster order.
+    """Paths of class_moments_kernel: of each tile, passes over its features."""
 
-    A group of 32 pixels in which no run begins is summed in one block, one of two keys in turn in
-    another. Of a few runs, 8 pixels are summed at a time, those where one begins run after run;
-    between two runs totals go to a table, or to global memory. Of many, each pixel goes there.
-    """
-
-    def __init__(self, blocks: list[Block], statistics: int, latency: int):
-        self.blocks, self.latency = blocks, latency
+    def __init__(self, blocks: list[Block]):
+        self.blocks = blocks
         self.ways: dict[object, Path] = {}
-        adds = tables = bin(statistics).count("1")
-
         most = max(block.count("LDGSTS") for block in blocks)
         self.copy = self.those(lambda b: b.count("LDGSTS") == most)
         self.keys = self.those(lambda b: b.count("LDGSTS") == 1, 0, self.copy[0])
-        self.votes = self.those(lambda b: b.count("VOTE") > 2, self.copy[-1])[:1]
-        (votes,) = self.votes
-
-        def sums(pixels: int, selects: bool) -> list[int]:
-            most, fewest = pixels * adds + 15, pixels * adds * (3 if selects else 4) // 4
-            return self.those(
-                lambda b: fewest <= b.count("FADD") <= most and (b.count("R2P") > 0) == selects,
-                votes,
-            )
-
-        self.whole = sums(32, False)[:1]
-        if statistics == SUMS:
-            (two, *_), ones = sums(64, True), sums(32, True)  # the first key apart, or not
-            self.two, self.one = [([two], [two])], []
-            self.heads, self.again = [ones[:1]], ones[-1:]
-        else:  # of each 8 pixels: of one key, of two; of the key that is held, some of it
-            pure, mixed, some = sums(8, False)[:12], sums(16, True)[:4], sums(8, True)[-4:]
-            self.two = [(pure[2 * i : 2 * i + 2], [mixed[i]]) for i in range(4)]
-            self.one = [([pure[8 + i]], [some[i]]) for i in range(4)]
-            self.heads = [self.those(lambda b, i=i: pure[8 + i] in b.next)[:1] for i in range(4)]
-            self.again = self.heads[0]
-        self.group = [i for i in range(votes, len(blocks)) if self.whole[0] in blocks[i].next][:1]
-        self.table = self.those(
-            lambda b: b.count("STS") == tables == b.count("FADD") and b.count("LDS") >= tables,
-            votes,
-        )
-        self.memory = self.those(
-            lambda b: b.count("SHFL") == 5 if statistics & SQDISTS else b.count("LDG|STG") > 1,
-            self.table[0],
-        )
-        self.rows = self.those(lambda b: b.count("STS") == 16 * tables, votes)[:1]
-        self.generic = self.those(lambda b: b.count(r"LD\.") >= 2, votes)
+        self.find = self.those(lambda b: b.count(r"LDS\.U8") == 2, self.copy[-1])[:1]
+        self.slots = self.those(lambda b: b.count("MATCH") > 0, self.find[0])[:1]
+        self.anchors = self.those(lambda b: b.count("LDG") == b.count("STS") > 0, self.find[0])
+        self.features = self.those(lambda b: b.count("LDSM|LDS$|LDS.64") >= 8, self.find[0])[:1]
+        products = self.those(lambda b: b.count("HMMA") > 0, self.features[0])
+        # of the upper half of the slots: what may be left out
+        self.upper = [i for i in products if i + 1 in self.blocks[i - 1].next]
+        self.evict = self.those(lambda b: b.count("STG|SHFL") > 0, products[-1])[:1]
 
     def those(self, choice: Choice, first: int = 0, last: int | None = None) -> list[int]:
         return [i for i in range(len(self.blocks))[first:last] if choice(self.blocks[i])]
@@ -157,46 +123,27 @@ class Forward:
     def walk(self, *stops: list[int]) -> Path:
         key = tuple(map(tuple, stops))
         if key not in self.ways:
-            path = cached(walk(self.blocks, *stops), self.latency)
-            # of either memory; if one pixel of two is in global memory, both wait
+            # keys come from the second-level cache, for all blocks of channels but the first
+            of_keys = {id(x) for i in self.keys for x in self.blocks[i].instructions}
             self.ways[key] = [
-                x._replace(latency=L2) if re.match(r"LD\.", x.opcode) else x for x in path
+                x._replace(bytes=0, latency=L2) if id(x) in of_keys else x
+                for x in cached(walk(self.blocks, *stops), L2)
             ]
         return self.ways[key]
 
-    def tile(self, groups: tuple[Group | None, ...]) -> Path:
-        if groups not in self.ways:
-            voting = [self.votes] if any(groups) else []
-            path = self.walk(self.copy, *voting, self.group)
-            for group in groups[:-1]:
-                path = path + self.summed(group, self.group)
-            self.ways[groups] = path + self.summed(groups[-1], self.keys, self.copy)
-        return self.ways[groups]
-
-    def sink(self, in_table: bool) -> list[int]:
-        return self.table if in_table else self.memory
-
-    def summed(self, group: Group | None, *end: list[int]) -> Path:
-        """From a group to the next, or to the next tile."""
-        if group is None:
-            return self.walk(self.group, self.whole, *end)
-        if group.two:
-            sums = [ways[mixed] for ways, mixed in zip(self.two, group.mixed, strict=False)]
-            return self.walk(self.group, *sums, self.sink(group.two[0]), *end)
-        if group.scattered:
-            in_tables, before = group.scattered
-            stops = [self.rows] if in_tables else [[i] for i in self.generic]
-            return self.walk(self.group, *stops * 2, self.sink(before), *end)
-        path, first = self.walk(self.group, self.heads[0]), self.heads[0]
-        for i, pixels in enumerate(group.of_keys):
-            stops, last = [first], i == len(group.of_keys) - 1
-            for head, (whole, part), count in zip(self.heads, self.one, pixels, strict=False):
-                stops += [head] * (head != stops[-1])
-                stops += [whole] * (count == 8) + [part] * (0 < count < 8)
-            sinks = map(self.sink, group.keys[i:] if last else group.keys[i : i + 1])
-            path = path + self.walk(*stops, *sinks, *(end if last else [self.again]))
-            first = self.again
-        return path
+    def tile(self, passes: tuple[Pass, ...]) -> Path:
+        if passes not in self.ways:
+            path = self.walk(self.copy, self.find)
+            for one in passes:
+                slots = [self.slots] * (one.found > 0)
+                if one.found and self.anchors:
+                    most = max(self.blocks[i].count("LDG") for i in self.anchors)
+                    slots += [self.anchors] * math.ceil(one.found / most)
+                upper = [[i] for i in self.upper] * (one.used > SLOTS // 2)
+                after = [self.evict, self.find] if one.evicts else [self.keys, self.copy]
+                path = path + self.walk(self.find, *slots, self.features, *upper, *after)
+            self.ways[passes] = path
+        return self.ways[passes]
 
 
 def forward(
@@ -211,23 +158,20 @@ def forward(
         drawn = np.random.default_rng(2).integers(0, shape.groups, keys.shape)
         keys = np.where(keys < 0, -1, keys * shape.groups + drawn)
     tile_size = TILE_BYTES // CHANNELS // itemsize
-    per_tile = tile_size // 32
     tiles, met = [], 0
     for chunk in np.split(keys, range(0, keys.size, plan.tiles_per_chunk * tile_size)[1:]):
         met += len(np.unique(chunk[chunk >= 0]))
-        groups = groups_of_chunk(chunk, plan.rows)
-        tiles += [tuple(groups[i : i + per_tile]) for i in range(0, len(groups), per_tile)]
-    anchor_bytes = WARPS * met / plan.chunks * CHANNELS * 4
-    latency = L1 if anchor_bytes <= CACHE_PER_SM - SHARED_PER_SM else L2
-    code = Forward(blocks, statistics, latency)
+        tiles += passes_of_chunk(chunk, tile_size)
+    code = Forward(blocks)
+    warps = warps_of(itemsize, statistics)
     order = np.random.default_rng(1).permutation(len(tiles)).tolist()
 
     def tile(warp: int, r: int) -> Path:
         return code.tile(tiles[order[(warp * 31 + r) % len(order)]])
 
     one = simulate([[x for r in range(100) for x in tile(0, r)]]) / 100
-    every = steady(tile, WARPS, 2 if kind == "random" else 24)
-    waves = plan.chunks * plan.blocks / (MULTIPROCESSORS * WARPS)
+    every = steady(tile, warps, 4 if kind == "random" else 24)
+    waves = plan.chunks * plan.blocks / (MULTIPROCESSORS * warps)
     last = waves - math.floor(waves)
     full = every * plan.tiles_per_chunk
     # the last wave has fewer warps: it takes as long as one warp, or as its share of the memory
@@ -237,7 +181,7 @@ def forward(
     partial_bytes = 4 * met * (matrices * shape.dim + plan.blocks * bool(statistics & SQDISTS))
     seconds = (math.floor(waves) * full + rest) / CLOCK + LAUNCH
     seconds += 2 * partial_bytes / COPY_BANDWIDTH
-    return Estimate(WARPS, one, every, waves, bytes_moved / COPY_BANDWIDTH / seconds)
+    return Estimate(warps, one, every, waves, bytes_moved / COPY_BANDWIDTH / seconds)
 
 
 # --- backward: a thread, 16 bytes of pixels or of channels at a time ------------------------------
@@ -311,6 +255,20 @@ GROUPED = {
 }
 GOALS = {("forward", "images"): 0.9, ("backward", "images"): 0.85}
 GOAL_OF_RANDOM = 0.6
+# What the forward has reached, in percent, of both layouts: HRNet and SegFormer, labels of images;
+# the same, random labels. The report fails below.
+FLOORS = {
+    (2, SUMS): (92, 93, 89, 34),
+    (2, SQDISTS): (87, 90, 84, 17),
+    (2, SUMS | SQDISTS): (87, 88, 58, 13),
+    (2, SQDISTS | RESIDUALS): (74, 73, 50, 12),
+    (2, SUMS | SQDISTS | RESIDUALS): (73, 72, 49, 10),
+    (4, SUMS): (93, 94, 72, 26),
+    (4, SQDISTS): (93, 94, 84, 34),
+    (4, SUMS | SQDISTS): (86, 85, 57, 18),
+    (4, SQDISTS | RESIDUALS): (77, 77, 50, 16),
+    (4, SUMS | SQDISTS | RESIDUALS): (68, 66, 43, 9),
+}
 HEAD = (
     "kernel",
     "shape, labels",
@@ -321,10 +279,18 @@ HEAD = (
     "share",
     "goal",
 )
-FORWARD = re.compile(r"class_moments_kernel<(BFloat16|float), (\d), (true|false), false>")
+FORWARD = re.compile(r"class_moments_kernel<(BFloat16|float), (\d), (true|false)>")
 BACKWARD = re.compile(
     r"class_moments_backward_(planes|rows)_kernel<(BFloat16|float), (?:[48], 1, )?(\w+), (\w+)>"
 )
+
+
+def floor_of(forward: re.Match[str], title: str, kind: str) -> float:
+    """The share that a row must have."""
+    row = FLOORS[2 if forward[1] == "BFloat16" else 4, int(forward[2])]
+    if title not in SHAPES:
+        return 0
+    return row[list(SHAPES).index(title) + 2 * (kind == "random")] / 100
 
 
 def estimates(name: str, sass: str, resident: Callable[[int], int]) -> list[tuple[object, ...]]:
@@ -352,12 +318,6 @@ def estimates(name: str, sass: str, resident: Callable[[int], int]) -> list[tupl
             goal = GOALS["backward", "images"]
         if estimate:
             goal = GOAL_OF_RANDOM if kind == "random" else goal
-            found.append((name, f"{title}, {kind}", *estimate, goal))
+            floor = floor_of(forwards, title, kind) if forwards else 0
+            found.append((name, f"{title}, {kind}", *estimate, goal, floor))
     return found
-
-
-def rows_of_tables(num_keys: int) -> str:
-    """For sums / both / all three, in bf16; "sorted" where keys are too many."""
-    shape = HRNET._replace(classes=num_keys)
-    plans = [forward_plan(shape, 2, statistics) for statistics in (1, 3, 7)]
-    return " / ".join(str(plan.rows) if plan else "sorted" for plan in plans)

@@ -31,8 +31,11 @@ PIPES: list[tuple[str, int, int, str]] = [
     (r"SHFL|VOTE|MATCH|REDUX", 24, 2, "lsu"),
     (r"U?LDC", 40, 1, "constant"),
     (r"S2U?R|CS2R|R2UR|BAR|DEPBAR|LDGDEPBAR|MEMBAR|WARPSYNC", 25, 2, "other"),
+    (r"F2FP", 5, 2, "alu"),
     (r"MUFU|F2I|I2F|F2F|FRND|POPC|FLO|BREV", 20, 8, "special"),
-    (r"[HBI]G?MMA", 33, 16, "tensor"),
+    # 16×8×16: twice the time at the peak, of which warps reach 60 %
+    (r"HMMA", 33, 8, "tensor"),
+    (r"[BI]G?MMA|HGMMA", 33, 16, "tensor"),
     (r"DADD|DMUL|DFMA|DSETP", 40, 2, "double"),  # 16 lanes
     (r"FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2", 4, 1, "fma"),
     (r"IMAD|IDP", 5, 2, "imad"),
@@ -82,6 +85,8 @@ def decode(text: str, high: int, streams: re.Pattern[str] = STREAM) -> Instructi
     latency, busy, pipe = next(rule for pattern, rule in RULES if pattern.match(name))
     width = re.search(r"\.(128|64|U?16|U?8)\b", name)
     size = int(width[1].lstrip("U")) // 8 if width else 4
+    if name.startswith("LDSM"):  # matrices of 8 rows of 16 bytes
+        size = 4 * int(name[-1])
     if pipe == "lsu" and re.match(r"LD|ST", name):
         busy = max(1, size // 4)
     memory = streams.match(name) is not None

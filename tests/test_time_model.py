@@ -114,19 +114,14 @@ def test_label_maps():
     assert all(len(np.unique(image)) > 5 for image in images)
 
 
-def test_groups_of_a_chunk():
-    """The ways of class_moments_kernel; keys −1, 1, 2, 3 and two rows of tables, one for −1."""
-    keys = np.repeat([-1, 1, 2, 3, 1], [40, 24, 40, 8, 48])
-    one, two, three, several, last = label_maps.groups_of_chunk(keys, rows=2)
-    assert one is None
-    assert two == label_maps.Group((True,), (False,) * 4)
-    assert three == label_maps.Group((True,), (False,) * 4)
-    assert several == label_maps.Group(
-        keys=(False, False), of_keys=((8, 0, 0, 0), (0, 8, 0, 0), (0, 0, 8, 8))
-    )
-    assert last is None
-    many = label_maps.groups_of_chunk(np.arange(32) % 5, rows=9)
-    assert many == [label_maps.Group(scattered=(True, True))]
+def test_passes_of_a_chunk():
+    """Over tiles of class_moments_kernel, which has 32 slots."""
+    keys = np.concatenate([np.full(64, -1), np.repeat([1, 2], 32), np.full(64, 2), np.arange(64)])
+    ignored, two, one, many = label_maps.passes_of_chunk(keys, 64)
+    assert ignored == (label_maps.Pass(0, 0),)
+    assert two == (label_maps.Pass(2, 2),)
+    assert one == (label_maps.Pass(0, 2),)
+    assert many == (label_maps.Pass(30, 32, True), label_maps.Pass(32, 32))
 
 
 def test_rows_of_loads():
@@ -134,14 +129,9 @@ def test_rows_of_loads():
     assert label_maps.rows_of_loads(np.zeros((1, 256)), 8) == 1
 
 
-@pytest.mark.parametrize(
-    ("statistics", "rows"), [(1, [20, 72, 71, 71]), (3, [20, 36, 35, 35]), (7, [20, 24, 23, 23])]
-)
-def test_forward_plan(statistics, rows):
-    """The same arithmetic as in class_moments.cu."""
-    plans = [
-        paths.forward_plan(paths.HRNET._replace(classes=k), 2, statistics)
-        for k in (19, 76, 150, 171)
-    ]
-    assert [plan.rows for plan in plans] == rows
-    assert paths.forward_plan(paths.HRNET._replace(classes=1025), 2, statistics) is None
+def test_forward_plan():
+    """The same arithmetic as in class_moments.cu: chunks that occupy a GPU once, or twice where
+    partials are small."""
+    assert paths.forward_plan(paths.HRNET, 2, 1) == (23, 68, 61)
+    assert paths.forward_plan(paths.HRNET, 4, 1) == (23, 200, 41)
+    assert paths.forward_plan(paths.HRNET._replace(classes=1025), 2, 3) is None

@@ -10,10 +10,10 @@
 // more): what a key has inside a chunk is complete; the first and the last key's of each chunk are
 // joined by a kernel of their own.
 //
-// Twelve warps are resident on a multiprocessor, whatever the number of keys: 48 KB of features in
-// flight, where an H200 needs 23. Warp instructions for each 512 bytes and times are those that
-// `make cuda-report` prints; bench/NOTES.md has the shares of the bandwidth that follow from them.
-// Predicted, not measured.
+// Eight or twelve warps are resident on a multiprocessor, whatever the number of keys: 32 to 48 KB
+// of features in flight, where an H200 needs 23. Warp instructions for each 512 bytes and times are
+// those that `make cuda-report` prints; bench/NOTES.md has the shares of the bandwidth that follow
+// from them. Predicted, not measured.
 #include "../labels.h"
 #include "class_moments_launch.cuh"
 
@@ -163,7 +163,7 @@ Tiling plan(const Pixels& view, int64_t num_keys, int statistics) {
       4 * num_keys * (matrices * view.dim + ((statistics & SQDISTS) != 0) * blocks);
   const int64_t feature_bytes =
       view.lines * view.pixels * view.dim * static_cast<int64_t>(sizeof(T));
-  const int64_t once = std::max<int64_t>(MULTIPROCESSORS * MOST_WARPS / blocks, 1);
+  const int64_t once = std::max<int64_t>(MULTIPROCESSORS * warps_of<T>(statistics) / blocks, 1);
   const int64_t times = std::clamp<int64_t>(feature_bytes / 64 / (once * chunk_bytes), 1, 4);
   const int64_t most = std::max(feature_bytes / 4, PARTIALS_IN_CACHE) / chunk_bytes;
   return tiles_of<T>(view, std::min(once * times, most));

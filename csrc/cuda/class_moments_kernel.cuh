@@ -313,18 +313,6 @@ struct Accumulator {
   }
 };
 
-// Warps of a multiprocessor: three for each scheduler, or two where registers do not suffice, as
-// nvcc takes more of them from sm_100 on.
-template <class T>
-constexpr int warps_of(int statistics) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  constexpr int MOST = SUMS | SQDISTS;
-#else
-  constexpr int MOST = SUMS | SQDISTS | RESIDUALS;
-#endif
-  return sizeof(T) == 4 && (statistics & MOST) == MOST ? 8 : MOST_WARPS;
-}
-
 // Reads the features of its tiles, and their keys, once; writes each statistic of each key once.
 template <class T, int STATISTICS, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))

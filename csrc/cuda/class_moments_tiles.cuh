@@ -12,8 +12,17 @@ namespace anchorops::cuda {
 
 constexpr int SUMS = 1, SQDISTS = 2, RESIDUALS = 4;  // statistics
 
-// What a multiprocessor of an H200 holds: three warps for each of its four schedulers.
-constexpr int MOST_WARPS = 12;
+// Warps that are resident on a multiprocessor: three for each scheduler, or two where registers do
+// not suffice, as nvcc takes more of them from sm_100 on.
+template <class T>
+constexpr int warps_of(int statistics) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  constexpr int MOST = SUMS | SQDISTS;
+#else
+  constexpr int MOST = SUMS | SQDISTS | RESIDUALS;
+#endif
+  return sizeof(T) == 4 && (statistics & MOST) == MOST ? 8 : 12;
+}
 
 constexpr int CHANNELS = 32;  // of a block, which is one warp
 constexpr int TILE_BYTES = 4096;
