@@ -258,7 +258,7 @@ GOAL_OF_RANDOM = 0.6
 # What the forward has reached, in percent, of both layouts: HRNet and SegFormer, labels of images;
 # the same, random labels. The report fails below.
 FLOORS = {
-    (2, SUMS): (92, 93, 89, 34),
+    (2, SUMS): (92, 93, 88, 34),
     (2, SQDISTS): (87, 90, 84, 17),
     (2, SUMS | SQDISTS): (87, 88, 58, 13),
     (2, SQDISTS | RESIDUALS): (74, 73, 50, 12),
