@@ -126,6 +126,7 @@ struct Slots {
 
   // All totals to the partials; afterwards all slots are free.
   __device__ __forceinline__ void evict() {
+    __syncwarp();  // anchors and slots have been read
     const int first_channel = block * CHANNELS + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < SLOTS / 8; ++i) {
