@@ -18,6 +18,8 @@ from anchorops.kernels import (
     softmax_moments_backward,
     splat_keys,
     split_groups,
+    unit_rows,
+    unit_rows_backward,
 )
 
 
@@ -103,6 +105,15 @@ def launch_splat() -> None:
     splat_keys.splat_keys(keys, 8 * 19, 512, 1024, 128, 256)
 
 
+def launch_unit_rows() -> None:
+    """Rows of length 1 and their gradient, D = 768."""
+    rows = torch.empty((150, 2, 768), device="meta")
+    counts = torch.empty((150, 2), dtype=torch.int64, device="meta")
+    for given in (counts, None):
+        units, norms = unit_rows.unit_rows(rows, given, 1e-6)
+        unit_rows_backward.unit_rows_backward(rows, units, norms, given, 1e-6)
+
+
 class PixelVariant(NamedTuple):
     """Upsampled logits; with `dice` masses, squares, hits and all gradients, otherwise only the
     cross-entropy."""
@@ -167,4 +178,5 @@ def jobs(quick: bool) -> list[tuple[Any, ...]]:
     for pixels in QUICK_PIXELS if quick else PIXELS:
         found.append((launch_pixels, str(pixels), pixels))
     found += [(launch_groups, "any number of groups"), (launch_splat, "any size")]
+    found.append((launch_unit_rows, "D = 768"))
     return found

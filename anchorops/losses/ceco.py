@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from .._checks import check_choice, describe, fail
 from ..anchors import simplex_etf
 from ..distributed import all_reduce, reduce_moments
+from ..ops.unit_rows import unit_rows
 from ..ops.upsampled_sums import upsampled_sums
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer
@@ -164,7 +165,7 @@ class CeCo(Regularizer):
             x.to(centers.dtype)
             for x in (self.projection.weight, self.projection.bias, self.etf, self.prior)
         )
-        hidden = F.normalize(F.linear(centers, weight, bias).relu(), dim=-1)
+        hidden = unit_rows(F.linear(centers, weight, bias).relu(), eps=1e-12)
         hidden = F.dropout(hidden, self.dropout, self.training)
         logits = self.scale * F.linear(hidden, etf) + (prior + 1e-12).log()
         own = logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1)

@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 from .._checks import describe, fail
 from ..ops.centroid_info_nce import centroid_info_nce
 from ..ops.split_groups import random_halves
+from ..ops.unit_rows import unit_rows
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .occl import EPS
@@ -99,7 +100,7 @@ class MVSC(Regularizer):
             centroids = sums / counts.clamp(min=1)[..., None]
             prototypes = self.prototypes.to(torch.promote_types(weight.dtype, centroids.dtype))
             terms = {
-                "fca": self.fca_weight * self._alignment(centroids, prototypes, present),
+                "fca": self.fca_weight * self._alignment(sums, counts, prototypes, present),
                 "cos": self.cos_weight * self._consistency(prototypes, seed),
                 "visual": self.visual_weight
                 * self._visual(centroids, prototypes, present, weight, bias),
@@ -108,21 +109,22 @@ class MVSC(Regularizer):
 
         return Plan(Request(groups=self.groups, seed=seed), losses)
 
-    def _alignment(self, centroids: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
-        queries = F.normalize(centroids, dim=-1, eps=EPS)
-        keys = F.normalize(prototypes.mean(0), dim=-1, eps=EPS).to(queries.dtype)
+    def _alignment(
+        self, sums: Tensor, counts: Tensor, prototypes: Tensor, present: Tensor
+    ) -> Tensor:
+        queries = unit_rows(sums, counts, eps=EPS)
+        keys = unit_rows(prototypes.mean(0), eps=EPS).to(queries.dtype)
         return centroid_info_nce(queries, keys, present=present, temperature=self.temperature)
 
     def _consistency(self, prototypes: Tensor, seed: Tensor) -> Tensor:
         if self.groups == 1:
             return prototypes.new_zeros(())
         # A different seed from the pixels' split. Group 1 is the half with ⌊G/2⌋ groups.
-        half = random_halves(self.groups, seed + (1 << 31), prototypes)[:, None, None]
-        a, b = (
-            torch.where(half == x, prototypes, 0).sum(0) / size
-            for x, size in ((1, self.groups // 2), (0, (self.groups + 1) // 2))
-        )
-        return (1 - F.cosine_similarity(a, b, dim=1, eps=EPS)).mean()
+        half = random_halves(self.groups, seed + (1 << 31), prototypes)
+        halves = torch.stack((half, 1 - half)).to(prototypes.dtype)
+        # sums, because cosines do not depend on the lengths
+        a, b = unit_rows((halves @ prototypes.flatten(1)).view(2, *prototypes.shape[1:]), eps=EPS)
+        return 1 - (a * b).sum() / self.num_classes
 
     def _visual(
         self,
@@ -133,9 +135,8 @@ class MVSC(Regularizer):
         bias: Tensor | None,
     ) -> Tensor:
         visual = prototypes.transpose(0, 1)
-        if self.enhance:  # the value of V, the gradient to both
-            copied = centroids - centroids.detach()
-            visual = visual + torch.where(present[..., None], copied, 0)
+        if self.enhance:  # the value of V, the gradient to both; absent centroids are 0
+            visual = visual + (centroids - centroids.detach())
         weight = weight.to(visual.dtype)
         logits = F.linear(visual, weight, None if bias is None else bias.to(visual.dtype))
         targets = torch.arange(self.num_classes, device=logits.device)[:, None]

@@ -1,7 +1,6 @@
 """OCCL, online centroid contrastive loss (doi 10.1016/j.patcog.2024.110431)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -9,6 +8,7 @@ from .._checks import check_choice, fail
 from ..distributed import reduce_moments
 from ..ops.centroid_info_nce import centroid_info_nce
 from ..ops.split_groups import random_halves
+from ..ops.unit_rows import unit_rows
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .statistics import Request
@@ -102,13 +102,14 @@ class OCCL(Regularizer):
 
     def _contrast(self, counts: Tensor, sums: Tensor, weight: Tensor) -> Losses:
         """counts [K, 2], sums [K, 2, D], weight [K, D]."""
-        views = sums / counts.clamp(min=1)[..., None]
-        centroids = views.mean(1).detach()
+        means = sums / counts.clamp(min=1)[..., None]
+        centroids = means.detach().mean(1)
         if self.normalize:
-            views, centroids, weight = (
-                F.normalize(x, dim=-1, eps=EPS) for x in (views, centroids, weight)
-            )
-        in_both = (counts > 0).all(1)
+            views = unit_rows(sums, counts, eps=EPS)
+            centroids, weight = (unit_rows(x, eps=EPS) for x in (centroids, weight))
+        else:
+            views = means
+        in_both = counts.amin(1) > 0
         present = in_both[:, None].expand(-1, 2)
         weight = weight.to(views.dtype)
         options = {

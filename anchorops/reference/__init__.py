@@ -23,6 +23,7 @@ from .confusion import confusion
 from .pixel_argmax import pixel_argmax
 from .softmax_moments import SoftmaxMoments, softmax_moments
 from .split_groups import group_counts, split_groups
+from .unit_rows import unit_rows
 from .upsampled_sums import SPLAT_UNITS, splat_axis, splat_keys, splat_of, upsampled_sums
 from .upsampling import upsample
 
@@ -46,6 +47,7 @@ __all__ = [
     "splat_of",
     "split_groups",
     "statistics_dtype",
+    "unit_rows",
     "upsample",
     "upsampled_sums",
 ]

@@ -52,6 +52,8 @@ def test_declared_launches(monkeypatch, sorted_by_numpy):
     sums, sqdists, _ = run("class_moments", features, keys, anchors, 3, 1, True, False)
     given = features, keys, anchors, sums, sqdists, 1, list(features.shape), features.stride()
     run("class_moments_backward", *given, torch.float32)
+    units, norms = run("unit_rows", sums, counts, 1e-6)
+    run("unit_rows_backward", units, units, norms, counts, 1e-6)
     inputs = sums, anchors, None, None, None
     loss, *saved = run("centroid_info_nce", *inputs, 0.07, "mean")
     run("centroid_info_nce_backward", loss, *inputs, *saved, 0.07)
