@@ -347,7 +347,7 @@ class Config:
             return Config(
                 **{name: _typed(section, saved[name]) for name, section in sections.items()}
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged, or of another version ({error!r})") from error
 
 

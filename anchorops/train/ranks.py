@@ -62,7 +62,7 @@ def start_ranks(device: str | None) -> Ranks:
     if launched() and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the device meta exists, but has no values
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:

@@ -170,7 +170,9 @@ def test_configuration_that_is_damaged(tmp_path: Path):
     path = tmp_path / "config.json"
     DIGITS.save(path)
     whole = path.read_text()
-    for text in (whole.replace('"seed": 0', '"seed": -1'), "[]", whole[:50], whole + "\ufffd"):
+    nested = "[" * 100_000
+    wrong_seed = whole.replace('"seed": 0', '"seed": -1')
+    for text in (wrong_seed, "[]", nested, whole[:50], whole + "\ufffd"):
         path.write_bytes(text.encode("latin-1", "replace") + (b"\xff" if text == whole else b""))
         with pytest.raises(ValueError, match=r"config.json is damaged, or of another version"):
             Config.load(path)
@@ -353,9 +355,10 @@ def test_options_out_of_range(options: dict, message: str):
         DIGITS.replace(**options)
 
 
-def test_device_that_is_not_there():
-    with pytest.raises(ValueError, match="--device nonsense cannot be used"):
-        start_ranks("nonsense")
+@pytest.mark.parametrize("device", ["nonsense", "meta"])
+def test_device_that_cannot_be_used(device: str):
+    with pytest.raises(ValueError, match=f"--device {device} cannot be used"):
+        start_ranks(device)
 
 
 def test_repetitions_may_save_and_log_as_they_like():
