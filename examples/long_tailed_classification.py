@@ -321,6 +321,8 @@ def main() -> None:
     print(f"{len(task.counts)} classes with {max(task.counts)} to {min(task.counts)} images")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
+        if any(options.out.iterdir()) and not any(options.out.glob("plain-seed*.pt")):
+            raise SystemExit(f"{options.out} contains files of another program: use another --out")
     results = []
     for name in ("plain", "SAR"):
         runs = [train(task, options, name, seed) for seed in range(options.seeds)]

@@ -80,6 +80,8 @@ def test_an_interrupted_run_continues(
     assert results[0] == results[1] and json.loads(results[0])[1]["method"] == "SAR"
     with pytest.raises(SystemExit, match="is of a run with other options"):
         run(monkeypatch, folder, *options, str(folder / "stopped"), "--lr", "1")
+    with pytest.raises(SystemExit, match="contains files of another program"):
+        run(monkeypatch, folder, *options, str(folder))
 
 
 def test_archive_of_cifar(
