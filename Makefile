@@ -26,8 +26,9 @@ setup: .venv/installed
 	$(BIN)/pip install --no-build-isolation -e '.[train,test,dev,docs]'
 	touch $@
 
+# two processes; the tests of a file stay in one of them, because they share what the file prepares
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # a failed round is run again with `--seed SEED --rounds 1`
 stress: setup
