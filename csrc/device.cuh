@@ -85,7 +85,7 @@ __device__ __forceinline__ void store_vector(T* address, const Vector<T>& vector
 #endif
 }
 
-// threadIdx.x, read again, so that what follows from it is not kept in registers around a loop.
+// threadIdx.x, read again. Values computed from it then need no registers during a loop.
 __device__ __forceinline__ int thread_again() {
 #ifdef __CUDACC__
   int thread;
@@ -96,7 +96,7 @@ __device__ __forceinline__ int thread_again() {
 #endif
 }
 
-// Asks for a line of 128 bytes, so that it is in the second-level cache when it is loaded.
+// Requests a line of 128 bytes, so that it is in the second-level cache before it is loaded.
 __device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
 #ifdef __CUDACC__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
@@ -142,7 +142,7 @@ __device__ __forceinline__ float to_float(const Vector<T>& vector, int i) {
   }
 }
 
-// The bits of `vector` that are set in `mask`.
+// The bits of `vector` at the positions that are set in `mask`; all other bits are 0.
 template <class T>
 __device__ __forceinline__ Vector<T> keep(const Vector<T>& vector, const unsigned (&mask)[4]) {
   unsigned bits[4];
@@ -185,9 +185,9 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #endif
 }
 
-// Asynchronous copy of `bytes` (0 to 16) to 16 bytes of shared memory, the others become zero; both
-// addresses are multiples of 16. The thread may read its copy after it has waited, other threads
-// after a barrier that follows this.
+// Asynchronous copy of `bytes` (0 to 16) to 16 bytes of shared memory; the remaining bytes become
+// zero. Both addresses are multiples of 16. The thread may read its copy after it has waited for
+// it, other threads after a barrier that follows this wait.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
 #ifdef __CUDACC__
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
@@ -261,14 +261,14 @@ inline void fill_zero(void* memory, size_t bytes, [[maybe_unused]] Stream stream
 #endif
 }
 
-// The limit of a block on every GPU from sm_80 on: 8.6, 8.9 and 12.0 have 99 KB, others more. All
-// kernels keep within it.
+// The largest shared memory of a block on every GPU from sm_80 on: sm_86, sm_89 and sm_120 have
+// 99 KB, others more. No kernel uses more.
 constexpr size_t MAX_SHARED_BYTES = 99 << 10;
 
 #ifdef __CUDACC__
 // Called once for each kernel and device. The limit is the same for all launches, so host threads
 // that launch at the same time do not interfere. Shared memory that a kernel does not need is used
-// as L1 cache: a kernel that requests none keeps only the 1 KB that each block needs itself.
+// as L1 cache. A kernel that requests none keeps only the 1 KB that each block always needs.
 inline void configure(const char* name, const void* kernel, bool asks_for_shared) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> configured;

@@ -6,8 +6,7 @@
 // - of a matrix B of 16 rows and 8 columns: b[0] of column n, rows 2q and 2q + 1; b[1] the same 8
 //   rows further down;
 // - of a product C of 16 rows and 8 columns: c[0] and c[1] of row n, columns 2q and 2q + 1; c[2]
-// and
-//   c[3] of row n + 8.
+//   and c[3] of row n + 8, the same columns.
 #pragma once
 
 #include "device.cuh"
@@ -18,8 +17,9 @@
 
 namespace anchorops {
 
-// C + A·B, of float32 sums that are truncated, so C should have few products. A or B that is not
-// finite spoils all of its column or row.
+// C + A·B. The float32 sums are truncated, not rounded, so few products should be added to one C.
+// An element of A that is not finite makes its row of C infinite or NaN; an element of B, its
+// column.
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4],
                                              const unsigned (&b)[2]) {
@@ -39,9 +39,9 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[
 #endif
 }
 
-// Four matrices of 8 rows of 16 bytes; lane 8·i + r has the address of row r of matrix i. Lane
-// 4·n + q then contains, in register i, elements 2q and 2q + 1 of row n of matrix i; or,
-// transposed, rows 2q and 2q + 1 of column n.
+// Loads four matrices of 8 rows of 16 bytes; lane 8·i + r has the address of row r of matrix i.
+// Register i of lane 4·n + q then contains elements 2q and 2q + 1 of row n of matrix i. If
+// TRANSPOSED, it contains rows 2q and 2q + 1 of column n.
 template <bool TRANSPOSED>
 __device__ __forceinline__ void load_matrices(unsigned (&registers)[4], const void* row) {
 #ifdef __CUDACC__
@@ -61,8 +61,8 @@ __device__ __forceinline__ void load_matrices(unsigned (&registers)[4], const vo
 #endif
 }
 
-// For each half, 1 as a bfloat16 if both registers have the same one, else 0. The halves are finite
-// bfloat16 numbers.
+// Compares the halves of two registers, which are finite bfloat16 numbers. Each half of the result
+// is the bfloat16 number 1 if the two are equal, and 0 otherwise.
 __device__ __forceinline__ unsigned ones_where_equal(unsigned a, unsigned b) {
 #ifdef __CUDACC__
   const __nv_bfloat162 ones = __heq2(reinterpret_cast<const __nv_bfloat162&>(a),
@@ -74,8 +74,8 @@ __device__ __forceinline__ unsigned ones_where_equal(unsigned a, unsigned b) {
 #endif
 }
 
-// The upper half of `first`, then that of `second`: of float32 numbers, these are their largest
-// bfloat16 parts.
+// The upper halves of two float32 numbers: that of `first` is the low half of the result. The upper
+// half of a float32 number is this number truncated to bfloat16.
 __device__ __forceinline__ unsigned upper_halves(float first, float second) {
 #ifdef __CUDACC__
   return __byte_perm(__float_as_uint(first), __float_as_uint(second), 0x7632);
@@ -84,7 +84,7 @@ __device__ __forceinline__ unsigned upper_halves(float first, float second) {
 #endif
 }
 
-// Two numbers as sums of three bfloat16 numbers, exactly: from the largest to the smallest.
+// Splits each of two numbers exactly into three bfloat16 numbers, from the largest to the smallest.
 __device__ __forceinline__ void split(float first, float second, unsigned (&terms)[3]) {
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
@@ -94,7 +94,7 @@ __device__ __forceinline__ void split(float first, float second, unsigned (&term
   }
 }
 
-// sum + 0·pair, for each half: 0 as long as all pairs are finite.
+// sum + 0·pair, for each half. It remains 0 if all pairs are finite.
 template <class T>
 __device__ __forceinline__ unsigned add_zeros_of(unsigned pair, unsigned sum) {
 #ifdef __CUDACC__

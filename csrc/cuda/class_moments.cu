@@ -2,18 +2,21 @@
 //
 //     sums[k] = Σ f_p    residuals[k] = Σ (f_p − a_k)    sqdists[k] = Σ ‖f_p − a_k‖²
 //
-// Up to 1,024 keys in raster order: a block is one warp, which has 32 channels of a chunk of the
-// pixels, and adds up as many keys at a time as it has slots, on tensor cores. Features are read
-// once, keys once for each 32 channels (from the second-level cache but for the first), partials of
-// the keys that a chunk has met are written and read once. A second kernel adds them in a fixed
-// order. Of more keys in their order (a stable sort, and 12 bytes for each pixel and 32 channels
-// more): what a key has inside a chunk is complete; the first and the last key's of each chunk are
-// joined by a kernel of their own.
+// Up to 1,024 keys: pixels are read in raster order. A block is one warp. It sums 32 channels of a
+// chunk of the pixels on tensor cores, 32 keys at a time (class_moments_slots.cuh). Features are
+// read once. Keys are read once for each 32 channels: the first time from memory, then from the
+// second-level cache. A chunk writes partials of the keys that it has met; if these are at most 32,
+// each partial is written once. A second kernel reads the partials once and adds them in a fixed
+// order.
 //
-// Eight or twelve warps are resident on a multiprocessor, whatever the number of keys: 32 to 48 KB
-// of features in flight, where an H200 needs 23. Warp instructions for each 512 bytes and times are
-// those that `make cuda-report` prints; bench/NOTES.md has the shares of the bandwidth that follow
-// from them. Predicted, not measured.
+// More keys: pixels are first sorted by key, with a stable sort. Each warp reads 12 bytes for each
+// pixel in addition, the offset and the key. The sums of a key inside a chunk are complete, except
+// those of the first and the last key. Another kernel joins these.
+//
+// Eight or twelve warps are resident on a multiprocessor, for any number of keys: 32 to 48 KB of
+// features are in flight; an H200 needs 23. `make cuda-report` prints the warp instructions for
+// each 512 bytes, and the times that follow from them. bench/NOTES.md has the shares of the
+// bandwidth. All of these are predicted, not measured.
 #include "../labels.h"
 #include "class_moments_launch.cuh"
 
@@ -25,13 +28,12 @@ struct Reduction {
   const float* partials;  // float32 [count, num_keys, width]
   float* out;             // float32 [num_keys, width]
   int64_t count, width;
-  int rows_per_chunk;  // of count
+  int rows_per_chunk;  // count divided by the number of chunks
   int slices;          // threads for each result, a power of two
 };
 struct Reductions {
   Reduction of[3];
-  const uint8_t*
-      met;  // [chunks, num_keys]: 0 where there are no partials; null where all are there
+  const uint8_t* met;  // [chunks, num_keys]: 0 if a partial was not written; null if all were
   int64_t num_keys;
 };
 
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(128)
   if (which == 0) {
     if (begin > 0 && sorted_keys[begin - 1] == key) return;
   } else {
-    // An incomplete last tile ends without a pixel, so no key continues there.
+    // An incomplete last tile ends with padding, whose key is −1, so this end has no sums.
     if (end % tile != 0 || sorted_keys[end - 1] == key) return;
     key = sorted_keys[end - 1];
   }
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(128)
 
 constexpr int64_t MULTIPROCESSORS = 132;  // of an H200
 constexpr int64_t PARTIALS_IN_CACHE = 16 << 20;
-// Of more keys, writing partials takes longer than sorting.
+// With more keys, writing partials takes longer than sorting.
 constexpr int64_t MAX_UNSORTED_KEYS = 1024;
 
 struct Outputs {
@@ -152,9 +154,9 @@ Tiling tiles_of(const Pixels& view, int64_t wanted_chunks) {
   return tiling;
 }
 
-// As many chunks as occupy the device once, or a few times over if their partial statistics are
-// less than 1/64 of the features; fewer if those were more than 1/4 of the features and than a
-// share of the second-level cache.
+// As many chunks as occupy the device once, or up to four times if the partials are then at most
+// 1/64 of the features. Fewer chunks if the partials would be more than 1/4 of the features and
+// more than PARTIALS_IN_CACHE bytes.
 template <class T>
 Tiling plan(const Pixels& view, int64_t num_keys, int statistics) {
   const int64_t blocks = ceil_div(view.dim, CHANNELS);
@@ -232,7 +234,7 @@ void in_order_of_keys(Input<T> input, int statistics, const Tensor& keys, const 
   input.offsets = order.const_data_ptr<int64_t>();
   input.view.lines = input.view.lines_per_image = 1;
   input.view.pixels = pixels;
-  // Chunks that occupy the device a few times, of at least two tiles, so that there are few ends.
+  // Chunks of 2 to 16 tiles: if possible, just enough chunks to occupy the device four times.
   constexpr int64_t OCCUPIED = int64_t{4} * 12 * MULTIPROCESSORS;
   const int64_t tiles = ceil_div(pixels, TILE<T>), blocks = ceil_div(view.dim, CHANNELS);
   const Tiling tiling = tiles_of<T>(

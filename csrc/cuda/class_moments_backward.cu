@@ -2,14 +2,14 @@
 //
 // dfeatures[p] = 2·dsqdists[k]·(f_p − anchors[k]) + dsums[k],  k = key_p;  0 where ignored
 //
-// Writes dfeatures once; reads the features once if dsqdists is given, otherwise not at all. Keys
-// are read again for each range of channels, 4 bytes a pixel, and rows of the tables for each
-// pixel: both from caches. It uses only registers. One launch.
+// Writes dfeatures once. Reads the features once if dsqdists is given, otherwise not at all. Keys,
+// 4 bytes a pixel, are read again for each range of channels, and rows of the tables for each
+// pixel; both come from caches. The kernels use registers, but no shared memory. One launch.
 //
 // Counted (nvcc 13, sm_90; sm_80 and sm_100 differ little): warp instructions for each 512 bytes
-// that a warp loads (stores, for dsums alone) / KB of loads in flight on a multiprocessor. On an
-// H200, 110 instructions take as long as the memory, or 220 if as much is stored as loaded; 23 KB
-// are enough, or half of this if as much is stored.
+// that a warp loads (or stores, for dsums alone) / KB of loads in flight on a multiprocessor. On an
+// H200, 110 instructions take as long as the memory, or 220 if as much is stored as loaded. 23 KB
+// in flight are enough, or half of this if as much is stored as loaded.
 //
 //                                   dsums     dsqdists        both
 //   contiguous pixels, 2 bytes         16      44 / 40     51 / 32
@@ -31,7 +31,7 @@
 namespace anchorops::cuda {
 namespace {
 
-// What a kernel reads in addition to the features. The rows of a table are contiguous.
+// The inputs of a kernel in addition to the features. The rows of a table are contiguous.
 struct Tables {
   const float* anchors;   // [K, D]
   const float* dsums;     // [num_keys, D]

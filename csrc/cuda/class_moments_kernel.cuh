@@ -1,20 +1,21 @@
-// The pass over the features in raster order: a warp adds up its 32 channels, tile after tile, in
-// groups of 32 pixels. Sums of a group by key are products on tensor cores of the one-hot matrix of
-// the pixels' slots by their features. Squared distances to the pixels' own anchors are first added
-// over channels, then by key in the same way: numbers in float32 as sums of three bfloat16 numbers.
+// The pass over the features in raster order. A warp sums 32 channels of a chunk, tile after tile.
+// The sums of a tile for each slot are a product on tensor cores: the one-hot matrix of the pixels'
+// slots, times the features. The squared distance of each pixel to its own anchor is first added
+// over the channels, and then for each slot by the same kind of product. Float32 numbers are
+// split exactly into three bfloat16 numbers each.
 #pragma once
 
 #include "class_moments_slots.cuh"
 
 namespace anchorops::cuda {
 
-// The features of a group in the order of products: lane 4n + q has channels 8·j + n at [j], of
-// them pixels 8·i + 2q + b at [2·i + b].
+// The features of a group, in the order of a matrix B (matrices.cuh). Lane 4n + q has channel
+// 8·j + n at [j], and pixel 8·i + 2q + b of this channel at [2·i + b].
 template <class T, bool CHANNELS_LAST>
 struct Features {
   using Layout = Stage<T, CHANNELS_LAST, false>;
-  using Element = T;  // of products
-  static constexpr int TERMS = 1;
+  using Element = T;               // the type of the factors
+  static constexpr int TERMS = 1;  // factors for each feature
   unsigned pairs[4][4];
 
   Features() = default;
@@ -68,7 +69,7 @@ struct Features<float, CHANNELS_LAST> {
     }
   }
   __device__ __forceinline__ bool are_finite() const {
-    float total = 0;  // of zeros
+    float total = 0;  // it remains 0 if all features are finite
 #pragma unroll
     for (int i = 0; i < 32; ++i) total = fmaf(values[i / 8][i % 8], 0.f, total);
     return total == 0;
@@ -79,7 +80,7 @@ struct Features<float, CHANNELS_LAST> {
   }
 };
 
-// The one-hot matrix of the pixels of a tile in 16 slots.
+// The one-hot matrix of the pixels of a tile, for 16 slots.
 template <int GROUPS>
 struct OneHot {
   unsigned ones[2 * GROUPS][4];
@@ -92,7 +93,7 @@ struct OneHot {
     }
   }
 
-  // For each slot, the sums of the first terms, and of the others.
+  // For each slot: the sum of the first terms, and the sum of the other terms.
   template <class Element, int TERMS>
   __device__ __forceinline__ void multiply(const unsigned (&terms)[4 * GROUPS][TERMS],
                                            float (&first)[4], float (&rest)[4]) const {
@@ -104,7 +105,7 @@ struct OneHot {
         const unsigned factor[2] = {terms[2 * s][term], terms[2 * s + 1][term]};
         unsigned of_step[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)  // 1 in float16, too
+        for (int i = 0; i < 4; ++i)  // float16 has other bits for 1
           of_step[i] = std::is_same_v<Element, Half> ? ones[s][i] & 0x3c003c00 : ones[s][i];
         multiply_add<Element>(sums[term], of_step, factor);
       }
@@ -122,23 +123,25 @@ struct Accumulator {
   using Layout = Stage<T, CHANNELS_LAST, false>;
   using Fragment = Features<T, CHANNELS_LAST>;
   static constexpr int GROUPS = TILE<T> / 32;
-  // Registers do not suffice for the features and the products of squares at the same time.
+  // There are too few registers for the features and the products of squares at the same time, so
+  // the features are read twice.
   static constexpr bool RELOADS =
       STATISTICS & RESIDUALS || (STATISTICS == (SUMS | SQDISTS) && sizeof(T) == 4);
-  // A pixel with a larger squared residual is added alone: others' products would not be finite.
+  // A pixel with a larger squared residual is added alone. In a product it could make the sums of
+  // other slots infinite or NaN.
   static constexpr float LARGEST = 0x1p100f;
 
   Slots<STATISTICS> slots;
   const int lane = threadIdx.x;
 
   __device__ __forceinline__ void consume(T* tile, int* keys) {
-    int* const own = keys + 2 * lane;  // of the lane's two pixels
+    int* const own = keys + 2 * lane;  // keys of the lane's two pixels
     const bool has_pixels = lane < TILE<T> / 2;
 #pragma unroll 1
     for (;;) {
       const int2 found = slots.find(has_pixels ? own[0] : -1, has_pixels ? own[1] : -1);
       if (has_pixels) slots.place(found);
-      if (has_pixels && slots.used == SLOTS) {  // these pixels are done
+      if (has_pixels && slots.used == SLOTS) {  // pixels with a slot are added below
         if (found.x != NO_SLOT) own[0] = -1;
         if (found.y != NO_SLOT) own[1] = -1;
       }
@@ -150,7 +153,7 @@ struct Accumulator {
     }
   }
 
-  // Pixels that have a slot.
+  // Adds the pixels that have a slot.
   __device__ __forceinline__ void add(T* tile) {
     Fragment x[GROUPS];
     Vector<unsigned> pairs[GROUPS];
@@ -191,7 +194,8 @@ struct Accumulator {
     }
   }
 
-  // What is loaded twice is not kept in registers, of which there are too few.
+  // Slots and features are read again from shared memory, because there are too few registers to
+  // keep them.
   __device__ __forceinline__ OneHot<GROUPS> upper_half() const {
     __syncwarp();
     Vector<unsigned> pairs[GROUPS];
@@ -205,7 +209,8 @@ struct Accumulator {
     for (int g = 0; g < GROUPS; ++g) x[g] = Fragment(tile + Layout::offset(0, 32 * g));
   }
 
-  // Of each pixel, added over the lane's channels. Returns their sum.
+  // The squared distances of the lane's pixels, added over the lane's channels. Returns the sum of
+  // all of them.
   __device__ __forceinline__ float square(const Fragment& x, const Vector<unsigned>& pairs,
                                           float (&squares)[8]) const {
     float total = 0;
@@ -226,7 +231,7 @@ struct Accumulator {
     return total;
   }
 
-  // To slots 16·M to 16·M + 15.
+  // Adds squared distances to the totals of slots 16·M to 16·M + 15.
   template <int M>
   __device__ __forceinline__ void add_squares(const OneHot<GROUPS>& one_hot,
                                               const unsigned (&terms)[4 * GROUPS][3]) {
@@ -236,12 +241,13 @@ struct Accumulator {
     for (int i = 0; i < 4; ++i) slots.totals.sqdists[M][i] += sums[i] + rest[i];
   }
 
+  // Adds features and residuals to the totals of the same slots.
   template <int M>
   __device__ __forceinline__ void add_features(const OneHot<GROUPS>& one_hot,
                                                const Fragment (&x)[GROUPS]) {
     auto& totals = slots.totals;
     float counts[4], no_rest[4];
-    Vector<float> anchors[4];  // of 2·h + b
+    Vector<float> anchors[4];  // at [2·h + b], see SlotTotals
     if constexpr (STATISTICS & RESIDUALS) {
       unsigned ones[4 * GROUPS][1];
 #pragma unroll
@@ -264,7 +270,8 @@ struct Accumulator {
         if constexpr (STATISTICS & SUMS)
           totals.sums[j][M][i] += Fragment::TERMS > 1 ? sums[i] + rest[i] : sums[i];
         if constexpr (STATISTICS & RESIDUALS) {
-          // Exact but for one rounding: up to 64 terms of 8 bits (11 in float16) have sums of 24.
+          // Σ f − n·a for at most 64 pixels. Each f has 8 bits (11 in float16), so Σ f is exact in
+          // float32 if the sizes of the pixels do not differ by more than some 2^8.
           const float anchor = anchors[i].elements[j];
           if constexpr (Fragment::TERMS == 1) {
             totals.residuals[j][M][i] += fmaf(-counts[i], anchor, sums[i]);
@@ -278,7 +285,8 @@ struct Accumulator {
     }
   }
 
-  // Adds pixels that are not finite, or too large, one by one; then they are zero, in no slot.
+  // Adds pixels that are not finite or too large, one by one. Afterwards their features are 0 and
+  // they have no slot.
   __device__ __forceinline__ void take_out(T* tile) {
 #pragma unroll 1
     for (int pixel = 0; pixel < TILE<T>; ++pixel) {
@@ -313,7 +321,8 @@ struct Accumulator {
   }
 };
 
-// Reads the features of its tiles, and their keys, once; writes each statistic of each key once.
+// Reads the features and the keys of its tiles once. Writes the statistics of a key each time that
+// its slot is freed: once, if the chunk has at most 32 keys.
 template <class T, int STATISTICS, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
     class_moments_kernel(const Input<T> input, const Tiling tiling, const Partials partials) {

@@ -1,5 +1,5 @@
-// Launches of the passes over the features. Each dtype is compiled in a file of its own, and these
-// files at the same time.
+// Launches of the passes over the features. Each dtype has a source file, so that the files are
+// compiled at the same time.
 #pragma once
 
 #include "class_moments_tiles.cuh"

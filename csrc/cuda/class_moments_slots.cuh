@@ -1,8 +1,10 @@
-// The keys that a warp is adding up have slots. A slot is a row of products on tensor cores: of
-// the one-hot matrix of the pixels' slots by their features. Totals of slots are in registers,
-// their anchors in shared memory. When all slots are taken and another key comes, totals go to the
-// chunk's partials in global memory, and all slots are free again. So nothing depends on where runs
-// begin, and little on the number of keys.
+// A warp sums at most 32 keys at a time. Each of these keys has a slot. A slot is a row of the
+// products on tensor cores: the one-hot matrix of the pixels' slots, times the features. The totals
+// of the slots are in registers, their anchors in shared memory. If all slots are taken and another
+// key comes, the totals are added to the chunk's partials in global memory, and all slots are free
+// again. Therefore the time does not depend on where runs begin. It depends on the number of keys:
+// more than 16 slots need a second product, and with more than 32 keys slots are freed again and
+// again.
 #pragma once
 
 #include "../matrices.cuh"
@@ -12,16 +14,18 @@ namespace anchorops::cuda {
 
 constexpr int SLOTS = 32, NO_SLOT = SLOTS;
 constexpr int ROWS = 16;  // slots of a product
-// Anchors of slots, and zeros for NO_SLOT: channel 8·j + n at 4·n + j. Padded, so that different
-// slots are in different banks.
+// Elements from the anchor of one slot to the next; NO_SLOT has zeros. Channel 8·j + n is at
+// 4·n + j. The padding puts neighbouring slots into different banks.
 constexpr int PITCH = CHANNELS + 8;
-constexpr uint8_t NOT_MET = 255, IN_PARTIALS = 254;  // instead of a slot
+constexpr uint8_t NOT_MET = 255, IN_PARTIALS = 254;  // keys without a slot
 
-// A slot in 16 bits: where its anchor begins, in bytes, and a bfloat16 number that no other has.
+// The code of a slot has 16 bits. It is the offset of the slot's anchor in bytes. Read as a
+// bfloat16 number it is finite, and different for each slot.
 __host__ __device__ constexpr unsigned slot_code(int slot) { return slot * PITCH * sizeof(float); }
 
-// Totals of all slots, in the order of products (matrices.cuh): lane 4n + q has slots 16·m + 8·h +
-// n at [m][2h + b]; of them channels 8·j + 2q + b at [j], or, of squared distances, a part.
+// The totals of all slots, in the order of a product C (matrices.cuh). Lane 4n + q has slot
+// 16·m + 8·h + n at [m][2h + b]: channel 8·j + 2q + b of its sums and residuals at [j], and a part
+// of its squared distance.
 template <int STATISTICS>
 struct SlotTotals {
   float sums[4][2][4] = {}, residuals[4][2][4] = {}, sqdists[2][4] = {};
@@ -40,9 +44,9 @@ struct Slots {
   const Anchors source;
   const int chunk, block, blocks, num_keys, dim, lane = threadIdx.x;
   float* const anchors;       // float32 [SLOTS + 1, PITCH]
-  unsigned* const of_pixels;  // codes of the tile's pixels, in the order of products
-  int2* const keys;           // [SLOTS]: the key, and whether the partials have sums of it
-  uint8_t* const of_key;      // [1 + num_keys], at key 0
+  unsigned* const of_pixels;  // codes of the tile's pixels, in the order of place()
+  int2* const keys;           // [SLOTS]: the key, and whether the partials contain it
+  uint8_t* const of_key;      // [1 + num_keys], slots of keys from −1 on; points to key 0
   int used = 0;
   SlotTotals<STATISTICS> totals;
 
@@ -66,18 +70,19 @@ struct Slots {
     __syncwarp();
   }
 
-  // Of the lane's channel.
+  // The slot's anchor in the lane's channel.
   __device__ __forceinline__ float& anchor(int slot) const {
     return anchors[slot * PITCH + lane % 8 * 4 + lane / 8];
   }
 
-  // Free slots have zeros, so that the residuals of no pixels are 0.
+  // Free slots have anchors of 0: 0 pixels times an anchor that is not finite would be NaN.
   __device__ __forceinline__ void clear_anchors() const {
     if constexpr (STATISTICS & SQDISTS)
       for (int s = 0; s <= SLOTS; ++s) anchor(s) = 0;
   }
 
-  // The slots of two keys of each lane: NO_SLOT where all are taken, or for key −1.
+  // Returns the slots of two keys of each lane; new keys get free slots. Returns NO_SLOT for key
+  // −1, and if all slots are taken.
   __device__ __forceinline__ int2 find(int first_key, int second_key) {
     int2 found = {of_key[first_key], of_key[second_key]};
     if (__ballot_sync(FULL_WARP, max(found.x, found.y) > NO_SLOT)) {
@@ -95,7 +100,8 @@ struct Slots {
     return found;
   }
 
-  // The slots of pixels 8·i + 2q and 8·i + 2q + 1 of a group, in the halves of [group][q][i].
+  // Stores the codes of the lane's two pixels. The halves of [group][q][i] are the codes of pixels
+  // 8·i + 2q and 8·i + 2q + 1 of the group.
   __device__ __forceinline__ void place(int2 found) const {
     of_pixels[lane / 16 * 16 + lane % 4 * 4 + lane % 16 / 4] =
         slot_code(found.y) << 16 | slot_code(found.x);
@@ -108,7 +114,7 @@ struct Slots {
     return reinterpret_cast<uint16_t*>(of_pixels)[2 * pair + pixel % 2];
   }
 
-  // Of lanes with the same key, the first one assigns the slot.
+  // The first lane of all lanes with the same key assigns its slot.
   __device__ __forceinline__ void assign(int wanted) {
     const unsigned before_lane = (1u << lane) - 1;
     const int found = of_key[wanted];
@@ -124,9 +130,9 @@ struct Slots {
     __syncwarp();
   }
 
-  // All totals to the partials; afterwards all slots are free.
+  // Adds all totals to the partials. Afterwards all slots are free.
   __device__ __forceinline__ void evict() {
-    __syncwarp();  // anchors and slots have been read
+    __syncwarp();  // all lanes have read the anchors and slots
     const int first_channel = block * CHANNELS + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < SLOTS / 8; ++i) {

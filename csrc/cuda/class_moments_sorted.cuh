@@ -1,18 +1,18 @@
-// The pass over the features of pixels in the order of their keys: a warp sums its 32 channels, a
-// channel for each lane, tile after tile, in groups of 32 pixels. Pixels of the key that is held
-// are added in registers. What a key has inside a chunk is complete when another comes.
+// The pass over the features of pixels that are sorted by key. A warp sums 32 channels, one for
+// each lane, tile after tile, in groups of 32 pixels. The pixels of the current key are added in
+// registers. When another key comes, the sums of the current key in this chunk are complete.
 #pragma once
 
 #include "class_moments_tiles.cuh"
 
 namespace anchorops::cuda {
 
-// What pixels of a key have added up to.
+// The sums over pixels of a key.
 struct Sums {
   float sum = 0, sqdist = 0, residual = 0;
 };
 
-// The same while more are added, in registers: in four parts that do not wait for each other.
+// The same in registers, while pixels are added: in four parts that do not wait for each other.
 template <int STATISTICS>
 struct Totals {
   Sums parts[4];
@@ -65,7 +65,8 @@ struct SortedSink {
   }
   __device__ void finish(int key, const Sums& sums) const { store(key, sums, true, !first); }
 
-  // To the end of the chunk that this key is, or to the output.
+  // Stores the sums of the chunk's first key (which = 0) or last key (1) as an end of the chunk,
+  // and those of other keys as results.
   __device__ __forceinline__ void store(int key, const Sums& sums, bool end, int which) const {
     if (key < 0) return;
     const int64_t edge = int64_t{2} * chunk + which, at = (end ? edge : key) * dim + channel;
@@ -85,9 +86,10 @@ struct SortedSink {
   }
 };
 
-// What the groups of 32 pixels of a tile hold. Bit g tells of group g whether all have the key
-// before it, and whether they have that one and another. Lane g knows which of its pixels have the
-// key before it, and the first other key.
+// The keys of a tile's groups of 32 pixels. Bit g of `uniform`: all pixels of group g have the same
+// key as the pixel before the group. Bit g of `two`: they have this key and one other key. In lane
+// g, `own` has the pixels of group g with the key of the pixel before, and `other` is the first
+// other key.
 template <class T>
 struct Keys {
   static constexpr int GROUPS = TILE<T> / 32;
@@ -125,11 +127,12 @@ struct Keys {
   }
 };
 
-// Sums of the key that is held, until another comes.
+// Sums the pixels of the current key until another key comes.
 template <class T, int STATISTICS, bool CHANNELS_LAST>
 struct SortedAccumulator {
   using Layout = Stage<T, CHANNELS_LAST, true>;
-  // As many pixels are worth a test whether they have the same key, so that none is selected.
+  // If this number of pixels have the same key, they are added without a selection. A whole group
+  // is not tested again.
   static constexpr int TESTED = STATISTICS == SUMS ? 32 : 8;
   static constexpr unsigned ALL_TESTED = FULL_WARP >> (32 - TESTED);
 
@@ -178,7 +181,7 @@ struct SortedAccumulator {
     if (key != last_key) hold(last_key);
   }
 
-  // By selection, for a pixel of another key may be infinite.
+  // Selects the pixels instead of multiplying by 0, because a pixel of another key may be infinite.
   __device__ __forceinline__ void add_where(unsigned own, const float (&x)[32]) {
 #pragma unroll
     for (int first = 0; first < 32; first += TESTED) {
@@ -194,7 +197,7 @@ struct SortedAccumulator {
     }
   }
 
-  // Pixels in `own` have the key that is held, all others have the other one.
+  // The pixels in `own` have the current key, all others have the other key.
   __device__ __forceinline__ void consume_two(const T* pixels, unsigned own, int other) {
     const float other_anchor = anchor_of(other);
     float x[32];
@@ -227,7 +230,7 @@ struct SortedAccumulator {
     anchor = keep ? anchor : other_anchor;
   }
 
-  // Another key, from here on.
+  // Stores the sums of the current key. The next key is then the current one.
   __device__ __forceinline__ void hold(int next) {
     sink.add(key, totals.total());
     totals = {};
@@ -240,7 +243,7 @@ struct SortedAccumulator {
   }
 };
 
-// Reads the features of its tiles, and their keys, once; writes each statistic of each key once.
+// Reads the features and the keys of its tiles once. Writes each statistic of each key once.
 template <class T, int STATISTICS, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(CHANNELS, 12)
     class_moments_sorted_kernel(const Input<T> input, const Tiling tiling,

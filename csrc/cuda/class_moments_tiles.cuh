@@ -1,6 +1,6 @@
-// Tiles of features in shared memory: 32 channels, one for each lane of a warp, by as many pixels
-// as make 4 KB. Memory that follows in a plane (or, with channels last, in a pixel) is copied 16
-// bytes at a time behind the warp's back; other strides and misaligned views, element by element.
+// Tiles of features in shared memory: 32 channels by as many pixels as make 4 KB. If the pixels of
+// a channel (or, with channels last, the channels of a pixel) are contiguous and aligned, they are
+// copied asynchronously, 16 bytes at a time. Otherwise the warp copies one element at a time.
 #pragma once
 
 #include <cstring>
@@ -12,8 +12,8 @@ namespace anchorops::cuda {
 
 constexpr int SUMS = 1, SQDISTS = 2, RESIDUALS = 4;  // statistics
 
-// Warps that are resident on a multiprocessor: three for each scheduler, or two where registers do
-// not suffice, as nvcc takes more of them from sm_100 on.
+// Warps that are resident on a multiprocessor: three for each scheduler, or two where there are too
+// few registers for three. From sm_100 on nvcc uses more registers.
 template <class T>
 constexpr int warps_of(int statistics) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -26,7 +26,7 @@ constexpr int warps_of(int statistics) {
 
 constexpr int CHANNELS = 32;  // of a block, which is one warp
 constexpr int TILE_BYTES = 4096;
-constexpr int STAGES = 2;  // of the ring of tiles: one is read while the other is under way
+constexpr int STAGES = 2;  // of the ring: one is read while the other is copied
 constexpr int BATCH = 16;  // elements that a lane loads before it waits for the first
 
 template <class T>
@@ -34,12 +34,12 @@ constexpr int TILE = TILE_BYTES / CHANNELS / static_cast<int>(sizeof(T));  // pi
 
 struct Anchors;
 
-// What a kernel of class moments reads.
+// The inputs of a kernel of class moments.
 template <class T>
 struct Input {
   const T* features;       // [B, D, P] by strides
   const int32_t* keys;     // int32 [B, P], −1 where ignored
-  const int64_t* offsets;  // sorted: int64 [B·P], where each pixel's features begin
+  const int64_t* offsets;  // sorted: int64 [B·P], where the features of a pixel begin
   const float* anchors;    // float32 [K, D]
   Pixels view;
   int num_keys, num_classes, groups;
@@ -48,15 +48,17 @@ struct Input {
   __device__ Anchors anchors_of(int block) const;
 };
 
-// How the pixels are divided: a chunk is a range of tiles, and a tile part of a line. Pixels sorted
-// by key are a single line. By shapes alone: the order of additions is part of the result.
+// How the pixels are divided. A chunk is a range of tiles; a tile is a part of a line. Pixels
+// sorted by key are a single line. The division depends on shapes alone, because the result depends
+// on the order of the additions.
 struct Tiling {
   int64_t tiles, tiles_per_chunk;
   int tiles_per_line, last_tile;  // pixels in the last tile of a line
   int chunks, blocks;             // of channels
 };
 
-// Partial statistics of chunks, for a kernel that adds them. Only what a chunk has met is written.
+// Partial statistics of chunks, for a kernel that adds them. Only keys that a chunk has met are
+// written.
 struct Partials {
   float* sums;       // float32 [chunks, num_keys, D]
   float* residuals;  // the same
@@ -64,8 +66,8 @@ struct Partials {
   uint8_t* met;      // [chunks, num_keys]: 0 where a chunk has not met a key
 };
 
-// The sums of sorted pixels. The first and the last key's of a chunk are its ends: neighbours may
-// have more of these keys.
+// The sums of sorted pixels. The sums of the first and the last key of a chunk are its ends:
+// neighbouring chunks may contain more pixels of these keys.
 struct SortedSums {
   float* sums;            // float32 [num_keys, D]
   float* residuals;       // the same
@@ -98,7 +100,8 @@ __device__ Anchors Input<T>::anchors_of(int block) const {
           channel < view.dim, num_keys == num_classes};
 }
 
-// Exact, with one instruction for each element: the high half of a word needs no shift.
+// Converts to float32, exactly, with one instruction for each element: the high half of a word
+// needs no shift.
 template <class T>
 __device__ __forceinline__ void widen(const Vector<T>& vector, float (&x)[Vector<T>::SIZE]) {
   unsigned words[4];
@@ -115,7 +118,7 @@ __device__ __forceinline__ void widen(const Vector<T>& vector, float (&x)[Vector
 }
 
 // The layout of a tile in shared memory: [channel][pixel], or [pixel][channel] with channels last.
-// Rows are padded so that they are in different banks, except where a warp reads a single one.
+// Rows are padded so that they are in different banks, unless a warp reads a single row at a time.
 template <class T, bool CHANNELS_LAST, bool SORTED>
 struct Stage {
   static constexpr int SEGMENT = Vector<T>::SIZE;  // pixels that are read at once
@@ -199,7 +202,8 @@ struct Cursor {
   }
 };
 
-// Copies keys of a tile, −1 beyond the pixels, and its features, 0 beyond the pixels and channels.
+// Copies the keys and the features of a tile. Beyond its pixels, keys are −1; beyond its pixels and
+// channels, features are 0.
 template <class T, bool CHANNELS_LAST, bool SORTED>
 __device__ __forceinline__ void fill_stage(T* stage, int* keys, const Cursor<T, SORTED>& cursor) {
   using Shape = Stage<T, CHANNELS_LAST, SORTED>;
@@ -238,7 +242,8 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys, const Cursor<T, 
     return;
   }
 
-  // A lane has one pixel and iterates over the channels; with channels last, the other way round.
+  // A lane has one pixel and iterates over the channels. With channels last, it has one channel and
+  // iterates over the pixels.
 #pragma unroll 1
   for (int first = 0; first < Shape::COLUMNS; first += 32) {
     const int column = first + lane;
@@ -260,7 +265,7 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys, const Cursor<T, 
   }
 }
 
-// The tiles of a chunk, one after the other: while one is read, the next is under way.
+// The tiles of a chunk, one after the other: while one is read, the next one is copied.
 template <class T, bool CHANNELS_LAST, bool SORTED>
 struct Ring {
   using Layout = Stage<T, CHANNELS_LAST, SORTED>;
@@ -284,9 +289,10 @@ struct Ring {
   __device__ __forceinline__ T* stage(int tile) const { return stage_at(tile % STAGES); }
   __device__ __forceinline__ int* keys(int tile) const { return keys_at(tile % STAGES); }
 
-  // To this tile: from 1 − STAGES on, for the first ones have to come before they are read.
+  // Starts the copy of tile + STAGES − 1 and waits for the copy of this tile. The first call has
+  // tile 1 − STAGES, which only starts a copy.
   __device__ __forceinline__ void advance(int tile) {
-    __syncwarp();  // nothing reads any more what is overwritten now
+    __syncwarp();  // all lanes have read the stage that is overwritten now
     if (tile + STAGES - 1 < tiles) {
       const int free = (tile + STAGES - 1) % STAGES;
       fill_stage<T, CHANNELS_LAST>(stage_at(free), keys_at(free), cursor);

@@ -1,18 +1,19 @@
 // The operator anchorops::softmax_moments.cuda: statistics of the softmax of upsampled logits.
 //
-// Launches: class keys (class_keys.cu), the shifts of positions (softmax_cells.cu), lse of each
-// pixel, its loss, and the sum of the losses' partials; with masses and squares another pass over
-// the logits and a sum, with hits pixel_argmax.cu and a count. Memory in addition to the results:
-// lse and keys, 8 bytes a pixel; shifts, 8 bytes a position; partials.
+// Launches: class keys (class_keys.cu), the shifts of positions (softmax_cells.cu), the lse of each
+// pixel, its loss, and the sum of the partials of losses. With masses or squares: another pass over
+// the logits, and a sum. With hits: pixel_argmax.cu, and a count. Memory in addition to the
+// results: lse and keys, 8 bytes a pixel; shifts, 8 bytes a position; partials.
 //
-// State of a pass over the logits: 16 sums and four corners of a cell in registers, 42 KB of shared
-// memory for 8 warps, 8 rows of 32 cells. Counted (nvcc 13, sm_90), warp instructions for each cell
-// and class: lse 53, masses 74, squares too 130 (91 to 96 registers: 16 warps on a multiprocessor);
-// staging the logits adds 14 of 2 bytes, contiguous pixels.
+// In a pass over the logits a thread has 16 sums and the four corners of a cell in registers. A
+// block of 8 warps has 8 rows of 32 cells, and 42 KB of shared memory. Counted (nvcc 13, sm_90),
+// warp instructions for each cell and class: lse 53, masses 74, masses and squares 130 (91 to 96
+// registers: 16 warps on a multiprocessor). Copying the logits to shared memory adds 14 (2 bytes,
+// contiguous pixels).
 //
 // Predicted at B16 K150 128²→512² bf16 on an H200 (bench/softmax_paths.py): label pass 23 µs,
-// shifts 53, lse 224, losses 53, their sum 10. Masses take 130 more, by their instructions. To be
-// confirmed or refuted by a measurement.
+// shifts 53, lse 224, losses 53, their sum 10. Masses take another 130, estimated from their
+// instructions alone. Predicted, not measured.
 #include "class_keys.cuh"
 #include "pixel_argmax.cuh"
 #include "softmax_cells.cuh"
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(ALL_WARPS, 2) softmax_lse_kernel(Cells cells,
   }
 }
 
-// Sums over pixels for each class: partials of a block of one warp.
+// Sums over pixels for each class, in a block of one warp.
 struct ByClass {
   float* sums;  // shared, [num_classes] for each statistic
   int num_classes, statistics;
@@ -171,7 +172,8 @@ __global__ void __launch_bounds__(ALL_WARPS, 2)
                           float* partials) {    // [1 + SQUARES][blocks][K]
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int num_classes = cells.logits.num_classes;
-  // Counted along rows, so that those of an image follow each other.
+  // The order of partials: blocks are numbered downwards first, so that those of an image are
+  // consecutive.
   const unsigned across = cells.blocks_across(), down = gridDim.x / across;
   const int64_t block = blockIdx.x % across * int64_t{down} + blockIdx.x / across;
   Cell cell(cells);
@@ -235,8 +237,8 @@ struct Sums {
   float *first, *second;  // [images, K] of each statistic
 };
 
-// Sums partials [statistics][images][rows][K] over rows, in a fixed order. Blocks: 32 classes after
-// the others, of each image, times statistics.
+// Sums partials [statistics][images][rows][K] over rows, in a fixed order. A block has 32 classes
+// of one image and one statistic.
 __global__ void __launch_bounds__(SUM_WARPS * 32)
     sum_partials_kernel(const float* partials, Sums out, int64_t rows, int num_classes) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -267,7 +269,7 @@ void sum_partials(const Tensor& partials, Sums out, int statistics, int64_t imag
          num_classes);
 }
 
-// The largest size of all partials, and of a block's table; the number of warps that fill a device.
+// The largest size of all partials, and of a block's sums; the number of warps that fill a device.
 constexpr int64_t PARTIAL_BYTES = 16 << 20, TABLE_BYTES = 64 << 10, DEVICE_WARPS = 4096;
 
 float* data_or_null(const Tensor& tensor) {

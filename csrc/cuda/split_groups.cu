@@ -1,5 +1,5 @@
-// The operator anchorops::split_groups.cuda: each key's pixels are divided at random into groups of
-// equal size (±1), by the rank of a pixel's hash among the hashes of its key.
+// The operator anchorops::split_groups.cuda: the pixels of each key are divided at random into
+// groups of equal size (±1), by the rank of a pixel's hash among the hashes of its key.
 //
 // Nothing is sorted. The n pixels of a key are divided among n buckets by their hashes, in
 // ascending order, so a bucket has one pixel on average. The rank of a pixel is the number of
@@ -8,9 +8,9 @@
 // hashes. Three launches compute where the buckets of each key start, the lists, and the ranks.
 //
 // Reads keys twice and writes them once; writes and reads 8 bytes a pixel for the lists. Most of
-// these accesses are in the order of the hashes: sectors of 32 bytes, from the second-level cache.
-// Predicted for 262,144 pixels, not measured: 2.5 µs for each launch; with two round trips to
-// memory for the lists and about ten for the ranks, 12 to 15 µs together.
+// these accesses are in the order of the hashes: each moves a sector of 32 bytes, from the
+// second-level cache. Predicted for 262,144 pixels, not measured: 12 to 15 µs together. This is
+// 2.5 µs for each launch, two round trips to memory for the lists, and about ten for the ranks.
 #include "../labels.h"
 #include "tensors.cuh"
 
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(THREADS)
                        const int64_t* counts,  // [num_keys]
                        const int64_t* starts,  // [num_keys]
                        const int64_t* seed,    // one
-                       Lists lists,            // first and totals are zero on entry
+                       Lists lists,            // `first` and `totals` are zero on entry
                        int32_t* split,         // [pixels], written here if the key is ignored
                        int64_t pixels) {
   const int64_t p = int64_t{blockIdx.x} * THREADS + threadIdx.x;

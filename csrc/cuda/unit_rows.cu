@@ -2,7 +2,9 @@
 // means of classes scaled to length 1.
 //
 //   m_r = rows_r / max(counts_r, 1)    u_r = m_r / max(‖m_r‖, eps)
-//   drows_r = (du_r − (u_r·du_r)·u_r) / (max(counts_r, 1)·‖m_r‖),  without the product below eps
+//   drows_r = (du_r − (u_r·du_r)·u_r) / (max(counts_r, 1)·max(‖m_r‖, eps))
+//
+// If ‖m_r‖ < eps, drows has no term (u_r·du_r)·u_r.
 //
 // One launch in each direction, a warp per row. The K×D numbers are read twice, the second time
 // from the L1 cache. Latency determines the time: predicted 3 µs, not measured.
