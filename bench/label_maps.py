@@ -1,28 +1,28 @@
-"""Label maps for the time model, of street scenes and random, and the keys in their tiles."""
+"""Label maps for the time model: street scenes and random labels; passes over their tiles."""
 
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-SLOTS = 32  # of keys that a warp adds up at a time
+SLOTS = 32  # keys that a warp sums at a time, as in class_moments_slots.cuh
 
 
 class Pass(NamedTuple):
-    """Over a tile."""
+    """A pass of a warp over a tile: it adds the pixels whose keys have a slot."""
 
     found: int = 0  # keys that get a slot
     used: int = 0  # slots
-    evicts: bool = False  # afterwards, to make room for other keys of the tile
+    evicts: bool = False  # frees all slots afterwards, for other keys of the tile
 
 
 @cache
 def label_maps(kind: str, batch: int, height: int, width: int, classes: int) -> np.ndarray:
     """int [batch, height, width], 255 for ignored pixels.
 
-    "images": each has four bands with uneven edges, like sky, buildings, ground and road; 16
-    objects of 3 to 40 pixels in front of them, small ones at the horizon; three poles; and a border
-    of ignored pixels. "random": each pixel drawn independently.
+    "images": each image has four bands with uneven edges, like sky, buildings, ground and road; 16
+    objects of 3 to 40 pixels in front of them, the small ones at the horizon; three poles; and a
+    border of ignored pixels. "random": the label of each pixel is drawn independently.
     """
     random = np.random.default_rng(0)
     if kind == "random":
@@ -52,8 +52,8 @@ def label_maps(kind: str, batch: int, height: int, width: int, classes: int) -> 
 
 
 def passes_of_chunk(keys: np.ndarray, tile: int) -> list[tuple[Pass, ...]]:
-    """The passes of class_moments_kernel over each tile of a chunk, given its keys in order (−1
-    where ignored)."""
+    """The passes of class_moments_kernel over each tile of a chunk. keys: those of the chunk's
+    pixels in order, −1 where ignored."""
     slots: set[int] = set()
     tiles = []
     for pixels in keys.reshape(-1, tile).tolist():
@@ -71,7 +71,7 @@ def passes_of_chunk(keys: np.ndarray, tile: int) -> list[tuple[Pass, ...]]:
 
 
 def rows_of_loads(keys: np.ndarray, pixels_per_lane: int) -> float:
-    """Rows of a table that a warp's lanes read at once, with this number of pixels per lane."""
+    """How many rows of a table the lanes of a warp read at once, on average."""
     warps = keys.reshape(-1)[: keys.size // (32 * pixels_per_lane) * 32 * pixels_per_lane]
     warps = warps.reshape(-1, 32, pixels_per_lane)
     some = warps[:: max(1, len(warps) // 500)]

@@ -1,14 +1,14 @@
 """Launches of GPU kernels in a training step of each method, counted without a GPU.
 
 The methods run on fake tensors, which have shapes but no memory. An ATen operator that computes
-something counts as one launch; views and new memory count as none. LAUNCHES contains the
-exceptions, according to ATen's CUDA sources. OWN contains the launches of our own operators, which
-tests/interpreted/test_launches.py counts in the emulator and in Triton's interpreter. Setting
-memory to a number is a launch too.
+something counts as one launch; a view or new memory counts as none. LAUNCHES contains the
+exceptions, according to ATen's CUDA sources. OWN contains the launches of our own operators;
+tests/interpreted/test_launches.py counts these in the emulator and in Triton's interpreter. Filling
+memory with a number is a launch too.
 
 The table counts forward and backward of the method alone, for features in bfloat16 and a float32
-classifier. It does not count adding its gradients to those of other losses, the optimizer, and
-logging.
+classifier. It counts neither the addition of its gradients to those of other losses, nor the
+optimizer, nor logging.
 """
 
 from collections import Counter
@@ -28,9 +28,9 @@ from anchorops.losses import Regularizer
 from anchorops.ops import upsampled_sums
 
 BACKENDS = ("cuda", "triton")
-# Operators with another number of launches than one. Batch norm: statistics, running statistics,
-# result (its step counter is a separate operator). Gradients of a convolution: of its input and of
-# its weight.
+# Operators whose number of launches is not one. Batch norm: statistics, running statistics, result
+# (its step counter is a separate operator). Backward of a convolution: gradients of its input and
+# of its weight.
 LAUNCHES = {
     "empty": 0,
     "empty_like": 0,
@@ -42,8 +42,8 @@ LAUNCHES = {
     "native_batch_norm": 3,
     "convolution_backward": 2,
 }
-# For each of BACKENDS, with anchors (without them, Triton's class moments have one launch less) and
-# with at most 1,024 keys (then pixels are not sorted).
+# Launches with each of BACKENDS. Class moments: with anchors (without them, Triton has one launch
+# less) and at most 1,024 keys (pixels are not sorted).
 OWN = {
     "class_keys": (2, 2),
     "split_groups": (4, 4),
@@ -89,7 +89,7 @@ class Counts(TorchDispatchMode):
 
 @contextmanager
 def pretended(backend: str) -> Iterator[None]:
-    """Operators on CPU tensors use this backend. Fake tensors never run its kernels."""
+    """Operators on CPU tensors use this backend. With fake tensors its kernels never run."""
     on_host, chosen = _backend._ON_HOST[backend], _backend._choice.backend
     _backend._ON_HOST[backend], _backend._choice.backend = True, backend
     try:
@@ -119,12 +119,12 @@ METHODS: dict[str, Callable[[int, int], Regularizer]] = {
     "MVSC": ao.MVSC,
 }
 GOAL = 15
-# The largest permitted numbers of launches of `cuda` at HRNet's shape; above them the report fails.
+# The largest numbers of launches of `cuda` at HRNet's shape; the report fails above them.
 MOST = {"SAR": 102, "CR": 16, "CBP": 3, "OCCL": 47, "CeCo": 65, "MVSC": 91}
 
 
 def fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Replaces parameters and buffers."""
+    """Replaces the parameters and buffers by fake tensors."""
     for part in module.modules():
         stores: list[dict[str, Any]] = [part._parameters, part._buffers]
         for tensors in stores:
@@ -151,7 +151,7 @@ def count(build: Callable[[int, int], Regularizer], shape: Shape, backend: str) 
 
 def print_launches() -> list[str]:
     """Prints a table of all methods. Returns a message for each one that is above its limit."""
-    print("\nLaunches in a training step, forward and backward; of them by layers of the method")
+    print("\nLaunches in a training step, forward and backward; layers: by the method's own layers")
     print("| method | shape | cuda | triton | layers | |\n|---|---|---|---|---|---|")
     faults = []
     for name, build in METHODS.items():

@@ -1,7 +1,7 @@
 """The paths of our CUDA kernels through their machine code, and the times that follow from them.
 
 NOTES.md says how to add a kernel. A path is described by the instructions in its blocks, not by
-addresses, so it remains valid with another compiler. If a kernel is rewritten, its path must be
+addresses, so it is still valid with another compiler. If a kernel is rewritten, its path must be
 rewritten too.
 """
 
@@ -100,7 +100,7 @@ def forward_plan(shape: Shape, itemsize: int, statistics: int) -> ForwardPlan | 
 
 
 class Forward:
-    """Paths of class_moments_kernel: of each tile, passes over its features."""
+    """Paths of class_moments_kernel: one or more passes over the features of each tile."""
 
     def __init__(self, blocks: list[Block]):
         self.blocks = blocks
@@ -113,7 +113,7 @@ class Forward:
         self.anchors = self.those(lambda b: b.count("LDG") == b.count("STS") > 0, self.find[0])
         self.features = self.those(lambda b: b.count("LDSM|LDS$|LDS.64") >= 8, self.find[0])[:1]
         products = self.those(lambda b: b.count("HMMA") > 0, self.features[0])
-        # of the upper half of the slots: what may be left out
+        # products of the upper half of the slots: the code may skip these blocks
         self.upper = [i for i in products if i + 1 in self.blocks[i - 1].next]
         self.evict = self.those(lambda b: b.count("STG|SHFL") > 0, products[-1])[:1]
 
@@ -123,7 +123,7 @@ class Forward:
     def walk(self, *stops: list[int]) -> Path:
         key = tuple(map(tuple, stops))
         if key not in self.ways:
-            # keys come from the second-level cache, for all blocks of channels but the first
+            # keys come from the second-level cache, except for the first block of channels
             of_keys = {id(x) for i in self.keys for x in self.blocks[i].instructions}
             self.ways[key] = [
                 x._replace(bytes=0, latency=L2) if id(x) in of_keys else x
@@ -174,7 +174,7 @@ def forward(
     waves = plan.chunks * plan.blocks / (MULTIPROCESSORS * warps)
     last = waves - math.floor(waves)
     full = every * plan.tiles_per_chunk
-    # the last wave has fewer warps: it takes as long as one warp, or as its share of the memory
+    # the last wave has fewer warps: it takes the time of one warp, or its part of a full wave
     rest = max(one, every * last) * plan.tiles_per_chunk if last else 0
     bytes_moved = shape.pixels * shape.dim * itemsize
     matrices = (statistics & SUMS > 0) + (statistics & RESIDUALS > 0)
@@ -193,7 +193,7 @@ class BackwardPlan(NamedTuple):
     """The plan of class_moments_backward.cu."""
 
     threads: int  # of all blocks
-    stores: int  # of 16 bytes, of each thread
+    stores: int  # of 16 bytes, by each thread
 
 
 def backward_plan(
@@ -248,15 +248,16 @@ def backward(
 # --- what cuda_report.py prints -------------------------------------------------------------------
 
 SHAPES = {"HRNet": HRNET, "SegFormer": SEGFORMER}
-# Random groups of the pixels of each class: OCCL's two and MVSC's four, of which it needs the sums.
+# Random groups of the pixels of each class: OCCL has two, MVSC four. Both need only the sums.
 GROUPED = {
     f"{title}, {groups} groups": shape._replace(groups=groups)
     for (title, shape), groups in product(SHAPES.items(), (2, 4))
 }
 GOALS = {("forward", "images"): 0.9, ("backward", "images"): 0.85}
 GOAL_OF_RANDOM = 0.6
-# What the forward has reached, in percent, of both layouts: HRNet and SegFormer, labels of images;
-# the same, random labels. The report fails below.
+# Shares that the forward pass must reach in both layouts, in percent; the report fails below them.
+# They are slightly smaller than the shares reached before. Labels of images with HRNet and
+# SegFormer, then random labels with both.
 FLOORS = {
     (2, SUMS): (92, 93, 88, 34),
     (2, SQDISTS): (87, 90, 84, 17),

@@ -1,10 +1,10 @@
 """The paths of the kernels of softmax moments through their machine code, and the times that
 follow: for the cross-entropy, forward and backward, in half precision, with labels of images.
 
-This is like paths.py, with one simplification. The time of a kernel is the larger one of two: the
-time of its warps by time_model.py, and the time to move its bytes. Loads of logits have the latency
-of memory. Other loads of the kernels that loop over the classes have that of the second-level
-cache.
+This is like paths.py, with one simplification. The time of a kernel is the larger one of two times:
+that of its warps, from time_model.py, and that of moving its bytes. Loads of logits have the
+latency of memory. In the kernels that loop over the classes, other loads have the latency of the
+second-level cache.
 """
 
 import math
@@ -29,7 +29,7 @@ from time_model import (
     walk,
 )
 
-# Seconds that forward and backward may take together at most. Triton's loops wait for their loads.
+# Most seconds of forward and backward together. Triton's loops wait for their loads.
 LIMITS = {"CUDA": 1e-3, "Triton": 1.4e-3}
 ITEMSIZE, LABEL_BYTES, RATIO = 2, 8, 4
 LOGITS = re.compile(r"(LDG|STG)\.E\.U16")
@@ -73,7 +73,7 @@ def seconds(kernel: Kernel) -> float:
 
 def wave(path: Path, warps: int, blocks: int) -> float:
     """Cycles until this number of blocks has finished on one multiprocessor. Each block begins a
-    little later than the one before, as on a GPU, where it begins when another block has ended.
+    little later than the one before. This is so on a GPU, where it begins when another block ends.
     Otherwise all blocks would wait at the same places."""
     if not blocks:
         return 0
@@ -129,7 +129,7 @@ class Code:
 
 
 def loads_bfloat16(block: Block, count: int) -> bool:
-    """float16 is converted by HADD2."""
+    """Whether the block loads this many bfloat16 numbers. HADD2 would convert float16."""
     return block.count(r"LDG\.E\.U16$") == count and not block.count("HADD2")
 
 
@@ -159,7 +159,7 @@ class Sweep:
         return waiting(path, lines=4, logits=MEMORY if first else L2)
 
     def looped(self, count: int) -> Path:
-        """The loop without its last iteration."""
+        """All iterations of the loop except the last one."""
         rounds = math.ceil(count / self.classes_of_loop)
         return self.code.walk(self.loop, self.loop) * (rounds - 1)
 
@@ -337,7 +337,7 @@ class Program(NamedTuple):
     resident: int
 
 
-FILLS = 3  # of counts and of partials, and the sum of these: what torch launches
+FILLS = 3  # launches by torch: zeros for counts and for partials, and the sum of the partials
 
 
 def triton_kernels(forward: Program, backward: Program, shape: Shape) -> list[tuple[str, Kernel]]:

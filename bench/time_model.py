@@ -1,12 +1,13 @@
 """Computes, without a GPU, how long warps take along a path of machine code.
 
-SASS contains the issue rules of an instruction: the cycles until the warp's next one, and which of
-six scoreboards it sets and waits for. The model adds numbers that are not in the code; they are
-below. Instructions are issued in order, one a cycle for each of four schedulers, from the warp that
-was ready first. Pipes are busy for some cycles. Memory is a queue with a multiprocessor's share of
-the copy bandwidth, followed by a latency. Not modelled: instruction cache, bank conflicts, taken
-branches beyond their stall count, barriers between warps, other multiprocessors. The numbers are
-estimates for an H200 (sm_90), and must be corrected after a run on a GPU.
+SASS contains the issue rules of an instruction: the cycles until the next instruction of the warp,
+and which of six scoreboards it sets and waits for. The model adds numbers that are not in the code;
+they are below. Instructions of a warp are issued in order. Each of four schedulers issues one
+instruction a cycle, from the warp that was ready first. Pipes are busy for some cycles. Memory is a
+queue with a multiprocessor's share of the copy bandwidth, followed by a latency. Not modelled:
+instruction cache, bank conflicts, taken branches beyond their stall count, barriers between warps,
+other multiprocessors. The numbers are estimates for an H200 (sm_90), and must be corrected after a
+run on a GPU.
 """
 
 import heapq
@@ -33,7 +34,7 @@ PIPES: list[tuple[str, int, int, str]] = [
     (r"S2U?R|CS2R|R2UR|BAR|DEPBAR|LDGDEPBAR|MEMBAR|WARPSYNC", 25, 2, "other"),
     (r"F2FP", 5, 2, "alu"),
     (r"MUFU|F2I|I2F|F2F|FRND|POPC|FLO|BREV", 20, 8, "special"),
-    # 16×8×16: twice the time at the peak, of which warps reach 60 %
+    # 16×8×16: twice the time at the peak rate; warps reach 60 % of this rate
     (r"HMMA", 33, 8, "tensor"),
     (r"[BI]G?MMA|HGMMA", 33, 16, "tensor"),
     (r"DADD|DMUL|DFMA|DSETP", 40, 2, "double"),  # 16 lanes
@@ -51,7 +52,7 @@ class Instruction(NamedTuple):
     opcode: str
     stall: int
     write: int  # scoreboard that the result sets, 7 for none
-    read: int  # the one that is set when registers have been read
+    read: int  # scoreboard that is set when the registers have been read
     wait: tuple[int, ...]  # scoreboards to wait for
     latency: int
     busy: int
@@ -79,8 +80,8 @@ def opcode(text: str) -> str:
 
 
 def decode(text: str, high: int, streams: re.Pattern[str] = STREAM) -> Instruction:
-    """high: the upper 64 bits of the instruction. From bit 41: stall 4, yield 1, write 3, read 3,
-    wait 6."""
+    """high: the upper 64 bits of the instruction. The fields from bit 41 on, and their numbers of
+    bits: stall 4, yield 1, write 3, read 3, wait 6."""
     bits, name = high >> 41, opcode(text)
     latency, busy, pipe = next(rule for pattern, rule in RULES if pattern.match(name))
     width = re.search(r"\.(128|64|U?16|U?8)\b", name)
@@ -195,7 +196,7 @@ def simulate(paths: Sequence[Path]) -> float:
     """Cycles until all warps of a multiprocessor have reached the ends of their paths."""
     at = [0] * len(paths)
     ready = [[0.0] * 8 for _ in paths]  # by scoreboard; 7 is none
-    copies: list[list[float]] = [[0.0] for _ in paths]  # ends of groups, the last still open
+    copies: list[list[float]] = [[0.0] for _ in paths]  # ends of groups; the last is open
     scheduler = [0.0] * 4
     pipes: dict[tuple[str, int], float] = {}
     memory = end = 0.0

@@ -4,7 +4,7 @@ A lane (upsampling.py) reads its four logits class by class. For each of its pix
 Σ_k e^(z_k − m) in registers, where m is the largest logit of the cell so far. If the neighbours of
 a cell differ by about 70, this underflows. Then the lanes of the program find the maximum of each
 pixel in a second loop over the classes, and the sums in a third. Masses and squares need one more
-loop. Statistics of the true class are summed label by label of the tile.
+loop. Statistics of the true class are summed for one label of the tile after the other.
 
 A program adds to its own partials; torch.sum adds these in a fixed order. Hits and counts use
 integer atomics.
@@ -96,9 +96,10 @@ def _softmax_moments_kernel(
     EVEN_X: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Reads the logits of a tile from memory once, and from the caches for each further loop and
-    for neighbours; each label once. Writes the requested maps. For each tile it writes one number
-    per class for masses and for squares, and one per label of the tile for the other statistics."""
+    """Reads the logits of a tile once from memory, and again from the caches for each further loop
+    and for neighbours. Reads each label once. Writes the requested maps. For each tile it writes
+    one number per class for masses and for squares, and one per label of the tile for the other
+    statistics."""
     PIXELS: tl.constexpr = SLOTS_Y * SLOTS_X
     image, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     row = tl.program_id(0).to(tl.int64) * num_classes
@@ -136,7 +137,7 @@ def _softmax_moments_kernel(
             z = upsampled(
                 x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME
             )
-            # tl.maximum of a NaN and a number is the number; the NaN remains in the sum
+            # tl.maximum of NaN and a number returns the number; the sum is still NaN
             new = tl.maximum(maximum, tl.maximum(tl.maximum(x00, x01), tl.maximum(x10, x11)))
             new_shift = finite_or_zero(new) * -LOG2_E
             scale = tl.where(maximum == -INF, 0.0, tl.exp2(new_shift - shift))
@@ -218,11 +219,11 @@ def _softmax_moments_kernel(
             new_losses = ()
             for i in tl.static_range(PIXELS):
                 mine = labels[i] == label
-                # log2 of the term of its own class, as it is in the sum
+                # log2 of the term of its own class, computed as in the sum
                 exponent = tl.fma(z[i], LOG2_E, shift)
                 exponent = tl.where(by_pixel, (z[i] - shifts[i]) * LOG2_E, exponent)
                 loss = (logarithms[i] - exponent) * LN_2
-                loss = tl.where(loss < 0, 0.0, loss)  # by rounding; NaN remains
+                loss = tl.where(loss < 0, 0.0, loss)  # negative by rounding; NaN remains
                 losses_of_lane += tl.where(mine, loss, 0.0)
                 count += mine.to(tl.int32)
                 if HAS_PIXEL_LOSSES:
@@ -281,9 +282,9 @@ def softmax_moments(
 ) -> tuple[Tensor, ...]:
     """See ops/softmax_moments.py.
 
-    Beside the results it takes the partials: for each statistic a row [K] for each tile of lanes,
-    or fewer where they would take more than 16 MiB and 1/8 of the logits; and a copy of logits
-    whose classes are contiguous.
+    In addition to the results it needs memory for the partials: for each statistic one row [K] for
+    each tile of lanes, or fewer rows if these would take more than 16 MiB and 1/8 of the logits.
+    Logits whose classes are contiguous are copied.
     """
     batch, num_classes = logits.shape[:2]
     shape = (batch, num_classes) if per_image else (num_classes,)
@@ -338,7 +339,7 @@ def softmax_moments(
         **upsampling.constants,
         LANES=block,
         num_warps=max(block // 32, 1),
-        # with 128 registers, two programs on a multiprocessor, it spills on sm_8x only
+        # with 128 registers (two programs on a multiprocessor) it spills on sm_8x only
         **(without_spills() if architecture().startswith("sm_8") else {}),
     )
     over = 1 if per_image else (0, 1)

@@ -36,14 +36,14 @@ def _splat_keys_kernel(
     height,
     width,
     step_y,  # features for each label
-    labels_each_y,  # labels for each feature, or 0
+    labels_each_y,  # labels for each feature, or 0 if one of them has size 1
     label_rows,  # more labels than are around any feature
     step_x,
     labels_each_x,
     label_columns,
     BLOCK_F: tl.constexpr,
 ):
-    """Reads the keys of the labels around each feature, from the caches except for the first time.
+    """Reads the keys of the labels around each feature: once from memory, then from the caches.
     Each element of the result belongs to one thread, which adds to it in the order of the labels.
     The additions are atomic, because a load could otherwise happen before an earlier store."""
     features = height * width

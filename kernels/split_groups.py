@@ -32,7 +32,7 @@ def _hash(seed_ptr, pixel):
 @triton.jit(do_not_specialize=["num_keys", "groups"])
 def _group_counts_kernel(
     counts_ptr,  # int64 [num_keys]
-    starts_ptr,  # int64 [num_keys]: the pixels of the keys before
+    starts_ptr,  # int64 [num_keys]: number of pixels with smaller keys
     of_groups_ptr,  # int64 [num_keys, groups]
     num_keys,
     groups,
@@ -55,10 +55,10 @@ def _link_pixels_kernel(
     keys_ptr,  # int32 [pixels], −1 where ignored
     counts_ptr,  # int64 [num_keys]
     starts_ptr,  # int64 [num_keys]
-    seed_ptr,  # int64, one
-    first_ptr,  # int32 [pixels], of each bucket: a pixel + 1; zero on entry
-    totals_ptr,  # int32 [programs]: the pixels in each BLOCK_P buckets; zero on entry
-    next_ptr,  # int32 [pixels], of each pixel: the next one in its bucket + 1, or 0
+    seed_ptr,  # int64, one number
+    first_ptr,  # int32 [pixels], for each bucket: its first pixel + 1, or 0; zero on entry
+    totals_ptr,  # int32 [programs]: number of pixels in BLOCK_P buckets each; zero on entry
+    next_ptr,  # int32 [pixels], for each pixel: the next pixel in its bucket + 1, or 0
     split_ptr,  # int32 [pixels], written where keys are ignored
     pixels,
     BLOCK_P: tl.constexpr,
@@ -78,7 +78,7 @@ def _link_pixels_kernel(
 
 @triton.jit(do_not_specialize=["pixels", "groups"])
 def _rank_pixels_kernel(
-    keys_ptr,  # these: see _link_pixels_kernel
+    keys_ptr,  # for the pointers see _link_pixels_kernel
     starts_ptr,
     seed_ptr,
     first_ptr,
@@ -91,7 +91,7 @@ def _rank_pixels_kernel(
 ):
     """Processes BLOCK_P buckets. Reads a list m + 2 times if there are m pixels in it."""
     program = tl.program_id(0)
-    before = tl.zeros((BLOCK_P,), tl.int64)  # pixels in the buckets of the programs before
+    before = tl.zeros((BLOCK_P,), tl.int64)  # pixels in buckets of earlier programs
     for block in range(0, program, BLOCK_P):
         other = block + tl.arange(0, BLOCK_P)
         before += tl.load(totals_ptr + other, mask=other < program, other=0)

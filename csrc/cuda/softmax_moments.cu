@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(32, 32)
       if (labels[u] >= 0) {
         const PixelLogits pixel_logits(logits, rows, columns, image, y, x);
         const float loss = log_sums[u] - pixel_logits.z(first_class + labels[u]);
-        values[u][0] = loss < 0 ? 0 : loss;  // by rounding; NaN remains
+        values[u][0] = loss < 0 ? 0 : loss;  // negative by rounding; NaN remains
         if (statistics > 1) values[u][1] = exp2_approximate(-values[u][0] * LOG2E);
       }
       if (ignored[u]) lse[pixel] = 0;
