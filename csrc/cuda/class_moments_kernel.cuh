@@ -271,7 +271,7 @@ struct Accumulator {
           totals.sums[j][M][i] += Fragment::TERMS > 1 ? sums[i] + rest[i] : sums[i];
         if constexpr (STATISTICS & RESIDUALS) {
           // Σ f − n·a for at most 64 pixels. Each f has 8 bits (11 in float16), so Σ f is exact in
-          // float32 if the sizes of the pixels do not differ by more than some 2^8.
+          // float32 if the sizes of the pixels do not differ by more than about 2^8.
           const float anchor = anchors[i].elements[j];
           if constexpr (Fragment::TERMS == 1) {
             totals.residuals[j][M][i] += fmaf(-counts[i], anchor, sums[i]);
