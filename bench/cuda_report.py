@@ -250,7 +250,7 @@ def print_times(kernels: list[Kernel]) -> list[str]:
 
 
 def print_softmax_times(kernels: list[Kernel]) -> list[str]:
-    """What softmax_paths.py predicts; what is above its limit."""
+    """Prints the predictions of softmax_paths.py. Returns a message for each above its limit."""
     library = {kernel.name: (kernel.sass, kernel.resident) for kernel in kernels}
     if "softmax_lse_kernel" not in library:
         return []

@@ -100,7 +100,7 @@ def launch_groups() -> None:
 
 
 def launch_splat() -> None:
-    """What CeCo launches beside matrix products."""
+    """The kernel that CeCo launches in addition to matrix products."""
     keys = torch.empty((8, 512 * 1024), dtype=torch.int32, device="meta")
     splat_keys.splat_keys(keys, 8 * 19, 512, 1024, 128, 256)
 

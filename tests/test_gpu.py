@@ -115,7 +115,7 @@ def test_cuda_graph_and_streams(gpu_backend):
 
 
 def test_threads_that_launch_at_once(gpu_backend):
-    """Tables of 19 and of 150 classes take different amounts of shared memory of one kernel."""
+    """With 19 and with 150 classes, one kernel needs different amounts of shared memory."""
     inputs = [make_inputs((2, 64, 16, 32), k, torch.bfloat16, False, 9) for k in (19, 150)]
 
     def results(i):

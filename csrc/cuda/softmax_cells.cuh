@@ -50,8 +50,8 @@ struct Cells {
   }
 
   __host__ __device__ int parts() const { return parts_y * parts_x; }
-  // Blocks of that many warps, one for each row of cells. They are counted along x, of which a grid
-  // has 2^31: the parts of 32 columns, all columns, and then the next rows.
+  // A block has one warp for each row of cells. All blocks are along x, because a grid may have
+  // 2^31 there: first the parts of 32 columns, then all columns, then the next rows.
   int warps() const { return std::min(WARPS, row_count); }
   __host__ __device__ unsigned blocks_across() const {
     return static_cast<unsigned>((int64_t{logits.batch} * pitch + 31) / 32 * parts());
@@ -65,9 +65,9 @@ struct Cells {
   }
   __device__ int block_part() const { return blockIdx.x % blocks_across() % parts(); }
 
-  // Largest difference of neighbours, in units of x. Up to it, powers of the ratios do not
-  // overflow, also for pixels beyond the end of a cell, and no sequence starts below 2^-126 and
-  // ends with terms that matter.
+  // The largest difference of neighbours, in units of x, for which a sequence is accurate. Powers
+  // of the ratios do not overflow, even for pixels beyond the end of a cell. No sequence that
+  // starts below 2^-126 has terms that matter.
   float steepest() const {
     const float y = rows.ratio, x = columns.ratio;
     return LN2 * std::min(26.0f, 50 / (std::max(x, y) + 6 * x * y + 1e-6f));
@@ -383,8 +383,7 @@ __device__ inline float log_sum_exp(const PixelLogits& logits, int num_classes) 
   return shift + logf(sum);
 }
 
-// A block of cells.warps() warps for each of cells.blocks(), with a Stage and extra_bytes behind
-// it.
+// Launches cells.blocks() blocks of cells.warps() warps. Shared memory: a Stage, then extra_bytes.
 template <class Staged, class... Parameters, class... Arguments>
 void launch_cells(const char* name, void (*kernel)(Cells, Parameters...), const Cells& cells,
                   size_t extra_bytes, Stream stream, const Arguments&... arguments) {

@@ -1,22 +1,23 @@
 // The operator anchorops::softmax_moments_backward.cuda: the gradient of softmax moments.
 //
-// dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) - [y = k]·own, both of a pixel
-// (softmax_slopes.cu)
+// dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) - [y = k]·own; for slope and own of a pixel
+// see softmax_slopes.cu
 // dlogits = the transpose of the upsampling, of dz: gathered for each position, without atomics
 //
 // Launches: class keys, the shifts of positions, with dmasses or dsquares a pass over the logits,
 // the slopes of pixels, and the gradient. Memory in addition to the gradient: keys, slopes and own
 // terms, 8 to 12 bytes a pixel; shifts, 8 bytes a position.
 //
-// State of the gradient's pass: 16 factors of a cell's pixels and their labels in registers, which
-// stay there for all classes of a block; sums over a cell by Horner's rule, over its columns, then
-// over its rows; 57 KB of shared memory for 8 warps; two blocks are resident. One row of cells
-// in 8 and one column in 32 are computed twice. Counted (nvcc 13, sm_90), warp instructions for
-// each cell and class: 89, with dmasses or dsquares 190; staging adds 18, storing about 12. Labels
-// add about 150 for each class that a warp's 512 pixels have.
+// In the pass for the gradient a thread keeps 16 factors and the labels of a cell's pixels in
+// registers, for all classes of a block. It sums over a cell by Horner's rule, first over its
+// columns, then over its rows. A block of 8 warps has 57 KB of shared memory; two blocks are
+// resident. One row of cells in 8 and one column in 32 are computed twice. Counted (nvcc 13,
+// sm_90), warp instructions for each cell and class: 89, with dmasses or dsquares 190; copying the
+// logits to shared memory adds 18, storing about 12. Labels add about 150 for each class that
+// occurs in the 512 pixels of a warp.
 //
 // Predicted at B16 K150 128²→512² bf16 on an H200 (bench/softmax_paths.py): label pass 23 µs,
-// shifts 53, slopes 32, gradient 482. To be confirmed or refuted by a measurement.
+// shifts 53, slopes 32, gradient 482. Predicted, not measured.
 #include "class_keys.cuh"
 #include "softmax_gradients.cuh"
 
@@ -168,9 +169,9 @@ __host__ __device__ inline int64_t blocks_across(const Cells& cells) {
   return ceil_div(int64_t{cells.logits.batch} * cells.pitch - 1, 31);
 }
 
-// A block computes the gradient of 31 columns and of one row less than it has warps, for all
-// classes of its share: the cells at its edges are also computed by its neighbours. Blocks: columns
-// after the others, of each row, times shares of the classes.
+// A block computes the gradient of 31 columns and of one row less than it has warps, for its share
+// of the classes. Its neighbours compute the cells at its edges again. Blocks are in the order of
+// columns, then rows; the shares of the classes are another dimension of the grid.
 template <bool BY_CLASS>
 __global__ void __launch_bounds__(ALL_WARPS, BY_CLASS ? BLOCKS_BY_CLASS : 2)
     softmax_dlogits_kernel(Cells cells, Gradients gradients, PixelMaps maps,

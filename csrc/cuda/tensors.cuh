@@ -122,7 +122,7 @@ inline Tensor new_empty_strided(const Tensor& like, const std::vector<int64_t>& 
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Blocks along x, of which a grid has 2^31 - 1; along y and z it has 65,535.
+// A grid of blocks along x: at most 2^31 - 1 are possible, but only 65,535 along y and z.
 inline dim3 grid_of(const char* kernel, int64_t blocks) {
   STD_TORCH_CHECK(blocks < int64_t{1} << 31, kernel, ": more blocks than a grid has");
   return dim3(static_cast<unsigned>(blocks));
