@@ -239,19 +239,6 @@ inline void check(cudaError_t error, const char* what) {
 using Stream = void*;
 #endif
 
-// The shared memory of all blocks of a multiprocessor of the current device.
-inline size_t shared_bytes_of_multiprocessor() {
-#ifdef __CUDACC__
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), "anchorops: cudaGetDevice");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-        "anchorops: cudaDeviceGetAttribute");
-  return static_cast<size_t>(bytes);
-#else
-  return 228 << 10;
-#endif
-}
-
 // Zeroes memory, in the order of the stream.
 inline void fill_zero(void* memory, size_t bytes, [[maybe_unused]] Stream stream) {
 #ifdef __CUDACC__
