@@ -265,7 +265,7 @@ FLOORS = {
     (2, SQDISTS | RESIDUALS): (74, 73, 50, 12),
     (2, SUMS | SQDISTS | RESIDUALS): (73, 72, 49, 10),
     (4, SUMS): (93, 94, 72, 26),
-    (4, SQDISTS): (93, 94, 84, 34),
+    (4, SQDISTS): (93, 94, 84, 32),
     (4, SUMS | SQDISTS): (86, 85, 57, 18),
     (4, SQDISTS | RESIDUALS): (77, 77, 50, 16),
     (4, SUMS | SQDISTS | RESIDUALS): (68, 66, 43, 9),
