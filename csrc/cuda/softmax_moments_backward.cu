@@ -12,7 +12,7 @@
 // registers, for all classes of a block. It sums over a cell by Horner's rule, first over its
 // columns, then over its rows. A block of 8 warps has 57 KB of shared memory; two blocks are
 // resident. One row of cells in 8 and one column in 32 are computed twice. Counted (nvcc 13,
-// sm_90), warp instructions for each cell and class: 89, with dmasses or dsquares 190; copying the
+// sm_90), warp instructions for each cell and class: 89, with dmasses or dsquares 185; copying the
 // logits to shared memory adds 18, storing about 12. Labels add about 150 for each class that
 // occurs in the 512 pixels of a warp.
 //
