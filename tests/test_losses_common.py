@@ -24,6 +24,10 @@ def test_terms_sum_to_the_loss_and_settings_show(build: Callable[[], Regularizer
     logs = ("gate", "unsure", "present")
     parts = [v for name, v in method.terms.items() if not name.endswith(logs)]
     torch.testing.assert_close(loss.detach(), torch.stack(parts).sum())
+    before = {name: value.clone() for name, value in method.terms.items()}
+    with torch.no_grad():
+        loss += 1  # as in an accumulated loss
+    assert method.terms == before
     for value in method.terms.values():
         assert not value.requires_grad and value.is_floating_point() and value.dim() == 0
     for module in method.modules():

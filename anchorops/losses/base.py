@@ -64,9 +64,19 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
             " that is not sharded (shard it with the root, or with reshard_after_forward=False)"
         )
         fail(function, "classifier", expected, "a DTensor")
-    weight = weight if weight.dim() == 2 else weight.flatten(2).sum(2)
+    if weight.dim() > 2:
+        weight = weight.flatten(2)
+        weight = weight.squeeze(2) if weight.shape[2] == 1 else weight.sum(2)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _total(terms: list[Tensor]) -> Tensor:
+    """The sum of the terms in few launches, in new memory: if the caller changes the loss in place,
+    the terms keep their values."""
+    if len(terms) > 2:
+        return torch.stack(terms).sum()
+    return terms[0] + terms[1] if len(terms) == 2 else terms[0].clone()
 
 
 class Regularizer(nn.Module):
@@ -205,7 +215,7 @@ class Regularizer(nn.Module):
             self._count_forward()
         with torch.autocast(features.device.type, enabled=False):
             terms, logs = self._losses(features, labels, classifier)
-            loss = torch.stack(tuple(terms.values())).sum()
+            loss = _total(list(terms.values()))
             loss = loss.to(torch.promote_types(features.dtype, torch.float32))
         self.terms = {key: value.detach() for key, value in terms.items()}
         # counts too are floating-point, because loggers average over steps and ranks
