@@ -65,8 +65,8 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
         )
         fail(function, "classifier", expected, "a DTensor")
     if weight.dim() > 2:
-        weight = weight.flatten(2)
-        weight = weight.squeeze(2) if weight.shape[2] == 1 else weight.sum(2)
+        one_position = weight.shape[2:].numel() == 1
+        weight = weight.flatten(1) if one_position else weight.flatten(2).sum(2)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
@@ -167,11 +167,15 @@ class Regularizer(nn.Module):
     def _next_seed(self) -> Tensor:
         """The seed of this step's random splits, on the device. In training mode this increments
         the step counter."""
-        return self._read_and_update(self.step + (self.seed << 32), self.step, self.step + 1)
+        read = self.step + (self.seed << 32)
+        return self._read_and_update(read, self.step, lambda step: step.add_(1))
 
-    def _read_and_update(self, read: Tensor, state: Tensor, updated: Tensor) -> Tensor:
-        """Returns `read`, what this forward needs of the state, and in training mode sets the state
-        to `updated`. A recomputation updates nothing, and gets what the first pass read."""
+    def _read_and_update(
+        self, read: Tensor, state: Tensor, update: Callable[[Tensor], object]
+    ) -> Tensor:
+        """Returns `read`, what this forward needs of the state, and in training mode calls
+        update(state), which changes it in place. A recomputation updates nothing, and gets what the
+        first pass read."""
         if not self.training:  # repeating it reads the same state
             return read
         if recomputing():
@@ -180,7 +184,7 @@ class Regularizer(nn.Module):
             torch.ops.anchorops.first_pass(state, type(self).__name__)
         else:
             self._read = read
-        state.copy_(updated)
+        update(state)
         return read
 
     def seen(self) -> tuple[int, list[Tensor | None]]:

@@ -105,7 +105,7 @@ class MVSC(Regularizer):
                 "visual": self.visual_weight
                 * self._visual(centroids, prototypes, present, weight, bias),
             }
-            return Losses(terms, {"present": present.any(1).sum()})
+            return Losses(terms, {"present": counts.any(1).sum(dtype=torch.float32)})
 
         return Plan(Request(groups=self.groups, seed=seed), losses)
 

@@ -109,7 +109,7 @@ class OCCL(Regularizer):
             centroids, weight = (unit_rows(x, eps=EPS) for x in (centroids, weight))
         else:
             views = means
-        in_both = counts.amin(1) > 0
+        in_both = counts.all(1)
         present = in_both[:, None].expand(-1, 2)
         weight = weight.to(views.dtype)
         options = {
@@ -127,7 +127,7 @@ class OCCL(Regularizer):
                 "centroid": scale * self.centroid_weight * centroid,
                 "category": scale * self.category_weight * category,
             },
-            {"present": in_both.sum()},
+            {"present": in_both.sum(dtype=torch.float32)},
         )
 
 

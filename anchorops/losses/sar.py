@@ -170,7 +170,7 @@ class SAR(Regularizer):
         average = self.momentum * kept + (1 - self.momentum) * embedded
         average = torch.where(self.started[:, None], average, embedded)
         average = torch.where(gate[:, None], average, kept)
-        return self._read_and_update(average, kept, average)
+        return self._read_and_update(average, kept, lambda anchors: anchors.copy_(average))
 
     def _plan_p2a(
         self,

@@ -33,7 +33,7 @@ def _fold(moments: ClassMoments, made: Request, asked: Request) -> ClassMoments:
 
     def fold(statistic: Tensor, rest: tuple[int, ...]) -> Tensor:
         axis = statistic.dim() - len(rest) - 1  # of the groups, the last of the key axes
-        if made.groups > 1:
+        if made.groups > asked.groups:
             shape = (*statistic.shape[:axis], made.groups // asked.groups, asked.groups)
             statistic = statistic.view(*shape, *rest).sum(axis)
             statistic = statistic if asked.groups > 1 else statistic.squeeze(axis)
