@@ -76,3 +76,11 @@ def rows_of_loads(keys: np.ndarray, pixels_per_lane: int) -> float:
     warps = warps.reshape(-1, 32, pixels_per_lane)
     some = warps[:: max(1, len(warps) // 500)]
     return float(np.mean([len(np.unique(warp[:, i])) for warp in some for i in (0, -1)]))
+
+
+def lines_of_loads(order: np.ndarray, itemsize: int) -> float:
+    """How many lines of 128 bytes of a plane the lanes of a warp read at once, on average, if they
+    read the pixels in this order."""
+    warps = order[: order.size // 32 * 32].reshape(-1, 32)
+    some = warps[:: max(1, len(warps) // 500)] * itemsize // 128
+    return float(np.mean([len(np.unique(warp)) for warp in some]))

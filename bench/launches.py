@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from paths import SHAPES, Shape
+from shapes import SHAPES, Shape
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -153,14 +153,19 @@ def count(build: Callable[[int, int], Regularizer], shape: Shape, backend: str) 
 def print_launches() -> list[str]:
     """Prints a table of all methods. Returns a message for each one that is above its limit."""
     print("\nLaunches in a training step, forward and backward; those of layers are in addition")
-    print("| method | shape | cuda | triton | layers | |\n|---|---|---|---|---|---|")
-    faults = []
+    print("| method | shape | cuda | triton | layers | goal |\n|---|---|---|---|---|---|")
+    faults, missed = [], 0
     for name, build in METHODS.items():
         for title, shape in SHAPES.items():
             both = [count(build, shape, backend) for backend in BACKENDS]
             cuda, triton = (counts.launches.total() - counts.layers for counts in both)
-            cells = name, title, cuda, triton, both[0].layers, f"above {GOAL}" * (cuda > GOAL)
+            missed += cuda > GOAL
+            cells = name, title, cuda, triton, both[0].layers, GOAL
             print("|", " | ".join(map(str, cells)), "|", flush=True)
             if title == "HRNet" and cuda > MOST[name]:
                 faults.append(f"{name}: {cuda} launches, expected {MOST[name]} at most")
+    print(
+        f"\n{missed} of {len(METHODS) * len(SHAPES)} counts of cuda are above the goal. The report "
+        "fails only where one is larger than before (MOST)."
+    )
     return faults

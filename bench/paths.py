@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 from label_maps import SLOTS, Pass, label_maps, passes_of_chunk, rows_of_loads
+from shapes import GROUPED, RESIDUALS, SHAPES, SQDISTS, SUMS, Estimate, Shape, keys_of
+from sorted_paths import SHARED_BYTES, sorted_forward
 from time_model import (
     BYTES_PER_CYCLE,
     CLOCK,
@@ -31,39 +33,10 @@ from time_model import (
     walk,
 )
 
-SUMS, SQDISTS, RESIDUALS = 1, 2, 4
 CHANNELS = 32
 TILE_BYTES = 4096
 MAX_UNSORTED_KEYS = 1024
 SHARED_PER_SM, CACHE_PER_SM = 227 << 10, 256 << 10
-
-
-class Shape(NamedTuple):
-    batch: int
-    dim: int
-    height: int
-    width: int
-    classes: int
-    groups: int = 1  # of each class, drawn for each pixel
-
-    @property
-    def num_keys(self) -> int:
-        return self.classes * self.groups
-
-    @property
-    def pixels(self) -> int:
-        return self.batch * self.height * self.width
-
-
-HRNET, SEGFORMER = Shape(8, 720, 128, 256, 19), Shape(16, 768, 128, 128, 150)
-
-
-class Estimate(NamedTuple):
-    warps: int  # resident on a multiprocessor
-    one: float  # cycles of a tile (a step of the backward pass), one warp alone
-    all: float  # the same when all resident warps work on their own tiles
-    waves: float
-    share: float  # of the copy bandwidth, including launches and partials
 
 
 # --- forward: a warp, 32 channels, tile after tile ------------------------------------------------
@@ -152,11 +125,7 @@ def forward(
     plan = forward_plan(shape, itemsize, statistics)
     if plan is None:
         return None
-    keys = label_maps(kind, shape.batch, shape.height, shape.width, shape.classes)
-    keys = np.where(keys == 255, -1, keys).reshape(-1)
-    if shape.groups > 1:
-        drawn = np.random.default_rng(2).integers(0, shape.groups, keys.shape)
-        keys = np.where(keys < 0, -1, keys * shape.groups + drawn)
+    keys = keys_of(shape, kind)
     tile_size = TILE_BYTES // CHANNELS // itemsize
     tiles, met = [], 0
     for chunk in np.split(keys, range(0, keys.size, plan.tiles_per_chunk * tile_size)[1:]):
@@ -247,13 +216,7 @@ def backward(
 
 # --- what cuda_report.py prints -------------------------------------------------------------------
 
-SHAPES = {"HRNet": HRNET, "SegFormer": SEGFORMER}
-# Random groups of the pixels of each class: OCCL has two, MVSC four. Both need only the sums.
-GROUPED = {
-    f"{title}, {groups} groups": shape._replace(groups=groups)
-    for (title, shape), groups in product(SHAPES.items(), (2, 4))
-}
-GOALS = {("forward", "images"): 0.9, ("backward", "images"): 0.85}
+GOALS = {"forward": 0.9, "backward": 0.85}
 GOAL_OF_RANDOM = 0.6
 # Shares that the forward pass must reach in both layouts, in percent; the report fails below them.
 # They are slightly smaller than the shares reached before. Labels of images with HRNet and
@@ -279,8 +242,20 @@ HEAD = (
     "waves",
     "share",
     "goal",
+    "below the goal by",
 )
+
+
+class Row(NamedTuple):
+    kernel: str
+    case: str
+    estimate: Estimate
+    goal: float | None  # None where the launches take another kernel
+    floor: float = 0  # the share reached before
+
+
 FORWARD = re.compile(r"class_moments_kernel<(BFloat16|float), (\d), (true|false)>")
+SORTED = re.compile(r"class_moments_sorted_kernel<(BFloat16|float), (\d), (true|false)>")
 BACKWARD = re.compile(
     r"class_moments_backward_(planes|rows)_kernel<(BFloat16|float), (?:[48], 1, )?(\w+), (\w+)>"
 )
@@ -288,37 +263,48 @@ BACKWARD = re.compile(
 
 def floor_of(forward: re.Match[str], title: str, kind: str) -> float:
     """The share that a row must have."""
-    row = FLOORS[2 if forward[1] == "BFloat16" else 4, int(forward[2])]
+    row = FLOORS[itemsize_of(forward[1]), int(forward[2])]
     if title not in SHAPES:
         return 0
     return row[list(SHAPES).index(title) + 2 * (kind == "random")] / 100
 
 
-def estimates(name: str, sass: str, resident: Callable[[int], int]) -> list[tuple[object, ...]]:
+def estimates(name: str, sass: str, resident: Callable[[int, int], int]) -> list[Row]:
     """Rows of the table for a kernel of sm_90; none for a kernel whose paths are not known here.
-    resident: blocks on a multiprocessor, for a number of threads."""
-    forwards, backwards = FORWARD.match(name), BACKWARD.match(name)
-    if not (forwards or backwards):
+    resident: blocks on a multiprocessor, by threads and shared bytes."""
+    matches = FORWARD.match(name), SORTED.match(name), BACKWARD.match(name)
+    if not any(matches):
         return []
-    blocks, found = blocks_of(sass), []
+    forwards, in_order, backwards = matches
+    blocks, rows = blocks_of(sass), []
     cases = list(product(SHAPES.items(), ("images", "random")))
-    if forwards and int(forwards[2]) == SUMS:
+    moments = forwards or in_order
+    if moments and int(moments[2]) == SUMS:
         cases += product(GROUPED.items(), ("images",))
     for (title, shape), kind in cases:
+        goal: float | None = GOALS["backward" if backwards else "forward"]
+        goal, floor = GOAL_OF_RANDOM if kind == "random" else goal, 0.0
         if forwards:
-            itemsize = 2 if forwards[1] == "BFloat16" else 4
-            estimate = forward(blocks, itemsize, int(forwards[2]), shape, kind)
-            goal = GOALS["forward", "images"]
+            estimate = forward(blocks, itemsize_of(forwards[1]), int(forwards[2]), shape, kind)
+            floor = floor_of(forwards, title, kind)
+        elif in_order:
+            itemsize, statistics = itemsize_of(in_order[1]), int(in_order[2])
+            warps, channels_last = resident(32, SHARED_BYTES), in_order[3] == "true"
+            estimate = sorted_forward(
+                blocks, itemsize, statistics, channels_last, warps, shape, kind
+            )
+            goal = goal if shape.num_keys > MAX_UNSORTED_KEYS else None
         else:
             assert backwards is not None
-            rows, itemsize = backwards[1] == "rows", 2 if backwards[2] == "BFloat16" else 4
-            threads = 256 if rows else 128
-            warps = resident(threads) * threads // 32
+            by_rows, itemsize = backwards[1] == "rows", itemsize_of(backwards[2])
+            threads = 256 if by_rows else 128
+            warps = resident(threads, 0) * threads // 32
             given = backwards[3] == "true", backwards[4] == "true"
-            estimate = backward(blocks, itemsize, warps, rows, *given, shape, kind)
-            goal = GOALS["backward", "images"]
+            estimate = backward(blocks, itemsize, warps, by_rows, *given, shape, kind)
         if estimate:
-            goal = GOAL_OF_RANDOM if kind == "random" else goal
-            floor = floor_of(forwards, title, kind) if forwards else 0
-            found.append((name, f"{title}, {kind}", *estimate, goal, floor))
-    return found
+            rows.append(Row(name, f"{title}, {kind}", estimate, goal, floor))
+    return rows
+
+
+def itemsize_of(dtype: str) -> int:
+    return 2 if dtype == "BFloat16" else 4

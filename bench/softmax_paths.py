@@ -390,7 +390,8 @@ def print_times(
         print("|", name, "|", " | ".join(f"{1e6 * x:.0f}" for x in row), "|")
     totals = [sum(row) + others * LAUNCH for row in times]
     launches = len(names) + others
-    print(f"| {launches} launches |", " | ".join(f"{1e6 * x:.0f}" for x in totals), "|", flush=True)
+    print(f"| {launches} launches |", " | ".join(f"{1e6 * x:.0f}" for x in totals), "|")
+    print("| limit |", " | ".join([f"{1e6 * LIMITS[title]:.0f}"] * len(totals)), "|", flush=True)
     return [
         f"{title}, {name}: {1e3 * total:.2f} ms predicted for softmax moments"
         for name, total in zip(columns, totals, strict=True)

@@ -6,6 +6,8 @@ import pytest
 label_maps = pytest.importorskip("label_maps")
 model = pytest.importorskip("time_model")
 paths = pytest.importorskip("paths")
+shapes = pytest.importorskip("shapes")
+sorted_paths = pytest.importorskip("sorted_paths")
 sass = pytest.importorskip("sass")
 line, path = sass.line, sass.path
 
@@ -132,6 +134,49 @@ def test_rows_of_loads():
 def test_forward_plan():
     """The same arithmetic as in class_moments.cu: chunks that occupy a GPU once, or twice where
     partials are small."""
-    assert paths.forward_plan(paths.HRNET, 2, 1) == (23, 68, 61)
-    assert paths.forward_plan(paths.HRNET, 4, 1) == (23, 200, 41)
-    assert paths.forward_plan(paths.HRNET._replace(classes=1025), 2, 3) is None
+    assert paths.forward_plan(shapes.HRNET, 2, 1) == (23, 68, 61)
+    assert paths.forward_plan(shapes.HRNET, 4, 1) == (23, 200, 41)
+    assert paths.forward_plan(shapes.HRNET._replace(classes=1025), 2, 3) is None
+
+
+def test_groups_of_sorted_pixels():
+    """Other keys than that of the pixel before; a chunk begins with its own key."""
+    keys = np.repeat([-1, 4, 5, 6], [40, 56, 2, 30])
+    assert sorted_paths.groups_of(keys, 64, 64) == [[0, 1], [0, 2]]
+    assert sorted_paths.groups_of(keys, 128, 128) == [[0, 1, 0, 2]]
+    assert sorted_paths.groups_of(np.repeat([0, 1], 64), 64, 64) == [[0, 0], [0, 0]]
+
+
+def test_lines_of_loads():
+    raster, scattered = np.arange(1024), np.arange(1024).reshape(8, 128).T.flatten()
+    assert label_maps.lines_of_loads(raster, 4) == 1
+    assert label_maps.lines_of_loads(scattered, 4) == 8
+
+
+def test_the_path_of_sorted_pixels():
+    """A tile of two groups: one key, then three keys."""
+
+    def branch(condition: str, label: str) -> str:
+        return line(f"{condition}BRA `(.L_x_{label})", 5)
+
+    added = [line("LDS.U16 R4, [R0]", 1)] * 32  # a group of pixels
+    sass = [
+        *[".L_x_0:\n", *[line("LDGSTS.E.BYPASS.128 [R7], [R4.64]")] * 8, branch("@P1 ", "5")],
+        *[".L_x_5:\n", line("DEPBAR.LE SB0, 0x1"), branch("@P0 ", "1"), line("FLO.U32 R4, R4")],
+        *[".L_x_1:\n", branch("@P1 ", "3"), *added, branch("", "9")],
+        *[".L_x_3:\n", branch("@P1 ", "4"), *added, line("STG.E [R2], R4"), branch("", "9")],
+        *[".L_x_4:\n", *added],
+        *[".L_x_2:\n", line("SHFL.IDX R4, R4"), branch("@P0 ", "2")],
+        *[".L_x_9:\n", branch("@P2 ", "1"), branch("@P3 ", "0"), line("EXIT", 5)],
+    ]
+    code = sorted_paths.Sorted(model.blocks_of("".join(sass)), rows=True)
+    one, three = ([x.opcode for x in code.tile(groups, 2)] for groups in ([0, 0], [0, 2]))
+    assert [one.count(x) for x in ("LDGSTS.E.BYPASS.128", "FLO.U32", "LDS.U16")] == [8, 0, 64]
+    assert [three.count(x) for x in ("FLO.U32", "LDS.U16", "SHFL.IDX")] == [1, 64, 1]
+
+
+def test_the_launches_of_a_sort():
+    shape = shapes.SEGFORMER
+    sums, both = (sorted_paths.other_seconds(shape, x, 256, 24) for x in (1, 3))
+    assert 11 * model.LAUNCH < sums < 20 * model.LAUNCH
+    assert both - sums == pytest.approx(2 * model.LAUNCH, rel=0.3)
