@@ -108,9 +108,9 @@ class Model:
     methods: tuple[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"], ...] = ()
     """Regularisers in addition to the cross-entropy; any number of them."""
     setting: str = PUBLISHED
-    """A named set of arguments of the methods. published: their defaults, and those that the
-    preset's paper has for its network. from-scratch: smaller weights of OCCL and CeCo, for training
-    from random weights."""
+    """A named set of arguments of the methods. published: their defaults. from-scratch: smaller
+    weights of OCCL and CeCo, for training from random weights. Arguments that it does not set are
+    those that the preset's paper has for its network."""
     method_options: dict[str, str] = field(default_factory=dict)
     """Additional arguments of the methods, which override those of the setting, as METHOD.ARGUMENT
     VALUE pairs: sar.momentum 0.99 occl.split images. sar.anchors, cr.anchors and cbp.init accept

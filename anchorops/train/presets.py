@@ -37,7 +37,7 @@ Values that no paper prints, and that are assumed here:
 """
 
 from .config import Config
-from .settings import PUBLISHED
+from .settings import setting_options
 
 DIGITS = Config().replace(
     dataset="digits",
@@ -267,13 +267,13 @@ METHOD_OPTIONS: dict[str, dict[str, str]] = {
 
 
 def with_published_options(preset: str, config: Config) -> Config:
-    """The configuration, with the preset's options of the chosen methods added. It is unchanged if
-    --setting is not "published"."""
-    if config.model.setting != PUBLISHED:
-        return config
+    """The configuration, with the preset's options of the chosen methods added, except those that
+    --setting sets: from-scratch has its own weights of OCCL, but no length of CBP."""
+    methods = config.model.methods
+    of_setting = setting_options(config.model.setting, methods)
     published = {
         option: value
         for option, value in METHOD_OPTIONS.get(preset, {}).items()
-        if option.partition(".")[0] in config.model.methods
+        if option.partition(".")[0] in methods and option not in of_setting
     }
     return config.replace(method_options=published | config.model.method_options)

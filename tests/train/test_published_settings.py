@@ -108,8 +108,8 @@ def test_options_of_the_methods_that_a_preset_brings():
         "occl.category_weight": "0.5",
     }
     assert with_published_options("digits", DIGITS) == DIGITS
-    scratch = config.replace(methods=("occl",), setting="from-scratch")
-    assert with_published_options(preset, scratch) == scratch
+    scratch = config.replace(methods=("cbp", "occl"), setting="from-scratch")
+    assert with_published_options(preset, scratch).model.method_options == {"cbp.length": "1"}
 
 
 @pytest.mark.parametrize("preset", METHOD_OPTIONS)
