@@ -108,8 +108,9 @@ def _vectors(option: str, path: Path, num_classes: int, dim: int) -> Tensor:
     vectors = read_vectors(option, path)
     if vectors.shape != (num_classes, dim):
         raise ValueError(
-            f"--method-options {option}: {path}: expected a row of {dim} numbers (the features' "
-            f"channels) for each of {num_classes} classes, got shape {tuple(vectors.shape)}"
+            f"--method-options {option}: expected a file with a row of {dim} numbers (the "
+            f"features' channels) for each of {num_classes} classes, got shape "
+            f"{tuple(vectors.shape)}"
         )
     return vectors
 

@@ -60,10 +60,12 @@ def read_vectors(option: str, path: Path) -> Tensor:
         found = "several arrays"
     elif array.dtype.kind != "f" or array.ndim != 2:
         found = f"{array.dtype} of shape {array.shape}"
-    elif not np.isfinite(array).all():
-        found = "NaN or infinity"
     else:
-        return torch.from_numpy(array.astype(np.float32))
+        with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite
+            rows = array.astype(np.float32)
+        if np.isfinite(rows).all():
+            return torch.from_numpy(rows)
+        found = "NaN, infinity or numbers too large for float32"
     raise ValueError(
         f"--method-options {option}: {path}: expected one array [K, D] of finite floating numbers "
         f"(numpy.save), got {found}"

@@ -65,11 +65,12 @@ def test_a_run_keeps_a_copy(
     [
         (
             np.zeros((K, D + 1)),
-            r"clip.npy: expected a row of 240 .* 11 classes, got shape \(11, 241",
+            r"sar.anchors: expected a file with a row of 240 .* 11 classes, got shape \(11, 241",
         ),
         (np.zeros((K, D), int), r"clip.npy: expected one array .*, got int64 of shape \(11, 240\)"),
         (np.zeros(K), r"expected one array .*, got float64 of shape \(11,\)"),
-        (np.full((K, D), np.nan), r"expected one array .*, got NaN or infinity"),
+        (np.full((K, D), np.nan), r"clip.npy: expected one array .*, got NaN, infinity or"),
+        (np.full((K, D), 1e300), r"clip.npy: expected one array .*, got .* too large for float32"),
         (np.array([[{}]]), r"--method-options sar.anchors: .*clip.npy cannot be read: .*pickle"),
     ],
 )
@@ -96,7 +97,10 @@ def test_a_start_that_fails_can_be_repeated(rows: Path, tmp_path: Path):
     )
     good = np.load(rows)
     np.save(rows, good[:5])
-    with pytest.raises(ValueError, match=r"vectors-cbp.init.npy: expected a row of 240"):
+    with pytest.raises(ValueError, match=r"--method-options cbp.init: expected a file with a row"):
+        loop.start(config)
+    np.save(rows, 1e300 * good)
+    with pytest.raises(ValueError, match=r"clip.npy: expected one array"):  # not the run's copy
         loop.start(config)
     np.save(rows, good)
     assert loop.start(config)["steps"] == 1
