@@ -135,6 +135,8 @@ def _backbone(name: str, channels: int, pretrained: bool) -> tuple[nn.Module, li
     """A backbone and the channels of its four maps, finest first: HRNet, SegFormer's mit_b0 to
     mit_b5, or tu-NAME of timm."""
     if name.startswith("mit_"):
+        if name not in SEGFORMERS.values():
+            raise ValueError(f"model: backbone: expected mit_b0 to mit_b5, got {name!r}")
         weights = "imagenet" if pretrained else None
         encoder = smp.encoders.get_encoder(name, in_channels=channels, weights=weights)
         return encoder, list(encoder.out_channels[-4:])

@@ -90,5 +90,7 @@ def test_networks_that_cannot_be():
         build_model("mmseg-ocrnet:hrnet-w18-small", 5)
     with pytest.raises(ValueError, match="model: backbone 'tu-alexnet'"):
         build_model("mmseg-fcn:tu-alexnet", 5)
+    with pytest.raises(ValueError, match="backbone: expected mit_b0 to mit_b5, got 'mit_b9'"):
+        build_model("mmseg-segformer:mit_b9", 5)
     with pytest.raises(ValueError, match="model: backbone ''"):
         build_model("mmseg-fcn", 5)
