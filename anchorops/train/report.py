@@ -45,7 +45,7 @@ NOT_CURVES = ("step", "lr", "images_per_second", "memory_mb")
 PANELS = (
     "loss and its terms",
     "training accuracy and\nvalidation IoU, %",
-    "gradient on the features,\nthat of the cross-entropy = 1",
+    "gradient on the features,\nthat of the loss of the logits = 1",
     "counts",
 )
 COUNTS = ("gate", "unsure", "present")  # what methods log in addition to their terms
