@@ -127,7 +127,7 @@ def plan() -> list[Run]:
 
 def train(run: Run, out: Path) -> None:
     """Start or resume the run, and write its row."""
-    config = run.config(out)
+    config, code = run.config(out), commit()  # before the training, in which it may change
     try:
         begun = config.run.exists() and checkpoints(config.run)
         results = resume(config.run) if begun else start(config)
@@ -137,7 +137,7 @@ def train(run: Run, out: Path) -> None:
     row = {
         **run._asdict(),
         "methods": "+".join(run.methods) or "plain",
-        "commit": commit(),
+        "commit": code,
         "seconds_per_step": round(results["seconds_per_step"], 4),
         **{name: round(results[name], 6) for name in evidence_report.MEASURES},
         "curve": [
@@ -259,7 +259,12 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out.absolute()
     chosen = [run for run in dict.fromkeys(plan()) if fnmatch.fnmatch(run.name, arguments.only)]
+    if not chosen:
+        parser.error(f"--only {arguments.only}: no run of the plan has such a name (see --list)")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {arguments.jobs}")
     if arguments.report:
+        arguments.report.mkdir(parents=True, exist_ok=True)
         evidence_report.write(evidence(finished(out)), arguments.report)
         return
     if arguments.list:

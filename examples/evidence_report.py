@@ -2,6 +2,7 @@
 evidence.json."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -137,7 +138,8 @@ def curves(rows: Sequence[Row]) -> Figure:
         axes[0].set_ylabel("IoU on validation scenes, %")
     for axis in grid[-1]:
         axis.set_xlabel("step")
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=6, frameon=False)
+    columns = math.ceil(len(lines) / math.ceil(len(lines) / 6))  # of rows of equal length
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
@@ -181,35 +183,44 @@ def _plain_by_horizon(rows: Sequence[Row]) -> str:
 
 
 def _gradient_ratios(rows: Sequence[Row]) -> str:
-    """A table of the methods' gradients on the features, relative to the cross-entropy's."""
-    found: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for row in rows:
-        for method, ratios in row.get("gradient_ratios", {}).items():
-            if row["scenes"] == "digits" and ratios and "+" not in row["methods"]:
-                of_network = found.setdefault((label(row), row["model"]), {})
-                of_network.setdefault(method, []).extend(ratios)
-    if not found:
+    """A table for each network of the methods' gradients on the features, relative to the
+    cross-entropy's. The ratio changes during a training, so horizons are not mixed."""
+    single = [
+        row
+        for row in rows
+        if row["scenes"] == "digits"
+        and any(row["gradient_ratios"].values())
+        and "+" not in row["methods"]
+    ]
+    if not single:
         return ""
-    models = [model for model in NETWORKS if any(model == other for _, other in found)]
     lines = [
         "## Gradient on the features",
         "",
         "The norm of the method's gradient on the features, divided by that of the cross-entropy,",
-        "every 100 steps: median, smallest and largest over all runs on digit scenes.",
-        "",
-        f"| methods | {' | '.join(NETWORKS[model] for model in models)} |",
-        "|---|" + "---:|" * len(models),
+        "every 100 steps: median, smallest and largest of a horizon's runs on digit scenes.",
     ]
-    for name in dict.fromkeys(name for name, _ in found):
-        cells = [
-            "; ".join(
-                f"{median(ratios):.2g} ({min(ratios):.2g} to {max(ratios):.2g})"
-                for ratios in found.get((name, model), {}).values()
-            )
-            for model in models
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for (model,), of_network in _groups(single, "model").items():
+        horizons = sorted({row["steps"] for row in of_network})
+        header = [NETWORKS[model], *(f"{steps:,} steps" for steps in horizons)]
+        lines += ["", f"| {' | '.join(header)} |", "|---|" + "---:|" * len(horizons)]
+        for runs in _groups(of_network, "methods", "setting").values():
+            cells = [_range([run for run in runs if run["steps"] == steps]) for steps in horizons]
+            lines.append(f"| {label(runs[0])} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _range(runs: Sequence[Row]) -> str:
+    """Median, smallest and largest gradient ratio of runs with one method."""
+    ratios = [
+        ratio
+        for run in runs
+        for of_method in run["gradient_ratios"].values()
+        for ratio in of_method
+    ]
+    if not ratios:
+        return "not run"
+    return f"{median(ratios):.2g} ({min(ratios):.2g} to {max(ratios):.2g})"
 
 
 def _not_run(evidence: dict[str, Any]) -> str:

@@ -26,6 +26,25 @@ def test_benchmark_of_training_steps(tmp_path: Path):
     assert "cbp+occl, anchorops" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--only", "nothing-*"], "--only nothing-*: no run"), (["--jobs", "0"], "at least 1, got 0")],
+)
+def test_wrong_options_of_evidence(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    example = Path(__file__).parents[2] / "examples/evidence.py"
+    monkeypatch.setattr(sys, "argv", [example.name, "--out", str(tmp_path), *options])
+    monkeypatch.syspath_prepend(str(example.parent))
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(example), run_name="__main__")
+    assert message in capsys.readouterr().err
+
+
 def test_report_of_evidence(tmp_path: Path):
     """The report contains the runs that exist, and lists those that are missing."""
     example = Path(__file__).parents[2] / "examples/evidence_report.py"
@@ -43,6 +62,7 @@ def test_report_of_evidence(tmp_path: Path):
         *(row("ceco", "published", 500, seed, miou) for seed, miou in ((1, 0.57), (0, 0.49))),
         row("ceco", "from-scratch", 500, 2, 0.7),
         row("plain", "published", 1500, 0, 0.505),
+        row("ceco", "published", 1500, 0, 0.5) | {"gradient_ratios": {"ceco": [0.5]}},
     ]
     assert report["table"]([run for run in rows if run["steps"] == 500]).splitlines()[2:] == [
         "| plain | 2 | 55.0 ± 7.1 |  | 80.0 ± 0.0 | 50.0 ± 0.0 | 20.0 ± 0.0 |",
@@ -55,7 +75,9 @@ def test_report_of_evidence(tmp_path: Path):
     assert json.loads((tmp_path / "evidence.json").read_text()) == evidence
     page = (tmp_path / "evidence.md").read_text()
     assert "At 500: converged (1,500 add +0.5, n = 1). At 1,500: not known" in page
-    assert "| CeCo | 1.8 (0.5 to 3) |" in page
+    assert "| SegFormer-B0 | 500 steps | 1,500 steps |\n" in page
+    assert "| CeCo | 1.8 (0.5 to 3) | 0.5 (0.5 to 0.5) |\n" in page
+    assert "| CeCo, from scratch | 1.8 (0.5 to 3) | not run |\n" in page
     assert "- digits, SegFormer-B0, 500 steps: SAR (3)\n" in page
     picture = (tmp_path / "evidence-digits-segformer-b0.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
