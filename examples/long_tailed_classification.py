@@ -311,6 +311,12 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if setting != "digits" and options.root is None:
         parser.error(f"--setting {setting} needs --root")
+    for name in ("seeds", "batch_size", "imbalance"):
+        if getattr(options, name) < 1:
+            option = name.replace("_", "-")
+            parser.error(f"--{option}: expected at least 1, got {getattr(options, name)}")
+    if options.root and not any((options.root / x).is_dir() for x in ("train", "cifar-100-python")):
+        parser.error(f"--root {options.root}: expected the directory train or cifar-100-python")
     return options
 
 
@@ -331,7 +337,7 @@ def main() -> None:
             for seed, run in enumerate(runs)
         ]
         groups = [
-            f"{group} {fmean(values):.1f} ± {stdev(values) if len(values) > 1 else 0:.1f} %"
+            f"{group} {fmean(values):.1f}{f' ± {stdev(values):.1f}' if len(values) > 1 else ''} %"
             for group, values in zip(GROUPS, zip(*runs, strict=True), strict=True)
         ]
         print(f"{name:5}  {', '.join(groups)}")

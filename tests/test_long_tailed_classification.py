@@ -56,7 +56,7 @@ def test_an_interrupted_run_continues(
     run(monkeypatch, folder, *options, str(folder / "straight"))
     printed = capsys.readouterr().out
     assert "3 classes with 8 to 2 images" in printed
-    assert re.search(r"plain  all [\d.]+ ± 0.0 %, head [\d.]+ ± 0.0 %, body .* tail ", printed)
+    assert re.search(r"plain  all [\d.]+ %, head [\d.]+ %, body .* tail ", printed)
     assert "SAR    all" in printed
 
     def stop_after_saving(state: Any, path: Path) -> None:
@@ -82,6 +82,28 @@ def test_an_interrupted_run_continues(
         run(monkeypatch, folder, *options, str(folder / "stopped"), "--lr", "1")
     with pytest.raises(SystemExit, match="contains files of another program"):
         run(monkeypatch, folder, *options, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["--imbalance", "0"], "--imbalance: expected at least 1, got 0.0"),
+        (["--setting", "folder"], "expected the directory train or cifar-100-python"),
+    ],
+)
+def test_wrong_options(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    root = [] if options[0] != "--setting" else ["--root", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *root, *options])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert message in capsys.readouterr().err
 
 
 def test_archive_of_cifar(
