@@ -46,13 +46,23 @@ def comparison(results: Sequence[dict[str, Any]]) -> str:
 
 def grouped(results: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
     """Repetitions of a run, which differ only in their seeds. The key is (data set, network,
-    methods). If runs of the same names differ in other settings, the methods are followed by these
-    settings."""
+    methods). If runs on the same data set and network differ in other settings, the methods are
+    followed by these settings.
+
+    Raises ValueError if two repetitions have the same seed: they are no sample of the seeds.
+    """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for result in results:
         dataset, model, methods = (result[name] for name in NAMES)
         key = dataset, model, f"{methods} {_differing(result, results)}".rstrip()
-        groups.setdefault(key, []).append(result)
+        group = groups.setdefault(key, [])
+        for other in group:
+            if other["seed"] == result["seed"]:
+                raise ValueError(
+                    f"compare: expected each seed once, got {other['run']} and {result['run']} "
+                    f"with the same settings and seed {result['seed']}"
+                )
+        group.append(result)
     return groups
 
 
@@ -71,13 +81,13 @@ def text_table(rows: Sequence[Sequence[str]], *, words: int) -> str:
 
 
 def _differing(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
-    """The settings that differ between results of the same data, network and methods."""
+    """The settings that differ between results on the same data set and network."""
     alike = [
         other.get("settings", {})
         for other in results
-        if all(other[name] == result[name] for name in NAMES)
+        if all(other[name] == result[name] for name in ("dataset", "model"))
     ]
-    own = result.get("settings", {})
+    own = {x: value for x, value in result.get("settings", {}).items() if x != "methods"}
     names = [name for name in own if any(other.get(name) != own[name] for other in alike)]
     return " ".join(f"{name}={own[name]}" for name in names)
 

@@ -80,9 +80,10 @@ def test_options_on_the_command_line(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_command_line(straight: Path, capsys: pytest.CaptureFixture[str]):
-    main(["compare", str(straight), str(straight)])
-    table = capsys.readouterr().out
-    assert "hrnet-w18-small" in table and "± 0.0" in table
+    main(["compare", str(straight)])
+    assert "hrnet-w18-small" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"expected each seed once, got .* with the same settings"):
+        main(["compare", str(straight), str(straight)])
     with pytest.raises(SystemExit, match="expected a finished run"):
         main(["compare", str(straight.parent)])
     with pytest.raises(SystemExit, match="expected the directories of finished runs, got none"):
@@ -90,9 +91,12 @@ def test_command_line(straight: Path, capsys: pytest.CaptureFixture[str]):
     result = {name: 1.0 for name in ("miou", "head", "body", "tail", "macc", "seconds_per_step")}
     result |= {"dataset": "d", "model": "m", "methods": "sar", "parameters": 1}
     result["gpu_memory_mb"] = None
-    first, second = ({**result, "settings": {"lr": lr, "steps": "5"}} for lr in ("0.1", "0.2"))
-    rows = comparison([first, second, first]).splitlines()[2:]
-    assert [row.split()[2:5] for row in rows] == [["sar", "lr=0.1", "2"], ["sar", "lr=0.2", "1"]]
+    runs = [
+        {**result, "methods": methods, "seed": seed, "settings": {"lr": lr, "methods": methods}}
+        for methods, lr, seed in (("sar", "0.1", 0), ("cr", "0.2", 0), ("sar", "0.1", 1))
+    ]
+    rows = comparison(runs).splitlines()[2:]
+    assert [row.split()[2:5] for row in rows] == [["sar", "lr=0.1", "2"], ["cr", "lr=0.2", "1"]]
     with pytest.raises(SystemExit, match="'digts' is neither a command nor a preset"):
         main(["digts"])
     with pytest.raises(SystemExit) as help_shown:
