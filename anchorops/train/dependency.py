@@ -17,7 +17,7 @@ import anchorops as ao
 
 from ..losses import Regularizer
 from .analysis import Features
-from .checkpoint import save_atomically
+from .checkpoint import checkpoints, save_atomically
 from .compare import grouped, load_results, text_table
 
 FILE = "centroids.npz"
@@ -68,7 +68,8 @@ def class_dependency(runs: Sequence[Path]) -> str:
 def _load(run: Path) -> dict[str, Tensor]:
     path = run / FILE
     if not path.exists():
-        raise ValueError(f"{path} does not exist: `anchorops-train resume {run}` makes it")
+        advice = f": `anchorops-train resume {run}` makes it" if checkpoints(run) else ""
+        raise ValueError(f"{path} does not exist{advice}")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}

@@ -20,6 +20,7 @@ from .state import Progress
 from .validation import validation_loader
 from .workers import batches_of
 
+RESULTS = "results.json"
 PICTURES = 8  # validation images in predictions.png
 ANALYSED = 200  # validation images whose features the report shows
 
@@ -29,7 +30,7 @@ def finish(parts: Parts, progress: Progress, summary: dict[str, Any]) -> dict[st
     results = _results(parts, progress, summary)
     run = parts.config.run
     if parts.ranks.first:
-        save_atomically(json.dumps(results, indent=2) + "\n", run / "results.json")
+        save_atomically(json.dumps(results, indent=2) + "\n", run / RESULTS)
     costs = attempt("the cost of the regulariser", lambda: cost_of_regularizer(parts))
     if not parts.ranks.first:
         return results

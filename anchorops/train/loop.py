@@ -17,7 +17,7 @@ from .collapse import collapse_measures
 from .config import Config
 from .data import BatchSampler, Draws, build_datasets, mixed_seed, training_loader
 from .directory import CONFIG, held, new_run
-from .finish import finish
+from .finish import RESULTS, finish
 from .gradients import gradient_ratios
 from .journal import RATIO, Journal, peak_memory_mb
 from .learner import build_optimizer, parameter_groups
@@ -75,12 +75,23 @@ def resume(
         stop_ranks()
 
 
+def _checkpoint(run: Path) -> Path | None:
+    """The checkpoint from which a run continues, or None before its first one."""
+    saved = latest_checkpoint(run)
+    if saved is None and (run / RESULTS).exists():
+        raise ValueError(
+            f"{run} has finished, and has no checkpoint: it would be trained again from its first "
+            "step, and its results would be replaced"
+        )
+    return saved
+
+
 class _Run:
     def __init__(self, config: Config, ranks: Ranks, allow_other_ranks: bool = False) -> None:
         self.config, self.ranks, self.run = config, ranks, config.run
         end_at_once.run = self.run
         options, running = config.optimization, config.running
-        saved = ranks.from_first(lambda: latest_checkpoint(self.run))
+        saved = ranks.from_first(lambda: _checkpoint(self.run))
         self.parts = build_parts(config, ranks, from_checkpoint=saved is not None)
         self.model, learner = self.parts.model, self.parts.learner
         self.schedule = Schedule(config)

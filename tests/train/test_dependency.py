@@ -19,7 +19,7 @@ def finished(out: Path, methods: tuple[str, ...], seed: int) -> Path:
     config.run.mkdir(parents=True)
     config.save(config.run / "config.json")
     (config.run / "results.json").write_text(
-        f'{{"dataset": "digits", "model": "m", "methods": "{"+".join(methods)}"}}'
+        f'{{"dataset": "digits", "model": "m", "methods": "{"+".join(methods)}", "seed": {seed}}}'
     )
     return config.run
 
@@ -77,5 +77,9 @@ def test_from_a_run(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     main(["compare", str(straight), "--dependency"])
     printed = capsys.readouterr().out
     assert "mIoU" in printed and "agreement" in printed and "class centroids" in printed
+    run = finished(tmp_path, (), 0)
+    with pytest.raises(ValueError, match=r"centroids.npz does not exist$"):
+        class_dependency([run])
+    (run / "checkpoint-00000006.pt").touch()
     with pytest.raises(ValueError, match=r"centroids.npz does not exist: .*resume"):
-        class_dependency([finished(tmp_path, (), 0)])
+        class_dependency([run])

@@ -128,6 +128,15 @@ def test_other_data_is_refused(options: dict, difference: str, straight: Path, t
         loop.resume(run)
 
 
+def test_finished_run_without_checkpoints(straight: Path, tmp_path: Path):
+    """It is not trained again, which would replace its results."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run, ignore=shutil.ignore_patterns("checkpoint-*"))
+    with pytest.raises(ValueError, match=r"run has finished, and has no checkpoint"):
+        loop.resume(run)
+    assert metrics(run) == metrics(straight)
+
+
 def test_steps_made_fewer_than_done(straight: Path, tmp_path: Path):
     """In config.json, to end a run earlier: it ends where it is."""
     shutil.copytree(straight, tmp_path / "run")
