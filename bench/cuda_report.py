@@ -28,6 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import backward_paths
 import launches
 import paths
 import softmax_paths
@@ -35,9 +36,8 @@ from machine_code import SHARED_PER_SM, THREADS_PER_SM, TOOLS, Block, blocks_of,
 
 LIBRARY = Path(__file__).parents[1] / "anchorops" / "_cuda.so"
 FORWARD = re.compile(r"class_moments_(sorted_)?kernel<(\w+), (\d), (true|false)>")
-BACKWARD = re.compile(r"class_moments_backward_(planes|rows)_kernel<\w+, (.*)>")
+BACKWARD = re.compile(r"class_moments_backward_(?:planes|rows)_kernel<\w+, \w+, (true|false)")
 CELLS = re.compile(r"softmax_(lse|masses|slopes|dlogits)_kernel")
-BACKWARD_THREADS = {"planes": 128, "rows": 256}  # of a block
 # Instructions. Only features and their gradient are evicted first.
 FEATURES, GRADIENT, WIDE_COPY = r"LDG\.E\.EF", r"STG\.E\.EF", r"LDGSTS\S*\.128 "
 SPILL = r"\b(STL|LDL)\b"
@@ -135,7 +135,8 @@ def backward_budgets(kernel: Kernel, threads: int, reads_features: bool) -> Budg
     pattern = rf"{FEATURES if reads_features else GRADIENT}\.128"
     stops = kernel.holding(rf"({FEATURES}|{GRADIENT})\.128")
     reached = {stop: distances(kernel.blocks, stop) for stop in stops}
-    loops = [[b for b in stops if b in reached[a] and a in reached[b]] for a in stops]
+    inner = [[stop] for stop in stops if stop in kernel.blocks[stop].next]
+    loops = inner or [[b for b in stops if b in reached[a] and a in reached[b]] for a in stops]
 
     def accesses(loop: list[int]) -> int:
         return sum(count(kernel.blocks[i], pattern) for i in loop)
@@ -170,10 +171,7 @@ def streaming(kernel: Kernel) -> tuple[list[str], Budgets | None]:
             return ["no copies of 16 bytes"], None
         budgets = forward_budgets(kernel, match[2], is_sorted)
     elif match := BACKWARD.match(kernel.name):
-        arguments = match[2].split(", ")
-        if match[1] == "planes" and arguments[0] == "1":  # element by element
-            return [], None
-        reads_features = arguments[-1] == "true"
+        reads_features = match[1] == "true"
         wanted = {"stores": GRADIENT} | ({"loads": FEATURES} if reads_features else {})
         missing = [
             f"no {what} of 16 bytes"
@@ -182,7 +180,7 @@ def streaming(kernel: Kernel) -> tuple[list[str], Budgets | None]:
         ]
         if missing:
             return missing, None
-        budgets = backward_budgets(kernel, BACKWARD_THREADS[match[1]], reads_features)
+        budgets = backward_budgets(kernel, backward_paths.BACKWARD_THREADS, reads_features)
     else:
         return [], None
     return [] if budgets.instructions < float("inf") else ["no hot loop was found"], budgets

@@ -70,12 +70,15 @@ def passes_of_chunk(keys: np.ndarray, tile: int) -> list[tuple[Pass, ...]]:
     return tiles
 
 
-def rows_of_loads(keys: np.ndarray, pixels_per_lane: int) -> float:
-    """How many rows of a table the lanes of a warp read at once, on average."""
-    warps = keys.reshape(-1)[: keys.size // (32 * pixels_per_lane) * 32 * pixels_per_lane]
-    warps = warps.reshape(-1, 32, pixels_per_lane)
-    some = warps[:: max(1, len(warps) // 500)]
-    return float(np.mean([len(np.unique(warp[:, i])) for warp in some for i in (0, -1)]))
+def bank_cycles(keys: np.ndarray, pixels_per_lane: int, row_vectors: int) -> float:
+    """Cycles in which a warp reads 16 bytes of a row for each lane from shared memory, on average.
+    Eight lanes read at once; different rows that begin in the same four banks follow one another.
+    row_vectors: of 16 bytes, from a row to the next."""
+    size = 32 * pixels_per_lane
+    warps = np.maximum(keys, 0).reshape(-1)[: keys.size // size * size]
+    some = warps.reshape(-1, 32, pixels_per_lane)[:: max(1, keys.size // size // 500)]
+    eights = some[:, :, [0, -1]].transpose(0, 2, 1).reshape(-1, 8)
+    return 4 * float(np.mean([np.bincount(np.unique(x) * row_vectors % 8).max() for x in eights]))
 
 
 def lines_of_loads(order: np.ndarray, itemsize: int) -> float:

@@ -22,8 +22,12 @@ class Shape(NamedTuple):
         return self.classes * self.groups
 
     @property
+    def plane(self) -> int:
+        return self.height * self.width
+
+    @property
     def pixels(self) -> int:
-        return self.batch * self.height * self.width
+        return self.batch * self.plane
 
 
 HRNET, SEGFORMER = Shape(8, 720, 128, 256, 19), Shape(16, 768, 128, 128, 150)
@@ -33,6 +37,8 @@ GROUPED = {
     f"{title}, {groups} groups": shape._replace(groups=groups)
     for (title, shape), groups in product(SHAPES.items(), (2, 4))
 }
+# Planes of 16,641 pixels: their first pixels are not at multiples of 16 bytes.
+UNALIGNED = {"HRNet, 129×129": Shape(16, 720, 129, 129, 19)}
 
 
 class Estimate(NamedTuple):

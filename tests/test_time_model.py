@@ -6,6 +6,7 @@ import pytest
 label_maps = pytest.importorskip("label_maps")
 model = pytest.importorskip("time_model")
 paths = pytest.importorskip("paths")
+backward_paths = pytest.importorskip("backward_paths")
 shapes = pytest.importorskip("shapes")
 sorted_paths = pytest.importorskip("sorted_paths")
 sass = pytest.importorskip("sass")
@@ -126,9 +127,13 @@ def test_passes_of_a_chunk():
     assert many == (label_maps.Pass(30, 32, True), label_maps.Pass(32, 32))
 
 
-def test_rows_of_loads():
-    assert label_maps.rows_of_loads(np.arange(256)[None], 8) == 32
-    assert label_maps.rows_of_loads(np.zeros((1, 256)), 8) == 1
+def test_bank_cycles():
+    """Eight lanes read 16 bytes each in one cycle if their rows begin in different banks."""
+    keys = np.arange(32)
+    assert label_maps.bank_cycles(keys, 1, 5) == 4
+    assert label_maps.bank_cycles(keys, 1, 2) == 8  # keys 0 and 4 have the same banks
+    assert label_maps.bank_cycles(keys, 1, 8) == 32
+    assert label_maps.bank_cycles(np.full(32, -1), 1, 8) == 4  # one row
 
 
 def test_forward_plan():
@@ -180,3 +185,10 @@ def test_the_launches_of_a_sort():
     sums, both = (sorted_paths.other_seconds(shape, x, 256, 24) for x in (1, 3))
     assert 11 * model.LAUNCH < sums < 20 * model.LAUNCH
     assert both - sums == pytest.approx(2 * model.LAUNCH, rel=0.3)
+
+
+def test_backward_plan():
+    """The same arithmetic as in class_moments_backward.cu."""
+    assert backward_paths.slices_of(shapes.SEGFORMER, 2, 3) == (22 * 22, 6, 9, 19, 6)
+    odd = backward_paths.slices_of(shapes.UNALIGNED["HRNet, 129×129"], 2, 1)
+    assert (odd.rounds, odd.steps, odd.row_vectors) == (4, 6, 7)

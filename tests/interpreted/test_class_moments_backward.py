@@ -21,6 +21,12 @@ LAYOUTS = [  # of features, and their size
     ("contiguous", (1, 1, 6, 10), FP32),
     ("contiguous", (5, 300), FP16),
     ("contiguous", (33, 1), BF16),
+    # planes that are not aligned to 16 bytes
+    ("contiguous", (2, 40, 13, 13), BF16),
+    ("contiguous", (3, 37, 90), FP16),
+    ("contiguous", (2, 21, 135), FP32),
+    ("misaligned", (2, 40, 13, 13), BF16),
+    ("cropped aligned", (2, 24, 13, 11), BF16),
     ("channels_last", (2, 24, 4, 16), FP16),
     ("channels_last", (2, 136, 8, 24), BF16),
     ("channels_last", (2, 65, 1, 1), BF16),
@@ -157,6 +163,13 @@ def test_keys_of_images_and_groups(num_classes, groups, images, layout):
     keys[0, 0] = num_keys - 1
     tables = torch.randn(num_classes, 24), torch.randn(num_keys, 24), torch.randn(num_keys)
     check(features, keys, *tables, groups=groups)
+
+
+@pytest.mark.skipif(BACKEND == "triton", reason="in Triton a program has one tile of pixels")
+def test_a_thread_has_several_vectors_of_pixels():
+    features = torch.randn(1, 3, 4 * 256 * 528 + 300)
+    keys = make_keys(features.shape, 3)
+    check(features, keys, torch.randn(3, 3), torch.randn(3, 3), torch.randn(3))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
