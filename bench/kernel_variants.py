@@ -57,11 +57,13 @@ def launch_info_nce(dtype: torch.dtype, groups: int, with_positives: bool) -> No
     queries, keys = (torch.empty((*s, 768), dtype=dtype, device="meta") for s in (shape, (150,)))
     positives = torch.empty_like(queries) if with_positives else None
     present = torch.empty(shape, dtype=torch.bool, device="meta")
-    inputs = queries, keys, positives, present, None
-    loss, lse, positive_logits, scale = centroid_info_nce.centroid_info_nce(*inputs, 0.07, "mean")
-    centroid_info_nce_backward.centroid_info_nce_backward(
-        loss, *inputs, lse, positive_logits, scale, 0.07
-    )
+    bias = None if with_positives else torch.empty(150, device="meta")
+    inputs, options = (queries, keys, bias, positives, present, None), (False, False, 0.07)
+    for at_once in (1 << 23, 1 << 12):  # the logits are kept, or computed again
+        loss, *saved = centroid_info_nce.centroid_info_nce(*inputs, *options, 1.0, "mean", at_once)
+        centroid_info_nce_backward.centroid_info_nce_backward(
+            loss, *inputs, *saved, *options, at_once
+        )
 
 
 def launch_moments(variant: Variant, classes: int) -> None:

@@ -55,7 +55,7 @@ OWN = {
     "unit_rows": (1, 1),
     "unit_rows_backward": (1, 1),
     "centroid_info_nce": (2, 2),
-    "centroid_info_nce_backward": (2, 2),
+    "centroid_info_nce_backward": (1, 1),
 }
 # Our operators that are composed of others.
 COMPOSED = {

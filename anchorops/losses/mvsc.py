@@ -1,12 +1,13 @@
 """MVSC, multi-group visual semantic centroids."""
 
+from typing import Any, cast
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .._checks import describe, fail
-from ..ops.centroid_info_nce import centroid_info_nce
+from ..ops.centroid_info_nce import unchecked_info_nce
 from ..ops.split_groups import random_halves
 from ..ops.unit_rows import unit_rows
 from ..reference import ClassMoments
@@ -96,14 +97,12 @@ class MVSC(Regularizer):
             shape = (self.num_classes, self.groups)
             counts = moments.counts.view(shape)
             sums = moments.sums.view(*shape, self.dim)
+            prototypes = self.prototypes.to(torch.promote_types(weight.dtype, sums.dtype))
             present = counts > 0
-            centroids = sums / counts.clamp(min=1)[..., None]
-            prototypes = self.prototypes.to(torch.promote_types(weight.dtype, centroids.dtype))
             terms = {
-                "fca": self.fca_weight * self._alignment(sums, counts, prototypes, present),
+                "fca": self._alignment(sums, counts, prototypes, present),
                 "cos": self.cos_weight * self._consistency(prototypes, seed),
-                "visual": self.visual_weight
-                * self._visual(centroids, prototypes, present, weight, bias),
+                "visual": self._visual(sums, counts, prototypes, present, weight, bias),
             }
             return Losses(terms, {"present": counts.any(1).sum(dtype=torch.float32)})
 
@@ -114,7 +113,13 @@ class MVSC(Regularizer):
     ) -> Tensor:
         queries = unit_rows(sums, counts, eps=EPS)
         keys = unit_rows(prototypes.mean(0), eps=EPS).to(queries.dtype)
-        return centroid_info_nce(queries, keys, present=present, temperature=self.temperature)
+        return unchecked_info_nce(
+            queries,
+            keys,
+            present=present,
+            temperature=self.temperature,
+            loss_weight=self.fca_weight,
+        )
 
     def _consistency(self, prototypes: Tensor, seed: Tensor) -> Tensor:
         if self.groups == 1:
@@ -128,19 +133,42 @@ class MVSC(Regularizer):
 
     def _visual(
         self,
-        centroids: Tensor,
+        sums: Tensor,
+        counts: Tensor,
         prototypes: Tensor,
         present: Tensor,
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
         visual = prototypes.transpose(0, 1)
-        if self.enhance:  # the value of V, the gradient to both; absent centroids are 0
-            visual = visual + (centroids - centroids.detach())
-        weight = weight.to(visual.dtype)
-        logits = F.linear(visual, weight, None if bias is None else bias.to(visual.dtype))
-        targets = torch.arange(self.num_classes, device=logits.device)[:, None]
-        ce = F.cross_entropy(
-            logits.flatten(0, 1), targets.expand_as(present).flatten(), reduction="none"
+        if self.enhance:
+            visual = cast("Tensor", _Enhanced.apply(visual, sums, counts))
+        # the cross-entropy of the classifier: all its classes, present or not
+        return unchecked_info_nce(
+            visual,
+            weight.to(visual.dtype),
+            bias=None if bias is None else bias.to(visual.dtype),
+            present=present,
+            all_keys=True,
+            temperature=1.0,
+            loss_weight=self.visual_weight,
         )
-        return torch.where(present.flatten(), ce, 0).sum() / present.sum().clamp(min=1)
+
+
+class _Enhanced(torch.autograd.Function):
+    """V + r − sg(r) with r = sums / counts: the value of V, the gradient to both."""
+
+    @staticmethod
+    def forward(visual: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+        return visual.view_as(visual)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, sums, counts = inputs
+        ctx.dtype = sums.dtype
+        ctx.save_for_backward(counts)
+
+    @staticmethod
+    def backward(ctx: Any, dvisual: Tensor) -> tuple[Tensor, Tensor, None]:
+        (counts,) = ctx.saved_tensors
+        return dvisual, (dvisual / counts.clamp(min=1)[..., None]).to(ctx.dtype), None

@@ -1,12 +1,14 @@
 """OCCL, online centroid contrastive loss (doi 10.1016/j.patcog.2024.110431)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, fail
 from ..distributed import reduce_moments
-from ..ops.centroid_info_nce import centroid_info_nce
+from ..ops.centroid_info_nce import unchecked_info_nce
 from ..ops.split_groups import random_halves
 from ..ops.unit_rows import unit_rows
 from ..reference import ClassMoments
@@ -110,23 +112,25 @@ class OCCL(Regularizer):
         else:
             views = means
         in_both = counts.all(1)
-        present = in_both[:, None].expand(-1, 2)
-        weight = weight.to(views.dtype)
-        options = {
-            "present": present,
+        options: dict[str, Any] = {
+            "present": in_both[:, None].expand(-1, 2),
             "temperature": self.temperature,
             "reduction": self.reduction,
         }
         # The mean over both views is ½(L^1 + L^2); the sum over both views is twice that of "sum".
         scale = 0.5 if self.reduction == "sum" else 1.0
-        centroid = centroid_info_nce(views, centroids, positives=views.flip(1), **options)
-        everything = torch.ones_like(in_both)
-        category = centroid_info_nce(views, weight, present_keys=everything, **options)
+        centroid = unchecked_info_nce(
+            views, centroids, mirrored=True, loss_weight=scale * self.centroid_weight, **options
+        )
+        category = unchecked_info_nce(
+            views,
+            weight.to(views.dtype),
+            all_keys=True,
+            loss_weight=scale * self.category_weight,
+            **options,
+        )
         return Losses(
-            {
-                "centroid": scale * self.centroid_weight * centroid,
-                "category": scale * self.category_weight * category,
-            },
+            {"centroid": centroid, "category": category},
             {"present": in_both.sum(dtype=torch.float32)},
         )
 

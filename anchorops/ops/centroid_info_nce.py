@@ -14,64 +14,78 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._checks import FLOATING, check_choice, check_derivatives, describe, fail
+from ..reference.centroid_info_nce import LOGITS_AT_ONCE
 from .registration import Gradient, define
 
 BACKENDS = ("triton", "cuda")
 
-# lse, positive_logits (float32 [K] or [K, G]) and scale (the factor of the sum of the losses) are
-# kept for the gradient. dpositives is (0,) if there are no positives.
+# bias: float32 [K]; the other tensors of any floating-point dtype. lse, positive_logits (float32
+# [K] or [K, G]), scale (the factor of the sum of the losses) and logits are kept for the gradient.
+# logits: float32 [K·G, K, rounded up to a multiple of 8], or (0,) if these are more than
+# logits_at_once. dbias and dpositives are (0,) if there is no bias or are no positives.
 _SCHEMA = (
-    "(Tensor queries, Tensor keys, Tensor? positives, Tensor? present, Tensor? present_keys, "
-    "float temperature, str reduction) "
-    "-> (Tensor loss, Tensor lse, Tensor positive_logits, Tensor scale)"
+    "(Tensor queries, Tensor keys, Tensor? bias, Tensor? positives, Tensor? present, "
+    "Tensor? present_keys, bool all_keys, bool mirrored, float temperature, "
+    "float loss_weight, str reduction, int logits_at_once) "
+    "-> (Tensor loss, Tensor lse, Tensor positive_logits, Tensor scale, Tensor logits)"
 )
 _BACKWARD_SCHEMA = (
-    "(Tensor dloss, Tensor queries, Tensor keys, Tensor? positives, Tensor? present, "
-    "Tensor? present_keys, Tensor lse, Tensor positive_logits, Tensor scale, float temperature) "
-    "-> (Tensor dqueries, Tensor dkeys, Tensor dpositives)"
+    "(Tensor dloss, Tensor queries, Tensor keys, Tensor? bias, Tensor? positives, Tensor? present, "
+    "Tensor? present_keys, Tensor lse, Tensor positive_logits, Tensor scale, Tensor logits, "
+    "bool all_keys, bool mirrored, float temperature, int logits_at_once) "
+    "-> (Tensor dqueries, Tensor dkeys, Tensor dbias, Tensor dpositives)"
 )
 
 
 def _forward_fake(
-    queries: Tensor,
-    keys: Tensor,
-    positives: Tensor | None,
-    present: Tensor | None,
-    present_keys: Tensor | None,
-    temperature: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    queries: Tensor, keys: Tensor, *given: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, reduction, logits_at_once = given
     shape = queries.shape[:-1]
+    rows, width = shape.numel(), (keys.shape[0] + 7) // 8 * 8
     return (
         queries.new_empty(shape if reduction == "none" else (), dtype=torch.float32),
         queries.new_empty(shape, dtype=torch.float32),
         queries.new_empty(shape, dtype=torch.float32),
         queries.new_empty((), dtype=torch.float32),
+        queries.new_empty(
+            (rows, width) if rows * width <= logits_at_once else (0,), dtype=torch.float32
+        ),
     )
 
 
 def _backward_fake(
-    dloss: Tensor, queries: Tensor, keys: Tensor, positives: Tensor | None, *saved: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    dloss: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    positives: Tensor | None,
+    *saved: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         queries.new_empty(queries.shape),
         keys.new_empty(keys.shape),
+        dloss.new_empty(0) if bias is None else bias.new_empty(bias.shape),
         queries.new_empty(0) if positives is None else positives.new_empty(queries.shape),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.temperature, _ = inputs
+    tensors, (all_keys, mirrored, temperature, _, _, logits_at_once) = inputs[:6], inputs[6:]
+    ctx.options = all_keys, mirrored, temperature, logits_at_once
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _backward(operator: Any, ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dloss is None:
-        return (None,) * 7
-    dqueries, dkeys, dpositives = operator(dloss, *ctx.saved_tensors, ctx.temperature)
-    has_positives = ctx.saved_tensors[2] is not None
-    return dqueries, dkeys, dpositives if has_positives else None, None, None, None, None
+        return (None,) * 12
+    saved = ctx.saved_tensors
+    gradients = operator(dloss, *saved, *ctx.options)
+    given = saved[:4]  # queries, keys, bias, positives
+    return *(d if x is not None else None for d, x in zip(gradients, given, strict=True)), *(
+        (None,) * 8
+    )
 
 
 define(
@@ -104,7 +118,8 @@ def centroid_info_nce(
 
     (OCCL, doi 10.1016/j.patcog.2024.110431, Eqs. 4-6 as described in the text; MVSC, Eq. 2.)
     Nothing is normalised here. Inner products and sums are float32, also under autocast.
-    On a GPU the backward pass may keep the K·G×K gradients of the logits in float32 (Triton does).
+    The K·G×K logits are kept for the gradient if these are at most 2^23 (32 MiB in float32).
+    Otherwise the backward pass computes them again, at most 32 MiB at a time.
 
     Args:
         queries: [K, D], or [K, G, D] for G queries of each class; float.
@@ -143,17 +158,53 @@ def centroid_info_nce(
     if not temperature > 0:
         fail(function, "temperature", "a number above 0", temperature)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
+    return unchecked_info_nce(
+        queries,
+        keys,
+        positives=positives,
+        present=present,
+        present_keys=present_keys,
+        temperature=temperature,
+        reduction=reduction,
+    )
+
+
+def unchecked_info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    bias: Tensor | None = None,
+    positives: Tensor | None = None,
+    mirrored: bool = False,
+    present: Tensor | None = None,
+    present_keys: Tensor | None = None,
+    all_keys: bool = False,
+    temperature: float,
+    loss_weight: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """`centroid_info_nce` of arguments already checked, and these:
+
+    bias: float [K], added to the logits of the keys. mirrored: the positive of query g of a class
+    is its query G−1−g. all_keys: all keys are in the denominators. loss_weight: a factor.
+    """
+    function = "centroid_info_nce"
+    options: dict[str, Any] = {
+        "bias": bias,
+        "positives": positives,
+        "present": present,
+        "present_keys": present_keys,
+        "all_keys": all_keys,
+        "mirrored": mirrored,
+        "temperature": temperature,
+        "loss_weight": loss_weight,
+        "reduction": reduction,
+    }
     backend = select(function, queries, queries.shape[0])
     if backend not in BACKENDS:
-        return reference.centroid_info_nce(
-            queries,
-            keys,
-            positives=positives,
-            present=present,
-            present_keys=present_keys,
-            temperature=temperature,
-            reduction=reduction,
-        )
-    check_derivatives(function, queries, keys, positives)
+        return reference.centroid_info_nce(queries, keys, **options)
+    check_derivatives(function, queries, keys, bias, positives)
+    if bias is not None:
+        options["bias"] = bias.to(torch.float32)
     operator = getattr(torch.ops.anchorops.centroid_info_nce, backend)
-    return operator(queries, keys, positives, present, present_keys, temperature, reduction)[0]
+    return operator(queries, keys, *options.values(), LOGITS_AT_ONCE)[0]

@@ -2,48 +2,89 @@
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2**23  # 32 MiB in float32; more are computed in parts, and again for the gradient
+LOGITS_OF_PART = 2**20  # the formula needs a few copies of them
 
 
 def centroid_info_nce(
     queries: Tensor,
     keys: Tensor,
     *,
+    bias: Tensor | None = None,
     positives: Tensor | None = None,
     present: Tensor | None = None,
     present_keys: Tensor | None = None,
+    all_keys: bool = False,
+    mirrored: bool = False,
     temperature: float = 0.07,
+    loss_weight: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """−log [ e^{q_i·p_i/τ} / ( e^{q_i·p_i/τ} + Σ_{j≠i} e^{q_i·k_j/τ} ) ] for each present query i,
-    with p_i = k_i unless positives are given.
+    """−log [ e^{l_i} / ( e^{l_i} + Σ_{j≠i} e^{q_i·k_j/τ + b_j} ) ] for each present query i, times
+    loss_weight. l_i = q_i·p_i/τ for given positives p, otherwise q_i·k_i/τ + b_i.
 
-    queries, positives: [K, D] or [K, G, D]; keys: [K, D]; present: bool [K] or [K, G];
-    present_keys: bool [K], by default the classes with a present query.
+    queries, positives: [K, D] or [K, G, D]; keys: [K, D]; bias: [K]; present: bool [K] or [K, G];
+    present_keys: bool [K], by default the classes with a present query; all of them with all_keys.
+    mirrored: the positive of query g of a class is its query G−1−g.
     """
+    num_classes, shape = keys.shape[0], queries.shape[:-1]
     dtype = torch.promote_types(queries.dtype, torch.float32)
     if present is None:
-        present = torch.ones(queries.shape[:-1], dtype=torch.bool, device=queries.device)
-    if present_keys is None:
-        present_keys = present if present.dim() == 1 else present.any(1)
-    own = torch.eye(keys.shape[0], dtype=torch.bool, device=keys.device)
-    if queries.dim() == 3:
-        own = own[:, None]
+        present = torch.ones(shape, dtype=torch.bool, device=queries.device)
+    has_query = present if present.dim() == 1 else present.any(1)
+    if all_keys:
+        present_keys = torch.ones_like(has_query)
+    elif present_keys is None:
+        present_keys = has_query
+    if mirrored:
+        positives = queries if queries.dim() == 2 else queries.flip(1)
     with torch.autocast(queries.device.type, enabled=False):
         # Absent classes are removed by selection, because their centroids may be NaN.
-        queries = torch.where(present[..., None], queries.to(dtype), 0)
-        used = present_keys
-        if positives is None:
-            used = used | (present if present.dim() == 1 else present.any(1))
+        used = present_keys if positives is not None else present_keys | has_query
         keys = torch.where(used[:, None], keys.to(dtype), 0)
-        logits = queries @ keys.T / temperature
-        if positives is not None:
-            positives = torch.where(present[..., None], positives.to(dtype), 0)
-            logits = torch.where(
-                own, ((queries * positives).sum(-1) / temperature)[..., None], logits
+        bias = None if bias is None else torch.where(used, bias.to(dtype), 0)
+        own = torch.arange(num_classes, device=keys.device).repeat_interleave(shape[1:].numel())
+        flat = None if positives is None else positives.flatten(0, -2)
+        rows = queries.flatten(0, -2), flat, present.flatten(), own
+        given = keys, bias, present_keys, temperature
+        if shape.numel() * num_classes <= LOGITS_AT_ONCE:
+            losses = _losses(rows, *given)
+        else:
+            most = max(LOGITS_OF_PART // num_classes, 1)
+            count = -(-shape.numel() // most)
+            parts = ([None] * count if x is None else x.split(most) for x in rows)
+            losses = torch.cat(
+                [
+                    checkpoint(_losses, part, *given, use_reentrant=False, preserve_rng_state=False)
+                    for part in zip(*parts, strict=True)
+                ]
             )
-        positive = torch.where(own, logits, 0).sum(-1)
-        lse = torch.where(present_keys | own, logits, -torch.inf).logsumexp(-1)
-        losses = torch.where(present, lse - positive, 0)
+    losses = loss_weight * losses.view(shape)
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / present.sum().clamp(min=1)
+
+
+def _losses(
+    rows: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    keys: Tensor,
+    bias: Tensor | None,
+    present_keys: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Losses [R] of rows: queries, positives [R, D]; present bool [R]; their own class [R]."""
+    queries, positives, present, own_class = rows
+    queries = torch.where(present[:, None], queries.to(keys.dtype), 0)
+    own = own_class[:, None] == torch.arange(len(keys), device=keys.device)
+    logits = queries @ keys.T / temperature
+    if bias is not None:
+        logits = logits + bias
+    if positives is not None:
+        positives = torch.where(present[:, None], positives.to(keys.dtype), 0)
+        product = (queries * positives).sum(-1, keepdim=True)
+        logits = torch.where(own, product / temperature, logits)
+    positive = torch.where(own, logits, 0).sum(-1)
+    lse = torch.where(present_keys | own, logits, -torch.inf).logsumexp(-1)
+    return torch.where(present, lse - positive, 0)

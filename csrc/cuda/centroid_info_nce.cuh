@@ -25,6 +25,14 @@ struct Rows {
   __device__ int64_t offset(int r) const { return row_offset(r, groups, stride_k, stride_g); }
 };
 
+// Query G − 1 − g of each class in place of query g.
+inline Rows mirrored_rows(Rows rows) {
+  const int64_t itemsize = rows.dtype == ScalarType::Float ? 4 : 2;
+  rows.data = static_cast<const uint8_t*>(rows.data) + (rows.groups - 1) * rows.stride_g * itemsize;
+  rows.stride_g = -rows.stride_g;
+  return rows;
+}
+
 // Keys and positives may be float64 if the queries are not; products are float32 in any case.
 inline Tensor without_doubles(const Tensor& tensor) {
   if (tensor.scalar_type() != ScalarType::Double) return tensor;
@@ -55,9 +63,10 @@ inline Rows rows_of(const Tensor& tensor) {
 struct Present {
   const uint8_t* queries;  // bool [K, G] by strides; null: all
   const uint8_t* keys;     // bool [K] by stride; null: all classes with a present query
+  bool all_keys;
   int groups;
   int64_t stride_k, stride_g, stride_keys;
-  bool own_is_positive;  // no positives were given
+  bool own_is_positive;  // a query's positive is the key of its class
 
   __device__ uint8_t row(int r) const {
     return queries ? queries[row_offset(r, groups, stride_k, stride_g)] : 1;
@@ -71,10 +80,14 @@ struct Present {
     return found;
   }
   // Whether the key is in the denominator of every row.
-  __device__ uint8_t key(int k) const { return keys ? keys[k * stride_keys] : any_row(k); }
+  __device__ uint8_t key(int k) const {
+    if (all_keys) return 1;
+    return keys ? keys[k * stride_keys] : any_row(k);
+  }
   // Whether the key is in any term.
   __device__ uint8_t key_used(int k) const {
-    return keys && own_is_positive ? keys[k * stride_keys] | any_row(k) : key(k);
+    if (keys && own_is_positive && !all_keys) return keys[k * stride_keys] | any_row(k);
+    return key(k);
   }
 };
 
@@ -83,14 +96,45 @@ inline const uint8_t* bytes_of(const Tensor& mask) {
 }
 
 inline Present present_of(const std::optional<Tensor>& queries, const std::optional<Tensor>& keys,
-                          int groups, bool own_is_positive) {
+                          bool all_keys, int groups, bool own_is_positive) {
   return {.queries = queries ? bytes_of(*queries) : nullptr,
           .keys = keys ? bytes_of(*keys) : nullptr,
+          .all_keys = all_keys,
           .groups = groups,
           .stride_k = queries ? queries->stride(0) : 0,
           .stride_g = queries && queries->dim() == 2 ? queries->stride(1) : 0,
           .stride_keys = keys ? keys->stride(0) : 0,
           .own_is_positive = own_is_positive};
+}
+
+// What both directions read.
+struct Problem {
+  Rows queries, keys, positives;  // positives: empty, if each is the key of its class
+  Present present;
+  const float* bias;  // [K], added to the logits of the keys, or null
+  float temperature;
+
+  // Of the logits of a row: K, rounded up to a multiple of 8.
+  int width() const { return ceil_div(keys.count, 8) * 8; }
+};
+
+// Keys and positives are not float64.
+inline Problem problem_of(const Tensor& queries, const Tensor& keys,
+                          const std::optional<Tensor>& bias, const std::optional<Tensor>& positives,
+                          const std::optional<Tensor>& present,
+                          const std::optional<Tensor>& present_keys, bool all_keys, bool mirrored,
+                          double temperature) {
+  const Rows rows = rows_of(queries);
+  Rows own{};
+  if (mirrored) own = mirrored_rows(rows);
+  if (positives) own = rows_of(*positives);
+  return {
+      .queries = rows,
+      .keys = rows_of(keys),
+      .positives = own,
+      .present = present_of(present, present_keys, all_keys, rows.groups, !positives && !mirrored),
+      .bias = bias ? bias->const_data_ptr<float>() : nullptr,
+      .temperature = static_cast<float>(temperature)};
 }
 
 // Eight elements of a row as in memory: 2-byte elements in `bits[0]`, 4-byte elements in both.
@@ -172,6 +216,12 @@ struct OperandStage {
   }
 
   __device__ void store(float* shared, ScalarType dtype) const {
+    store_values(shared, [&](int i) { return to_float(eights[i], dtype); });
+  }
+
+  // values(i): the eight values of this thread's unit i.
+  template <class Values>
+  __device__ void store_values(float* shared, Values values) const {
     // Every second group of four lanes begins with its second half, so eight lanes use each bank
     // once.
     const bool swap = threadIdx.x & 4;
@@ -179,7 +229,7 @@ struct OperandStage {
     for (int i = 0; i < PER_THREAD; ++i) {
       const int unit = threadIdx.x + i * THREADS;
       if (EIGHTS % THREADS && unit >= EIGHTS) continue;
-      const EightFloats floats = to_float(eights[i], dtype);
+      const EightFloats floats = values(i);
       float* address = shared + unit / (COLUMNS / 8) * PITCH + unit % (COLUMNS / 8) * 8;
       store_vector(address + 4 * swap, swap ? floats.part[1] : floats.part[0]);
       store_vector(address + 4 * !swap, swap ? floats.part[0] : floats.part[1]);
@@ -191,9 +241,10 @@ struct OperandStage {
 // memory without a transpose: outputs are their rows, or their columns. A thread computes 4 × 4
 // outputs and every SPLIT-th group of four terms: 8 reads of 16 bytes for 64 multiplications. At
 // the end the sums of all terms are in shared memory.
-template <int M, int N, int DEPTH, bool A_BY_ROWS, bool B_BY_ROWS>
+template <int M, int N, int DEPTH, bool A_BY_ROWS, bool B_BY_ROWS,
+          template <int, int> class StageOfA = OperandStage>
 struct TileProduct {
-  using A = OperandStage<A_BY_ROWS ? M : DEPTH, A_BY_ROWS ? DEPTH : M>;
+  using A = StageOfA<A_BY_ROWS ? M : DEPTH, A_BY_ROWS ? DEPTH : M>;
   using B = OperandStage<B_BY_ROWS ? N : DEPTH, B_BY_ROWS ? DEPTH : N>;
   static constexpr int SPLIT = THREADS / (M / 4 * N / 4), PITCH = N + 4;
   static constexpr int SHARED_FLOATS = std::max(A::SIZE + B::SIZE, SPLIT * M * PITCH);
@@ -304,5 +355,23 @@ struct Logits {
 inline bool large_tiles(int rows, int num_classes) {
   return int64_t{ceil_div(rows, 64)} * ceil_div(num_classes, 64) >= 128;
 }
+
+// What the kernel of the logits writes for the rows from `first` to `end`; null: not written.
+struct LogitsOfRows {
+  int first, end;
+  float2* partials;        // [chunks, K·G]: largest logit of the chunk's keys without the own, and
+                           // Σ e^(logit − largest)
+  float* positive_logits;  // [K·G]
+  float* logits;  // [end − first, width]: −∞ for the own key, where a key is not in the
+                  // denominator, and from column K on
+};
+
+// The keys are divided into chunks of tiles, which different blocks compute.
+struct Chunks {
+  int count, tiles;
+};
+
+Chunks chunks_of(int rows, int num_classes);
+void compute_logits(const Problem& problem, const LogitsOfRows& output, Stream stream);
 
 }  // namespace anchorops::cuda

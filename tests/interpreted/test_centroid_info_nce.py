@@ -6,31 +6,41 @@ import torch
 from emulator import BACKEND
 
 import anchorops as ao
+from anchorops.ops import centroid_info_nce as operator
+from anchorops.ops.centroid_info_nce import unchecked_info_nce
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def loss_and_gradients(queries, keys, positives, **options):
-    inputs = [t.detach().requires_grad_() for t in (queries, keys, positives) if t is not None]
-    loss = ao.centroid_info_nce(
-        inputs[0], inputs[1], positives=inputs[2] if len(inputs) > 2 else None, **options
-    )
+@pytest.fixture(params=["kept", "in parts"])
+def logits(request, monkeypatch):
+    """The logits are kept for the gradient, or computed again for 16 rows at a time (CUDA: 64)."""
+    if request.param == "in parts":
+        monkeypatch.setattr(operator, "LOGITS_AT_ONCE", 1)
+
+
+def loss_and_gradients(queries, keys, positives, bias=None, **options):
+    given = {"queries": queries, "keys": keys, "positives": positives, "bias": bias}
+    leaves = {k: t.detach().requires_grad_() for k, t in given.items() if t is not None}
+    loss = unchecked_info_nce(**leaves, **options)
+    inputs = list(leaves.values())
     weights = torch.arange(1, loss.numel() + 1, dtype=loss.dtype).view(loss.shape)
     return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), inputs)]
 
 
-def check(queries, keys, positives=None, temperature=0.07, **options):
+def check(queries, keys, positives=None, bias=None, temperature=0.07, **options):
     options["temperature"] = temperature
-    ours = loss_and_gradients(queries, keys, positives, **options)
+    ours = loss_and_gradients(queries, keys, positives, bias, **options)
     with ao.use_backend("reference"):
-        tensors = queries, keys, positives
+        tensors = queries, keys, positives, bias
         formula = loss_and_gradients(
             *(None if t is None else t.float() for t in tensors), **options
         )
         exact = loss_and_gradients(*(None if t is None else t.double() for t in tensors), **options)
     finite = torch.cat([t[t.isfinite()].flatten().float() for t in tensors if t is not None])
-    term = float(finite.abs().max()) / temperature
-    for i, like in enumerate([None, *tensors][: len(ours)]):
+    term = float(finite.abs().max()) / temperature * options.get("loss_weight", 1)
+    given = [t for t in tensors if t is not None]
+    for i, like in enumerate([None, *given]):
         dtype = torch.float32 if like is None else like.dtype
         assert ours[i].dtype == dtype and ours[i].shape == exact[i].shape
         assert ours[i].isfinite().all()
@@ -60,7 +70,7 @@ def test_keys_and_positives_of_another_dtype(dtype):
 
 @pytest.mark.parametrize("with_positives", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_groups(with_positives, reduction):
+def test_groups(with_positives, reduction, logits):
     queries, positives = torch.randn(2, 21, 3, 20) / 2
     present = torch.rand(21, 3) < 0.6
     positives = positives if with_positives else None
@@ -69,7 +79,7 @@ def test_groups(with_positives, reduction):
 
 @pytest.mark.parametrize("with_positives", [False, True])
 @pytest.mark.parametrize("with_keys", [False, True])
-def test_absent_classes_may_hold_nan(with_positives, with_keys):
+def test_absent_classes_may_hold_nan(with_positives, with_keys, logits):
     queries, keys, positives = torch.randn(3, 40, 24) / 2
     present = torch.rand(40) < 0.5
     present_keys = torch.rand(40) < 0.7 if with_keys else None
@@ -84,6 +94,26 @@ def test_absent_classes_may_hold_nan(with_positives, with_keys):
         present=present,
         present_keys=present_keys,
     )
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_a_positive_is_another_query(groups, logits):
+    queries, present = torch.randn(35, groups, 20) / 2, torch.rand(35, groups) < 0.8
+    check(queries, torch.randn(35, 20), mirrored=True, present=present, reduction="none")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_classifier(dtype, logits):
+    """Logits with a bias, from all keys, whether their class is present or not."""
+    queries, bias = torch.randn(70, 2, 24).to(dtype), torch.randn(70)
+    present = torch.rand(70, 2) < 0.3
+    keys = torch.randn(70, 24).to(dtype)
+    options = {"present": present, "all_keys": True, "temperature": 1.0, "loss_weight": 0.3}
+    check(queries, keys, bias=bias, **options)
+    check(queries, keys, bias=bias, positives=queries.flip(0), **options)
+    given = torch.arange(70) % 2 == 0
+    options = {"present": present, "present_keys": given, "temperature": 1.0}
+    check(queries, keys, bias=bias, **options)
 
 
 def test_no_class_present():
@@ -105,13 +135,13 @@ def test_offsets_are_64_bit():
     torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
     far = torch.empty(2**32, dtype=FP16).as_strided((2, 2, 4), (2, 1, 2**30))
     near = far.copy_(torch.randn(far.shape)).clone()
-    arguments = None, None, None, 0.5, "sum"
+    masks, options = (None,) * 4, (False, False, 0.5)
     forward = getattr(torch.ops.anchorops.centroid_info_nce, BACKEND)
     backward = getattr(torch.ops.anchorops.centroid_info_nce_backward, BACKEND)
     results = []
     for queries, keys in (far, near):
-        loss, *saved = forward(queries, keys, *arguments)
-        results.append((loss, *backward(loss, queries, keys, None, None, None, *saved, 0.5)))
+        loss, *saved = forward(queries, keys, *masks, *options, 1.0, "sum", 100)
+        results.append((loss, *backward(loss, queries, keys, *masks, *saved, *options, 100)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -119,7 +149,7 @@ def test_large_logits():
     check(30 * torch.randn(20, 16), 30 * torch.randn(20, 16), temperature=0.07, reduction="sum")
 
 
-def test_more_keys_than_a_chunk():
+def test_more_keys_than_a_chunk(logits):
     check(torch.randn(259, 4), torch.randn(259, 4), present=torch.rand(259) < 0.9)
 
 
@@ -132,15 +162,19 @@ def test_large_tiles(with_positives):
 
 def test_operators_are_registered_as_torch_expects():
     operators = torch.ops.anchorops
+    forward = getattr(operators.centroid_info_nce, BACKEND)
+    backward = getattr(operators.centroid_info_nce_backward, BACKEND)
     queries, keys, positives = torch.randn(3, 6, 5)
-    present = torch.rand(6) < 0.7
-    inputs = (queries.requires_grad_(), keys, positives, present, None, 0.1, "mean")
-    torch.library.opcheck(getattr(operators.centroid_info_nce, BACKEND), inputs)
-    _, *saved = getattr(operators.centroid_info_nce, BACKEND)(*inputs)
-    saved = [queries.detach(), keys, positives, present, None, *saved, 0.1]
-    torch.library.opcheck(
-        getattr(operators.centroid_info_nce_backward, BACKEND), (torch.tensor(1.0), *saved)
-    )
+    present, options = torch.rand(6) < 0.7, (False, False, 0.1)
+    for given, at_once in ((positives, 100), (None, 1)):
+        bias = None if given is not None else torch.randn(6)
+        inputs = queries.requires_grad_(), keys, bias, given, present, None
+        arguments = *inputs, *options, 0.5, "mean", at_once
+        torch.library.opcheck(forward, arguments)
+        _, *saved = forward(*arguments)
+        assert saved[-1].shape == ((6, 8) if at_once == 100 else (0,))
+        inputs = torch.tensor(1.0), queries.detach(), *inputs[1:]
+        torch.library.opcheck(backward, (*inputs, *saved, *options, at_once))
 
 
 def test_second_derivatives_raise():

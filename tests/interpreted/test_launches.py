@@ -54,6 +54,6 @@ def test_declared_launches(monkeypatch, sorted_by_numpy):
     run("class_moments_backward", *given, torch.float32)
     units, norms = run("unit_rows", sums, counts, 1e-6)
     run("unit_rows_backward", units, units, norms, counts, 1e-6)
-    inputs = sums, anchors, None, None, None
-    loss, *saved = run("centroid_info_nce", *inputs, 0.07, "mean")
-    run("centroid_info_nce_backward", loss, *inputs, *saved, 0.07)
+    inputs, options = (sums, anchors, *(None,) * 4), (False, False, 0.07)
+    loss, *saved = run("centroid_info_nce", *inputs, *options, 1.0, "mean", 100)
+    run("centroid_info_nce_backward", loss, *inputs, *saved, *options, 100)
