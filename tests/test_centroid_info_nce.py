@@ -1,6 +1,7 @@
 """Centroid InfoNCE against F.cross_entropy and against plain loops."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import anchorops as ao
+from anchorops.measure import peak_extra_bytes
+from anchorops.ops.centroid_info_nce import unchecked_info_nce
 
 F64 = torch.float64
 REDUCTIONS = ("mean", "sum", "none")
@@ -109,6 +112,45 @@ def test_gradcheck(groups: int | None, with_positives: bool):
 
     assert torch.autograd.gradcheck(loss, given)
     assert torch.autograd.gradgradcheck(loss, given)
+
+
+def test_in_parts(monkeypatch):
+    """The logits of a few rows at a time: the same losses, first and second derivatives."""
+    reference = sys.modules["anchorops.reference.centroid_info_nce"]
+    queries, keys, positives = (t.requires_grad_() for t in inputs(3, True) if t is not None)
+    present, bias = torch.rand(6, 3) < 0.7, torch.randn(6, dtype=F64, requires_grad=True)
+    options = {"present": present, "temperature": 0.5, "reduction": "none"}
+
+    def losses(queries: Tensor, keys: Tensor, positives: Tensor, bias: Tensor) -> Tensor:
+        given = unchecked_info_nce(queries, keys, positives=positives, bias=bias, **options)
+        other = unchecked_info_nce(queries, keys, bias=bias, all_keys=True, **options)
+        return torch.stack((given, other))
+
+    leaves = queries, keys, positives, bias
+    results = []
+    for logits in (reference.LOGITS_AT_ONCE, 1):
+        monkeypatch.setattr(reference, "LOGITS_AT_ONCE", logits)
+        monkeypatch.setattr(reference, "LOGITS_OF_PART", 5 * 6)  # five rows of 18
+        found = losses(*leaves)
+        results.append((found, *torch.autograd.grad(found.square().sum(), leaves)))
+    torch.testing.assert_close(*results)
+    assert torch.autograd.gradcheck(losses, leaves)
+    assert torch.autograd.gradgradcheck(losses, leaves)
+
+
+def test_memory():
+    """4096 × 4096 logits are 64 MiB in float32; the formula for all of them needs 4.5 tensors of
+    this size. In parts it needs about 100 MiB, some of it pages that the allocator keeps."""
+    queries, keys = torch.randn(2, 4096, 8).requires_grad_().unbind()
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(ao.centroid_info_nce(queries, keys), (queries, keys))
+
+    step()
+    extra = peak_extra_bytes(step, torch.device("cpu"))
+    if extra is None:
+        pytest.skip("this system does not tell the peak of the memory")
+    assert extra < 192 << 20
 
 
 @pytest.mark.parametrize("groups", [None, 2])

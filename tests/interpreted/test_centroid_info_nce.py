@@ -4,6 +4,7 @@ at most twice that of the reference in float32, plus four roundings of a term.""
 import pytest
 import torch
 from emulator import BACKEND
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
 from anchorops.ops import centroid_info_nce as operator
@@ -151,6 +152,41 @@ def test_large_logits():
 
 def test_more_keys_than_a_chunk(logits):
     check(torch.randn(259, 4), torch.randn(259, 4), present=torch.rand(259) < 0.9)
+
+
+class Allocated(TorchDispatchMode):
+    """The largest number of elements of a new tensor."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "empty" in func.overloadpacket.__name__:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("rows", [64, 300])
+def test_no_more_logits_than_allowed(rows):
+    """The logits of 300 rows are kept if these are allowed. With fewer, no new tensor is larger
+    than the logits of 64 rows."""
+    queries, keys = torch.randn(2, 300, 4)
+    at_once, width = rows * 304, 304
+    options = (False, False, 0.5)
+    operators = torch.ops.anchorops
+    on_cpu = torch._C.DispatchKey.CPU
+    with Allocated() as forward:
+        loss, *saved = getattr(operators.centroid_info_nce, BACKEND)._op_dk(
+            on_cpu, queries, keys, *(None,) * 4, *options, 1.0, "mean", at_once
+        )
+    with Allocated() as backward:
+        getattr(operators.centroid_info_nce_backward, BACKEND)._op_dk(
+            on_cpu, loss, queries, keys, *(None,) * 4, *saved, *options, at_once
+        )
+    if rows == 300:
+        assert forward.largest == 300 * width and backward.largest == 300 * 4
+    else:
+        assert 0 < forward.largest < 64 * width and backward.largest == 64 * width
 
 
 @pytest.mark.skipif(BACKEND != "cuda", reason="Triton has tiles of one size")
