@@ -14,6 +14,8 @@ from anchorops.kernels import (
     class_moments_backward,
     confusion,
     pixel_argmax,
+    prototype_halves,
+    prototype_halves_backward,
     softmax_moments,
     softmax_moments_backward,
     splat_keys,
@@ -111,9 +113,21 @@ def launch_unit_rows() -> None:
     """Rows of length 1 and their gradient, D = 768."""
     rows = torch.empty((150, 2, 768), device="meta")
     counts = torch.empty((150, 2), dtype=torch.int64, device="meta")
-    for given in (counts, None):
-        units, norms = unit_rows.unit_rows(rows, given, 1e-6)
-        unit_rows_backward.unit_rows_backward(rows, units, norms, given, 1e-6)
+    for given, views in ((counts, True), (None, False)):
+        units, _, _, norms = unit_rows.unit_rows(rows, given, 1e-6, views, views)
+        dmeans = rows if views else None
+        unit_rows_backward.unit_rows_backward(rows, dmeans, units, norms, given, 1e-6)
+
+
+def launch_prototype_halves() -> None:
+    """Centroids and halves of prototypes and their gradient, G = 4, D = 768."""
+    prototypes = torch.empty((4, 150, 768), device="meta")
+    seed, options = torch.empty((), dtype=torch.int64, device="meta"), (1 << 31, 1e-6, 1.0)
+    found = prototype_halves.prototype_halves(prototypes, seed, *options)
+    centroids, distances, products = found
+    prototype_halves_backward.prototype_halves_backward(
+        centroids, distances, prototypes, seed, centroids, products, *options
+    )
 
 
 class PixelVariant(NamedTuple):
@@ -181,4 +195,5 @@ def jobs(quick: bool) -> list[tuple[Any, ...]]:
         found.append((launch_pixels, str(pixels), pixels))
     found += [(launch_groups, "any number of groups"), (launch_splat, "any size")]
     found.append((launch_unit_rows, "D = 768"))
+    found.append((launch_prototype_halves, "G = 4, D = 768"))
     return found

@@ -54,6 +54,8 @@ OWN = {
     "class_moments_backward": (1, 1),
     "unit_rows": (1, 1),
     "unit_rows_backward": (1, 1),
+    "prototype_halves": (1, 1),
+    "prototype_halves_backward": (1, 1),
     "centroid_info_nce": (2, 2),
     "centroid_info_nce_backward": (1, 1),
 }

@@ -1,4 +1,5 @@
-"""Rows of length 1, or the means of classes scaled to length 1. One launch, a program per row."""
+"""Rows of length 1, or the means of classes scaled to length 1, and the centroids of views. One
+launch, a program per class."""
 
 import torch
 import triton
@@ -8,38 +9,63 @@ from torch import Tensor
 
 @triton.jit
 def _unit_rows_kernel(
-    rows_ptr,  # float32 [R, D]
-    counts_ptr,  # int64 [R]
-    units_ptr,  # float32 [R, D]
-    norms_ptr,  # float32 [R]
+    rows_ptr,  # float32 [K, G, D]
+    counts_ptr,  # int64 [K, G] or None
+    units_ptr,  # float32 [K, G, D]
+    means_ptr,  # float32 [K, G, D] or None
+    centroids_ptr,  # float32 [K, D] or None
+    norms_ptr,  # float32 [K, G]
+    groups,
     dim,
     eps,
-    HAS_COUNTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    r = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    row = tl.load(rows_ptr + r * dim + d, mask=d < dim, other=0.0)
-    if HAS_COUNTS:
-        row = row / tl.maximum(tl.load(counts_ptr + r), 1).to(tl.float32)
-    norm = tl.sqrt(tl.sum(row * row, 0))
-    tl.store(units_ptr + r * dim + d, row / tl.maximum(norm, eps), mask=d < dim)
-    tl.store(norms_ptr + r, norm)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for g in range(0, groups):
+        r = k * groups + g
+        row = tl.load(rows_ptr + r * dim + d, mask=d < dim, other=0.0)
+        if counts_ptr is not None:
+            row = row / tl.maximum(tl.load(counts_ptr + r), 1).to(tl.float32)
+        norm = tl.sqrt(tl.sum(row * row, 0))
+        tl.store(units_ptr + r * dim + d, row / tl.maximum(norm, eps), mask=d < dim)
+        tl.store(norms_ptr + r, norm)
+        if means_ptr is not None:
+            tl.store(means_ptr + r * dim + d, row, mask=d < dim)
+        total += row
+    if centroids_ptr is not None:
+        mean = total / groups
+        norm = tl.sqrt(tl.sum(mean * mean, 0))
+        tl.store(centroids_ptr + k * dim + d, mean / tl.maximum(norm, eps), mask=d < dim)
 
 
-def options(rows: Tensor, counts: Tensor | None) -> dict[str, object]:
-    return {
-        "HAS_COUNTS": counts is not None,
-        "BLOCK_D": max(triton.next_power_of_2(rows.shape[-1]), 16),
-        "num_warps": 4,
-        "enable_fp_fusion": True,
-    }
+def options(dim: int) -> dict[str, object]:
+    block_d = max(triton.next_power_of_2(dim), 16)
+    return {"BLOCK_D": block_d, "num_warps": 4, "enable_fp_fusion": True}
 
 
-def unit_rows(rows: Tensor, counts: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """rows float32 [..., D], counts int64 [...] or None -> units [..., D], norms [...]."""
-    units, norms = torch.empty_like(rows), rows.new_empty(rows.shape[:-1])
+def unit_rows(
+    rows: Tensor, counts: Tensor | None, eps: float, with_means: bool, with_centroids: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """rows float32 [..., D], or [K, G, D] for centroids; counts int64 [...] or None -> units and
+    means [..., D], centroids [K, D], norms [...]. What is not wanted is (0,)."""
+    dim, norms = rows.shape[-1], rows.new_empty(rows.shape[:-1])
+    groups = rows.shape[1] if with_centroids else 1
+    units = torch.empty_like(rows)
+    means = torch.empty_like(rows) if with_means else rows.new_empty(0)
+    centroids = rows.new_empty((rows.shape[0], dim) if with_centroids else 0)
     if rows.numel():
-        given = rows, counts, units, norms, rows.shape[-1], eps
-        _unit_rows_kernel[(norms.numel(),)](*given, **options(rows, counts))
-    return units, norms
+        _unit_rows_kernel[(norms.numel() // groups,)](
+            rows,
+            counts,
+            units,
+            means if with_means else None,
+            centroids if with_centroids else None,
+            norms,
+            groups,
+            dim,
+            eps,
+            **options(dim),
+        )
+    return units, means, centroids, norms

@@ -8,8 +8,8 @@ from torch.distributed import ProcessGroup
 
 from .._checks import describe, fail
 from ..ops.centroid_info_nce import unchecked_info_nce
-from ..ops.split_groups import random_halves
-from ..ops.unit_rows import unit_rows
+from ..ops.prototype_halves import prototype_halves
+from ..ops.unit_rows import unit_views
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .occl import EPS
@@ -99,42 +99,32 @@ class MVSC(Regularizer):
             sums = moments.sums.view(*shape, self.dim)
             prototypes = self.prototypes.to(torch.promote_types(weight.dtype, sums.dtype))
             present = counts > 0
+            queries, centroids, _ = unit_views(
+                sums, counts, eps=EPS, with_means=self.enhance, with_centroids=False
+            )
+            # A different seed from the pixels' split.
+            keys, distances = prototype_halves(
+                prototypes, seed, 1 << 31, eps=EPS, loss_weight=self.cos_weight / self.num_classes
+            )
+            fca = unchecked_info_nce(
+                queries,
+                keys.to(queries.dtype),
+                present=present,
+                temperature=self.temperature,
+                loss_weight=self.fca_weight,
+            )
             terms = {
-                "fca": self._alignment(sums, counts, prototypes, present),
-                "cos": self.cos_weight * self._consistency(prototypes, seed),
-                "visual": self._visual(sums, counts, prototypes, present, weight, bias),
+                "fca": fca,
+                "cos": distances.sum() if self.groups > 1 else prototypes.new_zeros(()),
+                "visual": self._visual(centroids, prototypes, present, weight, bias),
             }
             return Losses(terms, {"present": counts.any(1).sum(dtype=torch.float32)})
 
         return Plan(Request(groups=self.groups, seed=seed), losses)
 
-    def _alignment(
-        self, sums: Tensor, counts: Tensor, prototypes: Tensor, present: Tensor
-    ) -> Tensor:
-        queries = unit_rows(sums, counts, eps=EPS)
-        keys = unit_rows(prototypes.mean(0), eps=EPS).to(queries.dtype)
-        return unchecked_info_nce(
-            queries,
-            keys,
-            present=present,
-            temperature=self.temperature,
-            loss_weight=self.fca_weight,
-        )
-
-    def _consistency(self, prototypes: Tensor, seed: Tensor) -> Tensor:
-        if self.groups == 1:
-            return prototypes.new_zeros(())
-        # A different seed from the pixels' split. Group 1 is the half with ⌊G/2⌋ groups.
-        half = random_halves(self.groups, seed + (1 << 31), prototypes)
-        halves = torch.stack((half, 1 - half)).to(prototypes.dtype)
-        # sums, because cosines do not depend on the lengths
-        a, b = unit_rows((halves @ prototypes.flatten(1)).view(2, *prototypes.shape[1:]), eps=EPS)
-        return 1 - (a * b).sum() / self.num_classes
-
     def _visual(
         self,
-        sums: Tensor,
-        counts: Tensor,
+        centroids: Tensor,
         prototypes: Tensor,
         present: Tensor,
         weight: Tensor,
@@ -142,7 +132,7 @@ class MVSC(Regularizer):
     ) -> Tensor:
         visual = prototypes.transpose(0, 1)
         if self.enhance:
-            visual = cast("Tensor", _Enhanced.apply(visual, sums, counts))
+            visual = cast("Tensor", _Enhanced.apply(visual, centroids))
         # the cross-entropy of the classifier: all its classes, present or not
         return unchecked_info_nce(
             visual,
@@ -156,19 +146,16 @@ class MVSC(Regularizer):
 
 
 class _Enhanced(torch.autograd.Function):
-    """V + r − sg(r) with r = sums / counts: the value of V, the gradient to both."""
+    """V + r − sg(r): the value of V, the gradient to both."""
 
     @staticmethod
-    def forward(visual: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    def forward(visual: Tensor, centroids: Tensor) -> Tensor:
         return visual.view_as(visual)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        _, sums, counts = inputs
-        ctx.dtype = sums.dtype
-        ctx.save_for_backward(counts)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.dtype = inputs[1].dtype
 
     @staticmethod
-    def backward(ctx: Any, dvisual: Tensor) -> tuple[Tensor, Tensor, None]:
-        (counts,) = ctx.saved_tensors
-        return dvisual, (dvisual / counts.clamp(min=1)[..., None]).to(ctx.dtype), None
+    def backward(ctx: Any, dvisual: Tensor) -> tuple[Tensor, Tensor]:
+        return dvisual, dvisual.to(ctx.dtype)

@@ -10,7 +10,7 @@ from .._checks import check_choice, fail
 from ..distributed import reduce_moments
 from ..ops.centroid_info_nce import unchecked_info_nce
 from ..ops.split_groups import random_halves
-from ..ops.unit_rows import unit_rows
+from ..ops.unit_rows import unit_rows, unit_views
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .statistics import Request
@@ -104,13 +104,14 @@ class OCCL(Regularizer):
 
     def _contrast(self, counts: Tensor, sums: Tensor, weight: Tensor) -> Losses:
         """counts [K, 2], sums [K, 2, D], weight [K, D]."""
-        means = sums / counts.clamp(min=1)[..., None]
-        centroids = means.detach().mean(1)
         if self.normalize:
-            views = unit_rows(sums, counts, eps=EPS)
-            centroids, weight = (unit_rows(x, eps=EPS) for x in (centroids, weight))
+            views, _, centroids = unit_views(
+                sums, counts, eps=EPS, with_means=False, with_centroids=True
+            )
+            weight = unit_rows(weight, eps=EPS)
         else:
-            views = means
+            views = sums / counts.clamp(min=1)[..., None]
+            centroids = views.detach().mean(1)
         in_both = counts.all(1)
         options: dict[str, Any] = {
             "present": in_both[:, None].expand(-1, 2),

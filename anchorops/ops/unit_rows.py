@@ -1,9 +1,11 @@
-"""Rows of length 1, or the means of classes scaled to length 1: one launch in each direction.
+"""Rows of length 1, or the means of classes scaled to length 1, and the centroids of views: one
+launch in each direction.
 
-    m_r = rows_r / max(counts_r, 1)    u_r = m_r / max(‖m_r‖, eps)
-    drows_r = (du_r − (u_r·du_r)·u_r) / (max(counts_r, 1)·‖m_r‖),  without the product below eps
+    m_r = rows_r / max(counts_r, 1)    u_r = m_r / max(‖m_r‖, eps)    c_k = unit row of mean_g m_kg
+    drows_r = (dm_r + (du_r − (u_r·du_r)·u_r) / ‖m_r‖) / max(counts_r, 1)
 
-On GPUs it is an operator; on CPU the formula of the reference is used.
+Below eps, ‖m_r‖ is eps in the gradient, without the product. The centroids have no gradient. On
+GPUs it is an operator; on CPU the formula of the reference is used.
 """
 
 from typing import Any
@@ -19,36 +21,51 @@ from .registration import Gradient, define
 BACKENDS = ("triton", "cuda")
 
 
-def _forward_fake(rows: Tensor, counts: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(rows.shape), rows.new_empty(rows.shape[:-1])
+def _forward_fake(
+    rows: Tensor, counts: Tensor | None, eps: float, with_means: bool, with_centroids: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        rows.new_empty(rows.shape),
+        rows.new_empty(rows.shape if with_means else 0),
+        rows.new_empty((rows.shape[0], rows.shape[-1]) if with_centroids else 0),
+        rows.new_empty(rows.shape[:-1]),
+    )
 
 
 def _backward_fake(
-    dunits: Tensor, units: Tensor, norms: Tensor, counts: Tensor | None, eps: float
+    dunits: Tensor | None, dmeans: Tensor | None, units: Tensor, *saved: Any
 ) -> Tensor:
     return units.new_empty(units.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, counts, ctx.eps = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, counts)
+    _, counts, ctx.eps, ctx.with_means, _ = inputs
+    units, _, centroids, norms = output
+    ctx.mark_non_differentiable(centroids, norms)
+    ctx.save_for_backward(units, norms, counts)
 
 
-def _backward(operator: Any, ctx: Any, dunits: Tensor | None, _: None) -> tuple[Any, ...]:
-    if dunits is None:
-        return None, None, None
-    return operator(dunits.contiguous(), *ctx.saved_tensors, ctx.eps), None, None
+def _backward(
+    operator: Any, ctx: Any, dunits: Tensor | None, dmeans: Tensor | None, *_: None
+) -> tuple[Any, ...]:
+    dmeans = dmeans if ctx.with_means else None
+    given = [None if d is None else d.contiguous() for d in (dunits, dmeans)]
+    if given == [None, None]:
+        return (None,) * 5
+    return operator(*given, *ctx.saved_tensors, ctx.eps), None, None, None, None
 
 
-# rows: float32 [..., D]; counts: int64 [...]; norms: float32 [...], of the means
+# rows: float32 [..., D], or [K, G, D] for centroids; counts: int64 [...]; norms: float32 [...], of
+# the means
 define(
     "unit_rows",
-    "(Tensor rows, Tensor? counts, float eps) -> (Tensor units, Tensor norms)",
+    "(Tensor rows, Tensor? counts, float eps, bool with_means, bool with_centroids) "
+    "-> (Tensor units, Tensor means, Tensor centroids, Tensor norms)",
     _forward_fake,
     backends=BACKENDS,
     gradient=Gradient(
-        "(Tensor dunits, Tensor units, Tensor norms, Tensor? counts, float eps) -> Tensor",
+        "(Tensor? dunits, Tensor? dmeans, Tensor units, Tensor norms, Tensor? counts, float eps) "
+        "-> Tensor",
         _backward_fake,
         _setup_context,
         _backward,
@@ -64,5 +81,20 @@ def unit_rows(rows: Tensor, counts: Tensor | None = None, *, eps: float) -> Tens
         return reference.unit_rows(rows, counts, eps=eps)
     check_derivatives("unit_rows", rows)
     operator = getattr(torch.ops.anchorops.unit_rows, backend)
-    units, _ = operator(rows.to(torch.float32).contiguous(), counts, eps)
+    units, *_ = operator(rows.to(torch.float32).contiguous(), counts, eps, False, False)
     return units.to(rows.dtype)
+
+
+def unit_views(
+    sums: Tensor, counts: Tensor, *, eps: float, with_means: bool, with_centroids: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The views [K, G, D] of length 1, their means [K, G, D], and for each class the centroid of
+    its views [K, D], also of length 1, without a gradient. sums: [K, G, D]; counts: int64 [K, G].
+    Means and centroids that are not wanted are (0,). Arguments already checked."""
+    flags = with_means, with_centroids
+    backend = select("unit_rows", sums, 1)
+    if backend not in BACKENDS:
+        return reference.unit_views(sums, counts, eps, *flags)
+    check_derivatives("unit_rows", sums)
+    operator = getattr(torch.ops.anchorops.unit_rows, backend)
+    return operator(sums.to(torch.float32).contiguous(), counts.contiguous(), eps, *flags)[:3]

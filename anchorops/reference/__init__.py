@@ -21,9 +21,10 @@ from .class_moments import (
 )
 from .confusion import confusion
 from .pixel_argmax import pixel_argmax
+from .prototype_halves import prototype_halves
 from .softmax_moments import SoftmaxMoments, softmax_moments
 from .split_groups import group_counts, split_groups
-from .unit_rows import unit_rows
+from .unit_rows import unit_rows, unit_views
 from .upsampled_sums import SPLAT_UNITS, splat_axis, splat_keys, splat_of, upsampled_sums
 from .upsampling import upsample
 
@@ -40,6 +41,7 @@ __all__ = [
     "group_counts",
     "pixel_argmax",
     "pixel_to_anchor_mse",
+    "prototype_halves",
     "resize_labels",
     "softmax_moments",
     "splat_axis",
@@ -48,6 +50,7 @@ __all__ = [
     "split_groups",
     "statistics_dtype",
     "unit_rows",
+    "unit_views",
     "upsample",
     "upsampled_sums",
 ]

@@ -2,12 +2,13 @@
 // means of classes scaled to length 1.
 //
 //   m_r = rows_r / max(counts_r, 1)    u_r = m_r / max(‖m_r‖, eps)
-//   drows_r = (du_r − (u_r·du_r)·u_r) / (max(counts_r, 1)·max(‖m_r‖, eps))
+//   c_k = unit row of mean_g m_kg
+//   drows_r = (dm_r + (du_r − (u_r·du_r)·u_r) / max(‖m_r‖, eps)) / max(counts_r, 1)
 //
-// If ‖m_r‖ < eps, drows has no term (u_r·du_r)·u_r.
+// If ‖m_r‖ < eps, drows has no term (u_r·du_r)·u_r. The centroids c have no gradient.
 //
-// One launch in each direction, a warp per row. The K×D numbers are read twice, the second time
-// from the L1 cache. Latency determines the time: predicted 3 µs, not measured.
+// One launch in each direction, a warp per row or centroid. The K×D numbers are read twice, the
+// second time from the L1 cache. Latency determines the time: predicted 3 µs, not measured.
 #include "tensors.cuh"
 
 #include <cmath>
@@ -26,29 +27,43 @@ __device__ float count_of(const int64_t* counts, int64_t row) {
   return counts ? static_cast<float>(max(counts[row], int64_t{1})) : 1;
 }
 
+// The warps after those of the rows compute the centroid of a class each.
 __global__ void __launch_bounds__(THREADS)
-    unit_rows_kernel(const float* rows,      // [count, dim]
+    unit_rows_kernel(const float* rows,      // [count, dim], for centroids [K, G, dim]
                      const int64_t* counts,  // [count] or null
                      float* units,           // [count, dim]
+                     float* means,           // [count, dim] or null
+                     float* centroids,       // [K, dim], or null: K is 0
                      float* norms,           // [count]
-                     int64_t count, int64_t dim, float eps) {
-  const int64_t row = (int64_t{blockIdx.x} * THREADS + threadIdx.x) / 32;
+                     int64_t count, int64_t num_classes, int64_t groups, int64_t dim, float eps) {
+  const int64_t warp = (int64_t{blockIdx.x} * THREADS + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
-  if (row >= count) return;
-  rows += row * dim;
-  units += row * dim;
-  const float n = count_of(counts, row);
+  if (warp >= count + num_classes) return;
+  const bool of_row = warp < count;
+  const int64_t first = of_row ? warp : (warp - count) * groups,
+                last = first + (of_row ? 1 : groups);
+  const auto mean = [&](int64_t d) {
+    float total = 0;
+    for (int64_t r = first; r < last; ++r) total += rows[r * dim + d] / count_of(counts, r);
+    return total / static_cast<float>(last - first);
+  };
   float squares = 0;
 #pragma unroll 8
-  for (int64_t d = lane; d < dim; d += 32) squares += (rows[d] / n) * (rows[d] / n);
+  for (int64_t d = lane; d < dim; d += 32) squares += mean(d) * mean(d);
   const float norm = sqrtf(sum_of_warp(squares)), length = fmaxf(norm, eps);
+  float* unit = of_row ? units + warp * dim : centroids + (warp - count) * dim;
 #pragma unroll 8
-  for (int64_t d = lane; d < dim; d += 32) units[d] = rows[d] / n / length;
-  if (lane == 0) norms[row] = norm;
+  for (int64_t d = lane; d < dim; d += 32) {
+    const float value = mean(d);
+    unit[d] = value / length;
+    if (of_row && means) means[warp * dim + d] = value;
+  }
+  if (of_row && lane == 0) norms[warp] = norm;
 }
 
 __global__ void __launch_bounds__(THREADS)
-    unit_rows_backward_kernel(const float* dunits,    // [count, dim]
+    unit_rows_backward_kernel(const float* dunits,    // [count, dim] or null
+                              const float* dmeans,    // [count, dim] or null
                               const float* units,     // [count, dim]
                               const float* norms,     // [count]
                               const int64_t* counts,  // [count] or null
@@ -57,49 +72,61 @@ __global__ void __launch_bounds__(THREADS)
   const int64_t row = (int64_t{blockIdx.x} * THREADS + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   if (row >= count) return;
-  dunits += row * dim;
-  units += row * dim;
-  drows += row * dim;
-  const float norm = norms[row], length = fmaxf(norm, eps) * count_of(counts, row);
+  const float norm = norms[row], length = fmaxf(norm, eps), n = count_of(counts, row);
   float product = 0;
+  if (dunits && norm >= eps) {
 #pragma unroll 8
-  for (int64_t d = lane; d < dim; d += 32) product += dunits[d] * units[d];
-  product = sum_of_warp(product);
-  if (norm < eps) product = 0;
+    for (int64_t d = lane; d < dim; d += 32)
+      product += dunits[row * dim + d] * units[row * dim + d];
+    product = sum_of_warp(product);
+  }
 #pragma unroll 8
-  for (int64_t d = lane; d < dim; d += 32) drows[d] = (dunits[d] - product * units[d]) / length;
+  for (int64_t d = lane; d < dim; d += 32) {
+    const int64_t i = row * dim + d;
+    const float dunit = dunits ? (dunits[i] - product * units[i]) / length : 0;
+    drows[i] = (dunit + (dmeans ? dmeans[i] : 0)) / n;
+  }
 }
 
-const int64_t* data(const std::optional<Tensor>& counts) {
-  return counts ? counts->const_data_ptr<int64_t>() : nullptr;
+template <class T>
+const T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
 dim3 blocks_for(int64_t rows) {
   return grid_of("unit_rows.cuda", ceil_div(rows, int64_t{THREADS / 32}));
 }
 
-std::tuple<Tensor, Tensor> unit_rows(Tensor rows, std::optional<Tensor> counts, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> unit_rows(Tensor rows, std::optional<Tensor> counts,
+                                                     double eps, bool with_means,
+                                                     bool with_centroids) {
   const OnDevice device(rows);
-  std::vector<int64_t> shape = to_vector(rows.sizes());
-  Tensor units = new_empty(rows, shape, ScalarType::Float);
-  const int64_t dim = shape.back();
-  shape.pop_back();
-  Tensor norms = new_empty(rows, shape, ScalarType::Float);
-  if (rows.numel() == 0) return {units, norms};
-  launch("unit_rows_kernel", unit_rows_kernel, blocks_for(norms.numel()), THREADS, 0, device.stream,
-         rows.const_data_ptr<float>(), data(counts), units.mutable_data_ptr<float>(),
-         norms.mutable_data_ptr<float>(), norms.numel(), dim, static_cast<float>(eps));
-  return {units, norms};
+  const std::vector<int64_t> size = to_vector(rows.sizes()), nothing = {0};
+  const int64_t dim = size.back(), num_classes = with_centroids ? size[0] : 0;
+  const auto new_floats = [&](const std::vector<int64_t>& shape) {
+    return new_empty(rows, shape, ScalarType::Float);
+  };
+  Tensor units = new_floats(size), means = new_floats(with_means ? size : nothing);
+  Tensor centroids = new_floats(with_centroids ? std::vector<int64_t>{num_classes, dim} : nothing);
+  Tensor norms = new_floats({size.begin(), size.end() - 1});
+  if (rows.numel() > 0)
+    launch("unit_rows_kernel", unit_rows_kernel, blocks_for(norms.numel() + num_classes), THREADS,
+           0, device.stream, rows.const_data_ptr<float>(), data<int64_t>(counts),
+           units.mutable_data_ptr<float>(), with_means ? means.mutable_data_ptr<float>() : nullptr,
+           with_centroids ? centroids.mutable_data_ptr<float>() : nullptr,
+           norms.mutable_data_ptr<float>(), norms.numel(), num_classes,
+           with_centroids ? size[1] : 1, dim, static_cast<float>(eps));
+  return {units, means, centroids, norms};
 }
 
-Tensor unit_rows_backward(Tensor dunits, Tensor units, Tensor norms, std::optional<Tensor> counts,
-                          double eps) {
+Tensor unit_rows_backward(std::optional<Tensor> dunits, std::optional<Tensor> dmeans, Tensor units,
+                          Tensor norms, std::optional<Tensor> counts, double eps) {
   const OnDevice device(units);
   Tensor drows = new_empty(units, to_vector(units.sizes()), ScalarType::Float);
   if (units.numel() == 0) return drows;
   launch("unit_rows_backward_kernel", unit_rows_backward_kernel, blocks_for(norms.numel()), THREADS,
-         0, device.stream, dunits.const_data_ptr<float>(), units.const_data_ptr<float>(),
-         norms.const_data_ptr<float>(), data(counts), drows.mutable_data_ptr<float>(),
+         0, device.stream, data<float>(dunits), data<float>(dmeans), units.const_data_ptr<float>(),
+         norms.const_data_ptr<float>(), data<int64_t>(counts), drows.mutable_data_ptr<float>(),
          norms.numel(), units.size(-1), static_cast<float>(eps));
   return drows;
 }

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from emulator import BACKEND
 
 from anchorops import reference
-from anchorops.ops.unit_rows import unit_rows
+from anchorops.ops.unit_rows import unit_rows, unit_views
 
 EPS = 1e-6
 
@@ -41,3 +42,37 @@ def test_strides_dtypes_and_nothing():
     units = unit_rows(torch.randn(4, 8).bfloat16(), eps=EPS)
     assert units.dtype == torch.bfloat16
     assert unit_rows(torch.empty(0, 3), eps=EPS).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("groups", "dim", "used"), [(2, 40, "units"), (1, 7, "both"), (4, 33, "both"), (3, 16, "means")]
+)
+def test_views(groups, dim, used):
+    counts = torch.randint(0, 9, (5, groups))
+    sums = torch.randn(5, groups, dim) * counts[..., None]
+    results, weights = [], torch.randn(2, 5, groups, dim)
+    for given in (sums, sums.double()):
+        given.requires_grad_()
+        if given.dtype == torch.float32:
+            units, means, centroids = unit_views(
+                given, counts, eps=EPS, with_means=used != "units", with_centroids=True
+            )
+        else:
+            units, means, centroids = reference.unit_views(given, counts, EPS, True, True)
+        found = {"units": (units,), "means": (means,), "both": (units, means)}[used]
+        loss = sum((x * w.to(x.dtype)).sum() for x, w in zip(found, weights, strict=False))
+        results.append((*found, centroids, *torch.autograd.grad(loss, given)))
+        assert not centroids.requires_grad
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_operators_are_registered_as_torch_expects():
+    counts = torch.tensor([[3, 0], [2, 1]])
+    rows = torch.randn(2, 2, 6, requires_grad=True)
+    operators = torch.ops.anchorops
+    for given in ((counts, EPS, True, True), (None, EPS, False, False)):
+        torch.library.opcheck(getattr(operators.unit_rows, BACKEND), (rows, *given))
+        units, means, _, norms = getattr(operators.unit_rows, BACKEND)(rows.detach(), *given)
+        inputs = units, means if given[2] else None, units, norms, given[0], EPS
+        torch.library.opcheck(getattr(operators.unit_rows_backward, BACKEND), inputs)

@@ -1,0 +1,194 @@
+// The operators anchorops::prototype_halves.cuda and prototype_halves_backward.cuda: centroids of
+// learnable prototypes V [G, K, D], and the cosine of two random halves of their groups.
+//
+//   m_k = mean_g V_gk    c_k = m_k / ‖m_k‖    a_k, b_k: sums of V over the two halves of the groups
+//   distances_k = w·(1 − cos_k),  cos_k = a_k·b_k / (‖a_k‖·‖b_k‖)
+//   dV_gk = (dc_k − (c_k·dc_k)·c_k) / (G·‖m_k‖)
+//           − w·ddistances_k·(b_k/‖b_k‖ − cos_k·a_k/‖a_k‖) / ‖a_k‖
+//
+// This is for groups of the half a; for the others a and b change places. Lengths are at least eps;
+// below eps, the terms (c_k·dc_k)·c_k and cos_k·a_k/‖a_k‖ are 0.
+//
+// One launch in each direction, a warp per class. The prototypes are read twice, the second time
+// from the L1 cache. Latency determines the time: predicted 3 µs, not measured.
+#include "../labels.h"
+#include "tensors.cuh"
+
+#include <cmath>
+
+namespace anchorops::cuda {
+namespace {
+
+constexpr int THREADS = 128;
+
+__device__ float sum_of_warp(float value) {
+  for (int lanes = 16; lanes; lanes /= 2) value += __shfl_xor_sync(FULL_WARP, value, lanes);
+  return value;
+}
+
+struct Prototypes {
+  const float* data;    // [groups, num_classes, dim]
+  const int64_t* seed;  // one
+  int64_t seed_offset, num_classes, dim;
+  int groups;
+  float eps, loss_weight;
+
+  // 1 in shared memory for ⌊G/2⌋ random groups, as random_halves of anchorops/ops/split_groups.py
+  // draws them: the rank of a group's hash is odd.
+  __device__ void draw(uint8_t* half) const {
+    const PixelHash hash(*seed + seed_offset);
+    for (int g = threadIdx.x; g < groups; g += THREADS) {
+      int rank = 0;
+      for (int i = 0; i < groups; ++i) rank += hash(i) < hash(g);
+      half[g] = rank % 2;
+    }
+    __syncthreads();
+  }
+
+  struct Sums {
+    float a, b;
+  };
+
+  __device__ Sums sums(const uint8_t* half, int64_t k, int64_t d) const {
+    Sums sums = {0, 0};
+    for (int g = 0; g < groups; ++g) {
+      const float value = data[(g * num_classes + k) * dim + d];
+      (half[g] ? sums.a : sums.b) += value;
+    }
+    return sums;
+  }
+};
+
+// The lengths of the mean and of a and b, and the cosine of a and b.
+struct alignas(16) Products {
+  float norm, norm_a, norm_b, cosine;
+};
+
+__global__ void __launch_bounds__(THREADS) prototype_halves_kernel(Prototypes prototypes,
+                                                                   float* centroids,   // [K, dim]
+                                                                   float* distances,   // [K]
+                                                                   Products* products  // [K]
+) {
+  auto* half = reinterpret_cast<uint8_t*>(shared_memory());
+  prototypes.draw(half);
+  const int64_t k = (int64_t{blockIdx.x} * THREADS + threadIdx.x) / 32, dim = prototypes.dim;
+  const int lane = threadIdx.x % 32;
+  if (k >= prototypes.num_classes) return;
+  const auto groups = static_cast<float>(prototypes.groups);
+  const float eps = prototypes.eps;
+  float mm = 0, aa = 0, bb = 0, ab = 0;
+#pragma unroll 4
+  for (int64_t d = lane; d < dim; d += 32) {
+    const auto [a, b] = prototypes.sums(half, k, d);
+    const float mean = (a + b) / groups;
+    mm += mean * mean, aa += a * a, bb += b * b, ab += a * b;
+  }
+  const float norm = sqrtf(sum_of_warp(mm));
+  const float norm_a = sqrtf(sum_of_warp(aa)), norm_b = sqrtf(sum_of_warp(bb));
+  const float cosine = sum_of_warp(ab) / (fmaxf(norm_a, eps) * fmaxf(norm_b, eps));
+#pragma unroll 4
+  for (int64_t d = lane; d < dim; d += 32) {
+    const auto [a, b] = prototypes.sums(half, k, d);
+    centroids[k * dim + d] = (a + b) / groups / fmaxf(norm, eps);
+  }
+  if (lane > 0) return;
+  distances[k] = prototypes.loss_weight * (1 - cosine);
+  products[k] = {norm, norm_a, norm_b, cosine};
+}
+
+__global__ void __launch_bounds__(THREADS)
+    prototype_halves_backward_kernel(const float* dcentroids,  // [K, dim] or null
+                                     const float* ddistances,  // [K] by stride, or null
+                                     int64_t stride_ddistances, Prototypes prototypes,
+                                     const float* centroids,    // [K, dim]
+                                     const Products* products,  // [K]
+                                     float* dprototypes         // [groups, K, dim]
+    ) {
+  auto* half = reinterpret_cast<uint8_t*>(shared_memory());
+  prototypes.draw(half);
+  const int64_t k = (int64_t{blockIdx.x} * THREADS + threadIdx.x) / 32, dim = prototypes.dim;
+  const int lane = threadIdx.x % 32;
+  if (k >= prototypes.num_classes) return;
+  const float eps = prototypes.eps;
+  const auto [norm, norm_a, norm_b, cosine] = products[k];
+  const float dcosine =
+      ddistances ? -prototypes.loss_weight * ddistances[k * stride_ddistances] : 0;
+  const float length = fmaxf(norm, eps) * static_cast<float>(prototypes.groups);
+  const float length_a = fmaxf(norm_a, eps), length_b = fmaxf(norm_b, eps);
+  const float cosine_a = norm_a < eps ? 0 : cosine, cosine_b = norm_b < eps ? 0 : cosine;
+  float product = 0;
+  if (dcentroids && norm >= eps) {
+#pragma unroll 8
+    for (int64_t d = lane; d < dim; d += 32)
+      product += dcentroids[k * dim + d] * centroids[k * dim + d];
+    product = sum_of_warp(product);
+  }
+#pragma unroll 4
+  for (int64_t d = lane; d < dim; d += 32) {
+    const int64_t i = k * dim + d;
+    const auto sums = prototypes.sums(half, k, d);
+    const float a = sums.a / length_a, b = sums.b / length_b;
+    const float dmean = dcentroids ? (dcentroids[i] - product * centroids[i]) / length : 0;
+    const float da = dmean + dcosine * (b - cosine_a * a) / length_a;
+    const float db = dmean + dcosine * (a - cosine_b * b) / length_b;
+    for (int g = 0; g < prototypes.groups; ++g)
+      dprototypes[g * prototypes.num_classes * dim + i] = half[g] ? da : db;
+  }
+}
+
+Prototypes prototypes_of(const Tensor& prototypes, const Tensor& seed, int64_t seed_offset,
+                         double eps, double loss_weight) {
+  return {.data = prototypes.const_data_ptr<float>(),
+          .seed = seed.const_data_ptr<int64_t>(),
+          .seed_offset = seed_offset,
+          .num_classes = prototypes.size(1),
+          .dim = prototypes.size(2),
+          .groups = static_cast<int>(prototypes.size(0)),
+          .eps = static_cast<float>(eps),
+          .loss_weight = static_cast<float>(loss_weight)};
+}
+
+dim3 blocks_for(const Prototypes& prototypes) {
+  return grid_of("prototype_halves.cuda", ceil_div(prototypes.num_classes, int64_t{THREADS / 32}));
+}
+
+std::tuple<Tensor, Tensor, Tensor> prototype_halves(Tensor prototypes, Tensor seed,
+                                                    int64_t seed_offset, double eps,
+                                                    double loss_weight) {
+  const OnDevice device(prototypes);
+  const Prototypes given = prototypes_of(prototypes, seed, seed_offset, eps, loss_weight);
+  const int64_t num_classes = given.num_classes;
+  Tensor centroids = new_empty(prototypes, {num_classes, given.dim}, ScalarType::Float);
+  Tensor distances = new_empty(prototypes, {num_classes}, ScalarType::Float);
+  Tensor products = new_empty(prototypes, {num_classes, 4}, ScalarType::Float);
+  launch("prototype_halves_kernel", prototype_halves_kernel, blocks_for(given), THREADS,
+         given.groups, device.stream, given, centroids.mutable_data_ptr<float>(),
+         distances.mutable_data_ptr<float>(),
+         reinterpret_cast<Products*>(products.mutable_data_ptr<float>()));
+  return {centroids, distances, products};
+}
+
+Tensor prototype_halves_backward(std::optional<Tensor> dcentroids, std::optional<Tensor> ddistances,
+                                 Tensor prototypes, Tensor seed, Tensor centroids, Tensor products,
+                                 int64_t seed_offset, double eps, double loss_weight) {
+  const OnDevice device(prototypes);
+  const Prototypes given = prototypes_of(prototypes, seed, seed_offset, eps, loss_weight);
+  Tensor dprototypes = new_empty(prototypes, to_vector(prototypes.sizes()), ScalarType::Float);
+  launch("prototype_halves_backward_kernel", prototype_halves_backward_kernel, blocks_for(given),
+         THREADS, given.groups, device.stream,
+         dcentroids ? dcentroids->const_data_ptr<float>() : nullptr,
+         ddistances ? ddistances->const_data_ptr<float>() : nullptr,
+         ddistances ? ddistances->stride(0) : 0, given, centroids.const_data_ptr<float>(),
+         reinterpret_cast<const Products*>(products.const_data_ptr<float>()),
+         dprototypes.mutable_data_ptr<float>());
+  return dprototypes;
+}
+
+}  // namespace
+}  // namespace anchorops::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(anchorops, ANCHOROPS_DISPATCH_KEY, library) {
+  library.impl("prototype_halves.cuda", TORCH_BOX(&anchorops::cuda::prototype_halves));
+  library.impl("prototype_halves_backward.cuda",
+               TORCH_BOX(&anchorops::cuda::prototype_halves_backward));
+}

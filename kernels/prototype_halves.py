@@ -1,0 +1,104 @@
+"""Centroids of learnable prototypes, and the cosine of two halves of their groups. One launch, a
+program per class."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .split_groups import _mix32
+
+
+@triton.jit
+def halves(seed_ptr, seed_offset, groups, BLOCK_G: tl.constexpr):
+    """int32 [BLOCK_G]: 1 for ⌊G/2⌋ random groups, as random_halves of anchorops/ops/split_groups.py
+    draws them; the rank of a group's hash is odd."""
+    seed = tl.load(seed_ptr) + seed_offset
+    low, high = _mix32(seed.to(tl.uint32)), _mix32((seed >> 32).to(tl.uint32))
+    g = tl.arange(0, BLOCK_G)
+    hashes = _mix32(_mix32(g.to(tl.uint32) ^ low) ^ high)
+    smaller = (hashes[None, :] < hashes[:, None]) & (g < groups)[None, :]
+    return tl.sum(smaller.to(tl.int32), 1) % 2
+
+
+@triton.jit
+def sums_of_halves(
+    prototypes_ptr, half, k, d, num_classes, groups, dim, BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_D]: the sums over the groups with half 1, and with half 0."""
+    a = tl.zeros((BLOCK_D,), tl.float32)
+    b = tl.zeros((BLOCK_D,), tl.float32)
+    for g in range(0, groups):
+        row = prototypes_ptr + (g * num_classes + k) * dim
+        value = tl.load(row + d, mask=d < dim, other=0.0)
+        in_a = tl.sum(tl.where(tl.arange(0, BLOCK_G) == g, half, 0), 0) > 0
+        a += tl.where(in_a, value, 0.0)
+        b += tl.where(in_a, 0.0, value)
+    return a, b
+
+
+@triton.jit(do_not_specialize=["seed_offset"])
+def _prototype_halves_kernel(
+    prototypes_ptr,  # float32 [G, K, D]
+    seed_ptr,  # int64
+    centroids_ptr,  # float32 [K, D]
+    distances_ptr,  # float32 [K]
+    products_ptr,  # float32 [K, 4]: ‖m‖, ‖a‖, ‖b‖, cos
+    seed_offset,
+    num_classes,
+    groups,
+    dim,
+    eps,
+    loss_weight,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    k = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    half = halves(seed_ptr, seed_offset, groups, BLOCK_G)
+    a, b = sums_of_halves(prototypes_ptr, half, k, d, num_classes, groups, dim, BLOCK_G, BLOCK_D)
+    mean = (a + b) / groups
+    norm = tl.sqrt(tl.sum(mean * mean, 0))
+    norm_a, norm_b = tl.sqrt(tl.sum(a * a, 0)), tl.sqrt(tl.sum(b * b, 0))
+    cosine = tl.sum(a * b, 0) / (tl.maximum(norm_a, eps) * tl.maximum(norm_b, eps))
+    tl.store(centroids_ptr + k * dim + d, mean / tl.maximum(norm, eps), mask=d < dim)
+    tl.store(distances_ptr + k, loss_weight * (1 - cosine))
+    tl.store(products_ptr + 4 * k, norm)
+    tl.store(products_ptr + 4 * k + 1, norm_a)
+    tl.store(products_ptr + 4 * k + 2, norm_b)
+    tl.store(products_ptr + 4 * k + 3, cosine)
+
+
+def options(prototypes: Tensor) -> dict[str, object]:
+    groups, _, dim = prototypes.shape
+    return {
+        "BLOCK_G": max(triton.next_power_of_2(groups), 2),
+        "BLOCK_D": max(triton.next_power_of_2(dim), 16),
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
+
+
+def prototype_halves(
+    prototypes: Tensor, seed: Tensor, seed_offset: int, eps: float, loss_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """prototypes float32 [G, K, D], seed int64 -> centroids [K, D], distances [K], products
+    [K, 4]."""
+    groups, num_classes, dim = prototypes.shape
+    centroids = prototypes.new_empty((num_classes, dim))
+    distances, products = prototypes.new_empty(num_classes), prototypes.new_empty((num_classes, 4))
+    _prototype_halves_kernel[(num_classes,)](
+        prototypes,
+        seed,
+        centroids,
+        distances,
+        products,
+        seed_offset,
+        num_classes,
+        groups,
+        dim,
+        eps,
+        loss_weight,
+        **options(prototypes),
+    )
+    return centroids, distances, products
