@@ -59,14 +59,18 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
   const int last_tile = min(first_tile + chunks.tiles, ceil_div(keys.count, TILE));
   for (int tile = first_tile; tile < last_tile; ++tile) {
     uint8_t in_denominator[N];
-    float bias[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int k = tile * TILE + column + 16 * j;
       in_denominator[j] = k < keys.count ? present.key(k) : 0;
-      bias[j] = problem.bias && k < keys.count ? problem.bias[k] : 0;
     }
     Logits<TILE>::multiply(shared, queries, keys, present, first_row, tile * TILE);
+    float bias[N];  // loaded after the product, which needs all registers
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const int k = tile * TILE + column + 16 * j;
+      bias[j] = problem.bias && k < keys.count ? problem.bias[k] : 0;
+    }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int r = first_row + row + 16 * i;
