@@ -1,7 +1,5 @@
 """MVSC, multi-group visual semantic centroids."""
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -9,6 +7,7 @@ from torch.distributed import ProcessGroup
 from .._checks import describe, fail
 from ..ops.centroid_info_nce import unchecked_info_nce
 from ..ops.prototype_halves import prototype_halves
+from ..ops.straight_through import straight_through
 from ..ops.unit_rows import unit_views
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
@@ -102,7 +101,10 @@ class MVSC(Regularizer):
             queries, centroids, _ = unit_views(
                 sums, counts, eps=EPS, with_means=self.enhance, with_centroids=False
             )
-            # A different seed from the pixels' split.
+            # The gradients of V are added in the opposite order. The first one is contiguous here,
+            # so their sum is, and it becomes the parameter's gradient without a copy.
+            visual = self._visual(centroids, prototypes, present, weight, bias)
+            # a different seed from that of the pixels' split
             keys, distances = prototype_halves(
                 prototypes, seed, 1 << 31, eps=EPS, loss_weight=self.cos_weight / self.num_classes
             )
@@ -113,11 +115,8 @@ class MVSC(Regularizer):
                 temperature=self.temperature,
                 loss_weight=self.fca_weight,
             )
-            terms = {
-                "fca": fca,
-                "cos": distances.sum() if self.groups > 1 else prototypes.new_zeros(()),
-                "visual": self._visual(centroids, prototypes, present, weight, bias),
-            }
+            cos = distances.sum() if self.groups > 1 else prototypes.new_zeros(())
+            terms = {"fca": fca, "cos": cos, "visual": visual}
             return Losses(terms, {"present": counts.any(1).sum(dtype=torch.float32)})
 
         return Plan(Request(groups=self.groups, seed=seed), losses)
@@ -132,7 +131,7 @@ class MVSC(Regularizer):
     ) -> Tensor:
         visual = prototypes.transpose(0, 1)
         if self.enhance:
-            visual = cast("Tensor", _Enhanced.apply(visual, centroids))
+            visual = straight_through(visual, centroids)
         # the cross-entropy of the classifier: all its classes, present or not
         return unchecked_info_nce(
             visual,
@@ -143,19 +142,3 @@ class MVSC(Regularizer):
             temperature=1.0,
             loss_weight=self.visual_weight,
         )
-
-
-class _Enhanced(torch.autograd.Function):
-    """V + r − sg(r): the value of V, the gradient to both."""
-
-    @staticmethod
-    def forward(visual: Tensor, centroids: Tensor) -> Tensor:
-        return visual.view_as(visual)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.dtype = inputs[1].dtype
-
-    @staticmethod
-    def backward(ctx: Any, dvisual: Tensor) -> tuple[Tensor, Tensor]:
-        return dvisual, dvisual.to(ctx.dtype)

@@ -2,7 +2,6 @@
 //
 //   dlogits[r, j] = dloss[r]·(e^(logits[r, j] − lse[r]) − [j is r's own])/τ
 //   dqueries = dlogits·keys,  dkeys = dlogitsᵀ·queries,  dpositives[r] = dlogits[r, own]·q_r
-//
 //   dbias[j] = τ·Σ_r dlogits[r, j]
 //
 // One launch, if the logits were kept: their gradients are computed while they are copied to shared
