@@ -62,7 +62,10 @@ def launch_info_nce(dtype: torch.dtype, groups: int, with_positives: bool) -> No
     bias = None if with_positives else torch.empty(150, device="meta")
     inputs, options = (queries, keys, bias, positives, present, None), (False, False, 0.07)
     for at_once in (1 << 23, 1 << 12):  # the logits are kept, or computed again
-        loss, *saved = centroid_info_nce.centroid_info_nce(*inputs, *options, 1.0, "mean", at_once)
+        loss, lse, positive_logits, scale, logits = centroid_info_nce.centroid_info_nce(
+            *inputs, *options, 1.0, "mean", at_once
+        )
+        saved = lse, positive_logits, scale, logits
         centroid_info_nce_backward.centroid_info_nce_backward(
             loss, *inputs, *saved, *options, at_once
         )

@@ -362,8 +362,8 @@ struct LogitsOfRows {
   float2* partials;        // [chunks, K·G]: largest logit of the chunk's keys without the own, and
                            // Σ e^(logit − largest)
   float* positive_logits;  // [K·G]
-  float* logits;  // [end − first, width]: −∞ for the own key, where a key is not in the
-                  // denominator, and from column K on
+  float* logits;           // [end − first, width]: −∞ for the own key, where a key is not in the
+                           // denominator, and from column K on
 };
 
 // The keys are divided into chunks of tiles, which different blocks compute.

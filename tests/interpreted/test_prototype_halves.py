@@ -29,7 +29,7 @@ def test_values_and_gradients(groups, classes, dim, used):
             assert half.sum() == groups // 2
             found = reference.prototype_halves(prototypes, half, EPS, 0.3)
         parts = {"centroids": (0,), "distances": (1,), "both": (0, 1)}[used]
-        loss = sum((found[i] * weights[i].to(dtype)).sum() for i in parts)
+        loss = torch.stack([(found[i] * weights[i].to(dtype)).sum() for i in parts]).sum()
         results.append((*found, *torch.autograd.grad(loss, prototypes)))
     for ours, expected in zip(*results, strict=True):
         scale = torch.ones(()).double()

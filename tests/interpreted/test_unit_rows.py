@@ -60,8 +60,8 @@ def test_views(groups, dim, used):
         else:
             units, means, centroids = reference.unit_views(given, counts, EPS, True, True)
         found = {"units": (units,), "means": (means,), "both": (units, means)}[used]
-        loss = sum((x * w.to(x.dtype)).sum() for x, w in zip(found, weights, strict=False))
-        results.append((*found, centroids, *torch.autograd.grad(loss, given)))
+        parts = [(x * w.to(x.dtype)).sum() for x, w in zip(found, weights, strict=False)]
+        results.append((*found, centroids, *torch.autograd.grad(torch.stack(parts).sum(), given)))
         assert not centroids.requires_grad
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
