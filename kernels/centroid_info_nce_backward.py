@@ -148,11 +148,11 @@ def _centroid_info_nce_bwd_kernel(
         tl.store(dqueries_ptr + out, dqueries, mask=inside[:, None] & channels)
     else:
         i = (tl.program_id(0) - row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
-        out = dkeys_ptr + i.to(tl.int64)[:, None] * dim + d[None, :]
+        dkeys_ptrs = dkeys_ptr + i.to(tl.int64)[:, None] * dim + d[None, :]
         total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         sums = tl.zeros((BLOCK_R,), tl.float32)
         if ADD:
-            total = tl.load(out, mask=(i < num_classes)[:, None] & channels, other=0.0)
+            total = tl.load(dkeys_ptrs, mask=(i < num_classes)[:, None] & channels, other=0.0)
         for start in range(first_row, end_row, BLOCK_K):
             row = start + tl.arange(0, BLOCK_K)
             present = (row < end_row) & is_present(present_ptr, row, rows)
@@ -178,7 +178,7 @@ def _centroid_info_nce_bwd_kernel(
             sums += tl.sum(dlogits, 1)
             total = tl.dot(dlogits, x.to(tl.float32), total, input_precision=PRECISION)
         dkeys = total.to(dkeys_ptr.dtype.element_ty)
-        tl.store(out, dkeys, mask=(i < num_classes)[:, None] & channels)
+        tl.store(dkeys_ptrs, dkeys, mask=(i < num_classes)[:, None] & channels)
         if dbias_ptr is not None and tl.program_id(1) == 0:
             dbias = temperature * sums
             if ADD:
