@@ -53,14 +53,16 @@ def variants() -> Iterator[Variant]:
                 yield Variant(dtype, layout, anchors, residuals)
 
 
-def launch_info_nce(dtype: torch.dtype, groups: int, with_positives: bool) -> None:
-    """Everything that centroid InfoNCE launches, K = 150, D = 768."""
+def launch_info_nce(dtype: torch.dtype, groups: int, positives_are: str) -> None:
+    """Everything that centroid InfoNCE launches, K = 150, D = 768. The positives are the keys,
+    given, or other queries (mirrored)."""
     shape = (150,) if groups == 1 else (150, groups)
     queries, keys = (torch.empty((*s, 768), dtype=dtype, device="meta") for s in (shape, (150,)))
-    positives = torch.empty_like(queries) if with_positives else None
+    positives = torch.empty_like(queries) if positives_are == "given" else None
     present = torch.empty(shape, dtype=torch.bool, device="meta")
-    bias = None if with_positives else torch.empty(150, device="meta")
-    inputs, options = (queries, keys, bias, positives, present, None), (False, False, 0.07)
+    bias = torch.empty(150, device="meta") if positives_are == "keys" else None
+    inputs = queries, keys, bias, positives, present, None
+    options = positives_are == "keys", positives_are == "mirrored", 0.07
     for at_once in (1 << 23, 1 << 12):  # the logits are kept, or computed again
         loss, lse, positive_logits, scale, logits = centroid_info_nce.centroid_info_nce(
             *inputs, *options, 1.0, "mean", at_once
@@ -191,7 +193,8 @@ def jobs(quick: bool) -> list[tuple[Any, ...]]:
         for variant in (QUICK if quick else variants())
         for classes in ((MANY,) if variant.residuals else (19, MANY))
     ]
-    for dtype, *given in ((FP32, 1, False), (BF16, 4, True)):  # float16 is cast as bfloat16 is
+    of_info_nce = (FP32, 1, "keys"), (BF16, 4, "given"), (FP32, 2, "mirrored")
+    for dtype, *given in of_info_nce:  # float16 is cast as bfloat16 is
         title = f"{str(dtype).removeprefix('torch.')}: K = 150, D = 768, (G, positives) = {given}"
         found.append((launch_info_nce, title, dtype, *given))
     for pixels in QUICK_PIXELS if quick else PIXELS:
