@@ -28,7 +28,7 @@ METHODS = {
     ),
 }
 WITH_ANCHORS = ("SAR", "SAR + OCCL")
-OWN_PASS = ("CeCo at label size",)  # it uses one bmm instead of class moments
+OWN_PASS = ("CeCo", "CeCo at label size")  # they do not use class_statistics
 RIVALS = ("index_add", "one_hot bmm", "class loop")
 
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from anchorops.kernels import (
+    center_loss,
+    center_loss_backward,
     centroid_info_nce,
     centroid_info_nce_backward,
     class_keys,
@@ -18,10 +20,11 @@ from anchorops.kernels import (
     prototype_halves_backward,
     softmax_moments,
     softmax_moments_backward,
-    splat_keys,
     split_groups,
     unit_rows,
     unit_rows_backward,
+    upsampled_sums,
+    upsampled_sums_backward,
 )
 
 
@@ -108,10 +111,28 @@ def launch_groups() -> None:
     split_groups.split_groups(keys, counts, seed, 2)
 
 
-def launch_splat() -> None:
-    """The kernel that CeCo launches in addition to matrix products."""
-    keys = torch.empty((8, 512 * 1024), dtype=torch.int32, device="meta")
-    splat_keys.splat_keys(keys, 8 * 19, 512, 1024, 128, 256)
+def launch_upsampled(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Sums of upsampled features and their gradient, as in CeCo at the HRNet shape."""
+    features = torch.empty((8, 128, 128, 256), dtype=dtype, device="meta", memory_format=layout)
+    keys = torch.empty((8, 512, 1024), dtype=torch.int32, device="meta")
+    sums, mean, variance = upsampled_sums.upsampled_sums(features, keys, 19, 19)
+    for moments in ((mean, variance), (None, None)):
+        upsampled_sums_backward.upsampled_sums_backward(features, keys, sums, mean, *moments, 19)
+
+
+def launch_center_loss() -> None:
+    """CeCo's loss of centers and its gradient, K = 150, C = 128, E = 512."""
+    sums, weight = (torch.empty((n, 128), device="meta") for n in (150, 512))
+    counts = torch.empty(150, dtype=torch.int64, device="meta")
+    mean, variance, gamma, beta = (torch.empty(128, device="meta") for _ in range(4))
+    bias, prior = (torch.empty(n, device="meta") for n in (512, 150))
+    etf = torch.empty((150, 512), device="meta")
+    moments, layers = (sums, counts, mean, variance), (gamma, beta, weight, bias)
+    for noise in (None, etf):
+        loss, number, _, dcenters, _ = center_loss.center_loss(
+            *moments, *layers, etf, prior, noise, 1e-5, 5.0, 0.1, 0.8
+        )
+    center_loss_backward.center_loss_backward(loss, number, dcenters, *moments, gamma, 1e-5, 0.8)
 
 
 def launch_unit_rows() -> None:
@@ -199,7 +220,11 @@ def jobs(quick: bool) -> list[tuple[Any, ...]]:
         found.append((launch_info_nce, title, dtype, *given))
     for pixels in QUICK_PIXELS if quick else PIXELS:
         found.append((launch_pixels, str(pixels), pixels))
-    found += [(launch_groups, "any number of groups"), (launch_splat, "any size")]
-    found.append((launch_unit_rows, "D = 768"))
+    for dtype in (BF16,) if quick else (BF16, FP16, FP32):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            title = f"upsampled sums: {str(dtype).removeprefix('torch.')}, {layout}"
+            found.append((launch_upsampled, title, dtype, layout))
+    found += [(launch_groups, "any number of groups"), (launch_unit_rows, "D = 768")]
+    found.append((launch_center_loss, "K = 150, C = 128, E = 512"))
     found.append((launch_prototype_halves, "G = 4, D = 768"))
     return found

@@ -21,12 +21,24 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "CACHED", request.param)
 
 
-def example(size: Size, label_size: Size) -> tuple[Tensor, Tensor, Tensor]:
+def example(size: Size, label_size: Size) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Features, labels, and gradients of the sums, the mean and the variance."""
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(3, 4, *size, generator=generator, requires_grad=True)
     labels = torch.randint(-1, K + 1, (3, *label_size), generator=generator)
     labels[0, 0, 0] = 255
-    return features, labels, torch.randn(3, K, 4, generator=generator)
+    gradients = [torch.randn(shape, generator=generator) for shape in ((3, K, 4), (4,), (4,))]
+    return features, labels, gradients
+
+
+def naive(features: Tensor, labels: Tensor, upsample: bool) -> tuple[Tensor, Tensor, Tensor]:
+    pixels = features
+    if upsample:
+        pixels = F.interpolate(features, labels.shape[1:], mode="bilinear", align_corners=True)
+    else:
+        labels = F.interpolate(labels[:, None].float(), features.shape[2:])[:, 0]
+    sums = torch.stack([(pixels * (labels == k)[:, None]).sum((2, 3)) for k in range(K)], 1)
+    return sums, features.mean((0, 2, 3)), features.var((0, 2, 3), correction=0)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -35,56 +47,87 @@ def example(size: Size, label_size: Size) -> tuple[Tensor, Tensor, Tensor]:
     [((6, 10), (24, 40)), ((5, 7), (13, 11)), ((1, 3), (4, 9)), ((3, 1), (9, 4)), ((4, 4), (1, 2))],
 )
 def test_sums_of_the_upsampled_tensor(size: Size, label_size: Size, backend: str, parts: None):
-    features, labels, dsums = example(size, label_size)
-    with ao.use_backend(backend):
-        counts, sums, _ = upsampled_sums(features, labels, K, ignore_index=255)
-        (gradient,) = torch.autograd.grad(sums, features, dsums)
-    upsampled = F.interpolate(features, label_size, mode="bilinear", align_corners=True)
-    naive = torch.stack([(upsampled * (labels == k)[:, None]).sum((2, 3)) for k in range(K)], 1)
-    assert counts.tolist() == [[int((image == k).sum()) for k in range(K)] for image in labels]
-    torch.testing.assert_close(sums, naive, rtol=1e-5, atol=1e-5)
-    (expected,) = torch.autograd.grad(naive, features, dsums)
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+    features, labels, gradients = example(size, label_size)
+    for upsample in (True, False):
+        expected = naive(features, labels, upsample)
+        (dfeatures,) = torch.autograd.grad(expected, features, gradients, retain_graph=True)
+        with ao.use_backend(backend):
+            counts, *found = upsampled_sums(
+                features, labels, K, per_image=True, upsample=upsample, ignore_index=255
+            )
+            (gradient,) = torch.autograd.grad(found, features, gradients)
+            together = upsampled_sums(
+                features, labels, K, per_image=False, upsample=upsample, ignore_index=255
+            )
+        if upsample:
+            assert counts.tolist() == [[int((im == k).sum()) for k in range(K)] for im in labels]
+        torch.testing.assert_close(found, list(expected), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, dfeatures, rtol=1e-5, atol=1e-5)
+        assert torch.equal(together.counts, counts.sum(0))
+        torch.testing.assert_close(together.sums, expected[0].sum(0), rtol=1e-5, atol=1e-5)
+        (gradient,) = torch.autograd.grad(together.sums, features, gradients[0][0])
+        (dfeatures,) = torch.autograd.grad(expected[0].sum(0), features, gradients[0][0])
+        torch.testing.assert_close(gradient, dfeatures, rtol=1e-5, atol=1e-5)
 
 
-def test_layout_and_the_rest_of_torch():
-    features, labels, dsums = example((6, 10), (24, 40))
-    operator = torch.ops.anchorops.upsampled_sums.torch
-    torch.library.opcheck(operator, (features, labels, K, 255, "cpu"))
+@pytest.mark.parametrize("per_image", [False, True])
+def test_layout_and_the_rest_of_torch(per_image: bool):
+    features, labels, gradients = example((6, 10), (24, 40))
+    gradients = gradients if per_image else [gradients[0][0], *gradients[1:]]
+    operator = torch.ops.anchorops.upsampled_sums.cpu
+    for keys in (labels.int().clamp(max=K - 1), labels.int()[:, :6, :10].clamp(max=K - 1)):
+        torch.library.opcheck(operator, (features, keys, K, K))
     last = features.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
 
-    def sums(x: Tensor) -> Tensor:
-        return upsampled_sums(x, labels, K, ignore_index=255).sums
+    def moments(x: Tensor) -> list[Tensor]:
+        options = {"per_image": per_image, "upsample": True, "ignore_index": 255}
+        return list(upsampled_sums(x, labels, K, **options))[1:]
 
-    compiled = torch.compile(sums, fullgraph=True)
-    results = [f(x) for f in (sums, compiled) for x in (features, last)]
-    gradients = [
-        torch.autograd.grad(result, x, dsums)[0]
+    compiled = torch.compile(moments, fullgraph=True)
+    results = [f(x) for f in (moments, compiled) for x in (features, last)]
+    dfeatures = [
+        torch.autograd.grad(result, x, gradients)[0]
         for result, x in zip(results, (features, last) * 2, strict=True)
     ]
     for i, x in enumerate((features, last) * 2):
         torch.testing.assert_close(results[i], results[0])
-        torch.testing.assert_close(gradients[i], gradients[0])
-        assert gradients[i].stride() == x.stride()
+        torch.testing.assert_close(dfeatures[i], dfeatures[0])
+        assert dfeatures[i].stride() == x.stride()
     with pytest.raises(RuntimeError, match=r"^upsampled_sums: second derivatives .*reference"):
-        dsums.requires_grad_()
-        (gradient,) = torch.autograd.grad(sums(features), features, dsums, create_graph=True)
+        gradients[0].requires_grad_()
+        (gradient,) = torch.autograd.grad(moments(features), features, gradients, create_graph=True)
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("label_size", [(24, 40), (6, 10)])
+def test_half_precision_is_summed_in_float32(label_size: Size):
+    features, labels, gradients = example((6, 10), label_size)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x = features.detach().bfloat16().to(dtype).requires_grad_()
+        _, *found = upsampled_sums(x, labels, K, per_image=True, upsample=True, ignore_index=255)
+        results.append((found, *torch.autograd.grad(found, x, gradients)))
+    (found, gradient), (expected, dfeatures) = results
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(gradient, dfeatures.bfloat16())
 
 
 def test_memory():
     """W has 600 classes × the pixels; in int64 and float32 these are 472 MB. Only a part of it
     exists at a time.
 
-    A part needs about 10 MB. The allocator keeps some freed pages, and their number changes from
-    run to run, by about 10 MB too.
+    A part needs about 10 MB, and the keys 4 MB. The allocator keeps some freed pages, and their
+    number changes from run to run, by about 10 MB too.
     """
     features = torch.randn(4, 64, 128, 128, requires_grad=True)
     labels = torch.randint(0, 600, (4, 512, 512), dtype=torch.int16)
 
     def step() -> Tensor:
-        sums = upsampled_sums(features, labels, 600, ignore_index=-1).sums
-        return torch.autograd.grad(sums.square().sum(), features)[0]
+        _, sums, mean, variance = upsampled_sums(
+            features, labels, 600, per_image=False, upsample=True, ignore_index=-1
+        )
+        loss = sums.square().sum() + mean.sum() + variance.sum()
+        return torch.autograd.grad(loss, features)[0]
 
     step()
     extra = peak_extra_bytes(step, torch.device("cpu"))

@@ -1,7 +1,5 @@
 """CeCo, center collapse (CVPR 2023)."""
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,13 +7,12 @@ from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, describe, fail
 from ..anchors import simplex_etf
-from ..distributed import all_reduce, reduce_moments
-from ..ops.unit_rows import unit_rows
+from ..distributed import all_reduce, group_name, reduce_moments
+from ..ops.center_loss import center_loss
 from ..ops.upsampled_sums import upsampled_sums
-from ..reference import ClassMoments
+from ..reference import ClassMoments, UpsampledSums
 from .base import Classifier, Losses, Plan, Regularizer
-from .recomputation import recomputing, statistics_kept
-from .statistics import Request
+from .recomputation import recomputing
 
 
 class CeCo(Regularizer):
@@ -100,77 +97,100 @@ class CeCo(Regularizer):
         if self.per_image and features.dim() == 2:
             expected = "images (B, D, ...) for per_image; pad point clouds with ignored labels"
             fail("CeCo", "features", expected, f"points {tuple(features.shape)}")
-        if 0 in features.shape[2:]:  # torch's convolution would say that its kernel is too large
+        if 0 in features.shape[2:]:
             shape = tuple(features.shape)
             fail("CeCo", "features", "at least one pixel per image", f"shape {shape}")
+        return Plan(None, lambda _: self._losses_of_centers(self._moments(features, labels)))
+
+    def _moments(self, features: Tensor, labels: Tensor) -> UpsampledSums:
+        """Counts and sums of each class, not normalised, and mean and variance for the batch norm.
+
+        Batch norm is affine in each channel, and so is upsampling. Therefore the batch norm is
+        applied to the class means, and neither g nor its gradient is stored.
+        """
+        upsample = features.dim() == 4 and self.resolution == "label"
         reduced = self._reduce_channels(features)
-        if features.dim() == 4 and self.resolution == "label":
-            return Plan(None, lambda _: self._losses_of_centers(self._splat(reduced, labels)))
-
-        def losses(moments: ClassMoments | None) -> Losses:
-            assert moments is not None
-            return self._losses_of_centers(moments)
-
-        return Plan(Request(per_image=self.per_image, features=reduced), losses)
+        if features.dim() < 4:
+            labels = labels[None, None] if features.dim() == 2 else labels[:, None]
+        counts, sums, mean, variance = upsampled_sums(
+            reduced,
+            labels,
+            self.num_classes,
+            per_image=self.per_image,
+            upsample=upsample,
+            ignore_index=self.ignore_index,
+        )
+        if not self.per_image:
+            counts, sums, _ = reduce_moments(ClassMoments(counts, sums, None), self.process_group)
+        mean, variance = self._statistics(mean, variance, reduced.numel() // reduced.shape[1])
+        return UpsampledSums(counts, sums, mean, variance)
 
     def _reduce_channels(self, features: Tensor) -> Tensor:
-        """g, in the features' shape and layout, float32 (float64 for float64 features)."""
-        maps = features[(..., *[None] * (4 - features.dim()))]
-        weight = self.reduction.weight.to(features.dtype)
-        if torch.compiler.is_compiling() and self.training:
-            torch.ops.anchorops.first_pass(self.norm.running_mean, "CeCo")
-        with statistics_kept(self.norm) if recomputing() else nullcontext():
-            reduced = self._normalise(F.conv2d(maps, weight))
-        reduced = reduced.to(torch.promote_types(features.dtype, torch.float32))
-        return reduced[(..., *[0] * (4 - features.dim()))]
+        """reduction(features), (B, C, H, W) in the features' dtype and layout; points are a row.
 
-    def _normalise(self, x: Tensor) -> Tensor:
-        """Batch norm of (B, C, H, W), over all ranks if there is a group."""
+        These are matrix products, because convolutions copy the features to other layouts.
+        """
+        weight = self.reduction.weight.flatten(1).to(features.dtype)
+        if features.dim() == 2:
+            return F.linear(features, weight).T[None, :, None]
+        if features.stride(1) == 1:
+            reduced = F.linear(features.movedim(1, -1), weight).movedim(-1, 1)
+        else:
+            reduced = torch.bmm(weight.expand(len(features), -1, -1), features.flatten(2))
+            reduced = reduced.unflatten(2, features.shape[2:])
+        return reduced if features.dim() == 4 else reduced[:, :, None]
+
+    def _statistics(self, mean: Tensor, variance: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance for the batch norm, from those of this rank's pixels. In training, this
+        updates the running statistics."""
         norm = self.norm
-        if self.process_group is None or not self.training:
-            return norm(x.to(norm.weight.dtype))
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        axes, shape = (0, 2, 3), (1, -1, 1, 1)
-        here = x.new_full((1,), x.numel() // x.shape[1])
-        total = all_reduce(torch.cat([x.sum(axes), here]), self.process_group)
-        size, mean = total[-1], total[:-1] / total[-1]
-        centered = x - mean.view(shape)
-        variance = all_reduce(centered.square().sum(axes), self.process_group) / size
+        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.num_batches_tracked is not None and norm.momentum is not None
+        if torch.compiler.is_compiling() and norm.training:
+            torch.ops.anchorops.first_pass(norm.running_mean, "CeCo")
+        group = self.process_group
+        if isinstance(norm, nn.SyncBatchNorm):
+            group = group_name("CeCo", norm.process_group or "world")
+        if not norm.training or (pixels == 0 and group is None):
+            return norm.running_mean.to(mean), norm.running_var.to(mean)
+        size: Tensor | int = pixels
+        if group is not None:
+            total = torch.cat([mean * pixels, mean.new_full((1,), pixels)])
+            total = all_reduce(total, group)
+            shift, size = mean - total[:-1] / total[-1], total[-1]
+            mean = total[:-1] / size
+            variance = all_reduce(pixels * (variance + shift.square()), group) / size
+        elif pixels == 1:
+            fail("CeCo", "features", "more than one pixel in training, for batch norm", pixels)
+        # A recomputation runs the same operators, because torch.utils.checkpoint may count them.
+        momentum, batches = (0.0, 0) if recomputing() else (norm.momentum, 1)
         with torch.no_grad():
-            momentum = norm.momentum
-            assert momentum is not None and norm.running_mean is not None
-            assert norm.running_var is not None
-            unbiased = variance * size / (size - 1)
-            norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
-            norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
-            if norm.num_batches_tracked is not None:  # None in a recomputation
-                norm.num_batches_tracked.add_(1)
-        scale = norm.weight * (variance + norm.eps).rsqrt()
-        return centered * scale.view(shape) + norm.bias.view(shape)
+            unbiased = variance * (size / (size - 1))
+            running = [norm.running_mean, norm.running_var]
+            here = [x.to(running[0].dtype) for x in (mean, unbiased)]
+            torch._foreach_lerp_(running, here, momentum)  # pyright: ignore
+            norm.num_batches_tracked.add_(batches)
+        return mean, variance
 
-    def _splat(self, reduced: Tensor, labels: Tensor) -> ClassMoments:
-        counts, sums, _ = moments = upsampled_sums(
-            reduced, labels, self.num_classes, ignore_index=self.ignore_index
+    def _losses_of_centers(self, moments: UpsampledSums) -> Losses:
+        norm, sums, noise = self.norm, moments.sums, None
+        if self.training and self.dropout:
+            shape = *sums.shape[:-1], self.center_dim
+            noise = torch.rand(shape, dtype=torch.float32, device=sums.device)
+        loss, number = center_loss(
+            moments,
+            (norm.weight, norm.bias),
+            (self.projection.weight, self.projection.bias),
+            self.etf,
+            self.prior,
+            noise,
+            eps=norm.eps,
+            scale=self.scale,
+            dropout=self.dropout,
+            loss_weight=self.loss_weight,
         )
-        if self.per_image:
-            return moments
-        return reduce_moments(ClassMoments(counts.sum(0), sums.sum(0), None), self.process_group)
-
-    def _losses_of_centers(self, moments: ClassMoments) -> Losses:
-        """counts [K] or [B, K], sums [K, C] or [B, K, C]."""
-        counts, sums, _ = moments
-        present = counts > 0
-        centers = sums / counts.clamp(min=1)[..., None]
-        weight, bias, etf, prior = (
-            x.to(centers.dtype)
-            for x in (self.projection.weight, self.projection.bias, self.etf, self.prior)
-        )
-        hidden = unit_rows(F.linear(centers, weight, bias).relu(), eps=1e-12)
-        hidden = F.dropout(hidden, self.dropout, self.training)
-        logits = self.scale * F.linear(hidden, etf) + (prior + 1e-12).log()
-        own = logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
-        total, number = -torch.where(present, own, 0).sum(), present.sum()
-        if self.per_image:  # every rank has its own images
-            total, number = (all_reduce(x, self.process_group) for x in (total, number))
-        loss = self.loss_weight * total / number.clamp(min=1)
+        if self.per_image and self.process_group is not None:  # every rank has its own images
+            total = all_reduce(loss * number, self.process_group)
+            number = all_reduce(number, self.process_group)
+            loss = total / number.clamp(min=1)
         return Losses({"center": loss}, {"present": number})

@@ -9,6 +9,7 @@ P = H·W pixels of an image; logits (B, K, h, w). Accumulation is in float64, so
 does not affect the float32 result.
 """
 
+from .center_loss import center_loss, normalized_means
 from .centroid_info_nce import centroid_info_nce
 from .class_keys import class_keys, resize_labels
 from .class_moments import (
@@ -25,13 +26,22 @@ from .prototype_halves import prototype_halves
 from .softmax_moments import SoftmaxMoments, softmax_moments
 from .split_groups import group_counts, split_groups
 from .unit_rows import unit_rows, unit_views
-from .upsampled_sums import SPLAT_UNITS, splat_axis, splat_keys, splat_of, upsampled_sums
+from .upsampled_sums import (
+    SPLAT_UNITS,
+    UpsampledSums,
+    splat_axis,
+    splat_keys,
+    splat_of,
+    upsampled_sums,
+)
 from .upsampling import upsample
 
 __all__ = [
     "SPLAT_UNITS",
     "ClassMoments",
     "SoftmaxMoments",
+    "UpsampledSums",
+    "center_loss",
     "centroid_info_nce",
     "class_centroids",
     "class_keys",
@@ -39,6 +49,7 @@ __all__ = [
     "confusion",
     "feature_rows",
     "group_counts",
+    "normalized_means",
     "pixel_argmax",
     "pixel_to_anchor_mse",
     "prototype_halves",

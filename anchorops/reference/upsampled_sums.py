@@ -6,9 +6,19 @@ import torch
 from torch import Tensor
 
 from .class_keys import class_keys
-from .class_moments import ClassMoments
+from .class_moments import statistics_dtype
 
 SPLAT_UNITS = 2**30  # the integer that represents a weight of 1
+
+
+class UpsampledSums(NamedTuple):
+    """counts: int64 [K], or [B, K] with per_image. sums: [K, C] or [B, K, C]. mean, variance: [C],
+    over all pixels of the features, whatever their labels."""
+
+    counts: Tensor
+    sums: Tensor
+    mean: Tensor
+    variance: Tensor
 
 
 class Splat(NamedTuple):
@@ -62,14 +72,26 @@ def splat_keys(keys: Tensor, num_keys: int, splat: Splat) -> Tensor:
 
 
 def upsampled_sums(
-    features: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int
-) -> ClassMoments:
-    """For each image: n_k and s_k = Σ_{p∈k} up(f)(p) = Σ_q W[k, q]·f_q, where `up` upsamples to the
-    labels' size."""
-    size = (features.shape[2], features.shape[3])
-    rows, columns = (splat_axis(labels.shape[i + 1], size[i], labels.device) for i in (0, 1))
-    keys, counts = class_keys(labels[:, None], labels, num_classes, True, ignore_index)
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    per_image: bool,
+    upsample: bool,
+    ignore_index: int,
+) -> UpsampledSums:
+    """n_k and s_k = Σ_{p∈k} up(f)(p) = Σ_q W[k, q]·f_q, where `up` upsamples to the labels' size,
+    or is the identity without `upsample`: then the labels are resized to the features."""
+    size, dtype = (features.shape[2], features.shape[3]), statistics_dtype(features.dtype)
+    grid = labels[:, None] if upsample else features
+    label_size = (grid.shape[2], grid.shape[3])
+    rows, columns = (splat_axis(label_size[i], size[i], labels.device) for i in (0, 1))
+    keys, counts = class_keys(grid, labels, num_classes, True, ignore_index)
     table = splat_keys(keys, counts.numel(), splat_of(rows, columns, size))
-    weights = (table.float() / SPLAT_UNITS).to(features.dtype).view(*counts.shape, -1)
-    sums = (features.flatten(2) @ weights.transpose(1, 2)).transpose(1, 2)
-    return ClassMoments(counts, sums, None)
+    weights = (table / SPLAT_UNITS).to(dtype).view(*counts.shape, -1)
+    wide = features.to(dtype)
+    sums = (wide.flatten(2) @ weights.transpose(1, 2)).transpose(1, 2)
+    variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    if not per_image:
+        counts, sums = counts.sum(0), sums.sum(0)
+    return UpsampledSums(counts, sums, mean, variance)

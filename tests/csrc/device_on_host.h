@@ -201,6 +201,13 @@ T atomicExch(T* address, T value) {
   return std::atomic_ref<T>(*address).exchange(value, std::memory_order_relaxed);
 }
 
+// The address holds `value` afterwards if it held `expected`; returns what it held.
+template <class T>
+T atomicCAS(T* address, T expected, T value) {
+  std::atomic_ref<T>(*address).compare_exchange_strong(expected, value, std::memory_order_relaxed);
+  return expected;
+}
+
 template <class T>
 T __ldg(const T* address) {
   return *address;

@@ -47,8 +47,10 @@ def test_declared_launches(monkeypatch, sorted_by_numpy):
     labels = torch.randint(0, 3, (2, 8, 6))
     keys, counts = run("class_keys", labels, 4, 3, 3, False, 255)
     run("split_groups", keys, counts, torch.tensor(1), 2)
-    run("splat_keys", keys, 3, 4, 3, 2, 2)
     features, anchors = torch.randn(2, 16, 4, 3), torch.randn(3, 16)
+    grid = keys.view(2, 4, 3)
+    sums, mean, variance = run("upsampled_sums", features, grid, 3, 3)
+    run("upsampled_sums_backward", features, grid, sums, mean, mean, variance, 3)
     sums, sqdists, _ = run("class_moments", features, keys, anchors, 3, 1, True, False)
     given = features, keys, anchors, sums, sqdists, 1, list(features.shape), features.stride()
     run("class_moments_backward", *given, torch.float32)
@@ -58,6 +60,10 @@ def test_declared_launches(monkeypatch, sorted_by_numpy):
     centroids, distances, products = run("prototype_halves", units, seed, *options)
     saved = units, seed, centroids, products
     run("prototype_halves_backward", centroids, distances, *saved, *options)
+    moments = sums, counts, mean, variance, *torch.rand(2, 16)
+    given = *torch.rand(1, 8, 16), torch.rand(8), torch.rand(3, 8), torch.rand(3), None
+    loss, number, _, dcenters, _ = run("center_loss", *moments, *given, 1e-5, 5.0, 0.0, 1.0)
+    run("center_loss_backward", loss, number, dcenters, *moments[:5], 1e-5, 1.0)
     inputs, options = (sums, anchors, *(None,) * 4), (False, False, 0.07)
     loss, *saved = run("centroid_info_nce", *inputs, *options, 1.0, "mean", 100)
     run("centroid_info_nce_backward", loss, *inputs, *saved, *options, 100)
