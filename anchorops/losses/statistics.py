@@ -11,17 +11,13 @@ from ..reference import ClassMoments
 
 
 class Request(NamedTuple):
-    """The arguments of `class_moments` for a method.
-
-    features: the method's own features (CeCo's projection); None for the model's.
-    """
+    """The arguments of `class_moments` for a method."""
 
     anchors: Tensor | None = None
     with_sums: bool = True
     groups: int = 1
     per_image: bool = False
     seed: Tensor | None = None
-    features: Tensor | None = None
 
 
 def _fold(moments: ClassMoments, made: Request, asked: Request) -> ClassMoments:
@@ -48,16 +44,15 @@ def _fold(moments: ClassMoments, made: Request, asked: Request) -> ClassMoments:
 
 
 def _passes(requests: Sequence[Request]) -> list[list[int]]:
-    """Which requests share a pass. They must have the same features, and at most one may have
-    anchors. per_image and groups cannot share a pass: it would split each image's pixels."""
+    """Which requests share a pass. At most one may have anchors. per_image and groups cannot share
+    a pass: it would split each image's pixels."""
     passes: list[list[int]] = []
     for i, request in enumerate(requests):
         for members in passes:
             group = [*(requests[j] for j in members), request]
-            same = group[0].features is request.features
             anchored = sum(r.anchors is not None for r in group)
             mixed = any(r.per_image for r in group) and any(r.groups > 1 for r in group)
-            if same and anchored <= 1 and not mixed:
+            if anchored <= 1 and not mixed:
                 members.append(i)
                 break
         else:
@@ -84,7 +79,7 @@ def class_statistics(
             per_image=any(r.per_image for r in asked),
         )
         moments = unchecked_moments(
-            features if asked[0].features is None else asked[0].features,
+            features,
             labels,
             num_classes,
             anchors=made.anchors,
