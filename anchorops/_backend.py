@@ -168,8 +168,9 @@ class use_backend:
     a thread of autograd: call use_backend inside the checkpointed function.
 
     "auto" (the default) selects the fastest usable backend for the device and dtype of the input.
-    For CUDA tensors this is `cuda`, if it was built for that GPU, then `triton`; float64, or more
-    classes than they support, use `reference`. For CPU tensors it is `cpu`, for all others
+    For CUDA tensors this is `cuda`, if it was built for that GPU, then `triton`, or first `triton`
+    where it is predicted to be faster (anchorops/_predicted.py); float64, or more classes than they
+    support, use `reference`. For CPU tensors it is `cpu`, for all others
     `reference`. A backend chosen by name raises an error if it does not support a call; it is never
     silently replaced by another one.
 
@@ -213,17 +214,19 @@ def _why_not(name: str, tensor: Tensor, num_classes: int) -> str | None:
     return _no_code_for(tensor.device) if name == "cuda" and device == "cuda" else None
 
 
-def select(function: str, tensor: Tensor, num_classes: int) -> str:
+def select(function: str, tensor: Tensor, num_classes: int, by_triton: bool = False) -> str:
     """The backend of a call with this input (features, logits or predictions). Raises ValueError if
-    the chosen backend does not support it."""
+    the chosen backend does not support it. by_triton: `auto` tries `triton` before `cuda`, because
+    it is predicted to be faster (_predicted.py)."""
     chosen = _choice.backend
     if chosen != "auto":
         reason = _why_not(chosen, tensor, num_classes)
         if reason:
             raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
         return chosen
-    for name, missing in _MISSING.items():
+    for name in ("triton", "cuda", "cpu", "reference") if by_triton else NAMES:
         # Interpreted and emulated kernels are for tests: they are never selected automatically.
-        if not (missing or _ON_HOST.get(name) or _why_not(name, tensor, num_classes)):
+        unusable = _MISSING[name] or _ON_HOST.get(name)
+        if not (unusable or _why_not(name, tensor, num_classes)):
             return name
     return "reference"

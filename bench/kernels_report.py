@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from itertools import pairwise, repeat
+from itertools import pairwise, product, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,17 @@ from typing import Any, NamedTuple
 import softmax_paths
 import time_model
 import triton
-from kernel_variants import QUICK_PIXELS, jobs, launch_pixels
+import triton_paths
+from kernel_variants import (
+    BF16,
+    FP32,
+    MANY,
+    QUICK_PIXELS,
+    Variant,
+    jobs,
+    launch_moments,
+    launch_pixels,
+)
 from machine_code import SHARED_PER_SM, THREADS_PER_SM, blocks_of, distances, tool
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
@@ -231,6 +241,23 @@ def softmax_programs() -> tuple[softmax_paths.Program, softmax_paths.Program]:
     return forward, backward
 
 
+def moments_programs() -> dict[tuple[str, int, bool], dict[str, triton_paths.Program]]:
+    """The kernels of class moments for sm_90, without and with anchors."""
+    found = {}
+    for dtype, layout, anchors in product((BF16, FP32), ("NCHW", "NHWC"), (False, True)):
+        variant = Variant(dtype, layout, anchors, False)
+        few, many = (compiled("sm_90", launch_moments, variant, n) for n in (19, MANY))
+        kernels = many | few
+        programs = {}
+        for name, kernel in kernels.items():
+            if name in PATHS:
+                registers, _, sass = machine_code(kernel, True)
+                resident = resident_programs("sm_90", kernel, registers)
+                programs[name] = triton_paths.Program(sass, kernel.metadata.num_warps, resident)
+        found[str(variant), dtype.itemsize, anchors] = programs
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
@@ -242,7 +269,9 @@ def main() -> None:
     goals = missed = 0
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         pending = pool.map(rows_of, args.targets, repeat(args.quick))
-        programs = pool.submit(softmax_programs) if "sm_90" in args.targets else None
+        hopper = "sm_90" in args.targets
+        programs = pool.submit(softmax_programs) if hopper else None
+        moments = pool.submit(moments_programs) if hopper and not args.quick else None
         for name, rows in zip(args.targets, pending, strict=True):
             for kernel, variant, row in rows:
                 faults += [f"{name} {kernel}: spills registers"] * (row.spills > 0)
@@ -251,6 +280,8 @@ def main() -> None:
                 cells = name, kernel, variant, *("" if x is None else round(x) for x in row)
                 print("|", " | ".join(map(str, cells)), "|", flush=True)
     print(f"\n{missed} of {goals} shares are below their goal; this is no failure.")
+    if moments:
+        triton_paths.print_times(moments.result())
     if programs:
         given = programs.result()
         faults += softmax_paths.print_times(

@@ -213,11 +213,11 @@ class Gpus:
         monkeypatch.setattr(_backend, "_CUDA_TARGETS", targets)
         monkeypatch.setattr(_backend, "_CUDA_RANGES", _backend._built_for(targets))
 
-    def select(self, index: int) -> str:
+    def select(self, index: int, by_triton: bool = False) -> str:
         features: Any = SimpleNamespace(
             device=torch.device("cuda", index), dtype=torch.bfloat16, shape=(2, 3, 4, 5)
         )
-        return _backend.select("f", features, 6)
+        return _backend.select("f", features, 6, by_triton)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +234,43 @@ def test_auto_takes_triton_on_a_gpu_without_code(monkeypatch, targets, served, n
     gpus = Gpus(monkeypatch, targets, *served, *not_served)
     expected = ["cuda"] * len(served) + ["triton"] * len(not_served)
     assert [gpus.select(i) for i in range(len(expected))] == expected
+
+
+def test_auto_takes_triton_where_it_is_predicted_to_be_faster(monkeypatch):
+    gpus = Gpus(monkeypatch, "9.0", "9.0")
+    assert [gpus.select(0, by_triton) for by_triton in (True, False)] == ["triton", "cuda"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with ao.use_backend("cuda"):  # by name
+        assert gpus.select(0, by_triton=True) == "cuda"
+    monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
+    assert gpus.select(0, by_triton=True) == "cuda"
+
+
+def test_what_is_predicted_to_be_faster_by_triton(monkeypatch):
+    """Cross-entropy of few classes, without what needs probabilities by class; class moments of
+    more than 1,024 keys in planes."""
+    asked = []
+
+    def select(function, tensor, num_classes, by_triton):
+        asked.append(by_triton)
+        return "reference"
+
+    for module in ("softmax_moments", "class_moments"):
+        monkeypatch.setattr(f"anchorops.ops.{module}.select", select)
+    for classes, masses in ((32, False), (32, True), (33, False)):
+        logits, labels = torch.zeros(1, classes, 2, 2), torch.zeros(1, 4, 4).long()
+        ao.softmax_moments(logits, labels, hits=False, masses=masses, squares=False)
+    assert asked == [True, False, False]
+    asked.clear()
+    planes, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4).long()
+    ao.class_moments(planes, labels, 600, per_image=True, ignore_index=-1)
+    ao.class_moments(planes, labels, 600, groups=2, seed=1, ignore_index=-1)
+    ao.class_moments(planes, labels, 600, ignore_index=-1)
+    ao.class_moments(
+        planes.contiguous(memory_format=torch.channels_last), labels, 2000, ignore_index=-1
+    )
+    ao.pixel_to_anchor_mse(planes, labels, torch.zeros(1100, 3), ignore_index=-1)
+    assert asked == [True, True, False, False, True]
 
 
 def test_a_gpu_without_code_says_why(monkeypatch):

@@ -29,6 +29,7 @@ from .._checks import (
     describe,
     fail,
 )
+from .._predicted import class_moments_by_triton
 from ..reference import ClassMoments, statistics_dtype
 from .class_keys import KeyOptions, class_keys
 from .registration import Gradient, define, raise_second_derivative
@@ -268,7 +269,10 @@ def unchecked_moments(
 ) -> ClassMoments:
     """`class_moments` of arguments that were already checked. If sums are not requested, the fused
     operators do not compute them, and `sums` is empty."""
-    backend = select("class_moments", features, num_classes)
+    images = features.shape[0] if options["per_image"] and features.dim() > 2 else 1
+    num_keys = images * num_classes * options["groups"]
+    by_triton = class_moments_by_triton(features, num_keys)
+    backend = select("class_moments", features, num_classes, by_triton)
     if backend == "reference":
         return reference.class_moments(features, labels, num_classes, anchors=anchors, **options)
     keys, counts = class_keys(features, labels, num_classes, backend=backend, **options)
@@ -342,7 +346,8 @@ def pixel_to_anchor_mse(
     num_classes = anchors.shape[0]
     ignored = _check_inputs(function, features, labels, num_classes, ignore_index, check_labels)
     check_choice(function, "reduction", reduction, ("mean", "sum"))
-    backend = select(function, features, num_classes)
+    by_triton = class_moments_by_triton(features, num_classes)
+    backend = select(function, features, num_classes, by_triton)
     if backend == "reference":
         return reference.pixel_to_anchor_mse(
             features, labels, anchors, ignore_index=ignored, reduction=reduction

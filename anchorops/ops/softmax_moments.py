@@ -32,6 +32,7 @@ from .._checks import (
     check_labels_of_logits,
     check_logits,
 )
+from .._predicted import cross_entropy_by_triton
 from ..reference import SoftmaxMoments, statistics_dtype
 from .registration import Gradient, define
 
@@ -238,7 +239,9 @@ def moments_for(
         check_label_values(function, labels, logits.shape[1], ignore_index)
     shape = labels.shape
     logits, labels = _as_images(logits, labels)
-    backend = select(function, logits, logits.shape[1])
+    cross_entropy_only = not (hits or masses or squares)
+    by_triton = cross_entropy_only and cross_entropy_by_triton(logits.shape[1])
+    backend = select(function, logits, logits.shape[1], by_triton)
     if backend == "reference":
         moments = reference.softmax_moments(
             logits,
