@@ -10,6 +10,7 @@
 // One launch in each direction, a warp per row or centroid. The K×D numbers are read twice, the
 // second time from the L1 cache. Latency determines the time: predicted 3 µs, not measured.
 #include "tensors.cuh"
+#include "warps.cuh"
 
 #include <cmath>
 
@@ -17,11 +18,6 @@ namespace anchorops::cuda {
 namespace {
 
 constexpr int THREADS = 128;
-
-__device__ float sum_of_warp(float value) {
-  for (int lanes = 16; lanes; lanes /= 2) value += __shfl_xor_sync(FULL_WARP, value, lanes);
-  return value;
-}
 
 __device__ float count_of(const int64_t* counts, int64_t row) {
   return counts ? static_cast<float>(max(counts[row], int64_t{1})) : 1;

@@ -67,3 +67,9 @@ def test_declared_launches(monkeypatch, sorted_by_numpy):
     inputs, options = (sums, anchors, *(None,) * 4), (False, False, 0.07)
     loss, *saved = run("centroid_info_nce", *inputs, *options, 1.0, "mean", 100)
     run("centroid_info_nce_backward", loss, *inputs, *saved, *options, 100)
+    losses, recognised = run("anchor_cross_entropy", torch.randn(3, 3), 0.8)
+    run("anchor_cross_entropy_backward", losses, torch.randn(3, 3))
+    _, gate = run("gated_average", sums.clone(), sums, recognised, 0.9, False, True)
+    options = 16, 0.1, 1.0, 0.9, True, False
+    p2a, aux, _, slopes = run("anchor_losses", sqdists, counts, gate, losses, *options)
+    run("anchor_losses_backward", p2a, aux, slopes)

@@ -1,0 +1,23 @@
+// Results of all 32 lanes of a warp; every lane gets them.
+#pragma once
+
+#include "../device.cuh"
+
+namespace anchorops::cuda {
+
+template <class T>
+__device__ T sum_of_warp(T value) {
+  for (int lanes = 16; lanes; lanes /= 2) value += __shfl_xor_sync(FULL_WARP, value, lanes);
+  return value;
+}
+
+// The largest number; NaN is ignored.
+__device__ inline float max_of_warp(float value) {
+  for (int lanes = 16; lanes; lanes /= 2)
+    value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, lanes));
+  return value;
+}
+
+__device__ inline bool any_of_warp(bool value) { return __ballot_sync(FULL_WARP, value) != 0; }
+
+}  // namespace anchorops::cuda
