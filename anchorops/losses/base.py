@@ -168,23 +168,26 @@ class Regularizer(nn.Module):
         """The seed of this step's random splits, on the device. In training mode this increments
         the step counter."""
         read = self.step + (self.seed << 32)
-        return self._read_and_update(read, self.step, lambda step: step.add_(1))
+        if self._updates(self.step):
+            self.step.add_(1)
+        return self._first_read(read)
 
-    def _read_and_update(
-        self, read: Tensor, state: Tensor, update: Callable[[Tensor], object]
-    ) -> Tensor:
-        """Returns `read`, what this forward needs of the state, and in training mode calls
-        update(state), which changes it in place. A recomputation updates nothing, and gets what the
-        first pass read."""
-        if not self.training:  # repeating it reads the same state
-            return read
-        if recomputing():
-            return read if self._read is None else self._read
+    def _updates(self, state: Tensor) -> bool:
+        """Whether this forward updates its state: in training mode, except in a recomputation."""
+        if not self.training or recomputing():
+            return False
         if torch.compiler.is_compiling():
             torch.ops.anchorops.first_pass(state, type(self).__name__)
-        else:
-            self._read = read
-        update(state)
+        return True
+
+    def _first_read(self, read: Tensor) -> Tensor:
+        """What the first pass of this forward read of the state: `read`, unless this is a
+        recomputation."""
+        if not self.training or torch.compiler.is_compiling():
+            return read  # an evaluation that is repeated reads the same state
+        if recomputing():
+            return read if self._read is None else self._read
+        self._read = read
         return read
 
     def seen(self) -> tuple[int, list[Tensor | None]]:

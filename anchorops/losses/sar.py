@@ -10,6 +10,9 @@ from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, describe, fail
 from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
+from ..ops.anchor_cross_entropy import anchor_cross_entropy
+from ..ops.anchor_losses import anchor_losses
+from ..ops.gated_average import gated_average
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .recomputation import recomputing, statistics_kept
@@ -139,52 +142,42 @@ class SAR(Regularizer):
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         if not self.embed:
-            return self._plan_p2a(self.anchors, None, {}, {})
+            return self._plan(self.anchors)
         weight, bias = linear_weight("SAR", classifier, self.num_classes, self.dim)
         with statistics_kept(self.embedding) if recomputing() else nullcontext():
             embedded = self.embedding(self.anchors)
         logits = F.linear(embedded.to(weight.dtype), weight, bias)
-        log_p = logits.log_softmax(1).diagonal()
-        p = log_p.detach().exp()
-        unsure = p <= self.tau
-        recognised = (logits.argmax(1) == torch.arange(self.num_classes, device=p.device)) & (
-            p > self.delta
+        cross_entropies, recognised = anchor_cross_entropy(logits, delta=self.delta)
+        # Â of this step, in new memory, because the backward pass needs it after later updates
+        anchors, gate = gated_average(
+            self.semantic_anchors,
+            embedded.detach(),
+            recognised,
+            momentum=self.momentum,
+            per_class=self.gate == "per_class",
+            update=self._updates(self.semantic_anchors),
         )
-        gate = recognised if self.gate == "per_class" else recognised.all().expand_as(recognised)
-        aux = self.aux_weight * self._auxiliary_loss(-log_p, unsure)
-        logs = {"gate": gate.to(p.dtype).mean(), "unsure": unsure.sum()}
-        return self._plan_p2a(self._average(embedded.detach(), gate), gate, {"aux": aux}, logs)
+        return self._plan(self._first_read(anchors), gate, cross_entropies)
 
-    def _auxiliary_loss(self, ce: Tensor, unsure: Tensor) -> Tensor:
-        ce = torch.where(unsure, ce, 0)
-        if not self.reweight:
-            return ce.sum() / unsure.sum().clamp(min=1)
-        weights = ce.detach() if self.detach_weights else ce
-        return (weights * ce).sum() / (weights.sum() + 1e-9)
-
-    @torch.no_grad()
-    def _average(self, embedded: Tensor, gate: Tensor) -> Tensor:
-        """Â of this step (its Eq. 8). It is a new tensor, because the backward pass of an earlier
-        step may still need the old one."""
-        kept = self.semantic_anchors
-        average = self.momentum * kept + (1 - self.momentum) * embedded
-        average = torch.where(self.started[:, None], average, embedded)
-        average = torch.where(gate[:, None], average, kept)
-        return self._read_and_update(average, kept, lambda anchors: anchors.copy_(average))
-
-    def _plan_p2a(
-        self,
-        anchors: Tensor,
-        gate: Tensor | None,
-        terms: dict[str, Tensor],
-        logs: dict[str, Tensor],
+    def _plan(
+        self, anchors: Tensor, gate: Tensor | None = None, cross_entropies: Tensor | None = None
     ) -> Plan:
         def losses(moments: ClassMoments | None) -> Losses:
             assert moments is not None and moments.sqdists is not None
-            counts, sqdists = moments.counts, moments.sqdists
-            if gate is not None:  # only open classes; there is no `if` on the gate's values
-                counts, sqdists = torch.where(gate, counts, 0), torch.where(gate, sqdists, 0)
-            p2a = sqdists.sum() / (self.dim * counts.sum()).clamp(min=1)
-            return Losses(terms | {"p2a": self.loss_weight * p2a}, logs)
+            p2a, aux, share, unsure = anchor_losses(
+                moments.counts,
+                moments.sqdists,
+                gate,
+                cross_entropies,
+                dim=self.dim,
+                loss_weight=self.loss_weight,
+                aux_weight=self.aux_weight,
+                tau=self.tau,
+                reweight=self.reweight,
+                detach_weights=self.detach_weights,
+            )
+            if aux is None or share is None or unsure is None:
+                return Losses({"p2a": p2a}, {})
+            return Losses({"aux": aux, "p2a": p2a}, {"gate": share, "unsure": unsure})
 
         return Plan(Request(anchors=anchors, with_sums=False), losses)
