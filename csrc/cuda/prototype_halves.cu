@@ -13,6 +13,7 @@
 // from the L1 cache. Latency determines the time: predicted 3 µs, not measured.
 #include "../labels.h"
 #include "tensors.cuh"
+#include "warps.cuh"
 
 #include <cmath>
 
@@ -20,11 +21,6 @@ namespace anchorops::cuda {
 namespace {
 
 constexpr int THREADS = 128;
-
-__device__ float sum_of_warp(float value) {
-  for (int lanes = 16; lanes; lanes /= 2) value += __shfl_xor_sync(FULL_WARP, value, lanes);
-  return value;
-}
 
 struct Prototypes {
   const float* data;    // [groups, num_classes, dim]
