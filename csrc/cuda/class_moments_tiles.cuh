@@ -133,6 +133,11 @@ struct Stage {
 
   static constexpr int PIXEL = CHANNELS_LAST ? PITCH : 1;  // from a pixel to the next
 
+  // A lane copies the segment at its column of every STEP-th row, from its first row on.
+  static constexpr int LANES = COLUMNS / SEGMENT, STEP = 32 / LANES;
+  static __device__ __forceinline__ int row() { return thread_again() / LANES; }
+  static __device__ __forceinline__ int column() { return thread_again() % LANES * SEGMENT; }
+
   static __device__ __forceinline__ int offset(int channel, int pixel) {
     return CHANNELS_LAST ? pixel * PITCH + channel : channel * PITCH + pixel;
   }
@@ -159,20 +164,23 @@ struct Stage {
 };
 
 // Iterates over the tiles of a chunk.
-template <class T, bool SORTED>
+template <class T, bool CHANNELS_LAST, bool SORTED>
 struct Cursor {
+  using Layout = Stage<T, CHANNELS_LAST, SORTED>;
   const Input<T>& input;
   const Tiling& tiling;
-  const int channel;  // the block's first
+  const int channel;   // the block's first
+  const bool vectors;  // whether all vectors of a tile of TILE pixels can be copied at once
   int line;
   int tiles_left;       // in the line
-  const T* features;    // of the tile's first pixel and the block's first channel
+  const T* features;    // where the lane copies its first vector (sorted: of pixel 0)
   const int32_t* keys;  // of the tile's first pixel
 
   __device__ Cursor(const Input<T>& input, const Tiling& tiling, int channel, int64_t tile)
       : input(input),
         tiling(tiling),
         channel(channel),
+        vectors(input.vectors && (CHANNELS_LAST || !SORTED) && channels() == CHANNELS),
         line(static_cast<int>(tile / tiling.tiles_per_line)) {
     enter_line(static_cast<int>(tile % tiling.tiles_per_line));
   }
@@ -180,7 +188,7 @@ struct Cursor {
     const Pixels& view = input.view;
     tiles_left = tiling.tiles_per_line - tile;
     const int64_t pixel = int64_t{tile} * TILE<T>;
-    features = input.features + channel * view.stride_d;
+    features = input.features + channel * view.stride_d + to_lane();
     if constexpr (!SORTED) features += view.line_offset(line) + pixel * view.stride_p;
     keys = input.keys + int64_t{line} * view.pixels + pixel;
   }
@@ -195,7 +203,17 @@ struct Cursor {
   __device__ __forceinline__ int pixels() const {
     return tiles_left == 1 ? tiling.last_tile : TILE<T>;
   }
-  // The offset of the pixel's features from `features`.
+  __device__ __forceinline__ int channels() const {
+    return static_cast<int>(min(input.view.dim - channel, int64_t{CHANNELS}));
+  }
+  __device__ __forceinline__ int64_t row_stride() const {
+    return CHANNELS_LAST ? input.view.stride_p : input.view.stride_d;
+  }
+  // The offset of the lane's first vector from the tile's first feature.
+  __device__ __forceinline__ int64_t to_lane() const {
+    return Layout::column() + (SORTED ? 0 : Layout::row() * row_stride());
+  }
+  // The offset of the pixel's features from the tile's first feature.
   __device__ __forceinline__ int64_t offset(int pixel) const {
     if constexpr (!SORTED) return pixel * input.view.stride_p;
     return pixel < pixels() ? input.offsets[keys - input.keys + pixel] : 0;
@@ -205,14 +223,12 @@ struct Cursor {
 // Copies the keys and the features of a tile. Beyond its pixels, keys are −1; beyond its pixels and
 // channels, features are 0.
 template <class T, bool CHANNELS_LAST, bool SORTED>
-__device__ __forceinline__ void fill_stage(T* stage, int* keys, const Cursor<T, SORTED>& cursor) {
-  using Shape = Stage<T, CHANNELS_LAST, SORTED>;
-  constexpr int SEGMENT = Shape::SEGMENT, PITCH = Shape::PITCH;
-  constexpr int VECTORS = Shape::COLUMNS / SEGMENT, STEP = 32 / VECTORS;  // rows copied at once
+__device__ __forceinline__ void fill_stage(T* stage, int* keys,
+                                           const Cursor<T, CHANNELS_LAST, SORTED>& cursor) {
+  using Layout = Stage<T, CHANNELS_LAST, SORTED>;
+  constexpr int SEGMENT = Layout::SEGMENT, PITCH = Layout::PITCH, STEP = Layout::STEP;
   const Input<T>& input = cursor.input;
-  const Pixels& view = input.view;
   const int lane = thread_again(), pixels = cursor.pixels();
-  const int channels = static_cast<int>(min(view.dim - cursor.channel, int64_t{CHANNELS}));
 
   if (input.key_vectors && pixels == TILE<T>) {
     if (lane * 4 < TILE<T>) copy_async(keys + lane * 4, cursor.keys + lane * 4);
@@ -220,36 +236,38 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys, const Cursor<T, 
     for (int i = lane; i < TILE<T>; i += 32) keys[i] = i < pixels ? cursor.keys[i] : -1;
   }
 
-  const int row = lane / VECTORS, column = lane % VECTORS * SEGMENT;
-  const int64_t row_stride = CHANNELS_LAST ? view.stride_p : view.stride_d;
-  if (input.vectors && (CHANNELS_LAST || !SORTED)) {
-    T* const to = stage + row * PITCH + column;
-    if (pixels == TILE<T> && channels == CHANNELS) {
-      const T* from = cursor.features + column + (SORTED ? 0 : row * row_stride);
+  const int64_t row_stride = cursor.row_stride();
+  const int row = Layout::row(), column = Layout::column();
+  T* const to = stage + row * PITCH + column;
+  if (cursor.vectors && pixels == TILE<T>) {
 #pragma unroll
-      for (int i = 0; i < Shape::ROWS; i += STEP)
-        copy_async(to + i * PITCH, from + (SORTED ? cursor.offset(row + i) : i * row_stride));
-    } else {
-      const int rows = CHANNELS_LAST ? pixels : channels, columns = pixels + channels - rows;
-      const int bytes = max(min(columns - column, SEGMENT), 0) * static_cast<int>(sizeof(T));
-      const T* from = cursor.features + (bytes > 0 ? column : 0);
+    for (int i = 0; i < Layout::ROWS; i += STEP)
+      copy_async(to + i * PITCH,
+                 cursor.features + (SORTED ? cursor.offset(row + i) : i * row_stride));
+    return;
+  }
+  const T* const first = cursor.features - cursor.to_lane();
+  const int channels = cursor.channels();
+  if (input.vectors && (CHANNELS_LAST || !SORTED)) {
+    const int rows = CHANNELS_LAST ? pixels : channels, columns = pixels + channels - rows;
+    const int bytes = max(min(columns - column, SEGMENT), 0) * static_cast<int>(sizeof(T));
+    const T* from = first + (bytes > 0 ? column : 0);
 #pragma unroll 1
-      for (int i = 0; i < Shape::ROWS; i += STEP)
-        copy_async(to + i * PITCH,
-                   from + (SORTED ? cursor.offset(row + i) : (row + i) * row_stride),
-                   row + i < rows ? bytes : 0);
-    }
+    for (int i = 0; i < Layout::ROWS; i += STEP)
+      copy_async(to + i * PITCH,
+                 from + (SORTED ? cursor.offset(row + i) : (row + i) * row_stride),
+                 row + i < rows ? bytes : 0);
     return;
   }
 
   // A lane has one pixel and iterates over the channels. With channels last, it has one channel and
   // iterates over the pixels.
 #pragma unroll 1
-  for (int first = 0; first < Shape::COLUMNS; first += 32) {
-    const int column = first + lane;
-    const T* from = cursor.features + (CHANNELS_LAST ? lane : cursor.offset(column));
+  for (int left = 0; left < Layout::COLUMNS; left += 32) {
+    const int column = left + lane;
+    const T* from = first + (CHANNELS_LAST ? lane : cursor.offset(column));
 #pragma unroll 1
-    for (int batch = 0; batch < Shape::ROWS; batch += BATCH) {
+    for (int batch = 0; batch < Layout::ROWS; batch += BATCH) {
       T values[BATCH];
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
@@ -271,7 +289,7 @@ struct Ring {
   using Layout = Stage<T, CHANNELS_LAST, SORTED>;
   static constexpr int BYTES = STAGES * (Layout::BYTES + TILE<T> * int{sizeof(int)});
 
-  Cursor<T, SORTED> cursor;
+  Cursor<T, CHANNELS_LAST, SORTED> cursor;
   const int tiles;  // of the chunk
 
   __device__ Ring(const Input<T>& input, const Tiling& tiling, int block, int chunk)
@@ -295,7 +313,7 @@ struct Ring {
     __syncwarp();  // all lanes have read the stage that is overwritten now
     if (tile + STAGES - 1 < tiles) {
       const int free = (tile + STAGES - 1) % STAGES;
-      fill_stage<T, CHANNELS_LAST>(stage_at(free), keys_at(free), cursor);
+      fill_stage(stage_at(free), keys_at(free), cursor);
       cursor.next();
     }
     commit_copies();
