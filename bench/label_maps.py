@@ -1,4 +1,4 @@
-"""Label maps for the time model: street scenes and random labels; passes over their tiles."""
+"""Label maps for the time model: street scenes and random labels; what a kernel does with their tiles."""
 
 from functools import cache
 from typing import NamedTuple
@@ -14,6 +14,16 @@ class Pass(NamedTuple):
     found: int = 0  # keys that get a slot
     used: int = 0  # slots
     evicts: bool = False  # frees all slots afterwards, for other keys of the tile
+
+
+class Uniform(NamedTuple):
+    """A tile in which all pixels have the same key: one that has a slot, or none."""
+
+    ignored: bool  # the pixels have no key
+    ends_run: bool = False  # the last uniform tile had another key
+
+
+Tile = tuple[Pass, ...] | Uniform
 
 
 @cache
@@ -51,12 +61,18 @@ def label_maps(kind: str, batch: int, height: int, width: int, classes: int) -> 
     return maps
 
 
-def passes_of_chunk(keys: np.ndarray, tile: int) -> list[tuple[Pass, ...]]:
-    """The passes of class_moments_kernel over each tile of a chunk. keys: those of the chunk's
-    pixels in order, −1 where ignored."""
+def tiles_of_chunk(keys: np.ndarray, tile: int, uniform: bool) -> list[Tile]:
+    """What class_moments_kernel does with each tile of a chunk. keys: those of the chunk's pixels
+    in order, −1 where ignored. uniform: whether the kernel has a path for uniform tiles."""
     slots: set[int] = set()
-    tiles = []
+    run: int | None = None  # the key of the last uniform tile
+    tiles: list[Tile] = []
     for pixels in keys.reshape(-1, tile).tolist():
+        key = pixels[0]
+        if uniform and (key < 0 or key in slots) and pixels.count(key) == tile:
+            tiles.append(Uniform(key < 0, key >= 0 and run is not None and key != run))
+            run = run if key < 0 else key
+            continue
         passes, left = [], [key for key in dict.fromkeys(pixels) if key >= 0]
         while left or not passes:
             unmet = [key for key in left if key not in slots]
@@ -66,6 +82,7 @@ def passes_of_chunk(keys: np.ndarray, tile: int) -> list[tuple[Pass, ...]]:
             passes.append(Pass(len(found), len(slots), bool(left)))
             if left:
                 slots.clear()
+                run = None
         tiles.append(tuple(passes))
     return tiles
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from backward_paths import backward
-from label_maps import SLOTS, Pass, passes_of_chunk
+from label_maps import SLOTS, Tile, Uniform, tiles_of_chunk
 from shapes import (
     GROUPED,
     RESIDUALS,
@@ -91,6 +91,11 @@ class Forward:
         self.copy = self.those(lambda b: b.count("LDGSTS") == most)
         self.keys = self.those(lambda b: b.count("LDGSTS") == 1, 0, self.copy[0])
         self.find = self.those(lambda b: b.count(r"LDS\.U8") == 2, self.copy[-1])[:1]
+        # Tiles whose pixels have the same key: the vote that finds them, their residuals, and the
+        # addition of a run's sums to the totals of its slot.
+        self.same = self.those(lambda b: b.count("VOTE") > 0, self.copy[-1], self.find[0])
+        self.residuals = self.those(lambda b: b.count("FFMA") >= 32)
+        self.run = self.those(lambda b: b.count("SHFL") >= 3 and not b.count("FFMA|LDG"))
         self.slots = self.those(lambda b: b.count("MATCH") > 0, self.find[0])[:1]
         self.anchors = self.those(lambda b: b.count("LDG") == b.count("STS") > 0, self.find[0])
         self.features = self.those(lambda b: b.count("LDSM|LDS$|LDS.64") >= 8, self.find[0])[:1]
@@ -113,10 +118,16 @@ class Forward:
             ]
         return self.ways[key]
 
-    def tile(self, passes: tuple[Pass, ...]) -> Path:
-        if passes not in self.ways:
+    def tile(self, tile: Tile) -> Path:
+        if tile in self.ways:
+            return self.ways[tile]
+        if isinstance(tile, Uniform):
+            residuals = [] if tile.ignored else [self.residuals]
+            run = [self.run] * tile.ends_run
+            path = self.walk(self.copy, self.same, *run, *residuals, self.keys, self.copy)
+        else:
             path = self.walk(self.copy, self.find)
-            for one in passes:
+            for one in tile:
                 slots = [self.slots] * (one.found > 0)
                 if one.found and self.anchors:
                     most = max(self.blocks[i].count("LDG") for i in self.anchors)
@@ -124,8 +135,8 @@ class Forward:
                 upper = [[i] for i in self.upper] * (one.used > SLOTS // 2)
                 after = [self.evict, self.find] if one.evicts else [self.keys, self.copy]
                 path = path + self.walk(self.find, *slots, self.features, *upper, *after)
-            self.ways[passes] = path
-        return self.ways[passes]
+        self.ways[tile] = path
+        return path
 
 
 def forward(
@@ -139,7 +150,7 @@ def forward(
     tiles, met = [], 0
     for chunk in np.split(keys, range(0, keys.size, plan.tiles_per_chunk * tile_size)[1:]):
         met += len(np.unique(chunk[chunk >= 0]))
-        tiles += passes_of_chunk(chunk, tile_size)
+        tiles += tiles_of_chunk(chunk, tile_size, bool(statistics & SQDISTS))
     code = Forward(blocks)
     warps = warps_of(itemsize, statistics)
     order = np.random.default_rng(1).permutation(len(tiles)).tolist()

@@ -118,6 +118,13 @@ struct OneHot {
   }
 };
 
+// The sums of successive tiles in which all pixels have the key of this slot. Lane 4n + q has channel
+// 8·q + n of the sums and residuals, and a part of the squared distance.
+struct Run {
+  int slot = NO_SLOT;
+  float sum = 0, residual = 0, sqdist = 0;
+};
+
 template <class T, int STATISTICS, bool CHANNELS_LAST>
 struct Accumulator {
   using Layout = Stage<T, CHANNELS_LAST, false>;
@@ -126,17 +133,26 @@ struct Accumulator {
   // There are too few registers for the features and the products of squares at the same time, so
   // the features are read twice.
   static constexpr bool RELOADS =
-      STATISTICS & RESIDUALS || (STATISTICS == (SUMS | SQDISTS) && sizeof(T) == 4);
+      STATISTICS == (SUMS | SQDISTS | RESIDUALS) || (STATISTICS != SQDISTS && sizeof(T) == 4);
   // A pixel with a larger squared residual is added alone. In a product it could make the sums of
   // other slots infinite or NaN.
   static constexpr float LARGEST = 0x1p100f;
 
   Slots<STATISTICS> slots;
+  Run run;
   const int lane = threadIdx.x;
 
   __device__ __forceinline__ void consume(T* tile, int* keys) {
     int* const own = keys + 2 * lane;  // keys of the lane's two pixels
     const bool has_pixels = lane < TILE<T> / 2;
+    if constexpr (STATISTICS & SQDISTS) {
+      const bool differ = has_pixels && (own[0] != keys[0] || own[1] != keys[0]);
+      if (__ballot_sync(FULL_WARP, differ) == 0) {
+        const int slot = slots.of_key[keys[0]];
+        if (slot == NO_SLOT) return;
+        if (slot < SLOTS) return add_uniform(tile, slot);
+      }
+    }
 #pragma unroll 1
     for (;;) {
       const int2 found = slots.find(has_pixels ? own[0] : -1, has_pixels ? own[1] : -1);
@@ -149,8 +165,82 @@ struct Accumulator {
       if (slots.used < SLOTS) return;
       const bool left = has_pixels && max(own[0], own[1]) >= 0;
       if (__ballot_sync(FULL_WARP, left) == 0) return;
+      end_run();
       slots.evict();
     }
+  }
+
+  __device__ __forceinline__ void finish() {
+    end_run();
+    slots.finish();
+  }
+
+  // Adds a tile in which all pixels have the key of this slot. Its anchor is loaded once.
+  __device__ __forceinline__ void add_uniform(const T* tile, int slot) {
+    if (slot != run.slot) end_run();
+    run.slot = slot;
+    const Vector<float> anchor = load_vector(slots.anchors + slot * PITCH + lane / 4 * 4);
+    float sums[4] = {}, residuals[4] = {}, squares[4] = {};
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+      const Fragment x(tile + Layout::offset(0, 32 * g));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float value = x.at(j, i), residual = value - anchor.elements[j];
+          squares[j] = fmaf(residual, residual, squares[j]);
+          if constexpr (STATISTICS & SUMS) sums[j] += value;
+          if constexpr (STATISTICS & RESIDUALS) residuals[j] += residual;
+        }
+      }
+    }
+    run.sqdist += (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    if constexpr (STATISTICS & SUMS) run.sum += over_columns(sums);
+    if constexpr (STATISTICS & RESIDUALS) run.residual += over_columns(residuals);
+  }
+
+  // Adds over lanes 4n to 4n + 3. Lane 4n + q returns the sum of values[q].
+  __device__ __forceinline__ float over_columns(const float (&values)[4]) const {
+    const bool upper = lane & 2, odd = lane & 1;
+    float pair[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float kept = upper ? values[i + 2] : values[i], sent = upper ? values[i] : values[i + 2];
+      pair[i] = kept + __shfl_xor_sync(FULL_WARP, sent, 2);
+    }
+    return (odd ? pair[1] : pair[0]) + __shfl_xor_sync(FULL_WARP, odd ? pair[0] : pair[1], 1);
+  }
+
+  // Adds the sums of the run to the totals of its slot.
+  __device__ __forceinline__ void end_run() {
+    if (run.slot == NO_SLOT) return;
+    auto& totals = slots.totals;
+    const bool has_slot = lane / 4 == run.slot % 8;
+#pragma unroll
+    for (int i = 0; i < SLOTS / 8; ++i) {
+      const int m = i / 2, h = i % 2;
+      if (run.slot / 8 != i) continue;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const int owner = (lane % 4 * 2 + b) * 4 + j;  // the lane that has channel 8·j + 2q + b
+          const auto add = [&](float (&values)[4][2][4], float of_channel) {
+            const float value = __shfl_sync(FULL_WARP, of_channel, owner);
+            if (has_slot) values[j][m][2 * h + b] += value;
+          };
+          if constexpr (STATISTICS & SUMS) add(totals.sums, run.sum);
+          if constexpr (STATISTICS & RESIDUALS) add(totals.residuals, run.residual);
+        }
+      }
+      float sqdist = run.sqdist;
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2)
+        sqdist += __shfl_xor_sync(FULL_WARP, sqdist, lanes);
+      if (has_slot) totals.sqdists[m][h] += sqdist;
+    }
+    run = {};
   }
 
   // Adds the pixels that have a slot.
@@ -238,7 +328,9 @@ struct Accumulator {
     float sums[4], rest[4];
     one_hot.template multiply<BFloat16>(terms, sums, rest);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) slots.totals.sqdists[M][i] += sums[i] + rest[i];
+    for (int h = 0; h < 2; ++h)
+      slots.totals.sqdists[M][h] +=
+          (sums[2 * h] + rest[2 * h]) + (sums[2 * h + 1] + rest[2 * h + 1]);
   }
 
   // Adds features and residuals to the totals of the same slots.
@@ -314,7 +406,7 @@ struct Accumulator {
       if constexpr (STATISTICS & SUMS) totals.sums[j][m][2 * h + b] += value;
       if constexpr (STATISTICS & SQDISTS) {
         const float residual = value - slots.anchors[slot * PITCH + channel % 8 * 4 + j];
-        totals.sqdists[m][2 * h + b] = fmaf(residual, residual, totals.sqdists[m][2 * h + b]);
+        totals.sqdists[m][h] = fmaf(residual, residual, totals.sqdists[m][h]);
         if constexpr (STATISTICS & RESIDUALS) totals.residuals[j][m][2 * h + b] += residual;
       }
     }
@@ -337,7 +429,7 @@ __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
     ring.advance(tile);
     if (tile >= 0) accumulator.consume(ring.stage(tile), ring.keys(tile));
   }
-  accumulator.slots.finish();
+  accumulator.finish();
 }
 
 }  // namespace anchorops::cuda

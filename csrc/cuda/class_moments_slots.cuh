@@ -24,11 +24,11 @@ constexpr uint8_t NOT_MET = 255, IN_PARTIALS = 254;  // keys without a slot
 __host__ __device__ constexpr unsigned slot_code(int slot) { return slot * PITCH * sizeof(float); }
 
 // The totals of all slots, in the order of a product C (matrices.cuh). Lane 4n + q has slot
-// 16·m + 8·h + n at [m][2h + b]: channel 8·j + 2q + b of its sums and residuals at [j], and a part
-// of its squared distance.
+// 16·m + 8·h + n: channel 8·j + 2q + b of its sums and residuals at [j][m][2h + b], and a part of its
+// squared distance at [m][h].
 template <int STATISTICS>
 struct SlotTotals {
-  float sums[4][2][4] = {}, residuals[4][2][4] = {}, sqdists[2][4] = {};
+  float sums[4][2][4] = {}, residuals[4][2][4] = {}, sqdists[2][2] = {};
 };
 
 template <int STATISTICS>
@@ -159,9 +159,8 @@ struct Slots {
       if constexpr (STATISTICS & SUMS) store(partials.sums, totals.sums);
       if constexpr (STATISTICS & RESIDUALS) store(partials.residuals, totals.residuals);
       if constexpr (STATISTICS & SQDISTS) {
-        float (&values)[4] = totals.sqdists[m];
-        float total = values[2 * h] + values[2 * h + 1];
-        values[2 * h] = values[2 * h + 1] = 0;
+        float total = totals.sqdists[m][h];
+        totals.sqdists[m][h] = 0;
         total += __shfl_xor_sync(FULL_WARP, total, 1);
         total += __shfl_xor_sync(FULL_WARP, total, 2);
         if (slot < used && lane % 4 == 0) {

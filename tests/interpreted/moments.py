@@ -60,6 +60,11 @@ def make_labels(case: Case) -> torch.Tensor:
         count = torch.Size(pixels).numel()
         runs = torch.randint(0, case.num_classes, (count // 150 + 1,))
         labels = runs.repeat_interleave(150)[:count].view(pixels)
+    elif case.labels == "mixed":  # runs of 200 pixels, then 50 random pixels
+        pixel = torch.arange(torch.Size(pixels).numel())
+        runs = torch.randint(0, case.num_classes, (len(pixel) // 250 + 1,))[pixel // 250]
+        random = torch.randint(0, case.num_classes, pixel.shape)
+        labels = torch.where(pixel % 250 < 200, runs, random).view(pixels)
     elif case.labels == "runs":  # of 1 to 12 pixels
         lengths = torch.randint(1, 13, (torch.Size(pixels).numel(),))
         runs = torch.randint(0, case.num_classes, lengths.shape)

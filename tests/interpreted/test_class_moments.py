@@ -59,6 +59,9 @@ SEVERAL_TILES = [  # in each chunk of the CUDA kernels, across the end of an ima
     Case((2, 128, 10, 136), 1000, BF16, labels="runs"),
     Case((2, 100, 10, 136), 1000, FP32, "channels_last", labels="runs", anchors="fixed"),
     Case((2, 128, 10, 136), 1000, FP16, labels="alternating"),
+    # tiles of one key: of different keys, and between tiles of more keys than there are slots
+    Case((2, 250, 10, 136), 1000, FP32, "channels_last", labels="coherent"),
+    Case((2, 250, 10, 136), 1000, BF16, labels="mixed"),
 ]
 
 
@@ -114,6 +117,22 @@ def test_ignored_pixels_change_nothing(path, size, dtype):
     rows[ignored] = spoilt.repeat(int(ignored.sum()))[: int(ignored.sum()), None].to(dtype)
     ours = moments_and_gradients(case, features, labels, anchors, weights)
     assert_equal(ours, expected)
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="Triton's chunks of this shape are one tile each")
+def test_not_finite_pixel_of_a_tile_of_one_key():
+    case = Case((2, 250, 10, 136), 1000, BF16, labels="mixed")
+    features, labels, anchors = make_features(case), make_labels(case), torch.randn(1000, 250)
+    _, clean, _ = ao.class_moments(features, labels, 1000, anchors=anchors)
+    pixel, channel = 100, 4  # of tile 1; tile 0 has pixels of the same key
+    own = int(labels.view(-1)[pixel])
+    features[0, channel, 0, pixel] = torch.inf
+    _, sums, sqdists = ao.class_moments(features, labels, 1000, anchors=anchors)
+    spoilt = torch.zeros(1000, 250, dtype=torch.bool)
+    spoilt[own, channel] = True
+    assert torch.equal(sums.isfinite(), ~spoilt)
+    torch.testing.assert_close(sums[~spoilt], clean[~spoilt])
+    assert torch.equal(sqdists.isfinite(), torch.arange(1000) != own)
 
 
 @pytest.mark.parametrize(
