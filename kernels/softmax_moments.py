@@ -289,29 +289,29 @@ def softmax_moments(
     batch, num_classes = logits.shape[:2]
     shape = (batch, num_classes) if per_image else (num_classes,)
 
-    def zeros(asked: bool) -> Tensor:
-        return logits.new_zeros(shape if asked else (0,), dtype=torch.int64)
+    def zeros(wanted: bool) -> Tensor:
+        return logits.new_zeros(shape if wanted else (0,), dtype=torch.int64)
 
-    def pixel_map(asked: bool) -> Tensor:
-        return logits.new_empty(labels.shape if asked else (0,), dtype=torch.float32)
+    def pixel_map(wanted: bool) -> Tensor:
+        return logits.new_empty(labels.shape if wanted else (0,), dtype=torch.float32)
 
     counts, hits = zeros(True), zeros(with_hits)
     pixel_losses, lse = pixel_map(with_pixel_losses), pixel_map(with_lse)
-    asked = (True, with_masses, with_masses, with_squares)  # losses, overlaps, masses, squares
+    wanted = (True, with_masses, with_masses, with_squares)  # losses, overlaps, masses, squares
     if labels.numel() == 0:
-        return *(zeros(a).float() for a in asked), pixel_losses, lse, counts, hits
+        return *(zeros(a).float() for a in wanted), pixel_losses, lse, counts, hits
 
     logits = class_planes(logits)
     upsampling = upsampling_of(logits, *labels.shape[1:], align_corners)
     lanes, block = upsampling.lanes, forward_lanes()
-    row_bytes = 4 * sum(asked) * batch * num_classes
+    row_bytes = 4 * sum(wanted) * batch * num_classes
     budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
     tiles = triton.cdiv(lanes, block)
     tiles_per_chunk = triton.cdiv(tiles, min(tiles, max(budget // row_bytes, 1)))
     chunks = triton.cdiv(tiles, tiles_per_chunk)
     partials = [
         logits.new_zeros((batch, chunks, num_classes) if a else (0,), dtype=torch.float32)
-        for a in asked
+        for a in wanted
     ]
     _softmax_moments_kernel[(batch * chunks,)](
         logits,
@@ -343,5 +343,5 @@ def softmax_moments(
         **(without_spills() if architecture().startswith("sm_8") else {}),
     )
     over = 1 if per_image else (0, 1)
-    sums = (p.sum(over) if a else p for p, a in zip(partials, asked, strict=True))
+    sums = (p.sum(over) if a else p for p, a in zip(partials, wanted, strict=True))
     return *sums, pixel_losses, lse, counts, hits

@@ -284,16 +284,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
   const int64_t batch = logits.size(0), height = labels.size(1), width = labels.size(2);
   const int num_classes = static_cast<int>(logits.size(1));
   const int64_t images = per_image ? batch : 1;
-  const auto by_class = [&](bool asked, ScalarType dtype) {
+  const auto by_class = [&](bool wanted, ScalarType dtype) {
     return new_empty(logits,
-                     !asked      ? std::vector<int64_t>{0}
+                     !wanted     ? std::vector<int64_t>{0}
                      : per_image ? std::vector<int64_t>{batch, num_classes}
                                  : std::vector<int64_t>{num_classes},
                      dtype);
   };
-  const auto by_pixel = [&](bool asked, ScalarType dtype) {
+  const auto by_pixel = [&](bool wanted, ScalarType dtype) {
     return new_empty(logits,
-                     asked ? std::vector<int64_t>{batch, height, width} : std::vector<int64_t>{0},
+                     wanted ? std::vector<int64_t>{batch, height, width} : std::vector<int64_t>{0},
                      dtype);
   };
   const Tensor losses = by_class(true, ScalarType::Float);
