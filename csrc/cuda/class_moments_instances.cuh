@@ -38,10 +38,10 @@ template <class T>
 void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
                     const Partials& partials, Stream stream) {
   for_statistics(statistics, input.view, [&]<int STATISTICS, bool CHANNELS_LAST>() {
+    using TileRing = Ring<T, CHANNELS_LAST, false, STAGES<T, STATISTICS>>;
     launch("class_moments_kernel", class_moments_kernel<T, STATISTICS, CHANNELS_LAST>,
-           grid_of(tiling), CHANNELS,
-           Ring<T, CHANNELS_LAST, false>::BYTES + Slots<STATISTICS>::bytes(input.num_keys), stream,
-           input, tiling, partials);
+           grid_of(tiling), CHANNELS, TileRing::BYTES + Slots<STATISTICS>::bytes(input.num_keys),
+           stream, input, tiling, partials);
   });
 }
 

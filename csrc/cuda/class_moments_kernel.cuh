@@ -118,8 +118,8 @@ struct OneHot {
   }
 };
 
-// The sums of successive tiles in which all pixels have the key of this slot. Lane 4n + q has channel
-// 8·q + n of the sums and residuals, and a part of the squared distance.
+// The sums of successive tiles in which all pixels have the key of this slot. Lane 4n + q has
+// channel 8·q + n of the sums and residuals, and a part of the squared distance.
 struct Run {
   int slot = NO_SLOT;
   float sum = 0, residual = 0, sqdist = 0;
@@ -145,7 +145,7 @@ struct Accumulator {
   __device__ __forceinline__ void consume(T* tile, int* keys) {
     int* const own = keys + 2 * lane;  // keys of the lane's two pixels
     const bool has_pixels = lane < TILE<T> / 2;
-    if constexpr (STATISTICS & SQDISTS) {
+    if constexpr (STATISTICS & SQDISTS) {  // uniform tiles: ignored ones, and those with a slot
       const bool differ = has_pixels && (own[0] != keys[0] || own[1] != keys[0]);
       if (__ballot_sync(FULL_WARP, differ) == 0) {
         const int slot = slots.of_key[keys[0]];
@@ -175,11 +175,15 @@ struct Accumulator {
     slots.finish();
   }
 
-  // Adds a tile in which all pixels have the key of this slot. Its anchor is loaded once.
+  // Adds a tile in which all pixels have the key of this slot. Its anchor is loaded once. In 16
+  // bits the residual is Σ f − n·a, as in add_features.
   __device__ __forceinline__ void add_uniform(const T* tile, int slot) {
+    constexpr bool DIRECT = sizeof(T) == 4;  // Σ (f − a)
+    constexpr bool ADDS_FEATURES = STATISTICS & SUMS || (STATISTICS & RESIDUALS && !DIRECT);
     if (slot != run.slot) end_run();
     run.slot = slot;
-    const Vector<float> anchor = load_vector(slots.anchors + slot * PITCH + lane / 4 * 4);
+    const float* const anchors = slots.anchors + slot * PITCH + lane / 4 * 4;
+    const Vector<float> anchor = load_vector(anchors);
     float sums[4] = {}, residuals[4] = {}, squares[4] = {};
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
@@ -190,14 +194,18 @@ struct Accumulator {
         for (int j = 0; j < 4; ++j) {
           const float value = x.at(j, i), residual = value - anchor.elements[j];
           squares[j] = fmaf(residual, residual, squares[j]);
-          if constexpr (STATISTICS & SUMS) sums[j] += value;
-          if constexpr (STATISTICS & RESIDUALS) residuals[j] += residual;
+          if constexpr (ADDS_FEATURES) sums[j] += value;
+          if constexpr (STATISTICS & RESIDUALS && DIRECT) residuals[j] += residual;
         }
       }
     }
     run.sqdist += (squares[0] + squares[1]) + (squares[2] + squares[3]);
-    if constexpr (STATISTICS & SUMS) run.sum += over_columns(sums);
-    if constexpr (STATISTICS & RESIDUALS) run.residual += over_columns(residuals);
+    float sum = 0;
+    if constexpr (ADDS_FEATURES) sum = over_columns(sums);
+    if constexpr (STATISTICS & SUMS) run.sum += sum;
+    if constexpr (STATISTICS & RESIDUALS && DIRECT) run.residual += over_columns(residuals);
+    if constexpr (STATISTICS & RESIDUALS && !DIRECT)
+      run.residual += fmaf(-float{TILE<T>}, anchors[lane % 4], sum);
   }
 
   // Adds over lanes 4n to 4n + 3. Lane 4n + q returns the sum of values[q].
@@ -206,7 +214,8 @@ struct Accumulator {
     float pair[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float kept = upper ? values[i + 2] : values[i], sent = upper ? values[i] : values[i + 2];
+      const float kept = upper ? values[i + 2] : values[i],
+                  sent = upper ? values[i] : values[i + 2];
       pair[i] = kept + __shfl_xor_sync(FULL_WARP, sent, 2);
     }
     return (odd ? pair[1] : pair[0]) + __shfl_xor_sync(FULL_WARP, odd ? pair[0] : pair[1], 1);
@@ -418,14 +427,15 @@ struct Accumulator {
 template <class T, int STATISTICS, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
     class_moments_kernel(const Input<T> input, const Tiling tiling, const Partials partials) {
+  permit_next_kernel();
   // Neighbouring blocks read neighbouring channels.
   const int block = blockIdx.x % tiling.blocks, chunk = blockIdx.x / tiling.blocks;
-  Ring<T, CHANNELS_LAST, false> ring(input, tiling, block, chunk);
+  Ring<T, CHANNELS_LAST, false, STAGES<T, STATISTICS>> ring(input, tiling, block, chunk);
   Accumulator<T, STATISTICS, CHANNELS_LAST> accumulator{
       {partials, tiling, input, block, chunk, ring.end()}};
 
 #pragma unroll 1
-  for (int tile = 1 - STAGES; tile < ring.tiles; ++tile) {
+  for (int tile = 1 - ring.STAGES; tile < ring.tiles; ++tile) {
     ring.advance(tile);
     if (tile >= 0) accumulator.consume(ring.stage(tile), ring.keys(tile));
   }

@@ -24,8 +24,8 @@ constexpr uint8_t NOT_MET = 255, IN_PARTIALS = 254;  // keys without a slot
 __host__ __device__ constexpr unsigned slot_code(int slot) { return slot * PITCH * sizeof(float); }
 
 // The totals of all slots, in the order of a product C (matrices.cuh). Lane 4n + q has slot
-// 16·m + 8·h + n: channel 8·j + 2q + b of its sums and residuals at [j][m][2h + b], and a part of its
-// squared distance at [m][h].
+// 16·m + 8·h + n: channel 8·j + 2q + b of its sums and residuals at [j][m][2h + b], and a part of
+// its squared distance at [m][h].
 template <int STATISTICS>
 struct SlotTotals {
   float sums[4][2][4] = {}, residuals[4][2][4] = {}, sqdists[2][2] = {};

@@ -41,7 +41,7 @@ __device__ __forceinline__ float over_lanes(float value) {
 }
 
 template <int STATISTICS>
-struct SortedSink {
+struct SumsWriter {
   using Output = SortedSums;
 
   const SortedSums out;
@@ -50,7 +50,7 @@ struct SortedSink {
   bool first = true;  // whether no key of the chunk has been stored
 
   template <class T>
-  __device__ SortedSink(const SortedSums& out, const Tiling& tiling, const Input<T>& input,
+  __device__ SumsWriter(const SortedSums& out, const Tiling& tiling, const Input<T>& input,
                         int block, int chunk)
       : out(out),
         chunk(chunk),
@@ -137,13 +137,14 @@ struct SortedAccumulator {
   static constexpr unsigned ALL_TESTED = FULL_WARP >> (32 - TESTED);
 
   const Anchors anchors;
-  SortedSink<STATISTICS> sink;
+  SumsWriter<STATISTICS> writer;
   int key;
   float anchor;
   Totals<STATISTICS> totals;
 
-  __device__ SortedAccumulator(const Anchors& anchors, const SortedSink<STATISTICS>& sink, int key)
-      : anchors(anchors), sink(sink), key(key), anchor(anchor_of(key)) {}
+  __device__ SortedAccumulator(const Anchors& anchors, const SumsWriter<STATISTICS>& writer,
+                               int key)
+      : anchors(anchors), writer(writer), key(key), anchor(anchor_of(key)) {}
 
   __device__ __forceinline__ float anchor_of(int key) const {
     if constexpr (STATISTICS & SQDISTS) return anchors.of_key(key);
@@ -224,7 +225,7 @@ struct SortedAccumulator {
     }
     const Sums sums = totals.total(), other_sums = of_other.total();
     const bool keep = own >> 31;
-    sink.add(keep ? other : key, select(keep, other_sums, sums));
+    writer.add(keep ? other : key, select(keep, other_sums, sums));
     totals = {select(keep, sums, other_sums)};
     key = keep ? key : other;
     anchor = keep ? anchor : other_anchor;
@@ -232,7 +233,7 @@ struct SortedAccumulator {
 
   // Stores the sums of the current key. The next key is then the current one.
   __device__ __forceinline__ void hold(int next) {
-    sink.add(key, totals.total());
+    writer.add(key, totals.total());
     totals = {};
     key = next;
     anchor = anchor_of(key);
@@ -257,7 +258,7 @@ __global__ void __launch_bounds__(CHANNELS, 12)
       input.anchors_of(block), {output, tiling, input, block, chunk}, *ring.cursor.keys);
 
 #pragma unroll 1
-  for (int tile = 1 - STAGES; tile < ring.tiles; ++tile) {
+  for (int tile = 1 - ring.STAGES; tile < ring.tiles; ++tile) {
     ring.advance(tile);
     if (tile < 0) continue;
     const T* pixels = Stage<T, CHANNELS_LAST, true>::channel(ring.stage(tile));
@@ -270,7 +271,7 @@ __global__ void __launch_bounds__(CHANNELS, 12)
       keys += 32;
     }
   }
-  accumulator.sink.finish(accumulator.key, accumulator.totals.total());
+  accumulator.writer.finish(accumulator.key, accumulator.totals.total());
 }
 
 }  // namespace anchorops::cuda

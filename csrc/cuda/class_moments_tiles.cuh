@@ -26,7 +26,9 @@ constexpr int warps_of(int statistics) {
 
 constexpr int CHANNELS = 32;  // of a block, which is one warp
 constexpr int TILE_BYTES = 4096;
-constexpr int STAGES = 2;  // of the ring: one is read while the other is copied
+// Stages of the ring: one is read while the others are copied. With fewer warps, three are faster.
+template <class T, int STATISTICS>
+constexpr int STAGES = sizeof(T) == 4 && STATISTICS == (SUMS | SQDISTS | RESIDUALS) ? 3 : 2;
 constexpr int BATCH = 16;  // elements that a lane loads before it waits for the first
 
 template <class T>
@@ -254,8 +256,7 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys,
     const T* from = first + (bytes > 0 ? column : 0);
 #pragma unroll 1
     for (int i = 0; i < Layout::ROWS; i += STEP)
-      copy_async(to + i * PITCH,
-                 from + (SORTED ? cursor.offset(row + i) : (row + i) * row_stride),
+      copy_async(to + i * PITCH, from + (SORTED ? cursor.offset(row + i) : (row + i) * row_stride),
                  row + i < rows ? bytes : 0);
     return;
   }
@@ -284,8 +285,9 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys,
 }
 
 // The tiles of a chunk, one after the other: while one is read, the next one is copied.
-template <class T, bool CHANNELS_LAST, bool SORTED>
+template <class T, bool CHANNELS_LAST, bool SORTED, int COUNT = 2>
 struct Ring {
+  static constexpr int STAGES = COUNT;
   using Layout = Stage<T, CHANNELS_LAST, SORTED>;
   static constexpr int BYTES = STAGES * (Layout::BYTES + TILE<T> * int{sizeof(int)});
 
@@ -297,11 +299,11 @@ struct Ring {
         tiles(static_cast<int>(
             min(tiling.tiles_per_chunk, tiling.tiles - chunk * tiling.tiles_per_chunk))) {}
 
-  static __device__ __forceinline__ T* stage_at(int slot) {
-    return reinterpret_cast<T*>(shared_memory()) + slot * Layout::ELEMENTS;
+  static __device__ __forceinline__ T* stage_at(int index) {
+    return reinterpret_cast<T*>(shared_memory()) + index * Layout::ELEMENTS;
   }
-  static __device__ __forceinline__ int* keys_at(int slot) {
-    return reinterpret_cast<int*>(shared_memory() + STAGES * Layout::BYTES) + slot * TILE<T>;
+  static __device__ __forceinline__ int* keys_at(int index) {
+    return reinterpret_cast<int*>(shared_memory() + STAGES * Layout::BYTES) + index * TILE<T>;
   }
   static __device__ unsigned char* end() { return shared_memory() + BYTES; }
   __device__ __forceinline__ T* stage(int tile) const { return stage_at(tile % STAGES); }
