@@ -1,4 +1,4 @@
-"""Label maps for the time model: street scenes and random labels; what a kernel does with their tiles."""
+"""Label maps for the time model: street scenes and random labels; the tiles of a chunk."""
 
 from functools import cache
 from typing import NamedTuple

@@ -29,6 +29,7 @@ from sorted_paths import SHARED_BYTES, sorted_forward
 from time_model import (
     CLOCK,
     COPY_BANDWIDTH,
+    EARLY_LAUNCH,
     L2,
     LAUNCH,
     MULTIPROCESSORS,
@@ -91,8 +92,7 @@ class Forward:
         self.copy = self.those(lambda b: b.count("LDGSTS") == most)
         self.keys = self.those(lambda b: b.count("LDGSTS") == 1, 0, self.copy[0])
         self.find = self.those(lambda b: b.count(r"LDS\.U8") == 2, self.copy[-1])[:1]
-        # Tiles whose pixels have the same key: the vote that finds them, their residuals, and the
-        # addition of a run's sums to the totals of its slot.
+        # uniform tiles: the vote that finds them, their residuals, the end of a run
         self.same = self.those(lambda b: b.count("VOTE") > 0, self.copy[-1], self.find[0])
         self.residuals = self.those(lambda b: b.count("FFMA") >= 32)
         self.run = self.those(lambda b: b.count("SHFL") >= 3 and not b.count("FFMA|LDG"))
@@ -102,7 +102,8 @@ class Forward:
         products = self.those(lambda b: b.count("HMMA") > 0, self.features[0])
         # products of the upper half of the slots: the code may skip these blocks
         self.upper = [i for i in products if i + 1 in self.blocks[i - 1].next]
-        self.evict = self.those(lambda b: b.count("STG|SHFL") > 0, products[-1])[:1]
+        evict = self.those(lambda b: b.count("STG|SHFL") > 0, products[-1])
+        self.evict = [i for i in evict if i not in self.run][:1]
 
     def those(self, choice: Choice, first: int = 0, last: int | None = None) -> list[int]:
         return [i for i in range(len(self.blocks))[first:last] if choice(self.blocks[i])]
@@ -168,7 +169,8 @@ def forward(
     bytes_moved = shape.pixels * shape.dim * itemsize
     matrices = (statistics & SUMS > 0) + (statistics & RESIDUALS > 0)
     partial_bytes = 4 * met * (matrices * shape.dim + plan.blocks * bool(statistics & SQDISTS))
-    seconds = (math.floor(waves) * full + rest) / CLOCK + LAUNCH
+    permits = any(block.count("PREEXIT") for block in blocks)
+    seconds = (math.floor(waves) * full + rest) / CLOCK + (EARLY_LAUNCH if permits else LAUNCH)
     seconds += 2 * partial_bytes / COPY_BANDWIDTH
     return Estimate(warps, one, every, waves, bytes_moved / COPY_BANDWIDTH / seconds)
 

@@ -11,8 +11,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -228,6 +228,23 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// A kernel that launch_early launches may start before the kernel before it in the stream has
+// ended, if all blocks of that kernel have called permit_next_kernel() or have ended. Before it
+// reads or writes global memory, each of its threads waits until that kernel's writes are visible.
+__device__ __forceinline__ void permit_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif !defined(__CUDACC__)
+  on_host::wait_for_kernel_before();
+#endif
+}
+
 #ifdef __CUDACC__
 using Stream = cudaStream_t;
 
@@ -253,44 +270,67 @@ inline void fill_zero(void* memory, size_t bytes, [[maybe_unused]] Stream stream
 constexpr size_t MAX_SHARED_BYTES = 99 << 10;
 
 #ifdef __CUDACC__
-// Called once for each kernel and device. The limit is the same for all launches, so host threads
-// that launch at the same time do not interfere. Shared memory that a kernel does not need is used
-// as L1 cache. A kernel that requests none keeps only the 1 KB that each block always needs.
-inline void configure(const char* name, const void* kernel, bool asks_for_shared) {
+// Configures a kernel at its first launch on a device. The limit is the same for all launches, so
+// host threads that launch at the same time do not interfere. Shared memory that a kernel does not
+// need is used as L1 cache. A kernel that requests none keeps only the 1 KB that each block always
+// needs. Returns whether the kernel's code can be launched early: this depends on the architecture
+// that it was compiled for.
+inline bool configure(const char* name, const void* kernel, bool asks_for_shared) {
   static std::mutex mutex;
-  static std::set<std::pair<int, const void*>> configured;
+  static std::map<std::pair<int, const void*>, bool> configured;
   constexpr int PERCENT_FOR_BLOCKS = 14;  // 32 KB on sm_80 and sm_90, 14 KB on sm_86
   int device = 0;
   check(cudaGetDevice(&device), name);
   const std::lock_guard lock(mutex);
-  if (configured.contains({device, kernel})) return;
+  const auto found = configured.find({device, kernel});
+  if (found != configured.end()) return found->second;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MAX_SHARED_BYTES),
         name);
   check(cudaFuncSetAttribute(
             kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
             asks_for_shared ? int{cudaSharedmemCarveoutMaxShared} : PERCENT_FOR_BLOCKS),
         name);
-  configured.emplace(device, kernel);
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), name);
+  return configured[{device, kernel}] = attributes.ptxVersion >= 90;
 }
 #endif
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...); no launch if the grid is empty. If
-// the launch fails, throws an error with the kernel's name.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-            size_t shared_bytes, [[maybe_unused]] Stream stream, const Arguments&... arguments) {
+void launch_kernel(bool early, const char* name, void (*kernel)(Parameters...), dim3 grid,
+                   dim3 block, size_t shared_bytes, [[maybe_unused]] Stream stream,
+                   const Arguments&... arguments) {
   if (size_t{grid.x} * grid.y * grid.z == 0) return;
 #ifdef __CUDACC__
-  configure(name, reinterpret_cast<const void*>(kernel), shared_bytes > 0);
-  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
-  check(cudaGetLastError(), name);
+  early &= configure(name, reinterpret_cast<const void*>(kernel), shared_bytes > 0);
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t config{grid, block, shared_bytes, stream, &attribute, early ? 1u : 0u};
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 #else
   if (shared_bytes > MAX_SHARED_BYTES)
     throw std::logic_error(std::string(name) + ": more shared memory than every GPU has");
   if (grid.x > 0x7fffffff || std::max(grid.y, grid.z) > 65535 || block.x * block.y * block.z > 1024)
     throw std::logic_error(std::string(name) + ": more blocks or threads than a GPU takes");
-  on_host::launch(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
+  on_host::launch(name, grid, block, shared_bytes, early, [&] { kernel(arguments...); });
 #endif
+}
+
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...); no launch if the grid is empty. If
+// the launch fails, throws an error with the kernel's name.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            size_t shared_bytes, Stream stream, const Arguments&... arguments) {
+  launch_kernel(false, name, kernel, grid, block, shared_bytes, stream, arguments...);
+}
+
+// The same for a kernel that calls wait_for_kernel_before(). From sm_90 on its blocks are resident
+// when the kernel before ends.
+template <class... Parameters, class... Arguments>
+void launch_early(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                  size_t shared_bytes, Stream stream, const Arguments&... arguments) {
+  launch_kernel(true, name, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace anchorops

@@ -117,14 +117,26 @@ def test_label_maps():
     assert all(len(np.unique(image)) > 5 for image in images)
 
 
-def test_passes_of_a_chunk():
-    """Over tiles of class_moments_kernel, which has 32 slots."""
+def test_tiles_of_a_chunk():
+    """For class_moments_kernel, which has 32 slots."""
+    Pass, Uniform = label_maps.Pass, label_maps.Uniform
     keys = np.concatenate([np.full(64, -1), np.repeat([1, 2], 32), np.full(64, 2), np.arange(64)])
-    ignored, two, one, many = label_maps.passes_of_chunk(keys, 64)
-    assert ignored == (label_maps.Pass(0, 0),)
-    assert two == (label_maps.Pass(2, 2),)
-    assert one == (label_maps.Pass(0, 2),)
-    assert many == (label_maps.Pass(30, 32, True), label_maps.Pass(32, 32))
+    many = (Pass(30, 32, True), Pass(32, 32))
+    assert label_maps.tiles_of_chunk(keys, 64, False) == [
+        (Pass(0, 0),),
+        (Pass(2, 2),),
+        (Pass(0, 2),),
+        many,
+    ]
+    assert label_maps.tiles_of_chunk(keys, 64, True) == [
+        Uniform(True),
+        (Pass(2, 2),),
+        Uniform(False),
+        many,
+    ]
+    keys = np.repeat([1, 1, 1, 2, 2, 2, 1], 64)
+    ends = [getattr(tile, "ends_run", None) for tile in label_maps.tiles_of_chunk(keys, 64, True)]
+    assert ends == [None, False, False, None, True, False, True]
 
 
 def test_bank_cycles():

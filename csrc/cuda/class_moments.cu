@@ -42,6 +42,7 @@ constexpr int THREADS = 256;
 // Reads each partial and writes each result once. Each thread adds every slices-th partial of a
 // result; then half of the threads add the sums of the other half, and so on.
 __global__ void __launch_bounds__(THREADS) add_partials_kernel(const Reductions all) {
+  wait_for_kernel_before();
   const Reduction own = blockIdx.y == 0 ? all.of[0] : blockIdx.y == 1 ? all.of[1] : all.of[2];
   const int width = THREADS / own.slices, slice = threadIdx.x / width;
   const int64_t i = int64_t{blockIdx.x} * width + threadIdx.x % width;
@@ -69,8 +70,8 @@ void add_partials(Reductions all, Stream stream) {
     while (each.slices < THREADS && each.slices * 8 < each.count) each.slices *= 2;
     blocks = std::max(blocks, ceil_div(all.num_keys * each.width, int64_t{THREADS} / each.slices));
   }
-  launch("add_partials_kernel", add_partials_kernel, dim3(static_cast<unsigned>(blocks), 3),
-         THREADS, THREADS * sizeof(double), stream, all);
+  launch_early("add_partials_kernel", add_partials_kernel, dim3(static_cast<unsigned>(blocks), 3),
+               THREADS, THREADS * sizeof(double), stream, all);
 }
 
 // Pixels in the order of their keys: the offset of each, and its key.

@@ -54,12 +54,14 @@ struct Fiber {
   char* received_tokens[32];
   std::vector<std::pair<Copy, int>> copies;  // each with its group
   int groups = 0;
+  bool has_waited_for_kernel = false;
 };
 
 struct Launch {
   const char* name;
   dim3 grid, block;
   size_t shared_bytes;
+  bool early;
   const std::function<void()>* kernel;
   char begin, end;  // tokens that order a launch after earlier code, and before later code
 };
@@ -123,6 +125,8 @@ class Worker {
     acquire(&worker.launch_->begin);
     acquire(&worker.end_of_block_);
     (*worker.launch_->kernel)();
+    if (worker.launch_->early && !worker.fiber().has_waited_for_kernel)
+      worker.fail("was launched early and has not waited for the kernel before");
     release(&worker.end_of_block_);
     release(&worker.launch_->end);
     worker.wait(Waits::FOREVER);
@@ -146,6 +150,7 @@ class Worker {
       fiber.warp_barriers = 0;
       fiber.copies.clear();
       fiber.groups = 0;
+      fiber.has_waited_for_kernel = false;
     }
     barriers_passed = 0;
     for (;;) {
@@ -237,13 +242,13 @@ thread_local Worker* Worker::current = nullptr;
 // Launches of kernels and zeroed memory, for tests that count them.
 static std::atomic<int> launches = 0;
 
-void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, bool early,
             const std::function<void()>& kernel) {
   static std::mutex one_at_a_time;
   std::lock_guard lock(one_at_a_time);
   ++launches;
   static Worker workers[2] = {Worker(0), Worker(1)};
-  Launch job{name, grid, block, shared_bytes, &kernel, 0, 0};
+  Launch job{name, grid, block, shared_bytes, early, &kernel, 0, 0};
   release(&job.begin);
   {
     std::jthread even([&] { workers[0].run(job); });
@@ -256,6 +261,8 @@ void fill_zero(void* memory, size_t bytes) {
   ++launches;
   std::memset(memory, 0, bytes);
 }
+
+void wait_for_kernel_before() { Worker::current->fiber().has_waited_for_kernel = true; }
 
 Place place() { return Worker::current->place; }
 

@@ -49,8 +49,10 @@ struct Place {
 };
 Place place();
 
-void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
+// early: every thread must call wait_for_kernel_before().
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, bool early,
             const std::function<void()>& kernel);
+void wait_for_kernel_before();
 unsigned char* shared_memory();
 void check_alignment(const void* address, size_t alignment);
 

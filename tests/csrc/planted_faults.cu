@@ -20,11 +20,13 @@ enum class Fault {
   BARRIER_FOR_SOME,
   TOO_MUCH_SHARED,
   TOO_MANY_ROWS_OF_BLOCKS,
+  NOT_WAITED_FOR_KERNEL,
 };
 
 // Rotates the numbers of each block by one position, through shared memory, in three ways.
 template <Fault FAULT>
 __global__ void rotate_kernel(const float* in_ptr, float* out_ptr) {
+  if (FAULT != Fault::NOT_WAITED_FOR_KERNEL || threadIdx.x < THREADS - 1) wait_for_kernel_before();
   auto* shared = reinterpret_cast<float*>(shared_memory());
   const unsigned thread = threadIdx.x, next = (thread + 1) % THREADS, lane = thread % 32;
   const float* block_in = in_ptr + blockIdx.x * THREADS;
@@ -65,8 +67,8 @@ void rotate(const float* in_ptr, float* out_ptr, unsigned blocks) {
   constexpr size_t SHARED_BYTES =
       FAULT == Fault::TOO_MUCH_SHARED ? MAX_SHARED_BYTES + 4 : THREADS * sizeof(float);
   const dim3 grid(blocks, FAULT == Fault::TOO_MANY_ROWS_OF_BLOCKS ? 65536 : 1);
-  launch("rotate_kernel", rotate_kernel<FAULT>, grid, THREADS, SHARED_BYTES, nullptr, in_ptr,
-         out_ptr);
+  launch_early("rotate_kernel", rotate_kernel<FAULT>, grid, THREADS, SHARED_BYTES, nullptr, in_ptr,
+               out_ptr);
 }
 
 }  // namespace
@@ -88,5 +90,6 @@ extern "C" [[gnu::visibility("default")]] void rotate(const char* fault, const f
   PLANT(BARRIER_FOR_SOME);
   PLANT(TOO_MUCH_SHARED);
   PLANT(TOO_MANY_ROWS_OF_BLOCKS);
+  PLANT(NOT_WAITED_FOR_KERNEL);
 #undef PLANT
 }
