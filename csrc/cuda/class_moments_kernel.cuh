@@ -157,9 +157,10 @@ struct Accumulator {
     for (;;) {
       const int2 found = slots.find(has_pixels ? own[0] : -1, has_pixels ? own[1] : -1);
       if (has_pixels) slots.place(found);
-      if (has_pixels && slots.used == SLOTS) {  // pixels with a slot are added below
-        if (found.x != NO_SLOT) own[0] = -1;
-        if (found.y != NO_SLOT) own[1] = -1;
+      if (slots.used == SLOTS) {  // pixels with a slot are added below
+        __syncwarp();             // all lanes have read keys[0]
+        if (has_pixels && found.x != NO_SLOT) own[0] = -1;
+        if (has_pixels && found.y != NO_SLOT) own[1] = -1;
       }
       add(tile);
       if (slots.used < SLOTS) return;
