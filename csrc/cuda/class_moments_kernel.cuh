@@ -133,7 +133,9 @@ struct Accumulator {
   // There are too few registers for the features and the products of squares at the same time, so
   // the features are read twice.
   static constexpr bool RELOADS =
-      STATISTICS == (SUMS | SQDISTS | RESIDUALS) || (STATISTICS != SQDISTS && sizeof(T) == 4);
+      STATISTICS & SQDISTS && STATISTICS != SQDISTS &&
+      (sizeof(T) == 4 || STATISTICS == (SUMS | SQDISTS | RESIDUALS) ||
+       (CHANNELS_LAST && (STATISTICS & RESIDUALS || std::is_same_v<T, Half>)));
   // A pixel with a larger squared residual is added alone. In a product it could make the sums of
   // other slots infinite or NaN.
   static constexpr float LARGEST = 0x1p100f;
