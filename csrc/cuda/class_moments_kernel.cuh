@@ -134,8 +134,7 @@ struct Accumulator {
   // the features are read twice.
   static constexpr bool RELOADS =
       STATISTICS & SQDISTS && STATISTICS != SQDISTS &&
-      (sizeof(T) == 4 || STATISTICS == (SUMS | SQDISTS | RESIDUALS) ||
-       (CHANNELS_LAST && (STATISTICS & RESIDUALS || std::is_same_v<T, Half>)));
+      (sizeof(T) == 4 || CHANNELS_LAST || STATISTICS == (SUMS | SQDISTS | RESIDUALS));
   // A pixel with a larger squared residual is added alone. In a product it could make the sums of
   // other slots infinite or NaN.
   static constexpr float LARGEST = 0x1p100f;

@@ -17,11 +17,11 @@ constexpr int SUMS = 1, SQDISTS = 2, RESIDUALS = 4;  // statistics
 template <class T>
 constexpr int warps_of(int statistics) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  constexpr int MOST = SUMS | SQDISTS;
+  const bool many = statistics & SQDISTS && statistics != SQDISTS;
 #else
-  constexpr int MOST = SUMS | SQDISTS | RESIDUALS;
+  const bool many = statistics == (SUMS | SQDISTS | RESIDUALS);
 #endif
-  return sizeof(T) == 4 && (statistics & MOST) == MOST ? 8 : 12;
+  return sizeof(T) == 4 && many ? 8 : 12;
 }
 
 constexpr int CHANNELS = 32;  // of a block, which is one warp
