@@ -59,7 +59,7 @@ def _center_loss_kernel(
         weight = tl.load(weight_ptr + e[:, None] * channels + c[None, :], mask=mask, other=0.0)
         hidden += tl.sum(weight * center[None, :], 1)
 
-    positive = tl.maximum(hidden, 0.0)
+    positive = tl.where(hidden < 0, 0.0, hidden)  # tl.maximum would hide NaN
     norm = tl.sqrt(tl.sum(positive * positive, 0))
     length = tl.maximum(norm, 1e-12)
     unit = positive / length
@@ -96,7 +96,7 @@ def _center_loss_kernel(
         dquery += tl.sum(dlogits[:, None] * etf, 0)
     dunit = scale * dquery * kept
     product = tl.where(norm < 1e-12, 0.0, tl.sum(dunit * unit, 0))
-    dhidden = tl.where(hidden > 0, (dunit - product * unit) / length, 0.0) * present
+    dhidden = tl.where(hidden <= 0, 0.0, (dunit - product * unit) / length) * present
     tl.store(dhidden_ptr + r * dim + e, dhidden, mask=some)
     for start in range(0, channels, BLOCK):
         c = start + tl.arange(0, BLOCK)

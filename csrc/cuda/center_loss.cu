@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(THREADS) center_loss_kernel(Inputs in, Results
 
   float squares = 0;
   for (int e = thread; e < in.dim; e += THREADS) {
-    hidden[e] = fmaxf(hidden[e] + in.bias[e], 0);
+    const float h = hidden[e] + in.bias[e];
+    hidden[e] = h < 0 ? 0 : h;  // fmaxf would hide NaN
     squares += hidden[e] * hidden[e];
   }
   const float norm = sqrtf(sum_of_block(squares, memory)), length = fmaxf(norm, SHORTEST);
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(THREADS) center_loss_kernel(Inputs in, Results
   if (norm < SHORTEST) product = 0;
   for (int e = thread; e < in.dim; e += THREADS) {
     const float dhidden = (query[e] - product * hidden[e] / length) / length;
-    query[e] = present && hidden[e] > 0 ? dhidden : 0;
+    query[e] = present && !(hidden[e] <= 0) ? dhidden : 0;
     results.dhidden[row * in.dim + e] = query[e];
   }
   __syncthreads();

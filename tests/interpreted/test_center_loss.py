@@ -83,6 +83,21 @@ def test_a_hidden_layer_of_zeros_has_no_gradient():
     assert not any(x.grad.any() for x in tensors)
 
 
+def test_a_center_that_is_nan_is_in_the_loss_and_the_gradient():
+    counts, tensors, etf, prior, _ = example(0, 5, 6, 7, 1)
+    tensors[0][2] = torch.nan
+    options = {"eps": 1e-5, "scale": 5.0, "dropout": 0.0, "loss_weight": 0.7}
+    for function in (center_loss, reference.center_loss):
+        sums, *rest = (x.detach().requires_grad_() for x in tensors)
+        moments = UpsampledSums(counts, sums, *rest[:2])
+        loss, number = function(
+            moments, tuple(rest[2:4]), tuple(rest[4:]), etf, prior, None, **options
+        )
+        loss.backward()
+        assert loss.isnan() and number == 4
+        assert sums.grad.isnan().any(1).tolist() == [False, False, True, False, False]
+
+
 def test_operator():
     counts, tensors, etf, prior, noise = example(0, 5, 6, 7, 1)
     operator = getattr(torch.ops.anchorops.center_loss, BACKEND)
