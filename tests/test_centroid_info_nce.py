@@ -138,6 +138,18 @@ def test_in_parts(monkeypatch):
     assert torch.autograd.gradgradcheck(losses, leaves)
 
 
+def test_in_parts_under_a_transform(monkeypatch):
+    module = sys.modules["anchorops.reference.centroid_info_nce"]
+    queries, keys, _ = inputs(None, False)
+
+    def loss(keys: Tensor) -> Tensor:
+        return unchecked_info_nce(queries.detach(), keys, temperature=0.5)
+
+    (expected,) = torch.autograd.grad(loss(keys.requires_grad_()), keys)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 1)
+    torch.testing.assert_close(torch.func.grad(loss)(keys.detach()), expected)
+
+
 def test_memory():
     """4096 × 4096 logits are 64 MiB in float32; the formula for all of them needs 4.5 tensors of
     this size. In parts it needs about 100 MiB, some of it pages that the allocator keeps."""

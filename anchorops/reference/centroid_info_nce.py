@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .._checks import in_transform
+
 LOGITS_AT_ONCE = 2**23  # 32 MiB in float32; more are computed in parts, and again for the gradient
 LOGITS_OF_PART = 2**20  # the formula needs a few copies of them
 
@@ -49,7 +51,9 @@ def centroid_info_nce(
         flat = None if positives is None else positives.flatten(0, -2)
         rows = queries.flatten(0, -2), flat, present.flatten(), own
         given = keys, bias, present_keys, temperature
-        if shape.numel() * num_classes <= LOGITS_AT_ONCE:
+        # torch.func's transforms do not support torch.utils.checkpoint.
+        transformed = any(x is not None and in_transform(x) for x in (queries, keys, bias, flat))
+        if transformed or shape.numel() * num_classes <= LOGITS_AT_ONCE:
             losses = _losses(rows, *given)
         else:
             most = max(LOGITS_OF_PART // num_classes, 1)
