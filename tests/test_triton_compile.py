@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="CPU builds of torch do not include Triton"
 KERNELS = (
     "_several_keys_kernel",
     "_sorted_pixels_kernel",
-    "_dlogits_kernel",
+    "_centroid_info_nce_bwd_kernel",
     "_softmax_moments_kernel",
 )
 REPORT = Path(__file__).parents[1] / "bench" / "kernels_report.py"
