@@ -185,7 +185,7 @@ GOAL_OF_RANDOM = 0.6
 FLOORS = {
     (2, SUMS): (94, 95, 93, 36),
     (2, SQDISTS): (93, 97, 86, 18),
-    (2, SUMS | SQDISTS): (91, 91, 59, 13),
+    (2, SUMS | SQDISTS): (91, 91, 57, 13),
     (2, SQDISTS | RESIDUALS): (90, 89, 51, 13),
     (2, SUMS | SQDISTS | RESIDUALS): (89, 88, 49, 10),
     (4, SUMS): (95, 96, 76, 33),
