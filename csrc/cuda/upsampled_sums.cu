@@ -13,6 +13,7 @@
 // partials have 16 MB, 8 µs.
 #include "../labels.h"
 #include "splat.cuh"
+#include "warps.cuh"
 
 namespace anchorops::cuda {
 namespace {
@@ -150,11 +151,6 @@ __global__ void __launch_bounds__(THREADS, 4)
   moments[0] = own.count;
   moments[view.channels] = own.mean;
   moments[2 * view.channels] = own.squares;
-}
-
-__device__ float sum_of_warp(float value) {
-  for (int lanes = 16; lanes; lanes /= 2) value += __shfl_xor_sync(FULL_WARP, value, lanes);
-  return value;
 }
 
 // Adds the partials of each group of `parts` blocks. The last blocks add the moments of all blocks,
