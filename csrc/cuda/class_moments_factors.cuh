@@ -1,0 +1,118 @@
+// The factors of the products on tensor cores: the features of a group of pixels, and the one-hot
+// matrix of the pixels' slots. Float32 numbers are split exactly into three bfloat16 numbers each.
+#pragma once
+
+#include "class_moments_slots.cuh"
+
+namespace anchorops::cuda {
+
+// The features of a group, in the order of a matrix B (matrices.cuh). Lane 4n + q has channel
+// 8·j + n at [j], and pixel 8·i + 2q + b of this channel at [2·i + b].
+template <class T, bool CHANNELS_LAST>
+struct Features {
+  using Layout = Stage<T, CHANNELS_LAST, false>;
+  using Element = T;               // the type of the factors
+  static constexpr int TERMS = 1;  // factors for each feature
+  unsigned pairs[4][4];
+
+  Features() = default;
+  __device__ __forceinline__ explicit Features(const T* group) {
+    const int matrix = threadIdx.x / 8 * 8, row = threadIdx.x % 8;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if constexpr (CHANNELS_LAST)
+        load_matrices<true>(pairs[j], group + (matrix + row) * Layout::PITCH + 8 * j);
+      else
+        load_matrices<false>(pairs[j], group + (8 * j + row) * Layout::PITCH + matrix);
+  }
+  __device__ __forceinline__ bool are_finite() const {
+    unsigned zeros = 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) zeros = add_zeros_of<T>(pairs[i / 4][i % 4], zeros);
+    return (zeros & 0x7fff7fff) == 0;
+  }
+  __device__ __forceinline__ float at(int j, int pixel) const {
+    const unsigned pair = pairs[j][pixel / 2];
+    if constexpr (std::is_same_v<T, BFloat16>)
+      return __uint_as_float(pixel % 2 ? pair & 0xffff0000 : pair << 16);
+    T half;
+    const auto bits = static_cast<uint16_t>(pixel % 2 ? pair >> 16 : pair);
+    memcpy(&half, &bits, sizeof half);
+    return static_cast<float>(half);
+  }
+  __device__ __forceinline__ void terms(int j, int pair, unsigned (&terms)[1]) const {
+    terms[0] = pairs[j][pair];
+  }
+};
+
+template <bool CHANNELS_LAST>
+struct Features<float, CHANNELS_LAST> {
+  using Layout = Stage<float, CHANNELS_LAST, false>;
+  using Element = BFloat16;
+  static constexpr int TERMS = 3;
+  float values[4][8];
+
+  Features() = default;
+  __device__ __forceinline__ explicit Features(const float* group) {
+    const int column = threadIdx.x / 4, row = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int channel = 8 * j + column, pixel = row + i / 2 * 8 + i % 2;
+        values[j][i] = group[CHANNELS_LAST ? pixel * Layout::PITCH + channel
+                                           : channel * Layout::PITCH + pixel];
+      }
+    }
+  }
+  __device__ __forceinline__ bool are_finite() const {
+    float total = 0;  // it remains 0 if all features are finite
+#pragma unroll
+    for (int i = 0; i < 32; ++i) total = fmaf(values[i / 8][i % 8], 0.f, total);
+    return total == 0;
+  }
+  __device__ __forceinline__ float at(int j, int pixel) const { return values[j][pixel]; }
+  __device__ __forceinline__ void terms(int j, int pair, unsigned (&terms)[3]) const {
+    split(values[j][2 * pair], values[j][2 * pair + 1], terms);
+  }
+};
+
+// The one-hot matrix of the pixels of a tile, for 16 slots.
+template <int GROUPS>
+struct OneHot {
+  unsigned ones[2 * GROUPS][4];
+
+  __device__ __forceinline__ OneHot(const Vector<unsigned> (&pairs)[GROUPS], int first_slot) {
+#pragma unroll
+    for (int i = 0; i < 8 * GROUPS; ++i) {
+      const unsigned slot = slot_code(first_slot + 8 * (i % 2) + threadIdx.x / 4);
+      ones[i / 4][i % 4] = ones_where_equal(pairs[i / 8].elements[i / 2 % 4], slot * 0x10001);
+    }
+  }
+
+  // For each slot: the sum of the first terms, and the sum of the other terms.
+  template <class Element, int TERMS>
+  __device__ __forceinline__ void multiply(const unsigned (&terms)[4 * GROUPS][TERMS],
+                                           float (&first)[4], float (&rest)[4]) const {
+    float sums[TERMS][4] = {};
+#pragma unroll
+    for (int term = 0; term < TERMS; ++term) {
+#pragma unroll
+      for (int s = 0; s < 2 * GROUPS; ++s) {
+        const unsigned factor[2] = {terms[2 * s][term], terms[2 * s + 1][term]};
+        unsigned of_step[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)  // float16 has other bits for 1
+          of_step[i] = std::is_same_v<Element, Half> ? ones[s][i] & 0x3c003c00 : ones[s][i];
+        multiply_add<Element>(sums[term], of_step, factor);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      first[i] = sums[0][i];
+      rest[i] = TERMS == 3 ? sums[TERMS - 1][i] + sums[TERMS / 2][i] : 0;
+    }
+  }
+};
+
+}  // namespace anchorops::cuda
