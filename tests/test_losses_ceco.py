@@ -1,6 +1,7 @@
 """CeCo compared with numbers of the released code, and its weights with the upsampled tensor."""
 
 import copy
+import re
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,26 @@ def test_synchronized_batch_norm_of_one_process() -> None:
 def test_batch_norm_needs_two_pixels() -> None:
     with pytest.raises(ValueError, match="CeCo: features: expected more than one pixel"):
         ao.CeCo(5, 6)(torch.randn(1, 6, 1, 1), torch.zeros(1, 2, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [
+        (nn.BatchNorm2d(128, momentum=None), "running statistics and a momentum that is a number"),
+        (nn.BatchNorm2d(128, track_running_stats=False), "running statistics and a momentum"),
+        (nn.BatchNorm2d(128, affine=False), "a BatchNorm2d or SyncBatchNorm with affine=True"),
+        (nn.BatchNorm2d(64), "a batch norm of 128 channels"),
+        (nn.GroupNorm(4, 128), "a BatchNorm2d or SyncBatchNorm"),
+        (nn.Identity(), "a BatchNorm2d or SyncBatchNorm"),
+    ],
+    ids=repr,
+)
+def test_replaced_batch_norm(norm: nn.Module, expected: str) -> None:
+    ceco = ao.CeCo(5, 6)
+    ceco.add_module("norm", norm)
+    message = f"^CeCo: norm: expected .*{expected}.*, got {re.escape(repr(norm))}$"
+    with pytest.raises(ValueError, match=message):
+        ceco(torch.randn(2, 6, 4, 4), torch.zeros(2, 8, 8, dtype=torch.long))
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 4, 4), (2, 6, 9), (8, 6)])

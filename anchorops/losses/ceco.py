@@ -144,8 +144,14 @@ class CeCo(Regularizer):
         """Mean and variance for the batch norm, from those of this rank's pixels. In training, this
         updates the running statistics."""
         norm = self.norm
-        assert norm.running_mean is not None and norm.running_var is not None
-        assert norm.num_batches_tracked is not None and norm.momentum is not None
+        if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or not norm.affine:
+            fail("CeCo", "norm", "a BatchNorm2d or SyncBatchNorm with affine=True", norm)
+        if norm.num_features != len(mean):
+            fail("CeCo", "norm", f"a batch norm of {len(mean)} channels", norm)
+        if norm.running_mean is None or norm.running_var is None or norm.momentum is None:
+            expected = "running statistics and a momentum that is a number"
+            fail("CeCo", "norm", f"a batch norm with {expected}", norm)
+        assert norm.num_batches_tracked is not None  # as the running statistics
         if torch.compiler.is_compiling() and norm.training:
             torch.ops.anchorops.first_pass(norm.running_mean, "CeCo")
         group = self.process_group
