@@ -119,7 +119,7 @@ def launch_groups() -> None:
 def launch_upsampled(dtype: torch.dtype, layout: torch.memory_format) -> None:
     """Sums of upsampled features and their gradient, as in CeCo at the HRNet shape."""
     features = torch.empty((8, 128, 128, 256), dtype=dtype, device="meta", memory_format=layout)
-    keys = torch.empty((8, 512, 1024), dtype=torch.int32, device="meta")
+    keys = torch.empty((8, 512, 1024), dtype=torch.uint8, device="meta")
     sums, mean, variance = upsampled_sums.upsampled_sums(features, keys, 19, 19)
     for moments in ((mean, variance), (None, None)):
         upsampled_sums_backward.upsampled_sums_backward(features, keys, sums, mean, *moments, 19)

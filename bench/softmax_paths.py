@@ -272,7 +272,7 @@ def cuda_kernels(library: Library, shape: Shape) -> list[tuple[str, Kernel]]:
     def stage(classes: int) -> int:
         return 9 * 33 * (12 + 4 * classes)
 
-    keys, shifts = "class_keys_kernel<long>", "softmax_shifts_kernel<1>"
+    keys, shifts = "class_keys_kernel<long, int>", "softmax_shifts_kernel<1>"
     dlogits = "softmax_dlogits_kernel<false>"
     positions, pixels = batch * height * width, shape.pixels
     label_pass = kernel(

@@ -36,6 +36,22 @@ void for_label_dtype(const char* operation, torch::headeronly::ScalarType dtype,
   }
 }
 
+// Calls function with a value of the keys' type: int32, or a smaller one for classes alone.
+template <class Function>
+void for_key_dtype(const char* operation, torch::headeronly::ScalarType dtype, Function function) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Byte:
+      return function(uint8_t{});
+    case ScalarType::Short:
+      return function(int16_t{});
+    case ScalarType::Int:
+      return function(int32_t{});
+    default:
+      STD_TORCH_CHECK(false, operation, ": keys: unexpected dtype");
+  }
+}
+
 // The keys of all pixels are contiguous, because kernels read them consecutively.
 inline void check_keys(const char* operation, const torch::stable::Tensor& keys, int64_t pixels) {
   STD_TORCH_CHECK(keys.is_contiguous() && keys.numel() == pixels, operation,

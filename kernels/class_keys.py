@@ -24,7 +24,7 @@ def add_counts(counts_ptr, key):
 @triton.jit(do_not_specialize=["tiles_per_image"])
 def _class_keys_kernel(
     labels_ptr,  # integer [B, H', W'], by strides
-    keys_ptr,  # int32 [B, P]
+    keys_ptr,  # int32, or a smaller dtype for classes alone [B, P]
     counts_ptr,  # int64 [K] or [B, K], zero on entry
     pixels,
     width,
@@ -39,11 +39,12 @@ def _class_keys_kernel(
     num_classes,
     ignore_index,
     PER_IMAGE: tl.constexpr,
+    IMAGE_IN_KEY: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     RESIZE: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Reads each used label once, writes 4 bytes per pixel. The counts use integer atomics, two for
+    """Reads each used label once, writes one key per pixel. The counts use integer atomics, two for
     each key of a tile; their order does not matter."""
     tile = tl.program_id(0)
     image = tile // tiles_per_image
@@ -63,21 +64,27 @@ def _class_keys_kernel(
     label = label.to(tl.int64)
     valid = inside & (label >= 0) & (label < num_classes) & (label != ignore_index)
     key = label.to(tl.int32)
-    if PER_IMAGE:
-        key += image * num_classes
-    key = tl.where(valid, key, -1)
+    counted = key + image * num_classes if PER_IMAGE else key
+    key = tl.where(valid, counted if IMAGE_IN_KEY else key, -1).to(keys_ptr.dtype.element_ty)
     tl.store(keys_ptr + image.to(tl.int64) * pixels + pixel, key, mask=inside)
 
-    add_counts(counts_ptr, key)
+    add_counts(counts_ptr, tl.where(valid, counted, -1))
 
 
 def class_keys(
-    labels: Tensor, height: int, width: int, num_classes: int, per_image: bool, ignore_index: int
+    labels: Tensor,
+    height: int,
+    width: int,
+    num_classes: int,
+    per_image: bool,
+    ignore_index: int,
+    class_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """labels [B, H', W'] -> keys int32 [B, height·width], counts int64 [K] or [B, K]."""
+    """labels [B, H', W'] -> keys int32 [B, height·width], counts int64 [K] or [B, K]. With
+    class_dtype, keys are the classes alone, in this dtype."""
     batch, source_height, source_width = labels.shape
     pixels = height * width
-    keys = labels.new_empty((batch, pixels), dtype=torch.int32)
+    keys = labels.new_empty((batch, pixels), dtype=class_dtype or torch.int32)
     shape = (batch, num_classes) if per_image else (num_classes,)
     counts = labels.new_zeros(shape, dtype=torch.int64)
     if keys.numel() == 0:
@@ -102,6 +109,7 @@ def class_keys(
         num_classes,
         ignore_index,
         PER_IMAGE=per_image,
+        IMAGE_IN_KEY=per_image and class_dtype is None,
         HAS_ROWS=resize or not (height == 1 or stride_y == width * stride_x),
         RESIZE=resize,
         BLOCK_P=BLOCK_P,

@@ -35,8 +35,15 @@ def labels_around(feature, labels, features, step, labels_each, BLOCK_L: tl.cons
 
 
 @triton.jit
+def as_int32(keys):
+    """−1 where ignored."""
+    wide = keys.to(tl.int32)
+    return tl.where(wide == 255, -1, wide) if keys.dtype == tl.uint8 else wide
+
+
+@triton.jit
 def splat_key(
-    keys_ptr,  # int32 [label_height, label_width], −1 where ignored
+    keys_ptr,  # [label_height, label_width], −1, or 255 in uint8, where ignored
     key,
     first,
     y,
@@ -61,7 +68,8 @@ def splat_key(
         row = first_row + i + tl.arange(0, 1)  # not a scalar, which no mask in the interpreter is
         inside, weight = _weights(row, y, label_height, height, step)
         offset = row.to(tl.int64)[:, None] * label_width + columns
-        keys = tl.load(keys_ptr + offset, mask=around & inside[:, None], other=-1)
+        mask = around & inside[:, None]
+        keys = tl.where(mask, as_int32(tl.load(keys_ptr + offset, mask=mask, other=0)), -1)
         total += weight * tl.sum(tl.where(keys == key, weights, 0.0), 1)
         larger = tl.minimum(larger, tl.where((keys > after) & (keys != first), keys, NO_KEY))
     return total, tl.min(tl.min(larger, 1), 0)

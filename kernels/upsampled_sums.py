@@ -12,22 +12,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import PARTIALS_IN_CACHE, as_pixels, programs, without_spills
-from .splat import NO_KEY, axis, labels_around, splat_key
+from .launch import as_pixels, programs, without_spills
+from .splat import NO_KEY, as_int32, axis, labels_around, splat_key
 
-_MOST_CHUNKS = 512
+_MOST_CHUNKS, _MOST_BYTES = 512, 10 * 2**20  # of partials
 _ROWS, _BLOCK_E = tl.constexpr(64), 64  # partials, and elements of each, that are added at once
 
 
 @triton.jit(do_not_specialize=["chunks", "chunk_tiles", "label_rows"])
 def _upsampled_sums_kernel(
     features_ptr,
-    keys_ptr,  # int32 [B, label_height, label_width], −1 where ignored
+    keys_ptr,  # [B, label_height, label_width], −1, or 255 in uint8, where ignored
     partials_ptr,  # float32 [B·chunks, K, C]
     moments_ptr,  # float32 [B·chunks, 3, C]: pixels, means, sums of squared deviations
     channels,
     num_classes,
-    first_keys,  # K if the keys of image i begin at i·K, else 0
     chunks,
     chunk_tiles,
     stride_b,
@@ -84,7 +83,7 @@ def _upsampled_sums_kernel(
         )
         around &= inside[:, None]
         nearest = (y * labels_each_y).to(tl.int64) * label_width
-        first = tl.load(keys_ptr + nearest + (start * labels_each_x).to(tl.int32))
+        first = as_int32(tl.load(keys_ptr + nearest + (start * labels_each_x).to(tl.int32)))
         key = first
         while key < NO_KEY:
             weight, following = splat_key(
@@ -92,9 +91,8 @@ def _upsampled_sums_kernel(
                 *(height, step_y, labels_each_y, label_rows),
             )
             if key >= 0:
-                row = key - image * first_keys
                 total = tl.sum(features * weight[None, :], 1)
-                tl.atomic_add(partials_ptr + row * channels, total, mask=some, sem="relaxed")
+                tl.atomic_add(partials_ptr + key * channels, total, mask=some, sem="relaxed")
             key = following
     moments_ptr += (image * chunks + chunk) * 3 * channels + d
     tl.store(moments_ptr, tl.zeros((BLOCK_D,), tl.float32) + pixels, mask=some)
@@ -189,7 +187,7 @@ def tiles_of(grid: Grid) -> int:
 def upsampled_sums(
     features: Tensor, keys: Tensor, num_keys: int, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """features (B, C, H, W), keys int32 [B, H', W'] -> sums float32 [num_keys, C], mean [C],
+    """features (B, C, H, W), keys [B, H', W'] -> sums float32 [num_keys, C], mean [C],
     variance [C]."""
     channels, images, keys = features.shape[1], len(features), keys.contiguous()
     sums, mean, variance = (
@@ -199,16 +197,16 @@ def upsampled_sums(
     if features.numel() == 0:
         return sums.zero_(), mean.zero_(), variance.zero_()
     grid, entries = grid_of(features, keys), num_classes * channels
-    most = min(_MOST_CHUNKS, programs(), PARTIALS_IN_CACHE // (4 * entries))
+    most = min(_MOST_CHUNKS, programs(), _MOST_BYTES // (4 * entries))
     tiles = tiles_of(grid)
     chunk_tiles = triton.cdiv(tiles, max(most // images, 1))
     chunks = triton.cdiv(tiles, chunk_tiles)
     partials = sums.new_empty(images * chunks, num_classes, channels)
     moments = sums.new_empty(images * chunks, 3, channels)
-    first_keys, groups = (num_classes, images) if num_keys > num_classes else (0, 1)
+    groups = images if num_keys > num_classes else 1
     blocks = triton.cdiv(channels, grid.blocks["BLOCK_D"])
     _upsampled_sums_kernel[(chunks, images, blocks)](
-        *(features, keys, partials, moments, channels, num_classes, first_keys),
+        *(features, keys, partials, moments, channels, num_classes),
         *(chunks, chunk_tiles, *grid.strides, *grid.sizes, *grid.axes),
         **grid.blocks,
         num_warps=8,

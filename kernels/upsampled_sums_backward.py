@@ -7,20 +7,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import without_spills
-from .splat import NO_KEY, labels_around, splat_key
+from .splat import NO_KEY, as_int32, labels_around, splat_key
 from .upsampled_sums import grid_of, tiles_of
 
 
 @triton.jit(do_not_specialize=["label_rows"])
 def _upsampled_sums_bwd_kernel(
     features_ptr,
-    keys_ptr,  # int32 [B, label_height, label_width], −1 where ignored
+    keys_ptr,  # [B, label_height, label_width], −1, or 255 in uint8, where ignored
     dsums_ptr,  # float32 [num_keys, C]
     mean_ptr,  # float32 [C]
     dmean_ptr,  # float32 [C]
     dvariance_ptr,  # float32 [C]
     dfeatures_ptr,
     channels,
+    image_keys,  # the sums of image i begin at row i·image_keys
     pixels,  # of all images
     stride_b,
     stride_d,
@@ -44,6 +45,7 @@ def _upsampled_sums_bwd_kernel(
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     some = d < channels
     keys_ptr += image * label_height * label_width
+    dsums_ptr += image * image_keys * channels
     row_tiles = tl.cdiv(width, BLOCK_P)
     y, start = tile // row_tiles, tile % row_tiles * BLOCK_P
     x = start + tl.arange(0, BLOCK_P)
@@ -62,7 +64,7 @@ def _upsampled_sums_bwd_kernel(
     columns, around, weights = labels_around(x, label_width, width, step_x, labels_each_x, BLOCK_L)
     around &= inside[:, None]
     nearest = (y * labels_each_y).to(tl.int64) * label_width
-    first = tl.load(keys_ptr + nearest + (start * labels_each_x).to(tl.int32))
+    first = as_int32(tl.load(keys_ptr + nearest + (start * labels_each_x).to(tl.int32)))
     key = first
     while key < NO_KEY:
         weight, following = splat_key(
@@ -91,9 +93,10 @@ def upsampled_sums_backward(
         return dfeatures
     grid, keys = grid_of(features, keys), keys.contiguous()
     blocks = triton.cdiv(channels, grid.blocks["BLOCK_D"])
+    image_keys = num_classes if len(dsums) > num_classes else 0
     _upsampled_sums_bwd_kernel[(tiles_of(grid), len(features), blocks)](
         *(features, keys, dsums, mean, dmean, dvariance, dfeatures, channels),
-        *(features.numel() // channels, *grid.strides, *grid.sizes, *grid.axes),
+        *(image_keys, features.numel() // channels, *grid.strides, *grid.sizes, *grid.axes),
         HAS_MOMENTS=dmean is not None,
         **grid.blocks,
         num_warps=8,

@@ -88,6 +88,21 @@ def test_every_ratio_of_sizes():
             assert torch.equal(keys, nearest.int().view(1, size))
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "dtype"), [(5, torch.uint8), (255, torch.uint8), (300, torch.int16)], ids=str
+)
+@pytest.mark.parametrize("per_image", [False, True])
+def test_classes_in_small_integers(num_classes: int, dtype: torch.dtype, per_image: bool):
+    labels = torch.randint(-2, num_classes + 2, (2, 9, 13))
+    operator = torch.ops.anchorops.class_keys.cpu
+    keys, counts = operator(labels, 9, 13, num_classes, per_image, 3, dtype)
+    expected, _ = reference.class_keys(torch.empty(2, 1, 9, 13), labels, num_classes, False, 3)
+    assert keys.dtype == dtype and torch.equal(keys, expected.to(dtype))  # -1 is 255 in uint8
+    assert torch.equal(
+        counts, both(labels, (2, 1, 9, 13), num_classes, per_image=per_image, ignore_index=3)[1]
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
 def test_strides(dtype: torch.dtype):
     labels = torch.randint(0, 6, (2, 14, 30)).to(dtype)

@@ -70,12 +70,34 @@ def test_sums_of_the_upsampled_tensor(size: Size, label_size: Size, backend: str
         torch.testing.assert_close(gradient, dfeatures, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_classes", [255, 256, 2**15 + 1])  # keys of 8, 16 and 32 bits
+@pytest.mark.parametrize("label_size", [(24, 40), (6, 10)])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_last_classes(num_classes: int, label_size: Size, per_image: bool):
+    features, labels, gradients = example((6, 10), label_size)
+    options = {"per_image": per_image, "upsample": True, "ignore_index": -1}
+    gradient = gradients[0] if per_image else gradients[0][0]
+    first = num_classes - K
+    few = upsampled_sums(features, labels, K, **options)
+    labels = torch.where((labels >= 0) & (labels < K), labels + first, -1)
+    many = upsampled_sums(features, labels, num_classes, **options)
+    assert torch.equal(many.counts[..., first:], few.counts) and not many.counts[..., :first].any()
+    torch.testing.assert_close(many.sums[..., first:, :], few.sums)
+    assert not many.sums[..., :first, :].any()
+    found, expected = (
+        torch.autograd.grad(moments.sums[..., -K:, :], features, gradient)[0]
+        for moments in (many, few)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("per_image", [False, True])
 def test_layout_and_the_rest_of_torch(per_image: bool):
     features, labels, gradients = example((6, 10), (24, 40))
     gradients = gradients if per_image else [gradients[0][0], *gradients[1:]]
     operator = torch.ops.anchorops.upsampled_sums.cpu
-    for keys in (labels.int().clamp(max=K - 1), labels.int()[:, :6, :10].clamp(max=K - 1)):
+    of_labels = torch.where(labels < K, labels, -1).byte()
+    for keys in (of_labels, of_labels[:, :6, :10]):
         torch.library.opcheck(operator, (features, keys, K, K))
     last = features.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
 

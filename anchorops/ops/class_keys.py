@@ -23,10 +23,16 @@ class KeyOptions(TypedDict):
 
 
 def _class_keys_fake(
-    labels: Tensor, height: int, width: int, num_classes: int, per_image: bool, ignore_index: int
+    labels: Tensor,
+    height: int,
+    width: int,
+    num_classes: int,
+    per_image: bool,
+    ignore_index: int,
+    class_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch = labels.shape[0]
-    keys = labels.new_empty((batch, height * width), dtype=torch.int32)
+    keys = labels.new_empty((batch, height * width), dtype=class_dtype or torch.int32)
     shape = (batch, num_classes) if per_image else (num_classes,)
     return keys, labels.new_empty(shape, dtype=torch.int64)
 
@@ -34,7 +40,7 @@ def _class_keys_fake(
 define(
     "class_keys",
     "(Tensor labels, SymInt height, SymInt width, SymInt num_classes, bool per_image, "
-    "int ignore_index) -> (Tensor keys, Tensor counts)",
+    "int ignore_index, ScalarType? class_dtype=None) -> (Tensor keys, Tensor counts)",
     _class_keys_fake,
 )
 
@@ -48,11 +54,14 @@ def class_keys(
     per_image: bool = False,
     seed: int | Tensor | None = None,
     ignore_index: int,
+    class_dtype: torch.dtype | None = None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The key of each pixel of `features`, and the number of pixels with each key.
 
-    keys: int32 [B, P], ((image·K + class)·G + group, −1 where ignored; B = 1 and P = N for points.
+    keys: int32 [B, P], (image·K + class)·G + group, −1 where ignored; B = 1 and P = N for points.
+        With class_dtype and without groups, the class alone, in this dtype: 255 in uint8 where
+        ignored.
     counts: int64 [K], [K, G], [B, K] or [B, K, G].
     """
     if features.dim() == 2:
@@ -62,7 +71,7 @@ def class_keys(
     else:
         height, width, grid = features.shape[2], features.shape[3], labels
     operator = getattr(torch.ops.anchorops.class_keys, backend)
-    keys, counts = operator(grid, height, width, num_classes, per_image, ignore_index)
+    keys, counts = operator(grid, height, width, num_classes, per_image, ignore_index, class_dtype)
     if groups > 1:
         assert seed is not None
         return split_groups(keys, counts, groups, seed, backend=backend)

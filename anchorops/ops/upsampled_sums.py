@@ -37,6 +37,20 @@ class Part(NamedTuple):
     table: Tensor
 
 
+def _key_dtype(num_classes: int) -> torch.dtype:
+    """The smallest dtype of K classes and −1, which is 255 in uint8."""
+    if num_classes < 2**8:
+        return torch.uint8
+    return torch.int16 if num_classes <= 2**15 else torch.int32
+
+
+def _keys_of_images(keys: Tensor, num_classes: int, image_keys: int) -> Tensor:
+    """int32 [B, H'·W']: image·image_keys + class, −1 where ignored."""
+    first = image_keys * torch.arange(len(keys), dtype=torch.int32)[:, None]
+    classes = keys.flatten(1).int()
+    return torch.where((classes >= 0) & (classes < num_classes), first + classes, -1)
+
+
 def _parts(keys: Tensor, size: tuple[int, int], num_classes: int) -> Iterator[Part]:
     """All parts on CPU. The last row of a part is also the first row of the next part."""
     (height, width), (batch, label_height, label_width) = size, keys.shape
@@ -52,9 +66,7 @@ def _parts(keys: Tensor, size: tuple[int, int], num_classes: int) -> Iterator[Pa
         splat = reference.splat_of(own, columns, (rows.stop - start, width))
         for first in range(0, batch, images):
             some = slice(first, first + images)
-            part = keys[some, begin:end].flatten(1)
-            image = torch.arange(len(part), dtype=torch.int32)[:, None]
-            part = torch.where(part >= 0, part % num_classes + image * num_classes, -1)
+            part = _keys_of_images(keys[some, begin:end], num_classes, num_classes)
             table = reference.splat_keys(part, len(part) * num_classes, splat)
             yield Part(some, rows, table.view(len(part), num_classes, -1))
 
@@ -71,7 +83,9 @@ def _forward(
     mean, variance = torch.batch_norm_update_stats(features, None, None, 0.0)
     if keys.shape[1:] == features.shape[2:]:
         moments = torch.ops.anchorops.class_moments.cpu
-        sums, _, _ = moments(features, keys.flatten(1), None, num_keys, 1, True, False)
+        image_keys = num_classes if num_keys > num_classes else 0
+        of_pixels = _keys_of_images(keys, num_classes, image_keys)
+        sums, _, _ = moments(features, of_pixels, None, num_keys, 1, True, False)
         return sums, mean, variance
     for part in _parts(keys, (height, width), num_classes):
         pixels = features[part.images, :, part.rows].flatten(2).transpose(1, 2)
@@ -103,7 +117,9 @@ def _backward(
         torch.addcmul(start[:, None, None], slope[:, None, None], features, out=dfeatures)
     if keys.shape[1:] == features.shape[2:]:
         gradient = torch.ops.anchorops.class_moments_backward.cpu
-        given = None, keys.flatten(1), None, dsums, None, 1
+        image_keys = num_classes if len(dsums) > num_classes else 0
+        of_pixels = _keys_of_images(keys, num_classes, image_keys)
+        given = None, of_pixels, None, dsums, None, 1
         dfeatures += gradient(*given, features.shape, features.stride(), mean.dtype)
     else:
         dsums = dsums.view(-1, num_classes, channels).transpose(1, 2) / SPLAT_UNITS
@@ -149,9 +165,10 @@ def _gradient(
     return dfeatures, None, None, None
 
 
-# features: (B, C, H, W), dense, contiguous or channels last. keys: int32 [B, H', W'], −1 where
-# ignored: the class, with num_keys = K, or image·K + class, with num_keys = B·K. Statistics are
-# float32, for float64 features float64.
+# features: (B, C, H, W), dense, contiguous or channels last. keys: the class of each label, uint8,
+# int16 or int32 [B, H', W']; −1, or 255 in uint8, where ignored. The sums are those of each class,
+# with num_keys = K, or of each class of each image, with num_keys = B·K. Statistics are float32,
+# for float64 features float64.
 define(
     "upsampled_sums",
     "(Tensor features, Tensor keys, SymInt num_keys, SymInt num_classes) "
@@ -202,7 +219,13 @@ def upsampled_sums(
     check_derivatives(function, features)
     grid = labels[:, None] if upsample else features
     keys, counts = class_keys(
-        grid, labels, num_classes, per_image=per_image, ignore_index=ignore_index, backend=backend
+        grid,
+        labels,
+        num_classes,
+        per_image=per_image,
+        ignore_index=ignore_index,
+        class_dtype=_key_dtype(num_classes),
+        backend=backend,
     )
     keys = keys.view(features.shape[0], grid.shape[2], grid.shape[3])
     operator = getattr(torch.ops.anchorops.upsampled_sums, backend)

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -40,9 +41,10 @@ class NearestOffset {
   float scale_;
 };
 
-template <class Label>
+template <class Label, class Key>
 void write_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num_classes,
-                bool per_image, int64_t ignore_index, int32_t* keys, int64_t* counts) {
+                bool per_image, int64_t image_keys, int64_t ignore_index, Key* keys,
+                int64_t* counts) {
   const Label* data = labels.const_data_ptr<Label>();
   const NearestOffset row_offset(height, labels.size(1), labels.stride(1));
   const NearestOffset column_offset(width, labels.size(2), labels.stride(2));
@@ -55,12 +57,11 @@ void write_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num
     for (int64_t p = begin; p < end;) {
       const int64_t image = p / (height * width), row = p / width % height;
       const Label* line = data + image * labels.stride(0) + row_offset(row);
-      const int64_t first = per_image ? image * num_classes : 0;
       int64_t* count = local.data() + (per_image ? (image - first_image) * num_classes : 0);
       for (int64_t column = p % width; column < width && p < end; ++column, ++p) {
         const auto label = static_cast<int64_t>(line[column_offset(column)]);
         const bool valid = label >= 0 && label < num_classes && label != ignore_index;
-        keys[p] = valid ? static_cast<int32_t>(first + label) : -1;
+        keys[p] = valid ? static_cast<Key>(image * image_keys + label) : static_cast<Key>(-1);
         if (valid) ++count[label];
       }
     }
@@ -71,18 +72,22 @@ void write_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num
 }
 
 std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t width,
-                                      int64_t num_classes, bool per_image, int64_t ignore_index) {
+                                      int64_t num_classes, bool per_image, int64_t ignore_index,
+                                      std::optional<ScalarType> class_dtype) {
   const int64_t batch = labels.size(0);
   const std::vector<int64_t> shape =
       per_image ? std::vector<int64_t>{batch, num_classes} : std::vector<int64_t>{num_classes};
   Tensor keys = torch::stable::new_empty(labels, std::vector<int64_t>{batch, height * width},
-                                         ScalarType::Int);
+                                         class_dtype.value_or(ScalarType::Int));
+  const int64_t image_keys = per_image && !class_dtype ? num_classes : 0;
   Tensor counts = torch::stable::new_zeros(labels, shape, ScalarType::Long);
   if (keys.numel() == 0) return {keys, counts};
   for_label_dtype("class_keys.cpu", labels.scalar_type(), [&](auto label) {
-    write_keys<decltype(label)>(labels, height, width, num_classes, per_image, ignore_index,
-                                keys.mutable_data_ptr<int32_t>(),
-                                counts.mutable_data_ptr<int64_t>());
+    for_key_dtype("class_keys.cpu", keys.scalar_type(), [&](auto key) {
+      write_keys<decltype(label)>(labels, height, width, num_classes, per_image, image_keys,
+                                  ignore_index, keys.mutable_data_ptr<decltype(key)>(),
+                                  counts.mutable_data_ptr<int64_t>());
+    });
   });
   return {keys, counts};
 }

@@ -1,10 +1,10 @@
 // The operator anchorops::class_keys.cuda: labels of any size and integer type -> one key per
 // pixel.
 //
-// Reads each used label once, writes 4 bytes per pixel. Counts use integer atomics, whose order
-// does not matter. Up to MAX_BINS classes are counted in shared memory, with one global addition
-// for each class that a block has seen. With more classes there is one for each run of equal keys
-// in a warp.
+// Reads each used label once, writes 4 bytes per pixel (1 or 2 for classes alone). Counts use
+// integer atomics, whose order does not matter. Up to MAX_BINS classes are counted in shared
+// memory, with one global addition for each class that a block has seen. With more classes there is
+// one for each run of equal keys in a warp.
 //
 // Predicted at B8 128×256 (262,144 pixels) from 512×1024 int64 labels: a sector of 32 bytes for
 // each label and 4 bytes for each key are 9.4 MB, which take 2.2 µs on an H200. With a launch, one
@@ -48,13 +48,14 @@ struct Labels {
   int64_t step_y, step_x;  // from a pixel to the one THREADS after it
   unsigned blocks_per_image;
   int64_t num_classes, ignore_index;
+  int64_t image_keys;  // the keys of image i begin at i·image_keys
   bool per_image;
 };
 
-template <class Label>
+template <class Label, class Key>
 __global__ void __launch_bounds__(THREADS)
     class_keys_kernel(const Label* labels,         // [B, H', W'] by strides
-                      int32_t* keys,               // [B, P]
+                      Key* keys,                   // [B, P]
                       unsigned long long* counts,  // [K] or [B, K], zero on entry
                       Labels shape) {
   const int64_t image = blockIdx.x / shape.blocks_per_image;
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(THREADS)
   labels += image * shape.stride_b;
   keys += image * shape.pixels;
   if (shape.per_image) counts += image * shape.num_classes;
-  const int64_t key_of_class_0 = shape.per_image ? image * shape.num_classes : 0;
+  const int64_t key_of_class_0 = image * shape.image_keys;
 
   int classes[PIXELS_PER_THREAD];
   int64_t y = first / shape.width, x = first % shape.width;
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(THREADS)
           static_cast<int64_t>(labels[shape.rows.offset(y) + shape.columns.offset(x)]);
       if (label >= 0 && label < shape.num_classes && label != shape.ignore_index)
         classes[i] = static_cast<int>(label);
-      keys[pixel] = classes[i] < 0 ? -1 : static_cast<int32_t>(key_of_class_0 + classes[i]);
+      keys[pixel] = static_cast<Key>(classes[i] < 0 ? -1 : key_of_class_0 + classes[i]);
     }
     y += shape.step_y;
     x += shape.step_x;
@@ -107,10 +108,10 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-template <class Label>
+template <class Label, class Key>
 void write_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num_classes,
-                bool per_image, int64_t ignore_index, const Tensor& keys, const Tensor& counts,
-                Stream stream) {
+                bool per_image, int64_t image_keys, int64_t ignore_index, const Tensor& keys,
+                const Tensor& counts, Stream stream) {
   const Labels shape{
       .rows{height, labels.size(1), labels.stride(1)},
       .columns{width, labels.size(2), labels.stride(2)},
@@ -122,29 +123,35 @@ void write_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num
       .blocks_per_image = static_cast<unsigned>(ceil_div(height * width, PIXELS_PER_BLOCK)),
       .num_classes = num_classes,
       .ignore_index = ignore_index,
+      .image_keys = image_keys,
       .per_image = per_image};
   const dim3 grid(static_cast<unsigned>(labels.size(0)) * shape.blocks_per_image);
   const size_t shared_bytes = num_classes <= MAX_BINS ? num_classes * sizeof(unsigned) : 0;
-  launch("class_keys_kernel", class_keys_kernel<Label>, grid, THREADS, shared_bytes, stream,
-         labels.const_data_ptr<Label>(), keys.mutable_data_ptr<int32_t>(),
+  launch("class_keys_kernel", class_keys_kernel<Label, Key>, grid, THREADS, shared_bytes, stream,
+         labels.const_data_ptr<Label>(), keys.mutable_data_ptr<Key>(),
          reinterpret_cast<unsigned long long*>(counts.mutable_data_ptr<int64_t>()), shape);
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t width,
-                                      int64_t num_classes, bool per_image, int64_t ignore_index) {
+                                      int64_t num_classes, bool per_image, int64_t ignore_index,
+                                      std::optional<ScalarType> class_dtype) {
   const OnDevice device(labels);
   const int64_t batch = labels.size(0);
   const std::vector<int64_t> shape =
       per_image ? std::vector<int64_t>{batch, num_classes} : std::vector<int64_t>{num_classes};
-  Tensor keys = new_empty(labels, {batch, height * width}, ScalarType::Int);
+  Tensor keys = new_empty(labels, {batch, height * width}, class_dtype.value_or(ScalarType::Int));
+  const int64_t image_keys = per_image && !class_dtype ? num_classes : 0;
   Tensor counts = new_empty(labels, shape, ScalarType::Long);
   fill_zero(counts.mutable_data_ptr<int64_t>(), counts.numel() * sizeof(int64_t), device.stream);
   if (keys.numel() == 0) return {keys, counts};
   for_label_dtype("class_keys.cuda", labels.scalar_type(), [&](auto label) {
-    write_keys<decltype(label)>(labels, height, width, num_classes, per_image, ignore_index, keys,
-                                counts, device.stream);
+    for_key_dtype("class_keys.cuda", keys.scalar_type(), [&](auto key) {
+      write_keys<decltype(label), decltype(key)>(labels, height, width, num_classes, per_image,
+                                                 image_keys, ignore_index, keys, counts,
+                                                 device.stream);
+    });
   });
   return {keys, counts};
 }

@@ -71,23 +71,24 @@ class Weights {
         words_(ceil_div(num_classes, 32)) {}
 
   // The weights of the first keys of a tile: of the block's features in row y from column x on.
-  // keys: of the labels of this image; first_key: its smallest possible key. Returns whether keys
-  // remain for next_round. The whole block calls it.
-  __device__ bool first_round(const int32_t* keys, int first_key, const Grids& grids, int y,
-                              int x) {
+  // keys: of the labels of this image. Returns whether keys remain for next_round. The whole block
+  // calls it.
+  template <class Key>
+  __device__ bool first_round(const Key* keys, const Grids& grids, int y, int x) {
     __syncthreads();
     for (int word = threadIdx.x; word < words_; word += PIXELS) done_[word] = 0;
-    return round(keys, first_key, grids, y, x);
+    return round(keys, grids, y, x);
   }
 
-  __device__ bool next_round(const int32_t* keys, int first_key, const Grids& grids, int y, int x) {
+  template <class Key>
+  __device__ bool next_round(const Key* keys, const Grids& grids, int y, int x) {
     __syncthreads();
     if (threadIdx.x == 0)
       for (int slot = 0; slot < SLOTS; ++slot) {
-        const int key = slots_[slot] - first_key;
+        const int key = slots_[slot];
         done_[key / 32] |= 1u << key % 32;
       }
-    return round(keys, first_key, grids, y, x);
+    return round(keys, grids, y, x);
   }
 
   // The key of a slot, -1 after the last one.
@@ -96,7 +97,8 @@ class Weights {
   __device__ const float* of(int slot) const { return weights_ + slot * PIXELS; }
 
  private:
-  __device__ bool round(const int32_t* keys, int first_key, const Grids& grids, int y, int x) {
+  template <class Key>
+  __device__ bool round(const Key* keys, const Grids& grids, int y, int x) {
     __syncthreads();
     const auto thread = static_cast<int>(threadIdx.x);
     if (thread < SLOTS) slots_[thread] = -1;
@@ -105,20 +107,21 @@ class Weights {
     __syncthreads();
     x += thread;
     if (x < grids.columns.features) {
-      int held = -1;
+      constexpr int IGNORED = static_cast<Key>(-1);  // 255 in uint8
+      int held = IGNORED;
       float* weight = nullptr;
       float total = 0;
       const int end_row = grids.rows.begin(y + 1);
       const int first = grids.columns.begin(x - 1), last = grids.columns.begin(x + 1);
       for (int row = grids.rows.begin(y - 1); row < end_row; ++row) {
         const float of_row = grids.rows.weight(row, y);
-        const int32_t* line = keys + int64_t{row} * grids.columns.labels;
+        const Key* line = keys + int64_t{row} * grids.columns.labels;
         for (int column = first; column < last; ++column) {
           const int key = line[column];
           if (key != held) {
             if (weight) *weight += total;
             held = key;
-            weight = key < 0 ? nullptr : weight_of(key, key - first_key);
+            weight = key == IGNORED ? nullptr : weight_of(key);
             total = 0;
           }
           total += of_row * grids.columns.weight(column, x);
@@ -131,8 +134,8 @@ class Weights {
   }
 
   // The thread's weight in the slot of this key; null if it belongs to another round.
-  __device__ float* weight_of(int key, int index) {
-    if (done_[index / 32] >> index % 32 & 1) return nullptr;
+  __device__ float* weight_of(int key) {
+    if (done_[key / 32] >> key % 32 & 1) return nullptr;
     for (int slot = 0; slot < SLOTS; ++slot) {
       const int before = atomicCAS(slots_ + slot, -1, key);
       if (before == -1 || before == key) return weights_ + slot * PIXELS + threadIdx.x;
@@ -144,7 +147,7 @@ class Weights {
   float* weights_;  // [SLOTS, PIXELS]
   int* slots_;      // [SLOTS]: keys, -1 if free
   int* more_;
-  unsigned* done_;  // a bit for each key of the image that an earlier round had
+  unsigned* done_;  // a bit for each key that an earlier round had
   int words_;
 };
 

@@ -10,7 +10,7 @@
 // Estimated, not measured, at B16 C128 128² and 512² labels of images, bf16: a pass over the
 // features has 67 MB, 16 µs. Per tile of two keys a warp issues some 2,500 instructions in each
 // direction, 1,000 of them for the weights; this takes 22 µs, more if latency is not hidden. The
-// partials have 16 MB, 8 µs.
+// partials have 10 MB, 5 µs.
 #include "../labels.h"
 #include "splat.cuh"
 #include "warps.cuh"
@@ -19,17 +19,18 @@ namespace anchorops::cuda {
 namespace {
 
 constexpr int THREADS = Weights::PIXELS;
-constexpr int CHANNELS = 128;  // of a block of the forward pass, one for each thread
-constexpr int HELD = 32;       // channels whose gradients a thread holds in registers
-constexpr int64_t MOST_CHUNKS = 512;
-constexpr int64_t MOST_BYTES = 16 << 20;  // of partials
+constexpr int CHANNELS = 128;             // of a block of the forward pass, one for each thread
+constexpr int HELD = 32;                  // channels whose gradients a thread holds in registers
+constexpr int64_t MULTIPROCESSORS = 132;  // of an H200
+constexpr int RESIDENT = 4;               // blocks of a multiprocessor
+constexpr int64_t MOST_BYTES = 10 << 20;  // of partials
 constexpr int MOMENTS = 3;                // of a chunk: pixels, mean, sum of squared deviations
 
 // Features (B, C, H, W) whose rows join, and the grid of their labels.
 struct View {
   Grids grids;
   int channels, num_classes;
-  int image_keys;  // the keys of image i begin at i·image_keys
+  int image_keys;  // the sums of image i begin at row i·image_keys
   int64_t stride_b, stride_d, stride_p;
 
   View(const Tensor& features, const Tensor& keys, int64_t num_classes, bool per_image)
@@ -63,13 +64,13 @@ struct Tile {
   __device__ void load(const T* features, const View& view, int channels, int pixels) const {
     const auto thread = static_cast<int>(threadIdx.x);
     if (view.stride_d == 1) {
-#pragma unroll 16
+#pragma unroll 64
       for (int p = 0; p < THREADS; ++p)
         memory[thread * PITCH + p] = p < pixels && thread < channels
                                          ? features[p * view.stride_p + thread]
                                          : static_cast<T>(0.f);
     } else {
-#pragma unroll 16
+#pragma unroll 64
       for (int c = 0; c < CHANNELS; ++c)
         memory[c * PITCH + thread] = thread < pixels && c < channels
                                          ? features[c * view.stride_d + thread * view.stride_p]
@@ -90,9 +91,9 @@ struct Moments {
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(THREADS, 4)
-    upsampled_sums_kernel(const T* features, const int32_t* keys,
+template <class T, class Key>
+__global__ void __launch_bounds__(THREADS, RESIDENT)
+    upsampled_sums_kernel(const T* features, const Key* keys,
                           float* partials,  // [images·chunks, K, C]
                           float* moments,   // [images·chunks, MOMENTS, C]
                           View view, int chunks, int chunk_tiles) {
@@ -101,7 +102,6 @@ __global__ void __launch_bounds__(THREADS, 4)
   const auto first_channel = static_cast<int>(blockIdx.y) * CHANNELS;
   const int channels = min(view.channels - first_channel, CHANNELS);
   const auto thread = static_cast<int>(threadIdx.x);
-  const auto first_key = static_cast<int>(image * view.image_keys);
   features += image * view.stride_b + first_channel * view.stride_d;
   keys += image * view.grids.labels();
   partials += blockIdx.x * int64_t{view.num_classes} * view.channels + first_channel + thread;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(THREADS, 4)
       float total = 0;
 #pragma unroll 16
       for (int p = 0; p < THREADS; ++p) total += weight[p] * static_cast<float>(row[p]);
-      partials[int64_t{weights.key(slot) - first_key} * view.channels] += total;
+      partials[int64_t{weights.key(slot)} * view.channels] += total;
     }
   };
   const int end = min((chunk + 1) * chunk_tiles, view.tiles());
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(THREADS, 4)
     __syncthreads();  // before the tile is overwritten
     tile.load(features + (int64_t{y} * view.grids.columns.features + x) * view.stride_p, view,
               channels, pixels);
-    bool more = weights.first_round(keys, first_key, view.grids, y, x);
+    bool more = weights.first_round(keys, view.grids, y, x);
     float total = 0, squares = 0;
 #pragma unroll 16
     for (int p = 0; p < pixels; ++p) total += static_cast<float>(row[p]);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(THREADS, 4)
     own.add(static_cast<float>(pixels), mean, squares);
     add_keys();
     while (more) {
-      more = weights.next_round(keys, first_key, view.grids, y, x);
+      more = weights.next_round(keys, view.grids, y, x);
       add_keys();
     }
   }
@@ -203,20 +203,20 @@ struct Gradients {
   float pixels;
 };
 
-template <class T>
+template <class T, class Key>
 __global__ void __launch_bounds__(THREADS)
-    upsampled_sums_backward_kernel(const T* features, const int32_t* keys, Gradients gradients,
+    upsampled_sums_backward_kernel(const T* features, const Key* keys, Gradients gradients,
                                    T* dfeatures, View view, bool vectors) {
   const int64_t image = blockIdx.x / view.tiles();
   const auto tile = static_cast<int>(blockIdx.x % view.tiles());
   const int y = tile / view.row_tiles(), x = tile % view.row_tiles() * THREADS;
   const auto thread = static_cast<int>(threadIdx.x);
   const bool inside = x + thread < view.grids.columns.features;
-  const auto first_key = static_cast<int>(image * view.image_keys);
   const int64_t pixel = int64_t{y} * view.grids.columns.features + x + thread;
   features += image * view.stride_b + pixel * view.stride_p;
   dfeatures += image * view.stride_b + pixel * view.stride_p;
   keys += image * view.grids.labels();
+  const auto first_sum = static_cast<int>(image * view.image_keys);
   Weights weights(shared_memory(), view.num_classes);
 
   bool several = false;  // whether the tile needs more than one round
@@ -236,18 +236,19 @@ __global__ void __launch_bounds__(THREADS)
     const auto add_keys = [&] {
       for (int slot = 0; weights.key(slot) >= 0; ++slot) {
         const float weight = weights.of(slot)[thread];
-        const float* dsums = gradients.sums + int64_t{weights.key(slot)} * view.channels + c;
+        const float* dsums =
+            gradients.sums + int64_t{first_sum + weights.key(slot)} * view.channels + c;
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
           if (i < held) gradient[i] += weight * dsums[i];
       }
     };
     bool more = false;
-    if (c == 0 || several) more = weights.first_round(keys, first_key, view.grids, y, x);
+    if (c == 0 || several) more = weights.first_round(keys, view.grids, y, x);
     several |= more;
     add_keys();
     while (more) {
-      more = weights.next_round(keys, first_key, view.grids, y, x);
+      more = weights.next_round(keys, view.grids, y, x);
       add_keys();
     }
     if (!inside) continue;
@@ -266,6 +267,14 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
+// Blocks of the forward pass whose partials have so many entries: the same number for each
+// multiprocessor, if there is memory for them.
+int64_t most_blocks(int64_t entries) {
+  const int64_t most = MOST_BYTES / (entries * int64_t{sizeof(float)});
+  if (most < MULTIPROCESSORS) return most;
+  return MULTIPROCESSORS * std::min(most / MULTIPROCESSORS, int64_t{RESIDENT});
+}
+
 std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, int64_t num_keys,
                                                   int64_t num_classes) {
   const OnDevice device(features);
@@ -282,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, 
   }
   const bool per_image = num_keys > num_classes;
   const View view(features, keys, num_classes, per_image);
-  const int64_t most = std::min(MOST_CHUNKS, MOST_BYTES / (entries * int64_t{sizeof(float)}));
+  const int64_t most = most_blocks(entries);
   const int64_t chunk_tiles = ceil_div(int64_t{view.tiles()}, std::max(most / images, int64_t{1}));
   const int64_t chunks = ceil_div(int64_t{view.tiles()}, chunk_tiles), blocks = images * chunks;
   Tensor partials = new_empty(features, {blocks, entries}, ScalarType::Float);
@@ -291,11 +300,14 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, 
     using T = decltype(zero);
     dim3 grid = grid_of("upsampled_sums.cuda", blocks);
     grid.y = static_cast<unsigned>(ceil_div(channels, int64_t{CHANNELS}));
-    launch("upsampled_sums_kernel", upsampled_sums_kernel<T>, grid, THREADS,
-           Tile<T>::BYTES + Weights::bytes(num_classes), device.stream,
-           features.const_data_ptr<T>(), keys.const_data_ptr<int32_t>(),
-           partials.mutable_data_ptr<float>(), moments.mutable_data_ptr<float>(), view,
-           static_cast<int>(chunks), static_cast<int>(chunk_tiles));
+    for_key_dtype("upsampled_sums.cuda", keys.scalar_type(), [&](auto key) {
+      using Key = decltype(key);
+      launch("upsampled_sums_kernel", upsampled_sums_kernel<T, Key>, grid, THREADS,
+             Tile<T>::BYTES + Weights::bytes(num_classes), device.stream,
+             features.const_data_ptr<T>(), keys.const_data_ptr<Key>(),
+             partials.mutable_data_ptr<float>(), moments.mutable_data_ptr<float>(), view,
+             static_cast<int>(chunks), static_cast<int>(chunk_tiles));
+    });
   });
   const int64_t groups = per_image ? images : 1;
   const int64_t sum_blocks = ceil_div(groups * entries, int64_t{THREADS});
@@ -330,10 +342,13 @@ Tensor upsampled_sums_backward(Tensor features, Tensor keys, Tensor dsums, Tenso
     T* const out = dfeatures.mutable_data_ptr<T>();
     const bool vectors =
         view.stride_d == 1 && vectors_aligned(out, {view.stride_b, view.stride_p}, sizeof(T));
-    launch("upsampled_sums_backward_kernel", upsampled_sums_backward_kernel<T>,
-           grid_of("upsampled_sums.cuda", features.size(0) * view.tiles()), THREADS,
-           Weights::bytes(num_classes), device.stream, features.const_data_ptr<T>(),
-           keys.const_data_ptr<int32_t>(), gradients, out, view, vectors);
+    for_key_dtype("upsampled_sums.cuda", keys.scalar_type(), [&](auto key) {
+      using Key = decltype(key);
+      launch("upsampled_sums_backward_kernel", upsampled_sums_backward_kernel<T, Key>,
+             grid_of("upsampled_sums.cuda", features.size(0) * view.tiles()), THREADS,
+             Weights::bytes(num_classes), device.stream, features.const_data_ptr<T>(),
+             keys.const_data_ptr<Key>(), gradients, out, view, vectors);
+    });
   });
   return dfeatures;
 }

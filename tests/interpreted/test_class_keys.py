@@ -48,6 +48,18 @@ def test_more_than_one_tile():
     check(torch.randint(0, 40_000, (300,)), (300, 1), 16_384)
 
 
+@pytest.mark.parametrize(("classes", "dtype"), [(5, torch.uint8), (300, torch.int16)], ids=str)
+@pytest.mark.parametrize("per_image", [False, True])
+def test_classes_in_small_integers(classes, dtype, per_image):
+    labels = torch.randint(-2, classes + 2, (2, 9, 13))
+    operator = getattr(torch.ops.anchorops.class_keys, BACKEND)
+    keys, counts = operator(labels, 9, 13, classes, per_image, 3, dtype)
+    features = torch.empty(2, 1, 9, 13)
+    expected, _ = reference.class_keys(features, labels, classes, False, 3)
+    assert keys.dtype == dtype and torch.equal(keys, expected.to(dtype))  # -1 is 255 in uint8
+    assert torch.equal(counts, reference.class_keys(features, labels, classes, per_image, 3)[1])
+
+
 def test_strides():
     labels = torch.randint(0, 6, (2, 14, 30))
     check(labels[:, ::2, 1::3], (2, 1, 7, 10), 6)

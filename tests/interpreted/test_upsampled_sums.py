@@ -66,6 +66,13 @@ def test_many_keys_in_a_tile():
     check(features, labels % 36, 36, True)
 
 
+@pytest.mark.parametrize(("num_classes", "per_image"), [(255, True), (256, True), (256, False)])
+def test_last_classes_of_8_and_16_bits(num_classes, per_image):
+    features, labels = example((2, 3), (4, 6))
+    labels = torch.where((labels >= 0) & (labels < 5), labels + num_classes - 5, -1)
+    check(features, labels, num_classes, per_image)
+
+
 def test_labels_at_the_features_size():
     check(*example((3, 4), (6, 8)), 5, False, upsample=False)
 
