@@ -1,5 +1,6 @@
 """Argument checks. Messages name the function, the argument, what was expected and received."""
 
+import math
 from textwrap import shorten
 from typing import NoReturn
 
@@ -171,6 +172,22 @@ def in_transform(tensor: Tensor, *, of_gradients: bool = False) -> bool:
             return True
         tensor = functorch.get_unwrapped(tensor)
     return False
+
+
+def check_number(function: str, argument: str, value: object, *, above: bool = False) -> None:
+    """A finite int or float of at least 0, or above 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        in_range = False
+    else:
+        in_range = math.isfinite(value) and (value > 0 if above else value >= 0)
+    if not in_range:
+        expected = "a finite number above 0" if above else "a finite number of at least 0"
+        fail(function, argument, expected, describe(value))
+
+
+def check_share(function: str, argument: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        fail(function, argument, "a number in [0, 1]", describe(value))
 
 
 def check_flags(function: str, **flags: object) -> None:

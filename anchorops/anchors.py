@@ -6,7 +6,7 @@ All are computed in float64 and returned in torch's default dtype, shape [K, D].
 import torch
 from torch import Tensor
 
-from ._checks import check_num_classes, describe, fail
+from ._checks import check_num_classes, check_number, describe, fail
 
 
 def _normal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
@@ -101,8 +101,8 @@ def category_basis(
     if orthogonalize and dim < num_classes:
         expected = f"at least num_classes = {num_classes}, the number of orthogonal rows"
         fail(function, "dim", expected, dim)
-    if length is not None and not length > 0:
-        fail(function, "length", "a number above 0 or None", length)
+    if length is not None:
+        check_number(function, "length", length, above=True)
     if init is None:
         weight = _normal(num_classes, dim, generator) * (2 / dim) ** 0.5
     elif not isinstance(init, Tensor) or init.shape != (num_classes, dim):

@@ -213,8 +213,11 @@ def test_classification() -> None:
         ({"gate": "some"}, "SAR: gate"),
         ({"layers": 4}, "SAR: layers"),
         ({"tau": 1.5}, "SAR: tau"),
+        ({"momentum": "0.9"}, r"SAR: momentum: .* in \[0, 1\], got '0.9' of type str"),
+        ({"loss_weight": -1}, "SAR: loss_weight: expected a finite number of at least 0, got -1"),
         ({"anchors": "uniform"}, "SAR: anchors"),
         ({"anchors": torch.zeros(K, D + 1)}, "SAR: anchors"),
+        ({"anchors": torch.zeros(K, D).long()}, "SAR: anchors: expected a floating dtype"),
     ],
 )
 def test_wrong_settings(arguments: dict[str, Any], message: str) -> None:

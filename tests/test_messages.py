@@ -90,6 +90,7 @@ ANCHOR_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
 MOMENTS_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"anchors": ANCHORS[:5]}, "anchors: expected 6 rows, as num_classes, got 5"),
     ({"groups": 0}, "groups: expected an int of at least 1, got 0 of type int"),
+    ({"groups": True}, "groups: expected an int of at least 1, got True of type bool"),
     ({"groups": 2.0}, "groups: expected an int of at least 1, got 2.0 of type float"),
     ({"groups": 2}, "seed: expected an int of 64 bits or an int64 tensor .*, got None"),
     ({"groups": 2, "seed": 1.0}, "seed: expected an int of 64 bits or .*, got 1.0 of type float"),

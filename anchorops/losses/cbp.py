@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .._checks import check_choice, describe, fail
+from .._checks import check_choice, check_number, check_share, describe, fail
 from ..anchors import category_basis
 from ..distributed import reduce_moments
 from ..reference import ClassMoments
@@ -78,6 +78,8 @@ class CBP(Regularizer):
         check_choice("CBP", "update", update, ("frozen", "gradient", "ema", "penalty"))
         if update == "penalty" and length is None:
             fail("CBP", "length", 'a number for update="penalty"', None)
+        check_share("CBP", "momentum", momentum)
+        check_number("CBP", "penalty_weight", penalty_weight)
         self.length, self.orthogonalize, self.update = length, orthogonalize, update
         self.momentum, self.penalty_weight = momentum, penalty_weight
         self.uses_classifier, self.has_state = update == "penalty", update == "ema"

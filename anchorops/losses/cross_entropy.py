@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import describe, fail
+from .._checks import check_number, check_share, describe, fail
 from ..ops.confusion import confusion
 from ..ops.pixel_cross_entropy import (
-    check_share,
     class_losses,
     divide,
     smoothed,
@@ -24,7 +23,7 @@ from ..ops.pixel_cross_entropy import (
     pixel_weights as weights_of_pixels,
 )
 from ..reference import SoftmaxMoments
-from .pixel import PixelLoss, check_number, class_weight
+from .pixel import PixelLoss, class_weight
 
 
 class CrossEntropy(PixelLoss):

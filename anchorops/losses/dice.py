@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .._checks import check_choice, check_flags, describe, fail
+from .._checks import check_choice, check_flags, check_number, describe, fail
 from ..distributed import all_reduce, group_name
 from ..reference import SoftmaxMoments
 from .cross_entropy import CrossEntropy
-from .pixel import PixelLoss, check_number, class_weight
+from .pixel import PixelLoss, class_weight
 
 
 class Dice(PixelLoss):

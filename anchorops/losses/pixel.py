@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,17 +17,6 @@ from .._checks import (
 from ..ops.pixel_cross_entropy import check_classes
 from ..ops.softmax_moments import moments_for
 from ..reference import SoftmaxMoments, statistics_dtype
-
-
-def check_number(function: str, argument: str, value: object, *, above: bool = False) -> None:
-    """A finite int or float of at least 0, or above 0."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        in_range = False
-    else:
-        in_range = math.isfinite(value) and (value > 0 if above else value >= 0)
-    if not in_range:
-        expected = "a finite number above 0" if above else "a finite number of at least 0"
-        fail(function, argument, expected, describe(value))
 
 
 class PixelLoss(nn.Module):

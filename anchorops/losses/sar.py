@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .._checks import check_choice, describe, fail
+from .._checks import check_choice, check_number, check_share, describe, fail
 from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
 from ..ops.anchor_cross_entropy import anchor_cross_entropy
 from ..ops.anchor_losses import anchor_losses
@@ -110,9 +110,10 @@ class SAR(Regularizer):
         check_choice("SAR", "gate", gate, ("all", "per_class"))
         if layers not in (2, 3):
             fail("SAR", "layers", "2 or 3", layers)
+        for argument, value in (("loss_weight", loss_weight), ("aux_weight", aux_weight)):
+            check_number("SAR", argument, value)
         for argument, value in (("momentum", momentum), ("tau", tau), ("delta", delta)):
-            if not 0 <= value <= 1:
-                fail("SAR", argument, "a number in [0, 1]", value)
+            check_share("SAR", argument, value)
         if embed and num_classes < 2:
             fail("SAR", "num_classes", "at least 2, for batch statistics over anchors", num_classes)
         self.anchor_kind, self.layers = "given", layers
@@ -122,6 +123,8 @@ class SAR(Regularizer):
             anchors = _ANCHORS[anchors](num_classes, dim)
         elif not isinstance(anchors, Tensor) or anchors.shape != (num_classes, dim):
             fail("SAR", "anchors", f"a name or a tensor [{num_classes}, {dim}]", describe(anchors))
+        elif not anchors.is_floating_point():
+            fail("SAR", "anchors", "a floating dtype", anchors.dtype)
         self.loss_weight, self.aux_weight, self.momentum = loss_weight, aux_weight, momentum
         self.tau, self.delta, self.gate = tau, delta, gate
         self.embed, self.reweight, self.detach_weights = embed, reweight, detach_weights

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import FLOATING, check_choice, check_derivatives, describe, fail
+from .._checks import FLOATING, check_choice, check_derivatives, check_number, describe, fail
 from ..reference.centroid_info_nce import LOGITS_AT_ONCE
 from .registration import Gradient, define
 
@@ -155,8 +155,7 @@ def centroid_info_nce(
             _check(argument, mask, shape, queries)
             if mask.dtype != torch.bool:
                 fail(function, argument, "a bool tensor", mask.dtype)
-    if not temperature > 0:
-        fail(function, "temperature", "a number above 0", temperature)
+    check_number(function, "temperature", temperature, above=True)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
     return unchecked_info_nce(
         queries,

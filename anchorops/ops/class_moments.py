@@ -178,7 +178,7 @@ def _check_inputs(
 
 
 def _check_groups(groups: int, seed: int | Tensor | None, features: Tensor) -> None:
-    if not isinstance(groups, int) or groups < 1:
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
         fail("class_moments", "groups", "an int of at least 1", describe(groups))
     if groups == 1:
         return

@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_ignore_index, check_logits, describe, fail
+from .._checks import (
+    check_choice,
+    check_ignore_index,
+    check_logits,
+    check_share,
+    describe,
+    fail,
+)
 from ..reference import SoftmaxMoments, statistics_dtype
 from .softmax_moments import moments_for
 
@@ -80,11 +87,6 @@ def check_classes(function: str, logits: Tensor) -> None:
     if logits.shape[1] == 1:
         expected = "at least 2 classes in dimension 1: the loss of one class is always 0"
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
-
-
-def check_share(function: str, argument: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        fail(function, argument, "a number in [0, 1]", describe(value))
 
 
 def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
