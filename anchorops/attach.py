@@ -148,10 +148,11 @@ class Attachment:
             why = "in eval mode no features are kept: omit the term, or call model.train()"
         else:
             why = (
-                f"{self.classifier_name} has not run since: run the model in training mode, with "
-                "gradients, before; torch.utils.checkpoint over its classifier needs "
-                "use_reentrant=False. If a compiled model was called before attach, it never runs "
-                "the hook: attach first, or call torch.compiler.reset() after"
+                f"layer {self.classifier_name} has not run in training mode, with gradients, since "
+                "the last call or attach: run the model first. torch.utils.checkpoint over its "
+                "classifier needs use_reentrant=False. If a compiled model was called before "
+                "attach, it never runs the hook: attach first, or call torch.compiler.reset() "
+                "after attach"
             )
         raise RuntimeError(f"{type(self.regularizer).__name__}: no features: {why}")
 
@@ -221,8 +222,8 @@ def _find_classifier(model: nn.Module, num_classes: int, dim: int) -> tuple[str,
     expected = (
         f"a model with a linear layer or convolution {dim} → {num_classes} (dim → num_classes)"
     )
-    found = f"with {num_classes} outputs: {', '.join(near)}" if near else "none like it"
-    fail("attach", "model", expected, found)
+    others = f"; layers with {num_classes} outputs: {', '.join(near)}" if near else ""
+    fail("attach", "model", expected, f"none like it{others}")
 
 
 def _dropouts_before(model: nn.Module, name: str) -> list[nn.Module]:
