@@ -63,9 +63,9 @@ def _resume(
     """Continue an interrupted run.
 
     Args:
-        run: its directory.
-        root: the new directory of its data set, if it was moved.
-        allow_other_ranks: resume with another number of ranks, which changes the results.
+        run: directory of the run.
+        root: new directory of the data set, if it was moved.
+        allow_other_ranks: continue with another number of ranks, which changes the results.
     """
     _show([resume(run, root=root, allow_other_ranks=allow_other_ranks)])
 
@@ -74,9 +74,9 @@ def _compare(runs: tyro.conf.Positional[tuple[Path, ...]], dependency: bool = Fa
     """Compare finished runs: mean ± standard deviation over seeds.
 
     Args:
-        runs: their directories.
-        dependency: also print how the classes' vectors depend on each other, and whether the seeds
-            agree in this (SAR's Fig. 1).
+        runs: directories of the runs.
+        dependency: also print which classes have similar centroids, and whether the seeds agree in
+            this (as in SAR's Fig. 1).
     """
     if not runs:
         raise ValueError("compare: expected the directories of finished runs, got none")
@@ -94,9 +94,9 @@ def _demo(
     """HRNet-W18-small and SegFormer-B0 on digit scenes, plain and with SAR.
 
     Args:
-        steps: of each of the four runs.
+        steps: training steps of each of the four runs.
         out: directory of the runs; earlier runs in it are overwritten.
-        seed: of weights and data.
+        seed: random seed of the weights and the data.
         threads: CPU threads of torch.
     """
     results = []

@@ -166,6 +166,7 @@ class Running:
     overwrite: bool = False
     """Delete the files of an earlier run of the same name."""
     seed: int = 0
+    """Random seed of the weights, and of the order and changes of the training images."""
     device: str | None = None
     """Device; if not given, cuda if there is a GPU, otherwise cpu."""
     threads: int | None = None

@@ -54,9 +54,9 @@ def resume(
     """Continue an interrupted run from its last checkpoint, as if it had never stopped.
 
     Args:
-        run: its directory.
-        root: the new directory of its data set, if it was moved.
-        allow_other_ranks: resume with another number of ranks, which changes the results.
+        run: directory of the run.
+        root: new directory of the data set, if it was moved.
+        allow_other_ranks: continue with another number of ranks, which changes the results.
 
     Raises the same errors as `start`.
     """
