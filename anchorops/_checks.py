@@ -179,7 +179,8 @@ def check_number(function: str, argument: str, value: object, *, above: bool = F
     if not isinstance(value, int | float) or isinstance(value, bool):
         in_range = False
     else:
-        in_range = math.isfinite(value) and (value > 0 if above else value >= 0)
+        # Comparisons alone: torch.compile cannot trace math.isfinite of a dynamic number.
+        in_range = (value > 0 if above else value >= 0) and value < math.inf
     if not in_range:
         expected = "a finite number above 0" if above else "a finite number of at least 0"
         fail(function, argument, expected, describe(value))
