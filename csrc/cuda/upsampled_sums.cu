@@ -23,6 +23,7 @@ constexpr int CHANNELS = 128;             // of a block of the forward pass, one
 constexpr int HELD = 32;                  // channels whose gradients a thread holds in registers
 constexpr int64_t MULTIPROCESSORS = 132;  // of an H200
 constexpr int RESIDENT = 4;               // blocks of a multiprocessor
+constexpr int BACKWARD_RESIDENT = 6;      // 80 registers: without it, nvcc takes 64 and spills
 constexpr int64_t MOST_BYTES = 10 << 20;  // of partials
 constexpr int MOMENTS = 3;                // of a chunk: pixels, mean, sum of squared deviations
 
@@ -204,7 +205,7 @@ struct Gradients {
 };
 
 template <class T, class Key>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, BACKWARD_RESIDENT)
     upsampled_sums_backward_kernel(const T* features, const Key* keys, Gradients gradients,
                                    T* dfeatures, View view, bool vectors) {
   const int64_t image = blockIdx.x / view.tiles();
