@@ -52,6 +52,35 @@ def installed_torch():
     return torch
 
 
+def architectures(torch, nvcc: str) -> str:
+    """Those of TORCH_CUDA_ARCH_LIST, or of the GPUs that torch sees, as far as nvcc knows them. The
+    library records them, and is not called on other GPUs. Those before 8.0 have no asynchronous
+    copies and no products of bfloat16, so they are left out. Raises LookupError if none remains."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if given:
+        if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?[; ]*)+", given):
+            sys.exit(f"anchorops: TORCH_CUDA_ARCH_LIST must look like 8.0;9.0+PTX, not {given!r}")
+        archs = re.findall(r"[\w.]+(?:\+PTX)?", given)
+    else:
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], text=True, capture_output=True).stdout
+        known = [(int(x), int(y)) for x, y in re.findall(r"compute_(\d+)(\d)\b", listed)]
+        gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        # Without a GPU, the code is compiled for all GPUs. Code for 8.0 also runs on 8.6 and 8.9:
+        # code for these would only be scheduled differently, and compiling would take 50 % longer.
+        wanted = gpus or {(8, 0), (9, 0), (10, 0), (12, 0)}
+        # GPUs that are too new for nvcc compile the PTX of the newest that it knows
+        targets = {max((x for x in known if x <= gpu), default=gpu) for gpu in wanted}
+        archs = [f"{major}.{minor}" for major, minor in sorted(targets)]
+        archs[-1] += "+PTX"
+    older = [arch for arch in archs if int(arch.partition(".")[0]) < 8]
+    if older == archs:
+        found = ", ".join(older)
+        raise LookupError(f"it needs a GPU of compute capability 8.0 or later, found {found}")
+    if older:
+        print(f"anchorops: no CUDA code for {', '.join(older)}: it needs 8.0", file=sys.stderr)
+    return ";".join(arch for arch in archs if arch not in older)
+
+
 def cuda_toolkit(torch) -> tuple[str, str]:
     """nvcc's version and the architectures. Raises LookupError if CUDA cannot be compiled."""
     if torch.version.cuda is None:
@@ -77,16 +106,7 @@ def cuda_toolkit(torch) -> tuple[str, str]:
     # torch looks for the toolkit near nvcc, but nvcc may be a wrapper in another directory
     os.environ["CUDA_HOME"] = os.path.normpath(top[1])
 
-    gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-    # Without a GPU, the code is compiled for all GPUs. Code for 8.0 also runs on 8.6 and 8.9: code
-    # for these would only be scheduled differently, and compiling would take 50 % longer.
-    blackwell = [(10, 0), (12, 0)] if tuple(map(int, release.groups())) >= (12, 8) else []
-    targets = gpus or [(8, 0), (9, 0), *blackwell]
-    default = ";".join(f"{major}.{minor}" for major, minor in targets) + "+PTX"
-    archs = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
-    # The library records its architectures, and is not called on other GPUs.
-    if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?[; ]*)+", archs):
-        sys.exit(f"anchorops: TORCH_CUDA_ARCH_LIST must look like 8.0;9.0+PTX, not {archs!r}")
+    archs = os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(torch, nvcc)
     return version, archs
 
 

@@ -267,6 +267,41 @@ def test_types_of_the_installed_wheel(built, tmp_path):
     assert told["error"] == lines[-3:]
 
 
+@pytest.fixture
+def toolkit(checkout, tmp_path):
+    """Runs setup.py with a torch and an nvcc that only say what they are."""
+
+    def run_setup(torch: str, known: str = "", **environment):
+        plan = "TOP=/opt/cuda/bin/..\n-D__CUDACC_VER_MAJOR__=12 -D__CUDACC_VER_MINOR__=4"
+        extension = "import os, sys\nsys.exit(os.environ['TORCH_CUDA_ARCH_LIST'])"
+        files = {
+            "torch/__init__.py": torch,
+            "torch/utils/__init__.py": "",
+            "torch/utils/cpp_extension.py": extension,
+            "bin/nvcc": f"#!/bin/sh\necho '{plan}' >&2\necho '{known}'",
+            "checkout/csrc/cuda/toy.cu": "",
+        }
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        (tmp_path / "bin/nvcc").chmod(0o755)
+        defaults = {"ANCHOROPS_CUDA": 1, "CUDA_HOME": tmp_path, "PYTHONPATH": tmp_path}
+        defaults["TORCH_CUDA_ARCH_LIST"] = ""
+        command = (sys.executable, "setup.py", "build_ext")
+        return run(*command, cwd=checkout, **(defaults | environment))
+
+    return run_setup
+
+
+FAKE_TORCH = """
+__version__ = {version!r}
+class version: cuda = {cuda!r}
+class cuda:
+    device_count = lambda: {gpus}.__len__()
+    get_device_capability = lambda i: {gpus}[i]
+"""
+
+
 @needs_sources
 @pytest.mark.parametrize(
     ("torch", "cuda", "environment", "message"),
@@ -278,25 +313,32 @@ def test_types_of_the_installed_wheel(built, tmp_path):
         ("2.12.0", "13.0", {"CUDA_HOME": "/nonexistent"}, "requires .* nvcc was not found"),
         ("2.12.0", "13.0", {}, "requires .* nvcc is of CUDA 12.4, torch 2.12.0 of CUDA 13.0"),
         ("2.12.0", "12.9", {"TORCH_CUDA_ARCH_LIST": "Hopper"}, "look like 8.0;.*, not 'Hopper'"),
+        ("2.12.0", "12.9", {"TORCH_CUDA_ARCH_LIST": "7.5"}, "requires .* 8.0 or later, found 7.5"),
         (None, None, {}, "no torch here: install torch"),
     ],
 )
-def test_demands_that_cannot_be_met(checkout, tmp_path, torch, cuda, environment, message):
-    module = f"__version__ = {torch!r}\nclass version: cuda = {cuda!r}\n"
-    module += "class cuda: device_count = lambda: 0"
-    plan = "TOP=/opt/cuda/bin/..\n-D__CUDACC_VER_MAJOR__=12 -D__CUDACC_VER_MINOR__=4"
-    files = {
-        "torch/__init__.py": module if torch else "raise ImportError('no torch here')",
-        "bin/nvcc": f"#!/bin/sh\necho '{plan}' >&2",
-        "checkout/csrc/cuda/toy.cu": "",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    (tmp_path / "bin/nvcc").chmod(0o755)
-    defaults = {"ANCHOROPS_CUDA": 1, "CUDA_HOME": tmp_path, "PYTHONPATH": tmp_path}
-    command = (sys.executable, "setup.py", "build_ext")
-    answer = run(*command, cwd=checkout, **(defaults | environment))
+def test_demands_that_cannot_be_met(toolkit, torch, cuda, environment, message):
+    module = FAKE_TORCH.format(version=torch, cuda=cuda, gpus=[])
+    answer = toolkit(module if torch else "raise ImportError('no torch here')", **environment)
     assert answer.returncode == 1
     assert re.search(f"^anchorops: .*{message}", answer.stderr, re.M), answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+@needs_sources
+@pytest.mark.parametrize(
+    ("gpus", "given", "expected"),
+    [
+        ([], "", "8.0;9.0;10.0;12.0+PTX"),
+        ([(9, 0), (8, 9), (9, 0)], "", "8.9;9.0+PTX"),
+        ([(7, 5), (8, 6)], "", "8.6+PTX"),  # no code for the older GPU
+        ([(10, 3)], "", "10.0+PTX"),  # newer than this nvcc
+        ([(7, 5)], "7.5 8.0 9.0+PTX", "8.0;9.0+PTX"),
+    ],
+)
+def test_architectures(toolkit, gpus, given, expected):
+    torch = FAKE_TORCH.format(version="2.12.0", cuda="12.9", gpus=gpus)
+    known = "compute_75 compute_80 compute_86 compute_89 compute_90 compute_100 compute_120"
+    answer = toolkit(torch, known, TORCH_CUDA_ARCH_LIST=given)
+    assert answer.stderr.splitlines()[-1] == expected, answer.stderr
+    assert ("no CUDA code for 7.5" in answer.stderr) == ((7, 5) in gpus)
