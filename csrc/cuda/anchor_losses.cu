@@ -104,11 +104,6 @@ __global__ void __launch_bounds__(THREADS)
   gradients[i] = gradient ? *gradient * slopes[i] : 0;
 }
 
-template <class T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr<T>() : nullptr;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_losses(Tensor sqdists, Tensor counts,
                                                          std::optional<Tensor> gate,
                                                          std::optional<Tensor> cross_entropies,
@@ -130,8 +125,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_losses(Tensor sqdists, Tensor 
                            reweight,
                            detach_weights};
   launch("anchor_losses_kernel", anchor_losses_kernel, 1, 32, 0, device.stream,
-         sqdists.const_data_ptr<float>(), counts.const_data_ptr<int64_t>(), data<bool>(gate),
-         data<float>(cross_entropies), p2a.mutable_data_ptr<float>(), aux.mutable_data_ptr<float>(),
+         sqdists.const_data_ptr<float>(), counts.const_data_ptr<int64_t>(),
+         optional_data<bool>(gate), optional_data<float>(cross_entropies),
+         p2a.mutable_data_ptr<float>(), aux.mutable_data_ptr<float>(),
          logs.mutable_data_ptr<float>(), slopes.mutable_data_ptr<float>(), options);
   return {p2a, aux, logs, slopes};
 }
@@ -143,8 +139,8 @@ Tensor anchor_losses_backward(std::optional<Tensor> dp2a, std::optional<Tensor> 
   const int64_t size = slopes.numel();
   launch("anchor_losses_backward_kernel", anchor_losses_backward_kernel,
          grid_of("anchor_losses_backward.cuda", ceil_div(size, int64_t{THREADS})), THREADS, 0,
-         device.stream, data<float>(dp2a), data<float>(daux), slopes.const_data_ptr<float>(),
-         gradients.mutable_data_ptr<float>(), slopes.size(1), size);
+         device.stream, optional_data<float>(dp2a), optional_data<float>(daux),
+         slopes.const_data_ptr<float>(), gradients.mutable_data_ptr<float>(), slopes.size(1), size);
   return gradients;
 }
 

@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> center_loss(
                       data(bias),
                       data(etf),
                       data(prior),
-                      noise ? data(*noise) : nullptr,
+                      optional_data<float>(noise),
                       static_cast<int>(rows),
                       static_cast<int>(channels),
                       static_cast<int>(dim),

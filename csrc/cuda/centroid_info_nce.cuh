@@ -133,7 +133,7 @@ inline Problem problem_of(const Tensor& queries, const Tensor& keys,
       .keys = rows_of(keys),
       .positives = own,
       .present = present_of(present, present_keys, all_keys, rows.groups, !positives && !mirrored),
-      .bias = bias ? bias->const_data_ptr<float>() : nullptr,
+      .bias = optional_data<float>(bias),
       .temperature = static_cast<float>(temperature)};
 }
 

@@ -203,17 +203,14 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
   // If rows are not contiguous, or one row is expanded to all, they are copied: K×D.
   for (auto* table : {&anchors, &dsums, &dsqdists})
     if (*table) *table = torch::stable::contiguous(**table);
-  const auto data = [](const std::optional<Tensor>& table) {
-    return table ? table->const_data_ptr<float>() : nullptr;
-  };
   const int64_t num_keys = (dsums ? dsums : dsqdists)->size(0);
   for_dtype(NAME, dtype, [&](auto element) {
     using T = decltype(element);
     const Gradient<T> in{.features = dsqdists ? features->const_data_ptr<T>() : nullptr,
                          .keys = keys.const_data_ptr<int32_t>(),
-                         .anchors = data(anchors),
-                         .dsums = data(dsums),
-                         .dsqdists = data(dsqdists),
+                         .anchors = optional_data<float>(anchors),
+                         .dsums = optional_data<float>(dsums),
+                         .dsqdists = optional_data<float>(dsqdists),
                          .dfeatures = dfeatures.mutable_data_ptr<T>(),
                          .view = view,
                          .out = out,

@@ -171,10 +171,9 @@ Tensor prototype_halves_backward(std::optional<Tensor> dcentroids, std::optional
   const Prototypes given = prototypes_of(prototypes, seed, seed_offset, eps, loss_weight);
   Tensor dprototypes = new_empty(prototypes, to_vector(prototypes.sizes()), ScalarType::Float);
   launch("prototype_halves_backward_kernel", prototype_halves_backward_kernel, blocks_for(given),
-         THREADS, given.groups, device.stream,
-         dcentroids ? dcentroids->const_data_ptr<float>() : nullptr,
-         ddistances ? ddistances->const_data_ptr<float>() : nullptr,
-         ddistances ? ddistances->stride(0) : 0, given, centroids.const_data_ptr<float>(),
+         THREADS, given.groups, device.stream, optional_data<float>(dcentroids),
+         optional_data<float>(ddistances), ddistances ? ddistances->stride(0) : 0, given,
+         centroids.const_data_ptr<float>(),
          reinterpret_cast<const Products*>(products.const_data_ptr<float>()),
          dprototypes.mutable_data_ptr<float>());
   return dprototypes;

@@ -314,16 +314,18 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
     *table = torch::stable::contiguous(**table);
     by_image = (*table)->dim() == 2;
   }
-  const auto table = [](const std::optional<Tensor>& table) {
-    return table ? table->const_data_ptr<float>() : nullptr;
-  };
   const auto map = [](const std::optional<Tensor>& map) {
     if (!map) return PixelGradient{};
     return PixelGradient{map->const_data_ptr<float>(), map->stride(0), map->stride(1),
                          map->stride(2)};
   };
-  const Gradients gradients{table(dlosses),     table(doverlaps), table(dmasses), table(dsquares),
-                            map(dpixel_losses), map(dlse),        by_image};
+  const Gradients gradients{optional_data<float>(dlosses),
+                            optional_data<float>(doverlaps),
+                            optional_data<float>(dmasses),
+                            optional_data<float>(dsquares),
+                            map(dpixel_losses),
+                            map(dlse),
+                            by_image};
   lse = torch::stable::contiguous(lse);
 
   const int num_classes = static_cast<int>(logits.size(1));

@@ -122,6 +122,11 @@ inline Tensor new_empty_strided(const Tensor& like, const std::vector<int64_t>& 
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+template <class T>
+const T* optional_data(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
 // A grid of blocks along x: at most 2^31 - 1 are possible, but only 65,535 along y and z.
 inline dim3 grid_of(const char* kernel, int64_t blocks) {
   STD_TORCH_CHECK(blocks < int64_t{1} << 31, kernel, ": more blocks than a grid has");

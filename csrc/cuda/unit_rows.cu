@@ -87,11 +87,6 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-template <class T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr<T>() : nullptr;
-}
-
 dim3 blocks_for(int64_t rows) {
   return grid_of("unit_rows.cuda", ceil_div(rows, int64_t{THREADS / 32}));
 }
@@ -110,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unit_rows(Tensor rows, std::optional<
   Tensor norms = new_floats({size.begin(), size.end() - 1});
   if (rows.numel() > 0)
     launch("unit_rows_kernel", unit_rows_kernel, blocks_for(norms.numel() + num_classes), THREADS,
-           0, device.stream, rows.const_data_ptr<float>(), data<int64_t>(counts),
+           0, device.stream, rows.const_data_ptr<float>(), optional_data<int64_t>(counts),
            units.mutable_data_ptr<float>(), with_means ? means.mutable_data_ptr<float>() : nullptr,
            with_centroids ? centroids.mutable_data_ptr<float>() : nullptr,
            norms.mutable_data_ptr<float>(), norms.numel(), num_classes,
@@ -124,9 +119,10 @@ Tensor unit_rows_backward(std::optional<Tensor> dunits, std::optional<Tensor> dm
   Tensor drows = new_empty(units, to_vector(units.sizes()), ScalarType::Float);
   if (units.numel() == 0) return drows;
   launch("unit_rows_backward_kernel", unit_rows_backward_kernel, blocks_for(norms.numel()), THREADS,
-         0, device.stream, data<float>(dunits), data<float>(dmeans), units.const_data_ptr<float>(),
-         norms.const_data_ptr<float>(), data<int64_t>(counts), drows.mutable_data_ptr<float>(),
-         norms.numel(), units.size(-1), static_cast<float>(eps));
+         0, device.stream, optional_data<float>(dunits), optional_data<float>(dmeans),
+         units.const_data_ptr<float>(), norms.const_data_ptr<float>(),
+         optional_data<int64_t>(counts), drows.mutable_data_ptr<float>(), norms.numel(),
+         units.size(-1), static_cast<float>(eps));
   return drows;
 }
 

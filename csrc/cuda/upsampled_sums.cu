@@ -322,10 +322,6 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, 
   return {sums, mean, variance};
 }
 
-const float* data(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr<float>() : nullptr;
-}
-
 Tensor upsampled_sums_backward(Tensor features, Tensor keys, Tensor dsums, Tensor mean,
                                std::optional<Tensor> dmean, std::optional<Tensor> dvariance,
                                int64_t num_classes) {
@@ -336,7 +332,7 @@ Tensor upsampled_sums_backward(Tensor features, Tensor keys, Tensor dsums, Tenso
   if (features.numel() == 0) return dfeatures;
   const View view(features, keys, num_classes, dsums.size(0) > num_classes);
   const Gradients gradients{dsums.const_data_ptr<float>(), mean.const_data_ptr<float>(),
-                            data(dmean), data(dvariance),
+                            optional_data<float>(dmean), optional_data<float>(dvariance),
                             static_cast<float>(features.numel() / features.size(1))};
   for_dtype("upsampled_sums", features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
