@@ -14,9 +14,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._checks import check_derivatives
-from .registration import Gradient, define
-
-BACKENDS = ("triton", "cuda")
+from .registration import ON_GPU, Gradient, define
 
 
 def _forward_fake(logits: Tensor, delta: float) -> tuple[Tensor, Tensor]:
@@ -42,7 +40,7 @@ define(
     "anchor_cross_entropy",
     "(Tensor logits, float delta) -> (Tensor losses, Tensor recognised)",
     _forward_fake,
-    backends=BACKENDS,
+    backends=ON_GPU,
     gradient=Gradient(
         "(Tensor dlosses, Tensor logits) -> Tensor", _backward_fake, _setup_context, _backward
     ),
@@ -55,7 +53,7 @@ def anchor_cross_entropy(logits: Tensor, *, delta: float) -> tuple[Tensor, Tenso
     logits: [K, K]. Returns [K], and bool [K]. Arguments already checked.
     """
     backend = select("anchor_cross_entropy", logits, logits.shape[0])
-    if backend not in BACKENDS:
+    if backend not in ON_GPU:
         return reference.anchor_cross_entropy(logits, delta=delta)
     check_derivatives("anchor_cross_entropy", logits)
     operator = getattr(torch.ops.anchorops.anchor_cross_entropy, backend)

@@ -21,9 +21,7 @@ from .. import reference
 from .._backend import select
 from .._checks import check_derivatives
 from ..reference import AnchorLosses
-from .registration import Gradient, define
-
-BACKENDS = ("triton", "cuda")
+from .registration import ON_GPU, Gradient, define
 
 
 def _forward_fake(
@@ -75,7 +73,7 @@ define(
     "float loss_weight, float aux_weight, float tau, bool reweight, bool detach_weights) -> "
     "(Tensor p2a, Tensor aux, Tensor logs, Tensor slopes)",
     _forward_fake,
-    backends=BACKENDS,
+    backends=ON_GPU,
     gradient=Gradient(
         "(Tensor? dp2a, Tensor? daux, Tensor slopes) -> Tensor",
         _backward_fake,
@@ -100,7 +98,7 @@ def anchor_losses(
 ) -> AnchorLosses:
     """The losses of the reference, from arguments already checked."""
     backend = select("anchor_losses", sqdists, sqdists.shape[0])
-    if backend not in BACKENDS:
+    if backend not in ON_GPU:
         return reference.anchor_losses(
             counts,
             sqdists,

@@ -23,9 +23,8 @@ from .. import reference
 from .._backend import select
 from .._checks import check_derivatives, in_transform
 from ..reference import UpsampledSums
-from .registration import Gradient, define
+from .registration import ON_GPU, Gradient, define
 
-BACKENDS = ("triton", "cuda")
 MOST_NUMBERS = 24_000  # C + 2E + K that fit into the shared memory of a block
 
 
@@ -80,7 +79,7 @@ define(
     "float eps, float scale, float dropout, float loss_weight) "
     "-> (Tensor loss, Tensor number, Tensor centers, Tensor dcenters, Tensor dhidden)",
     _forward_fake,
-    backends=BACKENDS,
+    backends=ON_GPU,
     gradient=Gradient(
         "(Tensor dloss, Tensor number, Tensor dcenters, Tensor sums, Tensor counts, Tensor mean, "
         "Tensor variance, Tensor norm_weight, float eps, float loss_weight) "
@@ -111,7 +110,7 @@ def center_loss(
     tensors = mean, variance, *norm, *projection, etf, prior
     backend = select("center_loss", sums, len(prior))
     fits = sums.shape[-1] + 2 * etf.shape[1] + len(prior) <= MOST_NUMBERS
-    if backend not in BACKENDS or in_transform(sums) or not fits:
+    if backend not in ON_GPU or in_transform(sums) or not fits:
         mean, variance, gamma, beta, weight, bias, etf, prior = (x.to(sums.dtype) for x in tensors)
         return reference.center_loss(
             UpsampledSums(counts, sums, mean, variance),

@@ -15,9 +15,7 @@ from .. import reference
 from .._backend import select
 from .._checks import FLOATING, check_choice, check_derivatives, check_number, describe, fail
 from ..reference.centroid_info_nce import LOGITS_AT_ONCE
-from .registration import Gradient, define
-
-BACKENDS = ("triton", "cuda")
+from .registration import ON_GPU, Gradient, define
 
 # bias: float32 [K]; the other tensors of any floating-point dtype. lse, positive_logits (float32
 # [K] or [K, G]), scale (the factor of the sum of the losses) and logits are kept for the gradient.
@@ -83,16 +81,15 @@ def _backward(operator: Any, ctx: Any, dloss: Tensor | None, *_: None) -> tuple[
     saved = ctx.saved_tensors
     gradients = operator(dloss, *saved, *ctx.options)
     given = saved[:4]  # queries, keys, bias, positives
-    return *(d if x is not None else None for d, x in zip(gradients, given, strict=True)), *(
-        (None,) * 8
-    )
+    wanted = (d if x is not None else None for d, x in zip(gradients, given, strict=True))
+    return *wanted, *(None,) * 8
 
 
 define(
     "centroid_info_nce",
     _SCHEMA,
     _forward_fake,
-    backends=BACKENDS,
+    backends=ON_GPU,
     gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
 )
 
@@ -200,7 +197,7 @@ def unchecked_info_nce(
         "reduction": reduction,
     }
     backend = select(function, queries, queries.shape[0])
-    if backend not in BACKENDS:
+    if backend not in ON_GPU:
         return reference.centroid_info_nce(queries, keys, **options)
     check_derivatives(function, queries, keys, bias, positives)
     if bias is not None:

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .registration import define
-
-BACKENDS = ("triton", "cuda")
+from .registration import ON_GPU, define
 
 
 def _fake(
@@ -35,7 +33,7 @@ define(
     "(Tensor(a!) average, Tensor anchors, Tensor recognised, float momentum, bool per_class, "
     "bool update) -> (Tensor updated, Tensor gate)",
     _fake,
-    backends=BACKENDS,
+    backends=ON_GPU,
 )
 
 
@@ -52,7 +50,7 @@ def gated_average(
     """The updated average [K, D], in new memory, and the gates, bool [K]. With `update` it is also
     written to `average`. Arguments as in the reference, already checked."""
     backend = select("gated_average", average, average.shape[0])
-    if backend not in BACKENDS:
+    if backend not in ON_GPU:
         updated, gate = reference.gated_average(
             average, anchors, recognised, momentum=momentum, per_class=per_class
         )

@@ -19,10 +19,8 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._checks import check_derivatives
-from .registration import Gradient, define
+from .registration import ON_GPU, Gradient, define
 from .split_groups import random_halves
-
-BACKENDS = ("triton", "cuda")
 
 
 def _forward_fake(prototypes: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +62,7 @@ define(
     "(Tensor prototypes, Tensor seed, int seed_offset, float eps, float loss_weight) "
     "-> (Tensor centroids, Tensor distances, Tensor products)",
     _forward_fake,
-    backends=BACKENDS,
+    backends=ON_GPU,
     gradient=Gradient(
         "(Tensor? dcentroids, Tensor? ddistances, Tensor prototypes, Tensor seed, "
         "Tensor centroids, Tensor products, int seed_offset, float eps, float loss_weight) "
@@ -86,7 +84,7 @@ def prototype_halves(
     already checked.
     """
     backend = select("prototype_halves", prototypes, 1)
-    if backend not in BACKENDS:
+    if backend not in ON_GPU:
         half = random_halves(prototypes.shape[0], seed + seed_offset, prototypes)
         return reference.prototype_halves(prototypes, half, eps, loss_weight)
     check_derivatives("prototype_halves", prototypes)

@@ -9,6 +9,7 @@ from .._backend import register_triton
 
 library = torch.library.Library("anchorops", "FRAGMENT")
 FUSED = ("cpu", "triton", "cuda")  # the backends that are operators; the reference is not
+ON_GPU = ("triton", "cuda")  # of small operators, for which the reference serves on CPU
 
 
 class Gradient(NamedTuple):

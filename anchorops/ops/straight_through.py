@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._backend import select
+from .registration import ON_GPU
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -25,6 +26,6 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(values: Tensor, other: Tensor) -> Tensor:
     """values + other − sg(other): the values, with a gradient to both. Without a launch on a GPU,
     where the formula needs two. Same shapes; arguments already checked."""
-    if select("straight_through", values, 1) in ("triton", "cuda"):
+    if select("straight_through", values, 1) in ON_GPU:
         return cast("Tensor", _StraightThrough.apply(values, other))
     return values + (other - other.detach())  # it has all derivatives

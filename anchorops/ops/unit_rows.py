@@ -16,9 +16,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._checks import check_derivatives
-from .registration import Gradient, define
-
-BACKENDS = ("triton", "cuda")
+from .registration import ON_GPU, Gradient, define
 
 
 def _forward_fake(
@@ -62,7 +60,7 @@ define(
     "(Tensor rows, Tensor? counts, float eps, bool with_means, bool with_centroids) "
     "-> (Tensor units, Tensor means, Tensor centroids, Tensor norms)",
     _forward_fake,
-    backends=BACKENDS,
+    backends=ON_GPU,
     gradient=Gradient(
         "(Tensor? dunits, Tensor? dmeans, Tensor units, Tensor norms, Tensor? counts, float eps) "
         "-> Tensor",
@@ -77,7 +75,7 @@ def unit_rows(rows: Tensor, counts: Tensor | None = None, *, eps: float) -> Tens
     """m / max(‖m‖, eps) with m = rows / max(counts, 1), or m = rows without counts. rows: [..., D];
     counts: int64 [...]. Arguments already checked."""
     backend = select("unit_rows", rows, 1)
-    if backend not in BACKENDS:
+    if backend not in ON_GPU:
         return reference.unit_rows(rows, counts, eps=eps)
     check_derivatives("unit_rows", rows)
     operator = getattr(torch.ops.anchorops.unit_rows, backend)
@@ -93,7 +91,7 @@ def unit_views(
     Means and centroids that are not wanted are (0,). Arguments already checked."""
     flags = with_means, with_centroids
     backend = select("unit_rows", sums, 1)
-    if backend not in BACKENDS:
+    if backend not in ON_GPU:
         return reference.unit_views(sums, counts, eps, *flags)
     check_derivatives("unit_rows", sums)
     operator = getattr(torch.ops.anchorops.unit_rows, backend)
