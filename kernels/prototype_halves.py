@@ -5,17 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .split_groups import _mix32
+from .split_groups import hash_of
 
 
 @triton.jit
 def halves(seed_ptr, seed_offset, groups, BLOCK_G: tl.constexpr):
     """int32 [BLOCK_G]: 1 for ⌊G/2⌋ random groups, as random_halves of anchorops/ops/split_groups.py
     draws them; the rank of a group's hash is odd."""
-    seed = tl.load(seed_ptr) + seed_offset
-    low, high = _mix32(seed.to(tl.uint32)), _mix32((seed >> 32).to(tl.uint32))
     g = tl.arange(0, BLOCK_G)
-    hashes = _mix32(_mix32(g.to(tl.uint32) ^ low) ^ high)
+    hashes = hash_of(tl.load(seed_ptr) + seed_offset, g)
     smaller = (hashes[None, :] < hashes[:, None]) & (g < groups)[None, :]
     return tl.sum(smaller.to(tl.int32), 1) % 2
 

@@ -22,9 +22,8 @@ def _mix32(x):
 
 
 @triton.jit
-def _hash(seed_ptr, pixel):
-    """pixel: int32 -> uint32."""
-    seed = tl.load(seed_ptr)
+def hash_of(seed, pixel):
+    """seed: int64, pixel: int32 -> uint32."""
     low, high = _mix32(seed.to(tl.uint32)), _mix32((seed >> 32).to(tl.uint32))
     return _mix32(_mix32(pixel.to(tl.uint32) ^ low) ^ high)
 
@@ -70,7 +69,7 @@ def _link_pixels_kernel(
     tl.store(split_ptr + pixel, key, mask=(pixel < pixels) & (key < 0))
     count = tl.load(counts_ptr + key, mask=valid, other=0).to(tl.uint64)
     start = tl.load(starts_ptr + key, mask=valid, other=0)
-    bucket = start + ((_hash(seed_ptr, pixel).to(tl.uint64) * count) >> 32).to(tl.int64)
+    bucket = start + ((hash_of(tl.load(seed_ptr), pixel).to(tl.uint64) * count) >> 32).to(tl.int64)
     head = tl.atomic_xchg(first_ptr + bucket, pixel + 1, mask=valid, sem="relaxed")
     tl.store(next_ptr + pixel, head, mask=valid)
     tl.atomic_add(totals_ptr + bucket // BLOCK_P, 1, mask=valid, sem="relaxed")
@@ -90,7 +89,7 @@ def _rank_pixels_kernel(
     BLOCK_P: tl.constexpr,
 ):
     """Processes BLOCK_P buckets. Reads a list m + 2 times if there are m pixels in it."""
-    program = tl.program_id(0)
+    program, seed = tl.program_id(0), tl.load(seed_ptr)
     before = tl.zeros((BLOCK_P,), tl.int64)  # pixels in buckets of earlier programs
     for block in range(0, program, BLOCK_P):
         other = block + tl.arange(0, BLOCK_P)
@@ -107,10 +106,10 @@ def _rank_pixels_kernel(
     while tl.max(a, 0) > 0:
         key = tl.load(keys_ptr + a - 1, mask=a > 0, other=0)
         rank = start - tl.load(starts_ptr + key, mask=a > 0, other=0)
-        own = _hash(seed_ptr, a - 1)
+        own = hash_of(seed, a - 1)
         b = head
         while tl.max(b, 0) > 0:
-            rank += ((b > 0) & (_hash(seed_ptr, b - 1) < own)).to(tl.int64)
+            rank += ((b > 0) & (hash_of(seed, b - 1) < own)).to(tl.int64)
             b = tl.load(next_ptr + b - 1, mask=b > 0, other=0)
         group = (rank % groups).to(tl.int32)
         tl.store(split_ptr + a - 1, key * groups + group, mask=a > 0)
