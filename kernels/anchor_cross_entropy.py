@@ -21,8 +21,9 @@ def _anchor_cross_entropy_kernel(
     own = tl.load(logits_ptr + k * classes + k)
     largest = tl.max(logits, 0)
     loss = tl.log(tl.sum(tl.exp(logits - largest), 0)) - (own - largest)
-    before = (logits > own) | ((logits == own) & (j < k))  # of equal logits the first is the argmax
-    recognised = (tl.sum(before.to(tl.int32), 0) == 0) & (tl.exp(-loss) > delta)
+    # of equal logits, the first is the argmax
+    other_is_argmax = (logits > own) | ((logits == own) & (j < k))
+    recognised = (tl.sum(other_is_argmax.to(tl.int32), 0) == 0) & (tl.exp(-loss) > delta)
     tl.store(losses_ptr + k, loss)
     tl.store(recognised_ptr + k, recognised)
 

@@ -1,8 +1,9 @@
 // The operators anchorops::anchor_cross_entropy.cuda and anchor_cross_entropy_backward.cuda: row k
 // of the logits belongs to the anchor of class k.
 //
-//   losses[k] = −log p_k,  p = softmax(logits[k])    recognised[k] = (k = argmax p) and (p_k >
-//   delta) dlogits[k, j] = dlosses[k]·(p_j − [j = k])
+//   losses[k] = −log p_k,  p = softmax(logits[k])
+//   recognised[k] = (k = argmax p) and (p_k > delta)
+//   dlogits[k, j] = dlosses[k]·(p_j − [j = k])
 //
 // One launch in each direction, a warp per row. A row is read from memory once, then from the L1
 // cache: twice forward, three times backward. Latency determines the time: predicted 3 µs for
@@ -43,14 +44,14 @@ __global__ void __launch_bounds__(THREADS)
   logits += k * classes;
   const Softmax softmax = softmax_of(logits, classes, lane);
   const float own = logits[k], loss = logf(softmax.sum) - (own - softmax.maximum);
-  bool other = false;  // is the argmax; of equal logits the first is
+  bool other_is_argmax = false;  // of equal logits, the first is the argmax
 #pragma unroll 4
   for (int64_t j = lane; j < classes; j += 32)
-    other |= logits[j] > own || (logits[j] == own && j < k);
-  other = any_of_warp(other);
+    other_is_argmax |= logits[j] > own || (logits[j] == own && j < k);
+  other_is_argmax = any_of_warp(other_is_argmax);
   if (lane == 0) {
     losses[k] = loss;
-    recognised[k] = !other && expf(-loss) > delta;
+    recognised[k] = !other_is_argmax && expf(-loss) > delta;
   }
 }
 

@@ -5,9 +5,9 @@
 //   updated[k] = average[k] if the gate is closed; anchors[k] if average[k] is zero: not started;
 //                otherwise momentum·average[k] + (1 − momentum)·anchors[k]
 //
-// One launch, a warp per row. With `update` the average is replaced; a lane writes only the
-// numbers that it alone has read. The K×D numbers are read twice, the second time
-// from the L1 cache. Latency determines the time: predicted 3 µs, not measured.
+// One launch, a warp per row. With `update` the average is replaced; a lane writes only the numbers
+// that it alone has read. The K×D numbers are read twice, the second time from the L1 cache.
+// Latency determines the time: predicted 3 µs, not measured.
 #include "tensors.cuh"
 #include "warps.cuh"
 
