@@ -186,9 +186,20 @@ def check_number(function: str, argument: str, value: object, *, above: bool = F
         fail(function, argument, expected, describe(value))
 
 
-def check_share(function: str, argument: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        fail(function, argument, "a number in [0, 1]", describe(value))
+def check_share(function: str, argument: str, value: object, *, below_one: bool = False) -> None:
+    """An int or float from 0 to 1, or below 1."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        in_range = False
+    else:
+        in_range = value >= 0 and (value < 1 if below_one else value <= 1)
+    if not in_range:
+        expected = "a number in [0, 1)" if below_one else "a number in [0, 1]"
+        fail(function, argument, expected, describe(value))
+
+
+def check_count(function: str, argument: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        fail(function, argument, "an int of at least 1", describe(value))
 
 
 def check_flags(function: str, **flags: object) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .._checks import describe, fail
+from .._checks import check_count, check_flags, check_number
 from ..ops.centroid_info_nce import unchecked_info_nce
 from ..ops.prototype_halves import prototype_halves
 from ..ops.straight_through import straight_through
@@ -75,10 +75,12 @@ class MVSC(Regularizer):
         process_group: ProcessGroup | str | None = None,
     ) -> None:
         super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
-        if not isinstance(groups, int) or groups < 1:
-            fail("MVSC", "groups", "an int of at least 1", describe(groups))
-        if not temperature > 0:
-            fail("MVSC", "temperature", "a number above 0", temperature)
+        check_count("MVSC", "groups", groups)
+        check_number("MVSC", "fca_weight", fca_weight)
+        check_number("MVSC", "cos_weight", cos_weight)
+        check_number("MVSC", "visual_weight", visual_weight)
+        check_number("MVSC", "temperature", temperature, above=True)
+        check_flags("MVSC", enhance=enhance)
         self.groups, self.enhance, self.temperature = groups, enhance, temperature
         self.fca_weight, self.cos_weight = fca_weight, cos_weight
         self.visual_weight = visual_weight

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .._checks import check_choice, fail
+from .._checks import check_choice, check_flags, check_number, fail
 from ..distributed import reduce_moments
 from ..ops.centroid_info_nce import unchecked_info_nce
 from ..ops.split_groups import random_halves
@@ -77,8 +77,10 @@ class OCCL(Regularizer):
         super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
         check_choice("OCCL", "reduction", reduction, ("mean", "sum"))
         check_choice("OCCL", "split", split, ("pixels", "images"))
-        if not temperature > 0:
-            fail("OCCL", "temperature", "a number above 0", temperature)
+        check_number("OCCL", "centroid_weight", centroid_weight)
+        check_number("OCCL", "category_weight", category_weight)
+        check_number("OCCL", "temperature", temperature, above=True)
+        check_flags("OCCL", normalize=normalize)
         self.centroid_weight, self.category_weight = centroid_weight, category_weight
         self.temperature, self.normalize, self.reduction = temperature, normalize, reduction
         self.split = split
