@@ -6,7 +6,7 @@ All are computed in float64 and returned in torch's default dtype, shape [K, D].
 import torch
 from torch import Tensor
 
-from ._checks import check_num_classes, check_number, describe, fail
+from ._checks import check_count, check_flags, check_num_classes, check_number, describe, fail
 
 
 def _normal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
@@ -23,8 +23,7 @@ def _check(function: str, num_classes: int, dim: int, least_classes: int = 1) ->
     check_num_classes(function, num_classes)
     if num_classes < least_classes:
         fail(function, "num_classes", f"at least {least_classes}", num_classes)
-    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
-        fail(function, "dim", "an int of at least 1", describe(dim))
+    check_count(function, "dim", dim)
 
 
 def random_anchors(
@@ -98,6 +97,7 @@ def category_basis(
     """
     function = "category_basis"
     _check(function, num_classes, dim)
+    check_flags(function, orthogonalize=orthogonalize)
     if orthogonalize and dim < num_classes:
         expected = f"at least num_classes = {num_classes}, the number of orthogonal rows"
         fail(function, "dim", expected, dim)

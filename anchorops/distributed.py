@@ -32,9 +32,9 @@ class _AllReduce(torch.autograd.Function):
 def group_name(function: str, process_group: "dist.ProcessGroup | str | None") -> str | None:
     """The name of a process group. A module keeps the name, because it can be copied and
     pickled."""
-    if process_group is None or isinstance(process_group, str):
-        return process_group
-    name = getattr(process_group, "group_name", None)
+    if process_group is None:
+        return None
+    name = "world" if process_group == "world" else getattr(process_group, "group_name", None)
     if name is None:  # new_group returns a number to ranks outside the group
         expected = 'None, "world" or a ProcessGroup that this rank belongs to'
         fail(function, "process_group", expected, describe(process_group))

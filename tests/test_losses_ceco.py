@@ -128,18 +128,11 @@ def test_dropout_only_in_training() -> None:
     assert ceco(features, labels) != ceco(features, labels)
 
 
-def test_simplex_needs_room() -> None:
-    with pytest.raises(ValueError, match=r"simplex_etf: dim: expected at least .* 9"):
-        ao.CeCo(10, 16, center_dim=8)
+def test_wrong_features() -> None:
     with pytest.raises(ValueError, match="CeCo: features: expected images"):
         ao.CeCo(10, 16, per_image=True)(torch.randn(7, 16), torch.zeros(7, dtype=torch.long))
     with pytest.raises(ValueError, match=r"CeCo: features: expected at least one pixel per image"):
         ao.CeCo(10, 16)(torch.randn(2, 16, 0, 3), torch.zeros(2, 4, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match="CeCo: prior"):
-        ao.CeCo(10, 16, prior=torch.ones(9))
-    for wrong in (torch.zeros(10), torch.linspace(-1, 1, 10)):
-        with pytest.raises(ValueError, match="CeCo: prior: expected no negative share"):
-            ao.CeCo(10, 16, prior=wrong)
 
 
 def test_synchronized_batch_norm_of_one_process() -> None:

@@ -308,16 +308,6 @@ def test_wrong_inputs(build: Callable[[], Regularizer]) -> None:
         method(labels)  # only the object that attach returns is called like this
 
 
-def test_process_group_is_checked() -> None:
-    with pytest.raises(ValueError, match='OCCL: process_group: expected None, "world" or'):
-        ao.OCCL(K, D, process_group=-100)  # type: ignore[arg-type]
-
-
-def test_seed_is_checked() -> None:
-    with pytest.raises(ValueError, match="OCCL: seed"):
-        ao.OCCL(K, D, seed=-1)
-
-
 def test_double_precision_gradients() -> None:
     torch.manual_seed(0)
     features = torch.randn(2, D, 1, 3, dtype=torch.float64, requires_grad=True)

@@ -1,7 +1,5 @@
 """OCCL and CBP against their equations, written out class by class."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,19 +136,6 @@ def test_cbp_replaces_and_freezes_the_classifier() -> None:
     assert net.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert net.classifier.weight.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"momentum": 1.5}, r"CBP: momentum: expected a number in \[0, 1\], got 1.5"),
-        ({"penalty_weight": "1"}, "CBP: penalty_weight: expected a finite number of at least 0"),
-        ({"length": "2"}, "category_basis: length: expected a finite number above 0, got '2'"),
-    ],
-)
-def test_wrong_settings_of_cbp(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ao.CBP(K, D, **arguments)
 
 
 def train(net: Net, cbp: Attachment, steps: int = 3) -> list[Tensor]:

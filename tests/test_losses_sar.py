@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -205,24 +204,6 @@ def test_classification() -> None:
     assert sar.terms["gate"] == 1
     expected = 0.1 * F.mse_loss(features, sar.semantic_anchors[labels])
     torch.testing.assert_close(sar.terms["p2a"], expected)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"gate": "some"}, "SAR: gate"),
-        ({"layers": 4}, "SAR: layers"),
-        ({"tau": 1.5}, "SAR: tau"),
-        ({"momentum": "0.9"}, r"SAR: momentum: .* in \[0, 1\], got '0.9' of type str"),
-        ({"loss_weight": -1}, "SAR: loss_weight: expected a finite number of at least 0, got -1"),
-        ({"anchors": "uniform"}, "SAR: anchors"),
-        ({"anchors": torch.zeros(K, D + 1)}, "SAR: anchors"),
-        ({"anchors": torch.zeros(K, D).long()}, "SAR: anchors: expected a floating dtype"),
-    ],
-)
-def test_wrong_settings(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ao.SAR(K, D, **arguments)
 
 
 def test_one_class_has_no_batch_statistics() -> None:

@@ -278,23 +278,6 @@ def test_losses_are_float32_under_autocast():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: ao.CrossEntropy([1.0, -1.0]),
-            "CrossEntropy: weight: expected a finite number of at least 0",
-        ),
-        (
-            lambda: ao.CrossEntropy("inverse"),
-            "CrossEntropy: weight: expected a number for each class",
-        ),
-        (lambda: ao.CrossEntropy(label_smoothing=2), "CrossEntropy: label_smoothing: expected"),
-        (lambda: ao.CrossEntropy(focal_gamma=-1), "CrossEntropy: focal_gamma: expected"),
-        (lambda: ao.CrossEntropy(ohem=0), "CrossEntropy: ohem: expected"),
-        (lambda: ao.CrossEntropy(ohem_kept=0), "CrossEntropy: ohem_kept: expected"),
-        (lambda: ao.CrossEntropy(ignore_index=0.5), "CrossEntropy: ignore_index: expected"),
-        (lambda: ao.Dice(alpha=-1), "Dice: alpha: expected"),
-        (lambda: ao.Dice(gamma=0), "Dice: gamma: expected"),
-        (lambda: ao.Dice(absent="drop"), "Dice: absent: expected 'skip' or 'zero' or 'keep'"),
-        (lambda: ao.Dice(classes=[1, 1]), "Dice: classes: expected different ints"),
         (lambda: ao.Dice(per_image=True, process_group="world"), "Dice: process_group: expected"),
         (lambda: ao.CrossEntropyDice(ao.Dice()), "CrossEntropyDice: cross_entropy: expected"),
         (

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .._checks import (
+    check_count,
     check_features,
     check_ignore_index,
     check_labels,
@@ -128,8 +129,7 @@ class Regularizer(nn.Module):
         super().__init__()
         name = type(self).__name__
         check_num_classes(name, num_classes)
-        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
-            fail(name, "dim", "an int of at least 1", describe(dim))
+        check_count(name, "dim", dim)
         self.num_classes, self.dim = num_classes, dim
         self.ignore_index = check_ignore_index(name, ignore_index, num_classes)
         self.process_group = group_name(name, process_group)
@@ -159,7 +159,7 @@ class Regularizer(nn.Module):
         """Called before the attached classifier runs in training."""
 
     def _count_steps(self, seed: int) -> None:
-        if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
             fail(type(self).__name__, "seed", "an int in [0, 2^31)", describe(seed))
         self.seed, self.has_state = seed, True
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))

@@ -5,7 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .._checks import check_choice, describe, fail
+from .._checks import (
+    check_choice,
+    check_count,
+    check_flags,
+    check_number,
+    check_share,
+    describe,
+    fail,
+)
 from ..anchors import simplex_etf
 from ..distributed import all_reduce, group_name, reduce_moments
 from ..ops.center_loss import center_loss
@@ -74,14 +82,21 @@ class CeCo(Regularizer):
     ) -> None:
         super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
         check_choice("CeCo", "resolution", resolution, ("label", "feature"))
-        if not 0 <= dropout < 1:
-            fail("CeCo", "dropout", "a number in [0, 1)", dropout)
+        check_number("CeCo", "loss_weight", loss_weight)
+        check_number("CeCo", "scale", scale, above=True)
+        check_share("CeCo", "dropout", dropout, below_one=True)
+        check_flags("CeCo", per_image=per_image, freeze_projection=freeze_projection)
+        check_count("CeCo", "reduced_dim", reduced_dim)
+        check_count("CeCo", "center_dim", center_dim)
+        if center_dim < num_classes - 1:
+            expected = f"at least num_classes - 1 = {num_classes - 1}, the rank of a simplex"
+            fail("CeCo", "center_dim", expected, center_dim)
         if prior is None:
             prior = torch.ones(num_classes)
         elif not isinstance(prior, Tensor) or prior.shape != (num_classes,):
             fail("CeCo", "prior", f"a tensor [{num_classes}]", describe(prior))
-        elif not (prior >= 0).all() or not prior.any():
-            fail("CeCo", "prior", "no negative share, and one above 0", prior.tolist())
+        elif not ((prior >= 0) & prior.isfinite()).all() or not prior.any():
+            fail("CeCo", "prior", "finite shares of at least 0, and one above 0", prior.tolist())
         self.loss_weight, self.scale, self.dropout = loss_weight, scale, dropout
         self.reduced_dim, self.center_dim = reduced_dim, center_dim
         self.resolution, self.per_image = resolution, per_image

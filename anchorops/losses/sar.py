@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .._checks import check_choice, check_number, check_share, describe, fail
+from .._checks import check_choice, check_flags, check_number, check_share, describe, fail
 from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
 from ..ops.anchor_cross_entropy import anchor_cross_entropy
 from ..ops.anchor_losses import anchor_losses
@@ -108,12 +108,13 @@ class SAR(Regularizer):
     ) -> None:
         super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
         check_choice("SAR", "gate", gate, ("all", "per_class"))
-        if layers not in (2, 3):
-            fail("SAR", "layers", "2 or 3", layers)
+        if not isinstance(layers, int) or layers not in (2, 3):
+            fail("SAR", "layers", "2 or 3", describe(layers))
         for argument, value in (("loss_weight", loss_weight), ("aux_weight", aux_weight)):
             check_number("SAR", argument, value)
         for argument, value in (("momentum", momentum), ("tau", tau), ("delta", delta)):
             check_share("SAR", argument, value)
+        check_flags("SAR", embed=embed, reweight=reweight, detach_weights=detach_weights)
         if embed and num_classes < 2:
             fail("SAR", "num_classes", "at least 2, for batch statistics over anchors", num_classes)
         self.anchor_kind, self.layers = "given", layers

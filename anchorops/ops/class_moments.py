@@ -20,6 +20,7 @@ from .._backend import select
 from .._checks import (
     check_anchors,
     check_choice,
+    check_count,
     check_derivatives,
     check_features,
     check_ignore_index,
@@ -178,8 +179,7 @@ def _check_inputs(
 
 
 def _check_groups(groups: int, seed: int | Tensor | None, features: Tensor) -> None:
-    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
-        fail("class_moments", "groups", "an int of at least 1", describe(groups))
+    check_count("class_moments", "groups", groups)
     if groups == 1:
         return
     if isinstance(seed, Tensor):

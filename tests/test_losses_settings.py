@@ -1,0 +1,111 @@
+"""Every argument of every loss refuses wrong values with its own message."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import anchorops as ao
+
+K, D = 5, 12
+INFINITE, NAN = float("inf"), float("nan")
+
+NUMBER = ("foo", -1, None, True, INFINITE, NAN)  # wrong where a number of at least 0 is expected
+POSITIVE = (*NUMBER, 0)
+SHARE = ("foo", -1, None, True, 2.5, NAN)
+COUNT = ("foo", -1, None, True, 2.5, 0)
+FLAG = ("foo", -1, None, 2.5, 1)
+NAME = ("foo", -1, None, True, 2.5)
+GROUP = ("foo", -1, True, 2.5)
+SEED = ("foo", -1, None, True, 2.5, 2**31)
+IGNORE_INDEX = ("foo", True, 2.5, 2**63)
+VECTORS = ("foo", -1, 2.5, [1.0], torch.zeros(K, D + 1))
+WEIGHT = ("foo", -1, 2.5, [1.0, -1.0], [INFINITE], [[1.0]])
+
+OF_METHODS = {"num_classes": COUNT, "dim": COUNT, "ignore_index": IGNORE_INDEX}
+OF_METHODS |= {"process_group": GROUP}
+OF_PIXELS = {"accuracy": FLAG, "ignore_index": IGNORE_INDEX, "align_corners": FLAG}
+ARGUMENTS: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
+    ao.SAR: OF_METHODS
+    | dict.fromkeys(("loss_weight", "aux_weight"), NUMBER)
+    | dict.fromkeys(("momentum", "tau", "delta"), SHARE)
+    | dict.fromkeys(("embed", "reweight", "detach_weights"), FLAG)
+    | {"gate": NAME, "layers": (*NAME, 2.0), "anchors": (*VECTORS, torch.zeros(K, D).long())},
+    ao.CBP: OF_METHODS
+    | {"length": ("foo", -1, True, INFINITE, NAN, 0), "init": VECTORS, "orthogonalize": FLAG}
+    | {"update": NAME, "momentum": SHARE, "penalty_weight": NUMBER},
+    ao.OCCL: OF_METHODS
+    | dict.fromkeys(("centroid_weight", "category_weight"), NUMBER)
+    | {"temperature": POSITIVE, "normalize": FLAG, "reduction": NAME, "split": NAME, "seed": SEED},
+    ao.CeCo: OF_METHODS
+    | {"loss_weight": NUMBER, "scale": POSITIVE, "dropout": (*SHARE, 1)}
+    | {"reduced_dim": COUNT, "center_dim": (*COUNT, K - 2), "resolution": NAME}
+    | {"prior": (*VECTORS, torch.zeros(K), torch.linspace(-1, 1, K), torch.full((K,), INFINITE))}
+    | dict.fromkeys(("per_image", "freeze_projection"), FLAG),
+    ao.MVSC: OF_METHODS
+    | dict.fromkeys(("fca_weight", "cos_weight", "visual_weight"), NUMBER)
+    | {"groups": COUNT, "enhance": FLAG, "temperature": POSITIVE, "seed": SEED},
+    ao.CrossEntropy: OF_PIXELS
+    | {"weight": WEIGHT, "label_smoothing": SHARE, "focal_gamma": NUMBER}
+    | {"ohem": ("foo", -1, True, 2.5, NAN, 0), "ohem_kept": ("foo", -1, True, 2.5, 0)},
+    ao.Dice: OF_PIXELS
+    | dict.fromkeys(("alpha", "beta", "smooth"), NUMBER)
+    | {"smooth_denominator": ("foo", -1, True, INFINITE, NAN), "gamma": POSITIVE}
+    | dict.fromkeys(("squared", "per_image", "log"), FLAG)
+    | {"classes": ("foo", -1, True, 2.5, [1, 1], [-1], [1.0], []), "absent": NAME}
+    | {"weight": WEIGHT, "process_group": GROUP},
+    ao.CrossEntropyDice: {"cross_entropy": ("foo", -1, 2.5), "dice": ("foo", -1, 2.5)}
+    | dict.fromkeys(("ce_weight", "dice_weight"), NUMBER),
+}
+
+
+@pytest.mark.parametrize("loss", ARGUMENTS, ids=lambda loss: loss.__name__)
+def test_wrong_settings(loss: type[nn.Module]) -> None:
+    arguments = ARGUMENTS[loss]
+    assert arguments.keys() == inspect.signature(loss).parameters.keys()
+    right = {"num_classes": K, "dim": D} if "dim" in arguments else {}
+    loss(**right)
+    # CBP's classifier is made, and its arguments are checked, by a public function
+    name = "(CBP|category_basis)" if loss is ao.CBP else loss.__name__
+    for argument, values in arguments.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name}: {argument}: expected .*, got "):
+                loss(**right | {argument: value})
+                pytest.fail(f"accepted {argument} = {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: ao.OCCL(K, D, process_group=-100),  # type: ignore[arg-type]
+            'OCCL: process_group: expected None, "world" or a ProcessGroup that this rank',
+        ),
+        (
+            lambda: ao.SAR(K, D, momentum="0.9"),  # type: ignore[arg-type]
+            "SAR: momentum: expected a number in [0, 1], got '0.9' of type str",
+        ),
+        (
+            lambda: ao.CeCo(K, D, dropout=1.0),
+            "CeCo: dropout: expected a number in [0, 1), got 1.0 of type float",
+        ),
+        (
+            lambda: ao.CeCo(10, D, center_dim=8),
+            "CeCo: center_dim: expected at least num_classes - 1 = 9, the rank of a simplex, got 8",
+        ),
+        (
+            lambda: ao.MVSC(K, D, temperature=0),
+            "MVSC: temperature: expected a finite number above 0, got 0 of type int",
+        ),
+        (
+            lambda: ao.OCCL(K, D, normalize=1),  # type: ignore[arg-type]
+            "OCCL: normalize: expected True or False, got 1 of type int",
+        ),
+    ],
+)
+def test_messages(make: Any, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        make()
+    assert str(error.value).startswith(message)
