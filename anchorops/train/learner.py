@@ -89,13 +89,10 @@ def build_regularizer(
         arguments["ceco"].setdefault("prior", prior)
     for given in arguments.values():
         given.setdefault("ignore_index", IGNORED)
-    try:
-        regularizers = [
-            getattr(ao, CLASSES[method])(num_classes, dim, **kwargs)
-            for method, kwargs in arguments.items()
-        ]
-    except TypeError as error:
-        raise ValueError(f"--method-options: a value of the wrong type: {error}") from error
+    regularizers = [
+        getattr(ao, CLASSES[method])(num_classes, dim, **kwargs)
+        for method, kwargs in arguments.items()
+    ]
     return ao.Combined(*regularizers) if len(regularizers) > 1 else next(iter(regularizers), None)
 
 
