@@ -63,6 +63,7 @@ EVERYWHERE: list[tuple[dict[str, Any], str]] = [
     ({"ignore_index": 1.0}, "ignore_index: expected an int of 64 bits, got 1.0 of type float"),
     ({"ignore_index": True}, "ignore_index: expected an int of 64 bits, got True of type bool"),
     ({"ignore_index": 2**63}, "ignore_index: expected an int of 64 bits, got 9223372036854775808"),
+    ({"check_labels": 1}, "check_labels: expected True or False, got 1 of type int"),
     (
         {"labels": LABELS + 6, "check_labels": True},
         r"labels: expected values in \[0, 6\) or ignore_index = 255, got \[6\]",
@@ -76,6 +77,9 @@ NUM_CLASSES: list[tuple[dict[str, Any], str]] = [
     ({"num_classes": 6.0}, "num_classes: expected an int, got 6.0 of type float"),
     ({"num_classes": True}, "num_classes: expected an int, got True of type bool"),
 ]
+
+
+PER_IMAGE = ({"per_image": 1}, "per_image: expected True or False, got 1 of type int")
 
 
 ANCHOR_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
@@ -117,6 +121,7 @@ CASES = [
         for case in EVERYWHERE
     ),
     *((f, *case) for f in ("class_moments", "class_centroids") for case in NUM_CLASSES),
+    *((f, *PER_IMAGE) for f in ("class_moments", "class_centroids")),
     *((f, *case) for f in ("class_moments", "pixel_to_anchor_mse") for case in ANCHOR_ARGUMENTS),
     *(("class_moments", *case) for case in MOMENTS_ONLY),
     (

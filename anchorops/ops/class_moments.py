@@ -23,6 +23,7 @@ from .._checks import (
     check_count,
     check_derivatives,
     check_features,
+    check_flags,
     check_ignore_index,
     check_label_values,
     check_labels,
@@ -173,6 +174,7 @@ def _check_inputs(
     check_labels(function, labels, features)
     check_num_classes(function, num_classes)
     ignored = check_ignore_index(function, ignore_index, num_classes)
+    check_flags(function, check_labels=check_labels_)
     if check_labels_:
         check_label_values(function, labels, num_classes, ignored)
     return ignored
@@ -241,6 +243,7 @@ def class_moments(
         "class_moments", features, labels, num_classes, ignore_index, check_labels
     )
     _check_groups(groups, seed, features)
+    check_flags("class_moments", per_image=per_image)
     images = features.shape[0] if per_image and features.dim() > 2 else 1
     num_keys = images * num_classes * groups
     if num_keys >= 2**31:
@@ -313,6 +316,7 @@ def class_centroids(
     ignored = _check_inputs(
         "class_centroids", features, labels, num_classes, ignore_index, check_labels
     )
+    check_flags("class_centroids", per_image=per_image)
     counts, sums, _ = class_moments(
         features, labels, num_classes, per_image=per_image, ignore_index=ignored
     )
