@@ -169,10 +169,10 @@ class use_backend:
 
     "auto" (the default) selects the fastest usable backend for the device and dtype of the input.
     For CUDA tensors this is `cuda`, if it was built for that GPU, then `triton`, or first `triton`
-    where it is predicted to be faster (anchorops/_predicted.py); float64, or more classes than they
-    support, use `reference`. For CPU tensors it is `cpu`, for all others
-    `reference`. A backend chosen by name raises an error if it does not support a call; it is never
-    silently replaced by another one.
+    where it is predicted to be faster (anchorops/_predicted.py). Float64, and more classes than
+    they support, use `reference`. For CPU tensors it is `cpu`, for all others `reference`. A
+    backend chosen by name raises an error if it does not support a call; it is never silently
+    replaced by another one.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not usable here.
     """
