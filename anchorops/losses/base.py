@@ -103,6 +103,8 @@ class Regularizer(nn.Module):
             needed if the method shares it.
         Returns a scalar, float32 (float64 for float64 features), also under autocast.
 
+    Raises ValueError for a wrong argument or input; the message names it.
+
     The state (step counters, moving averages, running statistics) is updated once in each training
     forward, with or without gradients, and never in evaluation. When activation checkpointing
     recomputes a forward, the state is not updated, and the recomputation reads the same state as

@@ -42,7 +42,7 @@ class CeCo(Regularizer):
             "feature": the labels are resized to the features by nearest-neighbour interpolation.
         per_image: centers of each image instead of the batch.
         freeze_projection: True as in the released code; False trains it.
-        dropout: probability, for ẑ.
+        dropout: probability, for ẑ, below 1.
         ignore_index, process_group: as in `Regularizer`; with a group, the statistics of BN are
             global, and two ranks equal one process if dropout = 0.
 

@@ -28,6 +28,8 @@ class PixelLoss(nn.Module):
         labels: integer; (B, H, W) of any size, or (N,), (B, N), (B, d, h, w).
         Returns a scalar, float32 (float64 for float64 logits), also under autocast.
 
+    Raises ValueError for a wrong argument or input; the message names it.
+
     `terms` contains the weighted terms of the last loss, detached, still on their device.
     """
 
