@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
                         int classes_per_image,
                         int64_t* predictions,  // [B, H, W], if keys are null
                         int32_t* hits) {       // [B, H, W], if keys are not null
-  Stage<CLASSES, false> stage(cells);
+  LogitsStage<CLASSES, false> stage(cells);
   const Cell cell(cells);
   // Before the first position and after the last one both rows are the same.
   float weights_y[TILE], weights_x[TILE];
@@ -84,8 +84,8 @@ Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_cor
 
 void write_argmax(const Cells& cells, const int32_t* keys, int classes_per_image,
                   int64_t* predictions, int32_t* hits, Stream stream) {
-  launch_cells<Stage<CLASSES, false>>("pixel_argmax_kernel", pixel_argmax_kernel, cells, 0, stream,
-                                      keys, classes_per_image, predictions, hits);
+  launch_cells<LogitsStage<CLASSES, false>>("pixel_argmax_kernel", pixel_argmax_kernel, cells, 0,
+                                            stream, keys, classes_per_image, predictions, hits);
 }
 
 }  // namespace anchorops::cuda

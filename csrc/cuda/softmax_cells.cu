@@ -3,9 +3,8 @@
 // Reads the logits once, with the neighbours to the right and below from the caches; writes 8
 // bytes a position. One launch.
 //
-// Predicted at B16 K150 128×128 bf16 (bench/softmax_paths.py): about 53 µs. The instructions
-// determine the time: an H200 reads 79 MB in 18 µs, but each logit of a lane needs 21 instructions,
-// most of them at half rate.
+// The instructions determine the time, not the bytes, because most of them are issued at half rate.
+// `make cuda-report` prints the predicted time.
 #include "softmax_cells.cuh"
 
 namespace anchorops::cuda {
@@ -32,7 +31,6 @@ struct Extremes {
   }
 };
 
-// LANES threads for each position: 32 if its classes are contiguous in memory.
 // The smallest number of blocks on a multiprocessor. With eight, a thread has 32 registers; then it
 // spills on GPUs other than sm_90.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
@@ -41,6 +39,7 @@ constexpr int SHIFT_BLOCKS = 8;
 constexpr int SHIFT_BLOCKS = 4;
 #endif
 
+// LANES threads for each position: 32 if its classes are contiguous in memory.
 template <int LANES>
 __global__ void __launch_bounds__(THREADS, SHIFT_BLOCKS)
     softmax_shifts_kernel(Logits logits,  // [B, K, h, w] by strides

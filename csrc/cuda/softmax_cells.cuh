@@ -84,7 +84,7 @@ struct Cells {
 // The logits of CLASSES classes at the positions around a block's cells, in shared memory; with the
 // shift subtracted if SHIFTED.
 template <int CLASSES, bool SHIFTED = true>
-struct Stage {
+struct LogitsStage {
   static constexpr int ROW = CLASSES * COLUMNS;
   static constexpr __host__ __device__ size_t bytes(int warps) {
     return (warps + 1) * (COLUMNS * (sizeof(int64_t) + sizeof(float)) + ROW * sizeof(float));
@@ -97,7 +97,7 @@ struct Stage {
   float* tile;       // [rows, CLASSES, COLUMNS]
 
   // The positions begin at cell (first_row, first_column), where all images are side by side.
-  __device__ Stage(const Cells& cells, int first_row, int64_t first_column)
+  __device__ LogitsStage(const Cells& cells, int first_row, int64_t first_column)
       : cells(cells),
         positions((static_cast<int>(blockDim.x) / 32 + 1) * COLUMNS),
         first_row(first_row) {
@@ -116,8 +116,8 @@ struct Stage {
   }
 
   // The stage for the block's cells.
-  __device__ explicit Stage(const Cells& cells)
-      : Stage(cells, cells.block_row(), cells.block_column()) {}
+  __device__ explicit LogitsStage(const Cells& cells)
+      : LogitsStage(cells, cells.block_row(), cells.block_column()) {}
 
   // The end of the stage in shared memory.
   __device__ float* end() const { return shifts + positions; }
@@ -271,7 +271,7 @@ struct Cell {
   // A corner that no regular pixel reads is replaced by one that is read; otherwise the ratios of
   // the others might not be finite.
   template <int CLASSES>
-  __device__ void set_corners(const Cells& cells, const Stage<CLASSES>& stage) {
+  __device__ void set_corners(const Cells& cells, const LogitsStage<CLASSES>& stage) {
     a = b = c = d = stage.tile;
     if (!cells.geometric) return;
     const Shift &sa = cells.shift(image, row, column), &sb = cells.shift(image, row, column + 1);
@@ -284,10 +284,10 @@ struct Cell {
     const bool both = right && down && finite(sd) && (step_x == 0 || !(sc.steep & RIGHT)) &&
                       (step_y == 0 || !(sb.steep & DOWN));
     regular = first | right << 1 | down << 2 | both << 3;
-    a = stage.tile + threadIdx.x / 32 * Stage<CLASSES>::ROW + threadIdx.x % 32;
+    a = stage.tile + threadIdx.x / 32 * LogitsStage<CLASSES>::ROW + threadIdx.x % 32;
     b = right ? a + 1 : a;
-    c = down ? a + Stage<CLASSES>::ROW : a;
-    d = both ? a + Stage<CLASSES>::ROW + 1 : right ? b : c;
+    c = down ? a + LogitsStage<CLASSES>::ROW : a;
+    d = both ? a + LogitsStage<CLASSES>::ROW + 1 : right ? b : c;
   }
 
   __device__ __forceinline__ Powers powers(int at) const {
@@ -383,7 +383,8 @@ __device__ inline float log_sum_exp(const PixelLogits& logits, int num_classes) 
   return shift + logf(sum);
 }
 
-// Launches cells.blocks() blocks of cells.warps() warps. Shared memory: a Stage, then extra_bytes.
+// Launches cells.blocks() blocks of cells.warps() warps. Shared memory: a LogitsStage, then
+// extra_bytes.
 template <class Staged, class... Parameters, class... Arguments>
 void launch_cells(const char* name, void (*kernel)(Cells, Parameters...), const Cells& cells,
                   size_t extra_bytes, Stream stream, const Arguments&... arguments) {

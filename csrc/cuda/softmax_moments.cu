@@ -6,14 +6,9 @@
 // results: lse and keys, 8 bytes a pixel; shifts, 8 bytes a position; partials.
 //
 // In a pass over the logits a thread has 16 sums and the four corners of a cell in registers. A
-// block of 8 warps has 8 rows of 32 cells, and 42 KB of shared memory. Counted (nvcc 13, sm_90),
-// warp instructions for each cell and class: lse 53, masses 74, masses and squares 130 (91 to 96
-// registers: 16 warps on a multiprocessor). Copying the logits to shared memory adds 14 (2 bytes,
-// contiguous pixels).
-//
-// Predicted at B16 K150 128²→512² bf16 on an H200 (bench/softmax_paths.py): label pass 23 µs,
-// shifts 53, lse 224, losses 53, their sum 10. Masses take another 130, estimated from their
-// instructions alone. Predicted, not measured.
+// block of 8 warps has 8 rows of 32 cells, and 42 KB of shared memory. Registers permit 16 warps on
+// a multiprocessor. Instructions determine the time: `make cuda-report` prints those for each cell
+// and class, and the predicted times. bench/NOTES.md has both.
 #include "class_keys.cuh"
 #include "pixel_argmax.cuh"
 #include "softmax_cells.cuh"
@@ -29,7 +24,7 @@ __global__ void __launch_bounds__(ALL_WARPS, 2) softmax_lse_kernel(Cells cells,
   Cell cell(cells);
   float sums[TILE][TILE] = {};
   if (cells.geometric) {
-    Stage<CLASSES> stage(cells);
+    LogitsStage<CLASSES> stage(cells);
     cell.set_corners(cells, stage);
     stage.for_classes([&](int, int count) {
 #pragma unroll 2
@@ -177,7 +172,7 @@ __global__ void __launch_bounds__(ALL_WARPS, 2)
   const unsigned across = cells.blocks_across(), down = gridDim.x / across;
   const int64_t block = blockIdx.x % across * int64_t{down} + blockIdx.x / across;
   Cell cell(cells);
-  Stage<CLASSES> stage(cells);
+  LogitsStage<CLASSES> stage(cells);
   cell.set_corners(cells, stage);
   float* sums = stage.end();  // [1 + SQUARES][warps][CLASSES]
 
@@ -323,8 +318,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
   const Tensor shifts = new_shifts(logits, cells, stream);
   const auto* keys_data = keys.const_data_ptr<int32_t>();
   auto* lse_data = lse.mutable_data_ptr<float>();
-  launch_cells<Stage<CLASSES>>("softmax_lse_kernel", softmax_lse_kernel, cells, 0, stream,
-                               lse_data);
+  launch_cells<LogitsStage<CLASSES>>("softmax_lse_kernel", softmax_lse_kernel, cells, 0, stream,
+                                     lse_data);
 
   const int statistics = with_masses ? 2 : 1;
   const int64_t most = std::max<int64_t>(
@@ -351,7 +346,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
     const Tensor by_block =
         new_empty(logits, {1 + with_squares, cells.blocks(), num_classes}, ScalarType::Float);
     const size_t bytes = (1 + with_squares) * cells.warps() * CLASSES * sizeof(float);
-    launch_cells<Stage<CLASSES>>(
+    launch_cells<LogitsStage<CLASSES>>(
         "softmax_masses_kernel",
         with_squares ? softmax_masses_kernel<true> : softmax_masses_kernel<false>, cells, bytes,
         stream, keys_data, static_cast<const float*>(lse_data), by_block.mutable_data_ptr<float>());

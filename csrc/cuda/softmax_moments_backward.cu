@@ -11,13 +11,9 @@
 // In the pass for the gradient a thread keeps 16 factors and the labels of a cell's pixels in
 // registers, for all classes of a block. It sums over a cell by Horner's rule, first over its
 // columns, then over its rows. A block of 8 warps has 57 KB of shared memory; two blocks are
-// resident. One row of cells in 8 and one column in 32 are computed twice. Counted (nvcc 13,
-// sm_90), warp instructions for each cell and class: 89, with dmasses or dsquares 185; copying the
-// logits to shared memory adds 18, storing about 12. Labels add about 150 for each class that
-// occurs in the 512 pixels of a warp.
-//
-// Predicted at B16 K150 128²→512² bf16 on an H200 (bench/softmax_paths.py): label pass 23 µs,
-// shifts 53, slopes 32, gradient 482. Predicted, not measured.
+// resident. One row of cells in 8 and one column in 32 are computed twice. Instructions determine
+// the time: `make cuda-report` prints those for each cell and class, and the predicted times.
+// bench/NOTES.md has both. Each class that occurs in the 512 pixels of a warp needs more.
 #include "class_keys.cuh"
 #include "softmax_gradients.cuh"
 
@@ -183,11 +179,12 @@ __global__ void __launch_bounds__(ALL_WARPS, BY_CLASS ? BLOCKS_BY_CLASS : 2)
   const int64_t first_column = int64_t{blockIdx.x % across} * 31;
   const int first_class = static_cast<int>(blockIdx.y) * classes_per_block;
   const int end_class = min(first_class + classes_per_block, cells.logits.num_classes);
-  Stage<CLASSES> stage(cells, first_row, first_column);
+  LogitsStage<CLASSES> stage(cells, first_row, first_column);
   // For the position at the left of each cell: offsets in dlogits, negative if there is none;
   // [CLASSES, warps, 32] of its top and of its bottom.
   auto* offsets = reinterpret_cast<int64_t*>(
-      shared_memory() + ceil_div(Stage<CLASSES>::bytes(warps), sizeof(int64_t)) * sizeof(int64_t));
+      shared_memory() +
+      ceil_div(LogitsStage<CLASSES>::bytes(warps), sizeof(int64_t)) * sizeof(int64_t));
   const int pitch = warps * 32 + 1;
   float *tops = reinterpret_cast<float*>(offsets + warps * 32), *bottoms = tops + CLASSES * pitch;
   Cell cell(cells, first_row + warp, first_column + lane, 0);
@@ -353,9 +350,9 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
       ceil_div(ceil_div(num_classes, static_cast<int>(shares)), CLASSES) * CLASSES;
   dim3 grid = grid_of("softmax_dlogits_kernel", blocks);
   grid.y = ceil_div(num_classes, classes_per_block);
-  const size_t bytes = ceil_div(Stage<CLASSES>::bytes(warps), sizeof(int64_t)) * sizeof(int64_t) +
-                       warps * 32 * sizeof(int64_t) +
-                       2 * CLASSES * (warps * 32 + 1) * sizeof(float);
+  const size_t bytes =
+      ceil_div(LogitsStage<CLASSES>::bytes(warps), sizeof(int64_t)) * sizeof(int64_t) +
+      warps * 32 * sizeof(int64_t) + 2 * CLASSES * (warps * 32 + 1) * sizeof(float);
   const auto run = [&](auto kernel) {
     launch("softmax_dlogits_kernel", kernel, grid, warps * 32, bytes, stream, cells, gradients,
            maps, logits_of("softmax_moments_backward.cuda", dlogits), classes_per_block);

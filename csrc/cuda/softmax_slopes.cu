@@ -1,11 +1,10 @@
 // The terms of each pixel in the gradient of softmax moments that do not depend on the class:
 //
-// own = dlosses[y] + dpixel_losses - p_y·doverlaps[y]
-// slope = own + dlse - Σ_j p_j·(dmasses[j] + 2·p_j·dsquares[j])
+//   own = dlosses[y] + dpixel_losses − p_y·doverlaps[y]
+//   slope = own + dlse − Σ_j p_j·(dmasses[j] + 2·p_j·dsquares[j])
 //
-// With dmasses or dsquares a pass over the logits computes the sum: 115 registers, 100 warp
-// instructions for each class of a cell of 4×4 pixels. Then there is a launch over the pixels,
-// which reads labels, lse and the gradients of maps once.
+// With dmasses or dsquares a pass over the logits computes the sum. Then there is a launch over the
+// pixels, which reads labels, lse and the gradients of maps once.
 #include "softmax_gradients.cuh"
 
 namespace anchorops::cuda {
@@ -24,7 +23,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
   const int64_t table = gradients.by_image ? int64_t{cell.image} * num_classes : 0;
   float sums[TILE][TILE] = {}, squares[TILE][TILE] = {};
   if (cells.geometric) {
-    Stage<CLASSES> stage(cells);
+    LogitsStage<CLASSES> stage(cells);
     cell.set_corners(cells, stage);
     stage.for_classes([&](int first, int count) {
       for (int k = 0; k < count; ++k) {
@@ -104,8 +103,8 @@ __global__ void __launch_bounds__(THREADS)
 void write_slopes(const Cells& cells, const Gradients& gradients, const int32_t* keys,
                   const float* lse, float* slopes, float* own, Stream stream) {
   if (gradients.dmasses || gradients.dsquares)
-    launch_cells<Stage<CLASSES>>("softmax_slopes_kernel", softmax_slopes_kernel, cells, 0, stream,
-                                 gradients, keys, lse, slopes);
+    launch_cells<LogitsStage<CLASSES>>("softmax_slopes_kernel", softmax_slopes_kernel, cells, 0,
+                                       stream, gradients, keys, lse, slopes);
   const int64_t pixels = int64_t{cells.logits.batch} * cells.rows.pixels * cells.columns.pixels;
   launch("pixel_slopes_kernel", pixel_slopes_kernel,
          grid_of("pixel_slopes_kernel", ceil_div(pixels, int64_t{THREADS})), THREADS, 0, stream,

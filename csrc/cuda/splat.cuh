@@ -14,11 +14,11 @@ namespace anchorops::cuda {
 
 // Positions of the rows (or columns) of labels among those of the features. The first and the last
 // ones of both coincide.
-struct Axis {
+struct LabelAxis {
   int labels, features;
   float step;
 
-  Axis(int64_t labels, int64_t features)
+  LabelAxis(int64_t labels, int64_t features)
       : labels(static_cast<int>(labels)),
         features(static_cast<int>(features)),
         step(labels > 1 ? static_cast<float>(static_cast<double>(features - 1) /
@@ -48,7 +48,7 @@ struct Axis {
 
 // The grids of features and labels.
 struct Grids {
-  Axis rows, columns;
+  LabelAxis rows, columns;
 
   __device__ int64_t labels() const { return int64_t{rows.labels} * columns.labels; }
   __host__ __device__ int row_tiles(int pixels) const { return ceil_div(columns.features, pixels); }

@@ -35,7 +35,7 @@ struct View {
   int64_t stride_b, stride_d, stride_p;
 
   View(const Tensor& features, const Tensor& keys, int64_t num_classes, bool per_image)
-      : grids{Axis(keys.size(1), features.size(2)), Axis(keys.size(2), features.size(3))},
+      : grids{LabelAxis(keys.size(1), features.size(2)), LabelAxis(keys.size(2), features.size(3))},
         channels(static_cast<int>(features.size(1))),
         num_classes(static_cast<int>(num_classes)),
         image_keys(per_image ? static_cast<int>(num_classes) : 0) {
