@@ -16,6 +16,7 @@ from backward_paths import backward
 from label_maps import SLOTS, Tile, Uniform, tiles_of_chunk
 from shapes import (
     GROUPED,
+    MORE_CLASSES,
     RESIDUALS,
     SHAPES,
     SQDISTS,
@@ -241,7 +242,10 @@ def estimates(name: str, sass: str, resident: Callable[[int, int], int]) -> list
     blocks, rows = blocks_of(sass), []
     cases = list(product(SHAPES.items(), ("images", "random")))
     moments = forwards or in_order
-    if moments and int(moments[2]) == SUMS:
+    if not in_order:
+        cases += product(MORE_CLASSES.items(), ("images",))
+    of_sums = int(moments[2]) == SUMS if moments else backwards and backwards[4] == "false"
+    if of_sums:
         cases += product(GROUPED.items(), ("images",))
     if backwards and backwards[1] == "planes":
         cases += product(UNALIGNED.items(), ("images", "random"))

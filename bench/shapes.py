@@ -32,6 +32,8 @@ class Shape(NamedTuple):
 
 HRNET, SEGFORMER = Shape(8, 720, 128, 256, 19), Shape(16, 768, 128, 128, 150)
 SHAPES = {"HRNet": HRNET, "SegFormer": SEGFORMER}
+# COCO-Stuff.
+MORE_CLASSES = {"SegFormer, 171 classes": SEGFORMER._replace(classes=171)}
 # Random groups of the pixels of each class: OCCL has two, MVSC four. Both need only the sums.
 GROUPED = {
     f"{title}, {groups} groups": shape._replace(groups=groups)
