@@ -75,23 +75,27 @@ struct ByClass {
   }
 };
 
+// How the pixels and the classes are divided among the blocks of pixel_losses_kernel.
+struct PixelBlocks {
+  int per_image, pixels, classes;
+};
+
 // A block processes a range of an image's pixels, for its share of the classes.
 __global__ void __launch_bounds__(32, 32)
     pixel_losses_kernel(Logits logits, Axis rows, Axis columns,
                         const int32_t* keys,  // [B, H·W]
                         float* lse,           // [B, H·W], 0 on return where ignored
                         float* pixel_losses,  // [B, H·W] or null
-                        float* partials,      // [statistics][B · blocks_per_image][K]
+                        float* partials,      // [statistics][B · blocks.per_image][K]
                         int statistics,       // losses, overlaps
-                        bool keys_by_image, int blocks_per_image, int pixels_per_block,
-                        int classes_per_block) {
+                        bool keys_by_image, PixelBlocks blocks) {
   constexpr int UNROLL = 4;
-  const int lane = threadIdx.x, first_class = static_cast<int>(blockIdx.y) * classes_per_block;
-  const int num_classes = min(classes_per_block, logits.num_classes - first_class);
-  const int image = blockIdx.x / blocks_per_image;
+  const int lane = threadIdx.x, first_class = static_cast<int>(blockIdx.y) * blocks.classes;
+  const int num_classes = min(blocks.classes, logits.num_classes - first_class);
+  const int image = blockIdx.x / blocks.per_image;
   const int64_t pixels = int64_t{rows.pixels} * columns.pixels;
-  const int64_t first = blockIdx.x % blocks_per_image * int64_t{pixels_per_block};
-  const int64_t end = min(first + pixels_per_block, pixels);
+  const int64_t first = blockIdx.x % blocks.per_image * int64_t{blocks.pixels};
+  const int64_t end = min(first + blocks.pixels, pixels);
   const ByClass by_class{reinterpret_cast<float*>(shared_memory()), num_classes, statistics};
   for (int i = lane; i < statistics * num_classes; i += 32) by_class.sums[i] = 0;
   __syncwarp();
@@ -336,7 +340,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
          statistics * classes_per_block * sizeof(float), stream, cells.logits, cells.rows,
          cells.columns, keys_data, lse_data, data_or_null(pixel_losses),
          partials.mutable_data_ptr<float>(), statistics, per_image,
-         static_cast<int>(blocks_per_image), static_cast<int>(pixels_per_block), classes_per_block);
+         PixelBlocks{.per_image = static_cast<int>(blocks_per_image),
+                     .pixels = static_cast<int>(pixels_per_block),
+                     .classes = classes_per_block});
   sum_partials(partials, {data_or_null(losses), data_or_null(overlaps)}, statistics, images,
                num_classes, stream);
 
