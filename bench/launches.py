@@ -47,7 +47,8 @@ LAUNCHES = {
 # less) and at most 1,024 keys (pixels are not sorted).
 OWN = {
     "class_keys": (2, 2),
-    "split_groups": (4, 4),
+    "split_groups": (3, 4),
+    "group_keys": (4,),  # "cuda" alone
     "upsampled_sums": (2, 2),
     "upsampled_sums_backward": (1, 1),
     "class_moments": (2, 5),

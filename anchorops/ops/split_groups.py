@@ -27,6 +27,13 @@ define(
 )
 
 
+def seed_on(like: Tensor, seed: int | Tensor) -> Tensor:
+    """The seed as a tensor on the device of `like`."""
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.full((), seed, dtype=torch.int64, device=like.device)
+
+
 def split_groups(
     keys: Tensor, counts: Tensor, groups: int, seed: int | Tensor, *, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -38,10 +45,8 @@ def split_groups(
     if backend == "reference":
         split = reference.split_groups(keys, counts, groups, seed)
         return split, reference.group_counts(counts, groups)
-    if not isinstance(seed, Tensor):
-        seed = torch.full((), seed, dtype=torch.int64, device=keys.device)
     operator = getattr(torch.ops.anchorops.split_groups, backend)
-    return operator(keys, counts, seed, groups)
+    return operator(keys, counts, seed_on(keys, seed), groups)
 
 
 def random_halves(items: int, seed: Tensor, like: Tensor) -> Tensor:

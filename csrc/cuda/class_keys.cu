@@ -109,9 +109,9 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <class Label, class Key>
-void write_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num_classes,
-                bool per_image, int64_t image_keys, int64_t ignore_index, const Tensor& keys,
-                const Tensor& counts, Stream stream) {
+void launch_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num_classes,
+                 bool per_image, int64_t image_keys, int64_t ignore_index, Key* keys,
+                 int64_t* counts, Stream stream) {
   const Labels shape{
       .rows{height, labels.size(1), labels.stride(1)},
       .columns{width, labels.size(2), labels.stride(2)},
@@ -128,11 +128,24 @@ void write_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num
   const dim3 grid(static_cast<unsigned>(labels.size(0)) * shape.blocks_per_image);
   const size_t shared_bytes = num_classes <= MAX_BINS ? num_classes * sizeof(unsigned) : 0;
   launch("class_keys_kernel", class_keys_kernel<Label, Key>, grid, THREADS, shared_bytes, stream,
-         labels.const_data_ptr<Label>(), keys.mutable_data_ptr<Key>(),
-         reinterpret_cast<unsigned long long*>(counts.mutable_data_ptr<int64_t>()), shape);
+         labels.const_data_ptr<Label>(), keys, reinterpret_cast<unsigned long long*>(counts),
+         shape);
 }
 
 }  // namespace
+
+void write_class_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num_classes,
+                      bool per_image, int64_t image_keys, int64_t ignore_index, const Tensor& keys,
+                      int64_t* counts, Stream stream) {
+  if (keys.numel() == 0) return;
+  for_label_dtype("class_keys.cuda", labels.scalar_type(), [&](auto label) {
+    for_key_dtype("class_keys.cuda", keys.scalar_type(), [&](auto key) {
+      launch_keys<decltype(label)>(labels, height, width, num_classes, per_image, image_keys,
+                                   ignore_index, keys.mutable_data_ptr<decltype(key)>(), counts,
+                                   stream);
+    });
+  });
+}
 
 std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t width,
                                       int64_t num_classes, bool per_image, int64_t ignore_index,
@@ -144,15 +157,10 @@ std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t wid
   Tensor keys = new_empty(labels, {batch, height * width}, class_dtype.value_or(ScalarType::Int));
   const int64_t image_keys = per_image && !class_dtype ? num_classes : 0;
   Tensor counts = new_empty(labels, shape, ScalarType::Long);
-  fill_zero(counts.mutable_data_ptr<int64_t>(), counts.numel() * sizeof(int64_t), device.stream);
-  if (keys.numel() == 0) return {keys, counts};
-  for_label_dtype("class_keys.cuda", labels.scalar_type(), [&](auto label) {
-    for_key_dtype("class_keys.cuda", keys.scalar_type(), [&](auto key) {
-      write_keys<decltype(label), decltype(key)>(labels, height, width, num_classes, per_image,
-                                                 image_keys, ignore_index, keys, counts,
-                                                 device.stream);
-    });
-  });
+  auto* of_keys = counts.mutable_data_ptr<int64_t>();
+  fill_zero(of_keys, counts.numel() * sizeof(int64_t), device.stream);
+  write_class_keys(labels, height, width, num_classes, per_image, image_keys, ignore_index, keys,
+                   of_keys, device.stream);
   return {keys, counts};
 }
 

@@ -1,23 +1,29 @@
-// The operator anchorops::split_groups.cuda: the pixels of each key are divided at random into
-// groups of equal size (±1), by the rank of a pixel's hash among the hashes of its key.
+// The operators anchorops::split_groups.cuda: the pixels of each key are divided at random into
+// groups of equal size (±1), by the rank of a pixel's hash among the hashes of its key; and
+// group_keys.cuda: the same for the class keys of labels.
 //
 // Nothing is sorted. The n pixels of a key are divided among n buckets by their hashes, in
 // ascending order, so a bucket has one pixel on average. The rank of a pixel is the number of
 // pixels in the buckets before its own, plus the number of smaller hashes in its own bucket. A
 // bucket is a linked list. The order of a list does not matter, because ranks depend only on the
-// hashes. Three launches compute where the buckets of each key start, the lists, and the ranks.
+// hashes. Two launches compute the lists and the ranks, after one memset. With at most
+// MAX_KEYS_OF_BLOCK keys, each block of the first kernel computes where the buckets of each key
+// start; with more keys this is a launch of its own.
 //
 // Reads keys twice and writes them once; writes and reads 8 bytes a pixel for the lists. Most of
 // these accesses are in the order of the hashes: each moves a sector of 32 bytes, from the
 // second-level cache. Predicted for 262,144 pixels, not measured: 12 to 15 µs together. This is
 // 2.5 µs for each launch, two round trips to memory for the lists, and about ten for the ranks.
 #include "../labels.h"
+#include "class_keys.cuh"
 #include "tensors.cuh"
 
 namespace anchorops::cuda {
 namespace {
 
 constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
+constexpr int64_t MAX_KEYS_OF_BLOCK = 1024;
 
 // The sum of a value over the block's threads before this one. shared: [THREADS / 32].
 __device__ uint64_t sum_before(uint64_t value, uint64_t* shared) {
@@ -34,23 +40,32 @@ __device__ uint64_t sum_before(uint64_t value, uint64_t* shared) {
   return total - value;
 }
 
-// One block; each thread processes a range of the keys.
-__global__ void __launch_bounds__(THREADS)
-    group_counts_kernel(const int64_t* counts,  // [num_keys]
-                        int64_t* starts,        // [num_keys]: number of pixels with smaller keys
-                        int64_t* of_groups,     // [num_keys, groups]
-                        int64_t num_keys, int64_t groups) {
+// By all threads of a block: each processes a range of the keys.
+__device__ void count_groups(const int64_t* counts,  // [num_keys]
+                             int64_t* starts,     // [num_keys]: number of pixels with smaller keys
+                             int64_t* of_groups,  // [num_keys, groups], or null
+                             int64_t num_keys, int64_t groups,
+                             uint64_t* shared  // [WARPS]
+) {
   const int64_t each = ceil_div(num_keys, int64_t{THREADS});
   const int64_t begin = min(threadIdx.x * each, num_keys), end = min(begin + each, num_keys);
   uint64_t own = 0;
   for (int64_t k = begin; k < end; ++k) own += counts[k];
-  uint64_t before = sum_before(own, reinterpret_cast<uint64_t*>(shared_memory()));
+  uint64_t before = sum_before(own, shared);
   for (int64_t k = begin; k < end; ++k) {
     starts[k] = static_cast<int64_t>(before);
     before += counts[k];
-    for (int64_t g = 0; g < groups; ++g)
+    for (int64_t g = 0; of_groups && g < groups; ++g)
       of_groups[k * groups + g] = (counts[k] - g + groups - 1) / groups;
   }
+}
+
+// One block.
+__global__ void __launch_bounds__(THREADS)
+    group_counts_kernel(const int64_t* counts, int64_t* starts, int64_t* of_groups,
+                        int64_t num_keys, int64_t groups) {
+  count_groups(counts, starts, of_groups, num_keys, groups,
+               reinterpret_cast<uint64_t*>(shared_memory()));
 }
 
 struct Lists {
@@ -62,11 +77,22 @@ struct Lists {
 __global__ void __launch_bounds__(THREADS)
     link_pixels_kernel(const int32_t* keys,    // [pixels], -1 where ignored
                        const int64_t* counts,  // [num_keys]
-                       const int64_t* starts,  // [num_keys]
+                       int64_t* starts,        // [num_keys], written here if of_groups are
+                       int64_t* of_groups,     // [num_keys, groups], or null: starts are given
                        const int64_t* seed,    // one
                        Lists lists,            // `first` and `totals` are zero on entry
                        int32_t* split,         // [pixels], written here if the key is ignored
-                       int64_t pixels) {
+                       int64_t pixels, int64_t num_keys, int64_t groups) {
+  const int64_t* start_of = starts;
+  if (of_groups) {
+    auto* shared = reinterpret_cast<uint64_t*>(shared_memory());  // [WARPS]
+    auto* of_block = reinterpret_cast<int64_t*>(shared + WARPS);  // [num_keys]
+    count_groups(counts, of_block, blockIdx.x == 0 ? of_groups : nullptr, num_keys, groups, shared);
+    __syncthreads();
+    for (int64_t k = threadIdx.x; blockIdx.x == 0 && k < num_keys; k += THREADS)
+      starts[k] = of_block[k];
+    start_of = of_block;
+  }
   const int64_t p = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   if (p >= pixels) return;
   const int32_t key = keys[p];
@@ -75,7 +101,7 @@ __global__ void __launch_bounds__(THREADS)
     return;
   }
   const auto pixel = static_cast<uint32_t>(p);
-  const auto bucket = static_cast<uint32_t>(starts[key]) +
+  const auto bucket = static_cast<uint32_t>(start_of[key]) +
                       bucket_of(PixelHash(*seed)(pixel), static_cast<uint32_t>(counts[key]));
   lists.next[pixel] = atomicExch(&lists.first[bucket], pixel + 1);
   atomicAdd(&lists.totals[bucket / THREADS], 1u);
@@ -99,7 +125,7 @@ __global__ void __launch_bounds__(THREADS)
   uint64_t before = sum_before(size, shared);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = in_blocks_before;
   __syncthreads();
-  for (int warp = 0; warp < THREADS / 32; ++warp) before += shared[warp];
+  for (int warp = 0; warp < WARPS; ++warp) before += shared[warp];
 
   for (uint32_t a = head; a; a = lists.next[a - 1]) {
     const int32_t key = keys[a - 1];
@@ -109,36 +135,95 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
+int64_t blocks_for(int64_t pixels) { return ceil_div(pixels, int64_t{THREADS}); }
+
+// Memory for the lists and, before them, for numbers of keys.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t pixels, int64_t num_keys, bool with_counts)
+      : num_counts_(with_counts ? num_keys : 0),
+        zeros_(pixels + blocks_for(pixels)),
+        memory_(new_empty(like, {num_keys + num_counts_ + ceil_div(zeros_ + pixels, int64_t{2})},
+                          ScalarType::Long)) {
+    starts = memory_.mutable_data_ptr<int64_t>();
+    counts = starts + num_keys;
+    auto* first = reinterpret_cast<uint32_t*>(counts + num_counts_);
+    lists = {first, first + pixels, first + zeros_};
+  }
+
+  void fill_zeros(Stream stream) const {
+    fill_zero(counts, num_counts_ * sizeof(int64_t) + zeros_ * sizeof(uint32_t), stream);
+  }
+
+  int64_t* starts;  // [num_keys]
+  int64_t* counts;  // [num_keys], if they are wanted
+  Lists lists;
+
+ private:
+  int64_t num_counts_, zeros_;
+  Tensor memory_;
+};
+
+// The workspace was filled with zeros.
+void split_pixels(const int32_t* keys, const int64_t* counts, const Tensor& seed,
+                  const Workspace& workspace, int32_t* split, int64_t* of_groups, int64_t pixels,
+                  int64_t num_keys, int64_t groups, Stream stream) {
+  constexpr size_t SHARED_BYTES = WARPS * sizeof(uint64_t);
+  const bool by_each_block = pixels > 0 && num_keys <= MAX_KEYS_OF_BLOCK;
+  if (!by_each_block)
+    launch("group_counts_kernel", group_counts_kernel, 1, THREADS, SHARED_BYTES, stream, counts,
+           workspace.starts, of_groups, num_keys, groups);
+  if (pixels == 0) return;
+  const dim3 grid = grid_of("split_groups.cuda", blocks_for(pixels));
+  const auto* seed_data = seed.const_data_ptr<int64_t>();
+  launch("link_pixels_kernel", link_pixels_kernel, grid, THREADS,
+         SHARED_BYTES + (by_each_block ? num_keys * sizeof(int64_t) : 0), stream, keys, counts,
+         workspace.starts, by_each_block ? of_groups : nullptr, seed_data, workspace.lists, split,
+         pixels, num_keys, groups);
+  launch("rank_pixels_kernel", rank_pixels_kernel, grid, THREADS, SHARED_BYTES, stream, keys,
+         workspace.starts, seed_data, workspace.lists, split, pixels, static_cast<int32_t>(groups));
+}
+
+void check_pixels(int64_t pixels) {
+  STD_TORCH_CHECK(pixels < int64_t{1} << 31, "split_groups.cuda: keys: more than 2^31 pixels");
+}
+
 std::tuple<Tensor, Tensor> split_groups(Tensor keys, Tensor counts, Tensor seed, int64_t groups) {
   const OnDevice device(keys);
   const int64_t pixels = keys.numel(), num_keys = counts.numel();
   check_keys("split_groups.cuda", keys, pixels);
-  STD_TORCH_CHECK(pixels < int64_t{1} << 31, "split_groups.cuda: keys: more than 2^31 pixels");
+  check_pixels(pixels);
   std::vector<int64_t> shape = to_vector(counts.sizes());
   shape.push_back(groups);
   Tensor split = new_empty(keys, to_vector(keys.sizes()), ScalarType::Int);
   Tensor of_groups = new_empty(counts, shape, ScalarType::Long);
-  const Tensor starts = new_empty(counts, {num_keys}, ScalarType::Long);
-  const auto* of_keys = counts.const_data_ptr<int64_t>();
-  launch("group_counts_kernel", group_counts_kernel, 1, THREADS, THREADS / 32 * sizeof(uint64_t),
-         device.stream, of_keys, starts.mutable_data_ptr<int64_t>(),
-         of_groups.mutable_data_ptr<int64_t>(), num_keys, groups);
-  if (pixels == 0) return {split, of_groups};
+  const Workspace workspace(keys, pixels, num_keys, false);
+  workspace.fill_zeros(device.stream);
+  split_pixels(keys.const_data_ptr<int32_t>(), counts.const_data_ptr<int64_t>(), seed, workspace,
+               split.mutable_data_ptr<int32_t>(), of_groups.mutable_data_ptr<int64_t>(), pixels,
+               num_keys, groups, device.stream);
+  return {split, of_groups};
+}
 
-  const int64_t blocks = ceil_div(pixels, int64_t{THREADS});
-  const Tensor workspace = new_empty(keys, {2 * pixels + blocks}, ScalarType::Int);
-  auto* first = reinterpret_cast<uint32_t*>(workspace.mutable_data_ptr<int32_t>());
-  const Lists lists{first, first + pixels, first + pixels + blocks};
-  fill_zero(first, (pixels + blocks) * sizeof(uint32_t), device.stream);
-  const auto* of_pixels = keys.const_data_ptr<int32_t>();
-  const auto* start = starts.const_data_ptr<int64_t>();
-  const auto* seed_data = seed.const_data_ptr<int64_t>();
-  const dim3 grid = grid_of("split_groups.cuda", blocks);
-  launch("link_pixels_kernel", link_pixels_kernel, grid, THREADS, 0, device.stream, of_pixels,
-         of_keys, start, seed_data, lists, split.mutable_data_ptr<int32_t>(), pixels);
-  launch("rank_pixels_kernel", rank_pixels_kernel, grid, THREADS, THREADS / 32 * sizeof(uint64_t),
-         device.stream, of_pixels, start, seed_data, lists, split.mutable_data_ptr<int32_t>(),
-         pixels, static_cast<int32_t>(groups));
+std::tuple<Tensor, Tensor> group_keys(Tensor labels, int64_t height, int64_t width,
+                                      int64_t num_classes, bool per_image, int64_t ignore_index,
+                                      Tensor seed, int64_t groups) {
+  const OnDevice device(labels);
+  const int64_t batch = labels.size(0), pixels = batch * height * width;
+  check_pixels(pixels);
+  std::vector<int64_t> shape = {num_classes, groups};
+  if (per_image) shape.insert(shape.begin(), batch);
+  const int64_t num_keys = per_image ? batch * num_classes : num_classes;
+  const Tensor keys = new_empty(labels, {batch, height * width}, ScalarType::Int);
+  Tensor split = new_empty(labels, {batch, height * width}, ScalarType::Int);
+  Tensor of_groups = new_empty(labels, shape, ScalarType::Long);
+  const Workspace workspace(labels, pixels, num_keys, true);
+  workspace.fill_zeros(device.stream);
+  write_class_keys(labels, height, width, num_classes, per_image, per_image ? num_classes : 0,
+                   ignore_index, keys, workspace.counts, device.stream);
+  split_pixels(keys.const_data_ptr<int32_t>(), workspace.counts, seed, workspace,
+               split.mutable_data_ptr<int32_t>(), of_groups.mutable_data_ptr<int64_t>(), pixels,
+               num_keys, groups, device.stream);
   return {split, of_groups};
 }
 
@@ -147,4 +232,5 @@ std::tuple<Tensor, Tensor> split_groups(Tensor keys, Tensor counts, Tensor seed,
 
 STABLE_TORCH_LIBRARY_IMPL(anchorops, ANCHOROPS_DISPATCH_KEY, library) {
   library.impl("split_groups.cuda", TORCH_BOX(&anchorops::cuda::split_groups));
+  library.impl("group_keys.cuda", TORCH_BOX(&anchorops::cuda::group_keys));
 }

@@ -23,6 +23,47 @@ def check(labels, size, num_classes, per_image=False, ignore_index=255):
     assert torch.equal(keys.long(), expected[0]) and torch.equal(counts, expected[1])
 
 
+@pytest.mark.parametrize(
+    ("size", "classes", "per_image"),
+    [
+        ((2, 3, 9, 13), 5, False),
+        ((2, 3, 9, 13), 5, True),
+        ((300, 3), 4, False),
+        ((1, 3, 700), 1500, False),
+        ((2, 3, 0, 4), 4, True),
+        ((0, 3), 4, False),
+    ],
+)
+def test_random_groups(size, classes, per_image):
+    """Few keys and many, of which most have no pixel; images, points, no pixels."""
+    shape = size[:1] if len(size) == 2 else (size[0], *size[2:])
+    labels, features = torch.randint(-1, classes + 1, shape), torch.empty(size)
+    if len(size) == 4:
+        labels = labels.repeat_interleave(2, 1).repeat_interleave(3, 2)  # resized
+    keys, counts = class_keys(
+        features,
+        labels,
+        classes,
+        groups=3,
+        per_image=per_image,
+        seed=5,
+        ignore_index=2,
+        backend=BACKEND,
+    )
+    expected, of_classes = reference.class_keys(features, labels, classes, per_image, 2)
+    assert keys.dtype == torch.int32 and counts.dtype == torch.int64
+    assert torch.equal(keys.long(), reference.split_groups(expected, of_classes, 3, 5))
+    assert torch.equal(counts, reference.group_counts(of_classes, 3))
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="Triton uses class_keys and split_groups")
+@pytest.mark.parametrize("per_image", [False, True])
+def test_opcheck_group_keys(per_image):
+    labels = torch.randint(0, 6, (2, 8, 6))
+    given = 4, 5, 5, per_image, 255, torch.tensor(3), 2
+    torch.library.opcheck(torch.ops.anchorops.group_keys.cuda, (labels, *given))
+
+
 INTEGERS = ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"]
 
 

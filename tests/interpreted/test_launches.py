@@ -47,6 +47,8 @@ def test_declared_launches(monkeypatch, sorted_by_numpy):
     labels = torch.randint(0, 3, (2, 8, 6))
     keys, counts = run("class_keys", labels, 4, 3, 3, False, 255)
     run("split_groups", keys, counts, torch.tensor(1), 2)
+    if BACKEND == "cuda":
+        run("group_keys", labels, 4, 3, 3, False, 255, torch.tensor(1), 2)
     features, anchors = torch.randn(2, 16, 4, 3), torch.randn(3, 16)
     grid = keys.view(2, 4, 3)
     sums, mean, variance = run("upsampled_sums", features, grid, 3, 3)
