@@ -46,6 +46,7 @@ LAUNCHES = {
 # Launches with each of BACKENDS. Class moments: with anchors (without them, Triton has one launch
 # less) and at most 1,024 keys (pixels are not sorted).
 OWN = {
+    "next_seed": (1, 1),
     "class_keys": (2, 2),
     "split_groups": (3, 4),
     "group_keys": (4,),  # "cuda" alone
