@@ -1,5 +1,5 @@
-"""Centroids of learnable prototypes, and the cosine of two halves of their groups. One launch, a
-program per class."""
+"""Centroids of learnable prototypes, the cosine of two halves of their groups, and the prototypes
+in the order of classes. One launch, a program per class."""
 
 import triton
 import triton.language as tl
@@ -41,6 +41,7 @@ def _prototype_halves_kernel(
     seed_ptr,  # int64
     centroids_ptr,  # float32 [K, D]
     distances_ptr,  # float32 [K]
+    rows_ptr,  # float32 [K, G, D]
     products_ptr,  # float32 [K, 4]: ‖m‖, ‖a‖, ‖b‖, cos
     seed_offset,
     num_classes,
@@ -60,6 +61,9 @@ def _prototype_halves_kernel(
     norm_a, norm_b = tl.sqrt(tl.sum(a * a, 0)), tl.sqrt(tl.sum(b * b, 0))
     cosine = tl.sum(a * b, 0) / (tl.maximum(norm_a, eps) * tl.maximum(norm_b, eps))
     tl.store(centroids_ptr + k * dim + d, mean / tl.maximum(norm, eps), mask=d < dim)
+    for g in range(0, groups):
+        row = tl.load(prototypes_ptr + (g * num_classes + k) * dim + d, mask=d < dim)
+        tl.store(rows_ptr + (k * groups + g) * dim + d, row, mask=d < dim)
     tl.store(distances_ptr + k, loss_weight * (1 - cosine))
     tl.store(products_ptr + 4 * k, norm)
     tl.store(products_ptr + 4 * k + 1, norm_a)
@@ -79,17 +83,19 @@ def options(prototypes: Tensor) -> dict[str, object]:
 
 def prototype_halves(
     prototypes: Tensor, seed: Tensor, seed_offset: int, eps: float, loss_weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """prototypes float32 [G, K, D], seed int64 -> centroids [K, D], distances [K], products
-    [K, 4]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """prototypes float32 [G, K, D], seed int64 -> centroids [K, D], distances [K], rows [K, G, D],
+    products [K, 4]."""
     groups, num_classes, dim = prototypes.shape
     centroids = prototypes.new_empty((num_classes, dim))
     distances, products = prototypes.new_empty(num_classes), prototypes.new_empty((num_classes, 4))
+    rows = prototypes.new_empty((num_classes, groups, dim))
     _prototype_halves_kernel[(num_classes,)](
         prototypes,
         seed,
         centroids,
         distances,
+        rows,
         products,
         seed_offset,
         num_classes,
@@ -99,4 +105,4 @@ def prototype_halves(
         loss_weight,
         **options(prototypes),
     )
-    return centroids, distances, products
+    return centroids, distances, rows, products

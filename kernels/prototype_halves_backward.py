@@ -12,6 +12,7 @@ from .prototype_halves import halves, options, sums_of_halves
 def _prototype_halves_bwd_kernel(
     dcentroids_ptr,  # float32 [K, D] or None
     ddistances_ptr,  # float32 [K] by stride, or None
+    drows_ptr,  # float32 [K, G, D] or None
     prototypes_ptr,  # float32 [G, K, D]
     seed_ptr,  # int64
     centroids_ptr,  # float32 [K, D]
@@ -53,12 +54,16 @@ def _prototype_halves_bwd_kernel(
     for g in range(0, groups):
         in_a = tl.sum(tl.where(tl.arange(0, BLOCK_G) == g, half, 0), 0) > 0
         row = dprototypes_ptr + (g * num_classes + k) * dim
-        tl.store(row + d, tl.where(in_a, da, db), mask=d < dim)
+        gradient = tl.where(in_a, da, db)
+        if drows_ptr is not None:
+            gradient += tl.load(drows_ptr + (k * groups + g) * dim + d, mask=d < dim, other=0.0)
+        tl.store(row + d, gradient, mask=d < dim)
 
 
 def prototype_halves_backward(
     dcentroids: Tensor | None,
     ddistances: Tensor | None,
+    drows: Tensor | None,
     prototypes: Tensor,
     seed: Tensor,
     centroids: Tensor,
@@ -67,12 +72,14 @@ def prototype_halves_backward(
     eps: float,
     loss_weight: float,
 ) -> Tensor:
-    """dcentroids contiguous [K, D], ddistances [K] of any stride -> dprototypes [G, K, D]."""
+    """dcentroids [K, D] and drows [K, G, D] contiguous, ddistances [K] of any stride -> dprototypes
+    [G, K, D]."""
     groups, num_classes, dim = prototypes.shape
     dprototypes = torch.empty_like(prototypes)
     _prototype_halves_bwd_kernel[(num_classes,)](
         dcentroids,
         ddistances,
+        drows,
         prototypes,
         seed,
         centroids,

@@ -15,6 +15,7 @@ def _unit_rows_kernel(
     means_ptr,  # float32 [K, G, D] or None
     centroids_ptr,  # float32 [K, D] or None
     norms_ptr,  # float32 [K, G]
+    present_ptr,  # bool [K, G], if there are counts
     groups,
     dim,
     eps,
@@ -23,10 +24,15 @@ def _unit_rows_kernel(
     k = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
+    least = 1 << 62  # of the counts
+    if counts_ptr is not None:
+        for g in range(0, groups):
+            least = tl.minimum(least, tl.load(counts_ptr + k * groups + g))
     for g in range(0, groups):
         r = k * groups + g
         row = tl.load(rows_ptr + r * dim + d, mask=d < dim, other=0.0)
         if counts_ptr is not None:
+            tl.store(present_ptr + r, least > 0)
             row = row / tl.maximum(tl.load(counts_ptr + r), 1).to(tl.float32)
         norm = tl.sqrt(tl.sum(row * row, 0))
         tl.store(units_ptr + r * dim + d, row / tl.maximum(norm, eps), mask=d < dim)
@@ -47,14 +53,16 @@ def options(dim: int) -> dict[str, object]:
 
 def unit_rows(
     rows: Tensor, counts: Tensor | None, eps: float, with_means: bool, with_centroids: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """rows float32 [..., D], or [K, G, D] for centroids; counts int64 [...] or None -> units and
-    means [..., D], centroids [K, D], norms [...]. What is not wanted is (0,)."""
+    means [..., D], centroids [K, D], norms [...], present bool [...]. What is not wanted is
+    (0,)."""
     dim, norms = rows.shape[-1], rows.new_empty(rows.shape[:-1])
     groups = rows.shape[1] if with_centroids else 1
     units = torch.empty_like(rows)
     means = torch.empty_like(rows) if with_means else rows.new_empty(0)
     centroids = rows.new_empty((rows.shape[0], dim) if with_centroids else 0)
+    present = rows.new_empty(0 if counts is None else norms.shape, dtype=torch.bool)
     if rows.numel():
         _unit_rows_kernel[(norms.numel() // groups,)](
             rows,
@@ -63,9 +71,10 @@ def unit_rows(
             means if with_means else None,
             centroids if with_centroids else None,
             norms,
+            present,
             groups,
             dim,
             eps,
             **options(dim),
         )
-    return units, means, centroids, norms
+    return units, means, centroids, norms, present

@@ -34,10 +34,16 @@ Classifier = nn.Module | Tensor
 
 class Losses(NamedTuple):
     """terms: weighted parts, whose sum is the loss; logs: other values shown in the method's
-    `terms`."""
+    `terms`; total: the loss, in new memory, if an operator has computed it. Then the terms need no
+    gradient."""
 
     terms: dict[str, Tensor]
     logs: dict[str, Tensor]
+    total: Tensor | None = None
+
+    def summands(self) -> list[Tensor]:
+        """Their sum is the loss."""
+        return list(self.terms.values()) if self.total is None else [self.total]
 
 
 class Plan(NamedTuple):
@@ -73,7 +79,7 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _total(terms: list[Tensor]) -> Tensor:
+def total_of(terms: list[Tensor]) -> Tensor:
     """The sum of the terms in few launches, in new memory: if the caller changes the loss in place,
     the terms keep their values."""
     if len(terms) > 2:
@@ -222,12 +228,12 @@ class Regularizer(nn.Module):
         if not torch.compiler.is_compiling():
             self._count_forward()
         with torch.autocast(features.device.type, enabled=False):
-            terms, logs = self._losses(features, labels, classifier)
-            loss = _total(list(terms.values()))
+            losses = self._losses(features, labels, classifier)
+            loss = total_of(losses.summands()) if losses.total is None else losses.total
             loss = loss.to(torch.promote_types(features.dtype, torch.float32))
-        self.terms = {key: value.detach() for key, value in terms.items()}
+        self.terms = {key: value.detach() for key, value in losses.terms.items()}
         # counts too are floating-point, because loggers average over steps and ranks
-        self.terms |= {key: value.detach().to(loss.dtype) for key, value in logs.items()}
+        self.terms |= {key: value.detach().to(loss.dtype) for key, value in losses.logs.items()}
         if not torch.compiler.is_compiling() and loss.requires_grad and checkpointed():
             loss = KnowAgain.apply(loss, self)
         return loss

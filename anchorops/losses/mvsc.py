@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .._checks import check_count, check_flags, check_number
-from ..ops.centroid_info_nce import unchecked_info_nce
+from ..ops.centroid_losses import centroid_losses
 from ..ops.prototype_halves import prototype_halves
 from ..ops.straight_through import straight_through
 from ..ops.unit_rows import unit_views
@@ -99,48 +99,28 @@ class MVSC(Regularizer):
             counts = moments.counts.view(shape)
             sums = moments.sums.view(*shape, self.dim)
             prototypes = self.prototypes.to(torch.promote_types(weight.dtype, sums.dtype))
-            present = counts > 0
-            queries, centroids, _ = unit_views(
+            queries, means, _, present = unit_views(
                 sums, counts, eps=EPS, with_means=self.enhance, with_centroids=False
             )
-            # The gradients of V are added in the opposite order. The first one is contiguous here,
-            # so their sum is, and it becomes the parameter's gradient without a copy.
-            visual = self._visual(centroids, prototypes, present, weight, bias)
             # a different seed from that of the pixels' split
-            keys, distances = prototype_halves(
+            keys, distances, rows = prototype_halves(
                 prototypes, seed, 1 << 31, eps=EPS, loss_weight=self.cos_weight / self.num_classes
             )
-            fca = unchecked_info_nce(
+            losses = centroid_losses(
                 queries,
-                keys.to(queries.dtype),
+                keys,
+                weight,
+                rows=straight_through(rows, means) if self.enhance else rows,
+                bias=bias,
+                added=distances if self.groups > 1 else None,
                 present=present,
                 temperature=self.temperature,
-                loss_weight=self.fca_weight,
+                class_temperature=1.0,
+                contrast_weight=self.fca_weight,
+                class_weight=self.visual_weight,
             )
-            cos = distances.sum() if self.groups > 1 else prototypes.new_zeros(())
+            fca, visual, cos = losses.terms
             terms = {"fca": fca, "cos": cos, "visual": visual}
-            return Losses(terms, {"present": counts.any(1).sum(dtype=torch.float32)})
+            return Losses(terms, {"present": losses.present}, losses.total)
 
         return Plan(Request(groups=self.groups, seed=seed), losses)
-
-    def _visual(
-        self,
-        centroids: Tensor,
-        prototypes: Tensor,
-        present: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        visual = prototypes.transpose(0, 1)
-        if self.enhance:
-            visual = straight_through(visual, centroids)
-        # the cross-entropy of the classifier: all its classes, present or not
-        return unchecked_info_nce(
-            visual,
-            weight.to(visual.dtype),
-            bias=None if bias is None else bias.to(visual.dtype),
-            present=present,
-            all_keys=True,
-            temperature=1.0,
-            loss_weight=self.visual_weight,
-        )

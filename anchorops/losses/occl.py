@@ -1,14 +1,12 @@
 """OCCL, online centroid contrastive loss (doi 10.1016/j.patcog.2024.110431)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, fail
 from ..distributed import reduce_moments
-from ..ops.centroid_info_nce import unchecked_info_nce
+from ..ops.centroid_losses import centroid_losses
 from ..ops.split_groups import random_halves
 from ..ops.unit_rows import unit_rows, unit_views
 from ..reference import ClassMoments
@@ -107,35 +105,31 @@ class OCCL(Regularizer):
     def _contrast(self, counts: Tensor, sums: Tensor, weight: Tensor) -> Losses:
         """counts [K, 2], sums [K, 2, D], weight [K, D]."""
         if self.normalize:
-            views, _, centroids = unit_views(
+            views, _, centroids, present = unit_views(
                 sums, counts, eps=EPS, with_means=False, with_centroids=True
             )
             weight = unit_rows(weight, eps=EPS)
         else:
             views = sums / counts.clamp(min=1)[..., None]
             centroids = views.detach().mean(1)
-        in_both = counts.all(1)
-        options: dict[str, Any] = {
-            "present": in_both[:, None].expand(-1, 2),
-            "temperature": self.temperature,
-            "reduction": self.reduction,
-        }
+            present = counts.all(1)[:, None].expand(-1, 2)
         # The mean over both views is ½(L^1 + L^2); the sum over both views is twice that of "sum".
         scale = 0.5 if self.reduction == "sum" else 1.0
-        centroid = unchecked_info_nce(
-            views, centroids, mirrored=True, loss_weight=scale * self.centroid_weight, **options
-        )
-        category = unchecked_info_nce(
+        losses = centroid_losses(
             views,
-            weight.to(views.dtype),
-            all_keys=True,
-            loss_weight=scale * self.category_weight,
-            **options,
+            centroids,
+            weight,
+            present=present,
+            mirrored=True,
+            temperature=self.temperature,
+            class_temperature=self.temperature,
+            contrast_weight=scale * self.centroid_weight,
+            class_weight=scale * self.category_weight,
+            reduction=self.reduction,
         )
-        return Losses(
-            {"centroid": centroid, "category": category},
-            {"present": in_both.sum(dtype=torch.float32)},
-        )
+        centroid, category, _ = losses.terms
+        terms = {"centroid": centroid, "category": category}
+        return Losses(terms, {"present": losses.present}, losses.total)
 
 
 def _halves(counts: Tensor, sums: Tensor, seed: Tensor) -> ClassMoments:

@@ -23,15 +23,21 @@ namespace {
 
 constexpr int WARPS = THREADS / 32;
 
-// grid: blocks of rows × (chunks of the keys, then, if positives are given, blocks of WARPS rows).
-template <int TILE>
+// grid: blocks of rows × (chunks of the keys, then, if positives are given, blocks of WARPS rows) ×
+// problems.
+template <int TILE, int PROBLEMS>
 __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
-    centroid_info_nce_kernel(Problem problem, LogitsOfRows output, Chunks chunks, int width) {
+    centroid_info_nce_kernel(const __grid_constant__ LogitsProblems<PROBLEMS> given, Chunks chunks,
+                             int width) {
+  const int which = PROBLEMS > 1 ? blockIdx.z : 0;
+  const Problem& problem = given.problems[which];
+  const LogitsOfRows& output = given.outputs[which];
   const Rows &queries = problem.queries, &keys = problem.keys;
   const Present& present = problem.present;
   const float inverse_temperature = 1 / problem.temperature;
   const int chunk = blockIdx.y, first_row = output.first + blockIdx.x * TILE;
   if (chunk >= chunks.count) {
+    if (present.own_is_positive) return;
     const int r = first_row + (chunk - chunks.count) * WARPS + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     const auto is_present = [&](int i) { return present.row(i); };
@@ -125,15 +131,7 @@ __global__ void __launch_bounds__(THREADS)
   for (int r = threadIdx.x; r < rows; r += THREADS) {
     const bool is_present = present.row(r);
     const float positive = positive_logits[r];
-    float maximum = positive, total = 1;
-#pragma unroll 8
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const float2 partial = partials[int64_t{chunk} * rows + r];
-      const float larger = fmaxf(maximum, partial.x);
-      total = total * expf(maximum - larger) + partial.y * expf(partial.x - larger);
-      maximum = larger;
-    }
-    const float result = maximum + logf(total);
+    const float result = log_sum_exp(partials, positive, r, rows, chunks);
     lse[r] = result;
     const float loss_of_row = is_present ? result - positive : 0;
     if (reduction == Reduction::NONE) loss[r] = loss_weight * loss_of_row;
@@ -162,14 +160,17 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-template <int TILE>
-void launch_logits(const Problem& problem, const LogitsOfRows& output, const Chunks& chunks,
-                   Stream stream) {
-  const bool positives = output.positive_logits && !problem.present.own_is_positive;
-  const dim3 grid(ceil_div(output.end - output.first, TILE),
-                  chunks.count + (positives ? TILE / WARPS : 0));
-  launch("centroid_info_nce_kernel", centroid_info_nce_kernel<TILE>, grid, THREADS,
-         Logits<TILE>::Product::SHARED_BYTES, stream, problem, output, chunks, problem.width());
+template <int TILE, int PROBLEMS>
+void launch_logits(const LogitsProblems<PROBLEMS>& given, Stream stream) {
+  const LogitsOfRows& output = given.outputs[0];
+  const int rows = output.end - output.first;
+  const Chunks chunks = chunks_of(rows, given.problems[0].keys.count, TILE);
+  bool positives = false;
+  for (const Problem& problem : given.problems)
+    positives |= output.positive_logits && !problem.present.own_is_positive;
+  const dim3 grid(ceil_div(rows, TILE), chunks.count + (positives ? TILE / WARPS : 0), PROBLEMS);
+  launch("centroid_info_nce_kernel", centroid_info_nce_kernel<TILE, PROBLEMS>, grid, THREADS,
+         Logits<TILE>::Product::SHARED_BYTES, stream, given, chunks, given.problems[0].width());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_info_nce(
@@ -193,7 +194,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_info_nce(
   const int rows = problem.queries.count, width = problem.width();
   const bool kept = int64_t{rows} * width <= logits_at_once;
   Tensor logits = new_floats(kept ? std::vector<int64_t>{rows, width} : std::vector<int64_t>{0});
-  const int chunks = chunks_of(rows, problem.keys.count).count;
+  const int tile = large_tiles(rows, problem.keys.count) ? LARGE_TILE : SMALL_TILE;
+  const int chunks = chunks_of(rows, problem.keys.count, tile).count;
   Tensor partials = new_floats({chunks, rows, 2});
   const auto* of_chunks = reinterpret_cast<const float2*>(partials.const_data_ptr<float>());
   compute_logits(problem,
@@ -216,9 +218,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_info_nce(
 
 }  // namespace
 
-Chunks chunks_of(int rows, int num_classes) {
+Chunks chunks_of(int rows, int num_classes, int tile) {
   constexpr int BLOCKS = 528;  // fill an H200 four times
-  const int tile = large_tiles(rows, num_classes) ? 64 : 16;
   const int row_blocks = ceil_div(rows, tile), tiles = ceil_div(num_classes, tile);
   const int each = ceil_div(max(tiles, 1), ceil_div(BLOCKS, max(row_blocks, 1)));
   return {ceil_div(tiles, each), each};
@@ -226,8 +227,13 @@ Chunks chunks_of(int rows, int num_classes) {
 
 void compute_logits(const Problem& problem, const LogitsOfRows& output, Stream stream) {
   const int rows = output.end - output.first, num_classes = problem.keys.count;
-  const auto launch_tiles = large_tiles(rows, num_classes) ? launch_logits<64> : launch_logits<16>;
-  launch_tiles(problem, output, chunks_of(rows, num_classes), stream);
+  const LogitsProblems<1> given{{problem}, {output}};
+  large_tiles(rows, num_classes) ? launch_logits<LARGE_TILE>(given, stream)
+                                 : launch_logits<SMALL_TILE>(given, stream);
+}
+
+void compute_logits(const LogitsProblems<2>& pair, Stream stream) {
+  launch_logits<SMALL_TILE>(pair, stream);
 }
 
 }  // namespace anchorops::cuda

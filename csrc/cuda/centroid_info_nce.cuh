@@ -1,7 +1,9 @@
-// For both kernels of centroid InfoNCE: K×D tensors as rows, and the product of two tiles.
+// For the kernels of centroid InfoNCE: K×D tensors as rows, and the product of two tiles.
 #pragma once
 
 #include "tensors.cuh"
+
+#include <cmath>
 
 namespace anchorops::cuda {
 
@@ -366,12 +368,37 @@ struct LogitsOfRows {
                            // denominator, and from column K on
 };
 
+constexpr int SMALL_TILE = 16, LARGE_TILE = 64;  // of logits
+
 // The keys are divided into chunks of tiles, which different blocks compute.
 struct Chunks {
   int count, tiles;
 };
 
-Chunks chunks_of(int rows, int num_classes);
+// Problems of one launch.
+template <int COUNT>
+struct LogitsProblems {
+  Problem problems[COUNT];
+  LogitsOfRows outputs[COUNT];
+};
+
+Chunks chunks_of(int rows, int num_classes, int tile);
 void compute_logits(const Problem& problem, const LogitsOfRows& output, Stream stream);
+// Two problems of the same shape, with small tiles.
+void compute_logits(const LogitsProblems<2>& pair, Stream stream);
+
+// The log-sum-exp of row r of a problem: of its positive, and of the partials of all chunks.
+__device__ inline float log_sum_exp(const float2* partials, float positive, int r, int rows,
+                                    int chunks) {
+  float maximum = positive, total = 1;
+#pragma unroll 8
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const float2 partial = partials[int64_t{chunk} * rows + r];
+    const float larger = fmaxf(maximum, partial.x);
+    total = total * expf(maximum - larger) + partial.y * expf(partial.x - larger);
+    maximum = larger;
+  }
+  return maximum + logf(total);
+}
 
 }  // namespace anchorops::cuda

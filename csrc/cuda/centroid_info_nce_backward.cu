@@ -7,44 +7,10 @@
 // One launch, if the logits were kept: their gradients are computed while they are copied to shared
 // memory. Otherwise the logits of some rows are computed again, as in the forward pass, and then
 // the gradients of their queries; those of the keys are added in the order of the rows.
-#include "centroid_info_nce.cuh"
-
-#include <cmath>
+#include "centroid_info_nce_backward.cuh"
 
 namespace anchorops::cuda {
 namespace {
-
-// The gradient of each row's loss.
-struct DlossOfRows {
-  const float* dloss;  // [K·G] by strides, 0 for a scalar
-  int64_t stride_k, stride_g;
-  const float* scale;            // one
-  const float* lse;              // [K·G]
-  const float* positive_logits;  // [K·G]
-  float inverse_temperature;
-  int count, groups;
-
-  struct Row {
-    float dloss, lse, positive;  // dloss/τ. An absent row: 0, ∞, 0
-
-    __device__ float dlogit(float logit) const { return dloss * expf(logit - lse); }
-    __device__ float dpositive() const { return dloss * expm1f(positive - lse); }
-  };
-
-  __device__ Row row(int r, const Present& present) const {
-    if (r >= count || !present.row(r)) return {0, INFINITY, 0};
-    const float gradient = dloss[row_offset(r, groups, stride_k, stride_g)];
-    return {gradient * *scale * inverse_temperature, lse[r], positive_logits[r]};
-  }
-};
-
-// Logits of the rows from first_row on, and what their gradients need.
-struct KeptLogits {
-  Rows logits;
-  int first_row;
-  DlossOfRows losses;
-  Present present;
-};
 
 // Loads logits, and stores their gradients.
 template <int ROWS, int COLUMNS>
@@ -80,57 +46,6 @@ struct DlogitsStage : OperandStage<ROWS, COLUMNS> {
   }
 };
 
-// The rows of a new tensor.
-struct Output {
-  void* data;
-  ScalarType dtype;
-  int count, dim;
-
-  template <class T>
-  __device__ void store(int64_t start, int elements, const EightFloats& values) const {
-    T* address = static_cast<T*>(data) + start;
-    if (elements < 8 || dim % 8) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (i < elements) address[i] = static_cast<T>(values[i]);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i += Vector<T>::SIZE) {
-      Vector<T> vector;
-#pragma unroll
-      for (int j = 0; j < Vector<T>::SIZE; ++j) vector.elements[j] = static_cast<T>(values[i + j]);
-      store_vector(address + i, vector);
-    }
-  }
-
-  // Adds elements d to d + 7 of row r, float32, to the values.
-  __device__ void add_to(int r, int d, EightFloats& values) const {
-    if (r >= count) return;
-    const float* row = static_cast<const float*>(data) + int64_t{r} * dim;
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (d + i < dim) values[i] += row[d + i];
-  }
-
-  // Elements d to d + 7 of row r.
-  __device__ void store(int r, int d, const EightFloats& values) const {
-    const int64_t start = int64_t{r} * dim + d;
-    const int elements = min(dim - d, 8);
-    if (r >= count || elements <= 0) return;
-    if (dtype == ScalarType::Float)
-      store<float>(start, elements, values);
-    else if (dtype == ScalarType::BFloat16)
-      store<BFloat16>(start, elements, values);
-    else
-      store<Half>(start, elements, values);
-  }
-};
-
-inline Output output_of(const Tensor& tensor, const Rows& rows) {
-  return {tensor.mutable_data_ptr(), tensor.scalar_type(), rows.count, rows.dim};
-}
-
 // TILE rows of dqueries, or of dkeys, by WIDTH channels; both store their sums in the same way.
 template <int TILE>
 struct Gradients {
@@ -138,15 +53,6 @@ struct Gradients {
   using OfRows = TileProduct<TILE, WIDTH, DEPTH, true, false, DlogitsStage>;
   using OfKeys = TileProduct<TILE, WIDTH, DEPTH, false, false, DlogitsStage>;
   static constexpr size_t SHARED_BYTES = std::max(OfRows::SHARED_BYTES, OfKeys::SHARED_BYTES);
-};
-
-struct Outputs {
-  Output dqueries;    // [K, G, D]
-  Output dkeys;       // [K, D]
-  Output dpositives;  // [K, G, D], if positives were given
-  float* dbias;       // [K] or null
-  bool mirrored;      // positives are queries
-  bool add;           // to dkeys, float32, and to dbias
 };
 
 // dbias of 32 keys: a warp sums every eighth row, a lane one column.
@@ -170,10 +76,15 @@ __device__ void sum_columns(float* shared, const KeptLogits& logits, const Outpu
 }
 
 // grid: (blocks of rows for dqueries and dpositives, then blocks of keys for dkeys, then blocks of
-// 32 keys for dbias) × blocks of D.
-template <int TILE>
+// 32 keys for dbias) × blocks of D × problems.
+template <int TILE, int PROBLEMS>
 __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
-    centroid_info_nce_backward_kernel(Problem problem, KeptLogits logits, Outputs outputs) {
+    centroid_info_nce_backward_kernel(const __grid_constant__ GradientProblems<PROBLEMS> given) {
+  const int which = PROBLEMS > 1 ? blockIdx.z : 0;
+  const Problem& problem = given.problems[which];
+  const KeptLogits& logits = given.logits[which];
+  const Outputs& outputs = given.outputs[which];
+  const bool same_queries = PROBLEMS > 1 && given.same_queries;
   using OfRows = typename Gradients<TILE>::OfRows;
   using OfKeys = typename Gradients<TILE>::OfKeys;
   constexpr int WIDTH = Gradients<TILE>::WIDTH;
@@ -186,23 +97,42 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
   const int row_blocks = ceil_div(rows, TILE), key_blocks = ceil_div(keys.count, TILE);
   const int block = blockIdx.x, first_d = blockIdx.y * WIDTH;
   if (block >= row_blocks + key_blocks) {
-    if (blockIdx.y == 0)
+    if (blockIdx.y == 0 && outputs.dbias)
       sum_columns(shared, logits, outputs, problem.temperature,
                   (block - row_blocks - key_blocks) * 32, keys.count);
     return;
   }
   const bool of_rows = block < row_blocks;
   const int first = (of_rows ? block : block - row_blocks) * TILE;
-  if (of_rows)
+  if (of_rows) {
+    if (same_queries && which > 0) return;
+    // Keys of the second problem follow those of the first, from a multiple of DEPTH on.
+    constexpr int DEPTH = Gradients<TILE>::DEPTH;
+    const int before = same_queries ? ceil_div(keys.count, DEPTH) * DEPTH : 0;
+    const auto in_second = [&](int k) { return PROBLEMS > 1 && same_queries && k >= before; };
     OfRows::multiply(
-        shared, keys.count, ScalarType::Float, keys.dtype,
-        [&](auto& stage, int k) { stage.load(logits, first, k); },
-        [&](auto& stage, int k) { stage.load(keys, k, first_d, key); });
-  else
+        shared, before + keys.count, ScalarType::Float, keys.dtype,
+        [&](auto& stage, int k) {
+          if (in_second(k))
+            stage.load(given.logits[PROBLEMS - 1], first, k - before);
+          else
+            stage.load(logits, first, k);
+        },
+        [&](auto& stage, int k) {
+          if (in_second(k)) {
+            const Problem& second = given.problems[PROBLEMS - 1];
+            stage.load(second.keys, k - before, first_d,
+                       [&](int i) { return second.present.key_used(i); });
+          } else {
+            stage.load(keys, k, first_d, key);
+          }
+        });
+  } else {
     OfKeys::multiply(
         shared, rows, ScalarType::Float, queries.dtype,
         [&](auto& stage, int r) { stage.load(logits, r, first); },
         [&](auto& stage, int r) { stage.load(queries, logits.first_row + r, first_d, row); });
+  }
 
   for (int unit = threadIdx.x; unit < TILE * WIDTH / 8; unit += THREADS) {
     const int m = unit / (WIDTH / 8), n = unit % (WIDTH / 8) * 8, d = first_d + n;
@@ -237,15 +167,16 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
   }
 }
 
-template <int TILE>
-void launch_gradients(const Problem& problem, const KeptLogits& logits, const Outputs& outputs,
-                      Stream stream) {
-  const int blocks_of_bias = outputs.dbias ? ceil_div(problem.keys.count, 32) : 0;
-  const dim3 grid(
-      ceil_div(logits.logits.count, TILE) + ceil_div(problem.keys.count, TILE) + blocks_of_bias,
-      ceil_div(problem.queries.dim, Gradients<TILE>::WIDTH));
-  launch("centroid_info_nce_backward_kernel", centroid_info_nce_backward_kernel<TILE>, grid,
-         THREADS, Gradients<TILE>::SHARED_BYTES, stream, problem, logits, outputs);
+template <int TILE, int PROBLEMS>
+void launch_gradients(const GradientProblems<PROBLEMS>& given, Stream stream) {
+  const Rows &rows = given.logits[0].logits, &keys = given.problems[0].keys;
+  bool bias = false;
+  for (const Outputs& outputs : given.outputs) bias |= outputs.dbias != nullptr;
+  const dim3 grid(ceil_div(rows.count, TILE) + ceil_div(keys.count, TILE) +
+                      (bias ? ceil_div(keys.count, 32) : 0),
+                  ceil_div(keys.dim, Gradients<TILE>::WIDTH), PROBLEMS);
+  launch("centroid_info_nce_backward_kernel", centroid_info_nce_backward_kernel<TILE, PROBLEMS>,
+         grid, THREADS, Gradients<TILE>::SHARED_BYTES, stream, given);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_info_nce_backward(
@@ -294,16 +225,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_info_nce_backward(
                      device.stream);
     Rows logits_of_part = rows_of(logits);
     logits_of_part.count = end - first;
-    const auto launch_part =
-        large_tiles(end - first, key_rows.count) ? launch_gradients<64> : launch_gradients<32>;
-    launch_part(problem, {logits_of_part, first, losses, problem.present},
-                {.dqueries = output_of(dqueries, rows),
-                 .dkeys = output_of(dkeys, key_rows),
-                 .dpositives = output_of(dpositives, rows),
-                 .dbias = bias ? dbias.mutable_data_ptr<float>() : nullptr,
-                 .mirrored = mirrored,
-                 .add = first > 0},
-                device.stream);
+    const Outputs outputs = {.dqueries = output_of(dqueries, rows),
+                             .dkeys = output_of(dkeys, key_rows),
+                             .dpositives = output_of(dpositives, rows),
+                             .dbias = bias ? dbias.mutable_data_ptr<float>() : nullptr,
+                             .mirrored = mirrored,
+                             .add = first > 0};
+    const GradientProblems<1> given = {
+        {problem}, {{logits_of_part, first, losses, problem.present}}, {outputs}};
+    large_tiles(end - first, key_rows.count) ? launch_gradients<64>(given, device.stream)
+                                             : launch_gradients<32>(given, device.stream);
     first = end;
   } while (first < rows.count);
   return {dqueries, torch::stable::to(dkeys, dtype_of_keys), dbias,
@@ -311,6 +242,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_info_nce_backward(
 }
 
 }  // namespace
+
+void compute_gradients(const GradientProblems<2>& pair, Stream stream) {
+  launch_gradients<32>(pair, stream);
+}
+
 }  // namespace anchorops::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(anchorops, ANCHOROPS_DISPATCH_KEY, library) {

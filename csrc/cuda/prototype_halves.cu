@@ -1,10 +1,11 @@
 // The operators anchorops::prototype_halves.cuda and prototype_halves_backward.cuda: centroids of
-// learnable prototypes V [G, K, D], and the cosine of two random halves of their groups.
+// learnable prototypes V [G, K, D], and the cosine of two random halves of their groups; and a copy
+// of V in the order of classes, so that its gradient is added here to the others.
 //
 //   m_k = mean_g V_gk    c_k = m_k / ‖m_k‖    a_k, b_k: sums of V over the two halves of the groups
-//   distances_k = w·(1 − cos_k),  cos_k = a_k·b_k / (‖a_k‖·‖b_k‖)
+//   distances_k = w·(1 − cos_k),  cos_k = a_k·b_k / (‖a_k‖·‖b_k‖)    rows_kg = V_gk
 //   dV_gk = (dc_k − (c_k·dc_k)·c_k) / (G·‖m_k‖)
-//           − w·ddistances_k·(b_k/‖b_k‖ − cos_k·a_k/‖a_k‖) / ‖a_k‖
+//           − w·ddistances_k·(b_k/‖b_k‖ − cos_k·a_k/‖a_k‖) / ‖a_k‖ + drows_kg
 //
 // This is for groups of the half a; for the others a and b change places. Lengths are at least eps;
 // below eps, the terms (c_k·dc_k)·c_k and cos_k·a_k/‖a_k‖ are 0.
@@ -61,8 +62,9 @@ struct alignas(16) Products {
 };
 
 __global__ void __launch_bounds__(THREADS) prototype_halves_kernel(Prototypes prototypes,
-                                                                   float* centroids,   // [K, dim]
-                                                                   float* distances,   // [K]
+                                                                   float* centroids,  // [K, dim]
+                                                                   float* distances,  // [K]
+                                                                   float* rows,  // [K, groups, dim]
                                                                    Products* products  // [K]
 ) {
   auto* half = reinterpret_cast<uint8_t*>(shared_memory());
@@ -87,6 +89,12 @@ __global__ void __launch_bounds__(THREADS) prototype_halves_kernel(Prototypes pr
     const auto [a, b] = prototypes.sums(half, k, d);
     centroids[k * dim + d] = (a + b) / groups / fmaxf(norm, eps);
   }
+  for (int64_t g = 0; g < prototypes.groups; ++g) {
+    const float* from = prototypes.data + (g * prototypes.num_classes + k) * dim;
+    float* to = rows + (k * prototypes.groups + g) * dim;
+#pragma unroll 4
+    for (int64_t d = lane; d < dim; d += 32) to[d] = from[d];
+  }
   if (lane > 0) return;
   distances[k] = prototypes.loss_weight * (1 - cosine);
   products[k] = {norm, norm_a, norm_b, cosine};
@@ -95,7 +103,9 @@ __global__ void __launch_bounds__(THREADS) prototype_halves_kernel(Prototypes pr
 __global__ void __launch_bounds__(THREADS)
     prototype_halves_backward_kernel(const float* dcentroids,  // [K, dim] or null
                                      const float* ddistances,  // [K] by stride, or null
-                                     int64_t stride_ddistances, Prototypes prototypes,
+                                     int64_t stride_ddistances,
+                                     const float* drows,  // [K, groups, dim] or null
+                                     Prototypes prototypes,
                                      const float* centroids,    // [K, dim]
                                      const Products* products,  // [K]
                                      float* dprototypes         // [groups, K, dim]
@@ -127,8 +137,9 @@ __global__ void __launch_bounds__(THREADS)
     const float dmean = dcentroids ? (dcentroids[i] - product * centroids[i]) / length : 0;
     const float da = dmean + dcosine * (b - cosine_a * a) / length_a;
     const float db = dmean + dcosine * (a - cosine_b * b) / length_b;
-    for (int g = 0; g < prototypes.groups; ++g)
-      dprototypes[g * prototypes.num_classes * dim + i] = half[g] ? da : db;
+    for (int64_t g = 0; g < prototypes.groups; ++g)
+      dprototypes[g * prototypes.num_classes * dim + i] =
+          (half[g] ? da : db) + (drows ? drows[(k * prototypes.groups + g) * dim + d] : 0);
   }
 }
 
@@ -148,32 +159,34 @@ dim3 blocks_for(const Prototypes& prototypes) {
   return grid_of("prototype_halves.cuda", ceil_div(prototypes.num_classes, int64_t{THREADS / 32}));
 }
 
-std::tuple<Tensor, Tensor, Tensor> prototype_halves(Tensor prototypes, Tensor seed,
-                                                    int64_t seed_offset, double eps,
-                                                    double loss_weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_halves(Tensor prototypes, Tensor seed,
+                                                            int64_t seed_offset, double eps,
+                                                            double loss_weight) {
   const OnDevice device(prototypes);
   const Prototypes given = prototypes_of(prototypes, seed, seed_offset, eps, loss_weight);
   const int64_t num_classes = given.num_classes;
   Tensor centroids = new_empty(prototypes, {num_classes, given.dim}, ScalarType::Float);
   Tensor distances = new_empty(prototypes, {num_classes}, ScalarType::Float);
+  Tensor rows = new_empty(prototypes, {num_classes, given.groups, given.dim}, ScalarType::Float);
   Tensor products = new_empty(prototypes, {num_classes, 4}, ScalarType::Float);
   launch("prototype_halves_kernel", prototype_halves_kernel, blocks_for(given), THREADS,
          given.groups, device.stream, given, centroids.mutable_data_ptr<float>(),
-         distances.mutable_data_ptr<float>(),
+         distances.mutable_data_ptr<float>(), rows.mutable_data_ptr<float>(),
          reinterpret_cast<Products*>(products.mutable_data_ptr<float>()));
-  return {centroids, distances, products};
+  return {centroids, distances, rows, products};
 }
 
 Tensor prototype_halves_backward(std::optional<Tensor> dcentroids, std::optional<Tensor> ddistances,
-                                 Tensor prototypes, Tensor seed, Tensor centroids, Tensor products,
-                                 int64_t seed_offset, double eps, double loss_weight) {
+                                 std::optional<Tensor> drows, Tensor prototypes, Tensor seed,
+                                 Tensor centroids, Tensor products, int64_t seed_offset, double eps,
+                                 double loss_weight) {
   const OnDevice device(prototypes);
   const Prototypes given = prototypes_of(prototypes, seed, seed_offset, eps, loss_weight);
   Tensor dprototypes = new_empty(prototypes, to_vector(prototypes.sizes()), ScalarType::Float);
   launch("prototype_halves_backward_kernel", prototype_halves_backward_kernel, blocks_for(given),
          THREADS, given.groups, device.stream, optional_data<float>(dcentroids),
-         optional_data<float>(ddistances), ddistances ? ddistances->stride(0) : 0, given,
-         centroids.const_data_ptr<float>(),
+         optional_data<float>(ddistances), ddistances ? ddistances->stride(0) : 0,
+         optional_data<float>(drows), given, centroids.const_data_ptr<float>(),
          reinterpret_cast<const Products*>(products.const_data_ptr<float>()),
          dprototypes.mutable_data_ptr<float>());
   return dprototypes;

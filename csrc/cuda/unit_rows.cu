@@ -3,6 +3,7 @@
 //
 //   m_r = rows_r / max(counts_r, 1)    u_r = m_r / max(‖m_r‖, eps)
 //   c_k = unit row of mean_g m_kg
+//   present_r = [counts_r > 0]; with centroids: for all rows of the class
 //   drows_r = (dm_r + (du_r − (u_r·du_r)·u_r) / max(‖m_r‖, eps)) / max(counts_r, 1)
 //
 // If ‖m_r‖ < eps, drows has no term (u_r·du_r)·u_r. The centroids c have no gradient.
@@ -31,6 +32,7 @@ __global__ void __launch_bounds__(THREADS)
                      float* means,           // [count, dim] or null
                      float* centroids,       // [K, dim], or null: K is 0
                      float* norms,           // [count]
+                     bool* present,          // [count] or null
                      int64_t count, int64_t num_classes, int64_t groups, int64_t dim, float eps) {
   const int64_t warp = (int64_t{blockIdx.x} * THREADS + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
@@ -57,7 +59,13 @@ __global__ void __launch_bounds__(THREADS)
     unit[d] = value / length;
     if (of_row && means) means[warp * dim + d] = value;
   }
-  if (of_row && lane == 0) norms[warp] = norm;
+  if (!of_row || lane > 0) return;
+  norms[warp] = norm;
+  if (!present) return;
+  const int64_t begin = num_classes ? warp / groups * groups : warp;
+  bool in_all = true;
+  for (int64_t r = begin; r < begin + (num_classes ? groups : 1); ++r) in_all &= counts[r] > 0;
+  present[warp] = in_all;
 }
 
 __global__ void __launch_bounds__(THREADS)
@@ -91,9 +99,10 @@ dim3 blocks_for(int64_t rows) {
   return grid_of("unit_rows.cuda", ceil_div(rows, int64_t{THREADS / 32}));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> unit_rows(Tensor rows, std::optional<Tensor> counts,
-                                                     double eps, bool with_means,
-                                                     bool with_centroids) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> unit_rows(Tensor rows,
+                                                             std::optional<Tensor> counts,
+                                                             double eps, bool with_means,
+                                                             bool with_centroids) {
   const OnDevice device(rows);
   const std::vector<int64_t> size = to_vector(rows.sizes()), nothing = {0};
   const int64_t dim = size.back(), num_classes = with_centroids ? size[0] : 0;
@@ -102,15 +111,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unit_rows(Tensor rows, std::optional<
   };
   Tensor units = new_floats(size), means = new_floats(with_means ? size : nothing);
   Tensor centroids = new_floats(with_centroids ? std::vector<int64_t>{num_classes, dim} : nothing);
-  Tensor norms = new_floats({size.begin(), size.end() - 1});
+  const std::vector<int64_t> shape = {size.begin(), size.end() - 1};
+  Tensor norms = new_floats(shape);
+  Tensor present = new_empty(rows, counts ? shape : nothing, ScalarType::Bool);
   if (rows.numel() > 0)
     launch("unit_rows_kernel", unit_rows_kernel, blocks_for(norms.numel() + num_classes), THREADS,
            0, device.stream, rows.const_data_ptr<float>(), optional_data<int64_t>(counts),
            units.mutable_data_ptr<float>(), with_means ? means.mutable_data_ptr<float>() : nullptr,
            with_centroids ? centroids.mutable_data_ptr<float>() : nullptr,
-           norms.mutable_data_ptr<float>(), norms.numel(), num_classes,
-           with_centroids ? size[1] : 1, dim, static_cast<float>(eps));
-  return {units, means, centroids, norms};
+           norms.mutable_data_ptr<float>(), counts ? present.mutable_data_ptr<bool>() : nullptr,
+           norms.numel(), num_classes, with_centroids ? size[1] : 1, dim, static_cast<float>(eps));
+  return {units, means, centroids, norms, present};
 }
 
 Tensor unit_rows_backward(std::optional<Tensor> dunits, std::optional<Tensor> dmeans, Tensor units,

@@ -57,12 +57,12 @@ def test_declared_launches(monkeypatch, sorted_by_numpy):
     sums, sqdists, _ = run("class_moments", features, keys, anchors, 3, 1, True, False)
     given = features, keys, anchors, sums, sqdists, 1, list(features.shape), features.stride()
     run("class_moments_backward", *given, torch.float32)
-    units, means, _, norms = run("unit_rows", sums[:, None], counts[:, None], 1e-6, True, True)
+    units, means, _, norms, _ = run("unit_rows", sums[:, None], counts[:, None], 1e-6, True, True)
     run("unit_rows_backward", units, means, units, norms, counts[:, None], 1e-6)
     seed, options = torch.tensor(1), (1 << 31, 1e-6, 1.0)
-    centroids, distances, products = run("prototype_halves", units, seed, *options)
+    centroids, distances, rows, products = run("prototype_halves", units, seed, *options)
     saved = units, seed, centroids, products
-    run("prototype_halves_backward", centroids, distances, *saved, *options)
+    run("prototype_halves_backward", centroids, distances, rows, *saved, *options)
     moments = sums, counts, mean, variance, *torch.rand(2, 16)
     given = *torch.rand(1, 8, 16), torch.rand(8), torch.rand(3, 8), torch.rand(3), None
     loss, number, _, dcenters, _ = run("center_loss", *moments, *given, 1e-5, 5.0, 0.0, 1.0)
@@ -70,6 +70,11 @@ def test_declared_launches(monkeypatch, sorted_by_numpy):
     inputs, options = (sums, anchors, *(None,) * 4), (False, False, 0.07)
     loss, *saved = run("centroid_info_nce", *inputs, *options, 1.0, "mean", 100)
     run("centroid_info_nce_backward", loss, *inputs, *saved, *options, 100)
+    if BACKEND == "cuda":
+        present, options = torch.ones(3, 1) > 0, (False, 0.07, 1.0)
+        inputs = units, means[:, 0], None, anchors, None
+        loss, _, *saved = run("centroid_losses", *inputs, None, present, *options, 1.0, 1.0, True)
+        run("centroid_losses_backward", loss, *inputs, present, *saved, *options)
     losses, recognised = run("anchor_cross_entropy", torch.randn(3, 3), 0.8)
     run("anchor_cross_entropy_backward", losses, torch.randn(3, 3))
     _, gate = run("gated_average", sums.clone(), sums, recognised, 0.9, False, True)

@@ -48,21 +48,23 @@ def test_strides_dtypes_and_nothing():
     ("groups", "dim", "used"), [(2, 40, "units"), (1, 7, "both"), (4, 33, "both"), (3, 16, "means")]
 )
 def test_views(groups, dim, used):
-    counts = torch.randint(0, 9, (5, groups))
+    counts = torch.randint(1, 9, (5, groups))
+    counts[2], counts[3, 0] = 0, 0
     sums = torch.randn(5, groups, dim) * counts[..., None]
     results, weights = [], torch.randn(2, 5, groups, dim)
     for given in (sums, sums.double()):
         given.requires_grad_()
         if given.dtype == torch.float32:
-            units, means, centroids = unit_views(
+            units, means, centroids, present = unit_views(
                 given, counts, eps=EPS, with_means=used != "units", with_centroids=True
             )
         else:
-            units, means, centroids = reference.unit_views(given, counts, EPS, True, True)
+            units, means, centroids, present = reference.unit_views(given, counts, EPS, True, True)
         found = {"units": (units,), "means": (means,), "both": (units, means)}[used]
         parts = [(x * w.to(x.dtype)).sum() for x, w in zip(found, weights, strict=False)]
-        results.append((*found, centroids, *torch.autograd.grad(torch.stack(parts).sum(), given)))
-        assert not centroids.requires_grad
+        gradients = torch.autograd.grad(torch.stack(parts).sum(), given)
+        results.append((*found, centroids, present.double(), *gradients))
+        assert not centroids.requires_grad and present.any() and not present.all()
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -73,6 +75,6 @@ def test_operators_are_registered_as_torch_expects():
     operators = torch.ops.anchorops
     for given in ((counts, EPS, True, True), (None, EPS, False, False)):
         torch.library.opcheck(getattr(operators.unit_rows, BACKEND), (rows, *given))
-        units, means, _, norms = getattr(operators.unit_rows, BACKEND)(rows.detach(), *given)
+        units, means, _, norms, _ = getattr(operators.unit_rows, BACKEND)(rows.detach(), *given)
         inputs = units, means if given[2] else None, units, norms, given[0], EPS
         torch.library.opcheck(getattr(operators.unit_rows_backward, BACKEND), inputs)
