@@ -20,6 +20,7 @@ from anchorops.kernels import (
     class_moments_backward,
     confusion,
     gated_average,
+    next_seed,
     pixel_argmax,
     prototype_halves,
     prototype_halves_backward,
@@ -110,9 +111,10 @@ def launch_moments(variant: Variant, classes: int) -> None:
 
 
 def launch_groups() -> None:
-    """Everything that random groups launch."""
+    """Everything that random groups launch, with their seed."""
     keys = torch.empty((8, 128 * 256), dtype=torch.int32, device="meta")
-    counts, seed = (torch.empty(n, dtype=torch.int64, device="meta") for n in (19, 1))
+    counts, step = (torch.empty(n, dtype=torch.int64, device="meta") for n in (19, 1))
+    seed = next_seed.next_seed(step, 1 << 32, True)
     split_groups.split_groups(keys, counts, seed, 2)
 
 
@@ -145,7 +147,7 @@ def launch_unit_rows() -> None:
     rows = torch.empty((150, 2, 768), device="meta")
     counts = torch.empty((150, 2), dtype=torch.int64, device="meta")
     for given, views in ((counts, True), (None, False)):
-        units, _, _, norms = unit_rows.unit_rows(rows, given, 1e-6, views, views)
+        units, _, _, norms, _ = unit_rows.unit_rows(rows, given, 1e-6, views, views)
         dmeans = rows if views else None
         unit_rows_backward.unit_rows_backward(rows, dmeans, units, norms, given, 1e-6)
 
@@ -155,9 +157,9 @@ def launch_prototype_halves() -> None:
     prototypes = torch.empty((4, 150, 768), device="meta")
     seed, options = torch.empty((), dtype=torch.int64, device="meta"), (1 << 31, 1e-6, 1.0)
     found = prototype_halves.prototype_halves(prototypes, seed, *options)
-    centroids, distances, products = found
+    centroids, distances, rows, products = found
     prototype_halves_backward.prototype_halves_backward(
-        centroids, distances, prototypes, seed, centroids, products, *options
+        centroids, distances, rows, prototypes, seed, centroids, products, *options
     )
 
 
