@@ -114,6 +114,26 @@ def test_cuda_graph_and_streams(gpu_backend):
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
+@pytest.mark.parametrize("method", [ao.OCCL, ao.MVSC])
+def test_each_replay_of_a_graph_draws_other_groups(gpu_backend, method):
+    features, labels, _ = make_inputs(*SHAPES[0])
+    classes, dim = SHAPES[0][1], features.shape[1]
+    method, classifier = method(classes, dim).cuda(), torch.randn(classes, dim, device="cuda")
+
+    def loss():
+        return method(features, labels, classifier).detach()
+
+    expected = [loss() for _ in range(3)]
+    assert not torch.equal(expected[0], expected[1])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss()
+    method.step.zero_()
+    for of_step in expected:
+        graph.replay()
+        assert torch.equal(captured, of_step)
+
+
 def test_threads_that_launch_at_once(gpu_backend):
     """With 19 and with 150 classes, one kernel needs different amounts of shared memory."""
     inputs = [make_inputs((2, 64, 16, 32), k, torch.bfloat16, False, 9) for k in (19, 150)]

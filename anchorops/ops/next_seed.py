@@ -37,6 +37,4 @@ def next_seed(step: Tensor, offset: int, *, update: bool) -> Tensor:
         if update:
             step.add_(1)
         return seed
-    if update and not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(step)
     return getattr(torch.ops.anchorops.next_seed, backend)(step, offset, update)
