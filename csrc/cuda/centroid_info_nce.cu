@@ -14,8 +14,8 @@
 // multiplications: 2.2 µs if none waits. With the launch and three round trips of loads 5 µs. The
 // second kernel is a launch, one round trip and a reduction: 2.5 µs.
 #include "centroid_info_nce.cuh"
+#include "warps.cuh"
 
-#include <cmath>
 #include <string>
 
 namespace anchorops::cuda {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
 #pragma unroll
       for (int i = 0; i < 8; ++i) product = fmaf(q[i], p[i], product);
     }
-    for (int lanes = 16; lanes; lanes /= 2) product += __shfl_xor_sync(FULL_WARP, product, lanes);
+    product = sum_of_warp(product);
     if (lane == 0 && r < output.end) output.positive_logits[r] = inverse_temperature * product;
     return;
   }
@@ -139,10 +139,8 @@ __global__ void __launch_bounds__(THREADS)
     rows_of_thread += is_present;
   }
 
-  for (int lanes = 16; lanes; lanes /= 2) {
-    loss_of_thread += __shfl_xor_sync(FULL_WARP, loss_of_thread, lanes);
-    rows_of_thread += __shfl_xor_sync(FULL_WARP, rows_of_thread, lanes);
-  }
+  loss_of_thread = sum_of_warp(loss_of_thread);
+  rows_of_thread = sum_of_warp(rows_of_thread);
   auto* losses = reinterpret_cast<float*>(shared_memory());  // [WARPS]
   auto* counts = reinterpret_cast<int*>(losses + WARPS);     // [WARPS]
   if (threadIdx.x % 32 == 0) {

@@ -17,6 +17,7 @@
 #include "../labels.h"
 #include "class_keys.cuh"
 #include "tensors.cuh"
+#include "warps.cuh"
 
 namespace anchorops::cuda {
 namespace {
@@ -120,8 +121,7 @@ __global__ void __launch_bounds__(THREADS)
   for (unsigned block = threadIdx.x; block < blockIdx.x; block += THREADS)
     in_blocks_before += lists.totals[block];
   // the number of pixels in the buckets of all blocks before this one
-  for (int lanes = 16; lanes; lanes /= 2)
-    in_blocks_before += __shfl_xor_sync(FULL_WARP, in_blocks_before, lanes);
+  in_blocks_before = sum_of_warp(in_blocks_before);
   uint64_t before = sum_before(size, shared);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = in_blocks_before;
   __syncthreads();
