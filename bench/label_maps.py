@@ -12,7 +12,8 @@ class Pass(NamedTuple):
     """A pass of a warp over a tile: it adds the pixels whose keys have a slot."""
 
     found: int = 0  # keys that get a slot
-    used: int = 0  # slots
+    lower: bool = True  # whether it has pixels with one of the first 16 slots, of the others
+    upper: bool = False
     evicts: bool = False  # frees all slots afterwards, for other keys of the tile
 
 
@@ -61,10 +62,11 @@ def label_maps(kind: str, batch: int, height: int, width: int, classes: int) -> 
     return maps
 
 
-def tiles_of_chunk(keys: np.ndarray, tile: int, uniform: bool) -> list[Tile]:
+def tiles_of_chunk(keys: np.ndarray, tile: int, uniform: bool, skips: bool) -> list[Tile]:
     """What class_moments_kernel does with each tile of a chunk. keys: those of the chunk's pixels
-    in order, −1 where ignored. uniform: whether the kernel has a path for uniform tiles."""
-    slots: set[int] = set()
+    in order, −1 where ignored. uniform: whether the kernel has a path for uniform tiles. skips:
+    whether it skips the products of the upper half of the slots where a tile does not need them."""
+    slots: dict[int, int] = {}  # of keys
     run: int | None = None  # the key of the last uniform tile
     tiles: list[Tile] = []
     for pixels in keys.reshape(-1, tile).tolist():
@@ -73,13 +75,18 @@ def tiles_of_chunk(keys: np.ndarray, tile: int, uniform: bool) -> list[Tile]:
             tiles.append(Uniform(key < 0, key >= 0 and run is not None and key != run))
             run = run if key < 0 else key
             continue
-        passes, left = [], [key for key in dict.fromkeys(pixels) if key >= 0]
+        # a lane has two pixels, and all first pixels get their slots before the second ones
+        passes, left = [], [key for key in dict.fromkeys(pixels[::2] + pixels[1::2]) if key >= 0]
         while left or not passes:
             unmet = [key for key in left if key not in slots]
             found = unmet[: SLOTS - len(slots)]
-            slots.update(found)
+            slots |= {key: len(slots) + i for i, key in enumerate(found)}
+            own = [slots[key] for key in left if key in slots]
+            many = len(slots) > SLOTS // 2
+            upper = many and (not skips or any(slot >= SLOTS // 2 for slot in own))
+            lower = not (many and skips) or any(slot < SLOTS // 2 for slot in own)
             left = unmet[len(found) :]
-            passes.append(Pass(len(found), len(slots), bool(left)))
+            passes.append(Pass(len(found), lower, upper, bool(left)))
             if left:
                 slots.clear()
                 run = None

@@ -121,22 +121,34 @@ def test_tiles_of_a_chunk():
     """For class_moments_kernel, which has 32 slots."""
     Pass, Uniform = label_maps.Pass, label_maps.Uniform
     keys = np.concatenate([np.full(64, -1), np.repeat([1, 2], 32), np.full(64, 2), np.arange(64)])
-    many = (Pass(30, 32, True), Pass(32, 32))
-    assert label_maps.tiles_of_chunk(keys, 64, False) == [
-        (Pass(0, 0),),
-        (Pass(2, 2),),
-        (Pass(0, 2),),
+    many = (Pass(30, True, True, True), Pass(32, True, True))
+    assert label_maps.tiles_of_chunk(keys, 64, False, True) == [
+        (Pass(0),),
+        (Pass(2),),
+        (Pass(0),),
         many,
     ]
-    assert label_maps.tiles_of_chunk(keys, 64, True) == [
+    assert label_maps.tiles_of_chunk(keys, 64, True, True) == [
         Uniform(True),
-        (Pass(2, 2),),
+        (Pass(2),),
         Uniform(False),
         many,
     ]
     keys = np.repeat([1, 1, 1, 2, 2, 2, 1], 64)
-    ends = [getattr(tile, "ends_run", None) for tile in label_maps.tiles_of_chunk(keys, 64, True)]
+    ends = [
+        getattr(tile, "ends_run", None) for tile in label_maps.tiles_of_chunk(keys, 64, True, True)
+    ]
     assert ends == [None, False, False, None, True, False, True]
+    # keys 0, 2, …, 34, then two of them: of the lower half of the slots, of the upper, of both
+    tiles = [
+        np.arange(64) % 18 * 2,
+        *(np.arange(64) % 2 * (b - a) + a for a, b in ((0, 4), (30, 34), (0, 34))),
+    ]
+    first, *rest = label_maps.tiles_of_chunk(np.concatenate(tiles), 64, True, True)
+    assert first == (Pass(18, True, True),)
+    assert rest == [(Pass(0, True, False),), (Pass(0, False, True),), (Pass(0, True, True),)]
+    all_products = label_maps.tiles_of_chunk(np.concatenate(tiles), 64, True, False)
+    assert all_products[1:] == [(Pass(0, True, True),)] * 3
 
 
 def test_bank_cycles():
@@ -151,8 +163,8 @@ def test_bank_cycles():
 def test_forward_plan():
     """The same arithmetic as in class_moments.cu: chunks that occupy a GPU once, or twice where
     partials are small."""
-    assert paths.forward_plan(shapes.HRNET, 2, 1) == (23, 68, 61)
-    assert paths.forward_plan(shapes.HRNET, 4, 1) == (23, 200, 41)
+    assert paths.forward_plan(shapes.HRNET, 2, 1) == (23, 68, 4096)
+    assert paths.forward_plan(shapes.HRNET, 4, 1) == (23, 204, 8192)
     assert paths.forward_plan(shapes.HRNET._replace(classes=1025), 2, 3) is None
 
 

@@ -100,10 +100,11 @@ struct AllEnds {
 // Adds the ends of each key, in the order of the chunks. A block processes the last key of a chunk,
 // or its first key if this did not begin in the chunk before.
 __global__ void __launch_bounds__(128)
-    join_chunks_kernel(const int32_t* sorted_keys, int64_t pixels, int64_t pixels_per_chunk,
-                       int tile, int chunks, const AllEnds all) {
+    join_chunks_kernel(const int32_t* sorted_keys, int64_t pixels, const Tiling tiling, int tile,
+                       const AllEnds all) {
   const int chunk = blockIdx.x / 2, which = blockIdx.x % 2;
-  const int64_t begin = chunk * pixels_per_chunk, end = min(begin + pixels_per_chunk, pixels);
+  const auto begin_of = [&](int chunk) { return tiling.first_tile(chunk) * tile; };
+  const int64_t begin = begin_of(chunk), end = min(begin_of(chunk + 1), pixels);
   int32_t key = sorted_keys[begin];
   if (which == 0) {
     if (begin > 0 && sorted_keys[begin - 1] == key) return;
@@ -113,10 +114,10 @@ __global__ void __launch_bounds__(128)
     key = sorted_keys[end - 1];
   }
   if (key < 0) return;
-  int after = chunk + 1, stop = chunks;  // chunks [chunk + 1, after) begin with the key
+  int after = chunk + 1, stop = tiling.chunks;  // chunks [chunk + 1, after) begin with the key
   while (after < stop) {
     const int middle = after + (stop - after) / 2;
-    if (sorted_keys[middle * pixels_per_chunk] == key)
+    if (sorted_keys[begin_of(middle)] == key)
       after = middle + 1;
     else
       stop = middle;
@@ -148,9 +149,9 @@ Tiling tiles_of(const Pixels& view, int64_t wanted_chunks) {
   tiling.tiles_per_line = static_cast<int>(ceil_div(view.pixels, TILE<T>));
   tiling.last_tile = static_cast<int>((view.pixels - 1) % TILE<T>) + 1;
   tiling.tiles = view.lines * tiling.tiles_per_line;
-  tiling.tiles_per_chunk =
-      ceil_div(tiling.tiles, std::clamp<int64_t>(wanted_chunks, 1, tiling.tiles));
-  tiling.chunks = static_cast<int>(ceil_div(tiling.tiles, tiling.tiles_per_chunk));
+  tiling.chunks = static_cast<int>(std::clamp<int64_t>(wanted_chunks, 1, tiling.tiles));
+  tiling.tiles_per_chunk = tiling.tiles / tiling.chunks;
+  tiling.longer = static_cast<int>(tiling.tiles % tiling.chunks);
   tiling.blocks = static_cast<int>(ceil_div(view.dim, CHANNELS));
   return tiling;
 }
@@ -269,7 +270,7 @@ void in_order_of_keys(Input<T> input, int statistics, const Tensor& keys, const 
   }
   launch_moments(statistics, input, tiling, output, stream);
   launch("join_chunks_kernel", join_chunks_kernel, dim3(static_cast<unsigned>(edges), 3), 128, 0,
-         stream, input.keys, pixels, tiling.tiles_per_chunk * TILE<T>, TILE<T>, tiling.chunks, all);
+         stream, input.keys, pixels, tiling, TILE<T>, all);
   if (statistics & SQDISTS) {
     Reductions by_block{.num_keys = num_keys};
     by_block.of[0] = {output.sqdists, data(out.sqdists), blocks, 1, 1};

@@ -26,6 +26,9 @@ struct Accumulator {
   static constexpr bool RELOADS =
       STATISTICS & SQDISTS && STATISTICS != SQDISTS &&
       (sizeof(T) == 4 || CHANNELS_LAST || STATISTICS == (SUMS | SQDISTS | RESIDUALS));
+  // Whether products without pixels are skipped, where there are enough registers for it.
+  static constexpr bool SKIPS_LOWER = sizeof(T) == 4 || STATISTICS == SUMS;
+  static constexpr bool SKIPS_UPPER = SKIPS_LOWER || STATISTICS == SQDISTS || RELOADS;
   // A pixel with a larger squared residual is added alone. In a product it could make the sums of
   // other slots infinite or NaN.
   static constexpr float LARGEST = 0x1p100f;
@@ -54,7 +57,7 @@ struct Accumulator {
         if (has_pixels && found.x != NO_SLOT) own[0] = -1;
         if (has_pixels && found.y != NO_SLOT) own[1] = -1;
       }
-      add(tile);
+      add(tile, halves_of(found));
       if (slots.used < SLOTS) return;
       const bool left = has_pixels && max(own[0], own[1]) >= 0;
       if (__ballot_sync(FULL_WARP, left) == 0) return;
@@ -145,8 +148,19 @@ struct Accumulator {
     run = {};
   }
 
+  // The halves of the slots that the tile's pixels have. Most products of the other half are
+  // skipped.
+  struct Halves {
+    bool lower, upper;
+  };
+  __device__ __forceinline__ Halves halves_of(int2 found) const {
+    if (!SKIPS_UPPER || slots.used <= ROWS) return {true, slots.used > ROWS};
+    return {!SKIPS_LOWER || __ballot_sync(FULL_WARP, found.x < ROWS || found.y < ROWS) != 0,
+            __ballot_sync(FULL_WARP, found.x / ROWS == 1 || found.y / ROWS == 1) != 0};
+  }
+
   // Adds the pixels that have a slot.
-  __device__ __forceinline__ void add(T* tile) {
+  __device__ __forceinline__ void add(T* tile, Halves halves) {
     Fragment x[GROUPS];
     Vector<unsigned> pairs[GROUPS];
     float squares[GROUPS][8];
@@ -167,19 +181,20 @@ struct Accumulator {
       take_out(tile);
     }
     const OneHot<GROUPS> one_hot(pairs, 0);
-    const bool more = slots.used > ROWS;
     if constexpr (STATISTICS & SQDISTS) {
       unsigned terms[4 * GROUPS][3];
 #pragma unroll
       for (int i = 0; i < 4 * GROUPS; ++i)
         split(squares[i / 4][i % 4 * 2], squares[i / 4][i % 4 * 2 + 1], terms[i]);
-      add_squares<0>(one_hot, terms);
-      if (more) add_squares<1>(upper_half(), terms);
+      add_squares<0>(one_hot, terms);  // without a branch they overlap with what is before
+      if (halves.upper) add_squares<1>(upper_half(), terms);
     }
     if constexpr (STATISTICS & (SUMS | RESIDUALS)) {
-      if constexpr (RELOADS) load(tile, x);
-      add_features<0>(one_hot, x);
-      if (more) {
+      if (halves.lower) {
+        if constexpr (RELOADS) load(tile, x);
+        add_features<0>(one_hot, x);
+      }
+      if (halves.upper) {
         load(tile, x);
         add_features<1>(upper_half(), x);
       }

@@ -50,13 +50,18 @@ struct Input {
   __device__ Anchors anchors_of(int block) const;
 };
 
-// How the pixels are divided. A chunk is a range of tiles; a tile is a part of a line. Pixels
-// sorted by key are a single line. The division depends on shapes alone, because the result depends
-// on the order of the additions.
+// How the pixels are divided. A chunk is a range of tiles; a tile is a part of a line. The first
+// `longer` chunks have one tile more than the others. Pixels sorted by key are a single line. The
+// division depends on shapes alone, because the result depends on the order of the additions.
 struct Tiling {
   int64_t tiles, tiles_per_chunk;
+  int longer;
   int tiles_per_line, last_tile;  // pixels in the last tile of a line
   int chunks, blocks;             // of channels
+
+  __device__ __forceinline__ int64_t first_tile(int chunk) const {
+    return chunk * tiles_per_chunk + min(chunk, longer);
+  }
 };
 
 // Partial statistics of chunks, for a kernel that adds them. Only keys that a chunk has met are
@@ -295,9 +300,8 @@ struct Ring {
   const int tiles;  // of the chunk
 
   __device__ Ring(const Input<T>& input, const Tiling& tiling, int block, int chunk)
-      : cursor(input, tiling, block * CHANNELS, chunk * tiling.tiles_per_chunk),
-        tiles(static_cast<int>(
-            min(tiling.tiles_per_chunk, tiling.tiles - chunk * tiling.tiles_per_chunk))) {}
+      : cursor(input, tiling, block * CHANNELS, tiling.first_tile(chunk)),
+        tiles(static_cast<int>(tiling.tiles_per_chunk) + (chunk < tiling.longer)) {}
 
   static __device__ __forceinline__ T* stage_at(int index) {
     return reinterpret_cast<T*>(shared_memory()) + index * Layout::ELEMENTS;

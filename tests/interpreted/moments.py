@@ -72,6 +72,12 @@ def make_labels(case: Case) -> torch.Tensor:
     elif case.labels == "alternating":  # pixels of two to four keys
         first = torch.arange(torch.Size(pixels).numel()) // 45 * 3 % case.num_classes
         labels = (first + torch.randint(0, 2, first.shape)).view(pixels)
+    elif case.labels == "halves":  # 64 pixels of 20 keys; then of two: of the first 16 that CUDA's
+        # kernels meet, of the last four, of both. They look at even pixels first.
+        pixel = torch.arange(torch.Size(pixels).numel())
+        pairs = torch.tensor([[0, 2], [17, 19], [2, 19]])[pixel // 64 % 4 - 1, pixel % 2]
+        labels = torch.where(pixel // 64 % 4 == 0, pixel % 64 % 20, pairs)
+        labels = labels.view(pixels)
     elif case.labels == "one":
         labels = torch.full(pixels, case.num_classes - 1)
     elif case.labels == "distinct":

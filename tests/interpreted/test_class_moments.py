@@ -59,6 +59,8 @@ SEVERAL_TILES = [  # in each chunk of the CUDA kernels, across the end of an ima
     Case((2, 128, 10, 136), 1000, BF16, labels="runs"),
     Case((2, 100, 10, 136), 1000, FP32, "channels_last", labels="runs", anchors="fixed"),
     Case((2, 128, 10, 136), 1000, FP16, labels="alternating"),
+    Case((2, 100, 10, 136), 1000, FP32, labels="halves"),
+    Case((2, 100, 10, 136), 1000, BF16, "channels_last", anchors=None, labels="halves"),
     # tiles of one key: of different keys, and between tiles of more keys than there are slots
     Case((2, 250, 10, 136), 1000, FP32, "channels_last", labels="coherent"),
     Case((2, 250, 10, 136), 1000, BF16, labels="mixed"),
