@@ -117,13 +117,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_losses(Tensor sqdists, Tensor 
   Tensor aux = new_empty(sqdists, both ? scalar : none, ScalarType::Float);
   Tensor logs = new_empty(sqdists, {2 * both}, ScalarType::Float);
   Tensor slopes = new_empty(sqdists, {1 + both, classes}, ScalarType::Float);
-  const Options options = {classes,
-                           dim,
-                           static_cast<float>(loss_weight),
-                           static_cast<float>(aux_weight),
-                           static_cast<float>(tau),
-                           reweight,
-                           detach_weights};
+  const Options options = {.classes = classes,
+                           .dim = dim,
+                           .loss_weight = static_cast<float>(loss_weight),
+                           .aux_weight = static_cast<float>(aux_weight),
+                           .tau = static_cast<float>(tau),
+                           .reweight = reweight,
+                           .detach_weights = detach_weights};
   launch("anchor_losses_kernel", anchor_losses_kernel, 1, 32, 0, device.stream,
          sqdists.const_data_ptr<float>(), counts.const_data_ptr<int64_t>(),
          optional_data<bool>(gate), optional_data<float>(cross_entropies),

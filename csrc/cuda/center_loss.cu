@@ -225,26 +225,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> center_loss(
   Tensor loss = empty({}), number = empty({}), losses = empty({rows});
   Tensor centers = empty({rows, channels}), dcenters = empty({rows, channels});
   Tensor dhidden = empty({rows, dim});
-  const Inputs inputs{data(sums),
-                      counts.const_data_ptr<int64_t>(),
-                      data(mean),
-                      data(variance),
-                      data(norm_weight),
-                      data(norm_bias),
-                      data(weight),
-                      data(bias),
-                      data(etf),
-                      data(prior),
-                      optional_data<float>(noise),
-                      static_cast<int>(rows),
-                      static_cast<int>(channels),
-                      static_cast<int>(dim),
-                      static_cast<int>(classes),
-                      static_cast<float>(eps),
-                      static_cast<float>(scale),
-                      static_cast<float>(dropout)};
-  const Results results{losses.mutable_data_ptr<float>(), centers.mutable_data_ptr<float>(),
-                        dcenters.mutable_data_ptr<float>(), dhidden.mutable_data_ptr<float>()};
+  const Inputs inputs = {.sums = data(sums),
+                         .counts = counts.const_data_ptr<int64_t>(),
+                         .mean = data(mean),
+                         .variance = data(variance),
+                         .norm_weight = data(norm_weight),
+                         .norm_bias = data(norm_bias),
+                         .weight = data(weight),
+                         .bias = data(bias),
+                         .etf = data(etf),
+                         .prior = data(prior),
+                         .noise = optional_data<float>(noise),
+                         .rows = static_cast<int>(rows),
+                         .channels = static_cast<int>(channels),
+                         .dim = static_cast<int>(dim),
+                         .classes = static_cast<int>(classes),
+                         .eps = static_cast<float>(eps),
+                         .scale = static_cast<float>(scale),
+                         .dropout = static_cast<float>(dropout)};
+  const Results results = {.losses = losses.mutable_data_ptr<float>(),
+                           .centers = centers.mutable_data_ptr<float>(),
+                           .dcenters = dcenters.mutable_data_ptr<float>(),
+                           .dhidden = dhidden.mutable_data_ptr<float>()};
   launch("center_loss_kernel", center_loss_kernel, grid_of("center_loss.cuda", rows), THREADS,
          sizeof(float) * (WARPS + channels + 2 * dim + classes), device.stream, inputs, results);
   launch("mean_kernel", mean_kernel, 1, THREADS, sizeof(float) * WARPS, device.stream, data(losses),
@@ -263,23 +265,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> center_loss_backward(
   };
   Tensor dsums = empty({rows, channels}), dmean = empty({channels}), dvariance = empty({channels});
   Tensor dweight = empty({channels}), dbias = empty({channels});
-  Inputs inputs{};
-  inputs.sums = data(sums);
-  inputs.counts = counts.const_data_ptr<int64_t>();
-  inputs.mean = data(mean);
-  inputs.variance = data(variance);
-  inputs.norm_weight = data(norm_weight);
-  inputs.rows = static_cast<int>(rows);
-  inputs.channels = static_cast<int>(channels);
-  inputs.eps = static_cast<float>(eps);
-  const Gradients gradients{data(dloss),
-                            data(number),
-                            data(dcenters),
-                            dsums.mutable_data_ptr<float>(),
-                            dmean.mutable_data_ptr<float>(),
-                            dvariance.mutable_data_ptr<float>(),
-                            dweight.mutable_data_ptr<float>(),
-                            dbias.mutable_data_ptr<float>()};
+  const Inputs inputs = {.sums = data(sums),
+                         .counts = counts.const_data_ptr<int64_t>(),
+                         .mean = data(mean),
+                         .variance = data(variance),
+                         .norm_weight = data(norm_weight),
+                         .rows = static_cast<int>(rows),
+                         .channels = static_cast<int>(channels),
+                         .eps = static_cast<float>(eps)};
+  const Gradients gradients = {.dloss = data(dloss),
+                               .number = data(number),
+                               .dcenters = data(dcenters),
+                               .dsums = dsums.mutable_data_ptr<float>(),
+                               .dmean = dmean.mutable_data_ptr<float>(),
+                               .dvariance = dvariance.mutable_data_ptr<float>(),
+                               .dweight = dweight.mutable_data_ptr<float>(),
+                               .dbias = dbias.mutable_data_ptr<float>()};
   launch("center_loss_backward_kernel", center_loss_backward_kernel,
          grid_of("center_loss.cuda", ceil_div(channels, int64_t{WARPS})), THREADS, 0, device.stream,
          inputs, gradients, static_cast<float>(loss_weight));
