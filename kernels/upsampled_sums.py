@@ -109,28 +109,29 @@ def _rows(ptr, stride, start, parts, e, inside):
 
 
 @triton.jit(do_not_specialize=["parts", "all_parts"])
-def _add_partials_kernel(
-    partials_ptr,  # float32 [groups, parts, K·C]
-    moments_ptr,  # float32 [groups·parts, 3, C]
-    sums_ptr,  # float32 [groups, K·C]
+def _add_upsampled_partials_kernel(
+    partials_ptr,  # float32 [tables, parts, K·C]
+    moments_ptr,  # float32 [tables·parts, 3, C]
+    sums_ptr,  # float32 [tables, K·C]
     mean_ptr,  # float32 [C]
     variance_ptr,  # float32 [C]
     entries,  # K·C
     channels,
     parts,
     all_parts,
-    groups,
+    tables,
     BLOCK_E: tl.constexpr,
 ):
-    """The programs of the last row of the grid add the moments."""
-    e, group = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), tl.program_id(1).to(tl.int64)
-    if group < groups:
+    """A table has the sums of all classes: one for each image, or one for all images. The programs
+    of the last row of the grid add the moments."""
+    e, table = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), tl.program_id(1).to(tl.int64)
+    if table < tables:
         inside = e < entries
         total = tl.zeros((BLOCK_E,), tl.float32)
         for start in range(0, parts, _ROWS):
-            ptr = partials_ptr + group * parts * entries
+            ptr = partials_ptr + table * parts * entries
             total += tl.sum(_rows(ptr, entries, start, parts, e, inside), 0)
-        tl.store(sums_ptr + group * entries + e, total, mask=inside)
+        tl.store(sums_ptr + table * entries + e, total, mask=inside)
     else:
         inside = e < channels
         stride, squares_ptr = 3 * channels, moments_ptr + 2 * channels
@@ -203,7 +204,7 @@ def upsampled_sums(
     chunks = triton.cdiv(tiles, chunk_tiles)
     partials = sums.new_empty(images * chunks, num_classes, channels)
     moments = sums.new_empty(images * chunks, 3, channels)
-    groups = images if num_keys > num_classes else 1
+    tables = images if num_keys > num_classes else 1
     blocks = triton.cdiv(channels, grid.blocks["BLOCK_D"])
     _upsampled_sums_kernel[(chunks, images, blocks)](
         *(features, keys, partials, moments, channels, num_classes),
@@ -213,10 +214,10 @@ def upsampled_sums(
         enable_fp_fusion=False,  # positions as in the reference
         **without_spills(),
     )
-    parts = images * chunks // groups
-    _add_partials_kernel[(triton.cdiv(max(entries, channels), _BLOCK_E), groups + 1)](
+    parts = images * chunks // tables
+    _add_upsampled_partials_kernel[(triton.cdiv(max(entries, channels), _BLOCK_E), tables + 1)](
         *(partials, moments, sums, mean, variance, entries, channels, parts, images * chunks),
-        groups,
+        tables,
         BLOCK_E=_BLOCK_E,
         num_warps=4,
         enable_fp_fusion=True,

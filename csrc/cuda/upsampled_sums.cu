@@ -154,18 +154,20 @@ __global__ void __launch_bounds__(THREADS, RESIDENT)
   moments[2 * view.channels] = own.squares;
 }
 
-// Adds the partials of each group of `parts` blocks. The last blocks add the moments of all blocks,
-// a warp for each channel.
+// A table has the sums of all classes, [K, C]: one for each image, or one for all images. `parts`
+// blocks of upsampled_sums_kernel computed its partials, which are added here. The last blocks add
+// the moments of all blocks, a warp for each channel.
 __global__ void __launch_bounds__(THREADS)
-    add_partials_kernel(const float* partials,  // [groups, parts, entries]
-                        const float* moments,   // [groups·parts, MOMENTS, channels]
-                        float* sums,            // [groups, entries]
-                        float* mean,            // [channels]
-                        float* variance,        // [channels]
-                        int64_t entries, int channels, int groups, int parts, int64_t sum_blocks) {
+    add_upsampled_partials_kernel(const float* partials,  // [tables, parts, entries]
+                                  const float* moments,   // [tables·parts, MOMENTS, channels]
+                                  float* sums,            // [tables, entries]
+                                  float* mean,            // [channels]
+                                  float* variance,        // [channels]
+                                  int64_t entries, int channels, int tables, int parts,
+                                  int64_t sum_blocks) {
   if (blockIdx.x < sum_blocks) {
     const int64_t e = int64_t{blockIdx.x} * THREADS + threadIdx.x;
-    if (e >= groups * entries) return;
+    if (e >= tables * entries) return;
     partials += e / entries * parts * entries + e % entries;
     float total = 0;
 #pragma unroll 16
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(THREADS)
     return;
   }
   const auto thread = static_cast<int>((blockIdx.x - sum_blocks) * THREADS + threadIdx.x);
-  const int channel = thread / 32, lane = thread % 32, blocks = groups * parts;
+  const int channel = thread / 32, lane = thread % 32, blocks = tables * parts;
   if (channel >= channels) return;
   const auto moment = [&](int block, int which) {
     return moments[(int64_t{block} * MOMENTS + which) * channels + channel];
@@ -310,14 +312,14 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, 
              static_cast<int>(chunks), static_cast<int>(chunk_tiles));
     });
   });
-  const int64_t groups = per_image ? images : 1;
-  const int64_t sum_blocks = ceil_div(groups * entries, int64_t{THREADS});
-  launch("add_partials_kernel", add_partials_kernel,
+  const int64_t tables = per_image ? images : 1;
+  const int64_t sum_blocks = ceil_div(tables * entries, int64_t{THREADS});
+  launch("add_upsampled_partials_kernel", add_upsampled_partials_kernel,
          grid_of("upsampled_sums.cuda", sum_blocks + ceil_div(channels * 32, int64_t{THREADS})),
          THREADS, 0, device.stream, partials.const_data_ptr<float>(),
          moments.const_data_ptr<float>(), sums.mutable_data_ptr<float>(),
          mean.mutable_data_ptr<float>(), variance.mutable_data_ptr<float>(), entries,
-         static_cast<int>(channels), static_cast<int>(groups), static_cast<int>(blocks / groups),
+         static_cast<int>(channels), static_cast<int>(tables), static_cast<int>(blocks / tables),
          sum_blocks);
   return {sums, mean, variance};
 }
