@@ -125,7 +125,7 @@ void launch_keys(const Tensor& labels, int64_t height, int64_t width, int64_t nu
       .ignore_index = ignore_index,
       .image_keys = image_keys,
       .per_image = per_image};
-  const dim3 grid(static_cast<unsigned>(labels.size(0)) * shape.blocks_per_image);
+  const dim3 grid = grid_of("class_keys.cuda", labels.size(0) * shape.blocks_per_image);
   const size_t shared_bytes = num_classes <= MAX_BINS ? num_classes * sizeof(unsigned) : 0;
   launch("class_keys_kernel", class_keys_kernel<Label, Key>, grid, THREADS, shared_bytes, stream,
          labels.const_data_ptr<Label>(), keys, reinterpret_cast<unsigned long long*>(counts),
