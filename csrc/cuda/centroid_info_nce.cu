@@ -9,10 +9,9 @@
 // tensor cores: at K = 150 they are a tenth of the time.
 //
 // Predicted for K = 150, D = 768 on an H200, not measured: 100 blocks of 16 × 16 logits. Each reads
-// 98 KB (float32; half of it in bfloat16) from the L2 cache, 1.8 µs at its 5.5 TB/s. A warp needs
-// 634 instructions for 256 channels, counted in the machine code of sm_90, 256 of them
-// multiplications: 2.2 µs if none waits. With the launch and three round trips of loads 5 µs. The
-// second kernel is a launch, one round trip and a reduction: 2.5 µs.
+// 98 KB (float32; half of it in bfloat16) from the L2 cache, 1.8 µs at its 5.5 TB/s. The
+// instructions of its warps take about as long if none waits. With the launch and three round trips
+// of loads 5 µs. The second kernel is a launch, one round trip and a reduction: 2.5 µs.
 #include "centroid_info_nce.cuh"
 #include "warps.cuh"
 
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
     return;
   }
 
-  constexpr int N = Logits<TILE>::PER_THREAD;
+  constexpr int N = LogitsTile<TILE>::PER_THREAD;
   auto* shared = reinterpret_cast<float*>(shared_memory());
   const int row = threadIdx.x / 16, column = threadIdx.x % 16;
   float maxima[N], totals[N];
@@ -70,7 +69,7 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
       const int k = tile * TILE + column + 16 * j;
       in_denominator[j] = k < keys.count ? present.key(k) : 0;
     }
-    Logits<TILE>::multiply(shared, queries, keys, present, first_row, tile * TILE);
+    LogitsTile<TILE>::multiply(shared, queries, keys, present, first_row, tile * TILE);
     float bias[N];  // loaded after the product, which needs all registers
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
       float logits[N], maximum = maxima[i];
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const float product = Logits<TILE>::Product::sum(shared, row + 16 * i, column + 16 * j);
+        const float product = LogitsTile<TILE>::Product::sum(shared, row + 16 * i, column + 16 * j);
         logits[j] = fmaf(inverse_temperature, product, bias[j]);
         if (own == 16 * j && present.own_is_positive && output.positive_logits && r < output.end)
           output.positive_logits[r] = logits[j];
@@ -168,7 +167,7 @@ void launch_logits(const LogitsProblems<PROBLEMS>& given, Stream stream) {
     positives |= output.positive_logits && !problem.present.own_is_positive;
   const dim3 grid(ceil_div(rows, TILE), chunks.count + (positives ? TILE / WARPS : 0), PROBLEMS);
   launch("centroid_info_nce_kernel", centroid_info_nce_kernel<TILE, PROBLEMS>, grid, THREADS,
-         Logits<TILE>::Product::SHARED_BYTES, stream, given, chunks, given.problems[0].width());
+         LogitsTile<TILE>::Product::SHARED_BYTES, stream, given, chunks, given.problems[0].width());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_info_nce(

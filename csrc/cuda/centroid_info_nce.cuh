@@ -338,7 +338,7 @@ struct TileProduct {
 // reads a fourth as much. Thread t then has the logits (t / 16 + 16·i, t % 16 + 16·j), i and j
 // below PER_THREAD.
 template <int TILE>
-struct Logits {
+struct LogitsTile {
   static constexpr int PER_THREAD = TILE / 16;
   using Product = TileProduct<TILE, TILE, TILE == 16 ? 256 : 32, true, true>;
 
