@@ -165,6 +165,26 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 #endif
 }
 
+// sum + value, or sum + value², where inside, with one instruction that has a condition.
+__device__ __forceinline__ void add_if(bool inside, float& sum, float value) {
+#ifdef __CUDACC__
+  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; @p add.f32 %0, %0, %1;}"
+      : "+f"(sum)
+      : "f"(value), "r"(int{inside}));
+#else
+  if (inside) sum += value;
+#endif
+}
+__device__ __forceinline__ void add_square_if(bool inside, float& sum, float value) {
+#ifdef __CUDACC__
+  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; @p fma.rn.f32 %0, %1, %1, %0;}"
+      : "+f"(sum)
+      : "f"(value), "r"(int{inside}));
+#else
+  if (inside) sum = std::fma(value, value, sum);
+#endif
+}
+
 // a·b, rounded. It is never fused with an addition.
 __host__ __device__ inline float product(float a, float b) {
 #ifdef __CUDA_ARCH__
@@ -266,8 +286,25 @@ inline void fill_zero(void* memory, size_t bytes, [[maybe_unused]] Stream stream
 }
 
 // The largest shared memory of a block on every GPU from sm_80 on: sm_86, sm_89 and sm_120 have
-// 99 KB, others more. No kernel uses more.
+// 99 KB, others more. Only kernels that are launched as LARGE use more.
 constexpr size_t MAX_SHARED_BYTES = 99 << 10;
+
+// NORMAL: kernel<<<…>>>. EARLY: launch_early. LARGE: with more than MAX_SHARED_BYTES of shared
+// memory, but at most largest_shared_bytes().
+enum class Launch { NORMAL, EARLY, LARGE };
+
+// The largest shared memory of a block on the current device: 227 KB on sm_90 and sm_100.
+inline size_t largest_shared_bytes() {
+#ifdef __CUDACC__
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "anchorops: cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "anchorops: cudaDeviceGetAttribute");
+  return bytes;
+#else
+  return 227 << 10;
+#endif
+}
 
 #ifdef __CUDACC__
 // Configures a kernel at its first launch on a device. The limit is the same for all launches, so
@@ -275,7 +312,8 @@ constexpr size_t MAX_SHARED_BYTES = 99 << 10;
 // need is used as L1 cache. A kernel that requests none keeps only the 1 KB that each block always
 // needs. Returns whether the kernel's code can be launched early: this depends on the architecture
 // that it was compiled for.
-inline bool configure(const char* name, const void* kernel, bool asks_for_shared) {
+inline bool configure(const char* name, const void* kernel, bool asks_for_shared,
+                      size_t most_shared) {
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, bool> configured;
   constexpr int PERCENT_FOR_BLOCKS = 14;  // 32 KB on sm_80 and sm_90, 14 KB on sm_86
@@ -284,7 +322,8 @@ inline bool configure(const char* name, const void* kernel, bool asks_for_shared
   const std::lock_guard lock(mutex);
   const auto found = configured.find({device, kernel});
   if (found != configured.end()) return found->second;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MAX_SHARED_BYTES),
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(most_shared)),
         name);
   check(cudaFuncSetAttribute(
             kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -297,19 +336,21 @@ inline bool configure(const char* name, const void* kernel, bool asks_for_shared
 #endif
 
 template <class... Parameters, class... Arguments>
-void launch_kernel(bool early, const char* name, void (*kernel)(Parameters...), dim3 grid,
+void launch_kernel(Launch how, const char* name, void (*kernel)(Parameters...), dim3 grid,
                    dim3 block, size_t shared_bytes, [[maybe_unused]] Stream stream,
                    const Arguments&... arguments) {
   if (size_t{grid.x} * grid.y * grid.z == 0) return;
+  const size_t most_shared = how == Launch::LARGE ? largest_shared_bytes() : MAX_SHARED_BYTES;
+  bool early = how == Launch::EARLY;
 #ifdef __CUDACC__
-  early &= configure(name, reinterpret_cast<const void*>(kernel), shared_bytes > 0);
+  early &= configure(name, reinterpret_cast<const void*>(kernel), shared_bytes > 0, most_shared);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   const cudaLaunchConfig_t config{grid, block, shared_bytes, stream, &attribute, early ? 1u : 0u};
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 #else
-  if (shared_bytes > MAX_SHARED_BYTES)
+  if (shared_bytes > most_shared)
     throw std::logic_error(std::string(name) + ": more shared memory than every GPU has");
   if (grid.x > 0x7fffffff || std::max(grid.y, grid.z) > 65535 || block.x * block.y * block.z > 1024)
     throw std::logic_error(std::string(name) + ": more blocks or threads than a GPU takes");
@@ -322,7 +363,7 @@ void launch_kernel(bool early, const char* name, void (*kernel)(Parameters...), 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             size_t shared_bytes, Stream stream, const Arguments&... arguments) {
-  launch_kernel(false, name, kernel, grid, block, shared_bytes, stream, arguments...);
+  launch_kernel(Launch::NORMAL, name, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 // The same for a kernel that calls wait_for_kernel_before(). From sm_90 on its blocks are resident
@@ -330,7 +371,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 template <class... Parameters, class... Arguments>
 void launch_early(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                   size_t shared_bytes, Stream stream, const Arguments&... arguments) {
-  launch_kernel(true, name, kernel, grid, block, shared_bytes, stream, arguments...);
+  launch_kernel(Launch::EARLY, name, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace anchorops

@@ -9,6 +9,10 @@
 // each partial is written once. A second kernel reads the partials once and adds them in a fixed
 // order.
 //
+// Random labels of 33 to 192 keys, on GPUs with 227 KB of shared memory for a block: each block
+// sorts its pixels in shared memory (class_moments_random.cuh). Two kernels are launched. Both look
+// at the same few keys, and one of them returns at once.
+//
 // More keys: pixels are first sorted by key, with a stable sort. Each warp reads 12 bytes for each
 // pixel in addition, the offset and the key. The sums of a key inside a chunk are complete, except
 // those of the first and the last key. Another kernel joins these.
@@ -19,6 +23,8 @@
 // bandwidth. All of these are predicted, not measured.
 #include "../labels.h"
 #include "class_moments_launch.cuh"
+#include "class_moments_random_sort.cuh"
+#include "class_moments_slots.cuh"
 
 namespace anchorops::cuda {
 namespace {
@@ -132,7 +138,6 @@ __global__ void __launch_bounds__(128)
   }
 }
 
-constexpr int64_t MULTIPROCESSORS = 132;  // of an H200
 constexpr int64_t PARTIALS_IN_CACHE = 16 << 20;
 // With more keys, writing partials takes longer than sorting.
 constexpr int64_t MAX_UNSORTED_KEYS = 1024;
@@ -149,11 +154,8 @@ Tiling tiles_of(const Pixels& view, int64_t wanted_chunks) {
   tiling.tiles_per_line = static_cast<int>(ceil_div(view.pixels, TILE<T>));
   tiling.last_tile = static_cast<int>((view.pixels - 1) % TILE<T>) + 1;
   tiling.tiles = view.lines * tiling.tiles_per_line;
-  tiling.chunks = static_cast<int>(std::clamp<int64_t>(wanted_chunks, 1, tiling.tiles));
-  tiling.tiles_per_chunk = tiling.tiles / tiling.chunks;
-  tiling.longer = static_cast<int>(tiling.tiles % tiling.chunks);
   tiling.blocks = static_cast<int>(ceil_div(view.dim, CHANNELS));
-  return tiling;
+  return tiling.in_chunks(wanted_chunks);
 }
 
 // As many chunks as occupy the device once, or up to four times if the partials are then at most
@@ -173,13 +175,31 @@ Tiling plan(const Pixels& view, int64_t num_keys, int statistics) {
   return tiles_of<T>(view, std::min(once * times, most));
 }
 
+// The chunks of class_moments_random_kernel; none if it cannot be used. Up to SLOTS keys,
+// class_moments_kernel is as fast with random labels.
+template <class T>
+Tiling plan_random(const Tiling& tiling, int64_t num_keys) {
+  const auto bytes =
+      std::max(RandomMemory<T, false>::bytes(num_keys), RandomMemory<T, true>::bytes(num_keys));
+  if (num_keys <= SLOTS || num_keys > WINDOWS * WINDOW_KEYS || bytes > largest_shared_bytes())
+    return {};
+  // As many blocks as multiprocessors, or a multiple if chunks would be too large, but at least
+  // three rounds in a chunk.
+  const int64_t groups = ceil_div(tiling.blocks, CHANNEL_BLOCKS),
+                chunks = ceil_div(tiling.tiles, CHUNK_PIXELS / TILE<T>),
+                waves = ceil_div(chunks * groups, MULTIPROCESSORS);
+  return tiling.in_chunks(
+      std::max(chunks, std::min(waves * MULTIPROCESSORS / groups, tiling.tiles / (3 * WINDOWS))));
+}
+
 template <class T>
 void in_raster_order(const Input<T>& input, int statistics, const Outputs& out, Stream stream) {
   const int64_t num_keys = input.num_keys, dim = input.view.dim;
   const Tiling tiling = plan<T>(input.view, num_keys, statistics);
-  const int64_t chunks = tiling.chunks, blocks = tiling.blocks;
+  const Tiling random = plan_random<T>(tiling, num_keys);
+  const int64_t chunks = std::max(tiling.chunks, random.chunks), blocks = tiling.blocks;
   const Tensor met = new_empty(out.sums, {chunks, num_keys}, ScalarType::Byte);
-  Partials partials{.met = met.mutable_data_ptr<uint8_t>()};
+  Partials partials{.met = met.mutable_data_ptr<uint8_t>(), .rows = static_cast<int>(chunks)};
   Reductions all{.met = partials.met, .num_keys = num_keys};
   std::vector<Tensor> buffers;
   const auto reduce = [&](int which, bool wanted, const Tensor& total, int64_t rows_per_chunk,
@@ -194,7 +214,9 @@ void in_raster_order(const Input<T>& input, int statistics, const Outputs& out, 
   partials.sums = reduce(0, statistics & SUMS, out.sums, 1, dim);
   partials.residuals = reduce(1, statistics & RESIDUALS, out.residuals, 1, dim);
   partials.sqdists = reduce(2, statistics & SQDISTS, out.sqdists, blocks, 1);
-  launch_moments(statistics, input, tiling, partials, stream);
+  if (random.chunks > tiling.chunks) fill_zero(partials.met, chunks * num_keys, stream);
+  if (random.chunks > 0) launch_random(statistics, input, random, partials, stream);
+  launch_moments(statistics, input, tiling, partials, random.chunks > 0, stream);
   add_partials(all, stream);
 }
 

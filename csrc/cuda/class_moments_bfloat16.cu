@@ -3,7 +3,7 @@
 namespace anchorops::cuda {
 
 template void launch_moments<BFloat16>(int, const Input<BFloat16>&, const Tiling&, const Partials&,
-                                       Stream);
+                                       bool, Stream);
 template void launch_moments<BFloat16>(int, const Input<BFloat16>&, const Tiling&,
                                        const SortedSums&, Stream);
 

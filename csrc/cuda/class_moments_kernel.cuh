@@ -5,6 +5,7 @@
 #pragma once
 
 #include "class_moments_factors.cuh"
+#include "class_moments_sample.cuh"
 #include "class_moments_slots.cuh"
 
 namespace anchorops::cuda {
@@ -331,11 +332,17 @@ struct Accumulator {
 };
 
 // Reads the features and the keys of its tiles once. Writes the statistics of a key each time that
-// its slot is freed: once, if the chunk has at most 32 keys.
+// its slot is freed: once, if the chunk has at most 32 keys. after_random: whether
+// class_moments_random_kernel was launched before, and sums random labels.
 template <class T, int STATISTICS, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
-    class_moments_kernel(const Input<T> input, const Tiling tiling, const Partials partials) {
+    class_moments_kernel(const Input<T> input, const Tiling tiling, const Partials partials,
+                         bool after_random) {
   permit_next_kernel();
+  if (after_random) {
+    wait_for_kernel_before();
+    if (keys_are_random(input.keys, input.view.lines * input.view.pixels)) return;
+  }
   // Neighbouring blocks read neighbouring channels.
   const int block = blockIdx.x % tiling.blocks, chunk = blockIdx.x / tiling.blocks;
   Ring<T, CHANNELS_LAST, false, STAGES<T, STATISTICS>> ring(input, tiling, block, chunk);

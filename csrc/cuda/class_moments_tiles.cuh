@@ -62,7 +62,17 @@ struct Tiling {
   __device__ __forceinline__ int64_t first_tile(int chunk) const {
     return chunk * tiles_per_chunk + min(chunk, longer);
   }
+  // The same tiles in another number of chunks.
+  Tiling in_chunks(int64_t wanted) const {
+    Tiling other = *this;
+    other.chunks = static_cast<int>(std::clamp<int64_t>(wanted, 1, tiles));
+    other.tiles_per_chunk = tiles / other.chunks;
+    other.longer = static_cast<int>(tiles % other.chunks);
+    return other;
+  }
 };
+
+constexpr int64_t MULTIPROCESSORS = 132;  // of an H200
 
 // Partial statistics of chunks, for a kernel that adds them. Only keys that a chunk has met are
 // written.
@@ -70,7 +80,8 @@ struct Partials {
   float* sums;       // float32 [chunks, num_keys, D]
   float* residuals;  // the same
   float* sqdists;    // float32 [chunks, blocks, num_keys]
-  uint8_t* met;      // [chunks, num_keys]: 0 where a chunk has not met a key
+  uint8_t* met;      // [rows, num_keys]: 0 where a chunk has not met a key
+  int rows;          // of met; class_moments_random_kernel writes 0 after its chunks
 };
 
 // The sums of sorted pixels. The sums of the first and the last key of a chunk are its ends:

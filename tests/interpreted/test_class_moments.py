@@ -67,6 +67,20 @@ SEVERAL_TILES = [  # in each chunk of the CUDA kernels, across the end of an ima
 ]
 
 
+RANDOM = [  # labels that the CUDA kernels sort in shared memory: several chunks, rounds and groups
+    # of channels; tiles and blocks of channels that are not full; as many keys as possible
+    Case((2, 200, 10, 136), 150, BF16),
+    Case((2, 136, 10, 136), 150, BF16, "channels_last", anchors="fixed"),
+    Case((2, 70, 11, 131), 40, FP16, anchors="fixed"),
+    Case((2, 40, 10, 136), 192, FP16, "channels_last"),
+    Case((2, 200, 10, 136), 75, FP32, groups=2),
+    Case((2, 136, 10, 136), 19, FP32, "channels_last", anchors=None, groups=4),
+    Case((3, 40, 700), 33, FP32, "sliced", anchors="fixed"),
+    # of as many classes, but for the kernel of labels of images
+    Case((2, 136, 10, 136), 150, BF16, labels="coherent"),
+]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(case: Case, path):
     anchors = path["anchors"] if case.anchors == "learnable" else case.anchors
@@ -82,6 +96,12 @@ def test_many_keys(case: Case, path):
 @pytest.mark.skipif(BACKEND != "cuda", reason="Triton's chunks of these shapes are one tile each")
 @pytest.mark.parametrize("case", SEVERAL_TILES, ids=str)
 def test_several_tiles_in_a_chunk(case: Case):
+    check(case)
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="Triton has no kernel of its own for these labels")
+@pytest.mark.parametrize("case", RANDOM, ids=str)
+def test_random_labels(case: Case):
     check(case)
 
 

@@ -1,0 +1,8 @@
+#include "class_moments_instances.cuh"
+
+namespace anchorops::cuda {
+
+template void launch_random<float>(int, const Input<float>&, const Tiling&, const Partials&,
+                                   Stream);
+
+}  // namespace anchorops::cuda
