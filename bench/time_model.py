@@ -195,9 +195,12 @@ def cached(path: Path, latency: int, lines: int = 1) -> Path:
     ]
 
 
-def simulate(paths: Sequence[Path]) -> float:
-    """Cycles until all warps of a multiprocessor have reached the ends of their paths."""
+def simulate(paths: Sequence[Path], block: int = 0) -> float:
+    """Cycles until all warps of a multiprocessor have reached the ends of their paths. block: warps
+    that wait for each other at barriers, all of which have as many; 0: barriers are not modelled.
+    """
     at = [0] * len(paths)
+    waiting: dict[int, list[tuple[float, int]]] = {}  # at a barrier, by block
     ready = [[0.0] * 8 for _ in paths]  # by scoreboard; 7 is none
     copies: list[list[float]] = [[0.0] for _ in paths]  # ends of groups; the last is open
     scheduler = [0.0] * 4
@@ -229,17 +232,29 @@ def simulate(paths: Sequence[Path]) -> float:
         boards[x.read] = max(boards[x.read], start + OPERANDS)
         at[w] += 1
         end = max(end, start + x.stall)
-        if at[w] < len(paths[w]):
-            heapq.heapreplace(heap, (start + x.stall, w))
-        else:
-            heapq.heappop(heap)
+        heapq.heappop(heap)
+        arrived = [(start + x.stall, w)]
+        if block and x.opcode.startswith("BAR.SYNC"):
+            arrived = waiting.setdefault(w // block, [])
+            arrived.append((done, w))
+            if len(arrived) < block:
+                continue
+            last = max(arrived)[0]
+            arrived = [(last, v) for _, v in waiting.pop(w // block)]
+        for time, v in arrived:
+            if at[v] < len(paths[v]):
+                heapq.heappush(heap, (time, v))
     return max(end, memory)
 
 
-def steady(round_of: Callable[[int, int], Path], warps: int, rounds: int = 6) -> float:
-    """Cycles of a round after all warps have started: round_of(warp, round) is its path."""
+def steady(
+    round_of: Callable[[int, int], Path], warps: int, rounds: int = 6, block: int = 0
+) -> float:
+    """Cycles of a round after all warps have started: round_of(warp, round) is its path. block: see
+    simulate."""
 
     def run(count: int) -> float:
-        return simulate([[x for r in range(count) for x in round_of(w, r)] for w in range(warps)])
+        paths = [[x for r in range(count) for x in round_of(w, r)] for w in range(warps)]
+        return simulate(paths, block)
 
     return (run(3 * rounds // 2) - run(rounds // 2)) / rounds

@@ -9,6 +9,7 @@ paths = pytest.importorskip("paths")
 backward_paths = pytest.importorskip("backward_paths")
 shapes = pytest.importorskip("shapes")
 sorted_paths = pytest.importorskip("sorted_paths")
+random_paths = pytest.importorskip("random_paths")
 sass = pytest.importorskip("sass")
 line, path = sass.line, sass.path
 
@@ -102,6 +103,15 @@ def test_copies_are_waited_for_in_groups():
     )
 
 
+def test_warps_of_a_block_wait_at_barriers():
+    add, barrier = line("FADD R1, R1, R2", 4), line("BAR.SYNC.DEFER_BLOCKING 0x0", 5)
+    slow, fast = path(*[add] * 50, barrier, add), path(add, barrier, *[add] * 50)
+    alone, together = (model.simulate([slow, fast], block) for block in (1, 2))
+    assert alone == pytest.approx(240, abs=20) and together == pytest.approx(430, abs=20)
+    apart = model.simulate([slow, slow, fast, fast], 2)  # two blocks
+    assert apart == pytest.approx(alone, abs=30)
+
+
 def test_steady_leaves_the_start_out():
     adds, load = path(line("FADD R1, R1, R2", 4)), path(line("LDC R1, c[0x0]", 15))
     assert model.steady(lambda warp, r: adds * (5 if r else 50), 3) == pytest.approx(20)
@@ -166,6 +176,16 @@ def test_forward_plan():
     assert paths.forward_plan(shapes.HRNET, 2, 1) == (23, 68, 4096)
     assert paths.forward_plan(shapes.HRNET, 4, 1) == (23, 204, 8192)
     assert paths.forward_plan(shapes.HRNET._replace(classes=1025), 2, 3) is None
+
+
+def test_random_plan():
+    """The same arithmetic as in class_moments.cu: one block for each multiprocessor."""
+    assert random_paths.random_plan(shapes.SEGFORMER, 2) == (6, 22, 16)
+    assert random_paths.random_plan(shapes.SEGFORMER, 4) == (6, 22, 32)
+    small = shapes.SEGFORMER._replace(batch=1, height=64, width=64)
+    assert random_paths.random_plan(small, 2) == (6, 1, 6)
+    used = [shapes.SEGFORMER._replace(classes=k) for k in (32, 33, 192, 193)]
+    assert [random_paths.is_used(shape) for shape in used] == [False, True, True, False]
 
 
 def test_groups_of_sorted_pixels():

@@ -1,0 +1,159 @@
+"""The path of class_moments_random_kernel through its machine code, and the time of the pass."""
+
+import math
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from label_maps import SLOTS
+from shapes import RESIDUALS, SQDISTS, SUMS, Estimate, Shape, keys_of
+from time_model import (
+    CLOCK,
+    COPY_BANDWIDTH,
+    EARLY_LAUNCH,
+    L2,
+    MEMORY,
+    MULTIPROCESSORS,
+    Block,
+    Choice,
+    Path,
+    simulate,
+    steady,
+    walk,
+)
+
+TILE_BYTES, CHANNELS = 4096, 32
+WINDOWS, WINDOW_KEYS = 12, 16  # warps that add, and their keys at most
+CHUNK_PIXELS, CHANNEL_BLOCKS = WINDOWS * 1024, 4
+ROUNDS_SORTED = 4  # at a time
+STEP = {2: 8, 4: 4}  # rows that are loaded at once, by bytes of an element
+# Where labels are not random: the launch, and the keys that both kernels look at.
+SECONDS_TO_CHOOSE = EARLY_LAUNCH + (MEMORY + L2) / CLOCK
+
+
+class RandomPlan(NamedTuple):
+    """The plan of class_moments.cu."""
+
+    groups: int  # of blocks of channels
+    chunks: int
+    rounds: int
+
+
+def is_used(shape: Shape) -> bool:
+    """Whether the kernel is launched, on a GPU with 227 KB of shared memory."""
+    return SLOTS < shape.num_keys <= WINDOWS * WINDOW_KEYS
+
+
+def movers_of(itemsize: int, statistics: int) -> int:
+    return 6 if itemsize == 2 and statistics == SUMS else 4
+
+
+def random_plan(shape: Shape, itemsize: int) -> RandomPlan:
+    tile = TILE_BYTES // CHANNELS // itemsize
+    tiles = shape.pixels // tile
+    groups = math.ceil(math.ceil(shape.dim / CHANNELS) / CHANNEL_BLOCKS)
+    chunks = math.ceil(tiles / (CHUNK_PIXELS // tile))
+    waves = math.ceil(chunks * groups / MULTIPROCESSORS)
+    wanted = max(chunks, min(waves * MULTIPROCESSORS // groups, tiles // (3 * WINDOWS)), 1)
+    tiles_per_chunk = math.ceil(tiles / wanted)
+    return RandomPlan(
+        groups, math.ceil(tiles / tiles_per_chunk), math.ceil(tiles_per_chunk / WINDOWS)
+    )
+
+
+class Random:
+    """Paths of the warps of a block in a round."""
+
+    def __init__(self, blocks: list[Block], itemsize: int, moved: int):
+        self.blocks, self.moved = blocks, moved
+        self.ways: dict[tuple[int, int], Path] = {}
+        most = max(block.count("LDGSTS") for block in blocks)
+        self.copy = self.those(lambda b: b.count("LDGSTS") == most)[:1]
+        self.keys = self.those(lambda b: b.count("LDGSTS") == 1)[:1]
+        self.sort = self.those(lambda b: b.count("MATCH") > 0 and b.count("BAR") > 0)[:1]
+        self.move = self.those(lambda b: b.count("STS.128") == 8 and b.count("LDS|LDSM") > 8)[:1]
+        waits = self.those(lambda b: b.count("DEPBAR") > 0)
+        self.wait = [i for i in waits if i < self.move[0]][-1:]
+        steps = self.those(lambda b: b.count("LDS$") == STEP[itemsize])
+        # for each key of a window, a step that may be the only one, and the loop of other steps
+        self.loops = [i for i in steps if i in blocks[i].next]
+        self.heads = [
+            max(i for i in range(loop) if len(blocks[i].next) == 2) for loop in self.loops
+        ]
+        barriers = self.those(lambda b: b.count("BAR") > 0)
+        self.barrier = [i for i in barriers if i < self.heads[0]][-1:]
+
+    def those(self, choice: Choice) -> list[int]:
+        return [i for i, block in enumerate(self.blocks) if choice(block)]
+
+    def legs(self, *stops: list[int]) -> Path:
+        path: Path = []
+        for first, last in pairwise(stops):
+            key = first[0], last[0]
+            if key not in self.ways:
+                leg = walk(self.blocks, first, last)
+                if first == self.keys:  # the keys come from the second-level cache
+                    leg = [x._replace(bytes=0, latency=L2) if x.bytes else x for x in leg]
+                self.ways[key] = leg
+            path = path + self.ways[key]
+        return path
+
+    def add(self, steps: tuple[int, ...]) -> Path:
+        """steps: of each run of the window."""
+        stops = [self.barrier]
+        for i, count in enumerate(steps):
+            stops += [[self.heads[i]], *[[self.loops[i]]] * (count - 1)]
+        return self.legs(*stops, self.barrier)
+
+    def moves(self) -> Path:
+        tile = self.legs(self.wait, self.move, self.keys, self.copy, self.wait)
+        without = [x for x in tile if not x.opcode.startswith("BAR.SYNC")]
+        return without * (self.moved - 1) + tile
+
+
+def random_forward(
+    blocks: list[Block], itemsize: int, statistics: int, shape: Shape, kind: str
+) -> Estimate:
+    keys = keys_of(shape, kind)
+    tile = TILE_BYTES // CHANNELS // itemsize
+    groups, chunks, rounds = random_plan(shape, itemsize)
+    movers = movers_of(itemsize, statistics)
+    moved, warps = WINDOWS // movers, WINDOWS + movers
+    code = Random(blocks, itemsize, moved)
+    keys_of_window = math.ceil(shape.num_keys / WINDOWS)
+    halves = 4 // itemsize  # of a warp, each with a key
+
+    @cache
+    def steps(warp: int, round_: int) -> tuple[int, ...]:
+        first = [
+            ((w // moved * rounds + round_ % rounds) * moved + w % moved) * tile
+            for w in range(WINDOWS)
+        ]
+        pixels = np.concatenate([keys[i : i + tile] for i in first])
+        own = range(warp * keys_of_window, min((warp + 1) * keys_of_window, shape.num_keys))
+        counts = [int((pixels == key).sum()) for key in own]
+        return tuple(
+            max(math.ceil(n / STEP[itemsize]) for n in counts[i : i + halves])
+            for i in range(0, len(counts), halves)
+        )
+
+    moves = code.moves()
+
+    def round_of(warp: int, r: int) -> Path:
+        return code.add(steps(warp, r)) if warp < WINDOWS else moves
+
+    every = steady(round_of, warps, 10, warps)
+    one = simulate([[x for r in range(10) for x in code.add(steps(0, r))]]) / 10
+    sort = simulate([code.legs(code.sort, code.sort) * 2 for _ in range(warps)], warps) / 2
+    sort = (sort + MEMORY) / ROUNDS_SORTED  # with its keys
+    waves = chunks * groups / MULTIPROCESSORS
+    edges = 2 * MEMORY + 600  # first copies of a block of channels, anchors, totals
+    cycles = rounds * sort + CHANNEL_BLOCKS * (rounds * every + edges)
+    cycles = math.ceil(waves) * (MEMORY + cycles)  # MEMORY: the keys that are looked at
+    matrices = (statistics & SUMS > 0) + (statistics & RESIDUALS > 0)
+    width = matrices * shape.dim + math.ceil(shape.dim / CHANNELS) * (statistics & SQDISTS > 0)
+    partial_bytes = 4 * chunks * shape.num_keys * width
+    seconds = cycles / CLOCK + 2 * EARLY_LAUNCH + 2 * partial_bytes / COPY_BANDWIDTH
+    bytes_moved = shape.pixels * shape.dim * itemsize
+    return Estimate(warps, one, every, waves, bytes_moved / COPY_BANDWIDTH / seconds)
