@@ -44,8 +44,8 @@ LAUNCHES = {
     "convolution_backward": 2,
 }
 # Launches with each of BACKENDS. Class moments: with anchors (without them, Triton has one launch
-# less) and at most 1,024 keys (pixels are not sorted). With 33 to 192 keys, CUDA has one more, for
-# random labels.
+# less) and at most 1,024 keys (pixels are not sorted). CUDA has one more where random labels have a
+# kernel of their own: with 33 to 192 keys and no random groups.
 OWN = {
     "next_seed": (1, 1),
     "class_keys": (2, 2),
@@ -95,6 +95,9 @@ class Counts(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "anchorops":
             self.launches[name] += OWN[name][self.backend]
+            if name == "class_moments" and BACKENDS[self.backend] == "cuda":
+                num_keys, groups = args[3:5]
+                self.launches[name] += groups == 1 and 32 < num_keys <= 192
         elif func.namespace == "aten" and not func.is_view:
             started = LAUNCHES.get(name, 1)
             self.launches[name] += started

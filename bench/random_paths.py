@@ -42,7 +42,7 @@ class RandomPlan(NamedTuple):
 
 def is_used(shape: Shape) -> bool:
     """Whether the kernel is launched, on a GPU with 227 KB of shared memory."""
-    return SLOTS < shape.num_keys <= WINDOWS * WINDOW_KEYS
+    return shape.groups == 1 and SLOTS < shape.num_keys <= WINDOWS * WINDOW_KEYS
 
 
 def movers_of(itemsize: int, statistics: int) -> int:

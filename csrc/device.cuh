@@ -248,6 +248,15 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// A barrier of the block at which, unlike __syncthreads(), warps may wait in different branches.
+__device__ __forceinline__ void barrier_of_block() {
+#ifdef __CUDACC__
+  asm volatile("barrier.sync 0;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
 // A kernel that launch_early launches may start before the kernel before it in the stream has
 // ended, if all blocks of that kernel have called permit_next_kernel() or have ended. Before it
 // reads or writes global memory, each of its threads waits until that kernel's writes are visible.

@@ -185,7 +185,8 @@ def test_random_plan():
     small = shapes.SEGFORMER._replace(batch=1, height=64, width=64)
     assert random_paths.random_plan(small, 2) == (6, 1, 6)
     used = [shapes.SEGFORMER._replace(classes=k) for k in (32, 33, 192, 193)]
-    assert [random_paths.is_used(shape) for shape in used] == [False, True, True, False]
+    used += [shapes.SEGFORMER._replace(classes=75, groups=2)]
+    assert [random_paths.is_used(shape) for shape in used] == [False, True, True, False, False]
 
 
 def test_groups_of_sorted_pixels():

@@ -9,7 +9,7 @@
 // each partial is written once. A second kernel reads the partials once and adds them in a fixed
 // order.
 //
-// Random labels of 33 to 192 keys, on GPUs with 227 KB of shared memory for a block: each block
+// Random labels of 33 to 192 classes, on GPUs with 227 KB of shared memory for a block: each block
 // sorts its pixels in shared memory (class_moments_random.cuh). Two kernels are launched. Both look
 // at the same few keys, and one of them returns at once.
 //
@@ -176,12 +176,14 @@ Tiling plan(const Pixels& view, int64_t num_keys, int statistics) {
 }
 
 // The chunks of class_moments_random_kernel; none if it cannot be used. Up to SLOTS keys,
-// class_moments_kernel is as fast with random labels.
+// class_moments_kernel is as fast with random labels. Random groups of a class are those of images.
 template <class T>
-Tiling plan_random(const Tiling& tiling, int64_t num_keys) {
+Tiling plan_random(const Tiling& tiling, const Input<T>& input) {
+  const int64_t num_keys = input.num_keys;
   const auto bytes =
       std::max(RandomMemory<T, false>::bytes(num_keys), RandomMemory<T, true>::bytes(num_keys));
-  if (num_keys <= SLOTS || num_keys > WINDOWS * WINDOW_KEYS || bytes > largest_shared_bytes())
+  if (input.groups > 1 || num_keys <= SLOTS || num_keys > WINDOWS * WINDOW_KEYS ||
+      bytes > largest_shared_bytes())
     return {};
   // As many blocks as multiprocessors, or a multiple if chunks would be too large, but at least
   // three rounds in a chunk.
@@ -196,7 +198,7 @@ template <class T>
 void in_raster_order(const Input<T>& input, int statistics, const Outputs& out, Stream stream) {
   const int64_t num_keys = input.num_keys, dim = input.view.dim;
   const Tiling tiling = plan<T>(input.view, num_keys, statistics);
-  const Tiling random = plan_random<T>(tiling, num_keys);
+  const Tiling random = plan_random(tiling, input);
   const int64_t chunks = std::max(tiling.chunks, random.chunks), blocks = tiling.blocks;
   const Tensor met = new_empty(out.sums, {chunks, num_keys}, ScalarType::Byte);
   Partials partials{.met = met.mutable_data_ptr<uint8_t>(), .rows = static_cast<int>(chunks)};

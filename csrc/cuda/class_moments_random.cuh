@@ -148,9 +148,7 @@ struct KeySums {
         sums[i][c] = residuals[i][c] = anchors[i][c] = 0;
         if constexpr (STATISTICS & SQDISTS)
           if (key < keys && of_block + c < input.view.dim) {
-            const int row = input.num_keys == input.num_classes
-                                ? first_key + key
-                                : (first_key + key) / input.groups % input.num_classes;
+            const int row = (first_key + key) % input.num_classes;  // the keys may be of each image
             anchors[i][c] = __ldg(input.anchors + row * input.view.dim + of_block + c);
           }
       }
@@ -216,7 +214,7 @@ __global__ void __launch_bounds__(CHANNELS*(WINDOWS + MOVERS<T, STATISTICS>), 1)
       sums.start(input, first_key, keys, block);
 #pragma unroll 1
       for (int round = 0; round < range.rounds; ++round, ++total) {
-        __syncthreads();  // all pixels of the round are in their rows
+        barrier_of_block();  // all pixels of the round are in their rows
         sums.add(Memory::rows(total), Memory::runs() + round * num_keys + first_key, keys);
       }
       sums.write(partials, int64_t{chunk} * num_keys, first_key, keys, block,
@@ -258,7 +256,7 @@ __global__ void __launch_bounds__(CHANNELS*(WINDOWS + MOVERS<T, STATISTICS>), 1)
         if (++in_round == MOVED) {
           in_round = 0;
           if (tile >= 0) {
-            __syncthreads();
+            barrier_of_block();
             ++round, ++total;
           }
         }

@@ -73,8 +73,8 @@ RANDOM = [  # labels that the CUDA kernels sort in shared memory: several chunks
     Case((2, 136, 10, 136), 150, BF16, "channels_last", anchors="fixed"),
     Case((2, 70, 11, 131), 40, FP16, anchors="fixed"),
     Case((2, 40, 10, 136), 192, FP16, "channels_last"),
-    Case((2, 200, 10, 136), 75, FP32, groups=2),
-    Case((2, 136, 10, 136), 19, FP32, "channels_last", anchors=None, groups=4),
+    Case((2, 200, 10, 136), 75, FP32, per_image=True),
+    Case((2, 136, 10, 136), 76, FP32, "channels_last", anchors=None),
     Case((3, 40, 700), 33, FP32, "sliced", anchors="fixed"),
     # of as many classes, but for the kernel of labels of images
     Case((2, 136, 10, 136), 150, BF16, labels="coherent"),

@@ -55,6 +55,9 @@ def test_declared_launches(monkeypatch, sorted_by_numpy):
     sums, mean, variance = run("upsampled_sums", features, grid, 3, 3)
     run("upsampled_sums_backward", features, grid, sums, mean, mean, variance, 3)
     sums, sqdists, _ = run("class_moments", features, keys, anchors, 3, 1, True, False)
+    if BACKEND == "cuda":  # with as many keys, random labels have a kernel of their own
+        many = features, keys, torch.randn(33, 16), 33, 1, True, False
+        assert count(monkeypatch, "class_moments", *many)[1] == 3
     given = features, keys, anchors, sums, sqdists, 1, list(features.shape), features.stride()
     run("class_moments_backward", *given, torch.float32)
     units, means, _, norms, _ = run("unit_rows", sums[:, None], counts[:, None], 1e-6, True, True)
