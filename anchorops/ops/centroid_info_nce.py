@@ -201,6 +201,6 @@ def unchecked_info_nce(
         return reference.centroid_info_nce(queries, keys, **options)
     check_derivatives(function, queries, keys, bias, positives)
     if bias is not None:
-        options["bias"] = bias.to(torch.float32)
+        options["bias"] = bias.to(torch.float32).contiguous()  # the kernels read it as such
     operator = getattr(torch.ops.anchorops.centroid_info_nce, backend)
     return operator(queries, keys, *options.values(), LOGITS_AT_ONCE)[0]

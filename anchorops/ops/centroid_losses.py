@@ -122,6 +122,7 @@ def centroid_losses(
     backend = select(function, queries, queries.shape[0])
     if backend == "cuda" and num_logits <= MOST_LOGITS:
         check_derivatives(function, queries, keys, rows, weight, bias, added)
+        bias = None if bias is None else bias.contiguous()  # the kernel reads it as such
         tensors = queries, keys, rows, weight, bias, added
         loss, terms, *_ = torch.ops.anchorops.centroid_losses.cuda(
             *(None if x is None else x.to(torch.float32) for x in tensors),

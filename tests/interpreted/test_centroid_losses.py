@@ -84,6 +84,7 @@ def test_strides():
     given = inputs(9, 4, 33, ["queries", "keys", "weight", "rows", "added"])
     given["rows"] = torch.randn(4, 9, 66)[..., ::2].transpose(0, 1)
     given["added"] = torch.randn(1).expand(9)
+    given["bias"] = torch.randn(9, 34)[:, -1]
     given["keys"] = torch.randn(33, 9).T
     present = (torch.rand(4, 9) < 0.7).T
     check(given, present=present, **MVSC)
