@@ -1,8 +1,9 @@
 """Argument checks. Messages name the function, the argument, what was expected and received."""
 
 import math
+from numbers import Integral, Real
 from textwrap import shorten
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -174,9 +175,13 @@ def in_transform(tensor: Tensor, *, of_gradients: bool = False) -> bool:
     return False
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_number(function: str, argument: str, value: object, *, above: bool = False) -> None:
-    """A finite int or float of at least 0, or above 0."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    """A finite number, Python's or NumPy's, of at least 0, or above 0."""
+    if not _is_number(value):
         in_range = False
     else:
         # Comparisons alone: torch.compile cannot trace math.isfinite of a dynamic number.
@@ -187,8 +192,8 @@ def check_number(function: str, argument: str, value: object, *, above: bool = F
 
 
 def check_share(function: str, argument: str, value: object, *, below_one: bool = False) -> None:
-    """An int or float from 0 to 1, or below 1."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    """A number, Python's or NumPy's, from 0 to 1, or below 1."""
+    if not _is_number(value):
         in_range = False
     else:
         in_range = value >= 0 and (value < 1 if below_one else value <= 1)
@@ -198,7 +203,7 @@ def check_share(function: str, argument: str, value: object, *, below_one: bool 
 
 
 def check_count(function: str, argument: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         fail(function, argument, "an int of at least 1", describe(value))
 
 

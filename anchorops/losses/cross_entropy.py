@@ -95,8 +95,8 @@ class CrossEntropy(PixelLoss):
     def asked(self) -> dict[str, bool]:
         return {
             "masses": False,
-            "lse": self.label_smoothing > 0,
-            "pixel_losses": self._selects or self.focal_gamma > 0,
+            "lse": bool(self.label_smoothing > 0),  # of a number of NumPy too
+            "pixel_losses": bool(self._selects or self.focal_gamma > 0),
         }
 
     def parts(

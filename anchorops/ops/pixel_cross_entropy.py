@@ -65,7 +65,7 @@ def pixel_cross_entropy(
         ignore_index=ignore_index,
         align_corners=align_corners,
         pixel_losses=reduction == "none",
-        lse=label_smoothing > 0,
+        lse=bool(label_smoothing > 0),  # of a number of NumPy too
         check_labels=check_labels,
     )
     uniform = None
