@@ -251,7 +251,7 @@ __device__ __forceinline__ void wait_for_copies() {
 // A barrier of the block at which, unlike __syncthreads(), warps may wait in different branches.
 __device__ __forceinline__ void barrier_of_block() {
 #ifdef __CUDACC__
-  asm volatile("barrier.sync 0;" ::: "memory");
+  asm volatile("bar.sync 0;" ::: "memory");
 #else
   __syncthreads();
 #endif

@@ -52,7 +52,8 @@ struct Input {
 
 // How the pixels are divided. A chunk is a range of tiles; a tile is a part of a line. The first
 // `longer` chunks have one tile more than the others. Pixels sorted by key are a single line. The
-// division depends on shapes alone, because the result depends on the order of the additions.
+// division depends on shapes alone (and on whether labels are random), because the result depends
+// on the order of the additions.
 struct Tiling {
   int64_t tiles, tiles_per_chunk;
   int longer;
