@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from random_paths import is_used
 from shapes import SHAPES, Shape
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,7 +46,7 @@ LAUNCHES = {
 }
 # Launches with each of BACKENDS. Class moments: with anchors (without them, Triton has one launch
 # less) and at most 1,024 keys (pixels are not sorted). CUDA has one more where random labels have a
-# kernel of their own: with 33 to 192 keys and no random groups.
+# kernel of their own (with many more pixels than here, also a memset).
 OWN = {
     "next_seed": (1, 1),
     "class_keys": (2, 2),
@@ -96,8 +97,7 @@ class Counts(TorchDispatchMode):
         if func.namespace == "anchorops":
             self.launches[name] += OWN[name][self.backend]
             if name == "class_moments" and BACKENDS[self.backend] == "cuda":
-                num_keys, groups = args[3:5]
-                self.launches[name] += groups == 1 and 32 < num_keys <= 192
+                self.launches[name] += is_used(*args[3:5])  # num_keys, groups
         elif func.namespace == "aten" and not func.is_view:
             started = LAUNCHES.get(name, 1)
             self.launches[name] += started

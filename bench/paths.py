@@ -196,7 +196,9 @@ def forward(
     # the chunks with one tile more are the first ones
     total = tiles_per_chunk * cycles(waves) + cycles(waves * longer / plan.chunks)
     seconds = total / CLOCK + (EARLY_LAUNCH if permits else LAUNCH)
-    seconds += 2 * partial_bytes / COPY_BANDWIDTH + SECONDS_TO_CHOOSE * is_used(shape)
+    seconds += 2 * partial_bytes / COPY_BANDWIDTH + SECONDS_TO_CHOOSE * is_used(
+        shape.num_keys, shape.groups
+    )
     return Estimate(warps, one, every, waves, bytes_moved / COPY_BANDWIDTH / seconds)
 
 
@@ -242,8 +244,8 @@ class Row(NamedTuple):
 
 FORWARD = re.compile(r"class_moments_kernel<(BFloat16|float), (\d), (true|false)>")
 SORTED = re.compile(r"class_moments_sorted_kernel<(BFloat16|float), (\d), (true|false)>")
-# Only with tables in shared memory: those in global memory have no paths here.
 RANDOM = re.compile(r"class_moments_random_kernel<(BFloat16|float), (\d), (true|false)>")
+# Only with tables in shared memory: those in global memory have no paths here.
 BACKWARD = re.compile(
     r"class_moments_backward_(planes|rows)_kernel<(BFloat16|float), (\w+), (\w+)(, true)?>"
 )
@@ -280,12 +282,12 @@ def estimates(name: str, sass: str, resident: Callable[[int, int], int]) -> list
         if forwards:
             itemsize, statistics = itemsize_of(forwards[1]), int(forwards[2])
             channels_last = forwards[3] == "true"
-            if kind == "random" and is_used(shape):
+            if kind == "random" and is_used(shape.num_keys, shape.groups):
                 continue  # another kernel sums these
             estimate = forward(blocks, itemsize, statistics, channels_last, shape, kind)
             floor = floor_of(forwards, title, kind)
         elif of_random:
-            if kind != "random" or not is_used(shape):
+            if kind != "random" or not is_used(shape.num_keys, shape.groups):
                 continue
             itemsize, statistics = itemsize_of(of_random[1]), int(of_random[2])
             estimate = random_forward(blocks, itemsize, statistics, shape, kind)

@@ -40,9 +40,9 @@ class RandomPlan(NamedTuple):
     rounds: int
 
 
-def is_used(shape: Shape) -> bool:
+def is_used(num_keys: int, groups: int) -> bool:
     """Whether the kernel is launched, on a GPU with 227 KB of shared memory."""
-    return shape.groups == 1 and SLOTS < shape.num_keys <= WINDOWS * WINDOW_KEYS
+    return groups == 1 and SLOTS < num_keys <= WINDOWS * WINDOW_KEYS
 
 
 def movers_of(itemsize: int, statistics: int) -> int:
@@ -55,11 +55,8 @@ def random_plan(shape: Shape, itemsize: int) -> RandomPlan:
     groups = math.ceil(math.ceil(shape.dim / CHANNELS) / CHANNEL_BLOCKS)
     chunks = math.ceil(tiles / (CHUNK_PIXELS // tile))
     waves = math.ceil(chunks * groups / MULTIPROCESSORS)
-    wanted = max(chunks, min(waves * MULTIPROCESSORS // groups, tiles // (3 * WINDOWS)), 1)
-    tiles_per_chunk = math.ceil(tiles / wanted)
-    return RandomPlan(
-        groups, math.ceil(tiles / tiles_per_chunk), math.ceil(tiles_per_chunk / WINDOWS)
-    )
+    chunks = max(chunks, min(waves * MULTIPROCESSORS // groups, tiles // (3 * WINDOWS)))
+    return RandomPlan(groups, chunks, math.ceil(math.ceil(tiles / chunks) / WINDOWS))
 
 
 class Random:

@@ -186,7 +186,13 @@ def test_random_plan():
     assert random_paths.random_plan(small, 2) == (6, 1, 6)
     used = [shapes.SEGFORMER._replace(classes=k) for k in (32, 33, 192, 193)]
     used += [shapes.SEGFORMER._replace(classes=75, groups=2)]
-    assert [random_paths.is_used(shape) for shape in used] == [False, True, True, False, False]
+    assert [random_paths.is_used(shape.num_keys, shape.groups) for shape in used] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_groups_of_sorted_pixels():
