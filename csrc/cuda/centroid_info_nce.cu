@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_info_nce(
 }  // namespace
 
 Chunks chunks_of(int rows, int num_classes, int tile) {
-  constexpr int BLOCKS = 528;  // fill an H200 four times
+  constexpr int BLOCKS = 4 * int{MULTIPROCESSORS};
   const int row_blocks = ceil_div(rows, tile), tiles = ceil_div(num_classes, tile);
   const int each = ceil_div(max(tiles, 1), ceil_div(BLOCKS, max(row_blocks, 1)));
   return {ceil_div(tiles, each), each};

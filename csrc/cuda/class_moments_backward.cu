@@ -18,8 +18,8 @@ namespace anchorops::cuda {
 namespace {
 
 constexpr const char* NAME = "class_moments_backward.cuda";
-constexpr int64_t BLOCKS = 528;  // fill an H200 twice, with two blocks for each multiprocessor
-constexpr int64_t SMALL_BLOCKS = 2048;  // the same for smaller blocks, or shorter loops
+constexpr int64_t BLOCKS = 4 * MULTIPROCESSORS;  // two for each, twice
+constexpr int64_t SMALL_BLOCKS = 2048;           // the same for smaller blocks, or shorter loops
 // Of a block for planes: two such blocks are resident on every GPU.
 constexpr int64_t TABLES_IN_SHARED = 48 << 10;
 // The part of the L1 cache for the tables, for channels that are processed together.

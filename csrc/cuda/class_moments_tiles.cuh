@@ -73,8 +73,6 @@ struct Tiling {
   }
 };
 
-constexpr int64_t MULTIPROCESSORS = 132;  // of an H200
-
 // Partial statistics of chunks, for a kernel that adds them. Only keys that a chunk has met are
 // written.
 struct Partials {

@@ -21,7 +21,6 @@ namespace {
 constexpr int THREADS = Weights::PIXELS;
 constexpr int CHANNELS = 128;             // of a block of the forward pass, one for each thread
 constexpr int HELD = 32;                  // channels whose gradients a thread holds in registers
-constexpr int64_t MULTIPROCESSORS = 132;  // of an H200
 constexpr int RESIDENT = 4;               // blocks of a multiprocessor
 constexpr int BACKWARD_RESIDENT = 6;      // 80 registers: without it, nvcc takes 64 and spills
 constexpr int64_t MOST_BYTES = 10 << 20;  // of partials
