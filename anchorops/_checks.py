@@ -1,7 +1,6 @@
 """Argument checks. Messages name the function, the argument, what was expected and received."""
 
 import math
-from numbers import Integral, Real
 from textwrap import shorten
 from typing import NoReturn, TypeGuard
 
@@ -176,11 +175,11 @@ def in_transform(tensor: Tensor, *, of_gradients: bool = False) -> bool:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_number(function: str, argument: str, value: object, *, above: bool = False) -> None:
-    """A finite number, Python's or NumPy's, of at least 0, or above 0."""
+    """A finite int or float of at least 0, or above 0."""
     if not _is_number(value):
         in_range = False
     else:
@@ -192,7 +191,7 @@ def check_number(function: str, argument: str, value: object, *, above: bool = F
 
 
 def check_share(function: str, argument: str, value: object, *, below_one: bool = False) -> None:
-    """A number, Python's or NumPy's, from 0 to 1, or below 1."""
+    """An int or float from 0 to 1, or below 1."""
     if not _is_number(value):
         in_range = False
     else:
@@ -203,7 +202,7 @@ def check_share(function: str, argument: str, value: object, *, below_one: bool 
 
 
 def check_count(function: str, argument: str, value: object) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         fail(function, argument, "an int of at least 1", describe(value))
 
 

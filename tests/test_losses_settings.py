@@ -115,7 +115,7 @@ def test_messages(make: Any, message: str) -> None:
 def test_numbers_of_numpy():
     features, labels = torch.randn(1, 4, 5, 5), torch.randint(0, 3, (1, 5, 5))
     classifier = nn.Conv2d(4, 3, 1)
-    numbers = {"centroid_weight": np.float32(0.5), "temperature": np.float64(0.1)}
+    numbers = {"centroid_weight": np.float64(0.5), "temperature": np.float64(0.1)}
     ours = ao.OCCL(3, 4, **numbers)(features, labels, classifier)
     torch.testing.assert_close(
         ours, ao.OCCL(3, 4, centroid_weight=0.5, temperature=0.1)(features, labels, classifier)

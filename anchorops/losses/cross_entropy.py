@@ -82,7 +82,8 @@ class CrossEntropy(PixelLoss):
             check_share("CrossEntropy", "ohem", ohem)
         if ohem_kept is not None and (type(ohem_kept) is not int or not 1 <= ohem_kept < 2**63):
             fail("CrossEntropy", "ohem_kept", "an int from 1 to 2^63 − 1", describe(ohem_kept))
-        self.label_smoothing, self.focal_gamma = label_smoothing, focal_gamma
+        # float: comparisons of np.float64 give np.bool_
+        self.label_smoothing, self.focal_gamma = float(label_smoothing), float(focal_gamma)
         self.ohem, self.ohem_kept = ohem, ohem_kept
 
     @property
@@ -95,8 +96,8 @@ class CrossEntropy(PixelLoss):
     def asked(self) -> dict[str, bool]:
         return {
             "masses": False,
-            "lse": bool(self.label_smoothing > 0),  # of a number of NumPy too
-            "pixel_losses": bool(self._selects or self.focal_gamma > 0),
+            "lse": self.label_smoothing > 0,
+            "pixel_losses": self._selects or self.focal_gamma > 0,
         }
 
     def parts(

@@ -65,7 +65,7 @@ def pixel_cross_entropy(
         ignore_index=ignore_index,
         align_corners=align_corners,
         pixel_losses=reduction == "none",
-        lse=bool(label_smoothing > 0),  # of a number of NumPy too
+        lse=bool(label_smoothing > 0),  # np.float64 gives np.bool_
         check_labels=check_labels,
     )
     uniform = None
