@@ -257,7 +257,13 @@ METHOD_OPTIONS: dict[str, dict[str, str]] = {
         "occl.category_weight": "0.3",
     },
     "ade20k-segformer-b5": _OCCL_SEGFORMER,
+    "coco-stuff-10k-segformer-b4": _OCCL_SEGFORMER,
     "coco-stuff-10k-segformer-b5": _OCCL_SEGFORMER,
+    "ade20k-upernet-swin-t": {
+        "cbp.length": "1",
+        "occl.centroid_weight": "1",
+        "occl.category_weight": "0.2",
+    },
     "ade20k-segformer-b0": {
         "cbp.length": "2",
         "occl.centroid_weight": "1",

@@ -112,6 +112,20 @@ def test_options_of_the_methods_that_a_preset_brings():
     assert with_published_options(preset, scratch).model.method_options == {"cbp.length": "1"}
 
 
+@pytest.mark.parametrize(
+    ("preset", "length", "category_weight"),
+    [("coco-stuff-10k-segformer-b4", "1", "0.1"), ("ade20k-upernet-swin-t", "1", "0.2")],
+)
+def test_published_options_of_the_network(preset: str, length: str, category_weight: str):
+    """Section 4.2 of CBP and OCCL names families of networks, not only the one of its table."""
+    config = PRESETS[preset][1].replace(methods=("cbp", "occl"))
+    assert with_published_options(preset, config).model.method_options == {
+        "cbp.length": length,
+        "occl.centroid_weight": "1",
+        "occl.category_weight": category_weight,
+    }
+
+
 @pytest.mark.parametrize("preset", METHOD_OPTIONS)
 def test_published_options_are_options(preset: str):
     options = METHOD_OPTIONS[preset]
