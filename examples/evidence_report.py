@@ -22,6 +22,10 @@ SCENES = {
     "few": "Few scenes: 500 training scenes, the same for all seeds",
     "steep": "Steeper frequencies: (d + 1)⁻² for digit d in the training scenes",
 }
+NOT_PLANNED = (
+    "Few scenes and steeper frequencies are planned with 1,500 steps only, and without CR, CBP,\n"
+    "and the published weights of OCCL and CeCo."
+)
 CONVERGED = 1.0  # converged: the next horizon adds less than these points of mIoU to plain
 COLORS = {"plain": "black", "cr": "tab:gray", "sar": "tab:blue", "cbp": "tab:olive"} | {
     "occl": "tab:orange",
@@ -98,7 +102,7 @@ def table(rows: Sequence[Row]) -> str:
         to_plain = _spread(added, "+") if runs[0]["methods"] != "plain" and added else ""
         cells = [label(runs[0]), str(len(runs)), miou, to_plain, *groups]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", NOT_PLANNED]) + "\n"
 
 
 def label(row: Row) -> str:
@@ -207,7 +211,7 @@ def _gradient_ratios(rows: Sequence[Row]) -> str:
         for runs in _groups(of_network, "methods", "setting").values():
             cells = [_range([run for run in runs if run["steps"] == steps]) for steps in horizons]
             lines.append(f"| {label(runs[0])} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", NOT_PLANNED]) + "\n"
 
 
 def _range(runs: Sequence[Row]) -> str:
@@ -229,7 +233,7 @@ def _not_run(evidence: dict[str, Any]) -> str:
     planned = [tuple(run) for run in evidence["planned"]]
     missing: list[Row] = [dict(zip(names, run, strict=True)) for run in planned if run not in done]
     if not missing:
-        return f"## Not run\n\nNothing: all {len(done)} runs of the plan are here.\n"
+        return f"## Not run\n\nNothing of the plan: all {len(done)} runs are here. {NOT_PLANNED}\n"
     lines = ["## Not run", "", "These runs of the plan are missing:", ""]
     for (scenes, model, steps), runs in _groups(missing, "scenes", "model", "steps").items():
         choices = [
@@ -237,4 +241,4 @@ def _not_run(evidence: dict[str, Any]) -> str:
             for group in _groups(runs, "methods", "setting").values()
         ]
         lines.append(f"- {scenes}, {NETWORKS[model]}, {steps:,} steps: {'; '.join(choices)}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", NOT_PLANNED]) + "\n"
