@@ -302,17 +302,54 @@ constexpr size_t MAX_SHARED_BYTES = 99 << 10;
 // memory, but at most largest_shared_bytes().
 enum class Launch { NORMAL, EARLY, LARGE };
 
-// The largest shared memory of a block on the current device: 227 KB on sm_90 and sm_100.
-inline size_t largest_shared_bytes() {
+// What the division of work depends on, besides shapes.
+struct Hardware {
+  int major;  // of the compute capability
+  int multiprocessors;
+  // Bytes of shared memory: of a multiprocessor, of a block at most, and of each block in addition
+  // to what it requests.
+  size_t shared_bytes, largest_shared_bytes, reserved_bytes;
+};
+
+// Of the current device, read once for each device.
+inline Hardware hardware() {
 #ifdef __CUDACC__
-  int device = 0, bytes = 0;
+  static std::mutex mutex;
+  static std::map<int, Hardware> of_devices;
+  int device = 0;
   check(cudaGetDevice(&device), "anchorops: cudaGetDevice");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "anchorops: cudaDeviceGetAttribute");
-  return bytes;
+  const std::lock_guard lock(mutex);
+  const auto found = of_devices.find(device);
+  if (found != of_devices.end()) return found->second;
+  const auto attribute = [device](cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device), "anchorops: cudaDeviceGetAttribute");
+    return value;
+  };
+  const auto bytes = [&](cudaDeviceAttr which) { return static_cast<size_t>(attribute(which)); };
+  return of_devices[device] = {attribute(cudaDevAttrComputeCapabilityMajor),
+                               attribute(cudaDevAttrMultiProcessorCount),
+                               bytes(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                               bytes(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                               bytes(cudaDevAttrReservedSharedMemoryPerBlock)};
 #else
-  return 227 << 10;
+  const size_t shared_bytes = on_host::shared_kilobytes() << 10, reserved_bytes = 1 << 10;
+  return {9, on_host::multiprocessors(), shared_bytes, shared_bytes - reserved_bytes,
+          reserved_bytes};
 #endif
+}
+
+// The number of multiprocessors of the current device: 132 of an H200, 108 of an A100.
+inline int64_t multiprocessors() { return hardware().multiprocessors; }
+
+// The largest shared memory of a block on the current device: 227 KB on sm_90 and sm_100.
+inline size_t largest_shared_bytes() { return hardware().largest_shared_bytes; }
+
+// For how many blocks a multiprocessor of the current device has shared memory. It has 228 KB on
+// sm_90 and sm_100, 164 KB on sm_80, 100 KB on sm_86, sm_89 and sm_120.
+inline int64_t blocks_in_shared(size_t bytes_of_block) {
+  const Hardware device = hardware();
+  return static_cast<int64_t>(device.shared_bytes / (bytes_of_block + device.reserved_bytes));
 }
 
 #ifdef __CUDACC__

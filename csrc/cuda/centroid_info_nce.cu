@@ -216,9 +216,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_info_nce(
 }  // namespace
 
 Chunks chunks_of(int rows, int num_classes, int tile) {
-  constexpr int BLOCKS = 4 * int{MULTIPROCESSORS};
+  const int blocks = 4 * hardware().multiprocessors;
   const int row_blocks = ceil_div(rows, tile), tiles = ceil_div(num_classes, tile);
-  const int each = ceil_div(max(tiles, 1), ceil_div(BLOCKS, max(row_blocks, 1)));
+  const int each = ceil_div(max(tiles, 1), ceil_div(blocks, max(row_blocks, 1)));
   return {ceil_div(tiles, each), each};
 }
 

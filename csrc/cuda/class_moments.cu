@@ -18,9 +18,10 @@
 // those of the first and the last key. Another kernel joins these.
 //
 // Eight or twelve warps are resident on a multiprocessor, for any number of keys: 32 to 48 KB of
-// features are in flight; an H200 needs 23. `make cuda-report` prints the warp instructions for
-// each 512 bytes, and the times that follow from them. bench/NOTES.md has the shares of the
-// bandwidth. All of these are predicted, not measured.
+// features are in flight; an H200 needs 23. With 100 KB of shared memory there are at least five.
+// `make cuda-report` prints the warp instructions for each 512 bytes, and the times that follow
+// from them. bench/NOTES.md has the shares of the bandwidth. All of these are predicted, not
+// measured.
 #include "../labels.h"
 #include "class_moments_launch.cuh"
 #include "class_moments_random_sort.cuh"
@@ -158,6 +159,19 @@ Tiling tiles_of(const Pixels& view, int64_t wanted_chunks) {
   return tiling.in_chunks(wanted_chunks);
 }
 
+// For how many warps of class_moments_kernel a multiprocessor has registers and shared memory: in
+// either layout, so that the plan does not depend on it.
+template <class T>
+int64_t resident_warps(int statistics, int64_t num_keys) {
+  constexpr int ALL = SUMS | SQDISTS | RESIDUALS;
+  constexpr int STAGE = std::max(Ring<T, false, false, 1>::BYTES, Ring<T, true, false, 1>::BYTES);
+  const int stages = statistics == ALL ? STAGES<T, ALL> : STAGES<T, SUMS>;
+  const int64_t slots =
+      statistics & SQDISTS ? Slots<SQDISTS>::bytes(num_keys) : Slots<SUMS>::bytes(num_keys);
+  return std::min<int64_t>(warps_of<T>(statistics, hardware().major),
+                           blocks_in_shared(STAGE * stages + slots));
+}
+
 // As many chunks as occupy the device once, or up to four times if the partials are then at most
 // 1/64 of the features. Fewer chunks if the partials would be more than 1/4 of the features and
 // more than PARTIALS_IN_CACHE bytes.
@@ -169,7 +183,8 @@ Tiling plan(const Pixels& view, int64_t num_keys, int statistics) {
       4 * num_keys * (matrices * view.dim + ((statistics & SQDISTS) != 0) * blocks);
   const int64_t feature_bytes =
       view.lines * view.pixels * view.dim * static_cast<int64_t>(sizeof(T));
-  const int64_t once = std::max<int64_t>(MULTIPROCESSORS * warps_of<T>(statistics) / blocks, 1);
+  const int64_t once =
+      std::max<int64_t>(multiprocessors() * resident_warps<T>(statistics, num_keys) / blocks, 1);
   const int64_t times = std::clamp<int64_t>(feature_bytes / 64 / (once * chunk_bytes), 1, 4);
   const int64_t most = std::max(feature_bytes / 4, PARTIALS_IN_CACHE) / chunk_bytes;
   return tiles_of<T>(view, std::min(once * times, most));
@@ -189,9 +204,9 @@ Tiling plan_random(const Tiling& tiling, const Input<T>& input) {
   // three rounds in a chunk.
   const int64_t groups = ceil_div(tiling.blocks, CHANNEL_BLOCKS),
                 chunks = ceil_div(tiling.tiles, CHUNK_PIXELS / TILE<T>),
-                waves = ceil_div(chunks * groups, MULTIPROCESSORS);
+                waves = ceil_div(chunks * groups, multiprocessors());
   return tiling.in_chunks(
-      std::max(chunks, std::min(waves * MULTIPROCESSORS / groups, tiling.tiles / (3 * WINDOWS))));
+      std::max(chunks, std::min(waves * multiprocessors() / groups, tiling.tiles / (3 * WINDOWS))));
 }
 
 template <class T>
@@ -261,10 +276,11 @@ void in_order_of_keys(Input<T> input, int statistics, const Tensor& keys, const 
   input.view.lines = input.view.lines_per_image = 1;
   input.view.pixels = pixels;
   // Chunks of 2 to 16 tiles: if possible, just enough chunks to occupy the device four times.
-  constexpr int64_t OCCUPIED = int64_t{4} * 12 * MULTIPROCESSORS;
+  const int64_t warps = std::min<int64_t>(12, blocks_in_shared(Ring<T, true, true>::BYTES));
+  const int64_t occupied = 4 * warps * multiprocessors();
   const int64_t tiles = ceil_div(pixels, TILE<T>), blocks = ceil_div(view.dim, CHANNELS);
   const Tiling tiling = tiles_of<T>(
-      input.view, ceil_div(tiles, std::clamp<int64_t>(tiles * blocks / OCCUPIED, 2, 16)));
+      input.view, ceil_div(tiles, std::clamp<int64_t>(tiles * blocks / occupied, 2, 16)));
 
   SortedSums output{.sums = data(out.sums), .residuals = data(out.residuals)};
   AllEnds all{};

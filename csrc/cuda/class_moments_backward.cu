@@ -18,8 +18,7 @@ namespace anchorops::cuda {
 namespace {
 
 constexpr const char* NAME = "class_moments_backward.cuda";
-constexpr int64_t BLOCKS = 4 * MULTIPROCESSORS;  // two for each, twice
-constexpr int64_t SMALL_BLOCKS = 2048;           // the same for smaller blocks, or shorter loops
+constexpr int64_t SMALL_BLOCKS = 2048;  // smaller ones: several for each multiprocessor
 // Of a block for planes: two such blocks are resident on every GPU.
 constexpr int64_t TABLES_IN_SHARED = 48 << 10;
 // The part of the L1 cache for the tables, for channels that are processed together.
@@ -91,12 +90,13 @@ Slices slices_of(const Gradient<T>& in, int period, int step, int64_t most_chann
       static_cast<unsigned>(ceil_div(out.pixels + (aligned ? 0 : SIZE - 1), SIZE));
   slices.vectors = static_cast<unsigned>(out.lines * slices.vectors_per_line);
   const int64_t vector_blocks = ceil_div(int64_t{slices.vectors}, int64_t{PLANES_THREADS});
-  const int64_t enough = std::max<int64_t>(out.dim * vector_blocks / BLOCKS, 16);
+  const int64_t occupied = 4 * multiprocessors();  // two blocks for each, twice
+  const int64_t enough = std::max<int64_t>(out.dim * vector_blocks / occupied, 16);
   const int64_t channels = ceil_div(out.dim, int64_t{period});
   const int64_t ranges = ceil_div(channels, std::min({most_channels, enough, int64_t{64}}));
   slices.channels = static_cast<int>(ceil_div(ceil_div(channels, ranges), int64_t{step}) * step);
   slices.count = static_cast<int>(ranges * period);
-  const int64_t rounds = ceil_div(vector_blocks * slices.count, BLOCKS);
+  const int64_t rounds = ceil_div(vector_blocks * slices.count, occupied);
   slices.blocks = static_cast<int>(ceil_div(vector_blocks, rounds));
   return slices;
 }

@@ -12,15 +12,18 @@ namespace anchorops::cuda {
 
 constexpr int SUMS = 1, SQDISTS = 2, RESIDUALS = 4;  // statistics
 
-// Warps that are resident on a multiprocessor: three for each scheduler, or two where there are too
-// few registers for three. From sm_100 on nvcc uses more registers.
-template <class T>
-constexpr int warps_of(int statistics) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  const bool many = statistics & SQDISTS && statistics != SQDISTS;
+#ifdef __CUDA_ARCH__
+constexpr int MAJOR = __CUDA_ARCH__ / 100;  // of the compute capability
 #else
-  const bool many = statistics == (SUMS | SQDISTS | RESIDUALS);
+constexpr int MAJOR = 9;
 #endif
+
+// Warps of which a multiprocessor has the registers: three for each scheduler, or two where there
+// are too few registers for three. From sm_100 on nvcc uses more registers.
+template <class T>
+constexpr int warps_of(int statistics, int major = MAJOR) {
+  const bool many = major >= 10 ? statistics & SQDISTS && statistics != SQDISTS
+                                : statistics == (SUMS | SQDISTS | RESIDUALS);
   return sizeof(T) == 4 && many ? 8 : 12;
 }
 
@@ -52,8 +55,8 @@ struct Input {
 
 // How the pixels are divided. A chunk is a range of tiles; a tile is a part of a line. The first
 // `longer` chunks have one tile more than the others. Pixels sorted by key are a single line. The
-// division depends on shapes alone (and on whether labels are random), because the result depends
-// on the order of the additions.
+// division depends on shapes and on the device (and on whether labels are random), because the
+// result depends on the order of the additions.
 struct Tiling {
   int64_t tiles, tiles_per_chunk;
   int longer;

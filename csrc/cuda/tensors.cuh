@@ -6,8 +6,8 @@
 // Ring: the stages, which are used in turn. Segment: 16 bytes of a tile. Group: 32 pixels of a
 // tile. Slot: one of the 32 places for the keys that a warp sums at a time. Chunk: consecutive
 // tiles that one warp sums, or one block if labels are random. Partial: the sums of one chunk; a
-// second kernel adds the partials. Plan: how the work is divided; it depends on shapes, and on
-// whether labels are random.
+// second kernel adds the partials. Plan: how the work is divided; it depends on shapes, on the
+// device (device.cuh: hardware), and on whether labels are random.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -30,8 +30,6 @@
 #endif
 
 namespace anchorops::cuda {
-
-constexpr int64_t MULTIPROCESSORS = 132;  // of an H200
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;

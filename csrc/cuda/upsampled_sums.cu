@@ -270,11 +270,12 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_RESIDENT)
 }
 
 // Blocks of the forward pass whose partials have so many entries: the same number for each
-// multiprocessor, if there is memory for them.
-int64_t most_blocks(int64_t entries) {
-  const int64_t most = MOST_BYTES / (entries * int64_t{sizeof(float)});
-  if (most < MULTIPROCESSORS) return most;
-  return MULTIPROCESSORS * std::min(most / MULTIPROCESSORS, int64_t{RESIDENT});
+// multiprocessor, if there is memory for their partials, and as many as are resident.
+int64_t most_blocks(int64_t entries, size_t shared_bytes) {
+  const int64_t most = MOST_BYTES / (entries * int64_t{sizeof(float)}), count = multiprocessors();
+  if (most < count) return most;
+  const int64_t resident = std::min(blocks_in_shared(shared_bytes), int64_t{RESIDENT});
+  return count * std::min(most / count, std::max(resident, int64_t{1}));
 }
 
 std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, int64_t num_keys,
@@ -293,7 +294,10 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, 
   }
   const bool per_image = num_keys > num_classes;
   const View view(features, keys, num_classes, per_image);
-  const int64_t most = most_blocks(entries);
+  const size_t tile_bytes =
+      features.element_size() == 4 ? Tile<float>::BYTES : Tile<BFloat16>::BYTES;
+  const size_t shared_bytes = tile_bytes + Weights::bytes(num_classes);
+  const int64_t most = most_blocks(entries, shared_bytes);
   const int64_t chunk_tiles = ceil_div(int64_t{view.tiles()}, std::max(most / images, int64_t{1}));
   const int64_t chunks = ceil_div(int64_t{view.tiles()}, chunk_tiles), blocks = images * chunks;
   Tensor partials = new_empty(features, {blocks, entries}, ScalarType::Float);
@@ -304,9 +308,8 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, 
     grid.y = static_cast<unsigned>(ceil_div(channels, int64_t{CHANNELS}));
     for_key_dtype("upsampled_sums.cuda", keys.scalar_type(), [&](auto key) {
       using Key = decltype(key);
-      launch("upsampled_sums_kernel", upsampled_sums_kernel<T, Key>, grid, THREADS,
-             Tile<T>::BYTES + Weights::bytes(num_classes), device.stream,
-             features.const_data_ptr<T>(), keys.const_data_ptr<Key>(),
+      launch("upsampled_sums_kernel", upsampled_sums_kernel<T, Key>, grid, THREADS, shared_bytes,
+             device.stream, features.const_data_ptr<T>(), keys.const_data_ptr<Key>(),
              partials.mutable_data_ptr<float>(), moments.mutable_data_ptr<float>(), view,
              static_cast<int>(chunks), static_cast<int>(chunk_tiles));
     });

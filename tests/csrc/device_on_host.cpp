@@ -262,6 +262,12 @@ void fill_zero(void* memory, size_t bytes) {
   std::memset(memory, 0, bytes);
 }
 
+static std::atomic<int> multiprocessors_set = 132, shared_kilobytes_set = 228;
+
+int multiprocessors() { return multiprocessors_set; }
+
+size_t shared_kilobytes() { return shared_kilobytes_set; }
+
 void wait_for_kernel_before() { Worker::current->fiber().has_waited_for_kernel = true; }
 
 Place place() { return Worker::current->place; }
@@ -326,4 +332,10 @@ bool next_copy(int pending_groups, Copy* copy) {
 
 extern "C" [[gnu::visibility("default")]] int anchorops_launches() {
   return anchorops::on_host::launches;
+}
+
+extern "C" [[gnu::visibility("default")]] void anchorops_set_hardware(int multiprocessors,
+                                                                      int shared_kilobytes) {
+  anchorops::on_host::multiprocessors_set = multiprocessors;
+  anchorops::on_host::shared_kilobytes_set = shared_kilobytes;
 }

@@ -55,6 +55,9 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, bool e
             const std::function<void()>& kernel);
 void wait_for_kernel_before();
 unsigned char* shared_memory();
+// Those of an H200, or what a test has set: multiprocessors, and the shared memory of each.
+int multiprocessors();
+size_t shared_kilobytes();
 void check_alignment(const void* address, size_t alignment);
 
 // Waits for the lanes of `mask`; then slot i contains the value of lane i.

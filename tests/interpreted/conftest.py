@@ -1,3 +1,6 @@
+import ctypes
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +47,22 @@ def patched_once(monkeypatch):
         return patching(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "__call__", call)
+
+
+@pytest.fixture
+def set_hardware():
+    """The emulator's number of multiprocessors, and KB of shared memory of each; otherwise those of
+    an H200."""
+    if BACKEND != "cuda":
+        pytest.skip("Triton's plans depend on shapes alone")
+    function = ctypes.CDLL(os.environ["ANCHOROPS_CUDA_ON_HOST"]).anchorops_set_hardware
+    yield function
+    function(132, 228)
+
+
+@pytest.fixture(params=[(7, 228), (58, 100)], ids=["7 multiprocessors", "L4"])
+def other_gpu(request, set_hardware) -> None:
+    set_hardware(*request.param)
 
 
 @pytest.fixture

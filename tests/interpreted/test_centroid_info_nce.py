@@ -61,6 +61,11 @@ def test_values_and_gradients(num_classes, dim, dtype, reduction, with_positives
     check(queries, keys, positives if with_positives else None, reduction=reduction)
 
 
+@pytest.mark.usefixtures("other_gpu")
+def test_several_tiles_in_a_chunk():
+    check(*torch.randn(2, 200, 20))
+
+
 @pytest.mark.parametrize("dtype", [FP16, torch.float64])
 def test_keys_and_positives_of_another_dtype(dtype):
     queries, keys, positives = torch.randn(3, 20, 9)

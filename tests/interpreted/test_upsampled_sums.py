@@ -55,6 +55,11 @@ def test_dtypes_and_layouts(dtype):
     check(features.contiguous(memory_format=torch.channels_last), labels, 5, False)
 
 
+@pytest.mark.usefixtures("other_gpu")
+def test_several_tiles_in_a_chunk():
+    check(*example((20, 5), (40, 9)), 5, False)
+
+
 def test_several_blocks_of_channels():
     check(*example((2, 2), (3, 4), 140), 5, True)
 

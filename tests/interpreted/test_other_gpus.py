@@ -1,0 +1,37 @@
+"""CUDA: plans depend on the GPU. With fewer multiprocessors than an H200, or with less shared
+memory, class moments are within the same error budget."""
+
+import pytest
+import torch
+from moments import BF16, FP32, Case, check
+
+import anchorops as ao
+
+
+@pytest.mark.usefixtures("other_gpu")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((2, 200, 10, 136), 150, BF16),  # random labels: two kernels, one of which needs 227 KB
+        Case((2, 100, 10, 136), 40, FP32, "channels_last", "coherent"),
+        Case((5000, 3), 2, layout="transposed", labels="one", unused_classes=1100),  # sorted
+    ],
+    ids=str,
+)
+def test_class_moments(case: Case):
+    check(case)
+
+
+def test_the_plan_depends_on_the_gpu(set_hardware):
+    """Other chunks round differently; on one kind of GPU, results are always the same."""
+    features, labels = torch.randn(2, 64, 10, 136), torch.randint(0, 3, (2, 10, 136))
+
+    def sums(multiprocessors: int, kilobytes: int) -> torch.Tensor:
+        set_hardware(multiprocessors, kilobytes)
+        return ao.class_moments(features, labels, 3, anchors=torch.ones(3, 64)).sums
+
+    first, second, fewer, less = (
+        sums(*gpu) for gpu in ((132, 228), (132, 228), (7, 228), (7, 100))
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, fewer) and not torch.equal(fewer, less)
