@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# The positive normal numbers of float32.
+SMALLEST_NORMAL, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_CLASSES = 65_536  # of the backends cpu and reference
 
@@ -179,7 +181,8 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def check_number(function: str, argument: str, value: object, *, above: bool = False) -> None:
-    """A finite int or float of at least 0, or above 0."""
+    """A finite float, or an int of 64 bits, of at least 0, or above 0."""
+    _check_size(function, argument, value, "a float or an int of 64 bits")
     if not _is_number(value):
         in_range = False
     else:
@@ -188,6 +191,14 @@ def check_number(function: str, argument: str, value: object, *, above: bool = F
     if not in_range:
         expected = "a finite number above 0" if above else "a finite number of at least 0"
         fail(function, argument, expected, describe(value))
+
+
+def check_temperature(function: str, value: object) -> None:
+    """A number by which float32 can be divided: the reciprocal of a smaller one may be infinite."""
+    check_number(function, "temperature", value, above=True)
+    if not (_is_number(value) and SMALLEST_NORMAL <= value <= LARGEST):
+        expected = "a normal number of float32, 1.2e-38 to 3.4e38"
+        fail(function, "temperature", expected, describe(value))
 
 
 def check_share(function: str, argument: str, value: object, *, below_one: bool = False) -> None:
@@ -201,7 +212,14 @@ def check_share(function: str, argument: str, value: object, *, below_one: bool 
         fail(function, argument, expected, describe(value))
 
 
+def _check_size(function: str, argument: str, value: object, expected: str) -> None:
+    """torch takes no larger ints."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        fail(function, argument, expected, describe(value))
+
+
 def check_count(function: str, argument: str, value: object) -> None:
+    _check_size(function, argument, value, "an int of 64 bits")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         fail(function, argument, "an int of at least 1", describe(value))
 

@@ -263,6 +263,7 @@ Q, K = torch.zeros(4, 3), torch.zeros(4, 3)
         ({"present_keys": torch.ones(4)}, "present_keys: expected a bool tensor"),
         ({"temperature": 0}, "temperature: expected a finite number above 0, got 0"),
         ({"temperature": math.nan}, "temperature: expected a finite number above 0, got nan"),
+        ({"temperature": 1e-38}, "temperature: expected a normal number of float32, 1.2e-38 to"),
         ({"reduction": "max"}, "reduction: expected 'mean' or 'sum' or 'none', got 'max'"),
     ],
     ids=str,

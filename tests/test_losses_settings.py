@@ -13,10 +13,12 @@ import anchorops as ao
 K, D = 5, 12
 INFINITE, NAN = float("inf"), float("nan")
 
-NUMBER = ("foo", -1, None, True, INFINITE, NAN)  # wrong where a number of at least 0 is expected
+LARGE = 2**63  # an int of more than 64 bits
+NUMBER = ("foo", -1, None, True, INFINITE, NAN, LARGE)  # wrong for a number of at least 0
 POSITIVE = (*NUMBER, 0)
+TEMPERATURE = (*POSITIVE, 1e-38, 3.5e38)  # not normal in float32
 SHARE = ("foo", -1, None, True, 2.5, NAN)
-COUNT = ("foo", -1, None, True, 2.5, 0)
+COUNT = ("foo", -1, None, True, 2.5, 0, LARGE)
 FLAG = ("foo", -1, None, 2.5, 1)
 NAME = ("foo", -1, None, True, 2.5)
 GROUP = ("foo", -1, True, 2.5)
@@ -35,11 +37,17 @@ ARGUMENTS: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     | dict.fromkeys(("embed", "reweight", "detach_weights"), FLAG)
     | {"gate": NAME, "layers": (*NAME, 2.0), "anchors": (*VECTORS, torch.zeros(K, D).long())},
     ao.CBP: OF_METHODS
-    | {"length": ("foo", -1, True, INFINITE, NAN, 0), "init": VECTORS, "orthogonalize": FLAG}
+    | {"length": ("foo", -1, True, INFINITE, NAN, 0, LARGE), "init": VECTORS, "orthogonalize": FLAG}
     | {"update": NAME, "momentum": SHARE, "penalty_weight": NUMBER},
     ao.OCCL: OF_METHODS
     | dict.fromkeys(("centroid_weight", "category_weight"), NUMBER)
-    | {"temperature": POSITIVE, "normalize": FLAG, "reduction": NAME, "split": NAME, "seed": SEED},
+    | {
+        "temperature": TEMPERATURE,
+        "normalize": FLAG,
+        "reduction": NAME,
+        "split": NAME,
+        "seed": SEED,
+    },
     ao.CeCo: OF_METHODS
     | {"loss_weight": NUMBER, "scale": POSITIVE, "dropout": (*SHARE, 1)}
     | {"reduced_dim": COUNT, "center_dim": (*COUNT, K - 2), "resolution": NAME}
@@ -47,13 +55,13 @@ ARGUMENTS: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     | dict.fromkeys(("per_image", "freeze_projection"), FLAG),
     ao.MVSC: OF_METHODS
     | dict.fromkeys(("fca_weight", "cos_weight", "visual_weight"), NUMBER)
-    | {"groups": COUNT, "enhance": FLAG, "temperature": POSITIVE, "seed": SEED},
+    | {"groups": COUNT, "enhance": FLAG, "temperature": TEMPERATURE, "seed": SEED},
     ao.CrossEntropy: OF_PIXELS
     | {"weight": WEIGHT, "label_smoothing": SHARE, "focal_gamma": NUMBER}
     | {"ohem": ("foo", -1, True, 2.5, NAN, 0), "ohem_kept": ("foo", -1, True, 2.5, 0)},
     ao.Dice: OF_PIXELS
     | dict.fromkeys(("alpha", "beta", "smooth"), NUMBER)
-    | {"smooth_denominator": ("foo", -1, True, INFINITE, NAN), "gamma": POSITIVE}
+    | {"smooth_denominator": ("foo", -1, True, INFINITE, NAN, LARGE), "gamma": POSITIVE}
     | dict.fromkeys(("squared", "per_image", "log"), FLAG)
     | {"classes": ("foo", -1, True, 2.5, [1, 1], [-1], [1.0], []), "absent": NAME}
     | {"weight": WEIGHT, "process_group": GROUP},
@@ -99,6 +107,14 @@ def test_wrong_settings(loss: type[nn.Module]) -> None:
         (
             lambda: ao.MVSC(K, D, temperature=0),
             "MVSC: temperature: expected a finite number above 0, got 0 of type int",
+        ),
+        (
+            lambda: ao.OCCL(K, D, temperature=1e-38),
+            "OCCL: temperature: expected a normal number of float32, 1.2e-38 to 3.4e38, got 1e-38",
+        ),
+        (
+            lambda: ao.SAR(K, D, loss_weight=2**70),
+            "SAR: loss_weight: expected a float or an int of 64 bits, got 1180591620717411303424",
         ),
         (
             lambda: ao.OCCL(K, D, normalize=1),  # type: ignore[arg-type]

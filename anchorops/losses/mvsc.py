@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .._checks import check_count, check_flags, check_number
+from .._checks import check_count, check_flags, check_number, check_temperature
 from ..ops.centroid_losses import centroid_losses
 from ..ops.prototype_halves import prototype_halves
 from ..ops.straight_through import straight_through
@@ -41,7 +41,7 @@ class MVSC(Regularizer):
         groups: G; with 1, L_cos is 0.
         fca_weight, cos_weight, visual_weight: λ_f, λ_c, λ_v.
         enhance: False for L_v = CE of V itself, without a gradient to the features.
-        temperature: τ.
+        temperature: τ, a normal number of float32.
         seed: of the random splits, together with the step counter `step`, a buffer, as in `OCCL`.
         ignore_index, process_group: as in `Regularizer`.
 
@@ -79,7 +79,7 @@ class MVSC(Regularizer):
         check_number("MVSC", "fca_weight", fca_weight)
         check_number("MVSC", "cos_weight", cos_weight)
         check_number("MVSC", "visual_weight", visual_weight)
-        check_number("MVSC", "temperature", temperature, above=True)
+        check_temperature("MVSC", temperature)
         check_flags("MVSC", enhance=enhance)
         self.groups, self.enhance, self.temperature = groups, enhance, temperature
         self.fca_weight, self.cos_weight = fca_weight, cos_weight

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .._checks import check_choice, check_flags, check_number, fail
+from .._checks import check_choice, check_flags, check_number, check_temperature, fail
 from ..distributed import reduce_moments
 from ..ops.centroid_losses import centroid_losses
 from ..ops.split_groups import random_halves
@@ -34,7 +34,7 @@ class OCCL(Regularizer):
         num_classes, dim: K and D.
         centroid_weight, category_weight: λ and φ (ADE20K: FCN .4/.1, ConvNeXt 1/.2, Swin 1/.2,
             SegFormer 1/.1; COCO-Stuff: φ .3 except for SegFormer).
-        temperature: τ.
+        temperature: τ, a normal number of float32.
         normalize: False for the inner products as printed in the paper.
         reduction: "mean" over P, or "sum" as printed in the paper.
         split: what is split at random: each class's "pixels", or the batch's "images" (at least 2),
@@ -77,7 +77,7 @@ class OCCL(Regularizer):
         check_choice("OCCL", "split", split, ("pixels", "images"))
         check_number("OCCL", "centroid_weight", centroid_weight)
         check_number("OCCL", "category_weight", category_weight)
-        check_number("OCCL", "temperature", temperature, above=True)
+        check_temperature("OCCL", temperature)
         check_flags("OCCL", normalize=normalize)
         self.centroid_weight, self.category_weight = centroid_weight, category_weight
         self.temperature, self.normalize, self.reduction = temperature, normalize, reduction

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import FLOATING, check_choice, check_derivatives, check_number, describe, fail
+from .._checks import FLOATING, check_choice, check_derivatives, check_temperature, describe, fail
 from ..reference.centroid_info_nce import LOGITS_AT_ONCE
 from .registration import ON_GPU, Gradient, define
 
@@ -126,7 +126,7 @@ def centroid_info_nce(
             keys are not in the denominators. Rows of absent classes may contain NaN.
         present_keys: bool [K]: the keys in the denominator in addition to the query's own; by
             default the classes with a present query.
-        temperature: τ > 0.
+        temperature: τ > 0, a normal number of float32 (at least 2⁻¹²⁶).
         reduction: "mean" over the present queries (0 if there is none), "sum", or "none".
 
     Returns:
@@ -152,7 +152,7 @@ def centroid_info_nce(
             _check(argument, mask, shape, queries)
             if mask.dtype != torch.bool:
                 fail(function, argument, "a bool tensor", mask.dtype)
-    check_number(function, "temperature", temperature, above=True)
+    check_temperature(function, temperature)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
     return unchecked_info_nce(
         queries,
