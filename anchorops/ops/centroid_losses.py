@@ -45,9 +45,11 @@ def _backward_fake(
     rows: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    *saved: Any,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
-    given = queries, keys, rows, weight, bias
+    with_dkeys, with_dweight = options[-2:]
+    of_keys, of_weight = keys if with_dkeys else None, weight if with_dweight else None
+    given = queries, of_keys, rows, of_weight, bias
     return tuple(queries.new_empty(0 if x is None else x.shape) for x in given)
 
 
@@ -63,9 +65,9 @@ def _backward(operator: Any, ctx: Any, dloss: Tensor | None, *_: None) -> tuple[
     if dloss is None:
         return (None,) * 13
     saved = ctx.saved_tensors
-    gradients = operator(dloss, *saved, *ctx.options)
-    given = saved[:5]  # queries, keys, rows, weight, bias
-    wanted = (d if x is not None else None for d, x in zip(gradients, given, strict=True))
+    needed = ctx.needs_input_grad[:5]  # queries, keys, rows, weight, bias
+    gradients = operator(dloss, *saved, *ctx.options, needed[1], needed[3])
+    wanted = (d if need else None for d, need in zip(gradients, needed, strict=True))
     dadded = None if ctx.added is None else dloss.expand(ctx.added)
     return *wanted, dadded, *(None,) * 7
 
@@ -74,7 +76,7 @@ def _backward(operator: Any, ctx: Any, dloss: Tensor | None, *_: None) -> tuple[
 # terms [4]: contrast, classification, Σ added, and the number of classes with a present row. The
 # others are kept for the gradient, each of both problems: lse and positive_logits [2, K·G], scale
 # [2], logits [2, K·G, K rounded up to a multiple of 8]. drows and dbias are (0,) without rows and
-# without a bias.
+# without a bias, dkeys and dweight if they are not requested.
 define(
     "centroid_losses",
     "(Tensor queries, Tensor keys, Tensor? rows, Tensor weight, Tensor? bias, Tensor? added, "
@@ -86,7 +88,8 @@ define(
     gradient=Gradient(
         "(Tensor dloss, Tensor queries, Tensor keys, Tensor? rows, Tensor weight, Tensor? bias, "
         "Tensor present, Tensor lse, Tensor positive_logits, Tensor scale, Tensor logits, "
-        "bool mirrored, float temperature, float class_temperature) -> "
+        "bool mirrored, float temperature, float class_temperature, bool with_dkeys, "
+        "bool with_dweight) -> "
         "(Tensor dqueries, Tensor dkeys, Tensor drows, Tensor dweight, Tensor dbias)",
         _backward_fake,
         _setup_context,

@@ -103,6 +103,7 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
     return;
   }
   const bool of_rows = block < row_blocks;
+  if (!of_rows && !outputs.with_dkeys) return;
   const int first = (of_rows ? block : block - row_blocks) * TILE;
   if (of_rows) {
     if (same_queries && which > 0) return;
@@ -227,6 +228,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_info_nce_backward(
     logits_of_part.count = end - first;
     const Outputs outputs = {.dqueries = output_of(dqueries, rows),
                              .dkeys = output_of(dkeys, key_rows),
+                             .with_dkeys = true,
                              .dpositives = output_of(dpositives, rows),
                              .dbias = bias ? dbias.mutable_data_ptr<float>() : nullptr,
                              .mirrored = mirrored,

@@ -91,6 +91,7 @@ inline Output output_of(const Tensor& tensor, const Rows& rows) {
 struct Outputs {
   Output dqueries;    // [K, G, D]
   Output dkeys;       // [K, D]
+  bool with_dkeys;    // otherwise dkeys are not computed
   Output dpositives;  // [K, G, D], if positives were given
   float* dbias;       // [K] or null
   bool mirrored;      // positives are queries

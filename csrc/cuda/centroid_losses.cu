@@ -148,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> centroid_losses(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_losses_backward(
     Tensor dloss, Tensor queries, Tensor keys, std::optional<Tensor> rows, Tensor weight,
     std::optional<Tensor> bias, Tensor present, Tensor lse, Tensor positive_logits, Tensor scale,
-    Tensor logits, bool mirrored, double temperature, double class_temperature) {
+    Tensor logits, bool mirrored, double temperature, double class_temperature, bool with_dkeys,
+    bool with_dweight) {
   const OnDevice device(queries);
   const Given given{queries, keys, rows, weight, bias, present};
   GradientProblems<2> pair = {
@@ -156,13 +157,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_losses_backward(
       {},
       {},
       !rows};
-  const auto gradient_of = [](const Tensor& tensor) {
-    return new_empty(tensor, to_vector(tensor.sizes()), ScalarType::Float);
+  const auto gradient_of = [&](const Tensor* tensor) {  // empty, if null
+    const auto size = tensor ? to_vector(tensor->sizes()) : std::vector<int64_t>{0};
+    return new_empty(queries, size, ScalarType::Float);
   };
-  const auto nothing = [&] { return new_empty(queries, {0}, ScalarType::Float); };
-  Tensor dqueries = gradient_of(queries), dkeys = gradient_of(keys), dweight = gradient_of(weight);
-  Tensor drows = rows ? gradient_of(*rows) : nothing();
-  Tensor dbias = bias ? gradient_of(*bias) : nothing();
+  Tensor dqueries = gradient_of(&queries), dkeys = gradient_of(with_dkeys ? &keys : nullptr);
+  Tensor drows = gradient_of(rows ? &*rows : nullptr);
+  Tensor dweight = gradient_of(with_dweight ? &weight : nullptr);
+  Tensor dbias = gradient_of(bias ? &*bias : nullptr);
   const int count = pair.problems[0].queries.count, width = pair.problems[0].width();
   for (int which = 0; which < 2; ++which) {
     const Problem& problem = pair.problems[which];
@@ -190,6 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_losses_backward(
     const bool contrast = which == 0;
     pair.outputs[which] = {.dqueries = output_of(contrast ? dqueries : drows, problem.queries),
                            .dkeys = output_of(contrast ? dkeys : dweight, problem.keys),
+                           .with_dkeys = contrast ? with_dkeys : with_dweight,
                            .dpositives = {},
                            .dbias = contrast || !bias ? nullptr : dbias.mutable_data_ptr<float>(),
                            .mirrored = contrast && mirrored,

@@ -114,7 +114,32 @@ def test_operators_are_registered_as_torch_expects():
         _, _, *saved = operators.centroid_losses.cuda(*arguments)
         tensors[0] = tensors[0].detach()
         arguments = torch.tensor(1.0), *tensors, present, *saved, *options
-        torch.library.opcheck(operators.centroid_losses_backward.cuda, arguments)
+        backward = operators.centroid_losses_backward.cuda
+        torch.library.opcheck(backward, (*arguments, True, False))
+        both, none = backward(*arguments, True, True), backward(*arguments, False, False)
+        assert [x.shape for x in (none[1], none[3])] == [(0,), (0,)]  # dkeys, dweight
+        for i in (0, 2, 4):
+            assert torch.equal(both[i], none[i])
+
+
+def test_gradients_that_are_not_needed():
+    """OCCL's keys have no gradient; of a frozen classifier, the weight has none."""
+    given = inputs(6, 2, 5, ["queries", "keys", "weight"])
+    options = OCCL | WEIGHTS | {"present": torch.ones(6, 2) > 0}
+
+    def gradient(*learnable: str) -> torch.Tensor | None:
+        leaves = {name: x.clone().requires_grad_(name in learnable) for name, x in given.items()}
+        losses = centroid_losses(**leaves, **options)
+        total = torch.stack(losses.terms).sum() if losses.total is None else losses.total
+        total.backward()
+        assert all((x.grad is not None) == (name in learnable) for name, x in leaves.items())
+        return leaves[learnable[0]].grad
+
+    every = gradient("queries", "keys", "weight")
+    assert every is not None
+    assert torch.equal(gradient("queries", "weight"), every)
+    assert torch.equal(gradient("queries"), every)
+    gradient("weight")
 
 
 def test_second_derivatives_raise():

@@ -77,7 +77,7 @@ def test_declared_launches(monkeypatch, sorted_by_numpy):
         present, options = torch.ones(3, 1) > 0, (False, 0.07, 1.0)
         inputs = units, means[:, 0], None, anchors, None
         loss, _, *saved = run("centroid_losses", *inputs, None, present, *options, 1.0, 1.0, True)
-        run("centroid_losses_backward", loss, *inputs, present, *saved, *options)
+        run("centroid_losses_backward", loss, *inputs, present, *saved, *options, True, True)
     losses, recognised = run("anchor_cross_entropy", torch.randn(3, 3), 0.8)
     run("anchor_cross_entropy_backward", losses, torch.randn(3, 3))
     _, gate = run("gated_average", sums.clone(), sums, recognised, 0.9, False, True)
