@@ -11,31 +11,73 @@ of the blocks are summed.
 """
 
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import LOG2_E, NO_CLASS, filled, load_labels, load_map, next_label
+from .lanes import (
+    LOG2_E,
+    NO_CLASS,
+    PixelMap,
+    load_labels,
+    load_map,
+    next_label,
+    pixel_map_of,
+    repeated,
+)
 from .launch import MOST_PARTS, backward_lanes, registers
 from .upsampling import (
     SIZES,
-    along_axis,
+    YX,
+    axes_of,
     class_planes,
     classes_contiguous,
+    lanes_at,
+    logits_of,
+    logits_of_image,
     logits_of_pixels,
     upsampling_of,
 )
 
 
+class ByClass(NamedTuple):
+    """float32 [K] or [B, K] by strides; the pointer is None if there is no gradient."""
+
+    ptr: Any
+    stride_b: int
+    stride_k: int
+
+
+class Gradients(NamedTuple):
+    dlosses: ByClass
+    doverlaps: ByClass
+    dmasses: ByClass
+    dsquares: ByClass
+    dpixel_losses: PixelMap
+    dlse: PixelMap
+
+
+class Tile(NamedTuple):
+    """Of a program, along an axis: `cells`, the first `edge` of them without a gradient of their
+    own, and `parts` of each cell. The other parts belong to other `blocks`."""
+
+    cells: int
+    edge: int
+    parts: int
+    blocks: int
+
+
 @triton.jit
-def number(ptr, k, stride):
-    """The number of class k; 0 if the pointer is None."""
-    if ptr is None:
+def of_class(gradient, image, k):
+    """The number of a class; 0 if there is no gradient."""
+    if gradient.ptr is None:
         return 0.0
     else:
-        return tl.load(ptr + tl.cast(k, tl.int64) * stride)
+        ptr = gradient.ptr + image * gradient.stride_b
+        return tl.load(ptr + tl.cast(k, tl.int64) * gradient.stride_k)
 
 
 @triton.jit
@@ -57,253 +99,203 @@ def at_edges(lower, upper, cell, source):
 
 
 @triton.jit
-def of_cells(
-    x, CELLS_Y: tl.constexpr, BLOCK_Y: tl.constexpr, CELLS_X: tl.constexpr, BLOCK_X: tl.constexpr
-):
+def of_cells(x, TILE: tl.constexpr):
     """Sums over the parts of each cell."""
-    x = tl.reshape(x, (CELLS_Y, BLOCK_Y, CELLS_X, BLOCK_X))
+    x = tl.reshape(x, (TILE.y.cells, TILE.y.parts, TILE.x.cells, TILE.x.parts))
     return tl.sum(tl.sum(x, 3), 1)
+
+
+@triton.jit
+def _lanes_of_program(row, column, block, axes, logits, CELLS: tl.constexpr, TILE: tl.constexpr):
+    """The program writes gradients from this row and column on."""
+    LANES_X: tl.constexpr = TILE.x.cells * TILE.x.parts
+    lane = tl.arange(0, TILE.y.cells * TILE.y.parts * LANES_X)
+    y, x = lane // LANES_X, lane % LANES_X
+    cell = YX(row - TILE.y.edge + y // TILE.y.parts, column - TILE.x.edge + x // TILE.x.parts)
+    part_y = block // TILE.x.blocks * TILE.y.parts + y % TILE.y.parts
+    part_x = block % TILE.x.blocks * TILE.x.parts + x % TILE.x.parts
+    return lanes_at(cell, YX(part_y, part_x), axes, logits, CELLS)
+
+
+@triton.jit
+def _add_true_classes(slopes, gradients, image, logits, lanes, labels, lse, CELLS: tl.constexpr):
+    """slope + dlosses[y] − p_y·doverlaps[y]"""
+    if gradients.doverlaps.ptr is not None:
+        label = next_label(labels, -1)
+        while label < NO_CLASS:
+            z = logits_of_pixels(logits.ptr + label.to(tl.int64) * logits.stride_k, lanes, CELLS)
+            dloss = of_class(gradients.dlosses, image, label)
+            doverlap = of_class(gradients.doverlaps, image, label)
+            added = ()
+            for i in tl.static_range(len(slopes)):
+                p = tl.exp2((z[i] - lse[i]) * LOG2_E)
+                new = tl.fma(-p, doverlap, slopes[i] + dloss)
+                added = added + (tl.where(labels[i] == label, new, slopes[i]),)
+            slopes = added
+            label = next_label(labels, label)
+    elif gradients.dlosses.ptr is not None:
+        dlosses_ptr = gradients.dlosses.ptr + image * gradients.dlosses.stride_b
+        added = ()
+        for i in tl.static_range(len(slopes)):
+            at = labels[i].to(tl.int64) * gradients.dlosses.stride_k
+            d = tl.load(dlosses_ptr + at, mask=labels[i] >= 0, other=0.0)
+            added = added + (slopes[i] + d,)
+        slopes = added
+    return slopes
+
+
+@triton.jit
+def _add_map(slopes, pixel_map, image, lanes, labels, CELLS: tl.constexpr):
+    if pixel_map.ptr is not None:
+        numbers = load_map(pixel_map, image, lanes, labels, CELLS)
+        added = ()
+        for i in tl.static_range(len(slopes)):
+            added = added + (slopes[i] + numbers[i],)
+        slopes = added
+    return slopes
+
+
+@triton.jit
+def _subtract_all_classes(slopes, gradients, image, logits, lanes, lse, CELLS: tl.constexpr):
+    """slope − Σ_j p_j·(dmasses[j] + 2·p_j·dsquares[j])"""
+    if gradients.dmasses.ptr is not None or gradients.dsquares.ptr is not None:
+        ptr = logits.ptr
+        for k in range(logits.num_classes):
+            z = logits_of_pixels(ptr, lanes, CELLS)
+            dmass = of_class(gradients.dmasses, image, k)
+            dsquare = 2 * of_class(gradients.dsquares, image, k)
+            added = ()
+            for i in tl.static_range(len(slopes)):
+                p = tl.exp2((z[i] - lse[i]) * LOG2_E)
+                added = added + (tl.fma(-p, tl.fma(p, dsquare, dmass), slopes[i]),)
+            slopes = added
+            ptr += logits.stride_k
+    return slopes
+
+
+@triton.jit
+def _pixel_gradients(k, z, slopes, dpixel_losses, gradients, image, labels, lse):
+    """dz_k of each pixel."""
+    dloss = of_class(gradients.dlosses, image, k)
+    doverlap = of_class(gradients.doverlaps, image, k)
+    dmass = of_class(gradients.dmasses, image, k)
+    dsquare = 2 * of_class(gradients.dsquares, image, k)
+    dz = ()
+    for i in tl.static_range(len(z)):
+        p = tl.exp2((z[i] - lse[i]) * LOG2_E)
+        factor = slopes[i]
+        if gradients.dmasses.ptr is not None:
+            factor += dmass
+        if gradients.dsquares.ptr is not None:
+            factor = tl.fma(p, dsquare, factor)
+        own = -dloss
+        if gradients.dpixel_losses.ptr is not None:
+            own -= dpixel_losses[i]
+        if gradients.doverlaps.ptr is not None:
+            own = tl.fma(p, doverlap, own)
+        gradient = tl.fma(p, factor, tl.where(labels[i] == k, own, 0.0))
+        dz = dz + (tl.where(labels[i] >= 0, gradient, 0.0),)
+    return dz
+
+
+@triton.jit
+def _corner_gradients(dz, lanes, source, CELLS: tl.constexpr):
+    """The gradients of a lane's pixels, summed for each of the cell's four logits."""
+    SLOTS_Y: tl.constexpr = CELLS.y.slots
+    SLOTS_X: tl.constexpr = CELLS.x.slots
+    nothing = tl.zeros(dz[0].shape, tl.float32)
+    top_left, top_right, bottom_left, bottom_right = nothing, nothing, nothing, nothing
+    for i in tl.static_range(SLOTS_Y):
+        left, right = nothing, nothing
+        for j in tl.static_range(SLOTS_X):
+            weight = lanes.x.weights[j]
+            left, right = divide(left, right, dz[i * SLOTS_X + j], weight, CELLS.x.select)
+        weight = lanes.y.weights[i]
+        top_left, bottom_left = divide(top_left, bottom_left, left, weight, CELLS.y.select)
+        top_right, bottom_right = divide(top_right, bottom_right, right, weight, CELLS.y.select)
+    top_left, top_right = at_edges(top_left, top_right, lanes.x.cell, source)
+    bottom_left, bottom_right = at_edges(bottom_left, bottom_right, lanes.x.cell, source)
+    return top_left, top_right, bottom_left, bottom_right
+
+
+@triton.jit
+def _gathered(four, cell_y, source, TILE: tl.constexpr):
+    """The gradient of each cell's upper left logit: the sum of those in its four cells."""
+    CELLS_Y: tl.constexpr = TILE.y.cells
+    CELLS_X: tl.constexpr = TILE.x.cells
+    above = tl.maximum(tl.arange(0, CELLS_Y * CELLS_X) - CELLS_X, 0)
+    left_of = tl.maximum(tl.arange(0, CELLS_X)[None, :] - 1, 0)
+    left_of = tl.broadcast_to(left_of, (CELLS_Y, CELLS_X))
+    top = of_cells(four[0], TILE) + tl.gather(of_cells(four[1], TILE), left_of, 1)
+    bottom = of_cells(four[2], TILE) + tl.gather(of_cells(four[3], TILE), left_of, 1)
+    top, bottom = at_edges(top, bottom, cell_y, source)
+    bottom = tl.gather(tl.reshape(bottom, (CELLS_Y * CELLS_X,)), above, 0)
+    return top + tl.reshape(bottom, (CELLS_Y, CELLS_X))
 
 
 @triton.jit(do_not_specialize=(*SIZES, "tiles_y", "tiles_x"))
 def _softmax_moments_bwd_kernel(
-    logits_ptr,  # [B, K, h, w] by strides
-    labels_ptr,  # integer [B, H, W] by strides
-    lse_ptr,  # float32 [B, H, W] by strides
-    dlosses_ptr,  # float32 [K] or [B, K] by strides; also the next three
-    doverlaps_ptr,
-    dmasses_ptr,
-    dsquares_ptr,
-    dpixel_losses_ptr,  # float32 [B, H, W] by strides
-    dlse_ptr,  # the same
-    dlogits_ptr,  # [blocks, B, K, h, w] by strides
-    num_classes,
+    logits,  # Logits
+    label_map,  # PixelMap of integers
+    lse_map,  # PixelMap
+    gradients,  # Gradients
+    dlogits,  # Logits, of the first block
+    stride_dlogits_block,
     height,
     width,
     label_height,
     label_width,
-    ratio_y,
-    ratio_x,
-    inverse_y,
-    inverse_x,
+    ratios,
     tiles_y,
     tiles_x,
     ignore_index,
-    stride_logits_b,
-    stride_logits_k,
-    stride_logits_h,
-    stride_logits_w,
-    stride_labels_b,
-    stride_labels_h,
-    stride_labels_w,
-    stride_lse_b,
-    stride_lse_h,
-    stride_lse_w,
-    stride_dlosses_b,
-    stride_dlosses_k,
-    stride_doverlaps_b,
-    stride_doverlaps_k,
-    stride_dmasses_b,
-    stride_dmasses_k,
-    stride_dsquares_b,
-    stride_dsquares_k,
-    stride_dpixel_losses_b,
-    stride_dpixel_losses_h,
-    stride_dpixel_losses_w,
-    stride_dlse_b,
-    stride_dlse_h,
-    stride_dlse_w,
-    stride_dlogits_block,
-    stride_dlogits_b,
-    stride_dlogits_k,
-    stride_dlogits_h,
-    stride_dlogits_w,
-    ALIGN_CORNERS: tl.constexpr,
-    SAME: tl.constexpr,
-    FIRST_Y: tl.constexpr,
-    FIRST_X: tl.constexpr,
-    PARTS_Y: tl.constexpr,
-    PARTS_X: tl.constexpr,
-    SLOTS_Y: tl.constexpr,
-    SLOTS_X: tl.constexpr,
-    SELECT_Y: tl.constexpr,
-    SELECT_X: tl.constexpr,
-    EVEN_Y: tl.constexpr,
-    EVEN_X: tl.constexpr,
-    BLOCKS_Y: tl.constexpr,
-    BLOCKS_X: tl.constexpr,
-    LANES_Y: tl.constexpr,
-    LANES_X: tl.constexpr,
+    CELLS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Reads the logits of a tile and its edge from memory once, and from the caches for each loop
     over the classes and for neighbours. Reads labels, lse and maps once, except at the edge. Writes
     dlogits once."""
-    PIXELS: tl.constexpr = SLOTS_Y * SLOTS_X
-    BLOCK_Y: tl.constexpr = PARTS_Y // BLOCKS_Y
-    BLOCK_X: tl.constexpr = PARTS_X // BLOCKS_X
-    CELLS_Y: tl.constexpr = LANES_Y // BLOCK_Y
-    CELLS_X: tl.constexpr = LANES_X // BLOCK_X
-    EDGE: tl.constexpr = 1 - SAME
-    pid = tl.program_id(0) // (BLOCKS_Y * BLOCKS_X)
-    block = tl.program_id(0) % (BLOCKS_Y * BLOCKS_X)
+    axes = axes_of(height, width, label_height, label_width, ratios, CELLS)
+    pid = tl.program_id(0) // (TILE.y.blocks * TILE.x.blocks)
+    block = tl.program_id(0) % (TILE.y.blocks * TILE.x.blocks)
     image = (pid // (tiles_y * tiles_x)).to(tl.int64)
-    # the first row and column of logits whose gradient the tile writes
-    row = pid // tiles_x % tiles_y * (CELLS_Y - EDGE)
-    column = pid % tiles_x * (CELLS_X - EDGE)
-    logits_ptr += image * stride_logits_b
+    row = pid // tiles_x % tiles_y * (TILE.y.cells - TILE.y.edge)
+    column = pid % tiles_x * (TILE.x.cells - TILE.x.edge)
+    logits = logits_of_image(logits, image)
+    lanes = _lanes_of_program(row, column, block, axes, logits, CELLS, TILE)
+    labels = load_labels(label_map, image, lanes, logits.num_classes, ignore_index, CELLS)
+    lse = load_map(lse_map, image, lanes, labels, CELLS)
 
-    lane = tl.arange(0, LANES_Y * LANES_X)
-    lane_y, lane_x = lane // LANES_X, lane % LANES_X
-    cell_y, cell_x = row - EDGE + lane_y // BLOCK_Y, column - EDGE + lane_x // BLOCK_X
-    part_y = block // BLOCKS_X * BLOCK_Y + lane_y % BLOCK_Y
-    part_x = block % BLOCKS_X * BLOCK_X + lane_x % BLOCK_X
-    start_y, stop_y, weights_y, lower_y, upper_y = along_axis(
-        cell_y, part_y, height, label_height, ratio_y, inverse_y, stride_logits_h,
-        FIRST_Y, SLOTS_Y, EVEN_Y, ALIGN_CORNERS, SAME,
-    )  # fmt: skip
-    start_x, stop_x, weights_x, lower_x, upper_x = along_axis(
-        cell_x, part_x, width, label_width, ratio_x, inverse_x, stride_logits_w,
-        FIRST_X, SLOTS_X, EVEN_X, ALIGN_CORNERS, SAME,
-    )  # fmt: skip
-    labels = load_labels(
-        labels_ptr + image * stride_labels_b, start_y, stop_y, start_x, stop_x, stride_labels_h,
-        stride_labels_w, num_classes, ignore_index, SLOTS_Y, SLOTS_X,
-    )  # fmt: skip
-    lse = load_map(
-        lse_ptr + image * stride_lse_b, labels, start_y, start_x, stride_lse_h, stride_lse_w,
-        SLOTS_Y, SLOTS_X,
-    )  # fmt: skip
+    nothing = repeated(tl.zeros(labels[0].shape, tl.float32), len(labels))
+    dpixel_losses = _add_map(nothing, gradients.dpixel_losses, image, lanes, labels, CELLS)
+    slopes = _add_true_classes(dpixel_losses, gradients, image, logits, lanes, labels, lse, CELLS)
+    slopes = _add_map(slopes, gradients.dlse, image, lanes, labels, CELLS)
+    slopes = _subtract_all_classes(slopes, gradients, image, logits, lanes, lse, CELLS)
 
-    # per pixel: common = d + dlse − t
-    own_gradients = filled(0.0, LANES_Y * LANES_X, PIXELS, tl.float32)
-    if dpixel_losses_ptr is not None:
-        own_gradients = load_map(
-            dpixel_losses_ptr + image * stride_dpixel_losses_b, labels, start_y, start_x,
-            stride_dpixel_losses_h, stride_dpixel_losses_w, SLOTS_Y, SLOTS_X,
-        )  # fmt: skip
-    common = own_gradients
-    if dlosses_ptr is not None:
-        dlosses_ptr += image * stride_dlosses_b
-    if doverlaps_ptr is not None:
-        doverlaps_ptr += image * stride_doverlaps_b
-        label = next_label(labels, -1, PIXELS)
-        while label < NO_CLASS:
-            z = logits_of_pixels(
-                logits_ptr + label.to(tl.int64) * stride_logits_k, lower_y, upper_y, lower_x,
-                upper_x, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME,
-            )  # fmt: skip
-            dloss = number(dlosses_ptr, label, stride_dlosses_k)
-            doverlap = number(doverlaps_ptr, label, stride_doverlaps_k)
-            added = ()
-            for i in tl.static_range(PIXELS):
-                p = tl.exp2((z[i] - lse[i]) * LOG2_E)
-                new = tl.fma(-p, doverlap, common[i] + dloss)
-                added = added + (tl.where(labels[i] == label, new, common[i]),)
-            common = added
-            label = next_label(labels, label, PIXELS)
-    elif dlosses_ptr is not None:
-        added = ()
-        for i in tl.static_range(PIXELS):
-            at = labels[i].to(tl.int64) * stride_dlosses_k
-            d = tl.load(dlosses_ptr + at, mask=labels[i] >= 0, other=0.0)
-            added = added + (common[i] + d,)
-        common = added
-    if dlse_ptr is not None:
-        dlse = load_map(
-            dlse_ptr + image * stride_dlse_b, labels, start_y, start_x, stride_dlse_h,
-            stride_dlse_w, SLOTS_Y, SLOTS_X,
-        )  # fmt: skip
-        added = ()
-        for i in tl.static_range(PIXELS):
-            added = added + (common[i] + dlse[i],)
-        common = added
-    if dmasses_ptr is not None:
-        dmasses_ptr += image * stride_dmasses_b
-    if dsquares_ptr is not None:
-        dsquares_ptr += image * stride_dsquares_b
-    if dmasses_ptr is not None or dsquares_ptr is not None:
-        ptr = logits_ptr
-        for k in range(num_classes):
-            z = logits_of_pixels(
-                ptr, lower_y, upper_y, lower_x, upper_x, weights_y, weights_x, SLOTS_Y, SLOTS_X,
-                SELECT_Y, SELECT_X, SAME,
-            )  # fmt: skip
-            dmass = number(dmasses_ptr, k, stride_dmasses_k)
-            dsquare = 2 * number(dsquares_ptr, k, stride_dsquares_k)
-            added = ()
-            for i in tl.static_range(PIXELS):
-                p = tl.exp2((z[i] - lse[i]) * LOG2_E)
-                added = added + (tl.fma(-p, tl.fma(p, dsquare, dmass), common[i]),)
-            common = added
-            ptr += stride_logits_k
-
-    cell = tl.arange(0, CELLS_Y)[:, None]
-    y, x = row - EDGE + cell, column - EDGE + tl.arange(0, CELLS_X)[None, :]
-    written = (y >= row) & (y < height) & (x >= column) & (x < width)
-    dlogits_ptr += block.to(tl.int64) * stride_dlogits_block + image * stride_dlogits_b
-    dlogits_ptrs = dlogits_ptr + y.to(tl.int64) * stride_dlogits_h
-    dlogits_ptrs += x.to(tl.int64) * stride_dlogits_w
-    above = tl.maximum(tl.arange(0, CELLS_Y * CELLS_X) - CELLS_X, 0)
-    left_of = tl.maximum(tl.arange(0, CELLS_X)[None, :] - 1, 0)
-    left_of = tl.broadcast_to(left_of, (CELLS_Y, CELLS_X))
-    ptr = logits_ptr
-    for k in range(num_classes):
-        z = logits_of_pixels(
-            ptr, lower_y, upper_y, lower_x, upper_x, weights_y, weights_x, SLOTS_Y, SLOTS_X,
-            SELECT_Y, SELECT_X, SAME,
-        )  # fmt: skip
-        dloss = number(dlosses_ptr, k, stride_dlosses_k)
-        doverlap = number(doverlaps_ptr, k, stride_doverlaps_k)
-        dmass = number(dmasses_ptr, k, stride_dmasses_k)
-        dsquare = 2 * number(dsquares_ptr, k, stride_dsquares_k)
-        dz = ()
-        for i in tl.static_range(PIXELS):
-            p = tl.exp2((z[i] - lse[i]) * LOG2_E)
-            factor = common[i]
-            if dmasses_ptr is not None:
-                factor += dmass
-            if dsquares_ptr is not None:
-                factor = tl.fma(p, dsquare, factor)
-            own = -dloss
-            if dpixel_losses_ptr is not None:
-                own -= own_gradients[i]
-            if doverlaps_ptr is not None:
-                own = tl.fma(p, doverlap, own)
-            gradient = tl.fma(p, factor, tl.where(labels[i] == k, own, 0.0))
-            dz = dz + (tl.where(labels[i] >= 0, gradient, 0.0),)
-        if SAME:
-            gradient = of_cells(dz[0], CELLS_Y, BLOCK_Y, CELLS_X, BLOCK_X)
+    cell_y = row - TILE.y.edge + tl.arange(0, TILE.y.cells)[:, None]
+    cell_x = column - TILE.x.edge + tl.arange(0, TILE.x.cells)[None, :]
+    written = (cell_y >= row) & (cell_y < height) & (cell_x >= column) & (cell_x < width)
+    dlogits_ptrs = logits_of_image(dlogits, image).ptr + block.to(tl.int64) * stride_dlogits_block
+    dlogits_ptrs += cell_y.to(tl.int64) * dlogits.stride_h
+    dlogits_ptrs += cell_x.to(tl.int64) * dlogits.stride_w
+    ptr = logits.ptr
+    for k in range(logits.num_classes):
+        z = logits_of_pixels(ptr, lanes, CELLS)
+        dz = _pixel_gradients(k, z, slopes, dpixel_losses, gradients, image, labels, lse)
+        if CELLS.y.same:
+            gradient = of_cells(dz[0], TILE)
         else:
-            nothing = tl.zeros((LANES_Y * LANES_X,), tl.float32)
-            top_left, top_right, bottom_left, bottom_right = nothing, nothing, nothing, nothing
-            for i in tl.static_range(SLOTS_Y):
-                left, right = nothing, nothing
-                for j in tl.static_range(SLOTS_X):
-                    left, right = divide(left, right, dz[i * SLOTS_X + j], weights_x[j], SELECT_X)
-                top_left, bottom_left = divide(top_left, bottom_left, left, weights_y[i], SELECT_Y)
-                top_right, bottom_right = divide(
-                    top_right, bottom_right, right, weights_y[i], SELECT_Y
-                )
-            top_left, top_right = at_edges(top_left, top_right, cell_x, width)
-            bottom_left, bottom_right = at_edges(bottom_left, bottom_right, cell_x, width)
-            gradient = of_cells(top_left, CELLS_Y, BLOCK_Y, CELLS_X, BLOCK_X)
-            top_right = of_cells(top_right, CELLS_Y, BLOCK_Y, CELLS_X, BLOCK_X)
-            bottom = of_cells(bottom_left, CELLS_Y, BLOCK_Y, CELLS_X, BLOCK_X)
-            bottom_right = of_cells(bottom_right, CELLS_Y, BLOCK_Y, CELLS_X, BLOCK_X)
-            gradient += tl.gather(top_right, left_of, 1)
-            bottom += tl.gather(bottom_right, left_of, 1)
-            gradient, bottom = at_edges(gradient, bottom, y, height)
-            bottom = tl.gather(tl.reshape(bottom, (CELLS_Y * CELLS_X,)), above, 0)
-            gradient += tl.reshape(bottom, (CELLS_Y, CELLS_X))
-        tl.store(dlogits_ptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
-        ptr += stride_logits_k
-        dlogits_ptrs += stride_dlogits_k
+            gradient = _gathered(_corner_gradients(dz, lanes, width, CELLS), cell_y, height, TILE)
+        tl.store(dlogits_ptrs, gradient.to(dlogits.ptr.dtype.element_ty), mask=written)
+        ptr += logits.stride_k
+        dlogits_ptrs += dlogits.stride_k
 
 
-def _strides_by_class(gradient: Tensor | None) -> tuple[int, int]:
+def _by_class(gradient: Tensor | None) -> ByClass:
     if gradient is None:
-        return 0, 0
-    return (0, *gradient.stride())[-2:]  # pyright: ignore[reportReturnType]
+        return ByClass(None, 0, 0)
+    stride_b, stride_k = (0, *gradient.stride())[-2:]
+    return ByClass(gradient, stride_b, stride_k)
 
 
 def softmax_moments_backward(
@@ -331,9 +323,10 @@ def softmax_moments_backward(
     logits = class_planes(logits)
     batch, _, height, width = logits.shape
     upsampling = upsampling_of(logits, *labels.shape[1:], align_corners)
-    y, x, same = upsampling.y, upsampling.x, upsampling.same
-    blocks_y, blocks_x = (triton.cdiv(axis.parts, MOST_PARTS) for axis in (y, x))
-    parts_y, parts_x = y.parts // blocks_y, x.parts // blocks_x
+    cells_y, cells_x = upsampling.cells
+    same = cells_y.same
+    blocks_y, blocks_x = (triton.cdiv(cells.parts, MOST_PARTS) for cells in (cells_y, cells_x))
+    parts_y, parts_x = cells_y.parts // blocks_y, cells_x.parts // blocks_x
     edge = 0 if same else 1
 
     def tiles(lanes: tuple[int, int]) -> tuple[int, int]:
@@ -351,40 +344,30 @@ def softmax_moments_backward(
     else:
         dtype = torch.float32 if blocks > 1 else logits.dtype
         gradients = logits.new_empty((blocks, *logits.shape), dtype=dtype)
+    tile_y = Tile(lanes_y // parts_y, edge, parts_y, blocks_y)
+    tile_x = Tile(lanes_x // parts_x, edge, parts_x, blocks_x)
     _softmax_moments_bwd_kernel[(batch * tiles_y * tiles_x * blocks,)](
-        logits,
-        labels,
-        lse,
-        dlosses,
-        doverlaps,
-        dmasses,
-        dsquares,
-        dpixel_losses,
-        dlse,
-        gradients,
-        logits.shape[1],
-        *upsampling.arguments,
+        logits_of(logits),
+        pixel_map_of(labels),
+        pixel_map_of(lse),
+        Gradients(
+            *map(_by_class, (dlosses, doverlaps, dmasses, dsquares)),
+            pixel_map_of(dpixel_losses),
+            pixel_map_of(dlse),
+        ),
+        logits_of(gradients[0]),
+        gradients.stride(0),
+        *upsampling.sizes,
+        upsampling.ratios,
         tiles_y,
         tiles_x,
         ignore_index,
-        *logits.stride(),
-        *labels.stride(),
-        *lse.stride(),
-        *_strides_by_class(dlosses),
-        *_strides_by_class(doverlaps),
-        *_strides_by_class(dmasses),
-        *_strides_by_class(dsquares),
-        *((0, 0, 0) if dpixel_losses is None else dpixel_losses.stride()),
-        *((0, 0, 0) if dlse is None else dlse.stride()),
-        *gradients.stride(),
-        **upsampling.constants,
-        BLOCKS_Y=blocks_y,
-        BLOCKS_X=blocks_x,
-        LANES_Y=lanes_y,
-        LANES_X=lanes_x,
+        CELLS=upsampling.cells,
+        TILE=YX(tile_y, tile_x),
         num_warps=lanes_y * lanes_x // 32,
+        enable_fp_fusion=False,  # coordinates as in F.interpolate
         # two programs on a multiprocessor, if they do not spill
-        **registers(128 if y.even and x.even and not by_class else 255),
+        **registers(128 if cells_y.even and cells_x.even and not by_class else 255),
     )
     if in_place:
         return dlogits

@@ -11,7 +11,7 @@ If labels have the logits' size (SAME), a pixel is a cell and reads one logit.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,37 +22,57 @@ from .launch import INTERPRETED
 
 MAX_SLOTS = 1 if INTERPRETED else 4  # along an axis: 16 pixels for each lane
 # Arguments that change with the images' size. Triton does not compile again if one becomes 1 or a
-# multiple of 16.
+# multiple of 16. It would, if they were elements of a tuple.
 SIZES = ("height", "width", "label_height", "label_width")
 
 
+class YX(NamedTuple):
+    """Something along the rows and along the columns."""
+
+    y: Any
+    x: Any
+
+
 class Axis(NamedTuple):
-    """One axis of the upsampling. The first cell is `first`, −1 or 0. A cell has `parts` (a power
-    of two) of `slots` pixels. `select`: a pixel may have weight 0 for a neighbour that it must not
-    read. `even`: each cell has `slots` pixels, with weights (t + ½)/slots."""
+    """One axis of the upsampling."""
 
     source: int  # logits
-    size: int  # labels
+    pixels: int  # labels
+    ratio: float
+    inverse: float
+    lanes: int
+
+
+class Cells(NamedTuple):
+    """The cells along an axis, for which kernels are compiled. The first cell is `first`, −1 or 0.
+    A cell has `parts` (a power of two) of `slots` pixels. `select`: a pixel may have weight 0 for a
+    neighbour that it must not read. `even`: each cell has `slots` pixels, with weights
+    (t + ½)/slots. `same`: labels have the logits' size, along both axes."""
+
     first: int
     parts: int
     slots: int
     select: bool
     even: bool
-    ratio: float
-    inverse: float
+    align_corners: bool
+    same: bool
 
-    @property
-    def lanes(self) -> int:
-        return (self.source - self.first) * self.parts
+
+class Ratios(NamedTuple):
+    y: float
+    x: float
+    inverse_y: float
+    inverse_x: float
 
 
 @lru_cache(maxsize=1024)
-def axis_of(source: int, size: int, align_corners: bool) -> Axis:
-    ratio = (source - 1) / max(size - 1, 1) if align_corners else source / max(size, 1)
+def axis_of(source: int, pixels: int, align_corners: bool) -> tuple[Axis, Cells]:
+    ratio = (source - 1) / max(pixels - 1, 1) if align_corners else source / max(pixels, 1)
     inverse = 1 / ratio if ratio else 0.0
-    if source == size:
-        return Axis(source, size, 0, 1, 1, True, False, ratio, inverse)
-    at = torch.arange(size, dtype=torch.float32, device="cpu")
+    if source == pixels:
+        cells = Cells(0, 1, 1, True, False, align_corners, True)
+        return Axis(source, pixels, ratio, inverse, source), cells
+    at = torch.arange(pixels, dtype=torch.float32, device="cpu")
     at = at * torch.tensor(ratio) if align_corners else (at + 0.5) * torch.tensor(ratio) - 0.5
     cell = at.floor().clamp(max=source - 1)
     first = 0 if align_corners else -1
@@ -60,8 +80,9 @@ def axis_of(source: int, size: int, align_corners: bool) -> Axis:
     parts = triton.next_power_of_2(triton.cdiv(most, MAX_SLOTS))
     slots = triton.cdiv(most, parts)
     select = bool(((at == cell) & (cell < source - 1)).any())
-    even = slots in (2, 4) and size == slots * source and not align_corners
-    return Axis(source, size, first, parts, slots, select, even, ratio, inverse)
+    even = slots in (2, 4) and pixels == slots * source and not align_corners
+    axis = Axis(source, pixels, ratio, inverse, (source - first) * parts)
+    return axis, Cells(first, parts, slots, select, even, align_corners, False)
 
 
 class Upsampling(NamedTuple):
@@ -69,11 +90,7 @@ class Upsampling(NamedTuple):
 
     y: Axis
     x: Axis
-    align_corners: bool
-
-    @property
-    def same(self) -> bool:
-        return self.y.source == self.y.size and self.x.source == self.x.size
+    cells: YX
 
     @property
     def lanes(self) -> int:
@@ -81,38 +98,36 @@ class Upsampling(NamedTuple):
         return self.y.lanes * self.x.lanes
 
     @property
-    def arguments(self) -> tuple[int | float, ...]:
-        """height, width, label_height, label_width, ratio_y, ratio_x, inverse_y, inverse_x"""
-        y, x = self.y, self.x
-        return y.source, x.source, y.size, x.size, y.ratio, x.ratio, y.inverse, x.inverse
+    def sizes(self) -> tuple[int, int, int, int]:
+        """The arguments SIZES."""
+        return self.y.source, self.x.source, self.y.pixels, self.x.pixels
 
     @property
-    def constants(self) -> dict[str, int | bool]:
-        """The constants of a compiled kernel. Fusing products and sums is switched off, because
-        coordinates are rounded as in F.interpolate."""
-        y, x = self.y, self.x
-        return {
-            "ALIGN_CORNERS": self.align_corners,
-            "SAME": self.same,
-            "FIRST_Y": y.first,
-            "FIRST_X": x.first,
-            "PARTS_Y": y.parts,
-            "PARTS_X": x.parts,
-            "SLOTS_Y": y.slots,
-            "SLOTS_X": x.slots,
-            "SELECT_Y": y.select,
-            "SELECT_X": x.select,
-            "EVEN_Y": y.even,
-            "EVEN_X": x.even,
-            "enable_fp_fusion": False,
-        }
+    def ratios(self) -> Ratios:
+        return Ratios(self.y.ratio, self.x.ratio, self.y.inverse, self.x.inverse)
 
 
 def upsampling_of(logits: Tensor, height: int, width: int, align_corners: bool) -> Upsampling:
     """From logits (B, K, h, w) to labels (B, height, width)."""
-    y = axis_of(logits.shape[2], height, align_corners)
-    x = axis_of(logits.shape[3], width, align_corners)
-    return Upsampling(y, x, align_corners)
+    y, cells_y = axis_of(logits.shape[2], height, align_corners)
+    x, cells_x = axis_of(logits.shape[3], width, align_corners)
+    same = cells_y.same and cells_x.same
+    return Upsampling(y, x, YX(cells_y._replace(same=same), cells_x._replace(same=same)))
+
+
+class Logits(NamedTuple):
+    """[B, K, h, w] by strides."""
+
+    ptr: Any
+    num_classes: int
+    stride_b: int
+    stride_k: int
+    stride_h: int
+    stride_w: int
+
+
+def logits_of(logits: Tensor) -> Logits:
+    return Logits(logits, logits.shape[1], *logits.stride())
 
 
 def classes_contiguous(logits: Tensor) -> bool:
@@ -129,95 +144,139 @@ def class_planes(logits: Tensor) -> Tensor:
 
 
 @triton.jit
-def coordinate(i, ratio, ALIGN_CORNERS: tl.constexpr):
-    if ALIGN_CORNERS:
-        return i.to(tl.float32) * ratio
-    else:
-        return (i.to(tl.float32) + 0.5) * ratio - 0.5
+def axes_of(height, width, label_height, label_width, ratios, CELLS: tl.constexpr):
+    lanes_y = (height - CELLS.y.first) * CELLS.y.parts
+    lanes_x = (width - CELLS.x.first) * CELLS.x.parts
+    return YX(
+        Axis(height, label_height, ratios.y, ratios.inverse_y, lanes_y),
+        Axis(width, label_width, ratios.x, ratios.inverse_x, lanes_x),
+    )
 
 
 @triton.jit
-def first_pixel(cell, ratio, inverse, ALIGN_CORNERS: tl.constexpr):
+def logits_of_image(logits, image):
+    """The logits of one image."""
+    ptr = logits.ptr + image.to(tl.int64) * logits.stride_b
+    return Logits(
+        ptr,
+        logits.num_classes,
+        logits.stride_b,
+        logits.stride_k,
+        logits.stride_h,
+        logits.stride_w,
+    )
+
+
+@triton.jit
+def coordinate(i, axis, CELLS: tl.constexpr):
+    if CELLS.align_corners:
+        return i.to(tl.float32) * axis.ratio
+    else:
+        return (i.to(tl.float32) + 0.5) * axis.ratio - 0.5
+
+
+@triton.jit
+def first_pixel(cell, axis, CELLS: tl.constexpr):
     """The first label row (or column) whose coordinate is at least the cell. It is at most one away
     from where it would be without rounding."""
-    if ALIGN_CORNERS:
-        exact = cell.to(tl.float32) * inverse
+    if CELLS.align_corners:
+        exact = cell.to(tl.float32) * axis.inverse
     else:
-        exact = (cell.to(tl.float32) + 0.5) * inverse - 0.5
+        exact = (cell.to(tl.float32) + 0.5) * axis.inverse - 0.5
     i = tl.ceil(exact).to(tl.int32) - 1
-    i += (coordinate(i, ratio, ALIGN_CORNERS) < cell).to(tl.int32)
-    i += (coordinate(i, ratio, ALIGN_CORNERS) < cell).to(tl.int32)
+    i += (coordinate(i, axis, CELLS) < cell).to(tl.int32)
+    i += (coordinate(i, axis, CELLS) < cell).to(tl.int32)
     return i
 
 
 @triton.jit
-def pixels_of_part(
-    cell, part, source, size, ratio, inverse, FIRST: tl.constexpr, SLOTS: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr, SAME: tl.constexpr,
-):  # fmt: skip
+def pixels_of_part(cell, part, axis, CELLS: tl.constexpr):
     """The first pixel of a part along an axis, and the end of its cell's pixels. A cell that does
     not exist has no pixels."""
-    if SAME:
-        start, stop = cell, tl.minimum(cell + 1, size)
+    if CELLS.same:
+        start, stop = cell, tl.minimum(cell + 1, axis.pixels)
     else:
-        start = tl.maximum(first_pixel(cell, ratio, inverse, ALIGN_CORNERS), 0)
-        stop = first_pixel(cell + 1, ratio, inverse, ALIGN_CORNERS)
-        stop = tl.where(cell + 1 < source, tl.minimum(stop, size), size)
-        start += part * SLOTS
-    return start, tl.where((cell >= FIRST) & (cell < source), stop, start)
+        start = tl.maximum(first_pixel(cell, axis, CELLS), 0)
+        stop = first_pixel(cell + 1, axis, CELLS)
+        stop = tl.where(cell + 1 < axis.source, tl.minimum(stop, axis.pixels), axis.pixels)
+        start += part * CELLS.slots
+    return start, tl.where((cell >= CELLS.first) & (cell < axis.source), stop, start)
 
 
 @triton.jit
-def weights_of_axis(
-    cell, start, source, ratio, SLOTS: tl.constexpr, EVEN: tl.constexpr, ALIGN_CORNERS: tl.constexpr
-):  # fmt: skip
+def weights_of_part(cell, start, axis, CELLS: tl.constexpr):
     """The weight of the upper neighbour, for each slot; any number if both neighbours are the same
     logit."""
+    SLOTS: tl.constexpr = CELLS.slots
     weights = ()
-    one = (cell < 0) | (cell >= source - 1)
+    one = (cell < 0) | (cell >= axis.source - 1)
     for t in tl.static_range(SLOTS):
-        if EVEN:
+        if CELLS.even:
             weights = weights + ((t + 0.5) / SLOTS,)
         else:
-            weight = coordinate(start + t, ratio, ALIGN_CORNERS) - cell.to(tl.float32)
+            weight = coordinate(start + t, axis, CELLS) - cell.to(tl.float32)
             weights = weights + (tl.where(one, 0.5, weight),)
     return weights
 
 
 @triton.jit
-def neighbours(cell, source, stride):
+def neighbours(cell, axis, stride):
     """Offsets of a cell's lower and upper neighbour along an axis."""
-    lower = tl.minimum(tl.maximum(cell, 0), source - 1)
-    upper = tl.minimum(tl.maximum(cell + 1, 0), source - 1)
+    lower = tl.minimum(tl.maximum(cell, 0), axis.source - 1)
+    upper = tl.minimum(tl.maximum(cell + 1, 0), axis.source - 1)
     return lower.to(tl.int64) * stride, upper.to(tl.int64) * stride
 
 
+class Span(NamedTuple):
+    """Lanes along an axis: their cells, and what the three functions above return."""
+
+    cell: Any
+    start: Any
+    stop: Any
+    weights: Any
+    lower: Any
+    upper: Any
+
+
 @triton.jit
-def along_axis(
-    cell, part, source, size, ratio, inverse, stride, FIRST: tl.constexpr, SLOTS: tl.constexpr,
-    EVEN: tl.constexpr, ALIGN_CORNERS: tl.constexpr, SAME: tl.constexpr,
-):  # fmt: skip
-    """The three above."""
-    start, stop = pixels_of_part(
-        cell, part, source, size, ratio, inverse, FIRST, SLOTS, ALIGN_CORNERS, SAME
+def span(cell, part, axis, stride, CELLS: tl.constexpr):
+    start, stop = pixels_of_part(cell, part, axis, CELLS)
+    weights = weights_of_part(cell, start, axis, CELLS)
+    lower, upper = neighbours(cell, axis, stride)
+    return Span(cell, start, stop, weights, lower, upper)
+
+
+@triton.jit
+def lanes_at(cell, part, axes, logits, CELLS: tl.constexpr):
+    """The lanes of these cells and parts, along both axes."""
+    Y: tl.constexpr = CELLS.y
+    X: tl.constexpr = CELLS.x
+    return YX(
+        span(cell.y, part.y, axes.y, logits.stride_h, Y),
+        span(cell.x, part.x, axes.x, logits.stride_w, X),
     )
-    weights = weights_of_axis(cell, start, source, ratio, SLOTS, EVEN, ALIGN_CORNERS)
-    lower, upper = neighbours(cell, source, stride)
-    return start, stop, weights, lower, upper
 
 
 @triton.jit
-def corners(
-    ptrs, lower_y, upper_y, lower_x, upper_x, SAME: tl.constexpr
-):  # fmt: skip
+def lanes_of_tile(tile, axes, logits, CELLS: tl.constexpr, LANES: tl.constexpr):
+    """A tile is LANES lanes of an image that follow each other."""
+    lane = tile * LANES + tl.arange(0, LANES)
+    y, x = lane // axes.x.lanes, lane % axes.x.lanes
+    cell = YX(y // CELLS.y.parts + CELLS.y.first, x // CELLS.x.parts + CELLS.x.first)
+    return lanes_at(cell, YX(y % CELLS.y.parts, x % CELLS.x.parts), axes, logits, CELLS)
+
+
+@triton.jit
+def corners(ptr, lanes, CELLS: tl.constexpr):
     """The four logits of a cell, float32; one logit if the sizes are the same."""
-    x00 = tl.load(ptrs + lower_y + lower_x).to(tl.float32)
-    if SAME:
+    y, x = lanes.y, lanes.x
+    x00 = tl.load(ptr + y.lower + x.lower).to(tl.float32)
+    if CELLS.y.same:
         return x00, x00, x00, x00
     else:
-        x01 = tl.load(ptrs + lower_y + upper_x).to(tl.float32)
-        x10 = tl.load(ptrs + upper_y + lower_x).to(tl.float32)
-        x11 = tl.load(ptrs + upper_y + upper_x).to(tl.float32)
+        x01 = tl.load(ptr + y.lower + x.upper).to(tl.float32)
+        x10 = tl.load(ptr + y.upper + x.lower).to(tl.float32)
+        x11 = tl.load(ptr + y.upper + x.upper).to(tl.float32)
         return x00, x01, x10, x11
 
 
@@ -230,36 +289,24 @@ def between(low, high, weight, SELECT: tl.constexpr):
 
 
 @triton.jit
-def upsampled(
-    x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr,
-    SELECT_Y: tl.constexpr, SELECT_X: tl.constexpr, SAME: tl.constexpr,
-):  # fmt: skip
-    """The logits z of a lane's SLOTS_Y × SLOTS_X pixels."""
-    if SAME:
+def upsampled(four, lanes, CELLS: tl.constexpr):
+    """The logits z of a lane's pixels, from the four of its cell."""
+    x00, x01, x10, x11 = four
+    if CELLS.y.same:
         return (x00,)
     else:
+        SLOTS_Y: tl.constexpr = CELLS.y.slots
+        SLOTS_X: tl.constexpr = CELLS.x.slots
         z = ()
         for y in tl.static_range(SLOTS_Y):
-            left = between(x00, x10, weights_y[y], SELECT_Y)
-            right = between(x01, x11, weights_y[y], SELECT_Y)
+            left = between(x00, x10, lanes.y.weights[y], CELLS.y.select)
+            right = between(x01, x11, lanes.y.weights[y], CELLS.y.select)
             for x in tl.static_range(SLOTS_X):
-                z = z + (between(left, right, weights_x[x], SELECT_X),)
+                z = z + (between(left, right, lanes.x.weights[x], CELLS.x.select),)
         return z
 
 
 @triton.jit
-def logits_of_pixels(
-    ptrs, lower_y, upper_y, lower_x, upper_x, weights_y, weights_x, SLOTS_Y: tl.constexpr,
-    SLOTS_X: tl.constexpr, SELECT_Y: tl.constexpr, SELECT_X: tl.constexpr, SAME: tl.constexpr,
-):  # fmt: skip
+def logits_of_pixels(ptr, lanes, CELLS: tl.constexpr):
     """The same, from the class's logits in memory."""
-    x00, x01, x10, x11 = corners(ptrs, lower_y, upper_y, lower_x, upper_x, SAME)
-    return upsampled(
-        x00, x01, x10, x11, weights_y, weights_x, SLOTS_Y, SLOTS_X, SELECT_Y, SELECT_X, SAME
-    )
-
-
-@triton.jit
-def first_larger(z, best):
-    """Whether z replaces the best logit before it. NaN is larger than all numbers."""
-    return (z > best) | ((z != z) & (best == best))
+    return upsampled(corners(ptr, lanes, CELLS), lanes, CELLS)
