@@ -8,7 +8,7 @@ than the small K×K×D products. If there are few logits, they are kept for the 
 and keys are never loaded: they may contain NaN.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,9 +23,65 @@ BLOCK_D = 32
 CHUNKS = 8  # of the keys, at most
 
 
+class Rows(NamedTuple):
+    """[K, G, D] by strides, or [K, D]."""
+
+    ptr: Any
+    stride_k: int
+    stride_g: int
+    stride_d: int
+
+
+class Present(NamedTuple):
+    """Which rows have a loss, and which keys are in their denominators."""
+
+    queries: Any  # bool [K·G] or None: all
+    keys: Any  # bool [K] or None: all classes with a present query
+
+
+class Problem(NamedTuple):
+    """What both directions read."""
+
+    queries: Rows
+    keys: Rows
+    positives: Rows  # the keys if none were given
+    present: Present
+    bias: Any  # float32 [K] or None, added to the logits of the keys
+    num_classes: int
+    dim: int
+    width: int  # of the logits of a row: K, rounded up to a multiple of 8
+    inverse_temperature: float
+
+
+class Form(NamedTuple):
+    """The constants of a problem, for which kernels are compiled."""
+
+    groups: int
+    all_keys: bool
+    has_positives: bool  # otherwise the positive of a row is the key of its class
+    mirrored: bool  # positives are queries: query G−1−g is the positive of query g
+
+
+class Logits(NamedTuple):
+    """float32 [rows from first_row to end_row, width], or None: −∞ where a key is not in the row's
+    denominator, and for the own key."""
+
+    ptr: Any
+    first_row: int
+    end_row: int
+
+
+class Sums(NamedTuple):
+    """What the loss is computed from. All are None if only the logits are computed."""
+
+    maxima: Any  # float32 [chunks, K·G]: largest logit of the chunk's keys, without the own key
+    totals: Any  # float32 [chunks, K·G]: Σ e^(logit − maximum)
+    positive_logits: Any  # float32 [K·G]
+
+
 @triton.jit
-def is_present(present_ptr, r, rows):
-    inside = r < rows
+def is_present(present_ptr, r, count):
+    inside = r < count
     if present_ptr is None:
         return inside
     else:
@@ -33,80 +89,103 @@ def is_present(present_ptr, r, rows):
 
 
 @triton.jit
-def key_is_present(
-    present_ptr, present_keys_ptr, j, num_classes, GROUPS: tl.constexpr, ALL_KEYS: tl.constexpr
-):
+def row_is_present(problem, r, FORM: tl.constexpr):
+    return is_present(problem.present.queries, r, problem.num_classes * FORM.groups)
+
+
+@triton.jit
+def any_row_is_present(problem, j, FORM: tl.constexpr):
+    """Whether class j has a present query."""
+    GROUPS: tl.constexpr = FORM.groups
+    found = j < 0
+    for g in tl.static_range(GROUPS):
+        found = found | row_is_present(problem, j * GROUPS + g, FORM)
+    return found
+
+
+@triton.jit
+def key_is_present(problem, j, FORM: tl.constexpr):
     """Whether the key is in the denominator of every row."""
-    if ALL_KEYS:
-        return j < num_classes
-    elif present_keys_ptr is None:
-        found = j < 0
-        for g in tl.static_range(GROUPS):
-            found = found | is_present(present_ptr, j * GROUPS + g, num_classes * GROUPS)
-        return found
+    if FORM.all_keys:
+        return j < problem.num_classes
+    elif problem.present.keys is None:
+        return any_row_is_present(problem, j, FORM)
     else:
-        return is_present(present_keys_ptr, j, num_classes)
+        return is_present(problem.present.keys, j, problem.num_classes)
 
 
 @triton.jit
-def row_offsets(r, stride_k, stride_g, GROUPS: tl.constexpr):
-    return (r // GROUPS).to(tl.int64) * stride_k + (r % GROUPS).to(tl.int64) * stride_g
+def row_ptrs(rows, r, FORM: tl.constexpr):
+    k, g = (r // FORM.groups).to(tl.int64), (r % FORM.groups).to(tl.int64)
+    return rows.ptr + k * rows.stride_k + g * rows.stride_g
 
 
 @triton.jit
-def inner_products(
-    queries_ptrs, keys_ptrs, row_mask, key_mask, dim, stride_qd, stride_kd, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def load_channels(ptrs, stride_d, d, mask, dim):
+    """Channels d of rows: float32 [rows, channels], 0 where masked."""
+    inside = mask[:, None] & (d < dim)[None, :]
+    offsets = (d.to(tl.int64) * stride_d)[None, :]
+    return tl.load(ptrs[:, None] + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _products(
+    problem, queries_ptrs, present, j, used, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Rows [BLOCK_R] times keys [BLOCK_K]: float32 [BLOCK_R, BLOCK_K]."""
-    total = tl.zeros((queries_ptrs.shape[0], keys_ptrs.shape[0]), tl.float32)
+    queries, keys, dim = problem.queries, problem.keys, problem.dim
+    keys_ptrs = keys.ptr + j.to(tl.int64) * keys.stride_k
+    total = tl.zeros((present.shape[0], used.shape[0]), tl.float32)
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        q = tl.load(
-            queries_ptrs[:, None] + (d.to(tl.int64) * stride_qd)[None, :],
-            mask=row_mask[:, None] & (d < dim)[None, :],
-            other=0.0,
-        )
+        q = load_channels(queries_ptrs, queries.stride_d, d, present, dim)
         k = tl.load(
-            keys_ptrs[None, :] + (d.to(tl.int64) * stride_kd)[:, None],
-            mask=key_mask[None, :] & (d < dim)[:, None],
+            keys_ptrs[None, :] + (d.to(tl.int64) * keys.stride_d)[:, None],
+            mask=used[None, :] & (d < dim)[:, None],
             other=0.0,
         )
-        total = tl.dot(q.to(tl.float32), k.to(tl.float32), total, input_precision=PRECISION)
+        total = tl.dot(q, k.to(tl.float32), total, input_precision=PRECISION)
     return total
 
 
 @triton.jit
+def _logits_of_keys(
+    problem, queries_ptrs, r, present, j, FORM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_R, BLOCK_K], −∞ for the own key and where the key is not in the denominator."""
+    used = key_is_present(problem, j, FORM)
+    logits = problem.inverse_temperature * _products(
+        problem, queries_ptrs, present, j, used, PRECISION, BLOCK_D
+    )
+    if problem.bias is not None:
+        logits += tl.load(problem.bias + j, mask=used, other=0.0)[None, :]
+    others = present[:, None] & used[None, :] & ((r // FORM.groups)[:, None] != j[None, :])
+    return tl.where(others, logits, -float("inf"))
+
+
+@triton.jit
+def _positive_logits(problem, queries_ptrs, r, present, FORM: tl.constexpr, BLOCK_D: tl.constexpr):
+    own_ptrs = row_ptrs(problem.positives, r, FORM)
+    product = tl.zeros(r.shape, tl.float32)
+    for start in range(0, problem.dim, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        q = load_channels(queries_ptrs, problem.queries.stride_d, d, present, problem.dim)
+        p = load_channels(own_ptrs, problem.positives.stride_d, d, present, problem.dim)
+        product += tl.sum(q * p, 1)
+    positive = problem.inverse_temperature * product
+    if problem.bias is not None and not FORM.has_positives:
+        positive += tl.load(problem.bias + r // FORM.groups, mask=present, other=0.0)
+    return positive
+
+
+@triton.jit
 def _centroid_info_nce_fwd_kernel(
-    queries_ptr,  # [K, G, D] by strides
-    keys_ptr,  # [K, D] by strides
-    bias_ptr,  # float32 [K] or None
-    positives_ptr,  # [K, G, D] by strides: the keys if none were given
-    present_ptr,  # bool [K·G] or None
-    present_keys_ptr,  # bool [K] or None
-    maxima_ptr,  # float32 [chunks, K·G]: largest logit of the chunk's keys, without the own key
-    totals_ptr,  # float32 [chunks, K·G]: Σ e^(logit − maximum)
-    positive_logits_ptr,  # float32 [K·G]
-    logits_ptr,  # float32 [rows from first_row to end_row, width] or None: −∞ where a key is not in
-    # the row's denominator, and for the own key
-    num_classes,
-    dim,
-    first_row,
-    end_row,
-    width,
+    problem,  # Problem
+    logits,  # Logits
+    sums,  # Sums
     keys_per_chunk,
-    inverse_temperature,
-    stride_queries_k,
-    stride_queries_g,
-    stride_queries_d,
-    stride_keys_k,
-    stride_keys_d,
-    stride_positives_k,
-    stride_positives_g,
-    stride_positives_d,
-    HAS_POSITIVES: tl.constexpr,
-    ALL_KEYS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    FORM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -117,61 +196,37 @@ def _centroid_info_nce_fwd_kernel(
     each BLOCK_K keys. It writes 8 bytes per row and chunk, and 4 per row; or, for the gradient,
     only the logits. With few logits it writes both."""
     chunk = tl.program_id(1)
-    rows = num_classes * GROUPS
-    r = first_row + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = r < end_row
-    present = inside & is_present(present_ptr, r, rows)
-    queries_ptr += row_offsets(r, stride_queries_k, stride_queries_g, GROUPS)
+    r = logits.first_row + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = r < logits.end_row
+    present = inside & row_is_present(problem, r, FORM)
+    queries_ptrs = row_ptrs(problem.queries, r, FORM)
 
     maximum = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     first = chunk * keys_per_chunk
-    for start in range(first, tl.minimum(first + keys_per_chunk, num_classes), BLOCK_K):
+    for start in range(first, tl.minimum(first + keys_per_chunk, problem.num_classes), BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
-        used = key_is_present(present_ptr, present_keys_ptr, j, num_classes, GROUPS, ALL_KEYS)
-        keys_ptrs = keys_ptr + j.to(tl.int64) * stride_keys_k
-        logits = inverse_temperature * inner_products(
-            queries_ptr, keys_ptrs, present, used, dim, stride_queries_d, stride_keys_d, PRECISION,
-            BLOCK_D,
-        )  # fmt: skip
-        if bias_ptr is not None:
-            logits += tl.load(bias_ptr + j, mask=used, other=0.0)[None, :]
-        others = present[:, None] & used[None, :] & ((r // GROUPS)[:, None] != j[None, :])
-        logits = tl.where(others, logits, -float("inf"))
-        if logits_ptr is not None:
-            tl.store(
-                logits_ptr + (r - first_row).to(tl.int64)[:, None] * width + j[None, :],
-                logits,
-                mask=inside[:, None] & (j < width)[None, :],
-            )
-        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        x = _logits_of_keys(problem, queries_ptrs, r, present, j, FORM, PRECISION, BLOCK_D)
+        if logits.ptr is not None:
+            row = (r - logits.first_row).to(tl.int64)[:, None] * problem.width
+            mask = inside[:, None] & (j < problem.width)[None, :]
+            tl.store(logits.ptr + row + j[None, :], x, mask=mask)
+        new_maximum = tl.maximum(maximum, tl.max(x, 1))
         shift = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
-        total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+        total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
         maximum = new_maximum
-    if maxima_ptr is not None:
-        tl.store(maxima_ptr + chunk * rows + r, maximum, mask=inside)
-        tl.store(totals_ptr + chunk * rows + r, total, mask=inside)
-
-    if positive_logits_ptr is not None and chunk == 0:
-        own = positives_ptr + row_offsets(r, stride_positives_k, stride_positives_g, GROUPS)
-        product = tl.zeros((BLOCK_R,), tl.float32)
-        for start in range(0, dim, BLOCK_D):
-            d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
-            mask = present[:, None] & (d < dim)
-            q = tl.load(queries_ptr[:, None] + d * stride_queries_d, mask=mask, other=0.0)
-            p = tl.load(own[:, None] + d * stride_positives_d, mask=mask, other=0.0)
-            product += tl.sum(q.to(tl.float32) * p.to(tl.float32), 1)
-        positive = inverse_temperature * product
-        if bias_ptr is not None and not HAS_POSITIVES:
-            positive += tl.load(bias_ptr + r // GROUPS, mask=present, other=0.0)
-        tl.store(positive_logits_ptr + r, positive, mask=inside)
+    if sums.maxima is not None:
+        rows = problem.num_classes * FORM.groups
+        tl.store(sums.maxima + chunk * rows + r, maximum, mask=inside)
+        tl.store(sums.totals + chunk * rows + r, total, mask=inside)
+        if chunk == 0:
+            positive = _positive_logits(problem, queries_ptrs, r, present, FORM, BLOCK_D)
+            tl.store(sums.positive_logits + r, positive, mask=inside)
 
 
 @triton.jit
 def _reduce_kernel(
-    maxima_ptr,  # these three: see _centroid_info_nce_fwd_kernel
-    totals_ptr,
-    positive_logits_ptr,
+    sums,  # Sums
     present_ptr,  # bool [K·G] or None
     loss_ptr,  # float32: one, or [K·G] for "none"
     lse_ptr,  # float32 [K·G]
@@ -192,9 +247,9 @@ def _reduce_kernel(
         r = start + tl.arange(0, BLOCK_R)
         present = is_present(present_ptr, r, rows)
         inside = (chunk < chunks) & (r < rows)[None, :]
-        maxima = tl.load(maxima_ptr + chunk * rows + r[None, :], inside, -float("inf"))
-        totals = tl.load(totals_ptr + chunk * rows + r[None, :], inside, 0.0)
-        positive = tl.load(positive_logits_ptr + r, mask=r < rows, other=0.0)
+        maxima = tl.load(sums.maxima + chunk * rows + r[None, :], inside, -float("inf"))
+        totals = tl.load(sums.totals + chunk * rows + r[None, :], inside, 0.0)
+        positive = tl.load(sums.positive_logits + r, mask=r < rows, other=0.0)
         maximum = tl.maximum(tl.max(maxima, 0), positive)
         total = tl.exp(positive - maximum) + tl.sum(totals * tl.exp(maxima - maximum[None, :]), 0)
         lse = maximum + tl.log(total)
@@ -218,114 +273,73 @@ def precision() -> str:
     return "tf32x3" if architecture().startswith("sm_") else "ieee"
 
 
-def as_rows(tensor: Tensor) -> tuple[int, int, int]:
-    """Strides (k, g, d) of [K, D] or [K, G, D]."""
+def rows_of(tensor: Tensor) -> Rows:
+    """[K, D] or [K, G, D]."""
     if tensor.dim() == 2:
-        return tensor.stride(0), 0, tensor.stride(1)
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+        return Rows(tensor, tensor.stride(0), 0, tensor.stride(1))
+    return Rows(tensor, *tensor.stride())
 
 
-def mirrored_rows(queries: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Query G−1−g of each class in place of query g: the first element, and the strides."""
-    stride_k, stride_g, stride_d = as_rows(queries)
-    return (queries if queries.dim() == 2 else queries[:, -1]), (stride_k, -stride_g, stride_d)
+def mirrored_rows(queries: Tensor) -> Rows:
+    """Query G−1−g of each class in place of query g."""
+    rows = rows_of(queries)
+    return rows._replace(
+        ptr=queries if queries.dim() == 2 else queries[:, -1], stride_g=-rows.stride_g
+    )
 
 
-class Problem(NamedTuple):
-    """The arguments of the operator that both directions need."""
+def problem_of(
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    positives: Tensor | None,
+    present: Tensor | None,
+    present_keys: Tensor | None,
+    all_keys: bool,
+    mirrored: bool,
+    temperature: float,
+) -> tuple[Problem, Form]:
+    """From the operator's arguments."""
+    own = rows_of(keys if positives is None else positives)
+    masks = (mask if mask is None else mask.contiguous() for mask in (present, present_keys))
+    num_classes, dim = keys.shape
+    problem = Problem(
+        rows_of(queries),
+        rows_of(keys),
+        mirrored_rows(queries) if mirrored else own,
+        Present(*masks),
+        bias,
+        num_classes,
+        dim,
+        triton.cdiv(num_classes, 8) * 8,
+        1 / temperature,
+    )
+    groups = 1 if queries.dim() == 2 else queries.shape[1]
+    return problem, Form(groups, all_keys, mirrored or positives is not None, mirrored)
 
-    queries: Tensor
-    keys: Tensor
-    bias: Tensor | None
-    positives: Tensor | None
-    present: Tensor | None
-    present_keys: Tensor | None
-    all_keys: bool
-    mirrored: bool
-    temperature: float
 
-    @property
-    def groups(self) -> int:
-        return 1 if self.queries.dim() == 2 else self.queries.shape[1]
-
-    @property
-    def rows(self) -> int:
-        return self.keys.shape[0] * self.groups
-
-    @property
-    def width(self) -> int:
-        """Of the logits of a row: K, rounded up to a multiple of 8."""
-        return triton.cdiv(self.keys.shape[0], 8) * 8
-
-    def masks(self) -> tuple[Tensor | None, Tensor | None]:
-        present, keys = self.present, self.present_keys
-        return (
-            None if present is None else present.contiguous(),
-            None if keys is None else keys.contiguous(),
-        )
-
-    def positive_rows(self) -> tuple[Tensor, tuple[int, int, int]]:
-        """The positives, and their strides (k, g, d)."""
-        if self.mirrored:
-            return mirrored_rows(self.queries)
-        own = self.keys if self.positives is None else self.positives
-        return own, as_rows(own)
-
-    def flags(self) -> dict[str, object]:
-        return {
-            "HAS_POSITIVES": self.mirrored or self.positives is not None,
-            "ALL_KEYS": self.all_keys,
-            "GROUPS": self.groups,
-            "PRECISION": precision(),
-            "BLOCK_R": BLOCK_R,
-            "BLOCK_K": BLOCK_K,
-            "BLOCK_D": BLOCK_D,
-            "num_warps": 4,
-            "enable_fp_fusion": True,
-        }
+def options() -> dict[str, object]:
+    """Of both kernels."""
+    return {
+        "PRECISION": precision(),
+        "BLOCK_R": BLOCK_R,
+        "BLOCK_K": BLOCK_K,
+        "BLOCK_D": BLOCK_D,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
 
 
 def keys_per_chunk(num_classes: int) -> int:
     return triton.cdiv(triton.cdiv(num_classes, CHUNKS), BLOCK_K) * BLOCK_K
 
 
-def compute_logits(
-    problem: Problem,
-    first_row: int,
-    end_row: int,
-    *,
-    maxima: Tensor | None = None,
-    totals: Tensor | None = None,
-    positive_logits: Tensor | None = None,
-    logits: Tensor | None = None,
-) -> None:
-    """Launches the first kernel for these rows; it writes what is given."""
-    num_classes, dim = problem.keys.shape
-    own, own_strides = problem.positive_rows()
-    each = keys_per_chunk(num_classes)
-    grid = triton.cdiv(end_row - first_row, BLOCK_R), triton.cdiv(num_classes, each)
-    _centroid_info_nce_fwd_kernel[grid](
-        problem.queries,
-        problem.keys,
-        problem.bias,
-        own,
-        *problem.masks(),
-        maxima,
-        totals,
-        positive_logits,
-        logits,
-        num_classes,
-        dim,
-        first_row,
-        end_row,
-        problem.width,
-        each,
-        1 / problem.temperature,
-        *as_rows(problem.queries),
-        *problem.keys.stride(),
-        *own_strides,
-        **problem.flags(),
-    )
+def compute_logits(problem: Problem, form: Form, logits: Logits, sums: Sums) -> None:
+    """Launches the first kernel for the rows of the logits; it writes what is given."""
+    each = keys_per_chunk(problem.num_classes)
+    rows = logits.end_row - logits.first_row
+    grid = triton.cdiv(rows, BLOCK_R), triton.cdiv(problem.num_classes, each)
+    _centroid_info_nce_fwd_kernel[grid](problem, logits, sums, each, FORM=form, **options())
 
 
 def centroid_info_nce(
@@ -346,8 +360,8 @@ def centroid_info_nce(
     for the gradient lse and positive logits [K] or [K, G], the scale of the sum [], and the logits
     [K·G, width], or (0,) if there are more than logits_at_once."""
     given = queries, keys, bias, positives, present, present_keys, all_keys, mirrored, temperature
-    problem = Problem(*given)
-    rows, shape = problem.rows, queries.shape[:-1]
+    problem, form = problem_of(*given)
+    rows, shape = problem.num_classes * form.groups, queries.shape[:-1]
 
     def new(*size: int) -> Tensor:
         return queries.new_empty(size, dtype=torch.float32)
@@ -360,20 +374,11 @@ def centroid_info_nce(
         return loss.zero_(), lse, positive_logits, scale.fill_(loss_weight), logits
     chunks = triton.cdiv(keys.shape[0], keys_per_chunk(keys.shape[0]))
     maxima, totals = new(chunks, rows), new(chunks, rows)
-    compute_logits(
-        problem,
-        0,
-        rows,
-        maxima=maxima,
-        totals=totals,
-        positive_logits=positive_logits,
-        logits=logits if kept else None,
-    )
+    sums = Sums(maxima, totals, positive_logits)
+    compute_logits(problem, form, Logits(logits if kept else None, 0, rows), sums)
     _reduce_kernel[(1,)](
-        maxima,
-        totals,
-        positive_logits,
-        problem.masks()[0],
+        sums,
+        problem.present.queries,
         loss,
         lse,
         scale,

@@ -9,6 +9,8 @@ computed again, and the gradients of its queries; the gradients of the keys are 
 of the parts.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,64 +19,163 @@ from torch import Tensor
 from .centroid_info_nce import (
     BLOCK_D,
     BLOCK_R,
-    Problem,
-    as_rows,
+    Logits,
+    Sums,
+    any_row_is_present,
     compute_logits,
-    is_present,
     key_is_present,
-    row_offsets,
+    load_channels,
+    options,
+    problem_of,
+    row_is_present,
+    row_ptrs,
 )
+from .launch import without_spills
+
+
+class DlossOfRows(NamedTuple):
+    """The gradient of each row's loss."""
+
+    dloss: Any  # float32 [K·G] by stride, 0 for a scalar
+    stride: int
+    scale: Any  # float32, one
+    lse: Any  # float32 [K·G]
+    positive_logits: Any  # float32 [K·G]
+
+
+class Outputs(NamedTuple):
+    dqueries: Any  # [K, G, D]
+    dkeys: Any  # [K, D]; float32 if it is added to
+    dbias: Any  # float32 [K] or None
+    dpositives: Any  # [K, G, D], if positives were given
+
+
+class RowGradients(NamedTuple):
+    """Of each row dloss/τ, lse, and the gradient of its positive's inner product. Absent rows: 0"""
+
+    dloss: Any
+    lse: Any
+    dpositive: Any
 
 
 @triton.jit
-def row_gradients(
-    dloss_ptr, scale_ptr, lse_ptr, positive_logits_ptr, present, r, stride_dloss,
-    inverse_temperature,
+def load_row_gradients(losses, problem, present, r):
+    lse = tl.load(losses.lse + r, mask=present, other=0.0)
+    positive = tl.load(losses.positive_logits + r, mask=present, other=0.0)
+    dloss = tl.load(losses.dloss + r * losses.stride, mask=present, other=0.0)
+    dloss *= tl.load(losses.scale) * problem.inverse_temperature
+    return RowGradients(dloss, lse, dloss * (tl.exp(positive - lse) - 1))
+
+
+@triton.jit
+def _dlogits(problem, logits, r, j, dloss, lse, dpositive, FORM: tl.constexpr):
+    """The gradients of the inner products: all arguments [R, 1], but keys j [1, K]; or [1, R] and
+    [K, 1]."""
+    x = tl.load(
+        logits.ptr + (r - logits.first_row).to(tl.int64) * problem.width + j,
+        mask=(r < logits.end_row) & (j < problem.num_classes),
+        other=-float("inf"),
+    )
+    dlogits = dloss * tl.exp(x - lse)
+    if not FORM.has_positives:
+        dlogits = tl.where(r // FORM.groups == j, dpositive, dlogits)
+    return dlogits
+
+
+@triton.jit
+def _add_positives(
+    total, weight, present, problem, losses, outputs, r, inside, d, FORM: tl.constexpr
+):
+    """dqueries with the part of the positives, whose inner products have the gradient `weight`.
+    Writes dpositives."""
+    used = present
+    if FORM.mirrored:  # the positive is a query, and this row is the positive of that query
+        mirror = r // FORM.groups * FORM.groups + (FORM.groups - 1 - r % FORM.groups)
+        there = inside & row_is_present(problem, mirror, FORM)
+        weight += load_row_gradients(losses, problem, there, mirror).dpositive
+        used = used | there
+    positives, queries, dim = problem.positives, problem.queries, problem.dim
+    p = load_channels(row_ptrs(positives, r, FORM), positives.stride_d, d, used, dim)
+    if not FORM.mirrored:
+        q = load_channels(row_ptrs(queries, r, FORM), queries.stride_d, d, used, dim)
+        _store(outputs.dpositives, weight[:, None] * q, r, d, inside, dim)
+    return total + weight[:, None] * p
+
+
+@triton.jit
+def _store(ptr, values, r, d, inside, dim):
+    """Rows r and channels d of a contiguous output."""
+    offsets = r.to(tl.int64)[:, None] * dim + d.to(tl.int64)[None, :]
+    mask = inside[:, None] & (d < dim)[None, :]
+    tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _write_queries(
+    problem, logits, losses, outputs, r, d, FORM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Of each row dloss/τ, lse, and the gradient of its positive's inner product. Absent rows: 0"""
-    lse = tl.load(lse_ptr + r, mask=present, other=0.0)
-    positive = tl.load(positive_logits_ptr + r, mask=present, other=0.0)
-    dloss = tl.load(dloss_ptr + r * stride_dloss, mask=present, other=0.0)
-    dloss *= tl.load(scale_ptr) * inverse_temperature
-    return dloss, lse, dloss * (tl.exp(positive - lse) - 1)
+    """dqueries of rows r and channels d, from all keys; and dpositives."""
+    inside = r < logits.end_row
+    present = inside & row_is_present(problem, r, FORM)
+    row = load_row_gradients(losses, problem, present, r)
+    dloss, lse, dpositive = row.dloss[:, None], row.lse[:, None], row.dpositive[:, None]
+    keys = problem.keys
+    total = tl.zeros((r.shape[0], d.shape[0]), tl.float32)
+    for start in range(0, problem.num_classes, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        used = key_is_present(problem, j, FORM)
+        if not FORM.has_positives:  # a present row uses its own key even if that key is absent
+            used = used | any_row_is_present(problem, j, FORM)
+        dlogits = _dlogits(problem, logits, r[:, None], j[None, :], dloss, lse, dpositive, FORM)
+        keys_ptrs = keys.ptr + j.to(tl.int64) * keys.stride_k
+        k = load_channels(keys_ptrs, keys.stride_d, d, used, problem.dim)
+        total = tl.dot(dlogits, k, total, input_precision=PRECISION)
+    if FORM.has_positives:
+        total = _add_positives(
+            total, row.dpositive, present, problem, losses, outputs, r, inside, d, FORM
+        )
+    _store(outputs.dqueries, total, r, d, inside, problem.dim)
+
+
+@triton.jit
+def _write_keys(
+    problem, logits, losses, outputs, j, d, ADD: tl.constexpr, FORM: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dkeys of keys j and channels d, and dbias, from all rows of the logits."""
+    inside = j < problem.num_classes
+    queries, dim = problem.queries, problem.dim
+    total = tl.zeros((j.shape[0], d.shape[0]), tl.float32)
+    sums = tl.zeros(j.shape, tl.float32)
+    if ADD:
+        dkeys_ptrs = outputs.dkeys + j.to(tl.int64) * dim
+        total = load_channels(dkeys_ptrs, 1, d, inside, dim)
+    for start in range(logits.first_row, logits.end_row, BLOCK_K):
+        r = start + tl.arange(0, BLOCK_K)
+        present = (r < logits.end_row) & row_is_present(problem, r, FORM)
+        row = load_row_gradients(losses, problem, present, r)
+        dloss, lse, dpositive = row.dloss[None, :], row.lse[None, :], row.dpositive[None, :]
+        dlogits = _dlogits(problem, logits, r[None, :], j[:, None], dloss, lse, dpositive, FORM)
+        q = load_channels(row_ptrs(queries, r, FORM), queries.stride_d, d, present, dim)
+        sums += tl.sum(dlogits, 1)
+        total = tl.dot(dlogits, q, total, input_precision=PRECISION)
+    _store(outputs.dkeys, total, j, d, inside, dim)
+    if outputs.dbias is not None and tl.program_id(1) == 0:
+        dbias = sums / problem.inverse_temperature
+        if ADD:
+            dbias += tl.load(outputs.dbias + j, mask=inside, other=0.0)
+        tl.store(outputs.dbias + j, dbias, mask=inside)
 
 
 @triton.jit
 def _centroid_info_nce_bwd_kernel(
-    logits_ptr,  # float32 [rows from first_row to end_row, width]
-    dloss_ptr,  # float32 [K·G] by stride, 0 for a scalar
-    scale_ptr,
-    lse_ptr,  # float32 [K·G]
-    positive_logits_ptr,  # float32 [K·G]
-    queries_ptr,
-    keys_ptr,
-    positives_ptr,
-    present_ptr,
-    present_keys_ptr,
-    dqueries_ptr,  # [K, G, D]
-    dkeys_ptr,  # [K, D]; with ADD float32
-    dbias_ptr,  # float32 [K] or None
-    dpositives_ptr,  # [K, G, D]
-    num_classes,
-    dim,
-    first_row,
-    end_row,
-    width,
-    temperature,
-    stride_dloss,
-    stride_queries_k,
-    stride_queries_g,
-    stride_queries_d,
-    stride_keys_k,
-    stride_keys_d,
-    stride_positives_k,
-    stride_positives_g,
-    stride_positives_d,
-    MIRRORED: tl.constexpr,
+    problem,  # Problem
+    logits,  # Logits
+    losses,  # DlossOfRows
+    outputs,  # Outputs
     ADD: tl.constexpr,  # to dkeys and dbias
-    HAS_POSITIVES: tl.constexpr,
-    ALL_KEYS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    FORM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -85,105 +186,15 @@ def _centroid_info_nce_bwd_kernel(
     all queries. If the caches hold the logits, these and the inputs are read from memory once. From
     the caches, logits are read twice for each block of channels, keys and queries for each block of
     rows and of keys. Each gradient is written once."""
-    rows = num_classes * GROUPS
-    row_blocks = tl.cdiv(end_row - first_row, BLOCK_R)
-    inverse_temperature = 1 / temperature
-    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-    channels = (d < dim)[None, :]
-    if tl.program_id(0) < row_blocks:
-        r = first_row + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-        inside = r < end_row
-        present = inside & is_present(present_ptr, r, rows)
-        dloss, lse, dpositive = row_gradients(
-            dloss_ptr, scale_ptr, lse_ptr, positive_logits_ptr, present, r, stride_dloss,
-            inverse_temperature,
-        )  # fmt: skip
-        total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-        for start in range(0, num_classes, BLOCK_K):
-            j = start + tl.arange(0, BLOCK_K)
-            used = key_is_present(present_ptr, present_keys_ptr, j, num_classes, GROUPS, ALL_KEYS)
-            if not HAS_POSITIVES:  # a present row uses its own key even if that key is absent
-                used = used | key_is_present(present_ptr, None, j, num_classes, GROUPS, False)
-            logits = tl.load(
-                logits_ptr + (r - first_row).to(tl.int64)[:, None] * width + j[None, :],
-                mask=inside[:, None] & (j < num_classes)[None, :],
-                other=-float("inf"),
-            )
-            dlogits = dloss[:, None] * tl.exp(logits - lse[:, None])
-            if not HAS_POSITIVES:
-                own = (r // GROUPS)[:, None] == j[None, :]
-                dlogits = tl.where(own, dpositive[:, None], dlogits)
-            k = tl.load(
-                keys_ptr + (j.to(tl.int64) * stride_keys_k)[:, None] + d[None, :] * stride_keys_d,
-                mask=used[:, None] & channels,
-                other=0.0,
-            )
-            total = tl.dot(dlogits, k.to(tl.float32), total, input_precision=PRECISION)
-        out = r.to(tl.int64)[:, None] * dim + d[None, :]
-        if HAS_POSITIVES:
-            weight, used = dpositive, present
-            if MIRRORED:  # the positive is a query, and this row is the positive of that query
-                mirror = r // GROUPS * GROUPS + (GROUPS - 1 - r % GROUPS)
-                there = inside & is_present(present_ptr, mirror, rows)
-                _, _, of_mirror = row_gradients(
-                    dloss_ptr, scale_ptr, lse_ptr, positive_logits_ptr, there, mirror, stride_dloss,
-                    inverse_temperature,
-                )  # fmt: skip
-                weight, used = weight + of_mirror, used | there
-            mask = used[:, None] & channels
-            offsets = row_offsets(r, stride_positives_k, stride_positives_g, GROUPS)[:, None]
-            p = tl.load(
-                positives_ptr + offsets + d[None, :] * stride_positives_d, mask=mask, other=0.0
-            )
-            total += weight[:, None] * p.to(tl.float32)
-            if not MIRRORED:
-                offsets = row_offsets(r, stride_queries_k, stride_queries_g, GROUPS)[:, None]
-                q = tl.load(
-                    queries_ptr + offsets + d[None, :] * stride_queries_d, mask=mask, other=0.0
-                )
-                dpositives = weight[:, None] * q.to(tl.float32)
-                dpositives = dpositives.to(dpositives_ptr.dtype.element_ty)
-                tl.store(dpositives_ptr + out, dpositives, mask=inside[:, None] & channels)
-        dqueries = total.to(dqueries_ptr.dtype.element_ty)
-        tl.store(dqueries_ptr + out, dqueries, mask=inside[:, None] & channels)
+    row_blocks = tl.cdiv(logits.end_row - logits.first_row, BLOCK_R)
+    block = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if block < row_blocks:
+        r = logits.first_row + block * BLOCK_R + tl.arange(0, BLOCK_R)
+        _write_queries(problem, logits, losses, outputs, r, d, FORM, PRECISION, BLOCK_K)
     else:
-        i = (tl.program_id(0) - row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
-        dkeys_ptrs = dkeys_ptr + i.to(tl.int64)[:, None] * dim + d[None, :]
-        total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-        sums = tl.zeros((BLOCK_R,), tl.float32)
-        if ADD:
-            total = tl.load(dkeys_ptrs, mask=(i < num_classes)[:, None] & channels, other=0.0)
-        for start in range(first_row, end_row, BLOCK_K):
-            row = start + tl.arange(0, BLOCK_K)
-            present = (row < end_row) & is_present(present_ptr, row, rows)
-            dloss, lse, dpositive = row_gradients(
-                dloss_ptr, scale_ptr, lse_ptr, positive_logits_ptr, present, row, stride_dloss,
-                inverse_temperature,
-            )  # fmt: skip
-            logits = tl.load(
-                logits_ptr + (row - first_row).to(tl.int64)[None, :] * width + i[:, None],
-                mask=(row < end_row)[None, :] & (i < num_classes)[:, None],
-                other=-float("inf"),
-            )
-            dlogits = dloss[None, :] * tl.exp(logits - lse[None, :])
-            if not HAS_POSITIVES:
-                own = (row // GROUPS)[None, :] == i[:, None]
-                dlogits = tl.where(own, dpositive[None, :], dlogits)
-            offsets = row_offsets(row, stride_queries_k, stride_queries_g, GROUPS)[:, None]
-            x = tl.load(
-                queries_ptr + offsets + d[None, :] * stride_queries_d,
-                mask=present[:, None] & channels,
-                other=0.0,
-            )
-            sums += tl.sum(dlogits, 1)
-            total = tl.dot(dlogits, x.to(tl.float32), total, input_precision=PRECISION)
-        dkeys = total.to(dkeys_ptr.dtype.element_ty)
-        tl.store(dkeys_ptrs, dkeys, mask=(i < num_classes)[:, None] & channels)
-        if dbias_ptr is not None and tl.program_id(1) == 0:
-            dbias = temperature * sums
-            if ADD:
-                dbias += tl.load(dbias_ptr + i, mask=i < num_classes, other=0.0)
-            tl.store(dbias_ptr + i, dbias, mask=i < num_classes)
+        j = (block - row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+        _write_keys(problem, logits, losses, outputs, j, d, ADD, FORM, PRECISION, BLOCK_K)
 
 
 def centroid_info_nce_backward(
@@ -210,10 +221,10 @@ def centroid_info_nce_backward(
     4·K·D if the keys are not float32.
     """
     given = queries, keys, bias, positives, present, present_keys, all_keys, mirrored, temperature
-    problem = Problem(*given)
-    rows, (num_classes, dim) = problem.rows, keys.shape
-    kept = logits.dim() == 2
-    part = rows if kept else max(logits_at_once // problem.width // BLOCK_R, 1) * BLOCK_R
+    problem, form = problem_of(*given)
+    num_classes, dim, width = problem.num_classes, problem.dim, problem.width
+    rows, kept = num_classes * form.groups, logits.dim() == 2
+    part = rows if kept else max(logits_at_once // width // BLOCK_R, 1) * BLOCK_R
     dqueries = queries.new_empty(queries.shape)
     dkeys = keys.new_empty(keys.shape, dtype=keys.dtype if part >= rows else torch.float32)
     dbias = lse.new_empty(0 if bias is None else num_classes)
@@ -221,41 +232,21 @@ def centroid_info_nce_backward(
     if rows == 0 or dim == 0:
         return dqueries.zero_(), dkeys.zero_(), dbias.zero_(), dpositives.zero_()
     if not kept:
-        logits = lse.new_empty((min(part, rows), problem.width))
+        logits = lse.new_empty((min(part, rows), width))
     dloss = dloss.contiguous()
-    own, own_strides = problem.positive_rows()
+    losses = DlossOfRows(dloss, 0 if dloss.dim() == 0 else 1, scale, lse, positive_logits)
+    outputs = Outputs(dqueries, dkeys, None if bias is None else dbias, dpositives)
     key_blocks = triton.cdiv(num_classes, BLOCK_R)
     for first_row in range(0, rows, part):
-        end_row = min(first_row + part, rows)
+        these = Logits(logits, first_row, min(first_row + part, rows))
         if not kept:
-            compute_logits(problem, first_row, end_row, logits=logits)
-        row_blocks = triton.cdiv(end_row - first_row, BLOCK_R)
+            compute_logits(problem, form, these, Sums(None, None, None))
+        row_blocks = triton.cdiv(these.end_row - first_row, BLOCK_R)
         _centroid_info_nce_bwd_kernel[(row_blocks + key_blocks, triton.cdiv(dim, BLOCK_D))](
-            logits,
-            dloss,
-            scale,
-            lse,
-            positive_logits,
-            queries,
-            keys,
-            own,
-            *problem.masks(),
-            dqueries,
-            dkeys,
-            None if bias is None else dbias,
-            dpositives,
-            num_classes,
-            dim,
-            first_row,
-            end_row,
-            problem.width,
-            temperature,
-            0 if dloss.dim() == 0 else 1,
-            *as_rows(queries),
-            *keys.stride(),
-            *own_strides,
-            MIRRORED=mirrored,
+            *(problem, these, losses, outputs),
             ADD=first_row > 0,
-            **problem.flags(),
+            FORM=form,
+            **options(),
+            **without_spills(),
         )
     return dqueries, dkeys.to(keys.dtype), dbias, dpositives
