@@ -220,9 +220,11 @@ def shifts_path(code: Code, num_classes: int) -> Path:
 
 def keys_path(code: Code) -> Path:
     """Four labels, each counted in shared memory."""
-    label = code.those(lambda b: b.count("LDG") == 1 and b.count("STG") == 1)
+    three = code.those(lambda b: b.count("LDG") == 3)[:1]
+    fourth = code.those(lambda b: b.count("LDG") == 1, three[0])[:1]
+    stores = code.those(lambda b: b.count("STG") == 4)
     bins = code.those(lambda b: b.count("ATOMS") == 1)
-    return code.walk([0], *[label] * 4, *[bins] * 4, code.exits)
+    return code.walk([0], three, fourth, stores, *([i] for i in bins), code.exits)
 
 
 def losses_path(code: Code, rounds: int, labels: int) -> Path:

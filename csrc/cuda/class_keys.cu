@@ -7,9 +7,9 @@
 // one for each run of equal keys in a warp.
 //
 // Predicted at B8 128×256 (262,144 pixels) from 512×1024 int64 labels: a sector of 32 bytes for
-// each label and 4 bytes for each key are 9.4 MB, which take 2.2 µs on an H200. With a launch, one
-// round trip for the four labels of a thread, one for the counts, and setting the counts to zero,
-// it takes 4 to 6 µs.
+// each label and 4 bytes for each key are 9.4 MB, which take 2.2 µs on an H200. The other times are
+// the launches of two kernels, one round trip for the four labels of a thread, and one for the
+// counts. `make cuda-report` prints the sum.
 #include "class_keys.cuh"
 
 #include "../labels.h"
@@ -52,12 +52,20 @@ struct Labels {
   bool per_image;
 };
 
+__global__ void __launch_bounds__(THREADS) zero_counts_kernel(int64_t* counts, int64_t size) {
+  permit_next_kernel();
+  const int64_t i = int64_t{blockIdx.x} * THREADS + threadIdx.x;
+  if (i < size) counts[i] = 0;
+}
+
 template <class Label, class Key>
 __global__ void __launch_bounds__(THREADS)
     class_keys_kernel(const Label* labels,         // [B, H', W'] by strides
                       Key* keys,                   // [B, P]
                       unsigned long long* counts,  // [K] or [B, K], zero on entry
                       Labels shape) {
+  permit_next_kernel();
+  wait_for_kernel_before();
   const int64_t image = blockIdx.x / shape.blocks_per_image;
   const int64_t block = blockIdx.x % shape.blocks_per_image;
   const int64_t first = block * PIXELS_PER_BLOCK + threadIdx.x;
@@ -66,22 +74,25 @@ __global__ void __launch_bounds__(THREADS)
   if (shape.per_image) counts += image * shape.num_classes;
   const int64_t key_of_class_0 = image * shape.image_keys;
 
-  int classes[PIXELS_PER_THREAD];
+  Label own[PIXELS_PER_THREAD];  // all are requested before the first is used
   int64_t y = first / shape.width, x = first % shape.width;
 #pragma unroll
   for (int i = 0; i < PIXELS_PER_THREAD; ++i) {
-    const int64_t pixel = first + i * THREADS;
-    classes[i] = -1;
-    if (pixel < shape.pixels) {
-      const auto label =
-          static_cast<int64_t>(labels[shape.rows.offset(y) + shape.columns.offset(x)]);
-      if (label >= 0 && label < shape.num_classes && label != shape.ignore_index)
-        classes[i] = static_cast<int>(label);
-      keys[pixel] = static_cast<Key>(classes[i] < 0 ? -1 : key_of_class_0 + classes[i]);
-    }
+    const bool inside = first + i * THREADS < shape.pixels;
+    own[i] = inside ? labels[shape.rows.offset(y) + shape.columns.offset(x)] : Label{};
     y += shape.step_y;
     x += shape.step_x;
     if (x >= shape.width) x -= shape.width, ++y;
+  }
+  int classes[PIXELS_PER_THREAD];
+#pragma unroll
+  for (int i = 0; i < PIXELS_PER_THREAD; ++i) {
+    const int64_t pixel = first + i * THREADS;
+    const auto label = static_cast<int64_t>(own[i]);
+    const bool valid = pixel < shape.pixels && label >= 0 && label < shape.num_classes &&
+                       label != shape.ignore_index;
+    classes[i] = valid ? static_cast<int>(label) : -1;
+    if (pixel < shape.pixels) keys[pixel] = static_cast<Key>(valid ? key_of_class_0 + label : -1);
   }
 
   if (shape.num_classes <= MAX_BINS) {
@@ -111,7 +122,7 @@ __global__ void __launch_bounds__(THREADS)
 template <class Label, class Key>
 void launch_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num_classes,
                  bool per_image, int64_t image_keys, int64_t ignore_index, Key* keys,
-                 int64_t* counts, Stream stream) {
+                 int64_t* counts, bool after_kernel, Stream stream) {
   const Labels shape{
       .rows{height, labels.size(1), labels.stride(1)},
       .columns{width, labels.size(2), labels.stride(2)},
@@ -127,22 +138,23 @@ void launch_keys(const Tensor& labels, int64_t height, int64_t width, int64_t nu
       .per_image = per_image};
   const dim3 grid = grid_of("class_keys.cuda", labels.size(0) * shape.blocks_per_image);
   const size_t shared_bytes = num_classes <= MAX_BINS ? num_classes * sizeof(unsigned) : 0;
-  launch("class_keys_kernel", class_keys_kernel<Label, Key>, grid, THREADS, shared_bytes, stream,
-         labels.const_data_ptr<Label>(), keys, reinterpret_cast<unsigned long long*>(counts),
-         shape);
+  launch_kernel(after_kernel ? Launch::EARLY : Launch::NORMAL, "class_keys_kernel",
+                class_keys_kernel<Label, Key>, grid, THREADS, shared_bytes, stream,
+                labels.const_data_ptr<Label>(), keys, reinterpret_cast<unsigned long long*>(counts),
+                shape);
 }
 
 }  // namespace
 
 void write_class_keys(const Tensor& labels, int64_t height, int64_t width, int64_t num_classes,
                       bool per_image, int64_t image_keys, int64_t ignore_index, const Tensor& keys,
-                      int64_t* counts, Stream stream) {
+                      int64_t* counts, bool after_kernel, Stream stream) {
   if (keys.numel() == 0) return;
   for_label_dtype("class_keys.cuda", labels.scalar_type(), [&](auto label) {
     for_key_dtype("class_keys.cuda", keys.scalar_type(), [&](auto key) {
       launch_keys<decltype(label)>(labels, height, width, num_classes, per_image, image_keys,
                                    ignore_index, keys.mutable_data_ptr<decltype(key)>(), counts,
-                                   stream);
+                                   after_kernel, stream);
     });
   });
 }
@@ -158,9 +170,12 @@ std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t wid
   const int64_t image_keys = per_image && !class_dtype ? num_classes : 0;
   Tensor counts = new_empty(labels, shape, ScalarType::Long);
   auto* of_keys = counts.mutable_data_ptr<int64_t>();
-  fill_zero(of_keys, counts.numel() * sizeof(int64_t), device.stream);
+  // Unlike a memset, a kernel permits that the next one starts early.
+  launch("zero_counts_kernel", zero_counts_kernel,
+         grid_of("class_keys.cuda", ceil_div(counts.numel(), int64_t{THREADS})), THREADS, 0,
+         device.stream, of_keys, counts.numel());
   write_class_keys(labels, height, width, num_classes, per_image, image_keys, ignore_index, keys,
-                   of_keys, device.stream);
+                   of_keys, true, device.stream);
   return {keys, counts};
 }
 

@@ -12,8 +12,8 @@
 //
 // Reads keys twice and writes them once; writes and reads 8 bytes a pixel for the lists. Most of
 // these accesses are in the order of the hashes: each moves a sector of 32 bytes, from the
-// second-level cache. Predicted for 262,144 pixels, not measured: 12 to 15 µs together. This is
-// 2.5 µs for each launch, two round trips to memory for the lists, and about ten for the ranks.
+// second-level cache. `make cuda-report` predicts the times: a warp waits for its largest bucket,
+// which has four pixels on average.
 #include "../labels.h"
 #include "class_keys.cuh"
 #include "tensors.cuh"
@@ -65,6 +65,7 @@ __device__ void count_groups(const int64_t* counts,  // [num_keys]
 __global__ void __launch_bounds__(THREADS)
     group_counts_kernel(const int64_t* counts, int64_t* starts, int64_t* of_groups,
                         int64_t num_keys, int64_t groups) {
+  permit_next_kernel();
   count_groups(counts, starts, of_groups, num_keys, groups,
                reinterpret_cast<uint64_t*>(shared_memory()));
 }
@@ -84,6 +85,8 @@ __global__ void __launch_bounds__(THREADS)
                        Lists lists,            // `first` and `totals` are zero on entry
                        int32_t* split,         // [pixels], written here if the key is ignored
                        int64_t pixels, int64_t num_keys, int64_t groups) {
+  permit_next_kernel();
+  wait_for_kernel_before();
   const int64_t* start_of = starts;
   if (of_groups) {
     auto* shared = reinterpret_cast<uint64_t*>(shared_memory());  // [WARPS]
@@ -108,16 +111,24 @@ __global__ void __launch_bounds__(THREADS)
   atomicAdd(&lists.totals[bucket / THREADS], 1u);
 }
 
-// A thread processes one bucket. It reads its list m + 2 times if there are m pixels in it.
+constexpr int HELD = 4;  // pixels of a bucket that a thread holds in registers
+
+// A thread processes one bucket. It reads its list once, or m + 2 times if there are more than HELD
+// pixels in it, m.
 __global__ void __launch_bounds__(THREADS)
     rank_pixels_kernel(const int32_t* keys, const int64_t* starts, const int64_t* seed,
                        const Lists lists, int32_t* split, int64_t pixels, int32_t groups) {
+  wait_for_kernel_before();
   auto* shared = reinterpret_cast<uint64_t*>(shared_memory());
   const PixelHash hash(*seed);
   const int64_t bucket = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   const uint32_t head = bucket < pixels ? lists.first[bucket] : 0;
   uint64_t size = 0, in_blocks_before = 0;
-  for (uint32_t a = head; a; a = lists.next[a - 1]) ++size;
+  uint32_t held[HELD] = {};
+  for (uint32_t a = head; a; a = lists.next[a - 1], ++size)
+#pragma unroll
+    for (int i = 0; i < HELD; ++i)
+      if (size == i) held[i] = a;
   for (unsigned block = threadIdx.x; block < blockIdx.x; block += THREADS)
     in_blocks_before += lists.totals[block];
   // the number of pixels in the buckets of all blocks before this one
@@ -127,11 +138,35 @@ __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   for (int warp = 0; warp < WARPS; ++warp) before += shared[warp];
 
+  // smaller: pixels of the bucket with smaller hashes
+  const auto write = [&](uint32_t pixel, int32_t key, uint64_t start, unsigned smaller) {
+    const auto rank = static_cast<uint32_t>(before - start) + smaller;
+    split[pixel] = key * groups + static_cast<int32_t>(rank % static_cast<uint32_t>(groups));
+  };
+  if (size <= HELD) {
+    int32_t key[HELD];
+    uint32_t hashes[HELD];  // without a meaning where no pixel is held
+    uint64_t start[HELD];
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) key[i] = held[i] ? keys[held[i] - 1] : 0;
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) start[i] = held[i] ? starts[key[i]] : 0;
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) hashes[i] = hash(held[i] - 1);
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+      unsigned smaller = 0;
+#pragma unroll
+      for (int j = 0; j < HELD; ++j) smaller += held[j] && hashes[j] < hashes[i];
+      if (held[i]) write(held[i] - 1, key[i], start[i], smaller);
+    }
+    return;
+  }
   for (uint32_t a = head; a; a = lists.next[a - 1]) {
+    unsigned smaller = 0;
+    for (uint32_t b = head; b; b = lists.next[b - 1]) smaller += hash(b - 1) < hash(a - 1);
     const int32_t key = keys[a - 1];
-    auto rank = static_cast<uint32_t>(before - static_cast<uint64_t>(starts[key]));
-    for (uint32_t b = head; b; b = lists.next[b - 1]) rank += hash(b - 1) < hash(a - 1);
-    split[a - 1] = key * groups + static_cast<int32_t>(rank % static_cast<uint32_t>(groups));
+    write(a - 1, key, static_cast<uint64_t>(starts[key]), smaller);
   }
 }
 
@@ -164,10 +199,11 @@ class Workspace {
   Tensor memory_;
 };
 
-// The workspace was filled with zeros.
+// The workspace was filled with zeros. after_kernel: whether keys were written by the kernel
+// before.
 void split_pixels(const int32_t* keys, const int64_t* counts, const Tensor& seed,
                   const Workspace& workspace, int32_t* split, int64_t* of_groups, int64_t pixels,
-                  int64_t num_keys, int64_t groups, Stream stream) {
+                  int64_t num_keys, int64_t groups, bool after_kernel, Stream stream) {
   constexpr size_t SHARED_BYTES = WARPS * sizeof(uint64_t);
   const bool by_each_block = pixels > 0 && num_keys <= MAX_KEYS_OF_BLOCK;
   if (!by_each_block)
@@ -176,12 +212,14 @@ void split_pixels(const int32_t* keys, const int64_t* counts, const Tensor& seed
   if (pixels == 0) return;
   const dim3 grid = grid_of("split_groups.cuda", blocks_for(pixels));
   const auto* seed_data = seed.const_data_ptr<int64_t>();
-  launch("link_pixels_kernel", link_pixels_kernel, grid, THREADS,
-         SHARED_BYTES + (by_each_block ? num_keys * sizeof(int64_t) : 0), stream, keys, counts,
-         workspace.starts, by_each_block ? of_groups : nullptr, seed_data, workspace.lists, split,
-         pixels, num_keys, groups);
-  launch("rank_pixels_kernel", rank_pixels_kernel, grid, THREADS, SHARED_BYTES, stream, keys,
-         workspace.starts, seed_data, workspace.lists, split, pixels, static_cast<int32_t>(groups));
+  launch_kernel(after_kernel || !by_each_block ? Launch::EARLY : Launch::NORMAL,
+                "link_pixels_kernel", link_pixels_kernel, grid, THREADS,
+                SHARED_BYTES + (by_each_block ? num_keys * sizeof(int64_t) : 0), stream, keys,
+                counts, workspace.starts, by_each_block ? of_groups : nullptr, seed_data,
+                workspace.lists, split, pixels, num_keys, groups);
+  launch_early("rank_pixels_kernel", rank_pixels_kernel, grid, THREADS, SHARED_BYTES, stream, keys,
+               workspace.starts, seed_data, workspace.lists, split, pixels,
+               static_cast<int32_t>(groups));
 }
 
 void check_pixels(int64_t pixels) {
@@ -201,7 +239,7 @@ std::tuple<Tensor, Tensor> split_groups(Tensor keys, Tensor counts, Tensor seed,
   workspace.fill_zeros(device.stream);
   split_pixels(keys.const_data_ptr<int32_t>(), counts.const_data_ptr<int64_t>(), seed, workspace,
                split.mutable_data_ptr<int32_t>(), of_groups.mutable_data_ptr<int64_t>(), pixels,
-               num_keys, groups, device.stream);
+               num_keys, groups, false, device.stream);
   return {split, of_groups};
 }
 
@@ -220,10 +258,10 @@ std::tuple<Tensor, Tensor> group_keys(Tensor labels, int64_t height, int64_t wid
   const Workspace workspace(labels, pixels, num_keys, true);
   workspace.fill_zeros(device.stream);
   write_class_keys(labels, height, width, num_classes, per_image, per_image ? num_classes : 0,
-                   ignore_index, keys, workspace.counts, device.stream);
+                   ignore_index, keys, workspace.counts, false, device.stream);
   split_pixels(keys.const_data_ptr<int32_t>(), workspace.counts, seed, workspace,
                split.mutable_data_ptr<int32_t>(), of_groups.mutable_data_ptr<int64_t>(), pixels,
-               num_keys, groups, device.stream);
+               num_keys, groups, true, device.stream);
   return {split, of_groups};
 }
 
