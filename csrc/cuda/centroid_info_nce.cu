@@ -8,10 +8,9 @@
 // in order. If there are few logits, they are kept for the gradient. Products are float32, without
 // tensor cores: at K = 150 they are a tenth of the time.
 //
-// Predicted for K = 150, D = 768 on an H200, not measured: 100 blocks of 16 × 16 logits. Each reads
-// 98 KB (float32; half of it in bfloat16) from the L2 cache, 1.8 µs at its 5.5 TB/s. The
-// instructions of its warps take about as long if none waits. With the launch and three round trips
-// of loads 5 µs. The second kernel is a launch, one round trip and a reduction: 2.5 µs.
+// At K = 150, D = 768 there are 100 blocks of 16 × 16 logits. Each reads 98 KB (float32; half of it
+// in bfloat16) from the L2 cache, 1.8 µs at its 5.5 TB/s. Its time is that of its three steps, one
+// after the other, and of shared memory. `make cuda-report` predicts it.
 #include "centroid_info_nce.cuh"
 #include "warps.cuh"
 
@@ -21,13 +20,21 @@ namespace anchorops::cuda {
 namespace {
 
 constexpr int WARPS = THREADS / 32;
+// Blocks of a multiprocessor with small tiles. Except for sm_90, nvcc needs more than the 128
+// registers of two blocks.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int BLOCKS = 2;
+#else
+constexpr int BLOCKS = 1;
+#endif
 
 // grid: blocks of rows × (chunks of the keys, then, if positives are given, blocks of WARPS rows) ×
 // problems.
 template <int TILE, int PROBLEMS>
-__global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : BLOCKS)
     centroid_info_nce_kernel(const __grid_constant__ LogitsProblems<PROBLEMS> given, Chunks chunks,
                              int width) {
+  permit_next_kernel();
   const int which = PROBLEMS > 1 ? blockIdx.z : 0;
   const Problem& problem = given.problems[which];
   const LogitsOfRows& output = given.outputs[which];
@@ -125,6 +132,7 @@ __global__ void __launch_bounds__(THREADS)
                   float* lse,    // [K·G]
                   float* scale,  // the factor of the sum of the losses
                   int rows, int chunks, float loss_weight, Reduction reduction) {
+  wait_for_kernel_before();
   float loss_of_thread = 0;
   int rows_of_thread = 0;
   for (int r = threadIdx.x; r < rows; r += THREADS) {
@@ -202,14 +210,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_info_nce(
                   .positive_logits = positive_logits.mutable_data_ptr<float>(),
                   .logits = kept ? logits.mutable_data_ptr<float>() : nullptr},
                  device.stream);
-  launch("centroid_info_nce reduce_kernel", reduce_kernel, 1, THREADS,
-         WARPS * (sizeof(float) + sizeof(int)), device.stream, of_chunks,
-         positive_logits.const_data_ptr<float>(), problem.present, loss.mutable_data_ptr<float>(),
-         lse.mutable_data_ptr<float>(), scale.mutable_data_ptr<float>(), rows, chunks,
-         static_cast<float>(loss_weight),
-         reduction == "mean" ? Reduction::MEAN
-         : reduces           ? Reduction::SUM
-                             : Reduction::NONE);
+  launch_early("centroid_info_nce reduce_kernel", reduce_kernel, 1, THREADS,
+               WARPS * (sizeof(float) + sizeof(int)), device.stream, of_chunks,
+               positive_logits.const_data_ptr<float>(), problem.present,
+               loss.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(),
+               scale.mutable_data_ptr<float>(), rows, chunks, static_cast<float>(loss_weight),
+               reduction == "mean" ? Reduction::MEAN
+               : reduces           ? Reduction::SUM
+                                   : Reduction::NONE);
   return {loss, lse, positive_logits, scale, logits};
 }
 

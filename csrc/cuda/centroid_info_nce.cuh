@@ -11,6 +11,7 @@ constexpr int THREADS = 256;
 
 __device__ inline int64_t row_offset(int r, int groups, int64_t stride_k, int64_t stride_g) {
   if (groups == 1) return r * stride_k;
+  if (stride_k == groups * stride_g) return r * stride_g;  // no division
   return r / groups * stride_k + r % groups * stride_g;
 }
 
@@ -181,20 +182,21 @@ struct EightFloats {
 };
 
 __device__ inline EightFloats to_float(const Eight& eight, ScalarType dtype) {
-  EightFloats floats;
+  EightFloats floats{};
+  if (!eight.selected) return floats;
+  const auto convert = [&](auto value_of) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t pair = eight.bits[0].elements[i / 2];
-    const auto half = static_cast<uint16_t>(i % 2 ? pair >> 16 : pair);
-    float value;
-    if (dtype == ScalarType::Float)
-      value = __uint_as_float(eight.bits[i / 4].elements[i % 4]);
-    else if (dtype == ScalarType::BFloat16)
-      value = __uint_as_float(uint32_t{half} << 16);
-    else
-      value = Half(half, Half::from_bits());
-    floats[i] = eight.selected ? value : 0;
-  }
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t pair = eight.bits[0].elements[i / 2];
+      floats[i] = value_of(i, static_cast<uint16_t>(i % 2 ? pair >> 16 : pair));
+    }
+  };
+  if (dtype == ScalarType::Float)
+    convert([&](int i, uint16_t) { return __uint_as_float(eight.bits[i / 4].elements[i % 4]); });
+  else if (dtype == ScalarType::BFloat16)
+    convert([](int, uint16_t half) { return __uint_as_float(uint32_t{half} << 16); });
+  else
+    convert([](int, uint16_t half) { return static_cast<float>(Half(half, Half::from_bits())); });
   return floats;
 }
 
@@ -209,13 +211,23 @@ struct OperandStage {
   template <class Select>
   __device__ void load(const Rows& rows, int first_row, int first_column, Select select) {
 #pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i) {
-      const int unit = threadIdx.x + i * THREADS;
-      if (EIGHTS % THREADS == 0 || unit < EIGHTS)
-        eights[i] = load_eight(rows, first_row + unit / (COLUMNS / 8),
-                               first_column + unit % (COLUMNS / 8) * 8, select);
-    }
+    for (int i = 0; i < PER_THREAD; ++i)
+      if (EIGHTS % THREADS == 0 || unit(i) < EIGHTS)
+        eights[i] = load_eight(rows, first_row + row(i), first_column + column(i), select);
   }
+  // selected: of the rows of this thread's units.
+  __device__ void load(const Rows& rows, int first_row, int first_column,
+                       const uint8_t (&selected)[PER_THREAD]) {
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i)
+      eights[i] = load_eight(rows, first_row + row(i), first_column + column(i),
+                             [&](int) { return selected[i]; });
+  }
+
+  // This thread's i-th unit of eight elements, its row, and its first column.
+  static __device__ int unit(int i) { return threadIdx.x + i * THREADS; }
+  static __device__ int row(int i) { return unit(i) / (COLUMNS / 8); }
+  static __device__ int column(int i) { return unit(i) % (COLUMNS / 8) * 8; }
 
   __device__ void store(float* shared, ScalarType dtype) const {
     store_values(shared, [&](int i) { return to_float(eights[i], dtype); });
@@ -229,10 +241,9 @@ struct OperandStage {
     const bool swap = threadIdx.x & 4;
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i) {
-      const int unit = threadIdx.x + i * THREADS;
-      if (EIGHTS % THREADS && unit >= EIGHTS) continue;
+      if (EIGHTS % THREADS && unit(i) >= EIGHTS) continue;
       const EightFloats floats = values(i);
-      float* address = shared + unit / (COLUMNS / 8) * PITCH + unit % (COLUMNS / 8) * 8;
+      float* address = shared + row(i) * PITCH + column(i);
       store_vector(address + 4 * swap, swap ? floats.part[1] : floats.part[0]);
       store_vector(address + 4 * !swap, swap ? floats.part[0] : floats.part[1]);
     }
@@ -344,12 +355,24 @@ struct LogitsTile {
 
   static __device__ void multiply(float* shared, const Rows& queries, const Rows& keys,
                                   const Present& present, int first_row, int first_key) {
-    const auto row = [&](int r) { return present.row(r); };
-    const auto key = [&](int k) { return present.key_used(k); };
+    // The rows of a thread's units are the same for all terms.
+    using A = typename Product::A;
+    using B = typename Product::B;
+    uint8_t rows_selected[A::PER_THREAD], keys_selected[B::PER_THREAD];
+#pragma unroll
+    for (int i = 0; i < A::PER_THREAD; ++i) {
+      const int r = first_row + A::row(i);
+      rows_selected[i] = r < queries.count ? present.row(r) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < B::PER_THREAD; ++i) {
+      const int k = first_key + B::row(i);
+      keys_selected[i] = k < keys.count ? present.key_used(k) : 0;
+    }
     Product::multiply(
         shared, queries.dim, queries.dtype, keys.dtype,
-        [&](auto& stage, int d) { stage.load(queries, first_row, d, row); },
-        [&](auto& stage, int d) { stage.load(keys, first_key, d, key); });
+        [&](auto& stage, int d) { stage.load(queries, first_row, d, rows_selected); },
+        [&](auto& stage, int d) { stage.load(keys, first_key, d, keys_selected); });
   }
 };
 
@@ -390,13 +413,15 @@ void compute_logits(const LogitsProblems<2>& pair, Stream stream);
 // The log-sum-exp of row r of a problem: of its positive, and of the partials of all chunks.
 __device__ inline float log_sum_exp(const float2* partials, float positive, int r, int rows,
                                     int chunks) {
-  float maximum = positive, total = 1;
+  float maximum = positive;
+#pragma unroll 8
+  for (int chunk = 0; chunk < chunks; ++chunk)
+    maximum = fmaxf(maximum, partials[int64_t{chunk} * rows + r].x);
+  float total = expf(positive - maximum);
 #pragma unroll 8
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const float2 partial = partials[int64_t{chunk} * rows + r];
-    const float larger = fmaxf(maximum, partial.x);
-    total = total * expf(maximum - larger) + partial.y * expf(partial.x - larger);
-    maximum = larger;
+    total += partial.y * expf(partial.x - maximum);
   }
   return maximum + logf(total);
 }

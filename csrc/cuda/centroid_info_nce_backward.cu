@@ -16,19 +16,19 @@ namespace {
 template <int ROWS, int COLUMNS>
 struct DlogitsStage : OperandStage<ROWS, COLUMNS> {
   using Base = OperandStage<ROWS, COLUMNS>;
-  DlossOfRows::Row rows[Base::PER_THREAD];
+  DlossOfRows::Loaded rows[Base::PER_THREAD];
+  const DlossOfRows* losses;
   int own[Base::PER_THREAD];  // the column of the own key among the eight; −1: it has no logit
 
   __device__ void load(const KeptLogits& from, int first_row, int first_column) {
     Base::load(from.logits, first_row, first_column, [](int) -> uint8_t { return 1; });
+    losses = &from.losses;
 #pragma unroll
     for (int i = 0; i < Base::PER_THREAD; ++i) {
-      const int unit = threadIdx.x + i * THREADS;
-      const int r = from.first_row + first_row + unit / (COLUMNS / 8);
-      rows[i] = from.losses.row(r, from.present);
-      own[i] = from.present.own_is_positive
-                   ? r / from.losses.groups - first_column - unit % (COLUMNS / 8) * 8
-                   : -1;
+      const int r = from.first_row + first_row + Base::row(i);
+      rows[i] = losses->load(r, from.present);
+      own[i] =
+          from.present.own_is_positive ? r / losses->groups - first_column - Base::column(i) : -1;
     }
   }
 
@@ -36,9 +36,10 @@ struct DlogitsStage : OperandStage<ROWS, COLUMNS> {
     Base::store_values(shared, [&](int i) {
       const Eight& eight = Base::eights[i];
       EightFloats values = to_float(eight, dtype);
+      const DlossOfRows::Row row = losses->row(rows[i]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float dlogit = own[i] == j ? rows[i].dpositive() : rows[i].dlogit(values[j]);
+        const float dlogit = own[i] == j ? row.dpositive() : row.dlogit(values[j]);
         values[j] = eight.selected ? dlogit : 0;
       }
       return values;
@@ -49,7 +50,7 @@ struct DlogitsStage : OperandStage<ROWS, COLUMNS> {
 // TILE rows of dqueries, or of dkeys, by WIDTH channels; both store their sums in the same way.
 template <int TILE>
 struct Gradients {
-  static constexpr int WIDTH = 64, DEPTH = 32;
+  static constexpr int WIDTH = 64, DEPTH = TILE == 32 ? 64 : 32;
   using OfRows = TileProduct<TILE, WIDTH, DEPTH, true, false, DlogitsStage>;
   using OfKeys = TileProduct<TILE, WIDTH, DEPTH, false, false, DlogitsStage>;
   static constexpr size_t SHARED_BYTES = std::max(OfRows::SHARED_BYTES, OfKeys::SHARED_BYTES);
@@ -78,7 +79,7 @@ __device__ void sum_columns(float* shared, const KeptLogits& logits, const Outpu
 // grid: (blocks of rows for dqueries and dpositives, then blocks of keys for dkeys, then blocks of
 // 32 keys for dbias) × blocks of D × problems.
 template <int TILE, int PROBLEMS>
-__global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, 2)
     centroid_info_nce_backward_kernel(const __grid_constant__ GradientProblems<PROBLEMS> given) {
   const int which = PROBLEMS > 1 ? blockIdx.z : 0;
   const Problem& problem = given.problems[which];

@@ -22,11 +22,22 @@ struct DlossOfRows {
     __device__ float dpositive() const { return dloss * expm1f(positive - lse); }
   };
 
-  __device__ Row row(int r, const Present& present) const {
-    if (r >= count || !present.row(r)) return {0, INFINITY, 0};
-    const float gradient = dloss[row_offset(r, groups, stride_k, stride_g)];
-    return {gradient * *scale * inverse_temperature, lse[r], positive_logits[r]};
+  // As in memory, so nothing waits for it before it is used.
+  struct Loaded {
+    float dloss, scale, lse, positive;
+    uint8_t selected;
+  };
+
+  __device__ Loaded load(int r, const Present& present) const {
+    if (r >= count) return {};
+    return {dloss[row_offset(r, groups, stride_k, stride_g)], *scale, lse[r], positive_logits[r],
+            present.row(r)};
   }
+  __device__ Row row(const Loaded& loaded) const {
+    if (!loaded.selected) return {0, INFINITY, 0};
+    return {loaded.dloss * loaded.scale * inverse_temperature, loaded.lse, loaded.positive};
+  }
+  __device__ Row row(int r, const Present& present) const { return row(load(r, present)); }
 };
 
 // Logits of the rows from first_row on, and what their gradients need.

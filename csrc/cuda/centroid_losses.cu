@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(SUM_THREADS, 1)
                       float* scale,        // [2]: the factors of the sums of the losses
                       int num_classes, int num_added, int64_t stride_added, float contrast_weight,
                       float class_weight, bool mean) {
+  wait_for_kernel_before();
   const int rows = rowwise.rows;
   Sums sums = {};
 #pragma unroll
@@ -136,12 +137,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> centroid_losses(
         .logits = logits.mutable_data_ptr<float>() + int64_t{which} * count * width};
   }
   compute_logits(pair, device.stream);
-  launch("sum_losses_kernel", sum_losses_kernel, 1, SUM_THREADS, SUM_WARPS * sizeof(Sums),
-         device.stream, rowwise, contrast.present, optional_data<float>(added),
-         loss.mutable_data_ptr<float>(), terms.mutable_data_ptr<float>(),
-         scale.mutable_data_ptr<float>(), num_classes, added ? static_cast<int>(added->numel()) : 0,
-         added ? added->stride(0) : int64_t{0}, static_cast<float>(contrast_weight),
-         static_cast<float>(class_weight), mean);
+  launch_early("sum_losses_kernel", sum_losses_kernel, 1, SUM_THREADS, SUM_WARPS * sizeof(Sums),
+               device.stream, rowwise, contrast.present, optional_data<float>(added),
+               loss.mutable_data_ptr<float>(), terms.mutable_data_ptr<float>(),
+               scale.mutable_data_ptr<float>(), num_classes,
+               added ? static_cast<int>(added->numel()) : 0, added ? added->stride(0) : int64_t{0},
+               static_cast<float>(contrast_weight), static_cast<float>(class_weight), mean);
   return {loss, terms, lse, positive_logits, scale, logits};
 }
 
