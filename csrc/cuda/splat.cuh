@@ -4,8 +4,9 @@
 // A tile is 128 consecutive features of a row, one for each thread of a block. A thread reads the
 // keys of the labels around its feature, from memory once, otherwise from the caches. The keys get
 // slots in shared memory, in any order. A weight is summed in registers as long as the key is the
-// same, and then in the thread's own column of the slot. If there are more keys than slots, the
-// remaining ones follow in further rounds.
+// same, and then in the thread's own column of the slot. The keys of a row are requested together,
+// COLUMNS at a time, and the weights of these columns are computed once. If there are more keys
+// than slots, the remaining ones follow in further rounds.
 #pragma once
 
 #include "tensors.cuh"
@@ -57,6 +58,7 @@ struct Grids {
 class Weights {
  public:
   static constexpr int PIXELS = 128, SLOTS = 32;
+  static constexpr int COLUMNS = 8;  // around a feature, with four times as many labels
 
   static size_t bytes(int64_t num_classes) {
     return sizeof(float) * SLOTS * PIXELS + sizeof(int) * (SLOTS + 4 + ceil_div(num_classes, 32));
@@ -112,19 +114,29 @@ class Weights {
       float* weight = nullptr;
       float total = 0;
       const int end_row = grids.rows.begin(y + 1);
-      const int first = grids.columns.begin(x - 1), last = grids.columns.begin(x + 1);
-      for (int row = grids.rows.begin(y - 1); row < end_row; ++row) {
-        const float of_row = grids.rows.weight(row, y);
-        const Key* line = keys + int64_t{row} * grids.columns.labels;
-        for (int column = first; column < last; ++column) {
-          const int key = line[column];
-          if (key != held) {
-            if (weight) *weight += total;
-            held = key;
-            weight = key == IGNORED ? nullptr : weight_of(key);
-            total = 0;
+      const int first_row = grids.rows.begin(y - 1), last = grids.columns.begin(x + 1);
+      for (int first = grids.columns.begin(x - 1); first < last; first += COLUMNS) {
+        float of_column[COLUMNS];
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i)
+          of_column[i] = first + i < last ? grids.columns.weight(first + i, x) : 0;
+        const Key* line = keys + int64_t{first_row} * grids.columns.labels + first;
+        for (int row = first_row; row < end_row; ++row, line += grids.columns.labels) {
+          const float of_row = grids.rows.weight(row, y);
+          Key of_labels[COLUMNS];
+#pragma unroll
+          for (int i = 0; i < COLUMNS; ++i) of_labels[i] = first + i < last ? line[i] : 0;
+#pragma unroll
+          for (int i = 0; i < COLUMNS; ++i) {
+            const int key = first + i < last ? of_labels[i] : held;
+            if (key != held) {
+              if (weight) *weight += total;
+              held = key;
+              weight = key == IGNORED ? nullptr : weight_of(key);
+              total = 0;
+            }
+            total += of_row * of_column[i];
           }
-          total += of_row * grids.columns.weight(column, x);
         }
       }
       if (weight) *weight += total;
@@ -136,6 +148,7 @@ class Weights {
   // The thread's weight in the slot of this key; null if it belongs to another round.
   __device__ float* weight_of(int key) {
     if (done_[key / 32] >> key % 32 & 1) return nullptr;
+#pragma unroll 1
     for (int slot = 0; slot < SLOTS; ++slot) {
       const int before = atomicCAS(slots_ + slot, -1, key);
       if (before == -1 || before == key) return weights_ + slot * PIXELS + threadIdx.x;

@@ -7,10 +7,9 @@
 // tiles of one image, into its own partial; a second kernel adds the partials. Backward: a block
 // writes one tile.
 //
-// Estimated, not measured, at B16 C128 128² and 512² labels of images, bf16: a pass over the
-// features has 67 MB, 16 µs. Per tile of two keys a warp issues some 2,500 instructions in each
-// direction, 1,000 of them for the weights; this takes 22 µs, more if latency is not hidden. The
-// partials have 10 MB, 5 µs.
+// At B16 C128 128² and 512² labels, bf16, a pass over the features has 67 MB, 16 µs. `make
+// cuda-report` predicts ten times as much: forward, a multiprocessor has one block, because
+// partials may have 10 MB together, so nothing hides the latency of loads and of shared memory.
 #include "../labels.h"
 #include "splat.cuh"
 #include "warps.cuh"
@@ -22,9 +21,15 @@ constexpr int THREADS = Weights::PIXELS;
 constexpr int CHANNELS = 128;             // of a block of the forward pass, one for each thread
 constexpr int HELD = 32;                  // channels whose gradients a thread holds in registers
 constexpr int RESIDENT = 4;               // blocks of a multiprocessor
-constexpr int BACKWARD_RESIDENT = 6;      // 80 registers: without it, nvcc takes 64 and spills
 constexpr int64_t MOST_BYTES = 10 << 20;  // of partials
 constexpr int MOMENTS = 3;                // of a chunk: pixels, mean, sum of squared deviations
+// Blocks of a multiprocessor in the backward pass. Without it, nvcc takes 64 registers and spills;
+// from sm_100 on it needs more than the 96 of five blocks.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int BACKWARD_RESIDENT = 4;
+#else
+constexpr int BACKWARD_RESIDENT = 5;
+#endif
 
 // Features (B, C, H, W) whose rows join, and the grid of their labels.
 struct View {
@@ -63,19 +68,14 @@ struct Tile {
   // features: of the first channel and pixel; 0 after the last one.
   __device__ void load(const T* features, const View& view, int channels, int pixels) const {
     const auto thread = static_cast<int>(threadIdx.x);
-    if (view.stride_d == 1) {
+    const bool rows = view.stride_d == 1;  // of a pixel's channels
+    const int64_t step = rows ? view.stride_p : view.stride_d;
+    const int steps = thread >= (rows ? channels : pixels) ? 0 : rows ? pixels : channels;
+    const T* from = features + thread * (rows ? view.stride_d : view.stride_p);
+    T* to = memory + thread * (rows ? PITCH : 1);
 #pragma unroll 64
-      for (int p = 0; p < THREADS; ++p)
-        memory[thread * PITCH + p] = p < pixels && thread < channels
-                                         ? features[p * view.stride_p + thread]
-                                         : static_cast<T>(0.f);
-    } else {
-#pragma unroll 64
-      for (int c = 0; c < CHANNELS; ++c)
-        memory[c * PITCH + thread] = thread < pixels && c < channels
-                                         ? features[c * view.stride_d + thread * view.stride_p]
-                                         : static_cast<T>(0.f);
-    }
+    for (int i = 0; i < THREADS; ++i, from += step, to += rows ? 1 : PITCH)
+      *to = i < steps ? *from : static_cast<T>(0.f);
   }
 };
 
@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT)
                           float* partials,  // [images·chunks, K, C]
                           float* moments,   // [images·chunks, MOMENTS, C]
                           View view, int chunks, int chunk_tiles) {
+  permit_next_kernel();
   const int64_t image = blockIdx.x / chunks;
   const auto chunk = static_cast<int>(blockIdx.x % chunks);
   const auto first_channel = static_cast<int>(blockIdx.y) * CHANNELS;
@@ -164,6 +165,7 @@ __global__ void __launch_bounds__(THREADS)
                                   float* variance,        // [channels]
                                   int64_t entries, int channels, int tables, int parts,
                                   int64_t sum_blocks) {
+  wait_for_kernel_before();
   if (blockIdx.x < sum_blocks) {
     const int64_t e = int64_t{blockIdx.x} * THREADS + threadIdx.x;
     if (e >= tables * entries) return;
@@ -202,7 +204,7 @@ __global__ void __launch_bounds__(THREADS)
 struct Gradients {
   const float* sums;                      // [num_keys, C]
   const float *mean, *dmean, *dvariance;  // [C]; dmean and dvariance are null if they are not given
-  float pixels;
+  float of_pixel;                         // 1 / N
 };
 
 template <class T, class Key>
@@ -226,13 +228,16 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_RESIDENT)
     const int held = min(view.channels - c, HELD);
     float gradient[HELD] = {};
     if (gradients.dmean && inside) {
+      // All features are requested before the first is used.
+#pragma unroll
+      for (int i = 0; i < HELD; ++i)
+        gradient[i] = i < held ? static_cast<float>(features[(c + i) * view.stride_d]) : 0;
 #pragma unroll
       for (int i = 0; i < HELD; ++i) {
         if (i >= held) continue;
-        const float feature = static_cast<float>(features[(c + i) * view.stride_d]);
         const float slope = 2 * gradients.dvariance[c + i];
-        gradient[i] = slope * (feature - gradients.mean[c + i]) + gradients.dmean[c + i];
-        gradient[i] /= gradients.pixels;
+        gradient[i] = slope * (gradient[i] - gradients.mean[c + i]) + gradients.dmean[c + i];
+        gradient[i] *= gradients.of_pixel;
       }
     }
     const auto add_keys = [&] {
@@ -316,13 +321,13 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, 
   });
   const int64_t tables = per_image ? images : 1;
   const int64_t sum_blocks = ceil_div(tables * entries, int64_t{THREADS});
-  launch("add_upsampled_partials_kernel", add_upsampled_partials_kernel,
-         grid_of("upsampled_sums.cuda", sum_blocks + ceil_div(channels * 32, int64_t{THREADS})),
-         THREADS, 0, device.stream, partials.const_data_ptr<float>(),
-         moments.const_data_ptr<float>(), sums.mutable_data_ptr<float>(),
-         mean.mutable_data_ptr<float>(), variance.mutable_data_ptr<float>(), entries,
-         static_cast<int>(channels), static_cast<int>(tables), static_cast<int>(blocks / tables),
-         sum_blocks);
+  launch_early(
+      "add_upsampled_partials_kernel", add_upsampled_partials_kernel,
+      grid_of("upsampled_sums.cuda", sum_blocks + ceil_div(channels * 32, int64_t{THREADS})),
+      THREADS, 0, device.stream, partials.const_data_ptr<float>(), moments.const_data_ptr<float>(),
+      sums.mutable_data_ptr<float>(), mean.mutable_data_ptr<float>(),
+      variance.mutable_data_ptr<float>(), entries, static_cast<int>(channels),
+      static_cast<int>(tables), static_cast<int>(blocks / tables), sum_blocks);
   return {sums, mean, variance};
 }
 
@@ -337,7 +342,7 @@ Tensor upsampled_sums_backward(Tensor features, Tensor keys, Tensor dsums, Tenso
   const View view(features, keys, num_classes, dsums.size(0) > num_classes);
   const Gradients gradients{dsums.const_data_ptr<float>(), mean.const_data_ptr<float>(),
                             optional_data<float>(dmean), optional_data<float>(dvariance),
-                            static_cast<float>(features.numel() / features.size(1))};
+                            1 / static_cast<float>(features.numel() / features.size(1))};
   for_dtype("upsampled_sums", features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     T* const out = dfeatures.mutable_data_ptr<T>();
