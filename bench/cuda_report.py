@@ -31,6 +31,7 @@ from typing import NamedTuple
 import backward_paths
 import launches
 import paths
+import small_paths
 import softmax_paths
 from machine_code import SHARED_PER_SM, THREADS_PER_SM, TOOLS, Block, blocks_of, distances, tool
 
@@ -269,6 +270,13 @@ def print_softmax_times(kernels: list[Kernel]) -> list[str]:
     )
 
 
+def print_small_times(kernels: list[Kernel]) -> None:
+    """Prints the predictions of small_paths.py."""
+    library = {kernel.name: (kernel.sass, kernel.resident) for kernel in kernels}
+    if "rank_pixels_kernel" in library:
+        small_paths.print_times(library)
+
+
 def times_of(kernel: Kernel) -> list[paths.Row]:
     return paths.estimates(kernel.name, kernel.sass, kernel.resident)
 
@@ -312,6 +320,7 @@ def main() -> None:
         hopper = [kernel for kernel in kernels if kernel.gpu == "sm_90"]
         faults += print_times(hopper)
         faults += print_softmax_times(hopper)
+        print_small_times(hopper)
         faults += launches.print_launches()
     if faults:
         sys.exit("cuda_report:\n" + "\n".join(faults))

@@ -1,0 +1,96 @@
+"""The ways of the operators of keys and centroids through machine code written by hand."""
+
+import pytest
+
+model = pytest.importorskip("time_model")
+paths = pytest.importorskip("small_paths")
+sass = pytest.importorskip("sass")
+line = sass.line
+
+END = line("EXIT", 5)
+MASK = line("LDG.E.U8 R4, [R2.64]", 1, write=0)
+
+
+def loop(label: str, *lines: str) -> str:
+    return "".join([f".L_x_{label}:\n", *lines, line(f"@P0 BRA `(.L_x_{label})", 5)])
+
+
+def skipped(label: str, *lines: str) -> str:
+    """A branch that jumps over the lines."""
+    return "".join([line(f"@P1 BRA `(.L_x_{label})", 5), *lines, f".L_x_{label}:\n"])
+
+
+def code(*lines: str):
+    return paths.Code("".join(lines))
+
+
+def count(path, opcode: str) -> int:
+    return sum(x.opcode == opcode for x in path)
+
+
+def resident(threads: int, shared: int) -> int:
+    return 2
+
+
+def test_a_kernel_that_waits_starts_early():
+    add, wait, permit = line("FADD R1, R1, R2", 4), line("ACQBULK"), line("PREEXIT")
+    library = {
+        "first": (permit + add + END, resident),
+        "second": (wait + add + END, resident),
+        "third": (wait + add + END, resident),
+    }
+    launches = paths.Launches(library)
+    for name in library:
+        launches.add(name, sass.path(add), 1)
+    first, second, third = (time for _, time in launches.times)
+    assert first == pytest.approx(third)  # the second kernel does not permit it
+    assert first - second == pytest.approx(model.LAUNCH - model.EARLY_LAUNCH)
+
+
+def test_keys_of_resized_labels():
+    scale, load = line("I2F R1, R1", 2), line("LDG.E.64 R4, [R2.64]", 1, write=0)
+    pixel = [skipped(f"{i}1", scale, skipped(f"{i}0", scale), load) for i in range(3)]
+    last = skipped("9", scale, scale, load)
+    bins = [skipped(f"{i}5", line("ATOMS.POPC.INC.32 RZ, [R1]")) for i in range(4)]
+    store = line("STG.E [R2.64], R4")
+    path = paths.resized_keys_path(code(line("MOV R1, RZ"), *pixel, last, store * 4, *bins, END))
+    found = [count(path, x) for x in ("I2F", "LDG.E.64", "STG.E", "ATOMS.POPC.INC.32")]
+    assert found == [8, 4, 4, 4]
+
+
+def test_a_bucket_is_read_once():
+    next_of = loop("0", line("LDG.E R4, [R2.64]", 1, write=0))
+    totals = loop("1", *[line("LDG.E R4, [R2.64]", 1, write=0)] * 4)
+    held = [line("LDG.E R4, [R2.64]", 1, write=0)] * 8
+    written = [skipped(f"{i}2", line("STG.E [R2.64], R4")) for i in range(3)]
+    last = skipped("7", line("STG.E [R2.64], R4"), END)
+    path = paths.rank_path(
+        code(line("MOV R1, RZ"), next_of, totals, skipped("6", *held), *written, last, END), 4
+    )
+    assert count(path, "LDG.E") == 4 + 4 + 8 and count(path, "STG.E") == 4
+    assert paths.largest_bucket() == 4
+
+
+def test_products_request_the_next_step():
+    """The loop of a product: stores, requests, and multiplications, which are two iterations."""
+    store = [line("STS.128 [R0], R4")] * 2
+    wide = [line("LDG.E.128 R4, [R2.64]", 1, write=0)]
+    request = skipped("3", *wide, skipped("4", *wide))
+    stored = skipped("1", *store, line("@P2 BRA `(.L_x_2)", 5), ".L_x_2:\n", *store)
+    multiply = skipped("6", loop("5", *[line("FFMA R1, R1, R2, R3", 1)] * 256))
+    body = code(line("MOV R1, RZ"), loop("0", stored, request, multiply), END)
+    products = paths.Products(body, 0, 1)
+    path = products.path(3) + products.last()
+    found = [count(path, x) for x in ("STS.128", "LDG.E.128", "FFMA")]
+    assert found == [4 * 3, 2 * 3, 3 * 512]
+
+
+def test_masks_are_cached_after_the_first_step():
+    mask, other = sass.path(MASK), sass.path(line("LDG.E R4, [R2.64]", 1, write=0))
+    latencies = [x.latency for x in paths.from_caches(mask + other + mask + other)]
+    assert latencies == [model.L2, model.L2, model.L1, model.L2]
+
+
+def test_keys_of_a_tile():
+    keys = [paths.keys_of_tile(shape) for shape in (paths.HRNET, paths.SEGFORMER)]
+    assert 1 < keys[0] <= keys[1] < 6
