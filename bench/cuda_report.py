@@ -38,7 +38,7 @@ from machine_code import SHARED_PER_SM, THREADS_PER_SM, TOOLS, Block, blocks_of,
 LIBRARY = Path(__file__).parents[1] / "anchorops" / "_cuda.so"
 FORWARD = re.compile(r"class_moments_(sorted_)?kernel<(\w+), (\d), (true|false)>")
 BACKWARD = re.compile(r"class_moments_backward_(?:planes|rows)_kernel<\w+, \w+, (true|false)")
-CELLS = re.compile(r"softmax_(lse|masses|slopes|dlogits)_kernel")
+CELLS = re.compile(r"softmax_(losses|masses|slopes|dlogits)_kernel")
 # Instructions. Only features and their gradient are evicted first.
 FEATURES, GRADIENT, WIDE_COPY = r"LDG\.E\.EF", r"STG\.E\.EF", r"LDGSTS\S*\.128 "
 SPILL = r"\b(STL|LDL)\b"
@@ -261,12 +261,12 @@ def print_times(kernels: list[Kernel]) -> list[str]:
 def print_softmax_times(kernels: list[Kernel]) -> list[str]:
     """Prints the predictions of softmax_paths.py. Returns a message for each above its limit."""
     library = {kernel.name: (kernel.sass, kernel.resident) for kernel in kernels}
-    if "softmax_lse_kernel" not in library:
+    if "softmax_losses_kernel<false>" not in library:
         return []
     return softmax_paths.print_times(
         "CUDA",
         lambda shape: softmax_paths.cuda_kernels(library, shape),
-        softmax_paths.MEMSETS,
+        others=0,
     )
 
 

@@ -30,8 +30,9 @@ from time_model import (
 )
 
 # Most seconds of forward and backward together. Triton's loops wait for their loads.
-LIMITS = {"CUDA": 1e-3, "Triton": 1.4e-3}
+LIMITS = {"CUDA": 0.8e-3, "Triton": 1.4e-3}
 ITEMSIZE, LABEL_BYTES, RATIO = 2, 8, 4
+TILE_PIXELS = RATIO**2  # of a thread
 LOGITS = re.compile(r"(LDG|STG)\.E\.U16")
 
 
@@ -150,12 +151,12 @@ class Sweep:
     def enter(self) -> Path:
         return self.code.walk([0], self.load)
 
-    def staged(self, first: bool, *before: list[int]) -> Path:
-        """From the first load to the loop, through the blocks `before`. All classes except the
-        first ones have been prefetched."""
+    def staged(self, first: bool, end: list[int] | None = None) -> Path:
+        """From the first load to the loop, or to `end`. All classes except the first ones have been
+        prefetched."""
         stores = [[i] for i in self.store]
         rows = self.code.walk(self.load, *stores, self.load)
-        path = rows * 2 + self.code.walk(self.load, *stores, self.edge, *before, self.loop)
+        path = rows * 2 + self.code.walk(self.load, *stores, self.edge, end or self.loop)
         return waiting(path, lines=4, logits=MEMORY if first else L2)
 
     def looped(self, count: int) -> Path:
@@ -167,40 +168,57 @@ class Sweep:
         return [min(self.classes, num_classes - i) for i in range(0, num_classes, self.classes)]
 
 
-def lse_path(code: Code, num_classes: int) -> Path:
+def losses_path(code: Code, num_classes: int, labels: int) -> Path:
+    """labels: the number of different labels of a warp's pixels. All partials are one part."""
     loop = code.those(lambda b: b.count(r"MUFU\.EX2") == 8 and b.count("LDS") == 8)[:1]
     sweep = Sweep(code, 32, loop)
-    pixels = code.those(lambda b: b.count(r"STG\.E$") == 1 and b.count("LDG") == 4, loop[0])[:16]
+    loads = code.those(lambda b: b.count(r"LDG\.E\.64$") == TILE_PIXELS, loop[0])[:1]
+    stores = code.those(lambda b: b.count(r"STG\.E$") == TILE_PIXELS, loads[0])[:1]
+    first_label = code.those(lambda b: b.count("REDUX") == 1, stores[0])[:1]
+    logits = code.those(lambda b: loads_bfloat16(b, 4), first_label[0])[:1]
+    summed = code.those(lambda b: b.count("REDUX") == 1 and b.count("SHFL") == 10)
+    warps = code.those(lambda b: b.count("LDS") == 8, summed[0])  # two statistics
+    partials = code.those(lambda b: b.count(r"STG\.E$") == 1, warps[0])
     path = sweep.enter()
     *counts, last = sweep.counts(num_classes)
     for i, count in enumerate(counts):
         path = path + sweep.staged(i == 0) + sweep.looped(count) + code.walk(loop, sweep.load)
-    path = path + sweep.staged(not counts) + sweep.looped(last)
-    return path + waiting(code.walk(loop, *([i] for i in pixels), code.exits))
+    path = path + sweep.staged(not counts) + sweep.looped(last) + code.walk(loop, loads)
+    path = path + waiting(code.walk(loads, stores), lines=8)  # prefetched
+    path = path + code.walk(stores, first_label)
+    each = code.walk(logits, summed, logits)
+    path = path + waiting(code.walk(first_label, logits) + each * (labels - 1), logits=L2)
+    path = path + waiting(code.walk(logits, summed, warps[:1]), logits=L2)
+    return path + code.walk(warps[:1], partials[:1], warps[1:], partials[1:], code.exits)
 
 
 def dlogits_path(code: Code, num_classes: int, labels: int) -> Path:
     """labels: the number of different labels of a warp's pixels. Each is processed in one of the
     first groups of classes."""
     loop = code.those(
-        lambda b: b.count(r"MUFU\.EX2") == 4 and b.count("LDS") == 4 and b.count("SHFL") == 2
+        lambda b: b.count(r"MUFU\.EX2") == 4 and b.count("LDS") >= 4 and b.count("SHFL") == 2
     )[:1]
     sweep = Sweep(code, 16, loop)
-    next_label = code.those(lambda b: b.count("REDUX") == 1 and not b.count("STS"))
-    of_label = code.those(lambda b: b.count("LDG") == 1 and not b.count("STS"), next_label[0])[:1]
+    loads = code.those(lambda b: b.count(r"LDG\.E\.64$") == TILE_PIXELS)[:1]
+    lse, dlosses = (
+        [i] for i in code.those(lambda b: b.count(r"LDG\.E$") == TILE_PIXELS, loads[0])[:2]
+    )
+    factors = code.those(lambda b: b.count(r"MUFU\.EX2") == TILE_PIXELS)[:1]
+    next_label = code.those(lambda b: b.count("REDUX") == 1 and not b.count("STS"))[:1]
+    of_label = code.those(lambda b: b.count(r"LDG\.E$") == 1, next_label[0])[:1]
     written = code.those(lambda b: b.count("REDUX") == 1 and b.count("STS") == 2)
-    pixels = code.those(lambda b: b.count(r"MUFU\.EX2") == 1 and b.count(r"LDG\.E$") == 4)[:16]
     stores = code.those(lambda b: b.count("F2FP.BF16") == 1 and b.count("STG") == 1)[:7]
     path = sweep.enter()
     for i, count in enumerate(sweep.counts(num_classes)):
-        before = [[p] for p in pixels] if i == 0 else []
-        path = path + sweep.staged(i == 0, *before) + sweep.looped(count)
-        path = path + code.walk(loop, next_label)
+        path = path + sweep.staged(i == 0, loads if i == 0 else None)
+        if i == 0:
+            path = path + waiting(code.walk(loads, lse), lines=8)  # prefetched, as lse
+            path = path + waiting(code.walk(lse, dlosses), lines=4)
+            path = path + waiting(code.walk(dlosses, factors, loop))
+        path = path + sweep.looped(count) + code.walk(loop, next_label)
         start = next_label
         if i < labels:
-            path = path + code.walk(next_label, of_label)
-            own = code.walk(of_label, of_label) * 15 + code.walk(of_label, written)
-            path = path + waiting(own, lines=4)
+            path = path + waiting(code.walk(next_label, of_label, written))
             start = written
         plane = [[s] for s in stores]
         path = path + code.walk(start, *plane, plane[0])  # two planes for each of eight warps
@@ -218,42 +236,16 @@ def shifts_path(code: Code, num_classes: int) -> Path:
     return path + code.walk(one, code.exits)
 
 
-def keys_path(code: Code) -> Path:
-    """Four labels, each counted in shared memory."""
-    three = code.those(lambda b: b.count("LDG") == 3)[:1]
-    fourth = code.those(lambda b: b.count("LDG") == 1, three[0])[:1]
-    stores = code.those(lambda b: b.count("STG") == 4)
-    bins = code.those(lambda b: b.count("ATOMS") == 1)
-    return code.walk([0], three, fourth, stores, *([i] for i in bins), code.exits)
-
-
-def losses_path(code: Code, rounds: int, labels: int) -> Path:
-    """Each iteration processes 4 × 32 pixels and sums this number of labels."""
-    head = code.those(lambda b: b.count(r"LDG\.E$") == 8)[:1]
-    logit = code.those(lambda b: loads_bfloat16(b, 4))
-    summed = code.those(lambda b: b.count(r"SHFL\.BFLY") == 5 and b.count(r"SHFL\.IDX") == 1)
-    added = [stop for one in summed for stop in [[one]] * labels]
-    between = [head, *[logit] * 4, *added]
-    enter, again = code.walk([0], head), code.walk(*between, head)
-    return enter + again * (rounds - 1) + code.walk(*between, code.exits)
-
-
 def sums_path(code: Code, rows: int) -> Path:
-    loop = code.those(lambda b: b.count(r"LDG\.E$") == 4)[:1]
-    path = code.walk([0], loop) + code.walk(loop, loop) * max(rows // 4 - 1, 0)
+    loop = code.those(lambda b: b.count(r"LDG\.E$") == 8)[:1]
+    path = code.walk([0], loop) + code.walk(loop, loop) * max(math.ceil(rows / 8) - 1, 0)
     return path + code.walk(loop, code.exits)
-
-
-def slopes_path(code: Code) -> Path:
-    loads = code.those(lambda b: b.count(r"LDG\.E$") == 1)
-    return code.walk([0], loads[:1], loads[1:], code.those(lambda b: b.count("STG") == 1))
 
 
 # Resident blocks of a kernel by threads of a block and its bytes of shared memory.
 Resident = Callable[[int, int], int]
 # Kernels of a library by name: machine code, and how many blocks are resident.
 Library = Mapping[str, tuple[str, Resident]]
-MEMSETS = 2  # of counts, in the label pass of either direction
 
 
 def cuda_kernels(library: Library, shape: Shape) -> list[tuple[str, Kernel]]:
@@ -274,44 +266,31 @@ def cuda_kernels(library: Library, shape: Shape) -> list[tuple[str, Kernel]]:
     def stage(classes: int) -> int:
         return 9 * 33 * (12 + 4 * classes)
 
-    keys, shifts = "class_keys_kernel<long, int>", "softmax_shifts_kernel<1>"
+    shifts, losses = "softmax_shifts_kernel<1>", "softmax_losses_kernel<false>"
     dlogits = "softmax_dlogits_kernel<false>"
     positions, pixels = batch * height * width, shape.pixels
-    label_pass = kernel(
-        *(keys, 256, 4 * num_classes, pixels // 1024, (LABEL_BYTES + 4) * pixels),
-        waiting(keys_path(code(keys)), MEMORY, 2),
-    )
     shift_pass = kernel(
         *(shifts, 256, 0, math.ceil(positions / 256), shape.logit_bytes + 8 * positions),
         waiting(shifts_path(code(shifts), num_classes)),
     )
-    lse = kernel(
-        *("softmax_lse_kernel", 256, stage(32), across * math.ceil((height + 1) / 8)),
-        shape.logit_bytes + 4 * pixels,
-        lse_path(code("softmax_lse_kernel"), num_classes),
-    )
-    ranges = batch * min(4096, (16 << 20) // (4 * num_classes) // 1) // batch
-    rounds = math.ceil(pixels / ranges / 128)
-    losses = kernel(
-        *("pixel_losses_kernel", 32, 4 * num_classes, ranges, 8 * pixels),
-        waiting(losses_path(code("pixel_losses_kernel"), rounds, 1), MEMORY),
+    blocks = across * math.ceil((height + 1) / 8)
+    statistics = 2  # losses and counts
+    forward = kernel(
+        *(losses, 256, stage(32), blocks, shape.logit_bytes + (LABEL_BYTES + 4) * pixels),
+        losses_path(code(losses), num_classes, labels),
     )
     sums = kernel(
-        *("sum_partials_kernel", 1024, 8192, math.ceil(num_classes / 32)),
-        *(4 * ranges * num_classes, waiting(sums_path(code("sum_partials_kernel"), ranges // 32))),
-    )
-    slopes = kernel(
-        *("pixel_slopes_kernel", 256, 0, pixels // 256, 8 * pixels),
-        waiting(slopes_path(code("pixel_slopes_kernel")), MEMORY),
+        *("sum_partials_kernel", 1024, 8192, statistics * math.ceil(num_classes / 32)),
+        4 * statistics * blocks * num_classes,
+        waiting(sums_path(code("sum_partials_kernel"), math.ceil(blocks / 32))),
     )
     gradient = kernel(
         *(dlogits, 256, stage(16) + 4 + 256 * 8 + 2 * 16 * 257 * 4),
         math.ceil((batch * (width + 2) - 1) / 31) * math.ceil(height / 7),
-        2 * shape.logit_bytes + 12 * pixels,
+        2 * shape.logit_bytes + (LABEL_BYTES + 4) * pixels,
         dlogits_path(code(dlogits), num_classes, labels),
     )
-    forward = [label_pass, shift_pass, lse, losses, sums]
-    return [*forward, label_pass, shift_pass, slopes, gradient]
+    return [shift_pass, forward, sums, shift_pass, gradient]
 
 
 # --- Triton ---------------------------------------------------------------------------------------

@@ -165,6 +165,17 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 #endif
 }
 
+// log2(x) for x from 2^-126 on, to 2 units in the last place; between ½ and 2, to 2^-22.
+__device__ __forceinline__ float log2_approximate(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::log2(x);
+#endif
+}
+
 // sum + value, or sum + value², where inside, with one instruction that has a condition.
 __device__ __forceinline__ void add_if(bool inside, float& sum, float value) {
 #ifdef __CUDACC__

@@ -35,15 +35,15 @@ def _report(*files: Path) -> subprocess.CompletedProcess[str]:
 # Kernel -> registers, of which more would leave fewer warps on a multiprocessor (128: 16, 64: 32,
 # 40: 48, 32: 64); instructions for each class of a cell, where it goes through classes.
 SOFTMAX = {
-    "softmax_lse_kernel": (128, 60),
+    "softmax_losses_kernel<false>": (128, 60),
+    "softmax_losses_kernel<true>": (128, 60),
     "softmax_masses_kernel<false>": (128, 85),
     "softmax_masses_kernel<true>": (128, 145),
     "softmax_slopes_kernel": (128, 115),
     "softmax_dlogits_kernel<false>": (128, 100),
     "softmax_dlogits_kernel<true>": (128, 210),
     "pixel_argmax_kernel": (128, None),
-    "pixel_losses_kernel": (64, None),
-    "pixel_slopes_kernel": (40, None),
+    "pixel_slopes_kernel": (48, None),
     "softmax_shifts_kernel<1>": (64, None),
     "softmax_shifts_kernel<32>": (64, None),
     "sum_partials_kernel": (64, None),

@@ -77,19 +77,26 @@ def staging(classes: int) -> list[str]:
     ]
 
 
-def test_lse_goes_through_all_classes():
+def test_losses_go_through_all_classes_and_labels():
     unrolled = [line("LDS R4, [R0]", 1, write=0)] * 8 + [line("MUFU.EX2 R1, R1", 1)] * 8
-    pixel = [line("LDG.E R4, [R2.64]", 1, write=0)] * 4 + [line("STG.E [R2.64], R4")]
-    guarded = [x for i in range(16) for x in (line(f"@P1 BRA `(.L_x_{20 + i})"), *pixel,
-                                              f".L_x_{20 + i}:\n")]  # fmt: skip
+    labels = [line("LDG.E.64 R4, [R2.64]", 1, write=0)] * 16
+    logits = [line("LDG.E.U16 R4, [R2.64]", 1, write=0)] * 4 + [line("@P1 BRA `(.L_x_8)", 5)]
+    sums = [".L_x_8:\n", *[line("SHFL.BFLY R4, R4", 1)] * 10, line("REDUX.MIN UR4, R4", 1)]
+    warps = [line("LDS R4, [R0]", 1, write=0)] * 8 + [line("@P1 BRA `(.L_x_{0})", 5), ".L_x_{0}:\n"]
+    partial = [line("STG.E [R2.64], R4"), line("@P1 BRA `(.L_x_{1})", 5), ".L_x_{1}:\n"]
+    parts = [x.format(a, b) for a, b in ((20, 21), (22, 23)) for x in (*warps, *partial)]
     again = line("@P3 BRA `(.L_x_3)", 5)
     sass = "".join([line("MOV R1, RZ"), ".L_x_3:\n", *staging(32), line("BAR.SYNC"),
-                    loop("5", *unrolled), again, *guarded, END])  # fmt: skip
-    found = opcodes(paths.lse_path(paths.Code(sass), num_classes=70))
+                    loop("5", *unrolled), again, *labels, line("@P1 BRA `(.L_x_6)", 5), ".L_x_6:\n",
+                    *[line("STG.E [R2.64], R4")] * 16, line("@P1 BRA `(.L_x_9)", 5), ".L_x_9:\n",
+                    line("REDUX.MIN UR4, R4", 1), line("@P1 BRA `(.L_x_7)", 5),
+                    loop("7", *logits, *sums), *parts, END])  # fmt: skip
+    found = opcodes(paths.losses_path(paths.Code(sass), num_classes=70, labels=2))
     # 32 + 32 + 6 classes, two in each round of the loop
     assert found.count("MUFU.EX2") == 8 * 35 and found.count("BAR.SYNC") == 3
-    assert found.count("LDG.E.U16") == 3 * (3 * 12 + 1) and found.count("HADD2.F32") == 0
-    assert found.count("STG.E") == 16
+    assert found.count("LDG.E.U16") == 3 * (3 * 12 + 1) + 2 * 4 and found.count("HADD2.F32") == 0
+    assert found.count("LDG.E.64") == 16 and found.count("STG.E") == 16 + 2
+    assert found.count("SHFL.BFLY") == 2 * 10
 
 
 def test_labels_of_a_tile():

@@ -72,8 +72,8 @@ inline Logits logits_of(const char* operation, const Tensor& logits) {
 // row. The first and the last cell read only one row.
 struct Axis {
   int pixels, source;
-  float ratio;
-  bool align_corners;
+  float ratio, inverse;  // source positions for each pixel, pixels for each position
+  float middle;          // of a pixel: 0 with align_corners, otherwise ½
 
   Axis(int64_t pixels, int64_t source, bool align_corners)
       : pixels(static_cast<int>(pixels)),
@@ -82,11 +82,11 @@ struct Axis {
                                      ? static_cast<double>(source - 1) /
                                            static_cast<double>(std::max<int64_t>(pixels - 1, 1))
                                      : static_cast<double>(source) / static_cast<double>(pixels))),
-        align_corners(align_corners) {}
+        inverse(1 / ratio),
+        middle(align_corners ? 0 : 0.5f) {}
 
   __host__ __device__ float at(int pixel) const {
-    if (align_corners) return product(static_cast<float>(pixel), ratio);
-    return product(static_cast<float>(pixel) + 0.5f, ratio) - 0.5f;
+    return product(static_cast<float>(pixel) + middle, ratio) - middle;
   }
   __host__ __device__ int cell_of(int pixel) const {
     if (pixels == source) return pixel;
@@ -95,16 +95,15 @@ struct Axis {
   }
   // Weight of the second row of a cell that holds the pixel.
   __host__ __device__ float fraction(int cell, int pixel) const {
-    if (pixels == source || cell == source - 1) return 0;
-    return cell < 0 ? 1 : min(at(pixel) - static_cast<float>(cell), 1.0f);
+    const float between = cell < 0 ? 1 : min(at(pixel) - static_cast<float>(cell), 1.0f);
+    return pixels == source || cell == source - 1 ? 0 : between;
   }
   // The first pixel of the cell.
   __host__ __device__ int first_pixel(int cell) const {
     if (pixels == source) return min(max(cell, 0), pixels);
     if (cell >= source) return pixels;
     if (cell < 0 || ratio == 0) return 0;
-    const float place = static_cast<float>(cell);
-    const float guess = align_corners ? place / ratio : (place + 0.5f) / ratio - 0.5f;
+    const float guess = (static_cast<float>(cell) + middle) * inverse - middle;
     int pixel = static_cast<int>(min(max(guess, 0.0f), static_cast<float>(pixels)));
     pixel = min(pixel, pixels);
     while (pixel > 0 && cell_of(pixel - 1) >= cell) --pixel;

@@ -1,8 +1,11 @@
-// The gradients of the statistics of softmax moments, and the two terms of each pixel that do not
-// depend on the class. softmax_slopes.cu computes these for softmax_moments_backward.cu.
+// The gradients of the statistics of softmax moments, and the parts of the backward pass:
+//
+//   own = dlosses[y] + dpixel_losses − p_y·doverlaps[y]
+//   slope = own + dlse − Σ_j p_j·(dmasses[j] + 2·p_j·dsquares[j])
+//   dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) − [y = k]·own
 #pragma once
 
-#include "softmax_cells.cuh"
+#include "softmax_pixels.cuh"
 
 namespace anchorops::cuda {
 
@@ -16,25 +19,35 @@ struct PixelGradient {
   }
 };
 
-// Gradients of the statistics; by class [K], or [B, K] if keys are image·K + class. Null: absent.
+// Gradients of the statistics; by class [K], or [B, K] if by_image. Null: absent.
 struct Gradients {
   const float *dlosses, *doverlaps, *dmasses, *dsquares;
   PixelGradient dpixel_losses, dlse;
   bool by_image;
 
-  __device__ static float at(const float* table, int64_t key) { return table ? table[key] : 0; }
+  __device__ static float at(const float* table, int key) { return table ? table[key] : 0; }
+  // The key of the image's class 0; that of class k follows k places after it.
+  __device__ int first_key(int image, int num_classes) const {
+    return by_image ? image * num_classes : 0;
+  }
+  __host__ __device__ bool by_class() const { return dmasses || dsquares; }
+  // Then slope = own = dlosses[y].
+  bool of_losses_alone() const {
+    return dlosses && !doverlaps && !by_class() && !dpixel_losses.data && !dlse.data;
+  }
 };
 
-// The terms of each pixel: dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) - [y = k]·own.
+// Maps [B, H, W]. slopes and own are 0 where ignored, and null if both are dlosses[y].
 struct PixelMaps {
-  const int32_t* keys;  // [B, H, W]
-  const float* lse;     // [B, H, W]
-  const float* slopes;  // [B, H, W], 0 where ignored
-  const float* own;     // the same; may be the slopes
+  const float *lse, *slopes, *own;
 };
 
-// Writes the map of slopes, and the map `own` if it is not the same map.
-void write_slopes(const Cells& cells, const Gradients& gradients, const int32_t* keys,
+// Writes the maps of slopes and own. softmax_slopes.cu.
+void write_slopes(const Cells& cells, const PixelLabels& labels, const Gradients& gradients,
                   const float* lse, float* slopes, float* own, Stream stream);
+
+// Writes the gradient of the logits. softmax_dlogits.cu.
+void write_dlogits(const Cells& cells, const PixelLabels& labels, const Gradients& gradients,
+                   const PixelMaps& maps, const Logits& dlogits, Stream stream);
 
 }  // namespace anchorops::cuda

@@ -1,10 +1,8 @@
-// The terms of each pixel in the gradient of softmax moments that do not depend on the class:
+// The terms of each pixel in the gradient of softmax moments that do not depend on the class, slope
+// and own (softmax_gradients.cuh). They are not needed if only the losses by class have gradients.
 //
-//   own = dlosses[y] + dpixel_losses − p_y·doverlaps[y]
-//   slope = own + dlse − Σ_j p_j·(dmasses[j] + 2·p_j·dsquares[j])
-//
-// With dmasses or dsquares a pass over the logits computes the sum. Then there is a launch over the
-// pixels, which reads labels, lse and the gradients of maps once.
+// With dmasses or dsquares a pass over the logits computes the sum over classes. Then there is a
+// launch over the pixels, which reads labels, lse and the gradients of maps once.
 #include "softmax_gradients.cuh"
 
 namespace anchorops::cuda {
@@ -12,104 +10,101 @@ namespace {
 
 constexpr int CLASSES = 32;
 
-// Σ_k p_k·(dmasses[k] + 2·p_k·dsquares[k]) of each pixel.
+// Σ_k p_k·(dmasses[k] + 2·p_k·dsquares[k]) of one pixel.
+__device__ inline float class_sum(const PixelLogits& logits, int num_classes, float lse,
+                                  const Gradients& gradients, int first_key) {
+  float sum = 0;
+  for (int k = 0; k < num_classes; ++k) {
+    const float p = exp2_approximate((logits.z(k) - lse) * LOG2E);
+    const float slope = Gradients::at(gradients.dmasses, first_key + k) +
+                        2 * p * Gradients::at(gradients.dsquares, first_key + k);
+    sum = fmaf(p, slope, sum);
+  }
+  return sum;
+}
+
+// The same for the valid pixels of a cell, from two sums of e^z·2^SCALE over the classes.
 __global__ void __launch_bounds__(WARPS * 32, 2)
-    softmax_slopes_kernel(Cells cells, Gradients gradients,
-                          const int32_t* keys,  // [B, H, W]
-                          const float* lse,     // [B, H, W]
-                          float* slopes) {      // [B, H, W], left as it is where ignored
-  const int num_classes = cells.logits.num_classes;
+    softmax_slopes_kernel(Cells cells, PixelLabels all_labels, Gradients gradients,
+                          const float* lse,  // [B, H, W]
+                          float* sums) {     // [B, H, W], any numbers where ignored
   Cell cell(cells);
-  const int64_t table = gradients.by_image ? int64_t{cell.image} * num_classes : 0;
-  float sums[TILE][TILE] = {}, squares[TILE][TILE] = {};
+  const int first_key = gradients.first_key(cell.image, cells.logits.num_classes);
+  LogitsStage<CLASSES> stage(cells);
+  cell.set_corners(cells, stage);
+  float masses[TILE][TILE] = {}, squares[TILE][TILE] = {};
   if (cells.geometric) {
-    LogitsStage<CLASSES> stage(cells);
-    cell.set_corners(cells, stage);
     stage.for_classes([&](int first, int count) {
       for (int k = 0; k < count; ++k) {
-        const float dmass = Gradients::at(gradients.dmasses, table + first + k);
-        const float dsquare = 2 * Gradients::at(gradients.dsquares, table + first + k);
+        const float dmass = Gradients::at(gradients.dmasses, first_key + first + k);
+        const float dsquare = 2 * Gradients::at(gradients.dsquares, first_key + first + k);
         for_pixels(cell.powers(k * COLUMNS), [&](int i, int j, float e) {
-          sums[i][j] = fmaf(e, dmass, sums[i][j]);
+          masses[i][j] = fmaf(e, dmass, masses[i][j]);
           squares[i][j] = fmaf(e * e, dsquare, squares[i][j]);
         });
       }
     });
   }
-  unsigned apart = 0;
-#pragma unroll
-  for (int i = 0; i < TILE; ++i) {
-#pragma unroll
-    for (int j = 0; j < TILE; ++j) {
-      if (i >= cell.ny || j >= cell.nx) continue;
-      const int64_t pixel = cell.pixel(cells, i, j);
-      if (keys[pixel] < 0) continue;
-      float inverse;
-      if (cell.inverse_sum(cells, i, j, lse[pixel], inverse))
-        slopes[pixel] = inverse * fmaf(inverse, squares[i][j], sums[i][j]);
-      else
-        apart |= 1u << (i * TILE + j);
-    }
-  }
-  for (; apart; apart &= apart - 1) {
-    const int i = (__ffs(apart) - 1) / TILE, j = (__ffs(apart) - 1) % TILE;
+  CellLabels labels;
+  labels.load(all_labels, cells, cell);
+  float inverse[TILE][TILE];
+  load_map(cells, cell, labels.valid(), lse, inverse);
+  const unsigned apart =
+      to_inverse_sums(cells, cell, stage.shifts_of_cell(), labels.valid(), inverse);
+  for_tile([&](int i, int j) {
+    masses[i][j] = inverse[i][j] * fmaf(inverse[i][j], squares[i][j], masses[i][j]);
+  });
+  store_map(cells, cell, masses, sums);
+  for_each_of(apart, [&](int i, int j) {
     const int64_t pixel = cell.pixel(cells, i, j);
-    const PixelLogits logits = cell.logits(cells, i, j);
-    float sum = 0;
-    for (int k = 0; k < num_classes; ++k) {
-      const float p = exp2_approximate((logits.z(k) - lse[pixel]) * LOG2E);
-      const float slope = Gradients::at(gradients.dmasses, table + k) +
-                          2 * p * Gradients::at(gradients.dsquares, table + k);
-      sum = fmaf(p, slope, sum);
-    }
-    slopes[pixel] = sum;
-  }
+    sums[pixel] = class_sum(cell.logits(cells, i, j), cells.logits.num_classes, lse[pixel],
+                            gradients, first_key);
+  });
 }
 
 constexpr int THREADS = 256;
 
 // The slope and the own term of each pixel: maps [B, H, W], 0 where ignored.
 __global__ void __launch_bounds__(THREADS)
-    pixel_slopes_kernel(Logits logits, Axis rows, Axis columns, Gradients gradients,
-                        const int32_t* keys,  // [B, H, W]
-                        const float* lse,     // [B, H, W]
-                        float* slopes,        // on entry the sum that is computed above
-                        float* own) {         // null if it equals the slope
+    pixel_slopes_kernel(Logits logits, Axis rows, Axis columns, PixelLabels labels,
+                        Gradients gradients,
+                        const float* lse,  // [B, H, W]
+                        float* slopes,     // on entry the sum that is computed above
+                        float* own) {
   const int64_t pixel = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   const int64_t per_image = int64_t{rows.pixels} * columns.pixels;
   if (pixel >= logits.batch * per_image) return;
-  const int key = keys[pixel];
+  const int image = static_cast<int>(pixel / per_image);
+  const int64_t in_image = pixel % per_image;
+  const int y = static_cast<int>(in_image / columns.pixels);
+  const int x = static_cast<int>(in_image % columns.pixels);
+  const unsigned label = labels.at(image, y, x);
   float of_label = 0, slope = 0;
-  if (key >= 0) {
-    const int image = static_cast<int>(pixel / per_image);
-    const int64_t in_image = pixel % per_image;
-    const int y = static_cast<int>(in_image / columns.pixels);
-    const int x = static_cast<int>(in_image % columns.pixels);
+  if (label != NO_CLASS) {
+    const int key = gradients.first_key(image, logits.num_classes) + static_cast<int>(label);
     of_label = Gradients::at(gradients.dlosses, key) + gradients.dpixel_losses.at(image, y, x);
     if (gradients.doverlaps) {
-      const int label = gradients.by_image ? key - image * logits.num_classes : key;
       const float z = PixelLogits(logits, rows, columns, image, y, x).z(label);
       of_label -= exp2_approximate((z - lse[pixel]) * LOG2E) * gradients.doverlaps[key];
     }
     slope = of_label + gradients.dlse.at(image, y, x);
-    if (gradients.dmasses || gradients.dsquares) slope -= slopes[pixel];
+    if (gradients.by_class()) slope -= slopes[pixel];
   }
   slopes[pixel] = slope;
-  if (own) own[pixel] = of_label;
+  own[pixel] = of_label;
 }
 
 }  // namespace
 
-void write_slopes(const Cells& cells, const Gradients& gradients, const int32_t* keys,
+void write_slopes(const Cells& cells, const PixelLabels& labels, const Gradients& gradients,
                   const float* lse, float* slopes, float* own, Stream stream) {
-  if (gradients.dmasses || gradients.dsquares)
+  if (gradients.by_class())
     launch_cells<LogitsStage<CLASSES>>("softmax_slopes_kernel", softmax_slopes_kernel, cells, 0,
-                                       stream, gradients, keys, lse, slopes);
+                                       stream, labels, gradients, lse, slopes);
   const int64_t pixels = int64_t{cells.logits.batch} * cells.rows.pixels * cells.columns.pixels;
   launch("pixel_slopes_kernel", pixel_slopes_kernel,
          grid_of("pixel_slopes_kernel", ceil_div(pixels, int64_t{THREADS})), THREADS, 0, stream,
-         cells.logits, cells.rows, cells.columns, gradients, keys, lse, slopes,
-         own == slopes ? nullptr : own);
+         cells.logits, cells.rows, cells.columns, labels, gradients, lse, slopes, own);
 }
 
 }  // namespace anchorops::cuda

@@ -196,6 +196,17 @@ def test_strides_of_labels_and_gradients():
     assert torch.equal(ours[1], values_and_gradient(case, logits, row.clone(), weights)[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
+def test_labels_that_are_ignored(dtype):
+    """Negative labels, which could be classes as unsigned numbers, and a class."""
+    logits = torch.randn(1, 200, 2, 2, requires_grad=True)
+    labels = torch.full((1, 8, 8), 3, dtype=dtype)
+    labels[0, 0, :3] = torch.tensor([-100, 7, -1])
+    moments = ao.softmax_moments(logits, labels, ignore_index=7, hits=False, masses=False)
+    assert moments.counts.tolist() == [61 if k == 3 else 0 for k in range(200)]
+    assert (moments.losses != 0).nonzero().tolist() == [[3]]
+
+
 def test_offsets_are_64_bit():
     """Strides of 2^30 elements: the last ones are beyond 2^31. Few pages are touched."""
     torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
