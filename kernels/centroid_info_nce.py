@@ -39,6 +39,19 @@ class Present(NamedTuple):
     keys: Any  # bool [K] or None: all classes with a present query
 
 
+class Scaling(NamedTuple):
+    """From inner products to logits."""
+
+    inverse_temperature: float
+    bias: Any  # float32 [K] or None, added to the logits of the keys
+
+
+class Sizes(NamedTuple):
+    num_classes: int
+    dim: int
+    width: int  # of the logits of a row: K, rounded up to a multiple of 8
+
+
 class Problem(NamedTuple):
     """What both directions read."""
 
@@ -46,11 +59,8 @@ class Problem(NamedTuple):
     keys: Rows
     positives: Rows  # the keys if none were given
     present: Present
-    bias: Any  # float32 [K] or None, added to the logits of the keys
-    num_classes: int
-    dim: int
-    width: int  # of the logits of a row: K, rounded up to a multiple of 8
-    inverse_temperature: float
+    scaling: Scaling
+    sizes: Sizes
 
 
 class Form(NamedTuple):
@@ -90,7 +100,7 @@ def is_present(present_ptr, r, count):
 
 @triton.jit
 def row_is_present(problem, r, FORM: tl.constexpr):
-    return is_present(problem.present.queries, r, problem.num_classes * FORM.groups)
+    return is_present(problem.present.queries, r, problem.sizes.num_classes * FORM.groups)
 
 
 @triton.jit
@@ -107,11 +117,11 @@ def any_row_is_present(problem, j, FORM: tl.constexpr):
 def key_is_present(problem, j, FORM: tl.constexpr):
     """Whether the key is in the denominator of every row."""
     if FORM.all_keys:
-        return j < problem.num_classes
+        return j < problem.sizes.num_classes
     elif problem.present.keys is None:
         return any_row_is_present(problem, j, FORM)
     else:
-        return is_present(problem.present.keys, j, problem.num_classes)
+        return is_present(problem.present.keys, j, problem.sizes.num_classes)
 
 
 @triton.jit
@@ -133,7 +143,7 @@ def _products(
     problem, queries_ptrs, present, j, used, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Rows [BLOCK_R] times keys [BLOCK_K]: float32 [BLOCK_R, BLOCK_K]."""
-    queries, keys, dim = problem.queries, problem.keys, problem.dim
+    queries, keys, dim = problem.queries, problem.keys, problem.sizes.dim
     keys_ptrs = keys.ptr + j.to(tl.int64) * keys.stride_k
     total = tl.zeros((present.shape[0], used.shape[0]), tl.float32)
     for start in range(0, dim, BLOCK_D):
@@ -155,11 +165,11 @@ def _logits_of_keys(
 ):  # fmt: skip
     """[BLOCK_R, BLOCK_K], −∞ for the own key and where the key is not in the denominator."""
     used = key_is_present(problem, j, FORM)
-    logits = problem.inverse_temperature * _products(
+    logits = problem.scaling.inverse_temperature * _products(
         problem, queries_ptrs, present, j, used, PRECISION, BLOCK_D
     )
-    if problem.bias is not None:
-        logits += tl.load(problem.bias + j, mask=used, other=0.0)[None, :]
+    if problem.scaling.bias is not None:
+        logits += tl.load(problem.scaling.bias + j, mask=used, other=0.0)[None, :]
     others = present[:, None] & used[None, :] & ((r // FORM.groups)[:, None] != j[None, :])
     return tl.where(others, logits, -float("inf"))
 
@@ -168,14 +178,14 @@ def _logits_of_keys(
 def _positive_logits(problem, queries_ptrs, r, present, FORM: tl.constexpr, BLOCK_D: tl.constexpr):
     own_ptrs = row_ptrs(problem.positives, r, FORM)
     product = tl.zeros(r.shape, tl.float32)
-    for start in range(0, problem.dim, BLOCK_D):
+    for start in range(0, problem.sizes.dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        q = load_channels(queries_ptrs, problem.queries.stride_d, d, present, problem.dim)
-        p = load_channels(own_ptrs, problem.positives.stride_d, d, present, problem.dim)
+        q = load_channels(queries_ptrs, problem.queries.stride_d, d, present, problem.sizes.dim)
+        p = load_channels(own_ptrs, problem.positives.stride_d, d, present, problem.sizes.dim)
         product += tl.sum(q * p, 1)
-    positive = problem.inverse_temperature * product
-    if problem.bias is not None and not FORM.has_positives:
-        positive += tl.load(problem.bias + r // FORM.groups, mask=present, other=0.0)
+    positive = problem.scaling.inverse_temperature * product
+    if problem.scaling.bias is not None and not FORM.has_positives:
+        positive += tl.load(problem.scaling.bias + r // FORM.groups, mask=present, other=0.0)
     return positive
 
 
@@ -204,19 +214,20 @@ def _centroid_info_nce_fwd_kernel(
     maximum = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     first = chunk * keys_per_chunk
-    for start in range(first, tl.minimum(first + keys_per_chunk, problem.num_classes), BLOCK_K):
+    end = tl.minimum(first + keys_per_chunk, problem.sizes.num_classes)
+    for start in range(first, end, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         x = _logits_of_keys(problem, queries_ptrs, r, present, j, FORM, PRECISION, BLOCK_D)
         if logits.ptr is not None:
-            row = (r - logits.first_row).to(tl.int64)[:, None] * problem.width
-            mask = inside[:, None] & (j < problem.width)[None, :]
+            row = (r - logits.first_row).to(tl.int64)[:, None] * problem.sizes.width
+            mask = inside[:, None] & (j < problem.sizes.width)[None, :]
             tl.store(logits.ptr + row + j[None, :], x, mask=mask)
         new_maximum = tl.maximum(maximum, tl.max(x, 1))
         shift = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
         total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
         maximum = new_maximum
     if sums.maxima is not None:
-        rows = problem.num_classes * FORM.groups
+        rows = problem.sizes.num_classes * FORM.groups
         tl.store(sums.maxima + chunk * rows + r, maximum, mask=inside)
         tl.store(sums.totals + chunk * rows + r, total, mask=inside)
         if chunk == 0:
@@ -308,11 +319,8 @@ def problem_of(
         rows_of(keys),
         mirrored_rows(queries) if mirrored else own,
         Present(*masks),
-        bias,
-        num_classes,
-        dim,
-        triton.cdiv(num_classes, 8) * 8,
-        1 / temperature,
+        Scaling(1 / temperature, bias),
+        Sizes(num_classes, dim, triton.cdiv(num_classes, 8) * 8),
     )
     groups = 1 if queries.dim() == 2 else queries.shape[1]
     return problem, Form(groups, all_keys, mirrored or positives is not None, mirrored)
@@ -336,9 +344,9 @@ def keys_per_chunk(num_classes: int) -> int:
 
 def compute_logits(problem: Problem, form: Form, logits: Logits, sums: Sums) -> None:
     """Launches the first kernel for the rows of the logits; it writes what is given."""
-    each = keys_per_chunk(problem.num_classes)
+    each = keys_per_chunk(problem.sizes.num_classes)
     rows = logits.end_row - logits.first_row
-    grid = triton.cdiv(rows, BLOCK_R), triton.cdiv(problem.num_classes, each)
+    grid = triton.cdiv(rows, BLOCK_R), triton.cdiv(problem.sizes.num_classes, each)
     _centroid_info_nce_fwd_kernel[grid](problem, logits, sums, each, FORM=form, **options())
 
 
@@ -361,15 +369,15 @@ def centroid_info_nce(
     [K·G, width], or (0,) if there are more than logits_at_once."""
     given = queries, keys, bias, positives, present, present_keys, all_keys, mirrored, temperature
     problem, form = problem_of(*given)
-    rows, shape = problem.num_classes * form.groups, queries.shape[:-1]
+    rows, shape = problem.sizes.num_classes * form.groups, queries.shape[:-1]
 
     def new(*size: int) -> Tensor:
         return queries.new_empty(size, dtype=torch.float32)
 
     loss, scale = new(*(shape if reduction == "none" else ())), new()
     lse, positive_logits = new(*shape), new(*shape)
-    kept = rows * problem.width <= logits_at_once
-    logits = new(rows, problem.width) if kept else new(0)
+    kept = rows * problem.sizes.width <= logits_at_once
+    logits = new(rows, problem.sizes.width) if kept else new(0)
     if rows == 0:
         return loss.zero_(), lse, positive_logits, scale.fill_(loss_weight), logits
     chunks = triton.cdiv(keys.shape[0], keys_per_chunk(keys.shape[0]))
@@ -377,14 +385,7 @@ def centroid_info_nce(
     sums = Sums(maxima, totals, positive_logits)
     compute_logits(problem, form, Logits(logits if kept else None, 0, rows), sums)
     _reduce_kernel[(1,)](
-        sums,
-        problem.present.queries,
-        loss,
-        lse,
-        scale,
-        rows,
-        chunks,
-        loss_weight,
+        *(sums, problem.present.queries, loss, lse, scale, rows, chunks, loss_weight),
         REDUCTION=reduction,
         BLOCK_R=256,
         CHUNKS=CHUNKS,

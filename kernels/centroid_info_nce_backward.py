@@ -63,7 +63,7 @@ def load_row_gradients(losses, problem, present, r):
     lse = tl.load(losses.lse + r, mask=present, other=0.0)
     positive = tl.load(losses.positive_logits + r, mask=present, other=0.0)
     dloss = tl.load(losses.dloss + r * losses.stride, mask=present, other=0.0)
-    dloss *= tl.load(losses.scale) * problem.inverse_temperature
+    dloss *= tl.load(losses.scale) * problem.scaling.inverse_temperature
     return RowGradients(dloss, lse, dloss * (tl.exp(positive - lse) - 1))
 
 
@@ -72,8 +72,8 @@ def _dlogits(problem, logits, r, j, dloss, lse, dpositive, FORM: tl.constexpr):
     """The gradients of the inner products: all arguments [R, 1], but keys j [1, K]; or [1, R] and
     [K, 1]."""
     x = tl.load(
-        logits.ptr + (r - logits.first_row).to(tl.int64) * problem.width + j,
-        mask=(r < logits.end_row) & (j < problem.num_classes),
+        logits.ptr + (r - logits.first_row).to(tl.int64) * problem.sizes.width + j,
+        mask=(r < logits.end_row) & (j < problem.sizes.num_classes),
         other=-float("inf"),
     )
     dlogits = dloss * tl.exp(x - lse)
@@ -94,7 +94,7 @@ def _add_positives(
         there = inside & row_is_present(problem, mirror, FORM)
         weight += load_row_gradients(losses, problem, there, mirror).dpositive
         used = used | there
-    positives, queries, dim = problem.positives, problem.queries, problem.dim
+    positives, queries, dim = problem.positives, problem.queries, problem.sizes.dim
     p = load_channels(row_ptrs(positives, r, FORM), positives.stride_d, d, used, dim)
     if not FORM.mirrored:
         q = load_channels(row_ptrs(queries, r, FORM), queries.stride_d, d, used, dim)
@@ -122,20 +122,20 @@ def _write_queries(
     dloss, lse, dpositive = row.dloss[:, None], row.lse[:, None], row.dpositive[:, None]
     keys = problem.keys
     total = tl.zeros((r.shape[0], d.shape[0]), tl.float32)
-    for start in range(0, problem.num_classes, BLOCK_K):
+    for start in range(0, problem.sizes.num_classes, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         used = key_is_present(problem, j, FORM)
         if not FORM.has_positives:  # a present row uses its own key even if that key is absent
             used = used | any_row_is_present(problem, j, FORM)
         dlogits = _dlogits(problem, logits, r[:, None], j[None, :], dloss, lse, dpositive, FORM)
         keys_ptrs = keys.ptr + j.to(tl.int64) * keys.stride_k
-        k = load_channels(keys_ptrs, keys.stride_d, d, used, problem.dim)
+        k = load_channels(keys_ptrs, keys.stride_d, d, used, problem.sizes.dim)
         total = tl.dot(dlogits, k, total, input_precision=PRECISION)
     if FORM.has_positives:
         total = _add_positives(
             total, row.dpositive, present, problem, losses, outputs, r, inside, d, FORM
         )
-    _store(outputs.dqueries, total, r, d, inside, problem.dim)
+    _store(outputs.dqueries, total, r, d, inside, problem.sizes.dim)
 
 
 @triton.jit
@@ -144,8 +144,8 @@ def _write_keys(
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dkeys of keys j and channels d, and dbias, from all rows of the logits."""
-    inside = j < problem.num_classes
-    queries, dim = problem.queries, problem.dim
+    inside = j < problem.sizes.num_classes
+    queries, dim = problem.queries, problem.sizes.dim
     total = tl.zeros((j.shape[0], d.shape[0]), tl.float32)
     sums = tl.zeros(j.shape, tl.float32)
     if ADD:
@@ -162,7 +162,7 @@ def _write_keys(
         total = tl.dot(dlogits, q, total, input_precision=PRECISION)
     _store(outputs.dkeys, total, j, d, inside, dim)
     if outputs.dbias is not None and tl.program_id(1) == 0:
-        dbias = sums / problem.inverse_temperature
+        dbias = sums / problem.scaling.inverse_temperature
         if ADD:
             dbias += tl.load(outputs.dbias + j, mask=inside, other=0.0)
         tl.store(outputs.dbias + j, dbias, mask=inside)
@@ -222,7 +222,7 @@ def centroid_info_nce_backward(
     """
     given = queries, keys, bias, positives, present, present_keys, all_keys, mirrored, temperature
     problem, form = problem_of(*given)
-    num_classes, dim, width = problem.num_classes, problem.dim, problem.width
+    num_classes, dim, width = problem.sizes.num_classes, problem.sizes.dim, problem.sizes.width
     rows, kept = num_classes * form.groups, logits.dim() == 2
     part = rows if kept else max(logits_at_once // width // BLOCK_R, 1) * BLOCK_R
     dqueries = queries.new_empty(queries.shape)
