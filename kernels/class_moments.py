@@ -13,12 +13,15 @@ of the tiles, and adds to its own partials. The last kernel adds the partials of
 fixed order.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .class_moments_sorted import class_moments_sorted
+from .features import anchor_offset, anchors_of, channel_ptrs, features_of, pixels_of_tile
 from .fold import fold
 from .launch import INTERPRETED, as_pixels, check_keys, chunks_of, tile_of, without_spills
 from .tile_keys import tile_keys
@@ -31,35 +34,54 @@ TILE_COUNTS = ("tiles", "tiles_per_line", "tiles_per_chunk")
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
+class Partials(NamedTuple):
+    """Of each chunk of tiles; None if it is not wanted."""
+
+    sums: Any  # float32 [chunks, num_keys, D]
+    sqdists: Any  # float32 [chunks · blocks, num_keys]
+    num_keys: int
+
+
+@triton.jit
+def _sums_ptrs(partials, d, dim):
+    """Of this program's chunk, key 0."""
+    return partials.sums + (tl.program_id(1).to(tl.int64) * partials.num_keys * dim + d)
+
+
+@triton.jit
+def _sqdists_ptr(partials):
+    """Of this program's chunk and block of channels, key 0."""
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    return partials.sqdists + row * partials.num_keys
+
+
 @triton.jit
 def _add_to(pointers, values, mask=None):
     tl.store(pointers, tl.load(pointers, mask=mask) + values, mask=mask)
 
 
+@triton.jit
+def _set_to_zero(partials, d, dim, BLOCK_K: tl.constexpr):
+    for start in range(0, partials.num_keys, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        some = k < partials.num_keys
+        if partials.sums is not None:
+            ptrs = _sums_ptrs(partials, d, dim)[None, :] + k.to(tl.int64)[:, None] * dim
+            zeros = tl.zeros((BLOCK_K, d.shape[0]), tl.float32)
+            tl.store(ptrs, zeros, mask=some[:, None] & (d < dim)[None, :])
+        if partials.sqdists is not None:
+            tl.store(_sqdists_ptr(partials) + k, tl.zeros((BLOCK_K,), tl.float32), mask=some)
+
+
 @triton.jit(do_not_specialize=TILE_COUNTS)
 def _one_key_kernel(
-    features_ptr,  # [B, D, P] by strides
+    features,  # Features
     tile_ptr,  # see tile_keys.py
-    anchors_ptr,  # float32 [K, D] by strides
-    sums_ptr,  # partials: float32 [chunks, num_keys, D]
-    sqdists_ptr,  # partials: float32 [chunks · blocks, num_keys]
-    dim,
-    pixels,
-    lines_per_image,
+    anchors,  # Anchors
+    partials,  # Partials
     tiles,
     tiles_per_line,
     tiles_per_chunk,
-    num_keys,
-    num_classes,
-    groups,
-    stride_features_b,
-    stride_features_h,
-    stride_features_d,
-    stride_features_p,
-    stride_anchors_k,
-    stride_anchors_d,
-    HAS_SUMS: tl.constexpr,
-    HAS_ANCHORS: tl.constexpr,
     PIXELS_CONTIGUOUS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -68,31 +90,22 @@ def _one_key_kernel(
 ):
     """Sets the partials to zero. Reads the features of tiles of one key once. Whenever the key
     changes, it reads and writes a partial row of BLOCK_D."""
-    block, chunk = tl.program_id(0), tl.program_id(1)
-    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    dim = features.dim
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     channels = d < dim
-    i = tl.arange(0, BLOCK_P)
-
-    sums_ptr += chunk.to(tl.int64) * num_keys * dim + d
-    sqdists_ptr += (chunk.to(tl.int64) * tl.num_programs(0) + block) * num_keys
-    for start in range(0, num_keys, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        rows = k.to(tl.int64)[:, None] * dim
-        inside = (k < num_keys)[:, None] & channels[None, :]
-        if HAS_SUMS:
-            tl.store(sums_ptr[None, :] + rows, tl.zeros((BLOCK_K, BLOCK_D), tl.float32), inside)
-        if HAS_ANCHORS:
-            tl.store(sqdists_ptr + k, tl.zeros((BLOCK_K,), tl.float32), k < num_keys)
+    _set_to_zero(partials, d, dim, BLOCK_K)
     tl.debug_barrier()
 
-    features_ptr += d.to(tl.int64)[:, None] * stride_features_d
-    if HAS_ANCHORS:
-        anchors_ptr += d.to(tl.int64) * stride_anchors_d
+    features_ptrs = channel_ptrs(features, d[:, None])
+    if partials.sums is not None:
+        sums_ptrs = _sums_ptrs(partials, d, dim)
+    if partials.sqdists is not None:
+        sqdists_ptr, anchors_ptrs = _sqdists_ptr(partials), channel_ptrs(anchors, d)
     sums = tl.zeros((BLOCK_D, LANES), tl.float32)
     sqdists = tl.zeros((BLOCK_D, LANES), tl.float32)
     anchor = tl.zeros((BLOCK_D,), tl.float32)
     current = -1  # the key of the sum in registers
-    first_tile = chunk * tiles_per_chunk
+    first_tile = tl.program_id(1) * tiles_per_chunk
     last_tile = tl.minimum(first_tile + tiles_per_chunk, tiles)
     for tile in range(
         first_tile, last_tile + 1
@@ -100,34 +113,30 @@ def _one_key_kernel(
         key = -1 - tl.load(tile_ptr + tl.minimum(tile, tiles - 1))
         key = tl.where(tile < last_tile, key, -1)
         if (key >= 0) | (tile == last_tile):
-            line = tile // tiles_per_line
-            pixel = tl.cast(tile % tiles_per_line, tl.int64) * BLOCK_P + i
-            offset = tl.cast(line // lines_per_image, tl.int64) * stride_features_b
-            offset += tl.cast(line % lines_per_image, tl.int64) * stride_features_h
-            offset += pixel * stride_features_p
+            _, _, offset = pixels_of_tile(features, tile, tiles_per_line, BLOCK_P)
+            taken = d < tl.where(key >= 0, dim, 0)
             x = tl.load(
-                features_ptr + offset[None, :],
-                mask=(d < tl.where(key >= 0, dim, 0))[:, None],
+                features_ptrs + offset[None, :],
+                mask=taken[:, None],
                 other=0.0,
                 eviction_policy="evict_first",
             ).to(tl.float32)
             if key != current:
                 if current >= 0:
-                    row = current.to(tl.int64) * dim
-                    if HAS_SUMS:
-                        _add_to(sums_ptr + row, tl.sum(sums, 1), channels)
-                    if HAS_ANCHORS:
+                    if partials.sums is not None:
+                        row_ptrs = sums_ptrs + current.to(tl.int64) * dim
+                        _add_to(row_ptrs, tl.sum(sums, 1), channels)
+                    if partials.sqdists is not None:
                         _add_to(sqdists_ptr + current, tl.sum(sqdists))
                     tl.debug_barrier()  # next time other threads may add to these addresses
                 current = key
                 sums = tl.zeros((BLOCK_D, LANES), tl.float32)
                 sqdists = tl.zeros((BLOCK_D, LANES), tl.float32)
-                if HAS_ANCHORS:
-                    nearest = (key // groups % num_classes).to(tl.int64) * stride_anchors_k
-                    anchor = tl.load(anchors_ptr + nearest, d < tl.where(key >= 0, dim, 0), 0.0)
-            if HAS_SUMS:
+                if partials.sqdists is not None:
+                    anchor = tl.load(anchors_ptrs + anchor_offset(anchors, key), taken, 0.0)
+            if partials.sums is not None:
                 sums += fold(x, LANES, PIXELS_CONTIGUOUS)
-            if HAS_ANCHORS:
+            if partials.sqdists is not None:
                 residual = x - anchor[:, None]
                 sqdists += fold(residual * residual, LANES, PIXELS_CONTIGUOUS)
 
@@ -167,33 +176,27 @@ def _sums_by_rank(x, local, rank):
     return sums
 
 
+@triton.jit
+def _sqdists_of_pixels(x, anchors, anchors_ptrs, key, channels):
+    """‖x − anchor‖² over the channels of each pixel; its key is −1 where ignored."""
+    mask = channels[:, None] & (key >= 0)[None, :]
+    a = tl.load(anchors_ptrs[:, None] + anchor_offset(anchors, key)[None, :], mask=mask, other=0.0)
+    residual = x.to(tl.float32) - a
+    return tl.sum(residual * residual, 0)
+
+
 @triton.jit(do_not_specialize=TILE_COUNTS)
 def _several_keys_kernel(
-    features_ptr,  # [B, D, P] by strides
+    features,  # Features
     keys_ptr,  # int32 [B, P], −1 where ignored
     tile_ptr,  # these three: see tile_keys.py
     tile_keys_ptr,
     local_ptr,
-    anchors_ptr,  # float32 [K, D] by strides
-    sums_ptr,  # partials: float32 [chunks, num_keys, D]
-    sqdists_ptr,  # partials: float32 [chunks · blocks, num_keys]
-    dim,
-    pixels,
-    lines_per_image,
+    anchors,  # Anchors
+    partials,  # Partials
     tiles,
     tiles_per_line,
     tiles_per_chunk,
-    num_keys,
-    num_classes,
-    groups,
-    stride_features_b,
-    stride_features_h,
-    stride_features_d,
-    stride_features_p,
-    stride_anchors_k,
-    stride_anchors_d,
-    HAS_SUMS: tl.constexpr,
-    HAS_ANCHORS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -201,56 +204,45 @@ def _several_keys_kernel(
     """Reads the features of tiles of several keys once. From the caches it reads 2 bytes and a row
     of BLOCK_D anchors for each pixel; for each key of a tile it reads and writes a partial row of
     BLOCK_D."""
-    block, chunk = tl.program_id(0), tl.program_id(1)
-    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    dim = features.dim
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     channels = d < dim
-    i = tl.arange(0, BLOCK_P)
-    sums_ptr += chunk.to(tl.int64) * num_keys * dim + d
-    sqdists_ptr += (chunk.to(tl.int64) * tl.num_programs(0) + block) * num_keys
-    features_ptr += d.to(tl.int64)[:, None] * stride_features_d
-    if HAS_ANCHORS:
-        anchors_ptr += d.to(tl.int64) * stride_anchors_d
-    first_tile = chunk * tiles_per_chunk
+    features_ptrs = channel_ptrs(features, d[:, None])
+    if partials.sums is not None:
+        sums_ptrs = _sums_ptrs(partials, d, dim)
+    if partials.sqdists is not None:
+        sqdists_ptr, anchors_ptrs = _sqdists_ptr(partials), channel_ptrs(anchors, d)
+    first_tile = tl.program_id(1) * tiles_per_chunk
     for tile in range(first_tile, tl.minimum(first_tile + tiles_per_chunk, tiles)):
         summary = tl.load(tile_ptr + tile)
         count = summary & 0xFFFF
         if summary > 0:
-            line = tile // tiles_per_line
-            pixel = tl.cast(tile % tiles_per_line, tl.int64) * BLOCK_P + i
-            inside = pixel < pixels
-            offset = tl.cast(line // lines_per_image, tl.int64) * stride_features_b
-            offset += tl.cast(line % lines_per_image, tl.int64) * stride_features_h
-            offset += pixel * stride_features_p
+            line, pixel, offset = pixels_of_tile(features, tile, tiles_per_line, BLOCK_P)
+            inside = pixel < features.pixels
             x = tl.load(
-                features_ptr + offset[None, :],
+                features_ptrs + offset[None, :],
                 mask=channels[:, None] & inside[None, :],
                 other=0.0,
                 eviction_policy="evict_first",
             )
             base = tl.cast(tile, tl.int64) * BLOCK_P
-            local = tl.load(local_ptr + base + i)
+            local = tl.load(local_ptr + base + tl.arange(0, BLOCK_P))
             if summary > 0xFFFF:  # there are ignored pixels
                 x = tl.where((local >= 0)[None, :], x, 0.0)
-            if HAS_ANCHORS:
-                pixel_key = tl.load(keys_ptr + tl.cast(line, tl.int64) * pixels + pixel, inside, -1)
-                nearest = (pixel_key // groups % num_classes).to(tl.int64) * stride_anchors_k
-                a = tl.load(
-                    anchors_ptr[:, None] + nearest[None, :],
-                    mask=channels[:, None] & (pixel_key >= 0)[None, :],
-                    other=0.0,
-                )
-                residual = x.to(tl.float32) - a
-                sqdist = tl.sum(residual * residual, 0)
+            if partials.sqdists is not None:
+                keys_ptrs = keys_ptr + tl.cast(line, tl.int64) * features.pixels + pixel
+                pixel_key = tl.load(keys_ptrs, mask=inside, other=-1)
+                sqdist = _sqdists_of_pixels(x, anchors, anchors_ptrs, pixel_key, channels)
             for start in range(0, count, BLOCK_K):
                 rank = start + tl.arange(0, BLOCK_K)
                 listed = rank < count
                 key = tl.load(tile_keys_ptr + base + rank, mask=listed, other=0).to(tl.int64)
-                rows = (key * dim)[None, :]
-                mask = channels[:, None] & listed[None, :]
-                if HAS_SUMS:
+                if partials.sums is not None:
+                    rows = (key * dim)[None, :]
+                    mask = channels[:, None] & listed[None, :]
                     sums = _sums_by_rank(x, local, rank)
-                    _add_to(sums_ptr[:, None] + rows, sums, mask)
-                if HAS_ANCHORS:
+                    _add_to(sums_ptrs[:, None] + rows, sums, mask)
+                if partials.sqdists is not None:
                     member = local[:, None] == rank[None, :]
                     sqdists = tl.sum(tl.where(member, sqdist[:, None], 0.0), 0)
                     _add_to(sqdists_ptr + key, sqdists, listed)
@@ -327,57 +319,33 @@ def class_moments(
         return sums, sqdists, residuals
     tiles_per_chunk = triton.cdiv(tiles, chunks)
     chunks = triton.cdiv(tiles, tiles_per_chunk)
-    partial_sums = new(chunks, num_keys, view.dim) if with_sums else sums
-    partial_sqdists = new(chunks * blocks, num_keys) if has_anchors else sqdists
+    partial_sums = new(chunks, num_keys, view.dim) if with_sums else None
+    partial_sqdists = new(chunks * blocks, num_keys) if has_anchors else None
 
-    sizes = (
-        view.dim,
-        view.pixels,
-        view.lines_per_image,
-        tiles,
-        tiles_per_line,
-        tiles_per_chunk,
-        num_keys,
-        1 if anchors is None else anchors.shape[0],
-        groups,
-        *view.strides,
-        *((0, 0) if anchors is None else anchors.stride()),
-    )
-    flags = {
-        "HAS_SUMS": with_sums,
-        "HAS_ANCHORS": has_anchors,
+    partials = Partials(partial_sums, partial_sqdists, num_keys)
+    given = anchors_of(anchors, groups), partials, tiles, tiles_per_line, tiles_per_chunk
+    sizes = {
         "BLOCK_D": tile.block_d,
         "BLOCK_P": tile.block_p,
         "BLOCK_K": BLOCK_K,
-        "num_warps": tile.num_warps,
         "enable_fp_fusion": True,
     }
     tile_summaries, lists, local = tile_keys(keys, view, tile.block_p)
     _one_key_kernel[(blocks, chunks)](
-        features,
-        tile_summaries,
-        anchors,
-        partial_sums,
-        partial_sqdists,
-        *sizes,
+        *(features_of(features, view), tile_summaries, *given),
         PIXELS_CONTIGUOUS=view.stride_p == 1,
         LANES=tile.lanes,
-        **flags,
+        num_warps=tile.num_warps,
+        **sizes,
     )
     _several_keys_kernel[(blocks, chunks)](
-        features,
-        keys,
-        tile_summaries,
-        lists,
-        local,
-        anchors,
-        partial_sums,
-        partial_sqdists,
-        *sizes,
-        **(flags | without_spills() | {"num_warps": tile.several_keys_warps}),
+        *(features_of(features, view), keys, tile_summaries, lists, local, *given),
+        num_warps=tile.several_keys_warps,
+        **sizes,
+        **without_spills(),
     )
-    if with_sums:
+    if partial_sums is not None:
         _add_chunks(partial_sums, sums)
-    if has_anchors:
+    if partial_sqdists is not None:
         _add_chunks(partial_sqdists, sqdists)
     return sums, sqdists, residuals

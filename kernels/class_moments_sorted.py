@@ -14,11 +14,14 @@ block. This part of the features (pixels × BLOCK_D) stays in the L2 cache and i
 once.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .features import anchor_offset, anchors_of, channel_ptrs
 from .fold import fold
 from .launch import Pixels, pixels_per_range, sorted_tile_of
 
@@ -45,39 +48,91 @@ def _offsets_kernel(
     tl.store(offsets_ptr + i, offset + pixel * stride_p, mask=i < total)
 
 
+class Rows(NamedTuple):
+    """A statistic, in rows by key; the pointers are None if it is not wanted."""
+
+    ptr: Any  # float32 [num_keys, width], zero on entry
+    ends: Any  # float32 [ranges · 2, width], for keys in several ranges: see _store_row
+
+
+class Range(NamedTuple):
+    """A range of the sorted pixels, and the keys of the pixels before and after it."""
+
+    part: Any
+    first: Any
+    last: Any
+    before: Any
+    after: Any
+
+
 @triton.jit
-def _store_row(values, column, mask, out_ptr, ends_ptr, key, before, after, part, width):
-    """Store the statistics of a key: in its own row; or, if the key began before this range or
-    continues after it, in the first or second of this range's rows."""
-    end = 2 * part + tl.where(key == before, 0, 1)
-    goes_on = (key == before) | (key == after)
-    row = tl.where(goes_on, ends_ptr + end * width, out_ptr + key.to(tl.int64) * width)
+def _range_of_program(keys_ptr, total, range_pixels):
+    part = tl.program_id(0).to(tl.int64)
+    first = part * range_pixels
+    last = tl.minimum(first + range_pixels, total)
+    before = tl.load(keys_ptr + first - 1, first > 0, -1, eviction_policy="evict_last")
+    after = tl.load(keys_ptr + last, last < total, -1, eviction_policy="evict_last")
+    return Range(part, first, last, before, after)
+
+
+@triton.jit
+def _store_row(rows, key, values, column, mask, width, pixels):
+    """Store the statistics of a key: in its own row; or, if the key began before this range of
+    pixels or continues after it, in the first or second of this range's rows."""
+    end = 2 * pixels.part + tl.where(key == pixels.before, 0, 1)
+    goes_on = (key == pixels.before) | (key == pixels.after)
+    row = tl.where(goes_on, rows.ends + end * width, rows.ptr + key.to(tl.int64) * width)
     tl.store(row + column, values, mask=mask)
+
+
+@triton.jit
+def _sums_of_key(
+    key, position, keys_ptr, offsets_ptr, features_ptrs, channels, anchor, last,
+    HAS_SUMS: tl.constexpr, HAS_SQDISTS: tl.constexpr, HAS_RESIDUALS: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_P: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The statistics of the pixels from `position` on that have this key, [BLOCK_D, LANES]; and the
+    position after them."""
+    sums = tl.zeros((channels.shape[0], LANES), tl.float32)
+    residuals = tl.zeros((channels.shape[0], LANES), tl.float32)
+    sqdists = tl.zeros((channels.shape[0], LANES), tl.float32)
+    found = BLOCK_P
+    while found == BLOCK_P:
+        i = position + tl.arange(0, BLOCK_P)
+        inside = i < last
+        keys = tl.load(keys_ptr + i, inside, -2, eviction_policy="evict_last")
+        mine = keys == key
+        offset = tl.load(offsets_ptr + i, inside, 0, eviction_policy="evict_last")
+        mask = (mine & (keys >= 0))[None, :]
+        if ALIGNED:
+            offset = tl.multiple_of(offset, 16)
+            mask &= channels[:, None]
+        x = tl.load(features_ptrs[:, None] + offset[None, :], mask, 0.0).to(tl.float32)
+        if HAS_SUMS:
+            sums += fold(x, LANES, False)
+        if HAS_SQDISTS:
+            residual = tl.where(mask, x - anchor[:, None], 0.0)
+            sqdists += fold(residual * residual, LANES, False)
+            if HAS_RESIDUALS:
+                residuals += fold(residual, LANES, False)
+        found = tl.sum(mine.to(tl.int32), 0)
+        position += found
+    return sums, residuals, sqdists, position
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _sorted_pixels_kernel(
     features_ptr,  # [N, D] by offset and stride
+    dim,
+    stride_features_d,
     keys_ptr,  # int32 [N], ascending, −1 where ignored
     offsets_ptr,  # int64 [N]: see _offsets_kernel
-    anchors_ptr,  # float32 [K, D] by strides
-    sums_ptr,  # float32 [num_keys, D]; these three are zero on entry
-    residuals_ptr,  # the same
-    sqdists_ptr,  # float32 [num_keys, blocks]
-    sums_ends_ptr,  # float32 [ranges · 2, D]; these three for keys in several ranges: _store_row
-    residuals_ends_ptr,  # the same
-    sqdists_ends_ptr,  # float32 [ranges · 2, blocks]
-    dim,
+    anchors,  # Anchors
+    sums,  # Rows, of D
+    residuals,  # Rows, of D
+    sqdists,  # Rows, of the blocks of channels
     total,  # N
     range_pixels,
-    num_classes,
-    groups,
-    stride_features_d,
-    stride_anchors_k,
-    stride_anchors_d,
-    HAS_SUMS: tl.constexpr,
-    HAS_ANCHORS: tl.constexpr,
-    HAS_RESIDUALS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -86,71 +141,34 @@ def _sorted_pixels_kernel(
     """Reads the features once (except for sectors, see above), 12 bytes a pixel for each block of
     channels, and a row of anchors for each key of a range. Writes a row of statistics for each key
     of a range."""
-    part, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    block, blocks = tl.program_id(1), tl.num_programs(1)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     channels = d < dim
-    first = part * range_pixels
-    last = tl.minimum(first + range_pixels, total)
-    before = tl.load(keys_ptr + first - 1, first > 0, -1, eviction_policy="evict_last")
-    after = tl.load(keys_ptr + last, last < total, -1, eviction_policy="evict_last")
+    pixels = _range_of_program(keys_ptr, total, range_pixels)
     # Beyond the last channel, this channel is read again: faster than a mask for short loads.
     column = d if ALIGNED else tl.minimum(d, dim - 1)
-    features_ptr += column.to(tl.int64) * stride_features_d
-    if HAS_ANCHORS:
-        anchors_ptr += d.to(tl.int64) * stride_anchors_d
-
-    position = first
-    while position < last:
+    features_ptrs = features_ptr + column.to(tl.int64) * stride_features_d
+    position = pixels.first
+    while position < pixels.last:
         key = tl.load(keys_ptr + position, eviction_policy="evict_last")
-        sums = tl.zeros((BLOCK_D, LANES), tl.float32)
-        residuals = tl.zeros((BLOCK_D, LANES), tl.float32)
-        sqdists = tl.zeros((BLOCK_D, LANES), tl.float32)
-        if HAS_ANCHORS:
-            nearest = (key // groups % num_classes).to(tl.int64) * stride_anchors_k
-            anchor = tl.load(
-                anchors_ptr + nearest,
-                mask=d < tl.where(key >= 0, dim, 0),
-                other=0.0,
-                eviction_policy="evict_last",
-            )
-        found = BLOCK_P
-        while found == BLOCK_P:
-            i = position + tl.arange(0, BLOCK_P)
-            inside = i < last
-            keys = tl.load(keys_ptr + i, inside, -2, eviction_policy="evict_last")
-            mine = keys == key
-            offset = tl.load(offsets_ptr + i, inside, 0, eviction_policy="evict_last")
-            mask = (mine & (keys >= 0))[None, :]
-            if ALIGNED:
-                offset = tl.multiple_of(offset, 16)
-                mask &= channels[:, None]
-            x = tl.load(features_ptr[:, None] + offset[None, :], mask, 0.0).to(tl.float32)
-            if HAS_SUMS:
-                sums += fold(x, LANES, False)
-            if HAS_ANCHORS:
-                residual = tl.where(mask, x - anchor[:, None], 0.0)
-                sqdists += fold(residual * residual, LANES, False)
-                if HAS_RESIDUALS:
-                    residuals += fold(residual, LANES, False)
-            found = tl.sum(mine.to(tl.int32), 0)
-            position += found
+        anchor = tl.zeros((BLOCK_D,), tl.float32)
+        if anchors.ptr is not None:
+            taken = d < tl.where(key >= 0, dim, 0)
+            ptrs = channel_ptrs(anchors, d) + anchor_offset(anchors, key)
+            anchor = tl.load(ptrs, mask=taken, other=0.0, eviction_policy="evict_last")
+        total_sums, total_residuals, total_sqdists, position = _sums_of_key(
+            key, position, keys_ptr, offsets_ptr, features_ptrs, channels, anchor, pixels.last,
+            sums.ptr is not None, sqdists.ptr is not None, residuals.ptr is not None, ALIGNED,
+            BLOCK_P, LANES,
+        )  # fmt: skip
         if key >= 0:
-            if HAS_SUMS:
-                _store_row(
-                    tl.sum(sums, 1), d, channels, sums_ptr, sums_ends_ptr, key, before, after, part,
-                    dim,
-                )  # fmt: skip
-            if HAS_RESIDUALS:
-                _store_row(
-                    tl.sum(residuals, 1), d, channels, residuals_ptr, residuals_ends_ptr, key,
-                    before, after, part, dim,
-                )  # fmt: skip
-            if HAS_ANCHORS:
-                sqdists = tl.where(channels[:, None], sqdists, 0.0)
-                _store_row(
-                    tl.sum(sqdists), block, None, sqdists_ptr, sqdists_ends_ptr, key, before, after,
-                    part, blocks,
-                )  # fmt: skip
+            if sums.ptr is not None:
+                _store_row(sums, key, tl.sum(total_sums, 1), d, channels, dim, pixels)
+            if residuals.ptr is not None:
+                _store_row(residuals, key, tl.sum(total_residuals, 1), d, channels, dim, pixels)
+            if sqdists.ptr is not None:
+                total_sqdists = tl.where(channels[:, None], total_sqdists, 0.0)
+                _store_row(sqdists, key, tl.sum(total_sqdists), block, None, blocks, pixels)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -221,7 +239,6 @@ def class_moments_sorted(
     In addition it needs about 40 bytes a pixel, most of it for the sort, and two rows of each
     result for each range.
     """
-    with_sums, with_residuals, has_anchors = (t.numel() > 0 for t in (sums, residuals, sqdists))
     ordered, order = torch.sort(keys.flatten(), stable=True)
     total = ordered.numel()
     offsets = torch.empty_like(order)
@@ -243,35 +260,16 @@ def class_moments_sorted(
     range_pixels = pixels_per_range(total, blocks)
     ranges = triton.cdiv(total, range_pixels)
 
-    def ends(wanted: bool, width: int) -> Tensor:
-        return sums.new_empty((2 * ranges if wanted else 0, width))
+    def rows(out: Tensor, width: int) -> Rows:
+        if out.numel() == 0:
+            return Rows(None, None)
+        return Rows(out.zero_(), sums.new_empty((2 * ranges, width)))
 
-    sums_ends, residuals_ends = ends(with_sums, view.dim), ends(with_residuals, view.dim)
-    sqdists_ends = ends(has_anchors, blocks)
-    sqdists_by_block = sqdists.new_zeros((sqdists.numel(), blocks))
-    sums.zero_()
-    residuals.zero_()
+    sqdists_by_block = sqdists.new_empty((sqdists.numel(), blocks))
+    all_rows = rows(sums, view.dim), rows(residuals, view.dim), rows(sqdists_by_block, blocks)
     _sorted_pixels_kernel[(ranges, blocks)](
-        features,
-        ordered,
-        offsets,
-        anchors,
-        sums,
-        residuals,
-        sqdists_by_block,
-        sums_ends,
-        residuals_ends,
-        sqdists_ends,
-        view.dim,
-        total,
-        range_pixels,
-        1 if anchors is None else anchors.shape[0],
-        groups,
-        view.stride_d,
-        *((0, 0) if anchors is None else anchors.stride()),
-        HAS_SUMS=with_sums,
-        HAS_ANCHORS=has_anchors,
-        HAS_RESIDUALS=with_residuals,
+        *(features, view.dim, view.stride_d, ordered, offsets, anchors_of(anchors, groups)),
+        *(*all_rows, total, range_pixels),
         ALIGNED=view.rows_aligned,
         BLOCK_D=block_d,
         BLOCK_P=block_p,
@@ -279,10 +277,8 @@ def class_moments_sorted(
         num_warps=1,
         enable_fp_fusion=True,
     )
-    if with_sums:
-        _join_ranges(ordered, sums_ends, sums, range_pixels)
-    if with_residuals:
-        _join_ranges(ordered, residuals_ends, residuals, range_pixels)
-    if has_anchors:
-        _join_ranges(ordered, sqdists_ends, sqdists_by_block, range_pixels)
+    for each in all_rows:
+        if each.ptr is not None:
+            _join_ranges(ordered, each.ends, each.ptr, range_pixels)
+    if sqdists.numel() > 0:
         torch.sum(sqdists_by_block, 1, out=sqdists)
