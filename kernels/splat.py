@@ -1,6 +1,7 @@
 """The weights of the labels around a tile of features, for upsampling with align_corners=True."""
 
 import math
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -8,30 +9,80 @@ import triton.language as tl
 NO_KEY = tl.constexpr(2**31 - 1)
 
 
+class LabelAxis(NamedTuple):
+    """Positions of the rows (or columns) of labels among those of the features. The first and the
+    last ones of both coincide."""
+
+    labels: int
+    features: int
+    step: float  # features for each label
+    labels_each: float  # labels for each feature
+
+
+class Grids(NamedTuple):
+    """The grids of features and labels."""
+
+    rows: LabelAxis
+    columns: LabelAxis
+
+
+def label_axis(labels: int, features: int) -> LabelAxis:
+    step = (features - 1) / (labels - 1) if labels > 1 else 0.0
+    return LabelAxis(labels, features, step, 1 / step if step else 0.0)
+
+
+def most_labels(axis: LabelAxis) -> int:
+    """More labels than are around any feature."""
+    return min(axis.labels, math.ceil(2 / axis.step) + 5) if axis.step else axis.labels
+
+
+class Tile(NamedTuple):
+    """A part of a row of features."""
+
+    y: Any
+    first: Any  # column
+    x: Any  # columns [BLOCK_P]
+    inside: Any
+
+
+class Around(NamedTuple):
+    """Labels around the features of a tile, in one axis: [BLOCK_P, BLOCK_L]."""
+
+    label: Any
+    inside: Any  # whether the label is around its feature
+    weight: Any
+
+
 @triton.jit
-def _upper(label, step, features):
+def tile_at(tile, grids, BLOCK_P: tl.constexpr):
+    row_tiles = tl.cdiv(grids.columns.features, BLOCK_P)
+    y, first = tile // row_tiles, tile % row_tiles * BLOCK_P
+    x = first + tl.arange(0, BLOCK_P)
+    return Tile(y, first, x, x < grids.columns.features)
+
+
+@triton.jit
+def _upper(label, axis):
     """The first of the two features around a label, and the weight of the second."""
-    position = label.to(tl.float32) * step
-    upper = tl.minimum(position.to(tl.int32), features - 1)
-    return upper, tl.where(upper < features - 1, position - upper.to(tl.float32), 0.0)
+    position = label.to(tl.float32) * axis.step
+    upper = tl.minimum(position.to(tl.int32), axis.features - 1)
+    return upper, tl.where(upper < axis.features - 1, position - upper.to(tl.float32), 0.0)
 
 
 @triton.jit
-def _weights(label, feature, labels, features, step):
+def _weights(label, feature, axis):
     """Whether the label is around the feature, and its weight there."""
-    upper, below = _upper(label, step, features)
-    around = (label < labels) & ((upper == feature) | (upper == feature - 1))
+    upper, below = _upper(label, axis)
+    around = (label < axis.labels) & ((upper == feature) | (upper == feature - 1))
     return around, tl.where(upper == feature, 1 - below, below)
 
 
 @triton.jit
-def labels_around(feature, labels, features, step, labels_each, BLOCK_L: tl.constexpr):
-    """The labels around the features of a tile, in one axis: [BLOCK_P, BLOCK_L]. Their weights, and
-    whether a label is around its feature."""
-    first = tl.maximum(((feature - 1) * labels_each).to(tl.int32) - 1, 0)
+def columns_around(tile, grids, BLOCK_L: tl.constexpr):
+    first = tl.maximum(((tile.x - 1) * grids.columns.labels_each).to(tl.int32) - 1, 0)
     label = first[:, None] + tl.arange(0, BLOCK_L)[None, :]
-    around, weights = _weights(label, feature[:, None], labels, features, step)
-    return label, around, weights
+    around, weights = _weights(label, tile.x[:, None], grids.columns)
+    return Around(label, around & tile.inside[:, None], weights)
 
 
 @triton.jit
@@ -42,40 +93,35 @@ def as_int32(keys):
 
 
 @triton.jit
+def first_key(keys_ptr, tile, grids):
+    """The key of a label near the tile's first feature."""
+    row = (tile.y * grids.rows.labels_each).to(tl.int64) * grids.columns.labels
+    return as_int32(tl.load(keys_ptr + row + (tile.first * grids.columns.labels_each).to(tl.int32)))
+
+
+@triton.jit
 def splat_key(
-    keys_ptr,  # [label_height, label_width], −1, or 255 in uint8, where ignored
+    keys_ptr,  # [rows, columns] of labels, −1, or 255 in uint8, where ignored
     key,
     first,
-    y,
-    columns,  # [BLOCK_P, BLOCK_L], as from labels_around
-    around,
-    weights,
-    label_height,
-    label_width,
-    height,
-    step,
-    labels_each,
+    tile,
+    columns,  # Around, from columns_around
+    grids,
     label_rows,  # more rows of labels than are around any feature
 ):
-    """The sum of the weights of the labels with this key, for each feature of a tile in row y:
-    [BLOCK_P]. And the next key of the labels around the tile, or NO_KEY: after `first` comes the
-    smallest one, after another key the next larger one that is not `first`."""
+    """The sum of the weights of the labels with this key, for each feature of a tile: [BLOCK_P].
+    And the next key of the labels around the tile, or NO_KEY: after `first` comes the smallest one,
+    after another key the next larger one that is not `first`."""
     after = tl.where(key == first, -1, key)
-    total = tl.zeros((weights.shape[0],), tl.float32)
-    larger = tl.full(weights.shape, NO_KEY, tl.int32)
-    first_row = tl.maximum(((y - 1) * labels_each).to(tl.int32) - 1, 0)
+    total = tl.zeros(tile.x.shape, tl.float32)
+    larger = tl.full(columns.weight.shape, NO_KEY, tl.int32)
+    first_row = tl.maximum(((tile.y - 1) * grids.rows.labels_each).to(tl.int32) - 1, 0)
     for i in range(0, label_rows):
         row = first_row + i + tl.arange(0, 1)  # not a scalar, which no mask in the interpreter is
-        inside, weight = _weights(row, y, label_height, height, step)
-        offset = row.to(tl.int64)[:, None] * label_width + columns
-        mask = around & inside[:, None]
+        inside, weight = _weights(row, tile.y, grids.rows)
+        offset = row.to(tl.int64)[:, None] * grids.columns.labels + columns.label
+        mask = columns.inside & inside[:, None]
         keys = tl.where(mask, as_int32(tl.load(keys_ptr + offset, mask=mask, other=0)), -1)
-        total += weight * tl.sum(tl.where(keys == key, weights, 0.0), 1)
+        total += weight * tl.sum(tl.where(keys == key, columns.weight, 0.0), 1)
         larger = tl.minimum(larger, tl.where((keys > after) & (keys != first), keys, NO_KEY))
     return total, tl.min(tl.min(larger, 1), 0)
-
-
-def axis(labels: int, features: int) -> tuple[float, float, int]:
-    """Features for each label; labels for each feature; more labels than any feature has."""
-    step = (features - 1) / (labels - 1) if labels > 1 else 0.0
-    return (step, 1 / step, min(labels, math.ceil(2 / step) + 5)) if step else (0.0, 0.0, labels)

@@ -5,42 +5,86 @@ row. For each key of the labels around a tile, it computes the features' weights
 and adds the weighted sum to its own partial. A second kernel adds the partials in a fixed order.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .features import Features, channel_ptrs, features_of
 from .launch import as_pixels, programs, without_spills
-from .splat import NO_KEY, as_int32, axis, labels_around, splat_key
+from .splat import (
+    NO_KEY,
+    Grids,
+    columns_around,
+    first_key,
+    label_axis,
+    most_labels,
+    splat_key,
+    tile_at,
+)
 
 _MOST_CHUNKS, _MOST_BYTES = 512, 10 * 2**20  # of partials
 _ROWS, _BLOCK_E = tl.constexpr(64), 64  # partials, and elements of each, that are added at once
 
 
+class Moments(NamedTuple):
+    """Number, mean and sum of squared deviations of numbers that come in parts (Chan et al.)."""
+
+    count: Any
+    mean: Any
+    squares: Any
+
+
+@triton.jit
+def _add_moments(moments, x, mask, count):
+    """Of `count` more numbers of each channel, x [BLOCK_D, BLOCK_P]."""
+    mean = tl.sum(x, 1) / count
+    deviations = tl.where(mask, x - mean[:, None], 0.0)
+    shift, total = mean - moments.mean, moments.count + count
+    squares = moments.squares + tl.sum(deviations * deviations, 1)
+    return Moments(
+        total,
+        moments.mean + shift * (count / total),
+        squares + shift * shift * (moments.count * count / total),
+    )
+
+
+@triton.jit
+def _set_to_zero(partials_ptrs, num_classes, dim, some):
+    for k in range(0, num_classes):
+        tl.store(partials_ptrs + k * dim, tl.zeros(some.shape, tl.float32), mask=some)
+    tl.debug_barrier()  # other threads may store an element than add to it
+
+
+@triton.jit
+def _add_keys(
+    partials_ptrs, x, some, keys_ptr, tile, grids, label_rows, dim, BLOCK_L: tl.constexpr
+):
+    """Adds the weighted sums of a tile's features x, for each key around it."""
+    columns = columns_around(tile, grids, BLOCK_L)
+    first = first_key(keys_ptr, tile, grids)
+    key = first
+    while key < NO_KEY:
+        weight, following = splat_key(keys_ptr, key, first, tile, columns, grids, label_rows)
+        if key >= 0:
+            total = tl.sum(x * weight[None, :], 1)
+            tl.atomic_add(partials_ptrs + key * dim, total, mask=some, sem="relaxed")
+        key = following
+
+
 @triton.jit(do_not_specialize=["chunks", "chunk_tiles", "label_rows"])
 def _upsampled_sums_kernel(
-    features_ptr,
-    keys_ptr,  # [B, label_height, label_width], −1, or 255 in uint8, where ignored
+    features,  # Features
+    keys_ptr,  # [B, rows, columns] of labels, −1, or 255 in uint8, where ignored
     partials_ptr,  # float32 [B·chunks, K, C]
-    moments_ptr,  # float32 [B·chunks, 3, C]: pixels, means, sums of squared deviations
-    channels,
+    moments_ptr,  # float32 [B·chunks, 3, C]: Moments
     num_classes,
+    grids,  # Grids
+    label_rows,
     chunks,
     chunk_tiles,
-    stride_b,
-    stride_d,
-    stride_p,
-    height,
-    width,
-    label_height,
-    label_width,
-    step_y,
-    labels_each_y,
-    label_rows,
-    step_x,
-    labels_each_x,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -49,55 +93,29 @@ def _upsampled_sums_kernel(
     chunk's partial. They are atomic, because a load could otherwise happen before an earlier
     store."""
     chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    dim, width = features.dim, grids.columns.features
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    some = d < channels
-    features_ptr += image * stride_b
-    keys_ptr += image * label_height * label_width
-    partials_ptr += (image * chunks + chunk) * num_classes * channels + d
-    for k in range(0, num_classes):
-        tl.store(partials_ptr + k * channels, tl.zeros((BLOCK_D,), tl.float32), mask=some)
-    tl.debug_barrier()  # other threads may store an element than add to it
-    pixels = tl.full((), 0.0, tl.float32)
-    mean, squares = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
-    row_tiles = tl.cdiv(width, BLOCK_P)
-    end = tl.minimum((chunk + 1) * chunk_tiles, height * row_tiles)
-    for tile in range(chunk * chunk_tiles, end):
-        y, start = tile // row_tiles, tile % row_tiles * BLOCK_P
-        x = start + tl.arange(0, BLOCK_P)
-        inside = x < width
-        offset = d.to(tl.int64)[:, None] * stride_d + (y * width + x)[None, :] * stride_p
-        mask = some[:, None] & inside[None, :]
-        features = tl.load(features_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-
-        here = tl.minimum(width - start, BLOCK_P).to(tl.float32)
-        mean_here = tl.sum(features, 1) / here
-        deviations = tl.where(mask, features - mean_here[:, None], 0.0)
-        shift = mean_here - mean
-        mean += shift * (here / (pixels + here))
-        squares += tl.sum(deviations * deviations, 1)
-        squares += shift * shift * (pixels * here / (pixels + here))
-        pixels += here
-
-        columns, around, weights = labels_around(
-            x, label_width, width, step_x, labels_each_x, BLOCK_L
+    some = d < dim
+    features_ptrs = channel_ptrs(features, d) + image * features.stride_b
+    keys_ptr += image * grids.rows.labels * grids.columns.labels
+    partials_ptrs = partials_ptr + (image * chunks + chunk) * num_classes * dim + d
+    _set_to_zero(partials_ptrs, num_classes, dim, some)
+    zeros = tl.zeros((BLOCK_D,), tl.float32)
+    moments = Moments(tl.full((), 0.0, tl.float32), zeros, zeros)
+    tiles = grids.rows.features * tl.cdiv(width, BLOCK_P)
+    for i in range(chunk * chunk_tiles, tl.minimum((chunk + 1) * chunk_tiles, tiles)):
+        tile = tile_at(i, grids, BLOCK_P)
+        mask = some[:, None] & tile.inside[None, :]
+        offset = (tile.y * width + tile.x)[None, :] * features.stride_p
+        x = tl.load(features_ptrs[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
+        moments = _add_moments(
+            moments, x, mask, tl.minimum(width - tile.first, BLOCK_P).to(tl.float32)
         )
-        around &= inside[:, None]
-        nearest = (y * labels_each_y).to(tl.int64) * label_width
-        first = as_int32(tl.load(keys_ptr + nearest + (start * labels_each_x).to(tl.int32)))
-        key = first
-        while key < NO_KEY:
-            weight, following = splat_key(
-                *(keys_ptr, key, first, y, columns, around, weights, label_height, label_width),
-                *(height, step_y, labels_each_y, label_rows),
-            )
-            if key >= 0:
-                total = tl.sum(features * weight[None, :], 1)
-                tl.atomic_add(partials_ptr + key * channels, total, mask=some, sem="relaxed")
-            key = following
-    moments_ptr += (image * chunks + chunk) * 3 * channels + d
-    tl.store(moments_ptr, tl.zeros((BLOCK_D,), tl.float32) + pixels, mask=some)
-    tl.store(moments_ptr + channels, mean, mask=some)
-    tl.store(moments_ptr + 2 * channels, squares, mask=some)
+        _add_keys(partials_ptrs, x, some, keys_ptr, tile, grids, label_rows, dim, BLOCK_L)
+    moments_ptrs = moments_ptr + (image * chunks + chunk) * 3 * dim + d
+    tl.store(moments_ptrs, zeros + moments.count, mask=some)
+    tl.store(moments_ptrs + dim, moments.mean, mask=some)
+    tl.store(moments_ptrs + 2 * dim, moments.squares, mask=some)
 
 
 @triton.jit
@@ -153,36 +171,32 @@ def _add_upsampled_partials_kernel(
         tl.store(variance_ptr + e, squares / pixels, mask=inside)
 
 
-class Grid(NamedTuple):
-    """Strides of the features; arguments that describe both grids; sizes of a tile."""
+class Launch(NamedTuple):
+    """What both kernels need: arguments, and sizes of a tile."""
 
-    strides: tuple[int, int, int]
-    sizes: tuple[int, int, int, int]
-    axes: tuple[float, float, int, float, float]
+    features: Features
+    grids: Grids
+    label_rows: int
     blocks: dict[str, int]
 
+    @property
+    def tiles(self) -> int:
+        """Of an image."""
+        rows, columns = self.grids
+        return rows.features * triton.cdiv(columns.features, self.blocks["BLOCK_P"])
 
-def grid_of(features: Tensor, keys: Tensor) -> Grid:
+
+def launch_of(features: Tensor, keys: Tensor) -> Launch:
     (_, channels, height, width), (label_height, label_width) = features.shape, keys.shape[1:]
-    step_x, labels_each_x, label_columns = axis(label_width, width)
+    grids = Grids(label_axis(label_height, height), label_axis(label_width, width))
     (view,) = as_pixels(features.shape, features.stride())
     assert view.lines_per_image == 1  # the features are the output of a layer
-    return Grid(
-        (view.stride_b, view.stride_d, view.stride_p),
-        (height, width, label_height, label_width),
-        (*axis(label_height, height), step_x, labels_each_x),
-        {
-            "BLOCK_D": min(max(triton.next_power_of_2(channels), 16), 128),
-            "BLOCK_P": min(max(triton.next_power_of_2(width), 16), 64),
-            "BLOCK_L": max(triton.next_power_of_2(label_columns), 2),
-        },
-    )
-
-
-def tiles_of(grid: Grid) -> int:
-    """Tiles of an image."""
-    height, width = grid.sizes[:2]
-    return height * triton.cdiv(width, grid.blocks["BLOCK_P"])
+    blocks = {
+        "BLOCK_D": min(max(triton.next_power_of_2(channels), 16), 128),
+        "BLOCK_P": min(max(triton.next_power_of_2(width), 16), 64),
+        "BLOCK_L": max(triton.next_power_of_2(most_labels(grids.columns)), 2),
+    }
+    return Launch(features_of(features, view), grids, most_labels(grids.rows), blocks)
 
 
 def upsampled_sums(
@@ -197,19 +211,18 @@ def upsampled_sums(
     )
     if features.numel() == 0:
         return sums.zero_(), mean.zero_(), variance.zero_()
-    grid, entries = grid_of(features, keys), num_classes * channels
+    launch, entries = launch_of(features, keys), num_classes * channels
     most = min(_MOST_CHUNKS, programs(), _MOST_BYTES // (4 * entries))
-    tiles = tiles_of(grid)
-    chunk_tiles = triton.cdiv(tiles, max(most // images, 1))
-    chunks = triton.cdiv(tiles, chunk_tiles)
+    chunk_tiles = triton.cdiv(launch.tiles, max(most // images, 1))
+    chunks = triton.cdiv(launch.tiles, chunk_tiles)
     partials = sums.new_empty(images * chunks, num_classes, channels)
     moments = sums.new_empty(images * chunks, 3, channels)
     tables = images if num_keys > num_classes else 1
-    blocks = triton.cdiv(channels, grid.blocks["BLOCK_D"])
+    blocks = triton.cdiv(channels, launch.blocks["BLOCK_D"])
     _upsampled_sums_kernel[(chunks, images, blocks)](
-        *(features, keys, partials, moments, channels, num_classes),
-        *(chunks, chunk_tiles, *grid.strides, *grid.sizes, *grid.axes),
-        **grid.blocks,
+        *(launch.features, keys, partials, moments, num_classes),
+        *(launch.grids, launch.label_rows, chunks, chunk_tiles),
+        **launch.blocks,
         num_warps=8,
         enable_fp_fusion=False,  # positions as in the reference
         **without_spills(),
