@@ -1,6 +1,8 @@
 """CeCo's loss of class centers, and its gradient in the centers. A program processes one center; a
 second kernel adds the losses."""
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,99 +13,143 @@ from .launch import without_spills
 _BLOCK = 16  # channels, or classes, that are multiplied at once
 
 
+class Centers(NamedTuple):
+    """What the normalized centers are computed from: float32, except the counts."""
+
+    sums: Any  # [R, C]
+    counts: Any  # int64 [R]
+    mean: Any  # [C]
+    variance: Any  # [C]
+    norm_weight: Any  # [C]
+    norm_bias: Any  # [C], None for the gradient
+    channels: int
+    eps: float
+
+
+class Layers(NamedTuple):
+    """What follows the centers, float32."""
+
+    weight: Any  # [E, C]
+    bias: Any  # [E]
+    etf: Any  # [K, E]
+    prior: Any  # [K]
+    noise: Any  # [R, E] or None
+    dim: int
+    classes: int
+    scale: float
+    dropout: float
+
+
+class Results(NamedTuple):
+    """float32"""
+
+    losses: Any  # [R]
+    centers: Any  # [R, C]
+    dcenters: Any  # [R, C]
+    dhidden: Any  # [R, E]
+
+
+@triton.jit
+def _center_of(centers, r, count, c, inside):
+    """Channels c of the normalized center."""
+    center = tl.load(centers.sums + r * centers.channels + c, mask=inside, other=0.0)
+    center = center / tl.maximum(count, 1).to(tl.float32)
+    center -= tl.load(centers.mean + c, mask=inside, other=0.0)
+    center /= tl.sqrt(tl.load(centers.variance + c, mask=inside, other=1.0) + centers.eps)
+    center *= tl.load(centers.norm_weight + c, mask=inside, other=0.0)
+    return center + tl.load(centers.norm_bias + c, mask=inside, other=0.0)
+
+
+@triton.jit
+def _weights_of(layers, channels, e, c, inside):
+    """The projection of channels c, [BLOCK_E, BLOCK]."""
+    mask = (e < layers.dim)[:, None] & inside[None, :]
+    ptrs = layers.weight + e[:, None] * channels + c[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def _logits_of(layers, query, e, k):
+    """Of classes k, −∞ after the last one; and their rows of the simplex, [BLOCK, BLOCK_E]."""
+    inside = k < layers.classes
+    mask = inside[:, None] & (e < layers.dim)[None, :]
+    ptrs = layers.etf + k[:, None] * layers.dim + e[None, :]
+    etf = tl.load(ptrs, mask=mask, other=0.0)
+    prior = tl.load(layers.prior + k, mask=inside, other=1.0)
+    logits = layers.scale * tl.sum(etf * query[None, :], 1) + tl.log(prior + 1e-12)
+    return tl.where(inside, logits, -float("inf")), etf
+
+
+@triton.jit
+def _lse_and_own(layers, query, e, own_class, BLOCK: tl.constexpr):
+    """log Σ e^logits, and the logit of the center's own class."""
+    top, total, own = -float("inf"), 0.0, 0.0
+    for start in range(0, layers.classes, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        logits, _ = _logits_of(layers, query, e, k)
+        higher = tl.maximum(top, tl.max(logits, 0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher), 0)
+        own += tl.sum(tl.where(k == own_class, logits, 0.0), 0)
+        top = higher
+    return top + tl.log(total), own
+
+
+@triton.jit
+def _query_gradient(layers, query, lse, e, own_class, BLOCK: tl.constexpr):
+    dquery = tl.zeros(e.shape, tl.float32)
+    for start in range(0, layers.classes, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        logits, etf = _logits_of(layers, query, e, k)
+        dlogits = tl.exp(logits - lse) - tl.where(k == own_class, 1.0, 0.0)
+        dquery += tl.sum(dlogits[:, None] * etf, 0)
+    return layers.scale * dquery
+
+
 @triton.jit
 def _center_loss_kernel(
-    sums_ptr,  # float32 [R, C]
-    counts_ptr,  # int64 [R]
-    mean_ptr,  # float32 [C]
-    variance_ptr,  # float32 [C]
-    norm_weight_ptr,  # float32 [C]
-    norm_bias_ptr,  # float32 [C]
-    weight_ptr,  # float32 [E, C]
-    bias_ptr,  # float32 [E]
-    etf_ptr,  # float32 [K, E]
-    prior_ptr,  # float32 [K]
-    noise_ptr,  # float32 [R, E]
-    losses_ptr,  # float32 [R]
-    centers_ptr,  # float32 [R, C]
-    dcenters_ptr,  # float32 [R, C]
-    dhidden_ptr,  # float32 [R, E]
-    channels,
-    dim,
-    classes,
-    eps,
-    scale,
-    dropout,
-    HAS_NOISE: tl.constexpr,
+    centers,  # Centers
+    layers,  # Layers
+    results,  # Results
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """Reads the projection and the simplex twice. Everything is 0 if the class is absent."""
     r = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
-    some = e < dim
-    count = tl.load(counts_ptr + r)
+    some, channels = e < layers.dim, centers.channels
+    count = tl.load(centers.counts + r)
     present = (count > 0).to(tl.float32)
-    hidden = tl.load(bias_ptr + e, mask=some, other=0.0)
+    hidden = tl.load(layers.bias + e, mask=some, other=0.0)
     for start in range(0, channels, BLOCK):
         c = start + tl.arange(0, BLOCK)
         inside = c < channels
-        center = tl.load(sums_ptr + r * channels + c, mask=inside, other=0.0)
-        center = center / tl.maximum(count, 1).to(tl.float32)
-        center -= tl.load(mean_ptr + c, mask=inside, other=0.0)
-        center /= tl.sqrt(tl.load(variance_ptr + c, mask=inside, other=1.0) + eps)
-        center *= tl.load(norm_weight_ptr + c, mask=inside, other=0.0)
-        center += tl.load(norm_bias_ptr + c, mask=inside, other=0.0)
-        tl.store(centers_ptr + r * channels + c, center * present, mask=inside)
-        mask = some[:, None] & inside[None, :]
-        weight = tl.load(weight_ptr + e[:, None] * channels + c[None, :], mask=mask, other=0.0)
-        hidden += tl.sum(weight * center[None, :], 1)
+        center = _center_of(centers, r, count, c, inside)
+        tl.store(results.centers + r * channels + c, center * present, mask=inside)
+        hidden += tl.sum(_weights_of(layers, channels, e, c, inside) * center[None, :], 1)
 
     positive = tl.where(hidden < 0, 0.0, hidden)  # tl.maximum would hide NaN
     norm = tl.sqrt(tl.sum(positive * positive, 0))
     length = tl.maximum(norm, 1e-12)
     unit = positive / length
     kept = tl.full((BLOCK_E,), 1.0, tl.float32)
-    if HAS_NOISE:
-        noise = tl.load(noise_ptr + r * dim + e, mask=some, other=0.0)
-        kept = tl.where(noise < dropout, 0.0, 1 / (1 - dropout))
+    if layers.noise is not None:
+        noise = tl.load(layers.noise + r * layers.dim + e, mask=some, other=0.0)
+        kept = tl.where(noise < layers.dropout, 0.0, 1 / (1 - layers.dropout))
     query = unit * kept
 
-    own_class = (r % classes).to(tl.int32)
-    top, total, own = -float("inf"), 0.0, 0.0
-    for start in range(0, classes, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        mask = (k < classes)[:, None] & some[None, :]
-        etf = tl.load(etf_ptr + k[:, None] * dim + e[None, :], mask=mask, other=0.0)
-        prior = tl.load(prior_ptr + k, mask=k < classes, other=1.0)
-        logits = scale * tl.sum(etf * query[None, :], 1) + tl.log(prior + 1e-12)
-        logits = tl.where(k < classes, logits, -float("inf"))
-        higher = tl.maximum(top, tl.max(logits, 0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher), 0)
-        own += tl.sum(tl.where(k == own_class, logits, 0.0), 0)
-        top = higher
-    lse = top + tl.log(total)
-    tl.store(losses_ptr + r, (lse - own) * present)
+    own_class = (r % layers.classes).to(tl.int32)
+    lse, own = _lse_and_own(layers, query, e, own_class, BLOCK)
+    tl.store(results.losses + r, (lse - own) * present)
 
-    dquery = tl.zeros((BLOCK_E,), tl.float32)
-    for start in range(0, classes, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        mask = (k < classes)[:, None] & some[None, :]
-        etf = tl.load(etf_ptr + k[:, None] * dim + e[None, :], mask=mask, other=0.0)
-        prior = tl.load(prior_ptr + k, mask=k < classes, other=1.0)
-        logits = scale * tl.sum(etf * query[None, :], 1) + tl.log(prior + 1e-12)
-        dlogits = tl.exp(logits - lse) - tl.where(k == own_class, 1.0, 0.0)
-        dquery += tl.sum(dlogits[:, None] * etf, 0)
-    dunit = scale * dquery * kept
+    dunit = _query_gradient(layers, query, lse, e, own_class, BLOCK) * kept
     product = tl.where(norm < 1e-12, 0.0, tl.sum(dunit * unit, 0))
     dhidden = tl.where(hidden <= 0, 0.0, (dunit - product * unit) / length) * present
-    tl.store(dhidden_ptr + r * dim + e, dhidden, mask=some)
+    tl.store(results.dhidden + r * layers.dim + e, dhidden, mask=some)
     for start in range(0, channels, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        mask = some[:, None] & (c < channels)[None, :]
-        weight = tl.load(weight_ptr + e[:, None] * channels + c[None, :], mask=mask, other=0.0)
-        dcenter = tl.sum(weight * dhidden[:, None], 0)
-        tl.store(dcenters_ptr + r * channels + c, dcenter, mask=c < channels)
+        inside = c < channels
+        dcenter = tl.sum(_weights_of(layers, channels, e, c, inside) * dhidden[:, None], 0)
+        tl.store(results.dcenters + r * channels + c, dcenter, mask=inside)
 
 
 @triton.jit
@@ -149,12 +195,11 @@ def center_loss(
     loss, number, losses = sums.new_empty(()), sums.new_empty(()), sums.new_empty(rows)
     centers, dcenters = torch.empty_like(sums), torch.empty_like(sums)
     dhidden = sums.new_empty(rows, dim)
-    given = sums, counts, mean, variance, norm_weight, norm_bias, weight, bias, etf, prior, noise
     if rows:
         _center_loss_kernel[(rows,)](
-            *(*given, losses, centers, dcenters, dhidden),
-            *(channels, dim, len(prior), eps, scale, dropout),
-            HAS_NOISE=noise is not None,
+            Centers(sums, counts, mean, variance, norm_weight, norm_bias, channels, eps),
+            Layers(weight, bias, etf, prior, noise, dim, len(prior), scale, dropout),
+            Results(losses, centers, dcenters, dhidden),
             BLOCK=_BLOCK,
             BLOCK_E=max(triton.next_power_of_2(dim), 16),
             num_warps=8,

@@ -1,11 +1,24 @@
 """Class keys: labels at any size -> one integer key per pixel, and the number of pixels per key."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .lanes import pixel_map_of
+
 BLOCK_P = 256
+
+
+class Nearest(NamedTuple):
+    """The label of a pixel as F.interpolate selects it: floor(i · source/size) in float32."""
+
+    height: int  # of the labels
+    width: int
+    scale_y: float
+    scale_x: float
 
 
 @triton.jit
@@ -23,19 +36,13 @@ def add_counts(counts_ptr, key):
 
 @triton.jit(do_not_specialize=["tiles_per_image"])
 def _class_keys_kernel(
-    labels_ptr,  # integer [B, H', W'], by strides
+    labels,  # PixelMap of integers
     keys_ptr,  # int32, or a smaller dtype for classes alone [B, P]
     counts_ptr,  # int64 [K] or [B, K], zero on entry
     pixels,
     width,
     tiles_per_image,
-    source_height,
-    source_width,
-    scale_y,
-    scale_x,
-    stride_labels_b,
-    stride_labels_y,
-    stride_labels_x,
+    nearest,  # Nearest
     num_classes,
     ignore_index,
     PER_IMAGE: tl.constexpr,
@@ -52,15 +59,16 @@ def _class_keys_kernel(
     inside = pixel < pixels
 
     x = pixel
-    offset = image.to(tl.int64) * stride_labels_b
+    offset = image.to(tl.int64) * labels.stride_b
     if HAS_ROWS:  # an image: fewer than 2^31 pixels
         y = pixel.to(tl.int32) // width
         x = pixel.to(tl.int32) % width
-        if RESIZE:  # nearest as F.interpolate: floor(i · source/size) in float32
-            y = tl.minimum((y.to(tl.float32) * scale_y).to(tl.int32), source_height - 1)
-            x = tl.minimum((x.to(tl.float32) * scale_x).to(tl.int32), source_width - 1)
-        offset += y.to(tl.int64) * stride_labels_y
-    label = tl.load(labels_ptr + offset + x.to(tl.int64) * stride_labels_x, mask=inside, other=0)
+        if RESIZE:
+            y = tl.minimum((y.to(tl.float32) * nearest.scale_y).to(tl.int32), nearest.height - 1)
+            x = tl.minimum((x.to(tl.float32) * nearest.scale_x).to(tl.int32), nearest.width - 1)
+        offset += y.to(tl.int64) * labels.stride_h
+    offset += x.to(tl.int64) * labels.stride_w
+    label = tl.load(labels.ptr + offset, mask=inside, other=0)
     label = label.to(tl.int64)
     valid = inside & (label >= 0) & (label < num_classes) & (label != ignore_index)
     key = label.to(tl.int32)
@@ -90,22 +98,16 @@ def class_keys(
     if keys.numel() == 0:
         return keys, counts
     resize = (height, width) != (source_height, source_width)
-    stride_b, stride_y, stride_x = labels.stride()
+    _, stride_y, stride_x = labels.stride()
     tiles_per_image = triton.cdiv(pixels, BLOCK_P)
     _class_keys_kernel[(batch * tiles_per_image,)](
-        labels,
+        pixel_map_of(labels),
         keys,
         counts,
         pixels,
         width,
         tiles_per_image,
-        source_height,
-        source_width,
-        source_height / height,
-        source_width / width,
-        stride_b,
-        stride_y,
-        stride_x,
+        Nearest(source_height, source_width, source_height / height, source_width / width),
         num_classes,
         ignore_index,
         PER_IMAGE=per_image,
