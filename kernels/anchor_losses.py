@@ -1,59 +1,89 @@
 """SAR's losses of pixels and of anchors, from numbers of each class. One launch of one program."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
+class Inputs(NamedTuple):
+    """Of each class; the last two are None if there are no anchors to classify."""
+
+    sqdists: Any  # float32 [K]
+    counts: Any  # int64 [K]
+    gate: Any  # bool [K]
+    cross_entropies: Any  # float32 [K]
+
+
+class Results(NamedTuple):
+    """float32; aux and logs are empty without cross_entropies."""
+
+    p2a: Any  # []
+    aux: Any  # []
+    logs: Any  # [2]
+    slopes: Any  # [2, K], or [1, K] without cross_entropies
+
+
+@triton.jit
+def _pixel_loss(inputs, results, is_open, k, classes, dim, loss_weight):
+    sqdist = tl.sum(tl.load(inputs.sqdists + k, mask=is_open, other=0.0), 0)
+    pixels = tl.sum(tl.load(inputs.counts + k, mask=is_open, other=0), 0)
+    size = tl.maximum(pixels * dim, 1).to(tl.float32)
+    tl.store(results.p2a, loss_weight * (sqdist / size))
+    tl.store(results.slopes + k, tl.where(is_open, loss_weight / size, 0.0), mask=k < classes)
+
+
+@triton.jit
+def _anchor_loss(
+    inputs, results, k, classes, aux_weight, tau, REWEIGHT: tl.constexpr,
+    DETACH_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Returns the number of classes that the classifier is unsure of."""
+    infinity = float("inf")  # its probability, 0, would be unsure: k < classes is asked
+    loss = tl.load(inputs.cross_entropies + k, mask=k < classes, other=infinity)
+    unsure = (tl.exp(-loss) <= tau) & (k < classes)
+    loss = tl.where(unsure, loss, 0.0)
+    number = tl.sum(unsure.to(tl.int32), 0).to(tl.float32)
+    total = tl.sum(loss, 0)
+    if REWEIGHT:
+        divisor = total + 1e-9
+        mean = tl.sum(loss * loss, 0) / divisor
+        slopes = loss / divisor if DETACH_WEIGHTS else (2 * loss - mean) / divisor
+    else:
+        divisor = tl.maximum(number, 1.0)
+        mean = total / divisor
+        slopes = 1 / divisor
+    slopes = tl.where(unsure, aux_weight * slopes, 0.0)
+    tl.store(results.slopes + classes + k, slopes, mask=k < classes)
+    tl.store(results.aux, aux_weight * mean)
+    return number
+
+
 @triton.jit
 def _anchor_losses_kernel(
-    sqdists_ptr,  # float32 [K]
-    counts_ptr,  # int64 [K]
-    gate_ptr,  # bool [K]
-    cross_entropies_ptr,  # float32 [K]
-    p2a_ptr,  # float32 []
-    aux_ptr,  # float32 []
-    logs_ptr,  # float32 [2]
-    slopes_ptr,  # float32 [2, K], or [1, K] without cross_entropies
+    inputs,  # Inputs
+    results,  # Results
     classes,
     dim,
     loss_weight,
     aux_weight,
     tau,
-    HAS_ANCHORS: tl.constexpr,  # gate and cross_entropies
     REWEIGHT: tl.constexpr,
     DETACH_WEIGHTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     k = tl.arange(0, BLOCK_K)
     is_open = k < classes
-    if HAS_ANCHORS:
-        is_open = tl.load(gate_ptr + k, mask=k < classes, other=0) != 0
-    sqdist = tl.sum(tl.load(sqdists_ptr + k, mask=is_open, other=0.0), 0)
-    pixels = tl.sum(tl.load(counts_ptr + k, mask=is_open, other=0), 0)
-    size = tl.maximum(pixels * dim, 1).to(tl.float32)
-    tl.store(p2a_ptr, loss_weight * (sqdist / size))
-    tl.store(slopes_ptr + k, tl.where(is_open, loss_weight / size, 0.0), mask=k < classes)
-    if HAS_ANCHORS:
-        infinity = float("inf")  # its probability, 0, would be unsure: k < classes is asked
-        loss = tl.load(cross_entropies_ptr + k, mask=k < classes, other=infinity)
-        unsure = (tl.exp(-loss) <= tau) & (k < classes)
-        loss = tl.where(unsure, loss, 0.0)
-        number = tl.sum(unsure.to(tl.int32), 0).to(tl.float32)
-        total = tl.sum(loss, 0)
-        if REWEIGHT:
-            divisor = total + 1e-9
-            mean = tl.sum(loss * loss, 0) / divisor
-            slopes = loss / divisor if DETACH_WEIGHTS else (2 * loss - mean) / divisor
-        else:
-            divisor = tl.maximum(number, 1.0)
-            mean = total / divisor
-            slopes = 1 / divisor
-        slopes = tl.where(unsure, aux_weight * slopes, 0.0)
-        tl.store(slopes_ptr + classes + k, slopes, mask=k < classes)
-        tl.store(aux_ptr, aux_weight * mean)
-        tl.store(logs_ptr, tl.sum(is_open.to(tl.int32), 0) / classes)
-        tl.store(logs_ptr + 1, number)
+    if inputs.gate is not None:
+        is_open = tl.load(inputs.gate + k, mask=k < classes, other=0) != 0
+    _pixel_loss(inputs, results, is_open, k, classes, dim, loss_weight)
+    if inputs.cross_entropies is not None:
+        number = _anchor_loss(
+            inputs, results, k, classes, aux_weight, tau, REWEIGHT, DETACH_WEIGHTS
+        )
+        tl.store(results.logs, tl.sum(is_open.to(tl.int32), 0) / classes)
+        tl.store(results.logs + 1, number)
 
 
 def anchor_losses(
@@ -74,20 +104,13 @@ def anchor_losses(
     p2a, aux = sqdists.new_empty(()), sqdists.new_empty(() if both else 0)
     logs, slopes = sqdists.new_empty(2 * both), sqdists.new_empty(1 + both, classes)
     _anchor_losses_kernel[(1,)](
-        sqdists,
-        counts,
-        gate,
-        cross_entropies,
-        p2a,
-        aux,
-        logs,
-        slopes,
+        Inputs(sqdists, counts, gate if both else None, cross_entropies),
+        Results(p2a, aux, logs, slopes),
         classes,
         dim,
         loss_weight,
         aux_weight,
         tau,
-        HAS_ANCHORS=both,
         REWEIGHT=reweight,
         DETACH_WEIGHTS=detach_weights,
         BLOCK_K=max(triton.next_power_of_2(classes), 16),
