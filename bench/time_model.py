@@ -32,7 +32,7 @@ PIPES: list[tuple[str, int, int, str]] = [
     (r"STS", 30, 1, "lsu"),
     (r"LDG(?!DEP)|LD\.|ATOM|RED", L1, 1, "lsu"),
     (r"STG|ST\.", 30, 1, "lsu"),
-    (r"SHFL|VOTE|MATCH|REDUX", 24, 2, "lsu"),
+    (r"SHFL|MATCH|REDUX", 24, 2, "lsu"),
     (r"U?LDC", 40, 1, "constant"),
     (r"S2U?R|CS2R|R2UR|BAR|DEPBAR|LDGDEPBAR|MEMBAR|WARPSYNC", 25, 2, "other"),
     (r"F2FP", 5, 2, "alu"),
