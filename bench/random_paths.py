@@ -28,8 +28,11 @@ WINDOWS, WINDOW_KEYS = 12, 16  # warps that add, and their keys at most
 CHUNK_PIXELS, CHANNEL_BLOCKS = WINDOWS * 1024, 4
 ROUNDS_SORTED = 4  # at a time
 STEP = {2: 8, 4: 4}  # rows that are loaded at once, by bytes of an element
-# Where labels are not random: the launch, and the keys that both kernels look at.
-SECONDS_TO_CHOOSE = EARLY_LAUNCH + (MEMORY + L2) / CLOCK
+# Cycles that labels of images lose, because both kernels look at keys. All warps of a
+# multiprocessor look at keys in memory. They return, and blocks of class_moments_kernel take their
+# place, after an assumed time. These look at the same keys.
+LOOK, NEXT_BLOCK, SECOND_LOOK = MEMORY + 340, 500, L2 + 250
+SECONDS_TO_CHOOSE = (LOOK + NEXT_BLOCK + SECOND_LOOK) / CLOCK
 
 
 class RandomPlan(NamedTuple):

@@ -269,8 +269,9 @@ __device__ __forceinline__ void barrier_of_block() {
 }
 
 // A kernel that launch_early launches may start before the kernel before it in the stream has
-// ended, if all blocks of that kernel have called permit_next_kernel() or have ended. Before it
-// reads or writes global memory, each of its threads waits until that kernel's writes are visible.
+// ended, if all blocks of that kernel have called permit_next_kernel() or have ended. Each of its
+// threads waits until that kernel has ended and its writes are visible: before it reads what that
+// kernel writes or writes what that kernel uses, and at the latest before it ends.
 __device__ __forceinline__ void permit_next_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

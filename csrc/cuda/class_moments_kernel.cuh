@@ -332,17 +332,15 @@ struct Accumulator {
 };
 
 // Reads the features and the keys of its tiles once. Writes the statistics of a key each time that
-// its slot is freed: once, if the chunk has at most 32 keys. after_random: whether
-// class_moments_random_kernel was launched before, and sums random labels.
+// its slot is freed: once, if the chunk has at most 32 keys. after_random: launched early, after
+// class_moments_random_kernel, which sums random labels.
 template <class T, int STATISTICS, bool CHANNELS_LAST>
 __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
     class_moments_kernel(const Input<T> input, const Tiling tiling, const Partials partials,
                          bool after_random) {
   permit_next_kernel();
-  if (after_random) {
-    wait_for_kernel_before();
-    if (keys_are_random(input.keys, input.view.lines * input.view.pixels)) return;
-  }
+  if (after_random && keys_are_random(input.keys, input.view.lines * input.view.pixels))
+    return wait_for_kernel_before();
   // Neighbouring blocks read neighbouring channels.
   const int block = blockIdx.x % tiling.blocks, chunk = blockIdx.x / tiling.blocks;
   Ring<T, CHANNELS_LAST, false, STAGES<T, STATISTICS>> ring(input, tiling, block, chunk);
@@ -355,6 +353,10 @@ __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
     if (tile >= 0) accumulator.consume(ring.stage(tile), ring.keys(tile));
   }
   accumulator.finish();
+  // Where labels are not random, the kernel before only reads the keys, which were written before
+  // it was launched. So nothing has to wait until now. The kernels after this one must find both
+  // ended.
+  wait_for_kernel_before();
 }
 
 }  // namespace anchorops::cuda

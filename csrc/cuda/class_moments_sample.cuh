@@ -1,5 +1,5 @@
 // Decides on the device, without the host, which kernel sums the pixels:
-// class_moments_random_kernel if the keys of neighbouring pixels differ, as with random labels, or
+// class_moments_random_kernel if neighbouring pixels have different keys, as with random labels, or
 // class_moments_kernel. Both are launched. All blocks of both look at the same few pixels, and
 // those of one return at once.
 #pragma once
@@ -8,24 +8,22 @@
 
 namespace anchorops::cuda {
 
-constexpr int SAMPLES = 8;       // groups of 32 neighbouring pixels
-constexpr int RANDOM_KEYS = 16;  // of a group, on average, if labels are random
-
-// Called by a whole warp.
+// Whether the key of a pixel is not that of the pixel before, for most of 32 neighbouring pixels,
+// at each of four places. Called by a whole warp. The keys of fewer pixels are not random.
 __device__ __forceinline__ bool keys_are_random(const int32_t* keys, int64_t pixels) {
-  const int lane = threadIdx.x;
-  int sampled[SAMPLES], different = 0;
+  constexpr int PLACES = 4;
+  const int64_t step = pixels / PLACES;
+  const int32_t* pixel = keys + (threadIdx.x < step ? threadIdx.x : 0);
+  int sampled[PLACES];
 #pragma unroll
-  for (int i = 0; i < SAMPLES; ++i) {
-    const int64_t pixel = pixels / SAMPLES * i + lane;
-    sampled[i] = pixel < pixels ? keys[pixel] : -1;
+  for (int& key : sampled) {
+    key = *pixel;
+    pixel += step;
   }
+  bool differ = true;
 #pragma unroll
-  for (int i = 0; i < SAMPLES; ++i) {
-    const unsigned same = __match_any_sync(FULL_WARP, sampled[i]);
-    different += __popc(__ballot_sync(FULL_WARP, same >> lane == 1));  // the last lane of a key
-  }
-  return different >= SAMPLES * RANDOM_KEYS;
+  for (int key : sampled) differ &= key != __shfl_up_sync(FULL_WARP, key, 1);
+  return __popc(__ballot_sync(FULL_WARP, differ)) > 16;
 }
 
 }  // namespace anchorops::cuda
