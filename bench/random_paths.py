@@ -27,7 +27,7 @@ TILE_BYTES, CHANNELS = 4096, 32
 WINDOWS, WINDOW_KEYS = 12, 16  # warps that add, and their keys at most
 CHUNK_PIXELS, CHANNEL_BLOCKS = WINDOWS * 1024, 4
 ROUNDS_SORTED = 4  # at a time
-STEP = {2: 8, 4: 4}  # rows that are loaded at once, by bytes of an element
+STEP = {2: 4, 4: 2}  # pairs of rows that are loaded at once, by bytes of an element
 # Cycles that labels of images lose, because both kernels look at keys. All warps of a
 # multiprocessor look at keys in memory. They return, and blocks of class_moments_kernel take their
 # place, after an assumed time. These look at the same keys.
@@ -48,8 +48,8 @@ def is_used(num_keys: int, groups: int) -> bool:
     return groups == 1 and SLOTS < num_keys <= WINDOWS * WINDOW_KEYS
 
 
-def movers_of(itemsize: int, statistics: int) -> int:
-    return 6 if itemsize == 2 and statistics == SUMS else 4
+def movers_of(itemsize: int) -> int:
+    return 6 if itemsize == 2 else 4
 
 
 def random_plan(shape: Shape, itemsize: int) -> RandomPlan:
@@ -70,19 +70,21 @@ class Random:
         self.ways: dict[tuple[int, int], Path] = {}
         most = max(block.count("LDGSTS") for block in blocks)
         self.copy = self.those(lambda b: b.count("LDGSTS") == most)[:1]
-        self.keys = self.those(lambda b: b.count("LDGSTS") == 1)[:1]
         self.sort = self.those(lambda b: b.count("MATCH") > 0 and b.count("BAR") > 0)[:1]
         self.move = self.those(lambda b: b.count("STS.128") == 8 and b.count("LDS|LDSM") > 8)[:1]
         waits = self.those(lambda b: b.count("DEPBAR") > 0)
         self.wait = [i for i in waits if i < self.move[0]][-1:]
-        steps = self.those(lambda b: b.count("LDS$") == STEP[itemsize])
-        # for each key of a window, a step that may be the only one, and the loop of other steps
-        self.loops = [i for i in steps if i in blocks[i].next]
-        self.heads = [
-            max(i for i in range(loop) if len(blocks[i].next) == 2) for loop in self.loops
-        ]
+        # for each key of a window: its first pairs of rows, the others of the first step, and the
+        # loop of other steps
+        steps = self.those(lambda b: b.count(r"LDS(\.64)?$") >= STEP[itemsize])
+        self.loops = [i for i in steps if i in blocks[i].next and blocks[i].count("FADD|FFMA")]
+        self.seconds = [self.branch_before(i) for i in self.loops]
+        self.heads = [self.branch_before(i) for i in self.seconds]
         barriers = self.those(lambda b: b.count("BAR") > 0)
         self.barrier = [i for i in barriers if i < self.heads[0]][-1:]
+
+    def branch_before(self, block: int) -> int:
+        return max(i for i in range(block) if len(self.blocks[i].next) == 2)
 
     def those(self, choice: Choice) -> list[int]:
         return [i for i, block in enumerate(self.blocks) if choice(block)]
@@ -93,21 +95,21 @@ class Random:
             key = first[0], last[0]
             if key not in self.ways:
                 leg = walk(self.blocks, first, last)
-                if first == self.keys:  # the keys come from the second-level cache
-                    leg = [x._replace(bytes=0, latency=L2) if x.bytes else x for x in leg]
                 self.ways[key] = leg
             path = path + self.ways[key]
         return path
 
-    def add(self, steps: tuple[int, ...]) -> Path:
-        """steps: of each run of the window."""
+    def add(self, halves: tuple[int, ...]) -> Path:
+        """halves: how many halves of a step have rows, for each run of the window."""
         stops = [self.barrier]
-        for i, count in enumerate(steps):
-            stops += [[self.heads[i]], *[[self.loops[i]]] * (count - 1)]
+        for i, count in enumerate(halves):
+            stops.append([self.heads[i]])
+            if count > 1:
+                stops += [[self.seconds[i]], *[[self.loops[i]]] * (math.ceil(count / 2) - 1)]
         return self.legs(*stops, self.barrier)
 
     def moves(self) -> Path:
-        tile = self.legs(self.wait, self.move, self.keys, self.copy, self.wait)
+        tile = self.legs(self.wait, self.move, self.copy, self.wait)
         without = [x for x in tile if not x.opcode.startswith("BAR.SYNC")]
         return without * (self.moved - 1) + tile
 
@@ -118,11 +120,10 @@ def random_forward(
     keys = keys_of(shape, kind)
     tile = TILE_BYTES // CHANNELS // itemsize
     groups, chunks, rounds = random_plan(shape, itemsize)
-    movers = movers_of(itemsize, statistics)
+    movers = movers_of(itemsize)
     moved, warps = WINDOWS // movers, WINDOWS + movers
     code = Random(blocks, itemsize, moved)
     keys_of_window = math.ceil(shape.num_keys / WINDOWS)
-    halves = 4 // itemsize  # of a warp, each with a key
 
     @cache
     def steps(warp: int, round_: int) -> tuple[int, ...]:
@@ -133,10 +134,7 @@ def random_forward(
         pixels = np.concatenate([keys[i : i + tile] for i in first])
         own = range(warp * keys_of_window, min((warp + 1) * keys_of_window, shape.num_keys))
         counts = [int((pixels == key).sum()) for key in own]
-        return tuple(
-            max(math.ceil(n / STEP[itemsize]) for n in counts[i : i + halves])
-            for i in range(0, len(counts), halves)
-        )
+        return tuple(math.ceil(n / STEP[itemsize]) for n in counts)
 
     moves = code.moves()
 

@@ -52,12 +52,11 @@ void launch_random(int statistics, const Input<T>& input, const Tiling& tiling,
                    const Partials& partials, Stream stream) {
   for_statistics(statistics, input.view, [&]<int STATISTICS, bool CHANNELS_LAST>() {
     const int groups = ceil_div(tiling.blocks, CHANNEL_BLOCKS);
-    launch_kernel(Launch::LARGE, "class_moments_random_kernel",
-                  class_moments_random_kernel<T, STATISTICS, CHANNELS_LAST>,
-                  dim3(static_cast<unsigned>(tiling.chunks * groups)),
-                  dim3(CHANNELS, WINDOWS + MOVERS<T, STATISTICS>),
-                  RandomMemory<T, CHANNELS_LAST>::bytes(input.num_keys), stream, input, tiling,
-                  partials);
+    launch_kernel(
+        Launch::LARGE, "class_moments_random_kernel",
+        class_moments_random_kernel<T, STATISTICS, CHANNELS_LAST>,
+        dim3(static_cast<unsigned>(tiling.chunks * groups)), dim3(CHANNELS, WINDOWS + MOVERS<T>),
+        RandomMemory<T, CHANNELS_LAST>::bytes(input.num_keys), stream, input, tiling, partials);
   });
 }
 

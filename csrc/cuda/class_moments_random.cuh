@@ -22,20 +22,22 @@ namespace anchorops::cuda {
 // element 8·q + 2j + b, as load_matrices delivers it.
 template <class T, bool CHANNELS_LAST>
 __device__ __forceinline__ void move_to_rows(const T* tile, const uint16_t* positions, T* rows) {
-  constexpr int PITCH = Stage<T, CHANNELS_LAST, false>::PITCH;
+  constexpr int PITCH = Stage<T, CHANNELS_LAST, false>::PITCH,
+                ROW_BYTES = CHANNELS * int{sizeof(T)};
   const int lane = threadIdx.x;
   if constexpr (sizeof(T) == 2) {
-    const auto to = load_vector(positions + lane / 4 * 8);
+    // of pixels 8·i + lane / 4
+    const auto to = load_vector(reinterpret_cast<const unsigned*>(positions + lane / 4 * 8));
+    auto* const own = reinterpret_cast<unsigned char*>(rows) + lane % 4 * 16;
 #pragma unroll
     for (int i = 0; i < TILE<T> / 8; ++i) {
-      Vector<unsigned> pairs;  // of pixel 8·i + lane / 4
+      Vector<unsigned> pairs;
       if constexpr (CHANNELS_LAST)
         load_matrices<false>(pairs.elements, tile + (8 * i + lane % 8) * PITCH + lane / 8 * 8);
       else
         load_matrices<true>(pairs.elements, tile + lane * PITCH + 8 * i);
-      const unsigned row = to.elements[i];
-      if (row != NO_ROW)
-        store_vector(reinterpret_cast<unsigned*>(rows + row * CHANNELS + lane % 4 * 8), pairs);
+      const unsigned two = to.elements[i / 2], row = i % 2 ? two >> 16 : two & 0xffff;
+      if (row != NO_ROW) store_vector(reinterpret_cast<unsigned*>(own + row * ROW_BYTES), pairs);
     }
   } else {
     const unsigned row = positions[lane];
@@ -54,142 +56,182 @@ __device__ __forceinline__ void move_to_rows(const T* tile, const uint16_t* posi
   }
 }
 
-// The totals of a window. In 16 bits, half a warp has a key, and a lane two channels.
+// The totals of a window. Half of the warp adds the even rows of a run, the other half the odd
+// ones; a lane has two channels.
 template <class T, int STATISTICS>
 struct KeySums {
-  static constexpr int WIDTH = 4 / sizeof(T);        // channels of a lane
-  static constexpr int COUNT = WINDOW_KEYS / WIDTH;  // keys of a lane: WIDTH·i + part
-  static constexpr int LANES = 32 / WIDTH;
-  // Rows that are loaded at once. Those after the key's last row are not added.
-  static constexpr int STEP = sizeof(T) == 2 ? 8 : 4;
+  static constexpr int LANES = CHANNELS / 2;  // of a row
+  // Pairs of rows that are loaded at once. Those after the run's last row are not added.
+  static constexpr int STEP = sizeof(T) == 2 ? 4 : 2;
+  static constexpr bool DIRECT = sizeof(T) == 4;  // residuals are Σ (f − a), not Σ f − n·a
+  static constexpr bool ADDS_FEATURES = STATISTICS & SUMS || (STATISTICS & RESIDUALS && !DIRECT);
+  struct alignas(2 * sizeof(T)) Pair {
+    T channels[2];
+  };
+  struct Loaded {
+    Pair rows[STEP];
+    float2 anchor;
+  };
   const int lane = threadIdx.x, part = lane / LANES;
-  float sums[COUNT][WIDTH] = {}, residuals[COUNT][WIDTH] = {}, sqdists[COUNT] = {};
-  float anchors[COUNT][WIDTH];
+  float sums[WINDOW_KEYS][2], residuals[WINDOW_KEYS][2], sqdists[WINDOW_KEYS];
 
-  // The lane's first channel.
+  // The channel of a block that this lane has alone when halves are added. An anchor is at 2·(lane
+  // mod 16) + part.
   __device__ __forceinline__ int channel() const {
-    const int word = lane % LANES;
-    return sizeof(T) == 2 ? word % 4 * 8 + word / 4 * 2 : word;
+    const int pair = lane % LANES;
+    return (sizeof(T) == 2 ? pair % 4 * 8 + pair / 4 * 2 : 2 * pair) + part;
+  }
+  __device__ __forceinline__ int place() const { return 2 * (lane % LANES) + part; }
+
+  // Sets totals to zero, and copies the anchors of the window's keys to shared memory.
+  __device__ __forceinline__ void start(const Input<T>& input, int first_key, int keys, int block,
+                                        float* anchors) {
+    if constexpr (STATISTICS & SQDISTS) {
+      const int64_t of_block = block * CHANNELS + channel(), dim = input.view.dim;
+      int row = first_key % input.num_classes;  // the keys may be of each image
+#pragma unroll 4
+      for (int i = 0; i < keys; ++i) {
+        const float anchor = __ldg(input.anchors + row * dim + min(of_block, dim - 1));
+        anchors[i * CHANNELS + place()] = of_block < dim ? anchor : 0;
+        if (++row == input.num_classes) row = 0;
+      }
+      __syncwarp();
+    }
+#pragma unroll
+    for (int i = 0; i < WINDOW_KEYS; ++i)
+      sums[i][0] = sums[i][1] = residuals[i][0] = residuals[i][1] = sqdists[i] = 0;
   }
 
-  // runs: of the window's keys. keys: the number of these.
-  __device__ __forceinline__ void add(const T* rows, const unsigned* runs, int keys) {
-    const unsigned* const words = reinterpret_cast<const unsigned*>(rows) + lane % LANES;
-    unsigned run[COUNT], next[STEP];
+  // starts: where the rows of each of the window's keys begin, and those of the next key. The
+  // branches are the same for all lanes.
+  __device__ __forceinline__ void add(const T* rows, const uint16_t* starts, const float* anchors,
+                                      int keys) {
+    if (keys <= 0) return;
+    int first = starts[0], end = starts[1];
+    Loaded next;
+    load(rows, first, next);
+    load_anchor(anchors, next);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) run[i] = WIDTH * i + part < keys ? runs[WIDTH * i + part] : 0;
-    load(words, run[0], next);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      if (WIDTH * i >= keys) break;
-      unsigned loaded[STEP];
-#pragma unroll
-      for (int p = 0; p < STEP; ++p) loaded[p] = next[p];
-      if (i + 1 < COUNT) load(words, run[i + 1], next);  // while the present rows are added
-      Part of_run;
-      int left = (run[i] >> 16) - (run[i] & 0xffff);
-      add_rows(loaded, left, anchors[i], of_run);
+    for (int i = 0; i < WINDOW_KEYS; ++i) {
+      if (i >= keys) break;
+      Loaded loaded = next;
+      const int after = starts[i + 2];
+      if (i + 1 < WINDOW_KEYS) {  // while the present rows are added
+        load(rows, end, next);
+        load_anchor(anchors + (i + 1) * CHANNELS, next);
+      }
+      int left = end - first;
+      add_rows<0, STEP / 2>(i, loaded, left);
       if (left > STEP) {
+        add_rows<STEP / 2, STEP>(i, loaded, left);
 #pragma unroll 1
-        for (unsigned first = run[i] + STEP; left > STEP; first += STEP) {
-          left -= STEP;
-          load(words, first, loaded);
-          add_rows(loaded, left, anchors[i], of_run);
+        while (left > 2 * STEP) {
+          left -= 2 * STEP;
+          load(rows, end - left, loaded);
+          add_rows<0, STEP>(i, loaded, left);
         }
       }
+      first = end, end = after;
+    }
+  }
+  __device__ __forceinline__ void load(const T* rows, int row, Loaded& to) const {
+    const auto* const pairs = reinterpret_cast<const Pair*>(rows + row * CHANNELS + lane * 2);
 #pragma unroll
-      for (int c = 0; c < WIDTH; ++c) {
-        if constexpr (STATISTICS & SUMS) sums[i][c] += of_run.sum[c];
-        if constexpr (STATISTICS & SQDISTS) sqdists[i] += of_run.sqdist[c];
-        if constexpr (STATISTICS & RESIDUALS) residuals[i][c] += of_run.residual[c];
+    for (int p = 0; p < STEP; ++p) to.rows[p] = pairs[p * 2 * LANES];
+  }
+  __device__ __forceinline__ void load_anchor(const float* anchors, Loaded& to) const {
+    if constexpr (STATISTICS & SQDISTS)
+      to.anchor = reinterpret_cast<const float2*>(anchors)[lane % LANES];
+  }
+  // left: rows from the first pair on. Adds pairs FIRST to END − 1.
+  template <int FIRST, int END>
+  __device__ __forceinline__ void add_rows(int i, const Loaded& loaded, int left) {
+#pragma unroll
+    for (int p = FIRST; p < END; ++p) {
+      const bool inside = 2 * p + part < left;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const float value = element(loaded.rows[p], c);
+        if constexpr (ADDS_FEATURES) add_if(inside, sums[i][c], value);
+        if constexpr (STATISTICS & SQDISTS) {
+          const float difference = value - (c ? loaded.anchor.y : loaded.anchor.x);
+          add_square_if(inside, sqdists[i], difference);
+          if constexpr (STATISTICS & RESIDUALS && DIRECT)
+            add_if(inside, residuals[i][c], difference);
+        }
       }
     }
   }
-  struct Part {
-    float sum[WIDTH] = {}, residual[WIDTH] = {}, sqdist[WIDTH] = {};
-  };
-  static __device__ __forceinline__ void load(const unsigned* words, unsigned run,
-                                              unsigned (&loaded)[STEP]) {
-#pragma unroll
-    for (int p = 0; p < STEP; ++p) loaded[p] = words[((run & 0xffff) + p) * LANES];
-  }
-  static __device__ __forceinline__ void add_rows(const unsigned (&loaded)[STEP], int left,
-                                                  const float (&anchor)[WIDTH], Part& to) {
-#pragma unroll
-    for (int p = 0; p < STEP; ++p) {
-      const bool inside = p < left;
-#pragma unroll
-      for (int c = 0; c < WIDTH; ++c) {
-        const float value = element(loaded[p], c), difference = value - anchor[c];
-        if constexpr (STATISTICS & SUMS) add_if(inside, to.sum[c], value);
-        if constexpr (STATISTICS & SQDISTS) add_square_if(inside, to.sqdist[c], difference);
-        if constexpr (STATISTICS & RESIDUALS) add_if(inside, to.residual[c], difference);
-      }
-    }
-  }
-  static __device__ __forceinline__ float element(unsigned word, int c) {
-    if constexpr (sizeof(T) == 4) return __uint_as_float(word);
-    if constexpr (std::is_same_v<T, BFloat16>)
+  static __device__ __forceinline__ float element(const Pair& pair, int c) {
+    if constexpr (std::is_same_v<T, BFloat16>) {  // one instruction
+      unsigned word;
+      memcpy(&word, &pair, sizeof word);
       return __uint_as_float(c ? word & 0xffff0000 : word << 16);
-    T half;
-    const auto bits = static_cast<uint16_t>(c ? word >> 16 : word);
-    memcpy(&half, &bits, sizeof half);
-    return static_cast<float>(half);
-  }
-
-  __device__ __forceinline__ void start(const Input<T>& input, int first_key, int keys, int block) {
-    const int of_block = block * CHANNELS + channel();
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      const int key = WIDTH * i + part;
-      sqdists[i] = 0;
-#pragma unroll
-      for (int c = 0; c < WIDTH; ++c) {
-        sums[i][c] = residuals[i][c] = anchors[i][c] = 0;
-        if constexpr (STATISTICS & SQDISTS)
-          if (key < keys && of_block + c < input.view.dim) {
-            const int row = (first_key + key) % input.num_classes;  // the keys may be of each image
-            anchors[i][c] = __ldg(input.anchors + row * input.view.dim + of_block + c);
-          }
-      }
+    } else {
+      return static_cast<float>(pair.channels[c]);
     }
   }
 
-  __device__ __forceinline__ void write(const Partials& partials, int64_t row, int first_key,
-                                        int keys, int block, int64_t row_of_sqdists, int dim) {
+  // of_key: the lane's number of pixels of its key of the window, in the chunk.
+  __device__ __forceinline__ void write(const Partials& partials, int64_t row, int keys, int block,
+                                        int64_t row_of_sqdists, int dim, const float* anchors,
+                                        int of_key) {
     const int of_block = block * CHANNELS + channel();
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      const int key = WIDTH * i + part;
-#pragma unroll
-      for (int c = 0; c < WIDTH; ++c) {
-        if (key >= keys || of_block + c >= dim) continue;
-        const int64_t at = (row + first_key + key) * dim + of_block + c;
-        if constexpr (STATISTICS & SUMS) partials.sums[at] = sums[i][c];
-        if constexpr (STATISTICS & RESIDUALS) partials.residuals[at] = residuals[i][c];
-      }
-      if constexpr (STATISTICS & SQDISTS) {
-        float total = sqdists[i];
-#pragma unroll
-        for (int lanes = 1; lanes < LANES; lanes *= 2)
-          total += __shfl_xor_sync(FULL_WARP, total, lanes);
-        if (key < keys && lane % LANES == 0)
-          partials.sqdists[row_of_sqdists + first_key + key] = total;
+    for (int i = 0; i < WINDOW_KEYS; ++i) {
+      const bool inside = i < keys && of_block < dim;
+      const int64_t at = (row + i) * dim + of_block;
+      const float sum = of_channel(sums[i]);
+      if constexpr (STATISTICS & SUMS)
+        if (inside) partials.sums[at] = sum;
+      if constexpr (STATISTICS & RESIDUALS) {
+        float residual = DIRECT ? of_channel(residuals[i]) : sum;
+        // Each f has 8 bits (11 in float16). If a key has 100 pixels in a chunk, Σ f is exact in
+        // float32 unless the sizes of the pixels differ by more than about 2^9 (2^6).
+        const int pixels = __shfl_sync(FULL_WARP, of_key, i);
+        if (!DIRECT && pixels > 0)
+          residual = fmaf(-static_cast<float>(pixels), anchors[i * CHANNELS + place()], sum);
+        if (inside) partials.residuals[at] = residual;
       }
     }
+    if constexpr (STATISTICS & SQDISTS) {
+      // Adds over the warp; each step halves the keys of a lane. Lane 2·i then has key i.
+#pragma unroll
+      for (int step = 3; step >= 0; --step) {
+        const int count = 1 << step;
+        const bool upper = lane & 2 * count;
+#pragma unroll
+        for (int i = 0; i < WINDOW_KEYS / 2; ++i) {
+          if (i >= count) break;
+          const float first = sqdists[i], second = sqdists[i + count];
+          sqdists[i] = (upper ? second : first) +
+                       __shfl_xor_sync(FULL_WARP, upper ? first : second, 2 * count);
+        }
+      }
+      const float sqdist = sqdists[0] + __shfl_xor_sync(FULL_WARP, sqdists[0], 1);
+      if (lane % 2 == 0 && lane / 2 < keys) partials.sqdists[row_of_sqdists + lane / 2] = sqdist;
+    }
+    __syncwarp();  // all lanes have read the anchors
+  }
+  // Adds both halves of the warp.
+  __device__ __forceinline__ float of_channel(const float (&values)[2]) const {
+    const float even = values[0], odd = values[1];
+    return (part ? odd : even) + __shfl_xor_sync(FULL_WARP, part ? even : odd, LANES);
   }
 };
 
 // Launched before class_moments_kernel, which returns if this kernel sums the pixels.
 template <class T, int STATISTICS, bool CHANNELS_LAST>
-__global__ void __launch_bounds__(CHANNELS*(WINDOWS + MOVERS<T, STATISTICS>), 1)
+__global__ void __launch_bounds__(CHANNELS*(WINDOWS + MOVERS<T>), 1)
     class_moments_random_kernel(const Input<T> input, const Tiling tiling,
                                 const Partials partials) {
   using Memory = RandomMemory<T, CHANNELS_LAST>;
-  constexpr int MOVED = WINDOWS / MOVERS<T, STATISTICS>;  // tiles of a mover in a round
+  constexpr int MOVED = WINDOWS / MOVERS<T>;  // tiles of a mover in a round
   permit_next_kernel();
   if (!keys_are_random(input.keys, input.view.lines * input.view.pixels)) return;
-  const int lane = threadIdx.x, warp = threadIdx.y, num_keys = input.num_keys;
+  const int lane = threadIdx.x, num_keys = input.num_keys;
+  // Read from a lane, so that the compiler knows that the warp has the same branches and addresses.
+  const int warp = __shfl_sync(FULL_WARP, static_cast<int>(threadIdx.y), 0);
   const int groups = ceil_div(tiling.blocks, CHANNEL_BLOCKS);
   const int group = blockIdx.x % groups, chunk = blockIdx.x / groups;
   const int keys_of_window = ceil_div(num_keys, WINDOWS);
@@ -197,10 +239,9 @@ __global__ void __launch_bounds__(CHANNELS*(WINDOWS + MOVERS<T, STATISTICS>), 1)
   RandomChunk range;
   range.first = tiling.first_tile(chunk);
   range.end = tiling.first_tile(chunk + 1);
-  range.per_mover =
-      static_cast<int>(ceil_div(range.end - range.first, int64_t{MOVERS<T, STATISTICS>}));
+  range.per_mover = static_cast<int>(ceil_div(range.end - range.first, int64_t{MOVERS<T>}));
   range.rounds = ceil_div(range.per_mover, MOVED);
-  sort_pixels<T, CHANNELS_LAST, MOVERS<T, STATISTICS>>(input, tiling, range, keys_of_window);
+  sort_pixels<T, CHANNELS_LAST, MOVERS<T>>(input, tiling, range, keys_of_window, warp);
 
   const int first_block = group * CHANNEL_BLOCKS;
   const int last_block = min(first_block + CHANNEL_BLOCKS, tiling.blocks);
@@ -208,18 +249,25 @@ __global__ void __launch_bounds__(CHANNELS*(WINDOWS + MOVERS<T, STATISTICS>), 1)
   if (warp < WINDOWS) {
     const int first_key = warp * keys_of_window;
     const int keys = min(keys_of_window, num_keys - first_key);
+    float* const anchors = Memory::anchors(warp);
+    int of_key = 0;
+    if (STATISTICS & RESIDUALS && lane < keys)
+      for (int round = 0; round < range.rounds; ++round) {
+        const uint16_t* const start = Memory::starts(round, num_keys) + first_key + lane;
+        of_key += start[1] - start[0];
+      }
     KeySums<T, STATISTICS> sums;
 #pragma unroll 1
     for (int block = first_block; block < last_block; ++block) {
-      sums.start(input, first_key, keys, block);
+      sums.start(input, first_key, keys, block, anchors);
 #pragma unroll 1
       for (int round = 0; round < range.rounds; ++round, ++total) {
         barrier_of_block();  // all pixels of the round are in their rows
-        sums.add(Memory::rows(total), Memory::runs() + round * num_keys + first_key, keys);
+        sums.add(Memory::rows(total), Memory::starts(round, num_keys) + first_key, anchors, keys);
       }
-      sums.write(partials, int64_t{chunk} * num_keys, first_key, keys, block,
-                 (int64_t{chunk} * tiling.blocks + block) * num_keys,
-                 static_cast<int>(input.view.dim));
+      sums.write(partials, int64_t{chunk} * num_keys + first_key, keys, block,
+                 (int64_t{chunk} * tiling.blocks + block) * num_keys + first_key,
+                 static_cast<int>(input.view.dim), anchors, of_key);
     }
     if (group == 0)
       for (int row = chunk; row < partials.rows; row += tiling.chunks)
@@ -246,10 +294,7 @@ __global__ void __launch_bounds__(CHANNELS*(WINDOWS + MOVERS<T, STATISTICS>), 1)
           __syncwarp();  // all lanes have read the stage that is overwritten now
         }
         if (tile + MOVED < tiles) {
-          fill_stage(stage,
-                     reinterpret_cast<int*>(reinterpret_cast<unsigned char*>(stage) +
-                                            Memory::Layout::BYTES),
-                     cursor);
+          fill_stage<false>(stage, nullptr, cursor);
           cursor.next();
         }
         commit_copies();

@@ -16,25 +16,25 @@ constexpr int CHANNEL_BLOCKS = 4;  // of 32 channels, that a block sums one afte
 constexpr unsigned NO_ROW = 0xffff;
 
 // Warps that copy tiles and move their pixels. Four, if the others need more than 96 registers.
-template <class T, int STATISTICS>
-constexpr int MOVERS = sizeof(T) == 2 && STATISTICS == SUMS ? 6 : 4;
+template <class T>
+constexpr int MOVERS = sizeof(T) == 2 ? 6 : 4;
 
 template <class T, bool CHANNELS_LAST>
 struct RandomMemory {
   using Layout = Stage<T, CHANNELS_LAST, false>;
   static constexpr int PIXELS = WINDOWS * TILE<T>, ROUNDS = CHUNK_PIXELS / PIXELS;
-  static constexpr int STAGE_BYTES = Layout::BYTES + TILE<T> * int{sizeof(int)};
-  static constexpr int ROWS_AT = WINDOWS * STAGE_BYTES;
+  static constexpr int ROWS_AT = WINDOWS * Layout::BYTES;
   static constexpr int ROWS_BYTES = (PIXELS + 8) * CHANNELS * int{sizeof(T)};  // 8: see KeySums
   static constexpr int POSITIONS_AT = ROWS_AT + 2 * ROWS_BYTES;
-  static constexpr int RUNS_AT = POSITIONS_AT + CHUNK_PIXELS * int{sizeof(uint16_t)};
+  static constexpr int ANCHORS_AT = POSITIONS_AT + CHUNK_PIXELS * int{sizeof(uint16_t)};
+  static constexpr int STARTS_AT = ANCHORS_AT + WINDOWS * WINDOW_KEYS * CHANNELS * 4;
   static constexpr size_t bytes(int64_t num_keys) {
-    return RUNS_AT + size_t{ROUNDS} * num_keys * sizeof(unsigned);
+    return STARTS_AT + (size_t{ROUNDS} * (num_keys + 1) + 1) * sizeof(uint16_t);
   }
 
   // Of a tile in a round.
   static __device__ __forceinline__ T* stage(int tile) {
-    return reinterpret_cast<T*>(shared_memory() + tile * STAGE_BYTES);
+    return reinterpret_cast<T*>(shared_memory() + tile * Layout::BYTES);
   }
   // The pixels' features, in the order of their keys. While one round is added, the next one is
   // moved to the other rows.
@@ -46,9 +46,13 @@ struct RandomMemory {
     return reinterpret_cast<uint16_t*>(shared_memory() + POSITIONS_AT) +
            (round * WINDOWS + tile) * TILE<T>;
   }
-  // For each round and key: its first row, and in the upper half the row after its last.
-  static __device__ __forceinline__ unsigned* runs() {
-    return reinterpret_cast<unsigned*>(shared_memory() + RUNS_AT);
+  // Of each key of a window, for a block of 32 channels, which are in the order of a row.
+  static __device__ __forceinline__ float* anchors(int window) {
+    return reinterpret_cast<float*>(shared_memory() + ANCHORS_AT) + window * WINDOW_KEYS * CHANNELS;
+  }
+  // Where the rows of each key begin, and the number of rows. KeySums reads one number more.
+  static __device__ __forceinline__ uint16_t* starts(int round, int num_keys) {
+    return reinterpret_cast<uint16_t*>(shared_memory() + STARTS_AT) + round * (num_keys + 1);
   }
   // While pixels are sorted, instead of stages: how many pixels of each key each tile has
   // (uint8 [num_keys, 16]), and the pixels of each window.
@@ -93,11 +97,11 @@ __device__ __forceinline__ int before_lanes(int value) {
 // each tile, adds the counts, and so finds the row of each pixel. Called by the whole block.
 template <class T, bool CHANNELS_LAST, int MOVERS>
 __device__ __forceinline__ void sort_pixels(const Input<T>& input, const Tiling& tiling,
-                                            const RandomChunk& chunk, int keys_of_window) {
+                                            const RandomChunk& chunk, int keys_of_window,
+                                            int warp) {
   using Memory = RandomMemory<T, CHANNELS_LAST>;
   constexpr int MOVED = WINDOWS / MOVERS, PER_LANE = TILE<T> / 32, TOGETHER = 4;
-  const int lane = threadIdx.x, warp = threadIdx.y, num_keys = input.num_keys;
-  const int thread = warp * 32 + lane;
+  const int lane = threadIdx.x, num_keys = input.num_keys, thread = warp * 32 + lane;
   const unsigned before_lane = (1u << lane) - 1;
 #pragma unroll 1
   for (int first_round = 0; first_round < chunk.rounds; first_round += TOGETHER) {
@@ -156,8 +160,10 @@ __device__ __forceinline__ void sort_pixels(const Input<T>& input, const Tiling&
     for (int r = 0; r < TOGETHER; ++r) {
       const int of_window = lane < WINDOWS ? Memory::window_pixels()[r * WINDOWS + lane] : 0;
       begin[r] += __shfl_sync(FULL_WARP, before_lanes(of_window), warp);
-      if (has_key && first_round + r < chunk.rounds)
-        Memory::runs()[(first_round + r) * num_keys + own] = begin[r] | (begin[r] + count[r]) << 16;
+      if (!has_key || first_round + r >= chunk.rounds) continue;
+      uint16_t* const starts = Memory::starts(first_round + r, num_keys);
+      starts[own] = static_cast<uint16_t>(begin[r]);
+      if (own == num_keys - 1) starts[num_keys] = static_cast<uint16_t>(begin[r] + count[r]);
     }
     __syncthreads();
 #pragma unroll
@@ -167,8 +173,7 @@ __device__ __forceinline__ void sort_pixels(const Input<T>& input, const Tiling&
       for (int i = 0; i < PER_LANE; ++i) {
         unsigned position = NO_ROW;
         if (key[r][i] >= 0)
-          position = (Memory::runs()[(first_round + r) * num_keys + key[r][i]] & 0xffff) +
-                     rank[r][i] +
+          position = Memory::starts(first_round + r, num_keys)[key[r][i]] + rank[r][i] +
                      sum_of_bytes(load_vector(reinterpret_cast<const unsigned*>(
                                       Memory::counts(r * num_keys + key[r][i]))),
                                   warp);

@@ -240,9 +240,9 @@ struct Cursor {
   }
 };
 
-// Copies the keys and the features of a tile. Beyond its pixels, keys are −1; beyond its pixels and
-// channels, features are 0.
-template <class T, bool CHANNELS_LAST, bool SORTED>
+// Copies the features of a tile and, if KEYS, its keys. Beyond its pixels, keys are −1; beyond its
+// pixels and channels, features are 0.
+template <bool KEYS = true, class T, bool CHANNELS_LAST, bool SORTED>
 __device__ __forceinline__ void fill_stage(T* stage, int* keys,
                                            const Cursor<T, CHANNELS_LAST, SORTED>& cursor) {
   using Layout = Stage<T, CHANNELS_LAST, SORTED>;
@@ -250,9 +250,9 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys,
   const Input<T>& input = cursor.input;
   const int lane = thread_again(), pixels = cursor.pixels();
 
-  if (input.key_vectors && pixels == TILE<T>) {
+  if (KEYS && input.key_vectors && pixels == TILE<T>) {
     if (lane * 4 < TILE<T>) copy_async(keys + lane * 4, cursor.keys + lane * 4);
-  } else {
+  } else if (KEYS) {
     for (int i = lane; i < TILE<T>; i += 32) keys[i] = i < pixels ? cursor.keys[i] : -1;
   }
 
