@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from random_paths import is_used
-from shapes import SHAPES, Shape
+from shapes import RESIDUALS, SHAPES, SQDISTS, SUMS, Shape
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,7 +97,12 @@ class Counts(TorchDispatchMode):
         if func.namespace == "anchorops":
             self.launches[name] += OWN[name][self.backend]
             if name == "class_moments" and BACKENDS[self.backend] == "cuda":
-                self.launches[name] += is_used(*args[3:5])  # num_keys, groups
+                features, _, anchors, num_keys, groups, with_sums, with_residuals = args
+                statistics = SUMS * with_sums | SQDISTS * (anchors is not None)
+                statistics |= RESIDUALS * with_residuals
+                self.launches[name] += is_used(
+                    num_keys, groups, features.element_size(), statistics
+                )
         elif func.namespace == "aten" and not func.is_view:
             started = LAUNCHES.get(name, 1)
             self.launches[name] += started

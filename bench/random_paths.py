@@ -43,9 +43,11 @@ class RandomPlan(NamedTuple):
     rounds: int
 
 
-def is_used(num_keys: int, groups: int) -> bool:
+def is_used(num_keys: int, groups: int, itemsize: int, statistics: int) -> bool:
     """Whether the kernel is launched, on a GPU with 227 KB of shared memory."""
-    return groups == 1 and SLOTS < num_keys <= WINDOWS * WINDOW_KEYS
+    several = statistics not in (SUMS, SQDISTS)
+    fewest = WINDOWS if itemsize == 4 and several else SLOTS + 1
+    return groups == 1 and fewest <= num_keys <= WINDOWS * WINDOW_KEYS
 
 
 def movers_of(itemsize: int) -> int:

@@ -184,15 +184,20 @@ def test_random_plan():
     assert random_paths.random_plan(shapes.SEGFORMER, 4) == (6, 22, 32)
     small = shapes.SEGFORMER._replace(batch=1, height=64, width=64)
     assert random_paths.random_plan(small, 2) == (6, 1, 6)
-    used = [shapes.SEGFORMER._replace(classes=k) for k in (32, 33, 192, 193)]
-    used += [shapes.SEGFORMER._replace(classes=75, groups=2)]
-    assert [random_paths.is_used(shape.num_keys, shape.groups) for shape in used] == [
-        False,
-        True,
-        True,
-        False,
-        False,
+    used = [
+        random_paths.is_used(*case)
+        for case in [
+            (32, 1, 2, 7),
+            (33, 1, 2, 7),
+            (192, 1, 2, 7),
+            (193, 1, 2, 7),
+            (150, 2, 2, 1),
+            (19, 1, 4, 1),
+            (19, 1, 4, 3),
+            (11, 1, 4, 3),
+        ]
     ]
+    assert used == [False, True, True, False, False, False, True, False]
 
 
 def test_groups_of_sorted_pixels():

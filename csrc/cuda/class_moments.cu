@@ -9,9 +9,10 @@
 // each partial is written once. A second kernel reads the partials once and adds them in a fixed
 // order.
 //
-// Random labels of 33 to 192 classes, on GPUs with 227 KB of shared memory for a block: each block
-// sorts its pixels in shared memory (class_moments_random.cuh). Two kernels are launched. Both look
-// at the same few keys, and one of them returns at once.
+// Random labels of 33 to 192 classes (in float32 with several statistics: from 12 on), on GPUs with
+// 227 KB of shared memory for a block: each block sorts its pixels in shared memory
+// (class_moments_random.cuh). Two kernels are launched. Both look at the same few keys, and one of
+// them returns at once.
 //
 // More keys: pixels are first sorted by key, with a stable sort. Each warp reads 12 bytes for each
 // pixel in addition, the offset and the key. The sums of a key inside a chunk are complete, except
@@ -191,13 +192,16 @@ Tiling plan(const Pixels& view, int64_t num_keys, int statistics) {
 }
 
 // The chunks of class_moments_random_kernel; none if it cannot be used. Up to SLOTS keys,
-// class_moments_kernel is as fast with random labels. Random groups of a class are those of images.
+// class_moments_kernel is as fast with random labels, except in float32 with several statistics.
+// Random groups of a class are those of images.
 template <class T>
-Tiling plan_random(const Tiling& tiling, const Input<T>& input) {
+Tiling plan_random(const Tiling& tiling, const Input<T>& input, int statistics) {
   const int64_t num_keys = input.num_keys;
   const auto bytes =
       std::max(RandomMemory<T, false>::bytes(num_keys), RandomMemory<T, true>::bytes(num_keys));
-  if (input.groups > 1 || num_keys <= SLOTS || num_keys > WINDOWS * WINDOW_KEYS ||
+  const bool several = statistics != SUMS && statistics != SQDISTS;
+  const int64_t fewest = sizeof(T) == 4 && several ? WINDOWS : SLOTS + 1;
+  if (input.groups > 1 || num_keys < fewest || num_keys > WINDOWS * WINDOW_KEYS ||
       bytes > largest_shared_bytes())
     return {};
   // As many blocks as multiprocessors, or a multiple if chunks would be too large, but at least
@@ -213,7 +217,7 @@ template <class T>
 void in_raster_order(const Input<T>& input, int statistics, const Outputs& out, Stream stream) {
   const int64_t num_keys = input.num_keys, dim = input.view.dim;
   const Tiling tiling = plan<T>(input.view, num_keys, statistics);
-  const Tiling random = plan_random(tiling, input);
+  const Tiling random = plan_random(tiling, input, statistics);
   const int64_t chunks = std::max(tiling.chunks, random.chunks), blocks = tiling.blocks;
   const Tensor met = new_empty(out.sums, {chunks, num_keys}, ScalarType::Byte);
   Partials partials{.met = met.mutable_data_ptr<uint8_t>(), .rows = static_cast<int>(chunks)};

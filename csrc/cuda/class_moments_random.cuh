@@ -148,7 +148,7 @@ struct KeySums {
   __device__ __forceinline__ void add_rows(int i, const Loaded& loaded, int left) {
 #pragma unroll
     for (int p = FIRST; p < END; ++p) {
-      const bool inside = 2 * p + part < left;
+      const bool inside = left - part > 2 * p;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const float value = element(loaded.rows[p], c);

@@ -76,6 +76,7 @@ RANDOM = [  # labels that the CUDA kernels sort in shared memory: several chunks
     Case((2, 200, 10, 136), 75, FP32, per_image=True),
     Case((2, 136, 10, 136), 76, FP32, "channels_last", anchors=None),
     Case((3, 40, 700), 33, FP32, "sliced", anchors="fixed"),
+    Case((2, 70, 10, 136), 19, FP32),
     # of as many classes, but for the kernel of labels of images
     Case((2, 136, 10, 136), 150, BF16, labels="coherent"),
 ]
@@ -103,6 +104,18 @@ def test_several_tiles_in_a_chunk(case: Case):
 @pytest.mark.parametrize("case", RANDOM, ids=str)
 def test_random_labels(case: Case):
     check(case)
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="Triton has no kernel of its own for these labels")
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_anchors_without_pixels_of_random_labels(dtype):
+    case = Case((2, 40, 10, 136), 90, dtype, unused_classes=10)
+    features, labels, anchors = make_features(case), make_labels(case), torch.randn(100, 40)
+    anchors[90:] = torch.nan
+    weights = torch.randn(100, 40), torch.rand(100)
+    _, sums, sqdists, _, danchors = moments_and_gradients(case, features, labels, anchors, weights)
+    assert not (sums[90:].any() or sqdists[90:].any() or danchors[90:].any())
+    assert danchors.isfinite().all()
 
 
 def assert_equal(ours, others):
