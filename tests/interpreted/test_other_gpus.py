@@ -3,7 +3,7 @@ memory, class moments are within the same error budget."""
 
 import pytest
 import torch
-from moments import BF16, FP32, Case, check
+from moments import BF16, FP32, Case, check, make_features, make_labels
 
 import anchorops as ao
 
@@ -35,3 +35,16 @@ def test_the_plan_depends_on_the_gpu(set_hardware):
     )
     assert torch.equal(first, second)
     assert not torch.equal(first, fewer) and not torch.equal(fewer, less)
+
+
+@pytest.mark.parametrize("labels", ["random", "coherent"])
+def test_more_chunks_for_random_labels(set_hardware, labels: str):
+    """The kernel for random labels has two chunks, the other one: what the second one would have
+    written does not count."""
+    set_hardware(1, 228)
+    case = Case((1, 193, 12_352), 150, BF16, labels=labels)
+    features, labels_of = make_features(case), make_labels(case)
+    sums = ao.class_moments(features, labels_of, 150, ignore_index=255).sums
+    with ao.use_backend("reference"):
+        exact = ao.class_moments(features.double(), labels_of, 150, ignore_index=255).sums
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-4)
