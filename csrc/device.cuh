@@ -226,7 +226,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                "r"(bytes)
                : "memory");
 #else
-  on_host::copy_async(shared, global, bytes);
+  on_host::copy_async(shared, global, bytes, 16);
 #endif
 }
 
@@ -236,7 +236,17 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 #else
-  on_host::copy_async(shared, global, 16);
+  on_host::copy_async(shared, global, 16, 16);
+#endif
+}
+
+// The same for 4 bytes.
+__device__ __forceinline__ void copy_word_async(void* shared, const void* global) {
+#ifdef __CUDACC__
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");
+#else
+  on_host::copy_async(shared, global, 4, 4);
 #endif
 }
 

@@ -23,6 +23,8 @@
 // `make cuda-report` prints the warp instructions for each 512 bytes, and the times that follow
 // from them. bench/NOTES.md has the shares of the bandwidth. All of these are predicted, not
 // measured.
+#include <numeric>
+
 #include "../labels.h"
 #include "class_moments_launch.cuh"
 #include "class_moments_random_sort.cuh"
@@ -31,18 +33,19 @@
 namespace anchorops::cuda {
 namespace {
 
-// Partial statistics and their sum.
+// Partial statistics and their sum. The columns of sums are channels, in the order of the blocks.
 struct Reduction {
   const float* partials;  // float32 [count, num_keys, width]
-  float* out;             // float32 [num_keys, width]
-  int64_t count, width;
-  int rows_per_chunk;  // count divided by the number of chunks
-  int slices;          // threads for each result, a power of two
+  float* out;             // float32 [num_keys, columns]
+  int64_t width, columns;
+  int count, rows_per_chunk;  // of partials: either 1, or the number of blocks
+  int slices;                 // threads for each result, a power of two
 };
 struct Reductions {
   Reduction of[3];
-  const uint8_t* met;  // [chunks, num_keys]: 0 if a partial was not written; null if all were
+  const uint8_t* met;  // see Partials; null if all partials were written
   int64_t num_keys;
+  int period = 1;  // see Input
 };
 
 constexpr int THREADS = 256;
@@ -52,23 +55,35 @@ constexpr int THREADS = 256;
 __global__ void __launch_bounds__(THREADS) add_partials_kernel(const Reductions all) {
   wait_for_kernel_before();
   const Reduction own = blockIdx.y == 0 ? all.of[0] : blockIdx.y == 1 ? all.of[1] : all.of[2];
+  if (own.count == 0) return;  // not wanted
   const int width = THREADS / own.slices, slice = threadIdx.x / width;
   const int64_t i = int64_t{blockIdx.x} * width + threadIdx.x % width;
   const int64_t size = all.num_keys * own.width;
   double* const totals = reinterpret_cast<double*>(shared_memory());
   double total = 0;
+  const int64_t key = i / own.width;
+  const int column = static_cast<int>(i % own.width), block = column / CHANNELS;
   if (i < size) {
-    const uint8_t* const met = all.met ? all.met + i / own.width : nullptr;
+    // Of sqdists, each block of a chunk has a partial; of sums, each has columns of a partial. The
+    // number of blocks is a multiple of the period, and the period is a power of two.
+    const auto is_met = [&](int c) {
+      const int of_block = own.rows_per_chunk > 1 ? c : block;
+      const int64_t row =
+          int64_t{c / own.rows_per_chunk} * all.period + (of_block & (all.period - 1));
+      return all.met[row * all.num_keys + key] != 0;
+    };
 #pragma unroll 8
-    for (int64_t c = slice; c < own.count; c += own.slices)
-      if (!met || met[c / own.rows_per_chunk * all.num_keys]) total += own.partials[c * size + i];
+    for (int c = slice; c < own.count; c += own.slices)
+      if (!all.met || is_met(c)) total += own.partials[c * size + i];
   }
   totals[threadIdx.x] = total;
   for (int half = own.slices / 2; half > 0; half /= 2) {
     __syncthreads();
     if (slice < half) totals[threadIdx.x] = total += totals[threadIdx.x + half * width];
   }
-  if (slice == 0 && i < size) own.out[i] = static_cast<float>(total);
+  const int channel = first_channel(block, all.period) + column % CHANNELS * all.period;
+  if (slice == 0 && i < size && channel < own.columns)
+    own.out[key * own.columns + channel] = static_cast<float>(total);
 }
 
 void add_partials(Reductions all, Stream stream) {
@@ -151,12 +166,14 @@ struct Outputs {
 float* data(const Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
 
 template <class T>
-Tiling tiles_of(const Pixels& view, int64_t wanted_chunks) {
+Tiling tiles_of(const Input<T>& input, int64_t wanted_chunks) {
+  const Pixels& view = input.view;
+  const int most_before = input.shifted ? Vector<T>::SIZE - 1 : 0;
   Tiling tiling{};
-  tiling.tiles_per_line = static_cast<int>(ceil_div(view.pixels, TILE<T>));
-  tiling.last_tile = static_cast<int>((view.pixels - 1) % TILE<T>) + 1;
+  tiling.tiles_per_line = static_cast<int>(ceil_div(view.pixels + most_before, TILE<T>));
+  tiling.last_tile = static_cast<int>(view.pixels - int64_t{tiling.tiles_per_line - 1} * TILE<T>);
   tiling.tiles = view.lines * tiling.tiles_per_line;
-  tiling.blocks = static_cast<int>(ceil_div(view.dim, CHANNELS));
+  tiling.blocks = blocks_of(view.dim, input.period);
   return tiling.in_chunks(wanted_chunks);
 }
 
@@ -177,8 +194,9 @@ int64_t resident_warps(int statistics, int64_t num_keys) {
 // 1/64 of the features. Fewer chunks if the partials would be more than 1/4 of the features and
 // more than PARTIALS_IN_CACHE bytes.
 template <class T>
-Tiling plan(const Pixels& view, int64_t num_keys, int statistics) {
-  const int64_t blocks = ceil_div(view.dim, CHANNELS);
+Tiling plan(const Input<T>& input, int statistics) {
+  const Pixels& view = input.view;
+  const int64_t blocks = blocks_of(view.dim, input.period), num_keys = input.num_keys;
   const int64_t matrices = ((statistics & SUMS) != 0) + ((statistics & RESIDUALS) != 0);
   const int64_t chunk_bytes =
       4 * num_keys * (matrices * view.dim + ((statistics & SQDISTS) != 0) * blocks);
@@ -188,12 +206,12 @@ Tiling plan(const Pixels& view, int64_t num_keys, int statistics) {
       std::max<int64_t>(multiprocessors() * resident_warps<T>(statistics, num_keys) / blocks, 1);
   const int64_t times = std::clamp<int64_t>(feature_bytes / 64 / (once * chunk_bytes), 1, 4);
   const int64_t most = std::max(feature_bytes / 4, PARTIALS_IN_CACHE) / chunk_bytes;
-  return tiles_of<T>(view, std::min(once * times, most));
+  return tiles_of(input, std::min(once * times, most));
 }
 
 // The chunks of class_moments_random_kernel; none if it cannot be used. Up to SLOTS keys,
 // class_moments_kernel is as fast with random labels, except in float32 with several statistics.
-// Random groups of a class are those of images.
+// Random groups of a class are those of images. That kernel has no shifted tiles.
 template <class T>
 Tiling plan_random(const Tiling& tiling, const Input<T>& input, int statistics) {
   const int64_t num_keys = input.num_keys;
@@ -201,7 +219,7 @@ Tiling plan_random(const Tiling& tiling, const Input<T>& input, int statistics) 
       std::max(RandomMemory<T, false>::bytes(num_keys), RandomMemory<T, true>::bytes(num_keys));
   const bool several = statistics != SUMS && statistics != SQDISTS;
   const int64_t fewest = sizeof(T) == 4 && several ? WINDOWS : SLOTS + 1;
-  if (input.groups > 1 || num_keys < fewest || num_keys > WINDOWS * WINDOW_KEYS ||
+  if (input.shifted || input.groups > 1 || num_keys < fewest || num_keys > WINDOWS * WINDOW_KEYS ||
       bytes > largest_shared_bytes())
     return {};
   // As many blocks as multiprocessors, or a multiple if chunks would be too large, but at least
@@ -213,28 +231,48 @@ Tiling plan_random(const Tiling& tiling, const Input<T>& input, int statistics) 
       std::max(chunks, std::min(waves * multiprocessors() / groups, tiling.tiles / (3 * WINDOWS))));
 }
 
+// Lets tiles of contiguous pixels begin at multiples of 16 bytes where lines do not. Blocks have at
+// least eight channels: with fewer, most of their products would be of zeros.
 template <class T>
-void in_raster_order(const Input<T>& input, int statistics, const Outputs& out, Stream stream) {
-  const int64_t num_keys = input.num_keys, dim = input.view.dim;
-  const Tiling tiling = plan<T>(input.view, num_keys, statistics);
+void shift_if_unaligned(Input<T>& input) {
+  constexpr int64_t SIZE = Vector<T>::SIZE;
+  const auto period = SIZE / std::gcd(input.view.stride_d, SIZE);
+  if (input.vectors || input.view.stride_p != 1 || input.view.dim < 8 * period) return;
+  input.period = static_cast<int>(period);
+  input.row_stride *= period;
+  input.shifted = true;
+}
+
+template <class T>
+void in_raster_order(Input<T> input, int statistics, const Outputs& out, Stream stream) {
+  shift_if_unaligned(input);
+  const int64_t num_keys = input.num_keys, dim = input.view.dim, period = input.period;
+  const Tiling tiling = plan(input, statistics);
   const Tiling random = plan_random(tiling, input, statistics);
   const int64_t chunks = std::max(tiling.chunks, random.chunks), blocks = tiling.blocks;
-  const Tensor met = new_empty(out.sums, {chunks, num_keys}, ScalarType::Byte);
-  Partials partials{.met = met.mutable_data_ptr<uint8_t>(), .rows = static_cast<int>(chunks)};
-  Reductions all{.met = partials.met, .num_keys = num_keys};
+  const Tensor met = new_empty(out.sums, {chunks * period, num_keys}, ScalarType::Byte);
+  Partials partials{.met = met.mutable_data_ptr<uint8_t>(),
+                    .rows = static_cast<int>(chunks * period),
+                    .width = static_cast<int>(period > 1 ? blocks * CHANNELS : dim),
+                    .period = input.period};
+  Reductions all{.met = partials.met, .num_keys = num_keys, .period = input.period};
   std::vector<Tensor> buffers;
   const auto reduce = [&](int which, bool wanted, const Tensor& total, int64_t rows_per_chunk,
-                          int64_t width) -> float* {
+                          int64_t width, int64_t columns) -> float* {
     if (!wanted) return nullptr;
     buffers.push_back(
         new_empty(total, {chunks * rows_per_chunk, num_keys, width}, ScalarType::Float));
-    all.of[which] = {data(buffers.back()), data(total), chunks * rows_per_chunk, width,
+    all.of[which] = {data(buffers.back()),
+                     data(total),
+                     width,
+                     columns,
+                     static_cast<int>(chunks * rows_per_chunk),
                      static_cast<int>(rows_per_chunk)};
     return data(buffers.back());
   };
-  partials.sums = reduce(0, statistics & SUMS, out.sums, 1, dim);
-  partials.residuals = reduce(1, statistics & RESIDUALS, out.residuals, 1, dim);
-  partials.sqdists = reduce(2, statistics & SQDISTS, out.sqdists, blocks, 1);
+  partials.sums = reduce(0, statistics & SUMS, out.sums, 1, partials.width, dim);
+  partials.residuals = reduce(1, statistics & RESIDUALS, out.residuals, 1, partials.width, dim);
+  partials.sqdists = reduce(2, statistics & SQDISTS, out.sqdists, blocks, 1, 1);
   if (random.chunks > tiling.chunks) fill_zero(partials.met, chunks * num_keys, stream);
   if (random.chunks > 0) launch_random(statistics, input, random, partials, stream);
   launch_moments(statistics, input, tiling, partials, random.chunks > 0, stream);
@@ -283,8 +321,8 @@ void in_order_of_keys(Input<T> input, int statistics, const Tensor& keys, const 
   const int64_t warps = std::min<int64_t>(12, blocks_in_shared(Ring<T, true, true>::BYTES));
   const int64_t occupied = 4 * warps * multiprocessors();
   const int64_t tiles = ceil_div(pixels, TILE<T>), blocks = ceil_div(view.dim, CHANNELS);
-  const Tiling tiling = tiles_of<T>(
-      input.view, ceil_div(tiles, std::clamp<int64_t>(tiles * blocks / occupied, 2, 16)));
+  const Tiling tiling =
+      tiles_of(input, ceil_div(tiles, std::clamp<int64_t>(tiles * blocks / occupied, 2, 16)));
 
   SortedSums output{.sums = data(out.sums), .residuals = data(out.residuals)};
   AllEnds all{};
@@ -317,7 +355,7 @@ void in_order_of_keys(Input<T> input, int statistics, const Tensor& keys, const 
          stream, input.keys, pixels, tiling, TILE<T>, all);
   if (statistics & SQDISTS) {
     Reductions by_block{.num_keys = num_keys};
-    by_block.of[0] = {output.sqdists, data(out.sqdists), blocks, 1, 1};
+    by_block.of[0] = {output.sqdists, data(out.sqdists), 1, 1, tiling.blocks, 1};
     add_partials(by_block, stream);
   }
 }
@@ -354,6 +392,7 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
                          .offsets = nullptr,
                          .anchors = optional_data<float>(anchors),
                          .view = view,
+                         .row_stride = channels_last ? view.stride_p : view.stride_d,
                          .num_keys = static_cast<int>(num_keys),
                          .num_classes = anchors ? static_cast<int>(anchors->size(0)) : 1,
                          .groups = static_cast<int>(groups),

@@ -39,11 +39,16 @@ template <class T>
 void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
                     const Partials& partials, bool after_random, Stream stream) {
   for_statistics(statistics, input.view, [&]<int STATISTICS, bool CHANNELS_LAST>() {
-    using TileRing = Ring<T, CHANNELS_LAST, false, STAGES<T, STATISTICS>>;
-    launch_kernel(after_random ? Launch::EARLY : Launch::NORMAL, "class_moments_kernel",
-                  class_moments_kernel<T, STATISTICS, CHANNELS_LAST>, grid_of(tiling), CHANNELS,
-                  TileRing::BYTES + Slots<STATISTICS>::bytes(input.num_keys), stream, input, tiling,
-                  partials, after_random);
+    const auto with = [&]<bool SHIFTED>() {
+      using TileRing = Ring<T, CHANNELS_LAST, false, STAGES<T, STATISTICS>, SHIFTED>;
+      launch_kernel(after_random ? Launch::EARLY : Launch::NORMAL, "class_moments_kernel",
+                    class_moments_kernel<T, STATISTICS, CHANNELS_LAST, SHIFTED>, grid_of(tiling),
+                    CHANNELS, TileRing::BYTES + Slots<STATISTICS>::bytes(input.num_keys), stream,
+                    input, tiling, partials, after_random);
+    };
+    if constexpr (!CHANNELS_LAST)
+      if (input.shifted) return with.template operator()<true>();
+    with.template operator()<false>();
   });
 }
 

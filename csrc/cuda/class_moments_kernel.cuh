@@ -334,7 +334,7 @@ struct Accumulator {
 // Reads the features and the keys of its tiles once. Writes the statistics of a key each time that
 // its slot is freed: once, if the chunk has at most 32 keys. after_random: launched early, after
 // class_moments_random_kernel, which sums random labels.
-template <class T, int STATISTICS, bool CHANNELS_LAST>
+template <class T, int STATISTICS, bool CHANNELS_LAST, bool SHIFTED>
 __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
     class_moments_kernel(const Input<T> input, const Tiling tiling, const Partials partials,
                          bool after_random) {
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
     return wait_for_kernel_before();
   // Neighbouring blocks read neighbouring channels.
   const int block = blockIdx.x % tiling.blocks, chunk = blockIdx.x / tiling.blocks;
-  Ring<T, CHANNELS_LAST, false, STAGES<T, STATISTICS>> ring(input, tiling, block, chunk);
+  Ring<T, CHANNELS_LAST, false, STAGES<T, STATISTICS>, SHIFTED> ring(input, tiling, block, chunk);
   Accumulator<T, STATISTICS, CHANNELS_LAST> accumulator{
       {partials, tiling, input, block, chunk, ring.end()}};
 

@@ -42,7 +42,7 @@ struct Slots {
 
   const Partials partials;
   const Anchors source;
-  const int chunk, block, blocks, num_keys, dim, lane = threadIdx.x;
+  const int chunk, block, blocks, num_keys, width, lane = threadIdx.x;
   float* const anchors;       // float32 [SLOTS + 1, PITCH]
   unsigned* const of_pixels;  // codes of the tile's pixels, in the order of place()
   int2* const keys;           // [SLOTS]: the key, and whether the partials contain it
@@ -59,7 +59,7 @@ struct Slots {
         block(block),
         blocks(tiling.blocks),
         num_keys(input.num_keys),
-        dim(static_cast<int>(input.view.dim)),
+        width(partials.width),
         anchors(reinterpret_cast<float*>(memory)),
         of_pixels(reinterpret_cast<unsigned*>(memory + ANCHORS_BYTES)),
         keys(reinterpret_cast<int2*>(memory + ANCHORS_BYTES + PIXELS_BYTES)),
@@ -141,17 +141,17 @@ struct Slots {
       const bool add = key.y;
       const int64_t row = int64_t{chunk} * num_keys + key.x;
       const auto store = [&](float* matrix, float (&values)[4][2][4]) {
-        float* const at = matrix + row * dim + first_channel;
+        float* const at = matrix + row * width + first_channel;
         float before[8];
 #pragma unroll
         for (int c = 0; c < 8; ++c)
-          before[c] = add && slot < used && first_channel + c / 2 * 8 + c % 2 < dim
+          before[c] = add && slot < used && first_channel + c / 2 * 8 + c % 2 < width
                           ? at[c / 2 * 8 + c % 2]
                           : 0;
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
           float& value = values[c / 2][m][2 * h + c % 2];
-          if (slot < used && first_channel + c / 2 * 8 + c % 2 < dim)
+          if (slot < used && first_channel + c / 2 * 8 + c % 2 < width)
             at[c / 2 * 8 + c % 2] = before[c] + value;
           value = 0;
         }
@@ -178,9 +178,11 @@ struct Slots {
 
   __device__ void finish() {
     evict();
-    if (block == 0)
+    if (block < partials.period) {
+      const int64_t row = int64_t{chunk} * partials.period + block;
       for (int k = lane; k < num_keys; k += 32)
-        partials.met[int64_t{chunk} * num_keys + k] = of_key[k] == IN_PARTIALS;
+        partials.met[row * num_keys + k] = of_key[k] == IN_PARTIALS;
+    }
   }
 };
 

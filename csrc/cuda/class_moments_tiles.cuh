@@ -1,6 +1,13 @@
 // Tiles of features in shared memory: 32 channels by as many pixels as make 4 KB. If the pixels of
 // a channel (or, with channels last, the channels of a pixel) are contiguous and aligned, they are
 // copied asynchronously, 16 bytes at a time. Otherwise the warp copies one element at a time.
+//
+// If planes are not aligned to 16 bytes (129 × 129 pixels), a block has every second, fourth or
+// eighth channel, the period: their planes begin at the same position in 16 bytes. The tiles of a
+// line begin at multiples of 16 bytes, the first one up to seven pixels before the line. Elements
+// outside the line are never read, because they may be outside the tensor's memory. So the first
+// tile is copied one element at a time; of the last 16 bytes of a line, only those in it are
+// copied.
 #pragma once
 
 #include <cstring>
@@ -47,20 +54,32 @@ struct Input {
   const int64_t* offsets;  // sorted: int64 [B·P], where the features of a pixel begin
   const float* anchors;    // float32 [K, D]
   Pixels view;
+  int64_t row_stride;  // from a row of a tile to the next
   int num_keys, num_classes, groups;
   bool vectors, key_vectors;  // whether 16 bytes of features, of keys, can be copied at once
+  int period = 1;             // from a channel of a block to the next; see first_channel
+  bool shifted = false;       // whether tiles begin at multiples of 16 bytes, not where lines begin
 
   __device__ Anchors anchors_of(int block) const;
 };
 
+// A block has 32 channels: this one, and every period-th after it. The period is a power of two.
+__device__ __forceinline__ int first_channel(int block, int period) {
+  return (block & -period) * CHANNELS + (block & (period - 1));
+}
+
+inline int blocks_of(int64_t dim, int period) {
+  return period * static_cast<int>(ceil_div(ceil_div(dim, period), CHANNELS));
+}
+
 // How the pixels are divided. A chunk is a range of tiles; a tile is a part of a line. The first
 // `longer` chunks have one tile more than the others. Pixels sorted by key are a single line. The
-// division depends on shapes and on the device (and on whether labels are random), because the
-// result depends on the order of the additions.
+// division depends on shapes and on the device (and on whether labels are random, and where planes
+// begin in 16 bytes), because the result depends on the order of the additions.
 struct Tiling {
   int64_t tiles, tiles_per_chunk;
   int longer;
-  int tiles_per_line, last_tile;  // pixels in the last tile of a line
+  int tiles_per_line, last_tile;  // pixels in the last tile of a line, if no tile is shifted
   int chunks, blocks;             // of channels
 
   __device__ __forceinline__ int64_t first_tile(int chunk) const {
@@ -79,11 +98,13 @@ struct Tiling {
 // Partial statistics of chunks, for a kernel that adds them. Only keys that a chunk has met are
 // written.
 struct Partials {
-  float* sums;       // float32 [chunks, num_keys, D]
+  float* sums;       // float32 [chunks, num_keys, width], in the order of the blocks' channels
   float* residuals;  // the same
   float* sqdists;    // float32 [chunks, blocks, num_keys]
-  uint8_t* met;      // [rows, num_keys]: 0 where a chunk has not met a key
-  int rows;          // of met; class_moments_random_kernel writes 0 after its chunks
+  uint8_t* met;      // [rows, num_keys]: 0 where the blocks of a chunk have not met a key
+  int rows;          // chunks · period; class_moments_random_kernel writes 0 after its chunks
+  int width;         // D, or 32 for each block if the period is not 1
+  int period;        // Tiles of blocks that begin at different positions have different pixels.
 };
 
 // The sums of sorted pixels. The sums of the first and the last key of a chunk are its ends:
@@ -115,7 +136,7 @@ struct Anchors {
 
 template <class T>
 __device__ Anchors Input<T>::anchors_of(int block) const {
-  const int channel = block * CHANNELS + static_cast<int>(threadIdx.x);
+  const int channel = first_channel(block, period) + static_cast<int>(threadIdx.x) * period;
   return {anchors + channel,  static_cast<int>(view.dim), num_classes, groups,
           channel < view.dim, num_keys == num_classes};
 }
@@ -183,8 +204,8 @@ struct Stage {
   }
 };
 
-// Iterates over the tiles of a chunk.
-template <class T, bool CHANNELS_LAST, bool SORTED>
+// Iterates over the tiles of a chunk. SHIFTED: tiles begin at multiples of 16 bytes.
+template <class T, bool CHANNELS_LAST, bool SORTED, bool SHIFTED = false>
 struct Cursor {
   using Layout = Stage<T, CHANNELS_LAST, SORTED>;
   const Input<T>& input;
@@ -193,6 +214,7 @@ struct Cursor {
   const bool vectors;  // whether all vectors of a tile of TILE pixels can be copied at once
   int line;
   int tiles_left;       // in the line
+  int before;           // SHIFTED: pixels by which the line's first tile begins before it
   const T* features;    // where the lane copies its first vector (sorted: of pixel 0)
   const int32_t* keys;  // of the tile's first pixel
 
@@ -200,16 +222,22 @@ struct Cursor {
       : input(input),
         tiling(tiling),
         channel(channel),
-        vectors(input.vectors && (CHANNELS_LAST || !SORTED) && channels() == CHANNELS),
+        vectors((SHIFTED || input.vectors) && (CHANNELS_LAST || !SORTED) && channels() == CHANNELS),
         line(static_cast<int>(tile / tiling.tiles_per_line)) {
     enter_line(static_cast<int>(tile % tiling.tiles_per_line));
   }
   __device__ void enter_line(int tile) {
     const Pixels& view = input.view;
     tiles_left = tiling.tiles_per_line - tile;
-    const int64_t pixel = int64_t{tile} * TILE<T>;
-    features = input.features + channel * view.stride_d + to_lane();
-    if constexpr (!SORTED) features += view.line_offset(line) + pixel * view.stride_p;
+    int64_t pixel = int64_t{tile} * TILE<T>;
+    features = input.features + channel * view.stride_d;
+    if constexpr (!SORTED) features += view.line_offset(line);
+    if constexpr (SHIFTED) {
+      before = reinterpret_cast<uintptr_t>(features) % sizeof(Vector<T>) / sizeof(T);
+      pixel -= before;
+    }
+    if constexpr (!SORTED) features += pixel * view.stride_p;
+    features += to_lane();
     keys = input.keys + int64_t{line} * view.pixels + pixel;
   }
   __device__ __forceinline__ void next() {
@@ -220,46 +248,54 @@ struct Cursor {
     if constexpr (!SORTED) features += TILE<T> * input.view.stride_p;
     keys += TILE<T>;
   }
-  __device__ __forceinline__ int pixels() const {
-    return tiles_left == 1 ? tiling.last_tile : TILE<T>;
+  // Pixels begin() to end() − 1 of the tile belong to the line.
+  __device__ __forceinline__ int begin() const {
+    return SHIFTED && tiles_left == tiling.tiles_per_line ? before : 0;
+  }
+  __device__ __forceinline__ int end() const {
+    if constexpr (!SHIFTED) return tiles_left == 1 ? tiling.last_tile : TILE<T>;
+    return min(min(tiles_left - 1, 2) * TILE<T> + tiling.last_tile + before, TILE<T>);
   }
   __device__ __forceinline__ int channels() const {
+    if constexpr (SHIFTED)
+      return min(ceil_div(static_cast<int>(input.view.dim) - channel, input.period), CHANNELS);
     return static_cast<int>(min(input.view.dim - channel, int64_t{CHANNELS}));
-  }
-  __device__ __forceinline__ int64_t row_stride() const {
-    return CHANNELS_LAST ? input.view.stride_p : input.view.stride_d;
   }
   // The offset of the lane's first vector from the tile's first feature.
   __device__ __forceinline__ int64_t to_lane() const {
-    return Layout::column() + (SORTED ? 0 : Layout::row() * row_stride());
+    return Layout::column() + (SORTED ? 0 : Layout::row() * input.row_stride);
   }
   // The offset of the pixel's features from the tile's first feature.
   __device__ __forceinline__ int64_t offset(int pixel) const {
     if constexpr (!SORTED) return pixel * input.view.stride_p;
-    return pixel < pixels() ? input.offsets[keys - input.keys + pixel] : 0;
+    return pixel < end() ? input.offsets[keys - input.keys + pixel] : 0;
   }
 };
 
-// Copies the features of a tile and, if KEYS, its keys. Beyond its pixels, keys are −1; beyond its
-// pixels and channels, features are 0.
-template <bool KEYS = true, class T, bool CHANNELS_LAST, bool SORTED>
-__device__ __forceinline__ void fill_stage(T* stage, int* keys,
-                                           const Cursor<T, CHANNELS_LAST, SORTED>& cursor) {
+// Copies the features of a tile and, if KEYS, its keys. Outside the line, keys are −1; outside the
+// line and beyond the channels, features are 0.
+template <bool KEYS = true, class T, bool CHANNELS_LAST, bool SORTED, bool SHIFTED>
+__device__ __forceinline__ void fill_stage(
+    T* stage, int* keys, const Cursor<T, CHANNELS_LAST, SORTED, SHIFTED>& cursor) {
   using Layout = Stage<T, CHANNELS_LAST, SORTED>;
   constexpr int SEGMENT = Layout::SEGMENT, PITCH = Layout::PITCH, STEP = Layout::STEP;
   const Input<T>& input = cursor.input;
-  const int lane = thread_again(), pixels = cursor.pixels();
+  const int lane = thread_again(), begin = cursor.begin(), end = cursor.end();
+  const bool whole = begin == 0 && end == TILE<T>;
 
-  if (KEYS && input.key_vectors && pixels == TILE<T>) {
+  if (KEYS && SHIFTED && whole) {
+#pragma unroll
+    for (int i = 0; i < TILE<T>; i += 32) copy_word_async(keys + i + lane, cursor.keys + i + lane);
+  } else if (KEYS && !SHIFTED && input.key_vectors && whole) {
     if (lane * 4 < TILE<T>) copy_async(keys + lane * 4, cursor.keys + lane * 4);
   } else if (KEYS) {
-    for (int i = lane; i < TILE<T>; i += 32) keys[i] = i < pixels ? cursor.keys[i] : -1;
+    for (int i = lane; i < TILE<T>; i += 32) keys[i] = i >= begin && i < end ? cursor.keys[i] : -1;
   }
 
-  const int64_t row_stride = cursor.row_stride();
+  const int64_t row_stride = input.row_stride;
   const int row = Layout::row(), column = Layout::column();
   T* const to = stage + row * PITCH + column;
-  if (cursor.vectors && pixels == TILE<T>) {
+  if (cursor.vectors && whole) {
 #pragma unroll
     for (int i = 0; i < Layout::ROWS; i += STEP)
       copy_async(to + i * PITCH,
@@ -268,11 +304,11 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys,
   }
   const T* const first = cursor.features - cursor.to_lane();
   const int channels = cursor.channels();
-  if (input.vectors && (CHANNELS_LAST || !SORTED)) {
-    const int rows = CHANNELS_LAST ? pixels : channels, columns = pixels + channels - rows;
+  if ((SHIFTED || input.vectors) && begin == 0 && (CHANNELS_LAST || !SORTED)) {
+    const int rows = CHANNELS_LAST ? end : channels, columns = end + channels - rows;
     const int bytes = max(min(columns - column, SEGMENT), 0) * static_cast<int>(sizeof(T));
     const T* from = first + (bytes > 0 ? column : 0);
-#pragma unroll 1
+#pragma unroll(SHIFTED ? Layout::ROWS / STEP : 1)
     for (int i = 0; i < Layout::ROWS; i += STEP)
       copy_async(to + i * PITCH, from + (SORTED ? cursor.offset(row + i) : (row + i) * row_stride),
                  row + i < rows ? bytes : 0);
@@ -290,9 +326,9 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys,
       T values[BATCH];
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
-        const int row = batch + i;
+        const int row = batch + i, pixel = CHANNELS_LAST ? row : column;
         const bool inside =
-            (CHANNELS_LAST ? row : column) < pixels && (CHANNELS_LAST ? column : row) < channels;
+            pixel >= begin && pixel < end && (CHANNELS_LAST ? column : row) < channels;
         const int64_t offset = CHANNELS_LAST ? cursor.offset(row) : row * row_stride;
         values[i] = inside ? from[offset] : T(0.f);
       }
@@ -303,17 +339,18 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys,
 }
 
 // The tiles of a chunk, one after the other: while one is read, the next one is copied.
-template <class T, bool CHANNELS_LAST, bool SORTED, int COUNT = 2>
+template <class T, bool CHANNELS_LAST, bool SORTED, int COUNT = 2, bool SHIFTED = false>
 struct Ring {
   static constexpr int STAGES = COUNT;
   using Layout = Stage<T, CHANNELS_LAST, SORTED>;
   static constexpr int BYTES = STAGES * (Layout::BYTES + TILE<T> * int{sizeof(int)});
 
-  Cursor<T, CHANNELS_LAST, SORTED> cursor;
+  Cursor<T, CHANNELS_LAST, SORTED, SHIFTED> cursor;
   const int tiles;  // of the chunk
 
   __device__ Ring(const Input<T>& input, const Tiling& tiling, int block, int chunk)
-      : cursor(input, tiling, block * CHANNELS, tiling.first_tile(chunk)),
+      : cursor(input, tiling, first_channel(block, SHIFTED ? input.period : 1),
+               tiling.first_tile(chunk)),
         tiles(static_cast<int>(tiling.tiles_per_chunk) + (chunk < tiling.longer)) {}
 
   static __device__ __forceinline__ T* stage_at(int index) {

@@ -7,7 +7,7 @@
 // tile. Slot: one of the 32 places for the keys that a warp sums at a time. Chunk: consecutive
 // tiles that one warp sums, or one block if labels are random. Partial: the sums of one chunk; a
 // second kernel adds the partials. Plan: how the work is divided; it depends on shapes, on the
-// device (device.cuh: hardware), and on whether labels are random.
+// device (device.cuh: hardware), on whether labels are random, and where planes begin in 16 bytes.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

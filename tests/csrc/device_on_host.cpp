@@ -307,13 +307,15 @@ void warp_barrier(unsigned mask) {
   ++fiber.warp_barriers;
 }
 
-void copy_async(void* to, const void* from, int bytes) {
+void copy_async(void* to, const void* from, int bytes, int size) {
   Worker& worker = *Worker::current;
-  check_alignment(to, 16);
-  check_alignment(from, 16);
-  if (bytes < 0 || bytes > 16) worker.fail("an asynchronous copy of less than 0 or over 16 bytes");
+  check_alignment(to, size);
+  check_alignment(from, size);
+  if (bytes < 0 || bytes > size)
+    worker.fail("an asynchronous copy of less than 0 or too many bytes");
   Fiber& fiber = worker.fiber();
-  const Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes};
+  const Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes,
+                  size};
   fiber.copies.emplace_back(copy, fiber.groups);
 }
 

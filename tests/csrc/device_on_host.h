@@ -73,15 +73,15 @@ unsigned lane();
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
-  int bytes;
+  int bytes, size;  // the bytes after the first ones become 0
 };
-void copy_async(void* to, const void* from, int bytes);
+void copy_async(void* to, const void* from, int bytes, int size);
 void commit_copies();
 bool next_copy(int pending_groups, Copy* copy);
 
 inline void wait_for_copies(int pending_groups) {
   for (Copy copy; next_copy(pending_groups, &copy);)
-    for (int i = 0; i < 16; ++i) copy.to[i] = i < copy.bytes ? copy.from[i] : 0;
+    for (int i = 0; i < copy.size; ++i) copy.to[i] = i < copy.bytes ? copy.from[i] : 0;
 }
 
 void fill_zero(void* memory, size_t bytes);

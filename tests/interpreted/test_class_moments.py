@@ -67,11 +67,28 @@ SEVERAL_TILES = [  # in each chunk of the CUDA kernels, across the end of an ima
 ]
 
 
+UNALIGNED = [  # planes, or rows of cropped planes, that do not begin at multiples of 16 bytes
+    Case((2, 300, 17, 35), 40, BF16, labels="coherent"),  # every eighth channel, two such blocks
+    Case((2, 257, 3, 43), 3, BF16, anchors="fixed"),  # seven blocks without channels
+    Case((3, 150, 17, 35), 40, FP32, labels="runs"),  # every fourth
+    Case((2, 70, 13, 13), 5, FP16, labels="coherent", anchors="fixed"),
+    Case((2, 45, 5, 30), 150, BF16),  # two elements more than a multiple of eight: every fourth
+    Case((3, 40, 14, 14), 9, BF16, anchors=None),  # every second
+    Case((2, 36, 14, 15), 7, FP32, labels="coherent", anchors=None, groups=2),
+    Case((4, 64, 61), 6, FP16, per_image=True),  # one or two tiles of a line have pixels
+    Case((5, 67, 3), 4, BF16),  # a line is shorter than 16 bytes
+    Case((3, 32, 1, 3), 2, FP32, per_image=True, groups=2),
+    Case((2, 70, 5, 150), 9, BF16, "cropped", groups=3, per_image=True),
+    Case((2, 33, 7, 70), 9, FP32, "cropped", labels="coherent"),
+    Case((2, 24, 5, 40), 9, FP16, "cropped", labels="runs", anchors="fixed"),  # each channel
+]
+
+
 RANDOM = [  # labels that the CUDA kernels sort in shared memory: several chunks, rounds and groups
     # of channels; tiles and blocks of channels that are not full; as many keys as possible
     Case((2, 200, 10, 136), 150, BF16),
     Case((2, 136, 10, 136), 150, BF16, "channels_last", anchors="fixed"),
-    Case((2, 70, 11, 131), 40, FP16, anchors="fixed"),
+    Case((2, 60, 11, 131), 40, FP16, anchors="fixed"),
     Case((2, 40, 10, 136), 192, FP16, "channels_last"),
     Case((2, 200, 10, 136), 75, FP32, per_image=True),
     Case((2, 136, 10, 136), 76, FP32, "channels_last", anchors=None),
@@ -97,6 +114,12 @@ def test_many_keys(case: Case, path):
 @pytest.mark.skipif(BACKEND != "cuda", reason="Triton's chunks of these shapes are one tile each")
 @pytest.mark.parametrize("case", SEVERAL_TILES, ids=str)
 def test_several_tiles_in_a_chunk(case: Case):
+    check(case)
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="Triton's kernels have the same accesses anywhere")
+@pytest.mark.parametrize("case", UNALIGNED, ids=str)
+def test_unaligned_planes(case: Case):
     check(case)
 
 
@@ -155,8 +178,9 @@ def test_ignored_pixels_change_nothing(path, size, dtype):
 
 
 @pytest.mark.skipif(BACKEND != "cuda", reason="Triton's chunks of this shape are one tile each")
-def test_not_finite_pixel_of_a_tile_of_one_key():
-    case = Case((2, 250, 10, 136), 1000, BF16, labels="mixed")
+@pytest.mark.parametrize("size", [(2, 250, 10, 136), (2, 250, 11, 125)])
+def test_not_finite_pixel_of_a_tile_of_one_key(size):
+    case = Case(size, 1000, BF16, labels="mixed")
     features, labels, anchors = make_features(case), make_labels(case), torch.randn(1000, 250)
     _, clean, _ = ao.class_moments(features, labels, 1000, anchors=anchors, ignore_index=255)
     pixel, channel = 100, 4  # of tile 1; tile 0 has pixels of the same key
