@@ -36,7 +36,7 @@ import softmax_paths
 from machine_code import SHARED_PER_SM, THREADS_PER_SM, TOOLS, Block, blocks_of, distances, tool
 
 LIBRARY = Path(__file__).parents[1] / "anchorops" / "_cuda.so"
-FORWARD = re.compile(r"class_moments_(sorted_)?kernel<(\w+), (\d), (true|false)>")
+FORWARD = re.compile(r"class_moments_(sorted_)?kernel<(\w+), (\d), (true|false)")
 BACKWARD = re.compile(r"class_moments_backward_(?:planes|rows)_kernel<\w+, \w+, (true|false)")
 CELLS = re.compile(r"softmax_(losses|masses|slopes|dlogits)_kernel")
 # Instructions. Only features and their gradient are evicted first.

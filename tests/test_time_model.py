@@ -172,9 +172,11 @@ def test_bank_cycles():
 
 def test_forward_plan():
     """The same arithmetic as in class_moments.cu: chunks that occupy a GPU once, or twice where
-    partials are small."""
-    assert paths.forward_plan(shapes.HRNET, 2, 1) == (23, 68, 4096)
-    assert paths.forward_plan(shapes.HRNET, 4, 1) == (23, 204, 8192)
+    partials are small. Of planes that are not aligned, each block has every eighth channel."""
+    assert paths.forward_plan(shapes.HRNET, 2, 1) == (23, 68, 4096, 1)
+    assert paths.forward_plan(shapes.HRNET, 4, 1) == (23, 204, 8192, 1)
+    odd = shapes.UNALIGNED["HRNet, 129×129"]
+    assert paths.forward_plan(odd, 2, 1) == (24, 66, 16 * 261, 8)
     assert paths.forward_plan(shapes.HRNET._replace(classes=1025), 2, 3) is None
 
 
