@@ -121,16 +121,24 @@ struct KeySums {
         load_anchor(anchors + (i + 1) * CHANNELS, next);
       }
       int left = end - first;
-      add_rows<0, STEP / 2>(i, loaded, left);
+      Run run;
+      float (&sum)[2] = DIRECT ? run.sum : sums[i];
+      add_rows<0, STEP / 2>(sum, run, loaded, left);
       if (left > STEP) {
-        add_rows<STEP / 2, STEP>(i, loaded, left);
+        add_rows<STEP / 2, STEP>(sum, run, loaded, left);
 #pragma unroll 1
         while (left > 2 * STEP) {
           left -= 2 * STEP;
           load(rows, end - left, loaded);
-          add_rows<0, STEP>(i, loaded, left);
+          add_rows<0, STEP>(sum, run, loaded, left);
         }
       }
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        if constexpr (ADDS_FEATURES && DIRECT) sums[i][c] += run.sum[c];
+        if constexpr (STATISTICS & RESIDUALS && DIRECT) residuals[i][c] += run.residual[c];
+      }
+      if constexpr (STATISTICS & SQDISTS) sqdists[i] += run.sqdist;
       first = end, end = after;
     }
   }
@@ -143,21 +151,28 @@ struct KeySums {
     if constexpr (STATISTICS & SQDISTS)
       to.anchor = reinterpret_cast<const float2*>(anchors)[lane % LANES];
   }
+  // The sums of a run. Thousands of rows added to one total would lose its last bits: squares of
+  // 16-bit values end in the same bits, so all of them are rounded in the same direction. Sums of
+  // 16-bit values have few bits and need no sums of runs.
+  struct Run {
+    float sum[2] = {}, residual[2] = {}, sqdist = 0;
+  };
   // left: rows from the first pair on. Adds pairs FIRST to END − 1.
   template <int FIRST, int END>
-  __device__ __forceinline__ void add_rows(int i, const Loaded& loaded, int left) {
+  __device__ __forceinline__ void add_rows(float (&sum)[2], Run& run, const Loaded& loaded,
+                                           int left) {
 #pragma unroll
     for (int p = FIRST; p < END; ++p) {
       const bool inside = left - part > 2 * p;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const float value = element(loaded.rows[p], c);
-        if constexpr (ADDS_FEATURES) add_if(inside, sums[i][c], value);
+        if constexpr (ADDS_FEATURES) add_if(inside, sum[c], value);
         if constexpr (STATISTICS & SQDISTS) {
           const float difference = value - (c ? loaded.anchor.y : loaded.anchor.x);
-          add_square_if(inside, sqdists[i], difference);
+          add_square_if(inside, run.sqdist, difference);
           if constexpr (STATISTICS & RESIDUALS && DIRECT)
-            add_if(inside, residuals[i][c], difference);
+            add_if(inside, run.residual[c], difference);
         }
       }
     }

@@ -48,3 +48,17 @@ def test_more_chunks_for_random_labels(set_hardware, labels: str):
     with ao.use_backend("reference"):
         exact = ao.class_moments(features.double(), labels_of, 150, ignore_index=255).sums
     torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_squares_of_values_with_few_bits(set_hardware):
+    """A chunk has 370 pixels of each key. If each square were added to the total of its key, all
+    of them would be rounded in the same direction."""
+    set_hardware(1, 228)
+    case = Case((1, 32, 1, 12_288), 33, BF16)
+    features, labels = make_features(case), make_labels(case)
+    sqdists = ao.class_moments(features, labels, 33, anchors=torch.zeros(33, 32)).sqdists
+    with ao.use_backend("reference"):
+        exact = ao.class_moments(
+            features.double(), labels, 33, anchors=torch.zeros(33, 32, dtype=torch.float64)
+        ).sqdists
+    assert (sqdists / exact - 1).mean().abs() < 1e-7
