@@ -96,7 +96,7 @@ struct PixelTerms {
     load_map(cells, cell, valid, inputs.maps.lse, factors);
     if constexpr (BY_CLASS) {
       apart = to_inverse_sums(cells, cell, shifts, valid, factors);
-      load_map(cells, cell, valid, inputs.maps.slopes, slopes);
+      load_map(cells, cell, valid & ~apart, inputs.maps.slopes, slopes);  // 0 · NaN is NaN
     } else {
       float loaded[TILE][TILE];
       if (inputs.maps.slopes) {
@@ -108,7 +108,8 @@ struct PixelTerms {
         });
       }
       apart = to_inverse_sums(cells, cell, shifts, valid, factors);
-      for_tile([&](int i, int j) { factors[i][j] *= valid & bit_of(i, j) ? loaded[i][j] : 0; });
+      const unsigned regular = valid & ~apart;  // 0 · NaN is NaN
+      for_tile([&](int i, int j) { factors[i][j] *= regular & bit_of(i, j) ? loaded[i][j] : 0; });
     }
   }
 

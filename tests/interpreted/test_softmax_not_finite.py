@@ -5,6 +5,7 @@ import pytest
 import torch
 from pixels import Case, exact_values_and_gradient, make_logits, make_weights, values_and_gradient
 
+import anchorops as ao
 from anchorops import reference
 
 RATIOS = [((3, 4), (12, 16), False), ((3, 4), (9, 13), True), ((3, 4), (3, 4), False)]
@@ -92,3 +93,18 @@ def test_minus_infinity_masks_a_class(size, pixels, align_corners):
     ours, _ = values_and_gradient(case, logits, labels, weights)
     assert ours["losses"][2] == torch.inf and ours["pixel_losses"][0, 1, 1] == torch.inf
     assert ours["losses"].isfinite().sum() == 4 and ours["overlaps"][2] == 0
+
+
+def test_gradient_of_nan_reaches_the_logits_that_its_pixel_reads():
+    """With aligned corners, label pixel (2, 2) reads the logit (1, 1) alone."""
+    logits = torch.randn(1, 3, 4, 4)
+    logits[0, :, 1, 1] = torch.nan
+    labels = torch.full((1, 7, 7), 255)
+    labels[0, 2, 2], labels[0, 6, 6] = 1, 2
+    for outputs in (["overlaps"], ["losses", "masses", "overlaps"], ["losses"]):
+        leaf = logits.clone().requires_grad_()
+        moments = ao.softmax_moments(leaf, labels, align_corners=True)
+        sum(getattr(moments, name).sum() for name in outputs).backward()
+        expected = torch.zeros(1, 3, 4, 4, dtype=torch.bool)
+        expected[0, :, 1, 1] = True
+        assert torch.equal(leaf.grad.isnan(), expected), outputs
