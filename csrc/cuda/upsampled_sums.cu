@@ -18,14 +18,15 @@ namespace anchorops::cuda {
 namespace {
 
 constexpr int THREADS = Weights::PIXELS;
-constexpr int CHANNELS = 128;             // of a block of the forward pass, one for each thread
+constexpr int CHANNELS = 128;  // of a block of the forward pass, one for each thread
+static_assert(CHANNELS == THREADS);
 constexpr int HELD = 32;                  // channels whose gradients a thread holds in registers
 constexpr int RESIDENT = 4;               // blocks of a multiprocessor
 constexpr int64_t MOST_BYTES = 10 << 20;  // of partials
 constexpr int MOMENTS = 3;                // of a chunk: pixels, mean, sum of squared deviations
 // Blocks of a multiprocessor in the backward pass. Without it, nvcc takes 64 registers and spills;
-// from sm_100 on it needs more than the 96 of five blocks.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+// the 96 of five blocks are enough on sm_90 alone.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 constexpr int BACKWARD_RESIDENT = 4;
 #else
 constexpr int BACKWARD_RESIDENT = 5;
