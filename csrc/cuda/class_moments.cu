@@ -19,7 +19,7 @@
 // those of the first and the last key. Another kernel joins these.
 //
 // Eight or twelve warps are resident on a multiprocessor, for any number of keys: 32 to 48 KB of
-// features are in flight; an H200 needs 23. With 100 KB of shared memory there are at least five.
+// features are in flight; an H200 needs 23. With 100 KB of shared memory there are at least four.
 // `make cuda-report` prints the warp instructions for each 512 bytes, and the times that follow
 // from them. bench/NOTES.md has the shares of the bandwidth. All of these are predicted, not
 // measured.
@@ -190,6 +190,12 @@ int64_t resident_warps(int statistics, int64_t num_keys) {
                            blocks_in_shared(STAGE * stages + slots));
 }
 
+// Columns of a partial of sums.
+template <class T>
+int64_t width_of(const Input<T>& input, int64_t blocks) {
+  return input.period > 1 ? blocks * CHANNELS : input.view.dim;
+}
+
 // As many chunks as occupy the device once, or up to four times if the partials are then at most
 // 1/64 of the features. Fewer chunks if the partials would be more than 1/4 of the features and
 // more than PARTIALS_IN_CACHE bytes.
@@ -197,9 +203,10 @@ template <class T>
 Tiling plan(const Input<T>& input, int statistics) {
   const Pixels& view = input.view;
   const int64_t blocks = blocks_of(view.dim, input.period), num_keys = input.num_keys;
+  const int64_t width = width_of(input, blocks);
   const int64_t matrices = ((statistics & SUMS) != 0) + ((statistics & RESIDUALS) != 0);
   const int64_t chunk_bytes =
-      4 * num_keys * (matrices * view.dim + ((statistics & SQDISTS) != 0) * blocks);
+      4 * num_keys * (matrices * width + ((statistics & SQDISTS) != 0) * blocks);
   const int64_t feature_bytes =
       view.lines * view.pixels * view.dim * static_cast<int64_t>(sizeof(T));
   const int64_t once =
@@ -253,7 +260,7 @@ void in_raster_order(Input<T> input, int statistics, const Outputs& out, Stream 
   const Tensor met = new_empty(out.sums, {chunks * period, num_keys}, ScalarType::Byte);
   Partials partials{.met = met.mutable_data_ptr<uint8_t>(),
                     .rows = static_cast<int>(chunks * period),
-                    .width = static_cast<int>(period > 1 ? blocks * CHANNELS : dim),
+                    .width = static_cast<int>(width_of(input, blocks)),
                     .period = input.period};
   Reductions all{.met = partials.met, .num_keys = num_keys, .period = input.period};
   std::vector<Tensor> buffers;
@@ -274,6 +281,8 @@ void in_raster_order(Input<T> input, int statistics, const Outputs& out, Stream 
   partials.residuals = reduce(1, statistics & RESIDUALS, out.residuals, 1, partials.width, dim);
   partials.sqdists = reduce(2, statistics & SQDISTS, out.sqdists, blocks, 1, 1);
   if (random.chunks > tiling.chunks) fill_zero(partials.met, chunks * num_keys, stream);
+  // A normal launch, which all earlier work precedes. So class_moments_kernel, launched early, may
+  // read the keys and write partials while that kernel runs.
   if (random.chunks > 0) launch_random(statistics, input, random, partials, stream);
   launch_moments(statistics, input, tiling, partials, random.chunks > 0, stream);
   add_partials(all, stream);
