@@ -27,6 +27,8 @@ def missing_extra(part: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
 def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an int of {value.bit_length()} bits"
     text = shorten(repr(value), 80, placeholder=" …")  # on one line
     return f"{text} of type {type(value).__name__}"
 
