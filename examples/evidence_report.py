@@ -102,7 +102,7 @@ def table(rows: Sequence[Row]) -> str:
         to_plain = _spread(added, "+") if runs[0]["methods"] != "plain" and added else ""
         cells = [label(runs[0]), str(len(runs)), miou, to_plain, *groups]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", NOT_PLANNED]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def label(row: Row) -> str:
@@ -211,7 +211,7 @@ def _gradient_ratios(rows: Sequence[Row]) -> str:
         for runs in _groups(of_network, "methods", "setting").values():
             cells = [_range([run for run in runs if run["steps"] == steps]) for steps in horizons]
             lines.append(f"| {label(runs[0])} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", NOT_PLANNED]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _range(runs: Sequence[Row]) -> str:
