@@ -61,4 +61,5 @@ def test_squares_of_values_with_few_bits(set_hardware):
         exact = ao.class_moments(
             features.double(), labels, 33, anchors=torch.zeros(33, 32, dtype=torch.float64)
         ).sqdists
+    assert sqdists is not None and exact is not None
     assert (sqdists / exact - 1).mean().abs() < 1e-7

@@ -104,7 +104,7 @@ def test_gradient_of_nan_reaches_the_logits_that_its_pixel_reads():
     for outputs in (["overlaps"], ["losses", "masses", "overlaps"], ["losses"]):
         leaf = logits.clone().requires_grad_()
         moments = ao.softmax_moments(leaf, labels, align_corners=True)
-        sum(getattr(moments, name).sum() for name in outputs).backward()
+        torch.stack([getattr(moments, name).sum() for name in outputs]).sum().backward()
         expected = torch.zeros(1, 3, 4, 4, dtype=torch.bool)
         expected[0, :, 1, 1] = True
-        assert torch.equal(leaf.grad.isnan(), expected), outputs
+        assert leaf.grad is not None and torch.equal(leaf.grad.isnan(), expected), outputs
