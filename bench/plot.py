@@ -263,7 +263,7 @@ def cases(run: dict) -> Figure | None:
     memory.set_xscale("symlog", linthresh=1)
     memory.set_xlim(-0.3, 2 * memory.get_xlim()[1])
     memory.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    memory.set_title("memory beyond inputs and outputs, MiB", fontsize=9, loc="left")
+    memory.set_title("memory beyond inputs\nand outputs, MiB", fontsize=9, loc="left")
     for axis in (times, memory):
         axis.grid(color="#e4e7e5", linewidth=0.6)
         axis.set_axisbelow(True)
