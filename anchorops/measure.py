@@ -217,12 +217,17 @@ DISTURBED = 0.2  # cores that other processes keep busy
 
 def _busy_elsewhere(device: torch.device) -> float | None:
     """Seconds that all cores spent on other processes since the system started."""
+    busy = None if device.type == "cuda" else _busy_seconds()
+    return None if busy is None else busy - time.process_time()
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all cores spent on processes since the system started."""
     stat = Path("/proc/stat")
-    if device.type == "cuda" or not stat.exists():
+    if not stat.exists():
         return None
     user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().split()[1:11])
-    ticks = user + nice + system + irq + softirq + steal
-    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def bandwidth(tensor: Tensor, rounds: int = 20) -> dict[str, float]:

@@ -60,27 +60,57 @@ def test_measure():
     assert measured.others is None  # too short to measure it
 
 
-def test_measure_outlasts_slow_first_calls():
-    calls = iter([0.02] * 4 + [0.0] * 1000)
-    measured, _ = measure(lambda: time.sleep(next(calls)), 1, CPU, seconds=0.1)
-    assert measured.median < 0.01
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until a test moves it."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("anchorops.measure.time.perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_measure_outlasts_slow_first_calls(clock):
+    durations = [0.25] * 4 + [0.0625] * 1000  # exact in binary
+
+    def run() -> None:
+        clock.now += durations.pop(0)
+
+    measured, times = measure(run, 1, CPU, seconds=2)
+    assert times == [0.25] * 4 + [0.0625] * 16
+    assert measured.median == 0.0625
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc")
 def test_measure_sees_other_processes():
-    def others() -> float:
-        return measure(lambda: time.sleep(0.1), 1, CPU, seconds=0.3)[0].others or 0
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        stat = Path(f"/proc/{busy.pid}/stat")
 
-    quiet = min(others() for _ in range(3))
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        disturbed = max(others() for _ in range(3))
-    finally:
-        busy.kill()
-        busy.wait()
-    if quiet + 0.5 > len(os.sched_getaffinity(0)):
-        pytest.skip("no core is free")
-    assert disturbed > quiet + 0.2
+        def used() -> float:
+            user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+            return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+        def run() -> None:  # however many processes share the cores, the busy one gets 0.2 s
+            end = used() + 0.2
+            while used() < end:
+                time.sleep(0.01)
+
+        try:
+            measured, times = measure(run, 1, CPU, seconds=0)
+        finally:
+            busy.kill()
+    assert (measured.others or 0) * sum(times) > 0.5  # of the 0.6 s in three rounds
+
+
+def test_measure_leaves_out_its_own_process(clock, monkeypatch):
+    """Seconds of all cores, and of this process, which is a part of them."""
+    system, own = 100.0, 10.0
+
+    def run() -> None:
+        nonlocal system, own
+        clock.now, system, own = clock.now + 1, system + 1.75, own + 1.5
+
+    monkeypatch.setattr("anchorops.measure._busy_seconds", lambda: system)
+    monkeypatch.setattr("anchorops.measure.time.process_time", lambda: own)
+    assert measure(run, 1, CPU, seconds=0)[0].others == 0.25
 
 
 def test_measure_on_cuda(monkeypatch):
