@@ -191,7 +191,9 @@ def check_number(function: str, argument: str, value: object, *, above: bool = F
         # Comparisons alone: torch.compile cannot trace math.isfinite of a dynamic number.
         in_range = (value > 0 if above else value >= 0) and value < math.inf
     if not in_range:
-        expected = "a finite number above 0" if above else "a finite number of at least 0"
+        expected = (
+            "a finite float or int, above 0" if above else "a finite float or int, at least 0"
+        )
         fail(function, argument, expected, describe(value))
 
 
@@ -210,7 +212,7 @@ def check_share(function: str, argument: str, value: object, *, below_one: bool 
     else:
         in_range = value >= 0 and (value < 1 if below_one else value <= 1)
     if not in_range:
-        expected = "a number in [0, 1)" if below_one else "a number in [0, 1]"
+        expected = "a float or an int in [0, 1)" if below_one else "a float or an int in [0, 1]"
         fail(function, argument, expected, describe(value))
 
 

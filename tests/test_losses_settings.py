@@ -94,11 +94,11 @@ def test_wrong_settings(loss: type[nn.Module]) -> None:
         ),
         (
             lambda: ao.SAR(K, D, momentum="0.9"),  # type: ignore[arg-type]
-            "SAR: momentum: expected a number in [0, 1], got '0.9' of type str",
+            "SAR: momentum: expected a float or an int in [0, 1], got '0.9' of type str",
         ),
         (
             lambda: ao.CeCo(K, D, dropout=1.0),
-            "CeCo: dropout: expected a number in [0, 1), got 1.0 of type float",
+            "CeCo: dropout: expected a float or an int in [0, 1), got 1.0 of type float",
         ),
         (
             lambda: ao.CeCo(10, D, center_dim=8),
@@ -106,7 +106,21 @@ def test_wrong_settings(loss: type[nn.Module]) -> None:
         ),
         (
             lambda: ao.MVSC(K, D, temperature=0),
-            "MVSC: temperature: expected a finite number above 0, got 0 of type int",
+            "MVSC: temperature: expected a finite float or int, above 0, got 0 of type int",
+        ),
+        (
+            lambda: ao.OCCL(K, D, temperature=np.float32(0.5)),  # type: ignore[arg-type]
+            f"OCCL: temperature: expected a finite float or int, above 0, got {np.float32(0.5)!r} "
+            "of type float32",
+        ),
+        (
+            lambda: ao.MVSC(K, D, cos_weight=torch.tensor(0.5)),  # type: ignore[arg-type]
+            "MVSC: cos_weight: expected a finite float or int, at least 0, got torch.float32 "
+            "tensor of shape () on cpu",
+        ),
+        (
+            lambda: ao.CBP(K, D, momentum=torch.tensor(0.5)),  # type: ignore[arg-type]
+            "CBP: momentum: expected a float or an int in [0, 1], got torch.float32",
         ),
         (
             lambda: ao.OCCL(K, D, temperature=1e-38),

@@ -40,8 +40,14 @@ CROSS_ENTROPY: list[tuple[dict[str, Any], str]] = [
     ({"weight": [1.0] * 5}, r"weight: expected a tensor \[5\], got \[1.0, .* of type list"),
     ({"weight": torch.ones(4)}, r"weight: expected a tensor \[5\], got .* of shape \(4,\) on cpu"),
     ({"weight": torch.ones(5).int()}, "weight: expected a floating dtype on cpu, got torch.int32"),
-    ({"label_smoothing": -0.1}, r"label_smoothing: expected a number in \[0, 1\], got -0.1"),
-    ({"label_smoothing": True}, r"label_smoothing: expected a number in \[0, 1\], got True"),
+    (
+        {"label_smoothing": -0.1},
+        r"label_smoothing: expected a float or an int in \[0, 1\], got -0.1",
+    ),
+    (
+        {"label_smoothing": True},
+        r"label_smoothing: expected a float or an int in \[0, 1\], got True",
+    ),
     ({"reduction": None}, "reduction: expected 'mean' or 'sum' or 'none', got None"),
     ({"logits": LOGITS[:, :1]}, "logits: expected at least 2 classes in dimension 1: .*, got"),
 ]
@@ -111,18 +117,18 @@ def test_confusion(arguments: dict[str, Any], message: str):
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (ao.CrossEntropy, {"focal_gamma": float("inf")}, "focal_gamma: expected a finite number"),
-        (ao.CrossEntropy, {"label_smoothing": True}, "label_smoothing: expected a number in"),
+        (ao.CrossEntropy, {"focal_gamma": float("inf")}, "focal_gamma: expected a finite float"),
+        (ao.CrossEntropy, {"label_smoothing": True}, "label_smoothing: expected a float or an"),
         (ao.CrossEntropy, {"ohem_kept": 2**63}, "ohem_kept: expected an int from 1 to 2^63 − 1"),
         (ao.CrossEntropy, {"accuracy": 1}, "accuracy: expected True or False, got 1"),
         (ao.CrossEntropy, {"align_corners": None}, "align_corners: expected True or False, got"),
         (ao.CrossEntropy, {"weight": torch.ones(5) * 1j}, "weight: expected a number for each"),
-        (ao.Dice, {"smooth": float("inf")}, "smooth: expected a finite number of at least 0"),
-        (ao.Dice, {"gamma": float("nan")}, "gamma: expected a finite number above 0, got nan"),
+        (ao.Dice, {"smooth": float("inf")}, "smooth: expected a finite float or int, at least 0"),
+        (ao.Dice, {"gamma": float("nan")}, "gamma: expected a finite float or int, above 0"),
         (ao.Dice, {"squared": "yes"}, "squared: expected True or False, got 'yes' of type str"),
         (ao.Dice, {"per_image": None}, "per_image: expected True or False, got None"),
         (ao.Dice, {"log": 1}, "log: expected True or False, got 1 of type int"),
-        (ao.CrossEntropyDice, {"ce_weight": float("inf")}, "ce_weight: expected a finite number"),
+        (ao.CrossEntropyDice, {"ce_weight": float("inf")}, "ce_weight: expected a finite float"),
     ],
     ids=lambda v: str(v)[:50],
 )
