@@ -56,7 +56,7 @@ SHARED_PER_SM, CACHE_PER_SM = 227 << 10, 256 << 10
 
 
 class ForwardPlan(NamedTuple):
-    """The plan of class_moments.cu."""
+    """The plan of class_moments_plan.cuh."""
 
     blocks: int  # of channels
     chunks: int

@@ -36,7 +36,7 @@ SECONDS_TO_CHOOSE = (LOOK + NEXT_BLOCK + SECOND_LOOK) / CLOCK
 
 
 class RandomPlan(NamedTuple):
-    """The plan of class_moments.cu."""
+    """The plan of class_moments_plan.cuh."""
 
     groups: int  # of blocks of channels
     chunks: int

@@ -101,7 +101,7 @@ def sorted_forward(
     order = np.argsort(keys, kind="stable")
     tile = TILE_BYTES // CHANNELS // itemsize
     tiles, channel_blocks = math.ceil(shape.pixels / tile), math.ceil(shape.dim / CHANNELS)
-    # as in class_moments.cu
+    # as in class_moments_plan.cuh
     occupied = 4 * 12 * MULTIPROCESSORS
     tiles_per_chunk = min(max(tiles * channel_blocks // occupied, 2), 16)
     chunks = math.ceil(tiles / tiles_per_chunk)

@@ -171,8 +171,8 @@ def test_bank_cycles():
 
 
 def test_forward_plan():
-    """The same arithmetic as in class_moments.cu: chunks that occupy a GPU once, or twice where
-    partials are small. Of planes that are not aligned, each block has every eighth channel."""
+    """The same arithmetic as in class_moments_plan.cuh: chunks that occupy a GPU once, or twice
+    where partials are small. Of unaligned planes, each block has every eighth channel."""
     assert paths.forward_plan(shapes.HRNET, 2, 1) == (23, 68, 4096, 1)
     assert paths.forward_plan(shapes.HRNET, 4, 1) == (23, 204, 8192, 1)
     odd = shapes.UNALIGNED["HRNet, 129×129"]
@@ -181,7 +181,7 @@ def test_forward_plan():
 
 
 def test_random_plan():
-    """The same arithmetic as in class_moments.cu: one block for each multiprocessor."""
+    """The same arithmetic as in class_moments_plan.cuh: one block for each multiprocessor."""
     assert random_paths.random_plan(shapes.SEGFORMER, 2) == (6, 22, 16)
     assert random_paths.random_plan(shapes.SEGFORMER, 4) == (6, 22, 32)
     small = shapes.SEGFORMER._replace(batch=1, height=64, width=64)

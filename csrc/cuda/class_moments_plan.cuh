@@ -1,0 +1,110 @@
+// How class moments divide the pixels: into tiles, and these into chunks.
+#pragma once
+
+#include <numeric>
+
+#include "class_moments_random_sort.cuh"
+#include "class_moments_slots.cuh"
+#include "class_moments_tiles.cuh"
+
+namespace anchorops::cuda {
+
+constexpr int64_t PARTIALS_IN_CACHE = 16 << 20;
+
+template <class T>
+Tiling tiles_of(const Input<T>& input, int64_t wanted_chunks) {
+  const Pixels& view = input.view;
+  const int most_before = input.shifted ? Vector<T>::SIZE - 1 : 0;
+  Tiling tiling{};
+  tiling.tiles_per_line = static_cast<int>(ceil_div(view.pixels + most_before, TILE<T>));
+  tiling.last_tile = static_cast<int>(view.pixels - int64_t{tiling.tiles_per_line - 1} * TILE<T>);
+  tiling.tiles = view.lines * tiling.tiles_per_line;
+  tiling.blocks = blocks_of(view.dim, input.period);
+  return tiling.in_chunks(wanted_chunks);
+}
+
+// For how many warps of class_moments_kernel a multiprocessor has registers and shared memory: in
+// either layout, so that the plan does not depend on it.
+template <class T>
+int64_t resident_warps(int statistics, int64_t num_keys) {
+  constexpr int ALL = SUMS | SQDISTS | RESIDUALS;
+  constexpr int STAGE = std::max(Ring<T, false, false, 1>::BYTES, Ring<T, true, false, 1>::BYTES);
+  const int stages = statistics == ALL ? STAGES<T, ALL> : STAGES<T, SUMS>;
+  const int64_t slots =
+      statistics & SQDISTS ? Slots<SQDISTS>::bytes(num_keys) : Slots<SUMS>::bytes(num_keys);
+  return std::min<int64_t>(warps_of<T>(statistics, hardware().major),
+                           blocks_in_shared(STAGE * stages + slots));
+}
+
+// Columns of a partial of sums.
+template <class T>
+int64_t width_of(const Input<T>& input, int64_t blocks) {
+  return input.period > 1 ? blocks * CHANNELS : input.view.dim;
+}
+
+// As many chunks as occupy the device once, or up to four times if the partials are then at most
+// 1/64 of the features. Fewer chunks if the partials would be more than 1/4 of the features and
+// more than PARTIALS_IN_CACHE bytes.
+template <class T>
+Tiling plan(const Input<T>& input, int statistics) {
+  const Pixels& view = input.view;
+  const int64_t blocks = blocks_of(view.dim, input.period), num_keys = input.num_keys;
+  const int64_t width = width_of(input, blocks);
+  const int64_t matrices = ((statistics & SUMS) != 0) + ((statistics & RESIDUALS) != 0);
+  const int64_t chunk_bytes =
+      4 * num_keys * (matrices * width + ((statistics & SQDISTS) != 0) * blocks);
+  const int64_t feature_bytes =
+      view.lines * view.pixels * view.dim * static_cast<int64_t>(sizeof(T));
+  const int64_t once =
+      std::max<int64_t>(multiprocessors() * resident_warps<T>(statistics, num_keys) / blocks, 1);
+  const int64_t times = std::clamp<int64_t>(feature_bytes / 64 / (once * chunk_bytes), 1, 4);
+  const int64_t most = std::max(feature_bytes / 4, PARTIALS_IN_CACHE) / chunk_bytes;
+  return tiles_of(input, std::min(once * times, most));
+}
+
+// The chunks of class_moments_random_kernel; none if it cannot be used. Up to SLOTS keys,
+// class_moments_kernel is as fast with random labels, except in float32 with several statistics.
+// Random groups of a class are those of images. That kernel has no shifted tiles.
+template <class T>
+Tiling plan_random(const Tiling& tiling, const Input<T>& input, int statistics) {
+  const int64_t num_keys = input.num_keys;
+  const auto bytes =
+      std::max(RandomMemory<T, false>::bytes(num_keys), RandomMemory<T, true>::bytes(num_keys));
+  const bool several = statistics != SUMS && statistics != SQDISTS;
+  const int64_t fewest = sizeof(T) == 4 && several ? WINDOWS : SLOTS + 1;
+  if (input.shifted || input.groups > 1 || num_keys < fewest || num_keys > WINDOWS * WINDOW_KEYS ||
+      bytes > largest_shared_bytes())
+    return {};
+  // As many blocks as multiprocessors, or a multiple if chunks would be too large, but at least
+  // three rounds in a chunk.
+  const int64_t groups = ceil_div(tiling.blocks, CHANNEL_BLOCKS),
+                chunks = ceil_div(tiling.tiles, CHUNK_PIXELS / TILE<T>),
+                waves = ceil_div(chunks * groups, multiprocessors());
+  return tiling.in_chunks(
+      std::max(chunks, std::min(waves * multiprocessors() / groups, tiling.tiles / (3 * WINDOWS))));
+}
+
+// Lets tiles of contiguous pixels begin at multiples of 16 bytes where lines do not. Blocks have at
+// least eight channels: with fewer, most of their products would be of zeros.
+template <class T>
+void shift_if_unaligned(Input<T>& input) {
+  constexpr int64_t SIZE = Vector<T>::SIZE;
+  const auto period = SIZE / std::gcd(input.view.stride_d, SIZE);
+  if (input.vectors || input.view.stride_p != 1 || input.view.dim < 8 * period) return;
+  input.period = static_cast<int>(period);
+  input.row_stride *= period;
+  input.shifted = true;
+}
+
+// Of pixels sorted by key. Chunks of 2 to 16 tiles: if possible, just enough chunks to occupy the
+// device four times.
+template <class T>
+Tiling plan_sorted(const Input<T>& input) {
+  const int64_t warps = std::min<int64_t>(12, blocks_in_shared(Ring<T, true, true>::BYTES));
+  const int64_t occupied = 4 * warps * multiprocessors();
+  const int64_t tiles = ceil_div(input.view.pixels, TILE<T>),
+                blocks = ceil_div(input.view.dim, CHANNELS);
+  return tiles_of(input, ceil_div(tiles, std::clamp<int64_t>(tiles * blocks / occupied, 2, 16)));
+}
+
+}  // namespace anchorops::cuda
