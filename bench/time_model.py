@@ -19,7 +19,7 @@ CLOCK, MULTIPROCESSORS = 1.75e9, 132
 COPY_BANDWIDTH = 4.3e12  # bytes a second, read and written together
 BYTES_PER_CYCLE = COPY_BANDWIDTH / MULTIPROCESSORS / CLOCK  # of a multiprocessor: 18.6
 LAUNCH = 3e-6  # seconds from the end of a kernel to the start of the next of a stream
-# The same where the blocks of the next kernel are resident and wait (launch_early in device.cuh):
+# The same where the blocks of the next kernel are resident and wait (launch_early in launch.cuh):
 # they wait for the last writes, and then load.
 EARLY_LAUNCH = 1e-6
 MEMORY, L2, L1 = 700, 260, 38  # cycles until a load has its result

@@ -1,4 +1,5 @@
-// The device interface: the only code through which the CUDA kernels use the GPU.
+// The device interface, the only code through which the CUDA sources use the GPU: instructions. The
+// other parts are launch.cuh and matrices.cuh.
 //
 // nvcc compiles it to CUDA. Other compilers use the emulator, tests/csrc/device_on_host.h, instead
 // of the CUDA runtime. The same kernel sources then run on the CPU, with address and thread
@@ -9,14 +10,9 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <cstddef>
 #include <cstdint>
-#include <map>
-#include <mutex>
-#include <stdexcept>
-#include <string>
+#include <cstring>
 #include <type_traits>
-#include <utility>
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -278,10 +274,10 @@ __device__ __forceinline__ void barrier_of_block() {
 #endif
 }
 
-// A kernel that launch_early launches may start before the kernel before it in the stream has
-// ended, if all blocks of that kernel have called permit_next_kernel() or have ended. Each of its
-// threads waits until that kernel has ended and its writes are visible: before it reads what that
-// kernel writes or writes what that kernel uses, and at the latest before it ends.
+// A kernel that launch_early (launch.cuh) launches may start before the kernel before it in the
+// stream has ended, if all blocks of that kernel have called permit_next_kernel() or have ended.
+// Each of its threads waits until that kernel has ended and its writes are visible: before it reads
+// what that kernel writes or writes what that kernel uses, and at the latest before it ends.
 __device__ __forceinline__ void permit_next_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -294,152 +290,6 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #elif !defined(__CUDACC__)
   on_host::wait_for_kernel_before();
 #endif
-}
-
-#ifdef __CUDACC__
-using Stream = cudaStream_t;
-
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-#else
-using Stream = void*;
-#endif
-
-// Zeroes memory, in the order of the stream.
-inline void fill_zero(void* memory, size_t bytes, [[maybe_unused]] Stream stream) {
-#ifdef __CUDACC__
-  if (bytes) check(cudaMemsetAsync(memory, 0, bytes, stream), "anchorops: cudaMemsetAsync");
-#else
-  on_host::fill_zero(memory, bytes);
-#endif
-}
-
-// The largest shared memory of a block on every GPU from sm_80 on: sm_86, sm_89 and sm_120 have
-// 99 KB, others more. Only kernels that are launched as LARGE use more.
-constexpr size_t MAX_SHARED_BYTES = 99 << 10;
-
-// NORMAL: kernel<<<…>>>. EARLY: launch_early. LARGE: with more than MAX_SHARED_BYTES of shared
-// memory, but at most largest_shared_bytes().
-enum class Launch { NORMAL, EARLY, LARGE };
-
-// What the division of work depends on, besides shapes.
-struct Hardware {
-  int major;  // of the compute capability
-  int multiprocessors;
-  // Bytes of shared memory: of a multiprocessor, of a block at most, and of each block in addition
-  // to what it requests.
-  size_t shared_bytes, largest_shared_bytes, reserved_bytes;
-};
-
-// Of the current device, read once for each device.
-inline Hardware hardware() {
-#ifdef __CUDACC__
-  static std::mutex mutex;
-  static std::map<int, Hardware> of_devices;
-  int device = 0;
-  check(cudaGetDevice(&device), "anchorops: cudaGetDevice");
-  const std::lock_guard lock(mutex);
-  const auto found = of_devices.find(device);
-  if (found != of_devices.end()) return found->second;
-  const auto attribute = [device](cudaDeviceAttr which) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, device), "anchorops: cudaDeviceGetAttribute");
-    return value;
-  };
-  const auto bytes = [&](cudaDeviceAttr which) { return static_cast<size_t>(attribute(which)); };
-  return of_devices[device] = {attribute(cudaDevAttrComputeCapabilityMajor),
-                               attribute(cudaDevAttrMultiProcessorCount),
-                               bytes(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                               bytes(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                               bytes(cudaDevAttrReservedSharedMemoryPerBlock)};
-#else
-  const size_t shared_bytes = on_host::shared_kilobytes() << 10, reserved_bytes = 1 << 10;
-  return {9, on_host::multiprocessors(), shared_bytes, shared_bytes - reserved_bytes,
-          reserved_bytes};
-#endif
-}
-
-// The number of multiprocessors of the current device: 132 of an H200, 108 of an A100.
-inline int64_t multiprocessors() { return hardware().multiprocessors; }
-
-// The largest shared memory of a block on the current device: 227 KB on sm_90 and sm_100.
-inline size_t largest_shared_bytes() { return hardware().largest_shared_bytes; }
-
-// For how many blocks a multiprocessor of the current device has shared memory. It has 228 KB on
-// sm_90 and sm_100, 164 KB on sm_80, 100 KB on sm_86, sm_89 and sm_120.
-inline int64_t blocks_in_shared(size_t bytes_of_block) {
-  const Hardware device = hardware();
-  return static_cast<int64_t>(device.shared_bytes / (bytes_of_block + device.reserved_bytes));
-}
-
-#ifdef __CUDACC__
-// Configures a kernel at its first launch on a device. The limit is the same for all launches, so
-// host threads that launch at the same time do not interfere. Shared memory that a kernel does not
-// need is used as L1 cache. A kernel that requests none keeps only the 1 KB that each block always
-// needs. Returns whether the kernel's code can be launched early: this depends on the architecture
-// that it was compiled for.
-inline bool configure(const char* name, const void* kernel, bool asks_for_shared,
-                      size_t most_shared) {
-  static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, bool> configured;
-  constexpr int PERCENT_FOR_BLOCKS = 14;  // 32 KB on sm_80 and sm_90, 14 KB on sm_86
-  int device = 0;
-  check(cudaGetDevice(&device), name);
-  const std::lock_guard lock(mutex);
-  const auto found = configured.find({device, kernel});
-  if (found != configured.end()) return found->second;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(most_shared)),
-        name);
-  check(cudaFuncSetAttribute(
-            kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-            asks_for_shared ? int{cudaSharedmemCarveoutMaxShared} : PERCENT_FOR_BLOCKS),
-        name);
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), name);
-  return configured[{device, kernel}] = attributes.ptxVersion >= 90;
-}
-#endif
-
-template <class... Parameters, class... Arguments>
-void launch_kernel(Launch how, const char* name, void (*kernel)(Parameters...), dim3 grid,
-                   dim3 block, size_t shared_bytes, [[maybe_unused]] Stream stream,
-                   const Arguments&... arguments) {
-  if (size_t{grid.x} * grid.y * grid.z == 0) return;
-  const size_t most_shared = how == Launch::LARGE ? largest_shared_bytes() : MAX_SHARED_BYTES;
-  bool early = how == Launch::EARLY;
-#ifdef __CUDACC__
-  early &= configure(name, reinterpret_cast<const void*>(kernel), shared_bytes > 0, most_shared);
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  const cudaLaunchConfig_t config{grid, block, shared_bytes, stream, &attribute, early ? 1u : 0u};
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
-#else
-  if (shared_bytes > most_shared)
-    throw std::logic_error(std::string(name) + ": more shared memory than every GPU has");
-  if (grid.x > 0x7fffffff || std::max(grid.y, grid.z) > 65535 || block.x * block.y * block.z > 1024)
-    throw std::logic_error(std::string(name) + ": more blocks or threads than a GPU takes");
-  on_host::launch(name, grid, block, shared_bytes, early, [&] { kernel(arguments...); });
-#endif
-}
-
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...); no launch if the grid is empty. If
-// the launch fails, throws an error with the kernel's name.
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-            size_t shared_bytes, Stream stream, const Arguments&... arguments) {
-  launch_kernel(Launch::NORMAL, name, kernel, grid, block, shared_bytes, stream, arguments...);
-}
-
-// The same for a kernel that calls wait_for_kernel_before(). From sm_90 on its blocks are resident
-// when the kernel before ends.
-template <class... Parameters, class... Arguments>
-void launch_early(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                  size_t shared_bytes, Stream stream, const Arguments&... arguments) {
-  launch_kernel(Launch::EARLY, name, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace anchorops

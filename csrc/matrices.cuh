@@ -1,4 +1,4 @@
-// Products of small matrices, by a warp on tensor cores: part of the device interface, device.cuh.
+// The device interface for tensor cores: products of small matrices, by a warp.
 //
 // A register contains two 16-bit elements, the first in its low half. Lane 4·n + q contains
 // - of a matrix A of 16 rows and 16 columns: a[0] of row n, a[1] of row n + 8, columns 2q and

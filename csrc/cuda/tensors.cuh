@@ -7,7 +7,7 @@
 // tile. Slot: one of the 32 places for the keys that a warp sums at a time. Chunk: consecutive
 // tiles that one warp sums, or one block if labels are random. Partial: the sums of one chunk; a
 // second kernel adds the partials. Plan: how the work is divided; it depends on shapes, on the
-// device (device.cuh: hardware), on whether labels are random, and where planes begin in 16 bytes.
+// device (launch.cuh: hardware), on whether labels are random, and where planes begin in 16 bytes.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,7 +20,7 @@
 #include <optional>
 #include <vector>
 
-#include "../device.cuh"
+#include "../launch.cuh"
 #ifdef __CUDACC__
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

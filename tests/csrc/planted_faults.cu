@@ -1,7 +1,7 @@
 // Kernels with one fault each, which the sanitizers must find, and one kernel without a fault.
 #include <cstring>
 
-#include "../../csrc/device.cuh"
+#include "../../csrc/launch.cuh"
 
 namespace anchorops {
 namespace {
