@@ -21,7 +21,7 @@ setup: .venv/installed
 # The packages for compiling are installed first. So the extension is built with the torch that will
 # load it, and can be built again without a network.
 .venv/installed: pyproject.toml setup.py build_backend.py $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install torch torchvision 'setuptools>=77' ninja
 	$(BIN)/pip install --no-build-isolation -e '.[train,test,dev,docs]'
 	touch $@
