@@ -9,17 +9,17 @@ from torch import Tensor
 # Cross-entropy, forward and backward, B8, 128×256 → 512×1024:
 #
 #     classes      2    19    32    64   150
-#     cuda       132   190   222   357   736
+#     cuda       131   188   220   354   732
 #     triton      79   213   313   567  1249
 #
-# With 12 classes cuda takes 152; Triton's times, which are linear, are then 158.
+# With 12 classes cuda takes 150; Triton's times, which are linear, are then 158.
 CROSS_ENTROPY_CLASSES = 10
 
 # Class moments, forward and backward of sums and sqdists, B16, D768, 128×128. Up to 1,024 keys
 # `cuda` does not sort the pixels. With more keys it loads those of planes one by one.
 #
 #              150 keys, planes   sorted, planes   sorted, channels last
-#     cuda                  297              605                     361
+#     cuda                  292              535                     361
 #     triton                523              464                     363
 CLASS_MOMENTS_KEYS = 1024
 
