@@ -8,7 +8,7 @@ The budgets of the streaming kernels are those of kernels_report.py, for an H200
 multiprocessors, 1.75 GHz):
 - warp instructions for each 512 bytes that a warp loads (stores, if nothing is loaded), on the
   shortest path of the hot loop through its accesses: 110 would take as long as the memory, or 220
-  where as much is stored as loaded. Of the forward's tiles this is one whose pixels have one key;
+  where as much is stored as loaded. Of the forward's tiles this is one that is added by products;
 - KB in flight on a multiprocessor: resident threads × the bytes that each has requested; 23 are
   enough.
 For the kernels of upsampled logits, instructions determine the time. The report counts those of the
