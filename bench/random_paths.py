@@ -25,6 +25,7 @@ from time_model import (
 
 TILE_BYTES, CHANNELS = 4096, 32
 WINDOWS, WINDOW_KEYS = 12, 16  # warps that add, and their keys at most
+MOVERS = 4  # warps that move pixels to rows
 CHUNK_PIXELS, CHANNEL_BLOCKS = WINDOWS * 1024, 4
 ROUNDS_SORTED = 4  # at a time
 STEP = {2: 4, 4: 2}  # pairs of rows that are loaded at once, by bytes of an element
@@ -50,10 +51,6 @@ def is_used(num_keys: int, groups: int, itemsize: int, statistics: int) -> bool:
     return groups == 1 and fewest <= num_keys <= WINDOWS * WINDOW_KEYS
 
 
-def movers_of(itemsize: int) -> int:
-    return 6 if itemsize == 2 else 4
-
-
 def random_plan(shape: Shape, itemsize: int) -> RandomPlan:
     tile = TILE_BYTES // CHANNELS // itemsize
     tiles = shape.pixels // tile
@@ -73,7 +70,7 @@ class Random:
         most = max(block.count("LDGSTS") for block in blocks)
         self.copy = self.those(lambda b: b.count("LDGSTS") == most)[:1]
         self.sort = self.those(lambda b: b.count("MATCH") > 0 and b.count("BAR") > 0)[:1]
-        self.move = self.those(lambda b: b.count("STS.128") == 8 and b.count("LDS|LDSM") > 8)[:1]
+        self.move = self.those(lambda b: b.count("STS.128") == 8 and b.count("LDS|LDSM") >= 8)[:1]
         waits = self.those(lambda b: b.count("DEPBAR") > 0)
         self.wait = [i for i in waits if i < self.move[0]][-1:]
         # for each key of a window: its first pairs of rows, the others of the first step, and the
@@ -122,8 +119,7 @@ def random_forward(
     keys = keys_of(shape, kind)
     tile = TILE_BYTES // CHANNELS // itemsize
     groups, chunks, rounds = random_plan(shape, itemsize)
-    movers = movers_of(itemsize)
-    moved, warps = WINDOWS // movers, WINDOWS + movers
+    moved, warps = WINDOWS // MOVERS, WINDOWS + MOVERS
     code = Random(blocks, itemsize, moved)
     keys_of_window = math.ceil(shape.num_keys / WINDOWS)
 

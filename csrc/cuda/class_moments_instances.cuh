@@ -60,7 +60,7 @@ void launch_random(int statistics, const Input<T>& input, const Tiling& tiling,
     launch_kernel(
         Launch::LARGE, "class_moments_random_kernel",
         class_moments_random_kernel<T, STATISTICS, CHANNELS_LAST>,
-        dim3(static_cast<unsigned>(tiling.chunks * groups)), dim3(CHANNELS, WINDOWS + MOVERS<T>),
+        dim3(static_cast<unsigned>(tiling.chunks * groups)), dim3(CHANNELS, WINDOWS + MOVERS),
         RandomMemory<T, CHANNELS_LAST>::bytes(input.num_keys), stream, input, tiling, partials);
   });
 }

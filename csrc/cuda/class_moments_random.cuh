@@ -19,40 +19,46 @@
 namespace anchorops::cuda {
 
 // Moves the pixels of the warp's tile to their rows. In 16 bits, channel 8·j + 2q + b becomes
-// element 8·q + 2j + b, as load_matrices delivers it.
+// element 8·q + 2j + b, as load_matrices delivers it. All loads come first: if each store waited
+// for its own load, the movers would be the last at the barrier by far.
 template <class T, bool CHANNELS_LAST>
 __device__ __forceinline__ void move_to_rows(const T* tile, const uint16_t* positions, T* rows) {
-  constexpr int PITCH = Stage<T, CHANNELS_LAST, false>::PITCH,
-                ROW_BYTES = CHANNELS * int{sizeof(T)};
+  constexpr int PITCH = Stage<T, CHANNELS_LAST, false>::PITCH;
+  constexpr int STEPS = 8;  // 16 bytes each
   const int lane = threadIdx.x;
   if constexpr (sizeof(T) == 2) {
     // of pixels 8·i + lane / 4
     const auto to = load_vector(reinterpret_cast<const unsigned*>(positions + lane / 4 * 8));
-    auto* const own = reinterpret_cast<unsigned char*>(rows) + lane % 4 * 16;
+    Vector<unsigned> pairs[STEPS];
 #pragma unroll
-    for (int i = 0; i < TILE<T> / 8; ++i) {
-      Vector<unsigned> pairs;
+    for (int i = 0; i < STEPS; ++i) {
       if constexpr (CHANNELS_LAST)
-        load_matrices<false>(pairs.elements, tile + (8 * i + lane % 8) * PITCH + lane / 8 * 8);
+        load_matrices<false>(pairs[i].elements, tile + (8 * i + lane % 8) * PITCH + lane / 8 * 8);
       else
-        load_matrices<true>(pairs.elements, tile + lane * PITCH + 8 * i);
+        load_matrices<true>(pairs[i].elements, tile + lane * PITCH + 8 * i);
+    }
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
       const unsigned two = to.elements[i / 2], row = i % 2 ? two >> 16 : two & 0xffff;
-      if (row != NO_ROW) store_vector(reinterpret_cast<unsigned*>(own + row * ROW_BYTES), pairs);
+      if (row != NO_ROW)
+        store_vector(reinterpret_cast<unsigned*>(rows + row + lane % 4 * 8), pairs[i]);
     }
   } else {
     const unsigned row = positions[lane];
+    if (row == NO_ROW) return;
+    const auto channel = [&](int i) { return (i + lane) % 8 * 4; };  // lanes use different banks
+    Vector<float> values[STEPS];
 #pragma unroll
-    for (int i = 0; i < CHANNELS / 4; ++i) {
-      const int c = (i + lane) % 8 * 4;  // lanes store to different banks
-      Vector<float> values;
+    for (int i = 0; i < STEPS; ++i) {
       if constexpr (CHANNELS_LAST) {
-        values = load_vector(tile + lane * PITCH + c);
+        values[i] = load_vector(tile + lane * PITCH + channel(i));
       } else {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) values.elements[k] = tile[(c + k) * PITCH + lane];
+        for (int k = 0; k < 4; ++k) values[i].elements[k] = tile[(channel(i) + k) * PITCH + lane];
       }
-      if (row != NO_ROW) store_vector(rows + row * CHANNELS + c, values);
     }
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) store_vector(rows + row + channel(i), values[i]);
   }
 }
 
@@ -202,7 +208,8 @@ struct KeySums {
       if constexpr (STATISTICS & RESIDUALS) {
         float residual = DIRECT ? of_channel(residuals[i]) : sum;
         // Each f has 8 bits (11 in float16). If a key has 100 pixels in a chunk, Σ f is exact in
-        // float32 unless the sizes of the pixels differ by more than about 2^9 (2^6).
+        // float32 unless the sizes of the pixels differ by more than about 2^9 (2^6); with 1,000
+        // pixels, 2^6 (2^3).
         const int pixels = __shfl_sync(FULL_WARP, of_key, i);
         if (!DIRECT && pixels > 0)
           residual = fmaf(-static_cast<float>(pixels), anchors[i * CHANNELS + place()], sum);
@@ -237,11 +244,10 @@ struct KeySums {
 
 // Launched before class_moments_kernel, which returns if this kernel sums the pixels.
 template <class T, int STATISTICS, bool CHANNELS_LAST>
-__global__ void __launch_bounds__(CHANNELS*(WINDOWS + MOVERS<T>), 1)
+__global__ void __launch_bounds__(CHANNELS*(WINDOWS + MOVERS), 1)
     class_moments_random_kernel(const Input<T> input, const Tiling tiling,
                                 const Partials partials) {
   using Memory = RandomMemory<T, CHANNELS_LAST>;
-  constexpr int MOVED = WINDOWS / MOVERS<T>;  // tiles of a mover in a round
   permit_next_kernel();
   if (!keys_are_random(input.keys, input.view.lines * input.view.pixels)) return;
   const int lane = threadIdx.x, num_keys = input.num_keys;
@@ -254,9 +260,9 @@ __global__ void __launch_bounds__(CHANNELS*(WINDOWS + MOVERS<T>), 1)
   RandomChunk range;
   range.first = tiling.first_tile(chunk);
   range.end = tiling.first_tile(chunk + 1);
-  range.per_mover = static_cast<int>(ceil_div(range.end - range.first, int64_t{MOVERS<T>}));
+  range.per_mover = static_cast<int>(ceil_div(range.end - range.first, int64_t{MOVERS}));
   range.rounds = ceil_div(range.per_mover, MOVED);
-  sort_pixels<T, CHANNELS_LAST, MOVERS<T>>(input, tiling, range, keys_of_window, warp);
+  sort_pixels<T, CHANNELS_LAST>(input, tiling, range, keys_of_window, warp);
 
   const int first_block = group * CHANNEL_BLOCKS;
   const int last_block = min(first_block + CHANNEL_BLOCKS, tiling.blocks);

@@ -9,15 +9,13 @@
 
 namespace anchorops::cuda {
 
-constexpr int WINDOWS = 12;      // warps that add, each the pixels of consecutive keys
-constexpr int WINDOW_KEYS = 16;  // of a warp, at most
+constexpr int WINDOWS = 12;              // warps that add, each the pixels of consecutive keys
+constexpr int WINDOW_KEYS = 16;          // of a warp, at most
+constexpr int MOVERS = 4;                // warps that copy tiles and move their pixels
+constexpr int MOVED = WINDOWS / MOVERS;  // tiles of a mover in a round
 constexpr int CHUNK_PIXELS = WINDOWS * 1024;
 constexpr int CHANNEL_BLOCKS = 4;  // of 32 channels, that a block sums one after the other
 constexpr unsigned NO_ROW = 0xffff;
-
-// Warps that copy tiles and move their pixels. Four, if the others need more than 96 registers.
-template <class T>
-constexpr int MOVERS = sizeof(T) == 2 ? 6 : 4;
 
 template <class T, bool CHANNELS_LAST>
 struct RandomMemory {
@@ -41,7 +39,8 @@ struct RandomMemory {
   static __device__ __forceinline__ T* rows(int round) {
     return reinterpret_cast<T*>(shared_memory() + ROWS_AT + round % 2 * ROWS_BYTES);
   }
-  // The row of each pixel of a tile, NO_ROW if ignored. In 16 bits, pixel 8·i + n is at 8·n + i.
+  // Where the row of each pixel of a tile begins, in elements, NO_ROW if the pixel is ignored. In
+  // 16 bits, pixel 8·i + n is at 8·n + i.
   static __device__ __forceinline__ uint16_t* positions(int round, int tile) {
     return reinterpret_cast<uint16_t*>(shared_memory() + POSITIONS_AT) +
            (round * WINDOWS + tile) * TILE<T>;
@@ -95,12 +94,12 @@ __device__ __forceinline__ int before_lanes(int value) {
 
 // Sorts the pixels of all rounds, of several rounds at a time: counts the pixels of each key in
 // each tile, adds the counts, and so finds the row of each pixel. Called by the whole block.
-template <class T, bool CHANNELS_LAST, int MOVERS>
+template <class T, bool CHANNELS_LAST>
 __device__ __forceinline__ void sort_pixels(const Input<T>& input, const Tiling& tiling,
                                             const RandomChunk& chunk, int keys_of_window,
                                             int warp) {
   using Memory = RandomMemory<T, CHANNELS_LAST>;
-  constexpr int MOVED = WINDOWS / MOVERS, PER_LANE = TILE<T> / 32, TOGETHER = 4;
+  constexpr int PER_LANE = TILE<T> / 32, TOGETHER = 4;
   const int lane = threadIdx.x, num_keys = input.num_keys, thread = warp * 32 + lane;
   const unsigned before_lane = (1u << lane) - 1;
 #pragma unroll 1
@@ -172,11 +171,13 @@ __device__ __forceinline__ void sort_pixels(const Input<T>& input, const Tiling&
 #pragma unroll
       for (int i = 0; i < PER_LANE; ++i) {
         unsigned position = NO_ROW;
-        if (key[r][i] >= 0)
-          position = Memory::starts(first_round + r, num_keys)[key[r][i]] + rank[r][i] +
-                     sum_of_bytes(load_vector(reinterpret_cast<const unsigned*>(
-                                      Memory::counts(r * num_keys + key[r][i]))),
-                                  warp);
+        if (key[r][i] >= 0) {
+          const int row = Memory::starts(first_round + r, num_keys)[key[r][i]] + rank[r][i] +
+                          sum_of_bytes(load_vector(reinterpret_cast<const unsigned*>(
+                                           Memory::counts(r * num_keys + key[r][i]))),
+                                       warp);
+          position = row * CHANNELS;
+        }
         const int pixel = lane + 32 * i;
         Memory::positions(first_round + r,
                           warp)[sizeof(T) == 2 ? pixel % 8 * 8 + pixel / 8 : pixel] =
