@@ -47,7 +47,8 @@ class RandomPlan(NamedTuple):
 def is_used(num_keys: int, groups: int, itemsize: int, statistics: int) -> bool:
     """Whether the kernel is launched, on a GPU with 227 KB of shared memory."""
     several = statistics not in (SUMS, SQDISTS)
-    fewest = WINDOWS if itemsize == 4 and several else SLOTS + 1
+    slow = several if itemsize == 4 else statistics == SUMS | SQDISTS | RESIDUALS
+    fewest = WINDOWS if slow else SLOTS + 1
     return groups == 1 and fewest <= num_keys <= WINDOWS * WINDOW_KEYS
 
 

@@ -9,10 +9,10 @@
 // each partial is written once. A second kernel reads the partials once and adds them in a fixed
 // order (class_moments_reduction.cu). The division of the pixels is in class_moments_plan.cuh.
 //
-// Random labels of 33 to 192 classes (in float32 with several statistics: from 12 on), on GPUs with
-// 227 KB of shared memory for a block: each block sorts its pixels in shared memory
-// (class_moments_random.cuh). Two kernels are launched. Both look at the same few keys, and one of
-// them returns at once.
+// Random labels of 33 to 192 classes (from 12 on with all three statistics, and in float32 with
+// two), on GPUs with 227 KB of shared memory for a block: each block sorts its pixels in shared
+// memory (class_moments_random.cuh). Two kernels are launched. Both look at the same few keys, and
+// one of them returns at once.
 //
 // More keys: pixels are first sorted by key (class_moments_key_order.cu).
 //

@@ -63,15 +63,17 @@ Tiling plan(const Input<T>& input, int statistics) {
 }
 
 // The chunks of class_moments_random_kernel; none if it cannot be used. Up to SLOTS keys,
-// class_moments_kernel is as fast with random labels, except in float32 with several statistics.
-// Random groups of a class are those of images. That kernel has no shifted tiles.
+// class_moments_kernel is as fast with random labels, except with all three statistics, and in
+// float32 with two. Random groups of a class are those of images. class_moments_random_kernel has
+// no shifted tiles; where tiles of unaligned planes are not shifted, it copies single elements.
 template <class T>
 Tiling plan_random(const Tiling& tiling, const Input<T>& input, int statistics) {
   const int64_t num_keys = input.num_keys;
   const auto bytes =
       std::max(RandomMemory<T, false>::bytes(num_keys), RandomMemory<T, true>::bytes(num_keys));
-  const bool several = statistics != SUMS && statistics != SQDISTS;
-  const int64_t fewest = sizeof(T) == 4 && several ? WINDOWS : SLOTS + 1;
+  const bool all = statistics == (SUMS | SQDISTS | RESIDUALS),
+             several = statistics != SUMS && statistics != SQDISTS;
+  const int64_t fewest = (sizeof(T) == 4 ? several : all) ? WINDOWS : SLOTS + 1;
   if (input.shifted || input.groups > 1 || num_keys < fewest || num_keys > WINDOWS * WINDOW_KEYS ||
       bytes > largest_shared_bytes())
     return {};

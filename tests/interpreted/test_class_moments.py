@@ -94,6 +94,7 @@ RANDOM = [  # labels that the CUDA kernels sort in shared memory: several chunks
     Case((2, 136, 10, 136), 76, FP32, "channels_last", anchors=None),
     Case((3, 40, 700), 33, FP32, "sliced", anchors="fixed"),
     Case((2, 70, 10, 136), 19, FP32),
+    Case((2, 70, 10, 136), 19, BF16),
     # of as many classes, but for the kernel of labels of images
     Case((2, 136, 10, 136), 150, BF16, labels="coherent"),
 ]
