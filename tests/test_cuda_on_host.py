@@ -2,8 +2,7 @@
 and under two sanitizers.
 
 The cases are those of Triton's interpreter, tests/interpreted/*.py, with the library that
-tests/csrc/Makefile makes instead of the CUDA library. planted_faults.cu shows which faults are
-found.
+tests/csrc/Makefile makes instead of the CUDA library. planted_*.cu show which faults are found.
 """
 
 import os
@@ -35,6 +34,21 @@ before, after = (np.ctypeslib.as_array((64 * blocks * ctypes.c_float).from_addre
 before[:] = np.arange(len(before))
 ctypes.CDLL(library).rotate(fault.encode(), *values, blocks)
 print("right" if (after == np.roll(before.reshape(blocks, 64), -1, 1).ravel()).all() else "wrong")
+"""
+
+SUM_RANDOM_LABELS = """
+import ctypes, sys
+import numpy as np
+
+library, fault = sys.argv[1:]
+random, pixels, num_keys = np.random.default_rng(0), 4 * 384, 40  # four rounds
+features = random.integers(-9, 9, (32, pixels)).astype(np.float32)
+keys = random.integers(0, num_keys, pixels).astype(np.int32)
+sums = np.full((num_keys, 32), np.nan, np.float32)
+arrays = [ctypes.c_void_p(array.ctypes.data) for array in (features, keys, sums)]
+ctypes.CDLL(library).random_sums(fault.encode(), *arrays, pixels, num_keys)
+right = (np.arange(num_keys)[:, None] == keys).astype(np.float32) @ features.T
+print("right" if (sums == right).all() else "wrong")
 """
 
 
@@ -76,14 +90,15 @@ def flavour(request) -> str:
     return request.param
 
 
-def _rotate(flavour: str, fault: str) -> subprocess.CompletedProcess:
+def _run(script: str, flavour: str, fault: str) -> subprocess.CompletedProcess:
     library = str(BUILD / flavour / "planted_faults.so")
-    command = [sys.executable, "-c", ROTATE, library, fault]
+    command = [sys.executable, "-c", script, library, fault]
     return subprocess.run(command, env=_environment(flavour), capture_output=True, text=True)
 
 
-def test_a_right_kernel_passes(flavour):
-    run = _rotate(flavour, "NONE")
+@pytest.mark.parametrize("script", [ROTATE, SUM_RANDOM_LABELS], ids=["rotate", "random labels"])
+def test_a_right_kernel_passes(script, flavour):
+    run = _run(script, flavour, "NONE")
     assert run.returncode == 0 and run.stdout == "right\n", run.stderr
 
 
@@ -106,13 +121,21 @@ PLANTED = [
     ("plain", "TOO_MANY_ROWS_OF_BLOCKS", "rotate_kernel: more blocks or threads than a GPU takes"),
     ("plain", "NOT_WAITED_FOR_KERNEL", "thread 63: was launched early and has not waited"),
 ]
+# The same in class_moments_random_kernel, where warps write for each other.
+PLANTED_IN_RANDOM = [
+    ("thread", "NO_BARRIER_IN_SORT", "data race"),
+    ("thread", "NO_BARRIER_OF_ROUNDS", "data race"),
+    ("plain", "NO_BARRIER_OF_ROUNDS", WRONG),
+]
 
 
 def test_planted_faults_are_caught(flavour):
-    for where, fault, report in PLANTED:
+    faults = [(ROTATE, *row) for row in PLANTED]
+    faults += [(SUM_RANDOM_LABELS, *row) for row in PLANTED_IN_RANDOM]
+    for script, where, fault, report in faults:
         if where != flavour:
             continue
-        run = _rotate(flavour, fault)
+        run = _run(script, flavour, fault)
         if report == WRONG:
             assert run.stdout == "wrong\n", (fault, run.stdout, run.stderr)
         else:
