@@ -60,7 +60,7 @@ struct Masses {
 
 template <bool SQUARES>
 __global__ void __launch_bounds__(WARPS * 32, 2)
-    softmax_masses_kernel(Cells cells, PixelLabels all_labels,
+    softmax_masses_kernel(Cells cells, PixelLabels labels,
                           const float* lse,   // [B, H, W]
                           float* partials) {  // [1 + SQUARES, blocks, K]
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -69,12 +69,9 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
   LogitsStage<CLASSES> stage(cells);
   cell.set_corners(cells, stage);
   float* sums = stage.end();  // [1 + SQUARES, warps, CLASSES]
-  CellLabels labels;
-  labels.load(all_labels, cells, cell);
   float inverse[TILE][TILE];
-  load_map(cells, cell, labels.valid(), lse, inverse);
   const unsigned apart =
-      to_inverse_sums(cells, cell, stage.shifts_of_cell(), labels.valid(), inverse);
+      load_inverse_sums(cells, cell, stage.shifts_of_cell(), labels, lse, inverse);
 
   stage.for_classes([&](int first, int count) {
     for (int k = 0; k < count; ++k) {

@@ -306,6 +306,17 @@ __device__ __forceinline__ unsigned to_inverse_sums(const Cells& cells, const Ce
   return apart;
 }
 
+// The same for the valid pixels, from their labels and the map of lse.
+__device__ __forceinline__ unsigned load_inverse_sums(const Cells& cells, const Cell& cell,
+                                                      const Corners& shifts,
+                                                      const PixelLabels& labels, const float* lse,
+                                                      float (&inverse)[TILE][TILE]) {
+  CellLabels of_cell;
+  of_cell.load(labels, cells, cell);
+  load_map(cells, cell, of_cell.valid(), lse, inverse);
+  return to_inverse_sums(cells, cell, shifts, of_cell.valid(), inverse);
+}
+
 // Calls function(i, j, e^z·2^SCALE) for all pixels of the cell.
 template <class Function>
 __device__ __forceinline__ void for_pixels(const Powers& powers, Function function) {

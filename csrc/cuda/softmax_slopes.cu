@@ -25,7 +25,7 @@ __device__ inline float class_sum(const PixelLogits& logits, int num_classes, fl
 
 // The same for the valid pixels of a cell, from two sums of e^z·2^SCALE over the classes.
 __global__ void __launch_bounds__(WARPS * 32, 2)
-    softmax_slopes_kernel(Cells cells, PixelLabels all_labels, Gradients gradients,
+    softmax_slopes_kernel(Cells cells, PixelLabels labels, Gradients gradients,
                           const float* lse,  // [B, H, W]
                           float* sums) {     // [B, H, W], any numbers where ignored
   Cell cell(cells);
@@ -45,12 +45,9 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
       }
     });
   }
-  CellLabels labels;
-  labels.load(all_labels, cells, cell);
   float inverse[TILE][TILE];
-  load_map(cells, cell, labels.valid(), lse, inverse);
   const unsigned apart =
-      to_inverse_sums(cells, cell, stage.shifts_of_cell(), labels.valid(), inverse);
+      load_inverse_sums(cells, cell, stage.shifts_of_cell(), labels, lse, inverse);
   for_tile([&](int i, int j) {
     masses[i][j] = inverse[i][j] * fmaf(inverse[i][j], squares[i][j], masses[i][j]);
   });
