@@ -39,10 +39,11 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
   const Cell cell(cells);
   const CellWeights weights(cells, cell);
   const float* corner = stage.tile + threadIdx.x / 32 * stage.ROW + threadIdx.x % 32;
+  const int down = cells.one_row ? 0 : stage.ROW;
   Largest largest;
   stage.for_classes([&](int first, int count) {
     for (int k = 0; k < count; ++k) {
-      const float *above = corner + k * COLUMNS, *below = above + stage.ROW;
+      const float *above = corner + k * COLUMNS, *below = above + down;
       weights.for_pixels({above[0], above[1], below[0], below[1]},
                          [&](int i, int j, float z) { largest.add(i, j, z, first + k); });
     }

@@ -4,8 +4,9 @@
 // multiplications replace one exponential for each pixel. The largest logit of a position is
 // subtracted from its logits; upsampled, it is at least the largest logit of each pixel.
 //
-// A block processes WARPS rows of 32 cells, a warp one row. It copies logits to shared memory
-// (softmax_stage.cuh); a thread computes the pixels of its cell from there (softmax_pixels.cuh).
+// A block processes a patch: WARPS rows of 32 cells, a warp one row; if images have one row, as
+// points, its warps are side by side. It copies logits to shared memory (softmax_stage.cuh); a
+// thread computes the pixels of its cell from there (softmax_pixels.cuh).
 //
 // Geometric sequences are inaccurate if logits differ widely. Pixels are computed one by one from
 // the logits if neighbours differ by more than `Cells::steepest`, if their sum falls below 2^-40,
@@ -51,11 +52,18 @@ struct Cells {
   Axis rows, columns;
   const Shift* shifts;  // [B, h, w]
   int pitch;            // columns of cells of one image, w + 2 or more; images are side by side
-  int first_row, row_count;  // rows of cells that contain pixels
-  int parts_y, parts_x;      // parts of TILE pixels of a cell, along each axis
-  bool geometric;            // otherwise pixels are computed one by one
+  int first_row, row_count;   // rows of cells that contain pixels
+  int parts_y, parts_x;       // parts of TILE pixels of a cell, along each axis
+  bool geometric;             // otherwise pixels are computed one by one
+  bool one_row;               // images have one row of logits and one of pixels
+  int warps;                  // of a block
+  int patch_columns;          // 32 for each warp if one_row, otherwise 32
+  int images;                 // with statistics of their own: all if per_image, otherwise 1
+  int first_part = 0, parts;  // of a launch, as first_row and row_count
+  unsigned blocks_across;     // of a launch: blocks of the same rows
 
-  Cells(const Logits& logits, const Axis& rows, const Axis& columns)
+  // per_image: the cells of a patch are all of one image.
+  Cells(const Logits& logits, const Axis& rows, const Axis& columns, bool per_image = false)
       : logits(logits), rows(rows), columns(columns), shifts(nullptr) {
     pitch = logits.width + 2;  // cells -1 to w - 1, and one empty cell
     first_row = rows.cell_of(0);
@@ -64,28 +72,61 @@ struct Cells {
     parts_x = std::max(1, ceil_div(columns.pixels_per_cell(), TILE));
     // with a single class p is exactly 1
     geometric = rows.ratio <= 0.5f && columns.ratio <= 0.5f && logits.num_classes > 1;
+    one_row = logits.height == 1 && rows.pixels == 1;
+    images = per_image ? logits.batch : 1;
+    const int64_t shared = int64_t{logits.batch} / images * pitch;  // columns
+    warps = static_cast<int>(std::min<int64_t>(WARPS, one_row ? ceil_div(shared, 32) : row_count));
+    patch_columns = one_row ? warps * 32 : 32;
+    if (per_image) pitch = ceil_div(pitch, patch_columns) * patch_columns;
+    set_parts(0, parts_y * parts_x);
   }
 
-  __host__ __device__ int parts() const { return parts_y * parts_x; }
-  // A block has one warp for each row of cells. All blocks are along x, because a grid may have
-  // 2^31 there: first the parts of 32 columns, then all columns, then the next rows.
-  int warps() const { return std::min(WARPS, row_count); }
-  __host__ __device__ unsigned blocks_across() const {
-    return static_cast<unsigned>((int64_t{logits.batch} * pitch + 31) / 32 * parts());
+  void set_parts(int first, int count) {
+    first_part = first;
+    parts = count;
+    blocks_across = static_cast<unsigned>(columns_of_patches() * parts);
   }
-  int64_t blocks() const { return ceil_div(row_count, warps()) * int64_t{blocks_across()}; }
-  __device__ int block_row() const {
-    return first_row + blockIdx.x / blocks_across() * (blockDim.x / 32);
+  int64_t columns_of_patches() const {
+    return ceil_div(int64_t{logits.batch} * pitch, int64_t{patch_columns});
   }
-  __device__ Columns block_columns() const {
-    return {blockIdx.x % blocks_across() / parts() * int64_t{32}, pitch};
+  int64_t rows_of_patches() const { return ceil_div(row_count, warps); }
+  // All blocks are along x, because a grid may have 2^31 there: first the parts of a patch, then
+  // all columns, then the next rows.
+  int64_t blocks() const { return rows_of_patches() * blocks_across; }
+  // The row and the columns of a warp's cells.
+  __device__ int row_of(int warp) const {
+    return first_row + blockIdx.x / blocks_across * (blockDim.x / 32) + (one_row ? 0 : warp);
   }
-  __device__ int block_part() const { return blockIdx.x % blocks_across() % parts(); }
+  __device__ Columns columns_of(int warp) const {
+    const int64_t first = blockIdx.x % blocks_across / parts * int64_t{patch_columns};
+    return {first + (one_row ? warp * 32 : 0), pitch};
+  }
+  __device__ int block_part() const { return first_part + blockIdx.x % blocks_across % parts; }
   // The blocks in another order: all rows of a column, then the next column. Those of an image are
   // consecutive if its columns fill whole blocks.
   __device__ int64_t block_by_columns() const {
-    return blockIdx.x % blocks_across() * int64_t{gridDim.x / blocks_across()} +
-           blockIdx.x / blocks_across();
+    return blockIdx.x % blocks_across * int64_t{gridDim.x / blocks_across} +
+           blockIdx.x / blocks_across;
+  }
+
+  // Calls function(cells) for launches of at most this many blocks, but at least one for each
+  // column of patches: with some rows of patches each, or with some parts of one row.
+  template <class Function>
+  void for_launches(int64_t most_blocks, Function function) const {
+    const int64_t columns = columns_of_patches(), down = rows_of_patches();
+    const int64_t rows_at_once = std::clamp<int64_t>(most_blocks / columns / parts, 1, down);
+    const int64_t parts_at_once =
+        std::clamp<int64_t>(most_blocks / columns / rows_at_once, 1, parts);
+    for (int64_t row = 0; row < down; row += rows_at_once) {
+      for (int64_t part = 0; part < parts; part += parts_at_once) {
+        Cells some = *this;
+        some.first_row += static_cast<int>(row * warps);
+        some.row_count = static_cast<int>(std::min(row_count - row * warps, rows_at_once * warps));
+        some.set_parts(static_cast<int>(part),
+                       static_cast<int>(std::min(parts - part, parts_at_once)));
+        function(some);
+      }
+    }
   }
 
   // The largest difference of neighbours, in units of x, for which a sequence is accurate. Powers

@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(ALL_WARPS, BY_CLASS ? BLOCKS_BY_CLASS : 2)
   cell.set_corners(cells, stage);
   const GradientStage sums(dlogits, cell);
   const int first_key = inputs.gradients.first_key(cell.image, cells.logits.num_classes);
-  const int parts = cells.parts();
+  const int parts = cells.parts;
   PixelTerms<BY_CLASS> terms;
 
 #pragma unroll 1

@@ -140,15 +140,13 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
 }  // namespace
 
 void write_losses(const Tensor& logits, const Cells& cells, const PixelLabels& labels,
-                  const LossMaps& maps, const Statistics& statistics, int64_t images,
-                  Stream stream) {
-  const Tensor partials = new_empty(
-      logits, {statistics.number(), cells.blocks(), cells.logits.num_classes}, ScalarType::Float);
-  launch_cells<LogitsStage<CLASSES>>(
-      "softmax_losses_kernel",
-      statistics.sums[1] ? softmax_losses_kernel<true> : softmax_losses_kernel<false>, cells, 0,
-      stream, labels, maps, partials.mutable_data_ptr<float>());
-  sum_partials(partials, statistics, images, cells.logits.num_classes, stream);
+                  const LossMaps& maps, const Statistics& statistics, Stream stream) {
+  const auto kernel =
+      statistics.sums[1] ? softmax_losses_kernel<true> : softmax_losses_kernel<false>;
+  sum_launches(logits, cells, statistics, stream, [&](const Cells& some, float* partials) {
+    launch_cells<LogitsStage<CLASSES>>("softmax_losses_kernel", kernel, some, 0, stream, labels,
+                                       maps, partials);
+  });
 }
 
 }  // namespace anchorops::cuda

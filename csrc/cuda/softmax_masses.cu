@@ -99,15 +99,14 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
 }  // namespace
 
 void write_masses(const Tensor& logits, const Cells& cells, const PixelLabels& labels,
-                  const float* lse, const Statistics& statistics, int64_t images, Stream stream) {
+                  const float* lse, const Statistics& statistics, Stream stream) {
   const bool squares = statistics.sums[1];
-  const Tensor partials = new_empty(
-      logits, {statistics.number(), cells.blocks(), cells.logits.num_classes}, ScalarType::Float);
-  const size_t bytes = (1 + squares) * cells.warps() * CLASSES * sizeof(float);
-  launch_cells<LogitsStage<CLASSES>>(
-      "softmax_masses_kernel", squares ? softmax_masses_kernel<true> : softmax_masses_kernel<false>,
-      cells, bytes, stream, labels, lse, partials.mutable_data_ptr<float>());
-  sum_partials(partials, statistics, images, cells.logits.num_classes, stream);
+  const auto kernel = squares ? softmax_masses_kernel<true> : softmax_masses_kernel<false>;
+  const size_t bytes = (1 + squares) * cells.warps * CLASSES * sizeof(float);
+  sum_launches(logits, cells, statistics, stream, [&](const Cells& some, float* partials) {
+    launch_cells<LogitsStage<CLASSES>>("softmax_masses_kernel", kernel, some, bytes, stream, labels,
+                                       lse, partials);
+  });
 }
 
 }  // namespace anchorops::cuda

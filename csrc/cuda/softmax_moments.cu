@@ -3,8 +3,9 @@
 // Launches: the shifts of positions (softmax_cells.cu), lse and losses (softmax_losses.cu), and the
 // sum of their partials. With masses or squares: another pass over the logits (softmax_masses.cu),
 // and a sum. With hits: pixel_argmax.cu, and a count. Memory in addition to the results: lse, 4
-// bytes a pixel; shifts, 8 bytes a position; partials, 8·K bytes for each block of 256 cells, or
-// 12·K with masses (of points, which are one row, a block has 32).
+// bytes a pixel; shifts, 8 bytes a position; partials, 8·K bytes for each block, or 12·K with
+// masses, but at most 4 bytes for 64 logits or 256 KB for each multiprocessor, whichever is more.
+// (One block for each 32 columns of cells may need more if images have less than 6 rows of logits.)
 //
 // In a pass over the logits a thread has 16 sums and the four corners of a cell in registers. A
 // block of 8 warps has 8 rows of 32 cells, and 42 KB of shared memory. Registers permit 16 warps on
@@ -28,7 +29,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
   const Stream stream = device.stream;
   const int64_t batch = logits.size(0), height = labels.size(1), width = labels.size(2);
   const int num_classes = static_cast<int>(logits.size(1));
-  const int64_t images = per_image ? batch : 1;
   const auto by_class = [&](bool wanted, ScalarType dtype) {
     return new_empty(logits,
                      !wanted     ? std::vector<int64_t>{0}
@@ -64,21 +64,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
 
   const char* name = "softmax_moments.cuda";
   Cells cells(logits_of(name, logits), Axis(height, logits.size(2), align_corners),
-              Axis(width, logits.size(3), align_corners));
-  // For statistics of each image, the cells of a block are all of one image.
-  if (per_image) cells.pitch = ceil_div(cells.pitch, 32) * 32;
+              Axis(width, logits.size(3), align_corners), per_image);
   const PixelLabels pixel_labels = labels_of(name, labels, num_classes, ignore_index);
   const Tensor shifts = new_shifts(logits, cells, stream);
-  write_losses(logits, cells, pixel_labels,
-               {lse.mutable_data_ptr<float>(), data_or_null(pixel_losses)},
-               {{data_or_null(losses), data_or_null(overlaps)}, counts.mutable_data_ptr<int64_t>()},
-               images, stream);
+  write_losses(
+      logits, cells, pixel_labels, {lse.mutable_data_ptr<float>(), data_or_null(pixel_losses)},
+      {{data_or_null(losses), data_or_null(overlaps)}, counts.mutable_data_ptr<int64_t>()}, stream);
   if (with_masses || with_squares) {
     // If only squares are requested, the masses are written to a tensor that is not used.
     const Tensor unread = by_class(with_squares && !with_masses, ScalarType::Float);
     write_masses(logits, cells, pixel_labels, lse.const_data_ptr<float>(),
                  {{data_or_null(with_masses ? masses : unread), data_or_null(squares)}, nullptr},
-                 images, stream);
+                 stream);
   }
   if (with_hits) {
     const Tensor hit_classes = by_pixel(true, ScalarType::Int);

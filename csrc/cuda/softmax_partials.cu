@@ -9,7 +9,8 @@ constexpr int SUM_WARPS = 32;
 // A block sums 32 classes of one image and one statistic.
 __global__ void __launch_bounds__(SUM_WARPS * 32)
     sum_partials_kernel(const float* partials,  // [statistics, images, rows, K]
-                        Statistics out, int64_t rows, int num_classes) {
+                        Statistics out, int64_t rows, int num_classes,
+                        bool add) {  // to `out`
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const unsigned across = ceil_div(num_classes, 32), statistic = blockIdx.y;
   const int k = blockIdx.x % across * 32 + lane;
@@ -26,22 +27,24 @@ __global__ void __launch_bounds__(SUM_WARPS * 32)
   if (warp > 0 || k >= num_classes) return;
   for (int w = 1; w < SUM_WARPS; ++w) sum += sums[w * 32 + lane];
   const int64_t at = image * num_classes + k;
-  if (out.counts && statistic + 1 == gridDim.y)
-    out.counts[at] = static_cast<int64_t>(sum);
-  else
-    (statistic == 0 ? out.sums[0] : out.sums[1])[at] = static_cast<float>(sum);
+  if (out.counts && statistic + 1 == gridDim.y) {
+    out.counts[at] = static_cast<int64_t>(sum) + (add ? out.counts[at] : 0);
+  } else {
+    float& total = (statistic == 0 ? out.sums[0] : out.sums[1])[at];
+    total = static_cast<float>(add ? total + sum : sum);
+  }
 }
 
 }  // namespace
 
-void sum_partials(const Tensor& partials, const Statistics& statistics, int64_t images,
-                  int num_classes, Stream stream) {
-  const int64_t rows = partials.size(1) / images;
+void sum_partials(const float* partials, const Statistics& statistics, const Cells& cells, bool add,
+                  Stream stream) {
+  const int64_t images = cells.images, rows = cells.blocks() / images;
+  const int num_classes = cells.logits.num_classes;
   dim3 grid = grid_of("sum_partials_kernel", images * ceil_div(num_classes, 32));
   grid.y = statistics.number();
   launch("sum_partials_kernel", sum_partials_kernel, grid, SUM_WARPS * 32,
-         SUM_WARPS * 32 * sizeof(double), stream, partials.const_data_ptr<float>(), statistics,
-         rows, num_classes);
+         SUM_WARPS * 32 * sizeof(double), stream, partials, statistics, rows, num_classes, add);
 }
 
 }  // namespace anchorops::cuda

@@ -62,7 +62,7 @@ struct Cell {
     select(cells, part);
   }
   __device__ explicit Cell(const Cells& cells)
-      : Cell(cells, cells.block_row() + threadIdx.x / 32, cells.block_columns(),
+      : Cell(cells, cells.row_of(threadIdx.x / 32), cells.columns_of(threadIdx.x / 32),
              cells.block_part()) {}
 
   __device__ void select(const Cells& cells, int next) {

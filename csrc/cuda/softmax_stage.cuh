@@ -22,8 +22,10 @@ struct LogitsStage {
   float* shifts;     // [rows, COLUMNS], in units of log2
   float* tile;       // [rows, CLASSES, COLUMNS]
 
-  // The positions begin at the first one of these columns.
-  __device__ LogitsStage(const Cells& cells, int first_row, const Columns& columns)
+  // The positions begin at the first one of these columns. The next row of the stage is the next
+  // row of the logits, or, in a single row, the next 32 columns.
+  __device__ LogitsStage(const Cells& cells, int first_row, const Columns& columns,
+                         bool one_row = false)
       : cells(cells),
         positions((static_cast<int>(blockDim.x) / 32 + 1) * COLUMNS),
         first_row(first_row) {
@@ -31,9 +33,10 @@ struct LogitsStage {
     tile = reinterpret_cast<float*>(offsets + positions);
     shifts = tile + positions * CLASSES;
     for (int i = threadIdx.x; i < positions; i += blockDim.x) {
-      const int image = min(columns.image(i % COLUMNS), cells.logits.batch - 1);
+      const int across = i % COLUMNS + (one_row ? i / COLUMNS * 32 : 0);
+      const int image = min(columns.image(across), cells.logits.batch - 1);
       const int row = cells.inside_rows(first_row + i / COLUMNS);
-      const int column = cells.inside_columns(columns.column(i % COLUMNS));
+      const int column = cells.inside_columns(columns.column(across));
       offsets[i] = cells.logits.offset(image, row, column);
       if (SHIFTED && cells.geometric) shifts[i] = SCALE - cells.shift(image, row, column).largest;
     }
@@ -42,7 +45,7 @@ struct LogitsStage {
 
   // The stage for the block's cells.
   __device__ explicit LogitsStage(const Cells& cells)
-      : LogitsStage(cells, cells.block_row(), cells.block_columns()) {}
+      : LogitsStage(cells, cells.row_of(0), cells.columns_of(0), cells.one_row) {}
 
   // The shifts at the corners of the thread's cell.
   __device__ Corners shifts_of_cell() const {
@@ -153,13 +156,13 @@ struct LogitsStage {
   }
 };
 
-// Launches cells.blocks() blocks of cells.warps() warps. Shared memory: a LogitsStage, then
+// Launches cells.blocks() blocks of cells.warps warps. Shared memory: a LogitsStage, then
 // extra_bytes.
 template <class Staged, class... Parameters, class... Arguments>
 void launch_cells(const char* name, void (*kernel)(Cells, Parameters...), const Cells& cells,
                   size_t extra_bytes, Stream stream, const Arguments&... arguments) {
-  launch(name, kernel, grid_of(name, cells.blocks()), cells.warps() * 32,
-         Staged::bytes(cells.warps()) + extra_bytes, stream, cells, arguments...);
+  launch(name, kernel, grid_of(name, cells.blocks()), cells.warps * 32,
+         Staged::bytes(cells.warps) + extra_bytes, stream, cells, arguments...);
 }
 
 }  // namespace anchorops::cuda

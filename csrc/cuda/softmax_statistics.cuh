@@ -22,15 +22,34 @@ struct LossMaps {
 // lse and the loss of each pixel; sums of the losses, and of p if requested, over the pixels of
 // each class, and their counts. softmax_losses.cu.
 void write_losses(const Tensor& logits, const Cells& cells, const PixelLabels& labels,
-                  const LossMaps& maps, const Statistics& statistics, int64_t images,
-                  Stream stream);
+                  const LossMaps& maps, const Statistics& statistics, Stream stream);
 
 // Sums of p, and of p² if requested, of each class over all valid pixels. softmax_masses.cu.
 void write_masses(const Tensor& logits, const Cells& cells, const PixelLabels& labels,
-                  const float* lse, const Statistics& statistics, int64_t images, Stream stream);
+                  const float* lse, const Statistics& statistics, Stream stream);
 
-// Sums partials [statistics, images, rows, K] over the rows, in a fixed order. softmax_partials.cu.
-void sum_partials(const Tensor& partials, const Statistics& statistics, int64_t images,
-                  int num_classes, Stream stream);
+// Sums partials [statistics, blocks, K] over the blocks of a launch, or over those of each image,
+// in a fixed order; with `add` it adds them to the statistics. softmax_partials.cu.
+void sum_partials(const float* partials, const Statistics& statistics, const Cells& cells, bool add,
+                  Stream stream);
+
+// Sums statistics over all cells: launch(cells, partials) writes the partials of a launch's blocks.
+// There are several launches if otherwise there would be more partials than a 64th of the logits
+// and more than 2^16 for each multiprocessor. (These are two statistics of two blocks with the
+// largest K.)
+template <class Launch>
+void sum_launches(const Tensor& logits, const Cells& all, const Statistics& statistics,
+                  Stream stream, Launch launch) {
+  const int64_t number = statistics.number(), num_classes = all.logits.num_classes;
+  const int64_t most = std::max(logits.numel() / 64, int64_t{multiprocessors()} << 16);
+  std::optional<Tensor> partials;  // of the first launch, which has the most blocks
+  all.for_launches(most / (number * num_classes), [&](const Cells& cells) {
+    const bool first = !partials;
+    if (first)
+      partials = new_empty(logits, {number, cells.blocks(), num_classes}, ScalarType::Float);
+    launch(cells, partials->mutable_data_ptr<float>());
+    sum_partials(partials->const_data_ptr<float>(), statistics, cells, !first, stream);
+  });
+}
 
 }  // namespace anchorops::cuda

@@ -4,6 +4,7 @@ import pytest
 import torch
 from emulator import BACKEND
 from pixels import (
+    ALL,
     BF16,
     FP16,
     FP32,
@@ -15,6 +16,7 @@ from pixels import (
     make_weights,
     values_and_gradient,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
 
@@ -54,6 +56,9 @@ CASES = [
     # points and volumes
     Case((70, 37), (), False, FP32, "sliced", torch.int32),
     Case((150, 19), (), False, BF16, asked=CE),
+    Case((600, 5), ()),
+    Case((2, 3, 300), (300,), per_image=True),
+    Case((2, 4, 1, 90), (1, 810), asked=("hits", "masses")),
     Case((3, 5, 40), (40,), per_image=True, label_dtype=torch.uint32),
     Case((2, 4, 3, 2, 5), (3, 2, 5), label_dtype=torch.uint64),
     # more classes than a block of any size has
@@ -146,6 +151,49 @@ def test_reproducible(case):
     second = values_and_gradient(case, logits, labels, weights)
     assert all(torch.equal(bitwise(first[0][k]), bitwise(second[0][k])) for k in first[0])
     assert torch.equal(first[1], second[1])
+
+
+class Allocated(TorchDispatchMode):
+    """The shapes of new tensors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+    def __enter__(self):
+        self.shapes = []
+        return super().__enter__()
+
+
+@pytest.mark.parametrize(
+    ("case", "blocks"),
+    [
+        (Case((600, 9), (), asked=("masses",)), (3, 3)),  # 256 points in a block
+        # in launches of one row of patches, or of three
+        (Case((1, 5, 30, 30), (240, 240), asked=("masses",)), (4, 12)),
+        # in launches of one part of the cells
+        (Case((2, 5, 6, 6), (48, 48), asked=("masses", "lse"), per_image=True), (2, 2)),
+    ],
+    ids=str,
+)
+def test_partials_are_limited(case, blocks, set_hardware):
+    """To a 64th of the logits, if no multiprocessor permits more; each image has a block."""
+    set_hardware(0, 228)
+    check(case)
+    logits, labels = make_logits(case), make_labels(case)
+    if logits.dim() == 2:
+        logits, labels = logits.t()[None, :, None], labels[None, None]
+    options = [case.options[x] for x in ("ignore_index", "align_corners", "per_image", *ALL)]
+    operator = torch.ops.anchorops.softmax_moments.cuda
+    with Allocated() as new:
+        operator._op_dk(torch._C.DispatchKey.CPU, logits, labels, *options)
+    num_classes = case.size[1]
+    partials = [shape for shape in new.shapes if len(shape) == 3 and shape[2] == num_classes]
+    assert partials == [(3, blocks[0], num_classes), (1, blocks[1], num_classes)]
+    if not case.per_image:
+        assert 3 * blocks[0] * num_classes <= logits.numel() / 64
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16])
