@@ -246,7 +246,7 @@ __device__ __forceinline__ void copy_word_async(void* shared, const void* global
 #endif
 }
 
-// Ends a group of this thread's copies.
+// Ends a sequence of this thread's copies.
 __device__ __forceinline__ void commit_copies() {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -255,7 +255,7 @@ __device__ __forceinline__ void commit_copies() {
 #endif
 }
 
-// Waits for all groups of this thread's copies except the last PENDING ones.
+// Waits for all sequences of this thread's copies except the last PENDING ones.
 template <int PENDING>
 __device__ __forceinline__ void wait_for_copies() {
 #ifdef __CUDACC__

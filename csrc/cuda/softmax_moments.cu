@@ -4,7 +4,7 @@
 // sum of their partials. With masses or squares: another pass over the logits (softmax_masses.cu),
 // and a sum. With hits: pixel_argmax.cu, and a count. Memory in addition to the results: lse, 4
 // bytes a pixel; shifts, 8 bytes a position; partials, 8·K bytes for each block, or 12·K with
-// masses, but at most 4 bytes for 64 logits or 256 KB for each multiprocessor, whichever is more.
+// masses, but at most 4 bytes for 64 logits or 256 KiB for each multiprocessor, whichever is more.
 // (One block for each 32 columns of cells may need more if images have less than 6 rows of logits.)
 //
 // In a pass over the logits a thread has 16 sums and the four corners of a cell in registers. A
