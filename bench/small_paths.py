@@ -144,43 +144,50 @@ def launches_path(code: Code) -> Path:
 
 
 class Products:
-    """The loop of a block's product of two tiles: it stores the operands of a step to shared
-    memory, requests those of the next step, and multiplies."""
+    """The loop of a warp's product. products: instructions of the tensor cores in a step, which are
+    in one block; start: a block before the loads of the first step."""
 
-    def __init__(self, code: Code, which: int, groups: int):
-        self.code = code
-        ends = code.those(lambda b: b.count("FFMA") == 256)
-        self.product, before = [ends[which]], ends[which - 1] if which else 0
-        again = ends[which] in code.blocks[ends[which]].next
-        self.products = [self.product] * (2 if again else 1)
-        region = range(before, ends[which])
-        count = {i: code.blocks[i].count for i in region}
-        self.stores = [[i] for i in region if count[i](r"STS\.128") == 2]
-        requests = range(self.stores[-1][0], ends[which])
-        wide = [i for i in requests if count[i](r"LDG\.E\.128") == 1]  # float32: two for eight
-        masks = [i for i in requests if count[i](r"LDG\.E\.U8") == 1]
-        loops = [i for i in masks if i in code.blocks[i].next][:1]  # over the groups of a class
-        others = [i for i in requests if count[i](r"LDG\.E$") == 4]  # of the losses of rows
-        if loops:
-            masks = [i for i in masks if i < others[0]]
-        stops = sorted([*wide[1::2], *masks, *others, *loops])
-        self.requests = [[i] for i in stops for _ in range(groups if i in loops else 1)]
+    def __init__(self, code: Code, products: int, groups: int, start: int = 0, which: int = 0):
+        self.code, self.groups = code, groups
+        self.end = code.those(lambda b: b.count("HMMA") == products)[which]
+        self.first = min(code.blocks[self.end].next)
+        self.before = self.stops(range(start, self.first))
+        self.within = [*self.stops(range(self.first + 1, self.end)), [self.end]]
 
-    def path(self, steps: int, *before: list[int]) -> Path:
-        """Up to the block after the product. before: blocks on the way from the start."""
-        first = self.code.walk([0], *before, *self.requests, self.stores[0])
-        again = self.code.walk(*self.stores, *self.requests, *self.products, self.stores[0])
-        return first + again * (steps - 1)
+    def stops(self, region: range) -> list[list[int]]:
+        """Where operands, masks and the losses of rows are loaded and converted: blocks that the
+        shortest path would avoid."""
+        count = {i: self.code.blocks[i].count for i in region}
+        wide = [i for i in region if count[i](r"LDG\.E\.128") == 1][1::2]  # float32: two for eight
+        wide += [i for i in region if count[i](r"LDG\.E\.128") == 2]
+        # after the conversion of float16, and without it
+        wide += [self.code.blocks[i].next[0] for i in region if count[i]("HADD2")]
+        losses = [i for i in region if count[i](r"LDG\.E$") == 4]
+        rows = [i for i in region if count[i]("I2F") and count[i + 1](r"LDG\.E\.U8")]
+        gradients = [i for i in region if count[i](r"MUFU\.EX2") == 1 and count[i]("FADD") == 5]
+        if self.groups == 1:  # a query has its own key
+            gradients += [i + 1 for i in gradients]
+        # over two groups of a class at a time, of keys that are given and of others
+        loops = [i for i in region if count[i](r"LDG\.E\.U8") and i in self.code.blocks[i].next]
+        masks = [loops[i : i + 2] for i in range(0, len(loops), 2)]
+        single = [[i] for i in [*wide, *losses, *[i + 1 for i in rows], *gradients]]
+        return sorted([*single, *masks * math.ceil(self.groups / 2)])
 
-    def last(self, *after: list[int]) -> Path:
-        return self.code.walk(*self.stores, *self.products, *after, self.code.exits)
+    def path(self, steps: int, *after: list[int]) -> Path:
+        walk = self.code.walk
+        entry = walk([0], *self.before, [self.first])
+        step = walk([self.first], *self.within, [self.first])
+        return entry + step * steps + walk([self.end + 1], *after, self.code.exits)
 
 
 def from_caches(path: Path) -> Path:
-    """Masks are in the first-level cache after the first step."""
+    """Masks are in the first-level cache after the first step. A wide load of a warp reads eight
+    rows, or two lines of four rows."""
     seen: set[str] = set()
     found = []
     for x in waiting(path, L2, 4):
+        if x.opcode.startswith("LDG.E.128"):
+            x = x._replace(busy=max(x.busy, 8))
         again = x.opcode.startswith("LDG.E.U8") and x.text in seen
         found.append(x._replace(latency=L1) if again else x)
         seen.add(x.text)
@@ -188,32 +195,48 @@ def from_caches(path: Path) -> Path:
 
 
 def logits_path(code: Code, dim: int, groups: int) -> Path:
-    products = Products(code, 0, groups)
-    loops = [i for i in code.those(lambda b: b.count(r"LDG\.E\.U8") == 1)
-             if i in code.blocks[i].next and i < products.stores[0][0]][-4:]  # fmt: skip
-    masks = [loops[:2]] * groups + [loops[2:]] * groups  # of two keys
-    sums = code.those(lambda b: b.count(r"STS$") == 16)
-    path = products.path(math.ceil(dim / 256), *masks) + products.last(sums)
+    """Of a warp, with one eighth of the channels, 32 at a time."""
+    start = code.those(lambda b: b.count(r"SHFL\.BFLY") == 5)[0]  # after the positives
+    products = Products(code, 24, groups, start)
+    sums = code.those(lambda b: b.count(r"STS\.64") == 4)
+    masks = products.stops(range(sums[0], len(code.blocks) - 1))[: math.ceil(groups / 2)]
+    exponentials = code.those(lambda b: b.count(r"MUFU\.EX2") == 2, sums[0])
+    rows_done = code.those(lambda b: b.count(r"SHFL\.BFLY") == 8)
+    path = products.path(math.ceil(dim / 256), sums, *masks, exponentials, rows_done)
     return from_caches(path)
 
 
-def gradient_paths(code: Code, rows: int, num_classes: int, groups: int) -> tuple[Path, Path]:
-    """Of blocks of dqueries and of dkeys. In the code those of dkeys come first."""
-    paths = []
-    for which, terms in ((1, num_classes), (0, rows)):
-        products = Products(code, which, groups)
-        stored = code.those(lambda b: b.count(r"STG\.E\.128") == 2)  # float32
-        paths.append(from_caches(products.path(math.ceil(terms / 64)) + products.last(stored)))
-    return paths[0], paths[1]
+def gradient_paths(
+    code: Code, rows: int, num_classes: int, groups: int
+) -> tuple[list[Path], list[Path]]:
+    """Of the eight warps of a block of dqueries and of one of dkeys. In the code those of dkeys
+    come first."""
+    start = code.those(lambda b: b.count(r"STS$") == 1)[0]  # after those of dbias
+    of_keys = Products(code, 48, groups, start)
+    of_rows = Products(code, 48, groups, of_keys.end + 1, which=1)
+    summed = code.those(lambda b: b.count(r"STS\.128") == 8)
+    stored = code.those(lambda b: b.count(r"STG\.E\.128") == 2)  # float32
+    positive = []
+    if groups > 1:  # each query is the positive of the other
+        losses = code.those(lambda b: 3 <= b.count(r"LDG\.E$") <= 4, of_rows.end)
+        wide = code.those(lambda b: b.count(r"LDG\.E\.128") == 1, of_rows.end)
+        positive = [[losses[0]], [wide[1]], [losses[1]]]
+    keys = [of_keys.path(n, summed, stored) for n in steps_of_warps(rows, 8)]
+    queries = [of_rows.path(n, summed, *positive, stored) for n in steps_of_warps(num_classes, 4)]
+    return [from_caches(x) for x in queries], [from_caches(x) for x in keys]
+
+
+def steps_of_warps(terms: int, splits: int) -> list[int]:
+    """Steps of 16 terms, of the eight warps of a block."""
+    return [math.ceil((math.ceil(terms / 16) - warp % splits) / splits) for warp in range(8)]
 
 
 def reduce_path(code: Code, rows: int, chunks: int) -> Path:
     """For the mean of the losses."""
-    eight = code.those(lambda b: b.count(r"LDG\.E\.64") == 8)[-1:]
-    singles = code.those(lambda b: b.count(r"LDG\.E\.64") == 1, eight[0])[: chunks % 8]
-    row = [eight] * (chunks // 8) + [[i] for i in singles]
+    chunks_of_row = code.those(lambda b: b.count(r"LDG\.E\.64") == 8)[-1:]
+    row = [chunks_of_row] * math.ceil(chunks / 8)
     summed = code.those(lambda b: b.count(r"SHFL\.BFLY") == 10)
-    return waiting(code.walk([0], *row * math.ceil(rows / THREADS), summed, code.exits), L2)
+    return waiting(code.walk([0], *row * math.ceil(rows / 512), summed, code.exits), L2)
 
 
 def info_nce_row(library: Library, shape: Shape, groups: int) -> Row:
@@ -227,21 +250,27 @@ def info_nce_row(library: Library, shape: Shape, groups: int) -> Row:
     assert each == 1  # the path has one tile
     launches = Launches(library)
     names = "centroid_info_nce_kernel<16, 1>", "reduce_kernel"
-    shared = 4 * 2 * 16 * 260
+    shared = 4 * 8 * 16 * 24
     path = logits_path(launches.code(names[0]), dim, groups)
     # the blocks of the positives have a tenth of the work
     launches.add(names[0], path, row_blocks * (chunks + 0.2 * (groups > 1)), shared)
-    launches.add(names[1], reduce_path(launches.code(names[1]), rows, chunks), 1)
-    gradients = "centroid_info_nce_backward_kernel<32, 1>"
+    launches.add(names[1], reduce_path(launches.code(names[1]), rows, chunks), 1, threads=512)
+    gradients = "centroid_info_nce_backward_kernel<16, 1>"
     of_rows, of_keys = gradient_paths(launches.code(gradients), rows, num_classes, groups)
     channel_blocks = math.ceil(dim / 64)
-    blocks = [math.ceil(rows / 32) * channel_blocks, math.ceil(num_classes / 32) * channel_blocks]
-    longer, shorter = sorted(zip((of_rows, of_keys), blocks, strict=True), key=lambda x: -len(x[0]))
-    here = math.ceil(sum(blocks) / MULTIPROCESSORS)  # blocks of a multiprocessor; all are resident
-    assert here <= library[gradients][1](THREADS, 4 * (32 + 64) * 68)
+    blocks = [math.ceil(rows / 32) * channel_blocks, math.ceil(num_classes / 16) * channel_blocks]
+    shorter, longer = sorted(
+        zip((of_rows, of_keys), blocks, strict=True), key=lambda x: len(x[0][0])
+    )
+    here = math.ceil(sum(blocks) / MULTIPROCESSORS)  # blocks of a multiprocessor
+    resident = library[gradients][1](THREADS, 4 * 8 * 16 * 72)
     long = min(math.ceil(longer[1] / MULTIPROCESSORS), here)
-    paths = [longer[0]] * long + [shorter[0]] * (here - long)
-    cycles = simulate([path for path in paths for _ in range(THREADS // 32)])
+    paths = [*[longer[0]] * long, *[shorter[0]] * (here - long)]
+    # a block that is not resident at first follows the shortest one
+    while len(paths) > max(resident, 1):
+        *paths, first, second = paths
+        paths.append([a + b for a, b in zip(first, second, strict=True)])
+    cycles = simulate([path for block in paths for path in block])
     launches.times.append((gradients, cycles / CLOCK + LAUNCH))
     case = f"{num_classes} classes, {groups} {'query' if groups == 1 else 'queries'} of each"
     return Row("InfoNCE, forward and backward", case, launches.times)

@@ -71,18 +71,28 @@ def test_a_bucket_is_read_once():
     assert paths.largest_bucket() == 4
 
 
-def test_products_request_the_next_step():
-    """The loop of a product: stores, requests, and multiplications, which are two iterations."""
-    store = [line("STS.128 [R0], R4")] * 2
-    wide = [line("LDG.E.128 R4, [R2.64]", 1, write=0)]
-    request = skipped("3", *wide, skipped("4", *wide))
-    stored = skipped("1", *store, line("@P2 BRA `(.L_x_2)", 5), ".L_x_2:\n", *store)
-    multiply = skipped("6", loop("5", *[line("FFMA R1, R1, R2, R3", 1)] * 256))
-    body = code(line("MOV R1, RZ"), loop("0", stored, request, multiply), END)
-    products = paths.Products(body, 0, 1)
-    path = products.path(3) + products.last()
-    found = [count(path, x) for x in ("STS.128", "LDG.E.128", "FFMA")]
-    assert found == [4 * 3, 2 * 3, 3 * 512]
+def test_a_step_of_a_product_loads_and_converts_its_operands():
+    """Four requests, of which the second half is skipped if elements have two bytes; and four
+    conversions, each after the zeros of absent rows."""
+    wide = line("LDG.E.128 R4, [R2.64]", 1, write=0)
+    requests = [skipped(f"{i}3", wide, skipped(f"{i}4", wide)) for i in range(4)]
+    half, joined = line("HADD2.F32 R1, -RZ, R2.H0_H0", 1), line("SEL R1, R1, RZ, P3", 1)
+    converted = [skipped(f"{i}6", skipped(f"{i}7", half), joined) for i in range(4)]
+    multiply = line("HMMA.16816.F32.BF16 R1, R2, R3, R1", 1)
+    body = code(
+        line("MOV R1, RZ"),
+        loop("0", *requests, *converted, multiply * 48),
+        skipped("9", joined),
+        END,
+    )
+    path = paths.Products(body, 48, groups=2).path(3)
+    found = [count(path, x) for x in ("LDG.E.128", "HADD2.F32", "SEL", "HMMA.16816.F32.BF16")]
+    assert found == [8 * 3, 0, 4 * 3, 48 * 3]
+
+
+def test_terms_are_divided_among_warps():
+    assert paths.steps_of_warps(342, 8) == [3, 3, 3, 3, 3, 3, 2, 2]
+    assert paths.steps_of_warps(171, 4) == [3, 3, 3, 2] * 2
 
 
 def test_masks_are_cached_after_the_first_step():

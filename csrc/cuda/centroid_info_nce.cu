@@ -5,13 +5,13 @@
 //
 // Row r is query g of class k: r = k·G + g. Two launches: the first computes blocks of logits and
 // keeps the maximum and the sum of exponentials of each row; the second, with one block, adds these
-// in order. If there are few logits, they are kept for the gradient. Products are float32, without
-// tensor cores: at K = 150 they are a tenth of the time.
+// in order. If there are few logits, they are kept for the gradient. Products have the accuracy of
+// float32 (row_products.cuh).
 //
 // At K = 150, D = 768 there are 100 blocks of 16 × 16 logits. Each reads 98 KB (float32; half of it
-// in bfloat16) from the L2 cache, 1.8 µs at its 5.5 TB/s. Its time is that of its three steps, one
-// after the other, and of shared memory. `make cuda-report` predicts it.
+// in bfloat16) from the L2 cache, 1.8 µs at its 5.5 TB/s. `make cuda-report` predicts its time.
 #include "centroid_info_nce.cuh"
+#include "row_products.cuh"
 #include "warps.cuh"
 
 #include <string>
@@ -19,19 +19,60 @@
 namespace anchorops::cuda {
 namespace {
 
-constexpr int WARPS = THREADS / 32;
-// Blocks of a multiprocessor with small tiles. Except for sm_90, nvcc needs more than the 128
-// registers of two blocks.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr int BLOCKS = 2;
-#else
-constexpr int BLOCKS = 1;
-#endif
+// TILE rows times TILE keys. The small tile divides 150 × 150 logits into 100 blocks; its warps
+// have different terms. The large one reads a fourth as much; its warps have different logits.
+// Thread t then has the logits (t / 16 + 16·i, t % 16 + 16·j), i and j below PER_THREAD.
+template <int TILE>
+struct LogitsTile {
+  static constexpr int PER_THREAD = TILE / 16, M = TILE == SMALL_TILE ? 1 : 2;
+  static constexpr int WARP_ROWS = TILE / (16 * M), WARP_KEYS = TILE / 16;
+  static constexpr int SPLIT = WARPS / (WARP_ROWS * WARP_KEYS), PITCH = TILE + 8;
+  static constexpr size_t SHARED_BYTES = SPLIT * TILE * PITCH * sizeof(float);
+
+  // Afterwards the sums of all terms are in shared memory.
+  static __device__ void multiply(float* shared, const Rows& queries, const Rows& keys,
+                                  const Present& present, int first_row, int first_key) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = lane / 4, q = lane % 4;
+    const int row = warp % WARP_ROWS * 16 * M, key = warp / WARP_ROWS % WARP_KEYS * 16;
+    const int split = warp / (WARP_ROWS * WARP_KEYS);
+    const uint8_t *of_queries[2 * M], *of_keys[2];
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) of_queries[i] = queries.row(first_row + row + 8 * i + n);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) of_keys[i] = keys.row(first_key + key + 8 * i + n);
+    const int r = first_row + row + lane % (16 * M), k = first_key + key + lane % 16;
+    const uint8_t in_queries = r < queries.count ? present.row(r) : 0;
+    const uint8_t in_keys = k < keys.count ? present.key_used(k) : 0;
+    RowProducts<M> products;
+    constexpr int TERMS = RowProducts<M>::TERMS;
+#pragma unroll 1
+    for (int d = split * TERMS; d < queries.dim; d += SPLIT * TERMS)
+      products.add(queries, keys, of_queries, of_keys, d, in_queries, in_keys);
+    __syncthreads();  // the sums of the tile before have been read
+#pragma unroll
+    for (int i = 0; i < 4 * M; ++i) {
+      const int m = i / 4, half = i / 2 % 2, j = i % 2;
+      float* to =
+          shared + (split * TILE + row + 16 * m + 8 * half + n) * PITCH + key + 8 * j + 2 * q;
+      to[0] = products.totals[m][j][2 * half];
+      to[1] = products.totals[m][j][2 * half + 1];
+    }
+    __syncthreads();
+  }
+
+  static __device__ float sum(const float* shared, int row, int column) {
+    float total = 0;
+#pragma unroll
+    for (int split = 0; split < SPLIT; ++split)
+      total += shared[(split * TILE + row) * PITCH + column];
+    return total;
+  }
+};
 
 // grid: blocks of rows × (chunks of the keys, then, if positives are given, blocks of WARPS rows) ×
 // problems.
 template <int TILE, int PROBLEMS>
-__global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : BLOCKS)
+__global__ void __launch_bounds__(THREADS, BLOCKS)
     centroid_info_nce_kernel(const __grid_constant__ LogitsProblems<PROBLEMS> given, Chunks chunks,
                              int width) {
   permit_next_kernel();
@@ -46,13 +87,14 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : BLOCKS)
     if (present.own_is_positive) return;
     const int r = first_row + (chunk - chunks.count) * WARPS + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
-    const auto is_present = [&](int i) { return present.row(i); };
     float product = 0;
+    const uint8_t *query = queries.row(r), *positive = problem.positives.row(r);
+    const bool is_present = r < queries.count && present.row(r);
 #pragma unroll 1
     for (int d = lane * 8; d < queries.dim; d += 32 * 8) {
-      const EightFloats q = to_float(load_eight(queries, r, d, is_present), queries.dtype);
+      const EightFloats q = to_float(load_eight(queries, query, d), queries.dtype, is_present);
       const EightFloats p =
-          to_float(load_eight(problem.positives, r, d, is_present), problem.positives.dtype);
+          to_float(load_eight(problem.positives, positive, d), problem.positives.dtype, is_present);
 #pragma unroll
       for (int i = 0; i < 8; ++i) product = fmaf(q[i], p[i], product);
     }
@@ -70,17 +112,13 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : BLOCKS)
   const int first_tile = chunk * chunks.tiles;
   const int last_tile = min(first_tile + chunks.tiles, ceil_div(keys.count, TILE));
   for (int tile = first_tile; tile < last_tile; ++tile) {
-    uint8_t in_denominator[N];
+    LogitsTile<TILE>::multiply(shared, queries, keys, present, first_row, tile * TILE);
+    uint8_t in_denominator[N];  // loaded after the product, which needs all registers
+    float bias[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int k = tile * TILE + column + 16 * j;
       in_denominator[j] = k < keys.count ? present.key(k) : 0;
-    }
-    LogitsTile<TILE>::multiply(shared, queries, keys, present, first_row, tile * TILE);
-    float bias[N];  // loaded after the product, which needs all registers
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const int k = tile * TILE + column + 16 * j;
       bias[j] = problem.bias && k < keys.count ? problem.bias[k] : 0;
     }
 #pragma unroll
@@ -90,7 +128,7 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : BLOCKS)
       float logits[N], maximum = maxima[i];
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const float product = LogitsTile<TILE>::Product::sum(shared, row + 16 * i, column + 16 * j);
+        const float product = LogitsTile<TILE>::sum(shared, row + 16 * i, column + 16 * j);
         logits[j] = fmaf(inverse_temperature, product, bias[j]);
         if (own == 16 * j && present.own_is_positive && output.positive_logits && r < output.end)
           output.positive_logits[r] = logits[j];
@@ -124,8 +162,10 @@ __global__ void __launch_bounds__(THREADS, TILE == 64 ? 2 : BLOCKS)
 
 enum class Reduction { MEAN, SUM, NONE };
 
+constexpr int REDUCE_THREADS = 512, REDUCE_WARPS = REDUCE_THREADS / 32;
+
 // One block.
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(REDUCE_THREADS)
     reduce_kernel(const float2* partials,  // these two: see centroid_info_nce_kernel
                   const float* positive_logits, Present present,
                   float* loss,   // one, or [K·G] for NONE
@@ -135,7 +175,7 @@ __global__ void __launch_bounds__(THREADS)
   wait_for_kernel_before();
   float loss_of_thread = 0;
   int rows_of_thread = 0;
-  for (int r = threadIdx.x; r < rows; r += THREADS) {
+  for (int r = threadIdx.x; r < rows; r += REDUCE_THREADS) {
     const bool is_present = present.row(r);
     const float positive = positive_logits[r];
     const float result = log_sum_exp(partials, positive, r, rows, chunks);
@@ -148,8 +188,8 @@ __global__ void __launch_bounds__(THREADS)
 
   loss_of_thread = sum_of_warp(loss_of_thread);
   rows_of_thread = sum_of_warp(rows_of_thread);
-  auto* losses = reinterpret_cast<float*>(shared_memory());  // [WARPS]
-  auto* counts = reinterpret_cast<int*>(losses + WARPS);     // [WARPS]
+  auto* losses = reinterpret_cast<float*>(shared_memory());      // [REDUCE_WARPS]
+  auto* counts = reinterpret_cast<int*>(losses + REDUCE_WARPS);  // [REDUCE_WARPS]
   if (threadIdx.x % 32 == 0) {
     losses[threadIdx.x / 32] = loss_of_thread;
     counts[threadIdx.x / 32] = rows_of_thread;
@@ -158,7 +198,7 @@ __global__ void __launch_bounds__(THREADS)
   if (threadIdx.x == 0) {
     float sum = 0;
     int count = 0;
-    for (int warp = 0; warp < WARPS; ++warp) sum += losses[warp], count += counts[warp];
+    for (int warp = 0; warp < REDUCE_WARPS; ++warp) sum += losses[warp], count += counts[warp];
     *scale = reduction == Reduction::MEAN ? loss_weight / static_cast<float>(max(count, 1))
                                           : loss_weight;
     if (reduction != Reduction::NONE) *loss = sum * *scale;
@@ -175,7 +215,7 @@ void launch_logits(const LogitsProblems<PROBLEMS>& given, Stream stream) {
     positives |= output.positive_logits && !problem.present.own_is_positive;
   const dim3 grid(ceil_div(rows, TILE), chunks.count + (positives ? TILE / WARPS : 0), PROBLEMS);
   launch("centroid_info_nce_kernel", centroid_info_nce_kernel<TILE, PROBLEMS>, grid, THREADS,
-         LogitsTile<TILE>::Product::SHARED_BYTES, stream, given, chunks, given.problems[0].width());
+         LogitsTile<TILE>::SHARED_BYTES, stream, given, chunks, given.problems[0].width());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_info_nce(
@@ -210,8 +250,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_info_nce(
                   .positive_logits = positive_logits.mutable_data_ptr<float>(),
                   .logits = kept ? logits.mutable_data_ptr<float>() : nullptr},
                  device.stream);
-  launch_early("centroid_info_nce reduce_kernel", reduce_kernel, 1, THREADS,
-               WARPS * (sizeof(float) + sizeof(int)), device.stream, of_chunks,
+  launch_early("centroid_info_nce reduce_kernel", reduce_kernel, 1, REDUCE_THREADS,
+               REDUCE_WARPS * (sizeof(float) + sizeof(int)), device.stream, of_chunks,
                positive_logits.const_data_ptr<float>(), problem.present,
                loss.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(),
                scale.mutable_data_ptr<float>(), rows, chunks, static_cast<float>(loss_weight),

@@ -13,39 +13,63 @@ struct DlossOfRows {
   const float* lse;              // [K·G]
   const float* positive_logits;  // [K·G]
   float inverse_temperature;
-  int count, groups;
-
-  struct Row {
-    float dloss, lse, positive;  // dloss/τ. An absent row: 0, ∞, 0
-
-    __device__ float dlogit(float logit) const { return dloss * expf(logit - lse); }
-    __device__ float dpositive() const { return dloss * expm1f(positive - lse); }
-  };
+  int groups;
 
   // As in memory, so nothing waits for it before it is used.
   struct Loaded {
     float dloss, scale, lse, positive;
     uint8_t selected;
+    int row;
+  };
+
+  struct OfRow {
+    float dloss, lse, dpositive;  // dloss/τ. An absent row: 0, ∞, 0
+    int own;                      // the class of the row if its own key has no logit, otherwise −1
+
+    __device__ float dlogit(int k, float logit) const {
+      const float gradient = dloss * expf(logit - lse);
+      return k == own ? dpositive : gradient;
+    }
+    // That of another lane.
+    __device__ OfRow of_lane(int lane) const {
+      return {__shfl_sync(FULL_WARP, dloss, lane), __shfl_sync(FULL_WARP, lse, lane),
+              __shfl_sync(FULL_WARP, dpositive, lane), __shfl_sync(FULL_WARP, own, lane)};
+    }
   };
 
   __device__ Loaded load(int r, const Present& present) const {
-    if (r >= count) return {};
-    return {dloss[row_offset(r, groups, stride_k, stride_g)], *scale, lse[r], positive_logits[r],
-            present.row(r)};
+    return {dloss[row_offset(r, groups, stride_k, stride_g)],
+            *scale,
+            lse[r],
+            positive_logits[r],
+            present.row(r),
+            r};
   }
-  __device__ Row row(const Loaded& loaded) const {
-    if (!loaded.selected) return {0, INFINITY, 0};
-    return {loaded.dloss * loaded.scale * inverse_temperature, loaded.lse, loaded.positive};
+  __device__ OfRow row(const Loaded& of, const Present& present) const {
+    if (!of.selected) return {0, INFINITY, 0, -1};
+    const float factor = of.dloss * of.scale * inverse_temperature;
+    return {factor, of.lse, factor * expm1f(of.positive - of.lse),
+            present.own_is_positive ? of.row / groups : -1};
   }
-  __device__ Row row(int r, const Present& present) const { return row(load(r, present)); }
+  __device__ OfRow row(int r, const Present& present) const {
+    return row(load(r, present), present);
+  }
 };
 
 // Logits of the rows from first_row on, and what their gradients need.
 struct KeptLogits {
-  Rows logits;
-  int first_row;
+  const float* logits;  // [rows, width]
+  int rows, width, first_row;
   DlossOfRows losses;
   Present present;
+
+  __device__ const float* at(int r, int k) const { return logits + int64_t{r} * width + k; }
+  __device__ DlossOfRows::Loaded load(int r) const {
+    return r < rows ? losses.load(first_row + r, present) : DlossOfRows::Loaded{};
+  }
+  __device__ DlossOfRows::OfRow row(const DlossOfRows::Loaded& loaded) const {
+    return losses.row(loaded, present);
+  }
 };
 
 // The rows of a new tensor.

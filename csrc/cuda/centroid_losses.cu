@@ -170,15 +170,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_losses_backward(
   for (int which = 0; which < 2; ++which) {
     const Problem& problem = pair.problems[which];
     pair.logits[which] = {
-        .logits = {.data = logits.const_data_ptr<float>() + int64_t{which} * count * width,
-                   .dtype = ScalarType::Float,
-                   .vectors = true,  // a row has a multiple of 8 logits
-                   .count = count,
-                   .groups = 1,
-                   .dim = width,
-                   .stride_k = width,
-                   .stride_g = 0,
-                   .stride_d = 1},
+        .logits = logits.const_data_ptr<float>() + int64_t{which} * count * width,
+        .rows = count,
+        .width = width,
         .first_row = 0,
         .losses = {.dloss = dloss.const_data_ptr<float>(),
                    .stride_k = 0,
@@ -187,7 +181,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> centroid_losses_backward(
                    .lse = lse.const_data_ptr<float>() + which * count,
                    .positive_logits = positive_logits.const_data_ptr<float>() + which * count,
                    .inverse_temperature = 1 / problem.temperature,
-                   .count = count,
                    .groups = problem.queries.groups},
         .present = problem.present};
     const bool contrast = which == 0;
