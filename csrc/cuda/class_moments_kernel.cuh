@@ -132,9 +132,9 @@ struct Accumulator {
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
           const int owner = (lane % 4 * 2 + b) * 4 + j;  // the lane that has channel 8·j + 2q + b
-          const auto add = [&](float (&values)[4][2][4], float of_channel) {
+          const auto add = [&](auto& values, float of_channel) {
             const float value = __shfl_sync(FULL_WARP, of_channel, owner);
-            if (has_slot) values[j][m][2 * h + b] += value;
+            if (has_slot) totals.at(values, m, h, 2 * j + b) += value;
           };
           if constexpr (STATISTICS & SUMS) add(totals.sums, run.sum);
           if constexpr (STATISTICS & RESIDUALS) add(totals.residuals, run.residual);
@@ -321,11 +321,12 @@ struct Accumulator {
       if (slot / 8 != i / 8) continue;
       const int channel = 8 * j + lane % 4 * 2 + b;
       const auto value = static_cast<float>(tile[Layout::offset(channel, pixel)]);
-      if constexpr (STATISTICS & SUMS) totals.sums[j][m][2 * h + b] += value;
+      if constexpr (STATISTICS & SUMS) totals.at(totals.sums, m, h, 2 * j + b) += value;
       if constexpr (STATISTICS & SQDISTS) {
         const float residual = value - slots.anchors[slot * PITCH + channel % 8 * 4 + j];
         totals.sqdists[m][h] = fmaf(residual, residual, totals.sqdists[m][h]);
-        if constexpr (STATISTICS & RESIDUALS) totals.residuals[j][m][2 * h + b] += residual;
+        if constexpr (STATISTICS & RESIDUALS)
+          totals.at(totals.residuals, m, h, 2 * j + b) += residual;
       }
     }
   }

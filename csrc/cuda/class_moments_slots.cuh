@@ -23,13 +23,22 @@ constexpr uint8_t NOT_MET = 255, IN_PARTIALS = 254;  // keys without a slot
 // bfloat16 number it is finite, and different for each slot.
 __host__ __device__ constexpr unsigned slot_code(int slot) { return slot * PITCH * sizeof(float); }
 
-// The totals of all slots, in the order of a product C (matrices.cuh). Lane 4n + q has slot
-// 16·m + 8·h + n: channel 8·j + 2q + b of its sums and residuals at [j][m][2h + b], and a part of
-// its squared distance at [m][h].
+// The totals of all slots. [j][m] is a product C (matrices.cuh) of slots 16·m to 16·m + 15 and
+// channels 8·j to 8·j + 7. So lane 4n + q has eight channels of slots 16·m + 8·h + n, and a part of
+// their squared distances.
 template <int STATISTICS>
 struct SlotTotals {
-  float sums[4][2][4] = {}, residuals[4][2][4] = {}, sqdists[2][2] = {};
+  using Products = float[4][2][4];
+  Products sums = {}, residuals = {};
+  float sqdists[2][2] = {};  // [m][h]
+
+  // The lane's i-th channel.
+  static __device__ __forceinline__ float& at(Products& values, int m, int h, int i) {
+    return values[i / 2][m][2 * h + i % 2];
+  }
 };
+// From the first of a lane's eight channels, 2q, to the i-th.
+__device__ constexpr int channel_of_lane(int i) { return i / 2 * 8 + i % 2; }
 
 template <int STATISTICS>
 struct Slots {
@@ -140,19 +149,19 @@ struct Slots {
       const int2 key = keys[slot];
       const bool add = key.y;
       const int64_t row = int64_t{chunk} * num_keys + key.x;
-      const auto store = [&](float* matrix, float (&values)[4][2][4]) {
-        float* const at = matrix + row * width + first_channel;
+      const auto store = [&](float* matrix, auto& values) {
+        float* const partial = matrix + row * width + first_channel;
         float before[8];
 #pragma unroll
         for (int c = 0; c < 8; ++c)
-          before[c] = add && slot < used && first_channel + c / 2 * 8 + c % 2 < width
-                          ? at[c / 2 * 8 + c % 2]
+          before[c] = add && slot < used && first_channel + channel_of_lane(c) < width
+                          ? partial[channel_of_lane(c)]
                           : 0;
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-          float& value = values[c / 2][m][2 * h + c % 2];
-          if (slot < used && first_channel + c / 2 * 8 + c % 2 < width)
-            at[c / 2 * 8 + c % 2] = before[c] + value;
+          float& value = totals.at(values, m, h, c);
+          if (slot < used && first_channel + channel_of_lane(c) < width)
+            partial[channel_of_lane(c)] = before[c] + value;
           value = 0;
         }
       };
