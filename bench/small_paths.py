@@ -23,6 +23,7 @@ from time_model import (
     MEMORY,
     MULTIPROCESSORS,
     Path,
+    cached,
     simulate,
 )
 
@@ -279,7 +280,8 @@ def info_nce_row(library: Library, shape: Shape, groups: int) -> Row:
 # --- CeCo's sums of upsampled features ------------------------------------------------------------
 
 CHANNELS, TILE, MOST_BYTES = 128, 128, 10 << 20
-HELD = 32  # channels of a thread in the backward pass
+SLOTS = 16  # for the keys of a tile
+FORWARD_THREADS, BACKWARD_THREADS, ADD_THREADS = 512, 256, 128
 
 
 def keys_of_tile(shape: Shape) -> int:
@@ -293,31 +295,47 @@ def keys_of_tile(shape: Shape) -> int:
     return round(float(np.mean(tiles)))
 
 
+class Upsampling:
+    """Blocks of both kernels: the features of a patch in planes are requested; then the weights of
+    the tile are computed, a row of labels at a time, and those of the threads of a pixel are added;
+    then the keys follow."""
+
+    def __init__(self, code: Code, threads: int, keys: int):
+        self.code = code
+        self.load = code.those(lambda b: b.count(r"LDG\.E\.EF\.128") == 4)[:1]
+        labels = code.those(lambda b: b.count(r"LDG\.E\.U8") == 8)[:1]
+        key = code.those(lambda b: b.count("FFMA") == 32 and b.count(r"LDS\.128") == 2)[:1]
+        parts = threads // TILE
+        sums = code.those(lambda b: b.count("LDS$") >= parts and b.count("STS$") == 1, labels[0])
+        added = sums[:1]
+        # a label row for each of the threads of a pixel in turn
+        self.tile = [
+            *[labels] * (2 * RATIO // parts),
+            *[added] * math.ceil(keys / parts),
+            *[key] * keys,
+        ]
+
+    def walk(self, *stops: list[int]) -> Path:
+        return cached(self.code.walk(*stops), L2)
+
+
 def upsampled_path(code: Code, tiles: int, keys: int) -> Path:
-    """The tiles of a block, in planes: their features, weights, moments, and sums of each key."""
-    load = code.those(lambda b: b.count(r"LDG\.E\.U16") == 64)[:1]
-    labels = code.those(lambda b: b.count(r"LDG\.E\.U8") == 8)[:1]
-    mean = code.those(lambda b: b.count("FADD") == 16 and not b.count("FFMA"), labels[0])[:1]
-    squares = code.those(lambda b: b.count("FADD") == b.count("FFMA") == 16, mean[0])[:1]
-    sums = code.those(lambda b: b.count(r"LDS\.128") == 4, squares[0])[:1]
-    added = code.those(lambda b: b.count("LDG") == b.count("STG") == 1, sums[0])[:1]
-    key = [*[sums] * (TILE // 16), added]
-    stops = [*[load] * 2, *[labels] * 2 * RATIO, *[mean] * 8, *[squares] * 8, *key * keys]
-    entry, tile = code.walk([0], load), code.walk(*stops, load)
-    return entry + tile * (tiles - 1) + code.walk(*stops, code.exits)
+    """The tiles of a block: their features, weights, sums of each key, and moments."""
+    way = Upsampling(code, FORWARD_THREADS, keys)
+    tile = way.walk(way.load, *way.tile, way.load)
+    first, last = way.walk([0], way.load), way.walk(way.load, *way.tile, code.exits)
+    return first + tile * (tiles - 1) + last
 
 
 def upsampled_backward_path(code: Code, keys: int) -> Path:
-    """One tile: its weights, then the gradients of all channels, HELD at a time."""
-    labels = code.those(lambda b: b.count(r"LDG\.E\.U8") == 8)[:1]
-    features = code.those(lambda b: b.count(r"LDG\.E\.U16") == HELD)[:1]
-    added = code.those(lambda b: b.count(r"LDG\.E$") == b.count("FFMA") == HELD)[:1]
-    stored = code.those(lambda b: b.count(r"STG\.E\.U16") == 1)[-HELD:]
-    channels = [*[added] * keys, *([i] for i in stored)]
-    first = code.walk([0], features, *[labels] * 2 * RATIO, *channels, features)
-    again = code.walk(features, *channels, features)
-    last = code.walk(features, *channels, code.exits)
-    return first + again * (CHANNELS // HELD - 2) + last
+    """One tile: its weights, then the gradients of all channels, in parts."""
+    way = Upsampling(code, BACKWARD_THREADS, keys)
+    stored = [[i] for i in code.those(lambda b: b.count(r"STG\.E\.EF\.128") >= 1)]
+    channels = [*way.tile[-keys:], *stored]
+    first = way.walk([0], way.load, *way.tile, *stored, way.load)
+    parts = CHANNELS // (BACKWARD_THREADS // 4)
+    again = way.walk(way.load, *channels, way.load)
+    return first + again * (parts - 2) + way.walk(way.load, *channels, code.exits)
 
 
 def upsampled_rows(library: Library, shape: Shape, title: str) -> list[Row]:
@@ -326,29 +344,32 @@ def upsampled_rows(library: Library, shape: Shape, title: str) -> list[Row]:
     keys = keys_of_tile(shape)
     entries = 4 * shape.classes * CHANNELS
     most = MOST_BYTES // entries
-    most = MULTIPROCESSORS * min(most // MULTIPROCESSORS, 4) if most >= MULTIPROCESSORS else most
+    most = min(most, MULTIPROCESSORS)
     of_image = tiles // shape.batch
     each = math.ceil(of_image / max(most // shape.batch, 1))
     blocks = shape.batch * math.ceil(of_image / each)
-    weights = 4 * 32 * TILE + 4 * (32 + 4 + math.ceil(shape.classes / 32))
+    lists = 4 * (SLOTS + 4 + math.ceil(shape.classes / 32))
     features, labels = 2 * CHANNELS * shape.pixels, RATIO**2 * shape.pixels
     names = [
         f"upsampled_sums_{which}kernel<BFloat16, unsigned char>" for which in ("", "backward_")
     ]
     forward = Launches(library)
-    path = waiting(upsampled_path(forward.code(names[0]), each, keys), L2)
-    shared, moved = 2 * CHANNELS * (TILE + 2) + weights, features + labels + blocks * entries
-    forward.add(names[0], path, blocks, shared, moved, TILE)
+    path = upsampled_path(forward.code(names[0]), each, keys)
+    shared, moved = 4 * SLOTS * FORWARD_THREADS + lists, features + labels + blocks * entries
+    forward.add(names[0], path, blocks, shared, moved, FORWARD_THREADS)
     add = "add_upsampled_partials_kernel"
     code = forward.code(add)
     sixteen = code.those(lambda b: b.count("LDG") == b.count("FADD") == 16)[:1]
     path = code.walk(
         [0], *[sixteen] * (blocks // 16), code.those(lambda b: b.count("STG") == 1)[-1:]
     )
-    forward.add(add, waiting(path, L2), entries // 4 // TILE + 32, 0, blocks * entries, TILE)
+    blocks_of_sums = math.ceil(entries / 4 / ADD_THREADS) + CHANNELS * 32 // ADD_THREADS
+    moved = blocks * entries
+    forward.add(add, waiting(path, L2), blocks_of_sums, 0, moved, ADD_THREADS)
     backward = Launches(library)
-    path = waiting(upsampled_backward_path(backward.code(names[1]), keys), L2)
-    backward.add(names[1], path, tiles, weights, 2 * features + labels, TILE)
+    path = upsampled_backward_path(backward.code(names[1]), keys)
+    shared, moved = 4 * SLOTS * BACKWARD_THREADS + lists, 2 * features + labels
+    backward.add(names[1], path, tiles, shared, moved, BACKWARD_THREADS)
     case = f"{title}, labels ×{RATIO}"
     return [
         Row("upsampled sums, forward", case, forward.times),

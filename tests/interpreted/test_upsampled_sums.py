@@ -55,6 +55,14 @@ def test_dtypes_and_layouts(dtype):
     check(features.contiguous(memory_format=torch.channels_last), labels, 5, False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sixteen_bytes_at_once(dtype):
+    """Rows of a multiple of 8 pixels, and pixels of a multiple of 8 channels."""
+    features, labels = example((2, 136), (4, 290), 24, dtype)
+    check(features, labels, 5, True)
+    check(features.contiguous(memory_format=torch.channels_last), labels, 5, True)
+
+
 @pytest.mark.usefixtures("other_gpu")
 def test_several_tiles_in_a_chunk():
     check(*example((20, 5), (40, 9)), 5, False)

@@ -1,0 +1,254 @@
+// Patches of features: the numbers that a thread of upsampled_sums.cu holds in registers, 8
+// consecutive pixels of 4 channels. 16 lanes of a warp share the channels and hold the pixels of a
+// tile.
+#pragma once
+
+#include "splat.cuh"
+#include "warps.cuh"
+
+namespace anchorops::cuda {
+namespace {
+
+constexpr int TILE = 128;  // pixels
+constexpr int PIXELS = 8, CHANNELS = 4;
+constexpr int LANES = TILE / PIXELS;  // with the same channels
+
+// What a thread reads at once: pixels of a channel, channels of a pixel, or one number.
+enum class Access { PIXELS, CHANNELS, SINGLE };
+
+// Features (B, C, H, W) whose rows join, and the grid of their labels.
+struct View {
+  Grids grids;
+  Access access;
+  int channels, num_classes;
+  int image_keys;  // the sums of image i begin at row i·image_keys
+  int64_t stride_b, stride_d, stride_p;
+
+  View(const Tensor& features, const Tensor& keys, int64_t num_classes, bool per_image)
+      : grids{LabelAxis(keys.size(1), features.size(2)), LabelAxis(keys.size(2), features.size(3))},
+        channels(static_cast<int>(features.size(1))),
+        num_classes(static_cast<int>(num_classes)),
+        image_keys(per_image ? static_cast<int>(num_classes) : 0) {
+    const auto size = to_vector(features.sizes()), stride = to_vector(features.strides());
+    STD_TORCH_CHECK(rows_join(size, stride), "upsampled_sums: features: rows are not adjacent");
+    const Pixels pixels = as_pixels(size, stride, true);
+    stride_b = pixels.stride_b;
+    stride_d = pixels.stride_d;
+    stride_p = pixels.stride_p;
+    const bool rows = stride_d == 1 && channels % CHANNELS == 0;
+    const bool planes = stride_p == 1 && grids.columns.features % PIXELS == 0;
+    const bool aligned = vectors_aligned(
+        features.const_data_ptr(), {stride_b, rows ? stride_p : stride_d}, features.element_size());
+    access = !aligned ? Access::SINGLE
+             : rows   ? Access::CHANNELS
+             : planes ? Access::PIXELS
+                      : Access::SINGLE;
+  }
+
+  __host__ __device__ int row_tiles() const { return grids.row_tiles(TILE); }
+  __host__ __device__ int tiles() const { return grids.rows.features * row_tiles(); }
+};
+
+// Elements that are read and written at once.
+template <class T, int COUNT>
+struct alignas(COUNT * sizeof(T)) Elements {
+  T of[COUNT];
+};
+
+// The numbers of a thread: those of a patch of the tile.
+template <class T>
+struct Patch {
+  static constexpr int IN_WORD = sizeof(unsigned) / sizeof(T);
+  unsigned words[CHANNELS][PIXELS / IN_WORD];  // so that a load is not waited for before its use
+
+  // The patch of this thread, in the tile's channels and pixels.
+  __device__ static int first_channel() { return static_cast<int>(threadIdx.x) / LANES * CHANNELS; }
+  __device__ static int first_pixel() { return static_cast<int>(threadIdx.x) % LANES * PIXELS; }
+
+  __device__ float at(int c, int p) const {
+    const unsigned word = words[c][p / IN_WORD];
+    if constexpr (std::is_same_v<T, float>) {
+      return __uint_as_float(word);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      return __uint_as_float(p % 2 ? word & 0xffff0000 : word << 16);
+    } else {
+      T number;
+      const auto bits = static_cast<uint16_t>(p % 2 ? word >> 16 : word);
+      memcpy(&number, &bits, sizeof number);
+      return static_cast<float>(number);
+    }
+  }
+
+  __device__ void convert(float (&numbers)[CHANNELS][PIXELS]) const {
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c)
+#pragma unroll
+      for (int p = 0; p < PIXELS; ++p) numbers[c][p] = at(c, p);
+  }
+
+  // In the order of pixels. bits: of the number, in the lower bits.
+  __device__ void set(int c, int p, unsigned bits) {
+    unsigned& word = words[c][p / IN_WORD];
+    word = p % IN_WORD ? word | bits << 16 : bits;
+  }
+
+  // from: the first number. 0 after the last channel and the last pixel.
+  __device__ void load(const T* from, const View& view, int channels, int pixels) {
+    if (pixels <= 0) channels = 0;
+    if (view.access == Access::PIXELS) {
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c) {
+        const auto* of_channel = reinterpret_cast<const unsigned*>(from + c * view.stride_d);
+#pragma unroll
+        for (int i = 0; i < PIXELS / IN_WORD; i += 4) {
+          Vector<unsigned> some = {};
+          if (c < channels) some = load_streaming(of_channel + i);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) words[c][i + j] = some.elements[j];
+        }
+      }
+    } else if (view.access == Access::CHANNELS) {
+#pragma unroll
+      for (int p = 0; p < PIXELS; ++p) {
+        using Words = Elements<unsigned, CHANNELS / IN_WORD>;
+        Words some = {};
+        if (channels > 0 && p < pixels)
+          some = *reinterpret_cast<const Words*>(from + p * view.stride_p);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c) {
+          const unsigned word = some.of[c / IN_WORD];
+          set(c, p, IN_WORD == 1 ? word : c % 2 ? word >> 16 : word & 0xffff);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c, from += view.stride_d) {
+        const T* next = from;
+#pragma unroll
+        for (int p = 0; p < PIXELS; ++p, next += view.stride_p) {
+          unsigned bits = 0;
+          if (c < channels && p < pixels) {
+            const T number = *next;
+            memcpy(&bits, &number, sizeof number);
+          }
+          set(c, p, bits);
+        }
+      }
+    }
+  }
+};
+
+// Writes a patch of values.
+template <class T>
+__device__ void store(T* to, const float (&values)[CHANNELS][PIXELS], const View& view,
+                      int channels, int pixels) {
+  if (channels <= 0 || pixels <= 0) return;
+  if (view.access == Access::PIXELS) {
+    constexpr int SIZE = Vector<T>::SIZE;
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c)
+#pragma unroll
+      for (int i = 0; i < PIXELS; i += SIZE) {
+        float some[SIZE];
+        for (int j = 0; j < SIZE; ++j) some[j] = values[c][i + j];
+        if (c < channels) store_streaming(to + c * view.stride_d + i, round_to<T>(some));
+      }
+  } else if (view.access == Access::CHANNELS) {
+#pragma unroll
+    for (int p = 0; p < PIXELS; ++p) {
+      Elements<T, CHANNELS> some;
+      for (int c = 0; c < CHANNELS; ++c) some.of[c] = static_cast<T>(values[c][p]);
+      if (p < pixels) *reinterpret_cast<Elements<T, CHANNELS>*>(to + p * view.stride_p) = some;
+    }
+  } else {
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c, to += view.stride_d) {
+      T* next = to;
+#pragma unroll
+      for (int p = 0; p < PIXELS; ++p, next += view.stride_p)
+        if (c < channels && p < pixels) *next = static_cast<T>(values[c][p]);
+    }
+  }
+}
+
+// The weights of a patch's pixels in a slot.
+__device__ __forceinline__ void weights_of_patch(const float* weights, float (&found)[PIXELS]) {
+#pragma unroll
+  for (int i = 0; i < PIXELS; i += Vector<float>::SIZE) {
+    const auto some = load_vector(weights + i);
+#pragma unroll
+    for (int j = 0; j < Vector<float>::SIZE; ++j) found[i + j] = some.elements[j];
+  }
+}
+
+// The number of pixels, and for each channel of a patch the mean and the sum of squared deviations,
+// of pixels that come in parts (Chan et al.).
+struct Moments {
+  float count = 0, mean[CHANNELS] = {}, squares[CHANNELS] = {};
+
+  __device__ void add(const Moments& more) {
+    const float total = count + more.count;
+    if (total == 0) return;
+    const float part = more.count / total;
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      const float shift = more.mean[c] - mean[c];
+      mean[c] += shift * part;
+      squares[c] += more.squares[c] + shift * shift * (count * part);
+    }
+    count = total;
+  }
+
+  __device__ void add(const float (&numbers)[CHANNELS][PIXELS], int pixels) {
+    Moments more;
+    more.count = static_cast<float>(pixels);
+    const float factor = pixels > 0 ? 1 / more.count : 0;
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      float total = 0;
+#pragma unroll
+      for (int p = 0; p < PIXELS; ++p) total += numbers[c][p];
+      more.mean[c] = total * factor;
+#pragma unroll
+      for (int p = 0; p < PIXELS; ++p) {
+        const float deviation = p < pixels ? numbers[c][p] - more.mean[c] : 0;
+        more.squares[c] += deviation * deviation;
+      }
+    }
+    add(more);
+  }
+
+  // Those of all lanes with the same channels, for the first one of them.
+  __device__ void add_lanes() {
+#pragma unroll 1
+    for (int lanes = LANES / 2; lanes; lanes /= 2) {
+      Moments more;
+      more.count = __shfl_xor_sync(FULL_WARP, count, lanes);
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c) {
+        more.mean[c] = __shfl_xor_sync(FULL_WARP, mean[c], lanes);
+        more.squares[c] = __shfl_xor_sync(FULL_WARP, squares[c], lanes);
+      }
+      add(more);
+    }
+  }
+};
+
+// Sums over the lanes with the same channels. Lane i gets the sum of channel i % LANES / 4.
+__device__ __forceinline__ float sum_of_lanes(float (&totals)[CHANNELS]) {
+  static_assert(LANES == 16 && CHANNELS == 4);
+  const bool second = threadIdx.x & 8, odd = threadIdx.x & 4;
+  float pair[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    pair[i] = second ? totals[2 + i] : totals[i];
+    pair[i] += __shfl_xor_sync(FULL_WARP, second ? totals[i] : totals[2 + i], 8);
+  }
+  float total = odd ? pair[1] : pair[0];
+  total += __shfl_xor_sync(FULL_WARP, odd ? pair[0] : pair[1], 4);
+  total += __shfl_xor_sync(FULL_WARP, total, 2);
+  return total + __shfl_xor_sync(FULL_WARP, total, 1);
+}
+
+}  // namespace
+}  // namespace anchorops::cuda
