@@ -50,7 +50,8 @@ struct LogitsStage {
   // The shifts at the corners of the thread's cell.
   __device__ Corners shifts_of_cell() const {
     const float* top = shifts + threadIdx.x / 32 * COLUMNS + threadIdx.x % 32;
-    return {top[0], top[1], top[COLUMNS], top[COLUMNS + 1]};
+    const float* below = top + (cells.one_row ? 0 : COLUMNS);
+    return {top[0], top[1], below[0], below[1]};
   }
 
   // The end of the stage in shared memory.

@@ -59,6 +59,9 @@ CASES = [
     Case((600, 5), ()),
     Case((2, 3, 300), (300,), per_image=True),
     Case((2, 4, 1, 90), (1, 810), asked=("hits", "masses")),
+    # one row of pixels in geometric sequences: the shifts of one row, of several small images
+    Case((2, 5, 1, 40), (1, 160), True),
+    Case((20, 3, 1, 1), (1, 4), True),
     Case((3, 5, 40), (40,), per_image=True, label_dtype=torch.uint32),
     Case((2, 4, 3, 2, 5), (3, 2, 5), label_dtype=torch.uint64),
     # more classes than a block of any size has
