@@ -139,6 +139,11 @@ __device__ void sum_columns(float* shared, const KeptLogits& logits, const Outpu
 template <int TILE>
 constexpr int QUERIES = std::max(TILE, 32);
 
+// Blocks that divide the channels of an output. Without channels one is left, for the bias.
+__host__ __device__ inline int channel_blocks_of(const Rows& keys) {
+  return max(ceil_div(keys.dim, CHANNELS), 1);
+}
+
 // grid: ((blocks of rows for dqueries and dpositives, then blocks of keys for dkeys) × blocks of D,
 // then blocks of 32 keys for dbias) × problems. Blocks of D are next to each other, so at K = 171 a
 // multiprocessor has a block of rows and one of keys.
@@ -155,7 +160,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   const Present& present = problem.present;
   const int rows = logits.rows;
   const int row_blocks = ceil_div(rows, QUERIES<TILE>), key_blocks = ceil_div(keys.count, TILE);
-  const int channel_blocks = ceil_div(keys.dim, CHANNELS);
+  const int channel_blocks = channel_blocks_of(keys);
   const int block = blockIdx.x / channel_blocks, first_d = blockIdx.x % channel_blocks * CHANNELS;
   if (block >= row_blocks + key_blocks) {
     const int of_bias = blockIdx.x - (row_blocks + key_blocks) * channel_blocks;
@@ -239,7 +244,7 @@ void launch_gradients(const GradientProblems<PROBLEMS>& given, Stream stream) {
   bool bias = false;
   for (const Outputs& outputs : given.outputs) bias |= outputs.dbias != nullptr;
   const int blocks = ceil_div(rows, QUERIES<TILE>) + ceil_div(keys.count, TILE);
-  const dim3 grid(blocks * ceil_div(keys.dim, CHANNELS) + (bias ? ceil_div(keys.count, 32) : 0),
+  const dim3 grid(blocks * channel_blocks_of(keys) + (bias ? ceil_div(keys.count, 32) : 0),
                   PROBLEMS);
   launch("centroid_info_nce_backward_kernel", centroid_info_nce_backward_kernel<TILE, PROBLEMS>,
          grid, THREADS, WARPS * 16 * PITCH * sizeof(float), stream, given);
