@@ -84,7 +84,8 @@ __device__ __forceinline__ unsigned upper_halves(float first, float second) {
 #endif
 }
 
-// Splits each of two numbers exactly into three bfloat16 numbers, from the largest to the smallest.
+// Splits each of two numbers into three bfloat16 numbers, from the largest to the smallest:
+// exactly, except for bits below 2^-133, the smallest bfloat16.
 __device__ __forceinline__ void split(float first, float second, unsigned (&terms)[3]) {
 #pragma unroll
   for (int i = 0; i < 3; ++i) {

@@ -1,7 +1,7 @@
 // Products of float32 numbers on tensor cores, for the kernels of centroid InfoNCE. No shared
 // memory is needed: a warp loads its operands in the order of the products (matrices.cuh).
 //
-// Each number is split exactly into three bfloat16 numbers, each at most 2^-8 of the one before. Of
+// Each number is split into three bfloat16 numbers, each at most 2^-8 of the one before. Of
 // the nine products of these, the six largest are added; the others are below 2^-23 of the product
 // of the two numbers. Sums of 16 products are added in float32, because tensor cores truncate.
 #pragma once

@@ -5,7 +5,7 @@
 // and a sum. With hits: pixel_argmax.cu, and a count. Memory in addition to the results: lse, 4
 // bytes a pixel; shifts, 8 bytes a position; partials, 8·K bytes for each block, or 12·K with
 // masses, but at most 4 bytes for 64 logits or 256 KiB for each multiprocessor, whichever is more.
-// (One block for each 32 columns of cells may need more if images have less than 6 rows of logits.)
+// (A launch has at least one block for each 32 columns of cells, which small images may exceed.)
 //
 // In a pass over the logits a thread has 16 sums and the four corners of a cell in registers. A
 // block of 8 warps has 8 rows of 32 cells, and 42 KB of shared memory. Registers permit 16 warps on
