@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../errors.h"
 #include "../labels.h"
 #include "operators.h"
 

@@ -21,6 +21,7 @@
 #include <optional>
 #include <vector>
 
+#include "../errors.h"
 #include "../launch.cuh"
 #ifdef __CUDACC__
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
