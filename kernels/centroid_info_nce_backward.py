@@ -229,7 +229,7 @@ def centroid_info_nce_backward(
     dkeys = keys.new_empty(keys.shape, dtype=keys.dtype if part >= rows else torch.float32)
     dbias = lse.new_empty(0 if bias is None else num_classes)
     dpositives = queries.new_empty(0) if positives is None else positives.new_empty(queries.shape)
-    if rows == 0 or dim == 0:
+    if rows == 0:
         return dqueries.zero_(), dkeys.zero_(), dbias.zero_(), dpositives.zero_()
     if not kept:
         logits = lse.new_empty((min(part, rows), width))
@@ -242,7 +242,7 @@ def centroid_info_nce_backward(
         if not kept:
             compute_logits(problem, form, these, Sums(None, None, None))
         row_blocks = triton.cdiv(these.end_row - first_row, BLOCK_R)
-        _centroid_info_nce_bwd_kernel[(row_blocks + key_blocks, triton.cdiv(dim, BLOCK_D))](
+        _centroid_info_nce_bwd_kernel[(row_blocks + key_blocks, max(triton.cdiv(dim, BLOCK_D), 1))](
             *(problem, these, losses, outputs),
             ADD=first_row > 0,
             FORM=form,
