@@ -298,7 +298,7 @@ def keys_of_tile(shape: Shape) -> int:
 class Upsampling:
     """Blocks of both kernels: the features of a patch in planes are requested; then the weights of
     the tile are computed, a row of labels at a time, and those of the threads of a pixel are added;
-    then the keys follow."""
+    one warp sorts the keys, and the others wait for it; then the keys follow."""
 
     def __init__(self, code: Code, threads: int, keys: int):
         self.code = code
@@ -308,10 +308,14 @@ class Upsampling:
         parts = threads // TILE
         sums = code.those(lambda b: b.count("LDS$") >= parts and b.count("STS$") == 1, labels[0])
         added = sums[:1]
+        compared = code.those(lambda b: b.count("LDS$") == 1, added[0])[:1]
+        sorted_ = code.those(lambda b: b.count("STS$") == 2)
         # a label row for each of the threads of a pixel in turn
         self.tile = [
             *[labels] * (2 * RATIO // parts),
             *[added] * math.ceil(keys / parts),
+            *[compared] * keys,
+            sorted_,
             *[key] * keys,
         ]
 
@@ -348,7 +352,7 @@ def upsampled_rows(library: Library, shape: Shape, title: str) -> list[Row]:
     of_image = tiles // shape.batch
     each = math.ceil(of_image / max(most // shape.batch, 1))
     blocks = shape.batch * math.ceil(of_image / each)
-    lists = 4 * (SLOTS + 4 + math.ceil(shape.classes / 32))
+    lists = 4 * (2 * SLOTS + 2)
     features, labels = 2 * CHANNELS * shape.pixels, RATIO**2 * shape.pixels
     names = [
         f"upsampled_sums_{which}kernel<BFloat16, unsigned char>" for which in ("", "backward_")

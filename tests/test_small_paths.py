@@ -24,6 +24,9 @@ def code(*lines: str):
     return paths.Code("".join(lines))
 
 
+SORT = skipped("5", loop("4", line("LDS R4, [R2]")), line("STS [R2], R4") * 2)
+
+
 def count(path, opcode: str) -> int:
     return sum(x.opcode == opcode for x in path)
 
@@ -108,15 +111,15 @@ def test_keys_of_a_tile():
 
 def test_upsampled_sums_of_a_tile():
     """Forward: features, a row of labels for each of a pixel's four threads in turn, weights of the
-    four added, keys; and the same again for the next tile."""
+    four added, the keys sorted, keys; and the same again for the next tile."""
     feature, label = line("LDG.E.EF.128 R4, [R2.64]", 1, write=0), line("LDG.E.U8 R4, [R2.64]")
     rows = loop("1", label * 8)
     added = loop("2", line("LDS R4, [R2]") * 4, line("STS [R2], R4"))
     keys = loop("3", line("LDS.128 R4, [R2]") * 2, line("FFMA R1, R1, R2, R3", 1) * 32)
-    tile = loop("0", feature * 4, line("@P1 BRA `(.L_x_1)", 5), rows, added, keys)
+    tile = loop("0", feature * 4, line("@P1 BRA `(.L_x_1)", 5), rows, added, SORT, keys)
     path = paths.upsampled_path(code(line("MOV R1, RZ"), tile, END), tiles=3, keys=5)
     opcodes = ("LDG.E.EF.128", "LDG.E.U8", "STS", "FFMA")
-    each = [4, 8 * 2 * paths.RATIO // 4, 2, 32 * 5]  # each of the four adds a slot of five, or two
+    each = [4, 8 * 2 * paths.RATIO // 4, 4, 32 * 5]  # STS: two of five slots at most, and the sort
     assert [count(path, x) for x in opcodes] == [3 * n for n in each]
 
 
@@ -127,10 +130,11 @@ def test_gradient_of_upsampled_sums():
         "7",
         loop("1", label * 8),
         loop("2", line("LDS R4, [R2]") * 2, line("STS [R2], R4")),
+        SORT,
     )
     keys = loop("3", line("LDS.128 R4, [R2]") * 2, line("FFMA R1, R1, R2, R3", 1) * 32)
     store = line("STG.E.EF.128 [R2.64], R4")
     part = loop("0", feature * 4, weights, keys, *[skipped(f"{i}8", store) for i in range(4)])
     path = paths.upsampled_backward_path(code(line("MOV R1, RZ"), part, END), keys=3)
     opcodes = ("LDG.E.EF.128", "LDG.E.U8", "STS", "FFMA", "STG.E.EF.128")
-    assert [count(path, x) for x in opcodes] == [8, 8 * 2 * paths.RATIO // 2, 2, 2 * 32 * 3, 8]
+    assert [count(path, x) for x in opcodes] == [8, 8 * 2 * paths.RATIO // 2, 4, 2 * 32 * 3, 8]

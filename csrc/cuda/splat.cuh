@@ -3,12 +3,19 @@
 //
 // A tile is 128 consecutive features of a row. Each feature has PARTS threads of a block, which
 // read the keys of the labels around it in turn, a row each, from memory once, otherwise from the
-// caches. The keys get slots in shared memory, in any order. A weight is summed in registers as
-// long as the key is the same, and then in the thread's own column of the slot; at the end the
-// columns of the parts are added. The keys of a row are requested together, COLUMNS at a time, and
-// the weights of these columns are computed once. If there are more keys than slots, the remaining
-// ones follow in further rounds.
+// caches. A key takes the next free slot in shared memory. A weight is summed in registers as long
+// as the key is the same, and then in the thread's own column of the slot; at the end the columns
+// of the parts are added. The keys of a row are requested together, COLUMNS at a time, and the
+// weights of these columns are computed once.
+//
+// The results have the same bits in each run. Which slot a key takes depends on the order of the
+// threads; the weights do not, because each column is summed by one thread, and the columns of the
+// parts are added in order. Slots are read in the order of their keys. If there are more keys than
+// slots, it depends on the threads which keys have one: then no slot is read, and rounds of SLOTS
+// consecutive keys follow.
 #pragma once
+
+#include <climits>
 
 #include "tensors.cuh"
 
@@ -58,27 +65,23 @@ struct Grids {
 template <int THREADS>  // of a block
 class Weights {
  public:
-  static constexpr int PIXELS = 128, SLOTS = 16;
+  static constexpr int PIXELS = 128, SLOT_BITS = 4, SLOTS = 1 << SLOT_BITS;
   static constexpr int PARTS = THREADS / PIXELS;
   static constexpr int COLUMNS = 8;  // around a feature, with four times as many labels
 
-  static size_t bytes(int64_t num_classes) {
-    return sizeof(float) * SLOTS * THREADS + sizeof(int) * (SLOTS + 4 + ceil_div(num_classes, 32));
-  }
+  static constexpr size_t BYTES = sizeof(float) * SLOTS * THREADS + sizeof(int) * (2 * SLOTS + 2);
 
-  // memory: the next bytes(num_classes) of shared memory, aligned to 16 bytes.
-  __device__ Weights(unsigned char* memory, int num_classes)
+  // memory: the next BYTES of shared memory, aligned to 16 bytes.
+  __device__ explicit Weights(unsigned char* memory)
       : weights_(reinterpret_cast<float*>(memory)),
         slots_(reinterpret_cast<int*>(weights_ + SLOTS * THREADS)),
-        more_(slots_ + SLOTS),
-        done_(reinterpret_cast<unsigned*>(more_ + 4)),
-        words_(ceil_div(num_classes, 32)) {}
+        sorted_(slots_ + SLOTS),
+        block_(sorted_ + SLOTS),
+        next_(block_ + 1) {}
 
-  // Before the rounds of a tile. The whole block calls it.
+  // Before the rounds of a tile.
   __device__ void begin() {
-    __syncthreads();
-    for (int word = threadIdx.x; word < words_; word += THREADS) done_[word] = 0;
-    if (threadIdx.x < SLOTS) slots_[threadIdx.x] = -1;
+    if (threadIdx.x == 0) *next_ = ALL;
   }
 
   // The weights of the next keys of a tile: of the features in row y from column x on. keys: of the
@@ -86,21 +89,26 @@ class Weights {
   // it.
   template <class Key>
   __device__ bool round(const Key* keys, const Grids& grids, int y, int x) {
-    mark_done();
     const auto thread = static_cast<int>(threadIdx.x);
     const int part = thread / PIXELS, pixel = thread % PIXELS;
+    __syncthreads();
     for (int slot = 0; slot < SLOTS; ++slot) weights_[slot * THREADS + thread] = 0;
+    if (thread < SLOTS) slots_[thread] = -1;
+    if (thread == 0) {
+      *block_ = *next_;
+      *next_ = NONE;
+    }
     __syncthreads();
     x += pixel;
     if (x < grids.columns.features) {
       constexpr int IGNORED = static_cast<Key>(-1);  // 255 in uint8
       int held = IGNORED;
-      float* weight = nullptr;
+      int weight = -1;  // of the thread in this key's slot, -1 if it has none in this round
       float total = 0;
       const auto hold = [&](int key) {
-        if (weight) *weight += total;
+        if (weight >= 0) weights_[weight] += total;
         held = key;
-        weight = key == IGNORED ? nullptr : weight_of(key);
+        weight = key == IGNORED ? -1 : weight_of(key);
         total = 0;
       };
       const int first_row = grids.rows.begin(y - 1) + part, end_row = grids.rows.begin(y + 1);
@@ -120,67 +128,78 @@ class Weights {
           const float of_row = grids.rows.weight(static_cast<float>(row), at_row);
           int of_labels[COLUMNS];
 #pragma unroll
-          for (int i = 0; i < COLUMNS; ++i) of_labels[i] = line[min(i, last - 1 - first)];
+          for (int i = 0; i < COLUMNS; ++i)
+            of_labels[i] = i == 0 || of_column[i] > 0 ? line[i] : IGNORED;
           if (of_labels[0] != held) hold(of_labels[0]);
           bool same = true;
 #pragma unroll
-          for (int i = 1; i < COLUMNS; ++i) same &= of_labels[i] == held;
+          for (int i = 1; i < COLUMNS; ++i) same &= of_labels[i] == held || of_column[i] == 0;
           if (same) {
             total += of_row * of_columns;
             continue;
           }
 #pragma unroll
           for (int i = 0; i < COLUMNS; ++i) {
-            if (of_labels[i] != held) hold(of_labels[i]);
+            if (of_labels[i] != held && of_column[i] > 0) hold(of_labels[i]);
             total += of_row * of_column[i];
           }
         }
       }
-      if (weight) *weight += total;
+      if (weight >= 0) weights_[weight] += total;
     }
     __syncthreads();
-    for (int slot = part; key(slot) >= 0; slot += PARTS) {
+    const int next = *next_;
+    for (int slot = part; slot < SLOTS && slots_[slot] >= 0; slot += PARTS) {
       float* weight = weights_ + slot * THREADS + pixel;
 #pragma unroll
       for (int other = 1; other < PARTS; ++other) *weight += weight[other * PIXELS];
     }
+    if (thread < SLOTS) sort(*block_ == ALL && next < NONE);
     __syncthreads();
-    return *more_;
+    return next < NONE;
   }
 
-  // The key of a slot, -1 after the last one.
-  __device__ int key(int slot) const { return slot < SLOTS ? slots_[slot] : -1; }
+  // The keys of a round in ascending order, -1 after the last one.
+  __device__ int key(int i) const { return i < SLOTS ? sorted_[i] >> SLOT_BITS : -1; }
   // The weights of the tile's features for this key.
-  __device__ const float* of(int slot) const { return weights_ + slot * THREADS; }
+  __device__ const float* of(int i) const { return weights_ + sorted_[i] % SLOTS * THREADS; }
 
  private:
-  // Frees the slots of the round before.
-  __device__ void mark_done() {
-    __syncthreads();
-    if (threadIdx.x == 0) *more_ = 0;
-    if (threadIdx.x >= SLOTS) return;
-    const int key = slots_[threadIdx.x];
-    if (key >= 0) atomicOr(done_ + key / 32, 1u << key % 32);
-    slots_[threadIdx.x] = -1;
+  // Blocks of SLOTS consecutive keys. In the first round keys may have any block.
+  static constexpr int ALL = -1, NONE = INT_MAX;
+
+  // The place of the thread's weight in the slot of this key; -1 if it belongs to another round.
+  __device__ int weight_of(int key) {
+    const int block = key / SLOTS, now = *block_;
+    if (now == ALL || now == block) {
+#pragma unroll 1
+      for (int slot = 0; slot < SLOTS; ++slot) {
+        const int before = atomicCAS(slots_ + slot, -1, key);
+        if (before == -1 || before == key) return slot * THREADS + threadIdx.x;
+      }
+    }
+    if (block > now) atomicMin(next_, now == ALL ? 0 : block);
+    return -1;
   }
 
-  // The thread's weight in the slot of this key; null if it belongs to another round.
-  __device__ float* weight_of(int key) {
-    if (done_[key / 32] >> key % 32 & 1) return nullptr;
+  // One thread for each slot. Slots in use precede free ones.
+  __device__ void sort(bool none) {
+    const auto slot = static_cast<int>(threadIdx.x);
+    const int key = slots_[slot];
+    int before = 0;
 #pragma unroll 1
-    for (int slot = 0; slot < SLOTS; ++slot) {
-      const int before = atomicCAS(slots_ + slot, -1, key);
-      if (before == -1 || before == key) return weights_ + slot * THREADS + threadIdx.x;
-    }
-    atomicExch(more_, 1);
-    return nullptr;
+    for (int other = 0; other < SLOTS && slots_[other] >= 0; ++other) before += slots_[other] < key;
+    if (none || key < 0)
+      sorted_[slot] = -1;
+    else
+      sorted_[before] = key << SLOT_BITS | slot;
   }
 
   float* weights_;  // [SLOTS, PARTS, PIXELS]
   int* slots_;      // [SLOTS]: keys, -1 if free
-  int* more_;
-  unsigned* done_;  // a bit for each key that an earlier round had
-  int words_;
+  int* sorted_;     // [SLOTS]: the same in the order of their keys, each with its slot
+  int* block_;      // of this round
+  int* next_;       // of the next one
 };
 
 }  // namespace anchorops::cuda

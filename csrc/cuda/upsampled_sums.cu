@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, RESIDENT)
   features += image * view.stride_b + first_channel * view.stride_d;
   keys += image * view.grids.labels();
   partials += blockIdx.x * int64_t{view.num_classes} * view.channels;
-  Weights<FORWARD_THREADS> weights(shared_memory(), view.num_classes);
+  Weights<FORWARD_THREADS> weights(shared_memory());
 
   const int zeroed = block_channel + thread % BLOCK_CHANNELS;
   if (zeroed < view.channels)
@@ -73,11 +73,11 @@ __global__ void __launch_bounds__(FORWARD_THREADS, RESIDENT)
     do {
       more = weights.round(keys, view.grids, y, x);
       patch.convert(numbers);
-      for (int slot = 0; weights.key(slot) >= 0; ++slot) {
-        float* const entry = partials + int64_t{weights.key(slot)} * view.channels;
+      for (int i = 0; weights.key(i) >= 0; ++i) {
+        float* const entry = partials + int64_t{weights.key(i)} * view.channels;
         const float before = adds ? *entry : 0;
         float weight[PIXELS], totals[CHANNELS] = {};
-        weights_of_patch(weights.of(slot) + Patch<T>::first_pixel(), weight);
+        weights_of_patch(weights.of(i) + Patch<T>::first_pixel(), weight);
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c)
 #pragma unroll
@@ -163,17 +163,15 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_RESIDENT)
   const int first = x + Patch<T>::first_pixel();
   const int pixels = min(max(view.grids.columns.features - first, 0), PIXELS);
   const int64_t pixel = int64_t{y} * view.grids.columns.features + first;
-  features += image * view.stride_b + pixel * view.stride_p;
-  dfeatures += image * view.stride_b + pixel * view.stride_p;
+  const int64_t place = image * view.stride_b + pixel * view.stride_p;
   keys += image * view.grids.labels();
-  gradients.sums += image * view.image_keys * view.channels;
-  Weights<BACKWARD_THREADS> weights(shared_memory(), view.num_classes);
+  Weights<BACKWARD_THREADS> weights(shared_memory());
 
   bool several = false;  // whether the tile needs more than one round
   for (int begin = 0; begin < view.channels; begin += channels_of(BACKWARD_THREADS)) {
     const int first_channel = begin + Patch<T>::first_channel();
     const int channels = view.channels - first_channel;
-    const int64_t offset = first_channel * view.stride_d;
+    const int64_t offset = place + first_channel * view.stride_d;
     Patch<T> patch;
     if (gradients.dmean) patch.load(features + offset, view, channels, pixels);
     float gradient[CHANNELS][PIXELS] = {};
@@ -182,11 +180,11 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_RESIDENT)
     do {
       if (begin == 0 || several) more = weights.round(keys, view.grids, y, x);
       several |= more;
-      for (int slot = 0; weights.key(slot) >= 0; ++slot) {
-        const float* dsums =
-            gradients.sums + int64_t{weights.key(slot)} * view.channels + first_channel;
+      for (int i = 0; weights.key(i) >= 0; ++i) {
+        const int64_t row = image * view.image_keys + weights.key(i);
+        const float* dsums = gradients.sums + row * view.channels + first_channel;
         float weight[PIXELS];
-        weights_of_patch(weights.of(slot) + Patch<T>::first_pixel(), weight);
+        weights_of_patch(weights.of(i) + Patch<T>::first_pixel(), weight);
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) {
           const float dsum = c < channels ? dsums[c] : 0;
@@ -246,10 +244,10 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, 
     for_key_dtype("upsampled_sums.cuda", keys.scalar_type(), [&](auto key) {
       using Key = decltype(key);
       launch("upsampled_sums_kernel", upsampled_sums_kernel<T, Key>, grid, FORWARD_THREADS,
-             Weights<FORWARD_THREADS>::bytes(num_classes), device.stream,
-             features.const_data_ptr<T>(), keys.const_data_ptr<Key>(),
-             partials.mutable_data_ptr<float>(), moments.mutable_data_ptr<float>(), view,
-             static_cast<int>(chunks), static_cast<int>(chunk_tiles));
+             Weights<FORWARD_THREADS>::BYTES, device.stream, features.const_data_ptr<T>(),
+             keys.const_data_ptr<Key>(), partials.mutable_data_ptr<float>(),
+             moments.mutable_data_ptr<float>(), view, static_cast<int>(chunks),
+             static_cast<int>(chunk_tiles));
     });
   });
   const int64_t tables = per_image ? images : 1;
@@ -283,9 +281,8 @@ Tensor upsampled_sums_backward(Tensor features, Tensor keys, Tensor dsums, Tenso
       using Key = decltype(key);
       launch("upsampled_sums_backward_kernel", upsampled_sums_backward_kernel<T, Key>,
              grid_of("upsampled_sums.cuda", features.size(0) * view.tiles()), BACKWARD_THREADS,
-             Weights<BACKWARD_THREADS>::bytes(num_classes), device.stream,
-             features.const_data_ptr<T>(), keys.const_data_ptr<Key>(), gradients,
-             dfeatures.mutable_data_ptr<T>(), view);
+             Weights<BACKWARD_THREADS>::BYTES, device.stream, features.const_data_ptr<T>(),
+             keys.const_data_ptr<Key>(), gradients, dfeatures.mutable_data_ptr<T>(), view);
     });
   });
   return dfeatures;

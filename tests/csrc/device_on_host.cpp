@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <random>
 #include <thread>
 #include <vector>
 
@@ -66,6 +68,10 @@ struct Launch {
   char begin, end;  // tokens that order a launch after earlier code, and before later code
 };
 
+// 0: the threads of one block run from the first to the last, those of the other block from the
+// last to the first. Otherwise the seed of their orders, another one in each pass.
+std::atomic<unsigned> order_set = 0;
+
 // One of the running blocks, and the system thread that runs it.
 
 class Worker {
@@ -78,6 +84,11 @@ class Worker {
     threads_ = block.x * block.y * block.z;
     if (threads_ % 32) fail("blocks must consist of whole warps");
     while (fibers_.size() < threads_) fibers_.push_back(std::make_unique<Fiber>());
+    order_.resize(threads_);
+    std::iota(order_.begin(), order_.end(), 0);
+    if (parity_) std::reverse(order_.begin(), order_.end());
+    random_order_ = order_set > 0;
+    random_.seed(2 * order_set + parity_);
     if (__tsan_get_current_fiber) scheduler_tsan_ = __tsan_get_current_fiber();
     current = this;
     place = {{}, {}, block, grid};
@@ -155,8 +166,9 @@ class Worker {
     barriers_passed = 0;
     for (;;) {
       bool progress = false, all_done = true;
-      for (unsigned i = 0; i < threads_; ++i) {
-        thread_ = parity_ ? threads_ - 1 - i : i;
+      if (random_order_) std::shuffle(order_.begin(), order_.end(), random_);
+      for (const unsigned thread : order_) {
+        thread_ = thread;
         if (fibers_[thread_]->waits == Waits::NOT) {
           resume();
           progress = true;
@@ -227,6 +239,9 @@ class Worker {
   Launch* launch_ = nullptr;
   unsigned threads_ = 0, thread_ = 0;
   std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<unsigned> order_;
+  bool random_order_ = false;
+  std::minstd_rand random_;
   unsigned char* shared_ = nullptr;
   ucontext_t scheduler_;
   void* scheduler_tsan_ = nullptr;
@@ -340,4 +355,8 @@ extern "C" [[gnu::visibility("default")]] void anchorops_set_hardware(int multip
                                                                       int shared_kilobytes) {
   anchorops::on_host::multiprocessors_set = multiprocessors;
   anchorops::on_host::shared_kilobytes_set = shared_kilobytes;
+}
+
+extern "C" [[gnu::visibility("default")]] void anchorops_set_order(unsigned seed) {
+  anchorops::on_host::order_set = seed;
 }

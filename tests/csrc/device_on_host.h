@@ -2,8 +2,9 @@
 // csrc/device.cuh).
 //
 // Every CUDA thread is a fiber with its own stack. Two blocks run at the same time, each on a
-// thread of the system, and each with a different order of its CUDA threads. A fiber runs until it
-// waits: at __syncthreads() for its block, at a shuffle, vote or __syncwarp() for the given lanes.
+// thread of the system, and each with a different order of its CUDA threads, which a test can
+// change. A fiber runs until it waits: at __syncthreads() for its block, at a shuffle, vote or
+// __syncwarp() for the given lanes.
 // For ThreadSanitizer only barriers order the fibers, as in CUDA: a shuffle or a vote does not.
 #pragma once
 
@@ -203,13 +204,17 @@ T atomicAdd(T* address, T value) {
 }
 
 template <class T>
-T atomicOr(T* address, T value) {
-  return std::atomic_ref<T>(*address).fetch_or(value, std::memory_order_relaxed);
+T atomicExch(T* address, T value) {
+  return std::atomic_ref<T>(*address).exchange(value, std::memory_order_relaxed);
 }
 
 template <class T>
-T atomicExch(T* address, T value) {
-  return std::atomic_ref<T>(*address).exchange(value, std::memory_order_relaxed);
+T atomicMin(T* address, T value) {
+  std::atomic_ref<T> least(*address);
+  T before = least.load(std::memory_order_relaxed);
+  while (value < before && !least.compare_exchange_weak(before, value, std::memory_order_relaxed)) {
+  }
+  return before;
 }
 
 // The address holds `value` afterwards if it held `expected`; returns what it held.

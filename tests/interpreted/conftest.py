@@ -60,6 +60,16 @@ def set_hardware():
     function(132, 228)
 
 
+@pytest.fixture
+def set_order():
+    """The order in which the emulator's threads run: a seed, or 0 for the usual one."""
+    if BACKEND != "cuda":
+        pytest.skip("programs of the interpreter have no threads")
+    function = ctypes.CDLL(os.environ["ANCHOROPS_CUDA_ON_HOST"]).anchorops_set_order
+    yield function
+    function(0)
+
+
 @pytest.fixture(params=[(7, 228), (58, 100)], ids=["7 multiprocessors", "L4"])
 def other_gpu(request, set_hardware) -> None:
     set_hardware(*request.param)

@@ -1,0 +1,100 @@
+"""CUDA: the bits of a result do not depend on the order in which threads run."""
+
+import moments
+import pixels
+import pytest
+import torch
+from moments import BF16, FP32
+
+import anchorops as ao
+from anchorops.ops.upsampled_sums import upsampled_sums
+
+ORDERS = 0, 1, 2  # the usual one, and two random ones
+
+CLASS_MOMENTS = [
+    moments.Case((2, 40, 5, 136), 30, FP32, labels="coherent"),
+    moments.Case((2, 40, 5, 136), 40, BF16),  # random labels
+    moments.Case((700, 17), 9, FP32, "transposed"),
+    moments.Case((2, 20, 9, 30), 6, FP32, "channels_last", groups=3, per_image=True),
+    moments.Case((900, 5), 7, labels="mixed", unused_classes=1100),  # sorted
+]
+SOFTMAX_MOMENTS = [
+    pixels.Case((2, 7, 5, 9), (20, 36)),  # cells
+    pixels.Case((2, 40, 3, 4), (5, 7), layout="channels_last", per_image=True),  # single pixels
+]
+METHODS = {
+    "SAR": lambda: ao.SAR(5, 12, delta=0.0, gate="per_class"),
+    "OCCL": lambda: ao.OCCL(5, 12),
+    "CeCo": lambda: ao.CeCo(5, 12, reduced_dim=20, center_dim=24, dropout=0.0),
+    "MVSC": lambda: ao.MVSC(5, 12),
+}
+
+
+def check(set_order, run) -> None:
+    results = []
+    for order in ORDERS:
+        set_order(order)
+        results.append(run())
+    for other in results[1:]:
+        for expected, ours in zip(results[0], other, strict=True):
+            assert ours is expected is None or torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("case", CLASS_MOMENTS, ids=str)
+def test_class_moments(set_order, case: moments.Case):
+    features, labels = moments.make_features(case), moments.make_labels(case)
+    anchors = torch.randn(case.classes, case.size[1])
+    weights = torch.randn(case.size[1]), torch.rand(())
+    given = case, features, labels, anchors, weights
+    check(set_order, lambda: moments.moments_and_gradients(*given))
+
+
+@pytest.mark.parametrize("case", SOFTMAX_MOMENTS, ids=str)
+def test_softmax_moments(set_order, case: pixels.Case):
+    given = case, pixels.make_logits(case), pixels.make_labels(case), pixels.make_weights(case)
+
+    def run():
+        values, dlogits = pixels.values_and_gradient(*given)
+        return [*values.values(), dlogits]
+
+    check(set_order, run)
+
+
+@pytest.mark.parametrize("num_classes", [9, 40])  # 16 have slots
+def test_upsampled_sums(set_order, num_classes: int):
+    features = torch.randn(1, 6, 3, 10, requires_grad=True)
+    labels = torch.randint(-1, num_classes, (1, 8, 40))
+    dsums = torch.randn(num_classes, 6)
+
+    def run():
+        options = {"per_image": False, "upsample": True, "ignore_index": 255}
+        found = upsampled_sums(features, labels, num_classes, **options)
+        return [*found, *torch.autograd.grad(found.sums, features, dsums)]
+
+    check(set_order, run)
+
+
+def test_pixels(set_order):
+    logits, labels = torch.randn(2, 19, 6, 9), torch.randint(-1, 19, (2, 24, 36))
+
+    def run():
+        return ao.pixel_argmax(logits, (24, 36)), ao.pixel_confusion(logits, labels)
+
+    check(set_order, run)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_methods(set_order, method):
+    labels = torch.randint(0, 4, (2, 24, 20))
+    labels[0, :3] = 255
+    method, classifier = method(), torch.nn.Conv2d(12, 5, 1)
+    features = torch.randn(2, 12, 6, 5, requires_grad=True)
+    state = {name: value.clone() for name, value in method.state_dict().items()}
+
+    def run():
+        method.load_state_dict(state)
+        loss = method(features, labels, classifier)
+        leaves = [features, *(p for p in method.parameters() if p.requires_grad)]
+        return loss.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    check(set_order, run)
