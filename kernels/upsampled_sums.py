@@ -69,7 +69,8 @@ def _add_keys(
     while key < NO_KEY:
         weight, following = splat_key(keys_ptr, key, first, tile, columns, grids, label_rows)
         if key >= 0:
-            total = tl.sum(x * weight[None, :], 1)
+            used = tl.where(weight[None, :] != 0, x, 0.0)  # x may be NaN where the weight is 0
+            total = tl.sum(used * weight[None, :], 1)
             tl.atomic_add(partials_ptrs + key * dim, total, mask=some, sem="relaxed")
         key = following
 

@@ -134,6 +134,34 @@ def test_half_precision_is_summed_in_float32(label_size: Size):
     assert torch.equal(gradient, dfeatures.bfloat16())
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_features_that_no_valid_label_uses(
+    value: float, per_image: bool, backend: str, parts: None
+):
+    """If they are not finite, neither are mean and variance of their channel; all else is equal."""
+    features, labels, _ = example((4, 20), (8, 60))
+    labels[:, :, :30] = 255  # the next ones are between columns 9 and 10
+    spoilt = features.detach().clone()
+    spoilt[:, 1, :, :9] = value
+    results = []
+    for x in (features.detach(), spoilt):
+        x.requires_grad_()
+        with ao.use_backend(backend):
+            _, sums, mean, variance = upsampled_sums(
+                x, labels, K, per_image=per_image, upsample=True, ignore_index=255
+            )
+        dsums = torch.arange(sums.numel(), dtype=torch.float32).view(sums.shape)
+        results.append((sums, *torch.autograd.grad(sums, x, dsums), mean, variance))
+    others = torch.arange(features.shape[1]) != 1
+    for i, (clean, ours) in enumerate(zip(*results, strict=True)):
+        if i < 2:
+            assert torch.equal(ours, clean)
+        else:
+            assert torch.equal(ours[others], clean[others]) and not ours[1].isfinite()
+
+
 def test_memory():
     """W has 600 classes × the pixels; in int64 and float32 these are 472 MB. Only a part of it
     exists at a time.

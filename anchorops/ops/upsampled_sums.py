@@ -89,6 +89,8 @@ def _forward(
         return sums, mean, variance
     for part in _parts(keys, (height, width), num_classes):
         pixels = features[part.images, :, part.rows].flatten(2).transpose(1, 2)
+        # by selection, because a feature that no valid label uses may be NaN
+        pixels = torch.where(part.table.any(1)[..., None], pixels, 0)
         of_images = part.table.to(features.dtype) @ pixels
         if num_keys > num_classes:
             sums[part.images] += of_images

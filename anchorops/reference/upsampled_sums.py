@@ -90,7 +90,9 @@ def upsampled_sums(
     table = splat_keys(keys, counts.numel(), splat_of(rows, columns, size))
     weights = (table / SPLAT_UNITS).to(dtype).view(*counts.shape, -1)
     wide = features.to(dtype)
-    sums = (wide.flatten(2) @ weights.transpose(1, 2)).transpose(1, 2)
+    # Features that no valid label uses are removed by selection, because NaN · 0 would be NaN.
+    used = torch.where((weights != 0).any(1, keepdim=True), wide.flatten(2), 0)
+    sums = (used @ weights.transpose(1, 2)).transpose(1, 2)
     variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
     if not per_image:
         counts, sums = counts.sum(0), sums.sum(0)

@@ -79,9 +79,11 @@ __global__ void __launch_bounds__(FORWARD_THREADS, RESIDENT)
         float weight[PIXELS], totals[CHANNELS] = {};
         weights_of_patch(weights.of(i) + Patch<T>::first_pixel(), weight);
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c)
+        for (int p = 0; p < PIXELS; ++p) {
+          if (weight[p] == 0) continue;  // the number may be NaN
 #pragma unroll
-          for (int p = 0; p < PIXELS; ++p) totals[c] += weight[p] * numbers[c][p];
+          for (int c = 0; c < CHANNELS; ++c) totals[c] += weight[p] * numbers[c][p];
+        }
         const float total = sum_of_lanes(totals);
         if (adds) *entry = before + total;
       }

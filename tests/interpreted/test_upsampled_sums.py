@@ -98,6 +98,29 @@ def test_variance_does_not_cancel():
     torch.testing.assert_close(shifted.variance.double(), expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_features_that_no_valid_label_uses(value):
+    """If they are not finite, neither are mean and variance of their channel; all else is equal."""
+    features, labels = example((4, 20), (8, 60))
+    labels[:, :, :30] = 255  # the next ones are between columns 9 and 10
+    spoilt = features.detach().clone()
+    spoilt[:, 1, :, :9] = value
+    results = []
+    for x in (features.detach(), spoilt):
+        x.requires_grad_()
+        _, sums, mean, variance = upsampled_sums(
+            x, labels, 5, per_image=True, upsample=True, ignore_index=255
+        )
+        dsums = torch.arange(sums.numel(), dtype=torch.float32).view(sums.shape)
+        results.append((sums, *torch.autograd.grad(sums, x, dsums), mean, variance))
+    others = torch.arange(features.shape[1]) != 1
+    for i, (clean, ours) in enumerate(zip(*results, strict=True)):
+        if i < 2:
+            assert torch.equal(ours, clean)
+        else:
+            assert torch.equal(ours[others], clean[others]) and not ours[1].isfinite()
+
+
 def test_nothing():
     options = {"per_image": False, "upsample": True, "ignore_index": 255}
     features, labels = example((2, 3), (4, 6))
