@@ -9,7 +9,9 @@
 // If ‖m_r‖ < eps, drows has no term (u_r·du_r)·u_r. The centroids c have no gradient.
 //
 // One launch in each direction, a warp per row or centroid. The means are written first, and read
-// again from the caches. Latency determines the time: predicted 3 µs, not measured.
+// again from the caches. Latency determines the time: predicted 6 to 9 µs, with the launch, not
+// measured.
+#include "row_lanes.cuh"
 #include "tensors.cuh"
 #include "warps.cuh"
 
@@ -20,8 +22,10 @@ namespace {
 
 constexpr int THREADS = 128;
 
-__device__ float count_of(const int64_t* counts, int64_t row) {
-  return counts ? static_cast<float>(max(counts[row], int64_t{1})) : 1;
+// 1 / max(counts[row], 1). Numbers are multiplied by it: a division of each number has a branch,
+// and takes longer than the loads.
+__device__ float share_of(const int64_t* counts, int64_t row) {
+  return counts ? 1 / static_cast<float>(max(counts[row], int64_t{1})) : 1;
 }
 
 // The warps after those of the rows compute the centroid of a class each.
@@ -40,25 +44,27 @@ __global__ void __launch_bounds__(THREADS)
   const bool of_row = warp < count;
   const int64_t first = of_row ? warp : (warp - count) * groups,
                 last = first + (of_row ? 1 : groups);
-  const auto mean = [&](int64_t d) {
-    float total = 0;
-    for (int64_t r = first; r < last; ++r) total += rows[r * dim + d] / count_of(counts, r);
-    return total / static_cast<float>(last - first);
-  };
   float* unit = of_row ? units + warp * dim : centroids + (warp - count) * dim;
   float squares = 0;
-  for (int64_t d = lane; d < dim; d += 32) {
-    const float value = mean(d);
-    unit[d] = value;
-    squares += value * value;
+  for (int64_t r = first; r < last; ++r) {
+    const float share = share_of(counts, r) / static_cast<float>(last - first);
+    struct Numbers {
+      float row, before;
+    };
+    for_lane(
+        dim, [&](int64_t d) { return Numbers{rows[r * dim + d], r == first ? 0 : unit[d]}; },
+        [&](int64_t d, Numbers of) {
+          const float value = unit[d] = of.before + share * of.row;
+          if (r == last - 1) squares += value * value;
+        });
   }
-  const float norm = sqrtf(sum_of_warp(squares)), length = fmaxf(norm, eps);
-#pragma unroll 4
-  for (int64_t d = lane; d < dim; d += 32) {
-    const float value = unit[d];
-    unit[d] = value / length;
-    if (of_row && means) means[warp * dim + d] = value;
-  }
+  const float norm = sqrtf(sum_of_warp(squares)), inverse = 1 / fmaxf(norm, eps);
+  for_lane(
+      dim, [&](int64_t d) { return unit[d]; },
+      [&](int64_t d, float value) {
+        unit[d] = inverse * value;
+        if (of_row && means) means[warp * dim + d] = value;
+      });
   if (!of_row || lane > 0) return;
   norms[warp] = norm;
   if (!present) return;
@@ -79,20 +85,27 @@ __global__ void __launch_bounds__(THREADS)
   const int64_t row = (int64_t{blockIdx.x} * THREADS + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   if (row >= count) return;
-  const float norm = norms[row], length = fmaxf(norm, eps), n = count_of(counts, row);
+  const float norm = norms[row], inverse = 1 / fmaxf(norm, eps), share = share_of(counts, row);
   float product = 0;
   if (dunits && norm >= eps) {
-#pragma unroll 8
-    for (int64_t d = lane; d < dim; d += 32)
-      product += dunits[row * dim + d] * units[row * dim + d];
+    for_lane(
+        dim, [&](int64_t d) { return dunits[row * dim + d] * units[row * dim + d]; },
+        [&](int64_t, float term) { product += term; });
     product = sum_of_warp(product);
   }
-#pragma unroll 8
-  for (int64_t d = lane; d < dim; d += 32) {
-    const int64_t i = row * dim + d;
-    const float dunit = dunits ? (dunits[i] - product * units[i]) / length : 0;
-    drows[i] = (dunit + (dmeans ? dmeans[i] : 0)) / n;
-  }
+  struct Numbers {
+    float dunit, unit, dmean;
+  };
+  for_lane(
+      dim,
+      [&](int64_t d) {
+        const int64_t i = row * dim + d;
+        return Numbers{dunits ? dunits[i] : 0, units[i], dmeans ? dmeans[i] : 0};
+      },
+      [&](int64_t d, Numbers of) {
+        const float dunit = dunits ? inverse * (of.dunit - product * of.unit) : 0;
+        drows[row * dim + d] = share * (dunit + of.dmean);
+      });
 }
 
 dim3 blocks_for(int64_t rows) {
