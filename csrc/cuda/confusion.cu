@@ -3,6 +3,7 @@
 // Reads labels once (class keys) and predictions once. Counts use integer atomics, whose order does
 // not matter: one for each run of equal pairs, along a thread's pixels and along a warp.
 #include "class_keys.cuh"
+#include "warps.cuh"
 
 namespace anchorops::cuda {
 namespace {
@@ -48,9 +49,7 @@ __global__ void __launch_bounds__(THREADS)
     const int head = __ffs(heads) - 1;
     heads &= heads - 1;
     const int end = heads ? __ffs(heads) - 1 : 32;
-    unsigned sum = lane >= head && lane < end ? run : 0;
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, lanes);
+    const unsigned sum = sum_of_warp(lane >= head && lane < end ? run : 0);
     if (lane == head && pair >= 0) atomicAdd(&matrix[pair], static_cast<unsigned long long>(sum));
   }
 }
