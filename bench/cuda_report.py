@@ -13,8 +13,9 @@ multiprocessors, 1.75 GHz):
   enough.
 For the kernels of upsampled logits, instructions determine the time. The report counts those of the
 hot loop for each class of a cell of pixels, without staging the logits.
-`--times` adds the times that time_model.py predicts along the paths of paths.py, and the
-launches of each method.
+`--times` adds the times that time_model.py predicts along the paths of paths.py and *_paths.py, the
+time of each method's whole step, and its launches. Of a whole library, it then also fails if no
+path predicts the time of a kernel (WITHOUT_PATH lists the exceptions).
 Static shared memory includes the part that the GPU itself uses, 1 KB from sm_90 on.
 """
 
@@ -30,9 +31,12 @@ from typing import NamedTuple
 
 import backward_paths
 import launches
+import metric_paths
 import paths
+import row_paths
 import small_paths
 import softmax_paths
+import step_times
 from machine_code import SHARED_PER_SM, THREADS_PER_SM, TOOLS, Block, blocks_of, distances, tool
 
 LIBRARY = Path(__file__).parents[1] / "anchorops" / "_cuda.so"
@@ -233,14 +237,53 @@ def read(files: list[Path]) -> list[Kernel]:
     return sorted(named, key=lambda kernel: (int(kernel.gpu.removeprefix("sm_")), kernel.name))
 
 
-def print_times(kernels: list[Kernel]) -> list[str]:
-    """Prints the predictions of paths.py for an H200, next to their goals. Returns a message for
-    each share that is smaller than what was reached before."""
-    faults, goals, missed = [], 0, 0
+# Kernels for which no time is predicted, and why.
+WITHOUT_PATH = {
+    "add_partials_kernel": "paths.py adds its bytes and its launch to the pass",
+    "class_moments_backward_elements_kernel": "only for strides that are not those of a model",
+    "group_counts_kernel": "only with more than 1,024 keys",
+    "join_chunks_kernel": "sorted_paths.py adds its bytes and its launch to the pass",
+    "pixel_slopes_kernel": "only for gradients of maps and overlaps",
+    "softmax_masses_kernel": "only with overlaps (Dice); counted from instructions",
+    "softmax_slopes_kernel": "only with overlaps (Dice); counted from instructions",
+    "sorted_pixels_kernel": "sorted_paths.py adds its bytes and its launch to the pass",
+}
+
+
+def base_name(kernel: str) -> str:
+    """Without template arguments."""
+    return kernel.partition("<")[0]
+
+
+class Library(dict[str, tuple[str, softmax_paths.Resident]]):
+    """Machine code of kernels by name, and how many blocks are resident. used: base names of the
+    kernels that a path has asked for."""
+
+    def __init__(self, kernels: list[Kernel]):
+        super().__init__((kernel.name, (kernel.sass, kernel.resident)) for kernel in kernels)
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> tuple[str, softmax_paths.Resident]:
+        self.used.add(base_name(name))
+        return super().__getitem__(name)
+
+    def faults(self) -> list[str]:
+        """A message for each kernel without a path, and for each exception that has one."""
+        missing = {base_name(name) for name in self} - self.used - {*WITHOUT_PATH}
+        found = [f"{name}: no path predicts its time" for name in sorted(missing)]
+        known = sorted(self.used & {*WITHOUT_PATH})
+        return found + [f"{name}: in WITHOUT_PATH, but it has a path" for name in known]
+
+
+def print_times(kernels: list[Kernel]) -> tuple[list[paths.Row], list[str]]:
+    """Prints the predictions of paths.py for an H200, next to their goals. Returns these, and a
+    message for each share that is smaller than what was reached before."""
+    found, faults, goals, missed = [], [], 0, 0
     print("\nPredicted, not measured:\n")
     print("|", " | ".join(paths.HEAD), "|\n|", "---|" * len(paths.HEAD))
     with ProcessPoolExecutor() as pool:
         for rows in pool.map(times_of, kernels):
+            found += rows
             for name, case, estimate, goal, floor in rows:
                 warps, one, every, waves, share = estimate
                 cells = [name, case, warps, f"{one:.0f}", f"{every:.0f}", f"{waves:.1f}"]
@@ -255,26 +298,22 @@ def print_times(kernels: list[Kernel]) -> list[str]:
         f"\n{missed} of {goals} shares are below their goal. The report fails only where a share "
         "is smaller than before (paths.FLOORS)."
     )
-    return faults
+    return found, faults
 
 
-def print_softmax_times(kernels: list[Kernel]) -> list[str]:
-    """Prints the predictions of softmax_paths.py. Returns a message for each above its limit."""
-    library = {kernel.name: (kernel.sass, kernel.resident) for kernel in kernels}
-    if "softmax_losses_kernel<false>" not in library:
-        return []
-    return softmax_paths.print_times(
+def print_other_times(library: Library, rows: list[paths.Row]) -> list[str]:
+    """Prints the predictions for the other operators, and for whole steps. Returns a message for
+    each time above its limit."""
+    faults = softmax_paths.print_times(
         "CUDA",
         lambda shape: softmax_paths.cuda_kernels(library, shape),
         others=0,
     )
-
-
-def print_small_times(kernels: list[Kernel]) -> None:
-    """Prints the predictions of small_paths.py."""
-    library = {kernel.name: (kernel.sass, kernel.resident) for kernel in kernels}
-    if "rank_pixels_kernel" in library:
-        small_paths.print_times(library)
+    small_paths.print_times("Operators of keys and centroids", small_paths.rows(library))
+    small_paths.print_times("Operators of rows", row_paths.rows(library))
+    small_paths.print_times("Predicted classes and their counts", metric_paths.rows(library))
+    step_times.print_times(library, rows)
+    return faults
 
 
 def times_of(kernel: Kernel) -> list[paths.Row]:
@@ -318,9 +357,12 @@ def main() -> None:
         faults.append("no streaming kernel was found under the names that this report knows")
     if args.times:
         hopper = [kernel for kernel in kernels if kernel.gpu == "sm_90"]
-        faults += print_times(hopper)
-        faults += print_softmax_times(hopper)
-        print_small_times(hopper)
+        rows, missed = print_times(hopper)
+        faults += missed
+        if any(file.suffix == ".so" for file in files):  # not single objects
+            library = Library(hopper)
+            library.used |= {base_name(row.kernel) for row in rows}
+            faults += print_other_times(library, rows) + library.faults()
         faults += launches.print_launches()
     if faults:
         sys.exit("cuda_report:\n" + "\n".join(faults))

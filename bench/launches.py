@@ -80,11 +80,13 @@ LAYERS |= {"NativeBatchNormBackward0", "ReluBackward0"}
 
 
 class Counts(TorchDispatchMode):
-    """Counts launches by operator; `layers` are those of layers."""
+    """Counts launches by operator; `layers` are those of layers. calls: the other operators that
+    launch something, and their arguments."""
 
     def __init__(self, backend: str) -> None:
         super().__init__()
         self.backend, self.launches, self.layers = BACKENDS.index(backend), Counter(), 0
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(
         self,
@@ -96,6 +98,7 @@ class Counts(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "anchorops":
             self.launches[name] += OWN[name][self.backend]
+            self.calls.append((name, args))
             if name == "class_moments" and BACKENDS[self.backend] == "cuda":
                 features, _, anchors, num_keys, groups, with_sums, with_residuals = args
                 statistics = SUMS * with_sums | SQDISTS * (anchors is not None)
@@ -107,7 +110,10 @@ class Counts(TorchDispatchMode):
             started = LAUNCHES.get(name, 1)
             self.launches[name] += started
             node = torch._C._current_autograd_node()
-            self.layers += started * ((node.name() if node else name) in LAYERS)
+            of_layer = (node.name() if node else name) in LAYERS
+            self.layers += started * of_layer
+            if started and not of_layer:
+                self.calls.append((f"aten.{name}", args))
         return func(*args, **kwargs or {})
 
 

@@ -84,6 +84,15 @@ def resized_keys_path(code: Code) -> Path:
     return code.walk([0], *([i] for i in scaled), last, stores, *([i] for i in bins), code.exits)
 
 
+def label_keys_path(code: Code) -> Path:
+    """The same without resizing."""
+    three = code.those(lambda b: b.count("LDG") == 3)[:1]
+    stores = code.those(lambda b: b.count("STG") == 4)
+    bins = code.those(lambda b: b.count("ATOMS") == 1)
+    last = [i for i in code.blocks[three[0]].next if code.blocks[i].count("LDG")]
+    return code.walk([0], three, last, stores, *([i] for i in bins), code.exits)
+
+
 def largest_bucket() -> int:
     """The pixels of the largest bucket of a warp, on average: a bucket has one pixel on average."""
     return round(np.random.default_rng(0).poisson(1, (10_000, 32)).max(1).mean())
@@ -119,8 +128,7 @@ def key_rows(library: Library, shape: Shape, title: str) -> list[Row]:
         launches.add(keys, path, blocks, 4 * shape.classes, moved)
 
     alone = Launches(library)
-    zeros = "zero_counts_kernel"
-    alone.add(zeros, launches_path(alone.code(zeros)), 1)
+    add_zeros(alone)
     add_keys(alone)
     groups = Launches(library)
     groups.times.append(("memset", MEMSET))
@@ -137,8 +145,23 @@ def key_rows(library: Library, shape: Shape, title: str) -> list[Row]:
     return [Row("class keys", case, alone.times), Row("keys of groups", case, groups.times)]
 
 
-def launches_path(code: Code) -> Path:
-    return code.walk([0], code.exits)
+def add_zeros(launches: Launches) -> None:
+    zeros = "zero_counts_kernel"
+    code = launches.code(zeros)
+    launches.add(zeros, code.walk([0], code.exits), 1)
+
+
+def label_keys(
+    library: Library, shape: Shape, key: str = "unsigned char", key_bytes: int = 1
+) -> list[tuple[str, float]]:
+    """For each label: of CeCo in 8 bits."""
+    launches, name = Launches(library), f"class_keys_kernel<long, {key}>"
+    add_zeros(launches)
+    labels, of_image = RATIO**2 * shape.pixels, RATIO**2 * shape.plane
+    path = waiting(label_keys_path(launches.code(name)), MEMORY, LABEL_BYTES * 32 // 128)
+    blocks = shape.batch * math.ceil(of_image / 1024)
+    launches.add(name, path, blocks, 4 * shape.classes, (LABEL_BYTES + key_bytes) * labels)
+    return launches.times
 
 
 # --- centroid InfoNCE -----------------------------------------------------------------------------
@@ -240,6 +263,25 @@ def reduce_path(code: Code, rows: int, chunks: int) -> Path:
     return waiting(code.walk([0], *row * math.ceil(rows / 512), summed, code.exits), L2)
 
 
+def gradient_seconds(
+    library: Library, name: str, of_rows: list[Path], of_keys: list[Path], blocks: list[int]
+) -> float:
+    """of_rows, of_keys: of the warps of a block of dqueries and of one of dkeys; blocks: how many
+    there are of both."""
+    shorter, longer = sorted(
+        zip((of_rows, of_keys), blocks, strict=True), key=lambda x: len(x[0][0])
+    )
+    here = math.ceil(sum(blocks) / MULTIPROCESSORS)  # blocks of a multiprocessor
+    resident = library[name][1](THREADS, 4 * 8 * 16 * 72)
+    long = min(math.ceil(longer[1] / MULTIPROCESSORS), here)
+    paths = [*[longer[0]] * long, *[shorter[0]] * (here - long)]
+    # a block that is not resident at first follows the shortest one
+    while len(paths) > max(resident, 1):
+        *paths, first, second = paths
+        paths.append([a + b for a, b in zip(first, second, strict=True)])
+    return simulate([path for block in paths for path in block]) / CLOCK + LAUNCH
+
+
 def info_nce_row(library: Library, shape: Shape, groups: int) -> Row:
     """float32. groups: of the queries of a class; with two, each is the positive of the other, as
     in OCCL."""
@@ -260,19 +302,8 @@ def info_nce_row(library: Library, shape: Shape, groups: int) -> Row:
     of_rows, of_keys = gradient_paths(launches.code(gradients), rows, num_classes, groups)
     channel_blocks = math.ceil(dim / 64)
     blocks = [math.ceil(rows / 32) * channel_blocks, math.ceil(num_classes / 16) * channel_blocks]
-    shorter, longer = sorted(
-        zip((of_rows, of_keys), blocks, strict=True), key=lambda x: len(x[0][0])
-    )
-    here = math.ceil(sum(blocks) / MULTIPROCESSORS)  # blocks of a multiprocessor
-    resident = library[gradients][1](THREADS, 4 * 8 * 16 * 72)
-    long = min(math.ceil(longer[1] / MULTIPROCESSORS), here)
-    paths = [*[longer[0]] * long, *[shorter[0]] * (here - long)]
-    # a block that is not resident at first follows the shortest one
-    while len(paths) > max(resident, 1):
-        *paths, first, second = paths
-        paths.append([a + b for a, b in zip(first, second, strict=True)])
-    cycles = simulate([path for block in paths for path in block])
-    launches.times.append((gradients, cycles / CLOCK + LAUNCH))
+    time = gradient_seconds(library, gradients, of_rows, of_keys, blocks)
+    launches.times.append((gradients, time))
     case = f"{num_classes} classes, {groups} {'query' if groups == 1 else 'queries'} of each"
     return Row("InfoNCE, forward and backward", case, launches.times)
 
@@ -395,11 +426,11 @@ def rows(library: Library) -> list[Row]:
     return found
 
 
-def print_times(library: Library) -> None:
+def print_times(title: str, rows: list[Row]) -> None:
     """Prints a table of microseconds, next to the goals."""
-    print("\nOperators of keys and centroids: predicted µs, not measured\n")
+    print(f"\n{title}: predicted µs, not measured\n")
     print("| operator | case | launches | µs | goal |\n|---|---|---|---|---|")
-    for row in rows(library):
+    for row in rows:
         launches = " + ".join(f"{1e6 * time:.1f}" for _, time in row.kernels)
         goal = GOALS.get(row.operator)
         cells = row.operator, row.case, launches, f"{1e6 * row.total:.1f}"

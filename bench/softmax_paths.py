@@ -138,7 +138,9 @@ class Sweep:
     """The path of a warp for some classes: it stages their logits, nine rows of 33 positions in
     three rounds and the last column separately, and then runs the loop over the classes."""
 
-    def __init__(self, code: Code, classes: int, loop: list[int]):
+    def __init__(
+        self, code: Code, classes: int, loop: list[int], classes_of_loop: int | None = None
+    ):
         self.code, self.loop, self.classes = code, loop, classes
         loads = 3 * classes // 8  # of three rows, planes of a warp
         self.load = code.those(lambda b: loads_bfloat16(b, loads))[:1]
@@ -146,7 +148,8 @@ class Sweep:
         self.edge = code.those(
             lambda b: loads_bfloat16(b, 1) and b.count("STS") == 1, self.load[0]
         )[:1]
-        self.classes_of_loop = code.blocks[loop[0]].count(r"MUFU\.EX2") // 4
+        four = code.blocks[loop[0]].count(r"MUFU\.EX2")  # of a class
+        self.classes_of_loop = classes_of_loop or four // 4
 
     def enter(self) -> Path:
         return self.code.walk([0], self.load)
