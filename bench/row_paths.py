@@ -329,7 +329,7 @@ def rows(library: Library) -> list[Row]:
         ):
             operators = Operators(library, shape.classes, shape.dim)
             getattr(operators, operator)(**arguments)
-            given = [x if value is True else f"{x} {value}" for x, value in arguments.items()]
+            given = [x if v is True else f"{x} {v}" for x, v in arguments.items() if v is not False]
             case = ", ".join([f"{shape.classes} classes", *given])
             found.append(Row(operator, case, operators.launches.times))
     return found
