@@ -62,10 +62,13 @@ def label_maps(kind: str, batch: int, height: int, width: int, classes: int) -> 
     return maps
 
 
-def tiles_of_chunk(keys: np.ndarray, tile: int, uniform: bool, skips: bool) -> list[Tile]:
+def tiles_of_chunk(
+    keys: np.ndarray, tile: int, uniform: bool, skips: bool, count: int = SLOTS
+) -> list[Tile]:
     """What class_moments_kernel does with each tile of a chunk. keys: those of the chunk's pixels
     in order, −1 where ignored. uniform: whether the kernel has a path for uniform tiles. skips:
-    whether it skips the products of the upper half of the slots where a tile does not need them."""
+    whether it skips the products of the upper half of the slots where a tile does not need them.
+    count: of the slots."""
     slots: dict[int, int] = {}  # of keys
     run: int | None = None  # the key of the last uniform tile
     tiles: list[Tile] = []
@@ -79,7 +82,7 @@ def tiles_of_chunk(keys: np.ndarray, tile: int, uniform: bool, skips: bool) -> l
         passes, left = [], [key for key in dict.fromkeys(pixels[::2] + pixels[1::2]) if key >= 0]
         while left or not passes:
             unmet = [key for key in left if key not in slots]
-            found = unmet[: SLOTS - len(slots)]
+            found = unmet[: count - len(slots)]
             slots |= {key: len(slots) + i for i, key in enumerate(found)}
             own = [slots[key] for key in left if key in slots]
             many = len(slots) > SLOTS // 2

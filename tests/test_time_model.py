@@ -159,6 +159,8 @@ def test_tiles_of_a_chunk():
     assert rest == [(Pass(0, True, False),), (Pass(0, False, True),), (Pass(0, True, True),)]
     all_products = label_maps.tiles_of_chunk(np.concatenate(tiles), 64, True, False)
     assert all_products[1:] == [(Pass(0, True, True),)] * 3
+    half = label_maps.tiles_of_chunk(np.arange(64) % 18, 64, True, True, 16)  # slots
+    assert half == [(Pass(16, evicts=True), Pass(2))]
 
 
 def test_bank_cycles():

@@ -17,7 +17,16 @@ struct Run {
   float sum = 0, residual = 0, sqdist = 0;
 };
 
-template <class T, int STATISTICS, bool CHANNELS_LAST>
+// The slots of a warp. With half of them, the features of all three statistics in 16 bits stay in
+// registers; they would be read twice otherwise. But random labels would free the slots in each
+// tile, so only where these have a kernel of their own.
+template <class T>
+constexpr int slots_of(int statistics, bool shifted) {
+  const bool few = sizeof(T) == 2 && statistics == (SUMS | SQDISTS | RESIDUALS);
+  return few && HAS_RANDOM_KERNEL && !shifted ? SLOTS / 2 : SLOTS;
+}
+
+template <class T, int STATISTICS, bool CHANNELS_LAST, int COUNT>
 struct Accumulator {
   using Layout = Stage<T, CHANNELS_LAST, false>;
   using Fragment = Features<T, CHANNELS_LAST>;
@@ -25,7 +34,7 @@ struct Accumulator {
   // There are too few registers for the features and the products of squares at the same time, so
   // the features are read twice.
   static constexpr bool RELOADS =
-      STATISTICS & SQDISTS && STATISTICS != SQDISTS &&
+      STATISTICS & SQDISTS && STATISTICS != SQDISTS && COUNT == SLOTS &&
       (sizeof(T) == 4 || CHANNELS_LAST || STATISTICS == (SUMS | SQDISTS | RESIDUALS));
   // Whether products without pixels are skipped, where there are enough registers for it.
   static constexpr bool SKIPS_LOWER = sizeof(T) == 4 || STATISTICS == SUMS;
@@ -34,34 +43,35 @@ struct Accumulator {
   // other slots infinite or NaN.
   static constexpr float LARGEST = 0x1p100f;
 
-  Slots<STATISTICS> slots;
+  Slots<STATISTICS, COUNT> slots;
   Run run;
   const int lane = threadIdx.x;
 
   __device__ __forceinline__ void consume(T* tile, int* keys) {
-    int* const own = keys + 2 * lane;  // keys of the lane's two pixels
-    const bool has_pixels = lane < TILE<T> / 2;
+    // Keys of the lane's two pixels. In float32, lanes 16 to 31 have the pixels of lanes 0 to 15.
+    int* const own = keys + 2 * (lane % (TILE<T> / 2));
     if constexpr (STATISTICS & SQDISTS) {  // uniform tiles: ignored ones, and those with a slot
-      const bool differ = has_pixels && (own[0] != keys[0] || own[1] != keys[0]);
-      if (__ballot_sync(FULL_WARP, differ) == 0) {
-        const int slot = slots.of_key[keys[0]];
+      const int first = keys[0];
+      if (__ballot_sync(FULL_WARP, own[0] != first || own[1] != first) == 0) {
+        const int slot = slots.of_key[first];
         if (slot == NO_SLOT) return;
         if (slot < SLOTS) return add_uniform(tile, slot);
       }
     }
 #pragma unroll 1
     for (;;) {
-      const int2 found = slots.find(has_pixels ? own[0] : -1, has_pixels ? own[1] : -1);
-      if (has_pixels) slots.place(found);
-      if (slots.used == SLOTS) {  // pixels with a slot are added below
-        __syncwarp();             // all lanes have read keys[0]
-        if (has_pixels && found.x != NO_SLOT) own[0] = -1;
-        if (has_pixels && found.y != NO_SLOT) own[1] = -1;
+      const int2 found = slots.find(own[0], own[1]);
+      slots.place(found);
+      if (slots.used == COUNT) {  // pixels with a slot are added below
+        __syncwarp();             // all lanes have read the keys
+        if (lane < TILE<T> / 2) {
+          if (found.x != NO_SLOT) own[0] = -1;
+          if (found.y != NO_SLOT) own[1] = -1;
+        }
       }
       add(tile, halves_of(found));
-      if (slots.used < SLOTS) return;
-      const bool left = has_pixels && max(own[0], own[1]) >= 0;
-      if (__ballot_sync(FULL_WARP, left) == 0) return;
+      if (slots.used < COUNT) return;
+      if (__ballot_sync(FULL_WARP, max(own[0], own[1]) >= 0) == 0) return;
       end_run();
       slots.evict();
     }
@@ -122,29 +132,24 @@ struct Accumulator {
   __device__ __forceinline__ void end_run() {
     if (run.slot == NO_SLOT) return;
     auto& totals = slots.totals;
-    const bool has_slot = lane / 4 == run.slot % 8;
+    float sqdist = run.sqdist;
 #pragma unroll
-    for (int i = 0; i < SLOTS / 8; ++i) {
-      const int m = i / 2, h = i % 2;
-      if (run.slot / 8 != i) continue;
+    for (int lanes = 4; lanes < 32; lanes *= 2) sqdist += __shfl_xor_sync(FULL_WARP, sqdist, lanes);
+    const auto add_to_slot = [&](auto add) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int i = 0; i < COUNT / 8; ++i)
+        if (8 * i + lane / 4 == run.slot) add(i / 2, i % 2);
+    };
+    add_to_slot([&](int m, int h) { totals.sqdists[m][h] += sqdist; });
 #pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const int owner = (lane % 4 * 2 + b) * 4 + j;  // the lane that has channel 8·j + 2q + b
-          const auto add = [&](auto& values, float of_channel) {
-            const float value = __shfl_sync(FULL_WARP, of_channel, owner);
-            if (has_slot) totals.at(values, m, h, 2 * j + b) += value;
-          };
-          if constexpr (STATISTICS & SUMS) add(totals.sums, run.sum);
-          if constexpr (STATISTICS & RESIDUALS) add(totals.residuals, run.residual);
-        }
-      }
-      float sqdist = run.sqdist;
-#pragma unroll
-      for (int lanes = 4; lanes < 32; lanes *= 2)
-        sqdist += __shfl_xor_sync(FULL_WARP, sqdist, lanes);
-      if (has_slot) totals.sqdists[m][h] += sqdist;
+    for (int i = 0; i < 8; ++i) {
+      const int owner = (lane % 4 * 2 + i % 2) * 4 + i / 2;  // the lane that has channel_of_lane(i)
+      const auto add = [&](auto& values, float of_channel) {
+        const float value = __shfl_sync(FULL_WARP, of_channel, owner);
+        add_to_slot([&](int m, int h) { totals.at(values, m, h, i) += value; });
+      };
+      if constexpr (STATISTICS & SUMS) add(totals.sums, run.sum);
+      if constexpr (STATISTICS & RESIDUALS) add(totals.residuals, run.residual);
     }
     run = {};
   }
@@ -188,16 +193,19 @@ struct Accumulator {
       for (int i = 0; i < 4 * GROUPS; ++i)
         split(squares[i / 4][i % 4 * 2], squares[i / 4][i % 4 * 2 + 1], terms[i]);
       add_squares<0>(one_hot, terms);  // without a branch they overlap with what is before
-      if (halves.upper) add_squares<1>(upper_half(), terms);
+      if constexpr (COUNT > ROWS)
+        if (halves.upper) add_squares<1>(upper_half(), terms);
     }
     if constexpr (STATISTICS & (SUMS | RESIDUALS)) {
       if (halves.lower) {
         if constexpr (RELOADS) load(tile, x);
         add_features<0>(one_hot, x);
       }
-      if (halves.upper) {
-        load(tile, x);
-        add_features<1>(upper_half(), x);
+      if constexpr (COUNT > ROWS) {
+        if (halves.upper) {
+          load(tile, x);
+          add_features<1>(upper_half(), x);
+        }
       }
     }
   }
@@ -315,11 +323,12 @@ struct Accumulator {
   __device__ __forceinline__ void add_alone(const T* tile, int pixel, int slot) {
     if (slot % 8 != lane / 4) return;
     auto& totals = slots.totals;
+    const int first_channel = thread_again() % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < SLOTS; ++i) {
+    for (int i = 0; i < COUNT; ++i) {
       const int m = i / 16, h = i / 8 % 2, j = i / 2 % 4, b = i % 2;
       if (slot / 8 != i / 8) continue;
-      const int channel = 8 * j + lane % 4 * 2 + b;
+      const int channel = first_channel + channel_of_lane(i % 8);
       const auto value = static_cast<float>(tile[Layout::offset(channel, pixel)]);
       if constexpr (STATISTICS & SUMS) totals.at(totals.sums, m, h, 2 * j + b) += value;
       if constexpr (STATISTICS & SQDISTS) {
@@ -333,8 +342,8 @@ struct Accumulator {
 };
 
 // Reads the features and the keys of its tiles once. Writes the statistics of a key each time that
-// its slot is freed: once, if the chunk has at most 32 keys. after_random: launched early, after
-// class_moments_random_kernel, which sums random labels.
+// its slot is freed: once, if the chunk has no more keys than there are slots. after_random:
+// launched early, after class_moments_random_kernel, which sums random labels.
 template <class T, int STATISTICS, bool CHANNELS_LAST, bool SHIFTED>
 __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
     class_moments_kernel(const Input<T> input, const Tiling tiling, const Partials partials,
@@ -345,7 +354,7 @@ __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
   // Neighbouring blocks read neighbouring channels.
   const int block = blockIdx.x % tiling.blocks, chunk = blockIdx.x / tiling.blocks;
   Ring<T, CHANNELS_LAST, false, STAGES<T, STATISTICS>, SHIFTED> ring(input, tiling, block, chunk);
-  Accumulator<T, STATISTICS, CHANNELS_LAST> accumulator{
+  Accumulator<T, STATISTICS, CHANNELS_LAST, slots_of<T>(STATISTICS, SHIFTED)> accumulator{
       {partials, tiling, input, block, chunk, ring.end()}};
 
 #pragma unroll 1

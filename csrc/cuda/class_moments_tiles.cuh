@@ -218,20 +218,24 @@ struct Cursor {
   const T* features;    // where the lane copies its first vector (sorted: of pixel 0)
   const int32_t* keys;  // of the tile's first pixel
 
-  __device__ Cursor(const Input<T>& input, const Tiling& tiling, int channel, int64_t tile)
+  // There are less than 2^31 tiles and lines, and divisions of 32 bits need fewer registers.
+  __device__ Cursor(const Input<T>& input, const Tiling& tiling, int channel, int tile)
       : input(input),
         tiling(tiling),
         channel(channel),
         vectors((SHIFTED || input.vectors) && (CHANNELS_LAST || !SORTED) && channels() == CHANNELS),
-        line(static_cast<int>(tile / tiling.tiles_per_line)) {
-    enter_line(static_cast<int>(tile % tiling.tiles_per_line));
+        line(tile / tiling.tiles_per_line) {
+    enter_line(tile % tiling.tiles_per_line);
   }
   __device__ void enter_line(int tile) {
     const Pixels& view = input.view;
     tiles_left = tiling.tiles_per_line - tile;
     int64_t pixel = int64_t{tile} * TILE<T>;
     features = input.features + channel * view.stride_d;
-    if constexpr (!SORTED) features += view.line_offset(line);
+    if constexpr (!SORTED) {
+      const int of_image = static_cast<int>(view.lines_per_image);
+      features += line / of_image * view.stride_b + line % of_image * view.stride_h;
+    }
     if constexpr (SHIFTED) {
       before = reinterpret_cast<uintptr_t>(features) % sizeof(Vector<T>) / sizeof(T);
       pixel -= before;
@@ -350,7 +354,7 @@ struct Ring {
 
   __device__ Ring(const Input<T>& input, const Tiling& tiling, int block, int chunk)
       : cursor(input, tiling, first_channel(block, SHIFTED ? input.period : 1),
-               tiling.first_tile(chunk)),
+               static_cast<int>(tiling.first_tile(chunk))),
         tiles(static_cast<int>(tiling.tiles_per_chunk) + (chunk < tiling.longer)) {}
 
   static __device__ __forceinline__ T* stage_at(int index) {
