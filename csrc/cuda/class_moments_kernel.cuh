@@ -69,7 +69,7 @@ struct Accumulator {
           if (found.y != NO_SLOT) own[1] = -1;
         }
       }
-      add(tile, halves_of(found));
+      add(tile, keys, halves_of(found));
       if (slots.used < COUNT) return;
       if (__ballot_sync(FULL_WARP, max(own[0], own[1]) >= 0) == 0) return;
       end_run();
@@ -166,7 +166,7 @@ struct Accumulator {
   }
 
   // Adds the pixels that have a slot.
-  __device__ __forceinline__ void add(T* tile, Halves halves) {
+  __device__ __forceinline__ void add(T* tile, int* keys, Halves halves) {
     Fragment x[GROUPS];
     Vector<unsigned> pairs[GROUPS];
     float squares[GROUPS][8];
@@ -184,7 +184,7 @@ struct Accumulator {
           finite &= x[g].are_finite();
       }
       if (all_finite || __ballot_sync(FULL_WARP, finite) == FULL_WARP) break;
-      take_out(tile);
+      take_out(tile, keys);
     }
     const OneHot<GROUPS> one_hot(pairs, 0);
     if constexpr (STATISTICS & SQDISTS) {
@@ -304,19 +304,26 @@ struct Accumulator {
   }
 
   // Adds pixels that are not finite or too large, one by one. Afterwards their features are 0 and
-  // they have no slot.
-  __device__ __forceinline__ void take_out(T* tile) {
+  // they have no slot and no key.
+  __device__ __forceinline__ void take_out(T* tile, int* keys) {
 #pragma unroll 1
     for (int pixel = 0; pixel < TILE<T>; ++pixel) {
       const int slot = slots.code(pixel) / static_cast<int>(slot_code(1));
       T* const own = tile + Layout::offset(lane, pixel);
-      float residual = static_cast<float>(*own);
+      const auto value = static_cast<float>(*own);
+      float residual = value;
       if constexpr (STATISTICS & SQDISTS) residual -= slots.anchor(slot);
       if (__ballot_sync(FULL_WARP, residual * residual < LARGEST) == FULL_WARP) continue;
-      if (slot != NO_SLOT) add_alone(tile, pixel, slot);
+      if (slot != NO_SLOT)
+        add_alone(tile, pixel, slot);
+      else if (keys[pixel] >= 0)
+        slots.add_to_partials(keys[pixel], value);
       __syncwarp();
       *own = T(0.f);
-      if (lane == 0) slots.code(pixel) = slot_code(NO_SLOT);
+      if (lane == 0) {
+        slots.code(pixel) = slot_code(NO_SLOT);
+        keys[pixel] = -1;
+      }
     }
   }
 

@@ -139,6 +139,31 @@ struct Slots {
     __syncwarp();
   }
 
+  // Adds a pixel whose key has no slot to the partials. value: of the lane's channel.
+  __device__ __forceinline__ void add_to_partials(int key, float value) const {
+    const bool add = of_key[key] == IN_PARTIALS;
+    const auto store = [&](float* at, float term) { *at = add ? *at + term : term; };
+    const int channel = block * CHANNELS + thread_again();
+    const int64_t at = (int64_t{chunk} * num_keys + key) * width + channel;
+    const bool inside = channel < width;
+    if constexpr (STATISTICS & SUMS)
+      if (inside) store(partials.sums + at, value);
+    if constexpr (STATISTICS & SQDISTS) {
+      const float residual = value - source.of_key(key);
+      if constexpr (STATISTICS & RESIDUALS)
+        if (inside) store(partials.residuals + at, residual);
+      float sqdist = residual * residual;
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2)
+        sqdist += __shfl_xor_sync(FULL_WARP, sqdist, lanes);
+      if (lane == 0)
+        store(partials.sqdists + (int64_t{chunk} * blocks + block) * num_keys + key, sqdist);
+    }
+    __syncwarp();  // all lanes have read of_key
+    if (lane == 0) of_key[key] = IN_PARTIALS;
+    __syncwarp();
+  }
+
   // Adds all totals to the partials. Afterwards all slots are free.
   __device__ __forceinline__ void evict() {
     __syncwarp();  // all lanes have read the anchors and slots
