@@ -260,12 +260,12 @@ FLOORS = {
     (2, SQDISTS): (93, 92, 86, 68),
     (2, SUMS | SQDISTS): (92, 90, 57, 63),
     (2, SQDISTS | RESIDUALS): (91, 90, 51, 62),
-    (2, SUMS | SQDISTS | RESIDUALS): (90, 88, 68, 61),
+    (2, SUMS | SQDISTS | RESIDUALS): (92, 91, 68, 61),
     (4, SUMS): (95, 95, 76, 75),
     (4, SQDISTS): (96, 96, 86, 71),
     (4, SUMS | SQDISTS): (94, 94, 77, 67),
     (4, SQDISTS | RESIDUALS): (93, 93, 78, 67),
-    (4, SUMS | SQDISTS | RESIDUALS): (93, 92, 76, 63),
+    (4, SUMS | SQDISTS | RESIDUALS): (92, 90, 76, 63),
 }
 # The same for planes that are not aligned: labels of images, then random labels.
 FLOORS_OF_UNALIGNED = {
