@@ -29,6 +29,7 @@ def load_library(path):
 torch.ops.load_library = load_library
 """
 ELSEWHERE = Path(sys.executable).parent  # in the root, folders could be imported as packages
+OTHER_PYTHONS = os.getenv("ANCHOROPS_ABI_PYTHONS", "").split()  # of make check-abi
 compiled = pytest.mark.skipif(not CPU_LIBRARY.exists(), reason="nothing was compiled")
 
 
@@ -60,7 +61,7 @@ def test_only_the_stable_abi(library):
     assert [name for name in symbols if re.match(r"_?Py[A-Z_]", name)] == []  # nor Python's
 
 
-@pytest.mark.parametrize("python", os.getenv("ANCHOROPS_ABI_PYTHONS", "").split())
+@pytest.mark.parametrize("python", OTHER_PYTHONS)
 @compiled
 def test_other_torch(python):
     """The compiled files work with the torch and the Python of another interpreter."""
@@ -70,6 +71,22 @@ def test_other_torch(python):
     )
     answer = run(ROOT / python, "-c", code, PYTHONPATH=PACKAGE.parent)
     assert answer.stdout.strip() == "[1, 2]", answer.stderr
+
+
+@pytest.mark.parametrize("python", OTHER_PYTHONS)
+@pytest.mark.parametrize("part", ["cpu/*.cpp", "cuda/*.cu"])
+@compiled
+def test_other_torch_compiles_the_sources(python, part):
+    """The sources use only what the headers of another torch declare. The CUDA sources are read as
+    the emulator's compiler reads them (tests/csrc/Makefile)."""
+    code = "from torch.utils.cpp_extension import include_paths as p; print(*p('cpu'), sep='\\n')"
+    include = run(ROOT / python, "-c", code).stdout.split()
+    sources = sorted((ROOT / "csrc").glob(part))
+    assert include and sources
+    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-fsyntax-only", "-w", "-x", "c++"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-I{ROOT}/tests/csrc"]
+    answer = run(*command, *[f"-isystem{path}" for path in include], *sources)
+    assert answer.returncode == 0, answer.stderr[:4000]
 
 
 def test_kernels_are_a_subpackage():
