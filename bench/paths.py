@@ -276,7 +276,7 @@ FLOORS_OF_UNALIGNED = {
     (2, SUMS | SQDISTS | RESIDUALS): (83, 50),
     (4, SUMS): (94, 71),
     (4, SQDISTS): (96, 91),
-    (4, SUMS | SQDISTS): (94, 55),
+    (4, SUMS | SQDISTS): (92, 55),
     (4, SQDISTS | RESIDUALS): (92, 48),
     (4, SUMS | SQDISTS | RESIDUALS): (85, 44),
 }
