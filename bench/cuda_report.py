@@ -359,7 +359,7 @@ def main() -> None:
         hopper = [kernel for kernel in kernels if kernel.gpu == "sm_90"]
         rows, missed = print_times(hopper)
         faults += missed
-        if any(file.suffix == ".so" for file in files):  # not single objects
+        if hopper and any(file.suffix == ".so" for file in files):  # not single objects
             library = Library(hopper)
             library.used |= {base_name(row.kernel) for row in rows}
             faults += print_other_times(library, rows) + library.faults()

@@ -154,7 +154,7 @@ def add_zeros(launches: Launches) -> None:
 def label_keys(
     library: Library, shape: Shape, key: str = "unsigned char", key_bytes: int = 1
 ) -> list[tuple[str, float]]:
-    """For each label: of CeCo in 8 bits."""
+    """The keys of labels that are not resized; CeCo has them in 8 bits."""
     launches, name = Launches(library), f"class_keys_kernel<long, {key}>"
     add_zeros(launches)
     labels, of_image = RATIO**2 * shape.pixels, RATIO**2 * shape.plane

@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-// torch 2.10 and 2.11 do not have this macro, which reports the message of the error too.
+// Newer versions than torch 2.11 have this macro; it also reports the error's message.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif

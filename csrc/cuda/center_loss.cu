@@ -72,7 +72,7 @@ __device__ void multiply(const float* matrix, const float* vector, float* out, i
 }
 
 // Σ_i vector[i]·matrix[i, column]. vector: shared. The last row is loaded in place of those after
-// it, so that none is loaded alone.
+// it, so that 16 rows are always requested together.
 __device__ float multiply_transposed(const float* matrix, const float* vector, int column, int rows,
                                      int columns) {
   constexpr int AT_ONCE = 16;

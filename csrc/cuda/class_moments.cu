@@ -3,9 +3,9 @@
 //     sums[k] = Σ f_p    residuals[k] = Σ (f_p − a_k)    sqdists[k] = Σ ‖f_p − a_k‖²
 //
 // Up to 1,024 keys: pixels are read in raster order. A block is one warp. It sums 32 channels of a
-// chunk of the pixels on tensor cores, 32 keys at a time (class_moments_slots.cuh). Features are
-// read once. Keys are read once for each 32 channels: the first time from memory, then from the
-// second-level cache. A chunk writes partials of the keys that it has met; if these are at most 32,
+// chunk of the pixels on tensor cores, 32 or 16 keys at a time (class_moments_slots.cuh). Features
+// are read once. Keys are read once for each 32 channels: the first time from memory, then from the
+// second-level cache. A chunk writes partials of the keys that it has met; if these are not more,
 // each partial is written once. A second kernel reads the partials once and adds them in a fixed
 // order (class_moments_reduction.cu). The division of the pixels is in class_moments_plan.cuh.
 //

@@ -18,8 +18,8 @@ struct Run {
 };
 
 // The slots of a warp. With half of them, the features of all three statistics in 16 bits stay in
-// registers; they would be read twice otherwise. But random labels would free the slots in each
-// tile, so only where these have a kernel of their own.
+// registers; they would be read twice otherwise. But random labels of few classes would free the
+// slots in each tile, so only where these mostly have a kernel of their own.
 template <class T>
 constexpr int slots_of(int statistics, bool shifted) {
   const bool few = sizeof(T) == 2 && statistics == (SUMS | SQDISTS | RESIDUALS);

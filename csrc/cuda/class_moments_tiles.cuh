@@ -27,7 +27,7 @@ constexpr int MAJOR = 9;
 
 // Warps of which a multiprocessor has the registers: three for each scheduler, or two where there
 // are too few registers for three. From sm_100 on nvcc uses more registers. The shared memory of
-// sm_120 has place for only six warps with squared distances.
+// sm_120 has room for at most six warps with squared distances.
 template <class T>
 constexpr int warps_of(int statistics, int major = MAJOR) {
   if (major >= 12 && statistics == (SUMS | SQDISTS | RESIDUALS)) return 8;

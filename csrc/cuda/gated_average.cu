@@ -7,8 +7,8 @@
 //
 // One launch, a warp per row. With `update` the average is replaced; a lane writes only the numbers
 // that it alone has read. The K×D numbers are read twice, the second time from the L1 cache.
-// Latency determines the time: predicted 6 to 7 µs at K = 19 to
-// 171 and D = 720 and 768, with the launch, not measured.
+// Latency determines the time: predicted 6 to 7 µs at K = 19 to 171 and D = 720
+// and 768, with the launch, not measured.
 #include "row_lanes.cuh"
 #include "tensors.cuh"
 #include "warps.cuh"

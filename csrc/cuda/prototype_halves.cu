@@ -48,7 +48,7 @@ struct Prototypes {
     float a, b;
   };
 
-  // Of class k and the numbers first + 32·i, which are 0 from `dim` on.
+  // Adds the numbers first + 32·i of class k; from `dim` on they are 0.
   __device__ void add_to(Sums (&sums)[AT_ONCE], const uint8_t* half, int64_t k,
                          int64_t first) const {
     for (int g = 0; g < groups; ++g) {

@@ -69,7 +69,7 @@ struct Launch {
 };
 
 // 0: the threads of one block run from the first to the last, those of the other block from the
-// last to the first. Otherwise the seed of their orders, another one in each pass.
+// last to the first. Otherwise a seed; the order changes each time that all threads were visited.
 std::atomic<unsigned> order_set = 0;
 
 // One of the running blocks, and the system thread that runs it.
