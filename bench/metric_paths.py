@@ -4,7 +4,7 @@ size. See softmax_paths.py for what determines a time."""
 import math
 
 from shapes import HRNET, SEGFORMER, Shape
-from small_paths import MEMSET, RATIO, Launches, Row, label_keys
+from small_paths import MEMSET, RATIO, Launches, Row
 from softmax_paths import Code, Library, Sweep, waiting
 from time_model import MEMORY, Path
 
@@ -25,9 +25,10 @@ def argmax_path(code: Code, num_classes: int) -> Path:
 
 
 def confusion_path(code: Code) -> Path:
-    """Four pixels in a round: a label, two divisions of the pixel's number, a prediction."""
-    ends = code.those(lambda b: b.count("SHFL") == 2)
-    reads = [[i] for i in code.those(lambda b: b.count("LDG|I2F") > 0) if i < ends[0]]
+    """Labels of 64 bits. In a round, the labels and predictions of four pixels are loaded."""
+    narrow = code.those(lambda b: b.count("LDG") > b.count(r"LDG\.E\.64"))
+    reads = [[i] for i in code.those(lambda b: b.count("LDG") > 0, narrow[-1])]
+    ends = code.those(lambda b: b.count("SHFL") == 1)
     sums = code.those(lambda b: b.count(r"SHFL\.BFLY") == 5)
     path = code.walk([0], *reads * (PIXELS // 4), ends, *[sums] * HEADS, code.exits[-1:])
     return waiting(path, MEMORY, 2)
@@ -44,11 +45,10 @@ def argmax_row(library: Library, shape: Shape, title: str) -> Row:
 
 def confusion_row(library: Library, shape: Shape, title: str) -> Row:
     launches, name = Launches(library), "confusion_kernel"
-    keys = label_keys(library, shape, "int", 4)
-    launches.times = [("memset", MEMSET), *keys]
+    launches.times = [("memset", MEMSET)]
     pixels = RATIO**2 * shape.pixels
     path, blocks = confusion_path(launches.code(name)), math.ceil(pixels / (THREADS * PIXELS))
-    launches.add(name, path, blocks, 0, 12 * pixels, THREADS)
+    launches.add(name, path, blocks, 0, 16 * pixels, THREADS)
     return Row("confusion matrix", f"{title}, int64", launches.times)
 
 

@@ -151,16 +151,14 @@ def add_zeros(launches: Launches) -> None:
     launches.add(zeros, code.walk([0], code.exits), 1)
 
 
-def label_keys(
-    library: Library, shape: Shape, key: str = "unsigned char", key_bytes: int = 1
-) -> list[tuple[str, float]]:
-    """The keys of labels that are not resized; CeCo has them in 8 bits."""
-    launches, name = Launches(library), f"class_keys_kernel<long, {key}>"
+def label_keys(library: Library, shape: Shape) -> list[tuple[str, float]]:
+    """The keys, of 8 bits, of CeCo's labels, which are not resized."""
+    launches, name = Launches(library), "class_keys_kernel<long, unsigned char>"
     add_zeros(launches)
     labels, of_image = RATIO**2 * shape.pixels, RATIO**2 * shape.plane
     path = waiting(label_keys_path(launches.code(name)), MEMORY, LABEL_BYTES * 32 // 128)
     blocks = shape.batch * math.ceil(of_image / 1024)
-    launches.add(name, path, blocks, 4 * shape.classes, (LABEL_BYTES + key_bytes) * labels)
+    launches.add(name, path, blocks, 4 * shape.classes, (LABEL_BYTES + 1) * labels)
     return launches.times
 
 
