@@ -67,10 +67,10 @@ def _runtime(flavour: str) -> str:
     return " ".join(paths)
 
 
-def _environment(flavour: str) -> dict[str, str]:
+def _environment(flavour: str, library: str = "cuda_on_host.so") -> dict[str, str]:
     options = f"exitcode={CAUGHT}:halt_on_error=1"
     return os.environ | {
-        "ANCHOROPS_CUDA_ON_HOST": str(BUILD / flavour / "cuda_on_host.so"),
+        "ANCHOROPS_CUDA_ON_HOST": str(BUILD / flavour / library),
         "LD_PRELOAD": _runtime(flavour),
         "ASAN_OPTIONS": f"{options}:detect_leaks=0",
         "TSAN_OPTIONS": options,
@@ -143,9 +143,11 @@ def test_planted_faults_are_caught(flavour):
             assert run.returncode == caught and report in run.stderr, (fault, run.stderr)
 
 
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
+
+
 def test_kernels(flavour):
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
-    command += map(str, CASES)
+    command = PYTEST + [str(case) for case in CASES]
     run = subprocess.run(command, env=_environment(flavour), capture_output=True, text=True)
     if flavour == "thread" and run.returncode == CAUGHT:
         # Something was reported once, on a busy machine, and not in seven later runs. That report
@@ -156,4 +158,13 @@ def test_kernels(flavour):
         # threads and allocator do, which are not instrumented, does depend on timing.
         warnings.warn(f"ThreadSanitizer, first run:\n{run.stderr[-8000:]}", stacklevel=1)
         run = subprocess.run(command, env=_environment(flavour), capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-8000:]
+
+
+@pytest.mark.parametrize("flavour", ["plain"], indirect=True)
+def test_gpus_without_the_kernel_of_random_labels(flavour):
+    """Only class_moments_kernel sums pixels, and it has more slots."""
+    command = [*PYTEST, str(TESTS / "interpreted/test_class_moments.py")]
+    environment = _environment(flavour, "no_random_kernel.so")
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-8000:]
