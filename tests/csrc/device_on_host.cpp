@@ -41,8 +41,16 @@ void release(void* token) {
 
 enum class Waits { NOT, FOR_BLOCK, FOR_WARP, FOREVER };
 
+// Where a fiber continues. Contexts also have a mask of signals, so each switch would be a system
+// call, and these would take most of the time. So contexts only begin the fibers of a launch.
+using Position = void* [5];
+
+[[noreturn, gnu::noinline]] void jump(Position& position) { __builtin_longjmp(position, 1); }
+
 struct Fiber {
   ucontext_t context;
+  bool has_begun = false;
+  Position position;
   std::unique_ptr<char[]> stack{new char[STACK]};
   void* tsan = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
   void* fake_stack = nullptr;
@@ -84,6 +92,7 @@ class Worker {
     threads_ = block.x * block.y * block.z;
     if (threads_ % 32) fail("blocks must consist of whole warps");
     while (fibers_.size() < threads_) fibers_.push_back(std::make_unique<Fiber>());
+    for (const auto& fiber : fibers_) fiber->has_begun = false;
     order_.resize(threads_);
     std::iota(order_.begin(), order_.end(), 0);
     if (parity_) std::reverse(order_.begin(), order_.end());
@@ -103,13 +112,15 @@ class Worker {
     Fiber& fiber = *fibers_[thread_];
     fiber.waits = what;
     fiber.mask = mask;
+    const bool ends = what == Waits::FOREVER;
     if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(scheduler_tsan_, TSAN_NO_ORDER);
     if (__sanitizer_start_switch_fiber)
-      __sanitizer_start_switch_fiber(what == Waits::FOREVER ? nullptr : &fiber.fake_stack,
-                                     scheduler_stack_, scheduler_stack_size_);
-    swapcontext(&fiber.context, &scheduler_);
+      __sanitizer_start_switch_fiber(ends ? nullptr : &fiber.fake_stack, scheduler_stack_,
+                                     scheduler_stack_size_);
+    if (!__builtin_setjmp(fiber.position)) jump(scheduler_);
     if (__sanitizer_finish_switch_fiber)
-      __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack_, &scheduler_stack_size_);
+      __sanitizer_finish_switch_fiber(ends ? nullptr : fiber.fake_stack, &scheduler_stack_,
+                                      &scheduler_stack_size_);
   }
 
   Fiber& fiber() { return *fibers_[thread_]; }
@@ -134,13 +145,15 @@ class Worker {
       __sanitizer_finish_switch_fiber(nullptr, &worker.scheduler_stack_,
                                       &worker.scheduler_stack_size_);
     acquire(&worker.launch_->begin);
-    acquire(&worker.end_of_block_);
-    (*worker.launch_->kernel)();
-    if (worker.launch_->early && !worker.fiber().has_waited_for_kernel)
-      worker.fail("was launched early and has not waited for the kernel before");
-    release(&worker.end_of_block_);
-    release(&worker.launch_->end);
-    worker.wait(Waits::FOREVER);
+    for (;;) {  // over blocks
+      acquire(&worker.end_of_block_);
+      (*worker.launch_->kernel)();
+      if (worker.launch_->early && !worker.fiber().has_waited_for_kernel)
+        worker.fail("was launched early and has not waited for the kernel before");
+      release(&worker.end_of_block_);
+      release(&worker.launch_->end);
+      worker.wait(Waits::FOREVER);
+    }
   }
 
   void run_block() {
@@ -152,12 +165,7 @@ class Worker {
     shared_ = static_cast<unsigned char*>(memory);
     for (unsigned i = 0; i < threads_; ++i) {
       Fiber& fiber = *fibers_[i];
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = STACK;
-      makecontext(&fiber.context, &Worker::enter, 0);
       fiber.waits = Waits::NOT;
-      fiber.fake_stack = nullptr;
       fiber.warp_barriers = 0;
       fiber.copies.clear();
       fiber.groups = 0;
@@ -193,7 +201,15 @@ class Worker {
     if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(fiber.tsan, TSAN_NO_ORDER);
     if (__sanitizer_start_switch_fiber)
       __sanitizer_start_switch_fiber(&fake_stack, fiber.stack.get(), STACK);
-    swapcontext(&scheduler_, &fiber.context);
+    if (!__builtin_setjmp(scheduler_)) {
+      if (fiber.has_begun) jump(fiber.position);
+      fiber.has_begun = true;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = STACK;
+      makecontext(&fiber.context, &Worker::enter, 0);
+      setcontext(&fiber.context);
+    }
     if (__sanitizer_finish_switch_fiber)
       __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
   }
@@ -243,7 +259,7 @@ class Worker {
   bool random_order_ = false;
   std::minstd_rand random_;
   unsigned char* shared_ = nullptr;
-  ucontext_t scheduler_;
+  Position scheduler_;
   void* scheduler_tsan_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_size_ = 0;
