@@ -4,6 +4,7 @@
 #pragma once
 
 #include "class_moments_tiles.cuh"
+#include "warps.cuh"
 
 namespace anchorops::cuda {
 
@@ -33,12 +34,6 @@ struct Totals {
     return {of(&Sums::sum), of(&Sums::sqdist), of(&Sums::residual)};
   }
 };
-
-__device__ __forceinline__ float over_lanes(float value) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(FULL_WARP, value, lanes);
-  return value;
-}
 
 template <int STATISTICS>
 struct SumsWriter {
@@ -76,7 +71,7 @@ struct SumsWriter {
         (end ? out.residuals_ends : out.residuals)[at] = sums.residual;
     }
     if constexpr (STATISTICS & SQDISTS) {
-      const float total = over_lanes(sums.sqdist);
+      const float total = sum_of_warp(sums.sqdist);
       if (lane > 0) return;
       if (end)
         out.sqdists_ends[edge * blocks + block] = total;
