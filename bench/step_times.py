@@ -11,7 +11,7 @@ import launches
 import small_paths
 from paths import Row
 from row_paths import Operators
-from shapes import SHAPES, SQDISTS, SUMS, Shape
+from shapes import RESIDUALS, SHAPES, SQDISTS, SUMS, Shape
 from softmax_paths import Library
 from time_model import COPY_BANDWIDTH, LAUNCH
 
@@ -62,11 +62,12 @@ class Step:
         anchors: Any,
         num_keys: int,
         groups: int,
-        sums: bool,
-        *_: Any,
+        with_sums: bool,
+        with_residuals: bool,
     ) -> Times:
         """All launches; a share contains only the last one."""
-        statistics = SUMS * sums | SQDISTS * (anchors is not None)
+        statistics = SUMS * with_sums | SQDISTS * (anchors is not None)
+        statistics |= RESIDUALS * with_residuals
         time = self._pass(f"class_moments_kernel<BFloat16, {statistics}, false, false>", groups)
         return [("class_moments_kernel", time + LAUNCH)]
 
