@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import anchorops as ao
 from anchorops import reference
@@ -185,9 +186,8 @@ def test_batch_norm_keeps_torchs_statistics(shape: tuple[int, ...]) -> None:
 
 
 def test_memory() -> None:
-    """The gradient of the features has 64 MiB. Beside it there is one tensor of 16 MiB, the size of
-    the reduced features. Normalised features would be another; a convolution would copy the
-    features."""
+    """The reduced features have 16 MiB; normalised features would have as much. The gradient of the
+    features has 64 MiB, and a convolution would copy the features, in a buffer of its own."""
     features = torch.randn(2, 512, 128, 128, requires_grad=True)
     labels = torch.randint(0, 150, (2, 64, 64)).repeat_interleave(8, 1).repeat_interleave(8, 2)
     ceco = ao.CeCo(150, 512)
@@ -196,4 +196,8 @@ def test_memory() -> None:
         return torch.autograd.grad(ceco(features, labels), features)[0]
 
     step()
+    assert peak_allocated_bytes(lambda: ceco(features, labels)) < 24 << 20
     assert peak_allocated_bytes(step) < 84 << 20
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    assert not [event.key for event in profiler.key_averages() if "conv" in event.key]
