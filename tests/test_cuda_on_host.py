@@ -109,6 +109,7 @@ WRONG = "wrong"
 PLANTED = [
     ("address", "SHARED_OUT_OF_BOUNDS", "heap-buffer-overflow"),
     ("address", "GLOBAL_OUT_OF_BOUNDS", "heap-buffer-overflow"),
+    ("thread", "NO_BARRIER", "data race"),
     ("thread", "NO_SYNCTHREADS", "data race"),
     ("thread", "NO_SYNCWARP", "data race"),
     ("thread", "BLOCKS_RACE", "data race"),

@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -55,14 +56,11 @@ struct Fiber {
   void* tsan = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
   void* fake_stack = nullptr;
   Waits waits = Waits::FOREVER;
-  // Its value for the lanes of `mask`, their values, and the tokens that order them in a barrier: a
-  // lane that is one barrier ahead uses its other token.
+  // Its value for the lanes of `mask`, and their values.
   unsigned mask = 0;
   Slot brought, received[32];
-  unsigned warp_barriers = 0;
-  char tokens[2];
-  char* received_tokens[32];
-  std::vector<std::pair<Copy, int>> copies;  // each with its group
+  std::map<unsigned, unsigned> warp_barriers;  // passed, for each mask
+  std::vector<std::pair<Copy, int>> copies;    // each with its group
   int groups = 0;
   bool has_waited_for_kernel = false;
 };
@@ -124,6 +122,11 @@ class Worker {
   }
 
   Fiber& fiber() { return *fibers_[thread_]; }
+  // Orders the lanes of a mask in their next barrier. A lane that is one barrier ahead uses the
+  // other of two tokens.
+  char& next_warp_token(unsigned mask) {
+    return warp_tokens_[thread_ / 32][mask][fiber().warp_barriers[mask]++ % 2];
+  }
   unsigned lane() const { return thread_ % 32; }
   unsigned char* shared() const { return shared_; }
 
@@ -146,7 +149,7 @@ class Worker {
                                       &worker.scheduler_stack_size_);
     acquire(&worker.launch_->begin);
     for (;;) {  // over blocks
-      acquire(&worker.end_of_block_);
+      acquire(&worker.begin_of_block_);
       (*worker.launch_->kernel)();
       if (worker.launch_->early && !worker.fiber().has_waited_for_kernel)
         worker.fail("was launched early and has not waited for the kernel before");
@@ -161,12 +164,12 @@ class Worker {
     void* memory = nullptr;
     if (posix_memalign(&memory, 16, std::max<size_t>(launch_->shared_bytes, 1))) std::abort();
     std::memset(memory, 0xff, launch_->shared_bytes);
-    release(&end_of_block_);
+    release(&begin_of_block_);
     shared_ = static_cast<unsigned char*>(memory);
     for (unsigned i = 0; i < threads_; ++i) {
       Fiber& fiber = *fibers_[i];
       fiber.waits = Waits::NOT;
-      fiber.warp_barriers = 0;
+      for (auto& [mask, passed] : fiber.warp_barriers) passed = 0;
       fiber.copies.clear();
       fiber.groups = 0;
       fiber.has_waited_for_kernel = false;
@@ -241,10 +244,7 @@ class Worker {
       if (!complete) continue;
       for (const auto& [to, receiver] : named) {
         receiver->waits = Waits::NOT;
-        for (const auto& [from, sender] : named) {
-          receiver->received[from] = sender->brought;
-          receiver->received_tokens[from] = &sender->tokens[sender->warp_barriers % 2];
-        }
+        for (const auto& [from, sender] : named) receiver->received[from] = sender->brought;
       }
       passed = true;
     }
@@ -255,6 +255,7 @@ class Worker {
   Launch* launch_ = nullptr;
   unsigned threads_ = 0, thread_ = 0;
   std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::map<unsigned, char[2]> warp_tokens_[32];  // for each warp and mask
   std::vector<unsigned> order_;
   bool random_order_ = false;
   std::minstd_rand random_;
@@ -263,7 +264,7 @@ class Worker {
   void* scheduler_tsan_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_size_ = 0;
-  char end_of_block_;
+  char begin_of_block_, end_of_block_;  // tokens: no thread's end is before another one's begin
 };
 
 thread_local Worker* Worker::current = nullptr;
@@ -330,12 +331,10 @@ const Slot* exchange(unsigned mask, const Slot& brought) {
 }
 
 void warp_barrier(unsigned mask) {
-  Fiber& fiber = Worker::current->fiber();
-  release(&fiber.tokens[fiber.warp_barriers % 2]);
+  char& token = Worker::current->next_warp_token(mask);
+  release(&token);
   exchange(mask, {});
-  for (unsigned i = 0; i < 32; ++i)
-    if (mask >> i & 1) acquire(fiber.received_tokens[i]);
-  ++fiber.warp_barriers;
+  acquire(&token);
 }
 
 void copy_async(void* to, const void* from, int bytes, int size) {

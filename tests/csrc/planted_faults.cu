@@ -12,6 +12,7 @@ enum class Fault {
   NONE,
   SHARED_OUT_OF_BOUNDS,
   GLOBAL_OUT_OF_BOUNDS,
+  NO_BARRIER,
   NO_SYNCTHREADS,
   NO_SYNCWARP,
   COPY_NOT_WAITED_FOR,
@@ -27,6 +28,10 @@ enum class Fault {
 template <Fault FAULT>
 __global__ void rotate_kernel(const float* in_ptr, float* out_ptr) {
   if (FAULT != Fault::NOT_WAITED_FOR_KERNEL || threadIdx.x < THREADS - 1) wait_for_kernel_before();
+  if constexpr (FAULT == Fault::NO_BARRIER) {
+    out_ptr[blockIdx.x * THREADS] = in_ptr[threadIdx.x];
+    return;
+  }
   auto* shared = reinterpret_cast<float*>(shared_memory());
   const unsigned thread = threadIdx.x, next = (thread + 1) % THREADS, lane = thread % 32;
   const float* block_in = in_ptr + blockIdx.x * THREADS;
@@ -82,6 +87,7 @@ extern "C" [[gnu::visibility("default")]] void rotate(const char* fault, const f
   PLANT(NONE);
   PLANT(SHARED_OUT_OF_BOUNDS);
   PLANT(GLOBAL_OUT_OF_BOUNDS);
+  PLANT(NO_BARRIER);
   PLANT(NO_SYNCTHREADS);
   PLANT(NO_SYNCWARP);
   PLANT(COPY_NOT_WAITED_FOR);
