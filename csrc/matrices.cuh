@@ -35,7 +35,7 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  on_host::multiply_add<T>(c, a, b);
+  on_host::multiply_add(c, a, b, std::is_same_v<T, Half>);
 #endif
 }
 

@@ -2,9 +2,10 @@
 // symbols below inform the sanitizers about the fibers and their order.
 #include "device_on_host.h"
 
+#include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
 
-#include <condition_variable>
+#include <bit>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -43,7 +44,7 @@ void release(void* token) {
 enum class Waits { NOT, FOR_BLOCK, FOR_WARP, FOREVER };
 
 // Where a fiber continues. Contexts also have a mask of signals, so each switch would be a system
-// call, and these would take most of the time. So contexts only begin the fibers of a launch.
+// call, and these would take most of the time. So contexts only begin the fibers.
 using Position = void* [5];
 
 [[noreturn, gnu::noinline]] void jump(Position& position) { __builtin_longjmp(position, 1); }
@@ -82,28 +83,46 @@ std::atomic<unsigned> order_set = 0;
 
 class Worker {
  public:
-  explicit Worker(unsigned parity) : parity_(parity) {}
+  // The system thread exists as long as the process: starting one for each launch would take most
+  // of ThreadSanitizer's time.
+  explicit Worker(unsigned parity) : parity_(parity) {
+    std::thread([this] {
+      current = this;
+      if (__tsan_get_current_fiber) scheduler_tsan_ = __tsan_get_current_fiber();
+      for (;;) {
+        given_.wait(nullptr);
+        run(*given_);
+        given_ = nullptr;
+        given_.notify_all();
+      }
+    }).detach();
+  }
+
+  void begin(Launch& launch) {
+    given_ = &launch;
+    given_.notify_all();
+  }
+  void finish(Launch& launch) { given_.wait(&launch); }
 
   void run(Launch& launch) {
+    acquire(&launch.begin);
     launch_ = &launch;
     const dim3 grid = launch.grid, block = launch.block;
     threads_ = block.x * block.y * block.z;
     if (threads_ % 32) fail("blocks must consist of whole warps");
     while (fibers_.size() < threads_) fibers_.push_back(std::make_unique<Fiber>());
-    for (const auto& fiber : fibers_) fiber->has_begun = false;
     order_.resize(threads_);
     std::iota(order_.begin(), order_.end(), 0);
     if (parity_) std::reverse(order_.begin(), order_.end());
     random_order_ = order_set > 0;
     random_.seed(2 * order_set + parity_);
-    if (__tsan_get_current_fiber) scheduler_tsan_ = __tsan_get_current_fiber();
-    current = this;
     place = {{}, {}, block, grid};
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
     for (uint64_t i = parity_; i < blocks; i += 2) {
       place.block = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
       run_block();
     }
+    release(&launch.end);
   }
 
   void wait(Waits what, unsigned mask = 0) {
@@ -147,14 +166,12 @@ class Worker {
     if (__sanitizer_finish_switch_fiber)
       __sanitizer_finish_switch_fiber(nullptr, &worker.scheduler_stack_,
                                       &worker.scheduler_stack_size_);
-    acquire(&worker.launch_->begin);
     for (;;) {  // over blocks
       acquire(&worker.begin_of_block_);
       (*worker.launch_->kernel)();
       if (worker.launch_->early && !worker.fiber().has_waited_for_kernel)
         worker.fail("was launched early and has not waited for the kernel before");
       release(&worker.end_of_block_);
-      release(&worker.launch_->end);
       worker.wait(Waits::FOREVER);
     }
   }
@@ -252,6 +269,7 @@ class Worker {
   }
 
   const unsigned parity_;
+  std::atomic<Launch*> given_ = nullptr;
   Launch* launch_ = nullptr;
   unsigned threads_ = 0, thread_ = 0;
   std::vector<std::unique_ptr<Fiber>> fibers_;
@@ -279,13 +297,14 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, bool e
   static std::mutex one_at_a_time;
   std::lock_guard lock(one_at_a_time);
   ++launches;
-  static Worker workers[2] = {Worker(0), Worker(1)};
+  static Worker& even = *new Worker(0);
+  static Worker& odd = *new Worker(1);
   Launch job{name, grid, block, shared_bytes, early, &kernel, 0, 0};
   release(&job.begin);
-  {
-    std::jthread even([&] { workers[0].run(job); });
-    std::jthread odd([&] { workers[1].run(job); });
-  }
+  even.begin(job);
+  odd.begin(job);
+  even.finish(job);
+  odd.finish(job);
   acquire(&job.end);
 }
 
@@ -335,6 +354,33 @@ void warp_barrier(unsigned mask) {
   release(&token);
   exchange(mask, {});
   acquire(&token);
+}
+
+static double element(unsigned pair, int which, bool is_float16) {
+  const auto bits = static_cast<uint16_t>(pair >> 16 * which);
+  if (is_float16) return torch::headeronly::Half(bits, torch::headeronly::Half::from_bits());
+  return std::bit_cast<float>(uint32_t{bits} << 16);
+}
+
+void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool is_float16) {
+  struct Operands {
+    unsigned a[4], b[2];
+  } operands[32];
+  std::memcpy(operands->a, a, sizeof a);
+  std::memcpy(operands->b, b, sizeof b);
+  const Slot* slots = exchange_values(0xffffffff, operands[0]);
+  for (int i = 0; i < 32; ++i) std::memcpy(&operands[i], &slots[i], sizeof operands[i]);
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const int register_of_a = row / 8 + k / 8 * 2, quarter = k % 8 / 2;
+      sum += element(operands[row % 8 * 4 + quarter].a[register_of_a], k % 2, is_float16) *
+             element(operands[column * 4 + quarter].b[k / 8], k % 2, is_float16);
+    }
+    c[i] = static_cast<float>(sum);
+    if (std::abs(c[i]) > std::abs(sum)) c[i] = std::nextafter(c[i], 0.f);  // truncated
+  }
 }
 
 void copy_async(void* to, const void* from, int bytes, int size) {

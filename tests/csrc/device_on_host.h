@@ -101,36 +101,8 @@ T from_lane(unsigned mask, T value, unsigned source) {
   return value;
 }
 
-// The products of csrc/matrices.cuh.
-template <class T>
-float half_of(unsigned pair, int which) {
-  const auto bits = static_cast<uint16_t>(pair >> 16 * which);
-  T half;
-  std::memcpy(&half, &bits, sizeof half);
-  return half;
-}
-
-template <class T>
-void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  struct Operands {
-    unsigned a[4], b[2];
-  } operands[32];
-  std::memcpy(operands->a, a, sizeof a);
-  std::memcpy(operands->b, b, sizeof b);
-  const Slot* slots = exchange_values(0xffffffff, operands[0]);
-  for (int i = 0; i < 32; ++i) std::memcpy(&operands[i], &slots[i], sizeof operands[i]);
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
-    double sum = c[i];
-    for (int k = 0; k < 16; ++k) {
-      const int register_of_a = row / 8 + k / 8 * 2, quarter = k % 8 / 2;
-      sum += double{half_of<T>(operands[row % 8 * 4 + quarter].a[register_of_a], k % 2)} *
-             half_of<T>(operands[column * 4 + quarter].b[k / 8], k % 2);
-    }
-    c[i] = static_cast<float>(sum);
-    if (std::abs(c[i]) > std::abs(sum)) c[i] = std::nextafter(c[i], 0.f);  // truncated
-  }
-}
+// Those of csrc/matrices.cuh. The elements are of float16 or bfloat16.
+void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool is_float16);
 
 template <bool TRANSPOSED>
 void load_matrices(unsigned (&registers)[4], const void* row) {
