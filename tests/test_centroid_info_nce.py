@@ -152,7 +152,7 @@ def test_in_parts_under_a_transform(monkeypatch):
 
 def test_memory():
     """4096 × 4096 logits are 64 MiB in float32; the formula for all of them needs 4.5 tensors of
-    this size. In parts it needs 19 MiB."""
+    this size. In parts it needs 18.4 MiB."""
     queries, keys = torch.randn(2, 4096, 8).requires_grad_().unbind()
 
     def step() -> tuple[Tensor, ...]:
