@@ -154,12 +154,15 @@ def check_anchors(
 def check_derivatives(function: str, *tensors: Tensor | None) -> None:
     """Only reverse-mode derivatives by autograd are requested. torch.library silently drops the
     tangents of forward mode. For torch.func's grad, vjp and jacrev its message would be unclear."""
-    if torch.compiler.is_compiling():
-        return
+    forward_mode = forward_ad._current_level >= 0  # torch.compile guards this number
+    if torch.compiler.is_compiling() and not forward_mode:
+        return  # torch raises for torch.func's derivatives
     for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor is None:
+            continue
+        if forward_mode and forward_ad.unpack_dual(tensor).tangent is not None:
             what = "forward-mode derivatives are not implemented in the fused operators"
-        elif tensor is not None and in_transform(tensor, of_gradients=True):
+        elif in_transform(tensor, of_gradients=True):
             what = "torch.func's derivatives are not implemented in the fused operators"
         else:
             continue

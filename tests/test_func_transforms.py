@@ -1,4 +1,4 @@
-"""torch.func: vmap of the fused operators, all transforms of the reference, and messages."""
+"""torch.func: vmap of the fused operators, all transforms of the reference, and messages. Traces."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, hessian, jvp, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import anchorops as ao
 
@@ -45,6 +47,87 @@ def test_vmap_of_confusion(backend: str) -> None:
     with ao.use_backend(backend):
         expected = torch.stack([confusion(x) for x in logits])
         assert torch.equal(vmap(confusion)(logits), expected)
+
+
+PIXEL_LABELS = torch.arange(2 * 8 * 9).view(2, 8, 9) % (K + 1)
+PIXEL_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "cross_entropy": lambda x: ao.pixel_cross_entropy(x, PIXEL_LABELS),
+    "label_smoothing": lambda x: ao.pixel_cross_entropy(x, PIXEL_LABELS, label_smoothing=0.1),
+    "pixel_losses": lambda x: ao.pixel_cross_entropy(x, PIXEL_LABELS, reduction="none"),
+    "focal": lambda x: ao.CrossEntropy(focal_gamma=2.0)(x, PIXEL_LABELS),
+    "ohem": lambda x: ao.CrossEntropy(ohem=0.5)(x, PIXEL_LABELS),
+    "dice": lambda x: ao.Dice(squared=True)(x, PIXEL_LABELS),
+}
+
+
+def _exported(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
+    class Loss(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    with torch.no_grad():
+        return torch.export.export(Loss(), (example,)).module()
+
+
+# Each makes, from a function and an input without gradient, a function with the same gradient.
+TRACES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "vmap": lambda f, x: lambda x: vmap(f)(x[None])[0],
+    "compiled vmap": lambda f, x: torch.compile(
+        lambda x: vmap(f)(x[None])[0], backend="aot_eager", fullgraph=True
+    ),
+    "make_fx": lambda f, x: make_fx(f)(x),
+    "jit.trace": lambda f, x: torch.jit.trace(f, (x,), check_trace=False),
+    "export": _exported,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit: deprecated; of vmap: slow
+@pytest.mark.parametrize("trace", TRACES)
+@pytest.mark.parametrize("name", PIXEL_LOSSES)
+def test_gradients_that_the_call_does_not_see(name: str, trace: str) -> None:
+    torch._dynamo.reset()
+    function, x = PIXEL_LOSSES[name], torch.randn(2, K, 3, 4)
+    traced = TRACES[trace](function, x)
+    leaf = x.clone().requires_grad_()
+    direction = torch.randn_like(function(x))
+    (expected,) = torch.autograd.grad(function(leaf), leaf, direction)
+    (found,) = torch.autograd.grad(traced(leaf), leaf, direction)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_ensemble_of_models() -> None:
+    models = [torch.nn.Conv2d(3, K, 1) for _ in range(3)]
+    parameters, buffers = stack_module_state(models)
+    images = torch.randn(2, 3, 3, 4)
+
+    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        logits = functional_call(models[0], (parameters, buffers), (images,))
+        return ao.pixel_cross_entropy(logits, PIXEL_LABELS)
+
+    vmap(loss)(parameters, buffers).sum().backward()
+    for i, model in enumerate(models):
+        ao.pixel_cross_entropy(model(images), PIXEL_LABELS).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameters[name].grad[i], parameter.grad)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("name", ["cross_entropy", "dice"])
+def test_forward_mode_raises_in_compiled_functions(name: str, fullgraph: bool) -> None:
+    torch._dynamo.reset()
+    function, x = PIXEL_LOSSES[name], torch.randn(2, K, 3, 4)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=fullgraph)
+    of_jvp = torch.compile(
+        lambda x, t: jvp(function, (x,), (t,)), backend="aot_eager", fullgraph=fullgraph
+    )
+    # with fullgraph, torch raises an error of its own, which names the tangent
+    error = Exception if fullgraph else RuntimeError
+    with pytest.raises(error, match="forward-mode derivatives|tangent|Observed exception"):
+        of_jvp(x, x)
+    with pytest.raises(error, match="forward-mode"), forward_ad.dual_level():
+        compiled(forward_ad.make_dual(x, x))
+    compiled(x)  # without a tangent it compiles
 
 
 @each_function

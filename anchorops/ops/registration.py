@@ -18,8 +18,10 @@ class Gradient(NamedTuple):
     schema, fake: as in `define`.
     setup_context: saves what the backward pass needs, as in torch.library.register_autograd.
     backward: (operator, ctx, *grads) → a gradient or None for each argument of NAME; `operator` is
-        NAME_backward of the backend that ran the forward pass. Absent gradients are None; the
-        gradient of an empty output is an empty tensor.
+        NAME_backward of the backend that ran the forward pass, and ctx.forward is NAME. Absent
+        gradients are None; the gradient of an empty output is an empty tensor. Whether a gradient
+        will be requested is not always known when NAME is called (torch.vmap hides it, and a traced
+        graph is used again): `backward` computes again what was not saved.
     """
 
     schema: str
@@ -72,6 +74,7 @@ def _define(overload: str, schema: str, fake: Callable[..., Any]) -> None:
 
 
 def _register_autograd(name: str, backend: str, gradient: Gradient) -> None:
+    forward = getattr(getattr(torch.ops.anchorops, name), backend)
     operator = getattr(getattr(torch.ops.anchorops, f"{name}_backward"), backend)
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -79,6 +82,7 @@ def _register_autograd(name: str, backend: str, gradient: Gradient) -> None:
         gradient.setup_context(ctx, inputs, output)
 
     def backward(ctx: Any, *grads: Any) -> tuple:
+        ctx.forward = forward
         return gradient.backward(operator, ctx, *grads)
 
     # If NAME_backward had no autograd, a second derivative would be None, with only a warning.

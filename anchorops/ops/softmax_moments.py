@@ -91,8 +91,8 @@ def _backward_fake(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, ctx.ignore_index, ctx.align_corners, _, _, *asked, _ = inputs
-    ctx.with_masses, ctx.with_squares, ctx.with_pixel_losses = asked
+    logits, labels, ctx.ignore_index, ctx.align_corners, _, _, *asked = inputs
+    ctx.with_masses, ctx.with_squares, ctx.with_pixel_losses, ctx.with_lse = asked
     lse, counts, hits = output[5:]
     ctx.mark_non_differentiable(counts, hits)
     ctx.save_for_backward(logits, labels, lse)
@@ -107,11 +107,16 @@ def _backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | 
         dmasses if ctx.with_masses else None,
         dsquares if ctx.with_squares else None,
         dpixel_losses if ctx.with_pixel_losses else None,
-        dlse,
+        dlse if ctx.with_lse else None,
     )
     dlogits = None
     if ctx.needs_input_grad[0] and any(grad is not None for grad in given):
-        dlogits = operator(*ctx.saved_tensors, *given, ctx.ignore_index, ctx.align_corners)
+        logits, labels, lse = ctx.saved_tensors
+        options = ctx.ignore_index, ctx.align_corners
+        if not ctx.with_lse:
+            # torch.vmap and traces without gradients hide that a gradient will be requested
+            lse = ctx.forward(logits, labels, *options, *(False,) * 5, True)[5]
+        dlogits = operator(logits, labels, lse, *given, *options)
     return dlogits, *(None,) * 9
 
 
