@@ -6,7 +6,6 @@ from typing import NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 # The positive normal numbers of float32.
 SMALLEST_NORMAL, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
@@ -149,24 +148,6 @@ def check_anchors(
         fail(function, "anchors", "a floating dtype", anchors.dtype)
     if anchors.device != features.device:
         fail(function, "anchors", f"device {features.device}, as features", anchors.device)
-
-
-def check_derivatives(function: str, *tensors: Tensor | None) -> None:
-    """Only reverse-mode derivatives by autograd are requested. torch.library silently drops the
-    tangents of forward mode. For torch.func's grad, vjp and jacrev its message would be unclear."""
-    forward_mode = forward_ad._current_level >= 0  # torch.compile guards this number
-    if torch.compiler.is_compiling() and not forward_mode:
-        return  # torch raises for torch.func's derivatives
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if forward_mode and forward_ad.unpack_dual(tensor).tangent is not None:
-            what = "forward-mode derivatives are not implemented in the fused operators"
-        elif in_transform(tensor, of_gradients=True):
-            what = "torch.func's derivatives are not implemented in the fused operators"
-        else:
-            continue
-        raise RuntimeError(f'{function}: {what}; use anchorops.use_backend("reference") for them')
 
 
 def in_transform(tensor: Tensor, *, of_gradients: bool = False) -> bool:

@@ -1,4 +1,4 @@
-"""torch.func: vmap of the fused operators, all transforms of the reference, and messages. Traces."""
+"""torch.func and traces: vmap of the fused operators, all transforms of the reference, messages."""
 
 from collections.abc import Callable
 from typing import Any
@@ -112,22 +112,31 @@ def test_ensemble_of_models() -> None:
             torch.testing.assert_close(parameters[name].grad[i], parameter.grad)
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("trace", ["none", "compiled", "fullgraph", "make_fx"])
 @pytest.mark.parametrize("name", ["cross_entropy", "dice"])
-def test_forward_mode_raises_in_compiled_functions(name: str, fullgraph: bool) -> None:
+def test_forward_mode_raises(name: str, trace: str) -> None:
     torch._dynamo.reset()
     function, x = PIXEL_LOSSES[name], torch.randn(2, K, 3, 4)
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=fullgraph)
-    of_jvp = torch.compile(
-        lambda x, t: jvp(function, (x,), (t,)), backend="aot_eager", fullgraph=fullgraph
-    )
-    # with fullgraph, torch raises an error of its own, which names the tangent
-    error = Exception if fullgraph else RuntimeError
-    with pytest.raises(error, match="forward-mode derivatives|tangent|Observed exception"):
-        of_jvp(x, x)
-    with pytest.raises(error, match="forward-mode"), forward_ad.dual_level():
-        compiled(forward_ad.make_dual(x, x))
-    compiled(x)  # without a tangent it compiles
+    whole = trace == "fullgraph"
+    if trace == "make_fx":
+        function = make_fx(function)(x)
+    elif trace != "none":
+        function = torch.compile(function, backend="aot_eager", fullgraph=whole)
+    # with fullgraph torch raises first: a function compiled as a whole cannot take dual tensors
+    message = "forward-mode AD tangent" if whole else r"^softmax_moments: forward-mode derivatives"
+    with pytest.raises(RuntimeError, match=message), forward_ad.dual_level():
+        function(forward_ad.make_dual(x, x))
+    function(x)
+
+    def derivative(x: Tensor) -> Tensor:
+        return jvp(PIXEL_LOSSES[name], (x,), (x,))[1]
+
+    if trace == "make_fx":
+        with pytest.raises(RuntimeError, match=message):
+            jvp(function, (x,), (x,))
+    elif trace != "none":
+        with pytest.raises(RuntimeError, match="forward-mode derivatives"):
+            torch.compile(derivative, backend="aot_eager", fullgraph=whole)(x)
 
 
 @each_function

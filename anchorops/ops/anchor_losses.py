@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_derivatives
 from ..reference import AnchorLosses
 from .registration import ON_GPU, Gradient, define
 
@@ -111,7 +110,6 @@ def anchor_losses(
             reweight=reweight,
             detach_weights=detach_weights,
         )
-    check_derivatives("anchor_losses", sqdists, cross_entropies)
     if cross_entropies is not None:
         cross_entropies = cross_entropies.to(torch.float32).contiguous()
     operator = getattr(torch.ops.anchorops.anchor_losses, backend)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import FLOATING, check_choice, check_derivatives, check_temperature, describe, fail
+from .._checks import FLOATING, check_choice, check_temperature, describe, fail
 from ..reference.centroid_info_nce import LOGITS_AT_ONCE
 from .registration import ON_GPU, Gradient, define
 
@@ -199,7 +199,6 @@ def unchecked_info_nce(
     backend = select(function, queries, queries.shape[0])
     if backend not in ON_GPU:
         return reference.centroid_info_nce(queries, keys, **options)
-    check_derivatives(function, queries, keys, bias, positives)
     if bias is not None:
         options["bias"] = bias.to(torch.float32).contiguous()  # the kernels read it as such
     operator = getattr(torch.ops.anchorops.centroid_info_nce, backend)

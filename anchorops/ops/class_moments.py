@@ -21,7 +21,6 @@ from .._checks import (
     check_anchors,
     check_choice,
     check_count,
-    check_derivatives,
     check_features,
     check_flags,
     check_ignore_index,
@@ -152,7 +151,6 @@ def _moments(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """sums [num_keys, D] and sqdists [num_keys] for each key, by a fused operator."""
-    check_derivatives("class_moments", features, anchors)
     if anchors is not None:
         anchors = anchors.to(statistics_dtype(features.dtype)).contiguous()
     residuals = anchors is not None and anchors.requires_grad and torch.is_grad_enabled()

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_derivatives
 from .registration import ON_GPU, Gradient, define
 from .split_groups import random_halves
 
@@ -98,7 +97,6 @@ def prototype_halves(
     if backend not in ON_GPU:
         half = random_halves(prototypes.shape[0], seed + seed_offset, prototypes)
         return reference.prototype_halves(prototypes, half, eps, loss_weight)
-    check_derivatives("prototype_halves", prototypes)
     operator = getattr(torch.ops.anchorops.prototype_halves, backend)
     given = prototypes.to(torch.float32).contiguous(), seed, seed_offset, eps, loss_weight
     return operator(*given)[:3]

@@ -4,8 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._backend import register_triton
+from .._checks import in_transform
 
 library = torch.library.Library("anchorops", "FRAGMENT")
 FUSED = ("cpu", "triton", "cuda")  # the backends that are operators; the reference is not
@@ -31,8 +34,12 @@ class Gradient(NamedTuple):
 
 
 def raise_second_derivative(name: str) -> NoReturn:
+    _raise_not_implemented(name, "second derivatives")
+
+
+def _raise_not_implemented(name: str, derivatives: str) -> NoReturn:
     raise RuntimeError(
-        f"{name}: second derivatives are not implemented in the fused operators; "
+        f"{name}: {derivatives} are not implemented in the fused operators; "
         'use anchorops.use_backend("reference") for them'
     )
 
@@ -89,9 +96,42 @@ def _register_autograd(name: str, backend: str, gradient: Gradient) -> None:
     def second_derivative(ctx: Any, *grads: Any) -> NoReturn:
         raise_second_derivative(name)
 
-    torch.library.register_autograd(
-        f"anchorops::{name}.{backend}", backward, setup_context=setup_context, lib=library
-    )
-    torch.library.register_autograd(
-        f"anchorops::{name}_backward.{backend}", second_derivative, lib=library
-    )
+    _differentiate(name, backend, backward, setup_context)
+    _differentiate(f"{name}_backward", backend, second_derivative)
+
+
+def _differentiate(
+    name: str,
+    backend: str,
+    backward: Callable[..., tuple],
+    setup_context: Callable[[Any, tuple, Any], None] | None = None,
+) -> None:
+    """As torch.library.register_autograd, which silently drops the tangents of forward mode if no
+    input requires a gradient, and has an unclear message for torch.func's derivatives."""
+    operator = getattr(getattr(torch.ops.anchorops, name), backend)
+
+    def without_gradient(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = without_gradient(*inputs)
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    node = type(name, (torch.autograd.Function,), methods)
+
+    def differentiable(*inputs: Any) -> Any:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        for tensor in tensors:
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                _raise_not_implemented(name, "forward-mode derivatives")
+            if in_transform(tensor, of_gradients=True):
+                _raise_not_implemented(name, "torch.func's derivatives")
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return node.apply(*inputs)
+        return without_gradient(*inputs)
+
+    library.impl(f"{name}.{backend}", differentiable, "Autograd")

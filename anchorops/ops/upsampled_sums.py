@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_derivatives, in_transform
+from .._checks import in_transform
 from ..reference import SPLAT_UNITS, UpsampledSums, statistics_dtype
 from .class_keys import class_keys
 from .registration import Gradient, define, library
@@ -218,7 +218,6 @@ def upsampled_sums(
             upsample=upsample,
             ignore_index=ignore_index,
         )
-    check_derivatives(function, features)
     grid = labels[:, None] if upsample else features
     keys, counts = class_keys(
         grid,
