@@ -64,7 +64,7 @@ def check_labels(function: str, labels: Tensor, features: Tensor) -> None:
 
 
 def check_logits(function: str, logits: Tensor) -> None:
-    """logits: floating, (N, K), (B, K, N), (B, K, h, w) or (B, K, d, h, w), K at least 1."""
+    """logits: floating, (N, K), (B, K, N), (B, K, h, w) or (B, K, d, h, w), K at least 2."""
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3, 4, 5):
         expected = "a tensor (N, K), (B, K, N), (B, K, h, w) or (B, K, d, h, w)"
         fail(function, "logits", expected, describe(logits))
@@ -72,26 +72,36 @@ def check_logits(function: str, logits: Tensor) -> None:
         fail(function, "logits", "float32, bfloat16, float16 or float64", logits.dtype)
     if logits.layout != torch.strided:
         fail(function, "logits", "a strided tensor", logits.layout)
-    if not 1 <= logits.shape[1] <= MAX_CLASSES:
-        expected = f"1 to {MAX_CLASSES} classes in dimension 1"
+    if logits.shape[1] == 1:  # its softmax is 1: the loss would be 0, and each prediction right
+        expected = (
+            "at least 2 classes in dimension 1 (for the logits x of one sigmoid give those of two "
+            "classes, (0, x): torch.cat([torch.zeros_like(x), x], 1))"
+        )
+        fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
+    if not 2 <= logits.shape[1] <= MAX_CLASSES:
+        expected = f"2 to {MAX_CLASSES} classes in dimension 1"
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
 
 
 def check_labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> None:
     """labels: integer, on the logits' device, (N,), (B, N) or (B, d, h, w) as logits, or (B, H, W)
     of any size."""
-    shape = (logits.shape[0], *logits.shape[2:])
     images = logits.dim() == 4
-    expected = f"a tensor {f'({shape[0]}, H, W)' if images else shape}, as logits"
     if not isinstance(labels, Tensor) or labels.dim() != logits.dim() - 1:
-        fail(function, "labels", expected, describe(labels))
+        _fail_labels(function, labels, logits)
     check_integers(function, "labels", labels)
     if labels.device != logits.device:
         fail(function, "labels", f"device {logits.device}, as logits", labels.device)
-    if labels.shape[0] != shape[0] or not (images or labels.shape == shape):
-        fail(function, "labels", expected, describe(labels))
+    if labels.shape[0] != logits.shape[0] or not (images or labels.shape[1:] == logits.shape[2:]):
+        _fail_labels(function, labels, logits)
     if images and labels.numel() > 0 and logits.numel() == 0:
         fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
+
+
+def _fail_labels(function: str, labels: object, logits: Tensor) -> NoReturn:
+    shape = (logits.shape[0], *logits.shape[2:])
+    expected = f"({shape[0]}, H, W)" if logits.dim() == 4 else shape
+    fail(function, "labels", f"a tensor {expected}, as logits", describe(labels))
 
 
 def check_integers(function: str, argument: str, values: Tensor) -> None:

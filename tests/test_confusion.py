@@ -29,7 +29,7 @@ def expected_confusion(predictions: Tensor, labels: Tensor, num_classes: int) ->
         ((9, 20), (9, 20), 7, torch.bfloat16),
         ((9, 20), (5, 13), 7, torch.float16),
         ((2, 3), (100, 70), 300, torch.float64),
-        ((1, 1), (3, 4), 1, torch.float32),
+        ((1, 1), (3, 4), 2, torch.float32),
     ],
 )
 def test_predictions_and_their_confusion(

@@ -69,6 +69,31 @@ def test_focal_gradient_is_finite_where_the_loss_is_zero(gamma):
     assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("options", [{}, {"focal_gamma": 2.0}, {"ohem": 0.9}, {"ohem_kept": 2}])
+def test_a_pixel_of_weight_0_may_have_an_infinite_loss(options):
+    logits = torch.tensor([[0.0, -math.inf], [0.0, 1.0], [2.0, 1.0]], requires_grad=True)
+    labels, weights = torch.tensor([1, 0, 1]), torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
+    loss = ao.CrossEntropy(**options)(logits, labels, weights)
+    loss.backward()
+    few, kept = logits.detach()[1:].requires_grad_(), torch.tensor([1.0, 2.0], requires_grad=True)
+    expected = ao.CrossEntropy(**options)(few, labels[1:], kept)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logits.grad, torch.cat([torch.zeros(1, 2), few.grad]))
+    torch.testing.assert_close(weights.grad[1:], kept.grad)
+    assert weights.grad[0].isfinite()
+
+
+@pytest.mark.parametrize("absent", ["skip", "zero"])
+def test_dice_gradient_of_an_absent_class_of_almost_no_probability(absent):
+    logits = torch.zeros(1, 3, 4, 4)
+    logits[:, 2] = -60.0  # its score 1/Σp and the derivative of this are beyond float32
+    logits.requires_grad_()
+    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
+    ao.Dice(smooth=1.0, smooth_denominator=0.0, absent=absent)(logits, labels).backward()
+    assert logits.grad.isfinite().all() and logits.grad.any()
+
+
 def hardest(ce: Tensor, valid: Tensor, bound: float, kept: int) -> Tensor:
     """By sorting: all with a loss of at least the bound, and the `kept` largest."""
     largest = ce[valid].sort(descending=True).values

@@ -15,7 +15,8 @@ INPUTS: list[tuple[dict[str, Any], str]] = [
     ({"logits": LOGITS[0, 0, 0]}, r"logits: expected a tensor .*, got .* of shape \(6,\) on cpu"),
     ({"logits": LOGITS.int()}, "logits: expected float32, .* or float64, got torch.int32"),
     ({"logits": LOGITS.to_sparse()}, "logits: expected a strided tensor, got torch.sparse_coo"),
-    ({"logits": LOGITS[:, :0]}, r"logits: expected 1 to 65536 classes .*, got .*\(2, 0, 4, 6\)"),
+    ({"logits": LOGITS[:, :0]}, r"logits: expected 2 to 65536 classes .*, got .*\(2, 0, 4, 6\)"),
+    ({"logits": LOGITS[:, :1]}, r"logits: expected at least 2 .*torch.cat.*, got shape"),
     ({"logits": LOGITS[:, :, :0]}, "logits: expected at least one pixel per image, got shape"),
     ({"labels": None}, r"labels: expected a tensor \(2, H, W\), as logits, got None of type"),
     ({"labels": LABELS[0]}, r"labels: expected .*, as logits, got .* \(16, 24\) on cpu"),
@@ -49,7 +50,6 @@ CROSS_ENTROPY: list[tuple[dict[str, Any], str]] = [
         r"label_smoothing: expected a float or an int in \[0, 1\], got True",
     ),
     ({"reduction": None}, "reduction: expected 'mean' or 'sum' or 'none', got None"),
-    ({"logits": LOGITS[:, :1]}, "logits: expected at least 2 classes in dimension 1: .*, got"),
 ]
 
 CASES = [
@@ -74,6 +74,22 @@ def test_inputs_of_losses(make: Any, arguments: dict[str, Any], message: str):
             make()(**({"logits": LOGITS, "labels": LABELS} | more | arguments))
 
 
+@pytest.mark.parametrize("make", LOSSES)
+def test_label_values_are_checked_on_request(make: Any):
+    shifted = LABELS + 5
+    assert make()(LOGITS, shifted) == 0  # ignored
+    with pytest.raises(ValueError, match=rf"^{make.__name__}: labels: expected values in \[0, 5\)"):
+        make(check_labels=True)(LOGITS, shifted)
+    make(check_labels=True)(LOGITS, torch.where(shifted == 5, 255, shifted))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["softmax_moments", "pixel_cross_entropy", "pixel_confusion"])
+def test_one_class_is_refused_by_each_backend(name: str, backend: str):
+    with ao.use_backend(backend), pytest.raises(ValueError, match=rf"^{name}: logits: .*torch.cat"):
+        getattr(ao, name)(LOGITS[:, :1], LABELS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -82,6 +98,10 @@ def test_inputs_of_losses(make: Any, arguments: dict[str, Any], message: str):
             for size in (16, (16,), "ab", ("a", "b"), (None, 3), (16.0, 24.0), (True, 4), (-1, 4))
         ),
         ({"logits": LOGITS[0]}, r"logits: expected a tensor \(B, K, h, w\), got .*\(5, 4, 6\)"),
+        (
+            {"logits": LOGITS[:, :1]},
+            r"logits: expected at least 2 classes .*torch.cat.*, got shape",
+        ),
         ({"align_corners": "yes"}, "align_corners: expected True or False, got 'yes' of type str"),
     ],
     ids=str,
@@ -101,8 +121,9 @@ def test_pixel_argmax(arguments: dict[str, Any], message: str):
             ({"predictions": x}, "predictions: expected a strided int64 tensor of shape .*, as lab")
             for x in (LABELS.int(), LABELS[:1], LABELS.to_sparse(), LABELS.to("meta"), None)
         ),
-        ({"num_classes": 5.0}, "num_classes: expected 1 to 4096 classes, got 5.0"),
-        ({"num_classes": 4097}, "num_classes: expected 1 to 4096 classes, got 4097"),
+        ({"num_classes": 5.0}, "num_classes: expected 2 to 4096 classes .*, got 5.0"),
+        ({"num_classes": 1}, "num_classes: expected 2 to 4096 classes .*two.*, got 1"),
+        ({"num_classes": 4097}, "num_classes: expected 2 to 4096 classes .*, got 4097"),
         ({"num_classes": 256}, "ignore_index: expected a value where num_classes > 255"),
         ({"check_labels": None}, "check_labels: expected True or False, got None"),
     ],
@@ -123,6 +144,7 @@ def test_confusion(arguments: dict[str, Any], message: str):
         (ao.CrossEntropy, {"accuracy": 1}, "accuracy: expected True or False, got 1"),
         (ao.CrossEntropy, {"align_corners": None}, "align_corners: expected True or False, got"),
         (ao.CrossEntropy, {"weight": torch.ones(5) * 1j}, "weight: expected a number for each"),
+        *((loss, {"check_labels": 1}, "check_labels: expected True or False") for loss in LOSSES),
         (ao.Dice, {"smooth": float("inf")}, "smooth: expected a finite float or int, at least 0"),
         (ao.Dice, {"gamma": float("nan")}, "gamma: expected a finite float or int, above 0"),
         (ao.Dice, {"squared": "yes"}, "squared: expected True or False, got 'yes' of type str"),

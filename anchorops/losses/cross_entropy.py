@@ -12,6 +12,7 @@ from ..ops.confusion import confusion
 from ..ops.pixel_cross_entropy import (
     class_losses,
     divide,
+    finite_where_unused,
     smoothed,
     smoothing_dtype,
     sum_of_pixels,
@@ -50,9 +51,12 @@ class CrossEntropy(PixelLoss):
         accuracy: add the share of correctly predicted pixels to `terms`.
         ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
         align_corners: of the upsampling, as in F.interpolate; the same as in the layer it replaces.
+        check_labels: raise an error if a label is neither a class nor ignore_index; this
+            synchronises with the device.
 
     Call it with (logits, labels, pixel_weights=None). pixel_weights is v, a floating-point tensor
-    of the labels' shape; 1 if not given. `terms`: ce, and accuracy if requested.
+    of the labels' shape; 1 if not given. A pixel of weight 0 adds nothing, even if its loss is ∞.
+    `terms`: ce, and accuracy if requested.
 
     Class weights need no additional time: they are applied to statistics of classes. Label
     smoothing, focal factor, hard examples and pixel weights need some maps of the labels' size.
@@ -72,8 +76,14 @@ class CrossEntropy(PixelLoss):
         accuracy: bool = False,
         ignore_index: int | None = None,
         align_corners: bool = False,
+        check_labels: bool = False,
     ) -> None:
-        super().__init__(accuracy=accuracy, ignore_index=ignore_index, align_corners=align_corners)
+        super().__init__(
+            accuracy=accuracy,
+            ignore_index=ignore_index,
+            align_corners=align_corners,
+            check_labels=check_labels,
+        )
         self._register_weight(weight)
         check_share("CrossEntropy", "label_smoothing", label_smoothing)
         check_number("CrossEntropy", "focal_gamma", focal_gamma)
@@ -118,14 +128,17 @@ class CrossEntropy(PixelLoss):
         ce = moments.pixel_losses
         assert ce is not None
         weights = weights_of_pixels(labels, weight, logits, ignored)
+        if pixel_weights is not None:
+            valid = valid_pixels(labels, logits.shape[1], ignored)
+            pixel_weights = torch.where(valid, pixel_weights, 0)  # may be NaN where ignored
+            ce = finite_where_unused(ce, pixel_weights)
+            uniform = None if uniform is None else finite_where_unused(uniform, pixel_weights)
         losses = smoothed(weighted(ce, weights), uniform, self.label_smoothing, logits)
         if self.focal_gamma > 0:
             # 1 − e^{−ce}; kept above 0, where the derivative of a power below 1 is infinite
             miss = (-torch.expm1(-ce)).clamp(min=torch.finfo(ce.dtype).tiny)
             losses = losses * miss**self.focal_gamma
         if pixel_weights is not None:
-            valid = valid_pixels(labels, logits.shape[1], ignored)
-            pixel_weights = torch.where(valid, pixel_weights, 0)  # may be NaN where ignored
             losses, weights = losses * pixel_weights, weights * pixel_weights
         if self._selects:
             hard = self._hard(ce.detach(), weights != 0)

@@ -42,7 +42,7 @@ class Dice(PixelLoss):
         process_group: "world" or a ProcessGroup for the statistics of all its ranks. With DDP, the
             gradients are then those of one process on the concatenated batch. Not with per_image.
             The accuracy in `terms` remains that of the rank.
-        accuracy, ignore_index, align_corners: as in `CrossEntropy`.
+        accuracy, ignore_index, align_corners, check_labels: as in `CrossEntropy`.
 
     Comparison with other libraries, for the same logits at the labels' size:
         segmentation_models.pytorch: DiceLoss("multiclass", smooth=s) is Dice(smooth=s,
@@ -89,8 +89,14 @@ class Dice(PixelLoss):
         accuracy: bool = False,
         ignore_index: int | None = None,
         align_corners: bool = False,
+        check_labels: bool = False,
     ) -> None:
-        super().__init__(accuracy=accuracy, ignore_index=ignore_index, align_corners=align_corners)
+        super().__init__(
+            accuracy=accuracy,
+            ignore_index=ignore_index,
+            align_corners=align_corners,
+            check_labels=check_labels,
+        )
         if smooth_denominator is None:
             smooth_denominator = smooth
         for argument, value in (
@@ -157,7 +163,10 @@ class Dice(PixelLoss):
         counts = counts.to(overlaps.dtype)
         false = self.alpha * (masses - overlaps) + self.beta * (counts - overlaps)
         numerator, denominator = overlaps + self.smooth, overlaps + false + self.smooth_denominator
+        # Before the division, because the derivative of a skipped score may be 0 · ∞.
         undefined = denominator <= 0  # false for NaN, which must not become a score of 0
+        if self.absent != "keep":
+            undefined = undefined | ~present
         scores = torch.where(undefined, 0, numerator) / torch.where(undefined, 1, denominator)
         tiny = torch.finfo(scores.dtype).tiny
         losses = -scores.clamp(min=tiny).log() if self.log else 1 - scores
@@ -181,6 +190,7 @@ class CrossEntropyDice(PixelLoss):
         cross_entropy, dice: the two losses; with their default arguments if not given. Both must
             have the same ignore_index and align_corners.
         ce_weight, dice_weight: the weights of the two losses.
+        check_labels: as in `CrossEntropy`; also if one of the two requests it.
 
     Call it with (logits, labels, pixel_weights=None); the pixel weights apply to the cross-entropy.
     `terms`: ce, dice, and accuracy if one of them requests it.
@@ -197,6 +207,7 @@ class CrossEntropyDice(PixelLoss):
         *,
         ce_weight: float = 1.0,
         dice_weight: float = 1.0,
+        check_labels: bool = False,
     ) -> None:
         cross_entropy = CrossEntropy() if cross_entropy is None else cross_entropy
         dice = Dice() if dice is None else dice
@@ -217,6 +228,7 @@ class CrossEntropyDice(PixelLoss):
             accuracy=cross_entropy.accuracy or dice.accuracy,
             ignore_index=cross_entropy.ignore_index,
             align_corners=cross_entropy.align_corners,
+            check_labels=check_labels or cross_entropy.check_labels or dice.check_labels,
         )
         self.cross_entropy, self.dice = cross_entropy, dice
         self.ce_weight, self.dice_weight = ce_weight, dice_weight

@@ -11,10 +11,10 @@ from .._checks import (
     check_flags,
     check_ignore_index,
     check_labels_of_logits,
+    check_logits,
     describe,
     fail,
 )
-from ..ops.pixel_cross_entropy import check_classes
 from ..ops.softmax_moments import moments_for
 from ..reference import SoftmaxMoments, statistics_dtype
 
@@ -41,12 +41,18 @@ class PixelLoss(nn.Module):
         accuracy: bool = False,
         ignore_index: int | None = None,
         align_corners: bool = False,
+        check_labels: bool = False,
     ) -> None:
         super().__init__()
         if ignore_index is not None:
             check_ignore_index(type(self).__name__, ignore_index, 1)
-        check_flags(type(self).__name__, accuracy=accuracy, align_corners=align_corners)
-        self.accuracy = accuracy
+        check_flags(
+            type(self).__name__,
+            accuracy=accuracy,
+            align_corners=align_corners,
+            check_labels=check_labels,
+        )
+        self.accuracy, self.check_labels = accuracy, check_labels
         self.ignore_index, self.align_corners = ignore_index, align_corners
         self.terms: dict[str, Tensor] = {}
 
@@ -75,7 +81,7 @@ class PixelLoss(nn.Module):
     def forward(
         self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None
     ) -> Tensor:
-        check_classes(type(self).__name__, logits)
+        check_logits(type(self).__name__, logits)
         asked = self.asked() | {"hits": self.accuracy}
         if pixel_weights is not None:
             check_labels_of_logits(type(self).__name__, labels, logits)
@@ -88,6 +94,7 @@ class PixelLoss(nn.Module):
             labels,
             ignore_index=self.ignored(logits),
             align_corners=self.align_corners,
+            check_labels=self.check_labels,
             **asked,
         )
         if pixel_weights is not None:
@@ -125,7 +132,7 @@ class PixelLoss(nn.Module):
         self.register_buffer("weight", weight)
 
     def extra_repr(self) -> str:
-        names = [*self.settings, "accuracy", "ignore_index", "align_corners"]
+        names = [*self.settings, "accuracy", "ignore_index", "align_corners", "check_labels"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 

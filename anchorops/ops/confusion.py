@@ -37,9 +37,14 @@ def _check_classes(function: str, argument: str, num_classes: int) -> None:
     if (
         isinstance(num_classes, bool)
         or not isinstance(num_classes, int)
-        or not 1 <= num_classes <= MATRIX_CLASSES
+        or not 2 <= num_classes <= MATRIX_CLASSES
     ):
-        fail(function, argument, f"1 to {MATRIX_CLASSES} classes", num_classes)
+        fail(
+            function,
+            argument,
+            f"2 to {MATRIX_CLASSES} classes (a binary mask has two)",
+            num_classes,
+        )
 
 
 def confusion(
@@ -58,7 +63,7 @@ def confusion(
         predictions: int64, the labels' shape.
         labels: any integer dtype, up to three axes. A pixel is ignored if its label is ignore_index
             or not a class, or if its prediction is not a class.
-        num_classes: K, 1 to 4,096.
+        num_classes: K, 2 to 4,096.
         ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
         check_labels: raise an error if a label is neither a class nor ignore_index; this
             synchronises with the device.

@@ -31,7 +31,7 @@ def pixel_argmax(logits: Tensor, size: tuple[int, int], *, align_corners: bool =
     .argmax(1), except for rounding where two classes are almost equal.
 
     Args:
-        logits: (B, K, h, w), any strides; float32, bfloat16, float16 or float64; K from 1 to 65,536
+        logits: (B, K, h, w), any strides; float32, bfloat16, float16 or float64; K from 2 to 65,536
             (16,384 on GPU).
         size: (H, W) of the result.
         align_corners: as in F.interpolate.

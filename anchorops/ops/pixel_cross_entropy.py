@@ -12,7 +12,7 @@ from .._checks import (
     fail,
 )
 from ..reference import SoftmaxMoments, statistics_dtype
-from .softmax_moments import moments_for
+from .softmax_moments import moments_for, unchecked_moments
 
 
 def pixel_cross_entropy(
@@ -50,7 +50,7 @@ def pixel_cross_entropy(
         ValueError: wrong shape, dtype, device, value or label.
     """
     function = "pixel_cross_entropy"
-    check_classes(function, logits)
+    check_logits(function, logits)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
     check_share(function, "label_smoothing", label_smoothing)
     if weight is not None:
@@ -82,13 +82,6 @@ def pixel_cross_entropy(
     return loss if reduction == "sum" else divide(loss, weights.sum())
 
 
-def check_classes(function: str, logits: Tensor) -> None:
-    check_logits(function, logits)
-    if logits.shape[1] == 1:
-        expected = "at least 2 classes in dimension 1: the loss of one class is always 0"
-        fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
-
-
 def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
     """weight: [K], floating, on the logits' device."""
     if not isinstance(weight, Tensor) or weight.shape != logits.shape[1:2]:
@@ -111,9 +104,13 @@ def sum_of_pixels(values: Tensor) -> Tensor:
     return rows.sum(dtype=torch.float64).to(values.dtype)
 
 
+def finite_where_unused(values: Tensor, weights: Tensor) -> Tensor:
+    """The values, but 0 where one of weight 0 is not finite, because 0 · ∞ would be NaN."""
+    return torch.where((weights == 0) & ~values.isfinite(), 0, values)
+
+
 def weighted(losses: Tensor, weights: Tensor) -> Tensor:
-    """weights · losses. Losses of weight 0 are removed by selection, because 0 · ∞ would be NaN."""
-    return torch.where(weights != 0, weights * losses, 0)
+    return weights * finite_where_unused(losses, weights)
 
 
 def class_losses(moments: SoftmaxMoments, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,7 +160,7 @@ def uniform_losses(
     if weight is not None:  # classes of weight 0 may be masked by −∞
         mixed = weighted(logits, weight.view(-1, *(1,) * (logits.dim() - 2)))
     valid = valid_pixels(labels, logits.shape[1], ignore_index)
-    z = moments_for(
+    z = unchecked_moments(
         "label smoothing",
         mixed.sum(1, keepdim=True),
         valid.to(torch.int8) - 1,  # class 0, or −1: ignored

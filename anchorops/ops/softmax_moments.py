@@ -165,7 +165,7 @@ def softmax_moments(
 
     Args:
         logits: (B, K, h, w), any strides; (N, K), (B, K, N) or volumes (B, K, d, h, w), whose
-            labels have the same size. float32, bfloat16, float16 or float64; K from 1 to 65,536
+            labels have the same size. float32, bfloat16, float16 or float64; K from 2 to 65,536
             (16,384 on GPU). Gradients have its dtype and memory layout.
         labels: any integer dtype; (B, H, W) of any size, (N,), (B, N) or (B, d, h, w). A pixel is
             valid if 0 <= label < K and label != ignore_index. Other pixels change nothing, even if
@@ -241,6 +241,36 @@ def moments_for(
     )
     if check_labels:
         check_label_values(function, labels, logits.shape[1], ignore_index)
+    return unchecked_moments(
+        function,
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+        per_image=per_image,
+        hits=hits,
+        masses=masses,
+        squares=squares,
+        pixel_losses=pixel_losses,
+        lse=lse,
+    )
+
+
+def unchecked_moments(
+    function: str,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    align_corners: bool,
+    per_image: bool = False,
+    hits: bool = False,
+    masses: bool = False,
+    squares: bool = False,
+    pixel_losses: bool = False,
+    lse: bool = False,
+) -> SoftmaxMoments:
+    """`moments_for`, of arguments that were already checked; K may be 1."""
     shape = labels.shape
     logits, labels = _as_images(logits, labels)
     cross_entropy_only = not (hits or masses or squares)

@@ -1,0 +1,81 @@
+"""torch.compile: each public function compiles once for all batch sizes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import anchorops as ao
+
+K, D = 4, 6
+SEED = torch.tensor(3)
+ANCHORS = torch.linspace(-1, 1, K * D).view(K, D).cos()
+WEIGHT = torch.linspace(0.5, 2, K)
+
+# of logits (B, K, 5, 6) and labels (B, 10, 12)
+OF_LOGITS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "pixel_cross_entropy": lambda x, y: ao.pixel_cross_entropy(x, y, weight=WEIGHT),
+    "label_smoothing": lambda x, y: ao.pixel_cross_entropy(x, y, label_smoothing=0.1),
+    "pixel losses": lambda x, y: ao.pixel_cross_entropy(x, y, reduction="none"),
+    "CrossEntropy": ao.CrossEntropy(WEIGHT, ohem=0.5, ohem_kept=7, focal_gamma=2.0, accuracy=True),
+    "pixel_weights": lambda x, y: ao.CrossEntropy()(x, y, torch.ones_like(y, dtype=torch.float)),
+    "Dice": ao.Dice(per_image=True, weight=WEIGHT),
+    "CrossEntropyDice": ao.CrossEntropyDice(),
+    "softmax_moments": lambda x, y: ao.softmax_moments(x, y, per_image=True, squares=True)[:6],
+    "pixel_argmax": lambda x, y: ao.pixel_argmax(x, (10, 12)),
+    "pixel_confusion": lambda x, y: ao.pixel_confusion(x, y),
+    "confusion": lambda x, y: ao.confusion(y, y, K),
+}
+# of features (B, D, 5, 6) and the labels
+OF_FEATURES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "class_moments": lambda f, y: ao.class_moments(f, y, K, anchors=ANCHORS),
+    "per_image": lambda f, y: ao.class_moments(f, y, K, per_image=True)[:2],
+    "groups": lambda f, y: ao.class_moments(f, y, K, groups=2, seed=SEED)[:2],
+    "class_centroids": lambda f, y: ao.class_centroids(f, y, K),
+    "pixel_to_anchor_mse": lambda f, y: ao.pixel_to_anchor_mse(f, y, ANCHORS),
+    "SAR": ao.SAR(K, D, embed=False),
+}
+# of the features, the labels and a classifier
+METHODS: dict[str, torch.nn.Module] = {
+    "OCCL": ao.OCCL(K, D),
+    "OCCL of images": ao.OCCL(K, D, split="images"),
+    "MVSC": ao.MVSC(K, D),
+    "CeCo": ao.CeCo(K, D, reduced_dim=3, center_dim=4),
+    "CBP": ao.CBP(K, D),
+    "Combined": ao.Combined(ao.SAR(K, D), ao.OCCL(K, D)),
+}
+
+
+def _run(function: Callable[[Tensor, Tensor], Any], channels: int) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in range(2, 12):
+            x = torch.randn(batch, channels, 5, 6, requires_grad=True)
+            labels = torch.randint(0, K, (batch, 10, 12))
+            for tensor in (x, labels):
+                torch._dynamo.mark_dynamic(tensor, 0)
+            results = compiled(x, labels)
+            results = results if isinstance(results, tuple) else (results,)
+            losses = [y.sum() for y in results if isinstance(y, Tensor) and y.requires_grad]
+            if losses:  # predictions have no gradient
+                torch.stack(losses).sum().backward()
+                assert x.grad is not None and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", OF_LOGITS)
+def test_batch_sizes_of_logits(name: str) -> None:
+    _run(OF_LOGITS[name], K)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_batch_sizes_of_methods(name: str) -> None:
+    method = METHODS[name]
+    _run(lambda f, y: method(f, y, ANCHORS), D)
+
+
+@pytest.mark.parametrize("name", OF_FEATURES)
+def test_batch_sizes_of_features(name: str) -> None:
+    _run(OF_FEATURES[name], D)
