@@ -32,6 +32,11 @@ def describe(value: object) -> str:
     return f"{text} of type {type(value).__name__}"
 
 
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape in ints: torch.jit.trace makes tensors of them."""
+    return tuple(map(int, tensor.shape)) if torch.jit.is_tracing() else tensor.shape
+
+
 def check_features(function: str, features: Tensor, argument: str = "features") -> None:
     """features: floating, (N, D), (B, D, N) or (B, D, H, W), D at least 1."""
     if not isinstance(features, Tensor) or features.dim() not in (2, 3, 4):

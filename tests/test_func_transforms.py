@@ -57,6 +57,7 @@ PIXEL_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "focal": lambda x: ao.CrossEntropy(focal_gamma=2.0)(x, PIXEL_LABELS),
     "ohem": lambda x: ao.CrossEntropy(ohem=0.5)(x, PIXEL_LABELS),
     "dice": lambda x: ao.Dice(squared=True)(x, PIXEL_LABELS),
+    "pixel_to_anchor_mse": lambda x: ao.pixel_to_anchor_mse(x, PIXEL_LABELS, torch.eye(K)),
 }
 
 
@@ -70,7 +71,7 @@ def _exported(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable
 
 
 # Each makes, from a function and an input without gradient, a function with the same gradient.
-TRACES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+TRACES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
     "vmap": lambda f, x: lambda x: vmap(f)(x[None])[0],
     "compiled vmap": lambda f, x: torch.compile(
         lambda x: vmap(f)(x[None])[0], backend="aot_eager", fullgraph=True
@@ -93,6 +94,16 @@ def test_gradients_that_the_call_does_not_see(name: str, trace: str) -> None:
     (expected,) = torch.autograd.grad(function(leaf), leaf, direction)
     (found,) = torch.autograd.grad(traced(leaf), leaf, direction)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit: deprecated
+def test_traced_confusion() -> None:
+    def confusion(x: Tensor) -> Tensor:
+        return ao.pixel_confusion(x, PIXEL_LABELS)
+
+    x, others = torch.randn(2, 2, K, 3, 4)
+    traced: Any = torch.jit.trace(confusion, (x,))
+    assert torch.equal(traced(others), confusion(others))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

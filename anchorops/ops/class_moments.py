@@ -29,6 +29,7 @@ from .._checks import (
     check_num_classes,
     describe,
     fail,
+    shape_of,
 )
 from .._predicted import class_moments_by_triton
 from ..reference import ClassMoments, statistics_dtype
@@ -346,7 +347,7 @@ def pixel_to_anchor_mse(
     function = "pixel_to_anchor_mse"
     check_features(function, features)
     check_anchors(function, anchors, features)
-    num_classes = anchors.shape[0]
+    num_classes = shape_of(anchors)[0]
     ignored = _check_inputs(function, features, labels, num_classes, ignore_index, check_labels)
     check_choice(function, "reduction", reduction, ("mean", "sum"))
     by_triton = class_moments_by_triton(features, num_classes)

@@ -14,6 +14,7 @@ from .._checks import (
     check_logits,
     describe,
     fail,
+    shape_of,
 )
 from .pixel_argmax import pixel_argmax
 from .registration import define
@@ -131,12 +132,12 @@ def pixel_confusion(
     if logits.dim() != 4:
         fail(function, "logits", "a tensor (B, K, h, w)", describe(logits))
     check_labels_of_logits(function, labels, logits)
-    num_classes = logits.shape[1]
+    num_classes = shape_of(logits)[1]
     _check_classes(function, "logits", num_classes)
     ignore_index = check_ignore_index(function, ignore_index, num_classes)
     check_flags(function, align_corners=align_corners, check_labels=check_labels)
     if check_labels:
         check_label_values(function, labels, num_classes, ignore_index)
-    size = (labels.shape[1], labels.shape[2])
-    predictions = pixel_argmax(logits, size, align_corners=align_corners)
+    _, height, width = shape_of(labels)
+    predictions = pixel_argmax(logits, (height, width), align_corners=align_corners)
     return confusion(predictions, labels, num_classes, ignore_index=ignore_index)
