@@ -44,8 +44,8 @@ CASES = [
     Case((1, 3, 5, 4), (7, 9), False, FP16, "channels_last", asked=("squares",)),
     # the same size, down, one logit, one label
     Case((2, 6, 7, 5), (7, 5), False, BF16, "channels_last"),
-    Case((1, 1, 4, 3), (4, 3)),
-    Case((2, 1, 3, 2), (12, 8), per_image=True),
+    Case((1, 2, 4, 3), (4, 3)),
+    Case((2, 2, 3, 2), (12, 8), per_image=True),
     Case((1, 7, 9, 8), (3, 5)),
     Case((1, 7, 9, 8), (4, 2), True, asked=("masses",)),
     Case((1, 3, 1, 1), (5, 3), True),
@@ -322,3 +322,20 @@ def test_float64_is_refused():
         ao.softmax_moments(torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4).long())
     with pytest.raises(ValueError, match="at most 16384 classes"):
         ao.softmax_moments(torch.zeros(4, 20_000), torch.zeros(4).long(), ignore_index=-1)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_label_smoothing_upsamples_a_single_channel(align_corners):
+    logits = torch.randn(2, 5, 3, 4, requires_grad=True)
+    labels = torch.randint(0, 6, (2, 9, 16))  # 5 is ignored
+
+    def loss() -> torch.Tensor:
+        options = {"align_corners": align_corners, "label_smoothing": 0.3}
+        return ao.pixel_cross_entropy(logits, labels, **options)
+
+    ours = loss()
+    with ao.use_backend("reference"):
+        expected = loss()
+    torch.testing.assert_close(ours, expected)
+    (found,), (gradient,) = (torch.autograd.grad(x, logits) for x in (ours, expected))
+    torch.testing.assert_close(found, gradient)
