@@ -50,7 +50,7 @@ kernels-report: setup
 	$(BIN)/python bench/kernels_report.py
 
 cuda-report: setup
-	$(BIN)/python bench/cuda_report.py --times
+	$(BIN)/python bench/cuda_report.py
 
 lint: setup
 	$(BIN)/ruff check

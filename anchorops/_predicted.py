@@ -1,7 +1,8 @@
 """Where `auto` takes Triton's kernels although `cuda` is usable: they are predicted to be faster.
 
-Predicted for an H200 from machine code (bench/softmax_paths.py, bench/triton_paths.py and
-bench/sorted_paths.py); nothing was measured. Times are in µs, in bfloat16, for labels of images.
+Nothing was measured. The times were predicted for an H200 from the machine code of commit abb0ad2,
+by a model of its instructions that is no longer in the repository: they cannot be computed again,
+and a measurement should replace them. They are in µs, in bfloat16, for labels of images.
 """
 
 from torch import Tensor

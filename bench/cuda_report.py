@@ -1,22 +1,15 @@
-"""A report of the machine code of the CUDA sources, without a GPU: `make cuda-report`.
+"""A report of the machine code of the CUDA library, without a GPU: `make cuda-report`.
 
-It fails on spills, on stack frames, if a streaming kernel has no accesses of 16 bytes, and where a
-predicted time is worse than what was reached before (paths.FLOORS). Goals are printed next to what
-is reached; a missed goal is no failure.
-
-The budgets of the streaming kernels are those of kernels_report.py, for an H200 (4.3 TB/s, 132
-multiprocessors, 1.75 GHz):
-- warp instructions for each 512 bytes that a warp loads (stores, if nothing is loaded), on the
-  shortest path of the hot loop through its accesses: 110 would take as long as the memory, or 220
-  where as much is stored as loaded. Of the forward's tiles this is one that is added by products;
-- KB in flight on a multiprocessor: resident threads × the bytes that each has requested; 23 are
-  enough.
-For the kernels of upsampled logits, instructions determine the time. The report counts those of the
-hot loop for each class of a cell of pixels, without staging the logits.
-`--times` adds the times that time_model.py predicts along the paths of paths.py and *_paths.py, the
-time of each method's whole step, and its launches. Of a whole library, it then also fails if no
-path predicts the time of a kernel (WITHOUT_PATH lists the exceptions).
-Static shared memory includes the part that the GPU itself uses, 1 KB from sm_90 on.
+The first table has every architecture: how many kernels, how much code, the most registers, spills.
+The second one has the big kernels of one architecture: those with a hot loop, or with more than 16
+KB of code. Its columns:
+- spills: instructions that move registers to the stack and back;
+- shared: static shared memory, with the part that the GPU itself uses, 1 KB from sm_90 on;
+- per 512 bytes: instructions of a warp for each 512 bytes of features in the hot loop. On an H200,
+  110 instructions take as long as the memory, or 220 where as much is stored as loaded;
+- per cell and class: instructions of the loop over classes of a kernel for upsampled logits,
+  without copying the logits.
+The report fails if a kernel of any architecture has a stack frame or spills.
 """
 
 import argparse
@@ -24,40 +17,33 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import pairwise
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import backward_paths
-import launches
-import metric_paths
-import paths
-import row_paths
-import small_paths
-import softmax_paths
-import step_times
-from machine_code import SHARED_PER_SM, THREADS_PER_SM, TOOLS, Block, blocks_of, distances, tool
+from machine_code import (
+    SPILLS,
+    blocks_of,
+    instructions_per_512_bytes,
+    instructions_per_cell,
+    tool,
+)
 
 LIBRARY = Path(__file__).parents[1] / "anchorops" / "_cuda.so"
-FORWARD = re.compile(r"class_moments_(sorted_)?kernel<(\w+), (\d), (true|false)")
-BACKWARD = re.compile(r"class_moments_backward_(?:planes|rows)_kernel<\w+, \w+, (true|false)")
-CELLS = re.compile(r"softmax_(losses|masses|slopes|dlogits)_kernel")
-# Instructions. Only features and their gradient are evicted first.
-FEATURES, GRADIENT, WIDE_COPY = r"LDG\.E\.EF", r"STG\.E\.EF", r"LDGSTS\S*\.128 "
-SPILL = r"\b(STL|LDL)\b"
-COLUMNS = (
-    "GPU",
-    "kernel",
-    "registers",
-    "stack",
-    "spills",
-    "static shared",
-    "16-byte accesses",
-    "instructions per cell and class",
-    "instructions per 512 bytes",
-    "KB in flight",
-)
+USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+BIG = 16  # KB
+INSTRUCTION_BYTES = 16
+CELLS = "softmax_"  # kernels for upsampled logits, by the beginnings of their names
+
+
+class Code(NamedTuple):
+    """What only the instructions tell. size: in KB."""
+
+    size: float
+    spills: int
+    per_512_bytes: float | None
+    per_cell_and_class: float | None
 
 
 class Kernel(NamedTuple):
@@ -66,152 +52,15 @@ class Kernel(NamedTuple):
     registers: int
     stack: int
     shared: int
-    blocks: list[Block]
-    sass: str
-
-    def count(self, pattern: str) -> int:
-        return sum(count(block, pattern) for block in self.blocks)
-
-    def holding(self, pattern: str) -> list[int]:
-        return [i for i, block in enumerate(self.blocks) if count(block, pattern)]
-
-    def resident(self, threads: int, shared_bytes: int = 0) -> int:
-        """Blocks on a multiprocessor."""
-        return min(
-            65536 // (-(-self.registers // 8) * 8 * threads),
-            THREADS_PER_SM.get(self.gpu, 2048) // threads,
-            (SHARED_PER_SM[self.gpu] << 10) // (1024 + shared_bytes),
-            32,
-        )
+    code: Code | None = None  # of the chosen architecture, and where there is a stack frame
 
 
-class Budgets(NamedTuple):
-    instructions: float
-    kilobytes: list[float]
+class Cubin(NamedTuple):
+    """The code of one source file for one architecture."""
 
-
-def count(block: Block, pattern: str) -> int:
-    return sum(re.search(pattern, x) is not None for x in block.instructions)
-
-
-def around(blocks: list[Block], stops: list[int]) -> float:
-    """Instructions of the shortest cycle that passes the blocks in this order."""
-    far = float("inf")
-    return sum(distances(blocks, a).get(b, far) for a, b in pairwise([*stops, stops[0]]))
-
-
-def shared_reads(block: Block) -> int:
-    """Bytes that a lane reads from shared memory; 0 if it also writes there."""
-    if count(block, r"\bSTS\b"):
-        return 0
-    widths = {r"\bLDS ": 4, r"\bLDS\.U16": 2, r"\bLDS\.64": 8, r"\bLDS\.128": 16}
-    return sum(count(block, pattern) * width for pattern, width in widths.items())
-
-
-# Of a block of the forward: a ring of two tiles of 4 KB with padding, and their keys; 33 anchors.
-FORWARD_SHARED_BYTES, SORTED_SHARED_BYTES = 17 << 10, 2 * (4096 + 512 + 256)
-
-
-def forward_budgets(kernel: Kernel, dtype: str, is_sorted: bool) -> Budgets:
-    """A tile is copied to shared memory; then it is read at once, for products, or, of sorted
-    pixels, in an inner loop over 32 pixels."""
-    blocks = kernel.blocks
-    copies = max(range(len(blocks)), key=lambda i: count(blocks[i], WIDE_COPY))
-    copied = count(blocks[copies], WIDE_COPY)
-    if is_sorted:
-        group_bytes = 32 * (4 if dtype == "float" else 2)  # of a lane
-        times = copied * 16 / group_bytes
-        instructions = min(
-            around(blocks, [copies, reads]) + (times - 1) * around(blocks, [reads])
-            for reads, block in enumerate(blocks)
-            if shared_reads(block) == group_bytes and count(block, r"\bFADD\b") >= 32
-        )
-    else:
-        instructions = min(
-            around(blocks, [copies, products])
-            for products, block in enumerate(blocks)
-            if count(block, r"\bHMMA\b")
-        )
-    shared = SORTED_SHARED_BYTES if is_sorted else FORWARD_SHARED_BYTES
-    return Budgets(instructions / copied, [kernel.resident(32, shared) * copied / 2])
-
-
-def backward_budgets(kernel: Kernel, threads: int, reads_features: bool) -> Budgets:
-    pattern = rf"{FEATURES if reads_features else GRADIENT}\.128"
-    stops = kernel.holding(rf"({FEATURES}|{GRADIENT})\.128")
-    reached = {stop: distances(kernel.blocks, stop) for stop in stops}
-    inner = [[stop] for stop in stops if stop in kernel.blocks[stop].next]
-    loops = inner or [[b for b in stops if b in reached[a] and a in reached[b]] for a in stops]
-
-    def accesses(loop: list[int]) -> int:
-        return sum(count(kernel.blocks[i], pattern) for i in loop)
-
-    hot = max(loops, key=accesses)
-    kilobytes = kernel.resident(threads) * threads * accesses(hot) * 16 / 1024
-    in_flight = [kilobytes] * reads_features  # nothing waits for a store
-    return Budgets(around(kernel.blocks, hot) / accesses(hot), in_flight)
-
-
-def instructions_per_cell(kernel: Kernel) -> float:
-    """Instructions of the shortest loop with four exponentials for each class of a cell."""
-    best = float("inf")
-    for i, block in enumerate(kernel.blocks):
-        classes = count(block, r"\bMUFU\.EX2\b") / 4
-        if classes >= 1:
-            best = min(best, around(kernel.blocks, [i]) / classes)
-    return best
-
-
-def wide_accesses(kernel: Kernel) -> int:
-    return sum(kernel.count(x) for x in (WIDE_COPY, r"LDG\S*\.128\b", r"STG\S*\.128\b"))
-
-
-def streaming(kernel: Kernel) -> tuple[list[str], Budgets | None]:
-    """The missing instructions of a streaming kernel, and its budgets."""
-    if match := FORWARD.match(kernel.name):
-        is_sorted, rows = match[1] is not None, match[4] == "true"
-        if is_sorted and not rows:  # elements of planes, at the positions of sorted pixels
-            return [], None
-        if not kernel.count(WIDE_COPY):
-            return ["no copies of 16 bytes"], None
-        budgets = forward_budgets(kernel, match[2], is_sorted)
-    elif match := BACKWARD.match(kernel.name):
-        reads_features = match[1] == "true"
-        wanted = {"stores": GRADIENT} | ({"loads": FEATURES} if reads_features else {})
-        missing = [
-            f"no {what} of 16 bytes"
-            for what, pattern in wanted.items()
-            if not kernel.count(rf"{pattern}\.128")
-        ]
-        if missing:
-            return missing, None
-        budgets = backward_budgets(kernel, backward_paths.BACKWARD_THREADS, reads_features)
-    else:
-        return [], None
-    return [] if budgets.instructions < float("inf") else ["no hot loop was found"], budgets
-
-
-def kernels_of(cubin: Path) -> list[Kernel]:
-    code = {}
-    for section in tool("nvdisasm", "-c", "-hex", str(cubin)).split("\n.text.")[1:]:
-        name, _, sass = section.partition(":")
-        # sm_80 leaves a loop by a "call" of a label that never returns.
-        code[name] = sass.replace("CALL.REL.NOINC `(.L_x", "BRA `(.L_x")
-    usage = tool("cuobjdump", "--dump-resource-usage", str(cubin))
-    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    gpu = cubin.suffixes[-2].removeprefix(".")
-    return [
-        Kernel(
-            gpu,
-            name,
-            int(registers),
-            int(stack) + int(local),
-            int(shared),
-            blocks_of(code[name]),
-            code[name],
-        )
-        for name, registers, stack, shared, local in found
-    ]
+    path: Path
+    gpu: str
+    kernels: list[Kernel]
 
 
 def readable(names: list[str]) -> list[str]:
@@ -222,148 +71,112 @@ def readable(names: list[str]) -> list[str]:
     return [line.removeprefix("void ").partition("(")[0] for line in found.splitlines()]
 
 
-def read(files: list[Path]) -> list[Kernel]:
-    """All kernels of shared libraries or object files."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
-        for i, file in enumerate(files):
-            place = Path(folder, str(i))
-            place.mkdir()
-            command = [TOOLS / "cuobjdump", "-xelf", "all", file.resolve()]
-            subprocess.run(command, cwd=place, check=True, capture_output=True)
-        cubins = sorted(Path(folder).rglob("*.cubin"))
-        kernels = [kernel for some in pool.map(kernels_of, cubins) for kernel in some]
+def cubins(file: Path, folder: Path) -> list[Cubin]:
+    """The parts of a shared library or an object file, extracted to the folder."""
+    folder.mkdir()
+    tool("cuobjdump", "-xelf", "all", file.resolve(), cwd=folder)
+    found = []
+    for path in sorted(folder.glob("*.cubin")):
+        gpu = path.suffixes[-2].removeprefix(".")
+        kernels = [
+            Kernel(gpu, name, int(registers), int(stack) + int(local), int(shared))
+            for name, registers, stack, shared, local in USAGE.findall(
+                tool("cuobjdump", "--dump-resource-usage", path)
+            )
+        ]
+        found.append(Cubin(path, gpu, kernels))
+    return found
+
+
+def disassembled(cubin: Cubin, chosen: str) -> list[Kernel]:
+    """The kernels with their code, if the architecture is the chosen one or a kernel has a stack
+    frame: disassembling takes most of the report's time."""
+    if cubin.gpu != chosen and not any(kernel.stack for kernel in cubin.kernels):
+        return cubin.kernels
+    functions = {}
+    for section in tool("nvdisasm", "-c", cubin.path).split("\n.text.")[1:]:
+        name, _, functions[name] = section.partition(":")
+
+    def code(name: str) -> Code:
+        blocks = blocks_of(functions[name])
+        return Code(
+            sum(len(block.instructions) for block in blocks) * INSTRUCTION_BYTES / 1024,
+            sum(block.count(SPILLS) for block in blocks),
+            instructions_per_512_bytes(blocks),
+            instructions_per_cell(blocks),
+        )
+
+    return [kernel._replace(code=code(kernel.name)) for kernel in cubin.kernels]
+
+
+def read(files: list[Path], gpu: str) -> tuple[list[Kernel], dict[str, int]]:
+    """All kernels, sorted by architecture and name, and the bytes of each architecture's code with
+    its tables. gpu: the architecture to disassemble; if it is not there, the newest one is."""
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor() as pool:
+        parts = [x for i, file in enumerate(files) for x in cubins(file, Path(folder, str(i)))]
+        gpus = sorted({part.gpu for part in parts}, key=number)
+        chosen = gpu if gpu in gpus else [gpu, *gpus][-1]
+        work = partial(disassembled, chosen=chosen)
+        kernels = [kernel for some in pool.map(work, parts) for kernel in some]
+        sizes = dict.fromkeys(gpus, 0)
+        for part in parts:
+            sizes[part.gpu] += part.path.stat().st_size
     names = readable([kernel.name for kernel in kernels])
     named = [kernel._replace(name=name) for kernel, name in zip(kernels, names, strict=True)]
-    return sorted(named, key=lambda kernel: (int(kernel.gpu.removeprefix("sm_")), kernel.name))
+    return sorted(named, key=lambda kernel: (number(kernel.gpu), kernel.name)), sizes
 
 
-# Kernels for which no time is predicted, and why.
-WITHOUT_PATH = {
-    "add_partials_kernel": "paths.py adds its bytes and its launch to the pass",
-    "class_moments_backward_elements_kernel": "only for strides that are not those of a model",
-    "group_counts_kernel": "only with more than 1,024 keys",
-    "join_chunks_kernel": "sorted_paths.py adds its bytes and its launch to the pass",
-    "pixel_slopes_kernel": "only for gradients of maps and overlaps",
-    "softmax_masses_kernel": "only with overlaps (Dice); counted from instructions",
-    "softmax_slopes_kernel": "only with overlaps (Dice); counted from instructions",
-    "sorted_pixels_kernel": "sorted_paths.py adds its bytes and its launch to the pass",
-}
+def number(gpu: str) -> int:
+    return int(re.sub(r"\D", "", gpu))
 
 
-def base_name(kernel: str) -> str:
-    """Without template arguments."""
-    return kernel.partition("<")[0]
+def row(*cells: object) -> str:
+    texts = ("" if x is None else f"{x:.0f}" if isinstance(x, float) else str(x) for x in cells)
+    return f"| {' | '.join(texts)} |"
 
 
-class Library(dict[str, tuple[str, softmax_paths.Resident]]):
-    """Machine code of kernels by name, and how many blocks are resident. used: base names of the
-    kernels that a path has asked for."""
-
-    def __init__(self, kernels: list[Kernel]):
-        super().__init__((kernel.name, (kernel.sass, kernel.resident)) for kernel in kernels)
-        self.used: set[str] = set()
-
-    def __getitem__(self, name: str) -> tuple[str, softmax_paths.Resident]:
-        self.used.add(base_name(name))
-        return super().__getitem__(name)
-
-    def faults(self) -> list[str]:
-        """A message for each kernel without a path, and for each exception that has one."""
-        missing = {base_name(name) for name in self} - self.used - {*WITHOUT_PATH}
-        found = [f"{name}: no path predicts its time" for name in sorted(missing)]
-        known = sorted(self.used & {*WITHOUT_PATH})
-        return found + [f"{name}: in WITHOUT_PATH, but it has a path" for name in known]
+def header(*names: str) -> str:
+    return f"{row(*names)}\n|{'---|' * len(names)}"
 
 
-def print_times(kernels: list[Kernel]) -> tuple[list[paths.Row], list[str]]:
-    """Prints the predictions of paths.py for an H200, next to their goals. Returns these, and a
-    message for each share that is smaller than what was reached before."""
-    found, faults, goals, missed = [], [], 0, 0
-    print("\nPredicted, not measured:\n")
-    print("|", " | ".join(paths.HEAD), "|\n|", "---|" * len(paths.HEAD))
-    with ProcessPoolExecutor() as pool:
-        for rows in pool.map(times_of, kernels):
-            found += rows
-            for name, case, estimate, goal, floor in rows:
-                warps, one, every, waves, share = estimate
-                cells = [name, case, warps, f"{one:.0f}", f"{every:.0f}", f"{waves:.1f}"]
-                cells += [f"{share:.0%}", "not used" if goal is None else f"{goal:.0%}"]
-                below = goal is not None and share < goal
-                goals, missed = goals + (goal is not None), missed + below
-                cells.append(f"{100 * ((goal or 0) - share):.1f}" if below else "")
-                print("|", " | ".join(map(str, cells)), "|", flush=True)
-                if share < floor:
-                    faults.append(f"{name}, {case}: {share:.1%}, it was at least {floor:.0%}")
-    print(
-        f"\n{missed} of {goals} shares are below their goal. The report fails only where a share "
-        "is smaller than before (paths.FLOORS)."
-    )
-    return found, faults
-
-
-def print_other_times(library: Library, rows: list[paths.Row]) -> list[str]:
-    """Prints the predictions for the other operators, and for whole steps. Returns a message for
-    each time above its limit."""
-    faults = softmax_paths.print_times(
-        "CUDA",
-        lambda shape: softmax_paths.cuda_kernels(library, shape),
-        others=0,
-    )
-    small_paths.print_times("Operators of keys and centroids", small_paths.rows(library))
-    small_paths.print_times("Operators of rows", row_paths.rows(library))
-    small_paths.print_times("Predicted classes and their counts", metric_paths.rows(library))
-    step_times.print_times(library, rows)
-    return faults
-
-
-def times_of(kernel: Kernel) -> list[paths.Row]:
-    return paths.estimates(kernel.name, kernel.sass, kernel.resident)
+def print_tables(kernels: list[Kernel], sizes: dict[str, int]) -> None:
+    print(header("GPU", "kernels", "code, MB", "most registers", "with a stack frame"))
+    for name, size in sizes.items():
+        own = [kernel for kernel in kernels if kernel.gpu == name]
+        most = max((kernel.registers for kernel in own), default=0)
+        frames = sum(kernel.stack > 0 for kernel in own)
+        print(row(name, len(own), f"{size / 1e6:.1f}", most, frames))
+    columns = "registers", "stack", "spills", "shared", "code, KB"
+    print("\n" + header("GPU", "kernel", *columns, "per 512 bytes", "per cell and class"))
+    for kernel in kernels:
+        code = kernel.code
+        if code is None:
+            continue
+        of_cell = code.per_cell_and_class if kernel.name.startswith(CELLS) else None
+        if code.size >= BIG or kernel.stack or code.per_512_bytes or of_cell:
+            cells = code.spills, kernel.shared, code.size, code.per_512_bytes, of_cell
+            print(row(*kernel[:4], *cells))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "files", nargs="*", type=Path, help="libraries or objects", default=[LIBRARY]
-    )
-    parser.add_argument("--times", action="store_true", help="predict times, which takes minutes")
+    parser.add_argument("files", nargs="*", type=Path, help="libraries or objects")
+    parser.add_argument("--gpu", default="sm_90", help="the architecture of the second table")
     args = parser.parse_args()
-    files = args.files
+    files: list[Path] = args.files or [LIBRARY]
     for file in files:
         if not file.is_file():
             sys.exit(f"cuda_report: {file} does not exist: compile it with nvcc")
-    print("|", " | ".join(COLUMNS), "|\n|", "---|" * len(COLUMNS))
-    faults, budgeted = [], 0
-    kernels = read(files)
-    for kernel in kernels:
-        missing, budgets = streaming(kernel)
-        spills = kernel.count(SPILL)
-        missing += [f"{spills} spills"] * (spills > 0) + [f"stack {kernel.stack} B"] * (
-            kernel.stack > 0
-        )
-        faults += [f"{kernel.gpu} {kernel.name}: {x}" for x in missing]
-        cells = [*kernel[:4], spills, kernel.shared, wide_accesses(kernel)]
-        of_cell = instructions_per_cell(kernel) if CELLS.match(kernel.name) else None
-        if of_cell == float("inf"):
-            faults.append(f"{kernel.gpu} {kernel.name}: no loop over classes was found")
-        cells.append("" if of_cell is None else f"{of_cell:.0f}")
-        if budgets:
-            budgeted += 1
-            in_flight = " / ".join(f"{x:.0f}" for x in budgets.kilobytes)
-            cells += [f"{budgets.instructions:.0f}", in_flight]
-        else:
-            cells += ["", ""]
-        print("|", " | ".join(map(str, cells)), "|")
-    if files == [LIBRARY] and not budgeted:
-        faults.append("no streaming kernel was found under the names that this report knows")
-    if args.times:
-        hopper = [kernel for kernel in kernels if kernel.gpu == "sm_90"]
-        rows, missed = print_times(hopper)
-        faults += missed
-        if hopper and any(file.suffix == ".so" for file in files):  # not single objects
-            library = Library(hopper)
-            library.used |= {base_name(row.kernel) for row in rows}
-            faults += print_other_times(library, rows) + library.faults()
-        faults += launches.print_launches()
+        print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB\n")
+    kernels, sizes = read(files, args.gpu)
+    if not kernels:
+        sys.exit("cuda_report: no kernel was found: was the file compiled for a GPU?")
+    print_tables(kernels, sizes)
+    faults = [
+        f"{kernel.gpu} {kernel.name}: stack {kernel.stack} B, {kernel.code.spills} spills"
+        for kernel in kernels
+        if kernel.stack and kernel.code
+    ]
     if faults:
         sys.exit("cuda_report:\n" + "\n".join(faults))
 

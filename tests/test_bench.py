@@ -309,6 +309,22 @@ esac
     assert (tmp_path / "out/logs.tar.gz").exists()
 
 
+def test_roofline():
+    """The larger of two times, and the launches; the bytes are those of the benchmarks."""
+    model = pytest.importorskip("time_model")
+    gpu = model.GPU("", copy_bandwidth=1e12, multiprocessors=100, clock=1e9)
+    assert gpu.instructions == 4e11
+    of_bytes, of_instructions = model.Pass(10**8, 2, 1e6), model.Pass(10**8, 0, 8e7)
+    assert of_bytes.seconds(gpu) == pytest.approx(100e-6 + 2 * model.LAUNCH)
+    assert of_instructions.seconds(gpu) == pytest.approx(200e-6)
+    features = torch.empty(8, 720, 128, 256, dtype=torch.bfloat16, device="meta")
+    forward, backward = (
+        path(features, 19) for path in (model.class_moments_forward, model.class_moments_backward)
+    )
+    assert forward.bytes == moments_bytes(features, 19, "forward", sqdists=True)
+    assert forward.bytes + backward.bytes == pytest.approx(3 * features.nbytes, rel=0.01)
+
+
 def test_doctor_benchmark(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "CPU_SIZE", (1, 16, 24, 40))
     fused = ao.backends()["cpu"] is None

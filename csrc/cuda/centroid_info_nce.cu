@@ -9,7 +9,7 @@
 // float32 (row_products.cuh).
 //
 // At K = 150, D = 768 there are 100 blocks of 16 × 16 logits. Each reads 98 KB (float32; half of it
-// in bfloat16) from the L2 cache, 1.8 µs at its 5.5 TB/s. `make cuda-report` predicts its time.
+// in bfloat16) from the L2 cache, 1.8 µs at its 5.5 TB/s.
 #include "centroid_info_nce.cuh"
 #include "row_products.cuh"
 #include "warps.cuh"

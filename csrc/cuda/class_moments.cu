@@ -18,9 +18,7 @@
 //
 // Eight or twelve warps are resident on a multiprocessor, for any number of keys: 32 to 48 KB of
 // features are in flight; an H200 needs 23. With 100 KB of shared memory there are at least four.
-// `make cuda-report` prints the warp instructions for each 512 bytes, and the times that follow
-// from them. bench/NOTES.md has the shares of the bandwidth. All of these are predicted, not
-// measured.
+// `make cuda-report` prints the warp instructions for each 512 bytes.
 #include "../labels.h"
 #include "class_moments_key_order.cuh"
 #include "class_moments_launch.cuh"

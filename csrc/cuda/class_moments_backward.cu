@@ -6,9 +6,7 @@
 // 4 bytes a pixel, are read again for each slice of channels, from the second-level cache. The
 // tables (anchors, dsums) are read from shared memory or from caches. One launch.
 //
-// `make cuda-report` prints the warp instructions for each 512 bytes, the bytes in flight, and the
-// times that follow from them. bench/NOTES.md has the shares of the bandwidth. All of these are
-// predicted, not measured.
+// `make cuda-report` prints the warp instructions for each 512 bytes.
 #include "../labels.h"
 #include "class_moments_backward_elements.cuh"
 #include "class_moments_backward_planes.cuh"

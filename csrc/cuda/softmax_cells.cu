@@ -4,7 +4,6 @@
 // bytes a position. One launch.
 //
 // The instructions determine the time, not the bytes, because most of them are issued at half rate.
-// `make cuda-report` prints the predicted time.
 #include "softmax_cells.cuh"
 
 namespace anchorops::cuda {

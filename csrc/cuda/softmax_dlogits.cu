@@ -5,8 +5,7 @@
 // block. It sums over a cell by Horner's rule, first over its columns, then over its rows. A block
 // of 8 warps has 57 KB of shared memory; two blocks are resident. One row of cells in 8 and one
 // column in 32 are computed twice. Instructions determine the time: `make cuda-report` prints those
-// for each cell and class, and the predicted times. bench/NOTES.md has both. Each class that occurs
-// in the 512 pixels of a warp needs about 200 more.
+// for each cell and class. Each class that occurs in the 512 pixels of a warp needs about 200 more.
 #include "softmax_gradients.cuh"
 
 namespace anchorops::cuda {

@@ -10,7 +10,7 @@
 // In a pass over the logits a thread has 16 sums and the four corners of a cell in registers. A
 // block of 8 warps has 8 rows of 32 cells, and 42 KB of shared memory. Registers permit 16 warps on
 // a multiprocessor. Instructions determine the time: `make cuda-report` prints those for each cell
-// and class, and the predicted times. bench/NOTES.md has both.
+// and class.
 #include "class_keys.cuh"
 #include "pixel_argmax.cuh"
 #include "softmax_statistics.cuh"

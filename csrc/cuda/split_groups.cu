@@ -12,8 +12,7 @@
 //
 // Reads keys twice and writes them once; writes and reads 8 bytes a pixel for the lists. Most of
 // these accesses are in the order of the hashes: each moves a sector of 32 bytes, from the
-// second-level cache. `make cuda-report` predicts the times: a warp waits for its largest bucket,
-// which has four pixels on average.
+// second-level cache. A warp waits for its largest bucket, which has four pixels on average.
 #include "../labels.h"
 #include "class_keys.cuh"
 #include "tensors.cuh"
