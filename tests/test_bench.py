@@ -267,7 +267,7 @@ def test_gpu_script():
     assert answer.returncode == 0, answer.stderr
     answer = subprocess.run(["bash", script, "--help"], text=True, capture_output=True)
     assert answer.returncode == 2
-    assert "bench/gpu.sh [--out DIR] [--dry-run]" in answer.stdout
+    assert "bench/gpu.sh [--out DIR] [--dry-run] [first|second|third]" in answer.stdout
     if shutil.which("shellcheck"):
         answer = subprocess.run(["shellcheck", script], text=True, capture_output=True)
         assert answer.returncode == 0, answer.stdout
@@ -280,11 +280,12 @@ def test_gpu_script_records(tmp_path, gpu):
         "python": """#!/bin/sh
 case "$*" in
 *find_spec*matplotlib*) echo tyro timm ;;
-*json.dumps*) exec cat ;;
+*largest*) echo a_kernel ;;
 *bench/bench_growth.py*--rows*) exit 3 ;;
 esac
 """,
         "compute-sanitizer": "#!/bin/sh\necho ========= Device not supported\nexit 99\n",
+        "ncu": "#!/bin/sh\necho profiled: $*\n",
     }
     for name, script in stand_ins.items():
         (tmp_path / name).write_text(script)
@@ -298,15 +299,54 @@ esac
         capture_output=True,
     )
     assert answer.returncode == 1, answer.stdout + answer.stderr
-    assert "plots: left out: not installed: tyro timm" in answer.stdout
-    parts = [line.split()[:2] for line in (tmp_path / "out/summary.json").read_text().splitlines()]
-    assert ["bench", "3"] in parts
-    assert ["build", "0"] in parts
-    absent = {name for name, status in parts if status == "absent"}
-    assert absent == {"plots", "training_step", "smoke"} | ({"sanitizer"} if gpu else set())
+    assert "training_step: left out: not installed: tyro timm" in answer.stdout
+    lines = (tmp_path / "out/summary.jsonl").read_text().splitlines()
+    parts = {row["part"]: row["exit"] for row in map(json.loads, lines) if row["part"] != "build"}
+    expected = [
+        *("values", "bandwidth", "cuda_tests", "cuda_kernels", "ncu", "sanitizer"),
+        *("triton_tests", "triton_kernels", "compiled_step"),
+        *("bench", "training_step", "training_program"),
+    ]
+    assert list(parts) == expected
+    assert parts["bench"] == "3"
+    absent = {name for name, status in parts.items() if status == "absent"}
+    assert absent == {"training_step", "training_program"} | ({"sanitizer"} if gpu else set())
     if gpu:
         assert "sanitizer: left out: exit 99: ========= Device not supported" in answer.stdout
-    assert (tmp_path / "out/logs.tar.gz").exists()
+        assert "--kernel-name regex:a_kernel" in answer.stdout
+    log = (tmp_path / "out/log.txt").read_text()
+    assert all(f"{name}: exit" in log or f"{name}: left out" in log for name in expected)
+
+
+def test_gpu_script_runs_one_call(tmp_path):
+    command = ["bash", ROOT / "bench/gpu.sh", "--dry-run", "--out", tmp_path, "second"]
+    environment = os.environ | {"PYTHON": "true"}
+    answer = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    rows = [json.loads(row) for row in (tmp_path / "summary.jsonl").read_text().splitlines()]
+    assert {row["call"] for row in rows} == {"second"}
+
+
+def test_gpu_kernels(tmp_path):
+    """Values and bandwidths on the CPU, and which kernels take longest."""
+    rows = tmp_path / "rows.jsonl"
+    for part in ("values", "bandwidth"):
+        command = [sys.executable, "bench/gpu_kernels.py", part, "--tiny", "--rows", rows]
+        answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+        assert answer.returncode == 0, answer.stderr
+    _, *checks, speed = map(json.loads, rows.read_text().splitlines())
+    assert {row["check"] for row in checks} == {"sums", "sqdists", "cross-entropy", "its gradient"}
+    assert all(row["right"] for row in checks) and speed["copy_gbps"] > 0
+    times = {
+        "void anchorops::cuda::(anonymous namespace)::b_kernel<float, 3>(float*)": 2.0,
+        "_a_kernel": 3.0,
+        "void at::native::elementwise_kernel<4>(int)": 9.0,
+        "Memset (Device)": 9.0,
+    }
+    rows.write_text(json.dumps({"kernels": times}) + "\n" + json.dumps({"copy_gbps": 1}) + "\n")
+    command = [sys.executable, "bench/gpu_kernels.py", "largest", "--rows", rows]
+    answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert answer.stdout == "^(_a_kernel|b_kernel)$\n", answer.stderr
 
 
 def test_roofline():
