@@ -37,20 +37,35 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(map(int, tensor.shape)) if torch.jit.is_tracing() else tensor.shape
 
 
+def check_strided(function: str, argument: str, tensor: object) -> None:
+    """A tensor, if it is one, has strides and all its elements: it is not sparse, not nested and
+    not a DTensor. torch.compile traces it."""
+    if not isinstance(tensor, Tensor):
+        return
+    if tensor.is_nested:
+        expected = "a tensor of one shape (pad it: to_padded_tensor)"
+        fail(function, argument, expected, "a nested tensor")
+    if hasattr(tensor, "placements"):
+        expected = "a tensor of this rank (its to_local() or full_tensor())"
+        fail(function, argument, expected, "a DTensor")
+    if tensor.layout != torch.strided:
+        fail(function, argument, "a strided tensor", tensor.layout)
+
+
 def check_features(function: str, features: Tensor, argument: str = "features") -> None:
     """features: floating, (N, D), (B, D, N) or (B, D, H, W), D at least 1."""
+    check_strided(function, argument, features)
     if not isinstance(features, Tensor) or features.dim() not in (2, 3, 4):
         fail(function, argument, "a tensor (N, D), (B, D, N) or (B, D, H, W)", describe(features))
     if features.dtype not in FLOATING:
         fail(function, argument, "float32, bfloat16, float16 or float64", features.dtype)
-    if features.layout != torch.strided:
-        fail(function, argument, "a strided tensor", features.layout)
     if features.shape[1] == 0:
         fail(function, argument, "at least one channel", f"shape {tuple(features.shape)}")
 
 
 def check_labels(function: str, labels: Tensor, features: Tensor) -> None:
     """labels: integer, (N,), (B, N) or (B, H', W') to match features, on the same device."""
+    check_strided(function, "labels", labels)
     dim = features.dim()
     expected = {2: "(N,)", 3: "(B, N)", 4: "(B, H', W')"}[dim]
     if not isinstance(labels, Tensor) or labels.dim() != dim - 1:
@@ -70,13 +85,12 @@ def check_labels(function: str, labels: Tensor, features: Tensor) -> None:
 
 def check_logits(function: str, logits: Tensor) -> None:
     """logits: floating, (N, K), (B, K, N), (B, K, h, w) or (B, K, d, h, w), K at least 2."""
+    check_strided(function, "logits", logits)
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3, 4, 5):
         expected = "a tensor (N, K), (B, K, N), (B, K, h, w) or (B, K, d, h, w)"
         fail(function, "logits", expected, describe(logits))
     if logits.dtype not in FLOATING:
         fail(function, "logits", "float32, bfloat16, float16 or float64", logits.dtype)
-    if logits.layout != torch.strided:
-        fail(function, "logits", "a strided tensor", logits.layout)
     if logits.shape[1] == 1:  # its softmax is 1: the loss would be 0, and each prediction right
         expected = (
             "at least 2 classes in dimension 1 (for the logits x of one sigmoid give those of two "
@@ -91,6 +105,7 @@ def check_logits(function: str, logits: Tensor) -> None:
 def check_labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> None:
     """labels: integer, on the logits' device, (N,), (B, N) or (B, d, h, w) as logits, or (B, H, W)
     of any size."""
+    check_strided(function, "labels", labels)
     images = logits.dim() == 4
     if not isinstance(labels, Tensor) or labels.dim() != logits.dim() - 1:
         _fail_labels(function, labels, logits)
@@ -111,10 +126,9 @@ def _fail_labels(function: str, labels: object, logits: Tensor) -> NoReturn:
 
 def check_integers(function: str, argument: str, values: Tensor) -> None:
     """Any integer dtype, and strided."""
+    check_strided(function, argument, values)
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         fail(function, argument, "an integer dtype", values.dtype)
-    if values.layout != torch.strided:
-        fail(function, argument, "a strided tensor", values.layout)
 
 
 def check_label_values(function: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
@@ -152,6 +166,7 @@ def check_anchors(
     function: str, anchors: Tensor, features: Tensor, num_classes: int | None = None
 ) -> None:
     """anchors: floating [K, D] on the features' device."""
+    check_strided(function, "anchors", anchors)
     dim = features.shape[1]
     rows = "K" if num_classes is None else num_classes
     if not isinstance(anchors, Tensor) or anchors.dim() != 2 or anchors.shape[1] != dim:

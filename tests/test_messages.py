@@ -31,6 +31,18 @@ EVERYWHERE: list[tuple[dict[str, Any], str]] = [
         {"features": POINTS.to_sparse(), "labels": POINT_LABELS},
         "features: expected a strided tensor, got torch.sparse_coo",
     ),
+    (
+        {"features": torch.nested.nested_tensor([FEATURES[0], FEATURES[1, :, :2]])},
+        "features: expected a tensor of one shape .*, got a nested tensor",
+    ),
+    (
+        {"features": torch.nested.nested_tensor([FEATURES[0, 0]] * 2, layout=torch.jagged)},
+        "features: expected a tensor of one shape .*, got a nested tensor",
+    ),
+    (
+        {"labels": torch.nested.nested_tensor([LABELS[0], LABELS[1, :4]])},
+        "labels: expected a tensor of one shape .*, got a nested tensor",
+    ),
     ({"features": FEATURES.int()}, "features: expected float32, .* or float64, got torch.int32"),
     (
         {"features": FEATURES.to(torch.complex64)},

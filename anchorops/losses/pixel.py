@@ -12,6 +12,7 @@ from .._checks import (
     check_ignore_index,
     check_labels_of_logits,
     check_logits,
+    check_strided,
     describe,
     fail,
 )
@@ -107,6 +108,7 @@ class PixelLoss(nn.Module):
         return torch.stack(tuple(parts.values())).sum()
 
     def _check_pixel_weights(self, pixel_weights: Tensor, labels: Tensor) -> None:
+        check_strided(type(self).__name__, "pixel_weights", pixel_weights)
         if (
             not isinstance(pixel_weights, Tensor)
             or not pixel_weights.is_floating_point()

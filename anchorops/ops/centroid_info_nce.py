@@ -13,7 +13,14 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import FLOATING, check_choice, check_temperature, describe, fail
+from .._checks import (
+    FLOATING,
+    check_choice,
+    check_strided,
+    check_temperature,
+    describe,
+    fail,
+)
 from ..reference.centroid_info_nce import LOGITS_AT_ONCE
 from .registration import ON_GPU, Gradient, define
 
@@ -95,6 +102,7 @@ define(
 
 
 def _check(argument: str, tensor: object, shape: tuple[int, ...], queries: Tensor) -> None:
+    check_strided("centroid_info_nce", argument, tensor)
     if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.device != queries.device:
         fail("centroid_info_nce", argument, f"{shape} on {queries.device}", describe(tensor))
 
@@ -136,6 +144,7 @@ def centroid_info_nce(
         ValueError: wrong shape, dtype, device, temperature or reduction.
     """
     function = "centroid_info_nce"
+    check_strided(function, "queries", queries)
     if not isinstance(queries, Tensor) or queries.dim() not in (2, 3):
         fail(function, "queries", "a tensor [K, D] or [K, G, D]", describe(queries))
     _check("keys", keys, (queries.shape[0], queries.shape[-1]), queries)

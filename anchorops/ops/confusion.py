@@ -12,6 +12,7 @@ from .._checks import (
     check_label_values,
     check_labels_of_logits,
     check_logits,
+    check_strided,
     describe,
     fail,
     shape_of,
@@ -77,19 +78,18 @@ def confusion(
     """
     function = "confusion"
     _check_classes(function, "num_classes", num_classes)
+    check_strided(function, "labels", labels)
     if not isinstance(labels, Tensor) or labels.dim() not in (1, 2, 3):
         fail(function, "labels", "a tensor of one to three axes", describe(labels))
     check_integers(function, "labels", labels)
+    check_strided(function, "predictions", predictions)
     if (
         not isinstance(predictions, Tensor)
         or predictions.dtype != torch.int64
-        or predictions.layout != torch.strided
         or predictions.shape != labels.shape
         or predictions.device != labels.device
     ):
-        expected = (
-            f"a strided int64 tensor of shape {tuple(labels.shape)} on {labels.device}, as labels"
-        )
+        expected = f"an int64 tensor of shape {tuple(labels.shape)} on {labels.device}, as labels"
         fail(function, "predictions", expected, describe(predictions))
     ignore_index = check_ignore_index(function, ignore_index, num_classes)
     check_flags(function, check_labels=check_labels)

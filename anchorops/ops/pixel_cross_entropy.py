@@ -8,6 +8,7 @@ from .._checks import (
     check_ignore_index,
     check_logits,
     check_share,
+    check_strided,
     describe,
     fail,
 )
@@ -84,6 +85,7 @@ def pixel_cross_entropy(
 
 def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
     """weight: [K], floating, on the logits' device."""
+    check_strided(function, "weight", weight)
     if not isinstance(weight, Tensor) or weight.shape != logits.shape[1:2]:
         fail(function, "weight", f"a tensor [{logits.shape[1]}]", describe(weight))
     if not weight.is_floating_point() or weight.device != logits.device:
