@@ -1,5 +1,6 @@
 """The message of every wrong argument; which labels are ignored."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -231,3 +232,69 @@ def test_check_labels_shows_eight_values():
             labels=torch.arange(80).view(1, 8, 10).repeat(2, 1, 1),
             check_labels=True,
         )
+
+
+def nested(*tensors: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor(list(tensors))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ao.pixel_cross_entropy(nested(FEATURES[0], FEATURES[1, :, :2]), LABELS),
+        lambda: ao.pixel_cross_entropy(FEATURES, nested(LABELS[0], LABELS[1, :4])),
+        lambda: ao.pixel_argmax(nested(FEATURES[0], FEATURES[1]), (8, 10)),
+        lambda: ao.pixel_confusion(nested(FEATURES[0], FEATURES[1]), LABELS),
+        lambda: ao.confusion(nested(LABELS[0], LABELS[1]), LABELS, 3),
+        lambda: ao.CrossEntropy()(FEATURES, LABELS, nested(*torch.ones(2, 8, 10))),
+        lambda: ao.OCCL(3, 3)(nested(FEATURES[0], FEATURES[1]), LABELS, torch.eye(3)),
+        lambda: ao.centroid_info_nce(nested(ANCHORS[0], ANCHORS[1]), ANCHORS[:2]),
+    ],
+)
+def test_nested_tensors(call: Callable[[], Any]):
+    with pytest.raises(ValueError, match=r": expected a tensor of one shape .*, got a nested"):
+        call()
+
+
+def test_meta_tensors():
+    """The results are meta tensors, of the shapes that real tensors would give."""
+
+    def results(device: str) -> list[Any]:
+        x, y, a = FEATURES.to(device), LABELS.to(device), ANCHORS.to(device)
+        x = x.clone().requires_grad_()
+        found = [
+            *ao.class_moments(x, y, 6, anchors=a, groups=2, seed=1),
+            *ao.class_centroids(x, y, 6, per_image=True),
+            ao.pixel_to_anchor_mse(x, y, a),
+            ao.centroid_info_nce(a, a, reduction="none"),
+            ao.pixel_cross_entropy(x, y, reduction="none"),
+            *ao.softmax_moments(x, y)[:2],
+            ao.pixel_argmax(x, (8, 10)),
+            ao.pixel_confusion(x, y),
+            ao.CrossEntropy(weight=torch.ones(3)).to(device)(x, y),
+            ao.Dice()(x, y),
+            *(m.to(device)(x, y, a) for m in (ao.SAR(6, 3), ao.OCCL(6, 3), ao.MVSC(6, 3))),
+            ao.CeCo(6, 3, center_dim=8).to(device)(x, y),
+        ]
+        found[-1].backward()
+        return [*found, x.grad]
+
+    for meta, real in zip(results("meta"), results("cpu"), strict=True):
+        assert meta.is_meta and meta.shape == real.shape and meta.dtype == real.dtype
+
+
+def test_class_weights_on_the_meta_device():
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=r"^Dice: weight: .* build the loss outside"),
+    ):
+        ao.Dice(weight=[1.0, 2.0, 3.0])
+    loss, plain = ao.CrossEntropy(weight=torch.ones(3)), ao.CrossEntropy()
+    expected, state = loss(FEATURES, LABELS), copy.deepcopy(loss.state_dict())
+    plain.to_empty(device="cpu")
+    plain(FEATURES, LABELS)  # it has no state
+    loss.to_empty(device="cpu")
+    with pytest.raises(ValueError, match=r"^CrossEntropy: state: expected values: .* to_empty"):
+        loss(FEATURES, LABELS)
+    loss.load_state_dict(state)
+    assert torch.equal(loss(FEATURES, LABELS), expected)

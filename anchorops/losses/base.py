@@ -23,6 +23,7 @@ from .._checks import (
 from ..distributed import group_name, reduce_moments
 from ..ops.next_seed import next_seed
 from ..reference import ClassMoments
+from .initialized import Initialized
 from .recomputation import KnowAgain, check_reentrant, checkpointed, recomputing
 from .statistics import Request, class_statistics
 
@@ -87,7 +88,7 @@ def total_of(terms: list[Tensor]) -> Tensor:
     return terms[0] + terms[1] if len(terms) == 2 else terms[0].clone()
 
 
-class Regularizer(nn.Module):
+class Regularizer(Initialized):
     """A loss on the features before a model's last classifier.
 
     Call it with (features, labels, classifier). Or use `anchorops.attach`, which gets the features
@@ -137,6 +138,9 @@ class Regularizer(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        if torch.get_default_device().type == "meta":
+            expected = 'a device with memory: build it outside of torch.device("meta")'
+            fail(name, "torch.device", expected, "meta")
         check_num_classes(name, num_classes)
         check_count(name, "dim", dim)
         self.num_classes, self.dim = num_classes, dim
@@ -224,10 +228,12 @@ class Regularizer(nn.Module):
     def forward(
         self, features: Tensor, labels: Tensor, classifier: Classifier | None = None
     ) -> Tensor:
+        self.check_initialized()
         self._check_inputs(features, labels, classifier)
         if not torch.compiler.is_compiling():
             self._count_forward()
-        with torch.autocast(features.device.type, enabled=False):
+        # There is no autocast for the device "meta".
+        with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
             losses = self._losses(features, labels, classifier)
             loss = total_of(losses.summands()) if losses.total is None else losses.total
             loss = loss.to(torch.promote_types(features.dtype, torch.float32))

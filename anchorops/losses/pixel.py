@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import (
     check_flags,
@@ -18,9 +18,10 @@ from .._checks import (
 )
 from ..ops.softmax_moments import moments_for
 from ..reference import SoftmaxMoments, statistics_dtype
+from .initialized import Initialized
 
 
-class PixelLoss(nn.Module):
+class PixelLoss(Initialized):
     """A loss of low-resolution logits, compared with labels at their own size.
 
     Shapes:
@@ -128,6 +129,9 @@ class PixelLoss(nn.Module):
                 weight = torch.as_tensor(weight, dtype=dtype or torch.float32).detach().clone()
             except (TypeError, ValueError, RuntimeError):
                 fail(type(self).__name__, "weight", "a number for each class", describe(weight))
+            if weight.is_meta:
+                expected = 'numbers: build the loss outside of torch.device("meta")'
+                fail(type(self).__name__, "weight", expected, describe(weight))
             if weight.dim() != 1 or not ((weight >= 0) & weight.isfinite()).all():
                 expected = "a finite number of at least 0 for each class"
                 fail(type(self).__name__, "weight", expected, describe(weight))
@@ -143,6 +147,7 @@ def class_weight(loss: PixelLoss, logits: Tensor) -> Tensor | None:
     weight: Any = loss.weight
     if weight is None:
         return None
+    loss.check_initialized()
     if weight.shape != logits.shape[1:2]:
         expected = f"one number for each of the {logits.shape[1]} classes of logits"
         fail(type(loss).__name__, "weight", expected, len(weight))

@@ -42,7 +42,8 @@ def centroid_info_nce(
         present_keys = has_query
     if mirrored:
         positives = queries if queries.dim() == 2 else queries.flip(1)
-    with torch.autocast(queries.device.type, enabled=False):
+    # There is no autocast for the device "meta".
+    with torch.autocast("cpu" if queries.is_meta else queries.device.type, enabled=False):
         # Absent classes are removed by selection, because their centroids may be NaN.
         used = present_keys if positives is not None else present_keys | has_query
         keys = torch.where(used[:, None], keys.to(dtype), 0)

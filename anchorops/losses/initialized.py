@@ -1,0 +1,37 @@
+"""Modules whose state needs values: `to_empty()` leaves whatever the memory contains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._checks import fail
+
+
+class Initialized(nn.Module):
+    """A module that raises an error after `to_empty()`, until a checkpoint with all its state is
+    loaded."""
+
+    _emptied = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # `_apply` alone is called for the modules inside the one whose `to_empty` was called.
+        if getattr(fn, "__qualname__", "").startswith("Module.to_empty."):
+            self._emptied = True
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._emptied:
+            self._emptied = any(f"{prefix}{key}" not in state_dict for key in self.state_dict())
+
+    def check_initialized(self) -> None:
+        """Raise ValueError if the state has no values."""
+        if self._emptied:
+            expected = (
+                "values: load a checkpoint of all its state with load_state_dict, or build and "
+                "attach it after to_empty()"
+            )
+            fail(type(self).__name__, "state", expected, "memory that to_empty() has not filled")
