@@ -73,11 +73,11 @@ class Attachment:
         """Restore the model: remove the hooks and the submodule, restore the old classifier."""
         if not self._hooks:
             return
+        self.regularizer.uninstall(self.classifier)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         delattr(self._parent, self._child)
-        self.regularizer.uninstall(self.classifier)
         self.regularizer.attachment = None
         self.forget()
 

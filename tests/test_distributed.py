@@ -12,8 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import anchorops as ao
@@ -205,14 +206,98 @@ def check_fully_sharded(method: str, rank: int, ranks: int) -> None:
             assert_same(p.grad.full_tensor(), q.grad, f"{method}, fully_shard, gradient of {name}")
 
 
-def check_sharded_classifier(rank: int) -> None:
+def build_cbp(update: str) -> tuple[Net, Attachment]:
+    torch.manual_seed(0)
+    model = Net()
+    return model, ao.attach(model, ao.CBP(K, D, update=update, momentum=0.5))
+
+
+def check_fully_sharded_cbp(update: str, on_its_own: bool, rank: int, ranks: int) -> None:
+    """Three steps under FSDP2 equal those of one process: no change of the classifier is lost."""
+    (model, attached), (alone, alone_attached) = build_cbp(update), build_cbp(update)
+    if on_its_own:
+        fully_shard(model.classifier)
+    fully_shard(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, alone)]
+    for step in range(3):
+        batches = [batch_of(r, step) for r in range(ranks)]
+        x, labels = batches[rank]
+        loss = model(x).square().sum() + attached(labels)
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        expected = alone(images).square().sum() / ranks + alone_attached(labels)
+        for optimizer, value in zip(optimizers, (loss, expected), strict=True):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    model(x)  # "ema" moves the rows when the next forward begins
+    alone(images)
+    want = alone.state_dict()
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        assert_same(whole, want[name], f"CBP, {update}, fully_shard, {name}")
+    if update == "ema":
+        assert not torch.equal(want["classifier.weight"], alone.get_submodule("regularizer").basis)
+
+
+def check_refusals_of_sharded_models(rank: int) -> None:
+    x, labels = batch_of(rank, 0)
     model, attached = build("sar", None)
     fully_shard(model.classifier)
     fully_shard(model)
-    x, labels = batch_of(rank, 0)
     model(x)
     with pytest.raises(ValueError, match=r"SAR: classifier: .* not sharded .* got a DTensor"):
         attached(labels)
+    model, attached = build("ceco", None)
+    fully_shard(model, reshard_after_forward=True)
+    model(x)
+    with pytest.raises(ValueError, match=r"CeCo: state: .* reshard_after_forward=True, got DTens"):
+        attached(labels)
+    model, _ = build_cbp("penalty")  # its rows would be made equal in a copy that is thrown away
+    fully_shard(model)
+    with pytest.raises(ValueError, match=r'CBP: classifier: .* update="penalty" .*use DDP'):
+        model(x)
+    model, attached = build_cbp("frozen")
+    fully_shard(model)
+    with pytest.raises(ValueError, match=r"CBP: classifier: .* not sharded: call detach\(\)"):
+        attached.detach()
+    assert model.get_submodule("regularizer") is attached.regularizer  # nothing was removed
+    model = Net()
+    fully_shard(model.classifier)
+    with pytest.raises(ValueError, match=r"CBP: classifier: .* not sharded: attach first"):
+        ao.attach(model, ao.CBP(K, D))
+
+
+def check_tensors_of_all_ranks(rank: int, ranks: int) -> None:
+    """Operators and losses refuse DTensors."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    x, labels = batch_of(0, 0)
+    features, anchors = torch.randn(len(x), D, 6, 5), torch.randn(K, D)
+
+    def sharded(tensor: Tensor) -> DTensor:
+        return distribute_tensor(tensor, mesh, [Shard(0)])
+
+    calls: list[Callable[[], Any]] = [
+        lambda: ao.class_moments(sharded(features), labels, K),
+        lambda: ao.class_moments(features, sharded(labels), K),
+        lambda: ao.class_moments(features, labels, K, anchors=sharded(anchors)),
+        lambda: ao.pixel_to_anchor_mse(sharded(features), labels, anchors),
+        lambda: ao.pixel_cross_entropy(sharded(features), labels),
+        lambda: ao.pixel_cross_entropy(features, sharded(labels)),
+        lambda: ao.pixel_cross_entropy(features, labels, weight=sharded(torch.ones(D))),
+        lambda: ao.Dice()(sharded(features), labels),
+        lambda: ao.CrossEntropy()(features, labels, sharded(torch.ones(labels.shape))),
+        lambda: ao.pixel_argmax(sharded(features), (12, 10)),
+        lambda: ao.pixel_confusion(sharded(features), labels),
+        lambda: ao.confusion(sharded(labels), labels, K),
+        lambda: ao.OCCL(K, D)(sharded(features), labels, anchors),
+        lambda: ao.OCCL(K, D)(features, sharded(labels), anchors),
+        lambda: ao.OCCL(K, D)(features, labels, sharded(anchors)),
+        lambda: ao.centroid_info_nce(sharded(anchors), anchors),
+        lambda: ao.centroid_info_nce(anchors, sharded(anchors)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"expected .*(of this rank|not sharded).* a DTensor"):
+            call()
 
 
 def check_diagnostics(rank: int, ranks: int) -> None:
@@ -248,7 +333,11 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
             check_wrapped(rank)
             for method in ("sar", "occl", "mvsc"):
                 check_fully_sharded(method, rank, ranks)
-            check_sharded_classifier(rank)
+            for update in ("frozen", "gradient", "ema"):
+                for on_its_own in (False, True):
+                    check_fully_sharded_cbp(update, on_its_own, rank, ranks)
+            check_refusals_of_sharded_models(rank)
+            check_tensors_of_all_ranks(rank, ranks)
     finally:
         dist.destroy_process_group()
 

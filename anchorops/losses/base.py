@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .._checks import (
+    FLOATING,
     check_count,
     check_features,
     check_ignore_index,
@@ -70,9 +71,12 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
         fail(function, "classifier", expected, describe(weight))
     if hasattr(weight, "placements"):
         expected += (
-            " that is not sharded (shard it with the root, or with reshard_after_forward=False)"
+            " that is not sharded (by fully_shard: with the root, or with "
+            "reshard_after_forward=False; not by tensor parallelism)"
         )
         fail(function, "classifier", expected, "a DTensor")
+    if weight.dtype not in FLOATING:
+        fail(function, "classifier", "a weight that is not quantised", describe(weight))
     if weight.dim() > 2:
         one_position = weight.shape[2:].numel() == 1
         weight = weight.flatten(1) if one_position else weight.flatten(2).sum(2)
@@ -265,6 +269,12 @@ class Regularizer(Initialized):
         if features.shape[1] != self.dim:
             fail(name, "features", f"{self.dim} channels, as dim", f"shape {tuple(features.shape)}")
         check_labels(name, labels, features)
+        if any(hasattr(parameter, "placements") for parameter in self.parameters()):
+            expected = (
+                "parameters that are not sharded after the model's forward: call fully_shard on "
+                "the model without reshard_after_forward=True"
+            )
+            fail(name, "state", expected, "DTensors")
         own = next(itertools.chain(self.buffers(), self.parameters()), None)
         if own is not None and own.device != features.device:
             fail(name, "features", f"device {own.device}, as the module", features.device)

@@ -1,14 +1,14 @@
 """CBP, category-basis prototypes: a classifier that is fixed instead of learned
 (doi 10.1016/j.patcog.2024.110431)."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .._checks import check_choice, check_number, check_share, describe, fail
+from .._checks import FLOATING, check_choice, check_number, check_share, describe, fail
 from ..anchors import category_basis
 from ..distributed import reduce_moments
 from ..reference import ClassMoments
@@ -18,19 +18,55 @@ from .statistics import Request
 
 
 class _Replaced(NamedTuple):
-    """The state of a classifier before `install`."""
+    """The state of a classifier before `install`: its parameters, the weight's values, and whether
+    it was trained."""
 
-    weight: Tensor
+    weight: nn.Parameter
+    values: Tensor
     trained: bool
     bias: nn.Parameter | None
+
+
+def _own_parameters(
+    classifier: nn.Module, basis: Tensor
+) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """The weight and the bias that `install` replaces. Raises ValueError if a write to the weight
+    would be lost: if it is computed, quantised, sharded, or has no memory."""
+
+    def refuse(expected: str, got: object) -> NoReturn:
+        fail("CBP", "classifier", expected, got)
+
+    own = classifier._parameters  # a bias that is None is there too
+    for name in ("weight", "bias"):
+        if name not in own:
+            expected = (
+                f"a {name} that is a parameter: first remove what computes it "
+                "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+                "remove_spectral_norm, prune.remove)"
+            )
+            refuse(expected, type(classifier).__name__)
+    weight = own.get("weight")
+    if weight is None or weight.numel() != basis.numel():
+        num_classes, dim = basis.shape
+        expected = f"a linear layer or 1×1 convolution {dim} → {num_classes}"
+        refuse(expected, describe(classifier))
+    if hasattr(weight, "placements"):
+        refuse("a weight that is not sharded: attach first", "a DTensor")
+    if weight.dtype not in FLOATING:
+        refuse("a weight that is not quantised", describe(weight))
+    if weight.is_meta:
+        refuse("a weight with memory: call to_empty() before attach", describe(weight))
+    return weight, own.get("bias")
 
 
 class CBP(Regularizer):
     """Replaces the classifier's weight by `category_basis`, without a bias, and freezes it.
 
     `attach` does this, and `detach` restores the old weight and bias. Without `attach`, call
-    `install(classifier)`. Do this before you load a checkpoint. The logits are still the product of
-    features and weight. The loss is 0, except with "penalty".
+    `install(classifier)`. Do this before you load a checkpoint of a model with CBP, and after you
+    load any other. The logits are still the product of features and weight. The loss is 0, except
+    with "penalty". The classifier's weight must be a parameter that is not computed
+    (parametrizations, pruning), shared with another module, quantised or sharded.
 
     Args:
         num_classes, dim: K and D ≥ K.
@@ -43,7 +79,9 @@ class CBP(Regularizer):
             "penalty": learned, with rows kept at `length`; the loss is `penalty_weight` times the
             mean squared cosine between rows (the text says: forced to 0). "ema" and "penalty"
             change the weight in place when the next training forward begins. Therefore they need
-            `attach`, and a backward pass after each forward, before the next one.
+            `attach`, and a backward pass after each forward, before the next one. With "ema" the
+            weight is a buffer of the classifier, which FSDP does not shard. With "penalty" it must
+            not be sharded: the first forward raises ValueError.
         momentum: for "ema", w ← momentum·w + (1 − momentum)·centroid on present classes.
         ignore_index, process_group: as in `Regularizer`; "ema" always uses all ranks, because the
             ranks' classifiers must stay equal.
@@ -57,7 +95,6 @@ class CBP(Regularizer):
 
     settings = ("length", "orthogonalize", "update", "momentum", "penalty_weight")
     replaces_classifier = True
-    basis: Tensor
     centroids: Tensor
 
     def __init__(
@@ -85,7 +122,7 @@ class CBP(Regularizer):
         self.uses_classifier, self.has_state = update == "penalty", update == "ema"
         basis = category_basis(num_classes, dim, length, init=init, orthogonalize=orthogonalize)
         self._replaced: _Replaced | None = None
-        self.register_buffer("basis", basis, persistent=False)  # the classifier keeps it
+        self.basis = basis  # the classifier has it as its state
         if update == "ema":
             self.register_buffer("centroids", torch.zeros(num_classes, dim))
 
@@ -99,25 +136,34 @@ class CBP(Regularizer):
     @torch.no_grad()
     def install(self, classifier: nn.Module) -> None:
         """Set the classifier's weight and remove its bias."""
-        weight, bias = classifier.weight, classifier.bias
-        if not isinstance(weight, Tensor) or weight.numel() != self.basis.numel():
-            expected = f"a linear layer or 1×1 convolution {self.dim} → {self.num_classes}"
-            fail("CBP", "classifier", expected, describe(classifier))
-        assert bias is None or isinstance(bias, nn.Parameter)
-        self._replaced = _Replaced(weight.detach().clone(), weight.requires_grad, bias)
-        weight.copy_(self.basis.to(weight).view_as(weight))
-        weight.requires_grad_(self.update in ("gradient", "penalty"))
+        weight, bias = _own_parameters(classifier, self.basis)
+        self._replaced = _Replaced(weight, weight.detach().clone(), weight.requires_grad, bias)
+        basis = self.basis.to(weight).view_as(weight)
         classifier.register_parameter("bias", None)
+        if self.update == "ema":  # wrappers shard parameters, and leave buffers whole
+            del classifier.weight
+            classifier.register_buffer("weight", basis.clone())
+        else:
+            weight.copy_(basis)
+            weight.requires_grad_(self.update in ("gradient", "penalty"))
 
     @torch.no_grad()
     def uninstall(self, classifier: nn.Module) -> None:
         """Restore the weight and bias that the classifier had before `install`."""
         weight, replaced = classifier.weight, self._replaced
         assert isinstance(weight, Tensor) and replaced is not None
-        weight.copy_(replaced.weight)
-        weight.requires_grad_(replaced.trained)
+        if hasattr(weight, "placements"):
+            expected = "a weight that is not sharded: call detach() on a model before fully_shard"
+            fail("CBP", "classifier", expected, "a DTensor")
+        if self.update == "ema":
+            del classifier.weight
+            replaced.weight.data = replaced.values.to(weight)  # the model may have moved since
+            classifier.register_parameter("weight", replaced.weight)
+        else:
+            weight.copy_(replaced.values)
+            weight.requires_grad_(replaced.trained)
         if replaced.bias is not None:
-            replaced.bias.data = replaced.bias.to(weight)  # the model may have moved since
+            replaced.bias.data = replaced.bias.to(weight)
         classifier.register_parameter("bias", replaced.bias)
         self._replaced = None
 
@@ -127,6 +173,12 @@ class CBP(Regularizer):
         assert isinstance(weight, Tensor)
         if self.update == "penalty":
             assert self.length is not None
+            if self._replaced is None or weight is not self._replaced.weight:
+                expected = (
+                    'the parameter that the classifier had at attach: for update="penalty" do not '
+                    "shard it (use DDP), and do not replace it (load_state_dict with assign=False)"
+                )
+                fail("CBP", "classifier", expected, "another parameter")
             rows = F.normalize(weight.flatten(1), dim=1) * self.length
             weight.copy_(rows.view_as(weight))
         elif self.update == "ema":

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_runs import TINY
 
+import anchorops as ao
 from anchorops.train import loop
 from anchorops.train.checkpoint import checkpoints, load_checkpoint
 from anchorops.train.commands import main
@@ -33,8 +34,8 @@ def test_anchors(method: str, option: str, rows: Path):
 def test_initial_vectors(rows: Path):
     """The vectors are orthogonalised, so the first row keeps its direction."""
     cbp = build_regularizer(["cbp"], {"cbp.init": f"@{rows}", "cbp.length": "1"}, K, D)
-    assert cbp is not None
-    basis, first = cbp.get_buffer("basis"), torch.from_numpy(np.load(rows)[0]).float()
+    assert isinstance(cbp, ao.CBP)
+    basis, first = cbp.basis, torch.from_numpy(np.load(rows)[0]).float()
     torch.testing.assert_close(basis[0], first / first.norm())
     torch.testing.assert_close(basis @ basis.T, torch.eye(K))
 
