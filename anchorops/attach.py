@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
-from ._checks import describe, fail
+from ._checks import check_flags, describe, fail
 from .losses.base import Regularizer
 from .losses.recomputation import checkpointed, recomputing
 
@@ -24,6 +24,11 @@ class Attachment:
     Call it with the labels, once after each forward pass in training mode. It returns the
     regulariser's loss on the classifier's input in that forward. A copy of the model has its own
     attachment, `copy.regularizer.attachment`.
+
+    If the classifier has run several times since the last call, which of these the labels are for
+    is not known, and the call raises an error. Runs without gradients, in eval mode, or repeated by
+    torch.utils.checkpoint do not count, nor do runs through which a backward pass has gone (in a
+    compiled model these count).
     """
 
     def __init__(
@@ -33,6 +38,7 @@ class Attachment:
         classifier: nn.Module,
         parent: nn.Module,
         child: str,
+        use_last: bool,
     ) -> None:
         self.regularizer, self.classifier_name = regularizer, classifier_name
         self.classifier = classifier
@@ -40,6 +46,11 @@ class Attachment:
         self._hooks: list[RemovableHandle] = []
         self._features: Tensor | None = None  # of the last training forward, until they are taken
         self._taken = False
+        self._use_last = use_last
+        # Set while the features are kept and no backward pass has gone through them; whether this
+        # was so when the classifier ran again.
+        self._pending: object | None = None
+        self._several = False
         # If the regulariser is called inside a checkpointed function, the recomputation calls it
         # again with recomputed features.
         self._taken_in_checkpoint = False
@@ -53,7 +64,8 @@ class Attachment:
         labels: integer, (B, H', W') of any size, (B, N) or (N,), matching the features.
 
         Raises:
-            RuntimeError: there was no forward pass in training mode since the last call.
+            RuntimeError: there was no forward pass in training mode since the last call, or there
+                were several.
             ValueError: the labels do not match the features.
         """
         return self.regularizer(self._take_features(), labels, self.classifier)
@@ -82,20 +94,26 @@ class Attachment:
         self.forget()
 
     def forget(self) -> None:
-        """Drop the features of the last forward (`model.eval()` does)."""
-        self._features = self._dropped = self._recomputed = None
+        """Drop the features of the last forward (`model.eval()` does). Call it after a forward
+        whose features are not used, if the next one follows without a backward pass."""
+        self._features = self._dropped = self._recomputed = self._pending = None
+        self._several = False
 
     def watch(self, dropouts: list[nn.Module]) -> None:
         """Add hooks to the classifier, and to the dropouts that may produce its input."""
         self._hooks.append(self.classifier.register_forward_pre_hook(self._see_classifier))
+        if self.regularizer.replaces_classifier:
+            see = self.classifier.register_load_state_dict_pre_hook(self._see_checkpoint)
+            self._hooks.append(see)
         for dropout in dropouts:
             self._hooks.append(dropout.register_forward_hook(self._see_dropout))
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has had no forward pass. (Features are not leaves: they cannot be
         # copied.)
-        empty = dict.fromkeys(("_features", "_dropped", "_recomputed"))
-        return self.__dict__ | empty | {"_taken": False, "_taken_in_checkpoint": False}
+        empty = dict.fromkeys(("_features", "_dropped", "_recomputed", "_pending"))
+        flags = dict.fromkeys(("_taken", "_taken_in_checkpoint", "_several"), False)
+        return self.__dict__ | empty | flags
 
     def __repr__(self) -> str:
         methods = getattr(self.regularizer, "methods", [self.regularizer])
@@ -123,7 +141,31 @@ class Attachment:
         if again:
             self._recomputed = features
         else:
+            self._several = not self._use_last and self._pending is not None
             self._features, self._taken = features, False
+            self._pending = self._until_backward(args[0])
+
+    def _until_backward(self, features: Tensor) -> object:
+        """What `_pending` is until a backward pass goes through these features."""
+        # Hooks of tensors inside a compiled forward need compiled autograd.
+        if torch.compiler.is_compiling() or not features.requires_grad:
+            return True
+        pending = object()
+
+        def done(_: Tensor) -> None:
+            if self._pending is pending:
+                self._pending = None
+
+        features.register_hook(done)
+        return pending
+
+    def _see_checkpoint(
+        self, _: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        if f"{prefix}bias" in state_dict:  # with strict=False its weight would be loaded
+            method = type(self.regularizer).__name__
+            expected = f"a checkpoint of a model with {method} (load others before attach)"
+            fail(method, "state_dict", expected, f"one with {prefix}bias")
 
     def _watches(self, module: nn.Module) -> bool:
         """Whether this is a training forward, or a recomputation that calls the regulariser."""
@@ -135,9 +177,16 @@ class Attachment:
         if recomputing() and self._recomputed is not None:
             features, self._recomputed = self._recomputed, None
             return features
+        if self._several:
+            raise RuntimeError(
+                f"{type(self.regularizer).__name__}: features of several forwards: layer "
+                f"{self.classifier_name} has run more than once since the last call: call it after "
+                "each forward, or join their inputs in one batch. If the labels are for the last "
+                "run: attach with use_last=True, or call forget() on the attachment before it"
+            )
         features, self._features = self._features, None
         if features is not None:
-            self._taken = True
+            self._taken, self._pending = True, None
             self._taken_in_checkpoint = not torch.compiler.is_compiling() and checkpointed()
             return features
         if not self._hooks:
@@ -252,8 +301,35 @@ def _named(model: nn.Module, module: nn.Module | str) -> tuple[str, nn.Module]:
     fail("attach", "module", "a module of the model or its name", describe(module))
 
 
+def _check_classifier(
+    model: nn.Module, name: str, classifier: nn.Module, regularizer: Regularizer
+) -> None:
+    """The weight that a method shares or replaces is the whole weight, and no other module's."""
+    if not (regularizer.uses_classifier or regularizer.replaces_classifier):
+        return
+    method = type(regularizer).__name__
+    adapted = any("lora_" in parameter for parameter, _ in classifier.named_parameters())
+    if adapted or name.rpartition(".")[2] == "base_layer":  # PEFT's name of an adapted layer
+        expected = (
+            f"a classifier without an adapter (LoRA), which the weight that {method} reads does "
+            "not contain: train the classifier itself (modules_to_save in PEFT), or merge it"
+        )
+        fail("attach", "module", expected, f"{name}: {classifier!r}")
+    weight = dict(classifier.named_parameters(recurse=False)).get("weight")
+    if regularizer.replaces_classifier:
+        for other, module in model.named_modules():
+            tied = any(parameter is weight for parameter in module.parameters(recurse=False))
+            if tied and module is not classifier:
+                expected = f"a classifier whose weight is its own: {method} replaces it"
+                fail("attach", "module", expected, f"{name}, whose weight {other} shares")
+
+
 def attach(
-    model: nn.Module, regularizer: Regularizer, module: nn.Module | str | None = None
+    model: nn.Module,
+    regularizer: Regularizer,
+    module: nn.Module | str | None = None,
+    *,
+    use_last: bool = False,
 ) -> Attachment:
     """Connect a regulariser to the input of the model's last classifier:
 
@@ -264,9 +340,10 @@ def attach(
     `num_classes` outputs whose name does not contain "aux". The returned attachment and a record of
     the logger "anchorops" name it. If a dropout module (not in place) directly produces its input,
     the features before the dropout are used. The features of each training forward can be used
-    once; they are never copied. In eval mode, without gradients and under export, the model runs
-    exactly the operators that it runs without the regulariser. (The state_dict of a torch.export
-    program includes the regulariser; call `detach()` before exporting to remove it.)
+    once; they are never copied. If the classifier has run several times before a call, the call
+    raises an error (see `Attachment`). In eval mode, without gradients and under export, the model
+    runs exactly the operators that it runs without the regulariser. (The state_dict of a
+    torch.export program includes the regulariser; call `detach()` before exporting to remove it.)
 
     The regulariser becomes a submodule of the model, so optimizers, `.to()`, DDP and checkpoints
     see its parameters. (If the model is an nn.Sequential, which would call it, it becomes a
@@ -280,6 +357,9 @@ def attach(
         model: any module that ends in a classifier.
         regularizer: SAR, OCCL, CeCo, MVSC, CBP, or several as `Combined`.
         module: the classifier, or its name in the model. If it is given, there is no search.
+        use_last: True if the classifier may run several times before a call (at several scales,
+            for an auxiliary output): the features of its last run are used. Otherwise such a call
+            raises RuntimeError.
 
     Returns:
         Attachment: call it with the labels. It has `terms`, `detach()`, `regularizer`, `classifier`
@@ -288,7 +368,9 @@ def attach(
     Raises:
         ValueError: no such classifier (the message lists similar layers); a regulariser that is
             already attached; a model already wrapped in DDP or FSDP, if the regulariser has
-            parameters or anchors or replaces the classifier; nn.DataParallel.
+            parameters or anchors or replaces the classifier; nn.DataParallel; a classifier with a
+            LoRA adapter, or (for CBP) one whose weight is computed, shared, quantised, sharded or
+            without memory.
     """
     if not isinstance(model, nn.Module):
         fail("attach", "model", "an nn.Module", describe(model))
@@ -306,12 +388,14 @@ def attach(
         if _outputs(classifier) != expected:
             wanted = f"a linear layer or convolution {expected[1]} → {expected[0]}"
             fail("attach", "module", wanted, f"{name}: {classifier!r}")
+    check_flags("attach", use_last=use_last)
+    _check_classifier(model, name, classifier, regularizer)
     regularizer.install(classifier)
     parent = classifier if isinstance(model, nn.Sequential) else model
     child = "regularizer"
     while hasattr(parent, child):
         child += "_"
-    attachment = Attachment(regularizer, name, classifier, parent, child)
+    attachment = Attachment(regularizer, name, classifier, parent, child, use_last)
     attachment.watch(_dropouts_before(model, name))
     parent.add_module(child, regularizer)
     regularizer.attachment = attachment

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from networks import D, K, Net, batch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
@@ -303,3 +304,289 @@ def test_two_regularizers_on_one_model() -> None:
     occl.detach()
     mvsc.detach()
     assert model.state_dict().keys() == Net().state_dict().keys()
+
+
+def test_the_labels_of_several_forwards_are_refused() -> None:
+    """Two views, and a classifier that runs twice in one forward."""
+    x, labels = batch()
+    model = Net()
+    occl = ao.attach(model, ao.OCCL(K, D))
+    model(x)
+    model(x.flip(3))
+    for _ in range(2):  # the error does not take the features
+        with pytest.raises(RuntimeError, match=r"OCCL: features of several forwards: .* once"):
+            occl(labels)
+    occl.forget()
+    model(x)
+    occl(labels)
+
+    class Twice(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[..., ::2, ::2]).mean() + super().forward(x)
+
+    model = Twice()
+    occl = ao.attach(model, ao.OCCL(K, D))
+    model(x)
+    with pytest.raises(RuntimeError, match="use_last=True"):
+        occl(labels)
+    occl.detach()
+    occl = ao.attach(model, ao.OCCL(K, D), use_last=True)
+    model(x)
+    assert occl.features is not None and occl.features.shape == (2, D, 4, 4)  # of the last run
+    occl(labels)
+    with pytest.raises(ValueError, match="attach: use_last: expected True or False, got 1"):
+        ao.attach(model, ao.OCCL(K, D), use_last=1)  # type: ignore[arg-type]
+
+
+def test_forwards_whose_features_nobody_can_mean_do_not_count() -> None:
+    x, labels = batch()
+    model = Net()
+    occl = ao.attach(model, ao.OCCL(K, D))
+    for _ in range(2):  # gradient accumulation: a loss after each forward
+        (model(x).mean() + occl(labels)).backward()
+    for _ in range(2):  # steps without the method's loss
+        model(x).mean().backward()
+    (model(x).mean() + occl(labels)).backward()
+    first, last = model(x), model(x.flip(3))
+    first.mean().backward()  # it has not gone through the last features
+    model(x)
+    with pytest.raises(RuntimeError, match="several forwards"):
+        occl(labels)
+    last.mean().backward()
+    occl.forget()
+    with torch.no_grad():
+        model(x)
+    model(x)
+    with torch.no_grad():
+        model(x.flip(3))
+    model.train()
+    loss = occl(labels)
+    model(x)
+    model.eval()
+    model(x)
+    model.train()
+    model(x)
+    torch.testing.assert_close(occl(labels), loss, rtol=1, atol=1)  # other random halves
+    copied = copy.deepcopy(model)  # a copy of a model with features starts without them
+    copied(x)
+    copied.regularizer.attachment(labels)  # type: ignore[union-attr, operator]
+
+
+def test_several_forwards_of_a_compiled_model() -> None:
+    torch.compiler.reset()
+    x, labels = batch()
+    model = Net()
+    occl = ao.attach(model, ao.OCCL(K, D))
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        (compiled(x).mean() + occl(labels)).backward()
+    compiled(x)
+    compiled(x)
+    with pytest.raises(RuntimeError, match=r"several forwards.*forget\(\)"):
+        occl(labels)
+    occl.forget()
+    compiled(x)
+    occl(labels)
+
+
+def test_functional_transforms_of_a_model_with_a_method() -> None:
+    x, _ = batch()
+    model = Net()
+    ao.attach(model, ao.OCCL(K, D))
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().mean()
+
+    gradients = torch.func.grad(loss)(parameters, x)
+    loss(parameters, x).backward()
+    torch.testing.assert_close(gradients["body.weight"], model.body.weight.grad)
+    each = torch.func.vmap(loss, (None, 0))(parameters, x[:, None])
+    torch.testing.assert_close(each.mean(), loss(parameters, x))
+
+
+def reparametrized() -> dict[str, Callable[[nn.Module], Any]]:
+    utils = torch.nn.utils
+    return {
+        "weight_norm": lambda layer: utils.parametrizations.weight_norm(layer),
+        "spectral_norm": lambda layer: utils.parametrizations.spectral_norm(layer),
+        "orthogonal": lambda layer: utils.parametrizations.orthogonal(layer),
+        "old weight_norm": lambda layer: utils.weight_norm(layer),
+        "old spectral_norm": lambda layer: utils.spectral_norm(layer),
+        "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        "bias": lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("update", ["frozen", "gradient", "ema", "penalty"])
+@pytest.mark.parametrize("how", reparametrized())
+def test_cbp_does_not_replace_a_weight_that_is_computed(how: str, update: str) -> None:
+    model = Net()
+    reparametrized()[how](model.classifier)
+    state = copy.deepcopy(model.state_dict())
+    for method in (ao.CBP(K, D, update=update), ao.Combined(ao.OCCL(K, D), ao.CBP(K, D))):
+        with pytest.raises(ValueError, match=r"CBP: classifier: .* a parameter: .*remove_param"):
+            ao.attach(model, method)
+    assert model.classifier.bias is not None
+    assert not model.classifier._forward_pre_hooks or "old" in how or how in ("pruned", "bias")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("how", reparametrized())
+def test_methods_share_a_weight_that_is_computed(how: str) -> None:
+    """The loss and the gradient of the features are those of a classifier with these values.
+    (Reading a spectral norm may change the length of all rows, which OCCL normalises.)"""
+    model = Net()
+    reparametrized()[how](model.classifier)
+    attached, alone = ao.attach(model, ao.OCCL(K, D)), ao.OCCL(K, D)
+    x, labels = batch()
+    model(x)
+    weight, bias = (t.detach().clone() for t in (model.classifier.weight, model.classifier.bias))
+    plain = nn.Conv2d(D, K, 1)
+    plain.load_state_dict({"weight": weight, "bias": bias})
+    features = attached.features
+    assert features is not None
+    want = features.detach().requires_grad_()
+    expected = alone(want, labels, plain)
+    loss = attached(labels)
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, features)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, want)[0])
+
+
+def test_cbp_does_not_replace_a_weight_of_two_modules() -> None:
+    model = Net()
+    model.aux_head.weight = model.classifier.weight
+    with pytest.raises(ValueError, match=r"attach: module: .* got classifier, .* aux_head shares"):
+        ao.attach(model, ao.CBP(K, D))
+    ao.attach(model, ao.OCCL(K, D))  # reads it
+
+
+def test_cbp_does_not_replace_a_quantised_weight() -> None:
+    model = Net()
+    weight = nn.Parameter(torch.zeros(K, D, 1, 1, dtype=torch.int8), requires_grad=False)
+    model.classifier.weight = weight
+    with pytest.raises(ValueError, match="CBP: classifier: expected a weight that is not quantis"):
+        ao.attach(model, ao.CBP(K, D))
+    with pytest.raises(ValueError, match="OCCL: classifier: expected a weight that is not quant"):
+        ao.OCCL(K, D)(torch.zeros(2, D, 4, 4), torch.zeros(2, 4, 4).long(), model.classifier)
+
+
+def test_a_classifier_without_bias() -> None:
+    for update in ("frozen", "gradient", "ema", "penalty"):
+        model = Net()
+        model.classifier = nn.Conv2d(D, K, 1, bias=False)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        cbp = ao.attach(model, ao.CBP(K, D, update=update))
+        backward(model, cbp)
+        cbp.detach()
+        assert torch.equal(model.classifier.weight, before["classifier.weight"])
+        assert isinstance(model.classifier.weight, nn.Parameter) and model.classifier.bias is None
+
+
+def test_lora() -> None:
+    """PEFT puts the layer inside a module with the adapter; loralib adds parameters to it."""
+
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = nn.Conv2d(D, K, 1)
+            self.lora_A, self.lora_B = nn.Conv2d(D, 2, 1), nn.Conv2d(2, K, 1)
+
+    for classifier in (Inside(), nn.Conv2d(D, K, 1)):
+        model: Any = Net()
+        model.aux_head = nn.Identity()
+        model.classifier = classifier
+        if isinstance(classifier, nn.Conv2d):
+            classifier.register_parameter("lora_A", nn.Parameter(torch.zeros(2, D)))
+        for method in (ao.OCCL(K, D), ao.SAR(K, D), ao.CBP(K, D)):
+            with pytest.raises(ValueError, match=r"attach: module: .* without an adapter"):
+                ao.attach(model, method)
+        ao.attach(model, ao.SAR(K, D, embed=False))
+
+
+def test_checkpoints_of_models_without_cbp_do_not_replace_its_rows() -> None:
+    plain, model = Net(), Net()
+    cbp = ao.attach(model, ao.CBP(K, D))
+    rows = model.classifier.weight.clone()
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ValueError, match=r"CBP: state_dict: .* one with classifier.bias$"):
+            copied.load_state_dict(plain.state_dict(), strict=False)
+        assert torch.equal(copied.classifier.weight, rows)
+    other = Net()
+    ao.attach(other, ao.CBP(K, D))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.classifier.weight, rows)
+    cbp.detach()
+    model.load_state_dict(plain.state_dict())
+
+
+def test_penalty_needs_its_parameter() -> None:
+    model = Net()
+    cbp = ao.attach(model, ao.CBP(K, D, update="penalty"))
+    copies: Any = (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))
+    for copied in copies:
+        backward(copied, copied.regularizer.attachment)
+    model.to(torch.float64).float()
+    backward(model, cbp)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(ValueError, match=r'for update="penalty" .* assign=False'):
+        model(batch()[0])
+
+
+def test_meta_models() -> None:
+    for build in (lambda: ao.SAR(K, D), lambda: ao.CBP(K, D), lambda: ao.Combined(ao.OCCL(K, D))):
+        with (
+            torch.device("meta"),
+            pytest.raises(ValueError, match=r": torch.device: expected .* outside of .*, got meta"),
+        ):
+            build()
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(ValueError, match=r"CBP: classifier: expected .* to_empty\(\) before attac"):
+        ao.attach(model, ao.CBP(K, D))
+    sar = ao.attach(model, ao.SAR(K, D))
+    x, labels = batch()
+    model.to("meta")
+    loss = model(x.to("meta")).mean() + sar(labels.to("meta"))
+    assert loss.is_meta and loss.shape == ()
+
+
+@pytest.mark.parametrize("method", ["sar", "cr", "occl", "mvsc", "ceco", "cbp", "combined"])
+def test_memory_that_to_empty_has_not_filled(method: str) -> None:
+    methods: dict[str, Callable[[], Regularizer]] = {
+        "sar": lambda: ao.SAR(K, D),
+        "cr": lambda: ao.SAR(K, D, embed=False),
+        "occl": lambda: ao.OCCL(K, D),
+        "mvsc": lambda: ao.MVSC(K, D),
+        "ceco": lambda: ao.CeCo(K, D, center_dim=8, dropout=0.0),
+        "cbp": lambda: ao.CBP(K, D),
+        "combined": lambda: ao.Combined(ao.SAR(K, D), ao.OCCL(K, D)),
+    }
+    model = Net()
+    attached = ao.attach(model, methods[method]())
+    state = copy.deepcopy(model.state_dict())
+    backward(model, attached)
+    model.load_state_dict(state)
+    torch.manual_seed(0)
+    expected = backward(model, attached)
+    x, labels = batch()
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(7)
+    model(x)
+    with pytest.raises(ValueError, match=r"state: expected values: .* to_empty\(\)"):
+        attached(labels)
+    model.load_state_dict({k: v for k, v in state.items() if "regularizer" not in k}, strict=False)
+    if method != "cbp":  # its rows are the classifier's
+        attached.forget()
+        model(x)
+        with pytest.raises(ValueError, match="state: expected values"):
+            attached(labels)
+    model.load_state_dict(state)
+    attached.forget()
+    torch.manual_seed(0)
+    torch.testing.assert_close(backward(model, attached), expected)
