@@ -34,7 +34,8 @@ def describe(value: object) -> str:
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     """The shape in ints: torch.jit.trace makes tensors of them."""
-    return tuple(map(int, tensor.shape)) if torch.jit.is_tracing() else tensor.shape
+    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return tuple(map(int, tensor.shape)) if traced else tensor.shape
 
 
 def check_strided(function: str, argument: str, tensor: object) -> None:

@@ -29,7 +29,8 @@ WEIGHT = ("foo", -1, 2.5, [1.0, -1.0], [INFINITE], [[1.0]])
 
 OF_METHODS = {"num_classes": COUNT, "dim": COUNT, "ignore_index": IGNORE_INDEX}
 OF_METHODS |= {"process_group": GROUP}
-OF_PIXELS = {"accuracy": FLAG, "ignore_index": IGNORE_INDEX, "align_corners": FLAG}
+OF_PIXELS = {"ignore_index": IGNORE_INDEX}
+OF_PIXELS |= dict.fromkeys(("accuracy", "align_corners", "check_labels"), FLAG)
 ARGUMENTS: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     ao.SAR: OF_METHODS
     | dict.fromkeys(("loss_weight", "aux_weight"), NUMBER)
@@ -66,7 +67,8 @@ ARGUMENTS: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     | {"classes": ("foo", -1, True, 2.5, [1, 1], [-1], [1.0], []), "absent": NAME}
     | {"weight": WEIGHT, "process_group": GROUP},
     ao.CrossEntropyDice: {"cross_entropy": ("foo", -1, 2.5), "dice": ("foo", -1, 2.5)}
-    | dict.fromkeys(("ce_weight", "dice_weight"), NUMBER),
+    | dict.fromkeys(("ce_weight", "dice_weight"), NUMBER)
+    | {"check_labels": FLAG},
 }
 
 

@@ -213,6 +213,7 @@ class CrossEntropyDice(PixelLoss):
         dice = Dice() if dice is None else dice
         check_number("CrossEntropyDice", "ce_weight", ce_weight)
         check_number("CrossEntropyDice", "dice_weight", dice_weight)
+        check_flags("CrossEntropyDice", check_labels=check_labels)
         for argument, value, kind in (
             ("cross_entropy", cross_entropy, CrossEntropy),
             ("dice", dice, Dice),
