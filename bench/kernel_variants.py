@@ -7,10 +7,6 @@ from typing import Any, NamedTuple
 import torch
 
 from anchorops.kernels import (
-    anchor_cross_entropy,
-    anchor_cross_entropy_backward,
-    anchor_losses,
-    anchor_losses_backward,
     center_loss,
     center_loss_backward,
     centroid_info_nce,
@@ -19,7 +15,6 @@ from anchorops.kernels import (
     class_moments,
     class_moments_backward,
     confusion,
-    gated_average,
     next_seed,
     pixel_argmax,
     prototype_halves,
@@ -163,27 +158,6 @@ def launch_prototype_halves() -> None:
     )
 
 
-def launch_anchors(dtype: torch.dtype, per_class: bool, weighted: bool) -> None:
-    """What SAR launches in addition to its layers and class moments, K = 150, D = 768."""
-    logits, anchors = (torch.empty((150, n), device="meta") for n in (150, 768))
-    losses, recognised = anchor_cross_entropy.anchor_cross_entropy(logits, 0.8)
-    anchor_cross_entropy_backward.anchor_cross_entropy_backward(losses, logits)
-    average = anchors.to(dtype)
-    gated_average.gated_average(average, anchors, recognised, 0.999, per_class, True)
-    counts = torch.empty(150, dtype=torch.int64, device="meta")
-    given = losses, counts, recognised, losses, 768, 0.1, 1.0, 0.9, weighted, False
-    p2a, aux, _, slopes = anchor_losses.anchor_losses(*given)
-    anchor_losses_backward.anchor_losses_backward(p2a, aux, slopes)
-
-
-def launch_pixel_to_anchor() -> None:
-    """What CR launches in addition to class moments, K = 150."""
-    counts = torch.empty(150, dtype=torch.int64, device="meta")
-    given = counts.float(), counts, None, None, 768, 0.1, 1.0, 0.9, True, False
-    p2a, _, _, slopes = anchor_losses.anchor_losses(*given)
-    anchor_losses_backward.anchor_losses_backward(p2a, None, slopes)
-
-
 class PixelVariant(NamedTuple):
     """Upsampled logits; with `dice` masses, squares, hits and all gradients, otherwise only the
     cross-entropy."""
@@ -255,9 +229,4 @@ def jobs(quick: bool) -> list[tuple[Any, ...]]:
     found += [(launch_groups, "any number of groups"), (launch_unit_rows, "D = 768")]
     found.append((launch_center_loss, "K = 150, C = 128, E = 512"))
     found.append((launch_prototype_halves, "G = 4, D = 768"))
-    found += [
-        (launch_anchors, "SAR, one gate, float32", FP32, False, True),
-        (launch_anchors, "SAR, a gate per class, bfloat16", BF16, True, False),
-        (launch_pixel_to_anchor, "CR"),
-    ]
     return found

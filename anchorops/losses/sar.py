@@ -10,9 +10,6 @@ from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, check_share, describe, fail
 from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
-from ..ops.anchor_cross_entropy import anchor_cross_entropy
-from ..ops.anchor_losses import anchor_losses
-from ..ops.gated_average import gated_average
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .recomputation import recomputing, statistics_kept
@@ -146,42 +143,58 @@ class SAR(Regularizer):
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         if not self.embed:
-            return self._plan(self.anchors)
+            return self._plan(self.anchors, None, {}, {})
         weight, bias = linear_weight("SAR", classifier, self.num_classes, self.dim)
         with statistics_kept(self.embedding) if recomputing() else nullcontext():
-            embedded = self.embedding(self.anchors)
+            embedded = self.embedding(self.anchors)  # h(A)
         logits = F.linear(embedded.to(weight.dtype), weight, bias)
-        cross_entropies, recognised = anchor_cross_entropy(logits, delta=self.delta)
-        # Â of this step, in new memory, because the backward pass needs it after later updates
-        anchors, gate = gated_average(
-            self.semantic_anchors,
-            embedded.detach(),
-            recognised,
-            momentum=self.momentum,
-            per_class=self.gate == "per_class",
-            update=self._updates(self.semantic_anchors),
-        )
-        return self._plan(self._first_read(anchors), gate, cross_entropies)
+        log_p = logits.log_softmax(1).diagonal()  # of the anchor of class k to be class k
+        p = log_p.detach().exp()
+        unsure = p <= self.tau
+        aux = self.aux_weight * self._auxiliary_loss(-log_p, unsure)
+        own = torch.arange(self.num_classes, device=p.device)
+        recognised = (logits.argmax(1) == own) & (p > self.delta)
+        gate = recognised if self.gate == "per_class" else recognised.all().expand_as(recognised)
+        average = self._average(embedded.detach(), gate)
+        logs = {"gate": gate.to(p.dtype).mean(), "unsure": unsure.sum()}
+        return self._plan(average, gate, {"aux": aux}, logs)
+
+    def _auxiliary_loss(self, ce: Tensor, unsure: Tensor) -> Tensor:
+        """L_aux = Σ w_k·ce_k (Eq. 5), w_k = ce_k / Σ ce_j (Eq. 7), ce_k = −log p_k. Eq. 6 replaces
+        p_k > τ by 1, whose logarithm is 0: the sums are over the unsure anchors."""
+        ce = torch.where(unsure, ce, 0)
+        if not self.reweight:
+            return ce.sum() / unsure.sum().clamp(min=1)
+        weights = ce.detach() if self.detach_weights else ce
+        return (weights * ce).sum() / (weights.sum() + 1e-9)  # as the release
+
+    @torch.no_grad()
+    def _average(self, embedded: Tensor, gate: Tensor) -> Tensor:
+        """Â ← αÂ + (1−α)h(A) (Eq. 8) where the gate is open; the first time Â ← h(A). The result is
+        in new memory, because the backward pass needs it after later updates."""
+        kept = self.semantic_anchors
+        average = self.momentum * kept + (1 - self.momentum) * embedded
+        average = torch.where(self.started[:, None], average, embedded)
+        average = torch.where(gate[:, None], average, kept)
+        if self._updates(kept):
+            kept.copy_(average)
+        return self._first_read(average)
 
     def _plan(
-        self, anchors: Tensor, gate: Tensor | None = None, cross_entropies: Tensor | None = None
+        self,
+        anchors: Tensor,
+        gate: Tensor | None,
+        terms: dict[str, Tensor],
+        logs: dict[str, Tensor],
     ) -> Plan:
         def losses(moments: ClassMoments | None) -> Losses:
+            """L_p2a = Σ ‖f_p − Â_{y_p}‖² / (D·N) (Eq. 4), over the pixels of classes with an open
+            gate; the sum of the terms is L (Eq. 9)."""
             assert moments is not None and moments.sqdists is not None
-            p2a, aux, share, unsure = anchor_losses(
-                moments.counts,
-                moments.sqdists,
-                gate,
-                cross_entropies,
-                dim=self.dim,
-                loss_weight=self.loss_weight,
-                aux_weight=self.aux_weight,
-                tau=self.tau,
-                reweight=self.reweight,
-                detach_weights=self.detach_weights,
-            )
-            if aux is None or share is None or unsure is None:
-                return Losses({"p2a": p2a}, {})
-            return Losses({"aux": aux, "p2a": p2a}, {"gate": share, "unsure": unsure})
+            counts, sqdists = moments.counts, moments.sqdists
+            if gate is not None:
+                counts, sqdists = torch.where(gate, counts, 0), torch.where(gate, sqdists, 0)
+            p2a = sqdists.sum() / (self.dim * counts.sum()).clamp(min=1)
+            return Losses(terms | {"p2a": self.loss_weight * p2a}, logs)
 
         return Plan(Request(anchors=anchors, with_sums=False), losses)

@@ -33,7 +33,6 @@ from .._checks import (
 )
 from .._predicted import class_moments_by_triton
 from ..reference import ClassMoments, statistics_dtype
-from .anchor_losses import anchor_losses
 from .class_keys import KeyOptions, class_keys
 from .registration import Gradient, define, raise_second_derivative
 
@@ -360,4 +359,4 @@ def pixel_to_anchor_mse(
     _, sqdists = _moments(features, keys, num_classes, anchors, with_sums=False, backend=backend)
     if reduction == "sum":
         return sqdists.sum()
-    return anchor_losses(counts, sqdists, dim=features.shape[1]).p2a
+    return sqdists.sum() / (features.shape[1] * counts.sum()).clamp(min=1)

@@ -9,8 +9,6 @@ P = H·W pixels of an image; logits (B, K, h, w). Accumulation is in float64, so
 does not affect the float32 result.
 """
 
-from .anchor_cross_entropy import anchor_cross_entropy
-from .anchor_losses import AnchorLosses, anchor_losses
 from .center_loss import center_loss, normalized_means
 from .centroid_info_nce import centroid_info_nce
 from .class_keys import class_keys, resize_labels
@@ -23,7 +21,6 @@ from .class_moments import (
     statistics_dtype,
 )
 from .confusion import confusion
-from .gated_average import gated_average
 from .pixel_argmax import pixel_argmax
 from .prototype_halves import prototype_halves
 from .softmax_moments import SoftmaxMoments, softmax_moments
@@ -41,12 +38,9 @@ from .upsampling import upsample
 
 __all__ = [
     "SPLAT_UNITS",
-    "AnchorLosses",
     "ClassMoments",
     "SoftmaxMoments",
     "UpsampledSums",
-    "anchor_cross_entropy",
-    "anchor_losses",
     "center_loss",
     "centroid_info_nce",
     "class_centroids",
@@ -54,7 +48,6 @@ __all__ = [
     "class_moments",
     "confusion",
     "feature_rows",
-    "gated_average",
     "group_counts",
     "normalized_means",
     "pixel_argmax",
