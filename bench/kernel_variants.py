@@ -17,13 +17,9 @@ from anchorops.kernels import (
     confusion,
     next_seed,
     pixel_argmax,
-    prototype_halves,
-    prototype_halves_backward,
     softmax_moments,
     softmax_moments_backward,
     split_groups,
-    unit_rows,
-    unit_rows_backward,
     upsampled_sums,
     upsampled_sums_backward,
 )
@@ -137,27 +133,6 @@ def launch_center_loss() -> None:
     center_loss_backward.center_loss_backward(loss, number, dcenters, *moments, gamma, 1e-5, 0.8)
 
 
-def launch_unit_rows() -> None:
-    """Rows of length 1 and their gradient, D = 768."""
-    rows = torch.empty((150, 2, 768), device="meta")
-    counts = torch.empty((150, 2), dtype=torch.int64, device="meta")
-    for given, views in ((counts, True), (None, False)):
-        units, _, _, norms, _ = unit_rows.unit_rows(rows, given, 1e-6, views, views)
-        dmeans = rows if views else None
-        unit_rows_backward.unit_rows_backward(rows, dmeans, units, norms, given, 1e-6)
-
-
-def launch_prototype_halves() -> None:
-    """Centroids and halves of prototypes and their gradient, G = 4, D = 768."""
-    prototypes = torch.empty((4, 150, 768), device="meta")
-    seed, options = torch.empty((), dtype=torch.int64, device="meta"), (1 << 31, 1e-6, 1.0)
-    found = prototype_halves.prototype_halves(prototypes, seed, *options)
-    centroids, distances, rows, products = found
-    prototype_halves_backward.prototype_halves_backward(
-        centroids, distances, rows, prototypes, seed, centroids, products, *options
-    )
-
-
 class PixelVariant(NamedTuple):
     """Upsampled logits; with `dice` masses, squares, hits and all gradients, otherwise only the
     cross-entropy."""
@@ -226,7 +201,6 @@ def jobs(quick: bool) -> list[tuple[Any, ...]]:
         for layout in (torch.contiguous_format, torch.channels_last):
             title = f"upsampled sums: {str(dtype).removeprefix('torch.')}, {layout}"
             found.append((launch_upsampled, title, dtype, layout))
-    found += [(launch_groups, "any number of groups"), (launch_unit_rows, "D = 768")]
+    found.append((launch_groups, "any number of groups"))
     found.append((launch_center_loss, "K = 150, C = 128, E = 512"))
-    found.append((launch_prototype_halves, "G = 4, D = 768"))
     return found

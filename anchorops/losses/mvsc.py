@@ -1,14 +1,13 @@
 """MVSC, multi-group visual semantic centroids."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .._checks import check_count, check_flags, check_number, check_temperature
-from ..ops.centroid_losses import centroid_losses
-from ..ops.prototype_halves import prototype_halves
-from ..ops.straight_through import straight_through
-from ..ops.unit_rows import unit_views
+from ..ops.centroid_info_nce import centroid_info_nce
+from ..ops.split_groups import random_halves
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .occl import EPS
@@ -98,29 +97,49 @@ class MVSC(Regularizer):
             shape = (self.num_classes, self.groups)
             counts = moments.counts.view(shape)
             sums = moments.sums.view(*shape, self.dim)
+            means = sums / counts.clamp(min=1)[..., None]  # r_kg, 0 where absent
+            present = counts > 0
             prototypes = self.prototypes.to(torch.promote_types(weight.dtype, sums.dtype))
-            queries, means, _, present = unit_views(
-                sums, counts, eps=EPS, with_means=self.enhance, with_centroids=False
-            )
-            # a different seed from that of the pixels' split
-            keys, distances, rows = prototype_halves(
-                prototypes, seed, 1 << 31, eps=EPS, loss_weight=self.cos_weight / self.num_classes
-            )
-            losses = centroid_losses(
-                queries,
-                keys,
-                weight,
-                rows=straight_through(rows, means) if self.enhance else rows,
-                bias=bias,
-                added=distances if self.groups > 1 else None,
-                present=present,
-                temperature=self.temperature,
-                class_temperature=1.0,
-                contrast_weight=self.fca_weight,
-                class_weight=self.visual_weight,
-            )
-            fca, visual, cos = losses.terms
-            terms = {"fca": fca, "cos": cos, "visual": visual}
-            return Losses(terms, {"present": losses.present}, losses.total)
+            terms = {
+                "fca": self.fca_weight * self._alignment(means, prototypes, present),
+                "cos": self.cos_weight * self._consistency(prototypes, seed),
+                "visual": self.visual_weight
+                * self._visual(means, prototypes, present, weight, bias),
+            }
+            return Losses(terms, {"present": present.any(1).sum()})
 
         return Plan(Request(groups=self.groups, seed=seed), losses)
+
+    def _alignment(self, means: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
+        """L_fca (Eq. 2) of the global centroids v'_k."""
+        queries = F.normalize(means, dim=-1, eps=EPS)
+        keys = F.normalize(prototypes.mean(0), dim=-1, eps=EPS).to(queries.dtype)
+        return centroid_info_nce(queries, keys, present=present, temperature=self.temperature)
+
+    def _consistency(self, prototypes: Tensor, seed: Tensor) -> Tensor:
+        """L_cos = mean 1 − cos(a_k, b_k) (Eq. 3). Sums have the cosines of means."""
+        if self.groups == 1:
+            return prototypes.new_zeros(())
+        # a different seed from that of the pixels' split
+        half = random_halves(self.groups, seed + (1 << 31), prototypes)
+        halves = torch.stack((half, 1 - half)).to(prototypes.dtype)
+        sums = (halves @ prototypes.flatten(1)).view(2, self.num_classes, self.dim)
+        a, b = F.normalize(sums, dim=-1, eps=EPS)
+        return (1 - (a * b).sum(-1)).mean()
+
+    def _visual(
+        self,
+        means: Tensor,
+        prototypes: Tensor,
+        present: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """L_v, the cross-entropy of V' = V + R − SG(R) (Eq. 4)."""
+        visual = prototypes.transpose(0, 1)
+        if self.enhance:
+            visual = visual + (means - means.detach())
+        bias = None if bias is None else bias.to(visual.dtype)
+        logits = F.linear(visual, weight.to(visual.dtype), bias)  # [K, G, K]
+        log_p = logits.log_softmax(-1).diagonal(dim1=0, dim2=2).T  # of the own class, [K, G]
+        return -torch.where(present, log_p, 0).sum() / present.sum().clamp(min=1)

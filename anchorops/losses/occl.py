@@ -1,14 +1,16 @@
 """OCCL, online centroid contrastive loss (doi 10.1016/j.patcog.2024.110431)."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, check_temperature, fail
 from ..distributed import reduce_moments
-from ..ops.centroid_losses import centroid_losses
+from ..ops.centroid_info_nce import centroid_info_nce
 from ..ops.split_groups import random_halves
-from ..ops.unit_rows import unit_rows, unit_views
 from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .statistics import Request
@@ -104,32 +106,30 @@ class OCCL(Regularizer):
 
     def _contrast(self, counts: Tensor, sums: Tensor, weight: Tensor) -> Losses:
         """counts [K, 2], sums [K, 2, D], weight [K, D]."""
+        views = sums / counts.clamp(min=1)[..., None]  # v_kx (Eq. 3)
+        centroids = views.detach().mean(1)  # sg(s_k)
         if self.normalize:
-            views, _, centroids, present = unit_views(
-                sums, counts, eps=EPS, with_means=False, with_centroids=True
+            views, centroids, weight = (
+                F.normalize(x, dim=-1, eps=EPS) for x in (views, centroids, weight)
             )
-            weight = unit_rows(weight, eps=EPS)
-        else:
-            views = sums / counts.clamp(min=1)[..., None]
-            centroids = views.detach().mean(1)
-            present = counts.all(1)[:, None].expand(-1, 2)
-        # The mean over both views is ½(L^1 + L^2); the sum over both views is twice that of "sum".
-        scale = 0.5 if self.reduction == "sum" else 1.0
-        losses = centroid_losses(
-            views,
-            centroids,
-            weight,
-            present=present,
-            mirrored=True,
-            temperature=self.temperature,
-            class_temperature=self.temperature,
-            contrast_weight=scale * self.centroid_weight,
-            class_weight=scale * self.category_weight,
-            reduction=self.reduction,
-        )
-        centroid, category, _ = losses.terms
-        terms = {"centroid": centroid, "category": category}
-        return Losses(terms, {"present": losses.present}, losses.total)
+        in_both = counts.all(1)  # P
+        options: dict[str, Any] = {
+            "present": in_both[:, None].expand(-1, 2),
+            "temperature": self.temperature,
+            "reduction": self.reduction,
+        }
+        # Eqs. 4 and 5, the mean over P and over both views x; or their sums
+        centroid = centroid_info_nce(views, centroids, positives=views.flip(1), **options)
+        all_classes = torch.ones_like(in_both)
+        weight = weight.to(views.dtype)
+        category = centroid_info_nce(views, weight, present_keys=all_classes, **options)
+        # Eq. 6: the mean over both views is ½(L^1 + L^2), the sum is L^1 + L^2
+        half = 0.5 if self.reduction == "sum" else 1.0
+        terms = {
+            "centroid": half * self.centroid_weight * centroid,
+            "category": half * self.category_weight * category,
+        }
+        return Losses(terms, {"present": in_both.sum()})
 
 
 def _halves(counts: Tensor, sums: Tensor, seed: Tensor) -> ClassMoments:

@@ -22,10 +22,8 @@ from .class_moments import (
 )
 from .confusion import confusion
 from .pixel_argmax import pixel_argmax
-from .prototype_halves import prototype_halves
 from .softmax_moments import SoftmaxMoments, softmax_moments
 from .split_groups import group_counts, split_groups
-from .unit_rows import unit_rows, unit_views
 from .upsampled_sums import (
     SPLAT_UNITS,
     UpsampledSums,
@@ -52,7 +50,6 @@ __all__ = [
     "normalized_means",
     "pixel_argmax",
     "pixel_to_anchor_mse",
-    "prototype_halves",
     "resize_labels",
     "softmax_moments",
     "splat_axis",
@@ -60,8 +57,6 @@ __all__ = [
     "splat_of",
     "split_groups",
     "statistics_dtype",
-    "unit_rows",
-    "unit_views",
     "upsample",
     "upsampled_sums",
 ]
