@@ -7,15 +7,12 @@ from typing import Any, NamedTuple
 import torch
 
 from anchorops.kernels import (
-    center_loss,
-    center_loss_backward,
     centroid_info_nce,
     centroid_info_nce_backward,
     class_keys,
     class_moments,
     class_moments_backward,
     confusion,
-    next_seed,
     pixel_argmax,
     softmax_moments,
     softmax_moments_backward,
@@ -102,10 +99,9 @@ def launch_moments(variant: Variant, classes: int) -> None:
 
 
 def launch_groups() -> None:
-    """Everything that random groups launch, with their seed."""
+    """Everything that random groups launch."""
     keys = torch.empty((8, 128 * 256), dtype=torch.int32, device="meta")
-    counts, step = (torch.empty(n, dtype=torch.int64, device="meta") for n in (19, 1))
-    seed = next_seed.next_seed(step, 1 << 32, True)
+    counts, seed = (torch.empty(n, dtype=torch.int64, device="meta") for n in (19, 1))
     split_groups.split_groups(keys, counts, seed, 2)
 
 
@@ -116,21 +112,6 @@ def launch_upsampled(dtype: torch.dtype, layout: torch.memory_format) -> None:
     sums, mean, variance = upsampled_sums.upsampled_sums(features, keys, 19, 19)
     for moments in ((mean, variance), (None, None)):
         upsampled_sums_backward.upsampled_sums_backward(features, keys, sums, mean, *moments, 19)
-
-
-def launch_center_loss() -> None:
-    """CeCo's loss of centers and its gradient, K = 150, C = 128, E = 512."""
-    sums, weight = (torch.empty((n, 128), device="meta") for n in (150, 512))
-    counts = torch.empty(150, dtype=torch.int64, device="meta")
-    mean, variance, gamma, beta = (torch.empty(128, device="meta") for _ in range(4))
-    bias, prior = (torch.empty(n, device="meta") for n in (512, 150))
-    etf = torch.empty((150, 512), device="meta")
-    moments, layers = (sums, counts, mean, variance), (gamma, beta, weight, bias)
-    for noise in (None, etf):
-        loss, number, _, dcenters, _ = center_loss.center_loss(
-            *moments, *layers, etf, prior, noise, 1e-5, 5.0, 0.1, 0.8
-        )
-    center_loss_backward.center_loss_backward(loss, number, dcenters, *moments, gamma, 1e-5, 0.8)
 
 
 class PixelVariant(NamedTuple):
@@ -202,5 +183,4 @@ def jobs(quick: bool) -> list[tuple[Any, ...]]:
             title = f"upsampled sums: {str(dtype).removeprefix('torch.')}, {layout}"
             found.append((launch_upsampled, title, dtype, layout))
     found.append((launch_groups, "any number of groups"))
-    found.append((launch_center_loss, "K = 150, C = 128, E = 512"))
     return found

@@ -22,7 +22,6 @@ from .._checks import (
     in_transform,
 )
 from ..distributed import group_name, reduce_moments
-from ..ops.next_seed import next_seed
 from ..reference import ClassMoments
 from .initialized import Initialized
 from .recomputation import KnowAgain, check_reentrant, checkpointed, recomputing
@@ -184,8 +183,10 @@ class Regularizer(Initialized):
     def _next_seed(self) -> Tensor:
         """The seed of this step's random splits, on the device. In training mode this increments
         the step counter."""
-        update = self._updates(self.step)
-        return self._first_read(next_seed(self.step, self.seed << 32, update=update))
+        read = self.step + (self.seed << 32)
+        if self._updates(self.step):
+            self.step.add_(1)
+        return self._first_read(read)
 
     def _updates(self, state: Tensor) -> bool:
         """Whether this forward updates its state: in training mode, except in a recomputation."""

@@ -16,7 +16,6 @@ from .._checks import (
 )
 from ..anchors import simplex_etf
 from ..distributed import all_reduce, group_name, reduce_moments
-from ..ops.center_loss import center_loss
 from ..ops.upsampled_sums import upsampled_sums
 from ..reference import ClassMoments, UpsampledSums
 from .base import Classifier, Losses, Plan, Regularizer
@@ -193,25 +192,25 @@ class CeCo(Regularizer):
             norm.num_batches_tracked.add_(batches)
         return mean, variance
 
+    def _centers(self, moments: UpsampledSums) -> Tensor:
+        """z_k: batch norm of the class means m_k, γ·(m_k − mean)/√(variance + ε) + β."""
+        counts, sums, mean, variance = moments
+        norm, means = self.norm, sums / counts.clamp(min=1)[..., None]
+        scale = norm.weight.to(sums.dtype) * (variance.to(sums.dtype) + norm.eps).rsqrt()
+        return (means - mean.to(sums.dtype)) * scale + norm.bias.to(sums.dtype)
+
     def _losses_of_centers(self, moments: UpsampledSums) -> Losses:
-        norm, sums, noise = self.norm, moments.sums, None
-        if self.training and self.dropout:
-            shape = *sums.shape[:-1], self.center_dim
-            noise = torch.rand(shape, dtype=torch.float32, device=sums.device)
-        loss, number = center_loss(
-            moments,
-            (norm.weight, norm.bias),
-            (self.projection.weight, self.projection.bias),
-            self.etf,
-            self.prior,
-            noise,
-            eps=norm.eps,
-            scale=self.scale,
-            dropout=self.dropout,
-            loss_weight=self.loss_weight,
+        weight, bias, etf, prior = (
+            x.to(moments.sums.dtype)
+            for x in (self.projection.weight, self.projection.bias, self.etf, self.prior)
         )
-        if self.per_image and self.process_group is not None:  # every rank has its own images
-            total = all_reduce(loss * number, self.process_group)
-            number = all_reduce(number, self.process_group)
-            loss = total / number.clamp(min=1)
+        hidden = F.linear(self._centers(moments), weight, bias).relu()
+        hidden = F.dropout(F.normalize(hidden, dim=-1), self.dropout, self.training)  # ẑ_k
+        logits = self.scale * F.linear(hidden, etf) + (prior + 1e-12).log()
+        log_p = logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # of the center's own class
+        present = moments.counts > 0
+        total, number = -torch.where(present, log_p, 0).sum(), present.sum()
+        if self.per_image:  # every rank has its own images
+            total, number = (all_reduce(x, self.process_group) for x in (total, number))
+        loss = self.loss_weight * total / number.clamp(min=1)
         return Losses({"center": loss}, {"present": number})

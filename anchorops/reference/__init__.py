@@ -9,7 +9,6 @@ P = H·W pixels of an image; logits (B, K, h, w). Accumulation is in float64, so
 does not affect the float32 result.
 """
 
-from .center_loss import center_loss, normalized_means
 from .centroid_info_nce import centroid_info_nce
 from .class_keys import class_keys, resize_labels
 from .class_moments import (
@@ -39,7 +38,6 @@ __all__ = [
     "ClassMoments",
     "SoftmaxMoments",
     "UpsampledSums",
-    "center_loss",
     "centroid_info_nce",
     "class_centroids",
     "class_keys",
@@ -47,7 +45,6 @@ __all__ = [
     "confusion",
     "feature_rows",
     "group_counts",
-    "normalized_means",
     "pixel_argmax",
     "pixel_to_anchor_mse",
     "resize_labels",
