@@ -35,16 +35,10 @@ Classifier = nn.Module | Tensor
 
 class Losses(NamedTuple):
     """terms: weighted parts, whose sum is the loss; logs: other values shown in the method's
-    `terms`; total: the loss, in new memory, if an operator has computed it. Then the terms need no
-    gradient."""
+    `terms`."""
 
     terms: dict[str, Tensor]
     logs: dict[str, Tensor]
-    total: Tensor | None = None
-
-    def summands(self) -> list[Tensor]:
-        """Their sum is the loss."""
-        return list(self.terms.values()) if self.total is None else [self.total]
 
 
 class Plan(NamedTuple):
@@ -81,14 +75,6 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
         weight = weight.flatten(1) if one_position else weight.flatten(2).sum(2)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def total_of(terms: list[Tensor]) -> Tensor:
-    """The sum of the terms in few launches, in new memory: if the caller changes the loss in place,
-    the terms keep their values."""
-    if len(terms) > 2:
-        return torch.stack(terms).sum()
-    return terms[0] + terms[1] if len(terms) == 2 else terms[0].clone()
 
 
 class Regularizer(Initialized):
@@ -240,7 +226,8 @@ class Regularizer(Initialized):
         # There is no autocast for the device "meta".
         with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
             losses = self._losses(features, labels, classifier)
-            loss = total_of(losses.summands()) if losses.total is None else losses.total
+            # in new memory: if the caller changes the loss in place, the terms keep their values
+            loss = torch.stack(list(losses.terms.values())).sum()
             loss = loss.to(torch.promote_types(features.dtype, torch.float32))
         self.terms = {key: value.detach() for key, value in losses.terms.items()}
         # counts too are floating-point, because loggers average over steps and ranks

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import describe, fail
-from .base import Classifier, Losses, Regularizer, total_of
+from .base import Classifier, Losses, Regularizer
 from .statistics import class_statistics
 
 
@@ -50,13 +50,12 @@ class Combined(Regularizer):
         moments = iter(
             class_statistics(features, labels, self.num_classes, requests, self.ignore_index)
         )
-        combined, summands = Losses({}, {}), []
+        combined = Losses({}, {})
         for name, method, (request, losses) in zip(self._names, methods, plans, strict=True):
             own = losses(None if request is None else method.reduce(next(moments), request))
-            for parts, all_parts in zip(own[:2], combined[:2], strict=True):
+            for parts, all_parts in zip(own, combined, strict=True):
                 all_parts.update({f"{name}.{key}": value for key, value in parts.items()})
-            summands += own.summands()
-        return combined._replace(total=total_of(summands))
+        return combined
 
     def install(self, classifier: nn.Module) -> None:
         for method in self.methods:
