@@ -264,13 +264,22 @@ def test_two_forwards_before_one_backward(build: Callable[[], Regularizer]) -> N
     total.backward()
 
 
-@each_method
-def test_compiles_as_one_graph(build: Callable[[], Regularizer]) -> None:
+def every_loss() -> Regularizer:
+    ceco, cbp = METHODS["ceco"](), METHODS["cbp_penalty"]()
+    return ao.Combined(ao.SAR(K, D), ao.OCCL(K, D), ao.MVSC(K, D), ceco, cbp)
+
+
+@pytest.mark.parametrize(
+    ("build", "backend"),
+    [*((build, "aot_eager") for build in METHODS.values()), (every_loss, "inductor")],
+    ids=[*METHODS, "inductor"],
+)
+def test_compiles_as_one_graph(build: Callable[[], Regularizer], backend: str) -> None:
     torch.compiler.reset()
     features, labels, classifier = batch()
     method = open_gate(build())
     eager = copy.deepcopy(method)
-    compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(method, fullgraph=True, backend=backend)
     for _ in range(2):
         loss, expected = compiled(features, labels, classifier), eager(features, labels, classifier)
         torch.testing.assert_close(loss, expected)
