@@ -5,11 +5,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import _program as _program  # first: it hears signals while torch is imported
+from ._attach import Attachment, attach
 from ._backend import backends, use_backend
+from ._low_resolution import LowResolution, low_resolution
 from .anchors import category_basis, orthogonal_anchors, random_anchors, simplex_etf
-from .attach import Attachment, attach
 from .losses import CBP, MVSC, OCCL, SAR, CeCo, Combined, CrossEntropy, CrossEntropyDice, Dice
-from .low_resolution import low_resolution
 from .ops.centroid_info_nce import centroid_info_nce
 from .ops.class_moments import class_centroids, class_moments, pixel_to_anchor_mse
 from .ops.confusion import confusion, pixel_confusion
@@ -30,6 +30,7 @@ __all__ = [
     "CrossEntropy",
     "CrossEntropyDice",
     "Dice",
+    "LowResolution",
     "SoftmaxMoments",
     "attach",
     "backends",

@@ -28,7 +28,7 @@ from .recomputation import KnowAgain, check_reentrant, checkpointed, recomputing
 from .statistics import Request, class_statistics
 
 if TYPE_CHECKING:
-    from ..attach import Attachment
+    from .._attach import Attachment
 
 Classifier = nn.Module | Tensor
 

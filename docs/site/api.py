@@ -15,9 +15,7 @@ SHOWN = re.compile(r"^::: anchorops\.(\S+)(?:\n +options:\n +members: \[(.*)\])?
 
 
 def public_names(package: griffe.Object) -> Iterator[str]:
-    for name in map(str, package.exports or ()):
-        # a module hides the function of the same name
-        yield f"{name}.{name}" if package[name].is_module else name
+    yield from map(str, package.exports or ())
     for module in MODULES:
         for name, member in package[module].members.items():
             if not (name.startswith("_") or member.is_alias or member.is_attribute):
