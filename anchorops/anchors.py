@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ._checks import check_count, check_flags, check_num_classes, check_number, describe, fail
 
+__all__ = ["category_basis", "orthogonal_anchors", "random_anchors", "simplex_etf"]
+
 
 def _normal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
     return torch.randn(rows, columns, dtype=torch.float64, generator=generator)

@@ -17,7 +17,7 @@ from ._checks import (
     fail,
     missing_extra,
 )
-from .ops.class_moments import class_moments
+from ._ops.class_moments import class_moments
 
 try:
     from torchmetrics import Metric

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from . import __version__
 from ._backend import CPU_LIBRARY, TRITON_INTERPRETED, backends, build_info, use_backend
+from ._ops.centroid_info_nce import centroid_info_nce
+from ._ops.class_moments import class_moments, pixel_to_anchor_mse
 from .measure import DISTURBED, bandwidth, environment, example_labels, measure, moments_bytes
-from .ops.centroid_info_nce import centroid_info_nce
-from .ops.class_moments import class_moments, pixel_to_anchor_mse
 
 
 def _tool(command: list[str], line: int) -> str:

@@ -52,7 +52,7 @@ def test_centroid_info_nce(bench, case: Case, name: str):
     )
     queries.requires_grad_(case.direction == TRAINING)
     keys.requires_grad_(case.direction == TRAINING)
-    formula = ao.centroid_info_nce
+    formula = ao.ops.centroid_info_nce
     if not name.startswith("anchorops"):
         compiled = name.startswith("compiled")
         formula = torch.compile(cross_entropy, dynamic=False) if compiled else cross_entropy

@@ -29,8 +29,8 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops import reference
+from anchorops._ops.class_keys import class_keys
 from anchorops.measure import keys_bytes, moments_bytes
-from anchorops.ops.class_keys import class_keys
 
 BOTH = "class moments with anchors"
 SUMS = "class moments"
@@ -98,7 +98,7 @@ def ours(operation: str) -> Formula:
         return lambda f, y, a: (ao.pixel_to_anchor_mse(f, y, a, ignore_index=-1),)
     if operation == CENTROIDS:
         return lambda f, y, a: ao.class_centroids(f, y, len(a), ignore_index=-1)[:1]
-    return outputs(operation, ao.class_moments)
+    return outputs(operation, ao.ops.class_moments)
 
 
 def rival_formulas(case: Case) -> dict[str, Formula]:

@@ -79,7 +79,7 @@ def class_moments(
     anchors = torch.randn(classes, shape.size[1], device=device)
 
     def forward() -> Tensor:
-        _, sums, sqdists = ao.class_moments(features, of_pixels, classes, anchors=anchors)
+        _, sums, sqdists = ao.ops.class_moments(features, of_pixels, classes, anchors=anchors)
         assert sqdists is not None
         return sums.sum() + sqdists.sum()
 
@@ -204,7 +204,7 @@ def values(report: Report, device: torch.device) -> bool:
     right = True
     for backend in cases.backends(device).values():
         with ao.use_backend(backend):
-            _, sums, sqdists = ao.class_moments(
+            _, sums, sqdists = ao.ops.class_moments(
                 inputs.features, inputs.labels, 19, anchors=inputs.anchors, ignore_index=-1
             )
             given = logits.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""Softmax moments: see ops/softmax_moments.py.
+"""Softmax moments: see _ops/softmax_moments.py.
 
 A lane (upsampling.py) reads its four logits class by class. For each of its pixels it keeps
 Σ_k e^(z_k − m) in registers, where m is the largest logit of the cell so far. If the neighbours of
@@ -294,7 +294,7 @@ def softmax_moments(
     with_pixel_losses: bool,
     with_lse: bool,
 ) -> tuple[Tensor, ...]:
-    """See ops/softmax_moments.py.
+    """See _ops/softmax_moments.py.
 
     In addition to the results it needs memory for the partials: for each statistic one row [K] for
     each tile of lanes, or fewer rows if these would take more than 16 MiB and 1/8 of the logits.

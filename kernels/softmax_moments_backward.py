@@ -311,7 +311,7 @@ def softmax_moments_backward(
     ignore_index: int,
     align_corners: bool,
 ) -> Tensor:
-    """See ops/softmax_moments.py.
+    """See _ops/softmax_moments.py.
 
     In addition to the gradient it needs memory for copies of logits and gradient, if classes are
     contiguous. If cells have more than MOST_PARTS parts along an axis, it needs a float32 gradient

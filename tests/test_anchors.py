@@ -7,14 +7,14 @@ import anchorops as ao
 
 
 def test_random_anchors_are_standard_normal() -> None:
-    anchors = ao.random_anchors(200, 100, generator=torch.Generator().manual_seed(0))
+    anchors = ao.anchors.random_anchors(200, 100, generator=torch.Generator().manual_seed(0))
     assert anchors.dtype == torch.float32
     assert abs(anchors.mean()) < 0.02 and abs(anchors.std() - 1) < 0.02
 
 
 @pytest.mark.parametrize(("num_classes", "dim"), [(1, 1), (4, 4), (5, 9)])
 def test_orthogonal_anchors(num_classes: int, dim: int) -> None:
-    anchors = ao.orthogonal_anchors(num_classes, dim)
+    anchors = ao.anchors.orthogonal_anchors(num_classes, dim)
     torch.testing.assert_close(anchors @ anchors.T, torch.eye(num_classes))
 
 
@@ -22,13 +22,13 @@ def test_orthogonal_anchors(num_classes: int, dim: int) -> None:
     ("num_classes", "dim"), [(2, 1), (2, 2), (7, 6), (7, 7), (7, 20), (150, 512)]
 )
 def test_simplex(num_classes: int, dim: int) -> None:
-    frame = ao.simplex_etf(num_classes, dim).double()
+    frame = ao.anchors.simplex_etf(num_classes, dim).double()
     expected = torch.full((num_classes, num_classes), -1 / (num_classes - 1), dtype=torch.float64)
     torch.testing.assert_close(frame @ frame.T, expected.fill_diagonal_(1), rtol=0, atol=1e-6)
 
 
 def test_category_basis() -> None:
-    basis = ao.category_basis(6, 10, length=3.0)
+    basis = ao.anchors.category_basis(6, 10, length=3.0)
     torch.testing.assert_close(basis @ basis.T, 9 * torch.eye(6))
 
 
@@ -38,20 +38,25 @@ def test_category_basis_is_gram_schmidt() -> None:
     rows: list[torch.Tensor] = []
     for vector in vectors:
         rows.append(vector - sum((vector @ b) / (b @ b) * b for b in rows))
-    basis = ao.category_basis(4, 7, length=None, init=vectors)
+    basis = ao.anchors.category_basis(4, 7, length=None, init=vectors)
     torch.testing.assert_close(basis, torch.stack(rows).float())
-    equal = ao.category_basis(4, 7, length=2.0, init=vectors)
+    equal = ao.anchors.category_basis(4, 7, length=2.0, init=vectors)
     torch.testing.assert_close(equal, torch.stack([2 * r / r.norm() for r in rows]).float())
 
 
 def test_category_basis_equalised_only() -> None:
     vectors = torch.randn(9, 7)
-    basis = ao.category_basis(9, 7, length=2.0, init=vectors, orthogonalize=False)
+    basis = ao.anchors.category_basis(9, 7, length=2.0, init=vectors, orthogonalize=False)
     torch.testing.assert_close(basis, 2 * vectors / vectors.norm(dim=1, keepdim=True))
 
 
 def test_generators_repeat() -> None:
-    for make in (ao.random_anchors, ao.orthogonal_anchors, ao.simplex_etf, ao.category_basis):
+    for make in (
+        ao.anchors.random_anchors,
+        ao.anchors.orthogonal_anchors,
+        ao.anchors.simplex_etf,
+        ao.anchors.category_basis,
+    ):
         first, second = (make(4, 6, generator=torch.Generator().manual_seed(1)) for _ in range(2))
         assert torch.equal(first, second)
         assert not torch.equal(first, make(4, 6, generator=torch.Generator().manual_seed(2)))
@@ -61,20 +66,20 @@ def test_errors() -> None:
     with pytest.raises(
         ValueError, match="orthogonal_anchors: dim: expected at least num_classes = 5"
     ):
-        ao.orthogonal_anchors(5, 4)
+        ao.anchors.orthogonal_anchors(5, 4)
     with pytest.raises(ValueError, match="simplex_etf: dim: expected at least num_classes - 1 = 5"):
-        ao.simplex_etf(6, 4)
+        ao.anchors.simplex_etf(6, 4)
     with pytest.raises(ValueError, match="simplex_etf: num_classes"):
-        ao.simplex_etf(1, 4)
+        ao.anchors.simplex_etf(1, 4)
     with pytest.raises(ValueError, match="category_basis: dim: expected at least num_classes = 5"):
-        ao.category_basis(5, 4)
+        ao.anchors.category_basis(5, 4)
     with pytest.raises(ValueError, match="category_basis: length"):
-        ao.category_basis(3, 4, length=0.0)
+        ao.anchors.category_basis(3, 4, length=0.0)
     with pytest.raises(ValueError, match="category_basis: init: expected a tensor"):
-        ao.category_basis(3, 4, init=torch.zeros(3, 5))
+        ao.anchors.category_basis(3, 4, init=torch.zeros(3, 5))
     with pytest.raises(
         ValueError, match="category_basis: init: expected linearly independent rows"
     ):
-        ao.category_basis(3, 4, init=torch.ones(3, 4))
+        ao.anchors.category_basis(3, 4, init=torch.ones(3, 4))
     with pytest.raises(ValueError, match="random_anchors: dim"):
-        ao.random_anchors(3, 0)
+        ao.anchors.random_anchors(3, 0)

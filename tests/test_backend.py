@@ -127,7 +127,9 @@ def test_backends_agree():
     results = []
     for name in ("cpu", "reference"):
         with ao.use_backend(name):
-            results.append(ao.class_moments(features, labels, 6, anchors=ANCHORS, groups=2, seed=1))
+            results.append(
+                ao.ops.class_moments(features, labels, 6, anchors=ANCHORS, groups=2, seed=1)
+            )
     assert torch.equal(results[0].counts, results[1].counts)
     torch.testing.assert_close(results[0][1:], results[1][1:])
 
@@ -148,7 +150,7 @@ def test_a_chosen_backend_never_gives_way():
         ao.use_backend("cpu"),
         pytest.raises(ValueError, match=r"^class_moments: backend cpu does not support .* on meta"),
     ):
-        ao.class_moments(FEATURES.to("meta"), LABELS.to("meta"), 6)
+        ao.ops.class_moments(FEATURES.to("meta"), LABELS.to("meta"), 6)
 
 
 def test_without_the_compiled_library():
@@ -159,7 +161,7 @@ def load_library(path):
     raise OSError(f"{path} is for another machine")
 torch.ops.load_library = load_library
 import anchorops as ao
-print(ao.class_moments(torch.ones(3, 2), torch.tensor([0, 0, 1]), 2).sums.tolist())
+print(ao.ops.class_moments(torch.ones(3, 2), torch.tensor([0, 0, 1]), 2).sums.tolist())
 try:
     ao.use_backend("cpu")
 except RuntimeError as error:
@@ -256,17 +258,17 @@ def test_what_is_predicted_to_be_faster_by_triton(monkeypatch):
         return "reference"
 
     for module in ("softmax_moments", "class_moments"):
-        monkeypatch.setattr(f"anchorops.ops.{module}.select", select)
+        monkeypatch.setattr(f"anchorops._ops.{module}.select", select)
     for classes, masses in ((10, False), (10, True), (11, False)):
         logits, labels = torch.zeros(1, classes, 2, 2), torch.zeros(1, 4, 4).long()
-        ao.softmax_moments(logits, labels, hits=False, masses=masses, squares=False)
+        ao.ops.softmax_moments(logits, labels, hits=False, masses=masses, squares=False)
     assert asked == [True, False, False]
     asked.clear()
     planes, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4).long()
-    ao.class_moments(planes, labels, 600, per_image=True, ignore_index=-1)
-    ao.class_moments(planes, labels, 600, groups=2, seed=1, ignore_index=-1)
-    ao.class_moments(planes, labels, 600, ignore_index=-1)
-    ao.class_moments(
+    ao.ops.class_moments(planes, labels, 600, per_image=True, ignore_index=-1)
+    ao.ops.class_moments(planes, labels, 600, groups=2, seed=1, ignore_index=-1)
+    ao.ops.class_moments(planes, labels, 600, ignore_index=-1)
+    ao.ops.class_moments(
         planes.contiguous(memory_format=torch.channels_last), labels, 2000, ignore_index=-1
     )
     ao.pixel_to_anchor_mse(planes, labels, torch.zeros(1100, 3), ignore_index=-1)

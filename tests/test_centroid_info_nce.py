@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.ops.centroid_info_nce import unchecked_info_nce
+from anchorops._ops.centroid_info_nce import unchecked_info_nce
 from tests.helpers.memory import peak_allocated_bytes
 
 F64 = torch.float64
@@ -69,7 +69,7 @@ def test_equals_loops(groups: int | None, with_positives: bool, masks: str):
     for reduction, value in zip(
         REDUCTIONS, (expected.sum() / max(number, 1), expected.sum(), expected), strict=True
     ):
-        ours = ao.centroid_info_nce(
+        ours = ao.ops.centroid_info_nce(
             queries, keys, positives=positives, reduction=reduction, **arguments
         )
         torch.testing.assert_close(ours, value)
@@ -81,14 +81,14 @@ def test_equals_cross_entropy(dtype: torch.dtype):
     wide = torch.promote_types(dtype, torch.float32)
     logits = queries.to(wide) @ keys.to(wide).T / 0.07
     for reduction in REDUCTIONS:
-        ours = ao.centroid_info_nce(queries, keys, reduction=reduction)
+        ours = ao.ops.centroid_info_nce(queries, keys, reduction=reduction)
         assert ours.dtype == wide
         expected = F.cross_entropy(logits, torch.arange(7), reduction=reduction)
         torch.testing.assert_close(ours, expected)
     grouped = torch.randn(7, 3, 4).to(dtype)
     logits = grouped.to(wide).flatten(0, 1) @ keys.to(wide).T / 0.07
     torch.testing.assert_close(
-        ao.centroid_info_nce(grouped, keys),
+        ao.ops.centroid_info_nce(grouped, keys),
         F.cross_entropy(logits, torch.arange(7).repeat_interleave(3)),
     )
 
@@ -101,7 +101,7 @@ def test_gradcheck(groups: int | None, with_positives: bool):
     present_keys = torch.tensor([True, True, False, True, False, True])
 
     def loss(queries: Tensor, keys: Tensor, positives: Tensor | None = None) -> Tensor:
-        return ao.centroid_info_nce(
+        return ao.ops.centroid_info_nce(
             queries,
             keys,
             positives=positives,
@@ -156,7 +156,7 @@ def test_memory():
     queries, keys = torch.randn(2, 4096, 8).requires_grad_().unbind()
 
     def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(ao.centroid_info_nce(queries, keys), (queries, keys))
+        return torch.autograd.grad(ao.ops.centroid_info_nce(queries, keys), (queries, keys))
 
     step()
     assert peak_allocated_bytes(step) < 24 << 20
@@ -182,7 +182,7 @@ def test_absent_rows_may_hold_anything(groups: int | None, with_positives: bool,
             if given[2] is not None:
                 given[2][~present] = value
         leaves = [t.requires_grad_() for t in given if t is not None]
-        loss = ao.centroid_info_nce(given[0], given[1], positives=given[2], present=present)
+        loss = ao.ops.centroid_info_nce(given[0], given[1], positives=given[2], present=present)
         results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     for ours, expected in zip(*results, strict=True):
         assert ours.isfinite().all() and torch.equal(ours, expected)
@@ -195,7 +195,7 @@ def test_a_key_that_nothing_uses_may_hold_anything():
     with torch.no_grad():
         keys[1] = torch.nan
     present_keys = torch.arange(6) != 1
-    loss = ao.centroid_info_nce(queries, keys, positives=positives, present_keys=present_keys)
+    loss = ao.ops.centroid_info_nce(queries, keys, positives=positives, present_keys=present_keys)
     assert loss.isfinite()
     gradients = torch.autograd.grad(loss, (queries, keys, positives))
     assert all(g.isfinite().all() for g in gradients)
@@ -207,7 +207,7 @@ def test_nothing_present(shape):
     keys = torch.full((6, 5), torch.nan, requires_grad=True)
     present = torch.zeros(shape[:-1], dtype=torch.bool)
     for reduction in REDUCTIONS:
-        loss = ao.centroid_info_nce(queries, keys, present=present, reduction=reduction)
+        loss = ao.ops.centroid_info_nce(queries, keys, present=present, reduction=reduction)
         assert not loss.any()
         for gradient in torch.autograd.grad(loss.sum(), (queries, keys)):
             assert not gradient.any()
@@ -215,13 +215,13 @@ def test_nothing_present(shape):
 
 def test_one_class_has_nothing_to_be_told_from():
     queries, keys = torch.randn(1, 5, requires_grad=True), torch.randn(1, 5)
-    loss = ao.centroid_info_nce(queries, keys)
+    loss = ao.ops.centroid_info_nce(queries, keys)
     assert loss == 0 and not torch.autograd.grad(loss, queries)[0].any()
 
 
 def test_large_logits_stay_finite():
     queries = torch.tensor([[3e3, 0.0], [0.0, 3e3]], requires_grad=True)
-    loss = ao.centroid_info_nce(queries, queries.detach().flip(0))
+    loss = ao.ops.centroid_info_nce(queries, queries.detach().flip(0))
     torch.testing.assert_close(loss, torch.tensor(9e6 / 0.07))
     assert torch.autograd.grad(loss, queries)[0].isfinite().all()
 
@@ -230,7 +230,7 @@ def test_compiled_as_one_graph():
     torch._dynamo.reset()
 
     def loss(queries: Tensor, keys: Tensor, present: Tensor) -> Tensor:
-        return ao.centroid_info_nce(queries, keys, present=present)
+        return ao.ops.centroid_info_nce(queries, keys, present=present)
 
     graph = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
     for num_classes in (5, 8):
@@ -267,4 +267,4 @@ Q, K = torch.zeros(4, 3), torch.zeros(4, 3)
 )
 def test_messages(arguments, message: str):
     with pytest.raises(ValueError, match="^centroid_info_nce: " + message):
-        ao.centroid_info_nce(**({"queries": Q, "keys": K} | arguments))
+        ao.ops.centroid_info_nce(**({"queries": Q, "keys": K} | arguments))

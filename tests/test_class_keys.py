@@ -7,7 +7,7 @@ from cpu_kernels import same_for_all_threads
 
 import anchorops as ao
 from anchorops import reference
-from anchorops.ops.class_keys import class_keys
+from anchorops._ops.class_keys import class_keys
 
 INTEGERS = (
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -237,8 +237,8 @@ def test_groups_are_spread_evenly():
 def test_group_statistics_sum_to_the_class():
     features, labels = torch.randn(2, 5, 12, 9), torch.randint(-1, 4, (2, 24, 18))
     anchors = torch.randn(4, 5)
-    whole = ao.class_moments(features, labels, 4, anchors=anchors)
-    parts = ao.class_moments(features, labels, 4, anchors=anchors, groups=3, seed=9)
+    whole = ao.ops.class_moments(features, labels, 4, anchors=anchors)
+    parts = ao.ops.class_moments(features, labels, 4, anchors=anchors, groups=3, seed=9)
     assert whole.sqdists is not None and parts.sqdists is not None
     assert torch.equal(parts.counts.sum(1), whole.counts)
     torch.testing.assert_close(parts.sums.sum(1), whole.sums)

@@ -190,7 +190,9 @@ def test_nothing_valid(size, labels, backend: str, per_image: bool, poisoned: No
     anchors = torch.randn(3, 5, requires_grad=True)
     ignored = torch.full(labels, 255)
     with ao.use_backend(backend):
-        statistics = ao.class_moments(features, ignored, 3, anchors=anchors, per_image=per_image)
+        statistics = ao.ops.class_moments(
+            features, ignored, 3, anchors=anchors, per_image=per_image
+        )
         mse = ao.pixel_to_anchor_mse(features, ignored, anchors)
         centroids, _ = ao.class_centroids(features, ignored, 3, per_image=per_image)
     images = (1 if len(size) == 2 else size[0],) if per_image else ()

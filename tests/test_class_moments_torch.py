@@ -43,7 +43,7 @@ def test_gradcheck(backend: str, size, arguments):
     labels, inputs = some_labels(size), leaves(size)
 
     def statistics(features: Tensor, anchors: Tensor):
-        return ao.class_moments(features, labels, 3, anchors=anchors, **arguments)[1:]
+        return ao.ops.class_moments(features, labels, 3, anchors=anchors, **arguments)[1:]
 
     with ao.use_backend(backend):
         assert torch.autograd.gradcheck(statistics, inputs)
@@ -59,7 +59,7 @@ def test_gradcheck_channels_last():
     labels = some_labels((2, 3, 8, 6))
     with ao.use_backend("cpu"):
         assert torch.autograd.gradcheck(
-            lambda f, a: ao.class_moments(f, labels, 3, anchors=a)[1:], (features, anchors)
+            lambda f, a: ao.ops.class_moments(f, labels, 3, anchors=a)[1:], (features, anchors)
         )
 
 
@@ -68,7 +68,8 @@ def test_second_derivatives_of_the_reference(size, arguments):
     labels = some_labels(size)
     with ao.use_backend("reference"):
         assert torch.autograd.gradgradcheck(
-            lambda f, a: ao.class_moments(f, labels, 3, anchors=a, **arguments)[1:], leaves(size)
+            lambda f, a: ao.ops.class_moments(f, labels, 3, anchors=a, **arguments)[1:],
+            leaves(size),
         )
 
 
@@ -77,7 +78,7 @@ def test_second_derivatives_of_the_reference(size, arguments):
 def test_second_derivatives_raise(wrt: str, of: str):
     features, anchors = leaves((9, 2))
     inputs = {"features": features, "anchors": anchors}
-    sqdists = ao.class_moments(features, some_labels((9, 2)), 3, anchors=anchors).sqdists
+    sqdists = ao.ops.class_moments(features, some_labels((9, 2)), 3, anchors=anchors).sqdists
     assert sqdists is not None
     (first,) = torch.autograd.grad(sqdists.square().sum(), inputs[of], create_graph=True)
     with pytest.raises(RuntimeError, match=SECOND):
@@ -87,7 +88,7 @@ def test_second_derivatives_raise(wrt: str, of: str):
 def test_second_derivatives_raise_where_another_input_is_fixed():
     features, anchors = leaves((9, 2))
     labels = some_labels((9, 2))
-    sums = ao.class_moments(features, labels, 3).sums
+    sums = ao.ops.class_moments(features, labels, 3).sums
     (first,) = torch.autograd.grad(sums.square().sum(), features, create_graph=True)
     with pytest.raises(RuntimeError, match=SECOND):
         torch.autograd.grad(first.square().sum(), features)
@@ -109,12 +110,14 @@ def test_forward_mode_derivatives_are_right_or_raise(of: str):
         given = {"features": features, "anchors": anchors}
         given[of] = forward_ad.make_dual(given[of], given[of])
         with pytest.raises(RuntimeError, match="class_moments: forward-mode derivatives"):
-            ao.class_moments(labels=labels, num_classes=3, **given)
+            ao.ops.class_moments(labels=labels, num_classes=3, **given)
         with ao.use_backend("reference"):
-            dual = ao.class_moments(labels=labels, num_classes=3, **given).sqdists
+            dual = ao.ops.class_moments(labels=labels, num_classes=3, **given).sqdists
         _, tangent = forward_ad.unpack_dual(dual)
     leaf = given[of].detach().clone().requires_grad_()
-    primal = ao.class_moments(labels=labels, num_classes=3, **(given | {of: leaf})).sqdists.sum()
+    primal = ao.ops.class_moments(
+        labels=labels, num_classes=3, **(given | {of: leaf})
+    ).sqdists.sum()
     (gradient,) = torch.autograd.grad(primal, leaf)
     torch.testing.assert_close(tangent.sum(), (gradient * leaf).sum())
 
@@ -183,13 +186,13 @@ def test_keys_that_do_not_follow_each_other_are_refused(keys):
 
 def compiled_loss(features: Tensor, labels: Tensor, anchors: Tensor, step: Tensor) -> Tensor:
     num_classes = anchors.shape[0]
-    _, sums, sqdists = ao.class_moments(
+    _, sums, sqdists = ao.ops.class_moments(
         features, labels, num_classes, anchors=anchors, groups=2, seed=step
     )
     assert sqdists is not None
     centroids, counts = ao.class_centroids(features, labels, num_classes, per_image=True)
     mse = ao.pixel_to_anchor_mse(features, labels, anchors)
-    nce = ao.centroid_info_nce(sums, anchors, present=sums.detach().any(2), temperature=9.0)
+    nce = ao.ops.centroid_info_nce(sums, anchors, present=sums.detach().any(2), temperature=9.0)
     return sqdists.sum() + mse + nce + (centroids * counts[..., None]).square().sum()
 
 
@@ -220,10 +223,10 @@ def test_features_are_not_kept_without_anchors():
     pointer, saved = features.data_ptr(), []
     labels = some_labels((2, 4, 5, 6))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        sums = ao.class_moments(features, labels, 3).sums
+        sums = ao.ops.class_moments(features, labels, 3).sums
         assert saved and all(t.data_ptr() != pointer for t in saved)
         saved.clear()
-        ao.class_moments(features, labels, 3, anchors=torch.randn(3, 4))
+        ao.ops.class_moments(features, labels, 3, anchors=torch.randn(3, 4))
         assert any(t.data_ptr() == pointer for t in saved)
     saved.clear()
     gone = weakref.ref(features)
@@ -237,7 +240,7 @@ def test_anchors_without_gradient_cost_no_residual_sums():
     saved = []
     anchors = torch.randn(3, 4)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ao.class_moments(
+        ao.ops.class_moments(
             torch.randn(9, 4, requires_grad=True), some_labels((9, 4)), 3, anchors=anchors
         )
     assert sorted(t.numel() for t in saved) == [9, 12, 36]  # keys, anchors, features
@@ -250,11 +253,11 @@ def test_autocast_changes_nothing(dtype: torch.dtype, backend: str):
     labels, anchors = some_labels((2, 4, 5, 6)), torch.randn(3, 4)
 
     def everything() -> list[Tensor]:
-        counts, sums, sqdists = ao.class_moments(features, labels, 3, anchors=anchors)
+        counts, sums, sqdists = ao.ops.class_moments(features, labels, 3, anchors=anchors)
         assert sqdists is not None
         mse = ao.pixel_to_anchor_mse(features, labels, anchors)
         centroids, _ = ao.class_centroids(features, labels, 3)
-        nce = ao.centroid_info_nce(centroids, anchors)
+        nce = ao.ops.centroid_info_nce(centroids, anchors)
         return [counts, sums, sqdists, mse, nce]
 
     with ao.use_backend(backend):
@@ -290,7 +293,7 @@ def test_strided_anchors_and_gradients(anchors_t: bool):
     results = []
     for given in (anchors, anchors.contiguous()):
         leaf, fixed = features.clone().requires_grad_(), given.detach().requires_grad_()
-        _, sums, sqdists = ao.class_moments(leaf, labels, 3, anchors=fixed)
+        _, sums, sqdists = ao.ops.class_moments(leaf, labels, 3, anchors=fixed)
         assert sqdists is not None
         outputs = (sums, sqdists)
         weights = torch.arange(4.0).expand(3, 4), torch.tensor(0.5).expand(3)

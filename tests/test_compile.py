@@ -23,16 +23,16 @@ OF_LOGITS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "pixel_weights": lambda x, y: ao.CrossEntropy()(x, y, torch.ones_like(y, dtype=torch.float)),
     "Dice": ao.Dice(per_image=True, weight=WEIGHT),
     "CrossEntropyDice": ao.CrossEntropyDice(),
-    "softmax_moments": lambda x, y: ao.softmax_moments(x, y, per_image=True, squares=True)[:6],
+    "softmax_moments": lambda x, y: ao.ops.softmax_moments(x, y, per_image=True, squares=True)[:6],
     "pixel_argmax": lambda x, y: ao.pixel_argmax(x, (10, 12)),
     "pixel_confusion": lambda x, y: ao.pixel_confusion(x, y),
     "confusion": lambda x, y: ao.confusion(y, y, K),
 }
 # of features (B, D, 5, 6) and the labels
 OF_FEATURES: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "class_moments": lambda f, y: ao.class_moments(f, y, K, anchors=ANCHORS),
-    "per_image": lambda f, y: ao.class_moments(f, y, K, per_image=True)[:2],
-    "groups": lambda f, y: ao.class_moments(f, y, K, groups=2, seed=SEED)[:2],
+    "class_moments": lambda f, y: ao.ops.class_moments(f, y, K, anchors=ANCHORS),
+    "per_image": lambda f, y: ao.ops.class_moments(f, y, K, per_image=True)[:2],
+    "groups": lambda f, y: ao.ops.class_moments(f, y, K, groups=2, seed=SEED)[:2],
     "class_centroids": lambda f, y: ao.class_centroids(f, y, K),
     "pixel_to_anchor_mse": lambda f, y: ao.pixel_to_anchor_mse(f, y, ANCHORS),
     "SAR": ao.SAR(K, D, embed=False),

@@ -42,7 +42,7 @@ def test_predictions_and_their_confusion(
     with ao.use_backend(backend):
         predictions = ao.pixel_argmax(logits, label_size, align_corners=align_corners)
         matrix = ao.pixel_confusion(logits, labels, **options)
-        hits = ao.softmax_moments(logits, labels, **options).hits
+        hits = ao.ops.softmax_moments(logits, labels, **options).hits
     z = F.interpolate(logits.double(), label_size, mode="bilinear", align_corners=align_corners)
     assert predictions.shape == (2, *label_size) and predictions.dtype == torch.int64
     # the largest, except for rounding

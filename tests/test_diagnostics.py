@@ -76,10 +76,10 @@ def test_gradient_ratio() -> None:
 
 
 def test_ideal_classifiers() -> None:
-    etf = ao.simplex_etf(K, 9)
+    etf = ao.anchors.simplex_etf(K, 9)
     assert diagnostics.equiangularity(etf) < 1e-6
     assert diagnostics.maximal_angle(etf) < 1e-6
-    assert diagnostics.class_separability(ao.category_basis(K, 9)).abs() < 1e-6
+    assert diagnostics.class_separability(ao.anchors.category_basis(K, 9)).abs() < 1e-6
     torch.testing.assert_close(
         diagnostics.class_separability(etf), torch.tensor(-K / 2, dtype=torch.float64)
     )

@@ -74,17 +74,17 @@ def draw_per_share(sizes: list[int], patch: pytest.MonkeyPatch) -> None:
     def shares(*tensors: Tensor) -> Any:
         return zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
 
-    def added(parts: list[ao.ClassMoments]) -> ao.ClassMoments:
+    def added(parts: list[ao.ops.ClassMoments]) -> ao.ops.ClassMoments:
         columns = zip(*parts, strict=True)
         totals = [None if c[0] is None else torch.stack(c).sum(0) for c in columns]
-        return ao.ClassMoments(*totals)  # pyright: ignore[reportArgumentType]
+        return ao.ops.ClassMoments(*totals)  # pyright: ignore[reportArgumentType]
 
     def moments_of_shares(features: Tensor, labels: Tensor, *args: Any, **kw: Any) -> Any:
         if kw["groups"] == 1:
             return moments(features, labels, *args, **kw)
         return added([moments(f, y, *args, **kw) for f, y in shares(features, labels)])
 
-    def halves_of_shares(counts: Tensor, sums: Tensor, seed: Tensor) -> ao.ClassMoments:
+    def halves_of_shares(counts: Tensor, sums: Tensor, seed: Tensor) -> ao.ops.ClassMoments:
         return added([halves(n, s, seed) for n, s in shares(counts, sums)])
 
     patch.setattr(statistics, "unchecked_moments", moments_of_shares)
@@ -277,9 +277,9 @@ def check_tensors_of_all_ranks(rank: int, ranks: int) -> None:
         return distribute_tensor(tensor, mesh, [Shard(0)])
 
     calls: list[Callable[[], Any]] = [
-        lambda: ao.class_moments(sharded(features), labels, K),
-        lambda: ao.class_moments(features, sharded(labels), K),
-        lambda: ao.class_moments(features, labels, K, anchors=sharded(anchors)),
+        lambda: ao.ops.class_moments(sharded(features), labels, K),
+        lambda: ao.ops.class_moments(features, sharded(labels), K),
+        lambda: ao.ops.class_moments(features, labels, K, anchors=sharded(anchors)),
         lambda: ao.pixel_to_anchor_mse(sharded(features), labels, anchors),
         lambda: ao.pixel_cross_entropy(sharded(features), labels),
         lambda: ao.pixel_cross_entropy(features, sharded(labels)),
@@ -292,8 +292,8 @@ def check_tensors_of_all_ranks(rank: int, ranks: int) -> None:
         lambda: ao.OCCL(K, D)(sharded(features), labels, anchors),
         lambda: ao.OCCL(K, D)(features, sharded(labels), anchors),
         lambda: ao.OCCL(K, D)(features, labels, sharded(anchors)),
-        lambda: ao.centroid_info_nce(sharded(anchors), anchors),
-        lambda: ao.centroid_info_nce(anchors, sharded(anchors)),
+        lambda: ao.ops.centroid_info_nce(sharded(anchors), anchors),
+        lambda: ao.ops.centroid_info_nce(anchors, sharded(anchors)),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=r"expected .*(of this rank|not sharded).* a DTensor"):

@@ -17,12 +17,12 @@ LABELS, ANCHORS = torch.arange(9) % (K + 1), torch.linspace(-1, 1, K * D).view(K
 OCCL = ao.OCCL(K, D).eval()
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "class_moments": lambda f: ao.class_moments(f, LABELS, K, anchors=ANCHORS)[2].sum(),
+    "class_moments": lambda f: ao.ops.class_moments(f, LABELS, K, anchors=ANCHORS)[2].sum(),
     "pixel_to_anchor_mse": lambda f: ao.pixel_to_anchor_mse(f, LABELS, ANCHORS),
     "class_centroids": lambda f: ao.class_centroids(f, LABELS, K)[0].square().sum(),
     "SAR": lambda f: ao.SAR(K, D, embed=False, anchors=ANCHORS)(f, LABELS),
     "OCCL": lambda f: OCCL(f, LABELS, ANCHORS),
-    "centroid_info_nce": lambda f: ao.centroid_info_nce(f[:K], ANCHORS, temperature=1.0),
+    "centroid_info_nce": lambda f: ao.ops.centroid_info_nce(f[:K], ANCHORS, temperature=1.0),
 }
 fused = [name for name in FUNCTIONS if name != "centroid_info_nce"]  # on CPU the reference
 each_function = pytest.mark.parametrize("name", FUNCTIONS)

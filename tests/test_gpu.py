@@ -47,7 +47,7 @@ def make_inputs(size, num_classes, dtype, channels_last, run):
 
 def moments_and_gradients(features, labels, anchors):
     features, anchors = features.detach().requires_grad_(), anchors.detach().requires_grad_()
-    counts, sums, sqdists = ao.class_moments(
+    counts, sums, sqdists = ao.ops.class_moments(
         features, labels, anchors.shape[0], anchors=anchors, ignore_index=-1
     )
     assert sqdists is not None
@@ -187,7 +187,7 @@ def test_centroid_info_nce(gpu_backend, shape, dtype, with_positives):
     def loss_and_gradients(*tensors):
         tensors = [t.detach().requires_grad_() for t in tensors]
         given = tensors[2] if with_positives else None
-        loss = ao.centroid_info_nce(tensors[0], tensors[1], positives=given, present=present)
+        loss = ao.ops.centroid_info_nce(tensors[0], tensors[1], positives=given, present=present)
         return [loss.detach(), *torch.autograd.grad(loss, tensors[: 2 + with_positives])]
 
     ours = loss_and_gradients(queries, keys, positives)

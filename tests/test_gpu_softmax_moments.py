@@ -42,7 +42,7 @@ def make_inputs(size, label_size, dtype, channels_last):
 
 def moments_and_gradient(logits, labels, align_corners):
     logits = logits.detach().requires_grad_()
-    moments = ao.softmax_moments(
+    moments = ao.ops.softmax_moments(
         logits,
         labels,
         ignore_index=-1,

@@ -8,9 +8,9 @@ from methods import D, K, batch, combined, open_gate
 from torch import nn
 
 import anchorops as ao
+from anchorops._ops import class_moments as class_moments_module
 from anchorops.losses import Regularizer
 from anchorops.losses.statistics import Request, class_statistics
-from anchorops.ops import class_moments as class_moments_module
 
 
 def methods_of(together: Regularizer) -> nn.ModuleList:
@@ -25,7 +25,7 @@ def test_combined_equals_its_parts_in_one_pass(monkeypatch: pytest.MonkeyPatch) 
     passes = []
     moments = class_moments_module.unchecked_moments
 
-    def counted(*args: object, **kwargs: object) -> ao.ClassMoments:
+    def counted(*args: object, **kwargs: object) -> ao.ops.ClassMoments:
         passes.append(kwargs["groups"])
         return moments(*args, **kwargs)  # type: ignore[arg-type]
 

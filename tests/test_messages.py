@@ -21,7 +21,8 @@ def call(function: str, **arguments: Any) -> Any:
         defaults["anchors"] = ANCHORS
     else:
         defaults["num_classes"] = 6
-    return getattr(ao, function)(**(defaults | arguments))
+    module = ao.ops if function in ao.ops.__all__ else ao
+    return getattr(module, function)(**(defaults | arguments))
 
 
 EVERYWHERE: list[tuple[dict[str, Any], str]] = [
@@ -184,7 +185,7 @@ NONE_GIVEN = "ignore_index: expected a value where num_classes > 255 .*, got non
 
 
 ANY_IGNORE_INDEX: dict[str, Callable[..., Any]] = {
-    "class_moments": lambda k, **i: ao.class_moments(FEATURES, LABELS, k, **i),
+    "class_moments": lambda k, **i: ao.ops.class_moments(FEATURES, LABELS, k, **i),
     "class_centroids": lambda k, **i: ao.class_centroids(FEATURES, LABELS, k, **i),
     "pixel_to_anchor_mse": lambda k, **i: ao.pixel_to_anchor_mse(
         FEATURES, LABELS, torch.zeros(k, 3), **i
@@ -218,7 +219,9 @@ def test_the_default_ignore_index_never_is_a_class(function: str):
 def test_class_255_counts():
     labels = torch.full_like(LABELS, 255)
     for ignored, count in ((-1, 40), (255, 0)):
-        assert ao.class_moments(FEATURES, labels, 256, ignore_index=ignored).counts[255] == count
+        assert (
+            ao.ops.class_moments(FEATURES, labels, 256, ignore_index=ignored).counts[255] == count
+        )
     both = ao.Combined(ao.OCCL(256, 3, ignore_index=-1), ao.SAR(256, 3, ignore_index=-1))
     assert both.ignore_index == -1
     both(FEATURES, labels, torch.randn(256, 3))
@@ -248,7 +251,7 @@ def nested(*tensors: torch.Tensor) -> torch.Tensor:
         lambda: ao.confusion(nested(LABELS[0], LABELS[1]), LABELS, 3),
         lambda: ao.CrossEntropy()(FEATURES, LABELS, nested(*torch.ones(2, 8, 10))),
         lambda: ao.OCCL(3, 3)(nested(FEATURES[0], FEATURES[1]), LABELS, torch.eye(3)),
-        lambda: ao.centroid_info_nce(nested(ANCHORS[0], ANCHORS[1]), ANCHORS[:2]),
+        lambda: ao.ops.centroid_info_nce(nested(ANCHORS[0], ANCHORS[1]), ANCHORS[:2]),
     ],
 )
 def test_nested_tensors(call: Callable[[], Any]):
@@ -263,12 +266,12 @@ def test_meta_tensors():
         x, y, a = FEATURES.to(device), LABELS.to(device), ANCHORS.to(device)
         x = x.clone().requires_grad_()
         found = [
-            *ao.class_moments(x, y, 6, anchors=a, groups=2, seed=1),
+            *ao.ops.class_moments(x, y, 6, anchors=a, groups=2, seed=1),
             *ao.class_centroids(x, y, 6, per_image=True),
             ao.pixel_to_anchor_mse(x, y, a),
-            ao.centroid_info_nce(a, a, reduction="none"),
+            ao.ops.centroid_info_nce(a, a, reduction="none"),
             ao.pixel_cross_entropy(x, y, reduction="none"),
-            *ao.softmax_moments(x, y)[:2],
+            *ao.ops.softmax_moments(x, y)[:2],
             ao.pixel_argmax(x, (8, 10)),
             ao.pixel_confusion(x, y),
             ao.CrossEntropy(weight=torch.ones(3)).to(device)(x, y),

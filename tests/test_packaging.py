@@ -67,7 +67,8 @@ def test_other_torch(python):
     """The compiled files work with the torch and the Python of another interpreter."""
     code = (
         "import torch, anchorops as ao; ao.use_backend('cpu');"
-        "print(ao.class_moments(torch.ones(4, 3), torch.tensor([0, 1, 1, 255]), 2).counts.tolist())"
+        "labels = torch.tensor([0, 1, 1, 255]);"
+        "print(ao.ops.class_moments(torch.ones(4, 3), labels, 2).counts.tolist())"
     )
     answer = run(ROOT / python, "-c", code, PYTHONPATH=PACKAGE.parent)
     assert answer.stdout.strip() == "[1, 2]", answer.stderr
@@ -226,7 +227,7 @@ loss = ao.pixel_cross_entropy(model(torch.randn(2, 3, 4, 4)), labels) + sar(labe
 loss.backward()
 assert loss.isfinite() and model[0].weight.grad.any()
 print(ao.__file__)
-print(ao.class_moments(torch.ones(3, 2), torch.tensor([0, 0, 1]), 2).counts.tolist())
+print(ao.ops.class_moments(torch.ones(3, 2), torch.tensor([0, 0, 1]), 2).counts.tolist())
 print(ao.backends()["cpu"])
 from anchorops import *
 for part in ("plots", "diagnostics"):
@@ -252,14 +253,14 @@ import anchorops as ao
 
 features, labels = torch.randn(2, 8, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long)
 model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1))
-reveal_type(ao.class_moments(features, labels, 5))
+reveal_type(ao.ops.class_moments(features, labels, 5))
 sar = ao.attach(model, ao.SAR(5, 8))
 reveal_type(sar(labels))
 reveal_type(ao.diagnostics.equiangularity(features))
 reveal_type(ao.plots.cosine_map(features))
 reveal_type(ao.__version__)
 ao.SARR(5, 8)
-ao.class_moments(features, labels, "5")
+ao.ops.class_moments(features, labels, "5")
 sar(labels, features)
 """
 

@@ -331,7 +331,7 @@ def test_wrong_inputs():
         torch.randn(2, 256, 4, 4),
         "ignore_index: expected a value where num_classes > 255",
     )
-    for function in (ao.softmax_moments, ao.pixel_cross_entropy, ao.pixel_confusion):
+    for function in (ao.ops.softmax_moments, ao.pixel_cross_entropy, ao.pixel_confusion):
         with pytest.raises(ValueError, match=f"{function.__name__}: {message}"):
             function(many, labels[:2])
     for loss in (ao.CrossEntropy, ao.Dice, ao.CrossEntropyDice):

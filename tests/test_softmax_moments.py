@@ -142,8 +142,8 @@ def test_what_is_not_asked_for_changes_nothing(asked: dict[str, bool], backend: 
     case = Case((9, 12), (36, 48), 19)
     logits, labels = make_logits(case)[0], make_labels(case)
     with ao.use_backend(backend):
-        everything = ao.softmax_moments(logits, labels, **EVERYTHING)
-        found = ao.softmax_moments(logits, labels, **asked)
+        everything = ao.ops.softmax_moments(logits, labels, **EVERYTHING)
+        found = ao.ops.softmax_moments(logits, labels, **asked)
     for name, value in found._asdict().items():
         default = name in ("hits", "masses", "overlaps", "counts", "losses")
         flag = {"overlaps": "masses"}.get(name, name)

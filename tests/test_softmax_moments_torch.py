@@ -31,7 +31,7 @@ def test_opcheck_of_the_gradient(channels_last: bool):
     logits = logits.detach()
     if channels_last:
         logits = logits.to(memory_format=torch.channels_last)
-    lse = ao.softmax_moments(logits, labels, lse=True).lse
+    lse = ao.ops.softmax_moments(logits, labels, lse=True).lse
     arguments = (logits, labels, lse, torch.rand(5), None, torch.rand(5), None, None, None)
     operator = torch.ops.anchorops.softmax_moments_backward.cpu
     torch.library.opcheck(operator, (*arguments, 255, False))
@@ -55,7 +55,7 @@ def test_gradcheck(size: tuple[int, int], align_corners: bool):
     labels = torch.randint(0, 4, (1, *size))
 
     def function(x: Tensor):
-        return ao.softmax_moments(x, labels, align_corners=align_corners, **EVERYTHING)[2:]
+        return ao.ops.softmax_moments(x, labels, align_corners=align_corners, **EVERYTHING)[2:]
 
     with ao.use_backend("cpu"):
         assert torch.autograd.gradcheck(function, logits)
@@ -106,8 +106,8 @@ def test_every_label_dtype(dtype: torch.dtype):
     logits, labels = inputs()
     labels[labels == 255] = 100
     with ao.use_backend("cpu"):
-        expected = ao.softmax_moments(logits, labels, ignore_index=100)
-        found = ao.softmax_moments(logits, labels.to(dtype), ignore_index=100)
+        expected = ao.ops.softmax_moments(logits, labels, ignore_index=100)
+        found = ao.ops.softmax_moments(logits, labels.to(dtype), ignore_index=100)
         matrix = ao.pixel_confusion(logits, labels, ignore_index=100)
         same = ao.pixel_confusion(logits, labels.to(dtype), ignore_index=100)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if a is not None)
@@ -125,7 +125,7 @@ def test_labels_and_gradients_of_any_strides():
         (wide[:, :, 1::3].transpose(1, 2), weights.transpose(1, 2)),
     ):
         with ao.use_backend("cpu"):
-            moments = ao.softmax_moments(logits, y, pixel_losses=True, lse=True)
+            moments = ao.ops.softmax_moments(logits, y, pixel_losses=True, lse=True)
             outputs = [moments.pixel_losses, moments.lse, moments.losses]
             grads = [w, torch.tensor(2.0).expand(2, 16, 20), torch.tensor(3.0).expand(5)]
             results.append(torch.autograd.grad(outputs, logits, grads)[0])
@@ -134,7 +134,7 @@ def test_labels_and_gradients_of_any_strides():
 
 def test_fullgraph_and_dynamic_shapes():
     def step(x: Tensor, y: Tensor) -> Tensor:
-        moments = ao.softmax_moments(x, y, pixel_losses=True)
+        moments = ao.ops.softmax_moments(x, y, pixel_losses=True)
         assert moments.masses is not None and moments.pixel_losses is not None
         predictions = ao.pixel_argmax(x, (y.shape[1], y.shape[2]))
         correct = ao.confusion(predictions, y, x.shape[1]).trace()
@@ -184,7 +184,7 @@ def test_nothing_valid(size, labels, backend: str, per_image: bool, poisoned: No
     logits = torch.full(size, torch.nan, requires_grad=True)
     ignored = torch.full(labels, 255)
     with ao.use_backend(backend):
-        moments = ao.softmax_moments(logits, ignored, per_image=per_image, **EVERYTHING)
+        moments = ao.ops.softmax_moments(logits, ignored, per_image=per_image, **EVERYTHING)
         loss = ao.pixel_cross_entropy(logits, ignored)
     images = (1 if len(size) == 2 else size[0],) if per_image else ()
     for statistic in moments[:6]:

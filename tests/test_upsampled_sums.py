@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.ops.upsampled_sums import upsampled_sums
+from anchorops._ops.upsampled_sums import upsampled_sums
 from tests.helpers.memory import peak_allocated_bytes
 
 K = 5
@@ -17,7 +17,7 @@ Size = tuple[int, int]
 
 @pytest.fixture(params=[1, 2**18], ids=["many parts", "one part"])
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["anchorops.ops.upsampled_sums"]
+    module = sys.modules["anchorops._ops.upsampled_sums"]
     monkeypatch.setattr(module, "CACHED", request.param)
 
 

@@ -14,9 +14,9 @@ from .._checks import (
     describe,
     fail,
 )
+from .._ops.upsampled_sums import upsampled_sums
 from ..anchors import simplex_etf
 from ..distributed import all_reduce, group_name, reduce_moments
-from ..ops.upsampled_sums import upsampled_sums
 from ..reference import ClassMoments, UpsampledSums
 from .base import Classifier, Losses, Plan, Regularizer
 from .recomputation import recomputing

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number, check_share, describe, fail
-from ..ops.confusion import confusion
-from ..ops.pixel_cross_entropy import (
+from .._ops.confusion import confusion
+from .._ops.pixel_cross_entropy import (
     class_losses,
     divide,
     finite_where_unused,
@@ -20,7 +20,7 @@ from ..ops.pixel_cross_entropy import (
     valid_pixels,
     weighted,
 )
-from ..ops.pixel_cross_entropy import (
+from .._ops.pixel_cross_entropy import (
     pixel_weights as weights_of_pixels,
 )
 from ..reference import SoftmaxMoments

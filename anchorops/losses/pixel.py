@@ -16,7 +16,7 @@ from .._checks import (
     describe,
     fail,
 )
-from ..ops.softmax_moments import moments_for
+from .._ops.softmax_moments import moments_for
 from ..reference import SoftmaxMoments, statistics_dtype
 from .initialized import Initialized
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..ops.class_moments import unchecked_moments
+from .._ops.class_moments import unchecked_moments
 from ..reference import ClassMoments
 
 

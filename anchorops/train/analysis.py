@@ -59,7 +59,7 @@ def collect_features(
     taken = torch.zeros(num_classes, dtype=torch.int64)
     for images, labels in batches:
         features, labels = features_and_labels(model, images, labels, device)
-        moments = ao.class_moments(features, labels, num_classes, ignore_index=IGNORED)
+        moments = ao.ops.class_moments(features, labels, num_classes, ignore_index=IGNORED)
         sums = moments.sums if sums is None else sums + moments.sums
         counts += moments.counts.cpu()
         pixels = features.flatten(2).transpose(1, 2).flatten(0, 1)

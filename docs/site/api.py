@@ -10,13 +10,14 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("diagnostics", "measure", "plots")  # public, but not in __all__
+MODULES = ("anchors", "diagnostics", "measure", "ops", "plots")  # public, but not in __all__
 SHOWN = re.compile(r"^::: anchorops\.(\S+)(?:\n +options:\n +members: \[(.*)\])?", re.M)
 
 
 def public_names(package: griffe.Object) -> Iterator[str]:
     yield from map(str, package.exports or ())
     for module in MODULES:
+        yield from (f"{module}.{name}" for name in map(str, package[module].exports or ()))
         for name, member in package[module].members.items():
             if not (name.startswith("_") or member.is_alias or member.is_attribute):
                 yield f"{module}.{name}"

@@ -119,7 +119,7 @@ def within_budget(ours: Tensor, exact: Tensor, straightforward: Tensor, squares:
 def run(case: Case, features: Tensor, labels: Tensor, anchors: Tensor, dsums, dsqdists):
     """counts, sums, sqdists, dfeatures, danchors; without the last if there are no anchors."""
     features, anchors = features.detach().requires_grad_(), anchors.detach().requires_grad_()
-    counts, sums, sqdists = ao.class_moments(
+    counts, sums, sqdists = ao.ops.class_moments(
         features,
         labels,
         case.num_classes,

@@ -86,8 +86,8 @@ def unfused(case: Case, logits: Tensor, labels: Tensor, dtype: torch.dtype) -> l
 
 
 def fused(case: Case, logits: Tensor, labels: Tensor, **asked: bool) -> list[Tensor | None]:
-    """The same by ao.softmax_moments."""
-    found = ao.softmax_moments(
+    """The same by ao.ops.softmax_moments."""
+    found = ao.ops.softmax_moments(
         logits,
         labels,
         ignore_index=255,

@@ -93,7 +93,7 @@ def moments_and_gradients(case, features, labels, anchors, weights):
     features = features.detach().requires_grad_()
     if anchors is not None:
         anchors = anchors.detach().requires_grad_(case.anchors == "learnable")
-    counts, sums, sqdists = ao.class_moments(
+    counts, sums, sqdists = ao.ops.class_moments(
         features,
         labels,
         case.classes,

@@ -82,7 +82,7 @@ def is_valid(case: Case, labels) -> torch.Tensor:
 
 
 def moments_of(case: Case, logits, labels) -> dict[str, torch.Tensor]:
-    moments = ao.softmax_moments(logits, labels, **case.options)
+    moments = ao.ops.softmax_moments(logits, labels, **case.options)
     return {name: x for name, x in moments._asdict().items() if x is not None}
 
 

@@ -7,8 +7,8 @@ from emulator import BACKEND
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
-from anchorops.ops import centroid_info_nce as operator
-from anchorops.ops.centroid_info_nce import unchecked_info_nce
+from anchorops._ops import centroid_info_nce as operator
+from anchorops._ops.centroid_info_nce import unchecked_info_nce
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -228,7 +228,7 @@ def test_operators_are_registered_as_torch_expects():
 
 def test_second_derivatives_raise():
     queries, keys = torch.randn(2, 6, 5)
-    loss = ao.centroid_info_nce(queries.requires_grad_(), keys)
+    loss = ao.ops.centroid_info_nce(queries.requires_grad_(), keys)
     (dqueries,) = torch.autograd.grad(loss, queries, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
         dqueries.sum().backward()

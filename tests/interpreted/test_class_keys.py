@@ -3,9 +3,9 @@ import torch
 from emulator import BACKEND
 
 from anchorops import reference
+from anchorops._ops.class_keys import class_keys
 from anchorops.kernels.launch import as_pixels
 from anchorops.kernels.tile_keys import tile_keys
-from anchorops.ops.class_keys import class_keys
 
 
 def check(labels, size, num_classes, per_image=False, ignore_index=255):

@@ -183,11 +183,13 @@ def test_ignored_pixels_change_nothing(path, size, dtype):
 def test_not_finite_pixel_of_a_tile_of_one_key(size):
     case = Case(size, 1000, BF16, labels="mixed")
     features, labels, anchors = make_features(case), make_labels(case), torch.randn(1000, 250)
-    _, clean, _ = ao.class_moments(features, labels, 1000, anchors=anchors, ignore_index=255)
+    _, clean, _ = ao.ops.class_moments(features, labels, 1000, anchors=anchors, ignore_index=255)
     pixel, channel = 100, 4  # of tile 1; tile 0 has pixels of the same key
     own = int(labels.view(-1)[pixel])
     features[0, channel, 0, pixel] = torch.inf
-    _, sums, sqdists = ao.class_moments(features, labels, 1000, anchors=anchors, ignore_index=255)
+    _, sums, sqdists = ao.ops.class_moments(
+        features, labels, 1000, anchors=anchors, ignore_index=255
+    )
     spoilt = torch.zeros(1000, 250, dtype=torch.bool)
     spoilt[own, channel] = True
     assert torch.equal(sums.isfinite(), ~spoilt)
@@ -237,7 +239,7 @@ def test_not_finite_pixels_without_a_slot(dtype, size):
         results = []
         for backend in (BACKEND, "reference"):
             with ao.use_backend(backend):
-                _, *moments = ao.class_moments(
+                _, *moments = ao.ops.class_moments(
                     features, labels, 600, anchors=chosen, ignore_index=-1
                 )
             if chosen is None:
@@ -263,7 +265,7 @@ def test_empty(size):
     features = torch.empty(size, requires_grad=True)
     labels = torch.empty(size[:1] + size[2:], dtype=torch.int64)
     anchors = torch.randn(3, 4, requires_grad=True)
-    counts, sums, sqdists = ao.class_moments(features, labels, 3, anchors=anchors)
+    counts, sums, sqdists = ao.ops.class_moments(features, labels, 3, anchors=anchors)
     (sums.sum() + sqdists.sum()).backward()
     assert not counts.any() and not sums.any() and not sqdists.any()
     assert features.grad.shape == size and not anchors.grad.any()
@@ -310,7 +312,7 @@ def test_offsets_are_64_bit(path):
         labels[labels == 255] = 1
         weights = torch.randn(classes, dim), torch.rand(classes)
         ours = moments_and_gradients(case, view.clone(), labels, anchors, weights)
-        _, sums, sqdists = ao.class_moments(
+        _, sums, sqdists = ao.ops.class_moments(
             view, labels, classes, anchors=anchors, ignore_index=255
         )
         torch.testing.assert_close(sums, ours[1])
@@ -327,7 +329,7 @@ def test_offsets_are_64_bit(path):
 def test_compiles_as_one_graph():
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     def loss(features, labels, anchors):
-        counts, sums, sqdists = ao.class_moments(features, labels, 4, anchors=anchors)
+        counts, sums, sqdists = ao.ops.class_moments(features, labels, 4, anchors=anchors)
         return sqdists.sum() + (sums.sum(1) * counts).sum()
 
     for height in (3, 5):
@@ -372,11 +374,11 @@ def test_keys_that_do_not_follow_each_other_are_refused(keys):
 
 def test_float64_is_refused():
     with pytest.raises(ValueError, match=rf"class_moments: backend {BACKEND} .* float64"):
-        ao.class_moments(torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4).long(), 2)
+        ao.ops.class_moments(torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4).long(), 2)
     with pytest.raises(ValueError, match="at most 16384 classes"):
-        ao.class_moments(torch.zeros(4, 2), torch.zeros(4).long(), 20_000, ignore_index=255)
+        ao.ops.class_moments(torch.zeros(4, 2), torch.zeros(4).long(), 20_000, ignore_index=255)
 
 
 def test_auto_does_not_take_the_interpreter():
     with ao.use_backend("auto"):
-        ao.class_moments(torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4).long(), 2)
+        ao.ops.class_moments(torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4).long(), 2)

@@ -7,7 +7,7 @@ import torch
 from moments import BF16, FP32
 
 import anchorops as ao
-from anchorops.ops.upsampled_sums import upsampled_sums
+from anchorops._ops.upsampled_sums import upsampled_sums
 
 ORDERS = 0, 1, 2  # the usual one, and two random ones
 

@@ -28,7 +28,7 @@ def test_the_plan_depends_on_the_gpu(set_hardware):
 
     def sums(multiprocessors: int, kilobytes: int) -> torch.Tensor:
         set_hardware(multiprocessors, kilobytes)
-        return ao.class_moments(features, labels, 3, anchors=torch.ones(3, 64)).sums
+        return ao.ops.class_moments(features, labels, 3, anchors=torch.ones(3, 64)).sums
 
     first, second, fewer, less = (
         sums(*gpu) for gpu in ((132, 228), (132, 228), (7, 228), (7, 100))
@@ -44,9 +44,9 @@ def test_more_chunks_for_random_labels(set_hardware, labels: str):
     set_hardware(1, 228)
     case = Case((1, 193, 12_352), 150, BF16, labels=labels)
     features, labels_of = make_features(case), make_labels(case)
-    sums = ao.class_moments(features, labels_of, 150, ignore_index=255).sums
+    sums = ao.ops.class_moments(features, labels_of, 150, ignore_index=255).sums
     with ao.use_backend("reference"):
-        exact = ao.class_moments(features.double(), labels_of, 150, ignore_index=255).sums
+        exact = ao.ops.class_moments(features.double(), labels_of, 150, ignore_index=255).sums
     torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-4)
 
 
@@ -56,9 +56,9 @@ def test_squares_of_values_with_few_bits(set_hardware):
     set_hardware(1, 228)
     case = Case((1, 32, 1, 12_288), 33, BF16)
     features, labels = make_features(case), make_labels(case)
-    sqdists = ao.class_moments(features, labels, 33, anchors=torch.zeros(33, 32)).sqdists
+    sqdists = ao.ops.class_moments(features, labels, 33, anchors=torch.zeros(33, 32)).sqdists
     with ao.use_backend("reference"):
-        exact = ao.class_moments(
+        exact = ao.ops.class_moments(
             features.double(), labels, 33, anchors=torch.zeros(33, 32, dtype=torch.float64)
         ).sqdists
     assert sqdists is not None and exact is not None

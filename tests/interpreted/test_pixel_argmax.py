@@ -146,7 +146,7 @@ def test_hits_are_the_diagonal(size, pixels, align_corners, dtype):
     labels[torch.rand(labels.shape) < 0.2] = 255
     options = {"align_corners": align_corners}
     matrix = ao.pixel_confusion(logits, labels, **options)
-    assert torch.equal(ao.softmax_moments(logits, labels, **options).hits, matrix.diagonal())
+    assert torch.equal(ao.ops.softmax_moments(logits, labels, **options).hits, matrix.diagonal())
     predictions = ao.pixel_argmax(logits, pixels, **options)
     assert torch.equal(reference.confusion(predictions, labels, size[1], ignore_index=255), matrix)
 

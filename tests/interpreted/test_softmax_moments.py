@@ -123,7 +123,7 @@ def test_losses_are_never_negative(pixels):
     for scale in (10, 10, 20, 20):
         logits = scale * torch.randn(1, 5, 4, 6)
         labels = ao.pixel_argmax(logits, pixels)
-        moments = ao.softmax_moments(logits, labels, pixel_losses=True)
+        moments = ao.ops.softmax_moments(logits, labels, pixel_losses=True)
         assert moments.pixel_losses is not None
         assert (moments.pixel_losses >= 0).all() and (moments.losses >= 0).all()
 
@@ -204,7 +204,7 @@ def test_partials_are_limited(case, blocks, set_hardware):
 def test_nothing_valid(labels_size, dtype):
     logits = torch.full((2, 5, 3, 4), torch.nan, dtype=dtype, requires_grad=True)
     labels = torch.full(labels_size, 255)
-    moments = ao.softmax_moments(logits, labels, squares=True, pixel_losses=True, lse=True)
+    moments = ao.ops.softmax_moments(logits, labels, squares=True, pixel_losses=True, lse=True)
     assert not any(x.any() for x in moments)
     torch.stack([x.sum() for x in moments[2:]]).sum().backward()
     assert not logits.grad.any()
@@ -216,7 +216,7 @@ def test_nothing_valid(labels_size, dtype):
 def test_empty(size, labels_size):
     logits = torch.empty(size, requires_grad=True)
     labels = torch.empty(labels_size, dtype=torch.int64)
-    moments = ao.softmax_moments(logits, labels, squares=True, pixel_losses=True, lse=True)
+    moments = ao.ops.softmax_moments(logits, labels, squares=True, pixel_losses=True, lse=True)
     assert not any(x.any() for x in moments)
     torch.stack([x.sum() for x in moments[2:]]).sum().backward()
     assert logits.grad.shape == size
@@ -224,7 +224,7 @@ def test_empty(size, labels_size):
 
 def test_no_labels_of_logits():
     logits = torch.randn(2, 4, 3, 3, requires_grad=True)
-    moments = ao.softmax_moments(logits, torch.empty(2, 0, 5, dtype=torch.int64))
+    moments = ao.ops.softmax_moments(logits, torch.empty(2, 0, 5, dtype=torch.int64))
     moments.losses.sum().backward()
     assert not moments.losses.any() and not logits.grad.any()
 
@@ -253,7 +253,7 @@ def test_labels_that_are_ignored(dtype):
     logits = torch.randn(1, 200, 2, 2, requires_grad=True)
     labels = torch.full((1, 8, 8), 3, dtype=dtype)
     labels[0, 0, :3] = torch.tensor([-100, 7, -1])
-    moments = ao.softmax_moments(logits, labels, ignore_index=7, hits=False, masses=False)
+    moments = ao.ops.softmax_moments(logits, labels, ignore_index=7, hits=False, masses=False)
     assert moments.counts.tolist() == [61 if k == 3 else 0 for k in range(200)]
     assert (moments.losses != 0).nonzero().tolist() == [[3]]
 
@@ -293,7 +293,7 @@ def test_offsets_of_labels_are_64_bit():
 def test_compiles_as_one_graph():
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     def loss(logits, labels):
-        moments = ao.softmax_moments(logits, labels, align_corners=True)
+        moments = ao.ops.softmax_moments(logits, labels, align_corners=True)
         return moments.losses.sum() / moments.counts.sum() + moments.masses.square().sum()
 
     for width in (3, 5):
@@ -319,9 +319,9 @@ def test_operators_are_registered_as_torch_expects():
 
 def test_float64_is_refused():
     with pytest.raises(ValueError, match=rf"softmax_moments: backend {BACKEND} .* float64"):
-        ao.softmax_moments(torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4).long())
+        ao.ops.softmax_moments(torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4).long())
     with pytest.raises(ValueError, match="at most 16384 classes"):
-        ao.softmax_moments(torch.zeros(4, 20_000), torch.zeros(4).long(), ignore_index=-1)
+        ao.ops.softmax_moments(torch.zeros(4, 20_000), torch.zeros(4).long(), ignore_index=-1)
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

@@ -3,7 +3,7 @@ import torch
 from emulator import BACKEND
 
 from anchorops import reference
-from anchorops.ops.split_groups import split_groups
+from anchorops._ops.split_groups import split_groups
 
 
 def check(keys, num_keys, groups, seed, images=None):

@@ -3,7 +3,7 @@ import torch
 from emulator import BACKEND
 
 from anchorops import reference
-from anchorops.ops.upsampled_sums import upsampled_sums
+from anchorops._ops.upsampled_sums import upsampled_sums
 
 SIZES = [  # of the features and of the labels; whether sums are per image
     ((3, 5), (6, 10), True),
