@@ -95,29 +95,6 @@ __device__ __forceinline__ void split(float first, float second, unsigned (&term
   }
 }
 
-// Rounds two numbers to bfloat16, to nearest even: `first` is the low half of the result.
-__device__ __forceinline__ unsigned rounded_pair(float first, float second) {
-#ifdef __CUDACC__
-  unsigned pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  return pair;
-#else
-  return BFloat16(first).x | unsigned{BFloat16(second).x} << 16;
-#endif
-}
-
-// Like split, but rounded: each term is at most 2^-8 of the one before, and has either sign. So the
-// errors of products that are omitted do not add up. Numbers that are not finite, or that bfloat16
-// rounds to infinity (from 3.39e38 on), become NaN.
-__device__ __forceinline__ void split_rounded(float first, float second, unsigned (&terms)[3]) {
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    terms[i] = rounded_pair(first, second);
-    first -= __uint_as_float(terms[i] << 16);
-    second -= __uint_as_float(terms[i] & 0xffff0000);
-  }
-}
-
 // sum + 0·pair, for each half. It remains 0 if all pairs are finite.
 template <class T>
 __device__ __forceinline__ unsigned add_zeros_of(unsigned pair, unsigned sum) {

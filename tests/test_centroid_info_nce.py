@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import anchorops as ao
-from anchorops._ops.centroid_info_nce import unchecked_info_nce
 from tests.helpers.memory import peak_allocated_bytes
 
 F64 = torch.float64
@@ -118,15 +117,15 @@ def test_in_parts(monkeypatch):
     """The logits of a few rows at a time: the same losses, first and second derivatives."""
     reference = sys.modules["anchorops.reference.centroid_info_nce"]
     queries, keys, positives = (t.requires_grad_() for t in inputs(3, True) if t is not None)
-    present, bias = torch.rand(6, 3) < 0.7, torch.randn(6, dtype=F64, requires_grad=True)
-    options = {"present": present, "temperature": 0.5, "reduction": "none"}
+    options = {"present": torch.rand(6, 3) < 0.7, "temperature": 0.5, "reduction": "none"}
 
-    def losses(queries: Tensor, keys: Tensor, positives: Tensor, bias: Tensor) -> Tensor:
-        given = unchecked_info_nce(queries, keys, positives=positives, bias=bias, **options)
-        other = unchecked_info_nce(queries, keys, bias=bias, all_keys=True, **options)
+    def losses(queries: Tensor, keys: Tensor, positives: Tensor) -> Tensor:
+        given = ao.ops.centroid_info_nce(queries, keys, positives=positives, **options)
+        every = torch.ones(6, dtype=torch.bool)
+        other = ao.ops.centroid_info_nce(queries, keys, present_keys=every, **options)
         return torch.stack((given, other))
 
-    leaves = queries, keys, positives, bias
+    leaves = queries, keys, positives
     results = []
     for logits in (reference.LOGITS_AT_ONCE, 1):
         monkeypatch.setattr(reference, "LOGITS_AT_ONCE", logits)
@@ -143,7 +142,7 @@ def test_in_parts_under_a_transform(monkeypatch):
     queries, keys, _ = inputs(None, False)
 
     def loss(keys: Tensor) -> Tensor:
-        return unchecked_info_nce(queries.detach(), keys, temperature=0.5)
+        return ao.ops.centroid_info_nce(queries.detach(), keys, temperature=0.5)
 
     (expected,) = torch.autograd.grad(loss(keys.requires_grad_()), keys)
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", 1)

@@ -1,9 +1,10 @@
 """InfoNCE between the centroids of K classes. It computes only K×K×D products, so on a GPU the
 launches determine its time.
 
-On GPUs it is an operator, `anchorops::centroid_info_nce.triton` and `.cuda` of one schema. On CPU
-the formula of the reference is used: with its masks of classes it takes about 0.1 ms at K = 19, up
-to four times as long as a plain cross-entropy.
+On GPUs the losses of the queries are an operator, `anchorops::centroid_info_nce.triton` and `.cuda`
+of one schema. It stores no logits: the backward pass computes them again. On CPU the formula of the
+reference is used: with its masks of classes it takes about 0.1 ms at K = 19, up to four times as
+long as a plain cross-entropy.
 """
 
 from typing import Any
@@ -13,83 +14,47 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import (
-    FLOATING,
-    check_choice,
-    check_strided,
-    check_temperature,
-    describe,
-    fail,
-)
-from ..reference.centroid_info_nce import LOGITS_AT_ONCE
+from .._checks import FLOATING, check_choice, check_strided, check_temperature, describe, fail
 from .registration import ON_GPU, Gradient, define
 
-# bias: float32 [K]; the other tensors of any floating-point dtype. lse, positive_logits (float32
-# [K] or [K, G]), scale (the factor of the sum of the losses) and logits are kept for the gradient.
-# logits: float32 [K·G, K, rounded up to a multiple of 8], or (0,) if these are more than
-# logits_at_once. dbias and dpositives are (0,) if there is no bias or are no positives.
+# float32 queries, positives [R, D] by strides, R = K·G: row r is a query of class r // G; keys
+# [K, D] by strides; bool present [R], present_keys [K]. Without positives, that of a row is the key
+# of its class. Without masks, all are present. losses, lse: [R]. Without positives, dpositives are
+# (0,).
 _SCHEMA = (
-    "(Tensor queries, Tensor keys, Tensor? bias, Tensor? positives, Tensor? present, "
-    "Tensor? present_keys, bool all_keys, bool mirrored, float temperature, "
-    "float loss_weight, str reduction, int logits_at_once) "
-    "-> (Tensor loss, Tensor lse, Tensor positive_logits, Tensor scale, Tensor logits)"
+    "(Tensor queries, Tensor keys, Tensor? positives, Tensor? present, Tensor? present_keys, "
+    "float temperature) -> (Tensor losses, Tensor lse)"
 )
 _BACKWARD_SCHEMA = (
-    "(Tensor dloss, Tensor queries, Tensor keys, Tensor? bias, Tensor? positives, Tensor? present, "
-    "Tensor? present_keys, Tensor lse, Tensor positive_logits, Tensor scale, Tensor logits, "
-    "bool all_keys, bool mirrored, float temperature, int logits_at_once) "
-    "-> (Tensor dqueries, Tensor dkeys, Tensor dbias, Tensor dpositives)"
+    "(Tensor dlosses, Tensor queries, Tensor keys, Tensor? positives, Tensor? present, "
+    "Tensor? present_keys, Tensor losses, Tensor lse, float temperature) "
+    "-> (Tensor dqueries, Tensor dkeys, Tensor dpositives)"
 )
 
 
-def _forward_fake(
-    queries: Tensor, keys: Tensor, *given: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_, reduction, logits_at_once = given
-    shape = queries.shape[:-1]
-    rows, width = shape.numel(), (keys.shape[0] + 7) // 8 * 8
-    return (
-        queries.new_empty(shape if reduction == "none" else (), dtype=torch.float32),
-        queries.new_empty(shape, dtype=torch.float32),
-        queries.new_empty(shape, dtype=torch.float32),
-        queries.new_empty((), dtype=torch.float32),
-        queries.new_empty(
-            (rows, width) if rows * width <= logits_at_once else (0,), dtype=torch.float32
-        ),
-    )
+def _forward_fake(queries: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    return queries.new_empty(queries.shape[0]), queries.new_empty(queries.shape[0])
 
 
 def _backward_fake(
-    dloss: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    positives: Tensor | None,
-    *saved: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        queries.new_empty(queries.shape),
-        keys.new_empty(keys.shape),
-        dloss.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-        queries.new_empty(0) if positives is None else positives.new_empty(queries.shape),
-    )
+    dlosses: Tensor, queries: Tensor, keys: Tensor, positives: Tensor | None, *saved: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dpositives = queries.new_empty(0 if positives is None else positives.shape)
+    return queries.new_empty(queries.shape), keys.new_empty(keys.shape), dpositives
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (all_keys, mirrored, temperature, _, _, logits_at_once) = inputs[:6], inputs[6:]
-    ctx.options = all_keys, mirrored, temperature, logits_at_once
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:])
+    *tensors, ctx.temperature = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(operator: Any, ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if dloss is None:
-        return (None,) * 12
+def _backward(operator: Any, ctx: Any, dlosses: Tensor | None, _: None) -> tuple[Any, ...]:
+    if dlosses is None:
+        return (None,) * 6
     saved = ctx.saved_tensors
-    gradients = operator(dloss, *saved, *ctx.options)
-    given = saved[:4]  # queries, keys, bias, positives
-    wanted = (d if x is not None else None for d, x in zip(gradients, given, strict=True))
-    return *wanted, *(None,) * 8
+    dqueries, dkeys, dpositives = operator(dlosses.contiguous(), *saved, ctx.temperature)
+    return dqueries, dkeys, None if saved[2] is None else dpositives, None, None, None
 
 
 define(
@@ -123,8 +88,8 @@ def centroid_info_nce(
 
     (OCCL, doi 10.1016/j.patcog.2024.110431, Eqs. 4-6 as described in the text; MVSC, Eq. 2.)
     Nothing is normalised here. Inner products and sums are float32, also under autocast.
-    The K·G×K logits are kept for the gradient if these are at most 2^23 (32 MiB in float32).
-    Otherwise the backward pass computes them again, at most 32 MiB at a time.
+    On GPUs the K·G×K logits are never stored. On CPU they are kept for the gradient if these are
+    at most 2^23 (32 MiB in float32); otherwise the backward pass computes parts of them again.
 
     Args:
         queries: [K, D], or [K, G, D] for G queries of each class; float.
@@ -163,52 +128,30 @@ def centroid_info_nce(
                 fail(function, argument, "a bool tensor", mask.dtype)
     check_temperature(function, temperature)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    return unchecked_info_nce(
-        queries,
-        keys,
-        positives=positives,
-        present=present,
-        present_keys=present_keys,
-        temperature=temperature,
-        reduction=reduction,
-    )
-
-
-def unchecked_info_nce(
-    queries: Tensor,
-    keys: Tensor,
-    *,
-    bias: Tensor | None = None,
-    positives: Tensor | None = None,
-    mirrored: bool = False,
-    present: Tensor | None = None,
-    present_keys: Tensor | None = None,
-    all_keys: bool = False,
-    temperature: float,
-    loss_weight: float = 1.0,
-    reduction: str = "mean",
-) -> Tensor:
-    """`centroid_info_nce` of arguments already checked, and these:
-
-    bias: float [K], added to the logits of the keys. mirrored: the positive of query g of a class
-    is its query G−1−g. all_keys: all keys are in the denominators. loss_weight: a factor.
-    """
-    function = "centroid_info_nce"
-    options: dict[str, Any] = {
-        "bias": bias,
-        "positives": positives,
-        "present": present,
-        "present_keys": present_keys,
-        "all_keys": all_keys,
-        "mirrored": mirrored,
-        "temperature": temperature,
-        "loss_weight": loss_weight,
-        "reduction": reduction,
-    }
     backend = select(function, queries, queries.shape[0])
     if backend not in ON_GPU:
-        return reference.centroid_info_nce(queries, keys, **options)
-    if bias is not None:
-        options["bias"] = bias.to(torch.float32).contiguous()  # the kernels read it as such
-    operator = getattr(torch.ops.anchorops.centroid_info_nce, backend)
-    return operator(queries, keys, *options.values(), LOGITS_AT_ONCE)[0]
+        return reference.centroid_info_nce(
+            queries,
+            keys,
+            positives=positives,
+            present=present,
+            present_keys=present_keys,
+            temperature=temperature,
+            reduction=reduction,
+        )
+    if present_keys is None and present is not None:
+        present_keys = present if present.dim() == 1 else present.any(1)
+    rows = None if present is None else present.flatten().contiguous()
+    losses, _ = getattr(torch.ops.anchorops.centroid_info_nce, backend)(
+        queries.float().flatten(0, -2),
+        keys.float(),
+        None if positives is None else positives.float().flatten(0, -2),
+        rows,
+        None if present_keys is None else present_keys.contiguous(),
+        temperature,
+    )
+    if reduction == "none":
+        return losses.view(queries.shape[:-1])
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (max(losses.numel(), 1) if rows is None else rows.sum().clamp(min=1))

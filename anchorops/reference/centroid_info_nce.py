@@ -14,46 +14,36 @@ def centroid_info_nce(
     queries: Tensor,
     keys: Tensor,
     *,
-    bias: Tensor | None = None,
     positives: Tensor | None = None,
     present: Tensor | None = None,
     present_keys: Tensor | None = None,
-    all_keys: bool = False,
-    mirrored: bool = False,
     temperature: float = 0.07,
-    loss_weight: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """−log [ e^{l_i} / ( e^{l_i} + Σ_{j≠i} e^{q_i·k_j/τ + b_j} ) ] for each present query i, times
-    loss_weight. l_i = q_i·p_i/τ for given positives p, otherwise q_i·k_i/τ + b_i.
+    """−log [ e^{q_i·p_i/τ} / ( e^{q_i·p_i/τ} + Σ_{j≠i} e^{q_i·k_j/τ} ) ] for each present query i;
+    j: the present keys; p_i = k_i if no positives are given.
 
-    queries, positives: [K, D] or [K, G, D]; keys: [K, D]; bias: [K]; present: bool [K] or [K, G];
-    present_keys: bool [K], by default the classes with a present query; all of them with all_keys.
-    mirrored: the positive of query g of a class is its query G−1−g.
+    queries, positives: [K, D] or [K, G, D]; keys: [K, D]; present: bool [K] or [K, G];
+    present_keys: bool [K], by default the classes with a present query.
     """
     num_classes, shape = keys.shape[0], queries.shape[:-1]
     dtype = torch.promote_types(queries.dtype, torch.float32)
     if present is None:
         present = torch.ones(shape, dtype=torch.bool, device=queries.device)
     has_query = present if present.dim() == 1 else present.any(1)
-    if all_keys:
-        present_keys = torch.ones_like(has_query)
-    elif present_keys is None:
+    if present_keys is None:
         present_keys = has_query
-    if mirrored:
-        positives = queries if queries.dim() == 2 else queries.flip(1)
     # There is no autocast for the device "meta".
     with torch.autocast("cpu" if queries.is_meta else queries.device.type, enabled=False):
         # Absent classes are removed by selection, because their centroids may be NaN.
         used = present_keys if positives is not None else present_keys | has_query
         keys = torch.where(used[:, None], keys.to(dtype), 0)
-        bias = None if bias is None else torch.where(used, bias.to(dtype), 0)
         own = torch.arange(num_classes, device=keys.device).repeat_interleave(shape[1:].numel())
         flat = None if positives is None else positives.flatten(0, -2)
         rows = queries.flatten(0, -2), flat, present.flatten(), own
-        given = keys, bias, present_keys, temperature
+        given = keys, present_keys, temperature
         # torch.func's transforms do not support torch.utils.checkpoint.
-        transformed = any(x is not None and in_transform(x) for x in (queries, keys, bias, flat))
+        transformed = any(x is not None and in_transform(x) for x in (queries, keys, flat))
         if transformed or shape.numel() * num_classes <= LOGITS_AT_ONCE:
             losses = _losses(rows, *given)
         else:
@@ -66,7 +56,7 @@ def centroid_info_nce(
                     for part in zip(*parts, strict=True)
                 ]
             )
-    losses = loss_weight * losses.view(shape)
+    losses = losses.view(shape)
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / present.sum().clamp(min=1)
@@ -75,7 +65,6 @@ def centroid_info_nce(
 def _losses(
     rows: tuple[Tensor, Tensor | None, Tensor, Tensor],
     keys: Tensor,
-    bias: Tensor | None,
     present_keys: Tensor,
     temperature: float,
 ) -> Tensor:
@@ -84,8 +73,6 @@ def _losses(
     queries = torch.where(present[:, None], queries.to(keys.dtype), 0)
     own = own_class[:, None] == torch.arange(len(keys), device=keys.device)
     logits = queries @ keys.T / temperature
-    if bias is not None:
-        logits = logits + bias
     if positives is not None:
         positives = torch.where(present[:, None], positives.to(keys.dtype), 0)
         product = (queries * positives).sum(-1, keepdim=True)
