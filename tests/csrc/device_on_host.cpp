@@ -312,6 +312,13 @@ int multiprocessors() { return multiprocessors_set; }
 
 size_t shared_kilobytes() { return shared_kilobytes_set; }
 
+void set_hardware(int multiprocessors, int shared_kilobytes) {
+  multiprocessors_set = multiprocessors;
+  shared_kilobytes_set = shared_kilobytes;
+}
+
+void set_order(unsigned seed) { order_set = seed; }
+
 void wait_for_kernel_before() { Worker::current->fiber().has_waited_for_kernel = true; }
 
 Place place() { return Worker::current->place; }
@@ -400,13 +407,3 @@ bool next_copy(int pending_groups, Copy* copy) {
 }
 
 }  // namespace anchorops::on_host
-
-extern "C" [[gnu::visibility("default")]] void anchorops_set_hardware(int multiprocessors,
-                                                                      int shared_kilobytes) {
-  anchorops::on_host::multiprocessors_set = multiprocessors;
-  anchorops::on_host::shared_kilobytes_set = shared_kilobytes;
-}
-
-extern "C" [[gnu::visibility("default")]] void anchorops_set_order(unsigned seed) {
-  anchorops::on_host::order_set = seed;
-}

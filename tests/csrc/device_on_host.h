@@ -59,6 +59,9 @@ unsigned char* shared_memory();
 // Those of an H200, or what a test has set: multiprocessors, and the shared memory of each.
 int multiprocessors();
 size_t shared_kilobytes();
+void set_hardware(int multiprocessors, int shared_kilobytes);
+// The order in which threads run: a seed, or 0 for the usual one.
+void set_order(unsigned seed);
 void check_alignment(const void* address, size_t alignment);
 
 // Waits for the lanes of `mask`; then slot i contains the value of lane i.

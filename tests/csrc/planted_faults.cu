@@ -1,5 +1,7 @@
 // Kernels with one fault each, which the sanitizers must find, and one kernel without a fault.
-#include <cstring>
+#include "planted_faults.h"
+
+#include <stdexcept>
 
 #include "../../csrc/launch.cuh"
 
@@ -68,7 +70,7 @@ __global__ void rotate_kernel(const float* in_ptr, float* out_ptr) {
 }
 
 template <Fault FAULT>
-void rotate(const float* in_ptr, float* out_ptr, unsigned blocks) {
+void launch_rotation(const float* in_ptr, float* out_ptr, unsigned blocks) {
   constexpr size_t SHARED_BYTES =
       FAULT == Fault::TOO_MUCH_SHARED ? MAX_SHARED_BYTES + 4 : THREADS * sizeof(float);
   const dim3 grid(blocks, FAULT == Fault::TOO_MANY_ROWS_OF_BLOCKS ? 65536 : 1);
@@ -77,13 +79,15 @@ void rotate(const float* in_ptr, float* out_ptr, unsigned blocks) {
 }
 
 }  // namespace
-}  // namespace anchorops
 
-extern "C" [[gnu::visibility("default")]] void rotate(const char* fault, const float* in_ptr,
-                                                      float* out_ptr, unsigned blocks) {
-  using namespace anchorops;
+std::vector<float> rotate(const std::string& fault, const std::vector<float>& numbers) {
+  std::vector<float> rotated(numbers.size());
+  const auto plant = [&](auto kernel) {
+    kernel(numbers.data(), rotated.data(), static_cast<unsigned>(numbers.size() / THREADS));
+    return rotated;
+  };
 #define PLANT(FAULT) \
-  if (!std::strcmp(fault, #FAULT)) return rotate<Fault::FAULT>(in_ptr, out_ptr, blocks)
+  if (fault == #FAULT) return plant(launch_rotation<Fault::FAULT>)
   PLANT(NONE);
   PLANT(SHARED_OUT_OF_BOUNDS);
   PLANT(GLOBAL_OUT_OF_BOUNDS);
@@ -98,4 +102,7 @@ extern "C" [[gnu::visibility("default")]] void rotate(const char* fault, const f
   PLANT(TOO_MANY_ROWS_OF_BLOCKS);
   PLANT(NOT_WAITED_FOR_KERNEL);
 #undef PLANT
+  throw std::invalid_argument("rotate: fault: no kernel has " + fault);
 }
+
+}  // namespace anchorops

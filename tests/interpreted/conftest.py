@@ -1,10 +1,7 @@
-import ctypes
-import os
-
 import numpy as np
 import pytest
 import torch
-from emulator import BACKEND, EMULATED
+from emulator import BACKEND, EMULATED, controls
 
 import anchorops as ao
 
@@ -55,9 +52,9 @@ def set_hardware():
     an H200."""
     if BACKEND != "cuda":
         pytest.skip("Triton's plans depend on shapes alone")
-    function = ctypes.CDLL(os.environ["ANCHOROPS_CUDA_ON_HOST"]).anchorops_set_hardware
-    yield function
-    function(132, 228)
+    set_hardware = controls().set_hardware
+    yield set_hardware
+    set_hardware(132, 228)
 
 
 @pytest.fixture
@@ -65,9 +62,9 @@ def set_order():
     """The order in which the emulator's threads run: a seed, or 0 for the usual one."""
     if BACKEND != "cuda":
         pytest.skip("programs of the interpreter have no threads")
-    function = ctypes.CDLL(os.environ["ANCHOROPS_CUDA_ON_HOST"]).anchorops_set_order
-    yield function
-    function(0)
+    set_order = controls().set_order
+    yield set_order
+    set_order(0)
 
 
 @pytest.fixture(params=[(7, 228), (58, 100)], ids=["7 multiprocessors", "L4"])

@@ -1,9 +1,23 @@
 """The backend whose kernels run here on the CPU: the Triton kernels in Triton's interpreter, or the
 CUDA sources in the emulator (tests/csrc)."""
 
+import importlib
 import os
+import sys
+from pathlib import Path
+from types import ModuleType
 
 from anchorops._backend import TRITON_INTERPRETED
 
-BACKEND = "cuda" if "ANCHOROPS_CUDA_ON_HOST" in os.environ else "triton"
+LIBRARY = os.environ.get("ANCHOROPS_CUDA_ON_HOST")
+BACKEND = "cuda" if LIBRARY else "triton"
 EMULATED = BACKEND == "cuda" or TRITON_INTERPRETED
+
+
+def controls() -> ModuleType:
+    """The emulator's controls (tests/csrc/on_host.cpp), of the library that is loaded."""
+    assert LIBRARY is not None
+    directory = str(Path(LIBRARY).parent)
+    if directory not in sys.path:
+        sys.path.append(directory)
+    return importlib.import_module("on_host")
