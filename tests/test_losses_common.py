@@ -326,3 +326,16 @@ def test_double_precision_gradients() -> None:
     for method in (ao.OCCL(K, D, centroid_weight=0.0), METHODS["ceco"](), METHODS["cr"]()):
         method.double().eval()
         assert torch.autograd.gradcheck(lambda f, w, m=method: m(f, labels, w), (features, weight))
+
+
+@each_method
+def test_label_values_are_checked_on_request(build: Callable[[], Regularizer]) -> None:
+    features, labels, classifier = batch()
+    labels = labels.clone()
+    labels.view(-1)[0] = K
+    method = build()
+    method(features, labels, classifier)  # the pixel is ignored
+    for module in (method, *getattr(method, "methods", ())):
+        module.check_labels = True
+    with pytest.raises(ValueError, match=rf"^{type(method).__name__}: labels: expected values in"):
+        method(features, labels, classifier)

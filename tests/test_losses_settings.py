@@ -28,7 +28,7 @@ VECTORS = ("foo", -1, 2.5, [1.0], torch.zeros(K, D + 1))
 WEIGHT = ("foo", -1, 2.5, [1.0, -1.0], [INFINITE], [[1.0]])
 
 OF_METHODS = {"num_classes": COUNT, "dim": COUNT, "ignore_index": IGNORE_INDEX}
-OF_METHODS |= {"process_group": GROUP}
+OF_METHODS |= {"process_group": GROUP, "check_labels": FLAG}
 OF_PIXELS = {"ignore_index": IGNORE_INDEX}
 OF_PIXELS |= dict.fromkeys(("accuracy", "align_corners", "check_labels"), FLAG)
 ARGUMENTS: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {

@@ -14,7 +14,9 @@ from .._checks import (
     FLOATING,
     check_count,
     check_features,
+    check_flags,
     check_ignore_index,
+    check_label_values,
     check_labels,
     check_num_classes,
     describe,
@@ -92,6 +94,8 @@ class Regularizer(Initialized):
             ProcessGroup for those of all its R ranks. The gradient of a rank is then that of the
             sum of the ranks' (equal) losses, R times that of one rank. DDP's mean over the ranks
             gives exactly the gradients of one process on the concatenated batch.
+        check_labels: raise an error if a label is neither a class nor ignore_index; this
+            synchronises with the device.
 
     Shapes:
         features: (B, D, H, W), (B, D, N) or (N, D), any strides, float32, bfloat16, float16 or
@@ -124,6 +128,7 @@ class Regularizer(Initialized):
         *,
         ignore_index: int | None = None,
         process_group: ProcessGroup | str | None = None,
+        check_labels: bool = False,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -134,6 +139,8 @@ class Regularizer(Initialized):
         check_count(name, "dim", dim)
         self.num_classes, self.dim = num_classes, dim
         self.ignore_index = check_ignore_index(name, ignore_index, num_classes)
+        check_flags(name, check_labels=check_labels)
+        self.check_labels = check_labels
         self.process_group = group_name(name, process_group)
         self.terms: dict[str, Tensor] = {}
         self.attachment: Attachment | None = None
@@ -257,6 +264,8 @@ class Regularizer(Initialized):
         if features.shape[1] != self.dim:
             fail(name, "features", f"{self.dim} channels, as dim", f"shape {tuple(features.shape)}")
         check_labels(name, labels, features)
+        if self.check_labels:
+            check_label_values(name, labels, self.num_classes, self.ignore_index)
         if any(hasattr(parameter, "placements") for parameter in self.parameters()):
             expected = (
                 "parameters that are not sharded after the model's forward: call fully_shard on "
@@ -275,6 +284,6 @@ class Regularizer(Initialized):
             fail(name, "classifier", "the model's classifier or its weight", None)
 
     def extra_repr(self) -> str:
-        names = [*self.settings, "ignore_index", "process_group"]
+        names = [*self.settings, "ignore_index", "process_group", "check_labels"]
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.num_classes}, {self.dim}, {settings}"

@@ -83,7 +83,7 @@ class CBP(Regularizer):
             weight is a buffer of the classifier, which FSDP does not shard. With "penalty" it must
             not be sharded: the first forward raises ValueError.
         momentum: for "ema", w ← momentum·w + (1 − momentum)·centroid on present classes.
-        ignore_index, process_group: as in `Regularizer`; "ema" always uses all ranks, because the
+        ignore_index, process_group, check_labels: as in `Regularizer`; "ema" always uses all ranks, because the
             ranks' classifiers must stay equal.
 
     State of "ema": `centroids` [K, D], a buffer with the centroids of the last batch. The next
@@ -110,8 +110,15 @@ class CBP(Regularizer):
         penalty_weight: float = 0.01,
         ignore_index: int | None = None,
         process_group: ProcessGroup | str | None = None,
+        check_labels: bool = False,
     ) -> None:
-        super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
+        super().__init__(
+            num_classes,
+            dim,
+            ignore_index=ignore_index,
+            process_group=process_group,
+            check_labels=check_labels,
+        )
         check_choice("CBP", "update", update, ("frozen", "gradient", "ema", "penalty"))
         if update == "penalty" and length is None:
             fail("CBP", "length", 'a number for update="penalty"', None)

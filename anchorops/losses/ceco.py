@@ -42,7 +42,7 @@ class CeCo(Regularizer):
         per_image: centers of each image instead of the batch.
         freeze_projection: True as in the released code; False trains it.
         dropout: probability, for ẑ, below 1.
-        ignore_index, process_group: as in `Regularizer`; with a group, the statistics of BN are
+        ignore_index, process_group, check_labels: as in `Regularizer`; with a group, the statistics of BN are
             global, and two ranks equal one process if dropout = 0.
 
     The model's own classifier is not used. `terms`: center, present (number of centers).
@@ -78,8 +78,15 @@ class CeCo(Regularizer):
         dropout: float = 0.1,
         ignore_index: int | None = None,
         process_group: ProcessGroup | str | None = None,
+        check_labels: bool = False,
     ) -> None:
-        super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
+        super().__init__(
+            num_classes,
+            dim,
+            ignore_index=ignore_index,
+            process_group=process_group,
+            check_labels=check_labels,
+        )
         check_choice("CeCo", "resolution", resolution, ("label", "feature"))
         check_number("CeCo", "loss_weight", loss_weight)
         check_number("CeCo", "scale", scale, above=True)

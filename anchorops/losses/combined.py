@@ -28,7 +28,12 @@ class Combined(Regularizer):
         if not regularizers:
             fail("Combined", "regularizers", "at least one", "none")
         first = regularizers[0]
-        super().__init__(first.num_classes, first.dim, ignore_index=first.ignore_index)
+        super().__init__(
+            first.num_classes,
+            first.dim,
+            ignore_index=first.ignore_index,
+            check_labels=any(regularizer.check_labels for regularizer in regularizers),
+        )
         for name in ("num_classes", "dim", "ignore_index", "seed"):
             values = {getattr(r, name) for r in regularizers if hasattr(r, name)}
             if len(values) > 1:

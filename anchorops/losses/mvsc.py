@@ -42,7 +42,7 @@ class MVSC(Regularizer):
         enhance: False for L_v = CE of V itself, without a gradient to the features.
         temperature: τ, a normal number of float32.
         seed: of the random splits, together with the step counter `step`, a buffer, as in `OCCL`.
-        ignore_index, process_group: as in `Regularizer`.
+        ignore_index, process_group, check_labels: as in `Regularizer`.
 
     State: `prototypes` (V), a parameter [G, K, D]. `terms`: fca, cos, visual, present (of K).
     """
@@ -72,8 +72,15 @@ class MVSC(Regularizer):
         seed: int = 0,
         ignore_index: int | None = None,
         process_group: ProcessGroup | str | None = None,
+        check_labels: bool = False,
     ) -> None:
-        super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
+        super().__init__(
+            num_classes,
+            dim,
+            ignore_index=ignore_index,
+            process_group=process_group,
+            check_labels=check_labels,
+        )
         check_count("MVSC", "groups", groups)
         check_number("MVSC", "fca_weight", fca_weight)
         check_number("MVSC", "cos_weight", cos_weight)

@@ -43,7 +43,7 @@ class OCCL(Regularizer):
             which is closer to the objects of the text.
         seed: of the random splits, together with the step counter `step`, a buffer. It is int64
             also in an average of models, where it only determines the next splits.
-        ignore_index, process_group: as in `Regularizer`.
+        ignore_index, process_group, check_labels: as in `Regularizer`.
 
     A trainable classifier receives the gradient of L_c. `terms`: centroid, category, present (|P|).
     """
@@ -73,8 +73,15 @@ class OCCL(Regularizer):
         seed: int = 0,
         ignore_index: int | None = None,
         process_group: ProcessGroup | str | None = None,
+        check_labels: bool = False,
     ) -> None:
-        super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
+        super().__init__(
+            num_classes,
+            dim,
+            ignore_index=ignore_index,
+            process_group=process_group,
+            check_labels=check_labels,
+        )
         check_choice("OCCL", "reduction", reduction, ("mean", "sum"))
         check_choice("OCCL", "split", split, ("pixels", "images"))
         check_number("OCCL", "centroid_weight", centroid_weight)

@@ -60,7 +60,7 @@ class SAR(Regularizer):
         layers: of the embedding: 3 for segmentation, 2 for classification (its appendix A).
         reweight: w_k = log p_k / Σ_S log p_j (its Eq. 7); False for the unweighted mean over S.
         detach_weights: stop the gradient through w; the released code does not.
-        ignore_index, process_group: as in `Regularizer`; with a group L_p2a is that of all ranks.
+        ignore_index, process_group, check_labels: as in `Regularizer`; with a group L_p2a is that of all ranks.
 
     State: `anchors` (A) and `semantic_anchors` (Â) are buffers. If the average of a class has not
     started, its row is zero; an average of models (AveragedModel, ModelEma) then includes these
@@ -102,8 +102,15 @@ class SAR(Regularizer):
         detach_weights: bool = False,
         ignore_index: int | None = None,
         process_group: ProcessGroup | str | None = None,
+        check_labels: bool = False,
     ) -> None:
-        super().__init__(num_classes, dim, ignore_index=ignore_index, process_group=process_group)
+        super().__init__(
+            num_classes,
+            dim,
+            ignore_index=ignore_index,
+            process_group=process_group,
+            check_labels=check_labels,
+        )
         check_choice("SAR", "gate", gate, ("all", "per_class"))
         if not isinstance(layers, int) or layers not in (2, 3):
             fail("SAR", "layers", "2 or 3", describe(layers))
