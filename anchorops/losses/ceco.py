@@ -42,8 +42,8 @@ class CeCo(Regularizer):
         per_image: centers of each image instead of the batch.
         freeze_projection: True as in the released code; False trains it.
         dropout: probability, for ẑ, below 1.
-        ignore_index, process_group, check_labels: as in `Regularizer`; with a group, the statistics of BN are
-            global, and two ranks equal one process if dropout = 0.
+        ignore_index, process_group, check_labels: as in `Regularizer`; with a group, the
+            statistics of BN are global, and two ranks equal one process if dropout = 0.
 
     The model's own classifier is not used. `terms`: center, present (number of centers).
     """

@@ -60,7 +60,8 @@ class SAR(Regularizer):
         layers: of the embedding: 3 for segmentation, 2 for classification (its appendix A).
         reweight: w_k = log p_k / Σ_S log p_j (its Eq. 7); False for the unweighted mean over S.
         detach_weights: stop the gradient through w; the released code does not.
-        ignore_index, process_group, check_labels: as in `Regularizer`; with a group L_p2a is that of all ranks.
+        ignore_index, process_group, check_labels: as in `Regularizer`; with a group L_p2a is that
+            of all ranks.
 
     State: `anchors` (A) and `semantic_anchors` (Â) are buffers. If the average of a class has not
     started, its row is zero; an average of models (AveragedModel, ModelEma) then includes these
