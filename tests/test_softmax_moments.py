@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cpu_kernels import passes_with, same_for_all_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,6 +127,56 @@ def test_rounding_errors_of_many_factors(num_classes: int, allowed: float):
     assert error <= allowed * of_torch
 
 
+def even_logits(kind: str, case: Case) -> Tensor:
+    """The same logits everywhere, different for each class; or slow waves."""
+    of_classes = torch.arange(case.num_classes)[:, None, None] * 0.3
+    rows, columns = (torch.linspace(0, 1, n) for n in case.size)
+    waves = (1 + 10 * of_classes + 2 * rows[:, None] + columns).sin()
+    values = of_classes.expand(waves.shape) if kind == "uniform" else waves
+    return values.expand(case.batch, *waves.shape).contiguous()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kind", ["uniform", "smooth"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((16, 32), (512, 2048), 4, batch=1),
+        Case((2, 16), (16, 65_536), 2, batch=1),
+        Case((32, 64), (128, 512), 19, batch=1),
+        Case((64, 64), (256, 256), 50, per_image=True),
+        Case((150, 300), (150, 300), 4, batch=1),
+        Case((1, 100_000), (1, 100_000), 3, batch=1),
+        Case((200, 150), (131, 120), 3),
+    ],
+    ids=str,
+)
+def test_rounding_errors_of_even_regions(case: Case, kind: str, backend: str):
+    """Where many pixels have the same probability, the rounding errors of a long sum do not cancel:
+    at most twice those of masked sums, plus two roundings."""
+    logits, labels = even_logits(kind, case), make_labels(case)
+    labels[..., : case.label_size[1] // 2] = 1
+    own = labels[:, None] == torch.arange(case.num_classes)[:, None, None]
+    valid = own.any(1, keepdim=True)
+    axes = (2, 3) if case.per_image else (0, 2, 3)
+
+    def masked_sums(dtype: torch.dtype) -> list[Tensor]:
+        z = F.interpolate(logits.to(dtype), case.label_size, mode="bilinear")
+        log_p = z.log_softmax(1)
+        p = torch.where(valid, log_p.exp(), 0)
+        of_terms = [torch.where(own, -log_p, 0), torch.where(own, p, 0), p, p.square()]
+        return [terms.sum(axes) for terms in of_terms]
+
+    with ao.use_backend(backend):
+        ours = fused(case, logits, labels)[:4]
+    for found, right, plain in zip(ours, masked_sums(F64), masked_sums(F32), strict=True):
+        assert found is not None
+        largest = right.abs().max()
+        allowed = 2 * (plain - right).abs().max() + 2 * torch.finfo(F32).eps * largest
+        error = (found - right).abs().max()
+        assert error <= allowed, f"{error / largest:.2g} of the largest, {allowed / largest:.2g}"
+
+
 @pytest.mark.parametrize("scale", [10.0, 20.0])
 @pytest.mark.parametrize("case", STEEP, ids=str)
 def test_losses_are_never_negative(case: Case, scale: float):
@@ -155,7 +206,7 @@ def test_what_is_not_asked_for_changes_nothing(asked: dict[str, bool], backend: 
 @pytest.mark.parametrize("instructions", ["default", "avx2"])
 def test_lesser_instruction_sets(instructions: str):
     """The same in a process that uses a lower instruction set than this processor has."""
-    tests = "cpu and (values_and_gradients or not_finite) or threads"
+    tests = "cpu and (values_and_gradients or not_finite or even_regions) or threads"
     passes_with(instructions, __file__, tests)
 
 

@@ -1,19 +1,21 @@
 // The statistics of softmax moments over the cells of a tile.
 
 // masses[k] += the sum over pixels of p = factors * e^z; squares[k] += the sum of p^2, if
-// requested.
+// requested. Sums of one block are float: where p is the same everywhere, each addition to a long
+// sum would have the same rounding error.
 template <int WIDTH>
 void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
   using Row = CellRow<WIDTH>;
   using V = Simd<float>;
   const Workspace<float>& workspace = row.workspace;
   for (int64_t k = 0; k < row.problem.layout.dim; ++k) {
-    Floats total = {}, total_square = {};
-    const auto add = [&](Floats p) INLINE_LAMBDA {
-      total += p;
-      if (squares) total_square += p * p;
-    };
+    Vector<double, VECTOR_BYTES / sizeof(double)> mass = {}, square = {};
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
+      Floats of_block = {}, square_of_block = {};
+      const auto add = [&](Floats p) INLINE_LAMBDA {
+        of_block += p;
+        if (squares) square_of_block += p * p;
+      };
       const float* factors = workspace.factors[0] + block * Row::PIXELS;
       const Corners z = row.corners(k, block);
       if (z.all_above(FAR)) {
@@ -35,14 +37,13 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
             add(factor == 0 ? Floats{} : v * factor);
           }
       }
+      mass += widen(fold(of_block));
+      if (squares) square += widen(fold(square_of_block));
     }
-    double sum = 0, sum_square = 0;
-    for (int lane = 0; lane < Row::L; ++lane) {
-      sum += total[lane];
-      sum_square += total_square[lane];
+    for (size_t lane = 0; lane < sizeof mass / sizeof(double); ++lane) {
+      if (masses) masses[k] += mass[lane];
+      if (squares) squares[k] += square[lane];
     }
-    if (masses) masses[k] += sum;
-    if (squares) squares[k] += sum_square;
   }
 }
 
