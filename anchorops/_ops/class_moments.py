@@ -358,5 +358,6 @@ def pixel_to_anchor_mse(
     keys, counts = class_keys(features, labels, num_classes, ignore_index=ignored, backend=backend)
     _, sqdists = _moments(features, keys, num_classes, anchors, with_sums=False, backend=backend)
     if reduction == "sum":
-        return sqdists.sum()
-    return sqdists.sum() / (features.shape[1] * counts.sum()).clamp(min=1)
+        return reference.fixed_order_sum(sqdists)
+    total = reference.fixed_order_sum(sqdists)
+    return total / (features.shape[1] * counts.sum()).clamp(min=1)

@@ -12,7 +12,7 @@ from .._checks import (
     describe,
     fail,
 )
-from ..reference import SoftmaxMoments, statistics_dtype
+from ..reference import SoftmaxMoments, fixed_order_sum, statistics_dtype
 from .softmax_moments import moments_for, unchecked_moments
 
 
@@ -78,9 +78,9 @@ def pixel_cross_entropy(
         return smoothed(weighted(moments.pixel_losses, weights), uniform, label_smoothing, logits)
     losses, weights = class_losses(moments, weight)
     if uniform is not None:
-        uniform = sum_of_pixels(uniform)
-    loss = smoothed(losses.sum(), uniform, label_smoothing, logits)
-    return loss if reduction == "sum" else divide(loss, weights.sum())
+        uniform = fixed_order_sum(uniform)
+    loss = smoothed(fixed_order_sum(losses), uniform, label_smoothing, logits)
+    return loss if reduction == "sum" else divide(loss, fixed_order_sum(weights))
 
 
 def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
@@ -95,15 +95,6 @@ def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
 def divide(total: Tensor, weights: Tensor) -> Tensor:
     """total / weights, 0 where weights is 0."""
     return total / torch.where(weights == 0, 1, weights)
-
-
-def sum_of_pixels(values: Tensor) -> Tensor:
-    """The sum of a map, with the same bits for any number of threads: one thread sums a row, and in
-    float64 the order of a sum does not affect a float32 result."""
-    rows = values if values.dim() == 1 else values.sum(-1)
-    if values.device.type == "mps":  # without float64
-        return rows.sum()
-    return rows.sum(dtype=torch.float64).to(values.dtype)
 
 
 def finite_where_unused(values: Tensor, weights: Tensor) -> Tensor:
@@ -171,7 +162,7 @@ def uniform_losses(
         lse=True,
     ).lse
     assert z is not None
-    return moments.lse * (logits.shape[1] if weight is None else weight.sum()) - z
+    return moments.lse * (logits.shape[1] if weight is None else fixed_order_sum(weight)) - z
 
 
 def smoothed(losses: Tensor, uniform: Tensor | None, share: float, logits: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from .._ops.pixel_cross_entropy import (
     finite_where_unused,
     smoothed,
     smoothing_dtype,
-    sum_of_pixels,
     uniform_losses,
     valid_pixels,
     weighted,
@@ -23,7 +22,7 @@ from .._ops.pixel_cross_entropy import (
 from .._ops.pixel_cross_entropy import (
     pixel_weights as weights_of_pixels,
 )
-from ..reference import SoftmaxMoments
+from ..reference import SoftmaxMoments, fixed_order_sum
 from .pixel import PixelLoss, class_weight
 
 
@@ -122,9 +121,9 @@ class CrossEntropy(PixelLoss):
             uniform = uniform_losses(logits, labels, moments, weight, ignored, self.align_corners)
         if pixel_weights is None and not self._selects and self.focal_gamma == 0:
             losses, weights = class_losses(moments, weight)
-            total = None if uniform is None else sum_of_pixels(uniform)
-            loss = smoothed(losses.sum(), total, self.label_smoothing, logits)
-            return {"ce": divide(loss, weights.sum())}
+            total = None if uniform is None else fixed_order_sum(uniform)
+            loss = smoothed(fixed_order_sum(losses), total, self.label_smoothing, logits)
+            return {"ce": divide(loss, fixed_order_sum(weights))}
         ce = moments.pixel_losses
         assert ce is not None
         weights = weights_of_pixels(labels, weight, logits, ignored)
@@ -137,13 +136,13 @@ class CrossEntropy(PixelLoss):
         if self.focal_gamma > 0:
             # 1 − e^{−ce}; kept above 0, where the derivative of a power below 1 is infinite
             miss = (-torch.expm1(-ce)).clamp(min=torch.finfo(ce.dtype).tiny)
-            losses = losses * miss**self.focal_gamma
+            losses = losses * _power(miss, self.focal_gamma)
         if pixel_weights is not None:
             losses, weights = losses * pixel_weights, weights * pixel_weights
         if self._selects:
             hard = self._hard(ce.detach(), weights != 0)
             losses, weights = torch.where(hard, losses, 0), torch.where(hard, weights, 0)
-        return {"ce": divide(sum_of_pixels(losses), sum_of_pixels(weights))}
+        return {"ce": divide(fixed_order_sum(losses), fixed_order_sum(weights))}
 
     def _hard(self, ce: Tensor, valid: Tensor) -> Tensor:
         """The pixels that are used: bool, the labels' shape."""
@@ -153,6 +152,14 @@ class CrossEntropy(PixelLoss):
         if self.ohem_kept is not None:
             bound = bound.minimum(kth_largest(ce, valid, self.ohem_kept))
         return valid & ~(ce < bound)  # includes NaN
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """x**exponent for x > 0. On CPUs torch's general power has other bits at the end of a thread's
+    part of the numbers than inside it; its square root, square and cube, exp and log do not."""
+    if exponent in (0.5, 1.0, 2.0, 3.0):
+        return x**exponent
+    return (exponent * x.log()).exp()
 
 
 def kth_largest(values: Tensor, valid: Tensor, k: int) -> Tensor:

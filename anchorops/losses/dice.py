@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, describe, fail
 from ..distributed import all_reduce, group_name
-from ..reference import SoftmaxMoments
+from ..reference import SoftmaxMoments, fixed_order_sum
 from .cross_entropy import CrossEntropy
 from .pixel import PixelLoss, class_weight
 
@@ -175,8 +175,8 @@ class Dice(PixelLoss):
             losses = torch.where(present, losses, 0)
         if self.absent == "skip":
             counted = torch.where(present, counted, 0)
-        total = counted.sum()
-        mean = (counted * losses).sum() / torch.where(total > 0, total, 1)
+        total = fixed_order_sum(counted)
+        mean = fixed_order_sum(counted * losses) / torch.where(total > 0, total, 1)
         if self.gamma == 1:
             return mean
         # kept above 0, where the derivative of a power below 1 is infinite

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, check_share, describe, fail
 from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
-from ..reference import ClassMoments
+from ..reference import ClassMoments, fixed_order_sum
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .recomputation import recomputing, statistics_kept
 from .statistics import Request
@@ -202,7 +202,7 @@ class SAR(Regularizer):
             counts, sqdists = moments.counts, moments.sqdists
             if gate is not None:
                 counts, sqdists = torch.where(gate, counts, 0), torch.where(gate, sqdists, 0)
-            p2a = sqdists.sum() / (self.dim * counts.sum()).clamp(min=1)
+            p2a = fixed_order_sum(sqdists) / (self.dim * counts.sum()).clamp(min=1)
             return Losses(terms | {"p2a": self.loss_weight * p2a}, logs)
 
         return Plan(Request(anchors=anchors, with_sums=False), losses)

@@ -20,6 +20,7 @@ from .class_moments import (
     statistics_dtype,
 )
 from .confusion import confusion
+from .fixed_order_sum import fixed_order_sum
 from .pixel_argmax import pixel_argmax
 from .softmax_moments import SoftmaxMoments, softmax_moments
 from .split_groups import group_counts, split_groups
@@ -44,6 +45,7 @@ __all__ = [
     "class_moments",
     "confusion",
     "feature_rows",
+    "fixed_order_sum",
     "group_counts",
     "pixel_argmax",
     "pixel_to_anchor_mse",

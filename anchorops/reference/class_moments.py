@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .class_keys import class_keys, sum_by_key
+from .fixed_order_sum import fixed_order_sum
 from .split_groups import group_counts, split_groups
 
 
@@ -90,5 +91,5 @@ def pixel_to_anchor_mse(
     )
     assert sqdists is not None
     if reduction == "sum":
-        return sqdists.sum()
-    return sqdists.sum() / (features.shape[1] * counts.sum()).clamp(min=1)
+        return fixed_order_sum(sqdists)
+    return fixed_order_sum(sqdists) / (features.shape[1] * counts.sum()).clamp(min=1)
