@@ -73,12 +73,11 @@ def test_losses_of_pixels(shapes: str, dtype: torch.dtype, backend: str):
                 check(lambda x, w, loss=loss: loss(x, labels, w), logits, weights)
 
 
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize(("images", "dtype"), [(1, F32), (3, F64)], ids=str)
 def test_losses_of_many_classes(images: int, dtype: torch.dtype):
     num_classes = 40_000 // (1 + images // 2)
-    logits = torch.randn(images, num_classes, 2, 3, dtype=dtype)
-    labels = torch.randint(0, num_classes, (images, 8, 12))
+    logits = torch.randn(images, num_classes, 1, 2, dtype=dtype)
+    labels = torch.randint(0, num_classes, (images, 3, 5))
     for loss in losses(num_classes).values():
         check(lambda x, loss=loss: loss(x, labels), logits)
 
