@@ -87,7 +87,7 @@ def test_softmax_moments(shapes: tuple):
     size, label_size = shapes
     labels = torch.randint(0, size[1], label_size)
     options = {"per_image": True, "squares": True, "pixel_losses": True, "lse": True}
-    check(lambda x: ao.softmax_moments(x, labels, **options), torch.randn(size))
+    check(lambda x: ao.ops.softmax_moments(x, labels, **options), torch.randn(size))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -104,8 +104,8 @@ def test_class_moments(size: tuple[int, ...], num_classes: int, backend: str):
         return [
             ao.pixel_to_anchor_mse(f, labels, a, ignore_index=-1),
             ao.pixel_to_anchor_mse(f, labels, a, reduction="sum", ignore_index=-1),
-            *ao.class_moments(*given, anchors=a, per_image=True, ignore_index=-1),
-            *ao.class_moments(*given, anchors=a, groups=3, seed=5, ignore_index=-1),
+            *ao.ops.class_moments(*given, anchors=a, per_image=True, ignore_index=-1),
+            *ao.ops.class_moments(*given, anchors=a, groups=3, seed=5, ignore_index=-1),
         ]
 
     with ao.use_backend(backend):
