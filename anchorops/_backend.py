@@ -19,6 +19,9 @@ from ._checks import check_choice
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 GPU_MAX_CLASSES = 16_384  # of cuda and triton; the others support MAX_CLASSES of _checks
+# Class moments of more keys (images × classes × groups) are for `triton`, which sorts their pixels:
+# the partial sums of all keys, which `cuda` writes, would take longer than the sort.
+CUDA_MAX_KEYS = 1024
 
 # Tests without a GPU run the kernels of a backend on CPU tensors. Triton's interpreter runs the
 # Triton kernels (Triton reads the variable when it is imported). The CUDA sources are loaded from a
@@ -149,7 +152,9 @@ def _no_code_for(device: torch.device | int) -> str | None:
 
 def backends() -> dict[str, str | None]:
     """All backends, fastest first: None if the backend is usable here, otherwise the reason why
-    not. With several GPUs, `cuda` is usable if at least one GPU supports it."""
+    not. With several GPUs, `cuda` is usable if at least one GPU supports it. Usable does not mean
+    every call: `cuda` leaves class moments of more than 1,024 keys (images × classes × groups) to
+    `triton`, and both leave float64 to `reference`."""
     reasons = dict(_MISSING)
     for name in ("cuda", "triton"):
         if not reasons[name] and not _ON_HOST[name] and not torch.cuda.is_available():
@@ -169,10 +174,10 @@ class use_backend:
 
     "auto" (the default) selects the fastest usable backend for the device and dtype of the input.
     For CUDA tensors this is `cuda`, if it was built for that GPU, then `triton`, or first `triton`
-    where it is predicted to be faster (anchorops/_predicted.py). Float64, and more classes than
-    they support, use `reference`. For CPU tensors it is `cpu`, for all others `reference`. A
-    backend chosen by name raises an error if it does not support a call; it is never silently
-    replaced by another one.
+    where it is predicted to be faster (anchorops/_predicted.py). Class moments of more than 1,024
+    keys (images × classes × groups) use `triton`. Float64, and more classes than they support, use
+    `reference`. For CPU tensors it is `cpu`, for all others `reference`. A backend chosen by name
+    raises an error if it does not support a call; it is never silently replaced by another one.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not usable here.
     """
@@ -202,7 +207,7 @@ class use_backend:
         _choice.backend = self._previous.pop()
 
 
-def _why_not(name: str, tensor: Tensor, num_classes: int) -> str | None:
+def _why_not(name: str, tensor: Tensor, num_classes: int, num_keys: int) -> str | None:
     """Why the backend does not support a call with this input, or None."""
     device = "cpu" if name == "cpu" or _ON_HOST.get(name) else "cuda"
     if name != "reference" and tensor.device.type != device:
@@ -211,22 +216,39 @@ def _why_not(name: str, tensor: Tensor, num_classes: int) -> str | None:
         return "it does not support float64 (the reference does)"
     if name in ("cuda", "triton") and num_classes > GPU_MAX_CLASSES:
         return f"it supports at most {GPU_MAX_CLASSES} classes, num_classes is {num_classes}"
+    if name == "cuda" and num_keys > CUDA_MAX_KEYS:
+        return (
+            f"it supports at most {CUDA_MAX_KEYS} keys (images × classes × groups), this call has "
+            f'{num_keys}: choose "triton" or "auto"'
+        )
     return _no_code_for(tensor.device) if name == "cuda" and device == "cuda" else None
 
 
-def select(function: str, tensor: Tensor, num_classes: int, by_triton: bool = False) -> str:
+def select(
+    function: str,
+    tensor: Tensor,
+    num_classes: int,
+    *,
+    num_keys: int = 0,
+    by_triton: bool = False,
+) -> str:
     """The backend of a call with this input (features, logits or predictions). Raises ValueError if
-    the chosen backend does not support it. by_triton: `auto` tries `triton` before `cuda`, because
-    it is predicted to be faster (_predicted.py)."""
+    the chosen backend does not support it.
+
+    Args:
+        num_keys: of class moments, the number of keys.
+        by_triton: `auto` tries `triton` before `cuda`, because it is predicted to be faster
+            (_predicted.py).
+    """
     chosen = _choice.backend
     if chosen != "auto":
-        reason = _why_not(chosen, tensor, num_classes)
+        reason = _why_not(chosen, tensor, num_classes, num_keys)
         if reason:
             raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
         return chosen
     for name in ("triton", "cuda", "cpu", "reference") if by_triton else NAMES:
         # Interpreted and emulated kernels are for tests: they are never selected automatically.
         unusable = _MISSING[name] or _ON_HOST.get(name)
-        if not (unusable or _why_not(name, tensor, num_classes)):
+        if not (unusable or _why_not(name, tensor, num_classes, num_keys)):
             return name
     return "reference"

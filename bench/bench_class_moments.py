@@ -30,6 +30,7 @@ from torch import Tensor
 import anchorops as ao
 from anchorops import reference
 from anchorops._ops.class_keys import class_keys
+from anchorops._backend import CUDA_MAX_KEYS
 from anchorops.measure import keys_bytes, moments_bytes
 
 BOTH = "class moments with anchors"
@@ -124,8 +125,18 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
     return formulas
 
 
+def num_keys_of(case: Case) -> int:
+    return case.shape.num_classes * (4 if case.operation == GROUPS else 1)
+
+
+def our_names(case: Case, device: torch.device) -> list[str]:
+    """The backends that support the case."""
+    many = num_keys_of(case) > CUDA_MAX_KEYS
+    return [name for name, kind in backends(device).items() if not (many and kind == "cuda")]
+
+
 def names(case: Case, device: torch.device) -> list[str]:
-    return [*backends(device), *rival_formulas(case)]
+    return [*our_names(case, device), *rival_formulas(case)]
 
 
 @lru_cache(1)  # consecutive cases have the same inputs
@@ -191,10 +202,9 @@ def compare(bench, case: Case, name: str) -> None:
             run = lambda: torch.autograd.grad(made, features, gradients, retain_graph=True)  # noqa: E731
         exact = exact_outputs if case.direction == FORWARD else exact_gradient
         bench.check(run(), exact(case.operation, inputs), case.dtype)
-        num_keys = shape.num_classes * (4 if case.operation == GROUPS else 1)
         counted = moments_bytes(
             features,
-            num_keys,
+            num_keys_of(case._replace(shape=shape)),
             case.direction,
             sums=case.operation != MSE,
             sqdists=case.operation in (BOTH, MSE),

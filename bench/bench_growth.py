@@ -5,8 +5,8 @@ the anchors are as large as the features. With few elements, calls take longer t
 """
 
 import torch
-from bench_class_moments import BOTH, FORWARD, TRAINING, compare
-from cases import Case, Shape, backends, grid
+from bench_class_moments import BOTH, FORWARD, TRAINING, compare, our_names
+from cases import Case, Shape, grid
 
 BY_SIZE, BY_CLASSES = "growth with N·D", "growth with K"
 EDGES = (6, 20, 62, 198, 625)  # 256 channels: 9.2·10^3 to 1.0·10^8 elements
@@ -17,7 +17,7 @@ MOST_CLASSES = {"class loop": 128, "one_hot bmm": 2048}
 
 
 def names(case: Case, device: torch.device) -> list[str]:
-    ours = [*backends(device)]
+    ours = our_names(case, device)
     if case.direction == FORWARD or case.labels != ("random" if by_classes(case) else "coherent"):
         return ours
     slow = ("one_hot bmm", "class loop") if by_classes(case) else ("one_hot bmm",)

@@ -215,11 +215,11 @@ class Gpus:
         monkeypatch.setattr(_backend, "_CUDA_TARGETS", targets)
         monkeypatch.setattr(_backend, "_CUDA_RANGES", _backend._built_for(targets))
 
-    def select(self, index: int, by_triton: bool = False) -> str:
+    def select(self, index: int, **options: Any) -> str:
         features: Any = SimpleNamespace(
             device=torch.device("cuda", index), dtype=torch.bfloat16, shape=(2, 3, 4, 5)
         )
-        return _backend.select("f", features, 6, by_triton)
+        return _backend.select("f", features, 6, **options)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_auto_takes_triton_on_a_gpu_without_code(monkeypatch, targets, served, n
 
 def test_auto_takes_triton_where_it_is_predicted_to_be_faster(monkeypatch):
     gpus = Gpus(monkeypatch, "9.0", "9.0")
-    assert [gpus.select(0, by_triton) for by_triton in (True, False)] == ["triton", "cuda"]
+    assert [gpus.select(0, by_triton=x) for x in (True, False)] == ["triton", "cuda"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with ao.use_backend("cuda"):  # by name
         assert gpus.select(0, by_triton=True) == "cuda"
@@ -249,30 +249,47 @@ def test_auto_takes_triton_where_it_is_predicted_to_be_faster(monkeypatch):
 
 
 def test_what_is_predicted_to_be_faster_by_triton(monkeypatch):
-    """Cross-entropy of few classes, without what needs probabilities by class; class moments of
-    more than 1,024 keys in planes."""
+    """Cross-entropy of few classes, without what needs probabilities by class."""
     asked = []
 
     def select(function, tensor, num_classes, by_triton):
         asked.append(by_triton)
         return "reference"
 
-    for module in ("softmax_moments", "class_moments"):
-        monkeypatch.setattr(f"anchorops._ops.{module}.select", select)
+    monkeypatch.setattr("anchorops._ops.softmax_moments.select", select)
     for classes, masses in ((10, False), (10, True), (11, False)):
         logits, labels = torch.zeros(1, classes, 2, 2), torch.zeros(1, 4, 4).long()
         ao.ops.softmax_moments(logits, labels, hits=False, masses=masses, squares=False)
     assert asked == [True, False, False]
-    asked.clear()
-    planes, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4).long()
-    ao.ops.class_moments(planes, labels, 600, per_image=True, ignore_index=-1)
-    ao.ops.class_moments(planes, labels, 600, groups=2, seed=1, ignore_index=-1)
-    ao.ops.class_moments(planes, labels, 600, ignore_index=-1)
-    ao.ops.class_moments(
-        planes.contiguous(memory_format=torch.channels_last), labels, 2000, ignore_index=-1
-    )
-    ao.pixel_to_anchor_mse(planes, labels, torch.zeros(1100, 3), ignore_index=-1)
-    assert asked == [True, True, False, False, True]
+
+
+def test_more_keys_than_cuda_supports_are_for_triton(monkeypatch):
+    gpus = Gpus(monkeypatch, "9.0", "9.0")
+    assert [gpus.select(0, num_keys=keys) for keys in (1024, 1025)] == ["cuda", "triton"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with ao.use_backend("cuda"):
+        assert gpus.select(0, num_keys=1024) == "cuda"
+        message = 'f: backend cuda .* at most 1024 keys .* has 1025: choose "triton" or "auto"$'
+        with pytest.raises(ValueError, match=message):
+            gpus.select(0, num_keys=1025)
+    monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
+    assert gpus.select(0, num_keys=1025) == "reference"
+
+
+def test_keys_are_images_times_classes_times_groups(monkeypatch):
+    asked = []
+
+    def select(function, tensor, num_classes, num_keys):
+        asked.append(num_keys)
+        return "reference"
+
+    monkeypatch.setattr("anchorops._ops.class_moments.select", select)
+    features, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4).long()
+    for options in ({}, {"per_image": True}, {"groups": 4, "seed": 1}):
+        ao.ops.class_moments(features, labels, 60, **options)
+    ao.ops.class_moments(torch.zeros(2, 3), torch.zeros(2).long(), 60, per_image=True)
+    ao.pixel_to_anchor_mse(features, labels, torch.zeros(70, 3))
+    assert asked == [60, 120, 240, 60, 70]
 
 
 def test_a_gpu_without_code_says_why(monkeypatch):

@@ -31,7 +31,6 @@ from .._checks import (
     fail,
     shape_of,
 )
-from .._predicted import class_moments_by_triton
 from ..reference import ClassMoments, statistics_dtype
 from .class_keys import KeyOptions, class_keys
 from .registration import Gradient, define, raise_second_derivative
@@ -211,7 +210,8 @@ def class_moments(
         labels: any integer dtype; (B, H', W') at any size (resized to H×W by nearest-neighbour
             interpolation), (B, N) or (N,). A pixel is valid if 0 <= label < num_classes and
             label != ignore_index. Other pixels change nothing, even if their feature is NaN or Inf.
-        num_classes: K, 1 to 65,536 (16,384 on GPU).
+        num_classes: K, 1 to 65,536 (16,384 on GPU). The backend `cuda` supports at most 1,024
+            keys (images × K × groups); `auto` uses `triton` for more.
         anchors: [K, D], any floating dtype. Without anchors `sqdists` is None, and the backward
             pass neither reads nor keeps the features.
         groups: G > 1 splits each class's pixels at random into G groups of equal size (±1). The
@@ -273,8 +273,7 @@ def unchecked_moments(
     operators do not compute them, and `sums` is empty."""
     images = features.shape[0] if options["per_image"] and features.dim() > 2 else 1
     num_keys = images * num_classes * options["groups"]
-    by_triton = class_moments_by_triton(features, num_keys)
-    backend = select("class_moments", features, num_classes, by_triton)
+    backend = select("class_moments", features, num_classes, num_keys=num_keys)
     if backend == "reference":
         return reference.class_moments(features, labels, num_classes, anchors=anchors, **options)
     keys, counts = class_keys(features, labels, num_classes, backend=backend, **options)
@@ -349,8 +348,7 @@ def pixel_to_anchor_mse(
     num_classes = shape_of(anchors)[0]
     ignored = _check_inputs(function, features, labels, num_classes, ignore_index, check_labels)
     check_choice(function, "reduction", reduction, ("mean", "sum"))
-    by_triton = class_moments_by_triton(features, num_classes)
-    backend = select(function, features, num_classes, by_triton)
+    backend = select(function, features, num_classes, num_keys=num_classes)
     if backend == "reference":
         return reference.pixel_to_anchor_mse(
             features, labels, anchors, ignore_index=ignored, reduction=reduction

@@ -275,7 +275,7 @@ def unchecked_moments(
     logits, labels = _as_images(logits, labels)
     cross_entropy_only = not (hits or masses or squares)
     by_triton = cross_entropy_only and cross_entropy_by_triton(logits.shape[1])
-    backend = select(function, logits, logits.shape[1], by_triton)
+    backend = select(function, logits, logits.shape[1], by_triton=by_triton)
     if backend == "reference":
         moments = reference.softmax_moments(
             logits,

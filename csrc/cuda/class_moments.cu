@@ -2,7 +2,7 @@
 //
 //     sums[k] = Σ f_p    residuals[k] = Σ (f_p − a_k)    sqdists[k] = Σ ‖f_p − a_k‖²
 //
-// Up to 1,024 keys: pixels are read in raster order. A block is one warp. It sums 32 channels of a
+// Pixels are read in raster order. A block is one warp. It sums 32 channels of a
 // chunk of the pixels on tensor cores, 32 or 16 keys at a time (class_moments_slots.cuh). Features
 // are read once. Keys are read once for each 32 channels: the first time from memory, then from the
 // second-level cache. A chunk writes partials of the keys that it has met; if these are not more,
@@ -14,13 +14,10 @@
 // memory (class_moments_random.cuh). Two kernels are launched. Both look at the same few keys, and
 // one of them returns at once.
 //
-// More keys: pixels are first sorted by key (class_moments_key_order.cu).
-//
 // Eight or twelve warps are resident on a multiprocessor, for any number of keys: 32 to 48 KB of
 // features are in flight; an H200 needs 23. With 100 KB of shared memory there are at least four.
 // `make cuda-report` prints the warp instructions for each 512 bytes.
 #include "../labels.h"
-#include "class_moments_key_order.cuh"
 #include "class_moments_launch.cuh"
 #include "class_moments_plan.cuh"
 #include "class_moments_reduction.cuh"
@@ -28,11 +25,17 @@
 namespace anchorops::cuda {
 namespace {
 
-// With more keys, writing partials takes longer than sorting.
-constexpr int64_t MAX_UNSORTED_KEYS = 1024;
+constexpr int64_t MAX_KEYS = 1024;  // CUDA_MAX_KEYS of anchorops/_backend.py
+
+// float32 [num_keys, D], [num_keys] and [num_keys, D]; empty if not wanted.
+struct Outputs {
+  Tensor sums, sqdists, residuals;
+};
+
+float* data(const Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
 
 template <class T>
-void in_raster_order(Input<T> input, int statistics, const Outputs& out, Stream stream) {
+void sum_pixels(Input<T> input, int statistics, const Outputs& out, Stream stream) {
   shift_if_unaligned(input);
   const int64_t num_keys = input.num_keys, dim = input.view.dim, period = input.period;
   const Tiling tiling = plan(input, statistics);
@@ -74,6 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
                                                  int64_t groups, bool with_sums,
                                                  bool with_residuals) {
   check_keys("class_moments.cuda", keys, features.numel() / std::max<int64_t>(features.size(1), 1));
+  STD_TORCH_CHECK(num_keys <= MAX_KEYS, "class_moments.cuda: num_keys: expected at most ", MAX_KEYS,
+                  ", got ", num_keys);
   const OnDevice device(features);
   const int statistics = (with_sums ? SUMS : 0) | (anchors ? SQDISTS : 0) |
                          (anchors && with_residuals ? RESIDUALS : 0);
@@ -98,7 +103,6 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
     const int32_t* const first_key = keys.const_data_ptr<int32_t>();
     const Input<T> input{.features = first,
                          .keys = first_key,
-                         .offsets = nullptr,
                          .anchors = optional_data<float>(anchors),
                          .view = view,
                          .row_stride = channels_last ? view.stride_p : view.stride_d,
@@ -112,10 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
                                                     sizeof(T)),
                          .key_vectors = reinterpret_cast<uintptr_t>(first_key) % 16 == 0 &&
                                         (view.lines == 1 || view.pixels % 4 == 0)};
-    if (num_keys <= MAX_UNSORTED_KEYS)
-      in_raster_order(input, statistics, out, device.stream);
-    else
-      in_order_of_keys(input, statistics, keys, out, device.stream);
+    sum_pixels(input, statistics, out, device.stream);
   });
   return {out.sums, out.sqdists, out.residuals};
 }

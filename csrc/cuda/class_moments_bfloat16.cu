@@ -4,7 +4,5 @@ namespace anchorops::cuda {
 
 template void launch_moments<BFloat16>(int, const Input<BFloat16>&, const Tiling&, const Partials&,
                                        bool, Stream);
-template void launch_moments<BFloat16>(int, const Input<BFloat16>&, const Tiling&,
-                                       const SortedSums&, Stream);
 
 }  // namespace anchorops::cuda

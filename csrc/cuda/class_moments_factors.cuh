@@ -10,7 +10,7 @@ namespace anchorops::cuda {
 // 8·j + n at [j], and pixel 8·i + 2q + b of this channel at [2·i + b].
 template <class T, bool CHANNELS_LAST>
 struct Features {
-  using Layout = Stage<T, CHANNELS_LAST, false>;
+  using Layout = Stage<T, CHANNELS_LAST>;
   using Element = T;               // the type of the factors
   static constexpr int TERMS = 1;  // factors for each feature
   unsigned pairs[4][4];
@@ -47,7 +47,7 @@ struct Features {
 
 template <bool CHANNELS_LAST>
 struct Features<float, CHANNELS_LAST> {
-  using Layout = Stage<float, CHANNELS_LAST, false>;
+  using Layout = Stage<float, CHANNELS_LAST>;
   using Element = BFloat16;
   static constexpr int TERMS = 3;
   float values[4][8];

@@ -4,7 +4,5 @@ namespace anchorops::cuda {
 
 template void launch_moments<Half>(int, const Input<Half>&, const Tiling&, const Partials&, bool,
                                    Stream);
-template void launch_moments<Half>(int, const Input<Half>&, const Tiling&, const SortedSums&,
-                                   Stream);
 
 }  // namespace anchorops::cuda

@@ -4,7 +4,6 @@
 #include "class_moments_kernel.cuh"
 #include "class_moments_launch.cuh"
 #include "class_moments_random.cuh"
-#include "class_moments_sorted.cuh"
 
 namespace anchorops::cuda {
 
@@ -40,7 +39,7 @@ void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
                     const Partials& partials, bool after_random, Stream stream) {
   for_statistics(statistics, input.view, [&]<int STATISTICS, bool CHANNELS_LAST>() {
     const auto with = [&]<bool SHIFTED>() {
-      using TileRing = Ring<T, CHANNELS_LAST, false, STAGES<T, STATISTICS>, SHIFTED>;
+      using TileRing = Ring<T, CHANNELS_LAST, STAGES<T, STATISTICS>, SHIFTED>;
       launch_kernel(after_random ? Launch::EARLY : Launch::NORMAL, "class_moments_kernel",
                     class_moments_kernel<T, STATISTICS, CHANNELS_LAST, SHIFTED>, grid_of(tiling),
                     CHANNELS, TileRing::BYTES + Slots<STATISTICS>::bytes(input.num_keys), stream,
@@ -62,16 +61,6 @@ void launch_random(int statistics, const Input<T>& input, const Tiling& tiling,
         class_moments_random_kernel<T, STATISTICS, CHANNELS_LAST>,
         dim3(static_cast<unsigned>(tiling.chunks * groups)), dim3(CHANNELS, WINDOWS + MOVERS),
         RandomMemory<T, CHANNELS_LAST>::bytes(input.num_keys), stream, input, tiling, partials);
-  });
-}
-
-template <class T>
-void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
-                    const SortedSums& sums, Stream stream) {
-  for_statistics(statistics, input.view, [&]<int STATISTICS, bool CHANNELS_LAST>() {
-    launch("class_moments_sorted_kernel", class_moments_sorted_kernel<T, STATISTICS, CHANNELS_LAST>,
-           grid_of(tiling), CHANNELS, Ring<T, CHANNELS_LAST, true>::BYTES, stream, input, tiling,
-           sums);
   });
 }
 

@@ -28,7 +28,7 @@ constexpr int slots_of(int statistics, bool shifted) {
 
 template <class T, int STATISTICS, bool CHANNELS_LAST, int COUNT>
 struct Accumulator {
-  using Layout = Stage<T, CHANNELS_LAST, false>;
+  using Layout = Stage<T, CHANNELS_LAST>;
   using Fragment = Features<T, CHANNELS_LAST>;
   static constexpr int GROUPS = TILE<T> / 32;
   // There are too few registers for the features and the products of squares at the same time, so
@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
     return wait_for_kernel_before();
   // Neighbouring blocks read neighbouring channels.
   const int block = blockIdx.x % tiling.blocks, chunk = blockIdx.x / tiling.blocks;
-  Ring<T, CHANNELS_LAST, false, STAGES<T, STATISTICS>, SHIFTED> ring(input, tiling, block, chunk);
+  Ring<T, CHANNELS_LAST, STAGES<T, STATISTICS>, SHIFTED> ring(input, tiling, block, chunk);
   Accumulator<T, STATISTICS, CHANNELS_LAST, slots_of<T>(STATISTICS, SHIFTED)> accumulator{
       {partials, tiling, input, block, chunk, ring.end()}};
 

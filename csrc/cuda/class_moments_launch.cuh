@@ -6,13 +6,10 @@
 
 namespace anchorops::cuda {
 
-// Statistics of chunks in raster order, or of sorted pixels.
+// Statistics of chunks.
 template <class T>
 void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
                     const Partials& partials, bool after_random, Stream stream);
-template <class T>
-void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
-                    const SortedSums& sums, Stream stream);
 
 // Statistics of chunks, if the labels are random. class_moments_kernel must follow.
 template <class T>

@@ -28,7 +28,7 @@ Tiling tiles_of(const Input<T>& input, int64_t wanted_chunks) {
 template <class T>
 int64_t resident_warps(int statistics, int64_t num_keys) {
   constexpr int ALL = SUMS | SQDISTS | RESIDUALS;
-  constexpr int STAGE = std::max(Ring<T, false, false, 1>::BYTES, Ring<T, true, false, 1>::BYTES);
+  constexpr int STAGE = std::max(Ring<T, false, 1>::BYTES, Ring<T, true, 1>::BYTES);
   const int stages = statistics == ALL ? STAGES<T, ALL> : STAGES<T, SUMS>;
   const int64_t slots =
       statistics & SQDISTS ? Slots<SQDISTS>::bytes(num_keys) : Slots<SUMS>::bytes(num_keys);
@@ -96,17 +96,6 @@ void shift_if_unaligned(Input<T>& input) {
   input.period = static_cast<int>(period);
   input.row_stride *= period;
   input.shifted = true;
-}
-
-// Of pixels sorted by key. Chunks of 2 to 16 tiles: if possible, just enough chunks to occupy the
-// device four times.
-template <class T>
-Tiling plan_sorted(const Input<T>& input) {
-  const int64_t warps = std::min<int64_t>(12, blocks_in_shared(Ring<T, true, true>::BYTES));
-  const int64_t occupied = 4 * warps * multiprocessors();
-  const int64_t tiles = ceil_div(input.view.pixels, TILE<T>),
-                blocks = ceil_div(input.view.dim, CHANNELS);
-  return tiles_of(input, ceil_div(tiles, std::clamp<int64_t>(tiles * blocks / occupied, 2, 16)));
 }
 
 }  // namespace anchorops::cuda

@@ -23,7 +23,7 @@ namespace anchorops::cuda {
 // for its own load, the movers would be the last at the barrier by far.
 template <class T, bool CHANNELS_LAST>
 __device__ __forceinline__ void move_to_rows(const T* tile, const uint16_t* positions, T* rows) {
-  constexpr int PITCH = Stage<T, CHANNELS_LAST, false>::PITCH;
+  constexpr int PITCH = Stage<T, CHANNELS_LAST>::PITCH;
   constexpr int STEPS = 8;  // 16 bytes each
   const int lane = threadIdx.x;
   if constexpr (sizeof(T) == 2) {
@@ -300,8 +300,7 @@ __global__ void __launch_bounds__(CHANNELS*(WINDOWS + MOVERS), 1)
     const int tiles = static_cast<int>(min(int64_t{range.per_mover}, range.end - own));
 #pragma unroll 1
     for (int block = first_block; block < last_block; ++block) {
-      Cursor<T, CHANNELS_LAST, false> cursor(input, tiling, block * CHANNELS,
-                                             min(own, tiling.tiles - 1));
+      Cursor<T, CHANNELS_LAST> cursor(input, tiling, block * CHANNELS, min(own, tiling.tiles - 1));
       int in_round = 0, round = 0;
 #pragma unroll 1
       for (int tile = -MOVED; tile < range.rounds * MOVED; ++tile) {  // the first only start copies

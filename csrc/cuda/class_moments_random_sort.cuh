@@ -19,7 +19,7 @@ constexpr unsigned NO_ROW = 0xffff;
 
 template <class T, bool CHANNELS_LAST>
 struct RandomMemory {
-  using Layout = Stage<T, CHANNELS_LAST, false>;
+  using Layout = Stage<T, CHANNELS_LAST>;
   static constexpr int PIXELS = WINDOWS * TILE<T>, ROUNDS = CHUNK_PIXELS / PIXELS;
   static constexpr int ROWS_AT = WINDOWS * Layout::BYTES;
   static constexpr int ROWS_BYTES = (PIXELS + 8) * CHANNELS * int{sizeof(T)};  // 8: see KeySums

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(THREADS) add_partials_kernel(const Reductions 
     };
 #pragma unroll 8
     for (int c = slice; c < own.count; c += own.slices)
-      if (!all.met || is_met(c)) total += own.partials[c * size + i];
+      if (is_met(c)) total += own.partials[c * size + i];
   }
   totals[threadIdx.x] = total;
   for (int half = own.slices / 2; half > 0; half /= 2) {

@@ -15,7 +15,7 @@ struct Reduction {
 };
 struct Reductions {
   Reduction of[3];
-  const uint8_t* met;  // see Partials; null if all partials were written
+  const uint8_t* met;  // see Partials
   int64_t num_keys;
   int period = 1;  // see Input
 };

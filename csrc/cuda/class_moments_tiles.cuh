@@ -10,9 +10,6 @@
 // copied.
 #pragma once
 
-#include <cstring>
-#include <type_traits>
-
 #include "tensors.cuh"
 
 namespace anchorops::cuda {
@@ -51,10 +48,9 @@ struct Anchors;
 // The inputs of a kernel of class moments.
 template <class T>
 struct Input {
-  const T* features;       // [B, D, P] by strides
-  const int32_t* keys;     // int32 [B, P], −1 where ignored
-  const int64_t* offsets;  // sorted: int64 [B·P], where the features of a pixel begin
-  const float* anchors;    // float32 [K, D]
+  const T* features;     // [B, D, P] by strides
+  const int32_t* keys;   // int32 [B, P], −1 where ignored
+  const float* anchors;  // float32 [K, D]
   Pixels view;
   int64_t row_stride;  // from a row of a tile to the next
   int num_keys, num_classes, groups;
@@ -75,7 +71,7 @@ inline int blocks_of(int64_t dim, int period) {
 }
 
 // How the pixels are divided. A chunk is a range of tiles; a tile is a part of a line. The first
-// `longer` chunks have one tile more than the others. Pixels sorted by key are a single line. The
+// `longer` chunks have one tile more than the others. The
 // division depends on shapes and on the device (and on whether labels are random, and where planes
 // begin in 16 bytes), because the result depends on the order of the additions.
 struct Tiling {
@@ -109,17 +105,6 @@ struct Partials {
   int period;        // Tiles of blocks that begin at different positions have different pixels.
 };
 
-// The sums of sorted pixels. The sums of the first and the last key of a chunk are its ends:
-// neighbouring chunks may contain more pixels of these keys.
-struct SortedSums {
-  float* sums;            // float32 [num_keys, D]
-  float* residuals;       // the same
-  float* sqdists;         // float32 [blocks, num_keys]
-  float* sums_ends;       // float32 [2·chunks, D]
-  float* residuals_ends;  // the same
-  float* sqdists_ends;    // float32 [2·chunks, blocks]
-};
-
 // The anchors of a lane's channel.
 struct Anchors {
   const float* of_channel;  // at the first row
@@ -143,38 +128,17 @@ __device__ Anchors Input<T>::anchors_of(int block) const {
           channel < view.dim, num_keys == num_classes};
 }
 
-// Converts to float32, exactly, with one instruction for each element: the high half of a word
-// needs no shift.
-template <class T>
-__device__ __forceinline__ void widen(const Vector<T>& vector, float (&x)[Vector<T>::SIZE]) {
-  unsigned words[4];
-  memcpy(words, &vector, sizeof words);
-#pragma unroll
-  for (int i = 0; i < Vector<T>::SIZE; ++i) {
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      const unsigned word = words[i / 2];
-      x[i] = __uint_as_float(i % 2 ? word & 0xffff0000 : word << 16);
-    } else {
-      x[i] = static_cast<float>(vector.elements[i]);
-    }
-  }
-}
-
 // The layout of a tile in shared memory: [channel][pixel], or [pixel][channel] with channels last.
-// Rows are padded so that they are in different banks, unless a warp reads a single row at a time.
-template <class T, bool CHANNELS_LAST, bool SORTED>
+// Rows are padded so that they are in different banks.
+template <class T, bool CHANNELS_LAST>
 struct Stage {
-  static constexpr int SEGMENT = Vector<T>::SIZE;  // pixels that are read at once
+  static constexpr int SEGMENT = Vector<T>::SIZE;
   static constexpr int ROWS = CHANNELS_LAST ? TILE<T> : CHANNELS;
   static constexpr int COLUMNS = CHANNELS_LAST ? CHANNELS : TILE<T>;
-  static constexpr int PADDING = CHANNELS_LAST              ? (SORTED ? 0 : SEGMENT)
-                                 : SORTED || sizeof(T) == 2 ? SEGMENT
-                                                            : 2 * SEGMENT;
+  static constexpr int PADDING = CHANNELS_LAST || sizeof(T) == 2 ? SEGMENT : 2 * SEGMENT;
   static constexpr int PITCH = COLUMNS + PADDING;
   static constexpr int ELEMENTS = ROWS * PITCH;
   static constexpr int BYTES = ELEMENTS * static_cast<int>(sizeof(T));
-
-  static constexpr int PIXEL = CHANNELS_LAST ? PITCH : 1;  // from a pixel to the next
 
   // A lane copies the segment at its column of every STEP-th row, from its first row on.
   static constexpr int LANES = COLUMNS / SEGMENT, STEP = 32 / LANES;
@@ -184,32 +148,12 @@ struct Stage {
   static __device__ __forceinline__ int offset(int channel, int pixel) {
     return CHANNELS_LAST ? pixel * PITCH + channel : channel * PITCH + pixel;
   }
-  // The lane's channel of the first pixel.
-  static __device__ __forceinline__ const T* channel(const T* stage) {
-    return stage + threadIdx.x * (CHANNELS_LAST ? 1 : PITCH);
-  }
-  // The lane's channel of N pixels.
-  template <int N>
-  static __device__ __forceinline__ void read(const T* pixels, float (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i += SEGMENT) {
-      float segment[SEGMENT];
-      if constexpr (CHANNELS_LAST) {
-#pragma unroll
-        for (int j = 0; j < SEGMENT; ++j) segment[j] = static_cast<float>(pixels[(i + j) * PIXEL]);
-      } else {
-        widen(load_vector(pixels + i), segment);
-      }
-#pragma unroll
-      for (int j = 0; j < SEGMENT; ++j) x[i + j] = segment[j];
-    }
-  }
 };
 
 // Iterates over the tiles of a chunk. SHIFTED: tiles begin at multiples of 16 bytes.
-template <class T, bool CHANNELS_LAST, bool SORTED, bool SHIFTED = false>
+template <class T, bool CHANNELS_LAST, bool SHIFTED = false>
 struct Cursor {
-  using Layout = Stage<T, CHANNELS_LAST, SORTED>;
+  using Layout = Stage<T, CHANNELS_LAST>;
   const Input<T>& input;
   const Tiling& tiling;
   const int channel;   // the block's first
@@ -217,7 +161,7 @@ struct Cursor {
   int line;
   int tiles_left;       // in the line
   int before;           // SHIFTED: pixels by which the line's first tile begins before it
-  const T* features;    // where the lane copies its first vector (sorted: of pixel 0)
+  const T* features;    // where the lane copies its first vector
   const int32_t* keys;  // of the tile's first pixel
 
   // There are less than 2^31 tiles and lines, and divisions of 32 bits need fewer registers.
@@ -225,7 +169,7 @@ struct Cursor {
       : input(input),
         tiling(tiling),
         channel(channel),
-        vectors((SHIFTED || input.vectors) && (CHANNELS_LAST || !SORTED) && channels() == CHANNELS),
+        vectors((SHIFTED || input.vectors) && channels() == CHANNELS),
         line(tile / tiling.tiles_per_line) {
     enter_line(tile % tiling.tiles_per_line);
   }
@@ -233,17 +177,14 @@ struct Cursor {
     const Pixels& view = input.view;
     tiles_left = tiling.tiles_per_line - tile;
     int64_t pixel = int64_t{tile} * TILE<T>;
-    features = input.features + channel * view.stride_d;
-    if constexpr (!SORTED) {
-      const int of_image = static_cast<int>(view.lines_per_image);
-      features += line / of_image * view.stride_b + line % of_image * view.stride_h;
-    }
+    const int of_image = static_cast<int>(view.lines_per_image);
+    features = input.features + channel * view.stride_d + line / of_image * view.stride_b +
+               line % of_image * view.stride_h;
     if constexpr (SHIFTED) {
       before = reinterpret_cast<uintptr_t>(features) % sizeof(Vector<T>) / sizeof(T);
       pixel -= before;
     }
-    if constexpr (!SORTED) features += pixel * view.stride_p;
-    features += to_lane();
+    features += pixel * view.stride_p + to_lane();
     keys = input.keys + int64_t{line} * view.pixels + pixel;
   }
   __device__ __forceinline__ void next() {
@@ -251,7 +192,7 @@ struct Cursor {
       ++line;
       return enter_line(0);
     }
-    if constexpr (!SORTED) features += TILE<T> * input.view.stride_p;
+    features += TILE<T> * input.view.stride_p;
     keys += TILE<T>;
   }
   // Pixels begin() to end() − 1 of the tile belong to the line.
@@ -269,21 +210,16 @@ struct Cursor {
   }
   // The offset of the lane's first vector from the tile's first feature.
   __device__ __forceinline__ int64_t to_lane() const {
-    return Layout::column() + (SORTED ? 0 : Layout::row() * input.row_stride);
-  }
-  // The offset of the pixel's features from the tile's first feature.
-  __device__ __forceinline__ int64_t offset(int pixel) const {
-    if constexpr (!SORTED) return pixel * input.view.stride_p;
-    return pixel < end() ? input.offsets[keys - input.keys + pixel] : 0;
+    return Layout::column() + Layout::row() * input.row_stride;
   }
 };
 
 // Copies the features of a tile and, if KEYS, its keys. Outside the line, keys are −1; outside the
 // line and beyond the channels, features are 0.
-template <bool KEYS = true, class T, bool CHANNELS_LAST, bool SORTED, bool SHIFTED>
-__device__ __forceinline__ void fill_stage(
-    T* stage, int* keys, const Cursor<T, CHANNELS_LAST, SORTED, SHIFTED>& cursor) {
-  using Layout = Stage<T, CHANNELS_LAST, SORTED>;
+template <bool KEYS = true, class T, bool CHANNELS_LAST, bool SHIFTED>
+__device__ __forceinline__ void fill_stage(T* stage, int* keys,
+                                           const Cursor<T, CHANNELS_LAST, SHIFTED>& cursor) {
+  using Layout = Stage<T, CHANNELS_LAST>;
   constexpr int SEGMENT = Layout::SEGMENT, PITCH = Layout::PITCH, STEP = Layout::STEP;
   const Input<T>& input = cursor.input;
   const int lane = thread_again(), begin = cursor.begin(), end = cursor.end();
@@ -304,20 +240,18 @@ __device__ __forceinline__ void fill_stage(
   if (cursor.vectors && whole) {
 #pragma unroll
     for (int i = 0; i < Layout::ROWS; i += STEP)
-      copy_async(to + i * PITCH,
-                 cursor.features + (SORTED ? cursor.offset(row + i) : i * row_stride));
+      copy_async(to + i * PITCH, cursor.features + i * row_stride);
     return;
   }
   const T* const first = cursor.features - cursor.to_lane();
   const int channels = cursor.channels();
-  if ((SHIFTED || input.vectors) && begin == 0 && (CHANNELS_LAST || !SORTED)) {
+  if ((SHIFTED || input.vectors) && begin == 0) {
     const int rows = CHANNELS_LAST ? end : channels, columns = end + channels - rows;
     const int bytes = max(min(columns - column, SEGMENT), 0) * static_cast<int>(sizeof(T));
     const T* from = first + (bytes > 0 ? column : 0);
 #pragma unroll(SHIFTED ? Layout::ROWS / STEP : 1)
     for (int i = 0; i < Layout::ROWS; i += STEP)
-      copy_async(to + i * PITCH, from + (SORTED ? cursor.offset(row + i) : (row + i) * row_stride),
-                 row + i < rows ? bytes : 0);
+      copy_async(to + i * PITCH, from + (row + i) * row_stride, row + i < rows ? bytes : 0);
     return;
   }
 
@@ -326,7 +260,8 @@ __device__ __forceinline__ void fill_stage(
 #pragma unroll 1
   for (int left = 0; left < Layout::COLUMNS; left += 32) {
     const int column = left + lane;
-    const T* from = first + (CHANNELS_LAST ? lane : cursor.offset(column));
+    const int64_t pixel_stride = input.view.stride_p;
+    const T* from = first + (CHANNELS_LAST ? lane : column * pixel_stride);
 #pragma unroll 1
     for (int batch = 0; batch < Layout::ROWS; batch += BATCH) {
       T values[BATCH];
@@ -335,7 +270,7 @@ __device__ __forceinline__ void fill_stage(
         const int row = batch + i, pixel = CHANNELS_LAST ? row : column;
         const bool inside =
             pixel >= begin && pixel < end && (CHANNELS_LAST ? column : row) < channels;
-        const int64_t offset = CHANNELS_LAST ? cursor.offset(row) : row * row_stride;
+        const int64_t offset = row * (CHANNELS_LAST ? pixel_stride : row_stride);
         values[i] = inside ? from[offset] : T(0.f);
       }
 #pragma unroll
@@ -345,13 +280,13 @@ __device__ __forceinline__ void fill_stage(
 }
 
 // The tiles of a chunk, one after the other: while one is read, the next one is copied.
-template <class T, bool CHANNELS_LAST, bool SORTED, int COUNT = 2, bool SHIFTED = false>
+template <class T, bool CHANNELS_LAST, int COUNT = 2, bool SHIFTED = false>
 struct Ring {
   static constexpr int STAGES = COUNT;
-  using Layout = Stage<T, CHANNELS_LAST, SORTED>;
+  using Layout = Stage<T, CHANNELS_LAST>;
   static constexpr int BYTES = STAGES * (Layout::BYTES + TILE<T> * int{sizeof(int)});
 
-  Cursor<T, CHANNELS_LAST, SORTED, SHIFTED> cursor;
+  Cursor<T, CHANNELS_LAST, SHIFTED> cursor;
   const int tiles;  // of the chunk
 
   __device__ Ring(const Input<T>& input, const Tiling& tiling, int block, int chunk)

@@ -86,16 +86,15 @@ def sorted_by_numpy(monkeypatch):
     monkeypatch.setattr(tl, "sort", sort)
 
 
-@pytest.fixture(params=["tiles", "sorted"])
+@pytest.fixture(params=["tiles", "sorted"] if BACKEND == "triton" else ["tiles"])
 def path(request, monkeypatch):
-    """Makes the backend sum pixels tile by tile, or sorted by key, for any shape. Returns the
-    fields of a case that lead to this: Triton always sorts if anchors are learnable, CUDA if there
-    are more than 1,024 keys."""
+    """Makes Triton sum pixels tile by tile, or sorted by key, for any shape. Returns the fields of
+    a case that lead to this: it always sorts if anchors are learnable."""
     if BACKEND != "triton":
-        return {"anchors": "learnable", "unused_classes": 0 if request.param == "tiles" else 1100}
+        return {"anchors": "learnable"}
     from anchorops.kernels import class_moments, launch
 
     chunks_of = {"tiles": lambda *args: max(1, launch.chunks_of(*args)), "sorted": lambda *args: 0}
     monkeypatch.setattr(class_moments, "chunks_of", chunks_of[request.param])
     anchors = {"tiles": "fixed", "sorted": "learnable"}[request.param]
-    return {"anchors": anchors, "unused_classes": 0}
+    return {"anchors": anchors}

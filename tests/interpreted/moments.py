@@ -24,11 +24,6 @@ class Case(NamedTuple):
     anchors: str | None = "learnable"
     groups: int = 1
     per_image: bool = False
-    unused_classes: int = 0  # behind those that labels have
-
-    @property
-    def classes(self):
-        return min(self.num_classes + self.unused_classes, 16_384)
 
 
 def make_features(case: Case) -> torch.Tensor:
@@ -96,7 +91,7 @@ def moments_and_gradients(case, features, labels, anchors, weights):
     counts, sums, sqdists = ao.ops.class_moments(
         features,
         labels,
-        case.classes,
+        case.num_classes,
         anchors=anchors,
         groups=case.groups,
         per_image=case.per_image,
@@ -115,7 +110,7 @@ def moments_and_gradients(case, features, labels, anchors, weights):
 
 def by_class(case, features, labels, anchors):
     """The straightforward float32 formula: sums and sqdists as a masked sum for each key."""
-    keys, counts = reference.class_keys(features, labels, case.classes, case.per_image, 255)
+    keys, counts = reference.class_keys(features, labels, case.num_classes, case.per_image, 255)
     if case.groups > 1:
         keys = reference.split_groups(keys, counts, case.groups, 7)
         counts = reference.group_counts(counts, case.groups)
@@ -127,7 +122,7 @@ def by_class(case, features, labels, anchors):
             own = rows[keys == key]
             sums[key] = own.sum(0)
             if anchors is not None:
-                nearest = anchors[int(key) // case.groups % case.classes]
+                nearest = anchors[int(key) // case.groups % case.num_classes]
                 sqdists[key] = (own - nearest).square().sum()
     return sums.view(*counts.shape, -1), sqdists.view(counts.shape)
 
@@ -140,8 +135,8 @@ def assert_within_budget(ours, exact, straightforward, size):
 def check(case: Case):
     """Values and gradients of random features are within the error budget."""
     features, labels = make_features(case), make_labels(case)
-    anchors = torch.randn(case.classes, case.size[1]) if case.anchors else None
-    shape = (case.classes,) if case.groups == 1 else (case.classes, case.groups)
+    anchors = torch.randn(case.num_classes, case.size[1]) if case.anchors else None
+    shape = (case.num_classes,) if case.groups == 1 else (case.num_classes, case.groups)
     shape = (case.size[0], *shape) if case.per_image else shape
     weights = torch.randn(*shape, case.size[1]), torch.rand(shape)
 

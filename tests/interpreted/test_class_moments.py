@@ -35,11 +35,11 @@ CASES = [
     Case((3, 7, 50), 4, FP32, "sliced", groups=2),
     Case((3, 130, 40), 6, BF16, per_image=True),
     Case((2, 4, 30, 1), 3, FP32, "sliced"),
-    Case((60, 3), 16_384),
+    Case((60, 3), 1024),
 ]
 
 
-MANY_KEYS = [  # also for sorted pixels: one key with all pixels, keys of one pixel
+LENGTHS_OF_KEYS = [  # one key with all pixels, keys of one pixel
     Case((600, 20), 3, BF16, labels="one", anchors="fixed"),
     Case((5000, 3), 2, layout="transposed", labels="one"),
     Case((1, 36, 13, 11), 143, FP16, labels="distinct"),
@@ -47,6 +47,9 @@ MANY_KEYS = [  # also for sorted pixels: one key with all pixels, keys of one pi
     Case((2, 300, 15, 11), 9, BF16, "channels_last", per_image=True, groups=2),
     Case((170, 272), 4, FP16),
     Case((3, 35, 9, 40), 50, FP32, "cropped", "coherent", per_image=True),
+]
+MANY_KEYS = [
+    Case((60, 3), 16_384),
     Case((70, 300), 16_384, anchors=None),
     Case((3, 4, 20), 16_384, anchors="fixed", per_image=True),  # keys of more than 16 bits
 ]
@@ -106,10 +109,27 @@ def test_values_and_gradients(case: Case, path):
     check(case._replace(**path | {"anchors": anchors}))
 
 
+@pytest.mark.parametrize("case", LENGTHS_OF_KEYS, ids=str)
+@pytest.mark.parametrize("path", ["sorted" if BACKEND == "triton" else "tiles"], indirect=True)
+def test_lengths_of_keys(case: Case, path):
+    check(case)
+
+
+@pytest.mark.skipif(BACKEND != "triton", reason="cuda supports 1,024 keys")
 @pytest.mark.parametrize("case", MANY_KEYS, ids=str)
-@pytest.mark.parametrize("path", ["sorted"], indirect=True)
-def test_many_keys(case: Case, path):
-    check(case._replace(unused_classes=path["unused_classes"]))
+def test_many_keys(case: Case):
+    check(case)
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="Triton supports them")
+def test_more_than_1024_keys_are_refused():
+    features, labels = torch.zeros(2, 3, 5), torch.zeros(2, 5).long()
+    refused = pytest.raises(ValueError, match=r'at most 1024 keys .* has 1030: choose "triton"')
+    with refused:
+        ao.class_moments(features, labels, 103, groups=5, per_image=True, seed=1)
+    keys = torch.zeros(2, 5, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="num_keys: expected at most 1024, got 1025"):
+        torch.ops.anchorops.class_moments.cuda(features, keys, None, 1025, 1, True, False)
 
 
 @pytest.mark.skipif(BACKEND != "cuda", reason="Triton's chunks of these shapes are one tile each")
@@ -133,8 +153,9 @@ def test_random_labels(case: Case):
 @pytest.mark.skipif(BACKEND != "cuda", reason="Triton has no kernel of its own for these labels")
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_anchors_without_pixels_of_random_labels(dtype):
-    case = Case((2, 40, 10, 136), 90, dtype, unused_classes=10)
-    features, labels, anchors = make_features(case), make_labels(case), torch.randn(100, 40)
+    case = Case((2, 40, 10, 136), 100, dtype)
+    labels = make_labels(case._replace(num_classes=90))
+    features, anchors = make_features(case), torch.randn(100, 40)
     anchors[90:] = torch.nan
     weights = torch.randn(100, 40), torch.rand(100)
     _, sums, sqdists, _, danchors = moments_and_gradients(case, features, labels, anchors, weights)
@@ -151,9 +172,9 @@ def test_far_anchors(path):
     """Squared distances and residuals are summed directly, so far anchors lose no digits."""
     case = Case((400, 8), 3, **path)
     labels = torch.arange(400) // 190
-    anchors = torch.full((case.classes, 8), 4096.0) + torch.randn(case.classes, 8)
+    anchors = torch.full((case.num_classes, 8), 4096.0) + torch.randn(case.num_classes, 8)
     features = (anchors[labels] + 0.01 * torch.randn(400, 8)).float()
-    weights = torch.zeros(case.classes, 8), torch.ones(case.classes)
+    weights = torch.zeros(case.num_classes, 8), torch.ones(case.num_classes)
     ours = moments_and_gradients(case, features, labels, anchors, weights)
     with ao.use_backend("reference"):
         exact = moments_and_gradients(case, features.double(), labels, anchors.double(), weights)
@@ -166,11 +187,11 @@ def test_far_anchors(path):
 @pytest.mark.parametrize(("size", "dtype"), [((1, 20, 10, 30), BF16), ((200, 20), FP32)])
 def test_ignored_pixels_change_nothing(path, size, dtype):
     case = Case(size, 6, dtype, **path)
-    labels, anchors = make_labels(case), torch.randn(case.classes, 20)
+    labels, anchors = make_labels(case), torch.randn(case.num_classes, 20)
     ignored = torch.rand(labels.shape) < 0.3
     labels[ignored] = 255
     features, spoilt = torch.randn(size).to(dtype), torch.tensor([torch.nan, torch.inf, -torch.inf])
-    weights = torch.randn(case.classes, 20), torch.rand(case.classes)
+    weights = torch.randn(case.num_classes, 20), torch.rand(case.num_classes)
     expected = moments_and_gradients(case, features, labels, anchors, weights)
     rows = features.movedim(1, -1)
     rows[ignored] = spoilt.repeat(int(ignored.sum()))[: int(ignored.sum()), None].to(dtype)
@@ -212,13 +233,13 @@ def test_not_finite_pixels_spoil_their_own_class(path, value, dtype, num_classes
     features, labels, anchors = (
         make_features(case),
         make_labels(case),
-        torch.randn(case.classes, 18),
+        torch.randn(case.num_classes, 18),
     )
-    weights = torch.randn(case.classes, 18), torch.rand(case.classes)
+    weights = torch.randn(case.num_classes, 18), torch.rand(case.num_classes)
     clean = moments_and_gradients(case, features, labels, anchors, weights)
     features[0, 4, 5, 6] = value
     own = int(labels[0, 5, 6])
-    others = torch.arange(case.classes) != own
+    others = torch.arange(case.num_classes) != own
     ours = moments_and_gradients(case, features, labels, anchors, weights)
     for i in (1, 2) if case.anchors == "fixed" else (1, 2, 4):
         torch.testing.assert_close(ours[i][others], clean[i][others], rtol=1e-5, atol=1e-4)
@@ -253,8 +274,8 @@ def test_not_finite_pixels_without_a_slot(dtype, size):
 
 def test_reproducible(path):
     case = Case((2, 20, 9, 40), 11, BF16, **path)
-    inputs = make_features(case), make_labels(case), torch.randn(case.classes, 20)
-    weights = torch.randn(case.classes, 20), torch.rand(case.classes)
+    inputs = make_features(case), make_labels(case), torch.randn(case.num_classes, 20)
+    weights = torch.randn(case.num_classes, 20), torch.rand(case.num_classes)
     first = moments_and_gradients(case, *inputs, weights)
     second = moments_and_gradients(case, *inputs, weights)
     assert_equal(first, second)
@@ -275,7 +296,7 @@ def test_empty(size):
 def test_squared_distances_alone(path, dtype):
     case = Case((2, 33, 6, 45), 7, dtype, labels="coherent", **path)
     features, labels = make_features(case).requires_grad_(), make_labels(case)
-    anchors = torch.randn(case.classes, 33, requires_grad=case.anchors == "learnable")
+    anchors = torch.randn(case.num_classes, 33, requires_grad=case.anchors == "learnable")
     ours = ao.pixel_to_anchor_mse(features, labels, anchors, ignore_index=255)
     gradients = torch.autograd.grad(ours, [x for x in (features, anchors) if x.requires_grad])
     with ao.use_backend("reference"):
@@ -290,7 +311,10 @@ def test_squared_distances_alone(path, dtype):
 def test_nothing_valid(path):
     case = Case((1, 4, 6, 30), 3, **path)
     features, labels = torch.full(case.size, torch.nan), torch.full((1, 6, 30), 255)
-    anchors, weights = torch.randn(case.classes, 4), (torch.randn(case.classes, 4), torch.ones(1))
+    anchors, weights = (
+        torch.randn(case.num_classes, 4),
+        (torch.randn(case.num_classes, 4), torch.ones(1)),
+    )
     results = moments_and_gradients(case, features, labels, anchors, weights)
     assert not any(result.any() for result in results if result is not None)
 
@@ -307,7 +331,7 @@ def test_offsets_are_64_bit(path):
     ):
         case = Case(tuple(view.shape), 2, FP16, **path)
         view.copy_(torch.randn(view.shape))
-        classes, dim = case.classes, view.shape[1]
+        classes, dim = case.num_classes, view.shape[1]
         labels, anchors = make_labels(case), torch.randn(classes, dim)
         labels[labels == 255] = 1
         weights = torch.randn(classes, dim), torch.rand(classes)
