@@ -172,26 +172,6 @@ __device__ __forceinline__ float log2_approximate(float x) {
 #endif
 }
 
-// sum + value, or sum + value², where inside, with one instruction that has a condition.
-__device__ __forceinline__ void add_if(bool inside, float& sum, float value) {
-#ifdef __CUDACC__
-  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; @p add.f32 %0, %0, %1;}"
-      : "+f"(sum)
-      : "f"(value), "r"(int{inside}));
-#else
-  if (inside) sum += value;
-#endif
-}
-__device__ __forceinline__ void add_square_if(bool inside, float& sum, float value) {
-#ifdef __CUDACC__
-  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; @p fma.rn.f32 %0, %1, %1, %0;}"
-      : "+f"(sum)
-      : "f"(value), "r"(int{inside}));
-#else
-  if (inside) sum = std::fma(value, value, sum);
-#endif
-}
-
 // a·b, rounded. It is never fused with an addition.
 __host__ __device__ inline float product(float a, float b) {
 #ifdef __CUDA_ARCH__
@@ -262,15 +242,6 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #else
   on_host::wait_for_copies(PENDING);
-#endif
-}
-
-// A barrier of the block at which, unlike __syncthreads(), warps may wait in different branches.
-__device__ __forceinline__ void barrier_of_block() {
-#ifdef __CUDACC__
-  asm volatile("bar.sync 0;" ::: "memory");
-#else
-  __syncthreads();
 #endif
 }
 

@@ -34,20 +34,18 @@ inline void fill_zero(void* memory, size_t bytes, [[maybe_unused]] Stream stream
 }
 
 // The largest shared memory of a block on every GPU from sm_80 on: sm_86, sm_89 and sm_120 have
-// 99 KB, others more. Only kernels that are launched as LARGE use more.
+// 99 KB, others more.
 constexpr size_t MAX_SHARED_BYTES = 99 << 10;
 
-// NORMAL: kernel<<<…>>>. EARLY: launch_early. LARGE: with more than MAX_SHARED_BYTES of shared
-// memory, but at most largest_shared_bytes().
-enum class Launch { NORMAL, EARLY, LARGE };
+// NORMAL: kernel<<<…>>>. EARLY: launch_early.
+enum class Launch { NORMAL, EARLY };
 
 // What the division of work depends on, besides shapes.
 struct Hardware {
   int major;  // of the compute capability
   int multiprocessors;
-  // Bytes of shared memory: of a multiprocessor, of a block at most, and of each block in addition
-  // to what it requests.
-  size_t shared_bytes, largest_shared_bytes, reserved_bytes;
+  // Bytes of shared memory: of a multiprocessor, and of each block in addition to what it requests.
+  size_t shared_bytes, reserved_bytes;
 };
 
 // Of the current device, read once for each device.
@@ -69,20 +67,14 @@ inline Hardware hardware() {
   return of_devices[device] = {attribute(cudaDevAttrComputeCapabilityMajor),
                                attribute(cudaDevAttrMultiProcessorCount),
                                bytes(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                               bytes(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                                bytes(cudaDevAttrReservedSharedMemoryPerBlock)};
 #else
-  const size_t shared_bytes = on_host::shared_kilobytes() << 10, reserved_bytes = 1 << 10;
-  return {9, on_host::multiprocessors(), shared_bytes, shared_bytes - reserved_bytes,
-          reserved_bytes};
+  return {9, on_host::multiprocessors(), size_t{on_host::shared_kilobytes()} << 10, 1 << 10};
 #endif
 }
 
 // The number of multiprocessors of the current device: 132 of an H200, 108 of an A100.
 inline int64_t multiprocessors() { return hardware().multiprocessors; }
-
-// The largest shared memory of a block on the current device: 227 KB on sm_90 and sm_100.
-inline size_t largest_shared_bytes() { return hardware().largest_shared_bytes; }
 
 // For how many blocks a multiprocessor of the current device has shared memory. It has 228 KB on
 // sm_90 and sm_100, 164 KB on sm_80, 100 KB on sm_86, sm_89 and sm_120.
@@ -97,8 +89,7 @@ inline int64_t blocks_in_shared(size_t bytes_of_block) {
 // need is used as L1 cache. A kernel that requests none keeps only the 1 KB that each block always
 // needs. Returns whether the kernel's code can be launched early: this depends on the architecture
 // that it was compiled for.
-inline bool configure(const char* name, const void* kernel, bool asks_for_shared,
-                      size_t most_shared) {
+inline bool configure(const char* name, const void* kernel, bool asks_for_shared) {
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, bool> configured;
   constexpr int PERCENT_FOR_BLOCKS = 14;  // 32 KB on sm_80 and sm_90, 14 KB on sm_86
@@ -108,7 +99,7 @@ inline bool configure(const char* name, const void* kernel, bool asks_for_shared
   const auto found = configured.find({device, kernel});
   if (found != configured.end()) return found->second;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(most_shared)),
+                             int{MAX_SHARED_BYTES}),
         name);
   check(cudaFuncSetAttribute(
             kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -125,17 +116,16 @@ void launch_kernel(Launch how, const char* name, void (*kernel)(Parameters...), 
                    dim3 block, size_t shared_bytes, [[maybe_unused]] Stream stream,
                    const Arguments&... arguments) {
   if (size_t{grid.x} * grid.y * grid.z == 0) return;
-  const size_t most_shared = how == Launch::LARGE ? largest_shared_bytes() : MAX_SHARED_BYTES;
   bool early = how == Launch::EARLY;
 #ifdef __CUDACC__
-  early &= configure(name, reinterpret_cast<const void*>(kernel), shared_bytes > 0, most_shared);
+  early &= configure(name, reinterpret_cast<const void*>(kernel), shared_bytes > 0);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   const cudaLaunchConfig_t config{grid, block, shared_bytes, stream, &attribute, early ? 1u : 0u};
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 #else
-  if (shared_bytes > most_shared)
+  if (shared_bytes > MAX_SHARED_BYTES)
     throw std::logic_error(std::string(name) + ": more shared memory than every GPU has");
   if (grid.x > 0x7fffffff || std::max(grid.y, grid.z) > 65535 || block.x * block.y * block.z > 1024)
     throw std::logic_error(std::string(name) + ": more blocks or threads than a GPU takes");

@@ -9,11 +9,6 @@
 // each partial is written once. A second kernel reads the partials once and adds them in a fixed
 // order (class_moments_reduction.cu). The division of the pixels is in class_moments_plan.cuh.
 //
-// Random labels of 33 to 192 classes (from 12 on with all three statistics, and in float32 with
-// two), on GPUs with 227 KB of shared memory for a block: each block sorts its pixels in shared
-// memory (class_moments_random.cuh). Two kernels are launched. Both look at the same few keys, and
-// one of them returns at once.
-//
 // Eight or twelve warps are resident on a multiprocessor, for any number of keys: 32 to 48 KB of
 // features are in flight; an H200 needs 23. With 100 KB of shared memory there are at least four.
 // `make cuda-report` prints the warp instructions for each 512 bytes.
@@ -39,11 +34,9 @@ void sum_pixels(Input<T> input, int statistics, const Outputs& out, Stream strea
   shift_if_unaligned(input);
   const int64_t num_keys = input.num_keys, dim = input.view.dim, period = input.period;
   const Tiling tiling = plan(input, statistics);
-  const Tiling random = plan_random(tiling, input, statistics);
-  const int64_t chunks = std::max(tiling.chunks, random.chunks), blocks = tiling.blocks;
+  const int64_t chunks = tiling.chunks, blocks = tiling.blocks;
   const Tensor met = new_empty(out.sums, {chunks * period, num_keys}, ScalarType::Byte);
   Partials partials{.met = met.mutable_data_ptr<uint8_t>(),
-                    .rows = static_cast<int>(chunks * period),
                     .width = static_cast<int>(width_of(input, blocks)),
                     .period = input.period};
   Reductions all{.met = partials.met, .num_keys = num_keys, .period = input.period};
@@ -64,11 +57,7 @@ void sum_pixels(Input<T> input, int statistics, const Outputs& out, Stream strea
   partials.sums = reduce(0, statistics & SUMS, out.sums, 1, partials.width, dim);
   partials.residuals = reduce(1, statistics & RESIDUALS, out.residuals, 1, partials.width, dim);
   partials.sqdists = reduce(2, statistics & SQDISTS, out.sqdists, blocks, 1, 1);
-  if (random.chunks > tiling.chunks) fill_zero(partials.met, chunks * num_keys, stream);
-  // A normal launch, which all earlier work precedes. So class_moments_kernel, launched early, may
-  // read the keys and write partials while that kernel runs.
-  if (random.chunks > 0) launch_random(statistics, input, random, partials, stream);
-  launch_moments(statistics, input, tiling, partials, random.chunks > 0, stream);
+  launch_moments(statistics, input, tiling, partials, stream);
   add_partials(all, stream);
 }
 

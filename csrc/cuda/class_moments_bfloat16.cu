@@ -3,6 +3,6 @@
 namespace anchorops::cuda {
 
 template void launch_moments<BFloat16>(int, const Input<BFloat16>&, const Tiling&, const Partials&,
-                                       bool, Stream);
+                                       Stream);
 
 }  // namespace anchorops::cuda

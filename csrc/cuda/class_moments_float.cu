@@ -2,7 +2,7 @@
 
 namespace anchorops::cuda {
 
-template void launch_moments<float>(int, const Input<float>&, const Tiling&, const Partials&, bool,
+template void launch_moments<float>(int, const Input<float>&, const Tiling&, const Partials&,
                                     Stream);
 
 }  // namespace anchorops::cuda

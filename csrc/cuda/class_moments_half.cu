@@ -2,7 +2,6 @@
 
 namespace anchorops::cuda {
 
-template void launch_moments<Half>(int, const Input<Half>&, const Tiling&, const Partials&, bool,
-                                   Stream);
+template void launch_moments<Half>(int, const Input<Half>&, const Tiling&, const Partials&, Stream);
 
 }  // namespace anchorops::cuda

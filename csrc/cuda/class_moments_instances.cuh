@@ -3,7 +3,6 @@
 
 #include "class_moments_kernel.cuh"
 #include "class_moments_launch.cuh"
-#include "class_moments_random.cuh"
 
 namespace anchorops::cuda {
 
@@ -36,31 +35,17 @@ inline dim3 grid_of(const Tiling& tiling) {
 
 template <class T>
 void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
-                    const Partials& partials, bool after_random, Stream stream) {
+                    const Partials& partials, Stream stream) {
   for_statistics(statistics, input.view, [&]<int STATISTICS, bool CHANNELS_LAST>() {
     const auto with = [&]<bool SHIFTED>() {
       using TileRing = Ring<T, CHANNELS_LAST, STAGES<T, STATISTICS>, SHIFTED>;
-      launch_kernel(after_random ? Launch::EARLY : Launch::NORMAL, "class_moments_kernel",
-                    class_moments_kernel<T, STATISTICS, CHANNELS_LAST, SHIFTED>, grid_of(tiling),
-                    CHANNELS, TileRing::BYTES + Slots<STATISTICS>::bytes(input.num_keys), stream,
-                    input, tiling, partials, after_random);
+      launch("class_moments_kernel", class_moments_kernel<T, STATISTICS, CHANNELS_LAST, SHIFTED>,
+             grid_of(tiling), CHANNELS, TileRing::BYTES + Slots<STATISTICS>::bytes(input.num_keys),
+             stream, input, tiling, partials);
     };
     if constexpr (!CHANNELS_LAST)
       if (input.shifted) return with.template operator()<true>();
     with.template operator()<false>();
-  });
-}
-
-template <class T>
-void launch_random(int statistics, const Input<T>& input, const Tiling& tiling,
-                   const Partials& partials, Stream stream) {
-  for_statistics(statistics, input.view, [&]<int STATISTICS, bool CHANNELS_LAST>() {
-    const int groups = ceil_div(tiling.blocks, CHANNEL_BLOCKS);
-    launch_kernel(
-        Launch::LARGE, "class_moments_random_kernel",
-        class_moments_random_kernel<T, STATISTICS, CHANNELS_LAST>,
-        dim3(static_cast<unsigned>(tiling.chunks * groups)), dim3(CHANNELS, WINDOWS + MOVERS),
-        RandomMemory<T, CHANNELS_LAST>::bytes(input.num_keys), stream, input, tiling, partials);
   });
 }
 

@@ -5,7 +5,6 @@
 #pragma once
 
 #include "class_moments_factors.cuh"
-#include "class_moments_sample.cuh"
 #include "class_moments_slots.cuh"
 
 namespace anchorops::cuda {
@@ -18,12 +17,11 @@ struct Run {
 };
 
 // The slots of a warp. With half of them, the features of all three statistics in 16 bits stay in
-// registers; they would be read twice otherwise. But random labels of few classes would free the
-// slots in each tile, so only where these mostly have a kernel of their own.
+// registers; they would be read twice otherwise.
 template <class T>
 constexpr int slots_of(int statistics, bool shifted) {
   const bool few = sizeof(T) == 2 && statistics == (SUMS | SQDISTS | RESIDUALS);
-  return few && HAS_RANDOM_KERNEL && !shifted ? SLOTS / 2 : SLOTS;
+  return few && MAJOR >= 9 && MAJOR < 12 && !shifted ? SLOTS / 2 : SLOTS;
 }
 
 template <class T, int STATISTICS, bool CHANNELS_LAST, int COUNT>
@@ -349,15 +347,11 @@ struct Accumulator {
 };
 
 // Reads the features and the keys of its tiles once. Writes the statistics of a key each time that
-// its slot is freed: once, if the chunk has no more keys than there are slots. after_random:
-// launched early, after class_moments_random_kernel, which sums random labels.
+// its slot is freed: once, if the chunk has no more keys than there are slots.
 template <class T, int STATISTICS, bool CHANNELS_LAST, bool SHIFTED>
 __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
-    class_moments_kernel(const Input<T> input, const Tiling tiling, const Partials partials,
-                         bool after_random) {
+    class_moments_kernel(const Input<T> input, const Tiling tiling, const Partials partials) {
   permit_next_kernel();
-  if (after_random && keys_are_random(input.keys, input.view.lines * input.view.pixels))
-    return wait_for_kernel_before();
   // Neighbouring blocks read neighbouring channels.
   const int block = blockIdx.x % tiling.blocks, chunk = blockIdx.x / tiling.blocks;
   Ring<T, CHANNELS_LAST, STAGES<T, STATISTICS>, SHIFTED> ring(input, tiling, block, chunk);
@@ -370,10 +364,6 @@ __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
     if (tile >= 0) accumulator.consume(ring.stage(tile), ring.keys(tile));
   }
   accumulator.finish();
-  // Where labels are not random, the kernel before only reads the keys, which were written before
-  // it was launched. So nothing has to wait until now. The kernels after this one must find both
-  // ended.
-  wait_for_kernel_before();
 }
 
 }  // namespace anchorops::cuda

@@ -9,11 +9,6 @@ namespace anchorops::cuda {
 // Statistics of chunks.
 template <class T>
 void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
-                    const Partials& partials, bool after_random, Stream stream);
-
-// Statistics of chunks, if the labels are random. class_moments_kernel must follow.
-template <class T>
-void launch_random(int statistics, const Input<T>& input, const Tiling& tiling,
-                   const Partials& partials, Stream stream);
+                    const Partials& partials, Stream stream);
 
 }  // namespace anchorops::cuda

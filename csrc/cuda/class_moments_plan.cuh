@@ -3,7 +3,6 @@
 
 #include <numeric>
 
-#include "class_moments_random_sort.cuh"
 #include "class_moments_slots.cuh"
 #include "class_moments_tiles.cuh"
 
@@ -60,30 +59,6 @@ Tiling plan(const Input<T>& input, int statistics) {
   const int64_t times = std::clamp<int64_t>(feature_bytes / 64 / (once * chunk_bytes), 1, 4);
   const int64_t most = std::max(feature_bytes / 4, PARTIALS_IN_CACHE) / chunk_bytes;
   return tiles_of(input, std::min(once * times, most));
-}
-
-// The chunks of class_moments_random_kernel; none if it cannot be used. Up to SLOTS keys,
-// class_moments_kernel is as fast with random labels, except with all three statistics, and in
-// float32 with two. Random groups of a class are those of images. class_moments_random_kernel has
-// no shifted tiles; where tiles of unaligned planes are not shifted, it copies single elements.
-template <class T>
-Tiling plan_random(const Tiling& tiling, const Input<T>& input, int statistics) {
-  const int64_t num_keys = input.num_keys;
-  const auto bytes =
-      std::max(RandomMemory<T, false>::bytes(num_keys), RandomMemory<T, true>::bytes(num_keys));
-  const bool all = statistics == (SUMS | SQDISTS | RESIDUALS),
-             several = statistics != SUMS && statistics != SQDISTS;
-  const int64_t fewest = (sizeof(T) == 4 ? several : all) ? WINDOWS : SLOTS + 1;
-  if (input.shifted || input.groups > 1 || num_keys < fewest || num_keys > WINDOWS * WINDOW_KEYS ||
-      bytes > largest_shared_bytes())
-    return {};
-  // As many blocks as multiprocessors, or a multiple if chunks would be too large, but at least
-  // three rounds in a chunk.
-  const int64_t groups = ceil_div(tiling.blocks, CHANNEL_BLOCKS),
-                chunks = ceil_div(tiling.tiles, CHUNK_PIXELS / TILE<T>),
-                waves = ceil_div(chunks * groups, multiprocessors());
-  return tiling.in_chunks(
-      std::max(chunks, std::min(waves * multiprocessors() / groups, tiling.tiles / (3 * WINDOWS))));
 }
 
 // Lets tiles of contiguous pixels begin at multiples of 16 bytes where lines do not. Blocks have at

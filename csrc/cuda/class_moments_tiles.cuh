@@ -72,8 +72,8 @@ inline int blocks_of(int64_t dim, int period) {
 
 // How the pixels are divided. A chunk is a range of tiles; a tile is a part of a line. The first
 // `longer` chunks have one tile more than the others. The
-// division depends on shapes and on the device (and on whether labels are random, and where planes
-// begin in 16 bytes), because the result depends on the order of the additions.
+// division depends on shapes, on the device, and on where planes begin in 16 bytes, because the
+// result depends on the order of the additions.
 struct Tiling {
   int64_t tiles, tiles_per_chunk;
   int longer;
@@ -99,8 +99,7 @@ struct Partials {
   float* sums;       // float32 [chunks, num_keys, width], in the order of the blocks' channels
   float* residuals;  // the same
   float* sqdists;    // float32 [chunks, blocks, num_keys]
-  uint8_t* met;      // [rows, num_keys]: 0 where the blocks of a chunk have not met a key
-  int rows;          // chunks · period; class_moments_random_kernel writes 0 after its chunks
+  uint8_t* met;      // [chunks · period, num_keys]: 0 where the blocks of a chunk met no such key
   int width;         // D, or 32 for each block if the period is not 1
   int period;        // Tiles of blocks that begin at different positions have different pixels.
 };
@@ -214,9 +213,9 @@ struct Cursor {
   }
 };
 
-// Copies the features of a tile and, if KEYS, its keys. Outside the line, keys are −1; outside the
+// Copies the features and the keys of a tile. Outside the line, keys are −1; outside the
 // line and beyond the channels, features are 0.
-template <bool KEYS = true, class T, bool CHANNELS_LAST, bool SHIFTED>
+template <class T, bool CHANNELS_LAST, bool SHIFTED>
 __device__ __forceinline__ void fill_stage(T* stage, int* keys,
                                            const Cursor<T, CHANNELS_LAST, SHIFTED>& cursor) {
   using Layout = Stage<T, CHANNELS_LAST>;
@@ -225,12 +224,12 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys,
   const int lane = thread_again(), begin = cursor.begin(), end = cursor.end();
   const bool whole = begin == 0 && end == TILE<T>;
 
-  if (KEYS && SHIFTED && whole) {
+  if (SHIFTED && whole) {
 #pragma unroll
     for (int i = 0; i < TILE<T>; i += 32) copy_word_async(keys + i + lane, cursor.keys + i + lane);
-  } else if (KEYS && !SHIFTED && input.key_vectors && whole) {
+  } else if (!SHIFTED && input.key_vectors && whole) {
     if (lane * 4 < TILE<T>) copy_async(keys + lane * 4, cursor.keys + lane * 4);
-  } else if (KEYS) {
+  } else {
     for (int i = lane; i < TILE<T>; i += 32) keys[i] = i >= begin && i < end ? cursor.keys[i] : -1;
   }
 

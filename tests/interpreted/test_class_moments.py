@@ -67,6 +67,11 @@ SEVERAL_TILES = [  # in each chunk of the CUDA kernels, across the end of an ima
     # tiles of one key: of different keys, and between tiles of more keys than there are slots
     Case((2, 250, 10, 136), 1000, FP32, "channels_last", labels="coherent"),
     Case((2, 250, 10, 136), 1000, BF16, labels="mixed"),
+    # random labels: each tile frees the slots
+    Case((2, 136, 10, 136), 150, BF16),
+    Case((2, 100, 10, 136), 150, FP16, "channels_last", anchors="fixed"),
+    Case((2, 70, 11, 131), 75, FP32, per_image=True),
+    Case((2, 70, 10, 136), 19, FP32),
 ]
 
 
@@ -84,22 +89,6 @@ UNALIGNED = [  # planes, or rows of cropped planes, that do not begin at multipl
     Case((2, 70, 5, 150), 9, BF16, "cropped", groups=3, per_image=True),
     Case((2, 33, 7, 70), 9, FP32, "cropped", labels="coherent"),
     Case((2, 24, 5, 40), 9, FP16, "cropped", labels="runs", anchors="fixed"),  # each channel
-]
-
-
-RANDOM = [  # labels that the CUDA kernels sort in shared memory: several chunks, rounds and groups
-    # of channels; tiles and blocks of channels that are not full; as many keys as possible
-    Case((2, 200, 10, 136), 150, BF16),
-    Case((2, 136, 10, 136), 150, BF16, "channels_last", anchors="fixed"),
-    Case((2, 60, 11, 131), 40, FP16, anchors="fixed"),
-    Case((2, 40, 10, 136), 192, FP16, "channels_last"),
-    Case((2, 200, 10, 136), 75, FP32, per_image=True),
-    Case((2, 136, 10, 136), 76, FP32, "channels_last", anchors=None),
-    Case((3, 40, 700), 33, FP32, "sliced", anchors="fixed"),
-    Case((2, 70, 10, 136), 19, FP32),
-    Case((2, 70, 10, 136), 19, BF16),
-    # of as many classes, but for the kernel of labels of images
-    Case((2, 136, 10, 136), 150, BF16, labels="coherent"),
 ]
 
 
@@ -144,23 +133,16 @@ def test_unaligned_planes(case: Case):
     check(case)
 
 
-@pytest.mark.skipif(BACKEND != "cuda", reason="Triton has no kernel of its own for these labels")
-@pytest.mark.parametrize("case", RANDOM, ids=str)
-def test_random_labels(case: Case):
-    check(case)
-
-
-@pytest.mark.skipif(BACKEND != "cuda", reason="Triton has no kernel of its own for these labels")
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_anchors_without_pixels_of_random_labels(dtype):
-    case = Case((2, 40, 10, 136), 100, dtype)
-    labels = make_labels(case._replace(num_classes=90))
-    features, anchors = make_features(case), torch.randn(100, 40)
-    anchors[90:] = torch.nan
-    weights = torch.randn(100, 40), torch.rand(100)
-    _, sums, sqdists, _, danchors = moments_and_gradients(case, features, labels, anchors, weights)
-    assert not (sums[90:].any() or sqdists[90:].any() or danchors[90:].any())
-    assert danchors.isfinite().all()
+def test_anchors_without_pixels(path, dtype):
+    case = Case((1, 20, 9, 40), 50, dtype, **path)
+    labels = make_labels(case._replace(num_classes=40))
+    features, anchors = make_features(case), torch.randn(50, 20)
+    anchors[40:] = torch.nan
+    weights = torch.randn(50, 20), torch.rand(50)
+    of_classes = moments_and_gradients(case, features, labels, anchors, weights)
+    for found in of_classes[1:3] if case.anchors == "fixed" else of_classes[1:3] + of_classes[4:]:
+        assert not found[40:].any() and found.isfinite().all()
 
 
 def assert_equal(ours, others):
@@ -252,7 +234,7 @@ def test_not_finite_pixels_spoil_their_own_class(path, value, dtype, num_classes
 @pytest.mark.parametrize("size", [(1, 40, 10, 136), (2, 70, 9, 29)])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_not_finite_pixels_without_a_slot(dtype, size):
-    """A tile has more keys than there are slots, too many for the kernel of random labels."""
+    """A tile has more keys than there are slots."""
     labels = torch.randint(-1, 600, (size[0], *size[2:]))
     features, anchors = torch.randn(size).to(dtype), torch.randn(600, size[1])
     features[0, 3].view(-1)[::7] = torch.inf

@@ -13,7 +13,7 @@ ORDERS = 0, 1, 2  # the usual one, and two random ones
 
 CLASS_MOMENTS = [
     moments.Case((2, 40, 5, 136), 30, FP32, labels="coherent"),
-    moments.Case((2, 40, 5, 136), 40, BF16),  # random labels
+    moments.Case((2, 40, 5, 136), 40, BF16),  # more keys than slots
     moments.Case((700, 17), 9, FP32, "transposed"),
     moments.Case((2, 20, 9, 30), 6, FP32, "channels_last", groups=3, per_image=True),
     moments.Case((900, 5), 7, labels="mixed"),
