@@ -26,28 +26,27 @@ class Variant(NamedTuple):
     dtype: torch.dtype
     layout: str
     anchors: bool
-    residuals: bool
 
     def __str__(self) -> str:
-        extra = " + anchors" * self.anchors + " + danchors" * self.residuals
+        extra = " + anchors" * self.anchors
         return f"{str(self.dtype).removeprefix('torch.')} {self.layout}: sums{extra}"
 
 
 MANY = 16_381  # classes, sorted by key; like 19 not a multiple of 16, for Triton's constants
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUICK = [
-    Variant(BF16, "NCHW", True, False),
-    Variant(BF16, "NHWC", True, True),
-    Variant(FP32, "NCHW", True, True),
-    Variant(FP16, "cropped", True, False),
+    Variant(BF16, "NCHW", True),
+    Variant(BF16, "NHWC", True),
+    Variant(FP32, "NCHW", True),
+    Variant(FP16, "cropped", True),
 ]
 
 
 def variants() -> Iterator[Variant]:
     for dtype in (BF16, FP16, FP32):
         for layout in ("NCHW", "NHWC", "cropped"):
-            for anchors, residuals in ((False, False), (True, False), (True, True)):
-                yield Variant(dtype, layout, anchors, residuals)
+            for anchors in (False, True):
+                yield Variant(dtype, layout, anchors)
 
 
 def launch_info_nce(groups: int, with_positives: bool) -> None:
@@ -74,9 +73,7 @@ def launch_moments(variant: Variant, classes: int) -> None:
     labels = torch.empty((batch, 512, 1024), dtype=torch.uint8, device="meta")
     keys, _ = class_keys.class_keys(labels, height, width, classes, False, 255)
     anchors = torch.empty((classes, dim), device="meta") if variant.anchors else None
-    sums, sqdists, _ = class_moments.class_moments(
-        features, keys, anchors, classes, 1, True, variant.residuals
-    )
+    sums, sqdists = class_moments.class_moments(features, keys, anchors, classes, 1, True)
     class_moments_backward.class_moments_backward(
         features if variant.anchors else None,
         keys,
@@ -162,7 +159,7 @@ def jobs(quick: bool) -> list[tuple[Any, ...]]:
     found: list[tuple[Any, ...]] = [
         (launch_moments, str(variant), variant, classes)
         for variant in (QUICK if quick else variants())
-        for classes in ((MANY,) if variant.residuals else (19, MANY))
+        for classes in (19, MANY)
     ]
     found.append((launch_info_nce, "the positives are the keys", 1, False))
     found.append((launch_info_nce, "two queries of a class, with positives", 2, True))

@@ -1,9 +1,9 @@
-"""Class moments: sums, squared distances to an anchor and residual sums, by key.
+"""Class moments: sums and squared distances to an anchor, by key.
 
-    sums[k] = Σ f_p    residuals[k] = Σ (f_p − a_k)    sqdists[k] = Σ ‖f_p − a_k‖²
+    sums[k] = Σ f_p    sqdists[k] = Σ ‖f_p − a_k‖²
 
-If there are few enough keys for partials (launch.chunks_of) and no residuals are requested, there
-are four kernels. Otherwise the pixels are sorted by key (class_moments_sorted.py).
+If there are few enough keys for partials (launch.chunks_of), there are four kernels. Otherwise the
+pixels are sorted by key (class_moments_sorted.py).
 
 The first kernel lists the keys of each tile of pixels; it reads only the labels. The next two
 kernels read the features, each tile once. Tiles of one key are summed in registers as long as the
@@ -291,10 +291,9 @@ def class_moments(
     num_keys: int,
     groups: int,
     with_sums: bool,
-    with_residuals: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """features by strides, keys int32 [B, P], anchors float32 [K, D] -> float32
-    sums [num_keys, D], sqdists [num_keys], residuals [num_keys, D]; (0,) if not requested."""
+    sums [num_keys, D], sqdists [num_keys]; (0,) if not requested."""
     check_keys("class_moments.triton", keys, features.numel() // max(features.shape[1], 1))
     (view,) = as_pixels(features.shape, features.stride())
     has_anchors = anchors is not None
@@ -304,9 +303,8 @@ def class_moments(
 
     sums = new(num_keys, view.dim) if with_sums else new(0)
     sqdists = new(num_keys) if has_anchors else new(0)
-    residuals = new(num_keys, view.dim) if with_residuals else new(0)
     if features.numel() == 0 or num_keys == 0:
-        return sums.zero_(), sqdists.zero_(), residuals.zero_()
+        return sums.zero_(), sqdists.zero_()
 
     tile = tile_of(view, features.element_size())
     blocks = triton.cdiv(view.dim, tile.block_d)
@@ -314,9 +312,9 @@ def class_moments(
     tiles = view.lines * tiles_per_line
     chunk_bytes = 4 * num_keys * (view.dim * with_sums + blocks * has_anchors)
     chunks = chunks_of(view, features.element_size(), tile, chunk_bytes)
-    if with_residuals or chunks == 0:
-        class_moments_sorted(features, view, keys, anchors, groups, sums, sqdists, residuals)
-        return sums, sqdists, residuals
+    if chunks == 0:
+        class_moments_sorted(features, view, keys, anchors, groups, sums, sqdists)
+        return sums, sqdists
     tiles_per_chunk = triton.cdiv(tiles, chunks)
     chunks = triton.cdiv(tiles, tiles_per_chunk)
     partial_sums = new(chunks, num_keys, view.dim) if with_sums else None
@@ -348,4 +346,4 @@ def class_moments(
         _add_chunks(partial_sums, sums)
     if partial_sqdists is not None:
         _add_chunks(partial_sqdists, sqdists)
-    return sums, sqdists, residuals
+    return sums, sqdists

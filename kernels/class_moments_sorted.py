@@ -1,6 +1,6 @@
-"""Class moments for many keys, and residual sums: the pixels are sorted by key.
+"""Class moments for many keys: the pixels are sorted by key.
 
-    sums[k] = Σ f_p    residuals[k] = Σ (f_p − a_k)    sqdists[k] = Σ ‖f_p − a_k‖²
+    sums[k] = Σ f_p    sqdists[k] = Σ ‖f_p − a_k‖²
 
 The pixels are sorted by key once. A program processes a block of channels and a range of the sorted
 pixels; there are no partials of all keys. If all pixels of a key lie within a range, its statistics
@@ -88,13 +88,12 @@ def _store_row(rows, key, values, column, mask, width, pixels):
 @triton.jit
 def _sums_of_key(
     key, position, keys_ptr, offsets_ptr, features_ptrs, channels, anchor, last,
-    HAS_SUMS: tl.constexpr, HAS_SQDISTS: tl.constexpr, HAS_RESIDUALS: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_P: tl.constexpr, LANES: tl.constexpr,
+    HAS_SUMS: tl.constexpr, HAS_SQDISTS: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_P: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The statistics of the pixels from `position` on that have this key, [BLOCK_D, LANES]; and the
     position after them."""
     sums = tl.zeros((channels.shape[0], LANES), tl.float32)
-    residuals = tl.zeros((channels.shape[0], LANES), tl.float32)
     sqdists = tl.zeros((channels.shape[0], LANES), tl.float32)
     found = BLOCK_P
     while found == BLOCK_P:
@@ -113,11 +112,9 @@ def _sums_of_key(
         if HAS_SQDISTS:
             residual = tl.where(mask, x - anchor[:, None], 0.0)
             sqdists += fold(residual * residual, LANES, False)
-            if HAS_RESIDUALS:
-                residuals += fold(residual, LANES, False)
         found = tl.sum(mine.to(tl.int32), 0)
         position += found
-    return sums, residuals, sqdists, position
+    return sums, sqdists, position
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -129,7 +126,6 @@ def _sorted_pixels_kernel(
     offsets_ptr,  # int64 [N]: see _offsets_kernel
     anchors,  # Anchors
     sums,  # Rows, of D
-    residuals,  # Rows, of D
     sqdists,  # Rows, of the blocks of channels
     total,  # N
     range_pixels,
@@ -156,16 +152,13 @@ def _sorted_pixels_kernel(
             taken = d < tl.where(key >= 0, dim, 0)
             ptrs = channel_ptrs(anchors, d) + anchor_offset(anchors, key)
             anchor = tl.load(ptrs, mask=taken, other=0.0, eviction_policy="evict_last")
-        total_sums, total_residuals, total_sqdists, position = _sums_of_key(
+        total_sums, total_sqdists, position = _sums_of_key(
             key, position, keys_ptr, offsets_ptr, features_ptrs, channels, anchor, pixels.last,
-            sums.ptr is not None, sqdists.ptr is not None, residuals.ptr is not None, ALIGNED,
-            BLOCK_P, LANES,
+            sums.ptr is not None, sqdists.ptr is not None, ALIGNED, BLOCK_P, LANES,
         )  # fmt: skip
         if key >= 0:
             if sums.ptr is not None:
                 _store_row(sums, key, tl.sum(total_sums, 1), d, channels, dim, pixels)
-            if residuals.ptr is not None:
-                _store_row(residuals, key, tl.sum(total_residuals, 1), d, channels, dim, pixels)
             if sqdists.ptr is not None:
                 total_sqdists = tl.where(channels[:, None], total_sqdists, 0.0)
                 _store_row(sqdists, key, tl.sum(total_sqdists), block, None, blocks, pixels)
@@ -232,9 +225,8 @@ def class_moments_sorted(
     groups: int,
     sums: Tensor,
     sqdists: Tensor,
-    residuals: Tensor,
 ) -> None:
-    """Fills sums and residuals [num_keys, D] and sqdists [num_keys], if they are not (0,).
+    """Fills sums [num_keys, D] and sqdists [num_keys], if they are not (0,).
 
     In addition it needs about 40 bytes a pixel, most of it for the sort, and two rows of each
     result for each range.
@@ -266,7 +258,7 @@ def class_moments_sorted(
         return Rows(out.zero_(), sums.new_empty((2 * ranges, width)))
 
     sqdists_by_block = sqdists.new_empty((sqdists.numel(), blocks))
-    all_rows = rows(sums, view.dim), rows(residuals, view.dim), rows(sqdists_by_block, blocks)
+    all_rows = rows(sums, view.dim), rows(sqdists_by_block, blocks)
     _sorted_pixels_kernel[(ranges, blocks)](
         *(features, view.dim, view.stride_d, ordered, offsets, anchors_of(anchors, groups)),
         *(*all_rows, total, range_pixels),

@@ -100,12 +100,35 @@ def test_65536_pixels_of_one_class(dtype: torch.dtype, layout: str, mean: float)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every other"])
 @pytest.mark.parametrize("labels", ["random", "coherent"])
 def test_anchors_far_from_zero(layout: str, labels: str):
-    """Features at 1e3 with noise 1e-2 around their anchors: s − n·a would lose the digits."""
+    """Features at 1e3 with noise 1e-2 around their anchors: in the expanded squares their digits
+    would be lost."""
     case = Case((2, 19, 20, 33), 5, F32, layout, labels)
     features, labels_ = make_features(case)[0], make_labels(case)
     anchors = 1e3 + torch.randn(5, 19)
     near = anchors[labels_.clamp(0, 4)].movedim(-1, 1)
     check(case, features.mul_(1e-2).add_(near), labels_, anchors)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("distance", [100.0, 1.0, 1e-2])
+def test_gradient_of_anchors_near_the_mean(distance: float, backend: str):
+    """The relative error is eps·‖mean‖/‖mean − a‖, as documented; the reference has no such
+    error."""
+    features = (1e3 + torch.randn(90, 64)).requires_grad_()
+    mean = features.detach().double().mean(0, keepdim=True)
+    anchors = (mean + distance * torch.randn(1, 64)).float().requires_grad_()
+    with ao.use_backend(backend):
+        sqdists = ao.class_moments(features, torch.zeros(90).long(), 1, anchors=anchors).sqdists
+    assert sqdists is not None
+    (ours,) = torch.autograd.grad(sqdists.sum(), anchors)
+    difference = mean - anchors.detach().double()
+    exact = -2 * 90 * difference
+    error = (ours.double() - exact).norm() / exact.norm()
+    if backend == "reference":
+        assert error < 2**-23
+    else:
+        stated = 2**-24 * mean.norm() / difference.norm()
+        assert stated / 10 < error < stated + 2**-23
 
 
 def test_anchors_far_from_features():

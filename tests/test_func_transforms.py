@@ -106,6 +106,46 @@ def test_traced_confusion() -> None:
     assert torch.equal(traced(others), confusion(others))
 
 
+FEATURES = torch.linspace(-2, 3, 9 * D).view(9, D).sin()
+ANCHOR_LOSSES: dict[str, Callable[[Tensor], Any]] = {
+    "class_moments": lambda a: ao.class_moments(FEATURES, LABELS, K, anchors=a)[2],
+    "pixel_to_anchor_mse": lambda a: ao.pixel_to_anchor_mse(FEATURES, LABELS, a),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("trace", TRACES)
+@pytest.mark.parametrize("name", ANCHOR_LOSSES)
+def test_gradients_of_anchors_that_the_call_does_not_see(name: str, trace: str) -> None:
+    torch._dynamo.reset()
+    function = ANCHOR_LOSSES[name]
+    traced = TRACES[trace](function, ANCHORS)
+    leaf = ANCHORS.clone().requires_grad_()
+    direction = torch.randn_like(function(ANCHORS))
+    (found,) = torch.autograd.grad(traced(leaf), leaf, direction)
+    with ao.use_backend("reference"):
+        (expected,) = torch.autograd.grad(function(leaf), leaf, direction)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_with_learnable_anchors() -> None:
+    features, anchors = torch.randn(3, 9, D).requires_grad_(), ANCHORS.clone().requires_grad_()
+
+    def loss(features: Tensor) -> Tensor:
+        _, sums, sqdists = ao.class_moments(features, LABELS, K, anchors=anchors)
+        assert sqdists is not None
+        return (
+            sqdists.square().sum() + sums.sum() + ao.pixel_to_anchor_mse(features, LABELS, anchors)
+        )
+
+    found = torch.autograd.grad(vmap(loss)(features).sum(), (features, anchors))
+    with ao.use_backend("reference"):
+        total = torch.stack([loss(f) for f in features]).sum()
+        expected = torch.autograd.grad(total, (features, anchors))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_ensemble_of_models() -> None:
     models = [torch.nn.Conv2d(3, K, 1) for _ in range(3)]

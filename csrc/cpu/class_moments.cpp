@@ -85,7 +85,7 @@ Anchors<Stat> anchors_of(const std::optional<Tensor>& anchors, const std::vector
 
 template <class T>
 void moments(const Tensor& features, const Tensor& keys, const std::optional<Tensor>& anchors,
-             int64_t num_keys, int64_t groups, Tensor* sums, Tensor* sqdists, Tensor* residuals) {
+             int64_t num_keys, int64_t groups, Tensor* sums, Tensor* sqdists) {
   using Stat = StatOf<T>;
   const Kernels<T> kernels = best_kernels<T>();
   const int64_t lanes = kernels.lanes;
@@ -101,32 +101,28 @@ void moments(const Tensor& features, const Tensor& keys, const std::optional<Ten
   // of the splits stay below 1 % of float32 features.
   const int64_t blocks_of_group = layout.stride_w == 1 ? 1 : 8;
   const Work work(layout, lanes, blocks_of_group, pixels / (256 * (1 + num_keys)));
-  Tensor* const matrices[] = {sums, residuals};
-  std::vector<double> partials[2];  // [splits, num_keys, dim]
-  for (int m = 0; m < 2; ++m)
-    if (matrices[m] && work.splits > 1) partials[m].resize(work.splits * num_keys * dim);
+  // [splits, num_keys, dim]
+  std::vector<double> partials(sums && work.splits > 1 ? work.splits * num_keys * dim : 0);
   std::vector<double> sqdist_partials(sqdists ? work.items() * num_keys : 0);
 
   torch::stable::parallel_for(0, work.items(), 1, [&](int64_t first, int64_t last) {
     const int64_t block = (1 + num_keys) * lanes;
     const int64_t blocks = work.group_channels / lanes;
-    std::vector<double> totals[2], squares(sqdists ? (1 + num_keys) * kernels.doubles : 0);
+    std::vector<double> totals, squares(sqdists ? (1 + num_keys) * kernels.doubles : 0);
     for (int64_t item = first; item < last; ++item) {
-      for (int m = 0; m < 2; ++m) totals[m].assign(matrices[m] ? blocks * block : 0, 0);
+      totals.assign(sums ? blocks * block : 0, 0);
       squares.assign(squares.size(), 0);
       const Range channels = work.channels(item);
       kernels.forward(layout, features.const_data_ptr<T>(), keys.const_data_ptr<int32_t>(),
                       num_keys, anchor_rows, work.split(item), channels,
-                      sums ? totals[0].data() : nullptr, sqdists ? squares.data() : nullptr,
-                      residuals ? totals[1].data() : nullptr);
-      for (int m = 0; m < 2; ++m) {
-        if (!matrices[m]) continue;
-        double* partial = partials[m].data() + item / work.groups * num_keys * dim;
-        Stat* out = matrices[m]->mutable_data_ptr<Stat>();
+                      sums ? totals.data() : nullptr, sqdists ? squares.data() : nullptr);
+      if (sums) {
+        double* partial = partials.data() + item / work.groups * num_keys * dim;
+        Stat* out = sums->mutable_data_ptr<Stat>();
         for (int64_t k = 0; k < num_keys; ++k)
           for (int64_t c = channels.begin; c < channels.end; ++c) {
             const int64_t lane = c - channels.begin;
-            const double total = totals[m][lane / lanes * block + (1 + k) * lanes + lane % lanes];
+            const double total = totals[lane / lanes * block + (1 + k) * lanes + lane % lanes];
             if (work.splits > 1)
               partial[k * dim + c] = total;
             else
@@ -139,13 +135,12 @@ void moments(const Tensor& features, const Tensor& keys, const std::optional<Ten
     }
   });
 
-  for (int m = 0; m < 2; ++m) {
-    if (!matrices[m] || work.splits == 1) continue;
-    Stat* out = matrices[m]->mutable_data_ptr<Stat>();
+  if (sums && work.splits > 1) {
+    Stat* out = sums->mutable_data_ptr<Stat>();
     torch::stable::parallel_for(0, num_keys * dim, 4096, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         double total = 0;
-        for (int64_t s = 0; s < work.splits; ++s) total += partials[m][s * num_keys * dim + i];
+        for (int64_t s = 0; s < work.splits; ++s) total += partials[s * num_keys * dim + i];
         out[i] = static_cast<Stat>(total);
       }
     });
@@ -190,24 +185,21 @@ void moments_backward(const std::optional<Tensor>& features, const Tensor& keys,
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
-                                                 std::optional<Tensor> anchors, int64_t num_keys,
-                                                 int64_t groups, bool with_sums,
-                                                 bool with_residuals) {
+std::tuple<Tensor, Tensor> class_moments(Tensor features, Tensor keys,
+                                         std::optional<Tensor> anchors, int64_t num_keys,
+                                         int64_t groups, bool with_sums) {
   check_keys("class_moments.cpu", keys, features.numel() / std::max<int64_t>(features.size(1), 1));
   const ScalarType dtype = features.scalar_type();
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const std::vector<int64_t> matrix = {num_keys, features.size(1)}, none = {0};
   Tensor sums = new_empty(features, with_sums ? matrix : none, stat);
   Tensor sqdists = new_empty(features, {anchors ? num_keys : 0}, stat);
-  Tensor residuals = new_empty(features, with_residuals ? matrix : none, stat);
   if (anchors) anchors = torch::stable::contiguous(*anchors);
   for_dtype("class_moments.cpu", dtype, [&](auto element) {
     moments<decltype(element)>(features, keys, anchors, num_keys, groups,
-                               with_sums ? &sums : nullptr, anchors ? &sqdists : nullptr,
-                               with_residuals ? &residuals : nullptr);
+                               with_sums ? &sums : nullptr, anchors ? &sqdists : nullptr);
   });
-  return {sums, sqdists, residuals};
+  return {sums, sqdists};
 }
 
 Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,

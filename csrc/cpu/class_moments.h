@@ -23,11 +23,11 @@ struct Kernels {
 
   int64_t lanes, doubles;
 
-  // Adds the tiles' pixels to sums and residuals [blocks, 1 + num_keys, lanes] and, over all
+  // Adds the tiles' pixels to sums [blocks, 1 + num_keys, lanes] and, over all
   // blocks, to sqdists [1 + num_keys, doubles]. Pointers may be null.
   void (*forward)(const Layout& layout, const T* features, const int32_t* keys, int64_t num_keys,
                   const Anchors<Stat>& anchors, Range tiles, Range channels, double* sums,
-                  double* sqdists, double* residuals);
+                  double* sqdists);
 
   // Writes dfeatures. dsums [num_keys, dim] and dsqdists [num_keys] may be null; without dsqdists
   // neither features nor anchors are read.

@@ -135,10 +135,10 @@ ALWAYS_INLINE typename Simd<Stat>::Vec row(const Stat* matrix, int64_t k, int64_
   return Simd<Stat>::load(matrix + k * dim + c, width);
 }
 
-template <class T, Contiguous C, bool ANCHORS, bool RESIDUALS>
+template <class T, Contiguous C, bool ANCHORS>
 void forward(const Layout& layout, const T* features, const int32_t* keys, int64_t num_keys,
              const Anchors<StatOf<T>>& anchors, Range tiles, Range channels, double* sums,
-             double* sqdists, double* residuals) {
+             double* sqdists) {
   using Vec = typename Simd<T>::Vec;
   constexpr int LANES = Simd<T>::LANES;
   constexpr int DOUBLES = VECTOR_BYTES / sizeof(double);
@@ -148,17 +148,15 @@ void forward(const Layout& layout, const T* features, const int32_t* keys, int64
       [&](auto offset, int64_t pixels, const int32_t* key, bool uniform) INLINE_LAMBDA {
         if (uniform && key[0] < 0) return;
         const T* source = features + offset(layout);
-        int64_t totals = 0;  // of this block of channels, in sums and residuals
+        int64_t totals = 0;  // of this block of channels, in sums
 
         // The size of whole tiles is known at compile time, so they stay in registers.
         const auto add_tile = [&](int64_t c, auto tile_pixels, auto width) INLINE_LAMBDA {
           Tile<T> tile;
           tile.template load<C>(source + c * layout.stride_d, layout, tile_pixels, width);
-          const auto add = [&](int64_t k, Vec sum, Vec square, Vec residual) INLINE_LAMBDA {
-            const int64_t at = totals + (k + 1) * LANES;
-            if (sums) accumulate(sums + at, sum);
+          const auto add = [&](int64_t k, Vec sum, Vec square) INLINE_LAMBDA {
+            if (sums) accumulate(sums + totals + (k + 1) * LANES, sum);
             if constexpr (ANCHORS) accumulate(sqdists + (k + 1) * DOUBLES, fold(square));
-            if constexpr (RESIDUALS) accumulate(residuals + at, residual);
           };
           const auto anchor = [&](int64_t k) INLINE_LAMBDA {
             if constexpr (!ANCHORS) return Vec{};
@@ -167,21 +165,20 @@ void forward(const Layout& layout, const T* features, const int32_t* keys, int64
           if (uniform) {
             const int64_t k = key[0];
             const Vec a = anchor(k);
-            Vec sum = {}, square = {}, residual = {};
+            Vec sum = {}, square = {};
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; ++i) {
               const Vec difference = tile.pixel[i] - a;
               sum += tile.pixel[i];
               square += difference * difference;
-              residual += difference;
             }
-            add(k, sum, square, residual);
+            add(k, sum, square);
           } else {
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; ++i) {
               const int64_t k = key[i];
               const Vec difference = tile.pixel[i] - anchor(k);
-              add(k, tile.pixel[i], difference * difference, difference);
+              add(k, tile.pixel[i], difference * difference);
             }
           }
         };
@@ -273,10 +270,8 @@ void backward(const Layout& layout, const T* features, const int32_t* keys,
 }
 
 template <class T, Contiguous C>
-auto forward_kernel(bool anchors, bool residuals) {
-  return residuals ? forward<T, C, true, true>
-         : anchors ? forward<T, C, true, false>
-                   : forward<T, C, false, false>;
+auto forward_kernel(bool anchors) {
+  return anchors ? forward<T, C, true> : forward<T, C, false>;
 }
 
 template <class T, Contiguous C>
@@ -287,13 +282,12 @@ auto backward_kernel(bool sqdists) {
 template <class T>
 void any_forward(const Layout& layout, const T* features, const int32_t* keys, int64_t num_keys,
                  const Anchors<StatOf<T>>& anchors, Range tiles, Range channels, double* sums,
-                 double* sqdists, double* residuals) {
+                 double* sqdists) {
   const auto choose =
       contiguous(layout) == Contiguous::PIXELS     ? forward_kernel<T, Contiguous::PIXELS>
       : contiguous(layout) == Contiguous::CHANNELS ? forward_kernel<T, Contiguous::CHANNELS>
                                                    : forward_kernel<T, Contiguous::NEITHER>;
-  choose(anchors.rows, residuals)(layout, features, keys, num_keys, anchors, tiles, channels, sums,
-                                  sqdists, residuals);
+  choose(anchors.rows)(layout, features, keys, num_keys, anchors, tiles, channels, sums, sqdists);
 }
 
 template <class T>

@@ -1,9 +1,9 @@
 // The operator anchorops::class_moments.cuda: statistics of features by key,
 //
-//     sums[k] = Σ f_p    residuals[k] = Σ (f_p − a_k)    sqdists[k] = Σ ‖f_p − a_k‖²
+//     sums[k] = Σ f_p    sqdists[k] = Σ ‖f_p − a_k‖²
 //
 // Pixels are read in raster order. A block is one warp. It sums 32 channels of a
-// chunk of the pixels on tensor cores, 32 or 16 keys at a time (class_moments_slots.cuh). Features
+// chunk of the pixels on tensor cores, 32 keys at a time (class_moments_slots.cuh). Features
 // are read once. Keys are read once for each 32 channels: the first time from memory, then from the
 // second-level cache. A chunk writes partials of the keys that it has met; if these are not more,
 // each partial is written once. A second kernel reads the partials once and adds them in a fixed
@@ -22,9 +22,9 @@ namespace {
 
 constexpr int64_t MAX_KEYS = 1024;  // CUDA_MAX_KEYS of anchorops/_backend.py
 
-// float32 [num_keys, D], [num_keys] and [num_keys, D]; empty if not wanted.
+// float32 [num_keys, D] and [num_keys]; empty if not wanted.
 struct Outputs {
-  Tensor sums, sqdists, residuals;
+  Tensor sums, sqdists;
 };
 
 float* data(const Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
@@ -55,31 +55,26 @@ void sum_pixels(Input<T> input, int statistics, const Outputs& out, Stream strea
     return data(buffers.back());
   };
   partials.sums = reduce(0, statistics & SUMS, out.sums, 1, partials.width, dim);
-  partials.residuals = reduce(1, statistics & RESIDUALS, out.residuals, 1, partials.width, dim);
-  partials.sqdists = reduce(2, statistics & SQDISTS, out.sqdists, blocks, 1, 1);
+  partials.sqdists = reduce(1, statistics & SQDISTS, out.sqdists, blocks, 1, 1);
   launch_moments(statistics, input, tiling, partials, stream);
   add_partials(all, stream);
 }
 
-std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
-                                                 std::optional<Tensor> anchors, int64_t num_keys,
-                                                 int64_t groups, bool with_sums,
-                                                 bool with_residuals) {
+std::tuple<Tensor, Tensor> class_moments(Tensor features, Tensor keys,
+                                         std::optional<Tensor> anchors, int64_t num_keys,
+                                         int64_t groups, bool with_sums) {
   check_keys("class_moments.cuda", keys, features.numel() / std::max<int64_t>(features.size(1), 1));
   STD_TORCH_CHECK(num_keys <= MAX_KEYS, "class_moments.cuda: num_keys: expected at most ", MAX_KEYS,
                   ", got ", num_keys);
   const OnDevice device(features);
-  const int statistics = (with_sums ? SUMS : 0) | (anchors ? SQDISTS : 0) |
-                         (anchors && with_residuals ? RESIDUALS : 0);
+  const int statistics = (with_sums ? SUMS : 0) | (anchors ? SQDISTS : 0);
   const std::vector<int64_t> matrix = {num_keys, features.size(1)}, none = {0};
-  const Outputs out = {
-      .sums = new_empty(features, with_sums ? matrix : none, ScalarType::Float),
-      .sqdists = new_empty(features, {anchors ? num_keys : 0}, ScalarType::Float),
-      .residuals = new_empty(features, with_residuals ? matrix : none, ScalarType::Float)};
+  const Outputs out = {.sums = new_empty(features, with_sums ? matrix : none, ScalarType::Float),
+                       .sqdists = new_empty(features, {anchors ? num_keys : 0}, ScalarType::Float)};
   if (features.numel() == 0 || num_keys == 0 || statistics == 0) {
-    for (const Tensor* each : {&out.sums, &out.sqdists, &out.residuals})
+    for (const Tensor* each : {&out.sums, &out.sqdists})
       fill_zero(data(*each), each->numel() * sizeof(float), device.stream);
-    return {out.sums, out.sqdists, out.residuals};
+    return {out.sums, out.sqdists};
   }
   if (anchors) anchors = torch::stable::contiguous(*anchors);
 
@@ -107,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor keys,
                                         (view.lines == 1 || view.pixels % 4 == 0)};
     sum_pixels(input, statistics, out, device.stream);
   });
-  return {out.sums, out.sqdists, out.residuals};
+  return {out.sums, out.sqdists};
 }
 
 }  // namespace

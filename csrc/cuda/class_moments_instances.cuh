@@ -20,12 +20,8 @@ void for_statistics(int statistics, const Pixels& view, Function function) {
       return with.template operator()<SUMS>();
     case SQDISTS:
       return with.template operator()<SQDISTS>();
-    case SUMS | SQDISTS:
-      return with.template operator()<SUMS | SQDISTS>();
-    case SQDISTS | RESIDUALS:
-      return with.template operator()<SQDISTS | RESIDUALS>();
     default:
-      return with.template operator()<SUMS | SQDISTS | RESIDUALS>();
+      return with.template operator()<SUMS | SQDISTS>();
   }
 }
 
@@ -38,7 +34,7 @@ void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
                     const Partials& partials, Stream stream) {
   for_statistics(statistics, input.view, [&]<int STATISTICS, bool CHANNELS_LAST>() {
     const auto with = [&]<bool SHIFTED>() {
-      using TileRing = Ring<T, CHANNELS_LAST, STAGES<T, STATISTICS>, SHIFTED>;
+      using TileRing = Ring<T, CHANNELS_LAST, SHIFTED>;
       launch("class_moments_kernel", class_moments_kernel<T, STATISTICS, CHANNELS_LAST, SHIFTED>,
              grid_of(tiling), CHANNELS, TileRing::BYTES + Slots<STATISTICS>::bytes(input.num_keys),
              stream, input, tiling, partials);

@@ -10,21 +10,13 @@
 namespace anchorops::cuda {
 
 // The sums of successive tiles in which all pixels have the key of this slot. Lane 4n + q has
-// channel 8·q + n of the sums and residuals, and a part of the squared distance.
+// channel 8·q + n of the sums, and a part of the squared distance.
 struct Run {
   int slot = NO_SLOT;
-  float sum = 0, residual = 0, sqdist = 0;
+  float sum = 0, sqdist = 0;
 };
 
-// The slots of a warp. With half of them, the features of all three statistics in 16 bits stay in
-// registers; they would be read twice otherwise.
-template <class T>
-constexpr int slots_of(int statistics, bool shifted) {
-  const bool few = sizeof(T) == 2 && statistics == (SUMS | SQDISTS | RESIDUALS);
-  return few && MAJOR >= 9 && MAJOR < 12 && !shifted ? SLOTS / 2 : SLOTS;
-}
-
-template <class T, int STATISTICS, bool CHANNELS_LAST, int COUNT>
+template <class T, int STATISTICS, bool CHANNELS_LAST>
 struct Accumulator {
   using Layout = Stage<T, CHANNELS_LAST>;
   using Fragment = Features<T, CHANNELS_LAST>;
@@ -32,16 +24,15 @@ struct Accumulator {
   // There are too few registers for the features and the products of squares at the same time, so
   // the features are read twice.
   static constexpr bool RELOADS =
-      STATISTICS & SQDISTS && STATISTICS != SQDISTS && COUNT == SLOTS &&
-      (sizeof(T) == 4 || CHANNELS_LAST || STATISTICS == (SUMS | SQDISTS | RESIDUALS));
+      STATISTICS == (SUMS | SQDISTS) && (sizeof(T) == 4 || CHANNELS_LAST);
   // Whether products without pixels are skipped, where there are enough registers for it.
   static constexpr bool SKIPS_LOWER = sizeof(T) == 4 || STATISTICS == SUMS;
   static constexpr bool SKIPS_UPPER = SKIPS_LOWER || STATISTICS == SQDISTS || RELOADS;
-  // A pixel with a larger squared residual is added alone. In a product it could make the sums of
+  // A pixel with a larger squared difference is added alone. In a product it could make the sums of
   // other slots infinite or NaN.
   static constexpr float LARGEST = 0x1p100f;
 
-  Slots<STATISTICS, COUNT> slots;
+  Slots<STATISTICS> slots;
   Run run;
   const int lane = threadIdx.x;
 
@@ -60,7 +51,7 @@ struct Accumulator {
     for (;;) {
       const int2 found = slots.find(own[0], own[1]);
       slots.place(found);
-      if (slots.used == COUNT) {  // pixels with a slot are added below
+      if (slots.used == SLOTS) {  // pixels with a slot are added below
         __syncwarp();             // all lanes have read the keys
         if (lane < TILE<T> / 2) {
           if (found.x != NO_SLOT) own[0] = -1;
@@ -68,7 +59,7 @@ struct Accumulator {
         }
       }
       add(tile, keys, halves_of(found));
-      if (slots.used < COUNT) return;
+      if (slots.used < SLOTS) return;
       if (__ballot_sync(FULL_WARP, max(own[0], own[1]) >= 0) == 0) return;
       end_run();
       slots.evict();
@@ -80,16 +71,13 @@ struct Accumulator {
     slots.finish();
   }
 
-  // Adds a tile in which all pixels have the key of this slot. Its anchor is loaded once. In 16
-  // bits the residual is Σ f − n·a, as in add_features.
+  // Adds a tile in which all pixels have the key of this slot. Its anchor is loaded once.
   __device__ __forceinline__ void add_uniform(const T* tile, int slot) {
-    constexpr bool DIRECT = sizeof(T) == 4;  // Σ (f − a)
-    constexpr bool ADDS_FEATURES = STATISTICS & SUMS || (STATISTICS & RESIDUALS && !DIRECT);
     if (slot != run.slot) end_run();
     run.slot = slot;
     const float* const anchors = slots.anchors + slot * PITCH + lane / 4 * 4;
     const Vector<float> anchor = load_vector(anchors);
-    float sums[4] = {}, residuals[4] = {}, squares[4] = {};
+    float sums[4] = {}, squares[4] = {};
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       const Fragment x(tile + Layout::offset(0, 32 * g));
@@ -97,20 +85,14 @@ struct Accumulator {
       for (int i = 0; i < 8; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float value = x.at(j, i), residual = value - anchor.elements[j];
-          squares[j] = fmaf(residual, residual, squares[j]);
-          if constexpr (ADDS_FEATURES) sums[j] += value;
-          if constexpr (STATISTICS & RESIDUALS && DIRECT) residuals[j] += residual;
+          const float value = x.at(j, i), difference = value - anchor.elements[j];
+          squares[j] = fmaf(difference, difference, squares[j]);
+          if constexpr (STATISTICS & SUMS) sums[j] += value;
         }
       }
     }
     run.sqdist += (squares[0] + squares[1]) + (squares[2] + squares[3]);
-    float sum = 0;
-    if constexpr (ADDS_FEATURES) sum = over_columns(sums);
-    if constexpr (STATISTICS & SUMS) run.sum += sum;
-    if constexpr (STATISTICS & RESIDUALS && DIRECT) run.residual += over_columns(residuals);
-    if constexpr (STATISTICS & RESIDUALS && !DIRECT)
-      run.residual += fmaf(-float{TILE<T>}, anchors[lane % 4], sum);
+    if constexpr (STATISTICS & SUMS) run.sum += over_columns(sums);
   }
 
   // Adds over lanes 4n to 4n + 3. Lane 4n + q returns the sum of values[q].
@@ -135,19 +117,17 @@ struct Accumulator {
     for (int lanes = 4; lanes < 32; lanes *= 2) sqdist += __shfl_xor_sync(FULL_WARP, sqdist, lanes);
     const auto add_to_slot = [&](auto add) {
 #pragma unroll
-      for (int i = 0; i < COUNT / 8; ++i)
+      for (int i = 0; i < SLOTS / 8; ++i)
         if (8 * i + lane / 4 == run.slot) add(i / 2, i % 2);
     };
     add_to_slot([&](int m, int h) { totals.sqdists[m][h] += sqdist; });
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int owner = (lane % 4 * 2 + i % 2) * 4 + i / 2;  // the lane that has channel_of_lane(i)
-      const auto add = [&](auto& values, float of_channel) {
-        const float value = __shfl_sync(FULL_WARP, of_channel, owner);
-        add_to_slot([&](int m, int h) { totals.at(values, m, h, i) += value; });
-      };
-      if constexpr (STATISTICS & SUMS) add(totals.sums, run.sum);
-      if constexpr (STATISTICS & RESIDUALS) add(totals.residuals, run.residual);
+      if constexpr (STATISTICS & SUMS) {
+        const float value = __shfl_sync(FULL_WARP, run.sum, owner);
+        add_to_slot([&](int m, int h) { totals.at(totals.sums, m, h, i) += value; });
+      }
     }
     run = {};
   }
@@ -191,19 +171,16 @@ struct Accumulator {
       for (int i = 0; i < 4 * GROUPS; ++i)
         split(squares[i / 4][i % 4 * 2], squares[i / 4][i % 4 * 2 + 1], terms[i]);
       add_squares<0>(one_hot, terms);  // without a branch they overlap with what is before
-      if constexpr (COUNT > ROWS)
-        if (halves.upper) add_squares<1>(upper_half(), terms);
+      if (halves.upper) add_squares<1>(upper_half(), terms);
     }
-    if constexpr (STATISTICS & (SUMS | RESIDUALS)) {
+    if constexpr (STATISTICS & SUMS) {
       if (halves.lower) {
         if constexpr (RELOADS) load(tile, x);
         add_features<0>(one_hot, x);
       }
-      if constexpr (COUNT > ROWS) {
-        if (halves.upper) {
-          load(tile, x);
-          add_features<1>(upper_half(), x);
-        }
+      if (halves.upper) {
+        load(tile, x);
+        add_features<1>(upper_half(), x);
       }
     }
   }
@@ -237,8 +214,8 @@ struct Accumulator {
       squares[i] = 0;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float residual = x.at(j, i) - anchor.elements[j];
-        squares[i] = fmaf(residual, residual, squares[i]);
+        const float difference = x.at(j, i) - anchor.elements[j];
+        squares[i] = fmaf(difference, difference, squares[i]);
       }
       total += squares[i];
     }
@@ -257,23 +234,11 @@ struct Accumulator {
           (sums[2 * h] + rest[2 * h]) + (sums[2 * h + 1] + rest[2 * h + 1]);
   }
 
-  // Adds features and residuals to the totals of the same slots.
+  // Adds features to the totals of the same slots.
   template <int M>
   __device__ __forceinline__ void add_features(const OneHot<GROUPS>& one_hot,
                                                const Fragment (&x)[GROUPS]) {
     auto& totals = slots.totals;
-    float counts[4], no_rest[4];
-    Vector<float> anchors[4];  // at [2·h + b], see SlotTotals
-    if constexpr (STATISTICS & RESIDUALS) {
-      unsigned ones[4 * GROUPS][1];
-#pragma unroll
-      for (auto& pair : ones) pair[0] = 0x3f803f80;
-      one_hot.template multiply<BFloat16>(ones, counts, no_rest);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        anchors[i] = load_vector(slots.anchors + (ROWS * M + i / 2 * 8 + lane / 4) * PITCH +
-                                 (lane % 4 * 2 + i % 2) * 4);
-    }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       unsigned terms[4 * GROUPS][Fragment::TERMS];
@@ -282,22 +247,8 @@ struct Accumulator {
       for (int i = 0; i < 4 * GROUPS; ++i) x[i / 4].terms(j, i % 4, terms[i]);
       one_hot.template multiply<typename Fragment::Element>(terms, sums, rest);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (STATISTICS & SUMS)
-          totals.sums[j][M][i] += Fragment::TERMS > 1 ? sums[i] + rest[i] : sums[i];
-        if constexpr (STATISTICS & RESIDUALS) {
-          // Σ f − n·a for at most 64 pixels. Each f has 8 bits (11 in float16), so Σ f is exact in
-          // float32 if the sizes of the pixels do not differ by more than about 2^8.
-          const float anchor = anchors[i].elements[j];
-          if constexpr (Fragment::TERMS == 1) {
-            totals.residuals[j][M][i] += fmaf(-counts[i], anchor, sums[i]);
-          } else {
-            const float first = __uint_as_float(__float_as_uint(anchor) & 0xffff0000);
-            totals.residuals[j][M][i] +=
-                fmaf(-counts[i], first, sums[i]) + fmaf(-counts[i], anchor - first, rest[i]);
-          }
-        }
-      }
+      for (int i = 0; i < 4; ++i)
+        totals.sums[j][M][i] += Fragment::TERMS > 1 ? sums[i] + rest[i] : sums[i];
     }
   }
 
@@ -309,9 +260,9 @@ struct Accumulator {
       const int slot = slots.code(pixel) / static_cast<int>(slot_code(1));
       T* const own = tile + Layout::offset(lane, pixel);
       const auto value = static_cast<float>(*own);
-      float residual = value;
-      if constexpr (STATISTICS & SQDISTS) residual -= slots.anchor(slot);
-      if (__ballot_sync(FULL_WARP, residual * residual < LARGEST) == FULL_WARP) continue;
+      float difference = value;
+      if constexpr (STATISTICS & SQDISTS) difference -= slots.anchor(slot);
+      if (__ballot_sync(FULL_WARP, difference * difference < LARGEST) == FULL_WARP) continue;
       if (slot != NO_SLOT)
         add_alone(tile, pixel, slot);
       else if (keys[pixel] >= 0)
@@ -330,17 +281,15 @@ struct Accumulator {
     auto& totals = slots.totals;
     const int first_channel = thread_again() % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
+    for (int i = 0; i < SLOTS; ++i) {
       const int m = i / 16, h = i / 8 % 2, j = i / 2 % 4, b = i % 2;
       if (slot / 8 != i / 8) continue;
       const int channel = first_channel + channel_of_lane(i % 8);
       const auto value = static_cast<float>(tile[Layout::offset(channel, pixel)]);
       if constexpr (STATISTICS & SUMS) totals.at(totals.sums, m, h, 2 * j + b) += value;
       if constexpr (STATISTICS & SQDISTS) {
-        const float residual = value - slots.anchors[slot * PITCH + channel % 8 * 4 + j];
-        totals.sqdists[m][h] = fmaf(residual, residual, totals.sqdists[m][h]);
-        if constexpr (STATISTICS & RESIDUALS)
-          totals.at(totals.residuals, m, h, 2 * j + b) += residual;
+        const float difference = value - slots.anchors[slot * PITCH + channel % 8 * 4 + j];
+        totals.sqdists[m][h] = fmaf(difference, difference, totals.sqdists[m][h]);
       }
     }
   }
@@ -354,12 +303,12 @@ __global__ void __launch_bounds__(CHANNELS, warps_of<T>(STATISTICS))
   permit_next_kernel();
   // Neighbouring blocks read neighbouring channels.
   const int block = blockIdx.x % tiling.blocks, chunk = blockIdx.x / tiling.blocks;
-  Ring<T, CHANNELS_LAST, STAGES<T, STATISTICS>, SHIFTED> ring(input, tiling, block, chunk);
-  Accumulator<T, STATISTICS, CHANNELS_LAST, slots_of<T>(STATISTICS, SHIFTED)> accumulator{
+  Ring<T, CHANNELS_LAST, SHIFTED> ring(input, tiling, block, chunk);
+  Accumulator<T, STATISTICS, CHANNELS_LAST> accumulator{
       {partials, tiling, input, block, chunk, ring.end()}};
 
 #pragma unroll 1
-  for (int tile = 1 - ring.STAGES; tile < ring.tiles; ++tile) {
+  for (int tile = 1 - STAGES; tile < ring.tiles; ++tile) {
     ring.advance(tile);
     if (tile >= 0) accumulator.consume(ring.stage(tile), ring.keys(tile));
   }

@@ -26,13 +26,11 @@ Tiling tiles_of(const Input<T>& input, int64_t wanted_chunks) {
 // either layout, so that the plan does not depend on it.
 template <class T>
 int64_t resident_warps(int statistics, int64_t num_keys) {
-  constexpr int ALL = SUMS | SQDISTS | RESIDUALS;
-  constexpr int STAGE = std::max(Ring<T, false, 1>::BYTES, Ring<T, true, 1>::BYTES);
-  const int stages = statistics == ALL ? STAGES<T, ALL> : STAGES<T, SUMS>;
+  constexpr int64_t RING = std::max(Ring<T, false>::BYTES, Ring<T, true>::BYTES);
   const int64_t slots =
       statistics & SQDISTS ? Slots<SQDISTS>::bytes(num_keys) : Slots<SUMS>::bytes(num_keys);
   return std::min<int64_t>(warps_of<T>(statistics, hardware().major),
-                           blocks_in_shared(STAGE * stages + slots));
+                           blocks_in_shared(RING + slots));
 }
 
 // Columns of a partial of sums.
@@ -49,9 +47,8 @@ Tiling plan(const Input<T>& input, int statistics) {
   const Pixels& view = input.view;
   const int64_t blocks = blocks_of(view.dim, input.period), num_keys = input.num_keys;
   const int64_t width = width_of(input, blocks);
-  const int64_t matrices = ((statistics & SUMS) != 0) + ((statistics & RESIDUALS) != 0);
   const int64_t chunk_bytes =
-      4 * num_keys * (matrices * width + ((statistics & SQDISTS) != 0) * blocks);
+      4 * num_keys * ((statistics & SUMS ? width : 0) + (statistics & SQDISTS ? blocks : 0));
   const int64_t feature_bytes =
       view.lines * view.pixels * view.dim * static_cast<int64_t>(sizeof(T));
   const int64_t once =

@@ -14,7 +14,7 @@ struct Reduction {
   int slices;                 // threads for each result, a power of two
 };
 struct Reductions {
-  Reduction of[3];
+  Reduction of[2];
   const uint8_t* met;  // see Partials
   int64_t num_keys;
   int period = 1;  // see Input

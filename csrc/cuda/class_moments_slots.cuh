@@ -1,4 +1,4 @@
-// A warp sums at most 32 or 16 keys at a time. Each of these keys has a slot. A slot is a row of
+// A warp sums at most 32 keys at a time. Each of these keys has a slot. A slot is a row of
 // the products on tensor cores: the one-hot matrix of the pixels' slots, times the features. The
 // totals of the slots are in registers, their anchors in shared memory. If all slots are taken and
 // another key comes, the totals are added to the chunk's partials in global memory, and all slots
@@ -12,8 +12,8 @@
 
 namespace anchorops::cuda {
 
-constexpr int SLOTS = 32, NO_SLOT = SLOTS;  // at most
-constexpr int ROWS = 16;                    // slots of a product
+constexpr int SLOTS = 32, NO_SLOT = SLOTS;
+constexpr int ROWS = 16;  // slots of a product
 // Elements from the anchor of one slot to the next; NO_SLOT has zeros. Channel 8·j + n is at
 // 4·n + j. The padding puts neighbouring slots into different banks.
 constexpr int PITCH = CHANNELS + 8;
@@ -23,14 +23,13 @@ constexpr uint8_t NOT_MET = 255, IN_PARTIALS = 254;  // keys without a slot
 // bfloat16 number it is finite, and different for each slot.
 __host__ __device__ constexpr unsigned slot_code(int slot) { return slot * PITCH * sizeof(float); }
 
-// The totals of COUNT slots. [j][m] is a product C (matrices.cuh) of slots 16·m to 16·m + 15 and
+// The totals of the slots. [j][m] is a product C (matrices.cuh) of slots 16·m to 16·m + 15 and
 // channels 8·j to 8·j + 7. So lane 4n + q has eight channels of slots 16·m + 8·h + n, and a part of
 // their squared distances.
-template <int COUNT>
 struct SlotTotals {
-  using Products = float[4][COUNT / ROWS][4];
-  Products sums = {}, residuals = {};
-  float sqdists[COUNT / ROWS][2] = {};  // [m][h]
+  using Products = float[4][SLOTS / ROWS][4];
+  Products sums = {};
+  float sqdists[SLOTS / ROWS][2] = {};  // [m][h]
 
   // The lane's i-th channel.
   static __device__ __forceinline__ float& at(Products& values, int m, int h, int i) {
@@ -40,7 +39,7 @@ struct SlotTotals {
 // From the first of a lane's eight channels, 2q, to the i-th.
 __device__ constexpr int channel_of_lane(int i) { return i / 2 * 8 + i % 2; }
 
-template <int STATISTICS, int COUNT = SLOTS>
+template <int STATISTICS>
 struct Slots {
   static constexpr int ANCHORS_BYTES =
       STATISTICS & SQDISTS ? (SLOTS + 1) * PITCH * int{sizeof(float)} : 0;
@@ -57,7 +56,7 @@ struct Slots {
   int2* const keys;           // [SLOTS]: the key, and whether the partials contain it
   uint8_t* const of_key;      // [1 + num_keys], slots of keys from −1 on; points to key 0
   int used = 0;
-  SlotTotals<COUNT> totals;
+  SlotTotals totals;
 
   template <class T>
   __device__ Slots(const Partials& partials, const Tiling& tiling, const Input<T>& input, int block,
@@ -131,11 +130,11 @@ struct Slots {
     const unsigned all = __ballot_sync(FULL_WARP, found > NO_SLOT && (same & before_lane) == 0);
     const int slot = used + __popc(all & before_lane);
     __syncwarp();
-    if (all >> lane & 1 && slot < COUNT) {
+    if (all >> lane & 1 && slot < SLOTS) {
       keys[slot] = {wanted, found == IN_PARTIALS};
       of_key[wanted] = static_cast<uint8_t>(slot);
     }
-    used = min(used + __popc(all), COUNT);
+    used = min(used + __popc(all), SLOTS);
     __syncwarp();
   }
 
@@ -149,10 +148,8 @@ struct Slots {
     if constexpr (STATISTICS & SUMS)
       if (inside) store(partials.sums + at, value);
     if constexpr (STATISTICS & SQDISTS) {
-      const float residual = value - source.of_key(key);
-      if constexpr (STATISTICS & RESIDUALS)
-        if (inside) store(partials.residuals + at, residual);
-      float sqdist = residual * residual;
+      const float difference = value - source.of_key(key);
+      float sqdist = difference * difference;
 #pragma unroll
       for (int lanes = 1; lanes < 32; lanes *= 2)
         sqdist += __shfl_xor_sync(FULL_WARP, sqdist, lanes);
@@ -169,7 +166,7 @@ struct Slots {
     __syncwarp();  // all lanes have read the anchors and slots
     const int first_channel = block * CHANNELS + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < COUNT / 8; ++i) {
+    for (int i = 0; i < SLOTS / 8; ++i) {
       const int slot = 8 * i + lane / 4, m = i / 2, h = i % 2;
       const int2 key = keys[slot];
       const bool add = key.y;
@@ -191,7 +188,6 @@ struct Slots {
         }
       };
       if constexpr (STATISTICS & SUMS) store(partials.sums, totals.sums);
-      if constexpr (STATISTICS & RESIDUALS) store(partials.residuals, totals.residuals);
       if constexpr (STATISTICS & SQDISTS) {
         float total = totals.sqdists[m][h];
         totals.sqdists[m][h] = 0;

@@ -14,7 +14,7 @@
 
 namespace anchorops::cuda {
 
-constexpr int SUMS = 1, SQDISTS = 2, RESIDUALS = 4;  // statistics
+constexpr int SUMS = 1, SQDISTS = 2;  // statistics
 
 #ifdef __CUDA_ARCH__
 constexpr int MAJOR = __CUDA_ARCH__ / 100;  // of the compute capability
@@ -22,22 +22,16 @@ constexpr int MAJOR = __CUDA_ARCH__ / 100;  // of the compute capability
 constexpr int MAJOR = 9;
 #endif
 
-// Warps of which a multiprocessor has the registers: three for each scheduler, or two where there
-// are too few registers for three. From sm_100 on nvcc uses more registers. The shared memory of
-// sm_120 has room for at most six warps with squared distances.
+// Warps of which a multiprocessor has the registers: three for each scheduler. From sm_100 on nvcc
+// uses more registers: there are two where there are too few for three.
 template <class T>
 constexpr int warps_of(int statistics, int major = MAJOR) {
-  if (major >= 12 && statistics == (SUMS | SQDISTS | RESIDUALS)) return 8;
-  const bool many = major >= 10 ? statistics & SQDISTS && statistics != SQDISTS
-                                : statistics == (SUMS | SQDISTS | RESIDUALS);
-  return sizeof(T) == 4 && many ? 8 : 12;
+  return sizeof(T) == 4 && statistics == (SUMS | SQDISTS) && major >= 10 ? 8 : 12;
 }
 
 constexpr int CHANNELS = 32;  // of a block, which is one warp
 constexpr int TILE_BYTES = 4096;
-// Stages of the ring: one is read while the others are copied. With fewer warps, three are faster.
-template <class T, int STATISTICS>
-constexpr int STAGES = sizeof(T) == 4 && STATISTICS == (SUMS | SQDISTS | RESIDUALS) ? 3 : 2;
+constexpr int STAGES = 2;  // of the ring: one is read while the other one is copied
 constexpr int BATCH = 16;  // elements that a lane loads before it waits for the first
 
 template <class T>
@@ -96,12 +90,11 @@ struct Tiling {
 // Partial statistics of chunks, for a kernel that adds them. Only keys that a chunk has met are
 // written.
 struct Partials {
-  float* sums;       // float32 [chunks, num_keys, width], in the order of the blocks' channels
-  float* residuals;  // the same
-  float* sqdists;    // float32 [chunks, blocks, num_keys]
-  uint8_t* met;      // [chunks · period, num_keys]: 0 where the blocks of a chunk met no such key
-  int width;         // D, or 32 for each block if the period is not 1
-  int period;        // Tiles of blocks that begin at different positions have different pixels.
+  float* sums;     // float32 [chunks, num_keys, width], in the order of the blocks' channels
+  float* sqdists;  // float32 [chunks, blocks, num_keys]
+  uint8_t* met;    // [chunks · period, num_keys]: 0 where the blocks of a chunk met no such key
+  int width;       // D, or 32 for each block if the period is not 1
+  int period;      // Tiles of blocks that begin at different positions have different pixels.
 };
 
 // The anchors of a lane's channel.
@@ -279,9 +272,8 @@ __device__ __forceinline__ void fill_stage(T* stage, int* keys,
 }
 
 // The tiles of a chunk, one after the other: while one is read, the next one is copied.
-template <class T, bool CHANNELS_LAST, int COUNT = 2, bool SHIFTED = false>
+template <class T, bool CHANNELS_LAST, bool SHIFTED = false>
 struct Ring {
-  static constexpr int STAGES = COUNT;
   using Layout = Stage<T, CHANNELS_LAST>;
   static constexpr int BYTES = STAGES * (Layout::BYTES + TILE<T> * int{sizeof(int)});
 

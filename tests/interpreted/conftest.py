@@ -88,13 +88,10 @@ def sorted_by_numpy(monkeypatch):
 
 @pytest.fixture(params=["tiles", "sorted"] if BACKEND == "triton" else ["tiles"])
 def path(request, monkeypatch):
-    """Makes Triton sum pixels tile by tile, or sorted by key, for any shape. Returns the fields of
-    a case that lead to this: it always sorts if anchors are learnable."""
+    """Makes Triton sum pixels tile by tile, or sorted by key, for any shape."""
     if BACKEND != "triton":
-        return {"anchors": "learnable"}
+        return
     from anchorops.kernels import class_moments, launch
 
     chunks_of = {"tiles": lambda *args: max(1, launch.chunks_of(*args)), "sorted": lambda *args: 0}
     monkeypatch.setattr(class_moments, "chunks_of", chunks_of[request.param])
-    anchors = {"tiles": "fixed", "sorted": "learnable"}[request.param]
-    return {"anchors": anchors}
