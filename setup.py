@@ -118,11 +118,11 @@ def compiled_parts() -> dict:
         do_without("compiled backends", f"no C++20 compiler: {obstacle}")
         return {}
     torch = installed_torch()
-    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
+    cuda_sources = sorted(glob("csrc/cuda/**/*.cu", recursive=True))
     cuda = archs = ""
     try:
         if CUDA_CHOICE == "1" and not cuda_sources:
-            raise LookupError("this release has no CUDA sources (csrc/cuda/*.cu)")
+            raise LookupError("this release has no CUDA sources (csrc/cuda/**/*.cu)")
         if CUDA_CHOICE != "0" and cuda_sources:
             cuda, archs = cuda_toolkit(torch)
     except LookupError as obstacle:

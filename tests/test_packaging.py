@@ -75,7 +75,7 @@ def test_other_torch(python):
 
 
 @pytest.mark.parametrize("python", OTHER_PYTHONS)
-@pytest.mark.parametrize("part", ["cpu/*.cpp", "cuda/*.cu"])
+@pytest.mark.parametrize("part", ["cpu/*.cpp", "cuda/**/*.cu"])
 def test_other_torch_compiles_the_sources(python, part):
     """The sources use only what the headers of another torch declare. The CUDA sources are read as
     the emulator's compiler reads them (tests/csrc/Makefile), so without what only nvcc sees."""

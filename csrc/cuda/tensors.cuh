@@ -1,14 +1,4 @@
 // Tensors for the CUDA kernels: pixels by strides, the device's stream, new outputs.
-//
-// Terms of the kernels of class moments. Key: the class of a pixel, with its image and its random
-// group; −1 if the pixel is ignored. Run: consecutive pixels with the same key. Tile: the pixels
-// and channels that a warp copies to shared memory at once. Stage: the shared memory of one tile.
-// Ring: the stages, which are used in turn. Segment: 16 bytes of a tile. Group: 32 pixels of a
-// tile; in arguments of operators, the random groups of a class, or its prototypes. Slot: one of
-// the 32 places for the keys that a warp sums at a time. Chunk: consecutive tiles that one
-// warp sums. Partial: the sums of one chunk; a second kernel adds the partials. Plan: how the work
-// is divided; it depends on shapes, on the device (launch.cuh: hardware), and on where planes begin
-// in 16 bytes.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,7 +1,7 @@
 // The gradient in any layout, one element at a time.
 #pragma once
 
-#include "class_moments_backward.cuh"
+#include "backward.cuh"
 
 namespace anchorops::cuda {
 

@@ -1,7 +1,7 @@
 // The second pass of class moments: the sum of the partials that the first pass has written.
 #pragma once
 
-#include "tensors.cuh"
+#include "../tensors.cuh"
 
 namespace anchorops::cuda {
 

@@ -2,15 +2,21 @@
 // matrix of the pixels' slots. Float32 numbers are split exactly into three bfloat16 numbers each.
 #pragma once
 
-#include "class_moments_slots.cuh"
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../../matrices.cuh"
+#include "slots.cuh"
+#include "tiles.cuh"
 
 namespace anchorops::cuda {
 
 // The features of a group, in the order of a matrix B (matrices.cuh). Lane 4n + q has channel
 // 8·j + n at [j], and pixel 8·i + 2q + b of this channel at [2·i + b].
-template <class T, bool CHANNELS_LAST>
+template <class T, int LAYOUT>
 struct Features {
-  using Layout = Stage<T, CHANNELS_LAST>;
+  using Tile = TileLayout<T, LAYOUT>;
   using Element = T;               // the type of the factors
   static constexpr int TERMS = 1;  // factors for each feature
   unsigned pairs[4][4];
@@ -20,10 +26,10 @@ struct Features {
     const int matrix = threadIdx.x / 8 * 8, row = threadIdx.x % 8;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if constexpr (CHANNELS_LAST)
-        load_matrices<true>(pairs[j], group + (matrix + row) * Layout::PITCH + 8 * j);
+      if constexpr (LAYOUT == ROWS)
+        load_matrices<true>(pairs[j], group + (matrix + row) * Tile::PITCH + 8 * j);
       else
-        load_matrices<false>(pairs[j], group + (8 * j + row) * Layout::PITCH + matrix);
+        load_matrices<false>(pairs[j], group + (8 * j + row) * Tile::PITCH + matrix);
   }
   __device__ __forceinline__ bool are_finite() const {
     unsigned zeros = 0;
@@ -45,9 +51,9 @@ struct Features {
   }
 };
 
-template <bool CHANNELS_LAST>
-struct Features<float, CHANNELS_LAST> {
-  using Layout = Stage<float, CHANNELS_LAST>;
+template <int LAYOUT>
+struct Features<float, LAYOUT> {
+  using Tile = TileLayout<float, LAYOUT>;
   using Element = BFloat16;
   static constexpr int TERMS = 3;
   float values[4][8];
@@ -60,8 +66,8 @@ struct Features<float, CHANNELS_LAST> {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int channel = 8 * j + column, pixel = row + i / 2 * 8 + i % 2;
-        values[j][i] = group[CHANNELS_LAST ? pixel * Layout::PITCH + channel
-                                           : channel * Layout::PITCH + pixel];
+        values[j][i] =
+            group[LAYOUT == ROWS ? pixel * Tile::PITCH + channel : channel * Tile::PITCH + pixel];
       }
     }
   }

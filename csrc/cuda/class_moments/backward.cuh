@@ -1,7 +1,7 @@
 // What the backward kernels of class moments have in common.
 #pragma once
 
-#include "tensors.cuh"
+#include "../tensors.cuh"
 
 namespace anchorops::cuda {
 

@@ -1,7 +1,7 @@
 // The gradient where the channels of a pixel are contiguous and aligned to 16 bytes.
 #pragma once
 
-#include "class_moments_backward.cuh"
+#include "backward.cuh"
 
 namespace anchorops::cuda {
 

@@ -5,12 +5,15 @@
 // Writes dfeatures once. Reads the features once if dsqdists is given, otherwise not at all. Keys,
 // 4 bytes a pixel, are read again for each slice of channels, from the second-level cache. The
 // tables (anchors, dsums) are read from shared memory or from caches. One launch.
-//
-// `make cuda-report` prints the warp instructions for each 512 bytes.
-#include "../labels.h"
-#include "class_moments_backward_elements.cuh"
-#include "class_moments_backward_planes.cuh"
-#include "class_moments_backward_rows.cuh"
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "../../labels.h"
+#include "../tensors.cuh"
+#include "backward_elements.cuh"
+#include "backward_planes.cuh"
+#include "backward_rows.cuh"
 
 namespace anchorops::cuda {
 namespace {
@@ -121,13 +124,16 @@ bool write_planes(const Gradient<T>& in, Stream stream) {
       Slices slices = slices_of(in, period, Table::STEP, most_channels);
       slices.row_bytes = (slices.channels / Table::STEP * Table::TABLES | 1) * sizeof(float4);
       write.template operator()<true>(slices, int64_t{in.num_keys} * slices.row_bytes);
-    } else if (period == 1 && tables_aligned(in)) {
+      return;
+    }
+    written = false;
+    if constexpr (HAS_DSUMS && HAS_DSQDISTS) {  // a single table is shared up to 1,024 keys
+      if (period != 1 || !tables_aligned(in)) return;
       const int64_t cached = TABLES_IN_CACHE / table_bytes_per_channel(in);
       Slices slices = slices_of(in, 1, 4, std::max<int64_t>(cached, 16));
       slices.row_bytes = static_cast<unsigned>(in.out.dim * sizeof(float));
       write.template operator()<false>(slices, 0);
-    } else {
-      written = false;
+      written = true;
     }
   });
   return written;

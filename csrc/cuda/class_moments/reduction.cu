@@ -1,6 +1,6 @@
-#include "class_moments_reduction.cuh"
+#include "reduction.cuh"
 
-#include "class_moments_tiles.cuh"
+#include "arguments.cuh"
 
 namespace anchorops::cuda {
 namespace {

@@ -7,7 +7,7 @@
 // at the same position in 16 bytes, so a thread has the same pixels in each of them.
 #pragma once
 
-#include "class_moments_backward.cuh"
+#include "backward.cuh"
 
 namespace anchorops::cuda {
 
@@ -29,13 +29,15 @@ struct Slices {
 
 // The rows of the tables for a slice of channels. In shared memory there is one row for each key,
 // with vectors of its anchor and of dsums in turn. Sums alone are only stored, so the row contains
-// them as they are written to dfeatures. With too many keys, rows are read from global memory.
+// them as they are written to dfeatures. With too many keys for both gradients, rows are read from
+// global memory.
 template <class T, bool HAS_DSUMS, bool HAS_DSQDISTS, bool SHARED>
 struct TableSlice {
-  using Element = std::conditional_t<HAS_DSQDISTS || !SHARED, float, T>;
+  static_assert(SHARED || (HAS_DSUMS && HAS_DSQDISTS), "a single table is always shared");
+  using Element = std::conditional_t<HAS_DSQDISTS, float, T>;
   // Channels that are processed at once; fewer where more would need too many registers.
-  static constexpr int STEP = !SHARED && HAS_DSUMS && HAS_DSQDISTS ? 2 : Vector<Element>::SIZE;
-  static constexpr int TABLES = SHARED ? HAS_DSUMS + HAS_DSQDISTS : 1;
+  static constexpr int STEP = SHARED ? Vector<Element>::SIZE : 2;
+  static constexpr int TABLES = HAS_DSUMS + HAS_DSQDISTS;
   const float *anchors, *dsums;
   const unsigned row_bytes;
 
@@ -93,8 +95,8 @@ struct TableSlice {
       if constexpr (HAS_DSQDISTS) load_row(row, a);
       if constexpr (HAS_DSUMS) load_row(row + (TABLES - 1) * STEP, s);
     } else {
-      if constexpr (HAS_DSQDISTS) load_row(row_of(anchors, anchor_row, row_bytes) + channel, a);
-      if constexpr (HAS_DSUMS) load_row(row_of(dsums, key, row_bytes) + channel, s);
+      load_row(row_of(anchors, anchor_row, row_bytes) + channel, a);
+      load_row(row_of(dsums, key, row_bytes) + channel, s);
     }
   }
 };
@@ -124,7 +126,7 @@ struct PlanePixels {
       anchor_row[i] = key[i];
       if constexpr (HAS_DSQDISTS) scale[i] = 2 * in.dsqdists[key[i]];
     }
-    if constexpr (HAS_DSQDISTS && !SHARED) in.to_anchors(anchor_row);
+    if constexpr (!SHARED) in.to_anchors(anchor_row);
   }
 
   __device__ bool whole() const { return begin == 0 && end == SIZE; }

@@ -1,10 +1,13 @@
 // How class moments divide the pixels: into tiles, and these into chunks.
 #pragma once
 
+#include <algorithm>
 #include <numeric>
 
-#include "class_moments_slots.cuh"
-#include "class_moments_tiles.cuh"
+#include "arguments.cuh"
+#include "policy.cuh"
+#include "slots.cuh"
+#include "tiles.cuh"
 
 namespace anchorops::cuda {
 
@@ -13,24 +16,32 @@ constexpr int64_t PARTIALS_IN_CACHE = 16 << 20;
 template <class T>
 Tiling tiles_of(const Input<T>& input, int64_t wanted_chunks) {
   const Pixels& view = input.view;
-  const int most_before = input.shifted ? Vector<T>::SIZE - 1 : 0;
+  const int most_before = input.layout == SHIFTED_PLANES ? Vector<T>::SIZE - 1 : 0;
   Tiling tiling{};
-  tiling.tiles_per_line = static_cast<int>(ceil_div(view.pixels + most_before, TILE<T>));
-  tiling.last_tile = static_cast<int>(view.pixels - int64_t{tiling.tiles_per_line - 1} * TILE<T>);
+  tiling.tiles_per_line = static_cast<int>(ceil_div(view.pixels + most_before, TILE_PIXELS<T>));
+  tiling.last_tile =
+      static_cast<int>(view.pixels - int64_t{tiling.tiles_per_line - 1} * TILE_PIXELS<T>);
   tiling.tiles = view.lines * tiling.tiles_per_line;
   tiling.blocks = blocks_of(view.dim, input.period);
-  return tiling.in_chunks(wanted_chunks);
+  tiling.chunks = static_cast<int>(std::clamp<int64_t>(wanted_chunks, 1, tiling.tiles));
+  tiling.tiles_per_chunk = tiling.tiles / tiling.chunks;
+  tiling.longer = static_cast<int>(tiling.tiles % tiling.chunks);
+  return tiling;
 }
 
 // For how many warps of class_moments_kernel a multiprocessor has registers and shared memory: in
-// either layout, so that the plan does not depend on it.
+// any layout, so that the plan does not depend on it.
 template <class T>
 int64_t resident_warps(int statistics, int64_t num_keys) {
-  constexpr int64_t RING = std::max(Ring<T, false>::BYTES, Ring<T, true>::BYTES);
-  const int64_t slots =
-      statistics & SQDISTS ? Slots<SQDISTS>::bytes(num_keys) : Slots<SUMS>::bytes(num_keys);
-  return std::min<int64_t>(warps_of<T>(statistics, hardware().major),
-                           blocks_in_shared(RING + slots));
+  constexpr int64_t RING = std::max(Ring<T, PLANES>::BYTES, Ring<T, ROWS>::BYTES);
+  const int major = hardware().major;
+  const auto of = [&]<int STATISTICS>() {
+    return std::min<int64_t>(policy_for<T, STATISTICS, PLANES>(major).warps,
+                             blocks_in_shared(RING + Slots<STATISTICS>::bytes(num_keys)));
+  };
+  return statistics == SUMS      ? of.template operator()<SUMS>()
+         : statistics == SQDISTS ? of.template operator()<SQDISTS>()
+                                 : of.template operator()<SUMS | SQDISTS>();
 }
 
 // Columns of a partial of sums.
@@ -67,7 +78,7 @@ void shift_if_unaligned(Input<T>& input) {
   if (input.vectors || input.view.stride_p != 1 || input.view.dim < 8 * period) return;
   input.period = static_cast<int>(period);
   input.row_stride *= period;
-  input.shifted = true;
+  input.layout = SHIFTED_PLANES;
 }
 
 }  // namespace anchorops::cuda

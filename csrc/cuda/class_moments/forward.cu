@@ -2,20 +2,23 @@
 //
 //     sums[k] = Σ f_p    sqdists[k] = Σ ‖f_p − a_k‖²
 //
-// Pixels are read in raster order. A block is one warp. It sums 32 channels of a
-// chunk of the pixels on tensor cores, 32 keys at a time (class_moments_slots.cuh). Features
-// are read once. Keys are read once for each 32 channels: the first time from memory, then from the
-// second-level cache. A chunk writes partials of the keys that it has met; if these are not more,
-// each partial is written once. A second kernel reads the partials once and adds them in a fixed
-// order (class_moments_reduction.cu). The division of the pixels is in class_moments_plan.cuh.
-//
-// Eight or twelve warps are resident on a multiprocessor, for any number of keys: 32 to 48 KB of
-// features are in flight; an H200 needs 23. With 100 KB of shared memory there are at least four.
-// `make cuda-report` prints the warp instructions for each 512 bytes.
-#include "../labels.h"
-#include "class_moments_launch.cuh"
-#include "class_moments_plan.cuh"
-#include "class_moments_reduction.cuh"
+// A block is one warp. It sums 32 channels of a chunk of the pixels on tensor cores, 32 keys at a
+// time (slots.cuh). Features are read once. Keys are read once for each 32 channels: the first time
+// from memory, then from the second-level cache. A chunk writes partials of the keys that it has
+// met; if these are not more than there are slots, each partial is written once. A second kernel
+// reads the partials once and adds them in a fixed order (reduction.cu). The division of the pixels
+// is in plan.cuh.
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../../labels.h"
+#include "../tensors.cuh"
+#include "arguments.cuh"
+#include "launch.cuh"
+#include "plan.cuh"
+#include "reduction.cuh"
 
 namespace anchorops::cuda {
 namespace {
@@ -82,24 +85,24 @@ std::tuple<Tensor, Tensor> class_moments(Tensor features, Tensor keys,
     using T = decltype(element);
     const auto size = to_vector(features.sizes()), stride = to_vector(features.strides());
     const Pixels view = as_pixels(size, stride, rows_join(size, stride));
-    const bool channels_last = view.stride_d == 1 && view.stride_p != 1;
+    const bool in_rows = view.stride_d == 1 && view.stride_p != 1;
+    const int64_t row_stride = in_rows ? view.stride_p : view.stride_d;
     const T* const first = features.const_data_ptr<T>();
     const int32_t* const first_key = keys.const_data_ptr<int32_t>();
-    const Input<T> input{.features = first,
-                         .keys = first_key,
-                         .anchors = optional_data<float>(anchors),
-                         .view = view,
-                         .row_stride = channels_last ? view.stride_p : view.stride_d,
-                         .num_keys = static_cast<int>(num_keys),
-                         .num_classes = anchors ? static_cast<int>(anchors->size(0)) : 1,
-                         .groups = static_cast<int>(groups),
-                         .vectors = (channels_last || view.stride_p == 1) &&
-                                    vectors_aligned(first,
-                                                    {view.stride_b, view.stride_h,
-                                                     channels_last ? view.stride_p : view.stride_d},
-                                                    sizeof(T)),
-                         .key_vectors = reinterpret_cast<uintptr_t>(first_key) % 16 == 0 &&
-                                        (view.lines == 1 || view.pixels % 4 == 0)};
+    const Input<T> input{
+        .features = first,
+        .keys = first_key,
+        .anchors = optional_data<float>(anchors),
+        .view = view,
+        .row_stride = row_stride,
+        .num_keys = static_cast<int>(num_keys),
+        .num_classes = anchors ? static_cast<int>(anchors->size(0)) : 1,
+        .groups = static_cast<int>(groups),
+        .vectors = (in_rows || view.stride_p == 1) &&
+                   vectors_aligned(first, {view.stride_b, view.stride_h, row_stride}, sizeof(T)),
+        .key_vectors = reinterpret_cast<uintptr_t>(first_key) % 16 == 0 &&
+                       (view.lines == 1 || view.pixels % 4 == 0),
+        .layout = in_rows ? ROWS : PLANES};
     sum_pixels(input, statistics, out, device.stream);
   });
   return {out.sums, out.sqdists};
