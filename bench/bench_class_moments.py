@@ -29,8 +29,8 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops import reference
-from anchorops._ops.class_keys import class_keys
 from anchorops._backend import CUDA_MAX_KEYS
+from anchorops._ops.class_keys import class_keys
 from anchorops.measure import keys_bytes, moments_bytes
 
 BOTH = "class moments with anchors"

@@ -118,7 +118,7 @@ def test_gradient_of_anchors_near_the_mean(distance: float, backend: str):
     mean = features.detach().double().mean(0, keepdim=True)
     anchors = (mean + distance * torch.randn(1, 64)).float().requires_grad_()
     with ao.use_backend(backend):
-        sqdists = ao.class_moments(features, torch.zeros(90).long(), 1, anchors=anchors).sqdists
+        sqdists = ao.ops.class_moments(features, torch.zeros(90).long(), 1, anchors=anchors).sqdists
     assert sqdists is not None
     (ours,) = torch.autograd.grad(sqdists.sum(), anchors)
     difference = mean - anchors.detach().double()

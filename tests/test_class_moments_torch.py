@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import anchorops as ao
-from anchorops.ops.class_moments import unchecked_moments
+from anchorops._ops.class_moments import unchecked_moments
 
 F64 = torch.float64
 SECOND = (
@@ -83,7 +83,7 @@ def test_second_derivatives_are_right_or_raise(wrt: str, of: str):
     inputs, labels = {"features": features, "anchors": anchors}, some_labels((9, 2))
 
     def second() -> Tensor:
-        sqdists = ao.class_moments(features, labels, 3, anchors=anchors).sqdists
+        sqdists = ao.ops.class_moments(features, labels, 3, anchors=anchors).sqdists
         assert sqdists is not None
         (first,) = torch.autograd.grad(sqdists.sum(), inputs[of], create_graph=True)
         return torch.autograd.grad(first.square().sum(), inputs[wrt])[0]
@@ -290,7 +290,7 @@ def test_sums_are_kept_only_for_the_gradient_of_anchors():
         )
         assert sorted(t.numel() for t in saved) == [9, 12, 36]  # keys, anchors, features
         saved.clear()
-        ao.class_moments(
+        ao.ops.class_moments(
             torch.randn(9, 4), some_labels((9, 4)), 3, anchors=anchors.clone().requires_grad_()
         )
         assert sorted(t.numel() for t in saved) == [9, 12, 12, 36]

@@ -108,7 +108,7 @@ def test_traced_confusion() -> None:
 
 FEATURES = torch.linspace(-2, 3, 9 * D).view(9, D).sin()
 ANCHOR_LOSSES: dict[str, Callable[[Tensor], Any]] = {
-    "class_moments": lambda a: ao.class_moments(FEATURES, LABELS, K, anchors=a)[2],
+    "class_moments": lambda a: ao.ops.class_moments(FEATURES, LABELS, K, anchors=a)[2],
     "pixel_to_anchor_mse": lambda a: ao.pixel_to_anchor_mse(FEATURES, LABELS, a),
 }
 
@@ -133,7 +133,7 @@ def test_vmap_with_learnable_anchors() -> None:
     features, anchors = torch.randn(3, 9, D).requires_grad_(), ANCHORS.clone().requires_grad_()
 
     def loss(features: Tensor) -> Tensor:
-        _, sums, sqdists = ao.class_moments(features, LABELS, K, anchors=anchors)
+        _, sums, sqdists = ao.ops.class_moments(features, LABELS, K, anchors=anchors)
         assert sqdists is not None
         return (
             sqdists.square().sum() + sums.sum() + ao.pixel_to_anchor_mse(features, LABELS, anchors)

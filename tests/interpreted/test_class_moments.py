@@ -116,7 +116,7 @@ def test_more_than_1024_keys_are_refused():
     features, labels = torch.zeros(2, 3, 5), torch.zeros(2, 5).long()
     refused = pytest.raises(ValueError, match=r'at most 1024 keys .* has 1030: choose "triton"')
     with refused:
-        ao.class_moments(features, labels, 103, groups=5, per_image=True, seed=1)
+        ao.ops.class_moments(features, labels, 103, groups=5, per_image=True, seed=1)
     keys = torch.zeros(2, 5, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="num_keys: expected at most 1024, got 1025"):
         torch.ops.anchorops.class_moments.cuda(features, keys, None, 1025, 1, True)
