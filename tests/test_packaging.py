@@ -78,13 +78,13 @@ def test_other_torch(python):
 @pytest.mark.parametrize("part", ["cpu/*.cpp", "cuda/**/*.cu"])
 def test_other_torch_compiles_the_sources(python, part):
     """The sources use only what the headers of another torch declare. The CUDA sources are read as
-    the emulator's compiler reads them (tests/csrc/Makefile), so without what only nvcc sees."""
+    the emulator's compiler reads them (tests/proofs/csrc/Makefile), so without what only nvcc sees."""
     code = "from torch.utils.cpp_extension import include_paths as p; print(*p('cpu'), sep='\\n')"
     found = run(ROOT / python, "-c", code)
     include, sources = found.stdout.split(), sorted((ROOT / "csrc").glob(part))
     assert include and sources, found.stderr
     command = [os.environ.get("CXX", "c++"), "-std=c++20", "-fsyntax-only", "-w", "-x", "c++"]
-    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-I{ROOT}/tests/csrc"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-I{ROOT}/tests/proofs/csrc"]
     answer = run(*command, *[f"-isystem{path}" for path in include], *sources)
     assert answer.returncode == 0, answer.stderr[:4000]
 

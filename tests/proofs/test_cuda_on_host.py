@@ -1,8 +1,8 @@
 """The CUDA sources in the emulator on the CPU, compared with the reference: without a sanitizer,
 and under two sanitizers.
 
-The cases are those of Triton's interpreter, tests/interpreted/*.py, with the library that
-tests/csrc/Makefile makes instead of the CUDA library. planted_faults.cu shows which faults are
+The cases are those of Triton's interpreter, tests/proofs/interpreted/*.py, with the library that
+tests/proofs/csrc/Makefile makes instead of the CUDA library. planted_faults.cu shows which faults are
 found.
 """
 
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
-BUILD = TESTS.parent / "build/on_host"
-CASES = sorted((TESTS / "interpreted").glob("*_*.py"))
+HERE = Path(__file__).parent
+BUILD = HERE.parents[1] / "build/on_host"
+CASES = sorted((HERE / "interpreted").glob("*_*.py"))
 RUNTIME = {"plain": None, "address": "libasan.so", "thread": "libtsan.so"}
 CAUGHT = 86  # the exit status of a sanitizer that has found something
 
@@ -67,7 +67,7 @@ def flavour(request) -> str:
         pytest.skip("building the CUDA sources for the CPU needs make and g++")
     pytest.importorskip("pybind11", reason="the emulator's controls need pybind11")
     _runtime(request.param)
-    command = ["make", "-s", "-j", str(os.cpu_count()), "-C", str(TESTS / "csrc")]
+    command = ["make", "-s", "-j", str(os.cpu_count()), "-C", str(HERE / "csrc")]
     command += [f"FLAVOUR={request.param}", f"PYTHON={sys.executable}"]
     made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-4000:]

@@ -14,7 +14,7 @@ KERNELS = (
     "_centroid_info_nce_bwd_kernel",
     "_softmax_moments_kernel",
 )
-REPORT = Path(__file__).parents[1] / "bench" / "kernels_report.py"
+REPORT = Path(__file__).parents[2] / "bench" / "kernels_report.py"
 
 
 def test_triton_compiles_without_spills():

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton, which contains the disassembler, is missing")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "anchorops" / "_cuda.so"
 
 # With an array that must be in memory.

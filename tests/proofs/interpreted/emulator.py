@@ -1,5 +1,5 @@
 """The backend whose kernels run here on the CPU: the Triton kernels in Triton's interpreter, or the
-CUDA sources in the emulator (tests/csrc)."""
+CUDA sources in the emulator (tests/proofs/csrc)."""
 
 import importlib
 import os
@@ -15,7 +15,7 @@ EMULATED = BACKEND == "cuda" or TRITON_INTERPRETED
 
 
 def controls() -> ModuleType:
-    """The emulator's controls (tests/csrc/on_host.cpp), of the library that is loaded."""
+    """The emulator's controls (tests/proofs/csrc/on_host.cpp), of the library that is loaded."""
     assert LIBRARY is not None
     directory = str(Path(LIBRARY).parent)
     if directory not in sys.path:

@@ -5,8 +5,8 @@ from emulator import BACKEND, EMULATED, controls
 
 import anchorops as ao
 
-# These tests need the interpreter or the emulator: tests/test_triton_interpreter.py and
-# tests/test_cuda_on_host.py start processes with one of them.
+# These tests need the interpreter or the emulator: tests/proofs/test_triton_interpreter.py and
+# tests/proofs/test_cuda_on_host.py start processes with one of them.
 collect_ignore_glob = [] if EMULATED else ["test_*.py"]
 
 

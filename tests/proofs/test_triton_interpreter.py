@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, compared with the reference. This needs no GPU.
 
-Triton decides whether to interpret when it is imported, so the cases, tests/interpreted/*.py, run
+Triton decides whether to interpret when it is imported, so the cases, tests/proofs/interpreted/*.py, run
 in a separate process.
 """
 
