@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Callable, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,32 @@ def save_atomically(state: Any, path: Path) -> None:
     """Write text, bytes, or any other object with torch.save: to a temporary file, which is flushed
     to the disk and then renamed. If this fails (a full disk), the temporary file is removed and the
     old file at `path` is kept. Raises OSError."""
-    temporary = path.with_name(path.name + PART)
+    save_together({path: state})
+
+
+def save_together(
+    states: Mapping[Path, Any], make_way: Callable[[], object] = lambda: None
+) -> None:
+    """As save_atomically, for several files of one directory. `make_way` is called when all of them
+    are on the disk, before they are renamed."""
+    parts = {path: path.with_name(path.name + PART) for path in states}
+    path = next(iter(states))
     try:
-        with open(temporary, "wb") as file:
-            if isinstance(state, str | bytes):
-                file.write(state.encode() if isinstance(state, str) else state)
-            else:
-                torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        for path, state in states.items():
+            with open(parts[path], "wb") as file:
+                if isinstance(state, str | bytes):
+                    file.write(state.encode() if isinstance(state, str) else state)
+                else:
+                    torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        make_way()
+        for path, part in parts.items():
+            part.replace(path)
     except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(path.parent).free / 2**20
-        temporary.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
         raise OSError(
             f"{path} could not be written: {_cause(error)} ({free:.1f} MB free); earlier files are "
             "intact"

@@ -336,9 +336,12 @@ class Config:
         options = {name: value for section in sections for name, value in section.items()}
         return {name: str(value) for name, value in options.items() if name not in OF_ONE_RUN}
 
+    def to_json(self) -> str:
+        """The text of config.json."""
+        return json.dumps(dataclasses.asdict(self), default=str, indent=2) + "\n"
+
     def save(self, path: Path) -> None:
-        text = json.dumps(dataclasses.asdict(self), default=str, indent=2)
-        save_atomically(text + "\n", path)
+        save_atomically(self.to_json(), path)
 
     @staticmethod
     def load(path: Path) -> "Config":

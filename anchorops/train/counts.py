@@ -124,6 +124,17 @@ def check_classes(classes: Sequence[str], training: Tensor, validation: Tensor) 
     return absent
 
 
+def check_one_size(validation: Counts) -> None:
+    """Raises ValueError if the images cannot be stacked into batches."""
+    sizes = validation.heights, validation.widths
+    if any(least < largest for least, largest in sizes):
+        high, wide = map(_range, sizes)
+        raise ValueError(
+            "--eval-batch-size: more than 1 needs images of one size, the validation images are "
+            f"{high} high and {wide} wide"
+        )
+
+
 def describe_counts(classes: Sequence[str], training: Counts, validation: Counts) -> list[str]:
     """Lines about sizes, ignored pixels and rare classes."""
     lines = []

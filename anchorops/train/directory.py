@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checkpoint import CHECKPOINT, PART, latest_checkpoint
+from .checkpoint import CHECKPOINT, PART, latest_checkpoint, save_together
 from .config import Config
-from .vectors import PREFIX, given_vectors, keep_vectors
+from .vectors import PREFIX, vector_copies
 
 MARKER = ".anchorops-run"
 CONFIG = "config.json"
@@ -27,12 +27,11 @@ WRITTEN = re.compile(
 
 @contextmanager
 def new_run(config: Config) -> Iterator[None]:
-    """Creates the directory of a run, with its marker, config.json and copies of the methods'
-    vectors, and locks it. With --overwrite the files of an earlier run there are removed, and no
-    others.
+    """Creates and locks the directory of a run, with its marker. An earlier run there is not
+    changed before begin_run.
 
-    Raises ValueError for an invalid --name, if there is an earlier run, if there are files but no
-    marker or a config.json that is not of a run, and for vectors that cannot be read.
+    Raises ValueError for an invalid --name, if there is an earlier run and no --overwrite, and if
+    there are files but no marker or a config.json that is not of a run.
     """
     _check_name(config.running.name)
     run = config.run
@@ -50,11 +49,29 @@ def new_run(config: Config) -> Iterator[None]:
         )
     run.mkdir(parents=True, exist_ok=True)
     with held(run):
-        vectors = given_vectors(config)  # perhaps from the earlier run, which is deleted next
-        _make_way(run, overwrite=config.running.overwrite)
-        keep_vectors(run, vectors)
-        config.save(run / CONFIG)  # last, because a run with this file can be resumed
+        if _earlier_run(run) and not config.running.overwrite:
+            raise ValueError(
+                f"{run} contains an earlier run: {_offer(run)}give this one a --name, or "
+                "--overwrite, which deletes the earlier one"
+            )
         yield
+
+
+def begin_run(config: Config) -> None:
+    """Deletes the files of an earlier run, and no others, and writes config.json and copies of the
+    methods' vectors. A run calls this after its first step, when nothing of what usually fails at
+    the start has failed.
+
+    Raises ValueError if the vectors cannot be read, and OSError if the files cannot be written; an
+    earlier run is then unchanged.
+    """
+    run = config.run
+    for path in run.iterdir():
+        if _is_own(path) and path.name.endswith(PART):
+            path.unlink()  # of a process that was killed
+    earlier = _earlier_run(run)
+    files: dict[Path, str | bytes] = {**vector_copies(config), run / CONFIG: config.to_json()}
+    save_together(files, lambda: _delete(run, earlier))
 
 
 @contextmanager
@@ -96,23 +113,26 @@ def _offer(run: Path) -> str:
     return f"continue it with `anchorops-train resume {shlex.quote(str(run))}`, or "
 
 
-def _make_way(run: Path, *, overwrite: bool) -> None:
-    found = sorted(run.iterdir())
-    own = [path for path in found if WRITTEN.fullmatch(path.name) and path.is_file()]
-    if all(path.name.startswith((CONFIG, PREFIX)) for path in own):
-        return  # a start that failed
-    if not overwrite:
-        raise ValueError(
-            f"{run} contains an earlier run: {_offer(run)}give this one a --name, or --overwrite, "
-            "which deletes the earlier one"
-        )
-    size = sum(path.stat().st_size for path in own) / 2**20
-    for path in own:
+def _earlier_run(run: Path) -> list[Path]:
+    """The files that an earlier run wrote; none if only its start wrote any."""
+    own = [path for path in sorted(run.iterdir()) if _is_own(path)]
+    return [] if all(path.name.startswith((CONFIG, PREFIX)) for path in own) else own
+
+
+def _is_own(path: Path) -> bool:
+    return WRITTEN.fullmatch(path.name) is not None and path.is_file()
+
+
+def _delete(run: Path, earlier: list[Path]) -> None:
+    if not earlier:
+        return
+    size = sum(path.stat().st_size for path in earlier) / 2**20
+    for path in sorted(earlier, key=lambda path: path.name != CONFIG):  # without it, no resume
         path.unlink()
-    others = [path for path in found if path not in own and path.name != MARKER]
+    others = [path for path in sorted(run.iterdir()) if path.name != MARKER and not _is_own(path)]
     left = f"; left alone: {_names(others)}" if others else ""
     print(
-        f"--overwrite: deleted the earlier run in {run} ({_names(own)}; {size:.1f} MB){left}",
+        f"--overwrite: deleted the earlier run in {run} ({_names(earlier)}; {size:.1f} MB){left}",
         file=sys.stderr,
     )
 

@@ -28,11 +28,8 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 class Journal:
-    """Records a run from `first_step`; `evaluated` is the last step with an evaluation. Lines that
-    an interrupted run wrote after these steps are removed.
-
-    If run is None (on every rank except the first), it does nothing.
-    """
+    """Records a run from `first_step`. If run is None (on every rank except the first), it does
+    nothing. Raises ValueError if TensorBoard is not installed."""
 
     def __init__(
         self,
@@ -40,10 +37,10 @@ class Journal:
         first_step: int,
         steps: int,
         *,
-        evaluated: int,
         tensorboard: bool = False,
     ) -> None:
-        self.path, self.events = None, None
+        self.path = None if run is None else run / METRICS
+        self.events, self._writer = None, None
         self.bar = tqdm(
             total=steps,
             initial=first_step,
@@ -53,9 +50,19 @@ class Journal:
             mininterval=0.5 if sys.stderr.isatty() else 10,
             disable=run is None,
         )
-        if run is None:
+        if run is not None and tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ModuleNotFoundError as error:
+                raise ValueError(f"--tensorboard: {error}: pip install tensorboard") from None
+
+            self._writer = SummaryWriter
+
+    def open(self, first_step: int, evaluated: int) -> None:
+        """Prepare the files. Lines that an interrupted run wrote after `first_step`, or after
+        `evaluated`, the last step with an evaluation, are removed."""
+        if self.path is None:
             return
-        self.path = run / METRICS
         if self.path.exists():
             kept = [
                 line
@@ -63,13 +70,8 @@ class Journal:
                 if line["step"] <= (evaluated if "val_miou" in line else first_step)
             ]
             save_atomically("".join(json.dumps(line) + "\n" for line in kept), self.path)
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ModuleNotFoundError as error:
-                raise ValueError(f"--tensorboard: {error}: pip install tensorboard") from None
-
-            self.events = SummaryWriter(str(run), purge_step=first_step + 1)
+        if self._writer:
+            self.events = self._writer(str(self.path.parent), purge_step=first_step + 1)
 
     def __enter__(self) -> "Journal":
         return self

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import latest_checkpoint, save_atomically
 from .collapse import collapse_measures
 from .config import Config
-from .data import BatchSampler, Draws, build_datasets, mixed_seed, training_loader
-from .directory import CONFIG, held, new_run
+from .data import BatchSampler, Draws, mixed_seed, training_loader
+from .directory import CONFIG, begin_run, held, new_run
 from .finish import RESULTS, finish
 from .gradients import gradient_ratios
 from .journal import RATIO, Journal, peak_memory_mb
@@ -39,11 +39,9 @@ def start(config: Config) -> dict[str, Any]:
     config = config.anywhere()
     ranks = start_ranks(config.running.device)
     try:
-        if config.running.overwrite:
-            build_datasets(config.data, config.running.seed)  # a wrong --root deletes nothing
         with ExitStack() as stack:
             ranks.from_first(lambda: stack.enter_context(new_run(config)))
-            return _Run(config, ranks).train()
+            return _Run(config, ranks, new=True).train()
     finally:
         stop_ranks()
 
@@ -70,7 +68,7 @@ def resume(
     try:
         with ExitStack() as stack:
             ranks.from_first(lambda: stack.enter_context(held(run)))
-            return _Run(config, ranks, allow_other_ranks).train()
+            return _Run(config, ranks, allow_other_ranks=allow_other_ranks).train()
     finally:
         stop_ranks()
 
@@ -87,12 +85,15 @@ def _checkpoint(run: Path) -> Path | None:
 
 
 class _Run:
-    def __init__(self, config: Config, ranks: Ranks, allow_other_ranks: bool = False) -> None:
-        self.config, self.ranks, self.run = config, ranks, config.run
-        end_at_once.run = self.run
+    def __init__(
+        self, config: Config, ranks: Ranks, *, new: bool = False, allow_other_ranks: bool = False
+    ) -> None:
+        """new: nothing in the directory belongs to this run, which begins after its first step."""
+        self.config, self.ranks, self.run, self.new = config, ranks, config.run, new
+        end_at_once.run = None if new else self.run
         options, running = config.optimization, config.running
-        saved = ranks.from_first(lambda: _checkpoint(self.run))
-        self.parts = build_parts(config, ranks, from_checkpoint=saved is not None)
+        saved = None if new else ranks.from_first(lambda: _checkpoint(self.run))
+        self.parts = build_parts(config, ranks, from_checkpoint=saved is not None, new=new)
         self.model, learner = self.parts.model, self.parts.learner
         self.schedule = Schedule(config)
         groups = parameter_groups(
@@ -142,16 +143,20 @@ class _Run:
             pin_memory=self.ranks.device.type == "cuda",
         )
         with StopSignals() as signals, batches_of(loader) as batches, self._journal() as journal:
+            if not self.new:
+                journal.open(progress.step, progress.evaluated)
             summary = self._evaluate(journal, signals) if schedule.evaluates(progress) else None
             first = progress.step + 1
             while not schedule.ended(progress):
                 compares = schedule.compares_gradients(progress)
                 begin = time.perf_counter()
                 self._train_step(batches)
-                if schedule.logs(progress):
+                if schedule.logs(progress) or self.new:
                     self._check_finite()  # synchronises, which the time measurement also needs
                 seconds = time.perf_counter() - begin
                 progress.seconds += seconds
+                if self.new:
+                    self._begin(journal)
                 if progress.step == first:
                     steps = self.config.optimization.steps
                     journal.write(f"step {first} of {steps} took {seconds:.2g} s")
@@ -174,6 +179,12 @@ class _Run:
                 self._save()
         return finish(self.parts, progress, summary)
 
+    def _begin(self, journal: Journal) -> None:
+        """Take over the directory: a step of all ranks has shown that the run can be trained."""
+        self.ranks.from_first(lambda: begin_run(self.config))
+        self.new, end_at_once.run = False, self.run
+        journal.open(0, 0)
+
     def _sampler(self) -> BatchSampler:
         options = self.config.optimization
         return BatchSampler(
@@ -191,7 +202,6 @@ class _Run:
             self.run if self.ranks.first else None,
             self.progress.step,
             self.config.optimization.steps,
-            evaluated=self.progress.evaluated,
             tensorboard=self.config.running.tensorboard,
         )
 
@@ -231,7 +241,7 @@ class _Run:
         if not nn.utils.get_total_norm(self.model.parameters()).isfinite():
             broken.append("the weights' norm")
         if self.ranks.any(bool(broken)):
-            saved = latest_checkpoint(self.run)
+            saved = None if self.new else latest_checkpoint(self.run)
             raise ValueError(
                 f"not finite at step {self.progress.step}: "
                 f"{', '.join(broken) or 'on another rank'}; "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .counts import check_classes, class_counts, describe_counts
+from .counts import check_classes, check_one_size, class_counts, describe_counts
 from .data import Segmentation, build_datasets
 from .learner import Learner, build_loss, build_regularizer, class_weights
 from .models import Segmenter, build_model
@@ -50,9 +50,10 @@ class Parts:
         return self.config.data.crop if self.config.running.evaluation == "sliding" else None
 
 
-def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool) -> Parts:
-    """from_checkpoint: a checkpoint will be loaded, so initial weights are not needed. Raises
-    ValueError if the data or the options are wrong."""
+def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool, new: bool = False) -> Parts:
+    """from_checkpoint: a checkpoint will be loaded, so initial weights are not needed. new: the run
+    has not begun, so it has no copies of vectors. Raises ValueError if the data or the options are
+    wrong."""
     running = config.running
     if running.threads:
         torch.set_num_threads(running.threads)
@@ -72,6 +73,8 @@ def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool) -> Parts
         lambda: [class_counts(split, running.out / "class-counts") for split in splits]
     )
     absent = check_classes(classes, training.pixels, validation.pixels)
+    if running.eval_batch_size > 1:
+        check_one_size(validation)
     _say(ranks, *describe_counts(classes, training, validation))
     if absent:
         more = f" and {len(absent) - MOST_ABSENT} more" if len(absent) > MOST_ABSENT else ""
@@ -79,6 +82,8 @@ def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool) -> Parts
     frequencies = training.pixels / training.pixels.sum()
     prior = training.images / training.images.sum().clamp(min=1)
     layout = torch.channels_last if running.channels_last else torch.preserve_format
+    if not new:
+        config = config.replace(method_options=with_copies(config))
     learner = _build_learner(
         config,
         splits[0],
@@ -118,7 +123,7 @@ def _build_learner(
     )
     regularizer = build_regularizer(
         config.model.methods,
-        setting_options(config.model.setting, config.model.methods) | with_copies(config),
+        setting_options(config.model.setting, config.model.methods) | config.model.method_options,
         num_classes,
         model.classifier.in_channels,
         prior=prior,

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import save_atomically
 from .config import Config
 
 PREFIX = "vectors-"  # of a copy's name, before METHOD.ARGUMENT.npy
@@ -22,18 +21,14 @@ def vector_files(options: Mapping[str, str]) -> dict[str, Path]:
     return {option: Path(text[1:]) for option, text in options.items() if text.startswith("@")}
 
 
-def given_vectors(config: Config) -> dict[str, Tensor]:
-    """The vectors of each option. Raises ValueError if a file cannot be read."""
-    files = vector_files(config.model.method_options)
-    return {option: read_vectors(option, path) for option, path in files.items()}
-
-
-def keep_vectors(run: Path, vectors: Mapping[str, Tensor]) -> None:
-    """Write the copies into the run's directory."""
-    for option, rows in vectors.items():
+def vector_copies(config: Config) -> dict[Path, bytes]:
+    """The contents of the copies. Raises ValueError if a file cannot be read."""
+    copies: dict[Path, bytes] = {}
+    for option, path in vector_files(config.model.method_options).items():
         file = io.BytesIO()
-        np.save(file, rows.numpy())
-        save_atomically(file.getvalue(), _copy(run, option))
+        np.save(file, read_vectors(option, path).numpy())
+        copies[_copy(config.run, option)] = file.getvalue()
+    return copies
 
 
 def with_copies(config: Config) -> dict[str, str]:

@@ -18,14 +18,15 @@ def test_lines_after_the_checkpoint_are_taken_back(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     kept = '{"step": 2, "val_miou": 0.5}\n{"step": 4}\n'
     path.write_text(kept + '{"step": 4, "val_miou": 0.5}\n{"step": 6}\n{"ste')
-    Journal(tmp_path, 4, 10, evaluated=2)
+    Journal(tmp_path, 4, 10).open(4, evaluated=2)
     assert path.read_text() == kept
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_full_disk_leaves_earlier_checkpoint(tmp_path: Path):
     path = checkpoint.save_checkpoint(tmp_path, 1, {"model": torch.zeros(10)})
-    journal = Journal(tmp_path, 1, 10, evaluated=0)
+    journal = Journal(tmp_path, 1, 10)
+    journal.open(1, evaluated=0)
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
@@ -39,7 +40,7 @@ def test_full_disk_leaves_earlier_checkpoint(tmp_path: Path):
         signal.signal(signal.SIGXFSZ, handler)
     assert sorted(x.name for x in tmp_path.iterdir()) == [path.name, "metrics.jsonl"]
     assert checkpoint.load_checkpoint(path)["step"] == 1
-    Journal(tmp_path, 1, 10, evaluated=0)
+    Journal(tmp_path, 1, 10).open(1, evaluated=0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""  # the truncated line was removed
 
 

@@ -1,19 +1,25 @@
 """The directory of a run: what may be deleted, and what is suggested instead."""
 
+import errno
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_runs import TINY
 
 from anchorops.train import checkpoint, commands, directory, loop
 from anchorops.train.commands import main
 from anchorops.train.config import Config
-from anchorops.train.presets import DIGITS, FOLDER
+from anchorops.train.models import build_model
+from anchorops.train.presets import DIGITS
 
 
 def begin(run: Path, **options) -> None:
-    with directory.new_run(DIGITS.replace(out=run.parent, name=run.name, **options)):
-        pass
+    config = DIGITS.replace(out=run.parent, name=run.name, **options)
+    with directory.new_run(config):
+        directory.begin_run(config)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -91,15 +97,87 @@ def test_overwriting_deletes_only_what_a_run_wrote(
     assert "left alone: checkpoint-best.pt, config.json~, notes.txt" in said
 
 
-def test_wrong_root_deletes_no_earlier_run(tmp_path: Path):
-    run = tmp_path / "run"
-    begin(run)
-    checkpoint.save_checkpoint(run, 400, {})
-    before = contents(run)
-    config = FOLDER.replace(out=tmp_path, name="run", overwrite=True, device="cpu")
-    with pytest.raises(ValueError, match=r"typo does not exist \(--root is the directory"):
-        loop.start(config.replace(root=tmp_path / "typo"))
-    assert contents(run) == before
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """A run of 400 steps."""
+    begin(tmp_path / "run")
+    checkpoint.save_checkpoint(tmp_path / "run", 400, {})
+    (tmp_path / "run/best.pt").write_text("months of training")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "folder", "root": Path("/typo")}, r"typo does not exist \(--root is the"),
+        ({"model": "nope"}, "model: expected hrnet"),
+        ({"methods": ("sar",), "method_options": {"sar.nope": "1"}}, "--method-options sar.nope"),
+        ({"methods": ("sar",), "method_options": {"sar.dim": "x"}}, "--method-options sar.dim"),
+        ({"methods": ("sar",), "method_options": {"sar.anchors": "@no.npy"}}, "cannot be read"),
+        ({"weights": Path("/nowhere.pt")}, "weights /nowhere.pt do not exist"),
+        ({"batch_size": 3, "accumulate": 2}, "--batch-size: expected a multiple of accumulate"),
+        ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
+        ({"given_class_weights": (1.0,)}, "--given-class-weights: expected 11 values, got 1"),
+        ({"eval_batch_size": 2, "dataset": "folder"}, "--eval-batch-size: more than 1 needs"),
+        ({"lr": 1e30, "optimizer": "sgd"}, r"not finite at step 1: .*\(last checkpoint: none\)"),
+    ],
+    ids=lambda case: "" if isinstance(case, str) else "-".join(case),
+)
+def test_start_that_fails_deletes_no_earlier_run(
+    options: dict, message: str, earlier: Path, folder: Path
+):
+    before = contents(earlier)
+    config = TINY.replace(methods=(), out=earlier.parent, name="run", overwrite=True, workers=0)
+    with pytest.raises(ValueError, match=message):
+        loop.start(config.replace(**{"root": folder, **options}))
+    assert contents(earlier) == before
+
+
+@pytest.mark.parametrize("module", ["torch.utils.tensorboard", None])
+def test_first_step_that_fails_deletes_no_earlier_run(
+    module: str | None, earlier: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """For example because the memory is not sufficient."""
+
+    def fail(*_: object) -> None:
+        raise ValueError("the step failed")
+
+    if module:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(loop._Run, "_train_step", fail)
+    before = contents(earlier)
+    config = TINY.replace(out=earlier.parent, name="run", overwrite=True, tensorboard=True)
+    with pytest.raises(ValueError, match="pip install tensorboard" if module else "the step"):
+        loop.start(config)
+    assert contents(earlier) == before
+
+
+def test_full_disk_deletes_no_earlier_run(earlier: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = contents(earlier)
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match=r"config.json could not be written: .*No space left"):
+        begin(earlier, overwrite=True)
+    assert contents(earlier) == before
+
+
+def test_weights_of_the_run_that_is_overwritten(earlier: Path):
+    state = build_model("hrnet-w18-small", 11).state_dict()
+    torch.save({"model": state}, earlier / "best.pt")
+    config = TINY.replace(out=earlier.parent, name="run", overwrite=True, methods=(), steps=1)
+    loop.start(config.replace(weights=earlier / "best.pt", lr=0.0, eval_every=0))
+    found = checkpoint.load_checkpoint(earlier / "checkpoint-00000001.pt")["model"]
+    assert torch.equal(found["classifier.weight"], state["classifier.weight"])
+    assert not (earlier / "checkpoint-00000400.pt").exists()
+
+
+def test_parts_of_a_killed_process_are_removed(earlier: Path):
+    for name in ("config.json.part", "results.json.part"):
+        (earlier / name).write_text("{")
+    begin(earlier, overwrite=True)
+    assert {path.name for path in earlier.iterdir()} == {"config.json", directory.MARKER}
 
 
 def test_run_of_an_earlier_version(tmp_path: Path):
@@ -119,6 +197,7 @@ def test_run_of_an_earlier_version(tmp_path: Path):
 def test_demo_overwrites_its_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def start(config: Config) -> dict:
         with directory.new_run(config):
+            directory.begin_run(config)
             checkpoint.save_checkpoint(config.run, 5, {})
         return {}
 
@@ -157,6 +236,7 @@ def test_model_that_is_a_path(tmp_path: Path):
 def test_directory_has_one_program_at_a_time(tmp_path: Path):
     config = DIGITS.replace(out=tmp_path, name="busy", overwrite=True, device="cpu")
     with directory.new_run(config):
+        directory.begin_run(config)
         with pytest.raises(ValueError, match="busy: another process is training in this directory"):
             loop.resume(config.run)
         with pytest.raises(ValueError, match="another process is training"):

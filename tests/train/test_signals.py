@@ -52,9 +52,9 @@ for case in sys.argv[2:]:
     print(case, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 CASES = {
-    "count-2": "there is no checkpoint yet: start it again",
-    "build-15": "there is no checkpoint yet: start it again",
-    "step-2": "there is no checkpoint yet: start it again",  # the second Ctrl-C
+    "count-2": "it has not begun: start it again",
+    "build-15": "it has not begun: start it again",
+    "step-2": "it has not begun: start it again",  # the second Ctrl-C
     "features-15": "results.json is there, make the report with: anchorops-train resume",
     "report-2": "results.json is there, make the report with: anchorops-train resume",
 }
