@@ -1,5 +1,6 @@
 """The confusion matrix of a validation split."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -25,14 +26,23 @@ def evaluate(
     flip: bool = False,
 ) -> Tensor:
     """Confusion matrix int64 [K, K] (truth × prediction) of the valid pixels, summed over all
-    ranks; window, stride, scales, flip as in `predict`. Restores the mode of the model."""
+    ranks; window, stride, scales, flip as in `predict`. Restores the mode of the model. Raises
+    FloatingPointError on all ranks if a logit is NaN or infinite."""
     training = model.training
     model.eval()
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    wrong = torch.zeros((), dtype=torch.int64, device=device)  # forward passes
+
+    def checked(images: Tensor) -> Tensor:
+        logits = model(images)
+        largest = torch.linalg.vector_norm(logits, math.inf)  # needs no memory, keeps NaN
+        wrong.add_(~largest.isfinite())
+        return logits
+
     for images, labels in batches:
         labels = labels.to(device)
         predictions = predict(
-            model,
+            checked,
             images.to(device),
             labels.shape[1:],
             window,
@@ -44,4 +54,7 @@ def evaluate(
     model.train(training)
     if dist.is_initialized():
         dist.all_reduce(matrix)
+        dist.all_reduce(wrong)
+    if wrong:
+        raise FloatingPointError("the logits of validation images")
     return matrix.cpu()

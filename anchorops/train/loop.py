@@ -237,18 +237,26 @@ class _Run:
         self.ratios = {f"{name}.{RATIO}": ratio for name, ratio in named if isfinite(ratio)}
 
     def _check_finite(self) -> None:
+        """Raises ValueError if the loss, a weight or a running statistic is NaN or infinite."""
         broken = self.averages.not_finite()
-        if not nn.utils.get_total_norm(self.model.parameters()).isfinite():
+        state = [x for x in self.model.state_dict().values() if x.is_floating_point()]
+        if not nn.utils.get_total_norm(state).isfinite():
             broken.append("the weights' norm")
         if self.ranks.any(bool(broken)):
-            saved = None if self.new else latest_checkpoint(self.run)
-            raise ValueError(
-                f"not finite at step {self.progress.step}: "
-                f"{', '.join(broken) or 'on another rank'}; "
-                f"nothing of it was saved (last checkpoint: {saved or 'none'}). "
-                "It can come from the learning rate (a smaller --lr, a --warmup or --clip may "
-                "help) or from the data (values far from 0 to 1 in floating images)"
-            )
+            raise self._diverged(", ".join(broken) or "on another rank")
+
+    def _diverged(self, what: str) -> ValueError:
+        options, progress = self.config.optimization, self.progress
+        saved = None if self.new else latest_checkpoint(self.run)
+        others = [f"--lr {options.lr / 10:g} (now {options.lr:g})"]
+        others += [] if options.clip is not None else ["--clip 1"]
+        others += [] if options.warmup else [f"--warmup {min(100, options.steps)}"]
+        return ValueError(
+            f"not finite at step {progress.step}: {what}; the network has diverged (last "
+            f"checkpoint: {saved or 'none'}). It can come from the learning rate: start again with "
+            f"{', '.join(others[:-1])}{' or ' * (len(others) > 1)}{others[-1]}; or from the data "
+            "(values far from 0 to 1 in floating images)"
+        )
 
     def _save(self) -> None:
         self._check_finite()
@@ -279,7 +287,10 @@ class _Run:
             if signals.received is not None:
                 raise self._interrupted(signals)
 
-        return validate(self.parts, stop_if_asked)
+        try:
+            return validate(self.parts, stop_if_asked)
+        except FloatingPointError as error:
+            raise self._diverged(str(error)) from None
 
     def _evaluate(self, journal: Journal, signals: StopSignals) -> dict[str, Any]:
         summary, progress = self._measure(signals), self.progress

@@ -1,11 +1,11 @@
 """The class of every pixel. Logits are kept at the network's resolution, never at the labels'."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import anchorops as ao
 
@@ -89,7 +89,7 @@ def _interpolate(rows: Tensor, size: int) -> Tensor:
 
 
 def window_logits(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     images: Tensor,
     size: Sequence[int],
     window: tuple[int, int] | None = None,
@@ -125,7 +125,7 @@ def _scaled(images: Tensor, scale: float) -> Tensor:
 
 
 def predict(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     images: Tensor,
     size: Sequence[int],
     window: tuple[int, int] | None = None,

@@ -1,6 +1,7 @@
 """Training runs: they finish, stop, resume, and report what is wrong."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -299,3 +300,30 @@ def test_loss_that_is_not_finite(tmp_path: Path):
     with pytest.raises(ValueError, match=r"not finite at step 1: .*norm; .*none\).* --lr.*data"):
         loop.start(config)
     assert not list(config.run.glob("*.pt"))
+
+
+@pytest.mark.parametrize("broken", ["logits", "statistics"])
+def test_diverged_network_has_no_results(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In a step without log lines, after which all weights are finite: running statistics, or the
+    logits in an evaluation, are not."""
+    config = TINY.replace(out=tmp_path, name="diverged", methods=(), log_every=100, workers=0)
+    config = config.replace(lr=0.25, eval_every=3, steps=5, save_every=100)
+    train_step = loop._Run._train_step
+
+    def diverge(self: loop._Run, *args: object) -> None:
+        train_step(self, *args)
+        if self.progress.step == 5 and broken == "logits":
+            self.model.classifier.register_forward_hook(lambda x, _, logits: logits / x.training)
+        elif self.progress.step == 5:
+            self.model.state_dict()["body.mix.1.running_var"].fill_(math.inf)
+
+    monkeypatch.setattr(loop._Run, "_train_step", diverge)
+    expected = "the logits of validation images" if broken == "logits" else "the weights' norm"
+    advice = r"--lr 0\.025 \(now 0\.25\), --clip 1 or --warmup 5;"
+    with pytest.raises(ValueError, match=rf"not finite at step 5: {expected}; .* {advice}"):
+        loop.start(config)
+    assert not (config.run / "results.json").exists()
+    assert torch.load(config.run / "best.pt")["step"] == 3
+    assert [line["step"] for line in metrics(config.run) if "val_miou" in line] == [3]
