@@ -20,6 +20,8 @@ OF_ONE_RUN = (
     *("save_every", "log_every", "gradient_ratio_every", "collapse_images", "tensorboard"),
     "eval_batch_size",
 )
+# what may differ when a run is resumed: also the place of the data, but not the seed
+OF_ONE_PROCESS = {*OF_ONE_RUN, "root"} - {"seed"}
 IGNORED = -1  # the label of ignored pixels: never a class, for any number of classes
 LARGEST = 2**31 - 1
 LARGEST_SEED = 2**63 - 1  # the largest of torch's generators
@@ -335,6 +337,16 @@ class Config:
         sections = dataclasses.asdict(self).values()
         options = {name: value for section in sections for name, value in section.items()}
         return {name: str(value) for name, value in options.items() if name not in OF_ONE_RUN}
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The options on which the numbers of a run depend, as config.json stores them."""
+        options = {
+            name: x
+            for section in json.loads(self.to_json()).values()
+            for name, x in section.items()
+        }
+        return {name: x for name, x in options.items() if name not in OF_ONE_PROCESS}
 
     def to_json(self) -> str:
         """The text of config.json."""

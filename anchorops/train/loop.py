@@ -106,7 +106,12 @@ class _Run:
         self.optimizer = build_optimizer(options.optimizer, groups)
         self.lr = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule.lr_factor)
         self.state = State(
-            self.model, self.optimizer, self.lr, data=self.parts.found, ranks=ranks.world
+            self.model,
+            self.optimizer,
+            self.lr,
+            config=config,
+            data=self.parts.found,
+            ranks=ranks.world,
         )
         before = self.state.restore(saved) if saved else ranks.world
         self.averages, self.progress = self.state.averages, self.state.progress

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .checkpoint import load_checkpoint, save_checkpoint
+from .config import Config
 from .journal import Averages
 
 
@@ -52,11 +53,12 @@ class State:
         optimizer: Optimizer,
         lr: LRScheduler,
         *,
+        config: Config,
         data: Found,
         ranks: int,
     ) -> None:
         self.model, self.optimizer, self.lr = model, optimizer, lr
-        self.data, self.ranks = data, ranks
+        self.config, self.data, self.ranks = config, data, ranks
         self.averages, self.progress = Averages(), Progress()
 
     def save(self, run: Path) -> None:
@@ -66,6 +68,7 @@ class State:
             "schedule": self.lr.state_dict(),
             "averages": self.averages.state(),
             "ranks": self.ranks,
+            "options": self.config.decisive,
             "data": self.data._asdict(),
             **asdict(self.progress),
         }
@@ -73,8 +76,9 @@ class State:
 
     def restore(self, path: Path) -> int:
         """Load a checkpoint; returns the number of ranks that wrote it. Raises ValueError if it
-        does not match, or was written with other data."""
+        does not match, or was written with other options or data."""
         state = load_checkpoint(path)
+        self._compare_options(path, state.get("options"), state.get("step"))
         self._compare_data(path, state.get("data"))  # None: of an earlier version
         try:
             self.model.load_state_dict(state["model"])
@@ -90,6 +94,21 @@ class State:
                 f"version ({shorten(reason, 300, placeholder=' …')})"
             ) from error
         return state.get("ranks", self.ranks)  # an earlier version did not store it
+
+    def _compare_options(self, path: Path, saved: dict[str, Any] | None, step: Any) -> None:
+        if saved is None:  # an earlier version did not store them
+            return
+        now = self.config.decisive
+        if isinstance(step, int) and now["steps"] <= step:  # a run may be ended where it is
+            saved = saved | {"steps": now["steps"]}
+        for name in now:
+            if name not in saved or saved[name] != now[name]:
+                raise ValueError(
+                    f"checkpoint {path} was written with --{name.replace('_', '-')} "
+                    f"{saved.get(name)}, config.json now has {now[name]}: the numbers would not be "
+                    "those of the run without a stop. Change it back, or start a new run with "
+                    f"--weights {path}"
+                )
 
     def _compare_data(self, path: Path, saved: dict[str, Any] | None) -> None:
         if saved is None:  # an earlier version did not store it

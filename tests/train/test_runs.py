@@ -125,8 +125,41 @@ def test_other_data_is_refused(options: dict, difference: str, straight: Path, t
     run = tmp_path / "run"
     shutil.copytree(straight, run)
     Config.load(run / "config.json").replace(**options).save(run / "config.json")
+    path = run / "checkpoint-00000006.pt"
+    state = checkpoint.load_checkpoint(path)
+    checkpoint.save_atomically({**state, "options": state["options"] | options}, path)
     with pytest.raises(ValueError, match=rf"6.pt was written with other data \({difference}"):
         loop.resume(run)
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"optimizer": "sgd"}, "--optimizer adamw, config.json now has sgd"),
+        ({"seed": 1}, "--seed 0, config.json now has 1"),
+        ({"batch_size": 8}, "--batch-size 4, config.json now has 8"),
+        ({"steps": 12}, "--steps 6, config.json now has 12"),
+        ({"crop": (64, 32)}, r"--crop \[32, 32\], config.json now has \[64, 32\]"),
+        ({"method_options": {"sar.tau": "0.5"}}, r"--method-options {}, config.json now has {'sar"),
+    ],
+)
+def test_other_options_are_refused(options: dict, difference: str, straight: Path, tmp_path: Path):
+    """The run would continue with numbers that are those of no run."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    Config.load(run / "config.json").replace(**options).save(run / "config.json")
+    with pytest.raises(ValueError, match=rf"6.pt was written with {difference}"):
+        loop.resume(run)
+
+
+def test_options_that_change_no_number(straight: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "checkpoint-00000006.pt").unlink()
+    options: dict[str, Any] = {"log_every": 1, "save_every": 1, "eval_batch_size": 2, "workers": 1}
+    Config.load(run / "config.json").replace(**options).save(run / "config.json")
+    loop.resume(run)
+    assert all(torch.equal(x, weights(straight)[name]) for name, x in weights(run).items())
 
 
 def test_finished_run_without_checkpoints(straight: Path, tmp_path: Path):
