@@ -16,6 +16,7 @@ CLASSES = "classes.txt"
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_EVALUATED = 4096  # classes: a confusion matrix of 128 MiB
 LABEL_VALUES = 65_536
+ORIENTATION = 0x112  # the tag in EXIF and TIFF: how to turn the stored pixels
 UNKNOWN = -2  # in a table of labels
 NO_CLASS = 255  # in masks: ignored if there are at most this number of classes
 
@@ -75,10 +76,13 @@ class MaskFolder:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Image (C, H, W), uint8, or float32 in 0..1 if the file has more than 8 bits; labels
-        int16 (H, W). Raises ValueError that names a wrong file."""
+        int16 (H, W); both upright. If only one file has an EXIF orientation, the sizes tell whether
+        the mask was drawn on the upright image or on its stored pixels, which turns both files.
+
+        Raises ValueError that names a wrong file, or one whose orientation is not clear."""
         image_path, mask_path = self.pairs[index]
-        labels = self.read_labels(index)
-        image = read_image(image_path, labels.shape)
+        labels, mask_orientation = self._read_labels(index)
+        image, orientation = read_image(image_path, labels.shape)
         if image.shape[0] == 1 and self.channels == 3:
             image = image.expand(3, -1, -1)
         if image.shape[0] != self.channels:
@@ -86,6 +90,20 @@ class MaskFolder:
                 f"{image_path}: expected {self.channels} channels (--channels), "
                 f"got {image.shape[0]}"
             )
+        if orientation != mask_orientation:
+            apart = upright(image, orientation), upright(labels, mask_orientation)
+            together = image, labels
+            fits = [x.shape[1:] == y.shape for x, y in (apart, together)]
+            if all(fits):
+                raise ValueError(
+                    f"{image_path}: the EXIF orientation is {orientation}, that of {mask_path} is "
+                    f"{mask_orientation}, and the sizes do not tell whether the mask was drawn on "
+                    "the upright image: save both without an orientation "
+                    "(PIL.ImageOps.exif_transpose)"
+                )
+            if fits[0]:
+                return apart
+        image, labels = upright(image, orientation), upright(labels, orientation)
         if image.shape[1:] != labels.shape:
             raise ValueError(
                 f"{mask_path}: expected the size of its image, {tuple(image.shape[1:])}, got "
@@ -94,9 +112,12 @@ class MaskFolder:
         return image, labels
 
     def read_labels(self, index: int) -> Tensor:
-        """Only the labels, int16 (H, W)."""
+        """Only the labels, int16 (H, W), as they are stored: without their EXIF orientation."""
+        return self._read_labels(index)[0]
+
+    def _read_labels(self, index: int) -> tuple[Tensor, int]:
         path = self.pairs[index][1]
-        values = _read_array(path, palette=False)
+        values, orientation = _read_array(path, palette=False)
         if values.ndim != 2 or values.dtype.kind not in "uib":
             raise ValueError(
                 f"{path}: expected one channel of integer labels, got {values.dtype} of shape "
@@ -111,43 +132,56 @@ class MaskFolder:
                 f"{path}: label values {unknown} are not those of the {len(self.classes)} classes "
                 "nor ignored; name more classes, or map the values with --label-map"
             )
-        return torch.from_numpy(labels)
+        return torch.from_numpy(labels), orientation
 
 
-def _read_array(path: Path, *, palette: bool) -> np.ndarray:
-    """palette: whether indexed colours become RGB; in masks the indices are the labels."""
-    array = _decode(path, palette=palette)
+def upright(x: Tensor, orientation: int) -> Tensor:
+    """(…, H, W), stored with this EXIF orientation, 1 to 8, as a viewer shows it."""
+    x = x.mT if orientation >= 5 else x
+    axes = {2: [-1], 3: [-2, -1], 4: [-2], 6: [-1], 7: [-2, -1], 8: [-2]}.get(orientation, [])
+    return x.flip(axes).contiguous()
+
+
+def _read_array(path: Path, *, palette: bool) -> tuple[np.ndarray, int]:
+    """The array and its EXIF orientation. palette: whether indexed colours become RGB; in masks the
+    indices are the labels."""
+    array, orientation = _decode(path, palette=palette)
     if array.size == 0:
         raise ValueError(f"{path}: expected pixels, got an array of shape {array.shape}")
-    return array
+    return array, orientation if orientation in range(1, 9) else 1
 
 
-def _decode(path: Path, *, palette: bool) -> np.ndarray:
+def _decode(path: Path, *, palette: bool) -> tuple[np.ndarray, int]:
     try:
         if path.suffix.lower() in (".tif", ".tiff"):
             import tifffile
 
-            return tifffile.imread(path)
+            with tifffile.TiffFile(path) as file:
+                tag = file.pages.first.tags.get(ORIENTATION)
+                return file.asarray(), 1 if tag is None else int(tag.value)
         if path.suffix == ".mat":
             from scipy.io import loadmat
 
-            return loadmat(path)["S"]
+            return loadmat(path)["S"], 1
         with Image.open(path) as image:
             to_rgb = image.mode == "CMYK" or (palette and image.mode == "P")
-            return np.asarray(image.convert("RGB") if to_rgb else image)
+            array = np.asarray(image.convert("RGB") if to_rgb else image)
+            return array, image.getexif().get(ORIENTATION, 1)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def read_image(path: Path, size: Sequence[int]) -> Tensor:
-    """(C, H, W): uint8; float32 in 0..1 for 16 bits; unchanged float32 for floating-point files.
-    The file is (H, W), (H, W, C), or (C, H, W) if this matches the expected size (H, W)."""
-    array = _read_array(path, palette=True)
+def read_image(path: Path, size: Sequence[int]) -> tuple[Tensor, int]:
+    """(C, H, W), as it is stored, and its EXIF orientation. uint8; float32 in 0..1 for 16 bits;
+    unchanged float32 for floating-point files. The file is (H, W), (H, W, C), or (C, H, W) if this
+    matches the size (H, W) of its mask, or of its mask turned by 90°."""
+    array, orientation = _read_array(path, palette=True)
     if array.ndim == 2:
         array = array[..., None]
-    if array.ndim == 3 and array.shape[1:] == tuple(size) != array.shape[:2]:
+    sizes = (tuple(size), tuple(size)[::-1])
+    if array.ndim == 3 and array.shape[1:] in sizes and array.shape[:2] not in sizes:
         array = np.moveaxis(array, 0, 2)
     if array.ndim != 3:
         raise ValueError(f"{path}: expected an image, got an array of shape {array.shape}")
@@ -164,7 +198,7 @@ def read_image(path: Path, size: Sequence[int]) -> Tensor:
             )
     elif array.dtype != np.uint8:
         raise ValueError(f"{path}: expected 8 or 16 bits or floating values, got {array.dtype}")
-    return torch.from_numpy(np.moveaxis(array, 2, 0).copy())
+    return torch.from_numpy(np.moveaxis(array, 2, 0).copy()), orientation
 
 
 def _existing(path: Path) -> Path:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from image_files import image, mask, write
-from PIL import Image
+from PIL import Image, ImageOps
 
 from anchorops.train.config import Data
 from anchorops.train.data import Training, augmentation, build_datasets
@@ -141,6 +142,61 @@ def test_image_with_a_nan(tmp_path: Path):
     write(tmp_path / "images/train/x.tif", values)
     write(tmp_path / "masks/train/x.png", mask(0, 1))
     with pytest.raises(ValueError, match=r"x.tif: expected finite values, got NaN .* in 100 %"):
+        open_folder(tmp_path, "train", num_classes=2)[0]
+
+
+def oriented(path: Path, array: np.ndarray, orientation: int | None) -> np.ndarray:
+    """Write a file, and return what PIL shows of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = Image.fromarray(array)
+    exif = stored.getexif()
+    if orientation:
+        exif[0x112] = orientation
+    if path.suffix == ".tif":
+        extra = [(0x112, "H", 1, orientation or 1, True)]
+        tifffile.imwrite(path, array, extratags=extra, metadata=None)
+        stored.save(path.with_suffix(".png"), exif=exif)
+        with Image.open(path.with_suffix(".png")) as copy:
+            shown = np.asarray(ImageOps.exif_transpose(copy))
+        path.with_suffix(".png").unlink()
+        return shown
+    stored.save(path, exif=exif, **({"quality": 100} if path.suffix == ".jpg" else {}))
+    with Image.open(path) as file:
+        return np.asarray(ImageOps.exif_transpose(file))
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_both_files(orientation: int, ending: str, tmp_path: Path):
+    """As in the pictures of a phone."""
+    shown = oriented(tmp_path / f"images/train/x{ending}", image(), orientation)
+    labels = oriented(tmp_path / "masks/train/x.png", mask(0, 1, 0), orientation)
+    pixels, found = open_folder(tmp_path, "train", num_classes=2)[0]
+    assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and found.tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("orientation", range(5, 9))
+def test_orientation_that_the_sizes_tell(orientation: int, tmp_path: Path):
+    """A mask of the upright image, and one of the stored pixels: both are shown upright."""
+    shown = oriented(tmp_path / "images/train/x.png", image(), orientation)
+    drawn = np.arange(9 * 6, dtype=np.uint8).reshape(9, 6) % 2
+    write(tmp_path / "masks/train/x.png", drawn)
+    pixels, found = open_folder(tmp_path, "train", num_classes=2)[0]
+    assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and found.tolist() == drawn.tolist()
+    stored = mask(0, 1, 0)
+    upright = oriented(tmp_path / "masks/train/y.png", stored, orientation)
+    (tmp_path / "masks/train/y.png").unlink()
+    write(tmp_path / "masks/train/x.png", stored)
+    pixels, found = open_folder(tmp_path, "train", num_classes=2)[0]
+    assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and found.tolist() == upright.tolist()
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(3, (6, 9)), (2, (6, 9)), (6, (8, 8))])
+def test_orientation_that_nothing_tells(orientation: int, size: tuple[int, int], tmp_path: Path):
+    oriented(tmp_path / "images/train/x.jpg", image(*size), orientation)
+    write(tmp_path / "masks/train/x.png", mask(0, 1, height=size[0], width=size[1]))
+    expected = rf"x.jpg: the EXIF orientation is {orientation}, that of .*x.png is 1, and the sizes"
+    with pytest.raises(ValueError, match=expected):
         open_folder(tmp_path, "train", num_classes=2)[0]
 
 
