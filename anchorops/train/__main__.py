@@ -1,5 +1,6 @@
 """The program anchorops-train. It handles signals before the imports, which take seconds."""
 
+import sys
 from collections.abc import Sequence
 
 from .signals import end_at_once
@@ -7,6 +8,11 @@ from .signals import end_at_once
 
 def main(arguments: Sequence[str] | None = None) -> None:
     with end_at_once.installed():
+        if sys.flags.optimize > 1:
+            sys.exit(
+                "anchorops-train: expected an interpreter that keeps docstrings, which are needed "
+                "to import segmentation-models-pytorch: start it without -OO and PYTHONOPTIMIZE=2"
+            )
         from . import commands
 
         commands.main(arguments)

@@ -1,6 +1,8 @@
 """The command line: options, presets, comparing runs."""
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,13 @@ def test_command_line(straight: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as help_shown:
         main(["digits", "--help"])
     assert help_shown.value.code == 0 and "--batch-size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["-OO"], ["-O"]])
+def test_optimized_interpreter(options: list[str]):
+    """-OO removes the docstrings, without which segmentation-models-pytorch cannot be imported."""
+    command = [sys.executable, *options, "-m", "anchorops.train", "digits", "--steps", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    expected = "start it without -OO" if options == ["-OO"] else "--steps: expected at least 1"
+    assert expected in done.stderr
