@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 
@@ -38,6 +39,7 @@ def _train(arguments: Sequence[str]) -> None:
         preset, *arguments = arguments
     if preset not in PRESETS:
         raise ValueError(f"{preset!r} is neither a command nor a preset ({', '.join(PRESETS)})")
+    _check_pairs(arguments)
     description, default = PRESETS[preset]
     _join_help_lines(default)
     config = tyro.cli(
@@ -48,6 +50,18 @@ def _train(arguments: Sequence[str]) -> None:
         default=default,
     )
     _show([start(with_published_options(preset, config))])
+
+
+def _check_pairs(arguments: Sequence[str]) -> None:
+    """Raises ValueError for a key with two values: tyro would take the last one."""
+    for option in ("--label-map", "--method-options"):
+        if option not in arguments:
+            continue
+        rest = arguments[arguments.index(option) + 1 :]
+        keys = list(takewhile(lambda text: not text.startswith("--"), rest))[::2]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise ValueError(f"{option}: expected each key once, got {twice[0]} again")
 
 
 def _join_help_lines(config: Config) -> None:

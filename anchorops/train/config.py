@@ -22,6 +22,10 @@ OF_ONE_RUN = (
 )
 # what may differ when a run is resumed: also the place of the data, but not the seed
 OF_ONE_PROCESS = {*OF_ONE_RUN, "root"} - {"seed"}
+# options that only some data sets have: the others would ignore them without a word
+OF_DIGITS = ("train_images", "val_images", "zipf", "data_seed")
+OF_FOLDERS = ("image_suffix", "mask_suffix", "num_classes", "label_map", "channels")
+OF_FILES = ("root", "short_side", "long_side", "scale", "cat_max_ratio")
 IGNORED = -1  # the label of ignored pixels: never a class, for any number of classes
 LARGEST = 2**31 - 1
 LARGEST_SEED = 2**63 - 1  # the largest of torch's generators
@@ -295,6 +299,16 @@ class Config:
         ):
             if not used and options[name] != getattr(Optimization, name):
                 raise _wrong(name, f"{needed} with it", options[name])
+        dataset = self.data.dataset
+        unused = (
+            (OF_DIGITS, "digits", dataset != "digits"),
+            (OF_FOLDERS, "folder", dataset != "folder"),
+            (OF_FILES, "folder, or a published one,", dataset == "digits"),
+        )
+        for names, wanted, ignored in unused:
+            for name in names if ignored else ():
+                if options[name] != vars(Data())[name]:
+                    raise _wrong(name, f"--dataset {wanted} with it", dataset)
 
     @property
     def run(self) -> Path:

@@ -77,7 +77,8 @@ class RandomScale(v2.Transform):
         own = min(height, width), max(height, width)
         wanted = zip(self.sides, own, strict=True)
         factor *= min((side / length for side, length in wanted if side is not None), default=1)
-        return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
+        # torch cannot scale to a single pixel
+        return {"size": [max(2, round(height * factor)), max(2, round(width * factor))]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return self._call_kernel(v2.functional.resize, inpt, params["size"], antialias=True)

@@ -59,6 +59,7 @@ DEMO = {
 }
 
 _PUBLISHED = Config().replace(
+    dataset="folder",
     pretrained=True,
     classifier_std=0.01,
     scale=(0.5, 2.0),
@@ -77,7 +78,6 @@ _TRANSFORMER = _PUBLISHED.replace(
 )
 
 FOLDER = _CONVOLUTIONAL.replace(
-    dataset="folder",
     model="hrnet-w18",
     crop=(256, 256),
     steps=10_000,

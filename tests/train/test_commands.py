@@ -1,5 +1,6 @@
 """The command line: options, presets, comparing runs."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -59,10 +60,11 @@ def test_options_on_the_command_line(monkeypatch: pytest.MonkeyPatch):
     options = (
         "ade20k-segformer-b5 --methods cbp occl --method-options cbp.length 3 occl.split images"
     )
-    options += " --root /data --crop 64 96 --label-map 128 1 7 255 --no-pretrained --clip 1.0"
-    with pytest.raises(SystemExit) as stopped:
-        main(options.split())
-    assert stopped.value.code == 128 + signal.SIGTERM
+    options += " --root /data --crop 64 96 --no-pretrained --clip 1.0"
+    for line in (options, "folder --root /data --label-map 128 1 7 255"):
+        with pytest.raises(SystemExit) as stopped:
+            main(line.split())
+        assert stopped.value.code == 128 + signal.SIGTERM
     assert started == [
         PRESETS["ade20k-segformer-b5"][1].replace(
             methods=("cbp", "occl"),
@@ -74,11 +76,40 @@ def test_options_on_the_command_line(monkeypatch: pytest.MonkeyPatch):
             },
             root=Path("/data"),
             crop=(64, 96),
-            label_map={128: 1, 7: 255},
             pretrained=False,
             clip=1.0,
-        )
+        ),
+        PRESETS["folder"][1].replace(root=Path("/data"), label_map={128: 1, 7: 255}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("digits --root data", "--root: expected --dataset folder, .* with it, got digits"),
+        ("digits --num-classes 3", "--num-classes: expected --dataset folder with it, got digits"),
+        ("digits --short-side 96", "--short-side: expected --dataset folder, .*, got digits"),
+        (
+            "folder --train-images 9",
+            "--train-images: expected --dataset digits with it, got folder",
+        ),
+        ("ade20k-hrnet-w48 --label-map 0 1", "--label-map: expected --dataset folder with it"),
+        ("folder --label-map 7 0 7 1", "--label-map: expected each key once, got 7 again"),
+        (
+            "digits --methods sar --method-options sar.tau 0.1 sar.tau 0.2 --steps 9",
+            r"--method-options: expected each key once, got sar.tau again",
+        ),
+    ],
+)
+def test_options_that_would_be_ignored(
+    options: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A folder that is given to the preset digits is not trained on, for example."""
+    monkeypatch.setattr("anchorops.train.commands.start", lambda config: pytest.fail("started"))
+    with pytest.raises(SystemExit) as stopped:
+        main(options.split())
+    said = f"{stopped.value.code} {capsys.readouterr().err}"
+    assert re.search(message, " ".join(said.replace("│", "").split()))
 
 
 def test_command_line(straight: Path, capsys: pytest.CaptureFixture[str]):

@@ -85,3 +85,9 @@ def test_short_side():
     scaled = evaluation_transform(Data("ade20k", short_side=20), 3)
     assert scaled(tv_tensors.Image(torch.zeros(3, 40, 60, dtype=torch.uint8))).shape == (3, 20, 30)
     assert RandomScale(None, (2.0, 2.0))(tv_tensors.Mask(torch.zeros(8, 6))).shape == (16, 12)
+
+
+def test_scale_to_a_single_pixel():
+    """torch cannot do this: the image has two pixels on each side."""
+    image = tv_tensors.Image(torch.zeros(3, 8, 6, dtype=torch.uint8))
+    assert RandomScale(1, (1.0, 1.0))(image).shape == (3, 2, 2)

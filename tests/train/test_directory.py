@@ -109,7 +109,7 @@ def earlier(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "folder", "root": Path("/typo")}, r"typo does not exist \(--root is the"),
+        ({"root": Path("/typo")}, r"typo does not exist \(--root is the"),
         ({"model": "nope"}, "model: expected hrnet"),
         ({"methods": ("sar",), "method_options": {"sar.nope": "1"}}, "--method-options sar.nope"),
         ({"methods": ("sar",), "method_options": {"sar.dim": "x"}}, "--method-options sar.dim"),
@@ -118,7 +118,7 @@ def earlier(tmp_path: Path) -> Path:
         ({"batch_size": 3, "accumulate": 2}, "--batch-size: expected a multiple of accumulate"),
         ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
         ({"given_class_weights": (1.0,)}, "--given-class-weights: expected 11 values, got 1"),
-        ({"eval_batch_size": 2, "dataset": "folder"}, "--eval-batch-size: more than 1 needs"),
+        ({"eval_batch_size": 2, "root": None}, "--eval-batch-size: more than 1 needs"),
         ({"lr": 1e30, "optimizer": "sgd"}, r"not finite at step 1: .*\(last checkpoint: none\)"),
     ],
     ids=lambda case: "" if isinstance(case, str) else "-".join(case),
@@ -128,8 +128,11 @@ def test_start_that_fails_deletes_no_earlier_run(
 ):
     before = contents(earlier)
     config = TINY.replace(methods=(), out=earlier.parent, name="run", overwrite=True, workers=0)
+    if "root" in options:
+        options = {"dataset": "folder", "train_images": 20_000, "val_images": 200, **options}
+        options["root"] = options["root"] or folder
     with pytest.raises(ValueError, match=message):
-        loop.start(config.replace(**{"root": folder, **options}))
+        loop.start(config.replace(**options))
     assert contents(earlier) == before
 
 

@@ -192,7 +192,9 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> Config:
             (root / kind / split).mkdir(parents=True)
             values = np.random.default_rng(0).integers(2, size=shape, dtype=np.uint8)
             Image.fromarray(values).save(root / kind / split / "x.png", compress_level=1)
-    config = TINY.replace(dataset="folder", root=root, num_classes=2, log_every=1, save_every=100)
+    files: dict = {"dataset": "folder", "root": root, "num_classes": 2}
+    config = TINY.replace(**files, train_images=20_000, val_images=200)
+    config = config.replace(log_every=1, save_every=100)
     return config.replace(out=root, name="straight", steps=5, batch_size=2)
 
 
