@@ -29,12 +29,12 @@ from torch import Tensor
 import anchorops as ao
 from anchorops import Attachment
 from anchorops.measure import duration, environment, example_labels, peak_extra_bytes
-from anchorops.train.learner import (
+from anchorops.train.networks.learner import (
     build_optimizer,
     build_regularizer,
     parameter_groups,
 )
-from anchorops.train.models import Segmenter, build_model
+from anchorops.train.networks.models import Segmenter, build_model
 from anchorops.train.presets import PRESETS
 
 METHODS = (("cr",), ("sar",), ("cbp",), ("occl",), ("cbp", "occl"), ("ceco",), ("mvsc",))

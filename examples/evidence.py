@@ -26,12 +26,11 @@ from typing import Any, NamedTuple
 import evidence_report
 import torch
 
-from anchorops.train.checkpoint import checkpoints, save_atomically
-from anchorops.train.config import Config
-from anchorops.train.journal import METRICS, RATIO, read_metrics
-from anchorops.train.loop import resume, start
+from anchorops.train.config import PUBLISHED, Config
 from anchorops.train.presets import DEMO
-from anchorops.train.settings import PUBLISHED
+from anchorops.train.run.checkpoint import checkpoints, save_atomically
+from anchorops.train.run.journal import METRICS, RATIO, read_metrics
+from anchorops.train.run.loop import resume, start
 from anchorops.train.signals import Interrupted
 
 HRNET, SEGFORMER = DEMO

@@ -10,9 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from anchorops.train.checkpoint import save_atomically
-from anchorops.train.learner import CLASSES
-from anchorops.train.settings import PUBLISHED
+from anchorops.train.config import PUBLISHED
+from anchorops.train.networks.learner import CLASSES
+from anchorops.train.run.checkpoint import save_atomically
 
 MEASURES = ("miou", "head", "body", "tail")
 TITLES = {"miou": "mIoU", "head": "head", "body": "body", "tail": "tail"}

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import anchorops as ao
-from anchorops.train.checkpoint import load_checkpoint, save_atomically
+from anchorops.train.run.checkpoint import load_checkpoint, save_atomically
 
 GROUPS = ("all", "head", "body", "tail")
 OF_ONE_CALL = ("out", "seeds", "device", "root")  # options that do not affect a run

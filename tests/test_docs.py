@@ -144,7 +144,7 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The training program parses its arguments to the end; nothing is trained."""
     pytest.importorskip("tyro", reason="the packages for training are not installed")
     from anchorops.train import commands as program
-    from anchorops.train.learner import build_regularizer
+    from anchorops.train.networks.learner import build_regularizer
 
     called = []
     monkeypatch.setattr(program, "start", called.append)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import anchorops as ao
-from anchorops.train import checkpoint
+from anchorops.train.run import checkpoint
 
 for package in ("sklearn", "timm", "torchvision"):
     pytest.importorskip(package, reason="it is not installed")

@@ -11,14 +11,12 @@ try:
     import docstring_parser  # tyro installs it
     import tyro
 
-    from .compare import comparison, load_results
     from .config import Config
-    from .dependency import class_dependency
-    from .loop import resume, start
     from .presets import DEMO, PRESETS, with_published_options
-    from .ranks import lost_connection
-    from .signals import Interrupted
-    from .torchrun import is_first
+    from .report.compare import class_dependency, comparison, load_results
+    from .run.loop import resume, start
+    from .run.ranks import lost_connection
+    from .signals import Interrupted, is_first
 except ModuleNotFoundError as error:
     sys.exit(f"anchorops-train: {error}: install what training needs: pip install anchorops[train]")
 

@@ -36,8 +36,7 @@ Values that no paper prints, and that are assumed here:
 - MVSC: learning rate 6e-5, weight decay 0.01, mmsegmentation's for SegFormer.
 """
 
-from .config import Config
-from .settings import setting_options
+from .config import Config, setting_options
 
 DIGITS = Config().replace(
     dataset="digits",

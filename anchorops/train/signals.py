@@ -14,7 +14,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .torchrun import is_first, launched
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this is the first rank; also before the process group is created."""
+    return os.environ.get("RANK", "0") == "0"
+
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
@@ -71,7 +80,7 @@ class EndAtOnce:
     def _message(self, name: str) -> str:
         if self.run is None:
             return f"stopped by {name}; it has not begun: start it again"
-        from .checkpoint import latest_checkpoint  # a run has imported torch
+        from .run.checkpoint import latest_checkpoint  # a run has imported torch
 
         saved = latest_checkpoint(self.run)
         if saved is None:

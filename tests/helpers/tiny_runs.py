@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from anchorops.train import checkpoint
 from anchorops.train.presets import DIGITS
+from anchorops.train.run import checkpoint
 
 TINY = DIGITS.replace(
     crop=(32, 32),

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from anchorops.train import __main__, checkpoint, commands, finish, loop, parts, state, validation
-from anchorops.train.models import Segmenter
+from anchorops.train import __main__, commands
+from anchorops.train.networks.models import Segmenter
+from anchorops.train.report import evaluate, finish
+from anchorops.train.run import checkpoint, loop, parts, state
 
 # the places that are disturbed: functions, with the module in which their caller finds them
 PLACES: dict[str, tuple[Any, str]] = {
@@ -30,7 +32,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "checkpoint": (state, "save_checkpoint"),
     "write": (checkpoint, "save_atomically"),
     "log": (loop._Run, "_log"),
-    "evaluation": (validation, "evaluate"),
+    "evaluation": (evaluate, "evaluate"),
     "best": (loop, "save_atomically"),
     "results": (finish, "save_atomically"),
     "cost": (finish, "cost_of_regularizer"),

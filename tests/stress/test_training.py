@@ -20,8 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from anchorops.train.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
-from anchorops.train.digits import DigitScenes
+from anchorops.train.data.digits import DigitScenes
+from anchorops.train.run.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
 
 OPTIONS = (
     "--model hrnet-w18-small --crop 32 32 --steps 6 --batch-size 2 --save-every 2 --eval-every 3 "

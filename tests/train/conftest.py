@@ -7,7 +7,7 @@ import torch
 from image_files import image, mask, write
 from tiny_runs import TINY
 
-from anchorops.train import loop
+from anchorops.train.run import loop
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from anchorops.train import checkpoint
 from anchorops.train.commands import main
-from anchorops.train.compare import load_results
-from anchorops.train.journal import Journal, read_metrics
+from anchorops.train.report.compare import load_results
+from anchorops.train.run import checkpoint
+from anchorops.train.run.journal import Journal, read_metrics
 
 
 def test_lines_after_the_checkpoint_are_taken_back(tmp_path: Path):

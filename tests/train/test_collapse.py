@@ -7,11 +7,11 @@ import torch
 from tiny_runs import TINY, metrics
 
 import anchorops as ao
-from anchorops.train.collapse import COLLAPSE, collapse_measures
 from anchorops.train.config import IGNORED
-from anchorops.train.loop import resume, start
-from anchorops.train.parts import build_parts
-from anchorops.train.ranks import start_ranks
+from anchorops.train.report.features import COLLAPSE, collapse_measures
+from anchorops.train.run.loop import resume, start
+from anchorops.train.run.parts import build_parts
+from anchorops.train.run.ranks import start_ranks
 
 FEW = TINY.replace(
     crop=(32, 64),

@@ -11,9 +11,9 @@ import torch
 
 from anchorops.train import signals
 from anchorops.train.commands import main
-from anchorops.train.compare import comparison
 from anchorops.train.config import Config
 from anchorops.train.presets import PRESETS
+from anchorops.train.report.compare import comparison
 
 
 def test_finished_run_is_not_overwritten(straight: Path, capsys: pytest.CaptureFixture[str]):

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from tiny_runs import TINY
 
-from anchorops.train import complexity
 from anchorops.train.config import Config
-from anchorops.train.loop import start
-from anchorops.train.parts import build_parts
-from anchorops.train.ranks import start_ranks
+from anchorops.train.report import cost
+from anchorops.train.run.loop import start
+from anchorops.train.run.parts import build_parts
+from anchorops.train.run.ranks import start_ranks
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def test_counts_of_a_network(config: Config, monkeypatch: pytest.MonkeyPatch):
     parts = build_parts(
         config.replace(auxiliary_weight=0.4), start_ranks("cpu"), from_checkpoint=True
     )
-    measured = complexity.measure_complexity(parts)
+    measured = cost.measure_complexity(parts)
     model = parts.model
     assert model.auxiliary is not None
     methods = sum(p.numel() for p in model.get_submodule("regularizer").parameters())
@@ -33,7 +33,7 @@ def test_counts_of_a_network(config: Config, monkeypatch: pytest.MonkeyPatch):
     assert measured.size == (32, 64) and measured.frames_per_second > 0
     body = model.get_submodule("body")
     monkeypatch.setattr(body, "forward", lambda images: images[:, :1].expand(-1, 240, -1, -1))
-    assert complexity.measure_complexity(parts).flops == 2 * 240 * 11 * 32 * 64
+    assert cost.measure_complexity(parts).flops == 2 * 240 * 11 * 32 * 64
 
 
 def test_report_shows_them(config: Config):

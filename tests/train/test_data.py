@@ -7,10 +7,10 @@ import torch
 from torchvision import tv_tensors
 
 from anchorops.train.config import Data
-from anchorops.train.counts import check_classes, class_counts, describe_counts
-from anchorops.train.data import RandomScale, Training, augmentation, evaluation_transform
-from anchorops.train.digits import DigitScenes
-from anchorops.train.folders import MaskFolder, open_folder
+from anchorops.train.data.counts import check_classes, class_counts, describe_counts
+from anchorops.train.data.digits import DigitScenes
+from anchorops.train.data.folders import MaskFolder, open_folder
+from anchorops.train.data.loading import RandomScale, Training, augmentation, evaluation_transform
 
 
 def test_counts_are_made_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch):

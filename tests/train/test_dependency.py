@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import anchorops as ao
-from anchorops.train.analysis import Features
 from anchorops.train.commands import main
-from anchorops.train.dependency import class_dependency, save_centroids
 from anchorops.train.presets import DIGITS
+from anchorops.train.report.compare import class_dependency, save_centroids
+from anchorops.train.report.features import Features
 
 
 def finished(out: Path, methods: tuple[str, ...], seed: int) -> Path:

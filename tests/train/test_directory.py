@@ -9,11 +9,12 @@ import pytest
 import torch
 from tiny_runs import TINY
 
-from anchorops.train import checkpoint, commands, directory, loop
+from anchorops.train import commands
 from anchorops.train.commands import main
 from anchorops.train.config import Config
-from anchorops.train.models import build_model
+from anchorops.train.networks.models import build_model
 from anchorops.train.presets import DIGITS
+from anchorops.train.run import checkpoint, directory, loop
 
 
 def begin(run: Path, **options) -> None:

@@ -6,12 +6,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import anchorops as ao
-from anchorops.train.analysis import collect_features
-from anchorops.train.digits import DigitScenes
-from anchorops.train.evaluate import evaluate
-from anchorops.train.models import build_model
-from anchorops.train.pictures import choose_images, draw_legend, palette
-from anchorops.train.predict import predict
+from anchorops.train.data.digits import DigitScenes
+from anchorops.train.networks.models import build_model
+from anchorops.train.report.evaluate import evaluate, predict
+from anchorops.train.report.features import collect_features
+from anchorops.train.report.page import choose_images, draw_legend, palette
 
 
 class Threshold(nn.Module):

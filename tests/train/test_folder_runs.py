@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from image_files import mask, write
 
-from anchorops.train import finish, loop, report
 from anchorops.train.commands import main
-from anchorops.train.counts import class_counts
-from anchorops.train.data import build_datasets
+from anchorops.train.data.counts import class_counts
+from anchorops.train.data.loading import build_datasets
 from anchorops.train.presets import FOLDER
+from anchorops.train.report import finish
+from anchorops.train.report import page as report
+from anchorops.train.run import loop
 
 
 def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[str]):

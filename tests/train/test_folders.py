@@ -10,8 +10,8 @@ from image_files import image, mask, write
 from PIL import Image, ImageOps
 
 from anchorops.train.config import Data
-from anchorops.train.data import Training, augmentation, build_datasets
-from anchorops.train.folders import open_folder
+from anchorops.train.data.folders import open_folder
+from anchorops.train.data.loading import Training, augmentation, build_datasets
 
 
 def test_folder(folder: Path):

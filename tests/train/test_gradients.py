@@ -9,11 +9,11 @@ import torch
 from tiny_runs import TINY, metrics
 from torch import nn
 
-from anchorops.train import loop
-from anchorops.train.checkpoint import load_checkpoint
-from anchorops.train.gradients import gradient_ratios
-from anchorops.train.learner import Learner, build_regularizer
-from anchorops.train.models import Segmenter, build_model
+from anchorops.train.networks.learner import Learner, build_regularizer
+from anchorops.train.networks.models import Segmenter, build_model
+from anchorops.train.report.cost import gradient_ratios
+from anchorops.train.run import loop
+from anchorops.train.run.checkpoint import load_checkpoint
 
 RUN = TINY.replace(val_images=4, steps=4, eval_every=0)
 

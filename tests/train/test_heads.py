@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from anchorops.train.heads import OCRHead, SoftRegions
-from anchorops.train.learner import Learner, build_regularizer
-from anchorops.train.models import build_model
+from anchorops.train.networks.learner import Learner, build_regularizer
+from anchorops.train.networks.models import OCRHead, SoftRegions, build_model
 
 
 @pytest.mark.parametrize(

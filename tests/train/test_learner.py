@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from anchorops.train.config import Optimization
-from anchorops.train.cost import measure_cost
-from anchorops.train.learner import Learner, build_loss, build_regularizer, class_weights
-from anchorops.train.models import build_model
+from anchorops.train.networks.learner import Learner, build_loss, build_regularizer, class_weights
+from anchorops.train.networks.models import build_model
+from anchorops.train.report.cost import measure_cost
 
 
 def test_class_weights():

@@ -10,23 +10,22 @@ import torch
 from torchvision import tv_tensors
 
 import anchorops as ao
-from anchorops.train.config import Config, Data
-from anchorops.train.counts import class_counts
-from anchorops.train.data import (
+from anchorops.train.config import SETTINGS, Config, Data, setting_options
+from anchorops.train.data.counts import class_counts
+from anchorops.train.data.digits import DigitScenes
+from anchorops.train.data.loading import (
     BatchSampler,
     Draws,
     PhotometricDistort,
     VariedCrop,
     build_datasets,
 )
-from anchorops.train.digits import DigitScenes
-from anchorops.train.learner import Learner, build_regularizer
-from anchorops.train.metrics import class_groups, frequency_groups, summarize
-from anchorops.train.models import build_model
-from anchorops.train.parts import build_parts
+from anchorops.train.networks.learner import Learner, build_regularizer
+from anchorops.train.networks.models import build_model
 from anchorops.train.presets import DIGITS, PRESETS
-from anchorops.train.ranks import Ranks, start_ranks
-from anchorops.train.settings import SETTINGS, setting_options
+from anchorops.train.report.evaluate import class_groups, frequency_groups, summarize
+from anchorops.train.run.parts import build_parts
+from anchorops.train.run.ranks import Ranks, start_ranks
 
 
 def test_scene_is_a_function_of_seed_split_and_index():
@@ -46,7 +45,7 @@ def test_scene_is_a_function_of_seed_split_and_index():
 
 
 def test_digits_of_train_and_val_are_disjoint():
-    from anchorops.train.digits import _digit_images
+    from anchorops.train.data.digits import _digit_images
 
     train, val = (
         {image.tobytes() for images in _digit_images(split) for image in images}

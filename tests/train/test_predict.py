@@ -5,8 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anchorops.train.evaluate import evaluate
-from anchorops.train.predict import _starts, largest, pad_to_multiple, predict, window_logits
+from anchorops.train.report.evaluate import (
+    _starts,
+    evaluate,
+    largest,
+    pad_to_multiple,
+    predict,
+    window_logits,
+)
 from tests.helpers.memory import peak_allocated_bytes
 
 Size = tuple[int, int]

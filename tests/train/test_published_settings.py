@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from anchorops.train.config import Data
-from anchorops.train.data import RandomScale, augmentation, evaluation_transform
-from anchorops.train.learner import Learner, build_regularizer, parameter_groups
-from anchorops.train.models import build_model
+from anchorops.train.data.loading import RandomScale, augmentation, evaluation_transform
+from anchorops.train.networks.learner import Learner, build_regularizer, parameter_groups
+from anchorops.train.networks.models import build_model
 from anchorops.train.presets import DIGITS, METHOD_OPTIONS, PRESETS, with_published_options
 
 

@@ -8,8 +8,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from anchorops.train.analysis import Features
-from anchorops.train.report import PANELS, _curves, _samples
+from anchorops.train.report.features import Features
+from anchorops.train.report.page import PANELS, _curves, _samples
 
 
 @pytest.fixture

@@ -16,14 +16,15 @@ import pytest
 import torch
 from tiny_runs import TINY, assert_same_run, losses, metrics, weights
 
-from anchorops.train import checkpoint, loop, signals
-from anchorops.train.collapse import collapse_measures
+from anchorops.train import signals
 from anchorops.train.commands import main
 from anchorops.train.config import Config
-from anchorops.train.digits import DigitScenes
-from anchorops.train.models import build_model
-from anchorops.train.parts import build_parts
-from anchorops.train.ranks import Ranks, start_ranks
+from anchorops.train.data.digits import DigitScenes
+from anchorops.train.networks.models import build_model
+from anchorops.train.report.features import collapse_measures
+from anchorops.train.run import checkpoint, loop
+from anchorops.train.run.parts import build_parts
+from anchorops.train.run.ranks import Ranks, start_ranks
 
 
 def test_a_run_leaves_everything(straight: Path):
@@ -203,7 +204,8 @@ import os, signal, sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from anchorops.train import config, loop, signals
+from anchorops.train import config, signals
+from anchorops.train.run import loop
 
 assert "torch.utils.cpp_extension" not in sys.modules  # it warns where nvcc is and no GPU
 
@@ -348,7 +350,7 @@ def test_diverged_network_has_no_results(
     def diverge(self: loop._Run, *args: object) -> None:
         train_step(self, *args)
         if self.progress.step == 5 and broken == "logits":
-            self.model.classifier.register_forward_hook(lambda x, _, logits: logits / x.training)
+            self.model.classifier.register_forward_hook(lambda *args: args[2] / args[0].training)
         elif self.progress.step == 5:
             self.model.state_dict()["body.mix.1.running_var"].fill_(math.inf)
 

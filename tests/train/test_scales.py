@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from tiny_runs import TINY
 from torch import Tensor, nn
 
-from anchorops.train import loop
-from anchorops.train.predict import predict
+from anchorops.train.report.evaluate import predict
+from anchorops.train.run import loop
 
 Size = tuple[int, int]
 

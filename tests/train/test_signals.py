@@ -15,19 +15,22 @@ from PIL import Image
 from tiny_runs import TINY, assert_same_run
 
 from anchorops._program import is_program
-from anchorops.train import loop, signals
+from anchorops.train import signals
 from anchorops.train.config import Config
+from anchorops.train.run import loop
 
 # forked from one process that has imported everything: each case takes a second
 PROGRAM = """
 import os, signal, sys, time
-from anchorops.train import __main__, commands, finish, loop, parts, report, signals
+from anchorops.train import __main__, commands, signals
+from anchorops.train.report import finish, page
+from anchorops.train.run import loop, parts
 
 def end(place, signum, out):
     module, name = {
         "count": (parts, "class_counts"), "build": (parts, "build_model"),
         "step": (loop._Run, "_train_step"),
-        "features": (finish, "collect_features"), "report": (report, "_curves"),
+        "features": (finish, "collect_features"), "report": (page, "_curves"),
     }[place]
     signals.StopSignals.ECHO = -1
     def send(*_, **__):

@@ -8,10 +8,10 @@ import torch
 from tiny_runs import TINY
 
 import anchorops as ao
-from anchorops.train import loop
-from anchorops.train.checkpoint import checkpoints, load_checkpoint
 from anchorops.train.commands import main
-from anchorops.train.learner import build_regularizer
+from anchorops.train.networks.learner import build_regularizer
+from anchorops.train.run import loop
+from anchorops.train.run.checkpoint import checkpoints, load_checkpoint
 
 K, D = 11, 240
 

@@ -9,9 +9,14 @@ import torch
 from tiny_runs import TINY
 from torch.utils.data import DataLoader
 
-from anchorops.train.data import BatchSampler, Draws, evaluation_loader, training_loader
-from anchorops.train.digits import DigitScenes
-from anchorops.train.workers import batches_of
+from anchorops.train.data.digits import DigitScenes
+from anchorops.train.data.loading import (
+    BatchSampler,
+    Draws,
+    batches_of,
+    evaluation_loader,
+    training_loader,
+)
 
 
 class Broken(DigitScenes):

@@ -1,29 +1,41 @@
-"""One self-contained HTML page about a run."""
+"""One self-contained HTML page about a run, and the picture of its predictions."""
 
 import base64
 import html
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
-from ..plots import (
+from ...plots import (
     BLUE,
     centroid_similarity,
     cosine_map,
     features_with_anchors,
     iou_against_frequency,
+    plain,
 )
-from .analysis import Features
-from .checkpoint import save_atomically
-from .collapse import (
+from ..config import IGNORED, Config
+from ..data.folders import class_histogram
+from ..data.loading import Segmentation
+from ..run.checkpoint import save_atomically
+from ..run.directory import CONFIG
+from ..run.journal import METRICS, RATIO, attempt, read_metrics
+from .compare import comparison
+from .cost import Complexity, Cost
+from .evaluate import predict
+from .features import (
     ACCURACY_AND_IMAGES,
     ACCURACY_AND_PIXELS,
     CENTROIDS,
@@ -31,14 +43,11 @@ from .collapse import (
     COLLAPSE,
     EQUIANGULARITY,
     MAXIMAL_ANGLE,
+    Features,
 )
-from .compare import comparison
-from .complexity import Complexity
-from .config import IGNORED, Config
-from .cost import Cost
-from .directory import CONFIG
-from .journal import METRICS, RATIO, attempt, read_metrics
 
+LEGEND_NAMES = 23  # in a legend
+IGNORED_COLOR = (255, 255, 255)
 PERCENT = ("accuracy", "val_miou", "val_head", "val_body", "val_tail")
 NOT_CURVES = ("step", "lr", "images_per_second", "memory_mb")
 # of the section on training
@@ -52,7 +61,6 @@ COUNTS = ("gate", "unsure", "present")  # what methods log in addition to their 
 COLUMNS = 2  # of a legend
 RAREST = 10
 MOST_NAMES = 40  # classes whose names fit into a figure
-
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
        color: #222; overflow-wrap: anywhere }
@@ -64,6 +72,111 @@ td:first-child, th:first-child { text-align: left } tr + tr { border-top: 1px so
 .figures b { display: block; font-size: 1.6rem }
 .figures img { width: 47% }
 """
+
+
+def palette(num_classes: int) -> np.ndarray:
+    """Colours uint8 [K + 1, 3] of the labels. With few classes, class 0 is black. The last row,
+    which label −1 selects, is white."""
+    colors = np.zeros((num_classes + 1, 3), np.uint8)
+    few = num_classes <= 21
+    hues = matplotlib.colormaps["tab20" if few else "hsv"]
+    for index in range(num_classes):
+        # 0, 2, 4 … and then 1, 3, 5 … of tab20: the strong colours first
+        place = (2 * (index - 1) % 20 + (index > 10)) if few else (index * 0.61803) % 1.0
+        colors[index] = np.multiply(hues(place)[:3], 255)
+    if few:
+        colors[0] = 0
+    colors[IGNORED] = IGNORED_COLOR
+    return colors
+
+
+def choose_images(dataset: Segmentation, count: int) -> list[int]:
+    """Those of the first hundred images that together show every class, the rarest class first."""
+    counts = [
+        class_histogram(dataset[index][1], len(dataset.classes))
+        for index in range(min(100, len(dataset)))
+    ]
+    present = (torch.stack(counts) > 0).double()
+    worth = 1 / present.sum(0).clamp(min=1)
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(counts)):
+        value = present @ worth
+        value[chosen] = -1
+        best = int(value.argmax())
+        chosen.append(best)
+        worth = torch.where(present[best] > 0, worth / 4, worth)
+    return chosen
+
+
+@torch.inference_mode()
+def draw_predictions(
+    model: nn.Module,
+    dataset: Segmentation,
+    indices: Sequence[int],
+    *,
+    transform: v2.Transform,
+    window: tuple[int, int] | None,
+    stride: tuple[int, int] | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    title: str,
+    device: torch.device,
+) -> bytes:
+    """A PNG file with each image, its labels and its prediction, computed as in an evaluation."""
+    model.eval()
+    colors = palette(len(dataset.classes))
+    rows, seen = [], set[int]()
+    for index in indices:
+        image, labels = dataset[index]
+        seen |= set(labels.unique().tolist())
+        network_input = transform(tv_tensors.Image(image)).as_subclass(Tensor)[None].to(device)
+        (prediction,) = predict(
+            model, network_input, labels.shape, window, stride=stride, scales=scales, flip=flip
+        )
+        rows.append((_rgb(image), colors[labels.numpy()], colors[prediction.cpu().numpy()]))
+
+    # images from left to right, in three rows
+    height, width = rows[0][0].shape[:2]
+    figure = Figure(figsize=(1.6 * len(rows) + 0.6, 1.6 * 3 * height / width + 0.8))
+    axes = figure.subplots(3, len(rows), squeeze=False)
+    for column, row in enumerate(rows):
+        for line, (picture, name) in enumerate(
+            zip(row, ("image", "truth", "prediction"), strict=True)
+        ):
+            axis = axes[line, column]
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if column == 0:
+                axis.set_ylabel(name)
+    figure.suptitle(plain(title, longest=int(14 * figure.get_figwidth())), fontsize=10)
+    names = {k: plain(dataset.classes[k]) for k in sorted(seen - {IGNORED})[:LEGEND_NAMES]}
+    bottom = draw_legend(figure, names | {IGNORED: "ignored"}, colors)
+    figure.tight_layout(rect=(0, bottom, 1, 1))
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()
+
+
+def draw_legend(figure: Figure, names: Mapping[int, str], colors: np.ndarray) -> float:
+    """Draw the names of labels at the bottom of the figure, in as many columns as fit. Returns the
+    share of its height that they need."""
+    width, height = figure.get_size_inches()
+    columns = max(1, int(width / (0.6 + 0.07 * max(map(len, names.values())))))
+    handles = [
+        Patch(facecolor=colors[label] / 255, edgecolor="0.5", label=name)
+        for label, name in names.items()
+    ]
+    figure.legend(
+        handles=handles, loc="lower center", ncols=min(columns, 12), fontsize=8, frameon=False
+    )
+    return (0.1 + 0.18 * -(-len(names) // min(columns, 12))) / height
+
+
+def _rgb(image: Tensor) -> np.ndarray:
+    """uint8 (H, W, 3) of the first three channels, or the only one."""
+    channels = image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
+    return channels.permute(1, 2, 0).numpy()
 
 
 def write_report(

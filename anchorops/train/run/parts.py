@@ -6,15 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import Config
-from .counts import check_classes, check_one_size, class_counts, describe_counts
-from .data import Segmentation, build_datasets
-from .learner import Learner, build_loss, build_regularizer, class_weights
-from .models import Segmenter, build_model
+from ..config import Config, setting_options
+from ..data.counts import check_classes, check_one_size, class_counts, describe_counts
+from ..data.loading import Segmentation, build_datasets
+from ..networks.learner import Learner, build_loss, build_regularizer, class_weights, with_copies
+from ..networks.models import Segmenter, build_model
 from .ranks import Ranks
-from .settings import setting_options
 from .state import Found
-from .vectors import with_copies
 
 MOST_ABSENT = 10  # names of absent classes in a message
 

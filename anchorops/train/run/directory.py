@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..config import Config
+from ..networks.learner import PREFIX, vector_copies
 from .checkpoint import CHECKPOINT, PART, latest_checkpoint, save_together
-from .config import Config
-from .vectors import PREFIX, vector_copies
 
 MARKER = ".anchorops-run"
 CONFIG = "config.json"

@@ -1,7 +1,10 @@
-"""Statistics and samples of a trained network's features."""
+"""Statistics and samples of a network's features, and CeCo's measures of neural collapse, which are
+computed at each evaluation."""
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +12,22 @@ from torch import Tensor
 
 import anchorops as ao
 
-from .config import IGNORED
-from .models import Segmenter
-from .predict import pad_to_multiple
+from ..config import IGNORED
+from ..data.loading import batches_of
+from ..networks.models import Segmenter
+from ..run.parts import Parts
+from .evaluate import pad_to_multiple, validation_loader
 
 SAMPLES = 2_000  # pixels shown in two dimensions
+# names of the measures in the journal; the report draws them
+CENTROIDS, CLASSIFIER = "centroids", "classifier"
+EQUIANGULARITY, MAXIMAL_ANGLE = "equiangularity", "maximal_angle"
+ACCURACY_AND_PIXELS = "accuracy_and_pixels"
+ACCURACY_AND_IMAGES = "accuracy_and_images"
+COLLAPSE = (
+    *(f"{x}.{y}" for x in (CENTROIDS, CLASSIFIER) for y in (EQUIANGULARITY, MAXIMAL_ANGLE)),
+    *(ACCURACY_AND_PIXELS, ACCURACY_AND_IMAGES),
+)
 
 
 class Features(NamedTuple):
@@ -77,3 +91,44 @@ def collect_features(
     assert sums is not None and example is not None
     centroids = sums.cpu() / counts.clamp(min=1)[:, None]
     return Features(centroids, counts, (torch.cat(samples), torch.cat(sampled_labels)), example)
+
+
+@torch.inference_mode()
+def collapse_measures(parts: Parts, classes: list[dict[str, Any]]) -> dict[str, float]:
+    """The measures by name, on the first --collapse-images validation images. Each rank processes
+    its share of them.
+
+    EQUIANGULARITY of the class centroids and of the classifier's rows is in CeCo's Fig. 2,
+    MAXIMAL_ANGLE of both in its Fig. 5. Fig. 7 has the correlation of the classes' accuracy with
+    their numbers of training pixels and training images. Measures that are not defined (for a
+    single class) are omitted.
+
+    classes: as returned by `summarize`.
+    """
+    model, ranks, running = parts.model, parts.ranks, parts.config.running
+    weight = model.classifier.weight
+    geometry = ao.diagnostics.CentroidGeometry(
+        parts.num_classes, weight.shape[1], ignore_index=IGNORED
+    ).to(ranks.device)
+    passes = math.ceil(running.collapse_images / (running.eval_batch_size * ranks.world))
+    training = model.training
+    model.eval()
+    with batches_of(validation_loader(parts, ranks.rank, ranks.world)) as batches:
+        for images, labels in itertools.islice(batches, passes):
+            geometry.update(*features_and_labels(model, images, labels, ranks.device))
+    model.train(training)
+    of_centroids = geometry.compute()
+    measured = {f"{CENTROIDS}.{x}": of_centroids[x] for x in (EQUIANGULARITY, MAXIMAL_ANGLE)}
+    measured |= {
+        f"{CLASSIFIER}.{EQUIANGULARITY}": ao.diagnostics.equiangularity(weight),
+        f"{CLASSIFIER}.{MAXIMAL_ANGLE}": ao.diagnostics.maximal_angle(weight),
+    }
+    accuracy = torch.tensor([math.nan if c["accuracy"] is None else c["accuracy"] for c in classes])
+    known = accuracy.isfinite()
+    for name, counts in (
+        (ACCURACY_AND_PIXELS, parts.frequencies),
+        (ACCURACY_AND_IMAGES, parts.prior),
+    ):
+        measured[name] = ao.diagnostics.pearson(accuracy[known], counts[known])
+    values = {name: float(value) for name, value in measured.items()}
+    return {name: value for name, value in values.items() if math.isfinite(value)}

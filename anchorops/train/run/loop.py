@@ -12,22 +12,20 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..config import Config
+from ..data.loading import BatchSampler, Draws, batches_of, mixed_seed, training_loader
+from ..networks.learner import build_optimizer, parameter_groups
+from ..report.cost import gradient_ratios
+from ..report.evaluate import validate
+from ..report.features import collapse_measures
+from ..report.finish import RESULTS, finish
+from ..signals import Interrupted, StopSignals, end_at_once
 from .checkpoint import latest_checkpoint, save_atomically
-from .collapse import collapse_measures
-from .config import Config
-from .data import BatchSampler, Draws, mixed_seed, training_loader
 from .directory import CONFIG, begin_run, held, new_run
-from .finish import RESULTS, finish
-from .gradients import gradient_ratios
 from .journal import RATIO, Journal, peak_memory_mb
-from .learner import build_optimizer, parameter_groups
 from .parts import build_parts
 from .ranks import Ranks, start_ranks, stop_ranks
-from .schedule import Schedule
-from .signals import Interrupted, StopSignals, end_at_once
-from .state import State
-from .validation import validate
-from .workers import batches_of
+from .state import Schedule, State
 
 
 def start(config: Config) -> dict[str, Any]:

@@ -1,7 +1,14 @@
-"""The interface of data sets, and the endless deterministic stream of training batches."""
+"""The interface of data sets, their augmentation, and the endless deterministic stream of training
+batches; data workers that end when the training process no longer needs them."""
 
+import os
+import signal
+import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from multiprocessing import forkserver, parent_process, resource_tracker
+from traceback import clear_frames
 from typing import Any, Protocol
 
 import torch
@@ -10,12 +17,14 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .config import IGNORED, Data
+from ..config import IGNORED, Data
+from ..signals import STOPPING
 from .digits import DigitScenes
 from .folders import open_folder, open_published
-from .workers import follow_parent
 
 RETRIES = 10  # for a crop that shows mostly one class
+# modules that workers need; importing torch takes seconds; "__main__" is multiprocessing's default
+PRELOADED = ["__main__", "anchorops.train.run.loop"]
 
 
 class Segmentation(Protocol):
@@ -296,3 +305,68 @@ def evaluation_loader(
         multiprocessing_context="forkserver" if config.workers else None,
         generator=torch.Generator(),  # otherwise an iterator draws from torch's random numbers
     )
+
+
+@contextmanager
+def batches_of(loader: DataLoader) -> Iterator[Iterator[Any]]:
+    """The loader's batches. Its workers always end with the block. Otherwise multiprocessing would
+    send SIGTERM at exit, and wait forever for processes that do not handle it.
+
+    Raises ValueError in the block if a worker is killed.
+    """
+    if loader.num_workers:
+        _start_server()
+    with closing(_only_owner(loader)) as batches:
+        yield _or_why_not(batches) if loader.num_workers else batches
+
+
+def _only_owner(loader: DataLoader) -> Generator[Any, None, None]:
+    """The loader's iterator, with no other reference to it: torch ends the workers when the
+    iterator is garbage collected. The loader must not have persistent workers, because then it
+    refers to the iterator itself."""
+    try:
+        yield from loader
+    except BaseException as error:
+        clear_frames(error.__traceback__)  # those of torch refer to the iterator
+        raise
+
+
+def _or_why_not(batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        message = str(error)
+        if message.startswith("Caught "):  # the data set's own, from the worker
+            raise
+        cut = isinstance(error, ConnectionError | EOFError)
+        if not (cut or "exited unexpectedly" in message or "killed by signal" in message):
+            raise
+        raise ValueError(
+            f"{message or 'no data'}: a process that loads images was killed, usually because of "
+            "too little memory (or /dev/shm, in a container): use fewer --workers, or none"
+        ) from error
+
+
+def _start_server() -> None:
+    """Start the server that workers are forked from, with all modules imported and with the stop
+    signals blocked. Ctrl-C, SLURM and `timeout` send these signals to the whole group of processes,
+    but only the training process should react. The workers inherit the blocked signals."""
+    forkserver.set_forkserver_preload(PRELOADED)
+    resource_tracker.ensure_running()  # otherwise the server starts it, and this unblocks signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def follow_parent(worker: int) -> None:
+    """End this worker when the training process ends, even if it is killed."""
+
+    def follow() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .torchrun import launched
+from ..signals import launched
 
 Result = TypeVar("Result")
 

@@ -5,20 +5,17 @@ import json
 import math
 from typing import Any
 
-from .analysis import Features, collect_features
-from .checkpoint import save_atomically
-from .complexity import measure_complexity
-from .cost import cost_of_regularizer
-from .data import evaluation_transform
-from .dependency import FILE as DEPENDENCY
-from .dependency import save_centroids
-from .journal import attempt, peak_memory_mb
-from .parts import Parts
-from .pictures import choose_images, draw_predictions
-from .report import write_report
-from .state import Progress
-from .validation import validation_loader
-from .workers import batches_of
+from ..data.loading import batches_of, evaluation_transform
+from ..run.checkpoint import save_atomically
+from ..run.journal import attempt, peak_memory_mb
+from ..run.parts import Parts
+from ..run.state import Progress
+from .compare import FILE as DEPENDENCY
+from .compare import save_centroids
+from .cost import cost_of_regularizer, measure_complexity
+from .evaluate import validation_loader
+from .features import Features, collect_features
+from .page import choose_images, draw_predictions, write_report
 
 RESULTS = "results.json"
 PICTURES = 8  # validation images in predictions.png

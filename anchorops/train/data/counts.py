@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import IGNORED
-from .data import Segmentation
+from ..config import IGNORED
 from .folders import MaskFolder, class_histogram
+from .loading import Segmentation
 
 SCENES = 2_000  # of digits, in which classes are counted
 RAREST = 5  # classes that are named

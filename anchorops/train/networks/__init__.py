@@ -1,0 +1,1 @@
+"""Networks, their heads, and the losses that train them."""

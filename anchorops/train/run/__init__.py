@@ -1,0 +1,1 @@
+"""A training run: its files, processes, state and steps."""
