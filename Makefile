@@ -14,7 +14,7 @@ MINUTES ?= 3
 # Python: make check-abi PYTHON=python3.13
 ABI_TORCHES ?= 2.10 2.11 2.13
 
-.PHONY: setup test stress demo bench kernels-report cuda-report lint format docs package check-abi clean
+.PHONY: setup test proofs stress demo bench kernels-report cuda-report lint format docs package check-abi clean
 
 setup: .venv/installed
 
@@ -26,9 +26,15 @@ setup: .venv/installed
 	$(BIN)/pip install --no-build-isolation -e '.[train,test,dev,docs]'
 	touch $@
 
-# two processes; the tests of a file stay in one of them, because they share what the file prepares
+# Two processes of one thread; the tests of a file stay in one of them, because they share what the
+# file prepares.
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not stress'
+
+# for changes of kernels: Triton's interpreter, the emulator of CUDA and its sanitizers, machine code,
+# and the tests that take long
+proofs: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m slow
 
 # a failed round is run again with `--seed SEED --rounds 1`
 stress: setup

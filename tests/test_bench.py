@@ -194,6 +194,7 @@ def check_rows(run: dict) -> None:
         assert row["error"] is None or row["error"] <= 1e-2
 
 
+@pytest.mark.slow
 def test_rows_and_plots(tmp_path):
     rows = tmp_path / "rows.json"
     cases = "(HRNet and fp32 or growth) and coherent and (index_add or anchorops) and not compiled"

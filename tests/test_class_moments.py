@@ -74,6 +74,7 @@ def test_values_and_gradients(case: Case, backend: str, poisoned: None):
     torch.testing.assert_close(buffer, before, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instructions", ["default", "avx2"])
 def test_lesser_instruction_sets(instructions: str):
     """The same in a process that uses a lower instruction set than this processor has."""

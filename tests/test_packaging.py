@@ -78,7 +78,7 @@ def test_other_torch(python):
 @pytest.mark.parametrize("part", ["cpu/*.cpp", "cuda/**/*.cu"])
 def test_other_torch_compiles_the_sources(python, part):
     """The sources use only what the headers of another torch declare. The CUDA sources are read as
-    the emulator's compiler reads them (tests/proofs/csrc/Makefile), so without what only nvcc sees."""
+    the emulator's compiler reads them (proofs/csrc/Makefile), so without what only nvcc sees."""
     code = "from torch.utils.cpp_extension import include_paths as p; print(*p('cpu'), sep='\\n')"
     found = run(ROOT / python, "-c", code)
     include, sources = found.stdout.split(), sorted((ROOT / "csrc").glob(part))

@@ -203,6 +203,7 @@ def test_what_is_not_asked_for_changes_nothing(asked: dict[str, bool], backend: 
             torch.testing.assert_close(value, getattr(everything, name), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instructions", ["default", "avx2"])
 def test_lesser_instruction_sets(instructions: str):
     """The same in a process that uses a lower instruction set than this processor has."""

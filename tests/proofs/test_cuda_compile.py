@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton, which contains the disassembler, is missing")
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "anchorops" / "_cuda.so"
 

@@ -1,9 +1,8 @@
 """The CUDA sources in the emulator on the CPU, compared with the reference: without a sanitizer,
 and under two sanitizers.
 
-The cases are those of Triton's interpreter, tests/proofs/interpreted/*.py, with the library that
-tests/proofs/csrc/Makefile makes instead of the CUDA library. planted_faults.cu shows which faults are
-found.
+The cases are those of Triton's interpreter, interpreted/*.py, with the library that csrc/Makefile
+makes instead of the CUDA library. csrc/planted_faults.cu shows which faults are found.
 """
 
 import os
@@ -15,6 +14,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build/on_host"
@@ -61,7 +62,11 @@ def _environment(flavour: str) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module", params=RUNTIME)
+# a process for each
+FLAVOURS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in RUNTIME]
+
+
+@pytest.fixture(scope="module", params=FLAVOURS)
 def flavour(request) -> str:
     if not (shutil.which("make") and shutil.which(os.environ.get("CXX", "g++"))):
         pytest.skip("building the CUDA sources for the CPU needs make and g++")

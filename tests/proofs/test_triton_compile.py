@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
 
+pytestmark = pytest.mark.slow
+
 KERNELS = (
     "_several_keys_kernel",
     "_sorted_pixels_kernel",

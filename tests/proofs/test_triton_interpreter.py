@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, compared with the reference. This needs no GPU.
 
-Triton decides whether to interpret when it is imported, so the cases, tests/proofs/interpreted/*.py, run
-in a separate process.
+Triton decides whether to interpret when it is imported, so the cases, interpreted/*.py, run in a
+separate process.
 """
 
 import os
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
+
+pytestmark = pytest.mark.slow
 
 CASES = sorted((Path(__file__).parent / "interpreted").glob("*_*.py"))
 
