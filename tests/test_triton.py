@@ -1,0 +1,26 @@
+"""Some cases of the Triton kernels in Triton's interpreter: each method, the statistics of the
+logits, predictions and confusion matrices. `make proofs` runs all cases."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
+
+CASES = [
+    "test_method_losses.py",
+    "test_softmax_moments.py::test_gradient_through_some",
+    "test_pixel_argmax.py::test_hits_are_the_diagonal",
+]
+
+
+def test_some_kernels():
+    folder = Path(__file__).parent / "proofs" / "interpreted"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [str(folder / case) for case in CASES]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
