@@ -85,7 +85,7 @@ def _forward(
         moments = torch.ops.anchorops.class_moments.cpu
         image_keys = num_classes if num_keys > num_classes else 0
         of_pixels = _keys_of_images(keys, num_classes, image_keys)
-        sums, _, _ = moments(features, of_pixels, None, num_keys, 1, True, False)
+        sums, _ = moments(features, of_pixels, None, num_keys, 1, True)
         return sums, mean, variance
     for part in _parts(keys, (height, width), num_classes):
         pixels = features[part.images, :, part.rows].flatten(2).transpose(1, 2)
