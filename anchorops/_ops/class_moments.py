@@ -116,6 +116,7 @@ def _backward(
             ctx.dtype,
         )
     if ctx.needs_input_grad[2] and dsqdists is not None:
+        assert anchors is not None
         if sums is None:
             sums, _ = ctx.forward(features, keys, None, dsqdists.numel(), 1, True)
         danchors = _danchors(keys, anchors, sums, dsqdists, ctx.groups)

@@ -4,7 +4,7 @@ The error against float64 is at most twice that of the float32 formula (a masked
 class), plus FLOOR.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -83,7 +83,7 @@ def make_labels(case: Case) -> torch.Tensor:
     return labels
 
 
-def moments_and_gradients(case, features, labels, anchors, weights):
+def moments_and_gradients(case, features, labels, anchors, weights) -> tuple[Any, ...]:
     """counts, sums, sqdists, dfeatures, danchors of a weighted sum of the statistics."""
     features = features.detach().requires_grad_()
     if anchors is not None:
