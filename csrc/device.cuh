@@ -1,8 +1,8 @@
 // The device interface, the only code through which the CUDA sources use the GPU: instructions. The
 // other parts are launch.cuh and matrices.cuh.
 //
-// nvcc compiles it to CUDA. Other compilers use the emulator, tests/proofs/csrc/device_on_host.h, instead
-// of the CUDA runtime. The same kernel sources then run on the CPU, with address and thread
+// nvcc compiles it to CUDA. Other compilers use the emulator, tests/proofs/csrc/device_on_host.h,
+// instead of the CUDA runtime. The same kernel sources then run on the CPU, with address and thread
 // sanitizers. Kernels use CUDA's own names for indices, barriers, shuffles, votes and integer
 // atomics, and the functions below for everything else.
 #pragma once
