@@ -590,3 +590,28 @@ def test_memory_that_to_empty_has_not_filled(method: str) -> None:
     attached.forget()
     torch.manual_seed(0)
     torch.testing.assert_close(backward(model, attached), expected)
+
+
+def test_a_frozen_basis_stays_frozen_and_detach_restores_the_order() -> None:
+    classifier = nn.Conv2d(D, K, 1)
+    model = nn.Sequential(nn.Conv2d(3, D, 1), classifier)
+    before = [name for name, _ in model.named_parameters()]
+    attachment = ao.attach(model, ao.CBP(K, D))
+    model.requires_grad_(True)  # as after the warm-up of a backbone
+    basis = classifier.weight.clone()
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.step()
+    assert torch.equal(classifier.weight, basis)
+    attachment.detach()
+    assert [name for name, _ in model.named_parameters()] == before
+
+
+def test_one_cbp_for_a_classifier() -> None:
+    model = nn.Sequential(nn.Conv2d(3, D, 1), nn.Conv2d(D, K, 1))
+    ao.attach(model, ao.CBP(K, D))
+    message = r"^attach: module: expected .* that no method has replaced: first detach"
+    with pytest.raises(ValueError, match=message):
+        ao.attach(model, ao.CBP(K, D, update="gradient"))
+    with pytest.raises(ValueError, match=r"^Combined: regularizers: expected at most one CBP"):
+        ao.Combined(ao.CBP(K, D), ao.CBP(K, D, update="ema"))

@@ -256,7 +256,7 @@ def check_refusals_of_sharded_models(rank: int) -> None:
     fully_shard(model)
     with pytest.raises(ValueError, match=r'CBP: classifier: .* update="penalty" .*use DDP'):
         model(x)
-    model, attached = build_cbp("frozen")
+    model, attached = build_cbp("gradient")
     fully_shard(model)
     with pytest.raises(ValueError, match=r"CBP: classifier: .* not sharded: call detach\(\)"):
         attached.detach()

@@ -79,9 +79,9 @@ class CBP(Regularizer):
             "penalty": learned, with rows kept at `length`; the loss is `penalty_weight` times the
             mean squared cosine between rows (the text says: forced to 0). "ema" and "penalty"
             change the weight in place when the next training forward begins. Therefore they need
-            `attach`, and a backward pass after each forward, before the next one. With "ema" the
-            weight is a buffer of the classifier, which FSDP does not shard. With "penalty" it must
-            not be sharded: the first forward raises ValueError.
+            `attach`, and a backward pass after each forward, before the next one. With "frozen" and
+            "ema" the weight is a buffer of the classifier, which FSDP does not shard. With
+            "penalty" it must not be sharded: the first forward raises ValueError.
         momentum: for "ema", w ← momentum·w + (1 − momentum)·centroid on present classes.
         ignore_index, process_group, check_labels: as in `Regularizer`; "ema" always uses all
             ranks, because the ranks' classifiers must stay equal.
@@ -140,6 +140,12 @@ class CBP(Regularizer):
             state_dict[f"{prefix}centroids"] = torch.where(present[:, None], centroids, 0)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @property
+    def _as_buffer(self) -> bool:
+        """No gradient reaches the weight, so it is a buffer: `model.requires_grad_()` does not thaw
+        it, and wrappers, which shard parameters, leave it whole."""
+        return self.update in ("frozen", "ema")
+
     @torch.no_grad()
     def install(self, classifier: nn.Module) -> None:
         """Set the classifier's weight and remove its bias."""
@@ -147,12 +153,12 @@ class CBP(Regularizer):
         self._replaced = _Replaced(weight, weight.detach().clone(), weight.requires_grad, bias)
         basis = self.basis.to(weight).view_as(weight)
         classifier.register_parameter("bias", None)
-        if self.update == "ema":  # wrappers shard parameters, and leave buffers whole
+        if self._as_buffer:
             del classifier.weight
             classifier.register_buffer("weight", basis.clone())
         else:
             weight.copy_(basis)
-            weight.requires_grad_(self.update in ("gradient", "penalty"))
+            weight.requires_grad_(True)
 
     @torch.no_grad()
     def uninstall(self, classifier: nn.Module) -> None:
@@ -162,8 +168,9 @@ class CBP(Regularizer):
         if hasattr(weight, "placements"):
             expected = "a weight that is not sharded: call detach() on a model before fully_shard"
             fail("CBP", "classifier", expected, "a DTensor")
-        if self.update == "ema":
+        if self._as_buffer:
             del classifier.weight
+            del classifier.bias  # the order of the parameters is that of an optimizer's state
             replaced.weight.data = replaced.values.to(weight)  # the model may have moved since
             classifier.register_parameter("weight", replaced.weight)
         else:

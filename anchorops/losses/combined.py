@@ -38,6 +38,10 @@ class Combined(Regularizer):
             values = {getattr(r, name) for r in regularizers if hasattr(r, name)}
             if len(values) > 1:
                 fail("Combined", "regularizers", f"one {name}", sorted(values))
+        if sum(regularizer.replaces_classifier for regularizer in regularizers) > 1:
+            fail(
+                "Combined", "regularizers", "at most one CBP: it replaces the classifier", "several"
+            )
         self.methods = nn.ModuleList(regularizers)
         self.replaces_classifier = any(r.replaces_classifier for r in regularizers)
         self.uses_classifier = any(r.uses_classifier for r in regularizers)

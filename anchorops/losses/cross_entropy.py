@@ -55,6 +55,7 @@ class CrossEntropy(PixelLoss):
 
     Call it with (logits, labels, pixel_weights=None). pixel_weights is v, a floating-point tensor
     of the labels' shape; 1 if not given. A pixel of weight 0 adds nothing, even if its loss is ∞.
+    (If its logits are NaN, or −∞ with label smoothing, its gradient is NaN: ignore it by label.)
     `terms`: ce, and accuracy if requested.
 
     Class weights need no additional time: they are applied to statistics of classes. Label

@@ -64,9 +64,10 @@ class SAR(Regularizer):
             of all ranks.
 
     State: `anchors` (A) and `semantic_anchors` (Â) are buffers. If the average of a class has not
-    started, its row is zero; an average of models (AveragedModel, ModelEma) then includes these
-    zeros. Keep the module in float32, because updates of size (1−α) are lost in bfloat16. `terms`:
-    aux, p2a, gate (the share of open gates: 0 or 1 for "all") and unsure (|S|).
+    started, its row is zero (so it starts again after an h(A) of zeros); an average of models
+    (AveragedModel, ModelEma) then includes these zeros. Keep the module in float32, because updates
+    of size (1−α) are lost in bfloat16. `terms`: aux, p2a, gate (the share of open gates: 0 or 1 for
+    "all") and unsure (|S|).
     """
 
     settings = (
