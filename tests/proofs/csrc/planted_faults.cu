@@ -3,7 +3,7 @@
 
 #include <stdexcept>
 
-#include "../../csrc/launch.cuh"
+#include "../../../csrc/launch.cuh"
 
 namespace anchorops {
 namespace {
