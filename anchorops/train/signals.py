@@ -1,5 +1,6 @@
-"""SIGTERM and Ctrl-C. During the training, the program finishes the step and saves. Before and
-after the training there is nothing to save, and the program ends immediately.
+"""SIGTERM and Ctrl-C. During the training, the program finishes the step and saves; in its first
+step nothing is saved and nothing deleted. Before and after the training there is nothing to save,
+and the program ends immediately.
 
 `anchorops/_program.py` imports this module before torch, so it imports nothing that takes seconds.
 """
@@ -35,12 +36,15 @@ def handle(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Sign
     return {signum: signal.signal(signum, handler) for signum in heard}
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
+NOT_BEGUN = "it has not begun: start it again"
 
-    def __init__(self, signum: int, run: Path, step: int) -> None:
-        stopped = f"stopped by {signal.Signals(signum).name} after step {step}"
-        super().__init__(f"{stopped}; continue with: {resume_command(run)}")
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state. run: None if it has not begun."""
+
+    def __init__(self, signum: int, run: Path | None, step: int) -> None:
+        after = f" after step {step}; continue with: {resume_command(run)}" if run else ""
+        super().__init__(f"stopped by {signal.Signals(signum).name}{after or f'; {NOT_BEGUN}'}")
         self.exit_status = 128 + signum
 
 
@@ -79,7 +83,7 @@ class EndAtOnce:
 
     def _message(self, name: str) -> str:
         if self.run is None:
-            return f"stopped by {name}; it has not begun: start it again"
+            return f"stopped by {name}; {NOT_BEGUN}"
         from .run.checkpoint import latest_checkpoint  # a run has imported torch
 
         saved = latest_checkpoint(self.run)

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from anchorops.train.config import Config
 from anchorops.train.networks.models import build_model
 from anchorops.train.presets import DIGITS
 from anchorops.train.run import checkpoint, directory, loop
+from anchorops.train.signals import Interrupted
 
 
 def begin(run: Path, **options) -> None:
@@ -152,6 +155,25 @@ def test_first_step_that_fails_deletes_no_earlier_run(
     before = contents(earlier)
     config = TINY.replace(out=earlier.parent, name="run", overwrite=True, tensorboard=True)
     with pytest.raises(ValueError, match="pip install tensorboard" if module else "the step"):
+        loop.start(config)
+    assert contents(earlier) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_the_first_step_deletes_no_earlier_run(
+    signum: int, earlier: Path, monkeypatch: pytest.MonkeyPatch
+):
+    train_step = loop._Run._train_step
+
+    def signal_and_step(self: loop._Run, *args: object) -> None:
+        os.kill(os.getpid(), signum)
+        train_step(self, *args)
+
+    monkeypatch.setattr(loop._Run, "_train_step", signal_and_step)
+    before = contents(earlier)
+    config = TINY.replace(out=earlier.parent, name="run", overwrite=True)
+    name = signal.Signals(signum).name
+    with pytest.raises(Interrupted, match=f"^stopped by {name}; it has not begun: start it again$"):
         loop.start(config)
     assert contents(earlier) == before
 

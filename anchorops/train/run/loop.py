@@ -158,6 +158,9 @@ class _Run:
                     self._check_finite()  # synchronises, which the time measurement also needs
                 seconds = time.perf_counter() - begin
                 progress.seconds += seconds
+                stop = self.ranks.any(signals.received is not None)
+                if stop and self.new:
+                    raise self._interrupted(signals)
                 if self.new:
                     self._begin(journal)
                 if progress.step == first:
@@ -168,7 +171,6 @@ class _Run:
                 if schedule.logs(progress):
                     self._log(journal)
                 journal.step()
-                stop = self.ranks.any(signals.received is not None)
                 evaluation = schedule.evaluates(progress)
                 if stop or evaluation or schedule.saves(progress):
                     self._save()  # so that a run stopped in an evaluation has been saved
@@ -267,7 +269,8 @@ class _Run:
             self.state.save(self.run)
 
     def _interrupted(self, signals: StopSignals) -> Interrupted:
-        return Interrupted(signals.received or signal.SIGTERM, self.run, self.progress.step)
+        run = None if self.new else self.run
+        return Interrupted(signals.received or signal.SIGTERM, run, self.progress.step)
 
     def _log(self, journal: Journal) -> None:
         options, progress = self.config.optimization, self.progress
