@@ -189,14 +189,23 @@ def test_full_disk_deletes_no_earlier_run(earlier: Path, monkeypatch: pytest.Mon
     assert contents(earlier) == before
 
 
-def test_weights_of_the_run_that_is_overwritten(earlier: Path):
-    state = build_model("hrnet-w18-small", 11).state_dict()
-    torch.save({"model": state}, earlier / "best.pt")
-    config = TINY.replace(out=earlier.parent, name="run", overwrite=True, methods=(), steps=1)
-    loop.start(config.replace(weights=earlier / "best.pt", lr=0.0, eval_every=0))
-    found = checkpoint.load_checkpoint(earlier / "checkpoint-00000001.pt")["model"]
-    assert torch.equal(found["classifier.weight"], state["classifier.weight"])
-    assert not (earlier / "checkpoint-00000400.pt").exists()
+@pytest.mark.parametrize("by_link", [False, True])
+def test_weights_of_the_run_that_is_overwritten(by_link: bool, earlier: Path):
+    """They would be lost."""
+    torch.save({"model": build_model("hrnet-w18-small", 11).state_dict()}, earlier / "best.pt")
+    weights, before = earlier / "best.pt", contents(earlier)
+    if by_link:
+        weights = earlier.parent / "link.pt"
+        weights.symlink_to(earlier / "best.pt")
+    config = TINY.replace(out=earlier.parent, name="run", overwrite=True, weights=weights)
+    expected = f"--weights {weights} is a file of the run that --overwrite deletes: give this run a"
+    with pytest.raises(ValueError, match=expected):
+        loop.start(config.replace(methods=(), steps=1))
+    assert contents(earlier) == before
+    kept = earlier / "mine.pt"  # which a run does not delete
+    (earlier / "best.pt").rename(kept)
+    with directory.new_run(config.replace(weights=kept)):
+        pass
 
 
 def test_parts_of_a_killed_process_are_removed(earlier: Path):

@@ -30,8 +30,9 @@ def new_run(config: Config) -> Iterator[None]:
     """Creates and locks the directory of a run, with its marker. An earlier run there is not
     changed before begin_run.
 
-    Raises ValueError for an invalid --name, if there is an earlier run and no --overwrite, and if
-    there are files but no marker or a config.json that is not of a run.
+    Raises ValueError for an invalid --name, if there is an earlier run and no --overwrite, if
+    --weights is a file of the run that would be deleted, and if there are files but no marker or a
+    config.json that is not of a run.
     """
     _check_name(config.running.name)
     run = config.run
@@ -49,10 +50,16 @@ def new_run(config: Config) -> Iterator[None]:
         )
     run.mkdir(parents=True, exist_ok=True)
     with held(run):
-        if _earlier_run(run) and not config.running.overwrite:
+        earlier, weights = _earlier_run(run), config.model.weights
+        if earlier and not config.running.overwrite:
             raise ValueError(
                 f"{run} contains an earlier run: {_offer(run)}give this one a --name, or "
                 "--overwrite, which deletes the earlier one"
+            )
+        if weights and weights.resolve() in {path.resolve() for path in earlier}:
+            raise ValueError(
+                f"--weights {weights} is a file of the run that --overwrite deletes: give this run "
+                "a --name"
             )
         yield
 
