@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torchvision import tv_tensors
 
 from anchorops.train.config import Data
@@ -22,6 +23,24 @@ def test_counts_are_made_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyP
     assert [x.tolist() for x in again[:2]] == [[18, 38], [1, 2]]
     with pytest.raises(TypeError):  # another label map: counted again
         class_counts(open_folder(folder, "train", label_map={1: 255}), cache)
+
+
+def test_counts_of_another_format_or_other_images(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Only the header of an image tells that its mask is turned."""
+    cache, data = folder / "cache", open_folder(folder, "train")
+    assert class_counts(data, cache).heights == (4, 6)
+    turned = Image.Exif()
+    turned[0x112] = 6
+    for name in ("a/1.jpg", "b.png"):
+        with Image.open(folder / "images/train" / name) as image:
+            image.save(folder / "images/train" / name, exif=turned)
+    counts = class_counts(data, cache)
+    assert (counts.heights, counts.widths) == ((5, 9), (4, 6))
+    monkeypatch.setattr(MaskFolder, "read_labels", None)
+    assert class_counts(data, cache).heights == (5, 9)
+    monkeypatch.setattr("anchorops.train.data.counts.FORMAT", 1)
+    with pytest.raises(TypeError):
+        class_counts(data, cache)
 
 
 def test_counts_that_cannot_be_kept(folder: Path):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import mask, write
+from image_files import image, mask, write
+from PIL import Image
 
 from anchorops.train.commands import main
 from anchorops.train.data.counts import class_counts
@@ -82,6 +83,26 @@ def test_masks_are_read_before_a_run(folder: Path):
         loop.start(config)
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_orientations_are_decided_before_a_run(split: str, folder: Path):
+    """One image of 5 × 4 pixels beside one of 4 × 5; and an image whose sizes tell nothing."""
+    shutil.rmtree(folder / f"images/{split}/a")
+    shutil.rmtree(folder / f"masks/{split}/a")
+    turned = Image.Exif()
+    turned[0x112] = 6
+    Image.fromarray(image(4, 5)).save(folder / f"images/{split}/c.png", exif=turned)
+    write(folder / f"masks/{split}/c.png", mask(0, 1, height=4, width=5))
+    config = FOLDER.replace(root=folder, out=folder, name="run", workers=0, device="cpu")
+    config = config.replace(eval_batch_size=2, model="no model")
+    sizes = "4 to 5 high and 4 to 5 wide" if split == "val" else "4 to 6 high and 5 to 9 wide"
+    with pytest.raises(ValueError, match=f"--eval-batch-size: .*{sizes}"):
+        loop.start(config)
+    Image.fromarray(image(5, 5)).save(folder / f"images/{split}/c.png", exif=turned)
+    write(folder / f"masks/{split}/c.png", mask(0, 1, height=5, width=5))
+    with pytest.raises(ValueError, match=rf"{split}/c.png: the EXIF orientation is 6, that of"):
+        loop.start(config)
+
+
 def test_start_that_failed_is_no_earlier_run(folder: Path):
     config = FOLDER.replace(root=folder / "typo", out=folder, name="run", device="cpu", workers=0)
     for _ in range(2):
@@ -91,7 +112,7 @@ def test_start_that_failed_is_no_earlier_run(folder: Path):
 
 def test_corrupt_image_in_a_worker(folder: Path):
     path = folder / "images/train/a/1.jpg"
-    path.write_bytes(path.read_bytes()[:300])
+    path.write_bytes(path.read_bytes()[:-20])  # the header, which is read at the start, is left
     command = ["--root", str(folder), "--out", str(folder), "--name", "run", "--workers", "1"]
     with pytest.raises(SystemExit) as stopped:
         main(["folder", "--crop", "32", "32", "--device", "cpu", *command])

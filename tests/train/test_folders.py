@@ -1,5 +1,7 @@
 """Data sets in directories that the tests write: pairing, formats, label values, messages."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +9,10 @@ import pytest
 import tifffile
 import torch
 from image_files import image, mask, write
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from anchorops.train.config import Data
-from anchorops.train.data.folders import open_folder
+from anchorops.train.data.folders import open_folder, read_image, read_size
 from anchorops.train.data.loading import Training, augmentation, build_datasets
 
 
@@ -85,8 +87,10 @@ def test_messages_name_the_file(folder: Path):
     with pytest.raises(ValueError, match=r"masks/train/b.png: label values \[7\] are not those of"):
         open_folder(root, "train")[1]
     write(root / "masks/train/b.png", mask(1))
-    with pytest.raises(ValueError, match=r"b.png: expected the size of its image, \(4, 5\), got"):
-        open_folder(root, "train")[1]
+    data = open_folder(root, "train")
+    for read in (data.__getitem__, data.read_labels):
+        with pytest.raises(ValueError, match=r"b.png: expected the size of its image, \(4, 5\)"):
+            read(1)
     write(root / "masks/train/b.png", image(4, 5))
     with pytest.raises(ValueError, match=r"b.png: expected one channel of integer labels"):
         open_folder(root, "train")[1]
@@ -171,7 +175,9 @@ def test_orientation_of_both_files(orientation: int, ending: str, tmp_path: Path
     """As in the pictures of a phone."""
     shown = oriented(tmp_path / f"images/train/x{ending}", image(), orientation)
     labels = oriented(tmp_path / "masks/train/x.png", mask(0, 1, 0), orientation)
-    pixels, found = open_folder(tmp_path, "train", num_classes=2)[0]
+    data = open_folder(tmp_path, "train", num_classes=2)
+    pixels, found = data[0]
+    assert torch.equal(data.read_labels(0), found)
     assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and found.tolist() == labels.tolist()
 
 
@@ -187,7 +193,9 @@ def test_orientation_that_the_sizes_tell(orientation: int, tmp_path: Path):
     upright = oriented(tmp_path / "masks/train/y.png", stored, orientation)
     (tmp_path / "masks/train/y.png").unlink()
     write(tmp_path / "masks/train/x.png", stored)
-    pixels, found = open_folder(tmp_path, "train", num_classes=2)[0]
+    data = open_folder(tmp_path, "train", num_classes=2)
+    pixels, found = data[0]
+    assert torch.equal(data.read_labels(0), found)
     assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and found.tolist() == upright.tolist()
 
 
@@ -196,8 +204,41 @@ def test_orientation_that_nothing_tells(orientation: int, size: tuple[int, int],
     oriented(tmp_path / "images/train/x.jpg", image(*size), orientation)
     write(tmp_path / "masks/train/x.png", mask(0, 1, height=size[0], width=size[1]))
     expected = rf"x.jpg: the EXIF orientation is {orientation}, that of .*x.png is 1, and the sizes"
-    with pytest.raises(ValueError, match=expected):
-        open_folder(tmp_path, "train", num_classes=2)[0]
+    data = open_folder(tmp_path, "train", num_classes=2)
+    for read in (data.__getitem__, data.read_labels):
+        with pytest.raises(ValueError, match=expected):
+            read(0)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("orientation", [None, 6])
+def test_orientation_of_a_png_image(
+    orientation: int | None, late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its metadata may be before the pixels or after them. Only then are the pixels decoded."""
+    path = tmp_path / "x.png"
+    oriented(path, image(), orientation)
+    if late:
+        content = path.read_bytes()
+        start = content.find(b"eXIf" if orientation else b"IHDR") - 4
+        (length,) = struct.unpack(">I", content[start : start + 4])
+        moved = content[start : start + length + 12]
+        if not orientation:
+            moved = struct.pack(">I", 0) + b"teXt" + struct.pack(">I", zlib.crc32(b"teXt"))
+        kept = content.replace(moved, b"")
+        end = kept.index(b"IEND") - 4
+        path.write_bytes(kept[:end] + moved + kept[end:])
+    else:
+        monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert read_size(path, (6, 9)) == ((6, 9), orientation or 1)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (6, 9, 5), (7, 6, 9), (9, 6, 3)])
+def test_size_in_the_header_of_a_tiff_image(shape: tuple[int, ...], tmp_path: Path):
+    write(tmp_path / "x.tif", np.zeros(shape, np.uint8))
+    for size in ((6, 9), (9, 6)):
+        stored, _ = read_image(tmp_path / "x.tif", size)
+        assert read_size(tmp_path / "x.tif", size) == (stored.shape[1:], 1)
 
 
 @pytest.mark.filterwarnings("ignore:.*zero-size array")

@@ -18,13 +18,14 @@ from ..config import IGNORED
 from .folders import MaskFolder, class_histogram
 from .loading import Segmentation
 
+FORMAT = 2  # of kept counts; raise it where the same files give other counts
 SCENES = 2_000  # of digits, in which classes are counted
 RAREST = 5  # classes that are named
 
 
 class Counts(NamedTuple):
     """Counts of the masks of a split: pixels [K] and images [K] of each class, int64; ignored
-    pixels; smallest and largest height and width in pixels."""
+    pixels; smallest and largest height and width in pixels, of upright masks."""
 
     pixels: Tensor
     images: Tensor
@@ -65,8 +66,10 @@ def _sum(masks: Iterable[Counts]) -> Counts:
 
 
 def _kept_counts(dataset: MaskFolder, cache: Path) -> Counts:
-    files = [(str(mask), mask.stat().st_size, mask.stat().st_mtime) for _, mask in dataset.pairs]
-    key = repr((Counts._fields, files, sorted(dataset.labels.items()), len(dataset.classes)))
+    # an image may turn its mask
+    files = [(str(path), *_state(path)) for pair in dataset.pairs for path in pair]
+    labels = sorted(dataset.labels.items())
+    key = repr((FORMAT, Counts._fields, files, labels, len(dataset.classes)))
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if not path.exists():
 
@@ -107,6 +110,12 @@ def _kept_counts(dataset: MaskFolder, cache: Path) -> Counts:
         )
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it") from None
+
+
+def _state(path: Path) -> tuple[int, float]:
+    """Size and time of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime
 
 
 def check_classes(classes: Sequence[str], training: Tensor, validation: Tensor) -> list[str]:

@@ -1,11 +1,15 @@
 """Data sets on disk: a plain folder of images and masks, and published ones in their layouts."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tifffile
 import torch
 from PIL import Image
 from torch import Tensor
@@ -80,7 +84,7 @@ class MaskFolder:
         the mask was drawn on the upright image or on its stored pixels, which turns both files.
 
         Raises ValueError that names a wrong file, or one whose orientation is not clear."""
-        image_path, mask_path = self.pairs[index]
+        image_path = self.pairs[index][0]
         labels, mask_orientation = self._read_labels(index)
         image, orientation = read_image(image_path, labels.shape)
         if image.shape[0] == 1 and self.channels == 3:
@@ -90,30 +94,46 @@ class MaskFolder:
                 f"{image_path}: expected {self.channels} channels (--channels), "
                 f"got {image.shape[0]}"
             )
-        if orientation != mask_orientation:
-            apart = upright(image, orientation), upright(labels, mask_orientation)
-            together = image, labels
-            fits = [x.shape[1:] == y.shape for x, y in (apart, together)]
-            if all(fits):
-                raise ValueError(
-                    f"{image_path}: the EXIF orientation is {orientation}, that of {mask_path} is "
-                    f"{mask_orientation}, and the sizes do not tell whether the mask was drawn on "
-                    "the upright image: save both without an orientation "
-                    "(PIL.ImageOps.exif_transpose)"
-                )
-            if fits[0]:
-                return apart
-        image, labels = upright(image, orientation), upright(labels, orientation)
-        if image.shape[1:] != labels.shape:
-            raise ValueError(
-                f"{mask_path}: expected the size of its image, {tuple(image.shape[1:])}, got "
-                f"{tuple(labels.shape)}"
-            )
-        return image, labels
+        turn = self._turn_of_labels(index, labels, mask_orientation, image.shape[1:], orientation)
+        return upright(image, orientation), upright(labels, turn)
 
     def read_labels(self, index: int) -> Tensor:
-        """Only the labels, int16 (H, W), as they are stored: without their EXIF orientation."""
-        return self._read_labels(index)[0]
+        """Only the labels, as in `self[index]`. Of the image, only the header is read. Raises
+        ValueError that names a wrong mask, or files whose sizes differ or whose orientation is not
+        clear."""
+        labels, mask_orientation = self._read_labels(index)
+        size, orientation = read_size(self.pairs[index][0], labels.shape)
+        return upright(
+            labels, self._turn_of_labels(index, labels, mask_orientation, size, orientation)
+        )
+
+    def _turn_of_labels(
+        self,
+        index: int,
+        labels: Tensor,
+        mask_orientation: int,
+        size: Sequence[int],
+        orientation: int,
+    ) -> int:
+        """The orientation of the labels: that of their own file, or of the image if they were drawn
+        on its stored pixels. size: (H, W) of the image as it is stored."""
+        image_path, mask_path = self.pairs[index]
+        shown, drawn = upright_size(size, orientation), labels.shape
+        turns = (orientation, mask_orientation)
+        fits = {turn for turn in turns if upright_size(drawn, turn) == shown}
+        if not fits:
+            raise ValueError(
+                f"{mask_path}: expected the size of its image, {shown}, got "
+                f"{upright_size(drawn, orientation)}"
+            )
+        if len(fits) == 2:
+            raise ValueError(
+                f"{image_path}: the EXIF orientation is {orientation}, that of {mask_path} is "
+                f"{mask_orientation}, and the sizes do not tell whether the mask was drawn on "
+                "the upright image: save both without an orientation "
+                "(PIL.ImageOps.exif_transpose)"
+            )
+        return fits.pop()
 
     def _read_labels(self, index: int) -> tuple[Tensor, int]:
         path = self.pairs[index][1]
@@ -142,35 +162,90 @@ def upright(x: Tensor, orientation: int) -> Tensor:
     return x.flip(axes).contiguous()
 
 
+def upright_size(size: Sequence[int], orientation: int) -> tuple[int, ...]:
+    """(H, W) of what `upright` returns."""
+    return tuple(size)[::-1] if orientation >= 5 else tuple(size)
+
+
 def _read_array(path: Path, *, palette: bool) -> tuple[np.ndarray, int]:
     """The array and its EXIF orientation. palette: whether indexed colours become RGB; in masks the
     indices are the labels."""
-    array, orientation = _decode(path, palette=palette)
+    with _errors_of(path):
+        array, orientation = _decode(path, palette=palette)
     if array.size == 0:
         raise ValueError(f"{path}: expected pixels, got an array of shape {array.shape}")
-    return array, orientation if orientation in range(1, 9) else 1
+    return array, orientation
 
 
 def _decode(path: Path, *, palette: bool) -> tuple[np.ndarray, int]:
+    if _is_tiff(path):
+        with tifffile.TiffFile(path) as file:
+            return file.asarray(), _tiff_orientation(file)
+    if path.suffix == ".mat":
+        from scipy.io import loadmat
+
+        return loadmat(path)["S"], 1
+    with Image.open(path) as image:
+        orientation = _orientation(image, path)
+        to_rgb = image.mode == "CMYK" or (palette and image.mode == "P")
+        return np.asarray(image.convert("RGB") if to_rgb else image), orientation
+
+
+def read_size(path: Path, size: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """(H, W) of the image that read_image would return for a mask of this size, and its EXIF
+    orientation, both from the header of the file."""
+    with _errors_of(path):
+        if not _is_tiff(path):
+            with Image.open(path) as image:
+                return (image.height, image.width), _orientation(image, path)
+        with tifffile.TiffFile(path) as file:
+            shape = file.series[0].shape
+            first = _channels_first(shape, size)
+            return shape[1:] if first else shape[:2], _tiff_orientation(file)
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Any error in the block as a ValueError that names the file."""
     try:
-        if path.suffix.lower() in (".tif", ".tiff"):
-            import tifffile
-
-            with tifffile.TiffFile(path) as file:
-                tag = file.pages.first.tags.get(ORIENTATION)
-                return file.asarray(), 1 if tag is None else int(tag.value)
-        if path.suffix == ".mat":
-            from scipy.io import loadmat
-
-            return loadmat(path)["S"], 1
-        with Image.open(path) as image:
-            to_rgb = image.mode == "CMYK" or (palette and image.mode == "P")
-            array = np.asarray(image.convert("RGB") if to_rgb else image)
-            return array, image.getexif().get(ORIENTATION, 1)
+        yield
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _is_tiff(path: Path) -> bool:
+    return path.suffix.lower() in (".tif", ".tiff")
+
+
+def _tiff_orientation(file: tifffile.TiffFile) -> int:
+    tag = file.pages.first.tags.get(ORIENTATION)
+    return _valid(1 if tag is None else int(tag.value))
+
+
+def _orientation(image: Image.Image, path: Path) -> int:
+    if image.format == "PNG" and _metadata_follow(path):
+        image.load()
+    # getexif of a PNG file would decode the pixels if it has no EXIF data
+    return _valid(Image.Image.getexif(image).get(ORIENTATION, 1))
+
+
+def _valid(orientation: int) -> int:
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _metadata_follow(path: Path) -> bool:
+    """Whether a PNG file has chunks after those of its pixels, which may contain an orientation."""
+    kind = b""
+    with open(path, "rb") as file:
+        file.seek(8)  # the signature
+        while len(head := file.read(8)) == 8:
+            before, (length, kind) = kind, struct.unpack(">I4s", head)
+            if before == b"IDAT" and kind not in (b"IDAT", b"IEND"):
+                return True
+            file.seek(length + 4, os.SEEK_CUR)  # with the checksum
+    return False
 
 
 def read_image(path: Path, size: Sequence[int]) -> tuple[Tensor, int]:
@@ -180,8 +255,7 @@ def read_image(path: Path, size: Sequence[int]) -> tuple[Tensor, int]:
     array, orientation = _read_array(path, palette=True)
     if array.ndim == 2:
         array = array[..., None]
-    sizes = (tuple(size), tuple(size)[::-1])
-    if array.ndim == 3 and array.shape[1:] in sizes and array.shape[:2] not in sizes:
+    if _channels_first(array.shape, size):
         array = np.moveaxis(array, 0, 2)
     if array.ndim != 3:
         raise ValueError(f"{path}: expected an image, got an array of shape {array.shape}")
@@ -199,6 +273,11 @@ def read_image(path: Path, size: Sequence[int]) -> tuple[Tensor, int]:
     elif array.dtype != np.uint8:
         raise ValueError(f"{path}: expected 8 or 16 bits or floating values, got {array.dtype}")
     return torch.from_numpy(np.moveaxis(array, 2, 0).copy()), orientation
+
+
+def _channels_first(shape: tuple[int, ...], size: Sequence[int]) -> bool:
+    sizes = (tuple(size), tuple(size)[::-1])
+    return len(shape) == 3 and shape[1:] in sizes and shape[:2] not in sizes
 
 
 def _existing(path: Path) -> Path:
