@@ -22,7 +22,7 @@ HRNETS = {
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "body.head.regions.", "regularizer.")
 AUXILIARY_DIM = 256
-# heads of heads.py, as ARCHITECTURE:BACKBONE
+# the heads of mmsegmentation, as ARCHITECTURE:BACKBONE
 MMSEG = {f"mmseg-{head}": head for head in ("fcn", "ocrnet", "segformer")}
 SEGFORMERS = {f"segformer-b{size}": f"mit_b{size}" for size in range(6)}
 
