@@ -133,7 +133,8 @@ class CrossEntropy(PixelLoss):
             pixel_weights = torch.where(valid, pixel_weights, 0)  # may be NaN where ignored
             ce = finite_where_unused(ce, pixel_weights)
             uniform = None if uniform is None else finite_where_unused(uniform, pixel_weights)
-        losses = smoothed(weighted(ce, weights), uniform, self.label_smoothing, logits)
+        losses = ce if weight is None else weighted(ce, weights)  # 0 where ignored
+        losses = smoothed(losses, uniform, self.label_smoothing, logits)
         if self.focal_gamma > 0:
             # 1 − e^{−ce}; kept above 0, where the derivative of a power below 1 is infinite
             miss = (-torch.expm1(-ce)).clamp(min=torch.finfo(ce.dtype).tiny)
