@@ -13,8 +13,20 @@ from ._low_resolution import LowResolution, low_resolution
 from ._ops.class_moments import class_centroids, pixel_to_anchor_mse
 from ._ops.confusion import confusion, pixel_confusion
 from ._ops.pixel_argmax import pixel_argmax
+from ._ops.pixel_binary_cross_entropy import pixel_binary_cross_entropy
 from ._ops.pixel_cross_entropy import pixel_cross_entropy
-from .losses import CBP, MVSC, OCCL, SAR, CeCo, Combined, CrossEntropy, CrossEntropyDice, Dice
+from .losses import (
+    CBP,
+    MVSC,
+    OCCL,
+    SAR,
+    BinaryCrossEntropy,
+    CeCo,
+    Combined,
+    CrossEntropy,
+    CrossEntropyDice,
+    Dice,
+)
 
 __all__ = [
     "CBP",
@@ -22,6 +34,7 @@ __all__ = [
     "OCCL",
     "SAR",
     "Attachment",
+    "BinaryCrossEntropy",
     "CeCo",
     "Combined",
     "CrossEntropy",
@@ -34,6 +47,7 @@ __all__ = [
     "confusion",
     "low_resolution",
     "pixel_argmax",
+    "pixel_binary_cross_entropy",
     "pixel_confusion",
     "pixel_cross_entropy",
     "pixel_to_anchor_mse",

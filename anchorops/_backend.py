@@ -153,8 +153,9 @@ def _no_code_for(device: torch.device | int) -> str | None:
 def backends() -> dict[str, str | None]:
     """All backends, fastest first: None if the backend is usable here, otherwise the reason why
     not. With several GPUs, `cuda` is usable if at least one GPU supports it. Usable does not mean
-    every call: `cuda` leaves class moments of more than 1,024 keys (images × classes × groups) to
-    `triton`, and both leave float64 to `reference`."""
+    every call: `cuda` leaves class moments of more than 1,024 keys (images × classes × groups), and
+    pixel losses with label smoothing, a focal factor or hard examples, to `triton`; both leave
+    float64 to `reference`."""
     reasons = dict(_MISSING)
     for name in ("cuda", "triton"):
         if not reasons[name] and not _ON_HOST[name] and not torch.cuda.is_available():
@@ -175,7 +176,8 @@ class use_backend:
     "auto" (the default) selects the fastest usable backend for the device and dtype of the input.
     For CUDA tensors this is `cuda`, if it was built for that GPU, then `triton`, or first `triton`
     where it is predicted to be faster (anchorops/_predicted.py). Class moments of more than 1,024
-    keys (images × classes × groups) use `triton`. Float64, and more classes than they support, use
+    keys (images × classes × groups) use `triton`, and so do pixel losses with label smoothing, a
+    focal factor or hard examples. Float64, and more classes than they support, use
     `reference`. For CPU tensors it is `cpu`, for all others `reference`. A backend chosen by name
     raises an error if it does not support a call; it is never silently replaced by another one.
 
@@ -207,7 +209,9 @@ class use_backend:
         _choice.backend = self._previous.pop()
 
 
-def _why_not(name: str, tensor: Tensor, num_classes: int, num_keys: int) -> str | None:
+def _why_not(
+    name: str, tensor: Tensor, num_classes: int, num_keys: int, shapes_losses: bool
+) -> str | None:
     """Why the backend does not support a call with this input, or None."""
     device = "cpu" if name == "cpu" or _ON_HOST.get(name) else "cuda"
     if name != "reference" and tensor.device.type != device:
@@ -221,6 +225,11 @@ def _why_not(name: str, tensor: Tensor, num_classes: int, num_keys: int) -> str 
             f"it supports at most {CUDA_MAX_KEYS} keys (images × classes × groups), this call has "
             f'{num_keys}: choose "triton" or "auto"'
         )
+    if name != "reference" and shapes_losses:
+        return (
+            "it does not support label smoothing, a focal factor or hard examples: "
+            'choose "triton" or "auto"'
+        )
     return _no_code_for(tensor.device) if name == "cuda" and device == "cuda" else None
 
 
@@ -230,6 +239,7 @@ def select(
     num_classes: int,
     *,
     num_keys: int = 0,
+    shapes_losses: bool = False,
     by_triton: bool = False,
 ) -> str:
     """The backend of a call with this input (features, logits or predictions). Raises ValueError if
@@ -237,18 +247,20 @@ def select(
 
     Args:
         num_keys: of class moments, the number of keys.
+        shapes_losses: of softmax moments, whether a loss has label smoothing, a focal factor or a
+            smallest value.
         by_triton: `auto` tries `triton` before `cuda`, because it is predicted to be faster
             (_predicted.py).
     """
     chosen = _choice.backend
     if chosen != "auto":
-        reason = _why_not(chosen, tensor, num_classes, num_keys)
+        reason = _why_not(chosen, tensor, num_classes, num_keys, shapes_losses)
         if reason:
             raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
         return chosen
     for name in ("triton", "cuda", "cpu", "reference") if by_triton else NAMES:
         # Interpreted and emulated kernels are for tests: they are never selected automatically.
         unusable = _MISSING[name] or _ON_HOST.get(name)
-        if not (unusable or _why_not(name, tensor, num_classes, num_keys)):
+        if not (unusable or _why_not(name, tensor, num_classes, num_keys, shapes_losses)):
             return name
     return "reference"

@@ -84,22 +84,26 @@ def check_labels(function: str, labels: Tensor, features: Tensor) -> None:
         fail(function, "labels", "at least one label per image", f"shape {tuple(labels.shape)}")
 
 
-def check_logits(function: str, logits: Tensor) -> None:
-    """logits: floating, (N, K), (B, K, N), (B, K, h, w) or (B, K, d, h, w), K at least 2."""
+def check_logits(function: str, logits: Tensor, *, sigmoid: bool = False) -> None:
+    """logits: floating, (N, K), (B, K, N), (B, K, h, w) or (B, K, d, h, w), K at least 2, for
+    sigmoids at least 1."""
     check_strided(function, "logits", logits)
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3, 4, 5):
         expected = "a tensor (N, K), (B, K, N), (B, K, h, w) or (B, K, d, h, w)"
         fail(function, "logits", expected, describe(logits))
     if logits.dtype not in FLOATING:
         fail(function, "logits", "float32, bfloat16, float16 or float64", logits.dtype)
-    if logits.shape[1] == 1:  # its softmax is 1: the loss would be 0, and each prediction right
+    least = 1 if sigmoid else 2
+    if logits.shape[1] == 1 and not sigmoid:
+        # its softmax is 1: the loss would be 0, and each prediction right
         expected = (
-            "at least 2 classes in dimension 1 (for the logits x of one sigmoid give those of two "
-            "classes, (0, x): torch.cat([torch.zeros_like(x), x], 1))"
+            "at least 2 classes in dimension 1 (for one sigmoid: pixel_binary_cross_entropy, "
+            "BinaryCrossEntropy, Dice(sigmoid=True), pixel_confusion(sigmoid=True); elsewhere give "
+            "the logits of two classes, torch.cat([torch.zeros_like(x), x], 1))"
         )
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
-    if not 2 <= logits.shape[1] <= MAX_CLASSES:
-        expected = f"2 to {MAX_CLASSES} classes in dimension 1"
+    if not least <= logits.shape[1] <= MAX_CLASSES:
+        expected = f"{least} to {MAX_CLASSES} classes in dimension 1"
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
 
 
@@ -123,6 +127,23 @@ def _fail_labels(function: str, labels: object, logits: Tensor) -> NoReturn:
     shape = (logits.shape[0], *logits.shape[2:])
     expected = f"({shape[0]}, H, W)" if logits.dim() == 4 else shape
     fail(function, "labels", f"a tensor {expected}, as logits", describe(labels))
+
+
+def check_pos_weight(function: str, pos_weight: object, logits: Tensor) -> None:
+    """A number of at least 0, or a floating tensor with one for all or each of the C channels of
+    logits, on their device, without a gradient."""
+    if not isinstance(pos_weight, Tensor):
+        check_number(function, "pos_weight", pos_weight)
+        return
+    check_strided(function, "pos_weight", pos_weight)
+    channels = logits.shape[1]
+    if pos_weight.numel() not in (1, channels) or not pos_weight.is_floating_point():
+        expected = f"a number, or floating numbers for {channels} channels"
+        fail(function, "pos_weight", expected, describe(pos_weight))
+    if pos_weight.device != logits.device:
+        fail(function, "pos_weight", f"device {logits.device}, as logits", pos_weight.device)
+    if pos_weight.requires_grad:
+        fail(function, "pos_weight", "no gradient (its detach())", "requires_grad = True")
 
 
 def check_integers(function: str, argument: str, values: Tensor) -> None:

@@ -285,6 +285,9 @@ def _softmax_moments_kernel(
 def softmax_moments(
     logits: Tensor,
     labels: Tensor,
+    smoothing: Tensor | None,
+    min_loss: float | None,
+    focal_gamma: float,
     ignore_index: int,
     align_corners: bool,
     per_image: bool,
@@ -300,6 +303,8 @@ def softmax_moments(
     each tile of lanes, or fewer rows if these would take more than 16 MiB and 1/8 of the logits.
     Logits whose classes are contiguous are copied.
     """
+    if smoothing is not None or min_loss is not None or focal_gamma > 0:
+        raise NotImplementedError("softmax_moments: smoothing, min_loss, focal_gamma")
     batch, num_classes = logits.shape[:2]
     shape = (batch, num_classes) if per_image else (num_classes,)
 
@@ -313,7 +318,7 @@ def softmax_moments(
     pixel_losses, lse = pixel_map(with_pixel_losses), pixel_map(with_lse)
     wanted = (True, with_masses, with_masses, with_squares)  # losses, overlaps, masses, squares
     if labels.numel() == 0:
-        return *(zeros(a).float() for a in wanted), pixel_losses, lse, counts, hits
+        return *(zeros(a).float() for a in wanted), pixel_losses, lse, counts, hits, zeros(False)
 
     logits = class_planes(logits)
     upsampling = upsampling_of(logits, *labels.shape[1:], align_corners)
@@ -355,4 +360,4 @@ def softmax_moments(
     sums = (
         logits.new_empty(0, dtype=torch.float32) if p is None else p.sum(over) for p in partials
     )
-    return *sums, pixel_losses, lse, counts, hits
+    return *sums, pixel_losses, lse, counts, hits, zeros(False)

@@ -308,6 +308,9 @@ def softmax_moments_backward(
     dsquares: Tensor | None,
     dpixel_losses: Tensor | None,
     dlse: Tensor | None,
+    smoothing: Tensor | None,
+    min_loss: float | None,
+    focal_gamma: float,
     ignore_index: int,
     align_corners: bool,
 ) -> Tensor:
@@ -317,6 +320,8 @@ def softmax_moments_backward(
     contiguous. If cells have more than MOST_PARTS parts along an axis, it needs a float32 gradient
     for each block of parts: 4·K bytes for every 32 × 32 pixels, or 16 × 16.
     """
+    if smoothing is not None or min_loss is not None or focal_gamma > 0:
+        raise NotImplementedError("softmax_moments: smoothing, min_loss, focal_gamma")
     dlogits = torch.empty_like(logits)
     if labels.numel() == 0:
         return dlogits.zero_()

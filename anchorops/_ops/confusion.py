@@ -19,6 +19,8 @@ from .._checks import (
 )
 from .pixel_argmax import pixel_argmax
 from .registration import define
+from .sigmoid import labels_of_channels, sigmoid_moments
+from .softmax_moments import Options
 
 MATRIX_CLASSES = 4096  # at most: the matrix then needs 128 MiB
 
@@ -106,6 +108,7 @@ def pixel_confusion(
     logits: Tensor,
     labels: Tensor,
     *,
+    sigmoid: bool = False,
     ignore_index: int | None = None,
     align_corners: bool = False,
     check_labels: bool = False,
@@ -116,26 +119,46 @@ def pixel_confusion(
     it needs memory for the predictions, 8 bytes a pixel, and the matrix. Its diagonal is `hits` of
     `softmax_moments`.
 
+    With sigmoid=True, each channel is a binary problem of its own, with a matrix of its own, as in
+    torchmetrics' MultilabelConfusionMatrix; a prediction is positive if its logit is above 0.
+
     Args:
-        logits: (B, K, h, w), as `pixel_argmax`; K at most 4,096.
-        labels: (B, H, W), any integer dtype and size.
+        logits: (B, K, h, w), as `pixel_argmax`; K at most 4,096. With sigmoid=True (B, C, h, w) or
+            another shape of `pixel_binary_cross_entropy`; C at least 1.
+        labels: (B, H, W), any integer dtype and size. With sigmoid=True (B, C, H, W), or (B, H, W)
+            if C = 1, of 0, 1 and ignored labels; integer or bool.
+        sigmoid: as above.
         ignore_index, check_labels: as `confusion`. align_corners: as in F.interpolate.
 
     Returns:
-        int64 [K, K], truth × prediction.
+        int64 [K, K], truth × prediction; with sigmoid=True [C, 2, 2].
 
     Raises:
         ValueError: wrong shape, dtype, device, number or label.
     """
     function = "pixel_confusion"
-    check_logits(function, logits)
+    check_flags(function, sigmoid=sigmoid, align_corners=align_corners, check_labels=check_labels)
+    check_logits(function, logits, sigmoid=sigmoid)
+    if sigmoid:
+        labels = labels_of_channels(function, labels, logits)
+        options = Options(hits=True, align_corners=align_corners)
+        counts, hits, *_ = sigmoid_moments(
+            function,
+            logits.detach(),
+            labels,
+            options,
+            ignore_index=ignore_index,
+            check_labels=check_labels,
+        )
+        assert hits is not None
+        matrices = torch.diag_embed(hits)
+        return matrices + torch.diag_embed((counts - hits).flip(-1)).flip(-2)
     if logits.dim() != 4:
         fail(function, "logits", "a tensor (B, K, h, w)", describe(logits))
     check_labels_of_logits(function, labels, logits)
     num_classes = shape_of(logits)[1]
     _check_classes(function, "logits", num_classes)
     ignore_index = check_ignore_index(function, ignore_index, num_classes)
-    check_flags(function, align_corners=align_corners, check_labels=check_labels)
     if check_labels:
         check_label_values(function, labels, num_classes, ignore_index)
     _, height, width = shape_of(labels)

@@ -13,7 +13,7 @@ from .._checks import (
     fail,
 )
 from ..reference import SoftmaxMoments, fixed_order_sum, statistics_dtype
-from .softmax_moments import moments_for, unchecked_moments
+from .softmax_moments import Options, moments_for
 
 
 def pixel_cross_entropy(
@@ -39,7 +39,7 @@ def pixel_cross_entropy(
     Args:
         logits, labels, ignore_index, align_corners, check_labels: as in `softmax_moments`; K is at
             least 2, because the loss of a single class would always be 0.
-        weight: [K], floating, on the logits' device.
+        weight: [K], floating, on the logits' device; with label smoothing without a gradient.
         label_smoothing: ε in [0, 1].
         reduction: "mean" as above; "sum"; or "none", one value for each label, 0 if ignored.
 
@@ -56,31 +56,29 @@ def pixel_cross_entropy(
     check_share(function, "label_smoothing", label_smoothing)
     if weight is not None:
         check_weight(function, weight, logits)
+        if weight.requires_grad and label_smoothing > 0:
+            expected = "no gradient with label smoothing (its detach())"
+            fail(function, "weight", expected, "requires_grad = True")
         weight = weight.to(statistics_dtype(logits.dtype))
     ignore_index = check_ignore_index(function, ignore_index, logits.shape[1])
-    logits = smoothing_dtype(logits, label_smoothing)
-    moments = moments_for(
-        function,
-        logits,
-        labels,
-        ignore_index=ignore_index,
+    options = Options(
+        smoothing=mixture(weight, label_smoothing, logits.shape[1], logits),
         align_corners=align_corners,
         pixel_losses=reduction == "none",
-        lse=bool(label_smoothing > 0),  # np.float64 gives np.bool_
-        check_labels=check_labels,
     )
-    uniform = None
-    if label_smoothing > 0:
-        uniform = uniform_losses(logits, labels, moments, weight, ignore_index, align_corners)
-    if reduction == "none":
-        weights = pixel_weights(labels, weight, logits, ignore_index)
-        assert moments.pixel_losses is not None
-        return smoothed(weighted(moments.pixel_losses, weights), uniform, label_smoothing, logits)
-    losses, weights = class_losses(moments, weight)
-    if uniform is not None:
-        uniform = fixed_order_sum(uniform)
-    loss = smoothed(fixed_order_sum(losses), uniform, label_smoothing, logits)
-    return loss if reduction == "sum" else divide(loss, fixed_order_sum(weights))
+    moments = moments_for(
+        function, logits, labels, options, ignore_index=ignore_index, check_labels=check_labels
+    )
+    if moments.pixel_losses is not None:
+        if weight is None or label_smoothing > 0:
+            return moments.pixel_losses
+        valid = valid_pixels(labels, logits.shape[1], ignore_index)
+        return weighted(moments.pixel_losses, pixel_weights(labels, weight, valid))
+    loss = fixed_order_sum(class_losses(moments, weight, label_smoothing))
+    if reduction == "sum":
+        return loss
+    counts = used_counts(moments)
+    return divide(loss, fixed_order_sum(counts if weight is None else weight * counts))
 
 
 def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
@@ -106,12 +104,29 @@ def weighted(losses: Tensor, weights: Tensor) -> Tensor:
     return weights * finite_where_unused(losses, weights)
 
 
-def class_losses(moments: SoftmaxMoments, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """w_k·losses[k] and w_k·counts[k]."""
-    counts = moments.counts.to(moments.losses.dtype)
+def mixture(
+    weight: Tensor | None, label_smoothing: float, num_classes: int, logits: Tensor
+) -> Tensor | None:
+    """a and v of `Options.smoothing`: (1 − ε)·w and ε/K·w, for w = weight, [..., K] or 1. None
+    without label smoothing, because then weights apply to the statistics of classes."""
+    if label_smoothing == 0:
+        return None
     if weight is None:
-        return moments.losses, counts
-    return weighted(moments.losses, weight.expand_as(counts)), weight * counts
+        weight = logits.new_ones(num_classes, dtype=statistics_dtype(logits.dtype))
+    return torch.stack([(1 - label_smoothing) * weight, label_smoothing / num_classes * weight], -2)
+
+
+def class_losses(moments: SoftmaxMoments, weight: Tensor | None, label_smoothing: float) -> Tensor:
+    """The weighted losses of each class; with label smoothing they are weighted already."""
+    if weight is None or label_smoothing > 0:
+        return moments.losses
+    return weighted(moments.losses, weight.expand_as(moments.losses))
+
+
+def used_counts(moments: SoftmaxMoments) -> Tensor:
+    """The number of pixels in each class's loss, in the losses' dtype."""
+    counts = moments.counts if moments.used is None else moments.used
+    return counts.to(moments.losses.dtype)
 
 
 def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -120,52 +135,10 @@ def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
 
 
-def pixel_weights(
-    labels: Tensor, weight: Tensor | None, logits: Tensor, ignore_index: int
-) -> Tensor:
-    """w_y of each pixel, 0 where ignored; float32 (float64 for float64 logits), labels' shape."""
-    valid = valid_pixels(labels, logits.shape[1], ignore_index)
-    if weight is None:
-        return valid.to(statistics_dtype(logits.dtype))
-    return torch.where(valid, weight[torch.where(valid, labels.long(), 0)], 0)
-
-
-def smoothing_dtype(logits: Tensor, label_smoothing: float) -> Tensor:
-    """The logits, converted to float32 if label smoothing is used with half precision: then the
-    logits receive two gradients, which are added in float32."""
-    return logits.to(statistics_dtype(logits.dtype)) if label_smoothing > 0 else logits
-
-
-def uniform_losses(
-    logits: Tensor,
-    labels: Tensor,
-    moments: SoftmaxMoments,
-    weight: Tensor | None,
-    ignore_index: int,
-    align_corners: bool,
-) -> Tensor:
-    """Σ_k w_k·(−log p_k) = lse·Σ_k w_k − Σ_k w_k z_k of each pixel, 0 where ignored.
-
-    Upsampling is linear, so Σ_k w_k z_k is one upsampled channel: the lse of a single class.
-    """
-    assert moments.lse is not None
-    mixed = logits
-    if weight is not None:  # classes of weight 0 may be masked by −∞
-        mixed = weighted(logits, weight.view(-1, *(1,) * (logits.dim() - 2)))
-    valid = valid_pixels(labels, logits.shape[1], ignore_index)
-    z = unchecked_moments(
-        "label smoothing",
-        mixed.sum(1, keepdim=True),
-        valid.to(torch.int8) - 1,  # class 0, or −1: ignored
-        ignore_index=-1,
-        align_corners=align_corners,
-        lse=True,
-    ).lse
-    assert z is not None
-    return moments.lse * (logits.shape[1] if weight is None else fixed_order_sum(weight)) - z
-
-
-def smoothed(losses: Tensor, uniform: Tensor | None, share: float, logits: Tensor) -> Tensor:
-    if uniform is None:
-        return losses
-    return (1 - share) * losses + share / logits.shape[1] * uniform
+def pixel_weights(labels: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
+    """w_y of each pixel, 0 where it is not valid. weight: [K], or [C, 2] of C sigmoids, whose
+    channels are the labels' second axis."""
+    if weight.dim() == 1:
+        return torch.where(valid, weight[torch.where(valid, labels.long(), 0)], 0)
+    of_classes = weight.view(-1, *(1,) * (labels.dim() - 2), 2).unbind(-1)
+    return torch.where(valid, torch.where(labels.long() == 1, of_classes[1], of_classes[0]), 0)

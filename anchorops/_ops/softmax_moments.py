@@ -5,19 +5,30 @@ Let z be the logits upsampled bilinearly to the labels' size, p = softmax_k z, y
 valid pixels q:
 
     counts[k] = #{q ∈ V : y = k}                 hits[k] = #{q ∈ V : y = k = argmax z}
-    losses[k] = Σ_{q ∈ V, y = k} −log p_k(q)     overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
+    losses[k] = Σ_{q ∈ V, y = k} L_q             overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
     masses[k] = Σ_{q ∈ V} p_k(q)                 squares[k] = Σ_{q ∈ V} p_k(q)²
-    pixel_losses[q] = −log p_y(q)                lse[q] = log Σ_k e^{z_k(q)};  0 where ignored
+    pixel_losses[q] = L_q                        lse[q] = log Σ_k e^{z_k(q)};  0 where ignored
+    used[k] = #{q ∈ V : y = k and not c < min_loss}
 
-    dz_k = (d + dlse[q])·p_k − d·[y = k] + p_k·(u_k − Σ_j p_j u_j),  0 where ignored
-    d    = dlosses[y] + dpixel_losses[q]
+    L_q = m·(a_y·c + Σ_k v_k·(−log p_k))         c = −log p_y
+    m   = (1 − e^{−c})^γ,  0 where c < min_loss
+
+L is c without the options: a = 1 and v = 0 without label smoothing, m = 1 without a focal factor
+and a smallest loss.
+
+    dz_k = (α + β·Σ_j v_j + dlse[q])·p_k − α·[y = k] − β·v_k + p_k·(u_k − Σ_j p_j u_j)
+    α    = d·(m·a_y + dm/dc·(a_y·c + Σ_k v_k·(−log p_k))),  β = d·m
+    d    = dlosses[y] + dpixel_losses[q],  0 where ignored, like dlse
     u_k  = dmasses[k] + [y = k]·doverlaps[k] + 2·p_k·dsquares[k]
     dlogits = the transpose of the upsampling, of dz
 
 The upsampled logits are never stored: the backward pass computes p again, from logits and lse.
+
+Logits of one channel are those of a sigmoid: the classes are 0 and 1, and z = (0, x).
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,53 +46,73 @@ from .._predicted import cross_entropy_by_triton
 from ..reference import SoftmaxMoments, statistics_dtype
 from .registration import Gradient, define
 
+
+class Options(NamedTuple):
+    """The arguments of the operator, except the logits and the labels.
+
+    smoothing: a and v as the rows of [2, K], or of each image, [B, 2, K]; of at least 0, in the
+        statistics' dtype, contiguous. Classes of v_k = 0 are left out of the sum over the classes.
+    min_loss: pixels of smaller −log p_y are not used in the losses; NaN is not smaller.
+    """
+
+    smoothing: Tensor | None = None
+    min_loss: float | None = None
+    focal_gamma: float = 0.0
+    ignore_index: int = 255
+    align_corners: bool = False
+    per_image: bool = False
+    hits: bool = False
+    masses: bool = False
+    squares: bool = False
+    pixel_losses: bool = False
+    lse: bool = False
+
+    @property
+    def shapes_losses(self) -> bool:
+        """Whether L is not just −log p_y."""
+        return self.smoothing is not None or self.min_loss is not None or self.focal_gamma > 0
+
+
 # logits (B, K, h, w) of any strides, labels (B, H, W) of any integer dtype and strides. Statistics
 # of classes are [K], with per_image [B, K]; pixel_losses and lse are (B, H, W), contiguous.
 # Floating-point results are float32, for float64 logits float64. A result that was not requested is
-# an empty tensor (0,).
+# an empty tensor (0,). Logits of one channel, with K = 2 statistics, are for the backend cpu alone.
 _SCHEMA = (
-    "(Tensor logits, Tensor labels, int ignore_index, bool align_corners, bool per_image, "
+    "(Tensor logits, Tensor labels, Tensor? smoothing, float? min_loss, float focal_gamma, "
+    "int ignore_index, bool align_corners, bool per_image, "
     "bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) "
     "-> (Tensor losses, Tensor overlaps, Tensor masses, Tensor squares, Tensor pixel_losses, "
-    "Tensor lse, Tensor counts, Tensor hits)"
+    "Tensor lse, Tensor counts, Tensor hits, Tensor used)"
 )
 
 # Gradients have the shapes and the dtype of the results; those of classes are all [K] or all
 # [B, K]. dlogits is dense and has the logits' dtype and layout.
 _BACKWARD_SCHEMA = (
     "(Tensor logits, Tensor labels, Tensor lse, Tensor? dlosses, Tensor? doverlaps, "
-    "Tensor? dmasses, Tensor? dsquares, Tensor? dpixel_losses, Tensor? dlse, int ignore_index, "
-    "bool align_corners) -> Tensor"
+    "Tensor? dmasses, Tensor? dsquares, Tensor? dpixel_losses, Tensor? dlse, Tensor? smoothing, "
+    "float? min_loss, float focal_gamma, int ignore_index, bool align_corners) -> Tensor"
 )
 
 
-def _forward_fake(
-    logits: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    align_corners: bool,
-    per_image: bool,
-    with_hits: bool,
-    with_masses: bool,
-    with_squares: bool,
-    with_pixel_losses: bool,
-    with_lse: bool,
-) -> tuple[Tensor, ...]:
+def _forward_fake(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    asked = Options(*options)
     dtype = statistics_dtype(logits.dtype)
-    by_class = logits.shape[:2] if per_image else logits.shape[1:2]
+    batch, num_classes = logits.shape[0], 2 if logits.shape[1] == 1 else logits.shape[1]
+    by_class = (batch, num_classes) if asked.per_image else (num_classes,)
 
-    def empty(asked: bool, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def empty(asked: bool, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return logits.new_empty(shape if asked else (0,), dtype=dtype)
 
     return (
         empty(True, by_class, dtype),
-        empty(with_masses, by_class, dtype),
-        empty(with_masses, by_class, dtype),
-        empty(with_squares, by_class, dtype),
-        empty(with_pixel_losses, labels.shape, dtype),
-        empty(with_lse, labels.shape, dtype),
+        empty(asked.masses, by_class, dtype),
+        empty(asked.masses, by_class, dtype),
+        empty(asked.squares, by_class, dtype),
+        empty(asked.pixel_losses, labels.shape, dtype),
+        empty(asked.lse, labels.shape, dtype),
         empty(True, by_class, torch.int64),
-        empty(with_hits, by_class, torch.int64),
+        empty(asked.hits, by_class, torch.int64),
+        empty(asked.min_loss is not None, by_class, torch.int64),
     )
 
 
@@ -90,33 +121,47 @@ def _backward_fake(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, ctx.ignore_index, ctx.align_corners, _, _, *asked = inputs
-    ctx.with_masses, ctx.with_squares, ctx.with_pixel_losses, ctx.with_lse = asked
-    lse, counts, hits = output[5:]
-    ctx.mark_non_differentiable(counts, hits)
-    ctx.save_for_backward(logits, labels, lse)
+    logits, labels, *options = inputs
+    asked = Options(*options)
+    lse, counts, hits, used = output[5:]
+    ctx.mark_non_differentiable(counts, hits, used)
+    ctx.save_for_backward(logits, labels, lse, asked.smoothing)
+    ctx.options = asked._replace(smoothing=None)
 
 
 def _backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    dlosses, doverlaps, dmasses, dsquares, dpixel_losses, dlse, _, _ = grads
+    dlosses, doverlaps, dmasses, dsquares, dpixel_losses, dlse, *_ = grads
+    asked: Options = ctx.options
     # The gradient of an absent (empty) output is an empty tensor, not None.
     given = (
         dlosses,
-        doverlaps if ctx.with_masses else None,
-        dmasses if ctx.with_masses else None,
-        dsquares if ctx.with_squares else None,
-        dpixel_losses if ctx.with_pixel_losses else None,
-        dlse if ctx.with_lse else None,
+        doverlaps if asked.masses else None,
+        dmasses if asked.masses else None,
+        dsquares if asked.squares else None,
+        dpixel_losses if asked.pixel_losses else None,
+        dlse if asked.lse else None,
     )
     dlogits = None
     if ctx.needs_input_grad[0] and any(grad is not None for grad in given):
-        logits, labels, lse = ctx.saved_tensors
-        options = ctx.ignore_index, ctx.align_corners
-        if not ctx.with_lse:
+        logits, labels, lse, smoothing = ctx.saved_tensors
+        if not asked.lse:
             # torch.vmap and traces without gradients hide that a gradient will be requested
-            lse = ctx.forward(logits, labels, *options, *(False,) * 5, True)[5]
-        dlogits = operator(logits, labels, lse, *given, *options)
-    return dlogits, *(None,) * 9
+            lse_only = Options(
+                ignore_index=asked.ignore_index, align_corners=asked.align_corners, lse=True
+            )
+            lse = ctx.forward(logits, labels, *lse_only)[5]
+        dlogits = operator(
+            logits,
+            labels,
+            lse,
+            *given,
+            smoothing,
+            asked.min_loss,
+            asked.focal_gamma,
+            asked.ignore_index,
+            asked.align_corners,
+        )
+    return dlogits, *(None,) * 12
 
 
 define(
@@ -193,11 +238,7 @@ def softmax_moments(
             call.
         RuntimeError: a second or a forward-mode derivative was requested from a fused backend.
     """
-    return moments_for(
-        "softmax_moments",
-        logits,
-        labels,
-        ignore_index=ignore_index,
+    options = Options(
         align_corners=align_corners,
         per_image=per_image,
         hits=hits,
@@ -205,6 +246,13 @@ def softmax_moments(
         squares=squares,
         pixel_losses=pixel_losses,
         lse=lse,
+    )
+    return moments_for(
+        "softmax_moments",
+        logits,
+        labels,
+        options,
+        ignore_index=ignore_index,
         check_labels=check_labels,
     )
 
@@ -213,106 +261,61 @@ def moments_for(
     function: str,
     logits: Tensor,
     labels: Tensor,
+    options: Options,
     *,
     ignore_index: int | None,
-    align_corners: bool,
-    per_image: bool = False,
-    hits: bool = False,
-    masses: bool = False,
-    squares: bool = False,
-    pixel_losses: bool = False,
-    lse: bool = False,
     check_labels: bool = False,
 ) -> SoftmaxMoments:
-    """`softmax_moments`, with messages that name `function`."""
+    """`softmax_moments` with all options and messages that name `function`.
+
+    ignore_index is that of the caller, who may not have given one.
+    """
     check_logits(function, logits)
     check_labels_of_logits(function, labels, logits)
     ignore_index = check_ignore_index(function, ignore_index, logits.shape[1])
-    check_flags(
-        function,
-        align_corners=align_corners,
-        per_image=per_image,
-        hits=hits,
-        masses=masses,
-        squares=squares,
-        pixel_losses=pixel_losses,
-        lse=lse,
-        check_labels=check_labels,
-    )
+    flags = {name: value for name, value in options._asdict().items() if name in _FLAGS}
+    check_flags(function, **flags, check_labels=check_labels)
     if check_labels:
         check_label_values(function, labels, logits.shape[1], ignore_index)
-    return unchecked_moments(
-        function,
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        align_corners=align_corners,
-        per_image=per_image,
-        hits=hits,
-        masses=masses,
-        squares=squares,
-        pixel_losses=pixel_losses,
-        lse=lse,
-    )
+    return unchecked_moments(function, logits, labels, options._replace(ignore_index=ignore_index))
+
+
+_FLAGS = ("align_corners", "per_image", "hits", "masses", "squares", "pixel_losses", "lse")
 
 
 def unchecked_moments(
-    function: str,
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int,
-    align_corners: bool,
-    per_image: bool = False,
-    hits: bool = False,
-    masses: bool = False,
-    squares: bool = False,
-    pixel_losses: bool = False,
-    lse: bool = False,
+    function: str, logits: Tensor, labels: Tensor, options: Options
 ) -> SoftmaxMoments:
-    """`moments_for`, of arguments that were already checked; K may be 1."""
+    """`moments_for`, of arguments that were already checked. Logits may have one channel."""
     shape = labels.shape
     logits, labels = _as_images(logits, labels)
-    cross_entropy_only = not (hits or masses or squares)
+    cross_entropy_only = not (options.hits or options.masses or options.squares)
     by_triton = cross_entropy_only and cross_entropy_by_triton(logits.shape[1])
-    backend = select(function, logits, logits.shape[1], by_triton=by_triton)
+    backend = select(
+        function,
+        logits,
+        logits.shape[1],
+        by_triton=by_triton,
+        shapes_losses=options.shapes_losses,
+    )
+    if logits.shape[1] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], 1)
     if backend == "reference":
-        moments = reference.softmax_moments(
-            logits,
-            labels,
-            ignore_index=ignore_index,
-            align_corners=align_corners,
-            per_image=per_image,
-            hits=hits,
-            masses=masses,
-            squares=squares,
-            pixel_losses=pixel_losses,
-            lse=lse,
-        )
+        moments = reference.softmax_moments(logits, labels, **options._asdict())
     else:
-        keep_lse = lse or (logits.requires_grad and torch.is_grad_enabled())
+        keep_lse = options.lse or (logits.requires_grad and torch.is_grad_enabled())
         operator = getattr(torch.ops.anchorops.softmax_moments, backend)
-        found = operator(
-            logits,
-            labels,
-            ignore_index,
-            align_corners,
-            per_image,
-            hits,
-            masses,
-            squares,
-            pixel_losses,
-            keep_lse,
-        )
+        found = operator(logits, labels, *options._replace(lse=keep_lse))
         moments = SoftmaxMoments(
             counts=found[6],
-            hits=found[7] if hits else None,
+            hits=found[7] if options.hits else None,
             losses=found[0],
-            overlaps=found[1] if masses else None,
-            masses=found[2] if masses else None,
-            squares=found[3] if squares else None,
-            pixel_losses=found[4] if pixel_losses else None,
-            lse=found[5] if lse else None,
+            overlaps=found[1] if options.masses else None,
+            masses=found[2] if options.masses else None,
+            squares=found[3] if options.squares else None,
+            pixel_losses=found[4] if options.pixel_losses else None,
+            lse=found[5] if options.lse else None,
+            used=None if options.min_loss is None else found[8],
         )
     pixel_maps = {"pixel_losses": moments.pixel_losses, "lse": moments.lse}
     return moments._replace(**{k: v.view(shape) for k, v in pixel_maps.items() if v is not None})

@@ -1,6 +1,7 @@
 """Losses: pixel losses from softmax moments, and the published methods from class moments."""
 
 from .base import Regularizer
+from .binary_cross_entropy import BinaryCrossEntropy
 from .cbp import CBP
 from .ceco import CeCo
 from .combined import Combined
@@ -16,6 +17,7 @@ __all__ = [
     "MVSC",
     "OCCL",
     "SAR",
+    "BinaryCrossEntropy",
     "CeCo",
     "Combined",
     "CrossEntropy",

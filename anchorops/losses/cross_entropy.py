@@ -9,19 +9,11 @@ from torch import Tensor
 
 from .._checks import check_number, check_share, describe, fail
 from .._ops.confusion import confusion
-from .._ops.pixel_cross_entropy import (
-    class_losses,
-    divide,
-    finite_where_unused,
-    smoothed,
-    smoothing_dtype,
-    uniform_losses,
-    valid_pixels,
-    weighted,
-)
+from .._ops.pixel_cross_entropy import class_losses, divide, mixture, used_counts, weighted
 from .._ops.pixel_cross_entropy import (
     pixel_weights as weights_of_pixels,
 )
+from .._ops.softmax_moments import Options
 from ..reference import SoftmaxMoments, fixed_order_sum
 from .pixel import PixelLoss, class_weight
 
@@ -55,11 +47,11 @@ class CrossEntropy(PixelLoss):
 
     Call it with (logits, labels, pixel_weights=None). pixel_weights is v, a floating-point tensor
     of the labels' shape; 1 if not given. A pixel of weight 0 adds nothing, even if its loss is ∞.
-    (If its logits are NaN, or −∞ with label smoothing, its gradient is NaN: ignore it by label.)
+    (If its logits are NaN, its gradient is NaN: ignore it by label.)
     `terms`: ce, and accuracy if requested.
 
-    Class weights need no additional time: they are applied to statistics of classes. Label
-    smoothing, focal factor, hard examples and pixel weights need some maps of the labels' size.
+    Class weights, label smoothing, focal factor and `ohem` are part of the passes over the logits.
+    Pixel weights and ohem_kept need some maps of the labels' size.
     """
 
     settings = ("label_smoothing", "focal_gamma", "ohem", "ohem_kept")
@@ -96,19 +88,21 @@ class CrossEntropy(PixelLoss):
         self.label_smoothing, self.focal_gamma = float(label_smoothing), float(focal_gamma)
         self.ohem, self.ohem_kept = ohem, ohem_kept
 
-    @property
-    def _selects(self) -> bool:
-        return self.ohem is not None or self.ohem_kept is not None
+    def class_weight(self, logits: Tensor) -> Tensor | None:
+        return class_weight(self, logits)
 
-    def prepared(self, logits: Tensor) -> Tensor:
-        return smoothing_dtype(logits, self.label_smoothing)
+    def smoothing(self, weight: Tensor | None, logits: Tensor) -> Tensor | None:
+        """`Options.smoothing`."""
+        return mixture(weight, self.label_smoothing, logits.shape[1], logits)
 
-    def asked(self) -> dict[str, bool]:
-        return {
-            "masses": False,
-            "lse": self.label_smoothing > 0,
-            "pixel_losses": self._selects or self.focal_gamma > 0,
-        }
+    def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
+        by_pixel = pixel_weights is not None or self.ohem_kept is not None
+        return Options(
+            smoothing=self.smoothing(self.class_weight(logits), logits),
+            min_loss=None if self.ohem is None or by_pixel else -math.log(self.ohem),
+            focal_gamma=self.focal_gamma,
+            pixel_losses=by_pixel,
+        )
 
     def parts(
         self,
@@ -117,51 +111,40 @@ class CrossEntropy(PixelLoss):
         labels: Tensor,
         pixel_weights: Tensor | None,
     ) -> dict[str, Tensor]:
-        weight, ignored, uniform = class_weight(self, logits), self.ignored(logits), None
-        if self.label_smoothing > 0:
-            uniform = uniform_losses(logits, labels, moments, weight, ignored, self.align_corners)
-        if pixel_weights is None and not self._selects and self.focal_gamma == 0:
-            losses, weights = class_losses(moments, weight)
-            total = None if uniform is None else fixed_order_sum(uniform)
-            loss = smoothed(fixed_order_sum(losses), total, self.label_smoothing, logits)
-            return {"ce": divide(loss, fixed_order_sum(weights))}
-        ce = moments.pixel_losses
-        assert ce is not None
-        weights = weights_of_pixels(labels, weight, logits, ignored)
-        if pixel_weights is not None:
-            valid = valid_pixels(labels, logits.shape[1], ignored)
-            pixel_weights = torch.where(valid, pixel_weights, 0)  # may be NaN where ignored
-            ce = finite_where_unused(ce, pixel_weights)
-            uniform = None if uniform is None else finite_where_unused(uniform, pixel_weights)
-        losses = ce if weight is None else weighted(ce, weights)  # 0 where ignored
-        losses = smoothed(losses, uniform, self.label_smoothing, logits)
-        if self.focal_gamma > 0:
-            # 1 − e^{−ce}; kept above 0, where the derivative of a power below 1 is infinite
-            miss = (-torch.expm1(-ce)).clamp(min=torch.finfo(ce.dtype).tiny)
-            losses = losses * _power(miss, self.focal_gamma)
-        if pixel_weights is not None:
-            losses, weights = losses * pixel_weights, weights * pixel_weights
-        if self._selects:
-            hard = self._hard(ce.detach(), weights != 0)
-            losses, weights = torch.where(hard, losses, 0), torch.where(hard, weights, 0)
-        return {"ce": divide(fixed_order_sum(losses), fixed_order_sum(weights))}
+        weight, smoothed = self.class_weight(logits), self.label_smoothing > 0
+        if moments.pixel_losses is None:
+            loss = fixed_order_sum(class_losses(moments, weight, self.label_smoothing))
+            counts = used_counts(moments)
+            return {"ce": divide(loss, fixed_order_sum(self.divisors(counts, weight)))}
+        valid = self.valid(logits, labels)
+        # by selection: the weights may be NaN where the label is ignored
+        used = torch.where(valid, 1 if pixel_weights is None else pixel_weights, 0)
+        used = used.to(moments.losses.dtype)
+        of_classes = None if weight is None else weights_of_pixels(labels, weight, valid)
+        if self.ohem is not None or self.ohem_kept is not None:
+            own = moments.pixel_losses.detach()
+            if smoothed or self.focal_gamma > 0:
+                with torch.no_grad():
+                    own = self.moments(logits, labels, Options(pixel_losses=True)).pixel_losses
+            assert own is not None
+            candidates = (used if of_classes is None else used * of_classes) != 0
+            used = torch.where(self._hard(own, candidates), used, 0)
+        shares = used if smoothed or of_classes is None else used * of_classes
+        loss = fixed_order_sum(weighted(moments.pixel_losses, shares))
+        return {"ce": divide(loss, fixed_order_sum(self.divisors(used, of_classes)))}
 
-    def _hard(self, ce: Tensor, valid: Tensor) -> Tensor:
+    def divisors(self, used: Tensor, weight: Tensor | None) -> Tensor:
+        """What the mean divides by, from the numbers of used pixels and their class weights."""
+        return used if weight is None else used * weight
+
+    def _hard(self, ce: Tensor, candidates: Tensor) -> Tensor:
         """The pixels that are used: bool, the labels' shape."""
         ce = ce.float()  # kth_largest needs float32
         bound = math.inf if self.ohem is None else -math.log(self.ohem)
         bound = torch.full((), bound, device=ce.device)
         if self.ohem_kept is not None:
-            bound = bound.minimum(kth_largest(ce, valid, self.ohem_kept))
-        return valid & ~(ce < bound)  # includes NaN
-
-
-def _power(x: Tensor, exponent: float) -> Tensor:
-    """x**exponent for x > 0. On CPUs torch's general power has other bits at the end of a thread's
-    part of the numbers than inside it; its square root, square and cube, exp and log do not."""
-    if exponent in (0.5, 1.0, 2.0, 3.0):
-        return x**exponent
-    return (exponent * x.log()).exp()
+            bound = bound.minimum(kth_largest(ce, candidates, self.ohem_kept))
+        return candidates & ~(ce < bound)  # includes NaN
 
 
 def kth_largest(values: Tensor, valid: Tensor, k: int) -> Tensor:

@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, describe, fail
+from .._ops.softmax_moments import Options
 from ..distributed import all_reduce, group_name
 from ..reference import SoftmaxMoments, fixed_order_sum
+from .binary_cross_entropy import BinaryCrossEntropy
 from .cross_entropy import CrossEntropy
-from .pixel import PixelLoss, class_weight
+from .pixel import PixelLoss, class_weight, share_ignore_index
 
 
 class Dice(PixelLoss):
@@ -25,6 +27,9 @@ class Dice(PixelLoss):
     over the valid pixels of the batch. α = β = ½ is Dice, 2o / (m + c) (Milletari et al.,
     arXiv 1606.04797); α = β = 1 is Jaccard, or IoU; others are Tversky (Salehi et al.,
     arXiv 1706.05721).
+
+    With sigmoid=True, p_k = sigmoid(z_k) and c_k = #{y_k = 1}, for C independent channels k, labels
+    (B, C, H, W), or (B, H, W) if C = 1, of 0, 1 and ignore_index; bool is possible, too. K is C.
 
     Args:
         alpha, beta: α of false positives, β of false negatives, at least 0.
@@ -39,6 +44,7 @@ class Dice(PixelLoss):
         log: −log score_k instead of 1 − score_k.
         gamma: γ above 0, the power of the mean, as in smp's TverskyLoss (Abraham & Khan, arXiv
             1810.07842, apply it to each class).
+        sigmoid: each channel is a binary problem of its own; `accuracy` is over all channels.
         process_group: "world" or a ProcessGroup for the statistics of all its ranks. With DDP, the
             gradients are then those of one process on the concatenated batch. Not with per_image.
             The accuracy in `terms` remains that of the rank.
@@ -67,6 +73,7 @@ class Dice(PixelLoss):
         "absent",
         "log",
         "gamma",
+        "sigmoid",
         "process_group",
     )
     weight: Tensor | None
@@ -85,6 +92,7 @@ class Dice(PixelLoss):
         weight: Tensor | None = None,
         log: bool = False,
         gamma: float = 1.0,
+        sigmoid: bool = False,
         process_group: ProcessGroup | str | None = None,
         accuracy: bool = False,
         ignore_index: int | None = None,
@@ -107,7 +115,7 @@ class Dice(PixelLoss):
         ):
             check_number("Dice", argument, value)
         check_number("Dice", "gamma", gamma, above=True)
-        check_flags("Dice", squared=squared, per_image=per_image, log=log)
+        check_flags("Dice", squared=squared, per_image=per_image, log=log, sigmoid=sigmoid)
         check_choice("Dice", "absent", absent, ("skip", "zero", "keep"))
         if classes is not None:
             numbers = isinstance(classes, Sequence) and all(type(k) is int for k in classes)
@@ -121,14 +129,11 @@ class Dice(PixelLoss):
         self.smooth, self.smooth_denominator = smooth, smooth_denominator
         self.squared, self.per_image, self.classes = squared, per_image, classes
         self.absent, self.log, self.gamma = absent, log, gamma
+        self.sigmoid = sigmoid
         self.process_group = group_name("Dice", process_group)
 
-    def asked(self) -> dict[str, bool]:
-        return {
-            "masses": True,
-            "squares": self.squared,
-            "per_image": self.per_image,
-        }
+    def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
+        return Options(masses=True, squares=self.squared, per_image=self.per_image)
 
     def parts(
         self,
@@ -145,6 +150,8 @@ class Dice(PixelLoss):
         masses = moments.squares if self.squared else moments.masses
         overlaps, counts = moments.overlaps, moments.counts
         assert masses is not None and overlaps is not None
+        if self.sigmoid:  # of the two classes of a channel, class 1
+            overlaps, masses, counts = overlaps[..., 1], masses[..., 1], counts[..., 1]
         if self.process_group is not None:
             group = self.process_group
             overlaps, masses = all_reduce(torch.stack([overlaps, masses]), group).unbind()
@@ -187,15 +194,17 @@ class CrossEntropyDice(PixelLoss):
     """ce_weight·CrossEntropy + dice_weight·Dice, sharing the passes over the logits.
 
     Args:
-        cross_entropy, dice: the two losses; with their default arguments if not given. Both must
-            have the same ignore_index and align_corners.
+        cross_entropy, dice: the two losses; with their default arguments if not given. Both have
+            the same align_corners, and the same kind of logits: CrossEntropy and Dice() are of a
+            softmax, BinaryCrossEntropy and Dice(sigmoid=True) of sigmoids.
         ce_weight, dice_weight: the weights of the two losses.
+        ignore_index: the label to ignore, for both. A loss that has one of its own must have this.
         check_labels: as in `CrossEntropy`; also if one of the two requests it.
 
     Call it with (logits, labels, pixel_weights=None); the pixel weights apply to the cross-entropy.
     `terms`: ce, dice, and accuracy if one of them requests it.
 
-    Raises ValueError if the two differ in ignore_index or align_corners.
+    Raises ValueError if the two differ in ignore_index, align_corners or the kind of logits.
     """
 
     settings = ("ce_weight", "dice_weight")
@@ -207,10 +216,13 @@ class CrossEntropyDice(PixelLoss):
         *,
         ce_weight: float = 1.0,
         dice_weight: float = 1.0,
+        ignore_index: int | None = None,
         check_labels: bool = False,
     ) -> None:
-        cross_entropy = CrossEntropy() if cross_entropy is None else cross_entropy
-        dice = Dice() if dice is None else dice
+        of_sigmoids = getattr(cross_entropy or dice, "sigmoid", False)
+        if cross_entropy is None:
+            cross_entropy = BinaryCrossEntropy() if of_sigmoids else CrossEntropy()
+        dice = Dice(sigmoid=of_sigmoids) if dice is None else dice
         check_number("CrossEntropyDice", "ce_weight", ce_weight)
         check_number("CrossEntropyDice", "dice_weight", dice_weight)
         check_flags("CrossEntropyDice", check_labels=check_labels)
@@ -220,28 +232,27 @@ class CrossEntropyDice(PixelLoss):
         ):
             if not isinstance(value, kind):
                 fail("CrossEntropyDice", argument, f"a {kind.__name__}", describe(value))
-        for name in ("ignore_index", "align_corners"):
-            first, second = getattr(cross_entropy, name), getattr(dice, name)
-            if first != second:
-                expected = f"the cross-entropy's {name}, {first}"
-                fail("CrossEntropyDice", "dice", expected, f"{name} = {second}")
+        if cross_entropy.sigmoid != dice.sigmoid:
+            expected = f"sigmoid={cross_entropy.sigmoid}, as {type(cross_entropy).__name__} has it"
+            fail("CrossEntropyDice", "dice", expected, f"sigmoid={dice.sigmoid}")
+        if cross_entropy.align_corners != dice.align_corners:
+            expected = f"the cross-entropy's align_corners, {cross_entropy.align_corners}"
+            fail("CrossEntropyDice", "dice", expected, f"align_corners = {dice.align_corners}")
+        ignore_index = share_ignore_index("CrossEntropyDice", ignore_index, cross_entropy, dice)
         super().__init__(
             accuracy=cross_entropy.accuracy or dice.accuracy,
-            ignore_index=cross_entropy.ignore_index,
+            ignore_index=ignore_index,
             align_corners=cross_entropy.align_corners,
             check_labels=check_labels or cross_entropy.check_labels or dice.check_labels,
         )
+        self.sigmoid = dice.sigmoid
         self.cross_entropy, self.dice = cross_entropy, dice
         self.ce_weight, self.dice_weight = ce_weight, dice_weight
 
-    def prepared(self, logits: Tensor) -> Tensor:
-        return self.cross_entropy.prepared(logits)
-
-    def asked(self) -> dict[str, bool]:
-        both = self.cross_entropy.asked(), self.dice.asked()
-        return {
-            name: any(asked.get(name, False) for asked in both) for asked in both for name in asked
-        }
+    def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
+        options = self.cross_entropy.options(logits, labels, pixel_weights)
+        dice = self.dice
+        return options._replace(masses=True, squares=dice.squared, per_image=dice.per_image)
 
     def parts(
         self,

@@ -16,7 +16,9 @@ from .._checks import (
     describe,
     fail,
 )
-from .._ops.softmax_moments import moments_for
+from .._ops.pixel_cross_entropy import valid_pixels
+from .._ops.sigmoid import labels_of_channels, sigmoid_moments
+from .._ops.softmax_moments import Options, moments_for
 from ..reference import SoftmaxMoments, statistics_dtype
 from .initialized import Initialized
 
@@ -36,6 +38,7 @@ class PixelLoss(Initialized):
     """
 
     settings: tuple[str, ...] = ()
+    sigmoid = False  # whether each channel of the logits is a sigmoid of its own
 
     def __init__(
         self,
@@ -60,14 +63,16 @@ class PixelLoss(Initialized):
 
     def ignored(self, logits: Tensor) -> int:
         """The label to ignore, for the number of classes of these logits."""
-        return check_ignore_index(type(self).__name__, self.ignore_index, logits.shape[1])
+        num_classes = 2 if self.sigmoid else logits.shape[1]
+        return check_ignore_index(type(self).__name__, self.ignore_index, num_classes)
 
-    def prepared(self, logits: Tensor) -> Tensor:
-        """The logits as the loss needs them."""
-        return logits
+    def valid(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Which labels are classes: bool, the labels' shape."""
+        num_classes = 2 if self.sigmoid else logits.shape[1]
+        return valid_pixels(labels, num_classes, self.ignored(logits))
 
-    def asked(self) -> dict[str, bool]:
-        """The statistics that the loss needs, as arguments of `softmax_moments`, except hits."""
+    def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
+        """The statistics that the loss needs, except hits."""
         raise NotImplementedError
 
     def parts(
@@ -83,30 +88,37 @@ class PixelLoss(Initialized):
     def forward(
         self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None
     ) -> Tensor:
-        check_logits(type(self).__name__, logits)
-        asked = self.asked() | {"hits": self.accuracy}
+        function = type(self).__name__
+        check_logits(function, logits, sigmoid=self.sigmoid)
+        given = labels
+        if self.sigmoid:
+            labels = labels_of_channels(function, labels, logits)
+        else:
+            check_labels_of_logits(function, labels, logits)
         if pixel_weights is not None:
-            check_labels_of_logits(type(self).__name__, labels, logits)
-            self._check_pixel_weights(pixel_weights, labels)
-            asked["pixel_losses"] = True
-        logits = self.prepared(logits)
-        moments = moments_for(
-            type(self).__name__,
-            logits,
-            labels,
-            ignore_index=self.ignored(logits),
-            align_corners=self.align_corners,
-            check_labels=self.check_labels,
-            **asked,
-        )
+            self._check_pixel_weights(pixel_weights, given)
+        options = self.options(logits, labels, pixel_weights)
+        moments = self.moments(logits, labels, options._replace(hits=self.accuracy))
         if pixel_weights is not None:
-            pixel_weights = pixel_weights.to(moments.losses.dtype)
+            pixel_weights = pixel_weights.to(moments.losses.dtype).view(labels.shape)
         parts = self.parts(moments, logits, labels, pixel_weights)
         self.terms = {name: part.detach() for name, part in parts.items()}
         if moments.hits is not None:
             counts = moments.counts.sum().clamp(min=1)
             self.terms["accuracy"] = moments.hits.sum() / counts
         return torch.stack(tuple(parts.values())).sum()
+
+    def moments(self, logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:
+        """The statistics of classes are [K], or [C, 2] of C sigmoids; with per_image [B, …]."""
+        moments_of = sigmoid_moments if self.sigmoid else moments_for
+        return moments_of(
+            type(self).__name__,
+            logits,
+            labels,
+            options._replace(align_corners=self.align_corners),
+            ignore_index=self.ignored(logits),
+            check_labels=self.check_labels,
+        )
 
     def _check_pixel_weights(self, pixel_weights: Tensor, labels: Tensor) -> None:
         check_strided(type(self).__name__, "pixel_weights", pixel_weights)
@@ -119,8 +131,11 @@ class PixelLoss(Initialized):
             expected = f"a floating tensor {tuple(labels.shape)} on {labels.device}, as labels"
             fail(type(self).__name__, "pixel_weights", expected, describe(pixel_weights))
 
-    def _register_weight(self, weight: object) -> None:
-        """Register the buffer `weight`: None or a copy [K], float32 (float64 if it was that)."""
+    def _register_weight(self, weight: object, name: str = "weight") -> None:
+        """Register the buffer `name`: None or a copy [K], float32 (float64 if it was that). The
+        number `pos_weight` has the shape (1,), and axes of length 1 after the channels are left
+        out."""
+        function = type(self).__name__
         if weight is not None:
             try:
                 dtype = torch.float64 if getattr(weight, "dtype", 0) == torch.float64 else None
@@ -128,14 +143,16 @@ class PixelLoss(Initialized):
                     raise TypeError
                 weight = torch.as_tensor(weight, dtype=dtype or torch.float32).detach().clone()
             except (TypeError, ValueError, RuntimeError):
-                fail(type(self).__name__, "weight", "a number for each class", describe(weight))
+                fail(function, name, "a number for each class", describe(weight))
             if weight.is_meta:
                 expected = 'numbers: build the loss outside of torch.device("meta")'
-                fail(type(self).__name__, "weight", expected, describe(weight))
+                fail(function, name, expected, describe(weight))
+            if name == "pos_weight" and weight.numel() == weight.shape[:1].numel():
+                weight = weight.reshape(-1)
             if weight.dim() != 1 or not ((weight >= 0) & weight.isfinite()).all():
                 expected = "a finite number of at least 0 for each class"
-                fail(type(self).__name__, "weight", expected, describe(weight))
-        self.register_buffer("weight", weight)
+                fail(function, name, expected, describe(weight))
+        self.register_buffer(name, weight)
 
     def extra_repr(self) -> str:
         names = [*self.settings, "accuracy", "ignore_index", "align_corners", "check_labels"]
@@ -154,3 +171,15 @@ def class_weight(loss: PixelLoss, logits: Tensor) -> Tensor | None:
     if weight.device != logits.device:
         fail(type(loss).__name__, "logits", f"device {weight.device}, as weight", logits.device)
     return weight.to(statistics_dtype(logits.dtype))
+
+
+def share_ignore_index(function: str, ignore_index: int | None, *parts: PixelLoss) -> int | None:
+    """Give the label to ignore of the whole, or else of one part, to the parts without their own.
+    Raises ValueError if two differ."""
+    given = {i for i in (ignore_index, *(part.ignore_index for part in parts)) if i is not None}
+    if len(given) > 1:
+        fail(function, "ignore_index", "one label for all parts", sorted(given))
+    shared = given.pop() if given else None
+    for part in parts:
+        part.ignore_index = shared
+    return shared

@@ -13,7 +13,8 @@ from .upsampling import upsample
 class SoftmaxMoments(NamedTuple):
     """Statistics of each class, from p = the softmax of the logits upsampled to the labels' size.
 
-    `counts`, `hits`, `losses`, `overlaps`, `masses` and `squares` are [K], with per_image [B, K].
+    `counts`, `hits`, `losses`, `overlaps`, `masses`, `squares` and `used` are [K], with per_image
+    [B, K].
     `pixel_losses` and `lse` (log-sum-exp) have the labels' shape. What was not requested is None.
     """
 
@@ -25,12 +26,16 @@ class SoftmaxMoments(NamedTuple):
     squares: Tensor | None
     pixel_losses: Tensor | None
     lse: Tensor | None
+    used: Tensor | None = None
 
 
 def softmax_moments(
     logits: Tensor,
     labels: Tensor,
     *,
+    smoothing: Tensor | None = None,
+    min_loss: float | None = None,
+    focal_gamma: float = 0.0,
     ignore_index: int,
     align_corners: bool = False,
     per_image: bool = False,
@@ -43,11 +48,14 @@ def softmax_moments(
     """Let z be the upsampled logits, p = softmax z, V the valid pixels q:
 
     counts[k] = #{q ∈ V : y = k}                 hits[k] = #{q ∈ V : y = k = argmax z}
-    losses[k] = Σ_{q ∈ V, y = k} −log p_k(q)     overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
+    losses[k] = Σ_{q ∈ V, y = k} L_q             overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
     masses[k] = Σ_{q ∈ V} p_k(q)                 squares[k] = Σ_{q ∈ V} p_k(q)²
-    pixel_losses[q] = −log p_y(q)                lse[q] = log Σ_k e^{z_k(q)};  0 where ignored
+    pixel_losses[q] = L_q                        lse[q] = log Σ_k e^{z_k(q)};  0 where ignored
+    used[k] = #{q ∈ V : y = k and not c < min_loss}
 
-    logits: (B, K, h, w); labels: (B, H, W).
+    L_q = m·(a_y·c + Σ_k v_k·(−log p_k)), c = −log p_y, m = (1 − e^{−c})^γ, 0 where not used
+
+    logits: (B, K, h, w); labels: (B, H, W); smoothing: (a, v) as [2, K] or [B, 2, K].
     """
     dtype = statistics_dtype(logits.dtype)
     (batch, num_classes), size = logits.shape[:2], (labels.shape[1], labels.shape[2])
@@ -57,7 +65,24 @@ def softmax_moments(
     # Ignored pixels are removed by selection, because NaN · 0 would be NaN.
     z = torch.where(valid[:, None], upsample(logits, size, align_corners), 0)
     all_lse = z.logsumexp(1)
-    losses = torch.where(valid, all_lse - z.gather(1, own[:, None])[:, 0], 0)
+    own_losses = torch.where(valid, all_lse - z.gather(1, own[:, None])[:, 0], 0)
+    losses, used = own_losses, valid
+    if smoothing is not None:
+        weights, priors = smoothing.expand(batch, 2, num_classes).to(z.dtype).unbind(1)
+        weights = weights.gather(1, own.flatten(1)).view_as(own)
+        priors = priors[:, :, None, None]
+        # By selection, because 0 · ∞ would be NaN.
+        others = torch.where(priors == 0, 0, priors * (all_lse[:, None] - z))
+        losses = torch.where(weights == 0, 0, weights * losses) + others.sum(1)
+    if focal_gamma > 0:
+        finite = own_losses.isfinite()  # where not, the factor is 1 and has no derivative
+        miss = -torch.expm1(-torch.where(finite, own_losses, 1))
+        # Kept above 0, where the derivative of a power below 1 is infinite.
+        miss = miss.clamp(min=torch.finfo(dtype).tiny)
+        losses = losses * torch.where(finite, miss**focal_gamma, 1)
+    if min_loss is not None:
+        used = valid & ~(own_losses < min_loss)
+    losses = torch.where(used, losses, 0)
     image = torch.arange(batch, device=labels.device)[:, None, None]
     keys = torch.where(valid, image * num_classes + own, -1).flatten()
 
@@ -79,4 +104,5 @@ def softmax_moments(
         squares=over_images(p.square().sum((2, 3))) if squares and p is not None else None,
         pixel_losses=losses.to(dtype) if pixel_losses else None,
         lse=torch.where(valid, all_lse, 0).to(dtype) if lse else None,
+        used=by_class(used.long()) if min_loss is not None else None,
     )

@@ -44,7 +44,7 @@ class Partials {
 };
 
 struct Outputs {
-  Tensor losses, overlaps, masses, squares, pixel_losses, lse, counts, hits;
+  Tensor losses, overlaps, masses, squares, pixel_losses, lse, counts, hits, used;
 };
 
 template <class Value>
@@ -98,9 +98,12 @@ void forward(const Tensor& logits, const Labels& labels, int64_t height, int64_t
   hits.add_up(groups, splits, data_or_null<int64_t>(out.hits));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softmax_moments(
-    Tensor logits, Tensor labels, int64_t ignore_index, bool align_corners, bool per_image,
-    bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softmax_moments(
+    Tensor logits, Tensor labels, std::optional<Tensor> smoothing, std::optional<double> min_loss,
+    double focal_gamma, int64_t ignore_index, bool align_corners, bool per_image, bool with_hits,
+    bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) {
+  STD_TORCH_CHECK(!smoothing && !min_loss && focal_gamma == 0,
+                  "softmax_moments.cpu: smoothing, min_loss and focal_gamma are not supported");
   const int64_t batch = logits.size(0), num_classes = logits.size(1);
   const ScalarType dtype = logits.scalar_type();
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
@@ -123,15 +126,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
                        by_pixel(with_pixel_losses),
                        by_pixel(with_lse),
                        by_class(true, ScalarType::Long),
-                       by_class(with_hits, ScalarType::Long)};
+                       by_class(with_hits, ScalarType::Long),
+                       by_class(false, ScalarType::Long)};
   if (!empty)
     for_dtype("softmax_moments.cpu", dtype, [&](auto element) {
       forward<decltype(element)>(
           logits, labels_of("softmax_moments.cpu", labels, num_classes, ignore_index),
           labels.size(1), labels.size(2), align_corners, per_image, out);
     });
-  return {out.losses,       out.overlaps, out.masses, out.squares,
-          out.pixel_losses, out.lse,      out.counts, out.hits};
+  return {out.losses, out.overlaps, out.masses, out.squares, out.pixel_losses,
+          out.lse,    out.counts,   out.hits,   out.used};
 }
 
 template <class T>
@@ -155,7 +159,10 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
                                 std::optional<Tensor> dlosses, std::optional<Tensor> doverlaps,
                                 std::optional<Tensor> dmasses, std::optional<Tensor> dsquares,
                                 std::optional<Tensor> dpixel_losses, std::optional<Tensor> dlse,
-                                int64_t ignore_index, bool align_corners) {
+                                std::optional<Tensor> smoothing, std::optional<double> min_loss,
+                                double focal_gamma, int64_t ignore_index, bool align_corners) {
+  STD_TORCH_CHECK(!smoothing && !min_loss && focal_gamma == 0,
+                  "softmax_moments.cpu: smoothing, min_loss and focal_gamma are not supported");
   Tensor dlogits = torch::stable::empty_like(logits);
   if (dlogits.numel() == 0) return dlogits;
   if (labels.numel() == 0) return torch::stable::zero_(dlogits);

@@ -1,0 +1,106 @@
+"""Binary cross-entropy at the labels' resolution, computed from softmax moments."""
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_ignore_index, check_logits, check_pos_weight
+from ..reference import fixed_order_sum, statistics_dtype
+from .pixel_cross_entropy import (
+    class_losses,
+    divide,
+    mixture,
+    pixel_weights,
+    used_counts,
+    valid_pixels,
+    weighted,
+)
+from .sigmoid import labels_of_channels, sigmoid_moments
+from .softmax_moments import Options
+
+
+def pixel_binary_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    pos_weight: Tensor | float | None = None,
+    ignore_index: int | None = None,
+    align_corners: bool = False,
+    reduction: str = "mean",
+    check_labels: bool = False,
+) -> Tensor:
+    """Binary cross-entropy of low-resolution logits, compared with labels at their own size.
+
+    Equal to F.binary_cross_entropy_with_logits(F.interpolate(logits.float(), labels.shape[-2:],
+    mode="bilinear", align_corners=align_corners), labels.float(), pos_weight=…), but it never
+    stores the upsampled logits, and labels can be ignored:
+
+        L_q = −w·y·log σ(z) − (1 − y)·log(1 − σ(z)),   L = Σ_q L_q / #{q} for "mean"
+
+    with w = pos_weight (1 if not given), over the valid labels q of all channels.
+
+    Args:
+        logits: (B, C, h, w), any strides, for C independent channels, at least 1; (N, C), (B, C, N)
+            or (B, C, d, h, w). float32, bfloat16, float16 or float64.
+        labels: (B, C, H, W) of any size, or (B, H, W) if C = 1; of other logits their shape. 0, 1
+            or ignored; any integer dtype, or bool.
+        pos_weight: a number for all channels, or a tensor with one of each channel, on the logits'
+            device, without a gradient.
+        ignore_index: the label to ignore, 255 by default; labels other than 0 and 1 are ignored,
+            too.
+        align_corners: of the upsampling, as in F.interpolate.
+        reduction: "mean" as above; "sum"; or "none", one value for each label, 0 if ignored.
+        check_labels: raise an error if a label is not 0, 1 or ignore_index; this synchronises with
+            the device.
+
+    Returns:
+        A scalar, or the labels' shape; float32 (float64 for float64 logits). If no label is valid,
+        it is 0.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, value or label.
+    """
+    function = "pixel_binary_cross_entropy"
+    check_logits(function, logits, sigmoid=True)
+    shape = labels.shape if isinstance(labels, Tensor) else ()
+    labels = labels_of_channels(function, labels, logits)
+    check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
+    ignore_index = check_ignore_index(function, ignore_index, 2)
+    weight = None
+    if pos_weight is not None:
+        check_pos_weight(function, pos_weight, logits)
+        weight = class_weights(pos_weight, logits)
+    moments = sigmoid_moments(
+        function,
+        logits,
+        labels,
+        Options(align_corners=align_corners, pixel_losses=reduction == "none"),
+        ignore_index=ignore_index,
+        check_labels=check_labels,
+    )
+    if moments.pixel_losses is not None:
+        losses = moments.pixel_losses
+        if weight is not None:
+            valid = valid_pixels(labels, 2, ignore_index)
+            losses = weighted(losses, pixel_weights(labels, weight, valid))
+        return losses.view(shape)
+    loss = fixed_order_sum(class_losses(moments, weight, 0.0))
+    return loss if reduction == "sum" else divide(loss, fixed_order_sum(used_counts(moments)))
+
+
+def class_weights(pos_weight: Tensor | float, logits: Tensor) -> Tensor:
+    """(1, pos_weight): [2], or [C, 2] if it has a number for each channel; in the statistics'
+    dtype."""
+    dtype = statistics_dtype(logits.dtype)
+    if not isinstance(pos_weight, Tensor):
+        pos_weight = torch.full((), pos_weight, dtype=dtype, device=logits.device)
+    pos_weight = pos_weight.to(dtype)
+    pos_weight = pos_weight.flatten() if pos_weight.numel() > 1 else pos_weight.view(())
+    return torch.stack([torch.ones_like(pos_weight), pos_weight], -1)
+
+
+def binary_mixture(weight: Tensor | None, label_smoothing: float, logits: Tensor) -> Tensor | None:
+    """`Options.smoothing` of the images of `sigmoid_moments`."""
+    smoothing = mixture(weight, label_smoothing, 2, logits)
+    if smoothing is None or smoothing.dim() == 2:
+        return smoothing
+    return smoothing.repeat(1 if logits.dim() == 2 else logits.shape[0], 1, 1)

@@ -1,0 +1,87 @@
+"""Sigmoid logits as softmax moments: sigmoid(x) is the softmax of (0, x), so C independent sigmoids
+over (B, C, h, w) are B·C images of two classes."""
+
+import torch
+from torch import Tensor
+
+from .._checks import (
+    check_ignore_index,
+    check_integers,
+    check_label_values,
+    check_strided,
+    describe,
+    fail,
+)
+from ..reference import SoftmaxMoments
+from .softmax_moments import Options, unchecked_moments
+
+
+def labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor:
+    """The labels as (B, C, H, W), or the logits' shape if these are not images; integers. With one
+    channel, its axis may be absent."""
+    check_strided(function, "labels", labels)
+    images, shape = logits.dim() >= 4, logits.shape
+    axes = ", ".join("DHW"[5 - logits.dim() :]) if images else str(tuple(shape[2:]))[1:-1]
+    if isinstance(labels, Tensor) and labels.dim() == logits.dim() - 1 and shape[1] == 1:
+        labels = labels.unsqueeze(1)
+    if (
+        not isinstance(labels, Tensor)
+        or labels.dim() != logits.dim()
+        or labels.shape[:2] != shape[:2]
+        or not (images or labels.shape == shape)
+    ):
+        expected = f"a tensor ({shape[0]}, {shape[1]}, {axes})".replace(", )", ")")
+        fail(function, "labels", f"{expected}, one for each channel of logits", describe(labels))
+    if labels.dtype == torch.bool:
+        labels = labels.view(torch.uint8)
+    check_integers(function, "labels", labels)
+    if labels.device != logits.device:
+        fail(function, "labels", f"device {logits.device}, as logits", labels.device)
+    if images and labels.numel() > 0 and logits.numel() == 0:
+        fail(function, "logits", "at least one pixel per image", f"shape {tuple(shape)}")
+    return labels
+
+
+def sigmoid_moments(
+    function: str,
+    logits: Tensor,
+    labels: Tensor,
+    options: Options,
+    *,
+    ignore_index: int | None,
+    check_labels: bool = False,
+) -> SoftmaxMoments:
+    """Softmax moments of the two classes of each channel, from labels of `labels_of_channels`.
+
+    Statistics of classes are [C, 2], with per_image [B, C, 2]; maps have the labels' shape.
+    """
+    ignore_index = check_ignore_index(function, ignore_index, 2)
+    if check_labels:
+        check_label_values(function, labels, 2, ignore_index)
+    points = logits.dim() == 2
+    batch, channels = (1 if points else logits.shape[0]), logits.shape[1]
+    if points:
+        images, image_labels = logits.t()[:, None], labels.t()
+    else:
+        images, image_labels = logits.flatten(0, 1)[:, None], labels.flatten(0, 1)
+    of_images = options._replace(ignore_index=ignore_index, per_image=True)
+    moments = unchecked_moments(function, images, image_labels, of_images)
+
+    def by_channel(statistic: Tensor | None) -> Tensor | None:
+        if statistic is None:
+            return None
+        statistic = statistic.view(batch, channels, 2)
+        return statistic if options.per_image else statistic.sum(0)
+
+    def by_pixel(pixel_map: Tensor | None) -> Tensor | None:
+        if pixel_map is None:
+            return None
+        return pixel_map.t() if points else pixel_map.view(labels.shape)
+
+    maps = {"pixel_losses", "lse"}
+    return moments._replace(
+        **{
+            name: by_pixel(value) if name in maps else by_channel(value)
+            for name, value in moments._asdict().items()
+        }
+    )
