@@ -140,14 +140,15 @@ def launch_pixels(variant: PixelVariant) -> None:
     labels = torch.empty((variant.size[0], *variant.labels), dtype=torch.uint8, device="meta")
     dice, align_corners = variant.dice, variant.align_corners
     found = softmax_moments.softmax_moments(
-        logits, labels, 255, align_corners, False, dice, dice, dice, dice, True
+        *(logits, labels, None, None, 0.0, 255, align_corners, False),
+        *(dice, dice, dice, dice, True),
     )
     losses, overlaps, masses, squares, pixel_losses, lse = found[:6]
     if not dice:
         overlaps = masses = squares = pixel_losses = None
     softmax_moments_backward.softmax_moments_backward(
         *(logits, labels, lse, losses, overlaps, masses, squares, pixel_losses),
-        *(lse if dice else None, 255, align_corners),
+        *(lse if dice else None, None, None, 0.0, 255, align_corners),
     )
     if dice:
         predictions = pixel_argmax.pixel_argmax(logits, *variant.labels, align_corners)

@@ -306,8 +306,12 @@ def test_losses_are_float32_under_autocast():
         (lambda: ao.Dice(per_image=True, process_group="world"), "Dice: process_group: expected"),
         (lambda: ao.CrossEntropyDice(ao.Dice()), "CrossEntropyDice: cross_entropy: expected"),
         (
-            lambda: ao.CrossEntropyDice(ao.CrossEntropy(ignore_index=0)),
-            "dice: expected the cross-entropy's ignore_index, 0, got ignore_index = None",
+            lambda: ao.CrossEntropyDice(ao.CrossEntropy(ignore_index=0), ignore_index=1),
+            "CrossEntropyDice: ignore_index: expected one label for all parts, got [0, 1]",
+        ),
+        (
+            lambda: ao.CrossEntropyDice(ao.BinaryCrossEntropy(), ao.Dice()),
+            "CrossEntropyDice: dice: expected sigmoid=True, as BinaryCrossEntropy has it",
         ),
     ],
 )
