@@ -21,7 +21,7 @@ def inputs(dtype: torch.dtype = torch.float32, num_classes: int = 5) -> tuple[Te
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("asked", [(True,) * 5, (False,) * 4 + (True,)])
 def test_opcheck(asked: tuple[bool, ...], per_image: bool):
-    arguments = (*inputs(), 255, False, per_image, *asked)
+    arguments = (*inputs(), None, None, 0.0, 255, False, per_image, *asked)
     torch.library.opcheck(torch.ops.anchorops.softmax_moments.cpu, arguments)
 
 
@@ -34,7 +34,7 @@ def test_opcheck_of_the_gradient(channels_last: bool):
     lse = ao.ops.softmax_moments(logits, labels, lse=True).lse
     arguments = (logits, labels, lse, torch.rand(5), None, torch.rand(5), None, None, None)
     operator = torch.ops.anchorops.softmax_moments_backward.cpu
-    torch.library.opcheck(operator, (*arguments, 255, False))
+    torch.library.opcheck(operator, (*arguments, None, None, 0.0, 255, False))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_gradcheck(size: tuple[int, int], align_corners: bool):
     labels = torch.randint(0, 4, (1, *size))
 
     def function(x: Tensor):
-        return ao.ops.softmax_moments(x, labels, align_corners=align_corners, **EVERYTHING)[2:]
+        return ao.ops.softmax_moments(x, labels, align_corners=align_corners, **EVERYTHING)[2:8]
 
     with ao.use_backend("cpu"):
         assert torch.autograd.gradcheck(function, logits)
@@ -190,8 +190,8 @@ def test_nothing_valid(size, labels, backend: str, per_image: bool, poisoned: No
     for statistic in moments[:6]:
         assert statistic.shape == (*images, 5)
     assert moments.lse.shape == moments.pixel_losses.shape == labels
-    assert not any(x.any() for x in (*moments, loss))
-    found = [*moments[2:], loss]
+    assert not any(x.any() for x in (*moments[:8], loss))
+    found = [*moments[2:8], loss]
     (gradient,) = torch.autograd.grad(found, logits, found)  # pyright: ignore
     assert gradient.shape == size and not gradient.any()
 

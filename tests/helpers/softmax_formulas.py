@@ -95,7 +95,7 @@ def fused(case: Case, logits: Tensor, labels: Tensor, **asked: bool) -> list[Ten
         per_image=case.per_image,
         **(EVERYTHING | asked),
     )
-    return [*found[2:], *found[:2]]
+    return [*found[2:8], *found[:2]]
 
 
 def weights_of(case: Case) -> list[Tensor]:

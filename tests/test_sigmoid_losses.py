@@ -1,0 +1,264 @@
+"""Losses of sigmoid logits, one channel or several, compared with torch, torchvision, torchmetrics,
+segmentation_models.pytorch and MONAI."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.losses.dice import DiceLoss as MonaiDice
+from segmentation_models_pytorch import losses as smp
+from torch import Tensor
+from torchmetrics.functional.classification import multilabel_confusion_matrix
+from torchvision.ops import sigmoid_focal_loss
+
+import anchorops as ao
+
+POS = torch.tensor([1.0, 3.0, 0.5])
+
+
+def inputs(channels: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (2, C, 5, 7), the upsampled logits, and labels (2, C, 20, 21)."""
+    logits = (2 * torch.randn(2, channels, 5, 7, dtype=dtype)).requires_grad_()
+    labels = torch.randint(0, 2, (2, channels, 20, 21))
+    return logits, F.interpolate(logits, (20, 21), mode="bilinear"), labels
+
+
+def ignoring(labels: Tensor) -> tuple[Tensor, Tensor]:
+    ignored = torch.rand(labels.shape) < 0.2
+    return torch.where(ignored, 255, labels), ~ignored
+
+
+def check(loss: Tensor, expected: Tensor, logits: Tensor) -> None:
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def bce(
+    z: Tensor, labels: Tensor, pos_weight: Tensor | None = None, smoothing: float = 0
+) -> Tensor:
+    """The loss of each label."""
+    weight = None if pos_weight is None else pos_weight.to(z.dtype).view(-1, 1, 1)
+    target = torch.where(labels == 1, 1 - smoothing / 2, smoothing / 2).to(z.dtype)
+    return F.binary_cross_entropy_with_logits(z, target, pos_weight=weight, reduction="none")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("pos_weight", [None, 2.5, POS])
+def test_pixel_binary_cross_entropy_is_torchs(pos_weight, reduction, backend):
+    logits, z, labels = inputs()
+    labels, valid = ignoring(labels)
+    with ao.use_backend(backend):
+        loss = ao.pixel_binary_cross_entropy(
+            logits, labels, pos_weight=pos_weight, reduction=reduction
+        )
+    weight = torch.full((3,), pos_weight) if isinstance(pos_weight, float) else pos_weight
+    expected = bce(z, labels, weight) * valid
+    if reduction == "none":
+        loss, expected = loss.square().sum(), expected.square().sum()
+    elif reduction == "sum":
+        expected = expected.sum()
+    else:
+        expected = expected.sum() / valid.sum()
+    check(loss, expected, logits)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("pos_weight", [None, 2.5, POS])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_binary_cross_entropy_module(weighted, pos_weight, label_smoothing):
+    logits, z, labels = inputs()
+    labels, valid = ignoring(labels)
+    pixel_weights = torch.rand(labels.shape) if weighted else None
+    module = ao.BinaryCrossEntropy(pos_weight, label_smoothing=label_smoothing, accuracy=True)
+    loss = module(logits, labels, pixel_weights)
+    weight = torch.full((3,), pos_weight) if isinstance(pos_weight, float) else pos_weight
+    shares = valid if pixel_weights is None else valid * pixel_weights.double()
+    expected = (bce(z, labels, weight, label_smoothing) * shares).sum() / shares.sum()
+    check(loss, expected, logits)
+    right = ((z > 0) == (labels == 1))[valid].double().mean()
+    torch.testing.assert_close(module.terms["accuracy"].double(), right, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_focal_is_torchvisions(gamma):
+    logits, z, labels = inputs(1)
+    loss = ao.BinaryCrossEntropy(0.25 / 0.75, focal_gamma=gamma)(logits, labels[:, 0])
+    theirs = sigmoid_focal_loss(z, labels.double(), alpha=0.25, gamma=gamma, reduction="mean")
+    check(0.75 * loss, theirs, logits)
+    plain = ao.BinaryCrossEntropy(focal_gamma=gamma)(logits, labels)
+    check(plain, smp.FocalLoss("binary", gamma=gamma)(z, labels), logits)
+
+
+@pytest.mark.parametrize(("ohem", "kept"), [(0.4, None), (0.2, 300), (None, 100)])
+def test_hard_examples(ohem, kept):
+    logits, z, labels = inputs()
+    labels, valid = ignoring(labels)
+    ce = bce(z, labels).detach()
+    bound = torch.inf if ohem is None else -torch.tensor(ohem).log().item()
+    if kept:
+        bound = min(bound, ce[valid].sort(descending=True).values[kept - 1].item())
+    hard = valid & (ce >= bound)
+    assert 0 < hard.sum() < valid.sum()
+    loss = ao.BinaryCrossEntropy(POS, ohem=ohem, ohem_kept=kept)(logits, labels)
+    check(loss, bce(z, labels, POS)[hard].sum() / hard.sum(), logits)
+
+
+@pytest.mark.parametrize("mode", ["binary", "multilabel"])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (lambda mode: smp.DiceLoss(mode), {}),
+        (lambda mode: smp.DiceLoss(mode, smooth=2.0), {"smooth": 2.0}),
+        (lambda mode: smp.DiceLoss(mode, log_loss=True), {"log": True}),
+        (lambda mode: smp.JaccardLoss(mode), {"alpha": 1, "beta": 1}),
+        (
+            lambda mode: smp.TverskyLoss(mode, alpha=0.3, beta=0.7, gamma=1.5),
+            {"alpha": 0.3, "beta": 0.7, "gamma": 1.5},
+        ),
+    ],
+    ids=["dice", "smooth", "log", "jaccard", "tversky"],
+)
+def test_dice_is_that_of_segmentation_models_pytorch(theirs, ours, mode):
+    logits, z, labels = inputs(1 if mode == "binary" else 3)
+    loss = ao.Dice(sigmoid=True, absent="zero", **ours)
+    check(loss(logits, labels), theirs(mode)(z, labels), logits)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({}, {"per_image": True}),
+        ({"batch": True}, {}),
+        ({"batch": True, "squared_pred": True}, {"squared": True}),
+        ({"batch": True, "jaccard": True}, {"alpha": 1, "beta": 1, "smooth": 1e-5}),
+    ],
+    ids=str,
+)
+def test_dice_is_that_of_monai(theirs, ours, channels):
+    logits, z, labels = inputs(channels)
+    loss = ao.Dice(sigmoid=True, absent="keep", **({"smooth": 0.5e-5} | ours))
+    check(loss(logits, labels), MonaiDice(sigmoid=True, **theirs)(z, labels.double()), logits)
+
+
+def test_cross_entropy_and_dice_share_the_pass():
+    logits, _, labels = inputs()
+    labels[:, 1] = 0
+    pair = ao.CrossEntropyDice(ao.BinaryCrossEntropy(POS), ao.Dice(sigmoid=True), dice_weight=2.0)
+    dice = ao.Dice(sigmoid=True)
+    expected = ao.BinaryCrossEntropy(POS)(logits, labels) + 2 * dice(logits, labels)
+    check(pair(logits, labels), expected, logits)
+    assert isinstance(ao.CrossEntropyDice(dice=dice).cross_entropy, ao.BinaryCrossEntropy)
+    assert ao.CrossEntropyDice(ao.BinaryCrossEntropy()).dice.sigmoid
+
+
+def test_parts_take_the_ignored_label_of_the_whole():
+    logits, _, labels = inputs()
+    whole = ao.CrossEntropyDice(dice=ao.Dice(sigmoid=True), ignore_index=0)
+    assert whole.dice.ignore_index == whole.cross_entropy.ignore_index == whole.ignore_index == 0
+    expected = ao.BinaryCrossEntropy(ignore_index=0)(logits, labels)
+    torch.testing.assert_close(
+        whole(logits, labels), expected + ao.Dice(sigmoid=True, ignore_index=0)(logits, labels)
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_confusion_is_that_of_torchmetrics(channels):
+    logits, z, labels = inputs(channels, torch.float32)
+    labels, _ = ignoring(labels)
+    matrices = ao.pixel_confusion(logits, labels, sigmoid=True)
+    p, labels = z.detach().sigmoid(), torch.where(labels == 255, -1, labels)
+    if channels == 1:
+        p, labels = torch.cat([p, p], 1), torch.cat([labels, labels], 1)
+    expected = multilabel_confusion_matrix(p, labels, p.shape[1], ignore_index=-1)
+    assert torch.equal(matrices, expected[:channels])
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (6, 4), (2, 3, 10), (2, 1, 8, 9), (2, 3, 2, 4, 5)])
+def test_every_shape(shape):
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 2, shape)
+    expected = F.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none")
+    losses = ao.pixel_binary_cross_entropy(logits, labels.bool(), reduction="none")
+    torch.testing.assert_close(losses, expected)
+    check(ao.BinaryCrossEntropy()(logits, labels), expected.mean(), logits)
+    if shape[1] == 1:
+        assert torch.equal(
+            ao.pixel_binary_cross_entropy(logits, labels.squeeze(1), reduction="none"),
+            losses.squeeze(1),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_have_the_layout_of_the_logits(dtype):
+    logits = torch.randn(2, 3, 6, 8, dtype=dtype).to(memory_format=torch.channels_last)
+    logits.requires_grad_()
+    ao.BinaryCrossEntropy(2.0)(logits, torch.randint(0, 2, (2, 3, 24, 32))).backward()
+    assert logits.grad is not None and logits.grad.dtype == dtype
+    assert logits.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_nothing_valid():
+    for size in ((2, 3, 4, 4), (0, 3, 4, 4)):
+        logits = torch.full(size, torch.nan, requires_grad=True)
+        labels = torch.full((size[0], 3, 8, 8), 255)
+        loss = ao.CrossEntropyDice(ao.BinaryCrossEntropy(), ao.Dice(sigmoid=True))(logits, labels)
+        loss.backward()
+        assert loss == 0 and logits.grad is not None and not logits.grad.any()
+
+
+def test_fullgraph():
+    logits, _, labels = inputs(dtype=torch.float32)
+    pair = ao.CrossEntropyDice(ao.BinaryCrossEntropy(2.0, focal_gamma=2.0, label_smoothing=0.1))
+    compiled = torch.compile(pair, fullgraph=True, backend="aot_eager")
+    check(compiled(logits, labels), pair(logits, labels), logits)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda z, y: ao.pixel_binary_cross_entropy(z, y[:, :2]),
+            r"pixel_binary_cross_entropy: labels: expected a tensor \(2, 3, H, W\)",
+        ),
+        (
+            lambda z, y: ao.BinaryCrossEntropy()(z, y[:, 0]),
+            r"BinaryCrossEntropy: labels: expected a tensor \(2, 3, H, W\)",
+        ),
+        (
+            lambda z, y: ao.Dice(sigmoid=True)(z, y.float()),
+            "Dice: labels: expected an integer dtype",
+        ),
+        (
+            lambda z, y: ao.BinaryCrossEntropy(torch.ones(2))(z, y),
+            "BinaryCrossEntropy: pos_weight: expected a number, or floating numbers for 3 channels",
+        ),
+        (
+            lambda z, y: ao.BinaryCrossEntropy(-1.0),
+            "BinaryCrossEntropy: pos_weight: expected a finite number of at least 0",
+        ),
+        (
+            lambda z, y: ao.pixel_binary_cross_entropy(
+                z, y, pos_weight=torch.ones(3, requires_grad=True)
+            ),
+            "pixel_binary_cross_entropy: pos_weight: expected no gradient",
+        ),
+        (
+            lambda z, y: ao.BinaryCrossEntropy(check_labels=True)(z, y + 5),
+            r"BinaryCrossEntropy: labels: expected values in \[0, 2\)",
+        ),
+        (
+            lambda z, y: ao.pixel_confusion(z[:, :1], y[:, 0]),
+            r"pixel_confusion: logits: expected at least 2 classes .*_confusion\(sigmoid=True\)",
+        ),
+        (
+            lambda z, y: ao.CrossEntropyDice(ao.CrossEntropy(), ao.Dice(sigmoid=True)),
+            "CrossEntropyDice: dice: expected sigmoid=False, as CrossEntropy has it",
+        ),
+    ],
+)
+def test_messages(call, message):
+    logits, _, labels = inputs()
+    with pytest.raises(ValueError, match=message):
+        call(logits, labels)
