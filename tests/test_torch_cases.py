@@ -31,6 +31,9 @@ def operator_cases(name: str) -> list[Any]:
 
 
 def check(ours: Tensor, theirs: Tensor, logits: Tensor) -> None:
+    if theirs.isnan().any():  # the mean over no pixels: documented as 0
+        assert ours == 0
+        return
     torch.testing.assert_close(ours, theirs)
     weights = torch.rand_like(ours)
     torch.testing.assert_close(
