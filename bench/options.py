@@ -1,0 +1,306 @@
+"""Every option of the pixel losses against what people write: forward and backward, on the CPU.
+
+    python bench/options.py [--out bench/results/options-cpu.json] [--seconds 1] [--compiled]
+
+Rows are options, columns the number of classes K (for sigmoids: of channels) and the ratio of the
+labels' size to that of the logits. A cell is the rival's time divided by ours: above 1 we are
+faster. Ours and the rivals take turns for `--seconds`; medians are compared. Rivals are torch's
+functions after F.interpolate, and the classes of segmentation_models.pytorch and MONAI; --compiled
+adds torch.compile of torch's formula. OUT.png shows the ratio to the fastest rival.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from conftest import commit
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from monai.losses.dice import DiceLoss as MonaiDice
+from monai.losses.focal_loss import FocalLoss as MonaiFocal
+from segmentation_models_pytorch import losses as smp
+from torch import Tensor
+
+import anchorops as ao
+from anchorops.measure import environment, example_labels
+
+SIZE, RATIOS, CLASSES = 512, (1, 2, 4, 8), (2, 19, 150)
+MOST_IMAGES, MOST_LOGITS = 4, 40e6  # of a batch, at the labels' size
+WARM_UP = 2
+BOUND, GAMMA, SMOOTHING = 0.7, 2.0, 0.1
+
+Formula = Callable[[Tensor, Tensor], Tensor]
+
+
+class Option(NamedTuple):
+    """ours: from logits and labels. rivals: from logits of the labels' size and labels. Labels of
+    sigmoids have the logits' channels, 0 or 1."""
+
+    ours: Formula
+    rivals: dict[str, Formula]
+    sigmoid: bool = False
+
+
+def ce(z: Tensor, y: Tensor, **options: object) -> Tensor:
+    return F.cross_entropy(z, y, **options)  # pyright: ignore[reportArgumentType]
+
+
+def focal(z: Tensor, y: Tensor) -> Tensor:
+    losses = ce(z, y, reduction="none")
+    return ((1 - (-losses).exp()) ** GAMMA * losses).mean()
+
+
+def ohem(z: Tensor, y: Tensor) -> Tensor:
+    losses = ce(z, y, reduction="none")
+    return losses[losses.detach() >= -math.log(BOUND)].mean()
+
+
+def ohem_kept(z: Tensor, y: Tensor) -> Tensor:
+    losses = ce(z, y, reduction="none").flatten()
+    return losses.topk(y.numel() // 16).values.mean()
+
+
+def kept(x: Tensor, y: Tensor) -> Tensor:
+    return ao.CrossEntropy(ohem_kept=y.numel() // 16)(x, y)
+
+
+def pixel_weights(y: Tensor) -> Tensor:
+    return (y == 0).float() + 0.5
+
+
+def weighted(z: Tensor, y: Tensor) -> Tensor:
+    weights = pixel_weights(y)
+    return (ce(z, y, reduction="none") * weights).sum() / weights.sum()
+
+
+def dice(z: Tensor, y: Tensor) -> Tensor:
+    p, truth = z.softmax(1), F.one_hot(y, z.shape[1]).movedim(-1, 1)
+    overlaps = (p * truth).sum((0, 2, 3))
+    return 1 - (2 * overlaps / (p.sum((0, 2, 3)) + truth.sum((0, 2, 3))).clamp(min=1e-7)).mean()
+
+
+def bce(z: Tensor, y: Tensor, **options: object) -> Tensor:
+    return F.binary_cross_entropy_with_logits(z, y.to(z.dtype), **options)  # pyright: ignore
+
+
+def binary_focal(z: Tensor, y: Tensor) -> Tensor:
+    losses = bce(z, y, reduction="none")
+    return ((1 - (-losses).exp()) ** GAMMA * losses).mean()
+
+
+def binary_dice(z: Tensor, y: Tensor) -> Tensor:
+    p, axes = z.sigmoid(), (0, 2, 3)
+    return 1 - (2 * (p * y).sum(axes) / (p.sum(axes) + y.sum(axes)).clamp(min=1e-7)).mean()
+
+
+def library(make: Callable[[], torch.nn.Module]) -> Formula:
+    return lambda z, y: make()(z, y)
+
+
+def of_floats(make: Callable[[], torch.nn.Module]) -> Formula:
+    return lambda z, y: make()(z, y.to(z.dtype))
+
+
+def monai_dice(z: Tensor, y: Tensor) -> Tensor:
+    return MonaiDice(softmax=True, to_onehot_y=True, batch=True)(z, y[:, None])
+
+
+def monai_focal(z: Tensor, y: Tensor) -> Tensor:
+    return MonaiFocal(use_softmax=True, to_onehot_y=True, gamma=GAMMA)(z, y[:, None])
+
+
+def class_weights(z: Tensor) -> Tensor:
+    return torch.linspace(0.5, 1.5, z.shape[1])
+
+
+OPTIONS: dict[str, Option] = {
+    "cross-entropy": Option(ao.CrossEntropy(), {"torch": ce}),
+    "class weights": Option(
+        lambda x, y: ao.pixel_cross_entropy(x, y, weight=class_weights(x)),
+        {"torch": lambda z, y: ce(z, y, weight=class_weights(z))},
+    ),
+    "label smoothing": Option(
+        ao.CrossEntropy(label_smoothing=SMOOTHING),
+        {
+            "torch": lambda z, y: ce(z, y, label_smoothing=SMOOTHING),
+            "smp": library(lambda: smp.SoftCrossEntropyLoss(smooth_factor=SMOOTHING)),
+        },
+    ),
+    "focal": Option(ao.CrossEntropy(focal_gamma=GAMMA), {"torch": focal, "MONAI": monai_focal}),
+    "OHEM, threshold": Option(ao.CrossEntropy(ohem=BOUND), {"torch": ohem}),
+    "OHEM, largest": Option(kept, {"torch": ohem_kept}),
+    "pixel weights": Option(
+        lambda x, y: ao.CrossEntropy()(x, y, pixel_weights(y)), {"torch": weighted}
+    ),
+    "Dice": Option(
+        ao.Dice(),
+        {"torch": dice, "smp": library(lambda: smp.DiceLoss("multiclass")), "MONAI": monai_dice},
+    ),
+    "cross-entropy + Dice": Option(
+        ao.CrossEntropyDice(), {"torch": lambda z, y: ce(z, y) + dice(z, y)}
+    ),
+    "sigmoid: cross-entropy": Option(
+        ao.BinaryCrossEntropy(),
+        {"torch": bce, "smp": of_floats(lambda: smp.SoftBCEWithLogitsLoss())},
+        sigmoid=True,
+    ),
+    "sigmoid: focal": Option(
+        ao.BinaryCrossEntropy(focal_gamma=GAMMA),
+        {"torch": binary_focal, "smp": of_floats(lambda: smp.FocalLoss("multilabel", gamma=GAMMA))},
+        sigmoid=True,
+    ),
+    "sigmoid: Dice": Option(
+        ao.Dice(sigmoid=True),
+        {
+            "torch": binary_dice,
+            "smp": library(lambda: smp.DiceLoss("multilabel")),
+            "MONAI": library(lambda: MonaiDice(sigmoid=True, batch=True)),
+        },
+        sigmoid=True,
+    ),
+}
+
+
+def cells() -> Iterator[tuple[str, int, int]]:
+    for name, option in OPTIONS.items():
+        for num_classes in (1, 20) if option.sigmoid else CLASSES:
+            for ratio in RATIOS:
+                yield name, num_classes, ratio
+
+
+def inputs(option: Option, num_classes: int, ratio: int, size: int) -> tuple[Tensor, Tensor]:
+    batch = max(1, min(MOST_IMAGES, int(MOST_LOGITS / (num_classes * size**2))))
+    logits = torch.randn(batch, num_classes, size // ratio, size // ratio, requires_grad=True)
+    if option.sigmoid:
+        labels = example_labels((batch * num_classes, size, size), 2, "coherent").clamp(min=0)
+        return logits, labels.view(batch, num_classes, size, size)
+    return logits, example_labels((batch, size, size), num_classes, "coherent").clamp(min=0)
+
+
+def upsampled(x: Tensor, ratio: int) -> Tensor:
+    return x if ratio == 1 else F.interpolate(x, scale_factor=ratio, mode="bilinear")
+
+
+def measured(name: str, num_classes: int, ratio: int, options: argparse.Namespace) -> dict:
+    """The median seconds of ours and each rival."""
+    option = OPTIONS[name]
+    logits, labels = inputs(option, num_classes, ratio, options.size)
+    formulas: dict[str, Formula] = {"ours": option.ours}
+    rivals = dict(option.rivals)
+    if options.compiled:
+        rivals["compiled"] = option.rivals["torch"]
+    for rival, formula in rivals.items():
+
+        def whole(x: Tensor, y: Tensor, formula: Formula = formula) -> Tensor:
+            return formula(upsampled(x, ratio), y)
+
+        compiled = rival == "compiled"
+        formulas[rival] = torch.compile(whole, dynamic=False) if compiled else whole
+    seconds: dict[str, list[float]] = {rival: [] for rival in formulas}
+    for _ in range(WARM_UP):
+        for formula in formulas.values():
+            torch.autograd.grad(formula(logits, labels), logits)
+    end = time.perf_counter() + options.seconds
+    while time.perf_counter() < end or len(seconds["ours"]) < 3:
+        for rival, formula in formulas.items():
+            start = time.perf_counter()
+            torch.autograd.grad(formula(logits, labels), logits)
+            seconds[rival].append(time.perf_counter() - start)
+    return {
+        "option": name,
+        "num_classes": num_classes,
+        "ratio": ratio,
+        "batch": logits.shape[0],
+        "rounds": len(seconds["ours"]),
+        "seconds": {rival: median(times) for rival, times in seconds.items()},
+        "fastest": {rival: min(times) for rival, times in seconds.items()},
+    }
+
+
+def gain(row: dict) -> float:
+    """The time of the fastest rival, divided by ours."""
+    seconds = row["seconds"]
+    return min(value for rival, value in seconds.items() if rival != "ours") / seconds["ours"]
+
+
+def draw(run: dict) -> Figure:
+    groups = {
+        "classes": [row for row in run["rows"] if "sigmoid" not in row["option"]],
+        "channels": [row for row in run["rows"] if "sigmoid" in row["option"]],
+    }
+    heights = [len({row["option"] for row in rows}) for rows in groups.values()]
+    figure, axes = plt.subplots(
+        2, 1, figsize=(10, 5.4), layout="constrained", gridspec_kw={"height_ratios": heights}
+    )
+    for axis, (what, rows) in zip(axes, groups.items(), strict=True):
+        names = list(dict.fromkeys(row["option"] for row in rows))
+        columns = sorted({(row["num_classes"], row["ratio"]) for row in rows})
+        gains = {(row["option"], row["num_classes"], row["ratio"]): gain(row) for row in rows}
+        table = [[gains[(name, *column)] for column in columns] for name in names]
+        axis.imshow(table, norm=LogNorm(1 / 40, 40), cmap="BrBG", aspect="auto")
+        for i, line in enumerate(table):
+            for j, value in enumerate(line):
+                text = f"{value:.1f}" if value < 10 else f"{value:.0f}"
+                dark = value > 10 or value < 0.1
+                colour = "white" if dark else "black"
+                axis.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xticks(
+            range(len(columns)), [f"{classes} {what}\n1:{ratio}" for classes, ratio in columns]
+        )
+        axis.tick_params(length=0, labelsize=8)
+    figure.suptitle(
+        "Time of the fastest rival divided by ours, forward and backward", x=0.01, ha="left"
+    )
+    text = (
+        f"{run['device']}; torch {run['torch']}, commit {run['commit']}"
+    )
+    figure.supxlabel(text, fontsize=7.5, color="#555555", ha="left", x=0.01)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/bench/options-cpu.json"))
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each cell")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--size", type=int, default=SIZE, help="of the labels")
+    parser.add_argument("--draw", type=Path, help="only draw the rows of this file")
+    options = parser.parse_args()
+    path = options.draw or options.out
+    if options.draw is None:
+        memory = torch.empty(2**28)  # new memory is slow at first
+        for _ in range(8):
+            memory.fill_(1.0)
+        del memory
+        run = {
+            **environment(torch.device("cpu")),
+            "commit": commit(),
+            "size": options.size,
+            "rows": [],
+        }
+        for cell in cells():
+            row = measured(*cell, options)
+            run["rows"].append(row)
+            times = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in row["seconds"].items())
+            print(f"{cell[0]}, K{cell[1]}, 1:{cell[2]}: {gain(row):.2f}; {times}", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(run, indent=1) + "\n")
+    draw(json.loads(path.read_text())).savefig(path.with_suffix(".png"), dpi=150)
+
+
+if __name__ == "__main__":
+    main()
