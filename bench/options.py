@@ -263,9 +263,7 @@ def draw(run: dict) -> Figure:
     figure.suptitle(
         "Time of the fastest rival divided by ours, forward and backward", x=0.01, ha="left"
     )
-    text = (
-        f"{run['device']}; torch {run['torch']}, commit {run['commit']}"
-    )
+    text = f"{run['device']}; torch {run['torch']}, commit {run['commit']}"
     figure.supxlabel(text, fontsize=7.5, color="#555555", ha="left", x=0.01)
     return figure
 

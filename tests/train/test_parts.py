@@ -295,6 +295,14 @@ def test_settings(tmp_path: Path):
         DIGITS.replace(setting="scratch")
 
 
+def test_loss_and_method_ignore_the_same_label():
+    model = build_model("hrnet-w18-small", 11)
+    sar = build_regularizer(["sar"], {"sar.ignore_index": "0"}, 11, 240)
+    with pytest.raises(ValueError, match="regularizer: expected ignore_index = -1, as pixel_loss"):
+        Learner(model, sar)
+    Learner(model, sar, ao.CrossEntropy(ignore_index=0))
+
+
 def test_method_options():
     sar = build_regularizer(["sar"], {"sar.delta": "0.5", "sar.gate": "per_class"}, 11, 240)
     assert isinstance(sar, ao.SAR) and (sar.delta, sar.gate) == (0.5, "per_class")

@@ -174,6 +174,8 @@ class Learner(nn.Module):
 
     pixel_loss: the loss of the logits; cross-entropy if not given. If the model has an auxiliary
     head, the same loss of its logits is added, times auxiliary_weight.
+
+    Raises ValueError if the loss and the methods differ in the label to ignore.
     """
 
     def __init__(
@@ -186,6 +188,14 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.auxiliary_weight = model, auxiliary_weight
         self.pixel_loss = pixel_loss or build_loss(Optimization())
+        if regularizer is not None:
+            ignored = self.pixel_loss.ignore_index
+            ignored = 255 if ignored is None else ignored
+            if regularizer.ignore_index != ignored:
+                raise ValueError(
+                    f"Learner: regularizer: expected ignore_index = {ignored}, as pixel_loss, got "
+                    f"{regularizer.ignore_index}"
+                )
         self.auxiliary_loss = copy.deepcopy(self.pixel_loss)
         self.auxiliary_loss.accuracy = False
         self.attachment = None if regularizer is None else ao.attach(model, regularizer)
