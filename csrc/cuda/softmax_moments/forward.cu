@@ -1,19 +1,20 @@
 // The operator anchorops::softmax_moments.cuda: statistics of the softmax of upsampled logits.
 //
-// Launches: the shifts of positions (softmax_cells.cu), lse and losses (softmax_losses.cu), and the
-// sum of their partials. With masses or squares: another pass over the logits (softmax_masses.cu),
-// and a sum. With hits: pixel_argmax.cu, and a count. Memory in addition to the results: lse, 4
-// bytes a pixel; shifts, 8 bytes a position; partials, 8·K bytes for each block, or 12·K with
-// masses, but at most 4 bytes for 64 logits or 256 KiB for each multiprocessor, whichever is more.
-// (A launch has at least one block for each 32 columns of cells, which small images may exceed.)
+// Launches: the shifts of positions (upsampled_logits/shifts.cu), lse and losses (losses.cu), and
+// the sum of their partials (partials.cu). With masses or squares: another pass over the logits
+// (masses.cu), and a sum. With hits: pixel_argmax.cu, and a count. Memory in addition to the
+// results: lse, 4 bytes a pixel; shifts, 8 bytes a position; partials, 8·K bytes for each block, or
+// 12·K with masses, but at most 4 bytes for 64 logits or 256 KiB for each multiprocessor, whichever
+// is more. (A launch has at least one block for each 32 columns of cells, which small images may
+// exceed.)
 //
 // In a pass over the logits a thread has 16 sums and the four corners of a cell in registers. A
 // block of 8 warps has 8 rows of 32 cells, and 42 KB of shared memory. Registers permit 16 warps on
 // a multiprocessor. Instructions determine the time: `make cuda-report` prints those for each cell
 // and class.
-#include "class_keys.cuh"
-#include "pixel_argmax.cuh"
-#include "softmax_statistics.cuh"
+#include "../labels/class_keys.cuh"
+#include "../predictions/pixel_argmax.cuh"
+#include "statistics.cuh"
 
 namespace anchorops::cuda {
 namespace {

@@ -4,7 +4,7 @@
 // bytes a position. One launch.
 //
 // The instructions determine the time, not the bytes, because most of them are issued at half rate.
-#include "softmax_cells.cuh"
+#include "cells.cuh"
 
 namespace anchorops::cuda {
 namespace {

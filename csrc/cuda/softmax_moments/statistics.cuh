@@ -1,7 +1,7 @@
 // The parts of the forward pass of softmax moments. A statistic is [K], or [images, K].
 #pragma once
 
-#include "softmax_pixels.cuh"
+#include "../upsampled_logits/pixels.cuh"
 
 namespace anchorops::cuda {
 
@@ -20,16 +20,16 @@ struct LossMaps {
 };
 
 // lse and the loss of each pixel; sums of the losses, and of p if requested, over the pixels of
-// each class, and their counts. softmax_losses.cu.
+// each class, and their counts. losses.cu.
 void write_losses(const Tensor& logits, const Cells& cells, const PixelLabels& labels,
                   const LossMaps& maps, const Statistics& statistics, Stream stream);
 
-// Sums of p, and of p² if requested, of each class over all valid pixels. softmax_masses.cu.
+// Sums of p, and of p² if requested, of each class over all valid pixels. masses.cu.
 void write_masses(const Tensor& logits, const Cells& cells, const PixelLabels& labels,
                   const float* lse, const Statistics& statistics, Stream stream);
 
 // Sums partials [statistics, blocks, K] over the blocks of a launch, or over those of each image,
-// in a fixed order; with `add` it adds them to the statistics. softmax_partials.cu.
+// in a fixed order; with `add` it adds them to the statistics. partials.cu.
 void sum_partials(const float* partials, const Statistics& statistics, const Cells& cells, bool add,
                   Stream stream);
 

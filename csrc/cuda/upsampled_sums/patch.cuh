@@ -4,7 +4,7 @@
 #pragma once
 
 #include "splat.cuh"
-#include "warps.cuh"
+#include "../warps.cuh"
 
 namespace anchorops::cuda {
 namespace {

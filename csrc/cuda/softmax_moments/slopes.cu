@@ -1,9 +1,9 @@
 // The terms of each pixel in the gradient of softmax moments that do not depend on the class, slope
-// and own (softmax_gradients.cuh). They are not needed if only the losses by class have gradients.
+// and own (gradients.cuh). They are not needed if only the losses by class have gradients.
 //
 // With dmasses or dsquares a pass over the logits computes the sum over classes. Then there is a
 // launch over the pixels, which reads labels, lse and the gradients of maps once.
-#include "softmax_gradients.cuh"
+#include "gradients.cuh"
 
 namespace anchorops::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // Class keys, for operators that have labels.
 #pragma once
 
-#include "tensors.cuh"
+#include "../tensors.cuh"
 
 namespace anchorops::cuda {
 

@@ -1,10 +1,10 @@
 // The operator anchorops::softmax_moments_backward.cuda: the gradient of softmax moments.
 //
-// Launches: the shifts of positions (softmax_cells.cu), and the gradient (softmax_dlogits.cu). If
-// statistics other than the losses by class have gradients, also the slopes of pixels
-// (softmax_slopes.cu). Memory in addition to the gradient: shifts, 8 bytes a position; slopes and
-// own terms, 8 bytes a pixel.
-#include "softmax_gradients.cuh"
+// Launches: the shifts of positions (upsampled_logits/shifts.cu), and the gradient (dlogits.cu). If
+// statistics other than the losses by class have gradients, also the slopes of pixels (slopes.cu).
+// Memory in addition to the gradient: shifts, 8 bytes a position; slopes and own terms, 8 bytes a
+// pixel.
+#include "gradients.cuh"
 
 namespace anchorops::cuda {
 namespace {

@@ -3,8 +3,8 @@
 // Reads the logits and the labels once, and writes lse: 12 bytes a pixel with int64 labels. The
 // instructions of the loop over classes determine the time; bench/NOTES.md has them. After this
 // loop, each class that occurs in a warp's 512 pixels needs about 250 instructions.
-#include "softmax_statistics.cuh"
-#include "warps.cuh"
+#include "statistics.cuh"
+#include "../warps.cuh"
 
 namespace anchorops::cuda {
 namespace {

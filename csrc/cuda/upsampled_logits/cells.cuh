@@ -5,8 +5,8 @@
 // subtracted from its logits; upsampled, it is at least the largest logit of each pixel.
 //
 // A block processes a patch: WARPS rows of 32 cells, a warp one row; if images have one row, as
-// points, its warps are side by side. It copies logits to shared memory (softmax_stage.cuh); a
-// thread computes the pixels of its cell from there (softmax_pixels.cuh).
+// points, its warps are side by side. It copies logits to shared memory (stage.cuh); a thread
+// computes the pixels of its cell from there (pixels.cuh).
 //
 // Geometric sequences are inaccurate if logits differ widely. Pixels are computed one by one from
 // the logits if neighbours differ by more than `Cells::steepest`, if their sum falls below 2^-40,
@@ -145,7 +145,7 @@ struct Cells {
   }
 };
 
-// The shift of each position: softmax_cells.cu.
+// The shift of each position: shifts.cu.
 Tensor new_shifts(const Tensor& logits, Cells& cells, Stream stream);
 
 }  // namespace anchorops::cuda

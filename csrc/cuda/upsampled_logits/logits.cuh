@@ -3,7 +3,7 @@
 // NaN.
 #pragma once
 
-#include "tensors.cuh"
+#include "../tensors.cuh"
 
 namespace anchorops::cuda {
 

@@ -1,8 +1,8 @@
 // The operator anchorops::pixel_argmax.cuda: the class of the largest upsampled logit.
 //
-// A thread processes a cell of 4×4 pixels (see softmax_cells.cuh), with the largest logit of each
-// of the 16 pixels and its class in registers. Reads the logits once, 1.2 times from the L2 cache,
-// and writes 8 bytes a pixel. One launch.
+// A thread processes a cell of 4×4 pixels (see upsampled_logits/cells.cuh), with the largest logit
+// of each of the 16 pixels and its class in registers. Reads the logits once, 1.2 times from the L2
+// cache, and writes 8 bytes a pixel. One launch.
 #include "pixel_argmax.cuh"
 
 namespace anchorops::cuda {

@@ -3,7 +3,7 @@
 // types, strides or layout.
 #pragma once
 
-#include "softmax_cells.cuh"
+#include "cells.cuh"
 
 namespace anchorops::cuda {
 

@@ -17,7 +17,7 @@
 
 #include <climits>
 
-#include "tensors.cuh"
+#include "../tensors.cuh"
 
 namespace anchorops::cuda {
 

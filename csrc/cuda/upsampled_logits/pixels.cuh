@@ -1,8 +1,8 @@
 // A thread's cell: where its pixels are, their labels, and e^z by geometric sequences.
 #pragma once
 
-#include "pixel_labels.cuh"
-#include "softmax_stage.cuh"
+#include "../labels/pixel_labels.cuh"
+#include "stage.cuh"
 
 namespace anchorops::cuda {
 

@@ -13,7 +13,7 @@
 // in registers, and the backward pass computes them again for each 256 channels. All sums have a
 // fixed order. A block reads 16 rows of one tensor once, and all rows of the other one from the
 // second-level cache.
-#include "tensors.cuh"
+#include "../tensors.cuh"
 
 #include <cmath>
 

@@ -10,7 +10,7 @@
 // and 4 bytes for each key are 9.4 MB.
 #include "class_keys.cuh"
 
-#include "../labels.h"
+#include "../../labels.h"
 
 namespace anchorops::cuda {
 namespace {

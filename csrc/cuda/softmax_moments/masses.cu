@@ -1,5 +1,5 @@
 // Sums of p and p² of each class: another pass over the logits, with lse.
-#include "softmax_statistics.cuh"
+#include "statistics.cuh"
 
 namespace anchorops::cuda {
 namespace {

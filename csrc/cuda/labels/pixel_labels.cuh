@@ -2,8 +2,8 @@
 // pixels.
 #pragma once
 
-#include "../labels.h"
-#include "tensors.cuh"
+#include "../../labels.h"
+#include "../tensors.cuh"
 
 namespace anchorops::cuda {
 

@@ -1,12 +1,12 @@
-// The gradient of the logits: the transpose of the upsampling, of dz (softmax_gradients.cuh),
-// gathered for each position without atomics.
+// The gradient of the logits: the transpose of the upsampling, of dz (gradients.cuh), gathered for
+// each position without atomics.
 //
 // A thread keeps 16 factors and the labels of a cell's pixels in registers, for all classes of a
 // block. It sums over a cell by Horner's rule, first over its columns, then over its rows. A block
 // of 8 warps has 57 KB of shared memory; two blocks are resident. One row of cells in 8 and one
 // column in 32 are computed twice. Instructions determine the time: `make cuda-report` prints those
 // for each cell and class. Each class that occurs in the 512 pixels of a warp needs about 200 more.
-#include "softmax_gradients.cuh"
+#include "gradients.cuh"
 
 namespace anchorops::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // The pixels whose label is predicted, for operators that count hits.
 #pragma once
 
-#include "softmax_pixels.cuh"
+#include "../upsampled_logits/pixels.cuh"
 
 namespace anchorops::cuda {
 

@@ -5,7 +5,7 @@
 //   dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) − [y = k]·own
 #pragma once
 
-#include "softmax_pixels.cuh"
+#include "../upsampled_logits/pixels.cuh"
 
 namespace anchorops::cuda {
 
@@ -42,11 +42,11 @@ struct PixelMaps {
   const float *lse, *slopes, *own;
 };
 
-// Writes the maps of slopes and own. softmax_slopes.cu.
+// Writes the maps of slopes and own. slopes.cu.
 void write_slopes(const Cells& cells, const PixelLabels& labels, const Gradients& gradients,
                   const float* lse, float* slopes, float* own, Stream stream);
 
-// Writes the gradient of the logits. softmax_dlogits.cu.
+// Writes the gradient of the logits. dlogits.cu.
 void write_dlogits(const Cells& cells, const PixelLabels& labels, const Gradients& gradients,
                    const PixelMaps& maps, const Logits& dlogits, Stream stream);
 

@@ -1,5 +1,5 @@
 // Sums the partials of the blocks, for the statistics of softmax moments. One launch.
-#include "softmax_statistics.cuh"
+#include "statistics.cuh"
 
 namespace anchorops::cuda {
 namespace {

@@ -2,8 +2,8 @@
 //
 // Reads labels and predictions once. Counts use integer atomics, whose order does not matter: one
 // for each run of equal pairs, along a thread's pixels and along a warp.
-#include "pixel_labels.cuh"
-#include "warps.cuh"
+#include "../labels/pixel_labels.cuh"
+#include "../warps.cuh"
 
 namespace anchorops::cuda {
 namespace {
