@@ -5,6 +5,18 @@
 // cache, and writes 8 bytes a pixel. One launch.
 #include "pixel_argmax.cuh"
 
+#include <cmath>
+#include <cstdint>
+
+#include "../labels/pixel_labels.cuh"
+#include "../tensors.cuh"
+#include "../upsampled_logits/cell.cuh"
+#include "../upsampled_logits/cells.cuh"
+#include "../upsampled_logits/logits.cuh"
+#include "../upsampled_logits/maps.cuh"
+#include "../upsampled_logits/part.cuh"
+#include "../upsampled_logits/stage.cuh"
+
 namespace anchorops::cuda {
 namespace {
 
@@ -12,12 +24,11 @@ constexpr int CLASSES = 32;
 
 // Each pixel's largest logit of the classes so far, and its class. NaN is larger than all numbers.
 struct Largest {
-  float logits[TILE][TILE];
-  int classes[TILE][TILE] = {};
+  PixelValues logits;
+  int classes[PART][PART] = {};
 
   __device__ Largest() {
-#pragma unroll
-    for (int i = 0; i < TILE * TILE; ++i) logits[i / TILE][i % TILE] = -INFINITY;
+    for_each_pixel([&](int i, int j) { logits[i][j] = -INFINITY; });
   }
   __device__ __forceinline__ void add(int i, int j, float z, int k) {
     float& most = logits[i][j];
@@ -37,32 +48,28 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
                         int32_t* hits) {  // [B, H, W]
   LogitsStage<CLASSES, false> stage(cells);
   const Cell cell(cells);
-  const CellWeights weights(cells, cell);
-  const float* corner = stage.tile + threadIdx.x / 32 * stage.ROW + threadIdx.x % 32;
+  const CellWeights weights(cell);
+  const float* corner = stage.corner();
   const int down = cells.one_row ? 0 : stage.ROW;
   Largest largest;
   stage.for_classes([&](int first, int count) {
     for (int k = 0; k < count; ++k) {
       const float *above = corner + k * COLUMNS, *below = above + down;
-      weights.for_pixels({above[0], above[1], below[0], below[1]},
-                         [&](int i, int j, float z) { largest.add(i, j, z, first + k); });
+      weights.interpolate({above[0], above[1], below[0], below[1]},
+                          [&](int i, int j, float z) { largest.add(i, j, z, first + k); });
     }
   });
   CellLabels labels;
-  if (!predictions) labels.load(all_labels, cells, cell);
-#pragma unroll
-  for (int i = 0; i < TILE; ++i) {
-#pragma unroll
-    for (int j = 0; j < TILE; ++j) {
-      if (!cell.holds(i, j)) continue;
-      const int64_t pixel = cell.pixel(cells, i, j);
-      const int predicted = largest.classes[i][j];
-      if (predictions)
-        predictions[pixel] = predicted;
-      else
-        hits[pixel] = labels.at(i, j) == static_cast<unsigned>(predicted) ? predicted : -1;
-    }
-  }
+  if (!predictions) labels.load(all_labels, cell);
+  for_each_pixel([&](int i, int j) {
+    if (!cell.holds(i, j)) return;
+    const int64_t pixel = cell.pixel(i, j);
+    const int predicted = largest.classes[i][j];
+    if (predictions)
+      predictions[pixel] = predicted;
+    else
+      hits[pixel] = labels.at(i, j) == static_cast<unsigned>(predicted) ? predicted : -1;
+  });
 }
 
 void launch_argmax(const Cells& cells, int64_t* predictions, const PixelLabels& labels,

@@ -1,7 +1,11 @@
 // The pixels whose label is predicted, for operators that count hits.
 #pragma once
 
-#include "../upsampled_logits/pixels.cuh"
+#include <cstdint>
+
+#include "../labels/pixel_labels.cuh"
+#include "../tensors.cuh"
+#include "../upsampled_logits/cells.cuh"
 
 namespace anchorops::cuda {
 

@@ -5,7 +5,12 @@
 //   dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) − [y = k]·own
 #pragma once
 
-#include "../upsampled_logits/pixels.cuh"
+#include <cstdint>
+
+#include "../labels/pixel_labels.cuh"
+#include "../tensors.cuh"
+#include "../upsampled_logits/cells.cuh"
+#include "../upsampled_logits/logits.cuh"
 
 namespace anchorops::cuda {
 
@@ -26,6 +31,10 @@ struct Gradients {
   bool by_image;
 
   __device__ static float at(const float* table, int key) { return table ? table[key] : 0; }
+  // dmasses[k] + 2·p_k·dsquares[k]
+  __device__ float slope_of_class(int key, float p) const {
+    return at(dmasses, key) + 2 * p * at(dsquares, key);
+  }
   // The key of the image's class 0; that of class k follows k places after it.
   __device__ int first_key(int image, int num_classes) const {
     return by_image ? image * num_classes : 0;

@@ -1,10 +1,21 @@
 // lse and the loss of each pixel, and the statistics of the pixels of each class.
 //
-// Reads the logits and the labels once, and writes lse: 12 bytes a pixel with int64 labels. The
-// instructions of the loop over classes determine the time; bench/NOTES.md has them. After this
-// loop, each class that occurs in a warp's 512 pixels needs about 250 instructions.
-#include "statistics.cuh"
+// Reads the logits and the labels once, and writes lse: 12 bytes a pixel with int64 labels.
+// `make cuda-report` prints the instructions of the loop over classes. After this loop, each class
+// that occurs in a warp's 512 pixels needs about 250 instructions.
+#include <cmath>
+
+#include "../labels/pixel_labels.cuh"
+#include "../tensors.cuh"
+#include "../upsampled_logits/cell.cuh"
+#include "../upsampled_logits/cells.cuh"
+#include "../upsampled_logits/logits.cuh"
+#include "../upsampled_logits/maps.cuh"
+#include "../upsampled_logits/part.cuh"
+#include "../upsampled_logits/sequences.cuh"
+#include "../upsampled_logits/stage.cuh"
 #include "../warps.cuh"
+#include "statistics.cuh"
 
 namespace anchorops::cuda {
 namespace {
@@ -31,18 +42,18 @@ __device__ inline float log_sum_exp(const PixelLogits& logits, int num_classes) 
 }
 
 // Replaces the sums of these pixels, Σ_k e^z·2^shift, by lse, and others by 0.
-__device__ __forceinline__ void to_lse(const Cells& cells, const Cell& cell,
-                                       const CellWeights& weights, const Corners& shifts,
-                                       unsigned pixels, float (&sums)[TILE][TILE]) {
-  unsigned apart = 0;  // pixels that are computed one by one
-  weights.for_pixels(shifts, [&](int i, int j, float shift) {
+__device__ __forceinline__ void to_lse(const Sequences& sequences, const CellWeights& weights,
+                                       const Corners& shifts, unsigned pixels, PixelValues& sums) {
+  const Cell& cell = sequences.cell;
+  unsigned irregular = 0;
+  weights.interpolate(shifts, [&](int i, int j, float shift) {
     const float log_sum = log2_approximate(sums[i][j] * UNSCALED);
-    const bool serves = weights.is_regular(cell, i, j) && log_sum >= SMALLEST_SUM;
+    const bool serves = sequences.serve(weights, i, j) && log_sum >= SMALLEST_SUM;
     sums[i][j] = serves && pixels & bit_of(i, j) ? (log_sum - (shift - SCALE)) * LN2 : 0;
-    if (!serves) apart |= pixels & bit_of(i, j);
+    if (!serves) irregular |= pixels & bit_of(i, j);
   });
-  for_each_of(apart, [&](int i, int j) {
-    add_to_pixel(i, j, log_sum_exp(cell.logits(cells, i, j), cells.logits.num_classes), sums);
+  for_each_in(irregular, [&](int i, int j) {
+    add_to_pixel(i, j, log_sum_exp(cell.logits(i, j), cell.cells.logits.num_classes), sums);
   });
 }
 
@@ -54,8 +65,8 @@ struct ClassSums {
   int pixels = 0;
 
   __device__ __forceinline__ void add(const Corners& logits, unsigned k, const CellLabels& labels,
-                                      const CellWeights& weights, float (&values)[TILE][TILE]) {
-    weights.for_pixels(logits, [&](int i, int j, float z) {
+                                      const CellWeights& weights, PixelValues& values) {
+    weights.interpolate(logits, [&](int i, int j, float z) {
       if (labels.at(i, j) != k) return;
       float& value = values[i][j];
       value -= z;
@@ -79,15 +90,15 @@ struct ClassSums {
 // The sums of all classes over the block's pixels. Each warp has a table in shared memory; a label
 // occurs there at most once.
 template <bool OVERLAPS>
-__device__ __forceinline__ void sum_by_class(const Cells& cells, const Cell& cell,
-                                             const CellLabels& labels, const CellWeights& weights,
-                                             float (&values)[TILE][TILE], float* partials) {
+__device__ __forceinline__ void sum_by_class(const Cell& cell, const CellLabels& labels,
+                                             const CellWeights& weights, PixelValues& values,
+                                             float* partials) {
   using Sums = ClassSums<OVERLAPS>;
-  const int warps = blockDim.x / 32, lane = threadIdx.x % 32, stride = warps * SUMMED_CLASSES;
-  const int num_classes = cells.logits.num_classes;
+  const int lane = threadIdx.x % 32, stride = blockDim.x / 32 * SUMMED_CLASSES;
+  const int num_classes = cell.cells.logits.num_classes;
   auto* tables = reinterpret_cast<float*>(shared_memory());  // [NUMBER, warps, SUMMED_CLASSES]
   float* table = tables + threadIdx.x / 32 * SUMMED_CLASSES;
-  const CellLogits logits(cells, cell);
+  const CellLogits logits(cell);
   for (int first = 0; first < num_classes; first += SUMMED_CLASSES) {
     const int count = min(SUMMED_CLASSES, num_classes - first);
     __syncthreads();
@@ -100,13 +111,7 @@ __device__ __forceinline__ void sum_by_class(const Cells& cells, const Cell& cel
       sums.store(table + (k - first), stride);
     }
     __syncthreads();
-    for (int k = threadIdx.x; k < count; k += blockDim.x)
-      for (int s = 0; s < Sums::NUMBER; ++s) {
-        float sum = 0;
-        for (int w = 0; w < warps; ++w) sum += tables[s * stride + w * SUMMED_CLASSES + k];
-        partials[(int64_t{gridDim.x} * s + cells.block_by_columns()) * num_classes + first + k] =
-            sum;
-      }
+    add_warps<Sums::NUMBER, SUMMED_CLASSES>(cell.cells, tables, first, count, partials);
   }
 }
 
@@ -116,25 +121,25 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
                           float* partials) {  // [statistics, blocks, K]
   static_assert(ClassSums<OVERLAPS>::NUMBER * SUMMED_CLASSES * sizeof(float) <=
                 LogitsStage<CLASSES>::bytes(1) / 2);
-  Cell cell(cells);
-  offsets_of(cells, cell, all_labels).prefetch_rows(all_labels.data, all_labels.itemsize);
+  const Cell cell(cells);
+  offsets_of(cell, all_labels).prefetch_rows(all_labels.data, all_labels.itemsize);
   LogitsStage<CLASSES> stage(cells);
-  cell.set_corners(cells, stage);
-  float values[TILE][TILE] = {};  // Σ e^z, then lse, then the losses
+  const Sequences sequences(cell, stage);
+  PixelValues values = {};  // Σ e^z, then lse, then the losses
   if (cells.geometric) {
     stage.for_classes([&](int, int count) {
 #pragma unroll 2
       for (int k = 0; k < count; ++k)
-        for_pixels(cell.powers(k * COLUMNS), [&](int i, int j, float e) { values[i][j] += e; });
+        for_each_power(sequences.powers(k), [&](int i, int j, float e) { values[i][j] += e; });
     });
   }
   CellLabels labels;
-  labels.load(all_labels, cells, cell);
-  const CellWeights weights(cells, cell);
-  to_lse(cells, cell, weights, stage.shifts_of_cell(), labels.valid(), values);
-  store_map(cells, cell, values, maps.lse);
-  sum_by_class<OVERLAPS>(cells, cell, labels, weights, values, partials);
-  if (maps.pixel_losses) store_map(cells, cell, values, maps.pixel_losses);
+  labels.load(all_labels, cell);
+  const CellWeights weights(cell);
+  to_lse(sequences, weights, stage.shifts_of_cell(), labels.valid(), values);
+  store_map(cell, values, maps.lse);
+  sum_by_class<OVERLAPS>(cell, labels, weights, values, partials);
+  if (maps.pixel_losses) store_map(cell, values, maps.pixel_losses);
 }
 
 }  // namespace

@@ -3,6 +3,17 @@
 //
 // With dmasses or dsquares a pass over the logits computes the sum over classes. Then there is a
 // launch over the pixels, which reads labels, lse and the gradients of maps once.
+#include <cstdint>
+
+#include "../labels/pixel_labels.cuh"
+#include "../tensors.cuh"
+#include "../upsampled_logits/cell.cuh"
+#include "../upsampled_logits/cells.cuh"
+#include "../upsampled_logits/logits.cuh"
+#include "../upsampled_logits/maps.cuh"
+#include "../upsampled_logits/part.cuh"
+#include "../upsampled_logits/sequences.cuh"
+#include "../upsampled_logits/stage.cuh"
 #include "gradients.cuh"
 
 namespace anchorops::cuda {
@@ -15,10 +26,8 @@ __device__ inline float class_sum(const PixelLogits& logits, int num_classes, fl
                                   const Gradients& gradients, int first_key) {
   float sum = 0;
   for (int k = 0; k < num_classes; ++k) {
-    const float p = exp2_approximate((logits.z(k) - lse) * LOG2E);
-    const float slope = Gradients::at(gradients.dmasses, first_key + k) +
-                        2 * p * Gradients::at(gradients.dsquares, first_key + k);
-    sum = fmaf(p, slope, sum);
+    const float p = probability(logits.z(k), lse);
+    sum = fmaf(p, gradients.slope_of_class(first_key + k, p), sum);
   }
   return sum;
 }
@@ -28,34 +37,34 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
     softmax_slopes_kernel(Cells cells, PixelLabels labels, Gradients gradients,
                           const float* lse,  // [B, H, W]
                           float* sums) {     // [B, H, W], any numbers where ignored
-  Cell cell(cells);
+  const Cell cell(cells);
   const int first_key = gradients.first_key(cell.image, cells.logits.num_classes);
   LogitsStage<CLASSES> stage(cells);
-  cell.set_corners(cells, stage);
-  float masses[TILE][TILE] = {}, squares[TILE][TILE] = {};
+  const Sequences sequences(cell, stage);
+  PixelValues masses = {}, squares = {};
   if (cells.geometric) {
     stage.for_classes([&](int first, int count) {
       for (int k = 0; k < count; ++k) {
         const float dmass = Gradients::at(gradients.dmasses, first_key + first + k);
         const float dsquare = 2 * Gradients::at(gradients.dsquares, first_key + first + k);
-        for_pixels(cell.powers(k * COLUMNS), [&](int i, int j, float e) {
+        for_each_power(sequences.powers(k), [&](int i, int j, float e) {
           masses[i][j] = fmaf(e, dmass, masses[i][j]);
           squares[i][j] = fmaf(e * e, dsquare, squares[i][j]);
         });
       }
     });
   }
-  float inverse[TILE][TILE];
-  const unsigned apart =
-      load_inverse_sums(cells, cell, stage.shifts_of_cell(), labels, lse, inverse);
-  for_tile([&](int i, int j) {
+  PixelValues inverse;
+  const unsigned irregular =
+      sequences.load_inverse_sums(stage.shifts_of_cell(), labels, lse, inverse);
+  for_each_pixel([&](int i, int j) {
     masses[i][j] = inverse[i][j] * fmaf(inverse[i][j], squares[i][j], masses[i][j]);
   });
-  store_map(cells, cell, masses, sums);
-  for_each_of(apart, [&](int i, int j) {
-    const int64_t pixel = cell.pixel(cells, i, j);
-    sums[pixel] = class_sum(cell.logits(cells, i, j), cells.logits.num_classes, lse[pixel],
-                            gradients, first_key);
+  store_map(cell, masses, sums);
+  for_each_in(irregular, [&](int i, int j) {
+    const int64_t pixel = cell.pixel(i, j);
+    sums[pixel] =
+        class_sum(cell.logits(i, j), cells.logits.num_classes, lse[pixel], gradients, first_key);
   });
 }
 
@@ -82,7 +91,7 @@ __global__ void __launch_bounds__(THREADS)
     of_label = Gradients::at(gradients.dlosses, key) + gradients.dpixel_losses.at(image, y, x);
     if (gradients.doverlaps) {
       const float z = PixelLogits(logits, rows, columns, image, y, x).z(label);
-      of_label -= exp2_approximate((z - lse[pixel]) * LOG2E) * gradients.doverlaps[key];
+      of_label -= probability(z, lse[pixel]) * gradients.doverlaps[key];
     }
     slope = of_label + gradients.dlse.at(image, y, x);
     if (gradients.by_class()) slope -= slopes[pixel];

@@ -1,7 +1,13 @@
 // The parts of the forward pass of softmax moments. A statistic is [K], or [images, K].
 #pragma once
 
-#include "../upsampled_logits/pixels.cuh"
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "../labels/pixel_labels.cuh"
+#include "../tensors.cuh"
+#include "../upsampled_logits/cells.cuh"
 
 namespace anchorops::cuda {
 
@@ -27,6 +33,22 @@ void write_losses(const Tensor& logits, const Cells& cells, const PixelLabels& l
 // Sums of p, and of p² if requested, of each class over all valid pixels. masses.cu.
 void write_masses(const Tensor& logits, const Cells& cells, const PixelLabels& labels,
                   const float* lse, const Statistics& statistics, Stream stream);
+
+// Adds the sums of a block's warps, [STATISTICS, warps, CLASSES] in shared memory, and writes them
+// to partials [STATISTICS, blocks, K], for the classes from first to first + count - 1.
+template <int STATISTICS, int CLASSES>
+__device__ __forceinline__ void add_warps(const Cells& cells, const float* sums, int first,
+                                          int count, float* partials) {
+  const int warps = blockDim.x / 32, num_classes = cells.logits.num_classes;
+  for (int i = threadIdx.x; i < STATISTICS * CLASSES; i += blockDim.x) {
+    const int statistic = i / CLASSES, k = i % CLASSES;
+    if (k >= count) continue;
+    float sum = 0;
+    for (int w = 0; w < warps; ++w) sum += sums[(statistic * warps + w) * CLASSES + k];
+    partials[(int64_t{gridDim.x} * statistic + cells.block_by_columns()) * num_classes + first +
+             k] = sum;
+  }
+}
 
 // Sums partials [statistics, blocks, K] over the blocks of a launch, or over those of each image,
 // in a fixed order; with `add` it adds them to the statistics. partials.cu.

@@ -6,18 +6,25 @@
 //
 // A block processes a patch: WARPS rows of 32 cells, a warp one row; if images have one row, as
 // points, its warps are side by side. It copies logits to shared memory (stage.cuh); a thread
-// computes the pixels of its cell from there (pixels.cuh).
+// computes the pixels of its cell (cell.cuh) from there (sequences.cuh), in parts of 4×4 pixels if
+// the cell has more.
 //
-// Geometric sequences are inaccurate if logits differ widely. Pixels are computed one by one from
-// the logits if neighbours differ by more than `Cells::steepest`, if their sum falls below 2^-40,
-// if they read a logit that is not finite, and always if the ratio of sizes is below 2.
+// Geometric sequences are inaccurate if logits differ widely. Irregular pixels are computed one by
+// one from the logits: where neighbours differ by more than `Cells::steepest`, where the sum falls
+// below 2^-40, where a logit that is read is not finite, and everywhere if the ratio of sizes is
+// below 2.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
+#include "../tensors.cuh"
 #include "logits.cuh"
+#include "part.cuh"
 
 namespace anchorops::cuda {
 
-constexpr int WARPS = 8, TILE = 4, COLUMNS = 33;
+constexpr int WARPS = 8, COLUMNS = 33;
 constexpr float SCALE = 30;  // shifted logits end there: 2^-126 is then 2^-156 of the largest
 constexpr float SMALLEST_SUM = -40;  // log2
 constexpr float NO_LOGIT = -1000;    // instead of -inf: 2^-1000 is 0
@@ -53,7 +60,7 @@ struct Cells {
   const Shift* shifts;  // [B, h, w]
   int pitch;            // columns of cells of one image, w + 2 or more; images are side by side
   int first_row, row_count;   // rows of cells that contain pixels
-  int parts_y, parts_x;       // parts of TILE pixels of a cell, along each axis
+  int parts_y, parts_x;       // parts of PART pixels of a cell, along each axis
   bool geometric;             // otherwise pixels are computed one by one
   bool one_row;               // images have one row of logits and one of pixels
   int warps;                  // of a block
@@ -68,8 +75,8 @@ struct Cells {
     pitch = logits.width + 2;  // cells -1 to w - 1, and one empty cell
     first_row = rows.cell_of(0);
     row_count = rows.cell_of(rows.pixels - 1) - first_row + 1;
-    parts_y = std::max(1, ceil_div(rows.pixels_per_cell(), TILE));
-    parts_x = std::max(1, ceil_div(columns.pixels_per_cell(), TILE));
+    parts_y = std::max(1, ceil_div(rows.pixels_per_cell(), PART));
+    parts_x = std::max(1, ceil_div(columns.pixels_per_cell(), PART));
     // with a single class p is exactly 1
     geometric = rows.ratio <= 0.5f && columns.ratio <= 0.5f && logits.num_classes > 1;
     one_row = logits.height == 1 && rows.pixels == 1;

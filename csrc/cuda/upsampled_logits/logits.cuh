@@ -3,6 +3,10 @@
 // NaN.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
 #include "../tensors.cuh"
 
 namespace anchorops::cuda {
@@ -125,6 +129,11 @@ struct Axis {
     return most;
   }
 };
+
+// p = e^(z − lse)
+__device__ __forceinline__ float probability(float z, float lse) {
+  return exp2_approximate((z - lse) * LOG2E);
+}
 
 __device__ __forceinline__ float interpolate(float a, float b, float weight) {
   const float between = fmaf(weight, b, (1 - weight) * a);

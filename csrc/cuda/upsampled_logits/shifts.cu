@@ -2,9 +2,12 @@
 //
 // Reads the logits once, with the neighbours to the right and below from the caches; writes 8
 // bytes a position. One launch.
-//
-// The instructions determine the time, not the bytes, because most of them are issued at half rate.
+#include <cmath>
+#include <cstdint>
+
+#include "../tensors.cuh"
 #include "cells.cuh"
+#include "logits.cuh"
 
 namespace anchorops::cuda {
 namespace {

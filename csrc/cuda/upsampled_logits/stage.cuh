@@ -3,7 +3,12 @@
 // types, strides or layout.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
+#include "../tensors.cuh"
 #include "cells.cuh"
+#include "logits.cuh"
 
 namespace anchorops::cuda {
 
@@ -20,7 +25,7 @@ struct LogitsStage {
   int positions, first_row;
   int64_t* offsets;  // [rows, COLUMNS], in the logits
   float* shifts;     // [rows, COLUMNS], in units of log2
-  float* tile;       // [rows, CLASSES, COLUMNS]
+  float* logits;     // [rows, CLASSES, COLUMNS]
 
   // The positions begin at the first one of these columns. The next row of the stage is the next
   // row of the logits, or, in a single row, the next 32 columns.
@@ -30,8 +35,8 @@ struct LogitsStage {
         positions((static_cast<int>(blockDim.x) / 32 + 1) * COLUMNS),
         first_row(first_row) {
     offsets = reinterpret_cast<int64_t*>(shared_memory());
-    tile = reinterpret_cast<float*>(offsets + positions);
-    shifts = tile + positions * CLASSES;
+    logits = reinterpret_cast<float*>(offsets + positions);
+    shifts = logits + positions * CLASSES;
     for (int i = threadIdx.x; i < positions; i += blockDim.x) {
       const int across = i % COLUMNS + (one_row ? i / COLUMNS * 32 : 0);
       const int image = min(columns.image(across), cells.logits.batch - 1);
@@ -47,6 +52,11 @@ struct LogitsStage {
   __device__ explicit LogitsStage(const Cells& cells)
       : LogitsStage(cells, cells.row_of(0), cells.columns_of(0), cells.one_row) {}
 
+  // The logits of the first class at the top left corner of the thread's cell.
+  __device__ const float* corner() const {
+    return logits + threadIdx.x / 32 * ROW + threadIdx.x % 32;
+  }
+
   // The shifts at the corners of the thread's cell.
   __device__ Corners shifts_of_cell() const {
     const float* top = shifts + threadIdx.x / 32 * COLUMNS + threadIdx.x % 32;
@@ -59,7 +69,7 @@ struct LogitsStage {
 
   // The shifted logit, which is always finite: -inf (p = 0) and NaN (no pixel uses it here) become
   // NO_LOGIT.
-  __device__ __forceinline__ float staged(float x, int position) const {
+  __device__ __forceinline__ float shifted(float x, int position) const {
     if constexpr (!SHIFTED) return x;
     return fmaxf(fmaf(x, LOG2E, shifts[position]), NO_LOGIT);
   }
@@ -114,7 +124,7 @@ struct LogitsStage {
     const int64_t stride = cells.logits.stride_k;
     for (int k = warp; k < count; k += PLANES * warps) {
       const T* plane = x + k * stride;
-      float* to = tile + k * COLUMNS + lane;
+      float* to = logits + k * COLUMNS + lane;
 #pragma unroll 1
       for (int position = lane; position < positions; position += ROWS * COLUMNS) {
         float values[ROWS][PLANES];
@@ -131,7 +141,7 @@ struct LogitsStage {
 #pragma unroll
           for (int i = 0; i < PLANES; ++i)
             if (k + i * warps < count)
-              to[i * warps * COLUMNS] = staged(values[r][i], position + r * COLUMNS);
+              to[i * warps * COLUMNS] = shifted(values[r][i], position + r * COLUMNS);
           to += ROW;
         }
       }
@@ -139,8 +149,8 @@ struct LogitsStage {
     for (int i = threadIdx.x; i < positions / COLUMNS * CLASSES; i += blockDim.x) {
       const int k = i % CLASSES, position = i / CLASSES * COLUMNS + 32;
       if (k < count)
-        tile[i * COLUMNS + 32] =
-            staged(static_cast<float>(x[offsets[position] + k * stride]), position);
+        logits[i * COLUMNS + 32] =
+            shifted(static_cast<float>(x[offsets[position] + k * stride]), position);
     }
   }
 
@@ -152,8 +162,8 @@ struct LogitsStage {
     x += k * cells.logits.stride_k;
 #pragma unroll 4
     for (int i = threadIdx.x / CLASSES; i < positions; i += step)
-      tile[i / COLUMNS * (ROW - COLUMNS) + k * COLUMNS + i] =
-          staged(static_cast<float>(x[offsets[i]]), i);
+      logits[i / COLUMNS * (ROW - COLUMNS) + k * COLUMNS + i] =
+          shifted(static_cast<float>(x[offsets[i]]), i);
   }
 };
 

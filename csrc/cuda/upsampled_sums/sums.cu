@@ -5,8 +5,8 @@
 //
 // W is not stored: splat.cuh computes the weights of a tile. The threads of a warp hold patches of
 // the same 8 channels and of all pixels (patch.cuh), so the sums of a channel need no other warp.
-// Forward: a block sums a chunk, some tiles of one image, into its own partial; a second kernel adds
-// the partials. Backward: a block writes one tile.
+// Forward: a block sums a chunk, some tiles of one image, into its own partial; a second kernel
+// adds the partials. Backward: a block writes one tile.
 //
 // Numbers that are requested before the weights are computed arrive meanwhile.
 #include "../../labels.h"
