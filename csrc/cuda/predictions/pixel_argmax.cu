@@ -82,9 +82,7 @@ Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_cor
   const OnDevice device(logits);
   Tensor predictions = new_empty(logits, {logits.size(0), height, width}, ScalarType::Long);
   if (predictions.numel() == 0) return predictions;
-  const Cells cells(logits_of("pixel_argmax.cuda", logits),
-                    Axis(height, logits.size(2), align_corners),
-                    Axis(width, logits.size(3), align_corners));
+  const Cells cells = cells_of("pixel_argmax.cuda", logits, height, width, align_corners);
   launch_argmax(cells, predictions.mutable_data_ptr<int64_t>(), {}, nullptr, device.stream);
   return predictions;
 }

@@ -4,6 +4,13 @@
 // statistics other than the losses by class have gradients, also the slopes of pixels (slopes.cu).
 // Memory in addition to the gradient: shifts, 8 bytes a position; slopes and own terms, 8 bytes a
 // pixel.
+#include <cstdint>
+#include <optional>
+
+#include "../labels/pixel_labels.cuh"
+#include "../tensors.cuh"
+#include "../upsampled_logits/cells.cuh"
+#include "../upsampled_logits/logits.cuh"
 #include "gradients.cuh"
 
 namespace anchorops::cuda {
@@ -13,10 +20,14 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
                                 std::optional<Tensor> dlosses, std::optional<Tensor> doverlaps,
                                 std::optional<Tensor> dmasses, std::optional<Tensor> dsquares,
                                 std::optional<Tensor> dpixel_losses, std::optional<Tensor> dlse,
-                                int64_t ignore_index, bool align_corners) {
+                                std::optional<Tensor> smoothing, std::optional<double> min_loss,
+                                double focal_gamma, int64_t ignore_index, bool align_corners) {
+  const char* name = "softmax_moments_backward.cuda";
+  STD_TORCH_CHECK(
+      !smoothing && !min_loss && focal_gamma == 0, name,
+      ": smoothing, min_loss and focal_gamma are not supported: use the backend triton");
   const OnDevice device(logits);
   const Stream stream = device.stream;
-  const char* name = "softmax_moments_backward.cuda";
   Tensor dlogits = torch::stable::empty_like(logits);
   if (dlogits.numel() == 0) return dlogits;
   const int64_t batch = logits.size(0), height = labels.size(1), width = labels.size(2);
@@ -45,8 +56,7 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
                             by_image};
   lse = torch::stable::contiguous(lse);
 
-  Cells cells(logits_of(name, logits), Axis(height, logits.size(2), align_corners),
-              Axis(width, logits.size(3), align_corners));
+  Cells cells = cells_of(name, logits, height, width, align_corners);
   const PixelLabels pixel_labels = labels_of(name, labels, logits.size(1), ignore_index);
   const Tensor shifts = new_shifts(logits, cells, stream);
   PixelMaps maps{.lse = lse.const_data_ptr<float>()};

@@ -12,8 +12,17 @@
 // block of 8 warps has 8 rows of 32 cells, and 42 KB of shared memory. Registers permit 16 warps on
 // a multiprocessor. Instructions determine the time: `make cuda-report` prints those for each cell
 // and class.
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
 #include "../labels/class_keys.cuh"
+#include "../labels/pixel_labels.cuh"
 #include "../predictions/pixel_argmax.cuh"
+#include "../tensors.cuh"
+#include "../upsampled_logits/cells.cuh"
 #include "statistics.cuh"
 
 namespace anchorops::cuda {
@@ -23,9 +32,14 @@ float* data_or_null(const Tensor& tensor) {
   return tensor.numel() ? tensor.mutable_data_ptr<float>() : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softmax_moments(
-    Tensor logits, Tensor labels, int64_t ignore_index, bool align_corners, bool per_image,
-    bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softmax_moments(
+    Tensor logits, Tensor labels, std::optional<Tensor> smoothing, std::optional<double> min_loss,
+    double focal_gamma, int64_t ignore_index, bool align_corners, bool per_image, bool with_hits,
+    bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) {
+  const char* name = "softmax_moments.cuda";
+  STD_TORCH_CHECK(
+      !smoothing && !min_loss && focal_gamma == 0, name,
+      ": smoothing, min_loss and focal_gamma are not supported: use the backend triton");
   const OnDevice device(logits);
   const Stream stream = device.stream;
   const int64_t batch = logits.size(0), height = labels.size(1), width = labels.size(2);
@@ -50,10 +64,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
   const Tensor lse = by_pixel(true, ScalarType::Float);
   const Tensor counts = by_class(true, ScalarType::Long);
   Tensor hits = by_class(with_hits, ScalarType::Long);
+  const Tensor used = by_class(false, ScalarType::Long);  // of min_loss
   const auto result = [&] {
-    return std::tuple{losses,  overlaps,     masses,
-                      squares, pixel_losses, with_lse ? lse : by_pixel(false, ScalarType::Float),
-                      counts,  hits};
+    const Tensor wanted_lse = with_lse ? lse : by_pixel(false, ScalarType::Float);
+    return std::tuple{losses,     overlaps, masses, squares, pixel_losses,
+                      wanted_lse, counts,   hits,   used};
   };
   if (lse.numel() == 0) {
     for (const Tensor* each : {&losses, &overlaps, &masses, &squares})
@@ -63,9 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softm
     return result();
   }
 
-  const char* name = "softmax_moments.cuda";
-  Cells cells(logits_of(name, logits), Axis(height, logits.size(2), align_corners),
-              Axis(width, logits.size(3), align_corners), per_image);
+  Cells cells = cells_of(name, logits, height, width, align_corners, per_image);
   const PixelLabels pixel_labels = labels_of(name, labels, num_classes, ignore_index);
   const Tensor shifts = new_shifts(logits, cells, stream);
   write_losses(

@@ -152,6 +152,12 @@ struct Cells {
   }
 };
 
+inline Cells cells_of(const char* operation, const Tensor& logits, int64_t height, int64_t width,
+                      bool align_corners, bool per_image = false) {
+  return {logits_of(operation, logits), Axis(height, logits.size(2), align_corners),
+          Axis(width, logits.size(3), align_corners), per_image};
+}
+
 // The shift of each position: shifts.cu.
 Tensor new_shifts(const Tensor& logits, Cells& cells, Stream stream);
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
 
+PLAIN = (None, None, 0.0)  # without smoothing, smallest loss and focal factor
 CE = ()  # the cross-entropy needs only counts and losses
 CASES = [
     # ×4: one cell, several tiles of cells, many classes
@@ -191,7 +192,7 @@ def test_partials_are_limited(case, blocks, set_hardware):
     options = [case.options[x] for x in ("ignore_index", "align_corners", "per_image", *ALL)]
     operator = torch.ops.anchorops.softmax_moments.cuda
     with Allocated() as new:
-        operator._op_dk(torch._C.DispatchKey.CPU, logits, labels, *options)
+        operator._op_dk(torch._C.DispatchKey.CPU, logits, labels, *PLAIN, *options)
     num_classes = case.size[1]
     partials = [shape for shape in new.shapes if len(shape) == 3 and shape[2] == num_classes]
     assert partials == [(3, blocks[0], num_classes), (1, blocks[1], num_classes)]
@@ -205,7 +206,7 @@ def test_nothing_valid(labels_size, dtype):
     logits = torch.full((2, 5, 3, 4), torch.nan, dtype=dtype, requires_grad=True)
     labels = torch.full(labels_size, 255)
     moments = ao.ops.softmax_moments(logits, labels, squares=True, pixel_losses=True, lse=True)
-    assert not any(x.any() for x in moments)
+    assert not any(x.any() for x in moments if x is not None)
     torch.stack([x.sum() for x in moments[2:8]]).sum().backward()
     assert not logits.grad.any()
 
@@ -217,7 +218,7 @@ def test_empty(size, labels_size):
     logits = torch.empty(size, requires_grad=True)
     labels = torch.empty(labels_size, dtype=torch.int64)
     moments = ao.ops.softmax_moments(logits, labels, squares=True, pixel_losses=True, lse=True)
-    assert not any(x.any() for x in moments)
+    assert not any(x.any() for x in moments if x is not None)
     torch.stack([x.sum() for x in moments[2:8]]).sum().backward()
     assert logits.grad.shape == size
 
@@ -310,10 +311,10 @@ def test_operators_are_registered_as_torch_expects():
     operators = torch.ops.anchorops
     logits, labels = torch.randn(2, 5, 2, 3), torch.randint(0, 5, (2, 8, 12))
     asked = (True, True, True, True, True)
-    forward = (logits.requires_grad_(), labels, 255, False, False, *asked)
+    forward = (logits.requires_grad_(), labels, *PLAIN, 255, False, False, *asked)
     torch.library.opcheck(getattr(operators.softmax_moments, BACKEND), forward)
     gradients = [torch.randn(5) for _ in range(4)] + [torch.randn(2, 8, 12) for _ in range(2)]
-    backward = (logits.detach(), labels, torch.randn(2, 8, 12), *gradients, 255, False)
+    backward = (logits.detach(), labels, torch.randn(2, 8, 12), *gradients, *PLAIN, 255, False)
     torch.library.opcheck(getattr(operators.softmax_moments_backward, BACKEND), backward)
 
 
@@ -324,6 +325,22 @@ def test_float64_is_refused():
         ao.ops.softmax_moments(torch.zeros(4, 20_000), torch.zeros(4).long(), ignore_index=-1)
 
 
+@pytest.mark.skipif(BACKEND != "cuda", reason="only cuda leaves them to others")
+@pytest.mark.parametrize(
+    "option", [(torch.ones(2, 3), None, 0.0), (None, 1.0, 0.0), (None, None, 2.0)]
+)
+def test_options_that_cuda_leaves_to_triton(option):
+    logits, labels = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.int64)
+    asked = (255, False, False, *(False,) * 5)
+    operators = torch.ops.anchorops
+    with pytest.raises(RuntimeError, match=r"softmax_moments\.cuda: smoothing, min_loss and focal"):
+        operators.softmax_moments.cuda(logits, labels, *option, *asked)
+    gradients = (labels.float(), torch.zeros(3), *(None,) * 5)
+    with pytest.raises(RuntimeError, match=r"softmax_moments_backward\.cuda: smoothing, min_loss"):
+        operators.softmax_moments_backward.cuda(logits, labels, *gradients, *option, 255, False)
+
+
+@pytest.mark.skipif(BACKEND == "cuda", reason="cuda leaves label smoothing to triton")
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_label_smoothing_upsamples_a_single_channel(align_corners):
     logits = torch.randn(2, 5, 3, 4, requires_grad=True)
