@@ -1,17 +1,21 @@
-// Patches of features: the numbers that a thread of upsampled_sums.cu holds in registers, 8
-// consecutive pixels of 4 channels. 16 lanes of a warp share the channels and hold the pixels of a
-// tile.
+// Patches of features: the numbers that a thread holds in registers, 8 consecutive pixels of 4
+// channels. 16 lanes of a warp share the channels and hold the pixels of a tile.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../tensors.cuh"
 #include "splat.cuh"
-#include "../warps.cuh"
 
 namespace anchorops::cuda {
-namespace {
 
-constexpr int TILE = 128;  // pixels
 constexpr int PIXELS = 8, CHANNELS = 4;
-constexpr int LANES = TILE / PIXELS;  // with the same channels
+constexpr int LANES = TILE_PIXELS / PIXELS;  // with the same channels
+
+// Channels of a block.
+constexpr int channels_of(int threads) { return threads / LANES * CHANNELS; }
 
 // What a thread reads at once: pixels of a channel, channels of a pixel, or one number.
 enum class Access { PIXELS, CHANNELS, SINGLE };
@@ -45,8 +49,27 @@ struct View {
                       : Access::SINGLE;
   }
 
-  __host__ __device__ int row_tiles() const { return grids.row_tiles(TILE); }
+  __host__ __device__ int row_tiles() const {
+    return ceil_div(grids.columns.features, TILE_PIXELS);
+  }
   __host__ __device__ int tiles() const { return grids.rows.features * row_tiles(); }
+};
+
+// Where a tile is in an image, and the thread's patch in the tile.
+struct Place {
+  int y, x;       // of the tile's first pixel
+  int pixels;     // of the patch that the row has
+  int64_t pixel;  // the patch's first one
+
+  __device__ Place(const View& view, int tile)
+      : y(tile / view.row_tiles()), x(tile % view.row_tiles() * TILE_PIXELS) {
+    const int width = view.grids.columns.features, first = x + first_pixel();
+    pixels = min(max(width - first, 0), PIXELS);
+    pixel = int64_t{y} * width + first;
+  }
+  // Of the thread's patch, from the first ones of a tile and of a block.
+  __device__ static int first_pixel() { return static_cast<int>(threadIdx.x) % LANES * PIXELS; }
+  __device__ static int first_channel() { return static_cast<int>(threadIdx.x) / LANES * CHANNELS; }
 };
 
 // Elements that are read and written at once.
@@ -60,10 +83,6 @@ template <class T>
 struct Patch {
   static constexpr int IN_WORD = sizeof(unsigned) / sizeof(T);
   unsigned words[CHANNELS][PIXELS / IN_WORD];  // so that a load is not waited for before its use
-
-  // The patch of this thread, in the tile's channels and pixels.
-  __device__ static int first_channel() { return static_cast<int>(threadIdx.x) / LANES * CHANNELS; }
-  __device__ static int first_pixel() { return static_cast<int>(threadIdx.x) % LANES * PIXELS; }
 
   __device__ float at(int c, int p) const {
     const unsigned word = words[c][p / IN_WORD];
@@ -171,8 +190,9 @@ __device__ void store(T* to, const float (&values)[CHANNELS][PIXELS], const View
   }
 }
 
-// The weights of a patch's pixels in a slot.
+// The weights of a patch's pixels, from those of a tile.
 __device__ __forceinline__ void weights_of_patch(const float* weights, float (&found)[PIXELS]) {
+  weights += Place::first_pixel();
 #pragma unroll
   for (int i = 0; i < PIXELS; i += Vector<float>::SIZE) {
     const auto some = load_vector(weights + i);
@@ -181,74 +201,4 @@ __device__ __forceinline__ void weights_of_patch(const float* weights, float (&f
   }
 }
 
-// The number of pixels, and for each channel of a patch the mean and the sum of squared deviations,
-// of pixels that come in parts (Chan et al.).
-struct Moments {
-  float count = 0, mean[CHANNELS] = {}, squares[CHANNELS] = {};
-
-  __device__ void add(const Moments& more) {
-    const float total = count + more.count;
-    if (total == 0) return;
-    const float part = more.count / total;
-#pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) {
-      const float shift = more.mean[c] - mean[c];
-      mean[c] += shift * part;
-      squares[c] += more.squares[c] + shift * shift * (count * part);
-    }
-    count = total;
-  }
-
-  __device__ void add(const float (&numbers)[CHANNELS][PIXELS], int pixels) {
-    Moments more;
-    more.count = static_cast<float>(pixels);
-    const float factor = pixels > 0 ? 1 / more.count : 0;
-#pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) {
-      float total = 0;
-#pragma unroll
-      for (int p = 0; p < PIXELS; ++p) total += numbers[c][p];
-      more.mean[c] = total * factor;
-#pragma unroll
-      for (int p = 0; p < PIXELS; ++p) {
-        const float deviation = p < pixels ? numbers[c][p] - more.mean[c] : 0;
-        more.squares[c] += deviation * deviation;
-      }
-    }
-    add(more);
-  }
-
-  // Those of all lanes with the same channels, for the first one of them.
-  __device__ void add_lanes() {
-#pragma unroll 1
-    for (int lanes = LANES / 2; lanes; lanes /= 2) {
-      Moments more;
-      more.count = __shfl_xor_sync(FULL_WARP, count, lanes);
-#pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) {
-        more.mean[c] = __shfl_xor_sync(FULL_WARP, mean[c], lanes);
-        more.squares[c] = __shfl_xor_sync(FULL_WARP, squares[c], lanes);
-      }
-      add(more);
-    }
-  }
-};
-
-// Sums over the lanes with the same channels. Lane i gets the sum of channel i % LANES / 4.
-__device__ __forceinline__ float sum_of_lanes(float (&totals)[CHANNELS]) {
-  static_assert(LANES == 16 && CHANNELS == 4);
-  const bool second = threadIdx.x & 8, odd = threadIdx.x & 4;
-  float pair[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    pair[i] = second ? totals[2 + i] : totals[i];
-    pair[i] += __shfl_xor_sync(FULL_WARP, second ? totals[i] : totals[2 + i], 8);
-  }
-  float total = odd ? pair[1] : pair[0];
-  total += __shfl_xor_sync(FULL_WARP, odd ? pair[0] : pair[1], 4);
-  total += __shfl_xor_sync(FULL_WARP, total, 2);
-  return total + __shfl_xor_sync(FULL_WARP, total, 1);
-}
-
-}  // namespace
 }  // namespace anchorops::cuda

@@ -1,25 +1,29 @@
 // The weights of the labels around a tile of features, for upsampling with align_corners=True:
 // W[k, q] = Σ of the weights, at feature q, of the labels with key k.
 //
-// A tile is 128 consecutive features of a row. Each feature has PARTS threads of a block, which
-// read the keys of the labels around it in turn, a row each, from memory once, otherwise from the
-// caches. A key takes the next free slot in shared memory. A weight is summed in registers as long
-// as the key is the same, and then in the thread's own column of the slot; at the end the columns
-// of the parts are added. The keys of a row are requested together, COLUMNS at a time, and the
-// weights of these columns are computed once.
+// A tile is TILE_PIXELS consecutive features of a row. Each feature has SHARES threads of a block,
+// which read the keys of the labels around it in turn, a row each, from memory once, otherwise from
+// the caches. A key takes the next free slot in shared memory. A weight is summed in registers as
+// long as the key is the same, and then in the thread's own column of the slot; at the end the
+// columns of the SHARES threads are added. The keys of a row are requested together, COLUMNS at a
+// time, and the weights of these columns are computed once.
 //
 // The results have the same bits in each run. Which slot a key takes depends on the order of the
-// threads; the weights do not, because each column is summed by one thread, and the columns of the
-// parts are added in order. Slots are read in the order of their keys. If there are more keys than
-// slots, it depends on the threads which keys have one: then no slot is read, and rounds of SLOTS
-// consecutive keys follow.
+// threads; the weights do not, because each column is summed by one thread, and the columns of a
+// feature are added in order. Slots are read in the order of their keys. If there are more keys
+// than slots, it depends on the threads which keys have one: then no slot is read, and rounds of
+// SLOTS consecutive keys follow.
 #pragma once
 
 #include <climits>
+#include <cstddef>
+#include <cstdint>
 
-#include "../tensors.cuh"
+#include "../../device.cuh"
 
 namespace anchorops::cuda {
+
+constexpr int TILE_PIXELS = 128;
 
 // Positions of the rows (or columns) of labels among those of the features. The first and the last
 // ones of both coincide.
@@ -59,14 +63,30 @@ struct Grids {
   LabelAxis rows, columns;
 
   __device__ int64_t labels() const { return int64_t{rows.labels} * columns.labels; }
-  __host__ __device__ int row_tiles(int pixels) const { return ceil_div(columns.features, pixels); }
+};
+
+// The weights of the labels in COUNT columns from `first` on, for a feature's column; 0 from `end`
+// on.
+template <int COUNT>
+struct ColumnWeights {
+  float of[COUNT], sum = 0;
+
+  __device__ __forceinline__ ColumnWeights(const LabelAxis& columns, int first, int end,
+                                           float feature) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const float label = static_cast<float>(first) + static_cast<float>(i);
+      of[i] = first + i < end ? columns.weight(label, feature) : 0;
+      sum += of[i];
+    }
+  }
 };
 
 template <int THREADS>  // of a block
 class Weights {
  public:
-  static constexpr int PIXELS = 128, SLOT_BITS = 4, SLOTS = 1 << SLOT_BITS;
-  static constexpr int PARTS = THREADS / PIXELS;
+  static constexpr int SLOT_BITS = 4, SLOTS = 1 << SLOT_BITS;
+  static constexpr int SHARES = THREADS / TILE_PIXELS;
   static constexpr int COLUMNS = 8;  // around a feature, with four times as many labels
 
   static constexpr size_t BYTES = sizeof(float) * SLOTS * THREADS + sizeof(int) * (2 * SLOTS + 2);
@@ -90,7 +110,7 @@ class Weights {
   template <class Key>
   __device__ bool round(const Key* keys, const Grids& grids, int y, int x) {
     const auto thread = static_cast<int>(threadIdx.x);
-    const int part = thread / PIXELS, pixel = thread % PIXELS;
+    const int share = thread / TILE_PIXELS, pixel = thread % TILE_PIXELS;
     __syncthreads();
     for (int slot = 0; slot < SLOTS; ++slot) weights_[slot * THREADS + thread] = 0;
     if (thread < SLOTS) slots_[thread] = -1;
@@ -99,60 +119,13 @@ class Weights {
       *next_ = NONE;
     }
     __syncthreads();
-    x += pixel;
-    if (x < grids.columns.features) {
-      constexpr int IGNORED = static_cast<Key>(-1);  // 255 in uint8
-      int held = IGNORED;
-      int weight = -1;  // of the thread in this key's slot, -1 if it has none in this round
-      float total = 0;
-      const auto hold = [&](int key) {
-        if (weight >= 0) weights_[weight] += total;
-        held = key;
-        weight = key == IGNORED ? -1 : weight_of(key);
-        total = 0;
-      };
-      const int first_row = grids.rows.begin(y - 1) + part, end_row = grids.rows.begin(y + 1);
-      const int last = grids.columns.begin(x + 1);
-      const auto at = static_cast<float>(x), at_row = static_cast<float>(y);
-      for (int first = grids.columns.begin(x - 1); first < last; first += COLUMNS) {
-        float of_column[COLUMNS], of_columns = 0;
-#pragma unroll
-        for (int i = 0; i < COLUMNS; ++i) {
-          const float label = static_cast<float>(first) + static_cast<float>(i);
-          of_column[i] = first + i < last ? grids.columns.weight(label, at) : 0;
-          of_columns += of_column[i];
-        }
-        const Key* line = keys + int64_t{first_row} * grids.columns.labels + first;
-        for (int row = first_row; row < end_row;
-             row += PARTS, line += int64_t{PARTS} * grids.columns.labels) {
-          const float of_row = grids.rows.weight(static_cast<float>(row), at_row);
-          int of_labels[COLUMNS];
-#pragma unroll
-          for (int i = 0; i < COLUMNS; ++i)
-            of_labels[i] = i == 0 || of_column[i] > 0 ? line[i] : IGNORED;
-          if (of_labels[0] != held) hold(of_labels[0]);
-          bool same = true;
-#pragma unroll
-          for (int i = 1; i < COLUMNS; ++i) same &= of_labels[i] == held || of_column[i] == 0;
-          if (same) {
-            total += of_row * of_columns;
-            continue;
-          }
-#pragma unroll
-          for (int i = 0; i < COLUMNS; ++i) {
-            if (of_labels[i] != held && of_column[i] > 0) hold(of_labels[i]);
-            total += of_row * of_column[i];
-          }
-        }
-      }
-      if (weight >= 0) weights_[weight] += total;
-    }
+    if (x + pixel < grids.columns.features) add_labels(keys, grids, y, x + pixel, share);
     __syncthreads();
     const int next = *next_;
-    for (int slot = part; slot < SLOTS && slots_[slot] >= 0; slot += PARTS) {
+    for (int slot = share; slot < SLOTS && slots_[slot] >= 0; slot += SHARES) {
       float* weight = weights_ + slot * THREADS + pixel;
 #pragma unroll
-      for (int other = 1; other < PARTS; ++other) *weight += weight[other * PIXELS];
+      for (int other = 1; other < SHARES; ++other) *weight += weight[other * TILE_PIXELS];
     }
     if (thread < SLOTS) sort(*block_ == ALL && next < NONE);
     __syncthreads();
@@ -168,8 +141,53 @@ class Weights {
   // Blocks of SLOTS consecutive keys. In the first round keys may have any block.
   static constexpr int ALL = -1, NONE = INT_MAX;
 
+  // Adds the weights of the labels around feature (y, x), in the rows of this thread's share.
+  template <class Key>
+  __device__ __forceinline__ void add_labels(const Key* keys, const Grids& grids, int y, int x,
+                                             int share) {
+    constexpr int IGNORED = static_cast<Key>(-1);  // 255 in uint8
+    int held = IGNORED;
+    int place = -1;  // of the thread in this key's slot, -1 if it has none in this round
+    float total = 0;
+    const auto hold = [&](int key) {
+      if (place >= 0) weights_[place] += total;
+      held = key;
+      place = key == IGNORED ? -1 : place_of(key);
+      total = 0;
+    };
+    const int first_row = grids.rows.begin(y - 1) + share, end_row = grids.rows.begin(y + 1);
+    const int end = grids.columns.begin(x + 1);
+    const auto at = static_cast<float>(x), at_row = static_cast<float>(y);
+    for (int first = grids.columns.begin(x - 1); first < end; first += COLUMNS) {
+      const ColumnWeights<COLUMNS> columns(grids.columns, first, end, at);
+      const Key* line = keys + int64_t{first_row} * grids.columns.labels + first;
+      for (int row = first_row; row < end_row;
+           row += SHARES, line += int64_t{SHARES} * grids.columns.labels) {
+        const float of_row = grids.rows.weight(static_cast<float>(row), at_row);
+        int of_labels[COLUMNS];
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i)
+          of_labels[i] = i == 0 || columns.of[i] > 0 ? line[i] : IGNORED;
+        if (of_labels[0] != held) hold(of_labels[0]);
+        bool same = true;
+#pragma unroll
+        for (int i = 1; i < COLUMNS; ++i) same &= of_labels[i] == held || columns.of[i] == 0;
+        if (same) {
+          total += of_row * columns.sum;
+          continue;
+        }
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) {
+          if (of_labels[i] != held && columns.of[i] > 0) hold(of_labels[i]);
+          total += of_row * columns.of[i];
+        }
+      }
+    }
+    if (place >= 0) weights_[place] += total;
+  }
+
   // The place of the thread's weight in the slot of this key; -1 if it belongs to another round.
-  __device__ int weight_of(int key) {
+  __device__ int place_of(int key) {
     const int block = key / SLOTS, now = *block_;
     if (now == ALL || now == block) {
 #pragma unroll 1
@@ -195,7 +213,7 @@ class Weights {
       sorted_[before] = key << SLOT_BITS | slot;
   }
 
-  float* weights_;  // [SLOTS, PARTS, PIXELS]
+  float* weights_;  // [SLOTS, SHARES, TILE_PIXELS]
   int* slots_;      // [SLOTS]: keys, -1 if free
   int* sorted_;     // [SLOTS]: the same in the order of their keys, each with its slot
   int* block_;      // of this round

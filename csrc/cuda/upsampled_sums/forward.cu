@@ -1,58 +1,53 @@
-// The operators anchorops::upsampled_sums.cuda and upsampled_sums_backward.cuda.
+// The operator anchorops::upsampled_sums.cuda.
 //
 //   sums[k] = Σ_q W[k, q]·f_q    mean = Σ_q f_q / N    variance = Σ_q (f_q − mean)² / N
-//   df_q = Σ_k W[k, q]·dsums[k] + (dmean + 2·dvariance·(f_q − mean)) / N
 //
 // W is not stored: splat.cuh computes the weights of a tile. The threads of a warp hold patches of
-// the same 8 channels and of all pixels (patch.cuh), so the sums of a channel need no other warp.
-// Forward: a block sums a chunk, some tiles of one image, into its own partial; a second kernel
-// adds the partials. Backward: a block writes one tile.
-//
-// Numbers that are requested before the weights are computed arrive meanwhile.
+// the same 8 channels and of all pixels (patch.cuh), so the sums of a channel need no other warp. A
+// block sums a chunk, some tiles of one image, into its own partial; a second kernel adds the
+// partials. Numbers that are requested before the weights are computed arrive meanwhile.
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <tuple>
+
 #include "../../labels.h"
+#include "../tensors.cuh"
+#include "../warps.cuh"
+#include "moments.cuh"
 #include "patch.cuh"
+#include "splat.cuh"
 
 namespace anchorops::cuda {
 namespace {
 
-constexpr int FORWARD_THREADS = 512, BACKWARD_THREADS = 256;
-constexpr int RESIDENT = 1;  // blocks of a multiprocessor
-// In the backward pass. Before sm_90, nvcc spills with the 128 registers of two blocks.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int BACKWARD_RESIDENT = 1;
-#else
-constexpr int BACKWARD_RESIDENT = 2;
-#endif
-constexpr int ADD_THREADS = 128;
+constexpr int THREADS = 512, ADD_THREADS = 128;
+constexpr int RESIDENT = 1;               // blocks of a multiprocessor
 constexpr int64_t MOST_BYTES = 10 << 20;  // of partials
 constexpr int MOMENTS = 3;                // of a chunk: pixels, mean, sum of squared deviations
 
-// Channels of a block.
-constexpr int channels_of(int threads) { return threads / LANES * CHANNELS; }
-
 template <class T, class Key>
-__global__ void __launch_bounds__(FORWARD_THREADS, RESIDENT)
+__global__ void __launch_bounds__(THREADS, RESIDENT)
     upsampled_sums_kernel(const T* features, const Key* keys,
                           float* partials,  // [images·chunks, K, C]
                           float* moments,   // [images·chunks, MOMENTS, C]
                           View view, int chunks, int chunk_tiles) {
   permit_next_kernel();
-  constexpr int BLOCK_CHANNELS = channels_of(FORWARD_THREADS);
+  constexpr int BLOCK_CHANNELS = channels_of(THREADS);
   const int64_t image = blockIdx.x / chunks;
   const auto chunk = static_cast<int>(blockIdx.x % chunks);
   const int block_channel = static_cast<int>(blockIdx.y) * BLOCK_CHANNELS;
-  const int first_channel = block_channel + Patch<T>::first_channel();
+  const int first_channel = block_channel + Place::first_channel();
   const int channels = view.channels - first_channel;
   const auto thread = static_cast<int>(threadIdx.x);
   features += image * view.stride_b + first_channel * view.stride_d;
   keys += image * view.grids.labels();
   partials += blockIdx.x * int64_t{view.num_classes} * view.channels;
-  Weights<FORWARD_THREADS> weights(shared_memory());
+  Weights<THREADS> weights(shared_memory());
 
   const int zeroed = block_channel + thread % BLOCK_CHANNELS;
   if (zeroed < view.channels)
-    for (int k = thread / BLOCK_CHANNELS; k < view.num_classes;
-         k += FORWARD_THREADS / BLOCK_CHANNELS)
+    for (int k = thread / BLOCK_CHANNELS; k < view.num_classes; k += THREADS / BLOCK_CHANNELS)
       partials[int64_t{k} * view.channels + zeroed] = 0;
 
   const int summed = thread % LANES / 4;  // the channel of the patch that sum_of_lanes returns
@@ -62,22 +57,19 @@ __global__ void __launch_bounds__(FORWARD_THREADS, RESIDENT)
   Moments own;
   const int end = min((chunk + 1) * chunk_tiles, view.tiles());
   for (int t = chunk * chunk_tiles; t < end; ++t) {
-    const int y = t / view.row_tiles(), x = t % view.row_tiles() * TILE;
-    const int first = x + Patch<T>::first_pixel();
-    const int pixels = min(max(view.grids.columns.features - first, 0), PIXELS);
-    patch.load(features + (int64_t{y} * view.grids.columns.features + first) * view.stride_p, view,
-               channels, pixels);
+    const Place place(view, t);
+    patch.load(features + place.pixel * view.stride_p, view, channels, place.pixels);
     weights.begin();
     bool more;
     float numbers[CHANNELS][PIXELS];
     do {
-      more = weights.round(keys, view.grids, y, x);
+      more = weights.round(keys, view.grids, place.y, place.x);
       patch.convert(numbers);
       for (int i = 0; weights.key(i) >= 0; ++i) {
         float* const entry = partials + int64_t{weights.key(i)} * view.channels;
         const float before = adds ? *entry : 0;
         float weight[PIXELS], totals[CHANNELS] = {};
-        weights_of_patch(weights.of(i) + Patch<T>::first_pixel(), weight);
+        weights_of_patch(weights.of(i), weight);
 #pragma unroll
         for (int p = 0; p < PIXELS; ++p) {
           if (weight[p] == 0) continue;  // the number may be NaN
@@ -88,7 +80,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, RESIDENT)
         if (adds) *entry = before + total;
       }
     } while (more);
-    own.add(numbers, pixels);
+    own.add(numbers, place.pixels);
   }
   own.add_lanes();
   if (thread % LANES > 0) return;
@@ -149,68 +141,6 @@ __global__ void __launch_bounds__(ADD_THREADS)
   variance[channel] = squares / count;
 }
 
-struct Gradients {
-  const float* sums;                      // [num_keys, C]
-  const float *mean, *dmean, *dvariance;  // [C]; dmean and dvariance are null if they are not given
-  float of_pixel;                         // 1 / N
-};
-
-template <class T, class Key>
-__global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_RESIDENT)
-    upsampled_sums_backward_kernel(const T* features, const Key* keys, Gradients gradients,
-                                   T* dfeatures, View view) {
-  const int64_t image = blockIdx.x / view.tiles();
-  const auto tile = static_cast<int>(blockIdx.x % view.tiles());
-  const int y = tile / view.row_tiles(), x = tile % view.row_tiles() * TILE;
-  const int first = x + Patch<T>::first_pixel();
-  const int pixels = min(max(view.grids.columns.features - first, 0), PIXELS);
-  const int64_t pixel = int64_t{y} * view.grids.columns.features + first;
-  const int64_t place = image * view.stride_b + pixel * view.stride_p;
-  keys += image * view.grids.labels();
-  Weights<BACKWARD_THREADS> weights(shared_memory());
-
-  bool several = false;  // whether the tile needs more than one round
-  for (int begin = 0; begin < view.channels; begin += channels_of(BACKWARD_THREADS)) {
-    const int first_channel = begin + Patch<T>::first_channel();
-    const int channels = view.channels - first_channel;
-    const int64_t offset = place + first_channel * view.stride_d;
-    Patch<T> patch;
-    if (gradients.dmean) patch.load(features + offset, view, channels, pixels);
-    float gradient[CHANNELS][PIXELS] = {};
-    bool more = false;
-    if (begin == 0 || several) weights.begin();
-    do {
-      if (begin == 0 || several) more = weights.round(keys, view.grids, y, x);
-      several |= more;
-      for (int i = 0; weights.key(i) >= 0; ++i) {
-        const int64_t row = image * view.image_keys + weights.key(i);
-        const float* dsums = gradients.sums + row * view.channels + first_channel;
-        float weight[PIXELS];
-        weights_of_patch(weights.of(i) + Patch<T>::first_pixel(), weight);
-#pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) {
-          const float dsum = c < channels ? dsums[c] : 0;
-#pragma unroll
-          for (int p = 0; p < PIXELS; ++p) gradient[c][p] += weight[p] * dsum;
-        }
-      }
-    } while (more);
-    if (gradients.dmean) {
-#pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) {
-        if (c >= channels) continue;
-        const int channel = first_channel + c;
-        const float mean = gradients.mean[channel];
-        const float start = gradients.of_pixel * gradients.dmean[channel];
-        const float slope = 2 * gradients.of_pixel * gradients.dvariance[channel];
-#pragma unroll
-        for (int p = 0; p < PIXELS; ++p) gradient[c][p] += slope * (patch.at(c, p) - mean) + start;
-      }
-    }
-    store(dfeatures + offset, gradient, view, channels, pixels);
-  }
-}
-
 // Blocks of the forward pass whose partials have so many entries: the same number for each
 // multiprocessor, if there is memory for their partials, and as many as are resident.
 int64_t most_blocks(int64_t entries) {
@@ -242,11 +172,11 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, 
   for_dtype("upsampled_sums", features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     dim3 grid = grid_of("upsampled_sums.cuda", blocks);
-    grid.y = static_cast<unsigned>(ceil_div(channels, int64_t{channels_of(FORWARD_THREADS)}));
+    grid.y = static_cast<unsigned>(ceil_div(channels, int64_t{channels_of(THREADS)}));
     for_key_dtype("upsampled_sums.cuda", keys.scalar_type(), [&](auto key) {
       using Key = decltype(key);
-      launch("upsampled_sums_kernel", upsampled_sums_kernel<T, Key>, grid, FORWARD_THREADS,
-             Weights<FORWARD_THREADS>::BYTES, device.stream, features.const_data_ptr<T>(),
+      launch("upsampled_sums_kernel", upsampled_sums_kernel<T, Key>, grid, THREADS,
+             Weights<THREADS>::BYTES, device.stream, features.const_data_ptr<T>(),
              keys.const_data_ptr<Key>(), partials.mutable_data_ptr<float>(),
              moments.mutable_data_ptr<float>(), view, static_cast<int>(chunks),
              static_cast<int>(chunk_tiles));
@@ -265,36 +195,9 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, 
   return {sums, mean, variance};
 }
 
-Tensor upsampled_sums_backward(Tensor features, Tensor keys, Tensor dsums, Tensor mean,
-                               std::optional<Tensor> dmean, std::optional<Tensor> dvariance,
-                               int64_t num_classes) {
-  const OnDevice device(features);
-  check_keys("upsampled_sums_backward.cuda", keys, features.size(0) * keys.size(1) * keys.size(2));
-  Tensor dfeatures = new_empty_strided(features, to_vector(features.sizes()),
-                                       to_vector(features.strides()), features.scalar_type());
-  if (features.numel() == 0) return dfeatures;
-  const View view(features, keys, num_classes, dsums.size(0) > num_classes);
-  const Gradients gradients{dsums.const_data_ptr<float>(), mean.const_data_ptr<float>(),
-                            optional_data<float>(dmean), optional_data<float>(dvariance),
-                            1 / static_cast<float>(features.numel() / features.size(1))};
-  for_dtype("upsampled_sums", features.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    for_key_dtype("upsampled_sums.cuda", keys.scalar_type(), [&](auto key) {
-      using Key = decltype(key);
-      launch("upsampled_sums_backward_kernel", upsampled_sums_backward_kernel<T, Key>,
-             grid_of("upsampled_sums.cuda", features.size(0) * view.tiles()), BACKWARD_THREADS,
-             Weights<BACKWARD_THREADS>::BYTES, device.stream, features.const_data_ptr<T>(),
-             keys.const_data_ptr<Key>(), gradients, dfeatures.mutable_data_ptr<T>(), view);
-    });
-  });
-  return dfeatures;
-}
-
 }  // namespace
 }  // namespace anchorops::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(anchorops, ANCHOROPS_DISPATCH_KEY, library) {
   library.impl("upsampled_sums.cuda", TORCH_BOX(&anchorops::cuda::upsampled_sums));
-  library.impl("upsampled_sums_backward.cuda",
-               TORCH_BOX(&anchorops::cuda::upsampled_sums_backward));
 }
