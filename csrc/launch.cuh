@@ -1,6 +1,7 @@
 // The device interface on the host: the GPU's properties, and launches.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <map>

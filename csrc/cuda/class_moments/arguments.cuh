@@ -13,7 +13,6 @@
 //       where planes begin in 16 bytes
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "../tensors.cuh"

@@ -6,6 +6,7 @@
 // 4 bytes a pixel, are read again for each slice of channels, from the second-level cache. The
 // tables (anchors, dsums) are read from shared memory or from caches. One launch.
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <vector>
 

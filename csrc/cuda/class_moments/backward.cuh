@@ -1,6 +1,8 @@
 // What the backward kernels of class moments have in common.
 #pragma once
 
+#include <cstdint>
+
 #include "../tensors.cuh"
 
 namespace anchorops::cuda {

@@ -1,6 +1,9 @@
 // The gradient in any layout, one element at a time.
 #pragma once
 
+#include <cstdint>
+
+#include "../tensors.cuh"
 #include "backward.cuh"
 
 namespace anchorops::cuda {

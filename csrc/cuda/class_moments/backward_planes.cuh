@@ -7,6 +7,10 @@
 // at the same position in 16 bytes, so a thread has the same pixels in each of them.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "../tensors.cuh"
 #include "backward.cuh"
 
 namespace anchorops::cuda {

@@ -1,6 +1,9 @@
 // The gradient where the channels of a pixel are contiguous and aligned to 16 bytes.
 #pragma once
 
+#include <cstdint>
+
+#include "../tensors.cuh"
 #include "backward.cuh"
 
 namespace anchorops::cuda {

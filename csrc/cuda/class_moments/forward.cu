@@ -9,6 +9,7 @@
 // reads the partials once and adds them in a fixed order (reduction.cu). The division of the pixels
 // is in plan.cuh.
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <tuple>
 #include <vector>

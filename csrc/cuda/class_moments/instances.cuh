@@ -2,6 +2,8 @@
 // layout.
 #pragma once
 
+#include <cstdint>
+
 #include "forward_kernel.cuh"
 #include "launch.cuh"
 #include "slots.cuh"

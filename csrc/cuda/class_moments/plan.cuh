@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <numeric>
 
+#include "../tensors.cuh"
 #include "arguments.cuh"
 #include "policy.cuh"
 #include "slots.cuh"

@@ -1,5 +1,9 @@
 #include "reduction.cuh"
 
+#include <algorithm>
+#include <cstdint>
+
+#include "../tensors.cuh"
 #include "arguments.cuh"
 
 namespace anchorops::cuda {

@@ -1,6 +1,8 @@
 // The second pass of class moments: the sum of the partials that the first pass has written.
 #pragma once
 
+#include <cstdint>
+
 #include "../tensors.cuh"
 
 namespace anchorops::cuda {

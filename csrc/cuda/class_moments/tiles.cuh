@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "../tensors.cuh"
 #include "arguments.cuh"
 
 namespace anchorops::cuda {

@@ -5,10 +5,13 @@
 // integer atomics, whose order does not matter. Up to MAX_BINS classes are counted in shared
 // memory, with one global addition for each class that a block has seen. With more classes there is
 // one for each run of equal keys in a warp.
-//
-// At B8 128×256 (262,144 pixels) from 512×1024 int64 labels, a sector of 32 bytes for each label
-// and 4 bytes for each key are 9.4 MB.
 #include "class_keys.cuh"
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
 
 #include "../../labels.h"
 

@@ -1,6 +1,10 @@
 // Class keys, for operators that have labels.
 #pragma once
 
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
 #include "../tensors.cuh"
 
 namespace anchorops::cuda {

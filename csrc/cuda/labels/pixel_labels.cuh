@@ -2,6 +2,9 @@
 // pixels.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
 #include "../../labels.h"
 #include "../tensors.cuh"
 

@@ -13,10 +13,14 @@
 // Reads keys twice and writes them once; writes and reads 8 bytes a pixel for the lists. Most of
 // these accesses are in the order of the hashes: each moves a sector of 32 bytes, from the
 // second-level cache. A warp waits for its largest bucket, which has four pixels on average.
+#include <cstddef>
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
 #include "../../labels.h"
-#include "class_keys.cuh"
-#include "../tensors.cuh"
 #include "../warps.cuh"
+#include "class_keys.cuh"
 
 namespace anchorops::cuda {
 namespace {

@@ -2,6 +2,9 @@
 //
 // Reads labels and predictions once. Counts use integer atomics, whose order does not matter: one
 // for each run of equal pairs, along a thread's pixels and along a warp.
+#include <cstdint>
+#include <type_traits>
+
 #include "../labels/pixel_labels.cuh"
 #include "../warps.cuh"
 

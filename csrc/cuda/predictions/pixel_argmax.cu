@@ -8,13 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../labels/pixel_labels.cuh"
-#include "../tensors.cuh"
-#include "../upsampled_logits/cell.cuh"
-#include "../upsampled_logits/cells.cuh"
-#include "../upsampled_logits/logits.cuh"
 #include "../upsampled_logits/maps.cuh"
-#include "../upsampled_logits/part.cuh"
 #include "../upsampled_logits/stage.cuh"
 
 namespace anchorops::cuda {

@@ -7,10 +7,6 @@
 #include <cstdint>
 #include <optional>
 
-#include "../labels/pixel_labels.cuh"
-#include "../tensors.cuh"
-#include "../upsampled_logits/cells.cuh"
-#include "../upsampled_logits/logits.cuh"
 #include "gradients.cuh"
 
 namespace anchorops::cuda {

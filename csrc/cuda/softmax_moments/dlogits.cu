@@ -9,16 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../labels/pixel_labels.cuh"
-#include "../tensors.cuh"
-#include "../upsampled_logits/cell.cuh"
-#include "../upsampled_logits/cells.cuh"
-#include "../upsampled_logits/logits.cuh"
-#include "../upsampled_logits/maps.cuh"
-#include "../upsampled_logits/sequences.cuh"
-#include "../upsampled_logits/stage.cuh"
 #include "gradient_stage.cuh"
-#include "gradients.cuh"
 #include "pixel_terms.cuh"
 
 namespace anchorops::cuda {

@@ -10,8 +10,7 @@
 //
 // In a pass over the logits a thread has 16 sums and the four corners of a cell in registers. A
 // block of 8 warps has 8 rows of 32 cells, and 42 KB of shared memory. Registers permit 16 warps on
-// a multiprocessor. Instructions determine the time: `make cuda-report` prints those for each cell
-// and class.
+// a multiprocessor. `make cuda-report` prints the instructions for each cell and class.
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -19,10 +18,7 @@
 #include <vector>
 
 #include "../labels/class_keys.cuh"
-#include "../labels/pixel_labels.cuh"
 #include "../predictions/pixel_argmax.cuh"
-#include "../tensors.cuh"
-#include "../upsampled_logits/cells.cuh"
 #include "statistics.cuh"
 
 namespace anchorops::cuda {

@@ -5,15 +5,7 @@
 // that occurs in a warp's 512 pixels needs about 250 instructions.
 #include <cmath>
 
-#include "../labels/pixel_labels.cuh"
-#include "../tensors.cuh"
-#include "../upsampled_logits/cell.cuh"
-#include "../upsampled_logits/cells.cuh"
-#include "../upsampled_logits/logits.cuh"
-#include "../upsampled_logits/maps.cuh"
-#include "../upsampled_logits/part.cuh"
 #include "../upsampled_logits/sequences.cuh"
-#include "../upsampled_logits/stage.cuh"
 #include "../warps.cuh"
 #include "statistics.cuh"
 

@@ -1,14 +1,6 @@
 // Sums of p and p² of each class: another pass over the logits, with lse.
 #include <cstddef>
 
-#include "../labels/pixel_labels.cuh"
-#include "../tensors.cuh"
-#include "../upsampled_logits/cell.cuh"
-#include "../upsampled_logits/cells.cuh"
-#include "../upsampled_logits/logits.cuh"
-#include "../upsampled_logits/part.cuh"
-#include "../upsampled_logits/sequences.cuh"
-#include "../upsampled_logits/stage.cuh"
 #include "../warps.cuh"
 #include "pixel_sums.cuh"
 #include "statistics.cuh"

@@ -1,8 +1,6 @@
 // Sums the partials of the blocks, for the statistics of softmax moments. One launch.
 #include <cstdint>
 
-#include "../tensors.cuh"
-#include "../upsampled_logits/cells.cuh"
 #include "statistics.cuh"
 
 namespace anchorops::cuda {

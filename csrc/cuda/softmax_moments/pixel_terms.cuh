@@ -3,6 +3,8 @@
 // −own. The first one comes from geometric sequences; irregular pixels are computed one by one.
 #pragma once
 
+#include <cstdint>
+
 #include "../labels/pixel_labels.cuh"
 #include "../upsampled_logits/cell.cuh"
 #include "../upsampled_logits/cells.cuh"

@@ -5,15 +5,7 @@
 // launch over the pixels, which reads labels, lse and the gradients of maps once.
 #include <cstdint>
 
-#include "../labels/pixel_labels.cuh"
-#include "../tensors.cuh"
-#include "../upsampled_logits/cell.cuh"
-#include "../upsampled_logits/cells.cuh"
-#include "../upsampled_logits/logits.cuh"
-#include "../upsampled_logits/maps.cuh"
-#include "../upsampled_logits/part.cuh"
 #include "../upsampled_logits/sequences.cuh"
-#include "../upsampled_logits/stage.cuh"
 #include "gradients.cuh"
 
 namespace anchorops::cuda {

@@ -1,7 +1,10 @@
 // A thread's cell: where its pixels are, and their interpolation from the four corners of the cell.
 #pragma once
 
+#include <cstdint>
+
 #include "cells.cuh"
+#include "logits.cuh"
 #include "part.cuh"
 
 namespace anchorops::cuda {

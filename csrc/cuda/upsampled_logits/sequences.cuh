@@ -2,8 +2,10 @@
 // serve).
 #pragma once
 
+#include "../labels/pixel_labels.cuh"
 #include "cell.cuh"
 #include "cells.cuh"
+#include "logits.cuh"
 #include "maps.cuh"
 #include "part.cuh"
 #include "stage.cuh"

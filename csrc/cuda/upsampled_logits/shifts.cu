@@ -5,9 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../tensors.cuh"
 #include "cells.cuh"
-#include "logits.cuh"
 
 namespace anchorops::cuda {
 namespace {

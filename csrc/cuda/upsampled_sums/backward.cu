@@ -7,9 +7,7 @@
 #include <optional>
 
 #include "../../labels.h"
-#include "../tensors.cuh"
 #include "patch.cuh"
-#include "splat.cuh"
 
 namespace anchorops::cuda {
 namespace {

@@ -12,11 +12,8 @@
 #include <tuple>
 
 #include "../../labels.h"
-#include "../tensors.cuh"
 #include "../warps.cuh"
 #include "moments.cuh"
-#include "patch.cuh"
-#include "splat.cuh"
 
 namespace anchorops::cuda {
 namespace {
