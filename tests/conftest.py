@@ -1,10 +1,59 @@
+"""The backends of the cases, and what the memory and the kernels of a case need.
+
+A test that takes `backend` runs on each backend of its process. Usual processes have `reference`
+and `cpu`, and `cuda` and `triton` where a case is marked for a GPU. tests/proofs starts processes
+with one emulated backend each: the Triton kernels in Triton's interpreter, or the CUDA sources in
+the emulator. They run the tests that take `backend`, and no others.
+
+The mark on("cpu", "interpreter", "emulator", …) limits a case. Without it, a case runs everywhere
+but on a GPU.
+"""
+
+import contextlib
 import ctypes
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+from emulator import BACKEND, EMULATED, controls
+
+import anchorops as ao
 
 M_PERTURB = -6  # glibc's <malloc.h>
+GPU = ("cuda", "triton")
+ON_A_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in GPU]
+PLACES = {"triton": ["interpreter"], "cuda": ["emulator"]}.get(
+    BACKEND, ["reference", "cpu", *ON_A_GPU]
+)
+
+
+def _is_chosen(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    place = callspec.params.get("backend") if callspec else None
+    if place not in PLACES and EMULATED:
+        return False
+    place = "gpu" if place in GPU else place
+    marks = list(item.iter_markers("on"))
+    return all(place in mark.args for mark in marks) if marks else place != "gpu"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = {item: _is_chosen(item) for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if not chosen[item]])
+    items[:] = [item for item in items if chosen[item]]
+
+
+@pytest.fixture(params=PLACES)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the backend, which is chosen. On a GPU, tensors are created there."""
+    name = BACKEND or request.param
+    reason = ao.backends()[name]
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    device = torch.device("cuda") if request.param in GPU else contextlib.nullcontext()
+    with ao.use_backend(name), device:
+        yield name
 
 
 @pytest.fixture(autouse=True)
@@ -12,17 +61,79 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=EMULATED)
 def poisoned() -> Iterator[None]:
-    """Uninitialised tensors of torch contain NaN, and other new memory the bytes 0x7f (as float32
-    3e38), so that a test fails if a result was not written."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        pytest.skip("poisoned memory needs glibc's mallopt")
-    libc.mallopt(M_PERTURB, 0x7F ^ 0xFF)
-    assert (torch.empty(4096, dtype=torch.uint8) == 0x7F).all()
+    """Uninitialised tensors of torch contain NaN, or the largest integers, so that a test fails if
+    a result was not written. In usual processes, other new memory has the bytes 0x7f (as float32
+    3e38)."""
+    libc = None if EMULATED else ctypes.CDLL(None)
+    if libc is not None:
+        if not hasattr(libc, "mallopt"):
+            pytest.skip("poisoned memory needs glibc's mallopt")
+        libc.mallopt(M_PERTURB, 0x7F ^ 0xFF)
+        assert (torch.empty(4096, dtype=torch.uint8) == 0x7F).all()
     torch.use_deterministic_algorithms(True)
     assert torch.zeros(1).new_empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
-    libc.mallopt(M_PERTURB, 0)
+    if libc is not None:
+        libc.mallopt(M_PERTURB, 0)
+
+
+@pytest.fixture(autouse=EMULATED)
+def patched_once(monkeypatch):
+    """The interpreter patches triton.language at each call of a function by another function. For
+    our own functions the launch of the kernel has already done this. It takes half of the time of
+    kernels with many functions."""
+    if BACKEND != "triton":
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patching = InterpretedFunction.__call__
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__.startswith("anchorops."):
+            return self.rewrite()(*args, **kwargs)
+        return patching(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "__call__", call)
+
+
+@pytest.fixture
+def set_hardware():
+    """The emulator's number of multiprocessors, and KB of shared memory of each; otherwise those of
+    an H200."""
+    if BACKEND != "cuda":
+        pytest.skip("Triton's plans depend on shapes alone")
+    set_hardware = controls().set_hardware
+    yield set_hardware
+    set_hardware(132, 228)
+
+
+@pytest.fixture
+def set_order():
+    """The order in which the emulator's threads run: a seed, or 0 for the usual one."""
+    if BACKEND != "cuda":
+        pytest.skip("programs of the interpreter have no threads")
+    set_order = controls().set_order
+    yield set_order
+    set_order(0)
+
+
+@pytest.fixture(params=[(7, 228), (58, 100)], ids=["7 multiprocessors", "L4"])
+def other_gpu(request, set_hardware) -> None:
+    set_hardware(*request.param)
+
+
+@pytest.fixture
+def sorted_by_numpy(monkeypatch):
+    """NumPy sorts, because Triton's sorting network takes four fifths of the interpreter's time."""
+    if BACKEND != "triton":
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    def sort(x):
+        return tl.tensor(TensorHandle(np.sort(x.handle.data), x.handle.dtype), x.type)
+
+    monkeypatch.setattr(tl, "sort", sort)

@@ -1,4 +1,7 @@
-"""Class keys: keys, counts, nearest-neighbour resizing, random groups of equal size."""
+"""Class keys on every backend: keys, counts, nearest-neighbour resizing, groups of equal size.
+
+All keys and counts are equal to those of the reference, so each test is also one of the reference.
+"""
 
 import pytest
 import torch
@@ -8,35 +11,35 @@ from cpu_kernels import same_for_all_threads
 import anchorops as ao
 from anchorops import reference
 from anchorops._ops.class_keys import class_keys
+from anchorops._ops.split_groups import split_groups
 
+pytestmark = pytest.mark.on("cpu", "interpreter", "emulator")
+cpu = pytest.mark.on("cpu")
+compiled = pytest.mark.on("cpu", "emulator")  # the interpreter takes a second for each call
 INTEGERS = (
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint16, torch.uint32, torch.uint64),
 )
 
 
-def both(labels, size, num_classes, *, groups=1, per_image=False, seed=None, ignore_index=255):
-    """Keys and counts of the C++ operator, after checking that they equal the reference's."""
-    features = torch.empty(size)
-    keys, counts = class_keys(
-        features,
-        labels,
-        num_classes,
-        groups=groups,
-        per_image=per_image,
-        seed=seed,
-        ignore_index=ignore_index,
-        backend="cpu",
-    )
-    assert keys.dtype == torch.int32 and counts.dtype == torch.int64
-    expected = reference.class_keys(features, labels, num_classes, per_image, ignore_index)
-    if groups > 1:
-        expected = (
-            reference.split_groups(*expected, groups, seed),
-            reference.group_counts(expected[1], groups),
-        )
-    assert torch.equal(keys.long(), expected[0]) and torch.equal(counts, expected[1])
-    return keys, counts
+@pytest.fixture
+def both(backend: str):
+    """Keys and counts of the backend, after checking that they equal the reference's."""
+
+    def run(labels, size, num_classes, *, groups=1, per_image=False, seed=None, ignore_index=255):
+        features, common = torch.empty(size), (per_image, ignore_index)
+        options = {"groups": groups, "per_image": per_image, "seed": seed}
+        options |= {"ignore_index": ignore_index, "backend": backend}
+        keys, counts = class_keys(features, labels, num_classes, **options)
+        assert keys.dtype == torch.int32 and counts.dtype == torch.int64
+        expected = reference.class_keys(features, labels, num_classes, *common)
+        if groups > 1:
+            split = reference.split_groups(*expected, groups, seed)
+            expected = split, reference.group_counts(expected[1], groups)
+        assert torch.equal(keys.long(), expected[0]) and torch.equal(counts, expected[1])
+        return keys, counts
+
+    return run
 
 
 def bincount(keys: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -44,7 +47,7 @@ def bincount(keys: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-def test_integer_dtypes(dtype: torch.dtype, poisoned: None):
+def test_integer_dtypes(both, dtype: torch.dtype, poisoned: None):
     labels = torch.randint(0, 8, (2, 9, 13)).to(dtype)
     labels[0, 0, :4] = 120
     keys, counts = both(labels, (2, 1, 9, 13), 5, ignore_index=3)
@@ -56,19 +59,19 @@ def test_integer_dtypes(dtype: torch.dtype, poisoned: None):
 @pytest.mark.parametrize(
     ("source", "size"),
     [
-        ((16, 24), (8, 12)),  # twice as large
+        pytest.param((16, 24), (8, 12), marks=compiled),  # twice as large
         ((36, 52), (9, 13)),  # four times
-        ((23, 31), (9, 13)),  # odd ratios
-        ((1024, 769), (113, 97)),
+        pytest.param((23, 31), (9, 13), marks=compiled),  # odd ratios
+        pytest.param((1024, 769), (113, 97), marks=cpu),
         ((9, 30), (9, 13)),  # one side unchanged
-        ((4, 3), (8, 6)),  # smaller than the features
+        pytest.param((4, 3), (8, 6), marks=compiled),  # smaller than the features
         ((7, 5), (9, 13)),
         ((1, 1), (3, 4)),
-        ((5, 6), (1, 1)),
+        pytest.param((5, 6), (1, 1), marks=compiled),
     ],
 )
 @pytest.mark.parametrize("per_image", [False, True])
-def test_resized_as_interpolate(source, size, per_image: bool):
+def test_resized_as_interpolate(both, source, size, per_image: bool):
     labels = torch.randint(-2, 22, (2, *source))
     keys, counts = both(labels, (2, 1, *size), 19, per_image=per_image)
     nearest = F.interpolate(labels[:, None].float(), size, mode="nearest").long().flatten(1)
@@ -78,7 +81,8 @@ def test_resized_as_interpolate(source, size, per_image: bool):
     assert torch.equal(counts, bincount(keys, counts))
 
 
-def test_every_ratio_of_sizes():
+@cpu
+def test_every_ratio_of_sizes(both):
     """Where float32 rounds the scale, the source index may differ by one from exact arithmetic."""
     for size in range(1, 40):
         for source in range(1, 120, 7):
@@ -89,12 +93,14 @@ def test_every_ratio_of_sizes():
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "dtype"), [(5, torch.uint8), (255, torch.uint8), (300, torch.int16)], ids=str
+    ("num_classes", "dtype"),
+    [(5, torch.uint8), pytest.param(255, torch.uint8, marks=compiled), (300, torch.int16)],
+    ids=str,
 )
 @pytest.mark.parametrize("per_image", [False, True])
-def test_classes_in_small_integers(num_classes: int, dtype: torch.dtype, per_image: bool):
+def test_classes_in_small_integers(both, backend, num_classes, dtype, per_image: bool):
     labels = torch.randint(-2, num_classes + 2, (2, 9, 13))
-    operator = torch.ops.anchorops.class_keys.cpu
+    operator = getattr(torch.ops.anchorops.class_keys, backend)
     keys, counts = operator(labels, 9, 13, num_classes, per_image, 3, dtype)
     expected, _ = reference.class_keys(torch.empty(2, 1, 9, 13), labels, num_classes, False, 3)
     assert keys.dtype == dtype and torch.equal(keys, expected.to(dtype))  # -1 is 255 in uint8
@@ -103,8 +109,8 @@ def test_classes_in_small_integers(num_classes: int, dtype: torch.dtype, per_ima
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
-def test_strides(dtype: torch.dtype):
+@pytest.mark.parametrize("dtype", [torch.int64, pytest.param(torch.uint8, marks=compiled)])
+def test_strides(both, dtype: torch.dtype):
     labels = torch.randint(0, 6, (2, 14, 30)).to(dtype)
     both(labels[:, ::2, 1::3], (2, 1, 7, 10), 6)
     both(labels[:, ::2, 1::3], (2, 1, 14, 5), 6)
@@ -114,14 +120,15 @@ def test_strides(dtype: torch.dtype):
     both(labels[0, :, 3], (14, 1), 6)
 
 
-def test_offsets_are_64_bit():
+def test_offsets_are_64_bit(both):
+    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
     labels = torch.empty(2**32 + 64, dtype=torch.uint8).as_strided((3, 4, 5), (2**31, 5, 1))
     labels.copy_(torch.randint(0, 6, (3, 4, 5)))
     keys, _ = both(labels, (3, 1, 4, 5), 6)
     assert torch.equal(keys.view(3, 4, 5), labels.int())
 
 
-def test_values_outside_are_ignored():
+def test_values_outside_are_ignored(both):
     labels = torch.tensor([-1, 0, 4, 5, 255, 2**40, -(2**40), 2**32 + 1, 3, -(2**63), 2**63 - 1])
     for ignore_index in (255, -1, -100, 2**40, -(2**63)):
         keys, counts = both(labels, (11, 1), 5, ignore_index=ignore_index)
@@ -133,14 +140,22 @@ def test_values_outside_are_ignored():
     assert keys[0, 4] == 255 and counts[255] == 1
 
 
-def test_ignore_index_is_not_wrapped_to_the_labels_dtype():
+def test_ignore_index_is_not_wrapped_to_the_labels_dtype(both):
     small = torch.tensor([-1, 0, 1], dtype=torch.int8)  # 255 as int8 would be -1
     assert both(small, (3, 1), 2)[0].tolist() == [[-1, 0, 1]]
     large = torch.tensor([255, 0, 1], dtype=torch.uint8)  # -1 as uint8 would be 255
     assert both(large, (3, 1), 256, ignore_index=-1)[0].tolist() == [[255, 0, 1]]
 
 
-def test_65536_classes():
+def test_many_pixels_and_classes(both):
+    """Pixels of more than one block of the GPU kernels."""
+    both(torch.randint(0, 300, (1, 700)), (1, 1, 700), 300)
+    both(torch.zeros(520, dtype=torch.int64), (520, 1), 1)
+    both(torch.randint(0, 40_000, (300,)), (300, 1), 16_384)
+
+
+@cpu
+def test_65536_classes(both):
     labels = torch.randint(0, 65_536, (4, 64, 64))
     labels[0, 0, 0], labels[0, 0, 1] = 0, 65_535
     keys, counts = both(labels, (4, 1, 64, 64), 65_536, ignore_index=-1)
@@ -150,29 +165,45 @@ def test_65536_classes():
 
 
 @pytest.mark.parametrize("per_image", [False, True])
-def test_nothing_to_count(per_image: bool, poisoned: None):
+def test_nothing_to_count(both, per_image: bool, poisoned: None):
     for size in ((0, 3), (0, 3, 5), (2, 3, 0), (0, 3, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0)):
         labels = torch.empty(size[:1] + size[2:], dtype=torch.int64)
-        keys, counts = both(labels, size, 4, per_image=per_image)
-        assert keys.numel() == 0 and not counts.any()
+        for options in ({}, {"groups": 3, "seed": 5}):
+            keys, counts = both(labels, size, 4, per_image=per_image, **options)
+            assert keys.numel() == 0 and not counts.any()
     keys, counts = both(torch.full((2, 5, 5), 255), (2, 3, 5, 5), 4, per_image=per_image)
     assert (keys == -1).all() and not counts.any()
 
 
-def test_threads_do_not_matter():
+@cpu
+def test_threads_do_not_matter(both):
     labels = torch.randint(-1, 20, (3, 300, 200))
     options = {"groups": 3, "per_image": True, "seed": 5}
     same_for_all_threads(lambda: both(labels, (3, 1, 300, 200), 19, **options))
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, *(pytest.param(n, marks=cpu) for n in (torch.int32, torch.uint64))]
+)
+@pytest.mark.parametrize("per_image", [False, True])
+def test_opcheck(backend: str, dtype: torch.dtype, per_image: bool):
+    labels, seed = torch.randint(0, 6, (2, 8, 6)).to(dtype), torch.tensor(5)
+    given, operators = (labels, 4, 5, 5, per_image, 255), torch.ops.anchorops
+    torch.library.opcheck(getattr(operators.class_keys, backend), given)
+    keys, counts = torch.tensor([[0, -1, 2], [2, 0, 0]], dtype=torch.int32), torch.tensor([3, 0, 2])
+    torch.library.opcheck(getattr(operators.split_groups, backend), (keys, counts, seed, 2))
+    if backend == "cuda":  # the others use class_keys and split_groups
+        torch.library.opcheck(operators.group_keys.cuda, (*given, seed, 2))
+
+
 # Groups
 
 
-@pytest.mark.parametrize("groups", [2, 3, 4, 7, 1000])
+@pytest.mark.parametrize("groups", [3, *(pytest.param(n, marks=compiled) for n in (2, 4, 7, 1000))])
 @pytest.mark.parametrize("per_image", [False, True])
-def test_groups_are_of_equal_size(groups: int, per_image: bool):
-    labels = torch.randint(-1, 6, (2, 40, 30))
-    size = (2, 1, 40, 30)
+def test_groups_are_of_equal_size(both, groups: int, per_image: bool):
+    labels = torch.randint(-1, 6, (2, 20, 15)).repeat_interleave(2, 1)  # resized
+    size = (2, 1, 20, 15)
     classes, of_class = both(labels, size, 5, per_image=per_image)
     keys, counts = both(labels, size, 5, per_image=per_image, groups=groups, seed=11)
     valid = classes >= 0
@@ -182,14 +213,18 @@ def test_groups_are_of_equal_size(groups: int, per_image: bool):
     assert (counts.amax(-1) - counts.amin(-1) <= 1).all()
 
 
-def test_groups_of_rare_classes():
+def test_groups_of_rare_classes(both):
     labels = torch.tensor([0, 1, 1, 2, 2, 2, 255])
     keys, counts = both(labels, (7, 1), 4, groups=4, seed=3)
     assert counts.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
     assert torch.equal(counts, bincount(keys, counts))
+    labels = torch.randint(-1, 5, (300,))
+    both(labels, (300, 3), 4, groups=3, seed=5, ignore_index=2)
+    labels = torch.randint(-1, 1501, (1, 700))  # most have no pixel
+    both(labels, (1, 3, 700), 1500, groups=3, seed=5, ignore_index=2)
 
 
-def test_groups_never_change():
+def test_groups_never_change(both):
     """Users publish results that depend on the groups, so the groups must never change."""
     labels = torch.tensor([[0, 1, 0, 1, 2, 0, 255, 1, 0, 1, 2, 0]])
 
@@ -203,15 +238,8 @@ def test_groups_never_change():
     assert groups(3, 12345 + 2**32) == [0, 0, 1, 2, 1, 0, -1, 0, 1, 1, 0, 2]
 
 
-@pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**40 + 5, -(2**63), 2**63 - 1])
-def test_seed_is_an_int_or_a_tensor(seed: int):
-    labels = torch.randint(0, 3, (500,))
-    keys, _ = both(labels, (500, 1), 3, groups=4, seed=seed)
-    for tensor in (torch.tensor(seed), torch.tensor([seed])):
-        assert torch.equal(keys, both(labels, (500, 1), 3, groups=4, seed=tensor)[0])
-
-
-def test_seeds_differ():
+@cpu
+def test_seeds_differ(both):
     """With two seeds, about half of the pixels are in the same one of two groups, as by chance."""
     labels = torch.zeros(4096, dtype=torch.int64)
     seeds = (0, 1, 2, -1, 2**32, 2**32 + 1)
@@ -221,7 +249,8 @@ def test_seeds_differ():
             assert abs((a == b).double().mean() - 0.5) < 5 * 0.5 / 4096**0.5
 
 
-def test_groups_are_spread_evenly():
+@cpu
+def test_groups_are_spread_evenly(both):
     """Pixels next to each other, and a pixel under consecutive seeds, are grouped independently."""
     labels = torch.zeros(64, 64, dtype=torch.int64)[None]
     of_seed = torch.stack(
@@ -234,7 +263,44 @@ def test_groups_are_spread_evenly():
     assert (abs(of_seed.mean(0) - 0.5) < 5 * 0.5 / 64**0.5).all()
 
 
-def test_group_statistics_sum_to_the_class():
+def some_keys(num_keys: int, *shape: int) -> torch.Tensor:
+    return torch.randint(-1, num_keys, shape, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("make_keys", "shape", "groups"),  # shape of the counts
+    [
+        *(
+            (lambda: some_keys(6, 2, 300), (8,), groups) for groups in (2, 4, 7, 1000)
+        ),  # two are absent
+        (lambda: some_keys(3, 1, 1500), (3,), 2),
+        (lambda: torch.zeros(2, 700, dtype=torch.int32), (1,), 2),
+        (lambda: some_keys(2500, 1, 700), (2500,), 4),  # keys without a pixel, most with one
+        (lambda: some_keys(8, 2, 300), (2, 4), 2),
+        (lambda: torch.full((3, 400), -1, dtype=torch.int32), (4,), 2),
+        (lambda: F.pad(some_keys(4, 1, 3), (395, 2, 2, 0), value=-1), (4,), 2),  # few are valid
+        (lambda: some_keys(4, 0, 6), (4,), 3),
+    ],
+)
+def test_any_keys_are_split(backend: str, make_keys, shape, groups: int):
+    keys = make_keys()
+    counts = torch.bincount(keys[keys >= 0], minlength=torch.Size(shape).numel()).view(shape)
+    split, of_groups = split_groups(keys, counts, groups, 5, backend=backend)
+    assert split.dtype == torch.int32 and of_groups.dtype == torch.int64
+    assert torch.equal(split, reference.split_groups(keys, counts, groups, 5))
+    assert torch.equal(of_groups, reference.group_counts(counts, groups))
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, -7, 2**31, 2**40 + 5, -(2**63), 2**63 - 1])
+def test_seed_is_an_int_or_a_tensor(backend: str, seed: int):
+    keys = some_keys(5, 2, 150)
+    counts = torch.bincount(keys[keys >= 0], minlength=5)
+    expected = reference.split_groups(keys, counts, 3, seed)
+    for given in (seed, torch.tensor(seed), torch.tensor([seed])):
+        assert torch.equal(split_groups(keys, counts, 3, given, backend=backend)[0], expected)
+
+
+def test_group_statistics_sum_to_the_class(backend: str):
     features, labels = torch.randn(2, 5, 12, 9), torch.randint(-1, 4, (2, 24, 18))
     anchors = torch.randn(4, 5)
     whole = ao.ops.class_moments(features, labels, 4, anchors=anchors)
@@ -243,3 +309,48 @@ def test_group_statistics_sum_to_the_class():
     assert torch.equal(parts.counts.sum(1), whole.counts)
     torch.testing.assert_close(parts.sums.sum(1), whole.sums)
     torch.testing.assert_close(parts.sqdists.sum(1), whole.sqdists)
+
+
+# The keys of a tile, which Triton's kernels list
+
+
+@pytest.mark.on("interpreter")
+def test_few_keys_take_partials_and_many_are_sorted(backend: str, monkeypatch):
+    from anchorops.kernels import launch
+
+    monkeypatch.setattr(launch, "architecture", lambda: "sm_90")
+
+    def chunks(num_keys, *size):
+        (view,) = launch.as_pixels(size, torch.empty(size, device="meta").stride())
+        return launch.chunks_of(view, 2, launch.tile_of(view, 2), 4 * num_keys * size[1])
+
+    for num_keys in (2, 19, 150, 171 * 4):
+        assert 22 <= chunks(num_keys, 8, 720, 128, 256) <= 171  # half of the device to all of it
+    for num_keys in (8 * 150, 2048, 16_384):
+        assert chunks(num_keys, 8, 720, 128, 256) == 0
+    assert chunks(19, 300, 64) == 3  # the number of tiles
+    assert chunks(16_384, 300, 768) == 0
+
+
+@pytest.mark.on("interpreter")
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("num_keys", [1, 3, 2**31 - 1])
+def test_keys_of_a_tile(backend: str, num_keys: int, ignored: float):
+    from anchorops.kernels.launch import as_pixels
+    from anchorops.kernels.tile_keys import tile_keys
+
+    keys = torch.randint(0, num_keys, (2, 40), dtype=torch.int32)
+    keys[torch.rand(keys.shape) < ignored] = -1
+    (view,) = as_pixels((2, 5, 40), (200, 40, 1))
+    summaries, lists, local = tile_keys(keys, view, 32)  # the second tile of a line ends early
+    tiles = torch.full((4, 32), -1, dtype=torch.int32)
+    tiles[0::2], tiles[1::2, :8] = keys[:, :32], keys[:, 32:]
+    for tile, summary, listed, places in zip(tiles, summaries.tolist(), lists, local, strict=True):
+        present = tile[tile >= 0].unique()
+        if (tile == tile[0]).all():
+            assert summary == -1 - int(tile[0])
+        else:
+            assert summary == len(present) + 2**16 * int((tile < 0).any())
+            assert torch.equal(listed[: len(present)], present)
+            expected = torch.where(tile >= 0, torch.searchsorted(present, tile), -1)
+            assert torch.equal(places.long(), expected)

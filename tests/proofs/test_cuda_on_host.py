@@ -14,12 +14,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+from emulator import CASES
 
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build/on_host"
-CASES = sorted((HERE / "interpreted").glob("*_*.py"))
 RUNTIME = {"plain": None, "address": "libasan.so", "thread": "libtsan.so"}
 CAUGHT = 86  # the exit status of a sanitizer that has found something
 

@@ -7,15 +7,13 @@ separate process.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from emulator import CASES
 
 pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
 
 pytestmark = pytest.mark.slow
-
-CASES = sorted((Path(__file__).parent / "interpreted").glob("*_*.py"))
 
 
 def test_triton_interpreter():

@@ -1,5 +1,7 @@
 """The backend whose kernels run here on the CPU: the Triton kernels in Triton's interpreter, or the
-CUDA sources in the emulator (tests/proofs/csrc)."""
+CUDA sources in the emulator (tests/proofs/csrc). In other processes it is "".
+
+The processes that tests/proofs starts with one of them run CASES."""
 
 import importlib
 import os
@@ -10,8 +12,12 @@ from types import ModuleType
 from anchorops._backend import TRITON_INTERPRETED
 
 LIBRARY = os.environ.get("ANCHOROPS_CUDA_ON_HOST")
-BACKEND = "cuda" if LIBRARY else "triton"
-EMULATED = BACKEND == "cuda" or TRITON_INTERPRETED
+BACKEND = "cuda" if LIBRARY else "triton" if TRITON_INTERPRETED else ""
+EMULATED = bool(BACKEND)
+HERE = Path(__file__).parent
+OPERATORS = ("class_keys",)
+CASES = [HERE.parents[1] / f"test_{operator}.py" for operator in OPERATORS]
+CASES += sorted(HERE.glob("test_*.py"))
 
 
 def controls() -> ModuleType:
