@@ -84,11 +84,13 @@ pytest=("$python" -m pytest -q -p no:cacheprovider)
 measure=("$python" bench/gpu_kernels.py)
 [ -z "$dry_run" ] || tiny=--tiny
 
+operators=(tests/test_gpu*.py tests/test_class_moments.py tests/test_centroid_info_nce.py)
+
 gpu_tests() { # name, most seconds, selection: values, gradients, streams, CUDA graphs, compilation
     local parallel=()
     "$python" -c 'import xdist' 2>>"$log" && parallel=(-n 8 --dist load)
     [ -z "$dry_run" ] || parallel=(--collect-only)
-    needing pytest "$1" "$2" "${pytest[@]}" "${parallel[@]}" tests/test_gpu*.py -k "$3"
+    needing "pytest hypothesis" "$1" "$2" "${pytest[@]}" "${parallel[@]}" -m gpu "${operators[@]}" -k "$3"
 }
 
 profile_with_ncu() {
@@ -107,14 +109,14 @@ profile_with_ncu() {
 
 sanitizers() { # of small shapes
     local few sanitizer status tool options
-    few=(tests/test_gpu.py tests/test_gpu_softmax_moments.py
+    few=(-m gpu "${operators[@]}"
         -k "not triton and (reproducible or (test_centroid_info_nce and shape0))")
     if ! sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>>"$log"); then
         absent sanitizer "compute-sanitizer is not here"
         return
     fi
     if [ -n "$dry_run" ]; then
-        needing pytest sanitizer 60 "${pytest[@]}" "${few[@]}" --collect-only
+        needing "pytest hypothesis" sanitizer 60 "${pytest[@]}" "${few[@]}" --collect-only
         return
     fi
     # on some virtual machines the sanitizer cannot use the GPU

@@ -5,8 +5,8 @@ and `cpu`, and `cuda` and `triton` where a case is marked for a GPU. tests/proof
 with one emulated backend each: the Triton kernels in Triton's interpreter, or the CUDA sources in
 the emulator. They run the tests that take `backend`, and no others.
 
-The mark on("cpu", "interpreter", "emulator", …) limits a case. Without it, a case runs everywhere
-but on a GPU.
+The mark on("cpu", "interpreter", "emulator", …) limits a case, or the cases of a module that have
+no mark of their own. Without it, a case runs everywhere but on a GPU.
 """
 
 import contextlib
@@ -34,7 +34,8 @@ def _is_chosen(item: pytest.Item) -> bool:
     if place not in PLACES and EMULATED:
         return False
     place = "gpu" if place in GPU else place
-    marks = list(item.iter_markers("on"))
+    own = [mark for mark in item.own_markers if mark.name == "on"]
+    marks = own or list(item.iter_markers("on"))  # of the module
     return all(place in mark.args for mark in marks) if marks else place != "gpu"
 
 
@@ -71,7 +72,7 @@ def poisoned() -> Iterator[None]:
         if not hasattr(libc, "mallopt"):
             pytest.skip("poisoned memory needs glibc's mallopt")
         libc.mallopt(M_PERTURB, 0x7F ^ 0xFF)
-        assert (torch.empty(4096, dtype=torch.uint8) == 0x7F).all()
+        assert (torch.empty(4096, dtype=torch.uint8, device="cpu") == 0x7F).all()
     torch.use_deterministic_algorithms(True)
     assert torch.zeros(1).new_empty(3).isnan().all()
     yield

@@ -1,4 +1,9 @@
-"""Centroid InfoNCE against F.cross_entropy and against plain loops."""
+"""Centroid InfoNCE on every backend: against plain loops and F.cross_entropy, and within the error
+budget.
+
+The error against float64 is at most twice that of the reference in float32, plus four roundings of
+a term. A CPU has no kernel of its own: there it is the reference.
+"""
 
 import math
 import sys
@@ -7,12 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
 from tests.helpers.memory import peak_allocated_bytes
 
-F64 = torch.float64
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 REDUCTIONS = ("mean", "sum", "none")
+of_reference = pytest.mark.on("reference")
+pytestmark = pytest.mark.on("reference", "interpreter", "emulator")
+not_interpreted = pytest.mark.on("reference", "emulator")
+of_kernels = pytest.mark.on("interpreter", "emulator")
 
 
 def loops(
@@ -45,6 +55,43 @@ def loops(
     return losses if grouped else losses[:, 0]
 
 
+def loss_and_gradients(queries, keys, positives=None, **options):
+    given = {"queries": queries, "keys": keys, "positives": positives}
+    leaves = {k: t.detach().requires_grad_() for k, t in given.items() if t is not None}
+    loss = ao.ops.centroid_info_nce(**leaves, **options)
+    weights = torch.arange(1, loss.numel() + 1, dtype=loss.dtype).view(loss.shape)
+    return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), list(leaves.values()))]
+
+
+def check(queries, keys, positives=None, temperature=0.07, **options):
+    """The loss and all gradients, which are finite, are within the error budget."""
+    options["temperature"] = temperature
+    ours = loss_and_gradients(queries, keys, positives, **options)
+    tensors = queries, keys, positives
+    wide = (None if t is None else t.double() for t in tensors)
+    narrow = (None if t is None else t.float() for t in tensors)
+    with ao.use_backend("reference"):
+        formula = loss_and_gradients(*narrow, **options)
+        exact = loss_and_gradients(*wide, **options)
+    given = [t for t in tensors if t is not None]
+    term = (
+        float(max(t[t.isfinite()].abs().max() for t in given if t.isfinite().any())) / temperature
+    )
+    for i, like in enumerate([None, *given]):
+        dtype = torch.float32 if like is None else like.dtype
+        assert ours[i].dtype == dtype and ours[i].shape == exact[i].shape
+        assert ours[i].isfinite().all()
+        if ours[i].is_cuda:
+            rtol = max(1e-4, torch.finfo(dtype).eps)
+            most = rtol * exact[i].abs() + 1e-5 * exact[i].abs().max()
+        else:
+            most = 2 * (formula[i].double() - exact[i]).abs().max() + 2**-21 * term
+            if dtype != torch.float32:  # one more rounding
+                most = most + torch.finfo(dtype).eps * exact[i].abs()
+        assert ((ours[i].double() - exact[i]).abs() <= most).all()
+    return ours
+
+
 def inputs(groups: int | None, with_positives: bool):
     shape = (6, 5) if groups is None else (6, groups, 5)
     queries = torch.randn(shape, dtype=F64)
@@ -52,10 +99,11 @@ def inputs(groups: int | None, with_positives: bool):
     return queries, torch.randn(6, 5, dtype=F64), positives
 
 
+@of_reference
 @pytest.mark.parametrize("groups", [None, 1, 3])
 @pytest.mark.parametrize("with_positives", [False, True])
 @pytest.mark.parametrize("masks", ["none", "queries", "queries and keys", "keys", "none present"])
-def test_equals_loops(groups: int | None, with_positives: bool, masks: str):
+def test_equals_loops(backend: str, groups: int | None, with_positives: bool, masks: str):
     queries, keys, positives = inputs(groups, with_positives)
     present = present_keys = None
     if "queries" in masks or masks == "none present":
@@ -74,8 +122,9 @@ def test_equals_loops(groups: int | None, with_positives: bool, masks: str):
         torch.testing.assert_close(ours, value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, F64], ids=str)
-def test_equals_cross_entropy(dtype: torch.dtype):
+@not_interpreted
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, pytest.param(F64, marks=of_reference)], ids=str)
+def test_equals_cross_entropy(backend: str, dtype: torch.dtype):
     queries, keys = torch.randn(7, 4).to(dtype), torch.randn(7, 4).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     logits = queries.to(wide) @ keys.to(wide).T / 0.07
@@ -92,9 +141,10 @@ def test_equals_cross_entropy(dtype: torch.dtype):
     )
 
 
+@of_reference
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("with_positives", [False, True])
-def test_gradcheck(groups: int | None, with_positives: bool):
+def test_gradcheck(backend: str, groups: int | None, with_positives: bool):
     given = [t.requires_grad_() for t in inputs(groups, with_positives) if t is not None]
     present = torch.rand(given[0].shape[:-1]) < 0.7
     present_keys = torch.tensor([True, True, False, True, False, True])
@@ -113,7 +163,8 @@ def test_gradcheck(groups: int | None, with_positives: bool):
     assert torch.autograd.gradgradcheck(loss, given)
 
 
-def test_in_parts(monkeypatch):
+@of_reference
+def test_in_parts(backend: str, monkeypatch):
     """The logits of a few rows at a time: the same losses, first and second derivatives."""
     reference = sys.modules["anchorops.reference.centroid_info_nce"]
     queries, keys, positives = (t.requires_grad_() for t in inputs(3, True) if t is not None)
@@ -137,7 +188,8 @@ def test_in_parts(monkeypatch):
     assert torch.autograd.gradgradcheck(losses, leaves)
 
 
-def test_in_parts_under_a_transform(monkeypatch):
+@of_reference
+def test_in_parts_under_a_transform(backend: str, monkeypatch):
     module = sys.modules["anchorops.reference.centroid_info_nce"]
     queries, keys, _ = inputs(None, False)
 
@@ -149,7 +201,8 @@ def test_in_parts_under_a_transform(monkeypatch):
     torch.testing.assert_close(torch.func.grad(loss)(keys.detach()), expected)
 
 
-def test_memory():
+@of_reference
+def test_memory(backend: str):
     """4096 × 4096 logits are 64 MiB in float32; the formula for all of them needs 4.5 tensors of
     this size. In parts it needs 18.4 MiB."""
     queries, keys = torch.randn(2, 4096, 8).requires_grad_().unbind()
@@ -161,36 +214,87 @@ def test_memory():
     assert peak_allocated_bytes(step) < 24 << 20
 
 
-@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reduction"),
+    [
+        ((1, 3), F32, "mean"),
+        ((19, 40), F32, "sum"),
+        ((37, 130), BF16, "mean"),
+        ((33, 64), F16, "none"),
+        ((20, 300), F32, "mean"),  # channels of more than a block
+    ],
+)
 @pytest.mark.parametrize("with_positives", [False, True])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_absent_rows_may_hold_anything(groups: int | None, with_positives: bool, value: float):
-    queries, keys, positives = inputs(groups, with_positives)
-    present = torch.rand(queries.shape[:-1]) < 0.5
+def test_values_and_gradients(backend: str, shape, dtype, reduction: str, with_positives: bool):
+    queries, keys, positives = torch.randn(3, *shape).to(dtype) / 4
+    check(queries, keys, positives if with_positives else None, reduction=reduction)
+
+
+@pytest.mark.on("gpu")
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((19, 40), F32), ((150, 768), F32), ((150, 768), BF16), ((171, 4, 256), F16)],
+)
+@pytest.mark.parametrize("with_positives", [False, True])
+def test_values_and_gradients_on_a_gpu(backend: str, shape, dtype, with_positives: bool):
+    queries, positives = torch.randn(2, *shape).div(shape[-1] ** 0.25).to(dtype)
+    keys, present = torch.randn(shape[0], shape[-1]).to(dtype), torch.rand(shape[:-1]) < 0.8
+    check(queries, keys, positives if with_positives else None, present=present)
+
+
+@pytest.mark.parametrize("with_positives", [False, True])
+def test_several_tiles(backend, with_positives):
+    queries, keys, positives = torch.randn(3, 259, 9)
+    present = torch.rand(259) < 0.9
+    check(queries, keys, positives if with_positives else None, present=present)
+
+
+@pytest.mark.parametrize("dtype", [F16, F64])
+def test_keys_and_positives_of_another_dtype(backend, dtype):
+    queries, keys, positives = torch.randn(3, 20, 9)
+    check(queries, keys.to(dtype))
+    check(queries, keys.to(dtype), positives.to(dtype))
+    check(queries.to(BF16), keys, positives.to(dtype))
+
+
+@pytest.mark.parametrize("with_positives", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_groups(backend, with_positives, reduction):
+    queries, positives = torch.randn(2, 21, 3, 20) / 2
+    present = torch.rand(21, 3) < 0.6
+    positives = positives if with_positives else None
+    check(queries, torch.randn(21, 20), positives, present=present, reduction=reduction)
+
+
+@pytest.mark.parametrize("groups", [None, pytest.param(2, marks=not_interpreted)])
+@pytest.mark.parametrize("with_positives", [False, True])
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_absent_classes_may_hold_anything(
+    backend: str, groups, with_positives: bool, with_keys: bool
+):
+    shape = (40, 24) if groups is None else (40, groups, 24)
+    queries, positives = torch.randn(2, *shape) / 2
+    keys, present = torch.randn(40, 24) / 2, torch.rand(shape[:-1]) < 0.5
     present[0], present[1] = True, False
+    present_keys = torch.rand(40) < 0.7 if with_keys else None
     used = present if groups is None else present.any(1)
+    used = used if present_keys is None else used | present_keys
+    options = {"present": present, "present_keys": present_keys}
     results = []
-    for spoilt in (False, True):
-        given = [
-            queries.clone(),
-            keys.clone(),
-            positives if positives is None else positives.clone(),
-        ]
-        if spoilt:
-            given[0][~present], given[1][~used] = value, value
-            if given[2] is not None:
-                given[2][~present] = value
-        leaves = [t.requires_grad_() for t in given if t is not None]
-        loss = ao.ops.centroid_info_nce(given[0], given[1], positives=given[2], present=present)
-        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
-    for ours, expected in zip(*results, strict=True):
-        assert ours.isfinite().all() and torch.equal(ours, expected)
-    assert not results[1][1][~present].any() and not results[1][2][~used].any()
+    for value in (0.0, torch.nan, torch.inf):
+        queries[~present] = positives[~present] = keys[~used] = value
+        given = queries, keys, positives if with_positives else None
+        results.append(check(*given, **options))
+    for _, dqueries, dkeys, *dpositives in results:
+        assert not dqueries[~present].any() and not dkeys[~used].any()
+        assert all(not gradient[~present].any() for gradient in dpositives)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
-def test_a_key_that_nothing_uses_may_hold_anything():
+def test_a_key_that_nothing_uses_may_hold_anything(backend: str):
     """With positives, the key of a class that is absent among the keys is not in any term."""
-    queries, keys, positives = (t.requires_grad_() for t in inputs(None, True) if t is not None)
+    queries, keys, positives = (t.requires_grad_() for t in torch.randn(3, 6, 5).unbind())
     with torch.no_grad():
         keys[1] = torch.nan
     present_keys = torch.arange(6) != 1
@@ -200,32 +304,135 @@ def test_a_key_that_nothing_uses_may_hold_anything():
     assert all(g.isfinite().all() for g in gradients)
 
 
+def test_a_positive_is_another_query(backend):
+    """As in OCCL: both gradients of a query are added."""
+    given, keys = torch.randn(35, 2, 20) / 2, torch.randn(35, 20)
+    present = torch.rand(35, 2) < 0.8
+
+    def gradient(queries):
+        queries = queries.requires_grad_()
+        loss = ao.ops.centroid_info_nce(queries, keys, positives=queries.flip(1), present=present)
+        return torch.autograd.grad(loss, queries)[0]
+
+    ours = gradient(given.clone())
+    with ao.use_backend("reference"):
+        torch.testing.assert_close(ours, gradient(given.clone()))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_classifier(backend, dtype):
+    """Logits of all keys, whether their class is present or not; and of some."""
+    queries, keys = torch.randn(70, 2, 24).to(dtype), torch.randn(70, 24).to(dtype)
+    present = torch.rand(70, 2) < 0.3
+    for present_keys in torch.ones(70) > 0, torch.arange(70) % 2 == 0:
+        options = {"present": present, "present_keys": present_keys, "temperature": 1.0}
+        check(queries, keys, **options)
+        check(queries, keys, positives=queries.flip(0), **options)
+
+
+def test_no_channels(backend):
+    given = torch.randn(40, 2, 0), torch.randn(40, 0), None
+    ours = loss_and_gradients(*given)
+    with ao.use_backend("reference"):
+        torch.testing.assert_close(ours, loss_and_gradients(*given))
+
+
 @pytest.mark.parametrize("shape", [(6, 5), (6, 2, 5)])
-def test_nothing_present(shape):
-    queries = torch.full(shape, torch.nan, requires_grad=True)
-    keys = torch.full((6, 5), torch.nan, requires_grad=True)
+def test_nothing_present(backend: str, shape):
+    given = torch.full(shape, torch.nan), torch.full((6, 5), torch.nan)
     present = torch.zeros(shape[:-1], dtype=torch.bool)
     for reduction in REDUCTIONS:
-        loss = ao.ops.centroid_info_nce(queries, keys, present=present, reduction=reduction)
-        assert not loss.any()
-        for gradient in torch.autograd.grad(loss.sum(), (queries, keys)):
-            assert not gradient.any()
+        found = loss_and_gradients(*given, present=present, reduction=reduction)
+        assert not any(x.any() for x in found)
 
 
-def test_one_class_has_nothing_to_be_told_from():
-    queries, keys = torch.randn(1, 5, requires_grad=True), torch.randn(1, 5)
-    loss = ao.ops.centroid_info_nce(queries, keys)
-    assert loss == 0 and not torch.autograd.grad(loss, queries)[0].any()
+def test_one_class_has_nothing_to_be_told_from(backend: str):
+    loss, dqueries, _ = loss_and_gradients(torch.randn(1, 5), torch.randn(1, 5))
+    assert loss == 0 and not dqueries.any()
 
 
-def test_large_logits_stay_finite():
-    queries = torch.tensor([[3e3, 0.0], [0.0, 3e3]], requires_grad=True)
-    loss = ao.ops.centroid_info_nce(queries, queries.detach().flip(0))
+def test_large_logits_stay_finite(backend: str):
+    queries = torch.tensor([[3e3, 0.0], [0.0, 3e3]])
+    loss, *gradients = loss_and_gradients(queries, queries.flip(0))
     torch.testing.assert_close(loss, torch.tensor(9e6 / 0.07))
-    assert torch.autograd.grad(loss, queries)[0].isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    check(30 * torch.randn(20, 16), 30 * torch.randn(20, 16), reduction="sum")
 
 
-def test_compiled_as_one_graph():
+def test_strides_and_temperature(backend):
+    queries = torch.randn(50, 2, 33)[:, 1, ::2]
+    keys = torch.randn(17, 33).T[:17].T[::1][:, :17]
+    check(queries[:17], keys, temperature=0.5)
+    check(torch.randn(20, 9).T, torch.randn(1, 20).expand(9, 20), temperature=2.0)
+    present, present_keys = (torch.rand(2, 40) < 0.6)[:, ::2].unbind()
+    check(torch.randn(20, 9), torch.randn(20, 9), present=present, present_keys=present_keys)
+
+
+@of_kernels
+def test_offsets_are_64_bit(backend):
+    """Strides of 2^30 elements: the last channel is beyond 2^31. Few pages are touched."""
+    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
+    far = torch.empty(2**31 + 4).as_strided((2, 2, 3), (2, 1, 2**30))
+    near = far.copy_(torch.randn(far.shape)).clone()
+    forward = getattr(torch.ops.anchorops.centroid_info_nce, backend)
+    backward = getattr(torch.ops.anchorops.centroid_info_nce_backward, backend)
+    results = []
+    for queries, keys in (far, near):
+        given = queries, keys, None, None, None
+        losses, lse = forward(*given, 0.5)
+        results.append((losses, *backward(losses, *given, losses, lse, 0.5)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Allocated(TorchDispatchMode):
+    """The largest number of elements of a new tensor."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "empty" in func.overloadpacket.__name__:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@of_kernels
+def test_no_logits_in_memory(backend):
+    """No new tensor is larger than the inputs."""
+    queries, keys = torch.randn(2, 300, 4)
+    operators, on_cpu = torch.ops.anchorops, torch._C.DispatchKey.CPU
+    given = queries, keys, None, None, None
+    with Allocated() as allocated:
+        losses, lse = getattr(operators.centroid_info_nce, backend)._op_dk(on_cpu, *given, 0.5)
+        backward = getattr(operators.centroid_info_nce_backward, backend)
+        backward._op_dk(on_cpu, losses, *given, losses, lse, 0.5)
+    assert allocated.largest == 300 * 4
+
+
+@of_kernels
+def test_operators_are_registered_as_torch_expects(backend):
+    forward = getattr(torch.ops.anchorops.centroid_info_nce, backend)
+    backward = getattr(torch.ops.anchorops.centroid_info_nce_backward, backend)
+    queries, keys, positives = torch.randn(3, 6, 5)
+    present = torch.rand(6) < 0.7
+    for given in (positives, None):
+        inputs = queries.requires_grad_(), keys, given, present, None
+        torch.library.opcheck(forward, (*inputs, 0.1))
+        saved = (t.detach() for t in forward(*inputs, 0.1))
+        inputs = torch.ones(6), queries.detach(), *inputs[1:], *saved
+        torch.library.opcheck(backward, (*inputs, 0.1))
+
+
+@of_kernels
+def test_second_derivatives_raise(backend):
+    queries, keys = torch.randn(2, 6, 5)
+    loss = ao.ops.centroid_info_nce(queries.requires_grad_(), keys)
+    (dqueries,) = torch.autograd.grad(loss, queries, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        dqueries.sum().backward()
+
+
+def test_compiled_as_one_graph(backend: str):
     torch._dynamo.reset()
 
     def loss(queries: Tensor, keys: Tensor, present: Tensor) -> Tensor:

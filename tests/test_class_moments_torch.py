@@ -14,6 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import anchorops as ao
 from anchorops._ops.class_moments import unchecked_moments
 
+pytestmark = pytest.mark.usefixtures("sorted_by_numpy")
+fused = pytest.mark.on("cpu", "interpreter", "emulator")
 F64 = torch.float64
 SECOND = (
     "class_moments: second derivatives are not implemented in the fused operators; "
@@ -172,23 +174,13 @@ def test_forward_mode_derivatives_are_right_or_raise(of: str):
     torch.testing.assert_close(tangent.sum(), (gradient * leaf).sum())
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.uint64], ids=str)
-@pytest.mark.parametrize("per_image", [False, True])
-def test_opcheck_class_keys(dtype: torch.dtype, per_image: bool):
-    labels = torch.randint(0, 6, (2, 8, 6)).to(dtype)
-    operator = torch.ops.anchorops.class_keys.cpu
-    torch.library.opcheck(operator, (labels, 4, 5, 5, per_image, 255))
-
-
-def test_opcheck_split_groups():
-    keys, counts = torch.tensor([[0, -1, 2], [2, 0, 0]], dtype=torch.int32), torch.tensor([3, 0, 2])
-    operator = torch.ops.anchorops.split_groups.cpu
-    torch.library.opcheck(operator, (keys, counts, torch.tensor(5), 2))
-
-
-@pytest.mark.parametrize("size", [(2, 6, 5), (2, 6, 3, 4), (10, 6)])
-def test_opcheck_class_moments(size):
-    operator = torch.ops.anchorops.class_moments.cpu
+@fused
+@pytest.mark.parametrize(
+    "size",
+    [(2, 6, 5), *(pytest.param(n, marks=pytest.mark.on("cpu")) for n in ((2, 6, 3, 4), (10, 6)))],
+)
+def test_opcheck_class_moments(backend: str, size):
+    operator = getattr(torch.ops.anchorops.class_moments, backend)
     keys = torch.randint(-1, 6, (1 if len(size) == 2 else 2, torch.Size(size).numel() // 6))
     keys = keys[:, : keys.numel() if len(size) == 2 else keys.shape[1] // 2].int()
     features, anchors = torch.randn(size, requires_grad=True), torch.randn(3, 6)
@@ -202,8 +194,9 @@ def test_opcheck_class_moments(size):
         torch.library.opcheck(operator, (features, keys, *given))
 
 
-def test_opcheck_class_moments_backward():
-    operator = torch.ops.anchorops.class_moments_backward.cpu
+@fused
+def test_opcheck_class_moments_backward(backend: str):
+    operator = getattr(torch.ops.anchorops.class_moments_backward, backend)
     features, keys = torch.randn(2, 6, 5), torch.randint(-1, 6, (2, 5), dtype=torch.int32)
     anchors, dsums, dsqdists = torch.randn(3, 6), torch.randn(6, 6), torch.randn(6)
     for given in (
@@ -215,18 +208,19 @@ def test_opcheck_class_moments_backward():
             torch.library.opcheck(operator, (*given, 2, (2, 6, 5), stride, torch.float32))
 
 
+@fused
 @pytest.mark.parametrize("keys", [torch.zeros(6, 2).T, torch.zeros(2, 5)], ids=["strided", "few"])
-def test_keys_that_do_not_follow_each_other_are_refused(keys):
+def test_keys_that_do_not_follow_each_other_are_refused(backend: str, keys):
     features, anchors = torch.randn(2, 4, 6), torch.randn(3, 4)
     operators = torch.ops.anchorops
-    refused = pytest.raises(RuntimeError, match="keys: expected a contiguous key for")
+    forward = getattr(operators.class_moments, backend)
+    backward = getattr(operators.class_moments_backward, backend)
+    refused = pytest.raises((RuntimeError, ValueError), match="keys: expected a contiguous key for")
     with refused:
-        operators.class_moments.cpu(features, keys.int(), anchors, 3, 1, True)
+        forward(features, keys.int(), anchors, 3, 1, True)
     gradients = anchors, anchors[:, 0]
     with refused:
-        operators.class_moments_backward.cpu(
-            features, keys.int(), anchors, *gradients, 1, (2, 4, 6), (24, 6, 1), torch.float32
-        )
+        backward(features, keys.int(), anchors, *gradients, 1, (2, 4, 6), (24, 6, 1), torch.float32)
 
 
 def compiled_loss(features: Tensor, labels: Tensor, anchors: Tensor, step: Tensor) -> Tensor:
@@ -241,11 +235,16 @@ def compiled_loss(features: Tensor, labels: Tensor, anchors: Tensor, step: Tenso
     return sqdists.sum() + mse + nce + (centroids * counts[..., None]).square().sum()
 
 
+@fused
 @pytest.mark.parametrize(
     ("compiler", "channels_last"),
-    [("aot_eager", False), ("aot_eager", True), ("inductor", False)],
+    [
+        ("aot_eager", False),
+        pytest.param("aot_eager", True, marks=pytest.mark.on("cpu")),
+        pytest.param("inductor", False, marks=pytest.mark.on("cpu")),
+    ],
 )
-def test_compiled_as_one_graph(compiler: str, channels_last: bool):
+def test_compiled_as_one_graph(backend: str, compiler: str, channels_last: bool):
     torch._dynamo.reset()
     graph = torch.compile(compiled_loss, backend=compiler, fullgraph=True, dynamic=True)
     for step, (batch, height) in enumerate([(2, 6), (3, 10)]):

@@ -1,7 +1,7 @@
 """The CUDA sources in the emulator on the CPU, compared with the reference: without a sanitizer,
 and under two sanitizers.
 
-The cases are those of Triton's interpreter, interpreted/*.py, with the library that csrc/Makefile
+The cases, interpreted/emulator.py, are those of all backends, with the library that csrc/Makefile
 makes instead of the CUDA library. csrc/planted_faults.cu shows which faults are found.
 """
 

@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, compared with the reference. This needs no GPU.
 
-Triton decides whether to interpret when it is imported, so the cases, interpreted/*.py, run in a
-separate process.
+Triton decides whether to interpret when it is imported, so the cases, interpreted/emulator.py, run
+in a separate process.
 """
 
 import os

@@ -15,7 +15,13 @@ LIBRARY = os.environ.get("ANCHOROPS_CUDA_ON_HOST")
 BACKEND = "cuda" if LIBRARY else "triton" if TRITON_INTERPRETED else ""
 EMULATED = bool(BACKEND)
 HERE = Path(__file__).parent
-OPERATORS = ("class_keys",)
+OPERATORS = (
+    "class_keys",
+    "class_moments",
+    "class_moments_backward",
+    "class_moments_torch",
+    "centroid_info_nce",
+)
 CASES = [HERE.parents[1] / f"test_{operator}.py" for operator in OPERATORS]
 CASES += sorted(HERE.glob("test_*.py"))
 

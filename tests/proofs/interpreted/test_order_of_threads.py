@@ -1,10 +1,10 @@
 """CUDA: the bits of a result do not depend on the order in which threads run."""
 
-import moments
+import masked_sums as moments
 import pixels
 import pytest
 import torch
-from moments import BF16, FP32
+from masked_sums import BF16, F32
 
 import anchorops as ao
 from anchorops._ops.upsampled_sums import upsampled_sums
@@ -12,10 +12,10 @@ from anchorops._ops.upsampled_sums import upsampled_sums
 ORDERS = 0, 1, 2  # the usual one, and two random ones
 
 CLASS_MOMENTS = [
-    moments.Case((2, 40, 5, 136), 30, FP32, labels="coherent"),
-    moments.Case((2, 40, 5, 136), 40, BF16),  # more keys than slots
-    moments.Case((700, 17), 9, FP32, "transposed"),
-    moments.Case((2, 20, 9, 30), 6, FP32, "channels_last", groups=3, per_image=True),
+    moments.Case((2, 40, 5, 136), 30, F32, labels="long runs"),
+    moments.Case((2, 40, 5, 136), 40, BF16, labels="few ignored"),  # more keys than slots
+    moments.Case((700, 17), 9, F32, "transposed"),
+    moments.Case((2, 20, 9, 30), 6, F32, "channels_last", groups=3, per_image=True),
     moments.Case((900, 5), 7, labels="mixed"),
 ]
 SOFTMAX_MOMENTS = [
@@ -42,11 +42,8 @@ def check(set_order, run) -> None:
 
 @pytest.mark.parametrize("case", CLASS_MOMENTS, ids=str)
 def test_class_moments(set_order, case: moments.Case):
-    features, labels = moments.make_features(case), moments.make_labels(case)
-    anchors = torch.randn(case.num_classes, case.size[1])
-    weights = torch.randn(case.size[1]), torch.rand(())
-    given = case, features, labels, anchors, weights
-    check(set_order, lambda: moments.moments_and_gradients(*given))
+    inputs = moments.make_inputs(case)
+    check(set_order, lambda: moments.run(case, *inputs))
 
 
 @pytest.mark.parametrize("case", SOFTMAX_MOMENTS, ids=str)

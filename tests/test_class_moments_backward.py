@@ -1,4 +1,5 @@
-"""The gradient of class moments, by its operator: all layouts, alignments and tables.
+"""The gradient of class moments, by the operator of the GPU backends: all layouts, alignments and
+tables.
 
 Each element is between the exact value minus and plus its error in float32, both rounded to the
 features' dtype.
@@ -6,75 +7,51 @@ features' dtype.
 
 import pytest
 import torch
+from cpu_kernels import in_layout
 from emulator import BACKEND
+from masked_sums import BF16, F16, F32
 
-import anchorops  # noqa: F401  defines the operators
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+pytestmark = pytest.mark.on("interpreter", "emulator")
 
 LAYOUTS = [  # of features, and their size
     ("contiguous", (2, 24, 4, 16), BF16),
-    ("contiguous", (2, 17, 9, 31), FP16),
-    ("contiguous", (2, 136, 8, 24), FP32),
-    ("contiguous", (2, 65, 1, 1), FP32),
+    ("contiguous", (2, 17, 9, 31), F16),
+    ("contiguous", (2, 136, 8, 24), F32),
+    ("contiguous", (2, 65, 1, 1), F32),
     ("contiguous", (2, 40, 6, 1), BF16),
-    ("contiguous", (1, 1, 6, 10), FP32),
-    ("contiguous", (5, 300), FP16),
+    ("contiguous", (1, 1, 6, 10), F32),
+    ("contiguous", (5, 300), F16),
     ("contiguous", (33, 1), BF16),
     # planes that are not aligned to 16 bytes
     ("contiguous", (2, 40, 13, 13), BF16),
-    ("contiguous", (3, 37, 90), FP16),
-    ("contiguous", (2, 21, 135), FP32),
+    ("contiguous", (3, 37, 90), F16),
+    ("contiguous", (2, 21, 135), F32),
     ("misaligned", (2, 40, 13, 13), BF16),
     ("cropped aligned", (2, 24, 13, 11), BF16),
-    ("channels_last", (2, 24, 4, 16), FP16),
+    ("channels_last", (2, 24, 4, 16), F16),
     ("channels_last", (2, 136, 8, 24), BF16),
     ("channels_last", (2, 65, 1, 1), BF16),
-    ("channels_last", (2, 17, 9, 31), FP32),
+    ("channels_last", (2, 17, 9, 31), F32),
     ("misaligned", (2, 24, 4, 16), BF16),
-    ("misaligned", (70, 24), FP32),
-    ("misaligned channels_last", (2, 24, 4, 16), FP32),
-    ("cropped", (2, 24, 4, 16), FP16),
+    ("misaligned", (70, 24), F32),
+    ("channels_last misaligned", (2, 24, 4, 16), F32),
+    ("cropped", (2, 24, 4, 16), F16),
     ("cropped", (3, 8, 50), BF16),
     ("cropped aligned", (2, 24, 4, 16), BF16),
-    ("cropped aligned", (70, 24), FP16),
-    ("cropped channels_last", (2, 24, 4, 16), BF16),
-    ("cropped aligned channels_last", (2, 24, 4, 16), FP32),
-    ("transposed", (2, 24, 4, 16), BF16),
-    ("transposed", (130, 24), FP32),
-    ("sliced", (2, 24, 4, 16), FP16),
-    ("expanded images", (2, 24, 4, 16), BF16),
-    ("expanded channels", (2, 24, 4, 16), FP32),
+    ("cropped aligned", (70, 24), F16),
+    ("channels_last cropped", (2, 24, 4, 16), BF16),
+    ("channels_last cropped aligned", (2, 24, 4, 16), F32),
+    ("transposed dense", (2, 24, 4, 16), BF16),
+    ("transposed dense", (130, 24), F32),
+    ("every other", (2, 24, 4, 16), F16),
+    ("expanded batch", (2, 24, 4, 16), BF16),
+    ("expanded channels", (2, 24, 4, 16), F32),
     ("expanded pixels", (2, 24, 4, 16), BF16),
 ]
 
 
 def make_features(layout, size, dtype):
-    """Random features of this layout; the memory around a view is NaN."""
-    values = torch.randn(size).to(dtype)
-    if layout == "contiguous":
-        return values
-    if layout == "channels_last":
-        return values.contiguous(memory_format=torch.channels_last)
-    if layout.startswith("expanded"):
-        dim = {"images": 0, "channels": 1, "pixels": -1}[layout.split()[1]]
-        return values.narrow(dim, 0, 1).expand(size)
-    # in the order of memory
-    order = [0, *range(2, len(size)), 1] if "channels_last" in layout else list(range(len(size)))
-    if layout == "transposed":
-        order.reverse()
-    stored = [size[i] for i in order]
-    if layout.startswith("misaligned"):
-        view = torch.full((values.numel() + 1,), torch.nan, dtype=dtype)[1:].view(stored)
-    elif layout == "sliced":
-        view = torch.full([2 * n for n in stored], torch.nan, dtype=dtype)
-        view = view[tuple(slice(0, 2 * n, 2) for n in stored)]
-    else:
-        margin = 0 if layout == "transposed" else 8 if "aligned" in layout else 1
-        view = torch.full([n + 2 * margin for n in stored], torch.nan, dtype=dtype)
-        view = view[tuple(slice(margin, margin + n) for n in stored)]
-    view = view.permute([order.index(i) for i in range(len(size))])
-    return view.copy_(values)
+    return in_layout(torch.randn(size).to(dtype), layout)[0]
 
 
 def make_keys(size, num_keys, ignored=0.2):
@@ -124,7 +101,7 @@ def check(features, keys, anchors, dsums, dsqdists, groups=1, stride=None):
 
 
 @pytest.mark.parametrize(("layout", "size", "dtype"), LAYOUTS, ids=str)
-def test_layouts(layout, size, dtype):
+def test_layouts(backend, layout, size, dtype):
     features, keys, dim = make_features(layout, size, dtype), make_keys(size, 5), size[1]
     if not layout.startswith("expanded"):
         features.movedim(1, -1)[(keys < 0).view(size[:1] + size[2:])] = torch.nan
@@ -140,7 +117,7 @@ def test_layouts(layout, size, dtype):
 
 
 @pytest.mark.parametrize("size", [(2, 24, 4, 16), (70, 24), (2, 17, 5, 7)])
-def test_tables(size):
+def test_tables(backend, size):
     features, keys, dim = torch.randn(size).to(BF16), make_keys(size, 7), size[1]
     misaligned = torch.randn(2, 7 * dim + 1)[:, 1:].view(2, 7, dim)
     for anchors, dsums, dsqdists in (
@@ -157,7 +134,7 @@ def test_tables(size):
     ("num_classes", "groups", "images"),
     [(1, 1, 1), (5, 3, 1), (5, 1, 2), (5, 3, 2), (1000, 4, 2), (16_384, 1, 1)],
 )
-def test_keys_of_images_and_groups(num_classes, groups, images, layout):
+def test_keys_of_images_and_groups(backend, num_classes, groups, images, layout):
     features, num_keys = make_features(layout, (2, 24, 3, 16), BF16), num_classes * groups * images
     keys = make_keys(features.shape, num_keys)
     keys[0, 0] = num_keys - 1
@@ -165,23 +142,23 @@ def test_keys_of_images_and_groups(num_classes, groups, images, layout):
     check(features, keys, *tables, groups=groups)
 
 
-@pytest.mark.skipif(BACKEND == "triton", reason="in Triton a program has one tile of pixels")
-def test_a_thread_has_several_vectors_of_pixels():
+@pytest.mark.on("emulator")  # in Triton a program has one tile of pixels
+def test_a_thread_has_several_vectors_of_pixels(backend):
     features = torch.randn(1, 3, 4 * 256 * 528 + 300)
     keys = make_keys(features.shape, 3)
     check(features, keys, torch.randn(3, 3), torch.randn(3, 3), torch.randn(3))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
-def test_all_ignored(layout):
+def test_all_ignored(backend, layout):
     features = make_features(layout, (2, 24, 5, 16), BF16).fill_(torch.nan)
     keys = torch.full((2, 80), -1, dtype=torch.int32)
     tables = torch.full((3, 24), torch.nan), torch.full((3, 24), torch.inf), torch.rand(3)
     assert not run(features, keys, *tables).any()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned", "sliced"])
-def test_not_finite_element_spoils_itself_alone(layout):
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned", "every other"])
+def test_not_finite_element_spoils_itself_alone(backend, layout):
     features = make_features(layout, (2, 24, 5, 16), BF16)
     keys = make_keys(features.shape, 5)
     keys[1, 37] = 1
@@ -194,10 +171,10 @@ def test_not_finite_element_spoils_itself_alone(layout):
     assert torch.equal(ours, clean)
 
 
-def test_offsets_are_64_bit():
+def test_offsets_are_64_bit(backend):
     """Strides of 2^30 elements: the last rows are beyond 2^31. Few pages are touched."""
     torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
-    buffer = torch.empty(2**32 + 64, dtype=FP16)
+    buffer = torch.empty(2**32 + 64, dtype=F16)
     for size, stride in (  # test_class_moments.py has others
         ((4, 61), (2**30, 1)),
         ((61, 4), (1, 2**30)),
