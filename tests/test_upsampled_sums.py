@@ -1,100 +1,212 @@
-"""Sums of upsampled features over each class, compared with sums of the upsampled tensor."""
+"""Sums of upsampled features over each class, their mean and variance, on every backend.
+
+The reference is compared with sums of the upsampled tensor, the others with the reference in
+float64.
+"""
 
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from emulator import BACKEND
 from torch import Tensor
 
-import anchorops as ao
+from anchorops import reference
 from anchorops._ops.upsampled_sums import upsampled_sums
 from tests.helpers.memory import peak_allocated_bytes
 
 K = 5
 Size = tuple[int, int]
+cpu = pytest.mark.on("cpu")
+on_cpu = pytest.mark.on("cpu", "reference")
 
 
-@pytest.fixture(params=[1, 2**18], ids=["many parts", "one part"])
+@pytest.fixture(params=[1, 2**18] if not BACKEND else [2**18])
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["anchorops._ops.upsampled_sums"]
-    monkeypatch.setattr(module, "CACHED", request.param)
+    """The CPU backend works on many parts of the labels, or on one."""
+    monkeypatch.setattr(sys.modules["anchorops._ops.upsampled_sums"], "CACHED", request.param)
 
 
-def example(size: Size, label_size: Size) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Features, labels, and gradients of the sums, the mean and the variance."""
-    generator = torch.Generator().manual_seed(1)
-    features = torch.randn(3, 4, *size, generator=generator, requires_grad=True)
-    labels = torch.randint(-1, K + 1, (3, *label_size), generator=generator)
+def example(size: Size, label_size: Size, channels: int = 5, dtype: torch.dtype = torch.float32):
+    labels = torch.randint(-1, K + 1, (2, *label_size))
+    labels[1] = 2  # one key
     labels[0, 0, 0] = 255
-    gradients = [torch.randn(shape, generator=generator) for shape in ((3, K, 4), (4,), (4,))]
-    return features, labels, gradients
+    return (3 + torch.randn(2, channels, *size)).to(dtype), labels
 
 
-def naive(features: Tensor, labels: Tensor, upsample: bool) -> tuple[Tensor, Tensor, Tensor]:
+def values_and_gradient(function, features, labels, num_classes, gradients=None, **options):
+    """counts; sums, mean, variance; dfeatures; and the gradients that were given or drawn."""
+    features = features.detach().requires_grad_()
+    counts, *found = function(features, labels, num_classes, ignore_index=255, **options)
+    if gradients is None:
+        gradients = [torch.randn(x.shape) for x in found]
+        for i in (1, 2):  # as large in dfeatures as those of the sums
+            gradients[i] *= features.numel() / features.shape[1]
+    gradients = [g.to(x.dtype) for g, x in zip(gradients, found, strict=True)]
+    (dfeatures,) = torch.autograd.grad(found, features, gradients)
+    return counts, found, dfeatures, gradients
+
+
+def check(features, labels, num_classes, per_image, upsample=True):
+    """Sums, mean, variance and gradient, compared with the reference in float64."""
+    given, options = (labels, num_classes), {"per_image": per_image, "upsample": upsample}
+    counts, found, dfeatures, gradients = values_and_gradient(
+        upsampled_sums, features, *given, **options
+    )
+    exact_counts, exact, dexact, _ = values_and_gradient(
+        reference.upsampled_sums, features.double(), *given, gradients, **options
+    )
+    assert torch.equal(counts, exact_counts) and found[0].dtype == torch.float32
+    torch.testing.assert_close(found, [x.float() for x in exact], rtol=1e-5, atol=1e-5)
+    assert dfeatures.stride() == features.stride() and dfeatures.dtype == features.dtype
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[features.dtype]
+    torch.testing.assert_close(dfeatures.double(), dexact, rtol=rounding, atol=1e-5)
+
+
+def of_upsampled(features, labels, num_classes, per_image, upsample, ignore_index):
+    """The definition: sums of the upsampled tensor."""
     pixels = features
     if upsample:
         pixels = F.interpolate(features, labels.shape[1:], mode="bilinear", align_corners=True)
     else:
-        labels = F.interpolate(labels[:, None].float(), features.shape[2:])[:, 0]
-    sums = torch.stack([(pixels * (labels == k)[:, None]).sum((2, 3)) for k in range(K)], 1)
-    return sums, features.mean((0, 2, 3)), features.var((0, 2, 3), correction=0)
+        labels = F.interpolate(labels[:, None].double(), features.shape[2:])[:, 0]
+    masks = [(labels == k) & (labels != ignore_index) for k in range(num_classes)]
+    counts = torch.stack([mask.sum((1, 2)) for mask in masks], 1)
+    sums = torch.stack([(pixels * mask[:, None]).sum((2, 3)) for mask in masks], 1)
+    if not per_image:
+        counts, sums = counts.sum(0), sums.sum(0)
+    return counts, sums, features.mean((0, 2, 3)), features.var((0, 2, 3), correction=0)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize(
-    ("size", "label_size"),
-    [((6, 10), (24, 40)), ((5, 7), (13, 11)), ((1, 3), (4, 9)), ((3, 1), (9, 4)), ((4, 4), (1, 2))],
-)
-def test_sums_of_the_upsampled_tensor(size: Size, label_size: Size, backend: str, parts: None):
-    features, labels, gradients = example(size, label_size)
-    for upsample in (True, False):
-        expected = naive(features, labels, upsample)
-        (dfeatures,) = torch.autograd.grad(expected, features, gradients, retain_graph=True)
-        with ao.use_backend(backend):
-            counts, *found = upsampled_sums(
-                features, labels, K, per_image=True, upsample=upsample, ignore_index=255
-            )
-            (gradient,) = torch.autograd.grad(found, features, gradients)
-            together = upsampled_sums(
-                features, labels, K, per_image=False, upsample=upsample, ignore_index=255
-            )
-        if upsample:
-            assert counts.tolist() == [[int((im == k).sum()) for k in range(K)] for im in labels]
-        torch.testing.assert_close(found, list(expected), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(gradient, dfeatures, rtol=1e-5, atol=1e-5)
-        assert torch.equal(together.counts, counts.sum(0))
-        torch.testing.assert_close(together.sums, expected[0].sum(0), rtol=1e-5, atol=1e-5)
-        (gradient,) = torch.autograd.grad(together.sums, features, gradients[0][0])
-        (dfeatures,) = torch.autograd.grad(expected[0].sum(0), features, gradients[0][0])
-        torch.testing.assert_close(gradient, dfeatures, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("num_classes", [255, 256, 2**15 + 1])  # keys of 8, 16 and 32 bits
-@pytest.mark.parametrize("label_size", [(24, 40), (6, 10)])
-@pytest.mark.parametrize("per_image", [False, True])
-def test_last_classes(num_classes: int, label_size: Size, per_image: bool):
-    features, labels, gradients = example((6, 10), label_size)
-    options = {"per_image": per_image, "upsample": True, "ignore_index": -1}
-    gradient = gradients[0] if per_image else gradients[0][0]
-    first = num_classes - K
-    few = upsampled_sums(features, labels, K, **options)
-    labels = torch.where((labels >= 0) & (labels < K), labels + first, -1)
-    many = upsampled_sums(features, labels, num_classes, **options)
-    assert torch.equal(many.counts[..., first:], few.counts) and not many.counts[..., :first].any()
-    torch.testing.assert_close(many.sums[..., first:, :], few.sums)
-    assert not many.sums[..., :first, :].any()
-    found, expected = (
-        torch.autograd.grad(moments.sums[..., -K:, :], features, gradient)[0]
-        for moments in (many, few)
+SIZES = [  # of the features and of the labels; whether sums are per image
+    ((3, 5), (6, 10), True),
+    ((2, 5), (5, 8), False),  # odd ratios
+    ((5, 4), (3, 2), True),  # fewer labels than features
+    ((1, 3), (4, 6), False),
+    ((3, 3), (1, 2), True),
+    ((2, 2), (5, 1), False),
+    ((2, 130), (3, 150), True),  # more than one tile in a row
+    ((3, 4), (3, 4), False),
+]
+SIZES_OF_CPU = [
+    (*sizes, per_image)
+    for sizes in (
+        ((6, 10), (24, 40)),
+        ((5, 7), (13, 11)),
+        ((1, 3), (4, 9)),
+        ((3, 1), (9, 4)),
+        ((4, 4), (1, 2)),
     )
-    torch.testing.assert_close(found, expected)
+    for per_image in (False, True)
+]
 
 
+@pytest.mark.on("reference")
+@pytest.mark.parametrize(("size", "label_size", "per_image"), SIZES_OF_CPU)
+@pytest.mark.parametrize("upsample", [True, False])
+def test_the_reference_sums_the_upsampled_tensor(backend, size, label_size, per_image, upsample):
+    features, labels = example(size, label_size)
+    given, options = (features, labels, K), {"per_image": per_image, "upsample": upsample}
+    *ours, gradients = values_and_gradient(upsampled_sums, *given, **options)
+    *expected, _ = values_and_gradient(of_upsampled, *given, gradients, **options)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "label_size", "per_image"),
+    SIZES + [pytest.param(*sizes, marks=on_cpu) for sizes in SIZES_OF_CPU],
+)
+def test_sizes(backend: str, size: Size, label_size: Size, per_image: bool, parts: None):
+    check(*example(size, label_size), K, per_image)
+
+
+@pytest.mark.parametrize(
+    ("size", "label_size", "per_image"),
+    [((3, 4), (6, 8), False), *(pytest.param(*sizes, marks=on_cpu) for sizes in SIZES_OF_CPU)],
+)
+def test_labels_at_the_features_size(backend, size, label_size, per_image: bool, parts: None):
+    check(*example(size, label_size), K, per_image, upsample=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_and_layouts(backend: str, dtype: torch.dtype):
+    features, labels = example((2, 5), (4, 9), 20, dtype)
+    check(features, labels, K, False)
+    check(features.contiguous(memory_format=torch.channels_last), labels, K, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sixteen_bytes_at_once(backend: str, dtype: torch.dtype):
+    """Rows of a multiple of 8 pixels, and pixels of a multiple of 8 channels."""
+    features, labels = example((2, 136), (4, 290), 24, dtype)
+    check(features, labels, K, True)
+    check(features.contiguous(memory_format=torch.channels_last), labels, K, True)
+
+
+@pytest.mark.on("emulator")
+def test_several_tiles_in_a_chunk(backend: str, other_gpu: None):
+    check(*example((20, 5), (40, 9)), K, False)
+
+
+def test_several_blocks_of_channels(backend: str):
+    check(*example((2, 2), (3, 4), 140), K, True)
+
+
+def test_many_keys_in_a_tile(backend: str):
+    features, _ = example((1, 9), (2, 18))
+    labels = torch.arange(72).view(2, 2, 18)
+    check(features, labels, 72, False)
+    check(features, labels % 36, 36, True)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "size", "label_size", "per_image"),
+    [
+        *(
+            (n, (2, 3), (4, 6), per_image)
+            for n, per_image in ((255, True), (256, True), (256, False))
+        ),
+        *(
+            pytest.param(n, (6, 10), label_size, per_image, marks=cpu)
+            for n in (255, 256, 2**15 + 1)
+            for label_size in ((24, 40), (6, 10))
+            for per_image in (False, True)
+        ),
+    ],
+)
+def test_last_classes_of_8_16_and_32_bits(backend, num_classes, size, label_size, per_image):
+    features, labels = example(size, label_size)
+    labels = torch.where((labels >= 0) & (labels < K), labels + num_classes - K, -1)
+    check(features, labels, num_classes, per_image)
+
+
+def test_variance_does_not_cancel(backend: str):
+    features, labels = example((2, 6), (3, 8))
+    options = {"per_image": False, "upsample": True, "ignore_index": 255}
+    shifted = upsampled_sums(features + 2**12, labels, K, **options)
+    expected = (features + 2**12).double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(shifted.variance.double(), expected, rtol=1e-3, atol=0)
+
+
+def test_nothing(backend: str):
+    options = {"per_image": False, "upsample": True, "ignore_index": 255}
+    features, labels = example((2, 3), (4, 6))
+    assert not upsampled_sums(features, torch.full_like(labels, 255), K, **options).sums.any()
+    nothing = upsampled_sums(features[:0], labels[:0], K, **options)
+    assert [x.shape for x in nothing] == [(5,), (5, 5), (5,), (5,)]
+    if BACKEND:
+        operator = getattr(torch.ops.anchorops.upsampled_sums_backward, backend)
+        keys, dsums = labels[:0].int(), torch.ones(5, 5)
+        assert operator(features[:0], keys, dsums, dsums[0], None, None, 5).shape == (0, 5, 2, 3)
+
+
+@cpu
 @pytest.mark.parametrize("per_image", [False, True])
-def test_layout_and_the_rest_of_torch(per_image: bool):
-    features, labels, gradients = example((6, 10), (24, 40))
-    gradients = gradients if per_image else [gradients[0][0], *gradients[1:]]
+def test_layout_and_the_rest_of_torch(backend: str, per_image: bool):
+    features, labels = example((6, 10), (24, 40))
+    features.requires_grad_()
+    gradients = [torch.randn(shape) for shape in (((2, K, 5) if per_image else (K, 5)), (5,), (5,))]
     operator = torch.ops.anchorops.upsampled_sums.cpu
     of_labels = torch.where(labels < K, labels, -1).byte()
     for keys in (of_labels, of_labels[:, :6, :10]):
@@ -121,37 +233,37 @@ def test_layout_and_the_rest_of_torch(per_image: bool):
         gradient.sum().backward()
 
 
+@cpu
 @pytest.mark.parametrize("label_size", [(24, 40), (6, 10)])
-def test_half_precision_is_summed_in_float32(label_size: Size):
-    features, labels, gradients = example((6, 10), label_size)
-    results = []
-    for dtype in (torch.bfloat16, torch.float32):
-        x = features.detach().bfloat16().to(dtype).requires_grad_()
-        _, *found = upsampled_sums(x, labels, K, per_image=True, upsample=True, ignore_index=255)
-        results.append((found, *torch.autograd.grad(found, x, gradients)))
-    (found, gradient), (expected, dfeatures) = results
+def test_half_precision_is_summed_in_float32(backend: str, label_size: Size):
+    features, labels = example((6, 10), label_size, dtype=torch.bfloat16)
+    options = {"per_image": True, "upsample": True}
+    _, found, gradient, gradients = values_and_gradient(
+        upsampled_sums, features, labels, K, **options
+    )
+    _, expected, dfeatures, _ = values_and_gradient(
+        upsampled_sums, features.float(), labels, K, gradients, **options
+    )
     torch.testing.assert_close(found, expected)
     assert torch.equal(gradient, dfeatures.bfloat16())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("per_image", [pytest.param(False, marks=on_cpu), True])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_features_that_no_valid_label_uses(
     value: float, per_image: bool, backend: str, parts: None
 ):
     """If they are not finite, neither are mean and variance of their channel; all else is equal."""
-    features, labels, _ = example((4, 20), (8, 60))
+    features, labels = example((4, 20), (8, 60))
     labels[:, :, :30] = 255  # the next ones are between columns 9 and 10
     spoilt = features.detach().clone()
     spoilt[:, 1, :, :9] = value
     results = []
     for x in (features.detach(), spoilt):
         x.requires_grad_()
-        with ao.use_backend(backend):
-            _, sums, mean, variance = upsampled_sums(
-                x, labels, K, per_image=per_image, upsample=True, ignore_index=255
-            )
+        _, sums, mean, variance = upsampled_sums(
+            x, labels, K, per_image=per_image, upsample=True, ignore_index=255
+        )
         dsums = torch.arange(sums.numel(), dtype=torch.float32).view(sums.shape)
         results.append((sums, *torch.autograd.grad(sums, x, dsums), mean, variance))
     others = torch.arange(features.shape[1]) != 1
@@ -162,7 +274,8 @@ def test_features_that_no_valid_label_uses(
             assert torch.equal(ours[others], clean[others]) and not ours[1].isfinite()
 
 
-def test_memory():
+@cpu
+def test_memory(backend: str):
     """W has 600 classes × the pixels; in int64 and float32 these are 472 MB. Only a part of it
     exists at a time.
 

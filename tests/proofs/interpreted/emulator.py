@@ -21,6 +21,7 @@ OPERATORS = (
     "class_moments_backward",
     "class_moments_torch",
     "centroid_info_nce",
+    "upsampled_sums",
 )
 CASES = [HERE.parents[1] / f"test_{operator}.py" for operator in OPERATORS]
 CASES += sorted(HERE.glob("test_*.py"))
