@@ -22,6 +22,7 @@ OPERATORS = (
     "class_moments_torch",
     "centroid_info_nce",
     "upsampled_sums",
+    "confusion",
 )
 CASES = [HERE.parents[1] / f"test_{operator}.py" for operator in OPERATORS]
 CASES += sorted(HERE.glob("test_*.py"))
