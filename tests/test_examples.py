@@ -71,6 +71,7 @@ def test_framework(
             ["--epochs", "1", "--seeds", "1"],
             ["10 classes with 100 to 3 images", "plain  all", "SAR    all"],
         ),
+        ("cosine_head", ["--steps", "2"], ["text: loss ", "simplex: loss ", "means: loss "]),
         ("few_shot", ["--steps", "1"], ["before training: 0.", "after 1 steps: 0."]),
     ],
 )
@@ -81,7 +82,7 @@ def test_other_tasks(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if name != "point_cloud":
+    if name not in ("point_cloud", "cosine_head"):
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
