@@ -1,7 +1,8 @@
 """Losses and confusion matrices at the labels' size, compared with upsampling the logits first.
 
 Bytes are those of the operator: forward reads logits and labels and writes lse; backward reads
-these three and writes the logits' gradient.
+these three and writes the logits' gradient. Where the logits are cosines of features to anchors,
+the bytes of the features are counted instead.
 
 The formulas people write allocate several tensors of all labels and classes. On CPU these are new
 memory in each call, and their page faults take about half of the time. "kept pages" are the same
@@ -13,7 +14,7 @@ import ctypes
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -26,14 +27,16 @@ from anchorops.measure import example_labels
 
 FORWARD, TRAINING = "forward", "forward + backward"
 CE, CE_DICE, DICE, FOCAL = "cross-entropy", "cross-entropy + Dice", "Dice", "focal cross-entropy"
-CONFUSION = "confusion matrix"
+CONFUSION, COSINES = "confusion matrix", "cross-entropy of cosines"
+TEMPERATURE = 0.07  # of the cosines
 KEPT = ", kept pages"
 LIBRARIES = {"smp": "segmentation_models_pytorch", "torchmetrics": "torchmetrics"}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
 
 class Logits(NamedTuple):
-    """Logits (B, K, h, w), or a volume (B, K, d, h, w), and the size of their labels."""
+    """Logits (B, K, h, w), or a volume (B, K, d, h, w), and the size of their labels. With `dim`
+    they are cosines of features (B, D, h, w) to anchors [K, D]."""
 
     name: str
     size: tuple[int, ...]
@@ -41,6 +44,7 @@ class Logits(NamedTuple):
     align_corners: bool = False
     channels_last: bool = False
     cpu_batch: int = 2
+    dim: int = 0
 
     @property
     def num_classes(self) -> int:
@@ -50,7 +54,8 @@ class Logits(NamedTuple):
     def sizes(self) -> str:
         axes = "BKhw" if len(self.size) == 4 else "BKdhw"
         sizes = " ".join(f"{axis}{size:,}" for axis, size in zip(axes, self.size, strict=True))
-        return f"{sizes}, labels {'×'.join(map(str, self.label_size))}"
+        features = f", D{self.dim:,}" if self.dim else ""
+        return f"{sizes}{features}, labels {'×'.join(map(str, self.label_size))}"
 
     def on(self, device: torch.device, tiny: bool = False) -> "Logits":
         size, label_size = list(self.size), self.label_size
@@ -64,7 +69,8 @@ class Logits(NamedTuple):
             else:
                 label_size = tuple(n * 5 // s for n, s in zip(label_size, size[2:], strict=True))
                 size[2:] = (5, 5)
-        return self._replace(size=tuple(size), label_size=label_size)
+        dim = min(self.dim, 24) if tiny else self.dim
+        return self._replace(size=tuple(size), label_size=label_size, dim=dim)
 
 
 SEGFORMER = Logits("SegFormer, ADE20K", (16, 150, 128, 128), (512, 512))
@@ -76,6 +82,8 @@ ONE = SEGFORMER._replace(name="SegFormer, ADE20K, one image", cpu_batch=1)
 COCO = Logits("SegFormer, COCO-Stuff", (16, 171, 128, 128), (512, 512))
 MANY = Logits("1,200 classes", (4, 1200, 64, 64), (256, 256))
 VOLUME = Logits("3-D patch", (2, 4, 64, 64, 64), (64, 64, 64))
+TEXT = Logits("LSeg, ADE20K", (8, 150, 128, 128), (512, 512), cpu_batch=1, dim=512)
+PIXELS = TEXT._replace(name="LSeg, ADE20K, labels of the features' size", label_size=(128, 128))
 
 QUICK = [
     Case(CE, TRAINING, SEGFORMER, compiled=True),
@@ -87,6 +95,8 @@ QUICK = [
     Case(FOCAL, TRAINING, HRNET),
     Case(CONFUSION, FORWARD, HRNET),
     Case(CONFUSION, FORWARD, SEGFORMER),
+    Case(COSINES, TRAINING, TEXT),
+    Case(COSINES, TRAINING, PIXELS),
 ]
 FULL = [
     Case(operation, direction, shape, dtype)
@@ -104,11 +114,26 @@ def ours(case: Case) -> Formula:
     options = {"ignore_index": IGNORE_INDEX, "align_corners": align_corners}
     if case.operation == CONFUSION:
         return lambda x, y: ao.pixel_confusion(x, y, **options)
+    if case.operation == COSINES:
+        return lambda x, y: ao.pixel_cross_entropy(cosines(case.shape, x), y, **options)
     dice = ao.Dice(absent="zero", **options)
     cross_entropy = ao.CrossEntropy(focal_gamma=2.0 * (case.operation == FOCAL), **options)
     if case.operation == CE_DICE:
         return ao.CrossEntropyDice(cross_entropy, dice)
     return dice if case.operation == DICE else cross_entropy
+
+
+@lru_cache(2)
+def scaled_anchors(shape: Logits, device: torch.device) -> Tensor:
+    """Unit vectors [K, D], divided by the temperature."""
+    generator = torch.Generator(device).manual_seed(1)
+    anchors = torch.randn(shape.num_classes, shape.dim, device=device, generator=generator)
+    return F.normalize(anchors, dim=1) / TEMPERATURE
+
+
+def cosines(shape: Logits, features: Tensor) -> Tensor:
+    anchors = scaled_anchors(shape, features.device).to(features.dtype)
+    return F.conv2d(F.normalize(features, dim=1), anchors[:, :, None, None])
 
 
 def upsampled(case: Case, x: Tensor) -> Tensor:
@@ -128,6 +153,17 @@ def focal(z: Tensor, y: Tensor) -> Tensor:
     return ((1 - (-losses).exp()) ** 2 * losses).sum() / (y != IGNORE_INDEX).sum()
 
 
+def linear_cross_entropy(case: Case, chunked: bool, x: Tensor, y: Tensor) -> Tensor:
+    """torch's, from unit features at the labels' size. Its logits equal the upsampled cosines,
+    because both the upsampling and the product are linear."""
+    rows = upsampled(case, F.normalize(x, dim=1)).movedim(1, -1).flatten(0, -2)
+    anchors = scaled_anchors(case.shape, x.device).to(rows.dtype)
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    return F.linear_cross_entropy(
+        rows, anchors, y.flatten(), ignore_index=IGNORE_INDEX, options=options
+    )
+
+
 def torchmetrics_confusion(z: Tensor, y: Tensor) -> Tensor:
     functional = importlib.import_module("torchmetrics.functional.classification")
     return functional.multiclass_confusion_matrix(
@@ -141,9 +177,26 @@ def bincount_confusion(z: Tensor, y: Tensor) -> Tensor:
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def rivals_of_cosines(case: Case) -> dict[str, Formula]:
+    """The formulas of torch. Older versions have no linear_cross_entropy."""
+    formulas: dict[str, Formula] = {
+        "product + interpolate + cross_entropy": lambda x, y: cross_entropy(
+            upsampled(case, cosines(case.shape, x)), y
+        )
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        for name, chunked in (("", False), (", chunked", True)):
+            formulas[f"interpolate + linear_cross_entropy{name}"] = partial(
+                linear_cross_entropy, case, chunked
+            )
+    return formulas
+
+
 def rival_formulas(case: Case) -> dict[str, Formula]:
     """The formulas of installed libraries. smp's focal loss is another loss, so its value is not
     checked."""
+    if case.operation == COSINES:
+        return rivals_of_cosines(case)
 
     def smp(name: str) -> Formula:
         losses = importlib.import_module("segmentation_models_pytorch.losses")
@@ -215,7 +268,8 @@ def kept_pages() -> Iterator[None]:
 @lru_cache(1)
 def make_inputs(shape: Logits, dtype: str, labels: str, device: torch.device):
     generator = torch.Generator(device).manual_seed(0)
-    logits = torch.randn(shape.size, dtype=DTYPES[dtype], device=device, generator=generator)
+    inputs = (shape.size[0], shape.dim or shape.num_classes, *shape.size[2:])
+    logits = torch.randn(inputs, dtype=DTYPES[dtype], device=device, generator=generator)
     if shape.channels_last:
         logits = logits.contiguous(memory_format=torch.channels_last)
     size = (shape.size[0], *shape.label_size)
