@@ -25,6 +25,7 @@ OF_LOGITS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "CrossEntropyDice": ao.CrossEntropyDice(),
     "softmax_moments": lambda x, y: ao.ops.softmax_moments(x, y, per_image=True, squares=True)[:6],
     "pixel_argmax": lambda x, y: ao.pixel_argmax(x, (10, 12)),
+    "confidence": lambda x, y: ao.pixel_argmax(x, (10, 12), confidence=True),
     "pixel_confusion": lambda x, y: ao.pixel_confusion(x, y),
     "confusion": lambda x, y: ao.confusion(y, y, K),
 }

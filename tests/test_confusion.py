@@ -75,6 +75,56 @@ def test_the_first_of_equal_ones_and_nan(backend: str):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(
+    ("size", "label_size", "num_classes", "dtype"),
+    [
+        ((9, 20), (36, 80), 19, torch.float32),
+        ((9, 20), (36, 80), 19, torch.bfloat16),
+        ((13, 10), (31, 29), 300, torch.float64),
+        ((9, 20), (9, 20), 2, torch.float32),
+        ((9, 20), (5, 13), 7, torch.float16),
+    ],
+)
+def test_confidence(size, label_size, num_classes, dtype, align_corners, backend):
+    logits = (3 * torch.randn(2, num_classes, *size)).to(dtype).requires_grad_()
+    options = {"size": label_size, "align_corners": align_corners}
+    with ao.use_backend(backend):
+        classes, probabilities = ao.pixel_argmax(logits, **options, confidence=True)
+        assert torch.equal(classes, ao.pixel_argmax(logits, **options))
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    assert probabilities.dtype == result
+    assert not probabilities.requires_grad and probabilities.max() <= 1
+    exact, torchs = (
+        F.interpolate(x, label_size, mode="bilinear", align_corners=align_corners)
+        .softmax(1)
+        .amax(1)
+        for x in (logits.double(), logits.to(result))
+    )
+    error, bound = (probabilities - exact).abs().max(), (torchs - exact).abs().max()
+    assert error <= 2 * bound + (1e-13 if dtype == torch.float64 else 5e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_confidence_of_ties_and_what_is_not_finite(backend: str):
+    logits = torch.zeros(1, 4, 2, 6)
+    logits[0, :, 0, 0] = torch.tensor([1.0, 5.0, torch.nan, 0.0])
+    logits[0, :, 0, 1] = torch.tensor([1.0, torch.inf, 0.0, 0.0])
+    logits[0, :, 0, 2] = -torch.inf
+    logits[0, 2:, 0, 3] = -torch.inf
+    with ao.use_backend(backend):
+        classes, probabilities = ao.pixel_argmax(logits, (2, 6), confidence=True)
+    assert torch.equal(classes[0, 0], torch.tensor([2, 1, 0, 0, 0, 0]))
+    expected = logits.softmax(1).amax(1)
+    assert expected[0, 0, :3].isnan().all() and expected[0, 0, 3] == 0.5
+    torch.testing.assert_close(probabilities, expected, equal_nan=True)
+    for shape, size in (((0, 4, 2, 2), (3, 3)), ((1, 4, 2, 2), (0, 3))):
+        with ao.use_backend(backend):
+            found = ao.pixel_argmax(torch.zeros(shape), size, confidence=True)
+        assert [x.shape for x in found] == [(shape[0], *size)] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("shape", "num_classes"), [((70_000,), 3), ((2, 300), 300), ((2, 17, 23), 19), ((0, 3, 4), 5)]
 )

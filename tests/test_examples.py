@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
@@ -88,6 +89,20 @@ def test_other_tasks(
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert all(text in printed for text in expected)
+
+
+def test_semi_supervised(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["semi_supervised.py"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # its tensors are small: on a busy machine threads wait for each other
+    try:
+        runpy.run_path(str(EXAMPLES / "semi_supervised.py"), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    alone, with_unlabelled = (float(x) for x in re.findall(r"mIoU (\S+)", capsys.readouterr().out))
+    assert alone > 0.4 and with_unlabelled > alone + 0.02
 
 
 def run_rank(rank: int, ports: list[int], folder: str) -> None:

@@ -273,6 +273,7 @@ def test_meta_tensors():
             ao.pixel_cross_entropy(x, y, reduction="none"),
             *ao.ops.softmax_moments(x, y)[:2],
             ao.pixel_argmax(x, (8, 10)),
+            *ao.pixel_argmax(x, (8, 10), confidence=True),
             ao.pixel_confusion(x, y),
             ao.CrossEntropy(weight=torch.ones(3)).to(device)(x, y),
             ao.Dice()(x, y),

@@ -108,6 +108,7 @@ def test_one_class_is_refused_by_each_backend(name: str, backend: str):
             r"logits: expected at least 2 classes .*torch.cat.*, got shape",
         ),
         ({"align_corners": "yes"}, "align_corners: expected True or False, got 'yes' of type str"),
+        ({"confidence": 0.9}, "confidence: expected True or False, got 0.9 of type float"),
     ],
     ids=str,
 )

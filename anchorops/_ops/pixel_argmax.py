@@ -1,4 +1,6 @@
-"""The predicted class of every pixel, from low-resolution logits."""
+"""The predicted class of every pixel and its probability, from low-resolution logits."""
+
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from .. import reference
 from .._backend import select
 from .._checks import check_flags, check_logits, describe, fail
 from .registration import define
+from .softmax_moments import unchecked_moments
 
 
 def _fake(logits: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
@@ -24,21 +27,52 @@ def _is_length(n: object) -> bool:
     return isinstance(n, int | torch.SymInt) and not isinstance(n, bool) and bool(n >= 0)
 
 
-def pixel_argmax(logits: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
+@overload
+def pixel_argmax(
+    logits: Tensor,
+    size: tuple[int, int],
+    *,
+    align_corners: bool = False,
+    confidence: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def pixel_argmax(
+    logits: Tensor,
+    size: tuple[int, int],
+    *,
+    align_corners: bool = False,
+    confidence: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def pixel_argmax(
+    logits: Tensor,
+    size: tuple[int, int],
+    *,
+    align_corners: bool = False,
+    confidence: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The predicted class of each pixel: argmax_k of the upsampled logits, which are not stored.
 
     Equal to F.interpolate(logits.float(), size, mode="bilinear", align_corners=align_corners)
-    .argmax(1), except for rounding where two classes are almost equal.
+    .argmax(1), except for rounding where two classes are almost equal. With `confidence` also the
+    probability of this class: the largest softmax of the upsampled logits.
 
     Args:
         logits: (B, K, h, w), any strides; float32, bfloat16, float16 or float64; K from 2 to 65,536
             (16,384 on GPU).
         size: (H, W) of the result.
         align_corners: as in F.interpolate.
+        confidence: also return the probabilities. The logits are then read twice.
 
     Returns:
-        int64 (B, H, W), not differentiable. Among equal logits the first class is returned; NaN is
-        larger than all numbers.
+        The classes, int64 (B, H, W); with `confidence` (classes, probabilities), and these are
+        float32 (float64 for float64 logits), of the same shape, from 1/K to 1 except for rounding.
+        Neither is differentiable. Among equal logits the first class is returned; NaN is larger
+        than all numbers. The probability is NaN, as in softmax, where a logit is NaN or ∞, or where
+        all are −∞. If B, H or W is 0, the results are empty.
 
     Raises:
         ValueError: wrong shape, dtype or size; a chosen backend that does not support the call.
@@ -50,12 +84,26 @@ def pixel_argmax(logits: Tensor, size: tuple[int, int], *, align_corners: bool =
     pair = isinstance(size, list | tuple) and len(size) == 2
     if not pair or not all(_is_length(n) for n in size):
         fail(function, "size", "(H, W), two ints of at least 0", describe(size))
-    check_flags(function, align_corners=align_corners)
+    check_flags(function, align_corners=align_corners, confidence=confidence)
     height, width = size
     if logits.numel() == 0 and logits.shape[0] * height * width > 0:
         fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
+    logits = logits.detach()
     backend = select(function, logits, logits.shape[1])
     if backend == "reference":
-        return reference.pixel_argmax(logits, (height, width), align_corners=align_corners)
-    operator = getattr(torch.ops.anchorops.pixel_argmax, backend)
-    return operator(logits.detach(), height, width, align_corners)
+        classes = reference.pixel_argmax(logits, (height, width), align_corners=align_corners)
+    else:
+        operator = getattr(torch.ops.anchorops.pixel_argmax, backend)
+        classes = operator(logits, height, width, align_corners)
+    if not confidence:
+        return classes
+    losses = unchecked_moments(
+        function,
+        logits,
+        classes,
+        ignore_index=-1,
+        align_corners=align_corners,
+        pixel_losses=True,
+    ).pixel_losses
+    assert losses is not None
+    return classes, losses.neg().exp()
