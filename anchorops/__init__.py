@@ -59,15 +59,18 @@ __version__ = "0.1.0"  # pyproject.toml reads it here
 # Names that have moved, and their modules; they are removed in 0.2.
 _MOVED = dict.fromkeys(ops.__all__, "ops") | dict.fromkeys(anchors.__all__, "anchors")
 
-# diagnostics needs torchmetrics and plots needs matplotlib, so they are imported at first use.
+# diagnostics and MeanIoU need torchmetrics, plots needs matplotlib: they are imported at first use.
 if TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
     from . import diagnostics as diagnostics
     from . import plots as plots
+    from ._mean_iou import MeanIoU as MeanIoU
 else:
 
     def __getattr__(name: str) -> Any:
         if name in ("diagnostics", "plots"):
             return importlib.import_module(f".{name}", __name__)
+        if name == "MeanIoU":
+            return importlib.import_module("._mean_iou", __name__).MeanIoU
         if name in _MOVED:
             new = f"{__name__}.{_MOVED[name]}.{name}"
             message = f"{__name__}.{name} is removed in version 0.2; use {new}"

@@ -17,9 +17,12 @@ def fail(function: str, argument: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{function}: {argument}: expected {expected}, got {got}")
 
 
-def missing_extra(part: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
-    """The error of a module whose dependencies are in the extra of the same name."""
-    message = f"anchorops.{part}: {error}: install it with: pip install 'anchorops[{part}]'"
+def missing_extra(
+    part: str, error: ModuleNotFoundError, *, extra: str | None = None
+) -> ModuleNotFoundError:
+    """The error of a part whose dependencies are in an extra, that of the same name by default."""
+    command = f"pip install 'anchorops[{extra or part}]'"
+    message = f"anchorops.{part}: {error}: install it with: {command}"
     return ModuleNotFoundError(message, name=error.name)
 
 

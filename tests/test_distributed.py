@@ -313,6 +313,21 @@ def check_diagnostics(rank: int, ranks: int) -> None:
         torch.testing.assert_close(got[name], value)
 
 
+def check_mean_iou(rank: int, ranks: int) -> None:
+    metric, alone = ao.MeanIoU(K), ao.MeanIoU(K)
+    for r in range(ranks):
+        images, labels = batch_of(r, 0)
+        logits = torch.randn(len(images), K, 6, 5, generator=torch.Generator().manual_seed(r))
+        alone.update(logits, labels)
+        if r == rank:
+            metric.update(logits, labels)
+    own = metric.confusion.sum()
+    assert metric.compute() == alone.per_class().nanmean()
+    assert metric.confusion.sum() == own < alone.confusion.sum()  # added for compute alone
+    with metric.sync_context():
+        assert torch.equal(metric.confusion, alone.confusion)
+
+
 def run_rank(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -325,6 +340,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     try:
         check_all_reduce(rank, ranks)
         check_dice(rank, ranks)
+        check_mean_iou(rank, ranks)
         for method in METHODS:
             check_method(method, rank, ranks)
         if ranks == 2:

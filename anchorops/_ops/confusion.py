@@ -37,7 +37,7 @@ define(
 )
 
 
-def _check_classes(function: str, argument: str, num_classes: int) -> None:
+def check_matrix_classes(function: str, argument: str, num_classes: int) -> None:
     if (
         isinstance(num_classes, bool)
         or not isinstance(num_classes, int)
@@ -78,8 +78,27 @@ def confusion(
     Raises:
         ValueError: wrong shape, dtype, device, number or label.
     """
-    function = "confusion"
-    _check_classes(function, "num_classes", num_classes)
+    return confusion_for(
+        "confusion",
+        predictions,
+        labels,
+        num_classes,
+        ignore_index=ignore_index,
+        check_labels=check_labels,
+    )
+
+
+def confusion_for(
+    function: str,
+    predictions: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    ignore_index: int | None,
+    check_labels: bool = False,
+) -> Tensor:
+    """`confusion`, with messages that name `function`."""
+    check_matrix_classes(function, "num_classes", num_classes)
     check_strided(function, "labels", labels)
     if not isinstance(labels, Tensor) or labels.dim() not in (1, 2, 3):
         fail(function, "labels", "a tensor of one to three axes", describe(labels))
@@ -136,7 +155,28 @@ def pixel_confusion(
     Raises:
         ValueError: wrong shape, dtype, device, number or label.
     """
-    function = "pixel_confusion"
+    return pixel_confusion_for(
+        "pixel_confusion",
+        logits,
+        labels,
+        sigmoid=sigmoid,
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+        check_labels=check_labels,
+    )
+
+
+def pixel_confusion_for(
+    function: str,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    sigmoid: bool,
+    ignore_index: int | None,
+    align_corners: bool,
+    check_labels: bool,
+) -> Tensor:
+    """`pixel_confusion`, with messages that name `function`."""
     check_flags(function, sigmoid=sigmoid, align_corners=align_corners, check_labels=check_labels)
     check_logits(function, logits, sigmoid=sigmoid)
     if sigmoid:
@@ -157,7 +197,7 @@ def pixel_confusion(
         fail(function, "logits", "a tensor (B, K, h, w)", describe(logits))
     check_labels_of_logits(function, labels, logits)
     num_classes = shape_of(logits)[1]
-    _check_classes(function, "logits", num_classes)
+    check_matrix_classes(function, "logits", num_classes)
     ignore_index = check_ignore_index(function, ignore_index, num_classes)
     if check_labels:
         check_label_values(function, labels, num_classes, ignore_index)

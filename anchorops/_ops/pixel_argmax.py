@@ -9,7 +9,7 @@ from .. import reference
 from .._backend import select
 from .._checks import check_flags, check_logits, describe, fail
 from .registration import define
-from .softmax_moments import unchecked_moments
+from .softmax_moments import Options, unchecked_moments
 
 
 def _fake(logits: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
@@ -97,13 +97,7 @@ def pixel_argmax(
         classes = operator(logits, height, width, align_corners)
     if not confidence:
         return classes
-    losses = unchecked_moments(
-        function,
-        logits,
-        classes,
-        ignore_index=-1,
-        align_corners=align_corners,
-        pixel_losses=True,
-    ).pixel_losses
+    options = Options(ignore_index=-1, align_corners=align_corners, pixel_losses=True)
+    losses = unchecked_moments(function, logits, classes, options).pixel_losses
     assert losses is not None
     return classes, losses.neg().exp()

@@ -1,0 +1,132 @@
+"""Mean intersection over union, as a torchmetrics Metric."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import (
+    check_count,
+    check_flags,
+    check_ignore_index,
+    check_integers,
+    describe,
+    fail,
+    missing_extra,
+)
+from ._ops.confusion import check_matrix_classes, confusion_for, pixel_confusion_for
+
+try:
+    from torchmetrics import Metric
+except ModuleNotFoundError as error:
+    raise missing_extra("MeanIoU", error, extra="diagnostics") from error
+
+
+class MeanIoU(Metric):
+    """Mean intersection over union (IoU, Jaccard index) of all pixels that `update` received.
+
+        IoU_k = n_kk / (Σ_j n_kj + Σ_j n_jk − n_kk),   n = the confusion matrix
+
+    The mean is over the classes that occur, in the labels or in the predictions. It equals
+    torchmetrics' JaccardIndex(task="multiclass", average="macro"), and the mIoU of mmsegmentation.
+    (torchmetrics.segmentation.MeanIoU computes a mean over images.) `update` reads low-resolution
+    logits; the upsampled ones are never stored.
+
+    Args:
+        num_classes: K, 2 to 4,096; with sigmoid C, at least 1.
+        sigmoid: each channel is a binary problem of its own; its IoU is that of the pixels that are
+            1, or predicted as 1 (logit above 0).
+        ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
+        align_corners: of the upsampling, as in F.interpolate.
+        check_labels: raise an error if a label is neither a class nor ignore_index; this
+            synchronises with the device.
+        metric_arguments: of torchmetrics.Metric, for example sync_on_compute.
+
+    The state is `confusion`, int64 [K, K], truth × prediction, with sigmoid [C, 2, 2]. `compute`
+    adds the states of all ranks. It remains int64 under float(), half() and set_dtype().
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+    confusion: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        sigmoid: bool = False,
+        ignore_index: int | None = None,
+        align_corners: bool = False,
+        check_labels: bool = False,
+        **metric_arguments: Any,
+    ) -> None:
+        super().__init__(**metric_arguments)
+        flags = {"align_corners": align_corners, "check_labels": check_labels}
+        check_flags("MeanIoU", sigmoid=sigmoid, **flags)
+        if sigmoid:
+            check_count("MeanIoU", "num_classes", num_classes)
+        else:
+            check_matrix_classes("MeanIoU", "num_classes", num_classes)
+        self.num_classes, self.sigmoid = num_classes, sigmoid
+        self.align_corners, self.check_labels = align_corners, check_labels
+        classes = 2 if sigmoid else num_classes
+        self.ignore_index = check_ignore_index("MeanIoU", ignore_index, classes)
+        shape = (num_classes, 2, 2) if sigmoid else (num_classes, num_classes)
+        self.add_state("confusion", torch.zeros(shape, dtype=torch.int64), "sum")
+
+    @torch.no_grad()
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        """Count the pixels of a batch.
+
+        Args:
+            predictions: logits (B, K, h, w), floating; or classes of the labels' shape, integer (a
+                pixel whose prediction is not a class is ignored). With sigmoid, logits
+                (B, C, h, w), or 0 and 1 of the labels' shape, integer or bool.
+            labels: (B, H, W) of any size, any integer dtype. With sigmoid (B, C, H, W) of 0 and 1.
+
+        Raises:
+            ValueError: wrong shape, dtype, device or label.
+        """
+        given = {"ignore_index": self.ignore_index, "check_labels": self.check_labels}
+        if not isinstance(predictions, Tensor):
+            fail("MeanIoU", "predictions", "a tensor of logits or classes", describe(predictions))
+        logits = predictions
+        if self.sigmoid and not predictions.is_floating_point():
+            if not isinstance(labels, Tensor) or predictions.shape != labels.shape:
+                expected = "the labels' shape, or floating-point logits"
+                fail("MeanIoU", "predictions", expected, describe(predictions))
+            logits = (predictions == 1).float() - 0.5
+        if logits.is_floating_point():
+            if logits.dim() < 2 or logits.shape[1] != self.num_classes:
+                expected = f"{self.num_classes} channels in dimension 1, as num_classes"
+                fail("MeanIoU", "predictions", expected, describe(logits))
+            options = {"sigmoid": self.sigmoid, "align_corners": self.align_corners}
+            matrix = pixel_confusion_for("MeanIoU", logits, labels, **options, **given)
+        else:
+            check_integers("MeanIoU", "predictions", predictions)
+            predictions = predictions.long()
+            if predictions.dim() > 3 and isinstance(labels, Tensor):
+                predictions, labels = predictions.flatten(1), labels.flatten(1)
+            matrix = confusion_for("MeanIoU", predictions, labels, self.num_classes, **given)
+        self.confusion += matrix
+
+    def per_class(self) -> Tensor:
+        """The IoU of each class, [K], float32. A class that occurs neither in the labels nor in the
+        predictions has none: it is NaN here, and the mean leaves it out. The values are those of
+        this rank; for those of all ranks call it inside `with metric.sync_context():`."""
+        if self.sigmoid:
+            hits = self.confusion[:, 1, 1]
+            union = self.confusion.sum((1, 2)) - self.confusion[:, 0, 0]
+        else:
+            hits = self.confusion.diagonal()
+            union = self.confusion.sum(0) + self.confusion.sum(1) - hits
+        return hits / union
+
+    def compute(self) -> Tensor:
+        """The mean over the classes that occur, a float32 scalar; 0 if none occurs."""
+        return self.per_class().nanmean().nan_to_num(nan=0.0)
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> "MeanIoU":
+        """Changes nothing, because the counts are integers."""
+        return self

@@ -1,0 +1,147 @@
+"""MeanIoU, compared with torchmetrics."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import anchorops as ao
+
+pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+from torchmetrics import JaccardIndex, MetricCollection, segmentation
+
+K = 6
+
+
+def batches(shape: tuple[int, ...] = (5, 7), size: tuple[int, ...] = (20, 21)) -> list:
+    """Logits and labels; class K − 1 occurs nowhere, class K − 2 in the predictions alone."""
+    made = []
+    for images in (2, 3):
+        logits = 2 * torch.randn(images, K, *shape)
+        logits[:, K - 1] = -100
+        labels = torch.randint(0, K - 2, (images, *size))
+        labels[:, :3] = 255
+        made.append((logits, labels))
+    return made
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_of_logits_and_of_predictions(align_corners: bool) -> None:
+    of_logits = ao.MeanIoU(K, align_corners=align_corners)
+    of_classes = ao.MeanIoU(K)
+    theirs = JaccardIndex(task="multiclass", num_classes=K, ignore_index=255)
+    each = JaccardIndex(task="multiclass", num_classes=K, ignore_index=255, average="none")
+    for logits, labels in batches():
+        of_logits.update(logits.requires_grad_(), labels.short())
+        full = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=align_corners)
+        of_classes.update(full.argmax(1).int(), labels)
+        theirs.update(full.argmax(1), labels)
+        each.update(full.argmax(1), labels)
+    assert of_logits.confusion.dtype == torch.int64
+    assert torch.equal(of_logits.confusion, of_classes.confusion)
+    torch.testing.assert_close(of_logits.compute(), theirs.compute())
+    found = of_logits.per_class()
+    torch.testing.assert_close(found[:-1], each.compute()[:-1])
+    assert found[K - 1].isnan() and found[K - 2] == 0 and not of_logits.compute().isnan()
+    torch.testing.assert_close(of_logits.compute(), found[:-1].mean())
+
+
+def test_of_one_image_as_in_torchmetrics_segmentation() -> None:
+    predictions, labels = torch.randint(0, 4, (1, 9, 9)), torch.randint(0, 4, (1, 9, 9))
+    theirs = segmentation.MeanIoU(4, input_format="index")
+    ours = ao.MeanIoU(4)
+    torch.testing.assert_close(ours(predictions, labels), theirs(predictions, labels))
+
+
+def test_of_sigmoids() -> None:
+    ours = ao.MeanIoU(3, sigmoid=True)
+    theirs = JaccardIndex(task="multilabel", num_labels=3, average="none", ignore_index=255)
+    of_classes = ao.MeanIoU(3, sigmoid=True)
+    for _ in range(2):
+        logits, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 2, (2, 3, 8, 10))
+        labels[:, :, 0] = 255
+        ours.update(logits, labels)
+        full = F.interpolate(logits, (8, 10), mode="bilinear")
+        of_classes.update(full > 0, labels)
+        theirs.update(full.sigmoid(), labels)
+    assert ours.confusion.shape == (3, 2, 2)
+    assert torch.equal(ours.confusion, of_classes.confusion)
+    torch.testing.assert_close(ours.per_class(), theirs.compute())
+    torch.testing.assert_close(ours.compute(), theirs.compute().mean())
+    binary = ao.MeanIoU(1, sigmoid=True)
+    binary.update(torch.tensor([[[[1.0, 1.0, -1.0, -1.0]]]]), torch.tensor([[[1, 0, 1, 0]]]))
+    assert binary.compute() == pytest.approx(1 / 3)
+
+
+def test_without_pixels_and_reset() -> None:
+    metric = ao.MeanIoU(K)
+    metric.update(torch.randn(1, K, 2, 2), torch.full((1, 4, 4), 255))
+    assert metric.compute() == 0 and metric.per_class().isnan().all()
+    metric.update(torch.randn(1, K, 2, 2), torch.zeros(1, 4, 4).long())
+    assert metric.confusion.sum() == 16
+    metric.reset()
+    assert metric.confusion.sum() == 0
+
+
+def test_as_a_metric() -> None:
+    """forward, collections, copies, checkpoints; the counts are integers in every dtype."""
+    (logits, labels), (other, other_labels) = batches()
+    metric = ao.MeanIoU(K)
+    alone = ao.MeanIoU(K)
+    alone.update(other, other_labels)
+    metric.update(logits, labels)
+    torch.testing.assert_close(metric(other, other_labels), alone.compute())  # of this batch
+    for moved in (metric.float(), metric.double(), metric.half(), metric.set_dtype(torch.half)):
+        assert moved.confusion.dtype == torch.int64
+    both = ao.MeanIoU(K)
+    for batch in ((logits, labels), (other, other_labels)):
+        both.update(*batch)
+    assert torch.equal(metric.confusion, both.confusion)
+    metric.persistent(True)
+    restored = ao.MeanIoU(K)
+    restored.persistent(True)
+    restored.load_state_dict(metric.state_dict())
+    assert torch.equal(copy.deepcopy(restored).compute(), both.compute())
+    collection = MetricCollection({"miou": ao.MeanIoU(K), "copy": ao.MeanIoU(K)})
+    assert collection(logits, labels)["miou"] == collection.compute()["copy"]
+
+
+LOGITS, LABELS = torch.zeros(2, K, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"predictions": None}, "predictions: expected a tensor of logits or classes, got None"),
+        ({"predictions": LOGITS[:, 1:]}, "predictions: expected 6 channels .*, as num_classes"),
+        ({"predictions": LABELS[1:]}, r"predictions: expected an int64 tensor of shape \(2, 8, 10"),
+        ({"predictions": LABELS * 1j}, "predictions: expected an integer dtype, got"),
+        ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
+        ({"labels": LABELS[1:]}, r"labels: expected a tensor \(2, H, W\), as logits, got"),
+        ({"labels": LABELS + K}, r"labels: expected values in \[0, 6\) .*\[6\]"),
+    ],
+    ids=str,
+)
+def test_messages_of_update(arguments: dict[str, Any], message: str) -> None:
+    given: dict[str, Tensor] = {"predictions": LOGITS, "labels": LABELS} | arguments
+    with pytest.raises(ValueError, match=f"^MeanIoU: {message}"):
+        ao.MeanIoU(K, check_labels=True).update(**given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 1}, "num_classes: expected 2 to 4096 classes .*, got 1"),
+        ({"num_classes": 300}, "ignore_index: expected a value where num_classes > 255"),
+        ({"num_classes": 0, "sigmoid": True}, "num_classes: expected an int of at least 1, got 0"),
+        ({"num_classes": 3, "sigmoid": 1}, "sigmoid: expected True or False, got 1"),
+        ({"num_classes": 3, "align_corners": None}, "align_corners: expected True or False"),
+    ],
+    ids=str,
+)
+def test_messages_of_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^MeanIoU: {message}"):
+        ao.MeanIoU(**arguments)
