@@ -1,4 +1,4 @@
-"""`low_resolution`: removes the last upsampling of a model in training mode."""
+"""`low_resolution`: removes the last upsampling of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from ._checks import describe, fail
+from ._checks import check_flags, describe, fail
 
 _logger = logging.getLogger("anchorops")
 
@@ -119,10 +119,17 @@ class _Skip(TorchFunctionMode):
 
 
 class _Plan(NamedTuple):
-    """Which calls of F.interpolate, counted from 0, a training forward skips."""
+    """Which calls of F.interpolate, counted from 0, a forward skips."""
 
     calls: int  # in one forward
     returned: frozenset[int]
+
+
+class _Plans(NamedTuple):
+    """The plans of training mode and of evaluation mode; None: nothing is skipped."""
+
+    training: _Plan
+    evaluation: _Plan | None
 
 
 @functools.cache
@@ -131,8 +138,11 @@ def _without_upsampling(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)  # Hugging Face's Trainer reads the signature
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plan: _Plan | None = getattr(self, "_low_resolution", None)
-        if plan is None or not self.training:  # another instance of this class has no plan
+        plans: _Plans | None = getattr(self, "_low_resolution", None)
+        plan = None  # another instance of this class has no plans
+        if plans is not None:
+            plan = plans.training if self.training else plans.evaluation
+        if plan is None:
             return cls.forward(self, *args, **kwargs)
         inputs: list[Tensor | None] = []
         with _Skip(plan.returned, inputs):
@@ -159,7 +169,7 @@ def _without_upsampling(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls)(cls.__name__, (cls,), names | methods)  # type: ignore[call-arg]
 
 
-_ADVICE = "remove() the handle, and call low_resolution with arguments as in training"
+_ADVICE = "remove() the handle, and call low_resolution with arguments as in this forward"
 
 
 def _new(cls: type[nn.Module]) -> nn.Module:
@@ -167,9 +177,11 @@ def _new(cls: type[nn.Module]) -> nn.Module:
     return changed.__new__(changed)
 
 
-def _dry_run(model: nn.Module, args: Any, kwargs: Any) -> tuple[_Watch, dict[str, Tensor]]:
-    """One training forward of a copy. It does not change the model, gradients or random numbers."""
-    trial = copy.deepcopy(model).train()
+def _dry_run(
+    model: nn.Module, args: Any, kwargs: Any, training: bool
+) -> tuple[_Watch, dict[str, Tensor]]:
+    """One forward of a copy. It does not change the model, gradients or random numbers."""
+    trial = copy.deepcopy(model).train(training)
     for module in trial.modules():
         if isinstance(module, _BatchNorm):
             module.eval()  # accepts a single image, and does not synchronise with other ranks
@@ -186,7 +198,8 @@ class LowResolution:
 
     Attributes:
         align_corners: of the removed upsampling; pass it to the loss.
-        outputs: the places of low-resolution logits in the model's output, for example "['out']".
+        outputs: the places of low-resolution logits in the model's output in training mode, for
+            example "['out']".
     """
 
     def __init__(self, model: nn.Module, align_corners: bool, outputs: list[str]) -> None:
@@ -228,24 +241,56 @@ def _check_model(model: object) -> nn.Module:
     return model
 
 
-def low_resolution(model: nn.Module, *args: Any, **kwargs: Any) -> LowResolution:
-    """Remove the last bilinear upsampling of a model in training mode, for a loss that upsamples:
+def _find(
+    model: nn.Module, args: Any, kwargs: Any, training: bool
+) -> tuple[_Plan, dict[str, bool]]:
+    """The plan of one mode, and align_corners of the upsampling at each place of the output."""
+    watch, outputs = _dry_run(model, args, kwargs, training)
+    returned: dict[int, str] = {}
+    for place, tensor in outputs.items():
+        for number, up in enumerate(watch.upsamplings):
+            if up.result is tensor:
+                returned.setdefault(number, place)
+    expected = "a last step F.interpolate(…, mode='bilinear') whose result the model returns"
+    mode = "" if training else "in evaluation mode: "
+    if not returned:
+        found = ", ".join(
+            f"{place} of shape {tuple(tensor.shape)} from {watch.maker(tensor)}"
+            for place, tensor in outputs.items()
+        )
+        advice = "an output that was not upsampled can be passed to the loss directly"
+        fail("low_resolution", "model", expected, f"{mode}{found or 'no tensor'}; {advice}")
+    for number, place in returned.items():
+        objection = watch.upsamplings[number].objection()
+        if objection is not None:
+            fail("low_resolution", "model", expected, f"{mode}{place}: {objection}")
+    plan = _Plan(len(watch.upsamplings), frozenset(returned))
+    corners = {place: watch.upsamplings[number].align_corners for number, place in returned.items()}
+    return plan, corners
+
+
+def low_resolution(
+    model: nn.Module, *args: Any, always: bool = False, **kwargs: Any
+) -> LowResolution:
+    """Remove the last bilinear upsampling of a model, for a loss that upsamples:
 
         handle = ao.low_resolution(model, images)
         loss = ao.pixel_cross_entropy(model(images), labels, align_corners=handle.align_corners)
 
     In training mode the model's output has the same structure as before (a tensor, tuple, dict,
     Hugging Face's ModelOutput; several heads), with low-resolution logits instead of upsampled
-    ones. In eval mode the model is unchanged. The labels must have the size to which the model
-    upsampled.
+    ones. In evaluation mode the model is unchanged; with always=True it returns low-resolution
+    logits there too, for `pixel_argmax`, `pixel_confusion` and `MeanIoU`. The labels must have the
+    size to which the model upsampled.
 
-    A dry run of a copy of the model, in training mode without gradients, finds the calls of
-    F.interpolate whose results the model returns, comparing by object identity. This includes
-    nn.Upsample, also before nn.Identity. During the dry run the parameters are in memory twice.
-    Parameters, gradients, batch-norm statistics and torch's random numbers do not change. After
-    that, every training forward returns the inputs of these calls instead, and checks that it does;
-    a forward that differs from the dry run raises a RuntimeError. Parameter names do not change.
-    Copies and pickles of the model keep low_resolution.
+    A dry run of a copy of the model, in training mode without gradients (with always=True another
+    one in evaluation mode), finds the calls of F.interpolate whose results the model returns,
+    comparing by object identity. This includes nn.Upsample, also before nn.Identity. During the dry
+    run the parameters are in memory twice. Parameters, gradients, batch-norm statistics and torch's
+    random numbers do not change. After that, every forward in this mode returns the inputs of these
+    calls instead, and checks that it does; a forward that differs from the dry run raises a
+    RuntimeError. Parameter names do not change. Copies and pickles of the model keep
+    low_resolution.
 
     Call it before torch.compile, DDP and FSDP. An upsampling inside a reentrant checkpoint raises
     an error in backward (with use_reentrant=False it does not). If only an extension reads an
@@ -255,6 +300,7 @@ def low_resolution(model: nn.Module, *args: Any, **kwargs: Any) -> LowResolution
         model: any segmentation model.
         args, kwargs: the arguments of one training forward, such as `images`; any batch and image
             size.
+        always: also remove the upsampling in evaluation mode.
 
     Returns:
         LowResolution, with `align_corners`, `outputs` and `remove()`.
@@ -264,40 +310,27 @@ def low_resolution(model: nn.Module, *args: Any, **kwargs: Any) -> LowResolution
             softmax, crop or sum after the upsampling; or a last convolution, and then the output
             already has low resolution and can be passed to the loss. Also: the upsampling is not
             bilinear or has a fractional scale_factor; another function reads its result; the heads
-            differ in align_corners; the model is wrapped; low_resolution was called twice.
+            (with always=True: or the modes) differ in align_corners; the model is wrapped;
+            low_resolution was called twice.
     """
     model = _check_model(model)
     if not args and not kwargs:
         expected = "the arguments of one training forward, as low_resolution(model, images)"
         fail("low_resolution", "args", expected, "none")
-    watch, outputs = _dry_run(model, args, kwargs)
-    returned: dict[int, str] = {}
-    for place, tensor in outputs.items():
-        for number, up in enumerate(watch.upsamplings):
-            if up.result is tensor:
-                returned.setdefault(number, place)
-    expected = "a last step F.interpolate(…, mode='bilinear') whose result the model returns"
-    if not returned:
-        found = ", ".join(
-            f"{place} of shape {tuple(tensor.shape)} from {watch.maker(tensor)}"
-            for place, tensor in outputs.items()
-        )
-        advice = "an output that was not upsampled can be passed to the loss directly"
-        fail("low_resolution", "model", expected, f"{found or 'no tensor'}; {advice}")
-    for number, place in returned.items():
-        objection = watch.upsamplings[number].objection()
-        if objection is not None:
-            fail("low_resolution", "model", expected, f"{place}: {objection}")
-    corners = {watch.upsamplings[number].align_corners for number in returned}
-    if len(corners) > 1:
-        places = ", ".join(
-            f"{place}: {watch.upsamplings[number].align_corners}"
-            for number, place in returned.items()
-        )
+    check_flags("low_resolution", always=always)
+    plan, corners = _find(model, args, kwargs, training=True)
+    plans = _Plans(plan, None)
+    if always:
+        plan, of_evaluation = _find(model, args, kwargs, training=False)
+        plans = plans._replace(evaluation=plan)
+        of_evaluation = {f"{k} in evaluation mode": v for k, v in of_evaluation.items()}
+        if {*of_evaluation.values()} != {*corners.values()}:
+            corners |= of_evaluation
+    if len({*corners.values()}) > 1:
+        places = ", ".join(f"{place}: {value}" for place, value in corners.items())
         fail("low_resolution", "model", "one align_corners for all outputs", places)
-    handle = LowResolution(model, corners.pop(), list(returned.values()))
-    plan = _Plan(len(watch.upsamplings), frozenset(returned))
-    model._low_resolution = plan  # type: ignore[assignment]
+    handle = LowResolution(model, next(iter(corners.values())), list(corners))
+    model._low_resolution = plans  # type: ignore[assignment]
     model.__class__ = _without_upsampling(handle._class)
     _logger.info("%r", handle)
     return handle

@@ -1,5 +1,5 @@
 """low_resolution: the same loss and gradients as the model that upsamples, the unchanged model in
-eval mode, and errors if this is not possible."""
+eval mode (unless always=True), and errors if this is not possible."""
 
 import copy
 import inspect
@@ -180,6 +180,70 @@ def test_fullgraph(build: Callable[[], nn.Module], corners: bool) -> None:
     check_step(plain, compiled, x, labels, bare=model, corners=corners, low=(16, 16))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(maps(compiled.eval()(x)), maps(plain.eval()(x)))
+
+
+@pytest.mark.parametrize(
+    ("build", "corners"),
+    [(Net, False), (TrainingHeads, True), (smp_model("Segformer"), True)],
+    ids=["net", "training-heads", "segformer"],
+)
+def test_always(build: Callable[[], nn.Module], corners: bool) -> None:
+    model = build()
+    plain = copy.deepcopy(model)
+    x, labels = batch((96, 64))
+    handle = ao.low_resolution(model, batch(images=1)[0], always=True)
+    low = maps(copy.deepcopy(model).train()(x))[0]
+    check_step(plain, model, x, labels, corners=corners, low=tuple(low.shape[2:]))
+    expected, found = maps(plain.eval()(x)), maps(model.eval()(x))
+    assert found[0].shape[2] < 96
+    for full, low in zip(expected, found, strict=True):
+        options = {"align_corners": handle.align_corners}
+        torch.testing.assert_close(upsampled(low, (96, 64), **options), full)
+    restored = pickle.loads(pickle.dumps(model)) if build is Net else copy.deepcopy(model)
+    assert maps(restored.eval()(x))[0].shape == found[0].shape
+    handle.remove()
+    assert torch.equal(maps(model(x))[0], expected[0])
+
+
+def test_always_fullgraph() -> None:
+    torch.compiler.reset()
+    model = TrainingHeads()
+    x, _ = batch()
+    ao.low_resolution(model, x, always=True)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for mode in (True, False):
+        model.train(mode)
+        assert {tuple(z.shape) for z in maps(compiled(x))} == {(2, K, 16, 16)}
+
+
+class OtherInEvaluation(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.logits(x)
+        if self.training:
+            return upsampled(logits, x.shape[2:])
+        return self.evaluate(logits)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "got"),
+    [
+        (lambda z: z, "got in evaluation mode: the output of shape .* from .*conv2d"),
+        (lambda z: upsampled(z, (64, 64)).softmax(1), "in evaluation mode: .* of an upsampled"),
+        (lambda z: upsampled(z, (64, 64), mode="bicubic"), "evaluation mode: the output: mode="),
+        (
+            lambda z: upsampled(z, (64, 64), align_corners=True),
+            "one align_corners .* the output: False, the output in evaluation mode: True",
+        ),
+    ],
+    ids=range(4),
+)
+def test_always_refuses(evaluate: Callable[[Tensor], Tensor], got: str) -> None:
+    model = OtherInEvaluation()
+    model.evaluate = evaluate  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=f"low_resolution: model: expected .*{got}"):
+        ao.low_resolution(model, batch()[0], always=True)
+    assert type(model) is OtherInEvaluation
+    ao.low_resolution(model, batch()[0])  # training mode alone
 
 
 def test_ddp(tmp_path: Any) -> None:
@@ -382,6 +446,8 @@ def test_bad_input() -> None:
         ao.low_resolution(model)
     with pytest.raises(ValueError, match=r"before torch.compile, DDP and FSDP"):
         ao.low_resolution(torch.compile(model), x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="low_resolution: always: expected True or False, got 1"):
+        ao.low_resolution(model, x, always=1)  # type: ignore[arg-type]
     handle = ao.low_resolution(model, x)
     with pytest.raises(ValueError, match="got Net after low_resolution"):
         ao.low_resolution(model, x)
