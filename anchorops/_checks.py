@@ -110,12 +110,14 @@ def check_logits(function: str, logits: Tensor, *, sigmoid: bool = False) -> Non
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
 
 
-def check_labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> None:
-    """labels: integer, on the logits' device, (N,), (B, N) or (B, d, h, w) as logits, or (B, H, W)
-    of any size."""
+def labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Tensor:
+    """The labels: integer, on the logits' device, (N,) or (B, N) as logits, or (B, H, W) or
+    (B, D, H, W) of any size. Those of images and volumes may have a channel, which is removed."""
     check_strided(function, "labels", labels)
-    images = logits.dim() == 4
-    if not isinstance(labels, Tensor) or labels.dim() != logits.dim() - 1:
+    images, axes = logits.dim() >= 4, logits.dim() - 1
+    if images and isinstance(labels, Tensor) and labels.dim() == axes + 1 and labels.shape[1] == 1:
+        labels = labels.squeeze(1)
+    if not isinstance(labels, Tensor) or labels.dim() != axes:
         _fail_labels(function, labels, logits)
     check_integers(function, "labels", labels)
     if labels.device != logits.device:
@@ -124,12 +126,18 @@ def check_labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Non
         _fail_labels(function, labels, logits)
     if images and labels.numel() > 0 and logits.numel() == 0:
         fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
+    return labels
 
 
 def _fail_labels(function: str, labels: object, logits: Tensor) -> NoReturn:
     shape = (logits.shape[0], *logits.shape[2:])
-    expected = f"({shape[0]}, H, W)" if logits.dim() == 4 else shape
-    fail(function, "labels", f"a tensor {expected}, as logits", describe(labels))
+    images = {4: f"({shape[0]}, H, W)", 5: f"({shape[0]}, D, H, W)"}
+    fail(
+        function,
+        "labels",
+        f"a tensor {images.get(logits.dim(), shape)}, as logits",
+        describe(labels),
+    )
 
 
 def check_pos_weight(function: str, pos_weight: object, logits: Tensor) -> None:

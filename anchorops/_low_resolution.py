@@ -48,7 +48,7 @@ class _Upsampling:
     def objection(self) -> str | None:
         """Why the loss cannot replace this upsampling, or None if it can."""
         mode = self.options.get("mode", "nearest")
-        if mode != "bilinear" or self.options.get("antialias"):
+        if mode not in ("bilinear", "trilinear") or self.options.get("antialias"):
             return f"mode={mode!r}" + (", antialias=True" if self.options.get("antialias") else "")
         scale = self.options.get("scale_factor")
         if scale is not None and not self.align_corners:
@@ -251,7 +251,9 @@ def _find(
         for number, up in enumerate(watch.upsamplings):
             if up.result is tensor:
                 returned.setdefault(number, place)
-    expected = "a last step F.interpolate(…, mode='bilinear') whose result the model returns"
+    expected = (
+        "a last step F.interpolate(…, mode='bilinear' or 'trilinear') whose result is returned"
+    )
     mode = "" if training else "in evaluation mode: "
     if not returned:
         found = ", ".join(
@@ -272,7 +274,7 @@ def _find(
 def low_resolution(
     model: nn.Module, *args: Any, always: bool = False, **kwargs: Any
 ) -> LowResolution:
-    """Remove the last bilinear upsampling of a model, for a loss that upsamples:
+    """Remove the last bilinear or trilinear upsampling of a model, for a loss that upsamples:
 
         handle = ao.low_resolution(model, images)
         loss = ao.pixel_cross_entropy(model(images), labels, align_corners=handle.align_corners)
@@ -309,7 +311,7 @@ def low_resolution(
         ValueError: the model returns no upsampled tensor. The message says what made its outputs: a
             softmax, crop or sum after the upsampling; or a last convolution, and then the output
             already has low resolution and can be passed to the loss. Also: the upsampling is not
-            bilinear or has a fractional scale_factor; another function reads its result; the heads
+            linear or has a fractional scale_factor; another function reads its result; the heads
             (with always=True: or the modes) differ in align_corners; the model is wrapped;
             low_resolution was called twice.
     """

@@ -80,10 +80,10 @@ class MeanIoU(Metric):
         """Count the pixels of a batch.
 
         Args:
-            predictions: logits (B, K, h, w), floating; or classes of the labels' shape, integer (a
-                pixel whose prediction is not a class is ignored). With sigmoid, logits
-                (B, C, h, w), or 0 and 1 of the labels' shape, integer or bool.
-            labels: (B, H, W) of any size, any integer dtype. With sigmoid (B, C, H, W) of 0 and 1.
+            predictions: logits (B, K, h, w) or (B, K, d, h, w), floating; or classes of the labels'
+                shape, integer (a pixel whose prediction is not a class is ignored). With sigmoid
+                logits of C channels, or 0 and 1 of the labels' shape, integer or bool.
+            labels: integer, (B, H, W) or (B, D, H, W) of any size. With sigmoid 0 and 1, (B, C, …).
 
         Raises:
             ValueError: wrong shape, dtype, device or label.
@@ -106,8 +106,6 @@ class MeanIoU(Metric):
         else:
             check_integers("MeanIoU", "predictions", predictions)
             predictions = predictions.long()
-            if predictions.dim() > 3 and isinstance(labels, Tensor):
-                predictions, labels = predictions.flatten(1), labels.flatten(1)
             matrix = confusion_for("MeanIoU", predictions, labels, self.num_classes, **given)
         self.confusion += matrix
 

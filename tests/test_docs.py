@@ -47,7 +47,14 @@ def commands() -> list:
 
 @pytest.mark.parametrize("snippet", blocks("python"))
 def test_snippet_runs(snippet: str, monkeypatch: pytest.MonkeyPatch):
-    for package in ("segmentation_models_pytorch", "timm", "torchvision", "transformers"):
+    for package in (
+        "lightning",
+        "monai",
+        "segmentation_models_pytorch",
+        "timm",
+        "torchvision",
+        "transformers",
+    ):
         if package in snippet:
             pytest.importorskip(package, reason="it is not installed")
     with socket.socket() as free:

@@ -414,6 +414,25 @@ def test_models_it_takes(after: Callable[[Tensor, Tensor], Any]) -> None:
     torch.testing.assert_close(upsampled(model(x), full.shape[2:], align_corners=corners), full)
 
 
+def test_volumes() -> None:
+    class Volumes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Conv3d(1, K, 2, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.interpolate(self.head(x), x.shape[2:], mode="trilinear")
+
+    model, images = Volumes(), torch.randn(1, 1, 8, 6, 4)
+    labels = torch.randint(0, K, (1, 8, 6, 4))
+    expected = F.cross_entropy(model(images), labels)
+    handle = ao.low_resolution(model, images)
+    logits = model.train()(images)
+    assert logits.shape == (1, K, 4, 3, 2)
+    found = ao.pixel_cross_entropy(logits, labels, align_corners=handle.align_corners)
+    torch.testing.assert_close(found, expected)
+
+
 def test_low_resolution_already() -> None:
     with pytest.raises(ValueError, match=r"got \['logits'\] of shape \(2, 5, 16, 16\) from"):
         ao.low_resolution(transformers_segformer(), batch()[0])

@@ -102,7 +102,7 @@ def test_one_class_is_refused_by_each_backend(name: str, backend: str):
             ({"size": size}, r"size: expected \(H, W\), two ints of at least 0, got ")
             for size in (16, (16,), "ab", ("a", "b"), (None, 3), (16.0, 24.0), (True, 4), (-1, 4))
         ),
-        ({"logits": LOGITS[0]}, r"logits: expected a tensor \(B, K, h, w\), got .*\(5, 4, 6\)"),
+        ({"logits": LOGITS[0]}, r"logits: expected a tensor \(B, K, h, w\) or .*\(5, 4, 6\)"),
         (
             {"logits": LOGITS[:, :1]},
             r"logits: expected at least 2 classes .*torch.cat.*, got shape",
@@ -120,7 +120,7 @@ def test_pixel_argmax(arguments: dict[str, Any], message: str):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"labels": None}, "labels: expected a tensor of one to three axes, got None"),
+        ({"labels": None}, "labels: expected a tensor of at least one axis, got None"),
         ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
         ({"labels": LABELS.to_sparse()}, "labels: expected a strided tensor, got"),
         *(

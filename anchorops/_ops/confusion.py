@@ -10,11 +10,11 @@ from .._checks import (
     check_ignore_index,
     check_integers,
     check_label_values,
-    check_labels_of_logits,
     check_logits,
     check_strided,
     describe,
     fail,
+    labels_of_logits,
     shape_of,
 )
 from .pixel_argmax import pixel_argmax
@@ -65,8 +65,8 @@ def confusion(
 
     Args:
         predictions: int64, the labels' shape.
-        labels: any integer dtype, up to three axes. A pixel is ignored if its label is ignore_index
-            or not a class, or if its prediction is not a class.
+        labels: any integer dtype, at least one axis. A pixel is ignored if its label is
+            ignore_index or not a class, or if its prediction is not a class.
         num_classes: K, 2 to 4,096.
         ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
         check_labels: raise an error if a label is neither a class nor ignore_index; this
@@ -100,8 +100,8 @@ def confusion_for(
     """`confusion`, with messages that name `function`."""
     check_matrix_classes(function, "num_classes", num_classes)
     check_strided(function, "labels", labels)
-    if not isinstance(labels, Tensor) or labels.dim() not in (1, 2, 3):
-        fail(function, "labels", "a tensor of one to three axes", describe(labels))
+    if not isinstance(labels, Tensor) or labels.dim() == 0:
+        fail(function, "labels", "a tensor of at least one axis", describe(labels))
     check_integers(function, "labels", labels)
     check_strided(function, "predictions", predictions)
     if (
@@ -116,6 +116,8 @@ def confusion_for(
     check_flags(function, check_labels=check_labels)
     if check_labels:
         check_label_values(function, labels, num_classes, ignore_index)
+    if labels.dim() > 3:
+        predictions, labels = predictions.flatten(2), labels.flatten(2)
     backend = select(function, predictions, num_classes)
     if backend == "reference":
         return reference.confusion(predictions, labels, num_classes, ignore_index=ignore_index)
@@ -142,9 +144,10 @@ def pixel_confusion(
     torchmetrics' MultilabelConfusionMatrix; a prediction is positive if its logit is above 0.
 
     Args:
-        logits: (B, K, h, w), as `pixel_argmax`; K at most 4,096. With sigmoid=True (B, C, h, w) or
-            another shape of `pixel_binary_cross_entropy`; C at least 1.
-        labels: (B, H, W), any integer dtype and size. With sigmoid=True (B, C, H, W), or (B, H, W)
+        logits: (B, K, h, w) or (B, K, d, h, w), as `pixel_argmax`; K at most 4,096. With
+            sigmoid=True (B, C, h, w) or another shape of `pixel_binary_cross_entropy`; C at least
+            1.
+        labels: as in `softmax_moments`, of any size. With sigmoid=True (B, C, H, W), or (B, H, W)
             if C = 1, of 0, 1 and ignored labels; integer or bool.
         sigmoid: as above.
         ignore_index, check_labels: as `confusion`. align_corners: as in F.interpolate.
@@ -193,14 +196,13 @@ def pixel_confusion_for(
         assert hits is not None
         matrices = torch.diag_embed(hits)
         return matrices + torch.diag_embed((counts - hits).flip(-1)).flip(-2)
-    if logits.dim() != 4:
-        fail(function, "logits", "a tensor (B, K, h, w)", describe(logits))
-    check_labels_of_logits(function, labels, logits)
+    if logits.dim() not in (4, 5):
+        fail(function, "logits", "a tensor (B, K, h, w) or (B, K, d, h, w)", describe(logits))
+    labels = labels_of_logits(function, labels, logits)
     num_classes = shape_of(logits)[1]
     check_matrix_classes(function, "logits", num_classes)
     ignore_index = check_ignore_index(function, ignore_index, num_classes)
     if check_labels:
         check_label_values(function, labels, num_classes, ignore_index)
-    _, height, width = shape_of(labels)
-    predictions = pixel_argmax(logits, (height, width), align_corners=align_corners)
+    predictions = pixel_argmax(logits, shape_of(labels)[1:], align_corners=align_corners)
     return confusion(predictions, labels, num_classes, ignore_index=ignore_index)

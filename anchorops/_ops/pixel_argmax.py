@@ -1,5 +1,7 @@
-"""The predicted class of every pixel and its probability, from low-resolution logits."""
+"""The predicted class of each pixel and its probability, from low-resolution logits."""
 
+import math
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._checks import check_flags, check_logits, describe, fail
+from . import volumes as volumes  # it registers the operators of volumes
 from .registration import define
 from .softmax_moments import Options, unchecked_moments
 
@@ -30,7 +33,7 @@ def _is_length(n: object) -> bool:
 @overload
 def pixel_argmax(
     logits: Tensor,
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     align_corners: bool = False,
     confidence: Literal[False] = False,
@@ -40,7 +43,7 @@ def pixel_argmax(
 @overload
 def pixel_argmax(
     logits: Tensor,
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     align_corners: bool = False,
     confidence: Literal[True],
@@ -49,7 +52,7 @@ def pixel_argmax(
 
 def pixel_argmax(
     logits: Tensor,
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     align_corners: bool = False,
     confidence: bool = False,
@@ -61,40 +64,42 @@ def pixel_argmax(
     probability of this class: the largest softmax of the upsampled logits.
 
     Args:
-        logits: (B, K, h, w), any strides; float32, bfloat16, float16 or float64; K from 2 to 65,536
-            (16,384 on GPU).
-        size: (H, W) of the result.
+        logits: (B, K, h, w), any strides, or volumes (B, K, d, h, w), which are upsampled with
+            mode="trilinear"; float32, bfloat16, float16 or float64; K from 2 to 65,536 (16,384 on
+            GPU).
+        size: (H, W) of the result, of volumes (D, H, W).
         align_corners: as in F.interpolate.
         confidence: also return the probabilities. The logits are then read twice.
 
     Returns:
-        The classes, int64 (B, H, W); with `confidence` (classes, probabilities), and these are
+        The classes, int64 (B, *size); with `confidence` (classes, probabilities), and these are
         float32 (float64 for float64 logits), of the same shape, from 1/K to 1 except for rounding.
         Neither is differentiable. Among equal logits the first class is returned; NaN is larger
         than all numbers. The probability is NaN, as in softmax, where a logit is NaN or ∞, or where
-        all are −∞. If B, H or W is 0, the results are empty.
+        all are −∞. If B or a size is 0, the results are empty.
 
     Raises:
         ValueError: wrong shape, dtype or size; a chosen backend that does not support the call.
     """
     function = "pixel_argmax"
     check_logits(function, logits)
-    if logits.dim() != 4:
-        fail(function, "logits", "a tensor (B, K, h, w)", describe(logits))
-    pair = isinstance(size, list | tuple) and len(size) == 2
-    if not pair or not all(_is_length(n) for n in size):
-        fail(function, "size", "(H, W), two ints of at least 0", describe(size))
+    if logits.dim() not in (4, 5):
+        fail(function, "logits", "a tensor (B, K, h, w) or (B, K, d, h, w)", describe(logits))
+    lengths = isinstance(size, list | tuple) and len(size) == logits.dim() - 2
+    if not lengths or not all(_is_length(n) for n in size):
+        expected = "(H, W), two ints" if logits.dim() == 4 else "(D, H, W), three ints"
+        fail(function, "size", f"{expected} of at least 0", describe(size))
     check_flags(function, align_corners=align_corners, confidence=confidence)
-    height, width = size
-    if logits.numel() == 0 and logits.shape[0] * height * width > 0:
+    if logits.numel() == 0 and logits.shape[0] * math.prod(size) > 0:
         fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
     logits = logits.detach()
     backend = select(function, logits, logits.shape[1])
     if backend == "reference":
-        classes = reference.pixel_argmax(logits, (height, width), align_corners=align_corners)
+        classes = reference.pixel_argmax(logits, size, align_corners=align_corners)
     else:
-        operator = getattr(torch.ops.anchorops.pixel_argmax, backend)
-        classes = operator(logits, height, width, align_corners)
+        name = "pixel_argmax" if logits.dim() == 4 else "volume_argmax"
+        operator = getattr(getattr(torch.ops.anchorops, name), backend)
+        classes = operator(logits, *size, align_corners)
     if not confidence:
         return classes
     options = Options(ignore_index=-1, align_corners=align_corners, pixel_losses=True)

@@ -51,6 +51,7 @@ def define(
     *,
     backends: Sequence[str] = FUSED,
     gradient: Gradient | None = None,
+    in_python: bool = False,
 ) -> None:
     """Define anchorops::NAME.BACKEND for each backend.
 
@@ -63,13 +64,14 @@ def define(
             (0,).
         fake: returns results without values, from the arguments.
         gradient: None if no result is differentiable.
+        in_python: the caller implements every overload, from other operators.
     """
     for backend in backends:
         _define(f"{name}.{backend}", schema, fake)
         if gradient is not None:
             _define(f"{name}_backward.{backend}", gradient.schema, gradient.fake)
             _register_autograd(name, backend, gradient)
-    if "triton" in backends:
+    if "triton" in backends and not in_python:
         register_triton(library, name)
         if gradient is not None:
             register_triton(library, f"{name}_backward")

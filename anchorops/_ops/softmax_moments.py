@@ -39,8 +39,9 @@ from .._checks import (
     check_flags,
     check_ignore_index,
     check_label_values,
-    check_labels_of_logits,
     check_logits,
+    labels_of_logits,
+    shape_of,
 )
 from .._predicted import cross_entropy_by_triton
 from ..reference import SoftmaxMoments, statistics_dtype
@@ -77,7 +78,7 @@ class Options(NamedTuple):
 # of classes are [K], with per_image [B, K]; pixel_losses and lse are (B, H, W), contiguous.
 # Floating-point results are float32, for float64 logits float64. A result that was not requested is
 # an empty tensor (0,). Logits of one channel, with K = 2 statistics, are for the backend cpu alone.
-_SCHEMA = (
+SCHEMA = (
     "(Tensor logits, Tensor labels, Tensor? smoothing, float? min_loss, float focal_gamma, "
     "int ignore_index, bool align_corners, bool per_image, "
     "bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) "
@@ -87,14 +88,14 @@ _SCHEMA = (
 
 # Gradients have the shapes and the dtype of the results; those of classes are all [K] or all
 # [B, K]. dlogits is dense and has the logits' dtype and layout.
-_BACKWARD_SCHEMA = (
+BACKWARD_SCHEMA = (
     "(Tensor logits, Tensor labels, Tensor lse, Tensor? dlosses, Tensor? doverlaps, "
     "Tensor? dmasses, Tensor? dsquares, Tensor? dpixel_losses, Tensor? dlse, Tensor? smoothing, "
     "float? min_loss, float focal_gamma, int ignore_index, bool align_corners) -> Tensor"
 )
 
 
-def _forward_fake(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
+def forward_fake(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
     asked = Options(*options)
     dtype = statistics_dtype(logits.dtype)
     batch, num_classes = logits.shape[0], 2 if logits.shape[1] == 1 else logits.shape[1]
@@ -116,11 +117,11 @@ def _forward_fake(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor
     )
 
 
-def _backward_fake(logits: Tensor, *_: Any) -> Tensor:
+def backward_fake(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, *options = inputs
     asked = Options(*options)
     lse, counts, hits, used = output[5:]
@@ -129,7 +130,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.options = asked._replace(smoothing=None)
 
 
-def _backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     dlosses, doverlaps, dmasses, dsquares, dpixel_losses, dlse, *_ = grads
     asked: Options = ctx.options
     # The gradient of an absent (empty) output is an empty tensor, not None.
@@ -166,18 +167,19 @@ def _backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | 
 
 define(
     "softmax_moments",
-    _SCHEMA,
-    _forward_fake,
-    gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
+    SCHEMA,
+    forward_fake,
+    gradient=Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward),
 )
 
 
 def _as_images(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, K, h, w) and (B, H, W). Points and volumes become one row of pixels. The results are
-    views, except for a volume whose strides do not allow merging depth, height and width."""
+    """(B, K, h, w) and (B, H, W). Points, and volumes of the labels' size, become one row of
+    pixels. The results are views, except for a volume whose strides do not allow merging depth,
+    height and width. Other volumes remain volumes."""
     if logits.dim() == 2:
         return logits.t()[None, :, None], labels[None, None]
-    if logits.dim() == 4:
+    if logits.dim() == 4 or (logits.dim() == 5 and logits.shape[2:] != labels.shape[1:]):
         return logits, labels
     return logits.flatten(2)[:, :, None], labels.flatten(1)[:, None]
 
@@ -209,12 +211,13 @@ def softmax_moments(
     computed from counts, overlaps and masses. Accuracy is (Σ hits)/(Σ counts).
 
     Args:
-        logits: (B, K, h, w), any strides; (N, K), (B, K, N) or volumes (B, K, d, h, w), whose
-            labels have the same size. float32, bfloat16, float16 or float64; K from 2 to 65,536
-            (16,384 on GPU). Gradients have its dtype and memory layout.
-        labels: any integer dtype; (B, H, W) of any size, (N,), (B, N) or (B, d, h, w). A pixel is
-            valid if 0 <= label < K and label != ignore_index. Other pixels change nothing, even if
-            their logits are NaN or Inf, and have no gradient.
+        logits: (B, K, h, w), any strides; volumes (B, K, d, h, w), which are upsampled with
+            mode="trilinear"; (N, K) or (B, K, N). float32, bfloat16, float16 or float64; K from 2
+            to 65,536 (16,384 on GPU). Gradients have its dtype and memory layout.
+        labels: any integer dtype; (B, H, W) or (B, D, H, W) of any size, also with a channel,
+            (B, 1, H, W) or (B, 1, D, H, W); (N,) or (B, N). A pixel is valid if 0 <= label < K and
+            label != ignore_index. Other pixels change nothing, even if their logits are NaN or Inf,
+            and have no gradient.
         ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
         align_corners: of the upsampling, as in F.interpolate.
         per_image: compute the statistics of each image separately.
@@ -271,13 +274,15 @@ def moments_for(
     ignore_index is that of the caller, who may not have given one.
     """
     check_logits(function, logits)
-    check_labels_of_logits(function, labels, logits)
+    given = labels
+    labels = labels_of_logits(function, given, logits)
     ignore_index = check_ignore_index(function, ignore_index, logits.shape[1])
     flags = {name: value for name, value in options._asdict().items() if name in _FLAGS}
     check_flags(function, **flags, check_labels=check_labels)
     if check_labels:
         check_label_values(function, labels, logits.shape[1], ignore_index)
-    return unchecked_moments(function, logits, labels, options._replace(ignore_index=ignore_index))
+    options = options._replace(ignore_index=ignore_index)
+    return in_shape(unchecked_moments(function, logits, labels, options), shape_of(given))
 
 
 _FLAGS = ("align_corners", "per_image", "hits", "masses", "squares", "pixel_losses", "lse")
@@ -304,7 +309,8 @@ def unchecked_moments(
         moments = reference.softmax_moments(logits, labels, **options._asdict())
     else:
         keep_lse = options.lse or (logits.requires_grad and torch.is_grad_enabled())
-        operator = getattr(torch.ops.anchorops.softmax_moments, backend)
+        name = "softmax_moments" if logits.dim() == 4 else "volume_moments"
+        operator = getattr(getattr(torch.ops.anchorops, name), backend)
         found = operator(logits, labels, *options._replace(lse=keep_lse))
         moments = SoftmaxMoments(
             counts=found[6],
@@ -317,5 +323,10 @@ def unchecked_moments(
             lse=found[5] if options.lse else None,
             used=None if options.min_loss is None else found[8],
         )
+    return in_shape(moments, shape)
+
+
+def in_shape(moments: SoftmaxMoments, shape: Sequence[int]) -> SoftmaxMoments:
+    """The same, with maps of this shape."""
     pixel_maps = {"pixel_losses": moments.pixel_losses, "lse": moments.lse}
     return moments._replace(**{k: v.view(shape) for k, v in pixel_maps.items() if v is not None})

@@ -57,7 +57,8 @@ class Dice(PixelLoss):
         MONAI: DiceLoss(softmax=True, to_onehot_y=True) is Dice(per_image=True, smooth=0.5e-5,
             absent="keep"): its smooth_nr and smooth_dr, 1e-5, are added to 2·o and m + c. With
             batch=True it is per_image=False. Its weights are not divided by their sum.
-        nnU-Net returns −score.
+        nnU-Net's trainer: −score of Dice(classes=range(1, K), smooth=0.5e-5, absent="keep"), so the
+            loss here is larger by 1.
 
     Call it with (logits, labels). `terms`: dice, and accuracy if requested.
     """

@@ -10,11 +10,11 @@ from torch import Tensor
 from .._checks import (
     check_flags,
     check_ignore_index,
-    check_labels_of_logits,
     check_logits,
     check_strided,
     describe,
     fail,
+    labels_of_logits,
 )
 from .._ops.pixel_cross_entropy import valid_pixels
 from .._ops.sigmoid import labels_of_channels, sigmoid_moments
@@ -27,9 +27,10 @@ class PixelLoss(Initialized):
     """A loss of low-resolution logits, compared with labels at their own size.
 
     Shapes:
-        logits: (B, K, h, w), (N, K), (B, K, N) or (B, K, d, h, w), as `softmax_moments`; K at least
+        logits: (B, K, h, w), (B, K, d, h, w), (N, K) or (B, K, N), as `softmax_moments`; K at least
             2. float32, bfloat16, float16 or float64.
-        labels: integer; (B, H, W) of any size, or (N,), (B, N), (B, d, h, w).
+        labels: integer; (B, H, W) or (B, D, H, W) of any size, also with a channel, (B, 1, …); or
+            (N,), (B, N).
         Returns a scalar, float32 (float64 for float64 logits), also under autocast.
 
     Raises ValueError for a wrong argument or input; the message names it.
@@ -94,7 +95,7 @@ class PixelLoss(Initialized):
         if self.sigmoid:
             labels = labels_of_channels(function, labels, logits)
         else:
-            check_labels_of_logits(function, labels, logits)
+            labels = labels_of_logits(function, labels, logits)
         if pixel_weights is not None:
             self._check_pixel_weights(pixel_weights, given)
         options = self.options(logits, labels, pixel_weights)

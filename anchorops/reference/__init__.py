@@ -32,13 +32,14 @@ from .upsampled_sums import (
     splat_of,
     upsampled_sums,
 )
-from .upsampling import upsample
+from .upsampling import bilinear_sources, upsample
 
 __all__ = [
     "SPLAT_UNITS",
     "ClassMoments",
     "SoftmaxMoments",
     "UpsampledSums",
+    "bilinear_sources",
     "centroid_info_nce",
     "class_centroids",
     "class_keys",

@@ -55,10 +55,11 @@ def softmax_moments(
 
     L_q = m·(a_y·c + Σ_k v_k·(−log p_k)), c = −log p_y, m = (1 − e^{−c})^γ, 0 where not used
 
-    logits: (B, K, h, w); labels: (B, H, W); smoothing: (a, v) as [2, K] or [B, 2, K].
+    logits: (B, K, h, w); labels: (B, H, W); or volumes (B, K, d, h, w) and (B, D, H, W);
+    smoothing: (a, v) as [2, K] or [B, 2, K].
     """
     dtype = statistics_dtype(logits.dtype)
-    (batch, num_classes), size = logits.shape[:2], (labels.shape[1], labels.shape[2])
+    (batch, num_classes), size = logits.shape[:2], labels.shape[1:]
     labels = labels.long()
     valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
     own = torch.where(valid, labels, 0)
@@ -70,7 +71,7 @@ def softmax_moments(
     if smoothing is not None:
         weights, priors = smoothing.expand(batch, 2, num_classes).to(z.dtype).unbind(1)
         weights = weights.gather(1, own.flatten(1)).view_as(own)
-        priors = priors[:, :, None, None]
+        priors = priors.view(batch, num_classes, *(1,) * len(size))
         # By selection, because 0 · ∞ would be NaN.
         others = torch.where(priors == 0, 0, priors * (all_lse[:, None] - z))
         losses = torch.where(weights == 0, 0, weights * losses) + others.sum(1)
@@ -83,7 +84,7 @@ def softmax_moments(
     if min_loss is not None:
         used = valid & ~(own_losses < min_loss)
     losses = torch.where(used, losses, 0)
-    image = torch.arange(batch, device=labels.device)[:, None, None]
+    image = torch.arange(batch, device=labels.device).view(-1, *(1,) * len(size))
     keys = torch.where(valid, image * num_classes + own, -1).flatten()
 
     def by_class(values: Tensor) -> Tensor:
@@ -100,8 +101,8 @@ def softmax_moments(
         hits=by_class((valid & (z.argmax(1) == own)).long()) if hits else None,
         losses=by_class(losses),
         overlaps=by_class(p.gather(1, own[:, None])) if masses and p is not None else None,
-        masses=over_images(p.sum((2, 3))) if masses and p is not None else None,
-        squares=over_images(p.square().sum((2, 3))) if squares and p is not None else None,
+        masses=over_images(p.flatten(2).sum(2)) if masses and p is not None else None,
+        squares=over_images(p.square().flatten(2).sum(2)) if squares and p is not None else None,
         pixel_losses=losses.to(dtype) if pixel_losses else None,
         lse=torch.where(valid, all_lse, 0).to(dtype) if lse else None,
         used=by_class(used.long()) if min_loss is not None else None,

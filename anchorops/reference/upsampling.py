@@ -1,4 +1,6 @@
-"""Bilinear upsampling of logits, as in F.interpolate."""
+"""Bilinear and trilinear upsampling of logits, as in F.interpolate."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,8 +11,8 @@ from .class_moments import statistics_dtype
 def bilinear_sources(
     size: int, source: int, align_corners: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row (or column) of the upsampled logits: the two rows of the logits around it, and
-    the weight of the second, as in F.interpolate's "bilinear". int64, int64 and `dtype`, [size]."""
+    """For each row (column, slice) of the upsampled logits: the two rows of the logits around it,
+    and the weight of the second, as in F.interpolate. int64, int64 and `dtype`, [size]."""
     if size == source:  # float32 coordinates would be rounded beyond 2^23
         same = torch.arange(size, device=device)
         return same, same, torch.zeros(size, device=device, dtype=dtype)
@@ -25,18 +27,19 @@ def bilinear_sources(
     return lower, (lower + 1).clamp(max=source - 1), weight
 
 
-def upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """F.interpolate(logits, size, mode="bilinear"), but terms of weight 0 are removed by selection,
-    because 0 · NaN and 0 · ∞ would be NaN. logits: (B, K, h, w); returns (B, K, *size)."""
+def upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """F.interpolate(logits, size, mode="bilinear"), of volumes "trilinear", but terms of weight 0
+    are removed by selection, because 0 · NaN and 0 · ∞ would be NaN. logits: (B, K, h, w) or
+    (B, K, d, h, w); returns (B, K, *size)."""
     # as F.interpolate: coordinates are float32, for float64 logits float64
     dtype = statistics_dtype(logits.dtype)
     x = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
-    for axis, length in zip((2, 3), size, strict=True):
+    for axis, length in enumerate(size, 2):
         lower, upper, weight = bilinear_sources(
             length, logits.shape[axis], align_corners, dtype, logits.device
         )
         index = (slice(None),) * axis  # the gradient of indexing sums in a fixed order
         low, high, weight = x[(*index, lower)], x[(*index, upper)], weight.to(x.dtype)
-        weight = weight[:, None] if axis == 2 else weight
+        weight = weight.view(-1, *(1,) * (x.dim() - axis - 1))
         x = torch.where(weight == 0, low, (1 - weight) * low + weight * high)
     return x

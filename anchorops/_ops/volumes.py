@@ -1,0 +1,188 @@
+"""Volumes whose labels have another size than the logits: trilinear upsampling.
+
+Trilinear upsampling is linear upsampling along the depth, then bilinear upsampling of each slice.
+So a volume (K, d, h, w) with labels (D, H, W) is D images (K, h, w), which the operators of images
+read. They are computed some at a time, a slab, and computed again in the backward pass.
+
+    z_q = (1 − t_q)·x_l(q) + t_q·x_u(q)     dx_l(q) += (1 − t_q)·dz_q     dx_u(q) += t_q·dz_q
+
+for each slice q of the labels, with l and u the two slices of the logits around it. The arguments
+are those of `softmax_moments` and `pixel_argmax`, with logits (B, K, d, h, w) and labels
+(B, D, H, W).
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import bilinear_sources, statistics_dtype
+from .registration import FUSED, Gradient, define, library
+from .softmax_moments import (
+    BACKWARD_SCHEMA,
+    SCHEMA,
+    Options,
+    backward,
+    backward_fake,
+    forward_fake,
+    setup_context,
+)
+
+SLAB = 2**22  # logits in a slab, unless one slice has more: 16 MiB
+
+
+class _Slab(NamedTuple):
+    """Some slices of one volume, or all slices of some volumes: N images."""
+
+    volumes: slice
+    slices: slice
+
+    def of_maps(self, maps: Tensor) -> Tensor:
+        """(N, H, W), from (B, D, H, W)."""
+        return maps[self.volumes, self.slices].flatten(0, 1)
+
+    def of_volumes(self, values: Tensor) -> Tensor:
+        """[N, …], from [B, …]."""
+        return values[self.volumes].repeat_interleave(self.slices.stop - self.slices.start, 0)
+
+    def by_slice(self, images: Tensor) -> Tensor:
+        """[volumes, slices, …], from [N, …]."""
+        return images.unflatten(0, (-1, self.slices.stop - self.slices.start))
+
+
+def _slabs(logits: Tensor, depth: int) -> Iterator[_Slab]:
+    batch, channels, _, height, width = logits.shape
+    images = max(1, SLAB // max(channels * height * width, 1))
+    volumes = max(1, images // max(depth, 1))
+    for first in range(0, batch, volumes):
+        for start in range(0, depth, images):
+            yield _Slab(
+                slice(first, min(first + volumes, batch)), slice(start, min(start + images, depth))
+            )
+
+
+def _sources(depth: int, logits: Tensor, align_corners: bool) -> list[tuple[int, int, float]]:
+    """l, u and t of each slice: numbers, so that nothing is copied to or from a GPU."""
+    dtype = statistics_dtype(logits.dtype)
+    cpu = torch.device("cpu")
+    lower, upper, weight = bilinear_sources(depth, logits.shape[2], align_corners, dtype, cpu)
+    return list(zip(lower.tolist(), upper.tolist(), weight.tolist(), strict=True))
+
+
+def _images(logits: Tensor, slab: _Slab, sources: list[tuple[int, int, float]]) -> Tensor:
+    """The images (N, K, h, w) of a slab, in the statistics' dtype."""
+    x = logits[slab.volumes].to(statistics_dtype(logits.dtype)).transpose(1, 2)
+    sources = sources[slab.slices]
+    z = x.new_empty(x.shape[0], len(sources), *x.shape[2:])
+    for q, (lower, upper, weight) in enumerate(sources):
+        if weight == 0 or lower == upper:  # 0 · ∞ would be NaN
+            z[:, q] = x[:, lower]
+        else:
+            torch.mul(x[:, lower], 1 - weight, out=z[:, q]).add_(x[:, upper], alpha=weight)
+    return z.flatten(0, 1)
+
+
+def _moments(backend: str, logits: Tensor, labels: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    options = Options(*given)
+    operator = getattr(torch.ops.anchorops.softmax_moments, backend)
+    results = [x.zero_() for x in forward_fake(logits, labels, *options)]
+    maps = [results[4], results[5]]  # pixel_losses and lse
+    totals = [x.double() if x.is_floating_point() else x for x in (*results[:4], *results[6:])]
+    sources = _sources(labels.shape[1], logits, options.align_corners)
+    for slab in _slabs(logits, labels.shape[1]):
+        smoothing = options.smoothing
+        if smoothing is not None and smoothing.dim() == 3:
+            smoothing = slab.of_volumes(smoothing)
+        images = _images(logits, slab, sources)
+        found = operator(images, slab.of_maps(labels), *options._replace(smoothing=smoothing))
+        for total, part in zip(totals, (*found[:4], *found[6:]), strict=True):
+            if options.per_image and part.numel() > 0:
+                total[slab.volumes] += slab.by_slice(part).sum(1, dtype=total.dtype)
+            else:
+                total += part
+        for of_all, part in zip(maps, found[4:6], strict=True):
+            if part.numel() > 0:
+                of_all[slab.volumes, slab.slices] = slab.by_slice(part)
+    sums = [
+        total.to(x.dtype) for total, x in zip(totals, (*results[:4], *results[6:]), strict=True)
+    ]
+    return (*sums[:4], *maps, *sums[4:])
+
+
+def _moments_backward(
+    backend: str, logits: Tensor, labels: Tensor, lse: Tensor, *given: Any
+) -> Tensor:
+    operator = getattr(torch.ops.anchorops.softmax_moments_backward, backend)
+    *grads, smoothing, min_loss, focal_gamma, ignore_index, align_corners = given
+    depth, sources = labels.shape[1], _sources(labels.shape[1], logits, align_corners)
+    dlogits = torch.zeros_like(logits)
+    dx = lse.new_empty(0)
+    for slab in _slabs(logits, depth):
+        of_slab = []
+        for grad in grads:  # None, [K], [B, K] or (B, D, H, W)
+            if grad is not None and grad.dim() == 4:
+                grad = slab.of_maps(grad).contiguous()
+            elif grad is not None and grad.dim() == 2:
+                grad = slab.of_volumes(grad)
+            of_slab.append(grad)
+        of_images = smoothing
+        if smoothing is not None and smoothing.dim() == 3:
+            of_images = slab.of_volumes(smoothing)
+        maps = slab.of_maps(labels), slab.of_maps(lse).contiguous()
+        options = of_images, min_loss, focal_gamma, ignore_index, align_corners
+        dz = slab.by_slice(operator(_images(logits, slab, sources), *maps, *of_slab, *options))
+        if slab.slices.start == 0:
+            dx = dz.new_zeros(dz.shape[0], logits.shape[2], *dz.shape[2:])
+        for q, (lower, upper, weight) in enumerate(sources[slab.slices]):
+            if weight == 0 or lower == upper:
+                dx[:, lower] += dz[:, q]
+            else:
+                dx[:, lower].add_(dz[:, q], alpha=1 - weight)
+                dx[:, upper].add_(dz[:, q], alpha=weight)
+        if slab.slices.stop == depth:
+            dlogits[slab.volumes] = dx.transpose(1, 2)
+    return dlogits
+
+
+def _argmax(
+    backend: str, logits: Tensor, depth: int, height: int, width: int, align_corners: bool
+) -> Tensor:
+    operator = getattr(torch.ops.anchorops.pixel_argmax, backend)
+    classes = _argmax_fake(logits, depth, height, width, align_corners)
+    sources = _sources(depth, logits, align_corners)
+    for slab in _slabs(logits, depth):
+        found = operator(_images(logits, slab, sources), height, width, align_corners)
+        classes[slab.volumes, slab.slices] = slab.by_slice(found)
+    return classes
+
+
+def _argmax_fake(
+    logits: Tensor, depth: int, height: int, width: int, align_corners: bool
+) -> Tensor:
+    return logits.new_empty((logits.shape[0], depth, height, width), dtype=torch.int64)
+
+
+define(
+    "volume_moments",
+    SCHEMA,
+    forward_fake,
+    gradient=Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward),
+    in_python=True,
+)
+define(
+    "volume_argmax",
+    "(Tensor logits, SymInt depth, SymInt height, SymInt width, bool align_corners) -> Tensor",
+    _argmax_fake,
+    in_python=True,
+)
+for _backend in FUSED:
+    for _name, _function in {
+        "volume_moments": _moments,
+        "volume_moments_backward": _moments_backward,
+        "volume_argmax": _argmax,
+    }.items():
+        library.impl(
+            f"{_name}.{_backend}", partial(_function, _backend), "CompositeExplicitAutograd"
+        )

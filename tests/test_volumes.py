@@ -1,0 +1,344 @@
+"""Volumes: trilinear upsampling in every function of logits, labels with a channel; MONAI and
+nnU-Net."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from memory import peak_allocated_bytes
+from torch import Tensor
+
+import anchorops as ao
+from anchorops._ops import volumes
+
+K = 4
+BACKENDS = ["cpu", "reference"]
+SIZES = [  # of the logits and of the labels
+    ((4, 5, 6), (16, 20, 24)),
+    ((4, 5, 6), (9, 11, 13)),
+    ((7, 5, 6), (3, 10, 9)),
+    ((1, 5, 6), (4, 10, 12)),
+    ((4, 5, 6), (4, 10, 12)),
+    ((4, 5, 6), (8, 5, 6)),
+    ((4, 5, 6), (4, 5, 6)),
+]
+EVERYTHING = {"squares": True, "pixel_losses": True, "lse": True}
+
+
+@pytest.fixture(autouse=True, params=[2**22, 2 * K * 5 * 6])
+def slab(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """All volumes at once, or two slices at a time."""
+    monkeypatch.setattr(volumes, "SLAB", request.param)
+    return request.param
+
+
+def inputs(
+    size: tuple[int, ...] = (4, 5, 6),
+    label_size: tuple[int, ...] = (9, 11, 13),
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    logits = (2 * torch.randn(2, K, *size)).to(dtype).requires_grad_()
+    labels = torch.randint(0, K, (2, *label_size))
+    labels[torch.rand(labels.shape) < 0.2] = 255
+    return logits, labels
+
+
+def upsampled(logits: Tensor, labels: Tensor, align_corners: bool = False) -> Tensor:
+    size = labels.shape[1:]
+    return F.interpolate(logits.double(), size, mode="trilinear", align_corners=align_corners)
+
+
+def assert_same(
+    ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], logits: Tensor
+) -> None:
+    """The same value and the same gradient."""
+    found, expected = ours(logits), theirs(logits)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(found, logits)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    assert gradient.dtype == logits.dtype
+    tolerance = 1e-2 if logits.dtype == torch.bfloat16 else 1e-4
+    atol = tolerance * float(wanted.abs().max())
+    torch.testing.assert_close(gradient, wanted, rtol=tolerance, atol=atol)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("size", "label_size"), SIZES)
+def test_cross_entropy(size: Any, label_size: Any, align_corners: bool, backend: str) -> None:
+    logits, labels = inputs(size, label_size)
+
+    def theirs(x: Tensor) -> Tensor:
+        return F.cross_entropy(upsampled(x, labels, align_corners), labels, ignore_index=255)
+
+    with ao.use_backend(backend):
+        assert_same(
+            lambda x: ao.pixel_cross_entropy(x, labels, align_corners=align_corners), theirs, logits
+        )
+        found = ao.pixel_argmax(logits, label_size, align_corners=align_corners)
+        matrix = ao.pixel_confusion(logits, labels, align_corners=align_corners)
+    z = upsampled(logits, labels, align_corners)
+    chosen = z.gather(1, found[:, None])[:, 0]
+    assert (z.amax(1) - chosen <= 1e-5 * z.abs().max()).all()
+    assert torch.equal(matrix, ao.confusion(found, labels, K))
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_statistic(per_image: bool, dtype: torch.dtype, channels_last: bool) -> None:
+    logits, labels = inputs(dtype=dtype)
+    if channels_last:
+        logits = logits.detach().to(memory_format=torch.channels_last_3d).requires_grad_()
+    results = []
+    for backend in BACKENDS:
+        with ao.use_backend(backend):
+            moments = ao.ops.softmax_moments(logits, labels, per_image=per_image, **EVERYTHING)
+        values = [x for x in moments[2:] if x is not None]
+        weights = [torch.linspace(1, 2, x.numel()).view_as(x).to(x) for x in values]
+        (gradient,) = torch.autograd.grad(values, logits, weights)
+        assert gradient.stride() == logits.stride() or backend == "reference"
+        results.append((*(x.detach() for x in moments if x is not None), gradient))
+    for found, expected in zip(*results, strict=True):
+        atol = 3e-5 * float(expected.abs().max()) + 1e-7
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol)
+
+
+LOSSES: dict[str, Callable[[], Any]] = {
+    "smoothing": lambda: ao.CrossEntropy(torch.rand(K), label_smoothing=0.1),
+    "focal, ohem": lambda: ao.CrossEntropy(focal_gamma=2.0, ohem=0.7),
+    "kept": lambda: ao.CrossEntropy(ohem_kept=100),
+    "dice": lambda: ao.Dice(per_image=True, squared=True),
+    "both": lambda: ao.CrossEntropyDice(),
+    "binary": lambda: ao.BinaryCrossEntropy(torch.arange(1.0, K + 1), label_smoothing=0.1),
+    "dice of sigmoids": lambda: ao.Dice(sigmoid=True),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name: str) -> None:
+    """The same as the loss of logits at the labels' size, which are points."""
+    logits, labels = inputs()
+    if name in ("binary", "dice of sigmoids"):
+        labels = (torch.rand(2, K, *labels.shape[1:]) < 0.3).long()
+    loss = LOSSES[name]()
+
+    def at_full_size(x: Tensor) -> Tensor:
+        return loss(upsampled(x, labels[:, 0] if labels.dim() == 5 else labels).float(), labels)
+
+    assert_same(lambda x: loss(x, labels), at_full_size, logits)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("volume", [False, True])
+def test_labels_with_a_channel(volume: bool, backend: str) -> None:
+    logits, labels = inputs()
+    if not volume:
+        logits, labels = logits[:, :, 0], labels[:, 0]
+    with_channel, weights = labels[:, None], torch.rand(labels.shape)
+    with ao.use_backend(backend):
+        for reduction in ("mean", "none"):
+            found = ao.pixel_cross_entropy(logits, with_channel, reduction=reduction)
+            expected = ao.pixel_cross_entropy(logits, labels, reduction=reduction)
+            assert torch.equal(found.flatten(), expected.flatten())
+        assert found.shape == with_channel.shape
+        moments = ao.ops.softmax_moments(logits, with_channel, **EVERYTHING)
+        assert moments.lse.shape == moments.pixel_losses.shape == with_channel.shape
+        weighted = ao.pixel_cross_entropy(logits, with_channel, weight=weights.flatten()[:K])
+        assert weighted == ao.pixel_cross_entropy(logits, labels, weight=weights.flatten()[:K])
+        maps = [
+            ao.pixel_cross_entropy(logits, y, weight=weights.flatten()[:K], reduction="none")
+            for y in (with_channel, labels)
+        ]
+        assert torch.equal(maps[0], maps[1][:, None])
+        for loss in (ao.CrossEntropy(), ao.CrossEntropyDice()):
+            assert loss(logits, with_channel, weights[:, None]) == loss(logits, labels, weights)
+        for loss in (ao.Dice(), ao.CrossEntropy(ohem_kept=9), ao.CrossEntropy(focal_gamma=1.0)):
+            assert loss(logits, with_channel) == loss(logits, labels)
+        matrix = ao.pixel_confusion(logits, with_channel)
+        assert torch.equal(matrix, ao.pixel_confusion(logits, labels))
+    with pytest.raises(
+        ValueError, match=r"pixel_weights: expected a floating tensor .*, as labels"
+    ):
+        ao.CrossEntropy()(logits, with_channel, weights)
+
+
+def test_the_rank_of_the_logits_decides() -> None:
+    """(B, 1, H, W) are labels of one slice for volumes, and of one channel for images."""
+    logits, labels = torch.randn(2, K, 1, 5, 6), torch.randint(0, K, (2, 1, 10, 12))
+    expected = ao.pixel_cross_entropy(logits[:, :, 0], labels)
+    torch.testing.assert_close(ao.pixel_cross_entropy(logits, labels), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_confidence_and_mean_iou(backend: str) -> None:
+    logits, labels = inputs()
+    z = upsampled(logits, labels)
+    with ao.use_backend(backend):
+        classes, found = ao.pixel_argmax(logits, (9, 11, 13), confidence=True)
+        torch.testing.assert_close(found.double(), z.softmax(1).amax(1), rtol=0, atol=1e-5)
+        first, second = ao.MeanIoU(K), ao.MeanIoU(K)
+        first.update(logits, labels[:, None])
+        second.update(classes, labels)
+    assert torch.equal(first.confusion, second.confusion) and first.confusion.sum() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_finite(backend: str) -> None:
+    """NaN reaches only the labels that read it; −∞ masks a class."""
+    logits, labels = inputs((4, 5, 6), (8, 10, 12))
+    labels[labels == 3] = 0
+    with torch.no_grad():
+        logits[:, 3] = -torch.inf
+        logits[0, 0, 0, 0, 0] = torch.nan
+    with ao.use_backend(backend):
+        losses = ao.pixel_cross_entropy(logits, labels, reduction="none")
+        classes = ao.pixel_argmax(logits, (8, 10, 12))
+        (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    reads = torch.zeros_like(labels, dtype=torch.bool)
+    reads[0, :3, :3, :3] = True
+    assert torch.equal(losses.isnan(), reads & (labels != 255))
+    assert (gradient[:, 3] == 0)[~gradient[:, 3].isnan()].all()
+    assert not gradient[0, :, 2:].isnan().any() and not gradient[1].isnan().any()
+    assert torch.equal(classes == 0, (classes == 0) | reads) and not (classes == 3).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("batch", "label_size"), [(0, (4, 4, 4)), (2, (0, 4, 4)), (2, (4, 4, 0))])
+def test_empty(batch: int, label_size: tuple[int, ...], backend: str) -> None:
+    logits = torch.randn(batch, K, 2, 3, 3, requires_grad=True)
+    labels = torch.zeros(batch, *label_size, dtype=torch.int64)
+    with ao.use_backend(backend):
+        loss = ao.CrossEntropyDice()(logits, labels)
+        loss.backward()
+        assert ao.pixel_argmax(logits, label_size).shape == labels.shape
+        assert ao.pixel_confusion(logits, labels).sum() == 0
+    assert loss == 0 and logits.grad.shape == logits.shape and not logits.grad.any()
+
+
+def test_messages() -> None:
+    logits, labels = inputs()
+    for function in (ao.pixel_cross_entropy, ao.ops.softmax_moments, ao.pixel_confusion):
+        name = function.__name__
+        with pytest.raises(ValueError, match=rf"^{name}: labels: expected a tensor \(2, D, H, W\)"):
+            function(logits, labels[:, 0, 0])
+        with pytest.raises(ValueError, match=rf"^{name}: labels: expected a tensor \(2, D, H, W\)"):
+            function(logits, labels[:, None].expand(-1, 2, -1, -1, -1))
+        with pytest.raises(ValueError, match=rf"^{name}: labels: expected a tensor \(2, H, W\)"):
+            function(logits[:, :, 0], labels)
+    with pytest.raises(ValueError, match=r"^pixel_argmax: size: expected \(D, H, W\), three ints"):
+        ao.pixel_argmax(logits, (9, 11))
+    with pytest.raises(RuntimeError, match="volume_moments: second derivatives are not impl"):
+        (gradient,) = torch.autograd.grad(
+            ao.pixel_cross_entropy(logits, labels), logits, create_graph=True
+        )
+        gradient.sum().backward()
+
+
+def test_gradcheck() -> None:
+    logits, labels = inputs((3, 2, 2), (5, 4, 3), torch.float64)
+    torch.autograd.gradcheck(
+        lambda x: ao.ops.softmax_moments(x, labels, align_corners=True, **EVERYTHING)[2:-1], logits
+    )
+
+
+def test_opcheck() -> None:
+    logits, labels = inputs()
+    options = (None, None, 0.0, 255, False, True, True, True, True, True, True)
+    operators = torch.ops.anchorops
+    torch.library.opcheck(operators.volume_moments.cpu, (logits, labels, *options))
+    torch.library.opcheck(operators.volume_argmax.cpu, (logits.detach(), 9, 11, 13, False))
+
+
+def test_fullgraph_and_dynamic_shapes() -> None:
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        classes = ao.pixel_argmax(x, (y.shape[1], y.shape[2], y.shape[3]))
+        return ao.CrossEntropyDice()(x, y) + 0 * ao.confusion(classes, y, x.shape[1]).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size, label_size in SIZES[:3]:
+        logits, labels = inputs(size, label_size)
+        losses = [f(logits, labels) for f in (step, compiled)]
+        grads = [torch.autograd.grad(loss, logits)[0] for loss in losses]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*grads)
+
+
+def test_the_same_bits() -> None:
+    logits, labels = inputs((8, 9, 10), (32, 33, 34))
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3, 1):
+            torch.set_num_threads(count)
+            loss = ao.CrossEntropyDice()(logits, labels)
+            results.append((loss, torch.autograd.grad(loss, logits)[0]))
+    finally:
+        torch.set_num_threads(threads)
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+def test_memory(slab: int) -> None:
+    """lse, and some slabs: no map of the labels' size for each class."""
+    logits = torch.randn(1, 30, 16, 8, 8, requires_grad=True)
+    labels = torch.randint(0, 30, (1, 64, 32, 32))
+
+    def run() -> Any:
+        return torch.autograd.grad(ao.pixel_cross_entropy(logits, labels), logits)
+
+    run()
+    lse, image = 4 * labels.numel(), 4 * logits.numel() / 16
+    images = 64 if slab > 2**20 else 1
+    assert peak_allocated_bytes(run) < 1.5 * lse + 3 * images * image + 4 * 4 * logits.numel()
+
+
+def nnunet_dice(logits: Tensor, labels: Tensor) -> Tensor:
+    """MemoryEfficientSoftDiceLoss of nnU-Net v2 (nnunetv2/training/loss/dice.py) as its trainer
+    sets it: batch_dice, without the background, smooth 1e-5."""
+    p, valid = logits.softmax(1), (labels != 255)[:, None]
+    onehot = F.one_hot(labels.where(labels != 255, 0), K).movedim(-1, 1) * valid
+    intersect, prediction, truth = (
+        x[:, 1:].sum((0, 2, 3, 4)) for x in (p * onehot, p * valid, onehot)
+    )
+    return -((2 * intersect + 1e-5) / (truth + prediction + 1e-5)).mean()
+
+
+def test_nnunet() -> None:
+    logits, labels = inputs()
+    loss = ao.CrossEntropyDice(dice=ao.Dice(classes=range(1, K), smooth=0.5e-5, absent="keep"))
+
+    def theirs(x: Tensor) -> Tensor:
+        z = upsampled(x, labels)
+        return F.cross_entropy(z, labels, ignore_index=255) + 1 + nnunet_dice(z, labels)
+
+    assert_same(lambda x: loss(x, labels), theirs, logits)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_monai_dice(batch: bool) -> None:
+    losses = pytest.importorskip("monai.losses", reason="MONAI is not installed")
+    logits, labels = inputs()
+    labels[labels == 255] = 0  # MONAI ignores no label
+    monai = losses.DiceLoss(softmax=True, to_onehot_y=True, batch=batch)
+    ours = ao.Dice(per_image=not batch, smooth=0.5e-5, absent="keep")
+    assert_same(
+        lambda x: ours(x, labels[:, None]),
+        lambda x: monai(upsampled(x, labels), labels[:, None]),
+        logits,
+    )
+
+
+def test_monai_deep_supervision() -> None:
+    losses = pytest.importorskip("monai.losses", reason="MONAI is not installed")
+    labels = torch.randint(0, K, (2, 1, 16, 16, 16), dtype=torch.uint8)
+    heads = [torch.randn(2, K, *(n,) * 3, requires_grad=True) for n in (16, 8, 4)]
+    deep = losses.DeepSupervisionLoss(ao.CrossEntropyDice())
+    found = deep(heads, labels)
+    found.backward()
+    monai = losses.DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
+    torch.testing.assert_close(found, losses.DeepSupervisionLoss(monai)(heads, labels))
+    assert all(head.grad.abs().sum() > 0 for head in heads)
