@@ -105,7 +105,7 @@ def launch_upsampled(dtype: torch.dtype, layout: torch.memory_format) -> None:
 
 class PixelVariant(NamedTuple):
     """Upsampled logits; with `dice` masses, squares, hits and all gradients, otherwise only the
-    cross-entropy."""
+    cross-entropy. `shaped`: with label smoothing, a focal factor and a smallest loss."""
 
     dtype: torch.dtype
     layout: str
@@ -113,9 +113,11 @@ class PixelVariant(NamedTuple):
     labels: tuple[int, int]
     align_corners: bool
     dice: bool
+    shaped: str = ""
 
     def __str__(self) -> str:
         what = "masses, squares, hits, maps" if self.dice else "cross-entropy"
+        what += f" with {self.shaped}" if self.shaped else ""
         corners = ", corners aligned" if self.align_corners else ""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{dtype} {self.layout}: {self.size} to {self.labels}{corners}, {what}"
@@ -123,7 +125,11 @@ class PixelVariant(NamedTuple):
 
 # Channels last are copied, and other numbers of classes give the same code.
 ADE20K, DEEPLAB, FEW = (16, 150, 128, 128), (16, 21, 65, 65), (16, 21, 8, 8)
-QUICK_PIXELS = [PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False)]
+EVERYTHING = "smoothing, focal factor, smallest loss"
+QUICK_PIXELS = [
+    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False),
+    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False, EVERYTHING),
+]
 PIXELS = [
     *QUICK_PIXELS,
     PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, True),
@@ -131,6 +137,11 @@ PIXELS = [
     PixelVariant(FP16, "NCHW", DEEPLAB, (513, 513), False, False),
     PixelVariant(BF16, "NCHW", FEW, (512, 512), False, True),  # 64 pixels for each logit
     PixelVariant(BF16, "points", (16, 21, 64, 4096), (64, 4096), False, True),
+    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False, "smoothing"),
+    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False, "focal factor"),
+    PixelVariant(FP32, "NCHW", DEEPLAB, (513, 513), True, False, "smallest loss"),
+    PixelVariant(FP32, "NCHW", DEEPLAB, (513, 513), True, True, EVERYTHING),
+    PixelVariant(BF16, "points", (16, 21, 64, 4096), (64, 4096), False, False, EVERYTHING),
 ]
 
 
@@ -139,8 +150,14 @@ def launch_pixels(variant: PixelVariant) -> None:
     logits = torch.empty(variant.size, dtype=variant.dtype, device="meta")
     labels = torch.empty((variant.size[0], *variant.labels), dtype=torch.uint8, device="meta")
     dice, align_corners = variant.dice, variant.align_corners
+    smooth = torch.empty((2, variant.size[1]), device="meta")
+    shape = (
+        smooth if "smoothing" in variant.shaped else None,
+        1.0 if "smallest" in variant.shaped else None,
+        2.0 if "focal" in variant.shaped else 0.0,
+    )
     found = softmax_moments.softmax_moments(
-        *(logits, labels, None, None, 0.0, 255, align_corners, False),
+        *(logits, labels, *shape, 255, align_corners, False),
         *(dice, dice, dice, dice, True),
     )
     losses, overlaps, masses, squares, pixel_losses, lse = found[:6]
@@ -148,7 +165,7 @@ def launch_pixels(variant: PixelVariant) -> None:
         overlaps = masses = squares = pixel_losses = None
     softmax_moments_backward.softmax_moments_backward(
         *(logits, labels, lse, losses, overlaps, masses, squares, pixel_losses),
-        *(lse if dice else None, None, None, 0.0, 255, align_corners),
+        *(lse if dice else None, *shape, 255, align_corners),
     )
     if dice:
         predictions = pixel_argmax.pixel_argmax(logits, *variant.labels, align_corners)

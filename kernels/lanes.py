@@ -1,11 +1,13 @@
-"""Functions that read labels and maps for the pixels of a lane (upsampling.py). They return tuples
-of tensors [lanes]; pixel (i, j) of SLOTS_Y × SLOTS_X is element i · SLOTS_X + j."""
+"""Labels, maps and probabilities of the pixels of a lane (upsampling.py): tuples of tensors
+[lanes], one for each pixel."""
 
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .upsampling import logits_of_class
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -28,29 +30,37 @@ def pixel_map_of(tensor: Tensor | None) -> PixelMap:
 
 
 @triton.jit
-def repeated(x, PIXELS: tl.constexpr):
-    out = ()
-    for _ in tl.static_range(PIXELS):
-        out = out + (x,)
-    return out
+def inside_of(lanes, CELLS: tl.constexpr):
+    """Whether there is such a pixel: a cell may have fewer than the others."""
+    return [
+        (lanes.y.start + i // CELLS.x.pixels < lanes.y.stop)
+        & (lanes.x.start + i % CELLS.x.pixels < lanes.x.stop)
+        for i in () + CELLS.all
+    ]
 
 
 @triton.jit
-def load_labels(labels, image, lanes, num_classes, ignore_index, CELLS: tl.constexpr):
+def pointers(pixel_map, image, lanes, CELLS: tl.constexpr):
+    """To the numbers of a map."""
+    ptr = pixel_map.ptr + image.to(tl.int64) * pixel_map.stride_b
+    return [
+        ptr
+        + (lanes.y.start + i // CELLS.x.pixels).to(tl.int64) * pixel_map.stride_h
+        + (lanes.x.start + i % CELLS.x.pixels).to(tl.int64) * pixel_map.stride_w
+        for i in () + CELLS.all
+    ]
+
+
+@triton.jit
+def load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS: tl.constexpr):
     """int32, −1 where ignored or no pixel."""
-    SLOTS_Y: tl.constexpr = CELLS.y.slots
-    SLOTS_X: tl.constexpr = CELLS.x.slots
-    ptr = labels.ptr + image.to(tl.int64) * labels.stride_b
-    out = ()
-    for i in tl.static_range(SLOTS_Y):
-        for j in tl.static_range(SLOTS_X):
-            y, x = lanes.y.start + i, lanes.x.start + j
-            offset = y.to(tl.int64) * labels.stride_h + x.to(tl.int64) * labels.stride_w
-            inside = (y < lanes.y.stop) & (x < lanes.x.stop)
-            label = tl.load(ptr + offset, mask=inside, other=0).to(tl.int64)
-            valid = inside & (label >= 0) & (label < num_classes) & (label != ignore_index)
-            out = out + (tl.where(valid, label, -1).to(tl.int32),)
-    return out
+    inside, ptrs = inside_of(lanes, CELLS), pointers(label_map, image, lanes, CELLS)
+    label = [tl.load(ptrs[i], mask=inside[i], other=0).to(tl.int64) for i in () + CELLS.all]
+    valid = [
+        (label[i] >= 0) & (label[i] < num_classes) & (label[i] != ignore_index)
+        for i in () + CELLS.all
+    ]
+    return [tl.where(inside[i] & valid[i], label[i], -1).to(tl.int32) for i in () + CELLS.all]
 
 
 @triton.jit
@@ -64,29 +74,39 @@ def next_label(labels, after):
 
 @triton.jit
 def load_map(pixel_map, image, lanes, labels, CELLS: tl.constexpr):
-    """A number for each valid pixel."""
-    SLOTS_Y: tl.constexpr = CELLS.y.slots
-    SLOTS_X: tl.constexpr = CELLS.x.slots
-    ptr = pixel_map.ptr + image.to(tl.int64) * pixel_map.stride_b
-    out = ()
-    for i in tl.static_range(SLOTS_Y):
-        for j in tl.static_range(SLOTS_X):
-            y, x = (lanes.y.start + i).to(tl.int64), (lanes.x.start + j).to(tl.int64)
-            valid = labels[i * SLOTS_X + j] >= 0
-            offset = y * pixel_map.stride_h + x * pixel_map.stride_w
-            out = out + (tl.load(ptr + offset, mask=valid, other=0.0),)
-    return out
+    """The numbers of valid pixels; 0 where ignored."""
+    ptrs = pointers(pixel_map, image, lanes, CELLS)
+    return [tl.load(ptrs[i], mask=labels[i] >= 0, other=0.0) for i in () + CELLS.all]
 
 
 @triton.jit
-def store_map(ptr, values, image, lanes, axes, CELLS: tl.constexpr):
-    """To a contiguous map [B, H, W]."""
-    SLOTS_Y: tl.constexpr = CELLS.y.slots
-    SLOTS_X: tl.constexpr = CELLS.x.slots
-    ptr += image.to(tl.int64) * axes.y.pixels * axes.x.pixels
-    for i in tl.static_range(SLOTS_Y):
-        for j in tl.static_range(SLOTS_X):
-            y, x = lanes.y.start + i, lanes.x.start + j
-            inside = (y < lanes.y.stop) & (x < lanes.x.stop)
-            value = values[i * SLOTS_X + j].to(ptr.dtype.element_ty)
-            tl.store(ptr + y.to(tl.int64) * axes.x.pixels + x, value, mask=inside)
+def store_map(pixel_map, values, image, lanes, CELLS: tl.constexpr):
+    inside, ptrs = inside_of(lanes, CELLS), pointers(pixel_map, image, lanes, CELLS)
+    for i in tl.static_range(len(values)):
+        tl.store(ptrs[i], values[i].to(pixel_map.ptr.dtype.element_ty), mask=inside[i])
+
+
+@triton.jit
+def probability(z, lse):
+    """p = e^(z − lse)"""
+    return tl.exp2((z - lse) * LOG2_E)
+
+
+@triton.jit
+def of_labels(ptr, stride, labels):
+    """A number of the class of each pixel; 0 where ignored."""
+    return [
+        tl.load(ptr + label.to(tl.int64) * stride, mask=label >= 0, other=0.0) for label in labels
+    ]
+
+
+@triton.jit
+def true_logits(logits, lanes, labels, CELLS: tl.constexpr):
+    """z_y of each pixel, read for one label of the tile after the other; 0 where ignored."""
+    true = [tl.zeros(label.shape, tl.float32) for label in labels]
+    label = next_label(labels, -1)
+    while label < NO_CLASS:
+        z = logits_of_class(logits, label, lanes, CELLS)
+        true = [tl.where(labels[i] == label, z[i], true[i]) for i in () + CELLS.all]
+        label = next_label(labels, label)
+    return true

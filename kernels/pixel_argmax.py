@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import INF, repeated, store_map
+from .lanes import INF, pixel_map_of, store_map
 from .launch import forward_lanes
 from .upsampling import (
     SIZES,
@@ -20,22 +20,21 @@ from .upsampling import (
 
 
 @triton.jit
-def largest_logits(logits, lanes, CELLS: tl.constexpr, LANES: tl.constexpr):
+def largest_logits(logits, lanes, CELLS: tl.constexpr):
     """The largest logit of each pixel, and its class: the first, if several are equal. NaN is
     larger than all numbers."""
-    PIXELS: tl.constexpr = CELLS.y.slots * CELLS.x.slots
-    largest = repeated(tl.full((LANES,), -INF, tl.float32), PIXELS)
-    classes = repeated(tl.zeros((LANES,), tl.int32), PIXELS)
+    zero = tl.zeros(lanes.x.cell.shape, tl.float32)
+    largest, classes = (
+        [zero - INF for _ in () + CELLS.all],
+        [zero.to(tl.int32) for _ in () + CELLS.all],
+    )
     ptr = logits.ptr
     for k in range(logits.num_classes):
         z = logits_of_pixels(ptr, lanes, CELLS)
-        new_largest, new_classes = (), ()
-        for i in tl.static_range(PIXELS):
-            is_number = largest[i] == largest[i]
-            larger = (z[i] > largest[i]) | ((z[i] != z[i]) & is_number)
-            new_largest = new_largest + (tl.where(larger, z[i], largest[i]),)
-            new_classes = new_classes + (tl.where(larger, k, classes[i]),)
-        largest, classes = new_largest, new_classes
+        for_nan = [(z[i] != z[i]) & (largest[i] == largest[i]) for i in () + CELLS.all]
+        larger = [(z[i] > largest[i]) | for_nan[i] for i in () + CELLS.all]
+        largest = [tl.where(larger[i], z[i], largest[i]) for i in () + CELLS.all]
+        classes = [tl.where(larger[i], k, classes[i]) for i in () + CELLS.all]
         ptr += logits.stride_k
     return largest, classes
 
@@ -43,7 +42,7 @@ def largest_logits(logits, lanes, CELLS: tl.constexpr, LANES: tl.constexpr):
 @triton.jit(do_not_specialize=(*SIZES, "tiles"))
 def _pixel_argmax_kernel(
     logits,
-    predictions_ptr,  # int64 [B, H, W]
+    predictions,  # PixelMap of int64
     height,
     width,
     label_height,
@@ -58,8 +57,8 @@ def _pixel_argmax_kernel(
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)
     image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     lanes = lanes_of_tile(tile, axes, logits, CELLS, LANES)
-    _, classes = largest_logits(logits_of_image(logits, image), lanes, CELLS, LANES)
-    store_map(predictions_ptr, classes, image, lanes, axes, CELLS)
+    _, classes = largest_logits(logits_of_image(logits, image), lanes, CELLS)
+    store_map(predictions, classes, image, lanes, CELLS)
 
 
 def pixel_argmax(logits: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
@@ -73,7 +72,7 @@ def pixel_argmax(logits: Tensor, height: int, width: int, align_corners: bool) -
     tiles = triton.cdiv(upsampling.lanes, block)
     _pixel_argmax_kernel[(logits.shape[0] * tiles,)](
         logits_of(logits),
-        predictions,
+        pixel_map_of(predictions),
         *upsampling.sizes,
         upsampling.ratios,
         tiles,

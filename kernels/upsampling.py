@@ -4,10 +4,11 @@ Coordinates are float32: (i + ½)·ratio − ½, with align_corners i·ratio. Ea
 so kernels are compiled without fusing products and sums. A *cell* lies between four neighbouring
 logits, c and c + 1 along each axis; without align_corners there is one more cell before the first
 logit. Its label pixels are i = first_pixel(c) … first_pixel(c + 1) − 1. They are divided into
-*parts* of at most SLOTS pixels along an axis; a *lane* of a kernel is one part along both axes.
-Before the first and beyond the last logit both neighbours are the same logit.
+*parts* of at most MOST_PIXELS pixels along an axis; a *lane*, an element of a kernel's tensors, is
+one part along both axes. Before the first and beyond the last logit both neighbours are the same
+logit.
 
-If labels have the logits' size (SAME), a pixel is a cell and reads one logit.
+If labels have the logits' size (`same`), a pixel is a cell and reads one logit.
 """
 
 from functools import lru_cache
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .launch import INTERPRETED
 
-MAX_SLOTS = 1 if INTERPRETED else 4  # along an axis: 16 pixels for each lane
+MOST_PIXELS = 1 if INTERPRETED else 4  # along an axis: 16 pixels for each lane
 # Arguments that change with the images' size. Triton does not compile again if one becomes 1 or a
 # multiple of 16. It would, if they were elements of a tuple.
 SIZES = ("height", "width", "label_height", "label_width")
@@ -45,17 +46,27 @@ class Axis(NamedTuple):
 
 class Cells(NamedTuple):
     """The cells along an axis, for which kernels are compiled. The first cell is `first`, −1 or 0.
-    A cell has `parts` (a power of two) of `slots` pixels. `select`: a pixel may have weight 0 for a
-    neighbour that it must not read. `even`: each cell has `slots` pixels, with weights
-    (t + ½)/slots. `same`: labels have the logits' size, along both axes."""
+    A cell has `parts` (a power of two) of `pixels` pixels. `select`: a pixel may have weight 0 for
+    a neighbour that it must not read. `even`: each cell has `pixels` pixels, with weights
+    (t + ½)/pixels. `same`: labels have the logits' size, along both axes."""
 
     first: int
     parts: int
-    slots: int
+    pixels: int
     select: bool
     even: bool
     align_corners: bool
     same: bool
+
+
+class Grid(NamedTuple):
+    """The cells along both axes; and the numbers 0, 1, … of a lane's pixels. Pixel i is in row
+    i // x.pixels and column i % x.pixels of its part. Kernels write `for i in () + CELLS.all`: a
+    comprehension needs a tuple, and CELLS.all is a constant."""
+
+    y: Cells
+    x: Cells
+    all: tuple[int, ...]
 
 
 class Ratios(NamedTuple):
@@ -77,12 +88,12 @@ def axis_of(source: int, pixels: int, align_corners: bool) -> tuple[Axis, Cells]
     cell = at.floor().clamp(max=source - 1)
     first = 0 if align_corners else -1
     most = int((cell.long() + 1).bincount().max())
-    parts = triton.next_power_of_2(triton.cdiv(most, MAX_SLOTS))
-    slots = triton.cdiv(most, parts)
+    parts = triton.next_power_of_2(triton.cdiv(most, MOST_PIXELS))
+    part = triton.cdiv(most, parts)
     select = bool(((at == cell) & (cell < source - 1)).any())
-    even = slots in (2, 4) and pixels == slots * source and not align_corners
+    even = part in (2, 4) and pixels == part * source and not align_corners
     axis = Axis(source, pixels, ratio, inverse, (source - first) * parts)
-    return axis, Cells(first, parts, slots, select, even, align_corners, False)
+    return axis, Cells(first, parts, part, select, even, align_corners, False)
 
 
 class Upsampling(NamedTuple):
@@ -90,7 +101,7 @@ class Upsampling(NamedTuple):
 
     y: Axis
     x: Axis
-    cells: YX
+    cells: Grid
 
     @property
     def lanes(self) -> int:
@@ -112,7 +123,8 @@ def upsampling_of(logits: Tensor, height: int, width: int, align_corners: bool) 
     y, cells_y = axis_of(logits.shape[2], height, align_corners)
     x, cells_x = axis_of(logits.shape[3], width, align_corners)
     same = cells_y.same and cells_x.same
-    return Upsampling(y, x, YX(cells_y._replace(same=same), cells_x._replace(same=same)))
+    cells_y, cells_x = cells_y._replace(same=same), cells_x._replace(same=same)
+    return Upsampling(y, x, Grid(cells_y, cells_x, tuple(range(cells_y.pixels * cells_x.pixels))))
 
 
 class Logits(NamedTuple):
@@ -199,20 +211,20 @@ def pixels_of_part(cell, part, axis, CELLS: tl.constexpr):
         start = tl.maximum(first_pixel(cell, axis, CELLS), 0)
         stop = first_pixel(cell + 1, axis, CELLS)
         stop = tl.where(cell + 1 < axis.source, tl.minimum(stop, axis.pixels), axis.pixels)
-        start += part * CELLS.slots
+        start += part * CELLS.pixels
     return start, tl.where((cell >= CELLS.first) & (cell < axis.source), stop, start)
 
 
 @triton.jit
 def weights_of_part(cell, start, axis, CELLS: tl.constexpr):
-    """The weight of the upper neighbour, for each slot; any number if both neighbours are the same
-    logit."""
-    SLOTS: tl.constexpr = CELLS.slots
+    """The weight of the upper neighbour, for each pixel of a part; any number if both neighbours
+    are the same logit."""
+    PIXELS: tl.constexpr = CELLS.pixels
     weights = ()
     one = (cell < 0) | (cell >= axis.source - 1)
-    for t in tl.static_range(SLOTS):
+    for t in tl.static_range(PIXELS):
         if CELLS.even:
-            weights = weights + ((t + 0.5) / SLOTS,)
+            weights = weights + ((t + 0.5) / PIXELS,)
         else:
             weight = coordinate(start + t, axis, CELLS) - cell.to(tl.float32)
             weights = weights + (tl.where(one, 0.5, weight),)
@@ -290,23 +302,31 @@ def between(low, high, weight, SELECT: tl.constexpr):
 
 @triton.jit
 def upsampled(four, lanes, CELLS: tl.constexpr):
-    """The logits z of a lane's pixels, from the four of its cell."""
+    """z of a lane's pixels, from the four logits of its cell."""
     x00, x01, x10, x11 = four
     if CELLS.y.same:
         return (x00,)
     else:
-        SLOTS_Y: tl.constexpr = CELLS.y.slots
-        SLOTS_X: tl.constexpr = CELLS.x.slots
-        z = ()
-        for y in tl.static_range(SLOTS_Y):
-            left = between(x00, x10, lanes.y.weights[y], CELLS.y.select)
-            right = between(x01, x11, lanes.y.weights[y], CELLS.y.select)
-            for x in tl.static_range(SLOTS_X):
-                z = z + (between(left, right, lanes.x.weights[x], CELLS.x.select),)
-        return z
+        left = [between(x00, x10, weight, CELLS.y.select) for weight in lanes.y.weights]
+        right = [between(x01, x11, weight, CELLS.y.select) for weight in lanes.y.weights]
+        return [
+            between(
+                left[i // CELLS.x.pixels],
+                right[i // CELLS.x.pixels],
+                lanes.x.weights[i % CELLS.x.pixels],
+                CELLS.x.select,
+            )
+            for i in () + CELLS.all
+        ]
 
 
 @triton.jit
 def logits_of_pixels(ptr, lanes, CELLS: tl.constexpr):
     """The same, from the class's logits in memory."""
     return upsampled(corners(ptr, lanes, CELLS), lanes, CELLS)
+
+
+@triton.jit
+def logits_of_class(logits, k, lanes, CELLS: tl.constexpr):
+    """z_k of a lane's pixels."""
+    return logits_of_pixels(logits.ptr + k.to(tl.int64) * logits.stride_k, lanes, CELLS)

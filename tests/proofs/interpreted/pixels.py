@@ -13,6 +13,7 @@ from emulator import BACKEND
 
 import anchorops as ao
 from anchorops import reference
+from anchorops._ops.softmax_moments import Options, unchecked_moments
 
 FLOOR = 2**-22
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -30,6 +31,9 @@ class Case(NamedTuple):
     asked: tuple[str, ...] = ALL
     per_image: bool = False
     scale: float = 1.0
+    smoothing: str = ""  # by "class", or by "image and class"
+    min_loss: float | None = None
+    focal_gamma: float = 0.0
 
     @property
     def labels_size(self):
@@ -44,6 +48,21 @@ class Case(NamedTuple):
         asked = {name: name in self.asked for name in ALL}
         options = {"align_corners": self.align_corners, "per_image": self.per_image}
         return asked | options | {"ignore_index": self.ignore_index}
+
+    @property
+    def shape(self):
+        """Of the losses. One class has no weight of its own, another one none among all classes."""
+        if not self.smoothing:
+            return {"min_loss": self.min_loss, "focal_gamma": self.focal_gamma}
+        size = (2, self.size[1]) if self.smoothing == "class" else (self.size[0], 2, self.size[1])
+        smoothing = torch.rand(size, generator=torch.Generator().manual_seed(0))
+        smoothing[..., 0, -1] = smoothing[..., 1, 0] = 0
+        smoothing[..., 1, :] /= self.size[1]
+        return {
+            "smoothing": smoothing,
+            "min_loss": self.min_loss,
+            "focal_gamma": self.focal_gamma,
+        }
 
 
 def make_logits(case: Case) -> torch.Tensor:
@@ -82,7 +101,11 @@ def is_valid(case: Case, labels) -> torch.Tensor:
 
 
 def moments_of(case: Case, logits, labels) -> dict[str, torch.Tensor]:
-    moments = ao.ops.softmax_moments(logits, labels, **case.options)
+    shaped = Options(**case.options, **case.shape)
+    if shaped.shapes_losses:
+        moments = unchecked_moments("test", logits, labels, shaped)
+    else:
+        moments = ao.ops.softmax_moments(logits, labels, **case.options)
     return {name: x for name, x in moments._asdict().items() if x is not None}
 
 
@@ -115,7 +138,8 @@ def straightforward(case: Case, logits, labels, weights, through=FLOATING):
     own = torch.where(valid, labels, 0)
     one_hot = (own[:, None] == torch.arange(num_classes)[:, None]) & valid[:, None]
     log_p = z.log_softmax(1)
-    pixel_losses = torch.where(valid, -log_p.gather(1, own[:, None])[:, 0], 0)
+    pixel_losses = shaped_losses(case, log_p, -log_p.gather(1, own[:, None])[:, 0], own)
+    pixel_losses = torch.where(valid, pixel_losses, 0)
     p = torch.where(valid[:, None], log_p.exp(), 0)
     by_class = (2,) if case.per_image else (0, 2)
     moments = {
@@ -131,6 +155,20 @@ def straightforward(case: Case, logits, labels, weights, through=FLOATING):
     total = torch.stack([(moments[k] * weights[k]).sum() for k in used]).sum()
     (dlogits,) = torch.autograd.grad(total, x)
     return {name: moment.detach() for name, moment in moments.items()}, dlogits
+
+
+def shaped_losses(case: Case, log_p, c, own):
+    losses, shape = c, case.shape
+    if "smoothing" in shape:
+        weights = shape["smoothing"].to(c.dtype).expand(len(c), 2, -1)
+        others = (weights[:, 1, :, None] * log_p).sum(1)
+        losses = weights[:, 0].gather(1, own) * c - others
+    if case.focal_gamma > 0:
+        miss = -torch.expm1(-c).clamp(max=-torch.finfo(c.dtype).tiny)
+        losses = losses * miss**case.focal_gamma
+    if case.min_loss is not None:
+        losses = torch.where(c < case.min_loss, 0, losses)
+    return losses
 
 
 def make_weights(case: Case) -> dict[str, torch.Tensor]:
@@ -156,6 +194,8 @@ def check(case: Case, through=FLOATING):
 
     assert ours.keys() == exact.keys()
     assert torch.equal(ours["counts"], exact["counts"])
+    if case.min_loss is not None:
+        assert torch.equal(ours["used"], exact["used"])
     floor = FLOOR * (1 + float(logits.float().abs().max()))
     for name in FLOATING:
         if name in ours:

@@ -75,6 +75,31 @@ def test_values_and_gradients(case: Case):
     check(case)
 
 
+SHAPED = [
+    # label smoothing, focal factor, smallest loss: each alone, two, and all of them
+    Case((2, 19, 3, 5), (12, 20), smoothing="class"),
+    Case((1, 2, 4, 3), (4, 3), asked=CE, smoothing="class"),
+    Case((1, 6, 4, 5), (8, 10), asked=CE, focal_gamma=2.0),
+    Case((1, 4, 5, 4), (7, 9), True, FP16, asked=("masses",), focal_gamma=0.5),
+    Case((2, 5, 3, 4), (12, 16), min_loss=1.0, per_image=True),
+    Case((70, 37), (), False, FP32, "sliced", asked=CE, smoothing="class", min_loss=3.0),
+    Case((3, 4, 3, 4), (9, 7), True, smoothing="class", focal_gamma=1.5),
+    Case(
+        *((2, 150, 2, 3), (4, 6), False, BF16, "channels_last"),
+        per_image=True, smoothing="image and class", focal_gamma=3.0, min_loss=4.0,
+    ),
+    Case((2, 3, 2, 1), (40, 3), smoothing="image and class", focal_gamma=2.0),
+    # the factor of losses near 0 and far above
+    Case((1, 5, 4, 6), (16, 24), asked=CE, scale=9.0, smoothing="class", focal_gamma=1.2),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(BACKEND == "cuda", reason="it leaves shaped losses to Triton")
+@pytest.mark.parametrize("case", SHAPED, ids=str)
+def test_shaped_losses(case: Case):
+    check(case)
+
+
 @pytest.mark.skipif(BACKEND != "triton", reason="the interpreter's lanes have one pixel")
 @pytest.mark.parametrize(
     "case",
@@ -82,6 +107,7 @@ def test_values_and_gradients(case: Case):
         Case((1, 3, 2, 3), (8, 12)),
         Case((1, 3, 3, 2), (6, 16), dtype=BF16),
         Case((1, 3, 2, 3), (7, 13), True, asked=("masses",)),
+        Case((1, 3, 2, 3), (8, 12), smoothing="class", focal_gamma=2.0, min_loss=0.5),
     ],
     ids=str,
 )
@@ -89,7 +115,7 @@ def test_lanes_of_several_pixels(case: Case, monkeypatch):
     """As on a GPU."""
     from anchorops.kernels import upsampling
 
-    monkeypatch.setattr(upsampling, "MAX_SLOTS", 4)
+    monkeypatch.setattr(upsampling, "MOST_PIXELS", 4)
     upsampling.axis_of.cache_clear()
     check(case)
     upsampling.axis_of.cache_clear()

@@ -3,6 +3,7 @@ NaN affects the pixels that read it, and nothing else."""
 
 import pytest
 import torch
+from emulator import BACKEND
 from pixels import Case, exact_values_and_gradient, make_logits, make_weights, values_and_gradient
 
 import anchorops as ao
@@ -93,6 +94,32 @@ def test_minus_infinity_masks_a_class(size, pixels, align_corners):
     ours, _ = values_and_gradient(case, logits, labels, weights)
     assert ours["losses"][2] == torch.inf and ours["pixel_losses"][0, 1, 1] == torch.inf
     assert ours["losses"].isfinite().sum() == 4 and ours["overlaps"][2] == 0
+
+
+@pytest.mark.skipif(BACKEND == "cuda", reason="it leaves shaped losses to Triton")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("size", "pixels", "align_corners"), RATIOS)
+def test_shaped_losses(size, pixels, align_corners):
+    """A class that is −inf and has no weight; NaN in ignored pixels; a label whose loss is ∞."""
+    case = Case((1, 4, *size), pixels, align_corners, smoothing="class", focal_gamma=2.0)
+    logits, weights = make_logits(case), make_weights(case)
+    labels = torch.randint(1, 4, (1, *pixels))
+    logits[0, 0] = -torch.inf  # v = 0
+    logits[0, 2, 1, 2] = torch.nan
+    labels[0, read_by(size, pixels, align_corners, 1, 2)] = 255
+    through = ("losses", "pixel_losses")
+    for min_loss in (None, 0.2):
+        case = case._replace(min_loss=min_loss)
+        ours, dlogits = values_and_gradient(case, logits, labels, weights, through)
+        exact, exact_gradient = exact_values_and_gradient(case, logits, labels, weights, through)
+        for name in ours:
+            torch.testing.assert_close(ours[name], exact[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(dlogits, exact_gradient, rtol=1e-5, atol=1e-5)
+        assert dlogits.isfinite().all() and dlogits[0, 1].any() and not dlogits[0, 0].any()
+    labels[0, 0, 0] = 0
+    ours, _ = values_and_gradient(case, logits, labels, weights, through)
+    assert ours["pixel_losses"][0, 0, 0] == ours["losses"][0] == torch.inf
+    assert ours["losses"][1:].isfinite().all()
 
 
 def test_gradient_of_nan_reaches_the_logits_that_its_pixel_reads():

@@ -1,0 +1,184 @@
+"""Label smoothing, focal factor and smallest loss of softmax moments, for a pixel of class y:
+
+    c = −log p_y = lse − z_y
+    u = Σ_k v_k·(−log p_k) = V·lse − Σ_k v_k z_k,   V = Σ_k v_k
+    m = (1 − e^−c)^γ, 0 if c < min_loss
+    L = m·(a_y·c + u)
+
+Without these options a = 1, v = 0, γ = 0, min_loss = −∞, so L = c.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .lanes import LOG2_E, of_labels
+from .upsampling import corners, upsampled
+
+_SMALLEST = tl.constexpr(2.0**-126)  # normal float32
+
+
+class LossOptions(NamedTuple):
+    """None for what is not wanted."""
+
+    true_weights: Any  # a, float32 [K], or [B, K] by stride_b
+    all_weights: Any  # v, the same
+    stride_b: int
+    sum_all_weights: Any  # V, float32 [], or [B] by stride_sum_b
+    stride_sum_b: int
+    min_loss: float | None
+    focal_gamma: float | None
+
+    @property
+    def given(self) -> bool:
+        return any(x is not None for x in (self.true_weights, self.min_loss, self.focal_gamma))
+
+
+def loss_options_of(
+    smoothing: Tensor | None, min_loss: float | None, focal_gamma: float
+) -> LossOptions:
+    """Of the arguments of softmax moments: see _ops/softmax_moments.py."""
+    gamma = focal_gamma if focal_gamma > 0 else None
+    if smoothing is None:
+        return LossOptions(None, None, 0, None, 0, min_loss, gamma)
+    by_image = smoothing.dim() == 3
+    true_weights, all_weights = smoothing.unbind(-2)
+    strides = (smoothing.stride(0), 1) if by_image else (0, 0)
+    total = all_weights.sum(-1)
+    return LossOptions(true_weights, all_weights, strides[0], total, strides[1], min_loss, gamma)
+
+
+@triton.jit
+def add_weighted(weighted, four, k, options, image):
+    """Σ v_k x_k of a cell's four logits x: the sum so far, and the term of class k, which is left
+    out if v_k = 0, because x may be −inf."""
+    if options.all_weights is None:
+        return weighted
+    else:
+        v = tl.load(options.all_weights + image * options.stride_b + k)
+        return [
+            tl.where(v == 0, weighted[i], tl.fma(v, four[i], weighted[i])) for i in (0, 1, 2, 3)
+        ]
+
+
+@triton.jit
+def losses_of_all_classes(weighted, lse, lanes, options, image, CELLS: tl.constexpr):
+    """u of each pixel."""
+    if options.all_weights is None:
+        return [0.0 for _ in lse]
+    else:
+        total = tl.load(options.sum_all_weights + image * options.stride_sum_b)
+        z = upsampled(weighted, lanes, CELLS)
+        u = [tl.fma(total, lse[i], -z[i]) for i in () + CELLS.all]
+        return [tl.where(x < 0, 0.0, x) for x in u]  # negative by rounding
+
+
+@triton.jit
+def read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS: tl.constexpr):
+    """The same, with a loop of its own over the classes."""
+    zero = tl.zeros(lse[0].shape, tl.float32)
+    weighted = (zero, zero, zero, zero)
+    if options.all_weights is not None:
+        ptr = logits.ptr
+        for k in range(logits.num_classes):
+            weighted = add_weighted(weighted, corners(ptr, lanes, CELLS), k, options, image)
+            ptr += logits.stride_k
+    return losses_of_all_classes(weighted, lse, lanes, options, image, CELLS)
+
+
+@triton.jit
+def weight_of_class(k, options, image):
+    """a_k"""
+    if options.true_weights is None:
+        return 1.0
+    else:
+        return tl.load(options.true_weights + image * options.stride_b + k)
+
+
+@triton.jit
+def weights_of_labels(labels, options, image):
+    """a_y of each pixel."""
+    if options.true_weights is None:
+        return [1.0 for _ in labels]
+    else:
+        return of_labels(options.true_weights + image * options.stride_b, 1, labels)
+
+
+@triton.jit
+def is_used(z, lse, options):
+    """Whether c is at least min_loss, or NaN. In both directions from the lse that is stored, so
+    that they use the same pixels."""
+    if options.min_loss is None:
+        return True
+    else:
+        return ~(lse - z < options.min_loss)
+
+
+@triton.jit
+def _factor(c, options):
+    """x = 1 − e^−c, x^(γ − 1) and e^−c"""
+    e = tl.exp2(c * -LOG2_E)
+    series = 1 - c * (1 / 7)  # of x / c, for a small c
+    for n in tl.static_range(6, 1, -1):
+        series = 1 - c * (1 / n) * series
+    x = tl.where(c < 0.25, c * series, 1 - e)
+    x = tl.where(x < _SMALLEST, _SMALLEST, x)
+    return x, tl.exp2((options.focal_gamma - 1) * tl.log2(x)), e
+
+
+@triton.jit
+def _smoothed(c, u, a, options):
+    """a·c + u, where a = 0 also for an infinite c."""
+    if options.true_weights is None:
+        return c
+    else:
+        return tl.where(a == 0, 0.0, a * c) + u
+
+
+@triton.jit
+def loss_of_pixel(c, u, a, used, options):
+    """L"""
+    loss = _smoothed(c, u, a, options)
+    if options.focal_gamma is not None:
+        x, power, _ = _factor(c, options)
+        loss = x * power * loss
+    if options.min_loss is not None:
+        loss = tl.where(used, loss, 0.0)
+    return loss
+
+
+@triton.jit
+def slopes_of_loss(c, u, a, used, options):
+    """∂L/∂c = m'·(a·c + u) + m·a, with m' = γ·(1 − e^−c)^(γ − 1)·e^−c, and ∂L/∂u = m"""
+    by_c, by_u = a, 1.0
+    if options.focal_gamma is not None:
+        x, power, e = _factor(c, options)
+        by_u = x * power
+        growth = options.focal_gamma * power * (e * _smoothed(c, u, a, options))
+        # for an infinite c, 0·∞; for c = 0, the derivative of a power of γ < 1 is infinite
+        by_c = tl.where((e == 0) | (x == _SMALLEST), 0.0, growth) + by_u * a
+    if options.min_loss is not None:
+        by_c, by_u = tl.where(used, by_c, 0.0), tl.where(used, by_u, 0.0)
+    return by_c, by_u
+
+
+@triton.jit
+def add_sum_of_weights(x, betas, options, image, CELLS: tl.constexpr):
+    """x + β·V of each pixel"""
+    if options.all_weights is None:
+        return x
+    else:
+        total = tl.load(options.sum_all_weights + image * options.stride_sum_b)
+        return [tl.fma(betas[i], total, x[i]) for i in () + CELLS.all]
+
+
+@triton.jit
+def subtract_weighted(gradient, beta, k, options, image):
+    """gradient − β·v_k"""
+    if options.all_weights is None:
+        return gradient
+    else:
+        v = tl.load(options.all_weights + image * options.stride_b + k)
+        return tl.where(v == 0, gradient, tl.fma(-v, beta, gradient))

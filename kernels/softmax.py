@@ -1,0 +1,127 @@
+"""Σ_k e^(z_k) of the pixels of a tile, in the forward direction of softmax moments.
+
+The logits are read class by class. Σ_k e^(z_k − m) of each pixel stays in registers, where m is the
+largest logit of the pixel's cell so far. If the neighbours of a cell differ by about 70, this
+underflows. Then the maximum of each pixel is found in a second loop over the classes, and the sums
+in a third.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .lanes import INF, LN_2, LOG2_E
+from .loss_options import add_weighted
+from .pixel_argmax import largest_logits
+from .upsampling import corners, logits_of_pixels, upsampled
+
+# Below this sum, terms that matter may have underflowed.
+_SMALLEST_SUM = tl.constexpr(2.0**-100)
+
+
+class Softmax(NamedTuple):
+    """Of the pixels of a tile."""
+
+    log_sums: Any  # log2 Σ_k e^(z_k − shift)
+    shifts: Any
+    cell_shift: Any  # of each lane −shift·log2(e), unless
+    by_pixel: Any  # each pixel has its own shift
+    predicted: Any  # the class of the largest logit
+    weighted: Any  # Σ_k v_k x_k of the four logits x of a cell: see loss_options.py
+
+
+@triton.jit
+def _finite_or_zero(shift):
+    """The shift, or 0 if it is −inf: if all logits are −inf, a shift of −inf would give NaN."""
+    return tl.where(shift == -INF, 0.0, shift)
+
+
+@triton.jit
+def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr):
+    """Of each pixel Σ_k e^(z_k − m), where m is the largest logit of the cell, and with PREDICT the
+    class of its largest logit; of each cell −m·log2(e), and Σ_k v_k x_k of its four logits x."""
+    zero = tl.zeros(lanes.x.cell.shape, tl.float32)
+    maximum, shift = zero - INF, zero
+    sums, best = [zero for _ in () + CELLS.all], [maximum for _ in () + CELLS.all]
+    predicted = [zero.to(tl.int32) for _ in () + CELLS.all]
+    weighted = (zero, zero, zero, zero)
+    ptr = logits.ptr
+    for k in range(logits.num_classes):
+        four = corners(ptr, lanes, CELLS)
+        z = upsampled(four, lanes, CELLS)
+        # tl.maximum of NaN and a number returns the number; the sum is still NaN
+        highest = tl.maximum(tl.maximum(four[0], four[1]), tl.maximum(four[2], four[3]))
+        new_maximum = tl.maximum(maximum, highest)
+        new_shift = _finite_or_zero(new_maximum) * -LOG2_E
+        scale = tl.where(maximum == -INF, 0.0, tl.exp2(new_shift - shift))
+        maximum, shift = new_maximum, new_shift
+        sums = [
+            tl.fma(sums[i], scale, tl.exp2(tl.fma(z[i], LOG2_E, shift))) for i in () + CELLS.all
+        ]
+        if PREDICT:
+            predicted = [tl.where(z[i] > best[i], k, predicted[i]) for i in () + CELLS.all]
+            best = [tl.where(z[i] > best[i], z[i], best[i]) for i in () + CELLS.all]
+        weighted = add_weighted(weighted, four, k, options, image)
+        ptr += logits.stride_k
+    return sums, shift, predicted, weighted
+
+
+@triton.jit
+def _underflow(sums, labels):
+    """Whether a term that matters may have underflowed, in any lane."""
+    unsafe = labels[0] < -1
+    for i in tl.static_range(len(sums)):
+        unsafe |= (labels[i] >= 0) & ~(sums[i] >= _SMALLEST_SUM)
+    return tl.max(unsafe.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _sums_by_pixel(logits, lanes, largest, CELLS: tl.constexpr):
+    """Σ_k e^(z_k − m) of each pixel, where m is its largest logit; and m."""
+    shifts = [_finite_or_zero(x) for x in largest]
+    sums = [tl.zeros(x.shape, tl.float32) for x in largest]
+    ptr = logits.ptr
+    for _ in range(logits.num_classes):
+        z = logits_of_pixels(ptr, lanes, CELLS)
+        sums = [sums[i] + tl.exp2((z[i] - shifts[i]) * LOG2_E) for i in () + CELLS.all]
+        ptr += logits.stride_k
+    return sums, shifts
+
+
+@triton.jit
+def softmax_of(logits, lanes, labels, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr):
+    """Softmax; `predicted` only with PREDICT."""
+    sums, cell_shift, predicted, weighted = _sums_by_cell(
+        logits, lanes, options, image, PREDICT, CELLS
+    )
+    shifts = [cell_shift * -LN_2 for _ in sums]
+    by_pixel = _underflow(sums, labels)
+    if by_pixel:
+        largest, classes = largest_logits(logits, lanes, CELLS)
+        sums, shifts = _sums_by_pixel(logits, lanes, largest, CELLS)
+        if PREDICT:
+            predicted = classes
+    log_sums = [tl.log2(x) for x in sums]
+    return Softmax(log_sums, shifts, cell_shift, by_pixel, predicted, weighted)
+
+
+@triton.jit
+def lse_of(softmax, labels, CELLS: tl.constexpr):
+    """log Σ_k e^(z_k) of each pixel, 0 where ignored."""
+    lse = [tl.fma(softmax.log_sums[i], LN_2, softmax.shifts[i]) for i in () + CELLS.all]
+    return [tl.where(labels[i] >= 0, lse[i], 0.0) for i in () + CELLS.all]
+
+
+@triton.jit
+def exponent_of(z, softmax, i):
+    """log2 e^(z − shift) of pixel i, computed as in the sum."""
+    exponent = tl.fma(z, LOG2_E, softmax.cell_shift)
+    return tl.where(softmax.by_pixel, (z - softmax.shifts[i]) * LOG2_E, exponent)
+
+
+@triton.jit
+def cross_entropy(exponent, log_sum):
+    """c = −log p"""
+    c = (log_sum - exponent) * LN_2
+    return tl.where(c < 0, 0.0, c)  # negative by rounding; NaN remains

@@ -1,0 +1,172 @@
+"""The transpose of the upsampling (upsampling.py): gradients of pixels, summed for the logits.
+
+A lane multiplies the gradients of its pixels by their weights, and sums them for the four logits of
+its cell. A program processes a tile of cells, and one more row above it and column at its left, so
+that it can gather a logit's gradient from its four cells. If cells have more than MOST_PARTS parts
+along an axis, a program processes one block of parts; then the gradients of the blocks are summed.
+"""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .launch import MOST_PARTS, backward_lanes
+from .upsampling import YX, Upsampling, lanes_at, logits_of_image
+
+
+class Tile(NamedTuple):
+    """Of a program, along an axis: `cells`, the first `edge` of them without a gradient of their
+    own, and `parts` of each cell. The other parts belong to other `blocks`."""
+
+    cells: int
+    edge: int
+    parts: int
+    blocks: int
+
+
+class Tiles(NamedTuple):
+    """The tiles of an image: `blocks` programs of so many `lanes` process each of them."""
+
+    tile: YX
+    lanes: int
+    down: int
+    across: int
+    blocks: int
+
+
+def tiles_of(upsampling: Upsampling, more_registers: bool) -> Tiles:
+    """For more_registers see launch.backward_lanes."""
+    cells_y, cells_x, _ = upsampling.cells
+    height, width = upsampling.y.source, upsampling.x.source
+    blocks_y, blocks_x = (triton.cdiv(cells.parts, MOST_PARTS) for cells in (cells_y, cells_x))
+    parts_y, parts_x = cells_y.parts // blocks_y, cells_x.parts // blocks_x
+    edge = 0 if cells_y.same else 1
+
+    def tiles(lanes: tuple[int, int]) -> tuple[int, int]:
+        down = triton.cdiv(height, lanes[0] // parts_y - edge)
+        return down, triton.cdiv(width, lanes[1] // parts_x - edge)
+
+    shapes = backward_lanes(parts_y, parts_x, width if cells_y.same else 0, more_registers)
+    lanes_y, lanes_x = min(shapes, key=lambda lanes: prod(tiles(lanes)))
+    tile = YX(
+        Tile(lanes_y // parts_y, edge, parts_y, blocks_y),
+        Tile(lanes_x // parts_x, edge, parts_x, blocks_x),
+    )
+    return Tiles(tile, lanes_y * lanes_x, *tiles((lanes_y, lanes_x)), blocks_y * blocks_x)
+
+
+class Program(NamedTuple):
+    """It writes the gradients of an image from this row and column on, for one block of parts."""
+
+    image: Any
+    block: Any
+    row: Any
+    column: Any
+
+
+@triton.jit
+def program_of(tiles_y, tiles_x, TILE: tl.constexpr):
+    BLOCKS: tl.constexpr = TILE.y.blocks * TILE.x.blocks
+    tile, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    row = tile // tiles_x % tiles_y * (TILE.y.cells - TILE.y.edge)
+    column = tile % tiles_x * (TILE.x.cells - TILE.x.edge)
+    return Program((tile // (tiles_y * tiles_x)).to(tl.int64), block, row, column)
+
+
+@triton.jit
+def lanes_of_program(program, axes, logits, CELLS: tl.constexpr, TILE: tl.constexpr):
+    LANES_X: tl.constexpr = TILE.x.cells * TILE.x.parts
+    lane = tl.arange(0, TILE.y.cells * TILE.y.parts * LANES_X)
+    y, x = lane // LANES_X, lane % LANES_X
+    cell_y = program.row - TILE.y.edge + y // TILE.y.parts
+    cell_x = program.column - TILE.x.edge + x // TILE.x.parts
+    part_y = program.block // TILE.x.blocks * TILE.y.parts + y % TILE.y.parts
+    part_x = program.block % TILE.x.blocks * TILE.x.parts + x % TILE.x.parts
+    return lanes_at(YX(cell_y, cell_x), YX(part_y, part_x), axes, logits, CELLS)
+
+
+@triton.jit
+def cells_of_program(program, TILE: tl.constexpr):
+    """Rows and columns [cells along y, cells along x]."""
+    y = program.row - TILE.y.edge + tl.arange(0, TILE.y.cells)[:, None]
+    x = program.column - TILE.x.edge + tl.arange(0, TILE.x.cells)[None, :]
+    return YX(y, x)
+
+
+@triton.jit
+def gradient_ptrs(dlogits, program, cells, axes, stride_block):
+    """Where the gradients of class 0 are written, and which of them this program writes."""
+    ptrs = logits_of_image(dlogits, program.image).ptr + program.block.to(tl.int64) * stride_block
+    ptrs += cells.y.to(tl.int64) * dlogits.stride_h
+    ptrs += cells.x.to(tl.int64) * dlogits.stride_w
+    written_y = (cells.y >= program.row) & (cells.y < axes.y.source)
+    written_x = (cells.x >= program.column) & (cells.x < axes.x.source)
+    return ptrs, written_y & written_x
+
+
+@triton.jit
+def _divide(lower, upper, gradient, weight, SELECT: tl.constexpr):
+    """Add a gradient to those of the lower and the upper neighbour."""
+    if SELECT:  # 0 · NaN would be NaN
+        upper = tl.where(weight == 0, upper, tl.fma(weight, gradient, upper))
+    else:
+        upper = tl.fma(weight, gradient, upper)
+    return tl.fma(1 - weight, gradient, lower), upper
+
+
+@triton.jit
+def _at_edges(lower, upper, cell, source):
+    """In cells before the first logit and beyond the last one, both neighbours are the same logit,
+    which gets both gradients."""
+    first, last = cell < 0, cell == source - 1
+    return tl.where(last, lower + upper, lower), tl.where(first, lower + upper, upper)
+
+
+@triton.jit
+def _corner_gradients(gradients, lanes, axes, CELLS: tl.constexpr):
+    """The gradients of a lane's pixels, summed for each of the cell's four logits."""
+    PIXELS_Y: tl.constexpr = CELLS.y.pixels
+    PIXELS_X: tl.constexpr = CELLS.x.pixels
+    zero = tl.zeros(gradients[0].shape, tl.float32)
+    top_left, top_right, bottom_left, bottom_right = zero, zero, zero, zero
+    for y in tl.static_range(PIXELS_Y):
+        left, right = zero, zero
+        for x in tl.static_range(PIXELS_X):
+            of_pixel = gradients[y * PIXELS_X + x]
+            left, right = _divide(left, right, of_pixel, lanes.x.weights[x], CELLS.x.select)
+        weight = lanes.y.weights[y]
+        top_left, bottom_left = _divide(top_left, bottom_left, left, weight, CELLS.y.select)
+        top_right, bottom_right = _divide(top_right, bottom_right, right, weight, CELLS.y.select)
+    top_left, top_right = _at_edges(top_left, top_right, lanes.x.cell, axes.x.source)
+    bottom_left, bottom_right = _at_edges(bottom_left, bottom_right, lanes.x.cell, axes.x.source)
+    return top_left, top_right, bottom_left, bottom_right
+
+
+@triton.jit
+def _over_parts(x, TILE: tl.constexpr):
+    """Sums over the parts of each cell: [lanes] to [cells along y, cells along x]."""
+    x = tl.reshape(x, (TILE.y.cells, TILE.y.parts, TILE.x.cells, TILE.x.parts))
+    return tl.sum(tl.sum(x, 3), 1)
+
+
+@triton.jit
+def transposed(gradients, lanes, cells, axes, CELLS: tl.constexpr, TILE: tl.constexpr):
+    """The gradient of each cell's upper left logit, from those of the pixels: the sum of what the
+    logit gets from the four cells around it."""
+    if CELLS.y.same:
+        return _over_parts(gradients[0], TILE)
+    else:
+        CELLS_Y: tl.constexpr = TILE.y.cells
+        CELLS_X: tl.constexpr = TILE.x.cells
+        four = _corner_gradients(gradients, lanes, axes, CELLS)
+        left = tl.broadcast_to(
+            tl.maximum(tl.arange(0, CELLS_X)[None, :] - 1, 0), (CELLS_Y, CELLS_X)
+        )
+        top = _over_parts(four[0], TILE) + tl.gather(_over_parts(four[1], TILE), left, 1)
+        bottom = _over_parts(four[2], TILE) + tl.gather(_over_parts(four[3], TILE), left, 1)
+        top, bottom = _at_edges(top, bottom, cells.y, axes.y.source)
+        above = tl.maximum(tl.arange(0, CELLS_Y * CELLS_X) - CELLS_X, 0)
+        bottom = tl.gather(tl.reshape(bottom, (CELLS_Y * CELLS_X,)), above, 0)
+        return top + tl.reshape(bottom, (CELLS_Y, CELLS_X))
