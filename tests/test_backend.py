@@ -252,7 +252,7 @@ def test_what_is_predicted_to_be_faster_by_triton(monkeypatch):
     """Cross-entropy of few classes, without what needs probabilities by class."""
     asked = []
 
-    def select(function, tensor, num_classes, by_triton):
+    def select(function, tensor, num_classes, by_triton, shapes_losses):
         asked.append(by_triton)
         return "reference"
 
