@@ -192,6 +192,12 @@ ALWAYS_INLINE auto widen(Part part) {
   return __builtin_convertvector(part, Vector<double, VECTOR_BYTES / sizeof(double)>);
 }
 
+ALWAYS_INLINE double sum_of_lanes(Vector<double, VECTOR_BYTES / sizeof(double)> v) {
+  double total = 0;
+  for (size_t lane = 0; lane < sizeof v / sizeof(double); ++lane) total += v[lane];
+  return total;
+}
+
 // target += v, in double.
 template <class Vec>
 ALWAYS_INLINE void accumulate(double* target, Vec v) {

@@ -315,31 +315,26 @@ struct CellRow {
   // Calls visit(group) for the rows' pixels in one block, or in all blocks (-1).
   template <class Visit>
   void for_pixels(int64_t block, Visit visit) const {
-    Group<float> group;
-    group.same = false;
     for (int64_t j = 0; j < rows; ++j) {
-      group.y = y + j;
-      group.row = position(problem.rows, group.y);
-      group.count = 0;
-      const int32_t* line = workspace.classes + j * workspace.label_stride;
-      const auto add = [&](int64_t column) {
-        group.add(problem.columns, tile, tile.label_columns.begin + column, line[column]);
-        if (group.count < workspace.group) return;
-        visit(group);
-        group.count = 0;
+      const auto visit_columns = [&](int64_t begin, int64_t end) {
+        for_groups_of_row(problem, tile, workspace, y + j,
+                          workspace.classes + j * workspace.label_stride, {begin, end}, visit);
       };
       if (block < 0) {
-        for (int64_t column = 0; column < tile.label_columns.end - tile.label_columns.begin;
-             ++column)
-          add(column);
-      } else {
-        for (int lane = 0; lane < L; ++lane)
-          for (int i = 0; i < WIDTH; ++i)
-            if (columns_of(block)[i * L + lane] >= 0) add(columns_of(block)[i * L + lane]);
+        visit_columns(0, tile.label_columns.end - tile.label_columns.begin);
+        continue;
       }
-      if (group.count == 0) continue;
-      group.fill_up();
-      visit(group);
+      int64_t begin = 0, end = 0;  // neighbours
+      for (int t = 0; t < PIXELS; ++t) {
+        const int32_t column = columns_of(block)[t % WIDTH * L + t / WIDTH];
+        if (column < 0) continue;
+        if (column != end) {
+          visit_columns(begin, end);
+          begin = column;
+        }
+        end = column + 1;
+      }
+      visit_columns(begin, end);
     }
   }
 };

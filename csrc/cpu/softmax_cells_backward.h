@@ -230,7 +230,8 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
   while (row.next(ROWS)) {
     finish_until(row.upper);
     const auto backward_pixels = [&](const Group<float>& group) {
-      backward_group(problem, tile, workspace, gradients, group);
+      gradients_of_group(problem, tile, workspace, gradients, group);
+      add_gradients_of_group(problem, tile, workspace, group);
     };
     if (!row.ordinary()) {
       row.for_pixels(-1, backward_pixels);

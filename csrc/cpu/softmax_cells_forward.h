@@ -40,10 +40,8 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
       mass += widen(fold(of_block));
       if (squares) square += widen(fold(square_of_block));
     }
-    for (size_t lane = 0; lane < sizeof mass / sizeof(double); ++lane) {
-      if (masses) masses[k] += mass[lane];
-      if (squares) squares[k] += square[lane];
-    }
+    if (masses) masses[k] += sum_of_lanes(mass);
+    if (squares) squares[k] += sum_of_lanes(square);
   }
 }
 

@@ -146,7 +146,7 @@ void backward(const Tensor& logits, const Labels& labels, int64_t height, int64_
   const Tiles<Stat> tiles(layout, height, width, align_corners);
   const Problem<Stat> problem = tiles.template problem<T>(logits, labels);
   const Output<Stat> output = {layout_of(dlogits), dlogits.mutable_data_ptr<T>(),
-                               best_rows<T>().finish_row};
+                               best_rows<T>().finish_row, best_rows<T>().write_group};
   const auto kernels = best_kernels<Stat>();
   for_items(tiles, tiles.count(), layout.dim, true, true,
             [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {

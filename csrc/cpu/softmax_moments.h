@@ -36,7 +36,7 @@ struct Cells {
 // The unit of work: rows × columns of logits of one image, and their labels. In the forward pass
 // these are the labels whose lower row and column are in the tile. In the backward pass a tile
 // writes the gradients of its logits, so these are all labels that read them. The same holds for
-// the cells.
+// the cells. Labels of the logits' size are those of the tile in both passes.
 struct Tile {
   int64_t image;
   Range rows, columns, label_rows, label_columns, row_cells, column_cells;
@@ -72,6 +72,10 @@ struct Problem {
   // Packs a row of logits for a tile. Returns whether all are finite or -inf.
   bool (*pack_row)(const Problem& problem, const Tile& tile, int64_t row,
                    const Workspace<Stat>& workspace);
+  // Reads a row's columns, at most workspace.group of them, into workspace.upsampled.
+  void (*read_group)(const Problem& problem, int64_t image, int64_t row, Range columns,
+                     const Workspace<Stat>& workspace);
+  bool upsampled;  // labels are not of the logits' size
   Axis<Stat> rows, columns;
   Cells row_cells, column_cells;
   Labels labels;
@@ -111,6 +115,9 @@ struct Output {
   // Writes a tile's row of dlogits, if the row is in the tile, and sets its gradients to zero.
   void (*finish_row)(const Output& output, const Tile& tile, int64_t row,
                      const Workspace<Stat>& workspace);
+  // Writes workspace.upsampled to a row's columns.
+  void (*write_group)(const Output& output, int64_t image, int64_t row, Range columns,
+                      const Workspace<Stat>& workspace);
 };
 
 // The kernels of one instruction set.
@@ -133,7 +140,9 @@ struct Kernels {
 template <class T>
 struct Rows {
   decltype(Problem<StatOf<T>>::pack_row) pack_row;
+  decltype(Problem<StatOf<T>>::read_group) read_group;
   decltype(Output<StatOf<T>>::finish_row) finish_row;
+  decltype(Output<StatOf<T>>::write_group) write_group;
 };
 
 #define KERNELS_OF(instruction_set)      \

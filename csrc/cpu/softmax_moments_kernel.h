@@ -1,8 +1,8 @@
 // The vector kernels of softmax moments. Included once per instruction set, in its namespace.
 
 #include "softmax_rows.h"
-#include "softmax_pixels.h"
 #include "softmax_vectors.h"
+#include "softmax_pixels.h"
 #include "softmax_cells.h"
 #include "softmax_cells_argmax.h"
 #include "softmax_cells_forward.h"
@@ -49,9 +49,14 @@ void backward(const Problem<Stat>& problem, const Tile& tile, const Workspace<St
     }
   if (!done)
     for_groups(problem, tile, workspace, finish_until, [&](const auto& group) {
-      backward_group(problem, tile, workspace, gradients, group);
+      gradients_of_group(problem, tile, workspace, gradients, group);
+      if (problem.upsampled)
+        add_gradients_of_group(problem, tile, workspace, group);
+      else
+        output.write_group(output, tile.image, group.y, {group.x, group.x + group.count},
+                           workspace);
     });
-  finish_until(std::min(tile.rows.end + 1, problem.layout.height));
+  if (problem.upsampled) finish_until(std::min(tile.rows.end + 1, problem.layout.height));
 }
 
 template <class Stat>
@@ -66,10 +71,10 @@ void argmax(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat
       problem, tile, workspace, [](int64_t) {},
       [&](const auto& group) {
         int32_t classes[GROUP];
-        upsample_classes(problem, workspace, group);
+        logits_of_group(problem, tile, workspace, group);
         largest_of_group(problem, workspace, group, classes);
         for (int64_t t = 0; t < group.count; ++t)
-          image[group.y * problem.columns.size + group.x[t]] = classes[t];
+          image[group.y * problem.columns.size + group.x + t] = classes[t];
       });
 }
 
@@ -80,7 +85,7 @@ Kernels<Stat> kernels() {
 
 template <class T>
 Rows<T> rows() {
-  return {pack_row<T>, finish_row<T>};
+  return {pack_row<T>, read_group<T>, finish_row<T>, write_group<T>};
 }
 
 template <class Label>

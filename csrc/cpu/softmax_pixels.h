@@ -14,35 +14,73 @@ ALWAYS_INLINE Position<Stat> position(const Axis<Stat>& axis, int64_t i) {
   return {lower, std::min(lower + 1, axis.source - 1), axis.weight[i]};
 }
 
-// Up to GROUP labels of one row, in order, their classes and the logits around them.
+template <class Stat>
+using MaskOf = decltype(VecOf<Stat>{} < VecOf<Stat>{});
+
+template <class Stat>
+using Indices = Vector<int32_t, LANES<Stat>>;
+
+// At most GROUP neighbouring labels of one row.
 template <class Stat>
 struct Group {
-  int64_t y, count = 0;
+  int64_t y, x, count;  // row, first column, number
   Position<Stat> row;
-  bool same;  // each label is one logit, and these are adjacent
-  int64_t x[GROUP];
-  int32_t classes[GROUP], lower[GROUP], upper[GROUP];  // packed columns
-  Stat weight[GROUP];
+  int32_t classes[GROUP];  // -1 from `count` on
 
-  void add(const Axis<Stat>& columns, const Tile& tile, int64_t label, int32_t of_class) {
-    const auto at = position(columns, label);
-    x[count] = label;
-    classes[count] = of_class;
-    lower[count] = static_cast<int32_t>(at.lower - tile.columns.begin + 1);
-    upper[count] = static_cast<int32_t>(at.upper - tile.columns.begin + 1);
-    weight[count++] = at.weight;
+  ALWAYS_INLINE Indices<Stat> classes_at(int64_t t) const {
+    Indices<Stat> k;
+    std::memcpy(&k, classes + t, sizeof k);
+    return k;
   }
-
-  void fill_up() {  // so that whole vectors can be read beyond the last label
-    for (int64_t t = count; t % LANES<Stat>; ++t) {
-      lower[t] = upper[t] = lower[0];
-      classes[t] = -1;
-      weight[t] = 0;
-    }
+  ALWAYS_INLINE MaskOf<Stat> is_valid(int64_t t) const {
+    return __builtin_convertvector(classes_at(t) >= 0, MaskOf<Stat>);
   }
-  int64_t first() const { return lower[0]; }
-  int64_t last() const { return upper[count - 1]; }
+  ALWAYS_INLINE MaskOf<Stat> is_of_class(int64_t t, int32_t k) const {
+    return __builtin_convertvector(classes_at(t) == k, MaskOf<Stat>);
+  }
+  // A bit for each pixel t whose class and t fulfil the condition.
+  template <class Condition>
+  ALWAYS_INLINE uint64_t pixels(Condition condition) const {
+    uint64_t bits = 0;
+    for (int64_t t = 0; t < count; t += LANES<float>)
+      bits |= uint64_t{lanes_of(condition(load_ints(classes + t), t))} << t;
+    return bits;
+  }
+  // Adds the values of the pixels of class k, in double.
+  ALWAYS_INLINE double sum_of_class(int32_t k, const Stat* values) const {
+    Vector<double, LANES<double>> total = {};
+    for (int64_t t = 0; t < count; t += LANES<Stat>)
+      total += widen(fold(is_of_class(t, k) ? Simd<Stat>::load(values + t) : VecOf<Stat>{}));
+    return sum_of_lanes(total);
+  }
 };
+
+// Calls visit(group) for columns of a row of labels, counted from the tile's first one.
+template <class Stat, class Visit>
+ALWAYS_INLINE void for_groups_of_row(const Problem<Stat>& problem, const Tile& tile,
+                                     const Workspace<Stat>& workspace, int64_t row,
+                                     const int32_t* classes, Range columns, Visit visit) {
+  Group<Stat> group;
+  group.y = row;
+  group.row = position(problem.rows, row);
+  for (int64_t x = columns.begin; x < columns.end; x += workspace.group) {
+    group.x = tile.label_columns.begin + x;
+    group.count = std::min(workspace.group, columns.end - x);
+    std::memcpy(group.classes, classes + x, group.count * sizeof(int32_t));
+    for (int64_t t = group.count; t < GROUP; ++t) group.classes[t] = -1;
+    visit(group);
+  }
+}
+
+// table[index]; 0 where index is negative.
+template <class Stat>
+ALWAYS_INLINE VecOf<Stat> pick(const Stat* table, Indices<Stat> index) {
+  if constexpr (std::is_same_v<Stat, float>) return gather(table, index, 0.0f);
+  VecOf<Stat> result = {};
+  for (int i = 0; i < LANES<Stat>; ++i)
+    if (index[i] >= 0) result[i] = table[index[i]];
+  return result;
+}
 
 // (1 - weight) * low + weight * high; with weight 0, high is not used.
 template <class Vec>
@@ -52,43 +90,46 @@ ALWAYS_INLINE Vec blend(Vec low, Vec high, Vec weight) {
 
 // The upsampled values of two packed lines at the group's pixels. line: scratch.
 template <class Stat>
-ALWAYS_INLINE void upsample(const Group<Stat>& group, const Stat* low, const Stat* high, Stat* line,
-                            int64_t pixels, Stat* out) {
+ALWAYS_INLINE void upsample(const Problem<Stat>& problem, const Tile& tile,
+                            const Group<Stat>& group, const Stat* low, const Stat* high, Stat* line,
+                            Stat* out) {
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
+  const Axis<Stat>& columns = problem.columns;
+  const auto packed = [&](int64_t t) INLINE_LAMBDA {
+    return position(columns, group.x + t).lower - (tile.columns.begin - 1);
+  };
   const Stat* between = low;
   if (group.row.weight != 0) {
-    for (int64_t j = group.first(); j <= group.last(); j += L)
+    for (int64_t j = packed(0); j <= packed(group.count - 1) + 1; j += L)
       V::store(line + j, blend(V::load(low + j), V::load(high + j), Vec{} + group.row.weight));
     between = line;
   }
-  for (int64_t t = 0; t < pixels; t += L) {
-    if (group.same) {
-      V::store(out + t, V::load(between + group.first() + t));
+  for (int64_t t = 0; t < group.count; t += L) {
+    if (!columns.lower) {
+      V::store(out + t, V::load(between + packed(t)));
       continue;
     }
-    Vec left, right;
-    for (int i = 0; i < L; ++i) {
-      left[i] = between[group.lower[t + i]];
-      right[i] = between[group.upper[t + i]];
-    }
-    V::store(out + t, blend(left, right, V::load(group.weight + t)));
+    const int64_t count = std::min<int64_t>(L, group.count - t);
+    Indices<Stat> left = {};
+    std::memcpy(&left, columns.lower + group.x + t, count * sizeof(int32_t));
+    left -= static_cast<int32_t>(tile.columns.begin - 1);
+    const Vec weight = V::load(columns.weight + group.x + t, count);
+    V::store(out + t, blend(pick(between, left), pick(between + 1, left), weight));
   }
 }
 
+// The logits of the group's pixels: workspace.upsampled.
 template <class Stat>
-ALWAYS_INLINE int64_t round_up_to_lanes(int64_t n) {
-  return (n + LANES<Stat> - 1) / LANES<Stat> * LANES<Stat>;
-}
-
-template <class Stat>
-ALWAYS_INLINE void upsample_classes(const Problem<Stat>& problem, const Workspace<Stat>& workspace,
-                                    const Group<Stat>& group) {
-  const int64_t pixels = round_up_to_lanes<Stat>(group.count);
+ALWAYS_INLINE void logits_of_group(const Problem<Stat>& problem, const Tile& tile,
+                                   const Workspace<Stat>& workspace, const Group<Stat>& group) {
+  if (!problem.upsampled)
+    return problem.read_group(problem, tile.image, group.y, {group.x, group.x + group.count},
+                              workspace);
   for (int64_t k = 0; k < problem.layout.dim; ++k)
-    upsample(group, workspace.packed[group.row.lower & 1] + k * workspace.stride,
-             workspace.packed[group.row.upper & 1] + k * workspace.stride, workspace.line, pixels,
+    upsample(problem, tile, group, workspace.packed[group.row.lower & 1] + k * workspace.stride,
+             workspace.packed[group.row.upper & 1] + k * workspace.stride, workspace.line,
              workspace.upsampled + k * workspace.group);
 }
 
@@ -97,7 +138,7 @@ template <class Stat>
 ALWAYS_INLINE void largest_of_group(const Problem<Stat>& problem, const Workspace<Stat>& workspace,
                                     const Group<Stat>& group, int32_t* classes) {
   using Vec = VecOf<Stat>;
-  using Index = decltype(Vec{} < Vec{});
+  using Index = MaskOf<Stat>;
   for (int64_t t = 0; t < group.count; t += LANES<Stat>) {
     Vec largest = Simd<Stat>::load(workspace.upsampled + t);
     Index index = {};
@@ -107,26 +148,30 @@ ALWAYS_INLINE void largest_of_group(const Problem<Stat>& problem, const Workspac
       largest = larger ? z : largest;
       index = larger ? Index{} + static_cast<std::remove_cvref_t<decltype(index[0])>>(k) : index;
     }
-    for (int i = 0; i < LANES<Stat>; ++i) classes[t + i] = static_cast<int32_t>(index[i]);
+    const auto narrow = __builtin_convertvector(index, Indices<Stat>);
+    std::memcpy(classes + t, &narrow, sizeof narrow);
   }
 }
 
 // log x for x of at least 0, also if x is not finite.
 template <class Vec>
 ALWAYS_INLINE Vec log_of_sum(Vec x) {
-  if constexpr (std::is_same_v<Vec, VecOf<float>>) {
-    bool normal = true;
-    for (int i = 0; i < LANES<float>; ++i) normal = normal & (x[i] >= 1e-37f) & (x[i] <= 3e38f);
-    if (normal) return log(x);
-  }
+  if constexpr (std::is_same_v<Vec, VecOf<float>>)
+    if (!any(~((x >= 1e-37f) & (x <= 3e38f)))) return log(x);
   for (size_t lane = 0; lane < sizeof x / sizeof x[0]; ++lane) x[lane] = std::log(x[lane]);
   return x;
 }
 
-// One vector of pixels, z at [k * stride]: returns their lse, and with PROBABILITIES z becomes p.
-// As torch's logsumexp and softmax if values are not finite.
-template <class Stat, bool PROBABILITIES>
-ALWAYS_INLINE VecOf<Stat> normalize(Stat* z, int64_t num_classes, int64_t stride) {
+// The sum of e^(z - largest) over the classes of each pixel. If values are not finite, results are
+// as those of torch's logsumexp and softmax.
+template <class Stat>
+struct SumOfPowers {
+  VecOf<Stat> largest, total;
+};
+
+// For one vector of pixels, z at [k * stride]; with STORED, z becomes e^(z - largest).
+template <class Stat, bool STORED>
+ALWAYS_INLINE SumOfPowers<Stat> sum_of_powers(Stat* z, int64_t num_classes, int64_t stride) {
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   Vec largest = V::load(z);
@@ -137,21 +182,33 @@ ALWAYS_INLINE VecOf<Stat> normalize(Stat* z, int64_t num_classes, int64_t stride
     Vec sum = {};  // sums of few terms, to keep rounding errors small
     for (int64_t k = first; k < std::min<int64_t>(first + 128, num_classes); ++k) {
       const Vec e = exp<Stat>(V::load(z + k * stride) - largest);
-      if (PROBABILITIES) V::store(z + k * stride, e);
+      if (STORED) V::store(z + k * stride, e);
       sum += e;
     }
     total += sum;
   }
-  if (PROBABILITIES)
-    for (int64_t k = 0; k < num_classes; ++k)
-      V::store(z + k * stride, V::load(z + k * stride) * (1 / total));
-  return largest + log_of_sum(total);
+  return {largest, total};
 }
 
 template <class Stat>
-ALWAYS_INLINE Stat value(const Map<Stat>& map, int64_t image, int64_t y, int64_t x) {
-  if (!map.data) return 0;
-  return map.data[image * map.stride_b + y * map.stride_h + x * map.stride_w];
+ALWAYS_INLINE void scale(Stat* values, int64_t num_classes, int64_t stride, VecOf<Stat> factor) {
+  using V = Simd<Stat>;
+  for (int64_t k = 0; k < num_classes; ++k)
+    V::store(values + k * stride, V::load(values + k * stride) * factor);
+}
+
+// A map's values at one vector of the group's pixels; 0 if there is no map.
+template <class Stat>
+ALWAYS_INLINE VecOf<Stat> load_map(const Map<Stat>& map, const Tile& tile, const Group<Stat>& group,
+                                   int64_t t) {
+  VecOf<Stat> values = {};
+  if (!map.data) return values;
+  const Stat* data =
+      map.data + tile.image * map.stride_b + group.y * map.stride_h + (group.x + t) * map.stride_w;
+  const int64_t count = std::min<int64_t>(LANES<Stat>, group.count - t);
+  if (map.stride_w == 1) return Simd<Stat>::load(data, count);
+  for (int64_t i = 0; i < count; ++i) values[i] = data[i * map.stride_w];
+  return values;
 }
 
 // Adds a group to the sums and writes its maps.
@@ -163,46 +220,62 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   constexpr int L = LANES<Stat>;
   const int64_t num_classes = problem.layout.dim;
   const bool with_probabilities = sums.masses || sums.squares;
-  const int64_t line = (tile.image * problem.rows.size + group.y) * problem.columns.size;
-  Stat shift[GROUP], own[GROUP] = {}, lse[GROUP], overlap[GROUP];
-  int32_t predicted[GROUP];
-  upsample_classes(problem, workspace, group);
-  upsample(group, workspace.shifts[group.row.lower & 1], workspace.shifts[group.row.upper & 1],
-           workspace.line, round_up_to_lanes<Stat>(group.count), shift);
-  if (sums.hits) largest_of_group(problem, workspace, group, predicted);
-  for (int64_t t = 0; t < group.count; ++t)
-    if (group.classes[t] >= 0) own[t] = workspace.upsampled[group.classes[t] * workspace.group + t];
+  const int64_t first = (tile.image * problem.rows.size + group.y) * problem.columns.size + group.x;
+  Stat shift[GROUP] = {}, losses[GROUP], overlaps[GROUP];
+  uint64_t hits = 0;
+  logits_of_group(problem, tile, workspace, group);
+  if (problem.upsampled && maps.lse)
+    upsample(problem, tile, group, workspace.shifts[group.row.lower & 1],
+             workspace.shifts[group.row.upper & 1], workspace.line, shift);
+  if (sums.hits) {
+    int32_t predicted[GROUP];
+    largest_of_group(problem, workspace, group, predicted);
+    hits = group.pixels([&](Ints k, int64_t t)
+                            INLINE_LAMBDA { return k == load_ints(predicted + t); });
+  }
+  Indices<Stat> lanes = {};
+  for (int i = 0; i < L; ++i) lanes[i] = i;
   for (int64_t t = 0; t < group.count; t += L) {
-    const auto of_pixels = with_probabilities ? normalize<Stat, true> : normalize<Stat, false>;
-    V::store(lse + t, of_pixels(workspace.upsampled + t, num_classes, workspace.group));
+    Stat* const z = workspace.upsampled + t;
+    const Indices<Stat> at = group.classes_at(t) * static_cast<int32_t>(workspace.group) + lanes;
+    const MaskOf<Stat> is_valid = group.is_valid(t);
+    const int64_t count = std::min<int64_t>(L, group.count - t);
+    const Vec own = pick<Stat>(z, at);
+    const SumOfPowers<Stat> sum = with_probabilities
+                                      ? sum_of_powers<Stat, true>(z, num_classes, workspace.group)
+                                      : sum_of_powers<Stat, false>(z, num_classes, workspace.group);
+    if (with_probabilities) scale(z, num_classes, workspace.group, 1 / sum.total);
+    const Vec log_total = log_of_sum(sum.total);
+    const Vec loss = is_valid ? not_below_0(log_total - (own - sum.largest)) : Vec{};
+    V::store(losses + t, loss);
+    if (sums.overlaps) V::store(overlaps + t, exp<Stat>(-loss));
+    if (maps.pixel_losses) V::store(maps.pixel_losses + first + t, loss, count);
+    if (maps.lse) {
+      const Vec lse = log_total + (sum.largest + V::load(shift + t));
+      V::store(maps.lse + first + t, is_valid ? lse : Vec{}, count);
+    }
   }
-  for (int64_t t = 0; t < group.count; t += L)
-    V::store(overlap + t, sums.overlaps ? exp<Stat>(V::load(own + t) - V::load(lse + t)) : Vec{});
-  for (int64_t t = 0; t < group.count; ++t) {
-    const int64_t k = group.classes[t];
-    const Stat loss = k < 0 ? 0 : not_below_0(lse[t] - own[t]);
-    if (maps.pixel_losses) maps.pixel_losses[line + group.x[t]] = loss;
-    if (maps.lse) maps.lse[line + group.x[t]] = k < 0 ? 0 : lse[t] + shift[t];
-    if (k < 0) continue;
-    sums.losses[k] += loss;
-    ++sums.counts[k];
-    if (sums.hits) sums.hits[k] += predicted[t] == k;
-    if (sums.overlaps) sums.overlaps[k] += overlap[t];
+  uint64_t rest = group.pixels([&](Ints k, int64_t) INLINE_LAMBDA { return k >= 0; });
+  while (rest) {
+    const int32_t k = group.classes[__builtin_ctzll(rest)];
+    const uint64_t own =
+        group.pixels([k](Ints classes, int64_t) INLINE_LAMBDA { return classes == k; });
+    rest &= ~own;
+    sums.counts[k] += __builtin_popcountll(own);
+    if (sums.hits) sums.hits[k] += __builtin_popcountll(own & hits);
+    sums.losses[k] += group.sum_of_class(k, losses);
+    if (sums.overlaps) sums.overlaps[k] += group.sum_of_class(k, overlaps);
   }
-  if (!with_probabilities) return;
-  Stat valid[GROUP] = {};  // 1 or 0
-  for (int64_t t = 0; t < group.count; ++t) valid[t] = group.classes[t] >= 0;
-  for (int64_t k = 0; k < num_classes; ++k) {
-    Vec mass = {}, square = {};
+  for (int64_t k = 0; with_probabilities && k < num_classes; ++k) {
+    Vector<double, LANES<double>> mass = {}, square = {};
     for (int64_t t = 0; t < group.count; t += L) {
       const Vec p = V::load(workspace.upsampled + k * workspace.group + t);
-      mass += V::load(valid + t) != 0 ? p : Vec{};
-      square += V::load(valid + t) != 0 ? p * p : Vec{};
+      const Vec valid = group.is_valid(t) ? p : Vec{};
+      mass += widen(fold(valid));
+      square += widen(fold(valid * valid));
     }
-    for (int lane = 0; lane < L; ++lane) {
-      if (sums.masses) sums.masses[k] += mass[lane];
-      if (sums.squares) sums.squares[k] += square[lane];
-    }
+    if (sums.masses) sums.masses[k] += sum_of_lanes(mass);
+    if (sums.squares) sums.squares[k] += sum_of_lanes(square);
   }
 }
 
@@ -214,75 +287,73 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
-  const int64_t num_classes = problem.layout.dim;
-  const int32_t* classes = group.classes;
+  const int64_t num_classes = problem.layout.dim, stride = workspace.group;
   const int64_t of_image = tile.image * gradients.stride_b;
-  const auto by_class = [&](const Stat* of_class, int64_t k)
-                            INLINE_LAMBDA { return of_class ? of_class[of_image + k] : Stat(0); };
-  Stat own_gradient[GROUP] = {}, factor[GROUP] = {};
-  Stat valid[GROUP] = {};  // 1 or 0
-  upsample_classes(problem, workspace, group);
-  for (int64_t t = 0; t < group.count; ++t) {
-    const int64_t k = classes[t], x = group.x[t];
-    if (k < 0) continue;
-    valid[t] = 1;
-    own_gradient[t] =
-        by_class(gradients.dlosses, k) + value(gradients.dpixel_losses, tile.image, group.y, x);
-    factor[t] = own_gradient[t] + value(gradients.dlse, tile.image, group.y, x);
-  }
-
+  const auto own_class = [&](const Stat* by_class, Indices<Stat> k) INLINE_LAMBDA {
+    return by_class ? pick(by_class + of_image, k) : Vec{};
+  };
   const bool with_u = gradients.dmasses || gradients.dsquares;
   const auto u = [&](Vec p, int64_t k) INLINE_LAMBDA {
-    return by_class(gradients.dmasses, k) + 2 * p * by_class(gradients.dsquares, k);
+    const Stat dmass = gradients.dmasses ? gradients.dmasses[of_image + k] : 0;
+    const Stat dsquare = gradients.dsquares ? gradients.dsquares[of_image + k] : 0;
+    return dmass + 2 * p * dsquare;
   };
+  Indices<Stat> lanes = {};
+  for (int i = 0; i < L; ++i) lanes[i] = i;
+  Stat own_gradient[GROUP];
+  logits_of_group(problem, tile, workspace, group);
 
   // dz = p * (factor + u - total) - own_gradient at the true class, total = sum of p * u
   for (int64_t t = 0; t < group.count; t += L) {
-    const Vec is_valid = V::load(valid + t);
-    normalize<Stat, true>(workspace.upsampled + t, num_classes, workspace.group);
-    Vec total = {};
+    Stat* const z = workspace.upsampled + t;
+    const Indices<Stat> classes = group.classes_at(t);
+    Vec own =
+        own_class(gradients.dlosses, classes) + load_map(gradients.dpixel_losses, tile, group, t);
+    Vec rest = own + load_map(gradients.dlse, tile, group, t);
+    Vec unit = 1 / sum_of_powers<Stat, true>(z, num_classes, stride).total;
+    if (with_u) {
+      scale(z, num_classes, stride, unit);
+      unit = Vec{} + 1;
+    }
     for (int64_t k = 0; with_u && k < num_classes; ++k) {
-      const Vec p = V::load(workspace.upsampled + k * workspace.group + t);
-      total += p * u(p, k);
+      const Vec p = V::load(z + k * stride);
+      rest -= p * u(p, k);
     }
-    for (int i = 0; gradients.doverlaps && i < std::min<int64_t>(L, group.count - t); ++i) {
-      if (classes[t + i] < 0) continue;
-      const Stat of_own = workspace.upsampled[classes[t + i] * workspace.group + t + i] *
-                          by_class(gradients.doverlaps, classes[t + i]);
-      total[i] += of_own;
-      own_gradient[t + i] -= of_own;
+    if (gradients.doverlaps) {
+      const Vec p = unit * pick<Stat>(z, classes * static_cast<int32_t>(stride) + lanes);
+      const Vec of_overlap = p * own_class(gradients.doverlaps, classes);
+      rest -= of_overlap;
+      own -= of_overlap;
     }
-    const Vec rest = V::load(factor + t) - total;
+    V::store(own_gradient + t, own);
+    rest *= unit;
+    const MaskOf<Stat> is_valid = group.is_valid(t);
     for (int64_t k = 0; k < num_classes; ++k) {
-      Stat* z = workspace.upsampled + k * workspace.group + t;
-      const Vec p = V::load(z);
-      V::store(z, is_valid != 0 ? p * (with_u ? rest + u(p, k) : rest) : Vec{});
+      const Vec p = V::load(z + k * stride);
+      V::store(z + k * stride, is_valid ? p * (with_u ? rest + u(p, k) : rest) : Vec{});
     }
   }
   for (int64_t t = 0; t < group.count; ++t)
-    if (classes[t] >= 0) workspace.upsampled[classes[t] * workspace.group + t] -= own_gradient[t];
+    if (group.classes[t] >= 0)
+      workspace.upsampled[group.classes[t] * stride + t] -= own_gradient[t];
 }
 
-// Adds the gradients of the logits that a group reads.
+// Adds the gradients of the logits that a group reads, by the transpose of the upsampling.
 template <class Stat>
-void backward_group(const Problem<Stat>& problem, const Tile& tile,
-                    const Workspace<Stat>& workspace, const Gradients<Stat>& gradients,
-                    const Group<Stat>& group) {
-  const int64_t stride = workspace.stride, first = group.first(), last = group.last();
+void add_gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
+                            const Workspace<Stat>& workspace, const Group<Stat>& group) {
+  const int64_t stride = workspace.stride, offset = tile.columns.begin - 1;
+  const int64_t first = position(problem.columns, group.x).lower - offset;
+  const int64_t last = position(problem.columns, group.x + group.count - 1).upper - offset;
   const Position<Stat>& row = group.row;
-  gradients_of_group(problem, tile, workspace, gradients, group);
   for (int64_t k = 0; k < problem.layout.dim; ++k) {
     const Stat* dz = workspace.upsampled + k * workspace.group;
-    if (group.same && row.weight == 0) {
-      Stat* gradients = workspace.gradients[row.lower & 1] + k * stride + first;
-      for (int64_t t = 0; t < group.count; ++t) gradients[t] += dz[t];
-      continue;
-    }
     Stat* line = workspace.line;
     for (int64_t j = first; j <= last; ++j) line[j] = 0;
     for (int64_t t = 0; t < group.count; ++t) {
-      line[group.lower[t]] += (1 - group.weight[t]) * dz[t];
-      if (group.weight[t] != 0) line[group.upper[t]] += group.weight[t] * dz[t];
+      const auto at = position(problem.columns, group.x + t);
+      line[at.lower - offset] += (1 - at.weight) * dz[t];
+      if (at.weight != 0) line[at.upper - offset] += at.weight * dz[t];
     }
     Stat* low = workspace.gradients[row.lower & 1] + k * stride;
     Stat* high = workspace.gradients[row.upper & 1] + k * stride;
@@ -292,28 +363,24 @@ void backward_group(const Problem<Stat>& problem, const Tile& tile,
   }
 }
 
-// Calls visit(group) for the labels of a tile, pixel by pixel, with packed logits. For each row of
-// labels it first calls begin(the first row of logits that is still read).
+// Calls visit(group) for the labels of a tile, pixel by pixel, with packed logits if they are
+// upsampled. For each row of labels it then first calls begin(the first row of logits that is still
+// read).
 template <class Stat, class Begin, class Visit>
 ALWAYS_INLINE void for_groups(const Problem<Stat>& problem, const Tile& tile,
                               const Workspace<Stat>& workspace, Begin begin, Visit visit) {
   PackedRows<Stat> rows;
-  Group<Stat> group;
-  group.same = !problem.columns.lower;
   const Range& columns = tile.label_columns;
-  for (group.y = tile.label_rows.begin; group.y < tile.label_rows.end; ++group.y) {
-    group.row = position(problem.rows, group.y);
-    begin(group.row.lower);
-    rows.need(problem, tile, group.row.lower, workspace);
-    rows.need(problem, tile, group.row.upper, workspace);
-    if (problem.labels.read)
-      problem.labels.read(problem.labels, tile.image, group.y, columns, workspace.classes);
-    for (int64_t x = columns.begin; x < columns.end;) {
-      group.count = 0;
-      for (; group.count < workspace.group && x < columns.end; ++x)
-        group.add(problem.columns, tile, x, workspace.classes[x - columns.begin]);
-      group.fill_up();
-      visit(group);
+  for (int64_t y = tile.label_rows.begin; y < tile.label_rows.end; ++y) {
+    if (problem.upsampled) {
+      const Position<Stat> row = position(problem.rows, y);
+      begin(row.lower);
+      rows.need(problem, tile, row.lower, workspace);
+      rows.need(problem, tile, row.upper, workspace);
     }
+    if (problem.labels.read)
+      problem.labels.read(problem.labels, tile.image, y, columns, workspace.classes);
+    for_groups_of_row(problem, tile, workspace, y, workspace.classes,
+                      {0, columns.end - columns.begin}, visit);
   }
 }

@@ -2,7 +2,8 @@
 // this code depends on strides, dtypes and layouts.
 //
 // A packed row contains, for each class, the tile's columns minus the largest logit of their
-// position, the shift. The first and the last column are copied once more at the sides.
+// position, the shift. The first and the last column are copied once more at the sides. Logits of
+// the labels' size are not packed, but read and written in groups of pixels.
 
 template <class Stat>
 using VecOf = typename Simd<Stat>::Vec;
@@ -88,13 +89,87 @@ void read_labels(const Labels& labels, int64_t image, int64_t row, Range columns
     for (int64_t i = 0; i < count; ++i) read(i, i * stride);
 }
 
+// Calls put(k, j, vector) for logits of neighbouring columns, beginning with `source`: those of
+// class k in columns j to j + LANES - 1, arbitrary ones after the last column.
+template <class T, class Put>
+ALWAYS_INLINE void read_columns(const T* source, const Layout& layout, int64_t columns, Put put) {
+  using V = Simd<T>;
+  using Vec = VecOf<StatOf<T>>;
+  constexpr int L = V::LANES;
+  if (layout.stride_w == 1 || columns == 1) {
+    for (int64_t k = 0; k < layout.dim; ++k)
+      for (int64_t j = 0; j < columns; j += L)
+        put(k, j, V::load(source + k * layout.stride_d + j, std::min<int64_t>(L, columns - j)));
+    return;
+  }
+  for (int64_t j = 0; j < columns; j += L)
+    for (int64_t k = 0; k < layout.dim; k += L) {
+      const int64_t classes = std::min<int64_t>(L, layout.dim - k);
+      Vec square[L] = {};
+      for (int64_t p = 0; p < std::min<int64_t>(L, columns - j); ++p) {
+        const T* of_pixel = source + (j + p) * layout.stride_w + k * layout.stride_d;
+        if (layout.stride_d == 1) {
+          square[p] = V::load(of_pixel, classes);
+        } else {
+          T gathered[L] = {};
+          for (int64_t c = 0; c < classes; ++c) gathered[c] = of_pixel[c * layout.stride_d];
+          square[p] = V::load(gathered);
+        }
+      }
+      V::transpose(square);
+      for (int64_t c = 0; c < classes; ++c) put(k + c, j, square[c]);
+    }
+}
+
+// Writes neighbouring columns of dlogits, beginning with `target`: column j of class k is
+// source[k * stride + j], where whole vectors can be read.
+template <class T>
+ALWAYS_INLINE void write_columns(T* target, const Layout& layout, int64_t columns,
+                                 const StatOf<T>* source, int64_t stride) {
+  using V = Simd<T>;
+  using Vec = VecOf<StatOf<T>>;
+  constexpr int L = V::LANES;
+  const auto read = [&](int64_t k, int64_t j)
+                        INLINE_LAMBDA { return Simd<StatOf<T>>::load(source + k * stride + j); };
+  if (layout.stride_w == 1 || columns == 1) {
+    for (int64_t k = 0; k < layout.dim; ++k)
+      for (int64_t j = 0; j < columns; j += L)
+        V::store(target + k * layout.stride_d + j, read(k, j), std::min<int64_t>(L, columns - j));
+    return;
+  }
+  for (int64_t j = 0; j < columns; j += L)
+    for (int64_t k = 0; k < layout.dim; k += L) {
+      const int64_t classes = std::min<int64_t>(L, layout.dim - k);
+      Vec square[L] = {};
+      for (int64_t c = 0; c < classes; ++c) square[c] = read(k + c, j);
+      V::transpose(square);
+      for (int64_t p = 0; p < std::min<int64_t>(L, columns - j); ++p) {
+        T* of_pixel = target + (j + p) * layout.stride_w + k * layout.stride_d;
+        if (layout.stride_d == 1) {
+          V::store(of_pixel, square[p], classes);
+        } else {
+          T scattered[L];
+          V::store(scattered, square[p]);
+          for (int64_t c = 0; c < classes; ++c) of_pixel[c * layout.stride_d] = scattered[c];
+        }
+      }
+    }
+}
+
+// The first logit of a row's columns from `column` on.
+template <class T, class Element>
+ALWAYS_INLINE T* logit_at(Element* logits, const Layout& layout, int64_t image, int64_t row,
+                          int64_t column) {
+  return static_cast<T*>(logits) + image * layout.stride_b + row * layout.stride_h +
+         column * layout.stride_w;
+}
+
 // Column j of packed rows is logit tile.columns.begin - 1 + j. Returns whether all logits are
 // finite or -inf.
 template <class T>
 bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
               const Workspace<StatOf<T>>& workspace) {
   using Stat = StatOf<T>;
-  using V = Simd<T>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
   const Layout& layout = problem.layout;
@@ -103,8 +178,7 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
   const int64_t columns = std::min(tile.columns.end + 1, layout.width) - first;
   const int64_t left = first - (tile.columns.begin - 1);  // 1 if there is a copy at the left
   const bool right = tile.columns.end == layout.width;
-  const T* source = static_cast<const T*>(problem.logits) + tile.image * layout.stride_b +
-                    row * layout.stride_h + first * layout.stride_w;
+  const T* source = logit_at<const T>(problem.logits, layout, tile.image, row, first);
   Stat* packed = workspace.packed[row & 1] + left;
   Stat* shifts = workspace.shifts[row & 1] + left;
   auto below = Vec{} == Vec{};  // not larger than the shift, and not NaN
@@ -115,29 +189,7 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
     Simd<Stat>::store(packed + k * stride + j, x);
     Simd<Stat>::store(shifts + j, maximum(Simd<Stat>::load(shifts + j), x));
   };
-  if (layout.stride_w == 1 || columns == 1) {
-    for (int64_t k = 0; k < layout.dim; ++k)
-      for (int64_t j = 0; j < columns; j += L)
-        put(k, j, V::load(source + k * layout.stride_d + j, std::min<int64_t>(L, columns - j)));
-  } else {
-    for (int64_t j = 0; j < columns; j += L)
-      for (int64_t k = 0; k < layout.dim; k += L) {
-        const int64_t classes = std::min<int64_t>(L, layout.dim - k);
-        Vec square[L] = {};
-        for (int64_t p = 0; p < std::min<int64_t>(L, columns - j); ++p) {
-          const T* of_pixel = source + (j + p) * layout.stride_w + k * layout.stride_d;
-          if (layout.stride_d == 1) {
-            square[p] = V::load(of_pixel, classes);
-          } else {
-            T gathered[L] = {};
-            for (int64_t c = 0; c < classes; ++c) gathered[c] = of_pixel[c * layout.stride_d];
-            square[p] = V::load(gathered);
-          }
-        }
-        Simd<Stat>::transpose(square);
-        for (int64_t c = 0; c < classes; ++c) put(k + c, j, square[c]);
-      }
-  }
+  read_columns(source, layout, columns, put);
   for (int64_t j = 0; j < columns; j += L) {
     const Vec largest = Simd<Stat>::load(shifts + j);
     // a position whose largest logit is not finite is not shifted
@@ -166,15 +218,10 @@ template <class T>
 void finish_row(const Output<StatOf<T>>& output, const Tile& tile, int64_t row,
                 const Workspace<StatOf<T>>& workspace) {
   using Stat = StatOf<T>;
-  using V = Simd<T>;
-  using Vec = VecOf<Stat>;
-  constexpr int L = LANES<Stat>;
   const Layout& dlayout = output.layout;
   const int64_t stride = workspace.stride, num_classes = dlayout.dim;
   Stat* gradients = workspace.gradients[row & 1];
   Stat* source = gradients + 1;
-  T* target = static_cast<T*>(output.dlogits) + tile.image * dlayout.stride_b +
-              row * dlayout.stride_h + tile.columns.begin * dlayout.stride_w;
   const int64_t columns = tile.columns.end - tile.columns.begin;
   if (row >= tile.rows.begin && row < tile.rows.end) {
     for (int64_t k = 0; k < num_classes; ++k) {  // the copies at the sides
@@ -182,33 +229,28 @@ void finish_row(const Output<StatOf<T>>& output, const Tile& tile, int64_t row,
       if (tile.columns.begin == 0) line[0] += line[-1];
       if (tile.columns.end == dlayout.width) line[columns - 1] += line[columns];
     }
-    if (dlayout.stride_w == 1 || columns == 1) {
-      for (int64_t k = 0; k < num_classes; ++k)
-        for (int64_t j = 0; j < columns; j += L)
-          V::store(target + k * dlayout.stride_d + j, Simd<Stat>::load(source + k * stride + j),
-                   std::min<int64_t>(L, columns - j));
-    } else {
-      for (int64_t j = 0; j < columns; j += L)
-        for (int64_t k = 0; k < num_classes; k += L) {
-          const int64_t classes = std::min<int64_t>(L, num_classes - k);
-          Vec square[L] = {};
-          for (int64_t c = 0; c < classes; ++c)
-            square[c] = Simd<Stat>::load(source + (k + c) * stride + j);
-          Simd<Stat>::transpose(square);
-          for (int64_t p = 0; p < std::min<int64_t>(L, columns - j); ++p) {
-            T* of_pixel = target + (j + p) * dlayout.stride_w + k * dlayout.stride_d;
-            if (dlayout.stride_d == 1) {
-              V::store(of_pixel, square[p], classes);
-            } else {
-              T scattered[L];
-              V::store(scattered, square[p]);
-              for (int64_t c = 0; c < classes; ++c) of_pixel[c * dlayout.stride_d] = scattered[c];
-            }
-          }
-        }
-    }
+    write_columns(logit_at<T>(output.dlogits, dlayout, tile.image, row, tile.columns.begin),
+                  dlayout, columns, source, stride);
   }
   std::memset(gradients, 0, num_classes * stride * sizeof(Stat));
+}
+
+template <class T>
+void read_group(const Problem<StatOf<T>>& problem, int64_t image, int64_t row, Range columns,
+                const Workspace<StatOf<T>>& workspace) {
+  using Stat = StatOf<T>;
+  read_columns(logit_at<const T>(problem.logits, problem.layout, image, row, columns.begin),
+               problem.layout, columns.end - columns.begin,
+               [&](int64_t k, int64_t j, VecOf<Stat> x) INLINE_LAMBDA {
+                 Simd<Stat>::store(workspace.upsampled + k * workspace.group + j, x);
+               });
+}
+
+template <class T>
+void write_group(const Output<StatOf<T>>& output, int64_t image, int64_t row, Range columns,
+                 const Workspace<StatOf<T>>& workspace) {
+  write_columns(logit_at<T>(output.dlogits, output.layout, image, row, columns.begin),
+                output.layout, columns.end - columns.begin, workspace.upsampled, workspace.group);
 }
 
 // The packed rows of logits: an even one and an odd one.

@@ -75,15 +75,19 @@ class Tiles {
     chunks_ = ceil_div(layout.width, columns);
   }
 
+  bool upsampled() const { return rows_.axis().lower || columns_.axis().lower; }
   bool by_cells() const { return rows_.cells().begin && columns_.cells().begin; }
   int64_t most_of_cell() const { return columns_.cells().most; }
 
   template <class T>
   Problem<Stat> problem(const Tensor& logits, const Labels& labels) const {
+    const Rows<T> rows = best_rows<T>();
     return {layout_,
             logits.const_data_ptr<T>(),
             sizeof(T),
-            best_rows<T>().pack_row,
+            rows.pack_row,
+            rows.read_group,
+            upsampled(),
             rows_.axis(),
             columns_.axis(),
             by_cells() ? rows_.cells() : Cells{},
@@ -96,6 +100,7 @@ class Tiles {
 
   // backward: with all labels that read the tile's logits
   Tile tile(int64_t i, bool backward) const {
+    backward = backward && upsampled();
     const int64_t strip = i / chunks_ % strips_, chunk = i % chunks_;
     const auto column = [&](int64_t c) {
       return std::min(ceil_div(layout_.width, 16) * c / chunks_ * 16, layout_.width);
@@ -141,14 +146,14 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
                           2 * workspace.lanes + 2 * factors;
     // not initialised, so pages that a small tile does not need are never touched
     const std::unique_ptr<Stat[]> memory(new Stat[count]);
-    std::vector<Stat> gradients(backward ? 2 * rows : 0);
+    std::vector<Stat> gradients(backward && tiles.upsampled() ? 2 * rows : 0);
     std::vector<int32_t> classes(ROWS * workspace.label_stride), cell_columns(workspace.lanes);
     Stat* next = memory.get();
     const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
     for (int i = 0; i < 2; ++i) {
       workspace.packed[i] = take(rows);
       workspace.shifts[i] = take(workspace.stride);
-      workspace.gradients[i] = gradients.data() + (backward ? i * rows : 0);
+      workspace.gradients[i] = gradients.empty() ? nullptr : gradients.data() + i * rows;
       workspace.factors[i] = take(factors);
     }
     workspace.line = take(workspace.stride);
