@@ -225,7 +225,7 @@ def _why_not(
             f"it supports at most {CUDA_MAX_KEYS} keys (images × classes × groups), this call has "
             f'{num_keys}: choose "triton" or "auto"'
         )
-    if name in ("cpu", "cuda") and shapes_losses:
+    if name == "cuda" and shapes_losses:
         return (
             "it does not support label smoothing, a focal factor or hard examples: "
             'choose "triton" or "auto"'

@@ -312,6 +312,30 @@ struct CellRow {
             gather(below + 1, at, 0.0f)};
   }
 
+  // The logits of the true classes of a block's pixels [rows][WIDTH][lanes]; any numbers where
+  // there is no class.
+  ALWAYS_INLINE void own_logits(int64_t block, const BlockClasses<WIDTH>& classes,
+                                float* logits) const {
+    const Corners z = own_corners(block, classes.of_cells);
+    const bool finite = z.all_above(-3e38f);
+    for (int64_t j = 0; j < rows; ++j)
+      for (int i = 0; i < WIDTH; ++i)
+        Simd<float>::store(logits + j * PIXELS + i * L,
+                           finite ? z.of_finite(down[j], right(block, i))
+                                  : z.at(Floats{} + down[j], right(block, i)));
+    for (int64_t n = 0; n < classes.count; ++n) {
+      const int32_t t = classes.others[n];
+      logits[t] = logit(block, t, classes.classes[t]);
+    }
+  }
+  // The sum of v_k * -log p_k for a vector of pixels. of_sum: log of the sum of e^z.
+  ALWAYS_INLINE Floats others(const LossesOfImage<float>& losses, int64_t block, int64_t j,
+                              int64_t i, Floats of_sum) const {
+    if (!losses.others) return Floats{};
+    const Corners z = corners(problem.layout.dim, block);
+    return losses.total * of_sum - z.at(Floats{} + down[j], right(block, i));
+  }
+
   // Calls visit(group) for the rows' pixels in one block, or in all blocks (-1).
   template <class Visit>
   void for_pixels(int64_t block, Visit visit) const {

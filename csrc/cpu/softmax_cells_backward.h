@@ -4,6 +4,13 @@
 // logits, of the lower logits, and of both.
 struct WeightedSums {
   Floats all = {}, right = {}, below = {}, right_below = {};
+
+  ALWAYS_INLINE void add_row(Floats of_row, Floats of_right, float down) {
+    all += of_row;
+    right += of_right;
+    below += down * of_row;
+    right_below += down * of_right;
+  }
 };
 
 // The weighted sums of dz = factor(j, i) * e^z. In row j the powers of e are first * r^i. Therefore
@@ -60,30 +67,47 @@ ALWAYS_INLINE WeightedSums sums_by_pixels(const CellRow<WIDTH>& row, const Corne
       of_right += dz * right;
       power *= e.right;
     }
-    sums.all += all;
-    sums.right += of_right;
-    sums.below += row.down[j] * all;
-    sums.right_below += row.down[j] * of_right;
+    sums.add_row(all, of_right, row.down[j]);
     e.next_row();
+  }
+  return sums;
+}
+
+// The weighted sums of factors[2].
+template <int WIDTH>
+WeightedSums sums_of_values(const CellRow<WIDTH>& row, int64_t block) {
+  WeightedSums sums;
+  for (int64_t j = 0; j < row.rows; ++j) {
+    Floats all = {}, of_right = {};
+    for (int i = 0; i < WIDTH; ++i) {
+      const Floats dz = Simd<float>::load(row.factors(2, block, j, i));
+      all += dz;
+      of_right += dz * row.right(block, i);
+    }
+    sums.add_row(all, of_right, row.down[j]);
   }
   return sums;
 }
 
 // gradients += the sum over pixels of weight * dz, with
 // dz = e^z * (factors[0] + factors[1] * (dmasses + 2 * p * dsquares)) and p = factors[1] * e^z.
-// TERMS is 3 with dsquares, otherwise 2 with dmasses, otherwise 1.
+// TERMS is 3 with dsquares, otherwise 2 with dmasses, otherwise 1. With `others`, the gradient of
+// the sum of v_k z_k is added, too: dz = factors[2].
 template <int WIDTH, int TERMS>
-void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float* dsquares) {
+void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float* dsquares,
+                   bool others) {
   using V = Simd<float>;
   constexpr int L = CellRow<WIDTH>::L;
   const Workspace<float>& workspace = row.workspace;
-  for (int64_t k = 0; k < row.problem.layout.dim; ++k) {
+  const int64_t num_classes = row.problem.layout.dim;
+  for (int64_t k = 0; k < num_classes + others; ++k) {
     float* above = workspace.gradients[row.upper & 1] + k * workspace.stride + row.first_column;
     float* below = workspace.gradients[row.lower & 1] + k * workspace.stride + row.first_column;
-    const float dmass = dmasses ? dmasses[k] : 0, dsquare = dsquares ? 2 * dsquares[k] : 0;
+    const bool of_class = k < num_classes;
+    const float dmass = of_class && dmasses ? dmasses[k] : 0;
+    const float dsquare = of_class && dsquares ? 2 * dsquares[k] : 0;
     Floats last_above = {}, last_below = {};
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
-      const Corners z = row.corners(k, block);
       const auto factor = [&](int64_t j, int i) INLINE_LAMBDA {
         const Floats own = V::load(row.factors(0, block, j, i));
         return TERMS > 1 ? own + V::load(row.factors(1, block, j, i)) * dmass : own;
@@ -93,10 +117,15 @@ void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float*
         const Floats p = v * V::load(row.factors(1, block, j, i));
         return v * factor(j, i) + p * p * dsquare;
       };
-      row.fetch_logits(block, k);
-      const bool by_series = TERMS < 3 && z.all_above(FAR);
-      const WeightedSums sums = by_series ? sums_by_series(row, z, block, factor)
-                                          : sums_by_pixels(row, z, block, gradient);
+      WeightedSums sums;
+      if (of_class) {
+        const Corners z = row.corners(k, block);
+        row.fetch_logits(block, k);
+        sums = TERMS < 3 && z.all_above(FAR) ? sums_by_series(row, z, block, factor)
+                                             : sums_by_pixels(row, z, block, gradient);
+      } else {
+        sums = sums_of_values(row, block);
+      }
       const Floats left_below = sums.below - sums.right_below;
       const Floats left_above = sums.all - sums.right - left_below;
       const Floats right_above = sums.right - sums.right_below;
@@ -168,8 +197,8 @@ void subtract_own(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<W
 // would be an error of all p. Then the sums are computed again.
 template <int WIDTH>
 bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
-                      const Gradients<float>& gradients, const float* dmasses,
-                      const float* dsquares, float* own) {
+                      const LossesOfImage<float>& losses, const Gradients<float>& gradients,
+                      const float* dmasses, const float* dsquares, float* own) {
   using V = Simd<float>;
   constexpr int H = CellRow<WIDTH>::HEIGHT, L = CellRow<WIDTH>::L;
   const int64_t of_image = row.tile.image * gradients.stride_b;
@@ -179,6 +208,9 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
   const bool any_valid = any(classes.of_cells >= 0);
   const Corners shifts = row.shifts(block);
   const bool large = shifts.any_beyond(LARGE);
+  const bool plain = losses.shape.plain;
+  const bool needs_loss = gradients.doverlaps || losses.needs_own();
+  if (needs_loss) row.own_logits(block, classes, own);
   Floats powers[H * WIDTH] = {}, totals[H * WIDTH] = {}, squares[H * WIDTH] = {};
   Ints steep = {};
   for (int64_t j = 0; j < row.rows; ++j) {
@@ -199,17 +231,25 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
           large ? log(powers[n]) : lse[i] - shifts.of_finite(row.down[j], row.right(block, i));
       steep |= valid & ~((of_sum >= LOG_STEEP) & (of_sum <= 80.0f));
       const Floats q = exp<float>(-of_sum);
-      Floats of_own = of_class(gradients.dlosses, k) + dpixel_losses[i];
-      Floats rest = of_own + dlse[i];
+      Floats of_own = of_class(gradients.dlosses, k) + dpixel_losses[i], of_others = {};
+      Floats c = {};
+      if (needs_loss) c = not_below_0(of_sum - V::load(own + (j * WIDTH + i) * L));
+      if (!plain) {
+        Floats alpha, beta;
+        losses.derivatives(k, c, row.others(losses, block, j, i, of_sum), alpha, beta);
+        of_others = of_own * beta;
+        of_own *= alpha;
+      }
+      Floats rest = of_own + losses.total * of_others + dlse[i];
       rest -= (totals[n] + 2 * q * squares[n]) * q;
       if (gradients.doverlaps) {
-        const Floats z = row.own_corners(block, k).at(Floats{} + row.down[j], row.right(block, i));
-        const Floats of_overlap = exp<float>(z - of_sum) * of_class(gradients.doverlaps, k);
+        const Floats of_overlap = exp<float>(-c) * of_class(gradients.doverlaps, k);
         rest -= of_overlap;
         of_own -= of_overlap;
       }
       V::store(row.factors(0, block, j, i), valid ? rest * q : Floats{});
       if (dmasses || dsquares) V::store(row.factors(1, block, j, i), valid ? q : Floats{});
+      if (losses.others) V::store(row.factors(2, block, j, i), valid ? -of_others : Floats{});
       V::store(own + (j * WIDTH + i) * L, valid ? of_own : Floats{});
     }
   }
@@ -224,6 +264,7 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
   using V = Simd<float>;
   constexpr int PIXELS = Row::PIXELS;
   Row row(problem, tile, workspace);
+  const LossesOfImage<float> losses(problem.shape, problem.layout.dim, tile.image);
   const int64_t of_image = tile.image * gradients.stride_b;
   const float* dmasses = gradients.dmasses ? gradients.dmasses + of_image : nullptr;
   const float* dsquares = gradients.dsquares ? gradients.dsquares + of_image : nullptr;
@@ -241,7 +282,7 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
       BlockClasses<WIDTH> classes;
       float own[ROWS * PIXELS];
       row.find_classes(block, classes);
-      if (factors_of_block(row, block, classes, gradients, dmasses, dsquares, own)) {
+      if (factors_of_block(row, block, classes, losses, gradients, dmasses, dsquares, own)) {
         subtract_own(row, block, classes, own);
         continue;
       }
@@ -249,12 +290,13 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
         for (int i = 0; i < WIDTH; ++i) {
           V::store(row.factors(0, block, j, i), Floats{});
           V::store(row.factors(1, block, j, i), Floats{});
+          V::store(row.factors(2, block, j, i), Floats{});
         }
       row.for_pixels(block, backward_pixels);
     }
     const auto add = dsquares  ? add_gradients<WIDTH, 3>
                      : dmasses ? add_gradients<WIDTH, 2>
                                : add_gradients<WIDTH, 1>;
-    add(row, dmasses, dsquares);
+    add(row, dmasses, dsquares, losses.others != nullptr);
   }
 }

@@ -45,53 +45,79 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
   }
 }
 
-// Adds a block to the sums and writes its maps. totals: the sums of e^z over the classes. Pixels
-// that have the class of their cell are summed cell by cell, the others one by one.
+// Adds the values of a block's pixels [rows][WIDTH][lanes] to the sums of their classes: pixels
+// that have the class of their cell cell by cell, the others one by one.
+template <int WIDTH, class Sum>
+ALWAYS_INLINE void add_by_class(const CellRow<WIDTH>& row, const BlockClasses<WIDTH>& classes,
+                                const float* values, Sum* sums) {
+  constexpr int L = CellRow<WIDTH>::L;
+  Floats of_cells = {};
+  for (int64_t n = 0; n < row.rows * WIDTH; ++n)
+    of_cells +=
+        classes.of_pixels(n) == classes.of_cells ? Simd<float>::load(values + n * L) : Floats{};
+  for (int lane = 0; lane < L; ++lane)
+    if (const int32_t k = classes.of_cells[lane]; k >= 0)
+      sums[k] += static_cast<Sum>(of_cells[lane]);
+  for (int64_t n = 0; n < classes.count; ++n) {
+    const int32_t t = classes.others[n];
+    sums[classes.classes[t]] += static_cast<Sum>(values[t]);
+  }
+}
+
+// Adds a block to the sums and writes its maps. totals: the sums of e^z over the classes.
 template <int WIDTH>
 void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
-               const Floats* totals, const Sums& sums, const Maps<float>& maps) {
+               const LossesOfImage<float>& losses_of, const Floats* totals, const Sums& sums,
+               const Maps<float>& maps) {
   using Row = CellRow<WIDTH>;
-  constexpr int L = Row::L;
-  const Corners of_cell = row.own_corners(block, classes.of_cells), shifts = row.shifts(block);
-  const bool finite = of_cell.all_above(-3e38f);
-  float of_sums[Row::HEIGHT * Row::PIXELS];
-  Floats losses = {}, overlaps = {};
+  using V = Simd<float>;
+  constexpr int L = Row::L, SIZE = Row::HEIGHT * Row::PIXELS;
+  const Corners shifts = row.shifts(block);
+  const int64_t count = row.rows * WIDTH;
+  float losses[SIZE], values[SIZE];
   Ints counts = {};
+  row.own_logits(block, classes, losses);
   for (int64_t j = 0; j < row.rows; ++j) {
-    Floats loss[WIDTH], lse[WIDTH];
+    Floats lse[WIDTH];
 #pragma GCC unroll 8
     for (int i = 0; i < WIDTH; ++i) {
       const int64_t n = j * WIDTH + i;
-      const Ints k = classes.of_pixels(n), same = (k >= 0) & (k == classes.of_cells);
-      const Floats right = row.right(block, i), of_sum = log(totals[n]);
-      const Floats z = finite ? of_cell.of_finite(row.down[j], right)
-                              : of_cell.at(Floats{} + row.down[j], right);
-      loss[i] = same ? not_below_0(of_sum - z) : Floats{};
-      lse[i] = k >= 0 ? of_sum + shifts.of_finite(row.down[j], right) : Floats{};
-      losses += loss[i];
-      if (sums.overlaps) overlaps += same ? exp<float>(-loss[i]) : Floats{};
-      counts -= same;
-      Simd<float>::store(of_sums + n * L, of_sum);
+      const Ints k = classes.of_pixels(n);
+      const Floats of_sum = log(totals[n]), loss = not_below_0(of_sum - V::load(losses + n * L));
+      V::store(losses + n * L, k >= 0 ? loss : Floats{});
+      lse[i] = k >= 0 ? of_sum + shifts.of_finite(row.down[j], row.right(block, i)) : Floats{};
+      counts -= (k >= 0) & (k == classes.of_cells);
     }
-    row.store_map(block, j, maps.pixel_losses, loss);
     row.store_map(block, j, maps.lse, lse);
   }
-  for (int lane = 0; lane < L; ++lane) {
-    const int32_t k = classes.of_cells[lane];
-    if (k < 0) continue;
-    sums.losses[k] += losses[lane];
-    sums.counts[k] += counts[lane];
-    if (sums.overlaps) sums.overlaps[k] += overlaps[lane];
+  for (int lane = 0; lane < L; ++lane)
+    if (classes.of_cells[lane] >= 0) sums.counts[classes.of_cells[lane]] += counts[lane];
+  for (int64_t n = 0; n < classes.count; ++n) ++sums.counts[classes.classes[classes.others[n]]];
+  if (sums.overlaps) {
+    for (int64_t n = 0; n < count; ++n)
+      V::store(values + n * L, exp<float>(-V::load(losses + n * L)));
+    add_by_class(row, classes, values, sums.overlaps);
   }
-  for (int64_t n = 0; n < classes.count; ++n) {
-    const int32_t t = classes.others[n], k = classes.classes[t];
-    const float loss = not_below_0(of_sums[t] - row.logit(block, t, k));
-    sums.losses[k] += loss;
-    ++sums.counts[k];
-    if (sums.overlaps) sums.overlaps[k] += exp<float>(Floats{} - loss)[0];
-    if (maps.pixel_losses)
-      row.line_of(maps.pixel_losses, t / Row::PIXELS)[row.columns_of(block)[t % Row::PIXELS]] =
-          loss;
+  if (sums.used) {
+    for (int64_t n = 0; n < count; ++n)
+      V::store(values + n * L,
+               V::load(losses + n * L) < losses_of.shape.least ? Floats{} : Floats{} + 1);
+    add_by_class(row, classes, values, sums.used);
+  }
+  if (!losses_of.shape.plain) {
+    for (int64_t n = 0; n < count; ++n) {
+      const Ints k = classes.of_pixels(n);
+      const Floats u = row.others(losses_of, block, n / WIDTH, n % WIDTH, log(totals[n]));
+      const Floats loss = losses_of.loss(k, V::load(losses + n * L), u);
+      V::store(losses + n * L, k >= 0 ? loss : Floats{});
+    }
+  }
+  add_by_class(row, classes, losses, sums.losses);
+  if (!maps.pixel_losses) return;
+  for (int64_t j = 0; j < row.rows; ++j) {
+    Floats of_row[WIDTH];
+    std::memcpy(of_row, losses + j * Row::PIXELS, sizeof of_row);
+    row.store_map(block, j, maps.pixel_losses, of_row);
   }
 }
 
@@ -103,6 +129,7 @@ void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pro
   using V = Simd<float>;
   constexpr int PIXELS = Row::PIXELS;
   Row row(problem, tile, workspace);
+  const LossesOfImage<float> losses(problem.shape, problem.layout.dim, tile.image);
   const bool with_probabilities = sums.masses || sums.squares;
   Sums without_hits = sums;
   without_hits.hits = nullptr;
@@ -136,7 +163,7 @@ void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pro
           if (const int32_t k = classes.classes[t]; k >= 0) sums.hits[k] += k == predicted[t];
       }
       if (by_cells)
-        add_block(row, block, classes, totals, sums, maps);
+        add_block(row, block, classes, losses, totals, sums, maps);
       else
         row.for_pixels(block, [&](const Group<float>& group) {
           forward_group(problem, tile, workspace, group, without_hits, maps);

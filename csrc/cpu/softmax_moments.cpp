@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -52,14 +53,37 @@ Value* data_or_null(const Tensor& output) {
   return output.numel() ? output.mutable_data_ptr<Value>() : nullptr;
 }
 
+// totals: where the sums of v are kept.
+template <class Stat>
+LossShape<Stat> loss_shape(const std::optional<Tensor>& smoothing, std::optional<double> min_loss,
+                           double focal_gamma, std::vector<Stat>& totals) {
+  LossShape<Stat> shape;
+  if (smoothing) {
+    const int64_t num_classes = smoothing->size(-1);
+    shape.smoothing = smoothing->const_data_ptr<Stat>();
+    shape.stride_b = smoothing->dim() == 3 ? smoothing->stride(0) : 0;
+    for (int64_t i = 0; i < smoothing->numel(); i += 2 * num_classes) {
+      const Stat* others = shape.smoothing + i + num_classes;
+      totals.push_back(std::accumulate(others, others + num_classes, Stat(0)));
+    }
+    shape.totals = totals.data();
+  }
+  if (min_loss) shape.least = static_cast<Stat>(*min_loss);
+  shape.gamma = static_cast<Stat>(focal_gamma);
+  shape.plain = !smoothing && !min_loss && focal_gamma == 0;
+  return shape;
+}
+
 template <class T>
-void forward(const Tensor& logits, const Labels& labels, int64_t height, int64_t width,
-             bool align_corners, bool per_image, const Outputs& out) {
+void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<T>>& shape,
+             int64_t height, int64_t width, bool align_corners, bool per_image,
+             const Outputs& out) {
   using Stat = StatOf<T>;
   const Layout layout = layout_of(logits);
   const int64_t num_classes = layout.dim;
   const Tiles<Stat> tiles(layout, height, width, align_corners);
-  const Problem<Stat> problem = tiles.template problem<T>(logits, labels);
+  Problem<Stat> problem = tiles.template problem<T>(logits, labels);
+  problem.shape = shape;
   const auto kernels = best_kernels<Stat>();
 
   // The partials stay below a tenth of the logits.
@@ -75,6 +99,7 @@ void forward(const Tensor& logits, const Labels& labels, int64_t height, int64_t
   Partials<double> squares(out.squares.numel() > 0, items, num_classes);
   Partials<int64_t> counts(true, items, num_classes);
   Partials<int64_t> hits(out.hits.numel() > 0, items, num_classes);
+  Partials<int64_t> used(out.used.numel() > 0, items, num_classes);
   const Maps<Stat> maps = {data_or_null<Stat>(out.pixel_losses), data_or_null<Stat>(out.lse)};
 
   for_items(tiles, items, num_classes, false, out.masses.numel() + out.squares.numel() > 0,
@@ -82,7 +107,8 @@ void forward(const Tensor& logits, const Labels& labels, int64_t height, int64_t
               for (int64_t item = first; item < last; ++item) {
                 const Sums sums = {losses.of_item(item), overlaps.of_item(item),
                                    masses.of_item(item), squares.of_item(item),
-                                   counts.of_item(item), hits.of_item(item)};
+                                   counts.of_item(item), hits.of_item(item),
+                                   used.of_item(item)};
                 const int64_t start = item / splits * tiles_of_group, split = item % splits;
                 for (int64_t i = tiles_of_group * split / splits;
                      i < tiles_of_group * (split + 1) / splits; ++i)
@@ -96,14 +122,13 @@ void forward(const Tensor& logits, const Labels& labels, int64_t height, int64_t
   squares.add_up(groups, splits, data_or_null<Stat>(out.squares));
   counts.add_up(groups, splits, out.counts.mutable_data_ptr<int64_t>());
   hits.add_up(groups, splits, data_or_null<int64_t>(out.hits));
+  used.add_up(groups, splits, data_or_null<int64_t>(out.used));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softmax_moments(
     Tensor logits, Tensor labels, std::optional<Tensor> smoothing, std::optional<double> min_loss,
     double focal_gamma, int64_t ignore_index, bool align_corners, bool per_image, bool with_hits,
     bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) {
-  STD_TORCH_CHECK(!smoothing && !min_loss && focal_gamma == 0,
-                  "softmax_moments.cpu: smoothing, min_loss and focal_gamma are not supported");
   const int64_t batch = logits.size(0), num_classes = logits.size(1);
   const ScalarType dtype = logits.scalar_type();
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
@@ -127,28 +152,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                        by_pixel(with_lse),
                        by_class(true, ScalarType::Long),
                        by_class(with_hits, ScalarType::Long),
-                       by_class(false, ScalarType::Long)};
+                       by_class(min_loss.has_value(), ScalarType::Long)};
   if (!empty)
     for_dtype("softmax_moments.cpu", dtype, [&](auto element) {
-      forward<decltype(element)>(
-          logits, labels_of("softmax_moments.cpu", labels, num_classes, ignore_index),
-          labels.size(1), labels.size(2), align_corners, per_image, out);
+      using T = decltype(element);
+      std::vector<StatOf<T>> totals;
+      forward<T>(logits, labels_of("softmax_moments.cpu", labels, num_classes, ignore_index),
+                 loss_shape(smoothing, min_loss, focal_gamma, totals), labels.size(1),
+                 labels.size(2), align_corners, per_image, out);
     });
   return {out.losses, out.overlaps, out.masses, out.squares, out.pixel_losses,
           out.lse,    out.counts,   out.hits,   out.used};
 }
 
 template <class T>
-void backward(const Tensor& logits, const Labels& labels, int64_t height, int64_t width,
-              bool align_corners, const Gradients<StatOf<T>>& gradients, const Tensor& dlogits) {
+void backward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<T>>& shape,
+              int64_t height, int64_t width, bool align_corners,
+              const Gradients<StatOf<T>>& gradients, const Tensor& dlogits) {
   using Stat = StatOf<T>;
   const Layout layout = layout_of(logits);
   const Tiles<Stat> tiles(layout, height, width, align_corners);
-  const Problem<Stat> problem = tiles.template problem<T>(logits, labels);
+  Problem<Stat> problem = tiles.template problem<T>(logits, labels);
+  problem.shape = shape;
   const Output<Stat> output = {layout_of(dlogits), dlogits.mutable_data_ptr<T>(),
                                best_rows<T>().finish_row, best_rows<T>().write_group};
   const auto kernels = best_kernels<Stat>();
-  for_items(tiles, tiles.count(), layout.dim, true, true,
+  for_items(tiles, tiles.count(), layout.dim, tiles.upsampled(), true,
             [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
               for (int64_t i = first; i < last; ++i)
                 kernels.backward(problem, tiles.tile(i, true), workspace, gradients, output);
@@ -161,8 +190,6 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
                                 std::optional<Tensor> dpixel_losses, std::optional<Tensor> dlse,
                                 std::optional<Tensor> smoothing, std::optional<double> min_loss,
                                 double focal_gamma, int64_t ignore_index, bool align_corners) {
-  STD_TORCH_CHECK(!smoothing && !min_loss && focal_gamma == 0,
-                  "softmax_moments.cpu: smoothing, min_loss and focal_gamma are not supported");
   Tensor dlogits = torch::stable::empty_like(logits);
   if (dlogits.numel() == 0) return dlogits;
   if (labels.numel() == 0) return torch::stable::zero_(dlogits);
@@ -189,8 +216,10 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
     gradients.dpixel_losses = by_pixel(dpixel_losses);
     gradients.dlse = by_pixel(dlse);
     gradients.lse = lse.const_data_ptr<Stat>();
+    std::vector<Stat> totals;
     backward<T>(logits, labels_of("softmax_moments.cpu", labels, logits.size(1), ignore_index),
-                labels.size(1), labels.size(2), align_corners, gradients, dlogits);
+                loss_shape(smoothing, min_loss, focal_gamma, totals), labels.size(1),
+                labels.size(2), align_corners, gradients, dlogits);
   });
   return dlogits;
 }

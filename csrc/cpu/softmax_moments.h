@@ -33,6 +33,17 @@ struct Cells {
   float step;            // the weight of a label minus that of the label before it
 };
 
+// What makes a pixel's loss from -log p (softmax_losses.h).
+template <class Stat>
+struct LossShape {
+  const Stat* smoothing = nullptr;  // rows a and v [2, K], of image b at b * stride_b; null: 1, 0
+  const Stat* totals = nullptr;     // the sum of v, of each row v
+  int64_t stride_b = 0;
+  Stat least = -__builtin_inf();
+  Stat gamma = 0;
+  bool plain = true;  // nothing but -log p
+};
+
 // The unit of work: rows × columns of logits of one image, and their labels. In the forward pass
 // these are the labels whose lower row and column are in the tile. In the backward pass a tile
 // writes the gradients of its logits, so these are all labels that read them. The same holds for
@@ -52,16 +63,16 @@ struct Workspace {
   int64_t group;          // pixels of a group: a multiple of 16, at most GROUP
   int64_t label_stride;   // length of a row of classes
   int64_t lanes;          // pixels of a row of cells
-  Stat* packed[2];        // [K, stride]: an even and an odd row
+  Stat* packed[2];        // [K + 1, stride]: an even and an odd row; last the sum of v_k times them
   Stat* shifts[2];        // [stride]
-  Stat* gradients[2];     // [K, stride], zero; backward only
+  Stat* gradients[2];     // [K + 1, stride], zero; backward only; last those of the sum
   Stat* upsampled;        // [K, group]
   Stat* line;             // [stride]
   int32_t* classes;       // [ROWS, label_stride]: rows of the tile's labels
   int32_t* cell_columns;  // [lanes]: each lane's column among the tile's labels; -1: no label
   Stat* cell_weights;     // [lanes]
   Stat* cell_starts;      // [lanes]: the weight of the first label of a cell
-  Stat* factors[2];       // [ROWS, lanes]; backward, and forward with masses
+  Stat* factors[3];       // [ROWS, lanes]; backward, and forward with masses
 };
 
 template <class Stat>
@@ -79,12 +90,13 @@ struct Problem {
   Axis<Stat> rows, columns;
   Cells row_cells, column_cells;
   Labels labels;
+  LossShape<Stat> shape;
 };
 
 // For each class [K], null if not requested.
 struct Sums {
   double *losses, *overlaps, *masses, *squares;
-  int64_t *counts, *hits;
+  int64_t *counts, *hits, *used;
 };
 
 // For each pixel, contiguous [B, H, W], null if not requested.
@@ -113,8 +125,8 @@ struct Output {
   Layout layout;  // dlogits
   void* dlogits;
   // Writes a tile's row of dlogits, if the row is in the tile, and sets its gradients to zero.
-  void (*finish_row)(const Output& output, const Tile& tile, int64_t row,
-                     const Workspace<Stat>& workspace);
+  void (*finish_row)(const Problem<Stat>& problem, const Output& output, const Tile& tile,
+                     int64_t row, const Workspace<Stat>& workspace);
   // Writes workspace.upsampled to a row's columns.
   void (*write_group)(const Output& output, int64_t image, int64_t row, Range columns,
                       const Workspace<Stat>& workspace);

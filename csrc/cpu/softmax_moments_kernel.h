@@ -1,7 +1,8 @@
 // The vector kernels of softmax moments. Included once per instruction set, in its namespace.
 
-#include "softmax_rows.h"
 #include "softmax_vectors.h"
+#include "softmax_losses.h"
+#include "softmax_rows.h"
 #include "softmax_pixels.h"
 #include "softmax_cells.h"
 #include "softmax_cells_argmax.h"
@@ -37,7 +38,7 @@ void backward(const Problem<Stat>& problem, const Tile& tile, const Workspace<St
               const Gradients<Stat>& gradients, const Output<Stat>& output) {
   int64_t next = std::max<int64_t>(tile.rows.begin - 1, 0);  // the first row that is not finished
   const auto finish_until = [&](int64_t row) {
-    for (; next < row; ++next) output.finish_row(output, tile, next, workspace);
+    for (; next < row; ++next) output.finish_row(problem, output, tile, next, workspace);
   };
   bool done = false;
   if constexpr (std::is_same_v<Stat, float>)

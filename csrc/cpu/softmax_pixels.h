@@ -17,9 +17,6 @@ ALWAYS_INLINE Position<Stat> position(const Axis<Stat>& axis, int64_t i) {
 template <class Stat>
 using MaskOf = decltype(VecOf<Stat>{} < VecOf<Stat>{});
 
-template <class Stat>
-using Indices = Vector<int32_t, LANES<Stat>>;
-
 // At most GROUP neighbouring labels of one row.
 template <class Stat>
 struct Group {
@@ -70,16 +67,6 @@ ALWAYS_INLINE void for_groups_of_row(const Problem<Stat>& problem, const Tile& t
     for (int64_t t = group.count; t < GROUP; ++t) group.classes[t] = -1;
     visit(group);
   }
-}
-
-// table[index]; 0 where index is negative.
-template <class Stat>
-ALWAYS_INLINE VecOf<Stat> pick(const Stat* table, Indices<Stat> index) {
-  if constexpr (std::is_same_v<Stat, float>) return gather(table, index, 0.0f);
-  VecOf<Stat> result = {};
-  for (int i = 0; i < LANES<Stat>; ++i)
-    if (index[i] >= 0) result[i] = table[index[i]];
-  return result;
 }
 
 // (1 - weight) * low + weight * high; with weight 0, high is not used.
@@ -167,27 +154,30 @@ ALWAYS_INLINE Vec log_of_sum(Vec x) {
 template <class Stat>
 struct SumOfPowers {
   VecOf<Stat> largest, total;
+  VecOf<Stat> mixed;  // the sum of weights[k] * (z - largest), if there are weights
 };
 
 // For one vector of pixels, z at [k * stride]; with STORED, z becomes e^(z - largest).
 template <class Stat, bool STORED>
-ALWAYS_INLINE SumOfPowers<Stat> sum_of_powers(Stat* z, int64_t num_classes, int64_t stride) {
+ALWAYS_INLINE SumOfPowers<Stat> sum_of_powers(Stat* z, int64_t num_classes, int64_t stride,
+                                              const Stat* weights) {
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   Vec largest = V::load(z);
   for (int64_t k = 1; k < num_classes; ++k) largest = maximum(largest, V::load(z + k * stride));
   largest = largest - largest == 0 ? largest : Vec{};
-  Vec total = {};
+  Vec total = {}, mixed = {};
   for (int64_t first = 0; first < num_classes; first += 128) {
     Vec sum = {};  // sums of few terms, to keep rounding errors small
     for (int64_t k = first; k < std::min<int64_t>(first + 128, num_classes); ++k) {
-      const Vec e = exp<Stat>(V::load(z + k * stride) - largest);
+      const Vec of_class = V::load(z + k * stride) - largest, e = exp<Stat>(of_class);
+      if (weights && weights[k] != 0) mixed += weights[k] * of_class;
       if (STORED) V::store(z + k * stride, e);
       sum += e;
     }
     total += sum;
   }
-  return {largest, total};
+  return {largest, total, mixed};
 }
 
 template <class Stat>
@@ -221,7 +211,8 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   const int64_t num_classes = problem.layout.dim;
   const bool with_probabilities = sums.masses || sums.squares;
   const int64_t first = (tile.image * problem.rows.size + group.y) * problem.columns.size + group.x;
-  Stat shift[GROUP] = {}, losses[GROUP], overlaps[GROUP];
+  const LossesOfImage<Stat> losses_of(problem.shape, num_classes, tile.image);
+  Stat shift[GROUP] = {}, losses[GROUP], overlaps[GROUP], own_losses[GROUP];
   uint64_t hits = 0;
   logits_of_group(problem, tile, workspace, group);
   if (problem.upsampled && maps.lse)
@@ -241,20 +232,29 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     const MaskOf<Stat> is_valid = group.is_valid(t);
     const int64_t count = std::min<int64_t>(L, group.count - t);
     const Vec own = pick<Stat>(z, at);
-    const SumOfPowers<Stat> sum = with_probabilities
-                                      ? sum_of_powers<Stat, true>(z, num_classes, workspace.group)
-                                      : sum_of_powers<Stat, false>(z, num_classes, workspace.group);
+    const SumOfPowers<Stat> sum =
+        with_probabilities
+            ? sum_of_powers<Stat, true>(z, num_classes, workspace.group, losses_of.others)
+            : sum_of_powers<Stat, false>(z, num_classes, workspace.group, losses_of.others);
     if (with_probabilities) scale(z, num_classes, workspace.group, 1 / sum.total);
     const Vec log_total = log_of_sum(sum.total);
-    const Vec loss = is_valid ? not_below_0(log_total - (own - sum.largest)) : Vec{};
-    V::store(losses + t, loss);
+    Vec loss = is_valid ? not_below_0(log_total - (own - sum.largest)) : Vec{};
     if (sums.overlaps) V::store(overlaps + t, exp<Stat>(-loss));
+    if (!problem.shape.plain) {
+      V::store(own_losses + t, loss);
+      const Vec u = losses_of.total * log_total - sum.mixed;
+      loss = is_valid ? losses_of.loss(group.classes_at(t), loss, u) : Vec{};
+    }
+    V::store(losses + t, loss);
     if (maps.pixel_losses) V::store(maps.pixel_losses + first + t, loss, count);
     if (maps.lse) {
       const Vec lse = log_total + (sum.largest + V::load(shift + t));
       V::store(maps.lse + first + t, is_valid ? lse : Vec{}, count);
     }
   }
+  uint64_t unused = 0;
+  for (int64_t t = 0; sums.used && t < group.count; ++t)
+    unused |= uint64_t{own_losses[t] < problem.shape.least} << t;
   uint64_t rest = group.pixels([&](Ints k, int64_t) INLINE_LAMBDA { return k >= 0; });
   while (rest) {
     const int32_t k = group.classes[__builtin_ctzll(rest)];
@@ -265,6 +265,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     if (sums.hits) sums.hits[k] += __builtin_popcountll(own & hits);
     sums.losses[k] += group.sum_of_class(k, losses);
     if (sums.overlaps) sums.overlaps[k] += group.sum_of_class(k, overlaps);
+    if (sums.used) sums.used[k] += __builtin_popcountll(own & ~unused);
   }
   for (int64_t k = 0; with_probabilities && k < num_classes; ++k) {
     Vector<double, LANES<double>> mass = {}, square = {};
@@ -298,19 +299,32 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     const Stat dsquare = gradients.dsquares ? gradients.dsquares[of_image + k] : 0;
     return dmass + 2 * p * dsquare;
   };
+  const LossesOfImage<Stat> losses(problem.shape, num_classes, tile.image);
   Indices<Stat> lanes = {};
   for (int i = 0; i < L; ++i) lanes[i] = i;
   Stat own_gradient[GROUP];
   logits_of_group(problem, tile, workspace, group);
 
-  // dz = p * (factor + u - total) - own_gradient at the true class, total = sum of p * u
+  // dz = p * (rest + u) - others - own_gradient at the true class
   for (int64_t t = 0; t < group.count; t += L) {
     Stat* const z = workspace.upsampled + t;
     const Indices<Stat> classes = group.classes_at(t);
     Vec own =
         own_class(gradients.dlosses, classes) + load_map(gradients.dpixel_losses, tile, group, t);
-    Vec rest = own + load_map(gradients.dlse, tile, group, t);
-    Vec unit = 1 / sum_of_powers<Stat, true>(z, num_classes, stride).total;
+    const Indices<Stat> at = classes * static_cast<int32_t>(stride) + lanes;
+    Vec of_others = {};
+    const Vec own_logit = pick<Stat>(z, at);
+    const SumOfPowers<Stat> sum = sum_of_powers<Stat, true>(z, num_classes, stride, losses.others);
+    if (!problem.shape.plain) {
+      const Vec log_total = log_of_sum(sum.total);
+      const Vec c = not_below_0(log_total - (own_logit - sum.largest));
+      Vec alpha, beta;
+      losses.derivatives(classes, c, losses.total * log_total - sum.mixed, alpha, beta);
+      of_others = own * beta;
+      own *= alpha;
+    }
+    Vec rest = own + losses.total * of_others + load_map(gradients.dlse, tile, group, t);
+    Vec unit = 1 / sum.total;
     if (with_u) {
       scale(z, num_classes, stride, unit);
       unit = Vec{} + 1;
@@ -320,7 +334,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
       rest -= p * u(p, k);
     }
     if (gradients.doverlaps) {
-      const Vec p = unit * pick<Stat>(z, classes * static_cast<int32_t>(stride) + lanes);
+      const Vec p = unit * pick<Stat>(z, at);
       const Vec of_overlap = p * own_class(gradients.doverlaps, classes);
       rest -= of_overlap;
       own -= of_overlap;
@@ -330,7 +344,9 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     const MaskOf<Stat> is_valid = group.is_valid(t);
     for (int64_t k = 0; k < num_classes; ++k) {
       const Vec p = V::load(z + k * stride);
-      V::store(z + k * stride, is_valid ? p * (with_u ? rest + u(p, k) : rest) : Vec{});
+      Vec dz = p * (with_u ? rest + u(p, k) : rest);
+      if (losses.others && losses.others[k] != 0) dz -= losses.others[k] * of_others;
+      V::store(z + k * stride, is_valid ? dz : Vec{});
     }
   }
   for (int64_t t = 0; t < group.count; ++t)

@@ -5,71 +5,6 @@
 // position, the shift. The first and the last column are copied once more at the sides. Logits of
 // the labels' size are not packed, but read and written in groups of pixels.
 
-template <class Stat>
-using VecOf = typename Simd<Stat>::Vec;
-
-template <class Stat>
-constexpr int LANES = Simd<Stat>::LANES;
-
-constexpr float LOG2_E = 1.44269504f;
-
-// e^x, correct for every x, also if it is not finite.
-template <class Stat>
-ALWAYS_INLINE VecOf<Stat> exp(VecOf<Stat> x) {
-  using Vec = VecOf<Stat>;
-  if constexpr (std::is_same_v<Stat, double>) {
-    Vec result;
-    for (int i = 0; i < LANES<double>; ++i) result[i] = std::exp(x[i]);
-    return result;
-  } else {
-    using Bits = typename Simd<float>::Bits;
-    // x = n ln 2 + f; adding 3 * 2^22 rounds to an integer, which is then in the low bits
-    const Vec shifted = x * LOG2_E + 0x1.8p23f;
-    const Vec n = shifted - 0x1.8p23f;
-    const Vec f = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-    Vec p = f * 0.00138368418f + 0.00837481579f;  // relative error 2e-9
-    p = p * f + 0.0416682256f;
-    p = p * f + 0.166664202f;
-    p = p * f + 0.499999921f;
-    p = p * f + 1.00000004f;
-    p = p * f + 1.0f;
-    p *= Vec((Bits(shifted) + 127) << 23);
-    p = x < -87.3f ? Vec{} : p;
-    return x > 88.7f ? Vec{} + __builtin_inff() : p;
-  }
-}
-
-template <class Vec>
-ALWAYS_INLINE Vec maximum(Vec a, Vec b) {  // keeps a NaN in a, ignores a NaN in b
-  return b > a ? b : a;
-}
-
-// A loss without its rounding error below 0; NaN remains NaN.
-template <class Value>
-ALWAYS_INLINE Value not_below_0(Value x) {
-  return x < 0 ? Value{} : x;
-}
-
-// log x for normal numbers x > 0.
-ALWAYS_INLINE VecOf<float> log(VecOf<float> x) {
-  using Vec = VecOf<float>;
-  using Bits = typename Simd<float>::Bits;
-  using Int = Vector<int32_t, LANES<float>>;
-  // x = 2^n (1 + f), 1 + f in [sqrt(0.5), sqrt(2))
-  const Int n = Int(Bits(x) - 0x3f3504f3) >> 23;
-  const Vec f = Vec(Bits(x) - (Bits(n) << 23)) - 1.0f;
-  Vec p = f * -0.0762101864f + 0.129046082f;  // relative error 4e-9
-  p = p * f - 0.132434762f;
-  p = p * f + 0.141818448f;
-  p = p * f - 0.166090121f;
-  p = p * f + 0.20001968f;
-  p = p * f - 0.250015866f;
-  p = p * f + 0.33333326f;
-  p = p * f - 0.499999883f;
-  p = p * f + 0.999999999f;
-  return __builtin_convertvector(n, Vec) * 0.693147181f + f * p;
-}
-
 template <class Label>
 void read_labels(const Labels& labels, int64_t image, int64_t row, Range columns,
                  int32_t* classes) {
@@ -215,8 +150,8 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
 }
 
 template <class T>
-void finish_row(const Output<StatOf<T>>& output, const Tile& tile, int64_t row,
-                const Workspace<StatOf<T>>& workspace) {
+void finish_row(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& output,
+                const Tile& tile, int64_t row, const Workspace<StatOf<T>>& workspace) {
   using Stat = StatOf<T>;
   const Layout& dlayout = output.layout;
   const int64_t stride = workspace.stride, num_classes = dlayout.dim;
@@ -224,6 +159,11 @@ void finish_row(const Output<StatOf<T>>& output, const Tile& tile, int64_t row,
   Stat* source = gradients + 1;
   const int64_t columns = tile.columns.end - tile.columns.begin;
   if (row >= tile.rows.begin && row < tile.rows.end) {
+    const LossesOfImage<Stat> losses(problem.shape, num_classes, tile.image);
+    const Stat* of_sum = gradients + num_classes * stride;
+    for (int64_t k = 0; losses.others && k < num_classes; ++k)
+      for (int64_t j = 0; losses.others[k] != 0 && j < stride; ++j)
+        gradients[k * stride + j] += losses.others[k] * of_sum[j];
     for (int64_t k = 0; k < num_classes; ++k) {  // the copies at the sides
       Stat* line = source + k * stride;
       if (tile.columns.begin == 0) line[0] += line[-1];
@@ -232,7 +172,7 @@ void finish_row(const Output<StatOf<T>>& output, const Tile& tile, int64_t row,
     write_columns(logit_at<T>(output.dlogits, dlayout, tile.image, row, tile.columns.begin),
                   dlayout, columns, source, stride);
   }
-  std::memset(gradients, 0, num_classes * stride * sizeof(Stat));
+  std::memset(gradients, 0, (num_classes + 1) * stride * sizeof(Stat));
 }
 
 template <class T>
@@ -253,6 +193,19 @@ void write_group(const Output<StatOf<T>>& output, int64_t image, int64_t row, Ra
                 output.layout, columns.end - columns.begin, workspace.upsampled, workspace.group);
 }
 
+// Appends the sum of v_k z_k to a packed row.
+template <class Stat>
+void mix_row(const Problem<Stat>& problem, int64_t image, Stat* packed, int64_t stride) {
+  const int64_t num_classes = problem.layout.dim;
+  const LossesOfImage<Stat> losses(problem.shape, num_classes, image);
+  if (!losses.others) return;
+  Stat* sum = packed + num_classes * stride;
+  std::memset(sum, 0, stride * sizeof(Stat));
+  for (int64_t k = 0; k < num_classes; ++k)
+    for (int64_t j = 0; losses.others[k] != 0 && j < stride; ++j)
+      sum[j] += losses.others[k] * packed[k * stride + j];
+}
+
 // The packed rows of logits: an even one and an odd one.
 template <class Stat>
 struct PackedRows {
@@ -263,6 +216,7 @@ struct PackedRows {
             const Workspace<Stat>& workspace) {
     if (of_parity[row & 1] == row) return;
     ordinary[row & 1] = problem.pack_row(problem, tile, row, workspace);
+    mix_row(problem, tile.image, workspace.packed[row & 1], workspace.stride);
     of_parity[row & 1] = row;
   }
 };

@@ -92,7 +92,8 @@ class Tiles {
             columns_.axis(),
             by_cells() ? rows_.cells() : Cells{},
             by_cells() ? columns_.cells() : Cells{},
-            labels};
+            labels,
+            {}};
   }
 
   int64_t of_image() const { return strips_ * chunks_; }
@@ -140,22 +141,22 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
     workspace.group = num_classes <= 1024 ? GROUP : 16;
     workspace.label_stride = labels + 16;
     workspace.lanes = tiles.by_cells() ? workspace.stride * (tiles.most_of_cell() + 8) : 0;
-    const int64_t rows = num_classes * workspace.stride + 16;
+    const int64_t rows = (num_classes + 1) * workspace.stride + 16;
     const int64_t factors = needs_factors ? ROWS * workspace.lanes : 0;
     const int64_t count = 2 * rows + num_classes * workspace.group + 3 * workspace.stride +
-                          2 * workspace.lanes + 2 * factors;
+                          2 * workspace.lanes + 3 * factors;
     // not initialised, so pages that a small tile does not need are never touched
     const std::unique_ptr<Stat[]> memory(new Stat[count]);
-    std::vector<Stat> gradients(backward && tiles.upsampled() ? 2 * rows : 0);
+    std::vector<Stat> gradients(backward ? 2 * rows : 0);
     std::vector<int32_t> classes(ROWS * workspace.label_stride), cell_columns(workspace.lanes);
     Stat* next = memory.get();
     const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
     for (int i = 0; i < 2; ++i) {
       workspace.packed[i] = take(rows);
       workspace.shifts[i] = take(workspace.stride);
-      workspace.gradients[i] = gradients.empty() ? nullptr : gradients.data() + i * rows;
-      workspace.factors[i] = take(factors);
+      workspace.gradients[i] = gradients.data() + (backward ? i * rows : 0);
     }
+    for (Stat*& of_pixels : workspace.factors) of_pixels = take(factors);
     workspace.line = take(workspace.stride);
     workspace.upsampled = take(num_classes * workspace.group);
     workspace.cell_weights = take(workspace.lanes);

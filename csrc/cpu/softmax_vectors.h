@@ -1,5 +1,73 @@
-// Functions on vectors of floats for the kernels over cells: masks, gathering and scattering,
-// powers of two.
+// Functions on vectors for the kernels of softmax moments: exponentials and logarithms; of floats
+// masks, gathering and scattering.
+
+template <class Stat>
+using VecOf = typename Simd<Stat>::Vec;
+
+template <class Stat>
+constexpr int LANES = Simd<Stat>::LANES;
+
+template <class Stat>
+using Indices = Vector<int32_t, LANES<Stat>>;
+
+constexpr float LOG2_E = 1.44269504f;
+
+// e^x, correct for every x, also if it is not finite.
+template <class Stat>
+ALWAYS_INLINE VecOf<Stat> exp(VecOf<Stat> x) {
+  using Vec = VecOf<Stat>;
+  if constexpr (std::is_same_v<Stat, double>) {
+    Vec result;
+    for (int i = 0; i < LANES<double>; ++i) result[i] = std::exp(x[i]);
+    return result;
+  } else {
+    using Bits = typename Simd<float>::Bits;
+    // x = n ln 2 + f; adding 3 * 2^22 rounds to an integer, which is then in the low bits
+    const Vec shifted = x * LOG2_E + 0x1.8p23f;
+    const Vec n = shifted - 0x1.8p23f;
+    const Vec f = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    Vec p = f * 0.00138368418f + 0.00837481579f;  // relative error 2e-9
+    p = p * f + 0.0416682256f;
+    p = p * f + 0.166664202f;
+    p = p * f + 0.499999921f;
+    p = p * f + 1.00000004f;
+    p = p * f + 1.0f;
+    p *= Vec((Bits(shifted) + 127) << 23);
+    p = x < -87.3f ? Vec{} : p;
+    return x > 88.7f ? Vec{} + __builtin_inff() : p;
+  }
+}
+
+template <class Vec>
+ALWAYS_INLINE Vec maximum(Vec a, Vec b) {  // keeps a NaN in a, ignores a NaN in b
+  return b > a ? b : a;
+}
+
+// A loss without its rounding error below 0; NaN remains NaN.
+template <class Value>
+ALWAYS_INLINE Value not_below_0(Value x) {
+  return x < 0 ? Value{} : x;
+}
+
+// log x for normal numbers x > 0.
+ALWAYS_INLINE VecOf<float> log(VecOf<float> x) {
+  using Vec = VecOf<float>;
+  using Bits = typename Simd<float>::Bits;
+  using Int = Vector<int32_t, LANES<float>>;
+  // x = 2^n (1 + f), 1 + f in [sqrt(0.5), sqrt(2))
+  const Int n = Int(Bits(x) - 0x3f3504f3) >> 23;
+  const Vec f = Vec(Bits(x) - (Bits(n) << 23)) - 1.0f;
+  Vec p = f * -0.0762101864f + 0.129046082f;  // relative error 4e-9
+  p = p * f - 0.132434762f;
+  p = p * f + 0.141818448f;
+  p = p * f - 0.166090121f;
+  p = p * f + 0.20001968f;
+  p = p * f - 0.250015866f;
+  p = p * f + 0.33333326f;
+  p = p * f - 0.499999883f;
+  p = p * f + 0.999999999f;
+  return __builtin_convertvector(n, Vec) * 0.693147181f + f * p;
+}
 
 using Floats = VecOf<float>;
 using Ints = Vector<int32_t, LANES<float>>;
@@ -65,6 +133,16 @@ ALWAYS_INLINE void scatter(float* table, Ints index, Floats values) {
   for (int i = 0; i < LANES<float>; ++i)
     if (index[i] >= 0) table[index[i]] = values[i];
 #endif
+}
+
+// table[index]; 0 where index is negative.
+template <class Stat>
+ALWAYS_INLINE VecOf<Stat> pick(const Stat* table, Indices<Stat> index) {
+  if constexpr (std::is_same_v<Stat, float>) return gather(table, index, 0.0f);
+  VecOf<Stat> result = {};
+  for (int i = 0; i < LANES<Stat>; ++i)
+    if (index[i] >= 0) result[i] = table[index[i]];
+  return result;
 }
 
 ALWAYS_INLINE Ints load_ints(const int32_t* source) {

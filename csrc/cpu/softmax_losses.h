@@ -1,0 +1,93 @@
+// The loss of a pixel, from c = -log p of its class and u = the sum of v_k * -log p_k over all
+// classes: L = m * (a * c + u), m = (1 - e^-c)^gamma; 0 where c < least.
+
+// 1 - e^-c for c >= 0, at least the smallest normal number.
+template <class Stat>
+ALWAYS_INLINE VecOf<Stat> miss(VecOf<Stat> c, VecOf<Stat> power) {  // power: e^-c
+  using Vec = VecOf<Stat>;
+  Vec x;
+  if constexpr (std::is_same_v<Stat, double>) {
+    for (int i = 0; i < LANES<double>; ++i) x[i] = -std::expm1(-c[i]);
+    return maximum(Vec{} + 0x1p-1022, x);
+  } else {
+    Vec p = c * -0.001121631f + 0.008187382f;  // relative error 7e-9, up to 0.5
+    p = p * c - 0.041629087f;
+    p = p * c + 0.16666225f;
+    p = p * c - 0.49999982f;
+    p = p * c + 1.0f;
+    x = c < 0.5f ? c * p : 1 - power;
+    return maximum(Vec{} + 0x1p-126f, x);
+  }
+}
+
+// x^exponent for normal numbers x > 0.
+template <class Stat>
+ALWAYS_INLINE VecOf<Stat> power_of(VecOf<Stat> x, Stat exponent) {
+  if (exponent == 0) return VecOf<Stat>{} + 1;
+  if (exponent == 1) return x;
+  if (exponent == 2) return x * x;
+  if constexpr (std::is_same_v<Stat, double>) {
+    for (int i = 0; i < LANES<double>; ++i) x[i] = std::pow(x[i], exponent);
+    return x;
+  } else {
+    return exp<float>(log(x) * exponent);
+  }
+}
+
+// The losses of one vector of pixels and their derivatives, for an image. Classes are -1 where
+// there is no label.
+template <class Stat>
+struct LossesOfImage {
+  using Vec = VecOf<Stat>;
+  const LossShape<Stat>& shape;
+  const Stat *own, *others;  // a and v [K]; null: 1 and 0
+  Stat total;                // the sum of v
+
+  ALWAYS_INLINE LossesOfImage(const LossShape<Stat>& shape, int64_t num_classes, int64_t image)
+      : shape(shape), own(nullptr), others(nullptr), total(0) {
+    if (!shape.smoothing) return;
+    own = shape.smoothing + image * shape.stride_b;
+    others = own + num_classes;
+    total = shape.totals[shape.stride_b ? image : 0];
+  }
+
+  // Whether the derivatives depend on c.
+  ALWAYS_INLINE bool needs_own() const { return shape.gamma > 0 || shape.least > -__builtin_inf(); }
+
+  ALWAYS_INLINE Vec loss(Indices<Stat> classes, Vec c, Vec u) const {
+    const Vec loss = mixed(own_weight(classes), c, u);
+    return c < shape.least ? Vec{} : (shape.gamma > 0 ? modulation(c).factor * loss : loss);
+  }
+
+  // alpha and beta: the derivatives of the loss by c, and by each -log p_k, divided by v_k.
+  ALWAYS_INLINE void derivatives(Indices<Stat> classes, Vec c, Vec u, Vec& alpha, Vec& beta) const {
+    alpha = own_weight(classes);
+    beta = Vec{} + 1;
+    if (shape.gamma > 0) {
+      const Modulation m = modulation(c);
+      const Vec by_factor = m.slope * mixed(alpha, c, u);
+      alpha = m.factor * alpha + (c - c == 0 ? by_factor : Vec{});
+      beta = m.factor;
+    }
+    alpha = c < shape.least ? Vec{} : alpha;
+    beta = c < shape.least ? Vec{} : beta;
+  }
+
+ private:
+  struct Modulation {
+    Vec factor, slope;  // m and its derivative
+  };
+
+  ALWAYS_INLINE Vec own_weight(Indices<Stat> classes) const {
+    return own ? pick(own, classes) : Vec{} + 1;
+  }
+  ALWAYS_INLINE Vec mixed(Vec weight, Vec c, Vec u) const {
+    return own ? (weight == 0 ? Vec{} : weight * c) + u : c;
+  }
+  ALWAYS_INLINE Modulation modulation(Vec c) const {
+    const Vec power = exp<Stat>(-c), x = miss<Stat>(c, power);
+    const Vec lower = power_of<Stat>(x, shape.gamma - 1), one = Vec{} + 1;
+    // if c is not finite, the factor is 1
+    return {c - c == 0 ? lower * x : one, shape.gamma * lower * power};
+  }
+};
