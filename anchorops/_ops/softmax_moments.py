@@ -303,7 +303,7 @@ def unchecked_moments(
         by_triton=by_triton,
         shapes_losses=options.shapes_losses,
     )
-    if logits.shape[1] == 1:
+    if logits.shape[1] == 1 and backend != "cpu":
         logits = torch.cat([torch.zeros_like(logits), logits], 1)
     if backend == "reference":
         moments = reference.softmax_moments(logits, labels, **options._asdict())

@@ -18,7 +18,7 @@ Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_cor
     const Tiles<Stat> tiles(layout, height, width, align_corners);
     const Problem<Stat> problem = tiles.template problem<T>(logits, {});
     const auto kernels = best_kernels<Stat>();
-    for_items(tiles, tiles.count(), layout.dim, false, false,
+    for_items(tiles, tiles.count(), tiles.num_classes(), false, false,
               [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
                 for (int64_t i = first; i < last; ++i)
                   kernels.argmax(problem, tiles.tile(i, false), workspace,

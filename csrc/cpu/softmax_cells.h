@@ -283,7 +283,8 @@ struct CellRow {
   // far apart in memory, so the processor does not prefetch them itself.
   ALWAYS_INLINE void fetch_logits(int64_t block, int64_t k) const {
     const Layout& layout = problem.layout;
-    const int64_t at = k * layout.stride_d + column_of(block) * layout.stride_w;
+    const int64_t channel = std::max<int64_t>(k - (problem.num_classes - layout.dim), 0);
+    const int64_t at = channel * layout.stride_d + column_of(block) * layout.stride_w;
     __builtin_prefetch(next_logits + problem.bytes * at, 0, 2);
   }
   ALWAYS_INLINE void find_classes(int64_t block, BlockClasses<WIDTH>& found) const {
@@ -332,7 +333,7 @@ struct CellRow {
   ALWAYS_INLINE Floats others(const LossesOfImage<float>& losses, int64_t block, int64_t j,
                               int64_t i, Floats of_sum) const {
     if (!losses.others) return Floats{};
-    const Corners z = corners(problem.layout.dim, block);
+    const Corners z = corners(problem.num_classes, block);
     return losses.total * of_sum - z.at(Floats{} + down[j], right(block, i));
   }
 
@@ -370,7 +371,7 @@ template <int WIDTH, Term TERM>
 void sum_block(const CellRow<WIDTH>& row, int64_t first_row, int64_t block, const float* weights,
                Floats* sums) {
   constexpr int H = CellRow<WIDTH>::HEIGHT;
-  const int64_t num_classes = row.problem.layout.dim;
+  const int64_t num_classes = row.problem.num_classes;
   const int64_t column = row.column_of(block), stride = row.workspace.stride;
   const float* upper = row.upper_row(0) + column;
   const float* lower = row.lower_row(0) + column;

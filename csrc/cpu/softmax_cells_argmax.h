@@ -19,7 +19,7 @@ __attribute__((noinline)) void largest_of_block(const CellRow<WIDTH>& row, int64
     Floats largest[H * WIDTH];
     Ints index[H * WIDTH] = {};
     for (auto& z : largest) z = Floats{} - __builtin_inff();
-    for (int64_t k = 0; k < row.problem.layout.dim; ++k) {
+    for (int64_t k = 0; k < row.problem.num_classes; ++k) {
       const Corners z = row.corners(k, block);
       const bool finite = z.all_above(-3e38f);
       const Floats right_down = z.d - z.b, left_down = z.c - z.a;

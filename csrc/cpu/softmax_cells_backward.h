@@ -99,7 +99,7 @@ void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float*
   using V = Simd<float>;
   constexpr int L = CellRow<WIDTH>::L;
   const Workspace<float>& workspace = row.workspace;
-  const int64_t num_classes = row.problem.layout.dim;
+  const int64_t num_classes = row.problem.num_classes;
   for (int64_t k = 0; k < num_classes + others; ++k) {
     float* above = workspace.gradients[row.upper & 1] + k * workspace.stride + row.first_column;
     float* below = workspace.gradients[row.lower & 1] + k * workspace.stride + row.first_column;
@@ -264,7 +264,7 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
   using V = Simd<float>;
   constexpr int PIXELS = Row::PIXELS;
   Row row(problem, tile, workspace);
-  const LossesOfImage<float> losses(problem.shape, problem.layout.dim, tile.image);
+  const LossesOfImage<float> losses(problem.shape, problem.num_classes, tile.image);
   const int64_t of_image = tile.image * gradients.stride_b;
   const float* dmasses = gradients.dmasses ? gradients.dmasses + of_image : nullptr;
   const float* dsquares = gradients.dsquares ? gradients.dsquares + of_image : nullptr;

@@ -8,7 +8,7 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
   using Row = CellRow<WIDTH>;
   using V = Simd<float>;
   const Workspace<float>& workspace = row.workspace;
-  for (int64_t k = 0; k < row.problem.layout.dim; ++k) {
+  for (int64_t k = 0; k < row.problem.num_classes; ++k) {
     Vector<double, VECTOR_BYTES / sizeof(double)> mass = {}, square = {};
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
       Floats of_block = {}, square_of_block = {};
@@ -129,7 +129,7 @@ void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pro
   using V = Simd<float>;
   constexpr int PIXELS = Row::PIXELS;
   Row row(problem, tile, workspace);
-  const LossesOfImage<float> losses(problem.shape, problem.layout.dim, tile.image);
+  const LossesOfImage<float> losses(problem.shape, problem.num_classes, tile.image);
   const bool with_probabilities = sums.masses || sums.squares;
   Sums without_hits = sums;
   without_hits.hits = nullptr;

@@ -80,8 +80,8 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
              const Outputs& out) {
   using Stat = StatOf<T>;
   const Layout layout = layout_of(logits);
-  const int64_t num_classes = layout.dim;
   const Tiles<Stat> tiles(layout, height, width, align_corners);
+  const int64_t num_classes = tiles.num_classes();
   Problem<Stat> problem = tiles.template problem<T>(logits, labels);
   problem.shape = shape;
   const auto kernels = best_kernels<Stat>();
@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     Tensor logits, Tensor labels, std::optional<Tensor> smoothing, std::optional<double> min_loss,
     double focal_gamma, int64_t ignore_index, bool align_corners, bool per_image, bool with_hits,
     bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) {
-  const int64_t batch = logits.size(0), num_classes = logits.size(1);
+  const int64_t batch = logits.size(0), num_classes = std::max<int64_t>(logits.size(1), 2);
   const ScalarType dtype = logits.scalar_type();
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const bool empty = labels.numel() == 0;
@@ -177,7 +177,7 @@ void backward(const Tensor& logits, const Labels& labels, const LossShape<StatOf
   const Output<Stat> output = {layout_of(dlogits), dlogits.mutable_data_ptr<T>(),
                                best_rows<T>().finish_row, best_rows<T>().write_group};
   const auto kernels = best_kernels<Stat>();
-  for_items(tiles, tiles.count(), layout.dim, tiles.upsampled(), true,
+  for_items(tiles, tiles.count(), problem.num_classes, tiles.upsampled(), true,
             [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
               for (int64_t i = first; i < last; ++i)
                 kernels.backward(problem, tiles.tile(i, true), workspace, gradients, output);
@@ -217,7 +217,8 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
     gradients.dlse = by_pixel(dlse);
     gradients.lse = lse.const_data_ptr<Stat>();
     std::vector<Stat> totals;
-    backward<T>(logits, labels_of("softmax_moments.cpu", labels, logits.size(1), ignore_index),
+    const int64_t num_classes = std::max<int64_t>(logits.size(1), 2);
+    backward<T>(logits, labels_of("softmax_moments.cpu", labels, num_classes, ignore_index),
                 loss_shape(smoothing, min_loss, focal_gamma, totals), labels.size(1),
                 labels.size(2), align_corners, gradients, dlogits);
   });

@@ -80,6 +80,8 @@ struct Problem {
   Layout layout;  // logits [B, K, h, w]
   const void* logits;
   int64_t bytes;  // size of a logit
+  // K, but 2 if the logits have one channel: those of class 1, while those of class 0 are 0.
+  int64_t num_classes;
   // Packs a row of logits for a tile. Returns whether all are finite or -inf.
   bool (*pack_row)(const Problem& problem, const Tile& tile, int64_t row,
                    const Workspace<Stat>& workspace);
@@ -128,8 +130,8 @@ struct Output {
   void (*finish_row)(const Problem<Stat>& problem, const Output& output, const Tile& tile,
                      int64_t row, const Workspace<Stat>& workspace);
   // Writes workspace.upsampled to a row's columns.
-  void (*write_group)(const Output& output, int64_t image, int64_t row, Range columns,
-                      const Workspace<Stat>& workspace);
+  void (*write_group)(const Problem<Stat>& problem, const Output& output, int64_t image,
+                      int64_t row, Range columns, const Workspace<Stat>& workspace);
 };
 
 // The kernels of one instruction set.

@@ -54,7 +54,7 @@ void backward(const Problem<Stat>& problem, const Tile& tile, const Workspace<St
       if (problem.upsampled)
         add_gradients_of_group(problem, tile, workspace, group);
       else
-        output.write_group(output, tile.image, group.y, {group.x, group.x + group.count},
+        output.write_group(problem, output, tile.image, group.y, {group.x, group.x + group.count},
                            workspace);
     });
   if (problem.upsampled) finish_until(std::min(tile.rows.end + 1, problem.layout.height));

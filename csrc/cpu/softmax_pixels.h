@@ -114,7 +114,7 @@ ALWAYS_INLINE void logits_of_group(const Problem<Stat>& problem, const Tile& til
   if (!problem.upsampled)
     return problem.read_group(problem, tile.image, group.y, {group.x, group.x + group.count},
                               workspace);
-  for (int64_t k = 0; k < problem.layout.dim; ++k)
+  for (int64_t k = 0; k < problem.num_classes; ++k)
     upsample(problem, tile, group, workspace.packed[group.row.lower & 1] + k * workspace.stride,
              workspace.packed[group.row.upper & 1] + k * workspace.stride, workspace.line,
              workspace.upsampled + k * workspace.group);
@@ -129,7 +129,7 @@ ALWAYS_INLINE void largest_of_group(const Problem<Stat>& problem, const Workspac
   for (int64_t t = 0; t < group.count; t += LANES<Stat>) {
     Vec largest = Simd<Stat>::load(workspace.upsampled + t);
     Index index = {};
-    for (int64_t k = 1; k < problem.layout.dim; ++k) {
+    for (int64_t k = 1; k < problem.num_classes; ++k) {
       const Vec z = Simd<Stat>::load(workspace.upsampled + k * workspace.group + t);
       const Index larger = (z > largest) | ((z != z) & (largest == largest));
       largest = larger ? z : largest;
@@ -208,7 +208,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
-  const int64_t num_classes = problem.layout.dim;
+  const int64_t num_classes = problem.num_classes;
   const bool with_probabilities = sums.masses || sums.squares;
   const int64_t first = (tile.image * problem.rows.size + group.y) * problem.columns.size + group.x;
   const LossesOfImage<Stat> losses_of(problem.shape, num_classes, tile.image);
@@ -288,7 +288,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
-  const int64_t num_classes = problem.layout.dim, stride = workspace.group;
+  const int64_t num_classes = problem.num_classes, stride = workspace.group;
   const int64_t of_image = tile.image * gradients.stride_b;
   const auto own_class = [&](const Stat* by_class, Indices<Stat> k) INLINE_LAMBDA {
     return by_class ? pick(by_class + of_image, k) : Vec{};
@@ -362,7 +362,7 @@ void add_gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
   const int64_t first = position(problem.columns, group.x).lower - offset;
   const int64_t last = position(problem.columns, group.x + group.count - 1).upper - offset;
   const Position<Stat>& row = group.row;
-  for (int64_t k = 0; k < problem.layout.dim; ++k) {
+  for (int64_t k = 0; k < problem.num_classes; ++k) {
     const Stat* dz = workspace.upsampled + k * workspace.group;
     Stat* line = workspace.line;
     for (int64_t j = first; j <= last; ++j) line[j] = 0;

@@ -124,13 +124,16 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
     Simd<Stat>::store(packed + k * stride + j, x);
     Simd<Stat>::store(shifts + j, maximum(Simd<Stat>::load(shifts + j), x));
   };
-  read_columns(source, layout, columns, put);
+  const int64_t first_class = problem.num_classes - layout.dim;
+  for (int64_t j = 0; first_class > 0 && j < columns; j += L) put(0, j, Vec{});
+  read_columns(source, layout, columns,
+               [&](int64_t k, int64_t j, Vec x) INLINE_LAMBDA { put(first_class + k, j, x); });
   for (int64_t j = 0; j < columns; j += L) {
     const Vec largest = Simd<Stat>::load(shifts + j);
     // a position whose largest logit is not finite is not shifted
     Simd<Stat>::store(shifts + j, largest - largest == 0 ? largest : Vec{});
   }
-  for (int64_t k = 0; k < layout.dim; ++k)
+  for (int64_t k = 0; k < problem.num_classes; ++k)
     for (int64_t j = 0; j < columns; j += L) {
       Stat* at = packed + k * stride + j;
       const Vec x = Simd<Stat>::load(at) - Simd<Stat>::load(shifts + j);
@@ -138,7 +141,7 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
       below = below & (x <= 0);
     }
   // copies at the sides, then zeros, so that unused lanes have finite numbers
-  for (int64_t k = -1; k < layout.dim; ++k) {
+  for (int64_t k = -1; k < problem.num_classes; ++k) {
     Stat* line = k < 0 ? shifts : packed + k * stride;
     if (left) line[-1] = line[0];
     if (right) line[columns] = line[columns - 1];
@@ -154,7 +157,7 @@ void finish_row(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& outp
                 const Tile& tile, int64_t row, const Workspace<StatOf<T>>& workspace) {
   using Stat = StatOf<T>;
   const Layout& dlayout = output.layout;
-  const int64_t stride = workspace.stride, num_classes = dlayout.dim;
+  const int64_t stride = workspace.stride, num_classes = problem.num_classes;
   Stat* gradients = workspace.gradients[row & 1];
   Stat* source = gradients + 1;
   const int64_t columns = tile.columns.end - tile.columns.begin;
@@ -170,7 +173,7 @@ void finish_row(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& outp
       if (tile.columns.end == dlayout.width) line[columns - 1] += line[columns];
     }
     write_columns(logit_at<T>(output.dlogits, dlayout, tile.image, row, tile.columns.begin),
-                  dlayout, columns, source, stride);
+                  dlayout, columns, source + (num_classes - dlayout.dim) * stride, stride);
   }
   std::memset(gradients, 0, (num_classes + 1) * stride * sizeof(Stat));
 }
@@ -179,24 +182,28 @@ template <class T>
 void read_group(const Problem<StatOf<T>>& problem, int64_t image, int64_t row, Range columns,
                 const Workspace<StatOf<T>>& workspace) {
   using Stat = StatOf<T>;
-  read_columns(logit_at<const T>(problem.logits, problem.layout, image, row, columns.begin),
-               problem.layout, columns.end - columns.begin,
-               [&](int64_t k, int64_t j, VecOf<Stat> x) INLINE_LAMBDA {
-                 Simd<Stat>::store(workspace.upsampled + k * workspace.group + j, x);
-               });
+  const int64_t first_class = problem.num_classes - problem.layout.dim;
+  if (first_class > 0) std::memset(workspace.upsampled, 0, workspace.group * sizeof(Stat));
+  read_columns(
+      logit_at<const T>(problem.logits, problem.layout, image, row, columns.begin), problem.layout,
+      columns.end - columns.begin, [&](int64_t k, int64_t j, VecOf<Stat> x) INLINE_LAMBDA {
+        Simd<Stat>::store(workspace.upsampled + (first_class + k) * workspace.group + j, x);
+      });
 }
 
 template <class T>
-void write_group(const Output<StatOf<T>>& output, int64_t image, int64_t row, Range columns,
-                 const Workspace<StatOf<T>>& workspace) {
+void write_group(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& output, int64_t image,
+                 int64_t row, Range columns, const Workspace<StatOf<T>>& workspace) {
+  const int64_t first_class = problem.num_classes - output.layout.dim;
   write_columns(logit_at<T>(output.dlogits, output.layout, image, row, columns.begin),
-                output.layout, columns.end - columns.begin, workspace.upsampled, workspace.group);
+                output.layout, columns.end - columns.begin,
+                workspace.upsampled + first_class * workspace.group, workspace.group);
 }
 
 // Appends the sum of v_k z_k to a packed row.
 template <class Stat>
 void mix_row(const Problem<Stat>& problem, int64_t image, Stat* packed, int64_t stride) {
-  const int64_t num_classes = problem.layout.dim;
+  const int64_t num_classes = problem.num_classes;
   const LossesOfImage<Stat> losses(problem.shape, num_classes, image);
   if (!losses.others) return;
   Stat* sum = packed + num_classes * stride;

@@ -75,6 +75,7 @@ class Tiles {
     chunks_ = ceil_div(layout.width, columns);
   }
 
+  int64_t num_classes() const { return std::max<int64_t>(layout_.dim, 2); }
   bool upsampled() const { return rows_.axis().lower || columns_.axis().lower; }
   bool by_cells() const { return rows_.cells().begin && columns_.cells().begin; }
   int64_t most_of_cell() const { return columns_.cells().most; }
@@ -85,6 +86,7 @@ class Tiles {
     return {layout_,
             logits.const_data_ptr<T>(),
             sizeof(T),
+            num_classes(),
             rows.pack_row,
             rows.read_group,
             upsampled(),
