@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_kernels import in_layout
+from cpu_kernels import in_layout, same_for_all_threads
 from torch import Tensor
 
 import anchorops as ao
 from anchorops._ops.softmax_moments import Options, unchecked_moments
 from anchorops.reference import SoftmaxMoments, statistics_dtype
 
-BACKENDS = ["reference"]
-F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+BACKENDS = ["cpu", "reference"]
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 def expected_moments(
@@ -119,6 +119,64 @@ def test_values_and_gradients(num_classes, size, label_size, dtype, layout, shap
     eps = 1e-2 if dtype == BF16 else 1e-4
     atol = eps * right.abs().max().item()
     torch.testing.assert_close(gradient.double(), right, rtol=eps, atol=atol)
+
+
+def losses_and_gradient(logits: Tensor, labels: Tensor, options: Options) -> list[Tensor]:
+    logits = logits.detach().requires_grad_()
+    found = unchecked_moments("test", logits, labels, options)
+    assert found.pixel_losses is not None
+    loss = found.losses.sum() + (found.pixel_losses * labels.sin()).sum()
+    gradient = torch.autograd.grad(loss, logits)[0]
+    return [found.losses.detach(), found.pixel_losses.detach(), gradient]
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e3])
+@pytest.mark.parametrize(
+    ("num_classes", "size", "ratio", "dtype"),
+    [
+        (2, (9, 20), 4, F32),
+        (150, (6, 9), 4, F16),
+        (19, (9, 20), 16, F32),
+        (1, (9, 20), 8, F32),
+        (1, (9, 70), 1, F16),
+        (7, (9, 70), 1, F32),
+    ],
+    ids=str,
+)
+def test_coherent_labels_and_steep_logits(num_classes, size, ratio, dtype, scale):
+    """Runs of one class, and cells that are processed pixel by pixel, against float64."""
+    classes = max(num_classes, 2)
+    logits = (torch.randn(2, num_classes, *size) * scale).to(dtype)
+    labels = torch.randint(-1, classes, (2, ratio * size[0], ratio * size[1]))
+    labels = labels[:, ::7, ::9].repeat_interleave(7, 1).repeat_interleave(9, 2)
+    labels = labels[:, : ratio * size[0], : ratio * size[1]].contiguous()
+    for options in (
+        Options(smoothing=torch.rand(2, classes), pixel_losses=True),
+        Options(smoothing=torch.rand(2, classes), focal_gamma=2.0, pixel_losses=True),
+        Options(focal_gamma=1.5, pixel_losses=True),
+    ):
+        with ao.use_backend("cpu"):
+            found = losses_and_gradient(logits, labels, options)
+        exact = options
+        if options.smoothing is not None:
+            exact = options._replace(smoothing=options.smoothing.double())
+        with ao.use_backend("reference"):
+            right = losses_and_gradient(logits.double(), labels, exact)
+        spread = (logits.max() - logits.min()).item()
+        for a, b in zip(found, right, strict=True):
+            error = 2e-5 + torch.finfo(a.dtype).eps + 8 * torch.finfo(F32).eps * spread
+            atol = error * b.abs().max().item()
+            torch.testing.assert_close(a.double(), b, rtol=error, atol=atol)
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+@pytest.mark.parametrize("num_classes", [1, 5])
+def test_threads_do_not_matter(num_classes: int, ratio: int):
+    logits = torch.randn(2, num_classes, 40, 33)
+    labels = torch.randint(-1, max(num_classes, 2), (2, 40 * ratio, 33 * ratio))
+    smoothing = torch.rand(2, max(num_classes, 2))
+    options = Options(smoothing=smoothing, focal_gamma=1.5, min_loss=0.3, pixel_losses=True)
+    same_for_all_threads(lambda: losses_and_gradient(logits, labels, options))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -203,7 +203,7 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
   constexpr int H = CellRow<WIDTH>::HEIGHT, L = CellRow<WIDTH>::L;
   const int64_t of_image = row.tile.image * gradients.stride_b;
   const auto of_class = [&](const float* by_class, Ints k) INLINE_LAMBDA {
-    return by_class ? gather(by_class + of_image, k, 0.0f) : Floats{};
+    return by_class ? pick(by_class + of_image, k) : Floats{};
   };
   const bool any_valid = any(classes.of_cells >= 0);
   const Corners shifts = row.shifts(block);

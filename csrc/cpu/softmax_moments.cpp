@@ -142,7 +142,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const auto by_pixel = [&](bool asked) {
     std::vector<int64_t> size = {0};
     if (asked) size = {batch, labels.size(1), labels.size(2)};
-    return new_empty(logits, size, stat);
+    Tensor pixel_map = new_empty(logits, size, stat);
+    advise_huge_pages(pixel_map, pixel_map.numel() * (stat == ScalarType::Double ? 8 : 4));
+    return pixel_map;
   };
   const Outputs out = {by_class(true, stat),
                        by_class(with_masses, stat),

@@ -35,6 +35,14 @@ struct Group {
   ALWAYS_INLINE MaskOf<Stat> is_of_class(int64_t t, int32_t k) const {
     return __builtin_convertvector(classes_at(t) == k, MaskOf<Stat>);
   }
+  // The logits of the true classes of a vector of pixels, z at [k * stride]; 0 if ignored.
+  ALWAYS_INLINE VecOf<Stat> own_logits(int64_t t, const Stat* z, int64_t stride) const {
+    const Indices<Stat> k = classes_at(t);
+    if (all_equal(k)) return k[0] < 0 ? VecOf<Stat>{} : Simd<Stat>::load(z + k[0] * stride);
+    Indices<Stat> at = k * static_cast<int32_t>(stride);
+    for (int i = 0; i < LANES<Stat>; ++i) at[i] += i;
+    return pick(z, at);
+  }
   // A bit for each pixel t whose class and t fulfil the condition.
   template <class Condition>
   ALWAYS_INLINE uint64_t pixels(Condition condition) const {
@@ -224,14 +232,11 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     hits = group.pixels([&](Ints k, int64_t t)
                             INLINE_LAMBDA { return k == load_ints(predicted + t); });
   }
-  Indices<Stat> lanes = {};
-  for (int i = 0; i < L; ++i) lanes[i] = i;
   for (int64_t t = 0; t < group.count; t += L) {
     Stat* const z = workspace.upsampled + t;
-    const Indices<Stat> at = group.classes_at(t) * static_cast<int32_t>(workspace.group) + lanes;
     const MaskOf<Stat> is_valid = group.is_valid(t);
     const int64_t count = std::min<int64_t>(L, group.count - t);
-    const Vec own = pick<Stat>(z, at);
+    const Vec own = group.own_logits(t, z, workspace.group);
     const SumOfPowers<Stat> sum =
         with_probabilities
             ? sum_of_powers<Stat, true>(z, num_classes, workspace.group, losses_of.others)
@@ -300,8 +305,6 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     return dmass + 2 * p * dsquare;
   };
   const LossesOfImage<Stat> losses(problem.shape, num_classes, tile.image);
-  Indices<Stat> lanes = {};
-  for (int i = 0; i < L; ++i) lanes[i] = i;
   Stat own_gradient[GROUP];
   logits_of_group(problem, tile, workspace, group);
 
@@ -311,9 +314,8 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     const Indices<Stat> classes = group.classes_at(t);
     Vec own =
         own_class(gradients.dlosses, classes) + load_map(gradients.dpixel_losses, tile, group, t);
-    const Indices<Stat> at = classes * static_cast<int32_t>(stride) + lanes;
     Vec of_others = {};
-    const Vec own_logit = pick<Stat>(z, at);
+    const Vec own_logit = problem.shape.plain ? Vec{} : group.own_logits(t, z, stride);
     const SumOfPowers<Stat> sum = sum_of_powers<Stat, true>(z, num_classes, stride, losses.others);
     if (!problem.shape.plain) {
       const Vec log_total = log_of_sum(sum.total);
@@ -334,7 +336,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
       rest -= p * u(p, k);
     }
     if (gradients.doverlaps) {
-      const Vec p = unit * pick<Stat>(z, at);
+      const Vec p = unit * group.own_logits(t, z, stride);
       const Vec of_overlap = p * own_class(gradients.doverlaps, classes);
       rest -= of_overlap;
       own -= of_overlap;

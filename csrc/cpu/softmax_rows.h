@@ -18,10 +18,14 @@ void read_labels(const Labels& labels, int64_t image, int64_t row, Range columns
     const bool valid = (static_cast<uint64_t>(label) < num_classes) & (label != ignore_index);
     classes[i] = valid ? static_cast<int32_t>(label) : -1;
   };
-  if (stride == 1)
+  if (stride == 1) {
+    // the row that is read next but three, from the third-level cache or from memory
+    const Label* ahead = data + 4 * labels.stride_h;
+    for (int64_t i = 0; i < count; i += 64 / sizeof(Label)) __builtin_prefetch(ahead + i, 0, 2);
     for (int64_t i = 0; i < count; ++i) read(i, i);
-  else
+  } else {
     for (int64_t i = 0; i < count; ++i) read(i, i * stride);
+  }
 }
 
 // Calls put(k, j, vector) for logits of neighbouring columns, beginning with `source`: those of

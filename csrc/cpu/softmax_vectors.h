@@ -135,9 +135,18 @@ ALWAYS_INLINE void scatter(float* table, Ints index, Floats values) {
 #endif
 }
 
-// table[index]; 0 where index is negative.
+template <class Index>
+ALWAYS_INLINE bool all_equal(Index index) {
+  if constexpr (std::is_same_v<Index, Ints>) return !any(index != index[0]);
+  bool equal = true;
+  for (size_t i = 1; i < sizeof index / sizeof index[0]; ++i) equal &= index[i] == index[0];
+  return equal;
+}
+
+// table[index]; 0 where index is negative. Mostly all are equal.
 template <class Stat>
 ALWAYS_INLINE VecOf<Stat> pick(const Stat* table, Indices<Stat> index) {
+  if (all_equal(index)) return VecOf<Stat>{} + (index[0] < 0 ? Stat(0) : table[index[0]]);
   if constexpr (std::is_same_v<Stat, float>) return gather(table, index, 0.0f);
   VecOf<Stat> result = {};
   for (int i = 0; i < LANES<Stat>; ++i)
