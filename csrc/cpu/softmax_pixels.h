@@ -173,6 +173,17 @@ ALWAYS_INLINE SumOfPowers<Stat> sum_of_powers(Stat* z, int64_t num_classes, int6
   using Vec = VecOf<Stat>;
   Vec largest = V::load(z);
   for (int64_t k = 1; k < num_classes; ++k) largest = maximum(largest, V::load(z + k * stride));
+  if constexpr (std::is_same_v<Stat, float>)
+    if (num_classes == 2 && !any(~(largest - largest == 0))) {  // one of the powers is 1
+      const Vec first = V::load(z) - largest, second = V::load(z + stride) - largest;
+      const Vec of_less = first == 0 ? second : first, e = exp<Stat>(of_less);
+      if (STORED) V::store(z, first == 0 ? Vec{} + 1 : e);
+      if (STORED) V::store(z + stride, first == 0 ? e : Vec{} + 1);
+      Vec weight = {};
+      if (weights) weight = first == 0 ? Vec{} + weights[1] : Vec{} + weights[0];
+      const Vec mixed = weight == 0 ? Vec{} : weight * of_less;
+      return {largest, 1 + e, mixed};
+    }
   largest = largest - largest == 0 ? largest : Vec{};
   Vec total = {}, mixed = {};
   for (int64_t first = 0; first < num_classes; first += 128) {
