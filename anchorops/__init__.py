@@ -15,6 +15,7 @@ from ._ops.confusion import confusion, pixel_confusion
 from ._ops.pixel_argmax import pixel_argmax
 from ._ops.pixel_binary_cross_entropy import pixel_binary_cross_entropy
 from ._ops.pixel_cross_entropy import pixel_cross_entropy
+from ._ops.pixel_kl_divergence import pixel_kl_divergence
 from .losses import (
     CBP,
     MVSC,
@@ -50,6 +51,7 @@ __all__ = [
     "pixel_binary_cross_entropy",
     "pixel_confusion",
     "pixel_cross_entropy",
+    "pixel_kl_divergence",
     "pixel_to_anchor_mse",
     "use_backend",
 ]

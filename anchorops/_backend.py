@@ -8,6 +8,7 @@ import math
 import os
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -154,8 +155,8 @@ def backends() -> dict[str, str | None]:
     """All backends, fastest first: None if the backend is usable here, otherwise the reason why
     not. With several GPUs, `cuda` is usable if at least one GPU supports it. Usable does not mean
     every call: `cuda` leaves class moments of more than 1,024 keys (images × classes × groups), and
-    pixel losses with label smoothing, a focal factor or hard examples, to `triton`; both leave
-    float64 to `reference`."""
+    pixel losses with label smoothing, a focal factor or hard examples, and pixel_kl_divergence, to
+    `triton`; both leave float64 to `reference`."""
     reasons = dict(_MISSING)
     for name in ("cuda", "triton"):
         if not reasons[name] and not _ON_HOST[name] and not torch.cuda.is_available():
@@ -177,9 +178,10 @@ class use_backend:
     For CUDA tensors this is `cuda`, if it was built for that GPU, then `triton`, or first `triton`
     where it is predicted to be faster (anchorops/_predicted.py). Class moments of more than 1,024
     keys (images × classes × groups) use `triton`, and so do pixel losses with label smoothing, a
-    focal factor or hard examples. Float64, and more classes than they support, use
-    `reference`. For CPU tensors it is `cpu`, for all others `reference`. A backend chosen by name
-    raises an error if it does not support a call; it is never silently replaced by another one.
+    focal factor or hard examples, and pixel_kl_divergence. Float64, and more classes than they
+    support, use `reference`. For CPU tensors it is `cpu`, for all others `reference`. A backend
+    chosen by name raises an error if it does not support a call; it is never silently replaced by
+    another one.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not usable here.
     """
@@ -210,9 +212,16 @@ class use_backend:
 
 
 def _why_not(
-    name: str, tensor: Tensor, num_classes: int, num_keys: int, shapes_losses: bool
+    name: str,
+    tensor: Tensor,
+    num_classes: int,
+    num_keys: int,
+    shapes_losses: bool,
+    operators: Sequence[str],
 ) -> str | None:
     """Why the backend does not support a call with this input, or None."""
+    if name not in ("reference", *operators):
+        return f'it does not have this operator: choose "{operators[-1]}" or "auto"'
     device = "cpu" if name == "cpu" or _ON_HOST.get(name) else "cuda"
     if name != "reference" and tensor.device.type != device:
         return f"it supports {device} tensors, the input is on {tensor.device}"
@@ -241,6 +250,7 @@ def select(
     num_keys: int = 0,
     shapes_losses: bool = False,
     by_triton: bool = False,
+    operators: Sequence[str] = NAMES,
 ) -> str:
     """The backend of a call with this input (features, logits or predictions). Raises ValueError if
     the chosen backend does not support it.
@@ -251,16 +261,19 @@ def select(
             smallest value.
         by_triton: `auto` tries `triton` before `cuda`, because it is predicted to be faster
             (_predicted.py).
+        operators: the backends that have this operator, besides `reference`.
     """
     chosen = _choice.backend
     if chosen != "auto":
-        reason = _why_not(chosen, tensor, num_classes, num_keys, shapes_losses)
+        reason = _why_not(chosen, tensor, num_classes, num_keys, shapes_losses, operators)
         if reason:
             raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
         return chosen
     for name in ("triton", "cuda", "cpu", "reference") if by_triton else NAMES:
         # Interpreted and emulated kernels are for tests: they are never selected automatically.
         unusable = _MISSING[name] or _ON_HOST.get(name)
-        if not (unusable or _why_not(name, tensor, num_classes, num_keys, shapes_losses)):
+        if not (
+            unusable or _why_not(name, tensor, num_classes, num_keys, shapes_losses, operators)
+        ):
             return name
     return "reference"

@@ -231,7 +231,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 def check_number(function: str, argument: str, value: object, *, above: bool = False) -> None:
     """A finite float, or an int of 64 bits, of at least 0, or above 0."""
-    _check_size(function, argument, value, "a float or an int of 64 bits")
+    _check_64_bits(function, argument, value, "a float or an int of 64 bits")
     if not _is_number(value):
         in_range = False
     else:
@@ -263,14 +263,25 @@ def check_share(function: str, argument: str, value: object, *, below_one: bool 
         fail(function, argument, expected, describe(value))
 
 
-def _check_size(function: str, argument: str, value: object, expected: str) -> None:
+def check_size(function: str, size: object, axes: int = 2) -> None:
+    """size: (H, W) of upsampled logits, or (D, H, W)."""
+
+    def is_length(n: object) -> bool:
+        return isinstance(n, int | torch.SymInt) and not isinstance(n, bool) and bool(n >= 0)
+
+    if not isinstance(size, list | tuple) or len(size) != axes or not all(map(is_length, size)):
+        expected = "(H, W), two ints" if axes == 2 else "(D, H, W), three ints"
+        fail(function, "size", f"{expected} of at least 0", describe(size))
+
+
+def _check_64_bits(function: str, argument: str, value: object, expected: str) -> None:
     """torch takes no larger ints."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         fail(function, argument, expected, describe(value))
 
 
 def check_count(function: str, argument: str, value: object) -> None:
-    _check_size(function, argument, value, "an int of 64 bits")
+    _check_64_bits(function, argument, value, "an int of 64 bits")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         fail(function, argument, "an int of at least 1", describe(value))
 

@@ -14,6 +14,8 @@ from anchorops.kernels import (
     class_moments_backward,
     confusion,
     pixel_argmax,
+    pixel_kl_divergence,
+    pixel_kl_divergence_backward,
     softmax_moments,
     softmax_moments_backward,
     split_groups,
@@ -172,6 +174,47 @@ def launch_pixels(variant: PixelVariant) -> None:
         confusion.confusion(predictions, labels, variant.size[1], 255)
 
 
+class DivergenceVariant(NamedTuple):
+    """Logits of student and teacher; with `maps` a mask, and a gradient of each pixel."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    teacher: tuple[int, ...]
+    labels: tuple[int, int]
+    align_corners: bool
+    maps: bool
+
+    def __str__(self) -> str:
+        what = "mask, divergence of each pixel" if self.maps else "sum of all pixels"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype}: {self.size} and {self.teacher} to {self.labels}, {what}"
+
+
+QUICK_DIVERGENCES = [DivergenceVariant(BF16, ADE20K, ADE20K, (512, 512), False, False)]
+DIVERGENCES = [
+    *QUICK_DIVERGENCES,
+    DivergenceVariant(FP32, ADE20K, (16, 150, 64, 64), (512, 512), False, True),
+    DivergenceVariant(FP16, DEEPLAB, DEEPLAB, (513, 513), True, True),
+    DivergenceVariant(BF16, ADE20K, ADE20K, (128, 128), False, True),
+    DivergenceVariant(BF16, FEW, DEEPLAB, (512, 512), False, False),
+]
+
+
+def launch_divergence(variant: DivergenceVariant) -> None:
+    logits = torch.empty(variant.size, dtype=variant.dtype, device="meta")
+    teacher = torch.empty(variant.teacher, dtype=variant.dtype, device="meta")
+    valid = torch.empty((variant.size[0], *variant.labels), dtype=torch.bool, device="meta")
+    given = logits, teacher, valid if variant.maps else None
+    options = 2.0, variant.align_corners
+    total, divergences, lse, teacher_lse = pixel_kl_divergence.pixel_kl_divergence(
+        *given, *variant.labels, *options, variant.maps, True
+    )
+    gradients = (None, divergences) if variant.maps else (total, None)
+    pixel_kl_divergence_backward.pixel_kl_divergence_backward(
+        *given, lse, teacher_lse, *gradients, *options
+    )
+
+
 def jobs(quick: bool) -> list[tuple[Any, ...]]:
     """Launcher, title of the variant, arguments of the launcher."""
     found: list[tuple[Any, ...]] = [
@@ -183,6 +226,8 @@ def jobs(quick: bool) -> list[tuple[Any, ...]]:
     found.append((launch_info_nce, "two queries of a class, with positives", 2, True))
     for pixels in QUICK_PIXELS if quick else PIXELS:
         found.append((launch_pixels, str(pixels), pixels))
+    for divergence in QUICK_DIVERGENCES if quick else DIVERGENCES:
+        found.append((launch_divergence, str(divergence), divergence))
     for dtype in (BF16,) if quick else (BF16, FP16, FP32):
         for layout in (torch.contiguous_format, torch.channels_last):
             title = f"upsampled sums: {str(dtype).removeprefix('torch.')}, {layout}"

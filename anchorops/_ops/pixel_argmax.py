@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_flags, check_logits, describe, fail
+from .._checks import check_flags, check_logits, check_size, describe, fail
 from . import volumes as volumes  # it registers the operators of volumes
 from .registration import define
 from .softmax_moments import Options, unchecked_moments
@@ -24,10 +24,6 @@ define(
     "(Tensor logits, SymInt height, SymInt width, bool align_corners) -> Tensor",
     _fake,
 )
-
-
-def _is_length(n: object) -> bool:
-    return isinstance(n, int | torch.SymInt) and not isinstance(n, bool) and bool(n >= 0)
 
 
 @overload
@@ -85,10 +81,7 @@ def pixel_argmax(
     check_logits(function, logits)
     if logits.dim() not in (4, 5):
         fail(function, "logits", "a tensor (B, K, h, w) or (B, K, d, h, w)", describe(logits))
-    lengths = isinstance(size, list | tuple) and len(size) == logits.dim() - 2
-    if not lengths or not all(_is_length(n) for n in size):
-        expected = "(H, W), two ints" if logits.dim() == 4 else "(D, H, W), three ints"
-        fail(function, "size", f"{expected} of at least 0", describe(size))
+    check_size(function, size, logits.dim() - 2)
     check_flags(function, align_corners=align_corners, confidence=confidence)
     if logits.numel() == 0 and logits.shape[0] * math.prod(size) > 0:
         fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")

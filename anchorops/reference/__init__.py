@@ -22,6 +22,7 @@ from .class_moments import (
 from .confusion import confusion
 from .fixed_order_sum import fixed_order_sum
 from .pixel_argmax import pixel_argmax
+from .pixel_kl_divergence import pixel_kl_divergence
 from .softmax_moments import SoftmaxMoments, softmax_moments
 from .split_groups import group_counts, split_groups
 from .upsampled_sums import (
@@ -49,6 +50,7 @@ __all__ = [
     "fixed_order_sum",
     "group_counts",
     "pixel_argmax",
+    "pixel_kl_divergence",
     "pixel_to_anchor_mse",
     "resize_labels",
     "softmax_moments",

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <utility>
 
+#include "pixel_kl_divergence.h"
 #include "softmax_moments.h"
 
 #ifdef __clang__

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "pixel_kl_divergence.h"
 #include "softmax_moments.h"
 
 #define VECTOR_BYTES 16

@@ -108,3 +108,5 @@ template Rows<float> rows();
 template Rows<double> rows();
 template Rows<BFloat16> rows();
 template Rows<Half> rows();
+
+#include "pixel_kl_divergence_kernel.h"

@@ -23,6 +23,7 @@ OPERATORS = (
     "centroid_info_nce",
     "upsampled_sums",
     "confusion",
+    "pixel_kl_divergence",
 )
 CASES = [HERE.parents[1] / f"test_{operator}.py" for operator in OPERATORS]
 CASES += sorted(HERE.glob("test_*.py"))

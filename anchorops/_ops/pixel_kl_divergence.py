@@ -1,0 +1,219 @@
+"""The divergence of low-resolution logits from a teacher's, at the labels' size.
+
+Let s and t be the logits of student and teacher, upsampled bilinearly and divided by the
+temperature T, p = softmax t, V the valid pixels q:
+
+    D_q  = T²·(Σ_k p_k·(t_k − s_k) + lse s − lse t),  0 where p_k = 0, and where not valid
+    ds_k = T·(e^(s_k − lse s) − p_k)·(dtotal + dD_q),  0 where not valid
+    dlogits = the transpose of the upsampling, of ds
+
+The upsampled logits are never stored: the backward pass computes both softmaxes again, from the
+logits and the two lse.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._backend import select
+from .._checks import (
+    FLOATING,
+    check_choice,
+    check_flags,
+    check_logits,
+    check_size,
+    check_strided,
+    check_temperature,
+    describe,
+    fail,
+)
+from ..reference import statistics_dtype
+from .registration import Gradient, define
+
+# logits (B, K, h, w), teacher_logits (B, K, h', w'), valid bool (B, H, W), of any strides. Results
+# are float32, for float64 logits float64: total = Σ D is a scalar, the others are (B, H, W),
+# contiguous, or empty (0,) if they were not requested. lse and teacher_lse are for the backward
+# pass of the same backend, which may subtract one number from all logits of a pixel first.
+_SCHEMA = (
+    "(Tensor logits, Tensor teacher_logits, Tensor? valid, SymInt height, SymInt width, "
+    "float temperature, bool align_corners, bool with_divergences, bool with_lse) "
+    "-> (Tensor total, Tensor divergences, Tensor lse, Tensor teacher_lse)"
+)
+
+# dlogits is dense and has the logits' dtype and layout.
+_BACKWARD_SCHEMA = (
+    "(Tensor logits, Tensor teacher_logits, Tensor? valid, Tensor lse, Tensor teacher_lse, "
+    "Tensor? dtotal, Tensor? ddivergences, float temperature, bool align_corners) -> Tensor"
+)
+
+BACKENDS = ("cpu", "triton")
+
+
+def _forward_fake(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    valid: Tensor | None,
+    height: int,
+    width: int,
+    temperature: float,
+    align_corners: bool,
+    with_divergences: bool,
+    with_lse: bool,
+) -> tuple[Tensor, ...]:
+    dtype = statistics_dtype(logits.dtype)
+
+    def pixel_map(asked: bool) -> Tensor:
+        shape = (logits.shape[0], height, width) if asked else (0,)
+        return logits.new_empty(shape, dtype=dtype)
+
+    asked = with_divergences, with_lse, with_lse
+    return logits.new_empty((), dtype=dtype), *map(pixel_map, asked)
+
+
+def _backward_fake(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, teacher_logits, valid, *ctx.options, ctx.with_divergences, ctx.with_lse = inputs
+    lse = output[2:]
+    ctx.mark_non_differentiable(*lse)
+    ctx.save_for_backward(logits, teacher_logits, valid, *lse)
+
+
+def _backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    dtotal = grads[0]
+    # The gradient of an absent (empty) output is an empty tensor, not None.
+    ddivergences = grads[1] if ctx.with_divergences else None
+    dlogits = None
+    if ctx.needs_input_grad[0] and not (dtotal is None and ddivergences is None):
+        *inputs, lse, teacher_lse = ctx.saved_tensors
+        if not ctx.with_lse:
+            # torch.vmap and traces without gradients hide that a gradient will be requested
+            lse, teacher_lse = ctx.forward(*inputs, *ctx.options, False, True)[2:]
+        options = ctx.options[2:]  # without the size
+        dlogits = operator(*inputs, lse, teacher_lse, dtotal, ddivergences, *options)
+    return dlogits, *(None,) * 8
+
+
+define(
+    "pixel_kl_divergence",
+    _SCHEMA,
+    _forward_fake,
+    backends=BACKENDS,
+    gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
+)
+
+
+def _check_inputs(
+    function: str, logits: Tensor, teacher_logits: Tensor, size: tuple[int, int], valid: object
+) -> None:
+    check_logits(function, logits)
+    if logits.dim() != 4:
+        fail(function, "logits", "a tensor (B, K, h, w)", describe(logits))
+    check_strided(function, "teacher_logits", teacher_logits)
+    batch, num_classes = logits.shape[:2]
+    same = isinstance(teacher_logits, Tensor) and teacher_logits.dim() == 4
+    if not same or teacher_logits.shape[:2] != logits.shape[:2]:
+        expected = f"a tensor ({batch}, {num_classes}, h, w), as logits"
+        fail(function, "teacher_logits", expected, describe(teacher_logits))
+    dtypes = [x for x in FLOATING if (x == torch.float64) == (logits.dtype == torch.float64)]
+    if teacher_logits.dtype not in dtypes:
+        expected = " or ".join(str(x).removeprefix("torch.") for x in dtypes)
+        got = f"{teacher_logits.dtype} with logits in {logits.dtype}"
+        fail(function, "teacher_logits", expected, got)
+    if teacher_logits.device != logits.device:
+        fail(
+            function, "teacher_logits", f"device {logits.device}, as logits", teacher_logits.device
+        )
+    check_size(function, size)
+    for argument, x in (("logits", logits), ("teacher_logits", teacher_logits)):
+        if x.numel() == 0 and batch * size[0] * size[1] > 0:
+            fail(function, argument, "at least one pixel per image", f"shape {tuple(x.shape)}")
+    if valid is not None:
+        check_strided(function, "valid", valid)
+        shape = (batch, *size)
+        if not isinstance(valid, Tensor) or valid.shape != shape or valid.dtype != torch.bool:
+            fail(function, "valid", f"a bool tensor {shape}, or None", describe(valid))
+        if valid.device != logits.device:
+            fail(function, "valid", f"device {logits.device}, as logits", valid.device)
+
+
+def pixel_kl_divergence(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    size: tuple[int, int],
+    *,
+    valid: Tensor | None = None,
+    temperature: float = 1.0,
+    align_corners: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """Kullback-Leibler divergence of a teacher's low-resolution logits and a student's, compared at
+    a larger size: distillation, mean teacher, soft labels.
+
+    D_q = T²·KL(softmax(t/T) ‖ softmax(s/T)),   L = Σ_q D_q / (number of valid pixels) for "mean"
+
+    (Hinton et al., arXiv:1503.02531, section 2) where s and t are logits and teacher_logits,
+    upsampled to `size` as by F.interpolate(x.float(), size, mode="bilinear",
+    align_corners=align_corners), and T is the temperature. Equal to T²·F.kl_div(log_softmax(s/T),
+    softmax(t/T), reduction="none").sum(1), but it never stores the upsampled logits.
+
+    Args:
+        logits: (B, K, h, w), any strides; float32, bfloat16, float16 or float64; K from 2 to 65,536
+            (16,384 on GPU). The gradient has its dtype and memory layout.
+        teacher_logits: (B, K, h', w'), of its own size and strides; float32, bfloat16 or float16,
+            with float64 logits float64. Constants: no gradient flows to it, as if it were detached.
+            Logarithms of probabilities are logits too.
+        size: (H, W).
+        valid: bool (B, H, W), any strides: the pixels to compare; by default all. Other pixels
+            change nothing, even if their logits are NaN or Inf, and have no gradient.
+        temperature: T > 0, a normal number of float32 (at least 2⁻¹²⁶).
+        align_corners: of the upsampling, as in F.interpolate.
+        reduction: "mean" over the valid pixels (0 if there is none), "sum", or "none".
+
+    Returns:
+        A scalar, or (B, H, W) for "none", 0 where not valid; float32 (float64 for float64 logits).
+        A class to which the teacher gives probability 0 (a logit of −inf) adds 0. The result is
+        inf where the student's logit is −inf and the teacher's is not.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or value; a chosen backend that does not support the
+            call. There are no CUDA kernels: on GPUs `auto` selects `triton`.
+        RuntimeError: a second or a forward-mode derivative was requested from a fused backend.
+    """
+    function = "pixel_kl_divergence"
+    _check_inputs(function, logits, teacher_logits, size, valid)
+    check_temperature(function, temperature)
+    check_flags(function, align_corners=align_corners)
+    check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
+    backend = select(function, logits, logits.shape[1], operators=BACKENDS)
+    if backend == "reference":
+        return reference.pixel_kl_divergence(
+            logits,
+            teacher_logits,
+            size,
+            valid=valid,
+            temperature=temperature,
+            align_corners=align_corners,
+            reduction=reduction,
+        )
+    total, divergences, _, _ = getattr(torch.ops.anchorops.pixel_kl_divergence, backend)(
+        logits,
+        teacher_logits.detach(),
+        valid,
+        *size,
+        temperature,
+        align_corners,
+        reduction == "none",
+        logits.requires_grad and torch.is_grad_enabled(),
+    )
+    if reduction == "none":
+        return divergences
+    if reduction == "sum":
+        return total
+    if valid is None:
+        return total / max(logits.shape[0] * size[0] * size[1], 1)
+    return total / valid.sum().clamp(min=1)

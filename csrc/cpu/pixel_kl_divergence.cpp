@@ -1,0 +1,179 @@
+// The operators anchorops::pixel_kl_divergence.cpu and its backward: outputs, work items, threads.
+#include "pixel_kl_divergence.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "softmax_tiles.h"
+
+namespace anchorops::cpu::softmax {
+namespace {
+
+constexpr const char* NAME = "pixel_kl_divergence.cpu";
+
+template <class Stat>
+DivergenceKernels<Stat> best_divergence_kernels() {
+#ifdef __x86_64__
+  const InstructionSet best = best_instruction_set();
+  if (best == InstructionSet::AVX512) return avx512::divergence_kernels<Stat>();
+  if (best == InstructionSet::AVX2) return avx2::divergence_kernels<Stat>();
+#endif
+  return baseline::divergence_kernels<Stat>();
+}
+
+template <class T, class Given>
+Map<T> map_of(const std::optional<Given>& map) {
+  if (!map) return {};
+  return {map->template const_data_ptr<T>(), map->stride(0), map->stride(1), map->stride(2)};
+}
+
+// The arguments of both operators.
+struct Arguments {
+  const Tensor &logits, &teacher_logits;
+  const std::optional<Tensor>& valid;
+  int64_t height, width;
+  double temperature;
+  bool align_corners;
+};
+
+// Calls visit(divergence, index of the tile, tile) for the tiles of the student's logits.
+template <class Stat, class Visit>
+void for_tiles(const Arguments& given, bool backward, Visit visit) {
+  const Layout layout = layout_of(given.logits), teacher_layout = layout_of(given.teacher_logits);
+  const Tiles<Stat> tiles(layout, given.height, given.width, given.align_corners);
+  const Tiles<Stat> teacher_tiles(teacher_layout, given.height, given.width, given.align_corners);
+  const auto problem_of = [](const Tensor& logits, const Tiles<Stat>& of) {
+    Problem<Stat> problem;
+    for_dtype(NAME, logits.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      if constexpr (std::is_same_v<StatOf<T>, Stat>) problem = of.template problem<T>(logits, {});
+    });
+    return problem;
+  };
+  int64_t labels = 1, most_of_column = 1;
+  const Axis<Stat> axis = problem_of(given.logits, tiles).columns;
+  for (int64_t i = 1, same = 1; axis.lower && i < axis.size; ++i) {
+    same = axis.lower[i] == axis.lower[i - 1] ? same + 1 : 1;
+    most_of_column = std::max(most_of_column, same);
+  }
+  const int64_t slots = most_of_column * (ceil_div(layout.width, 16) * 16 + 16);
+  for (int64_t i = 0; i < tiles.of_image(); ++i) {
+    const Range columns = tiles.tile(i, backward).label_columns;
+    labels = std::max(labels, columns.end - columns.begin);
+  }
+  // six rows of a chunk, of all classes, fit into half of a cache of 1 MiB
+  const int64_t most = std::clamp<int64_t>((1 << 14) / layout.dim, 16, 512);
+  const int64_t chunks = ceil_div(labels, most);
+  const auto run = [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
+    Divergence<Stat> divergence = {};
+    divergence.student = {problem_of(given.logits, tiles), workspace};
+    divergence.teacher = {problem_of(given.teacher_logits, teacher_tiles)};
+    divergence.chunk = ceil_div(ceil_div(labels, chunks), 16) * 16;
+    divergence.line = divergence.chunk + 16;
+    divergence.valid = map_of<bool>(given.valid);
+    divergence.temperature = static_cast<Stat>(given.temperature);
+    Workspace<Stat>& of_teacher = divergence.teacher.workspace;
+    of_teacher.stride = ceil_div(teacher_layout.width + 2, 16) * 16 + 16;
+    const int64_t packed = layout.dim * of_teacher.stride + 16;
+    const int64_t rows = layout.dim * divergence.line;
+    const std::unique_ptr<Stat[]> memory(
+        new Stat[2 * (packed + of_teacher.stride + 2 * rows) + 6 * divergence.line + slots]);
+    std::vector<Stat> gradients(backward ? 2 * rows : 0);
+    std::vector<int32_t> lower(2 * divergence.line + slots);
+    Stat* next = memory.get();
+    const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
+    for (int i = 0; i < 2; ++i) {
+      of_teacher.packed[i] = take(packed);
+      of_teacher.shifts[i] = take(of_teacher.stride);
+      divergence.student.rows[i] = take(rows);
+      divergence.teacher.rows[i] = take(rows);
+      divergence.gradients[i] = gradients.data() + (backward ? i * rows : 0);
+    }
+    divergence.student.weight = take(divergence.line);
+    divergence.teacher.weight = take(divergence.line);
+    divergence.is_valid = take(4 * divergence.line);
+    divergence.slot_weights = take(slots);
+    divergence.student.lower = lower.data();
+    divergence.teacher.lower = lower.data() + divergence.line;
+    divergence.slots = lower.data() + 2 * divergence.line;
+    for (int64_t i = first; i < last; ++i) visit(divergence, i, tiles.tile(i, backward));
+  };
+  for_items(tiles, tiles.count(), layout.dim, backward, false, run);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pixel_kl_divergence(
+    Tensor logits, Tensor teacher_logits, std::optional<Tensor> valid, int64_t height,
+    int64_t width, double temperature, bool align_corners, bool with_divergences, bool with_lse) {
+  const ScalarType dtype = logits.scalar_type();
+  const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  const auto by_pixel = [&](bool asked) {
+    std::vector<int64_t> size = {0};
+    if (asked) size = {logits.size(0), height, width};
+    return new_empty(logits, size, stat);
+  };
+  const Tensor total = torch::stable::new_zeros(logits, {}, stat);
+  const Tensor divergences = by_pixel(with_divergences);
+  const Tensor lse = by_pixel(with_lse), teacher_lse = by_pixel(with_lse);
+  const auto run = [&](auto of) {
+    using Stat = decltype(of);
+    const auto data = [](const Tensor& map) {
+      return map.numel() ? map.mutable_data_ptr<Stat>() : nullptr;
+    };
+    const DivergenceMaps<Stat> maps = {data(divergences), data(lse), data(teacher_lse)};
+    const auto kernels = best_divergence_kernels<Stat>();
+    std::vector<double> totals;
+    const Arguments given = {logits, teacher_logits, valid,        height,
+                             width,  temperature,    align_corners};
+    totals.resize(Tiles<Stat>(layout_of(logits), height, width, align_corners).count());
+    for_tiles<Stat>(given, false,
+                    [&](const Divergence<Stat>& divergence, int64_t i, const Tile& tile) {
+                      totals[i] = kernels.forward(divergence, tile, maps);
+                    });
+    double sum = 0;
+    for (const double part : totals) sum += part;
+    *total.mutable_data_ptr<Stat>() = static_cast<Stat>(sum);
+  };
+  if (logits.size(0) * height * width > 0)
+    dtype == ScalarType::Double ? run(double{}) : run(float{});
+  return {total, divergences, lse, teacher_lse};
+}
+
+Tensor pixel_kl_divergence_backward(Tensor logits, Tensor teacher_logits,
+                                    std::optional<Tensor> valid, Tensor lse, Tensor teacher_lse,
+                                    std::optional<Tensor> dtotal,
+                                    std::optional<Tensor> ddivergences, double temperature,
+                                    bool align_corners) {
+  Tensor dlogits = torch::stable::empty_like(logits);
+  if (dlogits.numel() == 0) return dlogits;
+  if (lse.numel() == 0) return torch::stable::zero_(dlogits);
+  for_dtype(NAME, logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using Stat = StatOf<T>;
+    advise_huge_pages(dlogits, dlogits.numel() * sizeof(T));
+    const DivergenceGradients<Stat> gradients = {
+        dtotal ? *dtotal->template const_data_ptr<Stat>() : Stat(0), map_of<Stat>(ddivergences),
+        lse.const_data_ptr<Stat>(), teacher_lse.const_data_ptr<Stat>()};
+    const Output<Stat> output = {layout_of(dlogits), dlogits.mutable_data_ptr<T>(),
+                                 best_rows<T>().finish_row};
+    const auto kernels = best_divergence_kernels<Stat>();
+    const Arguments given = {logits,      teacher_logits, valid,        lse.size(1),
+                             lse.size(2), temperature,    align_corners};
+    for_tiles<Stat>(given, true,
+                    [&](const Divergence<Stat>& divergence, int64_t, const Tile& tile) {
+                      kernels.backward(divergence, tile, gradients, output);
+                    });
+  });
+  return dlogits;
+}
+
+}  // namespace
+}  // namespace anchorops::cpu::softmax
+
+STABLE_TORCH_LIBRARY_IMPL(anchorops, CPU, library) {
+  using namespace anchorops::cpu::softmax;
+  library.impl("pixel_kl_divergence.cpu", TORCH_BOX(&pixel_kl_divergence));
+  library.impl("pixel_kl_divergence_backward.cpu", TORCH_BOX(&pixel_kl_divergence_backward));
+}

@@ -1,0 +1,68 @@
+// The divergence of upsampled logits on the CPU: declarations for the operator
+// (pixel_kl_divergence.cpp) and its vector kernels (pixel_kl_divergence_kernel.h).
+#pragma once
+
+#include "softmax_moments.h"
+
+namespace anchorops::cpu::softmax {
+
+// Student or teacher: its logits, and one thread's memory for them. Labels are processed in chunks
+// of a row. `rows` are logits upsampled along the row, to the labels of a chunk.
+template <class Stat>
+struct Model {
+  Problem<Stat> problem;
+  Workspace<Stat> workspace;  // packed and shifts; of the student also gradients
+  Stat* rows[2];              // [K, line]: an even and an odd row of logits
+  int32_t* lower;             // [line]: the packed column at the left of each label
+  Stat* weight;               // [line]: the weight of the column at its right
+};
+
+template <class Stat>
+struct Divergence {
+  Model<Stat> student, teacher;
+  int64_t chunk, line;  // most labels of a chunk, a multiple of 16; chunk + 16
+  Stat* gradients[2];   // [K, line], as student.rows, zero; backward only
+  int32_t* slots;       // of GradientRows in pixel_kl_divergence_kernel.h
+  Stat* slot_weights;
+  Map<bool> valid;  // all pixels, if its data is null
+  Stat* is_valid;   // [4, line]
+  Stat temperature;
+};
+
+// For each pixel, contiguous [B, H, W], null if not requested. The lse are those of the shifted
+// logits (softmax_rows.h) divided by the temperature.
+template <class Stat>
+struct DivergenceMaps {
+  Stat *divergences, *lse, *teacher_lse;
+};
+
+template <class Stat>
+struct DivergenceGradients {
+  Stat of_total;
+  Map<Stat> of_divergences;
+  const Stat *lse, *teacher_lse;  // contiguous [B, H, W], of the forward pass
+};
+
+// The kernels of one instruction set.
+template <class Stat>
+struct DivergenceKernels {
+  // Writes the maps at the tile's labels. Returns the sum of their divergences.
+  double (*forward)(const Divergence<Stat>& divergence, const Tile& tile,
+                    const DivergenceMaps<Stat>& maps);
+
+  // Writes the tile of dlogits of the student.
+  void (*backward)(const Divergence<Stat>& divergence, const Tile& tile,
+                   const DivergenceGradients<Stat>& gradients, const Output<Stat>& output);
+};
+
+#define KERNELS_OF(instruction_set)             \
+  namespace instruction_set {                   \
+  template <class Stat>                         \
+  DivergenceKernels<Stat> divergence_kernels(); \
+  }
+KERNELS_OF(baseline)
+KERNELS_OF(avx2)
+KERNELS_OF(avx512)
+#undef KERNELS_OF
+
+}  // namespace anchorops::cpu::softmax

@@ -1,0 +1,547 @@
+// The vector kernels of pixel_kl_divergence. Included once per instruction set, in its namespace,
+// after the kernels of softmax moments.
+//
+// Logits are multiplied by log2(e) / T when they are packed. Upsampling is done along the rows
+// first: once for each row of logits, at the columns of the labels. Between two such rows, each row
+// of labels is a weighted mean of contiguous numbers, and 2^z is a geometric sequence down a
+// column: up to DOWN rows of labels need two powers. The backward pass adds the gradients of rows
+// of logits at the columns of the labels first, then sums each along the row.
+
+constexpr int DOWN = 4;
+constexpr float LN_2 = 0.693147181f, LEAST = -57.0f;  // powers of smaller z are computed directly
+
+template <class Stat>
+ALWAYS_INLINE VecOf<Stat> exp2(VecOf<Stat> x) {  // for x in [-126, 126]
+  if constexpr (std::is_same_v<Stat, float>) return power_of_two(x);
+  for (int i = 0; i < LANES<Stat>; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
+
+template <class Stat>
+ALWAYS_INLINE VecOf<Stat> exp2_of_any(VecOf<Stat> x) {
+  if constexpr (std::is_same_v<Stat, float>) return exp<float>(x * LN_2);
+  return exp2<Stat>(x);
+}
+
+// Whether the packed columns of each vector of labels are less than a vector apart.
+template <class Stat>
+bool are_near(const int32_t* lower, int64_t count) {
+  for (int64_t t = 0; t < count; t += LANES<Stat>)
+    if (lower[t + LANES<Stat> - 1] - lower[t] >= LANES<Stat>) return false;
+  return true;
+}
+
+// line[lower[i]] of each lane. NEAR: as above.
+template <bool NEAR, class Stat>
+ALWAYS_INLINE VecOf<Stat> look_up(const Stat* line, const int32_t* lower) {
+#if VECTOR_BYTES == 64
+  if constexpr (NEAR && std::is_same_v<Stat, float>) {
+    const __m512i index = _mm512_sub_epi32(_mm512_loadu_si512(lower), _mm512_set1_epi32(lower[0]));
+    return VecOf<float>(_mm512_permutexvar_ps(index, _mm512_loadu_ps(line + lower[0])));
+  }
+#elif VECTOR_BYTES == 32
+  if constexpr (NEAR && std::is_same_v<Stat, float>) {
+    const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lower));
+    const __m256i index = _mm256_sub_epi32(at, _mm256_set1_epi32(lower[0]));
+    return VecOf<float>(_mm256_permutevar8x32_ps(_mm256_loadu_ps(line + lower[0]), index));
+  }
+#endif
+  VecOf<Stat> values;
+  for (int i = 0; i < LANES<Stat>; ++i) values[i] = line[lower[i]];
+  return values;
+}
+
+// Up to DOWN rows of labels between two rows of a model's logits, which are at the labels' columns.
+template <class Stat>
+struct Between {
+  const Stat *low, *high;
+  Stat weight[DOWN] = {}, step = 0;  // of the lower row; from one row of labels to the next
+  bool ordinary = false;             // logits are finite or -inf
+
+  Between from(int64_t t) const {
+    Between moved = *this;
+    moved.low += t;
+    moved.high += t;
+    return moved;
+  }
+  ALWAYS_INLINE VecOf<Stat> at(int64_t i, int row) const {
+    const auto v = Simd<Stat>::load(low + i);
+    const Stat w = weight[row];
+    return w == 0 ? v : (1 - w) * v + w * Simd<Stat>::load(high + i);
+  }
+};
+
+// The logits of a model, times log2(e) / T, at the labels of a chunk.
+template <class Stat>
+class ModelRows {
+ public:
+  ModelRows(const Model<Stat>& model, const Tile& tile, const Divergence<Stat>& divergence)
+      : model_(model), tile_(tile), divergence_(divergence) {}
+
+  void start(Range labels) {
+    upsampled_[0] = upsampled_[1] = -1;
+    count_ = labels.end - labels.begin;
+    for (int64_t t = 0; t < divergence_.line; ++t) {
+      const auto at = position(model_.problem.columns, labels.begin + std::min(t, count_ - 1));
+      model_.lower[t] = static_cast<int32_t>(at.lower - tile_.columns.begin + 1);
+      model_.weight[t] = at.weight;
+    }
+    near_ = are_near<Stat>(model_.lower, count_);
+  }
+
+  // Whether the next row of labels is between the same rows of logits. A row of weight 0 is alone:
+  // it must not read the lower logits. (Those before the first row of logits have weight 0 too.)
+  bool continues(int64_t next) const {
+    const auto last = position(model_.problem.rows, next - 1);
+    return last.weight != 0 && last.lower == row_of(next);
+  }
+
+  int64_t row_of(int64_t label_row) const { return position(model_.problem.rows, label_row).lower; }
+
+  // `count` rows of labels, between the same rows of logits.
+  Between<Stat> at(int64_t label_row, int64_t count) {
+    Between<Stat> between;
+    const int64_t lower = row_of(label_row);
+    for (int64_t i = 0; i < count; ++i)
+      between.weight[i] = position(model_.problem.rows, label_row + i).weight;
+    const int64_t upper =
+        between.weight[0] == 0 ? lower : std::min(lower + 1, model_.problem.layout.height - 1);
+    between.low = need(lower);
+    between.high = need(upper);
+    between.ordinary = ordinary_[lower & 1] && ordinary_[upper & 1];
+    if (count > 1) between.step = (between.weight[count - 1] - between.weight[0]) / (count - 1);
+    return between;
+  }
+
+ private:
+  using V = Simd<Stat>;
+
+  const Stat* need(int64_t row) {
+    Stat* rows = model_.rows[row & 1];
+    if (upsampled_[row & 1] == row) return rows;
+    upsampled_[row & 1] = row;
+    pack(row);
+    return near_ ? upsample_row<true>(row, rows) : upsample_row<false>(row, rows);
+  }
+
+  void pack(int64_t row) {
+    if (packed_[row & 1] == row) return;
+    packed_[row & 1] = row;
+    const Workspace<Stat>& workspace = model_.workspace;
+    ordinary_[row & 1] = model_.problem.pack_row(model_.problem, tile_, row, workspace);
+    const Stat scale = Stat(1.4426950408889634) / divergence_.temperature;
+    Stat* packed = workspace.packed[row & 1];
+    for (int64_t i = 0; i < model_.problem.layout.dim * workspace.stride; i += LANES<Stat>)
+      V::store(packed + i, V::load(packed + i) * scale);
+  }
+
+  template <bool NEAR>
+  const Stat* upsample_row(int64_t row, Stat* rows) const {
+    for (int64_t k = 0; k < model_.problem.layout.dim; ++k) {
+      const Stat* line = model_.workspace.packed[row & 1] + k * model_.workspace.stride;
+      for (int64_t t = 0; t < count_; t += LANES<Stat>) {
+        const auto left = look_up<NEAR>(line, model_.lower + t);
+        const auto right = look_up<NEAR>(line + 1, model_.lower + t);
+        V::store(rows + k * divergence_.line + t, blend(left, right, V::load(model_.weight + t)));
+      }
+    }
+    return rows;
+  }
+
+  const Model<Stat>& model_;
+  Tile tile_;
+  const Divergence<Stat>& divergence_;
+  int64_t packed_[2] = {-1, -1}, upsampled_[2] = {-1, -1}, count_ = 0;
+  bool near_ = false, ordinary_[2] = {};
+};
+
+// The tile of the teacher's logits that the labels of a student's tile read.
+template <class Stat>
+Tile tile_of_teacher(const Model<Stat>& teacher, Tile tile) {
+  const Axis<Stat>& columns = teacher.problem.columns;
+  tile.columns = {position(columns, tile.label_columns.begin).lower,
+                  position(columns, tile.label_columns.end - 1).lower + 1};
+  return tile;
+}
+
+template <class Mask>
+ALWAYS_INLINE bool any_lane(Mask mask) {
+  if constexpr (std::is_same_v<Mask, Ints>) return any(mask);
+  bool result = false;
+  for (size_t i = 0; i < sizeof mask / sizeof mask[0]; ++i) result |= mask[i] != 0;
+  return result;
+}
+
+// Calls visit(y, count, columns, student, teacher) for up to DOWN rows of the tile's labels at a
+// time, in chunks of columns, with the logits of both models there. Before the rows between two
+// rows of the student's logits it calls begin(the upper one, whether the chunk is another one
+// than before).
+template <class Stat, class Begin, class Visit>
+ALWAYS_INLINE void for_chunks(const Divergence<Stat>& divergence, const Tile& tile, Begin begin,
+                              Visit visit) {
+  const Range &rows = tile.label_rows, &columns = tile.label_columns;
+  if (rows.begin >= rows.end || columns.begin >= columns.end) return;
+  ModelRows<Stat> student(divergence.student, tile, divergence);
+  ModelRows<Stat> teacher(divergence.teacher, tile_of_teacher(divergence.teacher, tile),
+                          divergence);
+  for (int64_t first = rows.begin, end; first < rows.end; first = end) {
+    const int64_t row = student.row_of(first);
+    for (end = first + 1; end < rows.end && student.row_of(end) == row;) ++end;
+    for (int64_t x = columns.begin; x < columns.end; x += divergence.chunk) {
+      const Range chunk = {x, std::min(x + divergence.chunk, columns.end)};
+      const bool another =
+          first == rows.begin || chunk.begin > columns.begin || chunk.end < columns.end;
+      begin(row, another);
+      if (another) {
+        student.start(chunk);
+        teacher.start(chunk);
+      }
+      for (int64_t y = first, next; y < end; y = next) {
+        for (next = y + 1; next < std::min(y + DOWN, end); ++next)
+          if (!student.continues(next) || !teacher.continues(next)) break;
+        visit(y, next - y, chunk, student.at(y, next - y), teacher.at(y, next - y));
+      }
+    }
+  }
+}
+
+// Which pixels of a row of a chunk are valid: 1 or 0 in each lane.
+template <class Stat>
+void read_valid(const Divergence<Stat>& divergence, int64_t image, int64_t y, Range columns,
+                Stat* is_valid) {
+  const Map<bool>& valid = divergence.valid;
+  const int64_t at = image * valid.stride_b + y * valid.stride_h;
+  const int64_t count = columns.end - columns.begin;
+  const bool* line = valid.data ? valid.data + at + columns.begin * valid.stride_w : nullptr;
+  for (int64_t t = 0; t < divergence.line; ++t) is_valid[t] = t < count;
+  if (line && valid.stride_w == 1)
+    for (int64_t t = 0; t < count; ++t) is_valid[t] = line[t];
+  else if (line)
+    for (int64_t t = 0; t < count; ++t) is_valid[t] = line[t * valid.stride_w];
+}
+
+// Of one vector of pixels: sums of 2^s, 2^t and 2^t * (t - s), where s and t are the logits of
+// student and teacher.
+template <class Stat>
+struct DivergenceSums {
+  using Vec = VecOf<Stat>;
+  Vec student = {}, teacher = {}, difference = {};
+
+  ALWAYS_INLINE void add(Vec s, Vec t) {
+    const Vec power = exp2_of_any<Stat>(t);
+    student += exp2_of_any<Stat>(s);
+    teacher += power;
+    difference += power == 0 ? Vec{} : power * (t - s);
+  }
+  void operator+=(const DivergenceSums& other) {
+    student += other.student;
+    teacher += other.teacher;
+    difference += other.difference;
+  }
+  bool ordinary() const {
+    return !any_lane(~((student >= Stat(0x1p-40)) & (teacher >= Stat(0x1p-40))));
+  }
+};
+
+// Adds all classes, in parts: sums of few terms have small rounding errors.
+template <class Stat, size_t ROWS, class Add>
+ALWAYS_INLINE void add_classes(int64_t num_classes, DivergenceSums<Stat> (&sums)[ROWS], Add add) {
+  for (int64_t first = 0; first < num_classes; first += 128) {
+    DivergenceSums<Stat> some[ROWS];
+    for (int64_t k = first; k < std::min<int64_t>(first + 128, num_classes); ++k) add(k, some);
+    for (size_t j = 0; j < ROWS; ++j) sums[j] += some[j];
+  }
+}
+
+// 2^z of one class of one vector of pixels in the first row of labels, and the factor from row to
+// row. It underflows if `least` is below LEAST.
+template <class Stat>
+struct Powers {
+  VecOf<Stat> z, change, power, factor, least;
+
+  ALWAYS_INLINE Powers(const Between<Stat>& rows, int64_t i) {
+    const auto low = Simd<Stat>::load(rows.low + i), high = Simd<Stat>::load(rows.high + i);
+    const auto down = high - low;
+    z = low + rows.weight[0] * down;
+    change = rows.step * down;
+    power = exp2<Stat>(z);
+    factor = exp2<Stat>(change);
+    least = low < high ? low : high;
+  }
+};
+
+template <class Stat>
+ALWAYS_INLINE bool underflow(const Powers<Stat>& a, const Powers<Stat>& b) {
+  return any_lane((a.least < b.least ? a.least : b.least) < Stat(LEAST));
+}
+
+template <class Stat>
+VecOf<Stat> largest_of(const Between<Stat>& rows, int row, int64_t num_classes, int64_t line) {
+  auto largest = rows.at(0, row);
+  for (int64_t k = 1; k < num_classes; ++k) largest = maximum(largest, rows.at(k * line, row));
+  return largest - largest == 0 ? largest : VecOf<Stat>{};
+}
+
+// log x for x of at least 0, also if it is not finite.
+template <class Stat>
+ALWAYS_INLINE VecOf<Stat> log_of_any(VecOf<Stat> x) {
+  if constexpr (std::is_same_v<Stat, float>)
+    if (!any(~((x >= 1e-37f) & (x <= 3e38f)))) return log(x);
+  return log_of_sum(x);
+}
+
+// The divergences of one vector of pixels, and their lse.
+template <class Stat>
+struct PixelDivergences {
+  VecOf<Stat> value = {}, lse = {}, teacher_lse = {};
+
+  ALWAYS_INLINE PixelDivergences(const DivergenceSums<Stat>& sums, VecOf<Stat> shift,
+                                 VecOf<Stat> teacher_shift, Stat temperature) {
+    const auto log_student = log_of_any<Stat>(sums.student);
+    const auto log_ratio = log_of_any<Stat>(sums.student / sums.teacher);
+    const Stat ln_2 = 0.6931471805599453;
+    value = not_below_0(ln_2 * (sums.difference / sums.teacher) + log_ratio);
+    value = temperature * (temperature * value);
+    lse = log_student + ln_2 * shift;
+    teacher_lse = log_student - log_ratio + ln_2 * teacher_shift;
+  }
+};
+
+template <class Stat>
+double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
+                          const DivergenceMaps<Stat>& maps) {
+  using V = Simd<Stat>;
+  using Vec = VecOf<Stat>;
+  using Sums = DivergenceSums<Stat>;
+  constexpr int L = LANES<Stat>;
+  const Problem<Stat>& problem = divergence.student.problem;
+  const int64_t num_classes = problem.layout.dim, line = divergence.line;
+  double totals[L] = {};
+  const auto of_rows = [&](int64_t y, int64_t rows, Range columns, const Between<Stat>& students,
+                           const Between<Stat>& teachers) INLINE_LAMBDA {
+    const bool by_powers = rows > 2 && students.ordinary && teachers.ordinary;
+    for (int64_t j = 0; j < rows; ++j)
+      read_valid(divergence, tile.image, y + j, columns, divergence.is_valid + j * line);
+    for (int64_t t = 0; t < columns.end - columns.begin; t += L) {
+      const int64_t count = std::min<int64_t>(L, columns.end - columns.begin - t);
+      const Between<Stat> student = students.from(t), teacher = teachers.from(t);
+      Sums sums[DOWN];
+      if (by_powers)
+        add_classes(num_classes, sums, [&](int64_t k, Sums(&some)[DOWN]) INLINE_LAMBDA {
+          Powers<Stat> of_student(student, k * line), of_teacher(teacher, k * line);
+          Vec difference = of_teacher.z - of_student.z;
+          const Vec change = of_teacher.change - of_student.change;
+          if (underflow(of_student, of_teacher)) {
+            for (int j = 0; j < rows; ++j)
+              some[j].add(student.at(k * line, j), teacher.at(k * line, j));
+            return;
+          }
+          for (int j = 0; j < DOWN; ++j) {
+            some[j].student += of_student.power;
+            some[j].teacher += of_teacher.power;
+            some[j].difference += of_teacher.power * difference;
+            of_student.power *= of_student.factor;
+            of_teacher.power *= of_teacher.factor;
+            difference += change;
+          }
+        });
+      for (int j = 0; j < rows; ++j) {
+        const auto is_valid = V::load(divergence.is_valid + j * line + t) != 0;
+        Vec shift = {}, teacher_shift = {};
+        if (!by_powers || !sums[j].ordinary()) {
+          const auto directly = [&]() {
+            Sums row[1];
+            add_classes(num_classes, row, [&](int64_t k, Sums(&some)[1]) INLINE_LAMBDA {
+              some[0].add(student.at(k * line, j) - shift, teacher.at(k * line, j) - teacher_shift);
+            });
+            sums[j] = row[0];
+          };
+          if (!by_powers) directly();
+          if (!sums[j].ordinary()) {
+            shift = largest_of(student, j, num_classes, line);
+            teacher_shift = largest_of(teacher, j, num_classes, line);
+            directly();
+          }
+        }
+        const PixelDivergences<Stat> found(sums[j], shift, teacher_shift, divergence.temperature);
+        const Vec value = is_valid ? found.value : Vec{};
+        const int64_t at =
+            (tile.image * problem.rows.size + y + j) * problem.columns.size + columns.begin + t;
+        accumulate(totals, value);
+        if (maps.divergences) V::store(maps.divergences + at, value, count);
+        if (maps.lse) V::store(maps.lse + at, found.lse, count);
+        if (maps.teacher_lse) V::store(maps.teacher_lse + at, found.teacher_lse, count);
+      }
+    }
+  };
+  for_chunks(divergence, tile, [](int64_t, bool) {}, of_rows);
+  double total = 0;
+  for (double part : totals) total += part;
+  return total;
+}
+
+// The gradients of two rows of the student's logits, at the labels of a chunk.
+template <class Stat>
+class GradientRows {
+  using V = Simd<Stat>;
+  using Vec = VecOf<Stat>;
+  static constexpr int L = LANES<Stat>;
+
+ public:
+  explicit GradientRows(const Divergence<Stat>& divergence) : divergence_(divergence) {}
+
+  // Afterwards the rows are those of other labels.
+  void finish() {
+    finish_until(divergence_.student.problem.rows.source);
+    count_ = 0;
+  }
+
+  Stat* at(int64_t row, int64_t labels) {
+    if (count_ == 0) find_slots(labels);
+    rows_[row & 1] = row;
+    return divergence_.gradients[row & 1];
+  }
+
+  // Adds the rows before this one to the gradients of the packed logits.
+  void finish_until(int64_t row) {
+    for (int64_t& of_parity : rows_)
+      if (of_parity >= 0 && of_parity < row) {
+        add_up(of_parity & 1);
+        of_parity = -1;
+      }
+  }
+
+ private:
+  // The labels at the right of each packed column: the n-th one of column first_ + j is slots[n *
+  // stride_ + j], or the last number of a line, which is 0.
+  void find_slots(int64_t labels) {
+    const Model<Stat>& student = divergence_.student;
+    first_ = student.lower[0];
+    stride_ = (student.lower[labels - 1] + 1 - first_ + L - 1) / L * L;
+    for (int64_t t = 0, n = 0; t < labels; ++t) {
+      n = t > 0 && student.lower[t] == student.lower[t - 1] ? n + 1 : 0;
+      for (; count_ < (n + 1) * stride_; ++count_) {
+        divergence_.slots[count_] = static_cast<int32_t>(divergence_.line - 1);
+        divergence_.slot_weights[count_] = 0;
+      }
+      const int64_t slot = n * stride_ + student.lower[t] - first_;
+      divergence_.slots[slot] = static_cast<int32_t>(t);
+      divergence_.slot_weights[slot] = student.weight[t];
+    }
+  }
+
+  void add_up(int64_t parity) {
+    const Model<Stat>& student = divergence_.student;
+    const Workspace<Stat>& workspace = student.workspace;
+    for (int64_t k = 0; k < student.problem.layout.dim; ++k) {
+      Stat* values = divergence_.gradients[parity] + k * divergence_.line;
+      Stat* line = workspace.gradients[parity] + k * workspace.stride + first_;
+      for (int64_t j = 0; j < stride_; j += L) {
+        Vec left = {}, right = {};
+        for (int64_t i = j; i < count_; i += stride_) {
+          const Vec dz = look_up<false>(values, divergence_.slots + i);
+          const Vec weight = V::load(divergence_.slot_weights + i);
+          left += (1 - weight) * dz;
+          right += weight == 0 ? Vec{} : weight * dz;
+        }
+        V::store(line + j, V::load(line + j) + left);
+        V::store(line + j + 1, V::load(line + j + 1) + right);
+      }
+      std::memset(values, 0, divergence_.line * sizeof(Stat));
+    }
+  }
+
+  const Divergence<Stat>& divergence_;
+  int64_t rows_[2] = {-1, -1}, first_ = 0, stride_ = 0, count_ = 0;
+};
+
+template <class Stat>
+void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
+                         const DivergenceGradients<Stat>& gradients, const Output<Stat>& output) {
+  using V = Simd<Stat>;
+  using Vec = VecOf<Stat>;
+  constexpr int L = LANES<Stat>;
+  const Model<Stat>& model = divergence.student;
+  const Problem<Stat>& problem = model.problem;
+  GradientRows<Stat> gradient_rows(divergence);
+  const int64_t line = divergence.line;
+  int64_t next = std::max<int64_t>(tile.rows.begin - 1, 0);  // the first row that is not finished
+  const auto finish_until = [&](int64_t row) {
+    for (; next < row; ++next) output.finish_row(output, tile, next, model.workspace);
+  };
+  const auto begin = [&](int64_t row, bool another) {
+    if (another) gradient_rows.finish();
+    gradient_rows.finish_until(row);
+    finish_until(row);
+  };
+  const auto of_rows = [&](int64_t y, int64_t rows, Range columns, const Between<Stat>& students,
+                           const Between<Stat>& teachers) INLINE_LAMBDA {
+    const auto row = position(problem.rows, y);
+    Stat* low = gradient_rows.at(row.lower, columns.end - columns.begin);
+    Stat* high = gradient_rows.at(row.upper, columns.end - columns.begin);
+    for (int64_t j = 0; j < rows; ++j)
+      read_valid(divergence, tile.image, y + j, columns, divergence.is_valid + j * line);
+    for (int64_t t = 0; t < columns.end - columns.begin; t += L) {
+      const int64_t count = std::min<int64_t>(L, columns.end - columns.begin - t);
+      const Between<Stat> student = students.from(t), teacher = teachers.from(t);
+      Vec gradient[DOWN] = {}, lse[DOWN] = {}, teacher_lse[DOWN] = {};
+      Vec student_factor[DOWN] = {}, teacher_factor[DOWN] = {};
+      auto steep = Vec{} != Vec{};
+      for (int j = 0; j < rows; ++j) {
+        const auto is_valid = V::load(divergence.is_valid + j * line + t) != 0;
+        const int64_t x = columns.begin + t;
+        const int64_t at = (tile.image * problem.rows.size + y + j) * problem.columns.size + x;
+        const Vec to_log2 = Vec{} + Stat(1.4426950408889634);
+        lse[j] = is_valid ? to_log2 * V::load(gradients.lse + at, count) : Vec{};
+        teacher_lse[j] = is_valid ? to_log2 * V::load(gradients.teacher_lse + at, count) : Vec{};
+        Vec of_pixels = Vec{} + gradients.of_total;
+        for (int64_t i = 0; gradients.of_divergences.data && i < count; ++i)
+          of_pixels[i] += value(gradients.of_divergences, tile.image, y + j, x + i);
+        gradient[j] = is_valid ? divergence.temperature * of_pixels : Vec{};
+        steep |= ~((lse[j] >= -40) & (teacher_lse[j] >= -40));
+      }
+      const bool by_powers = rows > 2 && students.ordinary && teachers.ordinary && !any_lane(steep);
+      for (int j = 0; by_powers && j < rows; ++j) {
+        student_factor[j] = gradient[j] * exp2<Stat>(-lse[j]);
+        teacher_factor[j] = gradient[j] * exp2<Stat>(-teacher_lse[j]);
+      }
+      for (int64_t k = 0; k < problem.layout.dim; ++k) {
+        const int64_t i = k * line;
+        Vec of_low = V::load(low + i + t), of_high = {};
+        Powers<Stat> of_student(student, i), of_teacher(teacher, i);
+        if (by_powers && !underflow(of_student, of_teacher)) {
+          for (int j = 0; j < DOWN; ++j) {
+            const Vec dz =
+                student_factor[j] * of_student.power - teacher_factor[j] * of_teacher.power;
+            of_low += (1 - student.weight[j]) * dz;
+            of_high += student.weight[j] * dz;
+            of_student.power *= of_student.factor;
+            of_teacher.power *= of_teacher.factor;
+          }
+        } else {
+          for (int j = 0; j < rows; ++j) {
+            const Vec q = exp2_of_any<Stat>(student.at(i, j) - lse[j]);
+            const Vec p = exp2_of_any<Stat>(teacher.at(i, j) - teacher_lse[j]);
+            const auto is_valid = V::load(divergence.is_valid + j * line + t) != 0;
+            const Vec dz = is_valid ? gradient[j] * (q - p) : Vec{};
+            of_low += (1 - student.weight[j]) * dz;
+            of_high += student.weight[j] == 0 ? Vec{} : student.weight[j] * dz;
+          }
+        }
+        V::store(low + i + t, of_low);
+        V::store(high + i + t, V::load(high + i + t) + of_high);
+      }
+    }
+  };
+  for_chunks(divergence, tile, begin, of_rows);
+  gradient_rows.finish();
+  finish_until(std::min(tile.rows.end + 1, problem.layout.height));
+}
+
+template <class Stat>
+DivergenceKernels<Stat> divergence_kernels() {
+  return {divergence_forward<Stat>, divergence_backward<Stat>};
+}
+
+template DivergenceKernels<float> divergence_kernels();
+template DivergenceKernels<double> divergence_kernels();

@@ -1,0 +1,472 @@
+"""pixel_kl_divergence of each backend, compared with F.interpolate, F.log_softmax and F.kl_div in
+float64. tests/proofs runs the cases that take `backend` again, in Triton's interpreter."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cpu_kernels import in_layout, passes_with, same_for_all_threads
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import anchorops as ao
+from anchorops._backend import TRITON_INTERPRETED
+
+F32, F64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+FLOOR = 2**-22
+PLACES = ["interpreter"] if TRITON_INTERPRETED else ["reference", "cpu"]
+usual = pytest.mark.skipif(TRITON_INTERPRETED, reason="these cases run in a usual process")
+
+
+@pytest.fixture(params=[*PLACES, pytest.param("triton", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the chosen backend; with `triton` tensors are created on a GPU."""
+    name = "triton" if request.param == "interpreter" else request.param
+    if request.param == "triton" and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    device = torch.device("cuda") if request.param == "triton" else contextlib.nullcontext()
+    torch.manual_seed(0)
+    with ao.use_backend(name), device:
+        yield name
+
+
+class Case(NamedTuple):
+    size: tuple[int, int, int, int]
+    pixels: tuple[int, int]
+    teacher: tuple[int, int] | None = None  # height and width; None: those of the student
+    align_corners: bool = False
+    dtype: torch.dtype = F32
+    teacher_dtype: torch.dtype | None = None
+    layout: str = "contiguous"
+    temperature: float = 1.0
+    masked: bool = True
+    scale: float = 3.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "align_corners": self.align_corners}
+
+
+CASES = [
+    Case((2, 19, 4, 6), (16, 24)),  # ratio 4
+    Case((2, 5, 4, 6), (16, 24), masked=False, temperature=4.0),
+    Case((1, 5, 6, 9), (12, 18), temperature=0.5),  # 2
+    Case((2, 3, 9, 8), (9, 8)),  # 1
+    Case((1, 2, 9, 17), (9, 40)),  # 1 along the rows only
+    Case((1, 7, 3, 5), (24, 45), masked=False),  # 8 and 9
+    Case((2, 7, 7, 9), (16, 31)),  # no integers
+    Case((2, 7, 7, 9), (16, 31), align_corners=True),
+    Case((1, 4, 5, 5), (17, 17), align_corners=True),  # rows of weight 0
+    Case((1, 3, 12, 13), (5, 7)),  # down
+    Case((1, 3, 12, 40), (5, 6), align_corners=True),
+    Case((1, 6, 1, 1), (5, 3), (2, 1)),
+    Case((2, 5, 8, 6), (32, 24), (4, 12)),  # the teacher is smaller and larger
+    Case((1, 5, 5, 4), (20, 16), (20, 16), temperature=2.0),  # at the labels' size
+    Case((1, 5, 20, 16), (20, 16), (5, 4)),  # the student at the labels' size
+    Case((1, 5, 7, 9), (13, 20), (5, 3), align_corners=True),
+    Case((2, 6, 4, 6), (16, 24), dtype=BF16),
+    Case((2, 6, 4, 6), (16, 24), (8, 8), dtype=FP16, teacher_dtype=F32, temperature=2.0),
+    Case((2, 6, 4, 6), (16, 24), dtype=BF16, layout="channels_last"),
+    Case((2, 5, 4, 6), (16, 24), layout="transposed"),
+    Case((2, 5, 4, 6), (16, 24), (5, 5), layout="every other"),
+    Case((1, 7, 4, 6), (16, 24), scale=40.0),  # steep: sums of powers would underflow
+    Case((1, 7, 4, 6), (9, 13), (2, 3), scale=200.0, temperature=2.0),
+]
+
+
+class Inputs(NamedTuple):
+    logits: Tensor
+    teacher: Tensor
+    valid: Tensor | None
+    weights: Tensor  # of the divergences of the pixels
+
+
+def make_inputs(case: Case) -> Inputs:
+    teacher_size = (*case.size[:2], *(case.teacher or case.size[2:]))
+    of_pixels = (case.size[0], *case.pixels)
+    logits = (case.scale * torch.randn(case.size)).to(case.dtype)
+    teacher = (case.scale * torch.randn(teacher_size)).to(case.teacher_dtype or case.dtype)
+    valid = None
+    if case.masked:
+        valid = (torch.rand(of_pixels[::-1]) < 0.7).permute(2, 1, 0)
+    logits, teacher = (in_layout(x, case.layout)[0] for x in (logits, teacher))
+    return Inputs(logits, teacher, valid, torch.randn(of_pixels, dtype=F64))
+
+
+def formula(case: Case, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+    """D of each pixel, and the gradient of Σ weights·D, by torch."""
+
+    def upsampled(x: Tensor) -> Tensor:
+        align = case.align_corners
+        z = F.interpolate(x.to(dtype), case.pixels, mode="bilinear", align_corners=align)
+        return z / case.temperature
+
+    x = inputs.logits.detach().to(dtype, memory_format=torch.contiguous_format).requires_grad_()
+    target = upsampled(inputs.teacher).softmax(1)
+    terms = F.kl_div(upsampled(x).log_softmax(1), target, reduction="none")
+    divergences = case.temperature**2 * terms.sum(1)
+    if inputs.valid is not None:
+        divergences = torch.where(inputs.valid, divergences, 0)
+    (gradient,) = torch.autograd.grad((divergences * inputs.weights.to(dtype)).sum(), x)
+    return [divergences.detach().double(), gradient.double()]
+
+
+def ours(case: Case, inputs: Inputs, reduction: str = "none") -> list[Tensor]:
+    x = inputs.logits.detach().requires_grad_()
+    found = ao.pixel_kl_divergence(
+        x, inputs.teacher, case.pixels, valid=inputs.valid, reduction=reduction, **case.options
+    )
+    weights = inputs.weights.to(found.dtype) if reduction == "none" else torch.ones_like(found)
+    return [found.detach(), *torch.autograd.grad(found, x, weights)]
+
+
+def assert_close(found: Tensor, exact: Tensor, plain: Tensor, floor: float, eps: float = 0.0):
+    error = (found.double() - exact).abs()
+    allowed = 2 * (plain - exact).abs().max() + floor * exact.abs().max().clamp(min=1)
+    assert (error <= allowed + eps * exact.abs()).all(), f"{error.max():.3g} > {allowed:.3g}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_divergences_and_gradients(backend: str, case: Case) -> None:
+    inputs = make_inputs(case)
+    found, gradient = ours(case, inputs)
+    exact, plain = formula(case, inputs, F64), formula(case, inputs, F32)
+    assert found.dtype == F32 and found.is_contiguous()
+    assert gradient.dtype == case.dtype
+    if backend != "reference":
+        assert gradient.stride() == torch.empty_like(inputs.logits, device="meta").stride()
+    largest = max(float(x.abs().max()) for x in inputs[:2]) / case.temperature
+    floor = FLOOR * (1 + largest) * max(case.temperature, 1)
+    assert_close(found, exact[0], plain[0], floor * max(case.temperature, 1))
+    # the interpreter truncates numbers to bfloat16
+    eps = (
+        0.0
+        if case.dtype == F32
+        else torch.finfo(case.dtype).eps * (1 if TRITON_INTERPRETED else 0.5)
+    )
+    tiny = 2**-24 if case.dtype == FP16 else 0.0
+    assert_close(gradient, exact[1], plain[1], floor + tiny, eps)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=str)
+def test_reductions(backend: str, case: Case, reduction: str) -> None:
+    inputs = make_inputs(case)
+    inputs = inputs._replace(weights=torch.ones_like(inputs.weights))
+    exact, gradient = formula(case, inputs, F64)
+    pixels = exact.numel() if inputs.valid is None else int(inputs.valid.sum())
+    count = pixels if reduction == "mean" else 1
+    found = ours(case, inputs, reduction)
+    torch.testing.assert_close(found[0].double(), exact.sum() / count, rtol=2e-6, atol=1e-6)
+    close = 1e-5 * float(gradient.abs().max()) / count
+    torch.testing.assert_close(found[1].double(), gradient / count, rtol=1e-5, atol=close)
+
+
+@usual
+@pytest.mark.parametrize("case", [*CASES[:3], CASES[7], CASES[12]], ids=str)
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_float64(name: str, case: Case) -> None:
+    case = case._replace(dtype=F64)
+    inputs = make_inputs(case)
+    with ao.use_backend(name):
+        found = ours(case, inputs)
+    for value, exact in zip(found, formula(case, inputs, F64), strict=True):
+        assert value.dtype == F64
+        torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
+
+
+@usual
+@pytest.mark.parametrize("pixels", [(16, 20), (9, 13), (3, 4)])
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_gradcheck(name: str, align_corners: bool, pixels: tuple[int, int]) -> None:
+    case = Case((1, 3, 4, 5), pixels, (2, 6), align_corners, F64, temperature=1.5, scale=1.0)
+    inputs = make_inputs(case)
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            ao.pixel_kl_divergence(
+                x, inputs.teacher, pixels, valid=inputs.valid, reduction=reduction, **case.options
+            )
+            for reduction in ("none", "mean")
+        )
+
+    with ao.use_backend(name):
+        assert torch.autograd.gradcheck(function, inputs.logits.requires_grad_())
+
+
+@pytest.mark.parametrize(
+    "case", [CASES[0], CASES[3], CASES[8], CASES[9], CASES[12]], ids=lambda case: str(case.size)
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_invalid_pixels_change_nothing(backend: str, case: Case, value: float) -> None:
+    """Logits that only invalid pixels read; a pixel reads only logits of weight > 0."""
+    inputs = make_inputs(case._replace(masked=False))
+    for of_teacher in (False, True):
+        x = (inputs.teacher if of_teacher else inputs.logits).clone()
+        marked = torch.zeros_like(x[:1, :1]).index_fill_(3, torch.tensor(1), 1.0)
+        align = case.align_corners
+        read = F.interpolate(marked, case.pixels, mode="bilinear", align_corners=align)[0, 0] > 0
+        valid = ~read.expand(case.size[0], -1, -1)
+        expected = ours(case, inputs._replace(valid=valid))
+        x[..., 1] = value
+        spoiled = inputs._replace(valid=valid, **{"teacher" if of_teacher else "logits": x})
+        found = ours(case, spoiled)
+        assert valid.any() and not valid.all()
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert not found[0][~valid].any()
+
+
+def test_classes_of_probability_0(backend: str) -> None:
+    """0 where the teacher has none; inf where only the student has none."""
+    logits, teacher = torch.randn(2, 1, 5, 3, 4)
+    expected = ao.pixel_kl_divergence(logits[:, :4], teacher[:, :4], (12, 16), reduction="none")
+    teacher[:, 4] = -torch.inf
+    logits.requires_grad_()
+    found = ao.pixel_kl_divergence(logits, teacher, (12, 16), reduction="none")
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert found.isfinite().all() and gradient.isfinite().all() and (gradient[:, 4] > 0).all()
+    masked = logits.detach().clone()
+    masked[:, 4] = -torch.inf
+    masked.requires_grad_()
+    found = ao.pixel_kl_divergence(masked, teacher, (12, 16), reduction="none")
+    (gradient,) = torch.autograd.grad(found.sum(), masked)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert gradient.isfinite().all() and not gradient[:, 4].any()
+    teacher = torch.randn(1, 5, 3, 4)
+    assert (ao.pixel_kl_divergence(masked, teacher, (12, 16), reduction="none") == torch.inf).all()
+
+
+def test_nan_is_never_lost(backend: str) -> None:
+    for place in ("logits", "teacher"):
+        inputs = {"logits": torch.randn(2, 5, 3, 4), "teacher": torch.randn(2, 5, 3, 4)}
+        inputs[place][0, 2, 1, 1] = torch.nan
+        x = inputs["logits"].requires_grad_()
+        found = ao.pixel_kl_divergence(x, inputs["teacher"], (12, 16), reduction="none")
+        (gradient,) = torch.autograd.grad(found.sum(), x)
+        assert found[0].isnan().any() and gradient[0].isnan().any()
+        assert found[1].isfinite().all() and gradient[1].isfinite().all()
+
+
+def test_equal_logits(backend: str) -> None:
+    """Divergence and gradient are 0."""
+    x = (5 * torch.randn(2, 7, 5, 6)).requires_grad_()
+    found = ao.pixel_kl_divergence(x, x, (20, 24), temperature=2.0, reduction="none")
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert (found >= 0).all() and found.max() < 1e-5 and gradient.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_to_compare(backend: str, reduction: str) -> None:
+    """No image, no pixel of the labels, no valid pixel."""
+    for size, pixels in (((0, 5, 3, 4), (12, 16)), ((2, 5, 3, 4), (0, 16)), ((2, 5, 3, 4), (6, 8))):
+        x = torch.randn(size, requires_grad=True)
+        valid = torch.zeros(size[0], *pixels, dtype=torch.bool)
+        options = {"valid": valid, "reduction": reduction}
+        found = ao.pixel_kl_divergence(x, torch.randn(size), pixels, **options)
+        assert not found.any() and found.shape == (valid.shape if reduction == "none" else ())
+        (gradient,) = torch.autograd.grad(found.sum(), x)
+        assert gradient.shape == x.shape and not gradient.any()
+
+
+def test_the_teacher_is_constant(backend: str) -> None:
+    x, teacher = torch.randn(2, 2, 5, 3, 4).unbind()
+    teacher = teacher.requires_grad_()
+    assert not ao.pixel_kl_divergence(x, teacher, (12, 16)).requires_grad
+    loss = ao.pixel_kl_divergence(x.requires_grad_(), teacher, (12, 16))
+    assert torch.autograd.grad(loss, [x, teacher], allow_unused=True)[1] is None
+
+
+def test_soft_labels(backend: str) -> None:
+    """The logarithms of probabilities are logits: they have the same softmax."""
+    x, teacher = torch.randn(2, 2, 5, 3, 4)
+    for size in ((3, 4), (6, 8)):
+        expected = ao.pixel_kl_divergence(x, teacher, size)
+        found = ao.pixel_kl_divergence(x, teacher + torch.randn(2, 1, 1, 1), size)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_same_bits(backend: str) -> None:
+    case = Case((2, 4, 5, 13), (20, 52), (5, 7))
+    inputs = make_inputs(case)
+    first, *others = ([*ours(case, inputs), *ours(case, inputs, "sum")] for _ in range(3))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@usual
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((3, 19, 33, 40), (132, 160), (17, 40)),
+        Case((1, 150, 40, 90), (160, 360), dtype=BF16),
+        Case((2, 4, 1, 2000), (1, 4001), masked=False),
+    ],
+    ids=str,
+)
+def test_the_same_bits_for_any_number_of_threads(case: Case) -> None:
+    inputs = make_inputs(case)
+    with ao.use_backend("cpu"):
+        same_for_all_threads(lambda: [*ours(case, inputs), *ours(case, inputs, "sum")])
+
+
+@usual
+@pytest.mark.parametrize("instructions", ["default", "avx2"])
+def test_lower_instruction_sets(instructions: str) -> None:
+    passes_with(
+        instructions, __file__, "cpu and not instruction_sets and not threads and not compile"
+    )
+
+
+@usual
+@pytest.mark.parametrize("num_classes", [300, 65_536])
+def test_many_classes(num_classes: int) -> None:
+    case = Case((1, num_classes, 2, 3), (8, 9), (2, 2))
+    inputs = make_inputs(case)
+    with ao.use_backend("cpu"):
+        found = ours(case, inputs)
+    for value, exact in zip(found, formula(case, inputs, F64), strict=True):
+        torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def arguments(dtype: torch.dtype = F32) -> tuple[Any, ...]:
+    x = torch.randn(2, 5, 3, 4, dtype=dtype, requires_grad=True)
+    teacher = torch.randn(2, 5, 2, 6, dtype=dtype)
+    return x, teacher, torch.rand(2, 12, 16) < 0.5, 12, 16, 2.0, False
+
+
+@pytest.mark.parametrize("asked", [(True, True), (False, True), (False, False)])
+def test_opcheck(backend: str, asked: tuple[bool, bool]) -> None:
+    if backend == "reference":
+        pytest.skip("the reference is no operator")
+    x, *others = arguments()
+    operator = getattr(torch.ops.anchorops.pixel_kl_divergence, backend)
+    torch.library.opcheck(operator, (x, *others, *asked))
+    lse = operator(x, *others, True, True)[2:]
+    operator = getattr(torch.ops.anchorops.pixel_kl_divergence_backward, backend)
+    given = (
+        x.detach(),
+        *others[:2],
+        *(m.detach() for m in lse),
+        torch.tensor(2.0),
+        None,
+        2.0,
+        False,
+    )
+    torch.library.opcheck(operator, given)
+
+
+def test_fullgraph_and_dynamic_shapes(backend: str) -> None:
+    def step(x: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+        size = (4 * x.shape[2], 4 * x.shape[3])
+        return ao.pixel_kl_divergence(x, teacher, size, valid=valid, temperature=2.0)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch, height, width in ((2, 4, 5), (3, 6, 7)):
+        x = torch.randn(batch, 5, height, width, requires_grad=True)
+        given = x, torch.randn(batch, 5, 3, 4), torch.rand(batch, 4 * height, 4 * width) < 0.5
+        losses = [f(*given) for f in (step, compiled)]
+        gradients = [torch.autograd.grad(loss, x)[0] for loss in losses]
+        torch.testing.assert_close(losses[1], losses[0])
+        torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@usual
+def test_second_derivatives_raise() -> None:
+    x, teacher = arguments()[:2]
+    with ao.use_backend("cpu"):
+        loss = ao.pixel_kl_divergence(x, teacher, (12, 16))
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="pixel_kl_divergence: second derivatives"):
+            gradient.square().sum().backward()
+    with ao.use_backend("reference"):
+        loss = ao.pixel_kl_divergence(x, teacher, (12, 16))
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        gradient.square().sum().backward()
+
+
+@usual
+@pytest.mark.filterwarnings("ignore")  # of vmap: slow
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trace", ["vmap", "make_fx", "export"])
+def test_gradients_that_the_call_does_not_see(trace: str, reduction: str) -> None:
+    x, teacher, valid, *_ = arguments()
+
+    class Loss(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ao.pixel_kl_divergence(x, teacher, (12, 16), valid=valid, reduction=reduction)
+
+    loss, example = Loss(), x.detach()
+    with torch.no_grad():
+        traced: Any = {
+            "vmap": lambda: lambda x: torch.vmap(loss)(x[None])[0],
+            "make_fx": lambda: make_fx(loss)(example),
+            "export": lambda: torch.export.export(loss, (example,)).module(),
+        }[trace]()
+    expected, found = loss(x), traced(x)
+    direction = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(y, x, direction)[0] for y in (expected, found)]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+LOGITS, VALID = torch.zeros(2, 5, 4, 6), torch.ones(2, 16, 24, dtype=torch.bool)
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"logits": None}, r"logits: expected a tensor .*, got None of type NoneType"),
+    ({"logits": LOGITS[0]}, r"logits: expected a tensor \(B, K, h, w\), got .*\(5, 4, 6\) on cpu"),
+    ({"logits": LOGITS[:, :1]}, r"logits: expected at least 2 classes .*torch.cat.*, got shape"),
+    ({"logits": LOGITS.int()}, "logits: expected float32, .*, got torch.int32"),
+    ({"logits": LOGITS[:, :, :0]}, "logits: expected at least one pixel per image, got shape"),
+    ({"teacher_logits": None}, r"teacher_logits: expected a tensor \(2, 5, h, w\), .*, got None"),
+    (
+        {"teacher_logits": LOGITS[:1]},
+        r"teacher_logits: expected a tensor \(2, 5, h, w\), as logits",
+    ),
+    (
+        {"teacher_logits": LOGITS[:, :4]},
+        r"teacher_logits: expected .*\(2, 5, h, w\).*\(2, 4, 4, 6\)",
+    ),
+    ({"teacher_logits": LOGITS.to_sparse()}, "teacher_logits: expected a strided tensor, got"),
+    ({"teacher_logits": LOGITS.long()}, "teacher_logits: expected float32 or .*, got torch.int64"),
+    (
+        {"teacher_logits": LOGITS.double()},
+        "teacher_logits: expected float32 or bfloat16 or float16, got torch.float64 with logits in",
+    ),
+    (
+        {"logits": LOGITS.double()},
+        "teacher_logits: expected float64, got torch.float32 with logits",
+    ),
+    ({"teacher_logits": LOGITS.to("meta")}, "teacher_logits: expected device cpu, as logits, got"),
+    ({"teacher_logits": LOGITS[..., :0]}, "teacher_logits: expected at least one pixel per image"),
+    ({"size": 16}, r"size: expected \(H, W\), two ints of at least 0, got 16 of type int"),
+    ({"size": (16, -1)}, r"size: expected \(H, W\), two ints of at least 0, got \(16, -1\)"),
+    (
+        {"valid": VALID[:1]},
+        r"valid: expected a bool tensor \(2, 16, 24\), or None, got .*\(1, 16, 24",
+    ),
+    ({"valid": VALID.int()}, r"valid: expected a bool tensor .*, got torch.int32 tensor"),
+    ({"valid": [True]}, r"valid: expected a bool tensor .*, got \[True\] of type list"),
+    ({"valid": VALID.to("meta")}, "valid: expected device cpu, as logits, got meta"),
+    ({"temperature": 0.0}, "temperature: expected a finite float or int, above 0, got 0.0"),
+    ({"temperature": "1"}, "temperature: expected a finite float or int, above 0, got '1'"),
+    ({"temperature": 1e-40}, "temperature: expected a normal number of float32, .*, got 1e-40"),
+    ({"align_corners": 1}, "align_corners: expected True or False, got 1 of type int"),
+    ({"reduction": "batchmean"}, "reduction: expected 'mean' or 'sum' or 'none', got 'batchmean'"),
+]
+
+
+@usual
+@pytest.mark.parametrize(("changed", "message"), WRONG, ids=lambda v: str(v)[:50])
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_messages(name: str, changed: dict[str, Any], message: str) -> None:
+    given = {"logits": LOGITS, "teacher_logits": LOGITS, "size": (16, 24)} | changed
+    with (
+        ao.use_backend(name),
+        pytest.raises(ValueError, match=f"^pixel_kl_divergence: {message}"),
+    ):
+        ao.pixel_kl_divergence(**given)
