@@ -29,6 +29,7 @@ FORWARD, TRAINING = "forward", "forward + backward"
 CE, CE_DICE, DICE, FOCAL = "cross-entropy", "cross-entropy + Dice", "Dice", "focal cross-entropy"
 CONFUSION, COSINES = "confusion matrix", "cross-entropy of cosines"
 TEMPERATURE = 0.07  # of the cosines
+DIVERGENCE = "divergence from a teacher"
 KEPT = ", kept pages"
 LIBRARIES = {"smp": "segmentation_models_pytorch", "torchmetrics": "torchmetrics"}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
@@ -97,6 +98,7 @@ QUICK = [
     Case(CONFUSION, FORWARD, SEGFORMER),
     Case(COSINES, TRAINING, TEXT),
     Case(COSINES, TRAINING, PIXELS),
+    *(Case(DIVERGENCE, TRAINING, shape) for shape in (HRNET, SEGFORMER)),
 ]
 FULL = [
     Case(operation, direction, shape, dtype)
@@ -116,6 +118,14 @@ def ours(case: Case) -> Formula:
         return lambda x, y: ao.pixel_confusion(x, y, **options)
     if case.operation == COSINES:
         return lambda x, y: ao.pixel_cross_entropy(cosines(case.shape, x), y, **options)
+    if case.operation == DIVERGENCE:
+        return lambda x, y: ao.pixel_kl_divergence(
+            x,
+            teacher_of(x),
+            (y.shape[1], y.shape[2]),
+            valid=y != IGNORE_INDEX,
+            align_corners=align_corners,
+        )
     dice = ao.Dice(absent="zero", **options)
     cross_entropy = ao.CrossEntropy(focal_gamma=2.0 * (case.operation == FOCAL), **options)
     if case.operation == CE_DICE:
@@ -142,6 +152,17 @@ def upsampled(case: Case, x: Tensor) -> Tensor:
         return x.float()
     size, align_corners = shape.label_size, shape.align_corners
     return F.interpolate(x.float(), size, mode="bilinear", align_corners=align_corners)
+
+
+def teacher_of(x: Tensor) -> Tensor:
+    """Logits of a teacher at the same resolution."""
+    return x.detach().flip(1)
+
+
+def divergence(z: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+    terms = F.kl_div(z.log_softmax(1), teacher.softmax(1), reduction="none")
+    valid = y != IGNORE_INDEX
+    return torch.where(valid, terms.sum(1), 0).sum() / valid.sum()
 
 
 def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
@@ -197,6 +218,12 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
     checked."""
     if case.operation == COSINES:
         return rivals_of_cosines(case)
+    if case.operation == DIVERGENCE:
+        return {
+            "interpolate + kl_div": lambda x, y: divergence(
+                upsampled(case, x), upsampled(case, teacher_of(x)), y
+            )
+        }
 
     def smp(name: str) -> Formula:
         losses = importlib.import_module("segmentation_models_pytorch.losses")
@@ -291,9 +318,11 @@ def exact(case: Case, device: torch.device) -> Tensor:
     return torch.autograd.grad(value, logits)[0] if case.direction == TRAINING else value.double()
 
 
-def counted_bytes(logits: Tensor, labels: Tensor, direction: str) -> int:
+def counted_bytes(logits: Tensor, labels: Tensor, case: Case) -> int:
     forward = logits.nbytes + labels.nbytes + 4 * labels.numel()
-    return forward if direction == FORWARD else 2 * forward + logits.nbytes
+    if case.operation == DIVERGENCE:  # two models, a mask of one byte, two lse
+        forward = 2 * logits.nbytes + 9 * labels.numel()
+    return forward if case.direction == FORWARD else 2 * forward + logits.nbytes
 
 
 @grid(QUICK, FULL, names)
@@ -311,5 +340,5 @@ def test_pixel_losses(bench, case: Case, name: str):
     with bench.backend(name), kept_pages() if name.endswith(KEPT) else contextlib.nullcontext():
         if "smp's focal" not in name:
             bench.check(run(), [exact(case._replace(compiled=False), bench.device)], case.dtype)
-        counted = counted_bytes(logits, labels, case.direction)
+        counted = counted_bytes(logits, labels, case)
         bench.record(run, case, name, counted, beside=logits)
