@@ -15,6 +15,7 @@ KERNELS = (
     "_sorted_pixels_kernel",
     "_centroid_info_nce_bwd_kernel",
     "_softmax_moments_kernel",
+    "_pixel_kl_divergence_kernel",
 )
 REPORT = Path(__file__).parents[2] / "bench" / "kernels_report.py"
 
