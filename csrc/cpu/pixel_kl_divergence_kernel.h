@@ -467,7 +467,8 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
   const int64_t line = divergence.line;
   int64_t next = std::max<int64_t>(tile.rows.begin - 1, 0);  // the first row that is not finished
   const auto finish_until = [&](int64_t row) {
-    for (; next < row; ++next) output.finish_row(output, tile, next, model.workspace);
+    for (; next < row; ++next)
+      output.finish_row(model.problem, output, tile, next, model.workspace);
   };
   const auto begin = [&](int64_t row, bool another) {
     if (another) gradient_rows.finish();
@@ -495,8 +496,10 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
         lse[j] = is_valid ? to_log2 * V::load(gradients.lse + at, count) : Vec{};
         teacher_lse[j] = is_valid ? to_log2 * V::load(gradients.teacher_lse + at, count) : Vec{};
         Vec of_pixels = Vec{} + gradients.of_total;
-        for (int64_t i = 0; gradients.of_divergences.data && i < count; ++i)
-          of_pixels[i] += value(gradients.of_divergences, tile.image, y + j, x + i);
+        const Map<Stat>& map = gradients.of_divergences;
+        const int64_t first = tile.image * map.stride_b + (y + j) * map.stride_h;
+        for (int64_t i = 0; map.data && i < count; ++i)
+          of_pixels[i] += map.data[first + (x + i) * map.stride_w];
         gradient[j] = is_valid ? divergence.temperature * of_pixels : Vec{};
         steep |= ~((lse[j] >= -40) & (teacher_lse[j] >= -40));
       }
