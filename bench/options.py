@@ -1,12 +1,13 @@
-"""Every option of the pixel losses against what people write: forward and backward, on the CPU.
+"""Every option of the pixel losses against what people write, on the CPU: forward and backward, of
+pseudo-labels forward.
 
     python bench/options.py [--out bench/results/options-cpu.json] [--seconds 1] [--compiled]
 
 Rows are options, columns the number of classes K (for sigmoids: of channels) and the ratio of the
-labels' size to that of the logits. A cell is the rival's time divided by ours: above 1 we are
-faster. Ours and the rivals take turns for `--seconds`; medians are compared. Rivals are torch's
-functions after F.interpolate, and the classes of segmentation_models.pytorch and MONAI; --compiled
-adds torch.compile of torch's formula. OUT.png shows the ratio to the fastest rival.
+labels' size to that of the logits; the volume is 32³ → 128³. A cell is the rival's time divided by
+ours: above 1 we are faster. Ours and the rivals take turns for `--seconds`; medians are compared.
+Rivals are torch's functions after F.interpolate, and the classes of segmentation_models.pytorch and
+MONAI; --compiled adds torch.compile of torch's formula. OUT.png shows the ratio to the fastest.
 """
 
 import argparse
@@ -50,6 +51,7 @@ class Option(NamedTuple):
     ours: Formula
     rivals: dict[str, Formula]
     sigmoid: bool = False
+    upsamples: bool = False  # whether the rivals upsample the logits themselves
 
 
 def ce(z: Tensor, y: Tensor, **options: object) -> Tensor:
@@ -86,8 +88,9 @@ def weighted(z: Tensor, y: Tensor) -> Tensor:
 
 def dice(z: Tensor, y: Tensor) -> Tensor:
     p, truth = z.softmax(1), F.one_hot(y, z.shape[1]).movedim(-1, 1)
-    overlaps = (p * truth).sum((0, 2, 3))
-    return 1 - (2 * overlaps / (p.sum((0, 2, 3)) + truth.sum((0, 2, 3))).clamp(min=1e-7)).mean()
+    axes = (0, *range(2, z.dim()))
+    overlaps = (p * truth).sum(axes)
+    return 1 - (2 * overlaps / (p.sum(axes) + truth.sum(axes)).clamp(min=1e-7)).mean()
 
 
 def bce(z: Tensor, y: Tensor, **options: object) -> Tensor:
@@ -102,6 +105,27 @@ def binary_focal(z: Tensor, y: Tensor) -> Tensor:
 def binary_dice(z: Tensor, y: Tensor) -> Tensor:
     p, axes = z.sigmoid(), (0, 2, 3)
     return 1 - (2 * (p * y).sum(axes) / (p.sum(axes) + y.sum(axes)).clamp(min=1e-7)).mean()
+
+
+def pseudo_labels(z: Tensor, y: Tensor) -> Tensor:
+    return z.detach().softmax(1).max(1).values
+
+
+def our_pseudo_labels(x: Tensor, y: Tensor) -> Tensor:
+    size = (y.shape[1], y.shape[2])
+    return ao.pixel_argmax(x.detach(), size, confidence=True)[1]
+
+
+def divergence(x: Tensor, y: Tensor) -> Tensor:
+    """From a teacher with the classes in reverse order."""
+    ratio = y.shape[1] // x.shape[2]
+    z, teacher = upsampled(x, ratio), upsampled(x.detach().flip(1), ratio).log_softmax(1)
+    losses = F.kl_div(z.log_softmax(1), teacher, reduction="none", log_target=True)
+    return losses.sum(1).mean()
+
+
+def our_divergence(x: Tensor, y: Tensor) -> Tensor:
+    return ao.pixel_kl_divergence(x, x.detach().flip(1), (y.shape[1], y.shape[2]))
 
 
 def library(make: Callable[[], torch.nn.Module]) -> Formula:
@@ -150,6 +174,8 @@ OPTIONS: dict[str, Option] = {
     "cross-entropy + Dice": Option(
         ao.CrossEntropyDice(), {"torch": lambda z, y: ce(z, y) + dice(z, y)}
     ),
+    "pseudo-labels": Option(our_pseudo_labels, {"torch": pseudo_labels}),
+    "divergence": Option(our_divergence, {"torch": divergence}, upsamples=True),
     "sigmoid: cross-entropy": Option(
         ao.BinaryCrossEntropy(),
         {"torch": bce, "smp": of_floats(lambda: smp.SoftBCEWithLogitsLoss())},
@@ -172,14 +198,27 @@ OPTIONS: dict[str, Option] = {
 }
 
 
-def cells() -> Iterator[tuple[str, int, int]]:
+VOLUMES = ("cross-entropy", "Dice", "cross-entropy + Dice")
+
+
+def cells() -> Iterator[tuple[str, int, int, int]]:
+    """Option, classes, ratio and axes of the labels of an image."""
+    for name in VOLUMES:
+        yield name, 14, 4, 3
     for name, option in OPTIONS.items():
         for num_classes in (1, 20) if option.sigmoid else CLASSES:
             for ratio in RATIOS:
-                yield name, num_classes, ratio
+                yield name, num_classes, ratio, 2
 
 
-def inputs(option: Option, num_classes: int, ratio: int, size: int) -> tuple[Tensor, Tensor]:
+def inputs(
+    option: Option, num_classes: int, ratio: int, axes: int, size: int
+) -> tuple[Tensor, Tensor]:
+    if axes == 3:
+        size //= 4
+        logits = torch.randn(1, num_classes, *(size // ratio,) * 3, requires_grad=True)
+        labels = example_labels((1, size**2, size), num_classes, "coherent").clamp(min=0)
+        return logits, labels.view(1, *(size,) * 3)
     batch = max(1, min(MOST_IMAGES, int(MOST_LOGITS / (num_classes * size**2))))
     logits = torch.randn(batch, num_classes, size // ratio, size // ratio, requires_grad=True)
     if option.sigmoid:
@@ -189,13 +228,22 @@ def inputs(option: Option, num_classes: int, ratio: int, size: int) -> tuple[Ten
 
 
 def upsampled(x: Tensor, ratio: int) -> Tensor:
-    return x if ratio == 1 else F.interpolate(x, scale_factor=ratio, mode="bilinear")
+    mode = "bilinear" if x.dim() == 4 else "trilinear"
+    return x if ratio == 1 else F.interpolate(x, scale_factor=ratio, mode=mode)
 
 
-def measured(name: str, num_classes: int, ratio: int, options: argparse.Namespace) -> dict:
+def run(formula: Formula, logits: Tensor, labels: Tensor) -> None:
+    value = formula(logits, labels)
+    if value.requires_grad:
+        torch.autograd.grad(value, logits)
+
+
+def measured(
+    name: str, num_classes: int, ratio: int, axes: int, options: argparse.Namespace
+) -> dict:
     """The median seconds of ours and each rival."""
     option = OPTIONS[name]
-    logits, labels = inputs(option, num_classes, ratio, options.size)
+    logits, labels = inputs(option, num_classes, ratio, axes, options.size)
     formulas: dict[str, Formula] = {"ours": option.ours}
     rivals = dict(option.rivals)
     if options.compiled:
@@ -203,24 +251,24 @@ def measured(name: str, num_classes: int, ratio: int, options: argparse.Namespac
     for rival, formula in rivals.items():
 
         def whole(x: Tensor, y: Tensor, formula: Formula = formula) -> Tensor:
-            return formula(upsampled(x, ratio), y)
+            return formula(x if option.upsamples else upsampled(x, ratio), y)
 
-        compiled = rival == "compiled"
-        formulas[rival] = torch.compile(whole, dynamic=False) if compiled else whole
+        formulas[rival] = torch.compile(whole, dynamic=False) if rival == "compiled" else whole
     seconds: dict[str, list[float]] = {rival: [] for rival in formulas}
     for _ in range(WARM_UP):
         for formula in formulas.values():
-            torch.autograd.grad(formula(logits, labels), logits)
+            run(formula, logits, labels)
     end = time.perf_counter() + options.seconds
     while time.perf_counter() < end or len(seconds["ours"]) < 3:
         for rival, formula in formulas.items():
             start = time.perf_counter()
-            torch.autograd.grad(formula(logits, labels), logits)
+            run(formula, logits, labels)
             seconds[rival].append(time.perf_counter() - start)
     return {
         "option": name,
         "num_classes": num_classes,
         "ratio": ratio,
+        "axes": axes,
         "batch": logits.shape[0],
         "rounds": len(seconds["ours"]),
         "seconds": {rival: median(times) for rival, times in seconds.items()},
@@ -235,13 +283,15 @@ def gain(row: dict) -> float:
 
 
 def draw(run: dict) -> Figure:
+    images = [row for row in run["rows"] if row["axes"] == 2]
     groups = {
-        "classes": [row for row in run["rows"] if "sigmoid" not in row["option"]],
-        "channels": [row for row in run["rows"] if "sigmoid" in row["option"]],
+        "classes": [row for row in images if "sigmoid" not in row["option"]],
+        "channels": [row for row in images if "sigmoid" in row["option"]],
+        "classes, 3-D": [row for row in run["rows"] if row["axes"] == 3],
     }
     heights = [len({row["option"] for row in rows}) for rows in groups.values()]
     figure, axes = plt.subplots(
-        2, 1, figsize=(10, 5.4), layout="constrained", gridspec_kw={"height_ratios": heights}
+        3, 1, figsize=(10, 7.4), layout="constrained", gridspec_kw={"height_ratios": heights}
     )
     for axis, (what, rows) in zip(axes, groups.items(), strict=True):
         names = list(dict.fromkeys(row["option"] for row in rows))
@@ -257,7 +307,11 @@ def draw(run: dict) -> Figure:
                 axis.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
         axis.set_yticks(range(len(names)), names)
         axis.set_xticks(
-            range(len(columns)), [f"{classes} {what}\n1:{ratio}" for classes, ratio in columns]
+            range(len(columns)),
+            [
+                f"{number} {what if number > 1 else 'channel'}\n1:{ratio}"
+                for number, ratio in columns
+            ],
         )
         axis.tick_params(length=0, labelsize=8)
     figure.suptitle(
@@ -290,11 +344,11 @@ def main() -> None:
             "size": options.size,
             "rows": [],
         }
-        for cell in cells():
-            row = measured(*cell, options)
+        for name, num_classes, ratio, axes in cells():
+            row = measured(name, num_classes, ratio, axes, options)
             run["rows"].append(row)
-            times = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in row["seconds"].items())
-            print(f"{cell[0]}, K{cell[1]}, 1:{cell[2]}: {gain(row):.2f}; {times}", flush=True)
+            times = ", ".join(f"{rival} {1e3 * s:.1f} ms" for rival, s in row["seconds"].items())
+            print(f"{name}, K{num_classes}, 1:{ratio}: {gain(row):.2f}; {times}", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(run, indent=1) + "\n")
     draw(json.loads(path.read_text())).savefig(path.with_suffix(".png"), dpi=150)
