@@ -6,7 +6,8 @@ with one emulated backend each: the Triton kernels in Triton's interpreter, or t
 the emulator. They run the tests that take `backend`, and no others.
 
 The mark on("cpu", "interpreter", "emulator", …) limits a case, or the cases of a module that have
-no mark of their own. Without it, a case runs everywhere but on a GPU.
+no mark of their own. "gpu" stands for both backends of a GPU, "cuda" and "triton" for one of
+them. Without the mark, a case runs everywhere but on a GPU.
 """
 
 import contextlib
@@ -31,12 +32,12 @@ PLACES = {"triton": ["interpreter"], "cuda": ["emulator"]}.get(
 def _is_chosen(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
     place = callspec.params.get("backend") if callspec else None
-    if place not in PLACES and EMULATED:
-        return False
-    place = "gpu" if place in GPU else place
+    if place is None or (EMULATED and place not in PLACES):
+        return not EMULATED
+    names = {place, "gpu"} if place in GPU else {place}
     own = [mark for mark in item.own_markers if mark.name == "on"]
     marks = own or list(item.iter_markers("on"))  # of the module
-    return all(place in mark.args for mark in marks) if marks else place != "gpu"
+    return all(names & set(mark.args) for mark in marks) if marks else place not in GPU
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
