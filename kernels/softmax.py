@@ -32,7 +32,7 @@ class Softmax(NamedTuple):
 
 
 @triton.jit
-def _finite_or_zero(shift):
+def finite_or_zero(shift):
     """The shift, or 0 if it is −inf: if all logits are −inf, a shift of −inf would give NaN."""
     return tl.where(shift == -INF, 0.0, shift)
 
@@ -53,7 +53,7 @@ def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: t
         # tl.maximum of NaN and a number returns the number; the sum is still NaN
         highest = tl.maximum(tl.maximum(four[0], four[1]), tl.maximum(four[2], four[3]))
         new_maximum = tl.maximum(maximum, highest)
-        new_shift = _finite_or_zero(new_maximum) * -LOG2_E
+        new_shift = finite_or_zero(new_maximum) * -LOG2_E
         scale = tl.where(maximum == -INF, 0.0, tl.exp2(new_shift - shift))
         maximum, shift = new_maximum, new_shift
         sums = [
@@ -79,7 +79,7 @@ def _underflow(sums, labels):
 @triton.jit
 def _sums_by_pixel(logits, lanes, largest, CELLS: tl.constexpr):
     """Σ_k e^(z_k − m) of each pixel, where m is its largest logit; and m."""
-    shifts = [_finite_or_zero(x) for x in largest]
+    shifts = [finite_or_zero(x) for x in largest]
     sums = [tl.zeros(x.shape, tl.float32) for x in largest]
     ptr = logits.ptr
     for _ in range(logits.num_classes):

@@ -39,7 +39,6 @@ from .upsampling import (
     SIZES,
     axes_of,
     class_planes,
-    classes_contiguous,
     logits_of,
     logits_of_image,
     logits_of_pixels,
@@ -48,8 +47,10 @@ from .upsampling import (
 from .upsampling_transposed import (
     cells_of_program,
     gradient_ptrs,
+    gradients_of_blocks,
     lanes_of_program,
     program_of,
+    sum_of_blocks,
     tiles_of,
     transposed,
 )
@@ -275,12 +276,7 @@ def softmax_moments_backward(
     by_class = any(gradient is not None for gradient in (doverlaps, dmasses, dsquares))
     more_registers = by_class or options.given
     tiles = tiles_of(upsampling, more_registers)
-    in_place = tiles.blocks == 1 and not classes_contiguous(dlogits)
-    if in_place:
-        gradients = dlogits[None]
-    else:
-        dtype = torch.float32 if tiles.blocks > 1 else logits.dtype
-        gradients = logits.new_empty((tiles.blocks, *logits.shape), dtype=dtype)
+    gradients = gradients_of_blocks(dlogits, tiles.blocks)
     cells_y, cells_x, _ = upsampling.cells
     _softmax_moments_bwd_kernel[(len(logits) * tiles.down * tiles.across * tiles.blocks,)](
         logits_of(logits),
@@ -307,6 +303,4 @@ def softmax_moments_backward(
         # two programs on a multiprocessor, if they do not spill
         **registers(128 if cells_y.even and cells_x.even and not more_registers else 255),
     )
-    if in_place:
-        return dlogits
-    return dlogits.copy_(gradients.sum(0) if tiles.blocks > 1 else gradients[0])
+    return sum_of_blocks(gradients, dlogits)

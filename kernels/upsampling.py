@@ -77,7 +77,7 @@ class Ratios(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def axis_of(source: int, pixels: int, align_corners: bool) -> tuple[Axis, Cells]:
+def axis_of(source: int, pixels: int, align_corners: bool, most_pixels: int) -> tuple[Axis, Cells]:
     ratio = (source - 1) / max(pixels - 1, 1) if align_corners else source / max(pixels, 1)
     inverse = 1 / ratio if ratio else 0.0
     if source == pixels:
@@ -88,7 +88,7 @@ def axis_of(source: int, pixels: int, align_corners: bool) -> tuple[Axis, Cells]
     cell = at.floor().clamp(max=source - 1)
     first = 0 if align_corners else -1
     most = int((cell.long() + 1).bincount().max())
-    parts = triton.next_power_of_2(triton.cdiv(most, MOST_PIXELS))
+    parts = triton.next_power_of_2(triton.cdiv(most, most_pixels))
     part = triton.cdiv(most, parts)
     select = bool(((at == cell) & (cell < source - 1)).any())
     even = part in (2, 4) and pixels == part * source and not align_corners
@@ -118,10 +118,14 @@ class Upsampling(NamedTuple):
         return Ratios(self.y.ratio, self.x.ratio, self.y.inverse, self.x.inverse)
 
 
-def upsampling_of(logits: Tensor, height: int, width: int, align_corners: bool) -> Upsampling:
-    """From logits (B, K, h, w) to labels (B, height, width)."""
-    y, cells_y = axis_of(logits.shape[2], height, align_corners)
-    x, cells_x = axis_of(logits.shape[3], width, align_corners)
+def upsampling_of(
+    logits: Tensor, height: int, width: int, align_corners: bool, most_pixels: int | None = None
+) -> Upsampling:
+    """From logits (B, K, h, w) to labels (B, height, width). A part has at most most_pixels pixels
+    along an axis; None: MOST_PIXELS."""
+    most = MOST_PIXELS if most_pixels is None else most_pixels
+    y, cells_y = axis_of(logits.shape[2], height, align_corners, most)
+    x, cells_x = axis_of(logits.shape[3], width, align_corners, most)
     same = cells_y.same and cells_x.same
     cells_y, cells_x = cells_y._replace(same=same), cells_x._replace(same=same)
     return Upsampling(y, x, Grid(cells_y, cells_x, tuple(range(cells_y.pixels * cells_x.pixels))))

@@ -9,11 +9,13 @@ along an axis, a program processes one block of parts; then the gradients of the
 from math import prod
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import MOST_PARTS, backward_lanes
-from .upsampling import YX, Upsampling, lanes_at, logits_of_image
+from .upsampling import YX, Upsampling, classes_contiguous, lanes_at, logits_of_image
 
 
 class Tile(NamedTuple):
@@ -55,6 +57,25 @@ def tiles_of(upsampling: Upsampling, more_registers: bool) -> Tiles:
         Tile(lanes_x // parts_x, edge, parts_x, blocks_x),
     )
     return Tiles(tile, lanes_y * lanes_x, *tiles((lanes_y, lanes_x)), blocks_y * blocks_x)
+
+
+def _in_place(dlogits: Tensor, blocks: int) -> bool:
+    return blocks == 1 and not classes_contiguous(dlogits)
+
+
+def gradients_of_blocks(dlogits: Tensor, blocks: int) -> Tensor:
+    """[blocks, B, K, h, w], for a kernel: dlogits, if it can write there."""
+    if _in_place(dlogits, blocks):
+        return dlogits[None]
+    dtype = torch.float32 if blocks > 1 else dlogits.dtype
+    return dlogits.new_empty((blocks, *dlogits.shape), dtype=dtype)
+
+
+def sum_of_blocks(gradients: Tensor, dlogits: Tensor) -> Tensor:
+    """dlogits, from what the kernel wrote to gradients_of_blocks."""
+    if _in_place(dlogits, len(gradients)):
+        return dlogits
+    return dlogits.copy_(gradients.sum(0) if len(gradients) > 1 else gradients[0])
 
 
 class Program(NamedTuple):

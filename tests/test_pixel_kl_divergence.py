@@ -1,8 +1,6 @@
 """pixel_kl_divergence of each backend, compared with F.interpolate, F.log_softmax and F.kl_div in
 float64. tests/proofs runs the cases that take `backend` again, in Triton's interpreter."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,20 +15,7 @@ from anchorops._backend import TRITON_INTERPRETED
 
 F32, F64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 FLOOR = 2**-22
-PLACES = ["interpreter"] if TRITON_INTERPRETED else ["reference", "cpu"]
-usual = pytest.mark.skipif(TRITON_INTERPRETED, reason="these cases run in a usual process")
-
-
-@pytest.fixture(params=[*PLACES, pytest.param("triton", marks=pytest.mark.gpu)])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of the chosen backend; with `triton` tensors are created on a GPU."""
-    name = "triton" if request.param == "interpreter" else request.param
-    if request.param == "triton" and not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU")
-    device = torch.device("cuda") if request.param == "triton" else contextlib.nullcontext()
-    torch.manual_seed(0)
-    with ao.use_backend(name), device:
-        yield name
+pytestmark = pytest.mark.on("reference", "cpu", "interpreter", "triton")
 
 
 class Case(NamedTuple):
@@ -151,6 +136,16 @@ def test_divergences_and_gradients(backend: str, case: Case) -> None:
     assert_close(gradient, exact[1], plain[1], floor + tiny, eps)
 
 
+@pytest.mark.on("interpreter")
+@pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[8]], ids=str)
+def test_lanes_of_several_pixels(backend: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    from anchorops.kernels import upsampling
+
+    monkeypatch.setattr(upsampling, "MOST_PIXELS", 4)
+    test_divergences_and_gradients(backend, case)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=str)
 def test_reductions(backend: str, case: Case, reduction: str) -> None:
@@ -165,7 +160,6 @@ def test_reductions(backend: str, case: Case, reduction: str) -> None:
     torch.testing.assert_close(found[1].double(), gradient / count, rtol=1e-5, atol=close)
 
 
-@usual
 @pytest.mark.parametrize("case", [*CASES[:3], CASES[7], CASES[12]], ids=str)
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_float64(name: str, case: Case) -> None:
@@ -178,7 +172,6 @@ def test_float64(name: str, case: Case) -> None:
         torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
 
 
-@usual
 @pytest.mark.parametrize("pixels", [(16, 20), (9, 13), (3, 4)])
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -298,7 +291,6 @@ def test_the_same_bits(backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@usual
 @pytest.mark.parametrize(
     "case",
     [
@@ -314,7 +306,6 @@ def test_the_same_bits_for_any_number_of_threads(case: Case) -> None:
         same_for_all_threads(lambda: [*ours(case, inputs), *ours(case, inputs, "sum")])
 
 
-@usual
 @pytest.mark.parametrize("instructions", ["default", "avx2"])
 def test_lower_instruction_sets(instructions: str) -> None:
     passes_with(
@@ -322,7 +313,6 @@ def test_lower_instruction_sets(instructions: str) -> None:
     )
 
 
-@usual
 @pytest.mark.parametrize("num_classes", [300, 65_536])
 def test_many_classes(num_classes: int) -> None:
     case = Case((1, num_classes, 2, 3), (8, 9), (2, 2))
@@ -339,10 +329,9 @@ def arguments(dtype: torch.dtype = F32) -> tuple[Any, ...]:
     return x, teacher, torch.rand(2, 12, 16) < 0.5, 12, 16, 2.0, False
 
 
+@pytest.mark.on("cpu", "interpreter", "triton")
 @pytest.mark.parametrize("asked", [(True, True), (False, True), (False, False)])
 def test_opcheck(backend: str, asked: tuple[bool, bool]) -> None:
-    if backend == "reference":
-        pytest.skip("the reference is no operator")
     x, *others = arguments()
     operator = getattr(torch.ops.anchorops.pixel_kl_divergence, backend)
     torch.library.opcheck(operator, (x, *others, *asked))
@@ -376,7 +365,6 @@ def test_fullgraph_and_dynamic_shapes(backend: str) -> None:
         torch.testing.assert_close(gradients[1], gradients[0])
 
 
-@usual
 def test_second_derivatives_raise() -> None:
     x, teacher = arguments()[:2]
     with ao.use_backend("cpu"):
@@ -390,7 +378,6 @@ def test_second_derivatives_raise() -> None:
         gradient.square().sum().backward()
 
 
-@usual
 @pytest.mark.filterwarnings("ignore")  # of vmap: slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("trace", ["vmap", "make_fx", "export"])
@@ -460,7 +447,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@usual
 @pytest.mark.parametrize(("changed", "message"), WRONG, ids=lambda v: str(v)[:50])
 @pytest.mark.parametrize("name", ["auto", "reference"])
 def test_messages(name: str, changed: dict[str, Any], message: str) -> None:

@@ -116,9 +116,7 @@ def test_lanes_of_several_pixels(case: Case, monkeypatch):
     from anchorops.kernels import upsampling
 
     monkeypatch.setattr(upsampling, "MOST_PIXELS", 4)
-    upsampling.axis_of.cache_clear()
     check(case)
-    upsampling.axis_of.cache_clear()
 
 
 @pytest.mark.parametrize("through", [("losses",), ("masses",), ("overlaps", "lse"), ("squares",)])
