@@ -207,6 +207,8 @@ class Gpus:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, targets: str, *capabilities: str) -> None:
         versions = [tuple(map(int, capability.split("."))) for capability in capabilities]
         gpus = list(Gpu("Gpu", [(f"number {i}", version) for i, version in enumerate(versions)]))
+        # Lightning sets it, and then torch.cuda.is_available() believes device_count
+        monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
         monkeypatch.setattr(torch.cuda, "_get_device_properties", gpus.__getitem__, raising=False)

@@ -60,15 +60,19 @@ ARGUMENTS: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     ao.CrossEntropy: OF_PIXELS
     | {"weight": WEIGHT, "label_smoothing": SHARE, "focal_gamma": NUMBER}
     | {"ohem": ("foo", -1, True, 2.5, NAN, 0), "ohem_kept": ("foo", -1, True, 2.5, 0)},
+    ao.BinaryCrossEntropy: OF_PIXELS
+    | {"pos_weight": ("foo", -1, [1.0, -1.0], [INFINITE], [[1.0, 2.0]])}
+    | {"label_smoothing": SHARE, "focal_gamma": NUMBER}
+    | {"ohem": ("foo", -1, True, 2.5, NAN, 0), "ohem_kept": ("foo", -1, True, 2.5, 0)},
     ao.Dice: OF_PIXELS
     | dict.fromkeys(("alpha", "beta", "smooth"), NUMBER)
     | {"smooth_denominator": ("foo", -1, True, INFINITE, NAN, LARGE), "gamma": POSITIVE}
-    | dict.fromkeys(("squared", "per_image", "log"), FLAG)
+    | dict.fromkeys(("squared", "per_image", "log", "sigmoid"), FLAG)
     | {"classes": ("foo", -1, True, 2.5, [1, 1], [-1], [1.0], []), "absent": NAME}
     | {"weight": WEIGHT, "process_group": GROUP},
     ao.CrossEntropyDice: {"cross_entropy": ("foo", -1, 2.5), "dice": ("foo", -1, 2.5)}
     | dict.fromkeys(("ce_weight", "dice_weight"), NUMBER)
-    | {"check_labels": FLAG},
+    | {"ignore_index": IGNORE_INDEX, "check_labels": FLAG},
 }
 
 

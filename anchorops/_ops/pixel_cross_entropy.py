@@ -95,13 +95,13 @@ def divide(total: Tensor, weights: Tensor) -> Tensor:
     return total / torch.where(weights == 0, 1, weights)
 
 
-def finite_where_unused(values: Tensor, weights: Tensor) -> Tensor:
-    """The values, but 0 where one of weight 0 is not finite, because 0 · ∞ would be NaN."""
-    return torch.where((weights == 0) & ~values.isfinite(), 0, values)
-
-
 def weighted(losses: Tensor, weights: Tensor) -> Tensor:
-    return weights * finite_where_unused(losses, weights)
+    """weights · losses, 0 where the weight is 0, because 0 · ∞ would be NaN. A weight of 0 has the
+    loss as its derivative, if that is finite."""
+    unused = weights == 0
+    if weights.requires_grad:
+        unused = unused & ~losses.isfinite()
+    return weights * torch.where(unused, 0, losses)
 
 
 def mixture(
@@ -132,7 +132,8 @@ def used_counts(moments: SoftmaxMoments) -> Tensor:
 def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # without comparisons in torch
         labels = labels.long()
-    return (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
+    valid = (labels >= 0) & (labels < num_classes)
+    return valid & (labels != ignore_index) if 0 <= ignore_index < num_classes else valid
 
 
 def pixel_weights(labels: Tensor, weight: Tensor, valid: Tensor) -> Tensor:

@@ -77,13 +77,14 @@ class CrossEntropy(PixelLoss):
             check_labels=check_labels,
         )
         self._register_weight(weight)
-        check_share("CrossEntropy", "label_smoothing", label_smoothing)
-        check_number("CrossEntropy", "focal_gamma", focal_gamma)
+        name = type(self).__name__
+        check_share(name, "label_smoothing", label_smoothing)
+        check_number(name, "focal_gamma", focal_gamma)
         if ohem is not None:
-            check_number("CrossEntropy", "ohem", ohem, above=True)
-            check_share("CrossEntropy", "ohem", ohem)
+            check_number(name, "ohem", ohem, above=True)
+            check_share(name, "ohem", ohem)
         if ohem_kept is not None and (type(ohem_kept) is not int or not 1 <= ohem_kept < 2**63):
-            fail("CrossEntropy", "ohem_kept", "an int from 1 to 2^63 − 1", describe(ohem_kept))
+            fail(name, "ohem_kept", "an int from 1 to 2^63 − 1", describe(ohem_kept))
         # float: comparisons of np.float64 give np.bool_
         self.label_smoothing, self.focal_gamma = float(label_smoothing), float(focal_gamma)
         self.ohem, self.ohem_kept = ohem, ohem_kept
@@ -154,12 +155,12 @@ def kth_largest(values: Tensor, valid: Tensor, k: int) -> Tensor:
     same order as the floats. Therefore two histograms, of the upper and of the lower 16 bits, find
     the value exactly. NaN is treated as ∞.
     """
-    values = values.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    bits = values.clamp(min=0).flatten().view(torch.int32)
+    bits = values.flatten().view(torch.int32) & 0x7FFFFFFF  # without the sign of −0 and of −NaN
     valid, rank = valid.flatten(), torch.full((), k, device=values.device)
     upper, rank = _bin_of_rank(bits >> 16, valid, rank)
     lower, rank = _bin_of_rank(bits & 0xFFFF, valid & (bits >> 16 == upper), rank)
     found = (upper << 16 | lower).to(torch.int32).view(torch.float32)
+    found = found.nan_to_num(nan=torch.inf, posinf=torch.inf)
     return torch.where(rank > 0, found, -torch.inf)
 
 

@@ -177,6 +177,8 @@ def class_weight(loss: PixelLoss, logits: Tensor) -> Tensor | None:
 def share_ignore_index(function: str, ignore_index: int | None, *parts: PixelLoss) -> int | None:
     """Give the label to ignore of the whole, or else of one part, to the parts without their own.
     Raises ValueError if two differ."""
+    if ignore_index is not None:
+        check_ignore_index(function, ignore_index, 1)
     given = {i for i in (ignore_index, *(part.ignore_index for part in parts)) if i is not None}
     if len(given) > 1:
         fail(function, "ignore_index", "one label for all parts", sorted(given))
