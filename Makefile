@@ -9,6 +9,7 @@ SEED ?= 0
 # of make bench: files of rows, and the minutes that training steps may take
 ROWS ?= build/bench/cpu.json
 STEP_ROWS ?= build/bench/training-step-cpu.json
+OPTION_ROWS ?= build/bench/options-cpu.json
 MINUTES ?= 3
 # versions of torch that must be able to load what `make setup` compiled. For other versions of
 # Python: make check-abi PYTHON=python3.13
@@ -50,6 +51,7 @@ bench: setup
 	$(BIN)/python bench/plot.py $(ROWS)
 	$(BIN)/python bench/training_step.py --minutes $(MINUTES) --out $(STEP_ROWS)
 	$(BIN)/python bench/plot_training_step.py $(STEP_ROWS)
+	$(BIN)/python bench/options.py --out $(OPTION_ROWS)
 	$(BIN)/python bench/ratios.py $(ROWS) $(STEP_ROWS)
 
 kernels-report: setup

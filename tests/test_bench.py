@@ -377,3 +377,15 @@ def test_doctor_benchmark(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_error", lambda ours, exact: 1.0)
     assert doctor.main(["--benchmark"]) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_table_of_options(tmp_path):
+    """On small images: every option runs, and its picture is drawn."""
+    out = tmp_path / "options.json"
+    command = [sys.executable, ROOT / "bench/options.py", "--size", "32", "--seconds", "0"]
+    answer = subprocess.run([*command, "--out", out], text=True, capture_output=True)
+    assert answer.returncode == 0, answer.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["axes"] for row in rows} == {2, 3} and len(rows) > 100
+    assert out.with_suffix(".png").exists()
