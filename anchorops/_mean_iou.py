@@ -96,6 +96,8 @@ class MeanIoU(Metric):
             if not isinstance(labels, Tensor) or predictions.shape != labels.shape:
                 expected = "the labels' shape, or floating-point logits"
                 fail("MeanIoU", "predictions", expected, describe(predictions))
+            known = (predictions == 0) | (predictions == 1)
+            labels = torch.where(known, labels.long(), self.ignore_index)
             logits = (predictions == 1).float() - 0.5
         if logits.is_floating_point():
             if logits.dim() < 2 or logits.shape[1] != self.num_classes:

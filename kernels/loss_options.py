@@ -17,7 +17,7 @@ from torch import Tensor
 from .lanes import LOG2_E, of_labels
 from .upsampling import corners, upsampled
 
-_SMALLEST = tl.constexpr(2.0**-126)  # normal float32
+_SMALLEST = tl.constexpr(2.0**-24)  # c is rounded to multiples of about this
 
 
 class LossOptions(NamedTuple):

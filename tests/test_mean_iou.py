@@ -145,3 +145,9 @@ def test_messages_of_update(arguments: dict[str, Any], message: str) -> None:
 def test_messages_of_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^MeanIoU: {message}"):
         ao.MeanIoU(**arguments)
+
+
+def test_a_sigmoid_prediction_that_is_no_class_is_ignored():
+    metric = ao.MeanIoU(1, sigmoid=True)
+    metric.update(torch.tensor([[[[1, 0, 255, 255]]]]), torch.tensor([[[[1, 0, 1, 0]]]]))
+    assert metric.confusion.tolist() == [[[1, 0], [0, 1]]]

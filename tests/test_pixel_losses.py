@@ -335,3 +335,58 @@ def test_smoothing_in_half_precision_rounds_the_gradient_once():
     for x in (logits, exact):
         ao.CrossEntropy(label_smoothing=0.2)(x, labels).backward()
     torch.testing.assert_close(logits.grad, exact.grad.bfloat16(), rtol=2**-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"ohem": 0.9}, {"focal_gamma": 2.0}, {"ohem_kept": 9}])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_smoothing_is_0_where_all_classes_have_weight_0(weighted, options):
+    logits = torch.randn(1, 2, 4, 4, requires_grad=True)
+    labels = torch.ones(1, 8, 8, dtype=torch.int64)
+    weights = torch.ones(1, 8, 8) if weighted else None
+    module = ao.CrossEntropy(torch.tensor([1.0, 0.0]), label_smoothing=0.1, **options)
+    loss = module(logits, labels, weights)
+    loss.backward()
+    assert loss == 0 and logits.grad is not None and not logits.grad.any()
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+@pytest.mark.parametrize("gamma", [0.5, 0.75, 1.0])
+def test_focal_gradient_with_smoothing_where_the_network_is_sure(gamma, ratio):
+    logits = torch.zeros(1, 3, 4, 4)
+    logits[:, 1] = 18.0
+    logits.requires_grad_()
+    labels = torch.ones(1, 4 * ratio, 4 * ratio, dtype=torch.int64)
+    ao.CrossEntropy(focal_gamma=gamma, label_smoothing=0.1)(logits, labels).backward()
+    assert logits.grad is not None and logits.grad.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.int8, 150), (torch.uint8, 300)])
+def test_classes_beyond_the_labels_dtype(dtype, classes):
+    logits = torch.randn(1, classes, 4, 4)
+    labels = torch.randint(0, 100, (1, 8, 8))
+    for module in (ao.CrossEntropy(ignore_index=-1), ao.CrossEntropy(ohem_kept=9, ignore_index=-1)):
+        for weights in (None, torch.rand(1, 8, 8)):
+            expected = module(logits, labels, weights)
+            assert torch.equal(module(logits, labels.to(dtype), weights), expected) and expected > 0
+
+
+@pytest.mark.parametrize(
+    "make", [ao.BinaryCrossEntropy, lambda w, **o: ao.CrossEntropy([w, 1], **o)]
+)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_hard_examples_with_pixel_weights_of_1(make, label_smoothing):
+    module = make(0.0, ohem=0.7, label_smoothing=label_smoothing)
+    logits = torch.randn(1, 1 if module.sigmoid else 2, 8, 8)
+    labels = torch.randint(0, 2, (1, 16, 16))
+    torch.testing.assert_close(
+        module(logits, labels), module(logits, labels, torch.ones(labels.shape))
+    )
+
+
+def test_the_other_loss_has_the_same_corners():
+    for given in (
+        {"cross_entropy": ao.CrossEntropy(align_corners=True)},
+        {"dice": ao.Dice(align_corners=True, sigmoid=True)},
+    ):
+        pair = ao.CrossEntropyDice(**given)
+        assert pair.cross_entropy.align_corners and pair.dice.align_corners

@@ -342,3 +342,10 @@ def test_monai_deep_supervision() -> None:
     monai = losses.DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
     torch.testing.assert_close(found, losses.DeepSupervisionLoss(monai)(heads, labels))
     assert all(head.grad.abs().sum() > 0 for head in heads)
+
+
+def test_no_depth():
+    logits, labels = torch.randn(2, 3, 0, 3, 3, requires_grad=True), torch.zeros(2, 4, 0, 4).long()
+    loss = ao.CrossEntropyDice()(logits, labels)
+    loss.backward()
+    assert loss == 0 and ao.pixel_argmax(logits, (4, 0, 4)).shape == (2, 4, 0, 4)

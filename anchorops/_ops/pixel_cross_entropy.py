@@ -91,8 +91,9 @@ def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
 
 
 def divide(total: Tensor, weights: Tensor) -> Tensor:
-    """total / weights, 0 where weights is 0."""
-    return total / torch.where(weights == 0, 1, weights)
+    """total / weights, 0 where weights is 0, also if total is not."""
+    unused = weights == 0
+    return torch.where(unused, 0, total) / torch.where(unused, 1, weights)
 
 
 def weighted(losses: Tensor, weights: Tensor) -> Tensor:
@@ -130,7 +131,8 @@ def used_counts(moments: SoftmaxMoments) -> Tensor:
 
 
 def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # without comparisons in torch
+    unsigned = labels.dtype in (torch.uint16, torch.uint32, torch.uint64)  # cannot be compared
+    if unsigned or num_classes > torch.iinfo(labels.dtype).max:  # or num_classes would overflow
         labels = labels.long()
     valid = (labels >= 0) & (labels < num_classes)
     return valid & (labels != ignore_index) if 0 <= ignore_index < num_classes else valid

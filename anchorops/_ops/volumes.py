@@ -88,6 +88,8 @@ def _moments(backend: str, logits: Tensor, labels: Tensor, *given: Any) -> tuple
     options = Options(*given)
     operator = getattr(torch.ops.anchorops.softmax_moments, backend)
     results = [x.zero_() for x in forward_fake(logits, labels, *options)]
+    if labels.numel() == 0:
+        return tuple(results)
     maps = [results[4], results[5]]  # pixel_losses and lse
     totals = [x.double() if x.is_floating_point() else x for x in (*results[:4], *results[6:])]
     sources = _sources(labels.shape[1], logits, options.align_corners)
@@ -118,6 +120,8 @@ def _moments_backward(
     *grads, smoothing, min_loss, focal_gamma, ignore_index, align_corners = given
     depth, sources = labels.shape[1], _sources(labels.shape[1], logits, align_corners)
     dlogits = torch.zeros_like(logits)
+    if labels.numel() == 0:
+        return dlogits
     dx = lse.new_empty(0)
     for slab in _slabs(logits, depth):
         of_slab = []
@@ -151,6 +155,8 @@ def _argmax(
 ) -> Tensor:
     operator = getattr(torch.ops.anchorops.pixel_argmax, backend)
     classes = _argmax_fake(logits, depth, height, width, align_corners)
+    if classes.numel() == 0:
+        return classes
     sources = _sources(depth, logits, align_corners)
     for slab in _slabs(logits, depth):
         found = operator(_images(logits, slab, sources), height, width, align_corners)

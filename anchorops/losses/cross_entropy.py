@@ -97,9 +97,13 @@ class CrossEntropy(PixelLoss):
         return mixture(weight, self.label_smoothing, logits.shape[1], logits)
 
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
+        weight = self.class_weight(logits)
         by_pixel = pixel_weights is not None or self.ohem_kept is not None
+        if self.ohem is not None and weight is not None:
+            # Pixels of weight 0 are not used; here they would still have a share in the mean.
+            by_pixel = by_pixel or self.sigmoid or self.label_smoothing > 0
         return Options(
-            smoothing=self.smoothing(self.class_weight(logits), logits),
+            smoothing=self.smoothing(weight, logits),
             min_loss=None if self.ohem is None or by_pixel else -math.log(self.ohem),
             focal_gamma=self.focal_gamma,
             pixel_losses=by_pixel,

@@ -199,7 +199,8 @@ class CrossEntropyDice(PixelLoss):
             the same align_corners, and the same kind of logits: CrossEntropy and Dice() are of a
             softmax, BinaryCrossEntropy and Dice(sigmoid=True) of sigmoids.
         ce_weight, dice_weight: the weights of the two losses.
-        ignore_index: the label to ignore, for both. A loss that has one of its own must have this.
+        ignore_index: the label to ignore, for both. A loss that has one of its own must have this;
+            otherwise this becomes its own.
         check_labels: as in `CrossEntropy`; also if one of the two requests it.
 
     Call it with (logits, labels, pixel_weights=None); the pixel weights apply to the cross-entropy.
@@ -220,10 +221,15 @@ class CrossEntropyDice(PixelLoss):
         ignore_index: int | None = None,
         check_labels: bool = False,
     ) -> None:
-        of_sigmoids = getattr(cross_entropy or dice, "sigmoid", False)
+        given = dice if cross_entropy is None else cross_entropy
+        sigmoid, align_corners = (
+            getattr(given, name, False) for name in ("sigmoid", "align_corners")
+        )
         if cross_entropy is None:
-            cross_entropy = BinaryCrossEntropy() if of_sigmoids else CrossEntropy()
-        dice = Dice(sigmoid=of_sigmoids) if dice is None else dice
+            make = BinaryCrossEntropy if sigmoid else CrossEntropy
+            cross_entropy = make(align_corners=align_corners)
+        if dice is None:
+            dice = Dice(sigmoid=sigmoid, align_corners=align_corners)
         check_number("CrossEntropyDice", "ce_weight", ce_weight)
         check_number("CrossEntropyDice", "dice_weight", dice_weight)
         check_flags("CrossEntropyDice", check_labels=check_labels)

@@ -1,14 +1,15 @@
 // The loss of a pixel, from c = -log p of its class and u = the sum of v_k * -log p_k over all
 // classes: L = m * (a * c + u), m = (1 - e^-c)^gamma; 0 where c < least.
 
-// 1 - e^-c for c >= 0, at least the smallest normal number.
+// 1 - e^-c for c >= 0, at least half the distance of 1 to the next number: c is rounded to multiples
+// of about this, and powers of smaller numbers have derivatives that are too large.
 template <class Stat>
 ALWAYS_INLINE VecOf<Stat> miss(VecOf<Stat> c, VecOf<Stat> power) {  // power: e^-c
   using Vec = VecOf<Stat>;
   Vec x;
   if constexpr (std::is_same_v<Stat, double>) {
     for (int i = 0; i < LANES<double>; ++i) x[i] = -std::expm1(-c[i]);
-    return maximum(Vec{} + 0x1p-1022, x);
+    return maximum(Vec{} + 0x1p-53, x);
   } else {
     Vec p = c * -0.001121631f + 0.008187382f;  // relative error 7e-9, up to 0.5
     p = p * c - 0.041629087f;
@@ -16,7 +17,7 @@ ALWAYS_INLINE VecOf<Stat> miss(VecOf<Stat> c, VecOf<Stat> power) {  // power: e^
     p = p * c - 0.49999982f;
     p = p * c + 1.0f;
     x = c < 0.5f ? c * p : 1 - power;
-    return maximum(Vec{} + 0x1p-126f, x);
+    return maximum(Vec{} + 0x1p-24f, x);
   }
 }
 
