@@ -1,8 +1,8 @@
 // The loss of a pixel, from c = -log p of its class and u = the sum of v_k * -log p_k over all
 // classes: L = m * (a * c + u), m = (1 - e^-c)^gamma; 0 where c < least.
 
-// 1 - e^-c for c >= 0, at least half the distance of 1 to the next number: c is rounded to multiples
-// of about this, and powers of smaller numbers have derivatives that are too large.
+// 1 - e^-c for c >= 0, at least half the distance of 1 to the next number: c is rounded to
+// multiples of about this, and powers of smaller numbers have derivatives that are too large.
 template <class Stat>
 ALWAYS_INLINE VecOf<Stat> miss(VecOf<Stat> c, VecOf<Stat> power) {  // power: e^-c
   using Vec = VecOf<Stat>;
