@@ -61,6 +61,7 @@ REST: tuple[Choice, ...] = (
     (("cbp", "occl"), SCRATCH),
 )
 HARD: tuple[Choice, ...] = (MAIN[0], MAIN[1], MAIN[3], MAIN[5], MAIN[6])
+RARE: tuple[Choice, ...] = (MAIN[0], MAIN[1], MAIN[6])  # what helped where data are rare
 
 
 class Run(NamedTuple):
@@ -120,6 +121,13 @@ def plan() -> list[Run]:
         *runs("digits", HRNET, REST, horizons=[1_500, 4_000]),
         *runs("few", SEGFORMER, HARD, horizons=[1_500]),
         *runs("steep", SEGFORMER, HARD, horizons=[1_500]),
+        *(
+            run
+            for seed, model, scenes in itertools.product(
+                (0, 1, 2), (SEGFORMER, HRNET), ("few", "steep")
+            )
+            for run in runs(scenes, model, RARE, horizons=[4_000], seeds=[seed])
+        ),
         *runs("digits", SEGFORMER, REST, horizons=[1_500, 4_000]),
     ]
 

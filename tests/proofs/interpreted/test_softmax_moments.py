@@ -366,7 +366,7 @@ def test_options_that_cuda_leaves_to_triton(option):
 
 @pytest.mark.skipif(BACKEND == "cuda", reason="cuda leaves label smoothing to triton")
 @pytest.mark.parametrize("align_corners", [False, True])
-def test_label_smoothing_upsamples_a_single_channel(align_corners):
+def test_label_smoothing_of_the_public_function(align_corners):
     logits = torch.randn(2, 5, 3, 4, requires_grad=True)
     labels = torch.randint(0, 6, (2, 9, 16))  # 5 is ignored
 
