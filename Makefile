@@ -6,11 +6,8 @@ DEMO ?= demo
 # of make stress
 ROUNDS ?= 200
 SEED ?= 0
-# of make bench: files of rows, and the minutes that training steps may take
-ROWS ?= build/bench/cpu.json
-STEP_ROWS ?= build/bench/training-step-cpu.json
-OPTION_ROWS ?= build/bench/options-cpu.json
-MINUTES ?= 3
+# of make bench: where its rows and pictures go
+BENCH ?= build/bench
 # versions of torch that must be able to load what `make setup` compiled. For other versions of
 # Python: make check-abi PYTHON=python3.13
 ABI_TORCHES ?= 2.10 2.11 2.13
@@ -44,15 +41,10 @@ stress: setup
 demo: setup
 	$(BIN)/python -m anchorops.train $(DEMO)
 
-# `make bench ROWS=bench/results/cpu.json STEP_ROWS=bench/results/training-step-cpu.json` replaces
-# the committed rows and plots
+# about 40 minutes, in which nothing else may run. `make bench BENCH=bench/results` replaces the
+# committed rows and pictures of this processor
 bench: setup
-	$(BIN)/pytest bench -q --rows $(ROWS)
-	$(BIN)/python bench/plot.py $(ROWS)
-	$(BIN)/python bench/training_step.py --minutes $(MINUTES) --out $(STEP_ROWS)
-	$(BIN)/python bench/plot_training_step.py $(STEP_ROWS)
-	$(BIN)/python bench/options.py --out $(OPTION_ROWS)
-	$(BIN)/python bench/ratios.py $(ROWS) $(STEP_ROWS)
+	$(BIN)/python bench/run.py --out $(BENCH)
 
 kernels-report: setup
 	$(BIN)/python bench/kernels_report.py

@@ -28,7 +28,7 @@ class Measurement(NamedTuple):
     """The results of `measure`.
 
     Attributes:
-        median: seconds, as are q20 and q80, the quantiles at 20 and 80 %.
+        median: seconds, as are q20 and q80, the quantiles at 20 and 80 %, and the minimum.
         rounds: how often the call was timed.
         gbps: counted bytes per second, in GB/s.
         copy_share: that rate as a share of the rate of a copy in the same rounds; None if no tensor
@@ -41,6 +41,7 @@ class Measurement(NamedTuple):
     median: float
     q20: float
     q80: float
+    minimum: float
     rounds: int
     gbps: float
     copy_share: float | None = None
@@ -165,6 +166,7 @@ def measure(
     *,
     beside: Tensor | None = None,
     seconds: float = 0.5,
+    rounds: int = 3,
 ) -> tuple[Measurement, list[float]]:
     """Times a run. It must have been called before, because its first call may compile.
 
@@ -176,7 +178,8 @@ def measure(
         device: where it runs.
         beside: a tensor whose copy and sum take turns with the run. The shares of their bandwidths
             are medians over the rounds.
-        seconds: for about how long the run is repeated; at least 3 rounds.
+        seconds: for about how long the run is repeated.
+        rounds: but at least so often.
 
     Returns:
         The measurement, and the seconds of every round.
@@ -189,15 +192,12 @@ def measure(
     # The loop runs until the time is over: the first calls of a run may take ten times as long as
     # later ones, while the system looks for huge pages. On CUDA the host must be ahead of the GPU.
     chunk, most = (10, 100) if device.type == "cuda" else (1, 1000)
-    busy, start = _busy_elsewhere(device), time.perf_counter()
-    samples = _sample(runs, device, 3)
+    processes, start = OtherProcesses(device), time.perf_counter()
+    samples = _sample(runs, device, rounds)
     while len(samples[0]) < most and time.perf_counter() - start < seconds:
         samples = [a + b for a, b in zip(samples, _sample(runs, device, chunk), strict=True)]
     times, *others = samples
-    elapsed, after = time.perf_counter() - start, _busy_elsewhere(device)
-    cores = None
-    if busy is not None and after is not None and elapsed >= 0.1:  # the system counts in 10 ms
-        cores = max(0.0, after - busy) / elapsed
+    cores = processes.cores()
     q20, *_, q80 = quantiles(times, n=5, method="inclusive")
     shares: list[float | None] = [None, None]
     if beside is not None:
@@ -207,7 +207,7 @@ def measure(
             shares[i] = median(counted_bytes / own / (moved / other) for own, other in pairs)
     middle = median(times)
     rate = counted_bytes / middle / 1e9
-    return Measurement(middle, q20, q80, len(times), rate, *shares, others=cores), times
+    return Measurement(middle, q20, q80, min(times), len(times), rate, *shares, others=cores), times
 
 
 # If other processes use the cores, threads wait for each other in every small layer: SAR's
@@ -215,10 +215,24 @@ def measure(
 DISTURBED = 0.2  # cores that other processes keep busy
 
 
-def _busy_elsewhere(device: torch.device) -> float | None:
-    """Seconds that all cores spent on other processes since the system started."""
-    busy = None if device.type == "cuda" else _busy_seconds()
-    return None if busy is None else busy - time.process_time()
+class OtherProcesses:
+    """What other processes do from now on, if the measured code runs on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.start, self.busy = device, time.perf_counter(), self._busy(device)
+
+    def cores(self) -> float | None:
+        """Cores that they kept busy since; None below 0.1 s, and where it is not known."""
+        elapsed, busy = time.perf_counter() - self.start, self._busy(self.device)
+        if self.busy is None or busy is None or elapsed < 0.1:  # the system counts in 10 ms
+            return None
+        return max(0.0, busy - self.busy) / elapsed
+
+    @staticmethod
+    def _busy(device: torch.device) -> float | None:
+        """Seconds that all cores spent on other processes since the system started."""
+        busy = None if device.type == "cuda" else _busy_seconds()
+        return None if busy is None else busy - time.process_time()
 
 
 def _busy_seconds() -> float | None:

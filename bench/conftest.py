@@ -1,9 +1,5 @@
 """Checks, measures, records and prints each benchmark, with its rivals and its machine."""
 
-import json
-import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +8,7 @@ import pytest
 import rivals
 import torch
 from cases import Case, backends, relative_error
+from record import head_of, save
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -21,12 +18,10 @@ from anchorops.measure import (
     Run,
     bandwidth,
     cuda_graph,
-    environment,
     measure,
     peak_extra_bytes,
 )
 
-ROOT = Path(__file__).parents[1]
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}  # also for rivals with expanded squares or bfloat16 sums
 NATURAL = {"cpu": "fp32", "cuda": "bf16"}  # the default dtype of a case
 GRAPH = ", CUDA graph"
@@ -40,6 +35,7 @@ def pytest_addoption(parser):
     group.addoption("--rows", type=Path, help="write the results to this JSON file")
     group.addoption("--threads", type=int, default=2, help="of torch on the CPU (default 2)")
     group.addoption("--seconds", type=float, default=0.6, help="of timing for each row")
+    group.addoption("--rounds", type=int, default=10, help="at least, of timing (default 10)")
     group.addoption("--tiny", action="store_true", help="tiny tensors, only to test the code")
 
 
@@ -87,9 +83,8 @@ class Rows:
         if not self.rows:
             size = 2**16 if self.tiny else 2**28 if self.device.type == "cuda" else 2**26
             self.head = {
-                **environment(self.device),
+                **head_of(self.device),
                 **bandwidth(torch.randn(size, device=self.device)),
-                "commit": commit(),
                 "absent": rivals.ABSENT,
             }
         self.rows.append(row)
@@ -98,23 +93,13 @@ class Rows:
         for other in group:
             other["ratio"] = other["median"] / base if base else None
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n")
+            save(self.path, "operators", self.head, self.rows)
 
 
 def key(row: dict) -> tuple:
     """The key of rows that are compared: the case, and whether a CUDA graph was replayed."""
     fields = ("operation", "direction", "shape", "size", "num_classes", "dtype", "labels")
     return (*(str(row[field]) for field in fields), row["name"].endswith(GRAPH))
-
-
-def commit() -> str:
-    """The commit of the checkout; without git, $ANCHOROPS_COMMIT."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    told = ""
-    if shutil.which("git"):
-        told = subprocess.run(command, cwd=ROOT, text=True, capture_output=True).stdout.strip()
-    return told or os.environ.get("ANCHOROPS_COMMIT", "unknown")
 
 
 class Bench:
@@ -127,6 +112,7 @@ class Bench:
         self._quick = marker is not None and marker.args[0] == 0
         self.device, self.tiny = self._rows.device, self._rows.tiny
         self.seconds = 0.0 if self.tiny else float(config.getoption("--seconds") or 0)
+        self.rounds = 3 if self.tiny else int(config.getoption("--rounds") or 0)
 
     def backend(self, name: str):
         chosen = backends(self.device).get(name.removesuffix(GRAPH))
@@ -146,7 +132,12 @@ class Bench:
             eager, run = tree_leaves(run()), cuda_graph(run)
             torch.testing.assert_close(tree_leaves(run()), eager)
         measured, times = measure(
-            run, counted_bytes, self.device, beside=beside, seconds=self.seconds
+            run,
+            counted_bytes,
+            self.device,
+            beside=beside,
+            seconds=self.seconds,
+            rounds=self.rounds,
         )
         own = [*backends(self.device), ""][0]
         row = {

@@ -27,13 +27,13 @@ import cases
 import time_model
 import torch
 from cases import DTYPES, IGNORE_INDEX, relative_error
-from conftest import commit
+from record import head_of
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.profiler import ProfilerActivity, profile
 
 import anchorops as ao
-from anchorops.measure import bandwidth, environment, example_labels
+from anchorops.measure import bandwidth, example_labels
 
 UNALIGNED = cases.Shape("HRNet, 129×129", (16, 720, 129, 129), 19)
 LAYOUTS = {"planes": torch.contiguous_format, "channels last": torch.channels_last}
@@ -191,7 +191,7 @@ def kernels(report: Report, backend: str, device: torch.device, tiny: bool) -> N
 
 def values(report: Report, device: torch.device) -> bool:
     """False if a value or a gradient is wrong."""
-    report.add(**environment(device), commit=commit(), backends=ao.backends())
+    report.add(**head_of(device), backends=ao.backends())
     shape = cases.Shape("values", (2, 96, 24, 40), 19)
     inputs = cases.Inputs(shape, "fp32", "coherent", device)
     logits = torch.randn(2, 19, 24, 40, device=device)

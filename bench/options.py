@@ -1,42 +1,36 @@
 """Every option of the pixel losses against what people write, on the CPU: forward and backward, of
 pseudo-labels forward.
 
-    python bench/options.py [--out bench/results/options-cpu.json] [--seconds 1] [--compiled]
+    python bench/options.py [--out ROWS.json] [--rounds 10] [--seconds 0.5] [--compiled]
 
 Rows are options, columns the number of classes K (for sigmoids: of channels) and the ratio of the
 labels' size to that of the logits; the volume is 32³ → 128³. A cell is the rival's time divided by
-ours: above 1 we are faster. Ours and the rivals take turns for `--seconds`; medians are compared.
-Rivals are torch's functions after F.interpolate, and the classes of segmentation_models.pytorch and
-MONAI; --compiled adds torch.compile of torch's formula. OUT.png shows the ratio to the fastest.
+ours: above 1 we are faster. Ours and the rivals take turns for `--seconds`, `--rounds` times or
+more; medians are compared. Rivals are torch's functions after F.interpolate, and the classes of
+segmentation_models.pytorch and MONAI; --compiled adds torch.compile of torch's formula.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from conftest import commit
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from monai.losses.dice import DiceLoss as MonaiDice
 from monai.losses.focal_loss import FocalLoss as MonaiFocal
+from plot_options import gain
+from record import head_of, save
 from segmentation_models_pytorch import losses as smp
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.measure import environment, example_labels
+from anchorops.measure import OtherProcesses, example_labels
 
-SIZE, RATIOS, CLASSES = 512, (1, 2, 4, 8), (2, 19, 150)
+RATIOS, CLASSES = (1, 2, 4, 8), (2, 19, 150)
 MOST_IMAGES, MOST_LOGITS = 4, 40e6  # of a batch, at the labels' size
 WARM_UP = 2
 BOUND, GAMMA, SMOOTHING = 0.7, 2.0, 0.1
@@ -258,8 +252,8 @@ def measured(
     for _ in range(WARM_UP):
         for formula in formulas.values():
             run(formula, logits, labels)
-    end = time.perf_counter() + options.seconds
-    while time.perf_counter() < end or len(seconds["ours"]) < 3:
+    processes, end = OtherProcesses(logits.device), time.perf_counter() + options.seconds
+    while time.perf_counter() < end or len(seconds["ours"]) < options.rounds:
         for rival, formula in formulas.items():
             start = time.perf_counter()
             run(formula, logits, labels)
@@ -272,86 +266,38 @@ def measured(
         "batch": logits.shape[0],
         "rounds": len(seconds["ours"]),
         "seconds": {rival: median(times) for rival, times in seconds.items()},
-        "fastest": {rival: min(times) for rival, times in seconds.items()},
+        "quartiles": {rival: quartiles(times) for rival, times in seconds.items()},
+        "minimum": {rival: min(times) for rival, times in seconds.items()},
+        "others": processes.cores(),
     }
 
 
-def gain(row: dict) -> float:
-    """The time of the fastest rival, divided by ours."""
-    seconds = row["seconds"]
-    return min(value for rival, value in seconds.items() if rival != "ours") / seconds["ours"]
-
-
-def draw(run: dict) -> Figure:
-    images = [row for row in run["rows"] if row["axes"] == 2]
-    groups = {
-        "classes": [row for row in images if "sigmoid" not in row["option"]],
-        "channels": [row for row in images if "sigmoid" in row["option"]],
-        "classes, 3-D": [row for row in run["rows"] if row["axes"] == 3],
-    }
-    heights = [len({row["option"] for row in rows}) for rows in groups.values()]
-    figure, axes = plt.subplots(
-        3, 1, figsize=(10, 7.4), layout="constrained", gridspec_kw={"height_ratios": heights}
-    )
-    for axis, (what, rows) in zip(axes, groups.items(), strict=True):
-        names = list(dict.fromkeys(row["option"] for row in rows))
-        columns = sorted({(row["num_classes"], row["ratio"]) for row in rows})
-        gains = {(row["option"], row["num_classes"], row["ratio"]): gain(row) for row in rows}
-        table = [[gains[(name, *column)] for column in columns] for name in names]
-        axis.imshow(table, norm=LogNorm(1 / 40, 40), cmap="BrBG", aspect="auto")
-        for i, line in enumerate(table):
-            for j, value in enumerate(line):
-                text = f"{value:.1f}" if value < 10 else f"{value:.0f}"
-                dark = value > 10 or value < 0.1
-                colour = "white" if dark else "black"
-                axis.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
-        axis.set_yticks(range(len(names)), names)
-        axis.set_xticks(
-            range(len(columns)),
-            [
-                f"{number} {what if number > 1 else 'channel'}\n1:{ratio}"
-                for number, ratio in columns
-            ],
-        )
-        axis.tick_params(length=0, labelsize=8)
-    figure.suptitle(
-        "Time of the fastest rival divided by ours, forward and backward", x=0.01, ha="left"
-    )
-    text = f"{run['device']}; torch {run['torch']}, commit {run['commit']}"
-    figure.supxlabel(text, fontsize=7.5, color="#555555", ha="left", x=0.01)
-    return figure
+def quartiles(times: list[float]) -> list[float]:
+    q1, _, q3 = quantiles(times if len(times) > 1 else 2 * times, n=4, method="inclusive")
+    return [q1, q3]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("build/bench/options-cpu.json"))
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each cell")
+    parser.add_argument("--out", type=Path, default=Path("build/bench/options.json"))
+    parser.add_argument("--rounds", type=int, default=10, help="of each cell, at least")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each cell, at least")
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--size", type=int, default=SIZE, help="of the labels")
-    parser.add_argument("--draw", type=Path, help="only draw the rows of this file")
+    parser.add_argument("--size", type=int, default=512, help="of the labels")
     options = parser.parse_args()
-    path = options.draw or options.out
-    if options.draw is None:
-        memory = torch.empty(2**28)  # new memory is slow at first
-        for _ in range(8):
-            memory.fill_(1.0)
-        del memory
-        run = {
-            **environment(torch.device("cpu")),
-            "commit": commit(),
-            "size": options.size,
-            "rows": [],
-        }
-        for name, num_classes, ratio, axes in cells():
-            row = measured(name, num_classes, ratio, axes, options)
-            run["rows"].append(row)
-            times = ", ".join(f"{rival} {1e3 * s:.1f} ms" for rival, s in row["seconds"].items())
-            print(f"{name}, K{num_classes}, 1:{ratio}: {gain(row):.2f}; {times}", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run, indent=1) + "\n")
-    draw(json.loads(path.read_text())).savefig(path.with_suffix(".png"), dpi=150)
+    memory = torch.empty(2**28)  # new memory is slow at first
+    for _ in range(8):
+        memory.fill_(1.0)
+    del memory
+    head, rows = head_of(torch.device("cpu")), []
+    for name, num_classes, ratio, axes in cells():
+        row = measured(name, num_classes, ratio, axes, options)
+        rows.append(row)
+        times = ", ".join(f"{rival} {1e3 * s:.1f} ms" for rival, s in row["seconds"].items())
+        print(f"{name}, K{num_classes}, 1:{ratio}: {gain(row):.2f}; {times}", flush=True)
+    save(options.out, "options", head, rows)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """Time and memory of a training step with our losses, compared with the plain step with torch's.
 
-    python bench/training_step.py [--minutes 3] [--out bench/results/training_step.json]
+    python bench/training_step.py [--rounds 10] [--minutes 3] [--out ROWS.json]
 
 The candidates: the network with F.interpolate and F.cross_entropy; with our cross-entropy; with our
 cross-entropy and each method. On a GPU HRNet-W48 at 512×1024, batch 8, 19 classes, and SegFormer-B5
 at 512×512, batch 16, 150 classes, bf16 autocast; on the CPU HRNet-W18-small and SegFormer-B0 with
 batch 2 in float32. A step is forward, backward and optimizer. The candidates take turns, a few
-steps each, for as many rounds as the time allows; the time of a candidate is compared with that of
-the first candidate in the same round. --dry-run uses small images; it only tests the code.
+steps each, for --rounds rounds or more, if --minutes allow them. A ratio is that of the medians of
+all steps to those of the first candidate; its quartiles are those of the ratios of each round.
+--dry-run uses small images; it only tests the code.
 """
 
 import argparse
 import gc
 import itertools
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from cases import IGNORE_INDEX
-from conftest import commit
+from record import head_of, save
 from torch import Tensor
 
 import anchorops as ao
 from anchorops import Attachment
-from anchorops.measure import duration, environment, example_labels, peak_extra_bytes
+from anchorops.measure import OtherProcesses, duration, example_labels, peak_extra_bytes
 from anchorops.train.networks.learner import (
     build_optimizer,
     build_regularizer,
@@ -185,15 +185,18 @@ def timed(step: Callable[[], None], device: torch.device, memory: bool) -> Turn:
     return Turn(seconds, torch.cuda.max_memory_allocated())
 
 
-def rows_of(setting: Setting, device: torch.device, minutes: float) -> Iterator[dict[str, Any]]:
-    """A row for each candidate."""
+def rows_of(
+    setting: Setting, device: torch.device, least: int, minutes: float
+) -> Iterator[dict[str, Any]]:
+    """A row for each candidate, of `least` rounds or as many as the minutes allow."""
     torch.manual_seed(0)
     model = build_model(setting.model, setting.num_classes).to(device)
     model = model.to(memory_format=setting.layout).train()  # pyright: ignore
     images, labels = images_and_labels(setting, device)
     rounds: list[list[Turn]] = []
+    processes = OtherProcesses(device)
     deadline, last = time.monotonic() + 60 * minutes, 0.0
-    while len(rounds) < 2 or time.monotonic() + last < deadline:
+    while len(rounds) < 1 + least or time.monotonic() + last < deadline:
         begin, first = time.monotonic(), len(rounds) % len(CANDIDATES)
         order = CANDIDATES[first:] + CANDIDATES[:first]
         turns = {
@@ -202,60 +205,58 @@ def rows_of(setting: Setting, device: torch.device, minutes: float) -> Iterator[
         }
         rounds.append([turns[candidate] for candidate in CANDIDATES])
         last = time.monotonic() - begin
-    warm_up = rounds.pop(0)  # kernels were compiled and chosen in it
+    warm_up, others = rounds.pop(0), processes.cores()  # kernels were compiled in it
+    memory_of = warm_up if device.type == "cpu" else rounds[-1]
     for number, candidate in enumerate(CANDIDATES):
-        own, first = ([turns[i] for turns in rounds] for i in (number, 0))
-        seconds = sorted(itertools.chain.from_iterable(turn.seconds for turn in own))
-        if len(seconds) == 1:
-            seconds *= 2
-        q1, middle, q3 = quantiles(seconds, n=4, method="inclusive")
-        added = [median(a.seconds) / median(b.seconds) - 1 for a, b in zip(own, first, strict=True)]
-        last_peaks = warm_up if device.type == "cpu" else rounds[-1]
-        memory, first_memory = last_peaks[number].peak_bytes, last_peaks[0].peak_bytes
+        own, first = ([turns[i].seconds for turns in rounds] for i in (number, 0))
+        seconds, plain = (spread(itertools.chain.from_iterable(turns)) for turns in (own, first))
+        of_rounds = spread(median(a) / median(b) for a, b in zip(own, first, strict=True))
         yield {
             "network": str(setting),
             "cross_entropy": candidate.cross_entropy,
             "methods": "+".join(candidate.methods) or "plain",
-            "seconds": {"median": middle, "q1": q1, "q3": q3, "best": seconds[0]},
+            "seconds": seconds,
             "rounds": len(rounds),
-            "added_time": median(added),
-            "added_time_of_rounds": added,
-            "peak_bytes": memory,
-            "added_memory": memory / first_memory - 1 if memory and first_memory else None,
+            "ratio": of_rounds | {"median": seconds["median"] / plain["median"]},
+            "peak_bytes": memory_of[number].peak_bytes,
+            "others": others,
         }
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Minimum, quartiles and median."""
+    values = sorted(values)
+    q1, middle, q3 = quantiles(values if len(values) > 1 else 2 * values, n=4, method="inclusive")
+    return {"minimum": values[0], "q1": q1, "median": middle, "q3": q3}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=3.0, help="for all (default 3)")
+    parser.add_argument("--rounds", type=int, default=10, help="at least (default 10)")
+    parser.add_argument("--minutes", type=float, default=0.0, help="for all, if more (default 0)")
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     parser.add_argument("--dry-run", action="store_true", help="small images on the CPU")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available() and not arguments.dry_run
     device = torch.device("cuda" if cuda else "cpu")
-    if arguments.dry_run:
-        torch.set_num_threads(1)
     settings = DRY_RUN if arguments.dry_run else ON_GPU if cuda else ON_CPU
-    dry_run = arguments.dry_run
-    run = {**environment(device), "commit": commit(), "dry_run": dry_run, "rows": []}
-    print(f"{run['device']}, torch {run['torch']}, commit {run['commit']}")
+    head, rows = {**head_of(device), "dry_run": arguments.dry_run}, []
+    print(f"{head['device']}, torch {head['torch']}, commit {head['commit']}")
     for setting in settings:
-        print(f"\n{setting}\n{'':<24}      ms   q1–q3          to plain, torch     MiB")
-        for row in rows_of(setting, device, arguments.minutes / len(settings)):
-            run["rows"].append(row)
+        print(f"\n{setting}\n{'':<24}      ms   q1–q3         to plain, torch   q1–q3      MiB")
+        for row in rows_of(setting, device, arguments.rounds, arguments.minutes / len(settings)):
+            rows.append(row)
             print(line(row), flush=True)
         if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(run, indent=1) + "\n")
+            save(arguments.out, "training_steps", head, rows)
 
 
 def line(row: dict[str, Any]) -> str:
     q1, middle, q3 = (1e3 * row["seconds"][name] for name in ("q1", "median", "q3"))
-    name = f"{row['methods']}, {row['cross_entropy']}"
-    text = f"{name:<24}{middle:8.1f}   {q1:.1f}–{q3:.1f}".ljust(50) + f"{row['added_time']:+8.1%}"
-    if row["peak_bytes"] is None:
-        return text
-    return text + f"{row['peak_bytes'] / 2**20:9.0f} {row['added_memory']:+8.1%}"
+    name, ratio = f"{row['methods']}, {row['cross_entropy']}", row["ratio"]
+    text = f"{name:<24}{middle:8.1f}   {q1:.1f}–{q3:.1f}".ljust(52)
+    text += f"{ratio['median']:8.1%}   {ratio['q1']:.1%}–{ratio['q3']:.1%}".ljust(26)
+    return text + (f"{row['peak_bytes'] / 2**20:9.0f}" if row["peak_bytes"] else "")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import run as bench
 import torch
+from record import save
 
 import anchorops as ao
 from anchorops import doctor
@@ -186,7 +188,7 @@ def check_rows(run: dict) -> None:
     assert {"device", "device_type", "torch", "triton", "python", "commit"} <= set(run)
     assert run["copy_gbps"] > 0
     assert run["read_gbps"] > 0
-    for row in run["rows"]:
+    for row in run["operators"]:
         for field, kind in FIELDS.items():
             assert isinstance(row[field], kind), (field, row)
         assert row["q20"] <= row["median"] <= row["q80"]
@@ -205,7 +207,7 @@ def test_rows_and_plots(tmp_path):
     assert "class moments with anchors, forward + backward: HRNet" in answer.stdout
     run = json.loads(rows.read_text())
     check_rows(run)
-    ours = [row for row in run["rows"] if row["ours"] and row["shape"].startswith("HRNet")]
+    ours = [row for row in run["operators"] if row["ours"] and row["shape"].startswith("HRNet")]
     assert ours
     assert all(row["ratio"] == 1 for row in ours)
     command = [sys.executable, "bench/plot.py", str(rows)]
@@ -215,7 +217,7 @@ def test_rows_and_plots(tmp_path):
     lines = [line.split(" |")[0] for line in table.splitlines() if line.startswith("| ")]
     assert lines[1:] == [
         "| " + row["name"]
-        for row in sorted(run["rows"], key=lambda row: row["median"])
+        for row in sorted(run["operators"], key=lambda row: row["median"])
         if (row["operation"], row["direction"], row["shape"])
         == ("class moments with anchors", "forward + backward", "HRNet-W48, Cityscapes")
     ]
@@ -224,42 +226,42 @@ def test_rows_and_plots(tmp_path):
         assert picture.read_bytes().startswith(b"\x89PNG"), suffix
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "bench/results").glob("cpu*.json")))
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "bench/results").glob("*.json")))
 def test_committed_rows(name):
     run = json.loads((ROOT / "bench/results" / name).read_text())
-    if "device_type" not in run:
-        pytest.skip(f"{name} has an earlier schema: make bench ROWS=bench/results/{name}")
-    check_rows(run)
-    assert run["device_type"] == "cpu"
+    if "operators" in run:
+        check_rows(run)
+    assert run["device"] and run["torch"] and run["commit"]
 
 
-@pytest.mark.parametrize(
-    ("script", "rows"),
-    [
-        ("plot.py", "cpu.json"),
-        ("plot.py", "cpu-pixel-losses.json"),
-        ("plot_training_step.py", "training-step-cpu.json"),
-    ],
-)
-def test_readme_table(script, rows):
-    command = [sys.executable, f"bench/{script}", f"bench/results/{rows}", "--table"]
+@pytest.mark.parametrize("rows", ["cpu.json", "cpu-pixel-losses.json", "training-step-cpu.json"])
+def test_readme_table(rows):
+    command = [sys.executable, "bench/plot.py", f"bench/results/{rows}", "--table"]
     answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.strip() in (ROOT / "README.md").read_text()
 
 
-def test_ratios():
-    names = ("cpu-pixel-losses.json", "training-step-cpu.json")
-    files = [f"bench/results/{name}" for name in names]
-    answer = subprocess.run(
-        [sys.executable, "bench/ratios.py", *files], cwd=ROOT, text=True, capture_output=True
-    )
-    assert answer.returncode == 0, answer.stderr
-    pixels, steps = [json.loads((ROOT / file).read_text()) for file in files]
-    rival = next(row for row in pixels["rows"] if not row["ours"])
-    assert f"{rival['ratio']:.1f}× {rival['name']}" in answer.stdout
-    row = steps["rows"][1]
-    assert f"plain, anchorops: {1 + row['added_time']:.0%} of time" in answer.stdout
+def test_rows_of_another_commit_are_refused(tmp_path):
+    path, head = tmp_path / "x/rows.json", {"device": "a CPU", "torch": "2", "commit": "abc"}
+    save(path, "operators", head, [{"name": "one"}])
+    save(path, "options", head, [{"name": "two"}])
+    run = json.loads(path.read_text())
+    assert run == head | {"operators": [{"name": "one"}], "options": [{"name": "two"}]}
+    with pytest.raises(ValueError, match="has rows of commit abc, and this run is of def"):
+        save(path, "options", head | {"commit": "def"}, [])
+    assert json.loads(path.read_text()) == run
+
+
+def test_disturbed_machine_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.OtherProcesses, "cores", lambda self: 1.5)
+    monkeypatch.setattr(bench, "WATCH", 0)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"other processes keep 1\.5 cores busy"):
+        bench.main()
+    rows = [{"name": "quiet", "others": 0.1}, {"name": "slow", "others": 0.3}, {"others": None}]
+    (tmp_path / "rows.json").write_text(json.dumps({"operators": rows}))
+    assert bench.disturbed(tmp_path / "rows.json") == ["operators: slow"]
 
 
 def test_gpu_script():
@@ -383,9 +385,12 @@ def test_doctor_benchmark(capsys, monkeypatch):
 def test_table_of_options(tmp_path):
     """On small images: every option runs, and its picture is drawn."""
     out = tmp_path / "options.json"
-    command = [sys.executable, ROOT / "bench/options.py", "--size", "32", "--seconds", "0"]
-    answer = subprocess.run([*command, "--out", out], text=True, capture_output=True)
-    assert answer.returncode == 0, answer.stderr
-    rows = json.loads(out.read_text())["rows"]
+    options = ["--size", "32", "--seconds", "0", "--rounds", "1"]
+    for command in (["bench/options.py", *options, "--out", out], ["bench/plot.py", out]):
+        answer = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, text=True, capture_output=True
+        )
+        assert answer.returncode == 0, answer.stderr
+    rows = json.loads(out.read_text())["options"]
     assert {row["axes"] for row in rows} == {2, 3} and len(rows) > 100
-    assert out.with_suffix(".png").exists()
+    assert (tmp_path / "options-options.png").exists()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench/results"
 sys.path.insert(0, str(ROOT / "bench"))
 
-import plot  # noqa: E402
+import plot_operators  # noqa: E402
 import plot_training_step  # noqa: E402
 
 MARKER = re.compile(r"<!-- rows: (\w+) -->")
@@ -22,23 +22,22 @@ RUNS = ("cpu-pixel-losses", "cpu")
 TRAINING_STEP = "training-step-cpu"
 
 
-def quick_runs() -> list[dict]:
-    """The quick cases of pixel losses and of class moments."""
-    runs = [json.loads((RESULTS / f"{name}.json").read_text()) for name in RUNS]
-    return [run | {"rows": [row for row in run["rows"] if row["quick"]]} for run in runs]
+def runs() -> list[dict]:
+    """Those of pixel losses and of class moments."""
+    return [json.loads((RESULTS / f"{name}.json").read_text()) for name in RUNS]
 
 
 def headlines() -> str:
     """The README's tables."""
-    return "\n\n".join(plot.table(run) for run in quick_runs())
+    return "\n\n".join(plot_operators.table(run) for run in runs())
 
 
 def milliseconds(row: dict) -> str:
-    return plot.number(row["median"] * 1e3)
+    return plot_operators.number(row["median"] * 1e3)
 
 
 def mebibytes(row: dict) -> str:
-    return "" if row["extra_bytes"] is None else plot.number(row["extra_bytes"] / 2**20)
+    return "" if row["extra_bytes"] is None else plot_operators.number(row["extra_bytes"] / 2**20)
 
 
 def cases() -> str:
@@ -47,15 +46,19 @@ def cases() -> str:
         "| operation | sizes | anchorops, ms | MiB | fastest other | ms | × | MiB |",
         "|---|---|--:|--:|---|--:|--:|--:|",
     ]
-    groups = [group for run in quick_runs() for group in plot.grouped(run["rows"]).items()]
+    groups = [
+        group
+        for run in runs()
+        for group in plot_operators.grouped(plot_operators.quick(run)).items()
+    ]
     for key, rows in groups:
         own = next((row for row in rows if row["ours"]), None)
         other = next((row for row in rows if not row["name"].startswith("anchorops")), None)
-        if own is None or other is None or key[2] in plot.GROWTH:
+        if own is None or other is None or key[2] in plot_operators.GROWTH:
             continue
         ratio = f"{other['median'] / own['median']:.1f}"
         cells = [
-            *plot.title(own).split("\n"),
+            *plot_operators.title(own).split("\n"),
             milliseconds(own),
             mebibytes(own),
             other["name"],

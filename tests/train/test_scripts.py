@@ -12,17 +12,17 @@ import pytest
 @pytest.mark.slow
 def test_benchmark_of_training_steps(tmp_path: Path):
     bench = Path(__file__).parents[2] / "bench/training_step.py"
-    command = [sys.executable, str(bench), "--dry-run", "--minutes", "0", "--out"]
+    command = [sys.executable, str(bench), "--dry-run", "--rounds", "1", "--out"]
     done = subprocess.run([*command, str(tmp_path / "x/rows.json")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "x/rows.json").read_text())
     assert run["dry_run"] and {"device", "torch", "commit"} < run.keys()
     names = ("network", "methods", "cross_entropy")
-    networks, methods, losses = ({row[name] for row in run["rows"]} for name in names)
+    networks, methods, losses = ({row[name] for row in run["training_steps"]} for name in names)
     assert {network.split()[0] for network in networks} == {"hrnet-w18-small", "segformer-b0"}
     assert len(methods) == 8 and losses == {"torch", "anchorops"}
-    assert len(run["rows"]) == 2 * (2 + 7)
-    assert all(row["seconds"]["median"] > 0 and row["peak_bytes"] for row in run["rows"])
+    assert len(run["training_steps"]) == 2 * (2 + 7)
+    assert all(row["seconds"]["median"] > 0 and row["peak_bytes"] for row in run["training_steps"])
     assert "cbp+occl, anchorops" in done.stdout
 
 

@@ -1,0 +1,321 @@
+"""The pictures and the tables of operators, for bench/plot.py."""
+
+from math import prod as product
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+OURS, OTHER = "#1f6f54", "#b9c2bd"
+STYLES = {  # name: colour, marker
+    "anchorops": (OURS, "D"),
+    "index_add": ("#c2571a", "o"),
+    "one_hot matmul": ("#7b5aa6", "s"),
+    "one_hot bmm": ("#2f6fb0", "^"),
+    "class loop": ("#8a8f8c", "X"),
+    "gather + mse": ("#b8860b", "P"),
+    "cross_entropy": ("#b0447a", "v"),
+    "interpolate + scatter_add": ("#4c4c4c", "h"),
+    "interpolate + cross_entropy": ("#c2571a", "o"),
+    "image by image": ("#8a8f8c", "X"),
+    "interpolate + smp's Dice": ("#7b5aa6", "s"),
+    "interpolate + cross_entropy + smp's Dice": ("#2f6fb0", "^"),
+    "interpolate + focal": ("#b8860b", "P"),
+    "interpolate + smp's focal": ("#b0447a", "v"),
+    "interpolate + argmax + torchmetrics": ("#4c4c4c", "h"),
+    "interpolate + argmax + bincount": ("#3a8f8a", "<"),
+    "torch_scatter": ("#7a3b12", "p"),
+    "torch_geometric": ("#3a8f8a", "<"),
+}
+KEPT = ", kept pages"
+BOTH, TRAINING = "class moments with anchors", "forward + backward"
+DIRECTIONS = "forward", TRAINING
+# operation, shape, title, and the formulas that are shown in addition to the fastest rival
+HEADLINES = (
+    (
+        BOTH,
+        "HRNet-W48, Cityscapes",
+        "Class sums and squared distances to anchors",
+        {"index_add": "permute + index_add", "class loop": "class loop"},
+    ),
+    (
+        "cross-entropy",
+        "SegFormer, ADE20K",
+        "Cross-entropy at the labels' size",
+        {
+            "interpolate + cross_entropy": "interpolate + cross_entropy",
+            "interpolate + cross_entropy, kept pages": "the same, kept pages",
+        },
+    ),
+)
+GROWTH = ("growth with N·D", "growth with K")
+
+
+def quick(run: dict) -> list[dict]:
+    """The rows without the full grid, which is for tables."""
+    return [row for row in run["operators"] if row["quick"]]
+
+
+def machine(run: dict) -> str:
+    cuda = f", CUDA {run['cuda']}" if run["device_type"] == "cuda" else ""
+    return (
+        f"{run['device']}; torch {run['torch']}{cuda}, anchorops {run['anchorops']} at commit "
+        f"{run['commit']}"
+    )
+
+
+def grouped(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Comparable rows, by (operation, direction, shape, dtype, labels); CUDA graphs separately."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        fields = ("operation", "direction", "shape", "num_classes", "dtype", "labels")
+        graph = row["name"].endswith(", CUDA graph")
+        groups.setdefault((*(row[field] for field in fields), graph), []).append(row)
+    return {key: sorted(group, key=lambda row: row["median"]) for key, group in groups.items()}
+
+
+def title(row: dict) -> str:
+    graph = ", CUDA graph" if row["name"].endswith("CUDA graph") else ""
+    what = f"{row['operation']}, {row['direction']}{graph}"
+    if row["shape"] == "centroids":
+        return f"{what}\n{row['sizes']}, {row['dtype']}"
+    return f"{what}\n{row['shape']}: {row['sizes']}, {row['dtype']}, {row['labels']} labels"
+
+
+def style(row: dict) -> tuple[str, str, str]:
+    """Colour, marker and fill of a row's implementation. Variants of a formula are hollow, and so
+    are our backends that are not selected automatically."""
+    name = row["name"].removesuffix(", CUDA graph")
+    ours = name.startswith("anchorops")
+    formula = name.removeprefix("compiled ").removesuffix(KEPT)
+    colour, marker = STYLES["anchorops" if ours else formula]
+    hollow = (not ours and name != formula) or (ours and not row["ours"])
+    return colour, marker, "white" if hollow else colour
+
+
+def headline_groups(run: dict, operation: str, shape: str) -> list[list[dict]]:
+    """A headline's case forward, and forward and backward."""
+    dtype = "bf16" if run["device_type"] == "cuda" else "fp32"
+    found = {
+        row["direction"]: group
+        for group in grouped(quick(run)).values()
+        if (row := group[0])["operation"] == operation
+        and (row["shape"], row["dtype"], row["labels"]) == (shape, dtype, "coherent")
+    }
+    return [found[direction] for direction in DIRECTIONS if direction in found]
+
+
+def headlines(run: dict) -> Figure | None:
+    """Ours, the fastest rival, the usual formula and the published formula."""
+    found = [(headline_groups(run, *headline[:2]), *headline[2:]) for headline in HEADLINES]
+    found = [headline for headline in found if headline[0]]
+    if not found:
+        return None
+    figure = plt.figure(figsize=(10, 2.6 * len(found)), layout="constrained")
+    parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
+    for part, (groups, what, formulas) in zip(parts, found, strict=True):
+        axes = part.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+        for axis, group in zip(axes, groups, strict=True):
+            draw_headline(axis, group, formulas)
+        axes[0].invert_yaxis()
+        row = groups[0][0]
+        text = f"{what}, {row['dtype']}, {row['labels']} labels\n{row['shape']}: {row['sizes']}"
+        part.suptitle(text, x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def draw_headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> None:
+    own = next(row for row in group if row["ours"])
+    rows = {row["name"]: row for row in group}
+    bars = {"anchorops": own}
+    fastest = next((row for row in group if "anchorops" not in row["name"]), None)
+    if fastest and fastest["name"] not in formulas:
+        bars["fastest rival"] = fastest
+    for name, label in formulas.items():
+        if name in rows:
+            bars[label] = rows[name]
+    times = [row["median"] * 1e3 for row in bars.values()]
+    drawn = axis.barh([*bars], times, color=[OURS, *[OTHER] * (len(bars) - 1)])
+    labels = [
+        f"{number(row['median'] * 1e3)} ms" + ("" if row is own else f", {row['ratio']:.0f}×")
+        for row in bars.values()
+    ]
+    if fastest and "fastest rival" in bars:
+        labels[1] += f" ({fastest['name']})"
+    axis.bar_label(drawn, labels, padding=4)
+    axis.set_title(group[0]["direction"], loc="left", fontweight="bold")
+    axis.set_xlim(0, 1.3 * max(times))
+    axis.set_xlabel("milliseconds")
+
+
+def table(run: dict) -> str:
+    """The README's tables, verbatim: the headline cases by every implementation."""
+    lines = []
+    for operation, shape, what, _ in HEADLINES:
+        groups = headline_groups(run, operation, shape)
+        if len(groups) < len(DIRECTIONS):
+            continue
+        forward, training = groups
+        forward_times = {row["name"]: row for row in forward}
+        lines += [
+            f"{what}. {title(training[0]).splitlines()[1]}. {machine(run)}.",
+            "",
+            "| | forward, ms | forward + backward, ms | memory beyond inputs and outputs, MiB |",
+            "|---|---|---|---|",
+        ]
+        for row in training:
+            times = (forward_times.get(row["name"]), row)
+            cells = [f"{number(r['median'] * 1e3)} ({r['ratio']:.1f}×)" if r else "" for r in times]
+            memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:,.0f}"
+            lines.append(f"| {' | '.join([row['name'], *cells, memory])} |")
+        lines.append("")
+        if operation == BOTH:
+            share = next(row["read_share"] for row in forward if row["ours"])
+            lines += [f"Forward, at {share:.0%} of the bandwidth at which torch sums the features."]
+            lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def number(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def cases(run: dict) -> Figure | None:
+    """One line per case: the relative time of each implementation, and the memory it allocates."""
+    groups = [
+        group
+        for key, group in grouped(quick(run)).items()
+        if key[2] not in GROWTH and len(group) > 1
+    ]
+    groups.sort(key=lambda group: group[0]["shape"] == "centroids")  # features first
+    if not groups:
+        return None
+    figure, (times, memory) = plt.subplots(
+        1,
+        2,
+        sharey=True,
+        figsize=(11, 0.42 * len(groups) + 1.8),
+        width_ratios=(3, 2),
+        layout="constrained",
+    )
+    seen = {}
+    for y, group in enumerate(groups):
+        for row in group:
+            colour, marker, fill = style(row)
+            looks = {"color": colour, "marker": marker, "markerfacecolor": fill, "linestyle": ""}
+            variant = row["name"].removesuffix(", CUDA graph")
+            if row["ours"] or fill != "white":  # variants of a formula are hollow
+                seen.setdefault(variant, looks)
+            times.plot(row["ratio"], y, markersize=6, **looks)
+            if row["extra_bytes"] is not None:
+                memory.plot(row["extra_bytes"] / 2**20, y, markersize=6, **looks)
+    times.set_yticks(range(len(groups)), [title(group[0]) for group in groups], fontsize=7)
+    times.set_ylim(len(groups) - 0.5, -0.5)
+    times.set_xscale("log")
+    times.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
+    times.axvline(1, color=OURS, linewidth=1, zorder=0)
+    times.set_title("time, relative to anchorops", fontsize=9, loc="left")
+    memory.set_xscale("symlog", linthresh=1)
+    memory.set_xlim(-0.3, 2 * memory.get_xlim()[1])
+    memory.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    memory.set_title("memory beyond inputs\nand outputs, MiB", fontsize=9, loc="left")
+    for axis in (times, memory):
+        axis.grid(color="#e4e7e5", linewidth=0.6)
+        axis.set_axisbelow(True)
+    handles = [Line2D([], [], **looks) for looks in seen.values()]
+    figure.legend(handles, seen, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def bandwidth(run: dict) -> Figure | None:
+    """Ours and the best rival of every case: the share of the copy bandwidth that they reach."""
+    groups = [
+        group
+        for key, group in grouped(quick(run)).items()
+        if key[2] not in GROWTH and group[0]["copy_share"] is not None
+    ]
+    pairs = []
+    for group in groups:
+        own = next((row for row in group if row["ours"]), None)
+        rival = next((row for row in group if not row["name"].startswith("anchorops")), None)
+        if own:
+            pairs.append((own, rival))
+    if not pairs:
+        return None
+    figure, axis = plt.subplots(figsize=(9, 0.5 * len(pairs) + 1.2), layout="constrained")
+    for y, (own, rival) in enumerate(pairs):
+        bar = axis.barh(y - 0.19, own["copy_share"], 0.38, color=OURS)
+        axis.bar_label(
+            bar, [f"{own['copy_share']:.0%}, {own['gbps']:,.0f} GB/s"], padding=3, fontsize=7
+        )
+        if rival:
+            share = own["copy_share"] * own["median"] / rival["median"]  # of the same copy
+            bar = axis.barh(y + 0.19, share, 0.38, color=OTHER)
+            label = f"{share:.0%}, {rival['name']}"
+            axis.bar_label(bar, [label], padding=3, fontsize=7)
+    axis.set_yticks(range(len(pairs)), [title(own) for own, _ in pairs], fontsize=7)
+    axis.set_ylim(len(pairs) - 0.5, -0.5)
+    axis.axvline(1, color="#555555", linewidth=1, linestyle="--")
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.margins(x=0.2)
+    axis.set_xlabel("counted bytes per second, as a share of the copy bandwidth")
+    axis.set_title("anchorops and the fastest rival", fontsize=9, loc="left")
+    return figure
+
+
+def growth(run: dict) -> Figure | None:
+    """Time against N·D and against K."""
+    rows = [row for row in quick(run) if row["shape"] in GROWTH]
+    if not rows:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axis, shape in zip(axes, GROWTH, strict=True):
+        curves: dict[tuple[str, str, str], list[dict]] = {}
+        for row in rows:
+            if row["shape"] == shape:
+                curves.setdefault((row["name"], row["direction"], row["labels"]), []).append(row)
+        draw_growth(axis, curves, shape, run["copy_gbps"])
+    return figure
+
+
+def draw_growth(
+    axis: Axes, curves: dict[tuple[str, str, str], list[dict]], shape: str, copy_gbps: float
+) -> None:
+    by_size = shape == GROWTH[0]
+    for (name, direction, labels), rows in curves.items():
+        x = [product(row["size"]) if by_size else row["num_classes"] for row in rows]
+        y = [row["median"] * 1e3 for row in rows]
+        colour, marker, fill = style(rows[0])
+        aside = direction == "forward" or labels == ("random" if by_size else "coherent")
+        extra = f", {direction}" if by_size else f", {labels} labels"
+        label = name + (extra if rows[0]["ours"] else "")
+        axis.plot(
+            x,
+            y,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            markerfacecolor="white" if aside else fill,
+            linestyle="--" if aside else "-",
+            linewidth=1.2,
+            label=label,
+        )
+        low, high = ([row[q] * 1e3 for row in rows] for q in ("q20", "q80"))
+        axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        if rows[0]["ours"] and not aside:
+            model = [row["bytes"] / copy_gbps / 1e6 for row in rows]
+            axis.plot(x, model, color="#333333", linestyle=":", label="counted bytes at copy speed")
+    axis.set(xscale="log", yscale="log", ylabel="milliseconds")
+    first = next(iter(curves.values()))[0]
+    fixed = (
+        f"D{first['size'][1]} K{first['num_classes']}" if by_size else first["sizes"].split(" K")[0]
+    )
+    axis.set_xlabel("feature elements N·D" if by_size else "classes K")
+    axis.set_title(f"{first['operation']}, {fixed}, {first['dtype']}", fontsize=9, loc="left")
+    axis.grid(color="#e4e7e5", linewidth=0.6)
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom, top * (top / bottom) ** 0.35)  # space for the legend
+    axis.legend(fontsize=7.5, frameon=False, loc="upper left", ncols=2)

@@ -1,0 +1,49 @@
+"""The picture of options, for bench/plot.py: the time of the fastest rival divided by ours."""
+
+import matplotlib.pyplot as plt
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+
+def gain(row: dict) -> float:
+    """The time of the fastest rival, divided by ours."""
+    seconds = row["seconds"]
+    return min(value for rival, value in seconds.items() if rival != "ours") / seconds["ours"]
+
+
+def draw(run: dict) -> Figure:
+    images = [row for row in run["options"] if row["axes"] == 2]
+    groups = {
+        "classes": [row for row in images if "sigmoid" not in row["option"]],
+        "channels": [row for row in images if "sigmoid" in row["option"]],
+        "classes, 3-D": [row for row in run["options"] if row["axes"] == 3],
+    }
+    heights = [len({row["option"] for row in rows}) for rows in groups.values()]
+    figure, axes = plt.subplots(
+        3, 1, figsize=(10, 7.4), layout="constrained", gridspec_kw={"height_ratios": heights}
+    )
+    for axis, (what, rows) in zip(axes, groups.items(), strict=True):
+        names = list(dict.fromkeys(row["option"] for row in rows))
+        columns = sorted({(row["num_classes"], row["ratio"]) for row in rows})
+        gains = {(row["option"], row["num_classes"], row["ratio"]): gain(row) for row in rows}
+        table = [[gains[(name, *column)] for column in columns] for name in names]
+        axis.imshow(table, norm=LogNorm(1 / 40, 40), cmap="BrBG", aspect="auto")
+        for i, line in enumerate(table):
+            for j, value in enumerate(line):
+                text = f"{value:.1f}" if value < 10 else f"{value:.0f}"
+                dark = value > 10 or value < 0.1
+                colour = "white" if dark else "black"
+                axis.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xticks(
+            range(len(columns)),
+            [
+                f"{number} {what if number > 1 else 'channel'}\n1:{ratio}"
+                for number, ratio in columns
+            ],
+        )
+        axis.tick_params(length=0, labelsize=8)
+    figure.suptitle(
+        "Time of the fastest rival divided by ours, forward and backward", x=0.01, ha="left"
+    )
+    return figure

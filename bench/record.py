@@ -1,0 +1,54 @@
+"""The results of one machine in one file: its head, and rows in sections.
+
+{"device": …, "torch": …, "commit": …, "operators": [row, …], "training_steps": […], "options": […]}
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from anchorops.measure import environment
+
+ROOT = Path(__file__).parents[1]
+
+
+def file_name(device: torch.device) -> str:
+    """As intel-xeon-avx512-2-threads.json."""
+    name = re.sub(r"\((R|TM)\)|Processor", "", environment(device)["device"] or "", flags=re.I)
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower())) + ".json"
+
+
+def commit() -> str:
+    """The commit of the checkout; without git, $ANCHOROPS_COMMIT."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    told = ""
+    if shutil.which("git"):
+        told = subprocess.run(command, cwd=ROOT, text=True, capture_output=True).stdout.strip()
+    return told or os.environ.get("ANCHOROPS_COMMIT", "unknown")
+
+
+def head_of(device: torch.device) -> dict[str, object]:
+    """Machine, versions and commit."""
+    return {**environment(device), "commit": commit()}
+
+
+def save(path: Path, section: str, head: dict, rows: list[dict]) -> None:
+    """Replaces the rows of a section, and keeps those of the others.
+
+    Raises:
+        ValueError: the file has rows of another machine, version of torch, or commit.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run = json.loads(path.read_text()) if path.exists() else {}
+    for name in ("device", "torch", "commit"):
+        if name in run and run[name] != head[name]:
+            raise ValueError(
+                f"{path} has rows of {name} {run[name]}, and this run is of {head[name]}: remove "
+                "it, or choose another file"
+            )
+    path.write_text(json.dumps({**run, **head, section: rows}, indent=1) + "\n")
