@@ -53,7 +53,7 @@ def bars(axis: Axes, rows: list[dict], shares: list[float], texts: list[str], ti
     axis.set_yticks(range(len(rows)), [label(row) for row in rows])
     axis.invert_yaxis()
     axis.set_xlim(0, 1.35 * max(shares))
-    axis.axvline(1, color="#555555", linewidth=1, linestyle="--")
+    axis.axvline(1, color="#555555", linewidth=1, linestyle="--", zorder=0)
     axis.xaxis.set_major_formatter(PercentFormatter(1))
     axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
 
