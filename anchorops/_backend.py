@@ -175,13 +175,12 @@ class use_backend:
     a thread of autograd: call use_backend inside the checkpointed function.
 
     "auto" (the default) selects the fastest usable backend for the device and dtype of the input.
-    For CUDA tensors this is `cuda`, if it was built for that GPU, then `triton`, or first `triton`
-    where it is predicted to be faster (anchorops/_predicted.py). Class moments of more than 1,024
-    keys (images × classes × groups) use `triton`, and so do pixel losses with label smoothing, a
-    focal factor or hard examples, and pixel_kl_divergence. Float64, and more classes than they
-    support, use `reference`. For CPU tensors it is `cpu`, for all others `reference`. A backend
-    chosen by name raises an error if it does not support a call; it is never silently replaced by
-    another one.
+    For CUDA tensors this is `cuda`, if it was built for that GPU, then `triton`. Class moments of
+    more than 1,024 keys (images × classes × groups) use `triton`, and so do pixel losses with label
+    smoothing, a focal factor or hard examples, and pixel_kl_divergence. Float64, and more classes
+    than they support, use `reference`. For CPU tensors it is `cpu`, for all others `reference`. A
+    backend chosen by name raises an error if it does not support a call; it is never silently
+    replaced by another one.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not usable here.
     """
@@ -249,7 +248,6 @@ def select(
     *,
     num_keys: int = 0,
     shapes_losses: bool = False,
-    by_triton: bool = False,
     operators: Sequence[str] = NAMES,
 ) -> str:
     """The backend of a call with this input (features, logits or predictions). Raises ValueError if
@@ -259,8 +257,6 @@ def select(
         num_keys: of class moments, the number of keys.
         shapes_losses: of softmax moments, whether a loss has label smoothing, a focal factor or a
             smallest value.
-        by_triton: `auto` tries `triton` before `cuda`, because it is predicted to be faster
-            (_predicted.py).
         operators: the backends that have this operator, besides `reference`.
     """
     chosen = _choice.backend
@@ -269,7 +265,7 @@ def select(
         if reason:
             raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
         return chosen
-    for name in ("triton", "cuda", "cpu", "reference") if by_triton else NAMES:
+    for name in NAMES:
         # Interpreted and emulated kernels are for tests: they are never selected automatically.
         unusable = _MISSING[name] or _ON_HOST.get(name)
         if not (

@@ -240,31 +240,6 @@ def test_auto_takes_triton_on_a_gpu_without_code(monkeypatch, targets, served, n
     assert [gpus.select(i) for i in range(len(expected))] == expected
 
 
-def test_auto_takes_triton_where_it_is_predicted_to_be_faster(monkeypatch):
-    gpus = Gpus(monkeypatch, "9.0", "9.0")
-    assert [gpus.select(0, by_triton=x) for x in (True, False)] == ["triton", "cuda"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with ao.use_backend("cuda"):  # by name
-        assert gpus.select(0, by_triton=True) == "cuda"
-    monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
-    assert gpus.select(0, by_triton=True) == "cuda"
-
-
-def test_what_is_predicted_to_be_faster_by_triton(monkeypatch):
-    """Cross-entropy of few classes, without what needs probabilities by class."""
-    asked = []
-
-    def select(function, tensor, num_classes, by_triton, shapes_losses):
-        asked.append(by_triton)
-        return "reference"
-
-    monkeypatch.setattr("anchorops._ops.softmax_moments.select", select)
-    for classes, masses in ((10, False), (10, True), (11, False)):
-        logits, labels = torch.zeros(1, classes, 2, 2), torch.zeros(1, 4, 4).long()
-        ao.ops.softmax_moments(logits, labels, hits=False, masses=masses, squares=False)
-    assert asked == [True, False, False]
-
-
 def test_more_keys_than_cuda_supports_are_for_triton(monkeypatch):
     gpus = Gpus(monkeypatch, "9.0", "9.0")
     assert [gpus.select(0, num_keys=keys) for keys in (1024, 1025)] == ["cuda", "triton"]

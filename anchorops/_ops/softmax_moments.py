@@ -43,7 +43,6 @@ from .._checks import (
     labels_of_logits,
     shape_of,
 )
-from .._predicted import cross_entropy_by_triton
 from ..reference import SoftmaxMoments, statistics_dtype
 from .registration import Gradient, define
 
@@ -294,15 +293,7 @@ def unchecked_moments(
     """`moments_for`, of arguments that were already checked. Logits may have one channel."""
     shape = labels.shape
     logits, labels = _as_images(logits, labels)
-    cross_entropy_only = not (options.hits or options.masses or options.squares)
-    by_triton = cross_entropy_only and cross_entropy_by_triton(logits.shape[1])
-    backend = select(
-        function,
-        logits,
-        logits.shape[1],
-        by_triton=by_triton,
-        shapes_losses=options.shapes_losses,
-    )
+    backend = select(function, logits, logits.shape[1], shapes_losses=options.shapes_losses)
     if logits.shape[1] == 1 and backend != "cpu":
         logits = torch.cat([torch.zeros_like(logits), logits], 1)
     if backend == "reference":
