@@ -67,7 +67,7 @@ def upsamplings_of(
 def _span_of_pixel(pixel, axis, stride, CELLS: tl.constexpr):
     """A part of this pixel. Beyond the last pixel: the same as there."""
     pixel = tl.minimum(pixel, axis.pixels - 1)
-    cell = tl.floor(coordinate(pixel, axis, CELLS)).to(tl.int32)
+    cell = tl.floor(coordinate(pixel, axis, CELLS.align_corners)).to(tl.int32)
     cell = tl.minimum(cell, axis.source - 1)
     lower, upper = neighbours(cell, axis, stride)
     return Span(cell, pixel, pixel + 1, weights_of_part(cell, pixel, axis, CELLS), lower, upper)

@@ -6,34 +6,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .upsampling import Axis, coordinate
+
 NO_KEY = tl.constexpr(2**31 - 1)
 
 
-class LabelAxis(NamedTuple):
-    """Positions of the rows (or columns) of labels among those of the features. The first and the
-    last ones of both coincide."""
-
-    labels: int
-    features: int
-    step: float  # features for each label
-    labels_each: float  # labels for each feature
-
-
-class Grids(NamedTuple):
-    """The grids of features and labels."""
-
-    rows: LabelAxis
-    columns: LabelAxis
-
-
-def label_axis(labels: int, features: int) -> LabelAxis:
-    step = (features - 1) / (labels - 1) if labels > 1 else 0.0
-    return LabelAxis(labels, features, step, 1 / step if step else 0.0)
-
-
-def most_labels(axis: LabelAxis) -> int:
+def most_labels(axis: Axis) -> int:
     """More labels than are around any feature."""
-    return min(axis.labels, math.ceil(2 / axis.step) + 5) if axis.step else axis.labels
+    return min(axis.pixels, math.ceil(2 / axis.ratio) + 5) if axis.ratio else axis.pixels
 
 
 class Tile(NamedTuple):
@@ -54,34 +34,34 @@ class Around(NamedTuple):
 
 
 @triton.jit
-def tile_at(tile, grids, BLOCK_P: tl.constexpr):
-    row_tiles = tl.cdiv(grids.columns.features, BLOCK_P)
+def tile_at(tile, axes, BLOCK_P: tl.constexpr):
+    row_tiles = tl.cdiv(axes.x.source, BLOCK_P)
     y, first = tile // row_tiles, tile % row_tiles * BLOCK_P
     x = first + tl.arange(0, BLOCK_P)
-    return Tile(y, first, x, x < grids.columns.features)
+    return Tile(y, first, x, x < axes.x.source)
 
 
 @triton.jit
 def _upper(label, axis):
     """The first of the two features around a label, and the weight of the second."""
-    position = label.to(tl.float32) * axis.step
-    upper = tl.minimum(position.to(tl.int32), axis.features - 1)
-    return upper, tl.where(upper < axis.features - 1, position - upper.to(tl.float32), 0.0)
+    position = coordinate(label, axis, True)
+    upper = tl.minimum(position.to(tl.int32), axis.source - 1)
+    return upper, tl.where(upper < axis.source - 1, position - upper.to(tl.float32), 0.0)
 
 
 @triton.jit
 def _weights(label, feature, axis):
     """Whether the label is around the feature, and its weight there."""
     upper, below = _upper(label, axis)
-    around = (label < axis.labels) & ((upper == feature) | (upper == feature - 1))
+    around = (label < axis.pixels) & ((upper == feature) | (upper == feature - 1))
     return around, tl.where(upper == feature, 1 - below, below)
 
 
 @triton.jit
-def columns_around(tile, grids, BLOCK_L: tl.constexpr):
-    first = tl.maximum(((tile.x - 1) * grids.columns.labels_each).to(tl.int32) - 1, 0)
+def columns_around(tile, axis, BLOCK_L: tl.constexpr):
+    first = tl.maximum(((tile.x - 1) * axis.inverse).to(tl.int32) - 1, 0)
     label = first[:, None] + tl.arange(0, BLOCK_L)[None, :]
-    around, weights = _weights(label, tile.x[:, None], grids.columns)
+    around, weights = _weights(label, tile.x[:, None], axis)
     return Around(label, around & tile.inside[:, None], weights)
 
 
@@ -93,10 +73,16 @@ def as_int32(keys):
 
 
 @triton.jit
-def first_key(keys_ptr, tile, grids):
+def _label_at(feature, axis):
+    """A label near the feature. If there is one label only, axis.inverse may be up to 1."""
+    return tl.minimum((feature * axis.inverse).to(tl.int32), axis.pixels - 1)
+
+
+@triton.jit
+def first_key(keys_ptr, tile, axes):
     """The key of a label near the tile's first feature."""
-    row = (tile.y * grids.rows.labels_each).to(tl.int64) * grids.columns.labels
-    return as_int32(tl.load(keys_ptr + row + (tile.first * grids.columns.labels_each).to(tl.int32)))
+    row = _label_at(tile.y, axes.y).to(tl.int64) * axes.x.pixels
+    return as_int32(tl.load(keys_ptr + row + _label_at(tile.first, axes.x)))
 
 
 @triton.jit
@@ -106,7 +92,7 @@ def splat_key(
     first,
     tile,
     columns,  # Around, from columns_around
-    grids,
+    axes,  # YX of Axis
     label_rows,  # more rows of labels than are around any feature
 ):
     """The sum of the weights of the labels with this key, for each feature of a tile: [BLOCK_P].
@@ -115,11 +101,11 @@ def splat_key(
     after = tl.where(key == first, -1, key)
     total = tl.zeros(tile.x.shape, tl.float32)
     larger = tl.full(columns.weight.shape, NO_KEY, tl.int32)
-    first_row = tl.maximum(((tile.y - 1) * grids.rows.labels_each).to(tl.int32) - 1, 0)
+    first_row = tl.maximum(((tile.y - 1) * axes.y.inverse).to(tl.int32) - 1, 0)
     for i in range(0, label_rows):
         row = first_row + i + tl.arange(0, 1)  # not a scalar, which no mask in the interpreter is
-        inside, weight = _weights(row, tile.y, grids.rows)
-        offset = row.to(tl.int64)[:, None] * grids.columns.labels + columns.label
+        inside, weight = _weights(row, tile.y, axes.y)
+        offset = row.to(tl.int64)[:, None] * axes.x.pixels + columns.label
         mask = columns.inside & inside[:, None]
         keys = tl.where(mask, as_int32(tl.load(keys_ptr + offset, mask=mask, other=0)), -1)
         total += weight * tl.sum(tl.where(keys == key, columns.weight, 0.0), 1)

@@ -14,16 +14,8 @@ from torch import Tensor
 
 from .features import Features, channel_ptrs, features_of
 from .launch import as_pixels, programs, without_spills
-from .splat import (
-    NO_KEY,
-    Grids,
-    columns_around,
-    first_key,
-    label_axis,
-    most_labels,
-    splat_key,
-    tile_at,
-)
+from .splat import NO_KEY, columns_around, first_key, most_labels, splat_key, tile_at
+from .upsampling import YX, upsampling_of
 
 _MOST_CHUNKS, _MOST_BYTES = 512, 10 * 2**20  # of partials
 _ROWS, _BLOCK_E = tl.constexpr(64), 64  # partials, and elements of each, that are added at once
@@ -59,15 +51,13 @@ def _set_to_zero(partials_ptrs, num_classes, dim, some):
 
 
 @triton.jit
-def _add_keys(
-    partials_ptrs, x, some, keys_ptr, tile, grids, label_rows, dim, BLOCK_L: tl.constexpr
-):
+def _add_keys(partials_ptrs, x, some, keys_ptr, tile, axes, label_rows, dim, BLOCK_L: tl.constexpr):
     """Adds the weighted sums of a tile's features x, for each key around it."""
-    columns = columns_around(tile, grids, BLOCK_L)
-    first = first_key(keys_ptr, tile, grids)
+    columns = columns_around(tile, axes.x, BLOCK_L)
+    first = first_key(keys_ptr, tile, axes)
     key = first
     while key < NO_KEY:
-        weight, following = splat_key(keys_ptr, key, first, tile, columns, grids, label_rows)
+        weight, following = splat_key(keys_ptr, key, first, tile, columns, axes, label_rows)
         if key >= 0:
             used = tl.where(weight[None, :] != 0, x, 0.0)  # x may be NaN where the weight is 0
             total = tl.sum(used * weight[None, :], 1)
@@ -82,7 +72,7 @@ def _upsampled_sums_kernel(
     partials_ptr,  # float32 [B·chunks, K, C]
     moments_ptr,  # float32 [B·chunks, 3, C]: Moments
     num_classes,
-    grids,  # Grids
+    axes,  # YX of Axis
     label_rows,
     chunks,
     chunk_tiles,
@@ -94,25 +84,25 @@ def _upsampled_sums_kernel(
     chunk's partial. They are atomic, because a load could otherwise happen before an earlier
     store."""
     chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    dim, width = features.dim, grids.columns.features
+    dim, width = features.dim, axes.x.source
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     some = d < dim
     features_ptrs = channel_ptrs(features, d) + image * features.stride_b
-    keys_ptr += image * grids.rows.labels * grids.columns.labels
+    keys_ptr += image * axes.y.pixels * axes.x.pixels
     partials_ptrs = partials_ptr + (image * chunks + chunk) * num_classes * dim + d
     _set_to_zero(partials_ptrs, num_classes, dim, some)
     zeros = tl.zeros((BLOCK_D,), tl.float32)
     moments = Moments(tl.full((), 0.0, tl.float32), zeros, zeros)
-    tiles = grids.rows.features * tl.cdiv(width, BLOCK_P)
+    tiles = axes.y.source * tl.cdiv(width, BLOCK_P)
     for i in range(chunk * chunk_tiles, tl.minimum((chunk + 1) * chunk_tiles, tiles)):
-        tile = tile_at(i, grids, BLOCK_P)
+        tile = tile_at(i, axes, BLOCK_P)
         mask = some[:, None] & tile.inside[None, :]
         offset = (tile.y * width + tile.x)[None, :] * features.stride_p
         x = tl.load(features_ptrs[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
         moments = _add_moments(
             moments, x, mask, tl.minimum(width - tile.first, BLOCK_P).to(tl.float32)
         )
-        _add_keys(partials_ptrs, x, some, keys_ptr, tile, grids, label_rows, dim, BLOCK_L)
+        _add_keys(partials_ptrs, x, some, keys_ptr, tile, axes, label_rows, dim, BLOCK_L)
     moments_ptrs = moments_ptr + (image * chunks + chunk) * 3 * dim + d
     tl.store(moments_ptrs, zeros + moments.count, mask=some)
     tl.store(moments_ptrs + dim, moments.mean, mask=some)
@@ -176,28 +166,28 @@ class Launch(NamedTuple):
     """What both kernels need: arguments, and sizes of a tile."""
 
     features: Features
-    grids: Grids
+    axes: YX
     label_rows: int
     blocks: dict[str, int]
 
     @property
     def tiles(self) -> int:
         """Of an image."""
-        rows, columns = self.grids
-        return rows.features * triton.cdiv(columns.features, self.blocks["BLOCK_P"])
+        return self.axes.y.source * triton.cdiv(self.axes.x.source, self.blocks["BLOCK_P"])
 
 
 def launch_of(features: Tensor, keys: Tensor) -> Launch:
-    (_, channels, height, width), (label_height, label_width) = features.shape, keys.shape[1:]
-    grids = Grids(label_axis(label_height, height), label_axis(label_width, width))
+    _, channels, _, width = features.shape
+    upsampling = upsampling_of(features, keys.shape[1], keys.shape[2], align_corners=True)
+    axes = YX(upsampling.y, upsampling.x)
     (view,) = as_pixels(features.shape, features.stride())
     assert view.lines_per_image == 1  # the features are the output of a layer
     blocks = {
         "BLOCK_D": min(max(triton.next_power_of_2(channels), 16), 128),
         "BLOCK_P": min(max(triton.next_power_of_2(width), 16), 64),
-        "BLOCK_L": max(triton.next_power_of_2(most_labels(grids.columns)), 2),
+        "BLOCK_L": max(triton.next_power_of_2(most_labels(axes.x)), 2),
     }
-    return Launch(features_of(features, view), grids, most_labels(grids.rows), blocks)
+    return Launch(features_of(features, view), axes, most_labels(axes.y), blocks)
 
 
 def upsampled_sums(
@@ -222,7 +212,7 @@ def upsampled_sums(
     blocks = triton.cdiv(channels, launch.blocks["BLOCK_D"])
     _upsampled_sums_kernel[(chunks, images, blocks)](
         *(launch.features, keys, partials, moments, num_classes),
-        *(launch.grids, launch.label_rows, chunks, chunk_tiles),
+        *(launch.axes, launch.label_rows, chunks, chunk_tiles),
         **launch.blocks,
         num_warps=8,
         enable_fp_fusion=False,  # positions as in the reference

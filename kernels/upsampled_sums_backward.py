@@ -39,7 +39,7 @@ def _upsampled_sums_bwd_kernel(
     dfeatures_ptr,  # with the strides of the features
     image_keys,  # the sums of image i begin at row i·image_keys
     pixels,  # of all images
-    grids,  # Grids
+    axes,  # YX of Axis
     label_rows,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -49,10 +49,10 @@ def _upsampled_sums_bwd_kernel(
     image, dim = tl.program_id(1).to(tl.int64), features.dim
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     some = d < dim
-    keys_ptr += image * grids.rows.labels * grids.columns.labels
+    keys_ptr += image * axes.y.pixels * axes.x.pixels
     dsums_ptrs = gradients.dsums + image * image_keys * dim + d
-    tile = tile_at(tl.program_id(0), grids, BLOCK_P)
-    offset = (tile.y * grids.columns.features + tile.x)[None, :] * features.stride_p
+    tile = tile_at(tl.program_id(0), axes, BLOCK_P)
+    offset = (tile.y * axes.x.source + tile.x)[None, :] * features.stride_p
     offset += d.to(tl.int64)[:, None] * features.stride_d + image * features.stride_b
     mask = some[:, None] & tile.inside[None, :]
     if gradients.dmean is not None:
@@ -60,11 +60,11 @@ def _upsampled_sums_bwd_kernel(
         gradient = _of_moments(gradients, x, d, some, pixels)
     else:
         gradient = tl.zeros((BLOCK_D, BLOCK_P), tl.float32)
-    columns = columns_around(tile, grids, BLOCK_L)
-    first = first_key(keys_ptr, tile, grids)
+    columns = columns_around(tile, axes.x, BLOCK_L)
+    first = first_key(keys_ptr, tile, axes)
     key = first
     while key < NO_KEY:
-        weight, following = splat_key(keys_ptr, key, first, tile, columns, grids, label_rows)
+        weight, following = splat_key(keys_ptr, key, first, tile, columns, axes, label_rows)
         if key >= 0:
             dsums = tl.load(dsums_ptrs + key.to(tl.int64) * dim, mask=some, other=0.0)
             gradient += dsums[:, None] * weight[None, :]
@@ -90,7 +90,7 @@ def upsampled_sums_backward(
     image_keys = num_classes if len(dsums) > num_classes else 0
     _upsampled_sums_bwd_kernel[(launch.tiles, len(features), blocks)](
         *(launch.features, keys, Gradients(dsums, mean, dmean, dvariance), dfeatures),
-        *(image_keys, features.numel() // channels, launch.grids, launch.label_rows),
+        *(image_keys, features.numel() // channels, launch.axes, launch.label_rows),
         **launch.blocks,
         num_warps=8,
         enable_fp_fusion=False,  # positions as in the reference

@@ -184,8 +184,8 @@ def logits_of_image(logits, image):
 
 
 @triton.jit
-def coordinate(i, axis, CELLS: tl.constexpr):
-    if CELLS.align_corners:
+def coordinate(i, axis, ALIGN_CORNERS: tl.constexpr):
+    if ALIGN_CORNERS:
         return i.to(tl.float32) * axis.ratio
     else:
         return (i.to(tl.float32) + 0.5) * axis.ratio - 0.5
@@ -200,8 +200,8 @@ def first_pixel(cell, axis, CELLS: tl.constexpr):
     else:
         exact = (cell.to(tl.float32) + 0.5) * axis.inverse - 0.5
     i = tl.ceil(exact).to(tl.int32) - 1
-    i += (coordinate(i, axis, CELLS) < cell).to(tl.int32)
-    i += (coordinate(i, axis, CELLS) < cell).to(tl.int32)
+    i += (coordinate(i, axis, CELLS.align_corners) < cell).to(tl.int32)
+    i += (coordinate(i, axis, CELLS.align_corners) < cell).to(tl.int32)
     return i
 
 
@@ -230,7 +230,7 @@ def weights_of_part(cell, start, axis, CELLS: tl.constexpr):
         if CELLS.even:
             weights = weights + ((t + 0.5) / PIXELS,)
         else:
-            weight = coordinate(start + t, axis, CELLS) - cell.to(tl.float32)
+            weight = coordinate(start + t, axis, CELLS.align_corners) - cell.to(tl.float32)
             weights = weights + (tl.where(one, 0.5, weight),)
     return weights
 
