@@ -73,6 +73,16 @@ class Gradients(NamedTuple):
     dlse: PixelMap
 
 
+class Pixels(NamedTuple):
+    """The pixels of a program's lanes."""
+
+    image: Any
+    logits: Any  # Logits of the image
+    lanes: Any
+    labels: Any  # of each pixel of a lane, −1 if ignored
+    lse: Any
+
+
 @triton.jit
 def _of_class(gradient, image, k):
     """The number of a class; 0 if there is no gradient."""
@@ -84,28 +94,30 @@ def _of_class(gradient, image, k):
 
 
 @triton.jit
-def _add_of_labels(x, gradient, image, labels, CELLS: tl.constexpr):
+def _add_of_labels(x, gradient, pixels, CELLS: tl.constexpr):
     """x + the number of the class of each pixel."""
     if gradient.ptr is None:
         return x
     else:
-        added = of_labels(gradient.ptr + image * gradient.stride_b, gradient.stride_k, labels)
+        ptr = gradient.ptr + pixels.image * gradient.stride_b
+        added = of_labels(ptr, gradient.stride_k, pixels.labels)
         return [x[i] + added[i] for i in () + CELLS.all]
 
 
 @triton.jit
-def _add_map(x, pixel_map, image, lanes, labels, CELLS: tl.constexpr):
+def _add_map(x, pixel_map, pixels, CELLS: tl.constexpr):
     """x + the number of each pixel."""
     if pixel_map.ptr is None:
         return x
     else:
-        added = load_map(pixel_map, image, lanes, labels, CELLS)
+        added = load_map(pixel_map, pixels.image, pixels.lanes, pixels.labels, CELLS)
         return [x[i] + added[i] for i in () + CELLS.all]
 
 
 @triton.jit
-def _slopes(d, options, image, logits, lanes, labels, lse, CELLS: tl.constexpr):
+def _slopes(d, options, pixels, CELLS: tl.constexpr):
     """α and β of each pixel, for d = dlosses[y] + dpixel_losses."""
+    image, logits, lanes, labels, lse = pixels
     a = weights_of_labels(labels, options, image)
     if options.focal_gamma is None and options.min_loss is None:
         return [d[i] * a[i] for i in () + CELLS.all], d
@@ -121,11 +133,12 @@ def _slopes(d, options, image, logits, lanes, labels, lse, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _subtract_overlaps(x, gradients, image, logits, lanes, labels, lse, CELLS: tl.constexpr):
+def _subtract_overlaps(x, gradients, pixels, CELLS: tl.constexpr):
     """x − p_y·doverlaps[y]"""
     if gradients.doverlaps.ptr is None:
         return x
     else:
+        image, logits, lanes, labels, lse = pixels
         ptr = gradients.doverlaps.ptr + image * gradients.doverlaps.stride_b
         doverlaps = of_labels(ptr, gradients.doverlaps.stride_k, labels)
         z = true_logits(logits, lanes, labels, CELLS)
@@ -133,9 +146,10 @@ def _subtract_overlaps(x, gradients, image, logits, lanes, labels, lse, CELLS: t
 
 
 @triton.jit
-def _subtract_all_classes(x, gradients, image, logits, lanes, lse, CELLS: tl.constexpr):
+def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
     """x − Σ_j p_j·(dmasses[j] + 2·p_j·dsquares[j])"""
     if gradients.dmasses.ptr is not None or gradients.dsquares.ptr is not None:
+        image, logits, lanes, _, lse = pixels
         ptr = logits.ptr
         for k in range(logits.num_classes):
             z = logits_of_pixels(ptr, lanes, CELLS)
@@ -148,19 +162,9 @@ def _subtract_all_classes(x, gradients, image, logits, lanes, lse, CELLS: tl.con
 
 
 @triton.jit
-def _pixel_gradients(
-    k,
-    z,
-    factors,
-    alphas,
-    gradients,
-    image,
-    labels,
-    lse,
-    BY_PIXEL: tl.constexpr,
-    CELLS: tl.constexpr,
-):
+def _pixel_gradients(k, z, factors, alphas, gradients, pixels, BY_PIXEL: tl.constexpr):
     """dz_k of each pixel, except for β·v_k."""
+    image, _, _, labels, lse = pixels
     alpha = _of_class(gradients.dlosses, image, k)
     doverlap = _of_class(gradients.doverlaps, image, k)
     dmass = _of_class(gradients.dmasses, image, k)
@@ -213,15 +217,16 @@ def _softmax_moments_bwd_kernel(
     cells = cells_of_program(program, TILE)
     labels = load_labels(label_map, image, lanes, logits.num_classes, ignore_index, CELLS)
     lse = load_map(lse_map, image, lanes, labels, CELLS)
+    pixels = Pixels(image, logits, lanes, labels, lse)
 
     d = [tl.zeros(label.shape, tl.float32) for label in labels]
-    d = _add_map(d, gradients.dpixel_losses, image, lanes, labels, CELLS)
-    d = _add_of_labels(d, gradients.dlosses, image, labels, CELLS)
-    alphas, betas = _slopes(d, loss_options, image, logits, lanes, labels, lse, CELLS)
+    d = _add_map(d, gradients.dpixel_losses, pixels, CELLS)
+    d = _add_of_labels(d, gradients.dlosses, pixels, CELLS)
+    alphas, betas = _slopes(d, loss_options, pixels, CELLS)
     factors = add_sum_of_weights(alphas, betas, loss_options, image, CELLS)
-    factors = _subtract_overlaps(factors, gradients, image, logits, lanes, labels, lse, CELLS)
-    factors = _add_map(factors, gradients.dlse, image, lanes, labels, CELLS)
-    factors = _subtract_all_classes(factors, gradients, image, logits, lanes, lse, CELLS)
+    factors = _subtract_overlaps(factors, gradients, pixels, CELLS)
+    factors = _add_map(factors, gradients.dlse, pixels, CELLS)
+    factors = _subtract_all_classes(factors, gradients, pixels, CELLS)
     beta = betas
     if loss_options.all_weights is not None:
         beta = transposed(betas, lanes, cells, axes, CELLS, TILE)
@@ -230,7 +235,7 @@ def _softmax_moments_bwd_kernel(
     ptr = logits.ptr
     for k in range(logits.num_classes):
         z = logits_of_pixels(ptr, lanes, CELLS)
-        dz = _pixel_gradients(k, z, factors, alphas, gradients, image, labels, lse, BY_PIXEL, CELLS)
+        dz = _pixel_gradients(k, z, factors, alphas, gradients, pixels, BY_PIXEL)
         gradient = transposed(dz, lanes, cells, axes, CELLS, TILE)
         gradient = subtract_weighted(gradient, beta, k, loss_options, image)
         tl.store(ptrs, gradient.to(dlogits.ptr.dtype.element_ty), mask=written)
