@@ -1,7 +1,6 @@
 """Averages of models with a method: AveragedModel (which Lightning's callbacks use) and timm's
 ModelEma, over parameters and buffers."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -111,21 +110,3 @@ def test_the_average_has_the_classes_that_have_started() -> None:
     train(model, loss, 5)
     update(model)
     assert sar.started.any() and torch.equal(copied.started, sar.started)
-
-
-@pytest.mark.parametrize("method", ["sar", "cbp_ema"])
-def test_checkpoints_with_flags_of_their_own_load(method: str) -> None:
-    """The flags of earlier versions: `started` and `present`, bool [K]."""
-    model, loss = model_and_loss(method)
-    train(model, loss, 3)
-    state = copy.deepcopy(loss.regularizer.state_dict())
-    tensor = "semantic_anchors" if method == "sar" else "centroids"
-    flag = "started" if method == "sar" else "present"
-    state[flag] = state[tensor].any(1)
-    if method == "cbp_ema":
-        state[flag][0] = False  # as if this row had been moved; its centroid was kept
-    restored = METHODS[method]()
-    restored.load_state_dict(state)
-    expected = torch.where(state[flag][:, None], state[tensor], 0)
-    assert torch.equal(restored.state_dict()[tensor], expected) and flag in state
-    assert flag not in restored.state_dict()

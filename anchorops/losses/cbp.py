@@ -1,7 +1,7 @@
 """CBP, category-basis prototypes: a classifier that is fixed instead of learned
 (doi 10.1016/j.patcog.2024.110431)."""
 
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -132,13 +132,6 @@ class CBP(Regularizer):
         self.basis = basis  # the classifier has it as its state
         if update == "ema":
             self.register_buffer("centroids", torch.zeros(num_classes, dim))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        present = state_dict.pop(f"{prefix}present", None)  # a buffer in earlier checkpoints
-        if present is not None:
-            centroids = state_dict[f"{prefix}centroids"]
-            state_dict[f"{prefix}centroids"] = torch.where(present[:, None], centroids, 0)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def _as_buffer(self) -> bool:

@@ -1,7 +1,6 @@
 """SAR, semantic anchor regularization (arXiv 2312.11872), and its ablation CR."""
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,10 +144,6 @@ class SAR(Regularizer):
     def started(self) -> Tensor:
         """The classes whose average has started: bool [K]."""
         return self.semantic_anchors.any(1)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.pop(f"{prefix}started", None)  # a buffer in earlier checkpoints
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         if not self.embed:
