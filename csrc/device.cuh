@@ -58,7 +58,7 @@ __device__ __forceinline__ void store_streaming(T* address, const Vector<T>& vec
 #endif
 }
 
-// Tables that stay in cache, read and written 16 bytes at a time.
+// Tables that stay in cache, read 16 bytes at a time.
 template <class T>
 __device__ __forceinline__ Vector<T> load_vector(const T* address) {
 #ifdef __CUDACC__
@@ -68,16 +68,6 @@ __device__ __forceinline__ Vector<T> load_vector(const T* address) {
   Vector<T> vector;
   for (int i = 0; i < Vector<T>::SIZE; ++i) vector.elements[i] = address[i];
   return vector;
-#endif
-}
-
-template <class T>
-__device__ __forceinline__ void store_vector(T* address, const Vector<T>& vector) {
-#ifdef __CUDACC__
-  *reinterpret_cast<Vector<T>*>(address) = vector;
-#else
-  on_host::check_alignment(address, 16);
-  for (int i = 0; i < Vector<T>::SIZE; ++i) address[i] = vector.elements[i];
 #endif
 }
 

@@ -11,13 +11,4 @@ __device__ T sum_of_warp(T value) {
   return value;
 }
 
-// The largest number; NaN is ignored.
-__device__ inline float max_of_warp(float value) {
-  for (int lanes = 16; lanes; lanes /= 2)
-    value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, lanes));
-  return value;
-}
-
-__device__ inline bool any_of_warp(bool value) { return __ballot_sync(FULL_WARP, value) != 0; }
-
 }  // namespace anchorops::cuda

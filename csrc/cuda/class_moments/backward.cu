@@ -109,33 +109,20 @@ bool write_planes(const Gradient<T>& in, Stream stream) {
   const int period = period_of(in);
   if (period == 0 || in.out.pixels < Vector<T>::SIZE || in.out.lines * in.out.pixels >= 1u << 31)
     return false;
-  bool written = true;
+  bool written = false;
   for_gradients(in, [&]<bool HAS_DSUMS, bool HAS_DSQDISTS>() {
-    const auto write = [&]<bool SHARED>(const Slices& slices, int64_t shared_bytes) {
-      launch("class_moments_backward_planes_kernel",
-             class_moments_backward_planes_kernel<T, HAS_DSUMS, HAS_DSQDISTS, SHARED>,
-             grid_of(NAME, int64_t{slices.count} * slices.blocks), PLANES_THREADS, shared_bytes,
-             stream, in, slices);
-    };
-    using Table = TableSlice<T, HAS_DSUMS, HAS_DSQDISTS, true>;
+    using Table = TableSlice<T, HAS_DSUMS, HAS_DSQDISTS>;
     // Rows have an odd number of vectors, so they begin in different banks.
     const int64_t vectors = (TABLES_IN_SHARED / in.num_keys / int64_t{sizeof(float4)} - 1) | 1;
     const int64_t most_channels = vectors / Table::TABLES * Table::STEP;
-    if (most_channels >= 8) {
-      Slices slices = slices_of(in, period, Table::STEP, most_channels);
-      slices.row_bytes = (slices.channels / Table::STEP * Table::TABLES | 1) * sizeof(float4);
-      write.template operator()<true>(slices, int64_t{in.num_keys} * slices.row_bytes);
-      return;
-    }
-    written = false;
-    if constexpr (HAS_DSUMS && HAS_DSQDISTS) {  // a single table is shared up to 1,024 keys
-      if (period != 1 || !tables_aligned(in)) return;
-      const int64_t cached = TABLES_IN_CACHE / table_bytes_per_channel(in);
-      Slices slices = slices_of(in, 1, 4, std::max<int64_t>(cached, 16));
-      slices.row_bytes = static_cast<unsigned>(in.out.dim * sizeof(float));
-      write.template operator()<false>(slices, 0);
-      written = true;
-    }
+    if (most_channels <= 0) return;  // more than 1,024 keys with both tables, 3,072 with one
+    Slices slices = slices_of(in, period, Table::STEP, most_channels);
+    slices.row_bytes = (slices.channels / Table::STEP * Table::TABLES | 1) * sizeof(float4);
+    launch("class_moments_backward_planes_kernel",
+           class_moments_backward_planes_kernel<T, HAS_DSUMS, HAS_DSQDISTS>,
+           grid_of(NAME, int64_t{slices.count} * slices.blocks), PLANES_THREADS,
+           int64_t{in.num_keys} * slices.row_bytes, stream, in, slices);
+    written = true;
   });
   return written;
 }

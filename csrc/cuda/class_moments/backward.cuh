@@ -36,16 +36,12 @@ __device__ __forceinline__ const Element* row_of(const Element* table, unsigned 
                                           static_cast<uint64_t>(row) * row_bytes);
 }
 
-// 16 bytes of a row at a time, or 8 bytes, or one element.
+// 16 bytes of a row at a time, or one element.
 template <class Element, int COUNT>
 __device__ __forceinline__ void load_row(const Element* row, Element (&values)[COUNT]) {
   constexpr int SIZE = Vector<Element>::SIZE;
   if constexpr (COUNT == 1) {
     values[0] = *row;
-  } else if constexpr (COUNT == 2) {
-    const float2 pair = *reinterpret_cast<const float2*>(row);
-    values[0] = pair.x;
-    values[1] = pair.y;
   } else {
 #pragma unroll
     for (int c = 0; c < COUNT; c += SIZE) {

@@ -33,24 +33,19 @@ struct Slices {
 
 // The rows of the tables for a slice of channels. In shared memory there is one row for each key,
 // with vectors of its anchor and of dsums in turn. Sums alone are only stored, so the row contains
-// them as they are written to dfeatures. With too many keys for both gradients, rows are read from
-// global memory.
-template <class T, bool HAS_DSUMS, bool HAS_DSQDISTS, bool SHARED>
+// them as they are written to dfeatures.
+template <class T, bool HAS_DSUMS, bool HAS_DSQDISTS>
 struct TableSlice {
-  static_assert(SHARED || (HAS_DSUMS && HAS_DSQDISTS), "a single table is always shared");
   using Element = std::conditional_t<HAS_DSQDISTS, float, T>;
-  // Channels that are processed at once; fewer where more would need too many registers.
-  static constexpr int STEP = SHARED ? Vector<Element>::SIZE : 2;
+  static constexpr int STEP = Vector<Element>::SIZE;  // channels that are processed at once
   static constexpr int TABLES = HAS_DSUMS + HAS_DSQDISTS;
   const float *anchors, *dsums;
   const unsigned row_bytes;
 
   __device__ TableSlice(const Gradient<T>& in, const Slices& slices, int64_t first, int channels)
       : anchors(in.anchors + first), dsums(in.dsums + first), row_bytes(slices.row_bytes) {
-    if constexpr (SHARED) {
-      fill(in, slices.period, channels);
-      __syncthreads();
-    }
+    fill(in, slices.period, channels);
+    __syncthreads();
   }
 
   // A thread copies one channel of every keys_at_once-th key. It loads BATCH elements before it
@@ -92,26 +87,21 @@ struct TableSlice {
 
   // The anchors and dsums of a pixel, from this channel on.
   template <int CHANNELS>
-  __device__ __forceinline__ void load(unsigned key, unsigned anchor_row, int channel,
-                                       Element (&a)[CHANNELS], Element (&s)[CHANNELS]) const {
-    if constexpr (SHARED) {
-      const Element* const row = shared_row(key, channel);
-      if constexpr (HAS_DSQDISTS) load_row(row, a);
-      if constexpr (HAS_DSUMS) load_row(row + (TABLES - 1) * STEP, s);
-    } else {
-      load_row(row_of(anchors, anchor_row, row_bytes) + channel, a);
-      load_row(row_of(dsums, key, row_bytes) + channel, s);
-    }
+  __device__ __forceinline__ void load(unsigned key, int channel, Element (&a)[CHANNELS],
+                                       Element (&s)[CHANNELS]) const {
+    const Element* const row = shared_row(key, channel);
+    if constexpr (HAS_DSQDISTS) load_row(row, a);
+    if constexpr (HAS_DSUMS) load_row(row + (TABLES - 1) * STEP, s);
   }
 };
 
-// The pixels of a vector of dfeatures, and rows of their tables.
-template <class T, bool HAS_DSUMS, bool HAS_DSQDISTS, bool SHARED>
+// The pixels of a vector of dfeatures, and their keys.
+template <class T, bool HAS_DSUMS, bool HAS_DSQDISTS>
 struct PlanePixels {
-  using Table = TableSlice<T, HAS_DSUMS, HAS_DSQDISTS, SHARED>;
+  using Table = TableSlice<T, HAS_DSUMS, HAS_DSQDISTS>;
   using Element = typename Table::Element;
   static constexpr int SIZE = Vector<T>::SIZE;
-  unsigned anchor_row[SIZE], key[SIZE];
+  unsigned key[SIZE];
   float scale[SIZE];
   unsigned valid[4] = {};  // the bits of valid pixels
   int begin, end;          // of the elements that belong to the line
@@ -127,10 +117,8 @@ struct PlanePixels {
       const int k = i >= begin && i < end ? keys[i] : -1;
       if (k >= 0) valid[i * BITS / 32] |= (0xffffffff >> (32 - BITS)) << i * BITS % 32;
       key[i] = max(k, 0);
-      anchor_row[i] = key[i];
       if constexpr (HAS_DSQDISTS) scale[i] = 2 * in.dsqdists[key[i]];
     }
-    if constexpr (!SHARED) in.to_anchors(anchor_row);
   }
 
   __device__ bool whole() const { return begin == 0 && end == SIZE; }
@@ -147,7 +135,7 @@ struct PlanePixels {
 #pragma unroll
     for (int i = 0; i < SIZE; ++i) {
       Element a[CHANNELS], s[CHANNELS] = {};
-      tables.load(key[i], anchor_row[i], channel, a, s);
+      tables.load(key[i], channel, a, s);
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c)
         if constexpr (HAS_DSQDISTS)
@@ -192,10 +180,10 @@ struct PlanePixels {
   }
 };
 
-template <class T, bool HAS_DSUMS, bool HAS_DSQDISTS, bool SHARED>
+template <class T, bool HAS_DSUMS, bool HAS_DSQDISTS>
 __global__ void __launch_bounds__(PLANES_THREADS, 2)
     class_moments_backward_planes_kernel(const Gradient<T> in, const Slices slices) {
-  using Table = TableSlice<T, HAS_DSUMS, HAS_DSQDISTS, SHARED>;
+  using Table = TableSlice<T, HAS_DSUMS, HAS_DSQDISTS>;
   constexpr int SIZE = Vector<T>::SIZE, STEP = Table::STEP;
   const int64_t first = slices.first_channel(blockIdx.x / slices.blocks);
   const int channels = static_cast<int>(
@@ -213,7 +201,7 @@ __global__ void __launch_bounds__(PLANES_THREADS, 2)
     const int64_t pixel = int64_t{vector % slices.vectors_per_line} * SIZE - before;
     dfeatures += pixel;
     const T* features = in.features + in.view.offset(line, first, pixel);
-    const PlanePixels<T, HAS_DSUMS, HAS_DSQDISTS, SHARED> pixels(in, line, pixel);
+    const PlanePixels<T, HAS_DSUMS, HAS_DSQDISTS> pixels(in, line, pixel);
     int channel = 0;
     const auto write = [&]<int CHANNELS, bool WHOLE>() {
       pixels.template write<CHANNELS, WHOLE>(features, stride, tables, channel, dfeatures, dstride);

@@ -6,9 +6,9 @@
 // ascending order, so a bucket has one pixel on average. The rank of a pixel is the number of
 // pixels in the buckets before its own, plus the number of smaller hashes in its own bucket. A
 // bucket is a linked list. The order of a list does not matter, because ranks depend only on the
-// hashes. Two launches compute the lists and the ranks, after one memset. With at most
-// MAX_KEYS_OF_BLOCK keys, each block of the first kernel computes where the buckets of each key
-// start; with more keys this is a launch of its own.
+// hashes. Two launches compute the lists and the ranks, after one memset. Each block of the first
+// kernel computes where the buckets of each key start, so there are at most MAX_KEYS keys: as many
+// as class moments support.
 //
 // Reads keys twice and writes them once; writes and reads 8 bytes a pixel for the lists. Most of
 // these accesses are in the order of the hashes: each moves a sector of 32 bytes, from the
@@ -27,7 +27,7 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
-constexpr int64_t MAX_KEYS_OF_BLOCK = 1024;
+constexpr int64_t MAX_KEYS = 1024;
 
 // The sum of a value over the block's threads before this one. shared: [THREADS / 32].
 __device__ uint64_t sum_before(uint64_t value, uint64_t* shared) {
@@ -64,15 +64,6 @@ __device__ void count_groups(const int64_t* counts,  // [num_keys]
   }
 }
 
-// One block.
-__global__ void __launch_bounds__(THREADS)
-    group_counts_kernel(const int64_t* counts, int64_t* starts, int64_t* of_groups,
-                        int64_t num_keys, int64_t groups) {
-  permit_next_kernel();
-  count_groups(counts, starts, of_groups, num_keys, groups,
-               reinterpret_cast<uint64_t*>(shared_memory()));
-}
-
 struct Lists {
   uint32_t* first;   // [pixels], for each bucket: its first pixel + 1, or 0
   uint32_t* totals;  // [blocks]: the number of pixels in the buckets of each block
@@ -82,24 +73,20 @@ struct Lists {
 __global__ void __launch_bounds__(THREADS)
     link_pixels_kernel(const int32_t* keys,    // [pixels], -1 where ignored
                        const int64_t* counts,  // [num_keys]
-                       int64_t* starts,        // [num_keys], written here if of_groups are
-                       int64_t* of_groups,     // [num_keys, groups], or null: starts are given
+                       int64_t* starts,        // [num_keys]
+                       int64_t* of_groups,     // [num_keys, groups]
                        const int64_t* seed,    // one
                        Lists lists,            // `first` and `totals` are zero on entry
                        int32_t* split,         // [pixels], written here if the key is ignored
                        int64_t pixels, int64_t num_keys, int64_t groups) {
   permit_next_kernel();
   wait_for_kernel_before();
-  const int64_t* start_of = starts;
-  if (of_groups) {
-    auto* shared = reinterpret_cast<uint64_t*>(shared_memory());  // [WARPS]
-    auto* of_block = reinterpret_cast<int64_t*>(shared + WARPS);  // [num_keys]
-    count_groups(counts, of_block, blockIdx.x == 0 ? of_groups : nullptr, num_keys, groups, shared);
-    __syncthreads();
-    for (int64_t k = threadIdx.x; blockIdx.x == 0 && k < num_keys; k += THREADS)
-      starts[k] = of_block[k];
-    start_of = of_block;
-  }
+  auto* shared = reinterpret_cast<uint64_t*>(shared_memory());  // [WARPS]
+  auto* start_of = reinterpret_cast<int64_t*>(shared + WARPS);  // [num_keys]
+  count_groups(counts, start_of, blockIdx.x == 0 ? of_groups : nullptr, num_keys, groups, shared);
+  __syncthreads();
+  for (int64_t k = threadIdx.x; blockIdx.x == 0 && k < num_keys; k += THREADS)
+    starts[k] = start_of[k];
   const int64_t p = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   if (p >= pixels) return;
   const int32_t key = keys[p];
@@ -208,32 +195,32 @@ void split_pixels(const int32_t* keys, const int64_t* counts, const Tensor& seed
                   const Workspace& workspace, int32_t* split, int64_t* of_groups, int64_t pixels,
                   int64_t num_keys, int64_t groups, bool after_kernel, Stream stream) {
   constexpr size_t SHARED_BYTES = WARPS * sizeof(uint64_t);
-  const bool by_each_block = pixels > 0 && num_keys <= MAX_KEYS_OF_BLOCK;
-  if (!by_each_block)
-    launch("group_counts_kernel", group_counts_kernel, 1, THREADS, SHARED_BYTES, stream, counts,
-           workspace.starts, of_groups, num_keys, groups);
-  if (pixels == 0) return;
+  if (pixels == 0) {
+    fill_zero(of_groups, num_keys * groups * sizeof(int64_t), stream);
+    return;
+  }
   const dim3 grid = grid_of("split_groups.cuda", blocks_for(pixels));
   const auto* seed_data = seed.const_data_ptr<int64_t>();
-  launch_kernel(after_kernel || !by_each_block ? Launch::EARLY : Launch::NORMAL,
-                "link_pixels_kernel", link_pixels_kernel, grid, THREADS,
-                SHARED_BYTES + (by_each_block ? num_keys * sizeof(int64_t) : 0), stream, keys,
-                counts, workspace.starts, by_each_block ? of_groups : nullptr, seed_data,
-                workspace.lists, split, pixels, num_keys, groups);
+  launch_kernel(after_kernel ? Launch::EARLY : Launch::NORMAL, "link_pixels_kernel",
+                link_pixels_kernel, grid, THREADS, SHARED_BYTES + num_keys * sizeof(int64_t),
+                stream, keys, counts, workspace.starts, of_groups, seed_data, workspace.lists,
+                split, pixels, num_keys, groups);
   launch_early("rank_pixels_kernel", rank_pixels_kernel, grid, THREADS, SHARED_BYTES, stream, keys,
                workspace.starts, seed_data, workspace.lists, split, pixels,
                static_cast<int32_t>(groups));
 }
 
-void check_pixels(int64_t pixels) {
+void check_size(int64_t pixels, int64_t num_keys) {
   STD_TORCH_CHECK(pixels < int64_t{1} << 31, "split_groups.cuda: keys: more than 2^31 pixels");
+  STD_TORCH_CHECK(num_keys <= MAX_KEYS, "split_groups.cuda: counts: expected at most ", MAX_KEYS,
+                  " keys, got ", num_keys);
 }
 
 std::tuple<Tensor, Tensor> split_groups(Tensor keys, Tensor counts, Tensor seed, int64_t groups) {
   const OnDevice device(keys);
   const int64_t pixels = keys.numel(), num_keys = counts.numel();
   check_keys("split_groups.cuda", keys, pixels);
-  check_pixels(pixels);
+  check_size(pixels, num_keys);
   std::vector<int64_t> shape = to_vector(counts.sizes());
   shape.push_back(groups);
   Tensor split = new_empty(keys, to_vector(keys.sizes()), ScalarType::Int);
@@ -251,10 +238,10 @@ std::tuple<Tensor, Tensor> group_keys(Tensor labels, int64_t height, int64_t wid
                                       Tensor seed, int64_t groups) {
   const OnDevice device(labels);
   const int64_t batch = labels.size(0), pixels = batch * height * width;
-  check_pixels(pixels);
+  const int64_t num_keys = per_image ? batch * num_classes : num_classes;
+  check_size(pixels, num_keys);
   std::vector<int64_t> shape = {num_classes, groups};
   if (per_image) shape.insert(shape.begin(), batch);
-  const int64_t num_keys = per_image ? batch * num_classes : num_classes;
   const Tensor keys = new_empty(labels, {batch, height * width}, ScalarType::Int);
   Tensor split = new_empty(labels, {batch, height * width}, ScalarType::Int);
   Tensor of_groups = new_empty(labels, shape, ScalarType::Long);
