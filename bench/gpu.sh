@@ -84,7 +84,8 @@ pytest=("$python" -m pytest -q -p no:cacheprovider)
 measure=("$python" bench/gpu_kernels.py)
 [ -z "$dry_run" ] || tiny=--tiny
 
-operators=(tests/test_gpu*.py tests/test_class_moments.py tests/test_centroid_info_nce.py)
+operators=(tests/test_gpu*.py tests/test_class_moments.py tests/test_centroid_info_nce.py
+    tests/test_methods.py)
 
 gpu_tests() { # name, most seconds, selection: values, gradients, streams, CUDA graphs, compilation
     local parallel=()

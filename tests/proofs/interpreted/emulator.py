@@ -24,6 +24,7 @@ OPERATORS = (
     "upsampled_sums",
     "confusion",
     "pixel_kl_divergence",
+    "methods",
 )
 CASES = [HERE.parents[1] / f"test_{operator}.py" for operator in OPERATORS]
 CASES += sorted(HERE.glob("test_*.py"))
