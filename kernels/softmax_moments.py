@@ -190,8 +190,9 @@ def softmax_moments(
     with_squares: bool,
     with_pixel_losses: bool,
     with_lse: bool,
+    with_outside: bool,
 ) -> tuple[Tensor, ...]:
-    """See _ops/softmax_moments.py.
+    """See _ops/softmax_moments.py. with_outside is False: it is for the backend cpu.
 
     In addition to the results it needs memory for the partials: for each statistic one row [K] for
     each tile, or fewer rows if these would take more than 16 MiB and 1/8 of the logits. Logits
@@ -206,11 +207,14 @@ def softmax_moments(
     def pixel_map(wanted: bool) -> Tensor:
         return logits.new_empty(labels.shape if wanted else (0,), dtype=torch.float32)
 
+    assert not with_outside
     counts, hits, used = zeros(True), zeros(with_hits), zeros(min_loss is not None)
+    outside = zeros(False)
     pixel_losses, lse = pixel_map(with_pixel_losses), pixel_map(with_lse)
     wanted = (True, with_masses, with_masses, with_squares)  # losses, overlaps, masses, squares
     if labels.numel() == 0:
-        return *(zeros(a).float() for a in wanted), pixel_losses, lse, counts, hits, used
+        floats = (*(zeros(a).float() for a in wanted), pixel_losses, lse)
+        return *floats, counts, hits, used, outside
 
     logits = class_planes(logits)
     upsampling = upsampling_of(logits, *labels.shape[1:], align_corners)
@@ -253,4 +257,4 @@ def softmax_moments(
     sums = (
         logits.new_empty(0, dtype=torch.float32) if p is None else p.sum(over) for p in partials
     )
-    return *sums, pixel_losses, lse, counts, hits, used
+    return *sums, pixel_losses, lse, counts, hits, used, outside

@@ -19,7 +19,7 @@ def inputs(dtype: torch.dtype = torch.float32, num_classes: int = 5) -> tuple[Te
 
 
 @pytest.mark.parametrize("per_image", [False, True])
-@pytest.mark.parametrize("asked", [(True,) * 5, (False,) * 4 + (True,)])
+@pytest.mark.parametrize("asked", [(True,) * 6, (False,) * 4 + (True, False)])
 def test_opcheck(asked: tuple[bool, ...], per_image: bool):
     arguments = (*inputs(), None, None, 0.0, 255, False, per_image, *asked)
     torch.library.opcheck(torch.ops.anchorops.softmax_moments.cpu, arguments)

@@ -53,7 +53,8 @@ def sigmoid_moments(
 ) -> SoftmaxMoments:
     """Softmax moments of the two classes of each channel, from labels of `labels_of_channels`.
 
-    Statistics of classes are [C, 2], with per_image [B, C, 2]; maps have the labels' shape.
+    Statistics of classes are [C, 2], with per_image [B, C, 2]; maps have the labels' shape, and
+    `outside` is of all channels.
     """
     ignore_index = check_ignore_index(function, ignore_index, 2)
     if check_labels:
@@ -83,5 +84,6 @@ def sigmoid_moments(
         **{
             name: by_pixel(value) if name in maps else by_channel(value)
             for name, value in moments._asdict().items()
+            if name != "outside"
         }
     )

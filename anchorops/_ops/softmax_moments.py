@@ -9,6 +9,7 @@ valid pixels q:
     masses[k] = Σ_{q ∈ V} p_k(q)                 squares[k] = Σ_{q ∈ V} p_k(q)²
     pixel_losses[q] = L_q                        lse[q] = log Σ_k e^{z_k(q)};  0 where ignored
     used[k] = #{q ∈ V : y = k and not c < min_loss}
+    outside = #{q : y is neither a class nor ignore_index}
 
     L_q = m·(a_y·c + Σ_k v_k·(−log p_k))         c = −log p_y
     m   = (1 − e^{−c})^γ,  0 where c < min_loss
@@ -66,6 +67,7 @@ class Options(NamedTuple):
     squares: bool = False
     pixel_losses: bool = False
     lse: bool = False
+    outside: bool = False
 
     @property
     def shapes_losses(self) -> bool:
@@ -76,13 +78,15 @@ class Options(NamedTuple):
 # logits (B, K, h, w) of any strides, labels (B, H, W) of any integer dtype and strides. Statistics
 # of classes are [K], with per_image [B, K]; pixel_losses and lse are (B, H, W), contiguous.
 # Floating-point results are float32, for float64 logits float64. A result that was not requested is
-# an empty tensor (0,). Logits of one channel, with K = 2 statistics, are for the backend cpu alone.
+# an empty tensor (0,). Logits of one channel, with K = 2 statistics, and `outside`, a scalar, which
+# the other backends leave to PyTorch, are for the backend cpu alone.
 SCHEMA = (
     "(Tensor logits, Tensor labels, Tensor? smoothing, float? min_loss, float focal_gamma, "
     "int ignore_index, bool align_corners, bool per_image, "
-    "bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) "
+    "bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse, "
+    "bool with_outside) "
     "-> (Tensor losses, Tensor overlaps, Tensor masses, Tensor squares, Tensor pixel_losses, "
-    "Tensor lse, Tensor counts, Tensor hits, Tensor used)"
+    "Tensor lse, Tensor counts, Tensor hits, Tensor used, Tensor outside)"
 )
 
 # Gradients have the shapes and the dtype of the results; those of classes are all [K] or all
@@ -113,6 +117,7 @@ def forward_fake(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor,
         empty(True, by_class, torch.int64),
         empty(asked.hits, by_class, torch.int64),
         empty(asked.min_loss is not None, by_class, torch.int64),
+        empty(asked.outside, (), torch.int64),
     )
 
 
@@ -123,8 +128,8 @@ def backward_fake(logits: Tensor, *_: Any) -> Tensor:
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, *options = inputs
     asked = Options(*options)
-    lse, counts, hits, used = output[5:]
-    ctx.mark_non_differentiable(counts, hits, used)
+    lse, *counts = output[5:]
+    ctx.mark_non_differentiable(*counts)
     ctx.save_for_backward(logits, labels, lse, asked.smoothing)
     ctx.options = asked._replace(smoothing=None)
 
@@ -161,7 +166,7 @@ def backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
             asked.ignore_index,
             asked.align_corners,
         )
-    return dlogits, *(None,) * 12
+    return dlogits, *(None,) * 13
 
 
 define(
@@ -302,7 +307,8 @@ def unchecked_moments(
         keep_lse = options.lse or (logits.requires_grad and torch.is_grad_enabled())
         name = "softmax_moments" if logits.dim() == 4 else "volume_moments"
         operator = getattr(getattr(torch.ops.anchorops, name), backend)
-        found = operator(logits, labels, *options._replace(lse=keep_lse))
+        by_operator = options._replace(lse=keep_lse, outside=options.outside and backend == "cpu")
+        found = operator(logits, labels, *by_operator)
         moments = SoftmaxMoments(
             counts=found[6],
             hits=found[7] if options.hits else None,
@@ -313,8 +319,17 @@ def unchecked_moments(
             pixel_losses=found[4] if options.pixel_losses else None,
             lse=found[5] if options.lse else None,
             used=None if options.min_loss is None else found[8],
+            outside=found[9] if by_operator.outside else None,
         )
+        if options.outside and not by_operator.outside:
+            outside = labels_outside(labels, moments.counts, options.ignore_index)
+            moments = moments._replace(outside=outside)
     return in_shape(moments, shape)
+
+
+def labels_outside(labels: Tensor, counts: Tensor, ignore_index: int) -> Tensor:
+    """`outside`, from the number of labels of each class."""
+    return labels.numel() - counts.sum() - (labels.long() == ignore_index).sum()
 
 
 def in_shape(moments: SoftmaxMoments, shape: Sequence[int]) -> SoftmaxMoments:

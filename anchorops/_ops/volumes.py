@@ -100,7 +100,7 @@ def _moments(backend: str, logits: Tensor, labels: Tensor, *given: Any) -> tuple
         images = _images(logits, slab, sources)
         found = operator(images, slab.of_maps(labels), *options._replace(smoothing=smoothing))
         for total, part in zip(totals, (*found[:4], *found[6:]), strict=True):
-            if options.per_image and part.numel() > 0:
+            if part.dim() == 2:  # per image
                 total[slab.volumes] += slab.by_slice(part).sum(1, dtype=total.dtype)
             else:
                 total += part

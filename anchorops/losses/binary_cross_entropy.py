@@ -36,7 +36,7 @@ class BinaryCrossEntropy(CrossEntropy):
     ignore_index; integer or bool. (N, C), (B, C, N) and (B, C, d, h, w) are possible, too.
 
     Call it with (logits, labels, pixel_weights=None); pixel_weights is v, of the labels' shape.
-    `terms`: ce, and accuracy if requested.
+    `terms`: ce, labels_out_of_range, and accuracy if requested.
     """
 
     settings = ("label_smoothing", "focal_gamma", "ohem", "ohem_kept")

@@ -49,7 +49,7 @@ class CrossEntropy(PixelLoss):
     Call it with (logits, labels, pixel_weights=None). pixel_weights is v, a floating-point tensor
     of the labels' shape; 1 if not given. A pixel of weight 0 adds nothing, even if its loss is ∞.
     (If its logits are NaN, its gradient is NaN: ignore it by label.)
-    `terms`: ce, and accuracy if requested.
+    `terms`: ce, labels_out_of_range, and accuracy if requested.
 
     Class weights, label smoothing, focal factor and `ohem` are part of the passes over the logits.
     Pixel weights and ohem_kept need some maps of the labels' size.

@@ -35,7 +35,11 @@ class PixelLoss(Initialized):
 
     Raises ValueError for a wrong argument or input; the message names it.
 
-    `terms` contains the weighted terms of the last loss, detached, still on their device.
+    `terms` contains the weighted terms of the last loss and values to log, as floating-point
+    scalars, detached, still on their device. `terms["labels_out_of_range"]` is the number of labels
+    that are neither a class nor ignore_index (with sigmoids: neither 0, 1 nor ignore_index), on
+    this rank. These labels are ignored, so any number above 0 means that labels or arguments are
+    wrong.
     """
 
     settings: tuple[str, ...] = ()
@@ -99,7 +103,8 @@ class PixelLoss(Initialized):
         if pixel_weights is not None:
             self._check_pixel_weights(pixel_weights, given)
         options = self.options(logits, labels, pixel_weights)
-        moments = self.moments(logits, labels, options._replace(hits=self.accuracy))
+        options = options._replace(hits=self.accuracy, outside=True)
+        moments = self.moments(logits, labels, options)
         if pixel_weights is not None:
             pixel_weights = pixel_weights.to(moments.losses.dtype).view(labels.shape)
         parts = self.parts(moments, logits, labels, pixel_weights)
@@ -107,6 +112,9 @@ class PixelLoss(Initialized):
         if moments.hits is not None:
             counts = moments.counts.sum().clamp(min=1)
             self.terms["accuracy"] = moments.hits.sum() / counts
+        assert moments.outside is not None
+        # floating-point too, because loggers average over steps and ranks
+        self.terms["labels_out_of_range"] = moments.outside.to(moments.losses.dtype)
         return torch.stack(tuple(parts.values())).sum()
 
     def moments(self, logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:

@@ -15,7 +15,8 @@ class SoftmaxMoments(NamedTuple):
 
     `counts`, `hits`, `losses`, `overlaps`, `masses`, `squares` and `used` are [K], with per_image
     [B, K].
-    `pixel_losses` and `lse` (log-sum-exp) have the labels' shape. What was not requested is None.
+    `pixel_losses` and `lse` (log-sum-exp) have the labels' shape, `outside` is a scalar. What was
+    not requested is None.
     """
 
     counts: Tensor
@@ -27,6 +28,7 @@ class SoftmaxMoments(NamedTuple):
     pixel_losses: Tensor | None
     lse: Tensor | None
     used: Tensor | None = None
+    outside: Tensor | None = None
 
 
 def softmax_moments(
@@ -44,6 +46,7 @@ def softmax_moments(
     squares: bool = False,
     pixel_losses: bool = False,
     lse: bool = False,
+    outside: bool = False,
 ) -> SoftmaxMoments:
     """Let z be the upsampled logits, p = softmax z, V the valid pixels q:
 
@@ -52,6 +55,7 @@ def softmax_moments(
     masses[k] = Σ_{q ∈ V} p_k(q)                 squares[k] = Σ_{q ∈ V} p_k(q)²
     pixel_losses[q] = L_q                        lse[q] = log Σ_k e^{z_k(q)};  0 where ignored
     used[k] = #{q ∈ V : y = k and not c < min_loss}
+    outside = #{q : y is neither a class nor ignore_index}
 
     L_q = m·(a_y·c + Σ_k v_k·(−log p_k)), c = −log p_y, m = (1 − e^{−c})^γ, 0 where not used
 
@@ -61,7 +65,8 @@ def softmax_moments(
     dtype = statistics_dtype(logits.dtype)
     (batch, num_classes), size = logits.shape[:2], labels.shape[1:]
     labels = labels.long()
-    valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
+    is_class, ignored = (labels >= 0) & (labels < num_classes), labels == ignore_index
+    valid = is_class & ~ignored
     own = torch.where(valid, labels, 0)
     # Ignored pixels are removed by selection, because NaN · 0 would be NaN.
     z = torch.where(valid[:, None], upsample(logits, size, align_corners), 0)
@@ -106,4 +111,5 @@ def softmax_moments(
         pixel_losses=losses.to(dtype) if pixel_losses else None,
         lse=torch.where(valid, all_lse, 0).to(dtype) if lse else None,
         used=by_class(used.long()) if min_loss is not None else None,
+        outside=(~is_class & ~ignored).sum() if outside else None,
     )

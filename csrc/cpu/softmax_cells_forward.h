@@ -171,4 +171,5 @@ void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pro
     }
     if (with_probabilities) add_masses(row, sums.masses, sums.squares);
   }
+  *sums.outside += row.outside;
 }

@@ -45,7 +45,7 @@ class Partials {
 };
 
 struct Outputs {
-  Tensor losses, overlaps, masses, squares, pixel_losses, lse, counts, hits, used;
+  Tensor losses, overlaps, masses, squares, pixel_losses, lse, counts, hits, used, outside;
 };
 
 template <class Value>
@@ -100,6 +100,7 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
   Partials<int64_t> counts(true, items, num_classes);
   Partials<int64_t> hits(out.hits.numel() > 0, items, num_classes);
   Partials<int64_t> used(out.used.numel() > 0, items, num_classes);
+  Partials<int64_t> outside(true, items, 1);
   const Maps<Stat> maps = {data_or_null<Stat>(out.pixel_losses), data_or_null<Stat>(out.lse)};
 
   for_items(tiles, items, num_classes, false, out.masses.numel() + out.squares.numel() > 0,
@@ -108,7 +109,7 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
                 const Sums sums = {losses.of_item(item), overlaps.of_item(item),
                                    masses.of_item(item), squares.of_item(item),
                                    counts.of_item(item), hits.of_item(item),
-                                   used.of_item(item)};
+                                   used.of_item(item),   outside.of_item(item)};
                 const int64_t start = item / splits * tiles_of_group, split = item % splits;
                 for (int64_t i = tiles_of_group * split / splits;
                      i < tiles_of_group * (split + 1) / splits; ++i)
@@ -123,12 +124,14 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
   counts.add_up(groups, splits, out.counts.mutable_data_ptr<int64_t>());
   hits.add_up(groups, splits, data_or_null<int64_t>(out.hits));
   used.add_up(groups, splits, data_or_null<int64_t>(out.used));
+  if (out.outside.numel()) outside.add_up(1, items, out.outside.mutable_data_ptr<int64_t>());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softmax_moments(
-    Tensor logits, Tensor labels, std::optional<Tensor> smoothing, std::optional<double> min_loss,
-    double focal_gamma, int64_t ignore_index, bool align_corners, bool per_image, bool with_hits,
-    bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
+                std::optional<double> min_loss, double focal_gamma, int64_t ignore_index,
+                bool align_corners, bool per_image, bool with_hits, bool with_masses,
+                bool with_squares, bool with_pixel_losses, bool with_lse, bool with_outside) {
   const int64_t batch = logits.size(0), num_classes = std::max<int64_t>(logits.size(1), 2);
   const ScalarType dtype = logits.scalar_type();
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
@@ -146,6 +149,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     advise_huge_pages(pixel_map, pixel_map.numel() * (stat == ScalarType::Double ? 8 : 4));
     return pixel_map;
   };
+  std::vector<int64_t> outside_size;  // of a scalar
+  if (!with_outside) outside_size = {0};
+  const Tensor outside = torch::stable::new_zeros(logits, outside_size, ScalarType::Long);
   const Outputs out = {by_class(true, stat),
                        by_class(with_masses, stat),
                        by_class(with_masses, stat),
@@ -154,7 +160,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                        by_pixel(with_lse),
                        by_class(true, ScalarType::Long),
                        by_class(with_hits, ScalarType::Long),
-                       by_class(min_loss.has_value(), ScalarType::Long)};
+                       by_class(min_loss.has_value(), ScalarType::Long),
+                       outside};
   if (!empty)
     for_dtype("softmax_moments.cpu", dtype, [&](auto element) {
       using T = decltype(element);
@@ -164,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                  labels.size(2), align_corners, per_image, out);
     });
   return {out.losses, out.overlaps, out.masses, out.squares, out.pixel_losses,
-          out.lse,    out.counts,   out.hits,   out.used};
+          out.lse,    out.counts,   out.hits,   out.used,    out.outside};
 }
 
 template <class T>

@@ -17,12 +17,14 @@ struct Axis {
 };
 
 // Labels [batch, height, width] of some integer dtype. read writes the classes of a row's columns,
-// -1 if the label is ignored or not a class.
+// -1 if the label is ignored or not a class. It returns the number of labels that are outside:
+// neither a class nor ignored.
 struct Labels {
   const void* data;
   int64_t stride_b, stride_h, stride_w;
   int64_t num_classes, ignore_index;
-  void (*read)(const Labels& labels, int64_t image, int64_t row, Range columns, int32_t* classes);
+  int64_t (*read)(const Labels& labels, int64_t image, int64_t row, Range columns,
+                  int32_t* classes);
 };
 
 // Cell c of an axis lies between logits c and c + 1, where logit -1 is logit 0 and the one after
@@ -99,6 +101,7 @@ struct Problem {
 struct Sums {
   double *losses, *overlaps, *masses, *squares;
   int64_t *counts, *hits, *used;
+  int64_t* outside;  // one number, never null
 };
 
 // For each pixel, contiguous [B, H, W], null if not requested.

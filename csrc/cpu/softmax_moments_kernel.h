@@ -28,7 +28,7 @@ void forward(const Problem<Stat>& problem, const Tile& tile, const Workspace<Sta
     if (problem.column_cells.begin)
       return for_widths(
           problem, [&](auto width) { forward_cells(width, problem, tile, workspace, sums, maps); });
-  for_groups(
+  *sums.outside += for_groups(
       problem, tile, workspace, [](int64_t) {},
       [&](const auto& group) { forward_group(problem, tile, workspace, group, sums, maps); });
 }

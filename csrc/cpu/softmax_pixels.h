@@ -394,11 +394,12 @@ void add_gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
 
 // Calls visit(group) for the labels of a tile, pixel by pixel, with packed logits if they are
 // upsampled. For each row of labels it then first calls begin(the first row of logits that is still
-// read).
+// read). It returns the number of labels that are neither a class nor ignored.
 template <class Stat, class Begin, class Visit>
-ALWAYS_INLINE void for_groups(const Problem<Stat>& problem, const Tile& tile,
-                              const Workspace<Stat>& workspace, Begin begin, Visit visit) {
+ALWAYS_INLINE int64_t for_groups(const Problem<Stat>& problem, const Tile& tile,
+                                 const Workspace<Stat>& workspace, Begin begin, Visit visit) {
   PackedRows<Stat> rows;
+  int64_t outside = 0;
   const Range& columns = tile.label_columns;
   for (int64_t y = tile.label_rows.begin; y < tile.label_rows.end; ++y) {
     if (problem.upsampled) {
@@ -408,8 +409,9 @@ ALWAYS_INLINE void for_groups(const Problem<Stat>& problem, const Tile& tile,
       rows.need(problem, tile, row.upper, workspace);
     }
     if (problem.labels.read)
-      problem.labels.read(problem.labels, tile.image, y, columns, workspace.classes);
+      outside += problem.labels.read(problem.labels, tile.image, y, columns, workspace.classes);
     for_groups_of_row(problem, tile, workspace, y, workspace.classes,
                       {0, columns.end - columns.begin}, visit);
   }
+  return outside;
 }

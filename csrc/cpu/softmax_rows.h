@@ -6,17 +6,27 @@
 // the labels' size are not packed, but read and written in groups of pixels.
 
 template <class Label>
-void read_labels(const Labels& labels, int64_t image, int64_t row, Range columns,
-                 int32_t* classes) {
+int64_t read_labels(const Labels& labels, int64_t image, int64_t row, Range columns,
+                    int32_t* classes) {
   const Label* data = static_cast<const Label*>(labels.data) + image * labels.stride_b +
                       row * labels.stride_h + columns.begin * labels.stride_w;
   const int64_t stride = labels.stride_w, count = columns.end - columns.begin;
-  const auto num_classes = static_cast<uint64_t>(labels.num_classes);
-  const int64_t ignore_index = labels.ignore_index;
+  // Compared in the labels' own type, because a vector contains more of them than of int64.
+  using Bits = std::make_unsigned_t<Label>;
+  const auto largest = static_cast<uint64_t>(std::numeric_limits<Label>::max());
+  const auto last = static_cast<Bits>(std::min<uint64_t>(labels.num_classes - 1, largest));
+  const auto ignore_index = static_cast<Label>(labels.ignore_index);
+  const bool ignores = static_cast<int64_t>(ignore_index) == labels.ignore_index;
+  const auto is_class = [&](Label label)
+                            INLINE_LAMBDA { return static_cast<Bits>(label) <= last; };
+  const auto is_ignored = [&](Label label)
+                              INLINE_LAMBDA { return (label == ignore_index) & ignores; };
+  Bits any_outside = 0;
   const auto read = [&](int64_t i, int64_t at) INLINE_LAMBDA {
-    const auto label = static_cast<int64_t>(data[at]);
-    const bool valid = (static_cast<uint64_t>(label) < num_classes) & (label != ignore_index);
-    classes[i] = valid ? static_cast<int32_t>(label) : -1;
+    const Label label = data[at];
+    const bool of_class = is_class(label), ignored = is_ignored(label);
+    classes[i] = of_class & !ignored ? static_cast<int32_t>(label) : -1;
+    any_outside |= static_cast<Bits>(!(of_class | ignored));
   };
   if (stride == 1) {
     // the row that is read next but three, from the third-level cache or from memory
@@ -26,6 +36,11 @@ void read_labels(const Labels& labels, int64_t image, int64_t row, Range columns
   } else {
     for (int64_t i = 0; i < count; ++i) read(i, i * stride);
   }
+  // They are counted in a loop of their own, because rows seldom have such labels.
+  int64_t outside = 0;
+  for (int64_t i = 0; any_outside && i < count; ++i)
+    outside += !(is_class(data[i * stride]) | is_ignored(data[i * stride]));
+  return outside;
 }
 
 // Calls put(k, j, vector) for logits of neighbouring columns, beginning with `source`: those of

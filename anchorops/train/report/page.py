@@ -31,7 +31,7 @@ from ..data.folders import class_histogram
 from ..data.loading import Segmentation
 from ..run.checkpoint import save_atomically
 from ..run.directory import CONFIG
-from ..run.journal import METRICS, RATIO, attempt, read_metrics
+from ..run.journal import METRICS, RATIO, WRONG_LABELS, attempt, read_metrics
 from .compare import comparison
 from .cost import Complexity, Cost
 from .evaluate import predict
@@ -57,7 +57,8 @@ PANELS = (
     "gradient on the features,\nthat of the loss of the logits = 1",
     "counts",
 )
-COUNTS = ("gate", "unsure", "present")  # what methods log in addition to their terms
+# what losses log in addition to their terms
+COUNTS = ("gate", "unsure", "present", WRONG_LABELS)
 COLUMNS = 2  # of a legend
 RAREST = 10
 MOST_NAMES = 40  # classes whose names fit into a figure
@@ -329,6 +330,8 @@ def _curves(metrics: list[dict[str, Any]]) -> Figure:
     terms, percent, ratios, counts = PANELS
     panels: dict[str, list[str]] = {title: [] for title in PANELS}
     for name in dict.fromkeys(name for line in metrics for name in line):
+        if name == WRONG_LABELS and not any(line.get(name) for line in metrics):
+            continue
         if name.rpartition(".")[2] in COUNTS:
             panels[counts].append(name)
         elif name.rpartition(".")[2] == RATIO:

@@ -15,6 +15,7 @@ from .checkpoint import save_atomically
 
 METRICS = "metrics.jsonl"
 RATIO = "gradient_ratio"  # METHOD.gradient_ratio is the value of a method
+WRONG_LABELS = "labels_out_of_range"  # a term of the loss of the logits
 Result = TypeVar("Result")
 
 
@@ -40,7 +41,7 @@ class Journal:
         tensorboard: bool = False,
     ) -> None:
         self.path = None if run is None else run / METRICS
-        self.events, self._writer = None, None
+        self.events, self._writer, self._warned = None, None, False
         self.bar = tqdm(
             total=steps,
             initial=first_step,
@@ -97,8 +98,18 @@ class Journal:
                 self.events.add_scalar(name, value, step)
 
     def show(self, values: dict[str, float]) -> None:
-        shown = {name: f"{value:.3g}" for name, value in values.items()}
+        expected = {WRONG_LABELS: 0}
+        shown = {k: f"{value:.3g}" for k, value in values.items() if value != expected.get(k)}
         self.bar.set_postfix(shown, refresh=False)
+
+    def warn_of_labels(self, count: float) -> None:
+        """Once, if labels were out of range. count: their mean number in a step."""
+        if count > 0 and not self._warned:
+            self._warned = True
+            self.write(
+                f"warning: {count:.3g} labels per step are neither a class nor ignored; they are "
+                f"left out of the loss. {METRICS} counts them as {WRONG_LABELS}"
+            )
 
     def write(self, text: str) -> None:
         if self.path is not None:

@@ -22,7 +22,7 @@ from ..report.finish import RESULTS, finish
 from ..signals import Interrupted, StopSignals, end_at_once
 from .checkpoint import latest_checkpoint, save_atomically
 from .directory import CONFIG, begin_run, held, new_run
-from .journal import RATIO, Journal, peak_memory_mb
+from .journal import RATIO, WRONG_LABELS, Journal, peak_memory_mb
 from .parts import build_parts
 from .ranks import Ranks, start_ranks, stop_ranks
 from .state import Schedule, State
@@ -285,6 +285,7 @@ class _Run:
         }
         journal.record(progress.step, values)
         journal.show({name: values[name] for name in (*terms, "memory_mb")} | self.ratios)
+        journal.warn_of_labels(terms.get(WRONG_LABELS, 0))
 
     def _measure(self, signals: StopSignals) -> dict[str, Any]:
         """The figures of the validation split. Raises Interrupted after a signal."""

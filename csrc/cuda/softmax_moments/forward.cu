@@ -28,14 +28,16 @@ float* data_or_null(const Tensor& tensor) {
   return tensor.numel() ? tensor.mutable_data_ptr<float>() : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softmax_moments(
-    Tensor logits, Tensor labels, std::optional<Tensor> smoothing, std::optional<double> min_loss,
-    double focal_gamma, int64_t ignore_index, bool align_corners, bool per_image, bool with_hits,
-    bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
+                std::optional<double> min_loss, double focal_gamma, int64_t ignore_index,
+                bool align_corners, bool per_image, bool with_hits, bool with_masses,
+                bool with_squares, bool with_pixel_losses, bool with_lse, bool with_outside) {
   const char* name = "softmax_moments.cuda";
   STD_TORCH_CHECK(
       !smoothing && !min_loss && focal_gamma == 0, name,
       ": smoothing, min_loss and focal_gamma are not supported: use the backend triton");
+  STD_TORCH_CHECK(!with_outside, name, ": with_outside is for the backend cpu");
   const OnDevice device(logits);
   const Stream stream = device.stream;
   const int64_t batch = logits.size(0), height = labels.size(1), width = labels.size(2);
@@ -61,10 +63,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Tensor counts = by_class(true, ScalarType::Long);
   Tensor hits = by_class(with_hits, ScalarType::Long);
   const Tensor used = by_class(false, ScalarType::Long);  // of min_loss
+  const Tensor outside = by_class(false, ScalarType::Long);
   const auto result = [&] {
     const Tensor wanted_lse = with_lse ? lse : by_pixel(false, ScalarType::Float);
     return std::tuple{losses,     overlaps, masses, squares, pixel_losses,
-                      wanted_lse, counts,   hits,   used};
+                      wanted_lse, counts,   hits,   used,    outside};
   };
   if (lse.numel() == 0) {
     for (const Tensor* each : {&losses, &overlaps, &masses, &squares})

@@ -216,7 +216,7 @@ def test_partials_are_limited(case, blocks, set_hardware):
     options = [case.options[x] for x in ("ignore_index", "align_corners", "per_image", *ALL)]
     operator = torch.ops.anchorops.softmax_moments.cuda
     with Allocated() as new:
-        operator._op_dk(torch._C.DispatchKey.CPU, logits, labels, *PLAIN, *options)
+        operator._op_dk(torch._C.DispatchKey.CPU, logits, labels, *PLAIN, *options, False)
     num_classes = case.size[1]
     partials = [shape for shape in new.shapes if len(shape) == 3 and shape[2] == num_classes]
     assert partials == [(3, blocks[0], num_classes), (1, blocks[1], num_classes)]
@@ -355,7 +355,7 @@ def test_float64_is_refused():
 )
 def test_options_that_cuda_leaves_to_triton(option):
     logits, labels = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.int64)
-    asked = (255, False, False, *(False,) * 5)
+    asked = (255, False, False, *(False,) * 6)
     operators = torch.ops.anchorops
     with pytest.raises(RuntimeError, match=r"softmax_moments\.cuda: smoothing, min_loss and focal"):
         operators.softmax_moments.cuda(logits, labels, *option, *asked)

@@ -1,0 +1,161 @@
+"""Labels that are neither a class nor ignored: every loss module counts them in its terms."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+import anchorops as ao
+from anchorops._ops import volumes
+from anchorops.losses.pixel import PixelLoss
+
+NAME = "labels_out_of_range"
+LOSSES: dict[str, Callable[..., PixelLoss]] = {
+    "CrossEntropy": ao.CrossEntropy,
+    "focal": lambda **given: ao.CrossEntropy(focal_gamma=2.0, **given),
+    "ohem_kept": lambda **given: ao.CrossEntropy(ohem_kept=10, **given),
+    "Dice": ao.Dice,
+    "Dice per image": lambda **given: ao.Dice(per_image=True, **given),
+    "CrossEntropyDice": ao.CrossEntropyDice,
+}
+SIGMOIDS: dict[str, Callable[..., PixelLoss]] = {
+    "BinaryCrossEntropy": ao.BinaryCrossEntropy,
+    "Dice": lambda **given: ao.Dice(sigmoid=True, **given),
+    "CrossEntropyDice": lambda **given: ao.CrossEntropyDice(dice=ao.Dice(sigmoid=True), **given),
+}
+SIZES = [  # of logits and labels
+    ((2, 5, 4, 6), (2, 16, 24)),  # by cells
+    ((2, 5, 4, 6), (2, 7, 9)),  # pixel by pixel
+    ((2, 5, 40, 6), (2, 40, 6)),  # the labels' size
+    ((2, 5, 40, 6), (2, 13, 6)),  # down
+    ((2, 3000, 2, 65), (2, 8, 130)),  # several tiles in a row
+    ((2, 5, 4, 6), (2, 1, 16, 24)),  # with a channel
+    ((20, 5), (20,)),
+    ((2, 5, 9), (2, 9)),
+    ((2, 5, 2, 3, 3), (2, 5, 6, 7)),  # volumes
+    ((2, 5, 2, 3, 3), (2, 2, 3, 3)),
+]
+each_backend = pytest.mark.on("reference", "cpu", "interpreter", "emulator", "gpu")
+
+
+def wrong_labels(
+    shape: tuple[int, ...], classes: int, ignore_index: int, dtype: torch.dtype = torch.int64
+) -> tuple[Tensor, int]:
+    """Random labels, of which a fifth is ignored and a fifth out of range; and how many are."""
+    limits = torch.iinfo(dtype)
+    wrong = [n for n in (-1, -(2**31), classes, classes + 1, 255, 2**31) if n != ignore_index]
+    wrong = [n for n in wrong if not 0 <= n < classes and limits.min <= n <= limits.max]
+    labels, kind = torch.randint(0, classes, shape), torch.rand(shape)
+    if limits.min <= ignore_index <= limits.max:
+        labels[kind < 0.2] = ignore_index
+    is_wrong = kind > 0.8
+    labels[is_wrong] = torch.tensor(wrong)[torch.randint(0, len(wrong), shape)][is_wrong]
+    return labels.to(dtype), int(is_wrong.sum())
+
+
+def count(loss: PixelLoss, logits: Tensor, labels: Tensor) -> float:
+    value = loss(logits, labels)
+    found = loss.terms[NAME]
+    assert found.dtype == value.dtype and found.shape == () and not found.requires_grad
+    return found.item()
+
+
+@each_backend
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_count(backend: str, sizes: tuple) -> None:
+    size, label_size = sizes
+    ignore_index = 255 if size[1] < 255 else -100
+    labels, expected = wrong_labels(label_size, size[1], ignore_index)
+    logits = torch.randn(size, requires_grad=True)
+    assert count(ao.CrossEntropy(ignore_index=ignore_index), logits, labels.to(logits.device)) == (
+        expected
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss(backend: str, name: str) -> None:
+    labels, expected = wrong_labels((3, 16, 24), 5, 255)
+    assert count(LOSSES[name](), torch.randn(3, 5, 4, 6), labels) == expected
+
+
+@pytest.mark.parametrize("name", SIGMOIDS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sigmoids(backend: str, name: str, channels: int) -> None:
+    """Labels other than 0, 1 and the ignored one, of all channels."""
+    labels, expected = wrong_labels((3, channels, 16, 24), 2, 255)
+    assert count(SIGMOIDS[name](), torch.randn(3, channels, 4, 6), labels) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ignore_index"),
+    [
+        (torch.uint8, 255),
+        (torch.uint8, -1),  # no label is ignored: 255 is out of range
+        (torch.int8, -100),
+        (torch.int16, -1),
+        (torch.uint16, 65_535),
+        (torch.int32, 2**40),
+        (torch.uint32, 255),
+        (torch.uint64, 255),
+        (torch.int64, -100),
+        (torch.int64, 3),  # a class
+    ],
+)
+def test_dtypes_and_ignored_labels(backend: str, dtype: torch.dtype, ignore_index: int) -> None:
+    labels, expected = wrong_labels((2, 16, 24), 5, ignore_index, dtype)
+    assert expected > 0
+    loss = ao.CrossEntropy(ignore_index=ignore_index)
+    assert count(loss, torch.randn(2, 5, 4, 6), labels) == expected
+
+
+def test_strides(backend: str) -> None:
+    labels, expected = wrong_labels((16, 24, 2), 5, 255)
+    assert count(ao.CrossEntropy(), torch.randn(2, 5, 4, 6), labels.permute(2, 0, 1)) == expected
+
+
+def test_bool_labels_are_never_wrong(backend: str) -> None:
+    labels = torch.rand(2, 16, 24) < 0.5
+    assert count(ao.BinaryCrossEntropy(), torch.randn(2, 1, 4, 6), labels) == 0
+
+
+@pytest.mark.parametrize("size", [(0, 5, 4, 6), (2, 5, 4, 6)])
+def test_no_labels(backend: str, size: tuple[int, ...]) -> None:
+    labels = torch.zeros(size[0], 16 if size[0] == 0 else 0, 24, dtype=torch.int64)
+    assert count(ao.CrossEntropy(), torch.randn(size), labels) == 0
+
+
+def test_logits_that_are_not_finite(backend: str) -> None:
+    logits = torch.full((2, 5, 4, 6), torch.nan)
+    labels, expected = wrong_labels((2, 16, 24), 5, 255)
+    assert count(ao.CrossEntropy(), logits, labels) == expected
+
+
+def test_slabs_of_a_volume(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volumes, "SLAB", 5 * 3 * 3)
+    labels, expected = wrong_labels((2, 5, 6, 7), 5, 255)
+    assert count(ao.CrossEntropy(), torch.randn(2, 5, 2, 3, 3), labels) == expected
+
+
+def test_vmap(backend: str) -> None:
+    logits = torch.randn(3, 2, 5, 4, 6)
+    labels, _ = wrong_labels((3, 2, 16, 24), 5, 255)
+
+    def of_one(logits: Tensor, labels: Tensor) -> Tensor:
+        loss = ao.CrossEntropy()
+        loss(logits, labels)
+        return loss.terms[NAME]
+
+    expected = torch.stack([of_one(x, y) for x, y in zip(logits, labels, strict=True)])
+    assert expected.all()
+    torch.testing.assert_close(vmap(of_one)(logits, labels), expected)
+
+
+@pytest.mark.parametrize("loss", [ao.CrossEntropy(), ao.BinaryCrossEntropy()], ids=str)
+def test_compiled(loss: PixelLoss) -> None:
+    logits = torch.randn(2, 5, 4, 6, requires_grad=True)
+    shape = (2, 5, 16, 24) if loss.sigmoid else (2, 16, 24)
+    labels, expected = wrong_labels(shape, 2 if loss.sigmoid else 5, 255)
+    torch.compile(loss, fullgraph=True)(logits, labels).backward()
+    assert loss.terms[NAME] == expected
