@@ -11,6 +11,8 @@ The upsampled logits are never stored: the backward pass computes both softmaxes
 logits and the two lse.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,14 +38,14 @@ from .registration import Gradient, define
 # are float32, for float64 logits float64: total = Σ D is a scalar, the others are (B, H, W),
 # contiguous, or empty (0,) if they were not requested. lse and teacher_lse are for the backward
 # pass of the same backend, which may subtract one number from all logits of a pixel first.
-_SCHEMA = (
+SCHEMA = (
     "(Tensor logits, Tensor teacher_logits, Tensor? valid, SymInt height, SymInt width, "
     "float temperature, bool align_corners, bool with_divergences, bool with_lse) "
     "-> (Tensor total, Tensor divergences, Tensor lse, Tensor teacher_lse)"
 )
 
 # dlogits is dense and has the logits' dtype and layout.
-_BACKWARD_SCHEMA = (
+BACKWARD_SCHEMA = (
     "(Tensor logits, Tensor teacher_logits, Tensor? valid, Tensor lse, Tensor teacher_lse, "
     "Tensor? dtotal, Tensor? ddivergences, float temperature, bool align_corners) -> Tensor"
 )
@@ -51,39 +53,35 @@ _BACKWARD_SCHEMA = (
 BACKENDS = ("cpu", "triton")
 
 
-def _forward_fake(
+def forward_fake(
     logits: Tensor,
     teacher_logits: Tensor,
     valid: Tensor | None,
-    height: int,
-    width: int,
-    temperature: float,
-    align_corners: bool,
-    with_divergences: bool,
-    with_lse: bool,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
+    *size, _, _, with_divergences, with_lse = options
     dtype = statistics_dtype(logits.dtype)
 
     def pixel_map(asked: bool) -> Tensor:
-        shape = (logits.shape[0], height, width) if asked else (0,)
+        shape = (logits.shape[0], *size) if asked else (0,)
         return logits.new_empty(shape, dtype=dtype)
 
     asked = with_divergences, with_lse, with_lse
     return logits.new_empty((), dtype=dtype), *map(pixel_map, asked)
 
 
-def _backward_fake(logits: Tensor, *_: Any) -> Tensor:
+def backward_fake(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, teacher_logits, valid, *ctx.options, ctx.with_divergences, ctx.with_lse = inputs
     lse = output[2:]
     ctx.mark_non_differentiable(*lse)
     ctx.save_for_backward(logits, teacher_logits, valid, *lse)
 
 
-def _backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     dtotal = grads[0]
     # The gradient of an absent (empty) output is an empty tensor, not None.
     ddivergences = grads[1] if ctx.with_divergences else None
@@ -93,31 +91,32 @@ def _backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | 
         if not ctx.with_lse:
             # torch.vmap and traces without gradients hide that a gradient will be requested
             lse, teacher_lse = ctx.forward(*inputs, *ctx.options, False, True)[2:]
-        options = ctx.options[2:]  # without the size
+        options = ctx.options[-2:]  # without the size
         dlogits = operator(*inputs, lse, teacher_lse, dtotal, ddivergences, *options)
-    return dlogits, *(None,) * 8
+    return dlogits, *(None,) * (4 + len(ctx.options))
 
 
 define(
     "pixel_kl_divergence",
-    _SCHEMA,
-    _forward_fake,
+    SCHEMA,
+    forward_fake,
     backends=BACKENDS,
-    gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
+    gradient=Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward),
 )
 
 
 def _check_inputs(
-    function: str, logits: Tensor, teacher_logits: Tensor, size: tuple[int, int], valid: object
+    function: str, logits: Tensor, teacher_logits: Tensor, size: Sequence[int], valid: object
 ) -> None:
     check_logits(function, logits)
-    if logits.dim() != 4:
-        fail(function, "logits", "a tensor (B, K, h, w)", describe(logits))
+    if logits.dim() not in (4, 5):
+        fail(function, "logits", "a tensor (B, K, h, w) or (B, K, d, h, w)", describe(logits))
     check_strided(function, "teacher_logits", teacher_logits)
     batch, num_classes = logits.shape[:2]
-    same = isinstance(teacher_logits, Tensor) and teacher_logits.dim() == 4
+    same = isinstance(teacher_logits, Tensor) and teacher_logits.dim() == logits.dim()
     if not same or teacher_logits.shape[:2] != logits.shape[:2]:
-        expected = f"a tensor ({batch}, {num_classes}, h, w), as logits"
+        axes = "h, w" if logits.dim() == 4 else "d, h, w"
+        expected = f"a tensor ({batch}, {num_classes}, {axes}), as logits"
         fail(function, "teacher_logits", expected, describe(teacher_logits))
     dtypes = [x for x in FLOATING if (x == torch.float64) == (logits.dtype == torch.float64)]
     if teacher_logits.dtype not in dtypes:
@@ -128,9 +127,9 @@ def _check_inputs(
         fail(
             function, "teacher_logits", f"device {logits.device}, as logits", teacher_logits.device
         )
-    check_size(function, size)
+    check_size(function, size, logits.dim() - 2)
     for argument, x in (("logits", logits), ("teacher_logits", teacher_logits)):
-        if x.numel() == 0 and batch * size[0] * size[1] > 0:
+        if x.numel() == 0 and batch * math.prod(size) > 0:
             fail(function, argument, "at least one pixel per image", f"shape {tuple(x.shape)}")
     if valid is not None:
         check_strided(function, "valid", valid)
@@ -144,7 +143,7 @@ def _check_inputs(
 def pixel_kl_divergence(
     logits: Tensor,
     teacher_logits: Tensor,
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     valid: Tensor | None = None,
     temperature: float = 1.0,
@@ -163,19 +162,20 @@ def pixel_kl_divergence(
 
     Args:
         logits: (B, K, h, w), any strides; float32, bfloat16, float16 or float64; K from 2 to 65,536
-            (16,384 on GPU). The gradient has its dtype and memory layout.
-        teacher_logits: (B, K, h', w'), of its own size and strides; float32, bfloat16 or float16,
-            with float64 logits float64. Constants: no gradient flows to it, as if it were detached.
-            Logarithms of probabilities are logits too.
-        size: (H, W).
-        valid: bool (B, H, W), any strides: the pixels to compare; by default all. Other pixels
+            (16,384 on GPU). The gradient has its dtype and memory layout. Or volumes
+            (B, K, d, h, w), which are upsampled with mode="trilinear".
+        teacher_logits: (B, K, h', w') or (B, K, d', h', w'), of its own size and strides; float32,
+            bfloat16 or float16, with float64 logits float64. Constants: no gradient flows to it, as
+            if it were detached. Logarithms of probabilities are logits too.
+        size: (H, W), of volumes (D, H, W).
+        valid: bool (B, *size), any strides: the pixels to compare; by default all. Other pixels
             change nothing, even if their logits are NaN or Inf, and have no gradient.
         temperature: T > 0, a normal number of float32 (at least 2⁻¹²⁶).
         align_corners: of the upsampling, as in F.interpolate.
         reduction: "mean" over the valid pixels (0 if there is none), "sum", or "none".
 
     Returns:
-        A scalar, or (B, H, W) for "none", 0 where not valid; float32 (float64 for float64 logits).
+        A scalar, or (B, *size) for "none", 0 where not valid; float32 (float64 for float64 logits).
         A class to which the teacher gives probability 0 (a logit of −inf) adds 0. The result is
         inf where the student's logit is −inf and the teacher's is not.
 
@@ -200,7 +200,8 @@ def pixel_kl_divergence(
             align_corners=align_corners,
             reduction=reduction,
         )
-    total, divergences, _, _ = getattr(torch.ops.anchorops.pixel_kl_divergence, backend)(
+    name = "pixel_kl_divergence" if logits.dim() == 4 else "volume_kl_divergence"
+    total, divergences, _, _ = getattr(getattr(torch.ops.anchorops, name), backend)(
         logits,
         teacher_logits.detach(),
         valid,
@@ -215,5 +216,5 @@ def pixel_kl_divergence(
     if reduction == "sum":
         return total
     if valid is None:
-        return total / max(logits.shape[0] * size[0] * size[1], 1)
+        return total / max(logits.shape[0] * math.prod(size), 1)
     return total / valid.sum().clamp(min=1)

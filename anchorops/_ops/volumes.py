@@ -7,11 +7,11 @@ read. They are computed some at a time, a slab, and computed again in the backwa
     z_q = (1 − t_q)·x_l(q) + t_q·x_u(q)     dx_l(q) += (1 − t_q)·dz_q     dx_u(q) += t_q·dz_q
 
 for each slice q of the labels, with l and u the two slices of the logits around it. The arguments
-are those of `softmax_moments` and `pixel_argmax`, with logits (B, K, d, h, w) and labels
-(B, D, H, W).
+are those of `softmax_moments`, `pixel_argmax` and `pixel_kl_divergence`, with logits
+(B, K, d, h, w) and labels (B, D, H, W).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..reference import bilinear_sources, statistics_dtype
+from . import pixel_kl_divergence as kl
 from .registration import FUSED, Gradient, define, library
 from .softmax_moments import (
     BACKWARD_SCHEMA,
@@ -52,9 +53,10 @@ class _Slab(NamedTuple):
         return images.unflatten(0, (-1, self.slices.stop - self.slices.start))
 
 
-def _slabs(logits: Tensor, depth: int) -> Iterator[_Slab]:
-    batch, channels, _, height, width = logits.shape
-    images = max(1, SLAB // max(channels * height * width, 1))
+def _slabs(depth: int, *of_logits: Tensor) -> Iterator[_Slab]:
+    batch = of_logits[0].shape[0]
+    of_slice = sum(x.shape[1] * x.shape[3] * x.shape[4] for x in of_logits)
+    images = max(1, SLAB // max(of_slice, 1))
     volumes = max(1, images // max(depth, 1))
     for first in range(0, batch, volumes):
         for start in range(0, depth, images):
@@ -93,7 +95,7 @@ def _moments(backend: str, logits: Tensor, labels: Tensor, *given: Any) -> tuple
     maps = [results[4], results[5]]  # pixel_losses and lse
     totals = [x.double() if x.is_floating_point() else x for x in (*results[:4], *results[6:])]
     sources = _sources(labels.shape[1], logits, options.align_corners)
-    for slab in _slabs(logits, labels.shape[1]):
+    for slab in _slabs(labels.shape[1], logits):
         smoothing = options.smoothing
         if smoothing is not None and smoothing.dim() == 3:
             smoothing = slab.of_volumes(smoothing)
@@ -118,12 +120,11 @@ def _moments_backward(
 ) -> Tensor:
     operator = getattr(torch.ops.anchorops.softmax_moments_backward, backend)
     *grads, smoothing, min_loss, focal_gamma, ignore_index, align_corners = given
-    depth, sources = labels.shape[1], _sources(labels.shape[1], logits, align_corners)
-    dlogits = torch.zeros_like(logits)
+    depth = labels.shape[1]
     if labels.numel() == 0:
-        return dlogits
-    dx = lse.new_empty(0)
-    for slab in _slabs(logits, depth):
+        return torch.zeros_like(logits)
+
+    def of_images(slab: _Slab, images: Tensor) -> Tensor:
         of_slab = []
         for grad in grads:  # None, [K], [B, K] or (B, D, H, W)
             if grad is not None and grad.dim() == 4:
@@ -131,12 +132,29 @@ def _moments_backward(
             elif grad is not None and grad.dim() == 2:
                 grad = slab.of_volumes(grad)
             of_slab.append(grad)
-        of_images = smoothing
+        own_smoothing = smoothing
         if smoothing is not None and smoothing.dim() == 3:
-            of_images = slab.of_volumes(smoothing)
+            own_smoothing = slab.of_volumes(smoothing)
         maps = slab.of_maps(labels), slab.of_maps(lse).contiguous()
-        options = of_images, min_loss, focal_gamma, ignore_index, align_corners
-        dz = slab.by_slice(operator(_images(logits, slab, sources), *maps, *of_slab, *options))
+        options = own_smoothing, min_loss, focal_gamma, ignore_index, align_corners
+        return operator(images, *maps, *of_slab, *options)
+
+    return _dlogits(logits, depth, align_corners, _slabs(depth, logits), of_images)
+
+
+def _dlogits(
+    logits: Tensor,
+    depth: int,
+    align_corners: bool,
+    slabs: Iterator[_Slab],
+    of_images: Callable[[_Slab, Tensor], Tensor],
+) -> Tensor:
+    """The gradient of the volumes, from of_images(slab, images), that of the images of a slab."""
+    sources = _sources(depth, logits, align_corners)
+    dlogits = torch.zeros_like(logits)
+    dx = dlogits.new_empty(0)
+    for slab in slabs:
+        dz = slab.by_slice(of_images(slab, _images(logits, slab, sources)))
         if slab.slices.start == 0:
             dx = dz.new_zeros(dz.shape[0], logits.shape[2], *dz.shape[2:])
         for q, (lower, upper, weight) in enumerate(sources[slab.slices]):
@@ -158,7 +176,7 @@ def _argmax(
     if classes.numel() == 0:
         return classes
     sources = _sources(depth, logits, align_corners)
-    for slab in _slabs(logits, depth):
+    for slab in _slabs(depth, logits):
         found = operator(_images(logits, slab, sources), height, width, align_corners)
         classes[slab.volumes, slab.slices] = slab.by_slice(found)
     return classes
@@ -168,6 +186,67 @@ def _argmax_fake(
     logits: Tensor, depth: int, height: int, width: int, align_corners: bool
 ) -> Tensor:
     return logits.new_empty((logits.shape[0], depth, height, width), dtype=torch.int64)
+
+
+def _divergences(
+    backend: str,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    valid: Tensor | None,
+    depth: int,
+    *given: Any,
+) -> tuple[Tensor, ...]:
+    operator = getattr(torch.ops.anchorops.pixel_kl_divergence, backend)
+    results = [x.zero_() for x in kl.forward_fake(logits, teacher_logits, valid, depth, *given)]
+    align_corners, total, maps = given[3], results[0].double(), results[1:]
+    both = logits, teacher_logits
+    if logits.shape[0] * depth * given[0] * given[1] == 0:
+        return tuple(results)
+    sources = [_sources(depth, x, align_corners) for x in both]
+    for slab in _slabs(depth, *both):
+        images = [_images(x, slab, at) for x, at in zip(both, sources, strict=True)]
+        of_images = None if valid is None else slab.of_maps(valid)
+        part, *found = operator(*images, of_images, *given)
+        total += part
+        for of_all, of_slab in zip(maps, found, strict=True):
+            if of_slab.numel() > 0:
+                of_all[slab.volumes, slab.slices] = slab.by_slice(of_slab)
+    return total.to(results[0].dtype), *maps
+
+
+def _divergences_backward(
+    backend: str,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    valid: Tensor | None,
+    lse: Tensor,
+    teacher_lse: Tensor,
+    dtotal: Tensor | None,
+    ddivergences: Tensor | None,
+    temperature: float,
+    align_corners: bool,
+) -> Tensor:
+    operator = getattr(torch.ops.anchorops.pixel_kl_divergence_backward, backend)
+    if lse.numel() == 0:
+        return torch.zeros_like(logits)
+    depth = lse.shape[1]
+    sources = _sources(depth, teacher_logits, align_corners)
+
+    def of_images(slab: _Slab, images: Tensor) -> Tensor:
+        return operator(
+            images,
+            _images(teacher_logits, slab, sources),
+            None if valid is None else slab.of_maps(valid),
+            slab.of_maps(lse).contiguous(),
+            slab.of_maps(teacher_lse).contiguous(),
+            dtotal,
+            None if ddivergences is None else slab.of_maps(ddivergences).contiguous(),
+            temperature,
+            align_corners,
+        )
+
+    slabs = _slabs(depth, logits, teacher_logits)
+    return _dlogits(logits, depth, align_corners, slabs, of_images)
 
 
 define(
@@ -183,12 +262,22 @@ define(
     _argmax_fake,
     in_python=True,
 )
-for _backend in FUSED:
-    for _name, _function in {
-        "volume_moments": _moments,
-        "volume_moments_backward": _moments_backward,
-        "volume_argmax": _argmax,
-    }.items():
+define(
+    "volume_kl_divergence",
+    kl.SCHEMA.replace("SymInt height", "SymInt depth, SymInt height"),
+    kl.forward_fake,
+    backends=kl.BACKENDS,
+    gradient=Gradient(kl.BACKWARD_SCHEMA, kl.backward_fake, kl.setup_context, kl.backward),
+    in_python=True,
+)
+for _name, _function, _backends in (
+    ("volume_moments", _moments, FUSED),
+    ("volume_moments_backward", _moments_backward, FUSED),
+    ("volume_argmax", _argmax, FUSED),
+    ("volume_kl_divergence", _divergences, kl.BACKENDS),
+    ("volume_kl_divergence_backward", _divergences_backward, kl.BACKENDS),
+):
+    for _backend in _backends:
         library.impl(
             f"{_name}.{_backend}", partial(_function, _backend), "CompositeExplicitAutograd"
         )

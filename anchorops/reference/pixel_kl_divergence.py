@@ -1,5 +1,7 @@
 """Kullback-Leibler divergence of upsampled logits from those of a teacher."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from .upsampling import upsample
 def pixel_kl_divergence(
     logits: Tensor,
     teacher_logits: Tensor,
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     valid: Tensor | None = None,
     temperature: float = 1.0,
@@ -21,7 +23,8 @@ def pixel_kl_divergence(
 
     D_q = T²·Σ_k p_k·(log p_k − log_softmax_k s),  p = softmax t;  0 where p_k = 0 or not valid
 
-    logits: (B, K, h, w); teacher_logits: (B, K, h', w'); valid: bool (B, *size).
+    logits: (B, K, h, w); teacher_logits: (B, K, h', w'); or volumes, (B, K, d, h, w) and
+    (B, K, d', h', w'); valid: bool (B, *size).
     """
     student, teacher = (
         upsample(x, size, align_corners) / temperature for x in (logits, teacher_logits.detach())
