@@ -166,6 +166,8 @@ class Attachment:
             method = type(self.regularizer).__name__
             expected = f"a checkpoint of a model with {method} (load others before attach)"
             fail(method, "state_dict", expected, f"one with {prefix}bias")
+        if isinstance(weight := state_dict.get(f"{prefix}weight"), Tensor):
+            self.regularizer.check_checkpoint(weight)
 
     def _watches(self, module: nn.Module) -> bool:
         """Whether this is a training forward, or a recomputation that calls the regulariser."""

@@ -523,6 +523,31 @@ def test_checkpoints_of_models_without_cbp_do_not_replace_its_rows() -> None:
     model.load_state_dict(plain.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "got rows of lengths"),
+        ({"length": None}, "got rows with cosines of up to"),
+        ({"orthogonalize": False}, "got rows of lengths"),
+    ],
+    ids=str,
+)
+def test_checkpoints_without_cbp_of_a_classifier_without_bias(
+    options: dict[str, Any], message: str
+) -> None:
+    plain, model, other = (nn.Sequential(nn.Conv2d(D, K, 1, bias=False)) for _ in range(3))
+    for each in (model, other):
+        ao.attach(each, ao.Combined(ao.CBP(K, D, **options)) if options else ao.CBP(K, D))
+    rows = model[0].weight.clone()
+    with pytest.raises(ValueError, match=rf"CBP: state_dict: .*{message}"):
+        model.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(model[0].weight, rows)
+    for dtype in (torch.float32, torch.bfloat16):
+        saved = {name: x.to(dtype) for name, x in model.state_dict().items()}
+        other.load_state_dict(saved)
+        assert torch.equal(other[0].weight, rows.to(dtype).float())
+
+
 def test_penalty_needs_its_parameter() -> None:
     model = Net()
     cbp = ao.attach(model, ao.CBP(K, D, update="penalty"))

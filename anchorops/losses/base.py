@@ -164,6 +164,9 @@ class Regularizer(Initialized):
     def uninstall(self, classifier: nn.Module) -> None:
         """Restore the classifier; called by `detach`."""
 
+    def check_checkpoint(self, weight: Tensor) -> None:
+        """Called before a classifier that the method has replaced loads this weight."""
+
     def before_classifier(self, classifier: nn.Module) -> None:
         """Called before the attached classifier runs in training."""
 

@@ -64,9 +64,10 @@ class CBP(Regularizer):
 
     `attach` does this, and `detach` restores the old weight and bias. Without `attach`, call
     `install(classifier)`. Do this before you load a checkpoint of a model with CBP, and after you
-    load any other. The logits are still the product of features and weight. The loss is 0, except
-    with "penalty". The classifier's weight must be a parameter that is not computed
-    (parametrizations, pruning), shared with another module, quantised or sharded.
+    load any other: a frozen classifier refuses rows that are no basis. The logits are still the
+    product of features and weight. The loss is 0, except with "penalty". The classifier's weight
+    must be a parameter that is not computed (parametrizations, pruning), shared with another
+    module, quantised or sharded.
 
     Args:
         num_classes, dim: K and D ≥ K.
@@ -79,9 +80,10 @@ class CBP(Regularizer):
             "penalty": learned, with rows kept at `length`; the loss is `penalty_weight` times the
             mean squared cosine between rows (the text says: forced to 0). "ema" and "penalty"
             change the weight in place when the next training forward begins. Therefore they need
-            `attach`, and a backward pass after each forward, before the next one. With "frozen" and
-            "ema" the weight is a buffer of the classifier, which FSDP does not shard. With
-            "penalty" it must not be sharded: the first forward raises ValueError.
+            `attach`, and a backward pass after each forward, before the
+            next one. With "frozen" and "ema" the weight is a buffer of the classifier, which FSDP
+            does not shard. With "penalty" it must not be sharded: the first forward raises
+            ValueError.
         momentum: for "ema", w ← momentum·w + (1 − momentum)·centroid on present classes.
         ignore_index, process_group, check_labels: as in `Regularizer`; "ema" always uses all
             ranks, because the ranks' classifiers must stay equal.
@@ -173,6 +175,24 @@ class CBP(Regularizer):
             replaced.bias.data = replaced.bias.to(weight)
         classifier.register_parameter("bias", replaced.bias)
         self._replaced = None
+
+    @torch.no_grad()
+    def check_checkpoint(self, weight: Tensor) -> None:
+        """Raises ValueError if the rows of a frozen classifier would be no basis: of several
+        lengths, or not orthogonal. Then they come from a model without CBP."""
+        if self.update != "frozen" or weight.is_meta or weight.numel() != self.basis.numel():
+            return
+        rows = weight.flatten(1).double()
+        unit, lengths = F.normalize(rows, dim=1), rows.norm(dim=1)
+        cosines = (unit @ unit.T).fill_diagonal_(0)
+        rounding = 2**-6  # of bfloat16, generously
+        expected = "a checkpoint of a model with CBP (load others before attach)"
+        if self.length is not None and lengths.max() > (1 + rounding) * lengths.min():
+            found = f"rows of lengths {lengths.min():.3g} to {lengths.max():.3g}"
+            fail("CBP", "state_dict", expected, found)
+        if self.orthogonalize and cosines.abs().max() > rounding:
+            found = f"rows with cosines of up to {cosines.abs().max():.3g}"
+            fail("CBP", "state_dict", expected, found)
 
     @torch.no_grad()
     def before_classifier(self, classifier: nn.Module) -> None:

@@ -74,6 +74,10 @@ class Combined(Regularizer):
         for method in reversed(self.methods):
             method.uninstall(classifier)  # type: ignore[operator]
 
+    def check_checkpoint(self, weight: Tensor) -> None:
+        for method in self.methods:
+            method.check_checkpoint(weight)  # type: ignore[operator]
+
     @torch.no_grad()
     def before_classifier(self, classifier: nn.Module) -> None:
         for method in self.methods:
