@@ -548,6 +548,21 @@ def test_checkpoints_without_cbp_of_a_classifier_without_bias(
         assert torch.equal(other[0].weight, rows.to(dtype).float())
 
 
+@pytest.mark.parametrize("update", ["ema", "penalty", "gradient", "frozen"])
+def test_cbp_that_moves_no_rows_warns_once(update: str, recwarn: pytest.WarningsRecorder) -> None:
+    features, labels = torch.randn(2, D, 4, 4), torch.randint(0, K, (2, 4, 4))
+    cbp, classifier = ao.CBP(K, D, update=update), nn.Conv2d(D, K, 1)
+    cbp.eval()(features, labels, classifier)
+    model = Net()
+    backward(model, ao.attach(model, ao.CBP(K, D, update=update)))
+    assert not recwarn
+    for _ in range(2):
+        cbp.train()(features, labels, classifier)
+    found = [str(warning.message) for warning in recwarn]
+    assert len(found) == (update in ("ema", "penalty"))
+    assert all("was not attached: call anchorops.attach" in message for message in found)
+
+
 def test_penalty_needs_its_parameter() -> None:
     model = Net()
     cbp = ao.attach(model, ao.CBP(K, D, update="penalty"))

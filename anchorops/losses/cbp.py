@@ -1,6 +1,7 @@
 """CBP, category-basis prototypes: a classifier that is fixed instead of learned
 (doi 10.1016/j.patcog.2024.110431)."""
 
+import warnings
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -80,7 +81,7 @@ class CBP(Regularizer):
             "penalty": learned, with rows kept at `length`; the loss is `penalty_weight` times the
             mean squared cosine between rows (the text says: forced to 0). "ema" and "penalty"
             change the weight in place when the next training forward begins. Therefore they need
-            `attach`, and a backward pass after each forward, before the
+            `attach` (without it a call warns), and a backward pass after each forward, before the
             next one. With "frozen" and "ema" the weight is a buffer of the classifier, which FSDP
             does not shard. With "penalty" it must not be sharded: the first forward raises
             ValueError.
@@ -131,6 +132,8 @@ class CBP(Regularizer):
         self.uses_classifier, self.has_state = update == "penalty", update == "ema"
         basis = category_basis(num_classes, dim, length, init=init, orthogonalize=orthogonalize)
         self._replaced: _Replaced | None = None
+        # Whether something moves the classifier's rows, or a warning said that nothing does.
+        self._moves_rows = update not in ("ema", "penalty")
         self.basis = basis  # the classifier has it as its state
         if update == "ema":
             self.register_buffer("centroids", torch.zeros(num_classes, dim))
@@ -196,6 +199,7 @@ class CBP(Regularizer):
 
     @torch.no_grad()
     def before_classifier(self, classifier: nn.Module) -> None:
+        self._moves_rows = True
         weight = classifier.weight
         assert isinstance(weight, Tensor)
         if self.update == "penalty":
@@ -217,6 +221,14 @@ class CBP(Regularizer):
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         zero = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
+        if self.training and not (self._moves_rows or torch.compiler.is_compiling()):
+            self._moves_rows = True
+            warnings.warn(
+                f'CBP: update="{self.update}" changes no classifier here, because it was not '
+                "attached: call anchorops.attach(model, method), and its result with the labels "
+                "after each forward of the model",
+                stacklevel=2,
+            )
         if self.update == "ema":
             return Plan(Request(), lambda moments: self._remember(moments, zero))
         if self.update == "penalty":
