@@ -140,21 +140,41 @@ def _fail_labels(function: str, labels: object, logits: Tensor) -> NoReturn:
     )
 
 
-def check_pos_weight(function: str, pos_weight: object, logits: Tensor) -> None:
-    """A number of at least 0, or a floating tensor with one for all or each of the C channels of
-    logits, on their device, without a gradient."""
-    if not isinstance(pos_weight, Tensor):
-        check_number(function, "pos_weight", pos_weight)
-        return
+def flat_pos_weight(function: str, pos_weight: object) -> Tensor:
+    """[1] or [C], from numbers [C] in a tensor, an array or a sequence. Axes of length 1 may
+    follow."""
     check_strided(function, "pos_weight", pos_weight)
-    channels = logits.shape[1]
-    if pos_weight.numel() not in (1, channels) or not pos_weight.is_floating_point():
-        expected = f"a number, or floating numbers for {channels} channels"
+    expected = "a number, or one for each channel"
+    try:
+        numbers = torch.as_tensor(pos_weight)
+    except (TypeError, ValueError, RuntimeError):
         fail(function, "pos_weight", expected, describe(pos_weight))
+    if numbers.is_complex() or numbers.numel() != numbers.shape[:1].numel():
+        fail(function, "pos_weight", expected, describe(pos_weight))
+    return numbers.reshape(-1)
+
+
+def check_pos_weight(function: str, pos_weight: object, logits: Tensor) -> Tensor | float:
+    """A number of at least 0; or [1] or [C], from numbers for all or each of the C channels of
+    logits. A tensor is on their device, without a gradient."""
+    if isinstance(pos_weight, int | float):
+        check_number(function, "pos_weight", pos_weight)
+        return pos_weight
+    if isinstance(pos_weight, list | tuple):
+        for number in pos_weight:
+            check_number(function, "pos_weight", number)
+    given, pos_weight = pos_weight, flat_pos_weight(function, pos_weight)
+    channels = logits.shape[1]
+    if pos_weight.numel() not in (1, channels):
+        expected = f"a number, or one for each of {channels} channels"
+        fail(function, "pos_weight", expected, describe(given))
+    if not isinstance(given, Tensor):
+        return pos_weight.to(logits.device)
     if pos_weight.device != logits.device:
         fail(function, "pos_weight", f"device {logits.device}, as logits", pos_weight.device)
     if pos_weight.requires_grad:
         fail(function, "pos_weight", "no gradient (its detach())", "requires_grad = True")
+    return pos_weight
 
 
 def check_integers(function: str, argument: str, values: Tensor) -> None:

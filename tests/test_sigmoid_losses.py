@@ -190,7 +190,7 @@ def test_fullgraph():
         ),
         (
             lambda z, y: ao.BinaryCrossEntropy(torch.ones(2))(z, y),
-            "BinaryCrossEntropy: pos_weight: expected a number, or floating numbers for 3 channels",
+            "BinaryCrossEntropy: pos_weight: expected a number, or one for each of 3 channels",
         ),
         (
             lambda z, y: ao.BinaryCrossEntropy(-1.0),
@@ -220,3 +220,41 @@ def test_messages(call, message):
     logits, _, labels = inputs()
     with pytest.raises(ValueError, match=message):
         call(logits, labels)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda: POS,
+        lambda: POS.double(),
+        lambda: POS.view(3, 1, 1),
+        lambda: POS.tolist(),
+        lambda: tuple(POS.tolist()),
+        lambda: POS.numpy(),
+    ],
+)
+def test_forms_of_pos_weight(form):
+    """The same in the function and in the module."""
+    z, y = torch.randn(2, 3, 4, 5), torch.randint(0, 2, (2, 3, 8, 10))
+    expected = ao.pixel_binary_cross_entropy(z, y, pos_weight=POS)
+    torch.testing.assert_close(ao.pixel_binary_cross_entropy(z, y, pos_weight=form()), expected)
+    torch.testing.assert_close(ao.BinaryCrossEntropy(form())(z, y), expected)
+
+
+def test_integers_as_pos_weight():
+    z, y = torch.randn(2, 2, 4, 5), torch.randint(0, 2, (2, 2, 8, 10))
+    expected = ao.pixel_binary_cross_entropy(z, y, pos_weight=[1.0, 3.0])
+    for form in (torch.tensor([1, 3]), [1, 3]):
+        assert ao.pixel_binary_cross_entropy(z, y, pos_weight=form) == expected
+        torch.testing.assert_close(ao.BinaryCrossEntropy(form)(z, y), expected)
+
+
+@pytest.mark.parametrize(
+    "form", ["foo", [1.0, -1.0], [[1.0, 2.0]], torch.ones(2, 2), torch.ones(1, 2), torch.ones(3)]
+)
+def test_wrong_forms_of_pos_weight(form):
+    z, y = torch.randn(2, 2, 4, 5), torch.randint(0, 2, (2, 2, 8, 10))
+    with pytest.raises(ValueError, match="pixel_binary_cross_entropy: pos_weight: expected a"):
+        ao.pixel_binary_cross_entropy(z, y, pos_weight=form)
+    with pytest.raises(ValueError, match="BinaryCrossEntropy: pos_weight: expected a"):
+        ao.BinaryCrossEntropy(form)(z, y)

@@ -1,5 +1,7 @@
 """Binary cross-entropy at the labels' resolution, computed from softmax moments."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def pixel_binary_cross_entropy(
     logits: Tensor,
     labels: Tensor,
     *,
-    pos_weight: Tensor | float | None = None,
+    pos_weight: Tensor | Sequence[float] | float | None = None,
     ignore_index: int | None = None,
     align_corners: bool = False,
     reduction: str = "mean",
@@ -43,8 +45,9 @@ def pixel_binary_cross_entropy(
             or (B, C, d, h, w). float32, bfloat16, float16 or float64.
         labels: (B, C, H, W) of any size, or (B, H, W) if C = 1; of other logits their shape. 0, 1
             or ignored; any integer dtype, or bool.
-        pos_weight: a number for all channels, or a tensor with one of each channel, on the logits'
-            device, without a gradient.
+        pos_weight: a number of at least 0, or one for each channel: a tensor [C] or (C, 1, 1), on
+            the logits' device, without a gradient; or an array or a sequence, which is copied to
+            the device in each call.
         ignore_index: the label to ignore, 255 by default; labels other than 0 and 1 are ignored,
             too.
         align_corners: of the upsampling, as in F.interpolate.
@@ -67,8 +70,7 @@ def pixel_binary_cross_entropy(
     ignore_index = check_ignore_index(function, ignore_index, 2)
     weight = None
     if pos_weight is not None:
-        check_pos_weight(function, pos_weight, logits)
-        weight = class_weights(pos_weight, logits)
+        weight = class_weights(check_pos_weight(function, pos_weight, logits), logits)
     moments = sigmoid_moments(
         function,
         logits,
@@ -94,7 +96,7 @@ def class_weights(pos_weight: Tensor | float, logits: Tensor) -> Tensor:
     if not isinstance(pos_weight, Tensor):
         pos_weight = torch.full((), pos_weight, dtype=dtype, device=logits.device)
     pos_weight = pos_weight.to(dtype)
-    pos_weight = pos_weight.flatten() if pos_weight.numel() > 1 else pos_weight.view(())
+    pos_weight = pos_weight if pos_weight.numel() > 1 else pos_weight.view(())
     return torch.stack([torch.ones_like(pos_weight), pos_weight], -1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,9 +24,10 @@ class BinaryCrossEntropy(CrossEntropy):
     F.interpolate(logits.float(), …) and labels.float(), over the valid labels.
 
     Args:
-        pos_weight: a number of at least 0 for each channel, or one for all; 1 if not given. It
-            weights the positive labels, as in torch.nn.BCEWithLogitsLoss: the denominator remains
-            the number of labels.
+        pos_weight: a number of at least 0, or one for each channel: a tensor [C] or (C, 1, 1), an
+            array or a sequence, of which the module keeps a copy; 1 if not given. It weights the
+            positive labels, as in torch.nn.BCEWithLogitsLoss: the denominator remains the number
+            of labels.
         label_smoothing: ε in [0, 1]: the target is 1 − ε/2 for positive labels, else ε/2.
         focal_gamma: γ at least 0 (Lin et al., Focal Loss, arXiv 1708.02002, Eq. 4). torchvision's
             sigmoid_focal_loss, with α, is (1 − α) times this loss with pos_weight α/(1 − α).
@@ -45,7 +47,7 @@ class BinaryCrossEntropy(CrossEntropy):
 
     def __init__(
         self,
-        pos_weight: Tensor | float | None = None,
+        pos_weight: Tensor | Sequence[float] | float | None = None,
         *,
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
@@ -74,8 +76,7 @@ class BinaryCrossEntropy(CrossEntropy):
         if pos_weight is None:
             return None
         self.check_initialized()
-        check_pos_weight(type(self).__name__, pos_weight, logits)
-        return class_weights(pos_weight, logits)
+        return class_weights(check_pos_weight(type(self).__name__, pos_weight, logits), logits)
 
     def smoothing(self, weight: Tensor | None, logits: Tensor) -> Tensor | None:
         return binary_mixture(weight, self.label_smoothing, logits)

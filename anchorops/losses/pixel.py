@@ -14,6 +14,7 @@ from .._checks import (
     check_strided,
     describe,
     fail,
+    flat_pos_weight,
     labels_of_logits,
 )
 from .._ops.pixel_cross_entropy import valid_pixels
@@ -156,8 +157,8 @@ class PixelLoss(Initialized):
             if weight.is_meta:
                 expected = 'numbers: build the loss outside of torch.device("meta")'
                 fail(function, name, expected, describe(weight))
-            if name == "pos_weight" and weight.numel() == weight.shape[:1].numel():
-                weight = weight.reshape(-1)
+            if name == "pos_weight":
+                weight = flat_pos_weight(function, weight)
             if weight.dim() != 1 or not ((weight >= 0) & weight.isfinite()).all():
                 expected = "a finite number of at least 0 for each class"
                 fail(function, name, expected, describe(weight))
