@@ -17,8 +17,7 @@ int64_t read_labels(const Labels& labels, int64_t image, int64_t row, Range colu
   const auto last = static_cast<Bits>(std::min<uint64_t>(labels.num_classes - 1, largest));
   const auto ignore_index = static_cast<Label>(labels.ignore_index);
   const bool ignores = static_cast<int64_t>(ignore_index) == labels.ignore_index;
-  const auto is_class = [&](Label label)
-                            INLINE_LAMBDA { return static_cast<Bits>(label) <= last; };
+  const auto is_class = [&](Label label) INLINE_LAMBDA { return static_cast<Bits>(label) <= last; };
   const auto is_ignored = [&](Label label)
                               INLINE_LAMBDA { return (label == ignore_index) & ignores; };
   Bits any_outside = 0;
