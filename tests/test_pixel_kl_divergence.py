@@ -405,7 +405,10 @@ def test_gradients_that_the_call_does_not_see(trace: str, reduction: str) -> Non
 LOGITS, VALID = torch.zeros(2, 5, 4, 6), torch.ones(2, 16, 24, dtype=torch.bool)
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"logits": None}, r"logits: expected a tensor .*, got None of type NoneType"),
-    ({"logits": LOGITS[0]}, r"logits: expected a tensor \(B, K, h, w\), got .*\(5, 4, 6\) on cpu"),
+    (
+        {"logits": LOGITS[0]},
+        r"logits: expected a tensor \(B, K, h, w\) or \(B, K, d, h, w\), got .*\(5, 4, 6\) on cpu",
+    ),
     ({"logits": LOGITS[:, :1]}, r"logits: expected at least 2 classes .*torch.cat.*, got shape"),
     ({"logits": LOGITS.int()}, "logits: expected float32, .*, got torch.int32"),
     ({"logits": LOGITS[:, :, :0]}, "logits: expected at least one pixel per image, got shape"),
