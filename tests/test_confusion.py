@@ -252,6 +252,8 @@ def test_label_dtypes_of_confusion(backend, dtype):
     predictions = torch.randint(0, 6, labels.shape)
     expected = reference.confusion(predictions, labels, 6, ignore_index=3)
     assert torch.equal(ao.confusion(predictions, labels, 6, ignore_index=3), expected)
+    logits = F.one_hot(predictions, 6).movedim(-1, 1).float()
+    assert torch.equal(ao.pixel_confusion(logits, labels, ignore_index=3), expected)
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 19, 150, 4096])
@@ -281,6 +283,7 @@ def test_strides_of_confusion(backend):
     assert torch.equal(ao.confusion(row, part, 4), ao.confusion(row.contiguous(), part, 4))
 
 
+@pytest.mark.on("reference", "cpu", "interpreter", "emulator", "gpu")
 @pytest.mark.parametrize(
     ("size", "pixels", "align_corners", "dtype"),
     [

@@ -5,6 +5,7 @@ compilation for it. Values and gradients are in the cases of each operator: thos
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import softmax_formulas as softmax
 import torch
 from masked_sums import BF16, Case, make_inputs, run
 
@@ -12,28 +13,52 @@ import anchorops as ao
 
 pytestmark = pytest.mark.on("gpu")
 CASE = Case((2, 720, 32, 64), 19, BF16, labels="coherent")
+OF_LOGITS = softmax.Case((2, 19, 32, 64), (128, 256), layout="channels_last")
 
 
 def same(ours, expected) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
-def test_cuda_graph_and_streams(backend: str):
-    features, *inputs = make_inputs(CASE)
-    expected = run(CASE, features, *inputs)
+@pytest.mark.parametrize("operator", ["class_moments", "softmax_moments"])
+def test_cuda_graph_and_streams(operator: str, backend: str):
+    if operator == "class_moments":
+        function, case, (x, *inputs) = run, CASE, make_inputs(CASE)
+    else:
+        function, case, x = softmax.results, OF_LOGITS, softmax.make_logits(OF_LOGITS)[0]
+        inputs = softmax.make_labels(case), softmax.make_weights(case)
+    expected = function(case, x, *inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            run(CASE, features, *inputs)
+            function(case, x, *inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    static = torch.zeros_like(features)
+    static = torch.zeros_like(x)
     with torch.cuda.graph(graph):
-        captured = run(CASE, static, *inputs)
-    static.copy_(features)
+        captured = function(case, static, *inputs)
+    static.copy_(x)
     graph.replay()
     assert same(captured, expected)
+
+
+def test_losses_wait_for_nothing(backend: str):
+    logits = softmax.make_logits(OF_LOGITS)[0].requires_grad_()
+    labels = softmax.make_labels(OF_LOGITS)
+    losses = [
+        ao.CrossEntropy(ohem=0.7, ohem_kept=100, focal_gamma=2.0),
+        ao.CrossEntropyDice(ao.CrossEntropy(label_smoothing=0.1), ao.Dice()),
+    ]
+    with torch.device("cpu"):  # the usual one for new tensors
+        for loss in losses:
+            loss(logits, labels).backward()  # compiles and loads
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for loss in losses:
+                loss(logits, labels).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("method", [ao.OCCL, ao.MVSC])
@@ -78,6 +103,13 @@ def test_compiles_as_one_graph(backend: str):
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(features), loss(features))
+
+    def cross_entropy(logits):
+        return ao.pixel_cross_entropy(logits, labels)
+
+    compiled = torch.compile(cross_entropy, fullgraph=True, dynamic=True)
+    logits = softmax.make_logits(OF_LOGITS)[0]
+    torch.testing.assert_close(compiled(logits), cross_entropy(logits))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")

@@ -1,7 +1,9 @@
-"""Softmax moments by torch's formulas, and the allowed error.
+"""Cases of softmax moments: inputs, torch's formulas, and the allowed error.
 
 The error against float64 is at most twice that of torch's formula in the dtype of the statistics
-(F.interpolate, log_softmax, masked sums), plus a floor that each check states.
+(F.interpolate, log_softmax, masked sums), plus a floor: one rounding of the result, and of the
+largest result the roundings of its terms. An exponent is a difference of logits, rounded once, so
+the floor grows with their spread. On a GPU the error is at most ON_GPU of the largest result.
 """
 
 from typing import NamedTuple
@@ -9,136 +11,253 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from cpu_kernels import in_layout
+from emulator import BACKEND
 from torch import Tensor
 
 import anchorops as ao
+from anchorops._ops.softmax_moments import Options, unchecked_moments
 from anchorops.reference import statistics_dtype
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-EVERYTHING = {"squares": True, "pixel_losses": True, "lse": True}
+FLOATING = ("losses", "overlaps", "masses", "squares", "pixel_losses", "lse")
+ALL = ("hits", "masses", "squares", "pixel_losses", "lse")
+EVERYTHING = {name: True for name in ALL}
+CE = ()  # the cross-entropy needs only counts and losses
+ON_GPU = 2e-5
 
 
 class Case(NamedTuple):
-    size: tuple[int, int]  # of the logits
-    label_size: tuple[int, int]
-    num_classes: int
+    size: tuple[int, ...]  # of the logits; one channel has the two classes of a sigmoid
+    pixels: tuple[int, ...]  # of the labels, without the batch
     dtype: torch.dtype = F32
     align_corners: bool = False
     layout: str = "contiguous"
     labels: str = "random"
-    scale: float = 3.0  # of the logits
+    label_dtype: torch.dtype = torch.int64
+    asked: tuple[str, ...] = ALL
     per_image: bool = False
-    batch: int = 2
+    scale: float = 3.0  # of the logits
+    smoothing: str = ""  # by "class", or by "image and class"
+    min_loss: float | None = None
+    focal_gamma: float = 0.0
+
+    @property
+    def num_classes(self) -> int:
+        return max(2, self.size[1])
+
+    @property
+    def labels_size(self) -> tuple[int, ...]:
+        return (*self.size[:1], *self.pixels)
+
+    @property
+    def by_class(self) -> tuple[int, ...]:
+        return (*self.size[: int(self.per_image)], self.num_classes)
+
+    @property
+    def options(self) -> Options:
+        """One class has no weight of its own, another one none among all classes."""
+        smoothing = None
+        if self.smoothing:
+            size = (2, self.num_classes)
+            size = size if self.smoothing == "class" else (self.size[0], *size)
+            smoothing = torch.arange(torch.Size(size).numel(), dtype=F64).cos().square().view(size)
+            smoothing[..., 0, -1] = smoothing[..., 1, 0] = 0
+            smoothing[..., 1, :] /= self.num_classes
+            smoothing = smoothing.to(statistics_dtype(self.dtype))
+        return Options(
+            smoothing,
+            self.min_loss,
+            self.focal_gamma,
+            align_corners=self.align_corners,
+            per_image=self.per_image,
+            **{name: name in self.asked for name in ALL},
+        )
 
 
 def make_logits(case: Case) -> tuple[Tensor, Tensor]:
     """Random logits of this layout, and their buffer, which is NaN around them."""
-    size = (case.batch, case.num_classes, *case.size)
-    values = (torch.randn(size, dtype=F64) * case.scale).to(case.dtype)
+    values = (torch.randn(case.size, dtype=F64) * case.scale).to(case.dtype)
     return in_layout(values, case.layout)
 
 
 def make_labels(case: Case) -> Tensor:
-    """Random, or patches of 7 × 9 pixels, or one class; some ignored and some out of range."""
-    shape = (case.batch, *case.label_size)
-    labels = torch.randint(0, case.num_classes, shape)
+    """Random, without class 1 where there are three, or patches of 7 × 9 pixels, or one class; some
+    ignored and some out of range."""
+    size, num_classes = case.labels_size, case.num_classes
+    labels = torch.randint(0, num_classes, size)
     if case.labels == "coherent":
-        labels = labels.repeat_interleave(7, 1).repeat_interleave(9, 2)[:, : shape[1], : shape[2]]
+        labels = labels.repeat_interleave(7, 1).repeat_interleave(9, 2)[:, : size[1], : size[2]]
     elif case.labels == "one class":
-        labels.fill_(case.num_classes - 1)
+        labels.fill_(num_classes - 1)
     elif case.labels == "ignored":
         labels.fill_(255)
-    wrong = torch.tensor([255, -1, case.num_classes])[torch.randint(0, 3, shape)]
-    return torch.where(torch.rand(shape) < 0.1, wrong, labels) if labels.numel() > 2 else labels
+    elif num_classes > 2:
+        labels[labels == 1] = 0
+    wrong = torch.tensor([255, -1, num_classes])
+    if labels.numel() > 2:
+        labels = torch.where(torch.rand(size) < 0.1, wrong[torch.randint(0, 3, size)], labels)
+    if labels.numel() > 3:
+        labels.view(-1)[:3] = wrong
+    return labels.to(case.label_dtype)
 
 
-def unfused(case: Case, logits: Tensor, labels: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """losses, overlaps, masses, squares, pixel_losses and lse by torch's formulas in this dtype,
-    then counts and hits. Here also unread logits are multiplied by 0, so all must be finite."""
-    z = F.interpolate(
-        logits.to(dtype), case.label_size, mode="bilinear", align_corners=case.align_corners
-    )
-    valid = (labels >= 0) & (labels < case.num_classes) & (labels != 255)
-    own = torch.where(valid, labels, 0)
-    log_p = z.log_softmax(1)
-    losses = -log_p.gather(1, own[:, None])[:, 0] * valid
-    image = torch.arange(case.batch)[:, None, None] if case.per_image else 0
-    keys = torch.where(valid, image * case.num_classes + own, -1)
-    shape = (case.batch, case.num_classes) if case.per_image else (case.num_classes,)
-
-    def by_class(values: Tensor) -> Tensor:
-        sums = values.new_zeros(torch.Size(shape).numel() + 1)
-        return sums.index_add(0, keys.flatten(), values.flatten())[:-1].view(shape)
-
-    keys = torch.where(keys < 0, torch.Size(shape).numel(), keys)
-    p = log_p.exp() * valid[:, None]
-    axes = (2, 3) if case.per_image else (0, 2, 3)
-    return [
-        by_class(losses),
-        by_class(p.gather(1, own[:, None])[:, 0]),
-        p.sum(axes),
-        p.square().sum(axes),
-        losses,
-        z.logsumexp(1) * valid,
-        by_class(valid.long()),
-        by_class((valid & (z.argmax(1) == own)).long()),
-    ]
-
-
-def fused(case: Case, logits: Tensor, labels: Tensor, **asked: bool) -> list[Tensor | None]:
-    """The same by ao.ops.softmax_moments."""
-    found = ao.ops.softmax_moments(
-        logits,
-        labels,
-        ignore_index=255,
-        align_corners=case.align_corners,
-        per_image=case.per_image,
-        **(EVERYTHING | asked),
-    )
-    return [*found[2:8], *found[:2]]
-
-
-def weights_of(case: Case) -> list[Tensor]:
+def make_weights(case: Case) -> dict[str, Tensor]:
     """A gradient for each floating result."""
-    by_class = (case.batch, case.num_classes) if case.per_image else (case.num_classes,)
-    by_pixel = (case.batch, *case.label_size)
+    sizes = [case.by_class] * 4 + [case.labels_size] * 2
     dtype = statistics_dtype(case.dtype)
-    return [torch.randn(shape, dtype=dtype) for shape in [by_class] * 4 + [by_pixel] * 2]
+    return {k: torch.randn(n, dtype=dtype) for k, n in zip(FLOATING, sizes, strict=True)}
 
 
-def check(case: Case, logits: Tensor, labels: Tensor, backend: str) -> None:
-    dtype, weights = statistics_dtype(case.dtype), weights_of(case)
-    results = []
-    for function, x, of in (
-        (lambda x: fused(case, x, labels), logits.detach(), backend),
-        (lambda x: unfused(case, x, labels, F64), logits.double(), "auto"),
-        (lambda x: unfused(case, x, labels, dtype), logits.to(dtype), "auto"),
-    ):
-        x = x.requires_grad_()
-        with ao.use_backend(of):
-            outputs = function(x)
-            weighted = [w.to(y.dtype) for w, y in zip(weights, outputs, strict=False)]
-            found = torch.autograd.grad(outputs[:6], x, weighted)  # pyright: ignore
-            results.append([*outputs, *found])
-    ours, exact, straightforward = results
-    gradient, eps = ours[-1], torch.finfo(dtype).eps
-    assert gradient.dtype == case.dtype
+def is_valid(case: Case, labels: Tensor) -> Tensor:
+    labels = labels.long()
+    return (labels >= 0) & (labels < case.num_classes) & (labels != 255)
+
+
+def moments_of(case: Case, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    options = case.options
+    if options.shapes_losses or case.size[1] == 1:
+        moments = unchecked_moments("test", logits, labels, options)
+    else:
+        public = {k: v for k, v in options._asdict().items() if k not in Options._fields[:3]}
+        moments = ao.ops.softmax_moments(logits, labels, **public)
+    return {name: x for name, x in moments._asdict().items() if x is not None}
+
+
+Results = tuple[dict[str, Tensor], Tensor]
+
+
+def with_gradient(moments, logits: Tensor, weights: dict[str, Tensor], through) -> Results:
+    used = [name for name in FLOATING if name in through and name in moments]
+    gradients = [weights[name].to(moments[name].dtype) for name in used]
+    (dlogits,) = torch.autograd.grad([moments[name] for name in used], logits, gradients)
+    return {name: x.detach() for name, x in moments.items()}, dlogits
+
+
+def run(case: Case, logits: Tensor, labels: Tensor, weights, through=FLOATING) -> Results:
+    """All statistics, and the gradient of a weighted sum of those in `through`."""
+    logits = logits.detach().requires_grad_()
+    return with_gradient(moments_of(case, logits, labels), logits, weights, through)
+
+
+def results(case: Case, logits: Tensor, labels: Tensor, weights, through=FLOATING) -> list[Tensor]:
+    """The results of `run` as a list."""
+    values, dlogits = run(case, logits, labels, weights, through)
+    return [*values.values(), dlogits]
+
+
+def of_reference(case: Case, logits: Tensor, labels: Tensor, weights, through=FLOATING) -> Results:
+    with ao.use_backend("reference"):
+        return run(case, logits.detach().to(statistics_dtype(case.dtype)), labels, weights, through)
+
+
+def upsampled(case: Case, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits of the pixels [B, K, N], the pixels' labels [B, N], and whether they are valid."""
+    if x.dim() == 2:
+        x, labels = x.t()[None], labels[None]
+    elif x.dim() == 4:
+        align_corners = case.align_corners
+        x = F.interpolate(x, case.pixels, mode="bilinear", align_corners=align_corners)
+    z, valid = x.flatten(2), is_valid(case, labels).flatten(1)
+    z = torch.cat([torch.zeros_like(z), z], 1) if case.size[1] == 1 else z
+    return z, torch.where(valid, labels.flatten(1).long(), 0), valid
+
+
+def by_torch(case: Case, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """All statistics but the hits by torch's formulas in the dtype of x. Unread logits are
+    multiplied by 0, so all must be finite."""
+    z, own, valid = upsampled(case, x, labels)
+    one_hot = (own[:, None] == torch.arange(case.num_classes)[:, None]) & valid[:, None]
+    log_p = z.log_softmax(1)
+    p = torch.where(valid[:, None], log_p.exp(), 0)
+    c = -log_p.gather(1, own[:, None])[:, 0]
+    used = valid if case.min_loss is None else valid & ~(c < case.min_loss)
+    losses = torch.where(used, shaped_losses(case, log_p, c, own), 0)
+    axes = (2,) if case.per_image else (0, 2)
+    moments = {
+        "counts": lambda: one_hot.sum(axes),
+        "losses": lambda: torch.where(one_hot, losses[:, None], 0).sum(axes),
+        "overlaps": lambda: torch.where(one_hot, p, 0).sum(axes),
+        "masses": lambda: p.sum(axes),
+        "squares": lambda: p.square().sum(axes),
+        "pixel_losses": lambda: losses.view(labels.shape),
+        "lse": lambda: torch.where(valid, z.logsumexp(1), 0).view(labels.shape),
+        "used": lambda: (one_hot & used[:, None]).sum(axes),
+    }
+    asked = {"counts", "losses", *case.asked} - {"hits"}
+    asked |= {"overlaps"} if "masses" in case.asked else set()
+    asked |= {"used"} if case.min_loss is not None else set()
+    return {name: moments[name]() for name in asked}
+
+
+def formula(case: Case, logits, labels, weights, dtype: torch.dtype, through=FLOATING) -> Results:
+    """The results of `run` by torch's formulas in this dtype."""
+    x = logits.detach().to(dtype, memory_format=torch.contiguous_format).requires_grad_()
+    return with_gradient(by_torch(case, x, labels), x, weights, through)
+
+
+def shaped_losses(case: Case, log_p: Tensor, c: Tensor, own: Tensor) -> Tensor:
+    losses, smoothing = c, case.options.smoothing
+    if smoothing is not None:
+        of_own, of_all = smoothing.to(c.dtype).expand(len(c), 2, -1).unbind(1)
+        losses = of_own.gather(1, own) * c - (of_all[..., None] * log_p).sum(1)
+    if case.focal_gamma > 0:
+        miss = -torch.expm1(-c).clamp(max=-torch.finfo(c.dtype).tiny)
+        losses = losses * miss**case.focal_gamma
+    return losses
+
+
+def check(case: Case, backend: str, through=FLOATING, logits=None, labels=None) -> None:
+    """Values and gradients of the backend, which is chosen, are within the error budget."""
+    logits = make_logits(case)[0] if logits is None else logits
+    labels = make_labels(case) if labels is None else labels
+    weights, dtype = make_weights(case), statistics_dtype(case.dtype)
+    ours, dlogits = run(case, logits, labels, weights, through)
+    exact, exact_gradient = formula(case, logits, labels, weights, F64, through)
+    plain, plain_gradient = formula(case, logits, labels, weights, dtype, through)
+
+    assert ours.keys() - {"hits"} == exact.keys() and ("hits" in ours) == ("hits" in case.asked)
+    for name in ("counts", "used"):
+        assert name not in ours or torch.equal(ours[name], exact[name])
+    for name in ("pixel_losses", "lse"):
+        if name in ours:
+            assert not ours[name][~is_valid(case, labels)].any(), f"{name}: ignored pixels are 0"
+    assert dlogits.dtype == case.dtype
     if backend != "reference":
-        assert gradient.stride() == torch.empty_like(logits).stride()
-    assert torch.equal(ours[6], exact[6])
-    # float64 is compared with sums in float64; an exponent is a difference of logits, rounded once
-    spread = (logits.max() - logits.min()).item()
-    floor_of_terms = eps * max(32 if dtype == F64 else 8, spread / 2)
-    near_ties = (exact[7] - straightforward[7]).abs()
-    assert ((ours[7] - exact[7]).abs() <= 1 + 2 * near_ties).all()
-    for found, right, plain in zip(
-        ours[:6] + ours[8:],
-        exact[:6] + exact[8:],
-        straightforward[:6] + straightforward[8:],
-        strict=True,
-    ):
-        own = torch.finfo(found.dtype).eps
-        floor = own * right.abs() + floor_of_terms * right.abs().max()
-        error = (found.double() - right).abs()
-        allowed = 2 * (plain.double() - right).abs().max() + floor
-        assert (error <= allowed).all(), f"error {error.max():.3g}, allowed {allowed.max():.3g}"
+        assert dlogits.stride() == torch.empty_like(logits, device="meta").stride()
+
+    eps, spread = torch.finfo(dtype).eps, float(logits.max()) - float(logits.min())
+    roundings = 32 if dtype == F64 else 12 if BACKEND else 8  # of float64, like the formula
+    floor = ON_GPU if logits.is_cuda else eps * max(roundings, spread / 2)
+    if "hits" in ours:
+        check_hits(case, logits, labels, ours["hits"], ON_GPU if logits.is_cuda else 2 * eps)
+    for name in FLOATING:
+        if name in ours:
+            assert ours[name].dtype == dtype and ours[name].shape == exact[name].shape
+            assert_close(name, ours[name], exact[name], plain[name], floor, eps)
+    # one rounding to the logits' dtype, or to its smallest number; the interpreter truncates
+    info = torch.finfo(case.dtype)
+    truncates = case.dtype == BF16 and BACKEND == "triton"
+    plain_gradient = plain_gradient + info.smallest_normal * info.eps
+    eps = info.eps * (1 if truncates or logits.is_cuda or case.dtype == dtype else 0.5)
+    assert_close("dlogits", dlogits, exact_gradient, plain_gradient, floor, eps)
+
+
+def assert_close(name: str, ours: Tensor, exact: Tensor, plain: Tensor, floor: float, eps: float):
+    error = (ours.double() - exact).abs()
+    allowed = 0 if ours.is_cuda else 2 * (plain.double() - exact).abs().max()
+    allowed = allowed + floor * exact.abs().max() + eps * exact.abs()
+    assert (error <= allowed).all(), f"{name}: {error.max():.3g}, allowed {allowed.max():.3g}"
+
+
+def check_hits(case: Case, logits: Tensor, labels: Tensor, hits: Tensor, floor: float) -> None:
+    """Exact, except for pixels whose two largest logits are equal up to rounding."""
+    z, own, valid = upsampled(case, logits.double(), labels)
+    others = z.scatter(1, own[:, None], -torch.inf).amax(1)
+    lead = z.gather(1, own[:, None])[:, 0] - others
+    one_hot = (own[:, None] == torch.arange(case.num_classes)[:, None]) & valid[:, None]
+    floor *= 1 + float(z.abs().max())
+    least, most = (
+        (one_hot & (lead > at_least)[:, None]).sum((2,) if case.per_image else (0, 2))
+        for at_least in (floor, -floor)
+    )
+    assert ((least <= hits) & (hits <= most)).all()

@@ -1,8 +1,8 @@
 """CUDA: the bits of a result do not depend on the order in which threads run."""
 
 import masked_sums as moments
-import pixels
 import pytest
+import softmax_formulas as softmax
 import torch
 from masked_sums import BF16, F32
 
@@ -19,8 +19,8 @@ CLASS_MOMENTS = [
     moments.Case((900, 5), 7, labels="mixed"),
 ]
 SOFTMAX_MOMENTS = [
-    pixels.Case((2, 7, 5, 9), (20, 36)),  # cells
-    pixels.Case((2, 40, 3, 4), (5, 7), layout="channels_last", per_image=True),  # single pixels
+    softmax.Case((2, 7, 5, 9), (20, 36)),  # cells
+    softmax.Case((2, 40, 3, 4), (5, 7), layout="channels_last", per_image=True),  # single pixels
 ]
 METHODS = {
     "SAR": lambda: ao.SAR(5, 12, delta=0.0, gate="per_class"),
@@ -47,14 +47,10 @@ def test_class_moments(set_order, case: moments.Case):
 
 
 @pytest.mark.parametrize("case", SOFTMAX_MOMENTS, ids=str)
-def test_softmax_moments(set_order, case: pixels.Case):
-    given = case, pixels.make_logits(case), pixels.make_labels(case), pixels.make_weights(case)
-
-    def run():
-        values, dlogits = pixels.values_and_gradient(*given)
-        return [*values.values(), dlogits]
-
-    check(set_order, run)
+def test_softmax_moments(set_order, case: softmax.Case):
+    logits, labels = softmax.make_logits(case)[0], softmax.make_labels(case)
+    weights = softmax.make_weights(case)
+    check(set_order, lambda: softmax.results(case, logits, labels, weights))
 
 
 @pytest.mark.parametrize("num_classes", [9, 40])  # 16 have slots

@@ -1,0 +1,265 @@
+"""Softmax moments of logits that are not finite, on every backend. A pixel reads a logit if its
+weight is not 0. A NaN affects the pixels that read it, and nothing else."""
+
+import math
+
+import pytest
+import torch
+from cpu_kernels import passes_with
+from softmax_formulas import (
+    BF16,
+    EVERYTHING,
+    F16,
+    F32,
+    F64,
+    Case,
+    make_labels,
+    make_logits,
+    make_weights,
+    of_reference,
+    run,
+)
+from torch import Tensor
+
+import anchorops as ao
+from anchorops import reference
+from anchorops._ops.softmax_moments import Options, unchecked_moments
+
+on_cpu = pytest.mark.on("cpu", "reference")
+shapes_losses = pytest.mark.on("cpu", "reference", "interpreter")  # cuda leaves them to triton
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+
+RATIOS = [((12, 16), False), ((9, 13), True), ((3, 4), False)]  # of labels to logits of (3, 4)
+each_ratio = pytest.mark.parametrize(("pixels", "align_corners"), RATIOS)
+CASES = [
+    Case((2, 7, 9, 20), (36, 80), labels="coherent"),
+    Case((2, 7, 9, 20), (36, 80), BF16, True, layout="channels_last"),
+    Case((2, 7, 9, 20), (31, 67), F32, True),
+    Case((2, 3, 9, 20), (72, 160), F16),
+    Case((2, 7, 9, 20), (9, 20), F32),
+    Case((2, 7, 9, 20), (5, 11), F64),
+    Case((2, 2, 5, 6), (20, 24)),
+]
+
+
+def read_by(pixels: tuple[int, int], align_corners: bool, row: int, column: int) -> Tensor:
+    """bool [H, W]: the pixels that read the logit at (row, column)."""
+    x = torch.zeros(1, 1, 3, 4)
+    x[0, 0, row, column] = 1
+    return reference.upsample(x, pixels, align_corners)[0, 0] != 0
+
+
+@each_ratio
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_logit_spoils_the_pixels_that_read_it(pixels, align_corners, value, backend: str):
+    case = Case((2, 5, 3, 4), pixels, F32, align_corners)
+    logits, weights = make_logits(case)[0], make_weights(case)
+    labels = torch.randint(0, 5, case.labels_size)
+    spoilt = read_by(pixels, align_corners, 1, 2)
+    labels[1, spoilt] %= 2
+    clean, clean_gradient = run(case, logits, labels, weights)
+    logits[1, 3, 1, 2] = value
+    ours, dlogits = run(case, logits, labels, weights)
+    for name in ("pixel_losses", "lse"):
+        assert torch.equal(ours[name][0], clean[name][0])
+        torch.testing.assert_close(ours[name][1][~spoilt], clean[name][1][~spoilt])
+        assert not ours[name][1][spoilt].isfinite().any()
+    assert not ours["masses"][3].isfinite()
+    assert not ours["losses"][labels[1, spoilt]].isfinite().any()
+    torch.testing.assert_close(ours["losses"][2:], clean["losses"][2:])
+    # Positions that no affected pixel reads keep their gradient. That of the logit is not finite.
+    reached = [
+        [(read_by(pixels, align_corners, i, j) & spoilt).any() for j in range(4)] for i in range(3)
+    ]
+    reached = torch.tensor(reached)
+    assert not dlogits[1, 3, 1, 2].isfinite()
+    assert torch.equal(dlogits[0], clean_gradient[0])
+    torch.testing.assert_close(dlogits[1][:, ~reached], clean_gradient[1][:, ~reached])
+    if math.isnan(value):
+        assert dlogits[1][:, reached].isnan().all()
+
+
+@each_ratio
+def test_ignored_pixels_change_nothing(pixels, align_corners, backend: str):
+    """Every pixel that reads a NaN or an Inf is ignored. Then the results are those of finite
+    logits, except for rounding, because another maximum may be subtracted."""
+    case = Case((1, 5, 3, 4), pixels, F32, align_corners)
+    logits, weights = make_logits(case)[0], make_weights(case)
+    labels = torch.randint(0, 5, case.labels_size)
+    labels[0, read_by(pixels, align_corners, 1, 2)] = 255
+    expected = run(case, logits, labels, weights)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        logits[0, 3, 1, 2] = value
+        torch.testing.assert_close(run(case, logits, labels, weights), expected)
+
+
+@on_cpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_that_no_pixel_reads(case: Case, backend: str):
+    """Not a bit changes."""
+    logits, labels, weights = make_logits(case)[0], make_labels(case), make_weights(case)
+    labels[:, : case.pixels[0] * 2 // 3] = 255
+    upper = logits[:, :, : case.size[2] // 2]
+    clean, gradient = run(case, logits, labels, weights)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        upper.fill_(value)
+        ours, dlogits = run(case, logits, labels, weights)
+        assert all(torch.equal(ours[name], clean[name]) for name in clean)
+        assert torch.equal(dlogits, gradient)
+    assert not gradient[:, :, : case.size[2] // 2].any()
+
+
+@pytest.mark.on("cpu")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_are_those_of_the_reference(case: Case, value: float, backend: str):
+    """One logit, all classes of a position, and a whole class."""
+    logits, labels, weights = make_logits(case)[0], make_labels(case), make_weights(case)
+    logits[0, 0, 2, 3] = logits[1, :, 4, 4] = value
+    if case.num_classes > 2:
+        logits[1, 2] = value
+    (ours, dlogits), (exact, exact_gradient) = (
+        f(case, logits, labels, weights) for f in (run, of_reference)
+    )
+    for found, expected in ((dlogits, exact_gradient), *((ours[k], exact[k]) for k in exact)):
+        rtol = 1e-2 if found.dtype in (BF16, F16) else 1e-5
+        atol = rtol * float(torch.where(expected.isfinite(), expected, 0).abs().max())
+        expected = expected.to(found.dtype)
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, equal_nan=True)
+
+
+@each_ratio
+def test_minus_infinity_masks_a_class(pixels, align_corners, backend: str):
+    """A logit of −inf, in a whole plane or at single positions: p = 0, gradient 0, no NaN."""
+    case = Case((1, 5, 3, 4), pixels, F32, align_corners)
+    logits, weights = make_logits(case)[0], make_weights(case)
+    labels = torch.randint(0, 2, case.labels_size)
+    logits[0, 2] = -torch.inf
+    logits[0, 4, 0, 1] = -torch.inf
+    logits[0, 3, 1:, 2:] = -torch.inf
+    ours, dlogits = run(case, logits, labels, weights)
+    expected = of_reference(case, logits, labels, weights)
+    torch.testing.assert_close((ours, dlogits), expected, rtol=1e-5, atol=1e-5)
+    assert not dlogits[0, 2].any() and not dlogits[0, 4, 0, 1].any()
+    labels[0, 1, 1] = 2  # a masked class is not expected: its loss is infinite
+    ours, _ = run(case, logits, labels, weights)
+    assert ours["losses"][2] == torch.inf and ours["pixel_losses"][0, 1, 1] == torch.inf
+    assert ours["losses"].isfinite().sum() == 4 and ours["overlaps"][2] == 0
+
+
+@on_cpu
+def test_a_class_of_minus_infinity_is_no_class(backend: str):
+    case, fewer = (Case((2, num_classes, 9, 20), (36, 80)) for num_classes in (6, 5))
+    logits, labels, weights = make_logits(case)[0], make_labels(case), make_weights(case)
+    labels[labels == 3] = 255
+    logits[:, 3] = -torch.inf
+    kept = torch.tensor([0, 1, 2, 4, 5])
+    of_kept = torch.full((256,), 255).index_put_((kept,), torch.arange(5))
+    of_kept = of_kept[labels.where((labels >= 0) & (labels < 6), 255)]
+    weights_of_kept = {name: w[kept] if w.dim() == 1 else w for name, w in weights.items()}
+    ours, dlogits = run(case, logits, labels, weights)
+    others, gradient = run(fewer, logits[:, kept], of_kept, weights_of_kept)
+    torch.testing.assert_close(dlogits[:, kept], gradient)
+    assert not dlogits[:, 3].any()
+    for name, found in ours.items():
+        torch.testing.assert_close(found[kept] if found.dim() == 1 else found, others[name])
+        assert found.dim() > 1 or not found[3]
+
+
+@shapes_losses
+@each_ratio
+def test_shaped_losses(pixels, align_corners, backend: str):
+    """A class that is −inf and has no weight; NaN in ignored pixels; a label whose loss is ∞."""
+    case = Case((1, 4, 3, 4), pixels, F32, align_corners, smoothing="class", focal_gamma=2.0)
+    logits, weights = make_logits(case)[0], make_weights(case)
+    labels = torch.randint(1, 4, case.labels_size)
+    logits[0, 0] = -torch.inf  # v = 0
+    logits[0, 2, 1, 2] = torch.nan
+    labels[0, read_by(pixels, align_corners, 1, 2)] = 255
+    through = ("losses", "pixel_losses")
+    for min_loss in (None, 0.2):
+        case = case._replace(min_loss=min_loss)
+        ours, dlogits = run(case, logits, labels, weights, through)
+        expected = of_reference(case, logits, labels, weights, through)
+        torch.testing.assert_close((ours, dlogits), expected, rtol=1e-5, atol=1e-5)
+        assert dlogits.isfinite().all() and dlogits[0, 1].any() and not dlogits[0, 0].any()
+    labels[0, 0, 0] = 0
+    ours, _ = run(case, logits, labels, weights, through)
+    assert ours["pixel_losses"][0, 0, 0] == ours["losses"][0] == torch.inf
+    assert ours["losses"][1:].isfinite().all()
+
+
+@shapes_losses
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_a_label_of_a_masked_class_without_weights(ratio: int, backend: str):
+    """a = v = 0: its loss is that of the other classes; without smoothing it is ∞."""
+    logits = torch.randn(1, 3, 4, 8)
+    logits[:, 2] = -torch.inf
+    logits[:, :, :, 0] = torch.nan
+    logits.requires_grad_()
+    labels = torch.zeros(1, 4 * ratio, 8 * ratio, dtype=torch.int64)
+    labels[:, :, : 2 * ratio] = 255
+    labels[0, 0, -1] = 2
+    smoothing = torch.tensor([[0.9, 0.9, 0.0], [0.05, 0.05, 0.0]])
+    options = Options(smoothing=smoothing, focal_gamma=2.0, min_loss=0.1, pixel_losses=True)
+    found = unchecked_moments("test", logits, labels, options)
+    (gradient,) = torch.autograd.grad(found.losses.sum(), logits)
+    assert found.losses.isfinite().all() and gradient.isfinite().all()
+    assert gradient[:, :, :, 2:].any() and not gradient[:, 2].any()
+    found = unchecked_moments("test", logits, labels, options._replace(smoothing=None))
+    assert found.pixel_losses[0, 0, -1] == torch.inf
+
+
+def test_gradient_of_nan_reaches_the_logits_that_its_pixel_reads(backend: str):
+    """With aligned corners, label pixel (2, 2) reads the logit (1, 1) alone."""
+    logits = torch.randn(1, 3, 4, 4)
+    logits[0, :, 1, 1] = torch.nan
+    labels = torch.full((1, 7, 7), 255)
+    labels[0, 2, 2], labels[0, 6, 6] = 1, 2
+    for outputs in (["overlaps"], ["losses", "masses", "overlaps"], ["losses"]):
+        leaf = logits.clone().requires_grad_()
+        moments = ao.ops.softmax_moments(leaf, labels, align_corners=True)
+        torch.stack([getattr(moments, name).sum() for name in outputs]).sum().backward()
+        expected = torch.zeros(1, 3, 4, 4, dtype=torch.bool)
+        expected[0, :, 1, 1] = True
+        assert leaf.grad is not None and torch.equal(leaf.grad.isnan(), expected), outputs
+
+
+@pytest.mark.parametrize(
+    ("size", "labels", "dtype"),
+    [
+        ((0, 5), (0,), F32),
+        ((0, 5, 7), (0, 7), F32),
+        ((2, 5, 0), (2, 0), F32),
+        ((0, 5, 3, 4), (0, 6, 8), F32),
+        ((2, 5, 0, 4), (2, 0, 4), F32),
+        ((2, 5, 3, 4), (2, 0, 8), F32),
+        ((2, 5, 3, 4), (2, 8, 0), F32),
+        ((2, 5, 3, 4), (2, 6, 8), F16),
+        ((2, 5, 3, 4), (2, 7, 9), F16),
+        ((2, 5, 2, 3, 4), (2, 2, 3, 4), F32),
+        ((2, 5, 3, 4), (2, 12, 16), F32),
+        ((9, 5), (9,), F32),
+    ],
+)
+@pytest.mark.parametrize("per_image", [False, True])
+def test_nothing_valid(size, labels, dtype, per_image, backend: str, poisoned: None):
+    logits = torch.full(size, torch.nan, dtype=dtype, requires_grad=True)
+    ignored = torch.full(labels, 255)
+    moments = ao.ops.softmax_moments(logits, ignored, per_image=per_image, **EVERYTHING)
+    loss = ao.pixel_cross_entropy(logits, ignored)
+    images = (1 if len(size) == 2 else size[0],) if per_image else ()
+    for statistic in moments[:6]:
+        assert statistic.shape == (*images, 5)
+    assert moments.lse.shape == moments.pixel_losses.shape == labels
+    assert not any(x.any() for x in (*moments[:8], loss))
+    found = [*moments[2:8], loss]
+    (gradient,) = torch.autograd.grad(found, logits, found)  # pyright: ignore
+    assert gradient.shape == size and not gradient.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", ["default", "avx2"])
+def test_lesser_instruction_sets(instructions: str):
+    """The same in a process that uses a lower instruction set than this processor has."""
+    passes_with(instructions, __file__, "cpu and not instruction_sets")
