@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import D, K, Net, batch
+from networks import D, K, Net, backward, batch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
@@ -29,13 +28,6 @@ def test_features_are_the_classifiers_input_before_dropout() -> None:
     torch.testing.assert_close(cr.features, features)
     torch.testing.assert_close(cr(labels), cr.regularizer(features, labels))
     assert cr.features is None  # taken
-
-
-def backward(model: nn.Module, attached: Attachment) -> Tensor:
-    x, labels = batch()
-    loss = F.cross_entropy(model(x), labels[:, ::2, ::2]) + attached(labels)
-    loss.backward()
-    return loss.detach()
 
 
 def test_features_are_taken_not_copied() -> None:
@@ -306,89 +298,6 @@ def test_two_regularizers_on_one_model() -> None:
     assert model.state_dict().keys() == Net().state_dict().keys()
 
 
-def test_the_labels_of_several_forwards_are_refused() -> None:
-    """Two views, and a classifier that runs twice in one forward."""
-    x, labels = batch()
-    model = Net()
-    occl = ao.attach(model, ao.OCCL(K, D))
-    model(x)
-    model(x.flip(3))
-    for _ in range(2):  # the error does not take the features
-        with pytest.raises(RuntimeError, match=r"OCCL: features of several forwards: .* once"):
-            occl(labels)
-    occl.forget()
-    model(x)
-    occl(labels)
-
-    class Twice(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x[..., ::2, ::2]).mean() + super().forward(x)
-
-    model = Twice()
-    occl = ao.attach(model, ao.OCCL(K, D))
-    model(x)
-    with pytest.raises(RuntimeError, match="use_last=True"):
-        occl(labels)
-    occl.detach()
-    occl = ao.attach(model, ao.OCCL(K, D), use_last=True)
-    model(x)
-    assert occl.features is not None and occl.features.shape == (2, D, 4, 4)  # of the last run
-    occl(labels)
-    with pytest.raises(ValueError, match="attach: use_last: expected True or False, got 1"):
-        ao.attach(model, ao.OCCL(K, D), use_last=1)  # type: ignore[arg-type]
-
-
-def test_forwards_whose_features_nobody_can_mean_do_not_count() -> None:
-    x, labels = batch()
-    model = Net()
-    occl = ao.attach(model, ao.OCCL(K, D))
-    for _ in range(2):  # gradient accumulation: a loss after each forward
-        (model(x).mean() + occl(labels)).backward()
-    for _ in range(2):  # steps without the method's loss
-        model(x).mean().backward()
-    (model(x).mean() + occl(labels)).backward()
-    first, last = model(x), model(x.flip(3))
-    first.mean().backward()  # it has not gone through the last features
-    model(x)
-    with pytest.raises(RuntimeError, match="several forwards"):
-        occl(labels)
-    last.mean().backward()
-    occl.forget()
-    with torch.no_grad():
-        model(x)
-    model(x)
-    with torch.no_grad():
-        model(x.flip(3))
-    model.train()
-    loss = occl(labels)
-    model(x)
-    model.eval()
-    model(x)
-    model.train()
-    model(x)
-    torch.testing.assert_close(occl(labels), loss, rtol=1, atol=1)  # other random halves
-    copied = copy.deepcopy(model)  # a copy of a model with features starts without them
-    copied(x)
-    copied.regularizer.attachment(labels)  # type: ignore[union-attr, operator]
-
-
-def test_several_forwards_of_a_compiled_model() -> None:
-    torch.compiler.reset()
-    x, labels = batch()
-    model = Net()
-    occl = ao.attach(model, ao.OCCL(K, D))
-    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        (compiled(x).mean() + occl(labels)).backward()
-    compiled(x)
-    compiled(x)
-    with pytest.raises(RuntimeError, match=r"several forwards.*forget\(\)"):
-        occl(labels)
-    occl.forget()
-    compiled(x)
-    occl(labels)
-
-
 def test_functional_transforms_of_a_model_with_a_method() -> None:
     x, _ = batch()
     model = Net()
@@ -403,177 +312,6 @@ def test_functional_transforms_of_a_model_with_a_method() -> None:
     torch.testing.assert_close(gradients["body.weight"], model.body.weight.grad)
     each = torch.func.vmap(loss, (None, 0))(parameters, x[:, None])
     torch.testing.assert_close(each.mean(), loss(parameters, x))
-
-
-def reparametrized() -> dict[str, Callable[[nn.Module], Any]]:
-    utils = torch.nn.utils
-    return {
-        "weight_norm": lambda layer: utils.parametrizations.weight_norm(layer),
-        "spectral_norm": lambda layer: utils.parametrizations.spectral_norm(layer),
-        "orthogonal": lambda layer: utils.parametrizations.orthogonal(layer),
-        "old weight_norm": lambda layer: utils.weight_norm(layer),
-        "old spectral_norm": lambda layer: utils.spectral_norm(layer),
-        "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-        "bias": lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
-    }
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-@pytest.mark.parametrize("update", ["frozen", "gradient", "ema", "penalty"])
-@pytest.mark.parametrize("how", reparametrized())
-def test_cbp_does_not_replace_a_weight_that_is_computed(how: str, update: str) -> None:
-    model = Net()
-    reparametrized()[how](model.classifier)
-    state = copy.deepcopy(model.state_dict())
-    for method in (ao.CBP(K, D, update=update), ao.Combined(ao.OCCL(K, D), ao.CBP(K, D))):
-        with pytest.raises(ValueError, match=r"CBP: classifier: .* a parameter: .*remove_param"):
-            ao.attach(model, method)
-    assert model.classifier.bias is not None
-    assert not model.classifier._forward_pre_hooks or "old" in how or how in ("pruned", "bias")
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-@pytest.mark.parametrize("how", reparametrized())
-def test_methods_share_a_weight_that_is_computed(how: str) -> None:
-    """The loss and the gradient of the features are those of a classifier with these values.
-    (Reading a spectral norm may change the length of all rows, which OCCL normalises.)"""
-    model = Net()
-    reparametrized()[how](model.classifier)
-    attached, alone = ao.attach(model, ao.OCCL(K, D)), ao.OCCL(K, D)
-    x, labels = batch()
-    model(x)
-    weight, bias = (t.detach().clone() for t in (model.classifier.weight, model.classifier.bias))
-    plain = nn.Conv2d(D, K, 1)
-    plain.load_state_dict({"weight": weight, "bias": bias})
-    features = attached.features
-    assert features is not None
-    want = features.detach().requires_grad_()
-    expected = alone(want, labels, plain)
-    loss = attached(labels)
-    torch.testing.assert_close(loss, expected)
-    (gradient,) = torch.autograd.grad(loss, features)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected, want)[0])
-
-
-def test_cbp_does_not_replace_a_weight_of_two_modules() -> None:
-    model = Net()
-    model.aux_head.weight = model.classifier.weight
-    with pytest.raises(ValueError, match=r"attach: module: .* got classifier, .* aux_head shares"):
-        ao.attach(model, ao.CBP(K, D))
-    ao.attach(model, ao.OCCL(K, D))  # reads it
-
-
-def test_cbp_does_not_replace_a_quantised_weight() -> None:
-    model = Net()
-    weight = nn.Parameter(torch.zeros(K, D, 1, 1, dtype=torch.int8), requires_grad=False)
-    model.classifier.weight = weight
-    with pytest.raises(ValueError, match="CBP: classifier: expected a weight that is not quantis"):
-        ao.attach(model, ao.CBP(K, D))
-    with pytest.raises(ValueError, match="OCCL: classifier: expected a weight that is not quant"):
-        ao.OCCL(K, D)(torch.zeros(2, D, 4, 4), torch.zeros(2, 4, 4).long(), model.classifier)
-
-
-def test_a_classifier_without_bias() -> None:
-    for update in ("frozen", "gradient", "ema", "penalty"):
-        model = Net()
-        model.classifier = nn.Conv2d(D, K, 1, bias=False)
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        cbp = ao.attach(model, ao.CBP(K, D, update=update))
-        backward(model, cbp)
-        cbp.detach()
-        assert torch.equal(model.classifier.weight, before["classifier.weight"])
-        assert isinstance(model.classifier.weight, nn.Parameter) and model.classifier.bias is None
-
-
-def test_lora() -> None:
-    """PEFT puts the layer inside a module with the adapter; loralib adds parameters to it."""
-
-    class Inside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.base_layer = nn.Conv2d(D, K, 1)
-            self.lora_A, self.lora_B = nn.Conv2d(D, 2, 1), nn.Conv2d(2, K, 1)
-
-    for classifier in (Inside(), nn.Conv2d(D, K, 1)):
-        model: Any = Net()
-        model.aux_head = nn.Identity()
-        model.classifier = classifier
-        if isinstance(classifier, nn.Conv2d):
-            classifier.register_parameter("lora_A", nn.Parameter(torch.zeros(2, D)))
-        for method in (ao.OCCL(K, D), ao.SAR(K, D), ao.CBP(K, D)):
-            with pytest.raises(ValueError, match=r"attach: module: .* without an adapter"):
-                ao.attach(model, method)
-        ao.attach(model, ao.SAR(K, D, embed=False))
-
-
-def test_checkpoints_of_models_without_cbp_do_not_replace_its_rows() -> None:
-    plain, model = Net(), Net()
-    cbp = ao.attach(model, ao.CBP(K, D))
-    rows = model.classifier.weight.clone()
-    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(ValueError, match=r"CBP: state_dict: .* one with classifier.bias$"):
-            copied.load_state_dict(plain.state_dict(), strict=False)
-        assert torch.equal(copied.classifier.weight, rows)
-    other = Net()
-    ao.attach(other, ao.CBP(K, D))
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other.classifier.weight, rows)
-    cbp.detach()
-    model.load_state_dict(plain.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "got rows of lengths"),
-        ({"length": None}, "got rows with cosines of up to"),
-        ({"orthogonalize": False}, "got rows of lengths"),
-    ],
-    ids=str,
-)
-def test_checkpoints_without_cbp_of_a_classifier_without_bias(
-    options: dict[str, Any], message: str
-) -> None:
-    plain, model, other = (nn.Sequential(nn.Conv2d(D, K, 1, bias=False)) for _ in range(3))
-    for each in (model, other):
-        ao.attach(each, ao.Combined(ao.CBP(K, D, **options)) if options else ao.CBP(K, D))
-    rows = model[0].weight.clone()
-    with pytest.raises(ValueError, match=rf"CBP: state_dict: .*{message}"):
-        model.load_state_dict(plain.state_dict(), strict=False)
-    assert torch.equal(model[0].weight, rows)
-    for dtype in (torch.float32, torch.bfloat16):
-        saved = {name: x.to(dtype) for name, x in model.state_dict().items()}
-        other.load_state_dict(saved)
-        assert torch.equal(other[0].weight, rows.to(dtype).float())
-
-
-@pytest.mark.parametrize("update", ["ema", "penalty", "gradient", "frozen"])
-def test_cbp_that_moves_no_rows_warns_once(update: str, recwarn: pytest.WarningsRecorder) -> None:
-    features, labels = torch.randn(2, D, 4, 4), torch.randint(0, K, (2, 4, 4))
-    cbp, classifier = ao.CBP(K, D, update=update), nn.Conv2d(D, K, 1)
-    cbp.eval()(features, labels, classifier)
-    model = Net()
-    backward(model, ao.attach(model, ao.CBP(K, D, update=update)))
-    assert not recwarn
-    for _ in range(2):
-        cbp.train()(features, labels, classifier)
-    found = [str(warning.message) for warning in recwarn]
-    assert len(found) == (update in ("ema", "penalty"))
-    assert all("was not attached: call anchorops.attach" in message for message in found)
-
-
-def test_penalty_needs_its_parameter() -> None:
-    model = Net()
-    cbp = ao.attach(model, ao.CBP(K, D, update="penalty"))
-    copies: Any = (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))
-    for copied in copies:
-        backward(copied, copied.regularizer.attachment)
-    model.to(torch.float64).float()
-    backward(model, cbp)
-    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-    with pytest.raises(ValueError, match=r'for update="penalty" .* assign=False'):
-        model(batch()[0])
 
 
 def test_meta_models() -> None:
@@ -630,28 +368,3 @@ def test_memory_that_to_empty_has_not_filled(method: str) -> None:
     attached.forget()
     torch.manual_seed(0)
     torch.testing.assert_close(backward(model, attached), expected)
-
-
-def test_a_frozen_basis_stays_frozen_and_detach_restores_the_order() -> None:
-    classifier = nn.Conv2d(D, K, 1)
-    model = nn.Sequential(nn.Conv2d(3, D, 1), classifier)
-    before = [name for name, _ in model.named_parameters()]
-    attachment = ao.attach(model, ao.CBP(K, D))
-    model.requires_grad_(True)  # as after the warm-up of a backbone
-    basis = classifier.weight.clone()
-    model(torch.randn(2, 3, 4, 4)).sum().backward()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer.step()
-    assert torch.equal(classifier.weight, basis)
-    attachment.detach()
-    assert [name for name, _ in model.named_parameters()] == before
-
-
-def test_one_cbp_for_a_classifier() -> None:
-    model = nn.Sequential(nn.Conv2d(3, D, 1), nn.Conv2d(D, K, 1))
-    ao.attach(model, ao.CBP(K, D))
-    message = r"^attach: module: expected .* that no method has replaced: first detach"
-    with pytest.raises(ValueError, match=message):
-        ao.attach(model, ao.CBP(K, D, update="gradient"))
-    with pytest.raises(ValueError, match=r"^Combined: regularizers: expected at most one CBP"):
-        ao.Combined(ao.CBP(K, D), ao.CBP(K, D, update="ema"))

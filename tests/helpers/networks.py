@@ -5,8 +5,11 @@ from collections.abc import Callable
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+
+from anchorops import Attachment
 
 K, D = 5, 16
 
@@ -29,6 +32,14 @@ def batch(size: int = 8, images: int = 2) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(images, 3, size, size, generator=generator)
     return x, torch.randint(0, K, (images, size, size), generator=generator)
+
+
+def backward(model: nn.Module, attached: Attachment) -> Tensor:
+    """One backward pass of cross-entropy and the attached method; returns the loss."""
+    x, labels = batch()
+    loss = F.cross_entropy(model(x), labels[:, ::2, ::2]) + attached(labels)
+    loss.backward()
+    return loss.detach()
 
 
 def torchvision_model(name: str) -> Callable[[], nn.Module]:
