@@ -183,20 +183,6 @@ def test_threads_do_not_matter(both):
     same_for_all_threads(lambda: both(labels, (3, 1, 300, 200), 19, **options))
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.uint8, *(pytest.param(n, marks=cpu) for n in (torch.int32, torch.uint64))]
-)
-@pytest.mark.parametrize("per_image", [False, True])
-def test_opcheck(backend: str, dtype: torch.dtype, per_image: bool):
-    labels, seed = torch.randint(0, 6, (2, 8, 6)).to(dtype), torch.tensor(5)
-    given, operators = (labels, 4, 5, 5, per_image, 255), torch.ops.anchorops
-    torch.library.opcheck(getattr(operators.class_keys, backend), given)
-    keys, counts = torch.tensor([[0, -1, 2], [2, 0, 0]], dtype=torch.int32), torch.tensor([3, 0, 2])
-    torch.library.opcheck(getattr(operators.split_groups, backend), (keys, counts, seed, 2))
-    if backend == "cuda":  # the others use class_keys and split_groups
-        torch.library.opcheck(operators.group_keys.cuda, (*given, seed, 2))
-
-
 # Groups
 
 

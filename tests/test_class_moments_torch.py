@@ -1,4 +1,4 @@
-"""Class moments together with torch: gradcheck, opcheck, compile, autocast, saved tensors. Also the
+"""Class moments together with torch: gradcheck, compile, autocast, saved tensors. Also the
 functions that use them, compared with torch's own."""
 
 import gc
@@ -172,40 +172,6 @@ def test_forward_mode_derivatives_are_right_or_raise(of: str):
     ).sqdists.sum()
     (gradient,) = torch.autograd.grad(primal, leaf)
     torch.testing.assert_close(tangent.sum(), (gradient * leaf).sum())
-
-
-@fused
-@pytest.mark.parametrize(
-    "size",
-    [(2, 6, 5), *(pytest.param(n, marks=pytest.mark.on("cpu")) for n in ((2, 6, 3, 4), (10, 6)))],
-)
-def test_opcheck_class_moments(backend: str, size):
-    operator = getattr(torch.ops.anchorops.class_moments, backend)
-    keys = torch.randint(-1, 6, (1 if len(size) == 2 else 2, torch.Size(size).numel() // 6))
-    keys = keys[:, : keys.numel() if len(size) == 2 else keys.shape[1] // 2].int()
-    features, anchors = torch.randn(size, requires_grad=True), torch.randn(3, 6)
-    for given in (
-        (None, 6, 1, True),
-        (anchors, 6, 2, True),
-        (anchors, 6, 2, False),
-        (anchors.clone().requires_grad_(), 6, 2, True),
-        (anchors.clone().requires_grad_(), 6, 2, False),
-    ):
-        torch.library.opcheck(operator, (features, keys, *given))
-
-
-@fused
-def test_opcheck_class_moments_backward(backend: str):
-    operator = getattr(torch.ops.anchorops.class_moments_backward, backend)
-    features, keys = torch.randn(2, 6, 5), torch.randint(-1, 6, (2, 5), dtype=torch.int32)
-    anchors, dsums, dsqdists = torch.randn(3, 6), torch.randn(6, 6), torch.randn(6)
-    for given in (
-        (None, keys, None, dsums, None),
-        (features, keys, anchors, None, dsqdists),
-        (features, keys, anchors, dsums, dsqdists),
-    ):
-        for stride in ((30, 5, 1), (30, 1, 6)):
-            torch.library.opcheck(operator, (*given, 2, (2, 6, 5), stride, torch.float32))
 
 
 @fused

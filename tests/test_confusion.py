@@ -313,12 +313,3 @@ def test_compiles_as_one_graph(backend):
     for width in (3, 5):
         logits, labels = torch.randn(1, 4, 2, width), torch.randint(0, 4, (1, 7, 2 * width))
         assert torch.equal(matrix(logits, labels), ao.pixel_confusion(logits, labels))
-
-
-@pytest.mark.on("cpu", "interpreter", "emulator")
-def test_operators_are_registered_as_torch_expects(backend):
-    operators = torch.ops.anchorops
-    logits, labels = torch.randn(2, 5, 2, 3), torch.randint(0, 5, (2, 8, 12))
-    torch.library.opcheck(getattr(operators.pixel_argmax, backend), (logits, 8, 12, False))
-    predictions = torch.randint(0, 5, (2, 8, 12))
-    torch.library.opcheck(getattr(operators.confusion, backend), (predictions, labels, 5, 255))

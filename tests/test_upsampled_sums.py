@@ -207,10 +207,6 @@ def test_layout_and_the_rest_of_torch(backend: str, per_image: bool):
     features, labels = example((6, 10), (24, 40))
     features.requires_grad_()
     gradients = [torch.randn(shape) for shape in (((2, K, 5) if per_image else (K, 5)), (5,), (5,))]
-    operator = torch.ops.anchorops.upsampled_sums.cpu
-    of_labels = torch.where(labels < K, labels, -1).byte()
-    for keys in (of_labels, of_labels[:, :6, :10]):
-        torch.library.opcheck(operator, (features, keys, K, K))
     last = features.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def moments(x: Tensor) -> list[Tensor]:

@@ -244,14 +244,6 @@ def test_gradcheck() -> None:
     )
 
 
-def test_opcheck() -> None:
-    logits, labels = inputs()
-    options = (None, None, 0.0, 255, False, True, True, True, True, True, True)
-    operators = torch.ops.anchorops
-    torch.library.opcheck(operators.volume_moments.cpu, (logits, labels, *options))
-    torch.library.opcheck(operators.volume_argmax.cpu, (logits.detach(), 9, 11, 13, False))
-
-
 def test_fullgraph_and_dynamic_shapes() -> None:
     def step(x: Tensor, y: Tensor) -> Tensor:
         classes = ao.pixel_argmax(x, (y.shape[1], y.shape[2], y.shape[3]))

@@ -16,6 +16,7 @@ BACKEND = "cuda" if LIBRARY else "triton" if TRITON_INTERPRETED else ""
 EMULATED = bool(BACKEND)
 HERE = Path(__file__).parent
 OPERATORS = (
+    "operators",
     "class_keys",
     "class_moments",
     "class_moments_backward",

@@ -1,0 +1,130 @@
+"""Every operator is registered as torch expects, on each backend that has it: its schema, its fake
+tensors, autograd, compilation."""
+
+import pytest
+import torch
+from torch import Tensor
+
+CPU, OF_KERNELS, EVERYWHERE = (
+    ["cpu"],
+    ["interpreter", "emulator"],
+    ["cpu", "interpreter", "emulator"],
+)
+
+
+def leaf(*size: int) -> Tensor:
+    return torch.randn(size, requires_grad=True)
+
+
+LABELS, VOLUMES = torch.randint(0, 5, (2, 8, 12)), torch.randint(0, 4, (2, 5, 4, 6))
+BYTES, SEED = LABELS.byte(), torch.tensor(5)
+KEYS = torch.randint(-1, 6, (2, 12), dtype=torch.int32)
+FEATURES, ANCHORS, LEARNABLE = torch.randn(2, 6, 12), torch.randn(3, 6), leaf(3, 6)
+DSUMS, DSQDISTS = torch.randn(6, 6), torch.randn(6)
+QUERIES, POSITIVES, PRESENT = leaf(6, 5), torch.randn(6, 5), torch.rand(6) < 0.7
+LOGITS, OF_PIXELS = torch.randn(2, 5, 2, 3), torch.randn(3, 2, 8, 12)
+TEACHER, VALID = torch.randn(2, 5, 2, 6), torch.rand(2, 8, 12) < 0.5
+PLAIN = (None, None, 0.0)  # without smoothing, smallest loss and focal factor
+CASES = [
+    *(("class_keys", EVERYWHERE, (BYTES, 4, 5, 5, per_image, 255)) for per_image in (False, True)),
+    *(
+        ("class_keys", CPU, (LABELS.to(dtype), 4, 5, 5, per_image, 255))
+        for dtype in (torch.int32, torch.uint64)
+        for per_image in (False, True)
+    ),
+    ("split_groups", EVERYWHERE, (KEYS, KEYS[KEYS >= 0].bincount(minlength=6), SEED, 2)),
+    *(
+        ("group_keys", ["emulator"], (BYTES, 4, 5, 5, per_image, 255, SEED, 2))
+        for per_image in (False, True)
+    ),
+    *(
+        ("class_moments", places, (features, keys, *others))
+        for features, keys, places in (
+            (leaf(2, 6, 12), KEYS, EVERYWHERE),
+            (leaf(2, 6, 3, 4), KEYS, CPU),
+            (leaf(12, 6), KEYS[:1], CPU),
+        )
+        for others in (
+            (None, 6, 1, True),
+            (ANCHORS, 6, 2, True),
+            (ANCHORS, 6, 2, False),
+            (LEARNABLE, 6, 2, True),
+            (LEARNABLE, 6, 2, False),
+        )
+    ),
+    *(
+        ("class_moments_backward", EVERYWHERE, (*given, 2, (2, 6, 12), stride, torch.float32))
+        for given in (
+            (None, KEYS, None, DSUMS, None),
+            (FEATURES, KEYS, ANCHORS, None, DSQDISTS),
+            (FEATURES, KEYS, ANCHORS, DSUMS, DSQDISTS),
+        )
+        for stride in ((72, 12, 1), (72, 1, 6))
+    ),
+    *(
+        case
+        for positives in (POSITIVES, None)
+        for given in ((QUERIES.detach(), POSITIVES.flip(0), positives, PRESENT, None),)
+        for case in (
+            ("centroid_info_nce", OF_KERNELS, (QUERIES, *given[1:], 0.1)),
+            (
+                "centroid_info_nce_backward",
+                OF_KERNELS,
+                (torch.ones(6), *given, *torch.randn(2, 6), 0.1),
+            ),
+        )
+    ),
+    ("upsampled_sums", CPU, (leaf(2, 5, 4, 6), BYTES, 5, 5)),
+    ("upsampled_sums", CPU, (leaf(2, 5, 4, 6), BYTES[:, :4, :6], 5, 5)),
+    *(
+        ("softmax_moments", places, (leaf(2, 5, 2, 3), LABELS, *PLAIN, 255, False, *asked))
+        for places, asked in (
+            (EVERYWHERE, (False, True, True, True, True, True)),
+            (CPU, (True, True, True, True, True, True)),
+            (CPU, (False, False, False, False, False, True)),
+            (CPU, (True, False, False, False, False, True)),
+        )
+    ),
+    *(
+        ("softmax_moments_backward", places, (x, LABELS, OF_PIXELS[0], *given, *PLAIN, 255, False))
+        for x, given, places in (
+            (LOGITS, (*torch.randn(4, 5), *OF_PIXELS[1:]), EVERYWHERE),
+            (
+                LOGITS.to(memory_format=torch.channels_last),
+                (torch.rand(5), None, torch.rand(5), None, None, None),
+                CPU,
+            ),
+        )
+    ),
+    *(
+        (
+            "pixel_kl_divergence",
+            ["cpu", "interpreter", "triton"],
+            (leaf(2, 5, 2, 3), TEACHER, VALID, 8, 12, 2.0, False, *asked),
+        )
+        for asked in ((True, True), (False, True), (False, False))
+    ),
+    (
+        "pixel_kl_divergence_backward",
+        ["cpu", "interpreter", "triton"],
+        (LOGITS, TEACHER, VALID, *OF_PIXELS[:2], torch.tensor(2.0), None, 2.0, False),
+    ),
+    ("pixel_argmax", EVERYWHERE, (LOGITS, 8, 12, False)),
+    ("pixel_argmax", CPU, (torch.randn(2, 5, 4, 6), 16, 13, True)),
+    ("confusion", EVERYWHERE, (LABELS, LABELS.flip(1), 5, 255)),
+    ("volume_moments", CPU, (leaf(2, 4, 3, 2, 3), VOLUMES, *PLAIN, 255, False, *(True,) * 6)),
+    ("volume_argmax", CPU, (torch.randn(2, 4, 3, 2, 3), 9, 11, 13, False)),
+]
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        pytest.param(operator, arguments, marks=pytest.mark.on(*places), id=operator)
+        for operator, places, arguments in CASES
+    ],
+)
+def test_opcheck(operator: str, arguments: tuple, backend: str):
+    device = torch.empty(0).device
+    arguments = tuple(x.to(device) if isinstance(x, Tensor) else x for x in arguments)
+    torch.library.opcheck(getattr(getattr(torch.ops.anchorops, operator), backend), arguments)
