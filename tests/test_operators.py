@@ -79,10 +79,10 @@ CASES = [
     *(
         ("softmax_moments", places, (leaf(2, 5, 2, 3), LABELS, *PLAIN, 255, False, *asked))
         for places, asked in (
-            (EVERYWHERE, (False, True, True, True, True, True)),
-            (CPU, (True, True, True, True, True, True)),
-            (CPU, (False, False, False, False, False, True)),
-            (CPU, (True, False, False, False, False, True)),
+            (EVERYWHERE, (False, True, True, True, True, True, False)),
+            (CPU, (True, True, True, True, True, True, True)),
+            (CPU, (False, False, False, False, False, True, False)),
+            (CPU, (True, False, False, False, False, True, True)),
         )
     ),
     *(
@@ -112,7 +112,7 @@ CASES = [
     ("pixel_argmax", EVERYWHERE, (LOGITS, 8, 12, False)),
     ("pixel_argmax", CPU, (torch.randn(2, 5, 4, 6), 16, 13, True)),
     ("confusion", EVERYWHERE, (LABELS, LABELS.flip(1), 5, 255)),
-    ("volume_moments", CPU, (leaf(2, 4, 3, 2, 3), VOLUMES, *PLAIN, 255, False, *(True,) * 6)),
+    ("volume_moments", CPU, (leaf(2, 4, 3, 2, 3), VOLUMES, *PLAIN, 255, False, *(True,) * 7)),
     ("volume_argmax", CPU, (torch.randn(2, 4, 3, 2, 3), 9, 11, 13, False)),
 ]
 
