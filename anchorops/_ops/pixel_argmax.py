@@ -98,4 +98,4 @@ def pixel_argmax(
     options = Options(ignore_index=-1, align_corners=align_corners, pixel_losses=True)
     losses = unchecked_moments(function, logits, classes, options).pixel_losses
     assert losses is not None
-    return classes, losses.neg().exp()
+    return classes, losses.neg_().exp_()

@@ -219,7 +219,7 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
   if (dsqdists) dsqdists = torch::stable::contiguous(*dsqdists);
   const int64_t num_keys = dsums ? dsums->size(0) : dsqdists ? dsqdists->size(0) : 0;
   for_dtype("class_moments.cpu", dtype, [&](auto element) {
-    advise_huge_pages(dfeatures, dfeatures.numel() * sizeof(element));
+    advise_huge_pages(dfeatures);
     moments_backward<decltype(element)>(features, keys, anchors, dsums, dsqdists, num_keys, groups,
                                         dfeatures);
   });

@@ -60,19 +60,21 @@ void for_dtype(const char* operation, ScalarType dtype, Function function) {
   }
 }
 
-inline Tensor new_empty(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
-  return torch::stable::new_empty(like, size, dtype);
-}
-
 // As NumPy does for its arrays: the page faults of a large output take longer than writing it.
-inline void advise_huge_pages([[maybe_unused]] const Tensor& output,
-                              [[maybe_unused]] size_t bytes) {
+inline void advise_huge_pages([[maybe_unused]] const Tensor& output) {
 #ifdef __linux__
   constexpr size_t PAGE = 4096;
+  const size_t bytes = output.numel() * output.element_size();
   if (bytes < size_t{4} << 20) return;
   const auto begin = (reinterpret_cast<uintptr_t>(output.data_ptr()) + PAGE - 1) / PAGE * PAGE;
   madvise(reinterpret_cast<void*>(begin), bytes - PAGE, MADV_HUGEPAGE);
 #endif
+}
+
+inline Tensor new_empty(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
+  Tensor output = torch::stable::new_empty(like, size, dtype);
+  advise_huge_pages(output);
+  return output;
 }
 
 }  // namespace anchorops::cpu

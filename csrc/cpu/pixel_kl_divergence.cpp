@@ -152,7 +152,7 @@ Tensor pixel_kl_divergence_backward(Tensor logits, Tensor teacher_logits,
   for_dtype(NAME, logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using Stat = StatOf<T>;
-    advise_huge_pages(dlogits, dlogits.numel() * sizeof(T));
+    advise_huge_pages(dlogits);
     const DivergenceGradients<Stat> gradients = {
         dtotal ? *dtotal->template const_data_ptr<Stat>() : Stat(0), map_of<Stat>(ddivergences),
         lse.const_data_ptr<Stat>(), teacher_lse.const_data_ptr<Stat>()};

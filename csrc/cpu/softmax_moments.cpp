@@ -145,9 +145,7 @@ softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
   const auto by_pixel = [&](bool asked) {
     std::vector<int64_t> size = {0};
     if (asked) size = {batch, labels.size(1), labels.size(2)};
-    Tensor pixel_map = new_empty(logits, size, stat);
-    advise_huge_pages(pixel_map, pixel_map.numel() * (stat == ScalarType::Double ? 8 : 4));
-    return pixel_map;
+    return new_empty(logits, size, stat);
   };
   std::vector<int64_t> outside_size;  // of a scalar
   if (!with_outside) outside_size = {0};
@@ -205,7 +203,7 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
   for_dtype("softmax_moments.cpu", logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using Stat = StatOf<T>;
-    advise_huge_pages(dlogits, dlogits.numel() * sizeof(T));
+    advise_huge_pages(dlogits);
     Gradients<Stat> gradients = {};
     const auto by_class = [&](std::optional<Tensor>& given) -> const Stat* {
       if (!given) return nullptr;
