@@ -23,7 +23,8 @@ and a smallest loss.
     u_k  = dmasses[k] + [y = k]·doverlaps[k] + 2·p_k·dsquares[k]
     dlogits = the transpose of the upsampling, of dz
 
-The upsampled logits are never stored: the backward pass computes p again, from logits and lse.
+The upsampled logits are never stored: the backward pass computes p again, from logits and lse. It
+needs no lse for two classes on the CPU: p is then a function of the difference of the logits.
 
 Logits of one channel are those of a sigmoid: the classes are 0 and 1, and z = (0, x).
 """
@@ -134,6 +135,11 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.options = asked._replace(smoothing=None)
 
 
+def reads_lse(backend: str, logits: Tensor) -> bool:
+    """Whether the backward pass needs lse: not on the CPU, for two classes or a sigmoid."""
+    return backend != "cpu" or logits.shape[1] > 2
+
+
 def backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     dlosses, doverlaps, dmasses, dsquares, dpixel_losses, dlse, *_ = grads
     asked: Options = ctx.options
@@ -149,7 +155,7 @@ def backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     dlogits = None
     if ctx.needs_input_grad[0] and any(grad is not None for grad in given):
         logits, labels, lse, smoothing = ctx.saved_tensors
-        if not asked.lse:
+        if not asked.lse and reads_lse(operator._overloadname, logits):
             # torch.vmap and traces without gradients hide that a gradient will be requested
             lse_only = Options(
                 ignore_index=asked.ignore_index, align_corners=asked.align_corners, lse=True
@@ -304,7 +310,8 @@ def unchecked_moments(
     if backend == "reference":
         moments = reference.softmax_moments(logits, labels, **options._asdict())
     else:
-        keep_lse = options.lse or (logits.requires_grad and torch.is_grad_enabled())
+        differentiates = logits.requires_grad and torch.is_grad_enabled()
+        keep_lse = options.lse or (differentiates and reads_lse(backend, logits))
         name = "softmax_moments" if logits.dim() == 4 else "volume_moments"
         operator = getattr(getattr(torch.ops.anchorops, name), backend)
         by_operator = options._replace(lse=keep_lse, outside=options.outside and backend == "cpu")

@@ -135,7 +135,8 @@ def _moments_backward(
         own_smoothing = smoothing
         if smoothing is not None and smoothing.dim() == 3:
             own_smoothing = slab.of_volumes(smoothing)
-        maps = slab.of_maps(labels), slab.of_maps(lse).contiguous()
+        own_lse = slab.of_maps(lse).contiguous() if lse.numel() > 0 else lse
+        maps = slab.of_maps(labels), own_lse
         options = own_smoothing, min_loss, focal_gamma, ignore_index, align_corners
         return operator(images, *maps, *of_slab, *options)
 

@@ -53,13 +53,7 @@ void for_tiles(const Arguments& given, bool backward, Visit visit) {
     });
     return problem;
   };
-  int64_t labels = 1, most_of_column = 1;
-  const Axis<Stat> axis = problem_of(given.logits, tiles).columns;
-  for (int64_t i = 1, same = 1; axis.lower && i < axis.size; ++i) {
-    same = axis.lower[i] == axis.lower[i - 1] ? same + 1 : 1;
-    most_of_column = std::max(most_of_column, same);
-  }
-  const int64_t slots = most_of_column * (ceil_div(layout.width, 16) * 16 + 16);
+  int64_t labels = 1;
   for (int64_t i = 0; i < tiles.of_image(); ++i) {
     const Range columns = tiles.tile(i, backward).label_columns;
     labels = std::max(labels, columns.end - columns.begin);
@@ -80,9 +74,9 @@ void for_tiles(const Arguments& given, bool backward, Visit visit) {
     const int64_t packed = layout.dim * of_teacher.stride + 16;
     const int64_t rows = layout.dim * divergence.line;
     const std::unique_ptr<Stat[]> memory(
-        new Stat[2 * (packed + of_teacher.stride + 2 * rows) + 6 * divergence.line + slots]);
+        new Stat[2 * (packed + of_teacher.stride + 2 * rows) + 5 * divergence.line]);
     std::vector<Stat> gradients(backward ? 2 * rows : 0);
-    std::vector<int32_t> lower(2 * divergence.line + slots);
+    std::vector<int32_t> lower(divergence.line);
     Stat* next = memory.get();
     const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
     for (int i = 0; i < 2; ++i) {
@@ -92,13 +86,8 @@ void for_tiles(const Arguments& given, bool backward, Visit visit) {
       divergence.teacher.rows[i] = take(rows);
       divergence.gradients[i] = gradients.data() + (backward ? i * rows : 0);
     }
-    divergence.student.weight = take(divergence.line);
-    divergence.teacher.weight = take(divergence.line);
     divergence.is_valid = take(4 * divergence.line);
-    divergence.slot_weights = take(slots);
-    divergence.student.lower = lower.data();
-    divergence.teacher.lower = lower.data() + divergence.line;
-    divergence.slots = lower.data() + 2 * divergence.line;
+    of_teacher.label_columns = {lower.data(), take(divergence.line), nullptr, nullptr};
     for (int64_t i = first; i < last; ++i) visit(divergence, i, tiles.tile(i, backward));
   };
   for_items(tiles, tiles.count(), layout.dim, backward, false, run);

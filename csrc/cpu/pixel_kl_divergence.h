@@ -11,10 +11,8 @@ namespace anchorops::cpu::softmax {
 template <class Stat>
 struct Model {
   Problem<Stat> problem;
-  Workspace<Stat> workspace;  // packed and shifts; of the student also gradients
+  Workspace<Stat> workspace;  // packed, shifts, label_columns; of the student also gradients
   Stat* rows[2];              // [K, line]: an even and an odd row of logits
-  int32_t* lower;             // [line]: the packed column at the left of each label
-  Stat* weight;               // [line]: the weight of the column at its right
 };
 
 template <class Stat>
@@ -22,10 +20,8 @@ struct Divergence {
   Model<Stat> student, teacher;
   int64_t chunk, line;  // most labels of a chunk, a multiple of 16; chunk + 16
   Stat* gradients[2];   // [K, line], as student.rows, zero; backward only
-  int32_t* slots;       // of GradientRows in pixel_kl_divergence_kernel.h
-  Stat* slot_weights;
-  Map<bool> valid;  // all pixels, if its data is null
-  Stat* is_valid;   // [4, line]
+  Map<bool> valid;      // all pixels, if its data is null
+  Stat* is_valid;       // [4, line]
   Stat temperature;
 };
 

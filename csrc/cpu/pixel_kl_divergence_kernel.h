@@ -1,11 +1,9 @@
 // The vector kernels of pixel_kl_divergence. Included once per instruction set, in its namespace,
 // after the kernels of softmax moments.
 //
-// Logits are multiplied by log2(e) / T when they are packed. Upsampling is done along the rows
-// first: once for each row of logits, at the columns of the labels. Between two such rows, each row
-// of labels is a weighted mean of contiguous numbers, and 2^z is a geometric sequence down a
-// column: up to DOWN rows of labels need two powers. The backward pass adds the gradients of rows
-// of logits at the columns of the labels first, then sums each along the row.
+// Logits are multiplied by log2(e) / T when they are packed, and upsampled in two steps
+// (softmax_lines.h). Between two lines, 2^z is a geometric sequence down a column: up to DOWN rows
+// of labels need two powers.
 
 constexpr int DOWN = 4;
 constexpr float LN_2 = 0.693147181f, LEAST = -57.0f;  // powers of smaller z are computed directly
@@ -21,34 +19,6 @@ template <class Stat>
 ALWAYS_INLINE VecOf<Stat> exp2_of_any(VecOf<Stat> x) {
   if constexpr (std::is_same_v<Stat, float>) return exp<float>(x * LN_2);
   return exp2<Stat>(x);
-}
-
-// Whether the packed columns of each vector of labels are less than a vector apart.
-template <class Stat>
-bool are_near(const int32_t* lower, int64_t count) {
-  for (int64_t t = 0; t < count; t += LANES<Stat>)
-    if (lower[t + LANES<Stat> - 1] - lower[t] >= LANES<Stat>) return false;
-  return true;
-}
-
-// line[lower[i]] of each lane. NEAR: as above.
-template <bool NEAR, class Stat>
-ALWAYS_INLINE VecOf<Stat> look_up(const Stat* line, const int32_t* lower) {
-#if VECTOR_BYTES == 64
-  if constexpr (NEAR && std::is_same_v<Stat, float>) {
-    const __m512i index = _mm512_sub_epi32(_mm512_loadu_si512(lower), _mm512_set1_epi32(lower[0]));
-    return VecOf<float>(_mm512_permutexvar_ps(index, _mm512_loadu_ps(line + lower[0])));
-  }
-#elif VECTOR_BYTES == 32
-  if constexpr (NEAR && std::is_same_v<Stat, float>) {
-    const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lower));
-    const __m256i index = _mm256_sub_epi32(at, _mm256_set1_epi32(lower[0]));
-    return VecOf<float>(_mm256_permutevar8x32_ps(_mm256_loadu_ps(line + lower[0]), index));
-  }
-#endif
-  VecOf<Stat> values;
-  for (int i = 0; i < LANES<Stat>; ++i) values[i] = line[lower[i]];
-  return values;
 }
 
 // Up to DOWN rows of labels between two rows of a model's logits, which are at the labels' columns.
@@ -76,17 +46,14 @@ template <class Stat>
 class ModelRows {
  public:
   ModelRows(const Model<Stat>& model, const Tile& tile, const Divergence<Stat>& divergence)
-      : model_(model), tile_(tile), divergence_(divergence) {}
+      : model_(model),
+        tile_(tile),
+        divergence_(divergence),
+        lines_(model.workspace.label_columns) {}
 
   void start(Range labels) {
     upsampled_[0] = upsampled_[1] = -1;
-    count_ = labels.end - labels.begin;
-    for (int64_t t = 0; t < divergence_.line; ++t) {
-      const auto at = position(model_.problem.columns, labels.begin + std::min(t, count_ - 1));
-      model_.lower[t] = static_cast<int32_t>(at.lower - tile_.columns.begin + 1);
-      model_.weight[t] = at.weight;
-    }
-    near_ = are_near<Stat>(model_.lower, count_);
+    lines_.start(model_.problem.columns, tile_.columns.begin - 1, labels);
   }
 
   // Whether the next row of labels is between the same rows of logits. A row of weight 0 is alone:
@@ -121,7 +88,11 @@ class ModelRows {
     if (upsampled_[row & 1] == row) return rows;
     upsampled_[row & 1] = row;
     pack(row);
-    return near_ ? upsample_row<true>(row, rows) : upsample_row<false>(row, rows);
+    const Workspace<Stat>& workspace = model_.workspace;
+    for (int64_t k = 0; k < model_.problem.layout.dim; ++k)
+      lines_.upsample(workspace.packed[row & 1] + k * workspace.stride,
+                      rows + k * divergence_.line);
+    return rows;
   }
 
   void pack(int64_t row) {
@@ -135,24 +106,12 @@ class ModelRows {
       V::store(packed + i, V::load(packed + i) * scale);
   }
 
-  template <bool NEAR>
-  const Stat* upsample_row(int64_t row, Stat* rows) const {
-    for (int64_t k = 0; k < model_.problem.layout.dim; ++k) {
-      const Stat* line = model_.workspace.packed[row & 1] + k * model_.workspace.stride;
-      for (int64_t t = 0; t < count_; t += LANES<Stat>) {
-        const auto left = look_up<NEAR>(line, model_.lower + t);
-        const auto right = look_up<NEAR>(line + 1, model_.lower + t);
-        V::store(rows + k * divergence_.line + t, blend(left, right, V::load(model_.weight + t)));
-      }
-    }
-    return rows;
-  }
-
   const Model<Stat>& model_;
   Tile tile_;
   const Divergence<Stat>& divergence_;
-  int64_t packed_[2] = {-1, -1}, upsampled_[2] = {-1, -1}, count_ = 0;
-  bool near_ = false, ordinary_[2] = {};
+  UpsampledLines<Stat> lines_;
+  int64_t packed_[2] = {-1, -1}, upsampled_[2] = {-1, -1};
+  bool ordinary_[2] = {};
 };
 
 // The tile of the teacher's logits that the labels of a student's tile read.
@@ -380,81 +339,6 @@ double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
   return total;
 }
 
-// The gradients of two rows of the student's logits, at the labels of a chunk.
-template <class Stat>
-class GradientRows {
-  using V = Simd<Stat>;
-  using Vec = VecOf<Stat>;
-  static constexpr int L = LANES<Stat>;
-
- public:
-  explicit GradientRows(const Divergence<Stat>& divergence) : divergence_(divergence) {}
-
-  // Afterwards the rows are those of other labels.
-  void finish() {
-    finish_until(divergence_.student.problem.rows.source);
-    count_ = 0;
-  }
-
-  Stat* at(int64_t row, int64_t labels) {
-    if (count_ == 0) find_slots(labels);
-    rows_[row & 1] = row;
-    return divergence_.gradients[row & 1];
-  }
-
-  // Adds the rows before this one to the gradients of the packed logits.
-  void finish_until(int64_t row) {
-    for (int64_t& of_parity : rows_)
-      if (of_parity >= 0 && of_parity < row) {
-        add_up(of_parity & 1);
-        of_parity = -1;
-      }
-  }
-
- private:
-  // The labels at the right of each packed column: the n-th one of column first_ + j is slots[n *
-  // stride_ + j], or the last number of a line, which is 0.
-  void find_slots(int64_t labels) {
-    const Model<Stat>& student = divergence_.student;
-    first_ = student.lower[0];
-    stride_ = (student.lower[labels - 1] + 1 - first_ + L - 1) / L * L;
-    for (int64_t t = 0, n = 0; t < labels; ++t) {
-      n = t > 0 && student.lower[t] == student.lower[t - 1] ? n + 1 : 0;
-      for (; count_ < (n + 1) * stride_; ++count_) {
-        divergence_.slots[count_] = static_cast<int32_t>(divergence_.line - 1);
-        divergence_.slot_weights[count_] = 0;
-      }
-      const int64_t slot = n * stride_ + student.lower[t] - first_;
-      divergence_.slots[slot] = static_cast<int32_t>(t);
-      divergence_.slot_weights[slot] = student.weight[t];
-    }
-  }
-
-  void add_up(int64_t parity) {
-    const Model<Stat>& student = divergence_.student;
-    const Workspace<Stat>& workspace = student.workspace;
-    for (int64_t k = 0; k < student.problem.layout.dim; ++k) {
-      Stat* values = divergence_.gradients[parity] + k * divergence_.line;
-      Stat* line = workspace.gradients[parity] + k * workspace.stride + first_;
-      for (int64_t j = 0; j < stride_; j += L) {
-        Vec left = {}, right = {};
-        for (int64_t i = j; i < count_; i += stride_) {
-          const Vec dz = look_up<false>(values, divergence_.slots + i);
-          const Vec weight = V::load(divergence_.slot_weights + i);
-          left += (1 - weight) * dz;
-          right += weight == 0 ? Vec{} : weight * dz;
-        }
-        V::store(line + j, V::load(line + j) + left);
-        V::store(line + j + 1, V::load(line + j + 1) + right);
-      }
-      std::memset(values, 0, divergence_.line * sizeof(Stat));
-    }
-  }
-
-  const Divergence<Stat>& divergence_;
-  int64_t rows_[2] = {-1, -1}, first_ = 0, stride_ = 0, count_ = 0;
-};
-
 template <class Stat>
 void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
                          const DivergenceGradients<Stat>& gradients, const Output<Stat>& output) {
@@ -463,23 +347,41 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
   constexpr int L = LANES<Stat>;
   const Model<Stat>& model = divergence.student;
   const Problem<Stat>& problem = model.problem;
-  GradientRows<Stat> gradient_rows(divergence);
+  const Workspace<Stat>& workspace = model.workspace;
+  GradientLines<Stat> lines(workspace.label_columns);
   const int64_t line = divergence.line;
+  const auto add_up = [&](int64_t parity) {
+    for (int64_t k = 0; k < problem.layout.dim; ++k) {
+      Stat* values = divergence.gradients[parity] + k * line;
+      Stat* of_class = workspace.gradients[parity] + k * workspace.stride;
+      lines.for_sums(values, [&](int64_t j, Vec left, Vec right) INLINE_LAMBDA {
+        V::store(of_class + j, V::load(of_class + j) + left);
+        V::store(of_class + j + 1, V::load(of_class + j + 1) + right);
+      });
+      std::memset(values, 0, line * sizeof(Stat));
+    }
+  };
+  const auto finish_lines = [&]() {  // afterwards they are those of other labels
+    lines.finish_until(problem.rows.source, add_up);
+    lines.clear();
+  };
   int64_t next = std::max<int64_t>(tile.rows.begin - 1, 0);  // the first row that is not finished
   const auto finish_until = [&](int64_t row) {
     for (; next < row; ++next)
       output.finish_row(model.problem, output, tile, next, model.workspace);
   };
   const auto begin = [&](int64_t row, bool another) {
-    if (another) gradient_rows.finish();
-    gradient_rows.finish_until(row);
+    if (another) finish_lines();
+    lines.finish_until(row, add_up);
     finish_until(row);
   };
   const auto of_rows = [&](int64_t y, int64_t rows, Range columns, const Between<Stat>& students,
                            const Between<Stat>& teachers) INLINE_LAMBDA {
     const auto row = position(problem.rows, y);
-    Stat* low = gradient_rows.at(row.lower, columns.end - columns.begin);
-    Stat* high = gradient_rows.at(row.upper, columns.end - columns.begin);
+    lines.use(row.lower, columns.end - columns.begin);
+    lines.use(row.upper, columns.end - columns.begin);
+    Stat* low = divergence.gradients[row.lower & 1];
+    Stat* high = divergence.gradients[row.upper & 1];
     for (int64_t j = 0; j < rows; ++j)
       read_valid(divergence, tile.image, y + j, columns, divergence.is_valid + j * line);
     for (int64_t t = 0; t < columns.end - columns.begin; t += L) {
@@ -537,7 +439,7 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
     }
   };
   for_chunks(divergence, tile, begin, of_rows);
-  gradient_rows.finish();
+  finish_lines();
   finish_until(std::min(tile.rows.end + 1, problem.layout.height));
 }
 

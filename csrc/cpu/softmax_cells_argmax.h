@@ -55,10 +55,7 @@ void argmax_cells(std::integral_constant<int, WIDTH>, const Problem<float>& prob
   while (row.next(Row::HEIGHT)) {
     if (!row.ordinary()) {
       row.for_pixels(-1, [&](const Group<float>& group) {
-        int32_t classes[GROUP];
-        logits_of_group(problem, tile, workspace, group);
-        largest_of_group(problem, workspace, group, classes);
-        for (int64_t t = 0; t < group.count; ++t) line(group.y)[group.x + t] = classes[t];
+        argmax_group(problem, tile, workspace, group, predictions);
       });
       continue;
     }

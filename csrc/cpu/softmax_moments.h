@@ -58,12 +58,22 @@ struct Tile {
 // Pixels are processed in groups of one row; cells with at most ROWS rows of labels at a time.
 constexpr int64_t GROUP = 64, ROWS = 8;
 
+// Where the labels of a row are between the columns of packed rows (softmax_lines.h).
+template <class Stat>
+struct LabelColumns {
+  int32_t* lower;  // [a row's labels and a vector]: the packed column at the left of each label
+  Stat* weight;    // the same: the weight of the column at its right
+  int32_t* slots;  // of the transpose
+  Stat* slot_weights;
+};
+
 // One thread's memory.
 template <class Stat>
 struct Workspace {
   int64_t stride;         // length of a packed row: columns, one more at each side, a vector
   int64_t group;          // pixels of a group: a multiple of 16, at most GROUP
-  int64_t label_stride;   // length of a row of classes
+  int64_t label_stride;   // length of a row of classes: labels, a vector
+  int64_t plane_stride;   // the larger one of stride and label_stride
   int64_t lanes;          // pixels of a row of cells
   Stat* packed[2];        // [K + 1, stride]: an even and an odd row; last the sum of v_k times them
   Stat* shifts[2];        // [stride]
@@ -75,6 +85,10 @@ struct Workspace {
   Stat* cell_weights;     // [lanes]
   Stat* cell_starts;      // [lanes]: the weight of the first label of a cell
   Stat* factors[3];       // [ROWS, lanes]; backward, and forward with masses
+  LabelColumns<Stat> label_columns;
+  Stat* planes;             // [2, plane_stride]; this and the following of two classes
+  Stat* lines[3];           // [label_stride]: of an even and an odd row of logits, of one of labels
+  Stat* line_gradients[2];  // [label_stride], zero; backward only
 };
 
 template <class Stat>
@@ -87,9 +101,9 @@ struct Problem {
   // Packs a row of logits for a tile. Returns whether all are finite or -inf.
   bool (*pack_row)(const Problem& problem, const Tile& tile, int64_t row,
                    const Workspace<Stat>& workspace);
-  // Reads a row's columns, at most workspace.group of them, into workspace.upsampled.
-  void (*read_group)(const Problem& problem, int64_t image, int64_t row, Range columns,
-                     const Workspace<Stat>& workspace);
+  // Reads a row's columns into target [num_classes, stride], where whole vectors can be written.
+  void (*read_columns)(const Problem& problem, int64_t image, int64_t row, Range columns,
+                       Stat* target, int64_t stride);
   bool upsampled;  // labels are not of the logits' size
   Axis<Stat> rows, columns;
   Cells row_cells, column_cells;
@@ -132,9 +146,9 @@ struct Output {
   // Writes a tile's row of dlogits, if the row is in the tile, and sets its gradients to zero.
   void (*finish_row)(const Problem<Stat>& problem, const Output& output, const Tile& tile,
                      int64_t row, const Workspace<Stat>& workspace);
-  // Writes workspace.upsampled to a row's columns.
-  void (*write_group)(const Problem<Stat>& problem, const Output& output, int64_t image,
-                      int64_t row, Range columns, const Workspace<Stat>& workspace);
+  // Writes source [num_classes, stride], where whole vectors can be read, to a row's columns.
+  void (*write_columns)(const Problem<Stat>& problem, const Output& output, int64_t image,
+                        int64_t row, Range columns, const Stat* source, int64_t stride);
 };
 
 // The kernels of one instruction set.
@@ -157,9 +171,9 @@ struct Kernels {
 template <class T>
 struct Rows {
   decltype(Problem<StatOf<T>>::pack_row) pack_row;
-  decltype(Problem<StatOf<T>>::read_group) read_group;
+  decltype(Problem<StatOf<T>>::read_columns) read_columns;
   decltype(Output<StatOf<T>>::finish_row) finish_row;
-  decltype(Output<StatOf<T>>::write_group) write_group;
+  decltype(Output<StatOf<T>>::write_columns) write_columns;
 };
 
 #define KERNELS_OF(instruction_set)      \

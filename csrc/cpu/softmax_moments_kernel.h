@@ -4,6 +4,8 @@
 #include "softmax_losses.h"
 #include "softmax_rows.h"
 #include "softmax_pixels.h"
+#include "softmax_lines.h"
+#include "softmax_two_classes.h"
 #include "softmax_cells.h"
 #include "softmax_cells_argmax.h"
 #include "softmax_cells_forward.h"
@@ -24,10 +26,12 @@ void for_widths(const Problem<float>& problem, Visit visit) {
 template <class Stat>
 void forward(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
              const Sums& sums, const Maps<Stat>& maps) {
-  if constexpr (std::is_same_v<Stat, float>)
+  if constexpr (std::is_same_v<Stat, float>) {
+    if (problem.num_classes == 2) return forward_two_classes(problem, tile, workspace, sums, maps);
     if (problem.column_cells.begin)
       return for_widths(
           problem, [&](auto width) { forward_cells(width, problem, tile, workspace, sums, maps); });
+  }
   *sums.outside += for_groups(
       problem, tile, workspace, [](int64_t) {},
       [&](const auto& group) { forward_group(problem, tile, workspace, group, sums, maps); });
@@ -40,23 +44,23 @@ void backward(const Problem<Stat>& problem, const Tile& tile, const Workspace<St
   const auto finish_until = [&](int64_t row) {
     for (; next < row; ++next) output.finish_row(problem, output, tile, next, workspace);
   };
-  bool done = false;
-  if constexpr (std::is_same_v<Stat, float>)
-    if (problem.column_cells.begin) {
+  const auto by_pixels = [&]() {
+    for_groups(problem, tile, workspace, finish_until, [&](const auto& group) {
+      backward_group(problem, tile, workspace, gradients, output, group);
+    });
+  };
+  if constexpr (std::is_same_v<Stat, float>) {
+    if (problem.num_classes == 2)
+      backward_two_classes(problem, tile, workspace, gradients, output, finish_until);
+    else if (problem.column_cells.begin)
       for_widths(problem, [&](auto width) {
         backward_cells(width, problem, tile, workspace, gradients, finish_until);
       });
-      done = true;
-    }
-  if (!done)
-    for_groups(problem, tile, workspace, finish_until, [&](const auto& group) {
-      gradients_of_group(problem, tile, workspace, gradients, group);
-      if (problem.upsampled)
-        add_gradients_of_group(problem, tile, workspace, group);
-      else
-        output.write_group(problem, output, tile.image, group.y, {group.x, group.x + group.count},
-                           workspace);
-    });
+    else
+      by_pixels();
+  } else {
+    by_pixels();
+  }
   if (problem.upsampled) finish_until(std::min(tile.rows.end + 1, problem.layout.height));
 }
 
@@ -64,19 +68,15 @@ template <class Stat>
 void argmax(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
             int64_t* predictions) {
   int64_t* image = predictions + tile.image * problem.rows.size * problem.columns.size;
-  if constexpr (std::is_same_v<Stat, float>)
+  if constexpr (std::is_same_v<Stat, float>) {
+    if (problem.num_classes == 2) return argmax_two_classes(problem, tile, workspace, image);
     if (problem.column_cells.begin)
       return for_widths(problem,
                         [&](auto width) { argmax_cells(width, problem, tile, workspace, image); });
+  }
   for_groups(
       problem, tile, workspace, [](int64_t) {},
-      [&](const auto& group) {
-        int32_t classes[GROUP];
-        logits_of_group(problem, tile, workspace, group);
-        largest_of_group(problem, workspace, group, classes);
-        for (int64_t t = 0; t < group.count; ++t)
-          image[group.y * problem.columns.size + group.x + t] = classes[t];
-      });
+      [&](const auto& group) { argmax_group(problem, tile, workspace, group, image); });
 }
 
 template <class Stat>
@@ -86,7 +86,7 @@ Kernels<Stat> kernels() {
 
 template <class T>
 Rows<T> rows() {
-  return {pack_row<T>, read_group<T>, finish_row<T>, write_group<T>};
+  return {pack_row<T>, read_row<T>, finish_row<T>, write_row<T>};
 }
 
 template <class Label>

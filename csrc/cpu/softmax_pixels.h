@@ -120,8 +120,8 @@ template <class Stat>
 ALWAYS_INLINE void logits_of_group(const Problem<Stat>& problem, const Tile& tile,
                                    const Workspace<Stat>& workspace, const Group<Stat>& group) {
   if (!problem.upsampled)
-    return problem.read_group(problem, tile.image, group.y, {group.x, group.x + group.count},
-                              workspace);
+    return problem.read_columns(problem, tile.image, group.y, {group.x, group.x + group.count},
+                                workspace.upsampled, workspace.group);
   for (int64_t k = 0; k < problem.num_classes; ++k)
     upsample(problem, tile, group, workspace.packed[group.row.lower & 1] + k * workspace.stride,
              workspace.packed[group.row.upper & 1] + k * workspace.stride, workspace.line,
@@ -173,17 +173,6 @@ ALWAYS_INLINE SumOfPowers<Stat> sum_of_powers(Stat* z, int64_t num_classes, int6
   using Vec = VecOf<Stat>;
   Vec largest = V::load(z);
   for (int64_t k = 1; k < num_classes; ++k) largest = maximum(largest, V::load(z + k * stride));
-  if constexpr (std::is_same_v<Stat, float>)
-    if (num_classes == 2 && !any(~(largest - largest == 0))) {  // one of the powers is 1
-      const Vec first = V::load(z) - largest, second = V::load(z + stride) - largest;
-      const Vec of_less = first == 0 ? second : first, e = exp<Stat>(of_less);
-      if (STORED) V::store(z, first == 0 ? Vec{} + 1 : e);
-      if (STORED) V::store(z + stride, first == 0 ? e : Vec{} + 1);
-      Vec weight = {};
-      if (weights) weight = first == 0 ? Vec{} + weights[1] : Vec{} + weights[0];
-      const Vec mixed = weight == 0 ? Vec{} : weight * of_less;
-      return {largest, 1 + e, mixed};
-    }
   largest = largest - largest == 0 ? largest : Vec{};
   Vec total = {}, mixed = {};
   for (int64_t first = 0; first < num_classes; first += 128) {
@@ -206,15 +195,15 @@ ALWAYS_INLINE void scale(Stat* values, int64_t num_classes, int64_t stride, VecO
     V::store(values + k * stride, V::load(values + k * stride) * factor);
 }
 
-// A map's values at one vector of the group's pixels; 0 if there is no map.
+// A map's values at `count` neighbours in a row of an image, at most a vector; 0 if there is no
+// map.
 template <class Stat>
-ALWAYS_INLINE VecOf<Stat> load_map(const Map<Stat>& map, const Tile& tile, const Group<Stat>& group,
-                                   int64_t t) {
+ALWAYS_INLINE VecOf<Stat> load_map(const Map<Stat>& map, int64_t image, int64_t y, int64_t x,
+                                   int64_t count) {
   VecOf<Stat> values = {};
   if (!map.data) return values;
-  const Stat* data =
-      map.data + tile.image * map.stride_b + group.y * map.stride_h + (group.x + t) * map.stride_w;
-  const int64_t count = std::min<int64_t>(LANES<Stat>, group.count - t);
+  count = std::min<int64_t>(LANES<Stat>, count);
+  const Stat* data = map.data + image * map.stride_b + y * map.stride_h + x * map.stride_w;
   if (map.stride_w == 1) return Simd<Stat>::load(data, count);
   for (int64_t i = 0; i < count; ++i) values[i] = data[i * map.stride_w];
   return values;
@@ -323,8 +312,10 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
   for (int64_t t = 0; t < group.count; t += L) {
     Stat* const z = workspace.upsampled + t;
     const Indices<Stat> classes = group.classes_at(t);
-    Vec own =
-        own_class(gradients.dlosses, classes) + load_map(gradients.dpixel_losses, tile, group, t);
+    const auto of_map = [&](const Map<Stat>& map) INLINE_LAMBDA {
+      return load_map(map, tile.image, group.y, group.x + t, group.count - t);
+    };
+    Vec own = own_class(gradients.dlosses, classes) + of_map(gradients.dpixel_losses);
     Vec of_others = {};
     const Vec own_logit = problem.shape.plain ? Vec{} : group.own_logits(t, z, stride);
     const SumOfPowers<Stat> sum = sum_of_powers<Stat, true>(z, num_classes, stride, losses.others);
@@ -336,7 +327,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
       of_others = own * beta;
       own *= alpha;
     }
-    Vec rest = own + losses.total * of_others + load_map(gradients.dlse, tile, group, t);
+    Vec rest = own + losses.total * of_others + of_map(gradients.dlse);
     Vec unit = 1 / sum.total;
     if (with_u) {
       scale(z, num_classes, stride, unit);
@@ -392,26 +383,58 @@ void add_gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
   }
 }
 
-// Calls visit(group) for the labels of a tile, pixel by pixel, with packed logits if they are
-// upsampled. For each row of labels it then first calls begin(the first row of logits that is still
-// read). It returns the number of labels that are neither a class nor ignored.
+// Writes dlogits of a group, or adds to those that it reads.
+template <class Stat>
+void backward_group(const Problem<Stat>& problem, const Tile& tile,
+                    const Workspace<Stat>& workspace, const Gradients<Stat>& gradients,
+                    const Output<Stat>& output, const Group<Stat>& group) {
+  gradients_of_group(problem, tile, workspace, gradients, group);
+  if (problem.upsampled) return add_gradients_of_group(problem, tile, workspace, group);
+  output.write_columns(problem, output, tile.image, group.y, {group.x, group.x + group.count},
+                       workspace.upsampled, workspace.group);
+}
+
+// predictions: of the tile's image.
+template <class Stat>
+void argmax_group(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
+                  const Group<Stat>& group, int64_t* predictions) {
+  int32_t classes[GROUP];
+  logits_of_group(problem, tile, workspace, group);
+  largest_of_group(problem, workspace, group, classes);
+  for (int64_t t = 0; t < group.count; ++t)
+    predictions[group.y * problem.columns.size + group.x + t] = classes[t];
+}
+
+// Calls visit(group) for a row of a tile's labels, pixel by pixel, with packed logits if they are
+// upsampled.
+template <class Stat, class Visit>
+ALWAYS_INLINE void for_label_row(const Problem<Stat>& problem, const Tile& tile,
+                                 const Workspace<Stat>& workspace, PackedRows<Stat>& rows,
+                                 int64_t y, Visit visit) {
+  const Range& columns = tile.label_columns;
+  if (problem.upsampled) {
+    const Position<Stat> row = position(problem.rows, y);
+    rows.need(problem, tile, row.lower, workspace);
+    rows.need(problem, tile, row.upper, workspace);
+  }
+  for_groups_of_row(problem, tile, workspace, y, workspace.classes,
+                    {0, columns.end - columns.begin}, visit);
+}
+
+// The same for all rows of the tile, whose classes it reads. For each row it first calls begin(the
+// first row of logits that is still read). It returns the number of labels that are neither a class
+// nor ignored.
 template <class Stat, class Begin, class Visit>
 ALWAYS_INLINE int64_t for_groups(const Problem<Stat>& problem, const Tile& tile,
                                  const Workspace<Stat>& workspace, Begin begin, Visit visit) {
   PackedRows<Stat> rows;
   int64_t outside = 0;
-  const Range& columns = tile.label_columns;
   for (int64_t y = tile.label_rows.begin; y < tile.label_rows.end; ++y) {
-    if (problem.upsampled) {
-      const Position<Stat> row = position(problem.rows, y);
-      begin(row.lower);
-      rows.need(problem, tile, row.lower, workspace);
-      rows.need(problem, tile, row.upper, workspace);
-    }
+    if (problem.upsampled) begin(position(problem.rows, y).lower);
     if (problem.labels.read)
-      outside += problem.labels.read(problem.labels, tile.image, y, columns, workspace.classes);
-    for_groups_of_row(problem, tile, workspace, y, workspace.classes,
-                      {0, columns.end - columns.begin}, visit);
+      outside +=
+          problem.labels.read(problem.labels, tile.image, y, tile.label_columns, workspace.classes);
+    for_label_row(problem, tile, workspace, rows, y, visit);
   }
   return outside;
 }

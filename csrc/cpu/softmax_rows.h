@@ -3,7 +3,8 @@
 //
 // A packed row contains, for each class, the tile's columns minus the largest logit of their
 // position, the shift. The first and the last column are copied once more at the sides. Logits of
-// the labels' size are not packed, but read and written in groups of pixels.
+// the labels' size are not packed, but read and written in groups of pixels, or of two classes in
+// rows.
 
 template <class Label>
 int64_t read_labels(const Labels& labels, int64_t image, int64_t row, Range columns,
@@ -197,25 +198,25 @@ void finish_row(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& outp
 }
 
 template <class T>
-void read_group(const Problem<StatOf<T>>& problem, int64_t image, int64_t row, Range columns,
-                const Workspace<StatOf<T>>& workspace) {
-  using Stat = StatOf<T>;
+void read_row(const Problem<StatOf<T>>& problem, int64_t image, int64_t row, Range columns,
+              StatOf<T>* target, int64_t stride) {
+  using Vec = VecOf<StatOf<T>>;
   const int64_t first_class = problem.num_classes - problem.layout.dim;
-  if (first_class > 0) std::memset(workspace.upsampled, 0, workspace.group * sizeof(Stat));
-  read_columns(
-      logit_at<const T>(problem.logits, problem.layout, image, row, columns.begin), problem.layout,
-      columns.end - columns.begin, [&](int64_t k, int64_t j, VecOf<Stat> x) INLINE_LAMBDA {
-        Simd<Stat>::store(workspace.upsampled + (first_class + k) * workspace.group + j, x);
-      });
+  const int64_t count = columns.end - columns.begin;
+  for (int64_t j = 0; first_class > 0 && j < count; j += LANES<StatOf<T>>)
+    Simd<StatOf<T>>::store(target + j, Vec{});
+  read_columns(logit_at<const T>(problem.logits, problem.layout, image, row, columns.begin),
+               problem.layout, count, [&](int64_t k, int64_t j, Vec x) INLINE_LAMBDA {
+                 Simd<StatOf<T>>::store(target + (first_class + k) * stride + j, x);
+               });
 }
 
 template <class T>
-void write_group(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& output, int64_t image,
-                 int64_t row, Range columns, const Workspace<StatOf<T>>& workspace) {
+void write_row(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& output, int64_t image,
+               int64_t row, Range columns, const StatOf<T>* source, int64_t stride) {
   const int64_t first_class = problem.num_classes - output.layout.dim;
   write_columns(logit_at<T>(output.dlogits, output.layout, image, row, columns.begin),
-                output.layout, columns.end - columns.begin,
-                workspace.upsampled + first_class * workspace.group, workspace.group);
+                output.layout, columns.end - columns.begin, source + first_class * stride, stride);
 }
 
 // Appends the sum of v_k z_k to a packed row.

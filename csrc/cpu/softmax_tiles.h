@@ -71,7 +71,7 @@ class Tiles {
     strips_ = ceil_div(layout.height, 16);
     // a multiple of four strips, because two or four threads wait for each other
     if (strips_ > 1) strips_ = std::min(ceil_div(strips_, 4) * 4, layout.height);
-    const int64_t columns = std::max<int64_t>((1 << 16) / layout.dim, 32);
+    const int64_t columns = std::clamp<int64_t>((1 << 16) / layout.dim, 32, 4096);
     chunks_ = ceil_div(layout.width, columns);
   }
 
@@ -88,7 +88,7 @@ class Tiles {
             sizeof(T),
             num_classes(),
             rows.pack_row,
-            rows.read_group,
+            rows.read_columns,
             upsampled(),
             rows_.axis(),
             columns_.axis(),
@@ -96,6 +96,17 @@ class Tiles {
             by_cells() ? columns_.cells() : Cells{},
             labels,
             {}};
+  }
+
+  // Numbers in LabelColumns::slots: for each column of logits, the most labels at its right.
+  int64_t slots() const {
+    const Axis<Stat> axis = columns_.axis();
+    int64_t most = 1;
+    for (int64_t i = 1, same = 1; axis.lower && i < axis.size; ++i) {
+      same = axis.lower[i] == axis.lower[i - 1] ? same + 1 : 1;
+      most = std::max(most, same);
+    }
+    return most * (ceil_div(layout_.width, 16) * 16 + 16);
   }
 
   int64_t of_image() const { return strips_ * chunks_; }
@@ -137,34 +148,44 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
     columns = std::max(columns, tile.columns.end - tile.columns.begin);
     labels = std::max(labels, tile.label_columns.end - tile.label_columns.begin);
   }
+  const int64_t slots = tiles.slots();
   torch::stable::parallel_for(0, items, 1, [&](int64_t first, int64_t last) {
     Workspace<Stat> workspace;
     workspace.stride = ceil_div(columns + 2, 16) * 16 + 16;
     workspace.group = num_classes <= 1024 ? GROUP : 16;
-    workspace.label_stride = labels + 16;
+    workspace.label_stride = ceil_div(labels, 16) * 16 + 16;
+    workspace.plane_stride = std::max(workspace.stride, workspace.label_stride);
     workspace.lanes = tiles.by_cells() ? workspace.stride * (tiles.most_of_cell() + 8) : 0;
     const int64_t rows = (num_classes + 1) * workspace.stride + 16;
     const int64_t factors = needs_factors ? ROWS * workspace.lanes : 0;
     const int64_t count = 2 * rows + num_classes * workspace.group + 3 * workspace.stride +
-                          2 * workspace.lanes + 3 * factors;
+                          2 * workspace.lanes + 3 * factors + 2 * workspace.plane_stride +
+                          4 * workspace.label_stride + slots;
     // not initialised, so pages that a small tile does not need are never touched
     const std::unique_ptr<Stat[]> memory(new Stat[count]);
-    std::vector<Stat> gradients(backward ? 2 * rows : 0);
+    std::vector<Stat> gradients(backward ? 2 * (rows + workspace.label_stride) : 0);
     std::vector<int32_t> classes(ROWS * workspace.label_stride), cell_columns(workspace.lanes);
+    std::vector<int32_t> lower(workspace.label_stride + slots);
     Stat* next = memory.get();
     const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
     for (int i = 0; i < 2; ++i) {
       workspace.packed[i] = take(rows);
       workspace.shifts[i] = take(workspace.stride);
       workspace.gradients[i] = gradients.data() + (backward ? i * rows : 0);
+      workspace.line_gradients[i] =
+          gradients.data() + (backward ? 2 * rows + i * workspace.label_stride : 0);
     }
     for (Stat*& of_pixels : workspace.factors) of_pixels = take(factors);
+    for (Stat*& line : workspace.lines) line = take(workspace.label_stride);
     workspace.line = take(workspace.stride);
+    workspace.planes = take(2 * workspace.plane_stride);
     workspace.upsampled = take(num_classes * workspace.group);
     workspace.cell_weights = take(workspace.lanes);
     workspace.cell_starts = take(workspace.lanes);
     workspace.classes = classes.data();
     workspace.cell_columns = cell_columns.data();
+    workspace.label_columns = {lower.data(), take(workspace.label_stride),
+                               lower.data() + workspace.label_stride, take(slots)};
     visit(first, last, workspace);
   });
 }

@@ -49,15 +49,12 @@ ALWAYS_INLINE Value not_below_0(Value x) {
   return x < 0 ? Value{} : x;
 }
 
-// log x for normal numbers x > 0.
-ALWAYS_INLINE VecOf<float> log(VecOf<float> x) {
-  using Vec = VecOf<float>;
-  using Bits = typename Simd<float>::Bits;
-  using Int = Vector<int32_t, LANES<float>>;
-  // x = 2^n (1 + f), 1 + f in [sqrt(0.5), sqrt(2))
-  const Int n = Int(Bits(x) - 0x3f3504f3) >> 23;
-  const Vec f = Vec(Bits(x) - (Bits(n) << 23)) - 1.0f;
-  Vec p = f * -0.0762101864f + 0.129046082f;  // relative error 4e-9
+using Floats = VecOf<float>;
+using Ints = Vector<int32_t, LANES<float>>;
+
+// log(1 + f) for 1 + f in [sqrt(0.5), sqrt(2)).
+ALWAYS_INLINE Floats log_near_1(Floats f) {
+  Floats p = f * -0.0762101864f + 0.129046082f;  // relative error 4e-9
   p = p * f - 0.132434762f;
   p = p * f + 0.141818448f;
   p = p * f - 0.166090121f;
@@ -66,11 +63,24 @@ ALWAYS_INLINE VecOf<float> log(VecOf<float> x) {
   p = p * f + 0.33333326f;
   p = p * f - 0.499999883f;
   p = p * f + 0.999999999f;
-  return __builtin_convertvector(n, Vec) * 0.693147181f + f * p;
+  return f * p;
 }
 
-using Floats = VecOf<float>;
-using Ints = Vector<int32_t, LANES<float>>;
+// log x for normal numbers x > 0.
+ALWAYS_INLINE Floats log(Floats x) {
+  using Bits = typename Simd<float>::Bits;
+  // x = 2^n (1 + f)
+  const Ints n = Ints(Bits(x) - 0x3f3504f3) >> 23;
+  const Floats f = Floats(Bits(x) - (Bits(n) << 23)) - 1.0f;
+  return __builtin_convertvector(n, Floats) * 0.693147181f + log_near_1(f);
+}
+
+// log(1 + x) for x in [0, 1], also if 1 + x would be rounded to 1.
+ALWAYS_INLINE Floats log_of_1_plus(Floats x) {
+  const auto large = x > 0.414213562f;  // 1 + x = 2 (1 + (x - 1) / 2)
+  const Floats result = log_near_1(large ? 0.5f * x - 0.5f : x);
+  return large ? result + 0.693147181f : result;
+}
 
 // A bit for each lane of a mask.
 ALWAYS_INLINE uint32_t lanes_of(Ints mask) {

@@ -1,0 +1,315 @@
+// Softmax moments of two classes and of sigmoids. They depend on one number for each pixel, the
+// difference of its logits d = z_1 - z_0. With e = e^-|d|, log(1 + e) and |d| + log(1 + e) are the
+// two losses, 1 / (1 + e) and e / (1 + e) the two probabilities. No lse is read.
+//
+// Rows of labels are processed pixel by pixel (softmax_pixels.h) if a logit around them is not
+// finite, or if lse is requested or has a gradient.
+
+// The differences of the logits at the labels of a tile, row by row.
+class DifferenceRows {
+  using V = Simd<float>;
+  static constexpr int L = LANES<float>;
+
+ public:
+  DifferenceRows(const Problem<float>& problem, const Tile& tile, const Workspace<float>& workspace)
+      : problem_(problem), tile_(tile), workspace_(workspace), lines_(workspace.label_columns) {
+    if (problem.upsampled)
+      lines_.start(problem.columns, tile.columns.begin - 1, tile.label_columns);
+  }
+
+  // d of a row of labels; null if a logit around it is not finite. It is not inlined, so its
+  // products are always fused in the same way, and hits equal the diagonal of the confusion matrix.
+  __attribute__((noinline)) const float* of_labels(int64_t y) {
+    if (!problem_.upsampled) {
+      float* d = workspace_.planes + workspace_.plane_stride;
+      return read(y, tile_.label_columns, 0) ? d : nullptr;
+    }
+    const Position<float> row = position(problem_.rows, y);
+    const float *low = of_logits(row.lower), *high = of_logits(row.upper);
+    if (!finite_[row.lower & 1] || !finite_[row.upper & 1]) return nullptr;
+    if (row.weight == 0) return low;
+    const Floats weight = Floats{} + row.weight;
+    for (int64_t t = 0; t < lines_.count(); t += L)
+      V::store(workspace_.lines[2] + t,
+               (1 - weight) * V::load(low + t) + weight * V::load(high + t));
+    return workspace_.lines[2];
+  }
+
+ private:
+  // d of a row of logits at the labels' columns.
+  const float* of_logits(int64_t row) {
+    float* line = workspace_.lines[row & 1];
+    if (rows_[row & 1] == row) return line;
+    rows_[row & 1] = row;
+    const int64_t begin = tile_.columns.begin - 1, width = problem_.layout.width;
+    const Range columns = {std::max<int64_t>(begin, 0), std::min(tile_.columns.end + 1, width)};
+    finite_[row & 1] = read(row, columns, columns.begin - begin);
+    float* packed = workspace_.planes + workspace_.plane_stride;
+    packed[columns.end - begin] = packed[columns.end - begin - 1];  // has weight 0
+    lines_.upsample(packed, line);
+    return line;
+  }
+
+  // Reads a row's d into the second plane, beginning with number `first`. Returns whether all are
+  // finite.
+  bool read(int64_t row, Range columns, int64_t first) {
+    float* planes = workspace_.planes + first;
+    const int64_t stride = workspace_.plane_stride;
+    problem_.read_columns(problem_, tile_.image, row, columns, planes, stride);
+    Ints finite = Ints{} == 0;
+    for (int64_t j = 0; j < columns.end - columns.begin; j += L) {
+      const Floats d = V::load(planes + stride + j) - V::load(planes + j);
+      V::store(planes + stride + j, d);
+      finite &= d - d == 0;
+    }
+    return !any(~finite);
+  }
+
+  const Problem<float>& problem_;
+  const Tile& tile_;
+  const Workspace<float>& workspace_;
+  UpsampledLines<float> lines_;
+  int64_t rows_[2] = {-1, -1};
+  bool finite_[2] = {};
+};
+
+// Calls visit(y, d) for the rows of a tile's labels, whose classes are read; d is null if the row
+// is processed pixel by pixel. Before, it calls begin(y). Classes after the last label are -1. It
+// returns the number of labels that are neither a class nor ignored.
+template <class Begin, class Visit>
+ALWAYS_INLINE int64_t for_differences(const Problem<float>& problem, const Tile& tile,
+                                      const Workspace<float>& workspace, bool by_pixels,
+                                      Begin begin, Visit visit) {
+  DifferenceRows rows(problem, tile, workspace);
+  const int64_t count = tile.label_columns.end - tile.label_columns.begin;
+  int64_t outside = 0;
+  for (int64_t y = tile.label_rows.begin; y < tile.label_rows.end; ++y) {
+    if (problem.labels.read)
+      outside +=
+          problem.labels.read(problem.labels, tile.image, y, tile.label_columns, workspace.classes);
+    const Ints none = Ints{} - 1;
+    std::memcpy(workspace.classes + count, &none, sizeof none);
+    begin(y);
+    visit(y, by_pixels ? nullptr : rows.of_labels(y));
+  }
+  return outside;
+}
+
+// The two classes of a vector of pixels.
+struct TwoClasses {
+  Floats d, power;  // power: e^-|d|
+
+  ALWAYS_INLINE explicit TwoClasses(Floats d) : d(d), power(exp<float>(d < 0 ? d : -d)) {}
+
+  // -log p of class 1, or of class 0 if `other` is -d; log_total: log(1 + power)
+  static ALWAYS_INLINE Floats loss(Floats other, Floats log_total) {
+    return log_total + (other < 0 ? -other : Floats{});
+  }
+};
+
+// The sums of a class over a tile.
+struct SumsOfClass {
+  using Sum = Vector<double, LANES<double>>;
+  Sum losses = {}, overlaps = {}, masses = {}, squares = {};
+  int64_t counts = 0, hits = 0, used = 0;
+};
+
+template <class = void>
+void forward_two_classes(const Problem<float>& problem, const Tile& tile,
+                         const Workspace<float>& workspace, const Sums& sums,
+                         const Maps<float>& maps) {
+  using V = Simd<float>;
+  constexpr int L = LANES<float>;
+  const int64_t count = tile.label_columns.end - tile.label_columns.begin;
+  const LossesOfImage<float> losses(problem.shape, 2, tile.image);
+  const bool with_probabilities = sums.masses || sums.squares, plain = problem.shape.plain;
+  const auto number = [](Ints mask) INLINE_LAMBDA { return __builtin_popcount(lanes_of(mask)); };
+  PackedRows<float> packed;
+  SumsOfClass by_class[2];
+  const auto visit = [&](int64_t y, const float* d) {
+    if (!d)
+      return for_label_row(problem, tile, workspace, packed, y, [&](const Group<float>& group) {
+        forward_group(problem, tile, workspace, group, sums, maps);
+      });
+    float* map = maps.pixel_losses;
+    if (map)
+      map += (tile.image * problem.rows.size + y) * problem.columns.size + tile.label_columns.begin;
+    for (int64_t first = 0; first < count; first += 4 * L) {
+      Floats of_loss[2] = {}, overlaps[2] = {}, masses[2] = {}, squares[2] = {};
+      for (int64_t t = first; t < std::min(first + 4 * L, count); t += L) {
+        const TwoClasses two(V::load(d + t));
+        const Ints k = load_ints(workspace.classes + t), valid = k >= 0;
+        const Floats log_total = log_of_1_plus(two.power);
+        const Floats c = two.loss(k == 1 ? two.d : -two.d, log_total);
+        Floats loss = c;
+        if (!plain) {
+          Floats u = {};
+          if (losses.others)
+            u = losses.others[0] * two.loss(-two.d, log_total) +
+                losses.others[1] * two.loss(two.d, log_total);
+          loss = losses.loss(k, c, u);
+        }
+        if (map) V::store(map + t, valid ? loss : Floats{}, std::min<int64_t>(L, count - t));
+        for (int i = 0; i < 2; ++i) {
+          const Ints own = k == i;
+          of_loss[i] += own ? loss : Floats{};
+          by_class[i].counts += number(own);
+          if (sums.hits) by_class[i].hits += number(own & (i == 1 ? two.d > 0 : ~(two.d > 0)));
+          if (sums.used) by_class[i].used += number(own & ~(c < losses.shape.least));
+        }
+        if (with_probabilities) {
+          const Floats larger = 1 / (1 + two.power), smaller = two.power * larger;
+          for (int i = 0; i < 2; ++i) {
+            const Floats p = (two.d > 0) == (Ints{} - i) ? larger : smaller;
+            overlaps[i] += k == i ? p : Floats{};
+            masses[i] += valid ? p : Floats{};
+            squares[i] += valid ? p * p : Floats{};
+          }
+        }
+      }
+      for (int i = 0; i < 2; ++i) {
+        by_class[i].losses += widen(fold(of_loss[i]));
+        if (!with_probabilities) continue;
+        by_class[i].overlaps += widen(fold(overlaps[i]));
+        by_class[i].masses += widen(fold(masses[i]));
+        by_class[i].squares += widen(fold(squares[i]));
+      }
+    }
+  };
+  *sums.outside +=
+      for_differences(problem, tile, workspace, maps.lse != nullptr, [](int64_t) {}, visit);
+  for (int i = 0; i < 2; ++i) {
+    sums.losses[i] += sum_of_lanes(by_class[i].losses);
+    sums.counts[i] += by_class[i].counts;
+    if (sums.overlaps) sums.overlaps[i] += sum_of_lanes(by_class[i].overlaps);
+    if (sums.masses) sums.masses[i] += sum_of_lanes(by_class[i].masses);
+    if (sums.squares) sums.squares[i] += sum_of_lanes(by_class[i].squares);
+    if (sums.hits) sums.hits[i] += by_class[i].hits;
+    if (sums.used) sums.used[i] += by_class[i].used;
+  }
+}
+
+// The derivative of the moments by d, for the pixels of one image.
+class DerivativeByDifference {
+ public:
+  DerivativeByDifference(const Problem<float>& problem, const Gradients<float>& gradients,
+                         int64_t image)
+      : losses_(problem.shape, 2, image), gradients_(gradients) {
+    const auto of_image = [&](const float* by_class) {
+      return by_class ? by_class + image * gradients.stride_b : nullptr;
+    };
+    dlosses_ = of_image(gradients.dlosses);
+    doverlaps_ = of_image(gradients.doverlaps);
+    dsquares_ = of_image(gradients.dsquares);
+    if (const float* dmasses = of_image(gradients.dmasses)) dmasses_ = dmasses[1] - dmasses[0];
+  }
+
+  ALWAYS_INLINE Floats at(Floats d, Ints k, Floats dpixel_losses) const {
+    const TwoClasses two(d);
+    const Floats larger = 1 / (1 + two.power), smaller = two.power * larger;
+    const Floats p_1 = d > 0 ? larger : smaller, p_0 = d > 0 ? smaller : larger;
+    const Floats p_0_p_1 = larger * smaller;
+    Floats own = dpixel_losses, of_others = {};
+    if (dlosses_) own += k == 1 ? Floats{} + dlosses_[1] : Floats{} + dlosses_[0];
+    if (!losses_.shape.plain) {
+      const Floats log_total = log_of_1_plus(two.power);
+      Floats u = {}, alpha, beta;
+      if (losses_.others)
+        u = losses_.others[0] * two.loss(-d, log_total) +
+            losses_.others[1] * two.loss(d, log_total);
+      losses_.derivatives(k, two.loss(k == 1 ? d : -d, log_total), u, alpha, beta);
+      if (losses_.others)
+        of_others = own * beta * (losses_.others[0] * p_1 - losses_.others[1] * p_0);
+      own *= alpha;
+    }
+    Floats result = of_others + own * (k == 1 ? -p_0 : p_1);
+    Floats of_p_1 = Floats{} + dmasses_;
+    if (doverlaps_) of_p_1 += k == 1 ? Floats{} + doverlaps_[1] : Floats{} - doverlaps_[0];
+    if (dsquares_) of_p_1 += 2 * (p_1 * dsquares_[1] - p_0 * dsquares_[0]);
+    result += of_p_1 * p_0_p_1;
+    return k >= 0 ? result : Floats{};
+  }
+
+ private:
+  LossesOfImage<float> losses_;
+  const Gradients<float>& gradients_;
+  const float *dlosses_, *doverlaps_, *dsquares_;
+  float dmasses_ = 0;
+};
+
+template <class Begin>
+void backward_two_classes(const Problem<float>& problem, const Tile& tile,
+                          const Workspace<float>& workspace, const Gradients<float>& gradients,
+                          const Output<float>& output, Begin finish_until) {
+  using V = Simd<float>;
+  constexpr int L = LANES<float>;
+  const int64_t count = tile.label_columns.end - tile.label_columns.begin;
+  const DerivativeByDifference derivative(problem, gradients, tile.image);
+  GradientLines<float> lines(workspace.label_columns);
+  PackedRows<float> packed;
+  const auto add_up = [&](int64_t parity) {
+    float* line = workspace.line_gradients[parity];
+    lines.for_sums(line, [&](int64_t j, Floats left, Floats right) INLINE_LAMBDA {
+      for (int i = 0; i < 2; ++i) {
+        float* of_class = workspace.gradients[parity] + i * workspace.stride + j;
+        V::store(of_class, V::load(of_class) + (i == 1 ? left : -left));
+        V::store(of_class + 1, V::load(of_class + 1) + (i == 1 ? right : -right));
+      }
+    });
+    std::memset(line, 0, workspace.label_stride * sizeof(float));
+  };
+  const auto begin = [&](int64_t y) {
+    if (!problem.upsampled) return;
+    const int64_t row = position(problem.rows, y).lower;
+    lines.finish_until(row, add_up);
+    finish_until(row);
+  };
+  const auto visit = [&](int64_t y, const float* d) {
+    if (!d)
+      return for_label_row(problem, tile, workspace, packed, y, [&](const Group<float>& group) {
+        backward_group(problem, tile, workspace, gradients, output, group);
+      });
+    const auto at = [&](int64_t t) INLINE_LAMBDA {
+      const Floats dpixel_losses =
+          load_map(gradients.dpixel_losses, tile.image, y, tile.label_columns.begin + t, count - t);
+      return derivative.at(V::load(d + t), load_ints(workspace.classes + t), dpixel_losses);
+    };
+    if (!problem.upsampled) {  // in the place of d
+      for (int64_t t = 0; t < count; t += L) {
+        const Floats gradient = at(t);
+        V::store(workspace.planes + t, -gradient);
+        V::store(workspace.planes + workspace.plane_stride + t, gradient);
+      }
+      return output.write_columns(problem, output, tile.image, y, tile.label_columns,
+                                  workspace.planes, workspace.plane_stride);
+    }
+    const Position<float> row = position(problem.rows, y);
+    lines.use(row.lower, count);
+    lines.use(row.upper, count);
+    float* low = workspace.line_gradients[row.lower & 1];
+    float* high = workspace.line_gradients[row.upper & 1];
+    for (int64_t t = 0; t < count; t += L) {
+      const Floats gradient = at(t);
+      V::store(low + t, V::load(low + t) + (1 - row.weight) * gradient);
+      if (row.weight != 0) V::store(high + t, V::load(high + t) + row.weight * gradient);
+    }
+  };
+  for_differences(problem, tile, workspace, gradients.dlse.data != nullptr, begin, visit);
+  lines.finish_until(problem.rows.source, add_up);
+}
+
+template <class = void>
+void argmax_two_classes(const Problem<float>& problem, const Tile& tile,
+                        const Workspace<float>& workspace, int64_t* predictions) {
+  PackedRows<float> packed;
+  const auto visit = [&](int64_t y, const float* d) {
+    int64_t* row = predictions + y * problem.columns.size;
+    if (!d)
+      return for_label_row(problem, tile, workspace, packed, y, [&](const Group<float>& group) {
+        argmax_group(problem, tile, workspace, group, predictions);
+      });
+    const Range& columns = tile.label_columns;
+    for (int64_t x = columns.begin; x < columns.end; ++x) row[x] = d[x - columns.begin] > 0;
+  };
+  for_differences(problem, tile, workspace, false, [](int64_t) {}, visit);
+}
