@@ -118,7 +118,8 @@ def moments_of(case: Case, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     if options.shapes_losses or case.size[1] == 1:
         moments = unchecked_moments("test", logits, labels, options)
     else:
-        public = {k: v for k, v in options._asdict().items() if k not in Options._fields[:3]}
+        own = ("smoothing", "min_loss", "focal_gamma", "outside")  # not of the public function
+        public = {name: x for name, x in options._asdict().items() if name not in own}
         moments = ao.ops.softmax_moments(logits, labels, **public)
     return {name: x for name, x in moments._asdict().items() if x is not None}
 
