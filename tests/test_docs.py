@@ -2,6 +2,7 @@
 messages are in the sources, the tables of the evidence are those of its rows."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -269,3 +270,12 @@ def test_evidence_is_that_of_the_rows():
     evidence = json.loads((ROOT / "docs/evidence.json").read_text())
     page = runpy.run_path(str(ROOT / "examples/evidence_report.py"))["page"]
     assert (ROOT / "docs/evidence.md").read_text() == page(evidence)
+
+
+def test_tables_of_the_cost_are_those_of_the_rows():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    page, cost_tables = (ROOT / "docs/cost.md").read_text(), importlib.import_module("cost_tables")
+    names = re.findall(r"<!-- rows: (\w+) -->", page)
+    assert sorted(names) == sorted(cost_tables.TABLES) == sorted(set(names))
+    assert page.count("<!-- end of rows -->") == len(names)
+    assert page == cost_tables.with_tables(page), "python bench/cost_tables.py writes the tables"

@@ -1,25 +1,42 @@
-"""The tables of docs/cost.md. They are made from committed rows, and replace the comments
-`<!-- rows: … -->`."""
+"""Writes the tables of docs/cost.md from the committed rows: python bench/cost_tables.py
 
+A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`. With --check nothing is
+written, and the exit status is 1 if a table differs from its rows.
+"""
+
+import argparse
 import json
 import re
 import sys
 from pathlib import Path
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+import plot_operators
+import plot_training_step
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/cost.md"
 RESULTS = ROOT / "bench/results"
-sys.path.insert(0, str(ROOT / "bench"))
-
-import plot_operators  # noqa: E402
-import plot_training_step  # noqa: E402
-
-MARKER = re.compile(r"<!-- rows: (\w+) -->")
+MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
 RUNS = ("cpu-pixel-losses", "cpu")
 TRAINING_STEP = "training-step-cpu"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    written, expected = PAGE.read_text(), with_tables(PAGE.read_text())
+    if not options.check:
+        PAGE.write_text(expected)
+    elif written != expected:
+        sys.exit(f"{PAGE}: a table differs from its rows: python bench/cost_tables.py writes it")
+
+
+def with_tables(page: str) -> str:
+    """The text of a page, with its tables made anew from the rows."""
+    return MARKED.sub(lambda marked: f"{marked[1]}\n{TABLES[marked[2]]()}\n\n", page)
 
 
 def runs() -> list[dict]:
@@ -83,13 +100,5 @@ def training_steps() -> str:
 TABLES = {"headlines": headlines, "cases": cases, "training_steps": training_steps}
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for path in RESULTS.glob(f"{TRAINING_STEP}.*"):
-        name = path.relative_to(ROOT).as_posix()
-        if files.get_file_from_path(name) is None:
-            files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
-    return files
-
-
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    return MARKER.sub(lambda marker: TABLES[marker[1]](), markdown)
+if __name__ == "__main__":
+    main()
