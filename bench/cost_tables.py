@@ -1,4 +1,4 @@
-"""Writes the tables of docs/cost.md from the committed rows: python bench/cost_tables.py
+"""Writes the tables of docs/cost.md from committed rows and counts: python bench/cost_tables.py
 
 A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`. With --check nothing is
 written, and the exit status is 1 if a table differs from its rows.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import plot_operators
 import plot_training_step
+import statistics_of_ranks
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/cost.md"
@@ -97,7 +98,12 @@ def training_steps() -> str:
     return text
 
 
-TABLES = {"headlines": headlines, "cases": cases, "training_steps": training_steps}
+TABLES = {
+    "headlines": headlines,
+    "cases": cases,
+    "training_steps": training_steps,
+    "statistics_of_ranks": statistics_of_ranks.table,
+}
 
 
 if __name__ == "__main__":
