@@ -45,7 +45,7 @@ The networks are trained from random weights on scenes of handwritten digits wit
 training, whose learning rate decays to 0 at its end. The tables show mean ± standard deviation over
 n seeds in %. "To plain" is the difference to the plain network of the same seeds. Head, body and
 tail are the four most frequent classes, the next four and the last three. "From scratch" is
-`--setting from-scratch`; the others have the published weights.
+`--setting from-scratch`; the others have the published weights. CR is SAR with fixed anchors.
 
 A network has converged at a horizon if the next horizon adds less than {converged:g} point to the
 mIoU of plain.

@@ -21,6 +21,9 @@ except ModuleNotFoundError as error:
     sys.exit(f"anchorops-train: {error}: install what training needs: pip install anchorops[train]")
 
 DEMO_SHOWS = """
+mIoU: mean over the classes of intersection over union. head, body, tail: the same over frequent,
+less frequent and rare classes. mAcc: mean over the classes of the share of pixels found. All in %.
+
 A short training shows how fast a network learns. On these scenes the gain of SAR disappears in
 longer trainings; docs/evidence.md compares all methods after 500, 1,500 and 4,000 steps."""
 

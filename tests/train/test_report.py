@@ -8,8 +8,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+import anchorops as ao
 from anchorops.train.report.features import Features
-from anchorops.train.report.page import PANELS, _curves, _samples
+from anchorops.train.report.page import MEANINGS, PANELS, _curves, _headline, _samples, _training
 
 
 @pytest.fixture
@@ -73,3 +74,40 @@ def test_curves_of_a_method_without_gradient():
     figure = _curves([line, {**line, "step": 2}])
     figure.draw_without_rendering()
     assert [axis.get_title() for axis in figure.axes] == [PANELS[0], PANELS[2]]
+
+
+def test_miou_is_visible_where_all_classes_are_in_one_group():
+    """The curve of that group is the same: it is narrower, and above."""
+    lines = [{"step": step, "val_miou": 0.1 * step, "val_head": 0.1 * step} for step in (1, 2)]
+    miou, head = _curves(lines).axes[0].lines
+    assert heights(_curves(lines).axes[0]) == [[10, 20]] * 2
+    assert miou.get_zorder() < head.get_zorder()
+    assert miou.get_linewidth() > 3 * head.get_linewidth()
+    assert miou.get_markersize() > 2 * head.get_markersize()
+
+
+def test_a_ratio_that_was_measured_once_is_no_curve():
+    line = {"step": 1, "loss": 1.0, "sar.gradient_ratio": 0.25}
+    lines = [line, {"step": 2, "loss": 1.0}]
+    assert [axis.get_title() for axis in _curves(lines).axes] == [PANELS[0]]
+    assert "measured once, in the first step: sar 0.25" in _training(lines, "sar")
+    assert "measured once" not in _training([line, {**line, "step": 101}], "sar")
+
+
+def test_every_term_of_a_method_is_explained():
+    labels, features = torch.zeros(2, 4, 4, dtype=torch.int64), torch.randn(2, 3, 4, 4)
+    makes = [ao.SAR, ao.OCCL, ao.CeCo, ao.MVSC, ao.CBP]
+    losses = [*(make(2, 3) for make in makes), ao.CBP(2, 3, update="penalty")]
+    for loss in losses:
+        loss(features, labels, torch.nn.Conv2d(3, 2, 1))
+        assert loss.terms and loss.terms.keys() <= MEANINGS.keys()
+    page = _training([{"step": 1, "loss": 1.0, "mvsc.present": 2.0}], "sar+mvsc")
+    assert "<b>mvsc.present</b>: MVSC: number of classes" in page
+
+
+def test_the_groups_of_classes_are_explained():
+    groups = ["head", "head", "body"]
+    classes = [{"group": group} for group in groups]
+    results = {"classes": classes, "miou": 0.5, "head": 0.6, "body": 0.3, "tail": None, "macc": 0.5}
+    text = _headline(results, (0.01, 0.001))
+    assert "head at least 1 % (2 of 3 classes), tail less than 0.1 % (0), body between (1)" in text

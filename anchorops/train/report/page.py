@@ -29,12 +29,13 @@ from ...plots import (
 from ..config import IGNORED, Config
 from ..data.folders import class_histogram
 from ..data.loading import Segmentation
+from ..networks.learner import CLASSES
 from ..run.checkpoint import save_atomically
 from ..run.directory import CONFIG
 from ..run.journal import METRICS, RATIO, WRONG_LABELS, attempt, read_metrics
 from .compare import comparison
 from .cost import Complexity, Cost
-from .evaluate import predict
+from .evaluate import GROUPS, predict
 from .features import (
     ACCURACY_AND_IMAGES,
     ACCURACY_AND_PIXELS,
@@ -55,10 +56,34 @@ PANELS = (
     "loss and its terms",
     "training accuracy and\nvalidation IoU, %",
     "gradient on the features,\nthat of the loss of the logits = 1",
-    "counts",
+    "counts, and SAR's gate",
 )
 # what losses log in addition to their terms
 COUNTS = ("gate", "unsure", "present", WRONG_LABELS)
+CURVES = {"accuracy": "training accuracy", "val_miou": "mIoU"}  # names in legends
+# of the curves, as a sentence for those that a run has; {} is the name of the method
+MEANINGS = {
+    "loss": "the loss that is minimised, the sum of all terms",
+    "ce": "the cross-entropy, or the other loss of the logits",
+    "aux": "{}: cross-entropy of the anchors that the classifier does not recognise yet",
+    "p2a": "{}: squared distance of the pixels to the anchors of their classes",
+    "gate": "{}: share of the classes whose pixels are pulled to their anchors, because the "
+    "classifier recognises these anchors (the gate is open)",
+    "unsure": "{}: number of anchors that the classifier recognises with a probability of at most "
+    "tau",
+    "basis": "{}: always 0, because this method changes the classifier and has no loss",
+    "penalty": "{}: squared cosines between the classifier's rows",
+    "centroid": "{}: contrast between the centroids of two random views of each class",
+    "category": "{}: contrast between these centroids and the classifier's rows",
+    "center": "{}: cross-entropy of the class centers",
+    "fca": "{}: contrast between groups of a class's pixels and the learnable centroids",
+    "cos": "{}: 1 − cosine between halves of a class's learnable centroids",
+    "visual": "{}: cross-entropy of the learnable centroids",
+    "present": "{}: number of classes of a batch that enter its loss",
+    WRONG_LABELS: "number of labels that are neither a class nor ignored; they count as ignored",
+    RATIO: "the norm of the method's gradient on the features, divided by that of the loss of the "
+    "logits; far below 1 the method changes little, above 1 it dominates",
+}
 COLUMNS = 2  # of a legend
 RAREST = 10
 MOST_NAMES = 40  # classes whose names fit into a figure
@@ -200,16 +225,17 @@ def write_report(
         complexity: of the network, or None.
     """
     classes, summary = results["classes"], comparison([results])
-    sections: dict[str, Callable[[], str]] = {"": lambda: _headline(results)}
+    config = Config.load(run / CONFIG)
+    sections: dict[str, Callable[[], str]] = {"": lambda: _headline(results, config.data.head_tail)}
     if predictions:
         sections["Predictions"] = lambda: _image(predictions)
     sections |= {
-        "Training": lambda: _png(_curves(read_metrics(run / METRICS))),
+        "Training": lambda: _training(read_metrics(run / METRICS), results["methods"]),
         "Classes by frequency": lambda: _png(_iou_by_frequency(classes)),
-        "F1 by frequency": lambda: _png(_f1_by_frequency(results["f1_by_frequency"])),
+        "F1 by frequency": lambda: _f1_section(results["f1_by_frequency"], len(classes)),
         f"The {min(RAREST, len(classes))} rarest classes": lambda: _rarest(classes),
     }
-    if Config.load(run / CONFIG).running.collapse_images:
+    if config.running.collapse_images:
         sections["Neural collapse"] = lambda: (
             "<p>As in CeCo's figures; validation images, training pixels and images.</p>"
             + _png(_collapse(read_metrics(run / METRICS)))
@@ -245,7 +271,10 @@ def _of_features(
     if present:
         rarest = min(present, key=lambda k: classes[k]["frequency"])
         title = f"Cosine to the centroid of “{names[rarest]}”"
-        sections[title] = lambda: _similarity(features, rarest)
+        sections[title] = lambda: (
+            f"<p>The first validation image; {html.escape(names[rarest])} is its rarest class.</p>"
+            + _similarity(features, rarest)
+        )
     sections["Features"] = lambda: (
         "<p>Pixels of the validation images, if possible equally many of each class, and the "
         "classes' centroids (stars).</p>" + _png(_samples(features, names))
@@ -257,12 +286,24 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _headline(results: dict[str, Any]) -> str:
+def _headline(results: dict[str, Any], head_tail: tuple[float, float]) -> str:
     shown = {"mIoU": "miou", "head": "head", "body": "body", "tail": "tail", "mAcc": "macc"}
     figures = "".join(
         f"<div>{label} %<b>{_percent(results[name])}</b></div>" for label, name in shown.items()
     )
-    return f'<div class="figures">{figures}</div>'
+    members = {group: 0 for group in GROUPS}
+    for c in results["classes"]:
+        members[c["group"]] += 1
+    head, tail = (f"{100 * share:g} %" for share in head_tail)
+    note = (
+        "Of the validation images. mIoU: mean over the classes of IoU (intersection over union). "
+        "Head, body and tail: the same mean over frequent, less frequent and rare classes, by "
+        f"their share of the training pixels: head at least {head} ({members['head']} of "
+        f"{len(results['classes'])} classes), tail less than {tail} ({members['tail']}), body "
+        f"between ({members['body']}); --head-tail sets these shares. mAcc: mean over the classes "
+        "of the share of their pixels that are predicted correctly."
+    )
+    return f'<div class="figures">{figures}</div><p>{note}</p>'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -326,6 +367,31 @@ def _png(figure: Figure) -> str:
     return _image(buffer.getvalue())
 
 
+def _training(metrics: list[dict[str, Any]], methods: str) -> str:
+    """The curves, what they mean, and the gradient ratios if they were measured only once."""
+    titles = {**CLASSES, "cr": "CR"}
+    meanings: dict[str, str] = {}
+    for name in dict.fromkeys(name for line in metrics for name in line):
+        method, _, term = name.rpartition(".")
+        if text := MEANINGS.get(term):
+            text = text.format(titles.get(method or methods, "")).removeprefix(": ")
+            meanings[term if term == RATIO else name] = text
+    if once := _measured_once(metrics):
+        values = ", ".join(f"{name} {value:.3g}" for name, value in once.items())
+        meanings[RATIO] += f". It was measured once, in the first step: {values}"
+    lines = (f"<li><b>{name.replace('_', ' ')}</b>: {x}</li>" for name, x in meanings.items())
+    return f"{_png(_curves(metrics))}<ul>{''.join(lines)}</ul>"
+
+
+def _measured_once(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """The ratio of each method, if there is only one of each: no curve."""
+    lines = [line for line in metrics if any(name.endswith(RATIO) for name in line)]
+    if len(lines) != 1:
+        return {}
+    ratios = {name: value for name, value in lines[0].items() if name.endswith(RATIO)}
+    return {name.removesuffix(f".{RATIO}"): value for name, value in ratios.items()}
+
+
 def _curves(metrics: list[dict[str, Any]]) -> Figure:
     terms, percent, ratios, counts = PANELS
     panels: dict[str, list[str]] = {title: [] for title in PANELS}
@@ -340,6 +406,8 @@ def _curves(metrics: list[dict[str, Any]]) -> Figure:
             panels[percent].append(name)
         elif name not in (*NOT_CURVES, *COLLAPSE) and not name.startswith("val_"):
             panels[terms].append(name)
+    if _measured_once(metrics):
+        panels[ratios] = []
     panels = {title: names for title, names in panels.items() if names}
     most = max(map(len, panels.values()), default=1)
     size = max(8, 3 * len(panels)), 3 + 0.17 * math.ceil(most / COLUMNS)
@@ -351,9 +419,13 @@ def _curves(metrics: list[dict[str, Any]]) -> Figure:
         for name in names:
             scale = 100 if name in PERCENT else 1
             line = [(m["step"], scale * m[name]) for m in metrics if name in m]
+            style: dict[str, Any] = {"linewidth": 1.2}
+            if name == "val_miou":  # wide and below the others: one of them may have its values
+                style = {"linewidth": 5, "markersize": 14, "color": "0.75", "zorder": 1.5}
             marker = "." if len(line) < 30 else ""
             label = name.removeprefix("val_").removesuffix(f".{RATIO}")
-            axis.plot(*zip(*line, strict=True), label=label, linewidth=1.2, marker=marker)
+            label = CURVES.get(name, label)
+            axis.plot(*zip(*line, strict=True), label=label, marker=marker, **style)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.locator_params(axis="x", integer=True)
@@ -410,13 +482,16 @@ def _samples(features: Features, names: list[str]) -> Figure:
     present = features.counts > 0
     pixels, labels = features.samples
     shown = [name for name, there in zip(names, present.tolist(), strict=True) if there]
-    return features_with_anchors(
+    figure = features_with_anchors(
         pixels,
         (present.cumsum(0) - 1)[labels],
         features.centroids[present],
         names=shown if len(shown) <= MOST_NAMES else None,
         ignore_index=IGNORED,
     )
+    (axis,) = figure.axes
+    axis.set_title(axis.get_title().replace("anchors", "centroids"))
+    return figure
 
 
 def _similarity(features: Features, k: int) -> str:
@@ -427,14 +502,20 @@ def _similarity(features: Features, k: int) -> str:
     return _png(centroid_similarity(maps, features.centroids[k], shown))
 
 
-def _f1_by_frequency(means: list[float | None]) -> Figure:
+def _f1_section(means: list[float | None], num_classes: int) -> str:
+    """F1 of groups of classes; a group without a value has no bar, but a dash."""
     figure = Figure(figsize=(5.5, 2.5), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(1, len(means) + 1), [100 * (mean or 0.0) for mean in means], color=BLUE)
-    axes.set(xlabel="groups of classes, the most frequent first", ylabel="mean F1, %")
+    for place, mean in enumerate(means, 1):
+        if mean is None:
+            axes.text(place, 0, "–", ha="center", va="bottom")
+    groups = "classes" if num_classes == len(means) else "groups of classes"
+    axes.set(xlabel=f"{groups}, the most frequent first", ylabel="mean F1, %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3, axis="y")
-    return figure
+    note = "F1 of a class: 2·hits / (its pixels + pixels that are predicted as this class)."
+    return f"<p>{note}</p>{_png(figure)}"
 
 
 def _cosine_maps(features: Features, classifier: Tensor, names: list[str]) -> str:
