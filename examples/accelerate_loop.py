@@ -1,4 +1,4 @@
-"""Hugging Face Accelerate: a loop with accumulated gradients, and OCCL.
+"""Hugging Face Accelerate: accumulated gradients, the cross-entropy of low-resolution logits, OCCL.
 
     python examples/accelerate_loop.py [--steps 3] [--size 64]
     accelerate launch examples/accelerate_loop.py       # several GPUs, mixed precision
@@ -10,7 +10,6 @@ import argparse
 
 import segmentation_models_pytorch as smp
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,12 +31,14 @@ def main() -> None:
     data = TensorDataset(images, torch.randint(0, K, (len(images), *size)))
     model = smp.FPN("resnet18", encoder_weights=None, classes=K)
 
+    low = ao.low_resolution(model, images[:2])  # the loss upsamples the logits, not the model
     occl = ao.attach(model, ao.OCCL(K, 128))  # 1. before the optimizer and `prepare`
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=2))
     for images, labels in loader:
         with accelerator.accumulate(model):
-            ce = F.cross_entropy(model(images), labels, ignore_index=255)
+            logits = model(images)
+            ce = ao.pixel_cross_entropy(logits, labels, align_corners=low.align_corners)
             loss = ce + occl(labels)  # 2. add the method's loss
             accelerator.backward(loss)
             optimizer.step()

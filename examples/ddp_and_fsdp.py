@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/ddp_and_fsdp.py [--fsdp] [--steps 3]
 
-Trains a small network on random images and labels, on the CPU if there is no GPU.
+Trains a small network on random images and labels, on the CPU if there is no GPU. Its logits have a
+quarter of the labels' height and width.
 """
 
 import argparse
@@ -10,7 +11,6 @@ import os
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +31,7 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     torch.manual_seed(0)  # FSDP does not copy rank 0's parameters: all ranks must draw the same
-    model = nn.Sequential(nn.Conv2d(3, D, 3, padding=1), nn.ReLU(), nn.Conv2d(D, K, 1))
+    model = nn.Sequential(nn.Conv2d(3, D, 7, 4, padding=3), nn.ReLU(), nn.Conv2d(D, K, 1))
 
     # 1. attach before wrapping the model; create the optimizer after it. process_group: use the
     # statistics of all ranks
@@ -47,7 +47,7 @@ def main() -> None:
     for step in range(arguments.steps):
         images = torch.randn(2, 3, 32, 32, device=device)
         labels = torch.randint(0, K, (2, 32, 32), device=device)
-        ce = F.cross_entropy(parallel(images), labels, ignore_index=255)
+        ce = ao.pixel_cross_entropy(parallel(images), labels)  # of logits 8×8
         loss = ce + sar(labels)  # 2. add the method's loss
         optimizer.zero_grad()
         loss.backward()

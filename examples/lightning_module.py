@@ -1,4 +1,4 @@
-"""Lightning: a module with cross-entropy and SAR, which logs the terms of SAR.
+"""Lightning: a module with the cross-entropy of low-resolution logits, SAR and mIoU.
 
     python examples/lightning_module.py [--steps 3] [--size 64]
 
@@ -10,7 +10,6 @@ import argparse
 import lightning
 import segmentation_models_pytorch as smp
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,20 +22,28 @@ class Segmenter(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.model = smp.FPN("tu-resnet18", encoder_weights=None, classes=K)
+        # the losses and the metric upsample the logits, not the model
+        self.low = ao.low_resolution(self.model, torch.randn(2, 3, 64, 64), always=True)
         # 1. here, not in `setup` or `fit`: the optimizer and DDP must see SAR's parameters
         self.sar = ao.attach(self.model, ao.SAR(K, 128))
+        self.miou = ao.MeanIoU(K, align_corners=self.low.align_corners)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return ao.pixel_cross_entropy(logits, labels, align_corners=self.low.align_corners)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
-        ce = F.cross_entropy(self.model(images), labels, ignore_index=255)
+        ce = self.cross_entropy(self.model(images), labels)
         loss = ce + self.sar(labels)  # 2. add the method's loss
         self.log_dict({"ce": ce, **self.sar.terms}, prog_bar=True)  # 3. log its weighted terms
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        images, labels = batch  # in eval mode the model is unchanged
-        ce = F.cross_entropy(self.model(images), labels, ignore_index=255)
-        self.log("validation ce", ce)
+        images, labels = batch
+        logits = self.model(images)
+        self.miou.update(logits, labels)
+        self.log("validation ce", self.cross_entropy(logits, labels))
+        self.log("validation mIoU", self.miou)  # computed at the end, over all batches and ranks
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)

@@ -13,12 +13,8 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -65,35 +61,6 @@ def test_snippet_runs(snippet: str, monkeypatch: pytest.MonkeyPatch):
     for name, value in torchrun.items():
         monkeypatch.setenv(name, str(value))
     exec(compile(snippet, "snippet", "exec"), {})
-
-
-@pytest.mark.parametrize(
-    ("class_weight", "avg_non_ignore"), [(None, False), (None, True), ([1.0, 2.0, 0.5], True)]
-)
-def test_mmsegmentation_mixin(class_weight: list[float] | None, avg_non_ignore: bool):
-    """mmsegmentation's own formulas: mmseg/models/losses/cross_entropy_loss.py and accuracy.py."""
-    page = (ROOT / "docs/frameworks.md").read_text()
-    names: dict[str, Any] = {}
-    (mixin,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "loss_by_feat" in c)
-    exec(mixin, names)
-    settings = {"class_weight": class_weight, "avg_non_ignore": avg_non_ignore}
-    head = names["PixelCrossEntropy"]()
-    head.loss_decode = SimpleNamespace(loss_weight=0.4, loss_name="loss_ce", **settings)
-    head.ignore_index, head.align_corners = 255, True
-    head._stack_batch_gt = torch.stack
-    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 1, 16, 16))
-    labels[:, :, :3] = 255
-    found = head.loss_by_feat(logits, list(labels))
-    full = F.interpolate(logits, (16, 16), mode="bilinear", align_corners=True)
-    target, valid = labels.squeeze(1), labels.squeeze(1) != 255
-    weight = None if class_weight is None else torch.tensor(class_weight)
-    losses = F.cross_entropy(full, target, weight, ignore_index=255, reduction="none")
-    expected = losses.sum() / valid.sum() if avg_non_ignore else losses.mean()
-    if weight is not None:
-        expected = losses.sum() / weight[target[valid]].sum()
-    torch.testing.assert_close(found["loss_ce"], 0.4 * expected)
-    accuracy = 100 * (full.argmax(1) == target)[valid].float().mean()
-    torch.testing.assert_close(found["acc_seg"], accuracy)
 
 
 @pytest.mark.parametrize("words", commands())

@@ -8,12 +8,15 @@ import runpy
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import mmseg_stand_in
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -61,6 +64,92 @@ def test_framework(
             float(text) for text in re.findall(r"(\d+\.\d+) (?:before|after)", printed)
         )
         assert before == pytest.approx(after, rel=1e-4)
+
+
+@pytest.fixture
+def mmsegmentation(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names of the example, with a stand-in for mmsegmentation."""
+    mmseg_stand_in.install(monkeypatch)
+    return runpy.run_path(str(EXAMPLES / "mmsegmentation_heads.py"))
+
+
+def test_mmsegmentation_heads(mmsegmentation: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+    mmsegmentation["main"]()
+    printed = re.findall(r"(\w+) head, (\w+): (.*)", capsys.readouterr().out)
+    assert [line[:2] for line in printed] == [
+        (role, name) for role in ("decode", "auxiliary") for name in ("before", "after")
+    ]
+    for before, after in (printed[:2], printed[2:]):
+        numbers = [[float(x) for x in re.findall(r" (\d+\.\d+)", y[2])] for y in (before, after)]
+        assert len(numbers[0]) == 2 and numbers[0] == pytest.approx(numbers[1], rel=1e-4)
+
+
+def mmsegmentation_head(names: dict[str, Any], kind: str, loss: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = {"type": kind, "in_channels": 4, "channels": 4, "num_classes": 3, "loss_decode": loss}
+    return names["MODELS"].build(config | options)
+
+
+@pytest.mark.parametrize("class_weight", [None, [1.0, 2.0, 0.5]])
+@pytest.mark.parametrize("avg_non_ignore", [False, True])
+def test_mmsegmentation_losses(
+    class_weight: list[float] | None, avg_non_ignore: bool, mmsegmentation: dict[str, Any]
+):
+    """Two losses of one name are added. Values and gradients are those of mmsegmentation."""
+    features = [torch.randn(2, 4, 5, 5)]
+    labels = torch.randint(0, 3, (2, 1, 16, 17))
+    if class_weight is None:  # where mmsegmentation fails
+        labels[:, :, :3] = 255
+    samples = [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=x)) for x in labels]
+    options = {"avg_non_ignore": avg_non_ignore}
+    theirs = {"type": "CrossEntropyLoss", "class_weight": class_weight, **options}
+    ours = {"type": "AnchoropsLoss", "weight": class_weight, **options}
+    found, gradients = [], []
+    for kind, loss in (("FCNHead", theirs), ("LowResolutionFCNHead", ours)):
+        losses: list[dict[str, Any]] = [loss, loss | {"loss_weight": 0.4}]
+        corners = {"align_corners": True}
+        if kind != "FCNHead":
+            losses = [x | corners for x in losses]
+        head = mmsegmentation_head(mmsegmentation, kind, losses, **corners)
+        found.append(head.loss(features, samples, train_cfg={}))
+        found[-1]["loss_ce"].backward()
+        gradients.append(head.conv_seg.weight.grad)
+    assert found[0].keys() == found[1].keys() == {"loss_ce", "acc_seg"}
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_mmsegmentation_binary_head(mmsegmentation: dict[str, Any]):
+    loss = {"type": "AnchoropsLoss", "loss": "BinaryCrossEntropy", "loss_name": "loss_bce"}
+    head = mmsegmentation_head(mmsegmentation, "LowResolutionFCNHead", loss, out_channels=1)
+    logits, labels = torch.randn(2, 1, 4, 4), torch.randint(0, 2, (2, 1, 16, 16))
+    samples = [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=x)) for x in labels]
+    found = head.loss_by_feat(logits, samples)
+    full = F.interpolate(logits, (16, 16), mode="bilinear")
+    torch.testing.assert_close(
+        found["loss_bce"], F.binary_cross_entropy_with_logits(full, labels.float())
+    )
+    hits = ((full > 0) == labels).float().mean()
+    torch.testing.assert_close(found["acc_seg"], 100 * hits)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"align_corners": True}, "expected align_corners=True, as the head, got False"),
+        ({"ignore_index": 0}, "expected ignore_index=0, as the head, got 255"),
+        ({"loss": {"type": "CrossEntropyLoss"}}, "expected AnchoropsLoss and no sampler"),
+    ],
+)
+def test_mmsegmentation_head_refuses(
+    wrong: dict[str, Any], message: str, mmsegmentation: dict[str, Any]
+):
+    options = {"loss": {"type": "AnchoropsLoss"}} | wrong
+    head = mmsegmentation_head(mmsegmentation, "LowResolutionFCNHead", **options)
+    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
+    samples = [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=labels))]
+    with pytest.raises(ValueError, match=f"LowResolutionFCNHead: .*{message}"):
+        head.loss_by_feat(torch.randn(1, 3, 4, 4), samples)
 
 
 @pytest.mark.parametrize(
