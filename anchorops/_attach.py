@@ -349,7 +349,8 @@ def attach(
     once; they are never copied. If the classifier has run several times before a call, the call
     raises an error (see `Attachment`). In eval mode, without gradients and under export, the model
     runs exactly the operators that it runs without the regulariser. (The state_dict of a
-    torch.export program includes the regulariser; call `detach()` before exporting to remove it.)
+    torch.export program includes the regulariser; call `detach()` before exporting to remove it,
+    but not with CBP, whose classifier it would replace by the old one.)
 
     The regulariser becomes a submodule of the model, so optimizers, `.to()`, DDP and checkpoints
     see its parameters. (If the model is an nn.Sequential, which would call it, it becomes a

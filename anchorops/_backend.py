@@ -31,8 +31,7 @@ TRITON_INTERPRETED = os.getenv("TRITON_INTERPRET", "").lower() in ("1", "true", 
 _CUDA_ON_HOST = os.getenv("ANCHOROPS_CUDA_ON_HOST")
 _ON_HOST = {"triton": TRITON_INTERPRETED, "cuda": bool(_CUDA_ON_HOST)}
 
-# They use LibTorch's stable ABI and no Python: one build works with torch 2.10 and later, and with
-# every version of Python.
+# They use LibTorch's stable ABI (of torch 2.10) and no Python: one build is for several versions.
 CPU_LIBRARY = Path(__file__).with_name("_cpu.so")
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 

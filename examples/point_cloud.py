@@ -64,7 +64,7 @@ def main() -> None:
     with torch.no_grad():
         predicted = model.eval()(points).argmax(1)
     matrix = ao.confusion(predicted, labels, K)  # (K, K): truth × prediction
-    recall = matrix.diagonal() / matrix.sum(1)
+    recall = matrix.diagonal() / matrix.sum(1).clamp(min=1)  # 0, not NaN, without points
     shares = zip(NAMES, recall.tolist(), strict=True)
     print("recall: " + ", ".join(f"{name} {share:.3f}" for name, share in shares))
 

@@ -50,7 +50,8 @@ def network() -> nn.Module:
 @torch.no_grad()
 def miou(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     matrix = ao.pixel_confusion(model.eval()(images), labels)
-    return (matrix.diag() / (matrix.sum(0) + matrix.sum(1) - matrix.diag())).mean().item()
+    hits, union = matrix.diag(), matrix.sum(0) + matrix.sum(1) - matrix.diag()
+    return (hits / union.clamp(min=1))[union > 0].mean().item()  # of the classes that occur
 
 
 def train(steps: int, labelled: tuple[Tensor, Tensor], unlabelled: Tensor | None) -> nn.Module:
