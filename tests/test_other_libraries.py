@@ -1,6 +1,7 @@
-"""docs/loss-map.md: the rows with code on both sides are evaluated as they are written there, and
-values and gradients are compared."""
+"""docs/loss-map.md and docs/migration.md: the rows with code on both sides are evaluated as they
+are written there, and values and gradients are compared."""
 
+import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -16,19 +17,29 @@ from torch import Tensor, nn
 
 import anchorops as ao
 
-PAGE = (Path(__file__).parents[1] / "docs/loss-map.md").read_text()
-SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
+PAGE, ARGUMENTS = (
+    (Path(__file__).parents[1] / "docs" / name).read_text()
+    for name in ("loss-map.md", "migration.md")
+)
+SECTIONS, SECTIONS_OF_ARGUMENTS = (
+    dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", page, re.M | re.S))
+    for page in (PAGE, ARGUMENTS)
+)
 KINDS = {"softmax": "multiclass", "one channel": "binary", "channels": "multilabel"}
 NUMBERS = {"a": 0.3, "b": 0.7, "e": 0.1, "g": 1.5, "n": 40, "r": 0.7, "s": 0.3, "t": 0.25}
 DISTANCES = torch.tensor([[abs(i - j) / 4 for j in range(5)] for i in range(5)])
 
 
 def rows() -> Iterator[Any]:
-    for section, text in SECTIONS.items():
+    seen = set()
+    for section, text in (*SECTIONS.items(), *SECTIONS_OF_ARGUMENTS.items()):
         for cells in re.findall(r"^\| (.+) \| `([^`]+)` \| `([^`]+)` \|$", text, re.M):
-            kinds, theirs, ours = cells
+            kinds, theirs, ours = cells[0].rpartition(" | ")[2], *cells[1:]
             for kind in KINDS if kinds == "all" else kinds.split(", "):
-                yield pytest.param(section, kind, theirs, ours, id=f"{section}, {kind}: {theirs}")
+                row = section, kind, theirs, ours
+                if row not in seen:
+                    yield pytest.param(*row, id=f"{section}, {kind}: {theirs}")
+                seen.add(row)
 
 
 def example(kind: str, ratio: int, ignored: bool) -> SimpleNamespace:
@@ -99,6 +110,9 @@ def test_row(section: str, kind: str, theirs: str, ours: str, ratio: int):
         elif section in ("MONAI", "nnU-Net"):
             target = target[:, None]
         expected = expected(given.z, target)
+    if loss.dim() > 0:  # reduction="none"
+        assert loss.shape == expected.shape
+        loss, expected = (x.square().sum() for x in (loss, expected))
     # MONAI's focal loss computes in float32
     bounds = {"rtol": 1e-5, "atol": 1e-6} if section == "MONAI" and "Focal" in theirs else {}
     torch.testing.assert_close(loss.double(), expected.double(), **bounds)
@@ -118,6 +132,22 @@ def few_lines() -> dict[str, Any]:
 
 def losses_of_monai() -> set[str]:
     return {kind.__name__ for kind in vars(monai).values() if isinstance(kind, type)}
+
+
+@pytest.mark.parametrize(
+    ("section", "library"), [("segmentation_models.pytorch", smp), ("MONAI", monai)]
+)
+def test_every_argument_has_a_row(section: str, library: Any):
+    """Of the losses that docs/loss-map.md computes."""
+    cells = re.findall(r"^\| ([^|]+) \|", SECTIONS_OF_ARGUMENTS[section], re.M)
+    listed = {name for cell in cells for name in re.findall(r"`(\w+)[`=]", cell)}
+    named = re.findall(r"`(\w+Loss)\(", SECTIONS[section])
+    losses = {name for name in named if hasattr(library, name)}
+    assert len(losses) > 5
+    for name in losses:
+        arguments = inspect.signature(getattr(library, name).__init__).parameters
+        missing = set(arguments) - listed - {"self", "args", "kwargs"}
+        assert not missing, (name, missing)
 
 
 MMSEGMENTATION = (
@@ -315,6 +345,7 @@ def nnunet_dice_and(cross_entropy: Callable[..., Callable], nonlin: Callable) ->
 
 FEW_LINES = few_lines()
 LIBRARIES: dict[str, Mapping[str, Any]] = {
+    "PyTorch": {"F": F, "nn": nn},
     "segmentation_models.pytorch": vars(smp),
     "MONAI": vars(monai),
     "mmsegmentation": {
