@@ -82,7 +82,7 @@ MEANINGS = {
     "present": "{}: number of classes of a batch that enter its loss",
     WRONG_LABELS: "number of labels that are neither a class nor ignored; they count as ignored",
     RATIO: "the norm of the method's gradient on the features, divided by that of the loss of the "
-    "logits; far below 1 the method changes little, above 1 it dominates",
+    "logits; above 1 the method's gradient is the larger one",
 }
 COLUMNS = 2  # of a legend
 RAREST = 10
