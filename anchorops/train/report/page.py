@@ -373,7 +373,8 @@ def _training(metrics: list[dict[str, Any]], methods: str) -> str:
     meanings: dict[str, str] = {}
     for name in dict.fromkeys(name for line in metrics for name in line):
         method, _, term = name.rpartition(".")
-        if text := MEANINGS.get(term):
+        shown = term != WRONG_LABELS or any(line.get(name) for line in metrics)
+        if (text := MEANINGS.get(term)) and shown:
             text = text.format(titles.get(method or methods, "")).removeprefix(": ")
             meanings[term if term == RATIO else name] = text
     if once := _measured_once(metrics):
