@@ -94,7 +94,7 @@ def test_a_ratio_that_was_measured_once_is_no_curve():
     assert "measured once" not in _training([line, {**line, "step": 101}], "sar")
 
 
-@pytest.mark.filterwarnings("ignore:CBP: update=")  # it is not attached
+@pytest.mark.filterwarnings("ignore:CBP")  # it is not attached
 def test_every_term_of_a_method_is_explained():
     labels, features = torch.zeros(2, 4, 4, dtype=torch.int64), torch.randn(2, 3, 4, 4)
     makes = [ao.SAR, ao.OCCL, ao.CeCo, ao.MVSC, ao.CBP]
