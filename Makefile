@@ -12,7 +12,7 @@ BENCH ?= build/bench
 # Python: make check-abi PYTHON=python3.13
 ABI_TORCHES ?= 2.10 2.11 2.13
 
-.PHONY: setup test proofs stress demo bench kernels-report cuda-report lint format docs package check-abi clean
+.PHONY: setup test proofs stress demo bench counted-memory kernels-report cuda-report lint format docs package check-abi clean
 
 setup: .venv/installed
 
@@ -45,6 +45,11 @@ demo: setup
 # committed rows and pictures of this processor
 bench: setup
 	$(BIN)/python bench/run.py --out $(BENCH)
+
+# needs no quiet machine and no GPU; a quarter of an hour
+counted-memory: setup
+	$(BIN)/python bench/counted_memory.py --out $(BENCH)/counted-memory.json
+	$(BIN)/python bench/plot_counted_memory.py $(BENCH)/counted-memory.json
 
 kernels-report: setup
 	$(BIN)/python bench/kernels_report.py

@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import plot_counted_memory
 import plot_operators
 import plot_training_step
 import statistics_of_ranks
@@ -20,6 +21,7 @@ RESULTS = ROOT / "bench/results"
 MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
 RUNS = ("cpu-pixel-losses", "cpu")
 TRAINING_STEP = "training-step-cpu"
+COUNTED_MEMORY = RESULTS / "counted-memory.json"
 
 
 def main() -> None:
@@ -98,11 +100,16 @@ def training_steps() -> str:
     return text
 
 
+def counted_memory() -> str:
+    return plot_counted_memory.full_table(json.loads(COUNTED_MEMORY.read_text()))
+
+
 TABLES = {
     "headlines": headlines,
     "cases": cases,
     "training_steps": training_steps,
     "statistics_of_ranks": statistics_of_ranks.table,
+    "counted_memory": counted_memory,
 }
 
 

@@ -1,0 +1,357 @@
+"""Memory of a training step on a GPU, counted without a GPU.
+
+    python bench/counted_memory.py [--networks …] [--out bench/results/counted-memory.json]
+
+A step (forward, loss, backward) runs on fake tensors, which have shapes but no values. Each storage
+is logged when it is made and when it is freed; the peak is the largest sum of bytes at one time.
+Parameters, Adam's state, gradients, images and labels are in it. The network as it is, with
+F.cross_entropy, is compared with ours: the same network with pixel_cross_entropy of low-resolution
+logits, alone and with each method.
+
+Every batch makes and frees the same storages, and the size of each is either the same for every
+batch or proportional to the number of images. So one count gives the peak of every batch, and the
+largest batch that fits.
+"""
+
+import argparse
+import copy
+import functools
+import gc
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from cases import IGNORE_INDEX
+from record import commit
+from storages import Storages, as_on_cuda, largest_batch, make_fake
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import anchorops as ao
+from anchorops.losses import Regularizer
+from anchorops.train.networks.models import build_model
+
+METHODS: dict[str, Callable[..., Regularizer]] = {
+    "SAR": ao.SAR,
+    "OCCL": ao.OCCL,
+    "CeCo": ao.CeCo,
+    "MVSC": ao.MVSC,
+}
+CAPACITIES = (24, 40, 80)  # GB: 10⁹ bytes
+LARGEST = 3  # storages that a row lists
+
+
+class Network(NamedTuple):
+    """A network, its batch, and how its users train it.
+
+    dim: of the features before the classifier. blocks: the classes whose outputs are computed again
+    with activation checkpointing. channels: of the images. upsamples: forward upsamples the logits.
+    weights: of the loss of each of its outputs.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    size: tuple[int, ...]
+    batch: int
+    num_classes: int
+    dim: int
+    blocks: tuple[str, ...]
+    channels: int = 3
+    upsamples: bool = False
+    weights: tuple[float, ...] = (1.0,)
+
+    @property
+    def volumes(self) -> bool:
+        return len(self.size) == 3
+
+    def outputs(self, model: nn.Module, images: Tensor, low: bool) -> Sequence[Tensor]:
+        """Logits of all heads; low: at their own resolution."""
+        if self.volumes:
+            if not low:
+                return model(images).unbind(1)
+            unet: Any = model
+            return [unet.output_block(unet.skip_layers(images)), *unet.heads]
+        output = model(images)
+        if isinstance(output, Tensor):
+            return [output]
+        if "logits" in output:
+            return [output["logits"]]
+        return list(output.values())
+
+    def __str__(self) -> str:
+        return f"{self.name} {'×'.join(map(str, self.size))} batch {self.batch} K{self.num_classes}"
+
+
+def segformer(num_classes: int) -> nn.Module:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    sizes: dict[str, Any] = {
+        "depths": [3, 6, 40, 3],
+        "hidden_sizes": [64, 128, 320, 512],
+        "decoder_hidden_size": 768,
+        "num_labels": num_classes,
+    }
+    return SegformerForSemanticSegmentation(SegformerConfig(**sizes))
+
+
+def upernet(num_classes: int) -> nn.Module:
+    from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+    stages: dict[str, Any] = {"out_features": [f"stage{i}" for i in range(1, 5)]}
+    backbone = SwinConfig(**stages)  # its defaults are Swin-T
+    options: dict[str, Any] = {"use_auxiliary_head": False, "num_labels": num_classes}
+    return UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **options))
+
+
+def deeplab(num_classes: int) -> nn.Module:
+    from torchvision.models.segmentation import deeplabv3_resnet101
+
+    return deeplabv3_resnet101(weights_backbone=None, num_classes=num_classes, aux_loss=True)
+
+
+def unet(num_classes: int) -> nn.Module:
+    from monai.networks.nets.dynunet import DynUNet
+
+    strides = [1, 2, 2, 2, 2, 2]
+    return DynUNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=num_classes,
+        kernel_size=[3] * 6,
+        strides=strides,
+        upsample_kernel_size=strides[1:],
+        deep_supervision=True,
+        deep_supr_num=2,
+    )
+
+
+BASIC, BOTTLENECK = "BasicBlock", "Bottleneck"
+DEEPLAB = {"dim": 256, "blocks": (BOTTLENECK,), "upsamples": True, "weights": (1.0, 0.5)}
+NETWORKS = (
+    Network(
+        *("SegFormer-B5", lambda: segformer(150), (512, 512), 16, 150, 768),
+        blocks=("SegformerLayer",),
+    ),
+    Network(
+        *("UperNet-Swin-T", lambda: upernet(150), (512, 512), 16, 150, 512),
+        blocks=("SwinLayer",),
+        upsamples=True,
+    ),
+    Network(
+        *("HRNet-W48", lambda: build_model("hrnet-w48", 19), (512, 1024), 8, 19, 720),
+        blocks=(BASIC, BOTTLENECK),
+    ),
+    Network("DeepLabV3-R101", lambda: deeplab(19), (769, 769), 8, 19, **DEEPLAB),
+    Network("DeepLabV3-R101", lambda: deeplab(21), (513, 513), 16, 21, **DEEPLAB),
+    Network(
+        *("3-D U-Net", lambda: unet(14), (128, 128, 128), 2, 14, 32),
+        blocks=("UnetBasicBlock",),
+        channels=1,
+        weights=(1.0, 0.5, 0.25),
+    ),
+)
+
+
+class Setting(NamedTuple):
+    """precision: "bf16" (autocast) or "float32". loss: "torch", as the network's users write it, or
+    "anchorops". method: of METHODS, or "" for none."""
+
+    precision: str
+    checkpointing: bool
+    loss: str
+    method: str
+
+
+SETTINGS = [
+    Setting(precision, checkpointing, loss, method)
+    for precision in ("bf16", "float32")
+    for checkpointing in (False, True)
+    for loss, method in (("torch", ""), *(("anchorops", method) for method in ("", *METHODS)))
+]
+
+
+def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    if logits.shape[2:] != labels.shape[1:]:
+        logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+
+
+def attach(network: Network, model: Any, method: str) -> Callable[[Tensor], Tensor]:
+    """The loss of a method, a function of the labels."""
+    regularizer = METHODS[method](network.num_classes, network.dim, ignore_index=IGNORE_INDEX)
+    if not network.volumes:
+        return ao.attach(model, regularizer)
+    features: list[Tensor] = []
+    model.output_block.register_forward_pre_hook(lambda _, args: features.append(args[0]))
+    model.regularizer = regularizer
+
+    def loss(labels: Tensor) -> Tensor:
+        weight = model.output_block.conv.conv.weight.flatten(1)
+        return regularizer(features.pop().flatten(2), labels.flatten(1), weight)
+
+    return loss
+
+
+def prepare(network: Network, model: nn.Module, setting: Setting) -> Callable[..., Tensor] | None:
+    """Remove the last upsampling of a model on "meta", attach the method, checkpoint the blocks.
+    Returns the method's loss."""
+    model.train()
+    if network.upsamples and setting.loss == "anchorops":
+        ao.low_resolution(model, torch.empty(2, network.channels, *network.size, device="meta"))
+    for module in model.modules():
+        if setting.checkpointing and type(module).__name__ in network.blocks:
+            module.forward = functools.partial(  # the states of random numbers are not counted
+                checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
+            )
+    return attach(network, model, setting.method) if setting.method else None
+
+
+def step(
+    network: Network,
+    model: nn.Module,
+    regularizer: Callable[..., Tensor] | None,
+    setting: Setting,
+    batch: int,
+    storages: Storages,
+) -> None:
+    """One training step after the first one, because Adam's state exists."""
+    storages.phase = "parameters and buffers"
+    for tensor in (*model.parameters(), *model.buffers()):
+        storages.see(tensor, "parameter")
+    storages.phase = "Adam's state"
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _state = [torch.empty_like(parameter) for parameter in (*trained, *trained)]
+    storages.phase = "images and labels"
+    images = torch.empty(batch, network.channels, *network.size)
+    labels = torch.empty(batch, *network.size, dtype=torch.int64)
+    ours = setting.loss == "anchorops"
+    cross_entropy = functools.partial(ao.pixel_cross_entropy, ignore_index=IGNORE_INDEX)
+    loss_of = cross_entropy if ours else plain_loss
+    with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
+        storages.phase = "network, forward"
+        outputs = network.outputs(model, images, low=ours)
+        storages.phase = "loss, forward"
+        losses = [
+            weight * loss_of(logits, labels)
+            for weight, logits in zip(network.weights, outputs, strict=True)
+        ]
+        if regularizer is not None:
+            losses.append(regularizer(labels))
+        loss = torch.stack(losses).sum()
+    del outputs, losses
+    storages.phase = "backward"
+    loss.backward()
+
+
+def count(
+    network: Network, model: nn.Module, setting: Setting, batch: int
+) -> tuple[Storages, set[int]]:
+    """The storages of a step, and which of them are gradients of parameters. The model, on "meta",
+    is not changed."""
+    model = copy.deepcopy(model)
+    regularizer = prepare(network, model, setting)
+    gc.collect()
+    gc.disable()  # so that every count frees the same storages at the same time
+    try:
+        with FakeTensorMode(), as_on_cuda(), ao.use_backend("cpu"):
+            make_fake(model)
+            with Storages() as storages:
+                step(network, model, regularizer, setting, batch, storages)
+            gradients = [parameter.grad for parameter in model.parameters()]
+            indices = {storages.see(x, "") for x in gradients if x is not None}
+    finally:
+        gc.enable()
+    return storages, indices
+
+
+COUNTED = 101  # images in a count: a prime that divides no size of the networks' tensors
+
+
+def row_of(network: Network, model: nn.Module, setting: Setting) -> dict[str, Any]:
+    storages, gradients = count(network, model, setting, COUNTED)
+    fixed, of_image = storages.by_image(COUNTED)
+    alive = fixed + network.batch * of_image
+    peak = int(alive.argmax())
+
+    def in_batch(size: int) -> int:
+        return size // COUNTED * network.batch if size % COUNTED == 0 else size
+
+    parts: dict[str, int] = Counter()
+    indices = storages.alive_after(peak)
+    for i in indices:
+        made = storages.made[i]
+        parts["gradients" if i in gradients else made.phase] += in_batch(made.bytes)
+    largest = sorted((storages.made[i] for i in indices), key=lambda made: -made.bytes)[:LARGEST]
+    return {
+        "network": network.name,
+        "sizes": f"{'×'.join(map(str, network.size))} B{network.batch} K{network.num_classes}",
+        **setting._asdict(),
+        "peak_bytes": int(alive[peak]),
+        "parts": parts,
+        "largest": [
+            {
+                "bytes": in_batch(made.bytes),
+                "phase": made.phase,
+                "operator": made.operator,
+                "shape": [in_batch(size) for size in made.shape],
+                "dtype": made.dtype,
+            }
+            for made in largest
+        ],
+        "largest_batches": {
+            f"{capacity} GB": largest_batch(capacity * 10**9, fixed, of_image)
+            for capacity in CAPACITIES
+        },
+    }
+
+
+def rows_of(network: Network) -> Iterator[dict[str, Any]]:
+    model = network.build().to("meta")
+    for setting in SETTINGS:
+        yield row_of(network, model, setting)
+
+
+def line(row: dict[str, Any]) -> str:
+    checkpointing = "checkpointing" if row["checkpointing"] else ""
+    what = f"{row['method'] or 'plain'}, {row['loss']}"
+    batches = ", ".join(f"{batch} in {gb}" for gb, batch in row["largest_batches"].items())
+    first = row["largest"][0]
+    return (
+        f"  {row['precision']:<8}{checkpointing:<14}{what:<17}{row['peak_bytes'] / 1e9:7.2f} GB; "
+        f"{batches}; {first['operator']} {first['shape']} {first['dtype']}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    names = sorted({network.name for network in NETWORKS})
+    parser.add_argument("--networks", nargs="+", default=names, choices=names)
+    parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
+    arguments = parser.parse_args()
+    run = {"torch": torch.__version__, "commit": commit(), "rows": []}
+    for network in NETWORKS:
+        if network.name not in arguments.networks:
+            continue
+        print(network, flush=True)
+        for row in rows_of(network):
+            run["rows"].append(row)
+            print(line(row), flush=True)
+            if arguments.out:
+                write(arguments.out, run)
+
+
+def write(path: Path, run: dict[str, Any]) -> None:
+    """As JSON, with a line for each row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps(run | {"rows": []}, ensure_ascii=False).removesuffix("]}")
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in run["rows"])
+    path.write_text(f"{head}\n{rows}\n]}}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The memory that bench/storages.py counts, compared with what torch's allocator reports on the
+CPU, and with fake tensors on "cuda"."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from memory import peak_allocated_bytes
+from plot_counted_memory import full_table, table
+from storages import Storages, as_on_cuda, largest_batch, make_fake
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+import anchorops as ao
+
+ROWS = Path(__file__).parents[1] / "bench/results/counted-memory.json"
+B, K, D, SIZE = 3, 19, 48, (96, 128)
+
+
+class Residual(nn.Module):
+    """Of linear layers: the CPU's kernels of convolutions allocate buffers, as cuDNN's on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(3, D), nn.LayerNorm(D), nn.Linear(D, D)
+        self.classifier = nn.Linear(D, K)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(F.avg_pool2d(images, 4).movedim(1, -1))
+        x = F.relu(x + self.second(F.gelu(self.norm(x))))
+        return self.classifier(x).movedim(-1, 1)
+
+
+def plain(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode="bilinear"), labels)
+
+
+def step(model: nn.Module, loss_of: Callable[..., Tensor], method: str, batch: int) -> None:
+    images = torch.zeros(batch, 3, *SIZE)
+    labels = torch.zeros(batch, *SIZE, dtype=torch.int64)
+    loss = loss_of(model(images), labels)
+    if method:
+        loss = loss + model.regularizer.attachment(labels)  # pyright: ignore
+    loss.backward()
+
+
+def build(method: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = Residual()
+    if method:
+        ao.attach(model, getattr(ao, method)(K, D))
+    return model
+
+
+def counted(loss_of: Callable[..., Tensor], method: str, batch: int = B) -> Storages:
+    """The storages of a step. Parameters are not counted, because the allocator does not report
+    what existed before."""
+    model = build(method)
+    with FakeTensorMode():
+        make_fake(model)
+        existing = [*model.parameters(), *model.buffers()]
+        with Storages() as storages:
+            for tensor in existing:
+                storages.see(tensor, "existing")
+            step(model, loss_of, method, batch)
+    on_gpu = ("workspace", "existing")
+    storages.made = [
+        made._replace(bytes=0) if made.operator.startswith(on_gpu) else made
+        for made in storages.made
+    ]
+    return storages
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "method"),
+    [
+        (plain, ""),
+        (ao.pixel_cross_entropy, ""),
+        (ao.pixel_cross_entropy, "SAR"),
+        (ao.pixel_cross_entropy, "OCCL"),
+        (ao.pixel_cross_entropy, "MVSC"),
+    ],
+    ids=["plain", "ours", "SAR", "OCCL", "MVSC"],
+)
+def test_equals_what_the_allocator_reports(loss_of, method):
+    model = build(method)
+    reported = peak_allocated_bytes(lambda: step(model, loss_of, method, B))
+    assert counted(loss_of, method).bytes_alive().max() == pytest.approx(reported, rel=0.02)
+
+
+@pytest.mark.parametrize("loss_of", [plain, ao.pixel_cross_entropy], ids=["plain", "ours"])
+def test_one_count_gives_the_peak_of_every_batch(loss_of):
+    fixed, of_image = counted(loss_of, "SAR", 101).by_image(101)
+    for batch in (2, 7):
+        own = counted(loss_of, "SAR", batch).bytes_alive()
+        assert (fixed + batch * of_image).tolist() == own.tolist()
+    capacity = counted(loss_of, "SAR", 7).bytes_alive().max()
+    assert largest_batch(capacity, fixed, of_image) == 7
+    assert largest_batch(capacity - 1, fixed, of_image) == 6
+
+
+class Everything(nn.Module):
+    """The functions that autocast runs with other dtypes on CUDA than on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.group, self.layer = nn.GroupNorm(4, 16), nn.LayerNorm(16)
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.group(F.dropout(F.relu(self.norm(self.convolution(x))), 0.1))
+        x = torch.cat([x, F.interpolate(F.avg_pool2d(x, 2), x.shape[2:], mode="bilinear")])
+        tokens = self.layer(self.linear(x.flatten(2).transpose(1, 2)))
+        attention = self.linear(tokens) @ tokens.transpose(1, 2)
+        tokens = attention.softmax(-1) @ tokens
+        shares = tokens.log_softmax(-1).exp() + F.normalize(tokens, dim=-1)
+        return shares.pow(2).sum(1) + tokens.cumsum(1)[:, 0] + tokens.logsumexp(1)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_autocast_makes_the_same_tensors_as_on_cuda(bf16):
+    made: dict[str, Counter] = {}
+    for device, mode in (("cpu", as_on_cuda()), ("cuda", nullcontext())):
+        model = Everything()
+        with FakeTensorMode(), mode, autocast(device, bf16):
+            with torch.device(device):
+                make_fake(model)
+            images = torch.empty(2, 3, 16, 16, device=device)
+            with Storages() as storages:
+                labels = torch.empty(4, 32, 32, dtype=torch.int64, device=device)
+                logits = model(images)
+                plain(logits[:, :, None, None], labels)
+        # the statistics of batch norm, [C], are float32 on CUDA
+        made[device] = Counter(
+            (x.shape, x.dtype) for x in storages.made if "batch_norm" not in x.operator
+        )
+        made[device].pop(((0,), "uint8"), None)  # cuDNN's reserve
+    assert made["cpu"] == made["cuda"]
+    assert bf16 == any(dtype == "bfloat16" for _, dtype in made["cuda"])
+
+
+class autocast:
+    """torch.autocast, which needs a GPU for "cuda"."""
+
+    def __init__(self, device: str, enabled: bool) -> None:
+        self.device, self.enabled = device, enabled
+
+    def __enter__(self) -> None:
+        torch.set_autocast_dtype(self.device, torch.bfloat16)
+        torch.set_autocast_enabled(self.device, self.enabled)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_autocast_enabled(self.device, False)
+        torch.clear_autocast_cache()
+
+
+def test_committed_rows():
+    run = json.loads(ROWS.read_text())
+    groups: dict[tuple, list[dict]] = {}
+    for row in run["rows"]:
+        names = ("network", "sizes", "precision", "checkpointing")
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+        assert sum(row["parts"].values()) == row["peak_bytes"]
+        batches = list(row["largest_batches"].values())
+        assert batches == sorted(batches) and batches[-1] > 0
+    assert len({key[:2] for key in groups}) == 6
+    for rows in groups.values():
+        candidates = [(row["loss"], row["method"]) for row in rows]
+        ours = [("anchorops", method) for method in ("", "SAR", "OCCL", "CeCo", "MVSC")]
+        assert candidates == [("torch", ""), *ours]
+    for line in full_table(run).splitlines()[2:]:
+        assert " → " in line
+    assert len(table(run).splitlines()) == 2 + 6
