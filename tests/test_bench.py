@@ -234,14 +234,6 @@ def test_committed_rows(name):
     assert (run.get("device") or "counted" in name) and run["torch"] and run["commit"]
 
 
-@pytest.mark.parametrize("rows", ["cpu.json", "cpu-pixel-losses.json", "training-step-cpu.json"])
-def test_readme_table(rows):
-    command = [sys.executable, "bench/plot.py", f"bench/results/{rows}", "--table"]
-    answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.strip() in (ROOT / "README.md").read_text()
-
-
 def test_rows_of_another_commit_are_refused(tmp_path):
     path, head = tmp_path / "x/rows.json", {"device": "a CPU", "torch": "2", "commit": "abc"}
     save(path, "operators", head, [{"name": "one"}])
