@@ -160,7 +160,7 @@ def launch_pixels(variant: PixelVariant) -> None:
     )
     found = softmax_moments.softmax_moments(
         *(logits, labels, *shape, 255, align_corners, False),
-        *(dice, dice, dice, dice, True),
+        *(dice, dice, dice, dice, True, False),
     )
     losses, overlaps, masses, squares, pixel_losses, lse = found[:6]
     if not dice:

@@ -147,10 +147,11 @@ def test_checkpoints_without_cbp_of_a_classifier_without_bias(
     plain, model, other = (nn.Sequential(nn.Conv2d(D, K, 1, bias=False)) for _ in range(3))
     for each in (model, other):
         ao.attach(each, ao.Combined(ao.CBP(K, D, **options)) if options else ao.CBP(K, D))
-    rows = model[0].weight.clone()
+    classifier: Any = model[0]
+    rows = classifier.weight.clone()
     with pytest.raises(ValueError, match=rf"CBP: state_dict: .*{message}"):
         model.load_state_dict(plain.state_dict(), strict=False)
-    assert torch.equal(model[0].weight, rows)
+    assert torch.equal(classifier.weight, rows)
     for dtype in (torch.float32, torch.bfloat16):
         saved = {name: x.to(dtype) for name, x in model.state_dict().items()}
         other.load_state_dict(saved)
