@@ -158,11 +158,15 @@ def check_pos_weight(function: str, pos_weight: object, logits: Tensor) -> Tenso
     """A number of at least 0; or [1] or [C], from numbers for all or each of the C channels of
     logits. A tensor is on their device, without a gradient."""
     if isinstance(pos_weight, int | float):
-        check_number(function, "pos_weight", pos_weight)
+        numbers = [pos_weight]
+    else:
+        numbers = pos_weight if isinstance(pos_weight, list | tuple) else []
+    for number in numbers:
+        check_number(function, "pos_weight", number)
+        if number > torch.finfo(torch.float32).max:
+            fail(function, "pos_weight", "numbers that float32 can hold", number)
+    if isinstance(pos_weight, int | float):
         return pos_weight
-    if isinstance(pos_weight, list | tuple):
-        for number in pos_weight:
-            check_number(function, "pos_weight", number)
     given, pos_weight = pos_weight, flat_pos_weight(function, pos_weight)
     channels = logits.shape[1]
     if pos_weight.numel() not in (1, channels):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -164,12 +165,15 @@ def test_cbp_that_moves_no_rows_warns_once(update: str, recwarn: pytest.Warnings
     cbp, classifier = ao.CBP(K, D, update=update), nn.Conv2d(D, K, 1)
     cbp.eval()(features, labels, classifier)
     model = Net()
-    backward(model, ao.attach(model, ao.CBP(K, D, update=update)))
+    attached = ao.attach(model, ao.CBP(K, D, update=update))
+    backward(model, attached)
+    attached.detach()
     assert not recwarn
-    for _ in range(2):
-        cbp.train()(features, labels, classifier)
+    warnings.simplefilter("always")
+    for method in (cbp, cbp, attached.regularizer):
+        method.train()(features, labels, classifier)
     found = [str(warning.message) for warning in recwarn]
-    assert len(found) == (update in ("ema", "penalty"))
+    assert len(found) == 2 * (update in ("ema", "penalty"))
     assert all("was not attached: call anchorops.attach" in message for message in found)
 
 

@@ -196,6 +196,13 @@ def test_fullgraph():
             lambda z, y: ao.BinaryCrossEntropy(-1.0),
             "BinaryCrossEntropy: pos_weight: expected a finite number of at least 0",
         ),
+        *(
+            (
+                lambda z, y, weight=weight: ao.pixel_binary_cross_entropy(z, y, pos_weight=weight),
+                "pixel_binary_cross_entropy: pos_weight: expected numbers that float32 can hold",
+            )
+            for weight in (1e300, [1.0, 1e300, 1.0])
+        ),
         (
             lambda z, y: ao.pixel_binary_cross_entropy(
                 z, y, pos_weight=torch.ones(3, requires_grad=True)

@@ -166,6 +166,7 @@ class CBP(Regularizer):
         if hasattr(weight, "placements"):
             expected = "a weight that is not sharded: call detach() on a model before fully_shard"
             fail("CBP", "classifier", expected, "a DTensor")
+        self._moves_rows = self.update not in ("ema", "penalty")
         if self._as_buffer:
             del classifier.weight
             del classifier.bias  # the order of the parameters is that of an optimizer's state

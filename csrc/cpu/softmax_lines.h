@@ -73,7 +73,7 @@ class GradientLines {
  public:
   explicit GradientLines(const LabelColumns<Stat>& columns) : columns_(columns) {}
 
-  // The gradients of this row are added to.
+  // The gradients of this row are added to, at the columns of one label or more.
   void use(int64_t row, int64_t labels) {
     if (count_ == 0) find_slots(labels);
     rows_[row & 1] = row;

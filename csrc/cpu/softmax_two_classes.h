@@ -3,7 +3,8 @@
 // two losses, 1 / (1 + e) and e / (1 + e) the two probabilities. No lse is read.
 //
 // Rows of labels are processed pixel by pixel (softmax_pixels.h) if a logit around them is not
-// finite, or if lse is requested or has a gradient.
+// finite, or if lse has a gradient. If lse is requested, this is done for lse alone: hits of both
+// ways differ where the logits are almost equal.
 
 // The differences of the logits at the labels of a tile, row by row.
 class DifferenceRows {
@@ -124,6 +125,16 @@ void forward_two_classes(const Problem<float>& problem, const Tile& tile,
   const LossesOfImage<float> losses(problem.shape, 2, tile.image);
   const bool with_probabilities = sums.masses || sums.squares, plain = problem.shape.plain;
   const auto number = [](Ints mask) INLINE_LAMBDA { return __builtin_popcount(lanes_of(mask)); };
+  if (maps.lse) {
+    double losses_of_class[2] = {};
+    int64_t counts[2] = {};
+    const Sums unused = {.losses = losses_of_class, .counts = counts};
+    for_groups(
+        problem, tile, workspace, [](int64_t) {},
+        [&](const Group<float>& group) {
+          forward_group(problem, tile, workspace, group, unused, Maps<float>{.lse = maps.lse});
+        });
+  }
   PackedRows<float> packed;
   SumsOfClass by_class[2];
   const auto visit = [&](int64_t y, const float* d) {
@@ -176,8 +187,7 @@ void forward_two_classes(const Problem<float>& problem, const Tile& tile,
       }
     }
   };
-  *sums.outside +=
-      for_differences(problem, tile, workspace, maps.lse != nullptr, [](int64_t) {}, visit);
+  *sums.outside += for_differences(problem, tile, workspace, false, [](int64_t) {}, visit);
   for (int i = 0; i < 2; ++i) {
     sums.losses[i] += sum_of_lanes(by_class[i].losses);
     sums.counts[i] += by_class[i].counts;
@@ -265,6 +275,7 @@ void backward_two_classes(const Problem<float>& problem, const Tile& tile,
     finish_until(row);
   };
   const auto visit = [&](int64_t y, const float* d) {
+    if (count == 0) return;  // a tile of logits that no label reads
     if (!d)
       return for_label_row(problem, tile, workspace, packed, y, [&](const Group<float>& group) {
         backward_group(problem, tile, workspace, gradients, output, group);
