@@ -240,7 +240,7 @@ def test_messages() -> None:
 def test_gradcheck() -> None:
     logits, labels = inputs((3, 2, 2), (5, 4, 3), torch.float64)
     torch.autograd.gradcheck(
-        lambda x: ao.ops.softmax_moments(x, labels, align_corners=True, **EVERYTHING)[2:-1], logits
+        lambda x: ao.ops.softmax_moments(x, labels, align_corners=True, **EVERYTHING)[2:8], logits
     )
 
 

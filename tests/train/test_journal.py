@@ -28,4 +28,4 @@ def test_labels_out_of_range_are_reported_once(
 def test_curve(count: float) -> None:
     lines = [{"step": step, "loss": 1.0, WRONG_LABELS: count * (step > 1)} for step in (1, 2)]
     titles = [axis.get_title() for axis in _curves(lines).axes]
-    assert titles == ["loss and its terms", "counts"][: 1 + (count > 0)]
+    assert titles == ["loss and its terms", "counts, and SAR's gate"][: 1 + (count > 0)]
