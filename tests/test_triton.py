@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
 
-METHODS = ("SAR-bfloat16", "OCCL-odd planes", "MVSC-crop", "CeCo-channels last", "CBP-crop")
+METHODS = ("SAR-channels last", "OCCL-odd planes", "MVSC-crop", "CeCo-bfloat16", "CBP-crop")
 CASES = [
     *(f"test_methods.py::test_losses_gradients_and_state[interpreter-{case}]" for case in METHODS),
     "test_softmax_moments.py::test_gradient_through_some",
