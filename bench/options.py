@@ -297,7 +297,7 @@ def main() -> None:
         rows.append(row)
         times = ", ".join(f"{rival} {1e3 * s:.1f} ms" for rival, s in row["seconds"].items())
         print(f"{name}, K{num_classes}, 1:{ratio}: {gain(row):.2f}; {times}", flush=True)
-    save(options.out, "options", head, rows)
+        save(options.out, "options", head, rows)
 
 
 if __name__ == "__main__":
