@@ -1,13 +1,14 @@
 """Every option of the pixel losses against what people write, on the CPU: forward and backward, of
 pseudo-labels forward.
 
-    python bench/options.py [--out ROWS.json] [--rounds 10] [--seconds 0.5] [--compiled]
+    python bench/options.py [--out ROWS.json] [--rounds 10] [--seconds 0.25]
 
 Rows are options, columns the number of classes K (for sigmoids: of channels) and the ratio of the
 labels' size to that of the logits; the volume is 32³ → 128³. A cell is the rival's time divided by
 ours: above 1 we are faster. Ours and the rivals take turns for `--seconds`, `--rounds` times or
 more; medians are compared. Rivals are torch's functions after F.interpolate, and the classes of
-segmentation_models.pytorch and MONAI; --compiled adds torch.compile of torch's formula.
+segmentation_models.pytorch and MONAI; in the cells of COMPILED also torch.compile of torch's
+formula with F.interpolate, which takes long to compile.
 """
 
 import argparse
@@ -31,7 +32,8 @@ import anchorops as ao
 from anchorops.measure import OtherProcesses, example_labels
 
 RATIOS, CLASSES = (1, 2, 4, 8), (2, 19, 150)
-MOST_IMAGES, MOST_LOGITS = 4, 40e6  # of a batch, at the labels' size
+COMPILED = {(1, 1), (2, 1), (19, 4), (20, 4)}  # K, ratio
+MOST_IMAGES, MOST_LOGITS = 4, 10e6  # of a batch, at the labels' size; one image or more
 WARM_UP = 2
 BOUND, GAMMA, SMOOTHING = 0.7, 2.0, 0.1
 
@@ -240,7 +242,7 @@ def measured(
     logits, labels = inputs(option, num_classes, ratio, axes, options.size)
     formulas: dict[str, Formula] = {"ours": option.ours}
     rivals = dict(option.rivals)
-    if options.compiled:
+    if (num_classes, ratio) in COMPILED:
         rivals["compiled"] = option.rivals["torch"]
     for rival, formula in rivals.items():
 
@@ -283,8 +285,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("build/bench/options.json"))
     parser.add_argument("--rounds", type=int, default=10, help="of each cell, at least")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each cell, at least")
-    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--seconds", type=float, default=0.25, help="of each cell, at least")
     parser.add_argument("--size", type=int, default=512, help="of the labels")
     options = parser.parse_args()
     memory = torch.empty(2**28)  # new memory is slow at first

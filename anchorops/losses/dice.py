@@ -170,8 +170,9 @@ class Dice(PixelLoss):
                 weight = torch.stack([weight[k] for k in self.classes])
         present = counts > 0
         counts = counts.to(overlaps.dtype)
-        false = self.alpha * (masses - overlaps) + self.beta * (counts - overlaps)
-        numerator, denominator = overlaps + self.smooth, overlaps + false + self.smooth_denominator
+        denominator = torch.add(overlaps, masses - overlaps, alpha=self.alpha)
+        denominator = torch.add(denominator, counts - overlaps, alpha=self.beta)
+        numerator, denominator = overlaps + self.smooth, denominator + self.smooth_denominator
         # Before the division, because the derivative of a skipped score may be 0 · ∞.
         undefined = denominator <= 0  # false for NaN, which must not become a score of 0
         if self.absent != "keep":
@@ -179,11 +180,11 @@ class Dice(PixelLoss):
         scores = torch.where(undefined, 0, numerator) / torch.where(undefined, 1, denominator)
         tiny = torch.finfo(scores.dtype).tiny
         losses = -scores.clamp(min=tiny).log() if self.log else 1 - scores
-        counted = torch.ones_like(losses) if weight is None else weight.expand_as(losses)
-        if self.absent != "keep":
+        if self.absent == "zero":
             losses = torch.where(present, losses, 0)
-        if self.absent == "skip":
-            counted = torch.where(present, counted, 0)
+        counted = present.to(losses.dtype) if self.absent == "skip" else torch.ones_like(losses)
+        if weight is not None:
+            counted = counted * weight
         total = fixed_order_sum(counted)
         mean = fixed_order_sum(counted * losses) / torch.where(total > 0, total, 1)
         if self.gamma == 1:
