@@ -106,7 +106,6 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
     if case.operation == MSE:
         formulas: dict[str, Formula] = {
             "gather + mse": lambda f, y, a: (rivals.gather_mse(f, y, a),),
-            "class loop": lambda f, y, a: (rivals.loop_mse(f, y, a),),
         }
         compiled = ["gather + mse"]
     else:
@@ -116,9 +115,9 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
             if name not in rivals.ABSENT
         }
         compiled = ["index_add", "one_hot bmm"]
-    # The loop's backward writes the gradient of all rows for each class.
-    if case.shape.num_classes > 512 or case.direction == BACKWARD:
-        del formulas["class loop"]
+        # It takes seconds: its backward writes the gradient of all rows for each class.
+        if (case.operation, case.shape) != (BOTH, HRNET) or case.direction == BACKWARD:
+            del formulas["class loop"]
     if case.compiled:
         for name in compiled:
             formulas[f"compiled {name}"] = torch.compile(formulas[name], dynamic=False)

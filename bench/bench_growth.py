@@ -11,18 +11,15 @@ from cases import Case, Shape, grid
 BY_SIZE, BY_CLASSES = "growth with N·D", "growth with K"
 EDGES = (6, 20, 62, 198, 625)  # 256 channels: 9.2·10^3 to 1.0·10^8 elements
 CLASSES = (2, 8, 32, 128, 512, 2048, 8192, 16_384)
-# With more classes, the loop's backward pass writes the gradient of all rows for each class, and
-# one-hot labels of int64 need 4 GB at 16,384 classes.
-MOST_CLASSES = {"class loop": 128, "one_hot bmm": 2048}
+MOST_ONE_HOT = 2048  # classes: one-hot labels of int64 need 4 GB at 16,384
 
 
 def names(case: Case, device: torch.device) -> list[str]:
     ours = our_names(case, device)
     if case.direction == FORWARD or case.labels != ("random" if by_classes(case) else "coherent"):
         return ours
-    slow = ("one_hot bmm", "class loop") if by_classes(case) else ("one_hot bmm",)
-    limit = {name: MOST_CLASSES[name] for name in slow}
-    return [*ours, "index_add", *(n for n in slow if case.shape.num_classes <= limit[n])]
+    one_hot = ["one_hot bmm"] if case.shape.num_classes <= MOST_ONE_HOT else []
+    return [*ours, "index_add", *one_hot]
 
 
 def by_classes(case: Case) -> bool:

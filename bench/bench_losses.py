@@ -29,7 +29,7 @@ METHODS = {
 }
 WITH_ANCHORS = ("SAR", "SAR + OCCL")
 OWN_PASS = ("CeCo", "CeCo at label size")  # they do not use class_statistics
-RIVALS = ("index_add", "one_hot bmm", "class loop")
+RIVALS = ("index_add", "one_hot bmm")
 
 
 def names(case: Case, device: torch.device) -> list[str]:

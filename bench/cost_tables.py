@@ -19,8 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/cost.md"
 RESULTS = ROOT / "bench/results"
 MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
-RUNS = ("cpu-pixel-losses", "cpu")
-TRAINING_STEP = "training-step-cpu"
+RUN = RESULTS / "intel-xeon-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
 
 
@@ -42,14 +41,12 @@ def with_tables(page: str) -> str:
     return MARKED.sub(lambda marked: f"{marked[1]}\n{TABLES[marked[2]]()}\n\n", page)
 
 
-def runs() -> list[dict]:
-    """Those of pixel losses and of class moments."""
-    return [json.loads((RESULTS / f"{name}.json").read_text()) for name in RUNS]
+def run() -> dict:
+    return json.loads(RUN.read_text())
 
 
 def headlines() -> str:
-    """The README's tables."""
-    return "\n\n".join(plot_operators.table(run) for run in runs())
+    return plot_operators.table(run())
 
 
 def milliseconds(row: dict) -> str:
@@ -63,24 +60,21 @@ def mebibytes(row: dict) -> str:
 def cases() -> str:
     """Every case: ours and the fastest other implementation."""
     lines = [
-        "| operation | sizes | anchorops, ms | MiB | fastest other | ms | × | MiB |",
-        "|---|---|--:|--:|---|--:|--:|--:|",
+        "| operation | sizes | anchorops, ms | MiB | of copies | fastest other | ms | × | MiB |",
+        "|---|---|--:|--:|--:|---|--:|--:|--:|",
     ]
-    groups = [
-        group
-        for run in runs()
-        for group in plot_operators.grouped(plot_operators.quick(run)).items()
-    ]
-    for key, rows in groups:
+    for key, rows in plot_operators.grouped(plot_operators.quick(run())).items():
         own = next((row for row in rows if row["ours"]), None)
         other = next((row for row in rows if not row["name"].startswith("anchorops")), None)
         if own is None or other is None or key[2] in plot_operators.GROWTH:
             continue
+        share = "" if own["copy_share"] is None else f"{own['copy_share']:.0%}"
         ratio = f"{other['median'] / own['median']:.1f}"
         cells = [
             *plot_operators.title(own).split("\n"),
             milliseconds(own),
             mebibytes(own),
+            share,
             other["name"],
             milliseconds(other),
             ratio,
@@ -91,13 +85,7 @@ def cases() -> str:
 
 
 def training_steps() -> str:
-    rows, picture = (RESULTS / f"{TRAINING_STEP}{suffix}" for suffix in (".json", ".png"))
-    if not rows.exists():
-        return "There are no committed rows of training steps yet."
-    text = plot_training_step.table(json.loads(rows.read_text()))
-    if picture.exists():
-        text += f"\n\n![Time and memory of a training step](../bench/results/{picture.name})"
-    return text
+    return plot_training_step.table(run())
 
 
 def counted_memory() -> str:

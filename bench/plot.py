@@ -2,8 +2,6 @@
 With --table it prints the README's tables instead. The pictures are written next to the rows:
 
 ….png                 operators compared with formulas that people write, in milliseconds
-…-cases.png           every case: time against ours, and memory beyond inputs and outputs
-…-bandwidth.png       counted bytes per second as a share of the copy bandwidth
 …-growth.png          time against N·D and K, with the byte model's line
 …-training-steps.png  time and memory of a step with each method
 …-options.png         every option of the pixel losses
@@ -26,8 +24,6 @@ from matplotlib.figure import Figure
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 PICTURES: dict[str, tuple[str, Callable[[dict], Figure | None]]] = {
     "": ("operators", plot_operators.headlines),
-    "-cases": ("operators", plot_operators.cases),
-    "-bandwidth": ("operators", plot_operators.bandwidth),
     "-growth": ("operators", plot_operators.growth),
     "-training-steps": ("training_steps", plot_training_step.draw),
     "-options": ("options", plot_options.draw),

@@ -65,7 +65,7 @@ def draw(run: dict) -> Figure:
             range(len(networks)), [" ".join(x) for x in networks] if axis is axes[0] else []
         )
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.8 * axis.dataLim.x1)
+        axis.set_xlim(0, 1.3 * axis.dataLim.x1)
         axis.set_xlabel("GB at the peak of a training step, bf16 autocast")
     figure.legend(
         handles=[
@@ -87,9 +87,7 @@ def draw(run: dict) -> Figure:
 def bars(axis: Axes, y: int, plain: dict, ours: dict) -> None:
     for row, at, colour in ((plain, y - 0.2, OTHER), (ours, y + 0.2, OURS)):
         drawn = axis.barh(at, row["peak_bytes"] / 1e9, 0.38, color=colour)
-        text = f"{gigabytes(row)} GB; {row['largest_batches']['24 GB']} images fit 24 GB"
-        if row is ours:
-            text = f"{share(row, plain).replace(' (', ' GB (')}; " + text.partition("; ")[2]
+        text = share(row, plain).replace(" (", " GB (") if row is ours else f"{gigabytes(row)} GB"
         axis.bar_label(drawn, [text], padding=4, fontsize=7.5)
 
 

@@ -5,41 +5,18 @@ from math import prod as product
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 OURS, OTHER = "#1f6f54", "#b9c2bd"
-STYLES = {  # name: colour, marker
+STYLES = {  # of growth; name: colour, marker
     "anchorops": (OURS, "D"),
     "index_add": ("#c2571a", "o"),
-    "one_hot matmul": ("#7b5aa6", "s"),
     "one_hot bmm": ("#2f6fb0", "^"),
     "class loop": ("#8a8f8c", "X"),
-    "gather + mse": ("#b8860b", "P"),
-    "cross_entropy": ("#b0447a", "v"),
-    "interpolate + scatter_add": ("#4c4c4c", "h"),
-    "interpolate + cross_entropy": ("#c2571a", "o"),
-    "image by image": ("#8a8f8c", "X"),
-    "interpolate + smp's Dice": ("#7b5aa6", "s"),
-    "interpolate + cross_entropy + smp's Dice": ("#2f6fb0", "^"),
-    "interpolate + focal": ("#b8860b", "P"),
-    "interpolate + smp's focal": ("#b0447a", "v"),
-    "interpolate + argmax + torchmetrics": ("#4c4c4c", "h"),
-    "interpolate + argmax + bincount": ("#3a8f8a", "<"),
-    "torch_scatter": ("#7a3b12", "p"),
-    "torch_geometric": ("#3a8f8a", "<"),
 }
-KEPT = ", kept pages"
 BOTH, TRAINING = "class moments with anchors", "forward + backward"
 DIRECTIONS = "forward", TRAINING
 # operation, shape, title, and the formulas that are shown in addition to the fastest rival
 HEADLINES = (
-    (
-        BOTH,
-        "HRNet-W48, Cityscapes",
-        "Class sums and squared distances to anchors",
-        {"index_add": "permute + index_add", "class loop": "class loop"},
-    ),
     (
         "cross-entropy",
         "SegFormer, ADE20K",
@@ -48,6 +25,12 @@ HEADLINES = (
             "interpolate + cross_entropy": "interpolate + cross_entropy",
             "interpolate + cross_entropy, kept pages": "the same, kept pages",
         },
+    ),
+    (
+        BOTH,
+        "HRNet-W48, Cityscapes",
+        "Class sums and squared distances to anchors",
+        {"index_add": "permute + index_add", "class loop": "class loop"},
     ),
 )
 GROWTH = ("growth with N·D", "growth with K")
@@ -85,14 +68,11 @@ def title(row: dict) -> str:
 
 
 def style(row: dict) -> tuple[str, str, str]:
-    """Colour, marker and fill of a row's implementation. Variants of a formula are hollow, and so
-    are our backends that are not selected automatically."""
-    name = row["name"].removesuffix(", CUDA graph")
-    ours = name.startswith("anchorops")
-    formula = name.removeprefix("compiled ").removesuffix(KEPT)
-    colour, marker = STYLES["anchorops" if ours else formula]
-    hollow = (not ours and name != formula) or (ours and not row["ours"])
-    return colour, marker, "white" if hollow else colour
+    """Colour, marker and fill of a row's implementation. Our backends that are not selected
+    automatically are hollow."""
+    ours = row["name"].startswith("anchorops")
+    colour, marker = STYLES["anchorops" if ours else row["name"]]
+    return colour, marker, "white" if ours and not row["ours"] else colour
 
 
 def headline_groups(run: dict, operation: str, shape: str) -> list[list[dict]]:
@@ -181,89 +161,6 @@ def table(run: dict) -> str:
 def number(value: float) -> str:
     """Three digits, without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def cases(run: dict) -> Figure | None:
-    """One line per case: the relative time of each implementation, and the memory it allocates."""
-    groups = [
-        group
-        for key, group in grouped(quick(run)).items()
-        if key[2] not in GROWTH and len(group) > 1
-    ]
-    groups.sort(key=lambda group: group[0]["shape"] == "centroids")  # features first
-    if not groups:
-        return None
-    figure, (times, memory) = plt.subplots(
-        1,
-        2,
-        sharey=True,
-        figsize=(11, 0.42 * len(groups) + 1.8),
-        width_ratios=(3, 2),
-        layout="constrained",
-    )
-    seen = {}
-    for y, group in enumerate(groups):
-        for row in group:
-            colour, marker, fill = style(row)
-            looks = {"color": colour, "marker": marker, "markerfacecolor": fill, "linestyle": ""}
-            variant = row["name"].removesuffix(", CUDA graph")
-            if row["ours"] or fill != "white":  # variants of a formula are hollow
-                seen.setdefault(variant, looks)
-            times.plot(row["ratio"], y, markersize=6, **looks)
-            if row["extra_bytes"] is not None:
-                memory.plot(row["extra_bytes"] / 2**20, y, markersize=6, **looks)
-    times.set_yticks(range(len(groups)), [title(group[0]) for group in groups], fontsize=7)
-    times.set_ylim(len(groups) - 0.5, -0.5)
-    times.set_xscale("log")
-    times.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
-    times.axvline(1, color=OURS, linewidth=1, zorder=0)
-    times.set_title("time, relative to anchorops", fontsize=9, loc="left")
-    memory.set_xscale("symlog", linthresh=1)
-    memory.set_xlim(-0.3, 2 * memory.get_xlim()[1])
-    memory.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    memory.set_title("memory beyond inputs\nand outputs, MiB", fontsize=9, loc="left")
-    for axis in (times, memory):
-        axis.grid(color="#e4e7e5", linewidth=0.6)
-        axis.set_axisbelow(True)
-    handles = [Line2D([], [], **looks) for looks in seen.values()]
-    figure.legend(handles, seen, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    return figure
-
-
-def bandwidth(run: dict) -> Figure | None:
-    """Ours and the best rival of every case: the share of the copy bandwidth that they reach."""
-    groups = [
-        group
-        for key, group in grouped(quick(run)).items()
-        if key[2] not in GROWTH and group[0]["copy_share"] is not None
-    ]
-    pairs = []
-    for group in groups:
-        own = next((row for row in group if row["ours"]), None)
-        rival = next((row for row in group if not row["name"].startswith("anchorops")), None)
-        if own:
-            pairs.append((own, rival))
-    if not pairs:
-        return None
-    figure, axis = plt.subplots(figsize=(9, 0.5 * len(pairs) + 1.2), layout="constrained")
-    for y, (own, rival) in enumerate(pairs):
-        bar = axis.barh(y - 0.19, own["copy_share"], 0.38, color=OURS)
-        axis.bar_label(
-            bar, [f"{own['copy_share']:.0%}, {own['gbps']:,.0f} GB/s"], padding=3, fontsize=7
-        )
-        if rival:
-            share = own["copy_share"] * own["median"] / rival["median"]  # of the same copy
-            bar = axis.barh(y + 0.19, share, 0.38, color=OTHER)
-            label = f"{share:.0%}, {rival['name']}"
-            axis.bar_label(bar, [label], padding=3, fontsize=7)
-    axis.set_yticks(range(len(pairs)), [title(own) for own, _ in pairs], fontsize=7)
-    axis.set_ylim(len(pairs) - 0.5, -0.5)
-    axis.axvline(1, color="#555555", linewidth=1, linestyle="--")
-    axis.xaxis.set_major_formatter(PercentFormatter(1))
-    axis.margins(x=0.2)
-    axis.set_xlabel("counted bytes per second, as a share of the copy bandwidth")
-    axis.set_title("anchorops and the fastest rival", fontsize=9, loc="left")
-    return figure
 
 
 def growth(run: dict) -> Figure | None:

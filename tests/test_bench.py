@@ -221,7 +221,7 @@ def test_rows_and_plots(tmp_path):
         if (row["operation"], row["direction"], row["shape"])
         == ("class moments with anchors", "forward + backward", "HRNet-W48, Cityscapes")
     ]
-    for suffix in ("", "-cases", "-bandwidth", "-growth"):
+    for suffix in ("", "-growth"):
         picture = tmp_path / f"rows{suffix}.png"
         assert picture.read_bytes().startswith(b"\x89PNG"), suffix
 
