@@ -19,6 +19,9 @@ from torch import Tensor
 from ._checks import check_choice
 
 NAMES = ("cuda", "triton", "cpu", "reference")
+# The major compute capability that cuda and triton need: our CUDA sources for asynchronous copies
+# and products of bfloat16, and so does Triton from 3.3 on.
+OLDEST_GPU = 8
 GPU_MAX_CLASSES = 16_384  # of cuda and triton; the others support MAX_CLASSES of _checks
 # Class moments of more keys (images × classes × groups) are for `triton`, which sorts their pixels:
 # the partial sums of all keys, which `cuda` writes, would take longer than the sort.
@@ -137,8 +140,23 @@ _CUDA_TARGETS = build_info().get("cuda_arch_list", "")
 _CUDA_RANGES = _built_for(_CUDA_TARGETS)
 
 
+def _too_old(device: torch.device | int) -> str | None:
+    """Why neither `cuda` nor `triton` runs on this GPU, or None. torch.compile traces it."""
+    if not torch.cuda.is_available():  # a tensor without values
+        return None
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.major >= OLDEST_GPU:  # true of every GPU that Triton supports on ROCm
+        return None
+    return (
+        f"it needs a GPU of compute capability {OLDEST_GPU}.0 or later, {gpu.name} has "
+        f"{gpu.major}.{gpu.minor}"
+    )
+
+
 def _no_code_for(device: torch.device | int) -> str | None:
     """Why the CUDA library does not run on this GPU, or None. torch.compile traces it."""
+    if reason := _too_old(device):
+        return reason
     gpu = torch.cuda.get_device_properties(device)
     for first, last in _CUDA_RANGES:
         if first <= (gpu.major, gpu.minor) <= last:
@@ -152,17 +170,24 @@ def _no_code_for(device: torch.device | int) -> str | None:
 
 def backends() -> dict[str, str | None]:
     """All backends, fastest first: None if the backend is usable here, otherwise the reason why
-    not. With several GPUs, `cuda` is usable if at least one GPU supports it. Usable does not mean
-    every call: `cuda` leaves class moments of more than 1,024 keys (images × classes × groups), and
-    pixel losses with label smoothing, a focal factor or hard examples, and pixel_kl_divergence, to
-    `triton`; both leave float64 to `reference`."""
+    not. With several GPUs, `cuda` is usable if at least one GPU supports it. GPUs of a compute
+    capability below 8.0 are served by `reference` alone. Usable does not mean every call: `cuda`
+    leaves class moments of more than 1,024 keys (images × classes × groups), and pixel losses with
+    label smoothing, a focal factor or hard examples, and pixel_kl_divergence, to `triton`; both
+    leave float64 to `reference`."""
     reasons = dict(_MISSING)
-    for name in ("cuda", "triton"):
-        if not reasons[name] and not _ON_HOST[name] and not torch.cuda.is_available():
-            reasons[name] = "torch sees no GPU"
-    if not reasons["cuda"] and not _ON_HOST["cuda"]:
-        obstacles = [_no_code_for(i) for i in range(torch.cuda.device_count())]
-        reasons["cuda"] = None if None in obstacles else obstacles[0]
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    too_old = [_too_old(gpu) for gpu in gpus]
+    for name, obstacle in (("cuda", _no_code_for), ("triton", _too_old)):
+        if _ON_HOST[name]:
+            continue
+        if not gpus:
+            reasons[name] = reasons[name] or "torch sees no GPU"
+        elif None not in too_old:  # then another installation would not help
+            reasons[name] = too_old[0]
+        elif not reasons[name]:
+            obstacles = [obstacle(gpu) for gpu in gpus]
+            reasons[name] = None if None in obstacles else obstacles[0]
     return reasons
 
 
@@ -174,12 +199,12 @@ class use_backend:
     a thread of autograd: call use_backend inside the checkpointed function.
 
     "auto" (the default) selects the fastest usable backend for the device and dtype of the input.
-    For CUDA tensors this is `cuda`, if it was built for that GPU, then `triton`. Class moments of
-    more than 1,024 keys (images × classes × groups) use `triton`, and so do pixel losses with label
-    smoothing, a focal factor or hard examples, and pixel_kl_divergence. Float64, and more classes
-    than they support, use `reference`. For CPU tensors it is `cpu`, for all others `reference`. A
-    backend chosen by name raises an error if it does not support a call; it is never silently
-    replaced by another one.
+    For CUDA tensors this is `cuda`, if it was built for that GPU, then `triton`; on GPUs of a
+    compute capability below 8.0 it is `reference`. Class moments of more than 1,024 keys (images ×
+    classes × groups) use `triton`, and so do pixel losses with label smoothing, a focal factor or
+    hard examples, and pixel_kl_divergence. Float64, and more classes than they support, use
+    `reference`. For CPU tensors it is `cpu`, for all others `reference`. A backend chosen by name
+    raises an error if it does not support a call; it is never silently replaced by another one.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not usable here.
     """
@@ -237,7 +262,9 @@ def _why_not(
             "it does not support label smoothing, a focal factor or hard examples: "
             'choose "triton" or "auto"'
         )
-    return _no_code_for(tensor.device) if name == "cuda" and device == "cuda" else None
+    if name == "reference" or device == "cpu":
+        return None
+    return _no_code_for(tensor.device) if name == "cuda" else _too_old(tensor.device)
 
 
 def select(

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from ._backend import CPU_LIBRARY, TRITON_INTERPRETED, backends, build_info, use_backend
+from ._backend import (
+    CPU_LIBRARY,
+    OLDEST_GPU,
+    TRITON_INTERPRETED,
+    backends,
+    build_info,
+    use_backend,
+)
 from ._ops.centroid_info_nce import centroid_info_nce
 from ._ops.class_moments import class_moments, pixel_to_anchor_mse
 from .measure import DISTURBED, bandwidth, environment, example_labels, measure, moments_bytes
@@ -51,7 +58,9 @@ def _remedy(backend: str) -> str:
     """What an unusable backend needs on this machine."""
     if backend == "cpu":
         return "a C++20 compiler (Debian, Ubuntu: apt install g++); then reinstall"
-    needs = [] if torch.cuda.is_available() else ["a GPU"]
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    new = any(torch.cuda.get_device_properties(i).major >= OLDEST_GPU for i in gpus)
+    needs = [] if new else [f"a GPU of compute capability {OLDEST_GPU}.0 or later"]
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             needs.append("triton, which the GPU builds of torch for Linux include")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import anchorops as ao
-from anchorops import _backend
+from anchorops import _backend, doctor
 
 FEATURES, LABELS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int64)
 ANCHORS = torch.zeros(6, 3)
@@ -209,6 +209,7 @@ class Gpus:
         gpus = list(Gpu("Gpu", [(f"number {i}", version) for i, version in enumerate(versions)]))
         # Lightning sets it, and then torch.cuda.is_available() believes device_count
         monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
         monkeypatch.setattr(torch.cuda, "_get_device_properties", gpus.__getitem__, raising=False)
@@ -227,7 +228,7 @@ class Gpus:
 @pytest.mark.parametrize(
     ("targets", "served", "not_served"),
     [
-        ("8.0;9.0", ["8.0", "8.6", "8.9", "9.0"], ["7.5", "10.0", "12.0"]),
+        ("8.0;9.0", ["8.0", "8.6", "8.9", "9.0"], ["10.0", "12.0"]),
         ("8.6 9.0+PTX", ["8.6", "8.9", "9.0", "10.0", "12.1"], ["8.0"]),
         ("9.0a;10.0f+PTX", ["9.0", "10.0", "10.3"], ["8.9", "11.0", "12.0"]),
         ("9.0+PTX", ["9.0", "12.0"], ["8.9"]),
@@ -243,7 +244,6 @@ def test_auto_takes_triton_on_a_gpu_without_code(monkeypatch, targets, served, n
 def test_more_keys_than_cuda_supports_are_for_triton(monkeypatch):
     gpus = Gpus(monkeypatch, "9.0", "9.0")
     assert [gpus.select(0, num_keys=keys) for keys in (1024, 1025)] == ["cuda", "triton"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with ao.use_backend("cuda"):
         assert gpus.select(0, num_keys=1024) == "cuda"
         message = 'f: backend cuda .* at most 1024 keys .* has 1025: choose "triton" or "auto"$'
@@ -270,7 +270,6 @@ def test_keys_are_images_times_classes_times_groups(monkeypatch):
 
 
 def test_a_gpu_without_code_says_why(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     gpus = Gpus(monkeypatch, "9.0", "9.0", "8.9")
     assert ao.backends()["cuda"] is None
     reason = "anchorops was built for compute capability 9.0, the GPU number 1 has 8.9: install"
@@ -285,9 +284,36 @@ def test_a_gpu_without_code_says_why(monkeypatch):
         ao.use_backend("cuda")
 
 
+@pytest.mark.parametrize("targets", ["", "7.5;9.0", "9.0+PTX"])
+def test_gpus_before_8_0_are_for_the_reference(monkeypatch, targets):
+    """Neither our CUDA sources nor Triton support them."""
+    reason = "it needs a GPU of compute capability 8.0 or later, number 0 has 7.5"
+    gpus = Gpus(monkeypatch, targets, "7.5")
+    if not targets:
+        monkeypatch.setitem(_backend._MISSING, "cuda", "anchorops was built without CUDA")
+    assert gpus.select(0) == "reference"
+    assert ao.backends() == {"cuda": reason, "triton": reason, "cpu": None, "reference": None}
+    for name in ("cuda", "triton"):
+        assert "a GPU of compute capability 8.0 or later" in doctor._remedy(name)
+        with pytest.raises(
+            RuntimeError, match=f"^use_backend: {name} is not usable here: {reason}$"
+        ):
+            ao.use_backend(name)
+    gpus = Gpus(monkeypatch, "8.0", "7.5", "8.6")
+    assert ao.backends()["cuda"] is ao.backends()["triton"] is None
+    for name in ("cuda", "triton"):
+        with (
+            ao.use_backend(name),
+            pytest.raises(ValueError, match=rf"^f: backend {name} does not .*: {reason}$"),
+        ):
+            gpus.select(0)
+
+
 def test_the_choice_among_gpus_is_traced(monkeypatch):
     """torch.compile reads a GPU's properties when it traces, and treats them as constants."""
+    available = torch.cuda.is_available
     Gpus(monkeypatch, "9.0", "9.0", "8.9")
+    monkeypatch.setattr(torch.cuda, "is_available", available)  # torch.compile would start CUDA
 
     def served(x):
         return [x + (_backend._no_code_for(torch.device("cuda", i)) is None) for i in range(2)]

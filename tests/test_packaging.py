@@ -113,13 +113,14 @@ def test_doctor_names_what_backends_lack(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "build_info", lambda: {"cuda": "", "cuda_choice": "0"})
     again = "a reinstallation with ANCHOROPS_CUDA=1"
     nvcc = "nvcc of the CUDA major version of torch"
-    assert doctor._remedy("cuda") == f"a GPU, {nvcc}, {again}"
+    gpu = "a GPU of compute capability 8.0 or later"
+    assert doctor._remedy("cuda") == f"{gpu}, {nvcc}, {again}"
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/nvcc").write_text("")
     (tmp_path / "bin/nvcc").chmod(0o755)
-    assert doctor._remedy("cuda") == f"a GPU, {again}"
+    assert doctor._remedy("cuda") == f"{gpu}, {again}"
     monkeypatch.setattr(doctor, "build_info", lambda: {"cuda": "13.0"})
-    assert doctor._remedy("cuda") == doctor._remedy("triton") == "a GPU"
+    assert doctor._remedy("cuda") == doctor._remedy("triton") == gpu
 
 
 def test_doctor_without_the_extension():
