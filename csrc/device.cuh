@@ -117,14 +117,25 @@ __device__ __forceinline__ Vector<T> round_to(const float (&values)[Vector<T>::S
   return vector;
 }
 
+// The lower or the upper number of a register with two of 16 bits.
+template <class T>
+__device__ __forceinline__ float half_to_float(unsigned pair, bool upper) {
+  if constexpr (std::is_same_v<T, BFloat16>)  // one instruction
+    return __uint_as_float(upper ? pair & 0xffff0000 : pair << 16);
+  T number;
+  const auto bits = static_cast<uint16_t>(upper ? pair >> 16 : pair);
+  memcpy(&number, &bits, sizeof number);
+  return static_cast<float>(number);
+}
+
 template <class T>
 __device__ __forceinline__ float to_float(const Vector<T>& vector, int i) {
-  if constexpr (std::is_same_v<T, BFloat16>) {  // one instruction for each half of a register
+  if constexpr (sizeof(T) == 4) {
+    return vector.elements[i];
+  } else {
     unsigned pair;
     memcpy(&pair, &vector.elements[i / 2 * 2], sizeof pair);
-    return __uint_as_float(i % 2 ? pair & 0xffff0000 : pair << 16);
-  } else {
-    return static_cast<float>(vector.elements[i]);
+    return half_to_float<T>(pair, i % 2);
   }
 }
 
@@ -232,24 +243,6 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #else
   on_host::wait_for_copies(PENDING);
-#endif
-}
-
-// A kernel that launch_early (launch.cuh) launches may start before the kernel before it in the
-// stream has ended, if all blocks of that kernel have called permit_next_kernel() or have ended.
-// Each of its threads waits until that kernel has ended and its writes are visible: before it reads
-// what that kernel writes or writes what that kernel uses, and at the latest before it ends.
-__device__ __forceinline__ void permit_next_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_kernel_before() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#elif !defined(__CUDACC__)
-  on_host::wait_for_kernel_before();
 #endif
 }
 

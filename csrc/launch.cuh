@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -37,9 +38,6 @@ inline void fill_zero(void* memory, size_t bytes, [[maybe_unused]] Stream stream
 // The largest shared memory of a block on every GPU from sm_80 on: sm_86, sm_89 and sm_120 have
 // 99 KB, others more.
 constexpr size_t MAX_SHARED_BYTES = 99 << 10;
-
-// NORMAL: kernel<<<…>>>. EARLY: launch_early.
-enum class Launch { NORMAL, EARLY };
 
 // What the division of work depends on, besides shapes.
 struct Hardware {
@@ -88,17 +86,15 @@ inline int64_t blocks_in_shared(size_t bytes_of_block) {
 // Configures a kernel at its first launch on a device. The limit is the same for all launches, so
 // host threads that launch at the same time do not interfere. Shared memory that a kernel does not
 // need is used as L1 cache. A kernel that requests none keeps only the 1 KB that each block always
-// needs. Returns whether the kernel's code can be launched early: this depends on the architecture
-// that it was compiled for.
-inline bool configure(const char* name, const void* kernel, bool asks_for_shared) {
+// needs.
+inline void configure(const char* name, const void* kernel, bool asks_for_shared) {
   static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, bool> configured;
+  static std::set<std::pair<int, const void*>> configured;
   constexpr int PERCENT_FOR_BLOCKS = 14;  // 32 KB on sm_80 and sm_90, 14 KB on sm_86
   int device = 0;
   check(cudaGetDevice(&device), name);
   const std::lock_guard lock(mutex);
-  const auto found = configured.find({device, kernel});
-  if (found != configured.end()) return found->second;
+  if (configured.count({device, kernel})) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              int{MAX_SHARED_BYTES}),
         name);
@@ -106,48 +102,27 @@ inline bool configure(const char* name, const void* kernel, bool asks_for_shared
             kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
             asks_for_shared ? int{cudaSharedmemCarveoutMaxShared} : PERCENT_FOR_BLOCKS),
         name);
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), name);
-  return configured[{device, kernel}] = attributes.ptxVersion >= 90;
+  configured.insert({device, kernel});
 }
 #endif
 
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...); no launch if the grid is empty. If
+// the launch fails, throws an error with the kernel's name.
 template <class... Parameters, class... Arguments>
-void launch_kernel(Launch how, const char* name, void (*kernel)(Parameters...), dim3 grid,
-                   dim3 block, size_t shared_bytes, [[maybe_unused]] Stream stream,
-                   const Arguments&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            size_t shared_bytes, [[maybe_unused]] Stream stream, const Arguments&... arguments) {
   if (size_t{grid.x} * grid.y * grid.z == 0) return;
-  bool early = how == Launch::EARLY;
 #ifdef __CUDACC__
-  early &= configure(name, reinterpret_cast<const void*>(kernel), shared_bytes > 0);
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  const cudaLaunchConfig_t config{grid, block, shared_bytes, stream, &attribute, early ? 1u : 0u};
+  configure(name, reinterpret_cast<const void*>(kernel), shared_bytes > 0);
+  const cudaLaunchConfig_t config{grid, block, shared_bytes, stream, nullptr, 0};
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 #else
   if (shared_bytes > MAX_SHARED_BYTES)
     throw std::logic_error(std::string(name) + ": more shared memory than every GPU has");
   if (grid.x > 0x7fffffff || std::max(grid.y, grid.z) > 65535 || block.x * block.y * block.z > 1024)
     throw std::logic_error(std::string(name) + ": more blocks or threads than a GPU takes");
-  on_host::launch(name, grid, block, shared_bytes, early, [&] { kernel(arguments...); });
+  on_host::launch(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
 #endif
-}
-
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...); no launch if the grid is empty. If
-// the launch fails, throws an error with the kernel's name.
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-            size_t shared_bytes, Stream stream, const Arguments&... arguments) {
-  launch_kernel(Launch::NORMAL, name, kernel, grid, block, shared_bytes, stream, arguments...);
-}
-
-// The same for a kernel that calls wait_for_kernel_before(). From sm_90 on its blocks are resident
-// when the kernel before ends.
-template <class... Parameters, class... Arguments>
-void launch_early(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                  size_t shared_bytes, Stream stream, const Arguments&... arguments) {
-  launch_kernel(Launch::EARLY, name, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace anchorops

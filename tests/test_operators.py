@@ -34,10 +34,6 @@ CASES = [
     ),
     ("split_groups", EVERYWHERE, (KEYS, KEYS[KEYS >= 0].bincount(minlength=6), SEED, 2)),
     *(
-        ("group_keys", ["emulator"], (BYTES, 4, 5, 5, per_image, 255, SEED, 2))
-        for per_image in (False, True)
-    ),
-    *(
         ("class_moments", places, (features, keys, *others))
         for features, keys, places in (
             (leaf(2, 6, 12), KEYS, EVERYWHERE),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .registration import define
-from .split_groups import seed_on, split_groups
+from .split_groups import split_groups
 
 
 class KeyOptions(TypedDict):
@@ -37,34 +37,11 @@ def _class_keys_fake(
     return keys, labels.new_empty(shape, dtype=torch.int64)
 
 
-def _group_keys_fake(
-    labels: Tensor,
-    height: int,
-    width: int,
-    num_classes: int,
-    per_image: bool,
-    ignore_index: int,
-    seed: Tensor,
-    groups: int,
-) -> tuple[Tensor, Tensor]:
-    given = labels, height, width, num_classes, per_image, ignore_index
-    keys, counts = _class_keys_fake(*given)
-    return keys, counts.new_empty((*counts.shape, groups))
-
-
 define(
     "class_keys",
     "(Tensor labels, SymInt height, SymInt width, SymInt num_classes, bool per_image, "
     "int ignore_index, ScalarType? class_dtype=None) -> (Tensor keys, Tensor counts)",
     _class_keys_fake,
-)
-# class_keys, then split_groups, in fewer launches
-define(
-    "group_keys",
-    "(Tensor labels, SymInt height, SymInt width, SymInt num_classes, bool per_image, "
-    "int ignore_index, Tensor seed, SymInt groups) -> (Tensor keys, Tensor counts)",
-    _group_keys_fake,
-    backends=("cuda",),
 )
 
 
@@ -94,9 +71,6 @@ def class_keys(
     else:
         height, width, grid = features.shape[2], features.shape[3], labels
     given = grid, height, width, num_classes, per_image, ignore_index
-    if groups > 1 and backend == "cuda":
-        assert seed is not None
-        return torch.ops.anchorops.group_keys.cuda(*given, seed_on(labels, seed), groups)
     keys, counts = getattr(torch.ops.anchorops.class_keys, backend)(*given, class_dtype)
     if groups > 1:
         assert seed is not None

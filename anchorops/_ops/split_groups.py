@@ -27,13 +27,6 @@ define(
 )
 
 
-def seed_on(like: Tensor, seed: int | Tensor) -> Tensor:
-    """The seed as a tensor on the device of `like`."""
-    if isinstance(seed, Tensor):
-        return seed
-    return torch.full((), seed, dtype=torch.int64, device=like.device)
-
-
 def split_groups(
     keys: Tensor, counts: Tensor, groups: int, seed: int | Tensor, *, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -45,8 +38,9 @@ def split_groups(
     if backend == "reference":
         split = reference.split_groups(keys, counts, groups, seed)
         return split, reference.group_counts(counts, groups)
-    operator = getattr(torch.ops.anchorops.split_groups, backend)
-    return operator(keys, counts, seed_on(keys, seed), groups)
+    if not isinstance(seed, Tensor):
+        seed = torch.full((), seed, dtype=torch.int64, device=keys.device)
+    return getattr(torch.ops.anchorops.split_groups, backend)(keys, counts, seed, groups)
 
 
 def random_halves(items: int, seed: Tensor, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../errors.h"
@@ -25,12 +26,35 @@
 
 namespace anchorops::cuda {
 
+using Numbers = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 template <class A, class B>
 constexpr __host__ __device__ auto ceil_div(A a, B b) {
   return (a + b - 1) / b;
+}
+
+inline std::string text_of(Numbers numbers) {
+  std::string text = "(";
+  for (int64_t number : numbers) text += (text.size() > 1 ? ", " : "") + std::to_string(number);
+  return text + ")";
+}
+
+// What kernels rely on is checked here and not only in Python, because operators can be called
+// directly. Raises unless the tensor, if it is given, has this shape.
+inline void check_shape(const char* operation, const char* argument,
+                        const std::optional<Tensor>& tensor, Numbers shape) {
+  STD_TORCH_CHECK(!tensor || tensor->sizes().equals(shape), operation, ": ", argument,
+                  ": expected shape ", text_of(shape), ", got ", text_of(tensor->sizes()));
+}
+
+// The same for a tensor that kernels read without strides.
+inline void check_table(const char* operation, const char* argument,
+                        const std::optional<Tensor>& tensor, Numbers shape) {
+  check_shape(operation, argument, tensor, shape);
+  STD_TORCH_CHECK(!tensor || tensor->is_contiguous(), operation, ": ", argument,
+                  ": expected a contiguous tensor, got strides ", text_of(tensor->strides()));
 }
 
 // Features as lines × channels × pixels: element (line, d, p) lies at (line / lines_per_image) ·
@@ -51,6 +75,9 @@ struct Pixels {
 // tensors of this size, permit it.
 inline Pixels as_pixels(const std::vector<int64_t>& size, const std::vector<int64_t>& stride,
                         bool rows_join) {
+  STD_TORCH_CHECK(size.size() >= 2 && size.size() <= 4,
+                  "features: expected (N, D), (B, D, N) or (B, D, H, W), got shape ",
+                  text_of(size));
   if (size.size() == 2) return {1, size[1], size[0], 1, 0, 0, stride[1], stride[0]};
   if (size.size() == 3) return {size[0], size[1], size[2], 1, stride[0], 0, stride[1], stride[2]};
   const int64_t height = size[2], width = size[3];
@@ -73,9 +100,7 @@ inline bool vectors_aligned(const void* data, std::initializer_list<int64_t> str
   return aligned;
 }
 
-inline std::vector<int64_t> to_vector(const torch::headeronly::IntHeaderOnlyArrayRef& array) {
-  return {array.begin(), array.end()};
-}
+inline std::vector<int64_t> to_vector(Numbers array) { return {array.begin(), array.end()}; }
 
 // Makes the tensor's device the current one; the stream is the current one there.
 class OnDevice {
@@ -105,13 +130,9 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size, Sc
 inline Tensor new_empty_strided(const Tensor& like, const std::vector<int64_t>& size,
                                 const std::vector<int64_t>& stride, ScalarType dtype) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 7> stack = {from(like),
-                                       from(torch::headeronly::IntHeaderOnlyArrayRef(size)),
-                                       from(torch::headeronly::IntHeaderOnlyArrayRef(stride)),
-                                       from(std::optional(dtype)),
-                                       from(std::nullopt),
-                                       from(std::nullopt),
-                                       from(std::nullopt)};
+  std::array<StableIValue, 7> stack = {
+      from(like),         from(Numbers(size)), from(Numbers(stride)), from(std::optional(dtype)),
+      from(std::nullopt), from(std::nullopt),  from(std::nullopt)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);

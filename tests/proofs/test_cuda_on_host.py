@@ -108,7 +108,6 @@ PLANTED = [
     ("plain", "BARRIER_FOR_SOME", "waits for threads that wait for others or have ended"),
     ("plain", "TOO_MUCH_SHARED", "rotate_kernel: more shared memory than every GPU has"),
     ("plain", "TOO_MANY_ROWS_OF_BLOCKS", "rotate_kernel: more blocks or threads than a GPU takes"),
-    ("plain", "NOT_WAITED_FOR_KERNEL", "thread 63: was launched early and has not waited"),
 ]
 
 

@@ -64,7 +64,7 @@ struct Input {
   Pixels view;
   int64_t row_stride;  // from a row of a tile to the next
   int num_keys, num_classes, groups;
-  bool vectors, key_vectors;  // whether 16 bytes of features, of keys, can be copied at once
+  bool vectors;  // whether 16 bytes of features can be copied at once
   int layout = PLANES;
   int period = 1;  // from a channel of a block to the next, 1 unless the layout is SHIFTED_PLANES
 
@@ -99,5 +99,11 @@ struct Partials {
   int width;       // D, or 32 for each block if the period is not 1
   int period;      // Tiles of blocks that begin at different positions have different pixels.
 };
+
+// Launches the pass over the features, which writes the statistics of each chunk. Each dtype has a
+// source file, so that the files are compiled at the same time (instances.cuh).
+template <class T>
+void launch_moments(int statistics, const Input<T>& input, const Tiling& tiling,
+                    const Partials& partials, Stream stream);
 
 }  // namespace anchorops::cuda

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "../../matrices.cuh"
@@ -38,13 +37,7 @@ struct Features {
     return (zeros & 0x7fff7fff) == 0;
   }
   __device__ __forceinline__ float at(int j, int pixel) const {
-    const unsigned pair = pairs[j][pixel / 2];
-    if constexpr (std::is_same_v<T, BFloat16>)
-      return __uint_as_float(pixel % 2 ? pair & 0xffff0000 : pair << 16);
-    T half;
-    const auto bits = static_cast<uint16_t>(pixel % 2 ? pair >> 16 : pair);
-    memcpy(&half, &bits, sizeof half);
-    return static_cast<float>(half);
+    return half_to_float<T>(pairs[j][pixel / 2], pixel % 2);
   }
   __device__ __forceinline__ void terms(int j, int pair, unsigned (&terms)[1]) const {
     terms[0] = pairs[j][pair];

@@ -17,7 +17,6 @@
 #include "../../labels.h"
 #include "../tensors.cuh"
 #include "arguments.cuh"
-#include "launch.cuh"
 #include "plan.cuh"
 #include "reduction.cuh"
 
@@ -70,6 +69,8 @@ std::tuple<Tensor, Tensor> class_moments(Tensor features, Tensor keys,
   check_keys("class_moments.cuda", keys, features.numel() / std::max<int64_t>(features.size(1), 1));
   STD_TORCH_CHECK(num_keys <= MAX_KEYS, "class_moments.cuda: num_keys: expected at most ", MAX_KEYS,
                   ", got ", num_keys);
+  if (anchors)
+    check_shape("class_moments.cuda", "anchors", anchors, {anchors->size(0), features.size(1)});
   const OnDevice device(features);
   const int statistics = (with_sums ? SUMS : 0) | (anchors ? SQDISTS : 0);
   const std::vector<int64_t> matrix = {num_keys, features.size(1)}, none = {0};
@@ -89,10 +90,9 @@ std::tuple<Tensor, Tensor> class_moments(Tensor features, Tensor keys,
     const bool in_rows = view.stride_d == 1 && view.stride_p != 1;
     const int64_t row_stride = in_rows ? view.stride_p : view.stride_d;
     const T* const first = features.const_data_ptr<T>();
-    const int32_t* const first_key = keys.const_data_ptr<int32_t>();
     const Input<T> input{
         .features = first,
-        .keys = first_key,
+        .keys = keys.const_data_ptr<int32_t>(),
         .anchors = optional_data<float>(anchors),
         .view = view,
         .row_stride = row_stride,
@@ -101,8 +101,6 @@ std::tuple<Tensor, Tensor> class_moments(Tensor features, Tensor keys,
         .groups = static_cast<int>(groups),
         .vectors = (in_rows || view.stride_p == 1) &&
                    vectors_aligned(first, {view.stride_b, view.stride_h, row_stride}, sizeof(T)),
-        .key_vectors = reinterpret_cast<uintptr_t>(first_key) % 16 == 0 &&
-                       (view.lines == 1 || view.pixels % 4 == 0),
         .layout = in_rows ? ROWS : PLANES};
     sum_pixels(input, statistics, out, device.stream);
   });

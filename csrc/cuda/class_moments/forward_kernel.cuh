@@ -57,7 +57,6 @@ struct ChunkSums {
 template <class T, int STATISTICS, int LAYOUT>
 __global__ void __launch_bounds__(CHANNELS, policy_for<T, STATISTICS, LAYOUT>().warps)
     class_moments_kernel(const Input<T> input, const Tiling tiling, const Partials partials) {
-  permit_next_kernel();
   // Neighbouring blocks read neighbouring channels.
   const int block = blockIdx.x % tiling.blocks, chunk = blockIdx.x / tiling.blocks;
   Ring<T, LAYOUT> ring(input, tiling, block, chunk);

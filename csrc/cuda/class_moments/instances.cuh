@@ -1,11 +1,11 @@
-// The launch of launch.cuh: an instance of the kernel for each choice of statistics and each
+// launch_moments of arguments.cuh: an instance of the kernel for each choice of statistics and each
 // layout.
 #pragma once
 
 #include <cstdint>
 
+#include "arguments.cuh"
 #include "forward_kernel.cuh"
-#include "launch.cuh"
 #include "slots.cuh"
 #include "tiles.cuh"
 

@@ -14,7 +14,6 @@ constexpr int THREADS = 256;
 // Reads each partial and writes each result once. Each thread adds every slices-th partial of a
 // result; then half of the threads add the sums of the other half, and so on.
 __global__ void __launch_bounds__(THREADS) add_partials_kernel(const Reductions all) {
-  wait_for_kernel_before();
   const Reduction own = blockIdx.y == 0 ? all.of[0] : all.of[1];
   if (own.count == 0) return;  // not wanted
   const int width = THREADS / own.slices, slice = threadIdx.x / width;
@@ -56,8 +55,8 @@ void add_partials(Reductions all, Stream stream) {
     while (each.slices < THREADS && each.slices * 8 < each.count) each.slices *= 2;
     blocks = std::max(blocks, ceil_div(all.num_keys * each.width, int64_t{THREADS} / each.slices));
   }
-  launch_early("add_partials_kernel", add_partials_kernel, dim3(static_cast<unsigned>(blocks), 2),
-               THREADS, THREADS * sizeof(double), stream, all);
+  launch("add_partials_kernel", add_partials_kernel, dim3(static_cast<unsigned>(blocks), 2),
+         THREADS, THREADS * sizeof(double), stream, all);
 }
 
 }  // namespace anchorops::cuda

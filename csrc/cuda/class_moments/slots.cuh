@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "../warps.cuh"
 #include "arguments.cuh"
 
 namespace anchorops::cuda {
@@ -154,10 +155,7 @@ struct Slots {
       if (inside) store(partials.sums + at, value);
     if constexpr (STATISTICS & SQDISTS) {
       const float difference = value - all_anchors.of_key(key);
-      float sqdist = difference * difference;
-#pragma unroll
-      for (int lanes = 1; lanes < 32; lanes *= 2)
-        sqdist += __shfl_xor_sync(FULL_WARP, sqdist, lanes);
+      const float sqdist = sum_of_warp(difference * difference);
       if (lane == 0)
         store(partials.sqdists + (int64_t{chunk} * blocks + block) * num_keys + key, sqdist);
     }

@@ -111,12 +111,9 @@ __device__ __forceinline__ void load_keys(int* keys, const Cursor<T, LAYOUT>& cu
                                           int end) {
   constexpr int PIXELS = TILE_PIXELS<T>;
   const int lane = thread_again();
-  const bool whole = begin == 0 && end == PIXELS;
-  if (LAYOUT == SHIFTED_PLANES && whole) {  // their keys begin anywhere
+  if (begin == 0 && end == PIXELS) {
 #pragma unroll
     for (int i = 0; i < PIXELS; i += 32) copy_word_async(keys + i + lane, cursor.keys + i + lane);
-  } else if (LAYOUT != SHIFTED_PLANES && cursor.input.key_vectors && whole) {
-    if (lane * 4 < PIXELS) copy_async(keys + lane * 4, cursor.keys + lane * 4);
   } else {
     for (int i = lane; i < PIXELS; i += 32) keys[i] = i >= begin && i < end ? cursor.keys[i] : -1;
   }

@@ -1,6 +1,5 @@
-// The operators anchorops::split_groups.cuda: the pixels of each key are divided at random into
-// groups of equal size (±1), by the rank of a pixel's hash among the hashes of its key; and
-// group_keys.cuda: the same for the class keys of labels.
+// The operator anchorops::split_groups.cuda: the pixels of each key are divided at random into
+// groups of equal size (±1), by the rank of a pixel's hash among the hashes of its key.
 //
 // Nothing is sorted. The n pixels of a key are divided among n buckets by their hashes, in
 // ascending order, so a bucket has one pixel on average. The rank of a pixel is the number of
@@ -19,8 +18,8 @@
 #include <vector>
 
 #include "../../labels.h"
+#include "../tensors.cuh"
 #include "../warps.cuh"
-#include "class_keys.cuh"
 
 namespace anchorops::cuda {
 namespace {
@@ -79,8 +78,6 @@ __global__ void __launch_bounds__(THREADS)
                        Lists lists,            // `first` and `totals` are zero on entry
                        int32_t* split,         // [pixels], written here if the key is ignored
                        int64_t pixels, int64_t num_keys, int64_t groups) {
-  permit_next_kernel();
-  wait_for_kernel_before();
   auto* shared = reinterpret_cast<uint64_t*>(shared_memory());  // [WARPS]
   auto* start_of = reinterpret_cast<int64_t*>(shared + WARPS);  // [num_keys]
   count_groups(counts, start_of, blockIdx.x == 0 ? of_groups : nullptr, num_keys, groups, shared);
@@ -101,24 +98,16 @@ __global__ void __launch_bounds__(THREADS)
   atomicAdd(&lists.totals[bucket / THREADS], 1u);
 }
 
-constexpr int HELD = 4;  // pixels of a bucket that a thread holds in registers
-
-// A thread processes one bucket. It reads its list once, or m + 2 times if there are more than HELD
-// pixels in it, m.
+// A thread processes one bucket. It reads its list m + 2 times if there are m pixels in it.
 __global__ void __launch_bounds__(THREADS)
     rank_pixels_kernel(const int32_t* keys, const int64_t* starts, const int64_t* seed,
                        const Lists lists, int32_t* split, int64_t pixels, int32_t groups) {
-  wait_for_kernel_before();
   auto* shared = reinterpret_cast<uint64_t*>(shared_memory());
   const PixelHash hash(*seed);
   const int64_t bucket = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   const uint32_t head = bucket < pixels ? lists.first[bucket] : 0;
   uint64_t size = 0, in_blocks_before = 0;
-  uint32_t held[HELD] = {};
-  for (uint32_t a = head; a; a = lists.next[a - 1], ++size)
-#pragma unroll
-    for (int i = 0; i < HELD; ++i)
-      if (size == i) held[i] = a;
+  for (uint32_t a = head; a; a = lists.next[a - 1]) ++size;
   for (unsigned block = threadIdx.x; block < blockIdx.x; block += THREADS)
     in_blocks_before += lists.totals[block];
   // the number of pixels in the buckets of all blocks before this one
@@ -128,130 +117,52 @@ __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   for (int warp = 0; warp < WARPS; ++warp) before += shared[warp];
 
-  // smaller: pixels of the bucket with smaller hashes
-  const auto write = [&](uint32_t pixel, int32_t key, uint64_t start, unsigned smaller) {
-    const auto rank = static_cast<uint32_t>(before - start) + smaller;
-    split[pixel] = key * groups + static_cast<int32_t>(rank % static_cast<uint32_t>(groups));
-  };
-  if (size <= HELD) {
-    int32_t key[HELD];
-    uint32_t hashes[HELD];  // without a meaning where no pixel is held
-    uint64_t start[HELD];
-#pragma unroll
-    for (int i = 0; i < HELD; ++i) key[i] = held[i] ? keys[held[i] - 1] : 0;
-#pragma unroll
-    for (int i = 0; i < HELD; ++i) start[i] = held[i] ? starts[key[i]] : 0;
-#pragma unroll
-    for (int i = 0; i < HELD; ++i) hashes[i] = hash(held[i] - 1);
-#pragma unroll
-    for (int i = 0; i < HELD; ++i) {
-      unsigned smaller = 0;
-#pragma unroll
-      for (int j = 0; j < HELD; ++j) smaller += held[j] && hashes[j] < hashes[i];
-      if (held[i]) write(held[i] - 1, key[i], start[i], smaller);
-    }
-    return;
-  }
   for (uint32_t a = head; a; a = lists.next[a - 1]) {
-    unsigned smaller = 0;
+    unsigned smaller = 0;  // hashes of the bucket
     for (uint32_t b = head; b; b = lists.next[b - 1]) smaller += hash(b - 1) < hash(a - 1);
     const int32_t key = keys[a - 1];
-    write(a - 1, key, static_cast<uint64_t>(starts[key]), smaller);
+    const auto rank = static_cast<uint32_t>(before - static_cast<uint64_t>(starts[key])) + smaller;
+    split[a - 1] = key * groups + static_cast<int32_t>(rank % static_cast<uint32_t>(groups));
   }
-}
-
-int64_t blocks_for(int64_t pixels) { return ceil_div(pixels, int64_t{THREADS}); }
-
-// Memory for the lists and, before them, for numbers of keys.
-class Workspace {
- public:
-  Workspace(const Tensor& like, int64_t pixels, int64_t num_keys, bool with_counts)
-      : num_counts_(with_counts ? num_keys : 0),
-        zeros_(pixels + blocks_for(pixels)),
-        memory_(new_empty(like, {num_keys + num_counts_ + ceil_div(zeros_ + pixels, int64_t{2})},
-                          ScalarType::Long)) {
-    starts = memory_.mutable_data_ptr<int64_t>();
-    counts = starts + num_keys;
-    auto* first = reinterpret_cast<uint32_t*>(counts + num_counts_);
-    lists = {first, first + pixels, first + zeros_};
-  }
-
-  void fill_zeros(Stream stream) const {
-    fill_zero(counts, num_counts_ * sizeof(int64_t) + zeros_ * sizeof(uint32_t), stream);
-  }
-
-  int64_t* starts;  // [num_keys]
-  int64_t* counts;  // [num_keys], if they are wanted
-  Lists lists;
-
- private:
-  int64_t num_counts_, zeros_;
-  Tensor memory_;
-};
-
-// The workspace was filled with zeros. after_kernel: whether keys were written by the kernel
-// before.
-void split_pixels(const int32_t* keys, const int64_t* counts, const Tensor& seed,
-                  const Workspace& workspace, int32_t* split, int64_t* of_groups, int64_t pixels,
-                  int64_t num_keys, int64_t groups, bool after_kernel, Stream stream) {
-  constexpr size_t SHARED_BYTES = WARPS * sizeof(uint64_t);
-  if (pixels == 0) {
-    fill_zero(of_groups, num_keys * groups * sizeof(int64_t), stream);
-    return;
-  }
-  const dim3 grid = grid_of("split_groups.cuda", blocks_for(pixels));
-  const auto* seed_data = seed.const_data_ptr<int64_t>();
-  launch_kernel(after_kernel ? Launch::EARLY : Launch::NORMAL, "link_pixels_kernel",
-                link_pixels_kernel, grid, THREADS, SHARED_BYTES + num_keys * sizeof(int64_t),
-                stream, keys, counts, workspace.starts, of_groups, seed_data, workspace.lists,
-                split, pixels, num_keys, groups);
-  launch_early("rank_pixels_kernel", rank_pixels_kernel, grid, THREADS, SHARED_BYTES, stream, keys,
-               workspace.starts, seed_data, workspace.lists, split, pixels,
-               static_cast<int32_t>(groups));
-}
-
-void check_size(int64_t pixels, int64_t num_keys) {
-  STD_TORCH_CHECK(pixels < int64_t{1} << 31, "split_groups.cuda: keys: more than 2^31 pixels");
-  STD_TORCH_CHECK(num_keys <= MAX_KEYS, "split_groups.cuda: counts: expected at most ", MAX_KEYS,
-                  " keys, got ", num_keys);
 }
 
 std::tuple<Tensor, Tensor> split_groups(Tensor keys, Tensor counts, Tensor seed, int64_t groups) {
-  const OnDevice device(keys);
+  const char* name = "split_groups.cuda";
   const int64_t pixels = keys.numel(), num_keys = counts.numel();
-  check_keys("split_groups.cuda", keys, pixels);
-  check_size(pixels, num_keys);
+  check_keys(name, keys, pixels);
+  check_table(name, "counts", counts, to_vector(counts.sizes()));
+  STD_TORCH_CHECK(seed.numel() == 1, name, ": seed: expected one number, got ", seed.numel());
+  STD_TORCH_CHECK(groups > 0, name, ": groups: expected at least 1, got ", groups);
+  STD_TORCH_CHECK(pixels < int64_t{1} << 31, name, ": keys: more than 2^31 pixels");
+  STD_TORCH_CHECK(num_keys <= MAX_KEYS, name, ": counts: expected at most ", MAX_KEYS,
+                  " keys, got ", num_keys);
+  const OnDevice device(keys);
   std::vector<int64_t> shape = to_vector(counts.sizes());
   shape.push_back(groups);
   Tensor split = new_empty(keys, to_vector(keys.sizes()), ScalarType::Int);
   Tensor of_groups = new_empty(counts, shape, ScalarType::Long);
-  const Workspace workspace(keys, pixels, num_keys, false);
-  workspace.fill_zeros(device.stream);
-  split_pixels(keys.const_data_ptr<int32_t>(), counts.const_data_ptr<int64_t>(), seed, workspace,
-               split.mutable_data_ptr<int32_t>(), of_groups.mutable_data_ptr<int64_t>(), pixels,
-               num_keys, groups, false, device.stream);
-  return {split, of_groups};
-}
-
-std::tuple<Tensor, Tensor> group_keys(Tensor labels, int64_t height, int64_t width,
-                                      int64_t num_classes, bool per_image, int64_t ignore_index,
-                                      Tensor seed, int64_t groups) {
-  const OnDevice device(labels);
-  const int64_t batch = labels.size(0), pixels = batch * height * width;
-  const int64_t num_keys = per_image ? batch * num_classes : num_classes;
-  check_size(pixels, num_keys);
-  std::vector<int64_t> shape = {num_classes, groups};
-  if (per_image) shape.insert(shape.begin(), batch);
-  const Tensor keys = new_empty(labels, {batch, height * width}, ScalarType::Int);
-  Tensor split = new_empty(labels, {batch, height * width}, ScalarType::Int);
-  Tensor of_groups = new_empty(labels, shape, ScalarType::Long);
-  const Workspace workspace(labels, pixels, num_keys, true);
-  workspace.fill_zeros(device.stream);
-  write_class_keys(labels, height, width, num_classes, per_image, per_image ? num_classes : 0,
-                   ignore_index, keys, workspace.counts, false, device.stream);
-  split_pixels(keys.const_data_ptr<int32_t>(), workspace.counts, seed, workspace,
-               split.mutable_data_ptr<int32_t>(), of_groups.mutable_data_ptr<int64_t>(), pixels,
-               num_keys, groups, true, device.stream);
+  auto* group_counts = of_groups.mutable_data_ptr<int64_t>();
+  if (pixels == 0) {
+    fill_zero(group_counts, of_groups.numel() * sizeof(int64_t), device.stream);
+    return {split, of_groups};
+  }
+  const int64_t blocks = ceil_div(pixels, int64_t{THREADS});
+  const Tensor starts = new_empty(counts, {num_keys}, ScalarType::Long);
+  const Tensor memory = new_empty(keys, {2 * pixels + blocks}, ScalarType::Int);
+  auto* first = reinterpret_cast<uint32_t*>(memory.mutable_data_ptr<int32_t>());
+  const Lists lists{first, first + pixels, first + pixels + blocks};
+  fill_zero(first, (pixels + blocks) * sizeof(uint32_t), device.stream);
+  const dim3 grid = grid_of(name, blocks);
+  constexpr size_t SHARED_BYTES = WARPS * sizeof(uint64_t);
+  launch("link_pixels_kernel", link_pixels_kernel, grid, THREADS,
+         SHARED_BYTES + num_keys * sizeof(int64_t), device.stream, keys.const_data_ptr<int32_t>(),
+         counts.const_data_ptr<int64_t>(), starts.mutable_data_ptr<int64_t>(), group_counts,
+         seed.const_data_ptr<int64_t>(), lists, split.mutable_data_ptr<int32_t>(), pixels, num_keys,
+         groups);
+  launch("rank_pixels_kernel", rank_pixels_kernel, grid, THREADS, SHARED_BYTES, device.stream,
+         keys.const_data_ptr<int32_t>(), starts.const_data_ptr<int64_t>(),
+         seed.const_data_ptr<int64_t>(), lists, split.mutable_data_ptr<int32_t>(), pixels,
+         static_cast<int32_t>(groups));
   return {split, of_groups};
 }
 
@@ -260,5 +171,4 @@ std::tuple<Tensor, Tensor> group_keys(Tensor labels, int64_t height, int64_t wid
 
 STABLE_TORCH_LIBRARY_IMPL(anchorops, ANCHOROPS_DISPATCH_KEY, library) {
   library.impl("split_groups.cuda", TORCH_BOX(&anchorops::cuda::split_groups));
-  library.impl("group_keys.cuda", TORCH_BOX(&anchorops::cuda::group_keys));
 }

@@ -19,17 +19,15 @@ namespace anchorops::cuda {
 namespace {
 
 constexpr int THREADS = 512, ADD_THREADS = 128;
-constexpr int RESIDENT = 1;               // blocks of a multiprocessor
 constexpr int64_t MOST_BYTES = 10 << 20;  // of partials
 constexpr int MOMENTS = 3;                // of a chunk: pixels, mean, sum of squared deviations
 
 template <class T, class Key>
-__global__ void __launch_bounds__(THREADS, RESIDENT)
+__global__ void __launch_bounds__(THREADS, 1)
     upsampled_sums_kernel(const T* features, const Key* keys,
                           float* partials,  // [images·chunks, K, C]
                           float* moments,   // [images·chunks, MOMENTS, C]
                           View view, int chunks, int chunk_tiles) {
-  permit_next_kernel();
   constexpr int BLOCK_CHANNELS = channels_of(THREADS);
   const int64_t image = blockIdx.x / chunks;
   const auto chunk = static_cast<int>(blockIdx.x % chunks);
@@ -102,7 +100,6 @@ __global__ void __launch_bounds__(ADD_THREADS)
                                   float* variance,        // [channels]
                                   int64_t entries, int channels, int tables, int parts,
                                   int64_t sum_blocks) {
-  wait_for_kernel_before();
   if (blockIdx.x < sum_blocks) {
     const int64_t e = int64_t{blockIdx.x} * ADD_THREADS + threadIdx.x;
     if (e >= tables * entries) return;
@@ -138,19 +135,15 @@ __global__ void __launch_bounds__(ADD_THREADS)
   variance[channel] = squares / count;
 }
 
-// Blocks of the forward pass whose partials have so many entries: the same number for each
-// multiprocessor, if there is memory for their partials, and as many as are resident.
-int64_t most_blocks(int64_t entries) {
-  const int64_t most = MOST_BYTES / (entries * int64_t{sizeof(float)}), count = multiprocessors();
-  return most < count ? most : count * std::min(most / count, int64_t{RESIDENT});
-}
-
 std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, int64_t num_keys,
                                                   int64_t num_classes) {
   const OnDevice device(features);
   const int64_t images = features.size(0), channels = features.size(1);
   const int64_t entries = num_classes * channels;
-  check_keys("upsampled_sums.cuda", keys, images * keys.size(1) * keys.size(2));
+  check_table("upsampled_sums.cuda", "keys", keys, {images, keys.size(1), keys.size(2)});
+  STD_TORCH_CHECK(num_keys == num_classes || num_keys == images * num_classes,
+                  "upsampled_sums.cuda: num_keys: expected ", num_classes, " or ",
+                  images * num_classes, ", got ", num_keys);
   Tensor sums = new_empty(features, {num_keys, channels}, ScalarType::Float);
   Tensor mean = new_empty(features, {channels}, ScalarType::Float);
   Tensor variance = new_empty(features, {channels}, ScalarType::Float);
@@ -161,12 +154,12 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, 
   }
   const bool per_image = num_keys > num_classes;
   const View view(features, keys, num_classes, per_image);
-  const int64_t most = most_blocks(entries);
+  const int64_t most = std::min(MOST_BYTES / (entries * int64_t{sizeof(float)}), multiprocessors());
   const int64_t chunk_tiles = ceil_div(int64_t{view.tiles()}, std::max(most / images, int64_t{1}));
   const int64_t chunks = ceil_div(int64_t{view.tiles()}, chunk_tiles), blocks = images * chunks;
   Tensor partials = new_empty(features, {blocks, entries}, ScalarType::Float);
   Tensor moments = new_empty(features, {blocks, MOMENTS, channels}, ScalarType::Float);
-  for_dtype("upsampled_sums", features.scalar_type(), [&](auto zero) {
+  for_dtype("upsampled_sums.cuda", features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     dim3 grid = grid_of("upsampled_sums.cuda", blocks);
     grid.y = static_cast<unsigned>(ceil_div(channels, int64_t{channels_of(THREADS)}));
@@ -181,14 +174,13 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_sums(Tensor features, Tensor keys, 
   });
   const int64_t tables = per_image ? images : 1;
   const int64_t sum_blocks = ceil_div(tables * entries, int64_t{ADD_THREADS});
-  launch_early(
-      "add_upsampled_partials_kernel", add_upsampled_partials_kernel,
-      grid_of("upsampled_sums.cuda", sum_blocks + ceil_div(channels * 32, int64_t{ADD_THREADS})),
-      ADD_THREADS, 0, device.stream, partials.const_data_ptr<float>(),
-      moments.const_data_ptr<float>(), sums.mutable_data_ptr<float>(),
-      mean.mutable_data_ptr<float>(), variance.mutable_data_ptr<float>(), entries,
-      static_cast<int>(channels), static_cast<int>(tables), static_cast<int>(blocks / tables),
-      sum_blocks);
+  launch("add_upsampled_partials_kernel", add_upsampled_partials_kernel,
+         grid_of("upsampled_sums.cuda", sum_blocks + ceil_div(channels * 32, int64_t{ADD_THREADS})),
+         ADD_THREADS, 0, device.stream, partials.const_data_ptr<float>(),
+         moments.const_data_ptr<float>(), sums.mutable_data_ptr<float>(),
+         mean.mutable_data_ptr<float>(), variance.mutable_data_ptr<float>(), entries,
+         static_cast<int>(channels), static_cast<int>(tables), static_cast<int>(blocks / tables),
+         sum_blocks);
   return {sums, mean, variance};
 }
 

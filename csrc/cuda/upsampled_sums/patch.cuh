@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "../tensors.cuh"
 #include "splat.cuh"
@@ -86,16 +85,10 @@ struct Patch {
 
   __device__ float at(int c, int p) const {
     const unsigned word = words[c][p / IN_WORD];
-    if constexpr (std::is_same_v<T, float>) {
+    if constexpr (sizeof(T) == 4)
       return __uint_as_float(word);
-    } else if constexpr (std::is_same_v<T, BFloat16>) {
-      return __uint_as_float(p % 2 ? word & 0xffff0000 : word << 16);
-    } else {
-      T number;
-      const auto bits = static_cast<uint16_t>(p % 2 ? word >> 16 : word);
-      memcpy(&number, &bits, sizeof number);
-      return static_cast<float>(number);
-    }
+    else
+      return half_to_float<T>(word, p % 2);
   }
 
   __device__ void convert(float (&numbers)[CHANNELS][PIXELS]) const {

@@ -63,14 +63,12 @@ struct Fiber {
   std::map<unsigned, unsigned> warp_barriers;  // passed, for each mask
   std::vector<std::pair<Copy, int>> copies;    // each with its group
   int groups = 0;
-  bool has_waited_for_kernel = false;
 };
 
 struct Launch {
   const char* name;
   dim3 grid, block;
   size_t shared_bytes;
-  bool early;
   const std::function<void()>* kernel;
   char begin, end;  // tokens that order a launch after earlier code, and before later code
 };
@@ -169,8 +167,6 @@ class Worker {
     for (;;) {  // over blocks
       acquire(&worker.begin_of_block_);
       (*worker.launch_->kernel)();
-      if (worker.launch_->early && !worker.fiber().has_waited_for_kernel)
-        worker.fail("was launched early and has not waited for the kernel before");
       release(&worker.end_of_block_);
       worker.wait(Waits::FOREVER);
     }
@@ -189,7 +185,6 @@ class Worker {
       for (auto& [mask, passed] : fiber.warp_barriers) passed = 0;
       fiber.copies.clear();
       fiber.groups = 0;
-      fiber.has_waited_for_kernel = false;
     }
     barriers_passed = 0;
     for (;;) {
@@ -289,13 +284,13 @@ thread_local Worker* Worker::current = nullptr;
 
 }  // namespace
 
-void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, bool early,
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& kernel) {
   static std::mutex one_at_a_time;
   std::lock_guard lock(one_at_a_time);
   static Worker& even = *new Worker(0);
   static Worker& odd = *new Worker(1);
-  Launch job{name, grid, block, shared_bytes, early, &kernel, 0, 0};
+  Launch job{name, grid, block, shared_bytes, &kernel, 0, 0};
   release(&job.begin);
   even.begin(job);
   odd.begin(job);
@@ -318,8 +313,6 @@ void set_hardware(int multiprocessors, int shared_kilobytes) {
 }
 
 void set_order(unsigned seed) { order_set = seed; }
-
-void wait_for_kernel_before() { Worker::current->fiber().has_waited_for_kernel = true; }
 
 Place place() { return Worker::current->place; }
 

@@ -31,17 +31,8 @@ struct dim3 {
 struct int2 {
   int x, y;
 };
-struct float2 {
-  float x, y;
-};
 struct alignas(16) float4 {
   float x, y, z, w;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
 };
 
 namespace anchorops::on_host {
@@ -51,10 +42,8 @@ struct Place {
 };
 Place place();
 
-// early: every thread must call wait_for_kernel_before().
-void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, bool early,
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& kernel);
-void wait_for_kernel_before();
 unsigned char* shared_memory();
 // Those of an H200, or what a test has set: multiprocessors, and the shared memory of each.
 int multiprocessors();

@@ -23,13 +23,11 @@ enum class Fault {
   BARRIER_FOR_SOME,
   TOO_MUCH_SHARED,
   TOO_MANY_ROWS_OF_BLOCKS,
-  NOT_WAITED_FOR_KERNEL,
 };
 
 // Rotates the numbers of each block by one position, through shared memory, in three ways.
 template <Fault FAULT>
 __global__ void rotate_kernel(const float* in_ptr, float* out_ptr) {
-  if (FAULT != Fault::NOT_WAITED_FOR_KERNEL || threadIdx.x < THREADS - 1) wait_for_kernel_before();
   if constexpr (FAULT == Fault::NO_BARRIER) {
     out_ptr[blockIdx.x * THREADS] = in_ptr[threadIdx.x];
     return;
@@ -74,8 +72,8 @@ void launch_rotation(const float* in_ptr, float* out_ptr, unsigned blocks) {
   constexpr size_t SHARED_BYTES =
       FAULT == Fault::TOO_MUCH_SHARED ? MAX_SHARED_BYTES + 4 : THREADS * sizeof(float);
   const dim3 grid(blocks, FAULT == Fault::TOO_MANY_ROWS_OF_BLOCKS ? 65536 : 1);
-  launch_early("rotate_kernel", rotate_kernel<FAULT>, grid, THREADS, SHARED_BYTES, nullptr, in_ptr,
-               out_ptr);
+  launch("rotate_kernel", rotate_kernel<FAULT>, grid, THREADS, SHARED_BYTES, nullptr, in_ptr,
+         out_ptr);
 }
 
 }  // namespace
@@ -100,7 +98,6 @@ std::vector<float> rotate(const std::string& fault, const std::vector<float>& nu
   PLANT(BARRIER_FOR_SOME);
   PLANT(TOO_MUCH_SHARED);
   PLANT(TOO_MANY_ROWS_OF_BLOCKS);
-  PLANT(NOT_WAITED_FOR_KERNEL);
 #undef PLANT
   throw std::invalid_argument("rotate: fault: no kernel has " + fault);
 }
