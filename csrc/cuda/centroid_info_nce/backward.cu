@@ -113,8 +113,13 @@ std::tuple<Tensor, Tensor, Tensor> centroid_info_nce_backward(
     Tensor dlosses, Tensor queries, Tensor keys, std::optional<Tensor> positives,
     std::optional<Tensor> present, std::optional<Tensor> present_keys, Tensor losses, Tensor lse,
     double temperature) {
+  const char* name = "centroid_info_nce_backward.cuda";
   const OnDevice device(queries);
-  const Problem problem = problem_of(queries, keys, positives, present, present_keys, temperature);
+  const Problem problem =
+      problem_of(name, queries, keys, positives, present, present_keys, temperature);
+  check_table(name, "dlosses", dlosses, {queries.size(0)});
+  check_table(name, "losses", losses, {queries.size(0)});
+  check_table(name, "lse", lse, {queries.size(0)});
   const auto like = [](const Tensor& tensor) {
     return new_empty(tensor, to_vector(tensor.sizes()), ScalarType::Float);
   };

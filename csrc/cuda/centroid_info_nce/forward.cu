@@ -68,7 +68,8 @@ std::tuple<Tensor, Tensor> centroid_info_nce(Tensor queries, Tensor keys,
                                              std::optional<Tensor> present_keys,
                                              double temperature) {
   const OnDevice device(queries);
-  const Problem problem = problem_of(queries, keys, positives, present, present_keys, temperature);
+  const Problem problem = problem_of("centroid_info_nce.cuda", queries, keys, positives, present,
+                                     present_keys, temperature);
   Tensor losses = new_empty(queries, {queries.size(0)}, ScalarType::Float);
   Tensor lse = new_empty(queries, {queries.size(0)}, ScalarType::Float);
   launch("centroid_info_nce_kernel", centroid_info_nce_kernel,

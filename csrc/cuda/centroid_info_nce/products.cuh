@@ -94,16 +94,24 @@ inline Rows rows_of(const Tensor& tensor, const std::optional<Tensor>& present) 
           .stride_d = tensor.stride(1)};
 }
 
-inline Problem problem_of(const Tensor& queries, const Tensor& keys,
+inline Problem problem_of(const char* operation, const Tensor& queries, const Tensor& keys,
                           const std::optional<Tensor>& positives,
                           const std::optional<Tensor>& present,
                           const std::optional<Tensor>& present_keys, double temperature) {
-  const auto classes = std::max(keys.size(0), int64_t{1});
+  const int64_t rows = queries.size(0), classes = keys.size(0), dim = keys.size(1);
+  const int64_t groups = rows / std::max(classes, int64_t{1});
+  STD_TORCH_CHECK(groups * classes == rows, operation, ": queries: expected ", classes,
+                  " classes of equally many rows, got ", rows, " rows");
+  check_shape(operation, "queries", queries, {rows, dim});
+  check_shape(operation, "keys", keys, {classes, dim});
+  check_shape(operation, "positives", positives, {rows, dim});
+  check_table(operation, "present", present, {rows});
+  check_table(operation, "present_keys", present_keys, {classes});
   return {.queries = rows_of(queries, present),
           .keys = rows_of(keys, present_keys),
           .positives = rows_of(positives ? *positives : keys, {}),
-          .groups = static_cast<int>(std::max(queries.size(0) / classes, int64_t{1})),
-          .dim = static_cast<int>(keys.size(1)),
+          .groups = static_cast<int>(std::max(groups, int64_t{1})),
+          .dim = static_cast<int>(dim),
           .own_key_is_positive = !positives,
           .inverse_temperature = static_cast<float>(1 / temperature)};
 }

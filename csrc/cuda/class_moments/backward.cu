@@ -185,7 +185,12 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
   const OnDevice device(keys);
   Tensor dfeatures = new_empty_strided(keys, size, stride, dtype);
   if (dfeatures.numel() == 0) return dfeatures;
-  check_keys(NAME, keys, dfeatures.numel() / dfeatures.size(1));
+  const int64_t num_keys = (dsums ? dsums : dsqdists)->size(0), dim = dfeatures.size(1);
+  check_keys(NAME, keys, dfeatures.numel() / dim);
+  check_shape(NAME, "features", features, size);
+  if (anchors) check_shape(NAME, "anchors", anchors, {anchors->size(0), dim});
+  check_shape(NAME, "dsums", dsums, {num_keys, dim});
+  check_shape(NAME, "dsqdists", dsqdists, {num_keys});
   const std::vector<int64_t> from = dsqdists ? to_vector(features->strides()) : stride;
   const bool join = rows_join(size, from) && rows_join(size, stride);
   Pixels view = as_pixels(size, from, join), out = as_pixels(size, stride, join);
@@ -195,7 +200,6 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
   // If rows are not contiguous, or one row is expanded to all, they are copied: K×D.
   for (auto* table : {&anchors, &dsums, &dsqdists})
     if (*table) *table = torch::stable::contiguous(**table);
-  const int64_t num_keys = (dsums ? dsums : dsqdists)->size(0);
   for_dtype(NAME, dtype, [&](auto element) {
     using T = decltype(element);
     const Gradient<T> in{.features = dsqdists ? features->const_data_ptr<T>() : nullptr,

@@ -54,6 +54,8 @@ struct PixelLabels {
 
 inline PixelLabels labels_of(const char* operation, const Tensor& labels, int64_t num_classes,
                              int64_t ignore_index) {
+  STD_TORCH_CHECK(num_classes < NO_CLASS, operation, ": expected fewer than ", NO_CLASS,
+                  " classes, got ", num_classes);
   const bool ignores = ignore_index >= 0 && ignore_index < num_classes;
   PixelLabels result{.num_classes = static_cast<unsigned>(num_classes),
                      .ignored = ignores ? static_cast<unsigned>(ignore_index) : NO_CLASS,

@@ -106,6 +106,10 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 Tensor confusion(Tensor predictions, Tensor labels, int64_t num_classes, int64_t ignore_index) {
+  const char* name = "confusion.cuda";
+  STD_TORCH_CHECK(labels.dim() <= 3, name, ": labels: expected at most three axes, got shape ",
+                  text_of(labels.sizes()));
+  check_shape(name, "predictions", predictions, labels.sizes());
   const OnDevice device(labels);
   Tensor matrix = new_empty(labels, {num_classes, num_classes}, ScalarType::Long);
   auto* counts = matrix.mutable_data_ptr<int64_t>();
@@ -119,7 +123,7 @@ Tensor confusion(Tensor predictions, Tensor labels, int64_t num_classes, int64_t
   const Shape shape{pixels, labels.size(1), labels.size(2)};
   const int64_t blocks = ceil_div(pixels, int64_t{THREADS} * PIXELS_PER_THREAD);
   launch("confusion_kernel", confusion_kernel, grid_of("confusion_kernel", blocks), THREADS, 0,
-         device.stream, labels_of("confusion.cuda", labels, num_classes, ignore_index), predicted,
+         device.stream, labels_of(name, labels, num_classes, ignore_index), predicted,
          reinterpret_cast<unsigned long long*>(counts), shape);
   return matrix;
 }

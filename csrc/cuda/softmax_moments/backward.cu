@@ -6,6 +6,7 @@
 // pixel.
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "gradients.cuh"
 
@@ -31,13 +32,25 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
     fill_zero(dlogits.data_ptr(), dlogits.numel() * dlogits.element_size(), stream);
     return dlogits;
   }
-  // If rows are not contiguous, or one row is expanded to all, they are copied: B×K.
   bool by_image = false;
-  for (auto* table : {&dlosses, &doverlaps, &dmasses, &dsquares}) {
-    if (!*table) continue;
-    *table = torch::stable::contiguous(**table);
-    by_image = (*table)->dim() == 2;
-  }
+  for (const auto* table : {&dlosses, &doverlaps, &dmasses, &dsquares})
+    by_image |= *table && (*table)->dim() == 2;
+  const std::vector<int64_t> of_classes =
+      by_image ? std::vector{batch, logits.size(1)} : std::vector{logits.size(1)};
+  // If rows are not contiguous, or one row is expanded to all, they are copied: B×K.
+  const auto prepare = [&](const char* argument, std::optional<Tensor>& table) {
+    check_shape(name, argument, table, of_classes);
+    if (table) table = torch::stable::contiguous(*table);
+  };
+  prepare("dlosses", dlosses);
+  prepare("doverlaps", doverlaps);
+  prepare("dmasses", dmasses);
+  prepare("dsquares", dsquares);
+  const std::vector<int64_t> pixels = {batch, height, width};
+  check_shape(name, "labels", labels, pixels);
+  check_shape(name, "lse", lse, pixels);
+  check_shape(name, "dpixel_losses", dpixel_losses, pixels);
+  check_shape(name, "dlse", dlse, pixels);
   const auto map = [](const std::optional<Tensor>& map) {
     if (!map) return PixelGradient{};
     return PixelGradient{map->const_data_ptr<float>(), map->stride(0), map->stride(1),

@@ -42,6 +42,7 @@ softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
   const Stream stream = device.stream;
   const int64_t batch = logits.size(0), height = labels.size(1), width = labels.size(2);
   const int num_classes = static_cast<int>(logits.size(1));
+  check_shape(name, "labels", labels, {batch, height, width});
   const auto by_class = [&](bool wanted, ScalarType dtype) {
     return new_empty(logits,
                      !wanted     ? std::vector<int64_t>{0}

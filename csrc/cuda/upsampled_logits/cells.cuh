@@ -154,6 +154,9 @@ struct Cells {
 
 inline Cells cells_of(const char* operation, const Tensor& logits, int64_t height, int64_t width,
                       bool align_corners, bool per_image = false) {
+  STD_TORCH_CHECK(logits.dim() == 4 && logits.numel() > 0, operation,
+                  ": logits: expected (B, K, h, w) that is not empty, got shape ",
+                  text_of(logits.sizes()));
   return {logits_of(operation, logits), Axis(height, logits.size(2), align_corners),
           Axis(width, logits.size(3), align_corners), per_image};
 }

@@ -82,23 +82,34 @@ __global__ void __launch_bounds__(THREADS, RESIDENT)
 Tensor upsampled_sums_backward(Tensor features, Tensor keys, Tensor dsums, Tensor mean,
                                std::optional<Tensor> dmean, std::optional<Tensor> dvariance,
                                int64_t num_classes) {
+  const char* name = "upsampled_sums_backward.cuda";
   const OnDevice device(features);
-  check_keys("upsampled_sums_backward.cuda", keys, features.size(0) * keys.size(1) * keys.size(2));
-  Tensor dfeatures = new_empty_strided(features, to_vector(features.sizes()),
-                                       to_vector(features.strides()), features.scalar_type());
+  const int64_t images = features.size(0), channels = features.size(1), rows = dsums.size(0);
+  check_table(name, "keys", keys, {images, keys.size(1), keys.size(2)});
+  STD_TORCH_CHECK(rows == num_classes || rows == images * num_classes, name, ": dsums: expected ",
+                  num_classes, " or ", images * num_classes, " rows, got ", rows);
+  check_table(name, "dsums", dsums, {rows, channels});
+  check_table(name, "mean", mean, {channels});
+  check_table(name, "dmean", dmean, {channels});
+  check_table(name, "dvariance", dvariance, {channels});
+  STD_TORCH_CHECK(dmean.has_value() == dvariance.has_value(), name,
+                  ": expected both dmean and dvariance, or neither");
+  Tensor dfeatures = torch::stable::empty_like(features);
+  STD_TORCH_CHECK(dfeatures.strides().equals(features.strides()), name,
+                  ": features: expected dense strides, got ", text_of(features.strides()));
   if (features.numel() == 0) return dfeatures;
-  const View view(features, keys, num_classes, dsums.size(0) > num_classes);
+  const View view(features, keys, num_classes, rows > num_classes);
   const Gradients gradients{dsums.const_data_ptr<float>(), mean.const_data_ptr<float>(),
                             optional_data<float>(dmean), optional_data<float>(dvariance),
-                            1 / static_cast<float>(features.numel() / features.size(1))};
-  for_dtype("upsampled_sums", features.scalar_type(), [&](auto zero) {
+                            1 / static_cast<float>(features.numel() / channels)};
+  for_dtype(name, features.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    for_key_dtype("upsampled_sums.cuda", keys.scalar_type(), [&](auto key) {
+    for_key_dtype(name, keys.scalar_type(), [&](auto key) {
       using Key = decltype(key);
       launch("upsampled_sums_backward_kernel", upsampled_sums_backward_kernel<T, Key>,
-             grid_of("upsampled_sums.cuda", features.size(0) * view.tiles()), THREADS,
-             Weights<THREADS>::BYTES, device.stream, features.const_data_ptr<T>(),
-             keys.const_data_ptr<Key>(), gradients, dfeatures.mutable_data_ptr<T>(), view);
+             grid_of(name, images * view.tiles()), THREADS, Weights<THREADS>::BYTES, device.stream,
+             features.const_data_ptr<T>(), keys.const_data_ptr<Key>(), gradients,
+             dfeatures.mutable_data_ptr<T>(), view);
     });
   });
   return dfeatures;

@@ -1,0 +1,202 @@
+"""CUDA: an operator that is called directly, not by our public functions, checks what its kernels
+rely on. It raises, and reads no wrong memory."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.on("emulator")
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same numbers, not contiguous."""
+    return torch.stack([x, x], -1)[..., 0]
+
+
+K, D, ROWS = 5, 6, 10
+LABELS = torch.randint(0, K, (2, 8, 12))
+KEYS = torch.randint(-1, K, (2, 12), dtype=torch.int32)
+COUNTS = KEYS[KEYS >= 0].bincount(minlength=K)
+FEATURES, ANCHORS, IMAGES = torch.randn(2, D, 12), torch.randn(K, D), torch.randn(2, D, 4, 6)
+LOGITS, MAP, BY_CLASS, ROW = (torch.rand(x) for x in ((2, K, 2, 3), (2, 8, 12), (K,), (ROWS,)))
+NCE = {
+    "queries": torch.randn(ROWS, D),
+    "keys": ANCHORS,
+    "positives": torch.randn(ROWS, D),
+    "present": ROW > 0.3,
+    "present_keys": BY_CLASS > 0.3,
+}
+SOFTMAX = {
+    "logits": LOGITS,
+    "labels": LABELS,
+    "smoothing": None,
+    "min_loss": None,
+    "focal_gamma": 0.0,
+    "ignore_index": 255,
+    "align_corners": False,
+}
+STATISTICS = ("per_image", "hits", "masses", "squares", "pixel_losses", "lse", "outside")
+RIGHT = {
+    "class_keys": {
+        "labels": LABELS,
+        "height": 4,
+        "width": 5,
+        "num_classes": K,
+        "per_image": False,
+        "ignore_index": 255,
+    },
+    "split_groups": {"keys": KEYS, "counts": COUNTS, "seed": torch.tensor(5), "groups": 2},
+    "class_moments": {
+        "features": FEATURES,
+        "keys": KEYS,
+        "anchors": ANCHORS,
+        "num_keys": K,
+        "groups": 1,
+        "with_sums": True,
+    },
+    "class_moments_backward": {
+        "features": FEATURES,
+        "keys": KEYS,
+        "anchors": ANCHORS,
+        "dsums": ANCHORS,
+        "dsqdists": BY_CLASS,
+        "groups": 1,
+        "size": FEATURES.shape,
+        "stride": FEATURES.stride(),
+        "dtype": torch.float32,
+    },
+    "centroid_info_nce": NCE | {"temperature": 0.1},
+    "centroid_info_nce_backward": NCE
+    | {"dlosses": ROW, "losses": ROW, "lse": ROW, "temperature": 0.1},
+    "upsampled_sums": {
+        "features": IMAGES,
+        "keys": LABELS.byte(),
+        "num_keys": K,
+        "num_classes": K,
+    },
+    "upsampled_sums_backward": {
+        "features": IMAGES,
+        "keys": LABELS.byte(),
+        "dsums": ANCHORS,
+        "mean": ANCHORS[0],
+        "dmean": ANCHORS[1],
+        "dvariance": ANCHORS[2],
+        "num_classes": K,
+    },
+    "softmax_moments": SOFTMAX
+    | {name if name == "per_image" else f"with_{name}": name == "lse" for name in STATISTICS},
+    "softmax_moments_backward": SOFTMAX
+    | dict.fromkeys(("dlosses", "doverlaps", "dmasses", "dsquares"), BY_CLASS)
+    | dict.fromkeys(("lse", "dpixel_losses", "dlse"), MAP),
+    "pixel_argmax": {"logits": LOGITS, "height": 8, "width": 12, "align_corners": False},
+    "confusion": {
+        "predictions": LABELS,
+        "labels": LABELS,
+        "num_classes": K,
+        "ignore_index": 255,
+    },
+}
+# Operator, argument, its wrong value, message.
+SHAPE, TABLE = "expected shape", "expected a contiguous"
+WRONG = [
+    ("class_keys", "labels", LABELS[0], "expected .B, H, W., got shape .8, 12."),
+    ("class_keys", "labels", LABELS[:, :0], "expected at least one for each image"),
+    ("class_keys", "num_classes", 16_385, "expected at most 16384, got 16385"),
+    ("split_groups", "keys", strided(KEYS), TABLE),
+    ("split_groups", "counts", strided(COUNTS), TABLE),
+    ("split_groups", "seed", torch.tensor([1, 2]), "expected one number, got 2"),
+    ("split_groups", "groups", 0, "expected at least 1, got 0"),
+    ("class_moments", "keys", strided(KEYS), TABLE),
+    ("class_moments", "keys", KEYS[:, 1:].contiguous(), TABLE),
+    ("class_moments", "anchors", ANCHORS[:, 1:], SHAPE),
+    ("class_moments_backward", "keys", strided(KEYS), TABLE),
+    ("class_moments_backward", "features", FEATURES[1:], SHAPE),
+    ("class_moments_backward", "anchors", ANCHORS[0], SHAPE),
+    ("class_moments_backward", "dsums", ANCHORS[:, 1:], SHAPE),
+    ("class_moments_backward", "dsqdists", BY_CLASS[1:], SHAPE),
+    *(
+        (f"centroid_info_nce{direction}", *wrong)
+        for direction in ("", "_backward")
+        for wrong in (
+            ("queries", NCE["queries"][1:], "expected 5 classes of equally many rows, got 9"),
+            ("queries", NCE["queries"][:, 1:], SHAPE),
+            ("positives", NCE["positives"][1:], SHAPE),
+            ("present", strided(NCE["present"]), TABLE),
+            ("present_keys", strided(NCE["present_keys"]), TABLE),
+        )
+    ),
+    ("centroid_info_nce_backward", "dlosses", ROW[:1].expand(ROWS), TABLE),
+    ("centroid_info_nce_backward", "losses", strided(ROW), TABLE),
+    ("centroid_info_nce_backward", "lse", ROW[1:], SHAPE),
+    ("upsampled_sums", "keys", LABELS.byte()[:, ::2], TABLE),
+    ("upsampled_sums", "keys", LABELS.byte()[:1], SHAPE),
+    ("upsampled_sums", "num_keys", K + 1, "expected 5 or 10, got 6"),
+    ("upsampled_sums_backward", "keys", strided(LABELS.byte()), TABLE),
+    ("upsampled_sums_backward", "dsums", ANCHORS[1:], "expected 5 or 10 rows, got 4"),
+    ("upsampled_sums_backward", "dsums", strided(ANCHORS), TABLE),
+    ("upsampled_sums_backward", "mean", ANCHORS[0, 1:], SHAPE),
+    ("upsampled_sums_backward", "dmean", torch.ones(1).expand(D), TABLE),
+    ("upsampled_sums_backward", "features", IMAGES[:1].expand(2, -1, -1, -1), "expected dense"),
+    ("softmax_moments", "logits", LOGITS[:, :, :0], "expected .B, K, h, w. that is not empty"),
+    ("softmax_moments", "labels", LABELS[:1], SHAPE),
+    ("softmax_moments_backward", "labels", LABELS[:1], SHAPE),
+    ("softmax_moments_backward", "lse", MAP[:1], SHAPE),
+    ("softmax_moments_backward", "dlosses", BY_CLASS[1:], SHAPE),
+    ("softmax_moments_backward", "dmasses", BY_CLASS.expand(2, K), SHAPE),  # others are [K]
+    ("softmax_moments_backward", "dpixel_losses", MAP[:, 1:], SHAPE),
+    ("softmax_moments_backward", "dlse", MAP[:1], SHAPE),
+    ("pixel_argmax", "logits", LOGITS[..., None], "expected .B, K, h, w. that is not empty"),
+    ("pixel_argmax", "logits", LOGITS[..., :0], "expected .B, K, h, w. that is not empty"),
+    ("confusion", "predictions", LABELS[1:], SHAPE),
+    ("confusion", "labels", LABELS[None], "expected at most three axes"),
+]
+
+
+@pytest.mark.parametrize("operator", RIGHT)
+def test_right_arguments(operator: str, backend: str):
+    getattr(torch.ops.anchorops, operator).cuda(**RIGHT[operator])
+
+
+@pytest.mark.parametrize(
+    ("operator", "argument", "wrong", "message"),
+    WRONG,
+    ids=[f"{operator}-{argument}" for operator, argument, *_ in WRONG],
+)
+def test_wrong_arguments(operator: str, argument: str, wrong: object, message: str, backend: str):
+    call = getattr(torch.ops.anchorops, operator).cuda
+    with pytest.raises(RuntimeError, match=rf"{operator}\.cuda: .*{message}"):
+        call(**RIGHT[operator] | {argument: wrong})
+
+
+@pytest.mark.parametrize(
+    ("operator", "argument", "wrong"),
+    [
+        ("split_groups", "counts", COUNTS.int()),
+        ("class_moments", "keys", KEYS.long()),
+        ("class_moments", "anchors", ANCHORS.double()),
+        ("class_moments_backward", "features", FEATURES.half()),
+        ("centroid_info_nce", "positives", NCE["positives"].half()),
+        ("centroid_info_nce", "present", NCE["present"].byte()),
+        ("upsampled_sums_backward", "dsums", ANCHORS.half()),
+        ("softmax_moments_backward", "lse", MAP.double()),
+        ("softmax_moments_backward", "dlse", MAP.half()),
+        ("confusion", "predictions", LABELS.int()),
+    ],
+    ids=str,
+)
+def test_wrong_dtypes(operator: str, argument: str, wrong: Tensor, backend: str):
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        getattr(torch.ops.anchorops, operator).cuda(**RIGHT[operator] | {argument: wrong})
+
+
+def test_one_of_two_gradients(backend: str):
+    operator = "upsampled_sums_backward"
+    with pytest.raises(RuntimeError, match="expected both dmean and dvariance, or neither"):
+        getattr(torch.ops.anchorops, operator).cuda(**RIGHT[operator] | {"dvariance": None})
+
+
+def test_more_classes_than_a_label_has_bits(backend: str):
+    logits, labels = torch.zeros(1, 65_536, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64)
+    wrong = RIGHT["softmax_moments"] | {"logits": logits, "labels": labels}
+    with pytest.raises(RuntimeError, match="expected fewer than 65535 classes, got 65536"):
+        torch.ops.anchorops.softmax_moments.cuda(**wrong)
