@@ -121,6 +121,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     throw std::logic_error(std::string(name) + ": more shared memory than every GPU has");
   if (grid.x > 0x7fffffff || std::max(grid.y, grid.z) > 65535 || block.x * block.y * block.z > 1024)
     throw std::logic_error(std::string(name) + ": more blocks or threads than a GPU takes");
+  on_host::note_launch(reinterpret_cast<const void*>(kernel));
   on_host::launch(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
 #endif
 }

@@ -15,6 +15,7 @@ from masked_sums import (
     F64,
     Case,
     check,
+    check_distances_alone,
     make_features,
     make_inputs,
     make_labels,
@@ -410,23 +411,11 @@ def test_anchors_without_pixels(dtype: torch.dtype, backend: str, path: None):
         assert not found[40:].any() and found.isfinite().all()
 
 
+@pytest.mark.parametrize("anchors", ["fixed", "learnable"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_squared_distances_alone(dtype: torch.dtype, backend: str, path: None):
-    case = Case((2, 33, 6, 45), 7, dtype, labels="long runs")
-    features, labels, anchors, *_ = make_inputs(case)
-    results = []
-    for name, wide in (
-        (backend, lambda x: x.detach()),
-        ("reference", lambda x: x.detach().double()),
-    ):
-        inputs = [wide(x).requires_grad_() for x in (features, anchors)]
-        with ao.use_backend(name):
-            loss = ao.pixel_to_anchor_mse(inputs[0], labels, inputs[1], ignore_index=255)
-        results.append((loss.detach(), *torch.autograd.grad(loss, inputs)))
-    (ours, *gradients), (exact, *wanted) = results
-    torch.testing.assert_close(ours.double(), exact)
-    for gradient, right in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(gradient.double(), right, rtol=2e-2, atol=1e-7)
+def test_squared_distances_alone(dtype: torch.dtype, anchors: str, backend: str, path: None):
+    case = Case((2, 33, 6, 45), 7, dtype, labels="long runs", anchors=anchors)
+    check_distances_alone(case, backend)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,25 @@ def check(
             assert (error <= most).all(), f"error {error.max():.3g}, allowed {most.max():.3g}"
 
 
+def check_distances_alone(case: Case, backend: str) -> None:
+    """pixel_to_anchor_mse, which needs no sums of features where the anchors are fixed: the loss
+    and its gradients are those of the reference in float64."""
+    features, labels, anchors, *_ = make_inputs(case)
+    results = []
+    for name, dtype in ((backend, case.dtype), ("reference", F64)):
+        leaves = [features.detach().to(dtype).requires_grad_(), anchors.detach()]
+        leaves[1] = leaves[1].to(dtype if dtype == F64 else anchors.dtype)
+        leaves[1].requires_grad_(case.anchors == "learnable")
+        with ao.use_backend(name):
+            loss = ao.pixel_to_anchor_mse(leaves[0], labels, leaves[1], ignore_index=255)
+        wanted = [x for x in leaves if x.requires_grad]
+        results.append((loss.detach(), *torch.autograd.grad(loss, wanted)))
+    (ours, *gradients), (exact, *right) = results
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=0)
+    for gradient, wanted in zip(gradients, right, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=2e-2, atol=1e-7)
+
+
 def _twice(straightforward: Tensor, exact: Tensor) -> Tensor:
     return 2 * (straightforward.double() - exact).abs().max()
 

@@ -2,6 +2,7 @@
 // symbols below inform the sanitizers about the fibers and their order.
 #include "device_on_host.h"
 
+#include <dlfcn.h>
 #include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
 
@@ -14,6 +15,7 @@
 #include <numeric>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 extern "C" {
@@ -297,6 +299,22 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
   even.finish(job);
   odd.finish(job);
   acquire(&job.end);
+}
+
+static std::mutex launched_mutex;
+static std::set<uintptr_t> launched;
+
+void note_launch(const void* kernel) {
+  Dl_info library;
+  if (!dladdr(kernel, &library)) return;
+  const std::lock_guard lock(launched_mutex);
+  launched.insert(reinterpret_cast<uintptr_t>(kernel) -
+                  reinterpret_cast<uintptr_t>(library.dli_fbase));
+}
+
+std::set<uintptr_t> launched_kernels() {
+  const std::lock_guard lock(launched_mutex);
+  return std::exchange(launched, {});
 }
 
 void fill_zero(void* memory, size_t bytes) { std::memset(memory, 0, bytes); }

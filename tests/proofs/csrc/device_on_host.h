@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <set>
 
 #define __global__
 #define __device__
@@ -44,6 +45,10 @@ Place place();
 
 void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& kernel);
+// Remembers a launched kernel by its address in its library, which is then in launched_kernels():
+// those since the last call.
+void note_launch(const void* kernel);
+std::set<uintptr_t> launched_kernels();
 unsigned char* shared_memory();
 // Those of an H200, or what a test has set: multiprocessors, and the shared memory of each.
 int multiprocessors();

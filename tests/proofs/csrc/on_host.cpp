@@ -12,6 +12,8 @@ PYBIND11_MODULE(on_host, module) {
              py::arg("shared_kilobytes"), "Multiprocessors, and KB of shared memory of each.");
   module.def("set_order", &on_host::set_order, py::arg("seed"),
              "The order in which threads run: a seed, or 0 for the usual one.");
+  module.def("launched_kernels", &on_host::launched_kernels,
+             "The kernels launched since the last call, by their addresses in the library.");
   module.def(
       "rotate", &rotate, py::arg("fault"), py::arg("numbers"),
       "The numbers of each block of 64, rotated by one position by a kernel with this fault.");

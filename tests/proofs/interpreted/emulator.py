@@ -29,6 +29,7 @@ OPERATORS = (
     "confusion",
     "pixel_kl_divergence",
     "methods",
+    "every_kernel",
 )
 CASES = [HERE.parents[1] / f"test_{operator}.py" for operator in OPERATORS]
 CASES += sorted(HERE.glob("test_*.py"))

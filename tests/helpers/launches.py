@@ -1,0 +1,72 @@
+"""The kernels of a backend, and those that a call launches: on a GPU, in the emulator or in Triton's
+interpreter. A kernel of Triton has one name for all its variants; each instance of a CUDA template
+is a kernel of its own, as class_moments_kernel<float, 3, 0>."""
+
+import importlib
+import pkgutil
+import re
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_report import LIBRARY as CUDA_LIBRARY
+from cuda_report import readable
+from emulator import LIBRARY as EMULATED_LIBRARY
+from emulator import controls
+from torch.profiler import ProfilerActivity, profile
+
+SOURCES = Path(__file__).parents[2] / "csrc"
+KERNEL = re.compile(r"__global__[^;{]*?(\w+_kernel)\(")
+
+
+@cache
+def _cuda_kernels() -> dict[int, str]:
+    """Of the library that is loaded, by their addresses in it (on a GPU, of the functions that
+    launch them)."""
+    library = Path(EMULATED_LIBRARY or CUDA_LIBRARY)
+    symbols = subprocess.run(["nm", library], check=True, capture_output=True, text=True).stdout
+    lines = [line.split() for line in symbols.splitlines()]
+    found = {int(line[0], 16): line[2] for line in lines if len(line) == 3}
+    names = dict(zip(found, readable(list(found.values())), strict=True))
+    sources = (path.read_text() for path in SOURCES.rglob("*.cu*"))
+    kernels = {name for source in sources for name in KERNEL.findall(source)}
+    return {at: name for at, name in names.items() if name.partition("<")[0] in kernels}
+
+
+def kernels_of(backend: str) -> set[str]:
+    if backend == "cuda":
+        return set(_cuda_kernels().values())
+    from anchorops import kernels
+
+    modules = [m.name for m in pkgutil.iter_modules(kernels.__path__, "anchorops.kernels.")]
+    names = {name for module in modules for name in vars(importlib.import_module(module))}
+    return {name for name in names if name.endswith("_kernel")}
+
+
+def launched_by(run: Callable[[], object], backend: str) -> set[str]:
+    """Those of our kernels that a call launches."""
+    if torch.get_default_device().type == "cuda":
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            run()
+            torch.cuda.synchronize()
+        return set(readable([event.key for event in found.key_averages()])) & kernels_of(backend)
+    if backend == "cuda":
+        launched = controls().launched_kernels
+        launched()
+        run()
+        return {_cuda_kernels()[at] for at in launched()}
+    from triton.runtime.interpreter import InterpretedFunction
+
+    names, interpret = set(), InterpretedFunction.run
+
+    def recorded(self, *args, **kwargs):
+        names.add(self.fn.__name__)
+        return interpret(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "run", recorded)
+        run()
+    return names
