@@ -2,14 +2,21 @@
 compilation for it. Values and gradients are in the cases of each operator: those marked on("gpu").
 """
 
+import subprocess
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import softmax_formulas as softmax
 import torch
 from masked_sums import BF16, Case, make_inputs, run
+from torch import Tensor
 
 import anchorops as ao
+from anchorops.measure import cuda_graph
+from tests.test_methods import METHODS, classifier_of, labels_of
 
 pytestmark = pytest.mark.on("gpu")
 CASE = Case((2, 720, 32, 64), 19, BF16, labels="coherent")
@@ -20,27 +27,95 @@ def same(ours, expected) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
-@pytest.mark.parametrize("operator", ["class_moments", "softmax_moments"])
-def test_cuda_graph_and_streams(operator: str, backend: str):
-    if operator == "class_moments":
-        function, case, (x, *inputs) = run, CASE, make_inputs(CASE)
-    else:
-        function, case, x = softmax.results, OF_LOGITS, softmax.make_logits(OF_LOGITS)[0]
-        inputs = softmax.make_labels(case), softmax.make_weights(case)
+Calls = tuple[Callable[..., Any], Any, list[Any]]  # a function, its case, further arguments
+
+
+@pytest.fixture(params=["class_moments", "softmax_moments"])
+def calls(request: pytest.FixtureRequest, backend: str) -> list[Calls]:
+    """Values and gradient of an operator, of two inputs."""
+    if request.param == "class_moments":
+        return [(run, CASE, [*make_inputs(CASE)]) for _ in range(2)]
+    inputs = [[softmax.make_logits(OF_LOGITS)[0], softmax.make_labels(OF_LOGITS)] for _ in range(2)]
+    weights = softmax.make_weights(OF_LOGITS)
+    return [(softmax.results, OF_LOGITS, [*given, weights]) for given in inputs]
+
+
+def test_cuda_graph(calls: list[Calls]):
+    function, case, (x, *inputs) = calls[0]
     expected = function(case, x, *inputs)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function(case, x, *inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
     static = torch.zeros_like(x)
-    with torch.cuda.graph(graph):
-        captured = function(case, static, *inputs)
+    replay = cuda_graph(lambda: function(case, static, *inputs))
     static.copy_(x)
+    assert same(replay(), expected)
+
+
+def test_two_streams(calls: list[Calls]):
+    expected = [function(case, *inputs) for function, case, inputs in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    found: list[list[Any]] = [[] for _ in calls]
+    for _ in range(20):
+        for stream, results, (function, case, inputs) in zip(streams, found, calls, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(function(case, *inputs))
+    torch.cuda.synchronize()
+    for results, right in zip(found, expected, strict=True):
+        assert all(same(result, right) for result in results)
+
+
+FIRST_LAUNCHES = """
+import torch, anchorops as ao
+torch.set_default_device("cuda")
+features = torch.randn(2, 64, 16, 32, dtype=torch.bfloat16, requires_grad=True)
+logits = torch.randn(2, 19, 16, 32, requires_grad=True)
+anchors, queries = torch.randn(2, 19, 64).requires_grad_().unbind()
+labels, seed = torch.randint(0, 19, (2, 64, 128)), torch.ones(1, dtype=torch.int64)
+
+def step():
+    groups = ao.ops.class_moments(features, labels, 19, anchors=anchors, groups=2, seed=seed)
+    losses = [
+        ao.pixel_to_anchor_mse(features, labels, anchors),
+        groups.sums.square().mean(),
+        ao.ops.centroid_info_nce(queries, anchors),
+        ao.CrossEntropyDice()(logits, labels),
+    ]
+    loss = sum(losses)
+    return [loss.detach(), *torch.autograd.grad(loss, (features, logits, anchors, queries))]
+
+graph = torch.cuda.CUDAGraph()
+with ao.use_backend("cuda"):
+    with torch.cuda.graph(graph):
+        captured = step()
     graph.replay()
-    assert same(captured, expected)
+    for ours, expected in zip(captured, step(), strict=True):
+        assert torch.equal(ours, expected)
+"""
+
+
+@pytest.mark.on("cuda")  # Triton compiles and loads at the first launch
+def test_graph_without_a_warm_up(backend: str):
+    """In a new process, the first launch of each kernel is captured."""
+    found = subprocess.run([sys.executable, "-c", FIRST_LAUNCHES], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "CBP"])  # it has no gradient
+def test_graph_of_a_training_step(backend: str, name: str):
+    """Loss and gradients of each method. Before each step it gets the state back that it had."""
+    features = torch.randn(2, 96, 32, 64).bfloat16().requires_grad_()
+    labels, method = labels_of(features, 19, ratio=4), METHODS[name](19, 96)
+    classifier = classifier_of(method, 19, 96)
+    parameters = [x for x in (*method.parameters(), *classifier.parameters()) if x.requires_grad]
+    state = {key: value.clone() for key, value in method.named_buffers()}
+
+    def step() -> list[Tensor | None]:
+        for key, value in method.named_buffers():
+            value.copy_(state[key])
+        loss = method(features, labels, classifier)
+        gradients = torch.autograd.grad(loss, [features, *parameters], allow_unused=True)
+        return [loss.detach(), *gradients]
+
+    torch.testing.assert_close(cuda_graph(step)(), step())
 
 
 def test_losses_wait_for_nothing(backend: str):
@@ -113,8 +188,15 @@ def test_compiles_as_one_graph(backend: str):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
-def test_another_device(backend: str):
-    features, labels, anchors = (t.to("cuda:1") for t in make_inputs(CASE)[:3])
-    loss = ao.pixel_to_anchor_mse(features, labels, anchors)
-    with ao.use_backend("reference"):
-        torch.testing.assert_close(loss, ao.pixel_to_anchor_mse(features, labels, anchors))
+def test_another_device(calls: list[Calls]):
+    """Tensors of the second GPU, while the first one is the current device."""
+    function, case, inputs = calls[0]
+    there = [
+        {name: x.to("cuda:1") for name, x in given.items()}
+        if isinstance(given, dict)
+        else given.to("cuda:1")
+        for given in inputs
+    ]
+    found, expected = function(case, *there), function(case, *inputs)
+    assert all(x.device.index == 1 for x in found if x is not None)
+    torch.testing.assert_close([None if x is None else x.to("cuda:0") for x in found], [*expected])

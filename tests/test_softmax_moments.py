@@ -1,5 +1,6 @@
 """Values and all gradients of softmax moments on every backend, within the error budget."""
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from emulator import BACKEND
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from softmax_formulas import (
+    ALL,
     BF16,
     CE,
     EVERYTHING,
@@ -373,6 +375,12 @@ def test_far_from_zero(backend: str):
     for name in ("overlaps", "masses", "squares", "pixel_losses"):
         torch.testing.assert_close(ours[name], exact[name], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(dlogits, exact_gradient, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.on("cpu", "reference", "emulator", "cuda")  # Triton would compile each one
+@pytest.mark.parametrize("asked", [c for n in range(6) for c in combinations(ALL, n)], ids=str)
+def test_every_combination_of_statistics(asked: tuple[str, ...], backend: str):
+    check(Case((2, 7, 3, 5), (12, 20), asked=asked), backend)
 
 
 @on_cpu
