@@ -4,9 +4,8 @@ If torch were named in `build-system.requires`, every isolated build would downl
 compile with a version that differs from the user's.
 """
 
-import sys
 import sysconfig
-from importlib.metadata import distributions, version
+from importlib.metadata import distributions
 
 from setuptools import build_meta
 from setuptools.build_meta import (  # noqa: F401
@@ -17,10 +16,6 @@ from setuptools.build_meta import (  # noqa: F401
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
-
-# version 77 is the first that supports `license = "Apache-2.0"`
-if int(version("setuptools").split(".")[0]) < 77:
-    sys.exit(f"anchorops: building needs setuptools>=77, found {version('setuptools')}: upgrade it")
 
 
 def _missing_torch() -> list[str]:

@@ -15,8 +15,15 @@ import sys
 import sysconfig
 from glob import glob
 
+import setuptools
 from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+
+# version 77 is the first that supports `license = "Apache-2.0"`
+if int(setuptools.__version__.split(".")[0]) < 77:
+    found = f"found {setuptools.__version__}: upgrade it"
+    sys.exit(f"anchorops: building needs setuptools>=77, {found}")
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 
 CUDA_CHOICE = os.environ.get("ANCHOROPS_CUDA", "")
 

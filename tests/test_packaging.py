@@ -344,6 +344,15 @@ def test_demands_that_cannot_be_met(toolkit, torch, cuda, environment, message):
 
 
 @needs_sources
+def test_an_old_setuptools_is_refused(checkout, tmp_path):
+    stand_in = "__version__ = '70.2.0'\nExtension = find_packages = setup = None\n"
+    (tmp_path / "setuptools.py").write_text(stand_in)
+    answer = run(sys.executable, "setup.py", "build_ext", cwd=checkout, PYTHONPATH=tmp_path)
+    message = "anchorops: building needs setuptools>=77, found 70.2.0: upgrade it\n"
+    assert (answer.returncode, answer.stderr) == (1, message)
+
+
+@needs_sources
 @pytest.mark.parametrize(
     ("gpus", "given", "expected"),
     [
