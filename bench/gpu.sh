@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in three calls of at most ten minutes each:
 #
-#     bench/gpu.sh [--out DIR] [--dry-run] [first|second|third]...
+#     bench/gpu.sh [--out DIR] [--wheels DIR] [--dry-run] [first|second|third]...
 #
 # first: values, bandwidths, CUDA tests, each kernel next to the least possible time, the largest
 # kernels in ncu, sanitizers. second: the same of Triton, a compiled step. third: benchmarks,
@@ -11,21 +11,23 @@
 # this is recorded and the others still run; the exit status is the number of failed parts. DIR
 # receives summary.jsonl (a line for each part), log.txt (what the parts print), kernels.jsonl,
 # ncu.txt, bench.json and training_step.json. Calls with the same DIR add to these files.
-# Without a GPU, or with --dry-run, every part runs up to its first launch: the collection of the
-# GPU tests, every measurement on tiny tensors on the CPU.
+# Without a GPU, or with --dry-run, every part runs up to its first launch: the GPU tests until they
+# are skipped, the Triton kernels compiled for sm_90, every measurement on tiny tensors on the CPU.
 #
-# $PYTHON (python3) must have torch. pytest, pytest-benchmark, pytest-xdist, ninja and the packages
-# of anchorops[train] may be on PYTHONPATH; a part with a missing package is skipped and says so.
-# anchorops/_cpu.so and anchorops/_cuda.so are compiled if they are not there. $ANCHOROPS_COMMIT
-# names the commit if git is not available. Nothing is installed or downloaded.
+# $PYTHON (python3) must have torch. pytest, hypothesis, pytest-benchmark, pytest-xdist, ninja and
+# the packages of anchorops[train] may be installed, on PYTHONPATH, or wheels in the directory of
+# --wheels; a part with a missing package is skipped and says so. anchorops/_cpu.so and
+# anchorops/_cuda.so are compiled if they are not there. $ANCHOROPS_COMMIT names the commit if git is
+# not available. Nothing is downloaded.
 set -uo pipefail
 exec </dev/null
 
 root=$(realpath "$(dirname "$0")/..")
-out=$root/build/gpu dry_run= calls=()
+out=$root/build/gpu wheels= dry_run= calls=()
 while [ $# -gt 0 ]; do
     case $1 in
     --out) out=$(realpath -m "${2:?--out needs a directory}") && shift ;;
+    --wheels) wheels=$(realpath -m "${2:?--wheels needs a directory}") && shift ;;
     --dry-run) dry_run=yes ;;
     first | second | third) calls+=("$1") ;;
     *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit 2 ;;
@@ -38,19 +40,28 @@ cd "$root" || exit
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$root/build/triton} # all parts compile a kernel once
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || dry_run=yes
 mkdir -p "$out"
 log=$out/log.txt summary=$out/summary.jsonl rows=$out/kernels.jsonl
+if [ -z "$dry_run" ]; then
+    "$python" -c 'import sys, torch; sys.exit(3 * (not torch.cuda.is_available()))' 2>>"$log"
+    case $? in
+    0) ;;
+    3) dry_run=yes && echo "torch sees no GPU: a dry run" | tee -a "$log" ;;
+    *) tail -n 3 "$log" && echo "gpu.sh: $python does not import torch: set PYTHON" && exit 2 ;;
+    esac
+fi
 patience=1 failures=0 parts=0 minutes=1.3 steps=60
 [ -z "$dry_run" ] || patience=5 minutes=0.1 steps=2 # a machine that has no GPU may be slow
 
-record() { # name, exit status or "absent", seconds
+record() { # name, exit status or "absent", time limit, seconds
     parts=$((parts + 1))
-    printf '{"call": "%s", "part": "%s", "exit": "%s", "seconds": %d}\n' "$call" "$@" >>"$summary"
+    printf '{"call": "%s", "part": "%s", "exit": "%s", "limit": %d, "seconds": %d}\n' \
+        "$call" "$@" >>"$summary"
 }
 
 part() { # name, most seconds, command …
-    local name=$1 box=$((patience * $2)) left=$((budget - SECONDS)) start=$SECONDS status=0 before
+    local name=$1 limit=$2 left=$((end - SECONDS)) start=$SECONDS status=0 before
+    local box=$((patience * limit))
     shift 2
     echo "== $call, $name: $*" | tee -a "$log"
     before=$(wc -l <"$log")
@@ -63,13 +74,13 @@ part() { # name, most seconds, command …
     fi
     [ "$status" -eq 0 ] || failures=$((failures + 1))
     tail -n "+$((before + 1))" "$log" | tail -n 12 | cut -c -180
-    record "$name" "$status" $((SECONDS - start))
+    record "$name" "$status" "$limit" $((SECONDS - start))
     echo "== $call, $name: exit $status after $((SECONDS - start)) s" | tee -a "$log"
 }
 
-absent() { # name, reason
-    record "$1" absent 0
-    echo "== $call, $1: left out: $2" | tee -a "$log"
+absent() { # name, most seconds, reason
+    record "$1" absent "$2" 0
+    echo "== $call, $1: left out: $3" | tee -a "$log"
 }
 
 needing() { # packages, then a part as above: it is skipped if one of them is not installed
@@ -77,55 +88,60 @@ needing() { # packages, then a part as above: it is skipped if one of them is no
     missing=$("$python" -c 'import importlib.util as u, sys
 print(*(name for name in sys.argv[1].split() if u.find_spec(name) is None))' "$1")
     shift
-    if [ -n "$missing" ]; then absent "$1" "not installed: $missing"; else part "$@"; fi
+    if [ -n "$missing" ]; then absent "$1" "$2" "not installed: $missing"; else part "$@"; fi
 }
 
-pytest=("$python" -m pytest -q -p no:cacheprovider)
+pytest=("$python" -m pytest -v -p no:cacheprovider --continue-on-collection-errors -m gpu)
 measure=("$python" bench/gpu_kernels.py)
 [ -z "$dry_run" ] || tiny=--tiny
 
-operators=(tests/test_gpu*.py tests/test_class_moments.py tests/test_centroid_info_nce.py
-    tests/test_methods.py)
-
-gpu_tests() { # name, most seconds, selection: values, gradients, streams, CUDA graphs, compilation
-    local parallel=()
-    "$python" -c 'import xdist' 2>>"$log" && parallel=(-n 8 --dist load)
-    [ -z "$dry_run" ] || parallel=(--collect-only)
-    needing "pytest hypothesis" "$1" "$2" "${pytest[@]}" "${parallel[@]}" -m gpu "${operators[@]}" -k "$3"
+gpu_tests() { # name, most seconds, selection: values and gradients first
+    local files few=()
+    mapfile -t files < <(
+        printf '%s\n' tests/test_every_kernel.py tests/test_methods.py
+        grep -lE '\.on\(.*"(gpu|cuda|triton)"' tests/test_*.py | grep -vE '_(every_kernel|methods|gpu)\.py'
+        echo tests/test_gpu.py
+    )
+    if [ -n "$dry_run" ]; then
+        few=(-rs)
+    elif "$python" -c 'import xdist' 2>>"$log"; then
+        few=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist load)
+    fi
+    needing "pytest hypothesis" "$1" "$2" "${pytest[@]}" "${few[@]}" "${files[@]}" -k "$3"
 }
 
 profile_with_ncu() {
     local ncu names
     ncu=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>>"$log") || ncu=
-    if [ -z "$ncu" ]; then
-        absent ncu "ncu is not here"
-    elif [ -n "$dry_run" ]; then
-        part ncu 60 "${measure[@]}" once --tiny
+    if [ -n "$dry_run" ]; then
+        part ncu 100 "${measure[@]}" once --tiny
+    elif [ -z "$ncu" ]; then
+        absent ncu 100 "ncu is not here"
     else
-        names=$("${measure[@]}" largest --rows "$rows" 2>>"$log")
-        part ncu 110 "$ncu" --set full --kernel-name "regex:$names" --launch-count 14 \
-            --log-file "$out/ncu.txt" "${measure[@]}" once
+        names=$(timeout 30 "${measure[@]}" largest --rows "$rows" 2>>"$log") || names="_kernel$"
+        # without clock control, because the GPU may be somebody else's too
+        part ncu 100 "$ncu" --set full --clock-control none --kernel-name "regex:$names" \
+            --launch-count 20 --log-file "$out/ncu.txt" "${measure[@]}" once
     fi
 }
 
-sanitizers() { # of small shapes
-    local few sanitizer status tool options
-    few=(-m gpu "${operators[@]}"
-        -k "not triton and (reproducible or (test_centroid_info_nce and shape0))")
-    if ! sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>>"$log"); then
-        absent sanitizer "compute-sanitizer is not here"
-        return
-    fi
+sanitizers() { # every CUDA kernel, on small shapes
+    local few=(tests/test_every_kernel.py -k "test_values_and_gradients and cuda")
+    local sanitizer status tool options left=$((end - SECONDS))
     if [ -n "$dry_run" ]; then
-        needing "pytest hypothesis" sanitizer 60 "${pytest[@]}" "${few[@]}" --collect-only
+        needing "pytest hypothesis" sanitizer 138 "${pytest[@]}" -rs "${few[@]}"
+        return
+    elif ! sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>>"$log"); then
+        absent sanitizer 138 "compute-sanitizer is not here"
         return
     fi
     # on some virtual machines the sanitizer cannot use the GPU
-    timeout --kill-after=5 40 "$sanitizer" --report-api-errors no --error-exitcode 99 "$python" \
+    timeout --kill-after=5 $((left < 40 ? left > 1 ? left : 1 : 40)) "$sanitizer" \
+        --report-api-errors no --error-exitcode 99 "$python" \
         -c 'import torch; torch.ones(9, device="cuda").sum().item()' >"$out/sanitizer" 2>&1
     status=$?
     if [ "$status" -ne 0 ]; then
-        absent sanitizer "exit $status: $(grep -m 1 '=====' "$out/sanitizer")"
+        absent sanitizer 138 "exit $status: $(grep -m 1 '=====' "$out/sanitizer")"
     else
         for tool in memcheck racecheck synccheck; do
             # every tensor has its own allocation, so an access beyond its end is found;
@@ -140,16 +156,17 @@ sanitizers() { # of small shapes
 }
 
 first() {
-    part values 40 "${measure[@]}" values ${tiny:+"$tiny"} --rows "$rows"
+    part values 60 "${measure[@]}" values ${tiny:+"$tiny"} --rows "$rows"
     part bandwidth 40 "${measure[@]}" bandwidth ${tiny:+"$tiny"} --rows "$rows"
-    gpu_tests cuda_tests 90 "not triton"
-    part cuda_kernels 120 "${measure[@]}" kernels ${tiny:+"$tiny"} --rows "$rows" \
+    gpu_tests cuda_tests 110 "not triton"
+    part cuda_kernels 110 "${measure[@]}" kernels ${tiny:+"$tiny"} --rows "$rows" \
         --backend "${cuda:-auto}"
     profile_with_ncu
     sanitizers
 }
 
 second() {
+    [ -z "$dry_run" ] || part compilation 300 "$python" bench/kernels_report.py --quick --targets sm_90
     gpu_tests triton_tests 300 triton
     part triton_kernels 180 "${measure[@]}" kernels ${tiny:+"$tiny"} --rows "$rows" \
         --backend "${triton:-auto}"
@@ -162,9 +179,9 @@ third() {
         bench/bench_losses.py bench/bench_centroid_info_nce.py)
     where=(--device cuda --seconds 0.05)
     [ -z "$dry_run" ] || where=(--device cpu --tiny)
-    needing "pytest pytest_benchmark" bench 330 "${pytest[@]}" "${benches[@]}" --full \
-        "${where[@]}" --rows "$out/bench.json"
-    training="tyro timm segmentation_models_pytorch sklearn PIL matplotlib torchmetrics torchvision tqdm"
+    needing "pytest pytest_benchmark" bench 330 "$python" -m pytest -q -p no:cacheprovider \
+        "${benches[@]}" --full "${where[@]}" --rows "$out/bench.json"
+    training="tyro typeguard timm segmentation_models_pytorch sklearn PIL matplotlib torchmetrics torchvision tqdm"
     needing "$training pytest" training_step 120 "$python" bench/training_step.py \
         --minutes "$minutes" ${dry_run:+--dry-run} --out "$out/training_step.json"
     needing "$training" training_program 60 "$python" -m anchorops.train digits --methods sar \
@@ -173,12 +190,20 @@ third() {
 }
 
 [ -n "$dry_run" ] || cuda=cuda triton=triton
+began=0 # the start of the script: the first import of torch can take half a minute
 for call in "${calls[@]}"; do
-    budget=$((SECONDS + patience * 570))
+    end=$((began + patience * 570))
+    if [ -n "$wheels" ]; then
+        part wheels 30 "$python" -m pip install --quiet --no-index --no-deps --upgrade \
+            --target "$root/build/site" "$wheels"/*.whl
+        export PYTHONPATH=$PYTHONPATH:$root/build/site
+        wheels=
+    fi
     if [ ! -f anchorops/_cpu.so ] || { [ -z "$dry_run" ] && [ ! -f anchorops/_cuda.so ]; }; then
         part build 300 "$python" setup.py build_ext --inplace
     fi
     "$call"
+    began=$SECONDS
 done
 
 echo

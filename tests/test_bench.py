@@ -262,15 +262,16 @@ def test_gpu_script():
     assert answer.returncode == 0, answer.stderr
     answer = subprocess.run(["bash", script, "--help"], text=True, capture_output=True)
     assert answer.returncode == 2
-    assert "bench/gpu.sh [--out DIR] [--dry-run] [first|second|third]" in answer.stdout
+    assert "bench/gpu.sh [--out DIR] [--wheels DIR] [--dry-run] [first|" in answer.stdout
     if shutil.which("shellcheck"):
         answer = subprocess.run(["shellcheck", script], text=True, capture_output=True)
         assert answer.returncode == 0, answer.stdout
 
 
-@pytest.mark.parametrize("gpu", [False, True], ids=["dry run", "GPU"])
-def test_gpu_script_records(tmp_path, gpu):
-    """With a replacement for Python: failed parts are counted, impossible parts are skipped."""
+@pytest.mark.parametrize("where", ["dry run", "GPU", "GPU without a sanitizer"])
+def test_gpu_script_records(tmp_path, where):
+    """With a replacement for Python: failed parts are counted, impossible parts are skipped, and
+    each call fits into ten minutes."""
     stand_ins = {
         "python": """#!/bin/sh
 case "$*" in
@@ -279,16 +280,18 @@ case "$*" in
 *bench/bench_growth.py*--rows*) exit 3 ;;
 esac
 """,
-        "compute-sanitizer": "#!/bin/sh\necho ========= Device not supported\nexit 99\n",
+        "compute-sanitizer": "#!/bin/sh\n",
         "ncu": "#!/bin/sh\necho profiled: $*\n",
     }
+    if where == "GPU without a sanitizer":
+        stand_ins["compute-sanitizer"] += "echo ========= Device not supported\nexit 99\n"
     for name, script in stand_ins.items():
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
     command = ["bash", ROOT / "bench/gpu.sh", "--out", tmp_path / "out"]
     answer = subprocess.run(
-        command if gpu else [*command, "--dry-run"],
+        [*command, "--dry-run"] if where == "dry run" else command,
         env=os.environ | path,
         text=True,
         capture_output=True,
@@ -296,21 +299,37 @@ esac
     assert answer.returncode == 1, answer.stdout + answer.stderr
     assert "training_step: left out: not installed: tyro timm" in answer.stdout
     lines = (tmp_path / "out/summary.jsonl").read_text().splitlines()
-    parts = {row["part"]: row["exit"] for row in map(json.loads, lines) if row["part"] != "build"}
+    rows = [row for row in map(json.loads, lines) if row["part"] != "build"]
+    parts = {row["part"]: row["exit"] for row in rows}
     expected = [
-        *("values", "bandwidth", "cuda_tests", "cuda_kernels", "ncu", "sanitizer"),
+        *("values", "bandwidth", "cuda_tests", "cuda_kernels", "ncu"),
+        *(("memcheck", "racecheck", "synccheck") if where == "GPU" else ("sanitizer",)),
+        *(("compilation",) if where == "dry run" else ()),
         *("triton_tests", "triton_kernels", "compiled_step"),
         *("bench", "training_step", "training_program"),
     ]
     assert list(parts) == expected
     assert parts["bench"] == "3"
     absent = {name for name, status in parts.items() if status == "absent"}
-    assert absent == {"training_step", "training_program"} | ({"sanitizer"} if gpu else set())
-    if gpu:
+    impossible = {"sanitizer"} if where == "GPU without a sanitizer" else set()
+    assert absent == {"training_step", "training_program"} | impossible
+    if impossible:
         assert "sanitizer: left out: exit 99: ========= Device not supported" in answer.stdout
+    if where != "dry run":
         assert "--kernel-name regex:a_kernel" in answer.stdout
+        for call in ("first", "second", "third"):
+            assert sum(row["limit"] for row in rows if row["call"] == call) <= 570
     log = (tmp_path / "out/log.txt").read_text()
     assert all(f"{name}: exit" in log or f"{name}: left out" in log for name in expected)
+    assert len(list((tmp_path / "out").iterdir())) <= 8
+
+
+def test_gpu_script_needs_torch(tmp_path):
+    command = ["bash", ROOT / "bench/gpu.sh", "--out", tmp_path]
+    environment = os.environ | {"PYTHON": "false"}
+    answer = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert answer.returncode == 2
+    assert "false does not import torch: set PYTHON" in answer.stdout
 
 
 def test_gpu_script_runs_one_call(tmp_path):
