@@ -304,8 +304,7 @@ esac
     expected = [
         *("values", "bandwidth", "cuda_tests", "cuda_kernels", "ncu"),
         *(("memcheck", "racecheck", "synccheck") if where == "GPU" else ("sanitizer",)),
-        *(("compilation",) if where == "dry run" else ()),
-        *("triton_tests", "triton_kernels", "compiled_step"),
+        *("compilation", "triton_kernels", "triton_tests", "compiled_step"),
         *("bench", "training_step", "training_program"),
     ]
     assert list(parts) == expected

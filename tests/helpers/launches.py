@@ -1,4 +1,4 @@
-"""The kernels of a backend, and those that a call launches: on a GPU, in the emulator or in Triton's
+"""The kernels of a backend, and those that a call launches: on a GPU, in the emulator or in the
 interpreter. A kernel of Triton has one name for all its variants; each instance of a CUDA template
 is a kernel of its own, as class_moments_kernel<float, 3, 0>."""
 
