@@ -23,7 +23,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     found = f"found {setuptools.__version__}: upgrade it"
     sys.exit(f"anchorops: building needs setuptools>=77, {found}")
 
-from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel
 
 CUDA_CHOICE = os.environ.get("ANCHOROPS_CUDA", "")
 

@@ -166,10 +166,15 @@ first() {
 }
 
 second() {
-    [ -z "$dry_run" ] || part compilation 300 "$python" bench/kernels_report.py --quick --targets sm_90
-    gpu_tests triton_tests 300 triton
-    part triton_kernels 180 "${measure[@]}" kernels ${tiny:+"$tiny"} --rows "$rows" \
+    # first what the measurement needs, in parallel: one after the other takes minutes
+    if [ -n "$dry_run" ]; then
+        part compilation 110 "$python" bench/kernels_report.py --quick --targets sm_90
+    else
+        part compilation 110 "${measure[@]}" compile --backend triton
+    fi
+    part triton_kernels 120 "${measure[@]}" kernels ${tiny:+"$tiny"} --rows "$rows" \
         --backend "${triton:-auto}"
+    gpu_tests triton_tests 280 triton
     part compiled_step 60 "${measure[@]}" compiled ${tiny:+"$tiny"} --rows "$rows"
 }
 

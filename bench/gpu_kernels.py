@@ -1,11 +1,12 @@
 """Our kernels on a GPU: are the values right, what does the memory give, and how long does each
 kernel take, next to the least time that time_model.py computes.
 
-    python bench/gpu_kernels.py values|bandwidth|kernels|compiled|once|largest [--rows FILE] …
+    python bench/gpu_kernels.py PART [--rows FILE] …
 
 - values: versions, and class moments and cross-entropy of each backend compared with float64;
 - bandwidth: of a copy, of a sum, and of reading 32 planes in pieces of 128 bytes, as the kernels of
   class moments do;
+- compile: each call of `kernels` once, in several processes, which fills Triton's cache;
 - kernels: the duration of each kernel in torch.profiler, by shape, dtype and memory layout;
 - compiled: the kernels of a compiled training step with SAR (is a layout copied?);
 - once: a few calls without a profiler of torch, for ncu;
@@ -16,9 +17,13 @@ Each result is printed and appended to FILE at once, as a line of JSON.
 
 import argparse
 import json
+import os
 import re
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +45,7 @@ LAYOUTS = {"planes": torch.contiguous_format, "channels last": torch.channels_la
 TOLERANCE = 1e-3
 CALLS = 5  # in the profiler
 LARGEST = 7
+MOST_PROCESSES = 12
 LARGE = 2**28  # numbers, more than a cache holds
 
 
@@ -133,21 +139,55 @@ def methods(shape: cases.Shape, device: torch.device) -> Iterator[Call]:
         yield Call(f"{build.__name__}, {shape.name}, bf16", step)
 
 
-def every_call(device: torch.device, tiny: bool) -> Iterator[Call]:
+def groups_of_calls(device: torch.device, tiny: bool) -> list[Callable[[], Iterator[Call]]]:
+    """Calls of one input each."""
     hrnet, segformer, unaligned = (
         shape.on(device, tiny) for shape in (cases.HRNET, cases.SEGFORMER, UNALIGNED)
     )
-    for shape in (hrnet, segformer):
-        for dtype in ("bf16", "fp32"):
-            for layout in LAYOUTS:
-                yield from class_moments(shape, dtype, layout, "coherent", device)
+    moments = [
+        (shape, dtype, layout, "coherent")
+        for shape in (hrnet, segformer)
+        for dtype in ("bf16", "fp32")
+        for layout in LAYOUTS
+    ]
     for dtype in ("bf16", "fp32"):
-        yield from class_moments(unaligned, dtype, "planes", "coherent", device)
-        yield from class_moments(segformer, dtype, "planes", "random", device)
-    for logits in (bench_pixel_losses.SEGFORMER, bench_pixel_losses.HRNET):
-        for dtype in ("bf16", "fp32"):
-            yield from pixel_losses(logits.on(device, tiny), dtype, device)
-    yield from methods(hrnet, device)
+        moments += [
+            (unaligned, dtype, "planes", "coherent"),
+            (segformer, dtype, "planes", "random"),
+        ]
+    logits = [
+        (shape.on(device, tiny), dtype)
+        for shape in (bench_pixel_losses.SEGFORMER, bench_pixel_losses.HRNET)
+        for dtype in ("bf16", "fp32")
+    ]
+    return [
+        *(partial(class_moments, *some, device) for some in moments),
+        *(partial(pixel_losses, *some, device) for some in logits),
+        partial(methods, hrnet, device),
+    ]
+
+
+def every_call(device: torch.device, tiny: bool) -> Iterator[Call]:
+    return (call for group in groups_of_calls(device, tiny) for call in group())
+
+
+def compile_all(backend: str, device: torch.device, tiny: bool, share: str) -> None:
+    """Each group of calls once, in several processes: Triton takes up to half a minute for one
+    kernel. share: i/n, of one of them."""
+    if not share:
+        count = min(os.cpu_count() or 1, MOST_PROCESSES)
+        command = [sys.executable, __file__, "compile", "--backend", backend, *["--tiny"] * tiny]
+        running = [subprocess.Popen([*command, "--share", f"{i}/{count}"]) for i in range(count)]
+        if any([process.wait() for process in running]):
+            sys.exit("gpu_kernels: a kernel does not compile")
+        return
+    first, count = map(int, share.split("/"))
+    with ao.use_backend(backend):
+        for group in groups_of_calls(device, tiny)[first::count]:
+            for call in group():
+                start = time.perf_counter()
+                call.run()
+                print(f"{call.title}: {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def gpu_of(device: torch.device) -> time_model.GPU:
@@ -300,10 +340,11 @@ def largest(rows: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parts = ("values", "bandwidth", "kernels", "compiled", "once", "largest")
+    parts = ("values", "bandwidth", "compile", "kernels", "compiled", "once", "largest")
     parser.add_argument("part", choices=parts)
     parser.add_argument("--rows", type=Path, help="append the results to this file")
-    parser.add_argument("--backend", default="auto", help="of `kernels` (default auto)")
+    parser.add_argument("--backend", default="auto", help="of `compile`, `kernels` (default auto)")
+    parser.add_argument("--share", default="", help=argparse.SUPPRESS)  # of a process of `compile`
     parser.add_argument("--tiny", action="store_true", help="tiny tensors on the CPU")
     args = parser.parse_args()
     cuda = torch.cuda.is_available() and not args.tiny
@@ -312,6 +353,8 @@ def main() -> None:
         sys.exit("gpu_kernels: a value is wrong, or a backend of this GPU cannot be used")
     if args.part == "bandwidth":
         bandwidths(report, device, args.tiny)
+    if args.part == "compile":
+        compile_all(args.backend, device, args.tiny, args.share)
     if args.part == "kernels":
         kernels(report, args.backend, device, args.tiny)
     if args.part == "compiled":
