@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -117,7 +116,7 @@ class PixelLoss(Initialized):
         assert moments.outside is not None
         # floating-point too, because loggers average over steps and ranks
         self.terms["labels_out_of_range"] = moments.outside.to(moments.losses.dtype)
-        return functools.reduce(torch.add, parts.values())
+        return torch.stack(tuple(parts.values())).sum()  # not a part itself, which is in `terms`
 
     def moments(self, logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:
         """The statistics of classes are [K], or [C, 2] of C sigmoids; with per_image [B, …]."""
