@@ -172,7 +172,7 @@ class Attachment:
     def _watches(self, module: nn.Module) -> bool:
         """Whether this is a training forward, or a recomputation that calls the regulariser."""
         # in what torch.compile traces, torch 2.11's torch.compiler.is_exporting() is always true
-        exporting = torch.compiler._is_exporting_flag
+        exporting = getattr(torch.compiler, "_is_exporting_flag", False)
         if not module.training or not torch.is_grad_enabled() or exporting:
             return False
         return not recomputing() or self._taken_in_checkpoint

@@ -102,6 +102,17 @@ def test_evaluation_is_the_bare_model() -> None:
     assert operators[0] == operators[1]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_in_training_keeps_no_features(strict: bool) -> None:
+    model = Net().train()
+    x, labels = batch()
+    sar = ao.attach(model, ao.SAR(K, D))
+    torch.export.export(model, (x,), strict=strict)
+    assert sar._features is None
+    with pytest.raises(RuntimeError, match="SAR: no features"):
+        sar(labels)
+
+
 def test_onnx_export_is_the_bare_model() -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     x, _ = batch()
