@@ -107,6 +107,8 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
         formulas: dict[str, Formula] = {
             "gather + mse": lambda f, y, a: (rivals.gather_mse(f, y, a),),
         }
+        if case.direction == FORWARD:
+            formulas["class loop"] = lambda f, y, a: (rivals.loop_mse(f, y, a),)
         compiled = ["gather + mse"]
     else:
         formulas = {
@@ -115,7 +117,7 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
             if name not in rivals.ABSENT
         }
         compiled = ["index_add", "one_hot bmm"]
-        # It takes seconds: its backward writes the gradient of all rows for each class.
+        # Its backward takes seconds, because it writes the gradient of all rows for each class.
         if (case.operation, case.shape) != (BOTH, HRNET) or case.direction == BACKWARD:
             del formulas["class loop"]
     if case.compiled:

@@ -136,7 +136,7 @@ sanitizers() { # every CUDA kernel, on small shapes
         return
     fi
     # on some virtual machines the sanitizer cannot use the GPU
-    timeout --kill-after=5 $((left < 40 ? left > 1 ? left : 1 : 40)) "$sanitizer" \
+    timeout --kill-after=5 $((left < 20 ? left > 1 ? left : 1 : 20)) "$sanitizer" \
         --report-api-errors no --error-exitcode 99 "$python" \
         -c 'import torch; torch.ones(9, device="cuda").sum().item()' >"$out/sanitizer" 2>&1
     status=$?

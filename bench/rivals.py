@@ -180,6 +180,16 @@ def gather_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
     return squares.sum() / (features.shape[1] * valid.sum())
 
 
+def loop_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    """A mask for each class, as in the released code of SAR."""
+    keys = class_keys(features, labels, len(anchors)).flatten()
+    flat = features.T[None] if features.dim() == 2 else features.flatten(2)
+    rows, total = _rows(flat), 0
+    for k, anchor in enumerate(anchors):
+        total = total + (rows[keys == k] - anchor).square().sum()
+    return total / (features.shape[1] * (keys < len(anchors)).sum())
+
+
 def statistics_by(rival: Rival):
     """Inside this context, every loss uses the class statistics of the rival."""
 

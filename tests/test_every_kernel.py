@@ -155,4 +155,5 @@ def test_every_kernel_is_launched(backend: str):
                 cases_of.setdefault(kernel, []).append(case.name)
     for kernel, names in sorted(cases_of.items()):
         print(f"{kernel}: {names[0]}" + f", and {len(names) - 1} more" * (len(names) > 1))
+    assert cases_of, "no launch was noticed"
     assert cases_of.keys() == kernels_of(backend)
