@@ -319,7 +319,7 @@ std::set<uintptr_t> launched_kernels() {
 
 void fill_zero(void* memory, size_t bytes) { std::memset(memory, 0, bytes); }
 
-static std::atomic<int> multiprocessors_set = 132, shared_kilobytes_set = 228;
+static std::atomic<int> multiprocessors_set = 2, shared_kilobytes_set = 228;
 
 int multiprocessors() { return multiprocessors_set; }
 

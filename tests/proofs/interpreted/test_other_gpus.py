@@ -1,5 +1,5 @@
-"""CUDA: plans depend on the GPU. With fewer multiprocessors than an H200, or with less shared
-memory, class moments are within the same error budget."""
+"""CUDA: plans depend on the GPU. With the multiprocessors of real GPUs, or with less shared memory,
+class moments are within the same error budget."""
 
 import pytest
 import torch
