@@ -109,9 +109,13 @@ def class_moments_backward(
     stride: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """dsums float32 [num_keys, D], dsqdists float32 [num_keys] -> dfeatures of this size, stride
-    and dtype. features and anchors (float32 [K, D]) are needed only for dsqdists."""
-    dfeatures = keys.new_empty_strided(size, stride, dtype=dtype)
+    """dsums float32 [num_keys, D], dsqdists float32 [num_keys] -> dfeatures of this size and dtype.
+    features and anchors (float32 [K, D]) are needed only for dsqdists. An empty stride is that of
+    torch.empty_like(features)."""
+    if stride:
+        dfeatures = keys.new_empty_strided(size, stride, dtype=dtype)
+    else:
+        dfeatures = torch.empty_like(features)
     if dfeatures.numel() == 0:
         return dfeatures
     check_keys("class_moments_backward.triton", keys, dfeatures.numel() // dfeatures.shape[1])

@@ -103,8 +103,8 @@ def patched_once(monkeypatch):
 
 @pytest.fixture
 def set_hardware():
-    """The emulator's number of multiprocessors, and KB of shared memory of each. Usually there are
-    two, so that each chunk of a small input has several tiles, with the shared memory of an H200."""
+    """The emulator's number of multiprocessors, and KB of shared memory of each: usually two, so
+    that each chunk of a small input has several tiles, with the shared memory of an H200."""
     if BACKEND != "cuda":
         pytest.skip("Triton's plans depend on shapes alone")
     set_hardware = controls().set_hardware

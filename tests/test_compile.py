@@ -1,11 +1,14 @@
 """torch.compile: each public function compiles once for all batch sizes."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import run_and_get_code
 
 import anchorops as ao
 
@@ -80,3 +83,31 @@ def test_batch_sizes_of_methods(name: str) -> None:
 @pytest.mark.parametrize("name", OF_FEATURES)
 def test_batch_sizes_of_features(name: str) -> None:
     _run(OF_FEATURES[name], D)
+
+
+@pytest.mark.parametrize("name", ["class_moments", "softmax_moments"])
+def test_outputs_of_convolutions_are_not_copied(name: str) -> None:
+    """Inductor makes them channels last. The operator and its gradient have them as they are."""
+    model = torch.nn.Conv2d(3, K, 3, padding=1)
+    anchors = torch.randn(K, K)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        if name == "softmax_moments":
+            return ao.pixel_cross_entropy(model(images), labels)
+        return ao.pixel_to_anchor_mse(model(images), labels, anchors)
+
+    images, labels = torch.randn(2, 3, 6, 8), torch.randint(0, K, (2, 12, 16))
+    torch._dynamo.reset()
+    with ao.use_backend("cpu"), inductor_config.patch(force_disable_caches=True):
+        compiled = torch.compile(loss, fullgraph=True)
+        _, codes = run_and_get_code(lambda: compiled(images, labels).backward())
+    forward, backward = (code[code.index("def call") :] for code in codes)
+    output = re.findall(r"(\w+) = extern_kernels\.convolution\(", forward)[-1]
+    assert f"anchorops.{name}.cpu({output}," in forward
+    ours = backward.index(f"anchorops.{name}_backward.cpu(convolution")
+    assert "cpp_fused" not in backward[ours : backward.index("aten.convolution_backward", ours)]
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    loss(images, labels).backward()
+    for ours, eager in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, eager.grad)

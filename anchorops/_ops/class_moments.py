@@ -46,7 +46,8 @@ _SCHEMA = (
     "bool with_sums) -> (Tensor sums, Tensor sqdists)"
 )
 
-# features are needed only for dsqdists; size, stride and dtype describe dfeatures.
+# features are needed only for dsqdists. size, stride and dtype describe dfeatures. An empty stride
+# is that of torch.empty_like(features), because a traced stride may not be the one at run time.
 _BACKWARD_SCHEMA = (
     "(Tensor? features, Tensor keys, Tensor? anchors, Tensor? dsums, Tensor? dsqdists, "
     "SymInt groups, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor"
@@ -80,6 +81,9 @@ def _backward_fake(
     stride: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
+    if not stride:
+        assert features is not None
+        return torch.empty_like(features)
     return keys.new_empty_strided(size, stride, dtype=dtype)
 
 
@@ -112,7 +116,7 @@ def _backward(
             dsqdists,
             ctx.groups,
             ctx.size,
-            ctx.stride,
+            ctx.stride if dsqdists is None else (),
             ctx.dtype,
         )
     if ctx.needs_input_grad[2] and dsqdists is not None:
@@ -146,6 +150,7 @@ define(
     _SCHEMA,
     _forward_fake,
     gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
+    any_strides=True,
 )
 
 

@@ -23,6 +23,7 @@ define(
     "pixel_argmax",
     "(Tensor logits, SymInt height, SymInt width, bool align_corners) -> Tensor",
     _fake,
+    any_strides=True,
 )
 
 

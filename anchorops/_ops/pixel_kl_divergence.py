@@ -102,6 +102,7 @@ define(
     forward_fake,
     backends=BACKENDS,
     gradient=Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward),
+    any_strides=True,
 )
 
 

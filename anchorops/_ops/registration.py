@@ -52,6 +52,7 @@ def define(
     backends: Sequence[str] = FUSED,
     gradient: Gradient | None = None,
     in_python: bool = False,
+    any_strides: bool = False,
 ) -> None:
     """Define anchorops::NAME.BACKEND for each backend.
 
@@ -65,11 +66,15 @@ def define(
         fake: returns results without values, from the arguments.
         gradient: None if no result is differentiable.
         in_python: the caller implements every overload, from other operators.
+        any_strides: NAME and NAME_backward take floating-point tensors of any strides, and their
+            results follow those of the arguments, not constants of a trace. Then torch.compile,
+            which makes convolutions channels last, does not copy their outputs back to the layout
+            that they have in eager mode.
     """
     for backend in backends:
-        _define(f"{name}.{backend}", schema, fake)
+        _define(f"{name}.{backend}", schema, fake, any_strides)
         if gradient is not None:
-            _define(f"{name}_backward.{backend}", gradient.schema, gradient.fake)
+            _define(f"{name}_backward.{backend}", gradient.schema, gradient.fake, any_strides)
             _register_autograd(name, backend, gradient)
     if "triton" in backends and not in_python:
         register_triton(library, name)
@@ -77,8 +82,11 @@ def define(
             register_triton(library, f"{name}_backward")
 
 
-def _define(overload: str, schema: str, fake: Callable[..., Any]) -> None:
-    library.define(overload + schema, tags=torch.Tag.pt2_compliant_tag)
+def _define(overload: str, schema: str, fake: Callable[..., Any], any_strides: bool) -> None:
+    tags = [torch.Tag.pt2_compliant_tag]
+    if any_strides:
+        tags.append(torch.Tag.flexible_layout)
+    library.define(overload + schema, tags=tags)
     torch.library.register_fake(f"anchorops::{overload}", fake, lib=library)
 
 

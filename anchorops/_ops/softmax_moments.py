@@ -180,6 +180,7 @@ define(
     SCHEMA,
     forward_fake,
     gradient=Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward),
+    any_strides=True,
 )
 
 

@@ -207,11 +207,14 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
                               std::optional<Tensor> dsqdists, int64_t groups,
                               std::vector<int64_t> size, std::vector<int64_t> stride,
                               ScalarType dtype) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), stride.data(),
-                                                         static_cast<int32_t>(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor dfeatures(handle);
+  const auto empty_strided = [&] {
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        size.size(), size.data(), stride.data(), static_cast<int32_t>(dtype),
+        aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+  };
+  Tensor dfeatures = stride.empty() ? torch::stable::empty_like(*features) : empty_strided();
   if (dfeatures.numel() == 0) return dfeatures;
   check_keys("class_moments_backward.cpu", keys, dfeatures.numel() / dfeatures.size(1));
   if (anchors) anchors = torch::stable::contiguous(*anchors);

@@ -183,11 +183,14 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
   STD_TORCH_CHECK(!dsqdists || (features && anchors), NAME,
                   ": dsqdists: expected features and anchors too");
   const OnDevice device(keys);
-  Tensor dfeatures = new_empty_strided(keys, size, stride, dtype);
+  check_shape(NAME, "features", features, size);
+  STD_TORCH_CHECK(features || !stride.empty(), NAME, ": stride: expected one without features");
+  Tensor dfeatures = stride.empty() ? torch::stable::empty_like(*features)
+                                    : new_empty_strided(keys, size, stride, dtype);
   if (dfeatures.numel() == 0) return dfeatures;
+  stride = to_vector(dfeatures.strides());
   const int64_t num_keys = (dsums ? dsums : dsqdists)->size(0), dim = dfeatures.size(1);
   check_keys(NAME, keys, dfeatures.numel() / dim);
-  check_shape(NAME, "features", features, size);
   if (anchors) check_shape(NAME, "anchors", anchors, {anchors->size(0), dim});
   check_shape(NAME, "dsums", dsums, {num_keys, dim});
   check_shape(NAME, "dsqdists", dsqdists, {num_keys});
