@@ -1,14 +1,15 @@
 """Every option of the pixel losses against what people write, on the CPU: forward and backward, of
 pseudo-labels forward.
 
-    python bench/options.py [--out ROWS.json] [--rounds 10] [--seconds 0.25]
+    python bench/options.py [--out ROWS.json] [--only OPTION] [--rounds 10] [--seconds 0.25]
 
 Rows are options, columns the number of classes K (for sigmoids: of channels) and the ratio of the
 labels' size to that of the logits; the volume is 32³ → 128³. A cell is the rival's time divided by
 ours: above 1 we are faster. Ours and the rivals take turns for `--seconds`, `--rounds` times or
 more; medians are compared. Rivals are torch's functions after F.interpolate, and the classes of
 segmentation_models.pytorch and MONAI; in the cells of COMPILED also torch.compile of torch's
-formula with F.interpolate, which takes long to compile.
+formula with F.interpolate, which takes long to compile. Labels are int64; with --masks those of
+sigmoids are uint8, as masks are stored.
 """
 
 import argparse
@@ -208,7 +209,7 @@ def cells() -> Iterator[tuple[str, int, int, int]]:
 
 
 def inputs(
-    option: Option, num_classes: int, ratio: int, axes: int, size: int
+    option: Option, num_classes: int, ratio: int, axes: int, size: int, masks: bool = False
 ) -> tuple[Tensor, Tensor]:
     if axes == 3:
         size //= 4
@@ -219,7 +220,8 @@ def inputs(
     logits = torch.randn(batch, num_classes, size // ratio, size // ratio, requires_grad=True)
     if option.sigmoid:
         labels = example_labels((batch * num_classes, size, size), 2, "coherent").clamp(min=0)
-        return logits, labels.view(batch, num_classes, size, size)
+        labels = labels.view(batch, num_classes, size, size)
+        return logits, labels.to(torch.uint8) if masks else labels
     return logits, example_labels((batch, size, size), num_classes, "coherent").clamp(min=0)
 
 
@@ -239,7 +241,7 @@ def measured(
 ) -> dict:
     """The median seconds of ours and each rival."""
     option = OPTIONS[name]
-    logits, labels = inputs(option, num_classes, ratio, axes, options.size)
+    logits, labels = inputs(option, num_classes, ratio, axes, options.size, options.masks)
     formulas: dict[str, Formula] = {"ours": option.ours}
     rivals = dict(option.rivals)
     if (num_classes, ratio) in COMPILED:
@@ -287,6 +289,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="of each cell, at least")
     parser.add_argument("--seconds", type=float, default=0.25, help="of each cell, at least")
     parser.add_argument("--size", type=int, default=512, help="of the labels")
+    parser.add_argument("--only", default="", help="options whose names contain this")
+    parser.add_argument("--masks", action="store_true", help="uint8 labels of sigmoids")
     options = parser.parse_args()
     memory = torch.empty(2**28)  # new memory is slow at first
     for _ in range(8):
@@ -294,6 +298,8 @@ def main() -> None:
     del memory
     head, rows = head_of(torch.device("cpu")), []
     for name, num_classes, ratio, axes in cells():
+        if options.only not in name:
+            continue
         row = measured(name, num_classes, ratio, axes, options)
         rows.append(row)
         times = ", ".join(f"{rival} {1e3 * s:.1f} ms" for rival, s in row["seconds"].items())
