@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number, check_share, describe, fail
-from .._ops.confusion import confusion
+from .._ops.class_keys import class_counts
 from .._ops.pixel_cross_entropy import class_losses, divide, mixture, used_counts, weighted
 from .._ops.pixel_cross_entropy import (
     pixel_weights as weights_of_pixels,
@@ -123,9 +123,10 @@ class CrossEntropy(PixelLoss):
             counts = used_counts(moments)
             return {"ce": divide(loss, fixed_order_sum(self.divisors(counts, weight)))}
         valid = self.valid(logits, labels)
-        # by selection: the weights may be NaN where the label is ignored
-        used = torch.where(valid, 1 if pixel_weights is None else pixel_weights, 0)
-        used = used.to(moments.losses.dtype)
+        if pixel_weights is None:
+            used = valid.to(moments.losses.dtype)
+        else:  # by selection: the weights may be NaN where the label is ignored
+            used = torch.where(valid, pixel_weights, 0)
         of_classes = None if weight is None else weights_of_pixels(labels, weight, valid)
         if self.ohem is not None or self.ohem_kept is not None:
             own = moments.pixel_losses.detach()
@@ -157,25 +158,19 @@ def kth_largest(values: Tensor, valid: Tensor, k: int) -> Tensor:
     """The k-th largest of the valid values, float32 and not negative; −∞ if there are fewer.
 
     It neither sorts nor synchronises. The bits of non-negative floats, read as integers, have the
-    same order as the floats. Therefore two histograms, of the upper and of the lower 16 bits, find
-    the value exactly. NaN is treated as ∞.
+    same order as the floats. Therefore three histograms, each of the next digit of those numbers
+    whose higher digits have been found, find the value exactly. NaN is treated as ∞.
     """
     bits = values.flatten().view(torch.int32) & 0x7FFFFFFF  # without the sign of −0 and of −NaN
-    valid, rank = valid.flatten(), torch.full((), k, device=values.device)
-    upper, rank = _bin_of_rank(bits >> 16, valid, rank)
-    lower, rank = _bin_of_rank(bits & 0xFFFF, valid & (bits >> 16 == upper), rank)
-    found = (upper << 16 | lower).to(torch.int32).view(torch.float32)
-    found = found.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    return torch.where(rank > 0, found, -torch.inf)
-
-
-def _bin_of_rank(bins: Tensor, valid: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of 2^16 bins contains the value of this rank (1 is the highest), and its rank inside
-    the bin; a rank of 0 if there are fewer values."""
-    rows = torch.where(valid, bins >> 8, -1).to(torch.int16)
-    counts = confusion((bins & 0xFF).long(), rows, 256, ignore_index=-1).flatten()
-    from_here = counts.flip(0).cumsum(0).flip(0)  # how many are in this bin or a higher one
-    reached = from_here >= rank
-    found = (reached.sum() - 1).clamp(min=0)
-    rank = rank - (from_here - counts).take(found)
-    return found, torch.where(reached.any(), rank, 0)
+    bits = torch.where(valid.flatten(), bits, -1)
+    rank = torch.full((), k, device=values.device)
+    found = torch.zeros_like(rank)  # the higher digits of the value
+    for start, width in ((20, 11), (10, 10), (0, 10)):  # the digits: where they start, their bits
+        digits = (bits >> start) - (found << width)  # not in [0, 2^width) if a higher one differs
+        counts = class_counts(digits, 2**width)
+        from_here = counts.flip(0).cumsum(0).flip(0)  # how many have this digit or a larger one
+        digit = ((from_here >= rank).sum() - 1).clamp(min=0)
+        rank = rank - (from_here - counts).take(digit)
+        found = found << width | digit
+    value = found.to(torch.int32).view(torch.float32).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return torch.where(valid.sum() >= k, value, -torch.inf)
