@@ -50,8 +50,8 @@ if [ -z "$dry_run" ]; then
     *) tail -n 3 "$log" && echo "gpu.sh: $python does not import torch: set PYTHON" && exit 2 ;;
     esac
 fi
-patience=1 failures=0 parts=0 minutes=1.3 steps=60
-[ -z "$dry_run" ] || patience=5 minutes=0.1 steps=2 # a machine that has no GPU may be slow
+patience=1 failures=0 parts=0 minutes=2 rounds=2 steps=60
+[ -z "$dry_run" ] || patience=5 minutes=0 rounds=1 steps=2 # a machine that has no GPU may be slow
 
 record() { # name, exit status or "absent", time limit, seconds
     parts=$((parts + 1))
@@ -184,12 +184,12 @@ third() {
         bench/bench_losses.py bench/bench_centroid_info_nce.py)
     where=(--device cuda --seconds 0.05)
     [ -z "$dry_run" ] || where=(--device cpu --tiny)
-    needing "pytest pytest_benchmark" bench 330 "$python" -m pytest -q -p no:cacheprovider \
+    needing "pytest pytest_benchmark" bench 310 "$python" -m pytest -q -p no:cacheprovider \
         "${benches[@]}" --full "${where[@]}" --rows "$out/bench.json"
-    training="tyro typeguard timm segmentation_models_pytorch sklearn PIL matplotlib torchmetrics torchvision tqdm"
-    needing "$training pytest" training_step 120 "$python" bench/training_step.py \
-        --minutes "$minutes" ${dry_run:+--dry-run} --out "$out/training_step.json"
-    needing "$training" training_program 60 "$python" -m anchorops.train digits --methods sar \
+    training="tyro typeguard tifffile timm segmentation_models_pytorch sklearn PIL matplotlib torchmetrics torchvision tqdm"
+    needing "$training pytest" training_step 180 "$python" bench/training_step.py \
+        --rounds "$rounds" --minutes "$minutes" ${dry_run:+--dry-run} --out "$out/training_step.json"
+    needing "$training" training_program 50 "$python" -m anchorops.train digits --methods sar \
         --steps "$steps" --workers 0 --out "$root/build/gpu-run" --name smoke
     rm -rf "$root/build/gpu-run"
 }

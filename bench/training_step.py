@@ -6,8 +6,9 @@ The candidates: the network with F.interpolate and F.cross_entropy; with our cro
 cross-entropy and each method. On a GPU HRNet-W48 at 512×1024, batch 8, 19 classes, and SegFormer-B5
 at 512×512, batch 16, 150 classes, bf16 autocast; on the CPU HRNet-W18-small and SegFormer-B0 with
 batch 2 in float32. A step is forward, backward and optimizer. The candidates take turns, a few
-steps each, for --rounds rounds or more, if --minutes allow them. A ratio is that of the medians of
-all steps to those of the first candidate; its quartiles are those of the ratios of each round.
+steps each, in a round that is not counted and then in --rounds rounds, or in more if --minutes
+allow them. A ratio is that of the medians of all steps to those of the first candidate; its
+quartiles are those of the ratios of each round.
 --dry-run uses small images; it only tests the code.
 """
 
