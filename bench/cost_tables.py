@@ -63,10 +63,10 @@ def cases() -> str:
         "| operation | sizes | anchorops, ms | MiB | of copies | fastest other | ms | × | MiB |",
         "|---|---|--:|--:|--:|---|--:|--:|--:|",
     ]
-    for key, rows in plot_operators.grouped(plot_operators.quick(run())).items():
+    for rows in plot_operators.grouped(plot_operators.quick(run())).values():
         own = next((row for row in rows if row["ours"]), None)
         other = next((row for row in rows if not row["name"].startswith("anchorops")), None)
-        if own is None or other is None or key[2] in plot_operators.GROWTH:
+        if own is None or other is None:
             continue
         share = "" if own["copy_share"] is None else f"{own['copy_share']:.0%}"
         ratio = f"{other['median'] / own['median']:.1f}"

@@ -180,7 +180,7 @@ second() {
 
 third() {
     local benches where training
-    benches=(bench/bench_class_moments.py bench/bench_pixel_losses.py bench/bench_growth.py
+    benches=(bench/bench_class_moments.py bench/bench_pixel_losses.py
         bench/bench_losses.py bench/bench_centroid_info_nce.py)
     where=(--device cuda --seconds 0.05)
     [ -z "$dry_run" ] || where=(--device cpu --tiny)

@@ -2,7 +2,6 @@
 With --table it prints the README's tables instead. The pictures are written next to the rows:
 
 ….png                 operators compared with formulas that people write, in milliseconds
-…-growth.png          time against N·D and K, with the byte model's line
 …-training-steps.png  time and memory of a step with each method
 …-options.png         every option of the pixel losses
 """
@@ -24,7 +23,6 @@ from matplotlib.figure import Figure
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 PICTURES: dict[str, tuple[str, Callable[[dict], Figure | None]]] = {
     "": ("operators", plot_operators.headlines),
-    "-growth": ("operators", plot_operators.growth),
     "-training-steps": ("training_steps", plot_training_step.draw),
     "-options": ("options", plot_options.draw),
 }

@@ -1,18 +1,10 @@
 """The pictures and the tables of operators, for bench/plot.py."""
 
-from math import prod as product
-
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 OURS, OTHER = "#1f6f54", "#b9c2bd"
-STYLES = {  # of growth; name: colour, marker
-    "anchorops": (OURS, "D"),
-    "index_add": ("#c2571a", "o"),
-    "one_hot bmm": ("#2f6fb0", "^"),
-    "class loop": ("#8a8f8c", "X"),
-}
 BOTH, TRAINING = "class moments with anchors", "forward + backward"
 DIRECTIONS = "forward", TRAINING
 # operation, shape, title, and the formulas that are shown in addition to the fastest rival
@@ -33,7 +25,6 @@ HEADLINES = (
         {"index_add": "permute + index_add", "class loop": "class loop"},
     ),
 )
-GROWTH = ("growth with N·D", "growth with K")
 
 
 def quick(run: dict) -> list[dict]:
@@ -65,14 +56,6 @@ def title(row: dict) -> str:
     if row["shape"] == "centroids":
         return f"{what}\n{row['sizes']}, {row['dtype']}"
     return f"{what}\n{row['shape']}: {row['sizes']}, {row['dtype']}, {row['labels']} labels"
-
-
-def style(row: dict) -> tuple[str, str, str]:
-    """Colour, marker and fill of a row's implementation. Our backends that are not selected
-    automatically are hollow."""
-    ours = row["name"].startswith("anchorops")
-    colour, marker = STYLES["anchorops" if ours else row["name"]]
-    return colour, marker, "white" if ours and not row["ours"] else colour
 
 
 def headline_groups(run: dict, operation: str, shape: str) -> list[list[dict]]:
@@ -161,58 +144,3 @@ def table(run: dict) -> str:
 def number(value: float) -> str:
     """Three digits, without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def growth(run: dict) -> Figure | None:
-    """Time against N·D and against K."""
-    rows = [row for row in quick(run) if row["shape"] in GROWTH]
-    if not rows:
-        return None
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for axis, shape in zip(axes, GROWTH, strict=True):
-        curves: dict[tuple[str, str, str], list[dict]] = {}
-        for row in rows:
-            if row["shape"] == shape:
-                curves.setdefault((row["name"], row["direction"], row["labels"]), []).append(row)
-        draw_growth(axis, curves, shape, run["copy_gbps"])
-    return figure
-
-
-def draw_growth(
-    axis: Axes, curves: dict[tuple[str, str, str], list[dict]], shape: str, copy_gbps: float
-) -> None:
-    by_size = shape == GROWTH[0]
-    for (name, direction, labels), rows in curves.items():
-        x = [product(row["size"]) if by_size else row["num_classes"] for row in rows]
-        y = [row["median"] * 1e3 for row in rows]
-        colour, marker, fill = style(rows[0])
-        aside = direction == "forward" or labels == ("random" if by_size else "coherent")
-        extra = f", {direction}" if by_size else f", {labels} labels"
-        label = name + (extra if rows[0]["ours"] else "")
-        axis.plot(
-            x,
-            y,
-            color=colour,
-            marker=marker,
-            markersize=5,
-            markerfacecolor="white" if aside else fill,
-            linestyle="--" if aside else "-",
-            linewidth=1.2,
-            label=label,
-        )
-        low, high = ([row[q] * 1e3 for row in rows] for q in ("q20", "q80"))
-        axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        if rows[0]["ours"] and not aside:
-            model = [row["bytes"] / copy_gbps / 1e6 for row in rows]
-            axis.plot(x, model, color="#333333", linestyle=":", label="counted bytes at copy speed")
-    axis.set(xscale="log", yscale="log", ylabel="milliseconds")
-    first = next(iter(curves.values()))[0]
-    fixed = (
-        f"D{first['size'][1]} K{first['num_classes']}" if by_size else first["sizes"].split(" K")[0]
-    )
-    axis.set_xlabel("feature elements N·D" if by_size else "classes K")
-    axis.set_title(f"{first['operation']}, {fixed}, {first['dtype']}", fontsize=9, loc="left")
-    axis.grid(color="#e4e7e5", linewidth=0.6)
-    bottom, top = axis.get_ylim()
-    axis.set_ylim(bottom, top * (top / bottom) ** 0.35)  # space for the legend
-    axis.legend(fontsize=7.5, frameon=False, loc="upper left", ncols=2)
