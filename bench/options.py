@@ -8,8 +8,8 @@ labels' size to that of the logits; the volume is 32³ → 128³. A cell is the 
 ours: above 1 we are faster. Ours and the rivals take turns for `--seconds`, `--rounds` times or
 more; medians are compared. Rivals are torch's functions after F.interpolate, and the classes of
 segmentation_models.pytorch and MONAI; in the cells of COMPILED also torch.compile of torch's
-formula with F.interpolate, which takes long to compile. Labels are int64; with --masks those of
-sigmoids are uint8, as masks are stored.
+formula with F.interpolate, which takes long to compile (--eager leaves it out). Labels are int64;
+with --masks those of sigmoids are uint8, as masks are stored.
 """
 
 import argparse
@@ -244,7 +244,7 @@ def measured(
     logits, labels = inputs(option, num_classes, ratio, axes, options.size, options.masks)
     formulas: dict[str, Formula] = {"ours": option.ours}
     rivals = dict(option.rivals)
-    if (num_classes, ratio) in COMPILED:
+    if (num_classes, ratio) in COMPILED and not options.eager:
         rivals["compiled"] = option.rivals["torch"]
     for rival, formula in rivals.items():
 
@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="of each cell, at least")
     parser.add_argument("--seconds", type=float, default=0.25, help="of each cell, at least")
     parser.add_argument("--size", type=int, default=512, help="of the labels")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--only", default="", help="options whose names contain this")
     parser.add_argument("--masks", action="store_true", help="uint8 labels of sigmoids")
     options = parser.parse_args()

@@ -393,12 +393,19 @@ def test_doctor_benchmark(capsys, monkeypatch):
 def test_table_of_options(tmp_path):
     """On small images: every option runs, and its picture is drawn."""
     out = tmp_path / "options.json"
-    options = ["--size", "32", "--seconds", "0", "--rounds", "1"]
-    for command in (["bench/options.py", *options, "--out", out], ["bench/plot.py", out]):
+    small = ["bench/options.py", "--size", "32", "--seconds", "0", "--rounds", "1", "--out"]
+    of_dice = tmp_path / "dice.json"
+    for command in (
+        [*small, out, "--eager"],
+        [*small, of_dice, "--only", "sigmoid: Dice", "--masks"],
+        ["bench/plot.py", out],
+    ):
         answer = subprocess.run(
             [sys.executable, *command], cwd=ROOT, text=True, capture_output=True
         )
         assert answer.returncode == 0, answer.stderr
     rows = json.loads(out.read_text())["options"]
     assert {row["axes"] for row in rows} == {2, 3} and len(rows) > 100
+    rows = json.loads(of_dice.read_text())["options"]
+    assert len(rows) == 8 and any("compiled" in row["seconds"] for row in rows)
     assert (tmp_path / "options-options.png").exists()

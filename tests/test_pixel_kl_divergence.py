@@ -194,10 +194,10 @@ def test_gradcheck(name: str, align_corners: bool, pixels: tuple[int, int]) -> N
 @pytest.mark.parametrize(
     "case", [CASES[0], CASES[3], CASES[8], CASES[9], CASES[12]], ids=lambda case: str(case.size)
 )
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_invalid_pixels_change_nothing(backend: str, case: Case, value: float) -> None:
+def test_invalid_pixels_change_nothing(backend: str, case: Case) -> None:
     """Logits that only invalid pixels read; a pixel reads only logits of weight > 0."""
     inputs = make_inputs(case._replace(masked=False))
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf])  # of one row each
     for of_teacher in (False, True):
         x = (inputs.teacher if of_teacher else inputs.logits).clone()
         marked = torch.zeros_like(x[:1, :1]).index_fill_(3, torch.tensor(1), 1.0)
@@ -205,7 +205,7 @@ def test_invalid_pixels_change_nothing(backend: str, case: Case, value: float) -
         read = F.interpolate(marked, case.pixels, mode="bilinear", align_corners=align)[0, 0] > 0
         valid = ~read.expand(case.size[0], -1, -1)
         expected = ours(case, inputs._replace(valid=valid))
-        x[..., 1] = value
+        x[..., 1] = values[torch.arange(x.shape[2]) % 3]
         spoiled = inputs._replace(valid=valid, **{"teacher" if of_teacher else "logits": x})
         found = ours(case, spoiled)
         assert valid.any() and not valid.all()

@@ -136,6 +136,7 @@ def test_dtypes_and_layouts(backend: str, dtype: torch.dtype):
     check(features.contiguous(memory_format=torch.channels_last), labels, K, False)
 
 
+@pytest.mark.on("reference", "cpu", "emulator")  # Triton chooses its vectors itself
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sixteen_bytes_at_once(backend: str, dtype: torch.dtype):
     """Rows of a multiple of 8 pixels, and pixels of a multiple of 8 channels."""
@@ -245,15 +246,12 @@ def test_half_precision_is_summed_in_float32(backend: str, label_size: Size):
 
 
 @pytest.mark.parametrize("per_image", [pytest.param(False, marks=on_cpu), True])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_features_that_no_valid_label_uses(
-    value: float, per_image: bool, backend: str, parts: None
-):
+def test_features_that_no_valid_label_uses(per_image: bool, backend: str, parts: None):
     """If they are not finite, neither are mean and variance of their channel; all else is equal."""
     features, labels = example((4, 20), (8, 60))
     labels[:, :, :30] = 255  # the next ones are between columns 9 and 10
     spoilt = features.detach().clone()
-    spoilt[:, 1, :, :9] = value
+    spoilt[:, 1:4, :, :9] = torch.tensor([torch.nan, torch.inf, -torch.inf])[:, None, None]
     results = []
     for x in (features.detach(), spoilt):
         x.requires_grad_()
@@ -262,12 +260,13 @@ def test_features_that_no_valid_label_uses(
         )
         dsums = torch.arange(sums.numel(), dtype=torch.float32).view(sums.shape)
         results.append((sums, *torch.autograd.grad(sums, x, dsums), mean, variance))
-    others = torch.arange(features.shape[1]) != 1
+    others = torch.ones(features.shape[1], dtype=torch.bool)
+    others[1:4] = False
     for i, (clean, ours) in enumerate(zip(*results, strict=True)):
         if i < 2:
             assert torch.equal(ours, clean)
         else:
-            assert torch.equal(ours[others], clean[others]) and not ours[1].isfinite()
+            assert torch.equal(ours[others], clean[others]) and not ours[1:4].isfinite().any()
 
 
 @cpu

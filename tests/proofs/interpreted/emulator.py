@@ -1,7 +1,8 @@
 """The backend whose kernels run here on the CPU: the Triton kernels in Triton's interpreter, or the
 CUDA sources in the emulator (tests/proofs/csrc). In other processes it is "".
 
-The processes that tests/proofs starts with one of them run CASES."""
+The processes that tests/proofs starts with one of them run CASES; under a sanitizer, which looks at
+kernels, CASES_OF_KERNELS."""
 
 import importlib
 import os
@@ -15,14 +16,12 @@ LIBRARY = os.environ.get("ANCHOROPS_CUDA_ON_HOST")
 BACKEND = "cuda" if LIBRARY else "triton" if TRITON_INTERPRETED else ""
 EMULATED = bool(BACKEND)
 HERE = Path(__file__).parent
-OPERATORS = (
-    "operators",
+OF_PYTORCH = ("operators", "class_moments_torch", "softmax_moments_torch")  # compile, opcheck, …
+OF_KERNELS = (
     "class_keys",
     "class_moments",
     "class_moments_backward",
-    "class_moments_torch",
     "softmax_moments",
-    "softmax_moments_torch",
     "softmax_not_finite",
     "centroid_info_nce",
     "upsampled_sums",
@@ -31,8 +30,9 @@ OPERATORS = (
     "methods",
     "every_kernel",
 )
-CASES = [HERE.parents[1] / f"test_{operator}.py" for operator in OPERATORS]
-CASES += sorted(HERE.glob("test_*.py"))
+CASES_OF_KERNELS = [HERE.parents[1] / f"test_{name}.py" for name in OF_KERNELS]
+CASES_OF_KERNELS += sorted(HERE.glob("test_*.py"))
+CASES = [*CASES_OF_KERNELS, *(HERE.parents[1] / f"test_{name}.py" for name in OF_PYTORCH)]
 
 
 def controls() -> ModuleType:
