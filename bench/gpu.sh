@@ -50,7 +50,7 @@ if [ -z "$dry_run" ]; then
     *) tail -n 3 "$log" && echo "gpu.sh: $python does not import torch: set PYTHON" && exit 2 ;;
     esac
 fi
-patience=1 failures=0 parts=0 minutes=2 rounds=2 steps=60
+patience=1 failures=0 parts=0 minutes=1.5 rounds=2 steps=60
 [ -z "$dry_run" ] || patience=5 minutes=0 rounds=1 steps=2 # a machine that has no GPU may be slow
 
 record() { # name, exit status or "absent", time limit, seconds

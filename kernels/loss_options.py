@@ -43,6 +43,7 @@ def loss_options_of(
     gamma = focal_gamma if focal_gamma > 0 else None
     if smoothing is None:
         return LossOptions(None, None, 0, None, 0, min_loss, gamma)
+    smoothing = smoothing.contiguous()
     by_image = smoothing.dim() == 3
     true_weights, all_weights = smoothing.unbind(-2)
     strides = (smoothing.stride(0), 1) if by_image else (0, 0)

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-CPU, OF_KERNELS, EVERYWHERE = (
+CPU, OF_KERNELS, EVERYWHERE, SHAPES_LOSSES = (
     ["cpu"],
     ["interpreter", "emulator"],
     ["cpu", "interpreter", "emulator"],
+    ["cpu", "interpreter"],
 )
 
 
@@ -90,6 +91,23 @@ CASES = [
                 LOGITS.to(memory_format=torch.channels_last),
                 (torch.rand(5), None, torch.rand(5), None, None, None),
                 CPU,
+            ),
+        )
+    ),
+    *(
+        case
+        for smoothing in (torch.rand(2, 5), torch.rand(2, 2, 5))
+        for shaped in ((smoothing, 0.1, 2.0, 255, False),)
+        for case in (
+            (
+                "softmax_moments",
+                SHAPES_LOSSES,
+                (LOGITS, LABELS, *shaped, *(False,) * 5, True, False),
+            ),
+            (
+                "softmax_moments_backward",
+                SHAPES_LOSSES,
+                (LOGITS, LABELS, OF_PIXELS[0], torch.rand(5), *(None,) * 5, *shaped),
             ),
         )
     ),

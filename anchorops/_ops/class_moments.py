@@ -46,8 +46,9 @@ _SCHEMA = (
     "bool with_sums) -> (Tensor sums, Tensor sqdists)"
 )
 
-# features are needed only for dsqdists. size, stride and dtype describe dfeatures. An empty stride
-# is that of torch.empty_like(features), because a traced stride may not be the one at run time.
+# features are needed only for dsqdists. size, stride and dtype describe dfeatures; size and dtype
+# are those of the features. With features the stride may be empty: then it is that of
+# torch.empty_like(features), because a traced stride may not be the one at run time.
 _BACKWARD_SCHEMA = (
     "(Tensor? features, Tensor keys, Tensor? anchors, Tensor? dsums, Tensor? dsqdists, "
     "SymInt groups, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor"

@@ -66,10 +66,10 @@ def define(
         fake: returns results without values, from the arguments.
         gradient: None if no result is differentiable.
         in_python: the caller implements every overload, from other operators.
-        any_strides: NAME and NAME_backward take floating-point tensors of any strides, and their
-            results follow those of the arguments, not constants of a trace. Then torch.compile,
-            which makes convolutions channels last, does not copy their outputs back to the layout
-            that they have in eager mode.
+        any_strides: NAME and NAME_backward take tensors of any strides, except results of other
+            operators (keys, lse), and the strides of their own results follow from them at run
+            time. Then torch.compile, which makes convolutions channels last, does not copy their
+            outputs back to the layout that they have in eager mode.
     """
     for backend in backends:
         _define(f"{name}.{backend}", schema, fake, any_strides)

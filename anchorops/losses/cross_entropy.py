@@ -158,8 +158,8 @@ def kth_largest(values: Tensor, valid: Tensor, k: int) -> Tensor:
     """The k-th largest of the valid values, float32 and not negative; −∞ if there are fewer.
 
     It neither sorts nor synchronises. The bits of non-negative floats, read as integers, have the
-    same order as the floats. Therefore three histograms, each of the next digit of those numbers
-    whose higher digits have been found, find the value exactly. NaN is treated as ∞.
+    same order as the floats. Therefore three histograms find the value exactly: each is of the
+    next digit of the numbers whose higher digits are those already found. NaN is treated as ∞.
     """
     bits = values.flatten().view(torch.int32) & 0x7FFFFFFF  # without the sign of −0 and of −NaN
     bits = torch.where(valid.flatten(), bits, -1)

@@ -214,6 +214,8 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
         aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
   };
+  STD_TORCH_CHECK(features || !stride.empty(),
+                  "class_moments_backward.cpu: stride: expected one without features");
   Tensor dfeatures = stride.empty() ? torch::stable::empty_like(*features) : empty_strided();
   if (dfeatures.numel() == 0) return dfeatures;
   check_keys("class_moments_backward.cpu", keys, dfeatures.numel() / dfeatures.size(1));

@@ -53,12 +53,13 @@ Value* data_or_null(const Tensor& output) {
   return output.numel() ? output.mutable_data_ptr<Value>() : nullptr;
 }
 
-// totals: where the sums of v are kept.
+// totals: where the sums of v are kept. smoothing becomes contiguous.
 template <class Stat>
-LossShape<Stat> loss_shape(const std::optional<Tensor>& smoothing, std::optional<double> min_loss,
+LossShape<Stat> loss_shape(std::optional<Tensor>& smoothing, std::optional<double> min_loss,
                            double focal_gamma, std::vector<Stat>& totals) {
   LossShape<Stat> shape;
   if (smoothing) {
+    smoothing = torch::stable::contiguous(*smoothing);
     const int64_t num_classes = smoothing->size(-1);
     shape.smoothing = smoothing->const_data_ptr<Stat>();
     shape.stride_b = smoothing->dim() == 3 ? smoothing->stride(0) : 0;
