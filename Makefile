@@ -30,9 +30,10 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not stress'
 
 # for changes of kernels: Triton's interpreter, the emulator of CUDA and its sanitizers, machine code,
-# and the tests that take long
+# and the tests that take long. Three processes, because a few of them take minutes, and others wait
+# behind them.
 proofs: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m slow
 
 # a failed round is run again with `--seed SEED --rounds 1`
 stress: setup

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build/on_host"
-RUNTIME = {"plain": None, "address": "libasan.so", "thread": "libtsan.so"}
+RUNTIME = {"thread": "libtsan.so", "address": "libasan.so", "plain": None}  # the longest first
 CAUGHT = 86  # the exit status of a sanitizer that has found something
 
 ROTATE = """
@@ -62,32 +62,21 @@ def _environment(flavour: str) -> dict[str, str]:
     }
 
 
-# a process for each
-FLAVOURS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in RUNTIME]
-
-
-@pytest.fixture(scope="module", params=FLAVOURS)
-def flavour(request) -> str:
+def _build(flavour: str) -> None:
     if not (shutil.which("make") and shutil.which(os.environ.get("CXX", "g++"))):
         pytest.skip("building the CUDA sources for the CPU needs make and g++")
     pytest.importorskip("pybind11", reason="the emulator's controls need pybind11")
-    _runtime(request.param)
+    _runtime(flavour)
     command = ["make", "-s", "-j", str(os.cpu_count()), "-C", str(HERE / "csrc")]
-    command += [f"FLAVOUR={request.param}", f"PYTHON={sys.executable}"]
+    command += [f"FLAVOUR={flavour}", f"PYTHON={sys.executable}"]
     made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-4000:]
-    return request.param
 
 
 def _run(flavour: str, fault: str) -> subprocess.CompletedProcess:
     library = str(BUILD / flavour / "on_host.so")
     command = [sys.executable, "-c", ROTATE, library, fault]
     return subprocess.run(command, env=_environment(flavour), capture_output=True, text=True)
-
-
-def test_a_right_kernel_passes(flavour):
-    run = _run(flavour, "NONE")
-    assert run.returncode == 0 and run.stdout == "right\n", run.stderr
 
 
 # Where and how each fault is found. Faults that no sanitizer reports make the numbers wrong: fibers
@@ -111,7 +100,9 @@ PLANTED = [
 ]
 
 
-def test_planted_faults_are_caught(flavour):
+def _check_planted_faults(flavour: str) -> None:
+    right = _run(flavour, "NONE")
+    assert right.returncode == 0 and right.stdout == "right\n", right.stderr
     for where, fault, report in PLANTED:
         if where != flavour:
             continue
@@ -123,7 +114,11 @@ def test_planted_faults_are_caught(flavour):
             assert run.returncode in caught and report in run.stderr, (fault, run.stderr)
 
 
-def test_kernels(flavour):
+# One test for each, so that one process builds its library.
+@pytest.mark.parametrize("flavour", RUNTIME)
+def test_kernels(flavour: str):
+    _build(flavour)
+    _check_planted_faults(flavour)
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
     command += map(str, CASES if flavour == "plain" else CASES_OF_KERNELS)
     run = subprocess.run(command, env=_environment(flavour), capture_output=True, text=True)

@@ -16,8 +16,10 @@ pytest.importorskip("triton", reason="CPU builds of torch do not include Triton"
 pytestmark = pytest.mark.slow
 
 
-def test_triton_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, CASES)]
+@pytest.mark.parametrize("first", [0, 1])  # two halves, for two processes
+def test_triton_interpreter(first: int):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += map(str, CASES[first::2])
     run = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "True"}, capture_output=True, text=True
     )
