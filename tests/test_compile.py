@@ -85,6 +85,7 @@ def test_batch_sizes_of_features(name: str) -> None:
     _run(OF_FEATURES[name], D)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["class_moments", "softmax_moments"])
 def test_outputs_of_convolutions_are_not_copied(name: str) -> None:
     """Inductor makes them channels last. The operator and its gradient have them as they are."""
