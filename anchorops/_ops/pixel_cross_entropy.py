@@ -97,8 +97,10 @@ def divide(total: Tensor, weights: Tensor) -> Tensor:
 
 
 def weighted(losses: Tensor, weights: Tensor) -> Tensor:
-    """weights · losses, 0 where the weight is 0, because 0 · ∞ would be NaN. A weight of 0 has the
-    loss as its derivative, if that is finite."""
+    """weights · losses, 0 where the weight is 0 or False, because 0 · ∞ would be NaN. A weight of 0
+    has the loss as its derivative, if that is finite."""
+    if weights.dtype == torch.bool:
+        return torch.where(weights, losses, 0)
     unused = weights == 0
     if weights.requires_grad:
         unused = unused & ~losses.isfinite()

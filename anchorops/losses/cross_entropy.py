@@ -123,10 +123,8 @@ class CrossEntropy(PixelLoss):
             counts = used_counts(moments)
             return {"ce": divide(loss, fixed_order_sum(self.divisors(counts, weight)))}
         valid = self.valid(logits, labels)
-        if pixel_weights is None:
-            used = valid.to(moments.losses.dtype)
-        else:  # by selection: the weights may be NaN where the label is ignored
-            used = torch.where(valid, pixel_weights, 0)
+        # by selection: the weights may be NaN where the label is ignored
+        used = valid if pixel_weights is None else torch.where(valid, pixel_weights, 0)
         of_classes = None if weight is None else weights_of_pixels(labels, weight, valid)
         if self.ohem is not None or self.ohem_kept is not None:
             own = moments.pixel_losses.detach()
@@ -135,10 +133,12 @@ class CrossEntropy(PixelLoss):
                     own = self.moments(logits, labels, Options(pixel_losses=True)).pixel_losses
             assert own is not None
             candidates = (used if of_classes is None else used * of_classes) != 0
-            used = torch.where(self._hard(own, candidates), used, 0)
+            used = torch.where(self._hard(own, candidates), used, False)
         shares = used if smoothed or of_classes is None else used * of_classes
         loss = fixed_order_sum(weighted(moments.pixel_losses, shares))
-        return {"ce": divide(loss, fixed_order_sum(self.divisors(used, of_classes)))}
+        divisors = self.divisors(used, of_classes)
+        counted = divisors.dtype == torch.bool
+        return {"ce": divide(loss, divisors.sum() if counted else fixed_order_sum(divisors))}
 
     def divisors(self, used: Tensor, weight: Tensor | None) -> Tensor:
         """What the mean divides by, from the numbers of used pixels and their class weights."""
@@ -166,7 +166,7 @@ def kth_largest(values: Tensor, valid: Tensor, k: int) -> Tensor:
     rank = torch.full((), k, device=values.device)
     found = torch.zeros_like(rank)  # the higher digits of the value
     for start, width in ((20, 11), (10, 10), (0, 10)):  # the digits: where they start, their bits
-        digits = (bits >> start) - (found << width)  # not in [0, 2^width) if a higher one differs
+        digits = (bits >> start).sub_(found << width)  # not in [0, 2^width) if a higher one differs
         counts = class_counts(digits, 2**width)
         from_here = counts.flip(0).cumsum(0).flip(0)  # how many have this digit or a larger one
         digit = ((from_here >= rank).sum() - 1).clamp(min=0)
