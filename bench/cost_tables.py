@@ -70,6 +70,8 @@ def cases() -> str:
             continue
         share = "" if own["copy_share"] is None else f"{own['copy_share']:.0%}"
         ratio = f"{other['median'] / own['median']:.1f}"
+        least, most = other["q20"] / own["q80"], other["q80"] / own["q20"]
+        ratio += f" ({least:.1f}–{most:.1f})"
         cells = [
             *plot_operators.title(own).split("\n"),
             milliseconds(own),

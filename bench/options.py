@@ -9,7 +9,7 @@ ours: above 1 we are faster. Ours and the rivals take turns for `--seconds`, `--
 more; medians are compared. Rivals are torch's functions after F.interpolate, and the classes of
 segmentation_models.pytorch and MONAI; in the cells of COMPILED also torch.compile of torch's
 formula with F.interpolate, which takes long to compile (--eager leaves it out). Labels are int64;
-with --masks those of sigmoids are uint8, as masks are stored.
+where an option says so uint8, as masks are stored.
 """
 
 import argparse
@@ -43,11 +43,12 @@ Formula = Callable[[Tensor, Tensor], Tensor]
 
 class Option(NamedTuple):
     """ours: from logits and labels. rivals: from logits of the labels' size and labels. Labels of
-    sigmoids have the logits' channels, 0 or 1."""
+    sigmoids have the logits' channels, 0 or 1; of masks they are uint8."""
 
     ours: Formula
     rivals: dict[str, Formula]
     sigmoid: bool = False
+    masks: bool = False
     upsamples: bool = False  # whether the rivals upsample the logits themselves
 
 
@@ -193,7 +194,10 @@ OPTIONS: dict[str, Option] = {
         sigmoid=True,
     ),
 }
-
+OPTIONS |= {
+    f"{name}, uint8": OPTIONS[name]._replace(masks=True)
+    for name in ("sigmoid: cross-entropy", "sigmoid: Dice")
+}
 
 VOLUMES = ("cross-entropy", "Dice", "cross-entropy + Dice")
 
@@ -209,7 +213,7 @@ def cells() -> Iterator[tuple[str, int, int, int]]:
 
 
 def inputs(
-    option: Option, num_classes: int, ratio: int, axes: int, size: int, masks: bool = False
+    option: Option, num_classes: int, ratio: int, axes: int, size: int
 ) -> tuple[Tensor, Tensor]:
     if axes == 3:
         size //= 4
@@ -221,7 +225,7 @@ def inputs(
     if option.sigmoid:
         labels = example_labels((batch * num_classes, size, size), 2, "coherent").clamp(min=0)
         labels = labels.view(batch, num_classes, size, size)
-        return logits, labels.to(torch.uint8) if masks else labels
+        return logits, labels.to(torch.uint8) if option.masks else labels
     return logits, example_labels((batch, size, size), num_classes, "coherent").clamp(min=0)
 
 
@@ -241,7 +245,7 @@ def measured(
 ) -> dict:
     """The median seconds of ours and each rival."""
     option = OPTIONS[name]
-    logits, labels = inputs(option, num_classes, ratio, axes, options.size, options.masks)
+    logits, labels = inputs(option, num_classes, ratio, axes, options.size)
     formulas: dict[str, Formula] = {"ours": option.ours}
     rivals = dict(option.rivals)
     if (num_classes, ratio) in COMPILED and not options.eager:
@@ -291,7 +295,6 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, help="of the labels")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--only", default="", help="options whose names contain this")
-    parser.add_argument("--masks", action="store_true", help="uint8 labels of sigmoids")
     options = parser.parse_args()
     memory = torch.empty(2**28)  # new memory is slow at first
     for _ in range(8):

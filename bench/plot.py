@@ -35,16 +35,18 @@ def draw(path: Path) -> None:
         figure = of(run) if section in run else None
         if figure is None:  # no such rows
             continue
-        figure.supxlabel(caption(run), fontsize=7.5, color="#555555", ha="left", x=0.01)
+        figure.supxlabel(
+            caption(run, section == "operators"), fontsize=7.5, color="#555555", ha="left", x=0.01
+        )
         picture = path.with_name(path.stem + suffix + ".png")
         figure.savefig(picture, dpi=150)
         plt.close(figure)
         print(picture)
 
 
-def caption(run: dict) -> str:
+def caption(run: dict, with_rates: bool) -> str:
     text = f"{plot_operators.machine(run)}; medians"
-    if "copy_gbps" in run:
+    if with_rates and "copy_gbps" in run:
         text += f"; copies {run['copy_gbps']:,.0f} GB/s, reads {run['read_gbps']:,.0f} GB/s"
     return text
 

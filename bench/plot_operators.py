@@ -15,14 +15,14 @@ HEADLINES = (
         "Cross-entropy at the labels' size",
         {
             "interpolate + cross_entropy": "interpolate + cross_entropy",
-            "interpolate + cross_entropy, kept pages": "the same, kept pages",
+            "interpolate + cross_entropy, kept pages": "the same, malloc keeps memory",
         },
     ),
     (
         BOTH,
         "HRNet-W48, Cityscapes",
         "Class sums and squared distances to anchors",
-        {"index_add": "permute + index_add", "class loop": "class loop"},
+        {"index_add": "index_add", "class loop": "class loop"},
     ),
 )
 
@@ -84,7 +84,7 @@ def headlines(run: dict) -> Figure | None:
             draw_headline(axis, group, formulas)
         axes[0].invert_yaxis()
         row = groups[0][0]
-        text = f"{what}, {row['dtype']}, {row['labels']} labels\n{row['shape']}: {row['sizes']}"
+        text = f"{what}, {row['dtype']}\n{row['shape']}: {row['sizes']}"
         part.suptitle(text, x=0.01, ha="left", fontsize=10)
     return figure
 

@@ -59,8 +59,8 @@ def bars(axis: Axes, rows: list[dict], shares: list[float], texts: list[str], ti
 
 
 def table(run: dict) -> str:
-    """Time and memory of every candidate, as shares of the first: the ratio of the medians, and the
-    quartiles of the ratios of each round."""
+    """Time and memory of every candidate, as shares of the first: the ratio of the medians, and of
+    the quartiles to the first's median."""
     networks = by_network(run)
     heads = ["a training step"]
     for name, _ in networks:

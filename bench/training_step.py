@@ -7,8 +7,8 @@ cross-entropy and each method. On a GPU HRNet-W48 at 512×1024, batch 8, 19 clas
 at 512×512, batch 16, 150 classes, bf16 autocast; on the CPU HRNet-W18-small and SegFormer-B0 with
 batch 2 in float32. A step is forward, backward and optimizer. The candidates take turns, a few
 steps each, in a round that is not counted and then in --rounds rounds, or in more if --minutes
-allow them. A ratio is that of the medians of all steps to those of the first candidate; its
-quartiles are those of the ratios of each round.
+allow them. A ratio is the time of the steps, their median and quartiles, divided by the median of
+the first candidate.
 --dry-run uses small images; it only tests the code.
 """
 
@@ -208,17 +208,16 @@ def rows_of(
         last = time.monotonic() - begin
     warm_up, others = rounds.pop(0), processes.cores()  # kernels were compiled in it
     memory_of = warm_up if device.type == "cpu" else rounds[-1]
+    plain = median(itertools.chain.from_iterable(turns[0].seconds for turns in rounds))
     for number, candidate in enumerate(CANDIDATES):
-        own, first = ([turns[i].seconds for turns in rounds] for i in (number, 0))
-        seconds, plain = (spread(itertools.chain.from_iterable(turns)) for turns in (own, first))
-        of_rounds = spread(median(a) / median(b) for a, b in zip(own, first, strict=True))
+        seconds = spread(itertools.chain.from_iterable(turns[number].seconds for turns in rounds))
         yield {
             "network": str(setting),
             "cross_entropy": candidate.cross_entropy,
             "methods": "+".join(candidate.methods) or "plain",
             "seconds": seconds,
             "rounds": len(rounds),
-            "ratio": of_rounds | {"median": seconds["median"] / plain["median"]},
+            "ratio": {name: value / plain for name, value in seconds.items()},
             "peak_bytes": memory_of[number].peak_bytes,
             "others": others,
         }

@@ -397,7 +397,7 @@ def test_table_of_options(tmp_path):
     of_dice = tmp_path / "dice.json"
     for command in (
         [*small, out, "--eager"],
-        [*small, of_dice, "--only", "sigmoid: Dice", "--masks"],
+        [*small, of_dice, "--only", "sigmoid: Dice, uint8"],
         ["bench/plot.py", out],
     ):
         answer = subprocess.run(
