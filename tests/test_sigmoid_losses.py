@@ -153,9 +153,16 @@ def test_every_shape(shape):
 def test_gradients_have_the_layout_of_the_logits(dtype):
     logits = torch.randn(2, 3, 6, 8, dtype=dtype).to(memory_format=torch.channels_last)
     logits.requires_grad_()
-    ao.BinaryCrossEntropy(2.0)(logits, torch.randint(0, 2, (2, 3, 24, 32))).backward()
-    assert logits.grad is not None and logits.grad.dtype == dtype
-    assert logits.grad.is_contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 2, (2, 3, 24, 32))
+    loss = ao.BinaryCrossEntropy(2.0)
+    # not of a leaf's .grad, which always has the leaf's layout
+    (gradient,) = torch.autograd.grad(loss(logits, labels), logits)
+    assert gradient.dtype == dtype
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+    (expected,) = torch.autograd.grad(loss(logits.contiguous(), labels), logits)
+    assert torch.equal(gradient, expected)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(logits, labels), logits)[0], expected)
 
 
 def test_nothing_valid():

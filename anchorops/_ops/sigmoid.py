@@ -1,6 +1,8 @@
 """Sigmoid logits as softmax moments: sigmoid(x) is the softmax of (0, x), so C independent sigmoids
 over (B, C, h, w) are B·C images of two classes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,42 @@ def labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor:
     return labels
 
 
+class _Contiguous(torch.autograd.Function):
+    """x.contiguous(), for x that is not. The gradient has the memory layout of x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.empty_like(x).copy_(grads[0])
+
+
+class _ContiguousWithTangent(_Contiguous):
+    """For forward-mode derivatives of the reference; torch.compile traces no jvp."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].contiguous()
+
+
+def _as_one_batch(logits: Tensor) -> Tensor:
+    """(B, C, …) as (B·C, …): a view, or a copy if the channels of an image are not adjacent."""
+    batch, channels = logits.shape[:2]
+    if batch > 1 and channels > 1 and logits.stride(0) != channels * logits.stride(1):
+        compiling = torch.compiler.is_compiling()
+        logits = (_Contiguous if compiling else _ContiguousWithTangent).apply(logits)
+    return logits.flatten(0, 1)
+
+
 def sigmoid_moments(
     function: str,
     logits: Tensor,
@@ -64,7 +102,7 @@ def sigmoid_moments(
     if points:
         images, image_labels = logits.t()[:, None], labels.t()
     else:
-        images, image_labels = logits.flatten(0, 1)[:, None], labels.flatten(0, 1)
+        images, image_labels = _as_one_batch(logits)[:, None], labels.flatten(0, 1)
     of_images = options._replace(ignore_index=ignore_index, per_image=True)
     moments = unchecked_moments(function, images, image_labels, of_images)
 
