@@ -101,8 +101,9 @@ def check_logits(function: str, logits: Tensor, *, sigmoid: bool = False) -> Non
         # its softmax is 1: the loss would be 0, and each prediction right
         expected = (
             "at least 2 classes in dimension 1 (for one sigmoid: pixel_binary_cross_entropy, "
-            "BinaryCrossEntropy, Dice(sigmoid=True), pixel_confusion(sigmoid=True); elsewhere give "
-            "the logits of two classes, torch.cat([torch.zeros_like(x), x], 1))"
+            "BinaryCrossEntropy, Dice(sigmoid=True), pixel_confusion(sigmoid=True), MeanIoU(1, "
+            "sigmoid=True); elsewhere give the logits of two classes, "
+            "torch.cat([torch.zeros_like(x), x], 1))"
         )
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
     if not least <= logits.shape[1] <= MAX_CLASSES:
@@ -110,13 +111,19 @@ def check_logits(function: str, logits: Tensor, *, sigmoid: bool = False) -> Non
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
 
 
+def without_channel(labels: Tensor, axes: int) -> Tensor:
+    """Labels (B, 1, …) of images and volumes, of `axes` axes without the channel, as (B, …)."""
+    if axes > 2 and isinstance(labels, Tensor) and labels.dim() == axes + 1:
+        return labels.squeeze(1)
+    return labels
+
+
 def labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Tensor:
     """The labels: integer, on the logits' device, (N,) or (B, N) as logits, or (B, H, W) or
     (B, D, H, W) of any size. Those of images and volumes may have a channel, which is removed."""
     check_strided(function, "labels", labels)
     images, axes = logits.dim() >= 4, logits.dim() - 1
-    if images and isinstance(labels, Tensor) and labels.dim() == axes + 1 and labels.shape[1] == 1:
-        labels = labels.squeeze(1)
+    labels = without_channel(labels, axes)
     if not isinstance(labels, Tensor) or labels.dim() != axes:
         _fail_labels(function, labels, logits)
     check_integers(function, "labels", labels)

@@ -13,6 +13,7 @@ from ._checks import (
     describe,
     fail,
     missing_extra,
+    without_channel,
 )
 from ._ops.confusion import check_matrix_classes, confusion_for, pixel_confusion_for
 
@@ -88,7 +89,8 @@ class MeanIoU(Metric):
             predictions: logits (B, K, h, w) or (B, K, d, h, w), floating; or classes of the labels'
                 shape, integer (a pixel whose prediction is not a class is ignored). With sigmoid
                 logits of C channels, or 0 and 1 of the labels' shape, integer or bool.
-            labels: integer, (B, H, W) or (B, D, H, W) of any size. With sigmoid 0 and 1, (B, C, …).
+            labels: integer, (B, H, W) or (B, D, H, W) of any size, also with a channel, (B, 1, …).
+                With sigmoid 0 and 1, (B, C, …); if C = 1 also (B, H, W) or (B, D, H, W).
 
         Raises:
             ValueError: wrong shape, dtype, device or label.
@@ -98,16 +100,25 @@ class MeanIoU(Metric):
             fail("MeanIoU", "predictions", "a tensor of logits or classes", describe(predictions))
         logits = predictions
         if self.sigmoid and not predictions.is_floating_point():
+            if self.num_classes == 1:
+                labels = without_channel(labels, predictions.dim())
             if not isinstance(labels, Tensor) or predictions.shape != labels.shape:
                 expected = "the labels' shape, or floating-point logits"
                 fail("MeanIoU", "predictions", expected, describe(predictions))
             known = (predictions == 0) | (predictions == 1)
             labels = torch.where(known, labels.long(), self.ignore_index)
             logits = (predictions == 1).float() - 0.5
+            if self.num_classes == 1:  # pixels, because the axis of the channel may be absent
+                logits, labels = logits.reshape(-1, 1), labels.reshape(-1, 1)
         if logits.is_floating_point():
             if logits.dim() < 2 or logits.shape[1] != self.num_classes:
                 expected = f"{self.num_classes} channels in dimension 1, as num_classes"
-                fail("MeanIoU", "predictions", expected, describe(logits))
+                if not self.sigmoid and logits.shape[1:2] == (1,):
+                    expected += " (one sigmoid: MeanIoU(1, sigmoid=True))"
+                fail("MeanIoU", "predictions", expected, describe(predictions))
+            if not self.sigmoid and logits.dim() not in (4, 5):
+                expected = "logits (B, K, h, w) or (B, K, d, h, w), or integer classes"
+                fail("MeanIoU", "predictions", expected, describe(predictions))
             options = {"sigmoid": self.sigmoid, "align_corners": self.align_corners}
             matrix = pixel_confusion_for("MeanIoU", logits, labels, **options, **given)
         else:

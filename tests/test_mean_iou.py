@@ -117,6 +117,8 @@ LOGITS, LABELS = torch.zeros(2, K, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int6
     [
         ({"predictions": None}, "predictions: expected a tensor of logits or classes, got None"),
         ({"predictions": LOGITS[:, 1:]}, "predictions: expected 6 channels .*, as num_classes"),
+        ({"predictions": LOGITS[:, :1]}, r"predictions: expected 6 .*MeanIoU\(1, sigmoid=True\)"),
+        ({"predictions": LOGITS[..., 0]}, r"predictions: expected logits \(B, K, h, w\)"),
         ({"predictions": LABELS[1:]}, r"predictions: expected an int64 tensor of shape \(2, 8, 10"),
         ({"predictions": LABELS * 1j}, "predictions: expected an integer dtype, got"),
         ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
@@ -134,7 +136,10 @@ def test_messages_of_update(arguments: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_classes": 1}, "num_classes: expected 2 to 4096 classes .*, got 1"),
+        (
+            {"num_classes": 1},
+            r"num_classes: expected 2 to 4096 classes .*MeanIoU\(1, sigmoid=True\).*, got 1",
+        ),
         ({"num_classes": 300}, "ignore_index: expected a value where num_classes > 255"),
         ({"num_classes": 0, "sigmoid": True}, "num_classes: expected an int of at least 1, got 0"),
         ({"num_classes": 3, "sigmoid": 1}, "sigmoid: expected True or False, got 1"),
@@ -145,6 +150,31 @@ def test_messages_of_update(arguments: dict[str, Any], message: str) -> None:
 def test_messages_of_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^MeanIoU: {message}"):
         ao.MeanIoU(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 9), (2, 1, 8, 9), (2, 3, 4, 5), (2, 1, 3, 4, 5)])
+def test_one_sigmoid_with_and_without_its_axis(shape: tuple[int, ...]):
+    predictions, labels = torch.randint(0, 2, shape), torch.randint(0, 2, shape)
+    hits = ((predictions == 1) & (labels == 1)).sum()
+    union = ((predictions == 1) | (labels == 1)).sum()
+    for given in (predictions, predictions.bool()):
+        metric = ao.MeanIoU(1, sigmoid=True)
+        metric.update(given, labels)
+        torch.testing.assert_close(metric.compute(), hits / union)
+    if shape[1] > 1:
+        metric.update(predictions, labels.unsqueeze(1))
+        torch.testing.assert_close(metric.compute(), hits / union)
+
+
+def test_labels_with_a_channel_beside_predictions_without():
+    predictions, labels = torch.randint(0, K, (2, 8, 9)), torch.randint(0, K, (2, 1, 8, 9))
+    found = [ao.MeanIoU(K), ao.MeanIoU(K)]
+    for metric, given in zip(found, (labels, labels[:, 0]), strict=True):
+        metric.update(predictions, given)
+    assert torch.equal(found[0].confusion, found[1].confusion)
+    assert torch.equal(ao.confusion(predictions, labels, K), found[0].confusion)
+    with pytest.raises(ValueError, match="confusion: predictions: expected an int64 tensor"):
+        ao.confusion(predictions, labels.expand(2, 2, 8, 9), K)
 
 
 def test_a_sigmoid_prediction_that_is_no_class_is_ignored():

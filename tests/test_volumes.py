@@ -154,15 +154,22 @@ def test_labels_with_a_channel(volume: bool, backend: str) -> None:
         ]
         assert torch.equal(maps[0], maps[1][:, None])
         for loss in (ao.CrossEntropy(), ao.CrossEntropyDice()):
-            assert loss(logits, with_channel, weights[:, None]) == loss(logits, labels, weights)
+            expected = loss(logits, labels, weights)
+            for given in (weights, weights[:, None]):
+                assert loss(logits, with_channel, given) == expected
         for loss in (ao.Dice(), ao.CrossEntropy(ohem_kept=9), ao.CrossEntropy(focal_gamma=1.0)):
             assert loss(logits, with_channel) == loss(logits, labels)
         matrix = ao.pixel_confusion(logits, with_channel)
         assert torch.equal(matrix, ao.pixel_confusion(logits, labels))
+        valid = {"valid": labels < K - 1}
+        teacher, size = logits.detach().flip(1), labels.shape[1:]
+        expected = ao.pixel_kl_divergence(logits, teacher, size, **valid)
+        valid = {"valid": with_channel < K - 1}
+        assert ao.pixel_kl_divergence(logits, teacher, size, **valid) == expected
     with pytest.raises(
         ValueError, match=r"pixel_weights: expected a floating tensor .*, as labels"
     ):
-        ao.CrossEntropy()(logits, with_channel, weights)
+        ao.CrossEntropy()(logits, with_channel, weights[1:])
 
 
 def test_the_rank_of_the_logits_decides() -> None:

@@ -16,6 +16,7 @@ from .._checks import (
     fail,
     labels_of_logits,
     shape_of,
+    without_channel,
 )
 from .pixel_argmax import pixel_argmax
 from .registration import define
@@ -43,12 +44,9 @@ def check_matrix_classes(function: str, argument: str, num_classes: int) -> None
         or not isinstance(num_classes, int)
         or not 2 <= num_classes <= MATRIX_CLASSES
     ):
-        fail(
-            function,
-            argument,
-            f"2 to {MATRIX_CLASSES} classes (a binary mask has two)",
-            num_classes,
-        )
+        way_out = "a binary mask has two; one sigmoid: MeanIoU(1, sigmoid=True), "
+        way_out += "pixel_confusion(sigmoid=True)"
+        fail(function, argument, f"2 to {MATRIX_CLASSES} classes ({way_out})", num_classes)
 
 
 def confusion(
@@ -65,7 +63,8 @@ def confusion(
 
     Args:
         predictions: int64, the labels' shape.
-        labels: any integer dtype, at least one axis. A pixel is ignored if its label is
+        labels: any integer dtype, at least one axis; of images and volumes also with a channel,
+            (B, 1, …), that predictions do not have. A pixel is ignored if its label is
             ignore_index or not a class, or if its prediction is not a class.
         num_classes: K, 2 to 4,096.
         ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
@@ -103,6 +102,8 @@ def confusion_for(
     if not isinstance(labels, Tensor) or labels.dim() == 0:
         fail(function, "labels", "a tensor of at least one axis", describe(labels))
     check_integers(function, "labels", labels)
+    if isinstance(predictions, Tensor):
+        labels = without_channel(labels, predictions.dim())
     check_strided(function, "predictions", predictions)
     if (
         not isinstance(predictions, Tensor)

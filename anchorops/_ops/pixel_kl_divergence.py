@@ -30,6 +30,7 @@ from .._checks import (
     check_temperature,
     describe,
     fail,
+    without_channel,
 )
 from ..reference import statistics_dtype
 from .registration import Gradient, define
@@ -169,8 +170,8 @@ def pixel_kl_divergence(
             bfloat16 or float16, with float64 logits float64. Constants: no gradient flows to it, as
             if it were detached. Logarithms of probabilities are logits too.
         size: (H, W), of volumes (D, H, W).
-        valid: bool (B, *size), any strides: the pixels to compare; by default all. Other pixels
-            change nothing, even if their logits are NaN or Inf, and have no gradient.
+        valid: bool (B, *size) or (B, 1, *size), any strides: the pixels to compare; by default all.
+            Other pixels change nothing, even if their logits are NaN or Inf, and have no gradient.
         temperature: T > 0, a normal number of float32 (at least 2⁻¹²⁶).
         align_corners: of the upsampling, as in F.interpolate.
         reduction: "mean" over the valid pixels (0 if there is none), "sum", or "none".
@@ -186,6 +187,8 @@ def pixel_kl_divergence(
         RuntimeError: a second or a forward-mode derivative was requested from a fused backend.
     """
     function = "pixel_kl_divergence"
+    if isinstance(valid, Tensor) and isinstance(logits, Tensor):
+        valid = without_channel(valid, logits.dim() - 1)
     _check_inputs(function, logits, teacher_logits, size, valid)
     check_temperature(function, temperature)
     check_flags(function, align_corners=align_corners)

@@ -102,7 +102,7 @@ class PixelLoss(Initialized):
         else:
             labels = labels_of_logits(function, labels, logits)
         if pixel_weights is not None:
-            self._check_pixel_weights(pixel_weights, given)
+            self._check_pixel_weights(pixel_weights, given, labels)
         options = self.options(logits, labels, pixel_weights)
         options = options._replace(hits=self.accuracy, outside=True)
         moments = self.moments(logits, labels, options)
@@ -130,15 +130,17 @@ class PixelLoss(Initialized):
             check_labels=self.check_labels,
         )
 
-    def _check_pixel_weights(self, pixel_weights: Tensor, labels: Tensor) -> None:
+    def _check_pixel_weights(self, pixel_weights: Tensor, given: Tensor, labels: Tensor) -> None:
+        """Of the shape of the given labels, or of `labels`, which are the same with or without a
+        channel."""
         check_strided(type(self).__name__, "pixel_weights", pixel_weights)
         if (
             not isinstance(pixel_weights, Tensor)
             or not pixel_weights.is_floating_point()
-            or pixel_weights.shape != labels.shape
+            or pixel_weights.shape not in (given.shape, labels.shape)
             or pixel_weights.device != labels.device
         ):
-            expected = f"a floating tensor {tuple(labels.shape)} on {labels.device}, as labels"
+            expected = f"a floating tensor {tuple(given.shape)} on {labels.device}, as labels"
             fail(type(self).__name__, "pixel_weights", expected, describe(pixel_weights))
 
     def _register_weight(self, weight: object, name: str = "weight") -> None:
