@@ -30,8 +30,8 @@ class AnchoropsLoss(nn.Module):
         loss_weight, loss_name: as in mmsegmentation.
         weight: of the classes, a list (mmsegmentation: class_weight). The mean is then over the
             weights of the valid pixels.
-        avg_non_ignore: False divides by all pixels, which is the default of mmsegmentation's
-            CrossEntropyLoss.
+        avg_non_ignore: False divides a cross-entropy by all pixels, which is the default of
+            mmsegmentation's CrossEntropyLoss.
         ignore_index: as the head's.
         options: of the loss, for example ohem=0.7, ohem_kept=100000 (mmsegmentation: a sampler).
     """
@@ -47,6 +47,9 @@ class AnchoropsLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        if not avg_non_ignore and loss not in ("CrossEntropy", "BinaryCrossEntropy"):
+            text = 'expected True, or the loss "CrossEntropy" or "BinaryCrossEntropy"'
+            raise ValueError(f"AnchoropsLoss: avg_non_ignore: {text}, got {loss!r}")
         if weight is not None:
             options["weight"] = torch.tensor(weight)
         self.loss = getattr(ao, loss)(ignore_index=ignore_index, **options)
@@ -55,7 +58,7 @@ class AnchoropsLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         loss = self.loss_weight * self.loss(logits, labels)
-        if not self.avg_non_ignore and self.loss.weight is None:
+        if not self.avg_non_ignore and getattr(self.loss, "weight", None) is None:
             loss = loss * (labels != self.loss.ignore_index).float().mean()
         return loss
 

@@ -133,6 +133,19 @@ def test_mmsegmentation_binary_head(mmsegmentation: dict[str, Any]):
     torch.testing.assert_close(found["acc_seg"], 100 * hits)
 
 
+def test_mmsegmentation_binary_loss_of_all_pixels(mmsegmentation: dict[str, Any]):
+    logits, labels = torch.randn(2, 1, 4, 4), torch.randint(0, 2, (2, 4, 4))
+    labels[:, :2] = 255
+    loss = mmsegmentation["AnchoropsLoss"]("BinaryCrossEntropy", avg_non_ignore=False)
+    pixels = F.binary_cross_entropy_with_logits(
+        logits[:, 0], labels.clamp(max=1).float(), reduction="none"
+    )
+    torch.testing.assert_close(loss(logits, labels), (pixels * (labels != 255)).mean())
+    for kind in ("Dice", "CrossEntropyDice"):
+        with pytest.raises(ValueError, match=rf"avg_non_ignore: expected True, .* got '{kind}'"):
+            mmsegmentation["AnchoropsLoss"](kind, avg_non_ignore=False)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

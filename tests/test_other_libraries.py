@@ -75,6 +75,7 @@ def names(kind: str, given: SimpleNamespace) -> dict[str, Any]:
     else:
         one_hot = torch.stack([labels == k for k in range(given.K)], 1).to(torch.uint8)
         one_hot[(labels == 255)[:, None].expand(one_hot.shape)] = 255
+        by_channel = w.view(-1, 1, 1).expand(one_hot.shape)
     return {
         "ao": ao,
         "torch": torch,
@@ -150,6 +151,17 @@ def test_every_argument_has_a_row(section: str, library: Any):
         assert not missing, (name, missing)
 
 
+def test_every_argument_of_mmsegmentation_has_a_row():
+    """Of version 1.2.2."""
+    arguments = (
+        "use_sigmoid use_mask reduction class_weight loss_weight loss_name avg_non_ignore "
+        "activate naive_dice eps gamma alpha smooth beta ignore_index ignore_label thres min_kept"
+    )
+    cells = re.findall(r"^\| ([^|]+) \|", SECTIONS_OF_ARGUMENTS["mmsegmentation"], re.M)
+    listed = {name for cell in cells for name in re.findall(r"`(\w+)[`=]", cell)}
+    assert not set(arguments.split()) - listed
+
+
 MMSEGMENTATION = (
     "CrossEntropyLoss DiceLoss FocalLoss LovaszLoss TverskyLoss OhemCrossEntropy BoundaryLoss "
     "HuasdorffDisstanceLoss SiLogLoss KLDivLoss Accuracy"
@@ -184,7 +196,10 @@ def one_hot_of(labels: Tensor, classes: int) -> Tensor:
 
 
 def mmseg_cross_entropy(
-    use_sigmoid: bool = False, avg_non_ignore: bool = False, class_weight: Tensor | None = None
+    use_sigmoid: bool = False,
+    avg_non_ignore: bool = False,
+    class_weight: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """cross_entropy_loss.py"""
 
@@ -199,6 +214,8 @@ def mmseg_cross_entropy(
         else:
             valid = label != 255
             losses = F.cross_entropy(pred, label, class_weight, ignore_index=255, reduction="none")
+        if reduction == "sum":
+            return losses.sum()
         if class_weight is not None:
             return losses.sum() / class_weight[label].sum()
         return losses.sum() / (valid.sum() if avg_non_ignore else valid.numel())
@@ -256,7 +273,9 @@ def mmseg_tversky(
     return loss
 
 
-def mmseg_focal(gamma: float, alpha: float, ignore_index: int) -> Callable:
+def mmseg_focal(
+    gamma: float, alpha: float, ignore_index: int = 255, class_weight: Tensor | None = None
+) -> Callable:
     """focal_loss.py: py_sigmoid_focal_loss"""
 
     def loss(pred: Tensor, target: Tensor) -> Tensor:
@@ -264,6 +283,8 @@ def mmseg_focal(gamma: float, alpha: float, ignore_index: int) -> Callable:
         wrong = (1 - p) * one_hot + p * (1 - one_hot)
         weight = (alpha * one_hot + (1 - alpha) * (1 - one_hot)) * wrong**gamma
         losses = F.binary_cross_entropy_with_logits(pred, one_hot, reduction="none") * weight
+        if class_weight is not None:
+            losses = losses * class_weight.view(-1, 1, 1)
         return (losses * (target != ignore_index)[:, None]).mean()
 
     return loss
