@@ -49,6 +49,7 @@ class Option(NamedTuple):
     rivals: dict[str, Formula]
     sigmoid: bool = False
     masks: bool = False
+    compiled: bool = True  # whether torch's formula is compiled too, in the cells of COMPILED
     upsamples: bool = False  # whether the rivals upsample the logits themselves
 
 
@@ -93,6 +94,20 @@ def dice(z: Tensor, y: Tensor) -> Tensor:
 
 def bce(z: Tensor, y: Tensor, **options: object) -> Tensor:
     return F.binary_cross_entropy_with_logits(z, y.to(z.dtype), **options)  # pyright: ignore
+
+
+def binary_smoothed(z: Tensor, y: Tensor) -> Tensor:
+    return bce(z, y.to(z.dtype) * (1 - SMOOTHING) + SMOOTHING / 2)
+
+
+def binary_ohem(z: Tensor, y: Tensor) -> Tensor:
+    losses = bce(z, y, reduction="none")
+    return losses[losses.detach() >= -math.log(BOUND)].mean()
+
+
+def binary_weighted(z: Tensor, y: Tensor) -> Tensor:
+    weights = pixel_weights(y)
+    return (bce(z, y, reduction="none") * weights).sum() / weights.sum()
 
 
 def binary_focal(z: Tensor, y: Tensor) -> Tensor:
@@ -179,6 +194,30 @@ OPTIONS: dict[str, Option] = {
         {"torch": bce, "smp": of_floats(lambda: smp.SoftBCEWithLogitsLoss())},
         sigmoid=True,
     ),
+    "sigmoid: pos_weight": Option(
+        ao.BinaryCrossEntropy(2.0),
+        {"torch": lambda z, y: bce(z, y, pos_weight=torch.tensor(2.0))},
+        sigmoid=True,
+        compiled=False,
+    ),
+    "sigmoid: label smoothing": Option(
+        ao.BinaryCrossEntropy(label_smoothing=SMOOTHING),
+        {
+            "torch": binary_smoothed,
+            "smp": of_floats(lambda: smp.SoftBCEWithLogitsLoss(smooth_factor=SMOOTHING / 2)),
+        },
+        sigmoid=True,
+        compiled=False,
+    ),
+    "sigmoid: OHEM, threshold": Option(
+        ao.BinaryCrossEntropy(ohem=BOUND), {"torch": binary_ohem}, sigmoid=True, compiled=False
+    ),
+    "sigmoid: pixel weights": Option(
+        lambda x, y: ao.BinaryCrossEntropy()(x, y, pixel_weights(y)),
+        {"torch": binary_weighted},
+        sigmoid=True,
+        compiled=False,
+    ),
     "sigmoid: focal": Option(
         ao.BinaryCrossEntropy(focal_gamma=GAMMA),
         {"torch": binary_focal, "smp": of_floats(lambda: smp.FocalLoss("multilabel", gamma=GAMMA))},
@@ -248,7 +287,7 @@ def measured(
     logits, labels = inputs(option, num_classes, ratio, axes, options.size)
     formulas: dict[str, Formula] = {"ours": option.ours}
     rivals = dict(option.rivals)
-    if (num_classes, ratio) in COMPILED and not options.eager:
+    if option.compiled and (num_classes, ratio) in COMPILED and not options.eager:
         rivals["compiled"] = option.rivals["torch"]
     for rival, formula in rivals.items():
 

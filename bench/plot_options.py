@@ -20,10 +20,10 @@ def draw(run: dict) -> Figure:
     }
     heights = [len({row["option"] for row in rows}) for rows in groups.values()]
     figure, axes = plt.subplot_mosaic(
-        [["classes", "classes"], ["channels", "classes\n3-D"]],
-        figsize=(10, 7.4),
+        [["classes", "classes"], ["channels", "classes\n3-D"], ["channels", "."]],
+        figsize=(10, 8.4),
         layout="constrained",
-        height_ratios=heights[:2],
+        height_ratios=[heights[0], heights[2], max(heights[1] - heights[2], 1)],
         width_ratios=(8, 1),
     )
     for what, rows in groups.items():
