@@ -46,6 +46,7 @@ training, whose learning rate decays to 0 at its end. The tables show mean ± st
 n seeds in %. "To plain" is the difference to the plain network of the same seeds. Head, body and
 tail are the four most frequent classes, the next four and the last three. "From scratch" is
 `--setting from-scratch`; the others have the published weights. CR is SAR with fixed anchors.
+Bands in the pictures are one standard deviation; a line without a band has one seed.
 
 A network has converged at a horizon if the next horizon adds less than {converged:g} point to the
 mIoU of plain.
@@ -142,6 +143,7 @@ def curves(rows: Sequence[Row]) -> Figure:
         axes[0].set_ylabel("IoU on validation scenes, %")
     for axis in grid[-1]:
         axis.set_xlabel("step")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
     columns = math.ceil(len(lines) / math.ceil(len(lines) / 6))  # of rows of equal length
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False)
     return figure
@@ -161,7 +163,8 @@ def _picture(scenes: str, model: str) -> str:
 def _spread(values: Sequence[float], sign: str = "") -> str:
     percent = [100 * value for value in values]
     spread = f" ± {stdev(percent):.1f}" if len(percent) > 1 else ""
-    return f"{fmean(percent):{sign}.1f}{spread}".replace("-", "−")
+    mean = round(fmean(percent), 1) + 0.0  # not −0
+    return f"{mean:{sign}.1f}{spread}".replace("-", "−")
 
 
 def _plain_by_horizon(rows: Sequence[Row]) -> str:
