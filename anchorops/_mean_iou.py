@@ -10,6 +10,7 @@ from ._checks import (
     check_flags,
     check_ignore_index,
     check_integers,
+    check_strided,
     describe,
     fail,
     missing_extra,
@@ -100,16 +101,19 @@ class MeanIoU(Metric):
             fail("MeanIoU", "predictions", "a tensor of logits or classes", describe(predictions))
         logits = predictions
         if self.sigmoid and not predictions.is_floating_point():
+            check_strided("MeanIoU", "labels", labels)
             if self.num_classes == 1:
                 labels = without_channel(labels, predictions.dim())
             if not isinstance(labels, Tensor) or predictions.shape != labels.shape:
                 expected = "the labels' shape, or floating-point logits"
                 fail("MeanIoU", "predictions", expected, describe(predictions))
+            if labels.dtype != torch.bool:
+                check_integers("MeanIoU", "labels", labels)
             known = (predictions == 0) | (predictions == 1)
             labels = torch.where(known, labels.long(), self.ignore_index)
             logits = (predictions == 1).float() - 0.5
-            if self.num_classes == 1:  # pixels, because the axis of the channel may be absent
-                logits, labels = logits.reshape(-1, 1), labels.reshape(-1, 1)
+            if self.num_classes == 1 and logits.dim() in (3, 4) and logits.shape[1] != 1:
+                logits, labels = logits.unsqueeze(1), labels.unsqueeze(1)  # (B, H, W), (B, D, H, W)
         if logits.is_floating_point():
             if logits.dim() < 2 or logits.shape[1] != self.num_classes:
                 expected = f"{self.num_classes} channels in dimension 1, as num_classes"

@@ -1,6 +1,8 @@
 """Losses of sigmoid logits, one channel or several, compared with torch, torchvision and
 torchmetrics."""
 
+import io
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,6 +165,26 @@ def test_gradients_have_the_layout_of_the_logits(dtype):
     assert torch.equal(gradient, expected)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(logits, labels), logits)[0], expected)
+
+
+def test_channels_last_in_batched_gradients_and_traces():
+    logits = torch.randn(2, 3, 6, 8).to(memory_format=torch.channels_last).requires_grad_()
+    labels = torch.randint(0, 2, (2, 3, 24, 32))
+
+    def losses(x: torch.Tensor) -> torch.Tensor:
+        return ao.pixel_binary_cross_entropy(x, labels, reduction="none").mean((0, 2, 3))
+
+    found, expected = (
+        torch.autograd.grad(losses(x), x, torch.eye(3), is_grads_batched=True)[0]
+        for x in (logits, logits.detach().contiguous().requires_grad_())
+    )
+    assert torch.equal(found, expected)
+    traced, buffer = torch.jit.trace(losses, logits.detach()), io.BytesIO()
+    torch.jit.save(traced, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.jit.load(buffer)(logits.detach()), losses(logits.detach()))
+    nothing = torch.randn(2, 6, 4, 3)[:, :3, :0].requires_grad_()
+    assert ao.BinaryCrossEntropy()(nothing, labels[:, :, :0]) == 0
 
 
 def test_nothing_valid():

@@ -134,7 +134,6 @@ def _check_inputs(
         if x.numel() == 0 and batch * math.prod(size) > 0:
             fail(function, argument, "at least one pixel per image", f"shape {tuple(x.shape)}")
     if valid is not None:
-        check_strided(function, "valid", valid)
         shape = (batch, *size)
         if not isinstance(valid, Tensor) or valid.shape != shape or valid.dtype != torch.bool:
             fail(function, "valid", f"a bool tensor {shape}, or None", describe(valid))
@@ -187,6 +186,7 @@ def pixel_kl_divergence(
         RuntimeError: a second or a forward-mode derivative was requested from a fused backend.
     """
     function = "pixel_kl_divergence"
+    check_strided(function, "valid", valid)
     if isinstance(valid, Tensor) and isinstance(logits, Tensor):
         valid = without_channel(valid, logits.dim() - 1)
     _check_inputs(function, logits, teacher_logits, size, valid)

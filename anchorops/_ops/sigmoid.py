@@ -45,26 +45,26 @@ def labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor:
 
 
 class _Contiguous(torch.autograd.Function):
-    """x.contiguous(), for x that is not. The gradient has the memory layout of x."""
+    """A contiguous copy of x, whose gradient is channels last if x is."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return x.contiguous()
+        return x.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.channels_last = inputs[0].stride(1) < inputs[0].stride(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.empty_like(x).copy_(grads[0])
+        (grad,) = grads
+        return grad.movedim(1, -1).contiguous().movedim(-1, 1) if ctx.channels_last else grad
 
 
 class _ContiguousWithTangent(_Contiguous):
-    """For forward-mode derivatives of the reference; torch.compile traces no jvp."""
+    """For forward-mode derivatives of the reference, because torch.compile traces no jvp."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
@@ -74,7 +74,9 @@ class _ContiguousWithTangent(_Contiguous):
 def _as_one_batch(logits: Tensor) -> Tensor:
     """(B, C, …) as (B·C, …): a view, or a copy if the channels of an image are not adjacent."""
     batch, channels = logits.shape[:2]
-    if batch > 1 and channels > 1 and logits.stride(0) != channels * logits.stride(1):
+    copied = batch > 1 and channels > 1 and logits.stride(0) != channels * logits.stride(1)
+    # torch.jit cannot save a traced Function
+    if copied and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         compiling = torch.compiler.is_compiling()
         logits = (_Contiguous if compiling else _ContiguousWithTangent).apply(logits)
     return logits.flatten(0, 1)
