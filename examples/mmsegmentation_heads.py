@@ -47,8 +47,9 @@ class AnchoropsLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if not avg_non_ignore and loss not in ("CrossEntropy", "BinaryCrossEntropy"):
-            text = 'expected True, or the loss "CrossEntropy" or "BinaryCrossEntropy"'
+        hard = "ohem" in options or "ohem_kept" in options
+        if not avg_non_ignore and (hard or loss not in ("CrossEntropy", "BinaryCrossEntropy")):
+            text = 'expected True, or "CrossEntropy" or "BinaryCrossEntropy" without OHEM'
             raise ValueError(f"AnchoropsLoss: avg_non_ignore: {text}, got {loss!r}")
         if weight is not None:
             options["weight"] = torch.tensor(weight)

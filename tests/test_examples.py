@@ -144,6 +144,8 @@ def test_mmsegmentation_binary_loss_of_all_pixels(mmsegmentation: dict[str, Any]
     for kind in ("Dice", "CrossEntropyDice"):
         with pytest.raises(ValueError, match=rf"avg_non_ignore: expected True, .* got '{kind}'"):
             mmsegmentation["AnchoropsLoss"](kind, avg_non_ignore=False)
+    with pytest.raises(ValueError, match=r"avg_non_ignore: expected True, .* without OHEM"):
+        mmsegmentation["AnchoropsLoss"](avg_non_ignore=False, ohem=0.7)
 
 
 @pytest.mark.parametrize(
