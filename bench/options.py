@@ -7,9 +7,9 @@ Rows are options, columns the number of classes K (for sigmoids: of channels) an
 labels' size to that of the logits; the volume is 32³ → 128³. A cell is the rival's time divided by
 ours: above 1 we are faster. Ours and the rivals take turns for `--seconds`, `--rounds` times or
 more; medians are compared. Rivals are torch's functions after F.interpolate, and the classes of
-segmentation_models.pytorch and MONAI; in the cells of COMPILED also torch.compile of torch's
-formula with F.interpolate, which takes long to compile (--eager leaves it out). Labels are int64;
-where an option says so uint8, as masks are stored.
+segmentation_models.pytorch and MONAI; for most options, in the cells of COMPILED, also
+torch.compile of torch's formula with F.interpolate, which takes long to compile (--eager leaves it
+out). Labels are int64; where an option says so uint8, as masks are stored.
 """
 
 import argparse
