@@ -24,11 +24,18 @@ def file_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout; without git, $ANCHOROPS_COMMIT."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """The commit of the checkout, with "-dirty" if more than the committed results was changed;
+    without git, $ANCHOROPS_COMMIT."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=ROOT, text=True, capture_output=True).stdout.strip()
+
     told = ""
     if shutil.which("git"):
-        told = subprocess.run(command, cwd=ROOT, text=True, capture_output=True).stdout.strip()
+        told = git("rev-parse", "--short", "HEAD")
+        if told and git("status", "--porcelain", "-uno", "--", ".", ":!bench/results"):
+            told += "-dirty"
     return told or os.environ.get("ANCHOROPS_COMMIT", "unknown")
 
 
