@@ -139,11 +139,11 @@ def curves(rows: Sequence[Row]) -> Figure:
                     axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
         for axis, name in zip(axes, MEASURES, strict=True):
             axis.set_title(f"{TITLES[name]}, {steps:,} steps", fontsize=10)
+            axis.xaxis.set_major_formatter("{x:,.0f}")
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("IoU on validation scenes, %")
     for axis in grid[-1]:
         axis.set_xlabel("step")
-        axis.xaxis.set_major_formatter("{x:,.0f}")
     columns = math.ceil(len(lines) / math.ceil(len(lines) / 6))  # of rows of equal length
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False)
     return figure
