@@ -180,6 +180,7 @@ def softmax_moments(
     logits: Tensor,
     labels: Tensor,
     smoothing: Tensor | None,
+    pixel_weights: Tensor | None,
     min_loss: float | None,
     focal_gamma: float,
     ignore_index: int,
@@ -192,7 +193,7 @@ def softmax_moments(
     with_lse: bool,
     with_outside: bool,
 ) -> tuple[Tensor, ...]:
-    """See _ops/softmax_moments.py. with_outside is False: it is for the backend cpu.
+    """See _ops/softmax_moments.py. Without pixel_weights and outside: they are for the backend cpu.
 
     In addition to the results it needs memory for the partials: for each statistic one row [K] for
     each tile, or fewer rows if these would take more than 16 MiB and 1/8 of the logits. Logits
@@ -207,7 +208,7 @@ def softmax_moments(
     def pixel_map(wanted: bool) -> Tensor:
         return logits.new_empty(labels.shape if wanted else (0,), dtype=torch.float32)
 
-    assert not with_outside
+    assert pixel_weights is None and not with_outside
     counts, hits, used = zeros(True), zeros(with_hits), zeros(min_loss is not None)
     outside = zeros(False)
     pixel_losses, lse = pixel_map(with_pixel_losses), pixel_map(with_lse)

@@ -261,6 +261,7 @@ def softmax_moments_backward(
     dpixel_losses: Tensor | None,
     dlse: Tensor | None,
     smoothing: Tensor | None,
+    pixel_weights: Tensor | None,
     min_loss: float | None,
     focal_gamma: float,
     ignore_index: int,

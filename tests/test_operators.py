@@ -25,7 +25,7 @@ DSUMS, DSQDISTS = torch.randn(6, 6), torch.randn(6)
 QUERIES, POSITIVES, PRESENT = leaf(6, 5), torch.randn(6, 5), torch.rand(6) < 0.7
 LOGITS, OF_PIXELS = torch.randn(2, 5, 2, 3), torch.randn(3, 2, 8, 12)
 TEACHER, VALID = torch.randn(2, 5, 2, 6), torch.rand(2, 8, 12) < 0.5
-PLAIN = (None, None, 0.0)  # without smoothing, smallest loss and focal factor
+PLAIN = (None, None, None, 0.0)  # no smoothing, pixel weights, smallest loss and focal factor
 CASES = [
     *(("class_keys", EVERYWHERE, (BYTES, 4, 5, 5, per_image, 255)) for per_image in (False, True)),
     *(
@@ -97,7 +97,7 @@ CASES = [
     *(
         case
         for smoothing in (torch.rand(2, 5), torch.rand(2, 2, 5))
-        for shaped in ((smoothing, 0.1, 2.0, 255, False),)
+        for shaped in ((smoothing, None, 0.1, 2.0, 255, False),)
         for case in (
             (
                 "softmax_moments",
@@ -123,6 +123,26 @@ CASES = [
         "pixel_kl_divergence_backward",
         ["cpu", "interpreter", "triton"],
         (LOGITS, TEACHER, VALID, *OF_PIXELS[:2], torch.tensor(2.0), None, 2.0, False),
+    ),
+    *(
+        case
+        for least in (None, 0.1)
+        for weights, rest in ((leaf(*LABELS.shape), (least, 2.0, 255, False)),)
+        for case in (
+            (
+                "softmax_moments",
+                CPU,
+                (leaf(2, 5, 2, 3), LABELS, None, weights, *rest, *(False,) * 7),
+            ),
+            (
+                "softmax_moments_backward",
+                CPU,
+                (
+                    *(LOGITS, LABELS, OF_PIXELS[0], torch.rand(5), *(None,) * 6),
+                    *(weights.detach(), *rest),
+                ),
+            ),
+        )
     ),
     ("pixel_argmax", EVERYWHERE, (LOGITS, 8, 12, False)),
     ("pixel_argmax", CPU, (torch.randn(2, 5, 4, 6), 16, 13, True)),

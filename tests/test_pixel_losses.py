@@ -122,15 +122,14 @@ def test_kth_largest_is_that_of_sorting():
     values = torch.rand(1000) * torch.logspace(-30, 5, 1000)
     values[:50] = values[50]  # equal ones
     values[60:80] = 0
-    valid = torch.rand(1000) < 0.7
-    ordered = values[valid].sort(descending=True).values
+    ordered = values.sort(descending=True).values
     for k in (1, 2, 10, 333, len(ordered)):
-        assert kth_largest(values, valid, k) == ordered[k - 1]
-    assert kth_largest(values, valid, len(ordered) + 1) == -math.inf
-    assert kth_largest(values, torch.zeros_like(valid), 1) == -math.inf
-    values[valid.nonzero()[0]] = math.nan
-    assert kth_largest(values, valid, 1) == math.inf
-    assert kth_largest(values, valid, 2) == ordered[ordered != values[valid][0]][0]
+        assert kth_largest(values, k) == ordered[k - 1]
+    assert kth_largest(values, len(ordered) + 1) == 0
+    assert kth_largest(values[:0], 1) == 0
+    values[500] = math.nan
+    assert kth_largest(values, 1) == math.inf
+    assert kth_largest(values, 2) == values[~values.isnan()].max()
 
 
 @pytest.mark.parametrize(
@@ -299,17 +298,39 @@ def test_wrong_inputs():
         ao.Dice(classes=[7])(logits, labels)
 
 
-def test_weights_of_pixels_have_a_gradient():
-    logits, z, labels = inputs()
-    ours, theirs = (torch.rand(labels.shape).double() for _ in range(2))
-    theirs = ours.clone()
-    for weights in (ours, theirs):
-        weights[:, ::2] = 0
-        weights.requires_grad_()
-    ao.CrossEntropy()(logits, labels, ours).backward()
-    losses = F.cross_entropy(z, labels, reduction="none")
-    ((theirs * losses).sum() / theirs.sum()).backward()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_of_pixels_have_a_gradient(dtype):
+    logits, z, labels = inputs(dtype)
+    labels = ignoring(labels)
+    ours = torch.rand(labels.shape).where(labels != 1, 0)
+    theirs = ours.clone().requires_grad_()
+    ours.requires_grad_()
+    loss = ao.CrossEntropy()(logits, labels, ours)
+    losses = F.cross_entropy(z, labels, reduction="none", ignore_index=255)
+    expected = (theirs * losses).sum() / theirs.where(labels != 255, 0).sum()
+    check(loss, expected, logits)
+    loss.backward()
+    expected.backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.on("cpu", "interpreter", "triton")
+@pytest.mark.parametrize("shape", [(2, K, 3, 4), (1, K, 2, 3, 4)])
+@pytest.mark.parametrize(
+    "options", [{}, {"ohem_kept": 20}, {"ohem": 0.5}, {"ohem": 0.5, "focal_gamma": 1.0}]
+)
+def test_weights_of_pixels_on_each_backend(options, shape, backend):
+    logits = torch.randn(shape, requires_grad=True)
+    labels = ignoring(torch.randint(0, K, (shape[0], *(2 * n for n in shape[2:]))))
+    weights = torch.rand(labels.shape).where(labels > 0, 0).where(labels != 255, torch.nan)
+    weights.requires_grad_()
+    loss = ao.CrossEntropy(**options)
+    found = loss(logits, labels, weights)
+    with ao.use_backend("reference"):
+        expected = loss(logits, labels, weights)
+    torch.testing.assert_close(found, expected)
+    found, expected = (torch.autograd.grad(x, (logits, weights)) for x in (found, expected))
+    torch.testing.assert_close(found, expected)
 
 
 def test_hard_examples_are_not_those_of_weight_0():

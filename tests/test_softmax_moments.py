@@ -176,6 +176,9 @@ SHAPED = [
     Case((2, 3, 2, 1), (40, 3), smoothing="image and class", focal_gamma=2.0),
     # the factor of losses near 0 and far above
     Case((1, 5, 4, 6), (16, 24), asked=CE, scale=27.0, smoothing="class", focal_gamma=1.2),
+    Case((2, 5, 3, 4), (12, 16), asked=("pixel_losses",), per_image=True, pixel_weights=True),
+    Case((30, 4), (), asked=CE, pixel_weights=True, min_loss=1.0),
+    Case((2, 3, 3, 4), (7, 9), asked=CE, smoothing="class", min_loss=1.0, pixel_weights=True),
 ]  # fmt: skip
 SHAPES: list[dict[str, Any]] = [
     {"asked": CE, "smoothing": "class"},
@@ -185,6 +188,8 @@ SHAPES: list[dict[str, Any]] = [
     {"asked": CE, "min_loss": 0.8},
     {"smoothing": "class", "focal_gamma": 3.0, "min_loss": 0.5},
     {"asked": ("masses",), "smoothing": "image and class", "per_image": True},
+    {"asked": CE, "pixel_weights": True},
+    {"smoothing": "class", "focal_gamma": 3.0, "min_loss": 0.5, "pixel_weights": True},
 ]
 SHAPED_OF_CPU = [
     case._replace(**shape)
@@ -215,6 +220,7 @@ STEEP_AND_SHAPED = [
         {"smoothing": "class"},
         {"smoothing": "class", "focal_gamma": 2.0},
         {"focal_gamma": 1.5},
+        {"focal_gamma": 1.5, "pixel_weights": True},
     )
 ]
 

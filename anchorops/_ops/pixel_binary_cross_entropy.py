@@ -13,11 +13,9 @@ from .pixel_cross_entropy import (
     mixture,
     pixel_weights,
     used_counts,
-    valid_pixels,
-    weighted,
 )
 from .sigmoid import labels_of_channels, sigmoid_moments
-from .softmax_moments import Options
+from .softmax_moments import Options, valid_pixels, weighted
 
 
 def pixel_binary_cross_entropy(

@@ -13,7 +13,7 @@ from .._checks import (
     fail,
 )
 from ..reference import SoftmaxMoments, fixed_order_sum, statistics_dtype
-from .softmax_moments import Options, moments_for
+from .softmax_moments import Options, moments_for, valid_pixels, weighted
 
 
 def pixel_cross_entropy(
@@ -96,17 +96,6 @@ def divide(total: Tensor, weights: Tensor) -> Tensor:
     return torch.where(unused, 0, total) / torch.where(unused, 1, weights)
 
 
-def weighted(losses: Tensor, weights: Tensor) -> Tensor:
-    """weights · losses, 0 where the weight is 0 or False, because 0 · ∞ would be NaN. A weight of 0
-    has the loss as its derivative, if that is finite."""
-    if weights.dtype == torch.bool:
-        return torch.where(weights, losses, 0)
-    unused = weights == 0
-    if weights.requires_grad:
-        unused = unused & ~losses.isfinite()
-    return weights * torch.where(unused, 0, losses)
-
-
 def mixture(
     weight: Tensor | None, label_smoothing: float, num_classes: int, logits: Tensor
 ) -> Tensor | None:
@@ -130,14 +119,6 @@ def used_counts(moments: SoftmaxMoments) -> Tensor:
     """The number of pixels in each class's loss, in the losses' dtype."""
     counts = moments.counts if moments.used is None else moments.used
     return counts.to(moments.losses.dtype)
-
-
-def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    unsigned = labels.dtype in (torch.uint16, torch.uint32, torch.uint64)  # cannot be compared
-    if unsigned or num_classes > torch.iinfo(labels.dtype).max:  # or num_classes would overflow
-        labels = labels.long()
-    valid = (labels >= 0) & (labels < num_classes)
-    return valid & (labels != ignore_index) if 0 <= ignore_index < num_classes else valid
 
 
 def pixel_weights(labels: Tensor, weight: Tensor, valid: Tensor) -> Tensor:

@@ -101,12 +101,18 @@ def sigmoid_moments(
         check_label_values(function, labels, 2, ignore_index)
     points = logits.dim() == 2
     batch, channels = (1 if points else logits.shape[0]), logits.shape[1]
-    if points:
-        images, image_labels = logits.t()[:, None], labels.t()
-    else:
-        images, image_labels = _as_one_batch(logits)[:, None], labels.flatten(0, 1)
-    of_images = options._replace(ignore_index=ignore_index, per_image=True)
-    moments = unchecked_moments(function, images, image_labels, of_images)
+    images = (logits.t() if points else _as_one_batch(logits))[:, None]
+
+    def of_images(pixel_map: Tensor) -> Tensor:
+        return pixel_map.t() if points else pixel_map.flatten(0, 1)
+
+    weights = options.pixel_weights
+    options_of_images = options._replace(
+        pixel_weights=None if weights is None else of_images(weights),
+        ignore_index=ignore_index,
+        per_image=True,
+    )
+    moments = unchecked_moments(function, images, of_images(labels), options_of_images)
 
     def by_channel(statistic: Tensor | None) -> Tensor | None:
         if statistic is None:

@@ -5,21 +5,22 @@ Let z be the logits upsampled bilinearly to the labels' size, p = softmax_k z, y
 valid pixels q:
 
     counts[k] = #{q ∈ V : y = k}                 hits[k] = #{q ∈ V : y = k = argmax z}
-    losses[k] = Σ_{q ∈ V, y = k} L_q             overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
+    losses[k] = Σ_{q ∈ V, y = k} w_q·L_q         overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
     masses[k] = Σ_{q ∈ V} p_k(q)                 squares[k] = Σ_{q ∈ V} p_k(q)²
     pixel_losses[q] = L_q                        lse[q] = log Σ_k e^{z_k(q)};  0 where ignored
-    used[k] = #{q ∈ V : y = k and not c < min_loss}
+    used[k] = Σ_{q ∈ V, y = k, not c < min_loss} w_q
     outside = #{q : y is neither a class nor ignore_index}
 
     L_q = m·(a_y·c + Σ_k v_k·(−log p_k))         c = −log p_y
     m   = (1 − e^{−c})^γ,  0 where c < min_loss
 
 L is c without the options: a = 1 and v = 0 without label smoothing, m = 1 without a focal factor
-and a smallest loss.
+and a smallest loss. w are the pixel weights, 1 if not given. w_q·L_q is 0 where w_q = 0, even if
+L_q = ∞.
 
     dz_k = (α + β·Σ_j v_j + dlse[q])·p_k − α·[y = k] − β·v_k + p_k·(u_k − Σ_j p_j u_j)
     α    = d·(m·a_y + dm/dc·(a_y·c + Σ_k v_k·(−log p_k))),  β = d·m
-    d    = dlosses[y] + dpixel_losses[q],  0 where ignored, like dlse
+    d    = w_q·dlosses[y] + dpixel_losses[q],  0 where ignored, like dlse
     u_k  = dmasses[k] + [y = k]·doverlaps[k] + 2·p_k·dsquares[k]
     dlogits = the transpose of the upsampling, of dz
 
@@ -28,6 +29,8 @@ needs no lse for two classes on the CPU: p is then a function of the difference 
 
 Logits of one channel are those of a sigmoid: the classes are 0 and 1, and z = (0, x).
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -46,6 +49,7 @@ from .._checks import (
     shape_of,
 )
 from ..reference import SoftmaxMoments, statistics_dtype
+from .class_moments import unchecked_moments as class_sums
 from .registration import Gradient, define
 
 
@@ -54,10 +58,12 @@ class Options(NamedTuple):
 
     smoothing: a and v as the rows of [2, K], or of each image, [B, 2, K]; of at least 0, in the
         statistics' dtype, contiguous. Classes of v_k = 0 are left out of the sum over the classes.
+    pixel_weights: w, of the labels' shape and any strides, in the statistics' dtype.
     min_loss: pixels of smaller −log p_y are not used in the losses; NaN is not smaller.
     """
 
     smoothing: Tensor | None = None
+    pixel_weights: Tensor | None = None
     min_loss: float | None = None
     focal_gamma: float = 0.0
     ignore_index: int = 255
@@ -75,15 +81,25 @@ class Options(NamedTuple):
         """Whether L is not just −log p_y."""
         return self.smoothing is not None or self.min_loss is not None or self.focal_gamma > 0
 
+    def only(self, **asked: bool) -> Options:
+        """To ask for other results of the same pixels, with L = −log p_y."""
+        options = Options(ignore_index=self.ignore_index, align_corners=self.align_corners)
+        return options._replace(**asked)
+
+    @property
+    def counts_used(self) -> bool:
+        return self.min_loss is not None or self.pixel_weights is not None
+
 
 # logits (B, K, h, w) of any strides, labels (B, H, W) of any integer dtype and strides. Statistics
 # of classes are [K], with per_image [B, K]; pixel_losses and lse are (B, H, W), contiguous.
-# Floating-point results are float32, for float64 logits float64. A result that was not requested is
-# an empty tensor (0,). Logits of one channel, with K = 2 statistics, and `outside`, a scalar, which
-# the other backends leave to PyTorch, are for the backend cpu alone.
+# Floating-point results are float32, for float64 logits float64; `used` is int64 without pixel
+# weights. A result that was not requested is an empty tensor (0,). Three things are for the backend
+# cpu alone, and the others leave them to PyTorch: logits of one channel, with K = 2 statistics;
+# pixel weights; `outside`, a scalar.
 SCHEMA = (
-    "(Tensor logits, Tensor labels, Tensor? smoothing, float? min_loss, float focal_gamma, "
-    "int ignore_index, bool align_corners, bool per_image, "
+    "(Tensor logits, Tensor labels, Tensor? smoothing, Tensor? pixel_weights, float? min_loss, "
+    "float focal_gamma, int ignore_index, bool align_corners, bool per_image, "
     "bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses, bool with_lse, "
     "bool with_outside) "
     "-> (Tensor losses, Tensor overlaps, Tensor masses, Tensor squares, Tensor pixel_losses, "
@@ -95,7 +111,8 @@ SCHEMA = (
 BACKWARD_SCHEMA = (
     "(Tensor logits, Tensor labels, Tensor lse, Tensor? dlosses, Tensor? doverlaps, "
     "Tensor? dmasses, Tensor? dsquares, Tensor? dpixel_losses, Tensor? dlse, Tensor? smoothing, "
-    "float? min_loss, float focal_gamma, int ignore_index, bool align_corners) -> Tensor"
+    "Tensor? pixel_weights, float? min_loss, float focal_gamma, int ignore_index, "
+    "bool align_corners) -> Tensor"
 )
 
 
@@ -117,7 +134,7 @@ def forward_fake(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor,
         empty(asked.lse, labels.shape, dtype),
         empty(True, by_class, torch.int64),
         empty(asked.hits, by_class, torch.int64),
-        empty(asked.min_loss is not None, by_class, torch.int64),
+        empty(asked.counts_used, by_class, torch.int64 if asked.pixel_weights is None else dtype),
         empty(asked.outside, (), torch.int64),
     )
 
@@ -130,9 +147,9 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     logits, labels, *options = inputs
     asked = Options(*options)
     lse, *counts = output[5:]
-    ctx.mark_non_differentiable(*counts)
-    ctx.save_for_backward(logits, labels, lse, asked.smoothing)
-    ctx.options = asked._replace(smoothing=None)
+    ctx.mark_non_differentiable(*(x for x in counts if not x.is_floating_point()))
+    ctx.save_for_backward(logits, labels, lse, asked.smoothing, asked.pixel_weights)
+    ctx.options = asked._replace(smoothing=None, pixel_weights=None)
 
 
 def reads_lse(backend: str, logits: Tensor) -> bool:
@@ -141,7 +158,7 @@ def reads_lse(backend: str, logits: Tensor) -> bool:
 
 
 def backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    dlosses, doverlaps, dmasses, dsquares, dpixel_losses, dlse, *_ = grads
+    dlosses, doverlaps, dmasses, dsquares, dpixel_losses, dlse, _, _, dused, _ = grads
     asked: Options = ctx.options
     # The gradient of an absent (empty) output is an empty tensor, not None.
     given = (
@@ -152,27 +169,60 @@ def backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
         dpixel_losses if asked.pixel_losses else None,
         dlse if asked.lse else None,
     )
-    dlogits = None
+    dlogits, dpixel_weights = None, None
     if ctx.needs_input_grad[0] and any(grad is not None for grad in given):
-        logits, labels, lse, smoothing = ctx.saved_tensors
+        logits, labels, lse, smoothing, pixel_weights = ctx.saved_tensors
         if not asked.lse and reads_lse(operator._overloadname, logits):
             # torch.vmap and traces without gradients hide that a gradient will be requested
-            lse_only = Options(
-                ignore_index=asked.ignore_index, align_corners=asked.align_corners, lse=True
-            )
-            lse = ctx.forward(logits, labels, *lse_only)[5]
+            lse = ctx.forward(logits, labels, *asked.only(lse=True))[5]
         dlogits = operator(
             logits,
             labels,
             lse,
             *given,
             smoothing,
+            pixel_weights,
             asked.min_loss,
             asked.focal_gamma,
             asked.ignore_index,
             asked.align_corners,
         )
-    return dlogits, *(None,) * 13
+    if ctx.needs_input_grad[3]:
+        dpixel_weights = _dpixel_weights(ctx, dlosses, dused)
+    return dlogits, None, None, dpixel_weights, *(None,) * 11
+
+
+def _dpixel_weights(ctx: Any, dlosses: Tensor | None, dused: Tensor | None) -> Tensor:
+    """dw = dlosses[y]·L + dused[y], 0 where the pixel is not used; the loss of weight 0 too, if it
+    is finite."""
+    logits, labels, _, smoothing, pixel_weights = ctx.saved_tensors
+    asked: Options = ctx.options
+    plain = asked.only(pixel_losses=True)
+    shaped = plain._replace(
+        smoothing=smoothing, min_loss=asked.min_loss, focal_gamma=asked.focal_gamma
+    )
+    losses = ctx.forward(logits, labels, *shaped)[4]
+    losses = torch.where((pixel_weights == 0) & ~losses.isfinite(), 0, losses)
+    num_classes = max(logits.shape[1], 2)
+    used = valid_pixels(labels, num_classes, asked.ignore_index)
+    if asked.min_loss is not None:
+        used &= ~(ctx.forward(logits, labels, *plain)[4] < asked.min_loss)
+    classes = torch.where(used, labels.long(), 0).flatten(1)
+
+    def of_labels(by_class: Tensor | None) -> Tensor | float:
+        if by_class is None:
+            return 0.0
+        return by_class.expand(len(labels), num_classes).gather(1, classes).view_as(losses)
+
+    return torch.where(used, of_labels(dlosses) * losses + of_labels(dused), 0)
+
+
+def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    unsigned = labels.dtype in (torch.uint16, torch.uint32, torch.uint64)  # cannot be compared
+    if unsigned or num_classes > torch.iinfo(labels.dtype).max:  # or num_classes would overflow
+        labels = labels.long()
+    valid = (labels >= 0) & (labels < num_classes)
+    return valid & (labels != ignore_index) if 0 <= ignore_index < num_classes else valid
 
 
 define(
@@ -184,15 +234,24 @@ define(
 )
 
 
-def _as_images(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, K, h, w) and (B, H, W). Points, and volumes of the labels' size, become one row of
-    pixels. The results are views, except for a volume whose strides do not allow merging depth,
-    height and width. Other volumes remain volumes."""
+def _as_images(logits: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+    """(B, K, h, w), and maps of the labels' size as (B, H, W). Points, and volumes of the labels'
+    size, become one row of pixels. The results are views, except for a volume whose strides do not
+    allow merging depth, height and width. Other volumes remain volumes."""
     if logits.dim() == 2:
-        return logits.t()[None, :, None], labels[None, None]
-    if logits.dim() == 4 or (logits.dim() == 5 and logits.shape[2:] != labels.shape[1:]):
-        return logits, labels
-    return logits.flatten(2)[:, :, None], labels.flatten(1)[:, None]
+        return logits.t()[None, :, None], *(x[None, None] for x in maps)
+    if logits.dim() == 4 or (logits.dim() == 5 and logits.shape[2:] != maps[0].shape[1:]):
+        return logits, *maps
+    return logits.flatten(2)[:, :, None], *(x.flatten(1)[:, None] for x in maps)
+
+
+def weighted(losses: Tensor, weights: Tensor) -> Tensor:
+    """weights · losses, 0 where the weight is 0, because 0 · ∞ would be NaN. A weight of 0 has the
+    loss as its derivative, if that is finite."""
+    unused = weights == 0
+    if weights.requires_grad:
+        unused = unused & ~losses.isfinite()
+    return weights * torch.where(unused, 0, losses)
 
 
 def softmax_moments(
@@ -304,12 +363,18 @@ def unchecked_moments(
 ) -> SoftmaxMoments:
     """`moments_for`, of arguments that were already checked. Logits may have one channel."""
     shape = labels.shape
-    logits, labels = _as_images(logits, labels)
+    if options.pixel_weights is None:
+        logits, labels = _as_images(logits, labels)
+    else:
+        logits, labels, pixel_weights = _as_images(logits, labels, options.pixel_weights)
+        options = options._replace(pixel_weights=pixel_weights)
     backend = select(function, logits, logits.shape[1], shapes_losses=options.shapes_losses)
     if logits.shape[1] == 1 and backend != "cpu":
         logits = torch.cat([torch.zeros_like(logits), logits], 1)
     if backend == "reference":
         moments = reference.softmax_moments(logits, labels, **options._asdict())
+    elif options.pixel_weights is not None and backend != "cpu":
+        moments = _moments_by_maps(function, logits, labels, options)
     else:
         differentiates = logits.requires_grad and torch.is_grad_enabled()
         keep_lse = options.lse or (differentiates and reads_lse(backend, logits))
@@ -326,13 +391,47 @@ def unchecked_moments(
             squares=found[3] if options.squares else None,
             pixel_losses=found[4] if options.pixel_losses else None,
             lse=found[5] if options.lse else None,
-            used=None if options.min_loss is None else found[8],
+            used=found[8] if options.counts_used else None,
             outside=found[9] if by_operator.outside else None,
         )
         if options.outside and not by_operator.outside:
             outside = labels_outside(labels, moments.counts, options.ignore_index)
             moments = moments._replace(outside=outside)
     return in_shape(moments, shape)
+
+
+def _moments_by_maps(
+    function: str, logits: Tensor, labels: Tensor, options: Options
+) -> SoftmaxMoments:
+    """Softmax moments with pixel weights, from maps of the labels' size."""
+    shares, unweighted = options.pixel_weights, options._replace(pixel_weights=None)
+    assert shares is not None
+    moments = unchecked_moments(function, logits, labels, unweighted._replace(pixel_losses=True))
+    losses = moments.pixel_losses
+    assert losses is not None
+    if options.min_loss is not None:
+        own = losses.detach()  # 0 where not used
+        if options.smoothing is not None or options.focal_gamma > 0:
+            plain = options.only(pixel_losses=True)
+            with torch.no_grad():
+                own = unchecked_moments(function, logits, labels, plain).pixel_losses
+            assert own is not None
+        shares = torch.where(own < options.min_loss, 0, shares)
+    _, sums, _ = class_sums(
+        torch.stack([weighted(losses, shares), shares], 1).flatten(2),
+        labels.flatten(1),
+        moments.counts.shape[-1],
+        anchors=None,
+        groups=1,
+        per_image=options.per_image,
+        seed=None,
+        ignore_index=options.ignore_index,
+    )
+    return moments._replace(
+        losses=sums[..., 0],
+        used=sums[..., 1],
+        pixel_losses=losses if options.pixel_losses else None,
+    )
 
 
 def labels_outside(labels: Tensor, counts: Tensor, ignore_index: int) -> Tensor:

@@ -99,8 +99,12 @@ def _moments(backend: str, logits: Tensor, labels: Tensor, *given: Any) -> tuple
         smoothing = options.smoothing
         if smoothing is not None and smoothing.dim() == 3:
             smoothing = slab.of_volumes(smoothing)
+        weights = options.pixel_weights
+        given_slab = options._replace(
+            smoothing=smoothing, pixel_weights=None if weights is None else slab.of_maps(weights)
+        )
         images = _images(logits, slab, sources)
-        found = operator(images, slab.of_maps(labels), *options._replace(smoothing=smoothing))
+        found = operator(images, slab.of_maps(labels), *given_slab)
         for total, part in zip(totals, (*found[:4], *found[6:]), strict=True):
             if part.dim() == 2:  # per image
                 total[slab.volumes] += slab.by_slice(part).sum(1, dtype=total.dtype)
@@ -119,7 +123,7 @@ def _moments_backward(
     backend: str, logits: Tensor, labels: Tensor, lse: Tensor, *given: Any
 ) -> Tensor:
     operator = getattr(torch.ops.anchorops.softmax_moments_backward, backend)
-    *grads, smoothing, min_loss, focal_gamma, ignore_index, align_corners = given
+    *grads, smoothing, pixel_weights, min_loss, focal_gamma, ignore_index, align_corners = given
     depth = labels.shape[1]
     if labels.numel() == 0:
         return torch.zeros_like(logits)
@@ -137,7 +141,8 @@ def _moments_backward(
             own_smoothing = slab.of_volumes(smoothing)
         own_lse = slab.of_maps(lse).contiguous() if lse.numel() > 0 else lse
         maps = slab.of_maps(labels), own_lse
-        options = own_smoothing, min_loss, focal_gamma, ignore_index, align_corners
+        own_weights = None if pixel_weights is None else slab.of_maps(pixel_weights)
+        options = own_smoothing, own_weights, min_loss, focal_gamma, ignore_index, align_corners
         return operator(images, *maps, *of_slab, *options)
 
     return _dlogits(logits, depth, align_corners, _slabs(depth, logits), of_images)

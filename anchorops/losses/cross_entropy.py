@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .._checks import check_number, check_share, describe, fail
 from .._ops.class_keys import class_counts
-from .._ops.pixel_cross_entropy import class_losses, divide, mixture, used_counts, weighted
+from .._ops.pixel_cross_entropy import class_losses, divide, mixture, used_counts
 from .._ops.pixel_cross_entropy import (
     pixel_weights as weights_of_pixels,
 )
 from .._ops.softmax_moments import Options
-from ..reference import SoftmaxMoments, fixed_order_sum
+from ..reference import SoftmaxMoments, fixed_order_sum, statistics_dtype
 from .pixel import PixelLoss, class_weight
 
 
@@ -51,8 +51,9 @@ class CrossEntropy(PixelLoss):
     (If its logits are NaN, its gradient is NaN: ignore it by label.)
     `terms`: ce, labels_out_of_range, and accuracy if requested.
 
-    Class weights, label smoothing, focal factor and `ohem` are part of the passes over the logits.
-    Pixel weights and ohem_kept need some maps of the labels' size.
+    All of it is part of the passes over the logits, without maps of the labels' size. Exceptions
+    are ohem_kept, which needs one more pass and some maps, and pixel weights on GPUs, which need
+    some maps.
     """
 
     settings = ("label_smoothing", "focal_gamma", "ohem", "ohem_kept")
@@ -99,70 +100,65 @@ class CrossEntropy(PixelLoss):
 
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
         weight = self.class_weight(logits)
-        by_pixel = pixel_weights is not None or self.ohem_kept is not None
-        if self.ohem is not None and weight is not None:
-            # Pixels of weight 0 are not used; here they would still have a share in the mean.
-            by_pixel = by_pixel or self.sigmoid or self.label_smoothing > 0
+        min_loss = None if self.ohem is None else -math.log(self.ohem)
+        if self.ohem_kept is not None:
+            used = self._largest(logits, labels, pixel_weights, weight, min_loss)
+            ones = used.new_ones((), dtype=statistics_dtype(logits.dtype))
+            pixel_weights = torch.where(used, ones if pixel_weights is None else pixel_weights, 0)
+            min_loss = None  # pixels of smaller losses may be used
         return Options(
             smoothing=self.smoothing(weight, logits),
-            min_loss=None if self.ohem is None or by_pixel else -math.log(self.ohem),
+            pixel_weights=pixel_weights,
+            min_loss=min_loss,
             focal_gamma=self.focal_gamma,
-            pixel_losses=by_pixel,
         )
 
-    def parts(
-        self,
-        moments: SoftmaxMoments,
-        logits: Tensor,
-        labels: Tensor,
-        pixel_weights: Tensor | None,
-    ) -> dict[str, Tensor]:
-        weight, smoothed = self.class_weight(logits), self.label_smoothing > 0
-        if moments.pixel_losses is None:
-            loss = fixed_order_sum(class_losses(moments, weight, self.label_smoothing))
-            counts = used_counts(moments)
-            return {"ce": divide(loss, fixed_order_sum(self.divisors(counts, weight)))}
-        valid = self.valid(logits, labels)
-        # by selection: the weights may be NaN where the label is ignored
-        used = valid if pixel_weights is None else torch.where(valid, pixel_weights, 0)
-        of_classes = None if weight is None else weights_of_pixels(labels, weight, valid)
-        if self.ohem is not None or self.ohem_kept is not None:
-            own = moments.pixel_losses.detach()
-            if smoothed or self.focal_gamma > 0:
-                with torch.no_grad():
-                    own = self.moments(logits, labels, Options(pixel_losses=True)).pixel_losses
-            assert own is not None
-            candidates = (used if of_classes is None else used * of_classes) != 0
-            used = torch.where(self._hard(own, candidates), used, False)
-        shares = used if smoothed or of_classes is None else used * of_classes
-        loss = fixed_order_sum(weighted(moments.pixel_losses, shares))
-        divisors = self.divisors(used, of_classes)
-        counted = divisors.dtype == torch.bool
-        return {"ce": divide(loss, divisors.sum() if counted else fixed_order_sum(divisors))}
+    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
+        weight = self.class_weight(logits)
+        losses = class_losses(moments, weight, self.label_smoothing)
+        used = used_counts(moments)
+        if weight is not None and (self.ohem is not None or self.ohem_kept is not None):
+            removed = weight == 0
+            losses, used = torch.where(removed, 0, losses), torch.where(removed, 0, used)
+        return {"ce": divide(fixed_order_sum(losses), fixed_order_sum(self.divisors(used, weight)))}
 
     def divisors(self, used: Tensor, weight: Tensor | None) -> Tensor:
         """What the mean divides by, from the numbers of used pixels and their class weights."""
         return used if weight is None else used * weight
 
-    def _hard(self, ce: Tensor, candidates: Tensor) -> Tensor:
-        """The pixels that are used: bool, the labels' shape."""
+    @torch.no_grad()
+    def _largest(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        pixel_weights: Tensor | None,
+        weight: Tensor | None,
+        min_loss: float | None,
+    ) -> Tensor:
+        """Which pixels have one of the ohem_kept largest −log p_y, or at least min_loss: bool, the
+        labels' shape. Any value where the label is ignored or the weight is 0."""
+        ce = self.moments(logits, labels, Options(pixel_losses=True)).pixel_losses
+        assert ce is not None and self.ohem_kept is not None
         ce = ce.float()  # kth_largest needs float32
-        bound = math.inf if self.ohem is None else -math.log(self.ohem)
-        bound = torch.full((), bound, device=ce.device)
-        if self.ohem_kept is not None:
-            bound = bound.minimum(kth_largest(ce, candidates, self.ohem_kept))
-        return candidates & ~(ce < bound)  # includes NaN
+        if pixel_weights is not None:
+            ce = torch.where(pixel_weights == 0, 0, ce)
+        if weight is not None:
+            valid = self.valid(logits, labels)
+            ce = torch.where(weights_of_pixels(labels, weight, valid) == 0, 0, ce)
+        bound = kth_largest(ce, self.ohem_kept)
+        if min_loss is not None:
+            bound = bound.clamp(max=min_loss)
+        return ~(ce < bound)  # includes NaN
 
 
-def kth_largest(values: Tensor, valid: Tensor, k: int) -> Tensor:
-    """The k-th largest of the valid values, float32 and not negative; −∞ if there are fewer.
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of the values, float32 and not negative; 0 if there are fewer.
 
     It neither sorts nor synchronises. The bits of non-negative floats, read as integers, have the
     same order as the floats. Therefore three histograms find the value exactly: each is of the
     next digit of the numbers whose higher digits are those already found. NaN is treated as ∞.
     """
     bits = values.flatten().view(torch.int32) & 0x7FFFFFFF  # without the sign of −0 and of −NaN
-    bits = torch.where(valid.flatten(), bits, -1)
     rank = torch.full((), k, device=values.device)
     found = torch.zeros_like(rank)  # the higher digits of the value
     for start, width in ((20, 11), (10, 10), (0, 10)):  # the digits: where they start, their bits
@@ -172,5 +168,4 @@ def kth_largest(values: Tensor, valid: Tensor, k: int) -> Tensor:
         digit = ((from_here >= rank).sum() - 1).clamp(min=0)
         rank = rank - (from_here - counts).take(digit)
         found = found << width | digit
-    value = found.to(torch.int32).view(torch.float32).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    return torch.where(valid.sum() >= k, value, -torch.inf)
+    return found.to(torch.int32).view(torch.float32).nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -137,15 +137,7 @@ class Dice(PixelLoss):
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
         return Options(masses=True, squares=self.squared, per_image=self.per_image)
 
-    def parts(
-        self,
-        moments: SoftmaxMoments,
-        logits: Tensor,
-        labels: Tensor,
-        pixel_weights: Tensor | None,
-    ) -> dict[str, Tensor]:
-        if pixel_weights is not None:
-            fail("Dice", "pixel_weights", "None: Dice has no pixel weights", "a tensor")
+    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
         return {"dice": self._dice(moments, class_weight(self, logits))}
 
     def _dice(self, moments: SoftmaxMoments, weight: Tensor | None) -> Tensor:
@@ -263,13 +255,7 @@ class CrossEntropyDice(PixelLoss):
         dice = self.dice
         return options._replace(masses=True, squares=dice.squared, per_image=dice.per_image)
 
-    def parts(
-        self,
-        moments: SoftmaxMoments,
-        logits: Tensor,
-        labels: Tensor,
-        pixel_weights: Tensor | None,
-    ) -> dict[str, Tensor]:
-        (ce,) = self.cross_entropy.parts(moments, logits, labels, pixel_weights).values()
-        (dice,) = self.dice.parts(moments, logits, labels, None).values()
+    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
+        (ce,) = self.cross_entropy.parts(moments, logits).values()
+        (dice,) = self.dice.parts(moments, logits).values()
         return {"ce": self.ce_weight * ce, "dice": self.dice_weight * dice}

@@ -17,9 +17,8 @@ from .._checks import (
     flat_pos_weight,
     labels_of_logits,
 )
-from .._ops.pixel_cross_entropy import valid_pixels
 from .._ops.sigmoid import labels_of_channels, sigmoid_moments
-from .._ops.softmax_moments import Options, moments_for
+from .._ops.softmax_moments import Options, moments_for, valid_pixels
 from ..reference import SoftmaxMoments, statistics_dtype
 from .initialized import Initialized
 
@@ -78,16 +77,11 @@ class PixelLoss(Initialized):
         return valid_pixels(labels, num_classes, self.ignored(logits))
 
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
-        """The statistics that the loss needs, except hits."""
+        """The statistics that the loss needs, except hits. pixel_weights have the labels' shape and
+        the statistics' dtype."""
         raise NotImplementedError
 
-    def parts(
-        self,
-        moments: SoftmaxMoments,
-        logits: Tensor,
-        labels: Tensor,
-        pixel_weights: Tensor | None,
-    ) -> dict[str, Tensor]:
+    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
         """The weighted parts of the loss, from the requested statistics."""
         raise NotImplementedError
 
@@ -103,12 +97,13 @@ class PixelLoss(Initialized):
             labels = labels_of_logits(function, labels, logits)
         if pixel_weights is not None:
             self._check_pixel_weights(pixel_weights, given, labels)
+            pixel_weights = pixel_weights.to(statistics_dtype(logits.dtype)).view(labels.shape)
         options = self.options(logits, labels, pixel_weights)
+        if pixel_weights is not None and options.pixel_weights is None:
+            fail(function, "pixel_weights", f"None: {function} has no pixel weights", "a tensor")
         options = options._replace(hits=self.accuracy, outside=True)
         moments = self.moments(logits, labels, options)
-        if pixel_weights is not None:
-            pixel_weights = pixel_weights.to(moments.losses.dtype).view(labels.shape)
-        parts = self.parts(moments, logits, labels, pixel_weights)
+        parts = self.parts(moments, logits)
         self.terms = {name: part.detach() for name, part in parts.items()}
         if moments.hits is not None:
             counts = moments.counts.sum().clamp(min=1)

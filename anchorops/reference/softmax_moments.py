@@ -36,6 +36,7 @@ def softmax_moments(
     labels: Tensor,
     *,
     smoothing: Tensor | None = None,
+    pixel_weights: Tensor | None = None,
     min_loss: float | None = None,
     focal_gamma: float = 0.0,
     ignore_index: int,
@@ -51,16 +52,17 @@ def softmax_moments(
     """Let z be the upsampled logits, p = softmax z, V the valid pixels q:
 
     counts[k] = #{q ∈ V : y = k}                 hits[k] = #{q ∈ V : y = k = argmax z}
-    losses[k] = Σ_{q ∈ V, y = k} L_q             overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
+    losses[k] = Σ_{q ∈ V, y = k} w_q·L_q         overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
     masses[k] = Σ_{q ∈ V} p_k(q)                 squares[k] = Σ_{q ∈ V} p_k(q)²
     pixel_losses[q] = L_q                        lse[q] = log Σ_k e^{z_k(q)};  0 where ignored
-    used[k] = #{q ∈ V : y = k and not c < min_loss}
+    used[k] = Σ_{q ∈ V, y = k, not c < min_loss} w_q
     outside = #{q : y is neither a class nor ignore_index}
 
     L_q = m·(a_y·c + Σ_k v_k·(−log p_k)), c = −log p_y, m = (1 − e^{−c})^γ, 0 where not used
 
     logits: (B, K, h, w); labels: (B, H, W); or volumes (B, K, d, h, w) and (B, D, H, W);
-    smoothing: (a, v) as [2, K] or [B, 2, K].
+    smoothing: (a, v) as [2, K] or [B, 2, K]; pixel_weights: w, of the labels' shape, 1 if not
+    given. A pixel of weight 0 adds nothing, even if its loss is ∞.
     """
     dtype = statistics_dtype(logits.dtype)
     (batch, num_classes), size = logits.shape[:2], labels.shape[1:]
@@ -89,6 +91,10 @@ def softmax_moments(
     if min_loss is not None:
         used = valid & ~(own_losses < min_loss)
     losses = torch.where(used, losses, 0)
+    weighted, shares = losses, used
+    if pixel_weights is not None:
+        shares = torch.where(used, pixel_weights, 0)
+        weighted = shares * torch.where((shares == 0) & ~losses.isfinite(), 0, losses)
     image = torch.arange(batch, device=labels.device).view(-1, *(1,) * len(size))
     keys = torch.where(valid, image * num_classes + own, -1).flatten()
 
@@ -104,12 +110,14 @@ def softmax_moments(
     return SoftmaxMoments(
         counts=by_class(valid.long()),
         hits=by_class((valid & (z.argmax(1) == own)).long()) if hits else None,
-        losses=by_class(losses),
+        losses=by_class(weighted),
         overlaps=by_class(p.gather(1, own[:, None])) if masses and p is not None else None,
         masses=over_images(p.flatten(2).sum(2)) if masses and p is not None else None,
         squares=over_images(p.square().flatten(2).sum(2)) if squares and p is not None else None,
         pixel_losses=losses.to(dtype) if pixel_losses else None,
         lse=torch.where(valid, all_lse, 0).to(dtype) if lse else None,
-        used=by_class(used.long()) if min_loss is not None else None,
+        used=None
+        if min_loss is None and pixel_weights is None
+        else by_class(shares.long() if pixel_weights is None else shares),
         outside=(~is_class & ~ignored).sum() if outside else None,
     )

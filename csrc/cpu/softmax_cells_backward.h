@@ -219,8 +219,9 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
       if (dmasses) sum_block<WIDTH, Term::WEIGHTED>(row, j, block, dmasses, totals);
       if (dsquares) sum_block<WIDTH, Term::SQUARE>(row, j, block, dsquares, squares);
     }
-    Floats lse[WIDTH], dpixel_losses[WIDTH], dlse[WIDTH];
+    Floats lse[WIDTH], weights[WIDTH], dpixel_losses[WIDTH], dlse[WIDTH];
     row.load_map(block, j, row.lse_map(gradients.lse), lse);
+    row.load_map(block, j, losses.shape.pixel_weights, weights);
     row.load_map(block, j, gradients.dpixel_losses, dpixel_losses);
     row.load_map(block, j, gradients.dlse, dlse);
 #pragma GCC unroll 8
@@ -231,12 +232,15 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
           large ? log(powers[n]) : lse[i] - shifts.of_finite(row.down[j], row.right(block, i));
       steep |= valid & ~((of_sum >= LOG_STEEP) & (of_sum <= 80.0f));
       const Floats q = exp<float>(-of_sum);
-      Floats of_own = of_class(gradients.dlosses, k) + dpixel_losses[i], of_others = {};
+      Floats of_own = of_class(gradients.dlosses, k), of_others = {};
+      if (losses.shape.pixel_weights.data) of_own *= weights[i];
+      of_own += dpixel_losses[i];
       Floats c = {};
       if (needs_loss) c = not_below_0(of_sum - V::load(own + (j * WIDTH + i) * L));
       if (!plain) {
         Floats alpha, beta;
-        losses.derivatives(k, c, row.others(losses, block, j, i, of_sum), alpha, beta);
+        const auto p = [c]() INLINE_LAMBDA { return chances<float>(c); };
+        losses.derivatives(k, c, row.others(losses, block, j, i, of_sum), p, alpha, beta);
         of_others = of_own * beta;
         of_own *= alpha;
       }

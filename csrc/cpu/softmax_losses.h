@@ -1,15 +1,22 @@
 // The loss of a pixel, from c = -log p of its class and u = the sum of v_k * -log p_k over all
-// classes: L = m * (a * c + u), m = (1 - e^-c)^gamma; 0 where c < least.
+// classes: L = m * (a * c + u), m = (1 - e^-c)^gamma; 0 where c < least. p is a function that
+// returns {e^-c, 1 - e^-c}, and is called where m is needed.
 
-// 1 - e^-c for c >= 0, at least half the distance of 1 to the next number: c is rounded to
-// multiples of about this, and powers of smaller numbers have derivatives that are too large.
+// The probability of the true class and that of the others together.
 template <class Stat>
-ALWAYS_INLINE VecOf<Stat> miss(VecOf<Stat> c, VecOf<Stat> power) {  // power: e^-c
+struct Chances {
+  VecOf<Stat> hit, miss;
+};
+
+// For c >= 0.
+template <class Stat>
+ALWAYS_INLINE Chances<Stat> chances(VecOf<Stat> c) {
   using Vec = VecOf<Stat>;
+  const Vec power = exp<Stat>(-c);
   Vec x;
   if constexpr (std::is_same_v<Stat, double>) {
     for (int i = 0; i < LANES<double>; ++i) x[i] = -std::expm1(-c[i]);
-    return maximum(Vec{} + 0x1p-53, x);
+    return {power, x};
   } else {
     Vec p = c * -0.001121631f + 0.008187382f;  // relative error 7e-9, up to 0.5
     p = p * c - 0.041629087f;
@@ -17,7 +24,7 @@ ALWAYS_INLINE VecOf<Stat> miss(VecOf<Stat> c, VecOf<Stat> power) {  // power: e^
     p = p * c - 0.49999982f;
     p = p * c + 1.0f;
     x = c < 0.5f ? c * p : 1 - power;
-    return maximum(Vec{} + 0x1p-24f, x);
+    return {power, x};
   }
 }
 
@@ -44,6 +51,11 @@ struct LossesOfImage {
   const Stat *own, *others;  // a and v [K]; null: 1 and 0
   Stat total;                // the sum of v
 
+  // The share of a pixel's loss, or its use, in the sums.
+  static ALWAYS_INLINE Vec weighted(Vec weight, Vec loss) {
+    return weight == 0 ? Vec{} : weight * loss;
+  }
+
   ALWAYS_INLINE LossesOfImage(const LossShape<Stat>& shape, int64_t num_classes, int64_t image)
       : shape(shape), own(nullptr), others(nullptr), total(0) {
     if (!shape.smoothing) return;
@@ -55,17 +67,20 @@ struct LossesOfImage {
   // Whether the derivatives depend on c.
   ALWAYS_INLINE bool needs_own() const { return shape.gamma > 0 || shape.least > -__builtin_inf(); }
 
-  ALWAYS_INLINE Vec loss(Indices<Stat> classes, Vec c, Vec u) const {
+  template <class P>
+  ALWAYS_INLINE Vec loss(Indices<Stat> classes, Vec c, Vec u, P p) const {
     const Vec loss = mixed(own_weight(classes), c, u);
-    return c < shape.least ? Vec{} : (shape.gamma > 0 ? modulation(c).factor * loss : loss);
+    return c < shape.least ? Vec{} : (shape.gamma > 0 ? modulation(c, p()).factor * loss : loss);
   }
 
   // alpha and beta: the derivatives of the loss by c, and by each -log p_k, divided by v_k.
-  ALWAYS_INLINE void derivatives(Indices<Stat> classes, Vec c, Vec u, Vec& alpha, Vec& beta) const {
+  template <class P>
+  ALWAYS_INLINE void derivatives(Indices<Stat> classes, Vec c, Vec u, P p, Vec& alpha,
+                                 Vec& beta) const {
     alpha = own_weight(classes);
     beta = Vec{} + 1;
     if (shape.gamma > 0) {
-      const Modulation m = modulation(c);
+      const Modulation m = modulation(c, p());
       const Vec by_factor = m.slope * mixed(alpha, c, u);
       alpha = m.factor * alpha + (c - c == 0 ? by_factor : Vec{});
       beta = m.factor;
@@ -85,10 +100,12 @@ struct LossesOfImage {
   ALWAYS_INLINE Vec mixed(Vec weight, Vec c, Vec u) const {
     return own ? (weight == 0 ? Vec{} : weight * c) + u : c;
   }
-  ALWAYS_INLINE Modulation modulation(Vec c) const {
-    const Vec power = exp<Stat>(-c), x = miss<Stat>(c, power);
+  ALWAYS_INLINE Modulation modulation(Vec c, Chances<Stat> p) const {
+    // at least half the distance of 1 to the next number: c is rounded to multiples of about this,
+    // and powers of smaller numbers have derivatives that are too large
+    const Vec x = maximum(Vec{} + std::numeric_limits<Stat>::epsilon() / 2, p.miss);
     const Vec lower = power_of<Stat>(x, shape.gamma - 1), one = Vec{} + 1;
     // if c is not finite, the factor is 1
-    return {c - c == 0 ? lower * x : one, shape.gamma * lower * power};
+    return {c - c == 0 ? lower * x : one, shape.gamma * lower * p.hit};
   }
 };

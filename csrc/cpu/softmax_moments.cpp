@@ -53,10 +53,19 @@ Value* data_or_null(const Tensor& output) {
   return output.numel() ? output.mutable_data_ptr<Value>() : nullptr;
 }
 
+template <class Stat>
+Map<Stat> map_of(const std::optional<Tensor>& given) {
+  if (!given) return {};
+  return {given->template const_data_ptr<Stat>(), given->stride(0), given->stride(1),
+          given->stride(2)};
+}
+
 // totals: where the sums of v are kept. smoothing becomes contiguous.
 template <class Stat>
-LossShape<Stat> loss_shape(std::optional<Tensor>& smoothing, std::optional<double> min_loss,
-                           double focal_gamma, std::vector<Stat>& totals) {
+LossShape<Stat> loss_shape(std::optional<Tensor>& smoothing,
+                           const std::optional<Tensor>& pixel_weights,
+                           std::optional<double> min_loss, double focal_gamma,
+                           std::vector<Stat>& totals) {
   LossShape<Stat> shape;
   if (smoothing) {
     smoothing = torch::stable::contiguous(*smoothing);
@@ -72,6 +81,7 @@ LossShape<Stat> loss_shape(std::optional<Tensor>& smoothing, std::optional<doubl
   if (min_loss) shape.least = static_cast<Stat>(*min_loss);
   shape.gamma = static_cast<Stat>(focal_gamma);
   shape.plain = !smoothing && !min_loss && focal_gamma == 0;
+  shape.pixel_weights = map_of<Stat>(pixel_weights);
   return shape;
 }
 
@@ -100,7 +110,7 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
   Partials<double> squares(out.squares.numel() > 0, items, num_classes);
   Partials<int64_t> counts(true, items, num_classes);
   Partials<int64_t> hits(out.hits.numel() > 0, items, num_classes);
-  Partials<int64_t> used(out.used.numel() > 0, items, num_classes);
+  Partials<double> used(out.used.numel() > 0, items, num_classes);
   Partials<int64_t> outside(true, items, 1);
   const Maps<Stat> maps = {data_or_null<Stat>(out.pixel_losses), data_or_null<Stat>(out.lse)};
 
@@ -109,8 +119,8 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
               for (int64_t item = first; item < last; ++item) {
                 const Sums sums = {losses.of_item(item), overlaps.of_item(item),
                                    masses.of_item(item), squares.of_item(item),
-                                   counts.of_item(item), hits.of_item(item),
-                                   used.of_item(item),   outside.of_item(item)};
+                                   used.of_item(item),   counts.of_item(item),
+                                   hits.of_item(item),   outside.of_item(item)};
                 const int64_t start = item / splits * tiles_of_group, split = item % splits;
                 for (int64_t i = tiles_of_group * split / splits;
                      i < tiles_of_group * (split + 1) / splits; ++i)
@@ -124,15 +134,19 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
   squares.add_up(groups, splits, data_or_null<Stat>(out.squares));
   counts.add_up(groups, splits, out.counts.mutable_data_ptr<int64_t>());
   hits.add_up(groups, splits, data_or_null<int64_t>(out.hits));
-  used.add_up(groups, splits, data_or_null<int64_t>(out.used));
+  if (shape.pixel_weights.data)
+    used.add_up(groups, splits, data_or_null<Stat>(out.used));
+  else
+    used.add_up(groups, splits, data_or_null<int64_t>(out.used));
   if (out.outside.numel()) outside.add_up(1, items, out.outside.mutable_data_ptr<int64_t>());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
-                std::optional<double> min_loss, double focal_gamma, int64_t ignore_index,
-                bool align_corners, bool per_image, bool with_hits, bool with_masses,
-                bool with_squares, bool with_pixel_losses, bool with_lse, bool with_outside) {
+                std::optional<Tensor> pixel_weights, std::optional<double> min_loss,
+                double focal_gamma, int64_t ignore_index, bool align_corners, bool per_image,
+                bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses,
+                bool with_lse, bool with_outside) {
   const int64_t batch = logits.size(0), num_classes = std::max<int64_t>(logits.size(1), 2);
   const ScalarType dtype = logits.scalar_type();
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
@@ -159,15 +173,15 @@ softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
                        by_pixel(with_lse),
                        by_class(true, ScalarType::Long),
                        by_class(with_hits, ScalarType::Long),
-                       by_class(min_loss.has_value(), ScalarType::Long),
+                       by_class(min_loss || pixel_weights, pixel_weights ? stat : ScalarType::Long),
                        outside};
   if (!empty)
     for_dtype("softmax_moments.cpu", dtype, [&](auto element) {
       using T = decltype(element);
       std::vector<StatOf<T>> totals;
       forward<T>(logits, labels_of("softmax_moments.cpu", labels, num_classes, ignore_index),
-                 loss_shape(smoothing, min_loss, focal_gamma, totals), labels.size(1),
-                 labels.size(2), align_corners, per_image, out);
+                 loss_shape(smoothing, pixel_weights, min_loss, focal_gamma, totals),
+                 labels.size(1), labels.size(2), align_corners, per_image, out);
     });
   return {out.losses, out.overlaps, out.masses, out.squares, out.pixel_losses,
           out.lse,    out.counts,   out.hits,   out.used,    out.outside};
@@ -196,7 +210,8 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
                                 std::optional<Tensor> dlosses, std::optional<Tensor> doverlaps,
                                 std::optional<Tensor> dmasses, std::optional<Tensor> dsquares,
                                 std::optional<Tensor> dpixel_losses, std::optional<Tensor> dlse,
-                                std::optional<Tensor> smoothing, std::optional<double> min_loss,
+                                std::optional<Tensor> smoothing,
+                                std::optional<Tensor> pixel_weights, std::optional<double> min_loss,
                                 double focal_gamma, int64_t ignore_index, bool align_corners) {
   Tensor dlogits = torch::stable::empty_like(logits);
   if (dlogits.numel() == 0) return dlogits;
@@ -212,22 +227,17 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
       gradients.stride_b = given->dim() == 2 ? given->size(1) : 0;
       return given->template const_data_ptr<Stat>();
     };
-    const auto by_pixel = [](const std::optional<Tensor>& given) -> Map<Stat> {
-      if (!given) return {};
-      return {given->template const_data_ptr<Stat>(), given->stride(0), given->stride(1),
-              given->stride(2)};
-    };
     gradients.dlosses = by_class(dlosses);
     gradients.doverlaps = by_class(doverlaps);
     gradients.dmasses = by_class(dmasses);
     gradients.dsquares = by_class(dsquares);
-    gradients.dpixel_losses = by_pixel(dpixel_losses);
-    gradients.dlse = by_pixel(dlse);
+    gradients.dpixel_losses = map_of<Stat>(dpixel_losses);
+    gradients.dlse = map_of<Stat>(dlse);
     gradients.lse = lse.const_data_ptr<Stat>();
     std::vector<Stat> totals;
     const int64_t num_classes = std::max<int64_t>(logits.size(1), 2);
     backward<T>(logits, labels_of("softmax_moments.cpu", labels, num_classes, ignore_index),
-                loss_shape(smoothing, min_loss, focal_gamma, totals), labels.size(1),
+                loss_shape(smoothing, pixel_weights, min_loss, focal_gamma, totals), labels.size(1),
                 labels.size(2), align_corners, gradients, dlogits);
   });
   return dlogits;

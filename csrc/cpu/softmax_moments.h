@@ -35,6 +35,12 @@ struct Cells {
   float step;            // the weight of a label minus that of the label before it
 };
 
+template <class Stat>
+struct Map {
+  const Stat* data;
+  int64_t stride_b, stride_h, stride_w;
+};
+
 // What makes a pixel's loss from -log p (softmax_losses.h).
 template <class Stat>
 struct LossShape {
@@ -44,6 +50,7 @@ struct LossShape {
   Stat least = -__builtin_inf();
   Stat gamma = 0;
   bool plain = true;  // nothing but -log p
+  Map<Stat> pixel_weights = {};
 };
 
 // The unit of work: rows × columns of logits of one image, and their labels. In the forward pass
@@ -113,8 +120,8 @@ struct Problem {
 
 // For each class [K], null if not requested.
 struct Sums {
-  double *losses, *overlaps, *masses, *squares;
-  int64_t *counts, *hits, *used;
+  double *losses, *overlaps, *masses, *squares, *used;
+  int64_t *counts, *hits;
   int64_t* outside;  // one number, never null
 };
 
@@ -122,12 +129,6 @@ struct Sums {
 template <class Stat>
 struct Maps {
   Stat *pixel_losses, *lse;
-};
-
-template <class Stat>
-struct Map {
-  const Stat* data;
-  int64_t stride_b, stride_h, stride_w;
 };
 
 // For each class [K], of image b at b * stride_b. Null if not given.

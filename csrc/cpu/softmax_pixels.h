@@ -220,7 +220,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   const bool with_probabilities = sums.masses || sums.squares;
   const int64_t first = (tile.image * problem.rows.size + group.y) * problem.columns.size + group.x;
   const LossesOfImage<Stat> losses_of(problem.shape, num_classes, tile.image);
-  Stat shift[GROUP] = {}, losses[GROUP], overlaps[GROUP], own_losses[GROUP];
+  Stat shift[GROUP] = {}, losses[GROUP], overlaps[GROUP], used[GROUP];
   uint64_t hits = 0;
   logits_of_group(problem, tile, workspace, group);
   if (problem.upsampled && maps.lse)
@@ -245,21 +245,22 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     const Vec log_total = log_of_sum(sum.total);
     Vec loss = is_valid ? not_below_0(log_total - (own - sum.largest)) : Vec{};
     if (sums.overlaps) V::store(overlaps + t, exp<Stat>(-loss));
+    Vec share = Vec{} + 1;
+    if (problem.shape.pixel_weights.data)
+      share = load_map(problem.shape.pixel_weights, tile.image, group.y, group.x + t, count);
+    V::store(used + t, loss < problem.shape.least ? Vec{} : share);
     if (!problem.shape.plain) {
-      V::store(own_losses + t, loss);
-      const Vec u = losses_of.total * log_total - sum.mixed;
-      loss = is_valid ? losses_of.loss(group.classes_at(t), loss, u) : Vec{};
+      const Vec u = losses_of.total * log_total - sum.mixed, c = loss;
+      const auto p = [c]() INLINE_LAMBDA { return chances<Stat>(c); };
+      loss = is_valid ? losses_of.loss(group.classes_at(t), c, u, p) : Vec{};
     }
-    V::store(losses + t, loss);
+    V::store(losses + t, losses_of.weighted(share, loss));
     if (maps.pixel_losses) V::store(maps.pixel_losses + first + t, loss, count);
     if (maps.lse) {
       const Vec lse = log_total + (sum.largest + V::load(shift + t));
       V::store(maps.lse + first + t, is_valid ? lse : Vec{}, count);
     }
   }
-  uint64_t unused = 0;
-  for (int64_t t = 0; sums.used && t < group.count; ++t)
-    unused |= uint64_t{own_losses[t] < problem.shape.least} << t;
   uint64_t rest = group.pixels([&](Ints k, int64_t) INLINE_LAMBDA { return k >= 0; });
   while (rest) {
     const int32_t k = group.classes[__builtin_ctzll(rest)];
@@ -270,7 +271,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     if (sums.hits) sums.hits[k] += __builtin_popcountll(own & hits);
     sums.losses[k] += group.sum_of_class(k, losses);
     if (sums.overlaps) sums.overlaps[k] += group.sum_of_class(k, overlaps);
-    if (sums.used) sums.used[k] += __builtin_popcountll(own & ~unused);
+    if (sums.used) sums.used[k] += group.sum_of_class(k, used);
   }
   for (int64_t k = 0; with_probabilities && k < num_classes; ++k) {
     Vector<double, LANES<double>> mass = {}, square = {};
@@ -315,15 +316,18 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     const auto of_map = [&](const Map<Stat>& map) INLINE_LAMBDA {
       return load_map(map, tile.image, group.y, group.x + t, group.count - t);
     };
-    Vec own = own_class(gradients.dlosses, classes) + of_map(gradients.dpixel_losses);
+    Vec own = own_class(gradients.dlosses, classes);
+    if (problem.shape.pixel_weights.data) own *= of_map(problem.shape.pixel_weights);
+    own += of_map(gradients.dpixel_losses);
     Vec of_others = {};
     const Vec own_logit = problem.shape.plain ? Vec{} : group.own_logits(t, z, stride);
     const SumOfPowers<Stat> sum = sum_of_powers<Stat, true>(z, num_classes, stride, losses.others);
     if (!problem.shape.plain) {
       const Vec log_total = log_of_sum(sum.total);
       const Vec c = not_below_0(log_total - (own_logit - sum.largest));
+      const auto p = [c]() INLINE_LAMBDA { return chances<Stat>(c); };
       Vec alpha, beta;
-      losses.derivatives(classes, c, losses.total * log_total - sum.mixed, alpha, beta);
+      losses.derivatives(classes, c, losses.total * log_total - sum.mixed, p, alpha, beta);
       of_others = own * beta;
       own *= alpha;
     }

@@ -106,13 +106,29 @@ struct TwoClasses {
   static ALWAYS_INLINE Floats loss(Floats other, Floats log_total) {
     return log_total + (other < 0 ? -other : Floats{});
   }
+  // The sum of v_k * -log p_k.
+  ALWAYS_INLINE Floats losses(const LossesOfImage<float>& losses, Floats log_total) const {
+    if (!losses.others) return Floats{};
+    return losses.total * log_total + (d < 0 ? -losses.others[1] * d : losses.others[0] * d);
+  }
+  // The probability of the larger logit, and of the smaller one.
+  ALWAYS_INLINE Chances<float> probabilities() const {
+    const Floats larger = 1 / (1 + power);
+    return {larger, power * larger};
+  }
+  // The probability of class k and of the other one.
+  ALWAYS_INLINE Chances<float> chances(Ints k) const {
+    const auto [larger, smaller] = probabilities();
+    const Ints hit = (k == 1) == (d > 0);
+    return {hit ? larger : smaller, hit ? smaller : larger};
+  }
 };
 
 // The sums of a class over a tile.
 struct SumsOfClass {
   using Sum = Vector<double, LANES<double>>;
-  Sum losses = {}, overlaps = {}, masses = {}, squares = {};
-  int64_t counts = 0, hits = 0, used = 0;
+  Sum losses = {}, overlaps = {}, masses = {}, squares = {}, used = {};
+  int64_t counts = 0, hits = 0;
 };
 
 template <class = void>
@@ -124,6 +140,7 @@ void forward_two_classes(const Problem<float>& problem, const Tile& tile,
   const int64_t count = tile.label_columns.end - tile.label_columns.begin;
   const LossesOfImage<float> losses(problem.shape, 2, tile.image);
   const bool with_probabilities = sums.masses || sums.squares, plain = problem.shape.plain;
+  const Map<float>& weights = problem.shape.pixel_weights;
   const auto number = [](Ints mask) INLINE_LAMBDA { return __builtin_popcount(lanes_of(mask)); };
   if (maps.lse) {
     double losses_of_class[2] = {};
@@ -146,32 +163,32 @@ void forward_two_classes(const Problem<float>& problem, const Tile& tile,
     if (map)
       map += (tile.image * problem.rows.size + y) * problem.columns.size + tile.label_columns.begin;
     for (int64_t first = 0; first < count; first += 4 * L) {
-      Floats of_loss[2] = {}, overlaps[2] = {}, masses[2] = {}, squares[2] = {};
+      Floats of_loss[2] = {}, overlaps[2] = {}, masses[2] = {}, squares[2] = {}, used[2] = {};
       for (int64_t t = first; t < std::min(first + 4 * L, count); t += L) {
         const TwoClasses two(V::load(d + t));
         const Ints k = load_ints(workspace.classes + t), valid = k >= 0;
         const Floats log_total = log_of_1_plus(two.power);
         const Floats c = two.loss(k == 1 ? two.d : -two.d, log_total);
         Floats loss = c;
-        if (!plain) {
-          Floats u = {};
-          if (losses.others)
-            u = losses.others[0] * two.loss(-two.d, log_total) +
-                losses.others[1] * two.loss(two.d, log_total);
-          loss = losses.loss(k, c, u);
-        }
+        if (!plain)
+          loss = losses.loss(k, c, two.losses(losses, log_total),
+                             [&]() INLINE_LAMBDA { return two.chances(k); });
         if (map) V::store(map + t, valid ? loss : Floats{}, std::min<int64_t>(L, count - t));
+        Floats share = Floats{} + 1;
+        if (weights.data) {
+          share = load_map(weights, tile.image, y, tile.label_columns.begin + t, count - t);
+          loss = losses.weighted(share, loss);
+        }
         for (int i = 0; i < 2; ++i) {
           const Ints own = k == i;
           of_loss[i] += own ? loss : Floats{};
           by_class[i].counts += number(own);
           if (sums.hits) by_class[i].hits += number(own & (i == 1 ? two.d > 0 : ~(two.d > 0)));
-          if (sums.used) by_class[i].used += number(own & ~(c < losses.shape.least));
+          if (sums.used) used[i] += own & ~(c < losses.shape.least) ? share : Floats{};
         }
         if (with_probabilities) {
-          const Floats larger = 1 / (1 + two.power), smaller = two.power * larger;
           for (int i = 0; i < 2; ++i) {
-            const Floats p = (two.d > 0) == (Ints{} - i) ? larger : smaller;
+            const Floats p = two.chances(Ints{} + i).hit;
             overlaps[i] += k == i ? p : Floats{};
             masses[i] += valid ? p : Floats{};
             squares[i] += valid ? p * p : Floats{};
@@ -180,6 +197,7 @@ void forward_two_classes(const Problem<float>& problem, const Tile& tile,
       }
       for (int i = 0; i < 2; ++i) {
         by_class[i].losses += widen(fold(of_loss[i]));
+        if (sums.used) by_class[i].used += widen(fold(used[i]));
         if (!with_probabilities) continue;
         by_class[i].overlaps += widen(fold(overlaps[i]));
         by_class[i].masses += widen(fold(masses[i]));
@@ -195,7 +213,7 @@ void forward_two_classes(const Problem<float>& problem, const Tile& tile,
     if (sums.masses) sums.masses[i] += sum_of_lanes(by_class[i].masses);
     if (sums.squares) sums.squares[i] += sum_of_lanes(by_class[i].squares);
     if (sums.hits) sums.hits[i] += by_class[i].hits;
-    if (sums.used) sums.used[i] += by_class[i].used;
+    if (sums.used) sums.used[i] += sum_of_lanes(by_class[i].used);
   }
 }
 
@@ -214,20 +232,25 @@ class DerivativeByDifference {
     if (const float* dmasses = of_image(gradients.dmasses)) dmasses_ = dmasses[1] - dmasses[0];
   }
 
-  ALWAYS_INLINE Floats at(Floats d, Ints k, Floats dpixel_losses) const {
+  ALWAYS_INLINE Floats at(Floats d, Ints k, Floats weight, Floats dpixel_losses) const {
     const TwoClasses two(d);
-    const Floats larger = 1 / (1 + two.power), smaller = two.power * larger;
-    const Floats p_1 = d > 0 ? larger : smaller, p_0 = d > 0 ? smaller : larger;
-    const Floats p_0_p_1 = larger * smaller;
-    Floats own = dpixel_losses, of_others = {};
-    if (dlosses_) own += k == 1 ? Floats{} + dlosses_[1] : Floats{} + dlosses_[0];
+    const auto [p_1, p_0] = two.chances(Ints{} + 1);
+    const Floats p_0_p_1 = p_0 * p_1;
+    Floats own = {}, of_others = {};
+    if (dlosses_) own = k == 1 ? Floats{} + dlosses_[1] : Floats{} + dlosses_[0];
+    if (losses_.shape.pixel_weights.data) own *= weight;
+    own += dpixel_losses;
     if (!losses_.shape.plain) {
-      const Floats log_total = log_of_1_plus(two.power);
-      Floats u = {}, alpha, beta;
-      if (losses_.others)
-        u = losses_.others[0] * two.loss(-d, log_total) +
-            losses_.others[1] * two.loss(d, log_total);
-      losses_.derivatives(k, two.loss(k == 1 ? d : -d, log_total), u, alpha, beta);
+      Floats c = {}, u = {}, alpha, beta;
+      if (losses_.needs_own()) {
+        const Floats log_total = log_of_1_plus(two.power);
+        c = two.loss(k == 1 ? d : -d, log_total);
+        u = two.losses(losses_, log_total);
+      }
+      const auto p = [&]() INLINE_LAMBDA {
+        return Chances<float>{k == 1 ? p_1 : p_0, k == 1 ? p_0 : p_1};
+      };
+      losses_.derivatives(k, c, u, p, alpha, beta);
       if (losses_.others)
         of_others = own * beta * (losses_.others[0] * p_1 - losses_.others[1] * p_0);
       own *= alpha;
@@ -281,9 +304,11 @@ void backward_two_classes(const Problem<float>& problem, const Tile& tile,
         backward_group(problem, tile, workspace, gradients, output, group);
       });
     const auto at = [&](int64_t t) INLINE_LAMBDA {
-      const Floats dpixel_losses =
-          load_map(gradients.dpixel_losses, tile.image, y, tile.label_columns.begin + t, count - t);
-      return derivative.at(V::load(d + t), load_ints(workspace.classes + t), dpixel_losses);
+      const auto of_map = [&](const Map<float>& map) INLINE_LAMBDA {
+        return load_map(map, tile.image, y, tile.label_columns.begin + t, count - t);
+      };
+      return derivative.at(V::load(d + t), load_ints(workspace.classes + t),
+                           of_map(problem.shape.pixel_weights), of_map(gradients.dpixel_losses));
     };
     if (!problem.upsampled) {  // in the place of d
       for (int64_t t = 0; t < count; t += L) {

@@ -40,6 +40,7 @@ class Case(NamedTuple):
     smoothing: str = ""  # by "class", or by "image and class"
     min_loss: float | None = None
     focal_gamma: float = 0.0
+    pixel_weights: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -66,8 +67,8 @@ class Case(NamedTuple):
             smoothing = smoothing.to(statistics_dtype(self.dtype))
         return Options(
             smoothing,
-            self.min_loss,
-            self.focal_gamma,
+            min_loss=self.min_loss,
+            focal_gamma=self.focal_gamma,
             align_corners=self.align_corners,
             per_image=self.per_image,
             **{name: name in self.asked for name in ALL},
@@ -108,17 +109,33 @@ def make_weights(case: Case) -> dict[str, Tensor]:
     return {k: torch.randn(n, dtype=dtype) for k, n in zip(FLOATING, sizes, strict=True)}
 
 
+def make_pixel_weights(case: Case, labels: Tensor) -> Tensor | None:
+    """Not contiguous, 0 for some pixels and NaN where the label is ignored."""
+    if not case.pixel_weights:
+        return None
+    weights = torch.arange(2 * labels.numel(), dtype=F64).cos().square()
+    weights[4::10] = 0
+    weights = torch.where(is_valid(case, labels), weights.view(*labels.shape, 2)[..., 0], torch.nan)
+    return weights.to(statistics_dtype(case.dtype)).repeat_interleave(2, -1)[..., ::2]
+
+
 def is_valid(case: Case, labels: Tensor) -> Tensor:
     labels = labels.long()
     return (labels >= 0) & (labels < case.num_classes) & (labels != 255)
 
 
 def moments_of(case: Case, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    options = case.options
-    if options.shapes_losses or case.size[1] == 1:
+    options = case.options._replace(pixel_weights=make_pixel_weights(case, labels))
+    if options.shapes_losses or case.pixel_weights or case.size[1] == 1:
         moments = unchecked_moments("test", logits, labels, options)
     else:
-        own = ("smoothing", "min_loss", "focal_gamma", "outside")  # not of the public function
+        own = (
+            "smoothing",
+            "pixel_weights",
+            "min_loss",
+            "focal_gamma",
+            "outside",
+        )  # not of the public function
         public = {name: x for name, x in options._asdict().items() if name not in own}
         moments = ao.ops.softmax_moments(logits, labels, **public)
     return {name: x for name, x in moments._asdict().items() if x is not None}
@@ -172,21 +189,26 @@ def by_torch(case: Case, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
     p = torch.where(valid[:, None], log_p.exp(), 0)
     c = -log_p.gather(1, own[:, None])[:, 0]
     used = valid if case.min_loss is None else valid & ~(c < case.min_loss)
-    losses = torch.where(used, shaped_losses(case, log_p, c, own), 0)
+    losses, shares = torch.where(used, shaped_losses(case, log_p, c, own), 0), used
+    weighted = losses
+    if case.pixel_weights:
+        pixel_weights = make_pixel_weights(case, labels).view(used.shape).to(x.dtype)
+        shares = torch.where(used, pixel_weights, 0)
+        weighted = shares * torch.where(shares == 0, 0, losses)
     axes = (2,) if case.per_image else (0, 2)
     moments = {
         "counts": lambda: one_hot.sum(axes),
-        "losses": lambda: torch.where(one_hot, losses[:, None], 0).sum(axes),
+        "losses": lambda: torch.where(one_hot, weighted[:, None], 0).sum(axes),
         "overlaps": lambda: torch.where(one_hot, p, 0).sum(axes),
         "masses": lambda: p.sum(axes),
         "squares": lambda: p.square().sum(axes),
         "pixel_losses": lambda: losses.view(labels.shape),
         "lse": lambda: torch.where(valid, z.logsumexp(1), 0).view(labels.shape),
-        "used": lambda: (one_hot & used[:, None]).sum(axes),
+        "used": lambda: (one_hot * shares[:, None]).sum(axes),
     }
     asked = {"counts", "losses", *case.asked} - {"hits"}
     asked |= {"overlaps"} if "masses" in case.asked else set()
-    asked |= {"used"} if case.min_loss is not None else set()
+    asked |= {"used"} if case.min_loss is not None or case.pixel_weights else set()
     return {name: moments[name]() for name in asked}
 
 
@@ -217,8 +239,11 @@ def check(case: Case, backend: str, through=FLOATING, logits=None, labels=None) 
     plain, plain_gradient = formula(case, logits, labels, weights, dtype, through)
 
     assert ours.keys() - {"hits"} == exact.keys() and ("hits" in ours) == ("hits" in case.asked)
-    for name in ("counts", "used"):
-        assert name not in ours or torch.equal(ours[name], exact[name])
+    assert torch.equal(ours["counts"], exact["counts"])
+    if "used" in ours and case.pixel_weights:
+        torch.testing.assert_close(ours["used"], exact["used"].to(dtype))
+    elif "used" in ours:
+        assert torch.equal(ours["used"], exact["used"])
     for name in ("pixel_losses", "lse"):
         if name in ours:
             assert not ours[name][~is_valid(case, labels)].any(), f"{name}: ignored pixels are 0"

@@ -160,7 +160,8 @@ def test_options_that_change_no_number(straight: Path, tmp_path: Path):
     options: dict[str, Any] = {"log_every": 1, "save_every": 1, "eval_batch_size": 2, "workers": 1}
     Config.load(run / "config.json").replace(**options).save(run / "config.json")
     loop.resume(run)
-    assert all(torch.equal(x, weights(straight)[name]) for name, x in weights(run).items())
+    expected = weights(straight)
+    assert all(torch.equal(x, expected[name]) for name, x in weights(run).items())
 
 
 def test_finished_run_without_checkpoints(straight: Path, tmp_path: Path):

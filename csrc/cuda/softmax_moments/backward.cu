@@ -17,12 +17,14 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
                                 std::optional<Tensor> dlosses, std::optional<Tensor> doverlaps,
                                 std::optional<Tensor> dmasses, std::optional<Tensor> dsquares,
                                 std::optional<Tensor> dpixel_losses, std::optional<Tensor> dlse,
-                                std::optional<Tensor> smoothing, std::optional<double> min_loss,
+                                std::optional<Tensor> smoothing,
+                                std::optional<Tensor> pixel_weights, std::optional<double> min_loss,
                                 double focal_gamma, int64_t ignore_index, bool align_corners) {
   const char* name = "softmax_moments_backward.cuda";
   STD_TORCH_CHECK(
       !smoothing && !min_loss && focal_gamma == 0, name,
       ": smoothing, min_loss and focal_gamma are not supported: use the backend triton");
+  STD_TORCH_CHECK(!pixel_weights, name, ": pixel_weights are for the backend cpu");
   const OnDevice device(logits);
   const Stream stream = device.stream;
   Tensor dlogits = torch::stable::empty_like(logits);

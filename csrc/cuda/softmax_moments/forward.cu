@@ -30,14 +30,16 @@ float* data_or_null(const Tensor& tensor) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
-                std::optional<double> min_loss, double focal_gamma, int64_t ignore_index,
-                bool align_corners, bool per_image, bool with_hits, bool with_masses,
-                bool with_squares, bool with_pixel_losses, bool with_lse, bool with_outside) {
+                std::optional<Tensor> pixel_weights, std::optional<double> min_loss,
+                double focal_gamma, int64_t ignore_index, bool align_corners, bool per_image,
+                bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses,
+                bool with_lse, bool with_outside) {
   const char* name = "softmax_moments.cuda";
   STD_TORCH_CHECK(
       !smoothing && !min_loss && focal_gamma == 0, name,
       ": smoothing, min_loss and focal_gamma are not supported: use the backend triton");
-  STD_TORCH_CHECK(!with_outside, name, ": with_outside is for the backend cpu");
+  STD_TORCH_CHECK(!pixel_weights && !with_outside, name,
+                  ": pixel_weights and with_outside are for the backend cpu");
   const OnDevice device(logits);
   const Stream stream = device.stream;
   const int64_t batch = logits.size(0), height = labels.size(1), width = labels.size(2);

@@ -30,6 +30,7 @@ SOFTMAX = {
     "logits": LOGITS,
     "labels": LABELS,
     "smoothing": None,
+    "pixel_weights": None,
     "min_loss": None,
     "focal_gamma": 0.0,
     "ignore_index": 255,
