@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from cpu_kernels import same_for_all_threads
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
 
@@ -331,6 +332,51 @@ def test_weights_of_pixels_on_each_backend(options, shape, backend):
     torch.testing.assert_close(found, expected)
     found, expected = (torch.autograd.grad(x, (logits, weights)) for x in (found, expected))
     torch.testing.assert_close(found, expected)
+
+
+both_backends = pytest.mark.parametrize("backend", ["auto", "reference"])
+
+
+@both_backends
+@pytest.mark.parametrize("options", [{}, {"ohem": 0.9}, {"focal_gamma": 2.0}])
+def test_infinite_loss_of_a_class_of_weight_0(options, backend):
+    logits = torch.tensor([[-torch.inf, 0, 1], [0, 1, 2], [3, 1, 0]])
+    weights = torch.tensor([1, 2, 0.5], requires_grad=True)
+    loss = ao.CrossEntropy([0.0, 1.0, 1.0], **options)
+    with ao.use_backend(backend):
+        loss(logits, torch.tensor([0, 1, 2]), weights).backward()
+    assert weights.grad is not None and weights.grad.isfinite().all()
+    assert weights.grad[0] == 0 and weights.grad[1] != 0
+
+
+@both_backends
+@pytest.mark.parametrize("options", [{"ohem": 0.9}, {"ohem_kept": 3}, {"ohem_kept": 100}])
+def test_removed_pixels_add_no_gradient_of_their_weights(options, backend):
+    logits, labels = torch.tensor([[0.0, 3], [0, 1], [0, 2], [1, 0]]), torch.tensor([0, 1, 0, 0])
+    weights = torch.tensor([0.0, 1, 2, 1], requires_grad=True)
+    with ao.use_backend(backend):
+        ao.CrossEntropy(**options)(logits, labels, weights).backward()
+    assert weights.grad is not None and weights.grad[0] == 0 and weights.grad[1:].all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_weights_of_pixels_with_checkpoint(reentrant):
+    logits, _, labels = inputs(torch.float32)
+    weights = torch.rand(labels.shape, requires_grad=True)
+    loss = ao.CrossEntropy()
+    found = checkpoint(loss, logits, labels, weights, use_reentrant=reentrant)
+    found.backward()
+    expected = torch.autograd.grad(loss(logits, labels, weights), (logits, weights))
+    torch.testing.assert_close((logits.grad, weights.grad), expected)
+
+
+@both_backends
+def test_sums_of_equal_weights_are_exact(backend):
+    """Sums of float32 numbers would be wrong by 0.5 %."""
+    logits, labels = torch.randn(2, 2, 256, 256), torch.randint(0, 2, (2, 1024, 1024))
+    with ao.use_backend(backend):
+        weighted = ao.CrossEntropy()(logits, labels, torch.full(labels.shape, 0.3))
+        torch.testing.assert_close(weighted, ao.CrossEntropy()(logits, labels), rtol=1e-6, atol=0)
 
 
 def test_hard_examples_are_not_those_of_weight_0():

@@ -22,6 +22,7 @@ L_q = ∞.
     α    = d·(m·a_y + dm/dc·(a_y·c + Σ_k v_k·(−log p_k))),  β = d·m
     d    = w_q·dlosses[y] + dpixel_losses[q],  0 where ignored, like dlse
     u_k  = dmasses[k] + [y = k]·doverlaps[k] + 2·p_k·dsquares[k]
+    dw_q = dlosses[y]·L_q + dused[y],  0 where not used; an infinite L_q counts as 0
     dlogits = the transpose of the upsampling, of dz
 
 The upsampled logits are never stored: the backward pass computes p again, from logits and lse. It
@@ -93,10 +94,10 @@ class Options(NamedTuple):
 
 # logits (B, K, h, w) of any strides, labels (B, H, W) of any integer dtype and strides. Statistics
 # of classes are [K], with per_image [B, K]; pixel_losses and lse are (B, H, W), contiguous.
-# Floating-point results are float32, for float64 logits float64; `used` is int64 without pixel
-# weights. A result that was not requested is an empty tensor (0,). Three things are for the backend
-# cpu alone, and the others leave them to PyTorch: logits of one channel, with K = 2 statistics;
-# pixel weights; `outside`, a scalar.
+# Floating-point results are float32, for float64 logits float64. `used` is one of them, with a
+# gradient, if there are pixel weights; otherwise int64. A result that was not requested is an empty
+# tensor (0,). Three things are for the backend cpu alone, and the others leave them to PyTorch:
+# logits of one channel, with K = 2 statistics; pixel weights; `outside`, a scalar.
 SCHEMA = (
     "(Tensor logits, Tensor labels, Tensor? smoothing, Tensor? pixel_weights, float? min_loss, "
     "float focal_gamma, int ignore_index, bool align_corners, bool per_image, "
@@ -170,8 +171,8 @@ def backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
         dlse if asked.lse else None,
     )
     dlogits, dpixel_weights = None, None
+    logits, labels, lse, smoothing, pixel_weights = ctx.saved_tensors
     if ctx.needs_input_grad[0] and any(grad is not None for grad in given):
-        logits, labels, lse, smoothing, pixel_weights = ctx.saved_tensors
         if not asked.lse and reads_lse(operator._overloadname, logits):
             # torch.vmap and traces without gradients hide that a gradient will be requested
             lse = ctx.forward(logits, labels, *asked.only(lse=True))[5]
@@ -188,33 +189,36 @@ def backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
             asked.align_corners,
         )
     if ctx.needs_input_grad[3]:
-        dpixel_weights = _dpixel_weights(ctx, dlosses, dused)
+        shaped = asked._replace(smoothing=smoothing, pixel_weights=pixel_weights)
+        dpixel_weights = _dpixel_weights(ctx.forward, logits, labels, shaped, dlosses, dused)
     return dlogits, None, None, dpixel_weights, *(None,) * 11
 
 
-def _dpixel_weights(ctx: Any, dlosses: Tensor | None, dused: Tensor | None) -> Tensor:
-    """dw = dlosses[y]·L + dused[y], 0 where the pixel is not used; the loss of weight 0 too, if it
-    is finite."""
-    logits, labels, _, smoothing, pixel_weights = ctx.saved_tensors
-    asked: Options = ctx.options
-    plain = asked.only(pixel_losses=True)
-    shaped = plain._replace(
-        smoothing=smoothing, min_loss=asked.min_loss, focal_gamma=asked.focal_gamma
-    )
-    losses = ctx.forward(logits, labels, *shaped)[4]
-    losses = torch.where((pixel_weights == 0) & ~losses.isfinite(), 0, losses)
-    num_classes = max(logits.shape[1], 2)
-    used = valid_pixels(labels, num_classes, asked.ignore_index)
-    if asked.min_loss is not None:
-        used &= ~(ctx.forward(logits, labels, *plain)[4] < asked.min_loss)
+def _dpixel_weights(
+    forward: Any,
+    logits: Tensor,
+    labels: Tensor,
+    options: Options,
+    dlosses: Tensor | None,
+    dused: Tensor | None,
+) -> Tensor:
+    """dw of all pixels."""
+    weights, num_classes = options.pixel_weights, max(logits.shape[1], 2)
+    assert weights is not None
+    plain = options.only(pixel_losses=True)
+    shaped = plain._replace(smoothing=options.smoothing, focal_gamma=options.focal_gamma)
+    losses = forward(logits, labels, *shaped)[4]
+    used = valid_pixels(labels, num_classes, options.ignore_index)
+    if options.min_loss is not None:
+        own = forward(logits, labels, *plain)[4] if shaped.shapes_losses else losses
+        used &= (weights != 0) & ~(own < options.min_loss)
     classes = torch.where(used, labels.long(), 0).flatten(1)
-
-    def of_labels(by_class: Tensor | None) -> Tensor | float:
-        if by_class is None:
-            return 0.0
-        return by_class.expand(len(labels), num_classes).gather(1, classes).view_as(losses)
-
-    return torch.where(used, of_labels(dlosses) * losses + of_labels(dused), 0)
+    gradient = torch.zeros_like(losses)
+    for by_class, factor in ((dlosses, torch.where(losses.isfinite(), losses, 0)), (dused, 1)):
+        if by_class is not None:
+            of_labels = by_class.expand(len(labels), num_classes).gather(1, classes)
+            gradient += of_labels.view_as(losses) * factor
+    return torch.where(used, gradient, 0)
 
 
 def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -246,12 +250,14 @@ def _as_images(logits: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
 
 
 def weighted(losses: Tensor, weights: Tensor) -> Tensor:
-    """weights · losses, 0 where the weight is 0, because 0 · ∞ would be NaN. A weight of 0 has the
-    loss as its derivative, if that is finite."""
-    unused = weights == 0
-    if weights.requires_grad:
-        unused = unused & ~losses.isfinite()
-    return weights * torch.where(unused, 0, losses)
+    """weights · losses, 0 where the weight is 0, because 0 · ∞ would be NaN. An infinite loss gives
+    its weight no gradient, because that could be 0 · ∞ too."""
+    if not weights.requires_grad:
+        return weights * torch.where(weights == 0, 0, losses)
+    finite = losses.isfinite()
+    constant = weights.detach()
+    infinite = constant * torch.where(constant == 0, 0, losses)
+    return torch.where(finite, weights * torch.where(finite, losses, 0), infinite)
 
 
 def softmax_moments(
@@ -416,7 +422,7 @@ def _moments_by_maps(
             with torch.no_grad():
                 own = unchecked_moments(function, logits, labels, plain).pixel_losses
             assert own is not None
-        shares = torch.where(own < options.min_loss, 0, shares)
+        shares = torch.where((own < options.min_loss) | (shares == 0), 0, shares)
     _, sums, _ = class_sums(
         torch.stack([weighted(losses, shares), shares], 1).flatten(2),
         labels.flatten(1),

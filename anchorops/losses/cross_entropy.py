@@ -48,12 +48,13 @@ class CrossEntropy(PixelLoss):
 
     Call it with (logits, labels, pixel_weights=None). pixel_weights is v, a floating-point tensor
     of the labels' shape; 1 if not given. A pixel of weight 0 adds nothing, even if its loss is ∞.
-    (If its logits are NaN, its gradient is NaN: ignore it by label.)
+    (If its logits are NaN, its gradient is NaN: ignore it by label.) v may have a gradient, but not
+    where the loss is ∞ or OHEM does not use the pixel.
     `terms`: ce, labels_out_of_range, and accuracy if requested.
 
-    All of it is part of the passes over the logits, without maps of the labels' size. Exceptions
-    are ohem_kept, which needs one more pass and some maps, and pixel weights on GPUs, which need
-    some maps.
+    All of it is part of the passes over the logits, without maps of the labels' size. Exceptions,
+    which need some maps, are ohem_kept, with one more pass, pixel weights on GPUs, and the gradient
+    of pixel weights.
     """
 
     settings = ("label_smoothing", "focal_gamma", "ohem", "ohem_kept")
@@ -136,7 +137,7 @@ class CrossEntropy(PixelLoss):
         min_loss: float | None,
     ) -> Tensor:
         """Which pixels have one of the ohem_kept largest −log p_y, or at least min_loss: bool, the
-        labels' shape. Any value where the label is ignored or the weight is 0."""
+        labels' shape. Any value where the label is ignored or its class has weight 0."""
         ce = self.moments(logits, labels, Options(pixel_losses=True)).pixel_losses
         assert ce is not None and self.ohem_kept is not None
         ce = ce.float()  # kth_largest needs float32
@@ -148,7 +149,8 @@ class CrossEntropy(PixelLoss):
         bound = kth_largest(ce, self.ohem_kept)
         if min_loss is not None:
             bound = bound.clamp(max=min_loss)
-        return ~(ce < bound)  # includes NaN
+        used = ~(ce < bound)  # includes NaN
+        return used if pixel_weights is None else used & (pixel_weights != 0)
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:

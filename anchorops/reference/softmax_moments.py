@@ -62,7 +62,7 @@ def softmax_moments(
 
     logits: (B, K, h, w); labels: (B, H, W); or volumes (B, K, d, h, w) and (B, D, H, W);
     smoothing: (a, v) as [2, K] or [B, 2, K]; pixel_weights: w, of the labels' shape, 1 if not
-    given. A pixel of weight 0 adds nothing, even if its loss is ∞.
+    given. A pixel of weight 0 adds nothing, even if its loss is ∞; with min_loss it is not used.
     """
     dtype = statistics_dtype(logits.dtype)
     (batch, num_classes), size = logits.shape[:2], labels.shape[1:]
@@ -93,12 +93,17 @@ def softmax_moments(
     losses = torch.where(used, losses, 0)
     weighted, shares = losses, used
     if pixel_weights is not None:
-        shares = torch.where(used, pixel_weights, 0)
-        weighted = shares * torch.where((shares == 0) & ~losses.isfinite(), 0, losses)
+        has_share = used if min_loss is None else used & (pixel_weights != 0)
+        shares = torch.where(has_share, pixel_weights, 0)
+        # An infinite loss adds no gradient of its weight: it could be 0 · ∞.
+        finite, constant = losses.isfinite(), shares.detach()
+        infinite = constant * torch.where(constant == 0, 0, losses)
+        weighted = torch.where(finite, shares * torch.where(finite, losses, 0), infinite)
     image = torch.arange(batch, device=labels.device).view(-1, *(1,) * len(size))
     keys = torch.where(valid, image * num_classes + own, -1).flatten()
 
     def by_class(values: Tensor) -> Tensor:
+        values = values.double() if values.is_floating_point() else values
         sums = sum_by_key(keys, values.flatten(), batch * num_classes).view(batch, num_classes)
         return over_images(sums)
 

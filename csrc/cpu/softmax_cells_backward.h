@@ -239,7 +239,7 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
       if (needs_loss) c = not_below_0(of_sum - V::load(own + (j * WIDTH + i) * L));
       if (!plain) {
         Floats alpha, beta;
-        const auto p = [c]() INLINE_LAMBDA { return chances<float>(c); };
+        const auto p = [c]() INLINE_LAMBDA { return chances_of<float>(c); };
         losses.derivatives(k, c, row.others(losses, block, j, i, of_sum), p, alpha, beta);
         of_others = of_own * beta;
         of_own *= alpha;

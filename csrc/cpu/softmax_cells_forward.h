@@ -100,35 +100,31 @@ void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDT
   }
   const Map<float>& weights = losses_of.shape.pixel_weights;
   float used[SIZE];
-  for (int64_t j = 0; j < row.rows && weights.data; ++j) {
-    Floats of_row[WIDTH];
-    row.load_map(block, j, weights, of_row);
-    std::memcpy(used + j * Row::PIXELS, of_row, sizeof of_row);
-  }
-  if (sums.used) {
-    for (int64_t n = 0; n < count; ++n) {
-      const Floats share = weights.data ? V::load(used + n * L) : Floats{} + 1;
-      V::store(used + n * L, V::load(losses + n * L) < losses_of.shape.least ? Floats{} : share);
+  for (int64_t j = 0; j < row.rows && sums.used; ++j) {
+    Floats shares[WIDTH];
+    row.load_map(block, j, weights, shares);
+    for (int i = 0; i < WIDTH; ++i) {
+      const int64_t n = (j * WIDTH + i) * L;
+      const Floats share = weights.data ? shares[i] : Floats{} + 1;
+      V::store(used + n, V::load(losses + n) < losses_of.shape.least ? Floats{} : share);
     }
-    add_by_class(row, classes, used, sums.used);
   }
+  if (sums.used) add_by_class(row, classes, used, sums.used);
   if (!losses_of.shape.plain) {
     for (int64_t n = 0; n < count; ++n) {
       const Ints k = classes.of_pixels(n);
       const Floats u = row.others(losses_of, block, n / WIDTH, n % WIDTH, log(totals[n]));
       const Floats c = V::load(losses + n * L);
-      const auto p = [c]() INLINE_LAMBDA { return chances<float>(c); };
+      const auto p = [c]() INLINE_LAMBDA { return chances_of<float>(c); };
       const Floats loss = losses_of.loss(k, c, u, p);
       V::store(losses + n * L, k >= 0 ? loss : Floats{});
     }
   }
-  const float* shares = losses;
   if (weights.data) {
     for (int64_t n = 0; n < count; ++n)
       V::store(values + n * L, losses_of.weighted(V::load(used + n * L), V::load(losses + n * L)));
-    shares = values;
   }
-  add_by_class(row, classes, shares, sums.losses);
+  add_by_class(row, classes, weights.data ? values : losses, sums.losses);
   if (!maps.pixel_losses) return;
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats of_row[WIDTH];

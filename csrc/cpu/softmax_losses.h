@@ -10,7 +10,7 @@ struct Chances {
 
 // For c >= 0.
 template <class Stat>
-ALWAYS_INLINE Chances<Stat> chances(VecOf<Stat> c) {
+ALWAYS_INLINE Chances<Stat> chances_of(VecOf<Stat> c) {
   using Vec = VecOf<Stat>;
   const Vec power = exp<Stat>(-c);
   Vec x;

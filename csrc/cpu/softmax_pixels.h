@@ -220,6 +220,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   const bool with_probabilities = sums.masses || sums.squares;
   const int64_t first = (tile.image * problem.rows.size + group.y) * problem.columns.size + group.x;
   const LossesOfImage<Stat> losses_of(problem.shape, num_classes, tile.image);
+  const Map<Stat>& weights = problem.shape.pixel_weights;
   Stat shift[GROUP] = {}, losses[GROUP], overlaps[GROUP], used[GROUP];
   uint64_t hits = 0;
   logits_of_group(problem, tile, workspace, group);
@@ -246,15 +247,14 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     Vec loss = is_valid ? not_below_0(log_total - (own - sum.largest)) : Vec{};
     if (sums.overlaps) V::store(overlaps + t, exp<Stat>(-loss));
     Vec share = Vec{} + 1;
-    if (problem.shape.pixel_weights.data)
-      share = load_map(problem.shape.pixel_weights, tile.image, group.y, group.x + t, count);
-    V::store(used + t, loss < problem.shape.least ? Vec{} : share);
+    if (weights.data) share = load_map(weights, tile.image, group.y, group.x + t, count);
+    if (sums.used) V::store(used + t, loss < problem.shape.least ? Vec{} : share);
     if (!problem.shape.plain) {
       const Vec u = losses_of.total * log_total - sum.mixed, c = loss;
-      const auto p = [c]() INLINE_LAMBDA { return chances<Stat>(c); };
+      const auto p = [c]() INLINE_LAMBDA { return chances_of<Stat>(c); };
       loss = is_valid ? losses_of.loss(group.classes_at(t), c, u, p) : Vec{};
     }
-    V::store(losses + t, losses_of.weighted(share, loss));
+    V::store(losses + t, weights.data ? losses_of.weighted(share, loss) : loss);
     if (maps.pixel_losses) V::store(maps.pixel_losses + first + t, loss, count);
     if (maps.lse) {
       const Vec lse = log_total + (sum.largest + V::load(shift + t));
@@ -325,7 +325,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     if (!problem.shape.plain) {
       const Vec log_total = log_of_sum(sum.total);
       const Vec c = not_below_0(log_total - (own_logit - sum.largest));
-      const auto p = [c]() INLINE_LAMBDA { return chances<Stat>(c); };
+      const auto p = [c]() INLINE_LAMBDA { return chances_of<Stat>(c); };
       Vec alpha, beta;
       losses.derivatives(classes, c, losses.total * log_total - sum.mixed, p, alpha, beta);
       of_others = own * beta;

@@ -111,14 +111,9 @@ struct TwoClasses {
     if (!losses.others) return Floats{};
     return losses.total * log_total + (d < 0 ? -losses.others[1] * d : losses.others[0] * d);
   }
-  // The probability of the larger logit, and of the smaller one.
-  ALWAYS_INLINE Chances<float> probabilities() const {
-    const Floats larger = 1 / (1 + power);
-    return {larger, power * larger};
-  }
   // The probability of class k and of the other one.
-  ALWAYS_INLINE Chances<float> chances(Ints k) const {
-    const auto [larger, smaller] = probabilities();
+  ALWAYS_INLINE Chances<float> of_class(Ints k) const {
+    const Floats larger = 1 / (1 + power), smaller = power * larger;
     const Ints hit = (k == 1) == (d > 0);
     return {hit ? larger : smaller, hit ? smaller : larger};
   }
@@ -172,7 +167,7 @@ void forward_two_classes(const Problem<float>& problem, const Tile& tile,
         Floats loss = c;
         if (!plain)
           loss = losses.loss(k, c, two.losses(losses, log_total),
-                             [&]() INLINE_LAMBDA { return two.chances(k); });
+                             [&]() INLINE_LAMBDA { return two.of_class(k); });
         if (map) V::store(map + t, valid ? loss : Floats{}, std::min<int64_t>(L, count - t));
         Floats share = Floats{} + 1;
         if (weights.data) {
@@ -188,7 +183,7 @@ void forward_two_classes(const Problem<float>& problem, const Tile& tile,
         }
         if (with_probabilities) {
           for (int i = 0; i < 2; ++i) {
-            const Floats p = two.chances(Ints{} + i).hit;
+            const Floats p = two.of_class(Ints{} + i).hit;
             overlaps[i] += k == i ? p : Floats{};
             masses[i] += valid ? p : Floats{};
             squares[i] += valid ? p * p : Floats{};
@@ -234,7 +229,7 @@ class DerivativeByDifference {
 
   ALWAYS_INLINE Floats at(Floats d, Ints k, Floats weight, Floats dpixel_losses) const {
     const TwoClasses two(d);
-    const auto [p_1, p_0] = two.chances(Ints{} + 1);
+    const auto [p_1, p_0] = two.of_class(Ints{} + 1);
     const Floats p_0_p_1 = p_0 * p_1;
     Floats own = {}, of_others = {};
     if (dlosses_) own = k == 1 ? Floats{} + dlosses_[1] : Floats{} + dlosses_[0];
