@@ -155,6 +155,7 @@ def launch_pixels(variant: PixelVariant) -> None:
     smooth = torch.empty((2, variant.size[1]), device="meta")
     shape = (
         smooth if "smoothing" in variant.shaped else None,
+        None,
         1.0 if "smallest" in variant.shaped else None,
         2.0 if "focal" in variant.shaped else 0.0,
     )

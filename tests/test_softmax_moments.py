@@ -577,7 +577,8 @@ def test_float64_is_refused(backend: str):
 
 @emulator
 @pytest.mark.parametrize(
-    "option", [(torch.ones(2, 3), None, 0.0), (None, 1.0, 0.0), (None, None, 2.0)]
+    "option",
+    [(torch.ones(2, 3), None, None, 0.0), (None, None, 1.0, 0.0), (None, None, None, 2.0)],
 )
 def test_options_that_cuda_leaves_to_triton(option, backend: str):
     logits, labels = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.int64)
