@@ -295,3 +295,16 @@ def test_wrong_forms_of_pos_weight(form):
         ao.pixel_binary_cross_entropy(z, y, pos_weight=form)
     with pytest.raises(ValueError, match="BinaryCrossEntropy: pos_weight: expected a"):
         ao.BinaryCrossEntropy(form)(z, y)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.01, 0.5])
+@pytest.mark.parametrize("margin", [0.01, 1.0, 16.0, 80.0])
+def test_sums_of_tiny_and_large_losses(margin, wrong):
+    """The logarithms of a class are added as one of a product, which must not lose those near 0."""
+    labels = torch.randint(0, 2, (1, 40, 1000))
+    z = margin * (0.5 + torch.rand(1, 1, 40, 1000)) * (2 * labels[:, None] - 1)
+    z[torch.rand(z.shape) < wrong] *= -1
+    z.clamp_(-80, 80)
+    loss = ao.pixel_binary_cross_entropy(z, labels)
+    expected = F.softplus(z.double() * (1 - 2 * labels[:, None])).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=5e-7, atol=0)

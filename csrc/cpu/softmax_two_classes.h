@@ -119,6 +119,15 @@ struct TwoClasses {
   }
 };
 
+// The sum of log(1 + x) over some vectors: the logarithm of the product, which is 1 + rest. The
+// difference to 1 remains exact where all x are small.
+struct LogOfProduct {
+  Floats rest = {};
+
+  ALWAYS_INLINE void multiply(Ints where, Floats x) { rest = where ? rest + x * (1 + rest) : rest; }
+  ALWAYS_INLINE Floats value() const { return rest > 1 ? log(1 + rest) : log_of_1_plus(rest); }
+};
+
 // The sums of a class over a tile.
 struct SumsOfClass {
   using Sum = Vector<double, LANES<double>>;
@@ -126,27 +135,18 @@ struct SumsOfClass {
   int64_t counts = 0, hits = 0;
 };
 
-template <class = void>
-void forward_two_classes(const Problem<float>& problem, const Tile& tile,
+// BY_PRODUCT: no loss of a single pixel is needed.
+template <bool BY_PRODUCT, bool WITH_PROBABILITIES>
+void forward_differences(const Problem<float>& problem, const Tile& tile,
                          const Workspace<float>& workspace, const Sums& sums,
                          const Maps<float>& maps) {
   using V = Simd<float>;
   constexpr int L = LANES<float>;
   const int64_t count = tile.label_columns.end - tile.label_columns.begin;
   const LossesOfImage<float> losses(problem.shape, 2, tile.image);
-  const bool with_probabilities = sums.masses || sums.squares, plain = problem.shape.plain;
   const Map<float>& weights = problem.shape.pixel_weights;
+  const bool with_hits = sums.hits, with_squares = sums.squares, with_used = sums.used;
   const auto number = [](Ints mask) INLINE_LAMBDA { return __builtin_popcount(lanes_of(mask)); };
-  if (maps.lse) {
-    double losses_of_class[2] = {};
-    int64_t counts[2] = {};
-    const Sums unused = {.losses = losses_of_class, .counts = counts};
-    for_groups(
-        problem, tile, workspace, [](int64_t) {},
-        [&](const Group<float>& group) {
-          forward_group(problem, tile, workspace, group, unused, Maps<float>{.lse = maps.lse});
-        });
-  }
   PackedRows<float> packed;
   SumsOfClass by_class[2];
   const auto visit = [&](int64_t y, const float* d) {
@@ -157,43 +157,50 @@ void forward_two_classes(const Problem<float>& problem, const Tile& tile,
     float* map = maps.pixel_losses;
     if (map)
       map += (tile.image * problem.rows.size + y) * problem.columns.size + tile.label_columns.begin;
-    for (int64_t first = 0; first < count; first += 4 * L) {
+    for (int64_t first = 0; first < count; first += 8 * L) {
       Floats of_loss[2] = {}, overlaps[2] = {}, masses[2] = {}, squares[2] = {}, used[2] = {};
-      for (int64_t t = first; t < std::min(first + 4 * L, count); t += L) {
+      LogOfProduct totals[2];
+      for (int64_t t = first; t < std::min(first + 8 * L, count); t += L) {
         const TwoClasses two(V::load(d + t));
-        const Ints k = load_ints(workspace.classes + t), valid = k >= 0;
-        const Floats log_total = log_of_1_plus(two.power);
-        const Floats c = two.loss(k == 1 ? two.d : -two.d, log_total);
-        Floats loss = c;
-        if (!plain)
-          loss = losses.loss(k, c, two.losses(losses, log_total),
-                             [&]() INLINE_LAMBDA { return two.of_class(k); });
-        if (map) V::store(map + t, valid ? loss : Floats{}, std::min<int64_t>(L, count - t));
-        Floats share = Floats{} + 1;
-        if (weights.data) {
-          share = load_map(weights, tile.image, y, tile.label_columns.begin + t, count - t);
-          loss = losses.weighted(share, loss);
-        }
+        const Ints k = load_ints(workspace.classes + t), own[2] = {k == 0, k == 1};
+        const Floats other = own[1] ? two.d : -two.d;
         for (int i = 0; i < 2; ++i) {
-          const Ints own = k == i;
-          of_loss[i] += own ? loss : Floats{};
-          by_class[i].counts += number(own);
-          if (sums.hits) by_class[i].hits += number(own & (i == 1 ? two.d > 0 : ~(two.d > 0)));
-          if (sums.used) used[i] += own & ~(c < losses.shape.least) ? share : Floats{};
+          by_class[i].counts += number(own[i]);
+          if (with_hits) by_class[i].hits += number(own[i] & (i == 1 ? two.d > 0 : ~(two.d > 0)));
         }
-        if (with_probabilities) {
+        if constexpr (BY_PRODUCT) {
+          const Floats without_log = two.loss(other, Floats{});
           for (int i = 0; i < 2; ++i) {
-            const Floats p = two.of_class(Ints{} + i).hit;
-            overlaps[i] += k == i ? p : Floats{};
-            masses[i] += valid ? p : Floats{};
-            squares[i] += valid ? p * p : Floats{};
+            of_loss[i] += own[i] ? without_log : Floats{};
+            totals[i].multiply(own[i], two.power);
           }
+        } else {
+          const Floats log_total = log_of_1_plus(two.power), c = two.loss(other, log_total);
+          Floats loss = c, share = Floats{} + 1;
+          if (!losses.shape.plain)
+            loss = losses.loss(k, c, two.losses(losses, log_total),
+                               [&]() INLINE_LAMBDA { return two.of_class(k); });
+          if (map) V::store(map + t, k >= 0 ? loss : Floats{}, std::min<int64_t>(L, count - t));
+          if (weights.data) {
+            share = load_map(weights, tile.image, y, tile.label_columns.begin + t, count - t);
+            loss = losses.weighted(share, loss);
+          }
+          for (int i = 0; i < 2; ++i) {
+            of_loss[i] += own[i] ? loss : Floats{};
+            if (with_used) used[i] += own[i] & ~(c < losses.shape.least) ? share : Floats{};
+          }
+        }
+        for (int i = 0; WITH_PROBABILITIES && i < 2; ++i) {
+          const Floats p = two.of_class(Ints{} + i).hit;
+          overlaps[i] += own[i] ? p : Floats{};
+          masses[i] += k >= 0 ? p : Floats{};
+          if (with_squares) squares[i] += k >= 0 ? p * p : Floats{};
         }
       }
       for (int i = 0; i < 2; ++i) {
-        by_class[i].losses += widen(fold(of_loss[i]));
-        if (sums.used) by_class[i].used += widen(fold(used[i]));
-        if (!with_probabilities) continue;
+        by_class[i].losses += widen(fold(BY_PRODUCT ? of_loss[i] + totals[i].value() : of_loss[i]));
+        if (with_used) by_class[i].used += widen(fold(used[i]));
+        if (!WITH_PROBABILITIES) continue;
         by_class[i].overlaps += widen(fold(overlaps[i]));
         by_class[i].masses += widen(fold(masses[i]));
         by_class[i].squares += widen(fold(squares[i]));
@@ -212,30 +219,63 @@ void forward_two_classes(const Problem<float>& problem, const Tile& tile,
   }
 }
 
-// The derivative of the moments by d, for the pixels of one image.
+template <class = void>
+void forward_two_classes(const Problem<float>& problem, const Tile& tile,
+                         const Workspace<float>& workspace, const Sums& sums,
+                         const Maps<float>& maps) {
+  if (maps.lse) {
+    double losses_of_class[2] = {};
+    int64_t counts[2] = {};
+    const Sums unused = {.losses = losses_of_class, .counts = counts};
+    for_groups(
+        problem, tile, workspace, [](int64_t) {},
+        [&](const Group<float>& group) {
+          forward_group(problem, tile, workspace, group, unused, Maps<float>{.lse = maps.lse});
+        });
+  }
+  const LossShape<float>& shape = problem.shape;
+  const bool by_product = shape.plain && !shape.pixel_weights.data && !maps.pixel_losses;
+  const bool with_probabilities = sums.masses || sums.squares;
+  const auto add = by_product           ? with_probabilities ? forward_differences<true, true>
+                                                             : forward_differences<true, false>
+                   : with_probabilities ? forward_differences<false, true>
+                                        : forward_differences<false, false>;
+  add(problem, tile, workspace, sums, maps);
+}
+
+// The derivative of the moments by d, for the pixels of one image. PLAIN: losses are -log p, and no
+// map is given.
+template <bool PLAIN>
 class DerivativeByDifference {
  public:
   DerivativeByDifference(const Problem<float>& problem, const Gradients<float>& gradients,
                          int64_t image)
-      : losses_(problem.shape, 2, image), gradients_(gradients) {
-    const auto of_image = [&](const float* by_class) {
-      return by_class ? by_class + image * gradients.stride_b : nullptr;
+      : losses_(problem.shape, 2, image), gradients_(gradients), with_squares_(gradients.dsquares) {
+    const auto at = [&](const float* by_class, int k) {
+      return by_class ? by_class[image * gradients.stride_b + k] : 0;
     };
-    dlosses_ = of_image(gradients.dlosses);
-    doverlaps_ = of_image(gradients.doverlaps);
-    dsquares_ = of_image(gradients.dsquares);
-    if (const float* dmasses = of_image(gradients.dmasses)) dmasses_ = dmasses[1] - dmasses[0];
+    for (int k = 0; k < 2; ++k) {
+      const float doverlaps = at(gradients.doverlaps, k);
+      of_loss_[k] = at(gradients.dlosses, k);
+      of_p_1_[k] =
+          (k ? doverlaps : -doverlaps) + at(gradients.dmasses, 1) - at(gradients.dmasses, 0);
+      of_square_[k] = 2 * at(gradients.dsquares, k);
+    }
   }
 
-  ALWAYS_INLINE Floats at(Floats d, Ints k, Floats weight, Floats dpixel_losses) const {
+  // of_map: the values of a map at the pixels.
+  template <class OfMap>
+  ALWAYS_INLINE Floats at(Floats d, Ints k, OfMap of_map) const {
+    const auto of_class = [&](const float (&values)[2]) INLINE_LAMBDA {
+      return k == 1 ? Floats{} + values[1] : Floats{} + values[0];
+    };
     const TwoClasses two(d);
     const auto [p_1, p_0] = two.of_class(Ints{} + 1);
-    const Floats p_0_p_1 = p_0 * p_1;
-    Floats own = {}, of_others = {};
-    if (dlosses_) own = k == 1 ? Floats{} + dlosses_[1] : Floats{} + dlosses_[0];
-    if (losses_.shape.pixel_weights.data) own *= weight;
-    own += dpixel_losses;
-    if (!losses_.shape.plain) {
+    Floats own = of_class(of_loss_), of_others = {};
+    if constexpr (!PLAIN) {
+      const LossShape<float>& shape = losses_.shape;
+      if (shape.pixel_weights.data) own *= of_map(shape.pixel_weights);
+      own += of_map(gradients_.dpixel_losses);
       Floats c = {}, u = {}, alpha, beta;
       if (losses_.needs_own()) {
         const Floats log_total = log_of_1_plus(two.power);
@@ -250,29 +290,27 @@ class DerivativeByDifference {
         of_others = own * beta * (losses_.others[0] * p_1 - losses_.others[1] * p_0);
       own *= alpha;
     }
-    Floats result = of_others + own * (k == 1 ? -p_0 : p_1);
-    Floats of_p_1 = Floats{} + dmasses_;
-    if (doverlaps_) of_p_1 += k == 1 ? Floats{} + doverlaps_[1] : Floats{} - doverlaps_[0];
-    if (dsquares_) of_p_1 += 2 * (p_1 * dsquares_[1] - p_0 * dsquares_[0]);
-    result += of_p_1 * p_0_p_1;
+    Floats of_p_1 = of_class(of_p_1_);
+    if (with_squares_) of_p_1 += p_1 * of_square_[1] - p_0 * of_square_[0];
+    const Floats result = of_others + own * (k == 1 ? -p_0 : p_1) + of_p_1 * (p_0 * p_1);
     return k >= 0 ? result : Floats{};
   }
 
  private:
   LossesOfImage<float> losses_;
   const Gradients<float>& gradients_;
-  const float *dlosses_, *doverlaps_, *dsquares_;
-  float dmasses_ = 0;
+  bool with_squares_;
+  float of_loss_[2], of_p_1_[2], of_square_[2];
 };
 
-template <class Begin>
-void backward_two_classes(const Problem<float>& problem, const Tile& tile,
+template <bool PLAIN, class Begin>
+void backward_differences(const Problem<float>& problem, const Tile& tile,
                           const Workspace<float>& workspace, const Gradients<float>& gradients,
                           const Output<float>& output, Begin finish_until) {
   using V = Simd<float>;
   constexpr int L = LANES<float>;
   const int64_t count = tile.label_columns.end - tile.label_columns.begin;
-  const DerivativeByDifference derivative(problem, gradients, tile.image);
+  const DerivativeByDifference<PLAIN> derivative(problem, gradients, tile.image);
   GradientLines<float> lines(workspace.label_columns);
   PackedRows<float> packed;
   const auto add_up = [&](int64_t parity) {
@@ -302,8 +340,7 @@ void backward_two_classes(const Problem<float>& problem, const Tile& tile,
       const auto of_map = [&](const Map<float>& map) INLINE_LAMBDA {
         return load_map(map, tile.image, y, tile.label_columns.begin + t, count - t);
       };
-      return derivative.at(V::load(d + t), load_ints(workspace.classes + t),
-                           of_map(problem.shape.pixel_weights), of_map(gradients.dpixel_losses));
+      return derivative.at(V::load(d + t), load_ints(workspace.classes + t), of_map);
     };
     if (!problem.upsampled) {  // in the place of d
       for (int64_t t = 0; t < count; t += L) {
@@ -327,6 +364,16 @@ void backward_two_classes(const Problem<float>& problem, const Tile& tile,
   };
   for_differences(problem, tile, workspace, gradients.dlse.data != nullptr, begin, visit);
   lines.finish_until(problem.rows.source, add_up);
+}
+
+template <class Begin>
+void backward_two_classes(const Problem<float>& problem, const Tile& tile,
+                          const Workspace<float>& workspace, const Gradients<float>& gradients,
+                          const Output<float>& output, Begin finish_until) {
+  const LossShape<float>& shape = problem.shape;
+  if (shape.plain && !shape.pixel_weights.data && !gradients.dpixel_losses.data)
+    return backward_differences<true>(problem, tile, workspace, gradients, output, finish_until);
+  backward_differences<false>(problem, tile, workspace, gradients, output, finish_until);
 }
 
 template <class = void>
