@@ -28,12 +28,6 @@ struct Between {
   Stat weight[DOWN] = {}, step = 0;  // of the lower row; from one row of labels to the next
   bool ordinary = false;             // logits are finite or -inf
 
-  Between from(int64_t t) const {
-    Between moved = *this;
-    moved.low += t;
-    moved.high += t;
-    return moved;
-  }
   ALWAYS_INLINE VecOf<Stat> at(int64_t i, int row) const {
     const auto v = Simd<Stat>::load(low + i);
     const Stat w = weight[row];
@@ -235,9 +229,10 @@ ALWAYS_INLINE bool underflow(const Powers<Stat>& a, const Powers<Stat>& b) {
 }
 
 template <class Stat>
-VecOf<Stat> largest_of(const Between<Stat>& rows, int row, int64_t num_classes, int64_t line) {
-  auto largest = rows.at(0, row);
-  for (int64_t k = 1; k < num_classes; ++k) largest = maximum(largest, rows.at(k * line, row));
+VecOf<Stat> largest_of(const Between<Stat>& rows, int64_t t, int row, int64_t num_classes,
+                       int64_t line) {
+  auto largest = rows.at(t, row);
+  for (int64_t k = 1; k < num_classes; ++k) largest = maximum(largest, rows.at(k * line + t, row));
   return largest - largest == 0 ? largest : VecOf<Stat>{};
 }
 
@@ -283,16 +278,15 @@ double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
       read_valid(divergence, tile.image, y + j, columns, divergence.is_valid + j * line);
     for (int64_t t = 0; t < columns.end - columns.begin; t += L) {
       const int64_t count = std::min<int64_t>(L, columns.end - columns.begin - t);
-      const Between<Stat> student = students.from(t), teacher = teachers.from(t);
       Sums sums[DOWN];
       if (by_powers)
         add_classes(num_classes, sums, [&](int64_t k, Sums(&some)[DOWN]) INLINE_LAMBDA {
-          Powers<Stat> of_student(student, k * line), of_teacher(teacher, k * line);
+          const int64_t i = k * line + t;
+          Powers<Stat> of_student(students, i), of_teacher(teachers, i);
           Vec difference = of_teacher.z - of_student.z;
           const Vec change = of_teacher.change - of_student.change;
           if (underflow(of_student, of_teacher)) {
-            for (int j = 0; j < rows; ++j)
-              some[j].add(student.at(k * line, j), teacher.at(k * line, j));
+            for (int j = 0; j < rows; ++j) some[j].add(students.at(i, j), teachers.at(i, j));
             return;
           }
           for (int j = 0; j < DOWN; ++j) {
@@ -311,14 +305,15 @@ double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
           const auto directly = [&]() {
             Sums row[1];
             add_classes(num_classes, row, [&](int64_t k, Sums(&some)[1]) INLINE_LAMBDA {
-              some[0].add(student.at(k * line, j) - shift, teacher.at(k * line, j) - teacher_shift);
+              const int64_t i = k * line + t;
+              some[0].add(students.at(i, j) - shift, teachers.at(i, j) - teacher_shift);
             });
             sums[j] = row[0];
           };
           if (!by_powers) directly();
           if (!sums[j].ordinary()) {
-            shift = largest_of(student, j, num_classes, line);
-            teacher_shift = largest_of(teacher, j, num_classes, line);
+            shift = largest_of(students, t, j, num_classes, line);
+            teacher_shift = largest_of(teachers, t, j, num_classes, line);
             directly();
           }
         }
@@ -386,7 +381,6 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
       read_valid(divergence, tile.image, y + j, columns, divergence.is_valid + j * line);
     for (int64_t t = 0; t < columns.end - columns.begin; t += L) {
       const int64_t count = std::min<int64_t>(L, columns.end - columns.begin - t);
-      const Between<Stat> student = students.from(t), teacher = teachers.from(t);
       Vec gradient[DOWN] = {}, lse[DOWN] = {}, teacher_lse[DOWN] = {};
       Vec student_factor[DOWN] = {}, teacher_factor[DOWN] = {};
       auto steep = Vec{} != Vec{};
@@ -411,30 +405,37 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
         teacher_factor[j] = gradient[j] * exp2<Stat>(-teacher_lse[j]);
       }
       for (int64_t k = 0; k < problem.layout.dim; ++k) {
-        const int64_t i = k * line;
-        Vec of_low = V::load(low + i + t), of_high = {};
-        Powers<Stat> of_student(student, i), of_teacher(teacher, i);
-        if (by_powers && !underflow(of_student, of_teacher)) {
-          for (int j = 0; j < DOWN; ++j) {
-            const Vec dz =
-                student_factor[j] * of_student.power - teacher_factor[j] * of_teacher.power;
-            of_low += (1 - student.weight[j]) * dz;
-            of_high += student.weight[j] * dz;
-            of_student.power *= of_student.factor;
-            of_teacher.power *= of_teacher.factor;
-          }
-        } else {
+        const int64_t i = k * line + t;
+        Vec of_low = V::load(low + i), of_high = {};
+        const auto by_rows = [&]() INLINE_LAMBDA {
           for (int j = 0; j < rows; ++j) {
-            const Vec q = exp2_of_any<Stat>(student.at(i, j) - lse[j]);
-            const Vec p = exp2_of_any<Stat>(teacher.at(i, j) - teacher_lse[j]);
+            const Vec q = exp2_of_any<Stat>(students.at(i, j) - lse[j]);
+            const Vec p = exp2_of_any<Stat>(teachers.at(i, j) - teacher_lse[j]);
             const auto is_valid = V::load(divergence.is_valid + j * line + t) != 0;
             const Vec dz = is_valid ? gradient[j] * (q - p) : Vec{};
-            of_low += (1 - student.weight[j]) * dz;
-            of_high += student.weight[j] == 0 ? Vec{} : student.weight[j] * dz;
+            of_low += (1 - students.weight[j]) * dz;
+            of_high += students.weight[j] == 0 ? Vec{} : students.weight[j] * dz;
           }
+        };
+        if (by_powers) {
+          Powers<Stat> of_student(students, i), of_teacher(teachers, i);
+          if (underflow(of_student, of_teacher)) {
+            by_rows();
+          } else {
+            for (int j = 0; j < DOWN; ++j) {
+              const Vec dz =
+                  student_factor[j] * of_student.power - teacher_factor[j] * of_teacher.power;
+              of_low += (1 - students.weight[j]) * dz;
+              of_high += students.weight[j] * dz;
+              of_student.power *= of_student.factor;
+              of_teacher.power *= of_teacher.factor;
+            }
+          }
+        } else {
+          by_rows();
         }
-        V::store(low + i + t, of_low);
-        V::store(high + i + t, V::load(high + i + t) + of_high);
+        V::store(low + i, of_low);
+        V::store(high + i, V::load(high + i) + of_high);
       }
     }
   };
