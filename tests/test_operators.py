@@ -34,6 +34,7 @@ CASES = [
         for per_image in (False, True)
     ),
     ("split_groups", EVERYWHERE, (KEYS, KEYS[KEYS >= 0].bincount(minlength=6), SEED, 2)),
+    ("kth_largest", CPU, (torch.rand(12, 6)[:, 1], 3)),
     *(
         ("class_moments", places, (features, keys, *others))
         for features, keys, places in (

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
+from anchorops._ops import kth_largest as operators
 
 K = 5
 
@@ -117,18 +118,23 @@ def test_hard_examples(ohem, kept):
     check(loss, (w * ce).sum() / w.sum(), logits)
 
 
-def test_kth_largest_is_that_of_sorting():
-    from anchorops.losses.cross_entropy import kth_largest
+@pytest.mark.parametrize("how", ["cpu", "reference", "histograms"])
+def test_kth_largest_is_that_of_sorting(how):
+    def kth_largest(values, k):
+        if how == "histograms":  # of GPUs
+            return operators._by_histograms(values, k, "cpu")
+        with ao.use_backend(how):
+            return operators.kth_largest(values, k)
 
-    values = torch.rand(1000) * torch.logspace(-30, 5, 1000)
+    values = torch.rand(100_000) * torch.logspace(-30, 5, 100_000)  # more than a thread's part
     values[:50] = values[50]  # equal ones
     values[60:80] = 0
     ordered = values.sort(descending=True).values
-    for k in (1, 2, 10, 333, len(ordered)):
+    for k in (1, 2, 10, 33_333, len(ordered)):
         assert kth_largest(values, k) == ordered[k - 1]
     assert kth_largest(values, len(ordered) + 1) == 0
     assert kth_largest(values[:0], 1) == 0
-    values[500] = math.nan
+    values[500] = -math.nan
     assert kth_largest(values, 1) == math.inf
     assert kth_largest(values, 2) == values[~values.isnan()].max()
 

@@ -9,8 +9,6 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from .. import reference
-from .._backend import select
 from .registration import define
 from .split_groups import split_groups
 
@@ -78,12 +76,3 @@ def class_keys(
         assert seed is not None
         return split_groups(keys, counts, groups, seed, backend=backend)
     return keys, counts
-
-
-def class_counts(labels: Tensor, num_classes: int) -> Tensor:
-    """How many of the labels [N] are each class: int64 [num_classes]. Others are not counted."""
-    points = labels[:, None]
-    backend = select("class_counts", points, num_classes)
-    if backend == "reference":
-        return reference.class_keys(points, labels, num_classes, False, -1)[1]
-    return class_keys(points, labels, num_classes, ignore_index=-1, backend=backend)[1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number, check_share, describe, fail
-from .._ops.class_keys import class_counts
+from .._ops.kth_largest import kth_largest
 from .._ops.pixel_cross_entropy import class_losses, divide, mixture, used_counts
 from .._ops.pixel_cross_entropy import (
     pixel_weights as weights_of_pixels,
@@ -151,23 +151,3 @@ class CrossEntropy(PixelLoss):
             bound = bound.clamp(max=min_loss)
         used = ~(ce < bound)  # includes NaN
         return used if pixel_weights is None else used & (pixel_weights != 0)
-
-
-def kth_largest(values: Tensor, k: int) -> Tensor:
-    """The k-th largest of the values, float32 and not negative; 0 if there are fewer.
-
-    It neither sorts nor synchronises. The bits of non-negative floats, read as integers, have the
-    same order as the floats. Therefore three histograms find the value exactly: each is of the
-    next digit of the numbers whose higher digits are those already found. NaN is treated as ∞.
-    """
-    bits = values.flatten().view(torch.int32) & 0x7FFFFFFF  # without the sign of −0 and of −NaN
-    rank = torch.full((), k, device=values.device)
-    found = torch.zeros_like(rank)  # the higher digits of the value
-    for start, width in ((20, 11), (10, 10), (0, 10)):  # the digits: where they start, their bits
-        digits = (bits >> start).sub_(found << width)  # not in [0, 2^width) if a higher one differs
-        counts = class_counts(digits, 2**width)
-        from_here = counts.flip(0).cumsum(0).flip(0)  # how many have this digit or a larger one
-        digit = ((from_here >= rank).sum() - 1).clamp(min=0)
-        rank = rank - (from_here - counts).take(digit)
-        found = found << width | digit
-    return found.to(torch.int32).view(torch.float32).nan_to_num(nan=torch.inf, posinf=torch.inf)
