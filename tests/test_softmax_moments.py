@@ -263,6 +263,20 @@ def test_gradient_through_some(through: tuple[str, ...], backend: str):
     check(Case((1, 6, 3, 4), (8, 9), BF16, True), backend, through)
 
 
+@cpu
+def test_equal_gradients_of_two_masses_cancel_out(backend: str):
+    """The sum of the masses is the number of pixels."""
+    logits, labels = torch.randn(1, 2, 4, 6), torch.randint(0, 2, (1, 12, 12))
+
+    def gradient(weight: float) -> Tensor:
+        x = logits.clone().requires_grad_()
+        moments = ao.ops.softmax_moments(x, labels)
+        overlaps = moments.overlaps * torch.tensor([0.3, 0.7])
+        return torch.autograd.grad(overlaps.sum() + weight * moments.masses.sum(), x)[0]
+
+    torch.testing.assert_close(gradient(1e7), gradient(0.0))
+
+
 STEEP = [
     Case((2, 19, 9, 20), (18, 40)),
     Case((2, 19, 9, 20), (36, 80), labels="coherent"),

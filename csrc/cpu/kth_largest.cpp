@@ -8,15 +8,18 @@
 
 #include <array>
 #include <bit>
+#include <cstdint>
 #include <limits>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "operators.h"
 
 namespace anchorops::cpu {
 namespace {
 
-constexpr int MOST_BITS = 11;  // of a histogram, which is then in the first-level cache
+constexpr int MOST_BITS = 11;  // of a histogram: 16 KB
 using Histogram = std::array<int64_t, 1 << MOST_BITS>;
 
 // How many of the numbers have the digit [shift, shift + width) of their bits, if the bits above

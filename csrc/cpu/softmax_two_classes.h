@@ -135,7 +135,7 @@ struct SumsOfClass {
   int64_t counts = 0, hits = 0;
 };
 
-// BY_PRODUCT: no loss of a single pixel is needed.
+// BY_PRODUCT: neither the loss of a single pixel is needed nor `used`.
 template <bool BY_PRODUCT, bool WITH_PROBABILITIES>
 void forward_differences(const Problem<float>& problem, const Tile& tile,
                          const Workspace<float>& workspace, const Sums& sums,
@@ -254,11 +254,12 @@ class DerivativeByDifference {
     const auto at = [&](const float* by_class, int k) {
       return by_class ? by_class[image * gradients.stride_b + k] : 0;
     };
+    // the sum of both masses is constant: equal gradients cancel out
+    const float dmasses = at(gradients.dmasses, 1) - at(gradients.dmasses, 0);
     for (int k = 0; k < 2; ++k) {
       const float doverlaps = at(gradients.doverlaps, k);
       of_loss_[k] = at(gradients.dlosses, k);
-      of_p_1_[k] =
-          (k ? doverlaps : -doverlaps) + at(gradients.dmasses, 1) - at(gradients.dmasses, 0);
+      of_p_1_[k] = dmasses + (k ? doverlaps : -doverlaps);
       of_square_[k] = 2 * at(gradients.dsquares, k);
     }
   }
@@ -300,7 +301,8 @@ class DerivativeByDifference {
   LossesOfImage<float> losses_;
   const Gradients<float>& gradients_;
   bool with_squares_;
-  float of_loss_[2], of_p_1_[2], of_square_[2];
+  float of_loss_[2], of_p_1_[2];  // derivatives by -log p and by p_1, of the pixels of each class
+  float of_square_[2];            // twice those by p_k^2
 };
 
 template <bool PLAIN, class Begin>
