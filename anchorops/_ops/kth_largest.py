@@ -17,7 +17,7 @@ define("kth_largest", "(Tensor values, int k) -> Tensor", _fake, backends=("cpu"
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
-    """The k-th largest of the values, float32 and not negative; 0 if there are fewer. k is at least 1.
+    """The k-th largest of the values, float32 and not negative, for k ≥ 1; 0 if there are fewer.
 
     It neither sorts nor synchronises. The bits of non-negative floats, read as integers, have the
     same order as the floats. Therefore three histograms find the value exactly: each is of the
