@@ -271,6 +271,7 @@ def test_equal_gradients_of_two_masses_cancel_out(backend: str):
     def gradient(weight: float) -> Tensor:
         x = logits.clone().requires_grad_()
         moments = ao.ops.softmax_moments(x, labels)
+        assert moments.overlaps is not None and moments.masses is not None
         overlaps = moments.overlaps * torch.tensor([0.3, 0.7])
         return torch.autograd.grad(overlaps.sum() + weight * moments.masses.sum(), x)[0]
 
