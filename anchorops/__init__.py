@@ -9,7 +9,7 @@ from . import anchors as anchors
 from . import ops as ops
 from ._attach import Attachment, attach
 from ._backend import backends, use_backend
-from ._low_resolution import LowResolution, low_resolution
+from ._forward.low_resolution import LowResolution, low_resolution
 from ._ops.class_moments import class_centroids, pixel_to_anchor_mse
 from ._ops.confusion import confusion, pixel_confusion
 from ._ops.pixel_argmax import pixel_argmax

@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-import copy
-import copyreg
-import functools
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from ._checks import check_flags, describe, fail
+from .._checks import check_flags, fail
+from .changed import (
+    change,
+    check_model,
+    check_restorable,
+    copied,
+    dry_run,
+    made_by_call,
+    restore,
+    tensors,
+    version,
+)
 
 _logger = logging.getLogger("anchorops")
 
 
-def _tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in a model's output (or in a function's arguments), with its place there."""
-    if isinstance(value, Tensor):
-        yield name or "the output", value
-    elif isinstance(value, Mapping):  # Hugging Face's ModelOutput too
-        for key, item in value.items():
-            yield from _tensors(item, f"{name}[{key!r}]")
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from _tensors(item, f"{name}[{i}]")
-
-
 class _Upsampling:
-    """One call of F.interpolate: its result, its options, and the functions that read it."""
+    """One call of F.interpolate: its input and result, its options, and the functions that read the
+    result."""
 
-    def __init__(self, result: Tensor, options: dict[str, Any]) -> None:
-        self.result, self.options = result, options
-        self.version = result._version
+    def __init__(self, source: Tensor, result: Tensor, options: dict[str, Any]) -> None:
+        self.source, self.result, self.options = source, result, options
+        self.versions = source._version, result._version
         self.readers: list[str] = []
 
     @property
@@ -58,9 +55,15 @@ class _Upsampling:
                 return f"scale_factor={scale}, whose grid differs from that of the sizes"
         if self.readers:
             return f"a result that {self.readers[0]} also reads"
-        if self.result._version != self.version:
+        if self.result._version != self.versions[1]:
             return "a result that is changed in place"
+        if self.source._version != self.versions[0]:
+            return "low-resolution logits that are changed in place after the upsampling"
         return None
+
+
+def _name(func: Any) -> str:
+    return resolve_name(func) or getattr(func, "__name__", repr(func))
 
 
 class _Watch(TorchFunctionMode):
@@ -77,17 +80,16 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        read = {id(tensor) for _, tensor in _tensors([args, kwargs])}
-        made = [tensor for _, tensor in _tensors(result) if id(tensor) not in read]
-        sources = [up for up in self.upsamplings if id(up.result) in read]
-        name = resolve_name(func) or getattr(func, "__name__", repr(func))
+        read = [tensor for _, tensor in tensors([args, kwargs])]
+        made = made_by_call(result, read)
+        sources = [up for up in self.upsamplings if any(up.result is x for x in read)]
         for tensor in made:
-            self._makers[id(tensor)] = (weakref.ref(tensor), name, bool(sources))
+            self._makers[id(tensor)] = (weakref.ref(tensor), _name(func), bool(sources))
         if made:
             for up in sources:
-                up.readers.append(name)
+                up.readers.append(_name(func))
         if func is F.interpolate:
-            self.upsamplings.append(_Upsampling(result, kwargs))
+            self.upsamplings.append(_Upsampling(read[0], result, kwargs))
         return result
 
     def maker(self, tensor: Tensor) -> str:
@@ -97,13 +99,20 @@ class _Watch(TorchFunctionMode):
         return f"{name} of an upsampled tensor" if upsampled else name
 
 
-class _Skip(TorchFunctionMode):
-    """Skips the calls of F.interpolate with these numbers. `inputs` receives the input of each
-    skipped call, and None for every other call."""
+class _Skipped(NamedTuple):
+    """What a skipped call returned, a view of its input; and the version of its memory then."""
 
-    def __init__(self, numbers: frozenset[int], inputs: list[Tensor | None]) -> None:
+    result: Tensor
+    version: int
+
+
+class _Skip(TorchFunctionMode):
+    """Skips the calls of F.interpolate with these numbers. `calls` receives each skipped call, and
+    None for every other one."""
+
+    def __init__(self, numbers: frozenset[int], calls: list[_Skipped | None], model: str) -> None:
         super().__init__()
-        self.numbers, self.inputs = numbers, inputs
+        self.numbers, self.calls, self.model = numbers, calls, model
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -111,86 +120,58 @@ class _Skip(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.interpolate:
             source = args[0] if args else kwargs["input"]
-            skipped = len(self.inputs) in self.numbers
-            self.inputs.append(source if skipped else None)
-            if skipped:
-                return source
-        return func(*args, **kwargs)
+            skipped = len(self.calls) in self.numbers
+            result = source.view_as(source) if skipped else func(*args, **kwargs)
+            self.calls.append(_Skipped(result, version(source)) if skipped else None)
+            return result
+        result = func(*args, **kwargs)
+        results = [call.result for call in self.calls if call is not None]
+        if results:
+            read = [tensor for _, tensor in tensors([args, kwargs])]
+            reads = any(x is y for x in results for y in read)
+            if reads and made_by_call(result, read):
+                _fail(self.model, f"{_name(func)} reads the upsampled tensor")
+        return result
 
 
-class _Plan(NamedTuple):
+def _fail(model: str, why: str) -> NoReturn:
+    advice = "remove() the handle, and call low_resolution with arguments as in this forward"
+    raise RuntimeError(f"low_resolution: {model}: {why}: {advice}")
+
+
+@dataclass(frozen=True)
+class _Plan:
     """Which calls of F.interpolate, counted from 0, a forward skips."""
 
     calls: int  # in one forward
     returned: frozenset[int]
 
 
-class _Plans(NamedTuple):
+@dataclass(frozen=True)
+class _Plans:
     """The plans of training mode and of evaluation mode; None: nothing is skipped."""
 
     training: _Plan
     evaluation: _Plan | None
 
-
-@functools.cache
-def _without_upsampling(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class of a model of class `cls` under `low_resolution`."""
-
-    @functools.wraps(cls.forward)  # Hugging Face's Trainer reads the signature
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plans: _Plans | None = getattr(self, "_low_resolution", None)
-        plan = None  # another instance of this class has no plans
-        if plans is not None:
-            plan = plans.training if self.training else plans.evaluation
+    def run(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        plan = self.training if module.training else self.evaluation
         if plan is None:
-            return cls.forward(self, *args, **kwargs)
-        inputs: list[Tensor | None] = []
-        with _Skip(plan.returned, inputs):
-            output = cls.forward(self, *args, **kwargs)
-        if len(inputs) != plan.calls:
-            why = f"{len(inputs)} calls of F.interpolate, where the dry run had {plan.calls}"
-            raise RuntimeError(f"low_resolution: {cls.__name__}: {why}: {_ADVICE}")
-        tensors = [tensor for _, tensor in _tensors(output)]
+            return forward(*args, **kwargs)
+        model = type(module).__name__
+        calls: list[_Skipped | None] = []
+        with _Skip(plan.returned, calls, model):
+            output = forward(*args, **kwargs)
+        if len(calls) != plan.calls:
+            _fail(model, f"{len(calls)} calls of F.interpolate, where the dry run had {plan.calls}")
+        found = [tensor for _, tensor in tensors(output)]
         for number in plan.returned:
-            if not any(tensor is inputs[number] for tensor in tensors):
-                why = "the output is not the input of the last upsampling"
-                raise RuntimeError(f"low_resolution: {cls.__name__}: {why}: {_ADVICE}")
+            call = calls[number]
+            if call is None or not any(tensor is call.result for tensor in found):
+                _fail(model, "the output is not the input of the last upsampling")
+            if version(call.result) != call.version:
+                _fail(model, "the logits are changed in place after the upsampling")
         return output
-
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        # pickle finds classes by name, so it gets the class of the original model
-        make, args, *state = cls.__reduce_ex__(self, 2)
-        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
-            make, args = _new, (cls,)
-        return (make, args, *state)
-
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    methods = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_upsampling_class": cls}
-    return type(cls)(cls.__name__, (cls,), names | methods)  # type: ignore[call-arg]
-
-
-_ADVICE = "remove() the handle, and call low_resolution with arguments as in this forward"
-
-
-def _new(cls: type[nn.Module]) -> nn.Module:
-    changed: Any = _without_upsampling(cls)
-    return changed.__new__(changed)
-
-
-def _dry_run(
-    model: nn.Module, args: Any, kwargs: Any, training: bool
-) -> tuple[_Watch, dict[str, Tensor]]:
-    """One forward of a copy. It does not change the model, gradients or random numbers."""
-    trial = copy.deepcopy(model).train(training)
-    for module in trial.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()  # accepts a single image, and does not synchronise with other ranks
-    devices = {parameter.device for parameter in model.parameters()}
-    indices = sorted({device.index for device in devices if device.type == "cuda"})
-    watch = _Watch()
-    with torch.no_grad(), torch.random.fork_rng(indices), watch:
-        output = trial(*args, **kwargs)
-    return watch, dict(_tensors(output))
 
 
 class LowResolution:
@@ -204,48 +185,28 @@ class LowResolution:
 
     def __init__(self, model: nn.Module, align_corners: bool, outputs: list[str]) -> None:
         self.align_corners, self.outputs = align_corners, outputs
-        self._model: Any = model
-        self._class = getattr(model, "_upsampling_class", type(model))
+        self._model = model
 
     def remove(self) -> None:
         """Restore the upsampling of the model."""
-        if not hasattr(self._model, "_low_resolution"):
-            return
-        if type(self._model) is not _without_upsampling(self._class):
-            expected = "the class that low_resolution gave it: first undo what changed it later"
-            fail("remove", "model", expected, type(self._model).__name__)
-        self._model.__class__ = self._class
-        del self._model._low_resolution
+        check_restorable(self._model)
+        restore("low_resolution", self._model)
 
     def __repr__(self) -> str:
         places = ", ".join(self.outputs)
         options = f"align_corners={self.align_corners}"
-        return f"low_resolution of {self._class.__name__}: {places} ({options})"
-
-
-def _check_model(model: object) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        fail("low_resolution", "model", "an nn.Module", describe(model))
-    name = type(model).__name__
-    wrappers = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
-    sharded = any(base.__name__ == "FSDPModule" for base in type(model).__mro__)
-    if name in wrappers or sharded or hasattr(model, "_orig_mod"):
-        expected = "the model itself, before torch.compile, DDP and FSDP"
-        fail("low_resolution", "model", expected, f"one wrapped in {name}")
-    if hasattr(model, "_low_resolution"):
-        expected = "a model that low_resolution has not changed yet"
-        fail("low_resolution", "model", expected, f"{name} after low_resolution")
-    if "forward" in vars(model):
-        expected = "a model with the forward of its class"
-        fail("low_resolution", "model", expected, f"{name} whose forward was replaced")
-    return model
+        return f"low_resolution of {type(self._model).__name__}: {places} ({options})"
 
 
 def _find(
     model: nn.Module, args: Any, kwargs: Any, training: bool
 ) -> tuple[_Plan, dict[str, bool]]:
     """The plan of one mode, and align_corners of the upsampling at each place of the output."""
-    watch, outputs = _dry_run(model, args, kwargs, training)
+    watch = _Watch()
+    with torch.inference_mode(False), torch.no_grad():
+        trial = copied("low_resolution", model)
+        of_forward, output = dry_run(trial, args, kwargs, training, watch)
+    outputs = dict(tensors(output))
     returned: dict[int, str] = {}
     for place, tensor in outputs.items():
         for number, up in enumerate(watch.upsamplings):
@@ -255,6 +216,10 @@ def _find(
         "a last step F.interpolate(…, mode='bilinear' or 'trilinear') whose result is returned"
     )
     mode = "" if training else "in evaluation mode: "
+    before_hooks = [tensor for _, tensor in tensors(of_forward)]
+    if not all(any(tensor is x for x in before_hooks) for tensor in outputs.values()):
+        found = "a forward hook of the model that changes its output: remove the hook"
+        fail("low_resolution", "model", expected, f"{mode}{found}")
     if not returned:
         found = ", ".join(
             f"{place} of shape {tuple(tensor.shape)} from {watch.maker(tensor)}"
@@ -315,16 +280,13 @@ def low_resolution(
             (with always=True: or the modes) differ in align_corners; the model is wrapped;
             low_resolution was called twice.
     """
-    model = _check_model(model)
-    if not args and not kwargs:
-        expected = "the arguments of one training forward, as low_resolution(model, images)"
-        fail("low_resolution", "args", expected, "none")
+    model = check_model("low_resolution", model, args, kwargs)
     check_flags("low_resolution", always=always)
     plan, corners = _find(model, args, kwargs, training=True)
     plans = _Plans(plan, None)
     if always:
         plan, of_evaluation = _find(model, args, kwargs, training=False)
-        plans = plans._replace(evaluation=plan)
+        plans = _Plans(plans.training, plan)
         of_evaluation = {f"{k} in evaluation mode": v for k, v in of_evaluation.items()}
         if {*of_evaluation.values()} != {*corners.values()}:
             corners |= of_evaluation
@@ -332,7 +294,6 @@ def low_resolution(
         places = ", ".join(f"{place}: {value}" for place, value in corners.items())
         fail("low_resolution", "model", "one align_corners for all outputs", places)
     handle = LowResolution(model, next(iter(corners.values())), list(corners))
-    model._low_resolution = plans  # type: ignore[assignment]
-    model.__class__ = _without_upsampling(handle._class)
+    change("low_resolution", model, plans)
     _logger.info("%r", handle)
     return handle

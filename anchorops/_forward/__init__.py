@@ -1,0 +1,1 @@
+"""Models whose forward runs differently, with the same parameters."""

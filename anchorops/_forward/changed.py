@@ -1,0 +1,188 @@
+"""Models whose forward runs differently: what `low_resolution` and `late_upsampling` share.
+
+A dry run of a copy of the model finds the calls of torch's functions that are to run differently.
+After that, the class of a module is replaced by a subclass of the same name, whose forward runs in
+a TorchFunctionMode, which counts these calls. Parameter names, copies, pickles and the signature of
+forward stay the same. In eager mode this takes about a microsecond for each call of a function of
+torch in this forward; in compiled code it takes none.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .._checks import describe, fail
+
+# The mode that is entered last sees every call first. late_upsampling passes a call to the other
+# modes for each call that it postpones, so the numbers of low_resolution's calls do not change.
+_INNERMOST_FIRST = ("late_upsampling", "low_resolution")
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
+class Change(Protocol):
+    """How the forward of a module runs; it can be copied and pickled."""
+
+    def run(
+        self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any: ...
+
+
+def tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in a model's output (or in a function's arguments), with its place there."""
+    if isinstance(value, Tensor):
+        yield name or "the output", value
+    elif isinstance(value, Mapping):  # Hugging Face's ModelOutput too
+        for key, item in value.items():
+            yield from tensors(item, f"{name}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from tensors(item, f"{name}[{i}]")
+
+
+def made_by_call(result: object, read: list[Tensor]) -> list[Tensor]:
+    """The tensors of a call's result, without those that it returns as they were given."""
+    return [x for _, x in tensors(result) if not any(x is y for y in read)]
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor's memory was changed in place; always 0 where this is not counted."""
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return 0
+    return tensor._version
+
+
+def check_model(function: str, model: object, args: Any, kwargs: Any) -> nn.Module:
+    """Raises ValueError unless `function` can change this model's forward by a dry run."""
+    if not isinstance(model, nn.Module):
+        fail(function, "model", "an nn.Module", describe(model))
+    name = type(model).__name__
+    sharded = any(base.__name__ == "FSDPModule" for base in type(model).__mro__)
+    if name in _WRAPPERS or sharded or hasattr(model, "_orig_mod"):
+        expected = "the model itself, before torch.compile, DDP and FSDP"
+        fail(function, "model", expected, f"one wrapped in {name}")
+    if any(function in vars(module).get("_forward_changes", ()) for module in model.modules()):
+        expected = f"a model that {function} has not changed yet"
+        fail(function, "model", expected, f"{name} after {function}")
+    if "forward" in vars(model):
+        expected = "a model with the forward of its class"
+        fail(function, "model", expected, f"{name} whose forward was replaced")
+    if not args and not kwargs:
+        expected = f"the arguments of one training forward, as {function}(model, images)"
+        fail(function, "args", expected, "none")
+    return model
+
+
+def copied(function: str, model: nn.Module) -> nn.Module:
+    """A copy of the model for a dry run, with the forwards of its classes.
+
+    copy.deepcopy refuses tensors with a graph, which a model may keep of an earlier forward
+    (torch.nn.utils.weight_norm does): the copy gets them without it."""
+    memo: dict[int, Any] = {
+        id(x): x.detach()
+        for module in model.modules()
+        for _, x in tensors(vars(module))
+        if not x.is_leaf
+    }
+    try:
+        trial = copy.deepcopy(model, memo)
+    except Exception as error:
+        expected = "a model that copy.deepcopy can copy, for a dry run"
+        reason = f"{type(error).__name__}: {error}"
+        fail(function, "model", expected, f"{type(model).__name__}, which raises {reason}")
+    for module in trial.modules():
+        for name in (*vars(module).get("_forward_changes", ()),):
+            restore(name, module)
+    return trial
+
+
+def dry_run(
+    trial: nn.Module, args: Any, kwargs: Any, training: bool, watch: AbstractContextManager[Any]
+) -> tuple[Any, Any]:
+    """One forward of a copy, which `watch` surrounds: what forward returned, and what the model
+    returned after its forward hooks. Random numbers do not change."""
+    trial.train(training)
+    for module in trial.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()  # accepts a single image, and does not synchronise with other ranks
+    devices = {parameter.device for parameter in trial.parameters()}
+    indices = sorted({device.index for device in devices if device.type == "cuda"})
+    forward, returned = trial.forward, None
+
+    @functools.wraps(forward)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal returned
+        with watch:
+            returned = forward(*args, **kwargs)
+        return returned
+
+    trial.forward = watched
+    with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(indices):
+        output = trial(*args, **kwargs)
+    return returned, output
+
+
+@functools.cache
+def _changed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module of class `cls` whose forward runs differently."""
+
+    @functools.wraps(cls.forward)  # Hugging Face's Trainer reads the signature
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        changes: Any = getattr(self, "_forward_changes", {})  # another instance has none
+        run = functools.partial(cls.forward, self)
+        for function in _INNERMOST_FIRST:
+            if function in changes:
+                run = functools.partial(changes[function].run, self, run)
+        return run(*args, **kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        # pickle finds classes by name, so it gets the class of the original module
+        make, args, *state = cls.__reduce_ex__(self, 2)
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            make, args = _new, (cls,)
+        return (make, args, *state)
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    methods = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_original_class": cls}
+    return type(cls)(cls.__name__, (cls,), names | methods)  # type: ignore[call-arg]
+
+
+def _new(cls: type[nn.Module]) -> nn.Module:
+    changed: Any = _changed_class(cls)
+    return changed.__new__(changed)
+
+
+def change(function: str, module: nn.Module, how: Change) -> None:
+    """Let the module's forward run as `how` says, in the name of `function`."""
+    changes: Any = vars(module).get("_forward_changes", {})
+    if "_original_class" not in vars(type(module)):
+        module.__class__ = _changed_class(type(module))
+    vars(module)["_forward_changes"] = {**changes, function: how}
+
+
+def check_restorable(*modules: nn.Module) -> None:
+    """Raises ValueError if the class of a module was changed again."""
+    for module in modules:
+        if "_forward_changes" in vars(module) and "_original_class" not in vars(type(module)):
+            expected = "the class that anchorops gave it: first undo what changed it later"
+            fail("remove", "model", expected, type(module).__name__)
+
+
+def restore(function: str, module: nn.Module) -> None:
+    """Undo `change`; nothing happens if it was undone already."""
+    changes: Any = dict(vars(module).get("_forward_changes", {}))
+    if changes.pop(function, None) is None:
+        return
+    if changes:
+        vars(module)["_forward_changes"] = changes
+    else:
+        module.__class__ = type(module)._original_class  # type: ignore[assignment]
+        del module._forward_changes
