@@ -9,6 +9,7 @@ from . import anchors as anchors
 from . import ops as ops
 from ._attach import Attachment, attach
 from ._backend import backends, use_backend
+from ._forward.late_upsampling import LateUpsampling, late_upsampling
 from ._forward.low_resolution import LowResolution, low_resolution
 from ._ops.class_moments import class_centroids, pixel_to_anchor_mse
 from ._ops.confusion import confusion, pixel_confusion
@@ -41,11 +42,13 @@ __all__ = [
     "CrossEntropy",
     "CrossEntropyDice",
     "Dice",
+    "LateUpsampling",
     "LowResolution",
     "attach",
     "backends",
     "class_centroids",
     "confusion",
+    "late_upsampling",
     "low_resolution",
     "pixel_argmax",
     "pixel_binary_cross_entropy",

@@ -1,0 +1,308 @@
+"""How the forward of a module runs with late upsampling: a plan, and the mode that executes it.
+
+Upsampling is linear in space and the same for each channel; a 1×1 convolution is linear in the
+channels and the same at each pixel. So they commute:
+
+    conv(cat(up(x_1), …, up(x_n))) = Σ_i up(conv_i(x_i))
+
+with conv_i the columns of the convolution's weight for the channels of x_i. The weights of every
+mode of F.interpolate add up to 1, so the bias can be added before it. Where x_i = M_i·f_i + b_i is
+a linear layer of tokens f_i, conv_i(x_i) is the linear layer (W_i·M_i)·f_i + W_i·b_i.
+
+The calls that a plan postpones return *stand-ins*: tensors with the shape and dtype of a result
+that is not computed. Nothing may read their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from .changed import made_by_call, tensors, version
+
+KINDS: dict[Any, str] = {
+    F.interpolate: "up",
+    torch.cat: "cat",
+    torch.concat: "cat",
+    torch.concatenate: "cat",
+    torch.conv1d: "conv",
+    torch.conv2d: "conv",
+    torch.conv3d: "conv",
+    F.linear: "linear",
+}
+VIEWS = {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in ("transpose", "permute", "reshape", "flatten", "unflatten", "movedim", "swapaxes")
+} | {Tensor.view, Tensor.contiguous}
+# functions that read no values
+PEEKS = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.__len__} | {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "is_meta")
+}
+
+
+class Part(NamedTuple):
+    """A map that the convolution reads. up: the number of the call of F.interpolate that runs after
+    the convolution, None if it runs before or there is none. linear: the number of the call of
+    F.linear whose weight is multiplied by the convolution's."""
+
+    up: int | None
+    linear: int | None
+
+
+class Move(NamedTuple):
+    """A convolution and the maps that it reads. cat: the number of the call of torch.cat."""
+
+    cat: int | None
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs differently in the forward of one module, in one mode. Calls are numbered from 0
+    for each kind.
+
+    moves: by the number of the convolution. postponed: kind and number of the calls that give
+    stand-ins. counts: of the calls of each kind. layers: the modules that see a stand-in, with
+    their classes.
+    """
+
+    moves: dict[int, Move]
+    postponed: frozenset[tuple[str, int]]
+    counts: dict[str, int]
+    layers: dict[str, type]
+
+
+def saved_tensors() -> tuple[bool, Any]:
+    """Whether a graph is made, and how it keeps its tensors: another value between two calls means
+    that a checkpoint or torch.no_grad begins or ends there."""
+    if torch.compiler.is_compiling():
+        return True, None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+    return torch.is_grad_enabled(), hooks
+
+
+class _Postponed(NamedTuple):
+    """A call that gave a stand-in."""
+
+    stand_in: Tensor
+    read: list[Tensor]  # its input, or the inputs of torch.cat
+    versions: list[int]
+    rest: tuple[Any, ...]  # its other arguments
+    options: dict[str, Any]
+    saved_tensors: tuple[bool, Any]
+
+
+def input_of(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else kwargs["tensors" if kind == "cat" else "input"]
+
+
+def of_convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, str | None]:
+    """Input, weight and bias of a convolution, and why upsampling does not commute with it."""
+
+    def each(value: Any) -> set[Any]:
+        return {*value} if isinstance(value, list | tuple) else {value}
+
+    objection = None
+    if weight.shape[2:].numel() != 1:
+        objection = f"a {'×'.join(map(str, weight.shape[2:]))} convolution"
+    elif each(stride) != {1} or not each(padding) <= {0, "same", "valid"} or groups != 1:
+        objection = "a convolution with stride, padding or groups"
+    elif type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        objection = f"a convolution with a weight of type {type(weight).__name__}"
+    return input, weight, bias, objection
+
+
+def of_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    return weight, bias
+
+
+def _with_size(x: Tensor, channels: int, batch: int) -> Tensor:
+    return x[:, :1].expand(batch, channels, *x.shape[2:])
+
+
+class _Late(TorchFunctionMode):
+    """Runs a plan. `counts` and `postponed` are changed: they are made outside of the mode, because
+    torch.compile requires it."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        module: str,
+        counts: dict[str, int],
+        postponed: dict[tuple[str, int], _Postponed],
+        stand_ins: list[Tensor],
+    ) -> None:
+        super().__init__()
+        self.plan, self.module = plan, module
+        self.counts, self.postponed, self.stand_ins = counts, postponed, stand_ins
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        kind = KINDS.get(func)
+        if kind is not None:
+            number = self.counts[kind]
+            self.counts[kind] += 1
+            if kind == "conv" and number in self.plan.moves:
+                return self._mixed(self.plan.moves[number], func, args, kwargs)
+            if (kind, number) in self.plan.postponed:
+                return self._stand_in(kind, number, func, args, kwargs)
+        result = func(*args, **kwargs)
+        if self.stand_ins and func not in PEEKS:
+            read = [tensor for _, tensor in tensors([args, kwargs])]
+            sources = [x for x in self.stand_ins if any(x is y for y in read)]
+            made = made_by_call(result, read)
+            if sources and func in VIEWS:
+                self.stand_ins.extend(made)
+            elif sources and (made or not isinstance(result, Tensor)):
+                self._fail(f"{resolve_name(func) or func} reads a map that the convolution reads")
+        return result
+
+    def _fail(self, why: str) -> NoReturn:
+        advice = "remove() the handle, and call late_upsampling with arguments as in this forward"
+        raise RuntimeError(f"late_upsampling: {self.module}: {why}: {advice}")
+
+    def _stand_in(
+        self, kind: str, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The result of the call for one channel, one token or one image only."""
+        given = input_of(kind, args, kwargs)
+        rest = args[1:]
+        options = {key: x for key, x in kwargs.items() if key not in ("input", "tensors")}
+        with torch.no_grad():
+            if kind == "up":
+                small = func(given[:1, :1], *rest, **options)
+                stand_in = _with_size(small, given.shape[1], given.shape[0])
+            elif kind == "cat":
+                small = func([x[:1, :1] for x in given], *rest, **options)
+                channels = sum(x.shape[1] for x in given)
+                stand_in = _with_size(small, channels, given[0].shape[0])
+            else:
+                small = func(given[:1, :1], *rest, **options)
+                stand_in = small.expand(*given.shape[:2], small.shape[2])
+        self.stand_ins.append(stand_in)
+        read = list(given) if kind == "cat" else [given]
+        versions = [version(x) for x in read]
+        call = _Postponed(stand_in, read, versions, rest, options, saved_tensors())
+        self.postponed[kind, number] = call
+        return stand_in
+
+    def _take(self, kind: str, number: int, stand_in: Tensor | None = None) -> _Postponed:
+        """The postponed call, whose stand-in must be the given one and whose inputs must be those
+        that it had."""
+        call = self.postponed.pop((kind, number), None)
+        if call is None or (stand_in is not None and call.stand_in is not stand_in):
+            self._fail("the convolution reads another map than in the dry run")
+        if [version(x) for x in call.read] != call.versions:
+            self._fail("a map is changed in place between its upsampling and the convolution")
+        if call.saved_tensors != saved_tensors():
+            why = "torch.utils.checkpoint or torch.no_grad begins or ends between the upsampling "
+            self._fail(f"{why}and the convolution")
+        return call
+
+    def _mixed(self, move: Move, conv: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Σ_i up(conv_i(x_i))."""
+        input, weight, bias, _ = of_convolution(*args, **kwargs)
+        # what runs here, the modes around this one have seen already
+        with torch._C.DisableTorchFunction():
+            maps = [input] if move.cat is None else self._take("cat", move.cat, input).read
+            columns = weight.split([x.shape[1] for x in maps], dim=1)
+            early = [i for i, part in enumerate(move.parts) if part.up is None]
+            total = None
+            if early:
+                x, w = (torch.cat([y[i] for i in early], 1) for y in (maps, columns))
+                total, bias = conv(x, w, bias), None
+            for x, w, part in zip(maps, columns, move.parts, strict=True):
+                if part.up is None:
+                    continue
+                up = self._take("up", part.up, x)
+                (source,) = up.read
+                if part.linear is None:
+                    y = conv(source, w, bias)
+                else:
+                    y = _composed(self._take("linear", part.linear), w.flatten(1), bias)
+                    y = y.transpose(1, 2).reshape(*y.shape[::2], *source.shape[2:])
+                y = _upsampled(y, x.shape[2:], up)
+                total, bias = y if total is None else total.add_(y), None
+            assert total is not None
+            return total
+
+
+def _composed(linear: _Postponed, w: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, L, O): w·(M·f + b) + bias of the tokens f (B, L, C), with one product for each token."""
+    m, b = of_linear(linear.read[0], *linear.rest, **linear.options)
+    dtype = torch.promote_types(w.dtype, torch.float32)
+    with torch.autocast(w.device.type, enabled=False):
+        weight = (w.to(dtype) @ m.to(dtype)).to(w.dtype)
+        if b is not None:
+            product = (w.to(dtype) @ b.to(dtype)).to(w.dtype)
+            bias = product if bias is None else product + bias
+    return F.linear(linear.read[0], weight, bias)
+
+
+def _upsampled(y: Tensor, size: torch.Size, up: _Postponed) -> Tensor:
+    """(B, O, *size), in the dtype of y: under CUDA's autocast F.interpolate would return float32,
+    although it computes in float32 anyway."""
+    if all(a == b for a, b in zip(y.shape[2:], size, strict=True)) and _size(up) is not None:
+        return y
+    with torch.autocast(y.device.type, enabled=False):
+        return F.interpolate(y, *up.rest, **up.options)
+
+
+def _size(up: _Postponed) -> Any:
+    return up.rest[0] if up.rest else up.options.get("size")
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The plans of training mode and of evaluation mode; None: nothing runs differently."""
+
+    training: Plan | None
+    evaluation: Plan | None
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        plan = self.training if module.training else self.evaluation
+        if plan is None or not all(_as_planned(module, *layer) for layer in plan.layers.items()):
+            return forward(*args, **kwargs)
+        counts = dict.fromkeys(plan.counts, 0)
+        late = _Late(plan, type(module).__name__, counts, {}, [])
+        with late:
+            output = forward(*args, **kwargs)
+        if counts != plan.counts:
+            late._fail(f"calls {counts}, where the dry run had {plan.counts}")
+        return output
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
+def _as_planned(module: nn.Module, name: str, cls: type) -> bool:
+    """Whether a layer that sees stand-ins still has its class and no hooks. Adapters,
+    parametrisations, quantisation and FSDP replace one of them."""
+    layer = module.get_submodule(name)
+    return type(layer) is cls and not has_hooks(layer)

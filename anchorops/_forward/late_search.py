@@ -1,0 +1,387 @@
+"""A dry run finds what late upsampling can move, and what is worth it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from .changed import copied, dry_run, made_by_call, tensors
+from .late_plan import (
+    KINDS,
+    PEEKS,
+    VIEWS,
+    Move,
+    Part,
+    Plan,
+    has_hooks,
+    input_of,
+    of_convolution,
+    of_linear,
+    saved_tensors,
+)
+
+# A value that is upsampled and added takes as long as this number of multiplications and additions
+# of a convolution (measured on a CPU: bench/NOTES.md).
+UPSAMPLING = 64
+# The share of a convolution's multiplications that must be saved
+LEAST_SAVED = 0.25
+
+
+@dataclass(eq=False)
+class _Run:
+    """One run of a module's forward in the dry run, and how many calls of each kind it had."""
+
+    name: str
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+class _Call:
+    """One call of the dry run that made a tensor.
+
+    Attributes:
+        kind: of KINDS, "view" or "".
+        place: the runs of modules around it, the outermost first, each with the call's number.
+        sources: the calls that made its inputs, None for a tensor that no call made.
+        read: its inputs, until the dry run ends, and their versions.
+        readers: the calls that read its result.
+        layers: the modules that had its result as an input or output.
+        changed: whether the result was changed in place before it was read.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        result: Tensor | None,
+        place: list[tuple[_Run, int]],
+    ) -> None:
+        self.kind, self.name, self.place = kind, name, place
+        self.result = weakref.ref(result) if result is not None else lambda: None
+        self.shape = result.shape if result is not None else torch.Size()
+        self.version = result._version if result is not None else 0
+        self.sources: list[_Call | None] = []
+        self.read: list[tuple[Tensor, int]] = []
+        self.readers: list[_Call] = []
+        self.layers: set[str] = set()
+        self.changed = False
+        self.saved_tensors = saved_tensors()
+        self.weight: Tensor | None = None  # of a convolution or a linear layer
+        self.objection: str | None = None  # why it commutes with no upsampling
+        self.tokens: list[_Call] = []  # of an upsampling: the views after a linear layer, and it
+        self.source_pixels = 0  # of an upsampling
+
+    @property
+    def alone(self) -> bool:
+        """Whether only one call read the result, and nothing else keeps it."""
+        return len(self.readers) == 1 and not self.changed and self.result() is None
+
+
+class _Watch(TorchFunctionMode):
+    """Records the calls of a forward that make tensors, and the modules that see their results."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+        self.runs: list[_Run] = []
+        self._stack: list[_Run] = []
+        self._makers: dict[int, _Call] = {}
+        for name, module in model.named_modules():
+            # after the module's own hooks before its forward, and before those after it
+            module.register_forward_pre_hook(self._before(name), with_kwargs=True)
+            module.register_forward_hook(self._after(name), with_kwargs=True, prepend=True)
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._see(name, [args, kwargs])
+            self._stack.append(_Run(name))
+            self.runs.append(self._stack[-1])
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._stack.pop()
+            self._see(name, output)
+
+        return hook
+
+    def _see(self, name: str, values: object) -> None:
+        for _, tensor in tensors(values):
+            if call := self._maker(tensor):
+                call.layers.add(name)
+
+    def _maker(self, tensor: Tensor) -> _Call | None:
+        call = self._makers.get(id(tensor))
+        return call if call is not None and call.result() is tensor else None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in PEEKS:
+            return result
+        read = [tensor for _, tensor in tensors([args, kwargs])]
+        made = made_by_call(result, read)
+        if not made and isinstance(result, Tensor):  # given back as it was
+            return result
+        kind = KINDS.get(func) or ("view" if func in VIEWS else "")
+        place = [(run, run.counts[kind]) for run in self._stack]
+        for run in self._stack:
+            run.counts[kind] += 1
+        name = resolve_name(func) or getattr(func, "__name__", repr(func))
+        call = _Call(kind, name, made[0] if made else None, place)
+        for x in read:
+            if maker := self._maker(x):
+                maker.readers.append(call)
+                maker.changed |= x._version != maker.version
+        if kind:
+            given = input_of(kind, args, kwargs) if kind != "view" else read[0]
+            inputs = list(given) if kind == "cat" else [given]
+            call.sources = [self._maker(x) for x in inputs]
+            call.read = [(x, x._version) for x in inputs]
+            self._describe(call, args, kwargs)
+        for x in made:
+            self._makers[id(x)] = call if x is made[0] else _Call("", name, x, place)
+        self.calls.append(call)
+        return result
+
+    def _describe(self, call: _Call, args: Any, kwargs: Any) -> None:
+        if call.kind == "conv":
+            _, call.weight, _, call.objection = of_convolution(*args, **kwargs)
+            late = [call.sources[0], *(call.sources[0].sources if call.sources[0] else [])]
+            late += [linear for up in late if up is not None for linear in up.tokens]
+            if any(x._version != v for made in late if made is not None for x, v in made.read):
+                call.objection = "a convolution after a change of the maps in place"
+        elif call.kind == "cat":
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+            if dim % len(call.shape) != 1:
+                call.objection = f"torch.cat along dimension {dim}"
+        elif call.kind == "linear":
+            call.weight, _ = of_linear(*args, **kwargs)
+        elif call.kind == "up":
+            call.source_pixels = call.read[0][0].shape[2:].numel()
+            call.tokens = self._tokens(call)
+
+    def _tokens(self, up: _Call) -> list[_Call]:
+        """The views between a linear layer with the result (B, L, C) and this upsampling of it as
+        (B, C, h, w), and the layer; [] if there is none."""
+        ((x, v),) = up.read
+        chain, call = [], up.sources[0]
+        while call is not None and call.kind == "view":
+            chain.append(call)
+            call = call.sources[0]
+        if call is None or call.kind != "linear" or len(call.shape) != 3:
+            return []
+        tokens = call.result()
+        if tokens is None or v != call.version or not tokens.is_contiguous():
+            return []
+        b, length, c = tokens.shape
+        strides = [length * c, 1, *(c * s for s in _contiguous_strides(x.shape[2:]))]
+        same = x.shape[:2] == (b, c) and all(
+            n == 1 or a == e for n, a, e in zip(x.shape, x.stride(), strides, strict=True)
+        )
+        plain = type(call.weight) in (Tensor, nn.Parameter)
+        if not same or not plain or x.data_ptr() != tokens.data_ptr():
+            return []
+        return [*chain, call]
+
+
+def _contiguous_strides(shape: torch.Size) -> list[int]:
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+
+
+# the upsampling and the linear layer of a map that run later
+_Choice = tuple[_Call | None, _Call | None]
+
+
+def _parts(conv: _Call) -> list[_Choice]:
+    """For each map that the convolution reads: the upsampling and the linear layer to run later.
+
+    Counted in multiplications for each pixel of the result, with O outputs, H channels of the map,
+    C of the tokens, r low-resolution pixels for each pixel, and u of UPSAMPLING, a map costs
+    r·C·H + u·H + H·O now; with a later upsampling r·C·H + r·H·O + u·O, and with one product
+    r·C·O + u·O. The least of the three is taken.
+    """
+    source = conv.sources[0]
+    if conv.objection or source is None or conv.weight is None or not source.alone:
+        return []
+    joined = source.kind == "cat" and source.objection is None
+    parts: list[_Choice] = []
+    outputs, saved, total = conv.weight.shape[0], 0.0, 0.0
+    for up in source.sources if joined else [source]:
+        channels = source.shape[1] if up is None else up.shape[1]
+        parts.append((None, None))
+        total += channels * outputs
+        if up is None or up.kind != "up" or not up.alone:
+            continue
+        linear = up.tokens[-1] if up.tokens and all(call.alone for call in up.tokens) else None
+        r = up.source_pixels / up.shape[2:].numel()
+        tokens = linear.weight.shape[1] if linear is not None and linear.weight is not None else 0
+        now = r * tokens * channels + channels * outputs
+        later = r * tokens * channels + r * channels * outputs
+        product = r * tokens * outputs if linear is not None else math.inf
+        least = min(later, product)
+        if least + UPSAMPLING * outputs < now + UPSAMPLING * channels:
+            parts[-1] = (up, linear if product <= later else None)
+            saved += now - least
+    return parts if saved > LEAST_SAVED * total else []
+
+
+def _read_by(call: _Call) -> str:
+    """What reads the result of an upsampling, for a message."""
+    if not call.readers:
+        return "which is returned or kept"
+    if call.changed:
+        return "which is changed in place"
+    reader = call.readers[0]
+    what = reader.objection or reader.name
+    if len(call.readers) > 1:
+        return f"read by {what} and {len(call.readers) - 1} more"
+    if call.result() is not None:
+        return f"read by {what}, and kept"
+    if reader.kind == "cat" and reader.objection is None:
+        return f"read by {what}, {_read_by(reader)}"
+    if reader.kind == "conv" and reader.objection is None:
+        return f"read by {what}, where little is saved"
+    return f"read by {what}"
+
+
+def _later(conv: _Call, parts: list[_Choice]) -> Iterator[_Call]:
+    """The calls that give stand-ins."""
+    source = conv.sources[0]
+    if source is not None and source.kind == "cat":
+        yield source
+    for up, linear in parts:
+        if up is not None:
+            yield up
+            yield from up.tokens if linear is not None else ()
+
+
+class Found(NamedTuple):
+    """plans: by the name of the module. moved: a line for each convolution. left: a line for each
+    upsampling that is left as it is."""
+
+    plans: dict[str, Plan]
+    moved: list[str]
+    left: list[str]
+
+
+def find(model: nn.Module, args: Any, kwargs: Any, training: bool) -> Found:
+    """The plans of one mode."""
+    trial = copied("late_upsampling", model)
+    watch = _Watch(trial)
+    # With gradients, so that torch.no_grad and checkpoints in the model are seen; without saved
+    # tensors, which would keep the maps.
+    nothing_saved = torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x)
+    with torch.inference_mode(False), torch.enable_grad(), nothing_saved:
+        _output = dry_run(trial, args, kwargs, training, watch)  # what is returned stays alive
+    for call in watch.calls:
+        call.read.clear()
+    modules = dict(model.named_modules())
+    choices = {call: _parts(call) for call in watch.calls if call.kind == "conv"}
+    depths = {
+        conv: _depth([conv, *_later(conv, parts)]) for conv, parts in choices.items() if parts
+    }
+    # modes of two modules, one inside the other, would count each other's calls
+    names = {conv.place[depth][0].name for conv, depth in depths.items()}
+    moves: dict[_Run, list[_Call]] = {}
+    objections: dict[_Call, str] = {}
+    for conv, innermost in depths.items():
+        run = next(run for run, _ in conv.place[: innermost + 1] if run.name in names)
+        objection = _objection(conv, choices[conv], modules, run)
+        if objection is None:
+            moves.setdefault(run, []).append(conv)
+        else:
+            objections.update(dict.fromkeys(_later(conv, choices[conv]), objection))
+    plans: dict[str, Plan] = {}
+    moved: dict[_Call, str] = {}
+    for name in dict.fromkeys(run.name for run in moves):
+        runs = [run for run in watch.runs if run.name == name]
+        found = [_plan(run, moves.get(run, []), choices, modules) for run in runs]
+        convs = [conv for run in runs for conv in moves.get(run, [])]
+        if any(plan != found[0] for plan in found):
+            objection = f"in {name}, which runs several times, not always the same"
+            for conv in convs:
+                objections.update(dict.fromkeys(_later(conv, choices[conv]), objection))
+            continue
+        plans[name] = found[0]
+        for conv in convs:
+            moved.update(dict.fromkeys(_later(conv, choices[conv]), _line(conv, choices[conv])))
+    left = [
+        f"one of shape {tuple(call.shape)} {objections.get(call) or _read_by(call)}"
+        for call in watch.calls
+        if call.kind == "up" and call not in moved
+    ]
+    return Found(plans, list(dict.fromkeys(moved.values())), list(dict.fromkeys(left)))
+
+
+def _depth(calls: list[_Call]) -> int:
+    """The place of the innermost module whose forward contains all of these calls."""
+    runs = [[run for run, _ in call.place] for call in calls]
+    together = itertools.takewhile(lambda level: len({*level}) == 1, zip(*runs, strict=False))
+    return len(list(together)) - 1
+
+
+def _objection(
+    conv: _Call, parts: list[_Choice], modules: dict[str, nn.Module], run: _Run
+) -> str | None:
+    """Why these calls cannot run later, although they commute."""
+    calls = list(_later(conv, parts))
+    if any(call.saved_tensors != conv.saved_tensors for call in calls):
+        return "where a checkpoint or torch.no_grad begins or ends before the convolution"
+    if "forward" in vars(modules[run.name]):
+        return f"in {run.name}, whose forward was replaced"
+    inside = {*modules[run.name].modules()}
+    for name in sorted(name for call in calls for name in call.layers):
+        if has_hooks(modules[name]):
+            return f"which the hooks of {name} would see"
+        if modules[name] not in inside:
+            return f"which {name} sees, outside of {run.name}"
+    return None
+
+
+def _plan(
+    run: _Run,
+    convs: list[_Call],
+    choices: dict[_Call, list[_Choice]],
+    modules: dict[str, nn.Module],
+) -> Plan:
+    moves, postponed, layers = {}, set(), set()
+
+    def number(call: _Call | None) -> int | None:
+        return None if call is None else next(n for of, n in call.place if of is run)
+
+    for conv in convs:
+        source = conv.sources[0]
+        cat = number(source) if source is not None and source.kind == "cat" else None
+        parts = tuple(Part(number(up), number(linear)) for up, linear in choices[conv])
+        moves[number(conv)] = Move(cat, parts)
+        for call in _later(conv, choices[conv]):
+            layers |= {modules[name] for name in call.layers}
+            if call.kind != "view":
+                postponed.add((call.kind, number(call)))
+    classes = {
+        name: type(layer)
+        for name, layer in modules[run.name].named_modules()
+        if name and layer in layers
+    }
+    counts = {kind: run.counts[kind] for kind in sorted({*KINDS.values()})}
+    return Plan(moves, frozenset(postponed), counts, classes)
+
+
+def _line(conv: _Call, parts: list[_Choice]) -> str:
+    ups, linears = (sum(call is not None for call in calls) for calls in zip(*parts, strict=True))
+    line = f"{conv.place[-1][0].name or 'the model'} before the upsampling of {ups} map" + "s" * (
+        ups > 1
+    )
+    return line + (f", {linears} multiplied with a linear layer" if linears else "")

@@ -1,0 +1,99 @@
+"""`late_upsampling`: 1×1 convolutions run before the upsampling of their input."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from .._checks import fail
+from .changed import change, check_model, check_restorable, restore
+from .late_plan import Plans
+from .late_search import find
+
+_logger = logging.getLogger("anchorops")
+
+
+class LateUpsampling:
+    """The result of `late_upsampling`. `remove()` restores the model.
+
+    Attributes:
+        moved: a line for each convolution that runs before the upsampling, with its name.
+    """
+
+    def __init__(self, model: nn.Module, modules: list[nn.Module], moved: list[str]) -> None:
+        self.moved = moved
+        self._model, self._modules = model, modules
+
+    def remove(self) -> None:
+        """Restore the order of the model's calls."""
+        check_restorable(*self._modules)
+        for module in self._modules:
+            restore("late_upsampling", module)
+
+    def __repr__(self) -> str:
+        return f"late_upsampling of {type(self._model).__name__}: {'; '.join(self.moved)}"
+
+
+def late_upsampling(model: nn.Module, *args: Any, **kwargs: Any) -> LateUpsampling:
+    """Upsample after a model's 1×1 convolutions instead of before, where this is exactly the same:
+
+        ao.late_upsampling(model, images)
+
+    Heads of segmentation networks upsample maps, join them with torch.cat and apply a 1×1
+    convolution. Upsampling and a 1×1 convolution commute:
+
+        conv(cat(up(x_1), …, up(x_n))) = Σ_i up(conv_i(x_i))
+
+    so the convolution can run at low resolution. Where x_i is a linear layer M_i of tokens without
+    an activation, as in SegFormer, the weights are multiplied: conv_i(x_i) = (W_i·M_i)·f_i. The
+    parameters and their names do not change, nor do outputs and gradients, except by rounding: the
+    products of weights are computed in float32 at least, also under autocast.
+
+    Two dry runs of a copy of the model, in training and in evaluation mode, find the calls of
+    F.interpolate (nn.Upsample makes them too, in any mode) whose results only a convolution with
+    kernel 1, stride 1, no padding and one group reads, directly or through torch.cat along the
+    channels. During a dry run the parameters are in memory twice. Parameters, gradients,
+    batch-norm statistics and torch's random numbers do not change. After that these calls run
+    later. A map is left as it is where the convolution has so many outputs that upsampling them
+    takes longer, and a convolution where less than a quarter of its multiplications is saved.
+
+    A layer that would see a map that is not computed is checked in every forward: if it got a hook
+    (as by attach), or another class (by an adapter, a parametrisation, quantisation or FSDP), the
+    module around it runs as before. A forward with other calls than the dry run raises a
+    RuntimeError, and so does a checkpoint that begins between the upsampling and the convolution.
+
+    Call it before torch.compile, DDP and FSDP, before or after `low_resolution` and `attach`.
+    Copies and pickles of the model keep it. If only an extension reads an upsampled map, without
+    torch's functions, this is not detected.
+
+    Args:
+        model: any model.
+        args, kwargs: the arguments of one forward, such as `images`; any batch, and an image size
+            like those of training: the ratio of the sizes decides what is worth moving.
+
+    Returns:
+        LateUpsampling, with `moved` and `remove()`. A record of the logger "anchorops" names what
+        was moved.
+
+    Raises:
+        ValueError: nothing can be moved; the message says what reads the upsampled maps (in a
+            U-Net 3×3 convolutions, which do not commute). Also: the model is wrapped or cannot be
+            copied; late_upsampling was called twice.
+    """
+    model = check_model("late_upsampling", model, args, kwargs)
+    training, evaluation = (find(model, args, kwargs, mode) for mode in (True, False))
+    if not (training.plans or evaluation.plans):
+        expected = "a 1×1 convolution that alone reads upsampled maps, directly or by torch.cat"
+        shown = training.left[:3] + [f"{len(training.left) - 3} more"] * (len(training.left) > 3)
+        fail("late_upsampling", "model", expected, "; ".join(shown) or "no call of F.interpolate")
+    names = dict.fromkeys([*training.plans, *evaluation.plans])
+    modules = {name: model.get_submodule(name) for name in names}
+    for name, module in modules.items():
+        plans = Plans(training.plans.get(name), evaluation.plans.get(name))
+        change("late_upsampling", module, plans)
+    moved = list(dict.fromkeys([*training.moved, *evaluation.moved]))
+    handle = LateUpsampling(model, list(modules.values()), moved)
+    _logger.info("%r", handle)
+    return handle
