@@ -15,7 +15,9 @@ that is not computed. Nothing may read their values.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -225,6 +227,8 @@ class _Late(TorchFunctionMode):
         # what runs here, the modes around this one have seen already
         with torch._C.DisableTorchFunction():
             maps = [input] if move.cat is None else self._take("cat", move.cat, input).read
+            if len(maps) != len(move.parts):
+                self._fail(f"torch.cat of {len(maps)} maps, in the dry run {len(move.parts)}")
             columns = weight.split([x.shape[1] for x in maps], dim=1)
             early = [i for i, part in enumerate(move.parts) if part.up is None]
             total = None
@@ -236,6 +240,8 @@ class _Late(TorchFunctionMode):
                     continue
                 up = self._take("up", part.up, x)
                 (source,) = up.read
+                if (part.linear is not None) != any(source is y for y in self.stand_ins):
+                    self._fail("the upsampling reads another map than in the dry run")
                 if part.linear is None:
                     y = conv(source, w, bias)
                 else:
@@ -247,11 +253,18 @@ class _Late(TorchFunctionMode):
             return total
 
 
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    # not where it is disabled, because torch.export would record the context
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _composed(linear: _Postponed, w: Tensor, bias: Tensor | None) -> Tensor:
     """(B, L, O): w·(M·f + b) + bias of the tokens f (B, L, C), with one product for each token."""
     m, b = of_linear(linear.read[0], *linear.rest, **linear.options)
     dtype = torch.promote_types(w.dtype, torch.float32)
-    with torch.autocast(w.device.type, enabled=False):
+    with _without_autocast(w.device.type):
         weight = (w.to(dtype) @ m.to(dtype)).to(w.dtype)
         if b is not None:
             product = (w.to(dtype) @ b.to(dtype)).to(w.dtype)
@@ -264,7 +277,7 @@ def _upsampled(y: Tensor, size: torch.Size, up: _Postponed) -> Tensor:
     although it computes in float32 anyway."""
     if all(a == b for a, b in zip(y.shape[2:], size, strict=True)) and _size(up) is not None:
         return y
-    with torch.autocast(y.device.type, enabled=False):
+    with _without_autocast(y.device.type):
         return F.interpolate(y, *up.rest, **up.options)
 
 
@@ -289,6 +302,9 @@ class Plans:
             output = forward(*args, **kwargs)
         if counts != plan.counts:
             late._fail(f"calls {counts}, where the dry run had {plan.counts}")
+        returned = [tensor for _, tensor in tensors(output)]
+        if late.postponed or any(x is y for x in late.stand_ins for y in returned):
+            late._fail("no convolution reads an upsampled map")
         return output
 
 

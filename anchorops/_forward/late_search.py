@@ -204,7 +204,7 @@ def _contiguous_strides(shape: torch.Size) -> list[int]:
 _Choice = tuple[_Call | None, _Call | None]
 
 
-def _parts(conv: _Call) -> list[_Choice]:
+def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
     """For each map that the convolution reads: the upsampling and the linear layer to run later.
 
     Counted in multiplications for each pixel of the result, with O outputs, H channels of the map,
@@ -224,7 +224,12 @@ def _parts(conv: _Call) -> list[_Choice]:
         total += channels * outputs
         if up is None or up.kind != "up" or not up.alone:
             continue
-        linear = up.tokens[-1] if up.tokens and all(call.alone for call in up.tokens) else None
+        linear = up.tokens[-1] if up.tokens else None
+        if any(
+            not call.alone or any(has_hooks(modules[name]) for name in call.layers)
+            for call in up.tokens
+        ):
+            linear = None
         r = up.source_pixels / up.shape[2:].numel()
         tokens = linear.weight.shape[1] if linear is not None and linear.weight is not None else 0
         now = r * tokens * channels + channels * outputs
@@ -288,7 +293,7 @@ def find(model: nn.Module, args: Any, kwargs: Any, training: bool) -> Found:
     for call in watch.calls:
         call.read.clear()
     modules = dict(model.named_modules())
-    choices = {call: _parts(call) for call in watch.calls if call.kind == "conv"}
+    choices = {call: _parts(call, modules) for call in watch.calls if call.kind == "conv"}
     depths = {
         conv: _depth([conv, *_later(conv, parts)]) for conv, parts in choices.items() if parts
     }

@@ -1,0 +1,754 @@
+"""late_upsampling: the outputs and gradients of the unchanged model, with fewer operations, and
+errors or the unchanged order where this is not possible."""
+
+import copy
+import functools
+import logging
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from networks import K, transformers_segformer
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import anchorops as ao
+
+up = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
+WIDTHS = (8, 16, 24)
+
+
+class Body(nn.Module):
+    """Three maps, at a half, a quarter and an eighth of the image's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = zip((3, *WIDTHS), WIDTHS, strict=False)
+        self.stages = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in sizes)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for stage in self.stages:
+            x = stage(x).tanh()
+            maps.append(x)
+        return maps
+
+
+class MLP(nn.Module):
+    """A linear layer of tokens, as SegFormer's."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.linear(x.flatten(2).transpose(1, 2))
+        return tokens.transpose(1, 2).reshape(x.shape[0], tokens.shape[2], *x.shape[2:])
+
+
+class Head(nn.Module):
+    """Maps of 32 channels, upsampled, joined and mixed; linear: they are linear layers of tokens,
+    otherwise, as in mmsegmentation's SegformerHead, batch norm and ReLU follow a convolution."""
+
+    def __init__(self, linear: bool = True) -> None:
+        super().__init__()
+        layers = [
+            MLP(width, 32)
+            if linear
+            else nn.Sequential(nn.Conv2d(width, 32, 1), nn.BatchNorm2d(32), nn.ReLU())
+            for width in WIDTHS
+        ]
+        self.layers = nn.ModuleList(layers)
+        self.mix = nn.Conv2d(3 * 32, 16, 1)
+
+    def upsampled(self, maps: list[Tensor]) -> list[Tensor]:
+        reduced = [layer(x) for layer, x in zip(self.layers, maps, strict=True)]
+        return [up(x, maps[0].shape[2:]) for x in reduced]
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.mix(torch.cat(self.upsampled(maps), dim=1)).relu()
+
+
+class Net(nn.Module):
+    def __init__(self, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body = Body()
+        self.head: Any = Head() if head is None else head
+        self.classifier = nn.Conv2d(16, K, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return up(self.classifier(self.head(self.body(x))), x.shape[2:])
+
+
+def images(size: tuple[int, int] = (32, 48), batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, *size)
+
+
+def operations(model: nn.Module, x: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return counter.get_total_flops()
+
+
+def outputs(output: Any) -> list[Tensor]:
+    return list(output.values()) if isinstance(output, dict) else [output]
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The outputs, and gradients of a scalar of them, of one step in training mode, from the same
+    random numbers each time."""
+    torch.manual_seed(1)
+    model.train().zero_grad()
+    maps = [z for z in outputs(model(x)) if z.is_floating_point()]
+    if x.numel() > 0:
+        torch.stack([z.tanh().square().sum() for z in maps]).sum().backward()
+    return [z.detach() for z in maps]
+
+
+def check(plain: nn.Module, model: nn.Module, x: Tensor, **tolerance: float) -> None:
+    """One step of both, and evaluation: equal outputs, gradients and statistics."""
+    close = functools.partial(torch.testing.assert_close, **tolerance)
+    for expected, found in zip(step(plain, x), step(model, x), strict=True):
+        close(found, expected)
+    pairs = zip(plain.named_parameters(), model.named_parameters(), strict=True)
+    for (name, p), (same_name, q) in pairs:
+        assert name == same_name and (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            close(q.grad, p.grad)
+    for p, q in zip(plain.buffers(), model.buffers(), strict=True):
+        close(q, p)
+    with torch.no_grad():
+        pairs = zip(outputs(plain.eval()(x)), outputs(model.eval()(x)), strict=True)
+        for expected, found in pairs:
+            close(found, expected)
+
+
+def moved(model: nn.Module, *args: Any) -> tuple[nn.Module, ao.LateUpsampling]:
+    """The unchanged copy, and the handle."""
+    plain = copy.deepcopy(model)
+    return plain, ao.late_upsampling(model, *(args or (images(),)))
+
+
+def smp_model(name: str, encoder: str = "resnet18", **options: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(smp, name)(encoder, encoder_weights=None, classes=K, **options)
+
+
+def logits_of(model: nn.Module) -> nn.Module:
+    """A model of Transformers that returns its logits."""
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x).logits
+
+    return Logits()
+
+
+def lraspp() -> nn.Module:
+    build = torchvision.models.segmentation.lraspp_mobilenet_v3_large
+    return build(weights=None, weights_backbone=None, num_classes=K)
+
+
+FOUR = " before the upsampling of 4 maps"
+
+
+@pytest.mark.parametrize(
+    ("build", "lines"),
+    [
+        (Net, ["head.mix before the upsampling of 3 maps, 3 multiplied with a linear layer"]),
+        (lambda: Net(Head(linear=False)), ["head.mix before the upsampling of 3 maps"]),
+        (
+            smp_model("Segformer", "mit_b0"),
+            [f"decoder.fuse_stage.0{FOUR}, 4 multiplied with a linear layer"],
+        ),
+        (
+            lambda: logits_of(transformers_segformer()),
+            [f"model.decode_head.linear_fuse{FOUR}, 4 multiplied with a linear layer"],
+        ),
+        (smp_model("PSPNet", psp_out_channels=32), [f"decoder.conv.0{FOUR}"]),
+        (
+            smp_model("DPT", "tu-vit_tiny_patch16_224", dynamic_img_size=True),
+            [f"decoder.fusion_blocks.{i}.project before the upsampling of 1 map" for i in range(4)],
+        ),
+        (
+            lraspp,
+            ["classifier.high_classifier before the upsampling of 1 map"],
+        ),
+    ],
+    ids=["net", "mmsegmentation", "segformer", "transformers", "pspnet", "dpt", "lraspp"],
+)
+def test_equals_the_unchanged_model(build: Callable[[], nn.Module], lines: list[str]) -> None:
+    model = build().double()
+    # at 64 pixels PSPNet's pooled maps are hardly smaller than the others
+    size = 192 if isinstance(model, smp.PSPNet) else 64
+    x = images((64, 96)).double()
+    plain, handle = moved(model, images((size, size)).double())
+    assert handle.moved == lines
+    check(plain, model, x, rtol=1e-9, atol=1e-9)
+    assert operations(model, x) < operations(plain, x)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    handle.remove()
+    handle.remove()
+    for p, q in zip(plain.modules(), model.modules(), strict=True):
+        assert type(p) is type(q) and vars(p).keys() == vars(q).keys()
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear", "bicubic"])
+@pytest.mark.parametrize("linear", [False, True])
+def test_modes_and_maps_that_are_not_upsampled(mode: str, linear: bool) -> None:
+    class Mixed(Head):
+        def forward(self, maps: list[Tensor]) -> Tensor:
+            a, b, c = (layer(x) for layer, x in zip(self.layers, maps, strict=True))
+            scale = nn.Upsample(scale_factor=4, mode=mode)
+            resized = F.interpolate(size=a.shape[2:], input=b, mode=mode)
+            return self.mix(input=torch.cat(tensors=(scale(c), a, resized), dim=-3))
+
+    model = Net(Mixed(linear)).double().to(memory_format=torch.channels_last)
+    plain, handle = moved(model, images().double())
+    line = "head.mix before the upsampling of 2 maps"
+    assert handle.moved == [line + ", 2 multiplied with a linear layer" * linear]
+    check(plain, model, images((32, 64)).double(), rtol=1e-9, atol=1e-9)
+
+
+def test_volumes_without_cat() -> None:
+    model = nn.Sequential(
+        nn.Conv3d(3, 16, 3, stride=2, padding=1),
+        nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True),
+        nn.Conv3d(16, 4, 1),
+    ).double()
+    x = torch.randn(2, 3, 8, 6, 4).double()
+    plain, handle = moved(model, x)
+    assert handle.moved == ["2 before the upsampling of 1 map"]
+    check(plain, model, x, rtol=1e-9, atol=1e-9)
+
+
+def test_autocast_has_the_error_of_autocast() -> None:
+    model = Net()
+    plain, _ = moved(model)
+    x = images()
+    exact = step(copy.deepcopy(plain).double(), x.double())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        errors = [(step(net, x)[0] - exact).norm() / exact.norm() for net in (plain, model)]
+    assert errors[1] < 1.5 * errors[0] < 0.02
+
+
+def test_multiplied_weights_are_float32_under_autocast() -> None:
+    model = Net().eval()
+    moved(model)
+    mix, linear = model.head.mix, model.head.layers[0].linear
+    for parameter in (mix.weight, mix.bias, linear.weight, linear.bias):
+        nn.init.zeros_(parameter)
+    with torch.no_grad():  # W·M is 1 for each channel; with W in bfloat16 it would be 0
+        mix.weight[:, :2, 0, 0] = torch.tensor([1 + 2.0**-10, -1])
+        linear.weight.fill_(2.0**10)
+        maps = [torch.ones(1, 8, 16, 16), torch.ones(1, 16, 8, 8), torch.ones(1, 24, 4, 4)]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (model.head(maps) == 8).all()
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_fullgraph(linear: bool) -> None:
+    torch.compiler.reset()
+    model = Net(Head(linear)).double()
+    plain, _ = moved(model, images().double())
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = images((32, 64)).double()
+    for expected, found in zip(step(plain, x), step(compiled, x), strict=True):
+        torch.testing.assert_close(found, expected)
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
+    torch.testing.assert_close(compiled.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool) -> None:
+    model = Net().eval()
+    plain, _ = moved(model)
+    x = images()
+    dynamic = {"x": {0: torch.export.Dim("batch", min=2, max=8)}}
+    program = torch.export.export(model, (x,), dynamic_shapes=dynamic, strict=strict)
+    for batch in (2, 3):
+        x = images(batch=batch)
+        torch.testing.assert_close(program.module()(x), plain(x))
+    assert operations(program.module(), x) < operations(plain, x)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert not any("cat" in target for target in targets), "the joined map was computed"
+
+
+def test_empty_batch() -> None:
+    model = Net()
+    plain, _ = moved(model)
+    check(plain, model, images(batch=0))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_of_the_head(reentrant: bool) -> None:
+    class Checkpointed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            maps = self.body(x)
+            features = (
+                checkpoint(self.head, maps, use_reentrant=False)
+                if not reentrant
+                else (checkpoint(lambda *maps: self.head(list(maps)), *maps, use_reentrant=True))
+            )
+            return up(self.classifier(features), x.shape[2:])
+
+    model = Checkpointed().double()
+    plain, _ = moved(model, images().double())
+    check(plain, model, images().double(), rtol=1e-9, atol=1e-9)
+
+
+class Between(Head):
+    """A checkpoint, or torch.no_grad, around a part of the forward."""
+
+    how = "checkpoint"
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        if self.how == "no_grad":
+            with torch.no_grad():
+                joined = torch.cat(self.upsampled(maps), dim=1)
+            return self.mix(joined)
+        joined = torch.cat(self.upsampled(maps), dim=1)
+        if self.how == "nothing":
+            return self.mix(joined)
+        return checkpoint(self.mix, joined, use_reentrant=self.how == "reentrant")
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "reentrant", "no_grad"])
+def test_what_begins_between(how: str) -> None:
+    model = Net(Between()).train()
+    model.head.how = how
+    with pytest.raises(ValueError, match=r"where a checkpoint or torch.no_grad begins or ends"):
+        ao.late_upsampling(model, images())
+    model.head.how = "nothing"
+    ao.late_upsampling(model, images())
+    model.head.how = how
+    with pytest.raises(RuntimeError, match=r"checkpoint or torch.no_grad begins or ends between"):
+        model(images())
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_hooks_see_real_maps(before: bool) -> None:
+    model = Net()
+    plain, seen = copy.deepcopy(model), []
+
+    def register() -> Any:
+        return model.head.mix.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+    if before:
+        model.head.mix.register_forward_pre_hook(lambda _, args: None)
+        with pytest.raises(ValueError, match=r"32, 16, 24\) which the hooks of head.mix would see"):
+            ao.late_upsampling(model, images())
+        return
+    ao.late_upsampling(model, images())
+    hook, x = register(), images()
+    torch.testing.assert_close(model(x), plain(x))
+    maps = plain.head.upsampled(plain.body(x))
+    torch.testing.assert_close(seen.pop(), torch.cat(maps, dim=1))
+    hook.remove()
+    assert operations(model, x) < operations(plain, x) and not seen
+
+
+@pytest.mark.parametrize("late_first", [False, True])
+@pytest.mark.parametrize("dim", [16, 96])
+def test_attach(late_first: bool, dim: int) -> None:
+    """SAR on the classifier; or on the convolution itself, which then stays where it is."""
+    model, plain = Net(), Net()
+    plain.load_state_dict(model.state_dict())
+    torch.manual_seed(0)
+    method = ao.SAR(5 if dim == 16 else 16, dim)
+    same = copy.deepcopy(method)
+    if late_first:
+        ao.late_upsampling(model, images())
+    sar, of_plain = ao.attach(model, method), ao.attach(plain, same)
+    if not late_first and dim == 96:
+        with pytest.raises(ValueError, match=r"read by .*register_hook and 1 more"):
+            ao.late_upsampling(model, images())
+        return
+    if not late_first:
+        ao.late_upsampling(model, images())
+    x, labels = images(), torch.randint(0, 5, (2, 32, 48))
+    losses = [
+        net.train()(x).square().mean() + of(labels) for net, of in ((model, sar), (plain, of_plain))
+    ]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+
+
+class LoRA(nn.Module):
+    """An adapter around a layer, as PEFT's."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.lora_A, self.lora_B = copy.deepcopy(base), copy.deepcopy(base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + 0.5 * self.lora_A(x) - 0.25 * self.lora_B(x)
+
+
+def adapt_mix(head: Any) -> None:
+    head.mix = LoRA(head.mix)
+
+
+def adapt_linear(head: Any) -> None:
+    head.layers[0].linear = LoRA(head.layers[0].linear)
+
+
+def parametrize(head: Any) -> None:
+    for layer in (head.mix, head.layers[0].linear):
+        parametrizations.weight_norm(layer)
+
+
+def old_weight_norm(head: Any) -> None:
+    nn.utils.weight_norm(head.layers[0].linear)
+
+
+def freeze(head: Any) -> None:
+    head.mix.weight.requires_grad_(False)
+    head.layers[0].linear.requires_grad_(False)
+
+
+def tie(head: Any) -> None:
+    head.layers[1].linear = nn.Linear(16, 32).double()
+    head.layers[0].linear = nn.Linear(8, 32).double()
+    head.layers[0].linear.bias = head.layers[1].linear.bias
+    head.layers[2].linear.bias = head.layers[1].linear.bias
+
+
+CHANGES = [adapt_mix, adapt_linear, parametrize, old_weight_norm, freeze, tie]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("how", CHANGES, ids=lambda how: how.__name__)
+def test_changed_layers(how: Callable[[Any], None], after: bool) -> None:
+    """The same results, whether the layers are changed before late_upsampling or after it."""
+    model, plain = Net().double(), Net().double()
+    plain.load_state_dict(model.state_dict())
+    torch.manual_seed(0)
+    how(plain.head)
+    if after:
+        ao.late_upsampling(model, images().double())
+    torch.manual_seed(0)
+    how(model.head)
+    if not after and how is adapt_mix:  # three convolutions read the joined map
+        with pytest.raises(ValueError, match=r"read by torch.cat, read by .* and 2 more"):
+            ao.late_upsampling(model, images().double())
+        return
+    if not after:
+        line = ao.late_upsampling(model, images().double()).moved
+        products = 2 if how in (adapt_linear, old_weight_norm) else 3
+        assert line == [
+            f"head.mix before the upsampling of 3 maps, {products} multiplied with a linear layer"
+        ]
+    check(plain, model, images().double(), rtol=1e-9, atol=1e-9)
+
+
+def test_quantised_layers() -> None:
+    model = Net().eval()
+    moved(model)
+    plain = copy.deepcopy(model)
+    plain.head.__class__ = Head
+    for net in (plain, model):
+        torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, inplace=True)
+    x = images()
+    torch.testing.assert_close(model(x), plain(x))
+
+
+class Subclass(nn.Parameter):
+    """A weight that is more than a tensor, as those of torchao."""
+
+
+def test_a_weight_of_another_class_stays() -> None:
+    model = Net()
+    model.head.mix.weight = Subclass(model.head.mix.weight.detach())
+    with pytest.raises(ValueError, match="a convolution with a weight of type Subclass"):
+        ao.late_upsampling(model, images())
+
+
+@pytest.fixture
+def alone(tmp_path: Any) -> Any:
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "sharded", [["", "head"], [""], ["head.layers.0.linear", ""], ["head.mix", ""]]
+)
+def test_fully_sharded(alone: None, sharded: list[str]) -> None:
+    """A layer sharded on its own has its weight only while it runs."""
+    model = Net()
+    plain, _ = moved(model)
+    for name in reversed(sharded) if sharded[-1] else sharded:
+        fully_shard(model.get_submodule(name), mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    x = images()
+    for expected, found in zip(step(plain, x), step(model, x), strict=True):
+        torch.testing.assert_close(found, expected)
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        whole: Any = q.grad
+        torch.testing.assert_close(whole.full_tensor(), p.grad, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match=r"before torch.compile, DDP and FSDP"):
+        ao.late_upsampling(model, x)
+
+
+def test_ddp(alone: None) -> None:
+    model = Net().double()
+    plain, _ = moved(model, images().double())
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    x = images().double()
+    torch.testing.assert_close(step(wrapped, x), step(plain, x))
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
+
+
+@pytest.mark.parametrize("late_first", [False, True])
+@pytest.mark.parametrize("remove_late_first", [False, True])
+def test_low_resolution_beside(late_first: bool, remove_late_first: bool) -> None:
+    """Also where one module holds both: the forward of Net does everything."""
+
+    class Flat(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            maps = self.body(x)
+            joined = torch.cat(self.head.upsampled(maps), dim=1)
+            return up(self.classifier(self.head.mix(joined).relu()), x.shape[2:])
+
+    for build in (Net, Flat):
+        model, x = build(), images()
+        plain = copy.deepcopy(model)
+        functions = [ao.late_upsampling, ao.low_resolution]
+        order = functions if late_first else functions[::-1]
+        handles = {function: function(model, x) for function in order}
+        low = model.train()(x)
+        assert low.shape == (2, K, 16, 24)
+        torch.testing.assert_close(up(low, (32, 48)), plain.train()(x))
+        first, second = functions if remove_late_first else functions[::-1]
+        handles[first].remove()
+        assert model(x).shape == ((2, K, 16, 24) if remove_late_first else (2, K, 32, 48))
+        fewer = operations(model, x) < operations(plain, x)
+        assert fewer != remove_late_first
+        handles[second].remove()
+        assert all(
+            type(p) is type(q) for p, q in zip(model.modules(), plain.modules(), strict=True)
+        )
+        torch.testing.assert_close(model(x), plain(x))
+
+
+def test_copies_and_pickles() -> None:
+    model = smp.Segformer("mit_b0", encoder_weights=None, classes=K)
+    x = images((64, 64))
+    plain, _ = moved(model, x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is type(model) and type(other.decoder) is type(model.decoder)
+        assert operations(other.eval(), x) < operations(plain.eval(), x)
+        torch.testing.assert_close(other(x), plain(x))
+    bare = type(model.decoder)([3, 8, 8, 8, 8, 8])  # another head of this class
+    assert not hasattr(bare, "_forward_changes")
+
+
+def test_the_dry_run_leaves_no_trace(caplog: pytest.LogCaptureFixture) -> None:
+    model = Net(Head(linear=False)).train()
+    step(model, images())
+    model.eval()
+    before, gradients = copy.deepcopy(model), [p.grad for p in model.parameters()]
+    x = images()
+    numbers = torch.get_rng_state()
+    with caplog.at_level(logging.INFO, logger="anchorops"):
+        ao.late_upsampling(model, x)
+    assert "late_upsampling of Net: head.mix before the upsampling of 3 maps" in caplog.text
+    assert torch.equal(torch.get_rng_state(), numbers) and not model.training
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+    for name, value in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Shared(Net):
+    """The head runs twice: at two scales, or (unlike the first) without its last map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = up(x, (16, 16))
+        self.head.skips = False
+        first = self.classifier(self.head(self.body(x)))
+        self.head.skips = self.differs
+        return first + up(self.classifier(self.head(self.body(small))), first.shape[2:])
+
+
+class Skipping(Head):
+    def upsampled(self, maps: list[Tensor]) -> list[Tensor]:
+        a, b, c = super().upsampled(maps)
+        return [a, b, torch.zeros_like(c) if self.skips else c]
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_head_that_runs_twice(differs: bool) -> None:
+    model = Shared(Skipping()).double()
+    model.differs = differs  # type: ignore[assignment]
+    x = images().double()
+    if differs:
+        with pytest.raises(
+            ValueError, match="in head, which runs several times, not always the same"
+        ):
+            ao.late_upsampling(model, x)
+        return
+    plain, _ = moved(model, x)
+    check(plain, model, x, rtol=1e-9, atol=1e-9)
+
+
+class Mixing(Net):
+    """`after` makes the features of the maps."""
+
+    def __init__(self, after: Callable[[Any, list[Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.head.after = after
+        self.head.wide, self.head.strided = nn.Conv2d(96, 16, 3), nn.Conv2d(96, 16, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.head.upsampled(self.body(x))
+        return self.classifier(self.head.after(self.head, maps))
+
+
+def kept(head: Any, maps: list[Tensor]) -> Tensor:
+    head.last = torch.cat(maps, 1)
+    return head.mix(head.last)
+
+
+def changed_source(head: Any, maps: list[Tensor]) -> Tensor:
+    source = maps[0].tanh()
+    joined = torch.cat([up(source, (16, 24)), *maps[1:]], 1)
+    source.zero_()
+    return head.mix(joined)
+
+
+def added(head: Any, maps: list[Tensor]) -> Tensor:
+    return F.pad(sum(maps[1:], maps[0])[:, :16], (0, 0))
+
+
+def read_twice(head: Any, maps: list[Tensor]) -> Tensor:
+    joined = torch.cat(maps, 1)
+    return head.mix(joined) + joined.mean()
+
+
+def in_place(head: Any, maps: list[Tensor]) -> Tensor:
+    joined = torch.cat(maps, 1)
+    joined[:, 0] = 0
+    return head.mix(joined)
+
+
+@pytest.mark.parametrize(
+    ("after", "got"),
+    [
+        (lambda head, maps: head.wide(torch.cat(maps, 1)), "read by .*cat, read by a 3×3 conv"),
+        (lambda head, maps: head.strided(torch.cat(maps, 1)), "with stride, padding or groups"),
+        (
+            lambda head, maps: head.mix(torch.cat(maps, 2).reshape(2, 96, 16, 24)),
+            r"read by torch.cat along dimension 2",
+        ),
+        (lambda head, maps: head.mix(torch.cat(maps, 1).relu()), "read by .*cat, read by .*relu"),
+        (added, r"read by torch.Tensor.add"),
+        (read_twice, r"read by .*cat, read by .*conv2d and 1 more"),
+        (kept, r"read by .*cat, read by .*conv2d, and kept"),
+        (in_place, "read by .*cat, which is changed in place"),
+        (changed_source, "convolution after a change of the maps in place"),
+    ],
+    ids=["3×3", "stride", "dimension", "relu", "add", "twice", "kept", "in-place", "source"],
+)
+def test_models_it_refuses(after: Callable[..., Tensor], got: str) -> None:
+    model = Mixing(after)
+    before = copy.deepcopy(vars(model))
+    with pytest.raises(ValueError, match=f"late_upsampling: model: expected a 1×1 .*{got}"):
+        ao.late_upsampling(model, images())
+    assert type(model) is Mixing and vars(model).keys() == before.keys()
+    assert type(model.head) is Head
+
+
+def test_what_gains_little_stays() -> None:
+    with pytest.raises(ValueError, match="where little is saved"):
+        ao.late_upsampling(smp.DeepLabV3("resnet18", encoder_weights=None), images((64, 64)))
+    unet = smp.Unet("resnet18", encoder_weights=None, classes=K)
+    with pytest.raises(ValueError, match="read by a 3×3 convolution"):
+        ao.late_upsampling(unet, images((64, 64)))
+    with pytest.raises(ValueError, match=r"got no call of F.interpolate"):
+        ao.late_upsampling(nn.Conv2d(3, 4, 1), images())
+
+
+class Unlike(Head):
+    """`how` is what a forward does unlike the dry run."""
+
+    how = ""
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        upsampled = self.upsampled(maps)
+        if self.how == "reads":
+            return self.mix(torch.cat([upsampled[0].abs(), *upsampled[1:]], dim=1))
+        if self.how == "order":
+            upsampled = upsampled[::-1]
+        if self.how == "fewer":
+            upsampled = [upsampled[0], torch.cat(upsampled[1:], 1)]
+        joined = torch.cat(upsampled, dim=1)
+        if self.how == "item":
+            assert joined.isfinite().all()
+        if self.how == "returned":
+            return joined
+        if self.how == "source":
+            maps[2].zero_()
+        if self.how == "values":
+            joined.tolist()
+        other = self.mix(maps[1].repeat(1, 6, 1, 1)) if self.how == "other" else 0
+        return self.mix(joined) + other
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("reads", r"torch.Tensor.abs reads a map that the convolution reads"),
+        ("order", "another map than in the dry run"),
+        ("fewer", "torch.cat"),
+        ("item", r"torch.Tensor.isfinite reads a map"),
+        ("values", r"torch.Tensor.tolist reads a map"),
+        ("returned", r"calls .*'conv': 3.* where the dry run had .*'conv': 4"),
+        ("source", "a map is changed in place between its upsampling and the convolution"),
+        ("other", "another map than in the dry run"),
+    ],
+)
+def test_a_forward_unlike_the_dry_run_raises(how: str, message: str) -> None:
+    model = Net(Unlike(linear=how == "source")).eval()
+    ao.late_upsampling(model, images())
+    model(images())
+    model.head.how = how
+    advice = r"remove\(\) the handle, and call late_upsampling with arguments as in this forward"
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"Unlike: .*{message}.*{advice}"):
+        model(images())
+
+
+def test_bad_input() -> None:
+    model, x = Net(), images()
+    with pytest.raises(ValueError, match=r"late_upsampling: model: expected an nn.Module"):
+        ao.late_upsampling(len, x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"args: .* late_upsampling\(model, images\), got none"):
+        ao.late_upsampling(model)
+    with pytest.raises(ValueError, match="one wrapped in OptimizedModule"):
+        ao.late_upsampling(torch.compile(model), x)  # type: ignore[arg-type]
+    ao.late_upsampling(model, x)
+    with pytest.raises(ValueError, match="got Net after late_upsampling"):
+        ao.late_upsampling(model, x)
+    other = Net()
+    other.head.forward = other.head.forward  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="in head, whose forward was replaced"):
+        ao.late_upsampling(other, x)
