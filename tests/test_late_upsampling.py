@@ -752,3 +752,12 @@ def test_bad_input() -> None:
     other.head.forward = other.head.forward  # type: ignore[assignment]
     with pytest.raises(ValueError, match="in head, whose forward was replaced"):
         ao.late_upsampling(other, x)
+
+
+def test_inference_mode() -> None:
+    model = Net().eval()
+    plain, x = copy.deepcopy(model), images()
+    with torch.inference_mode():
+        ao.late_upsampling(model, images())
+        torch.testing.assert_close(model(x), plain(x))
+    check(plain, model, x, rtol=1e-3, atol=1e-5)

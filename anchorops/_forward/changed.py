@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 
 from .._checks import describe, fail
 
@@ -126,8 +127,14 @@ def dry_run(
 
     trial.forward = watched
     with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(indices):
+        args, kwargs = tree_map_only(Tensor, _normal, (args, kwargs))
         output = trial(*args, **kwargs)
     return returned, output
+
+
+def _normal(x: Tensor) -> Tensor:
+    """Tensors of torch.inference_mode cannot be saved for a backward pass."""
+    return x.clone() if x.is_inference() else x
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .changed import copied, dry_run, made_by_call, tensors
+from .changed import copied, dry_run, made_by_call, tensors, version
 from .late_plan import (
     KINDS,
     PEEKS,
@@ -67,7 +67,7 @@ class _Call:
         self.kind, self.name, self.place = kind, name, place
         self.result = weakref.ref(result) if result is not None else lambda: None
         self.shape = result.shape if result is not None else torch.Size()
-        self.version = result._version if result is not None else 0
+        self.version = version(result) if result is not None else 0
         self.sources: list[_Call | None] = []
         self.read: list[tuple[Tensor, int]] = []
         self.readers: list[_Call] = []
@@ -143,12 +143,12 @@ class _Watch(TorchFunctionMode):
         for x in read:
             if maker := self._maker(x):
                 maker.readers.append(call)
-                maker.changed |= x._version != maker.version
+                maker.changed |= version(x) != maker.version
         if kind:
             given = input_of(kind, args, kwargs) if kind != "view" else read[0]
             inputs = list(given) if kind == "cat" else [given]
             call.sources = [self._maker(x) for x in inputs]
-            call.read = [(x, x._version) for x in inputs]
+            call.read = [(x, version(x)) for x in inputs]
             self._describe(call, args, kwargs)
         for x in made:
             self._makers[id(x)] = call if x is made[0] else _Call("", name, x, place)
@@ -160,7 +160,7 @@ class _Watch(TorchFunctionMode):
             _, call.weight, _, call.objection = of_convolution(*args, **kwargs)
             late = [call.sources[0], *(call.sources[0].sources if call.sources[0] else [])]
             late += [linear for up in late if up is not None for linear in up.tokens]
-            if any(x._version != v for made in late if made is not None for x, v in made.read):
+            if any(version(x) != v for made in late if made is not None for x, v in made.read):
                 call.objection = "a convolution after a change of the maps in place"
         elif call.kind == "cat":
             dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
@@ -283,12 +283,12 @@ class Found(NamedTuple):
 
 def find(model: nn.Module, args: Any, kwargs: Any, training: bool) -> Found:
     """The plans of one mode."""
-    trial = copied("late_upsampling", model)
-    watch = _Watch(trial)
     # With gradients, so that torch.no_grad and checkpoints in the model are seen; without saved
     # tensors, which would keep the maps.
     nothing_saved = torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x)
     with torch.inference_mode(False), torch.enable_grad(), nothing_saved:
+        trial = copied("late_upsampling", model)
+        watch = _Watch(trial)
         _output = dry_run(trial, args, kwargs, training, watch)  # what is returned stays alive
     for call in watch.calls:
         call.read.clear()

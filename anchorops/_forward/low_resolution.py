@@ -35,7 +35,7 @@ class _Upsampling:
 
     def __init__(self, source: Tensor, result: Tensor, options: dict[str, Any]) -> None:
         self.source, self.result, self.options = source, result, options
-        self.versions = source._version, result._version
+        self.versions = version(source), version(result)
         self.readers: list[str] = []
 
     @property
@@ -55,9 +55,9 @@ class _Upsampling:
                 return f"scale_factor={scale}, whose grid differs from that of the sizes"
         if self.readers:
             return f"a result that {self.readers[0]} also reads"
-        if self.result._version != self.versions[1]:
+        if version(self.result) != self.versions[1]:
             return "a result that is changed in place"
-        if self.source._version != self.versions[0]:
+        if version(self.source) != self.versions[0]:
             return "low-resolution logits that are changed in place after the upsampling"
         return None
 
