@@ -128,8 +128,9 @@ def workspace(func: Any, args: Sequence[Any]) -> tuple[int, ...]:
     name, x = func._schema.name.removeprefix("anchorops::"), args[0]
     if name.startswith(("softmax_moments", "volume_moments")):
         partials = MULTIPROCESSORS << 18
-        if name.startswith("volume_moments"):  # float32: a slab and its gradient, two volumes
-            partials += 8 * max(SLAB, x[0, :, 0].numel()) + 8 * x[0].numel()
+        if name.startswith("volume_moments"):  # float32: a slab and its gradient, four slices
+            slices = max(x[0, :, 0].numel(), SLAB // args[1].shape[1])
+            partials += 8 * max(SLAB, slices) + 16 * slices
         return partials, 8 * (x.numel() // x.shape[1]) + x.numel() // 16
     if name == "class_moments":
         return 16 << 20, x.numel() * x.element_size() // 4

@@ -295,6 +295,32 @@ def test_memory(slab: int) -> None:
     assert peak_allocated_bytes(run) < 1.5 * lse + 3 * images * image + 4 * 4 * logits.numel()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("depth", [72, 8])
+@pytest.mark.parametrize("name", ["cross-entropy", "divergence", "argmax"])
+def test_memory_of_a_slab(
+    name: str, depth: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slab and its gradient, and two slices of each kind: no float32 volume."""
+    size, slices = (depth, 16, 16), 4
+    logits = torch.randn(1, 16, 48, 16, 16, dtype=dtype, requires_grad=True)
+    teacher, labels = logits.detach().flip(1), torch.randint(0, 16, (1, *size))
+    of_slice = logits[0, :, 0].numel()
+    monkeypatch.setattr(volumes, "SLAB", (2 if name == "divergence" else 1) * slices * of_slice)
+    runs: dict[str, Callable[[], Any]] = {
+        "cross-entropy": lambda: torch.autograd.grad(ao.pixel_cross_entropy(logits, labels), logits),
+        "divergence": lambda: torch.autograd.grad(
+            ao.pixel_kl_divergence(logits, teacher, size), logits
+        ),
+        "argmax": lambda: ao.pixel_argmax(logits.detach(), size),
+    }
+    slabs = {"cross-entropy": 2, "divergence": 3, "argmax": 1}[name]
+    results = 0 if name == "argmax" else logits.nbytes
+    maps = 2 * labels.nbytes  # lse, or the classes, and their slabs
+    bound = results + maps + 4 * of_slice * (slabs * slices + 4)
+    assert peak_allocated_bytes(runs[name]) < bound < results + maps + 4 * logits.numel()
+
+
 def nnunet_dice(logits: Tensor, labels: Tensor) -> Tensor:
     """MemoryEfficientSoftDiceLoss of nnU-Net v2 (nnunetv2/training/loss/dice.py) as its trainer
     sets it: batch_dice, without the background, smooth 1e-5."""

@@ -66,23 +66,27 @@ def _slabs(depth: int, *of_logits: Tensor) -> Iterator[_Slab]:
 
 
 def _sources(depth: int, logits: Tensor, align_corners: bool) -> list[tuple[int, int, float]]:
-    """l, u and t of each slice: numbers, so that nothing is copied to or from a GPU."""
+    """l, u and t of each slice: numbers, so that nothing is copied to or from a GPU. u = l where
+    t = 0, because 0 · ∞ would be NaN."""
     dtype = statistics_dtype(logits.dtype)
     cpu = torch.device("cpu")
     lower, upper, weight = bilinear_sources(depth, logits.shape[2], align_corners, dtype, cpu)
+    upper = torch.where(weight == 0, lower, upper)
     return list(zip(lower.tolist(), upper.tolist(), weight.tolist(), strict=True))
 
 
 def _images(logits: Tensor, slab: _Slab, sources: list[tuple[int, int, float]]) -> Tensor:
     """The images (N, K, h, w) of a slab, in the statistics' dtype."""
-    x = logits[slab.volumes].to(statistics_dtype(logits.dtype)).transpose(1, 2)
-    sources = sources[slab.slices]
-    z = x.new_empty(x.shape[0], len(sources), *x.shape[2:])
+    dtype = statistics_dtype(logits.dtype)
+    x, sources = logits[slab.volumes].transpose(1, 2), sources[slab.slices]
+    z = x.new_empty((x.shape[0], len(sources), *x.shape[2:]), dtype=dtype)
+    around: dict[int, Tensor] = {}  # the slices l and u: the next q often reads them too
     for q, (lower, upper, weight) in enumerate(sources):
-        if weight == 0 or lower == upper:  # 0 · ∞ would be NaN
+        if lower == upper:
             z[:, q] = x[:, lower]
-        else:
-            torch.mul(x[:, lower], 1 - weight, out=z[:, q]).add_(x[:, upper], alpha=weight)
+            continue
+        around = {i: around[i] if i in around else x[:, i].to(dtype) for i in (lower, upper)}
+        torch.mul(around[lower], 1 - weight, out=z[:, q]).add_(around[upper], alpha=weight)
     return z.flatten(0, 1)
 
 
@@ -103,8 +107,7 @@ def _moments(backend: str, logits: Tensor, labels: Tensor, *given: Any) -> tuple
         given_slab = options._replace(
             smoothing=smoothing, pixel_weights=None if weights is None else slab.of_maps(weights)
         )
-        images = _images(logits, slab, sources)
-        found = operator(images, slab.of_maps(labels), *given_slab)
+        found = operator(_images(logits, slab, sources), slab.of_maps(labels), *given_slab)
         for total, part in zip(totals, (*found[:4], *found[6:]), strict=True):
             if part.dim() == 2:  # per image
                 total[slab.volumes] += slab.by_slice(part).sum(1, dtype=total.dtype)
@@ -158,19 +161,19 @@ def _dlogits(
     """The gradient of the volumes, from of_images(slab, images), that of the images of a slab."""
     sources = _sources(depth, logits, align_corners)
     dlogits = torch.zeros_like(logits)
-    dx = dlogits.new_empty(0)
+    dx: dict[int, Tensor] = {}  # of the slices l and u, to which the next q often adds
     for slab in slabs:
         dz = slab.by_slice(of_images(slab, _images(logits, slab, sources)))
-        if slab.slices.start == 0:
-            dx = dz.new_zeros(dz.shape[0], logits.shape[2], *dz.shape[2:])
         for q, (lower, upper, weight) in enumerate(sources[slab.slices]):
-            if weight == 0 or lower == upper:
-                dx[:, lower] += dz[:, q]
-            else:
-                dx[:, lower].add_(dz[:, q], alpha=1 - weight)
-                dx[:, upper].add_(dz[:, q], alpha=weight)
+            for i in [i for i in dx if i < lower]:
+                dlogits[slab.volumes, :, i] = dx.pop(i)
+            shares = [(lower, 1.0)] if lower == upper else [(lower, 1 - weight), (upper, weight)]
+            for i, share in shares:
+                dx[i] = dx[i].add_(dz[:, q], alpha=share) if i in dx else dz[:, q] * share
+        del dz  # before the next slab
         if slab.slices.stop == depth:
-            dlogits[slab.volumes] = dx.transpose(1, 2)
+            for i in list(dx):
+                dlogits[slab.volumes, :, i] = dx.pop(i)
     return dlogits
 
 
@@ -210,7 +213,7 @@ def _divergences(
         return tuple(results)
     sources = [_sources(depth, x, align_corners) for x in both]
     for slab in _slabs(depth, *both):
-        images = [_images(x, slab, at) for x, at in zip(both, sources, strict=True)]
+        images = (_images(x, slab, at) for x, at in zip(both, sources, strict=True))
         of_images = None if valid is None else slab.of_maps(valid)
         part, *found = operator(*images, of_images, *given)
         total += part
