@@ -4,12 +4,14 @@ pseudo-labels forward.
     python bench/options.py [--out ROWS.json] [--only OPTION] [--rounds 10] [--seconds 0.25]
 
 Rows are options, columns the number of classes K (for sigmoids: of channels) and the ratio of the
-labels' size to that of the logits; the volume is 32³ → 128³. A cell is the rival's time divided by
-ours: above 1 we are faster. Ours and the rivals take turns for `--seconds`, `--rounds` times or
-more; medians are compared. Rivals are torch's functions after F.interpolate, and the classes of
-segmentation_models.pytorch and MONAI; for most options, in the cells of COMPILED, also
-torch.compile of torch's formula with F.interpolate, which takes long to compile (--eager leaves it
-out). Labels are int64; where an option says so uint8, as masks are stored.
+labels' size to that of the logits; volumes are 32³ → 128³ and 64³ → 128³. A cell is the rival's
+time divided by ours: above 1 we are faster. Ours and the rivals take turns for `--seconds`,
+`--rounds` times or more; medians are compared. Rivals are torch's functions after F.interpolate,
+and the classes of segmentation_models.pytorch and MONAI; for most options, in the cells of
+COMPILED, also torch.compile of torch's formula with F.interpolate, which takes long to compile
+(--eager leaves it out). Labels are int64; where an option says so uint8, as masks are stored.
+Logits are float32; where an option says so bfloat16, as under autocast, and the rivals upsample
+them in float32.
 """
 
 import argparse
@@ -43,12 +45,13 @@ Formula = Callable[[Tensor, Tensor], Tensor]
 
 class Option(NamedTuple):
     """ours: from logits and labels. rivals: from logits of the labels' size and labels. Labels of
-    sigmoids have the logits' channels, 0 or 1; of masks they are uint8."""
+    sigmoids have the logits' channels, 0 or 1; of masks they are uint8. Half: bfloat16 logits."""
 
     ours: Formula
     rivals: dict[str, Formula]
     sigmoid: bool = False
     masks: bool = False
+    half: bool = False
     compiled: bool = True  # whether torch's formula is compiled too, in the cells of COMPILED
     upsamples: bool = False  # whether the rivals upsample the logits themselves
 
@@ -125,8 +128,7 @@ def pseudo_labels(z: Tensor, y: Tensor) -> Tensor:
 
 
 def our_pseudo_labels(x: Tensor, y: Tensor) -> Tensor:
-    size = (y.shape[1], y.shape[2])
-    return ao.pixel_argmax(x.detach(), size, confidence=True)[1]
+    return ao.pixel_argmax(x.detach(), y.shape[1:], confidence=True)[1]
 
 
 def divergence(x: Tensor, y: Tensor) -> Tensor:
@@ -238,14 +240,24 @@ OPTIONS |= {
     for name in ("sigmoid: cross-entropy", "sigmoid: Dice")
 }
 
-VOLUMES = ("cross-entropy", "Dice", "cross-entropy + Dice")
+VOLUMES = {  # classes and ratio of each option; volumes of the second are several slabs
+    "cross-entropy": ((14, 4), (30, 2)),
+    "Dice": ((14, 4),),
+    "cross-entropy + Dice": ((14, 4),),
+    "pseudo-labels": ((14, 4), (30, 2)),
+}
+OPTIONS |= {f"{name}, bf16": OPTIONS[name]._replace(half=True) for name in VOLUMES}
+VOLUMES |= {f"{name}, bf16": sizes for name, sizes in VOLUMES.items()}
 
 
 def cells() -> Iterator[tuple[str, int, int, int]]:
     """Option, classes, ratio and axes of the labels of an image."""
-    for name in VOLUMES:
-        yield name, 14, 4, 3
+    for name, sizes in VOLUMES.items():
+        for num_classes, ratio in sizes:
+            yield name, num_classes, ratio, 3
     for name, option in OPTIONS.items():
+        if option.half:
+            continue
         for num_classes in (1, 20) if option.sigmoid else CLASSES:
             for ratio in RATIOS:
                 yield name, num_classes, ratio, 2
@@ -256,7 +268,8 @@ def inputs(
 ) -> tuple[Tensor, Tensor]:
     if axes == 3:
         size //= 4
-        logits = torch.randn(1, num_classes, *(size // ratio,) * 3, requires_grad=True)
+        logits = torch.randn(1, num_classes, *(size // ratio,) * 3)
+        logits = logits.to(torch.bfloat16 if option.half else logits.dtype).requires_grad_()
         labels = example_labels((1, size**2, size), num_classes, "coherent").clamp(min=0)
         return logits, labels.view(1, *(size,) * 3)
     batch = max(1, min(MOST_IMAGES, int(MOST_LOGITS / (num_classes * size**2))))
@@ -270,7 +283,7 @@ def inputs(
 
 def upsampled(x: Tensor, ratio: int) -> Tensor:
     mode = "bilinear" if x.dim() == 4 else "trilinear"
-    return x if ratio == 1 else F.interpolate(x, scale_factor=ratio, mode=mode)
+    return x if ratio == 1 else F.interpolate(x.float(), scale_factor=ratio, mode=mode)
 
 
 def run(formula: Formula, logits: Tensor, labels: Tensor) -> None:

@@ -1,5 +1,7 @@
 """The picture of options, for bench/plot.py: the time of the fastest rival divided by ours."""
 
+from math import isnan, nan
+
 import matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -24,17 +26,19 @@ def draw(run: dict) -> Figure:
         figsize=(10, 8.4),
         layout="constrained",
         height_ratios=[heights[0], heights[2], max(heights[1] - heights[2], 1)],
-        width_ratios=(8, 1),
+        width_ratios=(4, 1),
     )
     for what, rows in groups.items():
         axis = axes[what]
         names = list(dict.fromkeys(row["option"] for row in rows))
         columns = sorted({(row["num_classes"], row["ratio"]) for row in rows})
         gains = {(row["option"], row["num_classes"], row["ratio"]): gain(row) for row in rows}
-        table = [[gains[(name, *column)] for column in columns] for name in names]
+        table = [[gains.get((name, *column), nan) for column in columns] for name in names]
         axis.imshow(table, norm=LogNorm(1 / 40, 40), cmap="BrBG", aspect="auto")
         for i, line in enumerate(table):
             for j, value in enumerate(line):
+                if isnan(value):  # was not measured
+                    continue
                 digits = 2 if value < 1 else 1 if value < 10 else 0
                 dark = value > 10 or value < 0.1
                 colour = "white" if dark else "black"

@@ -406,6 +406,7 @@ def test_table_of_options(tmp_path):
         assert answer.returncode == 0, answer.stderr
     rows = json.loads(out.read_text())["options"]
     assert {row["axes"] for row in rows} == {2, 3} and len(rows) > 100
+    assert sum("bf16" in row["option"] for row in rows) == 6
     rows = json.loads(of_dice.read_text())["options"]
     assert len(rows) == 8 and any("compiled" in row["seconds"] for row in rows)
     assert (tmp_path / "options-options.png").exists()
