@@ -205,6 +205,20 @@ def check_label_values(function: str, labels: Tensor, num_classes: int, ignore_i
         fail(function, "labels", expected, wrong[:8] + (["…"] if len(wrong) > 8 else []))
 
 
+def check_binary_labels(function: str, labels: Tensor, ignore_index: int) -> None:
+    """`check_label_values` of sigmoids. It also finds masks of 0 and 255 where 255 is ignored."""
+    check_label_values(function, labels, 2, ignore_index)
+    if ignore_index == 255:
+        labels = labels.long()
+        has_0, has_1, has_255 = (bool((labels == value).any()) for value in (0, 1, 255))
+        if has_0 and has_255 and not has_1:
+            expected = (
+                "a label 1 beside 0 and ignore_index = 255 (of masks in which 255 is the object: "
+                "labels = (mask > 0).long())"
+            )
+            fail(function, "labels", expected, "[0, 255]")
+
+
 def check_num_classes(function: str, num_classes: int) -> None:
     if not isinstance(num_classes, int) or isinstance(num_classes, bool):
         fail(function, "num_classes", "an int", describe(num_classes))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._checks import (
+    check_binary_labels,
     check_count,
     check_flags,
     check_ignore_index,
@@ -40,8 +41,9 @@ class MeanIoU(Metric):
             1, or predicted as 1 (logit above 0).
         ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
         align_corners: of the upsampling, as in F.interpolate.
-        check_labels: raise an error if a label is neither a class nor ignore_index; this
-            synchronises with the device.
+        check_labels: raise an error if a label is neither a class nor ignore_index, and with
+            sigmoid if a batch has the labels 0 and 255 alone, as masks of 0 and 255 that need
+            `mask > 0`; this synchronises with the device.
         metric_arguments: of torchmetrics.Metric, for example sync_on_compute.
 
     The state is `confusion`, int64 [K, K], truth × prediction, with sigmoid [C, 2, 2]. `compute`
@@ -109,6 +111,9 @@ class MeanIoU(Metric):
                 fail("MeanIoU", "predictions", expected, describe(predictions))
             if labels.dtype != torch.bool:
                 check_integers("MeanIoU", "labels", labels)
+            if self.check_labels:  # of the given labels, before some are ignored
+                check_binary_labels("MeanIoU", labels, self.ignore_index)
+                given["check_labels"] = False
             known = (predictions == 0) | (predictions == 1)
             labels = torch.where(known, labels.long(), self.ignore_index)
             logits = (predictions == 1).float() - 0.5

@@ -308,7 +308,9 @@ def test_memory_of_a_slab(
     of_slice = logits[0, :, 0].numel()
     monkeypatch.setattr(volumes, "SLAB", (2 if name == "divergence" else 1) * slices * of_slice)
     runs: dict[str, Callable[[], Any]] = {
-        "cross-entropy": lambda: torch.autograd.grad(ao.pixel_cross_entropy(logits, labels), logits),
+        "cross-entropy": lambda: torch.autograd.grad(
+            ao.pixel_cross_entropy(logits, labels), logits
+        ),
         "divergence": lambda: torch.autograd.grad(
             ao.pixel_kl_divergence(logits, teacher, size), logits
         ),

@@ -1,6 +1,8 @@
-"""Labels that are neither a class nor ignored: every loss module counts them in its terms."""
+"""Labels that are neither a class nor ignored, and those that are ignored: every loss module counts
+them in its terms. Masks of 0 and 255."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ import anchorops as ao
 from anchorops._ops import volumes
 from anchorops.losses.pixel import PixelLoss
 
-NAME = "labels_out_of_range"
+NAME, IGNORED = "labels_out_of_range", "labels_ignored"
 LOSSES: dict[str, Callable[..., PixelLoss]] = {
     "CrossEntropy": ao.CrossEntropy,
     "focal": lambda **given: ao.CrossEntropy(focal_gamma=2.0, **given),
+    "ohem": lambda **given: ao.CrossEntropy(ohem=0.2, **given),
     "ohem_kept": lambda **given: ao.CrossEntropy(ohem_kept=10, **given),
     "Dice": ao.Dice,
     "Dice per image": lambda **given: ao.Dice(per_image=True, **given),
@@ -57,9 +60,11 @@ def wrong_labels(
 
 def count(loss: PixelLoss, logits: Tensor, labels: Tensor) -> float:
     value = loss(logits, labels)
-    found = loss.terms[NAME]
-    assert found.dtype == value.dtype and found.shape == () and not found.requires_grad
-    return found.item()
+    for found in (loss.terms[NAME], loss.terms[IGNORED]):
+        assert found.dtype == value.dtype and found.shape == () and not found.requires_grad
+    ignore_index = 255 if loss.ignore_index is None else loss.ignore_index
+    assert loss.terms[IGNORED] == (labels.long() == ignore_index).sum()
+    return loss.terms[NAME].item()
 
 
 @each_backend
@@ -110,6 +115,22 @@ def test_dtypes_and_ignored_labels(backend: str, dtype: torch.dtype, ignore_inde
     assert count(loss, torch.randn(2, 5, 4, 6), labels) == expected
 
 
+@pytest.mark.parametrize(
+    "loss", [ao.CrossEntropy(ohem=0.5), ao.CrossEntropy(ohem_kept=10)], ids=str
+)
+def test_with_pixel_weights(backend: str, loss: PixelLoss) -> None:
+    labels, expected = wrong_labels((2, 16, 24), 5, 255)
+    loss(torch.randn(2, 5, 4, 6), labels, torch.rand(labels.shape).round())
+    assert loss.terms[NAME] == expected and loss.terms[IGNORED] == (labels == 255).sum() > 0
+
+
+@pytest.mark.on("cpu")
+def test_more_labels_than_float32_counts(backend: str) -> None:
+    labels = torch.zeros(1, 4097, 4097, dtype=torch.uint8)  # 2^24 + 8193
+    labels[0, 0, 0] = 255
+    assert count(ao.CrossEntropy(), torch.randn(1, 2, 4, 4), labels) == 0
+
+
 def test_strides(backend: str) -> None:
     labels, expected = wrong_labels((16, 24, 2), 5, 255)
     assert count(ao.CrossEntropy(), torch.randn(2, 5, 4, 6), labels.permute(2, 0, 1)) == expected
@@ -145,7 +166,7 @@ def test_vmap(backend: str) -> None:
     def of_one(logits: Tensor, labels: Tensor) -> Tensor:
         loss = ao.CrossEntropy()
         loss(logits, labels)
-        return loss.terms[NAME]
+        return torch.stack([loss.terms[NAME], loss.terms[IGNORED]])
 
     expected = torch.stack([of_one(x, y) for x, y in zip(logits, labels, strict=True)])
     assert expected.all()
@@ -158,4 +179,56 @@ def test_compiled(loss: PixelLoss) -> None:
     shape = (2, 5, 16, 24) if loss.sigmoid else (2, 16, 24)
     labels, expected = wrong_labels(shape, 2 if loss.sigmoid else 5, 255)
     torch.compile(loss, fullgraph=True)(logits, labels).backward()
-    assert loss.terms[NAME] == expected
+    assert loss.terms[NAME] == expected and loss.terms[IGNORED] == (labels == 255).sum()
+
+
+MASK = 255 * (torch.arange(2 * 16 * 24).view(2, 1, 16, 24) % 3 == 0)  # 0 and 255
+BINARY_LOGITS = torch.randn(2, 1, 4, 6)
+
+
+def by_function(**given: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, y: ao.pixel_binary_cross_entropy(x, y, **given)
+
+
+def by_confusion(**given: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, y: ao.pixel_confusion(x, y, sigmoid=True, **given)
+
+
+def by_metric(of_classes: bool = False, **given: Any) -> Callable[[Tensor, Tensor], object]:
+    def update(x: Tensor, y: Tensor) -> None:
+        metric = ao.MeanIoU(1, sigmoid=True, **given)
+        metric.update(torch.zeros_like(y) if of_classes else x, y)
+
+    return update
+
+
+CHECKS: dict[str, tuple[str, Callable[..., Callable[[Tensor, Tensor], object]]]] = {
+    "pixel_binary_cross_entropy": ("pixel_binary_cross_entropy", by_function),
+    "pixel_confusion": ("pixel_confusion", by_confusion),
+    "MeanIoU": ("MeanIoU", by_metric),
+    "MeanIoU of classes": ("MeanIoU", lambda **given: by_metric(True, **given)),
+    **{name: (name.split()[0], make) for name, make in SIGMOIDS.items()},
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64])
+def test_masks_of_0_and_255(name: str, dtype: torch.dtype) -> None:
+    """An error with check_labels alone: background and void without an object are right labels."""
+    function, make = CHECKS[name]
+    mask, check = MASK.to(dtype), make(check_labels=True)
+    make()(BINARY_LOGITS, mask)
+    message = rf"^{function}: labels: expected a label 1 beside 0 .*\(mask > 0\).*, got \[0, 255\]$"
+    with pytest.raises(ValueError, match=message):
+        check(BINARY_LOGITS, mask)
+    one = mask.clone()
+    one[0, 0, 0, 0] = 1
+    for right in (one, (MASK > 0).to(dtype), torch.zeros_like(mask), torch.full_like(mask, 255)):
+        check(BINARY_LOGITS, right)
+    make(check_labels=True, ignore_index=2)(BINARY_LOGITS, 2 * (MASK > 0).to(dtype))
+
+
+def test_predictions_that_are_no_class_hide_no_label() -> None:
+    """They are ignored, but a label 1 there shows that the labels are right."""
+    labels, predictions = torch.tensor([[[[0, 1, 255]]]]), torch.tensor([[[[0, 7, 0]]]])
+    ao.MeanIoU(1, sigmoid=True, check_labels=True).update(predictions, labels)

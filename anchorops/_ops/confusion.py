@@ -151,7 +151,8 @@ def pixel_confusion(
         labels: as in `softmax_moments`, of any size. With sigmoid=True (B, C, H, W), or (B, H, W)
             if C = 1, of 0, 1 and ignored labels; integer or bool.
         sigmoid: as above.
-        ignore_index, check_labels: as `confusion`. align_corners: as in F.interpolate.
+        ignore_index, check_labels: as `confusion`; with sigmoid check_labels is as in
+            `pixel_binary_cross_entropy`. align_corners: as in F.interpolate.
 
     Returns:
         int64 [K, K], truth × prediction; with sigmoid=True [C, 2, 2].

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .._checks import (
+    check_binary_labels,
     check_ignore_index,
     check_integers,
-    check_label_values,
     check_strided,
     describe,
     fail,
@@ -98,7 +98,7 @@ def sigmoid_moments(
     """
     ignore_index = check_ignore_index(function, ignore_index, 2)
     if check_labels:
-        check_label_values(function, labels, 2, ignore_index)
+        check_binary_labels(function, labels, ignore_index)
     points = logits.dim() == 2
     batch, channels = (1 if points else logits.shape[0]), logits.shape[1]
     images = (logits.t() if points else _as_one_batch(logits))[:, None]

@@ -50,7 +50,7 @@ class CrossEntropy(PixelLoss):
     of the labels' shape; 1 if not given. A pixel of weight 0 adds nothing, even if its loss is ∞.
     (If its logits are NaN, its gradient is NaN: ignore it by label.) v may have a gradient, but not
     where the loss is ∞ or OHEM does not use the pixel.
-    `terms`: ce, labels_out_of_range, and accuracy if requested.
+    `terms`: ce, labels_out_of_range, labels_ignored, and accuracy if requested.
 
     All of it is part of the passes over the logits, without maps of the labels' size. Exceptions,
     which need some maps, are ohem_kept, with one more pass, pixel weights on GPUs, and the gradient

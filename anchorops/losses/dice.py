@@ -60,8 +60,8 @@ class Dice(PixelLoss):
         nnU-Net's trainer: −score of Dice(classes=range(1, K), smooth=0.5e-5, absent="keep"), so the
             loss here is larger by 1.
 
-    Call it with (logits, labels). `terms`: dice, labels_out_of_range, and accuracy if
-    requested.
+    Call it with (logits, labels). `terms`: dice, labels_out_of_range, labels_ignored, and accuracy
+    if requested.
     """
 
     settings = (
@@ -198,7 +198,7 @@ class CrossEntropyDice(PixelLoss):
         check_labels: as in `CrossEntropy`; also if one of the two requests it.
 
     Call it with (logits, labels, pixel_weights=None); the pixel weights apply to the cross-entropy.
-    `terms`: ce, dice, labels_out_of_range, and accuracy if one of them requests it.
+    `terms`: ce, dice, labels_out_of_range, labels_ignored, and accuracy if one of them requests it.
 
     Raises ValueError if the two differ in ignore_index, align_corners or the kind of logits.
     """

@@ -39,7 +39,10 @@ class PixelLoss(Initialized):
     scalars, detached, still on their device. `terms["labels_out_of_range"]` is the number of labels
     that are neither a class nor ignore_index (with sigmoids: neither 0, 1 nor ignore_index), on
     this rank. These labels are ignored, so any number above 0 means that labels or arguments are
-    wrong.
+    wrong. `terms["labels_ignored"]` is the number of labels that are ignore_index, on this rank.
+
+    With sigmoids, check_labels also raises an error if a batch has the labels 0 and 255 alone, and
+    255 is ignored: it may be a mask of 0 and 255, which must be given as `mask > 0`.
     """
 
     settings: tuple[str, ...] = ()
@@ -105,12 +108,14 @@ class PixelLoss(Initialized):
         moments = self.moments(logits, labels, options)
         parts = self.parts(moments, logits)
         self.terms = {name: part.detach() for name, part in parts.items()}
+        valid, outside = moments.counts.sum(), moments.outside
         if moments.hits is not None:
-            counts = moments.counts.sum().clamp(min=1)
-            self.terms["accuracy"] = moments.hits.sum() / counts
-        assert moments.outside is not None
+            self.terms["accuracy"] = moments.hits.sum() / valid.clamp(min=1)
+        assert outside is not None
         # floating-point too, because loggers average over steps and ranks
-        self.terms["labels_out_of_range"] = moments.outside.to(moments.losses.dtype)
+        dtype = moments.losses.dtype
+        self.terms["labels_out_of_range"] = outside.to(dtype)
+        self.terms["labels_ignored"] = (labels.numel() - valid - outside).to(dtype)
         return torch.stack(tuple(parts.values())).sum()  # not a part itself, which is in `terms`
 
     def moments(self, logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:

@@ -36,7 +36,7 @@ def test_losses(options, terms):
     weights = torch.tensor([1.0, 2.0, 0.5, 3.0])
     loss = build_loss(options, weights)
     value = loss(logits, labels)
-    assert set(loss.terms) == {*terms, "accuracy", "labels_out_of_range"}
+    assert set(loss.terms) == {*terms, "accuracy", "labels_out_of_range", "labels_ignored"}
     z = nn.functional.interpolate(logits, (10, 10), mode="bilinear")
     right = (z.argmax(1) == labels).sum() / (labels >= 0).sum()
     torch.testing.assert_close(loss.terms["accuracy"], right)

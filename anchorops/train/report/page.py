@@ -32,7 +32,7 @@ from ..data.loading import Segmentation
 from ..networks.learner import CLASSES
 from ..run.checkpoint import save_atomically
 from ..run.directory import CONFIG
-from ..run.journal import METRICS, RATIO, WRONG_LABELS, attempt, read_metrics
+from ..run.journal import IGNORED_LABELS, METRICS, RATIO, WRONG_LABELS, attempt, read_metrics
 from .compare import comparison
 from .cost import Complexity, Cost
 from .evaluate import GROUPS, predict
@@ -50,7 +50,7 @@ from .features import (
 LEGEND_NAMES = 23  # in a legend
 IGNORED_COLOR = (255, 255, 255)
 PERCENT = ("accuracy", "val_miou", "val_head", "val_body", "val_tail")
-NOT_CURVES = ("step", "lr", "images_per_second", "memory_mb")
+NOT_CURVES = ("step", "lr", "images_per_second", "memory_mb", IGNORED_LABELS)
 # of the section on training
 PANELS = (
     "loss and its terms",

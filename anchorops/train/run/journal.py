@@ -15,7 +15,7 @@ from .checkpoint import save_atomically
 
 METRICS = "metrics.jsonl"
 RATIO = "gradient_ratio"  # METHOD.gradient_ratio is the value of a method
-WRONG_LABELS = "labels_out_of_range"  # a term of the loss of the logits
+WRONG_LABELS, IGNORED_LABELS = "labels_out_of_range", "labels_ignored"  # terms of pixel losses
 Result = TypeVar("Result")
 
 
@@ -98,8 +98,11 @@ class Journal:
                 self.events.add_scalar(name, value, step)
 
     def show(self, values: dict[str, float]) -> None:
-        expected = {WRONG_LABELS: 0}
-        shown = {k: f"{value:.3g}" for k, value in values.items() if value != expected.get(k)}
+        shown = {
+            k: f"{value:.3g}"
+            for k, value in values.items()
+            if k != IGNORED_LABELS and (k != WRONG_LABELS or value != 0)
+        }
         self.bar.set_postfix(shown, refresh=False)
 
     def warn_of_labels(self, count: float) -> None:

@@ -16,3 +16,4 @@ def test_count(loss, num_classes):
         labels = labels[:, None].expand(-1, 2, -1, -1)
     loss(logits, labels).backward()
     assert loss.terms["labels_out_of_range"] == 2 * (1 + loss.sigmoid)
+    assert loss.terms["labels_ignored"] == 1 + loss.sigmoid
