@@ -355,7 +355,25 @@ def test_infinite_loss_of_a_class_of_weight_0(options, backend):
 
 
 @both_backends
-@pytest.mark.parametrize("options", [{"ohem": 0.9}, {"ohem_kept": 3}, {"ohem_kept": 100}])
+@pytest.mark.parametrize("options", [{}, {"ohem": 0.6}, {"ohem": 0.6, "focal_gamma": 1.0}])
+def test_gradient_of_weights_that_are_0(options, backend):
+    """`ohem` decides by the probability, so a pixel of weight 0 is used: dL/dv = (L_q − L)/Σv."""
+    logits, labels = torch.tensor([[0.0, 3], [0, 1], [0, 2], [1, 0]]), torch.tensor([0, 1, 0, 0])
+    weights = torch.tensor([0.0, 1, 2, 0], requires_grad=True)
+    with ao.use_backend(backend):
+        ao.CrossEntropy(**options)(logits, labels, weights).backward()
+    p = logits.double().softmax(1).gather(1, labels[:, None])[:, 0]
+    losses = -((1 - p) ** options.get("focal_gamma", 0)) * p.log()
+    used = p <= options.get("ohem", 1)
+    assert used.tolist() == ([True, False, True, False] if "ohem" in options else [True] * 4)
+    total = (weights * used).sum()
+    loss = (weights * used * losses).sum() / total
+    expected = torch.where(used, (losses - loss) / total, 0).float()
+    torch.testing.assert_close(weights.grad, expected)
+
+
+@both_backends
+@pytest.mark.parametrize("options", [{"ohem_kept": 3}, {"ohem_kept": 100}])
 def test_removed_pixels_add_no_gradient_of_their_weights(options, backend):
     logits, labels = torch.tensor([[0.0, 3], [0, 1], [0, 2], [1, 0]]), torch.tensor([0, 1, 0, 0])
     weights = torch.tensor([0.0, 1, 2, 1], requires_grad=True)

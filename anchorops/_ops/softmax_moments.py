@@ -203,15 +203,14 @@ def _dpixel_weights(
     dused: Tensor | None,
 ) -> Tensor:
     """dw of all pixels."""
-    weights, num_classes = options.pixel_weights, max(logits.shape[1], 2)
-    assert weights is not None
+    num_classes = max(logits.shape[1], 2)
     plain = options.only(pixel_losses=True)
     shaped = plain._replace(smoothing=options.smoothing, focal_gamma=options.focal_gamma)
     losses = forward(logits, labels, *shaped)[4]
     used = valid_pixels(labels, num_classes, options.ignore_index)
     if options.min_loss is not None:
         own = forward(logits, labels, *plain)[4] if shaped.shapes_losses else losses
-        used &= (weights != 0) & ~(own < options.min_loss)
+        used &= ~(own < options.min_loss)
     classes = torch.where(used, labels.long(), 0).flatten(1)
     gradient = torch.zeros_like(losses)
     for by_class, factor in ((dlosses, torch.where(losses.isfinite(), losses, 0)), (dused, 1)):
@@ -422,7 +421,7 @@ def _moments_by_maps(
             with torch.no_grad():
                 own = unchecked_moments(function, logits, labels, plain).pixel_losses
             assert own is not None
-        shares = torch.where((own < options.min_loss) | (shares == 0), 0, shares)
+        shares = torch.where(own < options.min_loss, 0, shares)
     _, sums, _ = class_sums(
         torch.stack([weighted(losses, shares), shares], 1).flatten(2),
         labels.flatten(1),

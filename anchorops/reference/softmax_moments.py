@@ -62,7 +62,7 @@ def softmax_moments(
 
     logits: (B, K, h, w); labels: (B, H, W); or volumes (B, K, d, h, w) and (B, D, H, W);
     smoothing: (a, v) as [2, K] or [B, 2, K]; pixel_weights: w, of the labels' shape, 1 if not
-    given. A pixel of weight 0 adds nothing, even if its loss is ∞; with min_loss it is not used.
+    given. A pixel of weight 0 adds nothing, even if its loss is ∞.
     """
     dtype = statistics_dtype(logits.dtype)
     (batch, num_classes), size = logits.shape[:2], labels.shape[1:]
@@ -93,8 +93,7 @@ def softmax_moments(
     losses = torch.where(used, losses, 0)
     weighted, shares = losses, used
     if pixel_weights is not None:
-        has_share = used if min_loss is None else used & (pixel_weights != 0)
-        shares = torch.where(has_share, pixel_weights, 0)
+        shares = torch.where(used, pixel_weights, 0)
         # An infinite loss adds no gradient of its weight: it could be 0 · ∞.
         finite, constant = losses.isfinite(), shares.detach()
         infinite = constant * torch.where(constant == 0, 0, losses)
