@@ -170,6 +170,32 @@ def test_accuracy_is_logged():
     check(total, 0.5 * ao.CrossEntropy()(logits, labels) + 2 * ao.Dice()(logits, labels), logits)
 
 
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "defined"),
+    [
+        ({"alpha": 0.7, "beta": 0.3, "smooth": 1.0}, True),
+        ({"alpha": 0.3, "beta": 0.7, "squared": True}, True),
+        ({"alpha": 0.7, "beta": 0.7, "squared": True, "smooth_denominator": 1.0}, True),
+        ({"alpha": 0.7, "beta": 0.3, "squared": True}, False),
+        ({"smooth": 1.0, "smooth_denominator": 0.5}, False),
+    ],
+)
+def test_power_of_a_negative_mean(settings, defined, log):
+    """Settings with which the mean may be negative have no power."""
+    labels = torch.randint(0, K, (2, 8, 9))
+    truth = F.one_hot(labels, K).movedim(-1, 1).float()
+    means = [ao.Dice(log=log, **settings)(a * truth, labels) for a in (0.0, 1.0, 2.0, 4.0, 30.0)]
+    assert all(mean > -1e-6 for mean in means) == defined
+    if defined:
+        loss = ao.Dice(log=log, gamma=0.75, **settings)
+        powers = [loss(a * truth, labels) for a in (0.0, 1.0, 2.0, 4.0)]
+        torch.testing.assert_close(powers, [mean**0.75 for mean in means[:4]])
+    else:
+        with pytest.raises(ValueError, match="Dice: gamma: expected 1 with smooth above"):
+            ao.Dice(log=log, gamma=0.75, **settings)
+
+
 @pytest.mark.parametrize("absent", ["skip", "zero", "keep"])
 def test_absent_classes(absent):
     logits, z, labels = inputs()

@@ -154,6 +154,13 @@ def test_confusion(arguments: dict[str, Any], message: str):
         *((loss, {"check_labels": 1}, "check_labels: expected True or False") for loss in LOSSES),
         (ao.Dice, {"smooth": float("inf")}, "smooth: expected a finite float or int, at least 0"),
         (ao.Dice, {"gamma": float("nan")}, "gamma: expected a finite float or int, above 0"),
+        *(
+            (ao.Dice, {"gamma": 0.75, **given}, "gamma: expected 1 with smooth above .*, got 0.75")
+            for given in (
+                {"smooth": 1.0, "smooth_denominator": 0.5},
+                {"squared": True, "alpha": 0.7, "beta": 0.3},
+            )
+        ),
         (ao.Dice, {"squared": "yes"}, "squared: expected True or False, got 'yes' of type str"),
         (ao.Dice, {"per_image": None}, "per_image: expected True or False, got None"),
         (ao.Dice, {"log": 1}, "log: expected True or False, got 1 of type int"),

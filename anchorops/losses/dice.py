@@ -43,7 +43,9 @@ class Dice(PixelLoss):
         weight: w, a number of at least 0 for each of the K classes; 1 if not given.
         log: −log score_k instead of 1 − score_k.
         gamma: γ above 0, the power of the mean, as in smp's TverskyLoss (Abraham & Khan, arXiv
-            1810.07842, apply it to each class).
+            1810.07842, apply it to each class). If it is not 1, the mean must not be negative, so
+            no score may exceed 1: smooth is at most smooth_denominator, and with squared alpha is
+            at most beta.
         sigmoid: each channel is a binary problem of its own; `accuracy` is over all channels.
         process_group: "world" or a ProcessGroup for the statistics of all its ranks. With DDP, the
             gradients are then those of one process on the concatenated batch. Not with per_image.
@@ -118,6 +120,14 @@ class Dice(PixelLoss):
             check_number("Dice", argument, value)
         check_number("Dice", "gamma", gamma, above=True)
         check_flags("Dice", squared=squared, per_image=per_image, log=log, sigmoid=sigmoid)
+        # score_k ≤ 1 is s_n ≤ s_d + α·(m_k − o_k) + β·(c_k − o_k). With squares, a pixel of class k
+        # adds (1 − p_k)·(β − α·p_k) to the right side; everything else adds at least 0.
+        if gamma != 1 and (smooth > smooth_denominator or (squared and alpha > beta)):
+            expected = (
+                "1 with smooth above smooth_denominator, or with squared and alpha above beta: a "
+                "score may exceed 1, and a negative mean has no power"
+            )
+            fail("Dice", "gamma", expected, gamma)
         check_choice("Dice", "absent", absent, ("skip", "zero", "keep"))
         if classes is not None:
             numbers = isinstance(classes, Sequence) and all(type(k) is int for k in classes)
@@ -181,7 +191,7 @@ class Dice(PixelLoss):
         mean = fixed_order_sum(counted * losses) / torch.where(total > 0, total, 1)
         if self.gamma == 1:
             return mean
-        # kept above 0, where the derivative of a power below 1 is infinite
+        # Below 0 by rounding alone. Kept above 0, where the derivative of a power below 1 is ∞.
         return torch.where(mean <= 0, 0, mean.clamp(min=tiny) ** self.gamma)
 
 
