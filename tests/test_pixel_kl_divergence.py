@@ -253,6 +253,25 @@ def test_equal_logits(backend: str) -> None:
     assert (found >= 0).all() and found.max() < 1e-5 and gradient.abs().max() < 1e-4
 
 
+@pytest.mark.on("reference", "cpu")
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("spread", [100, 1000, 10_000])
+def test_logits_that_spread_widely(backend: str, spread: int, near: bool) -> None:
+    """The errors of the gradient that docs/losses.md states."""
+    logits, teacher = (spread * (torch.rand(2, 5, 16, 16) - 0.5) for _ in range(2))
+    if near:
+        teacher = logits + torch.randn(logits.shape)
+    gradients = []
+    for x, on in ((logits, backend), (logits.double(), "reference")):
+        x.requires_grad_()
+        with ao.use_backend(on):
+            loss = ao.pixel_kl_divergence(x, teacher.to(x.dtype), (64, 64))
+        gradients.append(torch.autograd.grad(loss, x)[0].double())
+    error = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()
+    stated = {100: (5e-7, 5e-6), 1000: (4e-6, 2e-4), 10_000: (3e-5, 5e-3)}[spread][near]
+    assert error < (1e-7 if backend == "reference" else 2 * stated)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_nothing_to_compare(backend: str, reduction: str) -> None:
     """No image, no pixel of the labels, no valid pixel."""
