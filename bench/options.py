@@ -1,7 +1,7 @@
 """Every option of the pixel losses against what people write, on the CPU: forward and backward, of
 pseudo-labels forward.
 
-    python bench/options.py [--out ROWS.json] [--only OPTION] [--rounds 10] [--seconds 0.25]
+    python bench/options.py [--out ROWS.json] [--only OPTION] [--axes 3] [--rounds 10]
 
 Rows are options, columns the number of classes K (for sigmoids: of channels) and the ratio of the
 labels' size to that of the logits; volumes are 32³ → 128³ and 64³ → 128³. A cell is the rival's
@@ -347,6 +347,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, help="of the labels")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--only", default="", help="options whose names contain this")
+    parser.add_argument("--axes", type=int, choices=(2, 3), help="images or volumes alone")
     options = parser.parse_args()
     memory = torch.empty(2**28)  # new memory is slow at first
     for _ in range(8):
@@ -354,7 +355,7 @@ def main() -> None:
     del memory
     head, rows = head_of(torch.device("cpu")), []
     for name, num_classes, ratio, axes in cells():
-        if options.only not in name:
+        if options.only not in name or options.axes not in (None, axes):
             continue
         row = measured(name, num_classes, ratio, axes, options)
         rows.append(row)
