@@ -453,8 +453,88 @@ def test_a_forward_unlike_the_dry_run_raises() -> None:
     model(batch()[0])
     with pytest.raises(RuntimeError, match=r"3 calls of F.interpolate, where the dry run had 2"):
         model(batch((96, 64))[0])
-    with pytest.raises(RuntimeError, match="torch.Tensor.mul reads the upsampled tensor"):
+    with pytest.raises(RuntimeError, match=r"torch.Tensor.mul reads the upsampled tensor"):
         model(batch((64, 96))[0])
+
+
+class AlsoReads(Net):
+    """On request, the forward also reads the upsampled tensor, or changes the logits."""
+
+    request = ""
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.logits(x)
+        full = upsampled(logits, x.shape[2:])
+        if self.request == "mask":
+            return full, full.argmax(1)
+        if self.request == "pooled":
+            self.loss = full.mean((2, 3))
+        if self.request == "in place":
+            logits.relu_()
+        return full, None
+
+
+@pytest.mark.parametrize(
+    ("request_", "why"),
+    [
+        ("mask", r"torch.Tensor.argmax reads the upsampled tensor"),
+        ("pooled", r"torch.Tensor.mean reads the upsampled tensor"),
+        ("in place", "the logits are changed in place after the upsampling"),
+    ],
+)
+@pytest.mark.parametrize("always", [False, True])
+def test_what_a_forward_reads_unlike_the_dry_run(request_: str, why: str, always: bool) -> None:
+    model = AlsoReads().train()
+    x, _ = batch()
+    ao.low_resolution(model, x, always=always)
+    model(x)
+    model.request = request_
+    with pytest.raises(RuntimeError, match=f"low_resolution: AlsoReads: {why}: remove"):
+        model.train(not always)(x)
+    model.request = ""
+    assert model(x)[0].shape == (2, K, 16, 16)
+
+
+def test_logits_changed_in_place_after_the_upsampling_are_refused() -> None:
+    def after(z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        aux = upsampled(z, x.shape[2:])
+        return aux, upsampled(z.relu_(), x.shape[2:])
+
+    with pytest.raises(ValueError, match=r"\[0\]: low-resolution logits that are changed in place"):
+        ao.low_resolution(Net(after), batch()[0])
+
+
+def test_a_forward_hook_that_upsamples_is_refused() -> None:
+    model = Net(lambda z, x: z)
+    hook = model.register_forward_hook(lambda _, args, z: upsampled(z, args[0].shape[2:]))
+    with pytest.raises(ValueError, match="got a forward hook of the model that changes its output"):
+        ao.low_resolution(model, batch()[0])
+    hook.remove()
+    model = Net()
+    model.register_forward_hook(lambda *_: None)  # changes nothing
+    ao.low_resolution(model, batch()[0])
+
+
+def test_models_that_deepcopy_refuses() -> None:
+    """torch.nn.utils.weight_norm keeps a weight with a graph; MONAI's DynUNet keeps its heads."""
+    model = Net().train()
+    with pytest.warns(FutureWarning, match="is deprecated"):
+        nn.utils.weight_norm(model.classifier)
+    x, labels = batch()
+    model.heads = [model(x)]  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    handle = ao.low_resolution(model, x)
+    assert step(model, x, labels, False)[1] == (16, 16)
+    handle.remove()
+
+    class Uncopied(Net):
+        def __deepcopy__(self, memo: object) -> Any:
+            raise TypeError("cannot pickle this")
+
+    match = "one that copy.deepcopy can copy.*got Uncopied: TypeError: cannot pickle"
+    with pytest.raises(ValueError, match=f"low_resolution: model: expected {match}"):
+        ao.low_resolution(Uncopied(), x)
 
 
 def test_bad_input() -> None:

@@ -86,7 +86,8 @@ def copied(function: str, model: nn.Module) -> nn.Module:
     """A copy of the model for a dry run, with the forwards of its classes.
 
     copy.deepcopy refuses tensors with a graph, which a model may keep of an earlier forward
-    (torch.nn.utils.weight_norm does): the copy gets them without it."""
+    (torch.nn.utils.weight_norm does): the copy gets them without the graph. Raises ValueError if
+    it cannot be copied."""
     memo: dict[int, Any] = {
         id(x): x.detach()
         for module in model.modules()
@@ -96,9 +97,11 @@ def copied(function: str, model: nn.Module) -> nn.Module:
     try:
         trial = copy.deepcopy(model, memo)
     except Exception as error:
-        expected = "a model that copy.deepcopy can copy, for a dry run"
-        reason = f"{type(error).__name__}: {error}"
-        fail(function, "model", expected, f"{type(model).__name__}, which raises {reason}")
+        expected = (
+            f"one that copy.deepcopy can copy, for a dry run (call {function} on a new model)"
+        )
+        reason = f"{type(model).__name__}: {type(error).__name__}: {error}"
+        fail(function, "model", expected, reason)
     for module in trial.modules():
         for name in (*vars(module).get("_forward_changes", ()),):
             restore(name, module)
