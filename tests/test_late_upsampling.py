@@ -349,7 +349,9 @@ def test_hooks_see_real_maps(before: bool) -> None:
 
     if before:
         model.head.mix.register_forward_pre_hook(lambda _, args: None)
-        with pytest.raises(ValueError, match=r"32, 16, 24\) which the hooks of head.mix would see"):
+        with pytest.raises(
+            ValueError, match=r"32, 16, 24\), which the hooks of head.mix would see"
+        ):
             ao.late_upsampling(model, images())
         return
     ao.late_upsampling(model, images())
@@ -761,3 +763,20 @@ def test_inference_mode() -> None:
         ao.late_upsampling(model, images())
         torch.testing.assert_close(model(x), plain(x))
     check(plain, model, x, rtol=1e-3, atol=1e-5)
+
+
+def test_a_map_that_no_call_made() -> None:
+    """The images themselves, beside an upsampled map."""
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.mix = nn.Conv2d(3, 16, 3, stride=4, padding=1), nn.Conv2d(19, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(torch.cat([x, up(self.body(x), x.shape[2:])], dim=1))
+
+    model = Joined().double()
+    plain, handle = moved(model, images().double())
+    assert handle.moved == ["mix before the upsampling of 1 map"]
+    check(plain, model, images().double(), rtol=1e-9, atol=1e-9)

@@ -50,7 +50,7 @@ class _Call:
     Attributes:
         kind: of KINDS, "view" or "".
         place: the runs of modules around it, the outermost first, each with the call's number.
-        sources: the calls that made its inputs, None for a tensor that no call made.
+        sources: the calls that made its inputs, None where no call did; shapes: of its inputs.
         read: its inputs, until the dry run ends, and their versions.
         readers: the calls that read its result.
         layers: the modules that had its result as an input or output.
@@ -69,6 +69,7 @@ class _Call:
         self.shape = result.shape if result is not None else torch.Size()
         self.version = version(result) if result is not None else 0
         self.sources: list[_Call | None] = []
+        self.shapes: list[torch.Size] = []
         self.read: list[tuple[Tensor, int]] = []
         self.readers: list[_Call] = []
         self.layers: set[str] = set()
@@ -77,7 +78,6 @@ class _Call:
         self.weight: Tensor | None = None  # of a convolution or a linear layer
         self.objection: str | None = None  # why it commutes with no upsampling
         self.tokens: list[_Call] = []  # of an upsampling: the views after a linear layer, and it
-        self.source_pixels = 0  # of an upsampling
 
     @property
     def alone(self) -> bool:
@@ -148,6 +148,7 @@ class _Watch(TorchFunctionMode):
             given = input_of(kind, args, kwargs) if kind != "view" else read[0]
             inputs = list(given) if kind == "cat" else [given]
             call.sources = [self._maker(x) for x in inputs]
+            call.shapes = [x.shape for x in inputs]
             call.read = [(x, version(x)) for x in inputs]
             self._describe(call, args, kwargs)
         for x in made:
@@ -169,7 +170,6 @@ class _Watch(TorchFunctionMode):
         elif call.kind == "linear":
             call.weight, _ = of_linear(*args, **kwargs)
         elif call.kind == "up":
-            call.source_pixels = call.read[0][0].shape[2:].numel()
             call.tokens = self._tokens(call)
 
     def _tokens(self, up: _Call) -> list[_Call]:
@@ -186,7 +186,8 @@ class _Watch(TorchFunctionMode):
         if tokens is None or v != call.version or not tokens.is_contiguous():
             return []
         b, length, c = tokens.shape
-        strides = [length * c, 1, *(c * s for s in _contiguous_strides(x.shape[2:]))]
+        spatial = [c * math.prod(x.shape[i + 1 :]) for i in range(2, x.dim())]
+        strides = [length * c, 1, *spatial]
         same = x.shape[:2] == (b, c) and all(
             n == 1 or a == e for n, a, e in zip(x.shape, x.stride(), strides, strict=True)
         )
@@ -194,10 +195,6 @@ class _Watch(TorchFunctionMode):
         if not same or not plain or x.data_ptr() != tokens.data_ptr():
             return []
         return [*chain, call]
-
-
-def _contiguous_strides(shape: torch.Size) -> list[int]:
-    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 # the upsampling and the linear layer of a map that run later
@@ -215,31 +212,33 @@ def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
     source = conv.sources[0]
     if conv.objection or source is None or conv.weight is None or not source.alone:
         return []
-    joined = source.kind == "cat" and source.objection is None
+    joined = source if source.kind == "cat" and source.objection is None else conv
     parts: list[_Choice] = []
     outputs, saved, total = conv.weight.shape[0], 0.0, 0.0
-    for up in source.sources if joined else [source]:
-        channels = source.shape[1] if up is None else up.shape[1]
+    for up, shape in zip(joined.sources, joined.shapes, strict=True):
+        channels = shape[1]
         parts.append((None, None))
         total += channels * outputs
         if up is None or up.kind != "up" or not up.alone:
             continue
-        linear = up.tokens[-1] if up.tokens else None
-        if any(
-            not call.alone or any(has_hooks(modules[name]) for name in call.layers)
-            for call in up.tokens
-        ):
-            linear = None
-        r = up.source_pixels / up.shape[2:].numel()
-        tokens = linear.weight.shape[1] if linear is not None and linear.weight is not None else 0
+        linear, tokens = None, 0
+        if up.tokens and all(_plain(call, modules) for call in up.tokens):
+            linear = up.tokens[-1]
+            tokens = linear.shapes[0][2]
+        r = up.shapes[0][2:].numel() / shape[2:].numel()
         now = r * tokens * channels + channels * outputs
         later = r * tokens * channels + r * channels * outputs
-        product = r * tokens * outputs if linear is not None else math.inf
+        product = math.inf if linear is None else r * tokens * outputs
         least = min(later, product)
         if least + UPSAMPLING * outputs < now + UPSAMPLING * channels:
             parts[-1] = (up, linear if product <= later else None)
             saved += now - least
     return parts if saved > LEAST_SAVED * total else []
+
+
+def _plain(call: _Call, modules: dict[str, nn.Module]) -> bool:
+    """Whether nothing else sees the result: no other reader, and no hooks."""
+    return call.alone and not any(has_hooks(modules[name]) for name in call.layers)
 
 
 def _read_by(call: _Call) -> str:
@@ -323,7 +322,7 @@ def find(model: nn.Module, args: Any, kwargs: Any, training: bool) -> Found:
         for conv in convs:
             moved.update(dict.fromkeys(_later(conv, choices[conv]), _line(conv, choices[conv])))
     left = [
-        f"one of shape {tuple(call.shape)} {objections.get(call) or _read_by(call)}"
+        f"F.interpolate to {tuple(call.shape)}, {objections.get(call) or _read_by(call)}"
         for call in watch.calls
         if call.kind == "up" and call not in moved
     ]
@@ -386,7 +385,6 @@ def _plan(
 
 def _line(conv: _Call, parts: list[_Choice]) -> str:
     ups, linears = (sum(call is not None for call in calls) for calls in zip(*parts, strict=True))
-    line = f"{conv.place[-1][0].name or 'the model'} before the upsampling of {ups} map" + "s" * (
-        ups > 1
-    )
-    return line + (f", {linears} multiplied with a linear layer" if linears else "")
+    maps = f"{ups} map" + "s" * (ups > 1)
+    products = f", {linears} multiplied with a linear layer" if linears else ""
+    return f"{conv.place[-1][0].name or 'the model'} before the upsampling of {maps}{products}"
