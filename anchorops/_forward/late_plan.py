@@ -255,7 +255,7 @@ class _Late(TorchFunctionMode):
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     # not where it is disabled, because torch.export would record the context
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
