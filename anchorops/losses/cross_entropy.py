@@ -103,7 +103,8 @@ class CrossEntropy(PixelLoss):
         weight = self.class_weight(logits)
         min_loss = None if self.ohem is None else -math.log(self.ohem)
         if self.ohem_kept is not None:
-            used = self._largest(logits, labels, pixel_weights, weight, min_loss)
+            with torch.no_grad():  # Dynamo of torch 2.14 does not inline a decorated method in vmap
+                used = self._largest(logits, labels, pixel_weights, weight, min_loss)
             ones = used.new_ones((), dtype=statistics_dtype(logits.dtype))
             pixel_weights = torch.where(used, ones if pixel_weights is None else pixel_weights, 0)
             min_loss = None  # pixels of smaller losses may be used
@@ -127,7 +128,6 @@ class CrossEntropy(PixelLoss):
         """What the mean divides by, from the numbers of used pixels and their class weights."""
         return used if weight is None else used * weight
 
-    @torch.no_grad()
     def _largest(
         self,
         logits: Tensor,
