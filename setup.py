@@ -110,11 +110,29 @@ def cuda_toolkit(torch) -> tuple[str, str]:
             f"nvcc is of CUDA {version}, torch {torch.__version__} of CUDA {torch.version.cuda}: "
             "install a toolkit of torch's major version and set CUDA_HOME to it"
         )
+    if refusal := compiler_refusal(nvcc):
+        raise LookupError(
+            f"nvcc cannot use this machine's C++ compiler ({refusal}): install one that CUDA "
+            f"{version} supports, and name it with NVCC_CCBIN"
+        )
     # torch looks for the toolkit near nvcc, but nvcc may be a wrapper in another directory
     os.environ["CUDA_HOME"] = os.path.normpath(top[1])
 
     archs = os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(torch, nvcc)
     return version, archs
+
+
+def compiler_refusal(nvcc: str) -> str | None:
+    """nvcc's first error on an empty program, or None. torch gives nvcc the compiler of CC."""
+    command = [nvcc, "-std=c++20", "-include", "concepts", "-x", "cu", "-c", os.devnull]
+    command += ["-o", os.devnull]
+    if compiler := os.environ.get("CC"):
+        command += ["-ccbin", compiler]
+    probe = subprocess.run(command, text=True, capture_output=True)
+    if not probe.returncode:
+        return None
+    lines = (probe.stderr + probe.stdout).strip().splitlines() or [shlex.join(command)]
+    return next((line for line in lines if re.search("error|fatal", line, re.I)), lines[0]).strip()
 
 
 def compiled_parts() -> dict:
@@ -126,7 +144,7 @@ def compiled_parts() -> dict:
         return {}
     torch = installed_torch()
     cuda_sources = sorted(glob("csrc/cuda/**/*.cu", recursive=True))
-    cuda = archs = ""
+    cuda = archs = missing = ""
     try:
         if CUDA_CHOICE == "1" and not cuda_sources:
             raise LookupError("this release has no CUDA sources (csrc/cuda/**/*.cu)")
@@ -134,6 +152,8 @@ def compiled_parts() -> dict:
             cuda, archs = cuda_toolkit(torch)
     except LookupError as obstacle:
         do_without("CUDA library", obstacle)
+        # it becomes a string of C and of JSON, and passes through ninja and a shell
+        missing = re.sub(r'["\\$`]|[^ -~]', "'", str(obstacle))
 
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
@@ -156,7 +176,7 @@ def compiled_parts() -> dict:
     class Build(BuildExtension):
         def build_extensions(self):
             info = {"VERSION": self.distribution.get_version(), "CUDA": cuda, "CUDA_ARCHS": archs}
-            info["CUDA_CHOICE"] = CUDA_CHOICE
+            info |= {"CUDA_CHOICE": CUDA_CHOICE, "CUDA_OBSTACLE": missing}
             macros = [(f"ANCHOROPS_{key}", f'"{value}"') for key, value in info.items()]
             self.extensions[0].define_macros += macros
             super().build_extensions()

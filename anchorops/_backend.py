@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import shutil
+import sysconfig
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +98,8 @@ def _load_cuda() -> str | None:
     if not built and info.get("cuda_choice") == "0":
         return "anchorops was built with ANCHOROPS_CUDA=0"
     if not built:
-        return "anchorops was built without CUDA: it needs nvcc and a CUDA build of torch"
+        obstacle = info.get("cuda_obstacle") or "it needs nvcc and a CUDA build of torch"
+        return f"anchorops was built without CUDA: {obstacle}"
     if torch.version.cuda is None:
         return "this torch is a CPU build"
     # Two CUDA runtimes in one process do not work together.
@@ -128,6 +131,21 @@ def _built_for(targets: str) -> list[tuple[tuple[int, int], tuple[float, float]]
 def _find_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (CPU builds of torch do not include it)"
+    return None if TRITON_INTERPRETED else triton_obstacle()
+
+
+def triton_obstacle() -> str | None:
+    """Why Triton could launch nothing, or None. At its first launch it compiles a C module for
+    Python, with the compiler and the header that triton/runtime/build.py looks for."""
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, names)):
+        return f"triton found no C compiler ({' or '.join(names)}): install one, or name it in CC"
+    scheme = sysconfig.get_default_scheme()  # Debian's posix_local has no headers
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    include = sysconfig.get_path("include", scheme)
+    others = [os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH")]
+    if not any(Path(x, "Python.h").exists() for x in (include, *":".join(others).split(":"))):
+        return f"triton needs the headers of Python, and found no {include}/Python.h: install them"
     return None
 
 

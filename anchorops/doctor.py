@@ -23,6 +23,7 @@ from ._backend import (
     TRITON_INTERPRETED,
     backends,
     build_info,
+    triton_obstacle,
     use_backend,
 )
 from ._ops.centroid_info_nce import centroid_info_nce
@@ -64,6 +65,9 @@ def _remedy(backend: str) -> str:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             needs.append("triton, which the GPU builds of torch for Linux include")
+        elif triton_obstacle():
+            packages = "Debian, Ubuntu: apt install gcc python3-dev"
+            needs.append(f"a C compiler and the headers of Python ({packages})")
         return ", ".join(needs)
     if torch.version.cuda is None:
         needs.append("a CUDA build of torch")

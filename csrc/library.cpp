@@ -26,6 +26,7 @@ std::string json() {
   add("cuda", ANCHOROPS_CUDA);
   add("cuda_arch_list", ANCHOROPS_CUDA_ARCHS);
   add("cuda_choice", ANCHOROPS_CUDA_CHOICE);
+  add("cuda_obstacle", ANCHOROPS_CUDA_OBSTACLE);
   return text + "}";
 }
 

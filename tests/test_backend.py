@@ -189,8 +189,40 @@ def test_a_cuda_library_of_no_use_says_why(monkeypatch):
         assert str(_backend._load_cuda()).startswith(reason)
     built = {"cuda": "", "cuda_choice": ""}
     assert str(_backend._load_cuda()).startswith("anchorops was built without CUDA: it needs nvcc")
+    built = {"cuda": "", "cuda_choice": "", "cuda_obstacle": "nvcc was not found"}
+    assert _backend._load_cuda() == "anchorops was built without CUDA: nvcc was not found"
     built = {"cuda": "", "cuda_choice": "0"}
     assert _backend._load_cuda() == "anchorops was built with ANCHOROPS_CUDA=0"
+
+
+def test_triton_that_could_launch_nothing(monkeypatch, tmp_path):
+    """As in slim images: Triton is installed, but compiles a C module at its first launch."""
+    gcc, header = tmp_path / "gcc", tmp_path / "include/Python.h"
+    header.parent.mkdir()
+    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_backend, "TRITON_INTERPRETED", False)
+    monkeypatch.setattr(_backend.sysconfig, "get_path", lambda *_: str(header.parent))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    reason = _backend._find_triton()
+    assert reason == "triton found no C compiler (gcc or clang): install one, or name it in CC"
+    gcc.touch(0o755)
+    reason = f"triton needs the headers of Python, and found no {header}: install them"
+    assert _backend._find_triton() == reason
+    assert "a C compiler and the headers of Python" in doctor._remedy("triton")
+    gpus = Gpus(monkeypatch, "", "9.0")
+    monkeypatch.setitem(_backend._MISSING, "triton", reason)
+    assert ao.backends()["triton"] == reason and gpus.select(0) == "reference"
+    header.touch()
+    assert _backend._find_triton() is None
+    monkeypatch.setenv("CC", "icc")
+    assert str(_backend._find_triton()).startswith("triton found no C compiler (icc)")
+    monkeypatch.setenv("CC", str(gcc))
+    assert _backend._find_triton() is None
+    header.rename(tmp_path / "Python.h")
+    monkeypatch.setenv("CPATH", f"/nowhere:{tmp_path}")
+    assert _backend._find_triton() is None
 
 
 class Gpu(Enum):

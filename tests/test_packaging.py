@@ -48,6 +48,8 @@ def test_build_info():
     assert re.match(r"2\.\d+\.\d+", info["torch"])
     assert info["compiler"]
     assert bool(info["cuda"]) == bool(info["cuda_arch_list"])
+    asked = info["cuda_choice"] != "0"
+    assert bool(info["cuda_obstacle"]) == (asked and not info["cuda"])
 
 
 @compiled
@@ -289,14 +291,14 @@ def test_types_of_the_installed_wheel(built, tmp_path):
 def toolkit(checkout, tmp_path):
     """Runs setup.py with a torch and an nvcc that only say what they are."""
 
-    def run_setup(torch: str, known: str = "", **environment):
+    def run_setup(torch: str, known: str = "", extension: str = "", **environment):
         plan = "TOP=/opt/cuda/bin/..\n-D__CUDACC_VER_MAJOR__=12 -D__CUDACC_VER_MINOR__=4"
-        extension = "import os, sys\nsys.exit(os.environ['TORCH_CUDA_ARCH_LIST'])"
+        extension = extension or "import os, sys\nsys.exit(os.environ['TORCH_CUDA_ARCH_LIST'])"
         files = {
             "torch/__init__.py": torch,
             "torch/utils/__init__.py": "",
             "torch/utils/cpp_extension.py": extension,
-            "bin/nvcc": f"#!/bin/sh\necho '{plan}' >&2\necho '{known}'",
+            "bin/nvcc": NVCC.format(plan=plan, known=known),
             "checkout/csrc/cuda/toy.cu": "",
         }
         for name, text in files.items():
@@ -311,6 +313,15 @@ def toolkit(checkout, tmp_path):
     return run_setup
 
 
+NVCC = """\
+#!/bin/sh
+case "$*" in
+*gcc-99*) echo "In file included from cuda_runtime.h" >&2
+  echo 'host_config.h:137:2: error: #error -- "gcc-99" is a $GNU\\\\version!' >&2; exit 1 ;;
+esac
+echo '{plan}' >&2
+echo '{known}'
+"""
 FAKE_TORCH = """
 __version__ = {version!r}
 class version: cuda = {cuda!r}
@@ -330,6 +341,12 @@ class cuda:
         ("2.12.0", None, {}, "requires .* torch 2.12.0 is a build without CUDA"),
         ("2.12.0", "13.0", {"CUDA_HOME": "/nonexistent"}, "requires .* nvcc was not found"),
         ("2.12.0", "13.0", {}, "requires .* nvcc is of CUDA 12.4, torch 2.12.0 of CUDA 13.0"),
+        (
+            "2.12.0",
+            "12.9",
+            {"CC": "gcc-99"},
+            "requires .* cannot use .*gcc-99.*: install one that",
+        ),
         ("2.12.0", "12.9", {"TORCH_CUDA_ARCH_LIST": "Hopper"}, "look like 8.0;.*, not 'Hopper'"),
         ("2.12.0", "12.9", {"TORCH_CUDA_ARCH_LIST": "7.5"}, "requires .* 8.0 or later, found 7.5"),
         (None, None, {}, "no torch here: install torch"),
@@ -341,6 +358,46 @@ def test_demands_that_cannot_be_met(toolkit, torch, cuda, environment, message):
     assert answer.returncode == 1
     assert re.search(f"^anchorops: .*{message}", answer.stderr, re.M), answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+BUILD_EXTENSION = """
+from setuptools.command.build_ext import build_ext
+
+class BuildExtension(build_ext):
+    def build_extensions(self):
+        print([extension.name for extension in self.extensions])
+        print(dict(self.extensions[0].define_macros)["ANCHOROPS_CUDA_OBSTACLE"])
+
+include_paths = library_paths = lambda device: []
+"""
+
+
+@needs_sources
+@pytest.mark.parametrize(
+    ("environment", "modules", "obstacle"),
+    [
+        ({}, ["_cpu", "_cuda"], '""'),
+        ({"ANCHOROPS_CUDA": 0, "CC": "gcc-99"}, ["_cpu"], '""'),
+        (
+            {"CC": "gcc-99"},
+            ["_cpu"],
+            "\"nvcc cannot use this machine's C++ compiler (host_config.h:137:2: error: #error -- "
+            "'gcc-99' is a 'GNU'version!): install one that CUDA 12.4 supports, and name it with "
+            'NVCC_CCBIN"',
+        ),
+    ],
+)
+def test_a_compiler_that_nvcc_refuses_leaves_the_cpu_library(
+    toolkit, environment, modules, obstacle
+):
+    """The library records why it was built without CUDA, in a string that C and JSON can read."""
+    torch = FAKE_TORCH.format(version="2.12.0", cuda="12.9", gpus=[])
+    answer = toolkit(torch, extension=BUILD_EXTENSION, **({"ANCHOROPS_CUDA": ""} | environment))
+    assert answer.returncode == 0, answer.stderr
+    names, recorded = answer.stdout.splitlines()[-2:]
+    assert names == str([f"anchorops.{module}" for module in modules])
+    assert recorded == obstacle
+    assert ("installing without the CUDA library" in answer.stderr) == (obstacle != '""')
 
 
 @needs_sources
