@@ -2,6 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f)
 CPP := $(shell find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+# of an environment's programs: two processes of one thread; the tests of a file stay in one of them,
+# because they share what the file prepares
+users_tests = OMP_NUM_THREADS=1 $1/pytest -n 2 --dist loadfile -m 'not slow and not stress'
 DEMO ?= demo
 # of make stress
 ROUNDS ?= 200
@@ -11,23 +14,39 @@ BENCH ?= build/bench
 # versions of torch that must be able to load what `make setup` compiled. For other versions of
 # Python: make check-abi PYTHON=python3.13
 ABI_TORCHES ?= 2.10 2.11 2.13
+# of make check-torch: those of docs/stability.md
+TORCH ?= 2.10.0 2.12.1 2.14.1 2.15.0
 
-.PHONY: setup test proofs stress demo bench counted-memory kernels-report cuda-report lint format docs package check-abi clean
+.PHONY: setup test check-torch proofs stress demo bench counted-memory kernels-report cuda-report lint format docs package check-abi clean
 
 setup: .venv/installed
 
 # The packages for compiling are installed first. So the extension is built with the torch that will
 # load it, and can be built again without a network.
-.venv/installed: pyproject.toml setup.py build_backend.py $(SOURCES)
+.venv/installed: pyproject.toml constraints.txt setup.py build_backend.py $(SOURCES)
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/pip install torch torchvision 'setuptools>=77' ninja
-	$(BIN)/pip install --no-build-isolation -e '.[train,test,dev,docs]'
+	$(BIN)/pip install -c constraints.txt torch torchvision 'setuptools>=77' ninja
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[train,test,dev,docs]'
 	touch $@
 
-# Two processes of one thread; the tests of a file stay in one of them, because they share what the
-# file prepares.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not stress'
+	$(call users_tests,$(BIN))
+
+# The same with other versions of torch, in environments of their own of 7 GB each. CXX=false: nothing
+# is compiled, the libraries of `make setup` are used. If no torchvision can be installed with this
+# torch, the training program is left out, and the tests that need it are skipped.
+check-torch: $(TORCH:%=check-torch-%)
+
+check-torch-%: setup build/torch/%
+	$(call users_tests,build/torch/$*/bin)
+
+build/torch/%:
+	$(PYTHON) -m venv $@
+	pip='$@/bin/pip install torch==$*' extras=train,test,dev,docs; \
+	$$pip torchvision 'setuptools>=77' ninja \
+	    || { extras=plots,diagnostics,test,dev,docs; $$pip 'setuptools>=77' ninja; } \
+	    && CXX=false $$pip --no-build-isolation -e ".[$$extras]" \
+	    || { rm -r $@; false; }
 
 # for changes of kernels: Triton's interpreter, the emulator of CUDA and its sanitizers, machine code,
 # and the tests that take long. Three processes, because a few of them take minutes, and others wait

@@ -12,7 +12,9 @@ them. Without the mark, a case runs everywhere but on a GPU.
 
 import contextlib
 import ctypes
+import platform
 from collections.abc import Iterator
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -27,6 +29,19 @@ ON_A_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in GPU]
 PLACES = {"triton": ["interpreter"], "cuda": ["emulator"]}.get(
     BACKEND, ["reference", "cpu", *ON_A_GPU]
 )
+
+
+def pytest_report_header() -> str:
+    found = {"Python": platform.python_version(), "torch": torch.__version__}
+    found |= {name: _version(name) for name in ("torchvision", "triton", "numpy")}
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _is_chosen(item: pytest.Item) -> bool:

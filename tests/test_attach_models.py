@@ -5,14 +5,26 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
-from networks import D, K, Net, batch, smp_model, torchvision_model, transformers_segformer
+from networks import (
+    NO_TORCHVISION,
+    D,
+    K,
+    Net,
+    batch,
+    smp_model,
+    torchvision_model,
+    transformers_segformer,
+)
 from torch import Tensor, nn
 
 import anchorops as ao
+
+
+def timm_model(name: str, **options: Any) -> Any:
+    timm = pytest.importorskip("timm", reason=NO_TORCHVISION)
+    return timm.create_model(name, pretrained=False, **options)
 
 
 class HRNet(nn.Module):
@@ -20,14 +32,10 @@ class HRNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = timm.create_model(
-            "hrnet_w18_small",
-            features_only=True,
-            feature_location="",
-            out_indices=(1, 2, 3, 4),
-            pretrained=False,
+        self.backbone = timm_model(
+            "hrnet_w18_small", features_only=True, feature_location="", out_indices=(1, 2, 3, 4)
         )
-        dim = sum(self.backbone.feature_info.channels())  # pyright: ignore
+        dim = sum(self.backbone.feature_info.channels())
         self.mix = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.BatchNorm2d(dim), nn.ReLU())
         self.classifier = nn.Conv2d(dim, K, 1)
 
@@ -68,13 +76,14 @@ def test_segmentation_models_train_with_sar(build: Any, dim: int, name: str) -> 
 
 
 def lraspp() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
     return torchvision.models.segmentation.lraspp_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=K
     )
 
 
 def timm_classifier() -> nn.Module:
-    return timm.create_model("resnet18", pretrained=False, num_classes=K, drop_rate=0.5)
+    return timm_model("resnet18", num_classes=K, drop_rate=0.5)
 
 
 @pytest.mark.parametrize(

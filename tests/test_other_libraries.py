@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from monai import losses as monai
-from segmentation_models_pytorch import losses as smp
+from networks import NO_TORCHVISION
 from torch import Tensor, nn
 
 import anchorops as ao
 
+smp = pytest.importorskip("segmentation_models_pytorch", reason=NO_TORCHVISION).losses
 PAGE, ARGUMENTS = (
     (Path(__file__).parents[1] / "docs" / name).read_text()
     for name in ("loss-map.md", "migration.md")

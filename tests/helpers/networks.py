@@ -3,15 +3,14 @@
 from collections.abc import Callable
 
 import pytest
-import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from anchorops import Attachment
 
 K, D = 5, 16
+NO_TORCHVISION = "it needs torchvision, which is not installed"  # smp and timm
 
 
 class Net(nn.Module):
@@ -43,12 +42,20 @@ def backward(model: nn.Module, attached: Attachment) -> Tensor:
 
 
 def torchvision_model(name: str) -> Callable[[], nn.Module]:
-    build = getattr(torchvision.models.segmentation, name)
-    return lambda: build(weights=None, weights_backbone=None, num_classes=K, aux_loss=True)
+    def build() -> nn.Module:
+        torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+        model = getattr(torchvision.models.segmentation, name)
+        return model(weights=None, weights_backbone=None, num_classes=K, aux_loss=True)
+
+    return build
 
 
 def smp_model(name: str) -> Callable[[], nn.Module]:
-    return lambda: getattr(smp, name)("resnet18", encoder_weights=None, classes=K)
+    def build() -> nn.Module:
+        smp = pytest.importorskip("segmentation_models_pytorch", reason=NO_TORCHVISION)
+        return getattr(smp, name)("resnet18", encoder_weights=None, classes=K)
+
+    return build
 
 
 def transformers_segformer() -> nn.Module:

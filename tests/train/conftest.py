@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# before the training program is imported; it skips this directory
+pytest.importorskip("torchvision", reason="the training program needs torchvision")
+
 from image_files import image, mask, write
 from tiny_runs import TINY
 
