@@ -1,6 +1,7 @@
 """Losses for semantic segmentation, as fused PyTorch operators."""
 
 import importlib
+import importlib.util
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -59,20 +60,25 @@ __all__ = [
     "use_backend",
 ]
 
+if importlib.util.find_spec("torchmetrics"):  # otherwise `from anchorops import *` would fail
+    __all__ += ["MeanIoU"]
+
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
 # Names that have moved, and their modules; they are removed in 0.2.
 _MOVED = dict.fromkeys(ops.__all__, "ops") | dict.fromkeys(anchors.__all__, "anchors")
 
-# diagnostics and MeanIoU need torchmetrics, plots needs matplotlib: they are imported at first use.
+# Imported at first use: diagnostics and MeanIoU need torchmetrics, plots needs matplotlib.
+_LAZY = ("diagnostics", "measure", "plots")
 if TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
     from . import diagnostics as diagnostics
+    from . import measure as measure
     from . import plots as plots
     from ._mean_iou import MeanIoU as MeanIoU
 else:
 
     def __getattr__(name: str) -> Any:
-        if name in ("diagnostics", "plots"):
+        if name in _LAZY:
             return importlib.import_module(f".{name}", __name__)
         if name == "MeanIoU":
             return importlib.import_module("._mean_iou", __name__).MeanIoU
@@ -82,3 +88,6 @@ else:
             warnings.warn(message, DeprecationWarning, stacklevel=2)
             return getattr(globals()[_MOVED[name]], name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LAZY, "MeanIoU"})
