@@ -142,6 +142,8 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "start", called.append)
     monkeypatch.setattr(program, "resume", lambda run, **_: called.append(run))
     monkeypatch.setattr(program, "load_results", called.append)
+    predict = lambda run, images, out, device: [called.append(run)]  # noqa: E731
+    monkeypatch.setattr(program, "predict_files", predict)
     monkeypatch.setattr(program, "comparison", lambda results: "")
     monkeypatch.setattr(program, "_show", lambda results: None)
     if "--help" in words and words != ["--help"]:
@@ -285,8 +287,12 @@ def test_checkpoint_with_a_method_loads_into_a_plain_model(method: str, containe
     images, labels = torch.randn(2, 3, 6, 6), torch.randint(0, 5, (2, 4, 4))
     (ao.pixel_cross_entropy(trained(images), labels) + attached(labels)).backward()
     optimizer.step()
-    names["load_into_plain"](plain, trained.state_dict())
-    assert torch.equal(plain.eval()(images), trained.eval()(images))
+    for prefix in ("", "model.", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        for parameter in plain.parameters():
+            torch.nn.init.constant_(parameter, 1)
+        state = {prefix + name: x for name, x in trained.state_dict().items()}
+        names["load_into_plain"](plain, state)
+        assert torch.equal(plain.eval()(images), trained.eval()(images)), prefix
     with pytest.raises(ValueError, match="another model"):
         names["load_into_plain"](nn.Linear(2, 2), trained.state_dict())
 
