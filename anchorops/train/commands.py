@@ -9,11 +9,13 @@ from types import MappingProxyType
 
 try:
     import docstring_parser  # tyro installs it
+    import torch
     import tyro
 
     from .config import Config
     from .presets import DEMO, PRESETS, with_published_options
     from .report.compare import class_dependency, comparison, load_results
+    from .report.predictions import predict_files
     from .run.loop import resume, start
     from .run.ranks import lost_connection
     from .signals import Interrupted, is_first
@@ -31,6 +33,7 @@ USAGE = """usage: anchorops-train [PRESET] [OPTIONS]     train; PRESET is digits
        anchorops-train [PRESET] --help        the options
        anchorops-train resume RUN             continue an interrupted run
        anchorops-train compare RUN [RUN …]    compare finished runs
+       anchorops-train predict RUN IMAGE [IMAGE …]    write the classes of images
        anchorops-train demo [--steps N]       both networks, plain and with SAR, on digits"""
 
 
@@ -87,6 +90,26 @@ def _resume(
         allow_other_ranks: continue with another number of ranks, which changes the results.
     """
     _show([resume(run, root=root, allow_other_ranks=allow_other_ranks)])
+
+
+def _predict(
+    run: tyro.conf.Positional[Path],
+    images: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path = Path("predictions"),
+    device: str | None = None,
+) -> None:
+    """Write the class of each pixel of images, by the weights of a run with its best mIoU.
+
+    Args:
+        run: directory of the run.
+        images: files as in the training.
+        out: directory of the masks, which have the images' names and end in .png.
+        device: device; if not given, cuda if there is a GPU, otherwise cpu.
+    """
+    if not images:
+        raise ValueError("predict: expected files of images, got none")
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    print(*predict_files(run, images, out, device=torch.device(name)), sep="\n")
 
 
 def _compare(runs: tyro.conf.Positional[tuple[Path, ...]], dependency: bool = False) -> None:
@@ -146,7 +169,7 @@ def _show(results: list[dict]) -> None:
         print(*(path for path in made if path.exists()), sep="  ")
 
 
-COMMANDS = {"resume": _resume, "compare": _compare, "demo": _demo}
+COMMANDS = {"resume": _resume, "compare": _compare, "predict": _predict, "demo": _demo}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

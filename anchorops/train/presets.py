@@ -122,7 +122,11 @@ _COCO_STUFF_164K = _ADE20K | {"dataset": "coco-stuff-164k", "steps": 320_000}
 
 PRESETS = {
     "digits": ("Scenes of handwritten digits, 64×64: minutes on a laptop, no files.", DIGITS),
-    "folder": ("Your own images and masks, of any size, in the folder --root.", FOLDER),
+    "folder": (
+        "Your own images and masks, of any size, in the folder --root; from random weights, unless "
+        "--pretrained or --weights is given.",
+        FOLDER,
+    ),
     "cityscapes-hrnet-w48": (
         "SAR's Table 1: 79.9 mIoU, 81.4 with --methods sar.",
         _CONVOLUTIONAL.replace(model="hrnet-w48", crop=(512, 1024), **_CITYSCAPES),

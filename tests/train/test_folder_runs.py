@@ -25,7 +25,11 @@ def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[s
     options += ["--window-stride", "16", "24"]
     main(["folder", "--root", str(folder), "--out", str(folder), "--name", "run", *options])
     absent = f"no training pixels: {', '.join(names[2:12])} and 2 more\n"
-    assert absent in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert absent in said
+    warning = "WARNING: the network starts from random weights"
+    assert said.count(warning) == 1
+    assert "--pretrained" in said and "--weights FILE" in said
     page = (folder / "run/report.html").read_text(encoding="utf-8")
     assert "Straße" in page and "<h2>Features</h2>" in page
     options += ["--eval-batch-size", "2", "--overwrite"]

@@ -15,6 +15,10 @@ from .ranks import Ranks
 from .state import Found
 
 MOST_ABSENT = 10  # names of absent classes in a message
+RANDOM_WEIGHTS = (
+    "WARNING: the network starts from random weights; trained ones are usually much better. "
+    "--pretrained starts its backbone from ImageNet's (a download), --weights FILE from a file"
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,9 @@ def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool, new: boo
     if absent:
         more = f" and {len(absent) - MOST_ABSENT} more" if len(absent) > MOST_ABSENT else ""
         _say(ranks, f"no training pixels: {', '.join(absent[:MOST_ABSENT])}{more}")
+    random = not (config.model.pretrained or config.model.weights or from_checkpoint)
+    if random and config.data.dataset != "digits":
+        _say(ranks, RANDOM_WEIGHTS)
     frequencies = training.pixels / training.pixels.sum()
     prior = training.images / training.images.sum().clamp(min=1)
     layout = torch.channels_last if running.channels_last else torch.preserve_format
