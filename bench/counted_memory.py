@@ -5,8 +5,8 @@
 A step (forward, loss, backward) runs on fake tensors, which have shapes but no values. Each storage
 is logged when it is made and when it is freed; the peak is the largest sum of bytes at one time.
 Parameters, Adam's state, gradients, images and labels are in it. The network as it is, with
-F.cross_entropy, is compared with ours: the same network with pixel_cross_entropy of low-resolution
-logits, alone and with each method.
+F.cross_entropy, is compared with the same network with pixel_cross_entropy of low-resolution
+logits, with late_upsampling where it can be applied, with both, and with both and each method.
 
 Every batch makes and frees the same storages, and the size of each is either the same for every
 batch or proportional to the number of images. So one count gives the peak of every batch, and the
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from cases import IGNORE_INDEX
+from networks import plain_network, segformer
 from record import commit
 from storages import Storages, as_on_cuda, largest_batch, make_fake
 from torch import Tensor, nn
@@ -34,7 +35,6 @@ from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
 from anchorops.losses import Regularizer
-from anchorops.train.networks.models import build_model
 
 METHODS: dict[str, Callable[..., Regularizer]] = {
     "SAR": ao.SAR,
@@ -69,6 +69,18 @@ class Network(NamedTuple):
     def volumes(self) -> bool:
         return len(self.size) == 3
 
+    def images(self) -> Tensor:
+        """Of two examples, for a dry run of a model on "meta"."""
+        return torch.empty(2, self.channels, *self.size, device="meta")
+
+    def runs_later(self, model: nn.Module) -> bool:
+        """Whether late_upsampling finds something to move."""
+        try:
+            ao.late_upsampling(copy.deepcopy(model), self.images())
+        except ValueError:
+            return False
+        return True
+
     def outputs(self, model: nn.Module, images: Tensor, low: bool) -> Sequence[Tensor]:
         """Logits of all heads; low: at their own resolution."""
         if self.volumes:
@@ -87,18 +99,6 @@ class Network(NamedTuple):
         return f"{self.name} {'×'.join(map(str, self.size))} batch {self.batch} K{self.num_classes}"
 
 
-def segformer(num_classes: int) -> nn.Module:
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation
-
-    sizes: dict[str, Any] = {
-        "depths": [3, 6, 40, 3],
-        "hidden_sizes": [64, 128, 320, 512],
-        "decoder_hidden_size": 768,
-        "num_labels": num_classes,
-    }
-    return SegformerForSemanticSegmentation(SegformerConfig(**sizes))
-
-
 def upernet(num_classes: int) -> nn.Module:
     from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
 
@@ -112,6 +112,12 @@ def deeplab(num_classes: int) -> nn.Module:
     from torchvision.models.segmentation import deeplabv3_resnet101
 
     return deeplabv3_resnet101(weights_backbone=None, num_classes=num_classes, aux_loss=True)
+
+
+def pspnet(num_classes: int) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    return smp.PSPNet("resnet101", encoder_weights=None, classes=num_classes)
 
 
 def unet(num_classes: int) -> nn.Module:
@@ -134,7 +140,7 @@ BASIC, BOTTLENECK = "BasicBlock", "Bottleneck"
 DEEPLAB = {"dim": 256, "blocks": (BOTTLENECK,), "upsamples": True, "weights": (1.0, 0.5)}
 NETWORKS = (
     Network(
-        *("SegFormer-B5", lambda: segformer(150), (512, 512), 16, 150, 768),
+        *("SegFormer-B5", lambda: segformer(5, 150), (512, 512), 16, 150, 768),
         blocks=("SegformerLayer",),
     ),
     Network(
@@ -143,8 +149,13 @@ NETWORKS = (
         upsamples=True,
     ),
     Network(
-        *("HRNet-W48", lambda: build_model("hrnet-w48", 19), (512, 1024), 8, 19, 720),
+        *("HRNet-W48", lambda: plain_network("hrnet-w48", 19), (512, 1024), 8, 19, 720),
         blocks=(BASIC, BOTTLENECK),
+    ),
+    Network(
+        *("PSPNet-R101", lambda: pspnet(150), (512, 512), 16, 150, 512),
+        blocks=(BOTTLENECK,),
+        upsamples=True,
     ),
     Network("DeepLabV3-R101", lambda: deeplab(19), (769, 769), 8, 19, **DEEPLAB),
     Network("DeepLabV3-R101", lambda: deeplab(21), (513, 513), 16, 21, **DEEPLAB),
@@ -159,20 +170,26 @@ NETWORKS = (
 
 class Setting(NamedTuple):
     """precision: "bf16" (autocast) or "float32". loss: "torch", as the network's users write it, or
-    "anchorops". method: of METHODS, or "" for none."""
+    "anchorops". late: with late_upsampling. method: of METHODS, or "" for none."""
 
     precision: str
     checkpointing: bool
     loss: str
+    late: bool
     method: str
 
 
-SETTINGS = [
-    Setting(precision, checkpointing, loss, method)
-    for precision in ("bf16", "float32")
-    for checkpointing in (False, True)
-    for loss, method in (("torch", ""), *(("anchorops", method) for method in ("", *METHODS)))
-]
+def settings_of(late: bool) -> list[Setting]:
+    """late: late_upsampling can be applied; then the methods are counted with it."""
+    losses = [("torch", False), ("anchorops", False)]
+    losses += [("torch", True), ("anchorops", True)] if late else []
+    candidates = [(*loss, "") for loss in losses] + [("anchorops", late, m) for m in METHODS]
+    return [
+        Setting(precision, checkpointing, *candidate)
+        for precision in ("bf16", "float32")
+        for checkpointing in (False, True)
+        for candidate in candidates
+    ]
 
 
 def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -198,11 +215,13 @@ def attach(network: Network, model: Any, method: str) -> Callable[[Tensor], Tens
 
 
 def prepare(network: Network, model: nn.Module, setting: Setting) -> Callable[..., Tensor] | None:
-    """Remove the last upsampling of a model on "meta", attach the method, checkpoint the blocks.
-    Returns the method's loss."""
+    """Remove the last upsampling of a model on "meta", or let it run later, attach the method,
+    checkpoint the blocks. Returns the method's loss."""
     model.train()
     if network.upsamples and setting.loss == "anchorops":
-        ao.low_resolution(model, torch.empty(2, network.channels, *network.size, device="meta"))
+        ao.low_resolution(model, network.images())
+    if setting.late:
+        ao.late_upsampling(model, network.images())
     for module in model.modules():
         if setting.checkpointing and type(module).__name__ in network.blocks:
             module.forward = functools.partial(  # the states of random numbers are not counted
@@ -312,17 +331,17 @@ def row_of(network: Network, model: nn.Module, setting: Setting) -> dict[str, An
 
 def rows_of(network: Network) -> Iterator[dict[str, Any]]:
     model = network.build().to("meta")
-    for setting in SETTINGS:
+    for setting in settings_of(network.runs_later(model)):
         yield row_of(network, model, setting)
 
 
 def line(row: dict[str, Any]) -> str:
     checkpointing = "checkpointing" if row["checkpointing"] else ""
-    what = f"{row['method'] or 'plain'}, {row['loss']}"
+    what = f"{row['method'] or 'plain'}, {row['loss']}{', late' if row['late'] else ''}"
     batches = ", ".join(f"{batch} in {gb}" for gb, batch in row["largest_batches"].items())
     first = row["largest"][0]
     return (
-        f"  {row['precision']:<8}{checkpointing:<14}{what:<17}{row['peak_bytes'] / 1e9:7.2f} GB; "
+        f"  {row['precision']:<8}{checkpointing:<14}{what:<23}{row['peak_bytes'] / 1e9:7.2f} GB; "
         f"{batches}; {first['operator']} {first['shape']} {first['dtype']}"
     )
 
