@@ -1,14 +1,94 @@
 """mmsegmentation's heads on backbones of timm and segmentation-models-pytorch."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from anchorops.train.networks import models
 from anchorops.train.networks.learner import Learner, build_regularizer
-from anchorops.train.networks.models import OCRHead, SoftRegions, build_model
+from anchorops.train.networks.models import (
+    OCRHead,
+    SoftRegions,
+    at_first_size,
+    build_model,
+    conv_norm_relu,
+    mixed,
+    upsample_late,
+)
+
+
+def upsampled_first(mix: nn.Sequential, maps: Sequence[Tensor]) -> Tensor:
+    """What `mixed` computes, as papers write it."""
+    return mix(at_first_size(maps))
+
+
+@pytest.mark.parametrize("widths", [(16, 32, 64, 128), (48, 96, 192, 384), (256,) * 4, (8, 8)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_convolutions_before_the_upsampling(widths: tuple[int, ...], channels_last: bool):
+    """Values and all gradients are those of the formula."""
+    mix = conv_norm_relu(sum(widths), 40).double()
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    maps = [
+        torch.randn(2, width, 24 >> i, 32 >> i, dtype=torch.float64).to(memory_format=layout)
+        for i, width in enumerate(widths)
+    ]
+    inputs = [x.requires_grad_() for x in (*maps, *mix.parameters())]
+    results = []
+    for function in (mixed, upsampled_first):
+        mix.train()
+        out = function(mix, maps)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["hrnet-w18-small", "mmseg-segformer:mit_b0"])
+def test_a_checkpoint_of_upsampling_first(name: str, monkeypatch: pytest.MonkeyPatch):
+    """It has the same names, and evaluates the same."""
+    images = torch.randn(2, 3, 64, 96)
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "mixed", upsampled_first)
+        before = build_model(name, 7).eval()
+        logits = before(images)
+    model = build_model(name, 7).eval()
+    model.load_state_dict(before.state_dict())
+    torch.testing.assert_close(model(images), logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    [
+        ("segformer-b0", 1),
+        ("pspnet:resnet50", 1),
+        ("unet:resnet18", 0),
+        ("hrnet-w18-small", 0),  # written so itself
+    ],
+)
+def test_late_upsampling_of_other_networks(name: str, moved: int):
+    """Logits and gradients in float64, at other sizes and in evaluation too; with a method."""
+    model = build_model(name, 7, auxiliary=True).double()
+    later = copy.deepcopy(model)
+    upsample_late(later, torch.zeros(1, 3, 64, 64, dtype=torch.float64))
+    assert sum("_forward_changes" in vars(module) for module in later.modules()) == moved
+    assert later.state_dict().keys() == model.state_dict().keys()
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    labels = torch.randint(7, (2, 64, 96))
+    results = []
+    for network in (model, later):
+        dim = network.classifier.in_channels
+        learner = Learner(network, build_regularizer(["sar"], {}, 7, dim)).double()
+        learner.attachment.regularizer.load_state_dict(results[0][0]) if results else None
+        torch.manual_seed(0)
+        loss, _ = learner(images, labels)
+        gradients = torch.autograd.grad(loss, [*network.parameters()], materialize_grads=True)
+        state = learner.attachment.regularizer.state_dict()
+        results.append((state, loss, gradients, network.eval()(images)))
+    for before, after in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(after, before)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +116,17 @@ def test_networks(name: str, dim: int, stride: int):
         ("mmseg-fcn:tu-resnet101c", 150, 512, 66.2, 276.0),  # CBP+OCCL's Table 2
     ],
 )
-def test_size_of_the_papers(name: str, num_classes: int, size: int, millions: float, giga: float):
-    """Parameters, and multiply-adds (which papers print as FLOPs), except those of norms."""
+def test_size_of_the_papers(
+    name: str,
+    num_classes: int,
+    size: int,
+    millions: float,
+    giga: float,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Parameters, and multiply-adds (which papers print as FLOPs), except those of norms. Papers
+    count convolutions after the upsampling."""
+    monkeypatch.setattr(models, "mixed", upsampled_first)
     model = build_model(name, num_classes).eval().to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, size, size, device="meta"))

@@ -4,6 +4,7 @@ The heads of FCN, OCRNet and SegFormer are as in mmsegmentation: their input is 
 backbone's maps, the finest first; their output is the features before the last classifier.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import anchorops as ao
 
 HRNETS = {
     "hrnet-w18-small": "hrnet_w18_small",
@@ -38,6 +41,36 @@ def at_first_size(maps: Sequence[Tensor]) -> Tensor:
     size = maps[0].shape[2:]
     resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps[1:]]
     return torch.cat([maps[0], *resized], dim=1)
+
+
+# Fewer channels are upsampled and mixed faster than the results of their convolution are upsampled
+LEAST_CHANNELS = 64
+
+
+def mixed(mix: nn.Sequential, maps: Sequence[Tensor]) -> Tensor:
+    """mix(at_first_size(maps)), where mix begins with a 1×1 convolution without bias. Upsampling
+    and a 1×1 convolution commute, so it runs at each map's own size:
+
+        conv(cat(x_1, up(x_2), …, up(x_n))) = conv_1(x_1) + Σ_i up(conv_i(x_i))
+
+    with conv_i the columns of the weight for the channels of x_i. Maps with few channels are
+    upsampled first.
+    """
+    convolution, *others = mix
+    assert isinstance(convolution, nn.Conv2d)
+    few = sum(x.shape[1] < LEAST_CHANNELS for x in maps[1:])
+    first, late = at_first_size(maps[: 1 + few]), maps[1 + few :]
+    widths = [x.shape[1] for x in (first, *late)]
+    weight, *weights = convolution.weight.split(widths, dim=1)
+    result = F.conv2d(first, weight)
+    for x, weight in zip(late, weights, strict=True):
+        y = F.conv2d(x, weight)
+        # CUDA's autocast would make it float32
+        with torch.autocast(y.device.type, enabled=False):
+            result += F.interpolate(y, result.shape[2:], mode="bilinear")
+    for layer in others:
+        result = layer(result)
+    return result
 
 
 class FCNHead(nn.Module):
@@ -73,7 +106,7 @@ class SegFormerHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         reduced = [linear(x) for linear, x in zip(self.linears, maps, strict=True)]
-        return self.mix(at_first_size(reduced))
+        return mixed(self.mix, reduced)
 
 
 class SoftRegions(nn.Sequential):
@@ -216,8 +249,8 @@ class AuxiliaryHead(nn.Sequential):
 
 
 class HRNetBody(nn.Module):
-    """HRNetV2 (arXiv 1908.07919): the four resolutions are upsampled to stride 4, concatenated and
-    mixed; D is the sum of their channels, 720 for W48."""
+    """HRNetV2 (arXiv 1908.07919): the four resolutions are upsampled to stride 4 and mixed by a
+    1×1 convolution; D is the sum of their channels, 720 for W48."""
 
     def __init__(self, name: str, channels: int, pretrained: bool) -> None:
         super().__init__()
@@ -226,7 +259,7 @@ class HRNetBody(nn.Module):
         self.mix = conv_norm_relu(self.dim, self.dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.mix(at_first_size(self.backbone(images)))
+        return mixed(self.mix, self.backbone(images))
 
 
 class HeadedBody(nn.Module):
@@ -356,6 +389,14 @@ def _smp_body(
     *layers, classifier = head.head if architecture == "dpt" else [head[0]]
     body.segmentation_head = nn.Sequential(*layers)
     return body, int(classifier.in_channels), body.encoder.out_channels
+
+
+def upsample_late(model: Segmenter, images: Tensor) -> None:
+    """`late_upsampling` of one of segmentation-models-pytorch's networks, where there is something
+    to move. The other networks here are written so themselves (`mixed`)."""
+    if not isinstance(model.body, HRNetBody | HeadedBody):
+        with contextlib.suppress(ValueError):
+            ao.late_upsampling(model, images)
 
 
 def _options(architecture: str, encoder: str, dropout: float) -> dict[str, Any]:

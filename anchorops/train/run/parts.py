@@ -10,7 +10,7 @@ from ..config import Config, setting_options
 from ..data.counts import check_classes, check_one_size, class_counts, describe_counts
 from ..data.loading import Segmentation, build_datasets
 from ..networks.learner import Learner, build_loss, build_regularizer, class_weights, with_copies
-from ..networks.models import Segmenter, build_model
+from ..networks.models import Segmenter, build_model, upsample_late
 from .ranks import Ranks
 from .state import Found
 
@@ -97,6 +97,8 @@ def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool, new: boo
         from_checkpoint=from_checkpoint,
     ).to(ranks.device)
     learner.to(memory_format=layout)  # pyright: ignore
+    images = torch.zeros(1, splits[0].channels, *config.data.crop, device=ranks.device)
+    upsample_late(learner.model, images)
     found = Found(len(splits[0]), len(splits[1]), list(classes), training.pixels.tolist())
     return Parts(config, ranks, *splits, found, frequencies, prior, learner, layout)
 
