@@ -421,6 +421,10 @@ def old_weight_norm(head: Any) -> None:
     nn.utils.weight_norm(head.layers[0].linear)
 
 
+def compile_mix(head: Any) -> None:
+    head.mix.compile(backend="eager")
+
+
 def freeze(head: Any) -> None:
     head.mix.weight.requires_grad_(False)
     head.layers[0].linear.requires_grad_(False)
@@ -433,7 +437,7 @@ def tie(head: Any) -> None:
     head.layers[2].linear.bias = head.layers[1].linear.bias
 
 
-CHANGES = [adapt_mix, adapt_linear, parametrize, old_weight_norm, freeze, tie]
+CHANGES = [adapt_mix, compile_mix, adapt_linear, parametrize, old_weight_norm, freeze, tie]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
@@ -451,6 +455,10 @@ def test_changed_layers(how: Callable[[Any], None], after: bool) -> None:
     how(model.head)
     if not after and how is adapt_mix:  # three convolutions read the joined map
         with pytest.raises(ValueError, match=r"read by torch.cat, read by .* and 2 more"):
+            ao.late_upsampling(model, images().double())
+        return
+    if not after and how is compile_mix:
+        with pytest.raises(ValueError, match=r"which the hooks of head.mix would see"):
             ao.late_upsampling(model, images().double())
         return
     if not after:

@@ -309,11 +309,14 @@ class Plans:
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
+    """Whether something runs beside the layer's forward: hooks, or Module.compile instead of it."""
+    return layer._compiled_call_impl is not None or any(
+        (
+            layer._forward_hooks,
+            layer._forward_pre_hooks,
+            layer._backward_hooks,
+            layer._backward_pre_hooks,
+        )
     )
 
 
