@@ -43,6 +43,14 @@ def at_first_size(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat([maps[0], *resized], dim=1)
 
 
+def _without_autocast() -> contextlib.AbstractContextManager[Any]:
+    """CUDA's autocast would make the results of F.interpolate float32. Where it is disabled, there
+    is no context for torch.export to record."""
+    if torch.is_autocast_enabled("cuda"):
+        return torch.autocast("cuda", enabled=False)
+    return contextlib.nullcontext()
+
+
 # Fewer channels are upsampled and mixed faster than the results of their convolution are upsampled
 LEAST_CHANNELS = 64
 
@@ -65,8 +73,7 @@ def mixed(mix: nn.Sequential, maps: Sequence[Tensor]) -> Tensor:
     result = F.conv2d(first, weight)
     for x, weight in zip(late, weights, strict=True):
         y = F.conv2d(x, weight)
-        # CUDA's autocast would make it float32
-        with torch.autocast(y.device.type, enabled=False):
+        with _without_autocast():
             result += F.interpolate(y, result.shape[2:], mode="bilinear")
     for layer in others:
         result = layer(result)
