@@ -20,11 +20,15 @@ def by_network(run: dict) -> list[tuple[str, list[dict]]]:
 
 
 def label(row: dict) -> str:
-    if row["cross_entropy"] == "torch":
-        return "plain, torch's cross-entropy"
-    if row["methods"] == "plain":
-        return "plain, ours"
-    return " + ".join(NAMES[method] for method in row["methods"].split("+")) + ", ours"
+    ours = row["cross_entropy"] == "anchorops"
+    if row["methods"] != "plain":
+        text = " + ".join(NAMES[method] for method in row["methods"].split("+"))
+        return f"{text}, {'both' if row.get('late') else 'ours'}"
+    if row.get("compiled"):
+        return "plain, torch.compile"
+    if row.get("late"):
+        return "late upsampling, ours (both)" if ours else "late upsampling alone"
+    return "plain, ours" if ours else "plain, torch's cross-entropy"
 
 
 def draw(run: dict) -> Figure:
@@ -45,7 +49,8 @@ def draw(run: dict) -> Figure:
 
 
 def bars(axis: Axes, rows: list[dict], shares: list[float], texts: list[str], title: str) -> None:
-    colours = [OTHER if row["cross_entropy"] == "torch" else OURS for row in rows]
+    plain = [row["cross_entropy"] == "torch" and not row.get("late") for row in rows]
+    colours = [OTHER if other else OURS for other in plain]
     drawn = axis.barh(range(len(rows)), shares, color=colours)
     labels = [f"{share:.0%}, {text}" for share, text in zip(shares, texts, strict=True)]
     clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}
@@ -82,3 +87,16 @@ def table(run: dict) -> str:
             cells.append(f"{peak / 2**20:,.0f} MiB ({peak / plain:.0%})" if peak else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def inference(run: dict) -> str:
+    """Time of a forward pass without gradients. Rows without this measurement give no table."""
+    rows = run.get("inference", [])
+    lines = ["| inference | plain | late upsampling | exported |", "|---|--:|--:|--:|"]
+    for network, group in groupby(rows, lambda row: row["network"]):
+        times = [
+            f"{1e3 * row['seconds']['median']:,.0f} ms ({row['ratio']['median']:.0%})"
+            for row in group
+        ]
+        lines.append(f"| {' | '.join([network, *times])} |")
+    return "\n".join(lines) if rows else "Not measured yet."

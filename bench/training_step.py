@@ -1,18 +1,22 @@
-"""Time and memory of a training step with our losses, compared with the plain step with torch's.
+"""Time and memory of a training step with our losses and late_upsampling, compared with the plain
+step with torch's; time of inference.
 
     python bench/training_step.py [--rounds 10] [--minutes 3] [--out ROWS.json]
 
-The candidates: the network with F.interpolate and F.cross_entropy; with our cross-entropy; with our
-cross-entropy and each method. On a GPU HRNet-W48 at 512×1024, batch 8, 19 classes, and SegFormer-B5
-at 512×512, batch 16, 150 classes, bf16 autocast; on the CPU HRNet-W18-small and SegFormer-B0 with
-batch 2 in float32. A step is forward, backward and optimizer. The candidates take turns, a few
-steps each, in a round that is not counted and then in --rounds rounds, or in more if --minutes
-allow them. A ratio is the time of the steps, their median and quartiles, divided by the median of
-the first candidate.
+The candidates: the network with F.interpolate and F.cross_entropy, in eager mode and compiled; with
+late_upsampling; with our cross-entropy; with both; with both and each method. For inference: the
+network, with late_upsampling, and that exported. On a GPU HRNet-W48 at 512×1024, batch 8, 19
+classes, and SegFormer-B5 at 512×512, batch 16, 150 classes, bf16 autocast; on the CPU
+HRNet-W18-small and SegFormer-B0 with batch 2 in float32. A step is forward, backward and optimizer.
+The candidates take turns, a few steps each, in a round that is not counted and then in --rounds
+rounds, or in more if --minutes allow them. A ratio is the time of the steps, their median and
+quartiles, divided by the median of the first candidate.
 --dry-run uses small images; it only tests the code.
 """
 
 import argparse
+import copy
+import functools
 import gc
 import itertools
 import time
@@ -24,8 +28,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from cases import IGNORE_INDEX
+from networks import plain_network
+from plot_training_step import label
 from record import head_of, save
-from torch import Tensor
+from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import Attachment
@@ -35,7 +41,7 @@ from anchorops.train.networks.learner import (
     build_regularizer,
     parameter_groups,
 )
-from anchorops.train.networks.models import Segmenter, build_model
+from anchorops.train.networks.models import Segmenter
 from anchorops.train.presets import PRESETS
 
 METHODS = (("cr",), ("sar",), ("cbp",), ("occl",), ("cbp", "occl"), ("ceco",), ("mvsc",))
@@ -73,19 +79,21 @@ DRY_RUN = tuple(setting._replace(size=(32, 64), num_classes=21) for setting in O
 
 
 class Candidate(NamedTuple):
-    """cross_entropy: "torch" or "anchorops"."""
+    """cross_entropy: "torch" or "anchorops". late: with late_upsampling."""
 
     cross_entropy: str
-    methods: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{'+'.join(self.methods) or 'plain'}, {self.cross_entropy}"
+    methods: tuple[str, ...] = ()
+    late: bool = False
+    compiled: bool = False
 
 
 CANDIDATES = (
-    Candidate("torch", ()),
-    Candidate("anchorops", ()),
-    *(Candidate("anchorops", methods) for methods in METHODS),
+    Candidate("torch"),
+    Candidate("torch", compiled=True),
+    Candidate("torch", late=True),
+    Candidate("anchorops"),
+    Candidate("anchorops", late=True),
+    *(Candidate("anchorops", methods, late=True) for methods in METHODS),
 )
 
 
@@ -168,7 +176,7 @@ def take_turn(
             attached.detach()
 
 
-def timed(step: Callable[[], None], device: torch.device, memory: bool) -> Turn:
+def timed(step: Callable[[], object], device: torch.device, memory: bool) -> Turn:
     if device.type == "cpu":
         seconds = [duration(step) for _ in range(2)]
         return Turn(seconds[1:], peak_extra_bytes(step, device) if memory else None)
@@ -186,41 +194,102 @@ def timed(step: Callable[[], None], device: torch.device, memory: bool) -> Turn:
     return Turn(seconds, torch.cuda.max_memory_allocated())
 
 
+def bytes_of(model: nn.Module) -> int:
+    return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+
+
+def network_of(setting: Setting, device: torch.device) -> Segmenter:
+    torch.manual_seed(0)
+    model = plain_network(setting.model, setting.num_classes).to(device)
+    return model.to(memory_format=setting.layout).train()  # pyright: ignore
+
+
+def rounds_of(
+    turns: list[Callable[[bool], Turn]], least: int, minutes: float
+) -> Iterator[list[Turn]]:
+    """The turns of each round; the first round, with memory, warms up: kernels are compiled."""
+    deadline, last = time.monotonic() + 60 * minutes, 0.0
+    for number in itertools.count():
+        begin = time.monotonic()
+        if number > least and begin + last > deadline:
+            return
+        first = number % len(turns)
+        order = [*range(first, len(turns)), *range(first)]
+        done = {turn: turns[turn](number == 0) for turn in order}
+        yield [done[turn] for turn in range(len(turns))]
+        last = time.monotonic() - begin
+
+
+def times_of(
+    turns: list[Callable[[bool], Turn]], device: torch.device, least: int, minutes: float
+) -> Iterator[dict[str, Any]]:
+    """Time and memory of each candidate."""
+    processes = OtherProcesses(device)
+    warm_up, *rounds = rounds_of(turns, least, minutes)
+    others = processes.cores()
+    memory_of = warm_up if device.type == "cpu" else rounds[-1]
+    plain = median(itertools.chain.from_iterable(done[0].seconds for done in rounds))
+    for number, measured in enumerate(memory_of):
+        seconds = spread(itertools.chain.from_iterable(done[number].seconds for done in rounds))
+        yield {
+            "seconds": seconds,
+            "rounds": len(rounds),
+            "ratio": {name: value / plain for name, value in seconds.items()},
+            "peak_bytes": measured.peak_bytes,
+            "others": others,
+        }
+
+
 def rows_of(
     setting: Setting, device: torch.device, least: int, minutes: float
 ) -> Iterator[dict[str, Any]]:
     """A row for each candidate, of `least` rounds or as many as the minutes allow."""
-    torch.manual_seed(0)
-    model = build_model(setting.model, setting.num_classes).to(device)
-    model = model.to(memory_format=setting.layout).train()  # pyright: ignore
     images, labels = images_and_labels(setting, device)
-    rounds: list[list[Turn]] = []
-    processes = OtherProcesses(device)
-    deadline, last = time.monotonic() + 60 * minutes, 0.0
-    while len(rounds) < 1 + least or time.monotonic() + last < deadline:
-        begin, first = time.monotonic(), len(rounds) % len(CANDIDATES)
-        order = CANDIDATES[first:] + CANDIDATES[:first]
-        turns = {
-            candidate: take_turn(setting, model, candidate, images, labels, memory=not rounds)
-            for candidate in order
-        }
-        rounds.append([turns[candidate] for candidate in CANDIDATES])
-        last = time.monotonic() - begin
-    warm_up, others = rounds.pop(0), processes.cores()  # kernels were compiled in it
-    memory_of = warm_up if device.type == "cpu" else rounds[-1]
-    plain = median(itertools.chain.from_iterable(turns[0].seconds for turns in rounds))
-    for number, candidate in enumerate(CANDIDATES):
-        seconds = spread(itertools.chain.from_iterable(turns[number].seconds for turns in rounds))
+    models: dict[tuple[bool, bool], Segmenter] = {}
+    for late, compiled in dict.fromkeys((c.late, c.compiled) for c in CANDIDATES):
+        model = models[late, compiled] = network_of(setting, device)
+        if late:
+            ao.late_upsampling(model, images[:1])
+        if compiled:
+            model.compile()
+    unused = bytes_of(next(iter(models.values()))) * (len(models) - 1)
+
+    def turn(candidate: Candidate, memory: bool) -> Turn:
+        model = models[candidate.late, candidate.compiled]
+        done = take_turn(setting, model, candidate, images, labels, memory=memory)
+        if device.type == "cpu" or done.peak_bytes is None:
+            return done
+        return done._replace(peak_bytes=done.peak_bytes - unused)
+
+    turns = [functools.partial(turn, candidate) for candidate in CANDIDATES]
+    measured = times_of(turns, device, least, minutes)
+    for candidate, times in zip(CANDIDATES, measured, strict=True):
         yield {
             "network": str(setting),
             "cross_entropy": candidate.cross_entropy,
             "methods": "+".join(candidate.methods) or "plain",
-            "seconds": seconds,
-            "rounds": len(rounds),
-            "ratio": {name: value / plain for name, value in seconds.items()},
-            "peak_bytes": memory_of[number].peak_bytes,
-            "others": others,
+            "late": candidate.late,
+            "compiled": candidate.compiled,
+            **times,
         }
+
+
+def inference_rows(setting: Setting, device: torch.device, least: int) -> Iterator[dict[str, Any]]:
+    """Forward passes in evaluation mode without gradients."""
+    images, _ = images_and_labels(setting, device)
+    model = network_of(setting, device).eval()
+    late = copy.deepcopy(model)
+    ao.late_upsampling(late, images[:1])
+    exported = torch.export.export(late, (images,)).module()
+    networks = {"plain": model, "late": late, "late, exported": exported}
+
+    def turn(network: Callable[..., Tensor], memory: bool) -> Turn:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
+            return timed(lambda: network(images), device, memory)
+
+    turns = [functools.partial(turn, network) for network in networks.values()]
+    for name, times in zip(networks, times_of(turns, device, least, 0.0), strict=True):
+        yield {"network": str(setting), "name": name, **times}
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
@@ -242,19 +311,24 @@ def main() -> None:
     settings = DRY_RUN if arguments.dry_run else ON_GPU if cuda else ON_CPU
     head, rows = {**head_of(device), "dry_run": arguments.dry_run}, []
     print(f"{head['device']}, torch {head['torch']}, commit {head['commit']}")
+    inference: list[dict[str, Any]] = []
     for setting in settings:
-        print(f"\n{setting}\n{'':<24}      ms   q1–q3         to plain, torch   q1–q3      MiB")
+        print(f"\n{setting}\n{'':<32}      ms   q1–q3         to the first   q1–q3      MiB")
         for row in rows_of(setting, device, arguments.rounds, arguments.minutes / len(settings)):
             rows.append(row)
-            print(line(row), flush=True)
+            print(line(label(row), row), flush=True)
+        for row in inference_rows(setting, device, arguments.rounds):
+            inference.append(row)
+            print(line(f"inference: {row['name']}", row), flush=True)
         if arguments.out:
             save(arguments.out, "training_steps", head, rows)
+            save(arguments.out, "inference", head, inference)
 
 
-def line(row: dict[str, Any]) -> str:
+def line(name: str, row: dict[str, Any]) -> str:
     q1, middle, q3 = (1e3 * row["seconds"][name] for name in ("q1", "median", "q3"))
-    name, ratio = f"{row['methods']}, {row['cross_entropy']}", row["ratio"]
-    text = f"{name:<24}{middle:8.1f}   {q1:.1f}–{q3:.1f}".ljust(52)
+    ratio = row["ratio"]
+    text = f"{name:<32}{middle:8.1f}   {q1:.1f}–{q3:.1f}".ljust(60)
     text += f"{ratio['median']:8.1%}   {ratio['q1']:.1%}–{ratio['q3']:.1%}".ljust(26)
     return text + (f"{row['peak_bytes'] / 2**20:9.0f}" if row["peak_bytes"] else "")
 

@@ -7,12 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from plot_training_step import inference, table
+
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 @pytest.mark.slow
 def test_benchmark_of_training_steps(tmp_path: Path):
-    bench = Path(__file__).parents[2] / "bench/training_step.py"
-    command = [sys.executable, str(bench), "--dry-run", "--rounds", "1", "--out"]
+    command = [
+        sys.executable,
+        str(BENCH / "training_step.py"),
+        "--dry-run",
+        "--rounds",
+        "1",
+        "--out",
+    ]
     done = subprocess.run([*command, str(tmp_path / "x/rows.json")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "x/rows.json").read_text())
@@ -21,9 +30,11 @@ def test_benchmark_of_training_steps(tmp_path: Path):
     networks, methods, losses = ({row[name] for row in run["training_steps"]} for name in names)
     assert {network.split()[0] for network in networks} == {"hrnet-w18-small", "segformer-b0"}
     assert len(methods) == 8 and losses == {"torch", "anchorops"}
-    assert len(run["training_steps"]) == 2 * (2 + 7)
+    assert len(run["training_steps"]) == 2 * (5 + 7)
+    assert [row["name"] for row in run["inference"]] == 2 * ["plain", "late", "late, exported"]
     assert all(row["seconds"]["median"] > 0 and row["peak_bytes"] for row in run["training_steps"])
-    assert "cbp+occl, anchorops" in done.stdout
+    assert "CBP + OCCL, both" in done.stdout
+    assert "late upsampling alone" in table(run) and "| segformer-b0 32×64" in inference(run)
 
 
 @pytest.mark.parametrize(
