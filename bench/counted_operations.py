@@ -90,23 +90,11 @@ def main() -> None:
     arguments = parser.parse_args()
     run: dict[str, Any] = {"torch": torch.__version__, "commit": commit(), "rows": []}
     for network in NETWORKS:
-        run["rows"].append(row_of(network))
-    print(table(run))
+        run["rows"].append(row := row_of(network))
+        late = "nothing to move" if row["late"] is None else f"{row['late'] / 1e9:.1f}"
+        print(f"{network.name} of {network.library}: {row['plain'] / 1e9:.1f} → {late} GFLOP")
     if arguments.out:
         arguments.out.write_text(json.dumps(run, ensure_ascii=False, indent=1) + "\n")
-
-
-def table(run: dict[str, Any]) -> str:
-    lines = [
-        "| network | of | image | plain, GFLOP | late upsampling |",
-        "|---|---|---|--:|--:|",
-    ]
-    for row in run["rows"]:
-        plain, late = row["plain"], row["late"]
-        changed = f"{late / 1e9:.1f} ({late / plain:.0%})" if late else "nothing to move"
-        cells = [row["network"], row["library"], row["size"], f"{plain / 1e9:.1f}", changed]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
