@@ -1,4 +1,6 @@
-"""Writes the tables of docs/cost.md from committed rows and counts: python bench/cost_tables.py
+"""Writes the tables of docs/cost.md and docs/frameworks.md from committed rows and counts.
+
+    python bench/cost_tables.py [--check]
 
 A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`. With --check nothing is
 written, and the exit status is 1 if a table differs from its rows.
@@ -16,11 +18,12 @@ import plot_training_step
 import statistics_of_ranks
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/cost.md"
+PAGES = (ROOT / "docs/cost.md", ROOT / "docs/frameworks.md")
 RESULTS = ROOT / "bench/results"
 MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
 RUN = RESULTS / "intel-xeon-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
+COUNTED_OPERATIONS = RESULTS / "counted-operations.json"
 
 
 def main() -> None:
@@ -29,11 +32,13 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    written, expected = PAGE.read_text(), with_tables(PAGE.read_text())
-    if not options.check:
-        PAGE.write_text(expected)
-    elif written != expected:
-        sys.exit(f"{PAGE}: a table differs from its rows: python bench/cost_tables.py writes it")
+    for page in PAGES:
+        written = page.read_text()
+        expected = with_tables(written)
+        if not options.check:
+            page.write_text(expected)
+        elif written != expected:
+            sys.exit(f"{page}: a table differs from its rows: python bench/cost_tables.py")
 
 
 def with_tables(page: str) -> str:
@@ -90,6 +95,20 @@ def training_steps() -> str:
     return plot_training_step.table(run())
 
 
+def inference() -> str:
+    return plot_training_step.inference(run())
+
+
+def counted_operations() -> str:
+    lines = ["| network | of | image | plain, GFLOP | late upsampling |", "|---|---|---|--:|--:|"]
+    for row in json.loads(COUNTED_OPERATIONS.read_text())["rows"]:
+        plain, late = row["plain"], row["late"]
+        changed = f"{late / 1e9:.1f} ({late / plain:.0%})" if late else "nothing to move"
+        cells = [row["network"], row["library"], row["size"], f"{plain / 1e9:.1f}", changed]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def counted_memory() -> str:
     return plot_counted_memory.full_table(json.loads(COUNTED_MEMORY.read_text()))
 
@@ -99,7 +118,9 @@ TABLES = {
     "cases": cases,
     "training_steps": training_steps,
     "statistics_of_ranks": statistics_of_ranks.table,
+    "inference": inference,
     "counted_memory": counted_memory,
+    "counted_operations": counted_operations,
 }
 
 

@@ -4,6 +4,7 @@ With --table it prints a short table for the README instead. `full_table` is for
 
 import argparse
 import json
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from matplotlib.patches import Patch
 from plot_operators import OTHER, OURS
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+PALE = "#9ecae1"
 PRECISIONS = {"bf16": "bf16 autocast", "float32": "float32"}
 
 
@@ -38,28 +40,32 @@ def gigabytes(row: dict) -> str:
     return f"{row['peak_bytes'] / 1e9:.1f}"
 
 
-def settings(run: dict) -> dict[tuple[str, str, str, bool], list[dict]]:
-    """The rows of each network, its sizes, a precision and checkpointing: plain, ours, methods."""
+def settings(run: dict) -> dict[tuple[str, str, str, bool], dict[str, dict]]:
+    """The rows of each network, its sizes, a precision and checkpointing, by label."""
     names = ("network", "sizes", "precision", "checkpointing")
     groups = groupby(run["rows"], lambda row: tuple(row[name] for name in names))
-    return {key: list(rows) for key, rows in groups}  # type: ignore[misc]
+    return {key: {label(row): row for row in rows} for key, rows in groups}  # type: ignore[misc]
+
+
+PLAIN, OWN, LATE, BOTH = "plain", "our cross-entropy", "late upsampling", "both"
 
 
 def label(row: dict) -> str:
-    if row["loss"] == "torch":
-        return "plain, torch's cross-entropy"
-    return f"{row['method'] or 'plain'}, ours"
+    if row["method"]:
+        return row["method"]
+    if row["late"]:
+        return LATE if row["loss"] == "torch" else BOTH
+    return PLAIN if row["loss"] == "torch" else OWN
 
 
 def draw(run: dict) -> Figure:
-    """Plain and ours with bf16 autocast. The methods are in the tables: most add less than 1 %."""
+    """With bf16 autocast. The methods are in the tables."""
     groups = settings(run)
     networks = list(dict.fromkeys(key[:2] for key in groups))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.62 * len(networks) + 1), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.75 * len(networks) + 1), layout="constrained")
     for axis, checkpointing in zip(axes, (False, True), strict=True):
-        for y, (network, sizes) in enumerate(networks):
-            plain, ours = groups[network, sizes, "bf16", checkpointing][:2]
-            bars(axis, y, plain, ours)
+        for y, network in enumerate(networks):
+            bars(axis, y, groups[(*network, "bf16", checkpointing)])
         axis.set_title(f"with{'' if checkpointing else 'out'} activation checkpointing", loc="left")
         axis.set_yticks(
             range(len(networks)), [" ".join(x) for x in networks] if axis is axes[0] else []
@@ -68,12 +74,9 @@ def draw(run: dict) -> Figure:
         axis.set_xlim(0, 1.3 * axis.dataLim.x1)
         axis.set_xlabel("GB at the peak of a training step, bf16 autocast")
     figure.legend(
-        handles=[
-            Patch(color=OTHER, label="torch's cross-entropy"),
-            Patch(color=OURS, label="ours"),
-        ],
+        handles=[Patch(color=colour, label=LEGEND[name]) for name, colour in COLOURS.items()],
         loc="outside upper left",
-        ncols=2,
+        ncols=3,
         frameon=False,
     )
     text = (
@@ -84,52 +87,63 @@ def draw(run: dict) -> Figure:
     return figure
 
 
-def bars(axis: Axes, y: int, plain: dict, ours: dict) -> None:
-    for row, at, colour in ((plain, y - 0.2, OTHER), (ours, y + 0.2, OURS)):
-        drawn = axis.barh(at, row["peak_bytes"] / 1e9, 0.38, color=colour)
-        text = share(row, plain).replace(" (", " GB (") if row is ours else f"{gigabytes(row)} GB"
-        axis.bar_label(drawn, [text], padding=4, fontsize=7.5)
+COLOURS = {PLAIN: OTHER, OWN: PALE, BOTH: OURS}
+LEGEND = {
+    PLAIN: "torch's cross-entropy",
+    OWN: "our cross-entropy",
+    BOTH: "our cross-entropy and late upsampling",
+}
 
 
-def change(rows: list[dict], capacity: str) -> str:
-    """The largest batches, plain and ours."""
-    return " → ".join(str(row["largest_batches"][capacity]) for row in rows[:2])
+def bars(axis: Axes, y: int, rows: dict[str, dict]) -> None:
+    drawn = [name for name in COLOURS if name in rows]
+    for number, name in enumerate(drawn):
+        row, at = rows[name], y + 0.26 * (number - (len(drawn) - 1) / 2)
+        bar = axis.barh(at, row["peak_bytes"] / 1e9, 0.24, color=COLOURS[name])
+        text = f"{gigabytes(row)} GB"
+        if name != PLAIN:
+            text = share(row, rows[PLAIN]).replace(" (", " GB (")
+        axis.bar_label(bar, [text], padding=4, fontsize=7)
+
+
+def change(rows: dict[str, dict], capacity: str) -> str:
+    """The largest batches: plain, with our cross-entropy, and with late upsampling too."""
+    counted = [rows[name] for name in (PLAIN, OWN, BOTH) if name in rows]
+    return " → ".join(str(row["largest_batches"][capacity]) for row in counted)
 
 
 def share(row: dict, plain: dict) -> str:
     return f"{gigabytes(row)} ({row['peak_bytes'] / plain['peak_bytes']:.0%})"
 
 
+def cells_of(rows: dict[str, dict], names: Iterable[str]) -> list[str]:
+    return [share(rows[name], rows[PLAIN]) if name in rows else "" for name in names]
+
+
 def table(run: dict) -> str:
     """For each network with bf16 autocast: memory without and with checkpointing, and batches."""
-    lines = [
-        "| bf16 autocast, GB | plain | ours | with any method | images in 24 GB "
-        "| checkpointing: plain | ours | with any method | images in 24 GB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    groups = settings(run)
-    for network, sizes in dict.fromkeys(key[:2] for key in groups):
-        cells = [f"{network}, {sizes}"]
-        for checkpointing in (False, True):
-            rows = groups[network, sizes, "bf16", checkpointing]
-            plain, ours, *methods = rows
-            most = max(methods, key=lambda row: row["peak_bytes"])
-            cells += [gigabytes(plain), share(ours, plain), f"≤ {share(most, plain)}"]
-            cells.append(change(rows, "24 GB"))
-        lines.append(f"| {' | '.join(cells)} |")
+    heads = ["plain, GB", OWN, BOTH, "images in 24 GB", "in 40 GB", "in 80 GB"]
+    lines = [f"| bf16 autocast | {' | '.join(heads)} |", "|---" + "|--:" * len(heads) + "|"]
+    for (network, sizes, precision, checkpointing), rows in settings(run).items():
+        if precision == "bf16":
+            what = f"{network}, {sizes}" + (", checkpointing" if checkpointing else "")
+            cells = [what, gigabytes(rows[PLAIN]), *cells_of(rows, (OWN, BOTH))]
+            cells += [change(rows, f"{size} GB") for size in (24, 40, 80)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def full_table(run: dict) -> str:
-    """Every row: memory in GB, and the largest batches, plain and ours."""
+    """Every row: memory in GB, and the largest batches."""
     groups = settings(run)
     first = next(iter(groups.values()))
-    capacities = list(first[0]["largest_batches"])
-    heads = ["a training step", "", *map(label, first), *(f"images in {gb}" for gb in capacities)]
+    capacities = list(first[PLAIN]["largest_batches"])
+    names = list(dict.fromkeys(name for rows in groups.values() for name in rows if name != PLAIN))
+    heads = ["a training step", "", PLAIN, *names, *(f"images in {gb}" for gb in capacities)]
     lines = [f"| {' | '.join(heads)} |", "|---|---" + "|--:" * (len(heads) - 2) + "|"]
     for (network, sizes, precision, checkpointing), rows in groups.items():
         how = PRECISIONS[precision] + (", checkpointing" if checkpointing else "")
-        memory = [gigabytes(rows[0]), *(share(row, rows[0]) for row in rows[1:])]
+        memory = [gigabytes(rows[PLAIN]), *cells_of(rows, names)]
         cells = [f"{network}, {sizes}", how, *memory, *(change(rows, gb) for gb in capacities)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

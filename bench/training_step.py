@@ -241,9 +241,10 @@ def times_of(
 
 
 def rows_of(
-    setting: Setting, device: torch.device, least: int, minutes: float
+    setting: Setting, device: torch.device, least: int, minutes: float, backend: str
 ) -> Iterator[dict[str, Any]]:
-    """A row for each candidate, of `least` rounds or as many as the minutes allow."""
+    """A row for each candidate, of `least` rounds or as many as the minutes allow. backend: of
+    torch.compile."""
     images, labels = images_and_labels(setting, device)
     models: dict[tuple[bool, bool], Segmenter] = {}
     for late, compiled in dict.fromkeys((c.late, c.compiled) for c in CANDIDATES):
@@ -251,7 +252,7 @@ def rows_of(
         if late:
             ao.late_upsampling(model, images[:1])
         if compiled:
-            model.compile()
+            model.compile(backend=backend)
     unused = bytes_of(next(iter(models.values()))) * (len(models) - 1)
 
     def turn(candidate: Candidate, memory: bool) -> Turn:
@@ -312,9 +313,11 @@ def main() -> None:
     head, rows = {**head_of(device), "dry_run": arguments.dry_run}, []
     print(f"{head['device']}, torch {head['torch']}, commit {head['commit']}")
     inference: list[dict[str, Any]] = []
+    backend = "eager" if arguments.dry_run else "inductor"  # which compiles for minutes
     for setting in settings:
         print(f"\n{setting}\n{'':<32}      ms   q1–q3         to the first   q1–q3      MiB")
-        for row in rows_of(setting, device, arguments.rounds, arguments.minutes / len(settings)):
+        minutes = arguments.minutes / len(settings)
+        for row in rows_of(setting, device, arguments.rounds, minutes, backend):
             rows.append(row)
             print(line(label(row), row), flush=True)
         for row in inference_rows(setting, device, arguments.rounds):

@@ -1,9 +1,11 @@
-"""Segformer of segmentation_models_pytorch, with and without its last upsampling.
+"""Segformer of segmentation_models_pytorch, as it is, and with its upsampling moved.
 
     python examples/smp_segformer.py [--steps 3] [--size 128]
 
 Trains two copies of a model on random images and labels: one unchanged, with torch's cross-entropy;
-the other with low_resolution and anchorops's cross-entropy. Their losses agree.
+the other with late_upsampling (the 1×1 convolution of the head runs before the upsampling of its
+input), low_resolution (the logits are not upsampled) and anchorops's cross-entropy. Their losses
+agree.
 """
 
 import argparse
@@ -30,6 +32,7 @@ def main() -> None:
     labels = torch.randint(0, K, (2, arguments.size, arguments.size))
     labels[:, :4] = 255  # ignored
 
+    print(ao.late_upsampling(model, images))
     handle = ao.low_resolution(model, images)
     corners = handle.align_corners  # True for the heads of this library
     print(handle)

@@ -177,11 +177,28 @@ def test_committed_rows():
         assert sum(row["parts"].values()) == row["peak_bytes"]
         batches = list(row["largest_batches"].values())
         assert batches == sorted(batches) and batches[-1] > 0
-    assert len({key[:2] for key in groups}) == 6
-    for rows in groups.values():
-        candidates = [(row["loss"], row["method"]) for row in rows]
-        ours = [("anchorops", method) for method in ("", "SAR", "OCCL", "CeCo", "MVSC")]
-        assert candidates == [("torch", ""), *ours]
+    assert len({key[:2] for key in groups}) == 7
+    moved = {"SegFormer-B5", "HRNet-W48", "PSPNet-R101"}
+    for (name, *_), rows in groups.items():
+        candidates = [(row["loss"], row["late"], row["method"]) for row in rows]
+        late = name in moved
+        plain = [(loss, False, "") for loss in ("torch", "anchorops")]
+        plain += [(loss, True, "") for loss in ("torch", "anchorops")] if late else []
+        methods = [("anchorops", late, method) for method in ("SAR", "OCCL", "CeCo", "MVSC")]
+        assert candidates == plain + methods
     for line in full_table(run).splitlines()[2:]:
         assert " → " in line
-    assert len(table(run).splitlines()) == 2 + 6
+    assert len(table(run).splitlines()) == 2 + 2 * 7
+
+
+def test_late_upsampling_is_in_the_rows():
+    """The goals of memory: at most 0.70 of plain, with checkpointing 0.42."""
+    rows = json.loads(ROWS.read_text())["rows"]
+    peaks = {
+        (row["checkpointing"], row["loss"], row["late"]): row["peak_bytes"]
+        for row in rows
+        if (row["network"], row["precision"], row["method"]) == ("SegFormer-B5", "bf16", "")
+    }
+    for checkpointing, most in ((False, 0.70), (True, 0.42)):
+        plain = peaks[checkpointing, "torch", False]
+        assert peaks[checkpointing, "anchorops", True] <= most * plain
