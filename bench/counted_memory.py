@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from cases import IGNORE_INDEX
-from networks import plain_network, segformer
+from plain_networks import plain_network, segformer
 from record import commit
 from storages import Storages, as_on_cuda, largest_batch, make_fake
 from torch import Tensor, nn

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import segmentation_models_pytorch as smp
 import torch
-from networks import plain_network, segformer
+from plain_networks import plain_network, segformer
 from record import commit
 from storages import make_fake
 from torch import nn

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from cases import IGNORE_INDEX
-from networks import plain_network
+from plain_networks import plain_network
 from plot_training_step import label
 from record import head_of, save
 from torch import Tensor, nn
