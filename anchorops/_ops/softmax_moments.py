@@ -77,19 +77,22 @@ class Options(NamedTuple):
     lse: bool = False
     outside: bool = False
 
-    @property
-    def shapes_losses(self) -> bool:
-        """Whether L is not just −log p_y."""
-        return self.smoothing is not None or self.min_loss is not None or self.focal_gamma > 0
-
     def only(self, **asked: bool) -> Options:
         """To ask for other results of the same pixels, with L = −log p_y."""
         options = Options(ignore_index=self.ignore_index, align_corners=self.align_corners)
         return options._replace(**asked)
 
-    @property
-    def counts_used(self) -> bool:
-        return self.min_loss is not None or self.pixel_weights is not None
+
+# Functions, because Dynamo of torch 2.10 does not trace a property of a NamedTuple.
+
+
+def shapes_losses(options: Options) -> bool:
+    """Whether L is not just −log p_y."""
+    return options.smoothing is not None or options.min_loss is not None or options.focal_gamma > 0
+
+
+def counts_used(options: Options) -> bool:
+    return options.min_loss is not None or options.pixel_weights is not None
 
 
 # logits (B, K, h, w) of any strides, labels (B, H, W) of any integer dtype and strides. Statistics
@@ -135,7 +138,7 @@ def forward_fake(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor,
         empty(asked.lse, labels.shape, dtype),
         empty(True, by_class, torch.int64),
         empty(asked.hits, by_class, torch.int64),
-        empty(asked.counts_used, by_class, torch.int64 if asked.pixel_weights is None else dtype),
+        empty(counts_used(asked), by_class, torch.int64 if asked.pixel_weights is None else dtype),
         empty(asked.outside, (), torch.int64),
     )
 
@@ -209,7 +212,7 @@ def _dpixel_weights(
     losses = forward(logits, labels, *shaped)[4]
     used = valid_pixels(labels, num_classes, options.ignore_index)
     if options.min_loss is not None:
-        own = forward(logits, labels, *plain)[4] if shaped.shapes_losses else losses
+        own = forward(logits, labels, *plain)[4] if shapes_losses(shaped) else losses
         used &= ~(own < options.min_loss)
     classes = torch.where(used, labels.long(), 0).flatten(1)
     gradient = torch.zeros_like(losses)
@@ -373,7 +376,7 @@ def unchecked_moments(
     else:
         logits, labels, pixel_weights = _as_images(logits, labels, options.pixel_weights)
         options = options._replace(pixel_weights=pixel_weights)
-    backend = select(function, logits, logits.shape[1], shapes_losses=options.shapes_losses)
+    backend = select(function, logits, logits.shape[1], shapes_losses=shapes_losses(options))
     if logits.shape[1] == 1 and backend != "cpu":
         logits = torch.cat([torch.zeros_like(logits), logits], 1)
     if backend == "reference":
@@ -396,7 +399,7 @@ def unchecked_moments(
             squares=found[3] if options.squares else None,
             pixel_losses=found[4] if options.pixel_losses else None,
             lse=found[5] if options.lse else None,
-            used=found[8] if options.counts_used else None,
+            used=found[8] if counts_used(options) else None,
             outside=found[9] if by_operator.outside else None,
         )
         if options.outside and not by_operator.outside:

@@ -15,7 +15,7 @@ from emulator import BACKEND
 from torch import Tensor
 
 import anchorops as ao
-from anchorops._ops.softmax_moments import Options, unchecked_moments
+from anchorops._ops.softmax_moments import Options, shapes_losses, unchecked_moments
 from anchorops.reference import statistics_dtype
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -126,7 +126,7 @@ def is_valid(case: Case, labels: Tensor) -> Tensor:
 
 def moments_of(case: Case, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     options = case.options._replace(pixel_weights=make_pixel_weights(case, labels))
-    if options.shapes_losses or case.pixel_weights or case.size[1] == 1:
+    if shapes_losses(options) or case.pixel_weights or case.size[1] == 1:
         moments = unchecked_moments("test", logits, labels, options)
     else:
         own = (
