@@ -1,6 +1,7 @@
 """late_upsampling: the outputs and gradients of the unchanged model, with fewer operations, and
 errors or the unchanged order where this is not possible."""
 
+import contextlib
 import copy
 import functools
 import logging
@@ -330,7 +331,8 @@ class Between(Head):
 def test_what_begins_between(how: str) -> None:
     model = Net(Between()).train()
     model.head.how = how
-    with pytest.raises(ValueError, match=r"where a checkpoint or torch.no_grad begins or ends"):
+    why = "requires_grad" if how == "reentrant" else "where a checkpoint or torch.no_grad begins"
+    with pytest.raises(ValueError, match=why):
         ao.late_upsampling(model, images())
     model.head.how = "nothing"
     ao.late_upsampling(model, images())
@@ -376,7 +378,7 @@ def test_attach(late_first: bool, dim: int) -> None:
         ao.late_upsampling(model, images())
     sar, of_plain = ao.attach(model, method), ao.attach(plain, same)
     if not late_first and dim == 96:
-        with pytest.raises(ValueError, match=r"read by .*register_hook and 1 more"):
+        with pytest.raises(ValueError, match=r"read by .*requires_grad.* and 2 more"):
             ao.late_upsampling(model, images())
         return
     if not late_first:
@@ -788,3 +790,133 @@ def test_a_map_that_no_call_made() -> None:
     plain, handle = moved(model, images().double())
     assert handle.moved == ["mix before the upsampling of 1 map"]
     check(plain, model, images().double(), rtol=1e-9, atol=1e-9)
+
+
+class Attacked(Head):
+    """More that a forward may do unlike the dry run."""
+
+    how = ""
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        a, b, c = self.upsampled(maps)
+        if self.how == "another early map":
+            a = b
+        joined = torch.cat([a, b, c], dim=1)
+        if self.how == "kept":
+            self.last = joined
+        if self.how == "kernel":
+            return F.conv2d(joined, self.mix.weight.expand(-1, -1, 3, 3), padding=1)
+        if self.how == "stride":
+            return F.conv2d(joined, self.mix.weight, stride=2)
+        return self.mix(joined)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("another early map", "another map than in the dry run"),
+        ("kept", "something keeps a map"),
+        ("kernel", "a 3×3 convolution, unlike in the dry run"),
+        ("stride", "a convolution with stride, padding or groups, unlike in the dry run"),
+    ],
+)
+def test_other_calls_than_in_the_dry_run_raise(how: str, message: str) -> None:
+    model = Net(Attacked()).eval()
+    ao.late_upsampling(model, images())
+    model.head.how = how
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"Attacked: .*{message}.*: remove"):
+        model(images())
+
+
+def test_linear_layers_in_another_order_raise() -> None:
+    class Swapped(Head):
+        swap = False
+
+        def upsampled(self, maps: list[Tensor]) -> list[Tensor]:
+            a, b, c = (layer(x) for layer, x in zip(self.layers, maps, strict=True))
+            b = c.new_zeros(()).expand(b.shape) if self.swap is None else b
+            return [up(x, maps[0].shape[2:]) for x in ((a, c, b) if self.swap else (a, b, c))]
+
+    model = Net(Swapped()).eval()
+    ao.late_upsampling(model, images())
+    model.head.swap = True
+    with pytest.raises(RuntimeError, match="the upsampling reads another map than in the dry run"):
+        model(images())
+
+
+def test_a_checkpoint_inside_the_module_is_refused() -> None:
+    class Inside(Head):
+        def forward(self, maps: list[Tensor]) -> Tensor:
+            return checkpoint(super().forward, maps, use_reentrant=False)
+
+    with pytest.raises(
+        ValueError, match="where a checkpoint or torch.no_grad begins or ends in head"
+    ):
+        ao.late_upsampling(Net(Inside()).train(), images())
+
+
+def test_maps_of_two_dtypes() -> None:
+    class Promoted(Head):
+        def upsampled(self, maps: list[Tensor]) -> list[Tensor]:
+            a, b, _ = super().upsampled(maps)
+            return [a.double(), b, up(maps[2].float().repeat(1, 4, 1, 1)[:, :32], a.shape[2:])]
+
+    model = Net(Promoted())
+    model.head.mix.double()
+    model.classifier.double()
+    plain, handle = moved(model)
+    assert len(handle.moved) == 1
+    check(plain, model, images(), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_switched_on_alone() -> None:
+    """In evaluation a dropout gives back the joined map; switched on, the head runs as before."""
+
+    class Dropping(Head):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, maps: list[Tensor]) -> Tensor:
+            return self.mix(self.dropout(torch.cat(self.upsampled(maps), dim=1)))
+
+    model = Net(Dropping()).eval()
+    plain, _ = moved(model)
+    x = images()
+    assert operations(model, x) < operations(plain, x)
+    heads: list[Any] = [plain.head, model.head]
+    for head in heads:
+        head.dropout.train()
+    torch.manual_seed(0)
+    expected = plain(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_model_that_calls_itself_and_changes_its_images() -> None:
+    class Pyramid(Net):
+        def forward(self, x: Tensor, again: bool = True) -> Tensor:
+            x.sub_(1)
+            small = self(up(x, (16, 24)), again=False) if again else 0
+            logits = super().forward(x)
+            return logits + up(small, x.shape[2:]) if again else logits
+
+    model = Pyramid().double()
+    x = images().double()
+    before = x.clone()
+    plain, _ = moved(model, x)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(model(x.clone()), plain(x.clone()))
+
+
+def test_small_images_and_generated_forwards() -> None:
+    """At 32 pixels the product of the weights takes longer than what it saves."""
+    model = smp.Segformer("mit_b0", encoder_weights=None, classes=K)
+    x = images((32, 32), batch=1)
+    plain = copy.deepcopy(model)
+    with contextlib.suppress(ValueError):
+        ao.late_upsampling(model, x)
+    assert operations(model.eval(), x) <= operations(plain.eval(), x)
+    traced = torch.fx.symbolic_trace(nn.Conv2d(3, 4, 1))
+    with pytest.raises(ValueError, match="a model whose forward is written in Python, got"):
+        ao.late_upsampling(traced, x)

@@ -495,6 +495,28 @@ def test_what_a_forward_reads_unlike_the_dry_run(request_: str, why: str, always
     assert model(x)[0].shape == (2, K, 16, 16)
 
 
+def test_the_size_of_the_upsampled_tensor_is_a_value() -> None:
+    def edges(z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        full = upsampled(z, x.shape[2:])
+        return full, F.interpolate(z[:, :1], full.shape[2:])
+
+    with pytest.raises(ValueError, match=r"a result that torch.Tensor.shape.__get__ also reads"):
+        ao.low_resolution(Net(edges), batch()[0])
+
+
+def test_an_upsampling_with_other_options_than_in_the_dry_run_raises() -> None:
+    model = nn.Sequential(nn.Conv2d(3, K, 3, 4, 1), nn.Upsample(scale_factor=4, mode="bilinear"))
+    x, _ = batch()
+    ao.low_resolution(model, x)
+    upsampling: Any = model[1]
+    upsampling.align_corners = True
+    with pytest.raises(RuntimeError, match="the upsampling has another align_corners"):
+        model(x)
+    upsampling.align_corners, upsampling.scale_factor = False, 3.9
+    with pytest.raises(RuntimeError, match=r"the upsampling has scale_factor=3.9, whose grid"):
+        model(x)
+
+
 def test_logits_changed_in_place_after_the_upsampling_are_refused() -> None:
     def after(z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         aux = upsampled(z, x.shape[2:])

@@ -26,6 +26,12 @@ from .._checks import describe, fail
 # The mode that is entered last sees every call first. late_upsampling passes a call to the other
 # modes for each call that it postpones, so the numbers of low_resolution's calls do not change.
 _INNERMOST_FIRST = ("late_upsampling", "low_resolution")
+# reads that tell nothing of a tensor's values or size
+PEEKS = {Tensor.dim, Tensor.is_floating_point, Tensor.is_complex} | {
+    getattr(Tensor, name).__get__ for name in ("ndim", "dtype", "device", "is_cuda", "is_meta")
+}
+# their forward is generated for each instance, or compiled
+GENERATED = (torch.fx.GraphModule, torch.jit.ScriptModule)
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
@@ -54,6 +60,14 @@ def made_by_call(result: object, read: list[Tensor]) -> list[Tensor]:
     return [x for _, x in tensors(result) if not any(x is y for y in read)]
 
 
+def reads(func: Any, args: Any, kwargs: Any, result: object, watched: list[Tensor]) -> bool:
+    """Whether this call uses one of the watched tensors. One that only gives it back does not."""
+    given = [tensor for _, tensor in tensors([args, kwargs])]
+    if func in PEEKS or not any(x is y for x in watched for y in given):
+        return False
+    return bool(made_by_call(result, given)) or not isinstance(result, Tensor)
+
+
 def version(tensor: Tensor) -> int:
     """How often the tensor's memory was changed in place; always 0 where this is not counted."""
     if torch.compiler.is_compiling() or tensor.is_inference():
@@ -73,6 +87,8 @@ def check_model(function: str, model: object, args: Any, kwargs: Any) -> nn.Modu
     if any(function in vars(module).get("_forward_changes", ()) for module in model.modules()):
         expected = f"a model that {function} has not changed yet"
         fail(function, "model", expected, f"{name} after {function}")
+    if isinstance(model, GENERATED):
+        fail(function, "model", "a model whose forward is written in Python", name)
     if "forward" in vars(model):
         expected = "a model with the forward of its class"
         fail(function, "model", expected, f"{name} whose forward was replaced")
@@ -119,25 +135,24 @@ def dry_run(
             module.eval()  # accepts a single image, and does not synchronise with other ranks
     devices = {parameter.device for parameter in trial.parameters()}
     indices = sorted({device.index for device in devices if device.type == "cuda"})
-    forward, returned = trial.forward, None
+    forward, runs, returned = trial.forward, 0, None
 
     @functools.wraps(forward)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal returned
+        nonlocal runs, returned
+        runs += 1
+        if runs > 1:  # a model that calls itself
+            return forward(*args, **kwargs)
         with watch:
             returned = forward(*args, **kwargs)
         return returned
 
     trial.forward = watched
     with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(indices):
-        args, kwargs = tree_map_only(Tensor, _normal, (args, kwargs))
+        # copies, which forward may change in place, and which are no tensors of inference mode
+        args, kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
         output = trial(*args, **kwargs)
     return returned, output
-
-
-def _normal(x: Tensor) -> Tensor:
-    """Tensors of torch.inference_mode cannot be saved for a backward pass."""
-    return x.clone() if x.is_inference() else x
 
 
 @functools.cache
@@ -182,7 +197,10 @@ def check_restorable(*modules: nn.Module) -> None:
     """Raises ValueError if the class of a module was changed again."""
     for module in modules:
         if "_forward_changes" in vars(module) and "_original_class" not in vars(type(module)):
-            expected = "the class that anchorops gave it: first undo what changed it later"
+            expected = (
+                "the class that anchorops gave it: first undo what changed it later (before "
+                "fully_shard, which cannot be undone, call remove())"
+            )
             fail("remove", "model", expected, type(module).__name__)
 
 

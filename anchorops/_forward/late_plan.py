@@ -16,6 +16,7 @@ that is not computed. Nothing may read their values.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .changed import made_by_call, tensors, version
+from .changed import reads, tensors, version
 
 KINDS: dict[Any, str] = {
     F.interpolate: "up",
@@ -43,11 +44,11 @@ VIEWS = {
     for owner in (torch, Tensor)
     for name in ("transpose", "permute", "reshape", "flatten", "unflatten", "movedim", "swapaxes")
 } | {Tensor.view, Tensor.contiguous}
-# functions that read no values
-PEEKS = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.__len__} | {
-    getattr(Tensor, name).__get__
-    for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "is_meta")
-}
+_SHAPE, _REQUIRES_GRAD = (getattr(Tensor, name).__get__ for name in ("shape", "requires_grad"))
+# reads of a stand-in that tell the truth
+SIZES = {Tensor.size, Tensor.numel, Tensor.__len__, _SHAPE}
+# torch's FlopCounterMode, in hooks of all modules, asks whether a stand-in requires a gradient
+_UNREAD = SIZES | {_REQUIRES_GRAD}
 
 
 class Part(NamedTuple):
@@ -82,13 +83,19 @@ class Plan:
     layers: dict[str, type]
 
 
-def saved_tensors() -> tuple[bool, Any]:
-    """Whether a graph is made, and how it keeps its tensors: another value between two calls means
-    that a checkpoint or torch.no_grad begins or ends there."""
+class GraphState(NamedTuple):
+    """Whether a graph is made, and how it keeps its tensors: where this changes between two calls,
+    torch.no_grad or a checkpoint begins or ends."""
+
+    grad: bool
+    hooks: Any
+
+
+def graph_state() -> GraphState:
     if torch.compiler.is_compiling():
-        return True, None
+        return GraphState(torch.is_grad_enabled(), None)
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
-    return torch.is_grad_enabled(), hooks
+    return GraphState(torch.is_grad_enabled(), hooks)
 
 
 class _Postponed(NamedTuple):
@@ -99,7 +106,7 @@ class _Postponed(NamedTuple):
     versions: list[int]
     rest: tuple[Any, ...]  # its other arguments
     options: dict[str, Any]
-    saved_tensors: tuple[bool, Any]
+    graph_state: GraphState
 
 
 def input_of(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,8 +132,6 @@ def of_convolution(
         objection = f"a {'×'.join(map(str, weight.shape[2:]))} convolution"
     elif each(stride) != {1} or not each(padding) <= {0, "same", "valid"} or groups != 1:
         objection = "a convolution with stride, padding or groups"
-    elif type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
-        objection = f"a convolution with a weight of type {type(weight).__name__}"
     return input, weight, bias, objection
 
 
@@ -141,19 +146,21 @@ def _with_size(x: Tensor, channels: int, batch: int) -> Tensor:
 
 
 class _Late(TorchFunctionMode):
-    """Runs a plan. `counts` and `postponed` are changed: they are made outside of the mode, because
-    torch.compile requires it."""
+    """Runs a plan. hooks: of the GraphState in which the module's forward began. counts, postponed
+    and stand_ins are changed: they are made outside of the mode, because torch.compile requires
+    it. stand_ins: each with the number of the call of F.linear that it is a view of, or None."""
 
     def __init__(
         self,
         plan: Plan,
         module: str,
+        hooks: Any,
         counts: dict[str, int],
         postponed: dict[tuple[str, int], _Postponed],
-        stand_ins: list[Tensor],
+        stand_ins: list[tuple[Tensor, int | None]],
     ) -> None:
         super().__init__()
-        self.plan, self.module = plan, module
+        self.plan, self.module, self.hooks = plan, module, hooks
         self.counts, self.postponed, self.stand_ins = counts, postponed, stand_ins
 
     def __torch_function__(
@@ -169,15 +176,23 @@ class _Late(TorchFunctionMode):
             if (kind, number) in self.plan.postponed:
                 return self._stand_in(kind, number, func, args, kwargs)
         result = func(*args, **kwargs)
-        if self.stand_ins and func not in PEEKS:
-            read = [tensor for _, tensor in tensors([args, kwargs])]
-            sources = [x for x in self.stand_ins if any(x is y for y in read)]
-            made = made_by_call(result, read)
-            if sources and func in VIEWS:
-                self.stand_ins.extend(made)
-            elif sources and (made or not isinstance(result, Tensor)):
-                self._fail(f"{resolve_name(func) or func} reads a map that the convolution reads")
+        if not self.stand_ins or func in _UNREAD:
+            return result
+        watched = [x for x, _ in self.stand_ins]
+        if reads(func, args, kwargs, result, watched):
+            linear = self._linear(args[0]) if func in VIEWS and args else None
+            if linear is None:
+                name = resolve_name(func) or func
+                self._fail(f"{name} reads a map that the convolution reads")
+            self.stand_ins.append((result, linear))
         return result
+
+    def _linear(self, x: Any) -> int | None:
+        """The number of the call of F.linear that this stand-in is a view of."""
+        return next((number for y, number in self.stand_ins if x is y), None)
+
+    def _is_stand_in(self, x: Tensor) -> bool:
+        return any(x is y for y, _ in self.stand_ins)
 
     def _fail(self, why: str) -> NoReturn:
         advice = "remove() the handle, and call late_upsampling with arguments as in this forward"
@@ -191,20 +206,20 @@ class _Late(TorchFunctionMode):
         rest = args[1:]
         options = {key: x for key, x in kwargs.items() if key not in ("input", "tensors")}
         with torch.no_grad():
-            if kind == "up":
-                small = func(given[:1, :1], *rest, **options)
-                stand_in = _with_size(small, given.shape[1], given.shape[0])
-            elif kind == "cat":
+            if kind == "cat":
                 small = func([x[:1, :1] for x in given], *rest, **options)
                 channels = sum(x.shape[1] for x in given)
                 stand_in = _with_size(small, channels, given[0].shape[0])
             else:
                 small = func(given[:1, :1], *rest, **options)
-                stand_in = small.expand(*given.shape[:2], small.shape[2])
-        self.stand_ins.append(stand_in)
+                if kind == "linear":
+                    stand_in = small.expand(*given.shape[:2], small.shape[2])
+                else:
+                    stand_in = _with_size(small, given.shape[1], given.shape[0])
+        self.stand_ins.append((stand_in, number if kind == "linear" else None))
         read = list(given) if kind == "cat" else [given]
         versions = [version(x) for x in read]
-        call = _Postponed(stand_in, read, versions, rest, options, saved_tensors())
+        call = _Postponed(stand_in, read, versions, rest, options, graph_state())
         self.postponed[kind, number] = call
         return stand_in
 
@@ -216,14 +231,16 @@ class _Late(TorchFunctionMode):
             self._fail("the convolution reads another map than in the dry run")
         if [version(x) for x in call.read] != call.versions:
             self._fail("a map is changed in place between its upsampling and the convolution")
-        if call.saved_tensors != saved_tensors():
+        if not call.graph_state == graph_state() == (call.graph_state.grad, self.hooks):
             why = "torch.utils.checkpoint or torch.no_grad begins or ends between the upsampling "
             self._fail(f"{why}and the convolution")
         return call
 
     def _mixed(self, move: Move, conv: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """Σ_i up(conv_i(x_i))."""
-        input, weight, bias, _ = of_convolution(*args, **kwargs)
+        input, weight, bias, objection = of_convolution(*args, **kwargs)
+        if objection is not None:
+            self._fail(f"{objection}, unlike in the dry run")
         # what runs here, the modes around this one have seen already
         with torch._C.DisableTorchFunction():
             maps = [input] if move.cat is None else self._take("cat", move.cat, input).read
@@ -231,21 +248,29 @@ class _Late(TorchFunctionMode):
                 self._fail(f"torch.cat of {len(maps)} maps, in the dry run {len(move.parts)}")
             columns = weight.split([x.shape[1] for x in maps], dim=1)
             early = [i for i, part in enumerate(move.parts) if part.up is None]
+            if any(self._is_stand_in(maps[i]) for i in early):
+                self._fail("the convolution reads another map than in the dry run")
             total = None
             if early:
                 x, w = (torch.cat([y[i] for i in early], 1) for y in (maps, columns))
-                total, bias = conv(x, w, bias), None
+                total, bias = conv(_as_joined(x, input), w, bias), None
             for x, w, part in zip(maps, columns, move.parts, strict=True):
                 if part.up is None:
                     continue
                 up = self._take("up", part.up, x)
                 (source,) = up.read
-                if (part.linear is not None) != any(source is y for y in self.stand_ins):
+                if self._linear(source) != part.linear or (
+                    part.linear is None and self._is_stand_in(source)
+                ):
                     self._fail("the upsampling reads another map than in the dry run")
                 if part.linear is None:
-                    y = conv(source, w, bias)
+                    y = conv(_as_joined(source, input), w, bias)
                 else:
-                    y = _composed(self._take("linear", part.linear), w.flatten(1), bias)
+                    linear = self._take("linear", part.linear)
+                    tokens = _as_joined(linear.read[0], input)
+                    if tokens.shape[0] != source.shape[0]:
+                        self._fail("the tokens of several images are in one sequence")
+                    y = _composed(linear, tokens, w.flatten(1), bias)
                     y = y.transpose(1, 2).reshape(*y.shape[::2], *source.shape[2:])
                 y = _upsampled(y, x.shape[2:], up)
                 total, bias = y if total is None else total.add_(y), None
@@ -260,16 +285,24 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _composed(linear: _Postponed, w: Tensor, bias: Tensor | None) -> Tensor:
+def _as_joined(x: Tensor, joined: Tensor) -> Tensor:
+    """In the dtype to which torch.cat converts it, unless autocast converts it anyway."""
+    device = x.device.type
+    if x.dtype == joined.dtype or (device != "meta" and torch.is_autocast_enabled(device)):
+        return x
+    return x.to(joined.dtype)
+
+
+def _composed(linear: _Postponed, tokens: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """(B, L, O): w·(M·f + b) + bias of the tokens f (B, L, C), with one product for each token."""
-    m, b = of_linear(linear.read[0], *linear.rest, **linear.options)
+    m, b = of_linear(tokens, *linear.rest, **linear.options)
     dtype = torch.promote_types(w.dtype, torch.float32)
     with _without_autocast(w.device.type):
         weight = (w.to(dtype) @ m.to(dtype)).to(w.dtype)
         if b is not None:
             product = (w.to(dtype) @ b.to(dtype)).to(w.dtype)
             bias = product if bias is None else product + bias
-    return F.linear(linear.read[0], weight, bias)
+    return F.linear(tokens, weight, bias)
 
 
 def _upsampled(y: Tensor, size: torch.Size, up: _Postponed) -> Tensor:
@@ -297,31 +330,46 @@ class Plans:
         if plan is None or not all(_as_planned(module, *layer) for layer in plan.layers.items()):
             return forward(*args, **kwargs)
         counts = dict.fromkeys(plan.counts, 0)
-        late = _Late(plan, type(module).__name__, counts, {}, [])
+        stand_ins: list[tuple[Tensor, int | None]] = []
+        late = _Late(plan, type(module).__name__, graph_state().hooks, counts, {}, stand_ins)
         with late:
             output = forward(*args, **kwargs)
         if counts != plan.counts:
             late._fail(f"calls {counts}, where the dry run had {plan.counts}")
         returned = [tensor for _, tensor in tensors(output)]
-        if late.postponed or any(x is y for x in late.stand_ins for y in returned):
+        if late.postponed or any(late._is_stand_in(x) for x in returned):
             late._fail("no convolution reads an upsampled map")
+        if not torch.compiler.is_compiling():
+            left = [weakref.ref(x) for x, _ in stand_ins]
+            stand_ins.clear()
+            if any(x() is not None for x in left):
+                late._fail("something keeps a map that only the convolution reads")
         return output
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether something runs beside the layer's forward: hooks, or Module.compile instead of it."""
-    return layer._compiled_call_impl is not None or any(
-        (
-            layer._forward_hooks,
-            layer._forward_pre_hooks,
-            layer._backward_hooks,
-            layer._backward_pre_hooks,
+    """Whether something else than the layer's forward may read what it reads: hooks, or a forward
+    that is replaced or compiled on its own."""
+    return (
+        layer._compiled_call_impl is not None
+        or "_orig_mod" in layer._modules
+        or "forward" in vars(layer)
+        or any(
+            (
+                layer._forward_hooks,
+                layer._forward_pre_hooks,
+                layer._backward_hooks,
+                layer._backward_pre_hooks,
+            )
         )
     )
 
 
 def _as_planned(module: nn.Module, name: str, cls: type) -> bool:
-    """Whether a layer that sees stand-ins still has its class and no hooks. Adapters,
-    parametrisations, quantisation and FSDP replace one of them."""
-    layer = module.get_submodule(name)
-    return type(layer) is cls and not has_hooks(layer)
+    """Whether a layer that sees stand-ins still has its class, the module's mode and no hooks.
+    Adapters, parametrisations, quantisation and FSDP change its class or add hooks."""
+    try:
+        layer = module.get_submodule(name)
+    except AttributeError:
+        return False
+    return type(layer) is cls and layer.training == module.training and not has_hooks(layer)

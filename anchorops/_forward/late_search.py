@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .changed import copied, dry_run, made_by_call, tensors, version
+from .changed import GENERATED, PEEKS, copied, dry_run, made_by_call, tensors, version
 from .late_plan import (
     KINDS,
-    PEEKS,
+    SIZES,
     VIEWS,
+    GraphState,
     Move,
     Part,
     Plan,
+    graph_state,
     has_hooks,
     input_of,
     of_convolution,
     of_linear,
-    saved_tensors,
 )
 
 # A value that is upsampled and added takes as long as this number of multiplications and additions
@@ -42,6 +43,7 @@ class _Run:
 
     name: str
     counts: Counter[str] = field(default_factory=Counter)
+    graph_state: GraphState = field(default_factory=graph_state)
 
 
 class _Call:
@@ -74,7 +76,7 @@ class _Call:
         self.readers: list[_Call] = []
         self.layers: set[str] = set()
         self.changed = False
-        self.saved_tensors = saved_tensors()
+        self.graph_state = graph_state()
         self.weight: Tensor | None = None  # of a convolution or a linear layer
         self.objection: str | None = None  # why it commutes with no upsampling
         self.tokens: list[_Call] = []  # of an upsampling: the views after a linear layer, and it
@@ -128,7 +130,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in PEEKS:
+        if func in PEEKS or func in SIZES:
             return result
         read = [tensor for _, tensor in tensors([args, kwargs])]
         made = made_by_call(result, read)
@@ -159,6 +161,8 @@ class _Watch(TorchFunctionMode):
     def _describe(self, call: _Call, args: Any, kwargs: Any) -> None:
         if call.kind == "conv":
             _, call.weight, _, call.objection = of_convolution(*args, **kwargs)
+            if not _is_plain(call.weight):
+                call.objection = f"a convolution with a weight of type {type(call.weight).__name__}"
             late = [call.sources[0], *(call.sources[0].sources if call.sources[0] else [])]
             late += [linear for up in late if up is not None for linear in up.tokens]
             if any(version(x) != v for made in late if made is not None for x, v in made.read):
@@ -191,10 +195,15 @@ class _Watch(TorchFunctionMode):
         same = x.shape[:2] == (b, c) and all(
             n == 1 or a == e for n, a, e in zip(x.shape, x.stride(), strides, strict=True)
         )
-        plain = type(call.weight) in (Tensor, nn.Parameter)
-        if not same or not plain or x.data_ptr() != tokens.data_ptr():
+        if not same or not _is_plain(call.weight) or x.data_ptr() != tokens.data_ptr():
             return []
         return [*chain, call]
+
+
+def _is_plain(weight: Tensor | None) -> bool:
+    """Whether a weight is no more than its numbers, as those of torchao are."""
+    plain = type(weight) in (Tensor, nn.Parameter)
+    return plain and weight is not None and weight.is_floating_point()
 
 
 # the upsampling and the linear layer of a map that run later
@@ -207,7 +216,7 @@ def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
     Counted in multiplications for each pixel of the result, with O outputs, H channels of the map,
     C of the tokens, r low-resolution pixels for each pixel, and u of UPSAMPLING, a map costs
     r·C·H + u·H + H·O now; with a later upsampling r·C·H + r·H·O + u·O, and with one product
-    r·C·O + u·O. The least of the three is taken.
+    r·C·O + u·O, and C·H·O once for the weights. The least of the three is taken.
     """
     source = conv.sources[0]
     if conv.objection or source is None or conv.weight is None or not source.alone:
@@ -229,9 +238,12 @@ def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
         now = r * tokens * channels + channels * outputs
         later = r * tokens * channels + r * channels * outputs
         product = math.inf if linear is None else r * tokens * outputs
+        of_weights = tokens * channels * outputs / max(shape[0] * shape[2:].numel(), 1)
+        if product > later or product + of_weights >= now:  # a small image
+            linear, product = None, math.inf
         least = min(later, product)
         if least + UPSAMPLING * outputs < now + UPSAMPLING * channels:
-            parts[-1] = (up, linear if product <= later else None)
+            parts[-1] = (up, linear)
             saved += now - least
     return parts if saved > LEAST_SAVED * total else []
 
@@ -341,8 +353,11 @@ def _objection(
 ) -> str | None:
     """Why these calls cannot run later, although they commute."""
     calls = list(_later(conv, parts))
-    if any(call.saved_tensors != conv.saved_tensors for call in calls):
-        return "where a checkpoint or torch.no_grad begins or ends before the convolution"
+    states = {(call.graph_state.grad, call.graph_state.hooks) for call in [conv, *calls]}
+    if states != {(conv.graph_state.grad, run.graph_state.hooks)}:
+        return f"where a checkpoint or torch.no_grad begins or ends in {run.name or 'the model'}"
+    if isinstance(modules[run.name], GENERATED):
+        return f"in {run.name}, whose forward is not written in Python"
     if "forward" in vars(modules[run.name]):
         return f"in {run.name}, whose forward was replaced"
     inside = {*modules[run.name].modules()}

@@ -59,14 +59,17 @@ def late_upsampling(model: nn.Module, *args: Any, **kwargs: Any) -> LateUpsampli
     later. A map is left as it is where the convolution has so many outputs that upsampling them
     takes longer, and a convolution where less than a quarter of its multiplications is saved.
 
-    A layer that would see a map that is not computed is checked in every forward: if it got a hook
-    (as by attach), or another class (by an adapter, a parametrisation, quantisation or FSDP), the
-    module around it runs as before. A forward with other calls than the dry run raises a
-    RuntimeError, and so does a checkpoint that begins between the upsampling and the convolution.
+    In every forward, the layers that would see a map that is not computed are checked: if one got a
+    hook (as by attach), a forward or a compilation of its own, or another class (by an adapter, a
+    parametrisation, quantisation or FSDP), the module around it runs as before. A forward with
+    other calls than the dry run raises a RuntimeError. So does one that reads or keeps such a map,
+    a checkpoint that begins between the upsampling and the convolution, and a graph break of
+    torch.compile there.
 
     Call it before torch.compile, DDP and FSDP, before or after `low_resolution` and `attach`.
-    Copies and pickles of the model keep it. If only an extension reads an upsampled map, without
-    torch's functions, this is not detected.
+    Copies and pickles of the model keep it. The convolution's result is a plain tensor, even where
+    its input is of a subclass. If only an extension, or a hook of all modules, reads an upsampled
+    map, without torch's functions, this is not detected.
 
     Args:
         model: any model.

@@ -21,12 +21,15 @@ from .changed import (
     copied,
     dry_run,
     made_by_call,
+    reads,
     restore,
     tensors,
     version,
 )
 
 _logger = logging.getLogger("anchorops")
+# the same for logits at low resolution
+_OF_GRAPH = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
 
 
 class _Upsampling:
@@ -44,15 +47,8 @@ class _Upsampling:
 
     def objection(self) -> str | None:
         """Why the loss cannot replace this upsampling, or None if it can."""
-        mode = self.options.get("mode", "nearest")
-        if mode not in ("bilinear", "trilinear") or self.options.get("antialias"):
-            return f"mode={mode!r}" + (", antialias=True" if self.options.get("antialias") else "")
-        scale = self.options.get("scale_factor")
-        if scale is not None and not self.align_corners:
-            factors = scale if isinstance(scale, list | tuple) else [scale]
-            exact = all(float(factor).is_integer() for factor in factors)
-            if not exact and not self.options.get("recompute_scale_factor"):
-                return f"scale_factor={scale}, whose grid differs from that of the sizes"
+        if objection := _objection(self.options):
+            return objection
         if self.readers:
             return f"a result that {self.readers[0]} also reads"
         if version(self.result) != self.versions[1]:
@@ -60,6 +56,23 @@ class _Upsampling:
         if version(self.source) != self.versions[0]:
             return "low-resolution logits that are changed in place after the upsampling"
         return None
+
+
+def _objection(options: dict[str, Any]) -> str | None:
+    """Why the loss cannot replace an upsampling with these options of F.interpolate."""
+    mode, scale = options.get("mode", "nearest"), options.get("scale_factor")
+    if mode not in ("bilinear", "trilinear") or options.get("antialias"):
+        return f"mode={mode!r}" + (", antialias=True" if options.get("antialias") else "")
+    if scale is not None and not options.get("align_corners"):
+        factors = scale if isinstance(scale, list | tuple) else [scale]
+        exact = all(float(factor).is_integer() for factor in factors)
+        if not exact and not options.get("recompute_scale_factor"):
+            return f"scale_factor={scale}, whose grid differs from that of the sizes"
+    return None
+
+
+def _reads(func: Any, args: Any, kwargs: Any, result: object, watched: list[Tensor]) -> bool:
+    return func not in _OF_GRAPH and reads(func, args, kwargs, result, watched)
 
 
 def _name(func: Any) -> str:
@@ -82,12 +95,11 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         read = [tensor for _, tensor in tensors([args, kwargs])]
         made = made_by_call(result, read)
-        sources = [up for up in self.upsamplings if any(up.result is x for x in read)]
+        sources = [up for up in self.upsamplings if _reads(func, args, kwargs, result, [up.result])]
         for tensor in made:
             self._makers[id(tensor)] = (weakref.ref(tensor), _name(func), bool(sources))
-        if made:
-            for up in sources:
-                up.readers.append(_name(func))
+        for up in sources:
+            up.readers.append(_name(func))
         if func is F.interpolate:
             self.upsamplings.append(_Upsampling(read[0], result, kwargs))
         return result
@@ -99,6 +111,15 @@ class _Watch(TorchFunctionMode):
         return f"{name} of an upsampled tensor" if upsampled else name
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Which calls of F.interpolate, counted from 0, a forward skips."""
+
+    calls: int  # in one forward
+    returned: frozenset[int]
+    align_corners: bool
+
+
 class _Skipped(NamedTuple):
     """What a skipped call returned, a view of its input; and the version of its memory then."""
 
@@ -107,12 +128,12 @@ class _Skipped(NamedTuple):
 
 
 class _Skip(TorchFunctionMode):
-    """Skips the calls of F.interpolate with these numbers. `calls` receives each skipped call, and
+    """Skips the calls of F.interpolate that a plan names. `calls` receives each skipped call, and
     None for every other one."""
 
-    def __init__(self, numbers: frozenset[int], calls: list[_Skipped | None], model: str) -> None:
+    def __init__(self, plan: _Plan, calls: list[_Skipped | None], model: str) -> None:
         super().__init__()
-        self.numbers, self.calls, self.model = numbers, calls, model
+        self.plan, self.calls, self.model = plan, calls, model
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -120,31 +141,25 @@ class _Skip(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.interpolate:
             source = args[0] if args else kwargs["input"]
-            skipped = len(self.calls) in self.numbers
+            skipped = len(self.calls) in self.plan.returned
+            if skipped and not torch.compiler.is_compiling():  # which gives options by position
+                if bool(kwargs.get("align_corners")) != self.plan.align_corners:
+                    _fail(self.model, "the upsampling has another align_corners")
+                if objection := _objection(kwargs):
+                    _fail(self.model, f"the upsampling has {objection}")
             result = source.view_as(source) if skipped else func(*args, **kwargs)
             self.calls.append(_Skipped(result, version(source)) if skipped else None)
             return result
         result = func(*args, **kwargs)
         results = [call.result for call in self.calls if call is not None]
-        if results:
-            read = [tensor for _, tensor in tensors([args, kwargs])]
-            reads = any(x is y for x in results for y in read)
-            if reads and made_by_call(result, read):
-                _fail(self.model, f"{_name(func)} reads the upsampled tensor")
+        if results and _reads(func, args, kwargs, result, results):
+            _fail(self.model, f"{_name(func)} reads the upsampled tensor")
         return result
 
 
 def _fail(model: str, why: str) -> NoReturn:
     advice = "remove() the handle, and call low_resolution with arguments as in this forward"
     raise RuntimeError(f"low_resolution: {model}: {why}: {advice}")
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Which calls of F.interpolate, counted from 0, a forward skips."""
-
-    calls: int  # in one forward
-    returned: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -160,7 +175,7 @@ class _Plans:
             return forward(*args, **kwargs)
         model = type(module).__name__
         calls: list[_Skipped | None] = []
-        with _Skip(plan.returned, calls, model):
+        with _Skip(plan, calls, model):
             output = forward(*args, **kwargs)
         if len(calls) != plan.calls:
             _fail(model, f"{len(calls)} calls of F.interpolate, where the dry run had {plan.calls}")
@@ -231,9 +246,10 @@ def _find(
         objection = watch.upsamplings[number].objection()
         if objection is not None:
             fail("low_resolution", "model", expected, f"{mode}{place}: {objection}")
-    plan = _Plan(len(watch.upsamplings), frozenset(returned))
     corners = {place: watch.upsamplings[number].align_corners for number, place in returned.items()}
-    return plan, corners
+    # all alike, or low_resolution refuses the model
+    align_corners = next(iter(corners.values()))
+    return _Plan(len(watch.upsamplings), frozenset(returned), align_corners), corners
 
 
 def low_resolution(
@@ -255,9 +271,10 @@ def low_resolution(
     comparing by object identity. This includes nn.Upsample, also before nn.Identity. During the dry
     run the parameters are in memory twice. Parameters, gradients, batch-norm statistics and torch's
     random numbers do not change. After that, every forward in this mode returns the inputs of these
-    calls instead, and checks that it does; a forward that differs from the dry run raises a
-    RuntimeError. Parameter names do not change. Copies and pickles of the model keep
-    low_resolution.
+    calls instead, and checks that it does. A forward that differs from the dry run raises a
+    RuntimeError: one that calls F.interpolate more often or less (some models do for another image
+    size), or that also reads the upsampled tensor or its size. Parameter names do not change.
+    Copies and pickles of the model keep low_resolution.
 
     Call it before torch.compile, DDP and FSDP. An upsampling inside a reentrant checkpoint raises
     an error in backward (with use_reentrant=False it does not). If only an extension reads an
