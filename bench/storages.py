@@ -115,7 +115,7 @@ def _accumulates(gradient: Tensor) -> bool:
     if torch._C._current_graph_task_id() < 0 or torch.is_grad_enabled():
         return False
     storage = gradient.untyped_storage()._cdata
-    return gradient._use_count() <= 4 and torch._C._storage_Use_Count(storage) <= 2  # in this call
+    return gradient._use_count() <= 4 and torch._C._storage_Use_Count(storage) <= 2  # pyright: ignore
 
 
 MULTIPROCESSORS = 132  # of an H100 or H200; a smaller GPU needs less

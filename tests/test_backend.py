@@ -343,7 +343,7 @@ def test_gpus_before_8_0_are_for_the_reference(monkeypatch, targets):
 
 
 @pytest.mark.skipif(
-    TorchVersion(torch.__version__) < (2, 11),
+    TorchVersion(torch.__version__) < "2.11",
     reason="Dynamo of torch 2.10 does not trace the Enum that stands for a GPU's properties here",
 )
 def test_the_choice_among_gpus_is_traced(monkeypatch):

@@ -850,7 +850,7 @@ def test_a_checkpoint_inside_the_module_is_refused() -> None:
             return checkpoint(super().forward, maps, use_reentrant=False)
 
     with pytest.raises(
-        ValueError, match="where a checkpoint or torch.no_grad begins or ends in head"
+        ValueError, match=r"where a checkpoint or torch.no_grad begins or ends in head"
     ):
         ao.late_upsampling(Net(Inside()).train(), images())
 

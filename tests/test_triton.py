@@ -21,7 +21,7 @@ CASES = [
 
 
 @pytest.mark.skipif(
-    TorchVersion(triton.__version__) < (3, 7) and TorchVersion(np.__version__) >= (2, 4),
+    TorchVersion(triton.__version__) < "3.7" and TorchVersion(np.__version__) >= "2.4",
     reason="the interpreter of Triton 3.6 does not work with NumPy 2.4 and later",
 )
 def test_some_kernels():
