@@ -22,7 +22,6 @@ PAGES = (ROOT / "docs/cost.md", ROOT / "docs/frameworks.md")
 RESULTS = ROOT / "bench/results"
 MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
 RUN = RESULTS / "intel-xeon-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
-STEPS = RESULTS / "amd-epyc-avx2-2-threads.json"  # of the training steps and of inference
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
 COUNTED_OPERATIONS = RESULTS / "counted-operations.json"
 
@@ -93,11 +92,11 @@ def cases() -> str:
 
 
 def training_steps() -> str:
-    return plot_training_step.table(json.loads(STEPS.read_text()))
+    return plot_training_step.table(run())
 
 
 def inference() -> str:
-    return plot_training_step.inference(json.loads(STEPS.read_text()))
+    return plot_training_step.inference(run())
 
 
 def counted_operations() -> str:
