@@ -70,7 +70,8 @@ def _link_pixels_kernel(
     count = tl.load(counts_ptr + key, mask=valid, other=0).to(tl.uint64)
     start = tl.load(starts_ptr + key, mask=valid, other=0)
     bucket = start + ((hash_of(tl.load(seed_ptr), pixel).to(tl.uint64) * count) >> 32).to(tl.int64)
-    head = tl.atomic_xchg(first_ptr + bucket, pixel + 1, mask=valid, sem="relaxed")
+    # scope="sys": Triton 3.8 compiles no exchange of scope "gpu" for AMD (mended by triton#11019)
+    head = tl.atomic_xchg(first_ptr + bucket, pixel + 1, mask=valid, sem="relaxed", scope="sys")
     tl.store(next_ptr + pixel, head, mask=valid)
     tl.atomic_add(totals_ptr + bucket // BLOCK_P, 1, mask=valid, sem="relaxed")
 
