@@ -1,17 +1,22 @@
 """anchorops-doctor shows which backends are usable here, why others are not, and what they need.
 
-`anchorops-doctor --benchmark` also checks and times a few calls on each backend, within a minute.
+`anchorops-doctor --verify` also checks values and gradients of every operator and loss on each
+usable backend, within two minutes. `anchorops-doctor --benchmark` checks and times a few calls on
+each backend, within a minute.
 """
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +24,7 @@ from torch import Tensor
 from . import __version__
 from ._backend import (
     CPU_LIBRARY,
+    NAMES,
     OLDEST_GPU,
     TRITON_INTERPRETED,
     backends,
@@ -29,6 +35,7 @@ from ._backend import (
 from ._ops.centroid_info_nce import centroid_info_nce
 from ._ops.class_moments import class_moments, pixel_to_anchor_mse
 from .measure import DISTURBED, bandwidth, environment, example_labels, measure, moments_bytes
+from .verify import device_of, verify
 
 
 def _tool(command: list[str], line: int) -> str:
@@ -194,10 +201,52 @@ def _error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.float() - exact.float()).norm() / exact.float().norm())
 
 
+def _verify(backend: str | None, everything: bool, path: Path | None) -> bool:
+    """Prints a line for each check; True if no usable backend, or the named one, is wrong."""
+    usable = [name for name, reason in backends().items() if reason is None]
+    if backend is not None and backend not in usable:
+        print(f"\n{backend} is not usable here: {backends()[backend]}")
+        return False
+    print(f"\n{'operator':<21}{'backend':<10}{'check':<46}{'error':>7}{'limit':>9}")
+    report, found = [], []
+    for name in usable if backend is None else [backend]:
+        start, rows, operators = time.monotonic(), [], {}
+        for row in verify(name, everything):
+            print(row, flush=True)
+            rows.append(row)
+            for operator in row.operators.split() if row.right is not None else ():
+                operators[operator] = operators.get(operator, True) and row.right
+        found += rows
+        right = sum(row.right is True for row in rows)
+        wrong = [row for row in rows if row.right is False]
+        refused = sum(row.right is None for row in rows)
+        report.append(
+            f"{name}: {right} right, {len(wrong)} WRONG, {refused} not served, "
+            f"{time.monotonic() - start:.0f} s"
+        )
+        report += map(str, wrong)
+    versions = environment(device_of(found[0].backend))
+    report = [", ".join(f"{k} {v}" for k, v in versions.items()), *report]
+    print("\nAbove all else this tells us what your device computes: please paste it into an issue")
+    print("if anything is WRONG, or if your GPU is not in docs/gpu.md.\n")
+    print("\n".join(report))
+    if path is not None:
+        path.write_text(
+            json.dumps({**versions, "rows": [row._asdict() for row in found]}, indent=1)
+        )
+    return all(row.right is not False for row in found)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="anchorops-doctor", description=__doc__)
     parser.add_argument("--benchmark", action="store_true", help="check and time, within a minute")
+    parser.add_argument("--verify", action="store_true", help="check values and gradients")
+    parser.add_argument("--all", action="store_true", help="--verify: all checks of Triton, too")
+    parser.add_argument("--backend", choices=NAMES, help="--verify: only this backend")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="--verify: write the rows to it")
     options = parser.parse_args(arguments)
+    if not options.verify and (options.all or options.backend or options.json):
+        parser.error("--all, --backend and --json belong to --verify")
     for name, lines in _machine().items():
         for i, line in enumerate(lines):
             print(f"{'' if i else name:<11}{line}")
@@ -207,7 +256,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name:<11}{f'no: {reason}' if reason else 'yes'}")
         if reason:
             print(f"{'':<11}needs {_remedy(name)}")
-    right = _benchmark() if options.benchmark else True
+    right = True
+    if options.verify:
+        right = _verify(options.backend, options.all, options.json)
+    if options.benchmark:
+        right = _benchmark() and right
     fused = any(not why for name, why in reasons.items() if name != "reference")
     return 0 if fused and right else 1
 
