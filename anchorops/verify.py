@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,17 +24,16 @@ from torch import Tensor, nn
 import anchorops as ao
 
 from ._backend import TRITON_INTERPRETED
-from .losses import Regularizer
 from .measure import cuda_graph
 
 FLOOR = 2.0**-20
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MOST_WORKERS = 8  # processes that compile Triton's kernels
-Inputs = dict[str, Tensor]
+Inputs = tuple[Tensor, ...]
 
 
 class Check(NamedTuple):
-    """`ours` and `formula` are called with the inputs by name, and return a tensor or several."""
+    """`ours` and `formula` are called with the inputs, and return a tensor or several."""
 
     operators: str  # names of operators, separated by spaces
     name: str
@@ -95,16 +95,17 @@ def _between_nan(x: Tensor, device: torch.device) -> Tensor:
     return buffer.as_strided(x.shape, x.stride(), 64).copy_(x)
 
 
-def _upsampled(z: Tensor, size: Sequence[int], align: bool) -> Tensor:
+def _upsampled(z: Tensor, y: Tensor, align: bool) -> Tensor:
+    """Logits at the size of the labels."""
     if z.dim() < 4:
         return z
     mode = "bilinear" if z.dim() == 4 else "trilinear"
-    return F.interpolate(z, tuple(size), mode=mode, align_corners=align)
+    return F.interpolate(z, y.shape[1:], mode=mode, align_corners=align)
 
 
 def _pixels(z: Tensor, y: Tensor, align: bool) -> tuple[Tensor, Tensor, Tensor]:
     """log p [N, K], label and image of the valid pixels."""
-    z = _upsampled(z, y.shape[1:], align).movedim(1, -1)
+    z = _upsampled(z, y, align).movedim(1, -1)
     image = torch.arange(len(y), device=y.device).view(-1, *(1,) * (y.dim() - 1)).expand_as(y)
     return z[y >= 0].log_softmax(-1), y[y >= 0], image[y >= 0]
 
@@ -149,19 +150,52 @@ def _dice(
     return (1 - scores)[counts > 0].mean()
 
 
-def _binary(z: Tensor, y: Tensor, *, pos_weight: float = 1.0) -> Tensor:
-    z, y = _upsampled(z, y.shape[2:], False), y.expand_as(_upsampled(z, y.shape[2:], False))
-    weight = torch.full_like(z[0, 0, 0, 0], pos_weight)
-    losses = F.binary_cross_entropy_with_logits(
-        z, y.clamp(min=0).to(z), pos_weight=weight, reduction="none"
-    )
-    return losses[y >= 0].mean()
+def _with_dice(
+    z: Tensor, y: Tensor, *, squared: bool = False, per_image: bool = False, **options: Any
+) -> Tensor:
+    align = options.get("align", False)
+    dice = _dice(z, y, squared=squared, per_image=per_image, align=align)
+    return _cross_entropy(z, y, **options) + dice
+
+
+def _loss_of_pixels(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(_upsampled(z, y, False), y, ignore_index=-1, reduction="none")
+
+
+def _binary(z: Tensor, y: Tensor, *, pos_weight: float) -> Tensor:
+    z = _upsampled(z, y[:, 0], False)
+    loss = partial(F.binary_cross_entropy_with_logits, reduction="none")
+    weight = torch.as_tensor(pos_weight, dtype=z.dtype, device=z.device)
+    return loss(z, y.clamp(min=0).to(z), pos_weight=weight)[y >= 0].mean()
+
+
+def _our_divergence(s: Tensor, t: Tensor, valid: Tensor, *, temperature: float) -> Tensor:
+    size = valid.shape[1:]
+    return ao.pixel_kl_divergence(s, t, size, valid=valid, temperature=temperature)
 
 
 def _divergence(s: Tensor, t: Tensor, valid: Tensor, *, temperature: float) -> Tensor:
-    s, t = (_upsampled(x, valid.shape[1:], False).movedim(1, -1)[valid] for x in (s, t.detach()))
+    s, t = (_upsampled(x, valid, False).movedim(1, -1)[valid] for x in (s, t.detach()))
     s, t = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
     return temperature**2 * (t.exp() * (t - s)).sum(1).mean()
+
+
+def _predictions(z: Tensor, y: Tensor, *, align: bool) -> tuple[Tensor, Tensor]:
+    """Predicted classes may differ where two logits are almost equal: the logits then do not."""
+    size, z = y.shape[1:], z.detach()
+    classes, confidence = ao.pixel_argmax(z, size, align_corners=align, confidence=True)
+    return _upsampled(z.double(), y, align).gather(1, classes[:, None])[:, 0], confidence
+
+
+def _largest(z: Tensor, y: Tensor, *, align: bool) -> tuple[Tensor, Tensor]:
+    z = _upsampled(z.detach(), y, align)
+    return z.amax(1), z.softmax(1).amax(1)
+
+
+def _confusion(z: Tensor, y: Tensor) -> Tensor:
+    k = z.shape[1]
+    pairs = y * k + _upsampled(z.detach(), y, False).argmax(1)
+    return torch.bincount(pairs[y >= 0], minlength=k * k).view(k, k)
 
 
 def _mix32(x: Tensor) -> Tensor:
@@ -203,15 +237,38 @@ def _moments(
     return tuple(results)
 
 
-def _info_nce(q: Tensor, k: Tensor, p: Tensor | None, present: Tensor) -> Tensor:
+def _our_moments(f: Tensor, y: Tensor, a: Tensor | None = None, **options: Any) -> Inputs:
+    found = ao.ops.class_moments(f, y, anchors=a, ignore_index=-1, **options)
+    return found[:2] if found.sqdists is None else (*found[:2], found.sqdists)
+
+
+def _mse(f: Tensor, y: Tensor, a: Tensor) -> Tensor:
+    counts, _, sqdists = _moments(f, y, a, num_classes=len(a))
+    return sqdists.sum() / (f.shape[1] * counts.sum())
+
+
+def _our_info_nce(q: Tensor, k: Tensor, present: Tensor, p: Tensor | None = None) -> Tensor:
+    return ao.ops.centroid_info_nce(q, k, positives=p, present=present)
+
+
+def _info_nce(q: Tensor, k: Tensor, present: Tensor, p: Tensor | None = None) -> Tensor:
     rows = q if q.dim() == 3 else q[:, None]
     present = present.view(rows.shape[:2])
     logits = torch.einsum("igd,jd->igj", rows, k) / 0.07
-    positives = k[:, None] if p is None else p.view_as(rows)
-    own = (rows * positives).sum(-1, keepdim=True) / 0.07
+    own = (rows * (k[:, None] if p is None else p.view_as(rows))).sum(-1, keepdim=True) / 0.07
     others = present.any(1) & ~torch.eye(len(k), dtype=torch.bool, device=k.device)
     logits = logits.masked_fill(~others[:, None], -torch.inf)
     return (torch.cat([own, logits], -1).logsumexp(-1) - own[..., 0])[present].mean()
+
+
+def _step(make: Any, f: Tensor, w: Tensor, y: Tensor, exact: bool = False) -> Tensor:
+    """The loss of a method, new and always with the same random numbers."""
+    with torch.random.fork_rng(devices=[]), ao.use_backend("reference") if exact else nullcontext():
+        torch.manual_seed(0)
+        method = make(len(w), w.shape[1], ignore_index=-1).to(f.device, f.dtype)
+        classifier = nn.Conv2d(w.shape[1], len(w), 1).to(w)
+        classifier.weight = nn.Parameter(w.detach())
+        return method(f, y, classifier)
 
 
 class Images(NamedTuple):
@@ -244,8 +301,8 @@ IMAGES = (
 )
 
 
-def _logits(images: Images, random: torch.Generator, num_classes: int | None = None) -> Tensor:
-    shape = (2, num_classes or images.num_classes, *images.logits)
+def _logits(images: Images, random: torch.Generator) -> Tensor:
+    shape = (2, images.num_classes, *images.logits)
     z = 2 * torch.randn(shape, generator=random)
     if images.steep:
         region = _labels((2, *images.logits), shape[1], random).clamp(min=0)
@@ -256,311 +313,165 @@ def _logits(images: Images, random: torch.Generator, num_classes: int | None = N
 def _of_images() -> Iterator[Check]:
     """Every statistic of softmax moments at every shape; predictions."""
     for images in IMAGES:
-        random = _random(images.name)
-        k, align = images.num_classes, images.align
+        random, k = _random(images.name), images.num_classes
+        inputs = _logits(images, random), _labels((2, *images.labels), k, random)
+        options: Any = {"ignore_index": -1, "align_corners": images.align}
         floor = FLOOR * max(images.steep / 8, 1)  # log Σ e^z is float32
-        inputs = {"z": _logits(images, random), "y": _labels((2, *images.labels), k, random)}
         weight = torch.rand(k, generator=random) + 0.5
 
-        def ours(z: Tensor, y: Tensor, align: bool = align) -> Tensor:
-            return ao.pixel_cross_entropy(z, y, ignore_index=-1, align_corners=align)
-
-        def formula(z: Tensor, y: Tensor, align: bool = align) -> Tensor:
-            return _cross_entropy(z, y, align=align)
-
-        of_images = f", {images.name}"
-        yield Check(
-            "softmax_moments",
-            "cross-entropy" + of_images,
-            inputs,
-            ours,
-            formula,
-            images.quick,
-            floor,
-        )
-        for name, squared, options in (
-            ("cross-entropy + Dice", False, {}),
-            ("all options", True, {"label_smoothing": 0.1, "focal_gamma": 1.5}),
+        plain = partial(ao.pixel_cross_entropy, **options)
+        pair = ao.CrossEntropy(**options), ao.Dice(**options)
+        ce = ao.CrossEntropy(weight, label_smoothing=0.1, focal_gamma=1.5, **options)
+        dice = ao.Dice(squared=True, per_image=True, **options)
+        shaped = {"smoothing": 0.1, "gamma": 1.5, "weight": weight}
+        exact = partial(_with_dice, squared=True, per_image=True, **shaped)
+        predict = partial(_predictions, align=images.align)
+        often = images.name in ("4×", "1×", "1.5×")
+        for name, operators, ours, formula, quick in (
+            ("cross-entropy", "", plain, _cross_entropy, images.quick),
+            ("cross-entropy + Dice", "", ao.CrossEntropyDice(*pair), _with_dice, often),
+            ("all options", "", ao.CrossEntropyDice(ce, dice), exact, often),
+            ("argmax, confidence", "pixel_argmax ", predict, _largest, often),
         ):
-
-            def both(
-                z: Tensor, y: Tensor, weight=weight, align=align, squared=squared, options=options
-            ) -> Tensor:
-                common: Any = {"align_corners": align, "ignore_index": -1}
-                ce = ao.CrossEntropy(weight if squared else None, **options, **common)
-                dice = ao.Dice(squared=squared, per_image=squared, **common)
-                return ao.CrossEntropyDice(ce, dice).to(z.device)(z, y)
-
-            def exact(
-                z: Tensor, y: Tensor, weight=weight, align=align, squared=squared, options=options
-            ) -> Tensor:
-                smoothing, gamma = (options.get(x, 0) for x in ("label_smoothing", "focal_gamma"))
-                w = weight if squared else None
-                ce = _cross_entropy(z, y, weight=w, smoothing=smoothing, gamma=gamma, align=align)
-                return ce + _dice(z, y, squared=squared, per_image=squared, align=align)
-
-            quick = images.quick and images.name in ("4×", "1×", "1.5×")
-            yield Check("softmax_moments", name + of_images, inputs, both, exact, quick, floor)
-        size = images.labels
-
-        def predicted(z: Tensor, y: Tensor, size=size, align=align) -> tuple[Tensor, ...]:
-            classes, confidence = ao.pixel_argmax(z, size, align_corners=align, confidence=True)
-            up = _upsampled(z.detach().double(), size, align)
-            return up.gather(1, classes[:, None])[:, 0], confidence
-
-        def largest(z: Tensor, y: Tensor, size=size, align=align) -> tuple[Tensor, ...]:
-            up = _upsampled(z.detach(), size, align)
-            return up.amax(1), up.softmax(1).amax(1)
-
-        yield Check(
-            "pixel_argmax softmax_moments",
-            "argmax, confidence" + of_images,
-            inputs,
-            predicted,
-            largest,
-            images.name in ("4×", "1×"),
-            floor,
-        )
+            operators, name = f"{operators}softmax_moments", f"{name}, {images.name}"
+            formula = partial(formula, align=images.align)
+            yield Check(operators, name, inputs, ours, formula, quick, floor)
 
 
 def _base() -> Inputs:
-    images, random = IMAGES[0], _random("base")
-    return {"z": _logits(images, random), "y": _labels((2, *images.labels), 19, random)}
+    random = _random("base")
+    return _logits(IMAGES[0], random), _labels((2, *IMAGES[0].labels), 19, random)
 
 
 def _of_losses() -> Iterator[Check]:
     """The options of pixel losses, sigmoids, points, volumes, divergence, confusion."""
-    images, random = IMAGES[0], _random("losses")
-    base, moments = _base(), "softmax_moments"
-    z, y = base["z"], base["y"]
-
-    def losses(**options: Any) -> Callable[..., Tensor]:
-        return lambda z, y, v=None: ao.CrossEntropy(ignore_index=-1, **options)(z, y, v)
-
-    ohem = losses(ohem=0.3)
-    yield Check(moments, "OHEM", base, ohem, lambda z, y: _cross_entropy(z, y, ohem=0.3))
-    yield Check(
-        "kth_largest softmax_moments",
-        "OHEM of a number",
-        base,
-        losses(ohem_kept=2000),
-        lambda z, y: _cross_entropy(z, y, kept=2000),
-    )
+    random, moments, (z, y) = _random("losses"), "softmax_moments", _base()
+    plain, ce = partial(ao.pixel_cross_entropy, ignore_index=-1), _cross_entropy
+    hard = ao.CrossEntropy(ohem=0.3, ignore_index=-1)
+    yield Check(moments, "OHEM", (z, y), hard, partial(ce, ohem=0.3))
+    hard = ao.CrossEntropy(ohem_kept=2000, ignore_index=-1)
+    yield Check(f"kth_largest {moments}", "OHEM of a number", (z, y), hard, partial(ce, kept=2000))
     v = torch.rand(y.shape, generator=random)
-    weights = {**base, "v": v.masked_fill(v < 0.1, 0)}
-    yield Check(moments, "pixel weights", weights, losses(), _cross_entropy)
-    yield Check(
-        moments,
-        "a loss for each pixel",
-        base,
-        lambda z, y: ao.pixel_cross_entropy(z, y, ignore_index=-1, reduction="none"),
-        lambda z, y: F.cross_entropy(
-            _upsampled(z, y.shape[1:], False), y, ignore_index=-1, reduction="none"
-        ),
-    )
+    weighted = z, y, v.masked_fill(v < 0.1, 0)
+    yield Check(moments, "pixel weights", weighted, ao.CrossEntropy(ignore_index=-1), ce)
+    unreduced = partial(plain, reduction="none")
+    yield Check(moments, "a loss for each pixel", (z, y), unreduced, _loss_of_pixels)
     hidden, ignored = z.clone(), y.clone()
     hidden[:, :, :3], ignored[:, :20] = torch.nan, -1
-    yield Check(moments, "NaN where ignored", {"z": hidden, "y": ignored}, losses(), _cross_entropy)
+    yield Check(moments, "NaN where ignored", (hidden, ignored), plain, ce)
     infinite = z.clone()
     infinite[:, -1] = -torch.inf  # the absent class
-    yield Check(
-        moments,
-        "a class of −∞",
-        {"z": infinite, "y": y},
-        losses(),
-        lambda z, y: _cross_entropy(z[:, :-1], y),
-    )
-    points = {
-        "z": torch.randn(3000, 19, generator=random),
-        "y": _labels((3000,), 19, random),
-    }
-    yield Check(moments, "points", points, losses(), _cross_entropy)
-    bytes_ = {"z": z, "y": torch.where(y < 0, 255, y).to(torch.uint8)}
-    yield Check(
-        moments,
-        "labels of uint8",
-        bytes_,
-        lambda z, y: ao.pixel_cross_entropy(z, y),
-        lambda z, y: F.cross_entropy(_upsampled(z, y.shape[1:], False), y.long(), ignore_index=255),
-    )
-    for channels, pos_weight in ((1, 1.0), (3, 2.5)):
-        binary = {
-            "z": _logits(images, random, channels),
-            "y": _labels((2 * channels, *images.labels), 3, random).view(
-                2, channels, *images.labels
-            ),
-        }
-        yield Check(
-            moments,
-            f"binary cross-entropy, {channels} channels",
-            binary,
-            lambda z, y, w=pos_weight: ao.pixel_binary_cross_entropy(
-                z, y, pos_weight=w, ignore_index=-1
-            ),
-            lambda z, y, w=pos_weight: _binary(z, y, pos_weight=w),
-        )
-    for name, teacher, temperature in (("same size", (20, 24), 3.0), ("other size", (10, 12), 1.0)):
-        divergence = {
-            "s": z,
-            "t": 2 * torch.randn(2, 19, *teacher, generator=random),
-            "valid": y >= 0,
-        }
-        yield Check(
-            "pixel_kl_divergence",
-            f"divergence, teacher of the {name}",
-            divergence,
-            lambda s, t, valid, c=temperature: ao.pixel_kl_divergence(
-                s, t, valid.shape[1:], valid=valid, temperature=c
-            ),
-            lambda s, t, valid, c=temperature: _divergence(s, t, valid, temperature=c),
-        )
-    volume = {
-        "z": torch.randn(2, 5, 6, 9, 10, generator=random),
-        "y": _labels((2, 17, 18, 20), 5, random),
-    }
-    yield Check(
-        moments,
-        "volume, cross-entropy + Dice",
-        volume,
-        lambda z, y: ao.CrossEntropyDice(ignore_index=-1)(z, y),
-        lambda z, y: _cross_entropy(z, y) + _dice(z, y),
-    )
-    yield Check(
-        "pixel_kl_divergence",
-        "volume, divergence",
-        {"s": volume["z"], "t": volume["z"].flip(1), "valid": volume["y"] >= 0},
-        lambda s, t, valid: ao.pixel_kl_divergence(s, t, valid.shape[1:], valid=valid),
-        lambda s, t, valid: _divergence(s, t, valid, temperature=1.0),
-        False,
-    )
+    yield Check(moments, "a class of −∞", (infinite, y), plain, lambda z, y: ce(z[:, :-1], y))
+    points = torch.randn(3000, 19, generator=random), _labels((3000,), 19, random)
+    yield Check(moments, "points", points, plain, ce)
+    volume = torch.randn(2, 5, 6, 9, 10, generator=random), _labels((2, 17, 18, 20), 5, random)
+    both = ao.CrossEntropyDice(ignore_index=-1)
+    yield Check(moments, "volume, cross-entropy + Dice", volume, both, _with_dice)
+    as_bytes = torch.where(y < 0, 255, y).to(torch.uint8)
+    signed = lambda z, y: ce(z, torch.where(y == 255, -1, y.long()))  # noqa: E731
+    yield Check(moments, "labels of uint8", (z, as_bytes), ao.pixel_cross_entropy, signed)
+    for channels, weight in ((1, 1.0), (3, 2.5)):
+        labels = _labels((2 * channels, 80, 96), 3, random).view(2, channels, 80, 96)
+        binary = partial(ao.pixel_binary_cross_entropy, pos_weight=weight, ignore_index=-1)
+        name = f"binary cross-entropy, {channels} channels"
+        formula = partial(_binary, pos_weight=weight)
+        yield Check(moments, name, (z[:, :channels], labels), binary, formula)
+    student, teacher = z, torch.randn(2, 19, 10, 12, generator=random)
+    for name, given, temperature in (
+        ("divergence, temperature 3", (student, z.flip(1), y >= 0), 3.0),
+        ("divergence, small teacher", (student, teacher, y >= 0), 1.0),
+        ("volume, divergence", (volume[0], volume[0].flip(1), volume[1] >= 0), 1.0),
+    ):
+        ours = partial(_our_divergence, temperature=temperature)
+        formula = partial(_divergence, temperature=temperature)
+        yield Check("pixel_kl_divergence", name, given, ours, formula)
+    counts = partial(ao.pixel_confusion, ignore_index=-1)
+    yield Check("confusion pixel_argmax", "confusion", (z, y), counts, _confusion)
 
-    def matrix(z: Tensor, y: Tensor) -> Tensor:
-        predicted = _upsampled(z.detach(), y.shape[1:], False).argmax(1)
-        return torch.bincount((y * 19 + predicted)[y >= 0], minlength=361).view(19, 19)
 
-    yield Check(
-        "confusion pixel_argmax",
-        "confusion",
-        base,
-        lambda z, y: ao.pixel_confusion(z, y, ignore_index=-1),
-        matrix,
-    )
+class Features(NamedTuple):
+    name: str
+    num_classes: int
+    shape: tuple[int, int, int, int]
+    layout: str = "planes"
+    dtype: torch.dtype = F32
+    groups: int = 1
+    per_image: bool = False
+    quick: bool = False
+
+
+FEATURES = (
+    Features("planes", 5, (2, 40, 16, 32), quick=True),
+    Features("planes, bfloat16", 40, (2, 40, 16, 32), dtype=BF16, quick=True),
+    Features("13 × 13, float16", 5, (3, 33, 13, 13), dtype=F16),
+    Features("cropped", 40, (2, 40, 13, 21), "cropped", quick=True),
+    Features("channels last", 5, (2, 40, 16, 32), "channels last", quick=True),
+    Features("channels last, bfloat16", 40, (2, 33, 16, 32), "channels last", BF16),
+    Features("lines of 3", 5, (4, 16, 9, 3)),
+    Features("1,100 classes", 1100, (2, 24, 40, 40), quick=True),
+    Features("each image", 5, (3, 40, 16, 32), per_image=True),
+    Features("3 groups", 5, (2, 40, 16, 32), groups=3, quick=True),
+)
 
 
 def _of_features() -> Iterator[Check]:
-    """Class moments by every kernel, squared distances, InfoNCE, the methods."""
-    for name, layout, dtype, dim, size, k, options, quick in (
-        ("planes", "planes", F32, 40, (2, 16, 32), 5, {}, True),
-        ("planes, bfloat16", "planes", BF16, 40, (2, 16, 32), 40, {}, True),
-        ("13 × 13, float16", "planes", F16, 33, (3, 13, 13), 5, {}, False),
-        ("cropped", "cropped", F32, 40, (2, 13, 21), 40, {}, True),
-        ("channels last", "channels last", F32, 40, (2, 16, 32), 5, {}, True),
-        ("channels last, 33 channels", "channels last", BF16, 33, (2, 16, 32), 40, {}, False),
-        ("lines of 3", "planes", F32, 16, (4, 9, 3), 5, {}, False),
-        ("1,100 classes", "planes", F32, 24, (2, 40, 40), 1100, {}, True),
-        ("each image", "planes", F32, 40, (3, 16, 32), 5, {"per_image": True}, False),
-        ("3 groups", "planes", F32, 40, (2, 16, 32), 5, {"groups": 3, "seed": 7}, True),
-    ):
-        random = _random(name)
-        y = _labels((size[0], 2 * size[1], 2 * size[2]), k, random)
-        f = 1 + torch.randn(size[0], dim, *size[1:], generator=random)
-        ignored = F.interpolate(y[:, None].double(), f.shape[2:]) < 0
-        f = _in_layout(f.masked_fill(ignored, torch.nan).to(dtype), layout)
-        a = torch.randn(k, dim, generator=random)
-        operators = "class_moments split_groups" if "groups" in options else "class_moments"
+    """Class moments by every kernel, squared distances."""
+    for features in FEATURES:
+        random, k, size = _random(features.name), features.num_classes, features.shape
+        y = _labels((size[0], 2 * size[2], 2 * size[3]), k, random)
+        f = 1 + torch.randn(size, generator=random)
+        f = f.masked_fill(F.interpolate(y[:, None].double(), size[2:]) < 0, torch.nan)
+        f = _in_layout(f.to(features.dtype), features.layout)
+        inputs = f, y, torch.randn(k, size[1], generator=random)
+        groups, per_image = features.groups, features.per_image
+        operators = "class_moments split_groups" if groups > 1 else "class_moments"
+        options = {"num_classes": k, "groups": groups, "per_image": per_image, "seed": 7}
+        ours, formula = partial(_our_moments, **options), partial(_moments, **options)
+        name, quick = features.name, features.quick
+        yield Check(operators, f"sums, distances, {name}", inputs, ours, formula, quick)
+        yield Check(operators, f"sums, {name}", inputs[:2], ours, formula, False)
+        if groups == 1 and not per_image:
+            mse, often = partial(ao.pixel_to_anchor_mse, ignore_index=-1), name == "planes"
+            yield Check(operators, f"pixel-to-anchor MSE, {name}", inputs, mse, _mse, often)
 
-        def ours(f: Tensor, y: Tensor, a=None, k=k, options=options) -> tuple[Tensor, ...]:
-            found = ao.ops.class_moments(f, y, k, anchors=a, ignore_index=-1, **options)
-            return found[: 2 + (a is not None)]
 
-        def formula(f: Tensor, y: Tensor, a=None, k=k, options=options) -> tuple[Tensor, ...]:
-            return _moments(f, y, a, num_classes=k, **options)
-
-        yield Check(
-            operators, f"sums, distances, {name}", {"f": f, "y": y, "a": a}, ours, formula, quick
-        )
-        yield Check(operators, f"sums, {name}", {"f": f, "y": y}, ours, formula, False)
-        if not options:
-            yield Check(
-                "class_moments",
-                f"pixel-to-anchor MSE, {name}",
-                {"f": f, "y": y, "a": a},
-                lambda f, y, a: ao.pixel_to_anchor_mse(f, y, a, ignore_index=-1),
-                lambda f, y, a, k=k: (
-                    _moments(f, y, a, num_classes=k)[2].sum()
-                    / (f.shape[1] * _moments(f, y, num_classes=k)[0].sum())
-                ),
-                name == "planes",
-            )
+def _of_centroids() -> Iterator[Check]:
+    """Centroid InfoNCE, and one step of each method."""
     for name, groups, positives in (("rows", 0, True), ("groups", 3, True), ("keys", 0, False)):
-        random = _random(name)
-        shape = (21, groups, 40) if groups else (21, 40)
-        q = {"q": F.normalize(torch.randn(shape, generator=random), dim=-1)}
-        q["k"] = F.normalize(torch.randn(21, 40, generator=random), dim=-1)
-        if positives:
-            q["p"] = F.normalize(torch.randn(shape, generator=random), dim=-1)
-        q["present"] = torch.rand(shape[:-1], generator=random) < 0.7
-        q["present"][:2], q["present"][-1] = False, True
-        yield Check(
-            "centroid_info_nce",
-            f"InfoNCE, {name}",
-            q,
-            lambda q, k, present, p=None: ao.ops.centroid_info_nce(
-                q, k, positives=p, present=present
-            ),
-            lambda q, k, present, p=None: _info_nce(q, k, p, present),
-            name != "rows",
-        )
+        random, shape = _random(name), (21, groups, 40) if groups else (21, 40)
+        present = torch.rand(shape[:-1], generator=random) < 0.7
+        present[:2], present[-1] = False, True
+        q, p = (F.normalize(torch.randn(shape, generator=random), dim=-1) for _ in range(2))
+        k = F.normalize(torch.randn(21, 40, generator=random), dim=-1)
+        given = (q, k, present, p) if positives else (q, k, present)
+        name, quick = f"InfoNCE, {name}", name != "rows"
+        yield Check("centroid_info_nce", name, given, _our_info_nce, _info_nce, quick)
+    of_centroids = "centroid_info_nce split_groups class_moments"
     for name, make, operators in (
-        ("SAR", lambda: ao.SAR(7, 24, gate="per_class", delta=0.0), "class_moments"),
-        ("CBP", lambda: ao.CBP(7, 24), "class_moments"),
-        ("OCCL", lambda: ao.OCCL(7, 24), "centroid_info_nce split_groups class_moments"),
-        ("MVSC", lambda: ao.MVSC(7, 24), "centroid_info_nce split_groups class_moments"),
-        (
-            "CeCo",
-            lambda: ao.CeCo(7, 24, reduced_dim=8, center_dim=14, dropout=0.0),
-            "upsampled_sums",
-        ),
+        ("SAR", partial(ao.SAR, gate="per_class", delta=0.0), "class_moments"),
+        ("CBP", ao.CBP, "class_moments"),
+        ("OCCL", ao.OCCL, of_centroids),
+        ("MVSC", ao.MVSC, of_centroids),
+        ("CeCo", partial(ao.CeCo, reduced_dim=8, center_dim=14, dropout=0.0), "upsampled_sums"),
     ):
         random = _random(name)
-        inputs = {
-            "f": 1 + torch.randn(2, 24, 12, 16, generator=random),
-            "w": torch.randn(7, 24, 1, 1, generator=random),
-            "y": _labels((2, 24, 32), 7, random),
-        }
-
-        def step(f: Tensor, w: Tensor, y: Tensor, make=make, exact: bool = False) -> Tensor:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                method: Regularizer = make().to(f.device, f.dtype)
-                method.ignore_index = -1
-                classifier = nn.Conv2d(24, 7, 1).to(w)
-                classifier.weight = nn.Parameter(w.detach())
-                with ao.use_backend("reference") if exact else nullcontext():
-                    return method(f, y, classifier)
-
+        f = 1 + torch.randn(2, 24, 12, 16, generator=random)
+        w, y = torch.randn(7, 24, 1, 1, generator=random), _labels((2, 24, 32), 7, random)
+        ours, exact = partial(_step, make), partial(_step, make, exact=True)
         yield Check(
-            operators,
-            f"a step of {name}",
-            inputs,
-            step,
-            lambda f, w, y, step=step: step(f, w, y, exact=True),
-            name in ("CeCo", "OCCL"),
+            operators, f"a step of {name}", (f, w, y), ours, exact, name in ("CeCo", "OCCL")
         )
 
 
 def checks() -> list[Check]:
     """All checks; their inputs are the same numbers on every machine."""
-    return [*_of_losses(), *_of_features(), *_of_images()]
+    return [*_of_losses(), *_of_features(), *_of_centroids(), *_of_images()]
 
 
 def _evaluate(function: Callable[..., Any], inputs: Inputs, seed: str) -> list[Tensor | None]:
     """The outputs, and the gradients of all floating inputs, of a random sum of the outputs."""
-    leaves = {
-        name: x.detach().requires_grad_() if x.is_floating_point() else x
-        for name, x in inputs.items()
-    }
-    outputs = function(**leaves)
+    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    outputs = function(*leaves)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     random, total = _random(seed), None
     for output in outputs:
@@ -568,7 +479,7 @@ def _evaluate(function: Callable[..., Any], inputs: Inputs, seed: str) -> list[T
         if output.requires_grad:
             part = (output * weights.to(output)).sum()
             total = part if total is None else total + part
-    floating = [x for x in leaves.values() if x.is_floating_point()]
+    floating = [x for x in leaves if x.is_floating_point()]
     gradients = [None for _ in floating]
     if total is not None:
         gradients = torch.autograd.grad(total, floating, allow_unused=True)
@@ -600,16 +511,15 @@ def run(check: Check, backend: str, device: torch.device) -> Row:
         seconds = time.monotonic() - start
         return Row(check.operators, backend, check.name, error, limit, right, note, seconds)
 
-    inputs = {name: _between_nan(x, device) for name, x in check.inputs.items()}
+    inputs = tuple(_between_nan(x, device) for x in check.inputs)
     wide, narrow = (
-        {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
-        for dtype in (F64, F32)
+        tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs) for dtype in (F64, F32)
     )
     exact, rounded = (_evaluate(check.formula, x, check.name) for x in (wide, narrow))
     try:
         with ao.use_backend(backend):
-            ours = _evaluate(check.ours, inputs, check.name)
-            again = _evaluate(check.ours, inputs, check.name)
+            function = check.ours.to(device) if isinstance(check.ours, nn.Module) else check.ours
+            ours, again = (_evaluate(function, inputs, check.name) for _ in range(2))
     except Exception as error:  # whatever a compiler or a driver raises is what the user must see
         if "does not support this call" in str(error):
             return row(0.0, 0.0, None)
@@ -620,7 +530,7 @@ def run(check: Check, backend: str, device: torch.device) -> Row:
             if (one is None) != (right is None):
                 return row(torch.inf, 0.0, False, "a gradient is missing")
             continue
-        if not torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (one, two))):
+        if not torch.equal(*(x.flatten().contiguous().view(torch.uint8) for x in (one, two))):
             return row(torch.inf, 0.0, False, "a second call gives other bits")
         worst = max(
             worst, _error(one, right, other, check.floor), key=lambda found: found[0] / found[1]
@@ -635,8 +545,8 @@ def _environments(device: torch.device) -> dict[str, Callable[[Inputs], list[Ten
         return ao.pixel_cross_entropy(z, y, ignore_index=-1)
 
     def call(inputs: Inputs, function: Callable[..., Tensor] = loss) -> list[Tensor]:
-        z = inputs["z"].detach().requires_grad_()
-        value = function(z, inputs["y"])
+        z = inputs[0].detach().requires_grad_()
+        value = function(z, inputs[1])
         return [value.detach(), *torch.autograd.grad(value, z)]
 
     def compiled(inputs: Inputs) -> list[Tensor]:
@@ -655,7 +565,9 @@ def _environments(device: torch.device) -> dict[str, Callable[[Inputs], list[Ten
         return found
 
     def graph(inputs: Inputs) -> list[Tensor]:
-        return cuda_graph(lambda: call(inputs))()
+        found = cuda_graph(lambda: call(inputs))()
+        assert isinstance(found, list)
+        return found
 
     def without_synchronising(inputs: Inputs) -> list[Tensor]:
         torch.cuda.set_sync_debug_mode("error")
@@ -665,7 +577,7 @@ def _environments(device: torch.device) -> dict[str, Callable[[Inputs], list[Ten
             torch.cuda.set_sync_debug_mode("default")
 
     def other_gpu(inputs: Inputs) -> list[Tensor]:
-        found = call({name: x.to("cuda:1") for name, x in inputs.items()})
+        found = call(tuple(x.to("cuda:1") for x in inputs))
         return [x.to(device) for x in found]
 
     ways = {"a plain call": call, "torch.compile, fullgraph": compiled, "autocast": autocast}
@@ -686,7 +598,7 @@ def device_of(backend: str) -> torch.device:
 
 def environment_rows(backend: str, device: torch.device) -> Iterator[Row]:
     """The ways to call a loss, of which the first gives what the others must give."""
-    inputs = {name: _between_nan(x, device) for name, x in _base().items()}
+    inputs = tuple(_between_nan(x, device) for x in _base())
     expected: list[Tensor] = []
     for name, way in _environments(device).items():
         start, error, note = time.monotonic(), torch.inf, ""

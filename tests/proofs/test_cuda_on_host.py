@@ -132,3 +132,7 @@ def test_kernels(flavour: str):
         warnings.warn(f"ThreadSanitizer, first run:\n{run.stderr[-8000:]}", stacklevel=1)
         run = subprocess.run(command, env=_environment(flavour), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-8000:]
+    if flavour == "plain":
+        command = [sys.executable, "-m", "anchorops.doctor", "--verify", "--backend", "cuda"]
+        run = subprocess.run(command, env=_environment(flavour), capture_output=True, text=True)
+        assert run.returncode == 0 and ", 0 WRONG" in run.stdout, run.stdout + run.stderr

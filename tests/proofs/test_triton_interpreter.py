@@ -24,3 +24,11 @@ def test_triton_interpreter(first: int):
         command, env=os.environ | {"TRITON_INTERPRET": "True"}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+def test_verify():
+    command = [sys.executable, "-m", "anchorops.doctor", "--verify", "--backend", "triton"]
+    run = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "True"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and ", 0 WRONG, 0 not served" in run.stdout, run.stdout + run.stderr
