@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from . import _program as _program  # first: it hears signals while torch is imported
+from . import _verdicts
 from . import anchors as anchors
 from . import ops as ops
 from ._attach import Attachment, attach
@@ -64,6 +65,7 @@ if importlib.util.find_spec("torchmetrics"):  # otherwise `from anchorops import
     __all__ += ["MeanIoU"]
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
+_verdicts.load(__version__)
 
 # Names that have moved, and their modules; they are removed in 0.2.
 _MOVED = dict.fromkeys(ops.__all__, "ops") | dict.fromkeys(anchors.__all__, "anchors")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice
+from ._verdicts import found_wrong
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 # The major compute capability that cuda and triton need: our CUDA sources for asynchronous copies
@@ -192,7 +193,9 @@ def backends() -> dict[str, str | None]:
     capability below 8.0 are served by `reference` alone. Usable does not mean every call: `cuda`
     leaves class moments of more than 1,024 keys (images × classes × groups), and pixel losses with
     label smoothing, a focal factor or hard examples, and pixel_kl_divergence, to `triton`; both
-    leave float64 to `reference`."""
+    leave float64 to `reference`. A backend of which `anchorops-doctor --verify` found an operator
+    wrong is usable too: "auto" does not take it for this operator, and warns; `anchorops-doctor`
+    names the operators."""
     reasons = dict(_MISSING)
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     too_old = [_too_old(gpu) for gpu in gpus]
@@ -221,8 +224,10 @@ class use_backend:
     compute capability below 8.0 it is `reference`. Class moments of more than 1,024 keys (images ×
     classes × groups) use `triton`, and so do pixel losses with label smoothing, a focal factor or
     hard examples, and pixel_kl_divergence. Float64, and more classes than they support, use
-    `reference`. For CPU tensors it is `cpu`, for all others `reference`. A backend chosen by name
-    raises an error if it does not support a call; it is never silently replaced by another one.
+    `reference`. For CPU tensors it is `cpu`, for all others `reference`. An operator that
+    `anchorops-doctor --verify` found wrong on the device is not selected there. A backend chosen by
+    name raises an error if it does not support a call; it is never silently replaced by another
+    one. If one of its operators was found wrong, a call of it warns.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not usable here.
     """
@@ -290,6 +295,7 @@ def select(
     tensor: Tensor,
     num_classes: int,
     *,
+    runs: Sequence[str] = (),
     num_keys: int = 0,
     shapes_losses: bool = False,
     operators: Sequence[str] = NAMES,
@@ -298,22 +304,27 @@ def select(
     the chosen backend does not support it.
 
     Args:
+        runs: the operators that the call runs, if not the one of the name `function`.
         num_keys: of class moments, the number of keys.
         shapes_losses: of softmax moments, whether a loss has label smoothing, a focal factor or a
             smallest value.
         operators: the backends that have this operator, besides `reference`.
     """
-    chosen = _choice.backend
+    chosen, runs = _choice.backend, runs or (function,)
     if chosen != "auto":
         reason = _why_not(chosen, tensor, num_classes, num_keys, shapes_losses, operators)
         if reason:
             raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
+        found_wrong(chosen, tensor.device, runs, used=True)  # it warns
         return chosen
-    for name in NAMES:
+    for name in NAMES[:-1]:
         # Interpreted and emulated kernels are for tests: they are never selected automatically.
         unusable = _MISSING[name] or _ON_HOST.get(name)
         if not (
-            unusable or _why_not(name, tensor, num_classes, num_keys, shapes_losses, operators)
+            unusable
+            or _why_not(name, tensor, num_classes, num_keys, shapes_losses, operators)
+            or found_wrong(name, tensor.device, runs)
         ):
             return name
+    found_wrong("reference", tensor.device, runs, used=True)
     return "reference"

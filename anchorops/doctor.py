@@ -34,6 +34,7 @@ from ._backend import (
 )
 from ._ops.centroid_info_nce import centroid_info_nce
 from ._ops.class_moments import class_moments, pixel_to_anchor_mse
+from ._verdicts import ON_GPU, VERIFY, device_name, verified, wrong
 from .measure import DISTURBED, bandwidth, environment, example_labels, measure, moments_bytes
 from .verify import device_of, verify
 
@@ -218,13 +219,13 @@ def _verify(backend: str | None, everything: bool, path: Path | None) -> bool:
                 operators[operator] = operators.get(operator, True) and row.right
         found += rows
         right = sum(row.right is True for row in rows)
-        wrong = [row for row in rows if row.right is False]
+        faults = [row for row in rows if row.right is False]
         refused = sum(row.right is None for row in rows)
         report.append(
-            f"{name}: {right} right, {len(wrong)} WRONG, {refused} not served, "
+            f"{name}: {right} right, {len(faults)} WRONG, {refused} not served, "
             f"{time.monotonic() - start:.0f} s"
         )
-        report += map(str, wrong)
+        report += map(str, faults)
     versions = environment(device_of(found[0].backend))
     report = [", ".join(f"{k} {v}" for k, v in versions.items()), *report]
     print("\nAbove all else this tells us what your device computes: please paste it into an issue")
@@ -235,6 +236,23 @@ def _verify(backend: str | None, everything: bool, path: Path | None) -> bool:
             json.dumps({**versions, "rows": [row._asdict() for row in found]}, indent=1)
         )
     return all(row.right is not False for row in found)
+
+
+def _usable(backend: str) -> str:
+    """That the backend is usable here, and what `--verify` found."""
+    devices = [torch.device("cpu")]
+    if backend in ON_GPU:
+        gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        devices = [torch.device("cuda", i) for i in gpus]
+    found = []
+    for device in devices:
+        if operators := sorted(wrong(backend, device)):
+            found.append(f"WRONG on {device_name(device)}: {', '.join(operators)}")
+        elif verified(backend, device):
+            found.append(f"verified on {device_name(device)}")
+        elif backend in ON_GPU:
+            found.append(f"never verified on {device_name(device)} ({VERIFY})")
+    return ", ".join(dict.fromkeys(["yes", *found]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -253,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{'backend':<11}usable")
     reasons = backends()
     for name, reason in reasons.items():
-        print(f"{name:<11}{f'no: {reason}' if reason else 'yes'}")
+        print(f"{name:<11}{f'no: {reason}' if reason else _usable(name)}")
         if reason:
             print(f"{'':<11}needs {_remedy(name)}")
     right = True

@@ -12,9 +12,15 @@ them. Without the mark, a case runs everywhere but on a GPU.
 
 import contextlib
 import ctypes
+import os
 import platform
+import shutil
+import tempfile
 from collections.abc import Iterator
 from importlib import metadata
+
+# The user's verdicts are neither read nor written, also not by processes that the tests start.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="anchorops-")
 
 import numpy as np
 import pytest
@@ -29,6 +35,10 @@ ON_A_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in GPU]
 PLACES = {"triton": ["interpreter"], "cuda": ["emulator"]}.get(
     BACKEND, ["reference", "cpu", *ON_A_GPU]
 )
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_report_header() -> str:

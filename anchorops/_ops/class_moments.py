@@ -294,7 +294,8 @@ def unchecked_moments(
     operators do not compute them, and `sums` is empty."""
     images = features.shape[0] if options["per_image"] and features.dim() > 2 else 1
     num_keys = images * num_classes * options["groups"]
-    backend = select("class_moments", features, num_classes, num_keys=num_keys)
+    runs = ("class_moments", "split_groups") if options["groups"] > 1 else ("class_moments",)
+    backend = select("class_moments", features, num_classes, runs=runs, num_keys=num_keys)
     if backend == "reference":
         return reference.class_moments(features, labels, num_classes, anchors=anchors, **options)
     keys, counts = class_keys(features, labels, num_classes, backend=backend, **options)
@@ -369,7 +370,7 @@ def pixel_to_anchor_mse(
     num_classes = shape_of(anchors)[0]
     ignored = _check_inputs(function, features, labels, num_classes, ignore_index, check_labels)
     check_choice(function, "reduction", reduction, ("mean", "sum"))
-    backend = select(function, features, num_classes, num_keys=num_classes)
+    backend = select(function, features, num_classes, runs=("class_moments",), num_keys=num_classes)
     if backend == "reference":
         return reference.pixel_to_anchor_mse(
             features, labels, anchors, ignore_index=ignored, reduction=reduction

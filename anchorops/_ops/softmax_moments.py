@@ -376,7 +376,13 @@ def unchecked_moments(
     else:
         logits, labels, pixel_weights = _as_images(logits, labels, options.pixel_weights)
         options = options._replace(pixel_weights=pixel_weights)
-    backend = select(function, logits, logits.shape[1], shapes_losses=shapes_losses(options))
+    backend = select(
+        function,
+        logits,
+        logits.shape[1],
+        runs=("softmax_moments",),
+        shapes_losses=shapes_losses(options),
+    )
     if logits.shape[1] == 1 and backend != "cpu":
         logits = torch.cat([torch.zeros_like(logits), logits], 1)
     if backend == "reference":
