@@ -1,42 +1,36 @@
 """anchorops-doctor shows which backends are usable here, why others are not, and what they need.
 
-`anchorops-doctor --verify` also checks values and gradients of every operator and loss on each
-usable backend, within two minutes. `anchorops-doctor --benchmark` checks and times a few calls on
-each backend, within a minute.
+`anchorops-doctor --verify` also checks values and gradients of all operators on each usable
+backend, within two minutes on a CPU, and remembers the verdict. `anchorops-doctor --benchmark`
+also times losses on each backend, beside torch's own formulas; it takes a minute on a CPU.
 """
 
 import argparse
 import importlib.util
-import json
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from . import __version__
 from ._backend import (
     CPU_LIBRARY,
     NAMES,
     OLDEST_GPU,
-    TRITON_INTERPRETED,
     backends,
     build_info,
     triton_obstacle,
-    use_backend,
 )
-from ._ops.centroid_info_nce import centroid_info_nce
-from ._ops.class_moments import class_moments, pixel_to_anchor_mse
+from ._doctor_benchmark import benchmark
 from ._verdicts import ON_GPU, VERIFY, device_name, verified, wrong
-from .measure import DISTURBED, bandwidth, environment, example_labels, measure, moments_bytes
-from .verify import device_of, verify
+from .measure import environment
+from .verify import report
 
 
 def _tool(command: list[str], line: int) -> str:
@@ -114,130 +108,6 @@ def _machine() -> dict[str, list[str]]:
     }
 
 
-CPU_SIZE, GPU_SIZE = (1, 256, 128, 256), (4, 512, 128, 256)
-Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # of features, labels, anchors
-
-
-def _moments(features: Tensor, labels: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
-    _, sums, sqdists = class_moments(
-        features, labels, len(anchors), anchors=anchors, ignore_index=-1
-    )
-    assert sqdists is not None
-    return sums, sqdists
-
-
-def _gradient(features: Tensor, labels: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
-    features = features.detach().requires_grad_()
-    outputs = _moments(features, labels, anchors)
-    return torch.autograd.grad(outputs, features, [torch.ones_like(x) for x in outputs])
-
-
-CALLS: dict[str, Call] = {
-    "class moments": lambda f, y, a: class_moments(f, y, len(a), ignore_index=-1)[1:2],
-    "with anchors": _moments,
-    "with anchors, training": _gradient,
-    "pixel-to-anchor MSE": lambda f, y, a: (pixel_to_anchor_mse(f, y, a, ignore_index=-1),),
-    "centroid InfoNCE": lambda f, y, a: (centroid_info_nce(a, a.flip(1), reduction="sum"),),
-}
-
-
-def _bytes(name: str, features: Tensor, num_classes: int) -> int:
-    if name == "centroid InfoNCE":
-        return 8 * num_classes * features.shape[1]
-    training = "forward + backward" if name.endswith("training") else "forward"
-    sums, sqdists = name != "pixel-to-anchor MSE", name != "class moments"
-    return moments_bytes(features, num_classes, training, sums=sums, sqdists=sqdists)
-
-
-def _benchmark() -> bool:
-    """Prints errors and times of every usable fused backend; True if all results are correct."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    on_device = ("cuda", "triton") if cuda else ("cpu",)
-    usable = [name for name in on_device if backends()[name] is None and not TRITON_INTERPRETED]
-    size, dtype = (GPU_SIZE, torch.bfloat16) if cuda else (CPU_SIZE, torch.float32)
-    torch.manual_seed(0)
-    features = torch.randn(size, device=device).to(dtype)
-    speeds = bandwidth(features)
-    print(f"\n{device.type}, features {' × '.join(map(str, size))}, 19 classes, {dtype}")
-    print(f"copy {speeds['copy_gbps']:.0f} GB/s, read {speeds['read_gbps']:.0f} GB/s")
-    print(
-        f"{'backend':<10}{'call':<24}{'labels':<10}{'error':>8}{'ms':>9}{'GB/s':>8}{'of copy':>9}"
-    )
-    right, disturbed = True, 0.0
-    anchors = torch.randn(19, size[1], device=device) / size[1] ** 0.25
-    for kind in ("coherent", "random"):
-        labels = example_labels((size[0], *size[2:]), 19, kind).to(device)
-        for name, call in CALLS.items():
-            if name == "centroid InfoNCE" and kind == "random":  # it has no labels
-                continue
-            with use_backend("reference"):
-                exact = call(features, labels, anchors)
-            for backend in usable or ["reference"]:
-                with use_backend(backend):
-                    error = max(map(_error, call(features, labels, anchors), exact))
-                    counted = _bytes(name, features, 19)
-                    measured, _ = measure(
-                        lambda call=call, labels=labels: call(features, labels, anchors),
-                        counted,
-                        device,
-                        beside=None if name == "centroid InfoNCE" else features,
-                    )
-                # sums are float32; a gradient in bfloat16 may be rounded differently
-                tolerance = 1e-2 if name.endswith("training") and dtype != torch.float32 else 1e-4
-                right &= error <= tolerance
-                disturbed = max(disturbed, measured.others or 0)
-                share = "" if measured.copy_share is None else f"{measured.copy_share:.0%}"
-                print(
-                    f"{backend:<10}{name:<24}{kind:<10}{error:>8.0e}{measured.median * 1e3:>9.3f}"
-                    f"{measured.gbps:>8.1f}{share:>9}{'' if error <= tolerance else '  WRONG'}"
-                )
-    if disturbed > DISTURBED:
-        print(f"disturbed: other processes kept up to {disturbed:.1f} cores busy at the same time")
-    return right
-
-
-def _error(ours: Tensor, exact: Tensor) -> float:
-    """‖ours − exact‖ / ‖exact‖."""
-    return float((ours.float() - exact.float()).norm() / exact.float().norm())
-
-
-def _verify(backend: str | None, everything: bool, path: Path | None) -> bool:
-    """Prints a line for each check; True if no usable backend, or the named one, is wrong."""
-    usable = [name for name, reason in backends().items() if reason is None]
-    if backend is not None and backend not in usable:
-        print(f"\n{backend} is not usable here: {backends()[backend]}")
-        return False
-    print(f"\n{'operator':<21}{'backend':<10}{'check':<46}{'error':>7}{'limit':>9}")
-    report, found = [], []
-    for name in usable if backend is None else [backend]:
-        start, rows, operators = time.monotonic(), [], {}
-        for row in verify(name, everything):
-            print(row, flush=True)
-            rows.append(row)
-            for operator in row.operators.split() if row.right is not None else ():
-                operators[operator] = operators.get(operator, True) and row.right
-        found += rows
-        right = sum(row.right is True for row in rows)
-        faults = [row for row in rows if row.right is False]
-        refused = sum(row.right is None for row in rows)
-        report.append(
-            f"{name}: {right} right, {len(faults)} WRONG, {refused} not served, "
-            f"{time.monotonic() - start:.0f} s"
-        )
-        report += map(str, faults)
-    versions = environment(device_of(found[0].backend))
-    report = [", ".join(f"{k} {v}" for k, v in versions.items()), *report]
-    print("\nAbove all else this tells us what your device computes: please paste it into an issue")
-    print("if anything is WRONG, or if your GPU is not in docs/gpu.md.\n")
-    print("\n".join(report))
-    if path is not None:
-        path.write_text(
-            json.dumps({**versions, "rows": [row._asdict() for row in found]}, indent=1)
-        )
-    return all(row.right is not False for row in found)
-
-
 def _usable(backend: str) -> str:
     """That the backend is usable here, and what `--verify` found."""
     devices = [torch.device("cpu")]
@@ -257,7 +127,7 @@ def _usable(backend: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="anchorops-doctor", description=__doc__)
-    parser.add_argument("--benchmark", action="store_true", help="check and time, within a minute")
+    parser.add_argument("--benchmark", action="store_true", help="time losses and torch's formulas")
     parser.add_argument("--verify", action="store_true", help="check values and gradients")
     parser.add_argument("--all", action="store_true", help="--verify: all checks of Triton, too")
     parser.add_argument("--backend", choices=NAMES, help="--verify: only this backend")
@@ -276,9 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{'':<11}needs {_remedy(name)}")
     right = True
     if options.verify:
-        right = _verify(options.backend, options.all, options.json)
+        right = report(options.backend, options.all, options.json)
     if options.benchmark:
-        right = _benchmark() and right
+        right = benchmark() and right
     fused = any(not why for name, why in reasons.items() if name != "reference")
     return 0 if fused and right else 1
 

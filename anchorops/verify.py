@@ -7,6 +7,7 @@ must give the same bits. Only the methods have no formula here: they are compare
 float64, by the backend `reference`.
 """
 
+import json
 import multiprocessing
 import os
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +25,14 @@ from torch import Tensor, nn
 
 import anchorops as ao
 
-from ._backend import TRITON_INTERPRETED
-from .measure import cuda_graph
+from ._backend import TRITON_INTERPRETED, backends
+from ._verdicts import OPERATORS, ignored, remember, wrong
+from .measure import cuda_graph, environment
 
 FLOOR = 2.0**-20
-BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+F16, F32, F64 = torch.float16, torch.float32, torch.float64
+# Triton's interpreter truncates what it rounds to bfloat16.
+BF16 = F16 if TRITON_INTERPRETED else torch.bfloat16
 MOST_WORKERS = 8  # processes that compile Triton's kernels
 Inputs = tuple[Tensor, ...]
 
@@ -35,7 +40,7 @@ Inputs = tuple[Tensor, ...]
 class Check(NamedTuple):
     """`ours` and `formula` are called with the inputs, and return a tensor or several."""
 
-    operators: str  # names of operators, separated by spaces
+    operators: str  # names of _verdicts.OPERATORS, separated by spaces
     name: str
     inputs: Inputs  # on the CPU; those of floating dtypes have gradients
     ours: Callable[..., Any]
@@ -427,6 +432,13 @@ FEATURES = (
 )
 
 
+if TRITON_INTERPRETED:
+    FEATURES = tuple(
+        features._replace(shape=(*features.shape[:2], *(-(-n // 2) for n in features.shape[2:])))
+        for features in FEATURES
+    )
+
+
 def _of_features() -> Iterator[Check]:
     """Class moments by every kernel, squared distances."""
     for features in FEATURES:
@@ -528,9 +540,10 @@ def run(check: Check, backend: str, device: torch.device) -> Row:
     wide, narrow = (
         tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs) for dtype in (F64, F32)
     )
-    exact, rounded = (_evaluate(check.formula, x, check.name) for x in (wide, narrow))
+    with ignored():
+        exact, rounded = (_evaluate(check.formula, x, check.name) for x in (wide, narrow))
     try:
-        with ao.use_backend(backend):
+        with ignored(), ao.use_backend(backend):
             function = check.ours.to(device) if isinstance(check.ours, nn.Module) else check.ours
             ours, again = (_evaluate(function, inputs, check.name) for _ in range(2))
     except Exception as error:  # whatever a compiler or a driver raises is what the user must see
@@ -566,7 +579,7 @@ def _environments(device: torch.device) -> dict[str, Callable[[Inputs], list[Ten
         return call(inputs, torch.compile(loss, fullgraph=True, backend="aot_eager"))
 
     def autocast(inputs: Inputs) -> list[Tensor]:
-        with torch.autocast(device.type, BF16):
+        with torch.autocast(device.type, torch.bfloat16):
             return call(inputs)
 
     def other_stream(inputs: Inputs) -> list[Tensor]:
@@ -616,7 +629,7 @@ def environment_rows(backend: str, device: torch.device) -> Iterator[Row]:
     for name, way in _environments(device).items():
         start, error, note = time.monotonic(), torch.inf, ""
         try:
-            with ao.use_backend(backend):
+            with ignored(), ao.use_backend(backend):
                 found = way(inputs)
             expected = expected or found
             same = all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
@@ -654,3 +667,52 @@ def verify(backend: str, everything: bool) -> Iterator[Row]:
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         yield from pool.map(_run_number, numbers, [backend] * len(numbers))
     yield from environment_rows(backend, device)
+
+
+def _remember(backend: str, everything: bool, rows: Sequence[Row]) -> None:
+    device = device_of(backend)
+    if device.type == "cpu" and backend in ("cuda", "triton"):  # emulated
+        return
+    # what `--all` found wrong is not right because fewer checks find nothing
+    before = frozenset() if everything else wrong(backend, device)
+    verdicts = {}
+    for operator in OPERATORS:
+        found = [row.right for row in rows if operator in row.operators.split()]
+        if any(right is not None for right in found):
+            verdicts[operator] = False not in found and operator not in before
+    remember(backend, device, verdicts)
+
+
+def report(backend: str | None, everything: bool, path: Path | None) -> bool:
+    """Verify a backend, or all that are usable here; print a line for each check, and a summary.
+    True if nothing is wrong."""
+    reasons = backends()
+    if backend is not None and reasons[backend]:
+        print(f"\n{backend} is not usable here: {reasons[backend]}")
+        return False
+    print(f"\n{'operator':<21}{'backend':<10}{'check':<46}{'error':>7}{'limit':>9}")
+    names = [name for name, reason in reasons.items() if not reason]
+    summary, rows = [], []
+    for name in names if backend is None else [backend]:
+        start, found = time.monotonic(), []
+        for row in verify(name, everything):
+            print(row, flush=True)
+            found.append(row)
+        _remember(name, everything, found)
+        right, faults, refused = (
+            [row for row in found if row.right is verdict] for verdict in (True, False, None)
+        )
+        summary.append(
+            f"{name}: {len(right)} right, {len(faults)} WRONG, {len(refused)} not served, "
+            f"{time.monotonic() - start:.0f} s"
+        )
+        summary += map(str, faults)
+        rows += found
+    versions = environment(device_of(rows[0].backend))
+    print("\nPlease report this, for a GPU also if everything is right: docs/gpu.md\n")
+    print(", ".join(f"{name} {value}" for name, value in versions.items()))
+    print("\n".join(summary))
+    if path is not None:
+        record = {**versions, "rows": [row._asdict() for row in rows]}
+        path.write_text(json.dumps(record, indent=1))
+    return all(row.right is not False for row in rows)

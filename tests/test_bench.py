@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ import torch
 from record import save
 
 import anchorops as ao
-from anchorops import doctor
+from anchorops import _doctor_benchmark, doctor
 from anchorops.measure import example_labels, keys_bytes, measure, moments_bytes, peak_extra_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -377,16 +379,36 @@ def test_roofline():
 
 
 def test_doctor_benchmark(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "CPU_SIZE", (1, 16, 24, 40))
+    small = partial(_doctor_benchmark.benchmark, largest=8, seconds=0)
+    monkeypatch.setattr(doctor, "benchmark", small)
     fused = ao.backends()["cpu"] is None
     assert doctor.main(["--benchmark"]) == (0 if fused else 1)
     table = capsys.readouterr().out
     backend = "cpu" if fused else "reference"
-    assert f"{backend:<10}with anchors, training" in table
+    for case in _doctor_benchmark.CASES:
+        row = rf"^{backend} +{re.escape(case.name)} +(\w+)(?: +[\d.?]+){{8}}"
+        assert re.findall(row, table, re.M) == list(case.inputs), case.name
     assert "WRONG" not in table
-    monkeypatch.setattr(doctor, "_error", lambda ours, exact: 1.0)
+    monkeypatch.setattr(_doctor_benchmark, "_error", lambda ours, exact: 1.0)
     assert doctor.main(["--benchmark"]) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", _doctor_benchmark.CASES[:8], ids=lambda case: case.name)
+def test_logits_of_doctor_benchmark(case):
+    """Most labels are those of the logits, and sharp neighbours at a border differ by over 18."""
+    cpu = torch.device("cpu")
+    logits, teacher, labels = _doctor_benchmark.make_inputs(case, "sharp", cpu)
+    assert logits.shape == teacher.shape == case.size
+    assert labels.shape == (case.size[0], *(case.ratio * n for n in case.size[2:]))
+    nearest = labels[(slice(None), *[slice(None, None, case.ratio)] * (labels.dim() - 1))]
+    found = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
+    assert 0.8 < (found == nearest).float().mean() < 1
+    border = nearest[..., 1:] != nearest[..., :-1]
+    steps = logits.diff(dim=-1).abs().amax(1)
+    assert border.any() and steps[border].min() > 18 and steps[~border].max() < 4
+    flat = _doctor_benchmark.make_inputs(case, "flat", cpu)[0]
+    assert flat.detach().std().item() == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.slow
