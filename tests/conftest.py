@@ -18,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 # The user's verdicts are neither read nor written, also not by processes that the tests start.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="anchorops-")
@@ -28,6 +29,7 @@ import torch
 from emulator import BACKEND, EMULATED, controls
 
 import anchorops as ao
+from anchorops import _verdicts
 
 M_PERTURB = -6  # glibc's <malloc.h>
 GPU = ("cuda", "triton")
@@ -164,3 +166,14 @@ def sorted_by_numpy(monkeypatch):
         return tl.tensor(TensorHandle(np.sort(x.handle.data), x.handle.dtype), x.type)
 
     monkeypatch.setattr(tl, "sort", sort)
+
+
+@pytest.fixture
+def verdicts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The file of the verdicts, in a directory of its own."""
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        patch.setattr(_verdicts, "_told", set())
+        _verdicts.load(ao.__version__)
+        yield tmp_path / "anchorops" / "verdicts.json"
+    _verdicts.load(ao.__version__)

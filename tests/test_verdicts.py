@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,20 +24,13 @@ CPU = torch.device("cpu")
 LOGITS, LABELS = torch.randn(2, 3, 4, 5), torch.arange(160).view(2, 8, 10) % 3
 ANCHORS = torch.eye(3)
 
-pytestmark = pytest.mark.skipif(
-    ao.backends()["cpu"] is not None, reason="the backend cpu, which is not usable, is judged here"
-)
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The file of the verdicts, in a directory of its own."""
-    with monkeypatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        patch.setattr(_verdicts, "_told", set())
-        _verdicts.load(ao.__version__)
-        yield tmp_path / "anchorops" / "verdicts.json"
-    _verdicts.load(ao.__version__)
+pytestmark = [
+    pytest.mark.usefixtures("verdicts"),
+    pytest.mark.skipif(
+        ao.backends()["cpu"] is not None,
+        reason="the backend cpu, which is not usable, is judged here",
+    ),
+]
 
 
 def warnings_of(call: Callable[[], Any]) -> list[str]:
@@ -51,10 +44,10 @@ def cross_entropy(logits: Tensor = LOGITS) -> Tensor:
     return ao.pixel_cross_entropy(logits, LABELS)
 
 
-def test_what_is_remembered(cache: Path):
+def test_what_is_remembered(verdicts: Path):
     assert not _verdicts.verified("cpu", CPU) and not _verdicts.wrong("cpu", CPU)
     first = {"softmax_moments": False, "class_moments": True, "confusion": False}
-    assert _verdicts.remember("cpu", CPU, first) == cache
+    assert _verdicts.remember("cpu", CPU, first) == verdicts
     _verdicts.remember("reference", CPU, {"softmax_moments": True})
     for _ in range(2):
         assert _verdicts.wrong("cpu", CPU) == {"softmax_moments", "confusion"}
@@ -64,10 +57,10 @@ def test_what_is_remembered(cache: Path):
     _verdicts.remember("cpu", CPU, {"softmax_moments": True})
     _verdicts.load(ao.__version__)
     assert _verdicts.verified("reference", CPU) and not _verdicts.wrong("cpu", CPU)
-    assert [file.name for file in cache.parent.iterdir()] == ["verdicts.json"]
+    assert [file.name for file in verdicts.parent.iterdir()] == ["verdicts.json"]
 
 
-def test_another_process_follows(cache: Path):
+def test_another_process_follows(verdicts: Path):
     _verdicts.remember("cpu", CPU, {"softmax_moments": False})
     code = "import torch, anchorops as ao\nao.pixel_argmax(torch.randn(1, 3, 4, 5), (8, 10))\n"
     code += "ao.pixel_cross_entropy(torch.randn(1, 3, 4, 5), torch.zeros(1, 8, 10).long())"
@@ -216,9 +209,11 @@ def test_the_choice_in_a_transform():
 @pytest.mark.parametrize(
     "text", ["", "{", "null", "[1]", '[{"right": {}}]', "[[]]", '{"a": 1}', b"\xff\xfe"]
 )
-def test_a_broken_file_is_absent(cache: Path, caplog: pytest.LogCaptureFixture, text: str | bytes):
-    cache.parent.mkdir()
-    cache.write_bytes(text if isinstance(text, bytes) else text.encode())
+def test_a_broken_file_is_absent(
+    verdicts: Path, caplog: pytest.LogCaptureFixture, text: str | bytes
+):
+    verdicts.parent.mkdir()
+    verdicts.write_bytes(text if isinstance(text, bytes) else text.encode())
     _verdicts.load(ao.__version__)
     assert not _verdicts.verified("cpu", CPU)
     (record,) = caplog.records
@@ -231,28 +226,28 @@ def test_a_broken_file_is_absent(cache: Path, caplog: pytest.LogCaptureFixture, 
 
 @pytest.mark.parametrize("obstacle", ["no directory", "a directory in its place"])
 def test_a_cache_that_cannot_be_written(
-    cache: Path, caplog: pytest.LogCaptureFixture, obstacle: str
+    verdicts: Path, caplog: pytest.LogCaptureFixture, obstacle: str
 ):
     if obstacle == "no directory":
-        cache.parent.write_text("a file")
+        verdicts.parent.write_text("a file")
     else:
-        cache.mkdir(parents=True)
-    assert _verdicts.remember("cpu", CPU, {"confusion": False}) == cache
+        verdicts.mkdir(parents=True)
+    assert _verdicts.remember("cpu", CPU, {"confusion": False}) == verdicts
     message = caplog.records[-1].getMessage()
-    assert message.startswith(f"{cache} cannot be written: the verdict is forgotten when")
+    assert message.startswith(f"{verdicts} cannot be written: the verdict is forgotten when")
     assert _verdicts.wrong("cpu", CPU) == {"confusion"}
-    assert cache.parent.is_file() or list(cache.parent.iterdir()) == [cache]
+    assert verdicts.parent.is_file() or list(verdicts.parent.iterdir()) == [verdicts]
 
 
 @pytest.mark.parametrize("field", ["anchorops", "torch", "device", "driver", "triton", "backend"])
-def test_records_of_other_versions(cache: Path, field: str):
+def test_records_of_other_versions(verdicts: Path, field: str):
     _verdicts.remember("cpu", CPU, {"confusion": False})
-    (record,) = json.loads(cache.read_text())
-    cache.write_text(json.dumps([{**record, field: "another"}]))
+    (record,) = json.loads(verdicts.read_text())
+    verdicts.write_text(json.dumps([{**record, field: "another"}]))
     _verdicts.load(ao.__version__)
     assert not _verdicts.verified("cpu", CPU)
     _verdicts.remember("cpu", CPU, {"confusion": True})
-    kept, new = json.loads(cache.read_text())
+    kept, new = json.loads(verdicts.read_text())
     assert kept[field] == "another" and new == {**record, "right": {"confusion": True}}
 
 
@@ -280,7 +275,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], str]:
     return select
 
 
-def test_on_gpus(gpus: Callable[[int], str], cache: Path, monkeypatch: pytest.MonkeyPatch):
+def test_on_gpus(gpus: Callable[[int], str], verdicts: Path, monkeypatch: pytest.MonkeyPatch):
     first = torch.device("cuda", 0)
     _verdicts.remember("cuda", first, {"class_moments": False})
     (message,) = warnings_of(lambda: gpus(0))
@@ -288,7 +283,7 @@ def test_on_gpus(gpus: Callable[[int], str], cache: Path, monkeypatch: pytest.Mo
     assert [gpus(0), gpus(1)] == ["triton", "cuda"]
     _verdicts.remember("triton", first, {"class_moments": False})
     assert len(warnings_of(lambda: gpus(0))) == 1 and gpus(0) == "reference"
-    cuda, triton = json.loads(cache.read_text())
+    cuda, triton = json.loads(verdicts.read_text())
     assert (cuda["driver"], cuda["triton"]) == ("580.95.05", "")
     assert triton["triton"] == _verdicts._triton()
     table = [doctor._usable(name) for name in ("cuda", "triton")]
@@ -342,11 +337,11 @@ def test_doctor_names_the_operators(capsys: pytest.CaptureFixture):
     assert f"\nreference  yes, verified on {name}\n" in table
 
 
-def test_the_import_does_not_initialise_cuda(cache: Path):
+def test_the_import_does_not_initialise_cuda(verdicts: Path):
     _verdicts.remember("cpu", CPU, {"confusion": True})
-    (record,) = json.loads(cache.read_text())
+    (record,) = json.loads(verdicts.read_text())
     gpu = {"backend": "cuda", "device": "NVIDIA L4", "driver": "580.95.05"}
-    cache.write_text(json.dumps([record, {**record, **gpu}]))
+    verdicts.write_text(json.dumps([record, {**record, **gpu}]))
     code = """
 import torch
 def fail(*args):

@@ -80,13 +80,15 @@ def test_what_a_backend_refuses_and_what_raises():
     assert row.right is False and "RuntimeError: the driver failed" in str(row)
 
 
-def test_the_command(capsys, monkeypatch, tmp_path):
+def test_the_command(capsys, monkeypatch, tmp_path, verdicts):
     monkeypatch.setattr(verify, "checks", lambda: [PLAIN])
     path = tmp_path / "rows.json"
     command = ["--verify", "--backend", BACKEND, "--json", str(path)]
     assert doctor.main(command) == (0 if BACKEND == "cpu" else 1)
     report = capsys.readouterr().out
     assert f"{BACKEND}: 4 right, 0 WRONG, 0 not served" in report  # 3 of the environment
+    (record,) = json.loads(verdicts.read_text())
+    assert record["backend"] == BACKEND and record["right"] == {"softmax_moments": True}
     record = json.loads(path.read_text())
     assert record["torch"] == torch.__version__ and len(record["rows"]) == 4
 
