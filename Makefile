@@ -61,7 +61,7 @@ stress: setup
 demo: setup
 	$(BIN)/python -m anchorops.train $(DEMO)
 
-# 35 minutes, in which nothing else may run. `make bench BENCH=bench/results` replaces the
+# about an hour, in which nothing else may run. `make bench BENCH=bench/results` replaces the
 # committed rows and pictures of this processor
 bench: setup
 	$(BIN)/python bench/run.py --out $(BENCH)

@@ -2,7 +2,7 @@
 
     python bench/run.py [--out bench/results] [--only operators|training_steps|options] [--tiny]
 
-It needs 35 minutes on two threads, in which nothing else may run: it does not begin on a
+It needs about an hour on two threads, in which nothing else may run: it does not begin on a
 machine whose cores other processes use, and it fails if other processes disturbed a row. The rows
 are in one file, named after the processor and its instruction set, beside its pictures. At the end
 it prints the tables for the README. ATEN_CPU_CAPABILITY=avx2 measures without AVX-512.
