@@ -62,12 +62,14 @@ def _set(records: dict[_Key, dict[str, bool]]) -> None:
 def _read() -> dict[_Key, dict[str, bool]]:
     try:
         return {
-            tuple(str(record[field]) for field in _FIELDS): dict(record["right"])
+            tuple(str(record[field]) for field in _FIELDS): {
+                str(operator): right is True for operator, right in record["right"].items()
+            }
             for record in json.loads(path().read_text(encoding="utf-8"))
         }
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _logger.warning("%s cannot be read and is not used: %r", path(), error)
         return {}
 
@@ -141,7 +143,8 @@ def found_wrong(
             _told.add((backend, used))
             names = f"{', '.join(found)} of the backend {backend} on {device_name(device)}"
             outcome = "It is used" if used else '"auto" takes another backend'
-            message = f"{VERIFY} found wrong: {names}. {outcome}; to verify again: {VERIFY}"
+            again = f"{VERIFY} --all" if backend == "triton" else VERIFY
+            message = f"{VERIFY} found wrong: {names}. {outcome}; to verify again: {again}"
             warnings.warn(f"anchorops: {message}", stacklevel=2)
         return True
     on_gpu = backend in ON_GPU and device.type == "cuda" and torch.cuda.is_available()
@@ -169,8 +172,8 @@ def _record(backend: str, device: torch.device) -> dict[str, bool] | None:
 
 def _key(backend: str, device: torch.device) -> _Key:
     triton = _triton() if backend == "triton" else ""
-    driver = _driver() if device.type == "cuda" else ""
-    return _version, str(torch.__version__), triton, driver, device_name(device), backend
+    of_gpu = driver() if device.type == "cuda" else ""
+    return _version, str(torch.__version__), triton, of_gpu, device_name(device), backend
 
 
 def _triton() -> str:
@@ -179,7 +182,7 @@ def _triton() -> str:
     return "unknown"
 
 
-def _driver() -> str:
+def driver() -> str:
     """The version of the GPUs' driver."""
     for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
         with contextlib.suppress(OSError):

@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import anchorops as ao
 
 from ._backend import TRITON_INTERPRETED, backends
-from ._verdicts import OPERATORS, ignored, remember, wrong
+from ._verdicts import OPERATORS, driver, ignored, remember, wrong
 from .measure import cuda_graph, environment
 
 FLOOR = 2.0**-20
@@ -57,14 +58,15 @@ class Row(NamedTuple):
     check: str
     error: float
     limit: float
-    right: bool | None  # None: the backend does not serve this call
+    right: bool | None  # None: not checked, for the reason in `note`, or not served by the backend
     note: str
     seconds: float
 
     def __str__(self) -> str:
-        verdict = {True: "ok", False: "WRONG", None: "not served"}[self.right]
-        numbers = f"{self.error:9.1e}{self.limit:9.1e}" if self.right is not None else " " * 18
-        start = f"{self.operators.split()[0]:<21}{self.backend:<10}{self.check:<44}"
+        unchecked = "not checked" if self.note else "not served"
+        verdict = {True: "ok", False: "WRONG", None: unchecked}[self.right]
+        numbers = " " * 18 if self.right is None else f"{self.error:9.1e}{self.limit:9.1e}"
+        start = f"{self.operators.split()[0]:<21}{self.backend:<10}{self.check:<52}"
         return f"{start}{numbers}  {self.note + ' ' if self.note else ''}{verdict}"
 
 
@@ -343,7 +345,7 @@ def _of_images() -> Iterator[Check]:
         exact = partial(_with_dice, squared=True, per_image=True, **shaped)
         predict = partial(_predictions, align=images.align)
         often = images.name in ("4×", "1×", "1.5×")
-        of_probability = 4 * floor  # e^−loss: the error of a loss, which is relative to log Σ e^z
+        of_probability = 8 * floor  # e^−loss: the error of a loss, which is relative to log Σ e^z
         for name, operators, ours, formula, quick, least in (
             ("cross-entropy", "", plain, _cross_entropy, images.quick, floor),
             ("cross-entropy + Dice", "", ao.CrossEntropyDice(*pair), _with_dice, often, floor),
@@ -356,8 +358,11 @@ def _of_images() -> Iterator[Check]:
 
 
 def _base() -> Inputs:
+    """Logits and labels; pixels with two almost equal logits are ignored: see `_confusion`."""
     images, random = IMAGES[0], _random("base")
-    return _logits(images, random), _labels((2, *images.labels), images.num_classes, random)
+    z, y = _logits(images, random), _labels((2, *images.labels), images.num_classes, random)
+    first, second = _upsampled(z.double(), y, False).topk(2, 1).values.unbind(1)
+    return z, torch.where(first - second < 1e-3, -1, y)
 
 
 def _of_losses() -> Iterator[Check]:
@@ -529,40 +534,66 @@ def _error(ours: Tensor, exact: Tensor, narrow: Tensor, floor: float) -> tuple[f
     return float(difference.max()) / largest, limit
 
 
-def run(check: Check, backend: str, device: torch.device) -> Row:
-    """One check on the device, whose default is the backend that is verified."""
-    start = time.monotonic()
-
-    def row(error: float, limit: float, right: bool | None, note: str = "") -> Row:
-        seconds = time.monotonic() - start
-        return Row(check.operators, backend, check.name, error, limit, right, note, seconds)
-
+def _compare(check: Check, backend: str, device: torch.device) -> tuple[float, float, str]:
+    """Error, limit, and what else is wrong."""
     inputs = tuple(_between_nan(x, device) for x in check.inputs)
     wide, narrow = (
         tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs) for dtype in (F64, F32)
     )
-    with ignored():
-        exact, rounded = (_evaluate(check.formula, x, check.name) for x in (wide, narrow))
-    try:
-        with ignored(), ao.use_backend(backend):
-            function = check.ours.to(device) if isinstance(check.ours, nn.Module) else check.ours
-            ours, again = (_evaluate(function, inputs, check.name) for _ in range(2))
-    except Exception as error:  # whatever a compiler or a driver raises is what the user must see
-        if "does not support this call" in str(error):
-            return row(0.0, 0.0, None)
-        return row(torch.inf, 0.0, False, f"{type(error).__name__}: {str(error)[:200]}")
-    worst = (0.0, check.floor)
+    exact, rounded = (_evaluate(check.formula, x, check.name) for x in (wide, narrow))
+    with ao.use_backend(backend):
+        function = check.ours.to(device) if isinstance(check.ours, nn.Module) else check.ours
+        ours, again = (_evaluate(function, inputs, check.name) for _ in range(2))
+    error, limit = 0.0, check.floor
     for one, two, right, other in zip(ours, again, exact, rounded, strict=True):
         if one is None or right is None or two is None or other is None:
             if (one is None) != (right is None):
-                return row(torch.inf, 0.0, False, "a gradient is missing")
+                return torch.inf, 0.0, "a gradient is missing"
             continue
         if not torch.equal(*(x.flatten().contiguous().view(torch.uint8) for x in (one, two))):
-            return row(torch.inf, 0.0, False, "a second call gives other bits")
-        worst = max(
-            worst, _error(one, right, other, check.floor), key=lambda found: found[0] / found[1]
-        )
-    return row(*worst, worst[0] <= worst[1])
+            return torch.inf, 0.0, "a second call gives other bits"
+        found = _error(one, right, other, check.floor)
+        if found[0] / found[1] > error / limit:
+            error, limit = found
+    return error, limit, ""
+
+
+def _alive(device: torch.device) -> bool:
+    """After an illegal access, every call on a GPU fails until the process ends."""
+    try:
+        return bool(torch.ones(1, device=device).sum() == 1)
+    except RuntimeError:
+        return False
+
+
+def _row(
+    operators: str,
+    backend: str,
+    name: str,
+    device: torch.device,
+    compare: Callable[[], tuple[float, float, str]],
+) -> Row:
+    """What `compare` finds. Everything that it raises is a result, which the user must see."""
+    start, error, limit = time.monotonic(), torch.inf, 0.0
+    right, note = None, "the GPU failed in an earlier check:"
+    if _alive(device):
+        try:
+            with ignored():
+                error, limit, note = compare()
+            right = error <= limit
+        except Exception as raised:
+            note = f"{type(raised).__name__}: {' '.join(str(raised).split())[:200]}"
+            if "does not support this call" in note:
+                note = ""
+            elif not isinstance(raised, torch.OutOfMemoryError) and "unavailable" not in note:
+                right = False
+    return Row(operators, backend, name, error, limit, right, note, time.monotonic() - start)
+
+
+def run(check: Check, backend: str, device: torch.device) -> Row:
+    """One check on the device, whose default is the backend that is verified."""
+    compare = partial(_compare, check, backend, device)
+    return _row(check.operators, backend, check.name, device, compare)
 
 
 def _environments(device: torch.device) -> dict[str, Callable[[Inputs], list[Tensor]]]:
@@ -611,7 +642,8 @@ def _environments(device: torch.device) -> dict[str, Callable[[Inputs], list[Ten
     if device.type == "cuda":
         ways |= {"another stream": other_stream, "a CUDA graph": graph}
         ways["no synchronisation"] = without_synchronising
-        if torch.cuda.device_count() > 1:
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if len(names) > 1 and names[0] == names[1]:  # other GPUs may add in another order
             ways["GPU 1 while 0 is current"] = other_gpu
     return ways
 
@@ -624,25 +656,25 @@ def device_of(backend: str) -> torch.device:
 
 
 def environment_rows(backend: str, device: torch.device) -> Iterator[Row]:
-    """The ways to call a loss, of which the first gives what the others must give."""
-    inputs = tuple(_between_nan(x, device) for x in _base())
+    """The ways to call a loss, of which the first gives what the others must give. They are no
+    verdict on an operator."""
     expected: list[Tensor] = []
+
+    def same(way: Callable[[Inputs], list[Tensor]]) -> tuple[float, float, str]:
+        inputs = tuple(_between_nan(x, device) for x in _base())
+        with ao.use_backend(backend):
+            found = way(inputs)
+        expected.extend(found if not expected else ())
+        equal = all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+        return (0.0, 0.0, "") if equal else (torch.inf, 0.0, "other bits than a plain call")
+
     for name, way in _environments(device).items():
-        start, error, note = time.monotonic(), torch.inf, ""
-        try:
-            with ignored(), ao.use_backend(backend):
-                found = way(inputs)
-            expected = expected or found
-            same = all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-            error = 0.0 if same else torch.inf
-        except Exception as raised:
-            note = f"{type(raised).__name__}: {str(raised)[:200]}"
-        seconds = time.monotonic() - start
-        yield Row("softmax_moments", backend, name, error, 0.0, error == 0, note, seconds)
+        yield _row("environment", backend, name, device, partial(same, way))
 
 
 def _run_number(number: int, backend: str) -> Row:
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")  # of the formulas
     return run(checks()[number], backend, device_of(backend))
 
 
@@ -650,70 +682,90 @@ def verify(backend: str, everything: bool) -> Iterator[Row]:
     """All checks of a backend, `quick` ones alone of Triton's unless `everything`. Processes run
     them side by side, because Triton compiles each kernel at its first launch."""
     device = device_of(backend)
-    of_triton = backend == "triton"
-    chosen = [(i, x) for i, x in enumerate(checks()) if everything or x.quick or not of_triton]
-    if not of_triton:
-        for _, check in chosen:
+    torch.set_float32_matmul_precision("highest")
+    if backend != "triton":
+        for check in checks():
             yield run(check, backend, device)
         yield from environment_rows(backend, device)
         return
-    canary = next(check for check in checks() if check.name == "confusion")
-    first = run(canary, backend, device)
+    chosen = [(i, check) for i, check in enumerate(checks()) if everything or check.quick]
+    chosen.sort(key=lambda numbered: numbered[1].name != "confusion")  # first: compiles in seconds
+    first = run(chosen[0][1], backend, device)
     yield first
-    if not first.right:  # Triton does not work here: the others would say the same
+    if not first.right:  # the others would say the same
         return
-    workers = min(MOST_WORKERS, os.cpu_count() or 1)
     spawn = multiprocessing.get_context("spawn")
-    numbers = [i for i, check in chosen if check.name != canary.name]
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        yield from pool.map(_run_number, numbers, [backend] * len(numbers))
+        futures = [pool.submit(_run_number, number, backend) for number, _ in chosen[1:]]
+        for future, (_, check) in zip(futures, chosen[1:], strict=True):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                note = "a process that ran checks ended:"
+                yield Row(check.operators, backend, check.name, 0.0, 0.0, None, note, 0.0)
     yield from environment_rows(backend, device)
 
 
-def _remember(backend: str, everything: bool, rows: Sequence[Row]) -> None:
+def _remember(backend: str, rows: Sequence[Row], everything: bool, complete: bool) -> None:
+    """The verdict of these rows. Nothing is right because a run ended early; what `--all` found
+    wrong is not right because fewer checks find nothing."""
     device = device_of(backend)
     if device.type == "cpu" and backend in ("cuda", "triton"):  # emulated
         return
-    # what `--all` found wrong is not right because fewer checks find nothing
-    before = frozenset() if everything else wrong(backend, device)
-    verdicts = {}
+    all_checked = complete and (everything or backend != "triton")
+    verdicts: dict[str, bool] = {}
+    if not all_checked:
+        verdicts.update((operator, False) for operator in wrong(backend, device))
+    if backend == "triton" and complete and [row.right for row in rows] == [False]:
+        # it does not work here at all
+        verdicts.update((operator, False) for operator in OPERATORS)
     for operator in OPERATORS:
         found = [row.right for row in rows if operator in row.operators.split()]
-        if any(right is not None for right in found):
-            verdicts[operator] = False not in found and operator not in before
-    remember(backend, device, verdicts)
+        if False in found:
+            verdicts[operator] = False
+        elif True in found and complete:
+            verdicts.setdefault(operator, True)
+    if verdicts:
+        remember(backend, device, verdicts)
 
 
 def report(backend: str | None, everything: bool, path: Path | None) -> bool:
     """Verify a backend, or all that are usable here; print a line for each check, and a summary.
-    True if nothing is wrong."""
+    True if everything that the backends serve was checked and is right."""
     reasons = backends()
     if backend is not None and reasons[backend]:
         print(f"\n{backend} is not usable here: {reasons[backend]}")
         return False
-    print(f"\n{'operator':<21}{'backend':<10}{'check':<46}{'error':>7}{'limit':>9}")
+    if path is not None:
+        path.touch()  # an error before the checks, not after them
+    print(f"\n{'operator':<21}{'backend':<10}{'check':<54}{'error':>7}{'limit':>9}")
     names = [name for name, reason in reasons.items() if not reason]
     summary, rows = [], []
     for name in names if backend is None else [backend]:
-        start, found = time.monotonic(), []
-        for row in verify(name, everything):
-            print(row, flush=True)
-            found.append(row)
-        _remember(name, everything, found)
-        right, faults, refused = (
-            [row for row in found if row.right is verdict] for verdict in (True, False, None)
-        )
+        start, found, complete = time.monotonic(), [], False
+        try:
+            for row in verify(name, everything):
+                print(row, flush=True)
+                found.append(row)
+            complete = True
+        finally:
+            _remember(name, found, everything, complete)
+        faults = [row for row in found if row.right is False or (row.right is None and row.note)]
+        right = sum(row.right is True for row in found)
+        wrong_ = sum(row.right is False for row in found)
+        refused = len(found) - right - len(faults)
         summary.append(
-            f"{name}: {len(right)} right, {len(faults)} WRONG, {len(refused)} not served, "
-            f"{time.monotonic() - start:.0f} s"
+            f"{name}: {right} right, {wrong_} WRONG, {len(faults) - wrong_} not checked, "
+            f"{refused} not served, {time.monotonic() - start:.0f} s"
         )
         summary += map(str, faults)
         rows += found
-    versions = environment(device_of(rows[0].backend))
-    print("\nPlease report this, for a GPU also if everything is right: docs/gpu.md\n")
+    versions = {**environment(device_of(rows[0].backend)), "driver": driver()}
+    print("\nPlease report this, for a GPU also if everything is right:\n")
     print(", ".join(f"{name} {value}" for name, value in versions.items()))
     print("\n".join(summary))
     if path is not None:
-        record = {**versions, "rows": [row._asdict() for row in rows]}
-        path.write_text(json.dumps(record, indent=1))
-    return all(row.right is not False for row in rows)
+        record = [row._replace(error=min(row.error, 1e300))._asdict() for row in rows]  # no ∞
+        path.write_text(json.dumps({**versions, "rows": record}, indent=1))
+    return not any(row.right is False or (row.right is None and row.note) for row in rows)

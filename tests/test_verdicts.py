@@ -264,7 +264,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], str]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(_backend, "_MISSING", dict.fromkeys(_backend.NAMES))
     monkeypatch.setattr(_backend, "_CUDA_RANGES", _backend._built_for("9.0"))
-    monkeypatch.setattr(_verdicts, "_driver", lambda: "580.95.05")
+    monkeypatch.setattr(_verdicts, "driver", lambda: "580.95.05")
 
     def select(index: int) -> str:
         features: Any = SimpleNamespace(
@@ -289,7 +289,7 @@ def test_on_gpus(gpus: Callable[[int], str], verdicts: Path, monkeypatch: pytest
     table = [doctor._usable(name) for name in ("cuda", "triton")]
     wrong = "yes, WRONG on NVIDIA L4: class_moments, never verified on NVIDIA H200"
     assert table == [f"{wrong} (anchorops-doctor --verify)"] * 2
-    monkeypatch.setattr(_verdicts, "_driver", lambda: "590.1")
+    monkeypatch.setattr(_verdicts, "driver", lambda: "590.1")
     _verdicts.load(ao.__version__)
     assert gpus(0) == "cuda" and not _verdicts.verified("cuda", first)
 
@@ -318,13 +318,13 @@ def test_without_a_gpu_nothing_is_said(caplog: pytest.LogCaptureFixture):
 def test_the_driver(monkeypatch: pytest.MonkeyPatch):
     nvidia = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n"
     monkeypatch.setattr(Path, "read_text", lambda file: nvidia)
-    assert _verdicts._driver() == "580.95.05"
+    assert _verdicts.driver() == "580.95.05"
 
     def absent(file: Path) -> str:
         raise FileNotFoundError(file)
 
     monkeypatch.setattr(Path, "read_text", absent)
-    assert _verdicts._driver() == "unknown"
+    assert _verdicts.driver() == "unknown"
 
 
 def test_doctor_names_the_operators(capsys: pytest.CaptureFixture):

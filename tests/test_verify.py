@@ -17,8 +17,8 @@ PLAIN = next(check for check in verify.checks() if check.name == "cross-entropy,
 
 def test_all_is_right():
     rows = [verify.run(check, BACKEND, CPU) for check in verify.checks()]
-    rows += verify.environment_rows(BACKEND, CPU)
-    assert not [str(row) for row in rows if row.right is not True]
+    environment = list(verify.environment_rows(BACKEND, CPU))
+    assert not [str(row) for row in (*rows, *environment) if row.right is not True]
     operators = {operator for row in rows for operator in row.operators.split()}
     names = dir(torch.ops.anchorops)  # those of images; volumes are made of them
     assert operators == {x for x in operators if x in names} and len(operators) == 9
@@ -79,6 +79,64 @@ def test_what_a_backend_refuses_and_what_raises():
     row = verify.run(PLAIN._replace(ours=fail), BACKEND, CPU)
     assert row.right is False and "RuntimeError: the driver failed" in str(row)
 
+    def exhaust(*_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of\nmemory")
+
+    row = verify.run(PLAIN._replace(formula=exhaust), BACKEND, CPU)
+    assert row.right is None and str(row).endswith("CUDA out of memory not checked")
+
+
+def test_after_a_fault_of_the_gpu_nothing_is_checked(monkeypatch):
+    monkeypatch.setattr(verify, "_alive", lambda device: False)
+    row = verify.run(PLAIN, BACKEND, CPU)
+    assert row.right is None and str(row).endswith("failed in an earlier check: not checked")
+
+
+def row_of(operators: str, right: bool | None) -> verify.Row:
+    return verify.Row(operators, BACKEND, "name", 0.0, 0.0, right, "", 0.0)
+
+
+def test_what_a_run_remembers(verdicts):
+    def found(rows: list[verify.Row], everything: bool = False, complete: bool = True) -> dict:
+        verify._remember(BACKEND, rows, everything, complete)
+        return json.loads(verdicts.read_text())[0]["right"]
+
+    two = [row_of("confusion pixel_argmax", True), row_of("softmax_moments", None)]
+    assert found(two) == {"confusion": True, "pixel_argmax": True}
+    wrong = row_of("softmax_moments pixel_argmax", False)
+    assert found([*two, wrong], complete=False) == {"softmax_moments": False, "pixel_argmax": False}
+    assert found(two, complete=False) == {"softmax_moments": False, "pixel_argmax": False}
+    assert found(two) == {"confusion": True, "pixel_argmax": True}  # right again
+
+
+def test_what_a_run_of_some_of_tritons_checks_remembers(verdicts, monkeypatch):
+    monkeypatch.setattr(verify, "device_of", lambda backend: torch.device("meta"))
+    rows = [row_of("confusion", True), row_of("softmax_moments", True)]
+    wrong = row_of("softmax_moments", False)
+    for everything, found, right in (
+        (True, [*rows, wrong], False),
+        (False, rows, False),  # other checks had found it
+        (True, rows, True),
+    ):
+        verify._remember("triton", found, everything, complete=True)
+        (record,) = json.loads(verdicts.read_text())
+        assert record["right"] == {"confusion": True, "softmax_moments": right}
+    verify._remember("triton", [row_of("confusion", False)], everything=False, complete=True)
+    (record,) = json.loads(verdicts.read_text())  # the first check, and no other
+    assert record["right"] == dict.fromkeys(verify.OPERATORS, False)
+
+
+def test_an_interrupted_run_remembers_what_is_wrong(capsys, monkeypatch, verdicts):
+    wrong = PLAIN._replace(ours=lambda *given: PLAIN.ours(*given) * 1.001)
+
+    def interrupt(*_: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "checks", lambda: [wrong, PLAIN._replace(ours=interrupt)])
+    with pytest.raises(KeyboardInterrupt):
+        doctor.main(["--verify", "--backend", BACKEND])
+    assert json.loads(verdicts.read_text())[0]["right"] == {"softmax_moments": False}
+
 
 def test_the_command(capsys, monkeypatch, tmp_path, verdicts):
     monkeypatch.setattr(verify, "checks", lambda: [PLAIN])
@@ -86,7 +144,9 @@ def test_the_command(capsys, monkeypatch, tmp_path, verdicts):
     command = ["--verify", "--backend", BACKEND, "--json", str(path)]
     assert doctor.main(command) == (0 if BACKEND == "cpu" else 1)
     report = capsys.readouterr().out
-    assert f"{BACKEND}: 4 right, 0 WRONG, 0 not served" in report  # 3 of the environment
+    assert (
+        f"{BACKEND}: 4 right, 0 WRONG, 0 not checked, 0 not served" in report
+    )  # 3 of the environment
     (record,) = json.loads(verdicts.read_text())
     assert record["backend"] == BACKEND and record["right"] == {"softmax_moments": True}
     record = json.loads(path.read_text())

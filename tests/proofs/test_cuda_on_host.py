@@ -135,4 +135,6 @@ def test_kernels(flavour: str):
     if flavour == "plain":
         command = [sys.executable, "-m", "anchorops.doctor", "--verify", "--backend", "cuda"]
         run = subprocess.run(command, env=_environment(flavour), capture_output=True, text=True)
-        assert run.returncode == 0 and ", 0 WRONG" in run.stdout, run.stdout + run.stderr
+        assert run.returncode == 0 and ", 0 WRONG, 0 not checked" in run.stdout, (
+            run.stdout + run.stderr
+        )
