@@ -294,6 +294,8 @@ IMAGES = (
     Images("4×", 19, (20, 24), (80, 96), quick=True),
     Images("4×, bfloat16, channels last", 19, (20, 24), (80, 96), False, "channels last", BF16),
     Images("4×, cropped, 150 classes", 150, (12, 17), (48, 68), False, "cropped", F16, quick=True),
+    Images("4×, 150 columns", 19, (3, 150), (12, 600)),
+    Images("4×, 150 rows", 19, (150, 3), (600, 12)),
     Images("8×, 300 classes", 300, (9, 11), (72, 88)),
     Images("33 to 129 aligned", 19, (33, 17), (129, 65), True, quick=True),
     Images("64×", 5, (2, 3), (128, 192)),
