@@ -306,7 +306,7 @@ IMAGES = (
     Images("half the size", 7, (40, 48), (20, 24)),
     Images("4×, 2 classes", 2, (20, 24), (80, 96), quick=True),
     Images("4×, neighbours 40 apart", 19, (20, 24), (80, 96), steep=40.0),
-    Images("4×, neighbours 100 apart", 19, (20, 24), (80, 96), steep=100.0, quick=True),
+    Images("4×, neighbours 300 apart", 19, (20, 24), (80, 96), steep=300.0, quick=True),
 )
 
 
