@@ -65,7 +65,8 @@ def reads(func: Any, args: Any, kwargs: Any, result: object, watched: list[Tenso
     given = [tensor for _, tensor in tensors([args, kwargs])]
     if func in PEEKS or not any(x is y for x in watched for y in given):
         return False
-    return bool(made_by_call(result, given)) or not isinstance(result, Tensor)
+    # len: Dynamo of torch 2.10 does not trace bool of a list
+    return not isinstance(result, Tensor) or len(made_by_call(result, given)) > 0
 
 
 def version(tensor: Tensor) -> int:
