@@ -18,6 +18,8 @@ ABI_TORCHES ?= 2.10 2.11 2.13
 TORCH ?= 2.10.0 2.12.1 2.14.1 2.15.0
 
 .PHONY: setup test check-torch proofs stress demo bench counted-memory kernels-report cuda-report lint format docs package check-abi clean
+# or make would delete the environments that it made on the way
+.PRECIOUS: build/torch/% build/abi/%
 
 setup: .venv/installed
 
