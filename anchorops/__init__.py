@@ -5,7 +5,6 @@ import importlib.util
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from . import _program as _program  # first: it hears signals while torch is imported
 from . import _verdicts
 from . import anchors as anchors
 from . import ops as ops

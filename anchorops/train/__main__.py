@@ -1,4 +1,4 @@
-"""The program anchorops-train. It handles signals before the imports, which take seconds."""
+"""The program anchorops-train. It handles signals before it imports the libraries of training."""
 
 import sys
 from collections.abc import Sequence

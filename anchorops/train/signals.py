@@ -1,8 +1,6 @@
 """SIGTERM and Ctrl-C. During the training, the program finishes the step and saves; in its first
 step nothing is saved and nothing deleted. Before and after the training there is nothing to save,
 and the program ends immediately.
-
-`anchorops/_program.py` imports this module before torch, so it imports nothing that takes seconds.
 """
 
 import os
@@ -14,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from .run.checkpoint import latest_checkpoint
 
 
 def launched() -> bool:
@@ -84,8 +84,6 @@ class EndAtOnce:
     def _message(self, name: str) -> str:
         if self.run is None:
             return f"stopped by {name}; {NOT_BEGUN}"
-        from .run.checkpoint import latest_checkpoint  # a run has imported torch
-
         saved = latest_checkpoint(self.run)
         if saved is None:
             return f"stopped by {name}; there is no checkpoint yet: start it again"
