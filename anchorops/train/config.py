@@ -4,10 +4,10 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from tyro.conf import OmitArgPrefixes
@@ -42,72 +42,113 @@ OF_ONE_RUN = (
 )
 # what may differ when a run is resumed: also the place of the data, but not the seed
 OF_ONE_PROCESS = {*OF_ONE_RUN, "root"} - {"seed"}
-# options that only some data sets have: the others would ignore them without a word
-OF_DIGITS = ("train_images", "val_images", "zipf", "data_seed")
-OF_FOLDERS = ("image_suffix", "mask_suffix", "num_classes", "label_map", "channels")
-OF_FILES = ("root", "short_side", "long_side", "scale", "cat_max_ratio")
 IGNORED = -1  # the label of ignored pixels: never a class, for any number of classes
 LARGEST = 2**31 - 1
 LARGEST_SEED = 2**63 - 1  # the largest of torch's generators
 MULTIPLE = 32  # the coarsest stride of the networks: image sides are multiples of it
 
 
+class Expected(NamedTuple):
+    """A constraint on the values of an option, except None."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+    def check(self, name: str, default: Any, options: Mapping[str, Any]) -> None:
+        if options[name] is not None and not self.holds(options[name]):
+            raise _wrong(name, self.text, options[name])
+
+
+class With(NamedTuple):
+    """An option that has an effect only with another one: with one of these values of it, or with
+    any but None and 0. Otherwise it would be ignored without a word, so it must have its default.
+    """
+
+    option: str
+    values: tuple[str, ...] = ()
+
+    def check(self, name: str, default: Any, options: Mapping[str, Any]) -> None:
+        other = options[self.option]
+        has_effect = other in self.values if self.values else other
+        if not has_effect and options[name] != default:
+            needed = f"{_flag(self.option)} {' or '.join(self.values)}".rstrip()
+            raise _wrong(name, f"{needed} with it", other)
+
+
+T = TypeVar("T")
+AtLeast0 = Annotated[T, Expected("at least 0", lambda x: x >= 0)]
+AtLeast1 = Annotated[T, Expected("at least 1", lambda x: x >= 1)]
+Above0 = Annotated[T, Expected("more than 0", lambda x: x > 0)]
+Published = Literal["cityscapes", "ade20k", "pascal-context", "coco-stuff-10k", "coco-stuff-164k"]
+DigitsOnly = Annotated[T, With("dataset", ("digits",))]
+FolderOnly = Annotated[T, With("dataset", ("folder",))]
+FilesOnly = Annotated[T, With("dataset", ("folder", *get_args(Published)))]
+
+
 @dataclass(frozen=True)
 class Data:
-    dataset: Literal[
-        "digits",
-        "folder",
-        "cityscapes",
-        "ade20k",
-        "pascal-context",
-        "coco-stuff-10k",
-        "coco-stuff-164k",
-    ] = "digits"
+    dataset: Literal["digits", "folder", Published] = "digits"
     """digits: scenes of handwritten digits, generated while training; needs no files. folder:
     images/train, images/val, masks/train, masks/val and classes.txt under --root. Others: a
     published data set, with its files as downloaded."""
-    root: Path | None = None
+    root: FilesOnly[Path | None] = None
     """Directory of the data set."""
-    train_images: int = 20_000
+    train_images: DigitsOnly[AtLeast1[int]] = 20_000
     """digits: scenes in the training split."""
-    val_images: int = 200
+    val_images: DigitsOnly[AtLeast1[int]] = 200
     """digits: scenes in the validation split."""
-    zipf: float = 1.0
+    zipf: DigitsOnly[AtLeast0[float]] = 1.0
     """digits: exponent of the frequencies in the training split: digit d has (d + 1)^−zipf; in the
     validation split the exponent is 1."""
-    data_seed: int | None = None
+    data_seed: DigitsOnly[AtLeast0[int | None]] = None
     """digits: seed of the training scenes; --seed if not given."""
-    crop: tuple[int, int] = (64, 64)
+    crop: Annotated[
+        tuple[int, int],
+        Expected(
+            f"two multiples of {MULTIPLE}",
+            lambda sides: min(sides) > 0 and not any(side % MULTIPLE for side in sides),
+        ),
+    ] = (64, 64)
     """Height and width of a training image (digits: of every scene), multiples of 32."""
-    image_suffix: str | None = None
+    image_suffix: FolderOnly[str | None] = None
     """folder: ending of image names (_rgb.tif); any known one if not given."""
-    mask_suffix: str | None = None
+    mask_suffix: FolderOnly[str | None] = None
     """folder: ending of mask names (_labels.png)."""
-    num_classes: int | None = None
+    num_classes: FolderOnly[Annotated[int | None, Expected("at least 2", lambda x: x >= 2)]] = None
     """folder: number of classes, if there is no classes.txt."""
-    label_map: dict[int, int] = field(default_factory=dict)
+    label_map: FolderOnly[dict[int, int]] = field(default_factory=dict)
     """folder: values in the masks and their classes, or −1 for ignored: --label-map 128 1 7 -1.
     With at most 255 classes, 255 is also ignored."""
-    channels: int = 3
+    channels: FolderOnly[AtLeast1[int]] = 3
     """folder: channels of the images."""
-    short_side: int | None = None
+    short_side: FilesOnly[AtLeast1[int | None]] = None
     """Images are scaled to this short side, keeping their aspect ratio; None: not scaled."""
-    long_side: int | None = None
+    long_side: FilesOnly[AtLeast1[int | None]] = None
     """Images are scaled to this long side; with --short-side, so that neither is exceeded."""
-    scale: tuple[float, float] = (1.0, 1.0)
+    scale: FilesOnly[
+        Annotated[
+            tuple[float, float],
+            Expected("0 < smallest <= largest", lambda x: 0 < x[0] <= x[1]),
+        ]
+    ] = (1.0, 1.0)
     """Range of an additional random scale of training images, which are then cropped, or padded
     with the mean colour."""
     flip: bool = False
     """Mirror half of the training images."""
-    cat_max_ratio: float = 1.0
+    cat_max_ratio: FilesOnly[
+        Annotated[float, Expected("a share above 0", lambda share: 0 < share <= 1)]
+    ] = 1.0
     """If one class has this share of the valid pixels of a crop or more, the crop is drawn again,
     up to ten times; 1: never."""
     photometric: bool = False
     """Distort brightness, contrast, saturation and hue of training images."""
-    head_tail: tuple[float, float] = (0.01, 0.001)
+    head_tail: Annotated[
+        tuple[float, float],
+        Expected("two shares, that of the head first", lambda x: 1 >= x[0] >= x[1] >= 0),
+    ] = (0.01, 0.001)
     """Head classes have at least the first share of the training pixels, tail classes less than
     the second."""
-    workers: int = 0
+    workers: AtLeast0[int] = 0
     """Number of processes that load images, per rank; it does not affect the images."""
 
 
@@ -122,18 +163,23 @@ class Model:
     """Start from ImageNet weights (downloaded)."""
     weights: Path | None = None
     """Start from the weights in this file."""
-    auxiliary_weight: float = 0.0
+    auxiliary_weight: AtLeast0[float] = 0.0
     """Weight of the loss of an auxiliary head (3×3 convolution, classifier) on the second last map
     of the backbone, or of OCRNet's regions; 0: no auxiliary head. The usual weight is 0.4."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Expected("a share below 1", lambda share: 0 <= share < 1)] = 0.0
     """Share of the channels that are dropped before the classifier in training; the methods use
     all channels. mmsegmentation uses 0.1, except for HRNet. It replaces DeepLab's own dropout."""
-    classifier_std: float | None = None
+    classifier_std: Above0[float | None] = None
     """Standard deviation of the classifiers' initial weights, drawn from a normal distribution
     (mmsegmentation: 0.01); their biases are then 0. None: torch's default."""
-    methods: tuple[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"], ...] = ()
+    methods: Annotated[
+        tuple[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"], ...],
+        Expected("each at most once", lambda methods: len({*methods}) == len(methods)),
+    ] = ()
     """Regularisers in addition to the cross-entropy; any number of them."""
-    setting: str = PUBLISHED
+    setting: Annotated[
+        str, Expected(f"one of {', '.join(SETTINGS)}", lambda name: name in SETTINGS)
+    ] = PUBLISHED
     """A named set of arguments of the methods. published: their defaults. from-scratch: smaller
     weights of OCCL and CeCo, for training from random weights. Arguments that it does not set are
     those that the preset's paper has for its network."""
@@ -145,41 +191,49 @@ class Model:
 
 @dataclass(frozen=True)
 class Optimization:
-    steps: int = 500
+    steps: AtLeast1[int] = 500
     """Optimizer steps."""
-    batch_size: int = 8
+    batch_size: AtLeast1[int] = 8
     """Images per step, over all ranks and accumulated passes."""
-    accumulate: int = 1
+    accumulate: AtLeast1[int] = 1
     """Passes per step over which gradients are accumulated."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has momentum 0.9."""
-    lr: float = 0.01
+    lr: AtLeast0[float] = 0.01
     """Learning rate after warm-up."""
-    weight_decay: float = 5e-4
+    weight_decay: AtLeast0[float] = 5e-4
     """Weight decay; not applied to biases and normalisation layers."""
-    head_lr_factor: float = 1.0
+    head_lr_factor: AtLeast0[float] = 1.0
     """Learning rate of everything except the backbone and the methods, relative to lr."""
-    regularizer_lr_factor: float = 1.0
+    regularizer_lr_factor: AtLeast0[float] = 1.0
     """Learning rate of the methods' own parameters, relative to lr."""
-    warmup: int = 0
+    warmup: AtLeast0[int] = 0
     """Steps of linear warm-up."""
-    power: float = 0.9
+    power: AtLeast0[float] = 0.9
     """Exponent of the polynomial decay to zero."""
-    clip: float | None = None
+    clip: Above0[float | None] = None
     """The gradient is clipped to this norm."""
     class_weights: Literal["none", "inverse-sqrt", "inverse"] = "none"
     """Weights of the loss from class frequencies f: 1/√f or 1/f, mean 1."""
-    given_class_weights: tuple[float, ...] = ()
+    given_class_weights: Annotated[
+        tuple[float, ...],
+        Expected("no value below 0, and one above", lambda x: not x or min(x) >= 0 < max(x)),
+        With("class_weights", ("none",)),
+    ] = ()
     """Weights of the loss, one per class."""
     loss: Literal["ce", "focal", "dice", "ce+dice"] = "ce"
     """The loss of the logits at the labels' size: cross-entropy, cross-entropy with the focal
     factor, Dice, or the sum of cross-entropy and Dice."""
-    focal_gamma: float = 2.0
+    focal_gamma: Annotated[AtLeast0[float], With("loss", ("focal",))] = 2.0
     """Exponent of the focal factor."""
-    ohem: float | None = None
+    ohem: Annotated[
+        float | None,
+        Expected("a probability above 0", lambda share: 0 < share <= 1),
+        With("loss", ("ce", "focal", "ce+dice")),
+    ] = None
     """Online hard example mining: the cross-entropy uses only pixels whose true class has at most
     this probability."""
-    ohem_kept: int = 100_000
+    ohem_kept: Annotated[AtLeast1[int], With("ohem")] = 100_000
     """With --ohem, at least this number of pixels is used in each pass: the hardest ones."""
 
 
@@ -191,11 +245,13 @@ class Running:
     """Directory of this run inside --out; DATASET-MODEL-METHODS-seedN if not given."""
     overwrite: bool = False
     """Delete the files of an earlier run of the same name."""
-    seed: int = 0
+    seed: Annotated[
+        int, Expected(f"0 to {LARGEST_SEED}", lambda seed: 0 <= seed <= LARGEST_SEED)
+    ] = 0
     """Random seed of the weights, and of the order and changes of the training images."""
     device: str | None = None
     """Device; if not given, cuda if there is a GPU, otherwise cpu."""
-    threads: int | None = None
+    threads: AtLeast1[int | None] = None
     """CPU threads of torch, per rank."""
     bf16: bool = False
     """bfloat16 autocast."""
@@ -210,29 +266,32 @@ class Running:
     for bit needs this on a GPU, or with more than two ranks."""
     evaluation: Literal["whole", "sliding"] = "whole"
     """Predict whole images, or overlapping windows of the size of a crop."""
-    window_stride: tuple[int, int] | None = None
+    window_stride: Annotated[tuple[int, int] | None, With("evaluation", ("sliding",))] = None
     """With --evaluation sliding: rows and columns from one window to the next; two thirds of a crop
     if not given."""
-    eval_scales: tuple[float, ...] = (1.0,)
+    eval_scales: Annotated[
+        tuple[float, ...],
+        Expected("one scale or more, above 0", lambda scales: scales and min(scales) > 0),
+    ] = (1.0,)
     """Scales of the images in an evaluation, for example 0.5 0.75 1 1.25 1.5 1.75. There is one
     pass for each scale; the probabilities are averaged."""
     eval_flip: bool = False
     """Also average with the probabilities of the mirrored images: twice as many passes."""
-    eval_batch_size: int = 1
+    eval_batch_size: AtLeast1[int] = 1
     """Images per pass of an evaluation; with more than 1, all images must have the same size."""
-    eval_every: int = 0
+    eval_every: AtLeast0[int] = 0
     """Steps between evaluations; 0: only at the end."""
-    collapse_images: int = 0
+    collapse_images: AtLeast0[int] = 0
     """Number of validation images on which neural collapse is measured at each evaluation, rounded
     up to whole batches of all ranks: how equal and how wide the angles are between class centroids
     and between the classifier's rows. 0: not measured."""
-    patience: int | None = None
+    patience: Annotated[AtLeast1[int | None], With("eval_every")] = None
     """Stop after this number of evaluations without a better mIoU."""
-    save_every: int = 500
+    save_every: AtLeast1[int] = 500
     """Steps between checkpoints; another one is written before each evaluation."""
-    log_every: int = 10
+    log_every: AtLeast1[int] = 10
     """Steps between log lines."""
-    gradient_ratio_every: int = 100
+    gradient_ratio_every: AtLeast0[int] = 100
     """Steps between measurements of each method's gradient on the features, relative to that of the
     loss of the logits; 0: none. They do not change the run. A measurement takes less time than a
     step, and needs memory for a second copy of the weights."""
@@ -250,85 +309,17 @@ class Config:
     running: OmitArgPrefixes[Running] = field(default_factory=Running)
 
     def __post_init__(self) -> None:
-        least = {
-            2: "num_classes",
-            1: "steps batch_size accumulate save_every log_every eval_batch_size threads patience "
-            "short_side long_side ohem_kept train_images val_images channels",
-            0: "workers warmup eval_every power lr weight_decay head_lr_factor "
-            "regularizer_lr_factor auxiliary_weight focal_gamma dropout gradient_ratio_every "
-            "collapse_images zipf data_seed",
-        }
-        options = {
-            name: value
-            for section in dataclasses.fields(self)
-            for name, value in vars(getattr(self, section.name)).items()
-        }
-        for bound, names in least.items():
-            for name in names.split():
-                if options[name] is not None and options[name] < bound:
-                    raise _wrong(name, f"at least {bound}", options[name])
-        for name, value in options.items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
-                raise _wrong(name, "a finite value", value)
-            if name != "seed" and any(isinstance(x, int) and x > LARGEST for x in numbers):
-                raise _wrong(name, f"at most {LARGEST}", value)
-        if not 0 <= self.running.seed <= LARGEST_SEED:
-            raise _wrong("seed", f"0 to {LARGEST_SEED}", self.running.seed)
-        if (given := self.optimization.given_class_weights) and (min(given) < 0 or not any(given)):
-            raise _wrong("given_class_weights", "no value below 0, and one above", given)
-        methods = self.model.methods
-        if len(set(methods)) < len(methods):
-            raise _wrong("methods", "each at most once", methods)
-        if self.model.setting not in SETTINGS:
-            raise _wrong("setting", f"one of {', '.join(SETTINGS)}", self.model.setting)
-        if min(self.data.crop) < MULTIPLE or any(side % MULTIPLE for side in self.data.crop):
-            raise _wrong("crop", f"two multiples of {MULTIPLE}", self.data.crop)
-        if not 0 < self.data.scale[0] <= self.data.scale[1]:
-            raise _wrong("scale", "0 < smallest <= largest", self.data.scale)
-        if stride := self.running.window_stride:
-            if self.running.evaluation != "sliding":
-                raise _wrong("window_stride", "None without --evaluation sliding", stride)
-            if not all(1 <= s <= side for s, side in zip(stride, self.data.crop, strict=True)):
-                expected = f"1 to the rows and columns of --crop {self.data.crop}"
-                raise _wrong("window_stride", expected, stride)
-        scales = self.running.eval_scales
-        if not scales or min(scales) <= 0:
-            raise _wrong("eval_scales", "one scale or more, above 0", scales)
-        if not 0 < self.data.cat_max_ratio <= 1:
-            raise _wrong("cat_max_ratio", "a share above 0", self.data.cat_max_ratio)
-        if not 1 >= self.data.head_tail[0] >= self.data.head_tail[1] >= 0:
-            raise _wrong("head_tail", "two shares, that of the head first", self.data.head_tail)
-        if self.running.patience and not self.running.eval_every:
-            raise _wrong("patience", "--eval-every with it", self.running.patience)
-        if self.optimization.given_class_weights and self.optimization.class_weights != "none":
-            kind = self.optimization.class_weights
-            raise _wrong("given_class_weights", "--class-weights none with it", kind)
-        if self.model.dropout >= 1:
-            raise _wrong("dropout", "a share below 1", self.model.dropout)
-        if options["classifier_std"] is not None and options["classifier_std"] <= 0:
-            raise _wrong("classifier_std", "more than 0", options["classifier_std"])
-        if options["clip"] is not None and options["clip"] <= 0:
-            raise _wrong("clip", "more than 0", options["clip"])
-        if options["ohem"] is not None and not 0 < options["ohem"] <= 1:
-            raise _wrong("ohem", "a probability above 0", options["ohem"])
-        for name, used, needed in (
-            ("ohem", self.optimization.loss != "dice", "a --loss with cross-entropy"),
-            ("ohem_kept", options["ohem"] is not None, "--ohem"),
-            ("focal_gamma", self.optimization.loss == "focal", "--loss focal"),
-        ):
-            if not used and options[name] != getattr(Optimization, name):
-                raise _wrong(name, f"{needed} with it", options[name])
-        dataset = self.data.dataset
-        unused = (
-            (OF_DIGITS, "digits", dataset != "digits"),
-            (OF_FOLDERS, "folder", dataset != "folder"),
-            (OF_FILES, "folder, or a published one,", dataset == "digits"),
-        )
-        for names, wanted, ignored in unused:
-            for name in names if ignored else ():
-                if options[name] != vars(Data())[name]:
-                    raise _wrong(name, f"--dataset {wanted} with it", dataset)
+        """Raises ValueError for a value that does not satisfy the constraints in its type."""
+        options = _flat(dataclasses.asdict(self))
+        for section in (self.data, self.model, self.optimization, self.running):
+            defaults = vars(type(section)())
+            for option in dataclasses.fields(section):
+                _check_numbers(option.name, options[option.name])
+                for constraint in getattr(option.type, "__metadata__", ()):
+                    constraint.check(option.name, defaults[option.name], options)
+        stride, crop = self.running.window_stride, self.data.crop
+        if stride and not all(1 <= s <= side for s, side in zip(stride, crop, strict=True)):
+            raise _wrong("window_stride", f"1 to the rows and columns of --crop {crop}", stride)
 
     @property
     def run(self) -> Path:
@@ -368,18 +359,13 @@ class Config:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings in which repetitions of a run agree; they may differ in their seeds."""
-        sections = dataclasses.asdict(self).values()
-        options = {name: value for section in sections for name, value in section.items()}
+        options = _flat(dataclasses.asdict(self))
         return {name: str(value) for name, value in options.items() if name not in OF_ONE_RUN}
 
     @property
     def decisive(self) -> dict[str, Any]:
         """The options on which the numbers of a run depend, as config.json stores them."""
-        options = {
-            name: x
-            for section in json.loads(self.to_json()).values()
-            for name, x in section.items()
-        }
+        options = _flat(json.loads(self.to_json()))
         return {name: x for name, x in options.items() if name not in OF_ONE_PROCESS}
 
     def to_json(self) -> str:
@@ -401,8 +387,24 @@ class Config:
             raise ValueError(f"{path} is damaged, or of another version ({error!r})") from error
 
 
-def _wrong(name: str, expected: str, value: Any) -> ValueError:
-    return ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
+def _flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for section in sections.values() for name, value in section.items()}
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    numbers = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
+        raise _wrong(name, "a finite value", value)
+    if name != "seed" and any(isinstance(x, int) and x > LARGEST for x in numbers):
+        raise _wrong(name, f"at most {LARGEST}", value)
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def _wrong(option: str, expected: str, value: Any) -> ValueError:
+    return ValueError(f"{_flag(option)}: expected {expected}, got {value}")
 
 
 def _typed(section: Any, saved: dict[str, Any]) -> Any:
