@@ -86,9 +86,9 @@ def test_options_on_the_command_line(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("digits --root data", "--root: expected --dataset folder, .* with it, got digits"),
+        ("digits --root data", "--root: expected --dataset folder or .* with it, got digits"),
         ("digits --num-classes 3", "--num-classes: expected --dataset folder with it, got digits"),
-        ("digits --short-side 96", "--short-side: expected --dataset folder, .*, got digits"),
+        ("digits --short-side 96", "--short-side: expected --dataset folder or .*, got digits"),
         (
             "folder --train-images 9",
             "--train-images: expected --dataset digits with it, got folder",

@@ -319,7 +319,7 @@ def test_method_options():
     [
         ({"eval_batch_size": 0}, "--eval-batch-size: expected at least 1, got 0"),
         ({"patience": 0}, "--patience: expected at least 1"),
-        ({"patience": 2, "eval_every": 0}, "--patience: expected --eval-every with it"),
+        ({"patience": 2, "eval_every": 0}, "--patience: expected --eval-every with it, got 0"),
         (
             {"class_weights": "inverse", "given_class_weights": (1.0, 2.0)},
             "--given-class-weights: expected --class-weights none with it, got inverse",
@@ -331,9 +331,14 @@ def test_method_options():
         ({"cat_max_ratio": 0.0}, "--cat-max-ratio: expected a share above 0"),
         ({"clip": 0.0}, "--clip: expected more than 0"),
         ({"ohem": 7.0}, "--ohem: expected a probability"),
-        ({"ohem": 0.7, "loss": "dice"}, "--ohem: expected a --loss with cross-entropy"),
-        ({"ohem_kept": 5}, "--ohem-kept: expected --ohem with it, got 5"),
-        ({"focal_gamma": 3.0}, "--focal-gamma: expected --loss focal with it, got 3.0"),
+        (
+            {"ohem": 0.7, "loss": "dice"},
+            r"--ohem: expected --loss ce or focal or ce\+dice with it, got dice",
+        ),
+        ({"ohem_kept": 5}, "--ohem-kept: expected --ohem with it, got None"),
+        ({"dropout": 1.0}, "--dropout: expected a share below 1, got 1.0"),
+        ({"eval_scales": ()}, "--eval-scales: expected one scale or more, above 0, got"),
+        ({"focal_gamma": 3.0}, "--focal-gamma: expected --loss focal with it, got ce"),
         ({"lr": float("nan")}, "--lr: expected a finite value, got nan"),
         ({"scale": (1.0, float("inf"))}, "--scale: expected a finite value"),
         ({"seed": -1}, "--seed: expected 0 to 9223372036854775807, got -1"),
@@ -348,7 +353,7 @@ def test_method_options():
         ({"methods": ("sar", "sar")}, "--methods: expected each at most once"),
         (
             {"window_stride": (32, 32)},
-            r"--window-stride: expected None without --evaluation sliding, got \(32, 32\)",
+            "--window-stride: expected --evaluation sliding with it, got whole",
         ),
         (
             {"window_stride": (32, 65), "evaluation": "sliding"},
