@@ -2,7 +2,7 @@
 
 import signal
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,7 @@ def start(config: Config) -> dict[str, Any]:
     Interrupted after SIGTERM or Ctrl-C.
     """
     config = config.anywhere()
-    ranks = start_ranks(config.running.device)
-    try:
-        with ExitStack() as stack:
-            ranks.from_first(lambda: stack.enter_context(new_run(config)))
-            return _Run(config, ranks, new=True).train()
-    finally:
-        stop_ranks()
+    return _train(config, new_run(config), new=True)
 
 
 def resume(
@@ -62,11 +56,18 @@ def resume(
     config = Config.load(run / CONFIG).replace(out=run.parent, name=run.name)
     if root is not None:
         config = config.replace(root=root).anywhere()
+    return _train(config, held(run), allow_other_ranks=allow_other_ranks)
+
+
+def _train(
+    config: Config, directory: AbstractContextManager[None], **options: bool
+) -> dict[str, Any]:
+    """The results of a run, whose directory the first rank holds."""
     ranks = start_ranks(config.running.device)
     try:
         with ExitStack() as stack:
-            ranks.from_first(lambda: stack.enter_context(held(run)))
-            return _Run(config, ranks, allow_other_ranks=allow_other_ranks).train()
+            ranks.from_first(lambda: stack.enter_context(directory))
+            return _Run(config, ranks, **options).train()
     finally:
         stop_ranks()
 
