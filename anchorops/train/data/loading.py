@@ -271,15 +271,8 @@ def training_loader(
     dataset: Segmentation, config: Data, sampler: BatchSampler, *, seed: int, pin_memory: bool
 ) -> DataLoader:
     transform = augmentation(config, dataset.channels)
-    return DataLoader(
-        Training(dataset, transform, seed),
-        batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
-        num_workers=config.workers,
-        pin_memory=pin_memory,
-        worker_init_fn=follow_parent,
-        multiprocessing_context="forkserver" if config.workers else None,
-        generator=torch.Generator(),  # otherwise an iterator draws from torch's random numbers
-    )
+    data = Training(dataset, transform, seed)
+    return _loader(data, config.workers, batch_sampler=sampler, pin_memory=pin_memory)
 
 
 def _stack(items: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -295,15 +288,19 @@ def evaluation_loader(
     dataset: Segmentation, config: Data, *, batch_size: int, rank: int, world: int
 ) -> DataLoader:
     """Every image once, over all ranks, without augmentation."""
+    data = Validation(dataset, evaluation_transform(config, dataset.channels))
+    images = range(rank, len(dataset), world)
+    return _loader(data, config.workers, batch_size=batch_size, sampler=images, collate_fn=_stack)
+
+
+def _loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
     return DataLoader(
-        Validation(dataset, evaluation_transform(config, dataset.channels)),
-        batch_size=batch_size,
-        sampler=range(rank, len(dataset), world),
-        collate_fn=_stack,
-        num_workers=config.workers,
+        dataset,
+        num_workers=workers,
         worker_init_fn=follow_parent,
-        multiprocessing_context="forkserver" if config.workers else None,
+        multiprocessing_context="forkserver" if workers else None,
         generator=torch.Generator(),  # otherwise an iterator draws from torch's random numbers
+        **options,
     )
 
 
