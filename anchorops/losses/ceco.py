@@ -16,10 +16,10 @@ from .._checks import (
 )
 from .._ops.upsampled_sums import upsampled_sums
 from ..anchors import simplex_etf
-from ..distributed import all_reduce, group_name, reduce_moments
-from ..reference import ClassMoments, UpsampledSums
+from ..distributed import all_reduce, reduce_moments
+from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer
-from .recomputation import recomputing
+from .batch_norm import batch_norm
 
 
 class CeCo(Regularizer):
@@ -121,13 +121,12 @@ class CeCo(Regularizer):
         if 0 in features.shape[2:]:
             shape = tuple(features.shape)
             fail("CeCo", "features", "at least one pixel per image", f"shape {shape}")
-        return Plan(None, lambda _: self._losses_of_centers(self._moments(features, labels)))
+        return Plan(None, lambda _: self._losses_of_centers(*self._centers(features, labels)))
 
-    def _moments(self, features: Tensor, labels: Tensor) -> UpsampledSums:
-        """Counts and sums of each class, not normalised, and mean and variance for the batch norm.
+    def _centers(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts [K] and centers z_k [K, C]; of each image [B, K] and [B, K, C] for per_image.
 
-        Batch norm is affine in each channel, and so is upsampling. Therefore the batch norm is
-        applied to the class means, and neither g nor its gradient is stored.
+        z_k is the batch norm of the mean over class k: neither g nor its gradient is stored.
         """
         upsample = features.dim() == 4 and self.resolution == "label"
         reduced = self._reduce_channels(features)
@@ -143,8 +142,9 @@ class CeCo(Regularizer):
         )
         if not self.per_image:
             counts, sums, _ = reduce_moments(ClassMoments(counts, sums, None), self.process_group)
-        mean, variance = self._statistics(mean, variance, reduced.numel() // reduced.shape[1])
-        return UpsampledSums(counts, sums, mean, variance)
+        pixels = reduced.numel() // reduced.shape[1]
+        norm = batch_norm("CeCo", self.norm, mean, variance, pixels, self.process_group)
+        return counts, norm(sums / counts.clamp(min=1)[..., None])
 
     def _reduce_channels(self, features: Tensor) -> Tensor:
         """reduction(features), (B, C, H, W) in the features' dtype and layout; points are a row.
@@ -161,61 +161,16 @@ class CeCo(Regularizer):
             reduced = reduced.unflatten(2, features.shape[2:])
         return reduced if features.dim() == 4 else reduced[:, :, None]
 
-    def _statistics(self, mean: Tensor, variance: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance for the batch norm, from those of this rank's pixels. In training, this
-        updates the running statistics."""
-        norm = self.norm
-        if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or not norm.affine:
-            fail("CeCo", "norm", "a BatchNorm2d or SyncBatchNorm with affine=True", norm)
-        if norm.num_features != len(mean):
-            fail("CeCo", "norm", f"a batch norm of {len(mean)} channels", norm)
-        if norm.running_mean is None or norm.running_var is None or norm.momentum is None:
-            expected = "running statistics and a momentum that is a number"
-            fail("CeCo", "norm", f"a batch norm with {expected}", norm)
-        assert norm.num_batches_tracked is not None  # as the running statistics
-        if torch.compiler.is_compiling() and norm.training:
-            torch.ops.anchorops.first_pass(norm.running_mean, "CeCo")
-        group = self.process_group
-        if isinstance(norm, nn.SyncBatchNorm):
-            group = group_name("CeCo", norm.process_group or "world")
-        if not norm.training or (pixels == 0 and group is None):
-            return norm.running_mean.to(mean), norm.running_var.to(mean)
-        size: Tensor | int = pixels
-        if group is not None:
-            total = torch.cat([mean * pixels, mean.new_full((1,), pixels)])
-            total = all_reduce(total, group)
-            shift, size = mean - total[:-1] / total[-1], total[-1]
-            mean = total[:-1] / size
-            variance = all_reduce(pixels * (variance + shift.square()), group) / size
-        elif pixels == 1:
-            fail("CeCo", "features", "more than one pixel in training, for batch norm", pixels)
-        # A recomputation runs the same operators, because torch.utils.checkpoint may count them.
-        momentum, batches = (0.0, 0) if recomputing() else (norm.momentum, 1)
-        with torch.no_grad():
-            unbiased = variance * (size / (size - 1))
-            running = [norm.running_mean, norm.running_var]
-            here = [x.to(running[0].dtype) for x in (mean, unbiased)]
-            torch._foreach_lerp_(running, here, momentum)  # pyright: ignore
-            norm.num_batches_tracked.add_(batches)
-        return mean, variance
-
-    def _centers(self, moments: UpsampledSums) -> Tensor:
-        """z_k: batch norm of the class means m_k, γ·(m_k − mean)/√(variance + ε) + β."""
-        counts, sums, mean, variance = moments
-        norm, means = self.norm, sums / counts.clamp(min=1)[..., None]
-        scale = norm.weight.to(sums.dtype) * (variance.to(sums.dtype) + norm.eps).rsqrt()
-        return (means - mean.to(sums.dtype)) * scale + norm.bias.to(sums.dtype)
-
-    def _losses_of_centers(self, moments: UpsampledSums) -> Losses:
+    def _losses_of_centers(self, counts: Tensor, centers: Tensor) -> Losses:
         weight, bias, etf, prior = (
-            x.to(moments.sums.dtype)
+            x.to(centers.dtype)
             for x in (self.projection.weight, self.projection.bias, self.etf, self.prior)
         )
-        hidden = F.linear(self._centers(moments), weight, bias).relu()
+        hidden = F.linear(centers, weight, bias).relu()
         hidden = F.dropout(F.normalize(hidden, dim=-1), self.dropout, self.training)  # ẑ_k
         logits = self.scale * F.linear(hidden, etf) + (prior + 1e-12).log()
         log_p = logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # of the center's own class
-        present = moments.counts > 0
+        present = counts > 0
         total, number = -torch.where(present, log_p, 0).sum(), present.sum()
         if self.per_image:  # every rank has its own images
             total, number = (all_reduce(x, self.process_group) for x in (total, number))

@@ -1,0 +1,71 @@
+"""Batch norm of values that are not stored, from their mean and variance in each channel.
+
+Batch norm is affine in each channel, and so are upsampling and means over pixels. Therefore it can
+be applied to means.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import fail
+from ..distributed import all_reduce, group_name
+from .recomputation import recomputing
+
+
+class BatchNorm(NamedTuple):
+    """γ·(x − mean)/√(variance + ε) + β in each channel."""
+
+    module: nn.BatchNorm2d | nn.SyncBatchNorm
+    mean: Tensor
+    variance: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias, mean, variance = (
+            y.to(x.dtype) for y in (self.module.weight, self.module.bias, self.mean, self.variance)
+        )
+        return (x - mean) * (weight * (variance + self.module.eps).rsqrt()) + bias
+
+
+def batch_norm(
+    function: str, norm: object, mean: Tensor, variance: Tensor, pixels: int, group: str | None
+) -> BatchNorm:
+    """The batch norm of `function`'s module `norm`. In training, this updates its running
+    statistics.
+
+    mean, variance: of this rank's values, [C] each; pixels: their number in each channel. group:
+    the statistics are those of its ranks.
+    """
+    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or not norm.affine:
+        fail(function, "norm", "a BatchNorm2d or SyncBatchNorm with affine=True", norm)
+    if norm.num_features != len(mean):
+        fail(function, "norm", f"a batch norm of {len(mean)} channels", norm)
+    if norm.running_mean is None or norm.running_var is None or norm.momentum is None:
+        expected = "running statistics and a momentum that is a number"
+        fail(function, "norm", f"a batch norm with {expected}", norm)
+    assert norm.num_batches_tracked is not None  # as the running statistics
+    if torch.compiler.is_compiling() and norm.training:
+        torch.ops.anchorops.first_pass(norm.running_mean, function)
+    if isinstance(norm, nn.SyncBatchNorm):
+        group = group_name(function, norm.process_group or "world")
+    if not norm.training or (pixels == 0 and group is None):
+        return BatchNorm(norm, norm.running_mean.to(mean), norm.running_var.to(mean))
+    size: Tensor | int = pixels
+    if group is not None:
+        total = torch.cat([mean * pixels, mean.new_full((1,), pixels)])
+        total = all_reduce(total, group)
+        shift, size = mean - total[:-1] / total[-1], total[-1]
+        mean = total[:-1] / size
+        variance = all_reduce(pixels * (variance + shift.square()), group) / size
+    elif pixels == 1:
+        fail(function, "features", "more than one pixel in training, for batch norm", pixels)
+    # A recomputation runs the same operators, because torch.utils.checkpoint may count them.
+    momentum, batches = (0.0, 0) if recomputing() else (norm.momentum, 1)
+    with torch.no_grad():
+        unbiased = variance * (size / (size - 1))
+        running = [norm.running_mean, norm.running_var]
+        here = [x.to(running[0].dtype) for x in (mean, unbiased)]
+        torch._foreach_lerp_(running, here, momentum)  # pyright: ignore
+        norm.num_batches_tracked.add_(batches)
+    return BatchNorm(norm, mean, variance)
