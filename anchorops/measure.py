@@ -88,12 +88,11 @@ def moments_bytes(
         direction: "forward", "backward" or "forward + backward".
         sums, sqdists: which statistics are requested.
     """
-    feature_bytes = features.numel() * features.element_size()
     keys = 4 * features.numel() // features.shape[1]
     statistics = 4 * num_keys * (sums * features.shape[1] + sqdists)
     anchors = 4 * num_keys * features.shape[1] * sqdists
-    forward = feature_bytes + keys + anchors + statistics
-    backward = (1 + sqdists) * feature_bytes + keys + anchors + statistics
+    forward = features.nbytes + keys + anchors + statistics
+    backward = (1 + sqdists) * features.nbytes + keys + anchors + statistics
     counted = {"forward": forward, "backward": backward, "forward + backward": forward + backward}
     return counted[direction]
 
@@ -201,8 +200,7 @@ def measure(
     q20, *_, q80 = quantiles(times, n=5, method="inclusive")
     shares: list[float | None] = [None, None]
     if beside is not None:
-        size = beside.numel() * beside.element_size()
-        for i, moved in enumerate((2 * size, size)):
+        for i, moved in enumerate((2 * beside.nbytes, beside.nbytes)):
             pairs = zip(times, others[i], strict=True)
             shares[i] = median(counted_bytes / own / (moved / other) for own, other in pairs)
     middle = median(times)
@@ -254,7 +252,7 @@ def bandwidth(tensor: Tensor, rounds: int = 20) -> dict[str, float]:
     Returns:
         `copy_gbps` and `read_gbps`.
     """
-    target, size = torch.empty_like(tensor), tensor.numel() * tensor.element_size()
+    target, size = torch.empty_like(tensor), tensor.nbytes
     runs = [lambda: target.copy_(tensor), lambda: tensor.sum()]
     _sample(runs, tensor.device, 2)
     copies, reads = _sample(runs, tensor.device, rounds)
@@ -283,8 +281,7 @@ def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
 
 
 def _output_bytes(outputs: object) -> int:
-    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(leaf.nbytes for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
 
 
 def _status(field: str) -> int:
