@@ -1,8 +1,8 @@
 """Compares the methods with the plain network on digit scenes, after short and long trainings.
 
-    python examples/evidence.py --jobs 2 --budget 240   # trains missing runs, for four hours
-    python examples/evidence.py --list                  # the runs in their order, and which exist
-    python examples/evidence.py --report docs           # docs/evidence.json, .md and pictures
+    python bench/evidence.py --jobs 2 --budget 240   # trains missing runs, for four hours
+    python bench/evidence.py --list                  # the runs in their order, and which exist
+    python bench/evidence.py --report docs           # docs/evidence.json, .md and pictures
 
 One process trains one run on one CPU thread. The most useful runs come first, so you can stop at
 any time. Finished runs are kept. Interrupted runs continue, bit for bit, at the next call with the
@@ -14,7 +14,6 @@ import fnmatch
 import itertools
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -25,7 +24,9 @@ from typing import Any, NamedTuple
 
 import evidence_report
 import torch
+from record import commit
 
+from anchorops.measure import environment
 from anchorops.train.config import PUBLISHED, Config
 from anchorops.train.presets import DEMO
 from anchorops.train.run.checkpoint import checkpoints, save_atomically
@@ -168,15 +169,6 @@ def row_file(run: Run, out: Path) -> Path:
     return out / "rows" / f"{run.name}.json"
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
 def train_all(todo: Iterator[Run], out: Path, jobs: int, minutes: float) -> None:
     """`jobs` runs at a time, each in its own process. After `minutes`, or if this process is asked
     to stop, the current runs are interrupted."""
@@ -237,21 +229,14 @@ def evidence(rows: list[dict[str, Any]]) -> dict[str, Any]:
         run._asdict() | {"methods": "+".join(run.methods) or "plain"}
         for run in dict.fromkeys(plan())
     ]
+    processor, _, _ = str(environment(torch.device("cpu"))["device"]).partition(",")
     return {
-        "command": "python examples/evidence.py",
-        "device": f"{_processor()}, 1 thread a run",
+        "command": "python bench/evidence.py",
+        "device": f"{processor}, 1 thread a run",
         "torch": torch.__version__,
         "planned": [list(run.values()) for run in planned],
         "rows": rows,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "CPU")
 
 
 def main() -> None:
