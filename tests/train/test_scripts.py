@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evidence_report
 import pytest
 from plot_training_step import inference, table
 
@@ -48,18 +49,15 @@ def test_wrong_options_of_evidence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    example = Path(__file__).parents[2] / "examples/evidence.py"
-    monkeypatch.setattr(sys, "argv", [example.name, "--out", str(tmp_path), *options])
-    monkeypatch.syspath_prepend(str(example.parent))
+    script = BENCH / "evidence.py"
+    monkeypatch.setattr(sys, "argv", [script.name, "--out", str(tmp_path), *options])
     with pytest.raises(SystemExit):
-        runpy.run_path(str(example), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     assert message in capsys.readouterr().err
 
 
 def test_report_of_evidence(tmp_path: Path):
     """The report contains the runs that exist, and lists those that are missing."""
-    example = Path(__file__).parents[2] / "examples/evidence_report.py"
-    report = runpy.run_path(str(example))
 
     def row(methods: str, setting: str, steps: int, seed: int, miou: float) -> dict:
         run = {"scenes": "digits", "model": "segformer-b0", "methods": methods, "setting": setting}
@@ -75,14 +73,14 @@ def test_report_of_evidence(tmp_path: Path):
         row("plain", "published", 1500, 0, 0.505),
         row("ceco", "published", 1500, 0, 0.5) | {"gradient_ratios": {"ceco": [0.5]}},
     ]
-    assert report["table"]([run for run in rows if run["steps"] == 500]).splitlines()[2:] == [
+    assert evidence_report.table([run for run in rows if run["steps"] == 500]).splitlines()[2:] == [
         "| plain | 2 | 55.0 ± 7.1 |  | 80.0 ± 0.0 | 50.0 ± 0.0 | 20.0 ± 0.0 |",
         "| CeCo | 2 | 53.0 ± 5.7 | −2.0 ± 1.4 | 80.0 ± 0.0 | 50.0 ± 0.0 | 20.0 ± 0.0 |",
         "| CeCo, from scratch | 1 | 70.0 |  | 80.0 | 50.0 | 20.0 |",
     ]
     planned = [["digits", "segformer-b0", "sar", "published", 500, seed] for seed in range(3)]
     evidence = {"command": "run", "device": "CPU", "torch": "2", "planned": planned, "rows": rows}
-    report["write"](evidence, tmp_path)
+    evidence_report.write(evidence, tmp_path)
     assert json.loads((tmp_path / "evidence.json").read_text()) == evidence
     page = (tmp_path / "evidence.md").read_text()
     assert "At 500: converged (1,500 add +0.5, n = 1). At 1,500: not known" in page
