@@ -103,8 +103,7 @@ def keys_bytes(pixels: int, num_keys: int, itemsize: int = 8) -> int:
 
 
 def _sample(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[float]]:
-    """Seconds of each run in each round. The runs take turns, because the bandwidth of a machine
-    drifts, and only measurements close in time can be compared."""
+    """Seconds of each run in each round."""
     if device.type == "cuda":
         return _sample_cuda(runs, rounds)
     times = [[duration(run) for run in runs] for _ in range(rounds)]
@@ -158,6 +157,31 @@ def cuda_graph(run: Run) -> Run:
     return replay
 
 
+def in_turns(
+    runs: Sequence[Run], device: torch.device, *, seconds: float = 0.5, rounds: int = 3
+) -> tuple[list[list[float]], float | None]:
+    """Times runs that take turns, because the speed of a machine drifts, and only measurements
+    close in time can be compared. Each run must have been called before.
+
+    Args:
+        runs: the calls; their results are not kept.
+        device: where they run.
+        seconds: for about how long they are repeated.
+        rounds: but at least so often.
+
+    Returns:
+        The seconds of each run in each round, and `others` of `Measurement`.
+    """
+    # The loop runs until the time is over: the first calls of a run may take ten times as long as
+    # later ones, while the system looks for huge pages. On CUDA the host must be ahead of the GPU.
+    chunk, most = (10, 100) if device.type == "cuda" else (1, 1000)
+    processes, start = OtherProcesses(device), time.perf_counter()
+    times = _sample(runs, device, rounds)
+    while len(times[0]) < most and time.perf_counter() - start < seconds:
+        times = [a + b for a, b in zip(times, _sample(runs, device, chunk), strict=True)]
+    return times, processes.cores()
+
+
 def measure(
     run: Run,
     counted_bytes: int,
@@ -188,15 +212,7 @@ def measure(
         tensor = beside.detach()
         target = torch.empty_like(tensor)
         runs += [lambda: target.copy_(tensor), lambda: tensor.sum()]
-    # The loop runs until the time is over: the first calls of a run may take ten times as long as
-    # later ones, while the system looks for huge pages. On CUDA the host must be ahead of the GPU.
-    chunk, most = (10, 100) if device.type == "cuda" else (1, 1000)
-    processes, start = OtherProcesses(device), time.perf_counter()
-    samples = _sample(runs, device, rounds)
-    while len(samples[0]) < most and time.perf_counter() - start < seconds:
-        samples = [a + b for a, b in zip(samples, _sample(runs, device, chunk), strict=True)]
-    times, *others = samples
-    cores = processes.cores()
+    (times, *others), cores = in_turns(runs, device, seconds=seconds, rounds=rounds)
     q20, *_, q80 = quantiles(times, n=5, method="inclusive")
     shares: list[float | None] = [None, None]
     if beside is not None:

@@ -114,7 +114,6 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
         formulas = {
             name: outputs(case.operation, partial(rivals.class_moments, rival))
             for name, rival in rivals.FORMULAS.items()
-            if name not in rivals.ABSENT
         }
         compiled = ["index_add", "one_hot bmm"]
         # Its backward takes seconds, because it writes the gradient of all rows for each class.

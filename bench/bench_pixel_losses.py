@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -57,6 +57,9 @@ class Logits(NamedTuple):
         sizes = " ".join(f"{axis}{size:,}" for axis, size in zip(axes, self.size, strict=True))
         features = f", D{self.dim:,}" if self.dim else ""
         return f"{sizes}{features}, labels {'×'.join(map(str, self.label_size))}"
+
+    def upsampled(self, x: Tensor) -> Tensor:
+        return upsampled(x, self.label_size, self.align_corners)
 
     def on(self, device: torch.device, tiny: bool = False) -> "Logits":
         size, label_size = list(self.size), self.label_size
@@ -146,12 +149,12 @@ def cosines(shape: Logits, features: Tensor) -> Tensor:
     return F.conv2d(F.normalize(features, dim=1), anchors[:, :, None, None])
 
 
-def upsampled(case: Case, x: Tensor) -> Tensor:
-    shape: Logits = case.shape
-    if x.shape[2:] == shape.label_size:
+def upsampled(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    """float32 logits of the labels' size."""
+    if x.shape[2:] == size:
         return x.float()
-    size, align_corners = shape.label_size, shape.align_corners
-    return F.interpolate(x.float(), size, mode="bilinear", align_corners=align_corners)
+    mode = "bilinear" if len(size) == 2 else "trilinear"
+    return F.interpolate(x.float(), size, mode=mode, align_corners=align_corners)
 
 
 def teacher_of(x: Tensor) -> Tensor:
@@ -177,7 +180,7 @@ def focal(z: Tensor, y: Tensor) -> Tensor:
 def linear_cross_entropy(case: Case, chunked: bool, x: Tensor, y: Tensor) -> Tensor:
     """torch's, from unit features at the labels' size. Its logits equal the upsampled cosines,
     because both the upsampling and the product are linear."""
-    rows = upsampled(case, F.normalize(x, dim=1)).movedim(1, -1).flatten(0, -2)
+    rows = case.shape.upsampled(F.normalize(x, dim=1)).movedim(1, -1).flatten(0, -2)
     anchors = scaled_anchors(case.shape, x.device).to(rows.dtype)
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
     return F.linear_cross_entropy(
@@ -202,7 +205,7 @@ def rivals_of_cosines(case: Case) -> dict[str, Formula]:
     """The formulas of torch. Older versions have no linear_cross_entropy."""
     formulas: dict[str, Formula] = {
         "product + interpolate + cross_entropy": lambda x, y: cross_entropy(
-            upsampled(case, cosines(case.shape, x)), y
+            case.shape.upsampled(cosines(case.shape, x)), y
         )
     }
     if hasattr(F, "linear_cross_entropy"):
@@ -221,7 +224,7 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
     if case.operation == DIVERGENCE:
         return {
             "interpolate + kl_div": lambda x, y: divergence(
-                upsampled(case, x), upsampled(case, teacher_of(x)), y
+                case.shape.upsampled(x), case.shape.upsampled(teacher_of(x)), y
             )
         }
 
@@ -247,7 +250,7 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
         },
     }[case.operation]
     formulas = {
-        name: lambda x, y, formula=formula: formula(upsampled(case, x), y)
+        name: lambda x, y, formula=formula: formula(case.shape.upsampled(x), y)
         for name, formula in formulas.items()
         if not any(mark in name and absent(library) for mark, library in LIBRARIES.items())
     }

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import pytest
-import rivals
 import torch
 from cases import Case, backends, relative_error
-from record import head_of, save
+from record import head_of, save, spread
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -19,6 +19,7 @@ from anchorops.measure import (
     Run,
     bandwidth,
     cuda_graph,
+    in_turns,
     measure,
     peak_extra_bytes,
 )
@@ -30,6 +31,7 @@ GRAPH = ", CUDA graph"
 # a virtual machine may have given unused memory back to its host, and new pages are slow. The
 # steadiest measurement is kept.
 MOST_TRIES, MOST_SPREAD = 3, 2.0
+WARM_UP = 2  # calls of the runs that take turns
 ROWS: pytest.StashKey["Rows"] = pytest.StashKey()
 
 
@@ -41,13 +43,13 @@ def pytest_addoption(parser):
     group.addoption("--threads", type=int, default=2, help="of torch on the CPU (default 2)")
     group.addoption("--seconds", type=float, default=0.6, help="of timing for each row")
     group.addoption("--rounds", type=int, default=10, help="at least, of timing (default 10)")
+    group.addoption("--eager", action="store_true", help="options without torch.compile")
     group.addoption("--tiny", action="store_true", help="tiny tensors, only to test the code")
 
 
 def pytest_configure(config):
-    config.option.benchmark_quiet = True  # one table is enough
-    config.addinivalue_line("markers", "rank(n): 0 for quick cases, 1 for those of --full alone")
-    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
+    ranks = "0 for quick cases, 1 for those of --full alone, 2 for options"
+    config.addinivalue_line("markers", f"rank(n): {ranks}")
     torch.set_num_threads(config.getoption("--threads"))
     config.stash[ROWS] = Rows(config)
 
@@ -81,24 +83,31 @@ class Rows:
 
     def __init__(self, config: pytest.Config) -> None:
         self.device = torch.device(str(config.getoption("--device")))
-        self.path, self.rows, self.head = config.getoption("--rows"), [], {}
-        self.tiny = config.getoption("--tiny")
+        self.path, self.tiny = config.getoption("--rows"), config.getoption("--tiny")
+        self.operators, self.options = [], []
 
-    def add(self, row: dict) -> None:
-        if not self.rows:
+    @cached_property
+    def head(self) -> dict:
+        return head_of(self.device)
+
+    def add_operator(self, row: dict) -> None:
+        if not self.operators:
             size = 2**16 if self.tiny else 2**28 if self.device.type == "cuda" else 2**26
-            self.head = {
-                **head_of(self.device),
-                **bandwidth(torch.randn(size, device=self.device)),
-                "absent": rivals.ABSENT,
-            }
-        self.rows.append(row)
-        group = [other for other in self.rows if key(other) == key(row)]
+            self.head.update(bandwidth(torch.randn(size, device=self.device)))
+        self.operators.append(row)
+        group = [other for other in self.operators if key(other) == key(row)]
         base = next((other["median"] for other in group if other["ours"]), None)
         for other in group:
             other["ratio"] = other["median"] / base if base else None
+        self._save("operators", self.operators)
+
+    def add_option(self, row: dict) -> None:
+        self.options.append(row)
+        self._save("options", self.options)
+
+    def _save(self, section: str, rows: list[dict]) -> None:
         if self.path:
-            save(self.path, "operators", self.head, self.rows)
+            save(self.path, section, self.head, rows)
 
 
 def key(row: dict) -> tuple:
@@ -115,9 +124,10 @@ def unsteadiness(measured: Measurement) -> tuple[bool, float]:
 class Bench:
     """The fixture of a benchmark: call `check` first, then `record`."""
 
-    def __init__(self, request: pytest.FixtureRequest, benchmark) -> None:
+    def __init__(self, request: pytest.FixtureRequest) -> None:
         config = request.config
-        self._rows, self._benchmark, self._error = config.stash[ROWS], benchmark, None
+        self._rows, self._error = config.stash[ROWS], None
+        self.eager = bool(config.getoption("--eager"))
         marker = request.node.get_closest_marker("rank")
         self._quick = marker is not None and marker.args[0] == 0
         self.device, self.tiny = self._rows.device, self._rows.tiny
@@ -151,11 +161,11 @@ class Bench:
                     beside=beside,
                     seconds=self.seconds,
                     rounds=self.rounds,
-                )
+                )[0]
             )
-            if unsteadiness(tries[-1][0]) <= (False, MOST_SPREAD):
+            if unsteadiness(tries[-1]) <= (False, MOST_SPREAD):
                 break
-        measured, times = min(tries, key=lambda attempt: unsteadiness(attempt[0]))
+        measured = min(tries, key=unsteadiness)
         own = [*backends(self.device), ""][0]
         row = {
             "operation": case.operation,
@@ -175,41 +185,55 @@ class Bench:
             "error": self._error,
             "quick": self._quick,
         }
-        self._rows.add(row)
-        self._benchmark.extra_info.update(row)
-        if self._benchmark.enabled:  # for --benchmark-json, --benchmark-compare and others
-            stats = self._benchmark._make_stats(1)
-            for seconds in times:
-                stats.update(seconds)
+        self._rows.add_operator(row)
+
+    def record_in_turns(self, runs: dict[str, Run], row: dict) -> None:
+        """Times the runs, which take turns, and completes the row of an option."""
+        for _ in range(WARM_UP):
+            for run in runs.values():
+                run()
+        times, others = in_turns(
+            [*runs.values()], self.device, seconds=self.seconds, rounds=self.rounds
+        )
+        spreads = {name: spread(seconds) for name, seconds in zip(runs, times, strict=True)}
+        row = {
+            **row,
+            "rounds": len(times[0]),
+            "seconds": {name: seconds["median"] for name, seconds in spreads.items()},
+            "quartiles": {name: [x["q1"], x["q3"]] for name, x in spreads.items()},
+            "minimum": {name: seconds["minimum"] for name, seconds in spreads.items()},
+            "others": others,
+        }
+        self._rows.add_option(row)
 
 
 @pytest.fixture
-def bench(request, benchmark) -> Bench:
+def bench(request) -> Bench:
     torch.compiler.reset()  # otherwise a formula compiled for many shapes would run uncompiled
-    return Bench(request, benchmark)
+    return Bench(request)
 
 
 def pytest_terminal_summary(terminalreporter, config):
     results = config.stash[ROWS]
-    rows, head = results.rows, results.head
-    if not rows:
+    rows, options, write = results.operators, results.options, terminalreporter.write_line
+    if not rows and not options:
         return
-    write = terminalreporter.write_line
-    write("")
-    write(f"{head['device']}, torch {head['torch']}, commit {head['commit']}")
-    write(f"bandwidth: copy {head['copy_gbps']:.0f} GB/s, read {head['read_gbps']:.0f} GB/s")
-    if head["absent"]:
-        write(f"not installed, so not compared: {', '.join(head['absent'])}")
+    head = results.head
+    write(f"\n{head['device']}, torch {head['torch']}, commit {head['commit']}")
+    if rows:
+        write(f"bandwidth: copy {head['copy_gbps']:.0f} GB/s, read {head['read_gbps']:.0f} GB/s")
     for group in dict.fromkeys(map(key, rows)):
         members = sorted((r for r in rows if key(r) == group), key=lambda row: row["median"])
         first = members[0]
-        write("")
         write(
-            f"{first['operation']}, {first['direction']}: {first['shape']} ({first['sizes']}), "
+            f"\n{first['operation']}, {first['direction']}: {first['shape']} ({first['sizes']}), "
             f"{first['dtype']}, {first['labels']} labels"
         )
         for row in members:
             write(line(row))
+    for row in options:
+        times = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in row["seconds"].items())
+        write(f"{row['option']}, K{row['num_classes']}, 1:{row['ratio']}: {times}")
     if results.path:
         write(f"\nrows: {results.path}")
 

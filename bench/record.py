@@ -8,7 +8,9 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import quantiles
 
 import torch
 
@@ -59,3 +61,10 @@ def save(path: Path, section: str, head: dict, rows: list[dict]) -> None:
                 "it, or choose another file"
             )
     path.write_text(json.dumps({**run, **head, section: rows}, indent=1) + "\n")
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Minimum, quartiles and median."""
+    values = sorted(values)
+    q1, middle, q3 = quantiles(values if len(values) > 1 else 2 * values, n=4, method="inclusive")
+    return {"minimum": values[0], "q1": q1, "median": middle, "q3": q3}

@@ -5,8 +5,6 @@ ignored) and the anchor of each key [num_keys, D] or None. It returns sums [num_
 [num_keys] or None.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from unittest.mock import patch
 
@@ -83,42 +81,12 @@ def class_loop(features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | 
     return sums, torch.stack([(rows - anchor).square().sum() for rows, anchor in pairs])
 
 
-def torch_scatter(
-    features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None
-) -> Statistics:
-    """As index_add, with the kernel of the library."""
-    scatter_add = importlib.import_module("torch_scatter").scatter_add
-    rows, keys = _rows(features), keys.flatten()
-    sums = scatter_add(rows, keys, 0, dim_size=num_keys + 1)[:-1]
-    if anchors is None:
-        return sums, None
-    squares = _squares(rows, keys, anchors)
-    return sums, scatter_add(squares, keys, 0, dim_size=num_keys + 1)[:-1]
-
-
-def torch_geometric(
-    features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None
-) -> Statistics:
-    """As index_add, by PyG, which uses torch_scatter or pyg-lib if they are faster."""
-    scatter = importlib.import_module("torch_geometric.utils").scatter
-    rows, keys = _rows(features), keys.flatten()
-    sums = scatter(rows, keys, 0, dim_size=num_keys + 1)[:-1]
-    if anchors is None:
-        return sums, None
-    squares = _squares(rows, keys, anchors)
-    return sums, scatter(squares, keys, 0, dim_size=num_keys + 1)[:-1]
-
-
 FORMULAS: dict[str, Rival] = {
     "index_add": index_add,
     "one_hot matmul": one_hot_matmul,
     "one_hot bmm": one_hot_bmm,
     "class loop": class_loop,
-    "torch_scatter": torch_scatter,
-    "torch_geometric": torch_geometric,
 }
-LIBRARIES = ("torch_scatter", "torch_geometric")
-ABSENT = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 
 
 def class_keys(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:

@@ -29,20 +29,16 @@ SECTIONS = ("operators", "training_steps", "options")
 
 def commands(path: Path, tiny: bool) -> dict[str, list[str]]:
     """What measures each section."""
-    script, quick = [sys.executable], ["--rounds", "1"] if tiny else []
-    operators = [*script, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE)]
+    options, steps = HERE / "bench_options.py", HERE / "training_step.py"
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rows", str(path)]
+    pytest += ["--tiny"] if tiny else []
     return {
-        "operators": [*operators, "--rows", str(path), *(["--tiny"] if tiny else [])],
+        "operators": [*pytest, str(HERE), "--ignore", str(options)],
         "training_steps": [
-            *(*script, str(HERE / "training_step.py"), "--out", str(path), "--minutes", "0"),
-            *(["--dry-run"] if tiny else []),
-            *quick,
+            *(sys.executable, str(steps), "--out", str(path), "--minutes", "0"),
+            *(["--dry-run", "--rounds", "1"] if tiny else []),
         ],
-        "options": [
-            *(*script, str(HERE / "options.py"), "--out", str(path)),
-            *(["--size", "32", "--seconds", "0"] if tiny else []),
-            *quick,
-        ],
+        "options": [*pytest, str(options), "--seconds", "0.25"],
     }
 
 

@@ -20,9 +20,9 @@ import functools
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from cases import IGNORE_INDEX
 from plain_networks import plain_network
 from plot_training_step import label
-from record import head_of, save
+from record import head_of, save, spread
 from torch import Tensor, nn
 
 import anchorops as ao
@@ -291,13 +291,6 @@ def inference_rows(setting: Setting, device: torch.device, least: int) -> Iterat
     turns = [functools.partial(turn, network) for network in networks.values()]
     for name, times in zip(networks, times_of(turns, device, least, 0.0), strict=True):
         yield {"network": str(setting), "name": name, **times}
-
-
-def spread(values: Iterable[float]) -> dict[str, float]:
-    """Minimum, quartiles and median."""
-    values = sorted(values)
-    q1, middle, q3 = quantiles(values if len(values) > 1 else 2 * values, n=4, method="inclusive")
-    return {"minimum": values[0], "q1": q1, "median": middle, "q3": q3}
 
 
 def main() -> None:

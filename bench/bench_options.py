@@ -1,0 +1,313 @@
+"""Every option of the pixel losses against what people write, on the CPU: forward and backward, of
+pseudo-labels forward.
+
+    pytest bench/bench_options.py --seconds 0.25 --rows ROWS.json [-k OPTION] [--eager]
+
+Rows are options, columns the number of classes K (for sigmoids: of channels) and the ratio of the
+labels' size to that of the logits; volumes are 32³ → 128³ and 64³ → 128³. A cell is the rival's
+time divided by ours: above 1 we are faster. Ours and the rivals take turns; medians are compared.
+Our gradient is compared with that of torch's formula first. Rivals are torch's functions after
+F.interpolate, and the classes of segmentation_models.pytorch and MONAI; for most options, in the
+cells of COMPILED, also torch.compile of torch's formula with F.interpolate, which takes long to
+compile (--eager leaves it out). Labels are int64; where an option says so uint8, as masks are
+stored. Logits are float32; where an option says so bfloat16, as under autocast, and the rivals
+upsample them in float32.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_pixel_losses import teacher_of, upsampled
+from torch import Tensor
+
+import anchorops as ao
+from anchorops.measure import Run, example_labels
+
+monai = pytest.importorskip("monai.losses")
+smp = pytest.importorskip("segmentation_models_pytorch.losses")
+
+RATIOS, CLASSES = (1, 2, 4, 8), (2, 19, 150)
+COMPILED = {(1, 1), (2, 1), (19, 4), (20, 4)}  # K, ratio
+MOST_IMAGES, MOST_LOGITS = 4, 10e6  # of a batch, at the labels' size; one image or more
+SIZE, TINY = 512, 32  # of the labels
+BOUND, GAMMA, SMOOTHING = 0.7, 2.0, 0.1
+
+Formula = Callable[..., Tensor]  # of logits and labels
+
+
+class Option(NamedTuple):
+    """ours: from logits and labels. rivals: from logits of the labels' size and labels. Labels of
+    sigmoids have the logits' channels, 0 or 1; of masks they are uint8. Half: bfloat16 logits."""
+
+    ours: Formula
+    rivals: dict[str, Formula]
+    sigmoid: bool = False
+    masks: bool = False
+    half: bool = False
+    compiled: bool = True  # whether torch's formula is compiled too, in the cells of COMPILED
+    upsamples: bool = False  # whether the rivals upsample the logits themselves
+    ties: bool = False  # torch's choice among equal losses is another one: it is not compared
+
+
+def ce(z: Tensor, y: Tensor, **options: object) -> Tensor:
+    return F.cross_entropy(z, y, **options)  # pyright: ignore[reportArgumentType]
+
+
+def bce(z: Tensor, y: Tensor, **options: object) -> Tensor:
+    return F.binary_cross_entropy_with_logits(z, y.to(z.dtype), **options)  # pyright: ignore
+
+
+def focal(z: Tensor, y: Tensor, of: Formula = ce) -> Tensor:
+    losses = of(z, y, reduction="none")
+    return ((1 - (-losses).exp()) ** GAMMA * losses).mean()
+
+
+def ohem(z: Tensor, y: Tensor, of: Formula = ce) -> Tensor:
+    losses = of(z, y, reduction="none")
+    return losses[losses.detach() >= -math.log(BOUND)].mean()
+
+
+def ohem_kept(z: Tensor, y: Tensor) -> Tensor:
+    losses = ce(z, y, reduction="none").flatten()
+    return losses.topk(y.numel() // 16).values.mean()
+
+
+def kept(x: Tensor, y: Tensor) -> Tensor:
+    return ao.CrossEntropy(ohem_kept=y.numel() // 16)(x, y)
+
+
+def pixel_weights(y: Tensor) -> Tensor:
+    return (y == 0).float() + 0.5
+
+
+def weighted(z: Tensor, y: Tensor, of: Formula = ce) -> Tensor:
+    weights = pixel_weights(y)
+    return (of(z, y, reduction="none") * weights).sum() / weights.sum()
+
+
+def dice(z: Tensor, y: Tensor) -> Tensor:
+    p, truth = z.softmax(1), F.one_hot(y, z.shape[1]).movedim(-1, 1)
+    axes = (0, *range(2, z.dim()))
+    overlaps = (p * truth).sum(axes)
+    return 1 - (2 * overlaps / (p.sum(axes) + truth.sum(axes)).clamp(min=1e-7)).mean()
+
+
+def binary_smoothed(z: Tensor, y: Tensor) -> Tensor:
+    return bce(z, y.to(z.dtype) * (1 - SMOOTHING) + SMOOTHING / 2)
+
+
+def binary_dice(z: Tensor, y: Tensor) -> Tensor:
+    p, axes = z.sigmoid(), (0, 2, 3)
+    return 1 - (2 * (p * y).sum(axes) / (p.sum(axes) + y.sum(axes)).clamp(min=1e-7)).mean()
+
+
+def pseudo_labels(z: Tensor, y: Tensor) -> Tensor:
+    return z.detach().softmax(1).max(1).values
+
+
+def our_pseudo_labels(x: Tensor, y: Tensor) -> Tensor:
+    return ao.pixel_argmax(x.detach(), y.shape[1:], confidence=True)[1]
+
+
+def divergence(x: Tensor, y: Tensor) -> Tensor:
+    z, teacher = (upsampled(some, y.shape[1:]) for some in (x, teacher_of(x)))
+    losses = F.kl_div(z.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True)
+    return losses.sum(1).mean()
+
+
+def our_divergence(x: Tensor, y: Tensor) -> Tensor:
+    return ao.pixel_kl_divergence(x, teacher_of(x), (y.shape[1], y.shape[2]))
+
+
+def of_floats(loss: Formula) -> Formula:
+    return lambda z, y: loss(z, y.to(z.dtype))
+
+
+def with_channel(loss: Formula) -> Formula:
+    return lambda z, y: loss(z, y[:, None])
+
+
+def class_weights(z: Tensor) -> Tensor:
+    return torch.linspace(0.5, 1.5, z.shape[1])
+
+
+DICE = ao.Dice(absent="keep")  # as the formula; smp and MONAI differ for absent classes
+
+OPTIONS: dict[str, Option] = {
+    "cross-entropy": Option(ao.CrossEntropy(), {"torch": ce}),
+    "class weights": Option(
+        lambda x, y: ao.pixel_cross_entropy(x, y, weight=class_weights(x)),
+        {"torch": lambda z, y: ce(z, y, weight=class_weights(z))},
+    ),
+    "label smoothing": Option(
+        ao.CrossEntropy(label_smoothing=SMOOTHING),
+        {
+            "torch": lambda z, y: ce(z, y, label_smoothing=SMOOTHING),
+            "smp": smp.SoftCrossEntropyLoss(smooth_factor=SMOOTHING),
+        },
+    ),
+    "focal": Option(
+        ao.CrossEntropy(focal_gamma=GAMMA),
+        {
+            "torch": focal,
+            "MONAI": with_channel(monai.FocalLoss(use_softmax=True, to_onehot_y=True, gamma=GAMMA)),
+        },
+    ),
+    "OHEM, threshold": Option(ao.CrossEntropy(ohem=BOUND), {"torch": ohem}),
+    "OHEM, largest": Option(kept, {"torch": ohem_kept}, ties=True),
+    "pixel weights": Option(
+        lambda x, y: ao.CrossEntropy()(x, y, pixel_weights(y)), {"torch": weighted}
+    ),
+    "Dice": Option(
+        DICE,
+        {
+            "torch": dice,
+            "smp": smp.DiceLoss("multiclass"),
+            "MONAI": with_channel(monai.DiceLoss(softmax=True, to_onehot_y=True, batch=True)),
+        },
+    ),
+    "cross-entropy + Dice": Option(
+        ao.CrossEntropyDice(dice=DICE), {"torch": lambda z, y: ce(z, y) + dice(z, y)}
+    ),
+    "pseudo-labels": Option(our_pseudo_labels, {"torch": pseudo_labels}),
+    "divergence": Option(our_divergence, {"torch": divergence}, upsamples=True),
+    "sigmoid: cross-entropy": Option(
+        ao.BinaryCrossEntropy(),
+        {"torch": bce, "smp": of_floats(smp.SoftBCEWithLogitsLoss())},
+        sigmoid=True,
+    ),
+    "sigmoid: pos_weight": Option(
+        ao.BinaryCrossEntropy(2.0),
+        {"torch": lambda z, y: bce(z, y, pos_weight=torch.tensor(2.0))},
+        sigmoid=True,
+        compiled=False,
+    ),
+    "sigmoid: label smoothing": Option(
+        ao.BinaryCrossEntropy(label_smoothing=SMOOTHING),
+        {
+            "torch": binary_smoothed,
+            "smp": of_floats(smp.SoftBCEWithLogitsLoss(smooth_factor=SMOOTHING / 2)),
+        },
+        sigmoid=True,
+        compiled=False,
+    ),
+    "sigmoid: OHEM, threshold": Option(
+        ao.BinaryCrossEntropy(ohem=BOUND),
+        {"torch": partial(ohem, of=bce)},
+        sigmoid=True,
+        compiled=False,
+    ),
+    "sigmoid: pixel weights": Option(
+        lambda x, y: ao.BinaryCrossEntropy()(x, y, pixel_weights(y)),
+        {"torch": partial(weighted, of=bce)},
+        sigmoid=True,
+        compiled=False,
+    ),
+    "sigmoid: focal": Option(
+        ao.BinaryCrossEntropy(focal_gamma=GAMMA),
+        {
+            "torch": partial(focal, of=bce),
+            "smp": of_floats(smp.FocalLoss("multilabel", gamma=GAMMA)),
+        },
+        sigmoid=True,
+    ),
+    "sigmoid: Dice": Option(
+        ao.Dice(sigmoid=True),
+        {
+            "torch": binary_dice,
+            "smp": smp.DiceLoss("multilabel"),
+            "MONAI": monai.DiceLoss(sigmoid=True, batch=True),
+        },
+        sigmoid=True,
+    ),
+}
+OPTIONS |= {
+    f"{name}, uint8": OPTIONS[name]._replace(masks=True)
+    for name in ("sigmoid: cross-entropy", "sigmoid: Dice")
+}
+
+VOLUMES = {  # classes and ratio of each option; volumes of the second are several slabs
+    "cross-entropy": ((14, 4), (30, 2)),
+    "Dice": ((14, 4),),
+    "cross-entropy + Dice": ((14, 4),),
+    "pseudo-labels": ((14, 4), (30, 2)),
+}
+OPTIONS |= {f"{name}, bf16": OPTIONS[name]._replace(half=True) for name in VOLUMES}
+VOLUMES |= {f"{name}, bf16": sizes for name, sizes in VOLUMES.items()}
+
+
+class Cell(NamedTuple):
+    """ratio: of the labels' size to that of the logits. axes: of the labels of an image."""
+
+    option: str
+    num_classes: int
+    ratio: int
+    axes: int = 2
+
+    def __str__(self) -> str:
+        volume = ", volume" * (self.axes == 3)
+        return f"{self.option}, K{self.num_classes}, 1:{self.ratio}{volume}"
+
+
+def cells() -> Iterator[Cell]:
+    for name, sizes in VOLUMES.items():
+        for num_classes, ratio in sizes:
+            yield Cell(name, num_classes, ratio, axes=3)
+    for name, option in OPTIONS.items():
+        if option.half:
+            continue
+        for num_classes in (1, 20) if option.sigmoid else CLASSES:
+            for ratio in RATIOS:
+                yield Cell(name, num_classes, ratio)
+
+
+def inputs(cell: Cell, size: int) -> tuple[Tensor, Tensor]:
+    option, num_classes, ratio = OPTIONS[cell.option], cell.num_classes, cell.ratio
+    if cell.axes == 3:
+        size //= 4
+        logits = torch.randn(1, num_classes, *(size // ratio,) * 3)
+        logits = logits.to(torch.bfloat16 if option.half else logits.dtype).requires_grad_()
+        labels = example_labels((1, size**2, size), num_classes, "coherent").clamp(min=0)
+        return logits, labels.view(1, *(size,) * 3)
+    batch = max(1, min(MOST_IMAGES, int(MOST_LOGITS / (num_classes * size**2))))
+    logits = torch.randn(batch, num_classes, size // ratio, size // ratio, requires_grad=True)
+    if option.sigmoid:
+        labels = example_labels((batch * num_classes, size, size), 2, "coherent").clamp(min=0)
+        labels = labels.view(batch, num_classes, size, size)
+        return logits, labels.to(torch.uint8) if option.masks else labels
+    return logits, example_labels((batch, size, size), num_classes, "coherent").clamp(min=0)
+
+
+@pytest.mark.rank(2)
+@pytest.mark.parametrize("cell", cells(), ids=str)
+def test_option(bench, cell: Cell):
+    if bench.device.type != "cpu":
+        pytest.skip("the options are measured on the CPU")
+    option = OPTIONS[cell.option]
+    logits, labels = inputs(cell, TINY if bench.tiny else SIZE)
+    size = labels.shape[-cell.axes :]
+
+    def whole(formula: Formula) -> Formula:
+        return formula if option.upsamples else lambda x, y: formula(upsampled(x, size), y)
+
+    formulas = {"ours": option.ours}
+    formulas |= {name: whole(formula) for name, formula in option.rivals.items()}
+    if option.compiled and (cell.num_classes, cell.ratio) in COMPILED and not bench.eager:
+        formulas["compiled"] = torch.compile(formulas["torch"], dynamic=False)
+
+    def run_of(formula: Formula) -> Run:
+        def run() -> tuple[Tensor, ...]:
+            value = formula(logits, labels)
+            return torch.autograd.grad(value, logits) if value.requires_grad else (value,)
+
+        return run
+
+    runs = {name: run_of(formula) for name, formula in formulas.items()}
+    if not option.ties:
+        bench.check(runs["ours"](), runs["torch"](), "bf16" if option.half else "fp32")
+    bench.record_in_turns(runs, {**cell._asdict(), "batch": logits.shape[0]})
