@@ -71,7 +71,7 @@ bench: setup
 # needs no quiet machine and no GPU; a quarter of an hour
 counted-memory: setup
 	$(BIN)/python bench/counted_memory.py --out $(BENCH)/counted-memory.json
-	$(BIN)/python bench/plot_counted_memory.py $(BENCH)/counted-memory.json
+	$(BIN)/python bench/plot.py $(BENCH)/counted-memory.json
 
 kernels-report: setup
 	$(BIN)/python bench/kernels_report.py

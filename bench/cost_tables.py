@@ -16,6 +16,8 @@ import plot_counted_memory
 import plot_operators
 import plot_training_step
 import statistics_of_ranks
+from charts import number
+from markdown_table import markdown_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs/cost.md", ROOT / "docs/frameworks.md")
@@ -56,19 +58,16 @@ def headlines() -> str:
 
 
 def milliseconds(row: dict) -> str:
-    return plot_operators.number(row["median"] * 1e3)
+    return number(row["median"] * 1e3)
 
 
 def mebibytes(row: dict) -> str:
-    return "" if row["extra_bytes"] is None else plot_operators.number(row["extra_bytes"] / 2**20)
+    return "" if row["extra_bytes"] is None else number(row["extra_bytes"] / 2**20)
 
 
 def cases() -> str:
     """Every case: ours and the fastest other implementation."""
-    lines = [
-        "| operation | sizes | anchorops, ms | MiB | of copies | fastest other | ms | × | MiB |",
-        "|---|---|--:|--:|--:|---|--:|--:|--:|",
-    ]
+    lines = []
     for rows in plot_operators.grouped(plot_operators.quick(run())).values():
         own = next((row for row in rows if row["ours"]), None)
         other = next((row for row in rows if not row["name"].startswith("anchorops")), None)
@@ -88,8 +87,9 @@ def cases() -> str:
             ratio,
             mebibytes(other),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    header = ["operation", "sizes", "anchorops, ms", "MiB", "of copies", "fastest other", "ms", "×"]
+    return markdown_table([*header, "MiB"], lines, words=(0, 1, 5))
 
 
 def training_steps() -> str:
@@ -101,13 +101,13 @@ def inference() -> str:
 
 
 def counted_operations() -> str:
-    lines = ["| network | of | image | plain, GFLOP | late upsampling |", "|---|---|---|--:|--:|"]
+    lines = []
     for row in json.loads(COUNTED_OPERATIONS.read_text())["rows"]:
         plain, late = row["plain"], row["late"]
         changed = f"{late / 1e9:.1f} ({late / plain:.0%})" if late else "nothing to move"
-        cells = [row["network"], row["library"], row["size"], f"{plain / 1e9:.1f}", changed]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([row["network"], row["library"], row["size"], f"{plain / 1e9:.1f}", changed])
+    header = ["network", "of", "image", "plain, GFLOP", "late upsampling"]
+    return markdown_table(header, lines, words=(0, 1, 2))
 
 
 def counted_memory() -> str:

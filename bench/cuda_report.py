@@ -29,6 +29,7 @@ from machine_code import (
     instructions_per_cell,
     tool,
 )
+from markdown_table import markdown_table
 
 LIBRARY = Path(__file__).parents[1] / "anchorops" / "_cuda.so"
 USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -130,32 +131,31 @@ def number(gpu: str) -> int:
     return int(re.sub(r"\D", "", gpu))
 
 
-def row(*cells: object) -> str:
-    texts = ("" if x is None else f"{x:.0f}" if isinstance(x, float) else str(x) for x in cells)
-    return f"| {' | '.join(texts)} |"
-
-
-def header(*names: str) -> str:
-    return f"{row(*names)}\n|{'---|' * len(names)}"
+def rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
 
 
 def print_tables(kernels: list[Kernel], sizes: dict[str, int]) -> None:
-    print(header("GPU", "kernels", "code, MB", "most registers", "with a stack frame"))
+    rows = []
     for name, size in sizes.items():
         own = [kernel for kernel in kernels if kernel.gpu == name]
         most = max((kernel.registers for kernel in own), default=0)
         frames = sum(kernel.stack > 0 for kernel in own)
-        print(row(name, len(own), f"{size / 1e6:.1f}", most, frames))
-    columns = "registers", "stack", "spills", "shared", "code, KB"
-    print("\n" + header("GPU", "kernel", *columns, "per 512 bytes", "per cell and class"))
+        rows.append([name, len(own), f"{size / 1e6:.1f}", most, frames])
+    header = "GPU", "kernels", "code, MB", "most registers", "with a stack frame"
+    print(markdown_table(header, rows))
+    rows = []
     for kernel in kernels:
         code = kernel.code
         if code is None:
             continue
         of_cell = code.per_cell_and_class if kernel.name.startswith(CELLS) else None
         if code.size >= BIG or kernel.stack or code.per_512_bytes or of_cell:
-            cells = code.spills, kernel.shared, code.size, code.per_512_bytes, of_cell
-            print(row(*kernel[:4], *cells))
+            counts = map(rounded, (code.size, code.per_512_bytes, of_cell))
+            rows.append([*kernel[:4], code.spills, kernel.shared, *counts])
+    columns = "registers", "stack", "spills", "shared", "code, KB"
+    header = "GPU", "kernel", *columns, "per 512 bytes", "per cell and class"
+    print("\n" + markdown_table(header, rows, words=(0, 1)))
 
 
 def main() -> None:

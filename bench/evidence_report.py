@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+from markdown_table import markdown_table
 from matplotlib.figure import Figure
 
 from anchorops.train.config import PUBLISHED
@@ -96,14 +97,14 @@ def page(evidence: dict[str, Any]) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a row for each choice of methods. rows: of one network and horizon."""
     plain = {row["seed"]: row["miou"] for row in rows if row["methods"] == "plain"}
-    lines = ["| methods | n | mIoU | to plain | head | body | tail |", "|---|" + "---:|" * 6]
+    lines = []
     for runs in _groups(rows, "methods", "setting").values():
         miou, *groups = (_spread([run[name] for run in runs]) for name in MEASURES)
         added = [r["miou"] - plain[r["seed"]] for r in runs if r["seed"] in plain]
         to_plain = _spread(added, "+") if runs[0]["methods"] != "plain" and added else ""
-        cells = [label(runs[0]), str(len(runs)), miou, to_plain, *groups]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([label(runs[0]), len(runs), miou, to_plain, *groups])
+    header = ["methods", "n", "mIoU", "to plain", "head", "body", "tail"]
+    return markdown_table(header, lines) + "\n"
 
 
 def label(row: Row) -> str:
@@ -210,10 +211,11 @@ def _gradient_ratios(rows: Sequence[Row]) -> str:
     for (model,), of_network in _groups(single, "model").items():
         horizons = sorted({row["steps"] for row in of_network})
         header = [NETWORKS[model], *(f"{steps:,} steps" for steps in horizons)]
-        lines += ["", f"| {' | '.join(header)} |", "|---|" + "---:|" * len(horizons)]
+        cells = []
         for runs in _groups(of_network, "methods", "setting").values():
-            cells = [_range([run for run in runs if run["steps"] == steps]) for steps in horizons]
-            lines.append(f"| {label(runs[0])} | {' | '.join(cells)} |")
+            ranges = [_range([run for run in runs if run["steps"] == steps]) for steps in horizons]
+            cells.append([label(runs[0]), *ranges])
+        lines += ["", markdown_table(header, cells)]
     return "\n".join(lines) + "\n"
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import triton
 from kernel_variants import jobs
 from machine_code import LOADS, blocks_of, distances, loop_through, tool
+from markdown_table import markdown_table
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
@@ -144,15 +145,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a choice of the variants")
     args = parser.parse_args()
     print(f"Triton {triton.__version__}")
-    print("|", " | ".join(COLUMNS), "|\n|", "---|" * len(COLUMNS))
     faults: list[str] = []
+    lines: list[tuple[object, ...]] = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         pending = pool.map(rows_of, args.targets, repeat(args.quick))
         for name, rows in zip(args.targets, pending, strict=True):
             for kernel, variant, row in rows:
                 faults += [f"{name} {kernel}: {row.stack} B of spills"] * (row.stack > 0)
-                cells = name, kernel, variant, *("" if x is None else round(x) for x in row)
-                print("|", " | ".join(map(str, cells)), "|", flush=True)
+                figures = ("" if x is None else round(x) for x in row)
+                lines.append((name, kernel, variant, *figures))
+    print(markdown_table(COLUMNS, lines, words=(0, 1, 2)))
     if faults:
         sys.exit("kernels_report:\n" + "\n".join(faults))
 

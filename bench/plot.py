@@ -1,7 +1,11 @@
-"""Draws the rows of a machine: python bench/plot.py bench/results/intel-xeon-avx512-2-threads.json
+"""Draws the rows of a machine, or counted memory:
+
+    python bench/plot.py bench/results/intel-xeon-avx512-2-threads.json
+
 With --table it prints the README's tables instead. The pictures are written next to the rows:
 
-….png                 operators compared with formulas that people write, in milliseconds
+….png                 operators compared with formulas that people write, in milliseconds; of
+                      counted-memory.json the memory of training steps
 …-training-steps.png  time and memory of a step with each method
 …-options.png         every option of the pixel losses
 """
@@ -10,51 +14,63 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("agg")
+import charts
 import matplotlib.pyplot as plt
+import plot_counted_memory
 import plot_operators
 import plot_options
 import plot_training_step
 from matplotlib.figure import Figure
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-PICTURES: dict[str, tuple[str, Callable[[dict], Figure | None]]] = {
-    "": ("operators", plot_operators.headlines),
-    "-training-steps": ("training_steps", plot_training_step.draw),
-    "-options": ("options", plot_options.draw),
+
+
+class Section(NamedTuple):
+    """Of a file of rows. suffix: of the picture's name."""
+
+    suffix: str
+    draw: Callable[[dict], Figure | None]
+    caption: Callable[[dict], str]
+    table: Callable[[dict], str] | None
+
+
+SECTIONS = {
+    "operators": Section(
+        *("", plot_operators.headlines, plot_operators.caption, plot_operators.table)
+    ),
+    "training_steps": Section(
+        *("-training-steps", plot_training_step.draw, charts.medians, plot_training_step.table)
+    ),
+    "options": Section("-options", plot_options.draw, charts.medians, None),
+    "rows": Section(
+        *("", plot_counted_memory.draw, plot_counted_memory.caption, plot_counted_memory.table)
+    ),
 }
 
 
 def draw(path: Path) -> None:
     """The pictures of the sections that the file has."""
     run = json.loads(path.read_text())
-    for suffix, (section, of) in PICTURES.items():
-        figure = of(run) if section in run else None
+    for name, section in SECTIONS.items():
+        figure = section.draw(run) if name in run else None
         if figure is None:  # no such rows
             continue
-        figure.supxlabel(
-            caption(run, section == "operators"), fontsize=7.5, color="#555555", ha="left", x=0.01
-        )
-        picture = path.with_name(path.stem + suffix + ".png")
+        figure.supxlabel(section.caption(run), fontsize=7.5, color=charts.GREY, ha="left", x=0.01)
+        picture = path.with_name(path.stem + section.suffix + ".png")
         figure.savefig(picture, dpi=150)
         plt.close(figure)
         print(picture)
 
 
-def caption(run: dict, with_rates: bool) -> str:
-    text = f"{plot_operators.machine(run)}; medians"
-    if with_rates and "copy_gbps" in run:
-        text += f"; copies {run['copy_gbps']:,.0f} GB/s, reads {run['read_gbps']:,.0f} GB/s"
-    return text
-
-
 def tables(run: dict) -> str:
     """The README's tables."""
-    sections = {"operators": plot_operators.table, "training_steps": plot_training_step.table}
-    return "\n\n".join(of(run) for section, of in sections.items() if section in run)
+    made = [part.table(run) for name, part in SECTIONS.items() if part.table and name in run]
+    return "\n\n".join(made)
 
 
 def main() -> None:

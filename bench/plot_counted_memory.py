@@ -1,39 +1,16 @@
-"""Draws counted memory: python bench/plot_counted_memory.py bench/results/counted-memory.json
-With --table it prints a short table for the README instead. `full_table` is for docs/cost.md.
-"""
+"""The picture and the tables of counted memory, for bench/plot.py and docs/cost.md."""
 
-import argparse
-import json
 from collections.abc import Iterable
 from itertools import groupby
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from charts import OTHER, OURS, PALE
+from markdown_table import markdown_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from plot_operators import OTHER, OURS
 
-plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-PALE = "#9ecae1"
 PRECISIONS = {"bf16": "bf16 autocast", "float32": "float32"}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--table", action="store_true")
-    options = parser.parse_args()
-    run = json.loads(options.rows.read_text())
-    if options.table:
-        print(table(run))
-        return
-    picture = options.rows.with_suffix(".png")
-    draw(run).savefig(picture, dpi=150)
-    print(picture)
 
 
 def gigabytes(row: dict) -> str:
@@ -79,12 +56,14 @@ def draw(run: dict) -> Figure:
         ncols=3,
         frameon=False,
     )
-    text = (
+    return figure
+
+
+def caption(run: dict) -> str:
+    return (
         f"counted on fake tensors, not measured: parameters, Adam's state, gradients, activations, "
         f"loss; torch {run['torch']}, commit {run['commit']}"
     )
-    figure.supxlabel(text, fontsize=7.5, color="#555555", ha="left", x=0.01)
-    return figure
 
 
 COLOURS = {PLAIN: OTHER, OWN: PALE, BOTH: OURS}
@@ -122,15 +101,14 @@ def cells_of(rows: dict[str, dict], names: Iterable[str]) -> list[str]:
 
 def table(run: dict) -> str:
     """For each network with bf16 autocast: memory without and with checkpointing, and batches."""
-    heads = ["plain, GB", OWN, BOTH, "images in 24 GB", "in 40 GB", "in 80 GB"]
-    lines = [f"| bf16 autocast | {' | '.join(heads)} |", "|---" + "|--:" * len(heads) + "|"]
+    header = ["bf16 autocast", "plain, GB", OWN, BOTH, "images in 24 GB", "in 40 GB", "in 80 GB"]
+    lines = []
     for (network, sizes, precision, checkpointing), rows in settings(run).items():
         if precision == "bf16":
             what = f"{network}, {sizes}" + (", checkpointing" if checkpointing else "")
             cells = [what, gigabytes(rows[PLAIN]), *cells_of(rows, (OWN, BOTH))]
-            cells += [change(rows, f"{size} GB") for size in (24, 40, 80)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([*cells, *(change(rows, f"{size} GB") for size in (24, 40, 80))])
+    return markdown_table(header, lines)
 
 
 def full_table(run: dict) -> str:
@@ -139,15 +117,11 @@ def full_table(run: dict) -> str:
     first = next(iter(groups.values()))
     capacities = list(first[PLAIN]["largest_batches"])
     names = list(dict.fromkeys(name for rows in groups.values() for name in rows if name != PLAIN))
-    heads = ["a training step", "", PLAIN, *names, *(f"images in {gb}" for gb in capacities)]
-    lines = [f"| {' | '.join(heads)} |", "|---|---" + "|--:" * (len(heads) - 2) + "|"]
+    header = ["a training step", "", PLAIN, *names, *(f"images in {gb}" for gb in capacities)]
+    lines = []
     for (network, sizes, precision, checkpointing), rows in groups.items():
         how = PRECISIONS[precision] + (", checkpointing" if checkpointing else "")
         memory = [gigabytes(rows[PLAIN]), *cells_of(rows, names)]
-        cells = [f"{network}, {sizes}", how, *memory, *(change(rows, gb) for gb in capacities)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()
+        batches = [change(rows, gb) for gb in capacities]
+        lines.append([f"{network}, {sizes}", how, *memory, *batches])
+    return markdown_table(header, lines, words=(0, 1))

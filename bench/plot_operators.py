@@ -1,10 +1,11 @@
 """The pictures and the tables of operators, for bench/plot.py."""
 
 import matplotlib.pyplot as plt
+from charts import OTHER, OURS, bars, machine, medians, number
+from markdown_table import markdown_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-OURS, OTHER = "#1f6f54", "#b9c2bd"
 BOTH, TRAINING = "class moments with anchors", "forward + backward"
 DIRECTIONS = "forward", TRAINING
 # operation, shape, title, and the formulas that are shown in addition to the fastest rival
@@ -32,12 +33,11 @@ def quick(run: dict) -> list[dict]:
     return [row for row in run["operators"] if row["quick"]]
 
 
-def machine(run: dict) -> str:
-    cuda = f", CUDA {run['cuda']}" if run["device_type"] == "cuda" else ""
-    return (
-        f"{run['device']}; torch {run['torch']}{cuda}, anchorops {run['anchorops']} at commit "
-        f"{run['commit']}"
-    )
+def caption(run: dict) -> str:
+    text = medians(run)
+    if "copy_gbps" in run:
+        text += f"; copies {run['copy_gbps']:,.0f} GB/s, reads {run['read_gbps']:,.0f} GB/s"
+    return text
 
 
 def grouped(rows: list[dict]) -> dict[tuple, list[dict]]:
@@ -92,24 +92,21 @@ def headlines(run: dict) -> Figure | None:
 def draw_headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> None:
     own = next(row for row in group if row["ours"])
     rows = {row["name"]: row for row in group}
-    bars = {"anchorops": own}
+    shown = {"anchorops": own}
     fastest = next((row for row in group if "anchorops" not in row["name"]), None)
     if fastest and fastest["name"] not in formulas:
-        bars["fastest rival"] = fastest
+        shown["fastest rival"] = fastest
     for name, label in formulas.items():
         if name in rows:
-            bars[label] = rows[name]
-    times = [row["median"] * 1e3 for row in bars.values()]
-    drawn = axis.barh([*bars], times, color=[OURS, *[OTHER] * (len(bars) - 1)])
-    labels = [
+            shown[label] = rows[name]
+    times = {label: row["median"] * 1e3 for label, row in shown.items()}
+    texts = [
         f"{number(row['median'] * 1e3)} ms" + ("" if row is own else f", {row['ratio']:.0f}×")
-        for row in bars.values()
+        for row in shown.values()
     ]
-    if fastest and "fastest rival" in bars:
-        labels[1] += f" ({fastest['name']})"
-    axis.bar_label(drawn, labels, padding=4)
-    axis.set_title(group[0]["direction"], loc="left", fontweight="bold")
-    axis.set_xlim(0, 1.3 * max(times))
+    if fastest and "fastest rival" in shown:
+        texts[1] += f" ({fastest['name']})"
+    bars(axis, times, texts, [OURS, *[OTHER] * (len(shown) - 1)], group[0]["direction"])
     axis.set_xlabel("milliseconds")
 
 
@@ -122,25 +119,17 @@ def table(run: dict) -> str:
             continue
         forward, training = groups
         forward_times = {row["name"]: row for row in forward}
-        lines += [
-            f"{what}. {title(training[0]).splitlines()[1]}. {machine(run)}.",
-            "",
-            "| | forward, ms | forward + backward, ms | memory beyond inputs and outputs, MiB |",
-            "|---|---|---|---|",
-        ]
+        header = ["forward, ms", "forward + backward, ms", "memory beyond inputs and outputs, MiB"]
+        rows = []
         for row in training:
             times = (forward_times.get(row["name"]), row)
             cells = [f"{number(r['median'] * 1e3)} ({r['ratio']:.1f}×)" if r else "" for r in times]
             memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:,.0f}"
-            lines.append(f"| {' | '.join([row['name'], *cells, memory])} |")
-        lines.append("")
+            rows.append([row["name"], *cells, memory])
+        lines += [f"{what}. {title(training[0]).splitlines()[1]}. {machine(run)}.", ""]
+        lines += [markdown_table(["", *header], rows), ""]
         if operation == BOTH:
             share = next(row["read_share"] for row in forward if row["ours"])
             lines += [f"Forward, at {share:.0%} of the bandwidth at which torch sums the features."]
             lines.append("")
     return "\n".join(lines).rstrip()
-
-
-def number(value: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,13 +1,14 @@
-"""The picture and the table of training steps, for bench/run.py: time and memory of each candidate,
-relative to the plain network with torch's loss."""
+"""The picture and the tables of training steps, for bench/plot.py: time and memory of each
+candidate, relative to the plain network with torch's loss."""
 
 from itertools import groupby
 
 import matplotlib.pyplot as plt
+from charts import GREY, OTHER, OURS, bars
+from markdown_table import markdown_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from plot_operators import OTHER, OURS
 
 NAMES = {"cr": "CR", "sar": "SAR", "cbp": "CBP", "occl": "OCCL", "ceco": "CeCo", "mvsc": "MVSC"}
 
@@ -39,28 +40,25 @@ def draw(run: dict) -> Figure:
     for line, (network, rows) in zip(axes, networks, strict=True):
         times = [row["ratio"]["median"] for row in rows]
         texts = [f"{1e3 * row['seconds']['median']:,.0f} ms" for row in rows]
-        bars(line[0], rows, times, texts, f"{network}: time of a step")
+        shares_of(line[0], rows, times, texts, f"{network}: time of a step")
         if all(row["peak_bytes"] for row in rows):
             memory = [row["peak_bytes"] / rows[0]["peak_bytes"] for row in rows]
             texts = [f"{row['peak_bytes'] / 2**20:,.0f} MiB" for row in rows]
-            bars(line[1], rows, memory, texts, "most memory in a step")
+            shares_of(line[1], rows, memory, texts, "most memory in a step")
         line[1].set_yticklabels([])
     return figure
 
 
-def bars(axis: Axes, rows: list[dict], shares: list[float], texts: list[str], title: str) -> None:
+def shares_of(
+    axis: Axes, rows: list[dict], shares: list[float], texts: list[str], title: str
+) -> None:
     plain = [row["cross_entropy"] == "torch" and not row.get("late") for row in rows]
     colours = [OTHER if other else OURS for other in plain]
-    drawn = axis.barh(range(len(rows)), shares, color=colours)
     labels = [f"{share:.0%}, {text}" for share, text in zip(shares, texts, strict=True)]
-    clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    axis.bar_label(drawn, labels, padding=4, fontsize=8, bbox=clear)
-    axis.set_yticks(range(len(rows)), [label(row) for row in rows])
+    bars(axis, dict(zip(map(label, rows), shares, strict=True)), labels, colours, title)
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.35 * max(shares))
-    axis.axvline(1, color="#555555", linewidth=1, linestyle="--", zorder=0)
+    axis.axvline(1, color=GREY, linewidth=1, linestyle="--", zorder=0)
     axis.xaxis.set_major_formatter(PercentFormatter(1))
-    axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
 
 
 def table(run: dict) -> str:
@@ -70,12 +68,7 @@ def table(run: dict) -> str:
     heads = ["a training step"]
     for name, _ in networks:
         heads += [f"{name}: time", "memory"]
-    lines = [
-        f"{run['device']}; torch {run['torch']}, commit {run['commit']}.",
-        "",
-        f"| {' | '.join(heads)} |",
-        "|---" * len(heads) + "|",
-    ]
+    lines = []
     for column in zip(*(rows for _, rows in networks), strict=True):
         cells = [label(column[0])]
         for row, (_, rows) in zip(column, networks, strict=True):
@@ -85,18 +78,21 @@ def table(run: dict) -> str:
             cells.append(f"{milliseconds:,.0f} ms ({ratio['median']:.0%}; {between})")
             peak, plain = row["peak_bytes"], rows[0]["peak_bytes"]
             cells.append(f"{peak / 2**20:,.0f} MiB ({peak / plain:.0%})" if peak else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    head = f"{run['device']}; torch {run['torch']}, commit {run['commit']}."
+    return f"{head}\n\n{markdown_table(heads, lines)}"
 
 
 def inference(run: dict) -> str:
     """Time of a forward pass without gradients. Rows without this measurement give no table."""
     rows = run.get("inference", [])
-    lines = ["| inference | plain | late upsampling | exported |", "|---|--:|--:|--:|"]
+    if not rows:
+        return "Not measured yet."
+    lines = []
     for network, group in groupby(rows, lambda row: row["network"]):
         times = [
             f"{1e3 * row['seconds']['median']:,.0f} ms ({row['ratio']['median']:.0%})"
             for row in group
         ]
-        lines.append(f"| {' | '.join([network, *times])} |")
-    return "\n".join(lines) if rows else "Not measured yet."
+        lines.append([network, *times])
+    return markdown_table(["inference", "plain", "late upsampling", "exported"], lines)

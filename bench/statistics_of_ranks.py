@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from markdown_table import markdown_table
+
 import anchorops as ao
 from anchorops.losses import Regularizer
 
@@ -86,12 +88,10 @@ def microseconds(size: int, gpus: int) -> float:
 
 def table() -> str:
     """Markdown: a row for each network and method."""
-    times = " | ".join(f"{gpus:,} GPUs, µs" for gpus in GPUS)
-    shares = " | ".join(f"of {1e3 * seconds:.0f} ms" for seconds in STEPS)
-    lines = [
-        f"| network | method | all-reduces | KB | of DDP's bytes | {times} | {shares} |",
-        "|---|---|" + "--:|" * (3 + len(GPUS) + len(STEPS)),
-    ]
+    times = [f"{gpus:,} GPUs, µs" for gpus in GPUS]
+    shares = [f"of {1e3 * seconds:.0f} ms" for seconds in STEPS]
+    header = ["network", "method", "all-reduces", "KB", "of DDP's bytes", *times, *shares]
+    lines = []
     for network in NETWORKS:
         for method in METHODS:
             forward, backward = transfers(method, network.classes, network.dim)
@@ -107,8 +107,8 @@ def table() -> str:
                 *(f"{estimate:,.0f}" for estimate in estimates),
                 *(f"{100 * estimates[-1] * 1e-6 / seconds:.2g} %" for seconds in STEPS),
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return markdown_table(header, lines, words=(0, 1))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import bench_pixel_losses
 import cases
 import torch
+from markdown_table import markdown_table
 from torch import Tensor
 
 from anchorops.measure import moments_bytes
@@ -98,14 +99,15 @@ def passes() -> dict[str, Pass]:
 def main() -> None:
     gpus = H100, H200
     print("At least, in µs, computed and not measured:\n")
-    print("| pass | MB | launches |", " | ".join(f"{gpu.name} | limit" for gpu in gpus), "|")
-    print("|---|---|---|" + "---|---|" * len(gpus))
+    rows = []
     for name, path in passes().items():
         cells = [name, f"{path.bytes / 1e6:.0f}", str(path.launches)]
         for gpu in gpus:
             limits = path.limits(gpu)
             cells += [f"{1e6 * path.seconds(gpu):.0f}", max(limits, key=lambda x: limits[x])]
-        print("|", " | ".join(cells), "|")
+        rows.append(cells)
+    header = ["pass", "MB", "launches", *(x for gpu in gpus for x in (gpu.name, "limit"))]
+    print(markdown_table(header, rows, words=(0, 4, 6)))
 
 
 if __name__ == "__main__":
