@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -33,7 +34,7 @@ from ..networks.learner import CLASSES
 from ..run.checkpoint import save_atomically
 from ..run.directory import CONFIG
 from ..run.journal import IGNORED_LABELS, METRICS, RATIO, WRONG_LABELS, attempt, read_metrics
-from .compare import comparison
+from .compare import MEASURES, comparison
 from .cost import Complexity, Cost
 from .evaluate import GROUPS, predict
 from .features import (
@@ -179,9 +180,7 @@ def draw_predictions(
     names = {k: plain(dataset.classes[k]) for k in sorted(seen - {IGNORED})[:LEGEND_NAMES]}
     bottom = draw_legend(figure, names | {IGNORED: "ignored"}, colors)
     figure.tight_layout(rect=(0, bottom, 1, 1))
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()
+    return _png_file(figure, dpi=110)
 
 
 def draw_legend(figure: Figure, names: Mapping[int, str], colors: np.ndarray) -> float:
@@ -287,9 +286,8 @@ def _percent(value: float | None) -> str:
 
 
 def _headline(results: dict[str, Any], head_tail: tuple[float, float]) -> str:
-    shown = {"mIoU": "miou", "head": "head", "body": "body", "tail": "tail", "mAcc": "macc"}
     figures = "".join(
-        f"<div>{label} %<b>{_percent(results[name])}</b></div>" for label, name in shown.items()
+        f"<div>{label} %<b>{_percent(results[name])}</b></div>" for label, name in MEASURES.items()
     )
     members = {group: 0 for group in GROUPS}
     for c in results["classes"]:
@@ -361,10 +359,14 @@ def _image(png: bytes) -> str:
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def _png(figure: Figure) -> str:
+def _png_file(figure: Figure, dpi: int) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return _image(buffer.getvalue())
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def _png(figure: Figure) -> str:
+    return _image(_png_file(figure, dpi=120))
 
 
 def _training(metrics: list[dict[str, Any]], methods: str) -> str:
@@ -427,18 +429,22 @@ def _curves(metrics: list[dict[str, Any]]) -> Figure:
             label = name.removeprefix("val_").removesuffix(f".{RATIO}")
             label = CURVES.get(name, label)
             axis.plot(*zip(*line, strict=True), label=label, marker=marker, **style)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
-        axis.locator_params(axis="x", integer=True)
+        _over_steps(axis, title)
         if title == ratios:  # from 0.01 to 10 and more; 0 before SAR's gate opens
             axis.set_yscale("symlog", linthresh=0.01)
             axis.yaxis.set_major_formatter("{x:g}")
             axis.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
         highest = axis.dataLim.y1
         axis.set_ylim(0, 1.05 * highest if highest > 0 else 1)
-        axis.grid(alpha=0.3)
         axis.legend(fontsize=7, ncols=COLUMNS, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return figure
+
+
+def _over_steps(axis: Axes, title: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("step")
+    axis.locator_params(axis="x", integer=True)
+    axis.grid(alpha=0.3)
 
 
 def _collapse(metrics: list[dict[str, Any]]) -> Figure:
@@ -461,10 +467,7 @@ def _collapse(metrics: list[dict[str, Any]]) -> Figure:
                 axis.plot(*zip(*line, strict=True), label=label, linewidth=1.2, marker=".")
         if ACCURACY_AND_PIXELS not in names:
             axis.set_ylim(bottom=0)  # which collapse reaches
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
-        axis.locator_params(axis="x", integer=True)
-        axis.grid(alpha=0.3)
+        _over_steps(axis, title)
         if axis.lines:  # none where no measure is defined: a class alone
             axis.legend(fontsize=8)
     return figure
