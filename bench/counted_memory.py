@@ -17,7 +17,6 @@ import argparse
 import copy
 import functools
 import gc
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from cases import IGNORE_INDEX
 from plain_networks import plain_network, segformer
-from record import commit
+from record import save_counts
 from storages import Storages, as_on_cuda, largest_batch, make_fake
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -352,24 +351,16 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     arguments = parser.parse_args()
-    run = {"torch": torch.__version__, "commit": commit(), "rows": []}
+    rows: list[dict[str, Any]] = []
     for network in NETWORKS:
         if network.name not in arguments.networks:
             continue
         print(network, flush=True)
         for row in rows_of(network):
-            run["rows"].append(row)
+            rows.append(row)
             print(line(row), flush=True)
             if arguments.out:
-                write(arguments.out, run)
-
-
-def write(path: Path, run: dict[str, Any]) -> None:
-    """As JSON, with a line for each row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps(run | {"rows": []}, ensure_ascii=False).removesuffix("]}")
-    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in run["rows"])
-    path.write_text(f"{head}\n{rows}\n]}}\n")
+                save_counts(arguments.out, rows)
 
 
 if __name__ == "__main__":

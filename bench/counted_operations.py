@@ -8,7 +8,6 @@ matrices, not the upsampling. The tensors are fake: they have shapes but no valu
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import segmentation_models_pytorch as smp
 import torch
 from plain_networks import plain_network, segformer
-from record import commit
+from record import save_counts
 from storages import make_fake
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -88,13 +87,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     arguments = parser.parse_args()
-    run: dict[str, Any] = {"torch": torch.__version__, "commit": commit(), "rows": []}
+    rows: list[dict[str, Any]] = []
     for network in NETWORKS:
-        run["rows"].append(row := row_of(network))
+        rows.append(row := row_of(network))
         late = "nothing to move" if row["late"] is None else f"{row['late'] / 1e9:.1f}"
         print(f"{network.name} of {network.library}: {row['plain'] / 1e9:.1f} → {late} GFLOP")
     if arguments.out:
-        arguments.out.write_text(json.dumps(run, ensure_ascii=False, indent=1) + "\n")
+        save_counts(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Tables and pictures of the runs of evidence.py: evidence.md and evidence-*.png, next to
 evidence.json."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from markdown_table import markdown_table
 from matplotlib.figure import Figure
+from record import json_of
 
 from anchorops.train.config import PUBLISHED
 from anchorops.train.networks.learner import CLASSES
@@ -56,12 +56,7 @@ mIoU of plain.
 
 def write(evidence: dict[str, Any], directory: Path) -> None:
     """evidence.json, evidence.md, and a picture of each network's learning curves."""
-    head = {name: value for name, value in evidence.items() if name not in ("planned", "rows")}
-    text = json.dumps(head, indent=1, ensure_ascii=False)[:-2]
-    for name in ("planned", "rows"):
-        lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in evidence[name])
-        text += f',\n "{name}": [\n{lines}\n ]'
-    save_atomically(text + "\n}\n", directory / "evidence.json")
+    save_atomically(json_of(evidence), directory / "evidence.json")
     save_atomically(page(evidence), directory / "evidence.md")
     for (scenes, model), rows in _groups(evidence["rows"], "scenes", "model").items():
         if any(row["curve"] for row in rows):

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import quantiles
+from typing import Any
 
 import torch
 
@@ -61,6 +62,24 @@ def save(path: Path, section: str, head: dict, rows: list[dict]) -> None:
                 "it, or choose another file"
             )
     path.write_text(json.dumps({**run, **head, section: rows}, indent=1) + "\n")
+
+
+def json_of(run: dict[str, Any]) -> str:
+    """A line for each entry, and for each row of an entry that is a list."""
+    entries = []
+    for name, value in run.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list):
+            rows = (f"\n  {json.dumps(row, ensure_ascii=False)}" for row in value)
+            text = f"[{','.join(rows)}\n ]"
+        entries.append(f"\n {json.dumps(name)}: {text}")
+    return f"{{{','.join(entries)}\n}}\n"
+
+
+def save_counts(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Counted rows, which do not depend on a machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json_of({"torch": torch.__version__, "commit": commit(), "rows": rows}))
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
