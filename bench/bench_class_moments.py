@@ -180,8 +180,8 @@ def exact_gradient(operation: str, inputs: Inputs) -> list[Tensor]:
     return [inputs.exact_gradient(inputs.dsums, inputs.dsqdists if operation == BOTH else None)]
 
 
-def compare(bench, case: Case, name: str) -> None:
-    """Check one implementation on one case, then record its time, bytes and memory."""
+@grid(QUICK, FULL, names)
+def test_class_moments(bench, case: Case, name: str):
     shape = case.shape.on(bench.device, bench.tiny)
     inputs = make_inputs(shape, case.dtype, case.labels, bench.device)
     features, labels, anchors = inputs.features.detach(), inputs.labels, inputs.anchors
@@ -210,11 +210,6 @@ def compare(bench, case: Case, name: str) -> None:
             sqdists=case.operation in (BOTH, MSE),
         )
         bench.record(run, case._replace(shape=shape), name, counted, beside=features)
-
-
-@grid(QUICK, FULL, names)
-def test_class_moments(bench, case: Case, name: str):
-    compare(bench, case, name)
 
 
 def label_names(case: Case, device: torch.device) -> list[str]:
