@@ -122,9 +122,9 @@ MULTIPROCESSORS = 132  # of an H100 or H200; a smaller GPU needs less
 
 
 def workspace(func: Any, args: Sequence[Any]) -> tuple[int, ...]:
-    """What an operator of ours allocates on a GPU (backend cuda) in addition to its results, which
-    are all that fake tensors show: limits of the bytes that any batch needs, and of those that grow
-    with the images. They are those of csrc/cuda and docs/how-it-works.md."""
+    """What an operator of ours allocates on a GPU in addition to its results, which are all that
+    fake tensors show: limits of the bytes that any batch needs, and of those that grow with the
+    images. They are those of the backend that `auto` takes, and are in docs/how-it-works.md."""
     name, x = func._schema.name.removeprefix("anchorops::"), args[0]
     if name.startswith(("softmax_moments", "volume_moments")):
         partials = MULTIPROCESSORS << 18

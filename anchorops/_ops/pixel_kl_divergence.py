@@ -33,7 +33,7 @@ from .._checks import (
     without_channel,
 )
 from ..reference import statistics_dtype
-from .registration import Gradient, define
+from .registration import WITHOUT_CUDA, Gradient, define
 
 # logits (B, K, h, w), teacher_logits (B, K, h', w'), valid bool (B, H, W), of any strides. Results
 # are float32, for float64 logits float64: total = Σ D is a scalar, the others are (B, H, W),
@@ -50,8 +50,6 @@ BACKWARD_SCHEMA = (
     "(Tensor logits, Tensor teacher_logits, Tensor? valid, Tensor lse, Tensor teacher_lse, "
     "Tensor? dtotal, Tensor? ddivergences, float temperature, bool align_corners) -> Tensor"
 )
-
-BACKENDS = ("cpu", "triton")
 
 
 def forward_fake(
@@ -101,7 +99,7 @@ define(
     "pixel_kl_divergence",
     SCHEMA,
     forward_fake,
-    backends=BACKENDS,
+    backends=WITHOUT_CUDA,
     gradient=Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward),
     any_strides=True,
 )
@@ -196,7 +194,7 @@ def pixel_kl_divergence(
     check_temperature(function, temperature)
     check_flags(function, align_corners=align_corners)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    backend = select(function, logits, logits.shape[1], operators=BACKENDS)
+    backend = select(function, logits, logits.shape[1], operators=WITHOUT_CUDA)
     if backend == "reference":
         return reference.pixel_kl_divergence(
             logits,

@@ -12,6 +12,7 @@ from .._checks import in_transform
 
 library = torch.library.Library("anchorops", "FRAGMENT")
 FUSED = ("cpu", "triton", "cuda")  # the backends that are operators; the reference is not
+WITHOUT_CUDA = ("cpu", "triton")  # of operators that on GPUs Triton serves
 ON_GPU = ("triton", "cuda")  # of small operators, for which the reference serves on CPU
 
 

@@ -6,7 +6,7 @@ mean and variance of each channel, which its batch norm needs.
     df_q = Σ_k W[k, q]·dsums[k] + (dmean + 2·dvariance·(f_q − mean)) / N
 
 The upsampled features are never stored, and neither is W, which has an entry for each class and
-each pixel of the features. The GPU kernels compute the weights of a tile of features from the keys
+each pixel of the features. Triton's kernels compute the weights of a tile of features from the keys
 of the labels around it. On CPU only a part of W exists at a time: some rows, which fit into the
 cache. The rest is plain PyTorch.
 """
@@ -23,7 +23,7 @@ from .._backend import select
 from .._checks import in_transform
 from ..reference import SPLAT_UNITS, UpsampledSums, statistics_dtype
 from .class_keys import class_keys
-from .registration import Gradient, define, library
+from .registration import WITHOUT_CUDA, Gradient, define, library
 
 CACHED = 2**18  # entries of W that fit into a CPU's cache
 
@@ -176,6 +176,7 @@ define(
     "(Tensor features, Tensor keys, SymInt num_keys, SymInt num_classes) "
     "-> (Tensor sums, Tensor mean, Tensor variance)",
     _forward_fake,
+    backends=WITHOUT_CUDA,
     gradient=Gradient(
         "(Tensor features, Tensor keys, Tensor dsums, Tensor mean, Tensor? dmean, "
         "Tensor? dvariance, SymInt num_classes) -> Tensor",
@@ -208,7 +209,7 @@ def upsampled_sums(
     The arguments must already be checked.
     """
     function = "upsampled_sums"
-    backend = select(function, features, num_classes)
+    backend = select(function, features, num_classes, operators=WITHOUT_CUDA)
     if backend == "reference" or in_transform(features):
         return reference.upsampled_sums(
             features,

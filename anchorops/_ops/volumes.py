@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..reference import bilinear_sources, statistics_dtype
 from . import pixel_kl_divergence as kl
-from .registration import FUSED, Gradient, define, library
+from .registration import FUSED, WITHOUT_CUDA, Gradient, define, library
 from .softmax_moments import (
     BACKWARD_SCHEMA,
     SCHEMA,
@@ -275,7 +275,7 @@ define(
     "volume_kl_divergence",
     kl.SCHEMA.replace("SymInt height", "SymInt depth, SymInt height"),
     kl.forward_fake,
-    backends=kl.BACKENDS,
+    backends=WITHOUT_CUDA,
     gradient=Gradient(kl.BACKWARD_SCHEMA, kl.backward_fake, kl.setup_context, kl.backward),
     in_python=True,
 )
@@ -283,8 +283,8 @@ for _name, _function, _backends in (
     ("volume_moments", _moments, FUSED),
     ("volume_moments_backward", _moments_backward, FUSED),
     ("volume_argmax", _argmax, FUSED),
-    ("volume_kl_divergence", _divergences, kl.BACKENDS),
-    ("volume_kl_divergence_backward", _divergences_backward, kl.BACKENDS),
+    ("volume_kl_divergence", _divergences, WITHOUT_CUDA),
+    ("volume_kl_divergence_backward", _divergences_backward, WITHOUT_CUDA),
 ):
     for _backend in _backends:
         library.impl(

@@ -1,9 +1,9 @@
 // The operator anchorops::class_keys.cuda: labels of any size and integer type -> one key per
 // pixel.
 //
-// Reads each used label once, writes 4 bytes per pixel (1 or 2 for classes alone). Counts use
-// integer atomics, whose order does not matter: a block counts in shared memory, and adds the
-// counts of the classes that it has seen to those in global memory.
+// Reads each used label once, writes 4 bytes per pixel. Counts use integer atomics, whose order
+// does not matter: a block counts in shared memory, and adds the counts of the classes that it has
+// seen to those in global memory.
 #include "class_keys.cuh"
 
 #include <cstddef>
@@ -52,10 +52,10 @@ struct Labels {
   bool per_image;
 };
 
-template <class Label, class Key>
+template <class Label>
 __global__ void __launch_bounds__(THREADS)
     class_keys_kernel(const Label* labels,         // [B, H', W'] by strides
-                      Key* keys,                   // [B, P]
+                      int32_t* keys,               // [B, P]
                       unsigned long long* counts,  // [K] or [B, K], zero on entry
                       Labels shape) {
   const int64_t image = blockIdx.x / shape.blocks_per_image;
@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(THREADS)
     const bool valid = pixel < shape.pixels && label >= 0 && label < shape.num_classes &&
                        label != shape.ignore_index;
     classes[i] = valid ? static_cast<int>(label) : -1;
-    if (pixel < shape.pixels) keys[pixel] = static_cast<Key>(valid ? key_of_class_0 + label : -1);
+    if (pixel < shape.pixels)
+      keys[pixel] = static_cast<int32_t>(valid ? key_of_class_0 + label : -1);
   }
 
   auto* bins = reinterpret_cast<unsigned*>(shared_memory());
@@ -108,11 +109,12 @@ std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t wid
                   text_of(labels.sizes()));
   STD_TORCH_CHECK(num_classes <= MAX_CLASSES, name, ": num_classes: expected at most ", MAX_CLASSES,
                   ", got ", num_classes);
+  STD_TORCH_CHECK(!class_dtype, name, ": class_dtype is not supported: use the backend triton");
   const OnDevice device(labels);
   const int64_t batch = labels.size(0);
   const std::vector<int64_t> by_class =
       per_image ? std::vector<int64_t>{batch, num_classes} : std::vector<int64_t>{num_classes};
-  Tensor keys = new_empty(labels, {batch, height * width}, class_dtype.value_or(ScalarType::Int));
+  Tensor keys = new_empty(labels, {batch, height * width}, ScalarType::Int);
   Tensor counts = new_empty(labels, by_class, ScalarType::Long);
   auto* of_classes = counts.mutable_data_ptr<int64_t>();
   fill_zero(of_classes, counts.numel() * sizeof(int64_t), device.stream);
@@ -130,18 +132,15 @@ std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t wid
       .blocks_per_image = static_cast<unsigned>(ceil_div(height * width, PIXELS_PER_BLOCK)),
       .num_classes = num_classes,
       .ignore_index = ignore_index,
-      .image_keys = per_image && !class_dtype ? num_classes : 0,
+      .image_keys = per_image ? num_classes : 0,
       .per_image = per_image};
   const dim3 grid = grid_of(name, batch * shape.blocks_per_image);
   for_label_dtype(name, labels.scalar_type(), [&](auto label) {
-    for_key_dtype(name, keys.scalar_type(), [&](auto key) {
-      using Label = decltype(label);
-      using Key = decltype(key);
-      launch("class_keys_kernel", class_keys_kernel<Label, Key>, grid, THREADS,
-             num_classes * sizeof(unsigned), device.stream, labels.const_data_ptr<Label>(),
-             keys.mutable_data_ptr<Key>(), reinterpret_cast<unsigned long long*>(of_classes),
-             shape);
-    });
+    using Label = decltype(label);
+    launch("class_keys_kernel", class_keys_kernel<Label>, grid, THREADS,
+           num_classes * sizeof(unsigned), device.stream, labels.const_data_ptr<Label>(),
+           keys.mutable_data_ptr<int32_t>(), reinterpret_cast<unsigned long long*>(of_classes),
+           shape);
   });
   return {keys, counts};
 }

@@ -178,22 +178,6 @@ T atomicExch(T* address, T value) {
 }
 
 template <class T>
-T atomicMin(T* address, T value) {
-  std::atomic_ref<T> least(*address);
-  T before = least.load(std::memory_order_relaxed);
-  while (value < before && !least.compare_exchange_weak(before, value, std::memory_order_relaxed)) {
-  }
-  return before;
-}
-
-// The address holds `value` afterwards if it held `expected`; returns what it held.
-template <class T>
-T atomicCAS(T* address, T expected, T value) {
-  std::atomic_ref<T>(*address).compare_exchange_strong(expected, value, std::memory_order_relaxed);
-  return expected;
-}
-
-template <class T>
 T __ldg(const T* address) {
   return *address;
 }
