@@ -192,10 +192,10 @@ def backends() -> dict[str, str | None]:
     not. With several GPUs, `cuda` is usable if at least one GPU supports it. GPUs of a compute
     capability below 8.0 are served by `reference` alone. Usable does not mean every call: `cuda`
     leaves to `triton` class moments of more than 1,024 keys (images × classes × groups), pixel
-    losses with label smoothing, a focal factor or hard examples, CeCo, and pixel_kl_divergence;
-    both leave float64 to `reference`. A backend of which `anchorops-doctor --verify` found an
-    operator wrong is usable too: "auto" does not take it for this operator, and warns;
-    `anchorops-doctor` names the operators."""
+    losses with label smoothing, a focal factor or hard examples, confusion matrices, CeCo, and
+    pixel_kl_divergence; both leave float64 to `reference`. A backend of which
+    `anchorops-doctor --verify` found an operator wrong is usable too: "auto" does not take it for
+    this operator, and warns; `anchorops-doctor` names the operators."""
     reasons = dict(_MISSING)
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     too_old = [_too_old(gpu) for gpu in gpus]
@@ -220,11 +220,10 @@ class use_backend:
     a thread of autograd: call use_backend inside the checkpointed function.
 
     "auto" (the default) selects the fastest usable backend for the device and dtype of the input.
-    For CUDA tensors this is `cuda`, if it was built for that GPU, then `triton`; on GPUs of a
-    compute capability below 8.0 it is `reference`. Class moments of more than 1,024 keys (images ×
-    classes × groups) use `triton`, and so do pixel losses with label smoothing, a focal factor or
-    hard examples, CeCo, and pixel_kl_divergence. Float64, and more classes than they support, use
-    `reference`. For CPU tensors it is `cpu`, for all others `reference`. An operator that
+    For CUDA tensors this is `cuda`, if it was built for that GPU and supports the call, then
+    `triton`; on GPUs of a compute capability below 8.0 it is `reference`. (`backends` says which
+    calls `cuda` leaves to `triton`.) Float64, and more classes than they support, use `reference`.
+    For CPU tensors it is `cpu`, for all others `reference`. An operator that
     `anchorops-doctor --verify` found wrong on the device is not selected there. A backend chosen by
     name raises an error if it does not support a call; it is never silently replaced by another
     one. If one of its operators was found wrong, a call of it warns.

@@ -19,7 +19,7 @@ from .._checks import (
     without_channel,
 )
 from .pixel_argmax import pixel_argmax
-from .registration import define
+from .registration import WITHOUT_CUDA, define
 from .sigmoid import labels_of_channels, sigmoid_moments
 from .softmax_moments import Options
 
@@ -35,6 +35,7 @@ define(
     "confusion",
     "(Tensor predictions, Tensor labels, SymInt num_classes, int ignore_index) -> Tensor",
     _fake,
+    backends=WITHOUT_CUDA,
 )
 
 
@@ -119,7 +120,9 @@ def confusion_for(
         check_label_values(function, labels, num_classes, ignore_index)
     if labels.dim() > 3:
         predictions, labels = predictions.flatten(2), labels.flatten(2)
-    backend = select(function, predictions, num_classes, runs=("confusion",))
+    backend = select(
+        function, predictions, num_classes, runs=("confusion",), operators=WITHOUT_CUDA
+    )
     if backend == "reference":
         return reference.confusion(predictions, labels, num_classes, ignore_index=ignore_index)
     operator = getattr(torch.ops.anchorops.confusion, backend)
