@@ -191,11 +191,12 @@ def backends() -> dict[str, str | None]:
     """All backends, fastest first: None if the backend is usable here, otherwise the reason why
     not. With several GPUs, `cuda` is usable if at least one GPU supports it. GPUs of a compute
     capability below 8.0 are served by `reference` alone. Usable does not mean every call: `cuda`
-    leaves to `triton` class moments of more than 1,024 keys (images × classes × groups), pixel
-    losses with label smoothing, a focal factor or hard examples, confusion matrices, CeCo, and
-    pixel_kl_divergence; both leave float64 to `reference`. A backend of which
-    `anchorops-doctor --verify` found an operator wrong is usable too: "auto" does not take it for
-    this operator, and warns; `anchorops-doctor` names the operators."""
+    leaves to `triton` class moments of more than 1,024 keys (images × classes × groups), logits
+    whose labels have less than twice their height or width, pixel losses with label smoothing, a
+    focal factor or hard examples, confusion matrices, CeCo, and pixel_kl_divergence; both leave
+    float64 to `reference`. A backend of which `anchorops-doctor --verify` found an operator wrong
+    is usable too: "auto" does not take it for this operator, and warns; `anchorops-doctor` names
+    the operators."""
     reasons = dict(_MISSING)
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     too_old = [_too_old(gpu) for gpu in gpus]
@@ -262,6 +263,8 @@ def _why_not(
     num_classes: int,
     num_keys: int,
     shapes_losses: bool,
+    size: Sequence[int],
+    align_corners: bool,
     operators: Sequence[str],
 ) -> str | None:
     """Why the backend does not support a call with this input, or None."""
@@ -284,6 +287,14 @@ def _why_not(
             "it does not support label smoothing, a focal factor or hard examples: "
             'choose "triton" or "auto"'
         )
+    if name == "cuda" and size:
+        (height, width), fewer = tensor.shape[-2:], int(align_corners)  # then of sizes - 1
+        if 2 * height - fewer > size[-2] or 2 * width - fewer > size[-1]:
+            # without the sizes, because torch.compile would compile again for each of them
+            return (
+                "it supports logits that are upsampled at least twice along each axis: "
+                'choose "triton" or "auto"'
+            )
     if name == "reference" or device == "cpu":
         return None
     return _no_code_for(tensor.device) if name == "cuda" else _too_old(tensor.device)
@@ -297,6 +308,8 @@ def select(
     runs: Sequence[str] = (),
     num_keys: int = 0,
     shapes_losses: bool = False,
+    size: Sequence[int] = (),
+    align_corners: bool = False,
     operators: Sequence[str] = NAMES,
 ) -> str:
     """The backend of a call with this input (features, logits or predictions). Raises ValueError if
@@ -307,11 +320,13 @@ def select(
         num_keys: of class moments, the number of keys.
         shapes_losses: of softmax moments, whether a loss has label smoothing, a focal factor or a
             smallest value.
+        size, align_corners: of logits, what they are upsampled to: (…, H, W), and how.
         operators: the backends that have this operator, besides `reference`.
     """
     chosen, runs = _choice.backend, runs or (function,)
+    call = tensor, num_classes, num_keys, shapes_losses, size, align_corners, operators
     if chosen != "auto":
-        reason = _why_not(chosen, tensor, num_classes, num_keys, shapes_losses, operators)
+        reason = _why_not(chosen, *call)
         if reason:
             raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
         found_wrong(chosen, tensor.device, runs, used=True)  # it warns
@@ -319,11 +334,7 @@ def select(
     for name in NAMES[:-1]:
         # Interpreted and emulated kernels are for tests: they are never selected automatically.
         unusable = _MISSING[name] or _ON_HOST.get(name)
-        if not (
-            unusable
-            or _why_not(name, tensor, num_classes, num_keys, shapes_losses, operators)
-            or found_wrong(name, tensor.device, runs)
-        ):
+        if not (unusable or _why_not(name, *call) or found_wrong(name, tensor.device, runs)):
             return name
     found_wrong("reference", tensor.device, runs, used=True)
     return "reference"

@@ -87,7 +87,7 @@ def pixel_argmax(
     if logits.numel() == 0 and logits.shape[0] * math.prod(size) > 0:
         fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
     logits = logits.detach()
-    backend = select(function, logits, logits.shape[1])
+    backend = select(function, logits, logits.shape[1], size=size, align_corners=align_corners)
     if backend == "reference":
         classes = reference.pixel_argmax(logits, size, align_corners=align_corners)
     else:

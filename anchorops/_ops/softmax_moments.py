@@ -382,6 +382,8 @@ def unchecked_moments(
         logits.shape[1],
         runs=("softmax_moments",),
         shapes_losses=shapes_losses(options),
+        size=labels.shape[1:],
+        align_corners=options.align_corners,
     )
     if logits.shape[1] == 1 and backend != "cpu":
         logits = torch.cat([torch.zeros_like(logits), logits], 1)

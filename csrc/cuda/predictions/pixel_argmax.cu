@@ -44,11 +44,10 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
   const Cell cell(cells);
   const CellWeights weights(cell);
   const float* corner = stage.corner();
-  const int down = cells.one_row ? 0 : stage.ROW;
   Largest largest;
   stage.for_classes([&](int first, int count) {
     for (int k = 0; k < count; ++k) {
-      const float *above = corner + k * COLUMNS, *below = above + down;
+      const float *above = corner + k * COLUMNS, *below = above + stage.ROW;
       weights.interpolate({above[0], above[1], below[0], below[1]},
                           [&](int i, int j, float z) { largest.add(i, j, z, first + k); });
     }

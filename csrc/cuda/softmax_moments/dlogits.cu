@@ -62,9 +62,9 @@ __global__ void __launch_bounds__(WARPS * 32, BY_CLASS ? BLOCKS_BY_CLASS : 2)
 #pragma unroll 1
   for (int first = first_class; first < end_class; first += CLASSES) {
     const int count = min(CLASSES, end_class - first);
-    if (cells.geometric) stage.load(first, count);
+    stage.load(first, count);
     __syncthreads();
-    if (cells.geometric) stage.prefetch_classes(first + CLASSES, end_class);
+    stage.prefetch_classes(first + CLASSES, end_class);
 #pragma unroll 1
     for (int part = 0; part < parts; ++part) {
       if (parts > 1 || first == first_class) {
@@ -72,15 +72,11 @@ __global__ void __launch_bounds__(WARPS * 32, BY_CLASS ? BLOCKS_BY_CLASS : 2)
         labels.load(inputs.labels, cell);
         irregular = regular.load(sequences, stage.shifts_of_cell(), labels, inputs, first_key);
       }
-      if (cells.geometric) {
 #pragma unroll 1
-        for (int k = 0; k < count; ++k)
-          sums.put(
-              k, regular.terms(cell, sequences.powers(k), inputs.gradients, first_key + first + k),
-              part > 0);
-      } else if (part == 0) {
-        for (int k = 0; k < count; ++k) sums.put(k, {}, false);
-      }
+      for (int k = 0; k < count; ++k)
+        sums.put(k,
+                 regular.terms(cell, sequences.powers(k), inputs.gradients, first_key + first + k),
+                 part > 0);
       // The rest is needed for few classes, or few cells.
 #pragma unroll 1
       for (int k = labels.next(first); k < first + count; k = labels.next(k + 1)) {

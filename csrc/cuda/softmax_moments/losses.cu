@@ -118,13 +118,11 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
   LogitsStage<CLASSES> stage(cells);
   const Sequences sequences(cell, stage);
   PixelValues values = {};  // Σ e^z, then lse, then the losses
-  if (cells.geometric) {
-    stage.for_classes([&](int, int count) {
+  stage.for_classes([&](int, int count) {
 #pragma unroll 2
-      for (int k = 0; k < count; ++k)
-        for_each_power(sequences.powers(k), [&](int i, int j, float e) { values[i][j] += e; });
-    });
-  }
+    for (int k = 0; k < count; ++k)
+      for_each_power(sequences.powers(k), [&](int i, int j, float e) { values[i][j] += e; });
+  });
   CellLabels labels;
   labels.load(all_labels, cell);
   const CellWeights weights(cell);

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
   stage.for_classes([&](int first, int count) {
     for (int k = 0; k < count; ++k) {
       Masses<SQUARES> masses;
-      if (cells.geometric) masses.add(sequences.powers(k), inverse);
+      masses.add(sequences.powers(k), inverse);
       if (irregular) masses.add_irregular(cell, irregular, first + k, lse);
       masses.mass = sum_of_warp(masses.mass);
       if constexpr (SQUARES) masses.square = sum_of_warp(masses.square);

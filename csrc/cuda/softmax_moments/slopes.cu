@@ -34,18 +34,16 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
   LogitsStage<CLASSES> stage(cells);
   const Sequences sequences(cell, stage);
   PixelValues masses = {}, squares = {};
-  if (cells.geometric) {
-    stage.for_classes([&](int first, int count) {
-      for (int k = 0; k < count; ++k) {
-        const float dmass = Gradients::at(gradients.dmasses, first_key + first + k);
-        const float dsquare = 2 * Gradients::at(gradients.dsquares, first_key + first + k);
-        for_each_power(sequences.powers(k), [&](int i, int j, float e) {
-          masses[i][j] = fmaf(e, dmass, masses[i][j]);
-          squares[i][j] = fmaf(e * e, dsquare, squares[i][j]);
-        });
-      }
-    });
-  }
+  stage.for_classes([&](int first, int count) {
+    for (int k = 0; k < count; ++k) {
+      const float dmass = Gradients::at(gradients.dmasses, first_key + first + k);
+      const float dsquare = 2 * Gradients::at(gradients.dsquares, first_key + first + k);
+      for_each_power(sequences.powers(k), [&](int i, int j, float e) {
+        masses[i][j] = fmaf(e, dmass, masses[i][j]);
+        squares[i][j] = fmaf(e * e, dsquare, squares[i][j]);
+      });
+    }
+  });
   PixelValues inverse;
   const unsigned irregular =
       sequences.load_inverse_sums(stage.shifts_of_cell(), labels, lse, inverse);

@@ -36,8 +36,7 @@ struct Cell {
     select(part);
   }
   __device__ explicit Cell(const Cells& cells)
-      : Cell(cells, cells.row_of(threadIdx.x / 32), cells.columns_of(threadIdx.x / 32),
-             cells.block_part()) {}
+      : Cell(cells, cells.row_of(threadIdx.x / 32), cells.columns_of_block(), cells.block_part()) {}
 
   __device__ void select(int next) {
     y += (next / cells.parts_x - part / cells.parts_x) * PART;

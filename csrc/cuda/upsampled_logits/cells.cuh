@@ -4,15 +4,16 @@
 // multiplications replace one exponential for each pixel. The largest logit of a position is
 // subtracted from its logits; upsampled, it is at least the largest logit of each pixel.
 //
-// A block processes a patch: WARPS rows of 32 cells, a warp one row; if images have one row, as
-// points, its warps are side by side. It copies logits to shared memory (stage.cuh); a thread
-// computes the pixels of its cell (cell.cuh) from there (sequences.cuh), in parts of 4×4 pixels if
-// the cell has more.
+// A block processes a patch: WARPS rows of 32 cells, a warp one row. It copies logits to shared
+// memory (stage.cuh); a thread computes the pixels of its cell (cell.cuh) from there
+// (sequences.cuh), in parts of 4×4 pixels if the cell has more.
 //
 // Geometric sequences are inaccurate if logits differ widely. Irregular pixels are computed one by
 // one from the logits: where neighbours differ by more than `Cells::steepest`, where the sum falls
-// below 2^-40, where a logit that is read is not finite, and everywhere if the ratio of sizes is
-// below 2.
+// below 2^-40, and where a logit that is read is not finite.
+//
+// The labels have at least twice the logits' size along each axis. Fewer pixels of a cell are not
+// worth a sequence: such calls are for the backend triton.
 #pragma once
 
 #include <algorithm>
@@ -61,10 +62,7 @@ struct Cells {
   int pitch;            // columns of cells of one image, w + 2 or more; images are side by side
   int first_row, row_count;   // rows of cells that contain pixels
   int parts_y, parts_x;       // parts of PART pixels of a cell, along each axis
-  bool geometric;             // otherwise pixels are computed one by one
-  bool one_row;               // images have one row of logits and one of pixels
   int warps;                  // of a block
-  int patch_columns;          // 32 for each warp if one_row, otherwise 32
   int images;                 // with statistics of their own: all if per_image, otherwise 1
   int first_part = 0, parts;  // of a launch, as first_row and row_count
   unsigned blocks_across;     // of a launch: blocks of the same rows
@@ -77,14 +75,9 @@ struct Cells {
     row_count = rows.cell_of(rows.pixels - 1) - first_row + 1;
     parts_y = std::max(1, ceil_div(rows.pixels_per_cell(), PART));
     parts_x = std::max(1, ceil_div(columns.pixels_per_cell(), PART));
-    // with a single class p is exactly 1
-    geometric = rows.ratio <= 0.5f && columns.ratio <= 0.5f && logits.num_classes > 1;
-    one_row = logits.height == 1 && rows.pixels == 1;
     images = per_image ? logits.batch : 1;
-    const int64_t shared = int64_t{logits.batch} / images * pitch;  // columns
-    warps = static_cast<int>(std::min<int64_t>(WARPS, one_row ? ceil_div(shared, 32) : row_count));
-    patch_columns = one_row ? warps * 32 : 32;
-    if (per_image) pitch = ceil_div(pitch, patch_columns) * patch_columns;
+    warps = std::min(WARPS, row_count);
+    if (per_image) pitch = ceil_div(pitch, 32) * 32;
     set_parts(0, parts_y * parts_x);
   }
 
@@ -93,20 +86,17 @@ struct Cells {
     parts = count;
     blocks_across = static_cast<unsigned>(columns_of_patches() * parts);
   }
-  int64_t columns_of_patches() const {
-    return ceil_div(int64_t{logits.batch} * pitch, int64_t{patch_columns});
-  }
+  int64_t columns_of_patches() const { return ceil_div(int64_t{logits.batch} * pitch, 32); }
   int64_t rows_of_patches() const { return ceil_div(row_count, warps); }
   // All blocks are along x, because a grid may have 2^31 there: first the parts of a patch, then
   // all columns, then the next rows.
   int64_t blocks() const { return rows_of_patches() * blocks_across; }
-  // The row and the columns of a warp's cells.
+  // The row of a warp's cells, and the columns of a block's.
   __device__ int row_of(int warp) const {
-    return first_row + blockIdx.x / blocks_across * (blockDim.x / 32) + (one_row ? 0 : warp);
+    return first_row + blockIdx.x / blocks_across * (blockDim.x / 32) + warp;
   }
-  __device__ Columns columns_of(int warp) const {
-    const int64_t first = blockIdx.x % blocks_across / parts * int64_t{patch_columns};
-    return {first + (one_row ? warp * 32 : 0), pitch};
+  __device__ Columns columns_of_block() const {
+    return {blockIdx.x % blocks_across / parts * int64_t{32}, pitch};
   }
   __device__ int block_part() const { return first_part + blockIdx.x % blocks_across % parts; }
   // The blocks in another order: all rows of a column, then the next column. Those of an image are
@@ -157,6 +147,11 @@ inline Cells cells_of(const char* operation, const Tensor& logits, int64_t heigh
   STD_TORCH_CHECK(logits.dim() == 4 && logits.numel() > 0, operation,
                   ": logits: expected (B, K, h, w) that is not empty, got shape ",
                   text_of(logits.sizes()));
+  const int64_t fewer = align_corners ? 1 : 0;  // ratios are those of sizes - 1
+  STD_TORCH_CHECK(2 * logits.size(2) - fewer <= height && 2 * logits.size(3) - fewer <= width,
+                  operation, ": expected to upsample at least twice along each axis, got logits ",
+                  text_of(logits.sizes()), " and ", height, "x", width,
+                  " pixels: use the backend triton");
   return {logits_of(operation, logits), Axis(height, logits.size(2), align_corners),
           Axis(width, logits.size(3), align_corners), per_image};
 }

@@ -50,12 +50,6 @@ struct Logits {
   __device__ int64_t offset(int image, int row, int column) const {
     return image * stride_b + row * stride_h + column * stride_w;
   }
-  __device__ __forceinline__ float load(int64_t offset) const {
-    if (element == Element::BFLOAT16)
-      return static_cast<float>(static_cast<const BFloat16*>(data)[offset]);
-    if (element == Element::HALF) return static_cast<float>(static_cast<const Half*>(data)[offset]);
-    return static_cast<const float*>(data)[offset];
-  }
 };
 
 inline Logits logits_of(const char* operation, const Tensor& logits) {
@@ -93,18 +87,16 @@ struct Axis {
     return product(static_cast<float>(pixel) + middle, ratio) - middle;
   }
   __host__ __device__ int cell_of(int pixel) const {
-    if (pixels == source) return pixel;
     const float place = at(pixel);
     return place < 0 ? -1 : min(static_cast<int>(place), source - 1);
   }
   // Weight of the second row of a cell that holds the pixel.
   __host__ __device__ float fraction(int cell, int pixel) const {
     const float between = cell < 0 ? 1 : min(at(pixel) - static_cast<float>(cell), 1.0f);
-    return pixels == source || cell == source - 1 ? 0 : between;
+    return cell == source - 1 ? 0 : between;
   }
   // The first pixel of the cell.
   __host__ __device__ int first_pixel(int cell) const {
-    if (pixels == source) return min(max(cell, 0), pixels);
     if (cell >= source) return pixels;
     if (cell < 0 || ratio == 0) return 0;
     const float guess = (static_cast<float>(cell) + middle) * inverse - middle;
@@ -116,7 +108,6 @@ struct Axis {
   }
   // The pixels of the largest cell.
   int pixels_per_cell() const {
-    if (pixels == source) return 1;
     int exponent;
     if (std::frexp(ratio, &exponent) == 0.5f)  // a power of two: coordinates are exact
       return std::max(1, static_cast<int>(1 / ratio));
@@ -161,10 +152,9 @@ struct PixelLogits {
     left *= logits.stride_w;
     right *= logits.stride_w;
   }
-  // Loads what it needs at once; of weights 0 and 1 (no upsampling) that is one logit.
+  // Loads all that it needs at once.
   __device__ float z(int k) const {
     const int64_t plane = k * logits.stride_k;
-    if (top == bottom && left == right) return logits.load(plane + top + left);
     float first, below, second, second_below;
     for_element(logits.element, [&](auto element) {
       const auto* x = static_cast<const decltype(element)*>(logits.data) + plane;

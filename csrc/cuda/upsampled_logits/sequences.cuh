@@ -44,11 +44,8 @@ struct Sequences {
   // A corner that no regular pixel reads is replaced by one that is read; otherwise the ratios of
   // the others might not be finite.
   template <int CLASSES>
-  __device__ Sequences(const Cell& cell, const LogitsStage<CLASSES>& stage)
-      : cell(cell), regular(0) {
-    a = b = c = d = stage.logits;
+  __device__ Sequences(const Cell& cell, const LogitsStage<CLASSES>& stage) : cell(cell) {
     const Cells& cells = cell.cells;
-    if (!cells.geometric) return;
     const int image = cell.image, row = cell.row, column = cell.column;
     const Shift sa = cells.shift(image, row, column), sb = cells.shift(image, row, column + 1);
     const Shift sc = cells.shift(image, row + 1, column);

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(THREADS, SHIFT_BLOCKS)
 }  // namespace
 
 Tensor new_shifts(const Tensor& logits, Cells& cells, Stream stream) {
-  const int64_t positions = cells.geometric ? logits.size(0) * logits.size(2) * logits.size(3) : 0;
+  const int64_t positions = logits.size(0) * logits.size(2) * logits.size(3);
   Tensor shifts = new_empty(logits, {positions, 2}, ScalarType::Float);
   auto* data = reinterpret_cast<Shift*>(shifts.mutable_data_ptr<float>());
   const auto run = [&]<int LANES>() {

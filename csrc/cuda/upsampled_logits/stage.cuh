@@ -27,10 +27,8 @@ struct LogitsStage {
   float* shifts;     // [rows, COLUMNS], in units of log2
   float* logits;     // [rows, CLASSES, COLUMNS]
 
-  // The positions begin at the first one of these columns. The next row of the stage is the next
-  // row of the logits, or, in a single row, the next 32 columns.
-  __device__ LogitsStage(const Cells& cells, int first_row, const Columns& columns,
-                         bool one_row = false)
+  // The positions begin at the first one of these columns.
+  __device__ LogitsStage(const Cells& cells, int first_row, const Columns& columns)
       : cells(cells),
         positions((static_cast<int>(blockDim.x) / 32 + 1) * COLUMNS),
         first_row(first_row) {
@@ -38,19 +36,18 @@ struct LogitsStage {
     logits = reinterpret_cast<float*>(offsets + positions);
     shifts = logits + positions * CLASSES;
     for (int i = threadIdx.x; i < positions; i += blockDim.x) {
-      const int across = i % COLUMNS + (one_row ? i / COLUMNS * 32 : 0);
-      const int image = min(columns.image(across), cells.logits.batch - 1);
+      const int image = min(columns.image(i % COLUMNS), cells.logits.batch - 1);
       const int row = cells.inside_rows(first_row + i / COLUMNS);
-      const int column = cells.inside_columns(columns.column(across));
+      const int column = cells.inside_columns(columns.column(i % COLUMNS));
       offsets[i] = cells.logits.offset(image, row, column);
-      if (SHIFTED && cells.geometric) shifts[i] = SCALE - cells.shift(image, row, column).largest;
+      if (SHIFTED) shifts[i] = SCALE - cells.shift(image, row, column).largest;
     }
     __syncthreads();
   }
 
   // The stage for the block's cells.
   __device__ explicit LogitsStage(const Cells& cells)
-      : LogitsStage(cells, cells.row_of(0), cells.columns_of(0), cells.one_row) {}
+      : LogitsStage(cells, cells.row_of(0), cells.columns_of_block()) {}
 
   // The logits of the first class at the top left corner of the thread's cell.
   __device__ const float* corner() const {
@@ -60,8 +57,7 @@ struct LogitsStage {
   // The shifts at the corners of the thread's cell.
   __device__ Corners shifts_of_cell() const {
     const float* top = shifts + threadIdx.x / 32 * COLUMNS + threadIdx.x % 32;
-    const float* below = top + (cells.one_row ? 0 : COLUMNS);
-    return {top[0], top[1], below[0], below[1]};
+    return {top[0], top[1], top[COLUMNS], top[COLUMNS + 1]};
   }
 
   // The end of the stage in shared memory.
@@ -74,17 +70,16 @@ struct LogitsStage {
     return fmaxf(fmaf(x, LOG2E, shifts[position]), NO_LOGIT);
   }
 
-  // Calls function(first_class, count) for CLASSES classes at a time, after staging them. Without
-  // geometric sequences there are no shifts, so then shifted logits are not staged.
+  // Calls function(first_class, count) for CLASSES classes at a time, after staging them.
   template <class Function>
   __device__ __forceinline__ void for_classes(Function function) {
     const int num_classes = cells.logits.num_classes;
     for (int first = 0; first < num_classes; first += CLASSES) {
       const int count = min(CLASSES, num_classes - first);
       if (first > 0) __syncthreads();
-      if (cells.geometric || !SHIFTED) load(first, count);
+      load(first, count);
       __syncthreads();
-      if (cells.geometric) prefetch_classes(first + CLASSES, num_classes);
+      prefetch_classes(first + CLASSES, num_classes);
       function(first, count);
     }
   }
