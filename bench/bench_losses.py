@@ -33,7 +33,9 @@ RIVALS = ("index_add", "one_hot bmm")
 
 
 def names(case: Case, device: torch.device) -> list[str]:
-    return [*backends(device), *(() if case.operation in OWN_PASS else RIVALS)]
+    own_pass = case.operation in OWN_PASS
+    own = [name for name, kind in backends(device).items() if not (own_pass and kind == "cuda")]
+    return [*own, *(() if own_pass else RIVALS)]
 
 
 @grid(

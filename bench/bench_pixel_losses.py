@@ -278,7 +278,10 @@ def names(case: Case, device: torch.device) -> list[str]:
     rivals = [*rival_formulas(case)]
     if rivals and device.type == "cpu":
         rivals.append(rivals[0] + KEPT)
-    return [*backends(device), *rivals]
+    of_triton = case.operation in (FOCAL, CONFUSION, DIVERGENCE)
+    of_triton |= case.shape.size[2:] == case.shape.label_size
+    own = [name for name, kind in backends(device).items() if not (of_triton and kind == "cuda")]
+    return [*own, *rivals]
 
 
 @contextlib.contextmanager

@@ -63,11 +63,13 @@ class Report:
 
 
 class Call(NamedTuple):
-    """An operation on one input; `least` is what it must move and issue, where it is known."""
+    """An operation on one input; `least` is what it must move and issue, where it is known.
+    of_triton: whether `cuda` leaves it to `triton`."""
 
     title: str
     run: Callable[[], object]
     least: time_model.Pass | None = None
+    of_triton: bool = False
 
 
 def labels_of(size: tuple[int, ...], classes: int, kind: str, device: torch.device) -> Tensor:
@@ -119,6 +121,7 @@ def pixel_losses(
     yield Call(
         f"confusion matrix, {shape.name}, {dtype}",
         lambda: ao.pixel_confusion(logits.detach(), labels, ignore_index=IGNORE_INDEX),
+        of_triton=True,
     )
 
 
@@ -136,7 +139,7 @@ def methods(shape: cases.Shape, device: torch.device) -> Iterator[Call]:
             if loss.requires_grad:
                 loss.backward()
 
-        yield Call(f"{build.__name__}, {shape.name}, bf16", step)
+        yield Call(f"{build.__name__}, {shape.name}, bf16", step, of_triton=build is ao.CeCo)
 
 
 def groups_of_calls(device: torch.device, tiny: bool) -> list[Callable[[], Iterator[Call]]]:
@@ -222,7 +225,9 @@ def profiled(run: Callable[[], object], device: torch.device) -> dict[str, float
 def kernels(report: Report, backend: str, device: torch.device, tiny: bool) -> None:
     gpu = gpu_of(device)
     with ao.use_backend(backend):
-        for title, run, least in every_call(device, tiny):
+        for title, run, least, of_triton in every_call(device, tiny):
+            if of_triton and backend == "cuda":
+                continue
             times = profiled(run, device)
             total = sum(times.values())
             least_seconds = least and least.seconds(gpu) - least.launches * time_model.LAUNCH
