@@ -286,6 +286,49 @@ def test_more_keys_than_cuda_supports_are_for_triton(monkeypatch):
     assert gpus.select(0, num_keys=1025) == "reference"
 
 
+def test_logits_that_are_upsampled_less_than_twice_are_for_triton(monkeypatch):
+    gpus = Gpus(monkeypatch, "9.0", "9.0")  # of logits of 4×5
+    for size, align_corners, backend in (
+        ((8, 10), False, "cuda"),
+        ((8, 9), False, "triton"),
+        ((7, 10), False, "triton"),
+        ((4, 5), False, "triton"),
+        ((0, 10), False, "triton"),
+        ((7, 9), True, "cuda"),
+        ((6, 9), True, "triton"),
+        ((1, 8, 10), False, "cuda"),  # of a volume
+        ((8, 7, 10), False, "triton"),
+    ):
+        assert gpus.select(0, size=size, align_corners=align_corners) == backend, size
+    with ao.use_backend("cuda"):
+        assert gpus.select(0, size=(8, 10)) == "cuda"
+        message = 'f: backend cuda .* at least twice along each axis: choose "triton" or "auto"$'
+        with pytest.raises(ValueError, match=message):
+            gpus.select(0, size=(8, 9))
+    monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
+    assert gpus.select(0, size=(8, 9)) == "reference"
+
+
+def test_one_compilation_for_all_sizes_that_cuda_leaves_to_triton(monkeypatch):
+    """A reason with numbers would make them constants."""
+    monkeypatch.setitem(_backend._ON_HOST, "cuda", True)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=keep)
+    def served(x, labels):
+        options = {"num_keys": 0, "shapes_losses": False, "operators": ("cuda",)}
+        options |= {"size": labels.shape, "align_corners": False}
+        return x + (_backend._why_not("cuda", x, 5, **options) is None)
+
+    for height, width in ((7, 10), (7, 12), (6, 9)):
+        assert not served(torch.zeros(1, 2, 4, 5), torch.zeros(height, width)).any()
+    assert len(graphs) == 1
+
+
 def test_keys_are_images_times_classes_times_groups(monkeypatch):
     asked = []
 

@@ -1,7 +1,6 @@
 """Every kernel of the CUDA library, and every kernel of Triton, is launched by one of these cases,
 which compare its results with the reference. `-rP` prints the kernels with their cases."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -82,32 +81,17 @@ def softmax_moments() -> list[Case]:
     ]
 
 
-def upsampled_sums(
-    dtype: torch.dtype, labels_dtype: torch.dtype, keys: torch.dtype | None, backend: str
-) -> None:
-    """keys: the dtype of the classes of the labels, which else depends on their number."""
-    features, labels = test_upsampled_sums.example((2, 5), (4, 9), dtype=dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        if keys is not None:
-            module = sys.modules["anchorops._ops.upsampled_sums"]
-            patch.setattr(module, "_key_dtype", lambda num_classes: keys)
-        labels = labels.to(labels_dtype)
-        test_upsampled_sums.check(features, labels, test_upsampled_sums.K, False)
+def class_keys(labels_dtype: torch.dtype, backend: str) -> None:
+    features, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 5, (2, 8, 10)).to(labels_dtype)
+    found = ao.ops.class_moments(features, labels, 5)
+    with ao.use_backend("reference"):
+        right = ao.ops.class_moments(features, labels, 5)
+    torch.testing.assert_close(found, right)
 
 
-def sums_of_upsampled_features() -> list[Case]:
-    keys = torch.uint8, torch.int16, torch.int32
-    dtypes = [(dtype, torch.int64, key) for dtype in (F32, BF16, F16) for key in keys]
-    dtypes += [(F32, labels, key) for labels in INTEGERS for key in keys]
-    return [
-        Case("upsampled sums", partial(upsampled_sums, F32, torch.int64, None)),
-        *(
-            Case(
-                f"upsampled sums, {', '.join(map(str, some))}", partial(upsampled_sums, *some), CUDA
-            )
-            for some in dtypes
-        ),
-    ]
+def upsampled_sums(backend: str) -> None:
+    features, labels = test_upsampled_sums.example((2, 5), (4, 9))
+    test_upsampled_sums.check(features, labels, test_upsampled_sums.K, False)
 
 
 def info_nce(backend: str) -> None:
@@ -115,11 +99,17 @@ def info_nce(backend: str) -> None:
 
 
 def predictions(backend: str) -> None:
-    logits, labels = torch.randn(2, 19, 3, 5), torch.randint(0, 19, (2, 12, 20))
-    found = ao.pixel_confusion(logits, labels), ao.confusion(labels, labels.flip(1), 19)
+    logits = torch.randn(2, 19, 3, 5)
+    found = ao.pixel_argmax(logits, (12, 20))
     with ao.use_backend("reference"):
-        right = ao.pixel_confusion(logits, labels), ao.confusion(labels, labels.flip(1), 19)
-    torch.testing.assert_close(found, right, rtol=0, atol=0)
+        assert torch.equal(found, ao.pixel_argmax(logits, (12, 20)))
+
+
+def confusion(backend: str) -> None:
+    labels = torch.randint(0, 19, (2, 12, 20))
+    found = ao.confusion(labels, labels.flip(1), 19)
+    with ao.use_backend("reference"):
+        assert torch.equal(found, ao.confusion(labels, labels.flip(1), 19))
 
 
 def divergence(backend: str) -> None:
@@ -130,9 +120,11 @@ def divergence(backend: str) -> None:
 CASES = [
     *class_moments(),
     *softmax_moments(),
-    *sums_of_upsampled_features(),
+    *(Case(f"class keys of {dtype}", partial(class_keys, dtype), CUDA) for dtype in INTEGERS),
     Case("centroid InfoNCE", info_nce),
-    Case("predictions and confusion", predictions),
+    Case("predictions", predictions),
+    Case("confusion matrix", confusion, TRITON),
+    Case("upsampled sums", upsampled_sums, TRITON),
     Case("divergence from a teacher", divergence, TRITON),
 ]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops.measure import cuda_graph
-from tests.test_methods import METHODS, classifier_of, labels_of
+from tests.test_methods import METHODS, classifier_of, labels_of, places
 
 pytestmark = pytest.mark.on("gpu")
 CASE = Case((2, 720, 32, 64), 19, BF16, labels="coherent")
@@ -99,7 +99,9 @@ def test_graph_without_a_warm_up(backend: str):
     assert found.returncode == 0, found.stderr[-4000:]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "CBP"])  # it has no gradient
+@pytest.mark.parametrize(  # CBP has no gradient
+    "name", [pytest.param(name, marks=places(name)) for name in METHODS if name != "CBP"]
+)
 def test_graph_of_a_training_step(backend: str, name: str):
     """Loss and gradients of each method. Before each step it gets the state back that it had."""
     features = torch.randn(2, 96, 32, 64).bfloat16().requires_grad_()
@@ -118,6 +120,7 @@ def test_graph_of_a_training_step(backend: str, name: str):
     torch.testing.assert_close(cuda_graph(step)(), step())
 
 
+@pytest.mark.on("triton")  # cuda leaves these losses to it
 def test_losses_wait_for_nothing(backend: str):
     logits = softmax.make_logits(OF_LOGITS)[0].requires_grad_()
     labels = softmax.make_labels(OF_LOGITS)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import anchorops as ao
 
-pytestmark = pytest.mark.on("cpu", "interpreter", "emulator", "gpu")
 BF16, F32 = torch.bfloat16, torch.float32
 
 
@@ -111,12 +110,15 @@ def loss_gradients_and_state(
     return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True)), **state, **terms}
 
 
+def places(name: str, interpreted: bool = True) -> pytest.MarkDecorator:
+    """Where a method runs: CeCo has no CUDA kernels."""
+    cuda = () if "CeCo" in name else ("emulator", "cuda")
+    return pytest.mark.on("cpu", "triton", *cuda, *["interpreter"] * interpreted)
+
+
 # The interpreter, which is slow, runs each method with one kind of images.
-NOT_INTERPRETED = pytest.mark.on("cpu", "emulator", "gpu")
 CASES = [
-    pytest.param(
-        name, images, id=f"{name}-{kind}", marks=() if (i + j) % 4 == 3 else NOT_INTERPRETED
-    )
+    pytest.param(name, images, id=f"{name}-{kind}", marks=places(name, (i + j) % 4 == 3))
     for i, name in enumerate(METHODS)
     for j, (kind, images) in enumerate(IMAGES.items())
 ]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-CPU, OF_KERNELS, EVERYWHERE, SHAPES_LOSSES = (
+CPU, OF_KERNELS, EVERYWHERE, WITHOUT_CUDA = (
     ["cpu"],
     ["interpreter", "emulator"],
     ["cpu", "interpreter", "emulator"],
@@ -102,12 +102,12 @@ CASES = [
         for case in (
             (
                 "softmax_moments",
-                SHAPES_LOSSES,
+                WITHOUT_CUDA,
                 (LOGITS, LABELS, *shaped, *(False,) * 5, True, False),
             ),
             (
                 "softmax_moments_backward",
-                SHAPES_LOSSES,
+                WITHOUT_CUDA,
                 (LOGITS, LABELS, OF_PIXELS[0], torch.rand(5), *(None,) * 5, *shaped),
             ),
         )
@@ -147,7 +147,7 @@ CASES = [
     ),
     ("pixel_argmax", EVERYWHERE, (LOGITS, 8, 12, False)),
     ("pixel_argmax", CPU, (torch.randn(2, 5, 4, 6), 16, 13, True)),
-    ("confusion", EVERYWHERE, (LABELS, LABELS.flip(1), 5, 255)),
+    ("confusion", WITHOUT_CUDA, (LABELS, LABELS.flip(1), 5, 255)),
     ("volume_moments", CPU, (leaf(2, 4, 3, 2, 3), VOLUMES, *PLAIN, 255, False, *(True,) * 7)),
     ("volume_argmax", CPU, (torch.randn(2, 4, 3, 2, 3), 9, 11, 13, False)),
 ]

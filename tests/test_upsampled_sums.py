@@ -18,6 +18,7 @@ from tests.helpers.memory import peak_allocated_bytes
 
 K = 5
 Size = tuple[int, int]
+pytestmark = pytest.mark.on("reference", "cpu", "interpreter")  # there are no CUDA kernels
 cpu = pytest.mark.on("cpu")
 on_cpu = pytest.mark.on("cpu", "reference")
 
@@ -134,20 +135,6 @@ def test_dtypes_and_layouts(backend: str, dtype: torch.dtype):
     features, labels = example((2, 5), (4, 9), 20, dtype)
     check(features, labels, K, False)
     check(features.contiguous(memory_format=torch.channels_last), labels, K, False)
-
-
-@pytest.mark.on("reference", "cpu", "emulator")  # Triton chooses its vectors itself
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_sixteen_bytes_at_once(backend: str, dtype: torch.dtype):
-    """Rows of a multiple of 8 pixels, and pixels of a multiple of 8 channels."""
-    features, labels = example((2, 136), (4, 290), 24, dtype)
-    check(features, labels, K, True)
-    check(features.contiguous(memory_format=torch.channels_last), labels, K, True)
-
-
-@pytest.mark.on("emulator")
-def test_several_tiles_in_a_chunk(backend: str, other_gpu: None):
-    check(*example((20, 5), (40, 9)), K, False)
 
 
 def test_several_blocks_of_channels(backend: str):

@@ -7,7 +7,6 @@ import torch
 from masked_sums import BF16, F32
 
 import anchorops as ao
-from anchorops._ops.upsampled_sums import upsampled_sums
 
 ORDERS = 0, 1, 2  # the usual one, and two random ones
 
@@ -20,12 +19,12 @@ CLASS_MOMENTS = [
 ]
 SOFTMAX_MOMENTS = [
     softmax.Case((2, 7, 5, 9), (20, 36)),  # cells
-    softmax.Case((2, 40, 3, 4), (5, 7), layout="channels_last", per_image=True),  # single pixels
+    # neighbours differ widely: single pixels
+    softmax.Case((2, 40, 3, 4), (6, 9), layout="channels_last", per_image=True, scale=81.0),
 ]
 METHODS = {
     "SAR": lambda: ao.SAR(5, 12, delta=0.0, gate="per_class"),
     "OCCL": lambda: ao.OCCL(5, 12),
-    "CeCo": lambda: ao.CeCo(5, 12, reduced_dim=20, center_dim=24, dropout=0.0),
     "MVSC": lambda: ao.MVSC(5, 12),
 }
 
@@ -53,27 +52,9 @@ def test_softmax_moments(set_order, case: softmax.Case):
     check(set_order, lambda: softmax.results(case, logits, labels, weights))
 
 
-@pytest.mark.parametrize("num_classes", [9, 40])  # 16 have slots
-def test_upsampled_sums(set_order, num_classes: int):
-    features = torch.randn(1, 6, 3, 10, requires_grad=True)
-    labels = torch.randint(-1, num_classes, (1, 8, 40))
-    dsums = torch.randn(num_classes, 6)
-
-    def run():
-        options = {"per_image": False, "upsample": True, "ignore_index": 255}
-        found = upsampled_sums(features, labels, num_classes, **options)
-        return [*found, *torch.autograd.grad(found.sums, features, dsums)]
-
-    check(set_order, run)
-
-
-def test_pixels(set_order):
-    logits, labels = torch.randn(2, 19, 6, 9), torch.randint(-1, 19, (2, 24, 36))
-
-    def run():
-        return ao.pixel_argmax(logits, (24, 36)), ao.pixel_confusion(logits, labels)
-
-    check(set_order, run)
+def test_predictions(set_order):
+    logits = torch.randn(2, 19, 6, 9)
+    check(set_order, lambda: [ao.pixel_argmax(logits, (24, 36))])
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
