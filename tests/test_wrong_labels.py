@@ -11,7 +11,10 @@ from torch.func import vmap
 
 import anchorops as ao
 from anchorops._ops import volumes
+from anchorops._ops.softmax_moments import labels_outside
 from anchorops.losses.pixel import PixelLoss
+from tests.helpers.memory import peak_allocated_bytes
+from tests.test_class_keys import INTEGERS
 
 NAME, IGNORED = "labels_out_of_range", "labels_ignored"
 LOSSES: dict[str, Callable[..., PixelLoss]] = {
@@ -28,19 +31,22 @@ SIGMOIDS: dict[str, Callable[..., PixelLoss]] = {
     "Dice": lambda **given: ao.Dice(sigmoid=True, **given),
     "CrossEntropyDice": lambda **given: ao.CrossEntropyDice(dice=ao.Dice(sigmoid=True), **given),
 }
+each_backend = pytest.mark.on("reference", "cpu", "gpu")
+without_cuda = pytest.mark.on("reference", "cpu", "triton")  # it leaves them to triton
 SIZES = [  # of logits and labels
     ((2, 5, 4, 6), (2, 16, 24)),  # by cells
+    ((2, 3000, 2, 65), (2, 8, 130)),  # several tiles in a row
+    ((2, 5, 4, 6), (2, 1, 16, 24)),  # with a channel
+    ((2, 5, 2, 3, 3), (2, 5, 6, 7)),  # volumes
+]
+FEWER_LABELS = [
     ((2, 5, 4, 6), (2, 7, 9)),  # pixel by pixel
     ((2, 5, 40, 6), (2, 40, 6)),  # the labels' size
     ((2, 5, 40, 6), (2, 13, 6)),  # down
-    ((2, 3000, 2, 65), (2, 8, 130)),  # several tiles in a row
-    ((2, 5, 4, 6), (2, 1, 16, 24)),  # with a channel
     ((20, 5), (20,)),
     ((2, 5, 9), (2, 9)),
-    ((2, 5, 2, 3, 3), (2, 5, 6, 7)),  # volumes
     ((2, 5, 2, 3, 3), (2, 2, 3, 3)),
 ]
-each_backend = pytest.mark.on("reference", "cpu", "gpu")
 
 
 def wrong_labels(
@@ -67,8 +73,14 @@ def count(loss: PixelLoss, logits: Tensor, labels: Tensor) -> float:
     return loss.terms[NAME].item()
 
 
-@each_backend
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *(pytest.param(sizes, marks=each_backend) for sizes in SIZES),
+        *(pytest.param(sizes, marks=without_cuda) for sizes in FEWER_LABELS),
+    ],
+    ids=str,
+)
 def test_count(backend: str, sizes: tuple) -> None:
     size, label_size = sizes
     ignore_index = 255 if size[1] < 255 else -100
@@ -113,6 +125,27 @@ def test_dtypes_and_ignored_labels(backend: str, dtype: torch.dtype, ignore_inde
     assert expected > 0
     loss = ao.CrossEntropy(ignore_index=ignore_index)
     assert count(loss, torch.randn(2, 5, 4, 6), labels) == expected
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 3, 255, 300, 65_535, 2**40, 2**63 - 1])
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_labels_outside(dtype: torch.dtype, ignore_index: int) -> None:
+    """Backends of GPUs leave it to PyTorch."""
+    limits = torch.iinfo(dtype)
+    values = (-(2**63), -100, -1, 0, 3, 4, 5, 44, 127, 128, 255, 300, 65_535, 2**31, 2**63 - 1)
+    values = [n for n in (*values, ignore_index) if limits.min <= n <= limits.max]
+    classes = torch.tensor(sum(0 <= n < 5 and n != ignore_index for n in values))
+    labels = torch.tensor([[values]], dtype=dtype)
+    expected = sum(not 0 <= n < 5 and n != ignore_index for n in values)
+    assert labels_outside(labels, classes, ignore_index) == expected
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_labels_outside_needs_no_copy_in_int64(dtype: torch.dtype) -> None:
+    """The mask needs a byte a label, its copy for the sum four."""
+    labels, counts = torch.zeros(2, 256, 256).to(dtype), torch.zeros(5, dtype=torch.int64)
+    peak = peak_allocated_bytes(lambda: labels_outside(labels, counts, 7))
+    assert peak < 6 * labels.numel()
 
 
 @pytest.mark.parametrize(
