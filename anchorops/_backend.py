@@ -10,7 +10,7 @@ import re
 import shutil
 import sysconfig
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,15 +54,18 @@ class _Choice(threading.local):
 _choice = _Choice()
 
 
-def register_triton(library: torch.library.Library, operator: str) -> None:
-    """Implement `operator`.triton by the function `operator` of anchorops.kernels.`operator`. The
-    first call imports this module, and Triton with it."""
+def register_triton(
+    library: torch.library.Library, operator: str, call: Callable[..., Any]
+) -> None:
+    """Implement `operator`.triton by `call`, of the function `operator` of
+    anchorops.kernels.`operator` and the arguments. The first call imports this module, and Triton
+    with it."""
 
     def launch(*args: Any) -> Any:
         kernels = importlib.import_module(f"anchorops.kernels.{operator}")
         tensor = next(x for x in args if isinstance(x, Tensor))
         with torch.cuda.device_of(tensor):  # Triton launches on the current device
-            return getattr(kernels, operator)(*args)
+            return call(getattr(kernels, operator), *args)
 
     library.impl(f"{operator}.triton", launch, "CUDA")
     if TRITON_INTERPRETED:
@@ -187,7 +190,7 @@ def _no_code_for(device: torch.device | int) -> str | None:
     )
 
 
-def backends() -> dict[str, str | None]:
+def backends() -> dict[str, str]:
     """All backends, fastest first: None if the backend is usable here, otherwise the reason why
     not. With several GPUs, `cuda` is usable if at least one GPU supports it. GPUs of a compute
     capability below 8.0 are served by `reference` alone. Usable does not mean every call: `cuda`
@@ -261,10 +264,7 @@ def _why_not(
     name: str,
     tensor: Tensor,
     num_classes: int,
-    num_keys: int,
-    shapes_losses: bool,
-    size: Sequence[int],
-    align_corners: bool,
+    refusal: Callable[[str], str | None],
     operators: Sequence[str],
 ) -> str | None:
     """Why the backend does not support a call with this input, or None."""
@@ -277,27 +277,15 @@ def _why_not(
         return "it does not support float64 (the reference does)"
     if name in ("cuda", "triton") and num_classes > GPU_MAX_CLASSES:
         return f"it supports at most {GPU_MAX_CLASSES} classes, num_classes is {num_classes}"
-    if name == "cuda" and num_keys > CUDA_MAX_KEYS:
-        return (
-            f"it supports at most {CUDA_MAX_KEYS} keys (images × classes × groups), this call has "
-            f'{num_keys}: choose "triton" or "auto"'
-        )
-    if name == "cuda" and shapes_losses:
-        return (
-            "it does not support label smoothing, a focal factor or hard examples: "
-            'choose "triton" or "auto"'
-        )
-    if name == "cuda" and size:
-        (height, width), fewer = tensor.shape[-2:], int(align_corners)  # then of sizes - 1
-        if 2 * height - fewer > size[-2] or 2 * width - fewer > size[-1]:
-            # without the sizes, because torch.compile would compile again for each of them
-            return (
-                "it supports logits that are upsampled at least twice along each axis: "
-                'choose "triton" or "auto"'
-            )
+    if reason := refusal(name):
+        return f'{reason}: choose "triton" or "auto"'
     if name == "reference" or device == "cpu":
         return None
     return _no_code_for(tensor.device) if name == "cuda" else _too_old(tensor.device)
+
+
+def _takes_every_call(backend: str) -> None:
+    return None
 
 
 def select(
@@ -306,10 +294,7 @@ def select(
     num_classes: int,
     *,
     runs: Sequence[str] = (),
-    num_keys: int = 0,
-    shapes_losses: bool = False,
-    size: Sequence[int] = (),
-    align_corners: bool = False,
+    refusal: Callable[[str], str | None] = _takes_every_call,
     operators: Sequence[str] = NAMES,
 ) -> str:
     """The backend of a call with this input (features, logits or predictions). Raises ValueError if
@@ -317,14 +302,12 @@ def select(
 
     Args:
         runs: the operators that the call runs, if not the one of the name `function`.
-        num_keys: of class moments, the number of keys.
-        shapes_losses: of softmax moments, whether a loss has label smoothing, a focal factor or a
-            smallest value.
-        size, align_corners: of logits, what they are upsampled to: (…, H, W), and how.
+        refusal: of a backend that has the operator and the device, why it leaves this call to the
+            next one, or None.
         operators: the backends that have this operator, besides `reference`.
     """
     chosen, runs = _choice.backend, runs or (function,)
-    call = tensor, num_classes, num_keys, shapes_losses, size, align_corners, operators
+    call = tensor, num_classes, refusal, operators
     if chosen != "auto":
         reason = _why_not(chosen, *call)
         if reason:

@@ -136,6 +136,32 @@ def labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Tensor:
     return labels
 
 
+def labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor:
+    """The labels as (B, C, H, W), or the logits' shape if these are not images; integers. With one
+    channel, its axis may be absent."""
+    check_strided(function, "labels", labels)
+    images, shape = logits.dim() >= 4, logits.shape
+    axes = ", ".join("DHW"[5 - logits.dim() :]) if images else str(tuple(shape[2:]))[1:-1]
+    if isinstance(labels, Tensor) and labels.dim() == logits.dim() - 1 and shape[1] == 1:
+        labels = labels.unsqueeze(1)
+    if (
+        not isinstance(labels, Tensor)
+        or labels.dim() != logits.dim()
+        or labels.shape[:2] != shape[:2]
+        or not (images or labels.shape == shape)
+    ):
+        expected = f"a tensor ({shape[0]}, {shape[1]}, {axes})".replace(", )", ")")
+        fail(function, "labels", f"{expected}, one for each channel of logits", describe(labels))
+    if labels.dtype == torch.bool:
+        labels = labels.view(torch.uint8)
+    check_integers(function, "labels", labels)
+    if labels.device != logits.device:
+        fail(function, "labels", f"device {logits.device}, as logits", labels.device)
+    if images and labels.numel() > 0 and logits.numel() == 0:
+        fail(function, "logits", "at least one pixel per image", f"shape {tuple(shape)}")
+    return labels
+
+
 def _fail_labels(function: str, labels: object, logits: Tensor) -> NoReturn:
     shape = (logits.shape[0], *logits.shape[2:])
     images = {4: f"({shape[0]}, H, W)", 5: f"({shape[0]}, D, H, W)"}
@@ -238,6 +264,29 @@ def check_ignore_index(function: str, ignore_index: int | None, num_classes: int
     if not integer or not -(2**63) <= ignore_index < 2**63:
         fail(function, "ignore_index", "an int of 64 bits", describe(ignore_index))
     return ignore_index
+
+
+def check_pixels(
+    function: str,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    sigmoid: bool = False,
+    ignore_index: int | None,
+    check_labels: bool,
+) -> tuple[Tensor, int]:
+    """What all pixel losses take: the labels of `labels_of_logits`, with sigmoids those of
+    `labels_of_channels`, and the label to ignore."""
+    check_logits(function, logits, sigmoid=sigmoid)
+    labels = (labels_of_channels if sigmoid else labels_of_logits)(function, labels, logits)
+    num_classes = 2 if sigmoid else logits.shape[1]
+    ignore_index = check_ignore_index(function, ignore_index, num_classes)
+    check_flags(function, check_labels=check_labels)
+    if check_labels and sigmoid:
+        check_binary_labels(function, labels, ignore_index)
+    elif check_labels:
+        check_label_values(function, labels, num_classes, ignore_index)
+    return labels, ignore_index
 
 
 def check_anchors(

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._checks import describe, fail
-from .reference import ClassMoments
+from ._moments import ClassMoments
 
 
 def _sum(x: Tensor, group: str) -> Tensor:

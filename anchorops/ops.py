@@ -1,9 +1,9 @@
 """The operators and statistics from which the losses are computed, for authors of losses."""
 
+from ._moments import ClassMoments, SoftmaxMoments
 from ._ops.centroid_info_nce import centroid_info_nce
 from ._ops.class_moments import class_moments
 from ._ops.softmax_moments import softmax_moments
-from .reference import ClassMoments, SoftmaxMoments
 
 __all__ = [
     "ClassMoments",

@@ -30,6 +30,7 @@ from torch import Tensor
 import anchorops as ao
 from anchorops import reference
 from anchorops._backend import CUDA_MAX_KEYS
+from anchorops._moments import ClassMoments
 from anchorops._ops.class_keys import class_keys
 from anchorops.measure import keys_bytes, moments_bytes
 
@@ -78,7 +79,7 @@ FULL = [
 Formula = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
-def outputs(operation: str, moments: Callable[..., reference.ClassMoments]) -> Formula:
+def outputs(operation: str, moments: Callable[..., ClassMoments]) -> Formula:
     """The results of the operation for (features, labels, anchors), with one implementation."""
 
     def formula(features: Tensor, labels: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:

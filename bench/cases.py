@@ -10,6 +10,7 @@ from torch import Tensor
 import anchorops as ao
 from anchorops import reference
 from anchorops._backend import TRITON_INTERPRETED
+from anchorops._moments import ClassMoments
 from anchorops.measure import example_labels
 
 IGNORE_INDEX = 255  # in the labels of pixel losses
@@ -104,7 +105,7 @@ class Inputs:
         self.dsqdists = torch.rand(shape.num_classes, device=device, generator=generator)
 
     @cached_property
-    def exact(self) -> reference.ClassMoments:
+    def exact(self) -> ClassMoments:
         """Statistics in float64."""
         return reference.class_moments(
             self.features.double(),

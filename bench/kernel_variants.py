@@ -1,11 +1,13 @@
 """The calls of the Triton launchers that kernels_report.py compiles, with tensors on the meta
 device: every dtype, layout and flag that changes the machine code."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
+from anchorops._moments import GRADIENTS, Options
 from anchorops.kernels import (
     centroid_info_nce,
     centroid_info_nce_backward,
@@ -153,22 +155,21 @@ def launch_pixels(variant: PixelVariant) -> None:
     labels = torch.empty((variant.size[0], *variant.labels), dtype=torch.uint8, device="meta")
     dice, align_corners = variant.dice, variant.align_corners
     smooth = torch.empty((2, variant.size[1]), device="meta")
-    shape = (
-        smooth if "smoothing" in variant.shaped else None,
-        None,
-        1.0 if "smallest" in variant.shaped else None,
-        2.0 if "focal" in variant.shaped else 0.0,
+    options = Options(
+        smoothing=smooth if "smoothing" in variant.shaped else None,
+        min_loss=1.0 if "smallest" in variant.shaped else -math.inf,
+        focal_gamma=2.0 if "focal" in variant.shaped else 0.0,
+        align_corners=align_corners,
+        hits=dice,
+        masses=dice,
+        squares=dice,
+        pixel_losses=dice,
+        lse=True,
     )
-    found = softmax_moments.softmax_moments(
-        *(logits, labels, *shape, 255, align_corners, False),
-        *(dice, dice, dice, dice, True, False),
-    )
-    losses, overlaps, masses, squares, pixel_losses, lse = found[:6]
-    if not dice:
-        overlaps = masses = squares = pixel_losses = None
+    found = softmax_moments.softmax_moments(logits, labels, options)
+    gradients = (found.get(name) for name in GRADIENTS)
     softmax_moments_backward.softmax_moments_backward(
-        *(logits, labels, lse, losses, overlaps, masses, squares, pixel_losses),
-        *(lse if dice else None, *shape, 255, align_corners),
+        logits, labels, found["lse"], *gradients, options
     )
     if dice:
         predictions = pixel_argmax.pixel_argmax(logits, *variant.labels, align_corners)

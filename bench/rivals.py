@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anchorops import reference
-from anchorops.reference import ClassMoments
+from anchorops._moments import ClassMoments
 
 Statistics = tuple[Tensor, Tensor | None]
 Rival = Callable[[Tensor, Tensor, int, Tensor | None], Statistics]

@@ -8,6 +8,7 @@
 Without these options a = 1, v = 0, γ = 0, min_loss = −∞, so L = c.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -36,11 +37,11 @@ class LossOptions(NamedTuple):
         return any(x is not None for x in (self.true_weights, self.min_loss, self.focal_gamma))
 
 
-def loss_options_of(
-    smoothing: Tensor | None, min_loss: float | None, focal_gamma: float
-) -> LossOptions:
-    """Of the arguments of softmax moments: see _ops/softmax_moments.py."""
-    gamma = focal_gamma if focal_gamma > 0 else None
+def loss_options_of(options: Any) -> LossOptions:
+    """From Options of _moments.py."""
+    smoothing: Tensor | None = options.smoothing
+    min_loss = options.min_loss if options.min_loss > -math.inf else None
+    gamma = options.focal_gamma if options.focal_gamma > 0 else None
     if smoothing is None:
         return LossOptions(None, None, 0, None, 0, min_loss, gamma)
     smoothing = smoothing.contiguous()

@@ -9,6 +9,7 @@ A program adds to its own partials; torch.sum adds these in a fixed order. Hits,
 pixels need integer atomics.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -176,86 +177,57 @@ def _softmax_moments_kernel(
             _add_all_classes(results, row, logits, lanes, labels, lse, CELLS)
 
 
-def softmax_moments(
-    logits: Tensor,
-    labels: Tensor,
-    smoothing: Tensor | None,
-    pixel_weights: Tensor | None,
-    min_loss: float | None,
-    focal_gamma: float,
-    ignore_index: int,
-    align_corners: bool,
-    per_image: bool,
-    with_hits: bool,
-    with_masses: bool,
-    with_squares: bool,
-    with_pixel_losses: bool,
-    with_lse: bool,
-    with_outside: bool,
-) -> tuple[Tensor, ...]:
-    """See _ops/softmax_moments.py. Without pixel_weights and outside: they are for the backend cpu.
+def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, Tensor]:
+    """See _ops/softmax_moments.py; options: Options of _moments.py.
 
     In addition to the results it needs memory for the partials: for each statistic one row [K] for
     each tile, or fewer rows if these would take more than 16 MiB and 1/8 of the logits. Logits
     whose classes are contiguous are copied.
     """
     batch, num_classes = logits.shape[:2]
-    shape = (batch, num_classes) if per_image else (num_classes,)
-
-    def zeros(wanted: bool) -> Tensor:
-        return logits.new_zeros(shape if wanted else (0,), dtype=torch.int64)
-
-    def pixel_map(wanted: bool) -> Tensor:
-        return logits.new_empty(labels.shape if wanted else (0,), dtype=torch.float32)
-
-    assert pixel_weights is None and not with_outside
-    counts, hits, used = zeros(True), zeros(with_hits), zeros(min_loss is not None)
-    outside = zeros(False)
-    pixel_losses, lse = pixel_map(with_pixel_losses), pixel_map(with_lse)
-    wanted = (True, with_masses, with_masses, with_squares)  # losses, overlaps, masses, squares
+    shape = (batch, num_classes) if options.per_image else (num_classes,)
+    integers = ["counts"]
+    integers += ["hits"] if options.hits else []
+    integers += ["used"] if options.min_loss > -math.inf else []
+    floats = ["losses"]
+    floats += ["overlaps", "masses"] if options.masses else []
+    floats += ["squares"] if options.squares else []
+    maps = [name for name in ("pixel_losses", "lse") if getattr(options, name)]
+    results = {x: logits.new_zeros(shape, dtype=torch.int64) for x in integers}
+    results |= {x: logits.new_empty(labels.shape, dtype=torch.float32) for x in maps}
     if labels.numel() == 0:
-        floats = (*(zeros(a).float() for a in wanted), pixel_losses, lse)
-        return *floats, counts, hits, used, outside
+        return results | {x: logits.new_zeros(shape, dtype=torch.float32) for x in floats}
 
     logits = class_planes(logits)
-    upsampling = upsampling_of(logits, *labels.shape[1:], align_corners)
-    options = loss_options_of(smoothing, min_loss, focal_gamma)
+    upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners)
     block = forward_lanes()
-    row_bytes = 4 * sum(wanted) * batch * num_classes
+    row_bytes = 4 * len(floats) * batch * num_classes
     budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
     tiles = triton.cdiv(upsampling.lanes, block)
     tiles_per_chunk = triton.cdiv(tiles, min(tiles, max(budget // row_bytes, 1)))
     chunks = triton.cdiv(tiles, tiles_per_chunk)
-    partials = [
-        logits.new_zeros((batch, chunks, num_classes), dtype=torch.float32) if a else None
-        for a in wanted
-    ]
+    partials = {
+        x: logits.new_zeros((batch, chunks, num_classes), dtype=torch.float32) for x in floats
+    }
+    added = partials | results
     _softmax_moments_kernel[(batch * chunks,)](
         logits_of(logits),
         pixel_map_of(labels),
-        options,
-        Results(
-            *partials,
-            counts,
-            hits if with_hits else None,
-            None if min_loss is None else used,
-        ),
-        pixel_map_of(pixel_losses if with_pixel_losses else None),
-        pixel_map_of(lse if with_lse else None),
+        loss_options_of(options),
+        Results(*(added.get(name) for name in Results._fields)),
+        pixel_map_of(results.get("pixel_losses")),
+        pixel_map_of(results.get("lse")),
         *upsampling.sizes,
         upsampling.ratios,
         chunks,
         tiles_per_chunk,
-        ignore_index,
-        num_classes if per_image else 0,
+        options.ignore_index,
+        num_classes if options.per_image else 0,
         CELLS=upsampling.cells,
         LANES=block,
         num_warps=max(block // 32, 1),
         enable_fp_fusion=False,  # coordinates as in F.interpolate
         **without_spills(),
     )
-    over = 1 if per_image else (0, 1)
-    sums = (
-        logits.new_empty(0, dtype=torch.float32) if p is None else p.sum(over) for p in partials
-    )
-    return *sums, pixel_losses, lse, counts, hits, used, outside
+    over = 1 if options.per_image else (0, 1)
+    return results | {name: x.sum(over) for name, x in partials.items()}

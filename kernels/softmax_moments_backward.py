@@ -1,6 +1,6 @@
 """The gradient of softmax moments. With the terms of loss_options.py, for each valid pixel
 
-    dz_k = α·(p_k − [y = k]) + β·(V·p_k − v_k) + dlse·p_k + p_k·(u_k − Σ_j p_j u_j)
+    dz_k = α·(p_k − [y = k]) + β·(V·p_k − v_k) + p_k·(u_k − Σ_j p_j u_j)
     α    = (dlosses[y] + dpixel_losses)·∂L/∂c,   β = (dlosses[y] + dpixel_losses)·∂L/∂u
     u_k  = dmasses[k] + [y = k]·doverlaps[k] + 2·p_k·dsquares[k]
 
@@ -70,7 +70,6 @@ class Gradients(NamedTuple):
     dmasses: ByClass
     dsquares: ByClass
     dpixel_losses: PixelMap
-    dlse: PixelMap
 
 
 class Pixels(NamedTuple):
@@ -225,7 +224,6 @@ def _softmax_moments_bwd_kernel(
     alphas, betas = _slopes(d, loss_options, pixels, CELLS)
     factors = add_sum_of_weights(alphas, betas, loss_options, image, CELLS)
     factors = _subtract_overlaps(factors, gradients, pixels, CELLS)
-    factors = _add_map(factors, gradients.dlse, pixels, CELLS)
     factors = _subtract_all_classes(factors, gradients, pixels, CELLS)
     beta = betas
     if loss_options.all_weights is not None:
@@ -259,15 +257,9 @@ def softmax_moments_backward(
     dmasses: Tensor | None,
     dsquares: Tensor | None,
     dpixel_losses: Tensor | None,
-    dlse: Tensor | None,
-    smoothing: Tensor | None,
-    pixel_weights: Tensor | None,
-    min_loss: float | None,
-    focal_gamma: float,
-    ignore_index: int,
-    align_corners: bool,
+    options: Any,
 ) -> Tensor:
-    """See _ops/softmax_moments.py.
+    """See _ops/softmax_moments.py; options: Options of _moments.py.
 
     In addition to the gradient it needs memory for copies of logits and gradient, if classes are
     contiguous. If cells have more than MOST_PARTS parts along an axis, it needs a float32 gradient
@@ -277,10 +269,10 @@ def softmax_moments_backward(
     if labels.numel() == 0:
         return dlogits.zero_()
     logits = class_planes(logits)
-    upsampling = upsampling_of(logits, *labels.shape[1:], align_corners)
-    options = loss_options_of(smoothing, min_loss, focal_gamma)
+    upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners)
+    loss_options = loss_options_of(options)
     by_class = any(gradient is not None for gradient in (doverlaps, dmasses, dsquares))
-    more_registers = by_class or options.given
+    more_registers = by_class or loss_options.given
     tiles = tiles_of(upsampling, more_registers)
     gradients = gradients_of_blocks(dlogits, tiles.blocks)
     cells_y, cells_x, _ = upsampling.cells
@@ -291,19 +283,18 @@ def softmax_moments_backward(
         Gradients(
             *map(_by_class, (dlosses, doverlaps, dmasses, dsquares)),
             pixel_map_of(dpixel_losses),
-            pixel_map_of(dlse),
         ),
-        options,
+        loss_options,
         logits_of(gradients[0]),
         gradients.stride(0),
         *upsampling.sizes,
         upsampling.ratios,
         tiles.down,
         tiles.across,
-        ignore_index,
+        options.ignore_index,
         CELLS=upsampling.cells,
         TILE=tiles.tile,
-        BY_PIXEL=dpixel_losses is not None or options.given,
+        BY_PIXEL=dpixel_losses is not None or loss_options.given,
         num_warps=tiles.lanes // 32,
         enable_fp_fusion=False,  # coordinates as in F.interpolate
         # two programs on a multiprocessor, if they do not spill

@@ -10,13 +10,14 @@ per backend, as the overloads `anchorops::class_moments.cpu`, `.triton` and `.cu
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import select
+from .._backend import CUDA_MAX_KEYS, select
 from .._checks import (
     check_anchors,
     check_choice,
@@ -31,7 +32,7 @@ from .._checks import (
     fail,
     shape_of,
 )
-from ..reference import ClassMoments, statistics_dtype
+from .._moments import ClassMoments, statistics_dtype
 from ..reference.class_keys import sum_by_key
 from .class_keys import KeyOptions, class_keys
 from .registration import Gradient, define
@@ -281,6 +282,13 @@ def class_moments(
     )
 
 
+def refusal(num_keys: int, backend: str) -> str | None:
+    """Of `select`. Without the number, because torch.compile would compile again for each one."""
+    if backend == "cuda" and num_keys > CUDA_MAX_KEYS:
+        return f"it supports at most {CUDA_MAX_KEYS} keys (images × classes × groups)"
+    return None
+
+
 def unchecked_moments(
     features: Tensor,
     labels: Tensor,
@@ -295,7 +303,9 @@ def unchecked_moments(
     images = features.shape[0] if options["per_image"] and features.dim() > 2 else 1
     num_keys = images * num_classes * options["groups"]
     runs = ("class_moments", "split_groups") if options["groups"] > 1 else ("class_moments",)
-    backend = select("class_moments", features, num_classes, runs=runs, num_keys=num_keys)
+    backend = select(
+        "class_moments", features, num_classes, runs=runs, refusal=partial(refusal, num_keys)
+    )
     if backend == "reference":
         return reference.class_moments(features, labels, num_classes, anchors=anchors, **options)
     keys, counts = class_keys(features, labels, num_classes, backend=backend, **options)
@@ -370,7 +380,8 @@ def pixel_to_anchor_mse(
     num_classes = shape_of(anchors)[0]
     ignored = _check_inputs(function, features, labels, num_classes, ignore_index, check_labels)
     check_choice(function, "reduction", reduction, ("mean", "sum"))
-    backend = select(function, features, num_classes, runs=("class_moments",), num_keys=num_classes)
+    refuses = partial(refusal, num_classes)
+    backend = select(function, features, num_classes, runs=("class_moments",), refusal=refuses)
     if backend == "reference":
         return reference.pixel_to_anchor_mse(
             features, labels, anchors, ignore_index=ignored, reduction=reduction

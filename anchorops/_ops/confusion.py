@@ -10,18 +10,17 @@ from .._checks import (
     check_ignore_index,
     check_integers,
     check_label_values,
-    check_logits,
+    check_pixels,
     check_strided,
     describe,
     fail,
-    labels_of_logits,
     shape_of,
     without_channel,
 )
+from .._moments import Options
 from .pixel_argmax import pixel_argmax
 from .registration import WITHOUT_CUDA, define
-from .sigmoid import labels_of_channels, sigmoid_moments
-from .softmax_moments import Options
+from .sigmoid import sigmoid_moments
 
 MATRIX_CLASSES = 4096  # at most: the matrix then needs 128 MiB
 
@@ -185,29 +184,24 @@ def pixel_confusion_for(
     check_labels: bool,
 ) -> Tensor:
     """`pixel_confusion`, with messages that name `function`."""
-    check_flags(function, sigmoid=sigmoid, align_corners=align_corners, check_labels=check_labels)
-    check_logits(function, logits, sigmoid=sigmoid)
+    check_flags(function, sigmoid=sigmoid, align_corners=align_corners)
+    labels, ignore_index = check_pixels(
+        function,
+        logits,
+        labels,
+        sigmoid=sigmoid,
+        ignore_index=ignore_index,
+        check_labels=check_labels,
+    )
     if sigmoid:
-        labels = labels_of_channels(function, labels, logits)
-        options = Options(hits=True, align_corners=align_corners)
-        counts, hits, *_ = sigmoid_moments(
-            function,
-            logits.detach(),
-            labels,
-            options,
-            ignore_index=ignore_index,
-            check_labels=check_labels,
-        )
+        options = Options(hits=True, ignore_index=ignore_index, align_corners=align_corners)
+        counts, hits, *_ = sigmoid_moments(function, logits.detach(), labels, options)
         assert hits is not None
         matrices = torch.diag_embed(hits)
         return matrices + torch.diag_embed((counts - hits).flip(-1)).flip(-2)
     if logits.dim() not in (4, 5):
         fail(function, "logits", "a tensor (B, K, h, w) or (B, K, d, h, w)", describe(logits))
-    labels = labels_of_logits(function, labels, logits)
     num_classes = shape_of(logits)[1]
     check_matrix_classes(function, "logits", num_classes)
-    ignore_index = check_ignore_index(function, ignore_index, num_classes)
-    if check_labels:
-        check_label_values(function, labels, num_classes, ignore_index)
     predictions = pixel_argmax(logits, shape_of(labels)[1:], align_corners=align_corners)
     return confusion(predictions, labels, num_classes, ignore_index=ignore_index)

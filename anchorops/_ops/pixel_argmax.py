@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._checks import check_flags, check_logits, check_size, describe, fail
+from .._moments import Options
 from . import volumes as volumes  # it registers the operators of volumes
 from .registration import define
-from .softmax_moments import Options, unchecked_moments
+from .softmax_moments import moments_of, refusal
 
 
 def _fake(logits: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
@@ -87,7 +89,12 @@ def pixel_argmax(
     if logits.numel() == 0 and logits.shape[0] * math.prod(size) > 0:
         fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
     logits = logits.detach()
-    backend = select(function, logits, logits.shape[1], size=size, align_corners=align_corners)
+    backend = select(
+        function,
+        logits,
+        logits.shape[1],
+        refusal=partial(refusal, logits, size, Options(align_corners=align_corners)),
+    )
     if backend == "reference":
         classes = reference.pixel_argmax(logits, size, align_corners=align_corners)
     else:
@@ -97,6 +104,6 @@ def pixel_argmax(
     if not confidence:
         return classes
     options = Options(ignore_index=-1, align_corners=align_corners, pixel_losses=True)
-    losses = unchecked_moments(function, logits, classes, options).pixel_losses
+    losses = moments_of(function, logits, classes, options).pixel_losses
     assert losses is not None
     return classes, losses.neg_().exp_()

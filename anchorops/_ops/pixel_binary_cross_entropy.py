@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_ignore_index, check_logits, check_pos_weight
-from ..reference import fixed_order_sum, statistics_dtype
+from .._checks import check_choice, check_flags, check_pixels, check_pos_weight
+from .._moments import Options, statistics_dtype
+from ..reference import fixed_order_sum
 from .pixel_cross_entropy import (
     class_losses,
     divide,
@@ -14,8 +15,8 @@ from .pixel_cross_entropy import (
     pixel_weights,
     used_counts,
 )
-from .sigmoid import labels_of_channels, sigmoid_moments
-from .softmax_moments import Options, valid_pixels, weighted
+from .sigmoid import sigmoid_moments
+from .softmax_moments import valid_pixels, weighted
 
 
 def pixel_binary_cross_entropy(
@@ -62,28 +63,32 @@ def pixel_binary_cross_entropy(
         ValueError: wrong shape, dtype, device, value or label.
     """
     function = "pixel_binary_cross_entropy"
-    check_logits(function, logits, sigmoid=True)
-    shape = labels.shape if isinstance(labels, Tensor) else ()
-    labels = labels_of_channels(function, labels, logits)
-    check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    ignore_index = check_ignore_index(function, ignore_index, 2)
-    weight = None
-    if pos_weight is not None:
-        weight = class_weights(check_pos_weight(function, pos_weight, logits), logits)
-    moments = sigmoid_moments(
+    given = labels
+    labels, ignore_index = check_pixels(
         function,
         logits,
         labels,
-        Options(align_corners=align_corners, pixel_losses=reduction == "none"),
+        sigmoid=True,
         ignore_index=ignore_index,
         check_labels=check_labels,
     )
+    check_flags(function, align_corners=align_corners)
+    check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
+    weight = None
+    if pos_weight is not None:
+        weight = class_weights(check_pos_weight(function, pos_weight, logits), logits)
+    options = Options(
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+        pixel_losses=reduction == "none",
+    )
+    moments = sigmoid_moments(function, logits, labels, options)
     if moments.pixel_losses is not None:
         losses = moments.pixel_losses
         if weight is not None:
             valid = valid_pixels(labels, 2, ignore_index)
             losses = weighted(losses, pixel_weights(labels, weight, valid))
-        return losses.view(shape)
+        return losses.view(given.shape)
     loss = fixed_order_sum(class_losses(moments, weight, 0.0))
     return loss if reduction == "sum" else divide(loss, fixed_order_sum(used_counts(moments)))
 

@@ -5,15 +5,17 @@ from torch import Tensor
 
 from .._checks import (
     check_choice,
-    check_ignore_index,
-    check_logits,
+    check_flags,
+    check_pixels,
     check_share,
     check_strided,
     describe,
     fail,
+    shape_of,
 )
-from ..reference import SoftmaxMoments, fixed_order_sum, statistics_dtype
-from .softmax_moments import Options, moments_for, valid_pixels, weighted
+from .._moments import Options, SoftmaxMoments, statistics_dtype
+from ..reference import fixed_order_sum
+from .softmax_moments import moments_of, valid_pixels, weighted
 
 
 def pixel_cross_entropy(
@@ -51,7 +53,11 @@ def pixel_cross_entropy(
         ValueError: wrong shape, dtype, device, value or label.
     """
     function = "pixel_cross_entropy"
-    check_logits(function, logits)
+    given = labels
+    labels, ignore_index = check_pixels(
+        function, logits, labels, ignore_index=ignore_index, check_labels=check_labels
+    )
+    check_flags(function, align_corners=align_corners)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
     check_share(function, "label_smoothing", label_smoothing)
     if weight is not None:
@@ -60,20 +66,19 @@ def pixel_cross_entropy(
             expected = "no gradient with label smoothing (its detach())"
             fail(function, "weight", expected, "requires_grad = True")
         weight = weight.to(statistics_dtype(logits.dtype))
-    ignore_index = check_ignore_index(function, ignore_index, logits.shape[1])
     options = Options(
         smoothing=mixture(weight, label_smoothing, logits.shape[1], logits),
+        ignore_index=ignore_index,
         align_corners=align_corners,
         pixel_losses=reduction == "none",
     )
-    moments = moments_for(
-        function, logits, labels, options, ignore_index=ignore_index, check_labels=check_labels
-    )
+    moments = moments_of(function, logits, labels, options)
     if moments.pixel_losses is not None:
-        if weight is None or label_smoothing > 0:
-            return moments.pixel_losses
-        valid = valid_pixels(labels, logits.shape[1], ignore_index)
-        return weighted(moments.pixel_losses, pixel_weights(labels, weight, valid))
+        losses = moments.pixel_losses
+        if weight is not None and label_smoothing == 0:
+            valid = valid_pixels(labels, logits.shape[1], ignore_index)
+            losses = weighted(losses, pixel_weights(labels, weight, valid))
+        return losses.view(shape_of(given))
     loss = fixed_order_sum(class_losses(moments, weight, label_smoothing))
     if reduction == "sum":
         return loss

@@ -32,7 +32,7 @@ from .._checks import (
     fail,
     without_channel,
 )
-from ..reference import statistics_dtype
+from .._moments import statistics_dtype
 from .registration import WITHOUT_CUDA, Gradient, define
 
 # logits (B, K, h, w), teacher_logits (B, K, h', w'), valid bool (B, H, W), of any strides. Results

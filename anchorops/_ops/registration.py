@@ -16,6 +16,10 @@ WITHOUT_CUDA = ("cpu", "triton")  # of operators that on GPUs Triton serves
 ON_GPU = ("triton", "cuda")  # of small operators, for which the reference serves on CPU
 
 
+def call(launcher: Callable[..., Any], *arguments: Any) -> Any:
+    return launcher(*arguments)
+
+
 class Gradient(NamedTuple):
     """The operator NAME_backward, and the functions that call it.
 
@@ -26,12 +30,14 @@ class Gradient(NamedTuple):
         gradients are None; the gradient of an empty output is an empty tensor. Whether a gradient
         will be requested is not always known when NAME is called (torch.vmap hides it, and a traced
         graph is used again): `backward` computes again what was not saved.
+    launch: as in `define`.
     """
 
     schema: str
     fake: Callable[..., Any]
     setup_context: Callable[[Any, tuple, Any], None]
     backward: Callable[..., tuple]
+    launch: Callable[..., Any] = call
 
 
 def raise_second_derivative(name: str) -> NoReturn:
@@ -52,6 +58,7 @@ def define(
     *,
     backends: Sequence[str] = FUSED,
     gradient: Gradient | None = None,
+    launch: Callable[..., Any] = call,
     in_python: bool = False,
     any_strides: bool = False,
 ) -> None:
@@ -66,6 +73,7 @@ def define(
             (0,).
         fake: returns results without values, from the arguments.
         gradient: None if no result is differentiable.
+        launch: calls Triton's function NAME, its first argument, with the operator's arguments.
         in_python: the caller implements every overload, from other operators.
         any_strides: NAME and NAME_backward take tensors of any strides, except results of other
             operators (keys, lse), and the strides of their own results follow from them at run
@@ -78,9 +86,9 @@ def define(
             _define(f"{name}_backward.{backend}", gradient.schema, gradient.fake, any_strides)
             _register_autograd(name, backend, gradient)
     if "triton" in backends and not in_python:
-        register_triton(library, name)
+        register_triton(library, name, launch)
         if gradient is not None:
-            register_triton(library, f"{name}_backward")
+            register_triton(library, f"{name}_backward", gradient.launch)
 
 
 def _define(overload: str, schema: str, fake: Callable[..., Any], any_strides: bool) -> None:

@@ -6,42 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import (
-    check_binary_labels,
-    check_ignore_index,
-    check_integers,
-    check_strided,
-    describe,
-    fail,
-)
-from ..reference import SoftmaxMoments
-from .softmax_moments import Options, unchecked_moments
-
-
-def labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor:
-    """The labels as (B, C, H, W), or the logits' shape if these are not images; integers. With one
-    channel, its axis may be absent."""
-    check_strided(function, "labels", labels)
-    images, shape = logits.dim() >= 4, logits.shape
-    axes = ", ".join("DHW"[5 - logits.dim() :]) if images else str(tuple(shape[2:]))[1:-1]
-    if isinstance(labels, Tensor) and labels.dim() == logits.dim() - 1 and shape[1] == 1:
-        labels = labels.unsqueeze(1)
-    if (
-        not isinstance(labels, Tensor)
-        or labels.dim() != logits.dim()
-        or labels.shape[:2] != shape[:2]
-        or not (images or labels.shape == shape)
-    ):
-        expected = f"a tensor ({shape[0]}, {shape[1]}, {axes})".replace(", )", ")")
-        fail(function, "labels", f"{expected}, one for each channel of logits", describe(labels))
-    if labels.dtype == torch.bool:
-        labels = labels.view(torch.uint8)
-    check_integers(function, "labels", labels)
-    if labels.device != logits.device:
-        fail(function, "labels", f"device {logits.device}, as logits", labels.device)
-    if images and labels.numel() > 0 and logits.numel() == 0:
-        fail(function, "logits", "at least one pixel per image", f"shape {tuple(shape)}")
-    return labels
+from .._moments import RESULTS, Options, SoftmaxMoments
+from .softmax_moments import moments_of
 
 
 class _Contiguous(torch.autograd.Function):
@@ -83,22 +49,14 @@ def _as_one_batch(logits: Tensor) -> Tensor:
 
 
 def sigmoid_moments(
-    function: str,
-    logits: Tensor,
-    labels: Tensor,
-    options: Options,
-    *,
-    ignore_index: int | None,
-    check_labels: bool = False,
+    function: str, logits: Tensor, labels: Tensor, options: Options
 ) -> SoftmaxMoments:
-    """Softmax moments of the two classes of each channel, from labels of `labels_of_channels`.
+    """Softmax moments of the two classes of each channel, of arguments that `check_pixels` has
+    checked.
 
     Statistics of classes are [C, 2], with per_image [B, C, 2]; maps have the labels' shape, and
     `outside` is of all channels.
     """
-    ignore_index = check_ignore_index(function, ignore_index, 2)
-    if check_labels:
-        check_binary_labels(function, labels, ignore_index)
     points = logits.dim() == 2
     batch, channels = (1 if points else logits.shape[0]), logits.shape[1]
     images = (logits.t() if points else _as_one_batch(logits))[:, None]
@@ -106,30 +64,21 @@ def sigmoid_moments(
     def of_images(pixel_map: Tensor) -> Tensor:
         return pixel_map.t() if points else pixel_map.flatten(0, 1)
 
-    weights = options.pixel_weights
-    options_of_images = options._replace(
-        pixel_weights=None if weights is None else of_images(weights),
-        ignore_index=ignore_index,
-        per_image=True,
-    )
-    moments = unchecked_moments(function, images, of_images(labels), options_of_images)
-
-    def by_channel(statistic: Tensor | None) -> Tensor | None:
-        if statistic is None:
-            return None
+    def by_channel(statistic: Tensor) -> Tensor:
         statistic = statistic.view(batch, channels, 2)
         return statistic if options.per_image else statistic.sum(0)
 
-    def by_pixel(pixel_map: Tensor | None) -> Tensor | None:
-        if pixel_map is None:
-            return None
+    def by_pixel(pixel_map: Tensor) -> Tensor:
         return pixel_map.t() if points else pixel_map.view(labels.shape)
 
-    maps = {"pixel_losses", "lse"}
+    moments = moments_of(
+        function, images, of_images(labels), options.map(of_images)._replace(per_image=True)
+    )
+    shapes = {"classes": by_channel, "pixels": by_pixel, "": lambda statistic: statistic}
     return moments._replace(
         **{
-            name: by_pixel(value) if name in maps else by_channel(value)
+            name: shapes[RESULTS[name].axes](value)
             for name, value in moments._asdict().items()
-            if name != "outside"
+            if value is not None
         }
     )

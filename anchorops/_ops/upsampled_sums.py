@@ -21,7 +21,8 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._checks import in_transform
-from ..reference import SPLAT_UNITS, UpsampledSums, statistics_dtype
+from .._moments import UpsampledSums, statistics_dtype
+from ..reference import SPLAT_UNITS
 from .class_keys import class_keys
 from .registration import WITHOUT_CUDA, Gradient, define, library
 

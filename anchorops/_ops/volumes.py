@@ -18,18 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import bilinear_sources, statistics_dtype
+from .._moments import GRADIENTS, RESULTS, Options, Signature, statistics_dtype
+from ..reference import bilinear_sources
 from . import pixel_kl_divergence as kl
 from .registration import FUSED, WITHOUT_CUDA, Gradient, define, library
-from .softmax_moments import (
-    BACKWARD_SCHEMA,
-    SCHEMA,
-    Options,
-    backward,
-    backward_fake,
-    forward_fake,
-    setup_context,
-)
+from .softmax_moments import SIGNATURES, forward_fake, gradient_of
 
 SLAB = 2**22  # logits in a slab, unless one slice has more: 16 MiB
 
@@ -90,65 +83,64 @@ def _images(logits: Tensor, slab: _Slab, sources: list[tuple[int, int, float]]) 
     return z.flatten(0, 1)
 
 
-def _moments(backend: str, logits: Tensor, labels: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    options = Options(*given)
-    operator = getattr(torch.ops.anchorops.softmax_moments, backend)
-    results = [x.zero_() for x in forward_fake(logits, labels, *options)]
+def _slab_options(slab: _Slab, options: Options) -> Options:
+    return options.map(slab.of_maps, slab.of_volumes)
+
+
+def _moments(
+    signature: Signature, operator: Any, logits: Tensor, labels: Tensor, *packed: Any
+) -> tuple[Tensor, ...]:
+    options = signature.unpack(*packed)
+    results = [x.zero_() for x in forward_fake(signature, logits, labels, *packed)]
     if labels.numel() == 0:
         return tuple(results)
-    maps = [results[4], results[5]]  # pixel_losses and lse
-    totals = [x.double() if x.is_floating_point() else x for x in (*results[:4], *results[6:])]
+    axes = [RESULTS[name].axes for name in signature.results]
+    totals = [
+        x if axis == "pixels" or not x.is_floating_point() else x.double()
+        for x, axis in zip(results, axes, strict=True)
+    ]
     sources = _sources(labels.shape[1], logits, options.align_corners)
     for slab in _slabs(labels.shape[1], logits):
-        smoothing = options.smoothing
-        if smoothing is not None and smoothing.dim() == 3:
-            smoothing = slab.of_volumes(smoothing)
-        weights = options.pixel_weights
-        given_slab = options._replace(
-            smoothing=smoothing, pixel_weights=None if weights is None else slab.of_maps(weights)
-        )
-        found = operator(_images(logits, slab, sources), slab.of_maps(labels), *given_slab)
-        for total, part in zip(totals, (*found[:4], *found[6:]), strict=True):
-            if part.dim() == 2:  # per image
+        given = signature.pack(_slab_options(slab, options))
+        found = operator(_images(logits, slab, sources), slab.of_maps(labels), *given)
+        for total, part, axis in zip(totals, found, axes, strict=True):
+            if axis == "pixels" and part.numel() > 0:
+                total[slab.volumes, slab.slices] = slab.by_slice(part)
+            elif axis == "classes" and options.per_image and part.numel() > 0:
                 total[slab.volumes] += slab.by_slice(part).sum(1, dtype=total.dtype)
-            else:
+            elif axis != "pixels":
                 total += part
-        for of_all, part in zip(maps, found[4:6], strict=True):
-            if part.numel() > 0:
-                of_all[slab.volumes, slab.slices] = slab.by_slice(part)
-    sums = [
-        total.to(x.dtype) for total, x in zip(totals, (*results[:4], *results[6:]), strict=True)
-    ]
-    return (*sums[:4], *maps, *sums[4:])
+    return tuple(total.to(x.dtype) for total, x in zip(totals, results, strict=True))
 
 
 def _moments_backward(
-    backend: str, logits: Tensor, labels: Tensor, lse: Tensor, *given: Any
+    signature: Signature,
+    operator: Any,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    *given: Any,
 ) -> Tensor:
-    operator = getattr(torch.ops.anchorops.softmax_moments_backward, backend)
-    *grads, smoothing, pixel_weights, min_loss, focal_gamma, ignore_index, align_corners = given
+    grads, options = given[: len(GRADIENTS)], signature.unpack(*given[len(GRADIENTS) :])
     depth = labels.shape[1]
     if labels.numel() == 0:
         return torch.zeros_like(logits)
 
     def of_images(slab: _Slab, images: Tensor) -> Tensor:
-        of_slab = []
-        for grad in grads:  # None, [K], [B, K] or (B, D, H, W)
-            if grad is not None and grad.dim() == 4:
-                grad = slab.of_maps(grad).contiguous()
-            elif grad is not None and grad.dim() == 2:
-                grad = slab.of_volumes(grad)
-            of_slab.append(grad)
-        own_smoothing = smoothing
-        if smoothing is not None and smoothing.dim() == 3:
-            own_smoothing = slab.of_volumes(smoothing)
-        own_lse = slab.of_maps(lse).contiguous() if lse.numel() > 0 else lse
-        maps = slab.of_maps(labels), own_lse
-        own_weights = None if pixel_weights is None else slab.of_maps(pixel_weights)
-        options = own_smoothing, own_weights, min_loss, focal_gamma, ignore_index, align_corners
-        return operator(images, *maps, *of_slab, *options)
+        def of_slab(grad: Tensor | None) -> Tensor | None:  # None, [K], [B, K] or (B, D, H, W)
+            if grad is None or grad.dim() == 1:
+                return grad
+            return slab.of_volumes(grad) if grad.dim() == 2 else slab.of_maps(grad).contiguous()
 
-    return _dlogits(logits, depth, align_corners, _slabs(depth, logits), of_images)
+        return operator(
+            images,
+            slab.of_maps(labels),
+            slab.of_maps(lse).contiguous() if lse.numel() > 0 else lse,
+            *map(of_slab, grads),
+            *signature.pack(_slab_options(slab, options)),
+        )
+
+    return _dlogits(logits, depth, options.align_corners, _slabs(depth, logits), of_images)
 
 
 def _dlogits(
@@ -259,13 +251,6 @@ def _divergences_backward(
 
 
 define(
-    "volume_moments",
-    SCHEMA,
-    forward_fake,
-    gradient=Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward),
-    in_python=True,
-)
-define(
     "volume_argmax",
     "(Tensor logits, SymInt depth, SymInt height, SymInt width, bool align_corners) -> Tensor",
     _argmax_fake,
@@ -279,9 +264,23 @@ define(
     gradient=Gradient(kl.BACKWARD_SCHEMA, kl.backward_fake, kl.setup_context, kl.backward),
     in_python=True,
 )
+for _backend, _signature in SIGNATURES.items():
+    define(
+        "volume_moments",
+        _signature.schema,
+        partial(forward_fake, _signature),
+        backends=(_backend,),
+        gradient=gradient_of(_signature),
+        in_python=True,
+    )
+    for _suffix, _function in (("", _moments), ("_backward", _moments_backward)):
+        _operator = getattr(getattr(torch.ops.anchorops, f"softmax_moments{_suffix}"), _backend)
+        library.impl(
+            f"volume_moments{_suffix}.{_backend}",
+            partial(_function, _signature, _operator),
+            "CompositeExplicitAutograd",
+        )
 for _name, _function, _backends in (
-    ("volume_moments", _moments, FUSED),
-    ("volume_moments_backward", _moments_backward, FUSED),
     ("volume_argmax", _argmax, FUSED),
     ("volume_kl_divergence", _divergences, WITHOUT_CUDA),
     ("volume_kl_divergence_backward", _divergences_backward, WITHOUT_CUDA),

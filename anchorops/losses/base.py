@@ -23,8 +23,8 @@ from .._checks import (
     fail,
     in_transform,
 )
+from .._moments import ClassMoments
 from ..distributed import group_name, reduce_moments
-from ..reference import ClassMoments
 from .initialized import Initialized
 from .recomputation import KnowAgain, check_reentrant, checkpointed, recomputing
 from .statistics import Request, class_statistics

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .._checks import FLOATING, check_choice, check_number, check_share, describe, fail
+from .._moments import ClassMoments
 from ..anchors import category_basis
 from ..distributed import reduce_moments
-from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .recomputation import recomputing
 from .statistics import Request

@@ -14,10 +14,10 @@ from .._checks import (
     describe,
     fail,
 )
+from .._moments import ClassMoments
 from .._ops.upsampled_sums import upsampled_sums
 from ..anchors import simplex_etf
 from ..distributed import all_reduce, reduce_moments
-from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer
 from .batch_norm import batch_norm
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number, check_share, describe, fail
+from .._moments import Options, SoftmaxMoments, statistics_dtype
 from .._ops.kth_largest import kth_largest
 from .._ops.pixel_cross_entropy import class_losses, divide, mixture, used_counts
 from .._ops.pixel_cross_entropy import (
     pixel_weights as weights_of_pixels,
 )
-from .._ops.softmax_moments import Options
-from ..reference import SoftmaxMoments, fixed_order_sum, statistics_dtype
+from ..reference import fixed_order_sum
 from .pixel import PixelLoss, class_weight
 
 
@@ -101,13 +101,13 @@ class CrossEntropy(PixelLoss):
 
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
         weight = self.class_weight(logits)
-        min_loss = None if self.ohem is None else -math.log(self.ohem)
+        min_loss = -math.inf if self.ohem is None else -math.log(self.ohem)
         if self.ohem_kept is not None:
             with torch.no_grad():  # Dynamo of torch 2.14 does not inline a decorated method in vmap
                 used = self._largest(logits, labels, pixel_weights, weight, min_loss)
             ones = used.new_ones((), dtype=statistics_dtype(logits.dtype))
             pixel_weights = torch.where(used, ones if pixel_weights is None else pixel_weights, 0)
-            min_loss = None  # pixels of smaller losses may be used
+            min_loss = -math.inf  # pixels of smaller losses may be used
         return Options(
             smoothing=self.smoothing(weight, logits),
             pixel_weights=pixel_weights,
@@ -134,7 +134,7 @@ class CrossEntropy(PixelLoss):
         labels: Tensor,
         pixel_weights: Tensor | None,
         weight: Tensor | None,
-        min_loss: float | None,
+        min_loss: float,
     ) -> Tensor:
         """Which pixels have one of the ohem_kept largest −log p_y, or at least min_loss: bool, the
         labels' shape. Any value where the label is ignored or its class has weight 0."""
@@ -147,7 +147,7 @@ class CrossEntropy(PixelLoss):
             valid = self.valid(logits, labels)
             ce = torch.where(weights_of_pixels(labels, weight, valid) == 0, 0, ce)
         bound = kth_largest(ce, self.ohem_kept)
-        if min_loss is not None:
+        if min_loss > -math.inf:
             bound = bound.clamp(max=min_loss)
         used = ~(ce < bound)  # includes NaN
         return used if pixel_weights is None else used & (pixel_weights != 0)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, describe, fail
-from .._ops.softmax_moments import Options
+from .._moments import Options, SoftmaxMoments
 from ..distributed import all_reduce, group_name
-from ..reference import SoftmaxMoments, fixed_order_sum
+from ..reference import fixed_order_sum
 from .binary_cross_entropy import BinaryCrossEntropy
 from .cross_entropy import CrossEntropy
 from .pixel import PixelLoss, class_weight, share_ignore_index

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .._checks import check_count, check_flags, check_number, check_temperature
+from .._moments import ClassMoments
 from .._ops.centroid_info_nce import centroid_info_nce
 from .._ops.split_groups import random_halves
-from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .occl import EPS
 from .statistics import Request

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, check_temperature, fail
+from .._moments import ClassMoments
 from .._ops.centroid_info_nce import centroid_info_nce
 from .._ops.split_groups import random_halves
 from ..distributed import reduce_moments
-from ..reference import ClassMoments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .statistics import Request
 

@@ -10,16 +10,15 @@ from torch import Tensor
 from .._checks import (
     check_flags,
     check_ignore_index,
-    check_logits,
+    check_pixels,
     check_strided,
     describe,
     fail,
     flat_pos_weight,
-    labels_of_logits,
 )
-from .._ops.sigmoid import labels_of_channels, sigmoid_moments
-from .._ops.softmax_moments import Options, moments_for, valid_pixels
-from ..reference import SoftmaxMoments, statistics_dtype
+from .._moments import Options, SoftmaxMoments, statistics_dtype
+from .._ops.sigmoid import sigmoid_moments
+from .._ops.softmax_moments import moments_of, valid_pixels
 from .initialized import Initialized
 
 
@@ -92,12 +91,15 @@ class PixelLoss(Initialized):
         self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None
     ) -> Tensor:
         function = type(self).__name__
-        check_logits(function, logits, sigmoid=self.sigmoid)
         given = labels
-        if self.sigmoid:
-            labels = labels_of_channels(function, labels, logits)
-        else:
-            labels = labels_of_logits(function, labels, logits)
+        labels, _ = check_pixels(
+            function,
+            logits,
+            labels,
+            sigmoid=self.sigmoid,
+            ignore_index=self.ignore_index,
+            check_labels=self.check_labels,
+        )
         if pixel_weights is not None:
             self._check_pixel_weights(pixel_weights, given, labels)
             pixel_weights = pixel_weights.to(statistics_dtype(logits.dtype)).view(labels.shape)
@@ -119,16 +121,13 @@ class PixelLoss(Initialized):
         return torch.stack(tuple(parts.values())).sum()  # not a part itself, which is in `terms`
 
     def moments(self, logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:
-        """The statistics of classes are [K], or [C, 2] of C sigmoids; with per_image [B, …]."""
-        moments_of = sigmoid_moments if self.sigmoid else moments_for
-        return moments_of(
-            type(self).__name__,
-            logits,
-            labels,
-            options._replace(align_corners=self.align_corners),
-            ignore_index=self.ignored(logits),
-            check_labels=self.check_labels,
+        """Of labels that were already checked. The statistics of classes are [K], or [C, 2] of C
+        sigmoids; with per_image [B, …]."""
+        options = options._replace(
+            ignore_index=self.ignored(logits), align_corners=self.align_corners
         )
+        moments = sigmoid_moments if self.sigmoid else moments_of
+        return moments(type(self).__name__, logits, labels, options)
 
     def _check_pixel_weights(self, pixel_weights: Tensor, given: Tensor, labels: Tensor) -> None:
         """Of the shape of the given labels, or of `labels`, which are the same with or without a

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, check_share, describe, fail
+from .._moments import ClassMoments
 from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
-from ..reference import ClassMoments, fixed_order_sum
+from ..reference import fixed_order_sum
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .recomputation import recomputing, statistics_kept
 from .statistics import Request

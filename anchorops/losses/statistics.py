@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .._moments import ClassMoments
 from .._ops.class_moments import unchecked_moments
-from ..reference import ClassMoments
 
 
 class Request(NamedTuple):

@@ -11,35 +11,18 @@ does not affect the float32 result.
 
 from .centroid_info_nce import centroid_info_nce
 from .class_keys import class_keys, resize_labels
-from .class_moments import (
-    ClassMoments,
-    class_centroids,
-    class_moments,
-    feature_rows,
-    pixel_to_anchor_mse,
-    statistics_dtype,
-)
+from .class_moments import class_centroids, class_moments, feature_rows, pixel_to_anchor_mse
 from .confusion import confusion
 from .fixed_order_sum import fixed_order_sum
 from .pixel_argmax import pixel_argmax
 from .pixel_kl_divergence import pixel_kl_divergence
-from .softmax_moments import SoftmaxMoments, softmax_moments
+from .softmax_moments import softmax_moments
 from .split_groups import group_counts, split_groups
-from .upsampled_sums import (
-    SPLAT_UNITS,
-    UpsampledSums,
-    splat_axis,
-    splat_keys,
-    splat_of,
-    upsampled_sums,
-)
+from .upsampled_sums import SPLAT_UNITS, splat_axis, splat_keys, splat_of, upsampled_sums
 from .upsampling import bilinear_sources, upsample
 
 __all__ = [
     "SPLAT_UNITS",
-    "ClassMoments",
-    "SoftmaxMoments",
-    "UpsampledSums",
     "bilinear_sources",
     "centroid_info_nce",
     "class_centroids",
@@ -58,7 +41,6 @@ __all__ = [
     "splat_keys",
     "splat_of",
     "split_groups",
-    "statistics_dtype",
     "upsample",
     "upsampled_sums",
 ]

@@ -1,29 +1,12 @@
 """Class moments, and the two functions that are computed from them directly."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from .._moments import ClassMoments, statistics_dtype
 from .class_keys import class_keys, sum_by_key
 from .fixed_order_sum import fixed_order_sum
 from .split_groups import group_counts, split_groups
-
-
-class ClassMoments(NamedTuple):
-    """Count, sum and squared distance to an anchor, over the features of each class.
-
-    Shapes are [K], [K, D], [K]; with groups [K, G, …]; with per_image [B, K, …]; with both
-    [B, K, G, …]. `sqdists` is None if no anchors were given.
-    """
-
-    counts: Tensor
-    sums: Tensor
-    sqdists: Tensor | None
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def feature_rows(features: Tensor) -> Tensor:

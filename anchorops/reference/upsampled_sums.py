@@ -5,20 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._moments import UpsampledSums, statistics_dtype
 from .class_keys import class_keys
-from .class_moments import statistics_dtype
 
 SPLAT_UNITS = 2**30  # the integer that represents a weight of 1
-
-
-class UpsampledSums(NamedTuple):
-    """counts: int64 [K], or [B, K] with per_image. sums: [K, C] or [B, K, C]. mean, variance: [C],
-    over all pixels of the features, whatever their labels."""
-
-    counts: Tensor
-    sums: Tensor
-    mean: Tensor
-    variance: Tensor
 
 
 class Splat(NamedTuple):

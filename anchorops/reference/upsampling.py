@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .class_moments import statistics_dtype
+from .._moments import statistics_dtype
 
 
 def bilinear_sources(

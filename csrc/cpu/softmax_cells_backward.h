@@ -219,11 +219,10 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
       if (dmasses) sum_block<WIDTH, Term::WEIGHTED>(row, j, block, dmasses, totals);
       if (dsquares) sum_block<WIDTH, Term::SQUARE>(row, j, block, dsquares, squares);
     }
-    Floats lse[WIDTH], weights[WIDTH], dpixel_losses[WIDTH], dlse[WIDTH];
+    Floats lse[WIDTH], weights[WIDTH], dpixel_losses[WIDTH];
     row.load_map(block, j, row.lse_map(gradients.lse), lse);
     row.load_map(block, j, losses.shape.pixel_weights, weights);
     row.load_map(block, j, gradients.dpixel_losses, dpixel_losses);
-    row.load_map(block, j, gradients.dlse, dlse);
 #pragma GCC unroll 8
     for (int i = 0; i < WIDTH; ++i) {
       const Ints k = classes.of_pixels(j * WIDTH + i), valid = k >= 0;
@@ -244,7 +243,7 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
         of_others = of_own * beta;
         of_own *= alpha;
       }
-      Floats rest = of_own + losses.total * of_others + dlse[i];
+      Floats rest = of_own + losses.total * of_others;
       rest -= (totals[n] + 2 * q * squares[n]) * q;
       if (gradients.doverlaps) {
         const Floats of_overlap = exp<float>(-c) * of_class(gradients.doverlaps, k);

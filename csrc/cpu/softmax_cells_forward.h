@@ -106,7 +106,7 @@ void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDT
     for (int i = 0; i < WIDTH; ++i) {
       const int64_t n = (j * WIDTH + i) * L;
       const Floats share = weights.data ? shares[i] : Floats{} + 1;
-      V::store(used + n, V::load(losses + n) < losses_of.shape.least ? Floats{} : share);
+      V::store(used + n, losses_of.is_unused(V::load(losses + n)) ? Floats{} : share);
     }
   }
   if (sums.used) add_by_class(row, classes, used, sums.used);

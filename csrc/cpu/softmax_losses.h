@@ -64,13 +64,16 @@ struct LossesOfImage {
     total = shape.totals[shape.stride_b ? image : 0];
   }
 
+  // Pixels of such a loss add nothing; NaN is no such loss.
+  ALWAYS_INLINE auto is_unused(Vec c) const { return c < shape.least; }
+
   // Whether the derivatives depend on c.
   ALWAYS_INLINE bool needs_own() const { return shape.gamma > 0 || shape.least > -__builtin_inf(); }
 
   template <class P>
   ALWAYS_INLINE Vec loss(Indices<Stat> classes, Vec c, Vec u, P p) const {
     const Vec loss = mixed(own_weight(classes), c, u);
-    return c < shape.least ? Vec{} : (shape.gamma > 0 ? modulation(c, p()).factor * loss : loss);
+    return is_unused(c) ? Vec{} : (shape.gamma > 0 ? modulation(c, p()).factor * loss : loss);
   }
 
   // alpha and beta: the derivatives of the loss by c, and by each -log p_k, divided by v_k.
@@ -85,8 +88,8 @@ struct LossesOfImage {
       alpha = m.factor * alpha + (c - c == 0 ? by_factor : Vec{});
       beta = m.factor;
     }
-    alpha = c < shape.least ? Vec{} : alpha;
-    beta = c < shape.least ? Vec{} : beta;
+    alpha = is_unused(c) ? Vec{} : alpha;
+    beta = is_unused(c) ? Vec{} : beta;
   }
 
  private:

@@ -3,11 +3,13 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../softmax_flags.h"
 #include "softmax_tiles.h"
 
 namespace anchorops::cpu::softmax {
@@ -60,11 +62,18 @@ Map<Stat> map_of(const std::optional<Tensor>& given) {
           given->stride(2)};
 }
 
+// The numbers of Options in anchorops/_moments.py, in its order.
+struct Numbers {
+  double min_loss, focal_gamma;
+
+  explicit Numbers(const std::vector<double>& numbers)
+      : min_loss(numbers.at(0)), focal_gamma(numbers.at(1)) {}
+};
+
 // totals: where the sums of v are kept. smoothing becomes contiguous.
 template <class Stat>
 LossShape<Stat> loss_shape(std::optional<Tensor>& smoothing,
-                           const std::optional<Tensor>& pixel_weights,
-                           std::optional<double> min_loss, double focal_gamma,
+                           const std::optional<Tensor>& pixel_weights, const Numbers& numbers,
                            std::vector<Stat>& totals) {
   LossShape<Stat> shape;
   if (smoothing) {
@@ -78,27 +87,26 @@ LossShape<Stat> loss_shape(std::optional<Tensor>& smoothing,
     }
     shape.totals = totals.data();
   }
-  if (min_loss) shape.least = static_cast<Stat>(*min_loss);
-  shape.gamma = static_cast<Stat>(focal_gamma);
-  shape.plain = !smoothing && !min_loss && focal_gamma == 0;
+  shape.least = static_cast<Stat>(numbers.min_loss);
+  shape.gamma = static_cast<Stat>(numbers.focal_gamma);
+  shape.plain = !smoothing && std::isinf(numbers.min_loss) && numbers.focal_gamma == 0;
   shape.pixel_weights = map_of<Stat>(pixel_weights);
   return shape;
 }
 
 template <class T>
 void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<T>>& shape,
-             int64_t height, int64_t width, bool align_corners, bool per_image,
-             const Outputs& out) {
+             int64_t height, int64_t width, int64_t flags, const Outputs& out) {
   using Stat = StatOf<T>;
   const Layout layout = layout_of(logits);
-  const Tiles<Stat> tiles(layout, height, width, align_corners);
+  const Tiles<Stat> tiles(layout, height, width, flags & ALIGN_CORNERS);
   const int64_t num_classes = tiles.num_classes();
   Problem<Stat> problem = tiles.template problem<T>(logits, labels);
   problem.shape = shape;
   const auto kernels = best_kernels<Stat>();
 
   // The partials stay below a tenth of the logits.
-  const int64_t groups = per_image ? layout.batch : 1;
+  const int64_t groups = flags & PER_IMAGE ? layout.batch : 1;
   const int64_t tiles_of_group = tiles.count() / groups;
   const int64_t pixels_of_group = layout.batch / groups * layout.height * layout.width;
   const int64_t splits = std::clamp<int64_t>(std::min(tiles_of_group, pixels_of_group / 128), 1,
@@ -143,18 +151,19 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
-                std::optional<Tensor> pixel_weights, std::optional<double> min_loss,
-                double focal_gamma, int64_t ignore_index, bool align_corners, bool per_image,
-                bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses,
-                bool with_lse, bool with_outside) {
+                std::optional<Tensor> pixel_weights, std::vector<double> packed_numbers,
+                int64_t ignore_index, int64_t flags) {
+  const Numbers numbers(packed_numbers);
   const int64_t batch = logits.size(0), num_classes = std::max<int64_t>(logits.size(1), 2);
+  STD_TORCH_CHECK(!(flags & WITH_LSE) || num_classes > 2,
+                  "softmax_moments.cpu: two classes need no lse");
   const ScalarType dtype = logits.scalar_type();
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const bool empty = labels.numel() == 0;
   const auto by_class = [&](bool asked, ScalarType type) {
     std::vector<int64_t> size = {0};
-    if (asked && per_image) size = {batch, num_classes};
-    if (asked && !per_image) size = {num_classes};
+    if (asked && flags & PER_IMAGE) size = {batch, num_classes};
+    if (asked && !(flags & PER_IMAGE)) size = {num_classes};
     return empty ? torch::stable::new_zeros(logits, size, type) : new_empty(logits, size, type);
   };
   const auto by_pixel = [&](bool asked) {
@@ -163,25 +172,26 @@ softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
     return new_empty(logits, size, stat);
   };
   std::vector<int64_t> outside_size;  // of a scalar
-  if (!with_outside) outside_size = {0};
+  if (!(flags & WITH_OUTSIDE)) outside_size = {0};
   const Tensor outside = torch::stable::new_zeros(logits, outside_size, ScalarType::Long);
   const Outputs out = {by_class(true, stat),
-                       by_class(with_masses, stat),
-                       by_class(with_masses, stat),
-                       by_class(with_squares, stat),
-                       by_pixel(with_pixel_losses),
-                       by_pixel(with_lse),
+                       by_class(flags & WITH_MASSES, stat),
+                       by_class(flags & WITH_MASSES, stat),
+                       by_class(flags & WITH_SQUARES, stat),
+                       by_pixel(flags & WITH_PIXEL_LOSSES),
+                       by_pixel(flags & WITH_LSE),
                        by_class(true, ScalarType::Long),
-                       by_class(with_hits, ScalarType::Long),
-                       by_class(min_loss || pixel_weights, pixel_weights ? stat : ScalarType::Long),
+                       by_class(flags & WITH_HITS, ScalarType::Long),
+                       by_class(pixel_weights || !std::isinf(numbers.min_loss),
+                                pixel_weights ? stat : ScalarType::Long),
                        outside};
   if (!empty)
     for_dtype("softmax_moments.cpu", dtype, [&](auto element) {
       using T = decltype(element);
       std::vector<StatOf<T>> totals;
       forward<T>(logits, labels_of("softmax_moments.cpu", labels, num_classes, ignore_index),
-                 loss_shape(smoothing, pixel_weights, min_loss, focal_gamma, totals),
-                 labels.size(1), labels.size(2), align_corners, per_image, out);
+                 loss_shape(smoothing, pixel_weights, numbers, totals), labels.size(1),
+                 labels.size(2), flags, out);
     });
   return {out.losses, out.overlaps, out.masses, out.squares, out.pixel_losses,
           out.lse,    out.counts,   out.hits,   out.used,    out.outside};
@@ -209,10 +219,10 @@ void backward(const Tensor& logits, const Labels& labels, const LossShape<StatOf
 Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
                                 std::optional<Tensor> dlosses, std::optional<Tensor> doverlaps,
                                 std::optional<Tensor> dmasses, std::optional<Tensor> dsquares,
-                                std::optional<Tensor> dpixel_losses, std::optional<Tensor> dlse,
+                                std::optional<Tensor> dpixel_losses,
                                 std::optional<Tensor> smoothing,
-                                std::optional<Tensor> pixel_weights, std::optional<double> min_loss,
-                                double focal_gamma, int64_t ignore_index, bool align_corners) {
+                                std::optional<Tensor> pixel_weights, std::vector<double> numbers,
+                                int64_t ignore_index, int64_t flags) {
   Tensor dlogits = torch::stable::empty_like(logits);
   if (dlogits.numel() == 0) return dlogits;
   if (labels.numel() == 0) return torch::stable::zero_(dlogits);
@@ -232,13 +242,12 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
     gradients.dmasses = by_class(dmasses);
     gradients.dsquares = by_class(dsquares);
     gradients.dpixel_losses = map_of<Stat>(dpixel_losses);
-    gradients.dlse = map_of<Stat>(dlse);
     gradients.lse = lse.const_data_ptr<Stat>();
     std::vector<Stat> totals;
     const int64_t num_classes = std::max<int64_t>(logits.size(1), 2);
     backward<T>(logits, labels_of("softmax_moments.cpu", labels, num_classes, ignore_index),
-                loss_shape(smoothing, pixel_weights, min_loss, focal_gamma, totals), labels.size(1),
-                labels.size(2), align_corners, gradients, dlogits);
+                loss_shape(smoothing, pixel_weights, Numbers(numbers), totals), labels.size(1),
+                labels.size(2), flags & ALIGN_CORNERS, gradients, dlogits);
   });
   return dlogits;
 }

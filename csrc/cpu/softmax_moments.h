@@ -136,7 +136,7 @@ template <class Stat>
 struct Gradients {
   const Stat *dlosses, *doverlaps, *dmasses, *dsquares;
   int64_t stride_b;
-  Map<Stat> dpixel_losses, dlse;
+  Map<Stat> dpixel_losses;
   const Stat* lse;  // contiguous [B, H, W], of the forward pass
 };
 

@@ -248,7 +248,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     if (sums.overlaps) V::store(overlaps + t, exp<Stat>(-loss));
     Vec share = Vec{} + 1;
     if (weights.data) share = load_map(weights, tile.image, group.y, group.x + t, count);
-    if (sums.used) V::store(used + t, loss < problem.shape.least ? Vec{} : share);
+    if (sums.used) V::store(used + t, losses_of.is_unused(loss) ? Vec{} : share);
     if (!problem.shape.plain) {
       const Vec u = losses_of.total * log_total - sum.mixed, c = loss;
       const auto p = [c]() INLINE_LAMBDA { return chances_of<Stat>(c); };
@@ -331,7 +331,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
       of_others = own * beta;
       own *= alpha;
     }
-    Vec rest = own + losses.total * of_others + of_map(gradients.dlse);
+    Vec rest = own + losses.total * of_others;
     Vec unit = 1 / sum.total;
     if (with_u) {
       scale(z, num_classes, stride, unit);

@@ -3,8 +3,7 @@
 // two losses, 1 / (1 + e) and e / (1 + e) the two probabilities. No lse is read.
 //
 // Rows of labels are processed pixel by pixel (softmax_pixels.h) if a logit around them is not
-// finite, or if lse has a gradient. If lse is requested, this is done for lse alone: hits of both
-// ways differ where the logits are almost equal.
+// finite.
 
 // The differences of the logits at the labels of a tile, row by row.
 class DifferenceRows {
@@ -79,8 +78,7 @@ class DifferenceRows {
 // returns the number of labels that are neither a class nor ignored.
 template <class Begin, class Visit>
 ALWAYS_INLINE int64_t for_differences(const Problem<float>& problem, const Tile& tile,
-                                      const Workspace<float>& workspace, bool by_pixels,
-                                      Begin begin, Visit visit) {
+                                      const Workspace<float>& workspace, Begin begin, Visit visit) {
   DifferenceRows rows(problem, tile, workspace);
   const int64_t count = tile.label_columns.end - tile.label_columns.begin;
   int64_t outside = 0;
@@ -91,7 +89,7 @@ ALWAYS_INLINE int64_t for_differences(const Problem<float>& problem, const Tile&
     const Ints none = Ints{} - 1;
     std::memcpy(workspace.classes + count, &none, sizeof none);
     begin(y);
-    visit(y, by_pixels ? nullptr : rows.of_labels(y));
+    visit(y, rows.of_labels(y));
   }
   return outside;
 }
@@ -187,7 +185,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
           }
           for (int i = 0; i < 2; ++i) {
             of_loss[i] += own[i] ? loss : Floats{};
-            if (with_used) used[i] += own[i] & ~(c < losses.shape.least) ? share : Floats{};
+            if (with_used) used[i] += own[i] & ~losses.is_unused(c) ? share : Floats{};
           }
         }
         for (int i = 0; WITH_PROBABILITIES && i < 2; ++i) {
@@ -207,7 +205,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
       }
     }
   };
-  *sums.outside += for_differences(problem, tile, workspace, false, [](int64_t) {}, visit);
+  *sums.outside += for_differences(problem, tile, workspace, [](int64_t) {}, visit);
   for (int i = 0; i < 2; ++i) {
     sums.losses[i] += sum_of_lanes(by_class[i].losses);
     sums.counts[i] += by_class[i].counts;
@@ -223,16 +221,6 @@ template <class = void>
 void forward_two_classes(const Problem<float>& problem, const Tile& tile,
                          const Workspace<float>& workspace, const Sums& sums,
                          const Maps<float>& maps) {
-  if (maps.lse) {
-    double losses_of_class[2] = {};
-    int64_t counts[2] = {};
-    const Sums unused = {.losses = losses_of_class, .counts = counts};
-    for_groups(
-        problem, tile, workspace, [](int64_t) {},
-        [&](const Group<float>& group) {
-          forward_group(problem, tile, workspace, group, unused, Maps<float>{.lse = maps.lse});
-        });
-  }
   const LossShape<float>& shape = problem.shape;
   const bool by_product = shape.plain && !shape.pixel_weights.data && !maps.pixel_losses;
   const bool with_probabilities = sums.masses || sums.squares;
@@ -364,7 +352,7 @@ void backward_differences(const Problem<float>& problem, const Tile& tile,
       if (row.weight != 0) V::store(high + t, V::load(high + t) + row.weight * gradient);
     }
   };
-  for_differences(problem, tile, workspace, gradients.dlse.data != nullptr, begin, visit);
+  for_differences(problem, tile, workspace, begin, visit);
   lines.finish_until(problem.rows.source, add_up);
 }
 
@@ -391,5 +379,5 @@ void argmax_two_classes(const Problem<float>& problem, const Tile& tile,
     const Range& columns = tile.label_columns;
     for (int64_t x = columns.begin; x < columns.end; ++x) row[x] = d[x - columns.begin] > 0;
   };
-  for_differences(problem, tile, workspace, false, [](int64_t) {}, visit);
+  for_differences(problem, tile, workspace, [](int64_t) {}, visit);
 }

@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "../../softmax_flags.h"
 #include "gradients.cuh"
 
 namespace anchorops::cuda {
@@ -16,15 +17,9 @@ namespace {
 Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
                                 std::optional<Tensor> dlosses, std::optional<Tensor> doverlaps,
                                 std::optional<Tensor> dmasses, std::optional<Tensor> dsquares,
-                                std::optional<Tensor> dpixel_losses, std::optional<Tensor> dlse,
-                                std::optional<Tensor> smoothing,
-                                std::optional<Tensor> pixel_weights, std::optional<double> min_loss,
-                                double focal_gamma, int64_t ignore_index, bool align_corners) {
+                                std::optional<Tensor> dpixel_losses, std::vector<double>,
+                                int64_t ignore_index, int64_t flags) {
   const char* name = "softmax_moments_backward.cuda";
-  STD_TORCH_CHECK(
-      !smoothing && !min_loss && focal_gamma == 0, name,
-      ": smoothing, min_loss and focal_gamma are not supported: use the backend triton");
-  STD_TORCH_CHECK(!pixel_weights, name, ": pixel_weights are for the backend cpu");
   const OnDevice device(logits);
   const Stream stream = device.stream;
   Tensor dlogits = torch::stable::empty_like(logits);
@@ -48,7 +43,6 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
   check_shape(name, "labels", labels, pixels);
   check_shape(name, "lse", lse, pixels);
   check_shape(name, "dpixel_losses", dpixel_losses, pixels);
-  check_shape(name, "dlse", dlse, pixels);
   const auto map = [](const std::optional<Tensor>& map) {
     if (!map) return PixelGradient{};
     return PixelGradient{map->const_data_ptr<float>(), map->stride(0), map->stride(1),
@@ -59,11 +53,10 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
                             optional_data<float>(dmasses),
                             optional_data<float>(dsquares),
                             map(dpixel_losses),
-                            map(dlse),
                             by_image};
   lse = torch::stable::contiguous(lse);
 
-  Cells cells = cells_of(name, logits, height, width, align_corners);
+  Cells cells = cells_of(name, logits, height, width, flags & ALIGN_CORNERS);
   const PixelLabels pixel_labels = labels_of(name, labels, logits.size(1), ignore_index);
   const Tensor shifts = new_shifts(logits, cells, stream);
   PixelMaps maps{.lse = lse.const_data_ptr<float>()};

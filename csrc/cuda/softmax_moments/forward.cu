@@ -19,6 +19,7 @@
 
 #include "../labels/class_keys.cuh"
 #include "../predictions/pixel_argmax.cuh"
+#include "../../softmax_flags.h"
 #include "statistics.cuh"
 
 namespace anchorops::cuda {
@@ -28,18 +29,12 @@ float* data_or_null(const Tensor& tensor) {
   return tensor.numel() ? tensor.mutable_data_ptr<float>() : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
-                std::optional<Tensor> pixel_weights, std::optional<double> min_loss,
-                double focal_gamma, int64_t ignore_index, bool align_corners, bool per_image,
-                bool with_hits, bool with_masses, bool with_squares, bool with_pixel_losses,
-                bool with_lse, bool with_outside) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softmax_moments(
+    Tensor logits, Tensor labels, std::vector<double>, int64_t ignore_index, int64_t flags) {
   const char* name = "softmax_moments.cuda";
-  STD_TORCH_CHECK(
-      !smoothing && !min_loss && focal_gamma == 0, name,
-      ": smoothing, min_loss and focal_gamma are not supported: use the backend triton");
-  STD_TORCH_CHECK(!pixel_weights && !with_outside, name,
-                  ": pixel_weights and with_outside are for the backend cpu");
+  const bool align_corners = flags & ALIGN_CORNERS, per_image = flags & PER_IMAGE;
+  const bool with_masses = flags & WITH_MASSES, with_squares = flags & WITH_SQUARES;
+  const bool with_hits = flags & WITH_HITS;
   const OnDevice device(logits);
   const Stream stream = device.stream;
   const int64_t batch = logits.size(0), height = labels.size(1), width = labels.size(2);
@@ -61,16 +56,13 @@ softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
   const Tensor overlaps = by_class(with_masses, ScalarType::Float);
   const Tensor masses = by_class(with_masses, ScalarType::Float);
   const Tensor squares = by_class(with_squares, ScalarType::Float);
-  const Tensor pixel_losses = by_pixel(with_pixel_losses, ScalarType::Float);
+  const Tensor pixel_losses = by_pixel(flags & WITH_PIXEL_LOSSES, ScalarType::Float);
   const Tensor lse = by_pixel(true, ScalarType::Float);
   const Tensor counts = by_class(true, ScalarType::Long);
   Tensor hits = by_class(with_hits, ScalarType::Long);
-  const Tensor used = by_class(false, ScalarType::Long);  // of min_loss
-  const Tensor outside = by_class(false, ScalarType::Long);
   const auto result = [&] {
-    const Tensor wanted_lse = with_lse ? lse : by_pixel(false, ScalarType::Float);
-    return std::tuple{losses,     overlaps, masses, squares, pixel_losses,
-                      wanted_lse, counts,   hits,   used,    outside};
+    const Tensor wanted_lse = flags & WITH_LSE ? lse : by_pixel(false, ScalarType::Float);
+    return std::tuple{losses, overlaps, masses, squares, pixel_losses, wanted_lse, counts, hits};
   };
   if (lse.numel() == 0) {
     for (const Tensor* each : {&losses, &overlaps, &masses, &squares})

@@ -1,7 +1,7 @@
 // The gradients of the statistics of softmax moments, and the parts of the backward pass:
 //
 //   own = dlosses[y] + dpixel_losses − p_y·doverlaps[y]
-//   slope = own + dlse − Σ_j p_j·(dmasses[j] + 2·p_j·dsquares[j])
+//   slope = own − Σ_j p_j·(dmasses[j] + 2·p_j·dsquares[j])
 //   dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) − [y = k]·own
 #pragma once
 
@@ -27,7 +27,7 @@ struct PixelGradient {
 // Gradients of the statistics; by class [K], or [B, K] if by_image. Null: absent.
 struct Gradients {
   const float *dlosses, *doverlaps, *dmasses, *dsquares;
-  PixelGradient dpixel_losses, dlse;
+  PixelGradient dpixel_losses;
   bool by_image;
 
   __device__ static float at(const float* table, int key) { return table ? table[key] : 0; }
@@ -42,7 +42,7 @@ struct Gradients {
   __host__ __device__ bool by_class() const { return dmasses || dsquares; }
   // Then slope = own = dlosses[y].
   bool of_losses_alone() const {
-    return dlosses && !doverlaps && !by_class() && !dpixel_losses.data && !dlse.data;
+    return dlosses && !doverlaps && !by_class() && !dpixel_losses.data;
   }
 };
 

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(THREADS)
       const float z = PixelLogits(logits, rows, columns, image, y, x).z(label);
       of_label -= probability(z, lse[pixel]) * gradients.doverlaps[key];
     }
-    slope = of_label + gradients.dlse.at(image, y, x);
+    slope = of_label;
     if (gradients.by_class()) slope -= slopes[pixel];
   }
   slopes[pixel] = slope;

@@ -1,0 +1,196 @@
+"""What the moments take and give. For softmax moments this is the only list of options and results:
+schemas, fake kernels, and what reaches C++ and Triton follow from it."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class ClassMoments(NamedTuple):
+    """Count, sum and squared distance to an anchor, over the features of each class.
+
+    Shapes are [K], [K, D], [K]; with groups [K, G, …]; with per_image [B, K, …]; with both
+    [B, K, G, …]. `sqdists` is None if no anchors were given.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    sqdists: Tensor | None
+
+
+class UpsampledSums(NamedTuple):
+    """counts: int64 [K], or [B, K] with per_image. sums: [K, C] or [B, K, C]. mean, variance: [C],
+    over all pixels of the features, whatever their labels."""
+
+    counts: Tensor
+    sums: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+class SoftmaxMoments(NamedTuple):
+    """Statistics of each class, from p = the softmax of the logits upsampled to the labels' size.
+
+    `counts`, `hits`, `losses`, `overlaps`, `masses`, `squares` and `used` are [K], with per_image
+    [B, K]. `pixel_losses` has the labels' shape, `outside` is a scalar. What was not requested is
+    None.
+    """
+
+    counts: Tensor
+    hits: Tensor | None
+    losses: Tensor
+    overlaps: Tensor | None
+    masses: Tensor | None
+    squares: Tensor | None
+    pixel_losses: Tensor | None
+    used: Tensor | None = None
+    outside: Tensor | None = None
+
+
+class Options(NamedTuple):
+    """The arguments of the operator `softmax_moments`, except the logits and the labels.
+
+    smoothing: a and v as the rows of [2, K], or of each image, [B, 2, K]; of at least 0, in the
+        statistics' dtype, contiguous. Classes of v_k = 0 are left out of the sum over the classes.
+    pixel_weights: w, of the labels' shape and any strides, in the statistics' dtype.
+    min_loss: pixels of smaller −log p_y are not used in the losses; NaN is not smaller.
+    lse: keep lse for the backward pass.
+    The other flags request the results of these names; `masses` also the overlaps.
+    """
+
+    smoothing: Tensor | None = None
+    pixel_weights: Tensor | None = None
+    min_loss: float = -math.inf
+    focal_gamma: float = 0.0
+    ignore_index: int = 255
+    align_corners: bool = False
+    per_image: bool = False
+    hits: bool = False
+    masses: bool = False
+    squares: bool = False
+    pixel_losses: bool = False
+    lse: bool = False
+    outside: bool = False
+
+    def only(self, **requested: bool) -> "Options":
+        """To request other results of the same pixels, with L = −log p_y."""
+        options = Options(ignore_index=self.ignore_index, align_corners=self.align_corners)
+        return options._replace(**requested)
+
+    def map(
+        self, maps: Callable[[Tensor], Tensor], images: Callable[[Tensor], Tensor] | None = None
+    ) -> "Options":
+        """The options of other images: `maps` converts what each pixel has, `images` what each
+        image has."""
+        smoothing, weights = self.smoothing, self.pixel_weights
+        if smoothing is not None and smoothing.dim() == 3 and images is not None:
+            smoothing = images(smoothing)
+        return self._replace(
+            smoothing=smoothing, pixel_weights=None if weights is None else maps(weights)
+        )
+
+
+def _fields(kind: Any) -> tuple[str, ...]:
+    return tuple(name for name, x in Options.__annotations__.items() if x == kind)
+
+
+TENSORS, NUMBERS, FLAGS = _fields(Tensor | None), _fields(float), _fields(bool)
+
+# The options and results that a backend does not have. PyTorch computes those of ADDED from the
+# results of the others; a call with another one is for another backend.
+LACKS = {
+    "cpu": (),
+    "triton": ("pixel_weights", "outside"),
+    "cuda": ("smoothing", "pixel_weights", "min_loss", "focal_gamma", "used", "outside"),
+    "reference": (),
+}
+ADDED = ("pixel_weights", "outside")
+
+
+# Functions, because Dynamo of torch 2.10 does not trace a property of a NamedTuple.
+
+
+def changes_losses(options: Options) -> bool:
+    """Whether L is not just −log p_y."""
+    return options.smoothing is not None or options.min_loss > -math.inf or options.focal_gamma > 0
+
+
+def counts_used(options: Options) -> bool:
+    return options.min_loss > -math.inf or options.pixel_weights is not None
+
+
+def lacking(options: Options, backend: str) -> list[str]:
+    """The options of the call that the backend does not have, and that PyTorch does not add."""
+    default = Options()
+    given = [x for x in TENSORS if getattr(options, x) is not None]
+    given += [x for x in NUMBERS if getattr(options, x) != getattr(default, x)]
+    return [x for x in given if x in LACKS[backend] and x not in ADDED]
+
+
+class Result(NamedTuple):
+    """axes: "classes" for [K], with per_image [B, K]; "pixels" for (B, H, W), contiguous; "" for a
+    scalar. A result is of the statistics' dtype, or int64."""
+
+    axes: str
+    dtype: type
+    requested: Callable[[Options], bool]
+    differentiable: bool = False
+
+
+# In the order of the operator: opcheck needs a floating-point result first.
+RESULTS = {
+    "losses": Result("classes", float, lambda options: True, differentiable=True),
+    "overlaps": Result("classes", float, lambda options: options.masses, differentiable=True),
+    "masses": Result("classes", float, lambda options: options.masses, differentiable=True),
+    "squares": Result("classes", float, lambda options: options.squares, differentiable=True),
+    "pixel_losses": Result("pixels", float, lambda o: o.pixel_losses, differentiable=True),
+    "lse": Result("pixels", float, lambda options: options.lse),
+    "counts": Result("classes", int, lambda options: True),
+    "hits": Result("classes", int, lambda options: options.hits),
+    "used": Result("classes", int, counts_used),  # float with pixel weights
+    "outside": Result("", int, lambda options: options.outside),
+}
+GRADIENTS = tuple(name for name, result in RESULTS.items() if result.differentiable)
+
+
+class Signature:
+    """The operator of one backend: what it takes and returns, in order."""
+
+    def __init__(self, backend: str) -> None:
+        lacks = LACKS[backend]
+        self.tensors = tuple(x for x in TENSORS if x not in lacks)
+        self.numbers = tuple(x for x in NUMBERS if x not in lacks)
+        self.results = tuple(x for x in RESULTS if x not in lacks)
+        tensors = [f"Tensor? {x}" for x in self.tensors]
+        options = ", ".join([*tensors, "float[] numbers, int ignore_index, int flags"])
+        gradients = ", ".join(f"Tensor? d{x}" for x in GRADIENTS)
+        results = ", ".join(f"Tensor {x}" for x in self.results)
+        self.schema = f"(Tensor logits, Tensor labels, {options}) -> ({results})"
+        self.backward_schema = (
+            f"(Tensor logits, Tensor labels, Tensor lse, {gradients}, {options}) -> Tensor"
+        )
+
+    def pack(self, options: Options) -> tuple[Any, ...]:
+        """The last arguments of the operator: tensors, numbers, ignore_index, and a bit for each
+        flag, the first one the lowest (csrc/softmax_flags.h)."""
+        flags = sum(1 << i for i, x in enumerate(FLAGS) if getattr(options, x))
+        numbers = [getattr(options, x) for x in self.numbers]
+        tensors = (getattr(options, x) for x in self.tensors)
+        return *tensors, numbers, options.ignore_index, flags
+
+    def unpack(self, *packed: Any) -> Options:
+        *tensors, numbers, ignore_index, flags = packed
+        given: dict[str, Any] = dict(zip(self.tensors, tensors, strict=True))
+        given |= zip(self.numbers, numbers, strict=True)
+        given |= {x: bool(flags >> i & 1) for i, x in enumerate(FLAGS)}
+        return Options(ignore_index=ignore_index, **given)
+
+    def by_name(self, results: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.results, results, strict=True))
