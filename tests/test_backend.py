@@ -3,7 +3,9 @@
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch.torch_version import TorchVersion
 
 import anchorops as ao
 from anchorops import _backend, doctor
+from anchorops._moments import Options
+from anchorops._ops import class_moments, softmax_moments
 
 FEATURES, LABELS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int64)
 ANCHORS = torch.zeros(6, 3)
@@ -276,18 +280,24 @@ def test_auto_takes_triton_on_a_gpu_without_code(monkeypatch, targets, served, n
 
 def test_more_keys_than_cuda_supports_are_for_triton(monkeypatch):
     gpus = Gpus(monkeypatch, "9.0", "9.0")
-    assert [gpus.select(0, num_keys=keys) for keys in (1024, 1025)] == ["cuda", "triton"]
+    few, many = (partial(class_moments.refusal, keys) for keys in (1024, 1025))
+    assert [gpus.select(0, refusal=keys) for keys in (few, many)] == ["cuda", "triton"]
     with ao.use_backend("cuda"):
-        assert gpus.select(0, num_keys=1024) == "cuda"
-        message = 'f: backend cuda .* at most 1024 keys .* has 1025: choose "triton" or "auto"$'
+        assert gpus.select(0, refusal=few) == "cuda"
+        message = 'f: backend cuda .* at most 1024 keys .*: choose "triton" or "auto"$'
         with pytest.raises(ValueError, match=message):
-            gpus.select(0, num_keys=1025)
+            gpus.select(0, refusal=many)
     monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
-    assert gpus.select(0, num_keys=1025) == "reference"
+    assert gpus.select(0, refusal=many) == "reference"
 
 
 def test_logits_that_are_upsampled_less_than_twice_are_for_triton(monkeypatch):
-    gpus = Gpus(monkeypatch, "9.0", "9.0")  # of logits of 4×5
+    gpus = Gpus(monkeypatch, "9.0", "9.0")
+
+    def refusal(size: tuple[int, ...], align_corners: bool = False) -> Callable:
+        options = Options(align_corners=align_corners)
+        return partial(softmax_moments.refusal, torch.zeros(2, 3, 4, 5), size, options)
+
     for size, align_corners, backend in (
         ((8, 10), False, "cuda"),
         ((8, 9), False, "triton"),
@@ -299,14 +309,14 @@ def test_logits_that_are_upsampled_less_than_twice_are_for_triton(monkeypatch):
         ((1, 8, 10), False, "cuda"),  # of a volume
         ((8, 7, 10), False, "triton"),
     ):
-        assert gpus.select(0, size=size, align_corners=align_corners) == backend, size
+        assert gpus.select(0, refusal=refusal(size, align_corners)) == backend, size
     with ao.use_backend("cuda"):
-        assert gpus.select(0, size=(8, 10)) == "cuda"
+        assert gpus.select(0, refusal=refusal((8, 10))) == "cuda"
         message = 'f: backend cuda .* at least twice along each axis: choose "triton" or "auto"$'
         with pytest.raises(ValueError, match=message):
-            gpus.select(0, size=(8, 9))
+            gpus.select(0, refusal=refusal((8, 9)))
     monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
-    assert gpus.select(0, size=(8, 9)) == "reference"
+    assert gpus.select(0, refusal=refusal((8, 9))) == "reference"
 
 
 def test_one_compilation_for_all_sizes_that_cuda_leaves_to_triton(monkeypatch):
@@ -320,9 +330,8 @@ def test_one_compilation_for_all_sizes_that_cuda_leaves_to_triton(monkeypatch):
 
     @torch.compile(fullgraph=True, dynamic=True, backend=keep)
     def served(x, labels):
-        options = {"num_keys": 0, "shapes_losses": False, "operators": ("cuda",)}
-        options |= {"size": labels.shape, "align_corners": False}
-        return x + (_backend._why_not("cuda", x, 5, **options) is None)
+        refusal = partial(softmax_moments.refusal, x, labels.shape, Options())
+        return x + (_backend._why_not("cuda", x, 5, refusal, ("cuda",)) is None)
 
     for height, width in ((7, 10), (7, 12), (6, 9)):
         assert not served(torch.zeros(1, 2, 4, 5), torch.zeros(height, width)).any()
@@ -332,8 +341,8 @@ def test_one_compilation_for_all_sizes_that_cuda_leaves_to_triton(monkeypatch):
 def test_keys_are_images_times_classes_times_groups(monkeypatch):
     asked = []
 
-    def select(function, tensor, num_classes, *, runs, num_keys):
-        asked.append(num_keys)
+    def select(function, tensor, num_classes, *, runs, refusal):
+        asked.append(refusal.args[0])
         return "reference"
 
     monkeypatch.setattr("anchorops._ops.class_moments.select", select)

@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
-from anchorops._ops.softmax_moments import Options, unchecked_moments
+from anchorops._moments import Options, Signature
+from anchorops._ops.softmax_moments import moments_of as checked_moments
 
 cpu = pytest.mark.on("cpu")
 on_cpu = pytest.mark.on("cpu", "reference")
@@ -48,7 +49,7 @@ CASES = [
     Case((2, 2, 3, 37), (12, 148), asked=("masses",), per_image=True),
     Case((1, 7, 9, 2), (36, 8), BF16, layout="channels_last", label_dtype=torch.uint8),
     Case((1, 150, 1, 3), (4, 12), BF16, asked=CE),
-    Case((1, 37, 2, 3), (8, 12), F16, layout="every other", asked=("masses", "lse")),
+    Case((1, 37, 2, 3), (8, 12), F16, layout="every other", asked=("masses",)),
     # ×8
     Case((1, 8, 3, 4), (24, 32), layout="channels_last", asked=CE),
     Case((2, 5, 2, 3), (16, 24), BF16, layout="cropped", label_dtype=torch.int16),
@@ -257,7 +258,9 @@ def test_lanes_of_several_pixels(case: Case, backend: str, monkeypatch: pytest.M
     check(case, backend)
 
 
-@pytest.mark.parametrize("through", [("losses",), ("masses",), ("overlaps", "lse"), ("squares",)])
+@pytest.mark.parametrize(
+    "through", [("losses",), ("masses",), ("overlaps", "pixel_losses"), ("squares",)]
+)
 def test_gradient_through_some(through: tuple[str, ...], backend: str):
     check(Case((1, 6, 3, 4), (12, 16)), backend, through)
     check(Case((1, 6, 3, 4), (8, 9), BF16, True), backend, through)
@@ -391,7 +394,7 @@ def test_losses_are_never_negative(case: Case, backend: str):
 
 
 def test_far_from_zero(backend: str):
-    """A constant that all classes share changes nothing but lse."""
+    """A constant that all classes share changes nothing."""
     case = Case((1, 5, 3, 4), (12, 16))
     logits, labels, weights = make_logits(case)[0].round(), make_labels(case), make_weights(case)
     through = ("losses", "masses", "squares")
@@ -500,7 +503,7 @@ class Allocated(TorchDispatchMode):
         # in launches of one row of patches, or of three
         (Case((1, 5, 30, 30), (240, 240), asked=("masses",)), (4, 12)),
         # in launches of one part of the cells
-        (Case((2, 5, 6, 6), (48, 48), asked=("masses", "lse"), per_image=True), (2, 2)),
+        (Case((2, 5, 6, 6), (48, 48), asked=("masses",), per_image=True), (2, 2)),
     ],
     ids=str,
 )
@@ -511,7 +514,9 @@ def test_partials_are_limited(case: Case, blocks: tuple[int, int], backend: str,
     logits, labels = make_logits(case)[0], make_labels(case)
     operator = torch.ops.anchorops.softmax_moments.cuda
     with Allocated() as new:
-        operator._op_dk(torch._C.DispatchKey.CPU, logits, labels, *case.options)
+        operator._op_dk(
+            torch._C.DispatchKey.CPU, logits, labels, *Signature("cuda").pack(case.options)
+        )
     num_classes = case.num_classes
     partials = [shape for shape in new.shapes if len(shape) == 3 and shape[2] == num_classes]
     assert partials == [(3, blocks[0], num_classes), (1, blocks[1], num_classes)]
@@ -525,7 +530,6 @@ def test_strides_of_labels_and_gradients(backend: str):
     for name in ("losses", "pixel_losses"):
         weights[name] = torch.randn(1).expand(weights[name].shape)
     expected = results(case, logits, labels, weights)
-    weights["lse"] = weights["lse"].transpose(1, 2).contiguous().transpose(1, 2)
     for strided in (
         labels.transpose(1, 2).contiguous().transpose(1, 2),
         torch.stack([labels, torch.full_like(labels, 3)], -1)[..., 0],
@@ -592,26 +596,11 @@ def test_float64_is_refused(backend: str):
         ao.ops.softmax_moments(torch.zeros(4, 20_000), torch.zeros(4).long(), ignore_index=-1)
 
 
-@emulator
-@pytest.mark.parametrize(
-    "option",
-    [(torch.ones(2, 3), None, None, 0.0), (None, None, 1.0, 0.0), (None, None, None, 2.0)],
-)
-def test_options_that_cuda_leaves_to_triton(option, backend: str):
-    logits, labels = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.int64)
-    operators = torch.ops.anchorops
-    with pytest.raises(RuntimeError, match=r"softmax_moments\.cuda: smoothing, min_loss and focal"):
-        operators.softmax_moments.cuda(logits, labels, *Options(*option))
-    gradients = (labels.float(), torch.zeros(3), *(None,) * 5)
-    with pytest.raises(RuntimeError, match=r"softmax_moments_backward\.cuda: smoothing, min_loss"):
-        operators.softmax_moments_backward.cuda(logits, labels, *gradients, *option, 255, False)
-
-
 @without_cuda
 def test_nothing_is_used(backend: str):
     logits = torch.randn(2, 4, 5, 5, requires_grad=True)
     labels = torch.randint(0, 4, (2, 10, 10))
-    found = unchecked_moments("test", logits, labels, Options(min_loss=1e9, focal_gamma=1.0))
+    found = checked_moments("test", logits, labels, Options(min_loss=1e9, focal_gamma=1.0))
     assert found.used is not None and not found.used.any() and found.counts.sum() == 200
     (gradient,) = torch.autograd.grad(found.losses.sum(), logits)
     assert not gradient.any() and not found.losses.any()

@@ -30,7 +30,7 @@ def test_gradcheck(size: tuple[int, int], align_corners: bool, backend: str):
     labels = torch.randint(0, 4, (1, *size))
 
     def function(x: Tensor):
-        return ao.ops.softmax_moments(x, labels, align_corners=align_corners, **EVERYTHING)[2:8]
+        return ao.ops.softmax_moments(x, labels, align_corners=align_corners, **EVERYTHING)[2:7]
 
     assert torch.autograd.gradcheck(function, logits)
 

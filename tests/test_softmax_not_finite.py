@@ -23,7 +23,8 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops import reference
-from anchorops._ops.softmax_moments import Options, unchecked_moments
+from anchorops._moments import Options
+from anchorops._ops.softmax_moments import moments_of
 
 on_cpu = pytest.mark.on("cpu", "reference")
 without_cuda = pytest.mark.on("cpu", "reference", "interpreter")  # it leaves them to triton
@@ -64,10 +65,10 @@ def test_a_logit_spoils_the_pixels_that_read_it(pixels, align_corners, value, ba
     clean, clean_gradient = run(case, logits, labels, weights)
     logits[1, 3, 1, 2] = value
     ours, dlogits = run(case, logits, labels, weights)
-    for name in ("pixel_losses", "lse"):
-        assert torch.equal(ours[name][0], clean[name][0])
-        torch.testing.assert_close(ours[name][1][~spoilt], clean[name][1][~spoilt])
-        assert not ours[name][1][spoilt].isfinite().any()
+    losses, clean_losses = ours["pixel_losses"], clean["pixel_losses"]
+    assert torch.equal(losses[0], clean_losses[0])
+    torch.testing.assert_close(losses[1][~spoilt], clean_losses[1][~spoilt])
+    assert not losses[1][spoilt].isfinite().any()
     assert not ours["masses"][3].isfinite()
     assert not ours["losses"][labels[1, spoilt]].isfinite().any()
     torch.testing.assert_close(ours["losses"][2:], clean["losses"][2:])
@@ -181,7 +182,7 @@ def test_shaped_losses(pixels, align_corners, backend: str):
     logits[0, 2, 1, 2] = torch.nan
     labels[0, read_by(pixels, align_corners, 1, 2)] = 255
     through = ("losses", "pixel_losses")
-    for min_loss in (None, 0.2):
+    for min_loss in (-torch.inf, 0.2):
         case = case._replace(min_loss=min_loss)
         ours, dlogits = run(case, logits, labels, weights, through)
         expected = of_reference(case, logits, labels, weights, through)
@@ -206,11 +207,11 @@ def test_a_label_of_a_masked_class_without_weights(ratio: int, backend: str):
     labels[0, 0, -1] = 2
     smoothing = torch.tensor([[0.9, 0.9, 0.0], [0.05, 0.05, 0.0]])
     options = Options(smoothing=smoothing, focal_gamma=2.0, min_loss=0.1, pixel_losses=True)
-    found = unchecked_moments("test", logits, labels, options)
+    found = moments_of("test", logits, labels, options)
     (gradient,) = torch.autograd.grad(found.losses.sum(), logits)
     assert found.losses.isfinite().all() and gradient.isfinite().all()
     assert gradient[:, :, :, 2:].any() and not gradient[:, 2].any()
-    found = unchecked_moments("test", logits, labels, options._replace(smoothing=None))
+    found = moments_of("test", logits, labels, options._replace(smoothing=None))
     assert found.pixel_losses[0, 0, -1] == torch.inf
 
 
@@ -260,9 +261,9 @@ def test_nothing_valid(size, labels, dtype, per_image, backend: str, poisoned: N
     images = (1 if len(size) == 2 else size[0],) if per_image else ()
     for statistic in moments[:6]:
         assert statistic.shape == (*images, 5)
-    assert moments.lse.shape == moments.pixel_losses.shape == labels
-    assert not any(x.any() for x in (*moments[:8], loss))
-    found = [*moments[2:8], loss]
+    assert moments.pixel_losses.shape == labels
+    assert not any(x.any() for x in (*moments[:7], loss))
+    found = [*moments[2:7], loss]
     (gradient,) = torch.autograd.grad(found, logits, found)  # pyright: ignore
     assert gradient.shape == size and not gradient.any()
 

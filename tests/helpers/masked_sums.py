@@ -20,6 +20,7 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops import reference
+from anchorops._moments import statistics_dtype
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 FLOOR = 2**-23  # one rounding to float32
@@ -39,7 +40,7 @@ class Case(NamedTuple):
 
     @property
     def statistics_dtype(self) -> torch.dtype:
-        return reference.statistics_dtype(self.dtype)
+        return statistics_dtype(self.dtype)
 
 
 def make_features(case: Case) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,12 @@ from emulator import BACKEND
 from torch import Tensor
 
 import anchorops as ao
-from anchorops._ops.softmax_moments import Options, shapes_losses, unchecked_moments
-from anchorops.reference import statistics_dtype
+from anchorops._moments import Options, changes_losses, statistics_dtype
+from anchorops._ops.softmax_moments import moments_of as checked_moments
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-FLOATING = ("losses", "overlaps", "masses", "squares", "pixel_losses", "lse")
-ALL = ("hits", "masses", "squares", "pixel_losses", "lse")
+FLOATING = ("losses", "overlaps", "masses", "squares", "pixel_losses")
+ALL = ("hits", "masses", "squares", "pixel_losses")
 EVERYTHING = {name: True for name in ALL}
 CE = ()  # the cross-entropy needs only counts and losses
 ON_GPU = 2e-5
@@ -39,7 +39,7 @@ class Case(NamedTuple):
     per_image: bool = False
     scale: float = 3.0  # of the logits
     smoothing: str = ""  # by "class", or by "image and class"
-    min_loss: float | None = None
+    min_loss: float = -torch.inf
     focal_gamma: float = 0.0
     pixel_weights: bool = False
 
@@ -113,7 +113,7 @@ def make_labels(case: Case) -> Tensor:
 
 def make_weights(case: Case) -> dict[str, Tensor]:
     """A gradient for each floating result."""
-    sizes = [case.by_class] * 4 + [case.labels_size] * 2
+    sizes = [case.by_class] * 4 + [case.labels_size]
     dtype = statistics_dtype(case.dtype)
     return {k: torch.randn(n, dtype=dtype) for k, n in zip(FLOATING, sizes, strict=True)}
 
@@ -135,17 +135,11 @@ def is_valid(case: Case, labels: Tensor) -> Tensor:
 
 def moments_of(case: Case, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     options = case.options._replace(pixel_weights=make_pixel_weights(case, labels))
-    if shapes_losses(options) or case.pixel_weights or case.size[1] == 1:
-        moments = unchecked_moments("test", logits, labels, options)
+    if changes_losses(options) or case.pixel_weights or case.size[1] == 1:
+        moments = checked_moments("test", logits, labels, options)
     else:
-        own = (
-            "smoothing",
-            "pixel_weights",
-            "min_loss",
-            "focal_gamma",
-            "outside",
-        )  # not of the public function
-        public = {name: x for name, x in options._asdict().items() if name not in own}
+        names = ("ignore_index", "align_corners", "per_image", *ALL)
+        public = {name: getattr(options, name) for name in names}
         moments = ao.ops.softmax_moments(logits, labels, **public)
     return {name: x for name, x in moments._asdict().items() if x is not None}
 
@@ -197,7 +191,7 @@ def by_torch(case: Case, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
     log_p = z.log_softmax(1)
     p = torch.where(valid[:, None], log_p.exp(), 0)
     c = -log_p.gather(1, own[:, None])[:, 0]
-    used = valid if case.min_loss is None else valid & ~(c < case.min_loss)
+    used = valid if case.min_loss == -torch.inf else valid & ~(c < case.min_loss)
     losses, shares = torch.where(used, shaped_losses(case, log_p, c, own), 0), used
     weighted = losses
     if case.pixel_weights:
@@ -212,12 +206,11 @@ def by_torch(case: Case, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "masses": lambda: p.sum(axes),
         "squares": lambda: p.square().sum(axes),
         "pixel_losses": lambda: losses.view(labels.shape),
-        "lse": lambda: torch.where(valid, z.logsumexp(1), 0).view(labels.shape),
         "used": lambda: (one_hot * shares[:, None]).sum(axes),
     }
     asked = {"counts", "losses", *case.asked} - {"hits"}
     asked |= {"overlaps"} if "masses" in case.asked else set()
-    asked |= {"used"} if case.min_loss is not None or case.pixel_weights else set()
+    asked |= {"used"} if case.min_loss > -torch.inf or case.pixel_weights else set()
     return {name: moments[name]() for name in asked}
 
 
@@ -255,9 +248,8 @@ def check(case: Case, backend: str, through=FLOATING, logits=None, labels=None) 
         torch.testing.assert_close(ours["used"], exact["used"].to(dtype))
     elif "used" in ours:
         assert torch.equal(ours["used"], exact["used"])
-    for name in ("pixel_losses", "lse"):
-        if name in ours:
-            assert not ours[name][~is_valid(case, labels)].any(), f"{name}: ignored pixels are 0"
+    if "pixel_losses" in ours:
+        assert not ours["pixel_losses"][~is_valid(case, labels)].any(), "ignored pixels are 0"
     assert dlogits.dtype == case.dtype
     if backend != "reference":
         assert dlogits.stride() == torch.empty_like(logits, device="meta").stride()

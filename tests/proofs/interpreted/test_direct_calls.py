@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from anchorops._moments import Options, Signature
+
 pytestmark = pytest.mark.on("emulator")
 
 
@@ -29,14 +31,10 @@ NCE = {
 SOFTMAX = {
     "logits": LOGITS,
     "labels": LABELS,
-    "smoothing": None,
-    "pixel_weights": None,
-    "min_loss": None,
-    "focal_gamma": 0.0,
+    "numbers": [],
     "ignore_index": 255,
-    "align_corners": False,
+    "flags": Signature("cuda").pack(Options(lse=True))[-1],
 }
-STATISTICS = ("per_image", "hits", "masses", "squares", "pixel_losses", "lse", "outside")
 RIGHT = {
     "class_keys": {
         "labels": LABELS,
@@ -69,11 +67,10 @@ RIGHT = {
     "centroid_info_nce": NCE | {"temperature": 0.1},
     "centroid_info_nce_backward": NCE
     | {"dlosses": ROW, "losses": ROW, "lse": ROW, "temperature": 0.1},
-    "softmax_moments": SOFTMAX
-    | {name if name == "per_image" else f"with_{name}": name == "lse" for name in STATISTICS},
+    "softmax_moments": SOFTMAX,
     "softmax_moments_backward": SOFTMAX
     | dict.fromkeys(("dlosses", "doverlaps", "dmasses", "dsquares"), BY_CLASS)
-    | dict.fromkeys(("lse", "dpixel_losses", "dlse"), MAP),
+    | dict.fromkeys(("lse", "dpixel_losses"), MAP),
     "pixel_argmax": {"logits": LOGITS, "height": 8, "width": 12, "align_corners": False},
 }
 # Operator, argument, its wrong value, message.
@@ -118,7 +115,6 @@ WRONG = [
     ("softmax_moments_backward", "dlosses", BY_CLASS[1:], SHAPE),
     ("softmax_moments_backward", "dmasses", BY_CLASS.expand(2, K), SHAPE),  # others are [K]
     ("softmax_moments_backward", "dpixel_losses", MAP[:, 1:], SHAPE),
-    ("softmax_moments_backward", "dlse", MAP[:1], SHAPE),
     ("pixel_argmax", "width", 5, TWICE + "8x5 pixels: use the backend triton"),
     ("pixel_argmax", "logits", LOGITS[..., None], "expected .B, K, h, w. that is not empty"),
     ("pixel_argmax", "logits", LOGITS[..., :0], "expected .B, K, h, w. that is not empty"),
@@ -151,7 +147,6 @@ def test_wrong_arguments(operator: str, argument: str, wrong: object, message: s
         ("centroid_info_nce", "positives", NCE["positives"].half()),
         ("centroid_info_nce", "present", NCE["present"].byte()),
         ("softmax_moments_backward", "lse", MAP.double()),
-        ("softmax_moments_backward", "dlse", MAP.half()),
     ],
     ids=str,
 )
