@@ -48,6 +48,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.option.benchmark_quiet = True  # one table is enough
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     ranks = "0 for quick cases, 1 for those of --full alone, 2 for options"
     config.addinivalue_line("markers", f"rank(n): {ranks}")
     torch.set_num_threads(config.getoption("--threads"))
@@ -124,9 +126,9 @@ def unsteadiness(measured: Measurement) -> tuple[bool, float]:
 class Bench:
     """The fixture of a benchmark: call `check` first, then `record`."""
 
-    def __init__(self, request: pytest.FixtureRequest) -> None:
+    def __init__(self, request: pytest.FixtureRequest, benchmark) -> None:
         config = request.config
-        self._rows, self._error = config.stash[ROWS], None
+        self._rows, self._benchmark, self._error = config.stash[ROWS], benchmark, None
         self.eager = bool(config.getoption("--eager"))
         marker = request.node.get_closest_marker("rank")
         self._quick = marker is not None and marker.args[0] == 0
@@ -161,11 +163,11 @@ class Bench:
                     beside=beside,
                     seconds=self.seconds,
                     rounds=self.rounds,
-                )[0]
+                )
             )
-            if unsteadiness(tries[-1]) <= (False, MOST_SPREAD):
+            if unsteadiness(tries[-1][0]) <= (False, MOST_SPREAD):
                 break
-        measured = min(tries, key=unsteadiness)
+        measured, times = min(tries, key=lambda attempt: unsteadiness(attempt[0]))
         own = [*backends(self.device), ""][0]
         row = {
             "operation": case.operation,
@@ -186,6 +188,7 @@ class Bench:
             "quick": self._quick,
         }
         self._rows.add_operator(row)
+        self._report(row, times)
 
     def record_in_turns(self, runs: dict[str, Run], row: dict) -> None:
         """Times the runs, which take turns, and completes the row of an option."""
@@ -205,12 +208,21 @@ class Bench:
             "others": others,
         }
         self._rows.add_option(row)
+        self._report(row, times[0])
+
+    def _report(self, row: dict, times: Sequence[float]) -> None:
+        """For --benchmark-json, --benchmark-compare and others of pytest-benchmark."""
+        self._benchmark.extra_info.update(row)
+        if self._benchmark.enabled:
+            stats = self._benchmark._make_stats(1)
+            for seconds in times:
+                stats.update(seconds)
 
 
 @pytest.fixture
-def bench(request) -> Bench:
+def bench(request, benchmark) -> Bench:
     torch.compiler.reset()  # otherwise a formula compiled for many shapes would run uncompiled
-    return Bench(request)
+    return Bench(request, benchmark)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -14,7 +14,7 @@
 # Without a GPU, or with --dry-run, every part runs up to its first launch: the GPU tests until they
 # are skipped, the Triton kernels compiled for sm_90, every measurement on tiny tensors on the CPU.
 #
-# $PYTHON (python3) must have torch. pytest, hypothesis, pytest-xdist, ninja and
+# $PYTHON (python3) must have torch. pytest, hypothesis, pytest-benchmark, pytest-xdist, ninja and
 # the packages of anchorops[train] may be installed, on PYTHONPATH, or wheels in the directory of
 # --wheels; a part with a missing package is skipped and says so. anchorops/_cpu.so and
 # anchorops/_cuda.so are compiled if they are not there. $ANCHOROPS_COMMIT names the commit if git is
@@ -184,7 +184,7 @@ third() {
         bench/bench_losses.py bench/bench_centroid_info_nce.py)
     where=(--device cuda --seconds 0.05)
     [ -z "$dry_run" ] || where=(--device cpu --tiny)
-    needing pytest bench 310 "$python" -m pytest -q -p no:cacheprovider \
+    needing "pytest pytest_benchmark" bench 310 "$python" -m pytest -q -p no:cacheprovider \
         "${benches[@]}" --full "${where[@]}" --rows "$out/bench.json"
     training="tyro typeguard tifffile timm segmentation_models_pytorch sklearn PIL matplotlib torchmetrics torchvision tqdm"
     needing "$training pytest" training_step 180 "$python" bench/training_step.py \
