@@ -16,8 +16,13 @@ LIBRARY = os.environ.get("ANCHOROPS_CUDA_ON_HOST")
 BACKEND = "cuda" if LIBRARY else "triton" if TRITON_INTERPRETED else ""
 EMULATED = bool(BACKEND)
 HERE = Path(__file__).parent
-OF_PYTORCH = ("operators", "class_moments_torch", "softmax_moments_torch")  # compile, opcheck, …
+OF_PYTORCH = (
+    "guarantees_of_torch",
+    "class_moments_torch",
+    "softmax_moments_torch",
+)  # compile, opcheck, …
 OF_KERNELS = (
+    "guarantees",
     "class_keys",
     "class_moments",
     "class_moments_backward",

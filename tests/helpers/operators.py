@@ -1,0 +1,372 @@
+"""An example of each operator, called by its public function, and the same by torch's functions:
+what tests/test_guarantees.py and tests/test_guarantees_of_torch.py run.
+
+The formulas are those of `anchorops-doctor --verify` (anchorops/verify.py), where there is one.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import softmax_formulas
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import anchorops as ao
+from anchorops import verify
+from anchorops._ops.upsampled_sums import upsampled_sums
+
+K, D = 4, 6
+Inputs = dict[str, Tensor]
+EVERYWHERE = ("reference", "cpu", "interpreter", "emulator")
+NOT_CUDA = ("reference", "cpu", "interpreter")
+ON_CPU = ("reference", "cpu")
+NOT_CPU = ("reference", "interpreter", "emulator")  # on the CPU it is the reference
+
+
+class Operator(NamedTuple):
+    name: str
+    run: Callable[..., Any]  # of the inputs, by name: a tensor or several
+    formula: Callable[..., Any]  # the same by torch, in the dtype of the inputs
+    inputs: Callable[[int], Inputs]  # of n² as many pixels; the gradient of the first is tested
+    places: tuple[str, ...] = EVERYWHERE
+    differentiable: bool = True
+    ignores: bool = True  # inputs of which nothing valid reads a part
+    tables: tuple[str, ...] = ()  # inputs without images
+    dense: tuple[str, ...] = ()  # inputs that are contiguous or channels last
+    rtol: float = 1e-10  # of float64
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def of_labels(*shape: int, num_classes: int = K) -> Tensor:
+    """Class 1 is absent. A tenth is ignored, and half of the first image."""
+    labels = torch.randint(0, num_classes, shape)
+    labels[(labels == 1) & (num_classes > 2)] = 0
+    labels[torch.rand(shape) < 0.1] = -1
+    labels[0, ..., shape[-2] // 2 :, :] = -1
+    return labels
+
+
+def of_features(n: int) -> Inputs:
+    features, labels = torch.randn(2, D, 5 * n, 7 * n), of_labels(2, 10 * n, 14 * n)
+    return {"features": features, "labels": labels.short(), "anchors": torch.randn(K, D)}
+
+
+def without_anchors(n: int) -> Inputs:
+    inputs = of_features(n)
+    del inputs["anchors"]
+    return inputs
+
+
+def of_logits(*sizes: int, num_classes: int = K) -> Callable[[int], Inputs]:
+    """sizes: height and width of the logits and of the labels."""
+    h, w, height, width = sizes
+
+    def inputs(n: int) -> Inputs:
+        labels = of_labels(2, n * height, n * width, num_classes=num_classes)
+        logits = 2 * torch.randn(2, num_classes, n * h, n * w)
+        return {"logits": logits, "labels": labels.short()}
+
+    return inputs
+
+
+def with_pixel_weights(n: int) -> Inputs:
+    inputs = of_logits(3, 5, 12, 20)(n)
+    weights = torch.rand(inputs["labels"].shape)
+    return inputs | {"pixel_weights": torch.where(weights < 0.1, 0, weights)}
+
+
+def of_channels(n: int) -> Inputs:
+    labels = of_labels(2, 3, 12 * n, 20 * n, num_classes=2)
+    return {"logits": 2 * torch.randn(2, 3, 3 * n, 5 * n), "labels": labels}
+
+
+def of_volumes(n: int) -> Inputs:
+    labels = of_labels(2, 9, 8 * n, 10 * n)
+    return {"logits": 2 * torch.randn(2, K, 3, 4 * n, 5 * n), "labels": labels}
+
+
+def of_teacher(volume: bool, n: int) -> Inputs:
+    inputs = of_volumes(n) if volume else of_logits(3, 5, 12, 20)(n)
+    labels = inputs.pop("labels")
+    return inputs | {"teacher": 2 * torch.randn(inputs["logits"].shape), "valid": labels >= 0}
+
+
+def of_centroids(n: int) -> Inputs:
+    queries, positives = torch.randn(2, 6 * n, 2, 5)
+    present = torch.rand(6 * n, 2) < 0.6
+    present[0], present[1] = True, False
+    return {
+        "queries": queries,
+        "keys": torch.randn(6 * n, 5),
+        "present": present,
+        "positives": positives,
+    }
+
+
+def without_options(loss: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A function of verify, whose arguments are named by one letter."""
+    return lambda *inputs, **named: loss(*inputs, *named.values(), **options)
+
+
+def our_moments(features: Tensor, labels: Tensor, anchors: Tensor, **options: Any):
+    return ao.ops.class_moments(features, labels, K, anchors=anchors, ignore_index=-1, **options)
+
+
+def our_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    return ao.pixel_to_anchor_mse(features, labels, anchors, ignore_index=-1)
+
+
+def our_centroids(features: Tensor, labels: Tensor):
+    return ao.class_centroids(features, labels, K, per_image=True, ignore_index=-1)
+
+
+def centroids(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    counts, sums = verify._moments(features, labels, num_classes=K, per_image=True)
+    return sums / counts.clamp(min=1)[..., None], counts
+
+
+STATISTICS = ("counts", "losses", "overlaps", "masses", "squares", "pixel_losses")
+
+
+def our_statistics(logits: Tensor, labels: Tensor, **options: Any) -> list[Tensor]:
+    options |= {"squares": True, "pixel_losses": True, "ignore_index": -1}
+    moments = ao.ops.softmax_moments(logits, labels, **options)
+    return [getattr(moments, name) for name in STATISTICS]
+
+
+def statistics(logits: Tensor, labels: Tensor, **options: Any) -> list[Tensor]:
+    size, pixels = tuple(logits.shape), tuple(labels.shape[1:])
+    case = softmax_formulas.Case(size, pixels, asked=STATISTICS[3:], **options)
+    moments = softmax_formulas.by_torch(case, logits, labels)
+    return [moments[name] for name in STATISTICS]
+
+
+def our_divergence(logits: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    size = valid.shape[1:]
+    return ao.pixel_kl_divergence(logits, teacher, size, valid=valid, temperature=2.0)
+
+
+def our_sums(features: Tensor, labels: Tensor):
+    options = {"per_image": True, "upsample": True, "ignore_index": -1}
+    return upsampled_sums(features, labels, K, **options)
+
+
+def sums_of_upsampled(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int = K,
+    *,
+    per_image: bool = True,
+    upsample: bool = True,
+    ignore_index: int = -1,
+) -> tuple[Tensor, ...]:
+    pixels = features
+    if upsample:
+        pixels = F.interpolate(features, labels.shape[1:], mode="bilinear", align_corners=True)
+    else:
+        labels = F.interpolate(labels[:, None].double(), features.shape[2:])[:, 0]
+    masks = [(labels == k) & (labels != ignore_index) for k in range(num_classes)]
+    counts = torch.stack([mask.sum((1, 2)) for mask in masks], 1)
+    sums = torch.stack([(pixels * mask[:, None]).sum((2, 3)) for mask in masks], 1)
+    if not per_image:
+        counts, sums = counts.sum(0), sums.sum(0)
+    return counts, sums, features.mean((0, 2, 3)), features.var((0, 2, 3), correction=0)
+
+
+def our_info_nce(queries: Tensor, keys: Tensor, present: Tensor, positives: Tensor) -> Tensor:
+    return ao.ops.centroid_info_nce(queries, keys, positives=positives, present=present)
+
+
+WEIGHT = torch.linspace(0.5, 2, K).tolist()
+GROUPS = {"groups": 2, "per_image": True, "seed": 5}
+ALIGNED = {"align_corners": True}
+shaped = ao.CrossEntropy(WEIGHT, label_smoothing=0.1, focal_gamma=1.5, ohem=0.9, ignore_index=-1)
+shaped_formula = partial(
+    verify._cross_entropy, weight=torch.tensor(WEIGHT), smoothing=0.1, gamma=1.5, ohem=0.9
+)
+four_times, any_size = of_logits(3, 5, 12, 20), of_logits(5, 4, 9, 13)
+argmax = partial(verify._predictions, align=False)
+OPERATORS = [
+    Operator(
+        "class_moments",
+        our_moments,
+        without_options(verify._moments, num_classes=K),
+        of_features,
+        tables=("anchors",),
+    ),
+    Operator(
+        "class_moments of groups",
+        partial(our_moments, **GROUPS),
+        without_options(verify._moments, num_classes=K, **GROUPS),
+        of_features,
+        tables=("anchors",),
+    ),
+    Operator(
+        "pixel_to_anchor_mse",
+        our_mse,
+        without_options(verify._mse),
+        of_features,
+        tables=("anchors",),
+    ),
+    Operator("class_centroids", our_centroids, centroids, without_anchors),
+    Operator(
+        "softmax_moments",
+        partial(our_statistics, per_image=True),
+        partial(statistics, per_image=True),
+        four_times,
+    ),
+    Operator(
+        "softmax_moments of any size",
+        partial(our_statistics, **ALIGNED),
+        partial(statistics, **ALIGNED),
+        any_size,
+        NOT_CUDA,
+    ),
+    Operator(
+        "pixel_cross_entropy",
+        partial(ao.pixel_cross_entropy, ignore_index=-1, reduction="none"),
+        without_options(verify._loss_of_pixels),
+        of_logits(6, 7, 6, 7, num_classes=2),
+        NOT_CUDA,
+    ),
+    Operator("CrossEntropy", shaped, without_options(shaped_formula), with_pixel_weights, NOT_CUDA),
+    Operator(
+        "CrossEntropy of the hardest",
+        ao.CrossEntropy(ohem_kept=40, ignore_index=-1),
+        without_options(verify._cross_entropy, kept=40),
+        four_times,
+        NOT_CUDA,
+        ignores=False,  # other pixels have no gradient either
+    ),
+    Operator(
+        "Dice",
+        ao.Dice(squared=True, per_image=True, ignore_index=-1),
+        without_options(verify._dice, squared=True, per_image=True),
+        any_size,
+    ),
+    Operator(
+        "BinaryCrossEntropy",
+        ao.BinaryCrossEntropy(2.5, ignore_index=-1),
+        without_options(verify._binary, pos_weight=2.5),
+        of_channels,
+    ),
+    Operator(
+        "CrossEntropyDice of volumes",
+        ao.CrossEntropyDice(ignore_index=-1),
+        without_options(verify._with_dice),
+        of_volumes,
+        ON_CPU,
+    ),
+    Operator(
+        "pixel_kl_divergence",
+        our_divergence,
+        without_options(verify._divergence, temperature=2.0),
+        partial(of_teacher, False),
+        NOT_CUDA,
+    ),
+    Operator(
+        "pixel_kl_divergence of volumes",
+        our_divergence,
+        without_options(verify._divergence, temperature=2.0),
+        partial(of_teacher, True),
+        ON_CPU,
+    ),
+    Operator(
+        "pixel_argmax",
+        without_options(argmax),
+        without_options(verify._largest, align=False),
+        four_times,
+        differentiable=False,
+        ignores=False,
+    ),
+    Operator(
+        "pixel_argmax of volumes",
+        without_options(argmax),
+        without_options(verify._largest, align=False),
+        of_volumes,
+        ON_CPU,
+        differentiable=False,
+        ignores=False,
+    ),
+    Operator(
+        "pixel_confusion",
+        partial(ao.pixel_confusion, ignore_index=-1),
+        without_options(verify._confusion),
+        four_times,
+        differentiable=False,
+        ignores=False,
+    ),
+    Operator(
+        "upsampled_sums",
+        our_sums,
+        sums_of_upsampled,
+        without_anchors,
+        ignores=False,
+        dense=("features",),
+        rtol=1e-6,  # weights are multiples of 1/SPLAT_UNITS
+    ),
+    Operator(
+        "centroid_info_nce",
+        our_info_nce,
+        without_options(verify._info_nce),
+        of_centroids,
+        NOT_CPU,
+        tables=("queries", "keys", "present", "positives"),
+    ),
+]
+
+
+def as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Floating inputs in this dtype, labels as int64."""
+    labels = {torch.int16: torch.int64}
+    return {
+        name: x.to(dtype if x.is_floating_point() else labels.get(x.dtype, x.dtype))
+        for name, x in inputs.items()
+    }
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same numbers in the opposite order of axes, with gaps between them."""
+    axes = [*range(x.dim())][::-1]
+    return torch.stack([x.permute(axes).contiguous()] * 2, -1)[..., 1].permute(axes)
+
+
+def results(run: Callable[..., Any], inputs: Inputs, weights_are_strided: bool = False):
+    """The results; and the gradients of the floating inputs, of a weighted sum of the results."""
+    leaves = {name: x.detach() for name, x in inputs.items()}
+    floating = [x.requires_grad_() for x in leaves.values() if x.is_floating_point()]
+    found = run(**leaves)
+    found = [found] if isinstance(found, Tensor) else [x for x in found if x is not None]
+    differentiable = [x for x in found if x.requires_grad]
+    gradients = ()
+    if differentiable:
+        weights = [torch.linspace(0.5, 1.5, x.numel()).view(x.shape).to(x) for x in differentiable]
+        weights = [strided(x) for x in weights] if weights_are_strided else weights
+        gradients = torch.autograd.grad(differentiable, floating, weights, allow_unused=True)
+    return [*(x.detach() for x in found), *(x for x in gradients if x is not None)]
+
+
+class Calls(TorchDispatchMode):
+    """The calls of our operators, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "anchorops":
+            assert not kwargs
+            backward = func.overloadpacket.__name__.endswith("_backward")
+            self.found.append((func, tuple(_leaf(x, backward) for x in args)))
+        return func(*args, **(kwargs or {}))
+
+
+def _leaf(x: Any, constant: bool) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    return x.detach().clone().requires_grad_(x.requires_grad and not constant)

@@ -1,0 +1,153 @@
+"""What every backend guarantees (docs/how-it-works.md), of every operator: values and gradients,
+equal bits, any strides, 64-bit offsets, and what is ignored. test_guarantees_of_torch.py has what
+torch needs of an operator. The cases and peculiarities of an operator are in its own file."""
+
+import pytest
+import torch
+from cpu_kernels import passes_with, same_for_all_threads
+from operators import OPERATORS, Operator, as_dtype, results, strided
+from torch import Tensor
+
+F32, F64 = torch.float32, torch.float64
+FLOOR = 2**-20  # of the largest number
+pytestmark = [
+    pytest.mark.usefixtures("sorted_by_numpy"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, in the interpreter
+]
+
+
+def each(*places: str, **having: object) -> pytest.MarkDecorator:
+    """All operators that have these properties, in these places."""
+    cases = [
+        pytest.param(operator, marks=pytest.mark.on(*here), id=operator.name)
+        for operator in OPERATORS
+        if all(getattr(operator, name) == value for name, value in having.items())
+        and (here := [place for place in operator.places if place in (places or operator.places)])
+    ]
+    return pytest.mark.parametrize("operator", cases)
+
+
+def same_bits(ours: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@each()
+def test_values_and_gradients(operator: Operator, backend: str, poisoned: None):
+    """The error is at most twice that of torch's functions in float32, plus the floor."""
+    inputs = operator.inputs(1)
+    exact, plain = (results(operator.formula, as_dtype(inputs, dtype)) for dtype in (F64, F32))
+    for ours, right, other in zip(results(operator.run, inputs), exact, plain, strict=True):
+        assert ours.shape == right.shape
+        allowed = 2 * (other.double() - right).abs().max() + FLOOR * right.abs().max()
+        assert ((ours.double() - right).abs() <= allowed).all()
+
+
+@each("reference", "cpu")
+def test_float64(operator: Operator, backend: str):
+    inputs = as_dtype(operator.inputs(1), F64)
+    expected = results(operator.formula, inputs)
+    for ours, right in zip(results(operator.run, inputs), expected, strict=True):
+        assert ours.dtype in (F64, torch.int64)
+        atol = operator.rtol * float(right.abs().max())
+        torch.testing.assert_close(ours.double(), right.double(), rtol=operator.rtol, atol=atol)
+
+
+@each()
+def test_the_same_bits(operator: Operator, backend: str):
+    inputs = operator.inputs(1)
+    assert same_bits(*(results(operator.run, inputs) for _ in range(2)))
+
+
+@each("cpu")
+def test_threads_do_not_matter(operator: Operator, backend: str):
+    inputs = operator.inputs(8)
+    same_for_all_threads(lambda: results(operator.run, inputs))
+
+
+@each()
+def test_strides(operator: Operator, backend: str):
+    """Of all inputs and of the incoming gradients. Gradients of images have their layout."""
+    inputs = operator.inputs(1)
+    expected = results(operator.run, inputs)
+    changed = {name: x if name in operator.dense else strided(x) for name, x in inputs.items()}
+    found = results(operator.run, changed, weights_are_strided=True)
+    torch.testing.assert_close(found, expected)
+    name, x = next(iter(inputs.items()))
+    if operator.differentiable and backend != "reference" and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+        found = results(operator.run, inputs | {name: x})
+        torch.testing.assert_close(found, expected)
+        (gradient,) = [g for g in found if g.shape == x.shape and g.dtype == x.dtype][:1]
+        assert gradient.stride() == x.stride()
+
+
+def far(x: Tensor, axis: int, memory_format: torch.memory_format) -> Tensor:
+    """The same numbers, of which those of the last index of this axis lie beyond 2^31. Few pages
+    are touched."""
+    strides, last = list(x.contiguous(memory_format=memory_format).stride()), x.shape[axis] - 1
+    strides[axis] = 2**31 // last + 1
+    buffer = torch.empty(last * strides[axis] + x.numel(), dtype=x.dtype)
+    return buffer.as_strided(x.shape, strides).copy_(x)
+
+
+@each("cpu", "interpreter", "emulator")
+def test_offsets_are_64_bit(operator: Operator, backend: str):
+    """Along each axis, of all inputs."""
+    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
+    inputs = operator.inputs(4 if backend == "cpu" else 1)  # with whole vectors
+    expected = results(operator.run, inputs)
+    changed = {  # int64 would be 16 GB
+        name: x
+        for name, x in inputs.items()
+        if name not in operator.dense and x.element_size() <= 4
+    }
+    for axis in range(max(x.dim() for x in changed.values())):
+        for images in (torch.contiguous_format, torch.channels_last):
+            if images == torch.channels_last and backend != "cpu":
+                continue
+            moved = {
+                name: far(x, axis, images if x.dim() == 4 else torch.contiguous_format)
+                for name, x in changed.items()
+                if x.dim() > axis
+            }
+            torch.testing.assert_close(results(operator.run, inputs | moved), expected)
+
+
+@each(ignores=True)
+def test_what_nothing_valid_reads_changes_nothing(operator: Operator, backend: str):
+    """NaN and ∞ there. Another maximum of the logits of ignored pixels may round differently."""
+    inputs = operator.inputs(1)
+    name, x = next(iter(inputs.items()))
+    expected = results(operator.run, inputs)
+    leaf = x.double().requires_grad_()
+    wide = as_dtype(inputs, F64) | {name: leaf}
+    value = operator.formula(**wide)
+    values = [value] if isinstance(value, Tensor) else [v for v in value if v.requires_grad]
+    (gradient,) = torch.autograd.grad(torch.stack([v.sum() for v in values]).sum(), leaf)
+    unread = gradient == 0
+    assert unread.any() and not unread.all()
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    values = values[torch.arange(x.numel()) % 3].view_as(x)
+    found = results(operator.run, inputs | {name: torch.where(unread, values, x)})
+    torch.testing.assert_close(found, expected)
+
+
+@each(ignores=True)
+@pytest.mark.parametrize("images", [0, 2])
+def test_nothing_valid(images: int, operator: Operator, backend: str, poisoned: None):
+    """No image; or all are ignored, and NaN. Results and gradients are 0."""
+    ignored = {torch.float32: torch.nan, torch.bool: False}
+    inputs = {
+        name: torch.full_like(x, ignored.get(x.dtype, -1)) if images else x
+        for name, x in operator.inputs(1).items()
+    }
+    inputs = {name: x if name in operator.tables else x[:images] for name, x in inputs.items()}
+    if images == 0 and len(operator.tables) == len(inputs):
+        pytest.skip("the inputs are tables of classes")
+    assert not any(x.any() for x in results(operator.run, inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", ["default", "avx2"])
+def test_lower_instruction_sets(instructions: str):
+    passes_with(instructions, __file__, "cpu and not instruction_sets")

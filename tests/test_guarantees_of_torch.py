@@ -1,0 +1,193 @@
+"""What torch needs of every operator: its registration (opcheck), torch.compile, traces, vmap,
+autocast, meta tensors; derivatives that a backend has not raise an error."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from operators import Calls, Inputs, Operator, as_dtype, results, strided
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tests.test_guarantees import each, same_bits
+
+F64 = torch.float64
+pytestmark = [
+    pytest.mark.usefixtures("sorted_by_numpy"),
+    pytest.mark.filterwarnings("ignore"),  # of torch.jit: deprecated; of vmap: slow
+]
+
+
+Function = Callable[..., Tensor]
+
+
+def of_floating(operator: Operator, inputs: Inputs) -> tuple[Function, tuple[Tensor, ...]]:
+    """A weighted sum of the results, as a function of the floating inputs; and these."""
+    floating = {name: x for name, x in inputs.items() if x.is_floating_point()}
+
+    def function(*given: Tensor) -> Tensor:
+        found = operator.run(**(inputs | dict(zip(floating, given, strict=True))))
+        found = [found] if isinstance(found, Tensor) else found
+        terms = [y for y in found if y.is_floating_point()] or [y.float() for y in found]
+        weights = [torch.linspace(0.5, 1.5, y.numel()).view(y.shape).to(y) for y in terms]
+        return torch.stack([(y * w).sum() for y, w in zip(terms, weights, strict=True)]).sum()
+
+    return function, tuple(floating.values())
+
+
+@each("reference", "cpu", differentiable=True)
+def test_gradcheck(operator: Operator, backend: str):
+    function, (x, *others) = of_floating(operator, as_dtype(operator.inputs(1), F64))
+    given = (x.requires_grad_(), *others)
+    assert torch.autograd.gradcheck(function, given, fast_mode=True)
+    if backend == "reference":
+        assert torch.autograd.gradgradcheck(function, given, fast_mode=True)
+
+
+@each("reference", differentiable=True)
+def test_transforms_of_the_reference(operator: Operator, backend: str):
+    function, (x, *others) = of_floating(operator, as_dtype(operator.inputs(1), F64))
+    direction, leaf = torch.randn_like(x), x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(leaf, *others), leaf)
+    torch.testing.assert_close(grad(function)(x, *others), expected)
+    torch.testing.assert_close(vmap(grad(lambda x: function(x, *others)))(x[None])[0], expected)
+    along = jvp(lambda x: function(x, *others), (x,), (direction,))[1]
+    torch.testing.assert_close(along, (expected * direction).sum())
+
+
+@each("cpu", "interpreter", "emulator", differentiable=True)
+def test_other_derivatives_raise(operator: Operator, backend: str):
+    """Second derivatives, forward mode, torch.func's."""
+    of_all, (x, *others) = of_floating(operator, operator.inputs(1))
+
+    def function(x: Tensor) -> Tensor:
+        return of_all(x, *others)
+
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(leaf).square(), leaf, create_graph=True)
+    instead = r'not implemented in the fused operators; use .*use_backend\("reference"\) for them$'
+    with pytest.raises(RuntimeError, match=rf"^\w+: second derivatives are {instead}"):
+        gradient.square().sum().backward()
+    if operator.name == "upsampled_sums":  # in a transform it is the reference
+        return
+    with pytest.raises(RuntimeError, match=rf"^\w+: forward-mode derivatives are {instead}"):
+        jvp(function, (x,), (x,))
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match=rf"^\w+: forward-mode derivatives are {instead}"),
+    ):
+        function(forward_ad.make_dual(x, x))
+    for transformed, given in (
+        (grad(function), x),
+        (vmap(grad(function)), x[None]),
+        (grad(lambda x: vmap(function)(x[None]).sum()), x),
+    ):
+        with pytest.raises(RuntimeError, match=rf"^\w+: torch.func's derivatives are {instead}"):
+            transformed(given)
+
+
+@each()
+def test_compiles_as_one_graph(operator: Operator, backend: str):
+    """Also for other sizes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(operator.run, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n, recompiles in ((2, True), (3, False)):
+        inputs = operator.inputs(n)
+        with torch._dynamo.config.patch(error_on_recompile=not recompiles):
+            found = results(compiled, inputs)
+        torch.testing.assert_close(found, results(operator.run, inputs))
+
+
+def exported(function: Function, given: tuple[Tensor, ...]) -> Function:
+    class Loss(torch.nn.Module):
+        def forward(self, *given: Tensor) -> Tensor:
+            return function(*given)
+
+    with torch.no_grad():
+        return torch.export.export(Loss(), given).module()
+
+
+def mapped(function: Function) -> Function:
+    return lambda *given: vmap(function)(*(x[None] for x in given))[0]
+
+
+# Each makes, from a function and inputs without gradient, a function with the same gradients.
+TRACES: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
+    "vmap": lambda f, given: mapped(f),
+    "compiled vmap": lambda f, given: torch.compile(mapped(f), backend="aot_eager", fullgraph=True),
+    "make_fx": lambda f, given: make_fx(f)(*given),
+    "jit.trace": lambda f, given: torch.jit.trace(f, given, check_trace=False),
+    "export": exported,
+}
+
+
+@each("cpu")
+@pytest.mark.parametrize("trace", TRACES)
+def test_gradients_that_the_call_does_not_see(trace: str, operator: Operator, backend: str):
+    torch._dynamo.reset()
+    function, given = of_floating(operator, operator.inputs(1))
+    traced = TRACES[trace](function, given)
+    leaves = [x.clone().requires_grad_() for x in given]
+    found, expected = traced(*leaves), function(*leaves)
+    torch.testing.assert_close(found, expected)
+    if operator.differentiable:
+        gradients = [torch.autograd.grad(y, leaves, allow_unused=True) for y in (found, expected)]
+        for ours, right in zip(*gradients, strict=True):
+            assert ours is right is None or torch.allclose(ours, right, rtol=1e-5, atol=1e-6)
+
+
+@each()
+def test_autocast_changes_nothing(operator: Operator, backend: str):
+    if operator.name == "upsampled_sums":
+        pytest.skip("CeCo, which alone calls it, leaves autocast")
+
+    def run(**inputs: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return operator.run(**inputs)
+
+    inputs = operator.inputs(1)
+    assert same_bits(results(run, inputs), results(operator.run, inputs))
+
+
+@each("reference")
+def test_meta_tensors(operator: Operator, backend: str):
+    """The results are meta tensors, of the shapes that real tensors would give."""
+    inputs, run = operator.inputs(1), operator.run
+    run = copy.deepcopy(run).to("meta") if isinstance(run, torch.nn.Module) else run
+    meta = results(run, {name: x.to("meta") for name, x in inputs.items()})
+    for ours, real in zip(meta, results(operator.run, inputs), strict=True):
+        assert ours.is_meta and ours.shape == real.shape and ours.dtype == real.dtype
+
+
+@each("cpu", "interpreter", "emulator")
+def test_opcheck(operator: Operator, backend: str):
+    inputs = operator.inputs(1)
+    with Calls() as calls:
+        results(operator.run, inputs)
+    assert calls.found
+    for call, arguments in calls.found:
+        torch.library.opcheck(call, arguments)
+
+
+# Outputs of other operators, which no compiler lays out: their kernels read them as contiguous.
+FROM_OPERATORS = {"keys", "lse", "teacher_lse"}
+
+
+@each("cpu", "interpreter", "emulator")
+def test_strides_that_a_compiler_chooses(operator: Operator, backend: str):
+    inputs = operator.inputs(1)
+    with Calls() as calls:
+        results(operator.run, inputs)
+    for call, arguments in calls.found:
+        if torch.Tag.flexible_layout not in call.tags:
+            continue
+        expected = call(*arguments)
+        for i, argument in enumerate(call._schema.arguments):
+            x = arguments[i]
+            if isinstance(x, Tensor) and x.numel() > 1 and argument.name not in FROM_OPERATORS:
+                found = call(*arguments[:i], strided(x.detach()), *arguments[i + 1 :])
+                torch.testing.assert_close(found, expected, msg=lambda m, a=argument: f"{a}: {m}")
