@@ -6,7 +6,6 @@ All keys and counts are equal to those of the reference, so each test is also on
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_kernels import same_for_all_threads
 
 import anchorops as ao
 from anchorops import reference
@@ -111,25 +110,6 @@ def test_classes_in_small_integers(both, backend, num_classes, dtype, per_image:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, pytest.param(torch.uint8, marks=compiled)])
-def test_strides(both, dtype: torch.dtype):
-    labels = torch.randint(0, 6, (2, 14, 30)).to(dtype)
-    both(labels[:, ::2, 1::3], (2, 1, 7, 10), 6)
-    both(labels[:, ::2, 1::3], (2, 1, 14, 5), 6)
-    both(labels.transpose(1, 2), (2, 1, 30, 14), 6)
-    both(labels[:, :1].expand(2, 5, 30), (2, 1, 5, 30), 6)
-    both(labels[0, 3:4, ::2].expand(3, 15), (3, 1, 15), 6, per_image=True)
-    both(labels[0, :, 3], (14, 1), 6)
-
-
-def test_offsets_are_64_bit(both):
-    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
-    labels = torch.empty(2**32 + 64, dtype=torch.uint8).as_strided((3, 4, 5), (2**31, 5, 1))
-    labels.copy_(torch.randint(0, 6, (3, 4, 5)))
-    keys, _ = both(labels, (3, 1, 4, 5), 6)
-    assert torch.equal(keys.view(3, 4, 5), labels.int())
-
-
 def test_values_outside_are_ignored(both):
     labels = torch.tensor([-1, 0, 4, 5, 255, 2**40, -(2**40), 2**32 + 1, 3, -(2**63), 2**63 - 1])
     for ignore_index in (255, -1, -100, 2**40, -(2**63)):
@@ -175,13 +155,6 @@ def test_nothing_to_count(both, per_image: bool, poisoned: None):
             assert keys.numel() == 0 and not counts.any()
     keys, counts = both(torch.full((2, 5, 5), 255), (2, 3, 5, 5), 4, per_image=per_image)
     assert (keys == -1).all() and not counts.any()
-
-
-@cpu
-def test_threads_do_not_matter(both):
-    labels = torch.randint(-1, 20, (3, 300, 200))
-    options = {"groups": 3, "per_image": True, "seed": 5}
-    same_for_all_threads(lambda: both(labels, (3, 1, 300, 200), 19, **options))
 
 
 # Groups

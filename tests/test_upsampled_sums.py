@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from emulator import BACKEND
+from operators import sums_of_upsampled
 from torch import Tensor
 
 from anchorops import reference
@@ -65,21 +65,6 @@ def check(features, labels, num_classes, per_image, upsample=True):
     torch.testing.assert_close(dfeatures.double(), dexact, rtol=rounding, atol=1e-5)
 
 
-def of_upsampled(features, labels, num_classes, per_image, upsample, ignore_index):
-    """The definition: sums of the upsampled tensor."""
-    pixels = features
-    if upsample:
-        pixels = F.interpolate(features, labels.shape[1:], mode="bilinear", align_corners=True)
-    else:
-        labels = F.interpolate(labels[:, None].double(), features.shape[2:])[:, 0]
-    masks = [(labels == k) & (labels != ignore_index) for k in range(num_classes)]
-    counts = torch.stack([mask.sum((1, 2)) for mask in masks], 1)
-    sums = torch.stack([(pixels * mask[:, None]).sum((2, 3)) for mask in masks], 1)
-    if not per_image:
-        counts, sums = counts.sum(0), sums.sum(0)
-    return counts, sums, features.mean((0, 2, 3)), features.var((0, 2, 3), correction=0)
-
-
 SIZES = [  # of the features and of the labels; whether sums are per image
     ((3, 5), (6, 10), True),
     ((2, 5), (5, 8), False),  # odd ratios
@@ -110,7 +95,7 @@ def test_the_reference_sums_the_upsampled_tensor(backend, size, label_size, per_
     features, labels = example(size, label_size)
     given, options = (features, labels, K), {"per_image": per_image, "upsample": upsample}
     *ours, gradients = values_and_gradient(upsampled_sums, *given, **options)
-    *expected, _ = values_and_gradient(of_upsampled, *given, gradients, **options)
+    *expected, _ = values_and_gradient(sums_of_upsampled, *given, gradients, **options)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -187,34 +172,6 @@ def test_nothing(backend: str):
         operator = getattr(torch.ops.anchorops.upsampled_sums_backward, backend)
         keys, dsums = labels[:0].int(), torch.ones(5, 5)
         assert operator(features[:0], keys, dsums, dsums[0], None, None, 5).shape == (0, 5, 2, 3)
-
-
-@cpu
-@pytest.mark.parametrize("per_image", [False, True])
-def test_layout_and_the_rest_of_torch(backend: str, per_image: bool):
-    features, labels = example((6, 10), (24, 40))
-    features.requires_grad_()
-    gradients = [torch.randn(shape) for shape in (((2, K, 5) if per_image else (K, 5)), (5,), (5,))]
-    last = features.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-
-    def moments(x: Tensor) -> list[Tensor]:
-        options = {"per_image": per_image, "upsample": True, "ignore_index": 255}
-        return list(upsampled_sums(x, labels, K, **options))[1:]
-
-    compiled = torch.compile(moments, fullgraph=True)
-    results = [f(x) for f in (moments, compiled) for x in (features, last)]
-    dfeatures = [
-        torch.autograd.grad(result, x, gradients)[0]
-        for result, x in zip(results, (features, last) * 2, strict=True)
-    ]
-    for i, x in enumerate((features, last) * 2):
-        torch.testing.assert_close(results[i], results[0])
-        torch.testing.assert_close(dfeatures[i], dfeatures[0])
-        assert dfeatures[i].stride() == x.stride()
-    with pytest.raises(RuntimeError, match=r"^upsampled_sums: second derivatives .*reference"):
-        gradients[0].requires_grad_()
-        (gradient,) = torch.autograd.grad(moments(features), features, gradients, create_graph=True)
-        gradient.sum().backward()
 
 
 @cpu
