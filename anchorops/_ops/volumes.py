@@ -178,7 +178,7 @@ def _argmax(
         return classes
     sources = _sources(depth, logits, align_corners)
     for slab in _slabs(depth, logits):
-        found = operator(_images(logits, slab, sources), height, width, align_corners)
+        found = operator(_images(logits.detach(), slab, sources), height, width, align_corners)
         classes[slab.volumes, slab.slices] = slab.by_slice(found)
     return classes
 
