@@ -419,22 +419,6 @@ def test_squared_distances_alone(dtype: torch.dtype, anchors: str, backend: str,
 
 
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            Case((2, 20, 9, 40), 11, BF16), marks=pytest.mark.on("interpreter", "emulator")
-        ),
-        pytest.param(CASES_OF_GPUS[0], marks=on_gpu),
-    ],
-    ids=str,
-)
-def test_reproducible(case: Case, backend: str, path: None):
-    inputs = make_inputs(case)
-    first, *others = (run(case, *inputs) for _ in range(4 if inputs[0].is_cuda else 2))
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
-
-
-@pytest.mark.parametrize(
     ("size", "labels"),
     [
         ((0, 5), (0,)),
@@ -479,32 +463,6 @@ def test_threads_and_repetition_do_not_matter(backend: str):
     ):
         arguments = make_inputs(case)
         same_for_all_threads(lambda case=case, arguments=arguments: run(case, *arguments))
-
-
-@pytest.mark.parametrize(
-    ("size", "stride"),
-    [
-        ((4, 64), (2**30, 1)),
-        ((64, 4), (1, 2**30)),
-        ((4, 2, 3, 5), (2**30, 15, 5, 1)),
-        ((1, 2, 4, 5), (0, 5, 2**30, 1)),
-        pytest.param((1, 17, 4, 16), (0, 16, 2**30, 1), marks=cpu),
-        pytest.param((1, 4, 2, 17), (0, 2**30, 17, 1), marks=cpu),
-    ],
-)
-def test_offsets_are_64_bit(size, stride, backend: str, path: None):
-    """Strides of 2^30 elements: the last rows are beyond 2^31. Few pages are touched."""
-    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
-    case, view = Case(size, 2, F16), torch.empty(2**32 + 64, dtype=F16).as_strided(size, stride)
-    labels, anchors, *gradients = make_inputs(case)[1:]
-    check(case, backend, view.copy_(torch.randn(size)), labels, anchors)
-    if backend != "reference":
-        keys = pixel_keys(case, view, labels)[0].int()
-        keys = keys.view(1 if len(size) == 2 else size[0], -1)
-        operator = getattr(torch.ops.anchorops.class_moments_backward, backend)
-        dfeatures = operator(view, keys, anchors, *gradients, 1, size, stride, F16)
-        assert dfeatures.stride() == stride
-        assert torch.equal(dfeatures, run(case, view, labels, anchors, *gradients)[3])
 
 
 @st.composite

@@ -259,34 +259,6 @@ def test_nested_tensors(call: Callable[[], Any]):
         call()
 
 
-def test_meta_tensors():
-    """The results are meta tensors, of the shapes that real tensors would give."""
-
-    def results(device: str) -> list[Any]:
-        x, y, a = FEATURES.to(device), LABELS.to(device), ANCHORS.to(device)
-        x = x.clone().requires_grad_()
-        found = [
-            *ao.ops.class_moments(x, y, 6, anchors=a, groups=2, seed=1),
-            *ao.class_centroids(x, y, 6, per_image=True),
-            ao.pixel_to_anchor_mse(x, y, a),
-            ao.ops.centroid_info_nce(a, a, reduction="none"),
-            ao.pixel_cross_entropy(x, y, reduction="none"),
-            *ao.ops.softmax_moments(x, y)[:2],
-            ao.pixel_argmax(x, (8, 10)),
-            *ao.pixel_argmax(x, (8, 10), confidence=True),
-            ao.pixel_confusion(x, y),
-            ao.CrossEntropy(weight=torch.ones(3)).to(device)(x, y),
-            ao.Dice()(x, y),
-            *(m.to(device)(x, y, a) for m in (ao.SAR(6, 3), ao.OCCL(6, 3), ao.MVSC(6, 3))),
-            ao.CeCo(6, 3, center_dim=8).to(device)(x, y),
-        ]
-        found[-1].backward()
-        return [*found, x.grad]
-
-    for meta, real in zip(results("meta"), results("cpu"), strict=True):
-        assert meta.is_meta and meta.shape == real.shape and meta.dtype == real.dtype
-
-
 def test_class_weights_on_the_meta_device():
     with (
         torch.device("meta"),
