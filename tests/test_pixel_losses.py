@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_kernels import same_for_all_threads
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -34,22 +33,6 @@ def check(loss: Tensor, expected: Tensor, logits: Tensor) -> None:
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected)]
     torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.5, 2.0, 3.0, 0.0])])
-def test_cross_entropy_is_torchs(weight, label_smoothing):
-    logits, z, labels = inputs()
-    labels = ignoring(labels)
-    loss = ao.CrossEntropy(weight, label_smoothing=label_smoothing)(logits, labels)
-    expected = F.cross_entropy(
-        z,
-        labels,
-        None if weight is None else weight.double(),
-        ignore_index=255,
-        label_smoothing=label_smoothing,
-    )
-    check(loss, expected, logits)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
@@ -242,27 +225,6 @@ def test_weights_of_ignored_pixels_may_be_nan():
     check(losses[1], losses[0], logits)
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        ao.CrossEntropy(torch.rand(K), focal_gamma=2.0),
-        ao.CrossEntropy(ohem=0.5, ohem_kept=1000, label_smoothing=0.1),
-        ao.CrossEntropyDice(ao.CrossEntropy(label_smoothing=0.1), ao.Dice(per_image=True)),
-    ],
-    ids=str,
-)
-def test_threads_do_not_matter(loss):
-    logits, labels = torch.randn(2, K, 40, 60), torch.randint(0, K, (2, 160, 240))
-    weights = torch.rand(labels.shape)
-
-    def run():
-        x = logits.clone().requires_grad_()
-        value = loss(x, labels, weights)
-        return value.detach(), torch.autograd.grad(value, x)[0]
-
-    same_for_all_threads(run)
-
-
 def test_a_masked_class_of_weight_0_has_no_part_in_label_smoothing():
     logits, _, labels = inputs()  # without class 3
     masked = logits.detach().clone()
@@ -276,13 +238,6 @@ def test_a_masked_class_of_weight_0_has_no_part_in_label_smoothing():
         z, labels.clamp(max=3), weight[kept].double(), label_smoothing=0.2 / 0.95
     )
     check(loss, 0.95 * four, masked)
-
-
-def test_losses_are_float32_under_autocast():
-    logits, _, labels = inputs(torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        for loss in (ao.CrossEntropy(focal_gamma=2, label_smoothing=0.1), ao.CrossEntropyDice()):
-            assert loss(logits, labels).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

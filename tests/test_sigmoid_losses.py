@@ -187,22 +187,6 @@ def test_channels_last_in_batched_gradients_and_traces():
     assert ao.BinaryCrossEntropy()(nothing, labels[:, :, :0]) == 0
 
 
-def test_nothing_valid():
-    for size in ((2, 3, 4, 4), (0, 3, 4, 4)):
-        logits = torch.full(size, torch.nan, requires_grad=True)
-        labels = torch.full((size[0], 3, 8, 8), 255)
-        loss = ao.CrossEntropyDice(ao.BinaryCrossEntropy(), ao.Dice(sigmoid=True))(logits, labels)
-        loss.backward()
-        assert loss == 0 and logits.grad is not None and not logits.grad.any()
-
-
-def test_fullgraph():
-    logits, _, labels = inputs(dtype=torch.float32)
-    pair = ao.CrossEntropyDice(ao.BinaryCrossEntropy(2.0, focal_gamma=2.0, label_smoothing=0.1))
-    compiled = torch.compile(pair, fullgraph=True, backend="aot_eager")
-    check(compiled(logits, labels), pair(logits, labels), logits)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -433,30 +433,6 @@ def test_lesser_instruction_sets(instructions: str):
     passes_with(instructions, __file__, "cpu and (values_and_gradients or even_regions) or threads")
 
 
-def same_bits(ours: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        *marked(
-            [
-                Case((2, 7, 3, 20), (12, 80)),
-                Case((2, 7, 3, 5), (10, 11), BF16, True, "channels_last"),
-            ],
-            pytest.mark.on("interpreter", "emulator"),
-        ),
-        pytest.param(CASES_OF_GPUS[0], marks=on_gpu),
-    ],
-    ids=str,
-)
-def test_reproducible(case: Case, backend: str):
-    inputs = case, make_logits(case)[0], make_labels(case), make_weights(case)
-    first, *others = (results(*inputs) for _ in range(4 if inputs[1].is_cuda else 2))
-    assert all(same_bits(other, first) for other in others)
-
-
 @cpu
 @pytest.mark.parametrize(
     "case",
@@ -524,22 +500,6 @@ def test_partials_are_limited(case: Case, blocks: tuple[int, int], backend: str,
         assert 3 * blocks[0] * num_classes <= logits.numel() / 64
 
 
-def test_strides_of_labels_and_gradients(backend: str):
-    case = Case((2, 4, 3, 5), (12, 20))
-    logits, labels, weights = make_logits(case)[0], make_labels(case), make_weights(case)
-    for name in ("losses", "pixel_losses"):
-        weights[name] = torch.randn(1).expand(weights[name].shape)
-    expected = results(case, logits, labels, weights)
-    for strided in (
-        labels.transpose(1, 2).contiguous().transpose(1, 2),
-        torch.stack([labels, torch.full_like(labels, 3)], -1)[..., 0],
-    ):
-        assert same_bits(results(case, logits, strided, weights), expected)
-    row = labels[:1, :1].expand(2, 12, 20)
-    expected = results(case, logits, row.clone(), weights)
-    assert same_bits(results(case, logits, row, weights), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
 def test_labels_that_are_ignored(dtype: torch.dtype, backend: str):
     """Negative labels, which could be classes as unsigned numbers, and a class."""
@@ -549,43 +509,6 @@ def test_labels_that_are_ignored(dtype: torch.dtype, backend: str):
     moments = ao.ops.softmax_moments(logits, labels, ignore_index=7, hits=False, masses=False)
     assert moments.counts.tolist() == [61 if k == 3 else 0 for k in range(200)]
     assert (moments.losses != 0).nonzero().tolist() == [[3]]
-
-
-@pytest.mark.parametrize(
-    ("size", "stride"),
-    [
-        ((4, 2, 3, 4), (2**30, 12, 4, 1)),
-        ((1, 4, 3, 4), (0, 2**30, 4, 1)),
-        ((1, 3, 4, 4), (0, 4, 2**30, 1)),
-        ((1, 3, 3, 4), (0, 1, 3, 2**30)),
-        pytest.param((3, 2, 3, 20), (2**30, 60, 20, 1), marks=cpu),
-        pytest.param((1, 3, 2, 17), (0, 2**30, 17, 1), marks=cpu),
-        pytest.param((1, 17, 3, 16), (0, 16, 2**30, 1), marks=cpu),
-        pytest.param((1, 17, 2, 3), (0, 1, 17, 2**30), marks=cpu),
-    ],
-)
-def test_offsets_are_64_bit(size, stride, backend: str):
-    """Strides of 2^30 elements: the last ones are beyond 2^31. Few pages are touched."""
-    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
-    few = stride[2] == 2**30 and backend not in ("cpu", "cuda")
-    pixels = (5, 7) if few else (4 * size[2], 4 * size[3])
-    case = Case(size, pixels, F16)
-    far = torch.empty(2**32 + 64, dtype=F16).as_strided(size, stride)
-    near = far.copy_(torch.randn(size)).clone()
-    others = make_labels(case), make_weights(case)
-    assert same_bits(results(case, far, *others), results(case, near, *others))
-
-
-@pytest.mark.parametrize(
-    ("pixels", "stride"), [((8, 8), (2**31, 8, 1)), pytest.param((8, 2), (2, 2, 2**31), marks=cpu)]
-)
-def test_offsets_of_labels_are_64_bit(pixels, stride, backend: str):
-    torch.use_deterministic_algorithms(False)
-    case = Case((2, 4, 2, 2), pixels, label_dtype=torch.uint8)
-    far = torch.empty(2**32 + 64, dtype=torch.uint8).as_strided(case.labels_size, stride)
-    logits, weights = make_logits(case)[0], make_weights(case)
-    near = far.copy_(make_labels(case)).clone()
-    assert same_bits(results(case, logits, far, weights), results(case, logits, near, weights))
 
 
 @pytest.mark.on("interpreter", "emulator")

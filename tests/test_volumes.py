@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from memory import peak_allocated_bytes
+from softmax_formulas import BF16, F64, Case, check
 from torch import Tensor
 
 import anchorops as ao
@@ -45,9 +46,8 @@ def inputs(
     return logits, labels
 
 
-def upsampled(logits: Tensor, labels: Tensor, align_corners: bool = False) -> Tensor:
-    size = labels.shape[1:]
-    return F.interpolate(logits.double(), size, mode="trilinear", align_corners=align_corners)
+def upsampled(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.interpolate(logits.double(), labels.shape[1:], mode="trilinear")
 
 
 def assert_same(
@@ -64,46 +64,34 @@ def assert_same(
     torch.testing.assert_close(gradient, wanted, rtol=tolerance, atol=atol)
 
 
+CASES = [
+    *(
+        Case((2, K, *size), pixels, align_corners=i % 2 > 0)
+        for i, (size, pixels) in enumerate(SIZES)
+    ),
+    Case((2, K, 4, 5, 6), (9, 11, 13), F64, per_image=True),
+    Case((2, K, 4, 5, 6), (9, 11, 13), BF16, layout="channels_last"),
+    Case((2, K, 4, 5, 6), (16, 20, 24), BF16, True, layout="every other", per_image=True),
+]
+
+
+@pytest.mark.on(*BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_statistic(case: Case, backend: str) -> None:
+    check(case, backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize(("size", "label_size"), SIZES)
-def test_cross_entropy(size: Any, label_size: Any, align_corners: bool, backend: str) -> None:
+def test_predictions(size: Any, label_size: Any, backend: str) -> None:
     logits, labels = inputs(size, label_size)
-
-    def theirs(x: Tensor) -> Tensor:
-        return F.cross_entropy(upsampled(x, labels, align_corners), labels, ignore_index=255)
-
     with ao.use_backend(backend):
-        assert_same(
-            lambda x: ao.pixel_cross_entropy(x, labels, align_corners=align_corners), theirs, logits
-        )
-        found = ao.pixel_argmax(logits, label_size, align_corners=align_corners)
-        matrix = ao.pixel_confusion(logits, labels, align_corners=align_corners)
-    z = upsampled(logits, labels, align_corners)
+        found = ao.pixel_argmax(logits, label_size)
+        matrix = ao.pixel_confusion(logits, labels)
+    z = upsampled(logits, labels)
     chosen = z.gather(1, found[:, None])[:, 0]
     assert (z.amax(1) - chosen <= 1e-5 * z.abs().max()).all()
     assert torch.equal(matrix, ao.confusion(found, labels, K))
-
-
-@pytest.mark.parametrize("per_image", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_every_statistic(per_image: bool, dtype: torch.dtype, channels_last: bool) -> None:
-    logits, labels = inputs(dtype=dtype)
-    if channels_last:
-        logits = logits.detach().to(memory_format=torch.channels_last_3d).requires_grad_()
-    results = []
-    for backend in BACKENDS:
-        with ao.use_backend(backend):
-            moments = ao.ops.softmax_moments(logits, labels, per_image=per_image, **EVERYTHING)
-        values = [x for x in moments[2:] if x is not None]
-        weights = [torch.linspace(1, 2, x.numel()).view_as(x).to(x) for x in values]
-        (gradient,) = torch.autograd.grad(values, logits, weights)
-        assert gradient.stride() == logits.stride() or backend == "reference"
-        results.append((*(x.detach() for x in moments if x is not None), gradient))
-    for found, expected in zip(*results, strict=True):
-        atol = 3e-5 * float(expected.abs().max()) + 1e-7
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol)
 
 
 LOSSES: dict[str, Callable[[], Any]] = {
@@ -237,48 +225,6 @@ def test_messages() -> None:
             function(logits[:, :, 0], labels)
     with pytest.raises(ValueError, match=r"^pixel_argmax: size: expected \(D, H, W\), three ints"):
         ao.pixel_argmax(logits, (9, 11))
-    with pytest.raises(RuntimeError, match="volume_moments: second derivatives are not impl"):
-        (gradient,) = torch.autograd.grad(
-            ao.pixel_cross_entropy(logits, labels), logits, create_graph=True
-        )
-        gradient.sum().backward()
-
-
-def test_gradcheck() -> None:
-    logits, labels = inputs((3, 2, 2), (5, 4, 3), torch.float64)
-    torch.autograd.gradcheck(
-        lambda x: ao.ops.softmax_moments(x, labels, align_corners=True, **EVERYTHING)[2:7], logits
-    )
-
-
-def test_fullgraph_and_dynamic_shapes() -> None:
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        classes = ao.pixel_argmax(x, (y.shape[1], y.shape[2], y.shape[3]))
-        return ao.CrossEntropyDice()(x, y) + 0 * ao.confusion(classes, y, x.shape[1]).sum()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
-    for size, label_size in SIZES[:3]:
-        logits, labels = inputs(size, label_size)
-        losses = [f(logits, labels) for f in (step, compiled)]
-        grads = [torch.autograd.grad(loss, logits)[0] for loss in losses]
-        torch.testing.assert_close(*losses)
-        torch.testing.assert_close(*grads)
-
-
-def test_the_same_bits() -> None:
-    logits, labels = inputs((8, 9, 10), (32, 33, 34))
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 3, 1):
-            torch.set_num_threads(count)
-            loss = ao.CrossEntropyDice()(logits, labels)
-            results.append((loss, torch.autograd.grad(loss, logits)[0]))
-    finally:
-        torch.set_num_threads(threads)
-    for loss, gradient in results[1:]:
-        assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
 def test_memory(slab: int) -> None:

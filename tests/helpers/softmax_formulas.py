@@ -175,9 +175,9 @@ def upsampled(case: Case, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Te
     """The logits of the pixels [B, K, N], the pixels' labels [B, N], and whether they are valid."""
     if x.dim() == 2:
         x, labels = x.t()[None], labels[None]
-    elif x.dim() == 4:
-        align_corners = case.align_corners
-        x = F.interpolate(x, case.pixels, mode="bilinear", align_corners=align_corners)
+    elif x.dim() > 3:
+        mode = "bilinear" if x.dim() == 4 else "trilinear"
+        x = F.interpolate(x, case.pixels, mode=mode, align_corners=case.align_corners)
     z, valid = x.flatten(2), is_valid(case, labels).flatten(1)
     z = torch.cat([torch.zeros_like(z), z], 1) if case.size[1] == 1 else z
     return z, torch.where(valid, labels.flatten(1).long(), 0), valid
