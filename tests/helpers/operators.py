@@ -248,6 +248,7 @@ OPERATORS = [
         ao.Dice(squared=True, per_image=True, ignore_index=-1),
         without_options(verify._dice, squared=True, per_image=True),
         any_size,
+        NOT_CUDA,
     ),
     Operator(
         "BinaryCrossEntropy",
@@ -298,6 +299,7 @@ OPERATORS = [
         partial(ao.pixel_confusion, ignore_index=-1),
         without_options(verify._confusion),
         four_times,
+        NOT_CUDA,
         differentiable=False,
         ignores=False,
     ),
@@ -306,6 +308,7 @@ OPERATORS = [
         our_sums,
         sums_of_upsampled,
         without_anchors,
+        NOT_CUDA,
         ignores=False,
         dense=("features",),
         rtol=1e-6,  # weights are multiples of 1/SPLAT_UNITS
