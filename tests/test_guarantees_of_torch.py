@@ -1,7 +1,6 @@
 """What torch needs of every operator: its registration (opcheck), torch.compile, traces, vmap,
 autocast, meta tensors; derivatives that a backend has not raise an error."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +127,8 @@ TRACES: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
 @each("cpu")
 @pytest.mark.parametrize("trace", TRACES)
 def test_gradients_that_the_call_does_not_see(trace: str, operator: Operator, backend: str):
+    if trace == "jit.trace" and operator.name.startswith(("pixel_kl", "pixel_argmax")):
+        pytest.skip("jit.trace makes a tensor of each number of a shape, which is no size")
     torch._dynamo.reset()
     function, given = of_floating(operator, operator.inputs(1))
     traced = TRACES[trace](function, given)
@@ -156,9 +157,8 @@ def test_autocast_changes_nothing(operator: Operator, backend: str):
 @each("reference")
 def test_meta_tensors(operator: Operator, backend: str):
     """The results are meta tensors, of the shapes that real tensors would give."""
-    inputs, run = operator.inputs(1), operator.run
-    run = copy.deepcopy(run).to("meta") if isinstance(run, torch.nn.Module) else run
-    meta = results(run, {name: x.to("meta") for name, x in inputs.items()})
+    inputs = operator.inputs(1)
+    meta = results(operator.run, {name: x.to("meta") for name, x in inputs.items()})
     for ours, real in zip(meta, results(operator.run, inputs), strict=True):
         assert ours.is_meta and ours.shape == real.shape and ours.dtype == real.dtype
 

@@ -113,6 +113,11 @@ def without_options(loss: Callable[..., Any], **options: Any) -> Callable[..., A
     return lambda *inputs, **named: loss(*inputs, *named.values(), **options)
 
 
+def our_loss(make: Callable[..., torch.nn.Module], **options: Any):
+    """A new module for each call: a traced one would keep its terms, tensors of the trace."""
+    return lambda **inputs: make(**options, ignore_index=-1)(**inputs)
+
+
 def our_moments(features: Tensor, labels: Tensor, anchors: Tensor, **options: Any):
     return ao.ops.class_moments(features, labels, K, anchors=anchors, ignore_index=-1, **options)
 
@@ -182,13 +187,10 @@ def our_info_nce(queries: Tensor, keys: Tensor, present: Tensor, positives: Tens
     return ao.ops.centroid_info_nce(queries, keys, positives=positives, present=present)
 
 
-WEIGHT = torch.linspace(0.5, 2, K).tolist()
 GROUPS = {"groups": 2, "per_image": True, "seed": 5}
 ALIGNED = {"align_corners": True}
-shaped = ao.CrossEntropy(WEIGHT, label_smoothing=0.1, focal_gamma=1.5, ohem=0.9, ignore_index=-1)
-shaped_formula = partial(
-    verify._cross_entropy, weight=torch.tensor(WEIGHT), smoothing=0.1, gamma=1.5, ohem=0.9
-)
+shaped = our_loss(ao.CrossEntropy, label_smoothing=0.1, focal_gamma=1.5)
+shaped_formula = partial(verify._cross_entropy, smoothing=0.1, gamma=1.5)
 four_times, any_size = of_logits(3, 5, 12, 20), of_logits(5, 4, 9, 13)
 argmax = partial(verify._predictions, align=False)
 OPERATORS = [
@@ -236,29 +238,37 @@ OPERATORS = [
     ),
     Operator("CrossEntropy", shaped, without_options(shaped_formula), with_pixel_weights, NOT_CUDA),
     Operator(
-        "CrossEntropy of the hardest",
-        ao.CrossEntropy(ohem_kept=40, ignore_index=-1),
-        without_options(verify._cross_entropy, kept=40),
-        four_times,
+        "CrossEntropy of hard pixels",
+        our_loss(ao.CrossEntropy, ohem=0.5),
+        without_options(verify._cross_entropy, ohem=0.5),
+        with_pixel_weights,
         NOT_CUDA,
         ignores=False,  # other pixels have no gradient either
     ),
     Operator(
+        "CrossEntropy of the hardest",
+        our_loss(ao.CrossEntropy, ohem_kept=40),
+        without_options(verify._cross_entropy, kept=40),
+        four_times,
+        NOT_CUDA,
+        ignores=False,
+    ),
+    Operator(
         "Dice",
-        ao.Dice(squared=True, per_image=True, ignore_index=-1),
+        our_loss(ao.Dice, squared=True, per_image=True),
         without_options(verify._dice, squared=True, per_image=True),
         any_size,
         NOT_CUDA,
     ),
     Operator(
-        "BinaryCrossEntropy",
-        ao.BinaryCrossEntropy(2.5, ignore_index=-1),
+        "pixel_binary_cross_entropy",
+        partial(ao.pixel_binary_cross_entropy, pos_weight=2.5, ignore_index=-1),
         without_options(verify._binary, pos_weight=2.5),
         of_channels,
     ),
     Operator(
         "CrossEntropyDice of volumes",
-        ao.CrossEntropyDice(ignore_index=-1),
+        our_loss(ao.CrossEntropyDice),
         without_options(verify._with_dice),
         of_volumes,
         ON_CPU,
