@@ -51,20 +51,20 @@ class Mutant(NamedTuple):
     tests: Tests
 
 
-CLASS = Tests("class_moments class_moments_torch", "cpu or gradient_of_anchors")
-SOFTMAX = Tests("softmax_moments softmax_not_finite pixel_losses", "cpu")
-DIVERGENCE = Tests("pixel_kl_divergence", "cpu and not instruction_sets")
-KEYS = Tests("class_keys", "cpu")
-SUMS = Tests("upsampled_sums", "cpu")
+CLASS = Tests("class_moments class_moments_torch guarantees", "cpu or gradient_of_anchors")
+SOFTMAX = Tests("softmax_moments softmax_not_finite pixel_losses guarantees", "cpu")
+DIVERGENCE = Tests("pixel_kl_divergence guarantees", "cpu and not instruction_sets")
+KEYS = Tests("class_keys guarantees", "cpu")
+SUMS = Tests("upsampled_sums guarantees", "cpu")
 RANK = Tests("pixel_losses", "kth_largest or hard_examples")
-CONFUSION = Tests("confusion", "cpu and not instruction_sets")
-VOLUMES = Tests("volumes wrong_labels")
-DIVERGENCE_OF_VOLUMES = Tests("divergence_of_volumes")
-SIGMOIDS = Tests("sigmoid_losses torch_cases")
-LOSSES = Tests("pixel_losses softmax_moments_torch losses_settings")
-TRACES = Tests("func_transforms")
-SECOND = Tests("class_moments_torch softmax_moments_torch", "second_derivatives")
-OPERATORS = Tests("operators", "cpu")
+CONFUSION = Tests("confusion guarantees", "cpu and not instruction_sets")
+VOLUMES = Tests("volumes wrong_labels guarantees")
+DIVERGENCE_OF_VOLUMES = Tests("pixel_kl_divergence guarantees", "volumes")
+SIGMOIDS = Tests("sigmoid_losses torch_cases guarantees")
+LOSSES = Tests("pixel_losses softmax_moments_torch losses_settings guarantees")
+TRACES = Tests("func_transforms guarantees_of_torch")
+SECOND = Tests("guarantees_of_torch", "other_derivatives")
+OPERATORS = Tests("guarantees_of_torch", "cpu")
 BACKENDS = Tests("backend")
 METHODS = Tests("losses_common losses_combined losses_recomputation")
 
@@ -204,7 +204,7 @@ SOFTMAX_MOMENTS = (
     Mutant(
         "number of hard examples",
         "csrc/cpu/softmax_cells_forward.h",
-        "V::load(losses + n) < losses_of.shape.least ? Floats{} : share",
+        "losses_of.is_unused(V::load(losses + n)) ? Floats{} : share",
         "share",
         SOFTMAX,
     ),
@@ -274,8 +274,8 @@ SOFTMAX_MOMENTS = (
     Mutant(
         "smallest loss dropped in the backward pass",
         "kernels/softmax_moments_backward.py",
-        "options = loss_options_of(smoothing, min_loss, focal_gamma)",
-        "options = loss_options_of(smoothing, None, focal_gamma)",
+        "loss_options = loss_options_of(options)",
+        "loss_options = loss_options_of(options)._replace(min_loss=None)",
         T_SHAPED,
     ),
     Mutant(
@@ -761,8 +761,8 @@ VOLUMES_AND_SIGMOIDS = (
     Mutant(
         "maps of the second slab",
         "anchorops/_ops/volumes.py",
-        "if part.numel() > 0:",
-        "if part.numel() > 0 and slab.slices.start == 0:",
+        'if axis == "pixels" and part.numel() > 0:',
+        'if axis == "pixels" and part.numel() > 0 and slab.slices.start == 0:',
         VOLUMES,
     ),
     Mutant(
@@ -789,8 +789,8 @@ VOLUMES_AND_SIGMOIDS = (
     Mutant(
         "pixel weights of volumes dropped in the backward pass",
         "anchorops/_ops/volumes.py",
-        "own_weights = None if pixel_weights is None else slab.of_maps(pixel_weights)",
-        "own_weights = None",
+        "            *signature.pack(_slab_options(slab, options)),",
+        "            *signature.pack(_slab_options(slab, options._replace(pixel_weights=None))),",
         VOLUMES,
     ),
     Mutant(
@@ -824,8 +824,8 @@ VOLUMES_AND_SIGMOIDS = (
     Mutant(
         "label that sigmoids ignore",
         "anchorops/_ops/sigmoid.py",
-        "        ignore_index=ignore_index,\n        per_image=True,",
-        "        per_image=True,",
+        "options.map(of_images)._replace(per_image=True)",
+        "options.map(of_images)._replace(per_image=True, ignore_index=255)",
         SIGMOIDS,
     ),
     Mutant(
@@ -847,65 +847,67 @@ VOLUMES_AND_SIGMOIDS = (
 PLUMBING = (
     Mutant(
         "two options swapped",
-        "anchorops/_ops/softmax_moments.py",
+        "anchorops/_moments.py",
         "    masses: bool = False\n    squares: bool = False\n",
         "    squares: bool = False\n    masses: bool = False\n",
         LOSSES,
     ),
     Mutant(
         "two results swapped",
-        "anchorops/_ops/softmax_moments.py",
-        "overlaps=found[1] if options.masses else None,\n            masses=found[2]",
-        "overlaps=found[2] if options.masses else None,\n            masses=found[1]",
+        "anchorops/_moments.py",
+        '"overlaps": Result(',
+        '"masses": Result("classes", float, lambda o: o.masses, differentiable=True),\n    '
+        '"overlaps": Result(',
         LOSSES,
     ),
     Mutant(
         "align_corners dropped in the backward pass",
         "anchorops/_ops/softmax_moments.py",
-        "asked.ignore_index,\n            asked.align_corners,",
-        "asked.ignore_index,\n            False,",
+        "operator(logits, labels, lse, *given, *signature.pack(options))",
+        "operator(logits, labels, lse, *given, *signature.pack(options._replace("
+        "align_corners=False)))",
         Tests("softmax_moments", "cpu and through_some"),
     ),
     Mutant(
         "align_corners of an lse that is computed later",
-        "anchorops/_ops/softmax_moments.py",
+        "anchorops/_moments.py",
         "Options(ignore_index=self.ignore_index, align_corners=self.align_corners)",
         "Options(ignore_index=self.ignore_index)",
-        Tests("func_transforms pixel_losses softmax_moments_torch"),
+        Tests("guarantees_of_torch pixel_losses softmax_moments_torch"),
     ),
     Mutant(
         "gradient of an absent map",
         "anchorops/_ops/softmax_moments.py",
-        "dpixel_losses if asked.pixel_losses else None",
-        "dpixel_losses",
-        Tests("func_transforms softmax_moments_torch compile"),
+        "gradients[x] if RESULTS[x].requested(options) else None",
+        "gradients[x]",
+        Tests("guarantees_of_torch softmax_moments_torch compile"),
     ),
     Mutant(
         "smallest loss of weighted pixels on a GPU",
         "anchorops/_ops/softmax_moments.py",
-        "shares = torch.where(own < options.min_loss, 0, shares)",
+        "shares = torch.where(ce < options.min_loss, 0, shares)",
         "pass",
         T_WEIGHTS,
     ),
     Mutant(
         "labels that are wrong, on a GPU",
         "anchorops/_ops/softmax_moments.py",
-        "labels.numel() - counts.sum() - (labels.long() == ignore_index).sum()",
+        "labels.numel() - counts.sum() - _number_of(ignore_index, labels)",
         "labels.numel() - counts.sum()",
         T_WRONG_LABELS,
     ),
     Mutant(
         "dtype of a result without values",
         "anchorops/_ops/softmax_moments.py",
-        "torch.int64 if asked.pixel_weights is None else dtype",
-        "dtype",
+        "weighted or RESULTS[name].dtype is float",
+        "RESULTS[name].dtype is float",
         OPERATORS,
     ),
     Mutant(
         "layouts copied by torch.compile",
         "anchorops/_ops/softmax_moments.py",
-        "setup_context, backward),\n    any_strides=True,",
-        "setup_context, backward),",
+        "        launch=partial(_launch, _signature),\n        any_strides=True,",
+        "        launch=partial(_launch, _signature),",
         Tests("compile", "convolutions"),
     ),
     Mutant(
@@ -913,7 +915,7 @@ PLUMBING = (
         "anchorops/_ops/class_moments.py",
         "dsums = dsums if ctx.with_sums else None",
         "pass",
-        Tests("func_transforms class_moments_torch compile"),
+        Tests("guarantees_of_torch class_moments_torch compile"),
     ),
     Mutant(
         "overload of another backend",
@@ -925,16 +927,16 @@ PLUMBING = (
     Mutant(
         "overload of another backend for the gradient of volumes",
         "anchorops/_ops/volumes.py",
-        "operator = getattr(torch.ops.anchorops.softmax_moments_backward, backend)",
-        "operator = torch.ops.anchorops.softmax_moments_backward.cpu",
-        Tests("volumes divergence_of_volumes every_kernel", "", True),
+        '_operator = getattr(getattr(torch.ops.anchorops, f"softmax_moments{_suffix}"), _backend)',
+        '_operator = getattr(torch.ops.anchorops, f"softmax_moments{_suffix}").cpu',
+        Tests("volumes every_kernel", "", True),
     ),
     Mutant(
         "lse of the divergence that the forward pass left out",
         "anchorops/_ops/pixel_kl_divergence.py",
         "if not ctx.with_lse:",
         "if False:",
-        Tests("pixel_kl_divergence func_transforms", "call_does_not_see"),
+        Tests("guarantees_of_torch", "call_does_not_see"),
     ),
     Mutant(
         "weights in the mean",
@@ -959,7 +961,7 @@ PLUMBING = (
     ),
     Mutant(
         "most keys of cuda",
-        "anchorops/_backend.py",
+        "anchorops/_ops/class_moments.py",
         "num_keys > CUDA_MAX_KEYS",
         "num_keys >= CUDA_MAX_KEYS",
         BACKENDS,
@@ -967,8 +969,8 @@ PLUMBING = (
     Mutant(
         "default of ignore_index",
         "anchorops/losses/pixel.py",
-        "ignore_index=self.ignored(logits),\n            check_labels",
-        "ignore_index=None,\n            check_labels",
+        "ignore_index=self.ignored(logits), align_corners",
+        "ignore_index=255, align_corners",
         LOSSES,
     ),
     Mutant(
@@ -981,7 +983,7 @@ PLUMBING = (
     Mutant(
         "smallest loss with a least number of pixels",
         "anchorops/losses/cross_entropy.py",
-        "min_loss = None  # pixels of smaller losses may be used",
+        "min_loss = -math.inf  # pixels of smaller losses may be used",
         "pass",
         LOSSES,
     ),
