@@ -89,7 +89,7 @@ def test_other_derivatives_raise(operator: Operator, backend: str):
             transformed(given)
 
 
-@each()
+@each("cpu", "interpreter", "emulator")
 def test_compiles_as_one_graph(operator: Operator, backend: str):
     """Also for other sizes."""
     torch._dynamo.reset()
