@@ -16,7 +16,7 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops.measure import cuda_graph
-from tests.test_methods import METHODS, classifier_of, labels_of, places
+from tests.test_methods import METHODS, classifier_of, labels_of
 
 pytestmark = pytest.mark.on("gpu")
 CASE = Case((2, 720, 32, 64), 19, BF16, labels="coherent")
@@ -99,8 +99,13 @@ def test_graph_without_a_warm_up(backend: str):
     assert found.returncode == 0, found.stderr[-4000:]
 
 
-@pytest.mark.parametrize(  # CBP has no gradient
-    "name", [pytest.param(name, marks=places(name)) for name in METHODS if name != "CBP"]
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.on("triton" if "CeCo" in name else "gpu"))
+        for name in METHODS
+        if name != "CBP"  # it has no gradient
+    ],
 )
 def test_graph_of_a_training_step(backend: str, name: str):
     """Loss and gradients of each method. Before each step it gets the state back that it had."""
