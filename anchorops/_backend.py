@@ -190,7 +190,7 @@ def _no_code_for(device: torch.device | int) -> str | None:
     )
 
 
-def backends() -> dict[str, str]:
+def backends() -> dict[str, str | None]:
     """All backends, fastest first: None if the backend is usable here, otherwise the reason why
     not. With several GPUs, `cuda` is usable if at least one GPU supports it. GPUs of a compute
     capability below 8.0 are served by `reference` alone. Usable does not mean every call: `cuda`

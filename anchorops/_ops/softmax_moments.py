@@ -362,7 +362,7 @@ def _fused_moments(
     name = "softmax_moments" if logits.dim() == 4 else "volume_moments"
     operator = getattr(getattr(torch.ops.anchorops, name), backend)
     results = signature.by_name(operator(logits, labels, *signature.pack(options)))
-    if "outside" not in results:
+    if options.outside and "outside" not in results:
         results["outside"] = labels_outside(labels, results["counts"], options.ignore_index)
     found: dict[str, Any] = {
         x: results[x] if RESULTS[x].requested(options) else None for x in SoftmaxMoments._fields

@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -68,6 +68,8 @@ struct Numbers {
 
   explicit Numbers(const std::vector<double>& numbers)
       : min_loss(numbers.at(0)), focal_gamma(numbers.at(1)) {}
+
+  bool has_min_loss() const { return min_loss > -std::numeric_limits<double>::infinity(); }
 };
 
 // totals: where the sums of v are kept. smoothing becomes contiguous.
@@ -89,7 +91,7 @@ LossShape<Stat> loss_shape(std::optional<Tensor>& smoothing,
   }
   shape.least = static_cast<Stat>(numbers.min_loss);
   shape.gamma = static_cast<Stat>(numbers.focal_gamma);
-  shape.plain = !smoothing && std::isinf(numbers.min_loss) && numbers.focal_gamma == 0;
+  shape.plain = !smoothing && !numbers.has_min_loss() && numbers.focal_gamma == 0;
   shape.pixel_weights = map_of<Stat>(pixel_weights);
   return shape;
 }
@@ -174,17 +176,17 @@ softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
   std::vector<int64_t> outside_size;  // of a scalar
   if (!(flags & WITH_OUTSIDE)) outside_size = {0};
   const Tensor outside = torch::stable::new_zeros(logits, outside_size, ScalarType::Long);
-  const Outputs out = {by_class(true, stat),
-                       by_class(flags & WITH_MASSES, stat),
-                       by_class(flags & WITH_MASSES, stat),
-                       by_class(flags & WITH_SQUARES, stat),
-                       by_pixel(flags & WITH_PIXEL_LOSSES),
-                       by_pixel(flags & WITH_LSE),
-                       by_class(true, ScalarType::Long),
-                       by_class(flags & WITH_HITS, ScalarType::Long),
-                       by_class(pixel_weights || !std::isinf(numbers.min_loss),
-                                pixel_weights ? stat : ScalarType::Long),
-                       outside};
+  const Outputs out = {
+      by_class(true, stat),
+      by_class(flags & WITH_MASSES, stat),
+      by_class(flags & WITH_MASSES, stat),
+      by_class(flags & WITH_SQUARES, stat),
+      by_pixel(flags & WITH_PIXEL_LOSSES),
+      by_pixel(flags & WITH_LSE),
+      by_class(true, ScalarType::Long),
+      by_class(flags & WITH_HITS, ScalarType::Long),
+      by_class(pixel_weights || numbers.has_min_loss(), pixel_weights ? stat : ScalarType::Long),
+      outside};
   if (!empty)
     for_dtype("softmax_moments.cpu", dtype, [&](auto element) {
       using T = decltype(element);
