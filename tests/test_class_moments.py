@@ -202,7 +202,7 @@ def test_many_keys(case: Case, backend: str):
 @emulator
 def test_more_than_1024_keys_are_refused(backend: str):
     features, labels = torch.zeros(2, 3, 5), torch.zeros(2, 5).long()
-    refused = pytest.raises(ValueError, match=r'at most 1024 keys .* has 1030: choose "triton"')
+    refused = pytest.raises(ValueError, match=r'at most 1024 keys .*: choose "triton"')
     with refused:
         ao.ops.class_moments(features, labels, 103, groups=5, per_image=True, seed=1)
     keys = torch.zeros(2, 5, dtype=torch.int32)

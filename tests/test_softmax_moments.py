@@ -1,6 +1,8 @@
 """Values and all gradients of softmax moments on every backend, within the error budget."""
 
+import re
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +35,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
-from anchorops._moments import Options, Signature
+from anchorops._moments import FLAGS, Options, Signature
+from anchorops._ops import softmax_moments as operator_of
 from anchorops._ops.softmax_moments import moments_of as checked_moments
 
 cpu = pytest.mark.on("cpu")
@@ -69,7 +72,7 @@ CASES = [
     Case((2, 2, 3, 2), (12, 8), per_image=True),
     Case((1, 7, 9, 8), (3, 5)),
     Case((1, 7, 9, 8), (4, 2), F32, True, asked=("masses",)),
-    Case((1, 3, 1, 1), (5, 3), F32, True),
+    Case((2, 3, 1, 1), (5, 3), F32, True),
     # cells of many pixels, which a program of the gradient takes in blocks
     Case((1, 3, 2, 1), (40, 3)),
     Case((1, 2, 1, 2), (5, 37), BF16, layout="channels_last", asked=CE),
@@ -517,6 +520,24 @@ def test_float64_is_refused(backend: str):
         ao.ops.softmax_moments(torch.zeros(4, 2, dtype=F64), torch.zeros(4).long())
     with pytest.raises(ValueError, match="at most 16384 classes"):
         ao.ops.softmax_moments(torch.zeros(4, 20_000), torch.zeros(4).long(), ignore_index=-1)
+
+
+def test_flags_have_the_same_bits_in_cpp():
+    text = Path("csrc/softmax_flags.h").read_text()
+    names = re.findall(r"^  (?:WITH_)?(\w+) = 1 << (\d),$", text, re.M)
+    assert names == [(name.upper(), str(i)) for i, name in enumerate(FLAGS)]
+
+
+@cpu
+@pytest.mark.parametrize("backend_name", ["triton", "cuda"])
+def test_outside_is_counted_only_if_requested(backend_name: str, monkeypatch):
+    """PyTorch counts it for GPUs: one more pass over the labels."""
+    logits, labels = torch.empty(1, 3, 2, 2, device="meta"), torch.empty(1, 4, 4, device="meta")
+    counted = []
+    monkeypatch.setattr(operator_of, "labels_outside", lambda *_: counted.append(1))
+    for outside in (False, True):
+        operator_of._fused_moments(backend_name, logits, labels.long(), Options(outside=outside))
+        assert len(counted) == outside
 
 
 @without_cuda
