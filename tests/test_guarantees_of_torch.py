@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.torch_version import TorchVersion
 
 from tests.test_guarantees import each, same_bits
 
@@ -49,6 +50,9 @@ def test_gradcheck(operator: Operator, backend: str):
 
 @each("reference", differentiable=True)
 def test_transforms_of_the_reference(operator: Operator, backend: str):
+    old = TorchVersion(torch.__version__) < TorchVersion("2.14")
+    if operator.name == "CrossEntropy of the hardest" and old:
+        pytest.skip("torch 2.12 has no batching rule of view(dtype), with which its rank is found")
     function, (x, *others) = of_floating(operator, as_dtype(operator.inputs(1), F64))
     direction, leaf = torch.randn_like(x), x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(function(leaf, *others), leaf)
