@@ -17,15 +17,15 @@ from .recomputation import recomputing
 class BatchNorm(NamedTuple):
     """γ·(x − mean)/√(variance + ε) + β in each channel."""
 
-    module: nn.BatchNorm2d | nn.SyncBatchNorm
+    weight: Tensor
+    bias: Tensor
     mean: Tensor
     variance: Tensor
+    eps: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        weight, bias, mean, variance = (
-            y.to(x.dtype) for y in (self.module.weight, self.module.bias, self.mean, self.variance)
-        )
-        return (x - mean) * (weight * (variance + self.module.eps).rsqrt()) + bias
+    def of(self, x: Tensor) -> Tensor:
+        weight, bias, mean, variance = (y.to(x.dtype) for y in self[:4])
+        return (x - mean) * (weight * (variance + self.eps).rsqrt()) + bias
 
 
 def batch_norm(
@@ -50,7 +50,8 @@ def batch_norm(
     if isinstance(norm, nn.SyncBatchNorm):
         group = group_name(function, norm.process_group or "world")
     if not norm.training or (pixels == 0 and group is None):
-        return BatchNorm(norm, norm.running_mean.to(mean), norm.running_var.to(mean))
+        here = norm.running_mean.to(mean), norm.running_var.to(mean)
+        return BatchNorm(norm.weight, norm.bias, *here, norm.eps)
     size: Tensor | int = pixels
     if group is not None:
         total = torch.cat([mean * pixels, mean.new_full((1,), pixels)])
@@ -68,4 +69,4 @@ def batch_norm(
         here = [x.to(running[0].dtype) for x in (mean, unbiased)]
         torch._foreach_lerp_(running, here, momentum)  # pyright: ignore
         norm.num_batches_tracked.add_(batches)
-    return BatchNorm(norm, mean, variance)
+    return BatchNorm(norm.weight, norm.bias, mean, variance, norm.eps)

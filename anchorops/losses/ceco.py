@@ -144,7 +144,7 @@ class CeCo(Regularizer):
             counts, sums, _ = reduce_moments(ClassMoments(counts, sums, None), self.process_group)
         pixels = reduced.numel() // reduced.shape[1]
         norm = batch_norm("CeCo", self.norm, mean, variance, pixels, self.process_group)
-        return counts, norm(sums / counts.clamp(min=1)[..., None])
+        return counts, norm.of(sums / counts.clamp(min=1)[..., None])
 
     def _reduce_channels(self, features: Tensor) -> Tensor:
         """reduction(features), (B, C, H, W) in the features' dtype and layout; points are a row.
