@@ -167,9 +167,9 @@ def launch_pixels(variant: PixelVariant) -> None:
         lse=True,
     )
     found = softmax_moments.softmax_moments(logits, labels, options)
-    gradients = (found.get(name) for name in GRADIENTS)
+    gradients = {f"d{name}": found.get(name) for name in GRADIENTS}
     softmax_moments_backward.softmax_moments_backward(
-        logits, labels, found["lse"], *gradients, options
+        logits, labels, found["lse"], **gradients, options=options
     )
     if dice:
         predictions = pixel_argmax.pixel_argmax(logits, *variant.labels, align_corners)
