@@ -102,6 +102,7 @@ def _fields(kind: Any) -> tuple[str, ...]:
 
 
 TENSORS, NUMBERS, FLAGS = _fields(Tensor | None), _fields(float), _fields(bool)
+assert {*TENSORS, *NUMBERS, *FLAGS, "ignore_index"} == {*Options._fields}
 
 # The options and results that a backend does not have. PyTorch computes those of ADDED from the
 # results of the others; a call with another one is for another backend.

@@ -189,26 +189,29 @@ def _launch_backward(signature: Signature, launcher: Any, *arguments: Any) -> Te
     return launcher(*arguments[:count], signature.unpack(*arguments[count:]))
 
 
-def gradient_of(signature: Signature) -> Gradient:
-    return Gradient(
-        signature.backward_schema,
-        backward_fake,
-        partial(setup_context, signature),
-        partial(backward, signature),
-        partial(_launch_backward, signature),
-    )
+def define_moments(name: str, **how: bool) -> None:
+    """Define the operator `name` of each backend, which takes and returns what softmax moments do.
+    how: as in `define`."""
+    for backend_name, signature in SIGNATURES.items():
+        gradient = Gradient(
+            signature.backward_schema,
+            backward_fake,
+            partial(setup_context, signature),
+            partial(backward, signature),
+            partial(_launch_backward, signature),
+        )
+        define(
+            name,
+            signature.schema,
+            partial(forward_fake, signature),
+            backends=(backend_name,),
+            gradient=gradient,
+            launch=partial(_launch, signature),
+            **how,
+        )
 
 
-for _backend, _signature in SIGNATURES.items():
-    define(
-        "softmax_moments",
-        _signature.schema,
-        partial(forward_fake, _signature),
-        backends=(_backend,),
-        gradient=gradient_of(_signature),
-        launch=partial(_launch, _signature),
-        any_strides=True,
-    )
+define_moments("softmax_moments", any_strides=True)
 
 
 def _as_images(logits: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor, Options]:
@@ -293,28 +296,20 @@ def softmax_moments(
             call.
         RuntimeError: a second or a forward-mode derivative was requested from a fused backend.
     """
-    check_flags(
-        "softmax_moments",
-        align_corners=align_corners,
-        per_image=per_image,
-        hits=hits,
-        masses=masses,
-        squares=squares,
-        pixel_losses=pixel_losses,
-    )
+    flags: dict[str, Any] = {
+        "align_corners": align_corners,
+        "per_image": per_image,
+        "hits": hits,
+        "masses": masses,
+        "squares": squares,
+        "pixel_losses": pixel_losses,
+    }
+    check_flags("softmax_moments", **flags)
     given = labels
     labels, ignore_index = check_pixels(
         "softmax_moments", logits, labels, ignore_index=ignore_index, check_labels=check_labels
     )
-    options = Options(
-        ignore_index=ignore_index,
-        align_corners=align_corners,
-        per_image=per_image,
-        hits=hits,
-        masses=masses,
-        squares=squares,
-        pixel_losses=pixel_losses,
-    )
+    options = Options(ignore_index=ignore_index, **flags)
     return in_shape(moments_of("softmax_moments", logits, labels, options), shape_of(given))
 
 

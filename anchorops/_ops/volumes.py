@@ -22,7 +22,7 @@ from .._moments import GRADIENTS, RESULTS, Options, Signature, statistics_dtype
 from ..reference import bilinear_sources
 from . import pixel_kl_divergence as kl
 from .registration import FUSED, WITHOUT_CUDA, Gradient, define, library
-from .softmax_moments import SIGNATURES, forward_fake, gradient_of
+from .softmax_moments import SIGNATURES, define_moments, forward_fake
 
 SLAB = 2**22  # logits in a slab, unless one slice has more: 16 MiB
 
@@ -264,15 +264,8 @@ define(
     gradient=Gradient(kl.BACKWARD_SCHEMA, kl.backward_fake, kl.setup_context, kl.backward),
     in_python=True,
 )
+define_moments("volume_moments", in_python=True)
 for _backend, _signature in SIGNATURES.items():
-    define(
-        "volume_moments",
-        _signature.schema,
-        partial(forward_fake, _signature),
-        backends=(_backend,),
-        gradient=gradient_of(_signature),
-        in_python=True,
-    )
     for _suffix, _function in (("", _moments), ("_backward", _moments_backward)):
         _operator = getattr(getattr(torch.ops.anchorops, f"softmax_moments{_suffix}"), _backend)
         library.impl(

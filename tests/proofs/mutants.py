@@ -906,8 +906,8 @@ PLUMBING = (
     Mutant(
         "layouts copied by torch.compile",
         "anchorops/_ops/softmax_moments.py",
-        "        launch=partial(_launch, _signature),\n        any_strides=True,",
-        "        launch=partial(_launch, _signature),",
+        'define_moments("softmax_moments", any_strides=True)',
+        'define_moments("softmax_moments")',
         Tests("compile", "convolutions"),
     ),
     Mutant(
