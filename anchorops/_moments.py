@@ -1,5 +1,6 @@
-"""What the moments take and give. For softmax moments this is the only list of options and results:
-schemas, fake kernels, and what reaches C++ and Triton follow from it."""
+"""What the moments take and give. For softmax moments this is the list of options and results, from
+which schemas, fake kernels, and what reaches C++ and Triton follow. C++ repeats the order of the
+flags (csrc/softmax_flags.h) and of the numbers (softmax_moments.cpp)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -58,10 +59,10 @@ class Options(NamedTuple):
     """The arguments of the operator `softmax_moments`, except the logits and the labels.
 
     smoothing: a and v as the rows of [2, K], or of each image, [B, 2, K]; of at least 0, in the
-        statistics' dtype, contiguous. Classes of v_k = 0 are left out of the sum over the classes.
+        statistics' dtype. Classes of v_k = 0 are left out of the sum over the classes.
     pixel_weights: w, of the labels' shape and any strides, in the statistics' dtype.
     min_loss: pixels of smaller −log p_y are not used in the losses; NaN is not smaller.
-    lse: keep lse for the backward pass.
+    lse: keep lse for the backward pass; set where a gradient may be requested.
     The other flags request the results of these names; `masses` also the overlaps.
     """
 
