@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
-from anchorops._moments import FLAGS, Options, Signature
+from anchorops._moments import FLAGS, NUMBERS, Options, Signature
 from anchorops._ops import softmax_moments as operator_of
 from anchorops._ops.softmax_moments import moments_of as checked_moments
 
@@ -522,10 +522,14 @@ def test_float64_is_refused(backend: str):
         ao.ops.softmax_moments(torch.zeros(4, 20_000), torch.zeros(4).long(), ignore_index=-1)
 
 
-def test_flags_have_the_same_bits_in_cpp():
-    text = Path("csrc/softmax_flags.h").read_text()
+def test_flags_and_numbers_have_the_same_order_in_cpp():
+    csrc = Path(__file__).parents[1] / "csrc"
+    text = (csrc / "softmax_flags.h").read_text()
     names = re.findall(r"^  (?:WITH_)?(\w+) = 1 << (\d),$", text, re.M)
     assert names == [(name.upper(), str(i)) for i, name in enumerate(FLAGS)]
+    text = (csrc / "cpu/softmax_moments.cpp").read_text()
+    names = re.findall(r"(\w+)\(numbers\.at\((\d)\)\)", text)
+    assert names == [(name, str(i)) for i, name in enumerate(NUMBERS)]
 
 
 @cpu
