@@ -53,7 +53,10 @@ __global__ void __launch_bounds__(WARPS * 32, BY_CLASS ? BLOCKS_BY_CLASS : 2)
   prefetch_pixels(cell, inputs);
   const Sequences sequences(cell, stage);
   const GradientStage<CLASSES> sums(dlogits, cell);
-  const int first_key = inputs.gradients.first_key(cell.image, cells.logits.num_classes);
+  // Not a variable: for sm_80 there is no register left to hold it.
+  const auto first_key = [&] {
+    return inputs.gradients.first_key(cell.image, cells.logits.num_classes);
+  };
   const int parts = cells.parts;
   CellLabels labels;
   RegularPixels<BY_CLASS> regular;
@@ -70,25 +73,25 @@ __global__ void __launch_bounds__(WARPS * 32, BY_CLASS ? BLOCKS_BY_CLASS : 2)
       if (parts > 1 || first == first_class) {
         cell.select(part);
         labels.load(inputs.labels, cell);
-        irregular = regular.load(sequences, stage.shifts_of_cell(), labels, inputs, first_key);
+        irregular = regular.load(sequences, stage.shifts_of_cell(), labels, inputs, first_key());
       }
 #pragma unroll 1
       for (int k = 0; k < count; ++k)
-        sums.put(k,
-                 regular.terms(cell, sequences.powers(k), inputs.gradients, first_key + first + k),
-                 part > 0);
+        sums.put(
+            k, regular.terms(cell, sequences.powers(k), inputs.gradients, first_key() + first + k),
+            part > 0);
       // The rest is needed for few classes, or few cells.
 #pragma unroll 1
       for (int k = labels.next(first); k < first + count; k = labels.next(k + 1)) {
         const unsigned pixels = labels.of_class(k) & ~irregular;
-        sums.put(k - first, own_terms<!BY_CLASS>(cell, inputs, pixels, first_key + k), true);
+        sums.put(k - first, own_terms<!BY_CLASS>(cell, inputs, pixels, first_key() + k), true);
       }
       if (__ballot_sync(FULL_WARP, irregular)) {
 #pragma unroll 1
         for (int k = 0; k < count; ++k)
-          sums.put(k,
-                   irregular_terms<BY_CLASS>(cell, inputs, labels, irregular, first + k, first_key),
-                   true);
+          sums.put(
+              k, irregular_terms<BY_CLASS>(cell, inputs, labels, irregular, first + k, first_key()),
+              true);
       }
     }
     __syncthreads();
