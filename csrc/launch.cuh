@@ -51,22 +51,22 @@ struct Hardware {
 inline Hardware hardware() {
 #ifdef __CUDACC__
   static std::mutex mutex;
-  static std::map<int, Hardware> of_devices;
+  static std::map<int, Hardware> by_device;
   int device = 0;
   check(cudaGetDevice(&device), "anchorops: cudaGetDevice");
   const std::lock_guard lock(mutex);
-  const auto found = of_devices.find(device);
-  if (found != of_devices.end()) return found->second;
+  const auto entry = by_device.find(device);
+  if (entry != by_device.end()) return entry->second;
   const auto attribute = [device](cudaDeviceAttr which) {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, which, device), "anchorops: cudaDeviceGetAttribute");
     return value;
   };
   const auto bytes = [&](cudaDeviceAttr which) { return static_cast<size_t>(attribute(which)); };
-  return of_devices[device] = {attribute(cudaDevAttrComputeCapabilityMajor),
-                               attribute(cudaDevAttrMultiProcessorCount),
-                               bytes(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                               bytes(cudaDevAttrReservedSharedMemoryPerBlock)};
+  return by_device[device] = {attribute(cudaDevAttrComputeCapabilityMajor),
+                              attribute(cudaDevAttrMultiProcessorCount),
+                              bytes(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                              bytes(cudaDevAttrReservedSharedMemoryPerBlock)};
 #else
   return {9, on_host::multiprocessors(), size_t{on_host::shared_kilobytes()} << 10, 1 << 10};
 #endif

@@ -1,7 +1,7 @@
 // The operator anchorops::centroid_info_nce_backward.cuda. Names as in forward.cu.
 //
 //   dlogits[r, k] = dlosses[r]·e^(logits[r, k] − lse[r])/τ
-//   dpositive[r] = dlosses[r]·(e^−losses[r] − 1)/τ, which is dlogits[r, own] if p_r is the own key
+//   dpositive[r] = dlosses[r]·(e^−losses[r] − 1)/τ, which is dlogits[r, k] if p_r is the own key k
 //   dqueries[r] = Σ_k dlogits[r, k]·key_k + dpositive[r]·p_r    dpositives[r] = dpositive[r]·q_r
 //   dkeys[k] = Σ_r dlogits[r, k]·q_r
 //
@@ -28,13 +28,13 @@ struct Gradients {
 // Of inner products. The row is present.
 struct DlogitsOfRow {
   float dloss, lse, dpositive;
-  int own;
+  int own_key;
 
   __device__ DlogitsOfRow(const Problem& problem, const Gradients& gradients, int r)
       : dloss(gradients.dlosses[r] * problem.inverse_temperature),
         lse(gradients.lse[r]),
         dpositive(dloss * expm1f(-gradients.losses[r])),
-        own(problem.own(r)) {}
+        own_key(problem.own_key(r)) {}
 };
 
 // The gradient of 16 queries, with that of their positives; or of 16 keys.
@@ -59,7 +59,7 @@ __device__ void write_gradients(const Problem& problem, const Gradients& gradien
         const DlogitsOfRow row(problem, gradients, r);
         if (problem.in_denominator(r, k))
           dlogit = row.dloss * expf(problem.inverse_temperature * products[i] - row.lse);
-        else if (k == row.own && problem.own_key_is_positive && !OF_QUERIES)
+        else if (k == row.own_key && problem.own_key_is_positive && !OF_QUERIES)
           dlogit = row.dpositive;
       }
       dlogits[place * OURS + threadIdx.x / 16] = dlogit;

@@ -35,9 +35,9 @@ struct Problem {
   bool own_key_is_positive;
   float inverse_temperature;
 
-  __device__ int own(int r) const { return r / groups; }
-  __device__ int positive(int r) const { return own_key_is_positive ? own(r) : r; }
-  __device__ bool in_denominator(int r, int k) const { return keys.has(k) && k != own(r); }
+  __device__ int own_key(int r) const { return r / groups; }
+  __device__ int positive(int r) const { return own_key_is_positive ? own_key(r) : r; }
+  __device__ bool in_denominator(int r, int k) const { return keys.has(k) && k != own_key(r); }
 };
 
 // Adds the products of 16 rows, from first_our on, and 64 rows, from first_other on. Thread t has

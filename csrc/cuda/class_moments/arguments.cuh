@@ -44,7 +44,7 @@ struct ChannelAnchors {
   __device__ __forceinline__ float at(int row) const {
     return inside ? __ldg(first + int64_t{row} * dim) : 0;
   }
-  __device__ __forceinline__ float of_key(int key) const { return at(row_of_key(key)); }
+  __device__ __forceinline__ float at_key(int key) const { return at(row_of_key(key)); }
 };
 
 // A block has 32 channels: this one, and every period-th after it. The period is a power of two.

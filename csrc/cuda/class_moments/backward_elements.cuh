@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(ELEMENTS_THREADS, 4)
   const int64_t index = thread / LANES;
   if (index >= out.lines * out.pixels) return;
   const int64_t line = index / out.pixels, pixel = index % out.pixels;
-  const int32_t found = in.keys[index];
-  const unsigned key = max(found, 0);
+  const int32_t stored_key = in.keys[index];
+  const unsigned key = max(stored_key, 0);
   unsigned anchor_row[1] = {key};
   float scale = 0;
   if constexpr (HAS_DSQDISTS) {
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(ELEMENTS_THREADS, 4)
     for (int c = 0; c < CHANNELS; ++c) {
       const float s = HAS_DSUMS ? dsums[c * LANES] : 0;
       const float value = HAS_DSQDISTS ? fmaf(values[c] - anchor[c * LANES], scale, s) : s;
-      dfeatures[c * LANES * out.stride_d] = static_cast<T>(found < 0 ? 0 : value);
+      dfeatures[c * LANES * out.stride_d] = static_cast<T>(stored_key < 0 ? 0 : value);
     }
     features += CHANNELS * LANES * view.stride_d;
     dfeatures += CHANNELS * LANES * out.stride_d;

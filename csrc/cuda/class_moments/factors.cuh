@@ -99,11 +99,11 @@ struct OneHot {
 #pragma unroll
       for (int s = 0; s < 2 * GROUPS; ++s) {
         const unsigned factor[2] = {terms[2 * s][term], terms[2 * s + 1][term]};
-        unsigned of_step[4];
+        unsigned step_ones[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)  // float16 has other bits for 1
-          of_step[i] = std::is_same_v<Element, Half> ? ones[s][i] & 0x3c003c00 : ones[s][i];
-        multiply_add<Element>(sums[term], of_step, factor);
+          step_ones[i] = std::is_same_v<Element, Half> ? ones[s][i] & 0x3c003c00 : ones[s][i];
+        multiply_add<Element>(sums[term], step_ones, factor);
       }
     }
 #pragma unroll

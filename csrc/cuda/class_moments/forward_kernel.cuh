@@ -18,10 +18,10 @@ struct ChunkSums {
     // Keys of the lane's two pixels. In float32, lanes 16 to 31 have the pixels of lanes 0 to 15.
     constexpr int PAIRS = TILE_PIXELS<T> / 2;
     const int lane = slots.lane;
-    int* const own = keys + 2 * (lane % PAIRS);
+    int* const lane_keys = keys + 2 * (lane % PAIRS);
     if constexpr (STATISTICS & SQDISTS) {  // uniform tiles: ignored ones, and those with a slot
       const int first = keys[0];
-      if (__ballot_sync(FULL_WARP, own[0] != first || own[1] != first) == 0) {
+      if (__ballot_sync(FULL_WARP, lane_keys[0] != first || lane_keys[1] != first) == 0) {
         const int slot = slots.slot_of_key[first];
         if (slot == NO_SLOT) return;
         if (slot < SLOTS) return run.add(slots, tile, slot);
@@ -29,18 +29,18 @@ struct ChunkSums {
     }
 #pragma unroll 1
     for (;;) {
-      const int2 found = slots.find(own[0], own[1]);
-      slots.place(found);
+      const int2 pixel_slots = slots.find(lane_keys[0], lane_keys[1]);
+      slots.place(pixel_slots);
       if (slots.used == SLOTS) {  // pixels with a slot are added below
         __syncwarp();             // all lanes have read the keys
         if (lane < PAIRS) {
-          if (found.x != NO_SLOT) own[0] = -1;
-          if (found.y != NO_SLOT) own[1] = -1;
+          if (pixel_slots.x != NO_SLOT) lane_keys[0] = -1;
+          if (pixel_slots.y != NO_SLOT) lane_keys[1] = -1;
         }
       }
-      MixedTile<T, STATISTICS, LAYOUT>{slots, tile, keys}.add(found);
+      MixedTile<T, STATISTICS, LAYOUT>{slots, tile, keys}.add(pixel_slots);
       if (slots.used < SLOTS) return;
-      if (__ballot_sync(FULL_WARP, max(own[0], own[1]) >= 0) == 0) return;
+      if (__ballot_sync(FULL_WARP, max(lane_keys[0], lane_keys[1]) >= 0) == 0) return;
       run.end(slots);
       slots.evict();
     }

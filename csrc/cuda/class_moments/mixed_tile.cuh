@@ -24,9 +24,9 @@ struct MixedTile {
   T* const tile;
   int* const keys;
 
-  // Adds the pixels that have a slot. found: the slots of the lane's two pixels, as placed.
-  __device__ __forceinline__ void add(int2 found) {
-    const auto [has_lower, has_upper] = halves_of(found);
+  // Adds the pixels that have a slot. pixel_slots: those of the lane's two pixels, as placed.
+  __device__ __forceinline__ void add(int2 pixel_slots) {
+    const auto [has_lower, has_upper] = halves_of(pixel_slots);
     Fragment x[GROUPS];
     Vector<unsigned> codes[GROUPS];
     float squares[GROUPS][8];
@@ -72,12 +72,12 @@ struct MixedTile {
   struct Halves {
     bool lower, upper;
   };
-  __device__ __forceinline__ Halves halves_of(int2 found) const {
+  __device__ __forceinline__ Halves halves_of(int2 pixel_slots) const {
     constexpr int HALF = PRODUCT_SLOTS;
     if (!POLICY.skips_upper_slots || slots.used <= HALF) return {true, slots.used > HALF};
     return {!POLICY.skips_lower_slots ||
-                __ballot_sync(FULL_WARP, found.x < HALF || found.y < HALF) != 0,
-            __ballot_sync(FULL_WARP, found.x / HALF == 1 || found.y / HALF == 1) != 0};
+                __ballot_sync(FULL_WARP, pixel_slots.x < HALF || pixel_slots.y < HALF) != 0,
+            __ballot_sync(FULL_WARP, pixel_slots.x / HALF == 1 || pixel_slots.y / HALF == 1) != 0};
   }
 
   __device__ __forceinline__ Fragment group(int g) const {

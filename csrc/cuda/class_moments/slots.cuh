@@ -96,8 +96,8 @@ struct Slots {
   // Returns the slots of two keys of each lane; new keys get free slots. Returns NO_SLOT for key
   // −1, and if all slots are taken.
   __device__ __forceinline__ int2 find(int first_key, int second_key) {
-    int2 found = {slot_of_key[first_key], slot_of_key[second_key]};
-    if (__ballot_sync(FULL_WARP, max(found.x, found.y) > NO_SLOT)) {
+    int2 slots = {slot_of_key[first_key], slot_of_key[second_key]};
+    if (__ballot_sync(FULL_WARP, max(slots.x, slots.y) > NO_SLOT)) {
       const int first = used;
       assign(first_key);
       assign(second_key);
@@ -108,17 +108,17 @@ struct Slots {
           anchor(s) = all_anchors.at(__shfl_sync(FULL_WARP, row, s));
         __syncwarp();
       }
-      found = {min(int{slot_of_key[first_key]}, NO_SLOT),
+      slots = {min(int{slot_of_key[first_key]}, NO_SLOT),
                min(int{slot_of_key[second_key]}, NO_SLOT)};
     }
-    return found;
+    return slots;
   }
 
   // Stores the codes of the lane's two pixels. The halves of [group][q][i] are the codes of pixels
   // 8·i + 2q and 8·i + 2q + 1 of the group.
-  __device__ __forceinline__ void place(int2 found) const {
+  __device__ __forceinline__ void place(int2 pixel_slots) const {
     codes[lane / 16 * 16 + lane % 4 * 4 + lane % 16 / 4] =
-        slot_code(found.y) << 16 | slot_code(found.x);
+        slot_code(pixel_slots.y) << 16 | slot_code(pixel_slots.x);
   }
   __device__ __forceinline__ Vector<unsigned> pairs(int group) const {
     return load_vector(codes + group * 16 + lane % 4 * 4);
@@ -131,13 +131,13 @@ struct Slots {
   // The first lane of all lanes with the same key assigns its slot.
   __device__ __forceinline__ void assign(int wanted) {
     const unsigned before_lane = (1u << lane) - 1;
-    const int found = slot_of_key[wanted];
+    const int state = slot_of_key[wanted];
     const unsigned same = __match_any_sync(FULL_WARP, wanted);
-    const unsigned all = __ballot_sync(FULL_WARP, found > NO_SLOT && (same & before_lane) == 0);
+    const unsigned all = __ballot_sync(FULL_WARP, state > NO_SLOT && (same & before_lane) == 0);
     const int slot = used + __popc(all & before_lane);
     __syncwarp();
     if (all >> lane & 1 && slot < SLOTS) {
-      keys[slot] = {wanted, found == IN_PARTIALS};
+      keys[slot] = {wanted, state == IN_PARTIALS};
       slot_of_key[wanted] = static_cast<uint8_t>(slot);
     }
     used = min(used + __popc(all), SLOTS);
@@ -154,12 +154,12 @@ struct Slots {
     if constexpr (STATISTICS & SUMS)
       if (inside) store(partials.sums + at, value);
     if constexpr (STATISTICS & SQDISTS) {
-      const float difference = value - all_anchors.of_key(key);
+      const float difference = value - all_anchors.at_key(key);
       const float sqdist = sum_of_warp(difference * difference);
       if (lane == 0)
         store(partials.sqdists + (int64_t{chunk} * blocks + block) * num_keys + key, sqdist);
     }
-    __syncwarp();  // all lanes have read of_key
+    __syncwarp();  // all lanes have read slot_of_key
     if (lane == 0) slot_of_key[key] = IN_PARTIALS;
     __syncwarp();
   }

@@ -21,8 +21,8 @@ struct SpecialPixels {
 #pragma unroll 1
     for (int pixel = 0; pixel < TILE_PIXELS<T>; ++pixel) {
       const int slot = slots.code(pixel) / static_cast<int>(slot_code(1));
-      T* const own = tile + Tile::offset(lane, pixel);
-      const auto value = static_cast<float>(*own);
+      T* const element = tile + Tile::offset(lane, pixel);
+      const auto value = static_cast<float>(*element);
       float difference = value;
       if constexpr (STATISTICS & SQDISTS) difference -= slots.anchor(slot);
       if (__ballot_sync(FULL_WARP, difference * difference < LARGEST_SQUARE) == FULL_WARP) continue;
@@ -31,7 +31,7 @@ struct SpecialPixels {
       else if (keys[pixel] >= 0)
         slots.add_to_partials(keys[pixel], value);
       __syncwarp();
-      *own = T(0.f);
+      *element = T(0.f);
       if (lane == 0) {
         slots.code(pixel) = slot_code(NO_SLOT);
         keys[pixel] = -1;

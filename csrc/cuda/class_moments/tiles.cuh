@@ -67,9 +67,9 @@ struct Cursor {
     const Pixels& view = input.view;
     tiles_left = tiling.tiles_per_line - tile;
     int64_t pixel = int64_t{tile} * TILE_PIXELS<T>;
-    const int of_image = static_cast<int>(view.lines_per_image);
+    const int lines_per_image = static_cast<int>(view.lines_per_image);
     features = input.features + channel * view.stride_d;
-    features += line / of_image * view.stride_b + line % of_image * view.stride_h;
+    features += line / lines_per_image * view.stride_b + line % lines_per_image * view.stride_h;
     if constexpr (SHIFTED) {
       before = reinterpret_cast<uintptr_t>(features) % sizeof(Vector<T>) / sizeof(T);
       pixel -= before;

@@ -66,12 +66,12 @@ __global__ void __launch_bounds__(THREADS)
   if (shape.per_image) counts += image * shape.num_classes;
   const int64_t key_of_class_0 = image * shape.image_keys;
 
-  Label own[PIXELS_PER_THREAD];  // all are requested before the first is used
+  Label loaded[PIXELS_PER_THREAD];  // all are requested before the first is used
   int64_t y = first / shape.width, x = first % shape.width;
 #pragma unroll
   for (int i = 0; i < PIXELS_PER_THREAD; ++i) {
     const bool inside = first + i * THREADS < shape.pixels;
-    own[i] = inside ? labels[shape.rows.offset(y) + shape.columns.offset(x)] : Label{};
+    loaded[i] = inside ? labels[shape.rows.offset(y) + shape.columns.offset(x)] : Label{};
     y += shape.step_y;
     x += shape.step_x;
     if (x >= shape.width) x -= shape.width, ++y;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int i = 0; i < PIXELS_PER_THREAD; ++i) {
     const int64_t pixel = first + i * THREADS;
-    const auto label = static_cast<int64_t>(own[i]);
+    const auto label = static_cast<int64_t>(loaded[i]);
     const bool valid = pixel < shape.pixels && label >= 0 && label < shape.num_classes &&
                        label != shape.ignore_index;
     classes[i] = valid ? static_cast<int>(label) : -1;
@@ -116,8 +116,8 @@ std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t wid
       per_image ? std::vector<int64_t>{batch, num_classes} : std::vector<int64_t>{num_classes};
   Tensor keys = new_empty(labels, {batch, height * width}, ScalarType::Int);
   Tensor counts = new_empty(labels, by_class, ScalarType::Long);
-  auto* of_classes = counts.mutable_data_ptr<int64_t>();
-  fill_zero(of_classes, counts.numel() * sizeof(int64_t), device.stream);
+  auto* class_counts = counts.mutable_data_ptr<int64_t>();
+  fill_zero(class_counts, counts.numel() * sizeof(int64_t), device.stream);
   if (keys.numel() == 0) return {keys, counts};
   STD_TORCH_CHECK(labels.numel() > 0, name, ": labels: expected at least one for each image");
 
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t wid
     using Label = decltype(label);
     launch("class_keys_kernel", class_keys_kernel<Label>, grid, THREADS,
            num_classes * sizeof(unsigned), device.stream, labels.const_data_ptr<Label>(),
-           keys.mutable_data_ptr<int32_t>(), reinterpret_cast<unsigned long long*>(of_classes),
+           keys.mutable_data_ptr<int32_t>(), reinterpret_cast<unsigned long long*>(class_counts),
            shape);
   });
   return {keys, counts};

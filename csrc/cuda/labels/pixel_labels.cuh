@@ -26,8 +26,8 @@ struct PixelLabels {
   template <class Label>
   __device__ unsigned class_of(Label label) const {
     const auto value = static_cast<uint64_t>(label);
-    const auto of_label = static_cast<unsigned>(value);
-    return value < num_classes && of_label != ignored ? of_label : NO_CLASS;
+    const auto candidate = static_cast<unsigned>(value);
+    return value < num_classes && candidate != ignored ? candidate : NO_CLASS;
   }
   // Calls function with a pointer to the labels. Negative labels are read as unsigned numbers that
   // are larger than any class; only those of 8 bits could be classes.

@@ -45,21 +45,21 @@ __device__ uint64_t sum_before(uint64_t value, uint64_t* shared) {
 
 // By all threads of a block: each processes a range of the keys.
 __device__ void count_groups(const int64_t* counts,  // [num_keys]
-                             int64_t* starts,     // [num_keys]: number of pixels with smaller keys
-                             int64_t* of_groups,  // [num_keys, groups], or null
+                             int64_t* starts,  // [num_keys]: number of pixels with smaller keys
+                             int64_t* group_counts,  // [num_keys, groups], or null
                              int64_t num_keys, int64_t groups,
                              uint64_t* shared  // [WARPS]
 ) {
   const int64_t each = ceil_div(num_keys, int64_t{THREADS});
   const int64_t begin = min(threadIdx.x * each, num_keys), end = min(begin + each, num_keys);
-  uint64_t own = 0;
-  for (int64_t k = begin; k < end; ++k) own += counts[k];
-  uint64_t before = sum_before(own, shared);
+  uint64_t pixels = 0;
+  for (int64_t k = begin; k < end; ++k) pixels += counts[k];
+  uint64_t before = sum_before(pixels, shared);
   for (int64_t k = begin; k < end; ++k) {
     starts[k] = static_cast<int64_t>(before);
     before += counts[k];
-    for (int64_t g = 0; of_groups && g < groups; ++g)
-      of_groups[k * groups + g] = (counts[k] - g + groups - 1) / groups;
+    for (int64_t g = 0; group_counts && g < groups; ++g)
+      group_counts[k * groups + g] = (counts[k] - g + groups - 1) / groups;
   }
 }
 
@@ -73,14 +73,15 @@ __global__ void __launch_bounds__(THREADS)
     link_pixels_kernel(const int32_t* keys,    // [pixels], -1 where ignored
                        const int64_t* counts,  // [num_keys]
                        int64_t* starts,        // [num_keys]
-                       int64_t* of_groups,     // [num_keys, groups]
+                       int64_t* group_counts,  // [num_keys, groups]
                        const int64_t* seed,    // one
                        Lists lists,            // `first` and `totals` are zero on entry
                        int32_t* split,         // [pixels], written here if the key is ignored
                        int64_t pixels, int64_t num_keys, int64_t groups) {
   auto* shared = reinterpret_cast<uint64_t*>(shared_memory());  // [WARPS]
   auto* start_of = reinterpret_cast<int64_t*>(shared + WARPS);  // [num_keys]
-  count_groups(counts, start_of, blockIdx.x == 0 ? of_groups : nullptr, num_keys, groups, shared);
+  count_groups(counts, start_of, blockIdx.x == 0 ? group_counts : nullptr, num_keys, groups,
+               shared);
   __syncthreads();
   for (int64_t k = threadIdx.x; blockIdx.x == 0 && k < num_keys; k += THREADS)
     starts[k] = start_of[k];
@@ -140,11 +141,11 @@ std::tuple<Tensor, Tensor> split_groups(Tensor keys, Tensor counts, Tensor seed,
   std::vector<int64_t> shape = to_vector(counts.sizes());
   shape.push_back(groups);
   Tensor split = new_empty(keys, to_vector(keys.sizes()), ScalarType::Int);
-  Tensor of_groups = new_empty(counts, shape, ScalarType::Long);
-  auto* group_counts = of_groups.mutable_data_ptr<int64_t>();
+  Tensor group_counts = new_empty(counts, shape, ScalarType::Long);
+  auto* group_counts_data = group_counts.mutable_data_ptr<int64_t>();
   if (pixels == 0) {
-    fill_zero(group_counts, of_groups.numel() * sizeof(int64_t), device.stream);
-    return {split, of_groups};
+    fill_zero(group_counts_data, group_counts.numel() * sizeof(int64_t), device.stream);
+    return {split, group_counts};
   }
   const int64_t blocks = ceil_div(pixels, int64_t{THREADS});
   const Tensor starts = new_empty(counts, {num_keys}, ScalarType::Long);
@@ -156,14 +157,14 @@ std::tuple<Tensor, Tensor> split_groups(Tensor keys, Tensor counts, Tensor seed,
   constexpr size_t SHARED_BYTES = WARPS * sizeof(uint64_t);
   launch("link_pixels_kernel", link_pixels_kernel, grid, THREADS,
          SHARED_BYTES + num_keys * sizeof(int64_t), device.stream, keys.const_data_ptr<int32_t>(),
-         counts.const_data_ptr<int64_t>(), starts.mutable_data_ptr<int64_t>(), group_counts,
+         counts.const_data_ptr<int64_t>(), starts.mutable_data_ptr<int64_t>(), group_counts_data,
          seed.const_data_ptr<int64_t>(), lists, split.mutable_data_ptr<int32_t>(), pixels, num_keys,
          groups);
   launch("rank_pixels_kernel", rank_pixels_kernel, grid, THREADS, SHARED_BYTES, device.stream,
          keys.const_data_ptr<int32_t>(), starts.const_data_ptr<int64_t>(),
          seed.const_data_ptr<int64_t>(), lists, split.mutable_data_ptr<int32_t>(), pixels,
          static_cast<int32_t>(groups));
-  return {split, of_groups};
+  return {split, group_counts};
 }
 
 }  // namespace

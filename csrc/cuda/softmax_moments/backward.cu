@@ -28,11 +28,11 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
   bool by_image = false;
   for (const auto* table : {&dlosses, &doverlaps, &dmasses, &dsquares})
     by_image |= *table && (*table)->dim() == 2;
-  const std::vector<int64_t> of_classes =
+  const std::vector<int64_t> table_shape =
       by_image ? std::vector{batch, logits.size(1)} : std::vector{logits.size(1)};
   // If rows are not contiguous, or one row is expanded to all, they are copied: B×K.
   const auto prepare = [&](const char* argument, std::optional<Tensor>& table) {
-    check_shape(name, argument, table, of_classes);
+    check_shape(name, argument, table, table_shape);
     if (table) table = torch::stable::contiguous(*table);
   };
   prepare("dlosses", dlosses);
@@ -60,14 +60,14 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
   const PixelLabels pixel_labels = labels_of(name, labels, logits.size(1), ignore_index);
   const Tensor shifts = new_shifts(logits, cells, stream);
   PixelMaps maps{.lse = lse.const_data_ptr<float>()};
-  std::optional<Tensor> terms;  // slopes and own terms
-  if (!gradients.of_losses_alone()) {
+  std::optional<Tensor> terms;  // slopes and label terms
+  if (!gradients.only_losses()) {
     terms = new_empty(logits, {2, batch, height, width}, ScalarType::Float);
     float* slopes = terms->mutable_data_ptr<float>();
-    float* own = slopes + batch * height * width;
-    write_slopes(cells, pixel_labels, gradients, maps.lse, slopes, own, stream);
+    float* label_terms = slopes + batch * height * width;
+    write_slopes(cells, pixel_labels, gradients, maps.lse, slopes, label_terms, stream);
     maps.slopes = slopes;
-    maps.own = own;
+    maps.label_terms = label_terms;
   }
   write_dlogits(cells, pixel_labels, gradients, maps, logits_of(name, dlogits), stream);
   return dlogits;

@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(WARPS * 32, BY_CLASS ? BLOCKS_BY_CLASS : 2)
       // The rest is needed for few classes, or few cells.
 #pragma unroll 1
       for (int k = labels.next(first); k < first + count; k = labels.next(k + 1)) {
-        const unsigned pixels = labels.of_class(k) & ~irregular;
-        sums.put(k - first, own_terms<!BY_CLASS>(cell, inputs, pixels, first_key() + k), true);
+        const unsigned pixels = labels.pixels_with_class(k) & ~irregular;
+        sums.put(k - first, label_terms<!BY_CLASS>(cell, inputs, pixels, first_key() + k), true);
       }
       if (__ballot_sync(FULL_WARP, irregular)) {
 #pragma unroll 1

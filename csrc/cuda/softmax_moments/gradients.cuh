@@ -1,8 +1,8 @@
 // The gradients of the statistics of softmax moments, and the parts of the backward pass:
 //
-//   own = dlosses[y] + dpixel_losses − p_y·doverlaps[y]
-//   slope = own − Σ_j p_j·(dmasses[j] + 2·p_j·dsquares[j])
-//   dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) − [y = k]·own
+//   label_term = dlosses[y] + dpixel_losses − p_y·doverlaps[y]
+//   slope = label_term − Σ_j p_j·(dmasses[j] + 2·p_j·dsquares[j])
+//   dz_k = p_k·(slope + dmasses[k] + 2·p_k·dsquares[k]) − [y = k]·label_term
 #pragma once
 
 #include <cstdint>
@@ -40,20 +40,18 @@ struct Gradients {
     return by_image ? image * num_classes : 0;
   }
   __host__ __device__ bool by_class() const { return dmasses || dsquares; }
-  // Then slope = own = dlosses[y].
-  bool of_losses_alone() const {
-    return dlosses && !doverlaps && !by_class() && !dpixel_losses.data;
-  }
+  // Then slope = label_term = dlosses[y].
+  bool only_losses() const { return dlosses && !doverlaps && !by_class() && !dpixel_losses.data; }
 };
 
-// Maps [B, H, W]. slopes and own are 0 where ignored, and null if both are dlosses[y].
+// Maps [B, H, W]. slopes and label_terms are 0 where ignored, and null if both are dlosses[y].
 struct PixelMaps {
-  const float *lse, *slopes, *own;
+  const float *lse, *slopes, *label_terms;
 };
 
-// Writes the maps of slopes and own. slopes.cu.
+// Writes the maps of slopes and label terms. slopes.cu.
 void write_slopes(const Cells& cells, const PixelLabels& labels, const Gradients& gradients,
-                  const float* lse, float* slopes, float* own, Stream stream);
+                  const float* lse, float* slopes, float* label_terms, Stream stream);
 
 // Writes the gradient of the logits. dlogits.cu.
 void write_dlogits(const Cells& cells, const PixelLabels& labels, const Gradients& gradients,

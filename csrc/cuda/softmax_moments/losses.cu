@@ -99,7 +99,7 @@ __device__ __forceinline__ void sum_by_class(const Cell& cell, const CellLabels&
     __syncwarp();
     for (unsigned k = labels.next(first); k < first + count; k = labels.next(k + 1)) {
       Sums sums;
-      sums.add(logits.of_class(k), k, labels, weights, values);
+      sums.add(logits.corners(k), k, labels, weights, values);
       sums.store(table + (k - first), stride);
     }
     __syncthreads();

@@ -1,6 +1,7 @@
 // The terms of a part's pixels in the gradient of the logits (gradients.cuh), summed at the corners
 // of the cell. dz_k has a term of each pixel, p_k·(slope + …), and one of the pixels with label k,
-// −own. The first one comes from geometric sequences; irregular pixels are computed one by one.
+// −label_term. The first one comes from geometric sequences; irregular pixels are computed one by
+// one.
 #pragma once
 
 #include <cstdint>
@@ -77,16 +78,16 @@ struct RegularPixels {
   }
 };
 
-// −Σ own over these pixels, whose label has this key. In a loop that needs few registers, or
+// −Σ label_term over these pixels, whose label has this key. In a loop that needs few registers, or
 // UNROLLED.
 template <bool UNROLLED>
-__device__ __forceinline__ Corners own_terms(const Cell& cell, const Inputs& inputs,
-                                             unsigned pixels, int key) {
-  const float* own = inputs.maps.own;
-  const float dloss = own ? 0 : inputs.gradients.dlosses[key];
+__device__ __forceinline__ Corners label_terms(const Cell& cell, const Inputs& inputs,
+                                               unsigned pixels, int key) {
+  const float* map = inputs.maps.label_terms;
+  const float dloss = map ? 0 : inputs.gradients.dlosses[key];
   PixelSums sums;
   const auto add = [&](int i, int j) {
-    const float term = own ? own[cell.pixel(i, j)] : dloss;
+    const float term = map ? map[cell.pixel(i, j)] : dloss;
     sums.sum -= term;
     sums.sum_i = fmaf(-i, term, sums.sum_i);
     sums.sum_j = fmaf(-j, term, sums.sum_j);
@@ -118,19 +119,19 @@ template <bool BY_CLASS>
 __device__ Corners irregular_terms(const Cell& cell, const Inputs& inputs, const CellLabels& labels,
                                    unsigned irregular, int k, int first_key) {
   const auto& [all_labels, gradients, maps] = inputs;
-  const unsigned of_label = labels.of_class(k);
+  const unsigned with_label = labels.pixels_with_class(k);
   Corners corners;
   for_each_in(irregular, [&](int i, int j) {
     const int64_t pixel = cell.pixel(i, j);
-    float slope, own;
+    float slope, label_term;
     if (BY_CLASS || maps.slopes)
-      slope = maps.slopes[pixel], own = maps.own[pixel];
+      slope = maps.slopes[pixel], label_term = maps.label_terms[pixel];
     else
-      slope = own = gradients.dlosses[first_key + labels.of_pixel(i, j)];
-    if (!(of_label & bit_of(i, j))) own = 0;
+      slope = label_term = gradients.dlosses[first_key + labels.dynamic_at(i, j)];
+    if (!(with_label & bit_of(i, j))) label_term = 0;
     const float p = probability(cell.logits(i, j).z(k), maps.lse[pixel]);
     slope += gradients.slope_of_class(first_key + k, p);
-    add_weighted(p * slope - own, cell.cells.rows.fraction(cell.row, cell.y + i),
+    add_weighted(p * slope - label_term, cell.cells.rows.fraction(cell.row, cell.y + i),
                  cell.cells.columns.fraction(cell.column, cell.x + j), corners);
   });
   return corners;

@@ -1,5 +1,5 @@
 // The terms of each pixel in the gradient of softmax moments that do not depend on the class, slope
-// and own (gradients.cuh). They are not needed if only the losses by class have gradients.
+// and label_term (gradients.cuh). They are not needed if only the losses by class have gradients.
 //
 // With dmasses or dsquares a pass over the logits computes the sum over classes. Then there is a
 // launch over the pixels, which reads labels, lse and the gradients of maps once.
@@ -60,13 +60,13 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
 
 constexpr int THREADS = 256;
 
-// The slope and the own term of each pixel: maps [B, H, W], 0 where ignored.
+// The slope and the label term of each pixel: maps [B, H, W], 0 where ignored.
 __global__ void __launch_bounds__(THREADS)
     pixel_slopes_kernel(Logits logits, Axis rows, Axis columns, PixelLabels labels,
                         Gradients gradients,
                         const float* lse,  // [B, H, W]
                         float* slopes,     // on entry the sum that is computed above
-                        float* own) {
+                        float* label_terms) {
   const int64_t pixel = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   const int64_t per_image = int64_t{rows.pixels} * columns.pixels;
   if (pixel >= logits.batch * per_image) return;
@@ -75,32 +75,32 @@ __global__ void __launch_bounds__(THREADS)
   const int y = static_cast<int>(in_image / columns.pixels);
   const int x = static_cast<int>(in_image % columns.pixels);
   const unsigned label = labels.at(image, y, x);
-  float of_label = 0, slope = 0;
+  float label_term = 0, slope = 0;
   if (label != NO_CLASS) {
     const int key = gradients.first_key(image, logits.num_classes) + static_cast<int>(label);
-    of_label = Gradients::at(gradients.dlosses, key) + gradients.dpixel_losses.at(image, y, x);
+    label_term = Gradients::at(gradients.dlosses, key) + gradients.dpixel_losses.at(image, y, x);
     if (gradients.doverlaps) {
       const float z = PixelLogits(logits, rows, columns, image, y, x).z(label);
-      of_label -= probability(z, lse[pixel]) * gradients.doverlaps[key];
+      label_term -= probability(z, lse[pixel]) * gradients.doverlaps[key];
     }
-    slope = of_label;
+    slope = label_term;
     if (gradients.by_class()) slope -= slopes[pixel];
   }
   slopes[pixel] = slope;
-  own[pixel] = of_label;
+  label_terms[pixel] = label_term;
 }
 
 }  // namespace
 
 void write_slopes(const Cells& cells, const PixelLabels& labels, const Gradients& gradients,
-                  const float* lse, float* slopes, float* own, Stream stream) {
+                  const float* lse, float* slopes, float* label_terms, Stream stream) {
   if (gradients.by_class())
     launch_cells<LogitsStage<CLASSES>>("softmax_slopes_kernel", softmax_slopes_kernel, cells, 0,
                                        stream, labels, gradients, lse, slopes);
   const int64_t pixels = int64_t{cells.logits.batch} * cells.rows.pixels * cells.columns.pixels;
   launch("pixel_slopes_kernel", pixel_slopes_kernel,
          grid_of("pixel_slopes_kernel", ceil_div(pixels, int64_t{THREADS})), THREADS, 0, stream,
-         cells.logits, cells.rows, cells.columns, labels, gradients, lse, slopes, own);
+         cells.logits, cells.rows, cells.columns, labels, gradients, lse, slopes, label_terms);
 }
 
 }  // namespace anchorops::cuda

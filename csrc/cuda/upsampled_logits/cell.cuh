@@ -105,7 +105,7 @@ struct CellLogits {
     right = (cells.inside_columns(cell.column + 1) - column) * logits.stride_w;
     down = (cells.inside_rows(cell.row + 1) - row) * logits.stride_h;
   }
-  __device__ __forceinline__ Corners of_class(unsigned k) const {
+  __device__ __forceinline__ Corners corners(unsigned k) const {
     Corners corners;
     for_element(logits.element, [&](auto element) {
       const auto* x =

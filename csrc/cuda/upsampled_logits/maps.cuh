@@ -72,8 +72,8 @@ struct CellLabels {
       std::remove_cvref_t<decltype(*all)> loaded[PART][PART];
       offsets.load(all, loaded);
       for_each_pixel([&](int i, int j) {
-        const unsigned of_label = labels.class_of(loaded[i][j]);
-        const unsigned label = cell.holds(i, j) ? of_label : NO_CLASS;
+        const unsigned loaded_label = labels.class_of(loaded[i][j]);
+        const unsigned label = cell.holds(i, j) ? loaded_label : NO_CLASS;
         pairs[i][j / 2] = j % 2 ? pairs[i][j / 2] | label << 16 : label;
       });
     });
@@ -88,19 +88,19 @@ struct CellLabels {
     return pixels;
   }
   // The pixels of a class.
-  __device__ __forceinline__ unsigned of_class(unsigned k) const {
+  __device__ __forceinline__ unsigned pixels_with_class(unsigned k) const {
     unsigned pixels = 0;
     for_each_pixel([&](int i, int j) { pixels |= at(i, j) == k ? bit_of(i, j) : 0; });
     return pixels;
   }
   // The class of a pixel that is not known when the code is compiled.
-  __device__ unsigned of_pixel(int i, int j) const {
-    unsigned found = 0;
+  __device__ unsigned dynamic_at(int i, int j) const {
+    unsigned label = 0;
     for_each_pixel([&](int y, int x) {
       const unsigned each = at(y, x);
-      found |= y == i && x == j ? each : 0;
+      label |= y == i && x == j ? each : 0;
     });
-    return found;
+    return label;
   }
   // The smallest class of the warp's pixels that is at least `least`, or NO_CLASS. All lanes must
   // call it.

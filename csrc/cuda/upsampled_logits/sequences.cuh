@@ -102,10 +102,10 @@ struct Sequences {
   __device__ __forceinline__ unsigned load_inverse_sums(const Corners& shifts,
                                                         const PixelLabels& labels, const float* lse,
                                                         PixelValues& inverse) const {
-    CellLabels of_cell;
-    of_cell.load(labels, cell);
-    load_map(cell, of_cell.valid(), lse, inverse);
-    return to_inverse_sums(shifts, of_cell.valid(), inverse);
+    CellLabels cell_labels;
+    cell_labels.load(labels, cell);
+    load_map(cell, cell_labels.valid(), lse, inverse);
+    return to_inverse_sums(shifts, cell_labels.valid(), inverse);
   }
 };
 

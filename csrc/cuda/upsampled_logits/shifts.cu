@@ -60,9 +60,9 @@ __global__ void __launch_bounds__(THREADS, SHIFT_BLOCKS)
     const T* x = static_cast<const T*>(logits.data) + offset;
 #pragma unroll 8
     for (int k = threadIdx.x % LANES; k < logits.num_classes; k += LANES) {
-      const T* of_class = x + k * logits.stride_k;
-      extremes.add(static_cast<float>(of_class[0]), static_cast<float>(of_class[right]),
-                   static_cast<float>(of_class[down]));
+      const T* class_logits = x + k * logits.stride_k;
+      extremes.add(static_cast<float>(class_logits[0]), static_cast<float>(class_logits[right]),
+                   static_cast<float>(class_logits[down]));
     }
   });
   if constexpr (LANES > 1) {
