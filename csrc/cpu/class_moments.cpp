@@ -92,9 +92,9 @@ void moments(const Tensor& features, const Tensor& keys, const std::optional<Ten
   Layout layout = layout_of(features.sizes(), features.strides());
   if (one_row(layout)) layout = as_one_row(layout);
   const int64_t dim = layout.dim, pixels = layout.batch * layout.height * layout.width;
-  const auto of_keys =
+  const auto key_rows =
       anchor_of_keys(anchors ? num_keys : 0, groups, anchors ? anchors->size(0) : 1);
-  const auto anchor_rows = anchors_of<Stat>(anchors, of_keys);
+  const auto anchor_rows = anchors_of<Stat>(anchors, key_rows);
 
   // If planes are contiguous, one block of channels is read at a time. If rows are contiguous, 8
   // blocks, so that cache lines are read consecutively and the totals stay in cache. The partials
@@ -169,9 +169,9 @@ void moments_backward(const std::optional<Tensor>& features, const Tensor& keys,
     layout = as_one_row(layout);
     dlayout = as_one_row(dlayout);
   }
-  const auto of_keys =
+  const auto key_rows =
       anchor_of_keys(anchors ? num_keys : 0, groups, anchors ? anchors->size(0) : 1);
-  const auto anchor_rows = anchors_of<Stat>(anchors, of_keys);
+  const auto anchor_rows = anchors_of<Stat>(anchors, key_rows);
 
   const int64_t all = std::max<int64_t>(1, ceil_div(layout.dim, kernels.lanes));
   const Work work(layout, kernels.lanes, dlayout.stride_w == 1 ? 1 : all, ITEMS);

@@ -8,8 +8,8 @@ namespace anchorops::cpu {
 
 template <class Stat>
 struct Anchors {
-  const Stat* rows;        // [K, dim]; null if there are none
-  const int32_t* of_keys;  // [1 + num_keys]: the row of each key
+  const Stat* rows;         // [K, dim]; null if there are none
+  const int32_t* key_rows;  // [1 + num_keys]: the row of each key
 };
 
 // The kernels of one instruction set. Features have any strides; the key of pixel (b, h, w) of a

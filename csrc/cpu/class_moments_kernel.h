@@ -160,7 +160,7 @@ void forward(const Layout& layout, const T* features, const int32_t* keys, int64
           };
           const auto anchor = [&](int64_t k) INLINE_LAMBDA {
             if constexpr (!ANCHORS) return Vec{};
-            return row(anchors.rows, anchors.of_keys[k + 1], layout.dim, c, width);
+            return row(anchors.rows, anchors.key_rows[k + 1], layout.dim, c, width);
           };
           if (uniform) {
             const int64_t k = key[0];
@@ -226,7 +226,7 @@ void backward(const Layout& layout, const T* features, const int32_t* keys,
             Vec df = {};
             if (k >= 0) {
               if constexpr (SQDISTS)
-                df = (tile.pixel[i] - row(anchors.rows, anchors.of_keys[k + 1], dim, c, width)) *
+                df = (tile.pixel[i] - row(anchors.rows, anchors.key_rows[k + 1], dim, c, width)) *
                      (2 * dsqdists[k]);
               if (dsums) df += row(dsums, k, dim, c, width);
             }
@@ -239,7 +239,7 @@ void backward(const Layout& layout, const T* features, const int32_t* keys,
         // transposed. All loads come before the stores, which would alias with them if planes are
         // 4096 bytes apart.
         const auto write_uniform_planes = [&](int64_t c) INLINE_LAMBDA {
-          const int64_t k = key[0], a = SQDISTS && k >= 0 ? anchors.of_keys[k + 1] : 0;
+          const int64_t k = key[0], a = SQDISTS && k >= 0 ? anchors.key_rows[k + 1] : 0;
           Vec plane[LANES] = {};
           if (k >= 0) {
 #pragma GCC unroll 16

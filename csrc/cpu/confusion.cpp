@@ -36,12 +36,12 @@ void count(const Tensor& predictions, const Tensor& labels, int64_t num_classes,
     std::vector<int64_t> counts(local ? cells : 0);
     for (int64_t p = begin; p < end;) {
       const int64_t b = p / (width * height), y = p / width % height;
-      const Label* of_labels = truth + b * stride.of[0] + y * stride.of[1];
-      const int64_t* of_predictions =
+      const Label* label_row = truth + b * stride.of[0] + y * stride.of[1];
+      const int64_t* prediction_row =
           predicted + b * predicted_stride.of[0] + y * predicted_stride.of[1];
       for (int64_t x = p % width; x < width && p < end; ++x, ++p) {
-        const auto i = static_cast<int64_t>(of_labels[x * stride.of[2]]);
-        const int64_t j = of_predictions[x * predicted_stride.of[2]];
+        const auto i = static_cast<int64_t>(label_row[x * stride.of[2]]);
+        const int64_t j = prediction_row[x * predicted_stride.of[2]];
         if (i < 0 || i >= num_classes || i == ignore_index || j < 0 || j >= num_classes) continue;
         if (local)
           ++counts[i * num_classes + j];

@@ -41,10 +41,12 @@ struct Arguments {
 
 // Calls visit(divergence, index of the tile, tile) for the tiles of the student's logits.
 template <class Stat, class Visit>
-void for_tiles(const Arguments& given, bool backward, Visit visit) {
-  const Layout layout = layout_of(given.logits), teacher_layout = layout_of(given.teacher_logits);
-  const Tiles<Stat> tiles(layout, given.height, given.width, given.align_corners);
-  const Tiles<Stat> teacher_tiles(teacher_layout, given.height, given.width, given.align_corners);
+void for_tiles(const Arguments& arguments, bool backward, Visit visit) {
+  const Layout layout = layout_of(arguments.logits),
+               teacher_layout = layout_of(arguments.teacher_logits);
+  const Tiles<Stat> tiles(layout, arguments.height, arguments.width, arguments.align_corners);
+  const Tiles<Stat> teacher_tiles(teacher_layout, arguments.height, arguments.width,
+                                  arguments.align_corners);
   const auto problem_of = [](const Tensor& logits, const Tiles<Stat>& of) {
     Problem<Stat> problem;
     for_dtype(NAME, logits.scalar_type(), [&](auto element) {
@@ -54,7 +56,7 @@ void for_tiles(const Arguments& given, bool backward, Visit visit) {
     return problem;
   };
   int64_t labels = 1;
-  for (int64_t i = 0; i < tiles.of_image(); ++i) {
+  for (int64_t i = 0; i < tiles.per_image(); ++i) {
     const Range columns = tiles.tile(i, backward).label_columns;
     labels = std::max(labels, columns.end - columns.begin);
   }
@@ -63,31 +65,31 @@ void for_tiles(const Arguments& given, bool backward, Visit visit) {
   const int64_t chunks = ceil_div(labels, most);
   const auto run = [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
     Divergence<Stat> divergence = {};
-    divergence.student = {problem_of(given.logits, tiles), workspace};
-    divergence.teacher = {problem_of(given.teacher_logits, teacher_tiles)};
+    divergence.student = {problem_of(arguments.logits, tiles), workspace};
+    divergence.teacher = {problem_of(arguments.teacher_logits, teacher_tiles)};
     divergence.chunk = ceil_div(ceil_div(labels, chunks), 16) * 16;
     divergence.line = divergence.chunk + 16;
-    divergence.valid = map_of<bool>(given.valid);
-    divergence.temperature = static_cast<Stat>(given.temperature);
-    Workspace<Stat>& of_teacher = divergence.teacher.workspace;
-    of_teacher.stride = ceil_div(teacher_layout.width + 2, 16) * 16 + 16;
-    const int64_t packed = layout.dim * of_teacher.stride + 16;
+    divergence.valid = map_of<bool>(arguments.valid);
+    divergence.temperature = static_cast<Stat>(arguments.temperature);
+    Workspace<Stat>& teacher_workspace = divergence.teacher.workspace;
+    teacher_workspace.stride = ceil_div(teacher_layout.width + 2, 16) * 16 + 16;
+    const int64_t packed = layout.dim * teacher_workspace.stride + 16;
     const int64_t rows = layout.dim * divergence.line;
     const std::unique_ptr<Stat[]> memory(
-        new Stat[2 * (packed + of_teacher.stride + 2 * rows) + 5 * divergence.line]);
+        new Stat[2 * (packed + teacher_workspace.stride + 2 * rows) + 5 * divergence.line]);
     std::vector<Stat> gradients(backward ? 2 * rows : 0);
     std::vector<int32_t> lower(divergence.line);
     Stat* next = memory.get();
     const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
     for (int i = 0; i < 2; ++i) {
-      of_teacher.packed[i] = take(packed);
-      of_teacher.shifts[i] = take(of_teacher.stride);
+      teacher_workspace.packed[i] = take(packed);
+      teacher_workspace.shifts[i] = take(teacher_workspace.stride);
       divergence.student.rows[i] = take(rows);
       divergence.teacher.rows[i] = take(rows);
       divergence.gradients[i] = gradients.data() + (backward ? i * rows : 0);
     }
     divergence.is_valid = take(4 * divergence.line);
-    of_teacher.label_columns = {lower.data(), take(divergence.line), nullptr, nullptr};
+    teacher_workspace.label_columns = {lower.data(), take(divergence.line), nullptr, nullptr};
     for (int64_t i = first; i < last; ++i) visit(divergence, i, tiles.tile(i, backward));
   };
   for_items(tiles, tiles.count(), layout.dim, backward, false, run);
@@ -98,9 +100,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pixel_kl_divergence(
     int64_t width, double temperature, bool align_corners, bool with_divergences, bool with_lse) {
   const ScalarType dtype = logits.scalar_type();
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
-  const auto by_pixel = [&](bool asked) {
+  const auto by_pixel = [&](bool requested) {
     std::vector<int64_t> size = {0};
-    if (asked) size = {logits.size(0), height, width};
+    if (requested) size = {logits.size(0), height, width};
     return new_empty(logits, size, stat);
   };
   const Tensor total = torch::stable::new_zeros(logits, {}, stat);
@@ -114,10 +116,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pixel_kl_divergence(
     const DivergenceMaps<Stat> maps = {data(divergences), data(lse), data(teacher_lse)};
     const auto kernels = best_divergence_kernels<Stat>();
     std::vector<double> totals;
-    const Arguments given = {logits, teacher_logits, valid,        height,
-                             width,  temperature,    align_corners};
+    const Arguments arguments = {logits, teacher_logits, valid,        height,
+                                 width,  temperature,    align_corners};
     totals.resize(Tiles<Stat>(layout_of(logits), height, width, align_corners).count());
-    for_tiles<Stat>(given, false,
+    for_tiles<Stat>(arguments, false,
                     [&](const Divergence<Stat>& divergence, int64_t i, const Tile& tile) {
                       totals[i] = kernels.forward(divergence, tile, maps);
                     });
@@ -148,9 +150,9 @@ Tensor pixel_kl_divergence_backward(Tensor logits, Tensor teacher_logits,
     const Output<Stat> output = {layout_of(dlogits), dlogits.mutable_data_ptr<T>(),
                                  best_rows<T>().finish_row};
     const auto kernels = best_divergence_kernels<Stat>();
-    const Arguments given = {logits,      teacher_logits, valid,        lse.size(1),
-                             lse.size(2), temperature,    align_corners};
-    for_tiles<Stat>(given, true,
+    const Arguments arguments = {logits,      teacher_logits, valid,        lse.size(1),
+                                 lse.size(2), temperature,    align_corners};
+    for_tiles<Stat>(arguments, true,
                     [&](const Divergence<Stat>& divergence, int64_t, const Tile& tile) {
                       kernels.backward(divergence, tile, gradients, output);
                     });

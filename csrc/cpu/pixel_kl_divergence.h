@@ -34,8 +34,8 @@ struct DivergenceMaps {
 
 template <class Stat>
 struct DivergenceGradients {
-  Stat of_total;
-  Map<Stat> of_divergences;
+  Stat dtotal;
+  Map<Stat> ddivergences;
   const Stat *lse, *teacher_lse;  // contiguous [B, H, W], of the forward pass
 };
 

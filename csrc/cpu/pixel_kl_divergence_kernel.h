@@ -271,8 +271,8 @@ double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
   const Problem<Stat>& problem = divergence.student.problem;
   const int64_t num_classes = problem.layout.dim, line = divergence.line;
   double totals[L] = {};
-  const auto of_rows = [&](int64_t y, int64_t rows, Range columns, const Between<Stat>& students,
-                           const Between<Stat>& teachers) INLINE_LAMBDA {
+  const auto add_rows = [&](int64_t y, int64_t rows, Range columns, const Between<Stat>& students,
+                            const Between<Stat>& teachers) INLINE_LAMBDA {
     const bool by_powers = rows > 2 && students.ordinary && teachers.ordinary;
     for (int64_t j = 0; j < rows; ++j)
       read_valid(divergence, tile.image, y + j, columns, divergence.is_valid + j * line);
@@ -282,19 +282,19 @@ double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
       if (by_powers)
         add_classes(num_classes, sums, [&](int64_t k, Sums(&some)[DOWN]) INLINE_LAMBDA {
           const int64_t i = k * line + t;
-          Powers<Stat> of_student(students, i), of_teacher(teachers, i);
-          Vec difference = of_teacher.z - of_student.z;
-          const Vec change = of_teacher.change - of_student.change;
-          if (underflow(of_student, of_teacher)) {
+          Powers<Stat> student_powers(students, i), teacher_powers(teachers, i);
+          Vec difference = teacher_powers.z - student_powers.z;
+          const Vec change = teacher_powers.change - student_powers.change;
+          if (underflow(student_powers, teacher_powers)) {
             for (int j = 0; j < rows; ++j) some[j].add(students.at(i, j), teachers.at(i, j));
             return;
           }
           for (int j = 0; j < DOWN; ++j) {
-            some[j].student += of_student.power;
-            some[j].teacher += of_teacher.power;
-            some[j].difference += of_teacher.power * difference;
-            of_student.power *= of_student.factor;
-            of_teacher.power *= of_teacher.factor;
+            some[j].student += student_powers.power;
+            some[j].teacher += teacher_powers.power;
+            some[j].difference += teacher_powers.power * difference;
+            student_powers.power *= student_powers.factor;
+            teacher_powers.power *= teacher_powers.factor;
             difference += change;
           }
         });
@@ -317,18 +317,18 @@ double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
             directly();
           }
         }
-        const PixelDivergences<Stat> found(sums[j], shift, teacher_shift, divergence.temperature);
-        const Vec value = is_valid ? found.value : Vec{};
+        const PixelDivergences<Stat> pixels(sums[j], shift, teacher_shift, divergence.temperature);
+        const Vec value = is_valid ? pixels.value : Vec{};
         const int64_t at =
             (tile.image * problem.rows.size + y + j) * problem.columns.size + columns.begin + t;
         accumulate(totals, value);
         if (maps.divergences) V::store(maps.divergences + at, value, count);
-        if (maps.lse) V::store(maps.lse + at, found.lse, count);
-        if (maps.teacher_lse) V::store(maps.teacher_lse + at, found.teacher_lse, count);
+        if (maps.lse) V::store(maps.lse + at, pixels.lse, count);
+        if (maps.teacher_lse) V::store(maps.teacher_lse + at, pixels.teacher_lse, count);
       }
     }
   };
-  for_chunks(divergence, tile, [](int64_t, bool) {}, of_rows);
+  for_chunks(divergence, tile, [](int64_t, bool) {}, add_rows);
   double total = 0;
   for (double part : totals) total += part;
   return total;
@@ -348,10 +348,10 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
   const auto add_up = [&](int64_t parity) {
     for (int64_t k = 0; k < problem.layout.dim; ++k) {
       Stat* values = divergence.gradients[parity] + k * line;
-      Stat* of_class = workspace.gradients[parity] + k * workspace.stride;
+      Stat* class_gradients = workspace.gradients[parity] + k * workspace.stride;
       lines.for_sums(values, [&](int64_t j, Vec left, Vec right) INLINE_LAMBDA {
-        V::store(of_class + j, V::load(of_class + j) + left);
-        V::store(of_class + j + 1, V::load(of_class + j + 1) + right);
+        V::store(class_gradients + j, V::load(class_gradients + j) + left);
+        V::store(class_gradients + j + 1, V::load(class_gradients + j + 1) + right);
       });
       std::memset(values, 0, line * sizeof(Stat));
     }
@@ -370,8 +370,9 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
     lines.finish_until(row, add_up);
     finish_until(row);
   };
-  const auto of_rows = [&](int64_t y, int64_t rows, Range columns, const Between<Stat>& students,
-                           const Between<Stat>& teachers) INLINE_LAMBDA {
+  const auto add_row_gradients = [&](int64_t y, int64_t rows, Range columns,
+                                     const Between<Stat>& students,
+                                     const Between<Stat>& teachers) INLINE_LAMBDA {
     const auto row = position(problem.rows, y);
     lines.use(row.lower, columns.end - columns.begin);
     lines.use(row.upper, columns.end - columns.begin);
@@ -391,12 +392,12 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
         const Vec to_log2 = Vec{} + Stat(1.4426950408889634);
         lse[j] = is_valid ? to_log2 * V::load(gradients.lse + at, count) : Vec{};
         teacher_lse[j] = is_valid ? to_log2 * V::load(gradients.teacher_lse + at, count) : Vec{};
-        Vec of_pixels = Vec{} + gradients.of_total;
-        const Map<Stat>& map = gradients.of_divergences;
+        Vec dpixels = Vec{} + gradients.dtotal;
+        const Map<Stat>& map = gradients.ddivergences;
         const int64_t first = tile.image * map.stride_b + (y + j) * map.stride_h;
         for (int64_t i = 0; map.data && i < count; ++i)
-          of_pixels[i] += map.data[first + (x + i) * map.stride_w];
-        gradient[j] = is_valid ? divergence.temperature * of_pixels : Vec{};
+          dpixels[i] += map.data[first + (x + i) * map.stride_w];
+        gradient[j] = is_valid ? divergence.temperature * dpixels : Vec{};
         steep |= ~((lse[j] >= -40) & (teacher_lse[j] >= -40));
       }
       const bool by_powers = rows > 2 && students.ordinary && teachers.ordinary && !any_lane(steep);
@@ -406,40 +407,40 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
       }
       for (int64_t k = 0; k < problem.layout.dim; ++k) {
         const int64_t i = k * line + t;
-        Vec of_low = V::load(low + i), of_high = {};
+        Vec low_sum = V::load(low + i), high_sum = {};
         const auto by_rows = [&]() INLINE_LAMBDA {
           for (int j = 0; j < rows; ++j) {
             const Vec q = exp2_of_any<Stat>(students.at(i, j) - lse[j]);
             const Vec p = exp2_of_any<Stat>(teachers.at(i, j) - teacher_lse[j]);
             const auto is_valid = V::load(divergence.is_valid + j * line + t) != 0;
             const Vec dz = is_valid ? gradient[j] * (q - p) : Vec{};
-            of_low += (1 - students.weight[j]) * dz;
-            of_high += students.weight[j] == 0 ? Vec{} : students.weight[j] * dz;
+            low_sum += (1 - students.weight[j]) * dz;
+            high_sum += students.weight[j] == 0 ? Vec{} : students.weight[j] * dz;
           }
         };
         if (by_powers) {
-          Powers<Stat> of_student(students, i), of_teacher(teachers, i);
-          if (underflow(of_student, of_teacher)) {
+          Powers<Stat> student_powers(students, i), teacher_powers(teachers, i);
+          if (underflow(student_powers, teacher_powers)) {
             by_rows();
           } else {
             for (int j = 0; j < DOWN; ++j) {
-              const Vec dz =
-                  student_factor[j] * of_student.power - teacher_factor[j] * of_teacher.power;
-              of_low += (1 - students.weight[j]) * dz;
-              of_high += students.weight[j] * dz;
-              of_student.power *= of_student.factor;
-              of_teacher.power *= of_teacher.factor;
+              const Vec dz = student_factor[j] * student_powers.power -
+                             teacher_factor[j] * teacher_powers.power;
+              low_sum += (1 - students.weight[j]) * dz;
+              high_sum += students.weight[j] * dz;
+              student_powers.power *= student_powers.factor;
+              teacher_powers.power *= teacher_powers.factor;
             }
           }
         } else {
           by_rows();
         }
-        V::store(low + i, of_low);
-        V::store(high + i, V::load(high + i) + of_high);
+        V::store(low + i, low_sum);
+        V::store(high + i, V::load(high + i) + high_sum);
       }
     }
   };
-  for_chunks(divergence, tile, begin, of_rows);
+  for_chunks(divergence, tile, begin, add_row_gradients);
   finish_lines();
   finish_until(std::min(tile.rows.end + 1, problem.layout.height));
 }

@@ -39,7 +39,7 @@ struct Corners {
     return blend(blend(a, c, down), blend(b, d, down), right);
   }
   // The same, if all logits are finite.
-  ALWAYS_INLINE Floats of_finite(float down, Floats right) const {
+  ALWAYS_INLINE Floats at_finite(float down, Floats right) const {
     const Floats left = a + down * (c - a);
     return left + right * ((b + down * (d - b)) - left);
   }
@@ -96,11 +96,11 @@ template <int WIDTH>
 struct BlockClasses {
   static constexpr int PIXELS = WIDTH * LANES<float>;
   int32_t classes[ROWS * PIXELS];
-  Ints of_cells;                                 // the largest of each cell, mostly the only one
+  Ints cell_classes;                             // the largest of each cell, mostly the only one
   int32_t others[ROWS * PIXELS + LANES<float>];  // the pixels that are of another class
   int64_t count;                                 // number of the others
 
-  Ints of_pixels(int64_t n) const { return load_ints(classes + n * LANES<float>); }
+  Ints pixel_classes(int64_t n) const { return load_ints(classes + n * LANES<float>); }
 };
 
 // A row of cells of a tile, with at most ROWS rows of its labels at a time.
@@ -133,10 +133,11 @@ struct CellRow {
     first_column = cells.begin - tile.columns.begin + 1;
     for (int64_t block = 0; block < passes * blocks; ++block)
       for (int64_t lane = 0; lane < L; ++lane) {
-        const int64_t of_cell = cells.begin + block % blocks * L + lane;
-        const int32_t* begin = problem.column_cells.begin + of_cell + 1;
-        const int64_t first = of_cell < cells.end ? begin[0] + block / blocks * WIDTH : 0;
-        const int64_t end = of_cell < cells.end ? std::min<int64_t>(begin[1], first + WIDTH) : 0;
+        const int64_t column_cell = cells.begin + block % blocks * L + lane;
+        const int32_t* begin = problem.column_cells.begin + column_cell + 1;
+        const int64_t first = column_cell < cells.end ? begin[0] + block / blocks * WIDTH : 0;
+        const int64_t end =
+            column_cell < cells.end ? std::min<int64_t>(begin[1], first + WIDTH) : 0;
         for (int64_t i = 0; i < WIDTH; ++i) {
           const int64_t at = block * PIXELS + i * L + lane;
           const bool valid = first + i < end;
@@ -211,8 +212,8 @@ struct CellRow {
   ALWAYS_INLINE float logit(int64_t block, int64_t t, int64_t k) const {
     const int64_t column = column_of(block) + t % L;
     const float *above = upper_row(k) + column, *below = lower_row(k) + column;
-    const float of_row = down[t / PIXELS];
-    return blend(blend(above[0], below[0], of_row), blend(above[1], below[1], of_row),
+    const float weight_down = down[t / PIXELS];
+    return blend(blend(above[0], below[0], weight_down), blend(above[1], below[1], weight_down),
                  workspace.cell_weights[block * PIXELS + t % PIXELS]);
   }
   // Whether the pixels of a block are neighbours: all its cells have WIDTH labels.
@@ -288,23 +289,24 @@ struct CellRow {
     const int64_t at = channel * layout.stride_d + column_of(block) * layout.stride_w;
     __builtin_prefetch(next_logits + problem.bytes * at, 0, 2);
   }
-  ALWAYS_INLINE void find_classes(int64_t block, BlockClasses<WIDTH>& found) const {
-    found.of_cells = Ints{} - 1;
+  ALWAYS_INLINE void find_classes(int64_t block, BlockClasses<WIDTH>& classes) const {
+    classes.cell_classes = Ints{} - 1;
     for (int64_t j = 0; j < rows; ++j) {
       Ints k[WIDTH];
       load_pixels(block, workspace.classes + j * workspace.label_stride, -1, k);
-      std::memcpy(found.classes + j * PIXELS, k, sizeof k);
+      std::memcpy(classes.classes + j * PIXELS, k, sizeof k);
       for (int i = 0; i < WIDTH; ++i)
-        found.of_cells = k[i] > found.of_cells ? k[i] : found.of_cells;
+        classes.cell_classes = k[i] > classes.cell_classes ? k[i] : classes.cell_classes;
     }
-    found.count = 0;
+    classes.count = 0;
     for (int64_t n = 0; n < rows * WIDTH; ++n) {
-      const Ints k = load_ints(found.classes + n * L);
-      found.count += put_lanes((k >= 0) & (k != found.of_cells), n * L, found.others + found.count);
+      const Ints k = load_ints(classes.classes + n * L);
+      classes.count +=
+          put_lanes((k >= 0) & (k != classes.cell_classes), n * L, classes.others + classes.count);
     }
   }
   // The logits around the cells of their true classes; any numbers if a cell has no true class.
-  ALWAYS_INLINE Corners own_corners(int64_t block, Ints classes) const {
+  ALWAYS_INLINE Corners label_corners(int64_t block, Ints classes) const {
     Ints at = {};
     for (int lane = 0; lane < L; ++lane) at[lane] = lane;
     at += (classes >= 0 ? classes : Ints{}) * static_cast<int32_t>(workspace.stride);
@@ -316,26 +318,26 @@ struct CellRow {
 
   // The logits of the true classes of a block's pixels [rows][WIDTH][lanes]; any numbers where
   // there is no class.
-  ALWAYS_INLINE void own_logits(int64_t block, const BlockClasses<WIDTH>& classes,
-                                float* logits) const {
-    const Corners z = own_corners(block, classes.of_cells);
+  ALWAYS_INLINE void label_logits(int64_t block, const BlockClasses<WIDTH>& classes,
+                                  float* logits) const {
+    const Corners z = label_corners(block, classes.cell_classes);
     const bool finite = z.all_above(-3e38f);
     for (int64_t j = 0; j < rows; ++j)
       for (int i = 0; i < WIDTH; ++i)
         Simd<float>::store(logits + j * PIXELS + i * L,
-                           finite ? z.of_finite(down[j], right(block, i))
+                           finite ? z.at_finite(down[j], right(block, i))
                                   : z.at(Floats{} + down[j], right(block, i)));
     for (int64_t n = 0; n < classes.count; ++n) {
       const int32_t t = classes.others[n];
       logits[t] = logit(block, t, classes.classes[t]);
     }
   }
-  // The sum of v_k * -log p_k for a vector of pixels. of_sum: log of the sum of e^z.
-  ALWAYS_INLINE Floats others(const LossesOfImage<float>& losses, int64_t block, int64_t j,
-                              int64_t i, Floats of_sum) const {
-    if (!losses.others) return Floats{};
+  // The sum of v_k * -log p_k for a vector of pixels. log_total: log of the sum of e^z.
+  ALWAYS_INLINE Floats losses_of_all_classes(const LossesOfImage<float>& losses, int64_t block,
+                                             int64_t j, int64_t i, Floats log_total) const {
+    if (!losses.all_weights) return Floats{};
     const Corners z = corners(problem.num_classes, block);
-    return losses.total * of_sum - z.at(Floats{} + down[j], right(block, i));
+    return losses.total * log_total - z.at(Floats{} + down[j], right(block, i));
   }
 
   // Calls visit(group) for the rows' pixels in one block, or in all blocks (-1).

@@ -34,10 +34,10 @@ __attribute__((noinline)) void largest_of_block(const CellRow<WIDTH>& row, int64
           const Floats w = row.right(block, i);
           const Floats value = finite ? l + w * change : between(l, r, w);
           Floats& best = largest[j * WIDTH + i];
-          Ints& of_best = index[j * WIDTH + i];
+          Ints& best_class = index[j * WIDTH + i];
           const Ints larger = value > best;
           best = larger ? value : best;
-          of_best = larger ? Ints{} + static_cast<int32_t>(k) : of_best;
+          best_class = larger ? Ints{} + static_cast<int32_t>(k) : best_class;
         }
       }
     }

@@ -5,11 +5,11 @@
 struct WeightedSums {
   Floats all = {}, right = {}, below = {}, right_below = {};
 
-  ALWAYS_INLINE void add_row(Floats of_row, Floats of_right, float down) {
-    all += of_row;
-    right += of_right;
-    below += down * of_row;
-    right_below += down * of_right;
+  ALWAYS_INLINE void add_row(Floats row_sum, Floats right_sum, float down) {
+    all += row_sum;
+    right += right_sum;
+    below += down * row_sum;
+    right_below += down * right_sum;
   }
 };
 
@@ -58,16 +58,16 @@ ALWAYS_INLINE WeightedSums sums_by_pixels(const CellRow<WIDTH>& row, const Corne
   const bool far = !z.all_above(FAR);
   Series e = row.series(z, block);  // not used if far
   for (int64_t j = 0; j < row.rows; ++j) {
-    Floats all = {}, of_right = {}, power = e.first;
+    Floats all = {}, right_sum = {}, power = e.first;
     for (int i = 0; i < WIDTH; ++i) {
       const Floats right = row.right(block, i);
       const Floats v = far ? exp<float>(z.at(Floats{} + row.down[j], right)) : power;
       const Floats dz = v == v ? gradient(v, j, i) : Floats{};
       all += dz;
-      of_right += dz * right;
+      right_sum += dz * right;
       power *= e.right;
     }
-    sums.add_row(all, of_right, row.down[j]);
+    sums.add_row(all, right_sum, row.down[j]);
     e.next_row();
   }
   return sums;
@@ -78,39 +78,39 @@ template <int WIDTH>
 WeightedSums sums_of_values(const CellRow<WIDTH>& row, int64_t block) {
   WeightedSums sums;
   for (int64_t j = 0; j < row.rows; ++j) {
-    Floats all = {}, of_right = {};
+    Floats all = {}, right_sum = {};
     for (int i = 0; i < WIDTH; ++i) {
       const Floats dz = Simd<float>::load(row.factors(2, block, j, i));
       all += dz;
-      of_right += dz * row.right(block, i);
+      right_sum += dz * row.right(block, i);
     }
-    sums.add_row(all, of_right, row.down[j]);
+    sums.add_row(all, right_sum, row.down[j]);
   }
   return sums;
 }
 
 // gradients += the sum over pixels of weight * dz, with
 // dz = e^z * (factors[0] + factors[1] * (dmasses + 2 * p * dsquares)) and p = factors[1] * e^z.
-// TERMS is 3 with dsquares, otherwise 2 with dmasses, otherwise 1. With `others`, the gradient of
-// the sum of v_k z_k is added, too: dz = factors[2].
+// TERMS is 3 with dsquares, otherwise 2 with dmasses, otherwise 1. With
+// all weights, the gradient of the sum of v_k z_k is added, too: dz = factors[2].
 template <int WIDTH, int TERMS>
 void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float* dsquares,
-                   bool others) {
+                   bool with_all_weights) {
   using V = Simd<float>;
   constexpr int L = CellRow<WIDTH>::L;
   const Workspace<float>& workspace = row.workspace;
   const int64_t num_classes = row.problem.num_classes;
-  for (int64_t k = 0; k < num_classes + others; ++k) {
+  for (int64_t k = 0; k < num_classes + with_all_weights; ++k) {
     float* above = workspace.gradients[row.upper & 1] + k * workspace.stride + row.first_column;
     float* below = workspace.gradients[row.lower & 1] + k * workspace.stride + row.first_column;
-    const bool of_class = k < num_classes;
-    const float dmass = of_class && dmasses ? dmasses[k] : 0;
-    const float dsquare = of_class && dsquares ? 2 * dsquares[k] : 0;
+    const bool is_class = k < num_classes;
+    const float dmass = is_class && dmasses ? dmasses[k] : 0;
+    const float dsquare = is_class && dsquares ? 2 * dsquares[k] : 0;
     Floats last_above = {}, last_below = {};
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
       const auto factor = [&](int64_t j, int i) INLINE_LAMBDA {
-        const Floats own = V::load(row.factors(0, block, j, i));
-        return TERMS > 1 ? own + V::load(row.factors(1, block, j, i)) * dmass : own;
+        const Floats base = V::load(row.factors(0, block, j, i));
+        return TERMS > 1 ? base + V::load(row.factors(1, block, j, i)) * dmass : base;
       };
       const auto gradient = [&](Floats v, int64_t j, int i) INLINE_LAMBDA {
         if constexpr (TERMS < 3) return v * factor(j, i);
@@ -118,7 +118,7 @@ void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float*
         return v * factor(j, i) + p * p * dsquare;
       };
       WeightedSums sums;
-      if (of_class) {
+      if (is_class) {
         const Corners z = row.corners(k, block);
         row.fetch_logits(block, k);
         sums = TERMS < 3 && z.all_above(FAR) ? sums_by_series(row, z, block, factor)
@@ -148,8 +148,8 @@ void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float*
 // Subtracts the additional terms of the pixels' true classes: values [rows][WIDTH][lanes], 0 if
 // there is no class.
 template <int WIDTH>
-void subtract_own(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
-                  const float* values) {
+void subtract_label_terms(const CellRow<WIDTH>& row, int64_t block,
+                          const BlockClasses<WIDTH>& classes, const float* values) {
   using Row = CellRow<WIDTH>;
   constexpr int L = Row::L;
   const Workspace<float>& workspace = row.workspace;
@@ -166,22 +166,22 @@ void subtract_own(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<W
   };
   Floats left = {}, right = {}, left_below = {}, right_below = {};
   for (int64_t j = 0; j < row.rows; ++j) {
-    Floats all = {}, of_right = {};
+    Floats all = {}, right_sum = {};
     for (int i = 0; i < WIDTH; ++i) {
       const int64_t n = j * WIDTH + i;
       const Floats value = Simd<float>::load(values + n * L);
-      const Floats of_cell = classes.of_pixels(n) == classes.of_cells ? value : Floats{};
-      all += of_cell;
-      of_right += of_cell * row.right(block, i);
+      const Floats cell_value = classes.pixel_classes(n) == classes.cell_classes ? value : Floats{};
+      all += cell_value;
+      right_sum += cell_value * row.right(block, i);
     }
-    left += all - of_right;
-    right += of_right;
-    left_below += row.down[j] * (all - of_right);
-    right_below += row.down[j] * of_right;
+    left += all - right_sum;
+    right += right_sum;
+    left_below += row.down[j] * (all - right_sum);
+    right_below += row.down[j] * right_sum;
   }
   for (int lane = 0; lane < L; ++lane)
-    if (classes.of_cells[lane] >= 0)
-      subtract(classes.of_cells[lane], lane, left[lane], right[lane], left_below[lane],
+    if (classes.cell_classes[lane] >= 0)
+      subtract(classes.cell_classes[lane], lane, left[lane], right[lane], left_below[lane],
                right_below[lane]);
   for (int64_t n = 0; n < classes.count; ++n) {
     const int32_t t = classes.others[n];
@@ -198,19 +198,19 @@ void subtract_own(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<W
 template <int WIDTH>
 bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
                       const LossesOfImage<float>& losses, const Gradients<float>& gradients,
-                      const float* dmasses, const float* dsquares, float* own) {
+                      const float* dmasses, const float* dsquares, float* label_terms) {
   using V = Simd<float>;
   constexpr int H = CellRow<WIDTH>::HEIGHT, L = CellRow<WIDTH>::L;
-  const int64_t of_image = row.tile.image * gradients.stride_b;
-  const auto of_class = [&](const float* by_class, Ints k) INLINE_LAMBDA {
-    return by_class ? pick(by_class + of_image, k) : Floats{};
+  const int64_t image_offset = row.tile.image * gradients.stride_b;
+  const auto class_values = [&](const float* by_class, Ints k) INLINE_LAMBDA {
+    return by_class ? pick(by_class + image_offset, k) : Floats{};
   };
-  const bool any_valid = any(classes.of_cells >= 0);
+  const bool any_valid = any(classes.cell_classes >= 0);
   const Corners shifts = row.shifts(block);
   const bool large = shifts.any_beyond(LARGE);
   const bool plain = losses.shape.plain;
-  const bool needs_loss = gradients.doverlaps || losses.needs_own();
-  if (needs_loss) row.own_logits(block, classes, own);
+  const bool needs_loss = gradients.doverlaps || losses.needs_c();
+  if (needs_loss) row.label_logits(block, classes, label_terms);
   Floats powers[H * WIDTH] = {}, totals[H * WIDTH] = {}, squares[H * WIDTH] = {};
   Ints steep = {};
   for (int64_t j = 0; j < row.rows; ++j) {
@@ -225,35 +225,37 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
     row.load_map(block, j, gradients.dpixel_losses, dpixel_losses);
 #pragma GCC unroll 8
     for (int i = 0; i < WIDTH; ++i) {
-      const Ints k = classes.of_pixels(j * WIDTH + i), valid = k >= 0;
+      const Ints k = classes.pixel_classes(j * WIDTH + i), valid = k >= 0;
       const int64_t n = j % H * WIDTH + i;
-      const Floats of_sum =
-          large ? log(powers[n]) : lse[i] - shifts.of_finite(row.down[j], row.right(block, i));
-      steep |= valid & ~((of_sum >= LOG_STEEP) & (of_sum <= 80.0f));
-      const Floats q = exp<float>(-of_sum);
-      Floats of_own = of_class(gradients.dlosses, k), of_others = {};
-      if (losses.shape.pixel_weights.data) of_own *= weights[i];
-      of_own += dpixel_losses[i];
+      const Floats log_total =
+          large ? log(powers[n]) : lse[i] - shifts.at_finite(row.down[j], row.right(block, i));
+      steep |= valid & ~((log_total >= LOG_STEEP) & (log_total <= 80.0f));
+      const Floats q = exp<float>(-log_total);
+      Floats label_term = class_values(gradients.dlosses, k), smoothing_term = {};
+      if (losses.shape.pixel_weights.data) label_term *= weights[i];
+      label_term += dpixel_losses[i];
       Floats c = {};
-      if (needs_loss) c = not_below_0(of_sum - V::load(own + (j * WIDTH + i) * L));
+      if (needs_loss) c = not_below_0(log_total - V::load(label_terms + (j * WIDTH + i) * L));
       if (!plain) {
         Floats alpha, beta;
         const auto p = [c]() INLINE_LAMBDA { return chances_of<float>(c); };
-        losses.derivatives(k, c, row.others(losses, block, j, i, of_sum), p, alpha, beta);
-        of_others = of_own * beta;
-        of_own *= alpha;
+        losses.derivatives(k, c, row.losses_of_all_classes(losses, block, j, i, log_total), p,
+                           alpha, beta);
+        smoothing_term = label_term * beta;
+        label_term *= alpha;
       }
-      Floats rest = of_own + losses.total * of_others;
+      Floats rest = label_term + losses.total * smoothing_term;
       rest -= (totals[n] + 2 * q * squares[n]) * q;
       if (gradients.doverlaps) {
-        const Floats of_overlap = exp<float>(-c) * of_class(gradients.doverlaps, k);
-        rest -= of_overlap;
-        of_own -= of_overlap;
+        const Floats overlap_term = exp<float>(-c) * class_values(gradients.doverlaps, k);
+        rest -= overlap_term;
+        label_term -= overlap_term;
       }
       V::store(row.factors(0, block, j, i), valid ? rest * q : Floats{});
       if (dmasses || dsquares) V::store(row.factors(1, block, j, i), valid ? q : Floats{});
-      if (losses.others) V::store(row.factors(2, block, j, i), valid ? -of_others : Floats{});
-      V::store(own + (j * WIDTH + i) * L, valid ? of_own : Floats{});
+      if (losses.all_weights)
+        V::store(row.factors(2, block, j, i), valid ? -smoothing_term : Floats{});
+      V::store(label_terms + (j * WIDTH + i) * L, valid ? label_term : Floats{});
     }
   }
   return !any(steep);
@@ -268,9 +270,9 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
   constexpr int PIXELS = Row::PIXELS;
   Row row(problem, tile, workspace);
   const LossesOfImage<float> losses(problem.shape, problem.num_classes, tile.image);
-  const int64_t of_image = tile.image * gradients.stride_b;
-  const float* dmasses = gradients.dmasses ? gradients.dmasses + of_image : nullptr;
-  const float* dsquares = gradients.dsquares ? gradients.dsquares + of_image : nullptr;
+  const int64_t image_offset = tile.image * gradients.stride_b;
+  const float* dmasses = gradients.dmasses ? gradients.dmasses + image_offset : nullptr;
+  const float* dsquares = gradients.dsquares ? gradients.dsquares + image_offset : nullptr;
   while (row.next(ROWS)) {
     finish_until(row.upper);
     const auto backward_pixels = [&](const Group<float>& group) {
@@ -283,10 +285,11 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
     }
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
       BlockClasses<WIDTH> classes;
-      float own[ROWS * PIXELS];
+      float label_terms[ROWS * PIXELS];
       row.find_classes(block, classes);
-      if (factors_of_block(row, block, classes, losses, gradients, dmasses, dsquares, own)) {
-        subtract_own(row, block, classes, own);
+      if (factors_of_block(row, block, classes, losses, gradients, dmasses, dsquares,
+                           label_terms)) {
+        subtract_label_terms(row, block, classes, label_terms);
         continue;
       }
       for (int64_t j = 0; j < row.rows; ++j)
@@ -300,6 +303,6 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
     const auto add = dsquares  ? add_gradients<WIDTH, 3>
                      : dmasses ? add_gradients<WIDTH, 2>
                                : add_gradients<WIDTH, 1>;
-    add(row, dmasses, dsquares, losses.others != nullptr);
+    add(row, dmasses, dsquares, losses.all_weights != nullptr);
   }
 }

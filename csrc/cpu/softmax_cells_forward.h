@@ -11,9 +11,9 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
   for (int64_t k = 0; k < row.problem.num_classes; ++k) {
     Vector<double, VECTOR_BYTES / sizeof(double)> mass = {}, square = {};
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
-      Floats of_block = {}, square_of_block = {};
+      Floats mass_of_block = {}, square_of_block = {};
       const auto add = [&](Floats p) INLINE_LAMBDA {
-        of_block += p;
+        mass_of_block += p;
         if (squares) square_of_block += p * p;
       };
       const float* factors = workspace.factors[0] + block * Row::PIXELS;
@@ -37,7 +37,7 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
             add(factor == 0 ? Floats{} : v * factor);
           }
       }
-      mass += widen(fold(of_block));
+      mass += widen(fold(mass_of_block));
       if (squares) square += widen(fold(square_of_block));
     }
     if (masses) masses[k] += sum_of_lanes(mass);
@@ -51,13 +51,14 @@ template <int WIDTH, class Sum>
 ALWAYS_INLINE void add_by_class(const CellRow<WIDTH>& row, const BlockClasses<WIDTH>& classes,
                                 const float* values, Sum* sums) {
   constexpr int L = CellRow<WIDTH>::L;
-  Floats of_cells = {};
+  Floats cell_sums = {};
   for (int64_t n = 0; n < row.rows * WIDTH; ++n)
-    of_cells +=
-        classes.of_pixels(n) == classes.of_cells ? Simd<float>::load(values + n * L) : Floats{};
+    cell_sums += classes.pixel_classes(n) == classes.cell_classes
+                     ? Simd<float>::load(values + n * L)
+                     : Floats{};
   for (int lane = 0; lane < L; ++lane)
-    if (const int32_t k = classes.of_cells[lane]; k >= 0)
-      sums[k] += static_cast<Sum>(of_cells[lane]);
+    if (const int32_t k = classes.cell_classes[lane]; k >= 0)
+      sums[k] += static_cast<Sum>(cell_sums[lane]);
   for (int64_t n = 0; n < classes.count; ++n) {
     const int32_t t = classes.others[n];
     sums[classes.classes[t]] += static_cast<Sum>(values[t]);
@@ -76,22 +77,23 @@ void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDT
   const int64_t count = row.rows * WIDTH;
   float losses[SIZE], values[SIZE];
   Ints counts = {};
-  row.own_logits(block, classes, losses);
+  row.label_logits(block, classes, losses);
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats lse[WIDTH];
 #pragma GCC unroll 8
     for (int i = 0; i < WIDTH; ++i) {
       const int64_t n = j * WIDTH + i;
-      const Ints k = classes.of_pixels(n);
-      const Floats of_sum = log(totals[n]), loss = not_below_0(of_sum - V::load(losses + n * L));
+      const Ints k = classes.pixel_classes(n);
+      const Floats log_total = log(totals[n]),
+                   loss = not_below_0(log_total - V::load(losses + n * L));
       V::store(losses + n * L, k >= 0 ? loss : Floats{});
-      lse[i] = k >= 0 ? of_sum + shifts.of_finite(row.down[j], row.right(block, i)) : Floats{};
-      counts -= (k >= 0) & (k == classes.of_cells);
+      lse[i] = k >= 0 ? log_total + shifts.at_finite(row.down[j], row.right(block, i)) : Floats{};
+      counts -= (k >= 0) & (k == classes.cell_classes);
     }
     row.store_map(block, j, maps.lse, lse);
   }
   for (int lane = 0; lane < L; ++lane)
-    if (classes.of_cells[lane] >= 0) sums.counts[classes.of_cells[lane]] += counts[lane];
+    if (classes.cell_classes[lane] >= 0) sums.counts[classes.cell_classes[lane]] += counts[lane];
   for (int64_t n = 0; n < classes.count; ++n) ++sums.counts[classes.classes[classes.others[n]]];
   if (sums.overlaps) {
     for (int64_t n = 0; n < count; ++n)
@@ -112,8 +114,9 @@ void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDT
   if (sums.used) add_by_class(row, classes, used, sums.used);
   if (!losses_of.shape.plain) {
     for (int64_t n = 0; n < count; ++n) {
-      const Ints k = classes.of_pixels(n);
-      const Floats u = row.others(losses_of, block, n / WIDTH, n % WIDTH, log(totals[n]));
+      const Ints k = classes.pixel_classes(n);
+      const Floats u =
+          row.losses_of_all_classes(losses_of, block, n / WIDTH, n % WIDTH, log(totals[n]));
       const Floats c = V::load(losses + n * L);
       const auto p = [c]() INLINE_LAMBDA { return chances_of<float>(c); };
       const Floats loss = losses_of.loss(k, c, u, p);
@@ -127,9 +130,9 @@ void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDT
   add_by_class(row, classes, weights.data ? values : losses, sums.losses);
   if (!maps.pixel_losses) return;
   for (int64_t j = 0; j < row.rows; ++j) {
-    Floats of_row[WIDTH];
-    std::memcpy(of_row, losses + j * Row::PIXELS, sizeof of_row);
-    row.store_map(block, j, maps.pixel_losses, of_row);
+    Floats row_losses[WIDTH];
+    std::memcpy(row_losses, losses + j * Row::PIXELS, sizeof row_losses);
+    row.store_map(block, j, maps.pixel_losses, row_losses);
   }
 }
 
@@ -157,15 +160,15 @@ void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pro
       Floats totals[Row::HEIGHT * WIDTH] = {};
       BlockClasses<WIDTH> classes;
       row.find_classes(block, classes);
-      const bool any_valid = any(classes.of_cells >= 0);
+      const bool any_valid = any(classes.cell_classes >= 0);
       if (any_valid) sum_block<WIDTH, Term::POWER>(row, 0, block, nullptr, totals);
       Ints steep = {};
       for (int64_t n = 0; n < row.rows * WIDTH; ++n)
-        steep |= (classes.of_pixels(n) >= 0) & ~((totals[n] >= STEEP) & (totals[n] <= 1e38f));
+        steep |= (classes.pixel_classes(n) >= 0) & ~((totals[n] >= STEEP) & (totals[n] <= 1e38f));
       const bool by_cells = any_valid && !any(steep);
       if (with_probabilities)
         for (int64_t n = 0; n < row.rows * WIDTH; ++n) {
-          const Ints counts = (classes.of_pixels(n) >= 0) & (Ints{} - by_cells);
+          const Ints counts = (classes.pixel_classes(n) >= 0) & (Ints{} - by_cells);
           V::store(row.factors(0, block, n / WIDTH, n % WIDTH),
                    counts != 0 ? 1 / totals[n] : Floats{});
         }

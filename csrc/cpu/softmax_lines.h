@@ -82,10 +82,10 @@ class GradientLines {
   // Calls visit(parity) for the rows before this one.
   template <class Visit>
   void finish_until(int64_t row, Visit visit) {
-    for (int64_t& of_parity : rows_)
-      if (of_parity >= 0 && of_parity < row) {
-        visit(of_parity & 1);
-        of_parity = -1;
+    for (int64_t& kept_row : rows_)
+      if (kept_row >= 0 && kept_row < row) {
+        visit(kept_row & 1);
+        kept_row = -1;
       }
   }
 

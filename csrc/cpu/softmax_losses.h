@@ -48,8 +48,8 @@ template <class Stat>
 struct LossesOfImage {
   using Vec = VecOf<Stat>;
   const LossShape<Stat>& shape;
-  const Stat *own, *others;  // a and v [K]; null: 1 and 0
-  Stat total;                // the sum of v
+  const Stat *true_weights, *all_weights;  // a and v [K]; null: 1 and 0
+  Stat total;                              // the sum of v
 
   // The share of a pixel's loss, or its use, in the sums.
   static ALWAYS_INLINE Vec weighted(Vec weight, Vec loss) {
@@ -57,10 +57,10 @@ struct LossesOfImage {
   }
 
   ALWAYS_INLINE LossesOfImage(const LossShape<Stat>& shape, int64_t num_classes, int64_t image)
-      : shape(shape), own(nullptr), others(nullptr), total(0) {
+      : shape(shape), true_weights(nullptr), all_weights(nullptr), total(0) {
     if (!shape.smoothing) return;
-    own = shape.smoothing + image * shape.stride_b;
-    others = own + num_classes;
+    true_weights = shape.smoothing + image * shape.stride_b;
+    all_weights = true_weights + num_classes;
     total = shape.totals[shape.stride_b ? image : 0];
   }
 
@@ -68,11 +68,11 @@ struct LossesOfImage {
   ALWAYS_INLINE auto is_unused(Vec c) const { return c < shape.least; }
 
   // Whether the derivatives depend on c.
-  ALWAYS_INLINE bool needs_own() const { return shape.gamma > 0 || shape.least > -__builtin_inf(); }
+  ALWAYS_INLINE bool needs_c() const { return shape.gamma > 0 || shape.least > -__builtin_inf(); }
 
   template <class P>
   ALWAYS_INLINE Vec loss(Indices<Stat> classes, Vec c, Vec u, P p) const {
-    const Vec loss = mixed(own_weight(classes), c, u);
+    const Vec loss = mixed(true_weight(classes), c, u);
     return is_unused(c) ? Vec{} : (shape.gamma > 0 ? modulation(c, p()).factor * loss : loss);
   }
 
@@ -80,7 +80,7 @@ struct LossesOfImage {
   template <class P>
   ALWAYS_INLINE void derivatives(Indices<Stat> classes, Vec c, Vec u, P p, Vec& alpha,
                                  Vec& beta) const {
-    alpha = own_weight(classes);
+    alpha = true_weight(classes);
     beta = Vec{} + 1;
     if (shape.gamma > 0) {
       const Modulation m = modulation(c, p());
@@ -97,11 +97,11 @@ struct LossesOfImage {
     Vec factor, slope;  // m and its derivative
   };
 
-  ALWAYS_INLINE Vec own_weight(Indices<Stat> classes) const {
-    return own ? pick(own, classes) : Vec{} + 1;
+  ALWAYS_INLINE Vec true_weight(Indices<Stat> classes) const {
+    return true_weights ? pick(true_weights, classes) : Vec{} + 1;
   }
   ALWAYS_INLINE Vec mixed(Vec weight, Vec c, Vec u) const {
-    return own ? (weight == 0 ? Vec{} : weight * c) + u : c;
+    return true_weights ? (weight == 0 ? Vec{} : weight * c) + u : c;
   }
   ALWAYS_INLINE Modulation modulation(Vec c, Chances<Stat> p) const {
     // at least half the distance of 1 to the next number: c is rounded to multiples of about this,

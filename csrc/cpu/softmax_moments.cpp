@@ -19,10 +19,10 @@ namespace {
 template <class Value>
 class Partials {
  public:
-  Partials(bool asked, int64_t items, int64_t num_classes)
-      : num_classes_(num_classes), values_(asked ? items * num_classes : 0) {}
+  Partials(bool requested, int64_t items, int64_t num_classes)
+      : num_classes_(num_classes), values_(requested ? items * num_classes : 0) {}
 
-  Value* of_item(int64_t item) {
+  Value* at(int64_t item) {
     return values_.empty() ? nullptr : values_.data() + item * num_classes_;
   }
 
@@ -56,10 +56,9 @@ Value* data_or_null(const Tensor& output) {
 }
 
 template <class Stat>
-Map<Stat> map_of(const std::optional<Tensor>& given) {
-  if (!given) return {};
-  return {given->template const_data_ptr<Stat>(), given->stride(0), given->stride(1),
-          given->stride(2)};
+Map<Stat> map_of(const std::optional<Tensor>& map) {
+  if (!map) return {};
+  return {map->template const_data_ptr<Stat>(), map->stride(0), map->stride(1), map->stride(2)};
 }
 
 // The numbers of Options in anchorops/_moments.py, in its order.
@@ -84,8 +83,8 @@ LossShape<Stat> loss_shape(std::optional<Tensor>& smoothing,
     shape.smoothing = smoothing->const_data_ptr<Stat>();
     shape.stride_b = smoothing->dim() == 3 ? smoothing->stride(0) : 0;
     for (int64_t i = 0; i < smoothing->numel(); i += 2 * num_classes) {
-      const Stat* others = shape.smoothing + i + num_classes;
-      totals.push_back(std::accumulate(others, others + num_classes, Stat(0)));
+      const Stat* all_weights = shape.smoothing + i + num_classes;
+      totals.push_back(std::accumulate(all_weights, all_weights + num_classes, Stat(0)));
     }
     shape.totals = totals.data();
   }
@@ -127,10 +126,9 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
   for_items(tiles, items, num_classes, false, out.masses.numel() + out.squares.numel() > 0,
             [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
               for (int64_t item = first; item < last; ++item) {
-                const Sums sums = {losses.of_item(item), overlaps.of_item(item),
-                                   masses.of_item(item), squares.of_item(item),
-                                   used.of_item(item),   counts.of_item(item),
-                                   hits.of_item(item),   outside.of_item(item)};
+                const Sums sums = {losses.at(item),  overlaps.at(item), masses.at(item),
+                                   squares.at(item), used.at(item),     counts.at(item),
+                                   hits.at(item),    outside.at(item)};
                 const int64_t start = item / splits * tiles_of_group, split = item % splits;
                 for (int64_t i = tiles_of_group * split / splits;
                      i < tiles_of_group * (split + 1) / splits; ++i)
@@ -162,15 +160,15 @@ softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
   const ScalarType dtype = logits.scalar_type();
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const bool empty = labels.numel() == 0;
-  const auto by_class = [&](bool asked, ScalarType type) {
+  const auto by_class = [&](bool requested, ScalarType type) {
     std::vector<int64_t> size = {0};
-    if (asked && flags & PER_IMAGE) size = {batch, num_classes};
-    if (asked && !(flags & PER_IMAGE)) size = {num_classes};
+    if (requested && flags & PER_IMAGE) size = {batch, num_classes};
+    if (requested && !(flags & PER_IMAGE)) size = {num_classes};
     return empty ? torch::stable::new_zeros(logits, size, type) : new_empty(logits, size, type);
   };
-  const auto by_pixel = [&](bool asked) {
+  const auto by_pixel = [&](bool requested) {
     std::vector<int64_t> size = {0};
-    if (asked) size = {batch, labels.size(1), labels.size(2)};
+    if (requested) size = {batch, labels.size(1), labels.size(2)};
     return new_empty(logits, size, stat);
   };
   std::vector<int64_t> outside_size;  // of a scalar
@@ -233,11 +231,11 @@ Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
     using Stat = StatOf<T>;
     advise_huge_pages(dlogits);
     Gradients<Stat> gradients = {};
-    const auto by_class = [&](std::optional<Tensor>& given) -> const Stat* {
-      if (!given) return nullptr;
-      given = torch::stable::contiguous(*given);
-      gradients.stride_b = given->dim() == 2 ? given->size(1) : 0;
-      return given->template const_data_ptr<Stat>();
+    const auto by_class = [&](std::optional<Tensor>& table) -> const Stat* {
+      if (!table) return nullptr;
+      table = torch::stable::contiguous(*table);
+      gradients.stride_b = table->dim() == 2 ? table->size(1) : 0;
+      return table->template const_data_ptr<Stat>();
     };
     gradients.dlosses = by_class(dlosses);
     gradients.doverlaps = by_class(doverlaps);

@@ -36,7 +36,7 @@ struct Group {
     return __builtin_convertvector(classes_at(t) == k, MaskOf<Stat>);
   }
   // The logits of the true classes of a vector of pixels, z at [k * stride]; 0 if ignored.
-  ALWAYS_INLINE VecOf<Stat> own_logits(int64_t t, const Stat* z, int64_t stride) const {
+  ALWAYS_INLINE VecOf<Stat> label_logits(int64_t t, const Stat* z, int64_t stride) const {
     const Indices<Stat> k = classes_at(t);
     if (all_equal(k)) return k[0] < 0 ? VecOf<Stat>{} : Simd<Stat>::load(z + k[0] * stride);
     Indices<Stat> at = k * static_cast<int32_t>(stride);
@@ -178,8 +178,8 @@ ALWAYS_INLINE SumOfPowers<Stat> sum_of_powers(Stat* z, int64_t num_classes, int6
   for (int64_t first = 0; first < num_classes; first += 128) {
     Vec sum = {};  // sums of few terms, to keep rounding errors small
     for (int64_t k = first; k < std::min<int64_t>(first + 128, num_classes); ++k) {
-      const Vec of_class = V::load(z + k * stride) - largest, e = exp<Stat>(of_class);
-      if (weights && weights[k] != 0) mixed += weights[k] * of_class;
+      const Vec shifted = V::load(z + k * stride) - largest, e = exp<Stat>(shifted);
+      if (weights && weights[k] != 0) mixed += weights[k] * shifted;
       if (STORED) V::store(z + k * stride, e);
       sum += e;
     }
@@ -237,14 +237,14 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     Stat* const z = workspace.upsampled + t;
     const MaskOf<Stat> is_valid = group.is_valid(t);
     const int64_t count = std::min<int64_t>(L, group.count - t);
-    const Vec own = group.own_logits(t, z, workspace.group);
+    const Vec label_logit = group.label_logits(t, z, workspace.group);
     const SumOfPowers<Stat> sum =
         with_probabilities
-            ? sum_of_powers<Stat, true>(z, num_classes, workspace.group, losses_of.others)
-            : sum_of_powers<Stat, false>(z, num_classes, workspace.group, losses_of.others);
+            ? sum_of_powers<Stat, true>(z, num_classes, workspace.group, losses_of.all_weights)
+            : sum_of_powers<Stat, false>(z, num_classes, workspace.group, losses_of.all_weights);
     if (with_probabilities) scale(z, num_classes, workspace.group, 1 / sum.total);
     const Vec log_total = log_of_sum(sum.total);
-    Vec loss = is_valid ? not_below_0(log_total - (own - sum.largest)) : Vec{};
+    Vec loss = is_valid ? not_below_0(log_total - (label_logit - sum.largest)) : Vec{};
     if (sums.overlaps) V::store(overlaps + t, exp<Stat>(-loss));
     Vec share = Vec{} + 1;
     if (weights.data) share = load_map(weights, tile.image, group.y, group.x + t, count);
@@ -264,11 +264,11 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   uint64_t rest = group.pixels([&](Ints k, int64_t) INLINE_LAMBDA { return k >= 0; });
   while (rest) {
     const int32_t k = group.classes[__builtin_ctzll(rest)];
-    const uint64_t own =
+    const uint64_t same_class =
         group.pixels([k](Ints classes, int64_t) INLINE_LAMBDA { return classes == k; });
-    rest &= ~own;
-    sums.counts[k] += __builtin_popcountll(own);
-    if (sums.hits) sums.hits[k] += __builtin_popcountll(own & hits);
+    rest &= ~same_class;
+    sums.counts[k] += __builtin_popcountll(same_class);
+    if (sums.hits) sums.hits[k] += __builtin_popcountll(same_class & hits);
     sums.losses[k] += group.sum_of_class(k, losses);
     if (sums.overlaps) sums.overlaps[k] += group.sum_of_class(k, overlaps);
     if (sums.used) sums.used[k] += group.sum_of_class(k, used);
@@ -295,43 +295,44 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
   const int64_t num_classes = problem.num_classes, stride = workspace.group;
-  const int64_t of_image = tile.image * gradients.stride_b;
-  const auto own_class = [&](const Stat* by_class, Indices<Stat> k) INLINE_LAMBDA {
-    return by_class ? pick(by_class + of_image, k) : Vec{};
+  const int64_t image_offset = tile.image * gradients.stride_b;
+  const auto class_values = [&](const Stat* by_class, Indices<Stat> k) INLINE_LAMBDA {
+    return by_class ? pick(by_class + image_offset, k) : Vec{};
   };
   const bool with_u = gradients.dmasses || gradients.dsquares;
   const auto u = [&](Vec p, int64_t k) INLINE_LAMBDA {
-    const Stat dmass = gradients.dmasses ? gradients.dmasses[of_image + k] : 0;
-    const Stat dsquare = gradients.dsquares ? gradients.dsquares[of_image + k] : 0;
+    const Stat dmass = gradients.dmasses ? gradients.dmasses[image_offset + k] : 0;
+    const Stat dsquare = gradients.dsquares ? gradients.dsquares[image_offset + k] : 0;
     return dmass + 2 * p * dsquare;
   };
   const LossesOfImage<Stat> losses(problem.shape, num_classes, tile.image);
-  Stat own_gradient[GROUP];
+  Stat label_terms[GROUP];
   logits_of_group(problem, tile, workspace, group);
 
-  // dz = p * (rest + u) - others - own_gradient at the true class
+  // dz_k = p_k * (rest + u_k) - v_k * smoothing_term - label_term at the true class
   for (int64_t t = 0; t < group.count; t += L) {
     Stat* const z = workspace.upsampled + t;
     const Indices<Stat> classes = group.classes_at(t);
-    const auto of_map = [&](const Map<Stat>& map) INLINE_LAMBDA {
+    const auto map_values = [&](const Map<Stat>& map) INLINE_LAMBDA {
       return load_map(map, tile.image, group.y, group.x + t, group.count - t);
     };
-    Vec own = own_class(gradients.dlosses, classes);
-    if (problem.shape.pixel_weights.data) own *= of_map(problem.shape.pixel_weights);
-    own += of_map(gradients.dpixel_losses);
-    Vec of_others = {};
-    const Vec own_logit = problem.shape.plain ? Vec{} : group.own_logits(t, z, stride);
-    const SumOfPowers<Stat> sum = sum_of_powers<Stat, true>(z, num_classes, stride, losses.others);
+    Vec label_term = class_values(gradients.dlosses, classes);
+    if (problem.shape.pixel_weights.data) label_term *= map_values(problem.shape.pixel_weights);
+    label_term += map_values(gradients.dpixel_losses);
+    Vec smoothing_term = {};
+    const Vec label_logit = problem.shape.plain ? Vec{} : group.label_logits(t, z, stride);
+    const SumOfPowers<Stat> sum =
+        sum_of_powers<Stat, true>(z, num_classes, stride, losses.all_weights);
     if (!problem.shape.plain) {
       const Vec log_total = log_of_sum(sum.total);
-      const Vec c = not_below_0(log_total - (own_logit - sum.largest));
+      const Vec c = not_below_0(log_total - (label_logit - sum.largest));
       const auto p = [c]() INLINE_LAMBDA { return chances_of<Stat>(c); };
       Vec alpha, beta;
       losses.derivatives(classes, c, losses.total * log_total - sum.mixed, p, alpha, beta);
-      of_others = own * beta;
-      own *= alpha;
+      smoothing_term = label_term * beta;
+      label_term *= alpha;
     }
-    Vec rest = own + losses.total * of_others;
+    Vec rest = label_term + losses.total * smoothing_term;
     Vec unit = 1 / sum.total;
     if (with_u) {
       scale(z, num_classes, stride, unit);
@@ -342,24 +343,24 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
       rest -= p * u(p, k);
     }
     if (gradients.doverlaps) {
-      const Vec p = unit * group.own_logits(t, z, stride);
-      const Vec of_overlap = p * own_class(gradients.doverlaps, classes);
-      rest -= of_overlap;
-      own -= of_overlap;
+      const Vec p = unit * group.label_logits(t, z, stride);
+      const Vec overlap_term = p * class_values(gradients.doverlaps, classes);
+      rest -= overlap_term;
+      label_term -= overlap_term;
     }
-    V::store(own_gradient + t, own);
+    V::store(label_terms + t, label_term);
     rest *= unit;
     const MaskOf<Stat> is_valid = group.is_valid(t);
     for (int64_t k = 0; k < num_classes; ++k) {
       const Vec p = V::load(z + k * stride);
       Vec dz = p * (with_u ? rest + u(p, k) : rest);
-      if (losses.others && losses.others[k] != 0) dz -= losses.others[k] * of_others;
+      if (losses.all_weights && losses.all_weights[k] != 0)
+        dz -= losses.all_weights[k] * smoothing_term;
       V::store(z + k * stride, is_valid ? dz : Vec{});
     }
   }
   for (int64_t t = 0; t < group.count; ++t)
-    if (group.classes[t] >= 0)
-      workspace.upsampled[group.classes[t] * stride + t] -= own_gradient[t];
+    if (group.classes[t] >= 0) workspace.upsampled[group.classes[t] * stride + t] -= label_terms[t];
 }
 
 // Adds the gradients of the logits that a group reads, by the transpose of the upsampling.

@@ -24,9 +24,9 @@ int64_t read_labels(const Labels& labels, int64_t image, int64_t row, Range colu
   Bits any_outside = 0;
   const auto read = [&](int64_t i, int64_t at) INLINE_LAMBDA {
     const Label label = data[at];
-    const bool of_class = is_class(label), ignored = is_ignored(label);
-    classes[i] = of_class & !ignored ? static_cast<int32_t>(label) : -1;
-    any_outside |= static_cast<Bits>(!(of_class | ignored));
+    const bool in_range = is_class(label), ignored = is_ignored(label);
+    classes[i] = in_range & !ignored ? static_cast<int32_t>(label) : -1;
+    any_outside |= static_cast<Bits>(!(in_range | ignored));
   };
   if (stride == 1) {
     // the row that is read next but three, from the third-level cache or from memory
@@ -61,12 +61,12 @@ ALWAYS_INLINE void read_columns(const T* source, const Layout& layout, int64_t c
       const int64_t classes = std::min<int64_t>(L, layout.dim - k);
       Vec square[L] = {};
       for (int64_t p = 0; p < std::min<int64_t>(L, columns - j); ++p) {
-        const T* of_pixel = source + (j + p) * layout.stride_w + k * layout.stride_d;
+        const T* pixel = source + (j + p) * layout.stride_w + k * layout.stride_d;
         if (layout.stride_d == 1) {
-          square[p] = V::load(of_pixel, classes);
+          square[p] = V::load(pixel, classes);
         } else {
           T gathered[L] = {};
-          for (int64_t c = 0; c < classes; ++c) gathered[c] = of_pixel[c * layout.stride_d];
+          for (int64_t c = 0; c < classes; ++c) gathered[c] = pixel[c * layout.stride_d];
           square[p] = V::load(gathered);
         }
       }
@@ -98,13 +98,13 @@ ALWAYS_INLINE void write_columns(T* target, const Layout& layout, int64_t column
       for (int64_t c = 0; c < classes; ++c) square[c] = read(k + c, j);
       V::transpose(square);
       for (int64_t p = 0; p < std::min<int64_t>(L, columns - j); ++p) {
-        T* of_pixel = target + (j + p) * layout.stride_w + k * layout.stride_d;
+        T* pixel = target + (j + p) * layout.stride_w + k * layout.stride_d;
         if (layout.stride_d == 1) {
-          V::store(of_pixel, square[p], classes);
+          V::store(pixel, square[p], classes);
         } else {
           T scattered[L];
           V::store(scattered, square[p]);
-          for (int64_t c = 0; c < classes; ++c) of_pixel[c * layout.stride_d] = scattered[c];
+          for (int64_t c = 0; c < classes; ++c) pixel[c * layout.stride_d] = scattered[c];
         }
       }
     }
@@ -182,10 +182,10 @@ void finish_row(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& outp
   const int64_t columns = tile.columns.end - tile.columns.begin;
   if (row >= tile.rows.begin && row < tile.rows.end) {
     const LossesOfImage<Stat> losses(problem.shape, num_classes, tile.image);
-    const Stat* of_sum = gradients + num_classes * stride;
-    for (int64_t k = 0; losses.others && k < num_classes; ++k)
-      for (int64_t j = 0; losses.others[k] != 0 && j < stride; ++j)
-        gradients[k * stride + j] += losses.others[k] * of_sum[j];
+    const Stat* sum_gradients = gradients + num_classes * stride;
+    for (int64_t k = 0; losses.all_weights && k < num_classes; ++k)
+      for (int64_t j = 0; losses.all_weights[k] != 0 && j < stride; ++j)
+        gradients[k * stride + j] += losses.all_weights[k] * sum_gradients[j];
     for (int64_t k = 0; k < num_classes; ++k) {  // the copies at the sides
       Stat* line = source + k * stride;
       if (tile.columns.begin == 0) line[0] += line[-1];
@@ -224,25 +224,25 @@ template <class Stat>
 void mix_row(const Problem<Stat>& problem, int64_t image, Stat* packed, int64_t stride) {
   const int64_t num_classes = problem.num_classes;
   const LossesOfImage<Stat> losses(problem.shape, num_classes, image);
-  if (!losses.others) return;
+  if (!losses.all_weights) return;
   Stat* sum = packed + num_classes * stride;
   std::memset(sum, 0, stride * sizeof(Stat));
   for (int64_t k = 0; k < num_classes; ++k)
-    for (int64_t j = 0; losses.others[k] != 0 && j < stride; ++j)
-      sum[j] += losses.others[k] * packed[k * stride + j];
+    for (int64_t j = 0; losses.all_weights[k] != 0 && j < stride; ++j)
+      sum[j] += losses.all_weights[k] * packed[k * stride + j];
 }
 
 // The packed rows of logits: an even one and an odd one.
 template <class Stat>
 struct PackedRows {
-  int64_t of_parity[2] = {-1, -1};
+  int64_t kept_rows[2] = {-1, -1};
   bool ordinary[2];  // neither NaN nor +inf
 
   void need(const Problem<Stat>& problem, const Tile& tile, int64_t row,
             const Workspace<Stat>& workspace) {
-    if (of_parity[row & 1] == row) return;
+    if (kept_rows[row & 1] == row) return;
     ordinary[row & 1] = problem.pack_row(problem, tile, row, workspace);
     mix_row(problem, tile.image, workspace.packed[row & 1], workspace.stride);
-    of_parity[row & 1] = row;
+    kept_rows[row & 1] = row;
   }
 };

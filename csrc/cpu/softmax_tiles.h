@@ -109,8 +109,8 @@ class Tiles {
     return most * (ceil_div(layout_.width, 16) * 16 + 16);
   }
 
-  int64_t of_image() const { return strips_ * chunks_; }
-  int64_t count() const { return layout_.batch * of_image(); }
+  int64_t per_image() const { return strips_ * chunks_; }
+  int64_t count() const { return layout_.batch * per_image(); }
 
   // backward: with all labels that read the tile's logits
   Tile tile(int64_t i, bool backward) const {
@@ -120,7 +120,7 @@ class Tiles {
       return std::min(ceil_div(layout_.width, 16) * c / chunks_ * 16, layout_.width);
     };
     Tile tile;
-    tile.image = i / of_image();
+    tile.image = i / per_image();
     tile.rows = {layout_.height * strip / strips_, layout_.height * (strip + 1) / strips_};
     tile.columns = {column(chunk), column(chunk + 1)};
     // cell -1 belongs to the first tile
@@ -143,7 +143,7 @@ template <class Stat, class Visit>
 void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, bool backward,
                bool needs_factors, Visit visit) {
   int64_t columns = 0, labels = 0;
-  for (int64_t i = 0; i < tiles.of_image(); ++i) {
+  for (int64_t i = 0; i < tiles.per_image(); ++i) {
     const Tile tile = tiles.tile(i, backward);
     columns = std::max(columns, tile.columns.end - tile.columns.begin);
     labels = std::max(labels, tile.label_columns.end - tile.label_columns.begin);
@@ -175,7 +175,7 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
       workspace.line_gradients[i] =
           gradients.data() + (backward ? 2 * rows + i * workspace.label_stride : 0);
     }
-    for (Stat*& of_pixels : workspace.factors) of_pixels = take(factors);
+    for (Stat*& pixel_factors : workspace.factors) pixel_factors = take(factors);
     for (Stat*& line : workspace.lines) line = take(workspace.label_stride);
     workspace.line = take(workspace.stride);
     workspace.planes = take(2 * workspace.plane_stride);

@@ -19,13 +19,13 @@ class DifferenceRows {
 
   // d of a row of labels; null if a logit around it is not finite. It is not inlined, so its
   // products are always fused in the same way, and hits equal the diagonal of the confusion matrix.
-  __attribute__((noinline)) const float* of_labels(int64_t y) {
+  __attribute__((noinline)) const float* label_differences(int64_t y) {
     if (!problem_.upsampled) {
       float* d = workspace_.planes + workspace_.plane_stride;
       return read(y, tile_.label_columns, 0) ? d : nullptr;
     }
     const Position<float> row = position(problem_.rows, y);
-    const float *low = of_logits(row.lower), *high = of_logits(row.upper);
+    const float *low = logit_differences(row.lower), *high = logit_differences(row.upper);
     if (!finite_[row.lower & 1] || !finite_[row.upper & 1]) return nullptr;
     if (row.weight == 0) return low;
     const Floats weight = Floats{} + row.weight;
@@ -37,7 +37,7 @@ class DifferenceRows {
 
  private:
   // d of a row of logits at the labels' columns.
-  const float* of_logits(int64_t row) {
+  const float* logit_differences(int64_t row) {
     float* line = workspace_.lines[row & 1];
     if (rows_[row & 1] == row) return line;
     rows_[row & 1] = row;
@@ -89,7 +89,7 @@ ALWAYS_INLINE int64_t for_differences(const Problem<float>& problem, const Tile&
     const Ints none = Ints{} - 1;
     std::memcpy(workspace.classes + count, &none, sizeof none);
     begin(y);
-    visit(y, rows.of_labels(y));
+    visit(y, rows.label_differences(y));
   }
   return outside;
 }
@@ -106,11 +106,12 @@ struct TwoClasses {
   }
   // The sum of v_k * -log p_k.
   ALWAYS_INLINE Floats losses(const LossesOfImage<float>& losses, Floats log_total) const {
-    if (!losses.others) return Floats{};
-    return losses.total * log_total + (d < 0 ? -losses.others[1] * d : losses.others[0] * d);
+    if (!losses.all_weights) return Floats{};
+    return losses.total * log_total +
+           (d < 0 ? -losses.all_weights[1] * d : losses.all_weights[0] * d);
   }
   // The probability of class k and of the other one.
-  ALWAYS_INLINE Chances<float> of_class(Ints k) const {
+  ALWAYS_INLINE Chances<float> chances(Ints k) const {
     const Floats larger = 1 / (1 + power), smaller = power * larger;
     const Ints hit = (k == 1) == (d > 0);
     return {hit ? larger : smaller, hit ? smaller : larger};
@@ -156,47 +157,49 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
     if (map)
       map += (tile.image * problem.rows.size + y) * problem.columns.size + tile.label_columns.begin;
     for (int64_t first = 0; first < count; first += 8 * L) {
-      Floats of_loss[2] = {}, overlaps[2] = {}, masses[2] = {}, squares[2] = {}, used[2] = {};
+      Floats loss_sums[2] = {}, overlaps[2] = {}, masses[2] = {}, squares[2] = {}, used[2] = {};
       LogOfProduct totals[2];
       for (int64_t t = first; t < std::min(first + 8 * L, count); t += L) {
         const TwoClasses two(V::load(d + t));
-        const Ints k = load_ints(workspace.classes + t), own[2] = {k == 0, k == 1};
-        const Floats other = own[1] ? two.d : -two.d;
+        const Ints k = load_ints(workspace.classes + t), has_label[2] = {k == 0, k == 1};
+        const Floats other = has_label[1] ? two.d : -two.d;
         for (int i = 0; i < 2; ++i) {
-          by_class[i].counts += number(own[i]);
-          if (with_hits) by_class[i].hits += number(own[i] & (i == 1 ? two.d > 0 : ~(two.d > 0)));
+          by_class[i].counts += number(has_label[i]);
+          if (with_hits)
+            by_class[i].hits += number(has_label[i] & (i == 1 ? two.d > 0 : ~(two.d > 0)));
         }
         if constexpr (BY_PRODUCT) {
           const Floats without_log = two.loss(other, Floats{});
           for (int i = 0; i < 2; ++i) {
-            of_loss[i] += own[i] ? without_log : Floats{};
-            totals[i].multiply(own[i], two.power);
+            loss_sums[i] += has_label[i] ? without_log : Floats{};
+            totals[i].multiply(has_label[i], two.power);
           }
         } else {
           const Floats log_total = log_of_1_plus(two.power), c = two.loss(other, log_total);
           Floats loss = c, share = Floats{} + 1;
           if (!losses.shape.plain)
             loss = losses.loss(k, c, two.losses(losses, log_total),
-                               [&]() INLINE_LAMBDA { return two.of_class(k); });
+                               [&]() INLINE_LAMBDA { return two.chances(k); });
           if (map) V::store(map + t, k >= 0 ? loss : Floats{}, std::min<int64_t>(L, count - t));
           if (weights.data) {
             share = load_map(weights, tile.image, y, tile.label_columns.begin + t, count - t);
             loss = losses.weighted(share, loss);
           }
           for (int i = 0; i < 2; ++i) {
-            of_loss[i] += own[i] ? loss : Floats{};
-            if (with_used) used[i] += own[i] & ~losses.is_unused(c) ? share : Floats{};
+            loss_sums[i] += has_label[i] ? loss : Floats{};
+            if (with_used) used[i] += has_label[i] & ~losses.is_unused(c) ? share : Floats{};
           }
         }
         for (int i = 0; WITH_PROBABILITIES && i < 2; ++i) {
-          const Floats p = two.of_class(Ints{} + i).hit;
-          overlaps[i] += own[i] ? p : Floats{};
+          const Floats p = two.chances(Ints{} + i).hit;
+          overlaps[i] += has_label[i] ? p : Floats{};
           masses[i] += k >= 0 ? p : Floats{};
           if (with_squares) squares[i] += k >= 0 ? p * p : Floats{};
         }
       }
       for (int i = 0; i < 2; ++i) {
-        by_class[i].losses += widen(fold(BY_PRODUCT ? of_loss[i] + totals[i].value() : of_loss[i]));
+        by_class[i].losses +=
+            widen(fold(BY_PRODUCT ? loss_sums[i] + totals[i].value() : loss_sums[i]));
         if (with_used) by_class[i].used += widen(fold(used[i]));
         if (!WITH_PROBABILITIES) continue;
         by_class[i].overlaps += widen(fold(overlaps[i]));
@@ -246,27 +249,27 @@ class DerivativeByDifference {
     const float dmasses = at(gradients.dmasses, 1) - at(gradients.dmasses, 0);
     for (int k = 0; k < 2; ++k) {
       const float doverlaps = at(gradients.doverlaps, k);
-      of_loss_[k] = at(gradients.dlosses, k);
-      of_p_1_[k] = dmasses + (k ? doverlaps : -doverlaps);
-      of_square_[k] = 2 * at(gradients.dsquares, k);
+      dlosses_[k] = at(gradients.dlosses, k);
+      dp_1_[k] = dmasses + (k ? doverlaps : -doverlaps);
+      dsquares_[k] = 2 * at(gradients.dsquares, k);
     }
   }
 
-  // of_map: the values of a map at the pixels.
-  template <class OfMap>
-  ALWAYS_INLINE Floats at(Floats d, Ints k, OfMap of_map) const {
-    const auto of_class = [&](const float (&values)[2]) INLINE_LAMBDA {
+  // map_values: the values of a map at the pixels.
+  template <class MapValues>
+  ALWAYS_INLINE Floats at(Floats d, Ints k, MapValues map_values) const {
+    const auto class_values = [&](const float (&values)[2]) INLINE_LAMBDA {
       return k == 1 ? Floats{} + values[1] : Floats{} + values[0];
     };
     const TwoClasses two(d);
-    const auto [p_1, p_0] = two.of_class(Ints{} + 1);
-    Floats own = of_class(of_loss_), of_others = {};
+    const auto [p_1, p_0] = two.chances(Ints{} + 1);
+    Floats label_term = class_values(dlosses_), smoothing_term = {};
     if constexpr (!PLAIN) {
       const LossShape<float>& shape = losses_.shape;
-      if (shape.pixel_weights.data) own *= of_map(shape.pixel_weights);
-      own += of_map(gradients_.dpixel_losses);
+      if (shape.pixel_weights.data) label_term *= map_values(shape.pixel_weights);
+      label_term += map_values(gradients_.dpixel_losses);
       Floats c = {}, u = {}, alpha, beta;
-      if (losses_.needs_own()) {
+      if (losses_.needs_c()) {
         const Floats log_total = log_of_1_plus(two.power);
         c = two.loss(k == 1 ? d : -d, log_total);
         u = two.losses(losses_, log_total);
@@ -275,13 +278,14 @@ class DerivativeByDifference {
         return Chances<float>{k == 1 ? p_1 : p_0, k == 1 ? p_0 : p_1};
       };
       losses_.derivatives(k, c, u, p, alpha, beta);
-      if (losses_.others)
-        of_others = own * beta * (losses_.others[0] * p_1 - losses_.others[1] * p_0);
-      own *= alpha;
+      if (losses_.all_weights)
+        smoothing_term =
+            label_term * beta * (losses_.all_weights[0] * p_1 - losses_.all_weights[1] * p_0);
+      label_term *= alpha;
     }
-    Floats of_p_1 = of_class(of_p_1_);
-    if (with_squares_) of_p_1 += p_1 * of_square_[1] - p_0 * of_square_[0];
-    const Floats result = of_others + own * (k == 1 ? -p_0 : p_1) + of_p_1 * (p_0 * p_1);
+    Floats dp_1 = class_values(dp_1_);
+    if (with_squares_) dp_1 += p_1 * dsquares_[1] - p_0 * dsquares_[0];
+    const Floats result = smoothing_term + label_term * (k == 1 ? -p_0 : p_1) + dp_1 * (p_0 * p_1);
     return k >= 0 ? result : Floats{};
   }
 
@@ -289,8 +293,8 @@ class DerivativeByDifference {
   LossesOfImage<float> losses_;
   const Gradients<float>& gradients_;
   bool with_squares_;
-  float of_loss_[2], of_p_1_[2];  // derivatives by -log p and by p_1, of the pixels of each class
-  float of_square_[2];            // twice those by p_k^2
+  float dlosses_[2], dp_1_[2];  // derivatives by -log p and by p_1, of the pixels of each class
+  float dsquares_[2];           // twice those by p_k^2
 };
 
 template <bool PLAIN, class Begin>
@@ -307,9 +311,9 @@ void backward_differences(const Problem<float>& problem, const Tile& tile,
     float* line = workspace.line_gradients[parity];
     lines.for_sums(line, [&](int64_t j, Floats left, Floats right) INLINE_LAMBDA {
       for (int i = 0; i < 2; ++i) {
-        float* of_class = workspace.gradients[parity] + i * workspace.stride + j;
-        V::store(of_class, V::load(of_class) + (i == 1 ? left : -left));
-        V::store(of_class + 1, V::load(of_class + 1) + (i == 1 ? right : -right));
+        float* class_gradients = workspace.gradients[parity] + i * workspace.stride + j;
+        V::store(class_gradients, V::load(class_gradients) + (i == 1 ? left : -left));
+        V::store(class_gradients + 1, V::load(class_gradients + 1) + (i == 1 ? right : -right));
       }
     });
     std::memset(line, 0, workspace.label_stride * sizeof(float));
@@ -327,10 +331,10 @@ void backward_differences(const Problem<float>& problem, const Tile& tile,
         backward_group(problem, tile, workspace, gradients, output, group);
       });
     const auto at = [&](int64_t t) INLINE_LAMBDA {
-      const auto of_map = [&](const Map<float>& map) INLINE_LAMBDA {
+      const auto map_values = [&](const Map<float>& map) INLINE_LAMBDA {
         return load_map(map, tile.image, y, tile.label_columns.begin + t, count - t);
       };
-      return derivative.at(V::load(d + t), load_ints(workspace.classes + t), of_map);
+      return derivative.at(V::load(d + t), load_ints(workspace.classes + t), map_values);
     };
     if (!problem.upsampled) {  // in the place of d
       for (int64_t t = 0; t < count; t += L) {

@@ -44,19 +44,19 @@ std::tuple<Tensor, Tensor> split_groups(Tensor keys, Tensor counts, Tensor seed,
   std::vector<int64_t> shape(counts.sizes().begin(), counts.sizes().end());
   shape.push_back(groups);
   Tensor split = new_empty(keys, {keys.sizes().begin(), keys.sizes().end()}, ScalarType::Int);
-  Tensor of_groups = new_empty(counts, shape, ScalarType::Long);
+  Tensor group_counts = new_empty(counts, shape, ScalarType::Long);
 
-  const auto* of_keys = counts.const_data_ptr<int64_t>();
-  auto* out = of_groups.mutable_data_ptr<int64_t>();
+  const auto* key_counts = counts.const_data_ptr<int64_t>();
+  auto* out = group_counts.mutable_data_ptr<int64_t>();
   std::vector<int64_t> starts(num_keys + 1);
   for (int64_t k = 0; k < num_keys; ++k) {
-    starts[k + 1] = starts[k] + of_keys[k];
-    for (int64_t g = 0; g < groups; ++g) *out++ = (of_keys[k] - g + groups - 1) / groups;
+    starts[k + 1] = starts[k] + key_counts[k];
+    for (int64_t g = 0; g < groups; ++g) *out++ = (key_counts[k] - g + groups - 1) / groups;
   }
-  write_groups(keys.const_data_ptr<int32_t>(), of_keys, starts.data(),
+  write_groups(keys.const_data_ptr<int32_t>(), key_counts, starts.data(),
                PixelHash(*seed.const_data_ptr<int64_t>()), pixels, starts[num_keys], groups,
                split.mutable_data_ptr<int32_t>());
-  return {split, of_groups};
+  return {split, group_counts};
 }
 
 }  // namespace

@@ -211,8 +211,8 @@ SOFTMAX_MOMENTS = (
     Mutant(
         "a class that is ignored, in C++",
         "csrc/cpu/softmax_rows.h",
-        "classes[i] = of_class & !ignored ?",
-        "classes[i] = of_class ?",
+        "classes[i] = in_range & !ignored ?",
+        "classes[i] = in_range ?",
         SOFTMAX,
     ),
     Mutant(
@@ -225,7 +225,7 @@ SOFTMAX_MOMENTS = (
     Mutant(
         "gradients of each image in C++",
         "csrc/cpu/softmax_moments.cpp",
-        "given->dim() == 2 ? given->size(1) : 0",
+        "table->dim() == 2 ? table->size(1) : 0",
         "0",
         SOFTMAX,
     ),
@@ -340,8 +340,8 @@ DIVERGENCES = (
     Mutant(
         "temperature of the divergence in C++",
         "csrc/cpu/pixel_kl_divergence_kernel.h",
-        "is_valid ? divergence.temperature * of_pixels : Vec{}",
-        "is_valid ? of_pixels : Vec{}",
+        "is_valid ? divergence.temperature * dpixels : Vec{}",
+        "is_valid ? dpixels : Vec{}",
         DIVERGENCE,
     ),
     Mutant(
@@ -608,8 +608,8 @@ KEYS_AND_RANKS = (
     Mutant(
         "number of pixels of a group",
         "csrc/cpu/split_groups.cpp",
-        "*out++ = (of_keys[k] - g + groups - 1) / groups;",
-        "*out++ = of_keys[k] / groups;",
+        "*out++ = (key_counts[k] - g + groups - 1) / groups;",
+        "*out++ = key_counts[k] / groups;",
         KEYS,
     ),
     Mutant(
