@@ -322,8 +322,12 @@ def _check_classifier(
     weight = dict(classifier.named_parameters(recurse=False)).get("weight")
     if regularizer.replaces_classifier:
         for other, module in model.named_modules():
-            given = module.attachment if isinstance(module, Regularizer) else None
-            if given is not None and given.classifier is classifier and module.replaces_classifier:
+            attachment = module.attachment if isinstance(module, Regularizer) else None
+            if (
+                attachment is not None
+                and attachment.classifier is classifier
+                and module.replaces_classifier
+            ):
                 expected = f"a classifier that no method has replaced: first detach {other}"
                 fail("attach", "module", expected, name)
             tied = any(parameter is weight for parameter in module.parameters(recurse=False))

@@ -200,12 +200,12 @@ def check_pos_weight(function: str, pos_weight: object, logits: Tensor) -> Tenso
             fail(function, "pos_weight", "numbers that float32 can hold", number)
     if isinstance(pos_weight, int | float):
         return pos_weight
-    given, pos_weight = pos_weight, flat_pos_weight(function, pos_weight)
+    original, pos_weight = pos_weight, flat_pos_weight(function, pos_weight)
     channels = logits.shape[1]
     if pos_weight.numel() not in (1, channels):
         expected = f"a number, or one for each of {channels} channels"
-        fail(function, "pos_weight", expected, describe(given))
-    if not isinstance(given, Tensor):
+        fail(function, "pos_weight", expected, describe(original))
+    if not isinstance(original, Tensor):
         return pos_weight.to(logits.device)
     if pos_weight.device != logits.device:
         fail(function, "pos_weight", f"device {logits.device}, as logits", pos_weight.device)
@@ -307,13 +307,13 @@ def check_anchors(
         fail(function, "anchors", f"device {features.device}, as features", anchors.device)
 
 
-def in_transform(tensor: Tensor, *, of_gradients: bool = False) -> bool:
+def in_transform(tensor: Tensor, *, only_derivatives: bool = False) -> bool:
     """Whether a torch.func transform is applied to this tensor: any transform, or a derivative."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     while functorch.is_functorch_wrapped_tensor(tensor):
-        if not of_gradients or functorch.is_gradtrackingtensor(tensor):
+        if not only_derivatives or functorch.is_gradtrackingtensor(tensor):
             return True
         tensor = functorch.get_unwrapped(tensor)
     return False

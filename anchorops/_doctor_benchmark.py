@@ -103,8 +103,8 @@ def _anchor_mse(features: Tensor, anchors: Tensor, labels: Tensor) -> Tensor:
 
 
 def _info_nce(queries: Tensor, keys: Tensor, _: Tensor) -> Tensor:
-    own = torch.arange(len(keys), device=keys.device)
-    return F.cross_entropy(queries.float() @ keys.float().T / 0.07, own)
+    own_keys = torch.arange(len(keys), device=keys.device)
+    return F.cross_entropy(queries.float() @ keys.float().T / 0.07, own_keys)
 
 
 def _ours(x: Tensor, _: Tensor, labels: Tensor) -> Tensor:
@@ -217,8 +217,8 @@ def _logits(classes: Tensor, channels: int, kind: str) -> Tensor:
     flat = torch.randn(classes.shape[0], channels, *classes.shape[1:], device=classes.device)
     if kind == "flat":
         return flat
-    own = F.one_hot(classes, max(channels, 2)).movedim(-1, 1)[:, -channels:]
-    return 20.0 * own - 10 + 0.3 * flat
+    one_hot = F.one_hot(classes, max(channels, 2)).movedim(-1, 1)[:, -channels:]
+    return 20.0 * one_hot - 10 + 0.3 * flat
 
 
 def _step(loss: Loss, inputs: Inputs) -> Run:

@@ -98,7 +98,7 @@ class MeanIoU(Metric):
         Raises:
             ValueError: wrong shape, dtype, device or label.
         """
-        given = {"ignore_index": self.ignore_index, "check_labels": self.check_labels}
+        label_options = {"ignore_index": self.ignore_index, "check_labels": self.check_labels}
         if not isinstance(predictions, Tensor):
             fail("MeanIoU", "predictions", "a tensor of logits or classes", describe(predictions))
         logits = predictions
@@ -113,7 +113,7 @@ class MeanIoU(Metric):
                 check_integers("MeanIoU", "labels", labels)
             if self.check_labels:  # of the given labels, before some are ignored
                 check_binary_labels("MeanIoU", labels, self.ignore_index)
-                given["check_labels"] = False
+                label_options["check_labels"] = False
             known = (predictions == 0) | (predictions == 1)
             labels = torch.where(known, labels.long(), self.ignore_index)
             logits = (predictions == 1).float() - 0.5
@@ -129,11 +129,13 @@ class MeanIoU(Metric):
                 expected = "logits (B, K, h, w) or (B, K, d, h, w), or integer classes"
                 fail("MeanIoU", "predictions", expected, describe(predictions))
             options = {"sigmoid": self.sigmoid, "align_corners": self.align_corners}
-            matrix = pixel_confusion_for("MeanIoU", logits, labels, **options, **given)
+            matrix = pixel_confusion_for("MeanIoU", logits, labels, **options, **label_options)
         else:
             check_integers("MeanIoU", "predictions", predictions)
             predictions = predictions.long()
-            matrix = confusion_for("MeanIoU", predictions, labels, self.num_classes, **given)
+            matrix = confusion_for(
+                "MeanIoU", predictions, labels, self.num_classes, **label_options
+            )
         self.confusion += matrix
 
     def per_class(self) -> Tensor:

@@ -131,9 +131,9 @@ def counts_used(options: Options) -> bool:
 def lacking(options: Options, backend: str) -> list[str]:
     """The options of the call that the backend does not have, and that PyTorch does not add."""
     default = Options()
-    given = [x for x in TENSORS if getattr(options, x) is not None]
-    given += [x for x in NUMBERS if getattr(options, x) != getattr(default, x)]
-    return [x for x in given if x in LACKS[backend] and x not in ADDED]
+    changed = [x for x in TENSORS if getattr(options, x) is not None]
+    changed += [x for x in NUMBERS if getattr(options, x) != getattr(default, x)]
+    return [x for x in changed if x in LACKS[backend] and x not in ADDED]
 
 
 class Result(NamedTuple):
@@ -189,10 +189,10 @@ class Signature:
 
     def unpack(self, *packed: Any) -> Options:
         *tensors, numbers, ignore_index, flags = packed
-        given: dict[str, Any] = dict(zip(self.tensors, tensors, strict=True))
-        given |= zip(self.numbers, numbers, strict=True)
-        given |= {x: bool(flags >> i & 1) for i, x in enumerate(FLAGS)}
-        return Options(ignore_index=ignore_index, **given)
+        values: dict[str, Any] = dict(zip(self.tensors, tensors, strict=True))
+        values |= zip(self.numbers, numbers, strict=True)
+        values |= {x: bool(flags >> i & 1) for i, x in enumerate(FLAGS)}
+        return Options(ignore_index=ignore_index, **values)
 
     def by_name(self, results: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.results, results, strict=True))

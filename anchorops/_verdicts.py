@@ -136,12 +136,12 @@ def found_wrong(
     if _ignored:
         return False
     if verified(backend, device):
-        found = sorted(wrong(backend, device))
-        if not set(operators).intersection(found):
+        faults = sorted(wrong(backend, device))
+        if not set(operators).intersection(faults):
             return False
         if (backend, used) not in _told:
             _told.add((backend, used))
-            names = f"{', '.join(found)} of the backend {backend} on {device_name(device)}"
+            names = f"{', '.join(faults)} of the backend {backend} on {device_name(device)}"
             outcome = "It is used" if used else '"auto" takes another backend'
             again = f"{VERIFY} --all" if backend == "triton" else VERIFY
             message = f"{VERIFY} found wrong: {names}. {outcome}; to verify again: {again}"
@@ -172,8 +172,8 @@ def _record(backend: str, device: torch.device) -> dict[str, bool] | None:
 
 def _key(backend: str, device: torch.device) -> _Key:
     triton = _triton() if backend == "triton" else ""
-    of_gpu = driver() if device.type == "cuda" else ""
-    return _version, str(torch.__version__), triton, of_gpu, device_name(device), backend
+    gpu_driver = driver() if device.type == "cuda" else ""
+    return _version, str(torch.__version__), triton, gpu_driver, device_name(device), backend
 
 
 def _triton() -> str:
@@ -186,6 +186,6 @@ def driver() -> str:
     """The version of the GPUs' driver."""
     for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
         with contextlib.suppress(OSError):
-            if found := re.search(r"\d+\.[\d.]+", Path(file).read_text()):
-                return found[0]
+            if match := re.search(r"\d+\.[\d.]+", Path(file).read_text()):
+                return match[0]
     return "unknown"

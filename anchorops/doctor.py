@@ -114,15 +114,15 @@ def _usable(backend: str) -> str:
     if backend in ON_GPU:
         gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
         devices = [torch.device("cuda", i) for i in gpus]
-    found = []
+    verdicts = []
     for device in devices:
         if operators := sorted(wrong(backend, device)):
-            found.append(f"WRONG on {device_name(device)}: {', '.join(operators)}")
+            verdicts.append(f"WRONG on {device_name(device)}: {', '.join(operators)}")
         elif verified(backend, device):
-            found.append(f"verified on {device_name(device)}")
+            verdicts.append(f"verified on {device_name(device)}")
         elif backend in ON_GPU:
-            found.append(f"never verified on {device_name(device)} ({VERIFY})")
-    return ", ".join(dict.fromkeys(["yes", *found]))
+            verdicts.append(f"never verified on {device_name(device)} ({VERIFY})")
+    return ", ".join(dict.fromkeys(["yes", *verdicts]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -218,7 +218,7 @@ def measure(
     if beside is not None:
         for i, moved in enumerate((2 * beside.nbytes, beside.nbytes)):
             pairs = zip(times, others[i], strict=True)
-            shares[i] = median(counted_bytes / own / (moved / other) for own, other in pairs)
+            shares[i] = median(counted_bytes / ours / (moved / other) for ours, other in pairs)
     middle = median(times)
     rate = counted_bytes / middle / 1e9
     return Measurement(middle, q20, q80, min(times), len(times), rate, *shares, others=cores), times

@@ -146,14 +146,14 @@ def _dice(
     z: Tensor, y: Tensor, *, squared: bool = False, per_image: bool = False, align: bool = False
 ) -> Tensor:
     log_p, label, image = _pixels(z, y, align)
-    p, own = log_p.exp(), F.one_hot(label, log_p.shape[1]).to(log_p)
+    p, one_hot = log_p.exp(), F.one_hot(label, log_p.shape[1]).to(log_p)
     rows = image if per_image else torch.zeros_like(image)
 
     def total(x: Tensor) -> Tensor:
         return x.new_zeros(len(y) if per_image else 1, x.shape[1]).index_add(0, rows, x)
 
-    counts = total(own)
-    scores = 2 * total(p * own) / (total(p**2 if squared else p) + counts)
+    counts = total(one_hot)
+    scores = 2 * total(p * one_hot) / (total(p**2 if squared else p) + counts)
     return (1 - scores)[counts > 0].mean()
 
 
@@ -245,8 +245,8 @@ def _moments(
 
 
 def _our_moments(f: Tensor, y: Tensor, a: Tensor | None = None, **options: Any) -> Inputs:
-    found = ao.ops.class_moments(f, y, anchors=a, ignore_index=-1, **options)
-    return found[:2] if found.sqdists is None else (*found[:2], found.sqdists)
+    moments = ao.ops.class_moments(f, y, anchors=a, ignore_index=-1, **options)
+    return moments[:2] if moments.sqdists is None else (*moments[:2], moments.sqdists)
 
 
 def _mse(f: Tensor, y: Tensor, a: Tensor) -> Tensor:
@@ -262,10 +262,10 @@ def _info_nce(q: Tensor, k: Tensor, present: Tensor, p: Tensor | None = None) ->
     rows = q if q.dim() == 3 else q[:, None]
     present = present.view(rows.shape[:2])
     logits = torch.einsum("igd,jd->igj", rows, k) / 0.07
-    own = (rows * (k[:, None] if p is None else p.view_as(rows))).sum(-1, keepdim=True) / 0.07
+    positive = (rows * (k[:, None] if p is None else p.view_as(rows))).sum(-1, keepdim=True) / 0.07
     others = present.any(1) & ~torch.eye(len(k), dtype=torch.bool, device=k.device)
     logits = logits.masked_fill(~others[:, None], -torch.inf)
-    return (torch.cat([own, logits], -1).logsumexp(-1) - own[..., 0])[present].mean()
+    return (torch.cat([positive, logits], -1).logsumexp(-1) - positive[..., 0])[present].mean()
 
 
 def _step(make: Any, f: Tensor, w: Tensor, y: Tensor, exact: bool = False) -> Tensor:
@@ -330,7 +330,7 @@ def _logits(images: Images, random: torch.Generator) -> Tensor:
     return _in_layout(z.to(images.dtype), images.layout)
 
 
-def _of_images() -> Iterator[Check]:
+def _image_checks() -> Iterator[Check]:
     """Every statistic of softmax moments at every shape; predictions."""
     for images in IMAGES:
         random, k = _random(images.name), images.num_classes
@@ -347,12 +347,13 @@ def _of_images() -> Iterator[Check]:
         exact = partial(_with_dice, squared=True, per_image=True, **shaped)
         predict = partial(_predictions, align=images.align)
         often = images.name in ("4×", "1×", "1.5×")
-        of_probability = 8 * floor  # e^−loss: the error of a loss, which is relative to log Σ e^z
+        # e^−loss: the error of a loss, which is relative to log Σ e^z
+        probability_floor = 8 * floor
         for name, operators, ours, formula, quick, least in (
             ("cross-entropy", "", plain, _cross_entropy, images.quick, floor),
             ("cross-entropy + Dice", "", ao.CrossEntropyDice(*pair), _with_dice, often, floor),
             ("all options", "", ao.CrossEntropyDice(ce, dice), exact, often, floor),
-            ("argmax, confidence", "pixel_argmax ", predict, _largest, often, of_probability),
+            ("argmax, confidence", "pixel_argmax ", predict, _largest, often, probability_floor),
         ):
             operators, name = f"{operators}softmax_moments", f"{name}, {images.name}"
             formula = partial(formula, align=images.align)
@@ -367,7 +368,7 @@ def _base() -> Inputs:
     return z, torch.where(first - second < 1e-3, -1, y)
 
 
-def _of_losses() -> Iterator[Check]:
+def _loss_checks() -> Iterator[Check]:
     """The options of pixel losses, sigmoids, points, volumes, divergence, confusion."""
     random, moments, (z, y) = _random("losses"), "softmax_moments", _base()
     plain, ce = partial(ao.pixel_cross_entropy, ignore_index=-1), _cross_entropy
@@ -403,14 +404,14 @@ def _of_losses() -> Iterator[Check]:
         formula = partial(_binary, pos_weight=weight)
         yield Check(moments, name, (z[:, :channels], labels), binary, formula)
     teacher = torch.randn(*z.shape[:2], 7, 9, generator=random)
-    for name, given, temperature in (
+    for name, inputs, temperature in (
         ("divergence, temperature 3", (z, z.flip(1), y >= 0), 3.0),
         ("divergence, small teacher", (z, teacher, y >= 0), 1.0),
         ("volume, divergence", (volume[0], volume[0].flip(1), volume[1] >= 0), 1.0),
     ):
         ours = partial(_our_divergence, temperature=temperature)
         formula = partial(_divergence, temperature=temperature)
-        yield Check("pixel_kl_divergence", name, given, ours, formula)
+        yield Check("pixel_kl_divergence", name, inputs, ours, formula)
     counts = partial(ao.pixel_confusion, ignore_index=-1)
     yield Check("confusion pixel_argmax", "confusion", (z, y), counts, _confusion)
 
@@ -447,7 +448,7 @@ if TRITON_INTERPRETED:
     )
 
 
-def _of_features() -> Iterator[Check]:
+def _feature_checks() -> Iterator[Check]:
     """Class moments by every kernel, squared distances."""
     for features in FEATURES:
         random, k, size = _random(features.name), features.num_classes, features.shape
@@ -468,7 +469,7 @@ def _of_features() -> Iterator[Check]:
             yield Check(operators, f"pixel-to-anchor MSE, {name}", inputs, mse, _mse, often)
 
 
-def _of_centroids() -> Iterator[Check]:
+def _centroid_checks() -> Iterator[Check]:
     """Centroid InfoNCE, and one step of each method."""
     for name, groups, positives in (("rows", 0, True), ("groups", 3, True), ("keys", 0, False)):
         random, shape = _random(name), (21, groups, 40) if groups else (21, 40)
@@ -476,15 +477,15 @@ def _of_centroids() -> Iterator[Check]:
         present[:2], present[-1] = False, True
         q, p = (F.normalize(torch.randn(shape, generator=random), dim=-1) for _ in range(2))
         k = F.normalize(torch.randn(21, 40, generator=random), dim=-1)
-        given = (q, k, present, p) if positives else (q, k, present)
+        inputs = (q, k, present, p) if positives else (q, k, present)
         name, quick = f"InfoNCE, {name}", name != "rows"
-        yield Check("centroid_info_nce", name, given, _our_info_nce, _info_nce, quick)
-    of_centroids = "centroid_info_nce split_groups class_moments"
+        yield Check("centroid_info_nce", name, inputs, _our_info_nce, _info_nce, quick)
+    centroid_operators = "centroid_info_nce split_groups class_moments"
     for name, make, operators in (
         ("SAR", partial(ao.SAR, gate="per_class", delta=0.0), "class_moments"),
         ("CBP", ao.CBP, "class_moments"),
-        ("OCCL", ao.OCCL, of_centroids),
-        ("MVSC", ao.MVSC, of_centroids),
+        ("OCCL", ao.OCCL, centroid_operators),
+        ("MVSC", ao.MVSC, centroid_operators),
         ("CeCo", partial(ao.CeCo, reduced_dim=8, center_dim=14, dropout=0.0), "upsampled_sums"),
     ):
         random = _random(name)
@@ -498,7 +499,7 @@ def _of_centroids() -> Iterator[Check]:
 
 def checks() -> list[Check]:
     """All checks; their inputs are the same numbers on every machine."""
-    return [*_of_losses(), *_of_features(), *_of_centroids(), *_of_images()]
+    return [*_loss_checks(), *_feature_checks(), *_centroid_checks(), *_image_checks()]
 
 
 def _evaluate(function: Callable[..., Any], inputs: Inputs, seed: str) -> list[Tensor | None]:
@@ -554,9 +555,9 @@ def _compare(check: Check, backend: str, device: torch.device) -> tuple[float, f
             continue
         if not torch.equal(*(x.flatten().contiguous().view(torch.uint8) for x in (one, two))):
             return torch.inf, 0.0, "a second call gives other bits"
-        found = _error(one, right, other, check.floor)
-        if found[0] / found[1] > error / limit:
-            error, limit = found
+        error_and_limit = _error(one, right, other, check.floor)
+        if error_and_limit[0] / error_and_limit[1] > error / limit:
+            error, limit = error_and_limit
     return error, limit, ""
 
 
@@ -620,14 +621,14 @@ def _environments(device: torch.device) -> dict[str, Callable[[Inputs], list[Ten
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            found = call(inputs)
+            results = call(inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        return found
+        return results
 
     def graph(inputs: Inputs) -> list[Tensor]:
-        found = cuda_graph(lambda: call(inputs))()
-        assert isinstance(found, list)
-        return found
+        results = cuda_graph(lambda: call(inputs))()
+        assert isinstance(results, list)
+        return results
 
     def without_synchronising(inputs: Inputs) -> list[Tensor]:
         torch.cuda.set_sync_debug_mode("error")
@@ -637,8 +638,8 @@ def _environments(device: torch.device) -> dict[str, Callable[[Inputs], list[Ten
             torch.cuda.set_sync_debug_mode("default")
 
     def other_gpu(inputs: Inputs) -> list[Tensor]:
-        found = call(tuple(x.to("cuda:1") for x in inputs))
-        return [x.to(device) for x in found]
+        results = call(tuple(x.to("cuda:1") for x in inputs))
+        return [x.to(device) for x in results]
 
     ways = {"a plain call": call, "torch.compile, fullgraph": compiled, "autocast": autocast}
     if device.type == "cuda":
@@ -665,9 +666,9 @@ def environment_rows(backend: str, device: torch.device) -> Iterator[Row]:
     def same(way: Callable[[Inputs], list[Tensor]]) -> tuple[float, float, str]:
         inputs = tuple(_between_nan(x, device) for x in _base())
         with ao.use_backend(backend):
-            found = way(inputs)
-        expected.extend(found if not expected else ())
-        equal = all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+            results = way(inputs)
+        expected.extend(results if not expected else ())
+        equal = all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
         return (0.0, 0.0, "") if equal else (torch.inf, 0.0, "other bits than a plain call")
 
     for name, way in _environments(device).items():
@@ -723,10 +724,10 @@ def _remember(backend: str, rows: Sequence[Row], everything: bool, complete: boo
         # it does not work here at all
         verdicts.update((operator, False) for operator in OPERATORS)
     for operator in OPERATORS:
-        found = [row.right for row in rows if operator in row.operators.split()]
-        if False in found:
+        row_verdicts = [row.right for row in rows if operator in row.operators.split()]
+        if False in row_verdicts:
             verdicts[operator] = False
-        elif True in found and complete:
+        elif True in row_verdicts and complete:
             verdicts.setdefault(operator, True)
     if verdicts:
         remember(backend, device, verdicts)
@@ -745,24 +746,26 @@ def report(backend: str | None, everything: bool, path: Path | None) -> bool:
     names = [name for name, reason in reasons.items() if not reason]
     summary, rows = [], []
     for name in names if backend is None else [backend]:
-        start, found, complete = time.monotonic(), [], False
+        start, backend_rows, complete = time.monotonic(), [], False
         try:
             for row in verify(name, everything):
                 print(row, flush=True)
-                found.append(row)
+                backend_rows.append(row)
             complete = True
         finally:
-            _remember(name, found, everything, complete)
-        faults = [row for row in found if row.right is False or (row.right is None and row.note)]
-        right = sum(row.right is True for row in found)
-        wrong_ = sum(row.right is False for row in found)
-        refused = len(found) - right - len(faults)
+            _remember(name, backend_rows, everything, complete)
+        faults = [
+            row for row in backend_rows if row.right is False or (row.right is None and row.note)
+        ]
+        right = sum(row.right is True for row in backend_rows)
+        wrong_ = sum(row.right is False for row in backend_rows)
+        refused = len(backend_rows) - right - len(faults)
         summary.append(
             f"{name}: {right} right, {wrong_} WRONG, {len(faults) - wrong_} not checked, "
             f"{refused} not served, {time.monotonic() - start:.0f} s"
         )
         summary += map(str, faults)
-        rows += found
+        rows += backend_rows
     versions = {**environment(device_of(rows[0].backend)), "driver": driver()}
     print("\nPlease report this, for a GPU also if everything is right:\n")
     print(", ".join(f"{name} {value}" for name, value in versions.items()))

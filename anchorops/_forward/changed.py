@@ -62,11 +62,11 @@ def made_by_call(result: object, read: list[Tensor]) -> list[Tensor]:
 
 def reads(func: Any, args: Any, kwargs: Any, result: object, watched: list[Tensor]) -> bool:
     """Whether this call uses one of the watched tensors. One that only gives it back does not."""
-    given = [tensor for _, tensor in tensors([args, kwargs])]
-    if func in PEEKS or not any(x is y for x in watched for y in given):
+    arguments = [tensor for _, tensor in tensors([args, kwargs])]
+    if func in PEEKS or not any(x is y for x in watched for y in arguments):
         return False
     # len: Dynamo of torch 2.10 does not trace bool of a list
-    return not isinstance(result, Tensor) or len(made_by_call(result, given)) > 0
+    return not isinstance(result, Tensor) or len(made_by_call(result, arguments)) > 0
 
 
 def version(tensor: Tensor) -> int:

@@ -113,7 +113,7 @@ def input_of(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs["tensors" if kind == "cat" else "input"]
 
 
-def of_convolution(
+def convolution_arguments(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -135,7 +135,7 @@ def of_convolution(
     return input, weight, bias, objection
 
 
-def of_linear(
+def linear_weights(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     return weight, bias
@@ -202,22 +202,22 @@ class _Late(TorchFunctionMode):
         self, kind: str, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """The result of the call for one channel, one token or one image only."""
-        given = input_of(kind, args, kwargs)
+        input = input_of(kind, args, kwargs)
         rest = args[1:]
         options = {key: x for key, x in kwargs.items() if key not in ("input", "tensors")}
         with torch.no_grad():
             if kind == "cat":
-                small = func([x[:1, :1] for x in given], *rest, **options)
-                channels = sum(x.shape[1] for x in given)
-                stand_in = _with_size(small, channels, given[0].shape[0])
+                small = func([x[:1, :1] for x in input], *rest, **options)
+                channels = sum(x.shape[1] for x in input)
+                stand_in = _with_size(small, channels, input[0].shape[0])
             else:
-                small = func(given[:1, :1], *rest, **options)
+                small = func(input[:1, :1], *rest, **options)
                 if kind == "linear":
-                    stand_in = small.expand(*given.shape[:2], small.shape[2])
+                    stand_in = small.expand(*input.shape[:2], small.shape[2])
                 else:
-                    stand_in = _with_size(small, given.shape[1], given.shape[0])
+                    stand_in = _with_size(small, input.shape[1], input.shape[0])
         self.stand_ins.append((stand_in, number if kind == "linear" else None))
-        read = list(given) if kind == "cat" else [given]
+        read = list(input) if kind == "cat" else [input]
         versions = [version(x) for x in read]
         call = _Postponed(stand_in, read, versions, rest, options, graph_state())
         self.postponed[kind, number] = call
@@ -238,7 +238,7 @@ class _Late(TorchFunctionMode):
 
     def _mixed(self, move: Move, conv: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """Σ_i up(conv_i(x_i))."""
-        input, weight, bias, objection = of_convolution(*args, **kwargs)
+        input, weight, bias, objection = convolution_arguments(*args, **kwargs)
         if objection is not None:
             self._fail(f"{objection}, unlike in the dry run")
         # what runs here, the modes around this one have seen already
@@ -295,7 +295,7 @@ def _as_joined(x: Tensor, joined: Tensor) -> Tensor:
 
 def _composed(linear: _Postponed, tokens: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """(B, L, O): w·(M·f + b) + bias of the tokens f (B, L, C), with one product for each token."""
-    m, b = of_linear(tokens, *linear.rest, **linear.options)
+    m, b = linear_weights(tokens, *linear.rest, **linear.options)
     dtype = torch.promote_types(w.dtype, torch.float32)
     with _without_autocast(w.device.type):
         weight = (w.to(dtype) @ m.to(dtype)).to(w.dtype)

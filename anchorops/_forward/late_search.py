@@ -23,11 +23,11 @@ from .late_plan import (
     Move,
     Part,
     Plan,
+    convolution_arguments,
     graph_state,
     has_hooks,
     input_of,
-    of_convolution,
-    of_linear,
+    linear_weights,
 )
 
 # A value that is upsampled and added takes as long as this number of multiplications and additions
@@ -147,8 +147,8 @@ class _Watch(TorchFunctionMode):
                 maker.readers.append(call)
                 maker.changed |= version(x) != maker.version
         if kind:
-            given = input_of(kind, args, kwargs) if kind != "view" else read[0]
-            inputs = list(given) if kind == "cat" else [given]
+            input = input_of(kind, args, kwargs) if kind != "view" else read[0]
+            inputs = list(input) if kind == "cat" else [input]
             call.sources = [self._maker(x) for x in inputs]
             call.shapes = [x.shape for x in inputs]
             call.read = [(x, version(x)) for x in inputs]
@@ -160,7 +160,7 @@ class _Watch(TorchFunctionMode):
 
     def _describe(self, call: _Call, args: Any, kwargs: Any) -> None:
         if call.kind == "conv":
-            _, call.weight, _, call.objection = of_convolution(*args, **kwargs)
+            _, call.weight, _, call.objection = convolution_arguments(*args, **kwargs)
             if not _is_plain(call.weight):
                 call.objection = f"a convolution with a weight of type {type(call.weight).__name__}"
             late = [call.sources[0], *(call.sources[0].sources if call.sources[0] else [])]
@@ -172,7 +172,7 @@ class _Watch(TorchFunctionMode):
             if dim % len(call.shape) != 1:
                 call.objection = f"torch.cat along dimension {dim}"
         elif call.kind == "linear":
-            call.weight, _ = of_linear(*args, **kwargs)
+            call.weight, _ = linear_weights(*args, **kwargs)
         elif call.kind == "up":
             call.tokens = self._tokens(call)
 
@@ -238,8 +238,8 @@ def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
         now = r * tokens * channels + channels * outputs
         later = r * tokens * channels + r * channels * outputs
         product = math.inf if linear is None else r * tokens * outputs
-        of_weights = tokens * channels * outputs / max(shape[0] * shape[2:].numel(), 1)
-        if product > later or product + of_weights >= now:  # a small image
+        weight_product = tokens * channels * outputs / max(shape[0] * shape[2:].numel(), 1)
+        if product > later or product + weight_product >= now:  # a small image
             linear, product = None, math.inf
         least = min(later, product)
         if least + UPSAMPLING * outputs < now + UPSAMPLING * channels:
@@ -283,7 +283,7 @@ def _later(conv: _Call, parts: list[_Choice]) -> Iterator[_Call]:
             yield from up.tokens if linear is not None else ()
 
 
-class Found(NamedTuple):
+class LatePlans(NamedTuple):
     """plans: by the name of the module. moved: a line for each convolution. left: a line for each
     upsampling that is left as it is."""
 
@@ -292,7 +292,7 @@ class Found(NamedTuple):
     left: list[str]
 
 
-def find(model: nn.Module, args: Any, kwargs: Any, training: bool) -> Found:
+def find(model: nn.Module, args: Any, kwargs: Any, training: bool) -> LatePlans:
     """The plans of one mode."""
     # With gradients, so that torch.no_grad and checkpoints in the model are seen; without saved
     # tensors, which would keep the maps.
@@ -323,14 +323,14 @@ def find(model: nn.Module, args: Any, kwargs: Any, training: bool) -> Found:
     moved: dict[_Call, str] = {}
     for name in dict.fromkeys(run.name for run in moves):
         runs = [run for run in watch.runs if run.name == name]
-        found = [_plan(run, moves.get(run, []), choices, modules) for run in runs]
+        candidates = [_plan(run, moves.get(run, []), choices, modules) for run in runs]
         convs = [conv for run in runs for conv in moves.get(run, [])]
-        if any(plan != found[0] for plan in found):
+        if any(plan != candidates[0] for plan in candidates):
             objection = f"in {name}, which runs several times, not always the same"
             for conv in convs:
                 objections.update(dict.fromkeys(_later(conv, choices[conv]), objection))
             continue
-        plans[name] = found[0]
+        plans[name] = candidates[0]
         for conv in convs:
             moved.update(dict.fromkeys(_later(conv, choices[conv]), _line(conv, choices[conv])))
     left = [
@@ -338,7 +338,7 @@ def find(model: nn.Module, args: Any, kwargs: Any, training: bool) -> Found:
         for call in watch.calls
         if call.kind == "up" and call not in moved
     ]
-    return Found(plans, list(dict.fromkeys(moved.values())), list(dict.fromkeys(left)))
+    return LatePlans(plans, list(dict.fromkeys(moved.values())), list(dict.fromkeys(left)))
 
 
 def _depth(calls: list[_Call]) -> int:

@@ -179,10 +179,10 @@ class _Plans:
             output = forward(*args, **kwargs)
         if len(calls) != plan.calls:
             _fail(model, f"{len(calls)} calls of F.interpolate, where the dry run had {plan.calls}")
-        found = [tensor for _, tensor in tensors(output)]
+        outputs = [tensor for _, tensor in tensors(output)]
         for number in plan.returned:
             call = calls[number]
-            if call is None or not any(tensor is call.result for tensor in found):
+            if call is None or not any(tensor is call.result for tensor in outputs):
                 _fail(model, "the output is not the input of the last upsampling")
             if version(call.result) != call.version:
                 _fail(model, "the logits are changed in place after the upsampling")
@@ -220,7 +220,7 @@ def _find(
     watch = _Watch()
     with torch.inference_mode(False), torch.no_grad():
         trial = copied("low_resolution", model)
-        of_forward, output = dry_run(trial, args, kwargs, training, watch)
+        forward_output, output = dry_run(trial, args, kwargs, training, watch)
     outputs = dict(tensors(output))
     returned: dict[int, str] = {}
     for place, tensor in outputs.items():
@@ -231,17 +231,17 @@ def _find(
         "a last step F.interpolate(…, mode='bilinear' or 'trilinear') whose result is returned"
     )
     mode = "" if training else "in evaluation mode: "
-    before_hooks = [tensor for _, tensor in tensors(of_forward)]
+    before_hooks = [tensor for _, tensor in tensors(forward_output)]
     if not all(any(tensor is x for x in before_hooks) for tensor in outputs.values()):
-        found = "a forward hook of the model that changes its output: remove the hook"
-        fail("low_resolution", "model", expected, f"{mode}{found}")
+        got = "a forward hook of the model that changes its output: remove the hook"
+        fail("low_resolution", "model", expected, f"{mode}{got}")
     if not returned:
-        found = ", ".join(
+        got = ", ".join(
             f"{place} of shape {tuple(tensor.shape)} from {watch.maker(tensor)}"
             for place, tensor in outputs.items()
         )
         advice = "an output that was not upsampled can be passed to the loss directly"
-        fail("low_resolution", "model", expected, f"{mode}{found or 'no tensor'}; {advice}")
+        fail("low_resolution", "model", expected, f"{mode}{got or 'no tensor'}; {advice}")
     for number, place in returned.items():
         objection = watch.upsamplings[number].objection()
         if objection is not None:
@@ -302,11 +302,11 @@ def low_resolution(
     plan, corners = _find(model, args, kwargs, training=True)
     plans = _Plans(plan, None)
     if always:
-        plan, of_evaluation = _find(model, args, kwargs, training=False)
+        plan, evaluation_corners = _find(model, args, kwargs, training=False)
         plans = _Plans(plans.training, plan)
-        of_evaluation = {f"{k} in evaluation mode": v for k, v in of_evaluation.items()}
-        if {*of_evaluation.values()} != {*corners.values()}:
-            corners |= of_evaluation
+        evaluation_corners = {f"{k} in evaluation mode": v for k, v in evaluation_corners.items()}
+        if {*evaluation_corners.values()} != {*corners.values()}:
+            corners |= evaluation_corners
     if len({*corners.values()}) > 1:
         places = ", ".join(f"{place}: {value}" for place, value in corners.items())
         fail("low_resolution", "model", "one align_corners for all outputs", places)

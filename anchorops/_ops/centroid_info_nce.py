@@ -32,7 +32,7 @@ _BACKWARD_SCHEMA = (
 )
 
 
-def _forward_fake(queries: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(queries: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return queries.new_empty(queries.shape[0]), queries.new_empty(queries.shape[0])
 
 

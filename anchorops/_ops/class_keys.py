@@ -70,8 +70,8 @@ def class_keys(
         height, width, grid = 1, features.shape[2], labels[:, None]
     else:
         height, width, grid = features.shape[2], features.shape[3], labels
-    given = grid, height, width, num_classes, per_image, ignore_index
-    keys, counts = getattr(torch.ops.anchorops.class_keys, backend)(*given, class_dtype)
+    arguments = grid, height, width, num_classes, per_image, ignore_index
+    keys, counts = getattr(torch.ops.anchorops.class_keys, backend)(*arguments, class_dtype)
     if groups > 1:
         assert seed is not None
         return split_groups(keys, counts, groups, seed, backend=backend)

@@ -29,15 +29,16 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
         return torch.ops.anchorops.kth_largest.cpu(values, k)
     bits = values.view(torch.int32) & 0x7FFFFFFF  # without the sign of −0 and of −NaN
     rank = torch.full((), k, device=values.device)
-    found = torch.zeros_like(rank)  # the higher digits of the value
+    prefix = torch.zeros_like(rank)  # the higher digits of the value
     for start, width in ((20, 11), (10, 10), (0, 10)):  # the digits: where they start, their bits
-        digits = (bits >> start).sub_(found << width)  # not in [0, 2^width) if a higher one differs
+        # not in [0, 2^width) if a higher one differs
+        digits = (bits >> start).sub_(prefix << width)
         counts = _counts(digits, 2**width, backend)
         from_here = counts.flip(0).cumsum(0).flip(0)  # how many have this digit or a larger one
         digit = ((from_here >= rank).sum() - 1).clamp(min=0)
         rank = rank - (from_here - counts).take(digit)
-        found = found << width | digit
-    return found.to(torch.int32).view(torch.float32).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        prefix = prefix << width | digit
+    return prefix.to(torch.int32).view(torch.float32).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _counts(labels: Tensor, num_classes: int, backend: str) -> Tensor:

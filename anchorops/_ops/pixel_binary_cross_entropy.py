@@ -63,7 +63,7 @@ def pixel_binary_cross_entropy(
         ValueError: wrong shape, dtype, device, value or label.
     """
     function = "pixel_binary_cross_entropy"
-    given = labels
+    original_labels = labels
     labels, ignore_index = check_pixels(
         function,
         logits,
@@ -88,7 +88,7 @@ def pixel_binary_cross_entropy(
         if weight is not None:
             valid = valid_pixels(labels, 2, ignore_index)
             losses = weighted(losses, pixel_weights(labels, weight, valid))
-        return losses.view(given.shape)
+        return losses.view(original_labels.shape)
     loss = fixed_order_sum(class_losses(moments, weight, 0.0))
     return loss if reduction == "sum" else divide(loss, fixed_order_sum(used_counts(moments)))
 

@@ -53,7 +53,7 @@ def pixel_cross_entropy(
         ValueError: wrong shape, dtype, device, value or label.
     """
     function = "pixel_cross_entropy"
-    given = labels
+    original_labels = labels
     labels, ignore_index = check_pixels(
         function, logits, labels, ignore_index=ignore_index, check_labels=check_labels
     )
@@ -78,7 +78,7 @@ def pixel_cross_entropy(
         if weight is not None and label_smoothing == 0:
             valid = valid_pixels(labels, logits.shape[1], ignore_index)
             losses = weighted(losses, pixel_weights(labels, weight, valid))
-        return losses.view(shape_of(given))
+        return losses.view(shape_of(original_labels))
     loss = fixed_order_sum(class_losses(moments, weight, label_smoothing))
     if reduction == "sum":
         return loss
@@ -131,5 +131,7 @@ def pixel_weights(labels: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
     channels are the labels' second axis."""
     if weight.dim() == 1:
         return torch.where(valid, weight[torch.where(valid, labels.long(), 0)], 0)
-    of_classes = weight.view(-1, *(1,) * (labels.dim() - 2), 2).unbind(-1)
-    return torch.where(valid, torch.where(labels.long() == 1, of_classes[1], of_classes[0]), 0)
+    channel_weights = weight.view(-1, *(1,) * (labels.dim() - 2), 2).unbind(-1)
+    return torch.where(
+        valid, torch.where(labels.long() == 1, channel_weights[1], channel_weights[0]), 0
+    )

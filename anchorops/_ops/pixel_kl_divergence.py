@@ -61,12 +61,12 @@ def forward_fake(
     *size, _, _, with_divergences, with_lse = options
     dtype = statistics_dtype(logits.dtype)
 
-    def pixel_map(asked: bool) -> Tensor:
-        shape = (logits.shape[0], *size) if asked else (0,)
+    def pixel_map(requested: bool) -> Tensor:
+        shape = (logits.shape[0], *size) if requested else (0,)
         return logits.new_empty(shape, dtype=dtype)
 
-    asked = with_divergences, with_lse, with_lse
-    return logits.new_empty((), dtype=dtype), *map(pixel_map, asked)
+    requested = with_divergences, with_lse, with_lse
+    return logits.new_empty((), dtype=dtype), *map(pixel_map, requested)
 
 
 def backward_fake(logits: Tensor, *_: Any) -> Tensor:

@@ -147,7 +147,7 @@ def _differentiate(
         for tensor in tensors:
             if forward_ad.unpack_dual(tensor).tangent is not None:
                 _raise_not_implemented(name, "forward-mode derivatives")
-            if in_transform(tensor, of_gradients=True):
+            if in_transform(tensor, only_derivatives=True):
                 _raise_not_implemented(name, "torch.func's derivatives")
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return node.apply(*inputs)

@@ -61,7 +61,7 @@ def sigmoid_moments(
     batch, channels = (1 if points else logits.shape[0]), logits.shape[1]
     images = (logits.t() if points else _as_one_batch(logits))[:, None]
 
-    def of_images(pixel_map: Tensor) -> Tensor:
+    def by_image(pixel_map: Tensor) -> Tensor:
         return pixel_map.t() if points else pixel_map.flatten(0, 1)
 
     def by_channel(statistic: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def sigmoid_moments(
         return pixel_map.t() if points else pixel_map.view(labels.shape)
 
     moments = moments_of(
-        function, images, of_images(labels), options.map(of_images)._replace(per_image=True)
+        function, images, by_image(labels), options.map(by_image)._replace(per_image=True)
     )
     shapes = {"classes": by_channel, "pixels": by_pixel, "": lambda statistic: statistic}
     return moments._replace(

@@ -120,23 +120,23 @@ def backward(
     options = ctx.options._replace(**dict(zip(signature.tensors, tensors, strict=True)))
     gradients = dict(zip(signature.results, grads, strict=True))
     # The gradient of an absent (empty) output is an empty tensor, not None.
-    given = [gradients[x] if RESULTS[x].requested(options) else None for x in GRADIENTS]
+    statistic_grads = [gradients[x] if RESULTS[x].requested(options) else None for x in GRADIENTS]
 
     def again(options: Options, result: str) -> Tensor:
         return signature.by_name(ctx.forward(logits, labels, *signature.pack(options)))[result]
 
     dlogits = None
-    if ctx.needs_input_grad[0] and any(grad is not None for grad in given):
+    if ctx.needs_input_grad[0] and any(grad is not None for grad in statistic_grads):
         if not options.lse and reads_lse(operator._overloadname, logits):
             # torch.vmap and traces without gradients hide that a gradient will be requested
             lse = again(options.only(lse=True), "lse")
-        dlogits = operator(logits, labels, lse, *given, *signature.pack(options))
-    found = dict.fromkeys(signature.tensors)
-    weights = signature.tensors.index("pixel_weights") if "pixel_weights" in found else None
+        dlogits = operator(logits, labels, lse, *statistic_grads, *signature.pack(options))
+    doptions = dict.fromkeys(signature.tensors)
+    weights = signature.tensors.index("pixel_weights") if "pixel_weights" in doptions else None
     if weights is not None and ctx.needs_input_grad[2 + weights]:
         dlosses, dused = gradients["losses"], gradients["used"]
-        found["pixel_weights"] = _dpixel_weights(again, logits, labels, options, dlosses, dused)
-    return dlogits, None, *found.values(), None, None, None
+        doptions["pixel_weights"] = _dpixel_weights(again, logits, labels, options, dlosses, dused)
+    return dlogits, None, *doptions.values(), None, None, None
 
 
 def _dpixel_weights(
@@ -160,8 +160,8 @@ def _dpixel_weights(
     gradient = torch.zeros_like(losses)
     for by_class, factor in ((dlosses, torch.where(losses.isfinite(), losses, 0)), (dused, 1)):
         if by_class is not None:
-            of_labels = by_class.expand(len(labels), num_classes).gather(1, classes)
-            gradient += of_labels.view_as(losses) * factor
+            label_gradients = by_class.expand(len(labels), num_classes).gather(1, classes)
+            gradient += label_gradients.view_as(losses) * factor
     return torch.where(used, gradient, 0)
 
 
@@ -177,9 +177,9 @@ def _launch(signature: Signature, launcher: Any, *arguments: Any) -> tuple[Tenso
     """Call Triton's launcher, whose options and results have names."""
     logits, labels, *packed = arguments
     options = signature.unpack(*packed)
-    found = launcher(logits, labels, options)
+    results = launcher(logits, labels, options)
     return tuple(
-        found[x] if x in found else logits.new_empty(0, dtype=_dtype(x, options, logits))
+        results[x] if x in results else logits.new_empty(0, dtype=_dtype(x, options, logits))
         for x in signature.results
     )
 
@@ -305,12 +305,14 @@ def softmax_moments(
         "pixel_losses": pixel_losses,
     }
     check_flags("softmax_moments", **flags)
-    given = labels
+    original_labels = labels
     labels, ignore_index = check_pixels(
         "softmax_moments", logits, labels, ignore_index=ignore_index, check_labels=check_labels
     )
     options = Options(ignore_index=ignore_index, **flags)
-    return in_shape(moments_of("softmax_moments", logits, labels, options), shape_of(given))
+    return in_shape(
+        moments_of("softmax_moments", logits, labels, options), shape_of(original_labels)
+    )
 
 
 def refusal(logits: Tensor, size: Sequence[int], options: Options, backend: str) -> str | None:
@@ -359,10 +361,10 @@ def _fused_moments(
     results = signature.by_name(operator(logits, labels, *signature.pack(options)))
     if options.outside and "outside" not in results:
         results["outside"] = labels_outside(labels, results["counts"], options.ignore_index)
-    found: dict[str, Any] = {
+    statistics: dict[str, Any] = {
         x: results[x] if RESULTS[x].requested(options) else None for x in SoftmaxMoments._fields
     }
-    return SoftmaxMoments(**found)
+    return SoftmaxMoments(**statistics)
 
 
 def _moments_by_maps(

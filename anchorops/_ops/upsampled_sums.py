@@ -63,8 +63,8 @@ def _parts(keys: Tensor, size: tuple[int, int], num_classes: int) -> Iterator[Pa
     columns = reference.splat_axis(label_width, width, keys.device)
     for start, (begin, end) in zip(starts, itertools.pairwise(edges), strict=True):
         rows = slice(start, min(start + step + 1, height))
-        own = row[begin:end] - start, below[begin:end]
-        splat = reference.splat_of(own, columns, (rows.stop - start, width))
+        part_rows = row[begin:end] - start, below[begin:end]
+        splat = reference.splat_of(part_rows, columns, (rows.stop - start, width))
         for first in range(0, batch, images):
             some = slice(first, first + images)
             part = _keys_of_images(keys[some, begin:end], num_classes, num_classes)
@@ -85,18 +85,18 @@ def _forward(
     if keys.shape[1:] == features.shape[2:]:
         moments = torch.ops.anchorops.class_moments.cpu
         image_keys = num_classes if num_keys > num_classes else 0
-        of_pixels = _keys_of_images(keys, num_classes, image_keys)
-        sums, _ = moments(features, of_pixels, None, num_keys, 1, True)
+        pixel_keys = _keys_of_images(keys, num_classes, image_keys)
+        sums, _ = moments(features, pixel_keys, None, num_keys, 1, True)
         return sums, mean, variance
     for part in _parts(keys, (height, width), num_classes):
         pixels = features[part.images, :, part.rows].flatten(2).transpose(1, 2)
         # by selection, because a feature that no valid label uses may be NaN
         pixels = torch.where(part.table.any(1)[..., None], pixels, 0)
-        of_images = part.table.to(features.dtype) @ pixels
+        image_sums = part.table.to(features.dtype) @ pixels
         if num_keys > num_classes:
-            sums[part.images] += of_images
+            sums[part.images] += image_sums
         else:
-            sums += of_images.sum(0)
+            sums += image_sums.sum(0)
     return sums.flatten(0, 1) / SPLAT_UNITS, mean, variance
 
 
@@ -121,9 +121,9 @@ def _backward(
     if keys.shape[1:] == features.shape[2:]:
         gradient = torch.ops.anchorops.class_moments_backward.cpu
         image_keys = num_classes if len(dsums) > num_classes else 0
-        of_pixels = _keys_of_images(keys, num_classes, image_keys)
-        given = None, of_pixels, None, dsums, None, 1
-        dfeatures += gradient(*given, features.shape, features.stride(), mean.dtype)
+        pixel_keys = _keys_of_images(keys, num_classes, image_keys)
+        arguments = None, pixel_keys, None, dsums, None, 1
+        dfeatures += gradient(*arguments, features.shape, features.stride(), mean.dtype)
     else:
         dsums = dsums.view(-1, num_classes, channels).transpose(1, 2) / SPLAT_UNITS
         dsums = dsums.expand(batch, -1, -1)

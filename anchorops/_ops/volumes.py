@@ -33,11 +33,11 @@ class _Slab(NamedTuple):
     volumes: slice
     slices: slice
 
-    def of_maps(self, maps: Tensor) -> Tensor:
+    def select_pixels(self, maps: Tensor) -> Tensor:
         """(N, H, W), from (B, D, H, W)."""
         return maps[self.volumes, self.slices].flatten(0, 1)
 
-    def of_volumes(self, values: Tensor) -> Tensor:
+    def repeat_values(self, values: Tensor) -> Tensor:
         """[N, …], from [B, …]."""
         return values[self.volumes].repeat_interleave(self.slices.stop - self.slices.start, 0)
 
@@ -46,10 +46,10 @@ class _Slab(NamedTuple):
         return images.unflatten(0, (-1, self.slices.stop - self.slices.start))
 
 
-def _slabs(depth: int, *of_logits: Tensor) -> Iterator[_Slab]:
-    batch = of_logits[0].shape[0]
-    of_slice = sum(x.shape[1] * x.shape[3] * x.shape[4] for x in of_logits)
-    images = max(1, SLAB // max(of_slice, 1))
+def _slabs(depth: int, *logits: Tensor) -> Iterator[_Slab]:
+    batch = logits[0].shape[0]
+    slice_size = sum(x.shape[1] * x.shape[3] * x.shape[4] for x in logits)
+    images = max(1, SLAB // max(slice_size, 1))
     volumes = max(1, images // max(depth, 1))
     for first in range(0, batch, volumes):
         for start in range(0, depth, images):
@@ -84,7 +84,7 @@ def _images(logits: Tensor, slab: _Slab, sources: list[tuple[int, int, float]]) 
 
 
 def _slab_options(slab: _Slab, options: Options) -> Options:
-    return options.map(slab.of_maps, slab.of_volumes)
+    return options.map(slab.select_pixels, slab.repeat_values)
 
 
 def _moments(
@@ -101,9 +101,11 @@ def _moments(
     ]
     sources = _sources(labels.shape[1], logits, options.align_corners)
     for slab in _slabs(labels.shape[1], logits):
-        given = signature.pack(_slab_options(slab, options))
-        found = operator(_images(logits, slab, sources), slab.of_maps(labels), *given)
-        for total, part, axis in zip(totals, found, axes, strict=True):
+        packed_options = signature.pack(_slab_options(slab, options))
+        slab_results = operator(
+            _images(logits, slab, sources), slab.select_pixels(labels), *packed_options
+        )
+        for total, part, axis in zip(totals, slab_results, axes, strict=True):
             if axis == "pixels" and part.numel() > 0:
                 total[slab.volumes, slab.slices] = slab.by_slice(part)
             elif axis == "classes" and options.per_image and part.numel() > 0:
@@ -119,28 +121,32 @@ def _moments_backward(
     logits: Tensor,
     labels: Tensor,
     lse: Tensor,
-    *given: Any,
+    *packed: Any,
 ) -> Tensor:
-    grads, options = given[: len(GRADIENTS)], signature.unpack(*given[len(GRADIENTS) :])
+    grads, options = packed[: len(GRADIENTS)], signature.unpack(*packed[len(GRADIENTS) :])
     depth = labels.shape[1]
     if labels.numel() == 0:
         return torch.zeros_like(logits)
 
-    def of_images(slab: _Slab, images: Tensor) -> Tensor:
-        def of_slab(grad: Tensor | None) -> Tensor | None:  # None, [K], [B, K] or (B, D, H, W)
+    def slab_gradient(slab: _Slab, images: Tensor) -> Tensor:
+        def select(grad: Tensor | None) -> Tensor | None:  # None, [K], [B, K] or (B, D, H, W)
             if grad is None or grad.dim() == 1:
                 return grad
-            return slab.of_volumes(grad) if grad.dim() == 2 else slab.of_maps(grad).contiguous()
+            return (
+                slab.repeat_values(grad)
+                if grad.dim() == 2
+                else slab.select_pixels(grad).contiguous()
+            )
 
         return operator(
             images,
-            slab.of_maps(labels),
-            slab.of_maps(lse).contiguous() if lse.numel() > 0 else lse,
-            *map(of_slab, grads),
+            slab.select_pixels(labels),
+            slab.select_pixels(lse).contiguous() if lse.numel() > 0 else lse,
+            *map(select, grads),
             *signature.pack(_slab_options(slab, options)),
         )
 
-    return _dlogits(logits, depth, options.align_corners, _slabs(depth, logits), of_images)
+    return _dlogits(logits, depth, options.align_corners, _slabs(depth, logits), slab_gradient)
 
 
 def _dlogits(
@@ -148,14 +154,14 @@ def _dlogits(
     depth: int,
     align_corners: bool,
     slabs: Iterator[_Slab],
-    of_images: Callable[[_Slab, Tensor], Tensor],
+    slab_gradient: Callable[[_Slab, Tensor], Tensor],
 ) -> Tensor:
-    """The gradient of the volumes, from of_images(slab, images), that of the images of a slab."""
+    """The gradient of the volumes. slab_gradient(slab, images): that of the images of a slab."""
     sources = _sources(depth, logits, align_corners)
     dlogits = torch.zeros_like(logits)
     dx: dict[int, Tensor] = {}  # of the slices l and u, to which the next q often adds
     for slab in slabs:
-        dz = slab.by_slice(of_images(slab, _images(logits, slab, sources)))
+        dz = slab.by_slice(slab_gradient(slab, _images(logits, slab, sources)))
         for q, (lower, upper, weight) in enumerate(sources[slab.slices]):
             for i in [i for i in dx if i < lower]:
                 dlogits[slab.volumes, :, i] = dx.pop(i)
@@ -178,8 +184,10 @@ def _argmax(
         return classes
     sources = _sources(depth, logits, align_corners)
     for slab in _slabs(depth, logits):
-        found = operator(_images(logits.detach(), slab, sources), height, width, align_corners)
-        classes[slab.volumes, slab.slices] = slab.by_slice(found)
+        slab_classes = operator(
+            _images(logits.detach(), slab, sources), height, width, align_corners
+        )
+        classes[slab.volumes, slab.slices] = slab.by_slice(slab_classes)
     return classes
 
 
@@ -195,23 +203,23 @@ def _divergences(
     teacher_logits: Tensor,
     valid: Tensor | None,
     depth: int,
-    *given: Any,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     operator = getattr(torch.ops.anchorops.pixel_kl_divergence, backend)
-    results = [x.zero_() for x in kl.forward_fake(logits, teacher_logits, valid, depth, *given)]
-    align_corners, total, maps = given[3], results[0].double(), results[1:]
+    results = [x.zero_() for x in kl.forward_fake(logits, teacher_logits, valid, depth, *options)]
+    align_corners, total, maps = options[3], results[0].double(), results[1:]
     both = logits, teacher_logits
-    if logits.shape[0] * depth * given[0] * given[1] == 0:
+    if logits.shape[0] * depth * options[0] * options[1] == 0:
         return tuple(results)
     sources = [_sources(depth, x, align_corners) for x in both]
     for slab in _slabs(depth, *both):
         images = (_images(x, slab, at) for x, at in zip(both, sources, strict=True))
-        of_images = None if valid is None else slab.of_maps(valid)
-        part, *found = operator(*images, of_images, *given)
+        slab_valid = None if valid is None else slab.select_pixels(valid)
+        part, *slab_maps = operator(*images, slab_valid, *options)
         total += part
-        for of_all, of_slab in zip(maps, found, strict=True):
-            if of_slab.numel() > 0:
-                of_all[slab.volumes, slab.slices] = slab.by_slice(of_slab)
+        for target, slab_map in zip(maps, slab_maps, strict=True):
+            if slab_map.numel() > 0:
+                target[slab.volumes, slab.slices] = slab.by_slice(slab_map)
     return total.to(results[0].dtype), *maps
 
 
@@ -233,21 +241,21 @@ def _divergences_backward(
     depth = lse.shape[1]
     sources = _sources(depth, teacher_logits, align_corners)
 
-    def of_images(slab: _Slab, images: Tensor) -> Tensor:
+    def slab_gradient(slab: _Slab, images: Tensor) -> Tensor:
         return operator(
             images,
             _images(teacher_logits, slab, sources),
-            None if valid is None else slab.of_maps(valid),
-            slab.of_maps(lse).contiguous(),
-            slab.of_maps(teacher_lse).contiguous(),
+            None if valid is None else slab.select_pixels(valid),
+            slab.select_pixels(lse).contiguous(),
+            slab.select_pixels(teacher_lse).contiguous(),
             dtotal,
-            None if ddivergences is None else slab.of_maps(ddivergences).contiguous(),
+            None if ddivergences is None else slab.select_pixels(ddivergences).contiguous(),
             temperature,
             align_corners,
         )
 
     slabs = _slabs(depth, logits, teacher_logits)
-    return _dlogits(logits, depth, align_corners, slabs, of_images)
+    return _dlogits(logits, depth, align_corners, slabs, slab_gradient)
 
 
 define(

@@ -275,9 +275,9 @@ class Regularizer(Initialized):
                 "the model without reshard_after_forward=True"
             )
             fail(name, "state", expected, "DTensors")
-        own = next(itertools.chain(self.buffers(), self.parameters()), None)
-        if own is not None and own.device != features.device:
-            fail(name, "features", f"device {own.device}, as the module", features.device)
+        state_tensor = next(itertools.chain(self.buffers(), self.parameters()), None)
+        if state_tensor is not None and state_tensor.device != features.device:
+            fail(name, "features", f"device {state_tensor.device}, as the module", features.device)
         if self.training and self.has_state and in_transform(features):
             raise RuntimeError(
                 f"{name}: torch.func's transforms cannot update its state: first call eval() on "

@@ -28,7 +28,7 @@ class _Replaced(NamedTuple):
     bias: nn.Parameter | None
 
 
-def _own_parameters(
+def _replaced_parameters(
     classifier: nn.Module, basis: Tensor
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
     """The weight and the bias that `install` replaces. Raises ValueError if a write to the weight
@@ -37,16 +37,16 @@ def _own_parameters(
     def refuse(expected: str, got: object) -> NoReturn:
         fail("CBP", "classifier", expected, got)
 
-    own = classifier._parameters  # a bias that is None is there too
+    parameters = classifier._parameters  # a bias that is None is there too
     for name in ("weight", "bias"):
-        if name not in own:
+        if name not in parameters:
             expected = (
                 f"a {name} that is a parameter: first remove what computes it "
                 "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
                 "remove_spectral_norm, prune.remove)"
             )
             refuse(expected, type(classifier).__name__)
-    weight = own.get("weight")
+    weight = parameters.get("weight")
     if weight is None or weight.numel() != basis.numel():
         num_classes, dim = basis.shape
         expected = f"a linear layer or 1×1 convolution {dim} → {num_classes}"
@@ -57,7 +57,7 @@ def _own_parameters(
         refuse("a weight that is not quantised", describe(weight))
     if weight.is_meta:
         refuse("a weight with memory: call to_empty() before attach", describe(weight))
-    return weight, own.get("bias")
+    return weight, parameters.get("bias")
 
 
 class CBP(Regularizer):
@@ -147,7 +147,7 @@ class CBP(Regularizer):
     @torch.no_grad()
     def install(self, classifier: nn.Module) -> None:
         """Set the classifier's weight and remove its bias."""
-        weight, bias = _own_parameters(classifier, self.basis)
+        weight, bias = _replaced_parameters(classifier, self.basis)
         self._replaced = _Replaced(weight, weight.detach().clone(), weight.requires_grad, bias)
         basis = self.basis.to(weight).view_as(weight)
         classifier.register_parameter("bias", None)
@@ -192,11 +192,11 @@ class CBP(Regularizer):
         rounding = 2**-6  # of bfloat16, generously
         expected = "a checkpoint of a model with CBP (load others before attach)"
         if self.length is not None and lengths.max() > (1 + rounding) * lengths.min():
-            found = f"rows of lengths {lengths.min():.3g} to {lengths.max():.3g}"
-            fail("CBP", "state_dict", expected, found)
+            got = f"rows of lengths {lengths.min():.3g} to {lengths.max():.3g}"
+            fail("CBP", "state_dict", expected, got)
         if self.orthogonalize and cosines.abs().max() > rounding:
-            found = f"rows with cosines of up to {cosines.abs().max():.3g}"
-            fail("CBP", "state_dict", expected, found)
+            got = f"rows with cosines of up to {cosines.abs().max():.3g}"
+            fail("CBP", "state_dict", expected, got)
 
     @torch.no_grad()
     def before_classifier(self, classifier: nn.Module) -> None:

@@ -61,8 +61,10 @@ class Combined(Regularizer):
         )
         combined = Losses({}, {})
         for name, method, (request, losses) in zip(self._names, methods, plans, strict=True):
-            own = losses(None if request is None else method.reduce(next(moments), request))
-            for parts, all_parts in zip(own, combined, strict=True):
+            method_losses = losses(
+                None if request is None else method.reduce(next(moments), request)
+            )
+            for parts, all_parts in zip(method_losses, combined, strict=True):
                 all_parts.update({f"{name}.{key}": value for key, value in parts.items()})
         return combined
 

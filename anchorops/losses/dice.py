@@ -225,9 +225,9 @@ class CrossEntropyDice(PixelLoss):
         ignore_index: int | None = None,
         check_labels: bool = False,
     ) -> None:
-        given = dice if cross_entropy is None else cross_entropy
+        part = dice if cross_entropy is None else cross_entropy
         sigmoid, align_corners = (
-            getattr(given, name, False) for name in ("sigmoid", "align_corners")
+            getattr(part, name, False) for name in ("sigmoid", "align_corners")
         )
         if cross_entropy is None:
             make = BinaryCrossEntropy if sigmoid else CrossEntropy

@@ -91,7 +91,7 @@ class PixelLoss(Initialized):
         self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None
     ) -> Tensor:
         function = type(self).__name__
-        given = labels
+        original_labels = labels
         labels, _ = check_pixels(
             function,
             logits,
@@ -101,7 +101,7 @@ class PixelLoss(Initialized):
             check_labels=self.check_labels,
         )
         if pixel_weights is not None:
-            self._check_pixel_weights(pixel_weights, given, labels)
+            self._check_pixel_weights(pixel_weights, original_labels, labels)
             pixel_weights = pixel_weights.to(statistics_dtype(logits.dtype)).view(labels.shape)
         options = self.options(logits, labels, pixel_weights)
         if pixel_weights is not None and options.pixel_weights is None:
@@ -129,17 +129,21 @@ class PixelLoss(Initialized):
         moments = sigmoid_moments if self.sigmoid else moments_of
         return moments(type(self).__name__, logits, labels, options)
 
-    def _check_pixel_weights(self, pixel_weights: Tensor, given: Tensor, labels: Tensor) -> None:
+    def _check_pixel_weights(
+        self, pixel_weights: Tensor, original_labels: Tensor, labels: Tensor
+    ) -> None:
         """Of the shape of the given labels, or of `labels`, which are the same with or without a
         channel."""
         check_strided(type(self).__name__, "pixel_weights", pixel_weights)
         if (
             not isinstance(pixel_weights, Tensor)
             or not pixel_weights.is_floating_point()
-            or pixel_weights.shape not in (given.shape, labels.shape)
+            or pixel_weights.shape not in (original_labels.shape, labels.shape)
             or pixel_weights.device != labels.device
         ):
-            expected = f"a floating tensor {tuple(given.shape)} on {labels.device}, as labels"
+            expected = (
+                f"a floating tensor {tuple(original_labels.shape)} on {labels.device}, as labels"
+            )
             fail(type(self).__name__, "pixel_weights", expected, describe(pixel_weights))
 
     def _register_weight(self, weight: object, name: str = "weight") -> None:
@@ -189,10 +193,10 @@ def share_ignore_index(function: str, ignore_index: int | None, *parts: PixelLos
     Raises ValueError if two differ."""
     if ignore_index is not None:
         check_ignore_index(function, ignore_index, 1)
-    given = {i for i in (ignore_index, *(part.ignore_index for part in parts)) if i is not None}
-    if len(given) > 1:
-        fail(function, "ignore_index", "one label for all parts", sorted(given))
-    shared = given.pop() if given else None
+    values = {i for i in (ignore_index, *(part.ignore_index for part in parts)) if i is not None}
+    if len(values) > 1:
+        fail(function, "ignore_index", "one label for all parts", sorted(values))
+    shared = values.pop() if values else None
     for part in parts:
         part.ignore_index = shared
     return shared

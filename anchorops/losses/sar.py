@@ -157,8 +157,8 @@ class SAR(Regularizer):
         p = log_p.detach().exp()
         unsure = p <= self.tau
         aux = self.aux_weight * self._auxiliary_loss(-log_p, unsure)
-        own = torch.arange(self.num_classes, device=p.device)
-        recognised = (logits.argmax(1) == own) & (p > self.delta)
+        classes = torch.arange(self.num_classes, device=p.device)
+        recognised = (logits.argmax(1) == classes) & (p > self.delta)
         gate = recognised if self.gate == "per_class" else recognised.all().expand_as(recognised)
         average = self._average(embedded.detach(), gate)
         logs = {"gate": gate.to(p.dtype).mean(), "unsure": unsure.sum()}

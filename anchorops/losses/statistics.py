@@ -20,7 +20,7 @@ class Request(NamedTuple):
     seed: Tensor | None = None
 
 
-def _fold(moments: ClassMoments, made: Request, asked: Request) -> ClassMoments:
+def _fold(moments: ClassMoments, made: Request, request: Request) -> ClassMoments:
     """The requested statistics, from those of a pass with finer keys.
 
     A pixel's group is its rank in its class mod G. If g divides G, its group of g is group mod g.
@@ -29,17 +29,17 @@ def _fold(moments: ClassMoments, made: Request, asked: Request) -> ClassMoments:
 
     def fold(statistic: Tensor, rest: tuple[int, ...]) -> Tensor:
         axis = statistic.dim() - len(rest) - 1  # of the groups, the last of the key axes
-        if made.groups > asked.groups:
-            shape = (*statistic.shape[:axis], made.groups // asked.groups, asked.groups)
+        if made.groups > request.groups:
+            shape = (*statistic.shape[:axis], made.groups // request.groups, request.groups)
             statistic = statistic.view(*shape, *rest).sum(axis)
-            statistic = statistic if asked.groups > 1 else statistic.squeeze(axis)
-        return statistic.sum(0) if made.per_image and not asked.per_image else statistic
+            statistic = statistic if request.groups > 1 else statistic.squeeze(axis)
+        return statistic.sum(0) if made.per_image and not request.per_image else statistic
 
     counts, sums, sqdists = moments
     return ClassMoments(
         fold(counts, ()),
-        fold(sums, sums.shape[-1:]) if asked.with_sums else sums.new_empty(0),
-        fold(sqdists, ()) if asked.anchors is not None and sqdists is not None else None,
+        fold(sums, sums.shape[-1:]) if request.with_sums else sums.new_empty(0),
+        fold(sqdists, ()) if request.anchors is not None and sqdists is not None else None,
     )
 
 
@@ -71,12 +71,12 @@ def class_statistics(
     seed = next((request.seed for request in requests if request.seed is not None), None)
     results: dict[int, ClassMoments] = {}
     for members in _passes(requests):
-        asked = [requests[i] for i in members]
+        pass_requests = [requests[i] for i in members]
         made = Request(
-            anchors=next((r.anchors for r in asked if r.anchors is not None), None),
-            with_sums=any(r.with_sums for r in asked),
-            groups=math.lcm(*(r.groups for r in asked)),
-            per_image=any(r.per_image for r in asked),
+            anchors=next((r.anchors for r in pass_requests if r.anchors is not None), None),
+            with_sums=any(r.with_sums for r in pass_requests),
+            groups=math.lcm(*(r.groups for r in pass_requests)),
+            per_image=any(r.per_image for r in pass_requests),
         )
         moments = unchecked_moments(
             features,

@@ -38,21 +38,25 @@ def centroid_info_nce(
         # Absent classes are removed by selection, because their centroids may be NaN.
         used = present_keys if positives is not None else present_keys | has_query
         keys = torch.where(used[:, None], keys.to(dtype), 0)
-        own = torch.arange(num_classes, device=keys.device).repeat_interleave(shape[1:].numel())
+        own_class = torch.arange(num_classes, device=keys.device).repeat_interleave(
+            shape[1:].numel()
+        )
         flat = None if positives is None else positives.flatten(0, -2)
-        rows = queries.flatten(0, -2), flat, present.flatten(), own
-        given = keys, present_keys, temperature
+        rows = queries.flatten(0, -2), flat, present.flatten(), own_class
+        arguments = keys, present_keys, temperature
         # torch.func's transforms do not support torch.utils.checkpoint.
         transformed = any(x is not None and in_transform(x) for x in (queries, keys, flat))
         if transformed or shape.numel() * num_classes <= LOGITS_AT_ONCE:
-            losses = _losses(rows, *given)
+            losses = _losses(rows, *arguments)
         else:
             most = max(LOGITS_OF_PART // num_classes, 1)
             count = -(-shape.numel() // most)
             parts = ([None] * count if x is None else x.split(most) for x in rows)
             losses = torch.cat(
                 [
-                    checkpoint(_losses, part, *given, use_reentrant=False, preserve_rng_state=False)
+                    checkpoint(
+                        _losses, part, *arguments, use_reentrant=False, preserve_rng_state=False
+                    )
                     for part in zip(*parts, strict=True)
                 ]
             )
@@ -71,12 +75,12 @@ def _losses(
     """Losses [R] of rows: queries, positives [R, D]; present bool [R]; their own class [R]."""
     queries, positives, present, own_class = rows
     queries = torch.where(present[:, None], queries.to(keys.dtype), 0)
-    own = own_class[:, None] == torch.arange(len(keys), device=keys.device)
+    is_own_key = own_class[:, None] == torch.arange(len(keys), device=keys.device)
     logits = queries @ keys.T / temperature
     if positives is not None:
         positives = torch.where(present[:, None], positives.to(keys.dtype), 0)
         product = (queries * positives).sum(-1, keepdim=True)
-        logits = torch.where(own, product / temperature, logits)
-    positive = torch.where(own, logits, 0).sum(-1)
-    lse = torch.where(present_keys | own, logits, -torch.inf).logsumexp(-1)
+        logits = torch.where(is_own_key, product / temperature, logits)
+    positive = torch.where(is_own_key, logits, 0).sum(-1)
+    lse = torch.where(present_keys | is_own_key, logits, -torch.inf).logsumexp(-1)
     return torch.where(present, lse - positive, 0)

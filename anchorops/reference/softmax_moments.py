@@ -32,27 +32,27 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Options) -> Softmax
     labels = labels.long()
     is_class, ignored = (labels >= 0) & (labels < num_classes), labels == options.ignore_index
     valid = is_class & ~ignored
-    own = torch.where(valid, labels, 0)
+    classes = torch.where(valid, labels, 0)
     # Ignored pixels are removed by selection, because NaN · 0 would be NaN.
     z = torch.where(valid[:, None], upsample(logits, size, options.align_corners), 0)
     all_lse = z.logsumexp(1)
-    own_losses = torch.where(valid, all_lse - z.gather(1, own[:, None])[:, 0], 0)
-    losses, used = own_losses, valid
+    label_losses = torch.where(valid, all_lse - z.gather(1, classes[:, None])[:, 0], 0)
+    losses, used = label_losses, valid
     if smoothing is not None:
         weights, priors = smoothing.expand(batch, 2, num_classes).to(z.dtype).unbind(1)
-        weights = weights.gather(1, own.flatten(1)).view_as(own)
+        weights = weights.gather(1, classes.flatten(1)).view_as(classes)
         priors = priors.view(batch, num_classes, *(1,) * len(size))
         # By selection, because 0 · ∞ would be NaN.
         others = torch.where(priors == 0, 0, priors * (all_lse[:, None] - z))
         losses = torch.where(weights == 0, 0, weights * losses) + others.sum(1)
     if options.focal_gamma > 0:
-        finite = own_losses.isfinite()  # where not, the factor is 1 and has no derivative
-        miss = -torch.expm1(-torch.where(finite, own_losses, 1))
+        finite = label_losses.isfinite()  # where not, the factor is 1 and has no derivative
+        miss = -torch.expm1(-torch.where(finite, label_losses, 1))
         # Kept above 0, where the derivative of a power below 1 is infinite.
         miss = miss.clamp(min=torch.finfo(dtype).tiny)
         losses = losses * torch.where(finite, miss**options.focal_gamma, 1)
     if options.min_loss > -math.inf:
-        used = valid & ~(own_losses < options.min_loss)
+        used = valid & ~(label_losses < options.min_loss)
     losses = torch.where(used, losses, 0)
     weighted, shares = losses, used
     if pixel_weights is not None:
@@ -62,7 +62,7 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Options) -> Softmax
         infinite = constant * torch.where(constant == 0, 0, losses)
         weighted = torch.where(finite, shares * torch.where(finite, losses, 0), infinite)
     image = torch.arange(batch, device=labels.device).view(-1, *(1,) * len(size))
-    keys = torch.where(valid, image * num_classes + own, -1).flatten()
+    keys = torch.where(valid, image * num_classes + classes, -1).flatten()
 
     def by_class(values: Tensor) -> Tensor:
         values = values.double() if values.is_floating_point() else values
@@ -79,9 +79,9 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Options) -> Softmax
     masses, squares = (p if options.masses else None), (p if options.squares else None)
     return SoftmaxMoments(
         counts=by_class(valid.long()),
-        hits=by_class((valid & (z.argmax(1) == own)).long()) if options.hits else None,
+        hits=by_class((valid & (z.argmax(1) == classes)).long()) if options.hits else None,
         losses=by_class(weighted),
-        overlaps=None if masses is None else by_class(masses.gather(1, own[:, None])),
+        overlaps=None if masses is None else by_class(masses.gather(1, classes[:, None])),
         masses=None if masses is None else over_images(masses.flatten(2).sum(2)),
         squares=None if squares is None else over_images(squares.square().flatten(2).sum(2)),
         pixel_losses=losses.to(dtype) if options.pixel_losses else None,

@@ -279,10 +279,10 @@ def with_published_options(preset: str, config: Config) -> Config:
     """The configuration, with the preset's options of the chosen methods added, except those that
     --setting sets: from-scratch has its own weights of OCCL, but no length of CBP."""
     methods = config.model.methods
-    of_setting = setting_options(config.model.setting, methods)
+    setting = setting_options(config.model.setting, methods)
     published = {
         option: value
         for option, value in METHOD_OPTIONS.get(preset, {}).items()
-        if option.partition(".")[0] in methods and option not in of_setting
+        if option.partition(".")[0] in methods and option not in setting
     }
     return config.replace(method_options=published | config.model.method_options)

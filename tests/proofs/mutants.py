@@ -504,8 +504,8 @@ UPSAMPLED_SUMS = (
     Mutant(
         "rows that two parts share",
         "anchorops/_ops/upsampled_sums.py",
-        "if num_keys > num_classes:\n            sums[part.images] += of_images",
-        "if num_keys > num_classes:\n            sums[part.images] = of_images",
+        "if num_keys > num_classes:\n            sums[part.images] += image_sums",
+        "if num_keys > num_classes:\n            sums[part.images] = image_sums",
         SUMS,
     ),
 )
@@ -803,7 +803,7 @@ VOLUMES_AND_SIGMOIDS = (
     Mutant(
         "valid voxels dropped in the backward pass",
         "anchorops/_ops/volumes.py",
-        "None if valid is None else slab.of_maps(valid),",
+        "None if valid is None else slab.select_pixels(valid),",
         "None,",
         DIVERGENCE_OF_VOLUMES,
     ),
@@ -824,8 +824,8 @@ VOLUMES_AND_SIGMOIDS = (
     Mutant(
         "label that sigmoids ignore",
         "anchorops/_ops/sigmoid.py",
-        "options.map(of_images)._replace(per_image=True)",
-        "options.map(of_images)._replace(per_image=True, ignore_index=255)",
+        "options.map(by_image)._replace(per_image=True)",
+        "options.map(by_image)._replace(per_image=True, ignore_index=255)",
         SIGMOIDS,
     ),
     Mutant(
@@ -863,8 +863,8 @@ PLUMBING = (
     Mutant(
         "align_corners dropped in the backward pass",
         "anchorops/_ops/softmax_moments.py",
-        "operator(logits, labels, lse, *given, *signature.pack(options))",
-        "operator(logits, labels, lse, *given, *signature.pack(options._replace("
+        "operator(logits, labels, lse, *statistic_grads, *signature.pack(options))",
+        "operator(logits, labels, lse, *statistic_grads, *signature.pack(options._replace("
         "align_corners=False)))",
         Tests("softmax_moments", "cpu and through_some"),
     ),
@@ -990,8 +990,8 @@ PLUMBING = (
     Mutant(
         "groups of a shared pass",
         "anchorops/losses/statistics.py",
-        "made.groups // asked.groups, asked.groups)",
-        "asked.groups, made.groups // asked.groups)",
+        "made.groups // request.groups, request.groups)",
+        "request.groups, made.groups // request.groups)",
         METHODS,
     ),
     Mutant(

@@ -296,38 +296,38 @@ def _matched(
 ) -> list[tuple[Path, Path]]:
     """Images under a folder, each with the mask of the same relative name without suffix.
     other_masks: whether masks without an image are permitted."""
-    found, of_stem = _by_stem(images, image_end), _by_stem(masks, mask_end)
-    if not found:
+    images_by_stem, masks_by_stem = _by_stem(images, image_end), _by_stem(masks, mask_end)
+    if not images_by_stem:
         raise ValueError(f"{images} has no images ({', '.join(image_end)})")
-    for stem, image in found.items():
-        if stem not in of_stem:
+    for stem, image in images_by_stem.items():
+        if stem not in masks_by_stem:
             raise ValueError(f"{masks / (stem + mask_end[0])} does not exist: the mask of {image}")
-    alone = [mask for stem, mask in of_stem.items() if stem not in found]
+    alone = [mask for stem, mask in masks_by_stem.items() if stem not in images_by_stem]
     if alone and not other_masks:
         raise ValueError(
             f"{alone[0]} has no image in {images} ({len(alone)} masks have none): give it its "
             "image or remove it; --mask-suffix distinguishes masks from other files"
         )
-    return [(image, of_stem[stem]) for stem, image in found.items()]
+    return [(image, masks_by_stem[stem]) for stem, image in images_by_stem.items()]
 
 
 def _by_stem(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
     """Files under a folder by relative name without suffix, in order. Hidden files (such as the
     `._a.jpg` of macOS) are skipped."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in sorted(_existing(folder).rglob("*")):
         relative = path.relative_to(folder)
         end = next((end for end in endings if path.name.lower().endswith(end.lower())), None)
         if end is None or any(part.startswith(".") for part in relative.parts):
             continue
         stem = str(relative)[: -len(end)]
-        if stem in found:
+        if stem in files:
             raise ValueError(
-                f"{path} is next to {found[stem]}: expected one file of that name, whatever its "
+                f"{path} is next to {files[stem]}: expected one file of that name, whatever its "
                 "ending"
             )
-        found[stem] = path
-    return found
+        files[stem] = path
+    return files
 
 
 def _listed(names: Path, images: Path, masks: Path, mask_end: str) -> list[tuple[Path, Path]]:

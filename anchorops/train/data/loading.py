@@ -83,8 +83,8 @@ class RandomScale(v2.Transform):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.functional.get_size(flat_inputs[0])
         factor = float(torch.empty(1).uniform_(*self.scale))
-        own = min(height, width), max(height, width)
-        wanted = zip(self.sides, own, strict=True)
+        lengths = min(height, width), max(height, width)
+        wanted = zip(self.sides, lengths, strict=True)
         factor *= min((side / length for side, length in wanted if side is not None), default=1)
         # torch cannot scale to a single pixel
         return {"size": [max(2, round(height * factor)), max(2, round(width * factor))]}

@@ -63,18 +63,18 @@ def read_vectors(option: str, path: Path) -> Tensor:
         raise ValueError(f"--method-options {option}: {path} cannot be read: {error}") from error
     if not isinstance(array, np.ndarray):  # the file is an .npz
         array.close()
-        found = "several arrays"
+        got = "several arrays"
     elif array.dtype.kind != "f" or array.ndim != 2:
-        found = f"{array.dtype} of shape {array.shape}"
+        got = f"{array.dtype} of shape {array.shape}"
     else:
         with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite
             rows = array.astype(np.float32)
         if np.isfinite(rows).all():
             return torch.from_numpy(rows)
-        found = "NaN, infinity or numbers too large for float32"
+        got = "NaN, infinity or numbers too large for float32"
     raise ValueError(
         f"--method-options {option}: {path}: expected one array [K, D] of finite floating numbers "
-        f"(numpy.save), got {found}"
+        f"(numpy.save), got {got}"
     )
 
 
@@ -144,8 +144,8 @@ def build_regularizer(
         arguments["cr"]["embed"] = False
     if "ceco" in arguments:
         arguments["ceco"].setdefault("prior", prior)
-    for given in arguments.values():
-        given.setdefault("ignore_index", IGNORED)
+    for method_arguments in arguments.values():
+        method_arguments.setdefault("ignore_index", IGNORED)
     regularizers = [
         getattr(ao, CLASSES[method])(num_classes, dim, **kwargs)
         for method, kwargs in arguments.items()

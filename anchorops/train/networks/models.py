@@ -429,11 +429,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"weights {path} cannot be read: {reason}") from error
-    own = model.state_dict()
+    model_state = model.state_dict()
     state = {
         key: value
         for key, value in state.items()
-        if not key.startswith(HEADS) or (key in own and own[key].shape == value.shape)
+        if not key.startswith(HEADS)
+        or (key in model_state and model_state[key].shape == value.shape)
     }
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)

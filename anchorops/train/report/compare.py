@@ -103,9 +103,9 @@ def _differing(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> str
         for other in results
         if all(other[name] == result[name] for name in ("dataset", "model"))
     ]
-    own = {x: value for x, value in result.get("settings", {}).items() if x != "methods"}
-    names = [name for name in own if any(other.get(name) != own[name] for other in alike)]
-    return " ".join(f"{name}={own[name]}" for name in names)
+    settings = {x: value for x, value in result.get("settings", {}).items() if x != "methods"}
+    names = [name for name in settings if any(other.get(name) != settings[name] for other in alike)]
+    return " ".join(f"{name}={settings[name]}" for name in names)
 
 
 def _mean(values: list[float | None], form: str) -> str:
@@ -153,11 +153,11 @@ def class_dependency(runs: Sequence[Path]) -> str:
     rows = [["data", "network", "methods", "vectors", "seeds", "strength", "agreement"]]
     results = [{**load_results(run), "vectors": _load(run)} for run in runs]
     for key, group in grouped(results).items():
-        found = [result["vectors"] for result in group]
-        present = torch.stack([vectors["counts"] > 0 for vectors in found]).all(0)
+        run_vectors = [result["vectors"] for result in group]
+        present = torch.stack([vectors["counts"] > 0 for vectors in run_vectors]).all(0)
         for kind, name in KINDS.items():
-            if all(kind in vectors for vectors in found):
-                cosines = [_cosines(vectors[kind][present]) for vectors in found]
+            if all(kind in vectors for vectors in run_vectors):
+                cosines = [_cosines(vectors[kind][present]) for vectors in run_vectors]
                 rows.append([*key, name, str(len(cosines)), *_figures(cosines)])
     return text_table(rows, words=4)
 

@@ -82,12 +82,12 @@ def collect_features(
         example = example or (image, features[0].cpu(), keys[0].cpu())
         keys = keys.flatten()
         for k in torch.nonzero(taken < quota).flatten().tolist():
-            found = torch.nonzero(keys == k).flatten()
+            indices = torch.nonzero(keys == k).flatten()
             # spread over the batch, so that a single object does not fill the quota
-            found = found[:: max(1, len(found) // 40)][: quota - int(taken[k])]
-            samples.append(pixels[found].cpu())
-            sampled_labels.append(torch.full((len(found),), k))
-            taken[k] += len(found)
+            indices = indices[:: max(1, len(indices) // 40)][: quota - int(taken[k])]
+            samples.append(pixels[indices].cpu())
+            sampled_labels.append(torch.full((len(indices),), k))
+            taken[k] += len(indices)
     assert sums is not None and example is not None
     centroids = sums.cpu() / counts.clamp(min=1)[:, None]
     return Features(centroids, counts, (torch.cat(samples), torch.cat(sampled_labels)), example)
@@ -117,8 +117,8 @@ def collapse_measures(parts: Parts, classes: list[dict[str, Any]]) -> dict[str, 
         for images, labels in itertools.islice(batches, passes):
             geometry.update(*features_and_labels(model, images, labels, ranks.device))
     model.train(training)
-    of_centroids = geometry.compute()
-    measured = {f"{CENTROIDS}.{x}": of_centroids[x] for x in (EQUIANGULARITY, MAXIMAL_ANGLE)}
+    centroid_measures = geometry.compute()
+    measured = {f"{CENTROIDS}.{x}": centroid_measures[x] for x in (EQUIANGULARITY, MAXIMAL_ANGLE)}
     measured |= {
         f"{CLASSIFIER}.{EQUIANGULARITY}": ao.diagnostics.equiangularity(weight),
         f"{CLASSIFIER}.{MAXIMAL_ANGLE}": ao.diagnostics.maximal_angle(weight),

@@ -240,7 +240,7 @@ def write_report(
             + _png(_collapse(read_metrics(run / METRICS)))
         )
     if features:
-        sections |= _of_features(features, classifier, classes)
+        sections |= _feature_sections(features, classifier, classes)
     if costs:
         sections["Cost of the regulariser"] = lambda: _cost_table(costs)
     if complexity:
@@ -261,7 +261,7 @@ def write_report(
     )
 
 
-def _of_features(
+def _feature_sections(
     features: Features, classifier: Tensor, classes: list[dict[str, Any]]
 ) -> dict[str, Callable[[], str]]:
     names = [c["name"] for c in classes]

@@ -74,7 +74,7 @@ def begin_run(config: Config) -> None:
     """
     run = config.run
     for path in run.iterdir():
-        if _is_own(path) and path.name.endswith(PART):
+        if _is_run_file(path) and path.name.endswith(PART):
             path.unlink()  # of a process that was killed
     earlier = _earlier_run(run)
     files: dict[Path, str | bytes] = {**vector_copies(config), run / CONFIG: config.to_json()}
@@ -122,11 +122,11 @@ def _offer(run: Path) -> str:
 
 def _earlier_run(run: Path) -> list[Path]:
     """The files that an earlier run wrote; none if only its start wrote any."""
-    own = [path for path in sorted(run.iterdir()) if _is_own(path)]
-    return [] if all(path.name.startswith((CONFIG, PREFIX)) for path in own) else own
+    run_files = [path for path in sorted(run.iterdir()) if _is_run_file(path)]
+    return [] if all(path.name.startswith((CONFIG, PREFIX)) for path in run_files) else run_files
 
 
-def _is_own(path: Path) -> bool:
+def _is_run_file(path: Path) -> bool:
     return WRITTEN.fullmatch(path.name) is not None and path.is_file()
 
 
@@ -136,7 +136,9 @@ def _delete(run: Path, earlier: list[Path]) -> None:
     size = sum(path.stat().st_size for path in earlier) / 2**20
     for path in sorted(earlier, key=lambda path: path.name != CONFIG):  # without it, no resume
         path.unlink()
-    others = [path for path in sorted(run.iterdir()) if path.name != MARKER and not _is_own(path)]
+    others = [
+        path for path in sorted(run.iterdir()) if path.name != MARKER and not _is_run_file(path)
+    ]
     left = f"; left alone: {_names(others)}" if others else ""
     print(
         f"--overwrite: deleted the earlier run in {run} ({_names(earlier)}; {size:.1f} MB){left}",

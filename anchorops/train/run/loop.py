@@ -109,7 +109,7 @@ class _Run:
             self.optimizer,
             self.lr,
             config=config,
-            data=self.parts.found,
+            data=self.parts.data_summary,
             ranks=ranks.world,
         )
         before = self.state.restore(saved) if saved else ranks.world
@@ -291,12 +291,12 @@ class _Run:
     def _measure(self, signals: StopSignals) -> dict[str, Any]:
         """The figures of the validation split. Raises Interrupted after a signal."""
 
-        def stop_if_asked() -> None:
+        def stop_on_signal() -> None:
             if signals.received is not None:
                 raise self._interrupted(signals)
 
         try:
-            return validate(self.parts, stop_if_asked)
+            return validate(self.parts, stop_on_signal)
         except FloatingPointError as error:
             raise self._diverged(str(error)) from None
 

@@ -12,7 +12,7 @@ from ..data.loading import Segmentation, build_datasets
 from ..networks.learner import Learner, build_loss, build_regularizer, class_weights, with_copies
 from ..networks.models import Segmenter, build_model, upsample_late
 from .ranks import Ranks
-from .state import Found
+from .state import DataSummary
 
 MOST_ABSENT = 10  # names of absent classes in a message
 RANDOM_WEIGHTS = (
@@ -27,7 +27,7 @@ class Parts:
     ranks: Ranks
     training_set: Segmentation
     validation_set: Segmentation
-    found: Found
+    data_summary: DataSummary
     """What a checkpoint must have been written with."""
     frequencies: Tensor
     """float64 [K], each class's share of the training pixels."""
@@ -99,8 +99,10 @@ def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool, new: boo
     learner.to(memory_format=layout)  # pyright: ignore
     images = torch.zeros(1, splits[0].channels, *config.data.crop, device=ranks.device)
     upsample_late(learner.model, images)
-    found = Found(len(splits[0]), len(splits[1]), list(classes), training.pixels.tolist())
-    return Parts(config, ranks, *splits, found, frequencies, prior, learner, layout)
+    data_summary = DataSummary(
+        len(splits[0]), len(splits[1]), list(classes), training.pixels.tolist()
+    )
+    return Parts(config, ranks, *splits, data_summary, frequencies, prior, learner, layout)
 
 
 def _say(ranks: Ranks, *lines: str) -> None:
@@ -136,12 +138,12 @@ def _build_learner(
         prior=prior,
     )
     weights = class_weights(options.class_weights, frequencies)
-    if given := options.given_class_weights:
-        if len(given) != num_classes:
+    if values := options.given_class_weights:
+        if len(values) != num_classes:
             raise ValueError(
-                f"--given-class-weights: expected {num_classes} values, got {len(given)}"
+                f"--given-class-weights: expected {num_classes} values, got {len(values)}"
             )
-        weights = torch.tensor(given)
+        weights = torch.tensor(values)
         if not (weights * frequencies).any():
             raise ValueError("--given-class-weights: every class with training pixels has weight 0")
     loss = build_loss(options, weights)

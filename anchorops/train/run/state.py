@@ -32,7 +32,7 @@ class Progress:
     """The same at the last log line."""
 
 
-class Found(NamedTuple):
+class DataSummary(NamedTuple):
     """The data of a run: numbers of images, names of the classes, and their training pixels."""
 
     training_images: int
@@ -55,7 +55,7 @@ class State:
         lr: LRScheduler,
         *,
         config: Config,
-        data: Found,
+        data: DataSummary,
         ranks: int,
     ) -> None:
         self.model, self.optimizer, self.lr = model, optimizer, lr
