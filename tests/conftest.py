@@ -44,9 +44,9 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_report_header() -> str:
-    found = {"Python": platform.python_version(), "torch": torch.__version__}
-    found |= {name: _version(name) for name in ("torchvision", "triton", "numpy")}
-    return ", ".join(f"{name} {version}" for name, version in found.items())
+    versions = {"Python": platform.python_version(), "torch": torch.__version__}
+    versions |= {name: _version(name) for name in ("torchvision", "triton", "numpy")}
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _version(name: str) -> str:
@@ -62,8 +62,8 @@ def _is_chosen(item: pytest.Item) -> bool:
     if place is None or (EMULATED and place not in PLACES):
         return not EMULATED
     names = {place, "gpu"} if place in GPU else {place}
-    own = [mark for mark in item.own_markers if mark.name == "on"]
-    marks = own or list(item.iter_markers("on"))  # of the module
+    item_marks = [mark for mark in item.own_markers if mark.name == "on"]
+    marks = item_marks or list(item.iter_markers("on"))  # of the module
     return all(names & set(mark.args) for mark in marks) if marks else place not in GPU
 
 

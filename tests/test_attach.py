@@ -145,16 +145,19 @@ def test_copies_have_features_of_their_own() -> None:
     model(x)
     copies: Any = (copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model).module)
     for copied in copies:
-        own = copied.regularizer.attachment
-        assert isinstance(own, Attachment) and own is not sar
-        assert own.classifier is copied.classifier and own.regularizer is copied.regularizer
+        copied_method = copied.regularizer.attachment
+        assert isinstance(copied_method, Attachment) and copied_method is not sar
+        assert (
+            copied_method.classifier is copied.classifier
+            and copied_method.regularizer is copied.regularizer
+        )
         with pytest.raises(RuntimeError, match="no features"):
-            own(labels)
+            copied_method(labels)
         kept = sar._features
         copied(x)
         assert sar._features is kept is not None
-        own(labels)
-        own.detach()
+        copied_method(labels)
+        copied_method.detach()
         assert not hasattr(copied, "regularizer") and hasattr(model, "regularizer")
     sar(labels)
 

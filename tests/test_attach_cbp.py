@@ -172,9 +172,9 @@ def test_cbp_that_moves_no_rows_warns_once(update: str, recwarn: pytest.Warnings
     warnings.simplefilter("always")
     for method in (cbp, cbp, attached.regularizer):
         method.train()(features, labels, classifier)
-    found = [str(warning.message) for warning in recwarn]
-    assert len(found) == 2 * (update in ("ema", "penalty"))
-    assert all("was not attached: call anchorops.attach" in message for message in found)
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == 2 * (update in ("ema", "penalty"))
+    assert all("was not attached: call anchorops.attach" in message for message in messages)
 
 
 def test_penalty_needs_its_parameter() -> None:

@@ -106,14 +106,14 @@ def test_measure_sees_other_processes():
 
 def test_measure_leaves_out_its_own_process(clock, monkeypatch):
     """Seconds of all cores, and of this process, which is a part of them."""
-    system, own = 100.0, 10.0
+    system, process = 100.0, 10.0
 
     def run() -> None:
-        nonlocal system, own
-        clock.now, system, own = clock.now + 1, system + 1.75, own + 1.5
+        nonlocal system, process
+        clock.now, system, process = clock.now + 1, system + 1.75, process + 1.5
 
     monkeypatch.setattr("anchorops.measure._busy_seconds", lambda: system)
-    monkeypatch.setattr("anchorops.measure.time.process_time", lambda: own)
+    monkeypatch.setattr("anchorops.measure.time.process_time", lambda: process)
     assert measure(run, 1, CPU, seconds=0)[0].others == 0.25
 
 
@@ -367,9 +367,9 @@ def test_roofline():
     model = pytest.importorskip("time_model")
     gpu = model.GPU("", copy_bandwidth=1e12, multiprocessors=100, clock=1e9)
     assert gpu.instructions == 4e11
-    of_bytes, of_instructions = model.Pass(10**8, 2, 1e6), model.Pass(10**8, 0, 8e7)
-    assert of_bytes.seconds(gpu) == pytest.approx(100e-6 + 2 * model.LAUNCH)
-    assert of_instructions.seconds(gpu) == pytest.approx(200e-6)
+    by_bytes, by_instructions = model.Pass(10**8, 2, 1e6), model.Pass(10**8, 0, 8e7)
+    assert by_bytes.seconds(gpu) == pytest.approx(100e-6 + 2 * model.LAUNCH)
+    assert by_instructions.seconds(gpu) == pytest.approx(200e-6)
     features = torch.empty(8, 720, 128, 256, dtype=torch.bfloat16, device="meta")
     forward, backward = (
         path(features, 19) for path in (model.class_moments_forward, model.class_moments_backward)
@@ -402,8 +402,8 @@ def test_logits_of_doctor_benchmark(case):
     assert logits.shape == teacher.shape == case.size
     assert labels.shape == (case.size[0], *(case.ratio * n for n in case.size[2:]))
     nearest = labels[(slice(None), *[slice(None, None, case.ratio)] * (labels.dim() - 1))]
-    found = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
-    assert 0.8 < (found == nearest).float().mean() < 1
+    predicted = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
+    assert 0.8 < (predicted == nearest).float().mean() < 1
     border = nearest[..., 1:] != nearest[..., :-1]
     steps = logits.diff(dim=-1).abs().amax(1)
     assert border.any() and steps[border].min() > 18 and steps[~border].max() < 4
@@ -417,10 +417,10 @@ def test_table_of_options(tmp_path):
     out = tmp_path / "options.json"
     small = ["-m", "pytest", "-p", "no:cacheprovider", "bench/bench_options.py", "--tiny"]
     small += ["--threads", "1", "--rows"]  # threads of tiny tensors only wait for each other
-    of_dice = tmp_path / "dice.json"
+    dice_rows = tmp_path / "dice.json"
     for command in (
         [*small, out, "--eager"],
-        [*small, of_dice, "-k", "sigmoid and Dice and uint8"],
+        [*small, dice_rows, "-k", "sigmoid and Dice and uint8"],
         ["bench/plot.py", out],
     ):
         answer = subprocess.run(
@@ -430,6 +430,6 @@ def test_table_of_options(tmp_path):
     rows = json.loads(out.read_text())["options"]
     assert {row["axes"] for row in rows} == {2, 3} and len(rows) > 100
     assert sum("bf16" in row["option"] for row in rows) == 6
-    rows = json.loads(of_dice.read_text())["options"]
+    rows = json.loads(dice_rows.read_text())["options"]
     assert len(rows) == 8 and any("compiled" in row["seconds"] for row in rows)
     assert (tmp_path / "options-options.png").exists()

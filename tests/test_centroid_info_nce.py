@@ -22,10 +22,10 @@ from tests.helpers.memory import peak_allocated_bytes
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 REDUCTIONS = ("mean", "sum", "none")
-of_reference = pytest.mark.on("reference")
+on_reference = pytest.mark.on("reference")
 pytestmark = pytest.mark.on("reference", "interpreter", "emulator")
 not_interpreted = pytest.mark.on("reference", "emulator")
-of_kernels = pytest.mark.on("interpreter", "emulator")
+on_kernels = pytest.mark.on("interpreter", "emulator")
 
 
 def loops(
@@ -39,7 +39,7 @@ def loops(
     """The formula, one query and one key at a time: losses [K] or [K, G]."""
     grouped = queries.dim() == 3
     rows = queries if grouped else queries[:, None]
-    given = positives if grouped or positives is None else positives[:, None]
+    all_positives = positives if grouped or positives is None else positives[:, None]
     here = torch.ones(rows.shape[:2], dtype=torch.bool) if present is None else present
     here = here.view(rows.shape[:2])
     others = here.any(1) if present_keys is None else present_keys
@@ -48,19 +48,23 @@ def loops(
         for g in range(rows.shape[1]):
             if here[i, g]:
                 query = rows[i, g]
-                own = math.exp(query @ (keys[i] if given is None else given[i, g]) / temperature)
+                positive = math.exp(
+                    query
+                    @ (keys[i] if all_positives is None else all_positives[i, g])
+                    / temperature
+                )
                 rest = [
                     math.exp(query @ keys[j] / temperature)
                     for j in range(len(keys))
                     if j != i and others[j]
                 ]
-                losses[i, g] = -math.log(own / (own + sum(rest)))
+                losses[i, g] = -math.log(positive / (positive + sum(rest)))
     return losses if grouped else losses[:, 0]
 
 
 def loss_and_gradients(queries, keys, positives=None, **options):
-    given = {"queries": queries, "keys": keys, "positives": positives}
-    leaves = {k: t.detach().requires_grad_() for k, t in given.items() if t is not None}
+    arguments = {"queries": queries, "keys": keys, "positives": positives}
+    leaves = {k: t.detach().requires_grad_() for k, t in arguments.items() if t is not None}
     loss = ao.ops.centroid_info_nce(**leaves, **options)
     weights = torch.arange(1, loss.numel() + 1, dtype=loss.dtype).view(loss.shape)
     return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), list(leaves.values()))]
@@ -88,15 +92,16 @@ def check(queries, keys, positives=None, temperature=0.07, **options):
     with ao.use_backend("reference"):
         formula = loss_and_gradients(*narrow, **options)
         exact = loss_and_gradients(*wide, **options)
-        of_logits = terms_of_dkeys(*wide, **options)
+        logits_error = terms_of_dkeys(*wide, **options)
     norms = (t.double().nan_to_num(0, 0, 0).norm(dim=-1).max() for t in (queries, keys))
     largest = float(math.prod(norms))
-    of_logits *= 2**-22 * largest / temperature
-    given = [t for t in tensors if t is not None]
+    logits_error *= 2**-22 * largest / temperature
+    present_tensors = [t for t in tensors if t is not None]
     term = (
-        float(max(t[t.isfinite()].abs().max() for t in given if t.isfinite().any())) / temperature
+        float(max(t[t.isfinite()].abs().max() for t in present_tensors if t.isfinite().any()))
+        / temperature
     )
-    for i, like in enumerate([None, *given]):
+    for i, like in enumerate([None, *present_tensors]):
         dtype = torch.float32 if like is None else like.dtype
         assert ours[i].dtype == dtype and ours[i].shape == exact[i].shape
         assert ours[i].isfinite().all()
@@ -107,7 +112,7 @@ def check(queries, keys, positives=None, temperature=0.07, **options):
             most = 2 * (formula[i].double() - exact[i]).abs().max() + 2**-21 * term
             most = most + torch.finfo(dtype).eps * exact[i].abs()
             if i == 2:
-                most = most + of_logits
+                most = most + logits_error
         assert ((ours[i].double() - exact[i]).abs() <= most).all()
     return ours
 
@@ -119,7 +124,7 @@ def inputs(groups: int | None, with_positives: bool):
     return queries, torch.randn(6, 5, dtype=F64), positives
 
 
-@of_reference
+@on_reference
 @pytest.mark.parametrize("groups", [None, 1, 3])
 @pytest.mark.parametrize("with_positives", [False, True])
 @pytest.mark.parametrize("masks", ["none", "queries", "queries and keys", "keys", "none present"])
@@ -143,7 +148,7 @@ def test_equals_loops(backend: str, groups: int | None, with_positives: bool, ma
 
 
 @not_interpreted
-@pytest.mark.parametrize("dtype", [F32, BF16, F16, pytest.param(F64, marks=of_reference)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, pytest.param(F64, marks=on_reference)], ids=str)
 def test_equals_cross_entropy(backend: str, dtype: torch.dtype):
     queries, keys = torch.randn(7, 4).to(dtype), torch.randn(7, 4).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -161,7 +166,7 @@ def test_equals_cross_entropy(backend: str, dtype: torch.dtype):
     )
 
 
-@of_reference
+@on_reference
 def test_in_parts(backend: str, monkeypatch):
     """The logits of a few rows at a time: the same losses, first and second derivatives."""
     reference = sys.modules["anchorops.reference.centroid_info_nce"]
@@ -169,24 +174,24 @@ def test_in_parts(backend: str, monkeypatch):
     options = {"present": torch.rand(6, 3) < 0.7, "temperature": 0.5, "reduction": "none"}
 
     def losses(queries: Tensor, keys: Tensor, positives: Tensor) -> Tensor:
-        given = ao.ops.centroid_info_nce(queries, keys, positives=positives, **options)
+        default = ao.ops.centroid_info_nce(queries, keys, positives=positives, **options)
         every = torch.ones(6, dtype=torch.bool)
         other = ao.ops.centroid_info_nce(queries, keys, present_keys=every, **options)
-        return torch.stack((given, other))
+        return torch.stack((default, other))
 
     leaves = queries, keys, positives
     results = []
     for logits in (reference.LOGITS_AT_ONCE, 1):
         monkeypatch.setattr(reference, "LOGITS_AT_ONCE", logits)
         monkeypatch.setattr(reference, "LOGITS_OF_PART", 5 * 6)  # five rows of 18
-        found = losses(*leaves)
-        results.append((found, *torch.autograd.grad(found.square().sum(), leaves)))
+        values = losses(*leaves)
+        results.append((values, *torch.autograd.grad(values.square().sum(), leaves)))
     torch.testing.assert_close(*results)
     assert torch.autograd.gradcheck(losses, leaves)
     assert torch.autograd.gradgradcheck(losses, leaves)
 
 
-@of_reference
+@on_reference
 def test_in_parts_under_a_transform(backend: str, monkeypatch):
     module = sys.modules["anchorops.reference.centroid_info_nce"]
     queries, keys, _ = inputs(None, False)
@@ -199,7 +204,7 @@ def test_in_parts_under_a_transform(backend: str, monkeypatch):
     torch.testing.assert_close(torch.func.grad(loss)(keys.detach()), expected)
 
 
-@of_reference
+@on_reference
 def test_memory(backend: str):
     """4096 × 4096 logits are 64 MiB in float32; the formula for all of them needs 4.5 tensors of
     this size. In parts it needs 18.4 MiB."""
@@ -281,8 +286,8 @@ def test_absent_classes_may_hold_anything(
     results = []
     for value in (0.0, torch.nan, torch.inf):
         queries[~present] = positives[~present] = keys[~used] = value
-        given = queries, keys, positives if with_positives else None
-        results.append(check(*given, **options))
+        arguments = queries, keys, positives if with_positives else None
+        results.append(check(*arguments, **options))
     for _, dqueries, dkeys, *dpositives in results:
         assert not dqueries[~present].any() and not dkeys[~used].any()
         assert all(not gradient[~present].any() for gradient in dpositives)
@@ -304,7 +309,7 @@ def test_a_key_that_nothing_uses_may_hold_anything(backend: str):
 
 def test_a_positive_is_another_query(backend):
     """As in OCCL: both gradients of a query are added."""
-    given, keys = torch.randn(35, 2, 20) / 2, torch.randn(35, 20)
+    points, keys = torch.randn(35, 2, 20) / 2, torch.randn(35, 20)
     present = torch.rand(35, 2) < 0.8
 
     def gradient(queries):
@@ -312,9 +317,9 @@ def test_a_positive_is_another_query(backend):
         loss = ao.ops.centroid_info_nce(queries, keys, positives=queries.flip(1), present=present)
         return torch.autograd.grad(loss, queries)[0]
 
-    ours = gradient(given.clone())
+    ours = gradient(points.clone())
     with ao.use_backend("reference"):
-        torch.testing.assert_close(ours, gradient(given.clone()))
+        torch.testing.assert_close(ours, gradient(points.clone()))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -329,19 +334,19 @@ def test_a_classifier(backend, dtype):
 
 
 def test_no_channels(backend):
-    given = torch.randn(40, 2, 0), torch.randn(40, 0), None
-    ours = loss_and_gradients(*given)
+    arguments = torch.randn(40, 2, 0), torch.randn(40, 0), None
+    ours = loss_and_gradients(*arguments)
     with ao.use_backend("reference"):
-        torch.testing.assert_close(ours, loss_and_gradients(*given))
+        torch.testing.assert_close(ours, loss_and_gradients(*arguments))
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (6, 2, 5)])
 def test_nothing_present(backend: str, shape):
-    given = torch.full(shape, torch.nan), torch.full((6, 5), torch.nan)
+    arguments = torch.full(shape, torch.nan), torch.full((6, 5), torch.nan)
     present = torch.zeros(shape[:-1], dtype=torch.bool)
     for reduction in REDUCTIONS:
-        found = loss_and_gradients(*given, present=present, reduction=reduction)
-        assert not any(x.any() for x in found)
+        results = loss_and_gradients(*arguments, present=present, reduction=reduction)
+        assert not any(x.any() for x in results)
 
 
 def test_one_class_has_nothing_to_be_told_from(backend: str):
@@ -378,16 +383,16 @@ class Allocated(TorchDispatchMode):
         return result
 
 
-@of_kernels
+@on_kernels
 def test_no_logits_in_memory(backend):
     """No new tensor is larger than the inputs."""
     queries, keys = torch.randn(2, 300, 4)
     operators, on_cpu = torch.ops.anchorops, torch._C.DispatchKey.CPU
-    given = queries, keys, None, None, None
+    arguments = queries, keys, None, None, None
     with Allocated() as allocated:
-        losses, lse = getattr(operators.centroid_info_nce, backend)._op_dk(on_cpu, *given, 0.5)
+        losses, lse = getattr(operators.centroid_info_nce, backend)._op_dk(on_cpu, *arguments, 0.5)
         backward = getattr(operators.centroid_info_nce_backward, backend)
-        backward._op_dk(on_cpu, losses, *given, losses, lse, 0.5)
+        backward._op_dk(on_cpu, losses, *arguments, losses, lse, 0.5)
     assert allocated.largest == 300 * 4
 
 

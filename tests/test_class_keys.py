@@ -165,12 +165,12 @@ def test_nothing_to_count(both, per_image: bool, poisoned: None):
 def test_groups_are_of_equal_size(both, groups: int, per_image: bool):
     labels = torch.randint(-1, 6, (2, 20, 15)).repeat_interleave(2, 1)  # resized
     size = (2, 1, 20, 15)
-    classes, of_class = both(labels, size, 5, per_image=per_image)
+    classes, class_counts = both(labels, size, 5, per_image=per_image)
     keys, counts = both(labels, size, 5, per_image=per_image, groups=groups, seed=11)
     valid = classes >= 0
     assert torch.equal(keys[valid] // groups, classes[valid]) and (keys[~valid] == -1).all()
     assert torch.equal(counts, bincount(keys, counts))
-    assert torch.equal(counts.sum(-1), of_class)
+    assert torch.equal(counts.sum(-1), class_counts)
     assert (counts.amax(-1) - counts.amin(-1) <= 1).all()
 
 
@@ -214,14 +214,14 @@ def test_seeds_differ(both):
 def test_groups_are_spread_evenly(both):
     """Pixels next to each other, and a pixel under consecutive seeds, are grouped independently."""
     labels = torch.zeros(64, 64, dtype=torch.int64)[None]
-    of_seed = torch.stack(
+    groups_by_seed = torch.stack(
         [both(labels, (1, 1, 64, 64), 1, groups=2, seed=s)[0].view(64, 64) for s in range(64)]
     ).double()
-    tolerance = 5 * 0.5 / of_seed.numel() ** 0.5
+    tolerance = 5 * 0.5 / groups_by_seed.numel() ** 0.5
     for axis in range(3):
-        a, b = of_seed.narrow(axis, 0, 63), of_seed.narrow(axis, 1, 63)
+        a, b = groups_by_seed.narrow(axis, 0, 63), groups_by_seed.narrow(axis, 1, 63)
         assert abs((a == b).double().mean() - 0.5) < tolerance
-    assert (abs(of_seed.mean(0) - 0.5) < 5 * 0.5 / 64**0.5).all()
+    assert (abs(groups_by_seed.mean(0) - 0.5) < 5 * 0.5 / 64**0.5).all()
 
 
 def some_keys(num_keys: int, *shape: int) -> torch.Tensor:
@@ -247,10 +247,10 @@ def some_keys(num_keys: int, *shape: int) -> torch.Tensor:
 def test_any_keys_are_split(backend: str, make_keys, shape, groups: int):
     keys = make_keys()
     counts = torch.bincount(keys[keys >= 0], minlength=torch.Size(shape).numel()).view(shape)
-    split, of_groups = split_groups(keys, counts, groups, 5, backend=backend)
-    assert split.dtype == torch.int32 and of_groups.dtype == torch.int64
+    split, group_counts = split_groups(keys, counts, groups, 5, backend=backend)
+    assert split.dtype == torch.int32 and group_counts.dtype == torch.int64
     assert torch.equal(split, reference.split_groups(keys, counts, groups, 5))
-    assert torch.equal(of_groups, reference.group_counts(counts, groups))
+    assert torch.equal(group_counts, reference.group_counts(counts, groups))
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, -7, 2**31, 2**40 + 5, -(2**63), 2**63 - 1])
@@ -258,8 +258,8 @@ def test_seed_is_an_int_or_a_tensor(backend: str, seed: int):
     keys = some_keys(5, 2, 150)
     counts = torch.bincount(keys[keys >= 0], minlength=5)
     expected = reference.split_groups(keys, counts, 3, seed)
-    for given in (seed, torch.tensor(seed), torch.tensor([seed])):
-        assert torch.equal(split_groups(keys, counts, 3, given, backend=backend)[0], expected)
+    for form in (seed, torch.tensor(seed), torch.tensor([seed])):
+        assert torch.equal(split_groups(keys, counts, 3, form, backend=backend)[0], expected)
 
 
 def test_group_statistics_sum_to_the_class(backend: str):

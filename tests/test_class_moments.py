@@ -364,16 +364,16 @@ def test_not_finite_pixel_of_a_tile_of_one_key(size, backend: str):
     features, labels, anchors = make_features(case)[0], make_labels(case), torch.randn(1000, 250)
     _, clean, _ = ao.ops.class_moments(features, labels, 1000, anchors=anchors, ignore_index=255)
     pixel, channel = 100, 4  # of tile 1; tile 0 has pixels of the same key
-    own = int(labels.view(-1)[pixel])
+    key = int(labels.view(-1)[pixel])
     features[0, channel, 0, pixel] = torch.inf
     _, sums, sqdists = ao.ops.class_moments(
         features, labels, 1000, anchors=anchors, ignore_index=255
     )
     spoilt = torch.zeros(1000, 250, dtype=torch.bool)
-    spoilt[own, channel] = True
+    spoilt[key, channel] = True
     assert torch.equal(sums.isfinite(), ~spoilt)
     torch.testing.assert_close(sums[~spoilt], clean[~spoilt])
-    assert torch.equal(sqdists.isfinite(), torch.arange(1000) != own)
+    assert torch.equal(sqdists.isfinite(), torch.arange(1000) != key)
 
 
 @emulator
@@ -407,8 +407,8 @@ def test_anchors_without_pixels(dtype: torch.dtype, backend: str, path: None):
     labels = make_labels(case._replace(num_classes=40))
     anchors[40:] = torch.nan
     _, sums, sqdists, _, danchors = run(case, features, labels, anchors, *gradients)
-    for found in (sums, sqdists, danchors):
-        assert not found[40:].any() and found.isfinite().all()
+    for result in (sums, sqdists, danchors):
+        assert not result[40:].any() and result.isfinite().all()
 
 
 @pytest.mark.parametrize("anchors", ["fixed", "learnable"])

@@ -151,11 +151,11 @@ def test_sums_are_kept_only_for_the_gradient_of_anchors():
 def test_anchors_of_another_dtype(dtype: torch.dtype):
     features, labels = torch.randn(20, 4), some_labels((20, 4))
     anchors = torch.randn(3, 4).to(dtype).requires_grad_()
-    as_given = anchors.detach().float().requires_grad_()
+    float_anchors = anchors.detach().float().requires_grad_()
     ao.pixel_to_anchor_mse(features, labels, anchors).backward()
-    ao.pixel_to_anchor_mse(features, labels, as_given).backward()
-    assert anchors.grad is not None and as_given.grad is not None
-    assert anchors.grad.dtype == dtype and torch.equal(anchors.grad, as_given.grad.to(dtype))
+    ao.pixel_to_anchor_mse(features, labels, float_anchors).backward()
+    assert anchors.grad is not None and float_anchors.grad is not None
+    assert anchors.grad.dtype == dtype and torch.equal(anchors.grad, float_anchors.grad.to(dtype))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

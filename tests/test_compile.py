@@ -99,8 +99,8 @@ def test_outputs_of_convolutions_are_not_copied(name: str) -> None:
     assert f"anchorops.{name}.cpu({output}," in forward
     ours = backward.index(f"anchorops.{name}_backward.cpu(convolution")
     assert "cpp_fused" not in backward[ours : backward.index("aten.convolution_backward", ours)]
-    found = [p.grad for p in model.parameters()]
+    compiled_gradients = [p.grad for p in model.parameters()]
     model.zero_grad()
     loss(images, labels).backward()
-    for ours, eager in zip(found, model.parameters(), strict=True):
+    for ours, eager in zip(compiled_gradients, model.parameters(), strict=True):
         torch.testing.assert_close(ours, eager.grad)

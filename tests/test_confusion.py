@@ -85,8 +85,8 @@ def test_confidence_of_ties_and_what_is_not_finite(backend: str):
     torch.testing.assert_close(probabilities, expected, equal_nan=True)
     for shape, size in (((0, 4, 2, 2), (3, 3)), ((1, 4, 2, 2), (0, 3))):
         with ao.use_backend(backend):
-            found = ao.pixel_argmax(torch.zeros(shape), size, confidence=True)
-        assert [x.shape for x in found] == [(shape[0], *size)] * 2
+            maps = ao.pixel_argmax(torch.zeros(shape), size, confidence=True)
+        assert [x.shape for x in maps] == [(shape[0], *size)] * 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -104,8 +104,8 @@ def test_confusion(shape: tuple[int, ...], num_classes: int, backend: str):
         (labels[valid], predictions[valid]), torch.ones(int(valid.sum()), dtype=torch.int64), True
     )
     with ao.use_backend(backend):
-        found = ao.confusion(predictions, labels, num_classes, ignore_index=255)
-        assert torch.equal(found, expected)
+        matrix = ao.confusion(predictions, labels, num_classes, ignore_index=255)
+        assert torch.equal(matrix, expected)
         transposed = ao.confusion(
             predictions.t() if len(shape) == 2 else predictions,
             labels.t() if len(shape) == 2 else labels,
@@ -135,8 +135,8 @@ def check_argmax(logits, size, align_corners=False):
     z = reference.upsample(logits.float(), size, align_corners)
     assert ours.dtype == torch.int64 and ours.shape == z[:, 0].shape
     assert ours.is_contiguous()
-    found = z.gather(1, ours[:, None])[:, 0]
-    assert (found >= z.amax(1) - 2**-22 * float(z.abs().max())).all()
+    chosen = z.gather(1, ours[:, None])[:, 0]
+    assert (chosen >= z.amax(1) - 2**-22 * float(z.abs().max())).all()
     return ours
 
 

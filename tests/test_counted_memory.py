@@ -103,13 +103,13 @@ def test_equals_what_the_allocator_reports(loss_of, method):
 
 @pytest.mark.parametrize("loss_of", [plain, ao.pixel_cross_entropy], ids=["plain", "ours"])
 def test_one_count_gives_the_peak_of_every_batch(loss_of):
-    fixed, of_image = counted(loss_of, "SAR", 101).by_image(101)
+    fixed, per_image = counted(loss_of, "SAR", 101).by_image(101)
     for batch in (2, 7):
-        own = counted(loss_of, "SAR", batch).bytes_alive()
-        assert (fixed + batch * of_image).tolist() == own.tolist()
+        expected = counted(loss_of, "SAR", batch).bytes_alive()
+        assert (fixed + batch * per_image).tolist() == expected.tolist()
     capacity = counted(loss_of, "SAR", 7).bytes_alive().max()
-    assert largest_batch(capacity, fixed, of_image) == 7
-    assert largest_batch(capacity - 1, fixed, of_image) == 6
+    assert largest_batch(capacity, fixed, per_image) == 7
+    assert largest_batch(capacity - 1, fixed, per_image) == 6
 
 
 class Everything(nn.Module):

@@ -151,15 +151,15 @@ def check_dice(rank: int, ranks: int) -> None:
         torch.randn(len(x), K, 6, 5, generator=torch.Generator().manual_seed(r))
         for r, (x, _) in enumerate(parts)
     ]
-    whole, own = torch.cat(logits).requires_grad_(), logits[rank].clone().requires_grad_()
+    whole, local = torch.cat(logits).requires_grad_(), logits[rank].clone().requires_grad_()
     expected = ao.Dice()(whole, torch.cat([labels for _, labels in parts]))
     expected.backward()
-    loss = ao.Dice(process_group="world")(own, parts[rank][1])
+    loss = ao.Dice(process_group="world")(local, parts[rank][1])
     loss.backward()
-    assert own.grad is not None and whole.grad is not None
+    assert local.grad is not None and whole.grad is not None
     torch.testing.assert_close(loss, expected)
     share = whole.grad.split([len(x) for x in logits])[rank]
-    torch.testing.assert_close(own.grad, ranks * share)
+    torch.testing.assert_close(local.grad, ranks * share)
 
 
 def check_compiled(rank: int) -> None:
@@ -212,10 +212,10 @@ def build_cbp(update: str) -> tuple[Net, Attachment]:
     return model, ao.attach(model, ao.CBP(K, D, update=update, momentum=0.5))
 
 
-def check_fully_sharded_cbp(update: str, on_its_own: bool, rank: int, ranks: int) -> None:
+def check_fully_sharded_cbp(update: str, shard_classifier: bool, rank: int, ranks: int) -> None:
     """Three steps under FSDP2 equal those of one process: no change of the classifier is lost."""
     (model, attached), (alone, alone_attached) = build_cbp(update), build_cbp(update)
-    if on_its_own:
+    if shard_classifier:
         fully_shard(model.classifier)
     fully_shard(model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, alone)]
@@ -321,9 +321,9 @@ def check_mean_iou(rank: int, ranks: int) -> None:
         alone.update(logits, labels)
         if r == rank:
             metric.update(logits, labels)
-    own = metric.confusion.sum()
+    local = metric.confusion.sum()
     assert metric.compute() == alone.per_class().nanmean()
-    assert metric.confusion.sum() == own < alone.confusion.sum()  # added for compute alone
+    assert metric.confusion.sum() == local < alone.confusion.sum()  # added for compute alone
     with metric.sync_context():
         assert torch.equal(metric.confusion, alone.confusion)
 
@@ -350,8 +350,8 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
             for method in ("sar", "occl", "mvsc"):
                 check_fully_sharded(method, rank, ranks)
             for update in ("frozen", "gradient", "ema"):
-                for on_its_own in (False, True):
-                    check_fully_sharded_cbp(update, on_its_own, rank, ranks)
+                for shard_classifier in (False, True):
+                    check_fully_sharded_cbp(update, shard_classifier, rank, ranks)
             check_refusals_of_sharded_models(rank)
             check_tensors_of_all_ranks(rank, ranks)
     finally:

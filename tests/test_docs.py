@@ -40,11 +40,11 @@ class Net(nn.Module):
 
 
 def blocks(language: str) -> list:
-    found = []
+    params = []
     for page in PAGES:
         for i, text in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)):
-            found.append(pytest.param(text, id=f"{page.stem}-{i}"))
-    return found
+            params.append(pytest.param(text, id=f"{page.stem}-{i}"))
+    return params
 
 
 def commands() -> list:
@@ -311,7 +311,7 @@ def test_versions_that_were_tested():
     newest = max(tuple(map(int, name.split("."))) for name in others.split())
     assert f"\ntorch<{newest[0]}.{newest[1] + 1}\n" in (ROOT / "constraints.txt").read_text()
     for path in (ROOT / "docs").rglob("*.md"):
-        found = re.findall(
+        claims = re.findall(
             r"every (?:later )?version of (?:PyTorch|torch|Python)", path.read_text()
         )
-        assert not found, (path, found)
+        assert not claims, (path, claims)

@@ -71,22 +71,23 @@ def sorted_pixels(backend: str) -> None:
 def softmax_moments() -> list[Case]:
     return [
         Case(
-            f"softmax moments, {layout}, {', '.join(asked) or 'cross-entropy'}",
+            f"softmax moments, {layout}, {', '.join(statistics) or 'cross-entropy'}",
             partial(
-                softmax.check, softmax.Case((2, 7, 3, 5), (12, 20), layout=layout, asked=asked)
+                softmax.check,
+                softmax.Case((2, 7, 3, 5), (12, 20), layout=layout, statistics=statistics),
             ),
         )
         for layout in ("contiguous", "channels_last")
-        for asked in (softmax.CE, ("masses",), ("masses", "squares"), softmax.ALL)
+        for statistics in (softmax.CE, ("masses",), ("masses", "squares"), softmax.ALL)
     ]
 
 
 def class_keys(labels_dtype: torch.dtype, backend: str) -> None:
     features, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 5, (2, 8, 10)).to(labels_dtype)
-    found = ao.ops.class_moments(features, labels, 5)
+    actual = ao.ops.class_moments(features, labels, 5)
     with ao.use_backend("reference"):
         right = ao.ops.class_moments(features, labels, 5)
-    torch.testing.assert_close(found, right)
+    torch.testing.assert_close(actual, right)
 
 
 def upsampled_sums(backend: str) -> None:
@@ -100,16 +101,16 @@ def info_nce(backend: str) -> None:
 
 def predictions(backend: str) -> None:
     logits = torch.randn(2, 19, 3, 5)
-    found = ao.pixel_argmax(logits, (12, 20))
+    actual = ao.pixel_argmax(logits, (12, 20))
     with ao.use_backend("reference"):
-        assert torch.equal(found, ao.pixel_argmax(logits, (12, 20)))
+        assert torch.equal(actual, ao.pixel_argmax(logits, (12, 20)))
 
 
 def confusion(backend: str) -> None:
     labels = torch.randint(0, 19, (2, 12, 20))
-    found = ao.confusion(labels, labels.flip(1), 19)
+    actual = ao.confusion(labels, labels.flip(1), 19)
     with ao.use_backend("reference"):
-        assert torch.equal(found, ao.confusion(labels, labels.flip(1), 19))
+        assert torch.equal(actual, ao.confusion(labels, labels.flip(1), 19))
 
 
 def divergence(backend: str) -> None:

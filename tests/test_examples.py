@@ -104,18 +104,18 @@ def test_mmsegmentation_losses(
     options = {"avg_non_ignore": avg_non_ignore}
     theirs = {"type": "CrossEntropyLoss", "class_weight": class_weight, **options}
     ours = {"type": "AnchoropsLoss", "weight": class_weight, **options}
-    found, gradients = [], []
+    terms, gradients = [], []
     for kind, loss in (("FCNHead", theirs), ("LowResolutionFCNHead", ours)):
         losses: list[dict[str, Any]] = [loss, loss | {"loss_weight": 0.4}]
         corners = {"align_corners": True}
         if kind != "FCNHead":
             losses = [x | corners for x in losses]
         head = mmsegmentation_head(mmsegmentation, kind, losses, **corners)
-        found.append(head.loss(features, samples, train_cfg={}))
-        found[-1]["loss_ce"].backward()
+        terms.append(head.loss(features, samples, train_cfg={}))
+        terms[-1]["loss_ce"].backward()
         gradients.append(head.conv_seg.weight.grad)
-    assert found[0].keys() == found[1].keys() == {"loss_ce", "acc_seg"}
-    torch.testing.assert_close(found[1], found[0])
+    assert terms[0].keys() == terms[1].keys() == {"loss_ce", "acc_seg"}
+    torch.testing.assert_close(terms[1], terms[0])
     torch.testing.assert_close(*gradients)
 
 
@@ -124,13 +124,13 @@ def test_mmsegmentation_binary_head(mmsegmentation: dict[str, Any]):
     head = mmsegmentation_head(mmsegmentation, "LowResolutionFCNHead", loss, out_channels=1)
     logits, labels = torch.randn(2, 1, 4, 4), torch.randint(0, 2, (2, 1, 16, 16))
     samples = [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=x)) for x in labels]
-    found = head.loss_by_feat(logits, samples)
+    terms = head.loss_by_feat(logits, samples)
     full = F.interpolate(logits, (16, 16), mode="bilinear")
     torch.testing.assert_close(
-        found["loss_bce"], F.binary_cross_entropy_with_logits(full, labels.float())
+        terms["loss_bce"], F.binary_cross_entropy_with_logits(full, labels.float())
     )
     hits = ((full > 0) == labels).float().mean()
-    torch.testing.assert_close(found["acc_seg"], 100 * hits)
+    torch.testing.assert_close(terms["acc_seg"], 100 * hits)
 
 
 def test_mmsegmentation_binary_loss_of_all_pixels(mmsegmentation: dict[str, Any]):

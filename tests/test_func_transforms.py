@@ -49,8 +49,8 @@ def test_exported_number_of_hard_examples_is_not_that_of_pixels(backend: str) ->
     shapes = {"logits": {0: auto}, "labels": {0: auto, 1: auto, 2: auto}}
     exported = torch.export.export(Loss(), inputs(2, 12, 13), dynamic_shapes=shapes).module()
     for shape in ((4, 24, 11), (2, 5, 8)):  # the last one has fewer pixels
-        given = inputs(*shape)
-        torch.testing.assert_close(exported(*given), Loss()(*given))
+        arguments = inputs(*shape)
+        torch.testing.assert_close(exported(*arguments), Loss()(*arguments))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -64,11 +64,11 @@ def test_vmap_with_learnable_anchors() -> None:
             sqdists.square().sum() + sums.sum() + ao.pixel_to_anchor_mse(features, LABELS, anchors)
         )
 
-    found = torch.autograd.grad(vmap(loss)(features).sum(), (features, anchors))
+    actual = torch.autograd.grad(vmap(loss)(features).sum(), (features, anchors))
     with ao.use_backend("reference"):
         total = torch.stack([loss(f) for f in features]).sum()
         expected = torch.autograd.grad(total, (features, anchors))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

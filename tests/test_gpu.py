@@ -37,7 +37,7 @@ def calls(request: pytest.FixtureRequest, backend: str) -> list[Calls]:
         return [(run, CASE, [*make_inputs(CASE)]) for _ in range(2)]
     inputs = [[softmax.make_logits(OF_LOGITS)[0], softmax.make_labels(OF_LOGITS)] for _ in range(2)]
     weights = softmax.make_weights(OF_LOGITS)
-    return [(softmax.results, OF_LOGITS, [*given, weights]) for given in inputs]
+    return [(softmax.results, OF_LOGITS, [*tensors, weights]) for tensors in inputs]
 
 
 def test_cuda_graph(calls: list[Calls]):
@@ -53,13 +53,13 @@ def test_two_streams(calls: list[Calls]):
     expected = [function(case, *inputs) for function, case, inputs in calls]
     streams = [torch.cuda.Stream() for _ in calls]
     torch.cuda.synchronize()
-    found: list[list[Any]] = [[] for _ in calls]
+    streamed: list[list[Any]] = [[] for _ in calls]
     for _ in range(20):
-        for stream, results, (function, case, inputs) in zip(streams, found, calls, strict=True):
+        for stream, results, (function, case, inputs) in zip(streams, streamed, calls, strict=True):
             with torch.cuda.stream(stream):
                 results.append(function(case, *inputs))
     torch.cuda.synchronize()
-    for results, right in zip(found, expected, strict=True):
+    for results, right in zip(streamed, expected, strict=True):
         assert all(same(result, right) for result in results)
 
 
@@ -95,8 +95,8 @@ with ao.use_backend("cuda"):
 @pytest.mark.on("cuda")  # Triton compiles and loads at the first launch
 def test_graph_without_a_warm_up(backend: str):
     """In a new process, the first launch of each kernel is captured."""
-    found = subprocess.run([sys.executable, "-c", FIRST_LAUNCHES], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr[-4000:]
+    process = subprocess.run([sys.executable, "-c", FIRST_LAUNCHES], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,9 @@ def test_each_replay_of_a_graph_draws_other_groups(backend: str, method):
     with torch.cuda.graph(graph):
         captured = loss()
     method.step.zero_()
-    for of_step in expected:
+    for step_loss in expected:
         graph.replay()
-        assert torch.equal(captured, of_step)
+        assert torch.equal(captured, step_loss)
 
 
 def test_threads_that_launch_at_once(backend: str):
@@ -173,9 +173,9 @@ def test_threads_that_launch_at_once(backend: str):
             return [run(*inputs[i % 2]) for _ in range(50)]
 
     with ThreadPoolExecutor(4) as threads:
-        for i, found in enumerate(threads.map(results, range(4))):
+        for i, actual in enumerate(threads.map(results, range(4))):
             expected = run(*inputs[i % 2])
-            assert all(same(some, expected) for some in found)
+            assert all(same(some, expected) for some in actual)
 
 
 def test_compiles_as_one_graph(backend: str):
@@ -200,11 +200,11 @@ def test_another_device(calls: list[Calls]):
     """Tensors of the second GPU, while the first one is the current device."""
     function, case, inputs = calls[0]
     there = [
-        {name: x.to("cuda:1") for name, x in given.items()}
-        if isinstance(given, dict)
-        else given.to("cuda:1")
-        for given in inputs
+        {name: x.to("cuda:1") for name, x in argument.items()}
+        if isinstance(argument, dict)
+        else argument.to("cuda:1")
+        for argument in inputs
     ]
-    found, expected = function(case, *there), function(case, *inputs)
-    assert all(x.device.index == 1 for x in found if x is not None)
-    torch.testing.assert_close([None if x is None else x.to("cuda:0") for x in found], [*expected])
+    actual, expected = function(case, *there), function(case, *inputs)
+    assert all(x.device.index == 1 for x in actual if x is not None)
+    torch.testing.assert_close([None if x is None else x.to("cuda:0") for x in actual], [*expected])

@@ -70,14 +70,14 @@ def test_strides(operator: Operator, backend: str):
     inputs = operator.inputs(1)
     expected = results(operator.run, inputs)
     changed = {name: x if name in operator.dense else strided(x) for name, x in inputs.items()}
-    found = results(operator.run, changed, weights_are_strided=True)
-    torch.testing.assert_close(found, expected)
+    actual = results(operator.run, changed, weights_are_strided=True)
+    torch.testing.assert_close(actual, expected)
     name, x = next(iter(inputs.items()))
     if operator.differentiable and backend != "reference" and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-        found = results(operator.run, inputs | {name: x})
-        torch.testing.assert_close(found, expected)
-        (gradient,) = [g for g in found if g.shape == x.shape and g.dtype == x.dtype][:1]
+        actual = results(operator.run, inputs | {name: x})
+        torch.testing.assert_close(actual, expected)
+        (gradient,) = [g for g in actual if g.shape == x.shape and g.dtype == x.dtype][:1]
         assert gradient.stride() == x.stride()
 
 
@@ -128,8 +128,8 @@ def test_what_nothing_valid_reads_changes_nothing(operator: Operator, backend: s
     assert unread.any() and not unread.all()
     values = torch.tensor([torch.nan, torch.inf, -torch.inf])
     values = values[torch.arange(x.numel()) % 3].view_as(x)
-    found = results(operator.run, inputs | {name: torch.where(unread, values, x)})
-    torch.testing.assert_close(found, expected)
+    actual = results(operator.run, inputs | {name: torch.where(unread, values, x)})
+    torch.testing.assert_close(actual, expected)
 
 
 @each(ignores=True)

@@ -25,14 +25,14 @@ pytestmark = [
 Function = Callable[..., Tensor]
 
 
-def of_floating(operator: Operator, inputs: Inputs) -> tuple[Function, tuple[Tensor, ...]]:
+def weighted_sum(operator: Operator, inputs: Inputs) -> tuple[Function, tuple[Tensor, ...]]:
     """A weighted sum of the results, as a function of the floating inputs; and these."""
     floating = {name: x for name, x in inputs.items() if x.is_floating_point()}
 
-    def function(*given: Tensor) -> Tensor:
-        found = operator.run(**(inputs | dict(zip(floating, given, strict=True))))
-        found = [found] if isinstance(found, Tensor) else found
-        terms = [y for y in found if y.is_floating_point()] or [y.float() for y in found]
+    def function(*values: Tensor) -> Tensor:
+        results = operator.run(**(inputs | dict(zip(floating, values, strict=True))))
+        results = [results] if isinstance(results, Tensor) else results
+        terms = [y for y in results if y.is_floating_point()] or [y.float() for y in results]
         weights = [torch.linspace(0.5, 1.5, y.numel()).view(y.shape).to(y) for y in terms]
         return torch.stack([(y * w).sum() for y, w in zip(terms, weights, strict=True)]).sum()
 
@@ -41,11 +41,11 @@ def of_floating(operator: Operator, inputs: Inputs) -> tuple[Function, tuple[Ten
 
 @each("reference", "cpu", differentiable=True)
 def test_gradcheck(operator: Operator, backend: str):
-    function, (x, *others) = of_floating(operator, as_dtype(operator.inputs(1), F64))
-    given = (x.requires_grad_(), *others)
-    assert torch.autograd.gradcheck(function, given, fast_mode=True)
+    function, (x, *others) = weighted_sum(operator, as_dtype(operator.inputs(1), F64))
+    leaves = (x.requires_grad_(), *others)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     if backend == "reference":
-        assert torch.autograd.gradgradcheck(function, given, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
 @each("reference", differentiable=True)
@@ -53,7 +53,7 @@ def test_transforms_of_the_reference(operator: Operator, backend: str):
     old = TorchVersion(torch.__version__) < TorchVersion("2.14")
     if operator.name == "CrossEntropy of the hardest" and old:
         pytest.skip("torch 2.12 has no batching rule of view(dtype), with which its rank is found")
-    function, (x, *others) = of_floating(operator, as_dtype(operator.inputs(1), F64))
+    function, (x, *others) = weighted_sum(operator, as_dtype(operator.inputs(1), F64))
     direction, leaf = torch.randn_like(x), x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(function(leaf, *others), leaf)
     torch.testing.assert_close(grad(function)(x, *others), expected)
@@ -65,10 +65,10 @@ def test_transforms_of_the_reference(operator: Operator, backend: str):
 @each("cpu", "interpreter", "emulator", differentiable=True)
 def test_other_derivatives_raise(operator: Operator, backend: str):
     """Second derivatives, forward mode, torch.func's."""
-    of_all, (x, *others) = of_floating(operator, operator.inputs(1))
+    whole, (x, *others) = weighted_sum(operator, operator.inputs(1))
 
     def function(x: Tensor) -> Tensor:
-        return of_all(x, *others)
+        return whole(x, *others)
 
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(function(leaf).square(), leaf, create_graph=True)
@@ -84,13 +84,13 @@ def test_other_derivatives_raise(operator: Operator, backend: str):
         pytest.raises(RuntimeError, match=rf"^\w+: forward-mode derivatives are {instead}"),
     ):
         function(forward_ad.make_dual(x, x))
-    for transformed, given in (
+    for transformed, argument in (
         (grad(function), x),
         (vmap(grad(function)), x[None]),
         (grad(lambda x: vmap(function)(x[None]).sum()), x),
     ):
         with pytest.raises(RuntimeError, match=rf"^\w+: torch.func's derivatives are {instead}"):
-            transformed(given)
+            transformed(argument)
 
 
 @each("cpu", "interpreter", "emulator")
@@ -101,29 +101,31 @@ def test_compiles_as_one_graph(operator: Operator, backend: str):
     for n, recompiles in ((2, True), (3, False)):
         inputs = operator.inputs(n)
         with torch._dynamo.config.patch(error_on_recompile=not recompiles):
-            found = results(compiled, inputs)
-        torch.testing.assert_close(found, results(operator.run, inputs))
+            actual = results(compiled, inputs)
+        torch.testing.assert_close(actual, results(operator.run, inputs))
 
 
-def exported(function: Function, given: tuple[Tensor, ...]) -> Function:
+def exported(function: Function, arguments: tuple[Tensor, ...]) -> Function:
     class Loss(torch.nn.Module):
-        def forward(self, *given: Tensor) -> Tensor:
-            return function(*given)
+        def forward(self, *arguments: Tensor) -> Tensor:
+            return function(*arguments)
 
     with torch.no_grad():
-        return torch.export.export(Loss(), given).module()
+        return torch.export.export(Loss(), arguments).module()
 
 
 def mapped(function: Function) -> Function:
-    return lambda *given: vmap(function)(*(x[None] for x in given))[0]
+    return lambda *arguments: vmap(function)(*(x[None] for x in arguments))[0]
 
 
 # Each makes, from a function and inputs without gradient, a function with the same gradients.
 TRACES: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
-    "vmap": lambda f, given: mapped(f),
-    "compiled vmap": lambda f, given: torch.compile(mapped(f), backend="aot_eager", fullgraph=True),
-    "make_fx": lambda f, given: make_fx(f)(*given),
-    "jit.trace": lambda f, given: torch.jit.trace(f, given, check_trace=False),
+    "vmap": lambda f, arguments: mapped(f),
+    "compiled vmap": lambda f, arguments: torch.compile(
+        mapped(f), backend="aot_eager", fullgraph=True
+    ),
+    "make_fx": lambda f, arguments: make_fx(f)(*arguments),
+    "jit.trace": lambda f, arguments: torch.jit.trace(f, arguments, check_trace=False),
     "export": exported,
 }
 
@@ -134,13 +136,13 @@ def test_gradients_that_the_call_does_not_see(trace: str, operator: Operator, ba
     if trace == "jit.trace" and operator.name.startswith(("pixel_kl", "pixel_argmax")):
         pytest.skip("jit.trace makes a tensor of each number of a shape, which is no size")
     torch._dynamo.reset()
-    function, given = of_floating(operator, operator.inputs(1))
-    traced = TRACES[trace](function, given)
-    leaves = [x.clone().requires_grad_() for x in given]
-    found, expected = traced(*leaves), function(*leaves)
-    torch.testing.assert_close(found, expected)
+    function, arguments = weighted_sum(operator, operator.inputs(1))
+    traced = TRACES[trace](function, arguments)
+    leaves = [x.clone().requires_grad_() for x in arguments]
+    actual, expected = traced(*leaves), function(*leaves)
+    torch.testing.assert_close(actual, expected)
     if operator.differentiable:
-        gradients = [torch.autograd.grad(y, leaves, allow_unused=True) for y in (found, expected)]
+        gradients = [torch.autograd.grad(y, leaves, allow_unused=True) for y in (actual, expected)]
         for ours, right in zip(*gradients, strict=True):
             assert ours is right is None or torch.allclose(ours, right, rtol=1e-5, atol=1e-6)
 
@@ -193,5 +195,5 @@ def test_strides_that_a_compiler_chooses(operator: Operator, backend: str):
         for i, argument in enumerate(call._schema.arguments):
             x = arguments[i]
             if isinstance(x, Tensor) and x.numel() > 1 and argument.name not in FROM_OPERATORS:
-                found = call(*arguments[:i], strided(x.detach()), *arguments[i + 1 :])
-                torch.testing.assert_close(found, expected, msg=lambda m, a=argument: f"{a}: {m}")
+                actual = call(*arguments[:i], strided(x.detach()), *arguments[i + 1 :])
+                torch.testing.assert_close(actual, expected, msg=lambda m, a=argument: f"{a}: {m}")

@@ -118,8 +118,8 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
 def check(plain: nn.Module, model: nn.Module, x: Tensor, **tolerance: float) -> None:
     """One step of both, and evaluation: equal outputs, gradients and statistics."""
     close = functools.partial(torch.testing.assert_close, **tolerance)
-    for expected, found in zip(step(plain, x), step(model, x), strict=True):
-        close(found, expected)
+    for expected, actual in zip(step(plain, x), step(model, x), strict=True):
+        close(actual, expected)
     pairs = zip(plain.named_parameters(), model.named_parameters(), strict=True)
     for (name, p), (same_name, q) in pairs:
         assert name == same_name and (p.grad is None) == (q.grad is None), name
@@ -129,8 +129,8 @@ def check(plain: nn.Module, model: nn.Module, x: Tensor, **tolerance: float) -> 
         close(q, p)
     with torch.no_grad():
         pairs = zip(outputs(plain.eval()(x)), outputs(model.eval()(x)), strict=True)
-        for expected, found in pairs:
-            close(found, expected)
+        for expected, actual in pairs:
+            close(actual, expected)
 
 
 def moved(model: nn.Module, *args: Any) -> tuple[nn.Module, ao.LateUpsampling]:
@@ -266,8 +266,8 @@ def test_fullgraph(linear: bool) -> None:
     plain, _ = moved(model, images().double())
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = images((32, 64)).double()
-    for expected, found in zip(step(plain, x), step(compiled, x), strict=True):
-        torch.testing.assert_close(found, expected)
+    for expected, actual in zip(step(plain, x), step(compiled, x), strict=True):
+        torch.testing.assert_close(actual, expected)
     for p, q in zip(plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad)
     torch.testing.assert_close(compiled.eval()(x), plain.eval()(x))
@@ -376,7 +376,7 @@ def test_attach(late_first: bool, dim: int) -> None:
     same = copy.deepcopy(method)
     if late_first:
         ao.late_upsampling(model, images())
-    sar, of_plain = ao.attach(model, method), ao.attach(plain, same)
+    sar, plain_sar = ao.attach(model, method), ao.attach(plain, same)
     if not late_first and dim == 96:
         with pytest.raises(ValueError, match=r"read by .*requires_grad.* and 2 more"):
             ao.late_upsampling(model, images())
@@ -385,7 +385,8 @@ def test_attach(late_first: bool, dim: int) -> None:
         ao.late_upsampling(model, images())
     x, labels = images(), torch.randint(0, 5, (2, 32, 48))
     losses = [
-        net.train()(x).square().mean() + of(labels) for net, of in ((model, sar), (plain, of_plain))
+        net.train()(x).square().mean() + of(labels)
+        for net, of in ((model, sar), (plain, plain_sar))
     ]
     torch.testing.assert_close(*losses)
     for loss in losses:
@@ -511,8 +512,8 @@ def test_fully_sharded(alone: None, sharded: list[str]) -> None:
     for name in reversed(sharded) if sharded[-1] else sharded:
         fully_shard(model.get_submodule(name), mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
     x = images()
-    for expected, found in zip(step(plain, x), step(model, x), strict=True):
-        torch.testing.assert_close(found, expected)
+    for expected, actual in zip(step(plain, x), step(model, x), strict=True):
+        torch.testing.assert_close(actual, expected)
     for p, q in zip(plain.parameters(), model.parameters(), strict=True):
         whole: Any = q.grad
         torch.testing.assert_close(whole.full_tensor(), p.grad, rtol=1e-3, atol=1e-5)

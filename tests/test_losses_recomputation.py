@@ -61,9 +61,9 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def gradients(step: Step) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in step.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in step.named_parameters() if p.grad is not None}
     step.zero_grad()
-    return {name: grad.clone() for name, grad in found.items() if grad.any()}
+    return {name: grad.clone() for name, grad in grads.items() if grad.any()}
 
 
 def assert_equal(step: Step, plain: Step) -> None:

@@ -164,11 +164,11 @@ def test_gate_and_moving_average(gate: str, momentum: float) -> None:
 @pytest.mark.parametrize("anchors", ["normal", "orthogonal", "simplex", "given"])
 def test_cr_pulls_to_fixed_anchors(anchors: str) -> None:
     features, labels, _ = batch()
-    given = torch.randn(K, D)
-    cr = ao.SAR(K, D, embed=False, anchors=given if anchors == "given" else anchors).double()
+    fixed = torch.randn(K, D)
+    cr = ao.SAR(K, D, embed=False, anchors=fixed if anchors == "given" else anchors).double()
     assert not list(cr.parameters())
     if anchors == "given":
-        torch.testing.assert_close(cr.anchors, given.double())
+        torch.testing.assert_close(cr.anchors, fixed.double())
     valid = labels < K
     expected = 0.1 * F.mse_loss(features.movedim(1, -1)[valid], cr.anchors[labels[valid]])
     torch.testing.assert_close(cr(features, labels), expected)

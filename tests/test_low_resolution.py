@@ -194,13 +194,13 @@ def test_always(build: Callable[[], nn.Module], corners: bool) -> None:
     handle = ao.low_resolution(model, batch(images=1)[0], always=True)
     low = maps(copy.deepcopy(model).train()(x))[0]
     check_step(plain, model, x, labels, corners=corners, low=tuple(low.shape[2:]))
-    expected, found = maps(plain.eval()(x)), maps(model.eval()(x))
-    assert found[0].shape[2] < 96
-    for full, low in zip(expected, found, strict=True):
+    expected, actual = maps(plain.eval()(x)), maps(model.eval()(x))
+    assert actual[0].shape[2] < 96
+    for full, low in zip(expected, actual, strict=True):
         options = {"align_corners": handle.align_corners}
         torch.testing.assert_close(upsampled(low, (96, 64), **options), full)
     restored = pickle.loads(pickle.dumps(model)) if build is Net else copy.deepcopy(model)
-    assert maps(restored.eval()(x))[0].shape == found[0].shape
+    assert maps(restored.eval()(x))[0].shape == actual[0].shape
     handle.remove()
     assert torch.equal(maps(model(x))[0], expected[0])
 
@@ -429,8 +429,8 @@ def test_volumes() -> None:
     handle = ao.low_resolution(model, images)
     logits = model.train()(images)
     assert logits.shape == (1, K, 4, 3, 2)
-    found = ao.pixel_cross_entropy(logits, labels, align_corners=handle.align_corners)
-    torch.testing.assert_close(found, expected)
+    actual = ao.pixel_cross_entropy(logits, labels, align_corners=handle.align_corners)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_low_resolution_already() -> None:

@@ -30,23 +30,23 @@ def batches(shape: tuple[int, ...] = (5, 7), size: tuple[int, ...] = (20, 21)) -
 
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_of_logits_and_of_predictions(align_corners: bool) -> None:
-    of_logits = ao.MeanIoU(K, align_corners=align_corners)
-    of_classes = ao.MeanIoU(K)
+    from_logits = ao.MeanIoU(K, align_corners=align_corners)
+    from_classes = ao.MeanIoU(K)
     theirs = JaccardIndex(task="multiclass", num_classes=K, ignore_index=255)
     each = JaccardIndex(task="multiclass", num_classes=K, ignore_index=255, average="none")
     for logits, labels in batches():
-        of_logits.update(logits.requires_grad_(), labels.short())
+        from_logits.update(logits.requires_grad_(), labels.short())
         full = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=align_corners)
-        of_classes.update(full.argmax(1).int(), labels)
+        from_classes.update(full.argmax(1).int(), labels)
         theirs.update(full.argmax(1), labels)
         each.update(full.argmax(1), labels)
-    assert of_logits.confusion.dtype == torch.int64
-    assert torch.equal(of_logits.confusion, of_classes.confusion)
-    torch.testing.assert_close(of_logits.compute(), theirs.compute())
-    found = of_logits.per_class()
-    torch.testing.assert_close(found[:-1], each.compute()[:-1])
-    assert found[K - 1].isnan() and found[K - 2] == 0 and not of_logits.compute().isnan()
-    torch.testing.assert_close(of_logits.compute(), found[:-1].mean())
+    assert from_logits.confusion.dtype == torch.int64
+    assert torch.equal(from_logits.confusion, from_classes.confusion)
+    torch.testing.assert_close(from_logits.compute(), theirs.compute())
+    per_class = from_logits.per_class()
+    torch.testing.assert_close(per_class[:-1], each.compute()[:-1])
+    assert per_class[K - 1].isnan() and per_class[K - 2] == 0 and not from_logits.compute().isnan()
+    torch.testing.assert_close(from_logits.compute(), per_class[:-1].mean())
 
 
 def test_of_one_image_as_in_torchmetrics_segmentation() -> None:
@@ -59,16 +59,16 @@ def test_of_one_image_as_in_torchmetrics_segmentation() -> None:
 def test_of_sigmoids() -> None:
     ours = ao.MeanIoU(3, sigmoid=True)
     theirs = JaccardIndex(task="multilabel", num_labels=3, average="none", ignore_index=255)
-    of_classes = ao.MeanIoU(3, sigmoid=True)
+    from_classes = ao.MeanIoU(3, sigmoid=True)
     for _ in range(2):
         logits, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 2, (2, 3, 8, 10))
         labels[:, :, 0] = 255
         ours.update(logits, labels)
         full = F.interpolate(logits, (8, 10), mode="bilinear")
-        of_classes.update(full > 0, labels)
+        from_classes.update(full > 0, labels)
         theirs.update(full.sigmoid(), labels)
     assert ours.confusion.shape == (3, 2, 2)
-    assert torch.equal(ours.confusion, of_classes.confusion)
+    assert torch.equal(ours.confusion, from_classes.confusion)
     torch.testing.assert_close(ours.per_class(), theirs.compute())
     torch.testing.assert_close(ours.compute(), theirs.compute().mean())
     binary = ao.MeanIoU(1, sigmoid=True)
@@ -128,9 +128,9 @@ LOGITS, LABELS = torch.zeros(2, K, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int6
     ids=str,
 )
 def test_messages_of_update(arguments: dict[str, Any], message: str) -> None:
-    given: dict[str, Tensor] = {"predictions": LOGITS, "labels": LABELS} | arguments
+    inputs: dict[str, Tensor] = {"predictions": LOGITS, "labels": LABELS} | arguments
     with pytest.raises(ValueError, match=f"^MeanIoU: {message}"):
-        ao.MeanIoU(K, check_labels=True).update(**given)
+        ao.MeanIoU(K, check_labels=True).update(**inputs)
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,9 @@ def test_one_sigmoid_with_and_without_its_axis(shape: tuple[int, ...]):
     predictions, labels = torch.randint(0, 2, shape), torch.randint(0, 2, shape)
     hits = ((predictions == 1) & (labels == 1)).sum()
     union = ((predictions == 1) | (labels == 1)).sum()
-    for given in (predictions, predictions.bool()):
+    for classes in (predictions, predictions.bool()):
         metric = ao.MeanIoU(1, sigmoid=True)
-        metric.update(given, labels)
+        metric.update(classes, labels)
         torch.testing.assert_close(metric.compute(), hits / union)
     if shape[1] > 1:
         metric.update(predictions, labels.unsqueeze(1))
@@ -168,11 +168,11 @@ def test_one_sigmoid_with_and_without_its_axis(shape: tuple[int, ...]):
 
 def test_labels_with_a_channel_beside_predictions_without():
     predictions, labels = torch.randint(0, K, (2, 8, 9)), torch.randint(0, K, (2, 1, 8, 9))
-    found = [ao.MeanIoU(K), ao.MeanIoU(K)]
-    for metric, given in zip(found, (labels, labels[:, 0]), strict=True):
-        metric.update(predictions, given)
-    assert torch.equal(found[0].confusion, found[1].confusion)
-    assert torch.equal(ao.confusion(predictions, labels, K), found[0].confusion)
+    metrics = [ao.MeanIoU(K), ao.MeanIoU(K)]
+    for metric, metric_labels in zip(metrics, (labels, labels[:, 0]), strict=True):
+        metric.update(predictions, metric_labels)
+    assert torch.equal(metrics[0].confusion, metrics[1].confusion)
+    assert torch.equal(ao.confusion(predictions, labels, K), metrics[0].confusion)
     with pytest.raises(ValueError, match="confusion: predictions: expected an int64 tensor"):
         ao.confusion(predictions, labels.expand(2, 2, 8, 9), K)
 
@@ -191,8 +191,10 @@ def test_a_collection_joins_metrics_of_equal_arguments_alone() -> None:
         "zero": {"ignore_index": 0},
         "corners": {"align_corners": True},
     }
-    collection = MetricCollection({name: ao.MeanIoU(K, **given) for name, given in made.items()})
-    alone = {name: ao.MeanIoU(K, **given) for name, given in made.items()}
+    collection = MetricCollection(
+        {name: ao.MeanIoU(K, **options) for name, options in made.items()}
+    )
+    alone = {name: ao.MeanIoU(K, **options) for name, options in made.items()}
     logits = torch.randn(2, K, 4, 4)
     for labels in (torch.ones(2, 4, 4).long(), torch.randint(0, K, (2, 16, 16))):
         for metric in (collection, *alone.values()):
@@ -202,6 +204,6 @@ def test_a_collection_joins_metrics_of_equal_arguments_alone() -> None:
         ["plain", "same"],
         ["zero"],
     ]
-    found = collection.compute()
+    values = collection.compute()
     for name, metric in alone.items():
-        assert torch.equal(found[name], metric.compute())
+        assert torch.equal(values[name], metric.compute())

@@ -131,34 +131,34 @@ def test_losses_gradients_and_state(backend: str, name: str, images: Images) -> 
     method = METHODS[name](num_classes, size[1])
     features, _ = in_layout(torch.randn(size).to(images.dtype), images.layout)
     labels = labels_of(features, num_classes, ratio=4 if on_gpu else 2)
-    given = method, features, labels, classifier_of(method, num_classes, size[1])
-    found = loss_gradients_and_state(*given)
+    arguments = method, features, labels, classifier_of(method, num_classes, size[1])
+    actual = loss_gradients_and_state(*arguments)
     with ao.use_backend("reference"):
-        expected = loss_gradients_and_state(*given)
+        expected = loss_gradients_and_state(*arguments)
     if name == "CBP":  # it learns nothing from the features, but remembers their centroids
         assert expected["features"] is None and expected["centroids"].any()
     else:
         assert expected["features"].any()
-        assert found["features"].stride() == torch.empty_like(features).stride()
-    assert found.keys() == expected.keys()
+        assert actual["features"].stride() == torch.empty_like(features).stride()
+    assert actual.keys() == expected.keys()
     for what, right in expected.items():
         if right is None:
-            assert found[what] is None, what
+            assert actual[what] is None, what
         else:
             # CeCo reduces the channels in the features' dtype, so all else has its rounding errors
             rounded = [right.dtype, images.dtype] if "CeCo" in name else [right.dtype]
-            assert_equal_but_for_rounding(what, found[what], right, rounded)
+            assert_equal_but_for_rounding(what, actual[what], right, rounded)
 
 
 def assert_equal_but_for_rounding(
-    what: str, found: Tensor | None, right: Tensor, rounded: list[torch.dtype]
+    what: str, actual: Tensor | None, right: Tensor, rounded: list[torch.dtype]
 ) -> None:
     """rounded: the dtypes of the result, and of what it was computed from."""
     eps = max(torch.finfo(x).eps if x.is_floating_point else 0 for x in rounded)
     floor = 1e-4 if right.is_cuda else 2e-5  # of the largest element; tensor cores truncate sums
     floor = max(floor, 2 * eps) if len(rounded) > 1 else floor
     torch.testing.assert_close(
-        found,
+        actual,
         right,
         rtol=max(1e-4, 2 * eps),
         atol=floor * float(right.abs().max()),

@@ -63,18 +63,18 @@ def example(kind: str, ratio: int, ignored: bool) -> SimpleNamespace:
     )
 
 
-def names(kind: str, given: SimpleNamespace) -> dict[str, Any]:
+def names(kind: str, inputs: SimpleNamespace) -> dict[str, Any]:
     """What the page names, except the losses."""
     labels, sigmoid, w = (
-        given.labels,
+        inputs.labels,
         kind != "softmax",
         torch.tensor([1.0, 2.0, 3.0, 0.5, 1.5]).double(),
     )
-    w, one_hot, by_channel = w[: given.K], None, None
+    w, one_hot, by_channel = w[: inputs.K], None, None
     if sigmoid:
         by_channel = w.view(-1, 1, 1).expand(labels.shape)
     else:
-        one_hot = torch.stack([labels == k for k in range(given.K)], 1).to(torch.uint8)
+        one_hot = torch.stack([labels == k for k in range(inputs.K)], 1).to(torch.uint8)
         one_hot[(labels == 255)[:, None].expand(one_hot.shape)] = 255
         by_channel = w.view(-1, 1, 1).expand(one_hot.shape)
     return {
@@ -91,7 +91,7 @@ def names(kind: str, given: SimpleNamespace) -> dict[str, Any]:
         "distances": DISTANCES,
         "w": w,
         **NUMBERS,
-        **vars(given),
+        **vars(inputs),
     }
 
 
@@ -99,19 +99,19 @@ def names(kind: str, given: SimpleNamespace) -> dict[str, Any]:
 @pytest.mark.parametrize(("section", "kind", "theirs", "ours"), [*rows()])
 @pytest.mark.filterwarnings("ignore:single channel prediction")
 def test_row(section: str, kind: str, theirs: str, ours: str, ratio: int):
-    given = example(kind, ratio, "ignore" in theirs)
-    known = names(kind, given) | FEW_LINES
+    inputs = example(kind, ratio, "ignore" in theirs)
+    known = names(kind, inputs) | FEW_LINES
     loss: Any = eval(ours, known)
     if isinstance(loss, nn.Module):
-        loss = loss(given.logits, given.labels)
+        loss = loss(inputs.logits, inputs.labels)
     expected: Any = eval(theirs, {**known, **LIBRARIES[section]})
     if callable(expected):
-        target = given.labels
+        target = inputs.labels
         if kind != "softmax":
             target = target.double()
         elif section in ("MONAI", "nnU-Net"):
             target = target[:, None]
-        expected = expected(given.z, target)
+        expected = expected(inputs.z, target)
     if loss.dim() > 0:  # reduction="none"
         assert loss.shape == expected.shape
         loss, expected = (x.square().sum() for x in (loss, expected))
@@ -119,7 +119,7 @@ def test_row(section: str, kind: str, theirs: str, ours: str, ratio: int):
     bounds = {"rtol": 1e-5, "atol": 1e-6} if section == "MONAI" and "Focal" in theirs else {}
     torch.testing.assert_close(loss.double(), expected.double(), **bounds)
     gradients = [
-        torch.autograd.grad(x, given.logits, retain_graph=True)[0] for x in (loss, expected)
+        torch.autograd.grad(x, inputs.logits, retain_graph=True)[0] for x in (loss, expected)
     ]
     assert gradients[0].abs().max() > 1e-6
     torch.testing.assert_close(*gradients, **bounds)
@@ -127,9 +127,9 @@ def test_row(section: str, kind: str, theirs: str, ours: str, ratio: int):
 
 def few_lines() -> dict[str, Any]:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    found: dict[str, Any] = {}
-    exec(compile(code, "docs/loss-map.md", "exec"), found)
-    return found
+    names_of_page: dict[str, Any] = {}
+    exec(compile(code, "docs/loss-map.md", "exec"), names_of_page)
+    return names_of_page
 
 
 def losses_of_monai() -> set[str]:
@@ -267,8 +267,8 @@ def mmseg_tversky(
         for i in range(pred.shape[1]):
             q, t = p[:, i].flatten(1), one_hot[:, i].flatten(1)
             tp, fp, fn = ((x * valid).sum(1) for x in (q * t, q * (1 - t), (1 - q) * t))
-            of_class = (1 - (tp + smooth) / (tp + alpha * fp + beta * fn + smooth)).mean()
-            total = total + of_class * (1 if class_weight is None else class_weight[i])
+            class_loss = (1 - (tp + smooth) / (tp + alpha * fp + beta * fn + smooth)).mean()
+            total = total + class_loss * (1 if class_weight is None else class_weight[i])
         return total / pred.shape[1]
 
     return loss
@@ -351,9 +351,9 @@ def nnunet_dice_and(cross_entropy: Callable[..., Callable], nonlin: Callable) ->
         weight_dice: float = 1,
         ignore_label: int | None = None,
     ) -> Callable:
-        of_dice, of_ce = (second, first) if nonlin is torch.sigmoid else (first, second)
+        dice_options, ce_options = (second, first) if nonlin is torch.sigmoid else (first, second)
         ignored = {} if ignore_label is None else {"ignore_index": ignore_label}
-        dice, ce = nnunet_dice(nonlin, **of_dice), cross_entropy(**of_ce, **ignored)
+        dice, ce = nnunet_dice(nonlin, **dice_options), cross_entropy(**ce_options, **ignored)
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
             mask = y != (-1 if ignore_label is None else ignore_label)

@@ -48,8 +48,8 @@ def test_build_info():
     assert re.match(r"2\.\d+\.\d+", info["torch"])
     assert info["compiler"]
     assert bool(info["cuda"]) == bool(info["cuda_arch_list"])
-    asked = info["cuda_choice"] != "0"
-    assert bool(info["cuda_obstacle"]) == (asked and not info["cuda"])
+    requested = info["cuda_choice"] != "0"
+    assert bool(info["cuda_obstacle"]) == (requested and not info["cuda"])
 
 
 @compiled
@@ -82,9 +82,9 @@ def test_other_torch_compiles_the_sources(python, part):
     """The sources use only what the headers of another torch declare. The CUDA sources are read as
     the emulator's compiler reads them (proofs/csrc/Makefile), so without what only nvcc sees."""
     code = "from torch.utils.cpp_extension import include_paths as p; print(*p('cpu'), sep='\\n')"
-    found = run(ROOT / python, "-c", code)
-    include, sources = found.stdout.split(), sorted((ROOT / "csrc").glob(part))
-    assert include and sources, found.stderr
+    process = run(ROOT / python, "-c", code)
+    include, sources = process.stdout.split(), sorted((ROOT / "csrc").glob(part))
+    assert include and sources, process.stderr
     command = [os.environ.get("CXX", "c++"), "-std=c++20", "-fsyntax-only", "-w", "-x", "c++"]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-I{ROOT}/tests/proofs/csrc"]
     answer = run(*command, *[f"-isystem{path}" for path in include], *sources)
@@ -192,8 +192,8 @@ def test_sdist_and_wheel_hold_everything(built):
     checkout, _, source, wheel, _ = built
 
     def files(folder: str) -> set[str]:
-        found = (path for path in (checkout / folder).rglob("*") if path.is_file())
-        return {path.relative_to(checkout).as_posix() for path in found if path.suffix != ".pyc"}
+        paths = (path for path in (checkout / folder).rglob("*") if path.is_file())
+        return {path.relative_to(checkout).as_posix() for path in paths if path.suffix != ".pyc"}
 
     for folder in ("anchorops", "csrc", "kernels", "tests", "bench", "examples", "docs"):
         missing = {name for name in files(folder) if not (source / name).exists()}
@@ -411,7 +411,7 @@ def test_an_old_setuptools_is_refused(checkout, tmp_path):
 
 @needs_sources
 @pytest.mark.parametrize(
-    ("gpus", "given", "expected"),
+    ("gpus", "requested", "expected"),
     [
         ([], "", "8.0;9.0;10.0;12.0+PTX"),
         ([(9, 0), (8, 9), (9, 0)], "", "8.9;9.0+PTX"),
@@ -420,9 +420,9 @@ def test_an_old_setuptools_is_refused(checkout, tmp_path):
         ([(7, 5)], "7.5 8.0 9.0+PTX", "8.0;9.0+PTX"),
     ],
 )
-def test_architectures(toolkit, gpus, given, expected):
+def test_architectures(toolkit, gpus, requested, expected):
     torch = FAKE_TORCH.format(version="2.12.0", cuda="12.9", gpus=gpus)
     known = "compute_75 compute_80 compute_86 compute_89 compute_90 compute_100 compute_120"
-    answer = toolkit(torch, known, TORCH_CUDA_ARCH_LIST=given)
+    answer = toolkit(torch, known, TORCH_CUDA_ARCH_LIST=requested)
     assert answer.stderr.splitlines()[-1] == expected, answer.stderr
     assert ("no CUDA code for 7.5" in answer.stderr) == ((7, 5) in gpus)

@@ -79,14 +79,14 @@ class Inputs(NamedTuple):
 
 def make_inputs(case: Case) -> Inputs:
     teacher_size = (*case.size[:2], *(case.teacher or case.size[2:]))
-    of_pixels = (case.size[0], *case.pixels)
+    pixels_size = (case.size[0], *case.pixels)
     logits = (case.scale * torch.randn(case.size)).to(case.dtype)
     teacher = (case.scale * torch.randn(teacher_size)).to(case.teacher_dtype or case.dtype)
     valid = None
     if case.masked:
-        valid = (torch.rand(of_pixels[::-1]) < 0.7).permute(*reversed(range(len(of_pixels))))
+        valid = (torch.rand(pixels_size[::-1]) < 0.7).permute(*reversed(range(len(pixels_size))))
     logits, teacher = (in_layout(x, case.layout)[0] for x in (logits, teacher))
-    return Inputs(logits, teacher, valid, torch.randn(of_pixels, dtype=F64))
+    return Inputs(logits, teacher, valid, torch.randn(pixels_size, dtype=F64))
 
 
 def formula(case: Case, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
@@ -109,15 +109,15 @@ def formula(case: Case, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
 
 def ours(case: Case, inputs: Inputs, reduction: str = "none") -> list[Tensor]:
     x = inputs.logits.detach().requires_grad_()
-    found = ao.pixel_kl_divergence(
+    actual = ao.pixel_kl_divergence(
         x, inputs.teacher, case.pixels, valid=inputs.valid, reduction=reduction, **case.options
     )
-    weights = inputs.weights.to(found.dtype) if reduction == "none" else torch.ones_like(found)
-    return [found.detach(), *torch.autograd.grad(found, x, weights)]
+    weights = inputs.weights.to(actual.dtype) if reduction == "none" else torch.ones_like(actual)
+    return [actual.detach(), *torch.autograd.grad(actual, x, weights)]
 
 
-def assert_close(found: Tensor, exact: Tensor, plain: Tensor, floor: float, eps: float = 0.0):
-    error = (found.double() - exact).abs()
+def assert_close(actual: Tensor, exact: Tensor, plain: Tensor, floor: float, eps: float = 0.0):
+    error = (actual.double() - exact).abs()
     allowed = 2 * (plain - exact).abs().max() + floor * exact.abs().max().clamp(min=1)
     assert (error <= allowed + eps * exact.abs()).all(), f"{error.max():.3g} > {allowed:.3g}"
 
@@ -125,15 +125,15 @@ def assert_close(found: Tensor, exact: Tensor, plain: Tensor, floor: float, eps:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_divergences_and_gradients(backend: str, case: Case) -> None:
     inputs = make_inputs(case)
-    found, gradient = ours(case, inputs)
+    actual, gradient = ours(case, inputs)
     exact, plain = formula(case, inputs, F64), formula(case, inputs, F32)
-    assert found.dtype == F32 and found.is_contiguous()
+    assert actual.dtype == F32 and actual.is_contiguous()
     assert gradient.dtype == case.dtype
     if backend != "reference":
         assert gradient.stride() == torch.empty_like(inputs.logits, device="meta").stride()
     largest = max(float(x.abs().max()) for x in inputs[:2]) / case.temperature
     floor = FLOOR * (1 + largest) * max(case.temperature, 1)
-    assert_close(found, exact[0], plain[0], floor * max(case.temperature, 1))
+    assert_close(actual, exact[0], plain[0], floor * max(case.temperature, 1))
     # the interpreter truncates numbers to bfloat16
     eps = (
         0.0
@@ -162,10 +162,10 @@ def test_reductions(backend: str, case: Case, reduction: str) -> None:
     exact, gradient = formula(case, inputs, F64)
     pixels = exact.numel() if inputs.valid is None else int(inputs.valid.sum())
     count = pixels if reduction == "mean" else 1
-    found = ours(case, inputs, reduction)
-    torch.testing.assert_close(found[0].double(), exact.sum() / count, rtol=2e-6, atol=1e-6)
+    actual = ours(case, inputs, reduction)
+    torch.testing.assert_close(actual[0].double(), exact.sum() / count, rtol=2e-6, atol=1e-6)
     close = 1e-5 * float(gradient.abs().max()) / count
-    torch.testing.assert_close(found[1].double(), gradient / count, rtol=1e-5, atol=close)
+    torch.testing.assert_close(actual[1].double(), gradient / count, rtol=1e-5, atol=close)
 
 
 @pytest.mark.on("reference", "cpu")
@@ -185,8 +185,8 @@ def test_float64(name: str, case: Case) -> None:
     case = case._replace(dtype=F64)
     inputs = make_inputs(case)
     with ao.use_backend(name):
-        found = ours(case, inputs)
-    for value, exact in zip(found, formula(case, inputs, F64), strict=True):
+        actual = ours(case, inputs)
+    for value, exact in zip(actual, formula(case, inputs, F64), strict=True):
         assert value.dtype == F64
         torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
 
@@ -198,20 +198,20 @@ def test_invalid_pixels_change_nothing(backend: str, case: Case) -> None:
     """Logits that only invalid pixels read; a pixel reads only logits of weight > 0."""
     inputs = make_inputs(case._replace(masked=False))
     values = torch.tensor([torch.nan, torch.inf, -torch.inf])  # of one row each
-    for of_teacher in (False, True):
-        x = (inputs.teacher if of_teacher else inputs.logits).clone()
+    for spoil_teacher in (False, True):
+        x = (inputs.teacher if spoil_teacher else inputs.logits).clone()
         marked = torch.zeros_like(x[:1, :1]).index_fill_(3, torch.tensor(1), 1.0)
         align = case.align_corners
         read = F.interpolate(marked, case.pixels, mode="bilinear", align_corners=align)[0, 0] > 0
         valid = ~read.expand(case.size[0], -1, -1)
         expected = ours(case, inputs._replace(valid=valid))
         x[..., 1] = values[torch.arange(x.shape[2]) % 3]
-        spoiled = inputs._replace(valid=valid, **{"teacher" if of_teacher else "logits": x})
-        found = ours(case, spoiled)
+        spoiled = inputs._replace(valid=valid, **{"teacher" if spoil_teacher else "logits": x})
+        actual = ours(case, spoiled)
         assert valid.any() and not valid.all()
-        for a, b in zip(found, expected, strict=True):
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        assert not found[0][~valid].any()
+        assert not actual[0][~valid].any()
 
 
 def test_classes_of_probability_0(backend: str) -> None:
@@ -220,15 +220,15 @@ def test_classes_of_probability_0(backend: str) -> None:
     expected = ao.pixel_kl_divergence(logits[:, :4], teacher[:, :4], (12, 16), reduction="none")
     teacher[:, 4] = -torch.inf
     logits.requires_grad_()
-    found = ao.pixel_kl_divergence(logits, teacher, (12, 16), reduction="none")
-    (gradient,) = torch.autograd.grad(found.sum(), logits)
-    assert found.isfinite().all() and gradient.isfinite().all() and (gradient[:, 4] > 0).all()
+    actual = ao.pixel_kl_divergence(logits, teacher, (12, 16), reduction="none")
+    (gradient,) = torch.autograd.grad(actual.sum(), logits)
+    assert actual.isfinite().all() and gradient.isfinite().all() and (gradient[:, 4] > 0).all()
     masked = logits.detach().clone()
     masked[:, 4] = -torch.inf
     masked.requires_grad_()
-    found = ao.pixel_kl_divergence(masked, teacher, (12, 16), reduction="none")
-    (gradient,) = torch.autograd.grad(found.sum(), masked)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    actual = ao.pixel_kl_divergence(masked, teacher, (12, 16), reduction="none")
+    (gradient,) = torch.autograd.grad(actual.sum(), masked)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     assert gradient.isfinite().all() and not gradient[:, 4].any()
     teacher = torch.randn(1, 5, 3, 4)
     assert (ao.pixel_kl_divergence(masked, teacher, (12, 16), reduction="none") == torch.inf).all()
@@ -239,18 +239,18 @@ def test_nan_is_never_lost(backend: str) -> None:
         inputs = {"logits": torch.randn(2, 5, 3, 4), "teacher": torch.randn(2, 5, 3, 4)}
         inputs[place][0, 2, 1, 1] = torch.nan
         x = inputs["logits"].requires_grad_()
-        found = ao.pixel_kl_divergence(x, inputs["teacher"], (12, 16), reduction="none")
-        (gradient,) = torch.autograd.grad(found.sum(), x)
-        assert found[0].isnan().any() and gradient[0].isnan().any()
-        assert found[1].isfinite().all() and gradient[1].isfinite().all()
+        actual = ao.pixel_kl_divergence(x, inputs["teacher"], (12, 16), reduction="none")
+        (gradient,) = torch.autograd.grad(actual.sum(), x)
+        assert actual[0].isnan().any() and gradient[0].isnan().any()
+        assert actual[1].isfinite().all() and gradient[1].isfinite().all()
 
 
 def test_equal_logits(backend: str) -> None:
     """Divergence and gradient are 0."""
     x = (5 * torch.randn(2, 7, 5, 6)).requires_grad_()
-    found = ao.pixel_kl_divergence(x, x, (20, 24), temperature=2.0, reduction="none")
-    (gradient,) = torch.autograd.grad(found.sum(), x)
-    assert (found >= 0).all() and found.max() < 1e-5 and gradient.abs().max() < 1e-4
+    actual = ao.pixel_kl_divergence(x, x, (20, 24), temperature=2.0, reduction="none")
+    (gradient,) = torch.autograd.grad(actual.sum(), x)
+    assert (actual >= 0).all() and actual.max() < 1e-5 and gradient.abs().max() < 1e-4
 
 
 @pytest.mark.on("reference", "cpu")
@@ -285,9 +285,9 @@ def test_nothing_to_compare(backend: str, reduction: str) -> None:
         x = torch.randn(size, requires_grad=True)
         valid = torch.zeros(size[0], *pixels, dtype=torch.bool)
         options = {"valid": valid, "reduction": reduction}
-        found = ao.pixel_kl_divergence(x, torch.randn(size), pixels, **options)
-        assert not found.any() and found.shape == (valid.shape if reduction == "none" else ())
-        (gradient,) = torch.autograd.grad(found.sum(), x)
+        actual = ao.pixel_kl_divergence(x, torch.randn(size), pixels, **options)
+        assert not actual.any() and actual.shape == (valid.shape if reduction == "none" else ())
+        (gradient,) = torch.autograd.grad(actual.sum(), x)
         assert gradient.shape == x.shape and not gradient.any()
 
 
@@ -304,8 +304,8 @@ def test_soft_labels(backend: str) -> None:
     x, teacher = torch.randn(2, 2, 5, 3, 4)
     for size in ((3, 4), (6, 8)):
         expected = ao.pixel_kl_divergence(x, teacher, size)
-        found = ao.pixel_kl_divergence(x, teacher + torch.randn(2, 1, 1, 1), size)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        actual = ao.pixel_kl_divergence(x, teacher + torch.randn(2, 1, 1, 1), size)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -335,8 +335,8 @@ def test_many_classes(num_classes: int) -> None:
     case = Case((1, num_classes, 2, 3), (8, 9), (2, 2))
     inputs = make_inputs(case)
     with ao.use_backend("cpu"):
-        found = ours(case, inputs)
-    for value, exact in zip(found, formula(case, inputs, F64), strict=True):
+        actual = ours(case, inputs)
+    for value, exact in zip(actual, formula(case, inputs, F64), strict=True):
         torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-5)
 
 
@@ -391,12 +391,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changed", "message"), WRONG, ids=lambda v: str(v)[:50])
 @pytest.mark.parametrize("name", ["auto", "reference"])
 def test_messages(name: str, changed: dict[str, Any], message: str) -> None:
-    given = {"logits": LOGITS, "teacher_logits": LOGITS, "size": (16, 24)} | changed
+    arguments = {"logits": LOGITS, "teacher_logits": LOGITS, "size": (16, 24)} | changed
     with (
         ao.use_backend(name),
         pytest.raises(ValueError, match=f"^pixel_kl_divergence: {message}"),
     ):
-        ao.pixel_kl_divergence(**given)
+        ao.pixel_kl_divergence(**arguments)
 
 
 def test_messages_of_volumes() -> None:

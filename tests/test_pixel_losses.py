@@ -183,8 +183,8 @@ def test_power_of_a_negative_mean(settings, defined, log):
 def test_absent_classes(absent):
     logits, z, labels = inputs()
     loss = ao.Dice(absent=absent, weight=torch.arange(1.0, 6.0))(logits, labels)
-    p, own = z.softmax(1), F.one_hot(labels, K).movedim(-1, 1).double()
-    o, m, c = ((x).sum((0, 2, 3)) for x in (p * own, p, own))
+    p, one_hot = z.softmax(1), F.one_hot(labels, K).movedim(-1, 1).double()
+    o, m, c = ((x).sum((0, 2, 3)) for x in (p * one_hot, p, one_hot))
     losses, w = 1 - 2 * o / (m + c), torch.arange(1.0, 6.0).double()
     present = c > 0
     assert not present[3]
@@ -312,12 +312,12 @@ def test_weights_of_pixels_on_each_backend(options, shape, backend):
     weights = torch.rand(labels.shape).where(labels > 0, 0).where(labels != 255, torch.nan)
     weights.requires_grad_()
     loss = ao.CrossEntropy(**options)
-    found = loss(logits, labels, weights)
+    actual = loss(logits, labels, weights)
     with ao.use_backend("reference"):
         expected = loss(logits, labels, weights)
-    torch.testing.assert_close(found, expected)
-    found, expected = (torch.autograd.grad(x, (logits, weights)) for x in (found, expected))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
+    actual, expected = (torch.autograd.grad(x, (logits, weights)) for x in (actual, expected))
+    torch.testing.assert_close(actual, expected)
 
 
 both_backends = pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -368,8 +368,8 @@ def test_weights_of_pixels_with_checkpoint(reentrant):
     logits, _, labels = inputs(torch.float32)
     weights = torch.rand(labels.shape, requires_grad=True)
     loss = ao.CrossEntropy()
-    found = checkpoint(loss, logits, labels, weights, use_reentrant=reentrant)
-    found.backward()
+    actual = checkpoint(loss, logits, labels, weights, use_reentrant=reentrant)
+    actual.backward()
     expected = torch.autograd.grad(loss(logits, labels, weights), (logits, weights))
     torch.testing.assert_close((logits.grad, weights.grad), expected)
 
@@ -455,11 +455,11 @@ def test_hard_examples_with_pixel_weights_of_1(make, label_smoothing):
 
 
 def test_the_other_loss_has_the_same_corners():
-    for given in (
+    for arguments in (
         {"cross_entropy": ao.CrossEntropy(align_corners=True)},
         {"dice": ao.Dice(align_corners=True, sigmoid=True)},
     ):
-        pair = ao.CrossEntropyDice(**given)
+        pair = ao.CrossEntropyDice(**arguments)
         assert pair.cross_entropy.align_corners and pair.dice.align_corners
 
 

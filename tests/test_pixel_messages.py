@@ -137,9 +137,9 @@ def test_pixel_argmax(arguments: dict[str, Any], message: str):
     ids=lambda v: str(v)[:50],
 )
 def test_confusion(arguments: dict[str, Any], message: str):
-    given = {"predictions": LABELS, "labels": LABELS, "num_classes": 5}
+    defaults = {"predictions": LABELS, "labels": LABELS, "num_classes": 5}
     with pytest.raises(ValueError, match=f"^confusion: {message}"):
-        ao.confusion(**(given | arguments))
+        ao.confusion(**(defaults | arguments))
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,12 @@ def test_confusion(arguments: dict[str, Any], message: str):
         (ao.Dice, {"smooth": float("inf")}, "smooth: expected a finite float or int, at least 0"),
         (ao.Dice, {"gamma": float("nan")}, "gamma: expected a finite float or int, above 0"),
         *(
-            (ao.Dice, {"gamma": 0.75, **given}, "gamma: expected 1 with smooth above .*, got 0.75")
-            for given in (
+            (
+                ao.Dice,
+                {"gamma": 0.75, **options},
+                "gamma: expected 1 with smooth above .*, got 0.75",
+            )
+            for options in (
                 {"smooth": 1.0, "smooth_denominator": 0.5},
                 {"squared": True, "alpha": 0.7, "beta": 0.3},
             )

@@ -18,8 +18,8 @@ MOVED = [(module, name) for module in (ao.ops, ao.anchors) for name in module.__
 def test_old_names_warn(module: ModuleType, name: str) -> None:
     message = f"^anchorops.{name} is removed in version 0.2; use {module.__name__}.{name}$"
     with pytest.warns(DeprecationWarning, match=message) as caught:
-        found = getattr(ao, name)
-    assert found is getattr(module, name)
+        actual = getattr(ao, name)
+    assert actual is getattr(module, name)
     assert caught[0].filename == __file__
     assert name not in ao.__all__
 
@@ -33,8 +33,8 @@ def test_old_names_compile() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        found = sums()
-    assert torch.equal(found, ao.ops.class_moments(features, labels, 2).sums)
+        actual = sums()
+    assert torch.equal(actual, ao.ops.class_moments(features, labels, 2).sums)
 
 
 def test_present_names_do_not_warn() -> None:

@@ -174,11 +174,11 @@ def test_channels_last_in_batched_gradients_and_traces():
     def losses(x: torch.Tensor) -> torch.Tensor:
         return ao.pixel_binary_cross_entropy(x, labels, reduction="none").mean((0, 2, 3))
 
-    found, expected = (
+    actual, expected = (
         torch.autograd.grad(losses(x), x, torch.eye(3), is_grads_batched=True)[0]
         for x in (logits, logits.detach().contiguous().requires_grad_())
     )
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
     traced, buffer = torch.jit.trace(losses, logits.detach()), io.BytesIO()
     torch.jit.save(traced, buffer)
     buffer.seek(0)

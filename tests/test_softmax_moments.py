@@ -27,9 +27,9 @@ from softmax_formulas import (
     make_logits,
     make_weights,
     moments_of,
-    of_reference,
     results,
     run,
+    run_reference,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,40 +49,40 @@ CASES = [
     # ×4: one cell, several tiles of cells, many classes
     Case((1, 3, 1, 1), (4, 4)),
     Case((2, 19, 3, 5), (12, 20)),
-    Case((2, 2, 3, 37), (12, 148), asked=("masses",), per_image=True),
+    Case((2, 2, 3, 37), (12, 148), statistics=("masses",), per_image=True),
     Case((1, 7, 9, 2), (36, 8), BF16, layout="channels_last", label_dtype=torch.uint8),
-    Case((1, 150, 1, 3), (4, 12), BF16, asked=CE),
-    Case((1, 37, 2, 3), (8, 12), F16, layout="every other", asked=("masses",)),
+    Case((1, 150, 1, 3), (4, 12), BF16, statistics=CE),
+    Case((1, 37, 2, 3), (8, 12), F16, layout="every other", statistics=("masses",)),
     # ×8
-    Case((1, 8, 3, 4), (24, 32), layout="channels_last", asked=CE),
+    Case((1, 8, 3, 4), (24, 32), layout="channels_last", statistics=CE),
     Case((2, 5, 2, 3), (16, 24), BF16, layout="cropped", label_dtype=torch.int16),
     # ×2 and ×3, and another ratio along each axis
-    Case((1, 7, 4, 5), (8, 10), asked=("hits", "masses")),
+    Case((1, 7, 4, 5), (8, 10), statistics=("hits", "masses")),
     Case((1, 4, 3, 9), (9, 9)),
     Case((1, 4, 9, 3), (3, 24), label_dtype=torch.uint16),
     # odd ratios, both ways to place the corners
     Case((1, 5, 9, 9), (33, 33)),
     Case((1, 5, 9, 9), (33, 33), F32, True),
     Case((2, 6, 4, 6), (17, 25), BF16, True, label_dtype=torch.int8),
-    Case((1, 9, 4, 5), (16, 20), F32, True, layout="channels_last", asked=CE),
-    Case((1, 3, 5, 4), (7, 9), F16, layout="channels_last", asked=("squares",)),
+    Case((1, 9, 4, 5), (16, 20), F32, True, layout="channels_last", statistics=CE),
+    Case((1, 3, 5, 4), (7, 9), F16, layout="channels_last", statistics=("squares",)),
     # the same size, down, one logit, one label
     Case((2, 6, 7, 5), (7, 5), BF16, layout="channels_last"),
     Case((1, 2, 4, 3), (4, 3)),
     Case((2, 2, 3, 2), (12, 8), per_image=True),
     Case((1, 7, 9, 8), (3, 5)),
-    Case((1, 7, 9, 8), (4, 2), F32, True, asked=("masses",)),
+    Case((1, 7, 9, 8), (4, 2), F32, True, statistics=("masses",)),
     Case((2, 3, 1, 1), (5, 3), F32, True),
     # cells of many pixels, which a program of the gradient takes in blocks
     Case((1, 3, 2, 1), (40, 3)),
-    Case((1, 2, 1, 2), (5, 37), BF16, layout="channels_last", asked=CE),
+    Case((1, 2, 1, 2), (5, 37), BF16, layout="channels_last", statistics=CE),
     Case((2, 4, 3, 5), (1, 1), F32, True),
     # points and volumes
     Case((70, 37), (), layout="every other", label_dtype=torch.int32),
-    Case((150, 19), (), BF16, asked=CE),
+    Case((150, 19), (), BF16, statistics=CE),
     Case((600, 5), ()),
     Case((2, 3, 300), (300,), per_image=True),
-    Case((1, 3, 1, 90), (1, 810), asked=("hits", "masses")),
+    Case((1, 3, 1, 90), (1, 810), statistics=("hits", "masses")),
     # one row of pixels in geometric sequences: the shifts of one row, of several small images
     Case((2, 5, 1, 40), (1, 160), F32, True),
     Case((20, 3, 1, 1), (1, 4), F32, True),
@@ -95,10 +95,12 @@ CASES = [
         for scale in (81.0, 9e3)
     ),
     # more classes than a block of any size has
-    Case((1, 1100, 1, 2), (2, 4), asked=CE) if BACKEND == "cuda" else Case((5, 300), (), asked=CE),
+    Case((1, 1100, 1, 2), (2, 4), statistics=CE)
+    if BACKEND == "cuda"
+    else Case((5, 300), (), statistics=CE),
 ]
 CASES_OF_CPU = [
-    Case((1, 2, 3, 12_400), (2, 1), asked=("masses",)),  # a tile of logits that no label reads
+    Case((1, 2, 3, 12_400), (2, 1), statistics=("masses",)),  # a tile of logits that no label reads
     Case((2, 7, 5, 6), (20, 24), F64),
     Case((2, 7, 5, 6), (17, 25), F64, True, per_image=True),
     Case((2, 7, 1, 1), (4, 3), F64),
@@ -167,11 +169,11 @@ def test_values_and_gradients(case: Case, backend: str, poisoned: None):
 SHAPED = [
     # label smoothing, focal factor, smallest loss: each alone, two, and all of them
     Case((2, 19, 3, 5), (12, 20), smoothing="class"),
-    Case((1, 2, 4, 3), (4, 3), asked=CE, smoothing="class"),
-    Case((1, 6, 4, 5), (8, 10), asked=CE, focal_gamma=2.0),
-    Case((1, 4, 5, 4), (7, 9), F16, True, asked=("masses",), focal_gamma=0.5),
+    Case((1, 2, 4, 3), (4, 3), statistics=CE, smoothing="class"),
+    Case((1, 6, 4, 5), (8, 10), statistics=CE, focal_gamma=2.0),
+    Case((1, 4, 5, 4), (7, 9), F16, True, statistics=("masses",), focal_gamma=0.5),
     Case((2, 5, 3, 4), (12, 16), min_loss=1.0, per_image=True),
-    Case((70, 37), (), layout="every other", asked=CE, smoothing="class", min_loss=3.0),
+    Case((70, 37), (), layout="every other", statistics=CE, smoothing="class", min_loss=3.0),
     Case((3, 4, 3, 4), (9, 7), F32, True, smoothing="class", focal_gamma=1.5),
     Case(
         *((2, 150, 2, 3), (4, 6), BF16, False, "channels_last"),
@@ -179,20 +181,20 @@ SHAPED = [
     ),
     Case((2, 3, 2, 1), (40, 3), smoothing="image and class", focal_gamma=2.0),
     # the factor of losses near 0 and far above
-    Case((1, 5, 4, 6), (16, 24), asked=CE, scale=27.0, smoothing="class", focal_gamma=1.2),
-    Case((2, 5, 3, 4), (12, 16), asked=("pixel_losses",), per_image=True, pixel_weights=True),
-    Case((30, 4), (), asked=CE, pixel_weights=True, min_loss=1.0),
-    Case((2, 3, 3, 4), (7, 9), asked=CE, smoothing="class", min_loss=1.0, pixel_weights=True),
+    Case((1, 5, 4, 6), (16, 24), statistics=CE, scale=27.0, smoothing="class", focal_gamma=1.2),
+    Case((2, 5, 3, 4), (12, 16), statistics=("pixel_losses",), per_image=True, pixel_weights=True),
+    Case((30, 4), (), statistics=CE, pixel_weights=True, min_loss=1.0),
+    Case((2, 3, 3, 4), (7, 9), statistics=CE, smoothing="class", min_loss=1.0, pixel_weights=True),
 ]  # fmt: skip
 SHAPES: list[dict[str, Any]] = [
-    {"asked": CE, "smoothing": "class"},
-    {"asked": CE, "focal_gamma": 2.0},
-    {"asked": CE, "focal_gamma": 0.5},
-    {"asked": CE, "focal_gamma": 1.7},
-    {"asked": CE, "min_loss": 0.8},
+    {"statistics": CE, "smoothing": "class"},
+    {"statistics": CE, "focal_gamma": 2.0},
+    {"statistics": CE, "focal_gamma": 0.5},
+    {"statistics": CE, "focal_gamma": 1.7},
+    {"statistics": CE, "min_loss": 0.8},
     {"smoothing": "class", "focal_gamma": 3.0, "min_loss": 0.5},
-    {"asked": ("masses",), "smoothing": "image and class", "per_image": True},
-    {"asked": CE, "pixel_weights": True},
+    {"statistics": ("masses",), "smoothing": "image and class", "per_image": True},
+    {"statistics": CE, "pixel_weights": True},
     {"smoothing": "class", "focal_gamma": 3.0, "min_loss": 0.5, "pixel_weights": True},
 ]
 SHAPED_OF_CPU = [
@@ -210,7 +212,7 @@ SHAPED_OF_CPU = [
 ]
 # Runs of one class, and cells that are processed pixel by pixel.
 STEEP_AND_SHAPED = [
-    Case(size, pixels, dtype, labels="coherent", scale=scale, asked=("pixel_losses",), **shape)
+    Case(size, pixels, dtype, labels="coherent", scale=scale, statistics=("pixel_losses",), **shape)
     for scale in (1.0, 30.0, 1e3)
     for size, pixels, dtype in (
         ((2, 2, 9, 20), (36, 80), F32),
@@ -248,7 +250,7 @@ def test_shaped_losses(case: Case, backend: str):
     [
         Case((1, 3, 2, 3), (8, 12)),
         Case((1, 3, 3, 2), (6, 16), dtype=BF16),
-        Case((1, 3, 2, 3), (7, 13), F32, True, asked=("masses",)),
+        Case((1, 3, 2, 3), (7, 13), F32, True, statistics=("masses",)),
         Case((1, 3, 2, 3), (8, 12), smoothing="class", focal_gamma=2.0, min_loss=0.5),
     ],
     ids=str,
@@ -300,24 +302,24 @@ STEEP = [
 def test_steep_logits(case: Case, scale: float, backend: str):
     """Neighbours that differ by up to twice the scale, and many pixels with equal logits: errors
     are those of torch's formula, however large the logits."""
-    case = case._replace(asked=CE)
+    case = case._replace(statistics=CE)
     labels, weights = make_labels(case), make_weights(case)
     for logits in (torch.randn(case.size), torch.randint(0, 2, case.size) * 2.0 - 1):
-        given = case, logits * scale, labels, weights
-        found = run(*given), formula(*given, F64), formula(*given, F32)
-        found = [(values["losses"], gradient) for values, gradient in found]
-        for ours, exact, plain in zip(*found, strict=True):
-            error, of_torch = (ours - exact).abs().max(), (plain - exact).abs().max()
-            assert error <= 2 * of_torch + 16 * torch.finfo(F32).eps * exact.abs().max()
+        arguments = case, logits * scale, labels, weights
+        runs = run(*arguments), formula(*arguments, F64), formula(*arguments, F32)
+        runs = [(values["losses"], gradient) for values, gradient in runs]
+        for ours, exact, plain in zip(*runs, strict=True):
+            error, torch_error = (ours - exact).abs().max(), (plain - exact).abs().max()
+            assert error <= 2 * torch_error + 16 * torch.finfo(F32).eps * exact.abs().max()
 
 
 @pytest.mark.on("reference", "interpreter", "emulator")
 def test_largest_logits(backend: str):
     """Neighbours whose difference is not finite in float32: p is 0 or 1, the gradient finite."""
-    case = Case((1, 4, 3, 4), (12, 16), asked=("hits", "masses"))
+    case = Case((1, 4, 3, 4), (12, 16), statistics=("hits", "masses"))
     logits = torch.where(make_logits(case)[0] > 0, 3e38, -3e38) * torch.rand(case.size)
-    given = logits, make_labels(case), make_weights(case)
-    torch.testing.assert_close(run(case, *given), of_reference(case, *given))
+    arguments = logits, make_labels(case), make_weights(case)
+    torch.testing.assert_close(run(case, *arguments), run_reference(case, *arguments))
 
 
 @cpu
@@ -325,21 +327,21 @@ def test_largest_logits(backend: str):
 def test_rounding_errors_of_many_factors(num_classes: int, allowed: float, backend: str):
     """In cells of 8 × 8 labels, where all cells have the same slopes, so that their errors do not
     cancel: allowed times torch's."""
-    case = Case((2, num_classes, 9, 17), (72, 136), asked=CE)
+    case = Case((2, num_classes, 9, 17), (72, 136), statistics=CE)
     logits = torch.randn(case.size) * 0.1 + torch.arange(9)[:, None] / 10
-    given = case, logits, make_labels(case), {"losses": torch.ones(num_classes)}
-    found = run(*given), formula(*given, F64), formula(*given, F32)
-    ours, exact, plain = (gradient.double() for _, gradient in found)
-    error, of_torch = ((x - exact).square().mean().sqrt() for x in (ours, plain))
-    assert error <= allowed * of_torch
+    arguments = case, logits, make_labels(case), {"losses": torch.ones(num_classes)}
+    runs = run(*arguments), formula(*arguments, F64), formula(*arguments, F32)
+    ours, exact, plain = (gradient.double() for _, gradient in runs)
+    error, torch_error = ((x - exact).square().mean().sqrt() for x in (ours, plain))
+    assert error <= allowed * torch_error
 
 
 def even_logits(kind: str, case: Case) -> Tensor:
     """The same logits everywhere, different for each class; or slow waves."""
-    of_classes = torch.arange(case.num_classes)[:, None, None] * 0.3
+    class_offsets = torch.arange(case.num_classes)[:, None, None] * 0.3
     rows, columns = (torch.linspace(0, 1, n) for n in case.size[2:])
-    waves = (1 + 10 * of_classes + 2 * rows[:, None] + columns).sin()
-    values = of_classes.expand(waves.shape) if kind == "uniform" else waves
+    waves = (1 + 10 * class_offsets + 2 * rows[:, None] + columns).sin()
+    values = class_offsets.expand(waves.shape) if kind == "uniform" else waves
     return values.expand(case.size).contiguous()
 
 
@@ -363,7 +365,7 @@ def test_rounding_errors_of_even_regions(case: Case, kind: str, backend: str):
     at most twice those of masked sums, plus two roundings."""
     logits, labels = even_logits(kind, case), make_labels(case)
     labels[..., : case.pixels[1] // 2] = 1
-    case = case._replace(asked=("masses", "squares"))
+    case = case._replace(statistics=("masses", "squares"))
     ours = moments_of(case, logits, labels)
     exact, plain = (by_torch(case, logits.to(dtype), labels) for dtype in (F64, F32))
     for name in ("losses", "overlaps", "masses", "squares"):
@@ -402,29 +404,29 @@ def test_far_from_zero(backend: str):
     logits, labels, weights = make_logits(case)[0].round(), make_labels(case), make_weights(case)
     through = ("losses", "masses", "squares")
     ours, dlogits = run(case, logits + 4096, labels, weights, through)
-    exact, exact_gradient = of_reference(case, logits, labels, weights, through)
+    exact, exact_gradient = run_reference(case, logits, labels, weights, through)
     for name in ("overlaps", "masses", "squares", "pixel_losses"):
         torch.testing.assert_close(ours[name], exact[name], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(dlogits, exact_gradient, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.on("cpu", "reference", "emulator", "cuda")  # Triton would compile each one
-@pytest.mark.parametrize("asked", [c for n in range(6) for c in combinations(ALL, n)], ids=str)
-def test_every_combination_of_statistics(asked: tuple[str, ...], backend: str):
-    check(Case((2, 7, 3, 5), (12, 20), asked=asked), backend)
+@pytest.mark.parametrize("statistics", [c for n in range(6) for c in combinations(ALL, n)], ids=str)
+def test_every_combination_of_statistics(statistics: tuple[str, ...], backend: str):
+    check(Case((2, 7, 3, 5), (12, 20), statistics=statistics), backend)
 
 
 @on_cpu
-@pytest.mark.parametrize("asked", [{}, {"masses": False, "hits": False}, {"squares": True}])
-def test_what_is_not_asked_for_changes_nothing(asked: dict[str, bool], backend: str):
+@pytest.mark.parametrize("flags", [{}, {"masses": False, "hits": False}, {"squares": True}])
+def test_what_is_not_asked_for_changes_nothing(flags: dict[str, bool], backend: str):
     case = Case((2, 19, 9, 12), (36, 48))
     logits, labels = make_logits(case)[0], make_labels(case)
     everything = ao.ops.softmax_moments(logits, labels, **EVERYTHING)
-    found = ao.ops.softmax_moments(logits, labels, **asked)
-    for name, value in found._asdict().items():
+    moments = ao.ops.softmax_moments(logits, labels, **flags)
+    for name, value in moments._asdict().items():
         default = name in ("hits", "masses", "overlaps", "counts", "losses")
         flag = {"overlaps": "masses"}.get(name, name)
-        assert (value is not None) == asked.get(flag, default)
+        assert (value is not None) == flags.get(flag, default)
         if value is not None:
             torch.testing.assert_close(value, getattr(everything, name), rtol=1e-6, atol=1e-6)
 
@@ -480,9 +482,9 @@ class Allocated(TorchDispatchMode):
     ("case", "blocks"),
     [
         # in launches of one row of patches, or of three
-        (Case((1, 5, 30, 30), (240, 240), asked=("masses",)), (4, 12)),
+        (Case((1, 5, 30, 30), (240, 240), statistics=("masses",)), (4, 12)),
         # in launches of one part of the cells
-        (Case((2, 5, 6, 6), (48, 48), asked=("masses",), per_image=True), (2, 2)),
+        (Case((2, 5, 6, 6), (48, 48), statistics=("masses",), per_image=True), (2, 2)),
     ],
     ids=str,
 )
@@ -548,10 +550,10 @@ def test_outside_is_counted_only_if_requested(backend_name: str, monkeypatch):
 def test_nothing_is_used(backend: str):
     logits = torch.randn(2, 4, 5, 5, requires_grad=True)
     labels = torch.randint(0, 4, (2, 10, 10))
-    found = checked_moments("test", logits, labels, Options(min_loss=1e9, focal_gamma=1.0))
-    assert found.used is not None and not found.used.any() and found.counts.sum() == 200
-    (gradient,) = torch.autograd.grad(found.losses.sum(), logits)
-    assert not gradient.any() and not found.losses.any()
+    moments = checked_moments("test", logits, labels, Options(min_loss=1e9, focal_gamma=1.0))
+    assert moments.used is not None and not moments.used.any() and moments.counts.sum() == 200
+    (gradient,) = torch.autograd.grad(moments.losses.sum(), logits)
+    assert not gradient.any() and not moments.losses.any()
 
 
 @st.composite

@@ -44,8 +44,8 @@ def test_grad_scaler_in_half_precision(backend: str):
 
 def same_loss_and_gradient(ours: Tensor, expected: Tensor, logits: Tensor) -> None:
     torch.testing.assert_close(ours, expected)
-    found, wanted = (torch.autograd.grad(x.sum(), logits)[0] for x in (ours, expected))
-    torch.testing.assert_close(found, wanted)
+    actual, wanted = (torch.autograd.grad(x.sum(), logits)[0] for x in (ours, expected))
+    torch.testing.assert_close(actual, wanted)
 
 
 @without_cuda

@@ -16,8 +16,8 @@ from softmax_formulas import (
     make_labels,
     make_logits,
     make_weights,
-    of_reference,
     run,
+    run_reference,
 )
 from torch import Tensor
 
@@ -124,13 +124,13 @@ def test_results_are_those_of_the_reference(case: Case, value: float, backend: s
     if case.num_classes > 2:
         logits[1, 2] = value
     (ours, dlogits), (exact, exact_gradient) = (
-        f(case, logits, labels, weights) for f in (run, of_reference)
+        f(case, logits, labels, weights) for f in (run, run_reference)
     )
-    for found, expected in ((dlogits, exact_gradient), *((ours[k], exact[k]) for k in exact)):
-        rtol = 1e-2 if found.dtype in (BF16, F16) else 1e-5
+    for actual, expected in ((dlogits, exact_gradient), *((ours[k], exact[k]) for k in exact)):
+        rtol = 1e-2 if actual.dtype in (BF16, F16) else 1e-5
         atol = rtol * float(torch.where(expected.isfinite(), expected, 0).abs().max())
-        expected = expected.to(found.dtype)
-        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, equal_nan=True)
+        expected = expected.to(actual.dtype)
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
 
 
 @each_ratio
@@ -143,7 +143,7 @@ def test_minus_infinity_masks_a_class(pixels, align_corners, backend: str):
     logits[0, 4, 0, 1] = -torch.inf
     logits[0, 3, 1:, 2:] = -torch.inf
     ours, dlogits = run(case, logits, labels, weights)
-    expected = of_reference(case, logits, labels, weights)
+    expected = run_reference(case, logits, labels, weights)
     torch.testing.assert_close((ours, dlogits), expected, rtol=1e-5, atol=1e-5)
     assert not dlogits[0, 2].any() and not dlogits[0, 4, 0, 1].any()
     labels[0, 1, 1] = 2  # a masked class is not expected: its loss is infinite
@@ -159,16 +159,18 @@ def test_a_class_of_minus_infinity_is_no_class(backend: str):
     labels[labels == 3] = 255
     logits[:, 3] = -torch.inf
     kept = torch.tensor([0, 1, 2, 4, 5])
-    of_kept = torch.full((256,), 255).index_put_((kept,), torch.arange(5))
-    of_kept = of_kept[labels.where((labels >= 0) & (labels < 6), 255)]
+    kept_labels = torch.full((256,), 255).index_put_((kept,), torch.arange(5))
+    kept_labels = kept_labels[labels.where((labels >= 0) & (labels < 6), 255)]
     weights_of_kept = {name: w[kept] if w.dim() == 1 else w for name, w in weights.items()}
     ours, dlogits = run(case, logits, labels, weights)
-    others, gradient = run(fewer, logits[:, kept], of_kept, weights_of_kept)
+    others, gradient = run(fewer, logits[:, kept], kept_labels, weights_of_kept)
     torch.testing.assert_close(dlogits[:, kept], gradient)
     assert not dlogits[:, 3].any()
-    for name, found in ours.items():
-        torch.testing.assert_close(found[kept] if found.dim() == 1 else found, others[name])
-        assert found.dim() > 1 or not found[3]
+    for name, statistic in ours.items():
+        torch.testing.assert_close(
+            statistic[kept] if statistic.dim() == 1 else statistic, others[name]
+        )
+        assert statistic.dim() > 1 or not statistic[3]
 
 
 @without_cuda
@@ -185,7 +187,7 @@ def test_shaped_losses(pixels, align_corners, backend: str):
     for min_loss in (-torch.inf, 0.2):
         case = case._replace(min_loss=min_loss)
         ours, dlogits = run(case, logits, labels, weights, through)
-        expected = of_reference(case, logits, labels, weights, through)
+        expected = run_reference(case, logits, labels, weights, through)
         torch.testing.assert_close((ours, dlogits), expected, rtol=1e-5, atol=1e-5)
         assert dlogits.isfinite().all() and dlogits[0, 1].any() and not dlogits[0, 0].any()
     labels[0, 0, 0] = 0
@@ -207,12 +209,12 @@ def test_a_label_of_a_masked_class_without_weights(ratio: int, backend: str):
     labels[0, 0, -1] = 2
     smoothing = torch.tensor([[0.9, 0.9, 0.0], [0.05, 0.05, 0.0]])
     options = Options(smoothing=smoothing, focal_gamma=2.0, min_loss=0.1, pixel_losses=True)
-    found = moments_of("test", logits, labels, options)
-    (gradient,) = torch.autograd.grad(found.losses.sum(), logits)
-    assert found.losses.isfinite().all() and gradient.isfinite().all()
+    moments = moments_of("test", logits, labels, options)
+    (gradient,) = torch.autograd.grad(moments.losses.sum(), logits)
+    assert moments.losses.isfinite().all() and gradient.isfinite().all()
     assert gradient[:, :, :, 2:].any() and not gradient[:, 2].any()
-    found = moments_of("test", logits, labels, options._replace(smoothing=None))
-    assert found.pixel_losses[0, 0, -1] == torch.inf
+    moments = moments_of("test", logits, labels, options._replace(smoothing=None))
+    assert moments.pixel_losses[0, 0, -1] == torch.inf
 
 
 def test_gradient_of_nan_reaches_the_logits_that_its_pixel_reads(backend: str):
@@ -263,8 +265,8 @@ def test_nothing_valid(size, labels, dtype, per_image, backend: str, poisoned: N
         assert statistic.shape == (*images, 5)
     assert moments.pixel_losses.shape == labels
     assert not any(x.any() for x in (*moments[:7], loss))
-    found = [*moments[2:7], loss]
-    (gradient,) = torch.autograd.grad(found, logits, found)  # pyright: ignore
+    outputs = [*moments[2:7], loss]
+    (gradient,) = torch.autograd.grad(outputs, logits, outputs)  # pyright: ignore
     assert gradient.shape == size and not gradient.any()
 
 

@@ -58,8 +58,8 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
         for network in NETWORKS:
             for method in METHODS:
                 size = network.classes, network.dim
-                found, expected = counted(method, *size, rank), transfers(method, *size)
-                for got, want in zip(found, expected, strict=True):  # autograd chooses the order
+                actual, expected = counted(method, *size, rank), transfers(method, *size)
+                for got, want in zip(actual, expected, strict=True):  # autograd chooses the order
                     assert sorted(got) == sorted(want), (network.name, method, got, want)
     finally:
         dist.destroy_process_group()

@@ -43,11 +43,13 @@ def check(function: Callable[..., Tensor | tuple], *inputs: Tensor) -> None:
     inputs = tuple(x.requires_grad_() for x in inputs)
 
     def run() -> list[Tensor]:
-        found = function(*inputs)
-        found = [found] if isinstance(found, Tensor) else [x for x in found if x is not None]
-        differentiable = [x for x in found if x.requires_grad]
+        results = function(*inputs)
+        results = (
+            [results] if isinstance(results, Tensor) else [x for x in results if x is not None]
+        )
+        differentiable = [x for x in results if x.requires_grad]
         weights = [torch.linspace(0.5, 1.5, x.numel()).view(x.shape).to(x) for x in differentiable]
-        return [*found, *torch.autograd.grad(differentiable, inputs, weights)]
+        return [*results, *torch.autograd.grad(differentiable, inputs, weights)]
 
     same_for_all_threads(run)
 
@@ -100,12 +102,12 @@ def test_class_moments(size: tuple[int, ...], num_classes: int, backend: str):
     features, anchors = torch.randn(size), torch.randn(num_classes, size[1])
 
     def run(f: Tensor, a: Tensor) -> list[Tensor | None]:
-        given = f, labels, num_classes
+        arguments = f, labels, num_classes
         return [
             ao.pixel_to_anchor_mse(f, labels, a, ignore_index=-1),
             ao.pixel_to_anchor_mse(f, labels, a, reduction="sum", ignore_index=-1),
-            *ao.ops.class_moments(*given, anchors=a, per_image=True, ignore_index=-1),
-            *ao.ops.class_moments(*given, anchors=a, groups=3, seed=5, ignore_index=-1),
+            *ao.ops.class_moments(*arguments, anchors=a, per_image=True, ignore_index=-1),
+            *ao.ops.class_moments(*arguments, anchors=a, groups=3, seed=5, ignore_index=-1),
         ]
 
     with ao.use_backend(backend):

@@ -39,27 +39,27 @@ def example(size: Size, label_size: Size, channels: int = 5, dtype: torch.dtype 
 def values_and_gradient(function, features, labels, num_classes, gradients=None, **options):
     """counts; sums, mean, variance; dfeatures; and the gradients that were given or drawn."""
     features = features.detach().requires_grad_()
-    counts, *found = function(features, labels, num_classes, ignore_index=255, **options)
+    counts, *statistics = function(features, labels, num_classes, ignore_index=255, **options)
     if gradients is None:
-        gradients = [torch.randn(x.shape) for x in found]
+        gradients = [torch.randn(x.shape) for x in statistics]
         for i in (1, 2):  # as large in dfeatures as those of the sums
             gradients[i] *= features.numel() / features.shape[1]
-    gradients = [g.to(x.dtype) for g, x in zip(gradients, found, strict=True)]
-    (dfeatures,) = torch.autograd.grad(found, features, gradients)
-    return counts, found, dfeatures, gradients
+    gradients = [g.to(x.dtype) for g, x in zip(gradients, statistics, strict=True)]
+    (dfeatures,) = torch.autograd.grad(statistics, features, gradients)
+    return counts, statistics, dfeatures, gradients
 
 
 def check(features, labels, num_classes, per_image, upsample=True):
     """Sums, mean, variance and gradient, compared with the reference in float64."""
-    given, options = (labels, num_classes), {"per_image": per_image, "upsample": upsample}
-    counts, found, dfeatures, gradients = values_and_gradient(
-        upsampled_sums, features, *given, **options
+    arguments, options = (labels, num_classes), {"per_image": per_image, "upsample": upsample}
+    counts, statistics, dfeatures, gradients = values_and_gradient(
+        upsampled_sums, features, *arguments, **options
     )
     exact_counts, exact, dexact, _ = values_and_gradient(
-        reference.upsampled_sums, features.double(), *given, gradients, **options
+        reference.upsampled_sums, features.double(), *arguments, gradients, **options
     )
-    assert torch.equal(counts, exact_counts) and found[0].dtype == torch.float32
-    torch.testing.assert_close(found, [x.float() for x in exact], rtol=1e-5, atol=1e-5)
+    assert torch.equal(counts, exact_counts) and statistics[0].dtype == torch.float32
+    torch.testing.assert_close(statistics, [x.float() for x in exact], rtol=1e-5, atol=1e-5)
     assert dfeatures.stride() == features.stride() and dfeatures.dtype == features.dtype
     rounding = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[features.dtype]
     torch.testing.assert_close(dfeatures.double(), dexact, rtol=rounding, atol=1e-5)
@@ -93,9 +93,9 @@ SIZES_OF_CPU = [
 @pytest.mark.parametrize("upsample", [True, False])
 def test_the_reference_sums_the_upsampled_tensor(backend, size, label_size, per_image, upsample):
     features, labels = example(size, label_size)
-    given, options = (features, labels, K), {"per_image": per_image, "upsample": upsample}
-    *ours, gradients = values_and_gradient(upsampled_sums, *given, **options)
-    *expected, _ = values_and_gradient(sums_of_upsampled, *given, gradients, **options)
+    arguments, options = (features, labels, K), {"per_image": per_image, "upsample": upsample}
+    *ours, gradients = values_and_gradient(upsampled_sums, *arguments, **options)
+    *expected, _ = values_and_gradient(sums_of_upsampled, *arguments, gradients, **options)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -179,13 +179,13 @@ def test_nothing(backend: str):
 def test_half_precision_is_summed_in_float32(backend: str, label_size: Size):
     features, labels = example((6, 10), label_size, dtype=torch.bfloat16)
     options = {"per_image": True, "upsample": True}
-    _, found, gradient, gradients = values_and_gradient(
+    _, actual, gradient, gradients = values_and_gradient(
         upsampled_sums, features, labels, K, **options
     )
     _, expected, dfeatures, _ = values_and_gradient(
         upsampled_sums, features.float(), labels, K, gradients, **options
     )
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
     assert torch.equal(gradient, dfeatures.bfloat16())
 
 

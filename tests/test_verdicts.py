@@ -167,12 +167,12 @@ def test_the_reference_is_the_last():
 )
 def test_operators_of_the_calls(call: Callable[[], Any], operators: str):
     """Each operator that a call runs is looked up."""
-    found = []
+    looked_up = []
     for name in _verdicts.OPERATORS:
         _verdicts._told.clear()
         _verdicts.remember("cpu", CPU, {name: False})
-        found += [name] * bool(warnings_of(call))
-    assert sorted(found) == operators.split()
+        looked_up += [name] * bool(warnings_of(call))
+    assert sorted(looked_up) == operators.split()
 
 
 def test_the_choice_is_compiled():

@@ -49,7 +49,7 @@ CALLS = iter(range(1000))
     ],
 )
 def test_wrong_functions_are_noticed(change: Callable[[Tensor], Tensor]):
-    row = verify.run(PLAIN._replace(ours=lambda *given: change(PLAIN.ours(*given))), BACKEND, CPU)
+    row = verify.run(PLAIN._replace(ours=lambda *inputs: change(PLAIN.ours(*inputs))), BACKEND, CPU)
     assert row.right is False and str(row).endswith("WRONG")
 
 
@@ -97,28 +97,31 @@ def row_of(operators: str, right: bool | None) -> verify.Row:
 
 
 def test_what_a_run_remembers(verdicts):
-    def found(rows: list[verify.Row], everything: bool = False, complete: bool = True) -> dict:
+    def remembered(rows: list[verify.Row], everything: bool = False, complete: bool = True) -> dict:
         verify._remember(BACKEND, rows, everything, complete)
         return json.loads(verdicts.read_text())[0]["right"]
 
     two = [row_of("confusion pixel_argmax", True), row_of("softmax_moments", None)]
-    assert found(two) == {"confusion": True, "pixel_argmax": True}
+    assert remembered(two) == {"confusion": True, "pixel_argmax": True}
     wrong = row_of("softmax_moments pixel_argmax", False)
-    assert found([*two, wrong], complete=False) == {"softmax_moments": False, "pixel_argmax": False}
-    assert found(two, complete=False) == {"softmax_moments": False, "pixel_argmax": False}
-    assert found(two) == {"confusion": True, "pixel_argmax": True}  # right again
+    assert remembered([*two, wrong], complete=False) == {
+        "softmax_moments": False,
+        "pixel_argmax": False,
+    }
+    assert remembered(two, complete=False) == {"softmax_moments": False, "pixel_argmax": False}
+    assert remembered(two) == {"confusion": True, "pixel_argmax": True}  # right again
 
 
 def test_what_a_run_of_some_of_tritons_checks_remembers(verdicts, monkeypatch):
     monkeypatch.setattr(verify, "device_of", lambda backend: torch.device("meta"))
     rows = [row_of("confusion", True), row_of("softmax_moments", True)]
     wrong = row_of("softmax_moments", False)
-    for everything, found, right in (
+    for everything, checked_rows, right in (
         (True, [*rows, wrong], False),
         (False, rows, False),  # other checks had found it
         (True, rows, True),
     ):
-        verify._remember("triton", found, everything, complete=True)
+        verify._remember("triton", checked_rows, everything, complete=True)
         (record,) = json.loads(verdicts.read_text())
         assert record["right"] == {"confusion": True, "softmax_moments": right}
     verify._remember("triton", [row_of("confusion", False)], everything=False, complete=True)
@@ -127,7 +130,7 @@ def test_what_a_run_of_some_of_tritons_checks_remembers(verdicts, monkeypatch):
 
 
 def test_an_interrupted_run_remembers_what_is_wrong(capsys, monkeypatch, verdicts):
-    wrong = PLAIN._replace(ours=lambda *given: PLAIN.ours(*given) * 1.001)
+    wrong = PLAIN._replace(ours=lambda *inputs: PLAIN.ours(*inputs) * 1.001)
 
     def interrupt(*_: Tensor) -> Tensor:
         raise KeyboardInterrupt
@@ -152,7 +155,7 @@ def test_the_command(capsys, monkeypatch, tmp_path, verdicts):
     record = json.loads(path.read_text())
     assert record["torch"] == torch.__version__ and len(record["rows"]) == 4
 
-    wrong = PLAIN._replace(ours=lambda *given: PLAIN.ours(*given) * 1.001)
+    wrong = PLAIN._replace(ours=lambda *inputs: PLAIN.ours(*inputs) * 1.001)
     monkeypatch.setattr(verify, "checks", lambda: [wrong])
     assert doctor.main(command) == 1
     report = capsys.readouterr().out

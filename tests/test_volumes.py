@@ -54,9 +54,9 @@ def assert_same(
     ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], logits: Tensor
 ) -> None:
     """The same value and the same gradient."""
-    found, expected = ours(logits), theirs(logits)
-    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-6)
-    (gradient,) = torch.autograd.grad(found, logits)
+    actual, expected = ours(logits), theirs(logits)
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(actual, logits)
     (wanted,) = torch.autograd.grad(expected, logits)
     assert gradient.dtype == logits.dtype
     tolerance = 1e-2 if logits.dtype == torch.bfloat16 else 1e-4
@@ -86,12 +86,12 @@ def test_every_statistic(case: Case, backend: str) -> None:
 def test_predictions(size: Any, label_size: Any, backend: str) -> None:
     logits, labels = inputs(size, label_size)
     with ao.use_backend(backend):
-        found = ao.pixel_argmax(logits, label_size)
+        classes = ao.pixel_argmax(logits, label_size)
         matrix = ao.pixel_confusion(logits, labels)
     z = upsampled(logits, labels)
-    chosen = z.gather(1, found[:, None])[:, 0]
+    chosen = z.gather(1, classes[:, None])[:, 0]
     assert (z.amax(1) - chosen <= 1e-5 * z.abs().max()).all()
-    assert torch.equal(matrix, ao.confusion(found, labels, K))
+    assert torch.equal(matrix, ao.confusion(classes, labels, K))
 
 
 LOSSES: dict[str, Callable[[], Any]] = {
@@ -128,10 +128,10 @@ def test_labels_with_a_channel(volume: bool, backend: str) -> None:
     with_channel, weights = labels[:, None], torch.rand(labels.shape)
     with ao.use_backend(backend):
         for reduction in ("mean", "none"):
-            found = ao.pixel_cross_entropy(logits, with_channel, reduction=reduction)
+            actual = ao.pixel_cross_entropy(logits, with_channel, reduction=reduction)
             expected = ao.pixel_cross_entropy(logits, labels, reduction=reduction)
-            assert torch.equal(found.flatten(), expected.flatten())
-        assert found.shape == with_channel.shape
+            assert torch.equal(actual.flatten(), expected.flatten())
+        assert actual.shape == with_channel.shape
         moments = ao.ops.softmax_moments(logits, with_channel, **EVERYTHING)
         assert moments.pixel_losses.shape == with_channel.shape
         weighted = ao.pixel_cross_entropy(logits, with_channel, weight=weights.flatten()[:K])
@@ -143,8 +143,8 @@ def test_labels_with_a_channel(volume: bool, backend: str) -> None:
         assert torch.equal(maps[0], maps[1][:, None])
         for loss in (ao.CrossEntropy(), ao.CrossEntropyDice()):
             expected = loss(logits, labels, weights)
-            for given in (weights, weights[:, None]):
-                assert loss(logits, with_channel, given) == expected
+            for pixel_weights in (weights, weights[:, None]):
+                assert loss(logits, with_channel, pixel_weights) == expected
         for loss in (ao.Dice(), ao.CrossEntropy(ohem_kept=9), ao.CrossEntropy(focal_gamma=1.0)):
             assert loss(logits, with_channel) == loss(logits, labels)
         matrix = ao.pixel_confusion(logits, with_channel)
@@ -172,8 +172,8 @@ def test_confidence_and_mean_iou(backend: str) -> None:
     logits, labels = inputs()
     z = upsampled(logits, labels)
     with ao.use_backend(backend):
-        classes, found = ao.pixel_argmax(logits, (9, 11, 13), confidence=True)
-        torch.testing.assert_close(found.double(), z.softmax(1).amax(1), rtol=0, atol=1e-5)
+        classes, confidence = ao.pixel_argmax(logits, (9, 11, 13), confidence=True)
+        torch.testing.assert_close(confidence.double(), z.softmax(1).amax(1), rtol=0, atol=1e-5)
         first, second = ao.MeanIoU(K), ao.MeanIoU(K)
         first.update(logits, labels[:, None])
         second.update(classes, labels)
@@ -251,8 +251,8 @@ def test_memory_of_a_slab(
     size, slices = (depth, 16, 16), 4
     logits = torch.randn(1, 16, 48, 16, 16, dtype=dtype, requires_grad=True)
     teacher, labels = logits.detach().flip(1), torch.randint(0, 16, (1, *size))
-    of_slice = logits[0, :, 0].numel()
-    monkeypatch.setattr(volumes, "SLAB", (2 if name == "divergence" else 1) * slices * of_slice)
+    slice_size = logits[0, :, 0].numel()
+    monkeypatch.setattr(volumes, "SLAB", (2 if name == "divergence" else 1) * slices * slice_size)
     runs: dict[str, Callable[[], Any]] = {
         "cross-entropy": lambda: torch.autograd.grad(
             ao.pixel_cross_entropy(logits, labels), logits
@@ -265,7 +265,7 @@ def test_memory_of_a_slab(
     slabs = {"cross-entropy": 2, "divergence": 3, "argmax": 1}[name]
     results = 0 if name == "argmax" else logits.nbytes
     maps = 2 * labels.nbytes  # lse, or the classes, and their slabs
-    bound = results + maps + 4 * of_slice * (slabs * slices + 4)
+    bound = results + maps + 4 * slice_size * (slabs * slices + 4)
     assert peak_allocated_bytes(runs[name]) < bound < results + maps + 4 * logits.numel()
 
 
@@ -310,10 +310,10 @@ def test_monai_deep_supervision() -> None:
     labels = torch.randint(0, K, (2, 1, 16, 16, 16), dtype=torch.uint8)
     heads = [torch.randn(2, K, *(n,) * 3, requires_grad=True) for n in (16, 8, 4)]
     deep = losses.DeepSupervisionLoss(ao.CrossEntropyDice())
-    found = deep(heads, labels)
-    found.backward()
+    actual = deep(heads, labels)
+    actual.backward()
     monai = losses.DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
-    torch.testing.assert_close(found, losses.DeepSupervisionLoss(monai)(heads, labels))
+    torch.testing.assert_close(actual, losses.DeepSupervisionLoss(monai)(heads, labels))
     assert all(head.grad.abs().sum() > 0 for head in heads)
 
 

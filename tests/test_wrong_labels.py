@@ -19,17 +19,19 @@ from tests.test_class_keys import INTEGERS
 NAME, IGNORED = "labels_out_of_range", "labels_ignored"
 LOSSES: dict[str, Callable[..., PixelLoss]] = {
     "CrossEntropy": ao.CrossEntropy,
-    "focal": lambda **given: ao.CrossEntropy(focal_gamma=2.0, **given),
-    "ohem": lambda **given: ao.CrossEntropy(ohem=0.2, **given),
-    "ohem_kept": lambda **given: ao.CrossEntropy(ohem_kept=10, **given),
+    "focal": lambda **options: ao.CrossEntropy(focal_gamma=2.0, **options),
+    "ohem": lambda **options: ao.CrossEntropy(ohem=0.2, **options),
+    "ohem_kept": lambda **options: ao.CrossEntropy(ohem_kept=10, **options),
     "Dice": ao.Dice,
-    "Dice per image": lambda **given: ao.Dice(per_image=True, **given),
+    "Dice per image": lambda **options: ao.Dice(per_image=True, **options),
     "CrossEntropyDice": ao.CrossEntropyDice,
 }
 SIGMOIDS: dict[str, Callable[..., PixelLoss]] = {
     "BinaryCrossEntropy": ao.BinaryCrossEntropy,
-    "Dice": lambda **given: ao.Dice(sigmoid=True, **given),
-    "CrossEntropyDice": lambda **given: ao.CrossEntropyDice(dice=ao.Dice(sigmoid=True), **given),
+    "Dice": lambda **options: ao.Dice(sigmoid=True, **options),
+    "CrossEntropyDice": lambda **options: ao.CrossEntropyDice(
+        dice=ao.Dice(sigmoid=True), **options
+    ),
 }
 each_backend = pytest.mark.on("reference", "cpu", "gpu")
 without_cuda = pytest.mark.on("reference", "cpu", "triton")  # it leaves them to triton
@@ -66,8 +68,8 @@ def wrong_labels(
 
 def count(loss: PixelLoss, logits: Tensor, labels: Tensor) -> float:
     value = loss(logits, labels)
-    for found in (loss.terms[NAME], loss.terms[IGNORED]):
-        assert found.dtype == value.dtype and found.shape == () and not found.requires_grad
+    for term in (loss.terms[NAME], loss.terms[IGNORED]):
+        assert term.dtype == value.dtype and term.shape == () and not term.requires_grad
     ignore_index = 255 if loss.ignore_index is None else loss.ignore_index
     assert loss.terms[IGNORED] == (labels.long() == ignore_index).sum()
     return loss.terms[NAME].item()
@@ -196,14 +198,14 @@ def test_vmap(backend: str) -> None:
     logits = torch.randn(3, 2, 5, 4, 6)
     labels, _ = wrong_labels((3, 2, 16, 24), 5, 255)
 
-    def of_one(logits: Tensor, labels: Tensor) -> Tensor:
+    def counts(logits: Tensor, labels: Tensor) -> Tensor:
         loss = ao.CrossEntropy()
         loss(logits, labels)
         return torch.stack([loss.terms[NAME], loss.terms[IGNORED]])
 
-    expected = torch.stack([of_one(x, y) for x, y in zip(logits, labels, strict=True)])
+    expected = torch.stack([counts(x, y) for x, y in zip(logits, labels, strict=True)])
     assert expected.all()
-    torch.testing.assert_close(vmap(of_one)(logits, labels), expected)
+    torch.testing.assert_close(vmap(counts)(logits, labels), expected)
 
 
 @pytest.mark.parametrize("loss", [ao.CrossEntropy(), ao.BinaryCrossEntropy()], ids=str)
@@ -219,18 +221,18 @@ MASK = 255 * (torch.arange(2 * 16 * 24).view(2, 1, 16, 24) % 3 == 0)  # 0 and 25
 BINARY_LOGITS = torch.randn(2, 1, 4, 6)
 
 
-def by_function(**given: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, y: ao.pixel_binary_cross_entropy(x, y, **given)
+def by_function(**options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, y: ao.pixel_binary_cross_entropy(x, y, **options)
 
 
-def by_confusion(**given: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, y: ao.pixel_confusion(x, y, sigmoid=True, **given)
+def by_confusion(**options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, y: ao.pixel_confusion(x, y, sigmoid=True, **options)
 
 
-def by_metric(of_classes: bool = False, **given: Any) -> Callable[[Tensor, Tensor], object]:
+def by_metric(from_classes: bool = False, **options: Any) -> Callable[[Tensor, Tensor], object]:
     def update(x: Tensor, y: Tensor) -> None:
-        metric = ao.MeanIoU(1, sigmoid=True, **given)
-        metric.update(torch.zeros_like(y) if of_classes else x, y)
+        metric = ao.MeanIoU(1, sigmoid=True, **options)
+        metric.update(torch.zeros_like(y) if from_classes else x, y)
 
     return update
 
@@ -239,7 +241,7 @@ CHECKS: dict[str, tuple[str, Callable[..., Callable[[Tensor, Tensor], object]]]]
     "pixel_binary_cross_entropy": ("pixel_binary_cross_entropy", by_function),
     "pixel_confusion": ("pixel_confusion", by_confusion),
     "MeanIoU": ("MeanIoU", by_metric),
-    "MeanIoU of classes": ("MeanIoU", lambda **given: by_metric(True, **given)),
+    "MeanIoU of classes": ("MeanIoU", lambda **options: by_metric(True, **options)),
     **{name: (name.split()[0], make) for name, make in SIGMOIDS.items()},
 }
 

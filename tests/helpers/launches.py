@@ -29,8 +29,8 @@ def _cuda_kernels() -> dict[int, str]:
     library = Path(EMULATED_LIBRARY or CUDA_LIBRARY)
     symbols = subprocess.run(["nm", library], check=True, capture_output=True, text=True).stdout
     lines = [line.split() for line in symbols.splitlines()]
-    found = {int(line[0], 16): line[2] for line in lines if len(line) == 3}
-    names = dict(zip(found, readable(list(found.values())), strict=True))
+    mangled = {int(line[0], 16): line[2] for line in lines if len(line) == 3}
+    names = dict(zip(mangled, readable(list(mangled.values())), strict=True))
     sources = (path.read_text() for path in SOURCES.rglob("*.cu*"))
     kernels = {name for source in sources for name in KERNEL.findall(source)}
     return {at: name for at, name in names.items() if name.partition("<")[0] in kernels}
@@ -49,10 +49,10 @@ def kernels_of(backend: str) -> set[str]:
 def launched_by(run: Callable[[], object], backend: str) -> set[str]:
     """Those of our kernels that a call launches."""
     if torch.get_default_device().type == "cuda":
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run()
             torch.cuda.synchronize()
-        return set(readable([event.key for event in found.key_averages()])) & kernels_of(backend)
+        return set(readable([event.key for event in profiler.key_averages()])) & kernels_of(backend)
     if backend == "cuda":
         launched = controls().launched_kernels
         launched()

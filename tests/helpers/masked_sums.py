@@ -177,10 +177,10 @@ def check(
     anchors: Tensor | None = None,
 ) -> None:
     """Values and gradients of the backend, which is chosen, are within the error budget."""
-    own_features, own_labels, own_anchors, dsums, dsqdists = make_inputs(case)
-    features = own_features if features is None else features
-    labels = own_labels if labels is None else labels
-    anchors = own_anchors if anchors is None else anchors
+    default_features, default_labels, default_anchors, dsums, dsqdists = make_inputs(case)
+    features = default_features if features is None else features
+    labels = default_labels if labels is None else labels
+    anchors = default_anchors if anchors is None else anchors
     ours = run(case, features, labels, anchors, dsums, dsqdists)
     dsqdists = dsqdists if case.anchors else dsqdists * 0
 
@@ -188,7 +188,7 @@ def check(
         return masked_sums(case, features, labels, anchors, dsums, dsqdists, term)
 
     exact, straightforward = formula(anchors.double()), formula(anchors)
-    allowed = _of_cpu if backend in ("cpu", "reference") else _of_gpu_kernels
+    allowed = _cpu_budget if backend in ("cpu", "reference") else _gpu_budget
     allowed = allowed(case, backend, exact, straightforward, formula, anchors, dsqdists)
     dtype = case.statistics_dtype
     dtypes = torch.int64, dtype, dtype, case.dtype, anchors.dtype
@@ -196,9 +196,9 @@ def check(
     assert torch.equal(ours[0], exact.counts)
     if backend != "reference":
         assert ours[3].stride() == torch.empty_like(features, device="meta").stride()
-    for found, right, most in zip(ours[1:], exact[1:], allowed, strict=True):
-        if found is not None:
-            error = (found.double() - right).abs()
+    for actual, right, most in zip(ours[1:], exact[1:], allowed, strict=True):
+        if actual is not None:
+            error = (actual.double() - right).abs()
             assert (error <= most).all(), f"error {error.max():.3g}, allowed {most.max():.3g}"
 
 
@@ -225,7 +225,7 @@ def _twice(straightforward: Tensor, exact: Tensor) -> Tensor:
     return 2 * (straightforward.double() - exact).abs().max()
 
 
-def _of_cpu(case, backend, exact, straightforward, formula, anchors, dsqdists):
+def _cpu_budget(case, backend, exact, straightforward, formula, anchors, dsqdists):
     """The allowed errors of sums, sqdists, dfeatures, danchors."""
     dtype, info, squares = (
         case.statistics_dtype,
@@ -237,26 +237,26 @@ def _of_cpu(case, backend, exact, straightforward, formula, anchors, dsqdists):
     def budget(right: Tensor, plain: Tensor, squares: Tensor) -> Tensor:
         return _twice(plain, right) + eps * (roundings * right.abs() + 4 * squares.sqrt())
 
-    of = Expected(*map(budget, exact, straightforward, squares))
+    budgets = Expected(*map(budget, exact, straightforward, squares))
     # arithmetic in the statistics' dtype, then one rounding (of a subnormal number: absolute)
-    of_dfeatures = info.eps / 2 * exact.dfeatures.abs() + 2 * eps * squares.dfeatures.sqrt()
-    of_dfeatures += info.smallest_normal * info.eps
+    dfeatures = info.eps / 2 * exact.dfeatures.abs() + 2 * eps * squares.dfeatures.sqrt()
+    dfeatures += info.smallest_normal * info.eps
     # the fused operators compute danchors = −2·dsqdists·(sums − n·a) from the rounded sums
     rounding = (8 if dtype == F64 else 0.5) * eps * exact.sums.abs() * (backend != "reference")
     rounding = 2 * dsqdists[..., None] * rounding
     rounding = rounding.view(-1, case.num_classes, case.groups, case.size[1]).sum((0, 2))
-    return of.sums, of.sqdists, of_dfeatures, of.danchors + rounding
+    return budgets.sums, budgets.sqdists, dfeatures, budgets.danchors + rounding
 
 
-def _of_gpu_kernels(case, backend, exact, straightforward, formula, anchors, dsqdists):
+def _gpu_budget(case, backend, exact, straightforward, formula, anchors, dsqdists):
     """The same for kernels on a GPU, or emulated on the CPU."""
     largest = [x.abs().max() for x in (formula(anchors.double(), torch.abs).sums, *exact[2:])]
     on_gpu = [ON_GPU * largest[0], ON_GPU * largest[1]]
     emulated = [_twice(straightforward[i], exact[i]) + FLOOR * largest[i - 1] for i in (1, 2)]
-    of_sums, of_sqdists = on_gpu if anchors.is_cuda else emulated
+    sums, sqdists = on_gpu if anchors.is_cuda else emulated
     # float32 arithmetic, then one rounding to the features' dtype
     eps, floor = torch.finfo(case.dtype).eps, 1e-6 if anchors.is_cuda else 4 * FLOOR
-    of_dfeatures = eps * exact.dfeatures.abs() + floor * largest[2]
+    dfeatures = eps * exact.dfeatures.abs() + floor * largest[2]
     # from the sums of all keys of a class: −2·dsqdists·(s − n·a)
-    of_keys = 2 * dsqdists.numel() // case.num_classes * of_sums + FLOOR * largest[3]
-    return of_sums, of_sqdists, of_dfeatures, of_sums if anchors.is_cuda else of_keys
+    danchors = 2 * dsqdists.numel() // case.num_classes * sums + FLOOR * largest[3]
+    return sums, sqdists, dfeatures, sums if anchors.is_cuda else danchors

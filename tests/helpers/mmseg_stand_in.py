@@ -105,12 +105,12 @@ def build_head(registry: Registry) -> type:
             labels = labels.squeeze(1)
             several = isinstance(self.loss_decode, nn.ModuleList)
             losses: list[Any] = [*self.loss_decode] if several else [self.loss_decode]
-            found: dict[str, Any] = {}
+            loss_terms: dict[str, Any] = {}
             for loss in losses:
                 value = loss(logits, labels, ignore_index=self.ignore_index)
-                found[loss.loss_name] = found.get(loss.loss_name, 0) + value
+                loss_terms[loss.loss_name] = loss_terms.get(loss.loss_name, 0) + value
             hits = (logits.argmax(1) == labels)[labels != self.ignore_index]
-            return found | {"acc_seg": 100 * hits.float().mean()}
+            return loss_terms | {"acc_seg": 100 * hits.float().mean()}
 
     return FCNHead
 

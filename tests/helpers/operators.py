@@ -146,7 +146,7 @@ def our_statistics(logits: Tensor, labels: Tensor, **options: Any) -> list[Tenso
 
 def statistics(logits: Tensor, labels: Tensor, **options: Any) -> list[Tensor]:
     size, pixels = tuple(logits.shape), tuple(labels.shape[1:])
-    case = softmax_formulas.Case(size, pixels, asked=STATISTICS[3:], **options)
+    case = softmax_formulas.Case(size, pixels, statistics=STATISTICS[3:], **options)
     moments = softmax_formulas.by_torch(case, logits, labels)
     return [moments[name] for name in STATISTICS]
 

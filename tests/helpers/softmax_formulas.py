@@ -35,7 +35,7 @@ class Case(NamedTuple):
     layout: str = "contiguous"
     labels: str = "random"
     label_dtype: torch.dtype = torch.int64
-    asked: tuple[str, ...] = ALL
+    statistics: tuple[str, ...] = ALL
     per_image: bool = False
     scale: float = 3.0  # of the logits
     smoothing: str = ""  # by "class", or by "image and class"
@@ -80,7 +80,7 @@ class Case(NamedTuple):
             focal_gamma=self.focal_gamma,
             align_corners=self.align_corners,
             per_image=self.per_image,
-            **{name: name in self.asked for name in ALL},
+            **{name: name in self.statistics for name in ALL},
         )
 
 
@@ -166,7 +166,7 @@ def results(case: Case, logits: Tensor, labels: Tensor, weights, through=FLOATIN
     return [*values.values(), dlogits]
 
 
-def of_reference(case: Case, logits: Tensor, labels: Tensor, weights, through=FLOATING) -> Results:
+def run_reference(case: Case, logits: Tensor, labels: Tensor, weights, through=FLOATING) -> Results:
     with ao.use_backend("reference"):
         return run(case, logits.detach().to(statistics_dtype(case.dtype)), labels, weights, through)
 
@@ -186,13 +186,13 @@ def upsampled(case: Case, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Te
 def by_torch(case: Case, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """All statistics but the hits by torch's formulas in the dtype of x. Unread logits are
     multiplied by 0, so all must be finite."""
-    z, own, valid = upsampled(case, x, labels)
-    one_hot = (own[:, None] == torch.arange(case.num_classes)[:, None]) & valid[:, None]
+    z, classes, valid = upsampled(case, x, labels)
+    one_hot = (classes[:, None] == torch.arange(case.num_classes)[:, None]) & valid[:, None]
     log_p = z.log_softmax(1)
     p = torch.where(valid[:, None], log_p.exp(), 0)
-    c = -log_p.gather(1, own[:, None])[:, 0]
+    c = -log_p.gather(1, classes[:, None])[:, 0]
     used = valid if case.min_loss == -torch.inf else valid & ~(c < case.min_loss)
-    losses, shares = torch.where(used, shaped_losses(case, log_p, c, own), 0), used
+    losses, shares = torch.where(used, shaped_losses(case, log_p, c, classes), 0), used
     weighted = losses
     if case.pixel_weights:
         pixel_weights = make_pixel_weights(case, labels).view(used.shape).to(x.dtype)
@@ -208,10 +208,10 @@ def by_torch(case: Case, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "pixel_losses": lambda: losses.view(labels.shape),
         "used": lambda: (one_hot * shares[:, None]).sum(axes),
     }
-    asked = {"counts", "losses", *case.asked} - {"hits"}
-    asked |= {"overlaps"} if "masses" in case.asked else set()
-    asked |= {"used"} if case.min_loss > -torch.inf or case.pixel_weights else set()
-    return {name: moments[name]() for name in asked}
+    names = {"counts", "losses", *case.statistics} - {"hits"}
+    names |= {"overlaps"} if "masses" in case.statistics else set()
+    names |= {"used"} if case.min_loss > -torch.inf or case.pixel_weights else set()
+    return {name: moments[name]() for name in names}
 
 
 def formula(case: Case, logits, labels, weights, dtype: torch.dtype, through=FLOATING) -> Results:
@@ -220,11 +220,11 @@ def formula(case: Case, logits, labels, weights, dtype: torch.dtype, through=FLO
     return with_gradient(by_torch(case, x, labels), x, weights, through)
 
 
-def shaped_losses(case: Case, log_p: Tensor, c: Tensor, own: Tensor) -> Tensor:
+def shaped_losses(case: Case, log_p: Tensor, c: Tensor, classes: Tensor) -> Tensor:
     losses, smoothing = c, case.options.smoothing
     if smoothing is not None:
-        of_own, of_all = smoothing.to(c.dtype).expand(len(c), 2, -1).unbind(1)
-        losses = of_own.gather(1, own) * c - (of_all[..., None] * log_p).sum(1)
+        true_weights, all_weights = smoothing.to(c.dtype).expand(len(c), 2, -1).unbind(1)
+        losses = true_weights.gather(1, classes) * c - (all_weights[..., None] * log_p).sum(1)
     if case.focal_gamma > 0:
         miss = -torch.expm1(-c).clamp(max=-torch.finfo(c.dtype).tiny)
         losses = losses * miss**case.focal_gamma
@@ -242,7 +242,9 @@ def check(case: Case, backend: str, through=FLOATING, logits=None, labels=None) 
     exact, exact_gradient = formula(case, logits, labels, weights, F64, through)
     plain, plain_gradient = formula(case, logits, labels, weights, dtype, through)
 
-    assert ours.keys() - {"hits"} == exact.keys() and ("hits" in ours) == ("hits" in case.asked)
+    assert ours.keys() - {"hits"} == exact.keys() and ("hits" in ours) == (
+        "hits" in case.statistics
+    )
     assert torch.equal(ours["counts"], exact["counts"])
     if "used" in ours and case.pixel_weights:
         torch.testing.assert_close(ours["used"], exact["used"].to(dtype))
@@ -280,10 +282,10 @@ def assert_close(name: str, ours: Tensor, exact: Tensor, plain: Tensor, floor: f
 
 def check_hits(case: Case, logits: Tensor, labels: Tensor, hits: Tensor, floor: float) -> None:
     """Exact, except for pixels whose two largest logits are equal up to rounding."""
-    z, own, valid = upsampled(case, logits.double(), labels)
-    others = z.scatter(1, own[:, None], -torch.inf).amax(1)
-    lead = z.gather(1, own[:, None])[:, 0] - others
-    one_hot = (own[:, None] == torch.arange(case.num_classes)[:, None]) & valid[:, None]
+    z, classes, valid = upsampled(case, logits.double(), labels)
+    others = z.scatter(1, classes[:, None], -torch.inf).amax(1)
+    lead = z.gather(1, classes[:, None])[:, 0] - others
+    one_hot = (classes[:, None] == torch.arange(case.num_classes)[:, None]) & valid[:, None]
     floor *= 1 + float(z.abs().max())
     least, most = (
         (one_hot & (lead > at_least)[:, None]).sum((2,) if case.per_image else (0, 2))

@@ -84,11 +84,11 @@ def labels_of(classes: int, *size: int, dtype: torch.dtype = torch.int64) -> Ten
 
 def with_gradients(outputs: Results, **inputs: Tensor | None) -> Results:
     """The outputs, and the gradients of the inputs from all outputs."""
-    given = {name: x for name, x in inputs.items() if x is not None}
+    leaves = {name: x for name, x in inputs.items() if x is not None}
     differentiable = [x for x in outputs.values() if x is not None and x.requires_grad]
     grads = [torch.linspace(0.5, 1.5, x.numel()).view(x.shape).to(x) for x in differentiable]
-    found = torch.autograd.grad(differentiable, list(given.values()), grads, allow_unused=True)
-    return outputs | {f"d{name}": x for name, x in zip(given, found, strict=True)}
+    gradients = torch.autograd.grad(differentiable, list(leaves.values()), grads, allow_unused=True)
+    return outputs | {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
 
 
 def loss_and_gradients(loss: nn.Module, *inputs: Tensor, **leaves: Tensor | None) -> Results:
@@ -122,9 +122,9 @@ def name_of(*parts: object) -> str:
 def cases_of_softmax_moments() -> None:
     for classes in (2, 5, 19, 300):
         for ratio, (size, labels, align) in RATIOS.items():
-            for i, asked in enumerate([*ALONE, TOGETHER]):
-                results = name_of(*(key for key, value in asked.items() if value))
-                options = asked | {"align_corners": align, "per_image": i % 2 == 1}
+            for i, flags in enumerate([*ALONE, TOGETHER]):
+                results = name_of(*(key for key, value in flags.items() if value))
+                options = flags | {"align_corners": align, "per_image": i % 2 == 1}
                 case(
                     f"softmax moments, {classes} classes, {ratio}: {results}",
                     lambda shape=((2, classes, *size), (2, *labels)), options=options: (
@@ -143,12 +143,12 @@ def cases_of_softmax_moments() -> None:
             size, labels, _ = RATIOS[ratio]
             for dtype in (F32, BF16, F16, F64):
                 for layout in ("", "channels last", "cropped"):
-                    of_labels = torch.uint8 if layout else torch.int64
-                    given = (2, classes, *size), (2, *labels), dtype, layout, of_labels
+                    labels_dtype = torch.uint8 if layout else torch.int64
+                    arguments = (2, classes, *size), (2, *labels), dtype, layout, labels_dtype
                     case(
                         f"softmax moments, {classes} classes, {ratio}, {name_of(dtype, layout)}",
-                        lambda given=given, align=layout == "cropped": softmax_moments(
-                            *given, **TOGETHER, align_corners=align, per_image=align
+                        lambda arguments=arguments, align=layout == "cropped": softmax_moments(
+                            *arguments, **TOGETHER, align_corners=align, per_image=align
                         ),
                     )
     shapes = {
@@ -163,8 +163,8 @@ def cases_of_softmax_moments() -> None:
             for align in (False, True):
                 case(
                     f"softmax moments, {name_of(name, dtype, align and 'aligned')}",
-                    lambda given=(size, labels, dtype), align=align: softmax_moments(
-                        *given, **TOGETHER, align_corners=align, per_image=align
+                    lambda arguments=(size, labels, dtype), align=align: softmax_moments(
+                        *arguments, **TOGETHER, align_corners=align, per_image=align
                     ),
                 )
 
@@ -199,8 +199,8 @@ def pixel_losses(classes: int) -> dict[str, Callable[[], nn.Module]]:
         {"classes": [0]} if classes == 1 else {"classes": [0, 1], "absent": "keep", "smooth": 0.1},
     ):
         name = name_of("Dice", *(f"{key} {value}" for key, value in options.items()))
-        given = dice | options | {"ignore_index": 255}
-        losses[name] = lambda given=given: ao.Dice(**given)
+        arguments = dice | options | {"ignore_index": 255}
+        losses[name] = lambda arguments=arguments: ao.Dice(**arguments)
     losses["both"] = lambda: ao.CrossEntropyDice(
         cross_entropy(**weights, label_smoothing=0.1, focal_gamma=2.0),
         ao.Dice(**dice, squared=True),
@@ -231,7 +231,7 @@ def pixel_loss(
 def cases_of_pixel_losses() -> None:
     for classes in (1, 2, 5, 19):
         channels = 3 if classes == 1 else classes
-        of_labels = (2, 3) if classes == 1 else (2,)
+        batch = (2, 3) if classes == 1 else (2,)
         places: list[tuple[str, tuple, tuple, torch.dtype]] = [
             (name_of(ratio, dtype), RATIOS[ratio][0], RATIOS[ratio][1], dtype)
             for ratio, dtype in (("×4", F32), ("×1.5", BF16), ("same size", F32), ("down", F64))
@@ -239,12 +239,12 @@ def cases_of_pixel_losses() -> None:
         places.append(("volume", (3, 4, 5), (6, 8, 11), F32))
         for place, size, labels_size, dtype in places:
             for name, make in pixel_losses(classes).items():
-                shape = (2, channels, *size), (*of_labels, *labels_size), dtype
+                shape = (2, channels, *size), (*batch, *labels_size), dtype
                 for weighted in (False,) if name.startswith("Dice") else (False, True):
                     kind = "sigmoids" if classes == 1 else f"{classes} classes"
                     case(
                         f"{kind}, {place}: {name_of(name, weighted and 'pixel weights')}",
-                        lambda given=(make, *shape, weighted): pixel_loss(*given),
+                        lambda arguments=(make, *shape, weighted): pixel_loss(*arguments),
                     )
     for reduction in ("mean", "sum", "none"):
         for smoothing in (0.0, 0.2):
@@ -262,8 +262,8 @@ def cases_of_pixel_losses() -> None:
 
         def binary(reduction: str = reduction) -> Results:
             logits, labels = randn(2, 3, 9, 18), labels_of(2, 2, 3, 36, 72)
-            given = {"pos_weight": [0.5, 1.0, 3.0], "reduction": reduction}
-            loss = ao.pixel_binary_cross_entropy(logits, labels, **given)
+            arguments = {"pos_weight": [0.5, 1.0, 3.0], "reduction": reduction}
+            loss = ao.pixel_binary_cross_entropy(logits, labels, **arguments)
             return with_gradients({"loss": loss}, logits=logits)
 
         case(f"pixel_binary_cross_entropy, {reduction}", binary)
@@ -281,8 +281,8 @@ def divergence(
     logits = randn(*size, dtype=dtype, layout=layout)
     teacher = randn(*size[:2], *teacher_size, dtype=dtype).detach()
     valid = torch.rand(size[0], *pixels) < 0.7 if masked else None
-    found = ao.pixel_kl_divergence(logits, teacher, pixels, valid=valid, **options)
-    return with_gradients({"divergence": found}, logits=logits)
+    value = ao.pixel_kl_divergence(logits, teacher, pixels, valid=valid, **options)
+    return with_gradients({"divergence": value}, logits=logits)
 
 
 def cases_of_divergences() -> None:
@@ -290,23 +290,23 @@ def cases_of_divergences() -> None:
         for ratio, (size, pixels, align) in RATIOS.items():
             for i, reduction in enumerate(("mean", "sum", "none")):
                 options = {"align_corners": align, "reduction": reduction, "masked": i > 0}
-                given = (2, classes, *size), size, pixels
+                arguments = (2, classes, *size), size, pixels
                 case(
                     f"divergence, {classes} classes, {ratio}, {reduction}",
-                    lambda given=given, options=options: divergence(*given, **options),
+                    lambda arguments=arguments, options=options: divergence(*arguments, **options),
                 )
     for dtype in (F32, BF16, F16, F64):
         for layout in ("", "channels last", "cropped"):
             case(
                 f"divergence from a smaller teacher, {name_of(dtype, layout)}",
-                lambda given=((2, 7, 9, 12), (5, 6), (36, 48), dtype, layout): divergence(
-                    *given, masked=True, temperature=2.5, reduction="none"
+                lambda arguments=((2, 7, 9, 12), (5, 6), (36, 48), dtype, layout): divergence(
+                    *arguments, masked=True, temperature=2.5, reduction="none"
                 ),
             )
         case(
             f"divergence of volumes, {name_of(dtype)}",
-            lambda given=((2, 5, 3, 4, 5), (2, 3, 4), (6, 8, 11), dtype): divergence(
-                *given, masked=True, temperature=0.5, reduction="none"
+            lambda arguments=((2, 5, 3, 4, 5), (2, 3, 4), (6, 8, 11), dtype): divergence(
+                *arguments, masked=True, temperature=0.5, reduction="none"
             ),
         )
 
@@ -320,21 +320,26 @@ def predictions(
     classes, confidence = ao.pixel_argmax(logits, pixels, confidence=True, **options)
     ignored = {"ignore_index": 255}
     matrix = ao.pixel_confusion(logits, labels, **options, **ignored)
-    of_classes = ao.confusion(classes, labels, size[1], **ignored)
+    class_confusion = ao.confusion(classes, labels, size[1], **ignored)
     binary = (labels[:, None] % 2).expand(-1, size[1], *pixels[: len(size) - 2])
-    of_sigmoids = ao.pixel_confusion(logits, binary, sigmoid=True, **options)
-    of_pixels = {"classes": classes, "confidence": confidence}
-    return {**of_pixels, "matrix": matrix, "of_classes": of_classes, "of_sigmoids": of_sigmoids}
+    sigmoid_confusion = ao.pixel_confusion(logits, binary, sigmoid=True, **options)
+    maps = {"classes": classes, "confidence": confidence}
+    return {
+        **maps,
+        "matrix": matrix,
+        "of_classes": class_confusion,
+        "of_sigmoids": sigmoid_confusion,
+    }
 
 
 def cases_of_predictions() -> None:
     for classes in (2, 5, 19, 300):
         for ratio, (size, pixels, align) in RATIOS.items():
             for dtype, layout in ((F32, ""), (BF16, "channels last"), (F64, "cropped")):
-                given = (2, classes, *size), pixels, dtype, layout, align
+                arguments = (2, classes, *size), pixels, dtype, layout, align
                 case(
                     f"predictions, {classes} classes, {name_of(ratio, dtype, layout)}",
-                    lambda given=given: predictions(*given),
+                    lambda arguments=arguments: predictions(*arguments),
                 )
     case(
         "predictions of volumes",
@@ -353,9 +358,9 @@ def class_moments(
 ) -> Results:
     features, labels = randn(*size, dtype=dtype, layout=layout), labels_of(classes, *labels_size)
     anchors = torch.randn(classes, size[1], requires_grad=True) if anchored else None
-    given = features, labels, classes
+    arguments = features, labels, classes
     options |= {"ignore_index": 255}
-    moments = ao.ops.class_moments(*given, anchors=anchors, seed=5, **options)
+    moments = ao.ops.class_moments(*arguments, anchors=anchors, seed=5, **options)
     return with_gradients(moments._asdict(), features=features, anchors=anchors)
 
 
@@ -383,7 +388,7 @@ def cases_of_class_moments() -> None:
                 for anchored in (False, True):
                     i = len(CASES)
                     options = {"groups": 1 + 2 * (i % 2), "per_image": i % 3 == 0}
-                    given = size, labels, classes, dtype, layout, anchored
+                    arguments = size, labels, classes, dtype, layout, anchored
                     parts = (
                         name,
                         dtype,
@@ -393,18 +398,20 @@ def cases_of_class_moments() -> None:
                     )
                     case(
                         f"class moments, {name_of(*parts)}",
-                        lambda given=given, options=options: class_moments(*given, **options),
+                        lambda arguments=arguments, options=options: class_moments(
+                            *arguments, **options
+                        ),
                     )
         for reduction in ("mean", "sum"):
             case(
                 f"distances and centroids, {name}, {reduction}",
-                lambda given=(size, labels, reduction): distances(*given),
+                lambda arguments=(size, labels, reduction): distances(*arguments),
             )
 
 
-def info_nce(groups: int, given_positives: bool, reduction: str) -> Results:
+def info_nce(groups: int, with_positives: bool, reduction: str) -> Results:
     queries, keys = randn(7, groups, 12), randn(7, 12)
-    positives = randn(7, groups, 12) if given_positives else None
+    positives = randn(7, groups, 12) if with_positives else None
     present = torch.rand(7, groups) < 0.7
     options = {"positives": positives, "present": present, "reduction": reduction}
     loss = ao.ops.centroid_info_nce(queries, keys, **options)
@@ -434,25 +441,25 @@ def method(make: Callable[[], nn.Module], dtype: torch.dtype, layout: str) -> Re
     """The second step, which reads the state of the first."""
     loss, classifier = make(), nn.Conv2d(D, K, 1)
     features, labels = randn(3, D, 6, 7, dtype=dtype, layout=layout), labels_of(K, 3, 24, 28)
-    given = features, labels, classifier
-    loss(*given)
-    return loss_and_gradients(loss, *given, features=features, weight=classifier.weight)  # pyright: ignore
+    arguments = features, labels, classifier
+    loss(*arguments)
+    return loss_and_gradients(loss, *arguments, features=features, weight=classifier.weight)  # pyright: ignore
 
 
 def cases_of_methods() -> None:
     before = set(CASES)
     for groups in (1, 3):
-        for given in (False, True):
+        for with_positives in (False, True):
             for reduction in ("mean", "sum", "none"):
                 case(
-                    f"InfoNCE, {groups} groups, {reduction}" + ", positives" * given,
-                    lambda given=(groups, given, reduction): info_nce(*given),
+                    f"InfoNCE, {groups} groups, {reduction}" + ", positives" * with_positives,
+                    lambda arguments=(groups, with_positives, reduction): info_nce(*arguments),
                 )
     for name, make in METHODS.items():
         for dtype, layout in ((F32, ""), (F32, "channels last"), (BF16, "cropped"), (F64, "")):
             case(
                 f"{name}, {name_of(dtype, layout)}",
-                lambda given=(make, dtype, layout): method(*given),
+                lambda arguments=(make, dtype, layout): method(*arguments),
             )
     OF_PRODUCTS.update(CASES.keys() - before)
 
@@ -467,8 +474,8 @@ def hashes(name: str, threads: int) -> dict[str, str]:
     """Of the results of a case."""
     torch.set_num_threads(threads)
     torch.manual_seed(zlib.crc32(name.encode()))
-    found = CASES[name]().items()
-    return {result: "none" if x is None else hash_of(x) for result, x in found}
+    results = CASES[name]().items()
+    return {result: "none" if x is None else hash_of(x) for result, x in results}
 
 
 def run_here(backend: str) -> dict[str, dict[str, str]]:
@@ -480,11 +487,11 @@ def run_here(backend: str) -> dict[str, dict[str, str]]:
     cases_of_class_moments()
     cases_of_methods()
     with ao.use_backend(backend):
-        found = {name: hashes(name, 1) for name in CASES}
+        hashes_by_case = {name: hashes(name, 1) for name in CASES}
         for name in CASES.keys() - OF_PRODUCTS if backend == "cpu" else ():
-            if hashes(name, 2) != found[name]:
+            if hashes(name, 2) != hashes_by_case[name]:
                 sys.exit(f"{backend}: {name}: other bits of two threads")
-    return found
+    return hashes_by_case
 
 
 def run_everywhere() -> dict[str, str]:
@@ -497,28 +504,28 @@ def run_everywhere() -> dict[str, str]:
         environment = os.environ | {"ATEN_CPU_CAPABILITY": instructions}
         command = [sys.executable, "-W", "ignore", __file__, "--backend", backend]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
-    found = {}
+    hashes_by_result = {}
     for (backend, instructions), process in zip(places, processes, strict=True):
         output, _ = process.communicate()
         if process.returncode != 0:
             sys.exit(f"{backend}, {instructions}: the run failed")
         place = backend if backend == "reference" else instructions
         for name, results in json.loads(output).items():
-            found |= {f"{place}: {name}: {result}": x for result, x in results.items()}
-    return found
+            hashes_by_result |= {f"{place}: {name}: {result}": x for result, x in results.items()}
+    return hashes_by_result
 
 
 def main(file: Path) -> int:
-    found = run_everywhere()
+    now = run_everywhere()
     if not file.exists():
-        file.write_text(json.dumps(found, indent=0, ensure_ascii=False) + "\n")
-        print(f"{len(found)} hashes written to {file}")
+        file.write_text(json.dumps(now, indent=0, ensure_ascii=False) + "\n")
+        print(f"{len(now)} hashes written to {file}")
         return 0
     before = json.loads(file.read_text())
-    different = [x for x in sorted({*before, *found}) if before.get(x) != found.get(x)]
+    different = [x for x in sorted({*before, *now}) if before.get(x) != now.get(x)]
     for name in different:
-        print(f"{name}: {before.get(name)} → {found.get(name)}")
-    print(f"{len(different)} of {len(found)} hashes differ")
+        print(f"{name}: {before.get(name)} → {now.get(name)}")
+    print(f"{len(different)} of {len(now)} hashes differ")
     return int(bool(different))
 
 

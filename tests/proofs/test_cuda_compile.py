@@ -60,11 +60,11 @@ def test_library_has_no_faults():
         return rows
 
     for kernel, most in STREAMING.items():
-        for _, name, *_, of_512_bytes, _ in rows_of(kernel):
-            assert of_512_bytes and float(of_512_bytes) < most, name
+        for _, name, *_, per_512_bytes, _ in rows_of(kernel):
+            assert per_512_bytes and float(per_512_bytes) < most, name
     for kernel, most in CELLS.items():
-        for _, name, registers, *_, of_cell in rows_of(kernel):
-            assert of_cell and float(of_cell) <= most, name
+        for _, name, registers, *_, per_cell in rows_of(kernel):
+            assert per_cell and float(per_cell) <= most, name
             assert int(registers) <= REGISTERS, name
 
 

@@ -29,8 +29,8 @@ def test_measures():
     """The measures on the first two of four images, compared with direct computations."""
     parts = build_parts(FEW.replace(collapse_images=2), start_ranks("cpu"), from_checkpoint=True)
     classes = [{"accuracy": x} for x in (0.9, None, *(0.1 * k for k in range(9)))]
-    found = collapse_measures(parts, classes)
-    assert found.keys() == set(COLLAPSE) and parts.model.training
+    measures = collapse_measures(parts, classes)
+    assert measures.keys() == set(COLLAPSE) and parts.model.training
     images, labels = zip(*(parts.validation_set[i] for i in range(2)), strict=True)
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
     with torch.no_grad():
@@ -41,17 +41,17 @@ def test_measures():
     centered = centroids[counts > 0] - centroids[counts > 0].mean(0)
     i, j = torch.triu_indices(len(centered), len(centered), 1)
     cosines = torch.cosine_similarity(centered[i], centered[j])
-    assert found["centroids.equiangularity"] == pytest.approx(
+    assert measures["centroids.equiangularity"] == pytest.approx(
         float(cosines.std(correction=0)), 1e-3
     )
     expected = float((cosines + 1 / (len(centered) - 1)).abs().mean())
-    assert found["centroids.maximal_angle"] == pytest.approx(expected, 1e-3)
+    assert measures["centroids.maximal_angle"] == pytest.approx(expected, 1e-3)
     known = [k for k in range(11) if classes[k]["accuracy"] is not None]
     accuracy = torch.tensor([classes[k]["accuracy"] for k in known]).double()
     for name, counted in (("pixels", parts.frequencies), ("images", parts.prior)):
         pair = torch.stack([accuracy, counted[known].double()])
         expected = float(torch.corrcoef(pair)[0, 1])
-        assert found[f"accuracy_and_{name}"] == pytest.approx(expected, 1e-6)
+        assert measures[f"accuracy_and_{name}"] == pytest.approx(expected, 1e-6)
 
 
 def test_curves_in_journal_and_report(tmp_path: Path):

@@ -80,8 +80,8 @@ def test_overwriting_deletes_only_what_a_run_wrote(
     run = tmp_path / "run"
     begin(run)
     checkpoint.save_checkpoint(run, 400, {})
-    own = ["best.pt", "metrics.jsonl", "results.json.part", "events.out.tfevents.1.host.2.0"]
-    own += ["vectors-sar.anchors.npy"]
+    run_files = ["best.pt", "metrics.jsonl", "results.json.part", "events.out.tfevents.1.host.2.0"]
+    run_files += ["vectors-sar.anchors.npy"]
     others = [
         "notes.txt",
         "checkpoint-best.pt",
@@ -89,7 +89,7 @@ def test_overwriting_deletes_only_what_a_run_wrote(
         "config.json~",
         "vectors-a.npy",
     ]
-    for name in own + others:
+    for name in run_files + others:
         (run / name).write_text(name)
     (run / "predictions.png").mkdir()
     begin(run, overwrite=True, seed=7)

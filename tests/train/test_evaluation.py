@@ -58,13 +58,13 @@ def test_features_of_a_split():
     stacked = [torch.stack(x) for x in zip(*(scenes[i] for i in range(6)), strict=True)]
     images, labels = stacked[0].float() / 255, stacked[1]
     batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
-    found = collect_features(model, batches, 11, torch.device("cpu"))
+    collected = collect_features(model, batches, 11, torch.device("cpu"))
     with torch.no_grad():
         features = model.body(images)
     centroids, counts = ao.class_centroids(features, labels.long(), 11)
-    assert torch.equal(found.counts, counts)
-    torch.testing.assert_close(found.centroids, centroids)
-    samples, sampled = found.samples
+    assert torch.equal(collected.counts, counts)
+    torch.testing.assert_close(collected.centroids, centroids)
+    samples, sampled = collected.samples
     assert samples.shape == (len(sampled), 240)
     pixels = features.permute(0, 2, 3, 1).flatten(0, 2)
     keys = labels[:, ::4, ::4].flatten()

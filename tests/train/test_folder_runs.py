@@ -55,9 +55,9 @@ def test_results_do_not_depend_on_pictures(
     config = FOLDER.replace(root=folder, out=folder, name="a$b$<i>", workers=0, device="cpu")
     config = config.replace(crop=(32, 32), steps=1, batch_size=2, model="segformer-b0")
     loop.start(config)
-    found = {path.name for path in config.run.iterdir()}
-    assert {"results.json", "best.pt", "report.html"} <= found
-    assert ("predictions.png" in found) == (fails != "draw_predictions")
+    files = {path.name for path in config.run.iterdir()}
+    assert {"results.json", "best.pt", "report.html"} <= files
+    assert ("predictions.png" in files) == (fails != "draw_predictions")
     page = (config.run / "report.html").read_text()
     assert "<script>" not in page and "<i>" not in page and "&lt;script&gt;&amp;amp;" in page
     said = [line for line in capsys.readouterr().err.splitlines() if "could not be made" in line]

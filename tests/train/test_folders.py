@@ -176,9 +176,9 @@ def test_orientation_of_both_files(orientation: int, ending: str, tmp_path: Path
     shown = oriented(tmp_path / f"images/train/x{ending}", image(), orientation)
     labels = oriented(tmp_path / "masks/train/x.png", mask(0, 1, 0), orientation)
     data = open_folder(tmp_path, "train", num_classes=2)
-    pixels, found = data[0]
-    assert torch.equal(data.read_labels(0), found)
-    assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and found.tolist() == labels.tolist()
+    pixels, read = data[0]
+    assert torch.equal(data.read_labels(0), read)
+    assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and read.tolist() == labels.tolist()
 
 
 @pytest.mark.parametrize("orientation", range(5, 9))
@@ -187,16 +187,16 @@ def test_orientation_that_the_sizes_tell(orientation: int, tmp_path: Path):
     shown = oriented(tmp_path / "images/train/x.png", image(), orientation)
     drawn = np.arange(9 * 6, dtype=np.uint8).reshape(9, 6) % 2
     write(tmp_path / "masks/train/x.png", drawn)
-    pixels, found = open_folder(tmp_path, "train", num_classes=2)[0]
-    assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and found.tolist() == drawn.tolist()
+    pixels, read = open_folder(tmp_path, "train", num_classes=2)[0]
+    assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and read.tolist() == drawn.tolist()
     stored = mask(0, 1, 0)
     upright = oriented(tmp_path / "masks/train/y.png", stored, orientation)
     (tmp_path / "masks/train/y.png").unlink()
     write(tmp_path / "masks/train/x.png", stored)
     data = open_folder(tmp_path, "train", num_classes=2)
-    pixels, found = data[0]
-    assert torch.equal(data.read_labels(0), found)
-    assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and found.tolist() == upright.tolist()
+    pixels, read = data[0]
+    assert torch.equal(data.read_labels(0), read)
+    assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and read.tolist() == upright.tolist()
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(3, (6, 9)), (2, (6, 9)), (6, (8, 8))])

@@ -104,8 +104,8 @@ def test_a_whole_image_is_interpolated_once():
 
 
 def assert_largest(classes: Tensor, logits: Tensor) -> None:
-    found = logits.gather(1, classes[:, None])[:, 0]
-    torch.testing.assert_close(found, logits.amax(1))
+    chosen = logits.gather(1, classes[:, None])[:, 0]
+    torch.testing.assert_close(chosen, logits.amax(1))
 
 
 def test_a_class_that_is_masked_out():

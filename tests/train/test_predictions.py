@@ -32,10 +32,10 @@ def test_predictions_are_those_of_the_evaluation(folder: Path, options: str) -> 
     matrix = torch.zeros(2, 2, dtype=torch.int64)
     for path in images:
         mask = (folder / "masks/val" / path.relative_to(folder / "images/val")).with_suffix(".png")
-        found, labels = (np.array(Image.open(x)) for x in (out / f"{path.stem}.png", mask))
-        assert found.dtype == np.uint8 and found.shape == labels.shape
-        found, labels = (torch.tensor(x).long()[None] for x in (found, labels))
-        matrix += ao.confusion(found, labels, 2)
+        predicted, labels = (np.array(Image.open(x)) for x in (out / f"{path.stem}.png", mask))
+        assert predicted.dtype == np.uint8 and predicted.shape == labels.shape
+        predicted, labels = (torch.tensor(x).long()[None] for x in (predicted, labels))
+        matrix += ao.confusion(predicted, labels, 2)
     hits = matrix.diag()
     miou = (hits / (matrix.sum(0) + matrix.sum(1) - hits)).mean()
     results = json.loads((folder / "run/results.json").read_text())

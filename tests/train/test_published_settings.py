@@ -102,8 +102,8 @@ def test_options_of_the_methods_that_a_preset_brings():
         "occl.centroid_weight": "1",
         "occl.category_weight": "0.1",
     }
-    own = config.replace(methods=("occl",), method_options={"occl.category_weight": "0.5"})
-    assert with_published_options(preset, own).model.method_options == {
+    chosen = config.replace(methods=("occl",), method_options={"occl.category_weight": "0.5"})
+    assert with_published_options(preset, chosen).model.method_options == {
         "occl.centroid_weight": "1",
         "occl.category_weight": "0.5",
     }

@@ -276,9 +276,9 @@ def test_ranks(ranks: int, deterministic: bool, tmp_path: Path):
         Config.load(straight / "config.json"), start_ranks("cpu"), from_checkpoint=True
     )
     parts.model.load_state_dict(weights(straight, 3))
-    found = collapse_measures(parts, alone["classes"])
+    measures = collapse_measures(parts, alone["classes"])
     (line,) = (line for line in metrics(straight) if "val_miou" in line)
-    assert {name: line[name] for name in found} == pytest.approx(found, rel=1e-5)
+    assert {name: line[name] for name in measures} == pytest.approx(measures, rel=1e-5)
     assert together["pixels"] == alone["pixels"]
     assert together["classes"] == alone["classes"]
     scenes = DigitScenes("val", 11, (32, 32), seed=0)

@@ -57,8 +57,8 @@ def test_mean_of_probabilities(image_size: Size, size: Size, window: Size | None
             total += logits(scaled).softmax(1)
             if flip:
                 total += logits(scaled.flip(3)).softmax(1).flip(3)
-        found = predict(model, images, size, window, scales=scales, flip=flip)
-    chosen = total.gather(1, found[:, None])[:, 0]
+        predicted = predict(model, images, size, window, scales=scales, flip=flip)
+    chosen = total.gather(1, predicted[:, None])[:, 0]
     torch.testing.assert_close(chosen, total.amax(1))
 
 
@@ -76,9 +76,9 @@ def test_scales_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def watched(parts, before_batch):
         hook = parts.model.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[2]))
-        found = evaluation(parts, before_batch)
+        results = evaluation(parts, before_batch)
         hook.remove()
-        return found
+        return results
 
     monkeypatch.setattr(loop, "validate", watched)
     config = TINY.replace(out=tmp_path, name="run", steps=1, methods=(), eval_every=0)

@@ -85,8 +85,8 @@ def test_workers_end_with_the_block(
     try:
         with batches_of(loader(scenes)) as batches:
             use(batches)
-    except (KeyError, ValueError) as found:
-        caught = found
+    except (KeyError, ValueError) as raised:
+        caught = raised
     assert type(caught) is (error or type(None))
     assert not multiprocessing.active_children()
 

@@ -35,6 +35,6 @@ def test_raises(call: Callable[[], object], backend: str):
 
 def test_with_aligned_corners_sizes_are_smaller_by_one(backend: str):
     """Its kernels serve 4 to 7 rows."""
-    found = ao.pixel_argmax(LOGITS, (7, 11), align_corners=True)
+    actual = ao.pixel_argmax(LOGITS, (7, 11), align_corners=True)
     with ao.use_backend("reference"):
-        assert torch.equal(found, ao.pixel_argmax(LOGITS, (7, 11), align_corners=True))
+        assert torch.equal(actual, ao.pixel_argmax(LOGITS, (7, 11), align_corners=True))
