@@ -20,8 +20,8 @@ from setuptools import Extension, find_packages, setup
 
 # version 77 is the first that supports `license = "Apache-2.0"`
 if int(setuptools.__version__.split(".")[0]) < 77:
-    found = f"found {setuptools.__version__}: upgrade it"
-    sys.exit(f"anchorops: building needs setuptools>=77, {found}")
+    got = f"found {setuptools.__version__}: upgrade it"
+    sys.exit(f"anchorops: building needs setuptools>=77, {got}")
 
 from setuptools.command.bdist_wheel import bdist_wheel
 
@@ -63,11 +63,13 @@ def architectures(torch, nvcc: str) -> str:
     """Those of TORCH_CUDA_ARCH_LIST, or of the GPUs that torch sees, as far as nvcc knows them. The
     library records them, and is not called on other GPUs. Those before 8.0 have no asynchronous
     copies and no products of bfloat16, so they are left out. Raises LookupError if none remains."""
-    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if given:
-        if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?[; ]*)+", given):
-            sys.exit(f"anchorops: TORCH_CUDA_ARCH_LIST must look like 8.0;9.0+PTX, not {given!r}")
-        archs = re.findall(r"[\w.]+(?:\+PTX)?", given)
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if requested:
+        if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?[; ]*)+", requested):
+            sys.exit(
+                f"anchorops: TORCH_CUDA_ARCH_LIST must look like 8.0;9.0+PTX, not {requested!r}"
+            )
+        archs = re.findall(r"[\w.]+(?:\+PTX)?", requested)
     else:
         listed = subprocess.run([nvcc, "--list-gpu-arch"], text=True, capture_output=True).stdout
         known = [(int(x), int(y)) for x, y in re.findall(r"compute_(\d+)(\d)\b", listed)]
@@ -81,8 +83,8 @@ def architectures(torch, nvcc: str) -> str:
         archs[-1] += "+PTX"
     older = [arch for arch in archs if int(arch.partition(".")[0]) < 8]
     if older == archs:
-        found = ", ".join(older)
-        raise LookupError(f"it needs a GPU of compute capability 8.0 or later, found {found}")
+        names = ", ".join(older)
+        raise LookupError(f"it needs a GPU of compute capability 8.0 or later, found {names}")
     if older:
         print(f"anchorops: no CUDA code for {', '.join(older)}: it needs 8.0", file=sys.stderr)
     return ";".join(arch for arch in archs if arch not in older)

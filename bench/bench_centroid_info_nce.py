@@ -26,8 +26,8 @@ def cross_entropy(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def names(case: Case, device: torch.device) -> list[str]:
-    own = [*backends(device), "cross_entropy", "compiled cross_entropy"]
-    return own + [f"{name}, CUDA graph" for name in own if device.type == "cuda"]
+    ours = [*backends(device), "cross_entropy", "compiled cross_entropy"]
+    return ours + [f"{name}, CUDA graph" for name in ours if device.type == "cuda"]
 
 
 @grid(

@@ -214,8 +214,8 @@ def test_class_moments(bench, case: Case, name: str):
 
 
 def label_names(case: Case, device: torch.device) -> list[str]:
-    own = [*backends(device), "interpolate + scatter_add"]
-    return own + [f"{name}, CUDA graph" for name in own if device.type == "cuda"]
+    ours = [*backends(device), "interpolate + scatter_add"]
+    return ours + [f"{name}, CUDA graph" for name in ours if device.type == "cuda"]
 
 
 @grid(

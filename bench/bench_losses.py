@@ -34,8 +34,8 @@ RIVALS = ("index_add", "one_hot bmm")
 
 def names(case: Case, device: torch.device) -> list[str]:
     own_pass = case.operation in OWN_PASS
-    own = [name for name, kind in backends(device).items() if not (own_pass and kind == "cuda")]
-    return [*own, *(() if own_pass else RIVALS)]
+    ours = [name for name, kind in backends(device).items() if not (own_pass and kind == "cuda")]
+    return [*ours, *(() if own_pass else RIVALS)]
 
 
 @grid(

@@ -124,7 +124,7 @@ def our_divergence(x: Tensor, y: Tensor) -> Tensor:
     return ao.pixel_kl_divergence(x, teacher_of(x), (y.shape[1], y.shape[2]))
 
 
-def of_floats(loss: Formula) -> Formula:
+def with_floats(loss: Formula) -> Formula:
     return lambda z, y: loss(z, y.to(z.dtype))
 
 
@@ -178,7 +178,7 @@ OPTIONS: dict[str, Option] = {
     "divergence": Option(our_divergence, {"torch": divergence}, upsamples=True),
     "sigmoid: cross-entropy": Option(
         ao.BinaryCrossEntropy(),
-        {"torch": bce, "smp": of_floats(smp.SoftBCEWithLogitsLoss())},
+        {"torch": bce, "smp": with_floats(smp.SoftBCEWithLogitsLoss())},
         sigmoid=True,
     ),
     "sigmoid: pos_weight": Option(
@@ -191,7 +191,7 @@ OPTIONS: dict[str, Option] = {
         ao.BinaryCrossEntropy(label_smoothing=SMOOTHING),
         {
             "torch": binary_smoothed,
-            "smp": of_floats(smp.SoftBCEWithLogitsLoss(smooth_factor=SMOOTHING / 2)),
+            "smp": with_floats(smp.SoftBCEWithLogitsLoss(smooth_factor=SMOOTHING / 2)),
         },
         sigmoid=True,
         compiled=False,
@@ -212,7 +212,7 @@ OPTIONS: dict[str, Option] = {
         ao.BinaryCrossEntropy(focal_gamma=GAMMA),
         {
             "torch": partial(focal, of=bce),
-            "smp": of_floats(smp.FocalLoss("multilabel", gamma=GAMMA)),
+            "smp": with_floats(smp.FocalLoss("multilabel", gamma=GAMMA)),
         },
         sigmoid=True,
     ),

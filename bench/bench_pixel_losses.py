@@ -261,7 +261,7 @@ def rival_formulas(case: Case) -> dict[str, Formula]:
 
         def by_image(x: Tensor, y: Tensor) -> Tensor:
             images = zip(x.split(1), y.split(1), strict=True)
-            losses = [formula(one, own) * (own != IGNORE_INDEX).sum() for one, own in images]
+            losses = [formula(one, label) * (label != IGNORE_INDEX).sum() for one, label in images]
             return torch.stack(losses).sum() / (y != IGNORE_INDEX).sum()
 
         formulas["image by image"] = by_image
@@ -278,10 +278,12 @@ def names(case: Case, device: torch.device) -> list[str]:
     rivals = [*rival_formulas(case)]
     if rivals and device.type == "cpu":
         rivals.append(rivals[0] + KEPT)
-    of_triton = case.operation in (FOCAL, CONFUSION, DIVERGENCE)
-    of_triton |= case.shape.size[2:] == case.shape.label_size
-    own = [name for name, kind in backends(device).items() if not (of_triton and kind == "cuda")]
-    return [*own, *rivals]
+    without_cuda = case.operation in (FOCAL, CONFUSION, DIVERGENCE)
+    without_cuda |= case.shape.size[2:] == case.shape.label_size
+    ours = [
+        name for name, kind in backends(device).items() if not (without_cuda and kind == "cuda")
+    ]
+    return [*ours, *rivals]
 
 
 @contextlib.contextmanager

@@ -168,7 +168,7 @@ class Bench:
             if unsteadiness(tries[-1][0]) <= (False, MOST_SPREAD):
                 break
         measured, times = min(tries, key=lambda attempt: unsteadiness(attempt[0]))
-        own = [*backends(self.device), ""][0]
+        our_name = [*backends(self.device), ""][0]
         row = {
             "operation": case.operation,
             "direction": case.direction,
@@ -179,7 +179,7 @@ class Bench:
             "dtype": case.dtype,
             "labels": case.labels,
             "name": name,
-            "ours": name.removesuffix(GRAPH) == own,
+            "ours": name.removesuffix(GRAPH) == our_name,
             **measured._asdict(),
             "bytes": counted_bytes,
             # a graph allocates when it is captured

@@ -69,18 +69,18 @@ def cases() -> str:
     """Every case: ours and the fastest other implementation."""
     lines = []
     for rows in plot_operators.grouped(plot_operators.quick(run())).values():
-        own = next((row for row in rows if row["ours"]), None)
+        ours = next((row for row in rows if row["ours"]), None)
         other = next((row for row in rows if not row["name"].startswith("anchorops")), None)
-        if own is None or other is None:
+        if ours is None or other is None:
             continue
-        share = "" if own["copy_share"] is None else f"{own['copy_share']:.0%}"
-        ratio = f"{other['median'] / own['median']:.1f}"
-        least, most = other["q20"] / own["q80"], other["q80"] / own["q20"]
+        share = "" if ours["copy_share"] is None else f"{ours['copy_share']:.0%}"
+        ratio = f"{other['median'] / ours['median']:.1f}"
+        least, most = other["q20"] / ours["q80"], other["q80"] / ours["q20"]
         ratio += f" ({least:.1f}–{most:.1f})"
         cells = [
-            *plot_operators.title(own).split("\n"),
-            milliseconds(own),
-            mebibytes(own),
+            *plot_operators.title(ours).split("\n"),
+            milliseconds(ours),
+            mebibytes(ours),
             share,
             other["name"],
             milliseconds(other),

@@ -292,8 +292,8 @@ COUNTED = 101  # images in a count: a prime that divides no size of the networks
 
 def row_of(network: Network, model: nn.Module, setting: Setting) -> dict[str, Any]:
     storages, gradients = count(network, model, setting, COUNTED)
-    fixed, of_image = storages.by_image(COUNTED)
-    alive = fixed + network.batch * of_image
+    fixed, per_image = storages.by_image(COUNTED)
+    alive = fixed + network.batch * per_image
     peak = int(alive.argmax())
 
     def in_batch(size: int) -> int:
@@ -322,7 +322,7 @@ def row_of(network: Network, model: nn.Module, setting: Setting) -> dict[str, An
             for made in largest
         ],
         "largest_batches": {
-            f"{capacity} GB": largest_batch(capacity * 10**9, fixed, of_image)
+            f"{capacity} GB": largest_batch(capacity * 10**9, fixed, per_image)
             for capacity in CAPACITIES
         },
     }

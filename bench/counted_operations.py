@@ -31,14 +31,14 @@ class Network(NamedTuple):
     size: tuple[int, int]
 
 
-def of_smp(architecture: str, encoder: str, **options: Any) -> Callable[[], nn.Module]:
+def smp_network(architecture: str, encoder: str, **options: Any) -> Callable[[], nn.Module]:
     options |= {"encoder_weights": None, "classes": 150}
     return lambda: smp.create_model(architecture, encoder, **options)
 
 
 NETWORKS = (
-    Network("SegFormer-B0", "smp", of_smp("segformer", "mit_b0"), (512, 512)),
-    Network("SegFormer-B2", "smp", of_smp("segformer", "mit_b2"), (512, 512)),
+    Network("SegFormer-B0", "smp", smp_network("segformer", "mit_b0"), (512, 512)),
+    Network("SegFormer-B2", "smp", smp_network("segformer", "mit_b2"), (512, 512)),
     Network("SegFormer-B0", "Transformers", lambda: segformer(0, 150), (512, 512)),
     Network("SegFormer-B2", "Transformers", lambda: segformer(2, 150), (512, 512)),
     Network("SegFormer-B5", "Transformers", lambda: segformer(5, 150), (512, 512)),
@@ -46,10 +46,10 @@ NETWORKS = (
         *("HRNet-W18-small", "timm", lambda: plain_network("hrnet-w18-small", 19), (512, 1024))
     ),
     Network("HRNet-W48", "timm", lambda: plain_network("hrnet-w48", 19), (512, 1024)),
-    Network("PSPNet-R101", "smp", of_smp("pspnet", "resnet101"), (512, 512)),
+    Network("PSPNet-R101", "smp", smp_network("pspnet", "resnet101"), (512, 512)),
     Network(
         *("DPT-ViT-B", "smp"),
-        of_smp("dpt", "tu-vit_base_patch16_224.augreg_in21k", dynamic_img_size=True),
+        smp_network("dpt", "tu-vit_base_patch16_224.augreg_in21k", dynamic_img_size=True),
         (512, 512),
     ),
 )

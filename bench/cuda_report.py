@@ -65,18 +65,18 @@ class Cubin(NamedTuple):
 
 
 def readable(names: list[str]) -> list[str]:
-    found = subprocess.run(
+    text = subprocess.run(
         ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
     ).stdout
-    found = re.sub(r"\(anonymous namespace\)::|\b(anchorops|cuda|c10)::", "", found)
-    return [line.removeprefix("void ").partition("(")[0] for line in found.splitlines()]
+    text = re.sub(r"\(anonymous namespace\)::|\b(anchorops|cuda|c10)::", "", text)
+    return [line.removeprefix("void ").partition("(")[0] for line in text.splitlines()]
 
 
 def cubins(file: Path, folder: Path) -> list[Cubin]:
     """The parts of a shared library or an object file, extracted to the folder."""
     folder.mkdir()
     tool("cuobjdump", "-xelf", "all", file.resolve(), cwd=folder)
-    found = []
+    parts = []
     for path in sorted(folder.glob("*.cubin")):
         gpu = path.suffixes[-2].removeprefix(".")
         kernels = [
@@ -85,8 +85,8 @@ def cubins(file: Path, folder: Path) -> list[Cubin]:
                 tool("cuobjdump", "--dump-resource-usage", path)
             )
         ]
-        found.append(Cubin(path, gpu, kernels))
-    return found
+        parts.append(Cubin(path, gpu, kernels))
+    return parts
 
 
 def disassembled(cubin: Cubin, chosen: str) -> list[Kernel]:
@@ -138,10 +138,10 @@ def rounded(value: float | None) -> str:
 def print_tables(kernels: list[Kernel], sizes: dict[str, int]) -> None:
     rows = []
     for name, size in sizes.items():
-        own = [kernel for kernel in kernels if kernel.gpu == name]
-        most = max((kernel.registers for kernel in own), default=0)
-        frames = sum(kernel.stack > 0 for kernel in own)
-        rows.append([name, len(own), f"{size / 1e6:.1f}", most, frames])
+        gpu_kernels = [kernel for kernel in kernels if kernel.gpu == name]
+        most = max((kernel.registers for kernel in gpu_kernels), default=0)
+        frames = sum(kernel.stack > 0 for kernel in gpu_kernels)
+        rows.append([name, len(gpu_kernels), f"{size / 1e6:.1f}", most, frames])
     header = "GPU", "kernels", "code, MB", "most registers", "with a stack frame"
     print(markdown_table(header, rows))
     rows = []
@@ -149,9 +149,9 @@ def print_tables(kernels: list[Kernel], sizes: dict[str, int]) -> None:
         code = kernel.code
         if code is None:
             continue
-        of_cell = code.per_cell_and_class if kernel.name.startswith(CELLS) else None
-        if code.size >= BIG or kernel.stack or code.per_512_bytes or of_cell:
-            counts = map(rounded, (code.size, code.per_512_bytes, of_cell))
+        per_cell = code.per_cell_and_class if kernel.name.startswith(CELLS) else None
+        if code.size >= BIG or kernel.stack or code.per_512_bytes or per_cell:
+            counts = map(rounded, (code.size, code.per_512_bytes, per_cell))
             rows.append([*kernel[:4], code.spills, kernel.shared, *counts])
     columns = "registers", "stack", "spills", "shared", "code, KB"
     header = "GPU", "kernel", *columns, "per 512 bytes", "per cell and class"

@@ -203,11 +203,11 @@ def _gradient_ratios(rows: Sequence[Row]) -> str:
         "The norm of the method's gradient on the features, divided by that of the cross-entropy,",
         "every 100 steps: median, smallest and largest of a horizon's runs on digit scenes.",
     ]
-    for (model,), of_network in _groups(single, "model").items():
-        horizons = sorted({row["steps"] for row in of_network})
+    for (model,), network_rows in _groups(single, "model").items():
+        horizons = sorted({row["steps"] for row in network_rows})
         header = [NETWORKS[model], *(f"{steps:,} steps" for steps in horizons)]
         cells = []
-        for runs in _groups(of_network, "methods", "setting").values():
+        for runs in _groups(network_rows, "methods", "setting").values():
             ranges = [_range([run for run in runs if run["steps"] == steps]) for steps in horizons]
             cells.append([label(runs[0]), *ranges])
         lines += ["", markdown_table(header, cells)]
@@ -219,8 +219,8 @@ def _range(runs: Sequence[Row]) -> str:
     ratios = [
         ratio
         for run in runs
-        for of_method in run["gradient_ratios"].values()
-        for ratio in of_method
+        for method_ratios in run["gradient_ratios"].values()
+        for ratio in method_ratios
     ]
     if not ratios:
         return "not run"

@@ -64,12 +64,12 @@ class Report:
 
 class Call(NamedTuple):
     """An operation on one input; `least` is what it must move and issue, where it is known.
-    of_triton: whether `cuda` leaves it to `triton`."""
+    without_cuda: whether `cuda` leaves it to `triton`."""
 
     title: str
     run: Callable[[], object]
     least: time_model.Pass | None = None
-    of_triton: bool = False
+    without_cuda: bool = False
 
 
 def labels_of(size: tuple[int, ...], classes: int, kind: str, device: torch.device) -> Tensor:
@@ -84,11 +84,11 @@ def class_moments(
     features = torch.randn(shape.size, device=device).to(DTYPES[dtype])
     features = features.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
     classes = shape.num_classes
-    of_pixels = labels_of(shape.pixels, classes, labels, device)
+    pixel_labels = labels_of(shape.pixels, classes, labels, device)
     anchors = torch.randn(classes, shape.size[1], device=device)
 
     def forward() -> Tensor:
-        _, sums, sqdists = ao.ops.class_moments(features, of_pixels, classes, anchors=anchors)
+        _, sums, sqdists = ao.ops.class_moments(features, pixel_labels, classes, anchors=anchors)
         assert sqdists is not None
         return sums.sum() + sqdists.sum()
 
@@ -121,7 +121,7 @@ def pixel_losses(
     yield Call(
         f"confusion matrix, {shape.name}, {dtype}",
         lambda: ao.pixel_confusion(logits.detach(), labels, ignore_index=IGNORE_INDEX),
-        of_triton=True,
+        without_cuda=True,
     )
 
 
@@ -139,7 +139,7 @@ def methods(shape: cases.Shape, device: torch.device) -> Iterator[Call]:
             if loss.requires_grad:
                 loss.backward()
 
-        yield Call(f"{build.__name__}, {shape.name}, bf16", step, of_triton=build is ao.CeCo)
+        yield Call(f"{build.__name__}, {shape.name}, bf16", step, without_cuda=build is ao.CeCo)
 
 
 def groups_of_calls(device: torch.device, tiny: bool) -> list[Callable[[], Iterator[Call]]]:
@@ -210,14 +210,14 @@ def profiled(run: Callable[[], object], device: torch.device) -> dict[str, float
     for _ in range(2):
         run()
     cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         for _ in range(CALLS):
             run()
         if cuda:
             torch.cuda.synchronize()
     times = {
         event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total)
-        for event in found.key_averages()
+        for event in profiler.key_averages()
     }
     return {name: 1e-6 * time / CALLS for name, time in times.items() if time}
 
@@ -225,8 +225,8 @@ def profiled(run: Callable[[], object], device: torch.device) -> dict[str, float
 def kernels(report: Report, backend: str, device: torch.device, tiny: bool) -> None:
     gpu = gpu_of(device)
     with ao.use_backend(backend):
-        for title, run, least, of_triton in every_call(device, tiny):
-            if of_triton and backend == "cuda":
+        for title, run, least, without_cuda in every_call(device, tiny):
+            if without_cuda and backend == "cuda":
                 continue
             times = profiled(run, device)
             total = sum(times.values())
@@ -262,12 +262,12 @@ def values(report: Report, device: torch.device) -> bool:
             _, sums, sqdists = ao.ops.class_moments(
                 inputs.features, inputs.labels, 19, anchors=inputs.anchors, ignore_index=-1
             )
-            given = logits.detach().requires_grad_()
-            loss = ao.pixel_cross_entropy(given, labels)
-            found = sums, sqdists, loss, *grad(loss, given)
+            leaf = logits.detach().requires_grad_()
+            loss = ao.pixel_cross_entropy(leaf, labels)
+            results = sums, sqdists, loss, *grad(loss, leaf)
         exact = inputs.exact.sums, inputs.exact.sqdists, *losses["exact"]
         names = "sums", "sqdists", "cross-entropy", "its gradient"
-        for name, ours, truth in zip(names, found, exact, strict=True):
+        for name, ours, truth in zip(names, results, exact, strict=True):
             assert ours is not None and truth is not None
             error = relative_error(ours, truth)
             right = right and error < TOLERANCE

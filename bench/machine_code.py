@@ -57,15 +57,15 @@ def blocks_of(sass: str) -> list[Block]:
 def distances(blocks: list[Block], source: int) -> dict[int, int]:
     """The smallest number of instructions from the start of block `source` to the start of every
     block. For `source` itself, this is the shortest loop."""
-    found: dict[int, int] = {}
+    reached: dict[int, int] = {}
     heap = [(len(blocks[source].instructions), n) for n in blocks[source].next]
     while heap:
         distance, n = heapq.heappop(heap)
-        if n not in found:
-            found[n] = distance
+        if n not in reached:
+            reached[n] = distance
             for after in blocks[n].next:
                 heapq.heappush(heap, (distance + len(blocks[n].instructions), after))
-    return found
+    return reached
 
 
 def loop_through(blocks: list[Block], stops: list[int]) -> float:
@@ -103,10 +103,10 @@ def instructions_per_512_bytes(blocks: list[Block]) -> float | None:
 def instructions_per_cell(blocks: list[Block]) -> float | None:
     """Instructions of the shortest loop with four exponentials for each class of a cell of pixels;
     None if there is no such loop."""
-    found = [
+    loops = [
         loop_through(blocks, [i]) / (block.count(EXPONENTIALS) / 4)
         for i, block in enumerate(blocks)
         if block.count(EXPONENTIALS) >= 4
     ]
-    shortest = min(found, default=float("inf"))
+    shortest = min(loops, default=float("inf"))
     return shortest if shortest < float("inf") else None

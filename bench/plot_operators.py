@@ -61,24 +61,24 @@ def title(row: dict) -> str:
 def headline_groups(run: dict, operation: str, shape: str) -> list[list[dict]]:
     """A headline's case forward, and forward and backward."""
     dtype = "bf16" if run["device_type"] == "cuda" else "fp32"
-    found = {
+    by_direction = {
         row["direction"]: group
         for group in grouped(quick(run)).values()
         if (row := group[0])["operation"] == operation
         and (row["shape"], row["dtype"], row["labels"]) == (shape, dtype, "coherent")
     }
-    return [found[direction] for direction in DIRECTIONS if direction in found]
+    return [by_direction[direction] for direction in DIRECTIONS if direction in by_direction]
 
 
 def headlines(run: dict) -> Figure | None:
     """Ours, the fastest rival, the usual formula and the published formula."""
-    found = [(headline_groups(run, *headline[:2]), *headline[2:]) for headline in HEADLINES]
-    found = [headline for headline in found if headline[0]]
-    if not found:
+    drawn = [(headline_groups(run, *headline[:2]), *headline[2:]) for headline in HEADLINES]
+    drawn = [headline for headline in drawn if headline[0]]
+    if not drawn:
         return None
-    figure = plt.figure(figsize=(10, 2.6 * len(found)), layout="constrained")
-    parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
-    for part, (groups, what, formulas) in zip(parts, found, strict=True):
+    figure = plt.figure(figsize=(10, 2.6 * len(drawn)), layout="constrained")
+    parts = figure.subfigures(len(drawn), 1, squeeze=False)[:, 0]
+    for part, (groups, what, formulas) in zip(parts, drawn, strict=True):
         axes = part.subplots(1, len(groups), squeeze=False, sharey=True)[0]
         for axis, group in zip(axes, groups, strict=True):
             draw_headline(axis, group, formulas)
@@ -90,9 +90,9 @@ def headlines(run: dict) -> Figure | None:
 
 
 def draw_headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> None:
-    own = next(row for row in group if row["ours"])
+    ours = next(row for row in group if row["ours"])
     rows = {row["name"]: row for row in group}
-    shown = {"anchorops": own}
+    shown = {"anchorops": ours}
     fastest = next((row for row in group if "anchorops" not in row["name"]), None)
     if fastest and fastest["name"] not in formulas:
         shown["fastest rival"] = fastest
@@ -101,7 +101,7 @@ def draw_headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> No
             shown[label] = rows[name]
     times = {label: row["median"] * 1e3 for label, row in shown.items()}
     texts = [
-        f"{number(row['median'] * 1e3)} ms" + ("" if row is own else f", {row['ratio']:.0f}×")
+        f"{number(row['median'] * 1e3)} ms" + ("" if row is ours else f", {row['ratio']:.0f}×")
         for row in shown.values()
     ]
     if fastest and "fastest rival" in shown:

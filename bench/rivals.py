@@ -42,8 +42,8 @@ def index_add(features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | N
 def _expanded(sums: Tensor, hot: Tensor, squares: Tensor, anchors: Tensor) -> Tensor:
     """Σ‖f‖² − 2·a·Σf + n·‖a‖²: fast, but inaccurate if anchors are far away."""
     counts = hot.sum(0, dtype=torch.float32)
-    own = squares @ hot.to(squares.dtype)
-    return own - 2 * (sums * anchors).sum(1) + counts * anchors.square().sum(1)
+    square_sums = squares @ hot.to(squares.dtype)
+    return square_sums - 2 * (sums * anchors).sum(1) + counts * anchors.square().sum(1)
 
 
 def one_hot_matmul(

@@ -87,9 +87,9 @@ class Storages(TorchDispatchMode):
         batch: the number of images of this count; a prime that divides no other size of a tensor.
         Then a storage contains the images exactly if the batch divides its size.
         """
-        of_images = [made.bytes // batch * (made.bytes % batch == 0) for made in self.made]
+        per_image = [made.bytes // batch * (made.bytes % batch == 0) for made in self.made]
         fixed = [made.bytes * (made.bytes % batch != 0) for made in self.made]
-        return self._sums(fixed), self._sums(of_images)
+        return self._sums(fixed), self._sums(per_image)
 
     def _sums(self, sizes: list[int]) -> np.ndarray:
         log = np.array(self.log)
@@ -103,10 +103,10 @@ class Storages(TorchDispatchMode):
         return sorted(alive)
 
 
-def largest_batch(capacity: int, fixed: np.ndarray, of_image: np.ndarray) -> int:
+def largest_batch(capacity: int, fixed: np.ndarray, per_image: np.ndarray) -> int:
     """The most images with which no time of a step needs more bytes than the capacity."""
-    grows = of_image > 0
-    return max(int(((capacity - fixed)[grows] // of_image[grows]).min()), 0)
+    grows = per_image > 0
+    return max(int(((capacity - fixed)[grows] // per_image[grows]).min()), 0)
 
 
 def _accumulates(gradient: Tensor) -> bool:
@@ -189,11 +189,11 @@ def _in_float32(operator: Any) -> Any:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(here):
             if has_dtype:
-                given = kwargs.pop("dtype", None) or next(
+                dtype = kwargs.pop("dtype", None) or next(
                     (x for x in args if isinstance(x, torch.dtype)), torch.float32
                 )
                 args = tuple(x for x in args if not isinstance(x, torch.dtype))
-                return operator(*args, **kwargs, dtype=given)
+                return operator(*args, **kwargs, dtype=dtype)
             return operator(*tree_map_only(Tensor, _to_float32, args), **kwargs)
 
     return kernel

@@ -82,18 +82,18 @@ def softmax_moments(logits: Tensor, labels: Tensor, direction: str) -> Pass:
 
 def passes() -> dict[str, Pass]:
     """The three paths at the shapes of the benchmarks, in bfloat16."""
-    found: dict[str, Pass] = {}
+    passes_by_name: dict[str, Pass] = {}
     for shape in (cases.HRNET, cases.SEGFORMER):
         features = torch.empty(shape.size, dtype=torch.bfloat16, device="meta")
         for path in (class_moments_forward, class_moments_backward):
-            found[f"{path.__name__}: {shape.name}"] = path(features, shape.num_classes)
+            passes_by_name[f"{path.__name__}: {shape.name}"] = path(features, shape.num_classes)
     for shape in (bench_pixel_losses.HRNET, bench_pixel_losses.SEGFORMER):
         logits = torch.empty(shape.size, dtype=torch.bfloat16, device="meta")
         labels = torch.empty(shape.size[:1] + shape.label_size, dtype=torch.int64, device="meta")
         for direction in ("forward", "backward"):
             name = f"softmax_moments, {direction}: {shape.name}"
-            found[name] = softmax_moments(logits, labels, direction)
-    return found
+            passes_by_name[name] = softmax_moments(logits, labels, direction)
+    return passes_by_name
 
 
 def main() -> None:

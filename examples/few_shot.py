@@ -44,10 +44,10 @@ def episodes(count: int, digits: list[int]) -> tuple[Pictures, Pictures]:
 def query_logits(model: nn.Module, support: Pictures, images: Tensor) -> Tensor:
     """Cosines to the prototypes of background and digit, over a temperature: (B, 2, 8, 16)."""
     features = model(torch.cat([support[0], images]))
-    of_support, of_query = features.chunk(2)
-    prototypes, _ = ao.class_centroids(of_support, support[1], 2, per_image=True)  # (B, 2, D)
+    support_features, query_features = features.chunk(2)
+    prototypes, _ = ao.class_centroids(support_features, support[1], 2, per_image=True)  # (B, 2, D)
     cosines = torch.einsum(
-        "bkd,bdhw->bkhw", F.normalize(prototypes, dim=2), F.normalize(of_query, dim=1)
+        "bkd,bdhw->bkhw", F.normalize(prototypes, dim=2), F.normalize(query_features, dim=1)
     )
     return cosines / 0.05
 

@@ -89,8 +89,8 @@ def digit_task(imbalance: float) -> Task:
     pixels, digits = load_digits(return_X_y=True)
     images, labels = torch.from_numpy(pixels).float() / 16, torch.from_numpy(digits)
     train = kept(labels, torch.full((10,), 100), imbalance)
-    of_digit = [(labels == k).nonzero().flatten() for k in range(10)]  # at least 174 each
-    test = torch.cat([rows[100:170] for rows in of_digit])
+    rows_by_digit = [(labels == k).nonzero().flatten() for k in range(10)]  # at least 174 each
+    test = torch.cat([rows[100:170] for rows in rows_by_digit])
 
     def network() -> nn.Module:
         hidden = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
@@ -204,11 +204,11 @@ def loss_of_batch(
     if mixup:  # the anchors of both labels attract the features
         method = sar.regularizer
         assert isinstance(method, ao.SAR) and features is not None
-        own, other = (
+        term, other = (
             ao.pixel_to_anchor_mse(features, y, method.semantic_anchors, ignore_index=-1)
             for y in (labels, others)
         )
-        loss = loss + (1 - share) * method.loss_weight * sar.terms["gate"] * (other - own)
+        loss = loss + (1 - share) * method.loss_weight * sar.terms["gate"] * (other - term)
     return loss
 
 

@@ -72,10 +72,10 @@ class LowResolution:
         labels = self._stack_batch_gt(batch_data_samples).squeeze(1)
         several = isinstance(self.loss_decode, nn.ModuleList)
         losses: list[Any] = [*self.loss_decode] if several else [self.loss_decode]
-        found: dict[str, Any] = {}
+        terms: dict[str, Any] = {}
         for loss in losses:
             self._check(loss)
-            found[loss.loss_name] = found.get(loss.loss_name, 0) + loss(seg_logits, labels)
+            terms[loss.loss_name] = terms.get(loss.loss_name, 0) + loss(seg_logits, labels)
         binary = seg_logits.shape[1] == 1
         matrix = ao.pixel_confusion(
             seg_logits.detach(),
@@ -85,15 +85,15 @@ class LowResolution:
             align_corners=self.align_corners,
         )
         hits = matrix.diagonal(dim1=-2, dim2=-1).sum()
-        return found | {"acc_seg": 100 * hits / matrix.sum().clamp(min=1)}
+        return terms | {"acc_seg": 100 * hits / matrix.sum().clamp(min=1)}
 
     def _check(self: Any, loss: nn.Module) -> None:
         if not isinstance(loss, AnchoropsLoss) or self.sampler is not None:
             raise ValueError(f"{type(self).__name__}: expected AnchoropsLoss and no sampler")
         for name in ("align_corners", "ignore_index"):
-            own, given = getattr(self, name), getattr(loss.loss, name)
-            if own != given:
-                text = f"loss_decode: expected {name}={own}, as the head, got {given}"
+            head_value, loss_value = getattr(self, name), getattr(loss.loss, name)
+            if head_value != loss_value:
+                text = f"loss_decode: expected {name}={head_value}, as the head, got {loss_value}"
                 raise ValueError(f"{type(self).__name__}: {text}")
 
 
@@ -128,8 +128,8 @@ def main() -> None:
         )
         after.load_state_dict(before.state_dict())
         for name, head in (("before", before), ("after", after)):
-            found = head.eval().loss(features, samples, train_cfg={})
-            values = ", ".join(f"{key} {value.item():.5f}" for key, value in found.items())
+            losses = head.eval().loss(features, samples, train_cfg={})
+            values = ", ".join(f"{key} {value.item():.5f}" for key, value in losses.items())
             print(f"{role} head, {name}: {values}")
 
 
