@@ -10,7 +10,7 @@ the time: a gradient of 189 MB has 46,000 page faults with pages of 4 KB, and 60
 from collections.abc import Callable
 from functools import lru_cache, partial
 
-import rivals
+import alternatives
 import torch
 from cases import (
     COCO,
@@ -103,18 +103,18 @@ def ours(operation: str) -> Formula:
     return outputs(operation, ao.ops.class_moments)
 
 
-def rival_formulas(case: Case) -> dict[str, Formula]:
+def alternative_formulas(case: Case) -> dict[str, Formula]:
     if case.operation == MSE:
         formulas: dict[str, Formula] = {
-            "gather + mse": lambda f, y, a: (rivals.gather_mse(f, y, a),),
+            "gather + mse": lambda f, y, a: (alternatives.gather_mse(f, y, a),),
         }
         if case.direction == FORWARD:
-            formulas["class loop"] = lambda f, y, a: (rivals.loop_mse(f, y, a),)
+            formulas["class loop"] = lambda f, y, a: (alternatives.loop_mse(f, y, a),)
         compiled = ["gather + mse"]
     else:
         formulas = {
-            name: outputs(case.operation, partial(rivals.class_moments, rival))
-            for name, rival in rivals.FORMULAS.items()
+            name: outputs(case.operation, partial(alternatives.class_moments, alternative))
+            for name, alternative in alternatives.FORMULAS.items()
         }
         compiled = ["index_add", "one_hot bmm"]
         # Its backward takes seconds, because it writes the gradient of all rows for each class.
@@ -137,7 +137,7 @@ def our_names(case: Case, device: torch.device) -> list[str]:
 
 
 def names(case: Case, device: torch.device) -> list[str]:
-    return [*our_names(case, device), *rival_formulas(case)]
+    return [*our_names(case, device), *alternative_formulas(case)]
 
 
 @lru_cache(1)  # consecutive cases have the same inputs
@@ -186,7 +186,9 @@ def test_class_moments(bench, case: Case, name: str):
     shape = case.shape.on(bench.device, bench.tiny)
     inputs = make_inputs(shape, case.dtype, case.labels, bench.device)
     features, labels, anchors = inputs.features.detach(), inputs.labels, inputs.anchors
-    formula = ours(case.operation) if name in backends(bench.device) else rival_formulas(case)[name]
+    formula = (
+        ours(case.operation) if name in backends(bench.device) else alternative_formulas(case)[name]
+    )
     gradients = upstream(case.operation, inputs)
 
     def forward() -> tuple[Tensor, ...]:
@@ -232,8 +234,8 @@ def test_class_keys(bench, case: Case, name: str):
 
     def run() -> tuple[Tensor, Tensor]:
         if backend in (None, "reference"):
-            keys = rivals.class_keys(features, labels, num_classes)
-            return keys, rivals.class_counts(keys, num_classes)
+            keys = alternatives.class_keys(features, labels, num_classes)
+            return keys, alternatives.class_counts(keys, num_classes)
         return class_keys(features, labels, num_classes, ignore_index=-1, backend=backend)
 
     keys, counts = run()

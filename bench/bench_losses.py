@@ -7,7 +7,7 @@ only by the statistics. Bytes are those of the method's pass over the features.
 import copy
 from contextlib import nullcontext
 
-import rivals
+import alternatives
 import torch
 from cases import OCRNET, SEGFORMER, Case, Inputs, backends, grid
 from torch import Tensor, nn
@@ -29,13 +29,13 @@ METHODS = {
 }
 WITH_ANCHORS = ("SAR", "SAR + OCCL")
 OWN_PASS = ("CeCo", "CeCo at label size")  # they do not use class_statistics
-RIVALS = ("index_add", "one_hot bmm")
+ALTERNATIVES = ("index_add", "one_hot bmm")
 
 
 def names(case: Case, device: torch.device) -> list[str]:
     own_pass = case.operation in OWN_PASS
     ours = [name for name, kind in backends(device).items() if not (own_pass and kind == "cuda")]
-    return [*ours, *(() if own_pass else RIVALS)]
+    return [*ours, *(() if own_pass else ALTERNATIVES)]
 
 
 @grid(
@@ -72,8 +72,11 @@ def test_loss(bench, case: Case, name: str):
 
     with ao.use_backend("reference"):
         expected = step(copy.deepcopy(module), [])
-    rival = rivals.FORMULAS.get(name)
-    with bench.backend(name), rivals.statistics_by(rival) if rival else nullcontext():
+    alternative = alternatives.FORMULAS.get(name)
+    with (
+        bench.backend(name),
+        alternatives.statistics_by(alternative) if alternative else nullcontext(),
+    ):
         bench.check(step(copy.deepcopy(module), []), expected, case.dtype)
         counted = moments_bytes(
             features,

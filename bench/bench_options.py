@@ -3,15 +3,15 @@ pseudo-labels forward.
 
     pytest bench/bench_options.py --seconds 0.25 --rows ROWS.json [-k OPTION] [--eager]
 
-Rows are options, columns the number of classes K (for sigmoids: of channels) and the ratio of the
-labels' size to that of the logits; volumes are 32³ → 128³ and 64³ → 128³. A cell is the rival's
-time divided by ours: above 1 we are faster. Ours and the rivals take turns; medians are compared.
-Our gradient is compared with that of torch's formula first. Rivals are torch's functions after
+Rows are options, columns the number of classes K (for sigmoids: of channels) and the output stride
+of the logits; volumes are 32³ → 128³ and 64³ → 128³. A cell is the alternative's time divided by
+ours: above 1 we are faster. Ours and the alternatives take turns; medians are compared. Our
+gradient is compared with that of torch's formula first. Alternatives are torch's functions after
 F.interpolate, and the classes of segmentation_models.pytorch and MONAI; for most options, in the
 cells of COMPILED, also torch.compile of torch's formula with F.interpolate, which takes long to
 compile (--eager leaves it out). Labels are int64; where an option says so uint8, as masks are
-stored. Logits are float32; where an option says so bfloat16, as under autocast, and the rivals
-upsample them in float32.
+stored. Logits are float32; where an option says so bfloat16, as under autocast, and the
+alternatives upsample them in float32.
 """
 
 import math
@@ -33,7 +33,7 @@ smp = pytest.importorskip("segmentation_models_pytorch.losses")
 
 RATIOS, CLASSES = (1, 2, 4, 8), (2, 19, 150)
 COMPILED = {(1, 1), (2, 1), (19, 4), (20, 4)}  # K, ratio
-MOST_IMAGES, MOST_LOGITS = 4, 10e6  # of a batch, at the labels' size; one image or more
+MOST_IMAGES, MOST_LOGITS = 4, 10e6  # of a batch, at full resolution; one image or more
 SIZE, TINY = 512, 32  # of the labels
 BOUND, GAMMA, SMOOTHING = 0.7, 2.0, 0.1
 
@@ -41,16 +41,16 @@ Formula = Callable[..., Tensor]  # of logits and labels
 
 
 class Option(NamedTuple):
-    """ours: from logits and labels. rivals: from logits of the labels' size and labels. Labels of
+    """ours: from logits and labels. alternatives: from full-resolution logits and labels. Labels of
     sigmoids have the logits' channels, 0 or 1; of masks they are uint8. Half: bfloat16 logits."""
 
     ours: Formula
-    rivals: dict[str, Formula]
+    alternatives: dict[str, Formula]
     sigmoid: bool = False
     masks: bool = False
     half: bool = False
     compiled: bool = True  # whether torch's formula is compiled too, in the cells of COMPILED
-    upsamples: bool = False  # whether the rivals upsample the logits themselves
+    upsamples: bool = False  # whether the alternatives upsample the logits themselves
     ties: bool = False  # torch's choice among equal losses is another one: it is not compared
 
 
@@ -242,7 +242,7 @@ VOLUMES |= {f"{name}, bf16": sizes for name, sizes in VOLUMES.items()}
 
 
 class Cell(NamedTuple):
-    """ratio: of the labels' size to that of the logits. axes: of the labels of an image."""
+    """ratio: the output stride of the logits. axes: of the labels of an image."""
 
     option: str
     num_classes: int
@@ -296,7 +296,7 @@ def test_option(bench, cell: Cell):
         return formula if option.upsamples else lambda x, y: formula(upsampled(x, size), y)
 
     formulas = {"ours": option.ours}
-    formulas |= {name: whole(formula) for name, formula in option.rivals.items()}
+    formulas |= {name: whole(formula) for name, formula in option.alternatives.items()}
     if option.compiled and (cell.num_classes, cell.ratio) in COMPILED and not bench.eager:
         formulas["compiled"] = torch.compile(formulas["torch"], dynamic=False)
 

@@ -1,4 +1,4 @@
-"""Losses and confusion matrices at the labels' size, compared with upsampling the logits first.
+"""Losses and confusion matrices at full resolution, compared with upsampling the logits first.
 
 Bytes are those of the operator: forward reads logits and labels and writes lse; backward reads
 these three and writes the logits' gradient. Where the logits are cosines of features to anchors,
@@ -150,7 +150,7 @@ def cosines(shape: Logits, features: Tensor) -> Tensor:
 
 
 def upsampled(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
-    """float32 logits of the labels' size."""
+    """float32 logits at full resolution."""
     if x.shape[2:] == size:
         return x.float()
     mode = "bilinear" if len(size) == 2 else "trilinear"
@@ -178,7 +178,7 @@ def focal(z: Tensor, y: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(case: Case, chunked: bool, x: Tensor, y: Tensor) -> Tensor:
-    """torch's, from unit features at the labels' size. Its logits equal the upsampled cosines,
+    """torch's, from unit features at full resolution. Its logits equal the upsampled cosines,
     because both the upsampling and the product are linear."""
     rows = case.shape.upsampled(F.normalize(x, dim=1)).movedim(1, -1).flatten(0, -2)
     anchors = scaled_anchors(case.shape, x.device).to(rows.dtype)
@@ -201,7 +201,7 @@ def bincount_confusion(z: Tensor, y: Tensor) -> Tensor:
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def rivals_of_cosines(case: Case) -> dict[str, Formula]:
+def cosine_alternatives(case: Case) -> dict[str, Formula]:
     """The formulas of torch. Older versions have no linear_cross_entropy."""
     formulas: dict[str, Formula] = {
         "product + interpolate + cross_entropy": lambda x, y: cross_entropy(
@@ -216,11 +216,11 @@ def rivals_of_cosines(case: Case) -> dict[str, Formula]:
     return formulas
 
 
-def rival_formulas(case: Case) -> dict[str, Formula]:
+def alternative_formulas(case: Case) -> dict[str, Formula]:
     """The formulas of installed libraries. smp's focal loss is another loss, so its value is not
     checked."""
     if case.operation == COSINES:
-        return rivals_of_cosines(case)
+        return cosine_alternatives(case)
     if case.operation == DIVERGENCE:
         return {
             "interpolate + kl_div": lambda x, y: divergence(
@@ -275,15 +275,15 @@ def absent(library: str) -> bool:
 
 
 def names(case: Case, device: torch.device) -> list[str]:
-    rivals = [*rival_formulas(case)]
-    if rivals and device.type == "cpu":
-        rivals.append(rivals[0] + KEPT)
+    alternatives = [*alternative_formulas(case)]
+    if alternatives and device.type == "cpu":
+        alternatives.append(alternatives[0] + KEPT)
     without_cuda = case.operation in (FOCAL, CONFUSION, DIVERGENCE)
     without_cuda |= case.shape.size[2:] == case.shape.label_size
     ours = [
         name for name, kind in backends(device).items() if not (without_cuda and kind == "cuda")
     ]
-    return [*ours, *rivals]
+    return [*ours, *alternatives]
 
 
 @contextlib.contextmanager
@@ -320,7 +320,7 @@ def make_inputs(shape: Logits, dtype: str, labels: str, device: torch.device):
 def exact(case: Case, device: torch.device) -> Tensor:
     """The results of the plain formula in float32. (The tests compare with float64.)"""
     logits, labels = make_inputs(case.shape, case.dtype, case.labels, device)
-    formula = next(iter(rival_formulas(case).values()), ours(case))
+    formula = next(iter(alternative_formulas(case).values()), ours(case))
     logits = logits.detach().requires_grad_(case.direction == TRAINING)
     value = formula(logits, labels)
     return torch.autograd.grad(value, logits)[0] if case.direction == TRAINING else value.double()
@@ -338,7 +338,7 @@ def test_pixel_losses(bench, case: Case, name: str):
     case = case._replace(shape=case.shape.on(bench.device, bench.tiny))
     logits, labels = make_inputs(case.shape, case.dtype, case.labels, bench.device)
     plain = name.removesuffix(KEPT)
-    formula = ours(case) if name in backends(bench.device) else rival_formulas(case)[plain]
+    formula = ours(case) if name in backends(bench.device) else alternative_formulas(case)[plain]
     logits = logits.detach().requires_grad_(case.direction == TRAINING)
 
     def run() -> tuple[Tensor, ...]:

@@ -62,7 +62,7 @@ class Case(NamedTuple):
     shape: Any  # a Shape, or another type of a benchmark file
     dtype: str = ""  # float32 on CPU, bfloat16 on GPU
     labels: str = "coherent"
-    compiled: bool = False  # also compile the rivals, which takes about 10 s each
+    compiled: bool = False  # also compile the alternatives, which takes about 10 s each
 
     def __str__(self) -> str:
         parts = (self.operation, self.direction, self.shape.name, self.dtype, self.labels)

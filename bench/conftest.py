@@ -1,4 +1,4 @@
-"""Checks, measures, records and prints each benchmark, with its rivals and its machine."""
+"""Checks, measures, records and prints each benchmark, with its alternatives and its machine."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,7 +24,7 @@ from anchorops.measure import (
     peak_extra_bytes,
 )
 
-TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}  # also for rivals with expanded squares or bfloat16 sums
+TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}  # also of expanded squares and bfloat16 sums
 NATURAL = {"cpu": "fp32", "cuda": "bf16"}  # the default dtype of a case
 GRAPH = ", CUDA graph"
 # A row is measured again if other processes disturbed it, or if its times differ by more than this:

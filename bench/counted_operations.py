@@ -1,4 +1,4 @@
-"""Operations of a forward pass, plain and with late_upsampling, counted by FlopCounterMode.
+"""Operations of a forward pass, without and with late_upsampling, counted by FlopCounterMode.
 
     python bench/counted_operations.py [--out bench/results/counted-operations.json]
 

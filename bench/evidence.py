@@ -1,4 +1,4 @@
-"""Compares the methods with the plain network on digit scenes, after short and long trainings.
+"""Compares the methods with the baseline on digit scenes, after short and long trainings.
 
     python bench/evidence.py --jobs 2 --budget 240   # trains missing runs, for four hours
     python bench/evidence.py --list                  # the runs in their order, and which exist
@@ -36,8 +36,8 @@ from anchorops.train.signals import Interrupted
 
 HRNET, SEGFORMER = DEMO
 SCRATCH = "from-scratch"
-EVALUATIONS = {500: 100, 1_500: 250, 4_000: 500, 8_000: 1_000}  # horizon: steps between them
-HORIZONS = (500, 1_500, 4_000)
+EVALUATIONS = {500: 100, 1_500: 250, 4_000: 500, 8_000: 1_000}  # schedule: steps between them
+SCHEDULES = (500, 1_500, 4_000)
 # head_tail: chosen so that there are four head, four body and three tail classes
 SCENES: dict[str, dict[str, Any]] = {
     "digits": {},
@@ -102,34 +102,34 @@ def plan() -> list[Run]:
         scenes: str,
         model: str,
         choices: Sequence[Choice],
-        horizons: Sequence[int] = HORIZONS,
+        schedules: Sequence[int] = SCHEDULES,
         seeds: Sequence[int] = (0, 1, 2),
     ) -> list[Run]:
-        order = itertools.product(seeds, horizons, choices)
+        order = itertools.product(seeds, schedules, choices)
         return [Run(scenes, model, *choice, steps, seed) for seed, steps, choice in order]
 
     return [
         *runs("digits", HRNET, MAIN, seeds=[0]),
-        *runs("digits", HRNET, [PLAIN], horizons=[8_000], seeds=[0]),
+        *runs("digits", HRNET, [PLAIN], schedules=[8_000], seeds=[0]),
         *runs("digits", HRNET, MAIN, seeds=[1, 2]),
         *runs("digits", SEGFORMER, MAIN, seeds=[0]),
-        *runs("few", HRNET, HARD, horizons=[1_500]),
-        *runs("steep", HRNET, HARD, horizons=[1_500]),
-        *runs("digits", HRNET, REST, horizons=[500]),
-        *runs("digits", SEGFORMER, MAIN + REST, horizons=[500]),  # seed 0 of MAIN is above
+        *runs("few", HRNET, HARD, schedules=[1_500]),
+        *runs("steep", HRNET, HARD, schedules=[1_500]),
+        *runs("digits", HRNET, REST, schedules=[500]),
+        *runs("digits", SEGFORMER, MAIN + REST, schedules=[500]),  # seed 0 of MAIN is above
         *runs("digits", SEGFORMER, MAIN, seeds=[1, 2]),
-        *runs("digits", SEGFORMER, [PLAIN], horizons=[8_000], seeds=[0]),
-        *runs("digits", HRNET, REST, horizons=[1_500, 4_000]),
-        *runs("few", SEGFORMER, HARD, horizons=[1_500]),
-        *runs("steep", SEGFORMER, HARD, horizons=[1_500]),
+        *runs("digits", SEGFORMER, [PLAIN], schedules=[8_000], seeds=[0]),
+        *runs("digits", HRNET, REST, schedules=[1_500, 4_000]),
+        *runs("few", SEGFORMER, HARD, schedules=[1_500]),
+        *runs("steep", SEGFORMER, HARD, schedules=[1_500]),
         *(
             run
             for seed, model, scenes in itertools.product(
                 (0, 1, 2), (SEGFORMER, HRNET), ("few", "steep")
             )
-            for run in runs(scenes, model, RARE, horizons=[4_000], seeds=[seed])
+            for run in runs(scenes, model, RARE, schedules=[4_000], seeds=[seed])
         ),
-        *runs("digits", SEGFORMER, REST, horizons=[1_500, 4_000]),
+        *runs("digits", SEGFORMER, REST, schedules=[1_500, 4_000]),
     ]
 
 

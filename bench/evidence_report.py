@@ -21,13 +21,13 @@ NETWORKS = {"hrnet-w18-small": "HRNet-W18-small", "segformer-b0": "SegFormer-B0"
 SCENES = {
     "digits": "Digit scenes",
     "few": "Few scenes: 500 training scenes, the same for all seeds",
-    "steep": "Steeper frequencies: (d + 1)⁻² for digit d in the training scenes",
+    "steep": "More long-tailed: frequencies (d + 1)⁻² of digit d in the training scenes",
 }
 NOT_PLANNED = (
-    "Few scenes and steeper frequencies are planned with 1,500 steps (plain, SAR and MVSC also\n"
+    "Few and more long-tailed scenes are planned with 1,500 steps (baseline, SAR and MVSC also\n"
     "with 4,000), and without CR, CBP, and the published weights of OCCL and CeCo."
 )
-CONVERGED = 1.0  # converged: the next horizon adds less than these points of mIoU to plain
+CONVERGED = 1.0  # converged: the next schedule adds less than these points of mIoU
 COLORS = {"plain": "black", "cr": "tab:gray", "sar": "tab:blue", "cbp": "tab:olive"} | {
     "occl": "tab:orange",
     "cbp+occl": "tab:brown",
@@ -36,21 +36,22 @@ COLORS = {"plain": "black", "cr": "tab:gray", "sar": "tab:blue", "cbp": "tab:oli
 }
 Row = dict[str, Any]
 
-INTRODUCTION = """# The methods by training horizon
+INTRODUCTION = """# The methods by training schedule
 
 {device}; torch {torch}; {count} runs of `{command}`, at {commits}
 ([rows](evidence.json)). This page is written by `{command} --report docs`.
 
 The networks are trained from random weights on scenes of handwritten digits with Zipf frequencies,
-64×64 pixels, 11 classes. A horizon is a number of training steps; each horizon is a separate
+64×64 pixels, 11 classes. A schedule is a number of training steps; each schedule is a separate
 training, whose learning rate decays to 0 at its end. The tables show mean ± standard deviation over
-n seeds in %. "To plain" is the difference to the plain network of the same seeds. Head, body and
-tail are the four most frequent classes, the next four and the last three. "From scratch" is
-`--setting from-scratch`; the others have the published weights. CR is SAR with fixed anchors.
-Bands in the pictures are one standard deviation; a line without a band has one seed.
+n seeds in %. The baseline is the network without a method (`plain` in the rows); "to baseline" is
+the difference to the baseline of the same seeds. Head, body and tail are the four most frequent
+classes, the next four and the last three. "From scratch" is `--setting from-scratch`; the others
+have the published weights. CR is SAR with fixed anchors. Bands in the pictures are one standard
+deviation; a line without a band has one seed.
 
-A network has converged at a horizon if the next horizon adds less than {converged:g} point to the
-mIoU of plain.
+A network has converged at a schedule if the next one adds less than {converged:g} point to the mIoU
+of the baseline.
 """
 
 
@@ -77,7 +78,7 @@ def page(evidence: dict[str, Any]) -> str:
     ]
     for (scenes, model), group in _groups(rows, "scenes", "model").items():
         title = SCENES[scenes]
-        parts.append(f"## {title}, {NETWORKS[model]}\n\n{_plain_by_horizon(group)}\n")
+        parts.append(f"## {title}, {NETWORKS[model]}\n\n{_baseline_by_schedule(group)}\n")
         if any(row["curve"] for row in group):
             parts.append(f"![Learning curves]({_picture(scenes, model)})\n")
         for (steps,), runs in sorted(_groups(group, "steps").items()):
@@ -90,33 +91,34 @@ def page(evidence: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a row for each choice of methods. rows: of one network and horizon."""
-    plain = {row["seed"]: row["miou"] for row in rows if row["methods"] == "plain"}
+    """Markdown: a row for each choice of methods. rows: of one network and schedule."""
+    baseline = {row["seed"]: row["miou"] for row in rows if row["methods"] == "plain"}
     lines = []
     for runs in _groups(rows, "methods", "setting").values():
         miou, *groups = (_spread([run[name] for run in runs]) for name in MEASURES)
-        added = [r["miou"] - plain[r["seed"]] for r in runs if r["seed"] in plain]
-        to_plain = _spread(added, "+") if runs[0]["methods"] != "plain" and added else ""
-        lines.append([label(runs[0]), len(runs), miou, to_plain, *groups])
-    header = ["methods", "n", "mIoU", "to plain", "head", "body", "tail"]
+        added = [r["miou"] - baseline[r["seed"]] for r in runs if r["seed"] in baseline]
+        to_baseline = _spread(added, "+") if runs[0]["methods"] != "plain" and added else ""
+        lines.append([label(runs[0]), len(runs), miou, to_baseline, *groups])
+    header = ["methods", "n", "mIoU", "to baseline", "head", "body", "tail"]
     return markdown_table(header, lines) + "\n"
 
 
 def label(row: Row) -> str:
     methods: list[str] = row["methods"].split("+")
-    name = " + ".join("CR" if m == "cr" else CLASSES.get(m, m) for m in methods)
+    names = {**CLASSES, "cr": "CR", "plain": "baseline"}
+    name = " + ".join(names.get(method, method) for method in methods)
     return name if row["setting"] == PUBLISHED else f"{name}, {row['setting'].replace('-', ' ')}"
 
 
 def curves(rows: Sequence[Row]) -> Figure:
-    """A row of axes for each horizon, a column for each measure: mean over the seeds and, as a
+    """A row of axes for each schedule, a column for each measure: mean over the seeds and, as a
     band, their standard deviation."""
-    horizons = sorted(_groups([row for row in rows if row["curve"]], "steps").items())
-    figure = Figure(figsize=(14, 3 * len(horizons) + 0.6), layout="constrained")
-    grid = figure.subplots(len(horizons), len(MEASURES), squeeze=False, sharey="col")
+    schedules = sorted(_groups([row for row in rows if row["curve"]], "steps").items())
+    figure = Figure(figsize=(14, 3 * len(schedules) + 0.6), layout="constrained")
+    grid = figure.subplots(len(schedules), len(MEASURES), squeeze=False, sharey="col")
     lines: dict[str, Any] = {}
-    for axes, ((steps,), at_horizon) in zip(grid, horizons, strict=True):
-        for runs in _groups(at_horizon, "methods", "setting").values():
+    for axes, ((steps,), schedule_rows) in zip(grid, schedules, strict=True):
+        for runs in _groups(schedule_rows, "methods", "setting").values():
             style = "-" if runs[0]["setting"] == PUBLISHED else "--"
             points = list(zip(*(run["curve"] for run in runs), strict=False))
             x = [at_step[0][0] for at_step in points]
@@ -163,14 +165,16 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
     return f"{mean:{sign}.1f}{spread}".replace("-", "−")
 
 
-def _plain_by_horizon(rows: Sequence[Row]) -> str:
-    """The mIoU of plain at each horizon, and at which horizons it has converged."""
-    plain = sorted(_groups([r for r in rows if r["methods"] == "plain"], "steps").items())
-    by_seed = [{run["seed"]: 100 * run["miou"] for run in runs} for _, runs in plain]
-    figures = [f"{steps:,} steps {_spread([r['miou'] for r in runs])}" for (steps,), runs in plain]
-    lines = [f"Plain: {'; '.join(figures)}."]
+def _baseline_by_schedule(rows: Sequence[Row]) -> str:
+    """The mIoU of the baseline at each schedule, and at which it has converged."""
+    baseline = sorted(_groups([r for r in rows if r["methods"] == "plain"], "steps").items())
+    by_seed = [{run["seed"]: 100 * run["miou"] for run in runs} for _, runs in baseline]
+    figures = [
+        f"{steps:,} steps {_spread([r['miou'] for r in runs])}" for (steps,), runs in baseline
+    ]
+    lines = [f"Baseline: {'; '.join(figures)}."]
     for ((steps,), _), ((more,), _), here, there in zip(
-        plain, plain[1:], by_seed, by_seed[1:], strict=False
+        baseline, baseline[1:], by_seed, by_seed[1:], strict=False
     ):
         seeds = here.keys() & there.keys()
         if not seeds:
@@ -179,15 +183,15 @@ def _plain_by_horizon(rows: Sequence[Row]) -> str:
         verdict = "converged" if gain < CONVERGED else "not converged"
         added = f"{gain:+.1f}".replace("-", "−")
         lines.append(f"At {steps:,}: {verdict} ({more:,} add {added}, n = {len(seeds)}).")
-    if plain:
-        ((last,), _) = plain[-1]
+    if baseline:
+        ((last,), _) = baseline[-1]
         lines.append(f"At {last:,}: not known, because there is no longer run.")
     return " ".join(lines)
 
 
 def _gradient_ratios(rows: Sequence[Row]) -> str:
     """A table for each network of the methods' gradients on the features, relative to the
-    cross-entropy's. The ratio changes during a training, so horizons are not mixed."""
+    cross-entropy's. The ratio changes during a training, so schedules are not mixed."""
     single = [
         row
         for row in rows
@@ -201,14 +205,14 @@ def _gradient_ratios(rows: Sequence[Row]) -> str:
         "## Gradient on the features",
         "",
         "The norm of the method's gradient on the features, divided by that of the cross-entropy,",
-        "every 100 steps: median, smallest and largest of a horizon's runs on digit scenes.",
+        "every 100 steps: median, smallest and largest of a schedule's runs on digit scenes.",
     ]
     for (model,), network_rows in _groups(single, "model").items():
-        horizons = sorted({row["steps"] for row in network_rows})
-        header = [NETWORKS[model], *(f"{steps:,} steps" for steps in horizons)]
+        schedules = sorted({row["steps"] for row in network_rows})
+        header = [NETWORKS[model], *(f"{steps:,} steps" for steps in schedules)]
         cells = []
         for runs in _groups(network_rows, "methods", "setting").values():
-            ranges = [_range([run for run in runs if run["steps"] == steps]) for steps in horizons]
+            ranges = [_range([run for run in runs if run["steps"] == steps]) for steps in schedules]
             cells.append([label(runs[0]), *ranges])
         lines += ["", markdown_table(header, cells)]
     return "\n".join(lines) + "\n"

@@ -24,7 +24,7 @@ def settings(run: dict) -> dict[tuple[str, str, str, bool], dict[str, dict]]:
     return {key: {label(row): row for row in rows} for key, rows in groups}  # type: ignore[misc]
 
 
-PLAIN, OWN, LATE, BOTH = "plain", "our cross-entropy", "late upsampling", "both"
+BASELINE, OWN, LATE, BOTH = "baseline", "our cross-entropy", "late upsampling", "both"
 
 
 def label(row: dict) -> str:
@@ -32,7 +32,7 @@ def label(row: dict) -> str:
         return row["method"]
     if row["late"]:
         return LATE if row["loss"] == "torch" else BOTH
-    return PLAIN if row["loss"] == "torch" else OWN
+    return BASELINE if row["loss"] == "torch" else OWN
 
 
 def draw(run: dict) -> Figure:
@@ -66,9 +66,9 @@ def caption(run: dict) -> str:
     )
 
 
-COLOURS = {PLAIN: OTHER, OWN: PALE, BOTH: OURS}
+COLOURS = {BASELINE: OTHER, OWN: PALE, BOTH: OURS}
 LEGEND = {
-    PLAIN: "torch's cross-entropy",
+    BASELINE: "torch's cross-entropy",
     OWN: "our cross-entropy",
     BOTH: "our cross-entropy and late upsampling",
 }
@@ -80,33 +80,33 @@ def bars(axis: Axes, y: int, rows: dict[str, dict]) -> None:
         row, at = rows[name], y + 0.26 * (number - (len(drawn) - 1) / 2)
         bar = axis.barh(at, row["peak_bytes"] / 1e9, 0.24, color=COLOURS[name])
         text = f"{gigabytes(row)} GB"
-        if name != PLAIN:
-            text = share(row, rows[PLAIN]).replace(" (", " GB (")
+        if name != BASELINE:
+            text = share(row, rows[BASELINE]).replace(" (", " GB (")
         axis.bar_label(bar, [text], padding=4, fontsize=7)
 
 
 def change(rows: dict[str, dict], capacity: str) -> str:
-    """The largest batches: plain, with our cross-entropy, and with late upsampling too."""
-    counted = [rows[name] for name in (PLAIN, OWN, BOTH) if name in rows]
+    """The largest batches: baseline, with our cross-entropy, and with late upsampling too."""
+    counted = [rows[name] for name in (BASELINE, OWN, BOTH) if name in rows]
     return " → ".join(str(row["largest_batches"][capacity]) for row in counted)
 
 
-def share(row: dict, plain: dict) -> str:
-    return f"{gigabytes(row)} ({row['peak_bytes'] / plain['peak_bytes']:.0%})"
+def share(row: dict, baseline: dict) -> str:
+    return f"{gigabytes(row)} ({row['peak_bytes'] / baseline['peak_bytes']:.0%})"
 
 
 def cells_of(rows: dict[str, dict], names: Iterable[str]) -> list[str]:
-    return [share(rows[name], rows[PLAIN]) if name in rows else "" for name in names]
+    return [share(rows[name], rows[BASELINE]) if name in rows else "" for name in names]
 
 
 def table(run: dict) -> str:
     """For each network with bf16 autocast: memory without and with checkpointing, and batches."""
-    header = ["bf16 autocast", "plain, GB", OWN, BOTH, "images in 24 GB", "in 40 GB", "in 80 GB"]
+    header = ["bf16 autocast", "baseline, GB", OWN, BOTH, "images in 24 GB", "in 40 GB", "in 80 GB"]
     lines = []
     for (network, sizes, precision, checkpointing), rows in settings(run).items():
         if precision == "bf16":
             what = f"{network}, {sizes}" + (", checkpointing" if checkpointing else "")
-            cells = [what, gigabytes(rows[PLAIN]), *cells_of(rows, (OWN, BOTH))]
+            cells = [what, gigabytes(rows[BASELINE]), *cells_of(rows, (OWN, BOTH))]
             lines.append([*cells, *(change(rows, f"{size} GB") for size in (24, 40, 80))])
     return markdown_table(header, lines)
 
@@ -115,13 +115,15 @@ def full_table(run: dict) -> str:
     """Every row: memory in GB, and the largest batches."""
     groups = settings(run)
     first = next(iter(groups.values()))
-    capacities = list(first[PLAIN]["largest_batches"])
-    names = list(dict.fromkeys(name for rows in groups.values() for name in rows if name != PLAIN))
-    header = ["a training step", "", PLAIN, *names, *(f"images in {gb}" for gb in capacities)]
+    capacities = list(first[BASELINE]["largest_batches"])
+    names = list(
+        dict.fromkeys(name for rows in groups.values() for name in rows if name != BASELINE)
+    )
+    header = ["a training step", "", BASELINE, *names, *(f"images in {gb}" for gb in capacities)]
     lines = []
     for (network, sizes, precision, checkpointing), rows in groups.items():
         how = PRECISIONS[precision] + (", checkpointing" if checkpointing else "")
-        memory = [gigabytes(rows[PLAIN]), *cells_of(rows, names)]
+        memory = [gigabytes(rows[BASELINE]), *cells_of(rows, names)]
         batches = [change(rows, gb) for gb in capacities]
         lines.append([f"{network}, {sizes}", how, *memory, *batches])
     return markdown_table(header, lines, words=(0, 1))

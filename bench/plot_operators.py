@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 
 BOTH, TRAINING = "class moments with anchors", "forward + backward"
 DIRECTIONS = "forward", TRAINING
-# operation, shape, title, and the formulas that are shown in addition to the fastest rival
+# operation, shape, title, and the formulas that are shown in addition to the fastest alternative
 HEADLINES = (
     (
         "cross-entropy",
         "SegFormer, ADE20K",
-        "Cross-entropy at the labels' size",
+        "Cross-entropy at full resolution",
         {
             "interpolate + cross_entropy": "interpolate + cross_entropy",
             "interpolate + cross_entropy, kept pages": "the same, malloc keeps memory",
@@ -71,7 +71,7 @@ def headline_groups(run: dict, operation: str, shape: str) -> list[list[dict]]:
 
 
 def headlines(run: dict) -> Figure | None:
-    """Ours, the fastest rival, the usual formula and the published formula."""
+    """Ours, the fastest alternative, the usual formula and the published formula."""
     drawn = [(headline_groups(run, *headline[:2]), *headline[2:]) for headline in HEADLINES]
     drawn = [headline for headline in drawn if headline[0]]
     if not drawn:
@@ -95,7 +95,7 @@ def draw_headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> No
     shown = {"anchorops": ours}
     fastest = next((row for row in group if "anchorops" not in row["name"]), None)
     if fastest and fastest["name"] not in formulas:
-        shown["fastest rival"] = fastest
+        shown["fastest alternative"] = fastest
     for name, label in formulas.items():
         if name in rows:
             shown[label] = rows[name]
@@ -104,7 +104,7 @@ def draw_headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> No
         f"{number(row['median'] * 1e3)} ms" + ("" if row is ours else f", {row['ratio']:.0f}×")
         for row in shown.values()
     ]
-    if fastest and "fastest rival" in shown:
+    if fastest and "fastest alternative" in shown:
         texts[1] += f" ({fastest['name']})"
     bars(axis, times, texts, [OURS, *[OTHER] * (len(shown) - 1)], group[0]["direction"])
     axis.set_xlabel("milliseconds")

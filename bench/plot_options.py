@@ -1,4 +1,4 @@
-"""The picture of options, for bench/plot.py: the time of the fastest rival divided by ours."""
+"""The picture of options, for bench/plot.py: the time of the fastest alternative over ours."""
 
 from math import isnan, nan
 
@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 
 
 def gain(row: dict) -> float:
-    """The time of the fastest rival, divided by ours."""
+    """The time of the fastest alternative, divided by ours."""
     seconds = row["seconds"]
-    return min(value for rival, value in seconds.items() if rival != "ours") / seconds["ours"]
+    return min(value for name, value in seconds.items() if name != "ours") / seconds["ours"]
 
 
 def draw(run: dict) -> Figure:
@@ -49,14 +49,14 @@ def draw(run: dict) -> Figure:
         axis.set_xticks(
             range(len(columns)),
             [
-                f"{number} {what if number > 1 else 'channel'}\nlabels {ratio}×"
+                f"{number} {what if number > 1 else 'channel'}\nstride {ratio}"
                 for number, ratio in columns
             ],
         )
         axis.tick_params(length=0, labelsize=8)
     figure.suptitle(
-        "Time of the fastest rival divided by ours, forward and backward (pseudo-labels: forward)\n"
-        "labels 4×: labels 4 times as high and wide as the logits",
+        "Time of the fastest alternative divided by ours, forward and backward "
+        "(pseudo-labels: forward)\nstride 4: logits of output stride 4",
         x=0.01,
         ha="left",
         fontsize=10,

@@ -1,5 +1,5 @@
 """The picture and the tables of training steps, for bench/plot.py: time and memory of each
-candidate, relative to the plain network with torch's loss."""
+candidate, relative to the baseline with torch's loss."""
 
 from itertools import groupby
 
@@ -26,10 +26,10 @@ def label(row: dict) -> str:
         text = " + ".join(NAMES[method] for method in row["methods"].split("+"))
         return f"{text}, {'both' if row.get('late') else 'ours'}"
     if row.get("compiled"):
-        return "plain, torch.compile"
+        return "baseline, torch.compile"
     if row.get("late"):
         return "late upsampling, ours (both)" if ours else "late upsampling alone"
-    return "plain, ours" if ours else "plain, torch's cross-entropy"
+    return "baseline, ours" if ours else "baseline, torch's cross-entropy"
 
 
 def draw(run: dict) -> Figure:
@@ -95,4 +95,4 @@ def inference(run: dict) -> str:
             for row in group
         ]
         lines.append([network, *times])
-    return markdown_table(["inference", "plain", "late upsampling", "exported"], lines)
+    return markdown_table(["inference", "baseline", "late upsampling", "exported"], lines)

@@ -1,8 +1,8 @@
 """Class statistics as people write them by hand; anchorops is compared with them.
 
-The arguments of a rival are features (B, D, P), keys int64 [B, P] in [0, num_keys] (num_keys if
-ignored) and the anchor of each key [num_keys, D] or None. It returns sums [num_keys, D] and sqdists
-[num_keys] or None.
+The arguments of an alternative are features (B, D, P), keys int64 [B, P] in [0, num_keys] (num_keys
+if ignored) and the anchor of each key [num_keys, D] or None. It returns sums [num_keys, D] and
+sqdists [num_keys] or None.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from anchorops import reference
 from anchorops._moments import ClassMoments
 
 Statistics = tuple[Tensor, Tensor | None]
-Rival = Callable[[Tensor, Tensor, int, Tensor | None], Statistics]
+Alternative = Callable[[Tensor, Tensor, int, Tensor | None], Statistics]
 
 
 def _rows(features: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def class_loop(features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | 
     return sums, torch.stack([(rows - anchor).square().sum() for rows, anchor in pairs])
 
 
-FORMULAS: dict[str, Rival] = {
+FORMULAS: dict[str, Alternative] = {
     "index_add": index_add,
     "one_hot matmul": one_hot_matmul,
     "one_hot bmm": one_hot_bmm,
@@ -105,7 +105,7 @@ def class_counts(keys: Tensor, num_keys: int) -> Tensor:
 
 
 def class_moments(
-    rival: Rival,
+    alternative: Alternative,
     features: Tensor,
     labels: Tensor,
     num_classes: int,
@@ -117,7 +117,7 @@ def class_moments(
     ignore_index: int = -1,
     with_sums: bool = True,
 ) -> ClassMoments:
-    """`anchorops.class_moments` from a rival's statistics; the random groups are the same."""
+    """`anchorops.class_moments` from an alternative's statistics; random groups are the same."""
     assert not per_image
     keys = class_keys(features, labels, num_classes)
     counts = class_counts(keys, num_classes)
@@ -129,7 +129,7 @@ def class_moments(
         counts = reference.group_counts(counts, groups)
         anchors = None if anchors is None else anchors.repeat_interleave(groups, 0)
     flat = features.T[None] if features.dim() == 2 else features.flatten(2)
-    sums, sqdists = rival(flat, keys, counts.numel(), anchors)
+    sums, sqdists = alternative(flat, keys, counts.numel(), anchors)
     shape = counts.shape
     return ClassMoments(
         counts,
@@ -158,10 +158,10 @@ def loop_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
     return total / (features.shape[1] * (keys < len(anchors)).sum())
 
 
-def statistics_by(rival: Rival):
-    """Inside this context, every loss uses the class statistics of the rival."""
+def statistics_by(alternative: Alternative):
+    """Inside this context, every loss uses the class statistics of the alternative."""
 
     def moments(features: Tensor, labels: Tensor, num_classes: int, **options) -> ClassMoments:
-        return class_moments(rival, features, labels, num_classes, **options)
+        return class_moments(alternative, features, labels, num_classes, **options)
 
     return patch("anchorops.losses.statistics.unchecked_moments", moments)
