@@ -37,7 +37,7 @@ class UpsampledSums(NamedTuple):
 
 
 class SoftmaxMoments(NamedTuple):
-    """Statistics of each class, from p = the softmax of the logits upsampled to the labels' size.
+    """Statistics of each class, from p = the softmax of the logits upsampled to full resolution.
 
     `counts`, `hits`, `losses`, `overlaps`, `masses`, `squares` and `used` are [K], with per_image
     [B, K]. `pixel_losses` has the labels' shape, `outside` is a scalar. What was not requested is

@@ -256,7 +256,7 @@ class LabelImbalance(Metric):
 class FrequencyCorrelation(Metric):
     """Pearson's correlation of the classes' accuracy and their pixel frequency (CeCo, Fig. 7).
 
-    update(predictions, labels): classes (B, …) or logits (B, K, …) at the labels' size. compute()
+    update(predictions, labels): classes (B, …) or logits (B, K, …) at full resolution. compute()
     returns a float64 scalar over the classes that occur in the labels. It is near 0 if accuracy
     does not depend on frequency.
     """
@@ -279,7 +279,7 @@ class FrequencyCorrelation(Metric):
         """Count the correct pixels of a batch.
 
         Args:
-            predictions: classes (B, …), or logits (B, K, …) at the labels' size.
+            predictions: classes (B, …), or logits (B, K, …) at full resolution.
             labels: integer (B, …).
 
         Raises:

@@ -4,7 +4,7 @@
 
 The features are normalised and multiplied by unit anchors: a 1×1 convolution, divided by a
 temperature. Upsampling is linear, so cosines of low resolution, upsampled inside the loss, are the
-products of upsampled unit features with the anchors. Features of the labels' size, D numbers for
+products of upsampled unit features with the anchors. Full-resolution features, D numbers for
 each pixel, never exist. torch's F.linear_cross_entropy would need them.
 
 text: as in LSeg (Li et al., arXiv 2201.03546). Random vectors stand for the embeddings of CLIP.
@@ -76,7 +76,7 @@ def main() -> None:
         optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
         for step in range(arguments.steps):
             images, labels = scenes(64)
-            features = network(images)  # (B, D, h, w), a quarter of the labels' size
+            features = network(images)  # (B, D, h, w), of output stride 4
             loss = ao.pixel_cross_entropy(head(features), labels)
             optimizer.zero_grad()
             loss.backward()

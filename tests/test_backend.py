@@ -339,10 +339,10 @@ def test_one_compilation_for_all_sizes_that_cuda_leaves_to_triton(monkeypatch):
 
 
 def test_keys_are_images_times_classes_times_groups(monkeypatch):
-    numbers_of_keys = []
+    num_keys = []
 
     def select(function, tensor, num_classes, *, runs, refusal):
-        numbers_of_keys.append(refusal.args[0])
+        num_keys.append(refusal.args[0])
         return "reference"
 
     monkeypatch.setattr("anchorops._ops.class_moments.select", select)
@@ -351,7 +351,7 @@ def test_keys_are_images_times_classes_times_groups(monkeypatch):
         ao.ops.class_moments(features, labels, 60, **options)
     ao.ops.class_moments(torch.zeros(2, 3), torch.zeros(2).long(), 60, per_image=True)
     ao.pixel_to_anchor_mse(features, labels, torch.zeros(70, 3))
-    assert numbers_of_keys == [60, 120, 240, 60, 70]
+    assert num_keys == [60, 120, 240, 60, 70]
 
 
 def test_a_gpu_without_code_says_why(monkeypatch):

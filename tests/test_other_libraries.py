@@ -127,9 +127,9 @@ def test_row(section: str, kind: str, theirs: str, ours: str, ratio: int):
 
 def few_lines() -> dict[str, Any]:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    names_of_page: dict[str, Any] = {}
-    exec(compile(code, "docs/loss-map.md", "exec"), names_of_page)
-    return names_of_page
+    namespace: dict[str, Any] = {}
+    exec(compile(code, "docs/loss-map.md", "exec"), namespace)
+    return namespace
 
 
 def losses_of_monai() -> set[str]:

@@ -49,8 +49,8 @@ CASES = [
     Case((1, 3, 12, 40), (5, 6), align_corners=True),
     Case((1, 6, 1, 1), (5, 3), (2, 1)),
     Case((2, 5, 8, 6), (32, 24), (4, 12)),  # the teacher is smaller and larger
-    Case((1, 5, 5, 4), (20, 16), (20, 16), temperature=2.0),  # at the labels' size
-    Case((1, 5, 20, 16), (20, 16), (5, 4)),  # the student at the labels' size
+    Case((1, 5, 5, 4), (20, 16), (20, 16), temperature=2.0),  # full resolution
+    Case((1, 5, 20, 16), (20, 16), (5, 4)),  # the student at full resolution
     Case((1, 5, 7, 9), (13, 20), (5, 3), align_corners=True),
     Case((2, 6, 4, 6), (16, 24), dtype=BF16),
     Case((2, 6, 4, 6), (16, 24), (8, 8), dtype=FP16, teacher_dtype=F32, temperature=2.0),
@@ -64,8 +64,8 @@ VOLUMES = [
     Case((2, 3, 4, 5, 6), (16, 20, 24)),
     Case((2, 3, 4, 5, 6), (9, 11, 13), (2, 3, 9), temperature=2.5),
     Case((2, 3, 4, 5, 6), (9, 11, 13), dtype=BF16, layout="channels_last", masked=False),
-    Case((2, 3, 7, 5, 6), (3, 10, 9), (3, 10, 9), align_corners=True),  # at the labels' size
-    Case((2, 3, 4, 5, 6), (4, 5, 6), (8, 5, 6)),  # the student at the labels' size
+    Case((2, 3, 7, 5, 6), (3, 10, 9), (3, 10, 9), align_corners=True),  # full resolution
+    Case((2, 3, 4, 5, 6), (4, 5, 6), (8, 5, 6)),  # the student at full resolution
     Case((2, 3, 1, 5, 6), (4, 10, 12), (4, 5, 6)),
 ]
 

@@ -107,7 +107,7 @@ LOSSES: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name: str) -> None:
-    """The same as the loss of logits at the labels' size, which are points."""
+    """The same as the loss of full-resolution logits, which are points."""
     logits, labels = inputs()
     if name in ("binary", "dice of sigmoids"):
         labels = (torch.rand(2, K, *labels.shape[1:]) < 0.3).long()
@@ -228,7 +228,7 @@ def test_messages() -> None:
 
 
 def test_memory(slab: int) -> None:
-    """lse, and some slabs: no map of the labels' size for each class."""
+    """lse, and some slabs: no full-resolution map for each class."""
     logits = torch.randn(1, 30, 16, 8, 8, requires_grad=True)
     labels = torch.randint(0, 30, (1, 64, 32, 32))
 

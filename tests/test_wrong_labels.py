@@ -43,7 +43,7 @@ SIZES = [  # of logits and labels
 ]
 FEWER_LABELS = [
     ((2, 5, 4, 6), (2, 7, 9)),  # pixel by pixel
-    ((2, 5, 40, 6), (2, 40, 6)),  # the labels' size
+    ((2, 5, 40, 6), (2, 40, 6)),  # full resolution
     ((2, 5, 40, 6), (2, 13, 6)),  # down
     ((20, 5), (20,)),
     ((2, 5, 9), (2, 9)),

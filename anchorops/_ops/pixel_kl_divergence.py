@@ -1,4 +1,4 @@
-"""The divergence of low-resolution logits from a teacher's, at the labels' size.
+"""The divergence of low-resolution logits from a teacher's, at full resolution.
 
 Let s and t be the logits of student and teacher, upsampled bilinearly and divided by the
 temperature T, p = softmax t, V the valid pixels q:

@@ -1,7 +1,7 @@
-"""Softmax moments: the statistics that pixel losses need, at the labels' resolution, computed from
-low-resolution logits.
+"""Softmax moments: the statistics that pixel losses need, at full resolution, that of the labels,
+computed from low-resolution logits.
 
-Let z be the logits upsampled bilinearly to the labels' size, p = softmax_k z, y the labels, V the
+Let z be the logits upsampled bilinearly to full resolution, p = softmax_k z, y the labels, V the
 valid pixels q:
 
     counts[k] = #{q ∈ V : y = k}                 hits[k] = #{q ∈ V : y = k = argmax z}
@@ -215,7 +215,7 @@ define_moments("softmax_moments", any_strides=True)
 
 
 def _as_images(logits: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor, Options]:
-    """(B, K, h, w), and what each pixel has as (B, H, W). Points, and volumes of the labels' size,
+    """(B, K, h, w), and what each pixel has as (B, H, W). Points, and full-resolution volumes,
     become one row of pixels. The results are views, except for a volume whose strides do not allow
     merging depth, height and width. Other volumes remain volumes."""
     if logits.dim() == 4 or (logits.dim() == 5 and logits.shape[2:] != labels.shape[1:]):
@@ -370,7 +370,7 @@ def _fused_moments(
 def _moments_by_maps(
     function: str, logits: Tensor, labels: Tensor, options: Options
 ) -> SoftmaxMoments:
-    """Softmax moments with pixel weights, from maps of the labels' size."""
+    """Softmax moments with pixel weights, from full-resolution maps."""
     shares, unweighted = options.pixel_weights, options._replace(pixel_weights=None)
     assert shares is not None
     moments = moments_of(function, logits, labels, unweighted._replace(pixel_losses=True))

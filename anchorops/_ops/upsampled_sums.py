@@ -1,4 +1,4 @@
-"""Sums of upsampled features over the pixels of each class, at the labels' size, for CeCo; and the
+"""Sums of upsampled features over the pixels of each class, at full resolution, for CeCo; and the
 mean and variance of each channel, which its batch norm needs.
 
     sums[k] = Σ_{p: key_p = k} up(f)(p) = Σ_q W[k, q]·f_q    W = upᵀ onehot(keys)

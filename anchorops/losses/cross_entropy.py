@@ -52,7 +52,7 @@ class CrossEntropy(PixelLoss):
     where the loss is ∞ or OHEM does not use the pixel.
     `terms`: ce, labels_out_of_range, labels_ignored, and accuracy if requested.
 
-    All of it is part of the passes over the logits, without maps of the labels' size. Exceptions,
+    All of it is part of the passes over the logits, without full-resolution maps. Exceptions,
     which need some maps, are ohem_kept, with one more pass, pixel weights on GPUs, and the gradient
     of pixel weights.
     """

@@ -52,7 +52,7 @@ class Dice(PixelLoss):
             The accuracy in `terms` remains that of the rank.
         accuracy, ignore_index, align_corners, check_labels: as in `CrossEntropy`.
 
-    Comparison with other libraries, for the same logits at the labels' size:
+    Comparison with other libraries, for the same logits at full resolution:
         segmentation_models.pytorch: DiceLoss("multiclass", smooth=s) is Dice(smooth=s,
             absent="zero"); the same holds for TverskyLoss and JaccardLoss. smp clamps denominators
             at 1e-7, and with log_loss also scores; here −log of a score of 0 is about 87.

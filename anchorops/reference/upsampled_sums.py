@@ -70,7 +70,7 @@ def upsampled_sums(
     upsample: bool,
     ignore_index: int,
 ) -> UpsampledSums:
-    """n_k and s_k = Σ_{p∈k} up(f)(p) = Σ_q W[k, q]·f_q, where `up` upsamples to the labels' size,
+    """n_k and s_k = Σ_{p∈k} up(f)(p) = Σ_q W[k, q]·f_q, where `up` upsamples to full resolution,
     or is the identity without `upsample`: then the labels are resized to the features."""
     size, dtype = (features.shape[2], features.shape[3]), statistics_dtype(features.dtype)
     grid = labels[:, None] if upsample else features

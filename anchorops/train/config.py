@@ -222,7 +222,7 @@ class Optimization:
     ] = ()
     """Weights of the loss, one per class."""
     loss: Literal["ce", "focal", "dice", "ce+dice"] = "ce"
-    """The loss of the logits at the labels' size: cross-entropy, cross-entropy with the focal
+    """The loss of the logits at full resolution: cross-entropy, cross-entropy with the focal
     factor, Dice, or the sum of cross-entropy and Dice."""
     focal_gamma: Annotated[AtLeast0[float], With("loss", ("focal",))] = 2.0
     """Exponent of the focal factor."""

@@ -2,9 +2,9 @@
 // this code depends on strides, dtypes and layouts.
 //
 // A packed row contains, for each class, the tile's columns minus the largest logit of their
-// position, the shift. The first and the last column are copied once more at the sides. Logits of
-// the labels' size are not packed, but read and written in groups of pixels, or of two classes in
-// rows.
+// position, the shift. The first and the last column are copied once more at the sides.
+// Full-resolution logits are not packed, but read and written in groups of pixels, or of two
+// classes in rows.
 
 template <class Label>
 int64_t read_labels(const Labels& labels, int64_t image, int64_t row, Range columns,

@@ -1,4 +1,4 @@
-"""Predictions against logits that are stored at the labels' size, and their memory."""
+"""Predictions against logits that are stored at full resolution, and their memory."""
 
 import pytest
 import torch

@@ -31,7 +31,7 @@ def pad_to_multiple(images: Tensor, value: float = 0.0) -> Tensor:
 
 class Term(NamedTuple):
     """Low-resolution logits (B, K, h, w), and the matrices rows [H, h] and columns [W, w], float32
-    on the CPU. The logits at the labels' size are rows · logits · columnsᵀ.
+    on the CPU. The logits at full resolution are rows · logits · columnsᵀ.
 
     Upsampling, cropping, averaging overlapping windows and scaling are all linear, and the same for
     each row and for each column. For a flipped image, `columns` are flipped. Therefore predictions
@@ -82,7 +82,7 @@ def _weights(starts: Sequence[int], length: int, window: int, low: int, size: in
     """The matrix [size, windows·low] of one axis. It computes the logits of `size` labels from the
     `low` logits of each window of an image of this length: it upsamples the logits of each window
     to the padded length of the window, crops them, averages the windows where they overlap, and
-    scales the result to the labels' size. starts: the first pixels of the windows."""
+    scales the result to full resolution. starts: the first pixels of the windows."""
     window = min(length, window)
     padded = window + -window % MULTIPLE
     image = torch.zeros(len(starts), low, length)
