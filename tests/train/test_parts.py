@@ -62,7 +62,7 @@ def test_digit_frequencies_have_a_long_tail():
     assert class_groups(shares, DIGITS.data.head_tail).count("tail") == 3
 
 
-def test_steep_frequencies_and_a_seed_of_their_own():
+def test_long_tailed_frequencies_and_a_seed():
     train, val = build_datasets(Data(zipf=3.0, data_seed=5, crop=(32, 32)), seed=1)
     assert torch.equal(train[3][1], DigitScenes("train", 9, (32, 32), seed=5, exponent=3.0)[3][1])
     assert torch.equal(val[3][1], DigitScenes("val", 9, (32, 32), seed=0)[3][1])

@@ -2,7 +2,7 @@
 //
 // Launches: the shifts of positions (upsampled_logits/shifts.cu), and the gradient (dlogits.cu). If
 // statistics other than the losses by class have gradients, also the slopes of pixels (slopes.cu).
-// Memory in addition to the gradient: shifts, 8 bytes a position; slopes and own terms, 8 bytes a
+// Memory in addition to the gradient: shifts, 8 bytes a position; slopes and label terms, 8 bytes a
 // pixel.
 #include <cstdint>
 #include <optional>
