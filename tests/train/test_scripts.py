@@ -74,7 +74,7 @@ def test_report_of_evidence(tmp_path: Path):
         row("ceco", "published", 1500, 0, 0.5) | {"gradient_ratios": {"ceco": [0.5]}},
     ]
     assert evidence_report.table([run for run in rows if run["steps"] == 500]).splitlines()[2:] == [
-        "| plain | 2 | 55.0 ± 7.1 |  | 80.0 ± 0.0 | 50.0 ± 0.0 | 20.0 ± 0.0 |",
+        "| baseline | 2 | 55.0 ± 7.1 |  | 80.0 ± 0.0 | 50.0 ± 0.0 | 20.0 ± 0.0 |",
         "| CeCo | 2 | 53.0 ± 5.7 | −2.0 ± 1.4 | 80.0 ± 0.0 | 50.0 ± 0.0 | 20.0 ± 0.0 |",
         "| CeCo, from scratch | 1 | 70.0 |  | 80.0 | 50.0 | 20.0 |",
     ]
