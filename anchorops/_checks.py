@@ -102,7 +102,7 @@ def check_logits(function: str, logits: Tensor, *, sigmoid: bool = False) -> Non
         expected = (
             "at least 2 classes in dimension 1 (for one sigmoid: pixel_binary_cross_entropy, "
             "BinaryCrossEntropy, Dice(sigmoid=True), pixel_confusion(sigmoid=True), MeanIoU(1, "
-            "sigmoid=True); elsewhere give the logits of two classes, "
+            "sigmoid=True), pixel_argmax(sigmoid=True); elsewhere give the logits of two classes, "
             "torch.cat([torch.zeros_like(x), x], 1))"
         )
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")

@@ -172,7 +172,7 @@ def launch_pixels(variant: PixelVariant) -> None:
         logits, labels, found["lse"], **gradients, options=options
     )
     if dice:
-        predictions = pixel_argmax.pixel_argmax(logits, *variant.labels, align_corners)
+        predictions = pixel_argmax.pixel_argmax(logits, *variant.labels, align_corners, torch.int64)
         confusion.confusion(predictions, labels, variant.size[1], 255)
 
 

@@ -42,7 +42,7 @@ def largest_logits(logits, lanes, CELLS: tl.constexpr):
 @triton.jit(do_not_specialize=(*SIZES, "tiles"))
 def _pixel_argmax_kernel(
     logits,
-    predictions,  # PixelMap of int64
+    predictions,  # PixelMap of integers
     height,
     width,
     label_height,
@@ -52,8 +52,8 @@ def _pixel_argmax_kernel(
     CELLS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Reads the logits from memory once, and from the caches for neighbours; writes 8 bytes a
-    pixel."""
+    """Reads the logits from memory once, and from the caches for neighbours; writes the
+    predictions."""
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)
     image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     lanes = lanes_of_tile(tile, axes, logits, CELLS, LANES)
@@ -61,9 +61,11 @@ def _pixel_argmax_kernel(
     store_map(predictions, classes, image, lanes, CELLS)
 
 
-def pixel_argmax(logits: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
-    """logits (B, K, h, w) -> int64 (B, height, width)."""
-    predictions = logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
+def pixel_argmax(
+    logits: Tensor, height: int, width: int, align_corners: bool, dtype: torch.dtype
+) -> Tensor:
+    """logits (B, K, h, w) -> integers (B, height, width)."""
+    predictions = logits.new_empty((logits.shape[0], height, width), dtype=dtype)
     if predictions.numel() == 0:
         return predictions
     logits = class_planes(logits)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -10,20 +9,26 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_flags, check_logits, check_size, describe, fail
-from .._moments import Options
+from .._checks import check_flags, check_logits, check_share, check_size, describe, fail
+from .._moments import Options, statistics_dtype
 from . import volumes as volumes  # it registers the operators of volumes
 from .registration import define
 from .softmax_moments import moments_of, refusal
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
 
-def _fake(logits: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
-    return logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
+
+def _fake(
+    logits: Tensor, height: int, width: int, align_corners: bool, dtype: torch.dtype
+) -> Tensor:
+    """Logits of any strides. On the CPU they may have one channel: those of class 1 of two, where
+    those of class 0 are 0."""
+    return logits.new_empty((logits.shape[0], height, width), dtype=dtype)
 
 
 define(
     "pixel_argmax",
-    "(Tensor logits, SymInt height, SymInt width, bool align_corners) -> Tensor",
+    "(Tensor logits, SymInt height, SymInt width, bool align_corners, ScalarType dtype) -> Tensor",
     _fake,
     any_strides=True,
 )
@@ -36,6 +41,9 @@ def pixel_argmax(
     *,
     align_corners: bool = False,
     confidence: Literal[False] = False,
+    dtype: torch.dtype = torch.int64,
+    sigmoid: bool = False,
+    threshold: float = 0.5,
 ) -> Tensor: ...
 
 
@@ -46,6 +54,9 @@ def pixel_argmax(
     *,
     align_corners: bool = False,
     confidence: Literal[True],
+    dtype: torch.dtype = torch.int64,
+    sigmoid: bool = False,
+    threshold: float = 0.5,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -55,55 +66,102 @@ def pixel_argmax(
     *,
     align_corners: bool = False,
     confidence: bool = False,
+    dtype: torch.dtype = torch.int64,
+    sigmoid: bool = False,
+    threshold: float = 0.5,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The predicted class of each pixel: argmax_k of the upsampled logits, which are not stored.
 
     Equal to F.interpolate(logits.float(), size, mode="bilinear", align_corners=align_corners)
-    .argmax(1), except for rounding where two classes are almost equal. With `confidence` also the
-    probability of this class: the largest softmax of the upsampled logits.
+    .argmax(1), except for rounding where two classes are almost equal. With `sigmoid` each channel
+    is a class of its own, which a pixel has or not: sigmoid of the upsampled logits > threshold.
+    With `confidence` also the probability of what is predicted: the largest softmax of the
+    upsampled logits; of a sigmoid p where the class is predicted, 1 − p where it is not.
 
     Args:
         logits: (B, K, h, w), any strides, or volumes (B, K, d, h, w), which are upsampled with
             mode="trilinear"; float32, bfloat16, float16 or float64; K from 2 to 65,536 (16,384 on
-            GPU).
+            GPU), with `sigmoid` from 1.
         size: (H, W) of the result, of volumes (D, H, W).
         align_corners: as in F.interpolate.
         confidence: also return the probabilities. The logits are then read twice.
+        dtype: of the classes: uint8, int8, int16, uint16, int32 or int64; all K must fit. They are
+            written in this type; an int64 map of all pixels never exists.
+        sigmoid: the channels are independent classes.
+        threshold: of the probability, in (0, 1); with `sigmoid` alone.
 
     Returns:
-        The classes, int64 (B, *size); with `confidence` (classes, probabilities), and these are
-        float32 (float64 for float64 logits), of the same shape, from 1/K to 1 except for rounding.
-        Neither is differentiable. Among equal logits the first class is returned; NaN is larger
-        than all numbers. The probability is NaN, as in softmax, where a logit is NaN or ∞, or where
-        all are −∞. If B or a size is 0, the results are empty.
+        The classes, of `dtype`, (B, *size); with `sigmoid` (B, K, *size) of 0 and 1. With
+        `confidence` (classes, probabilities), and these are float32 (float64 for float64 logits),
+        of the same shape, from 1/K to 1 (of sigmoids from 0) except for rounding. Neither is
+        differentiable. Among equal logits the first class is returned; NaN is larger than all
+        numbers, so of a sigmoid it gives 1. The probability is NaN, as in softmax, where a logit is
+        NaN or ∞, or where all are −∞. If B or a size is 0, the results are empty.
 
     Raises:
-        ValueError: wrong shape, dtype or size; a chosen backend that does not support the call.
+        ValueError: wrong shape, dtype, size or threshold; a dtype that does not hold K classes; a
+            chosen backend that does not support the call.
     """
     function = "pixel_argmax"
-    check_logits(function, logits)
+    check_flags(function, align_corners=align_corners, confidence=confidence, sigmoid=sigmoid)
+    check_logits(function, logits, sigmoid=sigmoid)
     if logits.dim() not in (4, 5):
         fail(function, "logits", "a tensor (B, K, h, w) or (B, K, d, h, w)", describe(logits))
     check_size(function, size, logits.dim() - 2)
-    check_flags(function, align_corners=align_corners, confidence=confidence)
+    _check_dtype(dtype, 2 if sigmoid else logits.shape[1])
+    _check_threshold(threshold, sigmoid)
     if logits.numel() == 0 and logits.shape[0] * math.prod(size) > 0:
         fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
     logits = logits.detach()
-    backend = select(
-        function,
-        logits,
-        logits.shape[1],
-        refusal=partial(refusal, logits, size, Options(align_corners=align_corners)),
+    shape = (*logits.shape[: 2 if sigmoid else 1], *size)
+    images = logits.flatten(0, 1)[:, None] if sigmoid else logits
+    classes = _classes(
+        _minus(images, math.log(threshold) - math.log1p(-threshold)), size, align_corners, dtype
     )
-    if backend == "reference":
-        classes = reference.pixel_argmax(logits, size, align_corners=align_corners)
-    else:
-        name = "pixel_argmax" if logits.dim() == 4 else "volume_argmax"
-        operator = getattr(getattr(torch.ops.anchorops, name), backend)
-        classes = operator(logits, *size, align_corners)
     if not confidence:
-        return classes
+        return classes.view(shape)
     options = Options(ignore_index=-1, align_corners=align_corners, pixel_losses=True)
-    losses = moments_of(function, logits, classes, options).pixel_losses
+    losses = moments_of(function, images, classes, options).pixel_losses
     assert losses is not None
-    return classes, losses.neg_().exp_()
+    return classes.view(shape), losses.neg_().exp_().view(shape)
+
+
+def _check_dtype(dtype: torch.dtype, num_classes: int) -> None:
+    if dtype not in INTEGERS:
+        fail("pixel_argmax", "dtype", "uint8, int8, int16, uint16, int32 or int64", repr(dtype))
+    most = torch.iinfo(dtype).max
+    if num_classes - 1 > most:
+        expected = f"a dtype that holds {num_classes} classes"
+        fail("pixel_argmax", "dtype", expected, f"{dtype}, whose largest number is {most}")
+
+
+def _check_threshold(threshold: object, sigmoid: bool) -> None:
+    check_share("pixel_argmax", "threshold", threshold, below_one=True)
+    if threshold == 0:
+        fail("pixel_argmax", "threshold", "a float in (0, 1)", describe(threshold))
+    if threshold != 0.5 and not sigmoid:
+        fail("pixel_argmax", "threshold", "0.5 without sigmoid=True", describe(threshold))
+
+
+def _minus(logits: Tensor, number: float) -> Tensor:
+    return logits if number == 0 else logits.to(statistics_dtype(logits.dtype)) - number
+
+
+def _classes(
+    logits: Tensor, size: Sequence[int], align_corners: bool, dtype: torch.dtype
+) -> Tensor:
+    """(B, *size). Logits may have one channel."""
+
+    def refused(backend: str) -> str | None:
+        if backend == "cuda" and dtype != torch.int64:
+            return "it writes int64"
+        return refusal(logits, size, Options(align_corners=align_corners), backend)
+
+    backend = select("pixel_argmax", logits, logits.shape[1], refusal=refused)
+    if logits.shape[1] == 1 and backend != "cpu":
+        logits = torch.cat([torch.zeros_like(logits), logits], 1)
+    if backend == "reference":
+        return reference.pixel_argmax(logits, size, align_corners=align_corners).to(dtype)
+    name = "pixel_argmax" if logits.dim() == 4 else "volume_argmax"
+    operator = getattr(getattr(torch.ops.anchorops, name), backend)
+    return operator(logits, *size, align_corners, dtype)

@@ -176,25 +176,35 @@ def _dlogits(
 
 
 def _argmax(
-    backend: str, logits: Tensor, depth: int, height: int, width: int, align_corners: bool
+    backend: str,
+    logits: Tensor,
+    depth: int,
+    height: int,
+    width: int,
+    align_corners: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     operator = getattr(torch.ops.anchorops.pixel_argmax, backend)
-    classes = _argmax_fake(logits, depth, height, width, align_corners)
+    classes = _argmax_fake(logits, depth, height, width, align_corners, dtype)
     if classes.numel() == 0:
         return classes
     sources = _sources(depth, logits, align_corners)
     for slab in _slabs(depth, logits):
-        slab_classes = operator(
-            _images(logits.detach(), slab, sources), height, width, align_corners
-        )
-        classes[slab.volumes, slab.slices] = slab.by_slice(slab_classes)
+        arguments = height, width, align_corners, dtype
+        part = operator(_images(logits.detach(), slab, sources), *arguments)
+        classes[slab.volumes, slab.slices] = slab.by_slice(part)
     return classes
 
 
 def _argmax_fake(
-    logits: Tensor, depth: int, height: int, width: int, align_corners: bool
+    logits: Tensor,
+    depth: int,
+    height: int,
+    width: int,
+    align_corners: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    return logits.new_empty((logits.shape[0], depth, height, width), dtype=torch.int64)
+    return logits.new_empty((logits.shape[0], depth, height, width), dtype=dtype)
 
 
 def _divergences(
@@ -260,7 +270,8 @@ def _divergences_backward(
 
 define(
     "volume_argmax",
-    "(Tensor logits, SymInt depth, SymInt height, SymInt width, bool align_corners) -> Tensor",
+    "(Tensor logits, SymInt depth, SymInt height, SymInt width, bool align_corners, "
+    "ScalarType dtype) -> Tensor",
     _argmax_fake,
     in_python=True,
 )

@@ -8,8 +8,9 @@
 namespace anchorops::cpu::softmax {
 namespace {
 
-Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_corners) {
-  Tensor predictions = new_empty(logits, {logits.size(0), height, width}, ScalarType::Long);
+Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_corners,
+                    ScalarType dtype) {
+  Tensor predictions = new_empty(logits, {logits.size(0), height, width}, dtype);
   if (predictions.numel() == 0) return predictions;
   for_dtype("pixel_argmax.cpu", logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -22,7 +23,7 @@ Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_cor
               [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
                 for (int64_t i = first; i < last; ++i)
                   kernels.argmax(problem, tiles.tile(i, false), workspace,
-                                 predictions.mutable_data_ptr<int64_t>());
+                                 {predictions.mutable_data_ptr(), predictions.element_size()});
               });
   });
   return predictions;

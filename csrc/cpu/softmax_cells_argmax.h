@@ -48,10 +48,10 @@ __attribute__((noinline)) void largest_of_block(const CellRow<WIDTH>& row, int64
 
 template <int WIDTH>
 void argmax_cells(std::integral_constant<int, WIDTH>, const Problem<float>& problem,
-                  const Tile& tile, const Workspace<float>& workspace, int64_t* predictions) {
+                  const Tile& tile, const Workspace<float>& workspace,
+                  const Predictions& predictions) {
   using Row = CellRow<WIDTH>;
   Row row(problem, tile, workspace);
-  const auto line = [&](int64_t y) { return predictions + y * problem.columns.size; };
   while (row.next(Row::HEIGHT)) {
     if (!row.ordinary()) {
       row.for_pixels(-1, [&](const Group<float>& group) {
@@ -63,11 +63,11 @@ void argmax_cells(std::integral_constant<int, WIDTH>, const Problem<float>& prob
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
       largest_of_block(row, block, classes);
       const int32_t* columns = row.columns_of(block);
-      for (int64_t j = 0; j < row.rows; ++j) {
-        int64_t* out = line(row.y + j) + tile.label_columns.begin;
-        for (int t = 0; t < Row::PIXELS; ++t)
-          if (columns[t] >= 0) out[columns[t]] = classes[j * Row::PIXELS + t];
-      }
+      for (int64_t j = 0; j < row.rows; ++j)
+        predictions.at(problem.pixel(tile, row.y + j, tile.label_columns.begin), [&](auto* out) {
+          for (int t = 0; t < Row::PIXELS; ++t)
+            if (columns[t] >= 0) out[columns[t]] = classes[j * Row::PIXELS + t];
+        });
     }
   }
 }

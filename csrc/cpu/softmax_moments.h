@@ -116,6 +116,11 @@ struct Problem {
   Cells row_cells, column_cells;
   Labels labels;
   LossShape<Stat> shape;
+
+  // The index of a pixel of the tile's image in contiguous maps [B, H, W].
+  int64_t pixel(const Tile& tile, int64_t y, int64_t x) const {
+    return (tile.image * rows.size + y) * columns.size + x;
+  }
 };
 
 // For each class [K], null if not requested.
@@ -152,6 +157,27 @@ struct Output {
                         int64_t row, Range columns, const Stat* source, int64_t stride);
 };
 
+// Predictions [B, H, W], of an integer type of 1, 2, 4 or 8 bytes that holds all classes.
+struct Predictions {
+  void* data;
+  int64_t itemsize;
+
+  // Calls write(pointer to the element at the index), typed.
+  template <class Write>
+  void at(int64_t index, Write write) const {
+    switch (itemsize) {
+      case 1:
+        return write(static_cast<uint8_t*>(data) + index);
+      case 2:
+        return write(static_cast<uint16_t*>(data) + index);
+      case 4:
+        return write(static_cast<uint32_t*>(data) + index);
+      default:
+        return write(static_cast<int64_t*>(data) + index);
+    }
+  }
+};
+
 // The kernels of one instruction set.
 template <class Stat>
 struct Kernels {
@@ -163,9 +189,9 @@ struct Kernels {
   void (*backward)(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
                    const Gradients<Stat>& gradients, const Output<Stat>& output);
 
-  // Writes predictions [B, H, W] at the tile's labels.
+  // Writes predictions at the tile's labels.
   void (*argmax)(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
-                 int64_t* predictions);
+                 const Predictions& predictions);
 };
 
 // Functions that depend on the dtype of the logits.

@@ -66,17 +66,16 @@ void backward(const Problem<Stat>& problem, const Tile& tile, const Workspace<St
 
 template <class Stat>
 void argmax(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
-            int64_t* predictions) {
-  int64_t* image = predictions + tile.image * problem.rows.size * problem.columns.size;
+            const Predictions& predictions) {
   if constexpr (std::is_same_v<Stat, float>) {
-    if (problem.num_classes == 2) return argmax_two_classes(problem, tile, workspace, image);
+    if (problem.num_classes == 2) return argmax_two_classes(problem, tile, workspace, predictions);
     if (problem.column_cells.begin)
-      return for_widths(problem,
-                        [&](auto width) { argmax_cells(width, problem, tile, workspace, image); });
+      return for_widths(
+          problem, [&](auto width) { argmax_cells(width, problem, tile, workspace, predictions); });
   }
   for_groups(
       problem, tile, workspace, [](int64_t) {},
-      [&](const auto& group) { argmax_group(problem, tile, workspace, group, image); });
+      [&](const auto& group) { argmax_group(problem, tile, workspace, group, predictions); });
 }
 
 template <class Stat>

@@ -218,7 +218,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   constexpr int L = LANES<Stat>;
   const int64_t num_classes = problem.num_classes;
   const bool with_probabilities = sums.masses || sums.squares;
-  const int64_t first = (tile.image * problem.rows.size + group.y) * problem.columns.size + group.x;
+  const int64_t first = problem.pixel(tile, group.y, group.x);
   const LossesOfImage<Stat> losses_of(problem.shape, num_classes, tile.image);
   const Map<Stat>& weights = problem.shape.pixel_weights;
   Stat shift[GROUP] = {}, losses[GROUP], overlaps[GROUP], used[GROUP];
@@ -399,15 +399,15 @@ void backward_group(const Problem<Stat>& problem, const Tile& tile,
                        workspace.upsampled, workspace.group);
 }
 
-// predictions: of the tile's image.
 template <class Stat>
 void argmax_group(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
-                  const Group<Stat>& group, int64_t* predictions) {
+                  const Group<Stat>& group, const Predictions& predictions) {
   int32_t classes[GROUP];
   logits_of_group(problem, tile, workspace, group);
   largest_of_group(problem, workspace, group, classes);
-  for (int64_t t = 0; t < group.count; ++t)
-    predictions[group.y * problem.columns.size + group.x + t] = classes[t];
+  predictions.at(problem.pixel(tile, group.y, group.x), [&](auto* out) {
+    for (int64_t t = 0; t < group.count; ++t) out[t] = classes[t];
+  });
 }
 
 // Calls visit(group) for a row of a tile's labels, pixel by pixel, with packed logits if they are

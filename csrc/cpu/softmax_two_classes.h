@@ -154,8 +154,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
         forward_group(problem, tile, workspace, group, sums, maps);
       });
     float* map = maps.pixel_losses;
-    if (map)
-      map += (tile.image * problem.rows.size + y) * problem.columns.size + tile.label_columns.begin;
+    if (map) map += problem.pixel(tile, y, tile.label_columns.begin);
     for (int64_t first = 0; first < count; first += 8 * L) {
       Floats loss_sums[2] = {}, overlaps[2] = {}, masses[2] = {}, squares[2] = {}, used[2] = {};
       LogOfProduct totals[2];
@@ -372,16 +371,17 @@ void backward_two_classes(const Problem<float>& problem, const Tile& tile,
 
 template <class = void>
 void argmax_two_classes(const Problem<float>& problem, const Tile& tile,
-                        const Workspace<float>& workspace, int64_t* predictions) {
+                        const Workspace<float>& workspace, const Predictions& predictions) {
   PackedRows<float> packed;
   const auto visit = [&](int64_t y, const float* d) {
-    int64_t* row = predictions + y * problem.columns.size;
     if (!d)
       return for_label_row(problem, tile, workspace, packed, y, [&](const Group<float>& group) {
         argmax_group(problem, tile, workspace, group, predictions);
       });
     const Range& columns = tile.label_columns;
-    for (int64_t x = columns.begin; x < columns.end; ++x) row[x] = d[x - columns.begin] > 0;
+    predictions.at(problem.pixel(tile, y, columns.begin), [&](auto* out) {
+      for (int64_t x = 0; x < columns.end - columns.begin; ++x) out[x] = d[x] > 0;
+    });
   };
   for_differences(problem, tile, workspace, [](int64_t) {}, visit);
 }

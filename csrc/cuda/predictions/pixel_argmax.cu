@@ -71,7 +71,10 @@ void launch_argmax(const Cells& cells, int64_t* predictions, const PixelLabels& 
                                             stream, predictions, labels, hits);
 }
 
-Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_corners) {
+Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_corners,
+                    ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Long,
+                  "pixel_argmax.cuda: it writes int64: use the backend triton");
   const OnDevice device(logits);
   Tensor predictions = new_empty(logits, {logits.size(0), height, width}, ScalarType::Long);
   if (predictions.numel() == 0) return predictions;
