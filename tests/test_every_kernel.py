@@ -101,9 +101,10 @@ def info_nce(backend: str) -> None:
 
 def predictions(backend: str) -> None:
     logits = torch.randn(2, 19, 3, 5)
-    actual = ao.pixel_argmax(logits, (12, 20))
-    with ao.use_backend("reference"):
-        assert torch.equal(actual, ao.pixel_argmax(logits, (12, 20)))
+    for dtype in (torch.int64, *((torch.uint8, torch.uint16) if backend == "triton" else ())):
+        actual = ao.pixel_argmax(logits, (12, 20), dtype=dtype)
+        with ao.use_backend("reference"):
+            assert torch.equal(actual, ao.pixel_argmax(logits, (12, 20), dtype=dtype))
 
 
 def confusion(backend: str) -> None:

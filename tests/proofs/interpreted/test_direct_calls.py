@@ -71,7 +71,13 @@ RIGHT = {
     "softmax_moments_backward": SOFTMAX
     | dict.fromkeys(("dlosses", "doverlaps", "dmasses", "dsquares"), BY_CLASS)
     | dict.fromkeys(("lse", "dpixel_losses"), MAP),
-    "pixel_argmax": {"logits": LOGITS, "height": 8, "width": 12, "align_corners": False},
+    "pixel_argmax": {
+        "logits": LOGITS,
+        "height": 8,
+        "width": 12,
+        "align_corners": False,
+        "dtype": torch.int64,
+    },
 }
 # Operator, argument, its wrong value, message.
 SHAPE, TABLE = "expected shape", "expected a contiguous"

@@ -1,0 +1,114 @@
+"""pixel_argmax: dtypes, sigmoids and thresholds. Its values are tested in test_confusion.py, with
+the confusion matrices."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from memory import peak_allocated_bytes
+from torch import Tensor
+
+import anchorops as ao
+
+DTYPES = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
+SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "×4": ((9, 18), (36, 72)),
+    "same size": ((9, 13), (9, 13)),
+    "down": ((21, 30), (8, 11)),
+    "volume": ((4, 5, 6), (9, 11, 13)),
+}
+
+
+def upsampled(logits: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(logits, size, mode="bilinear" if len(size) == 2 else "trilinear")
+
+
+@pytest.mark.on("reference", "cpu")
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_classes", [2, 19])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dtypes(shape: str, num_classes: int, dtype: torch.dtype):
+    low, size = SHAPES[shape]
+    for of_logits in (torch.float32, torch.bfloat16, torch.float64):
+        logits = torch.randn(2, num_classes, *low).to(of_logits)
+        logits[0, :, 0, 0] = torch.nan  # these pixels are computed one by one
+        classes = ao.pixel_argmax(logits, size, dtype=dtype)
+        assert classes.dtype == dtype and classes.is_contiguous()
+        assert torch.equal(classes.long(), ao.pixel_argmax(logits, size))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.uint8, 256), (torch.int8, 128), (torch.int16, 32768)]
+)
+def test_largest_class(dtype: torch.dtype, most: int):
+    logits = torch.zeros(1, most, 2, 3)
+    logits[:, -1] = 1
+    assert (ao.pixel_argmax(logits, (4, 9), dtype=dtype) == most - 1).all()
+    with pytest.raises(ValueError, match=f"^pixel_argmax: dtype: expected .*{most + 1} classes"):
+        ao.pixel_argmax(torch.zeros(1, most + 1, 2, 3), (4, 9), dtype=dtype)
+
+
+@pytest.mark.on("reference", "cpu", "interpreter")
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("channels", "threshold"), [(1, 0.5), (3, 0.3), (3, 0.9)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sigmoids(shape: str, channels: int, threshold: float):
+    low, size = SHAPES[shape]
+    logits = 3 * torch.randn(2, channels, *low)
+    options: dict[str, Any] = {"sigmoid": True, "threshold": threshold, "dtype": torch.uint8}
+    inside, probabilities = ao.pixel_argmax(logits, size, **options, confidence=True)
+    p = upsampled(logits, size).sigmoid()
+    assert inside.shape == p.shape and inside.dtype == torch.uint8
+    differ = inside != (p > threshold)
+    assert ((p - threshold).abs()[differ] < 1e-6).all()
+    torch.testing.assert_close(probabilities, torch.where(inside == 1, p, 1 - p))
+    assert torch.equal(inside, ao.pixel_argmax(logits, size, **options))
+
+
+def test_strides_of_sigmoids():
+    logits = torch.randn(2, 5, 6, 3).movedim(-1, 1)
+    found = ao.pixel_argmax(logits, (10, 12), sigmoid=True)
+    assert torch.equal(found, ao.pixel_argmax(logits.contiguous(), (10, 12), sigmoid=True))
+    assert ao.pixel_argmax(logits[:0], (10, 12), sigmoid=True).shape == (0, 3, 10, 12)
+    assert ao.pixel_argmax(logits, (0, 12), sigmoid=True).shape == (2, 3, 0, 12)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_no_int64_map(dims: int):
+    low, size = ((32, 32), (256, 256)) if dims == 2 else ((8, 8, 8), (64, 64, 64))
+    logits = torch.randn(1, 4, *low)
+    most = peak_allocated_bytes(lambda: ao.pixel_argmax(logits, size, dtype=torch.uint8))
+    assert most < 2 * size[0] ** dims + 20 * logits.nbytes
+
+
+def test_compiled():
+    logits = torch.randn(2, 5, 9, 18)
+
+    def masks(x: Tensor) -> tuple[Tensor, Tensor]:
+        classes = ao.pixel_argmax(x, (36, 72), dtype=torch.uint8)
+        return classes, ao.pixel_argmax(x, (36, 72), sigmoid=True, threshold=0.3, dtype=torch.int8)
+
+    compiled = torch.compile(masks, fullgraph=True, backend="aot_eager")
+    for found, right in zip(compiled(logits), masks(logits), strict=True):
+        assert found.dtype == right.dtype and torch.equal(found, right)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": torch.bool}, "dtype: expected uint8, .* or int64, got torch.bool"),
+        ({"dtype": torch.float32}, "dtype: expected uint8, .* or int64, got torch.float32"),
+        ({"dtype": "uint8"}, "dtype: expected uint8, .* or int64, got 'uint8'"),
+        ({"sigmoid": 1}, "sigmoid: expected True or False, got 1 of type int"),
+        ({"threshold": 0.3}, "threshold: expected 0.5 without sigmoid=True, got 0.3"),
+        ({"sigmoid": True, "threshold": 0}, r"threshold: expected a float in \(0, 1\), got 0"),
+        ({"sigmoid": True, "threshold": 1.0}, "threshold: expected .*, got 1.0"),
+        ({"sigmoid": True, "threshold": None}, "threshold: expected .*, got None"),
+    ],
+    ids=str,
+)
+def test_messages(arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^pixel_argmax: {message}"):
+        ao.pixel_argmax(torch.zeros(1, 3, 4, 5), (8, 10), **arguments)
