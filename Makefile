@@ -17,7 +17,9 @@ ABI_TORCHES ?= 2.10 2.11 2.13
 # of make check-torch: those of docs/stability.md
 TORCH ?= 2.10.0 2.12.1 2.14.1 2.15.0
 
-.PHONY: setup test check-torch proofs stress demo bench counted-memory kernels-report cuda-report lint format docs package check-abi clean
+.PHONY: setup test check-torch check-nnunet check-ultralytics proofs stress demo bench counted-memory kernels-report cuda-report lint format docs package check-abi clean
+release_of_nnunet = nnunetv2==2.8.1
+release_of_ultralytics = ultralytics==8.4.190
 # or make would delete the environments that it made on the way
 .PRECIOUS: build/torch/% build/abi/%
 
@@ -55,6 +57,17 @@ build/torch/%:
 # behind them.
 proofs: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m slow
+
+# the examples for nnU-Net and Ultralytics against their releases, in environments of their own of 7 GB
+check-nnunet check-ultralytics: check-%: setup build/%
+	OMP_NUM_THREADS=1 build/$*/bin/pytest tests/test_$*.py
+
+build/nnunet build/ultralytics: build/%:
+	$(PYTHON) -m venv $@
+	pip='$@/bin/pip install -c constraints.txt'; \
+	$$pip torch torchvision 'setuptools>=77' ninja \
+	    && CXX=false $$pip --no-build-isolation -e '.[test]' $(release_of_$*) \
+	    || { rm -r $@; false; }
 
 # a failed round is run again with `--seed SEED --rounds 1`
 stress: setup

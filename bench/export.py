@@ -1,0 +1,149 @@
+"""Time and memory of labels of whole volumes at their original size, from the network's logits.
+
+    python bench/export.py [--out FILE.json] [--quick]
+
+The ways are pixel_argmax, F.interpolate and argmax of torch, zoom and argmax of SciPy, and what
+nnU-Net does by default, if nnunetv2 is installed. Each cell is a process of its own: the fastest of
+some calls, after a first one for which the memory is measured. `memory` is what the process needed
+at most beyond the logits and the labels. Nothing else may run; --quick is for small volumes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from markdown_table import markdown_table
+from record import head_of
+from torch import Tensor
+
+import anchorops as ao
+from anchorops.measure import DISTURBED, OtherProcesses
+
+THREADS = 2
+SIZES = {
+    "5 classes, 128³ to 256³": (5, (128, 128, 128), (256, 256, 256)),
+    "30 classes, 96³ to 160×170×150": (30, (96, 96, 96), (160, 170, 150)),
+    "118 classes, 96³ to 200³": (118, (96, 96, 96), (200, 200, 200)),
+}
+QUICK = {"5 classes, 16³ to 40³": (5, (16, 16, 16), (40, 40, 40))}
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+Size = tuple[int, ...]
+
+
+def ours(logits: Tensor, size: Size) -> Tensor:
+    return ao.pixel_argmax(logits, size, dtype=torch.uint8)
+
+
+def of_torch(logits: Tensor, size: Size) -> Tensor:
+    return F.interpolate(logits, size, mode="trilinear").argmax(1).to(torch.uint8)
+
+
+def of_scipy(logits: Tensor, size: Size) -> Tensor:
+    from scipy.ndimage import zoom
+
+    factors = [new / old for new, old in zip(size, logits.shape[2:], strict=True)]
+    volumes = (
+        zoom(x, factors, order=1, mode="nearest", grid_mode=True) for x in logits[0].float().numpy()
+    )
+    return torch.from_numpy(np.stack([*volumes]).argmax(0).astype(np.uint8))[None]
+
+
+def of_nnunet(logits: Tensor, size: Size) -> Tensor:
+    from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
+
+    spacings = [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]
+    resampled = resample_data_or_seg_to_shape(
+        logits[0], size, *spacings, order=1, force_separate_z=None
+    )
+    return torch.from_numpy(resampled.argmax(0).astype(np.uint8))[None]
+
+
+WAYS: dict[str, Callable[[Tensor, Size], Tensor]] = {
+    "anchorops": ours,
+    "torch": of_torch,
+    "SciPy": of_scipy,
+    "nnU-Net": of_nnunet,
+}
+
+
+def resident(name: str) -> int:
+    """Bytes of this process: VmRSS, now, or VmHWM, at most since `clear_peak`. Linux has them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def clear_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def cell(way: str, volume: str, dtype: str) -> dict[str, Any]:
+    """Measures in this process."""
+    torch.set_num_threads(THREADS)
+    num_classes, low, size = (SIZES | QUICK)[volume]
+    run = WAYS[way]
+    run(torch.randn(1, 2, 2, 2, 2).to(DTYPES[dtype]), (4, 4, 4))  # imports, threads
+    logits = torch.randn(1, num_classes, *low).to(DTYPES[dtype])
+    clear_peak()
+    before, others = resident("VmRSS"), OtherProcesses(logits.device)
+    labels = run(logits, size)
+    memory = resident("VmHWM") - before - labels.nbytes
+    seconds, start = [], time.perf_counter()
+    while not seconds or time.perf_counter() - start < 5:
+        call = time.perf_counter()
+        run(logits, size)
+        seconds.append(time.perf_counter() - call)
+    differ = (labels != ours(logits, size)).double().mean().item()
+    row = {"volume": volume, "dtype": dtype, "way": way, "seconds": min(seconds)}
+    return row | {"memory": max(memory, 0), "differ": differ, "others": others.cores()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.cell:
+        print(json.dumps(cell(*arguments.cell)))
+        return
+    ways = [way for way in WAYS if way != "nnU-Net" or find_spec("nnunetv2")]
+    rows = []
+    for volume in QUICK if arguments.quick else SIZES:
+        for dtype in DTYPES:
+            for way in ways:
+                command = [sys.executable, __file__, "--cell", way, volume, dtype]
+                run = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
+                rows.append(json.loads(run.stdout))
+                print(rows[-1], file=sys.stderr)
+    if arguments.out:
+        head = head_of(torch.device("cpu"))
+        arguments.out.write_text(json.dumps(head | {"export": rows}, indent=1) + "\n")
+    table = [
+        [
+            row["volume"],
+            row["dtype"],
+            row["way"],
+            f"{row['seconds']:.2f} s",
+            f"{row['memory'] / 1e6:,.0f} MB",
+            f"{row['differ']:.1e}",
+        ]
+        for row in rows
+    ]
+    print(markdown_table(["volume", "dtype", "way", "time", "memory", "other labels"], table))
+    if any((row["others"] or 0) > DISTURBED for row in rows) and not arguments.quick:
+        sys.exit("bench/export.py: other processes disturbed a row")
+
+
+if __name__ == "__main__":
+    main()
