@@ -29,6 +29,7 @@ from .losses import (
     CrossEntropy,
     CrossEntropyDice,
     Dice,
+    Lovasz,
 )
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "CrossEntropyDice",
     "Dice",
     "LateUpsampling",
+    "Lovasz",
     "LowResolution",
     "attach",
     "backends",

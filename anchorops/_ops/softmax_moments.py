@@ -214,6 +214,11 @@ def define_moments(name: str, **how: bool) -> None:
 define_moments("softmax_moments", any_strides=True)
 
 
+def in_images(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`_as_images`, without options."""
+    return _as_images(logits, labels, Options())[:2]
+
+
 def _as_images(logits: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor, Options]:
     """(B, K, h, w), and what each pixel has as (B, H, W). Points, and full-resolution volumes,
     become one row of pixels. The results are views, except for a volume whose strides do not allow

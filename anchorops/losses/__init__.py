@@ -7,6 +7,7 @@ from .ceco import CeCo
 from .combined import Combined
 from .cross_entropy import CrossEntropy
 from .dice import CrossEntropyDice, Dice
+from .lovasz import Lovasz
 from .mvsc import MVSC
 from .occl import OCCL
 from .pixel import PixelLoss
@@ -23,6 +24,7 @@ __all__ = [
     "CrossEntropy",
     "CrossEntropyDice",
     "Dice",
+    "Lovasz",
     "PixelLoss",
     "Regularizer",
 ]

@@ -16,6 +16,7 @@ from .confusion import confusion
 from .fixed_order_sum import fixed_order_sum
 from .pixel_argmax import pixel_argmax
 from .pixel_kl_divergence import pixel_kl_divergence
+from .probability_histograms import error_gradients, probability_histograms
 from .softmax_moments import softmax_moments
 from .split_groups import group_counts, split_groups
 from .upsampled_sums import SPLAT_UNITS, splat_axis, splat_keys, splat_of, upsampled_sums
@@ -29,12 +30,14 @@ __all__ = [
     "class_keys",
     "class_moments",
     "confusion",
+    "error_gradients",
     "feature_rows",
     "fixed_order_sum",
     "group_counts",
     "pixel_argmax",
     "pixel_kl_divergence",
     "pixel_to_anchor_mse",
+    "probability_histograms",
     "resize_labels",
     "softmax_moments",
     "splat_axis",

@@ -27,10 +27,12 @@ def bilinear_sources(
     return lower, (lower + 1).clamp(max=source - 1), weight
 
 
-def upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+def upsample(
+    logits: Tensor, size: Sequence[int], align_corners: bool, rows: slice = slice(None)
+) -> Tensor:
     """F.interpolate(logits, size, mode="bilinear"), of volumes "trilinear", but terms of weight 0
     are removed by selection, because 0 · NaN and 0 · ∞ would be NaN. logits: (B, K, h, w) or
-    (B, K, d, h, w); returns (B, K, *size)."""
+    (B, K, d, h, w); returns (B, K, *size), or these rows of it (slices of a volume)."""
     # as F.interpolate: coordinates are float32, for float64 logits float64
     dtype = statistics_dtype(logits.dtype)
     x = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
@@ -38,6 +40,8 @@ def upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor
         lower, upper, weight = bilinear_sources(
             length, logits.shape[axis], align_corners, dtype, logits.device
         )
+        if axis == 2:
+            lower, upper, weight = lower[rows], upper[rows], weight[rows]
         index = (slice(None),) * axis  # the gradient of indexing sums in a fixed order
         low, high, weight = x[(*index, lower)], x[(*index, upper)], weight.to(x.dtype)
         weight = weight.view(-1, *(1,) * (x.dim() - axis - 1))

@@ -86,6 +86,7 @@ struct Workspace {
   Stat* shifts[2];        // [stride]
   Stat* gradients[2];     // [K + 1, stride], zero; backward only; last those of the sum
   Stat* upsampled;        // [K, group]
+  Stat* slopes;           // [K, group], of errors
   Stat* line;             // [stride]
   int32_t* classes;       // [ROWS, label_stride]: rows of the tile's labels
   int32_t* cell_columns;  // [lanes]: each lane's column among the tile's labels; -1: no label
@@ -178,6 +179,18 @@ struct Predictions {
   }
 };
 
+// Errors of probabilities (probability_histograms_kernel.h).
+struct Histograms {
+  int32_t* counts;  // [K, 2, bins]: of pixels of the class, and of others
+  int64_t bins;
+};
+
+template <class Stat>
+struct ErrorSlopes {
+  const Stat* data;  // of the loss in each error: [K, 2, bins]
+  int64_t bins;
+};
+
 // The kernels of one instruction set.
 template <class Stat>
 struct Kernels {
@@ -188,6 +201,15 @@ struct Kernels {
   // Writes the tile of dlogits.
   void (*backward)(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
                    const Gradients<Stat>& gradients, const Output<Stat>& output);
+
+  // Adds the errors at the tile's labels, except those of other classes in bin 0.
+  void (*count_errors)(const Problem<Stat>& problem, const Tile& tile,
+                       const Workspace<Stat>& workspace, const Histograms& histograms);
+
+  // Writes the tile of dlogits, of a loss with these slopes.
+  void (*error_gradients)(const Problem<Stat>& problem, const Tile& tile,
+                          const Workspace<Stat>& workspace, const ErrorSlopes<Stat>& slopes,
+                          const Output<Stat>& output);
 
   // Writes predictions at the tile's labels.
   void (*argmax)(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,

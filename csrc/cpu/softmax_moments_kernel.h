@@ -10,6 +10,7 @@
 #include "softmax_cells_argmax.h"
 #include "softmax_cells_forward.h"
 #include "softmax_cells_backward.h"
+#include "probability_histograms_kernel.h"
 
 // Calls visit with the WIDTH for this problem, as a constant.
 template <class Visit>
@@ -40,28 +41,19 @@ void forward(const Problem<Stat>& problem, const Tile& tile, const Workspace<Sta
 template <class Stat>
 void backward(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
               const Gradients<Stat>& gradients, const Output<Stat>& output) {
-  int64_t next = std::max<int64_t>(tile.rows.begin - 1, 0);  // the first row that is not finished
-  const auto finish_until = [&](int64_t row) {
-    for (; next < row; ++next) output.finish_row(problem, output, tile, next, workspace);
-  };
-  const auto by_pixels = [&]() {
+  for_rows_of_gradients(problem, tile, workspace, output, [&](const auto& finish_until) {
+    if constexpr (std::is_same_v<Stat, float>) {
+      if (problem.num_classes == 2)
+        return backward_two_classes(problem, tile, workspace, gradients, output, finish_until);
+      if (problem.column_cells.begin)
+        return for_widths(problem, [&](auto width) {
+          backward_cells(width, problem, tile, workspace, gradients, finish_until);
+        });
+    }
     for_groups(problem, tile, workspace, finish_until, [&](const auto& group) {
       backward_group(problem, tile, workspace, gradients, output, group);
     });
-  };
-  if constexpr (std::is_same_v<Stat, float>) {
-    if (problem.num_classes == 2)
-      backward_two_classes(problem, tile, workspace, gradients, output, finish_until);
-    else if (problem.column_cells.begin)
-      for_widths(problem, [&](auto width) {
-        backward_cells(width, problem, tile, workspace, gradients, finish_until);
-      });
-    else
-      by_pixels();
-  } else {
-    by_pixels();
-  }
-  if (problem.upsampled) finish_until(std::min(tile.rows.end + 1, problem.layout.height));
+  });
 }
 
 template <class Stat>
@@ -80,7 +72,7 @@ void argmax(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat
 
 template <class Stat>
 Kernels<Stat> kernels() {
-  return {forward<Stat>, backward<Stat>, argmax<Stat>};
+  return {forward<Stat>, backward<Stat>, count_errors<Stat>, error_gradients<Stat>, argmax<Stat>};
 }
 
 template <class T>

@@ -388,15 +388,22 @@ void add_gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
   }
 }
 
-// Writes dlogits of a group, or adds to those that it reads.
+// Writes dlogits of a group, or adds to those that it reads. workspace.upsampled: dz.
+template <class Stat>
+void write_gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
+                              const Workspace<Stat>& workspace, const Output<Stat>& output,
+                              const Group<Stat>& group) {
+  if (problem.upsampled) return add_gradients_of_group(problem, tile, workspace, group);
+  output.write_columns(problem, output, tile.image, group.y, {group.x, group.x + group.count},
+                       workspace.upsampled, workspace.group);
+}
+
 template <class Stat>
 void backward_group(const Problem<Stat>& problem, const Tile& tile,
                     const Workspace<Stat>& workspace, const Gradients<Stat>& gradients,
                     const Output<Stat>& output, const Group<Stat>& group) {
   gradients_of_group(problem, tile, workspace, gradients, group);
-  if (problem.upsampled) return add_gradients_of_group(problem, tile, workspace, group);
-  output.write_columns(problem, output, tile.image, group.y, {group.x, group.x + group.count},
-                       workspace.upsampled, workspace.group);
+  write_gradients_of_group(problem, tile, workspace, output, group);
 }
 
 template <class Stat>
@@ -442,4 +449,18 @@ ALWAYS_INLINE int64_t for_groups(const Problem<Stat>& problem, const Tile& tile,
     for_label_row(problem, tile, workspace, rows, y, visit);
   }
   return outside;
+}
+
+// Calls visit(finish_until), which adds to the tile's dlogits, and calls finish_until(the first row
+// to which it still adds) on the way: the rows before that are written.
+template <class Stat, class Visit>
+ALWAYS_INLINE void for_rows_of_gradients(const Problem<Stat>& problem, const Tile& tile,
+                                         const Workspace<Stat>& workspace,
+                                         const Output<Stat>& output, Visit visit) {
+  int64_t next = std::max<int64_t>(tile.rows.begin - 1, 0);  // the first row that is not finished
+  const auto finish_until = [&](int64_t row) {
+    for (; next < row; ++next) output.finish_row(problem, output, tile, next, workspace);
+  };
+  visit(finish_until);
+  if (problem.upsampled) finish_until(std::min(tile.rows.end + 1, problem.layout.height));
 }

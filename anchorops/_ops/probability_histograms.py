@@ -1,0 +1,136 @@
+"""Histograms of the errors of softmax probabilities, and losses that are functions of them.
+
+A loss is computed from the histograms, with its slope in the errors of each bin. `error_loss`
+connects it with the logits: its value is the loss, its gradient that of the slopes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._backend import select
+from .._moments import statistics_dtype
+from .registration import Gradient, define
+
+BACKENDS = ("cpu",)
+
+
+def _histograms_fake(
+    logits: Tensor, labels: Tensor, bins: int, ignore_index: int, align_corners: bool
+) -> Tensor:
+    """Logits (B, K, h, w) of any strides, labels (B, H, W) of any integer dtype and strides."""
+    return logits.new_empty((logits.shape[1], 2, bins), dtype=torch.int64)
+
+
+def _loss_fake(loss: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(loss)
+
+
+def _gradients_fake(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *tensors, ctx.ignore_index, ctx.align_corners = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(operator: Any, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    logits, labels, slopes = ctx.saved_tensors
+    dlogits = operator(logits, labels, slopes * grad, ctx.ignore_index, ctx.align_corners)
+    return grad, dlogits, None, None, None, None
+
+
+define(
+    "probability_histograms",
+    "(Tensor logits, Tensor labels, int bins, int ignore_index, bool align_corners) -> Tensor",
+    _histograms_fake,
+    backends=BACKENDS,
+    any_strides=True,
+)
+define(
+    "error_loss",
+    "(Tensor loss, Tensor logits, Tensor labels, Tensor slopes, int ignore_index, "
+    "bool align_corners) -> Tensor",
+    _loss_fake,
+    backends=BACKENDS,
+    gradient=Gradient(
+        "(Tensor logits, Tensor labels, Tensor slopes, int ignore_index, bool align_corners) "
+        "-> Tensor",
+        _gradients_fake,
+        _setup_context,
+        _backward,
+    ),
+    any_strides=True,
+)
+
+
+class _ErrorLoss(torch.autograd.Function):
+    """`error_loss` of the reference."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loss: Tensor, *_: Any) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(reference.error_gradients, ctx, grads[0])
+
+
+def probability_histograms(
+    function: str,
+    logits: Tensor,
+    labels: Tensor,
+    bins: int,
+    *,
+    ignore_index: int,
+    align_corners: bool,
+) -> Tensor:
+    """`reference.probability_histograms`, by the selected backend."""
+    logits = logits.detach()
+    if _backend(function, logits) == "cpu":
+        operator = torch.ops.anchorops.probability_histograms.cpu
+        return operator(logits, labels, bins, ignore_index, align_corners)
+    return reference.probability_histograms(logits, labels, bins, ignore_index, align_corners)
+
+
+def error_loss(
+    function: str,
+    loss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    slopes: Tensor,
+    *,
+    ignore_index: int,
+    align_corners: bool,
+) -> Tensor:
+    """The loss, a scalar, whose gradient for the logits is that of the slopes [K, 2, bins]."""
+    slopes = slopes.to(statistics_dtype(logits.dtype))
+    arguments = loss, logits, labels, slopes, ignore_index, align_corners
+    if _backend(function, logits) == "cpu":
+        return torch.ops.anchorops.error_loss.cpu(*arguments)
+    return _ErrorLoss.apply(*arguments)
+
+
+def _backend(function: str, logits: Tensor) -> str:
+    def refused(backend: str) -> str | None:
+        return "it supports images and points, not volumes" if logits.dim() == 5 else None
+
+    return select(
+        function,
+        logits,
+        logits.shape[1],
+        runs=("probability_histograms",),
+        operators=BACKENDS,
+        refusal=refused,
+    )

@@ -1,0 +1,194 @@
+"""The Lovász losses, from histograms of the errors instead of sorted errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._checks import check_choice, check_count, check_flags, check_pixels, describe, fail
+from .._ops.probability_histograms import error_loss, probability_histograms
+from .._ops.softmax_moments import in_images, labels_outside
+from .pixel import PixelLoss
+
+# The bins of a hinge's errors: a share of 2^-11 of the error, from 2^-20 to 2^20.
+MANTISSA, LEAST, MOST = 11, 2.0**-20, 2.0**20
+
+
+class Lovasz(PixelLoss):
+    """The Lovász extension of the Jaccard loss (Berman et al., arXiv 1705.08790), without sorting.
+
+    For a class with G pixels and errors e in [0, 1] (1 − p of its pixels, p of others), with F(t)
+    and N(t) the pixels of the class and the others with e ≥ t:
+
+        L = ∫ J(t) dt,    J(t) = (F(t) + N(t)) / (G + N(t))
+
+    That is the loss that the released code computes from the sorted errors (their equation 9). J
+    falls with t, so a histogram of n bins gives L within 1/(2n). The slope of L in an error is the
+    mean over the orders of the pixels of its bin: a subgradient at errors that are rounded to bins.
+
+    With sigmoid=True, the hinge max(0, 1 − z) of pixels that are 1, and max(0, 1 + z) of others
+    (their section 3.2), of each channel. Hinges are not bounded: a bin is 1/2048 of its error.
+
+    Args:
+        sigmoid: each channel is a binary problem of its own; labels are those of `Dice`. The
+            full-resolution logits of one channel at a time are stored.
+        classes: the classes to use, of their softmax; all if not given.
+        absent: a class (of an image) without pixels in the labels is omitted from the mean
+            ("skip"), adds 0 to it ("zero"), or is treated as by the formula ("keep").
+        per_image: the mean of the losses of the images.
+        bins: n, at least 2.
+        ignore_index, align_corners, check_labels: as in `CrossEntropy`.
+
+    Comparison with other libraries, for the same logits at full resolution: smp's
+    LovaszLoss("multiclass") and mmsegmentation's LovaszLoss(classes="present", per_image=False) are
+    Lovasz(); the modes of sigmoids of one channel are Lovasz(sigmoid=True). smp ranks all channels
+    of "multilabel" together, here each channel is a loss of its own.
+
+    Call it with (logits, labels). `terms`: lovasz, labels_out_of_range, labels_ignored. The value
+    is piecewise linear in the errors and the gradient piecewise constant, so derivatives of second
+    order are 0, and raise an error.
+    """
+
+    settings = ("sigmoid", "classes", "absent", "per_image", "bins")
+
+    def __init__(
+        self,
+        *,
+        sigmoid: bool = False,
+        classes: Sequence[int] | None = None,
+        absent: str = "skip",
+        per_image: bool = False,
+        bins: int = 1024,
+        ignore_index: int | None = None,
+        align_corners: bool = False,
+        check_labels: bool = False,
+    ) -> None:
+        super().__init__(
+            ignore_index=ignore_index, align_corners=align_corners, check_labels=check_labels
+        )
+        check_flags("Lovasz", sigmoid=sigmoid, per_image=per_image)
+        check_choice("Lovasz", "absent", absent, ("skip", "zero", "keep"))
+        check_count("Lovasz", "bins", bins)
+        if not 2 <= bins <= 2**16:
+            fail("Lovasz", "bins", "an int from 2 to 65,536", bins)
+        if classes is not None:
+            numbers = isinstance(classes, Sequence) and all(type(k) is int for k in classes)
+            if not numbers or not classes or len({*classes}) < len(classes) or min(classes) < 0:
+                fail("Lovasz", "classes", "different ints of at least 0", describe(classes))
+            classes = tuple(classes)
+        self.sigmoid, self.per_image, self.bins = sigmoid, per_image, bins
+        self.classes, self.absent = classes, absent
+
+    def forward(
+        self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None
+    ) -> Tensor:
+        if pixel_weights is not None:
+            fail("Lovasz", "pixel_weights", "None: Lovasz has no pixel weights", "a tensor")
+        labels, ignore_index = check_pixels(
+            "Lovasz",
+            logits,
+            labels,
+            sigmoid=self.sigmoid,
+            ignore_index=self.ignore_index,
+            check_labels=self.check_labels,
+        )
+        if self.classes is not None and max(self.classes) >= logits.shape[1]:
+            expected = f"at least {max(self.classes) + 1} classes, for classes={self.classes}"
+            fail("Lovasz", "logits", expected, logits.shape[1])
+        whole = self._hinges if self.sigmoid else self._softmax
+        if self.per_image and logits.dim() > 2 and logits.shape[0] > 0:
+            images = zip(logits.split(1), labels.split(1), strict=True)
+            losses, counts = zip(*(whole(x, y, ignore_index) for x, y in images), strict=True)
+            loss, count = torch.stack(losses).mean(), torch.stack(counts).sum(0)
+        else:
+            loss, count = whole(logits, labels, ignore_index)
+        outside = labels_outside(labels, count, ignore_index)
+        self.terms = {
+            "lovasz": loss.detach(),
+            "labels_out_of_range": outside.to(loss.dtype),
+            "labels_ignored": (labels.numel() - count.sum() - outside).to(loss.dtype),
+        }
+        return loss
+
+    def _softmax(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """The loss, and the number of labels of each class."""
+        logits, labels = in_images(logits, labels)
+        options = {"ignore_index": ignore_index, "align_corners": self.align_corners}
+        counts = probability_histograms("Lovasz", logits, labels, self.bins, **options)
+        edges = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64, device=counts.device)
+        losses, slopes = _losses_and_slopes(counts, edges)
+        share = self._shares(counts[:, 0].sum(-1))
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        loss = (losses * share).sum().to(dtype)
+        slopes = slopes * share[:, None, None]
+        return error_loss("Lovasz", loss, logits, labels, slopes, **options), counts[:, 0].sum(-1)
+
+    def _shares(self, counts: Tensor) -> Tensor:
+        """Of each class in the mean. counts: of its pixels."""
+        used = torch.ones_like(counts, dtype=torch.float64)
+        if self.classes is not None:
+            chosen = [k in self.classes for k in range(len(counts))]
+            used = used * torch.tensor(chosen, device=counts.device)
+        present = counts > 0
+        total = (used * present if self.absent == "skip" else used).sum().clamp(min=1)
+        return (used if self.absent == "keep" else used * present) / total
+
+    def _hinges(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        losses, counts = [], []
+        for channel in range(logits.shape[1]):
+            loss, count = self._hinge(
+                logits[:, channel : channel + 1], labels[:, channel], ignore_index
+            )
+            losses.append(loss)
+            counts.append(count)
+        counts = torch.stack(counts)
+        share = self._shares(counts[:, 1])
+        return (torch.stack(losses) * share).sum().to(losses[0].dtype), counts.sum(0)
+
+    def _hinge(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        z = logits.to(dtype)
+        if z.shape[2:] != labels.shape[1:]:
+            mode = "bilinear" if z.dim() == 4 else "trilinear"
+            z = F.interpolate(z, labels.shape[1:], mode=mode, align_corners=self.align_corners)
+        z, labels = z[:, 0], labels.long()
+        valid = ((labels == 0) | (labels == 1)) & (labels != ignore_index)
+        ones = labels == 1
+        errors = (1 - torch.where(ones, z, -z)).clamp(min=0)[valid]
+        ones = ones[valid]
+        first = torch.tensor(LEAST).view(torch.int32).item() >> (23 - MANTISSA)
+        last = torch.tensor(MOST).view(torch.int32).item() >> (23 - MANTISSA)
+        bits = errors.detach().float().clamp(max=MOST).view(torch.int32)
+        places = (bits >> (23 - MANTISSA)).long().sub(first - 1).clamp(0, last - first)
+        index = places + (last - first + 1) * (~ones).long()
+        counts = torch.bincount(index, minlength=2 * (last - first + 1)).view(2, -1)
+        edges = torch.arange(first - 1, last + 1, dtype=torch.int32) << (23 - MANTISSA)
+        edges = edges.view(torch.float32).to(labels.device, torch.float64)
+        edges[0] = 0
+        losses, slopes = _losses_and_slopes(counts[None], edges)
+        weighted = errors * slopes.flatten().to(dtype)[index]
+        value = losses[0].to(dtype) + (weighted - weighted.detach()).sum()
+        return value, torch.stack([(~ones).sum(), ones.sum()])
+
+
+def _losses_and_slopes(counts: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+    """counts [K, 2, n] of pixels of the class and of others, in bins between edges [n + 1]: the
+    losses [K] by the trapezoid rule, and their slopes [K, 2, n] in the error of a pixel."""
+    of_class, others = counts.double().unbind(1)
+    total = of_class.sum(-1, keepdim=True)
+    f, n = (x.flip(-1).cumsum(-1).flip(-1) for x in (of_class, others))  # with e ≥ the bin's edge
+    jaccard = (f + n) / (total + n).clamp(min=1)
+    next_jaccard = torch.nn.functional.pad(jaccard[:, 1:], (0, 1))
+    losses = ((jaccard + next_jaccard) / 2 * edges.diff()).sum(-1)
+    # F, N of the higher bins; union = G + N, before and after the others of this bin
+    f, n = f - of_class, n - others
+    union, next_union = (total + n).clamp(min=1), (total + n + others).clamp(min=1)
+    slope_of_class = (1 / next_union + 1 / union) / 2
+    slope_of_others = (2 * (total - f) - of_class) / (2 * union * next_union)
+    # without pixels of the class the loss is the largest error
+    largest = torch.where((n == 0) & (others > 0), 1 / others.clamp(min=1), 0)
+    slope_of_others = torch.where(total > 0, slope_of_others, largest)
+    return losses, torch.stack([slope_of_class, slope_of_others], 1)

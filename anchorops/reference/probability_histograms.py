@@ -1,0 +1,69 @@
+"""Histograms of the errors of softmax probabilities. In chunks of the rows of full resolution, so
+that the memory does not depend on the number of pixels. Errors have no derivative here: the
+gradient of a loss with given slopes is a function of its own."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .upsampling import upsample
+
+CHUNK = 2**22  # probabilities at a time
+
+
+def probability_histograms(
+    logits: Tensor, labels: Tensor, bins: int, ignore_index: int, align_corners: bool
+) -> Tensor:
+    """logits (B, K, h, w) or (B, K, d, h, w), labels (B, H, W) or (B, D, H, W) -> int64
+    [K, 2, bins]: how many pixels of each class, and how many others, have an error in
+    [i/bins, (i + 1)/bins). The error is 1 − p_k of the pixels of class k, and p_k of others."""
+    num_classes = logits.shape[1]
+    counts = labels.new_zeros(num_classes * 2 * bins, dtype=torch.int64)
+    for rows in _chunks(logits, labels):
+        p = upsample(logits.detach(), labels.shape[1:], align_corners, rows).softmax(1)
+        index, _, valid = _places(p, labels[:, rows], bins, ignore_index)
+        counts += torch.bincount(
+            index[valid[:, None].expand_as(index)], minlength=num_classes * 2 * bins
+        )
+    return counts.view(num_classes, 2, bins)
+
+
+def error_gradients(
+    logits: Tensor, labels: Tensor, slopes: Tensor, ignore_index: int, align_corners: bool
+) -> Tensor:
+    """The gradient of the logits for the slopes [K, 2, bins] of the loss in each error:
+    dz_k = p_k·(u_k − Σ_j p_j·u_j), with u_k the slope, with a minus for the pixel's class."""
+    dlogits = torch.zeros_like(logits)
+    for rows in _chunks(logits, labels):
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            z = upsample(leaf, labels.shape[1:], align_corners, rows)
+        p = z.detach().softmax(1)
+        index, sign, valid = _places(p, labels[:, rows], slopes.shape[2], ignore_index)
+        u = sign * slopes.to(p.dtype).flatten()[index]
+        dz = torch.where(valid[:, None], p * (u - (p * u).sum(1, keepdim=True)), 0)
+        dlogits += torch.autograd.grad(z, leaf, dz)[0]
+    return dlogits
+
+
+def _chunks(logits: Tensor, labels: Tensor) -> Iterator[slice]:
+    """Of the first axis of an image or a volume."""
+    of_row = logits.shape[1] * labels[:, :1].numel()
+    step = max(1, CHUNK // max(of_row, 1))
+    for first in range(0, labels.shape[1], step) if labels.numel() > 0 else ():
+        yield slice(first, first + step)
+
+
+def _places(
+    p: Tensor, labels: Tensor, bins: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each class and pixel: the place in [K, 2, bins], and −1 for the pixel's class, otherwise
+    1. Of each pixel: whether it is valid. NaN is an error of 1."""
+    classes = torch.arange(p.shape[1], device=p.device).view(-1, *[1] * (p.dim() - 2))
+    labels = labels.long()
+    valid = (labels >= 0) & (labels < p.shape[1]) & (labels != ignore_index)
+    of_class = labels[:, None] == classes
+    errors = torch.where(of_class, 1 - p, p).nan_to_num(nan=1.0)
+    bin_of = (errors * bins).long().clamp(0, bins - 1)
+    return (2 * classes + ~of_class) * bins + bin_of, torch.where(of_class, -1, 1), valid
