@@ -72,15 +72,10 @@ define(
 class _ErrorLoss(torch.autograd.Function):
     """`error_loss` of the reference."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(loss: Tensor, *_: Any) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _setup_context(ctx, inputs, output)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _setup_context(ctx, inputs, inputs[0])
+        return inputs[0].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,7 +119,8 @@ def error_loss(
 
 def _backend(function: str, logits: Tensor) -> str:
     def refused(backend: str) -> str | None:
-        return "it supports images and points, not volumes" if logits.dim() == 5 else None
+        volume = backend == "cpu" and logits.dim() == 5
+        return "it supports no volumes that are upsampled" if volume else None
 
     return select(
         function,

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from .._checks import check_choice, check_count, check_flags, check_pixels, describe, fail
 from .._ops.probability_histograms import error_loss, probability_histograms
 from .._ops.softmax_moments import in_images, labels_outside
+from ..reference.probability_histograms import histogram
 from .pixel import PixelLoss
 
 # The bins of a hinge's errors: a share of 2^-11 of the error, from 2^-20 to 2^20.
-MANTISSA, LEAST, MOST = 11, 2.0**-20, 2.0**20
+MANTISSA, EXPONENTS = 11, (-20, 20)
 
 
 class Lovasz(PixelLoss):
@@ -157,21 +158,19 @@ class Lovasz(PixelLoss):
         z, labels = z[:, 0], labels.long()
         valid = ((labels == 0) | (labels == 1)) & (labels != ignore_index)
         ones = labels == 1
-        errors = (1 - torch.where(ones, z, -z)).clamp(min=0)[valid]
-        ones = ones[valid]
-        first = torch.tensor(LEAST).view(torch.int32).item() >> (23 - MANTISSA)
-        last = torch.tensor(MOST).view(torch.int32).item() >> (23 - MANTISSA)
-        bits = errors.detach().float().clamp(max=MOST).view(torch.int32)
+        errors = torch.where(valid, 1 - torch.where(ones, z, -z), 0).clamp(min=0)
+        first, last = ((127 + exponent) << MANTISSA for exponent in EXPONENTS)
+        bits = errors.detach().float().clamp(max=2.0 ** EXPONENTS[1]).view(torch.int32)
         places = (bits >> (23 - MANTISSA)).long().sub(first - 1).clamp(0, last - first)
-        index = places + (last - first + 1) * (~ones).long()
-        counts = torch.bincount(index, minlength=2 * (last - first + 1)).view(2, -1)
+        places += (last - first + 1) * (~ones).long()
+        counts = histogram(places, valid, 2 * (last - first + 1)).view(2, -1)
         edges = torch.arange(first - 1, last + 1, dtype=torch.int32) << (23 - MANTISSA)
         edges = edges.view(torch.float32).to(labels.device, torch.float64)
         edges[0] = 0
         losses, slopes = _losses_and_slopes(counts[None], edges)
-        weighted = errors * slopes.flatten().to(dtype)[index]
+        weighted = errors * slopes.flatten().to(dtype)[places]
         value = losses[0].to(dtype) + (weighted - weighted.detach()).sum()
-        return value, torch.stack([(~ones).sum(), ones.sum()])
+        return value, counts.sum(1).flip(0)
 
 
 def _losses_and_slopes(counts: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +180,7 @@ def _losses_and_slopes(counts: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     total = of_class.sum(-1, keepdim=True)
     f, n = (x.flip(-1).cumsum(-1).flip(-1) for x in (of_class, others))  # with e ≥ the bin's edge
     jaccard = (f + n) / (total + n).clamp(min=1)
-    next_jaccard = torch.nn.functional.pad(jaccard[:, 1:], (0, 1))
+    next_jaccard = F.pad(jaccard[:, 1:], (0, 1))
     losses = ((jaccard + next_jaccard) / 2 * edges.diff()).sum(-1)
     # F, N of the higher bins; union = G + N, before and after the others of this bin
     f, n = f - of_class, n - others

@@ -23,9 +23,7 @@ def probability_histograms(
     for rows in _chunks(logits, labels):
         p = upsample(logits.detach(), labels.shape[1:], align_corners, rows).softmax(1)
         index, _, valid = _places(p, labels[:, rows], bins, ignore_index)
-        counts += torch.bincount(
-            index[valid[:, None].expand_as(index)], minlength=num_classes * 2 * bins
-        )
+        counts += histogram(index, valid[:, None], len(counts))
     return counts.view(num_classes, 2, bins)
 
 
@@ -45,6 +43,14 @@ def error_gradients(
         dz = torch.where(valid[:, None], p * (u - (p * u).sum(1, keepdim=True)), 0)
         dlogits += torch.autograd.grad(z, leaf, dz)[0]
     return dlogits
+
+
+def histogram(places: Tensor, valid: Tensor, length: int) -> Tensor:
+    """int64 [length]: how often each place occurs where it is valid. The shapes do not depend on
+    the values, and integers have the same sum in every order."""
+    places = torch.where(valid, places, length).flatten()
+    counts = places.new_zeros(length + 1)
+    return counts.index_add(0, places, places.new_ones(1).expand(len(places)))[:length]
 
 
 def _chunks(logits: Tensor, labels: Tensor) -> Iterator[slice]:

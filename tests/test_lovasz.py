@@ -1,0 +1,358 @@
+"""Lovász losses from histograms, against the sorted errors of the released code."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from memory import peak_allocated_bytes
+from networks import NO_TORCHVISION
+from torch import Tensor
+
+import anchorops as ao
+from anchorops import reference
+
+IGNORED = 255
+
+
+def jaccard_slopes(of_class: Tensor) -> Tensor:
+    """∆J of sorted errors, as lovasz_grad of the released code."""
+    of_class = of_class.double()
+    total = of_class.sum()
+    jaccard = 1 - (total - of_class.cumsum(0)) / (total + (1 - of_class).cumsum(0))
+    return torch.cat([jaccard[:1], jaccard.diff()])
+
+
+def sorted_loss(errors: Tensor, of_class: Tensor) -> Tensor:
+    errors, order = errors.sort(descending=True)
+    return (errors.clamp(min=0) * jaccard_slopes(of_class[order])).sum()
+
+
+def softmax_losses(z: Tensor, labels: Tensor, classes: range | None = None) -> Tensor:
+    """Of each class, from full-resolution logits in float64."""
+    valid = labels != IGNORED
+    p, labels = z.softmax(1).movedim(1, -1)[valid], labels[valid]
+    losses = []
+    for k in classes or range(z.shape[1]):
+        of_class = labels == k
+        losses.append(sorted_loss((of_class.to(p.dtype) - p[:, k]).abs(), of_class))
+    return torch.stack(losses)
+
+
+def upsampled(x: Tensor, size: torch.Size, align_corners: bool = False) -> Tensor:
+    if x.shape[2:] == size:
+        return x.double()
+    mode = "bilinear" if x.dim() == 4 else "trilinear"
+    return F.interpolate(x.double(), size, mode=mode, align_corners=align_corners)
+
+
+def example(num_classes: int, *size: int, ratio: int = 4, noise: float = 1.0) -> tuple[Tensor, ...]:
+    """Logits and labels that agree as those of a network that learns; some are ignored."""
+    logits = 3 * torch.randn(2, num_classes, *size, dtype=torch.float64)
+    truth = upsampled(logits, torch.Size(ratio * n for n in size))
+    labels = (truth + 3 * noise * torch.randn_like(truth)).argmax(1)
+    labels[torch.rand(labels.shape) < 0.1] = IGNORED
+    return logits, labels
+
+
+def value_and_gradient(loss: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = inputs[0].clone().requires_grad_()
+    value = loss(leaf, *inputs[1:])
+    return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+def compare(loss: Any, right: Any, *inputs: Tensor, value: float = 1e-4, gradient: float = 0.01):
+    """The gradient of each class in the 2-norm."""
+    ours, theirs = value_and_gradient(loss, *inputs), value_and_gradient(right, *inputs)
+    assert abs(ours[0] - theirs[0]) <= value
+    channels = [x.double().movedim(1, 0).flatten(1) for x in (ours[1], theirs[1])]
+    for found, expected in zip(*channels, strict=True):
+        assert (found - expected).norm() <= gradient * expected.norm() + 1e-12
+
+
+@pytest.mark.on("reference", "cpu")
+@pytest.mark.parametrize(
+    ("num_classes", "size", "ratio"),
+    [
+        (2, (9, 18), 4),
+        (5, (9, 13), 1),
+        (19, (12, 20), 4),
+        (150, (10, 10), 4),
+        (5, (3, 5, 6), 3),
+        (5, (4, 5, 6), 1),
+    ],
+)
+def test_softmax(num_classes: int, size: tuple[int, ...], ratio: int, backend: str):
+    if backend == "cpu" and len(size) == 3 and ratio > 1:
+        pytest.skip("the reference serves volumes that are upsampled")
+    logits, labels = example(num_classes, *size, ratio=ratio)
+
+    def right(x: Tensor, y: Tensor) -> Tensor:
+        losses = softmax_losses(upsampled(x, y.shape[1:]), y)
+        present = torch.stack([(y == k).any() for k in range(num_classes)])
+        return losses[present].mean()
+
+    few = num_classes == 150  # about 20 pixels of a class
+    compare(ao.Lovasz(), right, logits, labels, gradient=0.1 if few else 0.01)
+    compare(ao.Lovasz(bins=8192), right, logits, labels, value=1e-5, gradient=0.05 if few else 0.01)
+    compare(ao.Lovasz(bins=65536), right, logits, labels, value=1e-6, gradient=1e-3)
+
+
+@pytest.mark.on("reference", "cpu")
+@pytest.mark.parametrize("pixels", [1, 2, 7, 50])
+def test_rare_classes(pixels: int, backend: str):
+    logits, labels = example(7, 16, 16)
+    labels[labels == 3] = 2
+    labels.flatten()[torch.randperm(labels.numel())[:pixels]] = 3
+
+    def right(x: Tensor, y: Tensor) -> Tensor:
+        return softmax_losses(upsampled(x, y.shape[1:]), y).mean()
+
+    compare(ao.Lovasz(), right, logits, labels, gradient=0.1 if pixels < 50 else 0.01)
+    compare(ao.Lovasz(bins=8192), right, logits, labels, value=1e-5)
+
+
+@pytest.mark.on("reference", "cpu")
+def test_settings(backend: str):
+    logits, labels = example(5, 12, 20)
+    labels[labels == 4] = 1  # absent
+    z = upsampled(logits, labels.shape[1:])
+    losses = softmax_losses(z, labels)
+    present = losses[:4].mean()
+    for settings, right in (
+        ({}, present),
+        ({"absent": "zero"}, losses[:4].sum() / 5),
+        ({"absent": "keep"}, losses.mean()),
+        ({"classes": [1, 4]}, losses[1]),
+        ({"classes": (1, 2), "absent": "keep"}, losses[1:3].mean()),
+    ):
+        assert abs(ao.Lovasz(**settings)(logits, labels) - right) < 1e-3
+    images = [softmax_losses(x[None], y[None])[:4].mean() for x, y in zip(z, labels, strict=True)]
+    assert abs(ao.Lovasz(per_image=True)(logits, labels) - sum(images) / 2) < 1e-3
+    aligned = softmax_losses(upsampled(logits, labels.shape[1:], True), labels)[:4].mean()
+    assert abs(ao.Lovasz(align_corners=True)(logits, labels) - aligned) < 1e-3
+    points, of_points = logits.movedim(1, -1).flatten(0, 2), labels[:, ::4, ::4].flatten()
+    right = softmax_losses(points[..., None], of_points[:, None])[:4].mean()
+    assert abs(ao.Lovasz()(points, of_points) - right) < 1e-3
+
+
+def test_absent_class_of_all_images_has_the_gradient_of_its_largest_error():
+    logits, labels = example(5, 6, 7)
+    labels[labels == 4] = IGNORED
+
+    def right(x: Tensor, y: Tensor) -> Tensor:
+        return softmax_losses(upsampled(x, y.shape[1:]), y).mean()
+
+    compare(ao.Lovasz(absent="keep", bins=65536), right, logits, labels, gradient=0.05)
+
+
+@pytest.mark.parametrize("layout", ["", "channels last", "cropped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("num_classes", "size", "labels_size", "align_corners"),
+    [
+        (2, (9, 18), (36, 72), False),
+        (19, (9, 13), (9, 13), False),
+        (5, (21, 30), (8, 11), False),
+        (5, (9, 9), (33, 33), True),
+        (1100, (3, 4), (9, 12), False),
+    ],
+)
+def test_cpu_equals_reference(num_classes, size, labels_size, align_corners, dtype, layout):
+    logits = (3 * torch.randn(2, num_classes, *size)).to(dtype)
+    if layout:
+        logits = logits.movedim(1, -1).contiguous().movedim(-1, 1)
+    labels = torch.randint(0, num_classes, (2, *labels_size))
+    labels[torch.rand(labels.shape) < 0.1] = IGNORED
+    if layout == "cropped":
+        logits, labels = logits[..., 1:], labels.transpose(1, 2).contiguous().transpose(1, 2)
+    options = IGNORED, align_corners
+    counts = [
+        operator(logits, labels, 64, *options)
+        for operator in (
+            torch.ops.anchorops.probability_histograms.cpu,
+            reference.probability_histograms,
+        )
+    ]
+    assert (counts[0].sum((1, 2)) == (labels != IGNORED).sum()).all()
+    moved = (counts[0] - counts[1]).abs().sum()  # errors at the edge of a bin
+    assert moved <= 1e-4 * counts[0].sum() and torch.equal(counts[0].sum(2), counts[1].sum(2))
+    slopes = torch.randn(num_classes, 2, 64, dtype=torch.promote_types(dtype, torch.float32))
+    gradients = [
+        operator(logits, labels, slopes, *options)
+        for operator in (torch.ops.anchorops.error_loss_backward.cpu, reference.error_gradients)
+    ]
+    assert (
+        gradients[0].dtype == dtype and gradients[0].stride() == torch.empty_like(logits).stride()
+    )
+    tolerance = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 1e-3)
+    distance = (gradients[0] - gradients[1]).double().norm()
+    assert distance <= tolerance * gradients[1].double().norm()
+
+
+def test_threads_and_calls_have_the_same_bits():
+    logits, labels = example(19, 40, 50)
+    logits = logits.float()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(value_and_gradient(ao.Lovasz(), logits, labels))
+    finally:
+        torch.set_num_threads(threads)
+    for value, gradient in results[1:]:
+        assert torch.equal(value, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.on("reference", "cpu")
+def test_not_finite_logits_of_ignored_pixels_change_nothing(backend: str):
+    logits, labels = example(5, 9, 13, ratio=1)
+    right = value_and_gradient(ao.Lovasz(), logits, labels)
+    logits.movedim(1, -1)[labels == IGNORED] = torch.nan
+    found = value_and_gradient(ao.Lovasz(), logits, labels)
+    assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
+
+
+def hinge(z: Tensor, labels: Tensor) -> Tensor:
+    valid = labels != IGNORED
+    z, ones = z[valid], labels[valid] == 1
+    return sorted_loss(1 - torch.where(ones, z, -z), ones)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(12, 20), (3, 5, 6)])
+def test_hinge(size: tuple[int, ...], channels: int):
+    logits = 5 * torch.randn(2, channels, *size)
+    truth = upsampled(logits, torch.Size(4 * n for n in size))
+    labels = (truth + 5 * torch.randn(truth.shape) > 3).long()
+    labels[torch.rand(labels.shape) < 0.1] = IGNORED
+
+    def right(x: Tensor, y: Tensor) -> Tensor:
+        z = upsampled(x, y.shape[2:])
+        return torch.stack([hinge(z[:, k], y[:, k]) for k in range(channels)]).mean()
+
+    compare(
+        ao.Lovasz(sigmoid=True), right, logits, labels, value=0.005 * float(right(logits, labels))
+    )
+
+
+def test_hinge_without_errors_and_with_large_ones():
+    labels = torch.randint(0, 2, (2, 8, 8))
+    signs = (2 * labels - 1)[:, None]
+    for factor, expected in ((2.0, 0.0), (-1e4, 1e4 + 1)):
+        logits = (factor * signs).float().requires_grad_()
+        loss = ao.Lovasz(sigmoid=True)(logits, labels)
+        assert loss.item() == pytest.approx(expected, rel=0.005, abs=1e-6)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient.isfinite().all() and (gradient != 0).any() == (expected > 0)
+
+
+def test_smp():
+    smp = pytest.importorskip("segmentation_models_pytorch", reason=NO_TORCHVISION).losses
+    logits, labels = example(7, 9, 13, ratio=1)
+    logits = logits.float()
+    for per_image in (False, True):
+        theirs = smp.LovaszLoss("multiclass", per_image=per_image, ignore_index=IGNORED)
+        compare(ao.Lovasz(per_image=per_image), theirs, logits, labels, value=1e-3)
+        binary, theirs = labels % 2, smp.LovaszLoss("binary", per_image, ignore_index=IGNORED)
+        binary[labels == IGNORED] = IGNORED
+        ours = ao.Lovasz(sigmoid=True, per_image=per_image)
+        compare(ours, theirs, logits[:, :1], binary, value=0.01)
+
+
+def test_memory():
+    """No map of all classes at full resolution, nor of one."""
+    logits = torch.randn(1, 64, 32, 32, requires_grad=True)
+    labels = torch.randint(0, 64, (1, 256, 256))
+    loss = ao.Lovasz()
+
+    def run() -> Tensor:
+        return torch.autograd.grad(loss(logits, labels), logits)[0]
+
+    histograms = 64 * 2 * 1024 * 8
+    assert peak_allocated_bytes(run) < 2 * logits.nbytes + 16 * histograms + labels.numel()
+
+
+def test_compiled():
+    logits, labels = example(5, 6, 7)
+    logits = logits.float()
+    masks = labels.where(labels == IGNORED, labels % 2)
+    with ao.use_backend("reference"):
+        on_reference = torch.compile(ao.Lovasz(), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(on_reference(logits, labels), ao.Lovasz()(logits, labels))
+    binary = torch.compile(ao.Lovasz(sigmoid=True), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        binary(logits[:, :1], masks), ao.Lovasz(sigmoid=True)(logits[:, :1], masks)
+    )
+    for loss in (ao.Lovasz(), ao.Lovasz(per_image=True, classes=[1, 2])):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for found, right in zip(
+            value_and_gradient(compiled, logits, labels),
+            value_and_gradient(loss, logits, labels),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, right)
+
+
+def test_operators():
+    logits, labels = example(5, 6, 7)
+    logits, slopes = logits.float().requires_grad_(), torch.randn(5, 2, 8)
+    operators = torch.ops.anchorops
+    torch.library.opcheck(
+        operators.probability_histograms.cpu, (logits.detach(), labels, 8, IGNORED, False)
+    )
+    loss = torch.randn((), requires_grad=True)
+    torch.library.opcheck(operators.error_loss.cpu, (loss, logits, labels, slopes, IGNORED, False))
+
+
+def test_second_derivative_raises():
+    logits, labels = example(5, 6, 7)
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(ao.Lovasz()(logits, labels), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        torch.autograd.grad(gradient.sum(), logits)
+
+
+@pytest.mark.on("reference", "cpu")
+def test_nothing_valid(backend: str):
+    logits, labels = example(5, 6, 7)
+    for x, y in ((logits, torch.full_like(labels, IGNORED)), (logits[:0], labels[:0])):
+        for per_image in (False, True):
+            value, gradient = value_and_gradient(ao.Lovasz(per_image=per_image), x, y)
+            assert value == 0 and not gradient.any() and gradient.shape == x.shape
+    loss = ao.Lovasz()
+    labels[0, 0, :3] = 77
+    loss(logits, labels)
+    assert loss.terms["labels_out_of_range"] == 3
+    assert loss.terms["labels_ignored"] == (labels == IGNORED).sum()
+    assert set(loss.terms) == {"lovasz", "labels_out_of_range", "labels_ignored"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(({"bins": x}, "bins: expected an int from 2 to 65,536, got") for x in (1, 65537)),
+        ({"bins": 10.0}, "bins: expected an int .*, got 10.0"),
+        ({"absent": "ignore"}, "absent: expected 'skip' or 'zero' or 'keep', got 'ignore'"),
+        ({"classes": [1, 1]}, "classes: expected different ints of at least 0"),
+        ({"sigmoid": 1}, "sigmoid: expected True or False"),
+        ({"ignore_index": 1.5}, "ignore_index: "),
+    ],
+    ids=str,
+)
+def test_messages(arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^Lovasz: {message}"):
+        ao.Lovasz(**arguments)
+
+
+def test_messages_of_inputs():
+    logits, labels = example(5, 6, 7)
+    with pytest.raises(ValueError, match=r"^Lovasz: logits: expected at least 8 classes"):
+        ao.Lovasz(classes=[7])(logits, labels)
+    with pytest.raises(ValueError, match=r"^Lovasz: pixel_weights: expected None"):
+        ao.Lovasz()(logits, labels, torch.ones(labels.shape))
+    with pytest.raises(ValueError, match=r"^Lovasz: labels: "):
+        ao.Lovasz()(logits, labels.float())
+    labels[0, 0, 0] = 9
+    with pytest.raises(ValueError, match=r"^Lovasz: labels"):
+        ao.Lovasz(check_labels=True)(logits, labels)
