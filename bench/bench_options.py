@@ -97,6 +97,19 @@ def dice(z: Tensor, y: Tensor) -> Tensor:
     return 1 - (2 * overlaps / (p.sum(axes) + truth.sum(axes)).clamp(min=1e-7)).mean()
 
 
+def sorted_present(z: Tensor, y: Tensor) -> Tensor:
+    """Lovász as its authors compute it, but of the present classes alone."""
+    p, y = z.softmax(1).movedim(1, -1).flatten(0, -2), y.flatten()
+    losses = []
+    for k in y.unique():
+        of_class = (y == k).to(p.dtype)
+        errors, order = (of_class - p[:, k]).abs().sort(descending=True)
+        truth = of_class[order]
+        jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
+        losses.append((errors * torch.cat([jaccard[:1], jaccard.diff()])).sum())
+    return torch.stack(losses).mean()
+
+
 def binary_smoothed(z: Tensor, y: Tensor) -> Tensor:
     return bce(z, y.to(z.dtype) * (1 - SMOOTHING) + SMOOTHING / 2)
 
@@ -170,6 +183,11 @@ OPTIONS: dict[str, Option] = {
             "smp": smp.DiceLoss("multiclass"),
             "MONAI": with_channel(monai.DiceLoss(softmax=True, to_onehot_y=True, batch=True)),
         },
+    ),
+    "Lovász": Option(
+        ao.Lovasz(),
+        {"torch": sorted_present, "smp": smp.LovaszLoss("multiclass")},
+        ties=True,  # errors are rounded to bins
     ),
     "cross-entropy + Dice": Option(
         ao.CrossEntropyDice(dice=DICE), {"torch": lambda z, y: ce(z, y) + dice(z, y)}
