@@ -102,9 +102,9 @@ def sorted_present(z: Tensor, y: Tensor) -> Tensor:
     p, y = z.softmax(1).movedim(1, -1).flatten(0, -2), y.flatten()
     losses = []
     for k in y.unique():
-        of_class = (y == k).to(p.dtype)
-        errors, order = (of_class - p[:, k]).abs().sort(descending=True)
-        truth = of_class[order]
+        is_class = (y == k).to(p.dtype)
+        errors, order = (is_class - p[:, k]).abs().sort(descending=True)
+        truth = is_class[order]
         jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
         losses.append((errors * torch.cat([jaccard[:1], jaccard.diff()])).sum())
     return torch.stack(losses).mean()

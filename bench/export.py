@@ -7,6 +7,7 @@ nnU-Net does by default, if nnunetv2 is installed. Each cell is a process of its
 some calls, after a first one for which the memory is measured. `memory` is what the process needed
 at most beyond the logits and the labels. Nothing else may run; --quick is for small volumes.
 """
+# pyright: reportMissingImports=false
 
 import argparse
 import json
@@ -39,25 +40,24 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 Size = tuple[int, ...]
 
 
-def ours(logits: Tensor, size: Size) -> Tensor:
+def our_labels(logits: Tensor, size: Size) -> Tensor:
     return ao.pixel_argmax(logits, size, dtype=torch.uint8)
 
 
-def of_torch(logits: Tensor, size: Size) -> Tensor:
+def torch_labels(logits: Tensor, size: Size) -> Tensor:
     return F.interpolate(logits, size, mode="trilinear").argmax(1).to(torch.uint8)
 
 
-def of_scipy(logits: Tensor, size: Size) -> Tensor:
+def scipy_labels(logits: Tensor, size: Size) -> Tensor:
     from scipy.ndimage import zoom
 
     factors = [new / old for new, old in zip(size, logits.shape[2:], strict=True)]
-    volumes = (
-        zoom(x, factors, order=1, mode="nearest", grid_mode=True) for x in logits[0].float().numpy()
-    )
-    return torch.from_numpy(np.stack([*volumes]).argmax(0).astype(np.uint8))[None]
+    options: Any = {"order": 1, "mode": "nearest", "grid_mode": True}
+    volumes = [np.asarray(zoom(x, factors, **options)) for x in logits[0].float().numpy()]
+    return torch.from_numpy(np.stack(volumes).argmax(0).astype(np.uint8))[None]
 
 
-def of_nnunet(logits: Tensor, size: Size) -> Tensor:
+def nnunet_labels(logits: Tensor, size: Size) -> Tensor:
     from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
     spacings = [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]
@@ -68,10 +68,10 @@ def of_nnunet(logits: Tensor, size: Size) -> Tensor:
 
 
 WAYS: dict[str, Callable[[Tensor, Size], Tensor]] = {
-    "anchorops": ours,
-    "torch": of_torch,
-    "SciPy": of_scipy,
-    "nnU-Net": of_nnunet,
+    "anchorops": our_labels,
+    "torch": torch_labels,
+    "SciPy": scipy_labels,
+    "nnU-Net": nnunet_labels,
 }
 
 
@@ -101,7 +101,7 @@ def cell(way: str, volume: str, dtype: str) -> dict[str, Any]:
         call = time.perf_counter()
         run(logits, size)
         seconds.append(time.perf_counter() - call)
-    differ = (labels != ours(logits, size)).double().mean().item()
+    differ = (labels != our_labels(logits, size)).double().mean().item()
     row = {"volume": volume, "dtype": dtype, "way": way, "seconds": min(seconds)}
     return row | {"memory": max(memory, 0), "differ": differ, "others": others.cores()}
 

@@ -15,17 +15,17 @@ from anchorops import reference
 IGNORED = 255
 
 
-def jaccard_slopes(of_class: Tensor) -> Tensor:
+def jaccard_slopes(is_class: Tensor) -> Tensor:
     """∆J of sorted errors, as lovasz_grad of the released code."""
-    of_class = of_class.double()
-    total = of_class.sum()
-    jaccard = 1 - (total - of_class.cumsum(0)) / (total + (1 - of_class).cumsum(0))
+    is_class = is_class.double()
+    total = is_class.sum()
+    jaccard = 1 - (total - is_class.cumsum(0)) / (total + (1 - is_class).cumsum(0))
     return torch.cat([jaccard[:1], jaccard.diff()])
 
 
-def sorted_loss(errors: Tensor, of_class: Tensor) -> Tensor:
+def sorted_loss(errors: Tensor, is_class: Tensor) -> Tensor:
     errors, order = errors.sort(descending=True)
-    return (errors.clamp(min=0) * jaccard_slopes(of_class[order])).sum()
+    return (errors.clamp(min=0) * jaccard_slopes(is_class[order])).sum()
 
 
 def softmax_losses(z: Tensor, labels: Tensor, classes: range | None = None) -> Tensor:
@@ -34,8 +34,8 @@ def softmax_losses(z: Tensor, labels: Tensor, classes: range | None = None) -> T
     p, labels = z.softmax(1).movedim(1, -1)[valid], labels[valid]
     losses = []
     for k in classes or range(z.shape[1]):
-        of_class = labels == k
-        losses.append(sorted_loss((of_class.to(p.dtype) - p[:, k]).abs(), of_class))
+        is_class = labels == k
+        losses.append(sorted_loss((is_class.to(p.dtype) - p[:, k]).abs(), is_class))
     return torch.stack(losses)
 
 
@@ -66,8 +66,8 @@ def compare(loss: Any, right: Any, *inputs: Tensor, value: float = 1e-4, gradien
     ours, theirs = value_and_gradient(loss, *inputs), value_and_gradient(right, *inputs)
     assert abs(ours[0] - theirs[0]) <= value
     channels = [x.double().movedim(1, 0).flatten(1) for x in (ours[1], theirs[1])]
-    for found, expected in zip(*channels, strict=True):
-        assert (found - expected).norm() <= gradient * expected.norm() + 1e-12
+    for actual, expected in zip(*channels, strict=True):
+        assert (actual - expected).norm() <= gradient * expected.norm() + 1e-12
 
 
 @pytest.mark.on("reference", "cpu")
@@ -131,9 +131,9 @@ def test_settings(backend: str):
     assert abs(ao.Lovasz(per_image=True)(logits, labels) - sum(images) / 2) < 1e-3
     aligned = softmax_losses(upsampled(logits, labels.shape[1:], True), labels)[:4].mean()
     assert abs(ao.Lovasz(align_corners=True)(logits, labels) - aligned) < 1e-3
-    points, of_points = logits.movedim(1, -1).flatten(0, 2), labels[:, ::4, ::4].flatten()
-    right = softmax_losses(points[..., None], of_points[:, None])[:4].mean()
-    assert abs(ao.Lovasz()(points, of_points) - right) < 1e-3
+    points, point_labels = logits.movedim(1, -1).flatten(0, 2), labels[:, ::4, ::4].flatten()
+    right = softmax_losses(points[..., None], point_labels[:, None])[:4].mean()
+    assert abs(ao.Lovasz()(points, point_labels) - right) < 1e-3
 
 
 def test_absent_class_of_all_images_has_the_gradient_of_its_largest_error():
@@ -209,8 +209,8 @@ def test_not_finite_logits_of_ignored_pixels_change_nothing(backend: str):
     logits, labels = example(5, 9, 13, ratio=1)
     right = value_and_gradient(ao.Lovasz(), logits, labels)
     logits.movedim(1, -1)[labels == IGNORED] = torch.nan
-    found = value_and_gradient(ao.Lovasz(), logits, labels)
-    assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
+    actual = value_and_gradient(ao.Lovasz(), logits, labels)
+    assert torch.equal(actual[0], right[0]) and torch.equal(actual[1], right[1])
 
 
 def hinge(z: Tensor, labels: Tensor) -> Tensor:
@@ -286,12 +286,12 @@ def test_compiled():
     )
     for loss in (ao.Lovasz(), ao.Lovasz(per_image=True, classes=[1, 2])):
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        for found, right in zip(
+        for actual, right in zip(
             value_and_gradient(compiled, logits, labels),
             value_and_gradient(loss, logits, labels),
             strict=True,
         ):
-            torch.testing.assert_close(found, right)
+            torch.testing.assert_close(actual, right)
 
 
 def test_operators():

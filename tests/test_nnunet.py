@@ -97,12 +97,12 @@ def test_export(case: Case, numpy: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     logits, *others = arguments(case)
     right = theirs(logits.float(), *others, num_threads_torch=1)
     monkeypatch.setattr(nnunet_export, "_convert", None)  # nothing is left to nnU-Net
-    found = nnunet_export.convert_predicted_logits_to_segmentation_with_correct_shape(
+    actual = nnunet_export.convert_predicted_logits_to_segmentation_with_correct_shape(
         logits.numpy() if numpy else logits, *others, num_threads_torch=1
     )
-    assert found.shape == right.shape and found.dtype == right.dtype
-    assert (found != right).mean() <= 1e-4  # ties; float64 there
-    assert len(np.unique(found)) > 3
+    assert actual.shape == right.shape and actual.dtype == right.dtype
+    assert (actual != right).mean() <= 1e-4  # ties; float64 there
+    assert len(np.unique(actual)) > 3
 
 
 def test_threads_and_what_is_left_to_nnunet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,13 +150,13 @@ def test_losses(batch_dice: bool, ignored: bool, size: tuple[int, ...]) -> None:
     )
     if ignored:  # nnU-Net's cross-entropy gets integers
         labels = labels.long()
-    found = gradients(LabelLoss(4, batch_dice, 4 if ignored else None), logits, labels)
-    torch.testing.assert_close(found, gradients(right, logits, labels), rtol=1e-4, atol=1e-7)
+    actual = gradients(LabelLoss(4, batch_dice, 4 if ignored else None), logits, labels)
+    torch.testing.assert_close(actual, gradients(right, logits, labels), rtol=1e-4, atol=1e-7)
 
     target = torch.randint(0, 2, (2, 4 + ignored, *size)).float()
     right = DC_and_BCE_loss({}, dice | {"do_bg": True}, use_ignore_label=ignored)
-    found = gradients(RegionLoss(4, batch_dice, ignored, None), logits, target)
-    torch.testing.assert_close(found, gradients(right, logits, target), rtol=1e-4, atol=1e-7)
+    actual = gradients(RegionLoss(4, batch_dice, ignored, None), logits, target)
+    torch.testing.assert_close(actual, gradients(right, logits, target), rtol=1e-4, atol=1e-7)
 
 
 TRAINER = """

@@ -31,8 +31,8 @@ def upsampled(logits: Tensor, size: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dtypes(shape: str, num_classes: int, dtype: torch.dtype):
     low, size = SHAPES[shape]
-    for of_logits in (torch.float32, torch.bfloat16, torch.float64):
-        logits = torch.randn(2, num_classes, *low).to(of_logits)
+    for logits_dtype in (torch.float32, torch.bfloat16, torch.float64):
+        logits = torch.randn(2, num_classes, *low).to(logits_dtype)
         logits[0, :, 0, 0] = torch.nan  # these pixels are computed one by one
         classes = ao.pixel_argmax(logits, size, dtype=dtype)
         assert classes.dtype == dtype and classes.is_contiguous()
@@ -69,8 +69,8 @@ def test_sigmoids(shape: str, channels: int, threshold: float):
 
 def test_strides_of_sigmoids():
     logits = torch.randn(2, 5, 6, 3).movedim(-1, 1)
-    found = ao.pixel_argmax(logits, (10, 12), sigmoid=True)
-    assert torch.equal(found, ao.pixel_argmax(logits.contiguous(), (10, 12), sigmoid=True))
+    actual = ao.pixel_argmax(logits, (10, 12), sigmoid=True)
+    assert torch.equal(actual, ao.pixel_argmax(logits.contiguous(), (10, 12), sigmoid=True))
     assert ao.pixel_argmax(logits[:0], (10, 12), sigmoid=True).shape == (0, 3, 10, 12)
     assert ao.pixel_argmax(logits, (0, 12), sigmoid=True).shape == (2, 3, 0, 12)
 
@@ -91,8 +91,8 @@ def test_compiled():
         return classes, ao.pixel_argmax(x, (36, 72), sigmoid=True, threshold=0.3, dtype=torch.int8)
 
     compiled = torch.compile(masks, fullgraph=True, backend="aot_eager")
-    for found, right in zip(compiled(logits), masks(logits), strict=True):
-        assert found.dtype == right.dtype and torch.equal(found, right)
+    for actual, right in zip(compiled(logits), masks(logits), strict=True):
+        assert actual.dtype == right.dtype and torch.equal(actual, right)
 
 
 @pytest.mark.parametrize(

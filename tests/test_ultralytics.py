@@ -23,8 +23,9 @@ class Model(nn.Module):
 
     def __init__(self, classes: int, data: str = "", class_weights: Tensor | None = None) -> None:
         super().__init__()
+        self.classes = classes
         head = nn.Conv2d(1, 1, 1)
-        head.nc = classes
+        head.nc = classes  # pyright: ignore[reportAttributeAccessIssue]
         self.model = nn.ModuleList([head])
         self.args, self.class_weights = SimpleNamespace(data=data), class_weights
 
@@ -42,7 +43,7 @@ class Model(nn.Module):
     ids=["cityscapes", "plain", "class weights", "one class"],
 )
 def test_loss(model: Model, ratio: int, auxiliary: bool) -> None:
-    classes = model.model[-1].nc
+    classes = model.classes
     labels = torch.randint(0, max(classes - 1, 2), (BATCH, 6 * ratio, 7 * ratio)).int()
     labels[torch.rand(labels.shape) < 0.1] = 255
     batch = {"semantic_mask": labels}

@@ -176,18 +176,20 @@ class Lovasz(PixelLoss):
 def _losses_and_slopes(counts: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     """counts [K, 2, n] of pixels of the class and of others, in bins between edges [n + 1]: the
     losses [K] by the trapezoid rule, and their slopes [K, 2, n] in the error of a pixel."""
-    of_class, others = counts.double().unbind(1)
-    total = of_class.sum(-1, keepdim=True)
-    f, n = (x.flip(-1).cumsum(-1).flip(-1) for x in (of_class, others))  # with e ≥ the bin's edge
+    class_counts, others = counts.double().unbind(1)
+    total = class_counts.sum(-1, keepdim=True)
+    f, n = (
+        x.flip(-1).cumsum(-1).flip(-1) for x in (class_counts, others)
+    )  # with e ≥ the bin's edge
     jaccard = (f + n) / (total + n).clamp(min=1)
     next_jaccard = F.pad(jaccard[:, 1:], (0, 1))
     losses = ((jaccard + next_jaccard) / 2 * edges.diff()).sum(-1)
     # F, N of the higher bins; union = G + N, before and after the others of this bin
-    f, n = f - of_class, n - others
+    f, n = f - class_counts, n - others
     union, next_union = (total + n).clamp(min=1), (total + n + others).clamp(min=1)
-    slope_of_class = (1 / next_union + 1 / union) / 2
-    slope_of_others = (2 * (total - f) - of_class) / (2 * union * next_union)
+    class_slope = (1 / next_union + 1 / union) / 2
+    other_slope = (2 * (total - f) - class_counts) / (2 * union * next_union)
     # without pixels of the class the loss is the largest error
     largest = torch.where((n == 0) & (others > 0), 1 / others.clamp(min=1), 0)
-    slope_of_others = torch.where(total > 0, slope_of_others, largest)
-    return losses, torch.stack([slope_of_class, slope_of_others], 1)
+    other_slope = torch.where(total > 0, other_slope, largest)
+    return losses, torch.stack([class_slope, other_slope], 1)

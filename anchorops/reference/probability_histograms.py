@@ -55,8 +55,8 @@ def histogram(places: Tensor, valid: Tensor, length: int) -> Tensor:
 
 def _chunks(logits: Tensor, labels: Tensor) -> Iterator[slice]:
     """Of the first axis of an image or a volume."""
-    of_row = logits.shape[1] * labels[:, :1].numel()
-    step = max(1, CHUNK // max(of_row, 1))
+    row_probabilities = logits.shape[1] * labels[:, :1].numel()
+    step = max(1, CHUNK // max(row_probabilities, 1))
     for first in range(0, labels.shape[1], step) if labels.numel() > 0 else ():
         yield slice(first, first + step)
 
@@ -69,7 +69,7 @@ def _places(
     classes = torch.arange(p.shape[1], device=p.device).view(-1, *[1] * (p.dim() - 2))
     labels = labels.long()
     valid = (labels >= 0) & (labels < p.shape[1]) & (labels != ignore_index)
-    of_class = labels[:, None] == classes
-    errors = torch.where(of_class, 1 - p, p).nan_to_num(nan=1.0)
-    bin_of = (errors * bins).long().clamp(0, bins - 1)
-    return (2 * classes + ~of_class) * bins + bin_of, torch.where(of_class, -1, 1), valid
+    is_class = labels[:, None] == classes
+    errors = torch.where(is_class, 1 - p, p).nan_to_num(nan=1.0)
+    bin_index = (errors * bins).long().clamp(0, bins - 1)
+    return (2 * classes + ~is_class) * bins + bin_index, torch.where(is_class, -1, 1), valid

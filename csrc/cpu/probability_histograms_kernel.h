@@ -92,10 +92,10 @@ void error_gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     for (int64_t i = 0; i < std::min<int64_t>(LANES<Stat>, group.count - t); ++i) {
       const int64_t k = group.classes[t + i];
       if (k < 0) continue;
-      const Stat own_p = p[k * stride + i], others = u[k * stride + i];
-      const Stat own = -slopes.data[2 * k * bins + bin_of(scale - scale * own_p, bins)];
-      sum[i] += own_p * (own - others);
-      u[k * stride + i] = own;
+      const Stat label_p = p[k * stride + i], other_slope = u[k * stride + i];
+      const Stat label_slope = -slopes.data[2 * k * bins + bin_of(scale - scale * label_p, bins)];
+      sum[i] += label_p * (label_slope - other_slope);
+      u[k * stride + i] = label_slope;
     }
     for (int64_t k = 0; k < num_classes; ++k)
       V::store(p + k * stride, V::load(p + k * stride) * (V::load(u + k * stride) - sum));

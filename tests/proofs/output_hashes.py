@@ -315,7 +315,7 @@ def predictions(
     size: tuple, pixels: tuple, dtype: torch.dtype, layout: str, align: bool
 ) -> Results:
     logits = randn(*size, dtype=dtype, layout=layout)
-    options = {"align_corners": align}
+    options: dict[str, Any] = {"align_corners": align}
     labels = labels_of(size[1], size[0], *pixels, dtype=torch.uint8)
     classes, confidence = ao.pixel_argmax(logits, pixels, confidence=True, **options)
     ignored = {"ignore_index": 255}
