@@ -1,5 +1,5 @@
-"""Labels, maps and probabilities of the pixels of a lane (upsampling.py): tuples of tensors
-[lanes], one for each pixel."""
+"""Labels, maps and probabilities of the pixels of lanes (upsampling.py): lists of tensors
+[rows, lanes], one for each column of a lane's pixels."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .upsampling import logits_of_class
+from .upsampling import ROW_AXIS, logits_of_class, rows_of_lane
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -32,35 +32,34 @@ def pixel_map_of(tensor: Tensor | None) -> PixelMap:
 @triton.jit
 def inside_of(lanes, CELLS: tl.constexpr):
     """Whether there is such a pixel: a cell may have fewer than the others."""
-    return [
-        (lanes.y.start + i // CELLS.x.pixels < lanes.y.stop)
-        & (lanes.x.start + i % CELLS.x.pixels < lanes.x.stop)
-        for i in () + CELLS.all
-    ]
+    inside = lanes.y.start + rows_of_lane(CELLS) < lanes.y.stop
+    return [inside & (lanes.x.start + i < lanes.x.stop) for i in () + CELLS.columns]
 
 
 @triton.jit
 def pointers(pixel_map, image, lanes, CELLS: tl.constexpr):
     """To the numbers of a map."""
     ptr = pixel_map.ptr + image.to(tl.int64) * pixel_map.stride_b
-    return [
-        ptr
-        + (lanes.y.start + i // CELLS.x.pixels).to(tl.int64) * pixel_map.stride_h
-        + (lanes.x.start + i % CELLS.x.pixels).to(tl.int64) * pixel_map.stride_w
-        for i in () + CELLS.all
-    ]
+    ptr += (lanes.y.start + rows_of_lane(CELLS)).to(tl.int64) * pixel_map.stride_h
+    return [ptr + (lanes.x.start + i).to(tl.int64) * pixel_map.stride_w for i in () + CELLS.columns]
 
 
 @triton.jit
 def load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS: tl.constexpr):
     """int32, −1 where ignored or no pixel."""
     inside, ptrs = inside_of(lanes, CELLS), pointers(label_map, image, lanes, CELLS)
-    label = [tl.load(ptrs[i], mask=inside[i], other=0).to(tl.int64) for i in () + CELLS.all]
+    label = [tl.load(ptrs[i], mask=inside[i], other=0).to(tl.int64) for i in () + CELLS.columns]
     valid = [
         (label[i] >= 0) & (label[i] < num_classes) & (label[i] != ignore_index)
-        for i in () + CELLS.all
+        for i in () + CELLS.columns
     ]
-    return [tl.where(inside[i] & valid[i], label[i], -1).to(tl.int32) for i in () + CELLS.all]
+    return [tl.where(inside[i] & valid[i], label[i], -1).to(tl.int32) for i in () + CELLS.columns]
+
+
+@triton.jit
+def sum_of(x):
+    """Of [rows, lanes]."""
+    return tl.sum(tl.sum(x, ROW_AXIS), 0)
 
 
 @triton.jit
@@ -69,14 +68,14 @@ def next_label(labels, after):
     smallest = tl.full(labels[0].shape, NO_CLASS, tl.int32)
     for i in tl.static_range(len(labels)):
         smallest = tl.minimum(smallest, tl.where(labels[i] > after, labels[i], NO_CLASS))
-    return tl.min(smallest, 0)
+    return tl.min(tl.min(smallest, ROW_AXIS), 0)
 
 
 @triton.jit
 def load_map(pixel_map, image, lanes, labels, CELLS: tl.constexpr):
     """The numbers of valid pixels; 0 where ignored."""
     ptrs = pointers(pixel_map, image, lanes, CELLS)
-    return [tl.load(ptrs[i], mask=labels[i] >= 0, other=0.0) for i in () + CELLS.all]
+    return [tl.load(ptrs[i], mask=labels[i] >= 0, other=0.0) for i in () + CELLS.columns]
 
 
 @triton.jit
@@ -107,6 +106,6 @@ def true_logits(logits, lanes, labels, CELLS: tl.constexpr):
     label = next_label(labels, -1)
     while label < NO_CLASS:
         z = logits_of_class(logits, label, lanes, CELLS)
-        true = [tl.where(labels[i] == label, z[i], true[i]) for i in () + CELLS.all]
+        true = [tl.where(labels[i] == label, z[i], true[i]) for i in () + CELLS.columns]
         label = next_label(labels, label)
     return true

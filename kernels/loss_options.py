@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import LOG2_E, of_labels
-from .upsampling import corners, upsampled
+from .upsampling import corner_ptrs, corners, next_class, upsampled
 
 _SMALLEST = tl.constexpr(2.0**-24)  # c is rounded to multiples of about this
 
@@ -73,20 +73,20 @@ def losses_of_all_classes(weighted, lse, lanes, options, image, CELLS: tl.conste
     else:
         total = tl.load(options.sum_all_weights + image * options.stride_sum_b)
         z = upsampled(weighted, lanes, CELLS)
-        u = [tl.fma(total, lse[i], -z[i]) for i in () + CELLS.all]
+        u = [tl.fma(total, lse[i], -z[i]) for i in () + CELLS.columns]
         return [tl.where(x < 0, 0.0, x) for x in u]  # negative by rounding
 
 
 @triton.jit
 def read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS: tl.constexpr):
     """The same, with a loop of its own over the classes."""
-    zero = tl.zeros(lse[0].shape, tl.float32)
+    zero = tl.zeros(lanes.x.cell.shape, tl.float32)
     weighted = (zero, zero, zero, zero)
     if options.all_weights is not None:
-        ptr = logits.ptr
+        ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
         for k in range(logits.num_classes):
-            weighted = add_weighted(weighted, corners(ptr, lanes, CELLS), k, options, image)
-            ptr += logits.stride_k
+            weighted = add_weighted(weighted, corners(ptrs, CELLS), k, options, image)
+            ptrs = next_class(ptrs, logits.stride_k)
     return losses_of_all_classes(weighted, lse, lanes, options, image, CELLS)
 
 
@@ -173,7 +173,7 @@ def add_sum_of_weights(x, betas, options, image, CELLS: tl.constexpr):
         return x
     else:
         total = tl.load(options.sum_all_weights + image * options.stride_sum_b)
-        return [tl.fma(betas[i], total, x[i]) for i in () + CELLS.all]
+        return [tl.fma(betas[i], total, x[i]) for i in () + CELLS.columns]
 
 
 @triton.jit

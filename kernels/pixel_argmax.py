@@ -11,11 +11,14 @@ from .upsampling import (
     SIZES,
     axes_of,
     class_planes,
+    corner_ptrs,
     lanes_of_tile,
     logits_of,
     logits_of_image,
     logits_of_pixels,
+    next_class,
     upsampling_of,
+    zeros_of_pixels,
 )
 
 
@@ -23,19 +26,17 @@ from .upsampling import (
 def largest_logits(logits, lanes, CELLS: tl.constexpr):
     """The largest logit of each pixel, and its class: the first, if several are equal. NaN is
     larger than all numbers."""
-    zero = tl.zeros(lanes.x.cell.shape, tl.float32)
-    largest, classes = (
-        [zero - INF for _ in () + CELLS.all],
-        [zero.to(tl.int32) for _ in () + CELLS.all],
-    )
-    ptr = logits.ptr
+    zero = zeros_of_pixels(lanes, CELLS)
+    largest = [zero - INF for _ in () + CELLS.columns]
+    classes = [zero.to(tl.int32) for _ in () + CELLS.columns]
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     for k in range(logits.num_classes):
-        z = logits_of_pixels(ptr, lanes, CELLS)
-        for_nan = [(z[i] != z[i]) & (largest[i] == largest[i]) for i in () + CELLS.all]
-        larger = [(z[i] > largest[i]) | for_nan[i] for i in () + CELLS.all]
-        largest = [tl.where(larger[i], z[i], largest[i]) for i in () + CELLS.all]
-        classes = [tl.where(larger[i], k, classes[i]) for i in () + CELLS.all]
-        ptr += logits.stride_k
+        z = logits_of_pixels(ptrs, lanes, CELLS)
+        for_nan = [(z[i] != z[i]) & (largest[i] == largest[i]) for i in () + CELLS.columns]
+        larger = [(z[i] > largest[i]) | for_nan[i] for i in () + CELLS.columns]
+        largest = [tl.where(larger[i], z[i], largest[i]) for i in () + CELLS.columns]
+        classes = [tl.where(larger[i], k, classes[i]) for i in () + CELLS.columns]
+        ptrs = next_class(ptrs, logits.stride_k)
     return largest, classes
 
 

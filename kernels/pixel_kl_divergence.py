@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import INF, LN_2, LOG2_E, load_labels, pixel_map_of, store_map
+from .lanes import INF, LN_2, LOG2_E, load_labels, pixel_map_of, store_map, sum_of
 from .launch import forward_lanes, without_spills
 from .softmax import finite_or_zero
 from .upsampling import (
@@ -24,13 +24,17 @@ from .upsampling import (
     axes_of,
     class_planes,
     coordinate,
+    corner_ptrs,
     lanes_of_tile,
     logits_of,
     logits_of_image,
     logits_of_pixels,
     neighbours,
+    next_class,
+    rows_of_lane,
     upsampling_of,
-    weights_of_part,
+    weight_of,
+    zeros_of_pixels,
 )
 
 TEACHER_SIZES = ("teacher_height", "teacher_width")
@@ -70,7 +74,14 @@ def _span_of_pixel(pixel, axis, stride, CELLS: tl.constexpr):
     cell = tl.floor(coordinate(pixel, axis, CELLS.align_corners)).to(tl.int32)
     cell = tl.minimum(cell, axis.source - 1)
     lower, upper = neighbours(cell, axis, stride)
-    return Span(cell, pixel, pixel + 1, weights_of_part(cell, pixel, axis, CELLS), lower, upper)
+    weight = weight_of(0, cell, pixel, axis, CELLS)
+    return Span(cell, pixel, pixel + 1, weight, lower, upper)
+
+
+@triton.jit
+def _column(span):
+    """Along the columns, weights are a list."""
+    return Span(span.cell, span.start, span.stop, (span.weights,), span.lower, span.upper)
 
 
 @triton.jit
@@ -84,7 +95,8 @@ def _with_stride(span, axis, stride):
 def teacher_lanes(
     teacher, lanes, axes, height, width, ratios, CELLS: tl.constexpr, OWN: tl.constexpr
 ):
-    """Lanes that read the teacher's logits: those of the student, or one lane for each pixel."""
+    """Lanes that read the teacher's logits: those of the student, or one lane for each pixel, a
+    list as that of the pixels."""
     if OWN is None:
         y = _with_stride(lanes.y, axes.y, teacher.stride_h)
         return (YX(y, _with_stride(lanes.x, axes.x, teacher.stride_w)),)
@@ -92,22 +104,36 @@ def teacher_lanes(
         Y: tl.constexpr = OWN.y
         X: tl.constexpr = OWN.x
         own = axes_of(height, width, axes.y.pixels, axes.x.pixels, ratios, OWN)
-        return [
-            YX(
-                _span_of_pixel(lanes.y.start + i // CELLS.x.pixels, own.y, teacher.stride_h, Y),
-                _span_of_pixel(lanes.x.start + i % CELLS.x.pixels, own.x, teacher.stride_w, X),
-            )
-            for i in () + CELLS.all
+        y = _span_of_pixel(lanes.y.start + rows_of_lane(CELLS), own.y, teacher.stride_h, Y)
+        x = [
+            _span_of_pixel(lanes.x.start + i, own.x, teacher.stride_w, X)
+            for i in () + CELLS.columns
         ]
+        return [YX(y, _column(span)) for span in x]
 
 
 @triton.jit
-def teacher_logits(ptr, teacher_lanes, CELLS: tl.constexpr, OWN: tl.constexpr):
+def teacher_ptrs(ptr, teacher_lanes, CELLS: tl.constexpr, OWN: tl.constexpr):
+    """corner_ptrs of each of these lanes."""
+    if OWN is None:
+        return (corner_ptrs(ptr, teacher_lanes[0], CELLS),)
+    else:
+        return [corner_ptrs(ptr, lanes, OWN) for lanes in teacher_lanes]
+
+
+@triton.jit
+def next_teacher_class(ptrs, stride_k):
+    """Of the pointers of teacher_ptrs."""
+    return [next_class(of_lanes, stride_k) for of_lanes in ptrs]
+
+
+@triton.jit
+def teacher_logits(ptrs, teacher_lanes, CELLS: tl.constexpr, OWN: tl.constexpr):
     """The teacher's logits of one class at the student's pixels."""
     if OWN is None:
-        return logits_of_pixels(ptr, teacher_lanes[0], CELLS)
+        return logits_of_pixels(ptrs[0], teacher_lanes[0], CELLS)
     else:
-        return [logits_of_pixels(ptr, lanes, OWN)[0] for lanes in teacher_lanes]
+        return [logits_of_pixels(ptrs[i], teacher_lanes[i], OWN)[0] for i in () + CELLS.columns]
 
 
 @triton.jit(do_not_specialize=(*SIZES, *TEACHER_SIZES, "tiles"))
@@ -144,63 +170,64 @@ def _pixel_kl_divergence_kernel(
     )
     valid = load_labels(valid_map, image, lanes, 2, 0, CELLS)
 
-    zero = tl.zeros((LANES,), tl.float32)
-    largest, teacher_largest = (
-        [zero - INF for _ in () + CELLS.all],
-        [zero - INF for _ in () + CELLS.all],
-    )
-    ptr, teacher_ptr = logits.ptr, teacher.ptr
+    zero = zeros_of_pixels(lanes, CELLS)
+    largest = [zero - INF for _ in () + CELLS.columns]
+    teacher_largest = [zero - INF for _ in () + CELLS.columns]
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    of_teacher_ptrs = teacher_ptrs(teacher.ptr, of_teacher, CELLS, OWN)
     for _ in range(logits.num_classes):
-        s = logits_of_pixels(ptr, lanes, CELLS)
-        t = teacher_logits(teacher_ptr, of_teacher, CELLS, OWN)
+        s = logits_of_pixels(ptrs, lanes, CELLS)
+        t = teacher_logits(of_teacher_ptrs, of_teacher, CELLS, OWN)
         # tl.maximum of NaN and a number returns the number; the sum is still NaN
-        largest = [tl.maximum(largest[i], s[i]) for i in () + CELLS.all]
-        teacher_largest = [tl.maximum(teacher_largest[i], t[i]) for i in () + CELLS.all]
-        ptr += logits.stride_k
-        teacher_ptr += teacher.stride_k
+        largest = [tl.maximum(largest[i], s[i]) for i in () + CELLS.columns]
+        teacher_largest = [tl.maximum(teacher_largest[i], t[i]) for i in () + CELLS.columns]
+        ptrs = next_class(ptrs, logits.stride_k)
+        of_teacher_ptrs = next_teacher_class(of_teacher_ptrs, teacher.stride_k)
     shift = [finite_or_zero(x) for x in largest]
     teacher_shift = [finite_or_zero(x) for x in teacher_largest]
 
     slope = LOG2_E / temperature
     sums, teacher_sums, differences = (  # Σ e^s, Σ e^t, Σ e^t·(t − s)
-        [zero for _ in () + CELLS.all],
-        [zero for _ in () + CELLS.all],
-        [zero for _ in () + CELLS.all],
+        [zero for _ in () + CELLS.columns],
+        [zero for _ in () + CELLS.columns],
+        [zero for _ in () + CELLS.columns],
     )
-    ptr, teacher_ptr = logits.ptr, teacher.ptr
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    of_teacher_ptrs = teacher_ptrs(teacher.ptr, of_teacher, CELLS, OWN)
     for _ in range(logits.num_classes):
-        s = logits_of_pixels(ptr, lanes, CELLS)
-        t = teacher_logits(teacher_ptr, of_teacher, CELLS, OWN)
-        s = [s[i] - shift[i] for i in () + CELLS.all]
-        t = [t[i] - teacher_shift[i] for i in () + CELLS.all]
-        e = [tl.exp2(t[i] * slope) for i in () + CELLS.all]
-        terms = [tl.where(e[i] == 0, 0.0, e[i] * (t[i] - s[i])) for i in () + CELLS.all]
-        sums = [sums[i] + tl.exp2(s[i] * slope) for i in () + CELLS.all]
-        teacher_sums = [teacher_sums[i] + e[i] for i in () + CELLS.all]
-        differences = [differences[i] + terms[i] for i in () + CELLS.all]
-        ptr += logits.stride_k
-        teacher_ptr += teacher.stride_k
+        s = logits_of_pixels(ptrs, lanes, CELLS)
+        t = teacher_logits(of_teacher_ptrs, of_teacher, CELLS, OWN)
+        s = [s[i] - shift[i] for i in () + CELLS.columns]
+        t = [t[i] - teacher_shift[i] for i in () + CELLS.columns]
+        e = [tl.exp2(t[i] * slope) for i in () + CELLS.columns]
+        terms = [tl.where(e[i] == 0, 0.0, e[i] * (t[i] - s[i])) for i in () + CELLS.columns]
+        sums = [sums[i] + tl.exp2(s[i] * slope) for i in () + CELLS.columns]
+        teacher_sums = [teacher_sums[i] + e[i] for i in () + CELLS.columns]
+        differences = [differences[i] + terms[i] for i in () + CELLS.columns]
+        ptrs = next_class(ptrs, logits.stride_k)
+        of_teacher_ptrs = next_teacher_class(of_teacher_ptrs, teacher.stride_k)
 
     values = [
         differences[i] / teacher_sums[i] / temperature + tl.log2(sums[i] / teacher_sums[i]) * LN_2
-        for i in () + CELLS.all
+        for i in () + CELLS.columns
     ]
     values = [tl.where(x < 0, 0.0, x) for x in values]  # negative by rounding; NaN remains
     values = [
         tl.where(valid[i] >= 0, temperature * (temperature * values[i]), 0.0)
-        for i in () + CELLS.all
+        for i in () + CELLS.columns
     ]
     total = zero
     for i in tl.static_range(len(values)):
         total += values[i]
-    tl.store(totals_ptr + tl.program_id(0), tl.sum(total, 0))
+    tl.store(totals_ptr + tl.program_id(0), sum_of(total))
     if divergences_map.ptr is not None:
         store_map(divergences_map, values, image, lanes, CELLS)
     if lse_map.ptr is not None:
-        lse = [shift[i] / temperature + tl.log2(sums[i]) * LN_2 for i in () + CELLS.all]
+        lse = [shift[i] / temperature + tl.log2(sums[i]) * LN_2 for i in () + CELLS.columns]
         store_map(lse_map, lse, image, lanes, CELLS)
         teacher_lse = [
-            teacher_shift[i] / temperature + tl.log2(teacher_sums[i]) * LN_2 for i in () + CELLS.all
+            teacher_shift[i] / temperature + tl.log2(teacher_sums[i]) * LN_2
+            for i in () + CELLS.columns
         ]
         store_map(teacher_lse_map, teacher_lse, image, lanes, CELLS)
 

@@ -14,17 +14,21 @@ from .launch import registers
 from .pixel_kl_divergence import (
     TEACHER_SIZES,
     all_or,
+    next_teacher_class,
     teacher_lanes,
     teacher_logits,
+    teacher_ptrs,
     upsamplings_of,
 )
 from .upsampling import (
     SIZES,
     axes_of,
     class_planes,
+    corner_ptrs,
     logits_of,
     logits_of_image,
     logits_of_pixels,
+    next_class,
 )
 from .upsampling_transposed import (
     cells_of_program,
@@ -88,19 +92,20 @@ def _pixel_kl_divergence_bwd_kernel(
     factors = [x * temperature for x in factors]
 
     inverse = 1 / temperature
-    ptrs, written = gradient_ptrs(dlogits, program, cells, axes, stride_dlogits_block)
-    ptr, teacher_ptr = logits.ptr, teacher.ptr
+    dptrs, written = gradient_ptrs(dlogits, program, cells, axes, stride_dlogits_block)
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    of_teacher_ptrs = teacher_ptrs(teacher.ptr, of_teacher, CELLS, OWN)
     for _ in range(logits.num_classes):
-        s = logits_of_pixels(ptr, lanes, CELLS)
-        t = teacher_logits(teacher_ptr, of_teacher, CELLS, OWN)
-        q = [probability(s[i] * inverse, lse[i]) for i in () + CELLS.all]
-        p = [probability(t[i] * inverse, teacher_lse[i]) for i in () + CELLS.all]
-        ds = [tl.where(valid[i] >= 0, (q[i] - p[i]) * factors[i], 0.0) for i in () + CELLS.all]
+        s = logits_of_pixels(ptrs, lanes, CELLS)
+        t = teacher_logits(of_teacher_ptrs, of_teacher, CELLS, OWN)
+        q = [probability(s[i] * inverse, lse[i]) for i in () + CELLS.columns]
+        p = [probability(t[i] * inverse, teacher_lse[i]) for i in () + CELLS.columns]
+        ds = [tl.where(valid[i] >= 0, (q[i] - p[i]) * factors[i], 0.0) for i in () + CELLS.columns]
         gradient = transposed(ds, lanes, cells, axes, CELLS, TILE)
-        tl.store(ptrs, gradient.to(dlogits.ptr.dtype.element_ty), mask=written)
-        ptr += logits.stride_k
-        teacher_ptr += teacher.stride_k
-        ptrs += dlogits.stride_k
+        tl.store(dptrs, gradient.to(dlogits.ptr.dtype.element_ty), mask=written)
+        ptrs = next_class(ptrs, logits.stride_k)
+        of_teacher_ptrs = next_teacher_class(of_teacher_ptrs, teacher.stride_k)
+        dptrs += dlogits.stride_k
 
 
 def pixel_kl_divergence_backward(

@@ -11,10 +11,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .lanes import INF, LN_2, LOG2_E
+from .lanes import INF, LN_2, LOG2_E, sum_of
 from .loss_options import add_weighted
 from .pixel_argmax import largest_logits
-from .upsampling import corners, logits_of_pixels, upsampled
+from .upsampling import (
+    corner_ptrs,
+    corners,
+    logits_of_pixels,
+    next_class,
+    upsampled,
+    zeros_of_pixels,
+)
 
 # Below this sum, terms that matter may have underflowed.
 _SMALLEST_SUM = tl.constexpr(2.0**-100)
@@ -43,12 +50,13 @@ def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: t
     class of its largest logit; of each cell −m·log2(e), and Σ_k v_k x_k of its four logits x."""
     zero = tl.zeros(lanes.x.cell.shape, tl.float32)
     maximum, shift = zero - INF, zero
-    sums, best = [zero for _ in () + CELLS.all], [maximum for _ in () + CELLS.all]
-    predicted = [zero.to(tl.int32) for _ in () + CELLS.all]
+    zeros = zeros_of_pixels(lanes, CELLS)
+    sums, best = [zeros for _ in () + CELLS.columns], [zeros - INF for _ in () + CELLS.columns]
+    predicted = [zeros.to(tl.int32) for _ in () + CELLS.columns]
     weighted = (zero, zero, zero, zero)
-    ptr = logits.ptr
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     for k in range(logits.num_classes):
-        four = corners(ptr, lanes, CELLS)
+        four = corners(ptrs, CELLS)
         z = upsampled(four, lanes, CELLS)
         # tl.maximum of NaN and a number returns the number; the sum is still NaN
         highest = tl.maximum(tl.maximum(four[0], four[1]), tl.maximum(four[2], four[3]))
@@ -57,13 +65,13 @@ def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: t
         scale = tl.where(maximum == -INF, 0.0, tl.exp2(new_shift - shift))
         maximum, shift = new_maximum, new_shift
         sums = [
-            tl.fma(sums[i], scale, tl.exp2(tl.fma(z[i], LOG2_E, shift))) for i in () + CELLS.all
+            tl.fma(sums[i], scale, tl.exp2(tl.fma(z[i], LOG2_E, shift))) for i in () + CELLS.columns
         ]
         if PREDICT:
-            predicted = [tl.where(z[i] > best[i], k, predicted[i]) for i in () + CELLS.all]
-            best = [tl.where(z[i] > best[i], z[i], best[i]) for i in () + CELLS.all]
+            predicted = [tl.where(z[i] > best[i], k, predicted[i]) for i in () + CELLS.columns]
+            best = [tl.where(z[i] > best[i], z[i], best[i]) for i in () + CELLS.columns]
         weighted = add_weighted(weighted, four, k, options, image)
-        ptr += logits.stride_k
+        ptrs = next_class(ptrs, logits.stride_k)
     return sums, shift, predicted, weighted
 
 
@@ -73,7 +81,7 @@ def _underflow(sums, labels):
     unsafe = labels[0] < -1
     for i in tl.static_range(len(sums)):
         unsafe |= (labels[i] >= 0) & ~(sums[i] >= _SMALLEST_SUM)
-    return tl.max(unsafe.to(tl.int32), 0) > 0
+    return sum_of(unsafe.to(tl.int32)) > 0
 
 
 @triton.jit
@@ -81,11 +89,11 @@ def _sums_by_pixel(logits, lanes, largest, CELLS: tl.constexpr):
     """Σ_k e^(z_k − m) of each pixel, where m is its largest logit; and m."""
     shifts = [finite_or_zero(x) for x in largest]
     sums = [tl.zeros(x.shape, tl.float32) for x in largest]
-    ptr = logits.ptr
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     for _ in range(logits.num_classes):
-        z = logits_of_pixels(ptr, lanes, CELLS)
-        sums = [sums[i] + tl.exp2((z[i] - shifts[i]) * LOG2_E) for i in () + CELLS.all]
-        ptr += logits.stride_k
+        z = logits_of_pixels(ptrs, lanes, CELLS)
+        sums = [sums[i] + tl.exp2((z[i] - shifts[i]) * LOG2_E) for i in () + CELLS.columns]
+        ptrs = next_class(ptrs, logits.stride_k)
     return sums, shifts
 
 
@@ -95,7 +103,7 @@ def softmax_of(logits, lanes, labels, options, image, PREDICT: tl.constexpr, CEL
     sums, cell_shift, predicted, weighted = _sums_by_cell(
         logits, lanes, options, image, PREDICT, CELLS
     )
-    shifts = [cell_shift * -LN_2 for _ in sums]
+    shifts = [tl.broadcast_to(cell_shift * -LN_2, x.shape) for x in sums]
     by_pixel = _underflow(sums, labels)
     if by_pixel:
         largest, classes = largest_logits(logits, lanes, CELLS)
@@ -109,8 +117,8 @@ def softmax_of(logits, lanes, labels, options, image, PREDICT: tl.constexpr, CEL
 @triton.jit
 def lse_of(softmax, labels, CELLS: tl.constexpr):
     """log Σ_k e^(z_k) of each pixel, 0 where ignored."""
-    lse = [tl.fma(softmax.log_sums[i], LN_2, softmax.shifts[i]) for i in () + CELLS.all]
-    return [tl.where(labels[i] >= 0, lse[i], 0.0) for i in () + CELLS.all]
+    lse = [tl.fma(softmax.log_sums[i], LN_2, softmax.shifts[i]) for i in () + CELLS.columns]
+    return [tl.where(labels[i] >= 0, lse[i], 0.0) for i in () + CELLS.columns]
 
 
 @triton.jit

@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import NO_CLASS, load_labels, next_label, pixel_map_of, probability, store_map
+from .lanes import (
+    NO_CLASS,
+    load_labels,
+    next_label,
+    pixel_map_of,
+    probability,
+    store_map,
+    sum_of,
+)
 from .launch import PARTIALS_IN_CACHE, forward_lanes, without_spills
 from .loss_options import (
     is_used,
@@ -31,11 +39,13 @@ from .upsampling import (
     SIZES,
     axes_of,
     class_planes,
+    corner_ptrs,
     lanes_of_tile,
     logits_of,
     logits_of_class,
     logits_of_image,
     logits_of_pixels,
+    next_class,
     upsampling_of,
 )
 
@@ -55,7 +65,7 @@ class Results(NamedTuple):
 @triton.jit
 def _add(ptr, values):
     """To a number of this program."""
-    tl.store(ptr, tl.load(ptr) + tl.sum(values, 0))
+    tl.store(ptr, tl.load(ptr) + sum_of(values))
 
 
 @triton.jit
@@ -72,7 +82,7 @@ def _count_where(mask, ptr):
     total = tl.zeros(mask[0].shape, tl.int32)
     for i in tl.static_range(len(mask)):
         total += mask[i].to(tl.int32)
-    tl.atomic_add(ptr, tl.sum(total, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(ptr, sum_of(total).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -86,24 +96,26 @@ def _add_true_classes(
     label = next_label(labels, -1)
     while label < NO_CLASS:
         z = logits_of_class(logits, label, lanes, CELLS)
-        exponents = [exponent_of(z[i], softmax, i) for i in () + CELLS.all]
-        mine = [labels[i] == label for i in () + CELLS.all]
-        c = [cross_entropy(exponents[i], softmax.log_sums[i]) for i in () + CELLS.all]
+        exponents = [exponent_of(z[i], softmax, i) for i in () + CELLS.columns]
+        mine = [labels[i] == label for i in () + CELLS.columns]
+        c = [cross_entropy(exponents[i], softmax.log_sums[i]) for i in () + CELLS.columns]
         a = weight_of_class(label, options, image)
-        used = [is_used(z[i], lse[i], options) for i in () + CELLS.all]
-        losses = [loss_of_pixel(c[i], u[i], a, used[i], options) for i in () + CELLS.all]
+        used = [is_used(z[i], lse[i], options) for i in () + CELLS.columns]
+        losses = [loss_of_pixel(c[i], u[i], a, used[i], options) for i in () + CELLS.columns]
         _add_where(mine, results.losses + row + label, losses)
         if KEEP:
-            pixel_losses = [tl.where(mine[i], losses[i], pixel_losses[i]) for i in () + CELLS.all]
+            pixel_losses = [
+                tl.where(mine[i], losses[i], pixel_losses[i]) for i in () + CELLS.columns
+            ]
         if results.overlaps is not None:
-            p = [tl.exp2(exponents[i] - softmax.log_sums[i]) for i in () + CELLS.all]
+            p = [tl.exp2(exponents[i] - softmax.log_sums[i]) for i in () + CELLS.columns]
             _add_where(mine, results.overlaps + row + label, p)
         _count_where(mine, results.counts + counted + label)
         if results.hits is not None:
-            right = [mine[i] & (softmax.predicted[i] == label) for i in () + CELLS.all]
+            right = [mine[i] & (softmax.predicted[i] == label) for i in () + CELLS.columns]
             _count_where(right, results.hits + counted + label)
         if results.used is not None:
-            kept = [mine[i] & used[i] for i in () + CELLS.all]
+            kept = [mine[i] & used[i] for i in () + CELLS.columns]
             _count_where(kept, results.used + counted + label)
         label = next_label(labels, label)
     return pixel_losses
@@ -112,9 +124,9 @@ def _add_true_classes(
 @triton.jit
 def _add_all_classes(results, row, logits, lanes, labels, lse, CELLS: tl.constexpr):
     """Adds Σ p and Σ p² of each class."""
-    ptr = logits.ptr
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     for k in range(logits.num_classes):
-        z = logits_of_pixels(ptr, lanes, CELLS)
+        z = logits_of_pixels(ptrs, lanes, CELLS)
         mass, square = tl.zeros(lse[0].shape, tl.float32), tl.zeros(lse[0].shape, tl.float32)
         for i in tl.static_range(len(labels)):
             p = tl.where(labels[i] >= 0, probability(z[i], lse[i]), 0.0)
@@ -124,7 +136,7 @@ def _add_all_classes(results, row, logits, lanes, labels, lse, CELLS: tl.constex
             _add(results.masses + row + k, mass)
         if results.squares is not None:
             _add(results.squares + row + k, square)
-        ptr += logits.stride_k
+        ptrs = next_class(ptrs, logits.stride_k)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "chunks", "tiles_per_chunk"))

@@ -39,9 +39,11 @@ from .upsampling import (
     SIZES,
     axes_of,
     class_planes,
+    corner_ptrs,
     logits_of,
     logits_of_image,
     logits_of_pixels,
+    next_class,
     upsampling_of,
 )
 from .upsampling_transposed import (
@@ -100,7 +102,7 @@ def _add_of_labels(x, gradient, pixels, CELLS: tl.constexpr):
     else:
         ptr = gradient.ptr + pixels.image * gradient.stride_b
         added = of_labels(ptr, gradient.stride_k, pixels.labels)
-        return [x[i] + added[i] for i in () + CELLS.all]
+        return [x[i] + added[i] for i in () + CELLS.columns]
 
 
 @triton.jit
@@ -110,7 +112,7 @@ def _add_map(x, pixel_map, pixels, CELLS: tl.constexpr):
         return x
     else:
         added = load_map(pixel_map, pixels.image, pixels.lanes, pixels.labels, CELLS)
-        return [x[i] + added[i] for i in () + CELLS.all]
+        return [x[i] + added[i] for i in () + CELLS.columns]
 
 
 @triton.jit
@@ -119,15 +121,15 @@ def _slopes(d, options, pixels, CELLS: tl.constexpr):
     image, logits, lanes, labels, lse = pixels
     a = weights_of_labels(labels, options, image)
     if options.focal_gamma is None and options.min_loss is None:
-        return [d[i] * a[i] for i in () + CELLS.all], d
+        return [d[i] * a[i] for i in () + CELLS.columns], d
     else:
         z = true_logits(logits, lanes, labels, CELLS)
-        used = [is_used(z[i], lse[i], options) for i in () + CELLS.all]
-        c = [tl.where(lse[i] < z[i], 0.0, lse[i] - z[i]) for i in () + CELLS.all]
+        used = [is_used(z[i], lse[i], options) for i in () + CELLS.columns]
+        c = [tl.where(lse[i] < z[i], 0.0, lse[i] - z[i]) for i in () + CELLS.columns]
         u = read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS)
-        slopes = [slopes_of_loss(c[i], u[i], a[i], used[i], options) for i in () + CELLS.all]
-        return [d[i] * slopes[i][0] for i in () + CELLS.all], [
-            d[i] * slopes[i][1] for i in () + CELLS.all
+        slopes = [slopes_of_loss(c[i], u[i], a[i], used[i], options) for i in () + CELLS.columns]
+        return [d[i] * slopes[i][0] for i in () + CELLS.columns], [
+            d[i] * slopes[i][1] for i in () + CELLS.columns
         ]
 
 
@@ -141,7 +143,7 @@ def _subtract_overlaps(x, gradients, pixels, CELLS: tl.constexpr):
         ptr = gradients.doverlaps.ptr + image * gradients.doverlaps.stride_b
         doverlaps = of_labels(ptr, gradients.doverlaps.stride_k, labels)
         z = true_logits(logits, lanes, labels, CELLS)
-        return [tl.fma(-probability(z[i], lse[i]), doverlaps[i], x[i]) for i in () + CELLS.all]
+        return [tl.fma(-probability(z[i], lse[i]), doverlaps[i], x[i]) for i in () + CELLS.columns]
 
 
 @triton.jit
@@ -149,14 +151,14 @@ def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
     """x − Σ_j p_j·(dmasses[j] + 2·p_j·dsquares[j])"""
     if gradients.dmasses.ptr is not None or gradients.dsquares.ptr is not None:
         image, logits, lanes, _, lse = pixels
-        ptr = logits.ptr
+        ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
         for k in range(logits.num_classes):
-            z = logits_of_pixels(ptr, lanes, CELLS)
+            z = logits_of_pixels(ptrs, lanes, CELLS)
             dmass = _of_class(gradients.dmasses, image, k)
             dsquare = 2 * _of_class(gradients.dsquares, image, k)
-            p = [probability(z[i], lse[i]) for i in () + CELLS.all]
-            x = [tl.fma(-p[i], tl.fma(p[i], dsquare, dmass), x[i]) for i in () + CELLS.all]
-            ptr += logits.stride_k
+            p = [probability(z[i], lse[i]) for i in () + CELLS.columns]
+            x = [tl.fma(-p[i], tl.fma(p[i], dsquare, dmass), x[i]) for i in () + CELLS.columns]
+            ptrs = next_class(ptrs, logits.stride_k)
     return x
 
 
@@ -229,16 +231,16 @@ def _softmax_moments_bwd_kernel(
     if loss_options.all_weights is not None:
         beta = transposed(betas, lanes, cells, axes, CELLS, TILE)
 
-    ptrs, written = gradient_ptrs(dlogits, program, cells, axes, stride_dlogits_block)
-    ptr = logits.ptr
+    dptrs, written = gradient_ptrs(dlogits, program, cells, axes, stride_dlogits_block)
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     for k in range(logits.num_classes):
-        z = logits_of_pixels(ptr, lanes, CELLS)
+        z = logits_of_pixels(ptrs, lanes, CELLS)
         dz = _pixel_gradients(k, z, factors, alphas, gradients, pixels, BY_PIXEL)
         gradient = transposed(dz, lanes, cells, axes, CELLS, TILE)
         gradient = subtract_weighted(gradient, beta, k, loss_options, image)
-        tl.store(ptrs, gradient.to(dlogits.ptr.dtype.element_ty), mask=written)
-        ptr += logits.stride_k
-        ptrs += dlogits.stride_k
+        tl.store(dptrs, gradient.to(dlogits.ptr.dtype.element_ty), mask=written)
+        ptrs = next_class(ptrs, logits.stride_k)
+        dptrs += dlogits.stride_k
 
 
 def _by_class(gradient: Tensor | None) -> ByClass:

@@ -4,9 +4,12 @@ Coordinates are float32: (i + ½)·ratio − ½, with align_corners i·ratio. Ea
 so kernels are compiled without fusing products and sums. A *cell* lies between four neighbouring
 logits, c and c + 1 along each axis; without align_corners there is one more cell before the first
 logit. Its label pixels are i = first_pixel(c) … first_pixel(c + 1) − 1. They are divided into
-*parts* of at most MOST_PIXELS pixels along an axis; a *lane*, an element of a kernel's tensors, is
-one part along both axes. Before the first and beyond the last logit both neighbours are the same
-logit.
+*parts* of at most MOST_PIXELS pixels along an axis; a *lane* is one part along both axes. Before
+the first and beyond the last logit both neighbours are the same logit.
+
+What lanes have in common is a tensor [1, lanes]. Something of their pixels is a list: for each
+column of a lane's pixels a tensor [rows, lanes]. So Triton compiles one access to memory for four
+pixels; its time grows with the number of accesses, and with the code around them.
 
 If labels have the logits' size (`same`), a pixel is a cell and reads one logit.
 """
@@ -22,6 +25,7 @@ from torch import Tensor
 from .launch import INTERPRETED
 
 MOST_PIXELS = 1 if INTERPRETED else 4  # along an axis: 16 pixels for each lane
+ROW_AXIS = tl.constexpr(0)  # of [rows, lanes]
 # Arguments that change with the images' size. Triton does not compile again if one becomes 1 or a
 # multiple of 16. It would, if they were elements of a tuple.
 SIZES = ("height", "width", "label_height", "label_width")
@@ -46,9 +50,9 @@ class Axis(NamedTuple):
 
 class Cells(NamedTuple):
     """The cells along an axis, for which kernels are compiled. The first cell is `first`, −1 or 0.
-    A cell has `parts` (a power of two) of `pixels` pixels. `select`: a pixel may have weight 0 for
-    a neighbour that it must not read. `even`: each cell has `pixels` pixels, with weights
-    (t + ½)/pixels. `same`: labels have the logits' size, along both axes."""
+    A cell has `parts` (a power of two) of at most `pixels` pixels. `select`: a pixel may have
+    weight 0 for a neighbour that it must not read. `even`: each cell has `pixels` pixels, with
+    weights (t + ½)/pixels. `same`: labels have the logits' size, along both axes."""
 
     first: int
     parts: int
@@ -60,13 +64,13 @@ class Cells(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The cells along both axes; and the numbers 0, 1, … of a lane's pixels. Pixel i is in row
-    i // x.pixels and column i % x.pixels of its part. Kernels write `for i in () + CELLS.all`: a
-    comprehension needs a tuple, and CELLS.all is a constant."""
+    """The cells along both axes; and the numbers 0, 1, … of the columns of a lane's pixels. Kernels
+    write `for i in () + CELLS.columns`: a comprehension needs a tuple, and CELLS.columns is a
+    constant."""
 
     y: Cells
     x: Cells
-    all: tuple[int, ...]
+    columns: tuple[int, ...]
 
 
 class Ratios(NamedTuple):
@@ -77,7 +81,10 @@ class Ratios(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def axis_of(source: int, pixels: int, align_corners: bool, most_pixels: int) -> tuple[Axis, Cells]:
+def axis_of(
+    source: int, pixels: int, align_corners: bool, most_pixels: int, rows: bool
+) -> tuple[Axis, Cells]:
+    """`rows`: along the rows of pixels, whose number in a tensor is a power of two."""
     ratio = (source - 1) / max(pixels - 1, 1) if align_corners else source / max(pixels, 1)
     inverse = 1 / ratio if ratio else 0.0
     if source == pixels:
@@ -90,6 +97,7 @@ def axis_of(source: int, pixels: int, align_corners: bool, most_pixels: int) -> 
     most = int((cell.long() + 1).bincount().max())
     parts = triton.next_power_of_2(triton.cdiv(most, most_pixels))
     part = triton.cdiv(most, parts)
+    part = triton.next_power_of_2(part) if rows else part
     select = bool(((at == cell) & (cell < source - 1)).any())
     even = part in (2, 4) and pixels == part * source and not align_corners
     axis = Axis(source, pixels, ratio, inverse, (source - first) * parts)
@@ -124,11 +132,11 @@ def upsampling_of(
     """From logits (B, K, h, w) to labels (B, height, width). A part has at most most_pixels pixels
     along an axis; None: MOST_PIXELS."""
     most = MOST_PIXELS if most_pixels is None else most_pixels
-    y, cells_y = axis_of(logits.shape[2], height, align_corners, most)
-    x, cells_x = axis_of(logits.shape[3], width, align_corners, most)
+    y, cells_y = axis_of(logits.shape[2], height, align_corners, most, True)
+    x, cells_x = axis_of(logits.shape[3], width, align_corners, most, False)
     same = cells_y.same and cells_x.same
     cells_y, cells_x = cells_y._replace(same=same), cells_x._replace(same=same)
-    return Upsampling(y, x, Grid(cells_y, cells_x, tuple(range(cells_y.pixels * cells_x.pixels))))
+    return Upsampling(y, x, Grid(cells_y, cells_x, tuple(range(cells_x.pixels))))
 
 
 class Logits(NamedTuple):
@@ -207,32 +215,41 @@ def first_pixel(cell, axis, CELLS: tl.constexpr):
 
 @triton.jit
 def pixels_of_part(cell, part, axis, CELLS: tl.constexpr):
-    """The first pixel of a part along an axis, and the end of its cell's pixels. A cell that does
-    not exist has no pixels."""
+    """The first pixel of a part along an axis, and the end of its pixels. A cell that does not
+    exist has no pixels."""
     if CELLS.same:
         start, stop = cell, tl.minimum(cell + 1, axis.pixels)
     else:
-        start = tl.maximum(first_pixel(cell, axis, CELLS), 0)
+        start = tl.maximum(first_pixel(cell, axis, CELLS), 0) + part * CELLS.pixels
         stop = first_pixel(cell + 1, axis, CELLS)
         stop = tl.where(cell + 1 < axis.source, tl.minimum(stop, axis.pixels), axis.pixels)
-        start += part * CELLS.pixels
+        stop = tl.minimum(stop, start + CELLS.pixels)
     return start, tl.where((cell >= CELLS.first) & (cell < axis.source), stop, start)
 
 
 @triton.jit
-def weights_of_part(cell, start, axis, CELLS: tl.constexpr):
-    """The weight of the upper neighbour, for each pixel of a part; any number if both neighbours
-    are the same logit."""
-    PIXELS: tl.constexpr = CELLS.pixels
-    weights = ()
-    one = (cell < 0) | (cell >= axis.source - 1)
-    for t in tl.static_range(PIXELS):
-        if CELLS.even:
-            weights = weights + ((t + 0.5) / PIXELS,)
-        else:
-            weight = coordinate(start + t, axis, CELLS.align_corners) - cell.to(tl.float32)
-            weights = weights + (tl.where(one, 0.5, weight),)
-    return weights
+def rows_of_lane(CELLS: tl.constexpr):
+    """0, 1, … for the rows of a lane's pixels: [rows, 1]."""
+    ROWS: tl.constexpr = CELLS.y.pixels
+    return tl.expand_dims(tl.arange(0, ROWS), 1 - ROW_AXIS)
+
+
+@triton.jit
+def zeros_of_pixels(lanes, CELLS: tl.constexpr):
+    """float32 [rows, lanes]"""
+    return tl.zeros((rows_of_lane(CELLS) + lanes.x.cell).shape, tl.float32)
+
+
+@triton.jit
+def weight_of(t, cell, start, axis, CELLS: tl.constexpr):
+    """The weight of the upper neighbour, for pixel t of a part; any number if both neighbours are
+    the same logit."""
+    if CELLS.even:
+        return (t + 0.5) / CELLS.pixels
+    else:
+        one = (cell < 0) | (cell >= axis.source - 1)
+        weight = coordinate(start + t, axis, CELLS.align_corners) - cell.to(tl.float32)
+        return tl.where(one, 0.5, weight)
 
 
 @triton.jit
@@ -244,22 +261,14 @@ def neighbours(cell, axis, stride):
 
 
 class Span(NamedTuple):
-    """Lanes along an axis: their cells, and what the three functions above return."""
+    """Lanes along an axis: their cells, and what the functions above return."""
 
     cell: Any
     start: Any
     stop: Any
-    weights: Any
+    weights: Any  # of the rows a tensor [rows, lanes], of the columns a list
     lower: Any
     upper: Any
-
-
-@triton.jit
-def span(cell, part, axis, stride, CELLS: tl.constexpr):
-    start, stop = pixels_of_part(cell, part, axis, CELLS)
-    weights = weights_of_part(cell, start, axis, CELLS)
-    lower, upper = neighbours(cell, axis, stride)
-    return Span(cell, start, stop, weights, lower, upper)
 
 
 @triton.jit
@@ -267,33 +276,53 @@ def lanes_at(cell, part, axes, logits, CELLS: tl.constexpr):
     """The lanes of these cells and parts, along both axes."""
     Y: tl.constexpr = CELLS.y
     X: tl.constexpr = CELLS.x
+    top, bottom = pixels_of_part(cell.y, part.y, axes.y, Y)
+    left, right = pixels_of_part(cell.x, part.x, axes.x, X)
+    weights_y = weight_of(rows_of_lane(CELLS), cell.y, top, axes.y, Y)
+    weights_x = [weight_of(i, cell.x, left, axes.x, X) for i in () + CELLS.columns]
+    lower_y, upper_y = neighbours(cell.y, axes.y, logits.stride_h)
+    lower_x, upper_x = neighbours(cell.x, axes.x, logits.stride_w)
     return YX(
-        span(cell.y, part.y, axes.y, logits.stride_h, Y),
-        span(cell.x, part.x, axes.x, logits.stride_w, X),
+        Span(cell.y, top, bottom, weights_y, lower_y, upper_y),
+        Span(cell.x, left, right, weights_x, lower_x, upper_x),
     )
 
 
 @triton.jit
 def lanes_of_tile(tile, axes, logits, CELLS: tl.constexpr, LANES: tl.constexpr):
     """A tile is LANES lanes of an image that follow each other."""
-    lane = tile * LANES + tl.arange(0, LANES)
+    lane = tile * LANES + tl.expand_dims(tl.arange(0, LANES), ROW_AXIS)
     y, x = lane // axes.x.lanes, lane % axes.x.lanes
     cell = YX(y // CELLS.y.parts + CELLS.y.first, x // CELLS.x.parts + CELLS.x.first)
     return lanes_at(cell, YX(y % CELLS.y.parts, x % CELLS.x.parts), axes, logits, CELLS)
 
 
 @triton.jit
-def corners(ptr, lanes, CELLS: tl.constexpr):
-    """The four logits of a cell, float32; one logit if the sizes are the same."""
+def corner_ptrs(ptr, lanes, CELLS: tl.constexpr):
+    """To the four logits of a cell; to one if the sizes are the same. Loops over the classes carry
+    them: Triton takes longer to compile a load whose pointer is computed inside the loop."""
     y, x = lanes.y, lanes.x
-    x00 = tl.load(ptr + y.lower + x.lower).to(tl.float32)
     if CELLS.y.same:
-        return x00, x00, x00, x00
+        return (ptr + y.lower + x.lower,)
     else:
-        x01 = tl.load(ptr + y.lower + x.upper).to(tl.float32)
-        x10 = tl.load(ptr + y.upper + x.lower).to(tl.float32)
-        x11 = tl.load(ptr + y.upper + x.upper).to(tl.float32)
-        return x00, x01, x10, x11
+        top, bottom = ptr + y.lower, ptr + y.upper
+        return (top + x.lower, top + x.upper, bottom + x.lower, bottom + x.upper)
+
+
+@triton.jit
+def next_class(ptrs, stride_k):
+    """Of the pointers of corner_ptrs."""
+    return [ptr + stride_k for ptr in ptrs]
+
+
+@triton.jit
+def corners(ptrs, CELLS: tl.constexpr):
+    """The four logits of a cell, float32; four times the same logit if the sizes are the same."""
+    four = [tl.load(ptr).to(tl.float32) for ptr in ptrs]
+    if CELLS.y.same:
+        return four[0], four[0], four[0], four[0]
+    else:
+        return four
 
 
 @triton.jit
@@ -311,26 +340,19 @@ def upsampled(four, lanes, CELLS: tl.constexpr):
     if CELLS.y.same:
         return (x00,)
     else:
-        left = [between(x00, x10, weight, CELLS.y.select) for weight in lanes.y.weights]
-        right = [between(x01, x11, weight, CELLS.y.select) for weight in lanes.y.weights]
-        return [
-            between(
-                left[i // CELLS.x.pixels],
-                right[i // CELLS.x.pixels],
-                lanes.x.weights[i % CELLS.x.pixels],
-                CELLS.x.select,
-            )
-            for i in () + CELLS.all
-        ]
+        left = between(x00, x10, lanes.y.weights, CELLS.y.select)
+        right = between(x01, x11, lanes.y.weights, CELLS.y.select)
+        return [between(left, right, weight, CELLS.x.select) for weight in lanes.x.weights]
 
 
 @triton.jit
-def logits_of_pixels(ptr, lanes, CELLS: tl.constexpr):
+def logits_of_pixels(ptrs, lanes, CELLS: tl.constexpr):
     """The same, from the class's logits in memory."""
-    return upsampled(corners(ptr, lanes, CELLS), lanes, CELLS)
+    return upsampled(corners(ptrs, CELLS), lanes, CELLS)
 
 
 @triton.jit
 def logits_of_class(logits, k, lanes, CELLS: tl.constexpr):
     """z_k of a lane's pixels."""
-    return logits_of_pixels(logits.ptr + k.to(tl.int64) * logits.stride_k, lanes, CELLS)
+    ptr = logits.ptr + k.to(tl.int64) * logits.stride_k
+    return logits_of_pixels(corner_ptrs(ptr, lanes, CELLS), lanes, CELLS)

@@ -15,7 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import MOST_PARTS, backward_lanes
-from .upsampling import YX, Upsampling, classes_contiguous, lanes_at, logits_of_image
+from .upsampling import (
+    ROW_AXIS,
+    YX,
+    Upsampling,
+    classes_contiguous,
+    lanes_at,
+    logits_of_image,
+)
 
 
 class Tile(NamedTuple):
@@ -99,7 +106,7 @@ def program_of(tiles_y, tiles_x, TILE: tl.constexpr):
 @triton.jit
 def lanes_of_program(program, axes, logits, CELLS: tl.constexpr, TILE: tl.constexpr):
     LANES_X: tl.constexpr = TILE.x.cells * TILE.x.parts
-    lane = tl.arange(0, TILE.y.cells * TILE.y.parts * LANES_X)
+    lane = tl.expand_dims(tl.arange(0, TILE.y.cells * TILE.y.parts * LANES_X), ROW_AXIS)
     y, x = lane // LANES_X, lane % LANES_X
     cell_y = program.row - TILE.y.edge + y // TILE.y.parts
     cell_x = program.column - TILE.x.edge + x // TILE.x.parts
@@ -128,13 +135,23 @@ def gradient_ptrs(dlogits, program, cells, axes, stride_block):
 
 
 @triton.jit
-def _divide(lower, upper, gradient, weight, SELECT: tl.constexpr):
+def _add_column(lower, upper, gradient, weight, SELECT: tl.constexpr):
     """Add a gradient to those of the lower and the upper neighbour."""
     if SELECT:  # 0 · NaN would be NaN
         upper = tl.where(weight == 0, upper, tl.fma(weight, gradient, upper))
     else:
         upper = tl.fma(weight, gradient, upper)
     return tl.fma(1 - weight, gradient, lower), upper
+
+
+@triton.jit
+def _over_rows(gradient, weight, SELECT: tl.constexpr):
+    """The gradients of the lower and the upper neighbour: [rows, lanes] to [1, lanes]."""
+    upper = weight * gradient
+    if SELECT:  # 0 · NaN would be NaN
+        upper = tl.where(weight == 0, 0.0, upper)
+    lower = (1 - weight) * gradient
+    return tl.sum(lower, ROW_AXIS, keep_dims=True), tl.sum(upper, ROW_AXIS, keep_dims=True)
 
 
 @triton.jit
@@ -148,18 +165,13 @@ def _at_edges(lower, upper, cell, source):
 @triton.jit
 def _corner_gradients(gradients, lanes, axes, CELLS: tl.constexpr):
     """The gradients of a lane's pixels, summed for each of the cell's four logits."""
-    PIXELS_Y: tl.constexpr = CELLS.y.pixels
     PIXELS_X: tl.constexpr = CELLS.x.pixels
     zero = tl.zeros(gradients[0].shape, tl.float32)
-    top_left, top_right, bottom_left, bottom_right = zero, zero, zero, zero
-    for y in tl.static_range(PIXELS_Y):
-        left, right = zero, zero
-        for x in tl.static_range(PIXELS_X):
-            of_pixel = gradients[y * PIXELS_X + x]
-            left, right = _divide(left, right, of_pixel, lanes.x.weights[x], CELLS.x.select)
-        weight = lanes.y.weights[y]
-        top_left, bottom_left = _divide(top_left, bottom_left, left, weight, CELLS.y.select)
-        top_right, bottom_right = _divide(top_right, bottom_right, right, weight, CELLS.y.select)
+    left, right = zero, zero
+    for x in tl.static_range(PIXELS_X):
+        left, right = _add_column(left, right, gradients[x], lanes.x.weights[x], CELLS.x.select)
+    top_left, bottom_left = _over_rows(left, lanes.y.weights, CELLS.y.select)
+    top_right, bottom_right = _over_rows(right, lanes.y.weights, CELLS.y.select)
     top_left, top_right = _at_edges(top_left, top_right, lanes.x.cell, axes.x.source)
     bottom_left, bottom_right = _at_edges(bottom_left, bottom_right, lanes.x.cell, axes.x.source)
     return top_left, top_right, bottom_left, bottom_right
@@ -167,7 +179,7 @@ def _corner_gradients(gradients, lanes, axes, CELLS: tl.constexpr):
 
 @triton.jit
 def _over_parts(x, TILE: tl.constexpr):
-    """Sums over the parts of each cell: [lanes] to [cells along y, cells along x]."""
+    """Sums over the parts of each cell: [1, lanes] to [cells along y, cells along x]."""
     x = tl.reshape(x, (TILE.y.cells, TILE.y.parts, TILE.x.cells, TILE.x.parts))
     return tl.sum(tl.sum(x, 3), 1)
 
