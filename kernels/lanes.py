@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .upsampling import ROW_AXIS, logits_of_class, rows_of_lane
+from .upsampling import ROW_AXIS, logits_of_class, rows_of_lane, strides_of
 
+LABELS = strides_of("labels", "bhw")
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
@@ -27,6 +28,12 @@ class PixelMap(NamedTuple):
 def pixel_map_of(tensor: Tensor | None) -> PixelMap:
     """The pointer is None if there is no map."""
     return PixelMap(None, 0, 0, 0) if tensor is None else PixelMap(tensor, *tensor.stride())
+
+
+@triton.jit
+def contiguous_map(ptr, axes):
+    """Of all labels."""
+    return PixelMap(ptr, axes.y.pixels * axes.x.pixels, axes.x.pixels, 1)
 
 
 @triton.jit

@@ -172,18 +172,16 @@ def forward_lanes() -> int:
 MOST_PARTS = 8  # along an axis, in a program of the gradient: of 256 lanes, as it has two cells
 
 
-def backward_lanes(
-    parts_y: int, parts_x: int, row: int, more_registers: bool
-) -> list[tuple[int, int]]:
-    """Shapes of a program's lanes for the gradient. The caller chooses the shape with the fewest
-    lanes in total. If a lane needs more registers, for gradients of class statistics or for options
-    of the loss, there are fewer lanes. If the labels have the logits' size, `row` logits wide, no
-    cell needs its neighbours."""
+def backward_lanes(parts_y: int, parts_x: int, row: int, more_registers: bool) -> tuple[int, int]:
+    """The shape of a program's lanes for the gradient. If a lane needs more registers, for
+    gradients of class statistics or for options of the loss, there are fewer lanes. If the labels
+    have the logits' size, `row` logits wide, no cell needs its neighbours. Otherwise the shape does
+    not depend on the images' size, because each one would be compiled."""
     if row > 0:
-        return [(1, min(max(triton.next_power_of_2(row), 32), 256))]
+        return 1, min(max(triton.next_power_of_2(row), 32), 256)
     if max(parts_y, parts_x) > 2:
-        return [(max(16, 2 * parts_y), max(16, 2 * parts_x))]
-    return [(8, 16), (4, 32)] if more_registers and parts_y == 1 else [(16, 16), (8, 32)]
+        return max(16, 2 * parts_y), max(16, 2 * parts_x)
+    return (8, 16) if more_registers and parts_y == 1 else (16, 16)
 
 
 def registers(most: int) -> dict[str, int]:

@@ -5,15 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import INF, pixel_map_of, store_map
+from .lanes import INF, contiguous_map, store_map
 from .launch import forward_lanes
 from .upsampling import (
+    LOGITS,
     SIZES,
+    Logits,
     axes_of,
     class_planes,
     corner_ptrs,
     lanes_of_tile,
-    logits_of,
     logits_of_image,
     logits_of_pixels,
     next_class,
@@ -40,10 +41,15 @@ def largest_logits(logits, lanes, CELLS: tl.constexpr):
     return largest, classes
 
 
-@triton.jit(do_not_specialize=(*SIZES, "tiles"))
+@triton.jit(do_not_specialize=(*SIZES, *LOGITS, "tiles"))
 def _pixel_argmax_kernel(
-    logits,
-    predictions,  # PixelMap of integers
+    logits_ptr,  # [B, K, h, w]
+    logits_b,
+    logits_k,
+    logits_h,
+    logits_w,
+    num_classes,
+    predictions_ptr,  # integers [B, H, W]
     height,
     width,
     label_height,
@@ -57,9 +63,10 @@ def _pixel_argmax_kernel(
     predictions."""
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)
     image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    logits = Logits(logits_ptr, num_classes, logits_b, logits_k, logits_h, logits_w)
     lanes = lanes_of_tile(tile, axes, logits, CELLS, LANES)
     _, classes = largest_logits(logits_of_image(logits, image), lanes, CELLS)
-    store_map(predictions, classes, image, lanes, CELLS)
+    store_map(contiguous_map(predictions_ptr, axes), classes, image, lanes, CELLS)
 
 
 def pixel_argmax(
@@ -74,8 +81,10 @@ def pixel_argmax(
     block = forward_lanes()
     tiles = triton.cdiv(upsampling.lanes, block)
     _pixel_argmax_kernel[(logits.shape[0] * tiles,)](
-        logits_of(logits),
-        pixel_map_of(predictions),
+        logits,
+        *logits.stride(),
+        logits.shape[1],
+        predictions,
         *upsampling.sizes,
         upsampling.ratios,
         tiles,

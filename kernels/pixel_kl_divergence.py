@@ -12,13 +12,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import INF, LN_2, LOG2_E, load_labels, pixel_map_of, store_map, sum_of
+from .lanes import (
+    INF,
+    LN_2,
+    LOG2_E,
+    PixelMap,
+    contiguous_map,
+    load_labels,
+    pixel_map_of,
+    store_map,
+    sum_of,
+)
 from .launch import forward_lanes, without_spills
 from .softmax import finite_or_zero
 from .upsampling import (
+    LOGITS,
     SIZES,
     YX,
     Grid,
+    Logits,
     Span,
     Upsampling,
     axes_of,
@@ -26,23 +38,24 @@ from .upsampling import (
     coordinate,
     corner_ptrs,
     lanes_of_tile,
-    logits_of,
     logits_of_image,
     logits_of_pixels,
     neighbours,
     next_class,
     rows_of_lane,
+    strides_of,
     upsampling_of,
     weight_of,
     zeros_of_pixels,
 )
 
-TEACHER_SIZES = ("teacher_height", "teacher_width")
+TEACHER = ("teacher_height", "teacher_width", *strides_of("teacher", "bkhw"))
+VALID = strides_of("valid", "bhw")
 
 
 class Upsamplings(NamedTuple):
-    """`own`: the teacher's cells, with one pixel for each part; None if the logits of both have the
-    same size."""
+    """`own`: the teacher's cells, each pixel a part; None if the logits of both have the same
+    size."""
 
     student: Upsampling
     teacher: Upsampling
@@ -50,7 +63,7 @@ class Upsamplings(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """The arguments of a kernel SIZES, TEACHER_SIZES, ratios and teacher_ratios."""
+        """The arguments of a kernel SIZES, the teacher's size, ratios and teacher_ratios."""
         student, teacher = self.student, self.teacher
         return *student.sizes, *teacher.sizes[:2], student.ratios, teacher.ratios
 
@@ -64,7 +77,9 @@ def upsamplings_of(
     # places of 16 pixels in the teacher's logits would need more registers than there are
     student = upsampling_of(logits, height, width, align_corners, 2)
     of_teacher = upsampling_of(teacher, height, width, align_corners, 1)
-    return Upsamplings(student, of_teacher, of_teacher.cells)
+    y, x, columns = of_teacher.cells
+    own = Grid(y._replace(parts=1), x._replace(parts=1), columns)  # no kernel reads the parts
+    return Upsamplings(student, of_teacher, own)
 
 
 @triton.jit
@@ -113,38 +128,38 @@ def teacher_lanes(
 
 
 @triton.jit
-def teacher_ptrs(ptr, teacher_lanes, CELLS: tl.constexpr, OWN: tl.constexpr):
-    """corner_ptrs of each of these lanes."""
-    if OWN is None:
-        return (corner_ptrs(ptr, teacher_lanes[0], CELLS),)
-    else:
-        return [corner_ptrs(ptr, lanes, OWN) for lanes in teacher_lanes]
-
-
-@triton.jit
-def next_teacher_class(ptrs, stride_k):
-    """Of the pointers of teacher_ptrs."""
-    return [next_class(of_lanes, stride_k) for of_lanes in ptrs]
-
-
-@triton.jit
-def teacher_logits(ptrs, teacher_lanes, CELLS: tl.constexpr, OWN: tl.constexpr):
+def teacher_logits(ptr, teacher_lanes, CELLS: tl.constexpr, OWN: tl.constexpr):
     """The teacher's logits of one class at the student's pixels."""
     if OWN is None:
-        return logits_of_pixels(ptrs[0], teacher_lanes[0], CELLS)
+        ptrs = corner_ptrs(ptr, teacher_lanes[0], CELLS)
+        return logits_of_pixels(ptrs, teacher_lanes[0], CELLS)
     else:
-        return [logits_of_pixels(ptrs[i], teacher_lanes[i], OWN)[0] for i in () + CELLS.columns]
+        return [
+            logits_of_pixels(corner_ptrs(ptr, lanes, OWN), lanes, OWN)[0] for lanes in teacher_lanes
+        ]
 
 
-@triton.jit(do_not_specialize=(*SIZES, *TEACHER_SIZES, "tiles"))
+@triton.jit(do_not_specialize=(*SIZES, *LOGITS, *TEACHER, *VALID, "tiles"))
 def _pixel_kl_divergence_kernel(
-    logits,  # Logits
-    teacher,  # Logits
-    valid_map,  # PixelMap of uint8: 0 or 1
+    logits_ptr,  # [B, K, h, w]
+    logits_b,
+    logits_k,
+    logits_h,
+    logits_w,
+    num_classes,
+    teacher_ptr,  # the same, of any size
+    teacher_b,
+    teacher_k,
+    teacher_h,
+    teacher_w,
+    valid_ptr,  # uint8 [B, H, W]: 0 or 1
+    valid_b,
+    valid_h,
+    valid_w,
     totals_ptr,  # float32 [B · tiles]
-    divergences_map,  # PixelMap; also the next two
-    lse_map,
-    teacher_lse_map,
+    divergences_ptr,  # float32 [B, H, W] or None, contiguous; also the next two
+    lse_ptr,
+    teacher_lse_ptr,
     height,
     width,
     label_height,
@@ -163,26 +178,29 @@ def _pixel_kl_divergence_kernel(
     neighbours. Reads `valid` once. Writes the requested maps, and a number for each tile."""
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)
     image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    logits = Logits(logits_ptr, num_classes, logits_b, logits_k, logits_h, logits_w)
+    teacher = Logits(teacher_ptr, num_classes, teacher_b, teacher_k, teacher_h, teacher_w)
     logits, teacher = logits_of_image(logits, image), logits_of_image(teacher, image)
     lanes = lanes_of_tile(tile, axes, logits, CELLS, LANES)
     of_teacher = teacher_lanes(
         teacher, lanes, axes, teacher_height, teacher_width, teacher_ratios, CELLS, OWN
     )
+    valid_map = PixelMap(valid_ptr, valid_b, valid_h, valid_w)
     valid = load_labels(valid_map, image, lanes, 2, 0, CELLS)
 
     zero = zeros_of_pixels(lanes, CELLS)
     largest = [zero - INF for _ in () + CELLS.columns]
     teacher_largest = [zero - INF for _ in () + CELLS.columns]
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    of_teacher_ptrs = teacher_ptrs(teacher.ptr, of_teacher, CELLS, OWN)
+    teacher_ptr = teacher.ptr
     for _ in range(logits.num_classes):
         s = logits_of_pixels(ptrs, lanes, CELLS)
-        t = teacher_logits(of_teacher_ptrs, of_teacher, CELLS, OWN)
+        t = teacher_logits(teacher_ptr, of_teacher, CELLS, OWN)
         # tl.maximum of NaN and a number returns the number; the sum is still NaN
         largest = [tl.maximum(largest[i], s[i]) for i in () + CELLS.columns]
         teacher_largest = [tl.maximum(teacher_largest[i], t[i]) for i in () + CELLS.columns]
         ptrs = next_class(ptrs, logits.stride_k)
-        of_teacher_ptrs = next_teacher_class(of_teacher_ptrs, teacher.stride_k)
+        teacher_ptr += teacher.stride_k
     shift = [finite_or_zero(x) for x in largest]
     teacher_shift = [finite_or_zero(x) for x in teacher_largest]
 
@@ -193,10 +211,10 @@ def _pixel_kl_divergence_kernel(
         [zero for _ in () + CELLS.columns],
     )
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    of_teacher_ptrs = teacher_ptrs(teacher.ptr, of_teacher, CELLS, OWN)
+    teacher_ptr = teacher.ptr
     for _ in range(logits.num_classes):
         s = logits_of_pixels(ptrs, lanes, CELLS)
-        t = teacher_logits(of_teacher_ptrs, of_teacher, CELLS, OWN)
+        t = teacher_logits(teacher_ptr, of_teacher, CELLS, OWN)
         s = [s[i] - shift[i] for i in () + CELLS.columns]
         t = [t[i] - teacher_shift[i] for i in () + CELLS.columns]
         e = [tl.exp2(t[i] * slope) for i in () + CELLS.columns]
@@ -205,7 +223,7 @@ def _pixel_kl_divergence_kernel(
         teacher_sums = [teacher_sums[i] + e[i] for i in () + CELLS.columns]
         differences = [differences[i] + terms[i] for i in () + CELLS.columns]
         ptrs = next_class(ptrs, logits.stride_k)
-        of_teacher_ptrs = next_teacher_class(of_teacher_ptrs, teacher.stride_k)
+        teacher_ptr += teacher.stride_k
 
     values = [
         differences[i] / teacher_sums[i] / temperature + tl.log2(sums[i] / teacher_sums[i]) * LN_2
@@ -220,16 +238,16 @@ def _pixel_kl_divergence_kernel(
     for i in tl.static_range(len(values)):
         total += values[i]
     tl.store(totals_ptr + tl.program_id(0), sum_of(total))
-    if divergences_map.ptr is not None:
-        store_map(divergences_map, values, image, lanes, CELLS)
-    if lse_map.ptr is not None:
+    if divergences_ptr is not None:
+        store_map(contiguous_map(divergences_ptr, axes), values, image, lanes, CELLS)
+    if lse_ptr is not None:
         lse = [shift[i] / temperature + tl.log2(sums[i]) * LN_2 for i in () + CELLS.columns]
-        store_map(lse_map, lse, image, lanes, CELLS)
+        store_map(contiguous_map(lse_ptr, axes), lse, image, lanes, CELLS)
         teacher_lse = [
             teacher_shift[i] / temperature + tl.log2(teacher_sums[i]) * LN_2
             for i in () + CELLS.columns
         ]
-        store_map(teacher_lse_map, teacher_lse, image, lanes, CELLS)
+        store_map(contiguous_map(teacher_lse_ptr, axes), teacher_lse, image, lanes, CELLS)
 
 
 def all_or(valid: Tensor | None, logits: Tensor, height: int, width: int) -> Tensor:
@@ -266,11 +284,14 @@ def pixel_kl_divergence(
     tiles = triton.cdiv(upsamplings.student.lanes, block)
     totals = logits.new_empty(batch * tiles, dtype=torch.float32)
     _pixel_kl_divergence_kernel[(batch * tiles,)](
-        logits_of(logits),
-        logits_of(teacher_logits),
-        pixel_map_of(all_or(valid, logits, height, width)),
+        logits,
+        *logits.stride(),
+        logits.shape[1],
+        teacher_logits,
+        *teacher_logits.stride(),
+        *pixel_map_of(all_or(valid, logits, height, width)),
         totals,
-        *(pixel_map_of(x if x.numel() else None) for x in maps),
+        *(x if x.numel() else None for x in maps),
         *upsamplings.arguments,
         tiles,
         temperature,

@@ -9,28 +9,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import load_labels, load_map, pixel_map_of, probability
+from .lanes import (
+    PixelMap,
+    contiguous_map,
+    load_labels,
+    load_map,
+    pixel_map_of,
+    probability,
+)
 from .launch import registers
 from .pixel_kl_divergence import (
-    TEACHER_SIZES,
+    TEACHER,
+    VALID,
     all_or,
-    next_teacher_class,
     teacher_lanes,
     teacher_logits,
-    teacher_ptrs,
     upsamplings_of,
 )
 from .upsampling import (
+    LOGITS,
     SIZES,
+    Logits,
     axes_of,
     class_planes,
     corner_ptrs,
-    logits_of,
     logits_of_image,
     logits_of_pixels,
     next_class,
+    strides_of,
 )
 from .upsampling_transposed import (
+    DLOGITS,
     cells_of_program,
     gradient_ptrs,
     gradients_of_blocks,
@@ -42,17 +51,41 @@ from .upsampling_transposed import (
 )
 
 
-@triton.jit(do_not_specialize=(*SIZES, *TEACHER_SIZES, "tiles_y", "tiles_x"))
+@triton.jit(
+    do_not_specialize=(
+        *(*SIZES, *LOGITS, *TEACHER, *VALID, *DLOGITS, "tiles_y", "tiles_x"),
+        *strides_of("ddivergences", "bhw"),
+    )
+)
 def _pixel_kl_divergence_bwd_kernel(
-    logits,  # Logits
-    teacher,  # Logits
-    valid_map,  # PixelMap of uint8: 0 or 1
-    lse_map,  # PixelMap
-    teacher_lse_map,  # PixelMap
+    logits_ptr,  # [B, K, h, w]
+    logits_b,
+    logits_k,
+    logits_h,
+    logits_w,
+    num_classes,
+    teacher_ptr,  # the same, of any size
+    teacher_b,
+    teacher_k,
+    teacher_h,
+    teacher_w,
+    valid_ptr,  # uint8 [B, H, W]: 0 or 1
+    valid_b,
+    valid_h,
+    valid_w,
+    lse_ptr,  # float32 [B, H, W], contiguous; also the next one
+    teacher_lse_ptr,
     dtotal_ptr,  # float32 [], or None
-    ddivergences_map,  # PixelMap
-    dlogits,  # Logits, of the first block
-    stride_dlogits_block,
+    ddivergences_ptr,  # float32 [B, H, W], or None
+    ddivergences_b,
+    ddivergences_h,
+    ddivergences_w,
+    dlogits_ptr,  # [blocks, B, K, h, w]
+    dlogits_block,
+    dlogits_b,
+    dlogits_k,
+    dlogits_h,
+    dlogits_w,
     height,
     width,
     label_height,
@@ -73,18 +106,24 @@ def _pixel_kl_divergence_bwd_kernel(
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)
     program = program_of(tiles_y, tiles_x, TILE)
     image = program.image
+    logits = Logits(logits_ptr, num_classes, logits_b, logits_k, logits_h, logits_w)
+    teacher = Logits(teacher_ptr, num_classes, teacher_b, teacher_k, teacher_h, teacher_w)
     logits, teacher = logits_of_image(logits, image), logits_of_image(teacher, image)
     lanes = lanes_of_program(program, axes, logits, CELLS, TILE)
     of_teacher = teacher_lanes(
         teacher, lanes, axes, teacher_height, teacher_width, teacher_ratios, CELLS, OWN
     )
     cells = cells_of_program(program, TILE)
+    valid_map = PixelMap(valid_ptr, valid_b, valid_h, valid_w)
     valid = load_labels(valid_map, image, lanes, 2, 0, CELLS)
-    lse = load_map(lse_map, image, lanes, valid, CELLS)
-    teacher_lse = load_map(teacher_lse_map, image, lanes, valid, CELLS)
+    lse = load_map(contiguous_map(lse_ptr, axes), image, lanes, valid, CELLS)
+    teacher_lse = load_map(contiguous_map(teacher_lse_ptr, axes), image, lanes, valid, CELLS)
 
     factors = [tl.zeros(x.shape, tl.float32) for x in valid]
-    if ddivergences_map.ptr is not None:
+    if ddivergences_ptr is not None:
+        ddivergences_map = PixelMap(
+            ddivergences_ptr, ddivergences_b, ddivergences_h, ddivergences_w
+        )
         factors = load_map(ddivergences_map, image, lanes, valid, CELLS)
     if dtotal_ptr is not None:
         dtotal = tl.load(dtotal_ptr)
@@ -92,20 +131,21 @@ def _pixel_kl_divergence_bwd_kernel(
     factors = [x * temperature for x in factors]
 
     inverse = 1 / temperature
-    dptrs, written = gradient_ptrs(dlogits, program, cells, axes, stride_dlogits_block)
+    dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
+    dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block)
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    of_teacher_ptrs = teacher_ptrs(teacher.ptr, of_teacher, CELLS, OWN)
-    for _ in range(logits.num_classes):
+    teacher_ptr = teacher.ptr
+    for _ in range(num_classes):
         s = logits_of_pixels(ptrs, lanes, CELLS)
-        t = teacher_logits(of_teacher_ptrs, of_teacher, CELLS, OWN)
+        t = teacher_logits(teacher_ptr, of_teacher, CELLS, OWN)
         q = [probability(s[i] * inverse, lse[i]) for i in () + CELLS.columns]
         p = [probability(t[i] * inverse, teacher_lse[i]) for i in () + CELLS.columns]
         ds = [tl.where(valid[i] >= 0, (q[i] - p[i]) * factors[i], 0.0) for i in () + CELLS.columns]
         gradient = transposed(ds, lanes, cells, axes, CELLS, TILE)
-        tl.store(dptrs, gradient.to(dlogits.ptr.dtype.element_ty), mask=written)
-        ptrs = next_class(ptrs, logits.stride_k)
-        of_teacher_ptrs = next_teacher_class(of_teacher_ptrs, teacher.stride_k)
-        dptrs += dlogits.stride_k
+        tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
+        ptrs = next_class(ptrs, logits_k)
+        teacher_ptr += teacher_k
+        dptrs += dlogits_k
 
 
 def pixel_kl_divergence_backward(
@@ -129,15 +169,18 @@ def pixel_kl_divergence_backward(
     tiles = tiles_of(upsamplings.student, more_registers=True)
     gradients = gradients_of_blocks(dlogits, tiles.blocks)
     _pixel_kl_divergence_bwd_kernel[(len(logits) * tiles.down * tiles.across * tiles.blocks,)](
-        logits_of(logits),
-        logits_of(teacher_logits),
-        pixel_map_of(all_or(valid, logits, *size)),
-        pixel_map_of(lse),
-        pixel_map_of(teacher_lse),
+        logits,
+        *logits.stride(),
+        logits.shape[1],
+        teacher_logits,
+        *teacher_logits.stride(),
+        *pixel_map_of(all_or(valid, logits, *size)),
+        lse.contiguous(),
+        teacher_lse.contiguous(),
         dtotal,
-        pixel_map_of(ddivergences),
-        logits_of(gradients[0]),
-        gradients.stride(0),
+        *pixel_map_of(ddivergences),
+        gradients,
+        *gradients.stride(),
         *upsamplings.arguments,
         tiles.down,
         tiles.across,

@@ -18,10 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import (
+    LABELS,
     NO_CLASS,
+    PixelMap,
+    contiguous_map,
     load_labels,
     next_label,
-    pixel_map_of,
     probability,
     store_map,
     sum_of,
@@ -36,12 +38,13 @@ from .loss_options import (
 )
 from .softmax import cross_entropy, exponent_of, lse_of, softmax_of
 from .upsampling import (
+    LOGITS,
     SIZES,
+    Logits,
     axes_of,
     class_planes,
     corner_ptrs,
     lanes_of_tile,
-    logits_of,
     logits_of_class,
     logits_of_image,
     logits_of_pixels,
@@ -139,14 +142,22 @@ def _add_all_classes(results, row, logits, lanes, labels, lse, CELLS: tl.constex
         ptrs = next_class(ptrs, logits.stride_k)
 
 
-@triton.jit(do_not_specialize=(*SIZES, "chunks", "tiles_per_chunk"))
+@triton.jit(do_not_specialize=(*SIZES, *LOGITS, *LABELS, "chunks", "tiles_per_chunk"))
 def _softmax_moments_kernel(
-    logits,  # Logits
-    label_map,  # PixelMap of integers
+    logits_ptr,  # [B, K, h, w]
+    logits_b,
+    logits_k,
+    logits_h,
+    logits_w,
+    num_classes,
+    labels_ptr,  # integers [B, H, W]
+    labels_b,
+    labels_h,
+    labels_w,
     loss_options,  # LossOptions
     results,  # Results
-    pixel_losses_map,  # PixelMap
-    lse_map,  # PixelMap
+    pixel_losses_ptr,  # float32 [B, H, W] or None, contiguous; also the next one
+    lse_ptr,
     height,
     width,
     label_height,
@@ -165,25 +176,28 @@ def _softmax_moments_kernel(
     statistics."""
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)
     image, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    row = tl.program_id(0).to(tl.int64) * logits.num_classes
+    row = tl.program_id(0).to(tl.int64) * num_classes
     counted = image.to(tl.int64) * stride_counts_b
+    logits = Logits(logits_ptr, num_classes, logits_b, logits_k, logits_h, logits_w)
     logits = logits_of_image(logits, image)
+    label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
     tiles = tl.cdiv(axes.y.lanes * axes.x.lanes, LANES)
     for tile in range(chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, tiles)):
         lanes = lanes_of_tile(tile, axes, logits, CELLS, LANES)
-        labels = load_labels(label_map, image, lanes, logits.num_classes, ignore_index, CELLS)
+        labels = load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS)
         softmax = softmax_of(
             logits, lanes, labels, loss_options, image, results.hits is not None, CELLS
         )
         lse = lse_of(softmax, labels, CELLS)
-        if lse_map.ptr is not None:
-            store_map(lse_map, lse, image, lanes, CELLS)
+        if lse_ptr is not None:
+            store_map(contiguous_map(lse_ptr, axes), lse, image, lanes, CELLS)
         u = losses_of_all_classes(softmax.weighted, lse, lanes, loss_options, image, CELLS)
         pixel_losses = _add_true_classes(
             results, row, counted, logits, lanes, labels, softmax, lse, u, loss_options, image,
-            pixel_losses_map.ptr is not None, CELLS,
+            pixel_losses_ptr is not None, CELLS,
         )  # fmt: skip
-        if pixel_losses_map.ptr is not None:
+        if pixel_losses_ptr is not None:
+            pixel_losses_map = contiguous_map(pixel_losses_ptr, axes)
             store_map(pixel_losses_map, pixel_losses, image, lanes, CELLS)
         if results.masses is not None or results.squares is not None:
             _add_all_classes(results, row, logits, lanes, labels, lse, CELLS)
@@ -223,12 +237,15 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
     }
     added = partials | results
     _softmax_moments_kernel[(batch * chunks,)](
-        logits_of(logits),
-        pixel_map_of(labels),
+        logits,
+        *logits.stride(),
+        num_classes,
+        labels,
+        *labels.stride(),
         loss_options_of(options),
         Results(*(added.get(name) for name in Results._fields)),
-        pixel_map_of(results.get("pixel_losses")),
-        pixel_map_of(results.get("lse")),
+        results.get("pixel_losses"),
+        results.get("lse"),
         *upsampling.sizes,
         upsampling.ratios,
         chunks,

@@ -17,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import (
+    LABELS,
     PixelMap,
+    contiguous_map,
     load_labels,
     load_map,
     of_labels,
@@ -36,17 +38,20 @@ from .loss_options import (
     weights_of_labels,
 )
 from .upsampling import (
+    LOGITS,
     SIZES,
+    Logits,
     axes_of,
     class_planes,
     corner_ptrs,
-    logits_of,
     logits_of_image,
     logits_of_pixels,
     next_class,
+    strides_of,
     upsampling_of,
 )
 from .upsampling_transposed import (
+    DLOGITS,
     cells_of_program,
     gradient_ptrs,
     gradients_of_blocks,
@@ -71,7 +76,6 @@ class Gradients(NamedTuple):
     doverlaps: ByClass
     dmasses: ByClass
     dsquares: ByClass
-    dpixel_losses: PixelMap
 
 
 class Pixels(NamedTuple):
@@ -186,15 +190,36 @@ def _pixel_gradients(k, z, factors, alphas, gradients, pixels, BY_PIXEL: tl.cons
     return dz
 
 
-@triton.jit(do_not_specialize=(*SIZES, "tiles_y", "tiles_x"))
+@triton.jit(
+    do_not_specialize=(
+        *(*SIZES, *LOGITS, *LABELS, *DLOGITS, "tiles_y", "tiles_x"),
+        *strides_of("dpixel_losses", "bhw"),
+    )
+)
 def _softmax_moments_bwd_kernel(
-    logits,  # Logits
-    label_map,  # PixelMap of integers
-    lse_map,  # PixelMap
+    logits_ptr,  # [B, K, h, w]
+    logits_b,
+    logits_k,
+    logits_h,
+    logits_w,
+    num_classes,
+    labels_ptr,  # integers [B, H, W]
+    labels_b,
+    labels_h,
+    labels_w,
+    lse_ptr,  # float32 [B, H, W], contiguous
     gradients,  # Gradients
+    dpixel_losses_ptr,  # float32 [B, H, W], or None
+    dpixel_losses_b,
+    dpixel_losses_h,
+    dpixel_losses_w,
     loss_options,  # LossOptions
-    dlogits,  # Logits, of the first block
-    stride_dlogits_block,
+    dlogits_ptr,  # [blocks, B, K, h, w]
+    dlogits_block,
+    dlogits_b,
+    dlogits_k,
+    dlogits_h,
+    dlogits_w,
     height,
     width,
     label_height,
@@ -213,15 +238,18 @@ def _softmax_moments_bwd_kernel(
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)
     program = program_of(tiles_y, tiles_x, TILE)
     image = program.image
+    logits = Logits(logits_ptr, num_classes, logits_b, logits_k, logits_h, logits_w)
     logits = logits_of_image(logits, image)
     lanes = lanes_of_program(program, axes, logits, CELLS, TILE)
     cells = cells_of_program(program, TILE)
-    labels = load_labels(label_map, image, lanes, logits.num_classes, ignore_index, CELLS)
-    lse = load_map(lse_map, image, lanes, labels, CELLS)
+    label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
+    labels = load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS)
+    lse = load_map(contiguous_map(lse_ptr, axes), image, lanes, labels, CELLS)
     pixels = Pixels(image, logits, lanes, labels, lse)
 
     d = [tl.zeros(label.shape, tl.float32) for label in labels]
-    d = _add_map(d, gradients.dpixel_losses, pixels, CELLS)
+    dpixel_losses = PixelMap(dpixel_losses_ptr, dpixel_losses_b, dpixel_losses_h, dpixel_losses_w)
+    d = _add_map(d, dpixel_losses, pixels, CELLS)
     d = _add_of_labels(d, gradients.dlosses, pixels, CELLS)
     alphas, betas = _slopes(d, loss_options, pixels, CELLS)
     factors = add_sum_of_weights(alphas, betas, loss_options, image, CELLS)
@@ -231,16 +259,17 @@ def _softmax_moments_bwd_kernel(
     if loss_options.all_weights is not None:
         beta = transposed(betas, lanes, cells, axes, CELLS, TILE)
 
-    dptrs, written = gradient_ptrs(dlogits, program, cells, axes, stride_dlogits_block)
+    dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
+    dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block)
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    for k in range(logits.num_classes):
+    for k in range(num_classes):
         z = logits_of_pixels(ptrs, lanes, CELLS)
         dz = _pixel_gradients(k, z, factors, alphas, gradients, pixels, BY_PIXEL)
         gradient = transposed(dz, lanes, cells, axes, CELLS, TILE)
         gradient = subtract_weighted(gradient, beta, k, loss_options, image)
-        tl.store(dptrs, gradient.to(dlogits.ptr.dtype.element_ty), mask=written)
-        ptrs = next_class(ptrs, logits.stride_k)
-        dptrs += dlogits.stride_k
+        tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
+        ptrs = next_class(ptrs, logits_k)
+        dptrs += dlogits_k
 
 
 def _by_class(gradient: Tensor | None) -> ByClass:
@@ -277,18 +306,18 @@ def softmax_moments_backward(
     more_registers = by_class or loss_options.given
     tiles = tiles_of(upsampling, more_registers)
     gradients = gradients_of_blocks(dlogits, tiles.blocks)
-    cells_y, cells_x, _ = upsampling.cells
     _softmax_moments_bwd_kernel[(len(logits) * tiles.down * tiles.across * tiles.blocks,)](
-        logits_of(logits),
-        pixel_map_of(labels),
-        pixel_map_of(lse),
-        Gradients(
-            *map(_by_class, (dlosses, doverlaps, dmasses, dsquares)),
-            pixel_map_of(dpixel_losses),
-        ),
+        logits,
+        *logits.stride(),
+        logits.shape[1],
+        labels,
+        *labels.stride(),
+        lse.contiguous(),
+        Gradients(*map(_by_class, (dlosses, doverlaps, dmasses, dsquares))),
+        *pixel_map_of(dpixel_losses),
         loss_options,
-        logits_of(gradients[0]),
-        gradients.stride(0),
+        gradients,
+        *gradients.stride(),
         *upsampling.sizes,
         upsampling.ratios,
         tiles.down,
@@ -300,6 +329,6 @@ def softmax_moments_backward(
         num_warps=tiles.lanes // 32,
         enable_fp_fusion=False,  # coordinates as in F.interpolate
         # two programs on a multiprocessor, if they do not spill
-        **registers(128 if cells_y.even and cells_x.even and not more_registers else 255),
+        **registers(128 if upsampling.cells.y.even and not more_registers else 255),
     )
     return sum_of_blocks(gradients, dlogits)

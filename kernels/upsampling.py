@@ -21,14 +21,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
-from .launch import INTERPRETED
-
-MOST_PIXELS = 1 if INTERPRETED else 4  # along an axis: 16 pixels for each lane
-ROW_AXIS = tl.constexpr(0)  # of [rows, lanes]
-# Arguments that change with the images' size. Triton does not compile again if one becomes 1 or a
-# multiple of 16. It would, if they were elements of a tuple.
+MOST_PIXELS = 4  # along an axis: 16 pixels for each lane
+# Of [rows, lanes]; with Triton 3.6 they are [lanes, rows], because a lane's rows should be in one
+# thread: of a tensor of pointers that is contiguous along no axis, Triton 3.6 puts neighbours along
+# the first axis into different threads, later versions those along the last one.
+ROW_AXIS = tl.constexpr(0 if TorchVersion(triton.__version__) >= "3.7" else 1)
+# Arguments that change with the images' size are in do_not_specialize: then Triton does not compile
+# again if one becomes 1 or a multiple of 16. It would, if they were elements of a tuple.
 SIZES = ("height", "width", "label_height", "label_width")
+
+
+def strides_of(name: str, axes: str) -> tuple[str, ...]:
+    """The names of a tensor's strides."""
+    return tuple(f"{name}_{axis}" for axis in axes)
+
+
+LOGITS = ("num_classes", *strides_of("logits", "bkhw"))
 
 
 class YX(NamedTuple):
@@ -52,7 +62,8 @@ class Cells(NamedTuple):
     """The cells along an axis, for which kernels are compiled. The first cell is `first`, −1 or 0.
     A cell has `parts` (a power of two) of at most `pixels` pixels. `select`: a pixel may have
     weight 0 for a neighbour that it must not read. `even`: each cell has `pixels` pixels, with
-    weights (t + ½)/pixels. `same`: labels have the logits' size, along both axes."""
+    weights (t + ½)/pixels. `same`: labels have the logits' size. These three are the same along
+    both axes, because each combination would be compiled."""
 
     first: int
     parts: int
@@ -134,8 +145,12 @@ def upsampling_of(
     most = MOST_PIXELS if most_pixels is None else most_pixels
     y, cells_y = axis_of(logits.shape[2], height, align_corners, most, True)
     x, cells_x = axis_of(logits.shape[3], width, align_corners, most, False)
-    same = cells_y.same and cells_x.same
-    cells_y, cells_x = cells_y._replace(same=same), cells_x._replace(same=same)
+    joined = {
+        "select": cells_y.select or cells_x.select,
+        "even": cells_y.even and cells_x.even,
+        "same": cells_y.same and cells_x.same,
+    }
+    cells_y, cells_x = cells_y._replace(**joined), cells_x._replace(**joined)
     return Upsampling(y, x, Grid(cells_y, cells_x, tuple(range(cells_x.pixels))))
 
 
@@ -148,10 +163,6 @@ class Logits(NamedTuple):
     stride_k: int
     stride_h: int
     stride_w: int
-
-
-def logits_of(logits: Tensor) -> Logits:
-    return Logits(logits, logits.shape[1], *logits.stride())
 
 
 def classes_contiguous(logits: Tensor) -> bool:

@@ -6,7 +6,6 @@ that it can gather a logit's gradient from its four cells. If cells have more th
 along an axis, a program processes one block of parts; then the gradients of the blocks are summed.
 """
 
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,10 @@ from .upsampling import (
     classes_contiguous,
     lanes_at,
     logits_of_image,
+    strides_of,
 )
+
+DLOGITS = (*strides_of("dlogits", "bkhw"), "dlogits_block")
 
 
 class Tile(NamedTuple):
@@ -52,18 +54,12 @@ def tiles_of(upsampling: Upsampling, more_registers: bool) -> Tiles:
     blocks_y, blocks_x = (triton.cdiv(cells.parts, MOST_PARTS) for cells in (cells_y, cells_x))
     parts_y, parts_x = cells_y.parts // blocks_y, cells_x.parts // blocks_x
     edge = 0 if cells_y.same else 1
-
-    def tiles(lanes: tuple[int, int]) -> tuple[int, int]:
-        down = triton.cdiv(height, lanes[0] // parts_y - edge)
-        return down, triton.cdiv(width, lanes[1] // parts_x - edge)
-
-    shapes = backward_lanes(parts_y, parts_x, width if cells_y.same else 0, more_registers)
-    lanes_y, lanes_x = min(shapes, key=lambda lanes: prod(tiles(lanes)))
-    tile = YX(
-        Tile(lanes_y // parts_y, edge, parts_y, blocks_y),
-        Tile(lanes_x // parts_x, edge, parts_x, blocks_x),
-    )
-    return Tiles(tile, lanes_y * lanes_x, *tiles((lanes_y, lanes_x)), blocks_y * blocks_x)
+    row = width if cells_y.same else 0
+    lanes_y, lanes_x = backward_lanes(parts_y, parts_x, row, more_registers)
+    y = Tile(lanes_y // parts_y, edge, parts_y, blocks_y)
+    x = Tile(lanes_x // parts_x, edge, parts_x, blocks_x)
+    down, across = triton.cdiv(height, y.cells - edge), triton.cdiv(width, x.cells - edge)
+    return Tiles(YX(y, x), lanes_y * lanes_x, down, across, blocks_y * blocks_x)
 
 
 def _in_place(dlogits: Tensor, blocks: int) -> bool:
