@@ -2,7 +2,9 @@
 device: every dtype, layout and flag that changes the machine code."""
 
 import math
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -215,6 +217,17 @@ def launch_divergence(variant: DivergenceVariant) -> None:
     pixel_kl_divergence_backward.pixel_kl_divergence_backward(
         *given, lse, teacher_lse, *gradients, *options
     )
+
+
+def native_sizes(stride: int) -> Iterator[Callable[[], None]]:
+    """Both directions of cross-entropy, of a batch of each of 40 sizes, with a network that gives a
+    logit for stride² pixels."""
+    sizes = random.Random(0)
+    for _ in range(40):
+        labels = sizes.randint(200, 1000), sizes.randint(200, 1000)
+        low = (math.ceil(n / stride) for n in labels)
+        variant = PixelVariant(BF16, "NCHW", (2, 21, *low), labels, False, False)
+        yield partial(launch_pixels, variant)
 
 
 def jobs(quick: bool) -> list[tuple[Any, ...]]:

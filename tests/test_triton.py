@@ -1,5 +1,6 @@
 """Some cases of the Triton kernels in Triton's interpreter: each method, the statistics of the
-logits, predictions and confusion matrices. `make proofs` runs all cases."""
+logits, predictions and confusion matrices. `make proofs` runs all cases. And how many variants of
+the kernels images of many sizes need."""
 
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from emulator import EMULATED
 from torch.torch_version import TorchVersion
 
 triton = pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
@@ -31,3 +33,16 @@ def test_some_kernels():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+@pytest.mark.skipif(EMULATED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("stride", [4, 8])
+def test_sizes_share_variants(stride: int):
+    """Images are evaluated, and some are trained, in their own sizes. Each variant takes seconds to
+    compile."""
+    from kernel_variants import native_sizes
+    from kernels_report import variants
+
+    found = variants("sm_90", native_sizes(stride))
+    assert found["_softmax_moments_kernel"] <= 3
+    assert found["_softmax_moments_bwd_kernel"] <= 4
