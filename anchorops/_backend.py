@@ -1,16 +1,18 @@
 """Selects the backend of a call: `cuda`, `triton`, `cpu` (C++) or `reference` (PyTorch)."""
 
+import contextlib
 import ctypes
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import sysconfig
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor
 from ._checks import check_choice
 from ._verdicts import found_wrong
 
+_logger = logging.getLogger("anchorops")
 NAMES = ("cuda", "triton", "cpu", "reference")
 # The major compute capability that cuda and triton need: our CUDA sources for asynchronous copies
 # and products of bfloat16, and so does Triton from 3.3 on.
@@ -52,6 +55,27 @@ class _Choice(threading.local):
 
 
 _choice = _Choice()
+_launched: set[str] = set()  # operators of triton, in this process
+
+
+@contextlib.contextmanager
+def compiling(operator: str, patience: float = 1.0) -> Iterator[None]:
+    """Logs one line if the operator's first launch takes longer than `patience` seconds: then
+    Triton compiles its kernels, and the program looks as if it hung."""
+    if operator in _launched:
+        yield
+        return
+    _launched.add(operator)
+    from triton import knobs
+
+    message = "Triton compiles the kernels of %s, which takes seconds, and stores them in %s"
+    timer = threading.Timer(patience, _logger.warning, (message, operator, knobs.cache.dir))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def register_triton(
@@ -64,11 +88,13 @@ def register_triton(
     def launch(*args: Any) -> Any:
         kernels = importlib.import_module(f"anchorops.kernels.{operator}")
         tensor = next(x for x in args if isinstance(x, Tensor))
-        with torch.cuda.device_of(tensor):  # Triton launches on the current device
+        # Triton launches on the current device
+        with torch.cuda.device_of(tensor), compiling(operator):
             return call(getattr(kernels, operator), *args)
 
     library.impl(f"{operator}.triton", launch, "CUDA")
     if TRITON_INTERPRETED:
+        _launched.add(operator)  # the interpreter compiles nothing
         library.impl(f"{operator}.triton", launch, "CPU")
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -228,6 +229,22 @@ def test_triton_that_could_launch_nothing(monkeypatch, tmp_path):
     header.rename(tmp_path / "Python.h")
     monkeypatch.setenv("CPATH", f"/nowhere:{tmp_path}")
     assert _backend._find_triton() is None
+
+
+def test_it_is_said_that_kernels_are_compiled(monkeypatch, caplog):
+    """Once for each operator, if it takes long: kernels that are stored load quickly."""
+    pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/cache")
+    monkeypatch.setattr(_backend, "_launched", set())
+    with _backend.compiling("softmax_moments", 60):
+        pass
+    for operator in ("confusion", "confusion", "pixel_argmax"):
+        with _backend.compiling(operator, 0.01):
+            time.sleep(0.5)
+    assert caplog.messages == [
+        f"Triton compiles the kernels of {operator}, which takes seconds, and stores them in /cache"
+        for operator in ("confusion", "pixel_argmax")
+    ]
 
 
 class Gpu(Enum):
