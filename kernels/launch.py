@@ -169,6 +169,12 @@ def forward_lanes() -> int:
     return 512 if INTERPRETED else 32
 
 
+def most_rows(options: bool, class_statistics: bool) -> int | None:
+    """Of pixels of a lane, for softmax moments. With options of the loss and class statistics, 16
+    pixels would need more registers than a thread has."""
+    return 2 if options and class_statistics else None
+
+
 MOST_PARTS = 8  # along an axis, in a program of the gradient: of 256 lanes, as it has two cells
 
 
@@ -179,6 +185,8 @@ def backward_lanes(parts_y: int, parts_x: int, row: int, more_registers: bool) -
     not depend on the images' size, because each one would be compiled."""
     if row > 0:
         return 1, min(max(triton.next_power_of_2(row), 32), 256)
+    if parts_y == 4 and parts_x < 4:
+        return 32, 8  # eight cells along the rows, of which one has no gradient of its own
     if max(parts_y, parts_x) > 2:
         return max(16, 2 * parts_y), max(16, 2 * parts_x)
     return (8, 16) if more_registers and parts_y == 1 else (16, 16)

@@ -41,7 +41,6 @@ from .upsampling import (
     logits_of_image,
     logits_of_pixels,
     neighbours,
-    next_class,
     rows_of_lane,
     strides_of,
     upsampling_of,
@@ -75,8 +74,8 @@ def upsamplings_of(
         of_both = upsampling_of(logits, height, width, align_corners)
         return Upsamplings(of_both, of_both, None)
     # places of 16 pixels in the teacher's logits would need more registers than there are
-    student = upsampling_of(logits, height, width, align_corners, 2)
-    of_teacher = upsampling_of(teacher, height, width, align_corners, 1)
+    student = upsampling_of(logits, height, width, align_corners, 2, 2)
+    of_teacher = upsampling_of(teacher, height, width, align_corners, 1, 1)
     y, x, columns = of_teacher.cells
     own = Grid(y._replace(parts=1), x._replace(parts=1), columns)  # no kernel reads the parts
     return Upsamplings(student, of_teacher, own)
@@ -191,15 +190,14 @@ def _pixel_kl_divergence_kernel(
     zero = zeros_of_pixels(lanes, CELLS)
     largest = [zero - INF for _ in () + CELLS.columns]
     teacher_largest = [zero - INF for _ in () + CELLS.columns]
-    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    teacher_ptr = teacher.ptr
+    ptr, teacher_ptr = logits.ptr, teacher.ptr
     for _ in range(logits.num_classes):
-        s = logits_of_pixels(ptrs, lanes, CELLS)
+        s = logits_of_pixels(corner_ptrs(ptr, lanes, CELLS), lanes, CELLS)
         t = teacher_logits(teacher_ptr, of_teacher, CELLS, OWN)
         # tl.maximum of NaN and a number returns the number; the sum is still NaN
         largest = [tl.maximum(largest[i], s[i]) for i in () + CELLS.columns]
         teacher_largest = [tl.maximum(teacher_largest[i], t[i]) for i in () + CELLS.columns]
-        ptrs = next_class(ptrs, logits.stride_k)
+        ptr += logits.stride_k
         teacher_ptr += teacher.stride_k
     shift = [finite_or_zero(x) for x in largest]
     teacher_shift = [finite_or_zero(x) for x in teacher_largest]
@@ -210,10 +208,9 @@ def _pixel_kl_divergence_kernel(
         [zero for _ in () + CELLS.columns],
         [zero for _ in () + CELLS.columns],
     )
-    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    teacher_ptr = teacher.ptr
+    ptr, teacher_ptr = logits.ptr, teacher.ptr
     for _ in range(logits.num_classes):
-        s = logits_of_pixels(ptrs, lanes, CELLS)
+        s = logits_of_pixels(corner_ptrs(ptr, lanes, CELLS), lanes, CELLS)
         t = teacher_logits(teacher_ptr, of_teacher, CELLS, OWN)
         s = [s[i] - shift[i] for i in () + CELLS.columns]
         t = [t[i] - teacher_shift[i] for i in () + CELLS.columns]
@@ -222,7 +219,7 @@ def _pixel_kl_divergence_kernel(
         sums = [sums[i] + tl.exp2(s[i] * slope) for i in () + CELLS.columns]
         teacher_sums = [teacher_sums[i] + e[i] for i in () + CELLS.columns]
         differences = [differences[i] + terms[i] for i in () + CELLS.columns]
-        ptrs = next_class(ptrs, logits.stride_k)
+        ptr += logits.stride_k
         teacher_ptr += teacher.stride_k
 
     values = [

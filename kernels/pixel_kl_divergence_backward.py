@@ -35,7 +35,6 @@ from .upsampling import (
     corner_ptrs,
     logits_of_image,
     logits_of_pixels,
-    next_class,
     strides_of,
 )
 from .upsampling_transposed import (
@@ -133,17 +132,16 @@ def _pixel_kl_divergence_bwd_kernel(
     inverse = 1 / temperature
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
     dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block)
-    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    teacher_ptr = teacher.ptr
+    ptr, teacher_ptr = logits.ptr, teacher.ptr
     for _ in range(num_classes):
-        s = logits_of_pixels(ptrs, lanes, CELLS)
+        s = logits_of_pixels(corner_ptrs(ptr, lanes, CELLS), lanes, CELLS)
         t = teacher_logits(teacher_ptr, of_teacher, CELLS, OWN)
         q = [probability(s[i] * inverse, lse[i]) for i in () + CELLS.columns]
         p = [probability(t[i] * inverse, teacher_lse[i]) for i in () + CELLS.columns]
         ds = [tl.where(valid[i] >= 0, (q[i] - p[i]) * factors[i], 0.0) for i in () + CELLS.columns]
         gradient = transposed(ds, lanes, cells, axes, CELLS, TILE)
         tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
-        ptrs = next_class(ptrs, logits_k)
+        ptr += logits_k
         teacher_ptr += teacher_k
         dptrs += dlogits_k
 

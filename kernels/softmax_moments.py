@@ -28,7 +28,7 @@ from .lanes import (
     store_map,
     sum_of,
 )
-from .launch import PARTIALS_IN_CACHE, forward_lanes, without_spills
+from .launch import PARTIALS_IN_CACHE, forward_lanes, most_rows, without_spills
 from .loss_options import (
     is_used,
     loss_of_pixel,
@@ -225,7 +225,9 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
         return results | {x: logits.new_zeros(shape, dtype=torch.float32) for x in floats}
 
     logits = class_planes(logits)
-    upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners)
+    loss_options = loss_options_of(options)
+    rows = most_rows(loss_options.given, len(floats) > 1)
+    upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners, rows)
     block = forward_lanes()
     row_bytes = 4 * len(floats) * batch * num_classes
     budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
@@ -242,7 +244,7 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
         num_classes,
         labels,
         *labels.stride(),
-        loss_options_of(options),
+        loss_options,
         Results(*(added.get(name) for name in Results._fields)),
         results.get("pixel_losses"),
         results.get("lse"),

@@ -27,7 +27,7 @@ from .lanes import (
     probability,
     true_logits,
 )
-from .launch import registers
+from .launch import most_rows, registers
 from .loss_options import (
     add_sum_of_weights,
     is_used,
@@ -300,9 +300,10 @@ def softmax_moments_backward(
     if labels.numel() == 0:
         return dlogits.zero_()
     logits = class_planes(logits)
-    upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners)
     loss_options = loss_options_of(options)
     by_class = any(gradient is not None for gradient in (doverlaps, dmasses, dsquares))
+    rows = most_rows(loss_options.given, by_class)
+    upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners, rows)
     more_registers = by_class or loss_options.given
     tiles = tiles_of(upsampling, more_registers)
     gradients = gradients_of_blocks(dlogits, tiles.blocks)

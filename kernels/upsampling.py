@@ -4,7 +4,7 @@ Coordinates are float32: (i + ½)·ratio − ½, with align_corners i·ratio. Ea
 so kernels are compiled without fusing products and sums. A *cell* lies between four neighbouring
 logits, c and c + 1 along each axis; without align_corners there is one more cell before the first
 logit. Its label pixels are i = first_pixel(c) … first_pixel(c + 1) − 1. They are divided into
-*parts* of at most MOST_PIXELS pixels along an axis; a *lane* is one part along both axes. Before
+*parts* of at most MOST_ROWS or MOST_COLUMNS pixels; a *lane* is one part along both axes. Before
 the first and beyond the last logit both neighbours are the same logit.
 
 What lanes have in common is a tensor [1, lanes]. Something of their pixels is a list: for each
@@ -23,7 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-MOST_PIXELS = 4  # along an axis: 16 pixels for each lane
+# Pixels of a lane, 16 together. With aligned corners, cells have five pixels if labels have four
+# times as many as logits; along the columns they are one part.
+MOST_ROWS, MOST_COLUMNS = 4, 5
 # Of [rows, lanes]; with Triton 3.6 they are [lanes, rows], because a lane's rows should be in one
 # thread: of a tensor of pointers that is contiguous along no axis, Triton 3.6 puts neighbours along
 # the first axis into different threads, later versions those along the last one.
@@ -138,13 +140,19 @@ class Upsampling(NamedTuple):
 
 
 def upsampling_of(
-    logits: Tensor, height: int, width: int, align_corners: bool, most_pixels: int | None = None
+    logits: Tensor,
+    height: int,
+    width: int,
+    align_corners: bool,
+    most_rows: int | None = None,
+    most_columns: int | None = None,
 ) -> Upsampling:
-    """From logits (B, K, h, w) to labels (B, height, width). A part has at most most_pixels pixels
-    along an axis; None: MOST_PIXELS."""
-    most = MOST_PIXELS if most_pixels is None else most_pixels
-    y, cells_y = axis_of(logits.shape[2], height, align_corners, most, True)
-    x, cells_x = axis_of(logits.shape[3], width, align_corners, most, False)
+    """From logits (B, K, h, w) to labels (B, height, width). A part has at most so many rows and
+    columns of pixels; None: MOST_ROWS, MOST_COLUMNS."""
+    columns = most_columns or MOST_COLUMNS
+    x, cells_x = axis_of(logits.shape[3], width, align_corners, columns, False)
+    rows = min(most_rows or MOST_ROWS, 16 // triton.next_power_of_2(cells_x.pixels))
+    y, cells_y = axis_of(logits.shape[2], height, align_corners, rows, True)
     joined = {
         "select": cells_y.select or cells_x.select,
         "even": cells_y.even and cells_x.even,
@@ -310,8 +318,8 @@ def lanes_of_tile(tile, axes, logits, CELLS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def corner_ptrs(ptr, lanes, CELLS: tl.constexpr):
-    """To the four logits of a cell; to one if the sizes are the same. Loops over the classes carry
-    them: Triton takes longer to compile a load whose pointer is computed inside the loop."""
+    """To the four logits of a cell; to one if the sizes are the same. Long loops over the classes
+    carry them: Triton takes longer to compile a load whose pointer is computed inside the loop."""
     y, x = lanes.y, lanes.x
     if CELLS.y.same:
         return (ptr + y.lower + x.lower,)
