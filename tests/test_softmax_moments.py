@@ -260,7 +260,8 @@ def test_lanes_of_one_pixel(case: Case, backend: str, monkeypatch: pytest.Monkey
     """Cells have more parts, and for the gradient some have several blocks of them."""
     from anchorops.kernels import upsampling
 
-    monkeypatch.setattr(upsampling, "MOST_PIXELS", 1)
+    monkeypatch.setattr(upsampling, "MOST_ROWS", 1)
+    monkeypatch.setattr(upsampling, "MOST_COLUMNS", 1)
     check(case, backend)
 
 
