@@ -141,11 +141,13 @@ PIXELS = [
     PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, True),
     PixelVariant(FP32, "NCHW", DEEPLAB, (513, 513), True, True),
     PixelVariant(FP16, "NCHW", DEEPLAB, (513, 513), False, False),
+    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), True, False),  # cells of 4 or 5 pixels
     PixelVariant(BF16, "NCHW", FEW, (512, 512), False, True),  # 64 pixels for each logit
     PixelVariant(BF16, "points", (16, 21, 64, 4096), (64, 4096), False, True),
     PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False, "smoothing"),
     PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False, "focal factor"),
     PixelVariant(FP32, "NCHW", DEEPLAB, (513, 513), True, False, "smallest loss"),
+    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, True, EVERYTHING),
     PixelVariant(FP32, "NCHW", DEEPLAB, (513, 513), True, True, EVERYTHING),
     PixelVariant(BF16, "points", (16, 21, 64, 4096), (64, 4096), False, False, EVERYTHING),
 ]
