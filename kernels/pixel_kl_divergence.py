@@ -23,7 +23,7 @@ from .lanes import (
     store_map,
     sum_of,
 )
-from .launch import forward_lanes, without_spills
+from .launch import architecture, forward_lanes, without_spills
 from .softmax import finite_or_zero
 from .upsampling import (
     LOGITS,
@@ -71,7 +71,9 @@ def upsamplings_of(
     logits: Tensor, teacher: Tensor, height: int, width: int, align_corners: bool
 ) -> Upsamplings:
     if logits.shape == teacher.shape:
-        of_both = upsampling_of(logits, height, width, align_corners)
+        # there 16 pixels of both need more registers than a thread has
+        rows = 2 if architecture() == "sm_100" else None
+        of_both = upsampling_of(logits, height, width, align_corners, rows)
         return Upsamplings(of_both, of_both, None)
     # places of 16 pixels in the teacher's logits would need more registers than there are
     student = upsampling_of(logits, height, width, align_corners, 2, 2)

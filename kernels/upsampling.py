@@ -234,15 +234,14 @@ def first_pixel(cell, axis, CELLS: tl.constexpr):
 
 @triton.jit
 def pixels_of_part(cell, part, axis, CELLS: tl.constexpr):
-    """The first pixel of a part along an axis, and the end of its pixels. A cell that does not
-    exist has no pixels."""
+    """The first pixel of a part along an axis, and the end of its cell's pixels. A cell that does
+    not exist has no pixels."""
     if CELLS.same:
         start, stop = cell, tl.minimum(cell + 1, axis.pixels)
     else:
         start = tl.maximum(first_pixel(cell, axis, CELLS), 0) + part * CELLS.pixels
         stop = first_pixel(cell + 1, axis, CELLS)
         stop = tl.where(cell + 1 < axis.source, tl.minimum(stop, axis.pixels), axis.pixels)
-        stop = tl.minimum(stop, start + CELLS.pixels)
     return start, tl.where((cell >= CELLS.first) & (cell < axis.source), stop, start)
 
 
