@@ -74,7 +74,7 @@ CASES = [
     Case((1, 7, 9, 8), (4, 2), F32, True, statistics=("masses",)),
     Case((2, 3, 1, 1), (5, 3), F32, True),
     # cells of many pixels, which a program of the gradient takes in blocks
-    Case((1, 3, 2, 1), (40, 3)),
+    Case((1, 3, 2, 1), (80, 3)),
     Case((1, 2, 1, 2), (5, 37), BF16, layout="channels_last", statistics=CE),
     Case((2, 4, 3, 5), (1, 1), F32, True),
     # points and volumes

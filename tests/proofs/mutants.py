@@ -75,7 +75,6 @@ T_SOME = Tests("softmax_moments", "through_some or strides_of or ignored", True)
 T_SHAPED = Tests("softmax_moments", "shaped_losses", True)
 T_NOT_FINITE = Tests("softmax_not_finite", "", True)
 T_DIVERGENCE = Tests("pixel_kl_divergence", "not fullgraph", True)
-T_LANES = Tests("pixel_kl_divergence softmax_moments", "lanes_of_several_pixels", True)
 T_SUMS = Tests("upsampled_sums", "", True)
 T_INFO_NCE = Tests("centroid_info_nce", "", True)
 T_KEYS = Tests("class_keys", "", True)
@@ -295,7 +294,7 @@ SOFTMAX_MOMENTS = (
     Mutant(
         "number of hard examples in Triton",
         "kernels/softmax_moments.py",
-        "kept = [mine[i] & used[i] for i in () + CELLS.all]",
+        "kept = [mine[i] & used[i] for i in () + CELLS.columns]",
         "kept = mine",
         T_SHAPED,
     ),
@@ -312,6 +311,13 @@ SOFTMAX_MOMENTS = (
         "gradients.sum(0) if len(gradients) > 1 else gradients[0]",
         "gradients[0]",
         T_SOFTMAX,
+    ),
+    Mutant(
+        "rows of a lane's pixels",
+        "kernels/upsampling_transposed.py",
+        "tl.sum(upper, ROW_AXIS, keep_dims=True)",
+        "tl.max(upper, ROW_AXIS, keep_dims=True)",
+        T_SOME,
     ),
     Mutant(
         "first pixel of a cell, where coordinates are rounded",
@@ -417,9 +423,9 @@ DIVERGENCES = (
     Mutant(
         "teacher's logits at the pixels of a lane",
         "kernels/pixel_kl_divergence.py",
-        "lanes.x.start + i % CELLS.x.pixels, own.x",
+        "lanes.x.start + i, own.x",
         "lanes.x.start, own.x",
-        T_LANES,
+        T_DIVERGENCE,
     ),
 )
 
@@ -730,8 +736,8 @@ PREDICTIONS = (
     Mutant(
         "NaN is the largest logit",
         "kernels/pixel_argmax.py",
-        "larger = [(z[i] > largest[i]) | for_nan[i] for i in () + CELLS.all]",
-        "larger = [z[i] > largest[i] for i in () + CELLS.all]",
+        "larger = [(z[i] > largest[i]) | for_nan[i] for i in () + CELLS.columns]",
+        "larger = [z[i] > largest[i] for i in () + CELLS.columns]",
         T_CONFUSION,
     ),
     Mutant(
