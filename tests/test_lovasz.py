@@ -213,6 +213,18 @@ def test_not_finite_logits_of_ignored_pixels_change_nothing(backend: str):
     assert torch.equal(actual[0], right[0]) and torch.equal(actual[1], right[1])
 
 
+def test_not_finite_logits_are_errors_of_1_and_their_gradients_are_nan():
+    logits, labels = example(5, 9, 13, ratio=1)
+    labels[0, 0, 0] = 2
+    logits[0, 1, 0, 0] = torch.nan
+    results = [value_and_gradient(ao.Lovasz(), logits, labels)]
+    with ao.use_backend("reference"):
+        results.append(value_and_gradient(ao.Lovasz(), logits, labels))
+    for value, gradient in results:
+        assert torch.equal(value, results[0][0]) and gradient[0, :, 0, 0].isnan().all()
+        assert gradient.isnan().sum() == 5
+
+
 def hinge(z: Tensor, labels: Tensor) -> Tensor:
     valid = labels != IGNORED
     z, ones = z[valid], labels[valid] == 1

@@ -50,7 +50,8 @@ class Lovasz(PixelLoss):
 
     Call it with (logits, labels). `terms`: lovasz, labels_out_of_range, labels_ignored. The value
     is piecewise linear in the errors and the gradient piecewise constant, so derivatives of second
-    order are 0, and raise an error.
+    order are 0, and raise an error. Where a logit is NaN or ∞, the error of the pixel's class is 1,
+    and the gradient is NaN.
     """
 
     settings = ("sigmoid", "classes", "absent", "per_image", "bins")

@@ -65,11 +65,12 @@ def _places(
     p: Tensor, labels: Tensor, bins: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each class and pixel: the place in [K, 2, bins], and −1 for the pixel's class, otherwise
-    1. Of each pixel: whether it is valid. NaN is an error of 1."""
+    1. Of each pixel: whether it is valid. NaN is an error of 1 for the pixel's class, of 0 for
+    others."""
     classes = torch.arange(p.shape[1], device=p.device).view(-1, *[1] * (p.dim() - 2))
     labels = labels.long()
     valid = (labels >= 0) & (labels < p.shape[1]) & (labels != ignore_index)
     is_class = labels[:, None] == classes
-    errors = torch.where(is_class, 1 - p, p).nan_to_num(nan=1.0)
+    errors = torch.where(is_class, (1 - p).nan_to_num(nan=1.0), p.nan_to_num(nan=0.0))
     bin_index = (errors * bins).long().clamp(0, bins - 1)
     return (2 * classes + ~is_class) * bins + bin_index, torch.where(is_class, -1, 1), valid
