@@ -132,8 +132,9 @@ class Lovasz(PixelLoss):
         """Of each class in the mean. counts: of its pixels."""
         used = torch.ones_like(counts, dtype=torch.float64)
         if self.classes is not None:
-            chosen = [k in self.classes for k in range(len(counts))]
-            used = used * torch.tensor(chosen, device=counts.device)
+            # computed on the device, because copying numbers to it would synchronise
+            one = used.new_ones(())
+            used = torch.stack([one * (k in self.classes) for k in range(len(counts))])
         present = counts > 0
         total = (used * present if self.absent == "skip" else used).sum().clamp(min=1)
         return (used if self.absent == "keep" else used * present) / total
@@ -165,8 +166,8 @@ class Lovasz(PixelLoss):
         places = (bits >> (23 - MANTISSA)).long().sub(first - 1).clamp(0, last - first)
         places += (last - first + 1) * (~ones).long()
         counts = histogram(places, valid, 2 * (last - first + 1)).view(2, -1)
-        edges = torch.arange(first - 1, last + 1, dtype=torch.int32) << (23 - MANTISSA)
-        edges = edges.view(torch.float32).to(labels.device, torch.float64)
+        edges = torch.arange(first - 1, last + 1, dtype=torch.int32, device=labels.device)
+        edges = (edges << (23 - MANTISSA)).view(torch.float32).double()
         edges[0] = 0
         losses, slopes = _losses_and_slopes(counts[None], edges)
         weighted = errors * slopes.flatten().to(dtype)[places]
