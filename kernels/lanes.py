@@ -33,7 +33,7 @@ def pixel_map_of(tensor: Tensor | None) -> PixelMap:
 @triton.jit
 def contiguous_map(ptr, axes):
     """Of all labels."""
-    return PixelMap(ptr, axes.y.pixels * axes.x.pixels, axes.x.pixels, 1)
+    return PixelMap(ptr, axes.y.pixels.to(tl.int64) * axes.x.pixels, axes.x.pixels, 1)
 
 
 @triton.jit

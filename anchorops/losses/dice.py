@@ -14,7 +14,13 @@ from ..distributed import all_reduce, group_name
 from ..reference import fixed_order_sum
 from .binary_cross_entropy import BinaryCrossEntropy
 from .cross_entropy import CrossEntropy
-from .pixel import PixelLoss, class_weight, share_ignore_index
+from .pixel import (
+    PixelLoss,
+    check_chosen_classes,
+    chosen_classes,
+    class_weight,
+    share_ignore_index,
+)
 
 
 class Dice(PixelLoss):
@@ -129,17 +135,13 @@ class Dice(PixelLoss):
             )
             fail("Dice", "gamma", expected, gamma)
         check_choice("Dice", "absent", absent, ("skip", "zero", "keep"))
-        if classes is not None:
-            numbers = isinstance(classes, Sequence) and all(type(k) is int for k in classes)
-            if not numbers or not classes or len({*classes}) < len(classes) or min(classes) < 0:
-                fail("Dice", "classes", "different ints of at least 0", describe(classes))
-            classes = tuple(classes)
         if per_image and process_group is not None:
             fail("Dice", "process_group", "None with per_image", describe(process_group))
         self._register_weight(weight)
         self.alpha, self.beta = alpha, beta
         self.smooth, self.smooth_denominator = smooth, smooth_denominator
-        self.squared, self.per_image, self.classes = squared, per_image, classes
+        self.squared, self.per_image = squared, per_image
+        self.classes = chosen_classes("Dice", classes)
         self.absent, self.log, self.gamma = absent, log, gamma
         self.sigmoid = sigmoid
         self.process_group = group_name("Dice", process_group)
@@ -161,9 +163,7 @@ class Dice(PixelLoss):
             overlaps, masses = all_reduce(torch.stack([overlaps, masses]), group).unbind()
             counts = all_reduce(counts, group)
         if self.classes is not None:
-            if max(self.classes) >= counts.shape[-1]:
-                expected = f"at least {max(self.classes) + 1} classes, for classes={self.classes}"
-                fail("Dice", "logits", expected, counts.shape[-1])
+            check_chosen_classes("Dice", self.classes, counts.shape[-1])
             overlaps, masses, counts = (
                 torch.stack([x[..., k] for k in self.classes], -1)
                 for x in (overlaps, masses, counts)

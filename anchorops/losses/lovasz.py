@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import check_choice, check_count, check_flags, check_pixels, describe, fail
+from .._checks import check_choice, check_count, check_flags, check_pixels, fail
 from .._ops.probability_histograms import error_loss, probability_histograms
 from .._ops.softmax_moments import in_images, labels_outside
 from ..reference.probability_histograms import histogram
-from .pixel import PixelLoss
+from .pixel import PixelLoss, check_chosen_classes, chosen_classes
 
 # The bins of a hinge's errors: a share of 2^-11 of the error, from 2^-20 to 2^20.
 MANTISSA, EXPONENTS = 11, (-20, 20)
@@ -76,13 +76,8 @@ class Lovasz(PixelLoss):
         check_count("Lovasz", "bins", bins)
         if not 2 <= bins <= 2**16:
             fail("Lovasz", "bins", "an int from 2 to 65,536", bins)
-        if classes is not None:
-            numbers = isinstance(classes, Sequence) and all(type(k) is int for k in classes)
-            if not numbers or not classes or len({*classes}) < len(classes) or min(classes) < 0:
-                fail("Lovasz", "classes", "different ints of at least 0", describe(classes))
-            classes = tuple(classes)
         self.sigmoid, self.per_image, self.bins = sigmoid, per_image, bins
-        self.classes, self.absent = classes, absent
+        self.classes, self.absent = chosen_classes("Lovasz", classes), absent
 
     def forward(
         self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None
@@ -97,9 +92,8 @@ class Lovasz(PixelLoss):
             ignore_index=self.ignore_index,
             check_labels=self.check_labels,
         )
-        if self.classes is not None and max(self.classes) >= logits.shape[1]:
-            expected = f"at least {max(self.classes) + 1} classes, for classes={self.classes}"
-            fail("Lovasz", "logits", expected, logits.shape[1])
+        if self.classes is not None:
+            check_chosen_classes("Lovasz", self.classes, logits.shape[1])
         whole = self._hinges if self.sigmoid else self._softmax
         if self.per_image and logits.dim() > 2 and logits.shape[0] > 0:
             images = zip(logits.split(1), labels.split(1), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -186,6 +187,22 @@ def class_weight(loss: PixelLoss, logits: Tensor) -> Tensor | None:
     if weight.device != logits.device:
         fail(type(loss).__name__, "logits", f"device {weight.device}, as weight", logits.device)
     return weight.to(statistics_dtype(logits.dtype))
+
+
+def chosen_classes(function: str, classes: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The argument `classes`. Raises ValueError if it is not different ints of at least 0."""
+    if classes is None:
+        return None
+    numbers = isinstance(classes, Sequence) and all(type(k) is int for k in classes)
+    if not numbers or not classes or len({*classes}) < len(classes) or min(classes) < 0:
+        fail(function, "classes", "different ints of at least 0", describe(classes))
+    return tuple(classes)
+
+
+def check_chosen_classes(function: str, classes: tuple[int, ...], num_classes: int) -> None:
+    if max(classes) >= num_classes:
+        expected = f"at least {max(classes) + 1} classes, for classes={classes}"
+        fail(function, "logits", expected, num_classes)
 
 
 def share_ignore_index(function: str, ignore_index: int | None, *parts: PixelLoss) -> int | None:
