@@ -1,6 +1,6 @@
 """anchorops-doctor shows which backends are usable here, why others are not, and what they need.
 
-`anchorops-doctor --verify` also checks values and gradients of all operators on each usable
+`anchorops-doctor --verify` also checks values and gradients of the operators on each usable
 backend, within two minutes on a CPU, and remembers the verdict. `anchorops-doctor --benchmark`
 also times losses on each backend, beside torch's own formulas; it takes a minute on a CPU.
 """
