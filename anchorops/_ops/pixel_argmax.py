@@ -85,8 +85,8 @@ def pixel_argmax(
         size: (H, W) of the result, of volumes (D, H, W).
         align_corners: as in F.interpolate.
         confidence: also return the probabilities. The logits are then read twice.
-        dtype: of the classes: uint8, int8, int16, uint16, int32 or int64; all K must fit. They are
-            written in this type; an int64 map of all pixels never exists.
+        dtype: of the classes: uint8, int8, int16, uint16, int32 or int64; all K must fit. Except on
+            the reference, no int64 map of all pixels exists on the way.
         sigmoid: the channels are independent classes.
         threshold: of the probability, in (0, 1); with `sigmoid` alone.
 
