@@ -77,8 +77,9 @@ void error_gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     const Stat* const table = slopes.data + (2 * k + 1) * bins;
     const Vec place = p * scale;
     if (!at_least_1<Stat>(place)) return Vec{} + table[0];
-    const Vec bin = place < scale - 1 ? place : Vec{} + (scale - 1);
-    return pick(table, __builtin_convertvector(bin >= 0 ? bin : Vec{}, Indices<Stat>));
+    const auto bin =
+        __builtin_convertvector(place < scale - 1 ? place : Vec{} + (scale - 1), Indices<Stat>);
+    return look_up<false>(table, reinterpret_cast<const int32_t*>(&bin));
   };
   for (int64_t t = 0; t < group.count; t += LANES<Stat>) {
     Stat* const p = workspace.upsampled + t;

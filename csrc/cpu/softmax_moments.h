@@ -87,7 +87,7 @@ struct Workspace {
   Stat* gradients[2];     // [K + 1, stride], zero; backward only; last those of the sum
   Stat* upsampled;        // [K, group]
   Stat* slopes;           // [K, group], of errors
-  Stat* line;             // [stride]
+  Stat* line;             // [stride, 16]: scratch
   int32_t* classes;       // [ROWS, label_stride]: rows of the tile's labels
   int32_t* cell_columns;  // [lanes]: each lane's column among the tile's labels; -1: no label
   Stat* cell_weights;     // [lanes]

@@ -23,6 +23,9 @@ struct Group {
   int64_t y, x, count;  // row, first column, number
   Position<Stat> row;
   int32_t classes[GROUP];  // -1 from `count` on
+  int32_t lower[GROUP];    // the packed column at the left of each label
+  Stat weight[GROUP];      // of the column at its right
+  bool near;               // the packed columns of any vector of labels are in one vector
 
   ALWAYS_INLINE Indices<Stat> classes_at(int64_t t) const {
     Indices<Stat> k;
@@ -60,6 +63,22 @@ struct Group {
   }
 };
 
+template <class Stat>
+void find_packed_columns(const Problem<Stat>& problem, const Tile& tile, Group<Stat>& group) {
+  for (int64_t t = 0; t < group.count; ++t) {
+    const auto at = position(problem.columns, group.x + t);
+    group.lower[t] = static_cast<int32_t>(at.lower - (tile.columns.begin - 1));
+    group.weight[t] = at.weight;
+  }
+  for (int64_t t = group.count; t < GROUP; ++t) {
+    group.lower[t] = group.lower[t - 1];
+    group.weight[t] = 0;
+  }
+  group.near = true;
+  for (int64_t t = 0; t < GROUP; t += LANES<Stat>)
+    group.near &= group.lower[t + LANES<Stat> - 1] - group.lower[t] < LANES<Stat>;
+}
+
 // Calls visit(group) for columns of a row of labels, counted from the tile's first one.
 template <class Stat, class Visit>
 ALWAYS_INLINE void for_groups_of_row(const Problem<Stat>& problem, const Tile& tile,
@@ -73,6 +92,7 @@ ALWAYS_INLINE void for_groups_of_row(const Problem<Stat>& problem, const Tile& t
     group.count = std::min(workspace.group, columns.end - x);
     std::memcpy(group.classes, classes + x, group.count * sizeof(int32_t));
     for (int64_t t = group.count; t < GROUP; ++t) group.classes[t] = -1;
+    if (problem.upsampled) find_packed_columns(problem, tile, group);
     visit(group);
   }
 }
@@ -85,34 +105,28 @@ ALWAYS_INLINE Vec blend(Vec low, Vec high, Vec weight) {
 
 // The upsampled values of two packed lines at the group's pixels. line: scratch.
 template <class Stat>
-ALWAYS_INLINE void upsample(const Problem<Stat>& problem, const Tile& tile,
-                            const Group<Stat>& group, const Stat* low, const Stat* high, Stat* line,
+ALWAYS_INLINE void upsample(const Group<Stat>& group, const Stat* low, const Stat* high, Stat* line,
                             Stat* out) {
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
-  const Axis<Stat>& columns = problem.columns;
-  const auto packed = [&](int64_t t) INLINE_LAMBDA {
-    return position(columns, group.x + t).lower - (tile.columns.begin - 1);
-  };
   const Stat* between = low;
   if (group.row.weight != 0) {
-    for (int64_t j = packed(0); j <= packed(group.count - 1) + 1; j += L)
+    for (int64_t j = group.lower[0]; j <= group.lower[group.count - 1] + 1; j += L)
       V::store(line + j, blend(V::load(low + j), V::load(high + j), Vec{} + group.row.weight));
     between = line;
   }
-  for (int64_t t = 0; t < group.count; t += L) {
-    if (!columns.lower) {
-      V::store(out + t, V::load(between + packed(t)));
-      continue;
+  const auto along = [&](auto near) INLINE_LAMBDA {
+    for (int64_t t = 0; t < group.count; t += L) {
+      const Vec left = look_up<near()>(between, group.lower + t);
+      const Vec right = look_up<near()>(between + 1, group.lower + t);
+      V::store(out + t, blend(left, right, V::load(group.weight + t)));
     }
-    const int64_t count = std::min<int64_t>(L, group.count - t);
-    Indices<Stat> left = {};
-    std::memcpy(&left, columns.lower + group.x + t, count * sizeof(int32_t));
-    left -= static_cast<int32_t>(tile.columns.begin - 1);
-    const Vec weight = V::load(columns.weight + group.x + t, count);
-    V::store(out + t, blend(pick(between, left), pick(between + 1, left), weight));
-  }
+  };
+  if (group.near)
+    along(std::true_type{});
+  else
+    along(std::false_type{});
 }
 
 // The logits of the group's pixels: workspace.upsampled.
@@ -123,7 +137,7 @@ ALWAYS_INLINE void logits_of_group(const Problem<Stat>& problem, const Tile& til
     return problem.read_columns(problem, tile.image, group.y, {group.x, group.x + group.count},
                                 workspace.upsampled, workspace.group);
   for (int64_t k = 0; k < problem.num_classes; ++k)
-    upsample(problem, tile, group, workspace.packed[group.row.lower & 1] + k * workspace.stride,
+    upsample(group, workspace.packed[group.row.lower & 1] + k * workspace.stride,
              workspace.packed[group.row.upper & 1] + k * workspace.stride, workspace.line,
              workspace.upsampled + k * workspace.group);
 }
@@ -225,8 +239,8 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   uint64_t hits = 0;
   logits_of_group(problem, tile, workspace, group);
   if (problem.upsampled && maps.lse)
-    upsample(problem, tile, group, workspace.shifts[group.row.lower & 1],
-             workspace.shifts[group.row.upper & 1], workspace.line, shift);
+    upsample(group, workspace.shifts[group.row.lower & 1], workspace.shifts[group.row.upper & 1],
+             workspace.line, shift);
   if (sums.hits) {
     int32_t predicted[GROUP];
     largest_of_group(problem, workspace, group, predicted);
@@ -367,24 +381,50 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
 template <class Stat>
 void add_gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
                             const Workspace<Stat>& workspace, const Group<Stat>& group) {
-  const int64_t stride = workspace.stride, offset = tile.columns.begin - 1;
-  const int64_t first = position(problem.columns, group.x).lower - offset;
-  const int64_t last = position(problem.columns, group.x + group.count - 1).upper - offset;
+  using V = Simd<Stat>;
+  using Vec = VecOf<Stat>;
+  constexpr int L = LANES<Stat>;
+  const int64_t stride = workspace.stride, first = group.lower[0];
+  const int64_t last = group.lower[group.count - 1] + 1;
+  const int64_t edge = problem.layout.width - tile.columns.begin;  // the packed column of the last
   const Position<Stat>& row = group.row;
-  for (int64_t k = 0; k < problem.num_classes; ++k) {
-    const Stat* dz = workspace.upsampled + k * workspace.group;
-    Stat* line = workspace.line;
-    for (int64_t j = first; j <= last; ++j) line[j] = 0;
-    for (int64_t t = 0; t < group.count; ++t) {
-      const auto at = position(problem.columns, group.x + t);
-      line[at.lower - offset] += (1 - at.weight) * dz[t];
-      if (at.weight != 0) line[at.upper - offset] += at.weight * dz[t];
+  Stat* const low = workspace.gradients[row.lower & 1];
+  Stat* const high = workspace.gradients[row.upper & 1];
+  for (int64_t k = 0; k < problem.num_classes; k += L) {  // a vector contains L classes
+    const int64_t classes = std::min<int64_t>(L, problem.num_classes - k);
+    const auto sums = [&](int64_t j) INLINE_LAMBDA { return workspace.line + (j - first) * L; };
+    Vec left = {}, right = {};  // the sums of packed columns j and j + 1
+    int64_t j = first;
+    const auto move_to = [&](int64_t next) INLINE_LAMBDA {
+      for (; j < next; ++j) {
+        V::store(sums(j), left);
+        left = right;
+        right = Vec{};
+      }
+    };
+    for (int64_t t = 0; t < group.count; t += L) {
+      Vec dz[L] = {};
+      for (int64_t c = 0; c < classes; ++c)
+        dz[c] = V::load(workspace.upsampled + (k + c) * workspace.group + t);
+      V::transpose(dz);
+      for (int64_t i = 0; i < std::min<int64_t>(L, group.count - t); ++i) {
+        const Stat weight = group.weight[t + i];
+        move_to(group.lower[t + i]);
+        left += (1 - weight) * dz[i];
+        if (weight != 0) (j == edge ? left : right) += weight * dz[i];
+      }
     }
-    Stat* low = workspace.gradients[row.lower & 1] + k * stride;
-    Stat* high = workspace.gradients[row.upper & 1] + k * stride;
-    for (int64_t j = first; j <= last; ++j) low[j] += (1 - row.weight) * line[j];
-    if (row.weight == 0) continue;
-    for (int64_t j = first; j <= last; ++j) high[j] += row.weight * line[j];
+    move_to(last + L);
+    for (j = first; j <= last; j += L) {
+      Vec line[L];
+      for (int64_t i = 0; i < L; ++i) line[i] = V::load(sums(j + i));
+      V::transpose(line);
+      for (int64_t c = 0; c < classes; ++c) {
+        const int64_t at = (k + c) * stride + j;
+        V::store(low + at, V::load(low + at) + (1 - row.weight) * line[c]);
+        if (row.weight != 0) V::store(high + at, V::load(high + at) + row.weight * line[c]);
+      }
+    }
   }
 }
 

@@ -158,7 +158,7 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
     workspace.lanes = tiles.by_cells() ? workspace.stride * (tiles.most_of_cell() + 8) : 0;
     const int64_t rows = (num_classes + 1) * workspace.stride + 16;
     const int64_t factors = needs_factors ? ROWS * workspace.lanes : 0;
-    const int64_t count = 2 * rows + 2 * num_classes * workspace.group + 3 * workspace.stride +
+    const int64_t count = 2 * rows + 2 * num_classes * workspace.group + 18 * workspace.stride +
                           2 * workspace.lanes + 3 * factors + 2 * workspace.plane_stride +
                           4 * workspace.label_stride + slots;
     // not initialised, so pages that a small tile does not need are never touched
@@ -177,7 +177,7 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
     }
     for (Stat*& pixel_factors : workspace.factors) pixel_factors = take(factors);
     for (Stat*& line : workspace.lines) line = take(workspace.label_stride);
-    workspace.line = take(workspace.stride);
+    workspace.line = take(16 * workspace.stride);
     workspace.planes = take(2 * workspace.plane_stride);
     workspace.upsampled = take(num_classes * workspace.group);
     workspace.slopes = take(num_classes * workspace.group);

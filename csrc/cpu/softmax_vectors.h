@@ -170,6 +170,25 @@ ALWAYS_INLINE Ints load_ints(const int32_t* source) {
   return v;
 }
 
+// line[lower[i]] of each lane. NEAR: all these are in one vector.
+template <bool NEAR, class Stat>
+ALWAYS_INLINE VecOf<Stat> look_up(const Stat* line, const int32_t* lower) {
+  if constexpr (std::is_same_v<Stat, float>) {
+    if constexpr (!NEAR) return gather(line, load_ints(lower), 0.0f);
+#if VECTOR_BYTES == 64
+    const __m512i index = _mm512_sub_epi32(_mm512_loadu_si512(lower), _mm512_set1_epi32(lower[0]));
+    return VecOf<float>(_mm512_permutexvar_ps(index, _mm512_loadu_ps(line + lower[0])));
+#elif VECTOR_BYTES == 32
+    const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lower));
+    const __m256i index = _mm256_sub_epi32(at, _mm256_set1_epi32(lower[0]));
+    return VecOf<float>(_mm256_permutevar8x32_ps(_mm256_loadu_ps(line + lower[0]), index));
+#endif
+  }
+  VecOf<Stat> values;
+  for (int i = 0; i < LANES<Stat>; ++i) values[i] = line[lower[i]];
+  return values;
+}
+
 // 2^x for x in [-126, 126].
 ALWAYS_INLINE Floats power_of_two(Floats x) {
   using Bits = typename Simd<float>::Bits;
