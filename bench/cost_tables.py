@@ -1,4 +1,4 @@
-"""Writes the tables of docs/cost.md and docs/frameworks.md from committed rows and counts.
+"""Writes the tables of README.md, docs/cost.md and docs/frameworks.md from committed rows.
 
     python bench/cost_tables.py [--check]
 
@@ -14,19 +14,23 @@ from pathlib import Path
 
 import plot_counted_memory
 import plot_operators
+import plot_options
 import plot_training_step
 import statistics_of_ranks
 from charts import number
 from markdown_table import markdown_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs/cost.md", ROOT / "docs/frameworks.md")
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/cost.md", "docs/frameworks.md"))
 RESULTS = ROOT / "bench/results"
 MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
 RUN = RESULTS / "intel-xeon-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
 STEPS = RESULTS / "amd-epyc-avx2-2-threads.json"  # of `bench/run.py --only training_steps`
+EXPORT = RESULTS / "amd-epyc-avx2-2-threads-export.json"  # of bench/export.py
+LOVASZ = RESULTS / "amd-epyc-avx2-2-threads-lovasz.json"  # of `pytest bench/bench_options.py`
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
 COUNTED_OPERATIONS = RESULTS / "counted-operations.json"
+BOTH = "late upsampling, ours (both)"  # a row of a training step
 
 
 def main() -> None:
@@ -51,6 +55,153 @@ def with_tables(page: str) -> str:
 
 def run() -> dict:
     return json.loads(RUN.read_text())
+
+
+def gain_of(option: str, num_classes: int, ratio: int, axes: int = 2) -> str:
+    """How many times as fast as the fastest alternative."""
+    what = {"option": option, "num_classes": num_classes, "ratio": ratio, "axes": axes}
+    row = next(row for row in run()["options"] if what.items() <= row.items())
+    return f"{plot_options.gain(row):.0f}×"
+
+
+def gains() -> str:
+    """The README's first table: a typical and the best case of what it promises."""
+    network, best = step_with_both("hrnet"), step_with_both("segformer")
+    lines = [
+        [
+            "cross-entropy, forward and backward",
+            f"{gain_of('cross-entropy', 19, 4)} as fast: 19 classes, output stride 4",
+            f"{gain_of('cross-entropy', 150, 8)}: 150 classes, stride 8",
+            "CPU",
+        ],
+        [
+            "a training step",
+            f"{network}: HRNet-W18-small, 19 classes",
+            f"{best}: SegFormer-B0, 150 classes",
+            "CPU",
+        ],
+        [
+            "the largest batch in 24 GB",
+            f"{largest_batches('SegFormer-B5')}: SegFormer-B5, 150 classes",
+            f"{largest_batches('PSPNet')}: PSPNet-R101, 150 classes",
+            "counted",
+        ],
+    ]
+    return markdown_table(["", "typical", "best", "known from"], lines, words=(0, 1, 2, 3))
+
+
+def uses() -> str:
+    """The README's table of what to write, and what it gains."""
+    exported, torch_exported = (gains_of_export(way) for way in ("nnU-Net", "torch"))
+    steps = [share_of_time("segformer", name) for name in ("baseline, ours", BOTH)]
+    lovasz = [
+        plot_options.gain(row)
+        for row in json.loads(LOVASZ.read_text())["options"]
+        if row["ratio"] == 4
+    ]
+    lines = [
+        [
+            "logits and labels, in any framework",
+            "`ao.pixel_cross_entropy(logits, labels)`, `ao.CrossEntropy`, `ao.Dice`, "
+            "`ao.BinaryCrossEntropy`, …",
+            "[below](#what-to-expect)",
+        ],
+        [
+            "a model that upsamples its logits: torchvision, segmentation_models.pytorch, "
+            "Transformers, timm",
+            "`ao.low_resolution(model, images)`",
+            "the same",
+        ],
+        [
+            "a head that upsamples before a 1×1 convolution: SegFormer, HRNet, PSPNet, DeepLab",
+            "`ao.late_upsampling(model, images)`",
+            f"SegFormer-B0's step: {steps[0]:.0%} → {steps[1]:.0%} of the baseline's",
+        ],
+        [
+            "MONAI, volumes",
+            "`ao.CrossEntropyDice()`",
+            f"{gain_of('cross-entropy + Dice', 14, 4, axes=3)} with 14 classes",
+        ],
+        [
+            "labels of whole volumes; nnU-Net",
+            "`ao.pixel_argmax(logits, size)`; [export and trainer]"
+            "(docs/evaluation.md#labels-of-whole-volumes)",
+            f"{torch_exported} as fast as torch, {exported} as nnU-Net",
+        ],
+        [
+            "Lovász of any library",
+            "`ao.Lovasz()`, without sorting",
+            f"{min(lovasz):.0f} to {max(lovasz):.0f}×",
+        ],
+    ]
+    return markdown_table(["you have", "line of code", "gain on a CPU"], lines, words=(0, 1, 2))
+
+
+def step_with_both(network: str) -> str:
+    rows = rows_of_step(network)
+    memory = rows[BOTH]["peak_bytes"] / rows["baseline, torch's cross-entropy"]["peak_bytes"]
+    return f"{share_of_time(network, BOTH):.0%} of the time, {memory:.0%} of the memory"
+
+
+def share_of_time(network: str, name: str) -> float:
+    return rows_of_step(network)[name]["ratio"]["median"]
+
+
+def rows_of_step(network: str) -> dict[str, dict]:
+    rows = json.loads(STEPS.read_text())["training_steps"]
+    return {plot_training_step.label(row): row for row in rows if network in row["network"]}
+
+
+def largest_batches(network: str) -> str:
+    settings = plot_counted_memory.settings(json.loads(COUNTED_MEMORY.read_text()))
+    rows = next(
+        rows
+        for (name, _, precision, checkpointing), rows in settings.items()
+        if network in name and precision == "bf16" and not checkpointing
+    )
+    names = plot_counted_memory.BASELINE, plot_counted_memory.BOTH
+    least, most = (rows[name]["largest_batches"]["24 GB"] for name in names)
+    return f"{least} → {most} images"
+
+
+def gains_of_export(way: str) -> str:
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for row in json.loads(EXPORT.read_text())["export"]:
+        times.setdefault((row["volume"], row["dtype"]), {})[row["way"]] = row["seconds"]
+    gains = [seconds[way] / seconds["anchorops"] for seconds in times.values()]
+    return f"{min(gains):.0f} to {max(gains):.0f}×"
+
+
+def speedups() -> str:
+    """The README's table of the pixel losses."""
+    kinds = {
+        "150 classes": (150, 2, False),
+        "19 classes": (19, 2, False),
+        "14 classes, volumes": (14, 3, False),
+        "2 classes": (2, 2, False),
+        "one sigmoid": (1, 2, True),
+        "20 sigmoids": (20, 2, True),
+    }
+    lines = []
+    for name, (num_classes, axes, sigmoid) in kinds.items():
+        rows = [
+            row
+            for row in run()["options"]
+            if (row["num_classes"], row["axes"]) == (num_classes, axes)
+            and ("sigmoid" in row["option"]) == sigmoid
+        ]
+        cells = [name]
+        for ratio in (8, 4, 1):
+            gains = [
+                plot_options.gain(x)
+                for x in rows
+                if x["ratio"] == ratio and x["option"].endswith("cross-entropy")
+            ]
+            cells.append(f"{gains[0]:.2g}" if gains else "")
+        every = [plot_options.gain(row) for row in rows if row["ratio"] == 4]
+        lines.append([*cells, f"{min(every):.2g} to {max(every):.2g}"])
+    header = ["times as fast", "output stride 8", "4", "1", "all losses, stride 4"]
+    return markdown_table(header, lines)
 
 
 def headlines() -> str:
@@ -117,6 +268,9 @@ def counted_memory() -> str:
 
 
 TABLES = {
+    "gains": gains,
+    "uses": uses,
+    "speedups": speedups,
     "headlines": headlines,
     "cases": cases,
     "training_steps": training_steps,
