@@ -256,3 +256,21 @@ def test_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         exec(compile(source.replace("range(200)", "range(60)"), str(path), "exec"), names)
     assert names["history"][-1]["ce"] < 0.5 * names["history"][0]["ce"]
     assert "centroid to anchor" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_notebook_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its programs, without the installation; of the backends it verifies one."""
+    monkeypatch.chdir(EXAMPLES)
+    path = EXAMPLES / "verify_gpu.ipynb"
+    names: dict[str, Any] = {}
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        assert cell["cell_type"] == "markdown" or not cell["outputs"]
+        if cell["cell_type"] == "code" and "pip" not in source:
+            source = source.replace('"--verify"', '"--verify", "--backend", "cpu"')
+            exec(compile(source, str(path), "exec"), names)
+    report = capsys.readouterr().out.split("```")[-2]
+    assert "cpu: 118 right, 0 WRONG" in report and "cross-entropy, K 150, ratio 4" in report
