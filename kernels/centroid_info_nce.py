@@ -1,7 +1,7 @@
 """InfoNCE between centroids.
 
     logits[r, k] = q_r·key_k/τ        positive[r] = q_r·p_r/τ
-    lse[r] = log(e^positive[r] + Σ_k e^logits[r, k]), k: the keys that are present, without the own
+    lse[r] = log(e^positive[r] + Σ_k e^logits[r, k]), k: the keys that are present, but the own
     losses[r] = lse[r] − positive[r], 0 of an absent row
 
 Row r is a query of class r // G. The logits are never in memory: a program computes a tile of them
@@ -89,13 +89,13 @@ def _centroid_info_nce_fwd_kernel(
     """A program reads its BLOCK_R rows for each BLOCK_K keys, and all keys, from the caches."""
     queries, keys, positives, sizes = problem
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    present, own = are_present(queries, r), r // sizes.groups
+    present, own_key = are_present(queries, r), r // sizes.groups
     maximum = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, keys.count, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x = sizes.inverse_temperature * products(queries, r, keys, k, sizes.dim, PRECISION, BLOCK_D)
-        used = are_present(keys, k)[None, :] & (k[None, :] != own[:, None])
+        used = are_present(keys, k)[None, :] & (k[None, :] != own_key[:, None])
         x = tl.where(used, x, -float("inf"))
         largest = tl.maximum(maximum, tl.max(x, 1))
         shift = tl.where(largest == -float("inf"), 0.0, largest)
@@ -105,7 +105,7 @@ def _centroid_info_nce_fwd_kernel(
     product = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, sizes.dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        p = load_rows(positives, own if OWN_KEY_IS_POSITIVE else r, d, present, sizes.dim)
+        p = load_rows(positives, own_key if OWN_KEY_IS_POSITIVE else r, d, present, sizes.dim)
         product += tl.sum(load_rows(queries, r, d, present, sizes.dim) * p, 1)
     positive = sizes.inverse_temperature * product
     largest = tl.maximum(maximum, positive)

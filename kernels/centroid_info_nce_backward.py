@@ -43,21 +43,21 @@ class Outputs(NamedTuple):
 
 
 @triton.jit
-def _dpositive(problem, of_rows, r):
+def _dpositive(problem, row_losses, r):
     """The gradient of the positive's inner product; 0 of an absent row."""
     present = are_present(problem.queries, r)
-    dloss = tl.load(of_rows.dlosses + r, mask=present, other=0.0)
-    loss = tl.load(of_rows.losses + r, mask=present, other=0.0)
+    dloss = tl.load(row_losses.dlosses + r, mask=present, other=0.0)
+    loss = tl.load(row_losses.losses + r, mask=present, other=0.0)
     return dloss * problem.sizes.inverse_temperature * (tl.exp(-loss) - 1)
 
 
 @triton.jit
-def _dlogits(product, problem, of_rows, r, k):
+def _dlogits(product, problem, row_losses, r, k):
     """The gradients of the inner products of rows r and keys k; 0 for the own key. All broadcast
     to one shape."""
     present = are_present(problem.queries, r)
-    dloss = tl.load(of_rows.dlosses + r, mask=present, other=0.0)
-    lse = tl.load(of_rows.lse + r, mask=present, other=0.0)
+    dloss = tl.load(row_losses.dlosses + r, mask=present, other=0.0)
+    lse = tl.load(row_losses.lse + r, mask=present, other=0.0)
     used = present & are_present(problem.keys, k) & (r // problem.sizes.groups != k)
     scale = problem.sizes.inverse_temperature
     return tl.where(used, dloss * scale * tl.exp(scale * product - lse), 0.0)
@@ -71,7 +71,7 @@ def _store(ptr, values, i, d, count, dim):
 
 @triton.jit
 def _write_gradients(
-    problem, of_rows, outputs, i, d, OF_QUERIES: tl.constexpr, OWN_KEY_IS_POSITIVE: tl.constexpr,
+    problem, row_losses, outputs, i, d, OF_QUERIES: tl.constexpr, OWN_KEY_IS_POSITIVE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Channels d of the gradients of queries i and their positives, or of keys i."""
@@ -82,15 +82,17 @@ def _write_gradients(
         j = start + tl.arange(0, BLOCK_K)
         product = products(ours, i, others, j, sizes.dim, PRECISION, BLOCK_D)
         r, k = (i[:, None], j[None, :]) if OF_QUERIES else (j[None, :], i[:, None])
-        dlogits = _dlogits(product, problem, of_rows, r, k)
+        dlogits = _dlogits(product, problem, row_losses, r, k)
         if OWN_KEY_IS_POSITIVE and not OF_QUERIES:
-            dlogits += tl.where(r // sizes.groups == k, _dpositive(problem, of_rows, r), 0.0)
+            dlogits += tl.where(r // sizes.groups == k, _dpositive(problem, row_losses, r), 0.0)
         x = load_rows(others, j, d, are_present(others, j), sizes.dim)
         total = tl.dot(dlogits, x, total, input_precision=PRECISION)
     if OF_QUERIES:
-        present, weight = are_present(queries, i), _dpositive(problem, of_rows, i)[:, None]
-        own = i // sizes.groups
-        p = load_rows(problem.positives, own if OWN_KEY_IS_POSITIVE else i, d, present, sizes.dim)
+        present, weight = are_present(queries, i), _dpositive(problem, row_losses, i)[:, None]
+        own_key = i // sizes.groups
+        p = load_rows(
+            problem.positives, own_key if OWN_KEY_IS_POSITIVE else i, d, present, sizes.dim
+        )
         dqueries = tl.where(present[:, None], total + weight * p, 0.0)
         _store(outputs.dqueries, dqueries, i, d, queries.count, sizes.dim)
         if not OWN_KEY_IS_POSITIVE:
@@ -103,7 +105,7 @@ def _write_gradients(
 @triton.jit
 def _centroid_info_nce_bwd_kernel(
     problem,  # Problem
-    of_rows,  # Losses
+    row_losses,  # Losses
     outputs,  # Outputs
     CHANNELS: tl.constexpr,
     OWN_KEY_IS_POSITIVE: tl.constexpr,
@@ -119,12 +121,12 @@ def _centroid_info_nce_bwd_kernel(
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     if block < row_blocks:
         _write_gradients(
-            problem, of_rows, outputs, block * BLOCK_R + i, d, True,
+            problem, row_losses, outputs, block * BLOCK_R + i, d, True,
             OWN_KEY_IS_POSITIVE, PRECISION, BLOCK_K, BLOCK_D,
         )  # fmt: skip
     else:
         _write_gradients(
-            problem, of_rows, outputs, (block - row_blocks) * BLOCK_R + i, d, False,
+            problem, row_losses, outputs, (block - row_blocks) * BLOCK_R + i, d, False,
             OWN_KEY_IS_POSITIVE, PRECISION, BLOCK_K, BLOCK_D,
         )  # fmt: skip
 

@@ -99,7 +99,7 @@ def probability(z, lse):
 
 
 @triton.jit
-def of_labels(ptr, stride, labels):
+def values_of_labels(ptr, stride, labels):
     """A number of the class of each pixel; 0 where ignored."""
     return [
         tl.load(ptr + label.to(tl.int64) * stride, mask=label >= 0, other=0.0) for label in labels

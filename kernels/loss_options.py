@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import LOG2_E, of_labels
+from .lanes import LOG2_E, values_of_labels
 from .upsampling import corner_ptrs, corners, next_class, upsampled
 
 _SMALLEST = tl.constexpr(2.0**-24)  # c is rounded to multiples of about this
@@ -105,7 +105,7 @@ def weights_of_labels(labels, options, image):
     if options.true_weights is None:
         return [1.0 for _ in labels]
     else:
-        return of_labels(options.true_weights + image * options.stride_b, 1, labels)
+        return values_of_labels(options.true_weights + image * options.stride_b, 1, labels)
 
 
 @triton.jit

@@ -53,12 +53,12 @@ VALID = strides_of("valid", "bhw")
 
 
 class Upsamplings(NamedTuple):
-    """`own`: the teacher's cells, each pixel a part; None if the logits of both have the same
-    size."""
+    """`teacher_grid`: the teacher's cells, each pixel a part; None if the logits of both have
+    the same size."""
 
     student: Upsampling
     teacher: Upsampling
-    own: Grid | None
+    teacher_grid: Grid | None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -73,14 +73,16 @@ def upsamplings_of(
     if logits.shape == teacher.shape:
         # there 16 pixels of both need more registers than a thread has
         rows = 2 if architecture() == "sm_100" else None
-        of_both = upsampling_of(logits, height, width, align_corners, rows)
-        return Upsamplings(of_both, of_both, None)
+        both = upsampling_of(logits, height, width, align_corners, rows)
+        return Upsamplings(both, both, None)
     # places of 16 pixels in the teacher's logits would need more registers than there are
     student = upsampling_of(logits, height, width, align_corners, 2, 2)
-    of_teacher = upsampling_of(teacher, height, width, align_corners, 1, 1)
-    y, x, columns = of_teacher.cells
-    own = Grid(y._replace(parts=1), x._replace(parts=1), columns)  # no kernel reads the parts
-    return Upsamplings(student, of_teacher, own)
+    teacher_upsampling = upsampling_of(teacher, height, width, align_corners, 1, 1)
+    y, x, columns = teacher_upsampling.cells
+    teacher_grid = Grid(
+        y._replace(parts=1), x._replace(parts=1), columns
+    )  # no kernel reads the parts
+    return Upsamplings(student, teacher_upsampling, teacher_grid)
 
 
 @triton.jit
@@ -109,34 +111,35 @@ def _with_stride(span, axis, stride):
 
 @triton.jit
 def teacher_lanes(
-    teacher, lanes, axes, height, width, ratios, CELLS: tl.constexpr, OWN: tl.constexpr
+    teacher, lanes, axes, height, width, ratios, CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr
 ):
     """Lanes that read the teacher's logits: those of the student, or one lane for each pixel, a
     list as that of the pixels."""
-    if OWN is None:
+    if TEACHER_GRID is None:
         y = _with_stride(lanes.y, axes.y, teacher.stride_h)
         return (YX(y, _with_stride(lanes.x, axes.x, teacher.stride_w)),)
     else:
-        Y: tl.constexpr = OWN.y
-        X: tl.constexpr = OWN.x
-        own = axes_of(height, width, axes.y.pixels, axes.x.pixels, ratios, OWN)
-        y = _span_of_pixel(lanes.y.start + rows_of_lane(CELLS), own.y, teacher.stride_h, Y)
+        Y: tl.constexpr = TEACHER_GRID.y
+        X: tl.constexpr = TEACHER_GRID.x
+        teacher_axes = axes_of(height, width, axes.y.pixels, axes.x.pixels, ratios, TEACHER_GRID)
+        y = _span_of_pixel(lanes.y.start + rows_of_lane(CELLS), teacher_axes.y, teacher.stride_h, Y)
         x = [
-            _span_of_pixel(lanes.x.start + i, own.x, teacher.stride_w, X)
+            _span_of_pixel(lanes.x.start + i, teacher_axes.x, teacher.stride_w, X)
             for i in () + CELLS.columns
         ]
         return [YX(y, _column(span)) for span in x]
 
 
 @triton.jit
-def teacher_logits(ptr, teacher_lanes, CELLS: tl.constexpr, OWN: tl.constexpr):
+def teacher_logits(ptr, teacher_lanes, CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr):
     """The teacher's logits of one class at the student's pixels."""
-    if OWN is None:
+    if TEACHER_GRID is None:
         ptrs = corner_ptrs(ptr, teacher_lanes[0], CELLS)
         return logits_of_pixels(ptrs, teacher_lanes[0], CELLS)
     else:
         return [
-            logits_of_pixels(corner_ptrs(ptr, lanes, OWN), lanes, OWN)[0] for lanes in teacher_lanes
+            logits_of_pixels(corner_ptrs(ptr, lanes, TEACHER_GRID), lanes, TEACHER_GRID)[0]
+            for lanes in teacher_lanes
         ]
 
 
@@ -172,7 +175,7 @@ def _pixel_kl_divergence_kernel(
     tiles,
     temperature,
     CELLS: tl.constexpr,
-    OWN: tl.constexpr,
+    TEACHER_GRID: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Reads both logits from memory once, and from the caches for the second loop and for
@@ -183,8 +186,8 @@ def _pixel_kl_divergence_kernel(
     teacher = Logits(teacher_ptr, num_classes, teacher_b, teacher_k, teacher_h, teacher_w)
     logits, teacher = logits_of_image(logits, image), logits_of_image(teacher, image)
     lanes = lanes_of_tile(tile, axes, logits, CELLS, LANES)
-    of_teacher = teacher_lanes(
-        teacher, lanes, axes, teacher_height, teacher_width, teacher_ratios, CELLS, OWN
+    lanes_of_teacher = teacher_lanes(
+        teacher, lanes, axes, teacher_height, teacher_width, teacher_ratios, CELLS, TEACHER_GRID
     )
     valid_map = PixelMap(valid_ptr, valid_b, valid_h, valid_w)
     valid = load_labels(valid_map, image, lanes, 2, 0, CELLS)
@@ -195,7 +198,7 @@ def _pixel_kl_divergence_kernel(
     ptr, teacher_ptr = logits.ptr, teacher.ptr
     for _ in range(logits.num_classes):
         s = logits_of_pixels(corner_ptrs(ptr, lanes, CELLS), lanes, CELLS)
-        t = teacher_logits(teacher_ptr, of_teacher, CELLS, OWN)
+        t = teacher_logits(teacher_ptr, lanes_of_teacher, CELLS, TEACHER_GRID)
         # tl.maximum of NaN and a number returns the number; the sum is still NaN
         largest = [tl.maximum(largest[i], s[i]) for i in () + CELLS.columns]
         teacher_largest = [tl.maximum(teacher_largest[i], t[i]) for i in () + CELLS.columns]
@@ -213,7 +216,7 @@ def _pixel_kl_divergence_kernel(
     ptr, teacher_ptr = logits.ptr, teacher.ptr
     for _ in range(logits.num_classes):
         s = logits_of_pixels(corner_ptrs(ptr, lanes, CELLS), lanes, CELLS)
-        t = teacher_logits(teacher_ptr, of_teacher, CELLS, OWN)
+        t = teacher_logits(teacher_ptr, lanes_of_teacher, CELLS, TEACHER_GRID)
         s = [s[i] - shift[i] for i in () + CELLS.columns]
         t = [t[i] - teacher_shift[i] for i in () + CELLS.columns]
         e = [tl.exp2(t[i] * slope) for i in () + CELLS.columns]
@@ -295,7 +298,7 @@ def pixel_kl_divergence(
         tiles,
         temperature,
         CELLS=upsamplings.student.cells,
-        OWN=upsamplings.own,
+        TEACHER_GRID=upsamplings.teacher_grid,
         LANES=block,
         num_warps=max(block // 32, 1),
         enable_fp_fusion=False,  # coordinates as in F.interpolate

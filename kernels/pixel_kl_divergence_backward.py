@@ -97,7 +97,7 @@ def _pixel_kl_divergence_bwd_kernel(
     tiles_x,
     temperature,
     CELLS: tl.constexpr,
-    OWN: tl.constexpr,
+    TEACHER_GRID: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Reads both logits of a tile and its edge from memory once, and from the caches for
@@ -109,8 +109,8 @@ def _pixel_kl_divergence_bwd_kernel(
     teacher = Logits(teacher_ptr, num_classes, teacher_b, teacher_k, teacher_h, teacher_w)
     logits, teacher = logits_of_image(logits, image), logits_of_image(teacher, image)
     lanes = lanes_of_program(program, axes, logits, CELLS, TILE)
-    of_teacher = teacher_lanes(
-        teacher, lanes, axes, teacher_height, teacher_width, teacher_ratios, CELLS, OWN
+    lanes_of_teacher = teacher_lanes(
+        teacher, lanes, axes, teacher_height, teacher_width, teacher_ratios, CELLS, TEACHER_GRID
     )
     cells = cells_of_program(program, TILE)
     valid_map = PixelMap(valid_ptr, valid_b, valid_h, valid_w)
@@ -135,7 +135,7 @@ def _pixel_kl_divergence_bwd_kernel(
     ptr, teacher_ptr = logits.ptr, teacher.ptr
     for _ in range(num_classes):
         s = logits_of_pixels(corner_ptrs(ptr, lanes, CELLS), lanes, CELLS)
-        t = teacher_logits(teacher_ptr, of_teacher, CELLS, OWN)
+        t = teacher_logits(teacher_ptr, lanes_of_teacher, CELLS, TEACHER_GRID)
         q = [probability(s[i] * inverse, lse[i]) for i in () + CELLS.columns]
         p = [probability(t[i] * inverse, teacher_lse[i]) for i in () + CELLS.columns]
         ds = [tl.where(valid[i] >= 0, (q[i] - p[i]) * factors[i], 0.0) for i in () + CELLS.columns]
@@ -184,7 +184,7 @@ def pixel_kl_divergence_backward(
         tiles.across,
         temperature,
         CELLS=upsamplings.student.cells,
-        OWN=upsamplings.own,
+        TEACHER_GRID=upsamplings.teacher_grid,
         TILE=tiles.tile,
         num_warps=tiles.lanes // 32,
         enable_fp_fusion=False,  # coordinates as in F.interpolate

@@ -22,10 +22,10 @@ from .lanes import (
     contiguous_map,
     load_labels,
     load_map,
-    of_labels,
     pixel_map_of,
     probability,
     true_logits,
+    values_of_labels,
 )
 from .launch import most_rows, registers
 from .loss_options import (
@@ -105,7 +105,7 @@ def _add_of_labels(x, gradient, pixels, CELLS: tl.constexpr):
         return x
     else:
         ptr = gradient.ptr + pixels.image * gradient.stride_b
-        added = of_labels(ptr, gradient.stride_k, pixels.labels)
+        added = values_of_labels(ptr, gradient.stride_k, pixels.labels)
         return [x[i] + added[i] for i in () + CELLS.columns]
 
 
@@ -145,7 +145,7 @@ def _subtract_overlaps(x, gradients, pixels, CELLS: tl.constexpr):
     else:
         image, logits, lanes, labels, lse = pixels
         ptr = gradients.doverlaps.ptr + image * gradients.doverlaps.stride_b
-        doverlaps = of_labels(ptr, gradients.doverlaps.stride_k, labels)
+        doverlaps = values_of_labels(ptr, gradients.doverlaps.stride_k, labels)
         z = true_logits(logits, lanes, labels, CELLS)
         return [tl.fma(-probability(z[i], lse[i]), doverlaps[i], x[i]) for i in () + CELLS.columns]
 
@@ -182,10 +182,10 @@ def _pixel_gradients(k, z, factors, alphas, gradients, pixels, BY_PIXEL: tl.cons
             factor += dmass
         if gradients.dsquares.ptr is not None:
             factor = tl.fma(p, dsquare, factor)
-        own = -alphas[i] if BY_PIXEL else -alpha
+        label_term = -alphas[i] if BY_PIXEL else -alpha
         if gradients.doverlaps.ptr is not None:
-            own = tl.fma(p, doverlap, own)
-        gradient = tl.fma(p, factor, tl.where(labels[i] == k, own, 0.0))
+            label_term = tl.fma(p, doverlap, label_term)
+        gradient = tl.fma(p, factor, tl.where(labels[i] == k, label_term, 0.0))
         dz = dz + (tl.where(labels[i] >= 0, gradient, 0.0),)
     return dz
 

@@ -32,7 +32,7 @@ def hash_of(seed, pixel):
 def _group_counts_kernel(
     counts_ptr,  # int64 [num_keys]
     starts_ptr,  # int64 [num_keys]: number of pixels with smaller keys
-    of_groups_ptr,  # int64 [num_keys, groups]
+    group_counts_ptr,  # int64 [num_keys, groups]
     num_keys,
     groups,
     BLOCK_K: tl.constexpr,
@@ -45,8 +45,8 @@ def _group_counts_kernel(
         tl.store(starts_ptr + k, before + tl.cumsum(count, 0) - count, mask=k < num_keys)
         before += tl.sum(count, 0)
         for g in range(0, groups):
-            of_group = (count - g + groups - 1) // groups
-            tl.store(of_groups_ptr + k.to(tl.int64) * groups + g, of_group, mask=k < num_keys)
+            group_count = (count - g + groups - 1) // groups
+            tl.store(group_counts_ptr + k.to(tl.int64) * groups + g, group_count, mask=k < num_keys)
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -107,10 +107,10 @@ def _rank_pixels_kernel(
     while tl.max(a, 0) > 0:
         key = tl.load(keys_ptr + a - 1, mask=a > 0, other=0)
         rank = start - tl.load(starts_ptr + key, mask=a > 0, other=0)
-        own = hash_of(seed, a - 1)
+        pixel_hash = hash_of(seed, a - 1)
         b = head
         while tl.max(b, 0) > 0:
-            rank += ((b > 0) & (hash_of(seed, b - 1) < own)).to(tl.int64)
+            rank += ((b > 0) & (hash_of(seed, b - 1) < pixel_hash)).to(tl.int64)
             b = tl.load(next_ptr + b - 1, mask=b > 0, other=0)
         group = (rank % groups).to(tl.int32)
         tl.store(split_ptr + a - 1, key * groups + group, mask=a > 0)
@@ -126,13 +126,13 @@ def split_groups(keys: Tensor, counts: Tensor, seed: Tensor, groups: int) -> tup
             f"got shape {tuple(keys.shape)} and strides {keys.stride()}"
         )
     split = torch.empty_like(keys)
-    of_groups, starts = counts.new_empty((*counts.shape, groups)), torch.empty_like(counts)
+    group_counts, starts = counts.new_empty((*counts.shape, groups)), torch.empty_like(counts)
     options = {"num_warps": 4, "enable_fp_fusion": True}
     _group_counts_kernel[(1,)](
-        counts, starts, of_groups, counts.numel(), groups, BLOCK_K=BLOCK_K, **options
+        counts, starts, group_counts, counts.numel(), groups, BLOCK_K=BLOCK_K, **options
     )
     if pixels == 0:
-        return split, of_groups
+        return split, group_counts
     programs = triton.cdiv(pixels, BLOCK_P)
     first, totals = keys.new_zeros(pixels + programs).split([pixels, programs])
     lists = first, totals, keys.new_empty(pixels)
@@ -142,4 +142,4 @@ def split_groups(keys: Tensor, counts: Tensor, seed: Tensor, groups: int) -> tup
     _rank_pixels_kernel[(programs,)](
         *(keys, starts, seed, *lists, split, pixels, groups), BLOCK_P=BLOCK_P, **options
     )
-    return split, of_groups
+    return split, group_counts

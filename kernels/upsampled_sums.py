@@ -156,8 +156,8 @@ def _add_upsampled_partials_kernel(
             here = _rows(moments_ptr, stride, start, all_parts, e, inside)
             means = _rows(moments_ptr + channels, stride, start, all_parts, e, inside)
             shift = means - mean[None, :]
-            own = _rows(squares_ptr, stride, start, all_parts, e, inside)
-            squares += tl.sum(own + here * shift * shift, 0)
+            part_squares = _rows(squares_ptr, stride, start, all_parts, e, inside)
+            squares += tl.sum(part_squares + here * shift * shift, 0)
         tl.store(mean_ptr + e, mean, mask=inside)
         tl.store(variance_ptr + e, squares / pixels, mask=inside)
 
