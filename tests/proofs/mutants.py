@@ -266,8 +266,8 @@ SOFTMAX_MOMENTS = (
     Mutant(
         "gradient of the losses of pixels",
         "kernels/softmax_moments_backward.py",
-        "own = -alphas[i] if BY_PIXEL else -alpha",
-        "own = -alpha",
+        "label_term = -alphas[i] if BY_PIXEL else -alpha",
+        "label_term = -alpha",
         T_SOFTMAX,
     ),
     Mutant(
@@ -423,8 +423,8 @@ DIVERGENCES = (
     Mutant(
         "teacher's logits at the pixels of a lane",
         "kernels/pixel_kl_divergence.py",
-        "lanes.x.start + i, own.x",
-        "lanes.x.start, own.x",
+        "lanes.x.start + i, teacher_axes.x",
+        "lanes.x.start, teacher_axes.x",
         T_DIVERGENCE,
     ),
 )
@@ -468,8 +468,8 @@ UPSAMPLED_SUMS = (
     Mutant(
         "variance between chunks",
         "kernels/upsampled_sums.py",
-        "squares += tl.sum(own + here * shift * shift, 0)",
-        "squares += tl.sum(own, 0)",
+        "squares += tl.sum(part_squares + here * shift * shift, 0)",
+        "squares += tl.sum(part_squares, 0)",
         T_SUMS,
     ),
     Mutant(
@@ -555,15 +555,15 @@ INFO_NCE = (
     Mutant(
         "own key in the denominator",
         "kernels/centroid_info_nce.py",
-        "used = are_present(keys, k)[None, :] & (k[None, :] != own[:, None])",
+        "used = are_present(keys, k)[None, :] & (k[None, :] != own_key[:, None])",
         "used = are_present(keys, k)[None, :]",
         T_INFO_NCE,
     ),
     Mutant(
         "given positives",
         "kernels/centroid_info_nce.py",
-        "own if OWN_KEY_IS_POSITIVE else r, d, present",
-        "own, d, present",
+        "own_key if OWN_KEY_IS_POSITIVE else r, d, present",
+        "own_key, d, present",
         T_INFO_NCE,
     ),
     Mutant(
@@ -677,8 +677,8 @@ KEYS_AND_RANKS = (
     Mutant(
         "rank of a pixel among the hashes",
         "kernels/split_groups.py",
-        "hash_of(seed, b - 1) < own",
-        "hash_of(seed, b - 1) <= own",
+        "hash_of(seed, b - 1) < pixel_hash",
+        "hash_of(seed, b - 1) <= pixel_hash",
         T_KEYS,
     ),
 )
