@@ -304,7 +304,8 @@ def _why_not(
     if name in ("cuda", "triton") and num_classes > GPU_MAX_CLASSES:
         return f"it supports at most {GPU_MAX_CLASSES} classes, num_classes is {num_classes}"
     if reason := refusal(name):
-        return f'{reason}: choose "triton" or "auto"'
+        other = "triton" if "triton" in operators else "reference"
+        return f'{reason}: choose "{other}" or "auto"'
     if name == "reference" or device == "cpu":
         return None
     return _no_code_for(tensor.device) if name == "cuda" else _too_old(tensor.device)

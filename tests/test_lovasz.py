@@ -251,7 +251,7 @@ def test_hinge(size: tuple[int, ...], channels: int):
 def test_hinge_without_errors_and_with_large_ones():
     labels = torch.randint(0, 2, (2, 8, 8))
     signs = (2 * labels - 1)[:, None]
-    for factor, expected in ((2.0, 0.0), (-1e4, 1e4 + 1)):
+    for factor, expected in ((2.0, 0.0), (-1e4, 1e4 + 1), (-1e11, 1e11)):
         logits = (factor * signs).float().requires_grad_()
         loss = ao.Lovasz(sigmoid=True)(logits, labels)
         assert loss.item() == pytest.approx(expected, rel=0.005, abs=1e-6)
@@ -267,8 +267,9 @@ def test_smp():
         theirs = smp.LovaszLoss("multiclass", per_image=per_image, ignore_index=IGNORED)
         compare(ao.Lovasz(per_image=per_image), theirs, logits, labels, value=1e-3)
         binary, theirs = labels % 2, smp.LovaszLoss("binary", per_image, ignore_index=IGNORED)
+        binary[0] = 0  # an image without the class
         binary[labels == IGNORED] = IGNORED
-        ours = ao.Lovasz(sigmoid=True, per_image=per_image)
+        ours = ao.Lovasz(sigmoid=True, per_image=per_image, absent="keep")
         compare(ours, theirs, logits[:, :1], binary, value=0.01)
 
 
@@ -285,6 +286,18 @@ def test_memory():
     assert peak_allocated_bytes(run) < 2 * logits.nbytes + 16 * histograms + labels.numel()
 
 
+def test_sigmoids_store_no_map():
+    logits = torch.randn(1, 3, 32, 32, requires_grad=True)
+    labels = torch.randint(0, 2, (1, 3, 256, 256), dtype=torch.uint8)
+    stored: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: stored.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        ao.Lovasz(sigmoid=True)(logits, labels)
+    sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in stored}
+    assert labels.nbytes < sum(sizes.values()) < labels.nbytes + 3 * 2**21  # the slopes
+
+
 def test_compiled():
     logits, labels = example(5, 6, 7)
     logits = logits.float()
@@ -292,16 +305,11 @@ def test_compiled():
     with ao.use_backend("reference"):
         on_reference = torch.compile(ao.Lovasz(), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(on_reference(logits, labels), ao.Lovasz()(logits, labels))
-    binary = torch.compile(ao.Lovasz(sigmoid=True), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        binary(logits[:, :1], masks), ao.Lovasz(sigmoid=True)(logits[:, :1], masks)
-    )
-    for loss in (ao.Lovasz(), ao.Lovasz(per_image=True, classes=[1, 2])):
+    softmax = ((loss, logits, labels) for loss in (ao.Lovasz(), ao.Lovasz(classes=[1, 2])))
+    for loss, *inputs in (*softmax, (ao.Lovasz(sigmoid=True), logits[:, :1], masks)):
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
         for actual, right in zip(
-            value_and_gradient(compiled, logits, labels),
-            value_and_gradient(loss, logits, labels),
-            strict=True,
+            value_and_gradient(compiled, *inputs), value_and_gradient(loss, *inputs), strict=True
         ):
             torch.testing.assert_close(actual, right)
 
@@ -325,6 +333,28 @@ def test_second_derivative_raises():
         torch.autograd.grad(gradient.sum(), logits)
 
 
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_second_derivative_of_the_reference_raises(sigmoid: bool):
+    logits, labels = example(5, 6, 7)
+    if sigmoid:
+        logits, labels = logits[:, :1], labels.where(labels == IGNORED, labels % 2)
+    logits.requires_grad_()
+    with ao.use_backend("reference"):
+        total = ao.Lovasz(sigmoid=sigmoid)(logits, labels) + logits.square().sum()
+        (gradient,) = torch.autograd.grad(total, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="Lovasz: second derivatives are not implemented"):
+            torch.autograd.grad(gradient.square().sum(), logits)
+
+
+def test_sigmoids_that_are_not_finite():
+    logits, labels = example(2, 6, 7, ratio=1)
+    labels[labels != IGNORED] %= 2
+    labels[0, 0, :2] = torch.tensor([IGNORED, 1])
+    logits[0, 0, 0, :2] = torch.tensor([torch.nan, -torch.inf])  # the first one is ignored
+    value, gradient = value_and_gradient(ao.Lovasz(sigmoid=True), logits[:, :1], labels)
+    assert value.isnan() and gradient.isnan().nonzero().tolist() == [[0, 0, 0, 1]]
+
+
 @pytest.mark.on("reference", "cpu")
 def test_nothing_valid(backend: str):
     logits, labels = example(5, 6, 7)
@@ -344,7 +374,7 @@ def test_nothing_valid(backend: str):
     ("arguments", "message"),
     [
         *(({"bins": x}, "bins: expected an int from 2 to 65,536, got") for x in (1, 65537)),
-        ({"bins": 10.0}, "bins: expected an int .*, got 10.0"),
+        *(({"bins": x}, "bins: expected an int from 2 to .*, got") for x in (10.0, True)),
         ({"absent": "ignore"}, "absent: expected 'skip' or 'zero' or 'keep', got 'ignore'"),
         ({"classes": [1, 1]}, "classes: expected different ints of at least 0"),
         ({"sigmoid": 1}, "sigmoid: expected True or False"),
@@ -365,6 +395,9 @@ def test_messages_of_inputs():
         ao.Lovasz()(logits, labels, torch.ones(labels.shape))
     with pytest.raises(ValueError, match=r"^Lovasz: labels: "):
         ao.Lovasz()(logits, labels.float())
+    volumes = logits[:, :, None], labels[:, None].repeat(1, 2, 1, 1)
+    with ao.use_backend("cpu"), pytest.raises(ValueError, match='choose "reference" or "auto"'):
+        ao.Lovasz()(*volumes)
     labels[0, 0, 0] = 9
     with pytest.raises(ValueError, match=r"^Lovasz: labels"):
         ao.Lovasz(check_labels=True)(logits, labels)

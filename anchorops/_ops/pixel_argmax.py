@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_flags, check_logits, check_share, check_size, describe, fail
+from .._checks import check_flags, check_logits, check_size, describe, fail
 from .._moments import Options, statistics_dtype
 from . import volumes as volumes  # it registers the operators of volumes
 from .registration import define
@@ -136,8 +136,7 @@ def _check_dtype(dtype: torch.dtype, num_classes: int) -> None:
 
 
 def _check_threshold(threshold: object, sigmoid: bool) -> None:
-    check_share("pixel_argmax", "threshold", threshold, below_one=True)
-    if threshold == 0:
+    if not isinstance(threshold, float) or not 0 < threshold < 1:
         fail("pixel_argmax", "threshold", "a float in (0, 1)", describe(threshold))
     if threshold != 0.5 and not sigmoid:
         fail("pixel_argmax", "threshold", "0.5 without sigmoid=True", describe(threshold))

@@ -79,7 +79,26 @@ class _ErrorLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(reference.error_gradients, ctx, grads[0])
+        loss, dlogits, *nones = _backward(reference.error_gradients, ctx, grads[0])
+        assert dlogits is not None
+        return loss, first_derivative(dlogits, ctx.saved_tensors[0]), *nones
+
+
+class _FirstDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, logits: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("Lovasz: second derivatives are not implemented")
+
+
+def first_derivative(gradient: Tensor, logits: Tensor) -> Tensor:
+    """The gradient of the logits, whose own derivative raises an error."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
+        return _FirstDerivative.apply(gradient, logits)
+    return gradient
 
 
 def probability_histograms(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import check_choice, check_count, check_flags, check_pixels, fail
-from .._ops.probability_histograms import error_loss, probability_histograms
+from .._checks import check_choice, check_flags, check_pixels, describe, fail
+from .._moments import statistics_dtype
+from .._ops.probability_histograms import error_loss, first_derivative, probability_histograms
 from .._ops.softmax_moments import in_images, labels_outside
 from ..reference.probability_histograms import histogram
 from .pixel import PixelLoss, check_chosen_classes, chosen_classes
 
-# The bins of a hinge's errors: a share of 2^-11 of the error, from 2^-20 to 2^20.
-MANTISSA, EXPONENTS = 11, (-20, 20)
+# The bins of a hinge's errors: a share of 2^-11 of the error, from 2^-20 to 2^40.
+MANTISSA, EXPONENTS = 11, (-20, 40)
+FIRST, LAST = ((127 + exponent) << MANTISSA for exponent in EXPONENTS)  # as bits of a float
+BINS = LAST - FIRST
 
 
 class Lovasz(PixelLoss):
@@ -31,11 +35,12 @@ class Lovasz(PixelLoss):
     mean over the orders of the pixels of its bin: a subgradient at errors that are rounded to bins.
 
     With sigmoid=True, the hinge max(0, 1 − z) of pixels that are 1, and max(0, 1 + z) of others
-    (their section 3.2), of each channel. Hinges are not bounded: a bin is 1/2048 of its error.
+    (their section 3.2), of each channel. Hinges are not bounded: a bin is 1/2048 of its error, up
+    to errors of 2^40.
 
     Args:
         sigmoid: each channel is a binary problem of its own; labels are those of `Dice`. The
-            full-resolution logits of one channel at a time are stored.
+            full-resolution logits of one channel at a time are computed, in both passes.
         classes: the classes to use, of their softmax; all if not given.
         absent: a class (of an image) without pixels in the labels is omitted from the mean
             ("skip"), adds 0 to it ("zero"), or is treated as by the formula ("keep").
@@ -44,17 +49,19 @@ class Lovasz(PixelLoss):
         ignore_index, align_corners, check_labels: as in `CrossEntropy`.
 
     Comparison with other libraries, for the same logits at full resolution: smp's
-    LovaszLoss("multiclass") and mmsegmentation's LovaszLoss(classes="present", per_image=False) are
-    Lovasz(); the modes of sigmoids of one channel are Lovasz(sigmoid=True). smp ranks all channels
-    of "multilabel" together, here each channel is a loss of its own.
+    LovaszLoss("multiclass") and mmsegmentation's LovaszLoss(classes="present", per_image=False,
+    reduction="none") are Lovasz(); their modes of one sigmoid channel are
+    Lovasz(sigmoid=True, absent="keep"). smp ranks all channels of "multilabel" together, here each
+    channel is a loss of its own.
 
-    Call it with (logits, labels). `terms`: lovasz, labels_out_of_range, labels_ignored. The value
-    is piecewise linear in the errors and the gradient piecewise constant, so derivatives of second
-    order are 0, and raise an error. Where a logit is NaN or ∞, the error of the pixel's class is 1,
-    and the gradient is NaN.
+    Call it with (logits, labels). `terms`: lovasz, labels_out_of_range, labels_ignored. Derivatives
+    of second order are not implemented, and raise an error. Where a logit is NaN or +∞, the error
+    of the pixel's class is 1, and the gradient is NaN. Of sigmoids, a logit that is not finite
+    makes the loss and its own gradient NaN.
     """
 
     settings = ("sigmoid", "classes", "absent", "per_image", "bins")
+    common_settings = ("ignore_index", "align_corners", "check_labels")
 
     def __init__(
         self,
@@ -73,9 +80,8 @@ class Lovasz(PixelLoss):
         )
         check_flags("Lovasz", sigmoid=sigmoid, per_image=per_image)
         check_choice("Lovasz", "absent", absent, ("skip", "zero", "keep"))
-        check_count("Lovasz", "bins", bins)
-        if not 2 <= bins <= 2**16:
-            fail("Lovasz", "bins", "an int from 2 to 65,536", bins)
+        if not isinstance(bins, int) or isinstance(bins, bool) or not 2 <= bins <= 2**16:
+            fail("Lovasz", "bins", "an int from 2 to 65,536", describe(bins))
         self.sigmoid, self.per_image, self.bins = sigmoid, per_image, bins
         self.classes, self.absent = chosen_classes("Lovasz", classes), absent
 
@@ -146,27 +152,66 @@ class Lovasz(PixelLoss):
         return (torch.stack(losses) * share).sum().to(losses[0].dtype), counts.sum(0)
 
     def _hinge(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        z = logits.to(dtype)
-        if z.shape[2:] != labels.shape[1:]:
-            mode = "bilinear" if z.dim() == 4 else "trilinear"
-            z = F.interpolate(z, labels.shape[1:], mode=mode, align_corners=self.align_corners)
-        z, labels = z[:, 0], labels.long()
-        valid = ((labels == 0) | (labels == 1)) & (labels != ignore_index)
-        ones = labels == 1
-        errors = torch.where(valid, 1 - torch.where(ones, z, -z), 0).clamp(min=0)
-        first, last = ((127 + exponent) << MANTISSA for exponent in EXPONENTS)
-        bits = errors.detach().float().clamp(max=2.0 ** EXPONENTS[1]).view(torch.int32)
-        places = (bits >> (23 - MANTISSA)).long().sub(first - 1).clamp(0, last - first)
-        places += (last - first + 1) * (~ones).long()
-        counts = histogram(places, valid, 2 * (last - first + 1)).view(2, -1)
-        edges = torch.arange(first - 1, last + 1, dtype=torch.int32, device=labels.device)
+        options = ignore_index, self.align_corners
+        hinges = _hinges(logits.detach(), labels, *options)
+        counts = histogram(hinges.places, hinges.valid, 2 * (BINS + 1)).view(2, -1)
+        edges = torch.arange(FIRST - 1, LAST + 1, dtype=torch.int32, device=labels.device)
         edges = (edges << (23 - MANTISSA)).view(torch.float32).double()
         edges[0] = 0
         losses, slopes = _losses_and_slopes(counts[None], edges)
-        weighted = errors * slopes.flatten().to(dtype)[places]
-        value = losses[0].to(dtype) + (weighted - weighted.detach()).sum()
-        return value, counts.sum(1).flip(0)
+        loss = losses[0].to(hinges.errors.dtype) + (0 * hinges.errors).sum()
+        slopes = slopes.flatten().to(loss.dtype)
+        return _HingeLoss.apply(loss, logits, labels, slopes, *options), counts.sum(1).flip(0)
+
+
+class _Hinges(NamedTuple):
+    """Of the pixels [B, H, W] of a channel."""
+
+    errors: Tensor
+    slopes: Tensor  # of the errors in the logits: ±1, 0 where the error is 0, or NaN
+    places: Tensor  # in a table [2, BINS + 1], of pixels that are 1 and of others
+    valid: Tensor
+
+
+def _hinges(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> _Hinges:
+    z = logits.to(statistics_dtype(logits.dtype))
+    if z.shape[2:] != labels.shape[1:]:
+        mode = "bilinear" if z.dim() == 4 else "trilinear"
+        z = F.interpolate(z, labels.shape[1:], mode=mode, align_corners=align_corners)
+    z, labels = z[:, 0], labels.long()
+    valid = ((labels == 0) | (labels == 1)) & (labels != ignore_index)
+    signs = torch.where(labels == 1, -1, 1).to(z.dtype)
+    margins = torch.where(valid, 1 + signs * z, -1)
+    errors = margins.clamp(min=0)
+    slopes = torch.where(margins >= 0, signs, 0).where(margins.isfinite(), float("nan"))
+    bits = errors.float().clamp(max=2.0 ** EXPONENTS[1]).view(torch.int32)
+    places = (bits >> (23 - MANTISSA)).long().sub(FIRST - 1).clamp(0, BINS)
+    return _Hinges(errors, slopes, places + (BINS + 1) * (labels != 1).long(), valid)
+
+
+class _HingeLoss(torch.autograd.Function):
+    """A channel's loss, whose backward pass computes the hinges again."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *inputs: Any) -> Tensor:
+        *tensors, ctx.ignore_index, ctx.align_corners = inputs
+        ctx.save_for_backward(*tensors)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, labels, slopes = ctx.saved_tensors
+        hinges = _hinges(logits, labels, ctx.ignore_index, ctx.align_corners)
+        dz = (grad * slopes[hinges.places] * hinges.slopes)[:, None]
+        if dz.shape != logits.shape:
+            aten = torch.ops.aten
+            transposed, scales = aten.upsample_bilinear2d_backward, (None, None)
+            if logits.dim() == 5:
+                transposed, scales = aten.upsample_trilinear3d_backward, (None, None, None)
+            size = [*dz.shape[2:]]
+            dz = transposed(dz, size, [*logits.shape], ctx.align_corners, *scales)
+        dlogits = first_derivative(dz.to(logits.dtype), logits)
+        return grad, dlogits, None, None, None, None
 
 
 def _losses_and_slopes(counts: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:

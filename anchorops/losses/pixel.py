@@ -46,6 +46,7 @@ class PixelLoss(Initialized):
     """
 
     settings: tuple[str, ...] = ()
+    common_settings = ("accuracy", "ignore_index", "align_corners", "check_labels")
     sigmoid = False  # whether each channel of the logits is a sigmoid of its own
 
     def __init__(
@@ -171,7 +172,7 @@ class PixelLoss(Initialized):
         self.register_buffer(name, weight)
 
     def extra_repr(self) -> str:
-        names = [*self.settings, "accuracy", "ignore_index", "align_corners", "check_labels"]
+        names = (*self.settings, *self.common_settings)
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
