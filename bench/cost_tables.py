@@ -216,31 +216,54 @@ def mebibytes(row: dict) -> str:
     return "" if row["extra_bytes"] is None else number(row["extra_bytes"] / 2**20)
 
 
+def sizes(row: dict, seen: set[str]) -> str:
+    """Name and sizes of a shape, and only the name once the sizes have been printed; dtype and
+    labels unless they are float32 and coherent."""
+    named = row["shape"] != "centroids"
+    text = f"{row['shape']}: {row['sizes']}" if named else row["sizes"]
+    if text in seen:
+        text = row["shape"]
+    seen.add(text)
+    dtype = f", {row['dtype']}" if row["dtype"] != "fp32" else ""
+    return text + dtype + (", random labels" if named and row["labels"] == "random" else "")
+
+
 def cases() -> str:
-    """Every case: ours and the fastest other implementation."""
+    """Every case, ours and the fastest other implementation: forward and backward, or forward if
+    there is nothing else."""
+    groups = plot_operators.grouped(plot_operators.quick(run())).values()
+    fields = ("operation", "shape", "sizes", "dtype", "labels")
+    trained = {
+        tuple(rows[0][field] for field in fields)
+        for rows in groups
+        if rows[0]["direction"] == plot_operators.TRAINING
+    }
     lines = []
-    for rows in plot_operators.grouped(plot_operators.quick(run())).values():
+    seen: set[str] = set()
+    for rows in groups:
         ours = next((row for row in rows if row["ours"]), None)
         other = next((row for row in rows if not row["name"].startswith("anchorops")), None)
         if ours is None or other is None:
             continue
-        share = "" if ours["copy_share"] is None else f"{ours['copy_share']:.0%}"
+        training = ours["direction"] == plot_operators.TRAINING
+        if not training and tuple(ours[field] for field in fields) in trained:
+            continue
         ratio = f"{other['median'] / ours['median']:.1f}"
         least, most = other["q20"] / ours["q80"], other["q80"] / ours["q20"]
-        ratio += f" ({least:.1f}–{most:.1f})"
-        cells = [
-            *plot_operators.title(ours).split("\n"),
-            milliseconds(ours),
-            mebibytes(ours),
-            share,
-            other["name"],
-            milliseconds(other),
-            ratio,
-            mebibytes(other),
-        ]
-        lines.append(cells)
-    header = ["operation", "sizes", "anchorops, ms", "MiB", "of copies", "fastest other", "ms", "×"]
-    return markdown_table([*header, "MiB"], lines, words=(0, 1, 5))
+        lines.append(
+            [
+                ours["operation"] + ("" if training else f", {ours['direction']}"),
+                sizes(ours, seen),
+                milliseconds(ours),
+                mebibytes(ours),
+                other["name"],
+                milliseconds(other),
+                mebibytes(other),
+                f"{ratio} ({least:.1f}–{most:.1f})",
+            ]
+        )
+    header = ["operation", "sizes", "anchorops, ms", "MiB", "fastest other", "ms", "MiB", "×"]
+    return markdown_table(header, lines, words=(0, 1, 4))
 
 
 def training_steps() -> str:

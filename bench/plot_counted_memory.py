@@ -10,8 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-PRECISIONS = {"bf16": "bf16 autocast", "float32": "float32"}
-
 
 def gigabytes(row: dict) -> str:
     return f"{row['peak_bytes'] / 1e9:.1f}"
@@ -112,18 +110,30 @@ def table(run: dict) -> str:
 
 
 def full_table(run: dict) -> str:
-    """Every row: memory in GB, and the largest batches."""
+    """For each network and checkpointing: memory in GB, with bf16 and float32, and, with bf16, the
+    largest batches. "→" as in `change`."""
     groups = settings(run)
-    first = next(iter(groups.values()))
-    capacities = list(first[BASELINE]["largest_batches"])
-    names = list(
-        dict.fromkeys(name for rows in groups.values() for name in rows if name != BASELINE)
-    )
-    header = ["a training step", "", BASELINE, *names, *(f"images in {gb}" for gb in capacities)]
+    capacities = list(next(iter(groups.values()))[BASELINE]["largest_batches"])
+    header = ["network", "bf16 autocast, GB", "with a method, at most"]
+    header += [f"images in {gb}" for gb in capacities] + ["float32, GB"]
     lines = []
+    seen = ""
     for (network, sizes, precision, checkpointing), rows in groups.items():
-        how = PRECISIONS[precision] + (", checkpointing" if checkpointing else "")
-        memory = [gigabytes(rows[BASELINE]), *cells_of(rows, names)]
-        batches = [change(rows, gb) for gb in capacities]
-        lines.append([f"{network}, {sizes}", how, *memory, *batches])
-    return markdown_table(header, lines, words=(0, 1))
+        if precision != "bf16":
+            continue
+        name = f"{network}, {sizes}"
+        most = max((row for row in rows.values() if row["method"]), key=lambda r: r["peak_bytes"])
+        cells = [
+            "checkpointing" if checkpointing and name == seen else name,
+            memory(rows),
+            gigabytes(most),
+            *(change(rows, gb) for gb in capacities),
+            memory(groups[network, sizes, "float32", checkpointing]),
+        ]
+        lines.append(cells)
+        seen = name
+    return markdown_table(header, lines)
+
+
+def memory(rows: dict[str, dict]) -> str:
+    return " → ".join(gigabytes(rows[name]) for name in (BASELINE, OWN, BOTH) if name in rows)

@@ -112,7 +112,7 @@ def draw_headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> No
 
 def table(run: dict) -> str:
     """The README's tables, verbatim: the headline cases by every implementation."""
-    lines = []
+    lines = [f"{machine(run)}.", ""]
     for operation, shape, what, _ in HEADLINES:
         groups = headline_groups(run, operation, shape)
         if len(groups) < len(DIRECTIONS):
@@ -126,7 +126,7 @@ def table(run: dict) -> str:
             cells = [f"{number(r['median'] * 1e3)} ({r['ratio']:.1f}×)" if r else "" for r in times]
             memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:,.0f}"
             rows.append([row["name"], *cells, memory])
-        lines += [f"{what}. {title(training[0]).splitlines()[1]}. {machine(run)}.", ""]
+        lines += [f"{what}. {title(training[0]).splitlines()[1]}.", ""]
         lines += [markdown_table(["", *header], rows), ""]
         if operation == BOTH:
             share = next(row["read_share"] for row in forward if row["ours"])

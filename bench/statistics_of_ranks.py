@@ -16,8 +16,7 @@ from anchorops.losses import Regularizer
 
 FLOAT, COUNT = 4, 8  # bytes: statistics are float32, counts int64
 GROUPS, REDUCED = 4, 128  # the defaults of MVSC (groups) and CeCo (reduced_dim)
-GPUS = (8, 64, 1024)
-STEPS = (0.1, 0.3)  # seconds; assumed
+GPUS = (8, 1024)
 
 
 class Network(NamedTuple):
@@ -87,28 +86,28 @@ def microseconds(size: int, gpus: int) -> float:
 
 
 def table() -> str:
-    """Markdown: a row for each network and method."""
-    times = [f"{gpus:,} GPUs, µs" for gpus in GPUS]
-    shares = [f"of {1e3 * seconds:.0f} ms" for seconds in STEPS]
-    header = ["network", "method", "all-reduces", "KB", "of DDP's bytes", *times, *shares]
-    lines = []
+    """Markdown: a row for each method. SAR's is that of CR too."""
+    header = ["method", "all-reduces"]
     for network in NETWORKS:
-        for method in METHODS:
-            forward, backward = transfers(method, network.classes, network.dim)
-            sizes = forward + backward
-            share = sum(sizes) / (FLOAT * network.parameters)
-            estimates = [sum(microseconds(size, gpus) for size in sizes) for gpus in GPUS]
-            cells = [
-                f"{network.name}: K{network.classes} D{network.dim}",
-                f'{method}, `update="ema"`' if method == "CBP" else method,
-                f"{len(forward)} + {len(backward)}",
-                f"{sum(sizes) / 1e3:,.1f}",
-                f"{100 * share:.2g} %",
-                *(f"{estimate:,.0f}" for estimate in estimates),
-                *(f"{100 * estimates[-1] * 1e-6 / seconds:.2g} %" for seconds in STEPS),
+        name = f"{network.name}, K{network.classes} D{network.dim}"
+        header += [f"{name}: KB", "of DDP's", *(f"µs, {gpus:,} GPUs" for gpus in GPUS)]
+    lines = []
+    for method in METHODS:
+        if method == "CR":
+            assert transfers("CR", 2, 3) == transfers("SAR", 2, 3)
+            continue
+        names = {"SAR": "SAR, CR", "CBP": 'CBP, `update="ema"`'}
+        forward, backward = transfers(method, NETWORKS[0].classes, NETWORKS[0].dim)
+        cells = [names.get(method, method), f"{len(forward)} + {len(backward)}"]
+        for network in NETWORKS:
+            sizes = [
+                size for part in transfers(method, network.classes, network.dim) for size in part
             ]
-            lines.append(cells)
-    return markdown_table(header, lines, words=(0, 1))
+            share = sum(sizes) / (FLOAT * network.parameters)
+            cells += [f"{sum(sizes) / 1e3:,.1f}", f"{100 * share:.2g} %"]
+            cells += [f"{sum(microseconds(size, gpus) for size in sizes):,.0f}" for gpus in GPUS]
+        lines.append(cells)
+    return markdown_table(header, lines)
 
 
 if __name__ == "__main__":
