@@ -43,15 +43,19 @@ INTRODUCTION = """# The methods by training schedule
 
 The networks are trained from random weights on scenes of handwritten digits with Zipf frequencies,
 64×64 pixels, 11 classes. A schedule is a number of training steps; each schedule is a separate
-training, whose learning rate decays to 0 at its end. The tables show mean ± standard deviation over
-n seeds in %. The baseline is the network without a method (`plain` in the rows); "to baseline" is
-the difference to the baseline of the same seeds. Head, body and tail are the four most frequent
-classes, the next four and the last three. "From scratch" is `--setting from-scratch`; the others
-have the published weights. CR is SAR with fixed anchors. Bands in the pictures are one standard
-deviation; a line without a band has one seed.
+training, whose learning rate decays to 0 at its end.
+
+In the tables, the baseline is the network without a method (`plain` in the rows). Its mIoU is given
+in %; that of a method as the difference to the baseline of the same seeds, in points. "Tail" is the
+IoU of the three rarest classes in %. Figures are mean ± standard deviation over {seeds} seeds;
+those without ± are of one seed. "From scratch" is `--setting from-scratch`; the others have the
+published weights. CR is SAR with fixed anchors. The pictures also show the four most frequent
+classes (head) and the next four (body); bands are one standard deviation.
 
 A network has converged at a schedule if the next one adds less than {converged:g} point to the mIoU
-of the baseline.
+of the baseline. Of the longest schedule this is not known.
+
+{missing}
 """
 
 
@@ -74,6 +78,8 @@ def page(evidence: dict[str, Any]) -> str:
             count=len(rows),
             commits=commits,
             converged=CONVERGED,
+            seeds=_seeds(rows),
+            missing=_not_run(evidence),
         )
     ]
     for (scenes, model), group in _groups(rows, "scenes", "model").items():
@@ -81,26 +87,41 @@ def page(evidence: dict[str, Any]) -> str:
         parts.append(f"## {title}, {NETWORKS[model]}\n\n{_baseline_by_schedule(group)}\n")
         if any(row["curve"] for row in group):
             parts.append(f"![Learning curves]({_picture(scenes, model)})\n")
-        for (steps,), runs in sorted(_groups(group, "steps").items()):
-            if {row["methods"] for row in runs} != {"plain"}:
-                parts.append(f"### {NETWORKS[model]}, {steps:,} steps\n\n{table(runs)}")
+        parts.append(table(group, _seeds(rows)))
     if ratios := _gradient_ratios(rows):
         parts.append(ratios)
-    parts.append(_not_run(evidence))
     return "\n".join(parts)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: a row for each choice of methods. rows: of one network and schedule."""
-    baseline = {row["seed"]: row["miou"] for row in rows if row["methods"] == "plain"}
+def table(rows: Sequence[Row], seeds: int) -> str:
+    """Markdown: a row for each choice of methods, two columns for each schedule. rows: of one
+    network. seeds: how many a figure usually has."""
+    schedules = [
+        (steps, runs)
+        for (steps,), runs in sorted(_groups(rows, "steps").items())
+        if {row["methods"] for row in runs} != {"plain"}
+    ]
     lines = []
-    for runs in _groups(rows, "methods", "setting").values():
-        miou, *groups = (_spread([run[name] for run in runs]) for name in MEASURES)
-        added = [r["miou"] - baseline[r["seed"]] for r in runs if r["seed"] in baseline]
-        to_baseline = _spread(added, "+") if runs[0]["methods"] != "plain" and added else ""
-        lines.append([label(runs[0]), len(runs), miou, to_baseline, *groups])
-    header = ["methods", "n", "mIoU", "to baseline", "head", "body", "tail"]
-    return markdown_table(header, lines) + "\n"
+    for choice in _groups(rows, "methods", "setting"):
+        cells = []
+        for _, runs in schedules:
+            baseline = {row["seed"]: row["miou"] for row in runs if row["methods"] == "plain"}
+            chosen = _groups(runs, "methods", "setting").get(choice, [])
+            if choice[0] == "plain":
+                cells.append(_spread([run["miou"] for run in chosen], seeds=seeds))
+            else:
+                added = [r["miou"] - baseline[r["seed"]] for r in chosen if r["seed"] in baseline]
+                cells.append(_spread(added, "+", seeds))
+            cells.append(_spread([run["tail"] for run in chosen], seeds=seeds))
+        lines.append([label(dict(zip(("methods", "setting"), choice, strict=True))), *cells])
+    header = [x for steps, _ in schedules for x in (f"{steps:,} steps: mIoU", "tail")]
+    return markdown_table(["", *header], lines) + "\n"
+
+
+def _seeds(rows: Sequence[Row]) -> int:
+    """The most seeds that anything was run with."""
+    names = "scenes", "model", "methods", "setting", "steps"
+    return max(map(len, _groups(rows, *names).values()))
 
 
 def label(row: Row) -> str:
@@ -158,35 +179,38 @@ def _picture(scenes: str, model: str) -> str:
     return f"evidence-{scenes}-{model}.png"
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
+def _spread(values: Sequence[float], sign: str = "", seeds: int = 0) -> str:
+    """Mean and standard deviation. Their number is added if it is neither 1 nor seeds."""
+    if not values:
+        return ""
     percent = [100 * value for value in values]
     spread = f" ± {stdev(percent):.1f}" if len(percent) > 1 else ""
+    if len(values) not in (1, seeds):
+        spread += f" (n = {len(values)})"
     mean = round(fmean(percent), 1) + 0.0  # not −0
     return f"{mean:{sign}.1f}{spread}".replace("-", "−")
 
 
 def _baseline_by_schedule(rows: Sequence[Row]) -> str:
-    """The mIoU of the baseline at each schedule, and at which it has converged."""
+    """What a longer schedule adds to the mIoU of the baseline, and where it has converged."""
     baseline = sorted(_groups([r for r in rows if r["methods"] == "plain"], "steps").items())
-    by_seed = [{run["seed"]: 100 * run["miou"] for run in runs} for _, runs in baseline]
-    figures = [
-        f"{steps:,} steps {_spread([r['miou'] for r in runs])}" for (steps,), runs in baseline
-    ]
-    lines = [f"Baseline: {'; '.join(figures)}."]
+    by_seed = [{run["seed"]: run["miou"] for run in runs} for _, runs in baseline]
+    added, converged = [], []
     for ((steps,), _), ((more,), _), here, there in zip(
         baseline, baseline[1:], by_seed, by_seed[1:], strict=False
     ):
-        seeds = here.keys() & there.keys()
-        if not seeds:
+        gains = [there[seed] - here[seed] for seed in here.keys() & there.keys()]
+        if not gains:
             continue
-        gain = fmean(there[seed] - here[seed] for seed in seeds)
-        verdict = "converged" if gain < CONVERGED else "not converged"
-        added = f"{gain:+.1f}".replace("-", "−")
-        lines.append(f"At {steps:,}: {verdict} ({more:,} add {added}, n = {len(seeds)}).")
-    if baseline:
-        ((last,), _) = baseline[-1]
-        lines.append(f"At {last:,}: not known, because there is no longer run.")
-    return " ".join(lines)
+        seeds = " (one seed)" if len(gains) == 1 else ""
+        gain = f"{100 * fmean(gains):+.1f}".replace("-", "−")
+        added.append(f"{gain} from {steps:,} to {more:,} steps{seeds}")
+        if 100 * fmean(gains) < CONVERGED:
+            converged.append(f"{steps:,}")
+    if not added:
+        return "Whether the baseline has converged is not known."
+    verdict = f"converged at {' and '.join(converged)} steps" if converged else "not converged"
+    return f"Baseline: {', '.join(added)}; {verdict}."
 
 
 def _gradient_ratios(rows: Sequence[Row]) -> str:
@@ -205,7 +229,7 @@ def _gradient_ratios(rows: Sequence[Row]) -> str:
         "## Gradient on the features",
         "",
         "The norm of the method's gradient on the features, divided by that of the cross-entropy,",
-        "every 100 steps: median, smallest and largest of a schedule's runs on digit scenes.",
+        "every 100 steps: median (smallest–largest) of a schedule's runs on digit scenes.",
     ]
     for (model,), network_rows in _groups(single, "model").items():
         schedules = sorted({row["steps"] for row in network_rows})
@@ -227,22 +251,17 @@ def _range(runs: Sequence[Row]) -> str:
         for ratio in method_ratios
     ]
     if not ratios:
-        return "not run"
-    return f"{median(ratios):.2g} ({min(ratios):.2g} to {max(ratios):.2g})"
+        return ""
+    return f"{median(ratios):.2g} ({min(ratios):.2g}–{max(ratios):.2g})"
 
 
 def _not_run(evidence: dict[str, Any]) -> str:
     names = ("scenes", "model", "methods", "setting", "steps", "seed")
     done = {tuple(row[name] for name in names) for row in evidence["rows"]}
-    planned = [tuple(run) for run in evidence["planned"]]
-    missing: list[Row] = [dict(zip(names, run, strict=True)) for run in planned if run not in done]
-    if not missing:
-        return f"## Not run\n\nNothing of the plan: all {len(done)} runs are here. {NOT_PLANNED}\n"
-    lines = ["## Not run", "", "These runs of the plan are missing:", ""]
-    for (scenes, model, steps), runs in _groups(missing, "scenes", "model", "steps").items():
-        choices = [
-            f"{label(group[0])} ({len(group)})"
-            for group in _groups(runs, "methods", "setting").values()
-        ]
-        lines.append(f"- {scenes}, {NETWORKS[model]}, {steps:,} steps: {'; '.join(choices)}")
-    return "\n".join([*lines, "", NOT_PLANNED]) + "\n"
+    planned = {tuple(run) for run in evidence["planned"]}
+    if planned <= done:
+        return f"Nothing of the plan is missing: all {len(done)} runs are here. {NOT_PLANNED}"
+    return (
+        f"{len(planned - done)} of the {len(planned)} planned runs are missing: their cells are "
+        f"empty or of fewer seeds.\n{NOT_PLANNED}"
+    )

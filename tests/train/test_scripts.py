@@ -57,7 +57,7 @@ def test_wrong_options_of_evidence(
 
 
 def test_report_of_evidence(tmp_path: Path):
-    """The report contains the runs that exist, and lists those that are missing."""
+    """The report contains the runs that exist, and counts those that are missing."""
 
     def row(methods: str, setting: str, steps: int, seed: int, miou: float) -> dict:
         run = {"scenes": "digits", "model": "segformer-b0", "methods": methods, "setting": setting}
@@ -73,20 +73,23 @@ def test_report_of_evidence(tmp_path: Path):
         row("plain", "published", 1500, 0, 0.505),
         row("ceco", "published", 1500, 0, 0.5) | {"gradient_ratios": {"ceco": [0.5]}},
     ]
-    assert evidence_report.table([run for run in rows if run["steps"] == 500]).splitlines()[2:] == [
-        "| baseline | 2 | 55.0 ± 7.1 |  | 80.0 ± 0.0 | 50.0 ± 0.0 | 20.0 ± 0.0 |",
-        "| CeCo | 2 | 53.0 ± 5.7 | −2.0 ± 1.4 | 80.0 ± 0.0 | 50.0 ± 0.0 | 20.0 ± 0.0 |",
-        "| CeCo, from scratch | 1 | 70.0 |  | 80.0 | 50.0 | 20.0 |",
+    assert evidence_report.table(rows, 2).splitlines() == [
+        "|  | 500 steps: mIoU | tail | 1,500 steps: mIoU | tail |",
+        "|---|--:|--:|--:|--:|",
+        "| baseline | 55.0 ± 7.1 | 20.0 ± 0.0 | 50.5 | 20.0 |",
+        "| CeCo | −2.0 ± 1.4 | 20.0 ± 0.0 | −0.5 | 20.0 |",
+        "| CeCo, from scratch |  | 20.0 |  |  |",
     ]
+    assert "| baseline | 55.0 ± 7.1 (n = 2) |" in evidence_report.table(rows, 3)
     planned = [["digits", "segformer-b0", "sar", "published", 500, seed] for seed in range(3)]
     evidence = {"command": "run", "device": "CPU", "torch": "2", "planned": planned, "rows": rows}
     evidence_report.write(evidence, tmp_path)
     assert json.loads((tmp_path / "evidence.json").read_text()) == evidence
     page = (tmp_path / "evidence.md").read_text()
-    assert "At 500: converged (1,500 add +0.5, n = 1). At 1,500: not known" in page
+    assert "Baseline: +0.5 from 500 to 1,500 steps (one seed); converged at 500 steps." in page
     assert "| SegFormer-B0 | 500 steps | 1,500 steps |\n" in page
-    assert "| CeCo | 1.8 (0.5 to 3) | 0.5 (0.5 to 0.5) |\n" in page
-    assert "| CeCo, from scratch | 1.8 (0.5 to 3) | not run |\n" in page
-    assert "- digits, SegFormer-B0, 500 steps: SAR (3)\n" in page
+    assert "| CeCo | 1.8 (0.5–3) | 0.5 (0.5–0.5) |\n" in page
+    assert "| CeCo, from scratch | 1.8 (0.5–3) |  |\n" in page
+    assert "3 of the 3 planned runs are missing" in page
     picture = (tmp_path / "evidence-digits-segformer-b0.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
