@@ -256,7 +256,7 @@ def cases() -> str:
                 sizes(ours, seen),
                 milliseconds(ours),
                 mebibytes(ours),
-                other["name"],
+                other["name"].replace(", kept pages", "\\*"),
                 milliseconds(other),
                 mebibytes(other),
                 f"{ratio} ({least:.1f}–{most:.1f})",
