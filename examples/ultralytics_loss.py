@@ -4,7 +4,8 @@
     ultralytics_loss.install()  # before the training begins
     YOLO("yolo26n-sem.yaml").train(data="cityscapes8.yaml")
 
-It needs ultralytics, of which 8.4.190 was tested: the same value and gradient. Ultralytics
+It needs ultralytics, of which 8.4.190 was tested: the same value and gradient, if all labels are
+classes or ignored (others are ignored here, and counted in the loss's terms). Ultralytics
 upsamples the logits and those of the auxiliary head to full resolution; here they are read as they
 are.
 """
