@@ -76,9 +76,9 @@ stress: setup
 demo: setup
 	$(BIN)/python -m anchorops.train $(DEMO)
 
-# about an hour, in which nothing else may run. `make bench BENCH=bench/results` replaces the
-# committed rows and pictures of this processor
-bench: setup
+# an hour and a half, in which nothing else may run. `make bench BENCH=bench/results` replaces the
+# committed rows and pictures of this processor. nnU-Net is one of the alternatives
+bench: setup build/nnunet
 	$(BIN)/python bench/run.py --out $(BENCH)
 
 # needs no quiet machine and no GPU; a quarter of an hour

@@ -11,7 +11,8 @@ F.interpolate, and the classes of segmentation_models.pytorch and MONAI; for mos
 cells of COMPILED, also torch.compile of torch's formula with F.interpolate, which takes long to
 compile (--eager leaves it out). Labels are int64; where an option says so uint8, as masks are
 stored. Logits are float32; where an option says so bfloat16, as under autocast, and the
-alternatives upsample them in float32.
+alternatives upsample them in float32. They are random numbers, or those of a small network that was
+trained on the labels: few errors, and steep between classes.
 """
 
 import math
@@ -23,7 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_pixel_losses import teacher_of, upsampled
-from torch import Tensor
+from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops.measure import Run, example_labels
@@ -36,19 +37,24 @@ COMPILED = {(1, 1), (2, 1), (19, 4), (20, 4)}  # K, ratio
 MOST_IMAGES, MOST_LOGITS = 4, 10e6  # of a batch, at full resolution; one image or more
 SIZE, TINY = 512, 32  # of the labels
 BOUND, GAMMA, SMOOTHING = 0.7, 2.0, 0.1
+STEPS, WIDTH, NOISE = 100, 64, 0.5  # of the trained network: Adam's, channels, in its images
 
 Formula = Callable[..., Tensor]  # of logits and labels
 
 
 class Option(NamedTuple):
     """ours: from logits and labels. alternatives: from full-resolution logits and labels. Labels of
-    sigmoids have the logits' channels, 0 or 1; of masks they are uint8. Half: bfloat16 logits."""
+    sigmoids have the logits' channels, 0 or 1; of masks they are uint8. Half: bfloat16 logits.
+    Trained: logits of a trained network."""
 
     ours: Formula
     alternatives: dict[str, Formula]
     sigmoid: bool = False
     masks: bool = False
     half: bool = False
+    trained: bool = False
+    ratios: tuple[int, ...] = RATIOS
+    rounds: int | None = None  # None: those of the command
     compiled: bool = True  # whether torch's formula is compiled too, in the cells of COMPILED
     upsamples: bool = False  # whether the alternatives upsample the logits themselves
     ties: bool = False  # torch's choice among equal losses is another one: it is not compared
@@ -187,6 +193,8 @@ OPTIONS: dict[str, Option] = {
     "Lovász": Option(
         ao.Lovasz(),
         {"torch": sorted_present, "smp": smp.LovaszLoss("multiclass")},
+        ratios=(4,),
+        rounds=5,  # of up to half a minute
         ties=True,  # errors are rounded to bins
     ),
     "cross-entropy + Dice": Option(
@@ -249,6 +257,11 @@ OPTIONS |= {
     for name in ("sigmoid: cross-entropy", "sigmoid: Dice")
 }
 
+OPTIONS |= {
+    f"{name}, trained": OPTIONS[name]._replace(trained=True, ratios=(4,), compiled=False)
+    for name in ("cross-entropy", "cross-entropy + Dice", "Lovász")
+}
+
 VOLUMES = {  # classes and ratio of each option; volumes of the second are several slabs
     "cross-entropy": ((14, 4), (30, 2)),
     "Dice": ((14, 4),),
@@ -280,7 +293,7 @@ def cells() -> Iterator[Cell]:
         if option.half:
             continue
         for num_classes in (1, 20) if option.sigmoid else CLASSES:
-            for ratio in RATIOS:
+            for ratio in option.ratios:
                 yield Cell(name, num_classes, ratio)
 
 
@@ -298,7 +311,30 @@ def inputs(cell: Cell, size: int) -> tuple[Tensor, Tensor]:
         labels = example_labels((batch * num_classes, size, size), 2, "coherent").clamp(min=0)
         labels = labels.view(batch, num_classes, size, size)
         return logits, labels.to(torch.uint8) if option.masks else labels
-    return logits, example_labels((batch, size, size), num_classes, "coherent").clamp(min=0)
+    labels = example_labels((batch, size, size), num_classes, "coherent").clamp(min=0)
+    return trained_logits(labels, num_classes, ratio) if option.trained else logits, labels
+
+
+def trained_logits(labels: Tensor, num_classes: int, ratio: int) -> Tensor:
+    """Of a network that was trained on images of low resolution, whose noisy colours are those of
+    the classes."""
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randn(num_classes, 3, generator=generator)
+    images = colours[labels[:, ::ratio, ::ratio]].movedim(-1, 1)
+    images = images + NOISE * torch.randn(images.shape, generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            *(nn.Conv2d(3, WIDTH, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.ReLU()),
+            nn.Conv2d(WIDTH, num_classes, 1),
+        )
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        ao.pixel_cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    return network(images).detach().requires_grad_()
 
 
 @pytest.mark.rank(2)
@@ -328,4 +364,5 @@ def test_option(bench, cell: Cell):
     runs = {name: run_of(formula) for name, formula in formulas.items()}
     if not option.ties:
         bench.check(runs["ours"](), runs["torch"](), "bf16" if option.half else "fp32")
-    bench.record_in_turns(runs, {**cell._asdict(), "batch": logits.shape[0]})
+    row = {**cell._asdict(), "batch": logits.shape[0]}
+    bench.record_in_turns(runs, row, option.rounds)

@@ -190,14 +190,14 @@ class Bench:
         self._rows.add_operator(row)
         self._report(row, times)
 
-    def record_in_turns(self, runs: dict[str, Run], row: dict) -> None:
-        """Times the runs, which take turns, and completes the row of an option."""
+    def record_in_turns(self, runs: dict[str, Run], row: dict, rounds: int | None = None) -> None:
+        """Times the runs, which take turns, and completes the row of an option. rounds: fewer than
+        the command's."""
         for _ in range(WARM_UP):
             for run in runs.values():
                 run()
-        times, others = in_turns(
-            [*runs.values()], self.device, seconds=self.seconds, rounds=self.rounds
-        )
+        rounds = min(rounds or self.rounds, self.rounds)
+        times, others = in_turns([*runs.values()], self.device, seconds=self.seconds, rounds=rounds)
         spreads = {name: spread(seconds) for name, seconds in zip(runs, times, strict=True)}
         row = {
             **row,

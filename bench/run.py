@@ -1,11 +1,12 @@
 """Measures everything that the README and the documentation show, on this machine's CPU.
 
-    python bench/run.py [--out bench/results] [--only operators|training_steps|options] [--tiny]
+    python bench/run.py [--out bench/results] [--only SECTION] [--tiny]
 
-It needs about an hour on two threads, in which nothing else may run: it does not begin on a
-machine whose cores other processes use, and it fails if other processes disturbed a row. The rows
-are in one file, named after the processor and its instruction set, beside its pictures. At the end
-it prints the tables for the README. ATEN_CPU_CAPABILITY=avx2 measures without AVX-512.
+The sections are operators, training_steps, options and export. All need about an hour and a half
+on two threads, in which nothing else may run: it does not begin on a machine whose cores other
+processes use, and it fails if other processes disturbed a row. The rows are in one file, named
+after the processor and its instruction set, beside its pictures. At the end it prints the tables
+for the README. ATEN_CPU_CAPABILITY=avx2 measures without AVX-512.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from anchorops.measure import DISTURBED, OtherProcesses
 
 HERE, CPU = Path(__file__).parent, torch.device("cpu")
 THREADS, WATCH = 2, 5.0  # seconds before the start
-SECTIONS = ("operators", "training_steps", "options")
+SECTIONS = ("operators", "training_steps", "options", "export")
 
 
 def commands(path: Path, tiny: bool) -> dict[str, list[str]]:
@@ -39,13 +40,20 @@ def commands(path: Path, tiny: bool) -> dict[str, list[str]]:
             *(["--dry-run", "--rounds", "1"] if tiny else []),
         ],
         "options": [*pytest, str(options), "--seconds", "0.25"],
+        "export": [
+            *(sys.executable, str(HERE / "export.py"), "--out", str(path)),
+            *(["--quick"] if tiny else []),
+        ],
     }
 
 
 def disturbed(path: Path) -> list[str]:
     """The rows that were measured while other processes used the cores."""
     run = json.loads(path.read_text())
-    names = ("operation", "direction", "shape", "network", "option", "num_classes", "ratio", "name")
+    names = (
+        *("operation", "direction", "shape", "network", "option", "num_classes", "ratio", "name"),
+        *("volume", "dtype", "way"),
+    )
     return [
         f"{section}: {', '.join(str(row[name]) for name in names if name in row)}"
         for section in SECTIONS
