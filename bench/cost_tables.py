@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/cost.md and docs/frameworks.md from committed rows.
+"""Writes the tables of README.md and some pages of docs/ from committed rows.
 
     python bench/cost_tables.py [--check]
 
@@ -21,13 +21,16 @@ from charts import number
 from markdown_table import markdown_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / name for name in ("README.md", "docs/cost.md", "docs/frameworks.md"))
+PAGES = tuple(
+    ROOT / name
+    for name in (
+        *("README.md", "docs/cost.md", "docs/evaluation.md", "docs/frameworks.md"),
+        "docs/losses.md",
+    )
+)
 RESULTS = ROOT / "bench/results"
 MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
-RUN = RESULTS / "intel-xeon-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
-STEPS = RESULTS / "amd-epyc-avx2-2-threads.json"  # of `bench/run.py --only training_steps`
-EXPORT = RESULTS / "amd-epyc-avx2-2-threads-export.json"  # of bench/export.py
-LOVASZ = RESULTS / "amd-epyc-avx2-2-threads-lovasz.json"  # of `pytest bench/bench_options.py`
+RUN = RESULTS / "amd-epyc-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
 COUNTED_OPERATIONS = RESULTS / "counted-operations.json"
 BOTH = "late upsampling, ours (both)"  # a row of a training step
@@ -94,11 +97,7 @@ def uses() -> str:
     """The README's table of what to write, and what it gains."""
     exported, torch_exported = (gains_of_export(way) for way in ("nnU-Net", "torch"))
     steps = [share_of_time("segformer", name) for name in ("baseline, ours", BOTH)]
-    lovasz = [
-        plot_options.gain(row)
-        for row in json.loads(LOVASZ.read_text())["options"]
-        if row["ratio"] == 4
-    ]
+    lovasz = [plot_options.gain(row) for row in rows_of_lovasz()]
     lines = [
         [
             "logits and labels, in any framework",
@@ -148,7 +147,7 @@ def share_of_time(network: str, name: str) -> float:
 
 
 def rows_of_step(network: str) -> dict[str, dict]:
-    rows = json.loads(STEPS.read_text())["training_steps"]
+    rows = run()["training_steps"]
     return {plot_training_step.label(row): row for row in rows if network in row["network"]}
 
 
@@ -165,11 +164,62 @@ def largest_batches(network: str) -> str:
 
 
 def gains_of_export(way: str) -> str:
-    times: dict[tuple[str, str], dict[str, float]] = {}
-    for row in json.loads(EXPORT.read_text())["export"]:
-        times.setdefault((row["volume"], row["dtype"]), {})[row["way"]] = row["seconds"]
-    gains = [seconds[way] / seconds["anchorops"] for seconds in times.values()]
+    gains = [
+        ways[way]["seconds"] / ways["anchorops"]["seconds"] for ways in rows_of_export().values()
+    ]
     return f"{min(gains):.0f} to {max(gains):.0f}×"
+
+
+def rows_of_export() -> dict[tuple[str, str], dict[str, dict]]:
+    """By volume and dtype, then by way."""
+    rows: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in run()["export"]:
+        rows.setdefault((row["volume"], row["dtype"]), {})[row["way"]] = row
+    return rows
+
+
+def export() -> str:
+    lines = [
+        [
+            *case,
+            *(f"{row['seconds']:.2f} s, {row['memory'] / 1e6:,.0f} MB" for row in ways.values()),
+        ]
+        for case, ways in rows_of_export().items()
+    ]
+    (ways, *_) = rows_of_export().values()
+    return markdown_table(["volume", "logits", *ways], lines, words=(0, 1))
+
+
+def rows_of_lovasz() -> list[dict]:
+    return [row for row in run()["options"] if row["option"].startswith("Lovász")]
+
+
+def lovasz() -> str:
+    def cell(row: dict, name: str) -> str:
+        if name not in row["seconds"]:
+            return ""
+        seconds, gain = row["seconds"][name], row["seconds"][name] / row["seconds"]["ours"]
+        return f"{number(seconds * 1e3)} ms" + (f" ({gain:.0f}×)" if name != "ours" else "")
+
+    dice = {
+        (row["num_classes"], row["ratio"]): row["seconds"]["ours"]
+        for row in run()["options"]
+        if row["option"] == "Dice"
+    }
+    lines = []
+    for row in rows_of_lovasz():
+        trained = ", trained logits" if "trained" in row["option"] else ""
+        images = f"{row['batch']} image{'s' if row['batch'] > 1 else ''}"
+        share = row["seconds"]["ours"] / dice[row["num_classes"], row["ratio"]]
+        lines.append(
+            [
+                f"{row['num_classes']}, {images}{trained}",
+                *(cell(row, name) for name in ("ours", "smp", "torch", "compiled")),
+                f"{share:.1f}",
+            ]
+        )
+    header = ["classes, images", "`ao.Lovasz`", "smp", "the authors' formula", "compiled"]
+    return markdown_table([*header, "times our Dice"], lines)
 
 
 def speedups() -> str:
@@ -198,9 +248,14 @@ def speedups() -> str:
                 if x["ratio"] == ratio and x["option"].endswith("cross-entropy")
             ]
             cells.append(f"{gains[0]:.2g}" if gains else "")
+        trained = [plot_options.gain(x) for x in rows if x["option"] == "cross-entropy, trained"]
+        cells.insert(3, f"{trained[0]:.2g}" if trained else "")
         every = [plot_options.gain(row) for row in rows if row["ratio"] == 4]
         lines.append([*cells, f"{min(every):.2g} to {max(every):.2g}"])
-    header = ["times as fast", "output stride 8", "4", "1", "all losses, stride 4"]
+    header = [
+        *("times as fast", "output stride 8", "4", "4, trained network", "1"),
+        "all losses, stride 4",
+    ]
     return markdown_table(header, lines)
 
 
@@ -267,11 +322,11 @@ def cases() -> str:
 
 
 def training_steps() -> str:
-    return plot_training_step.table(json.loads(STEPS.read_text()))
+    return plot_training_step.table(run())
 
 
 def inference() -> str:
-    return plot_training_step.inference(json.loads(STEPS.read_text()))
+    return plot_training_step.inference(run())
 
 
 def counted_operations() -> str:
@@ -299,6 +354,8 @@ TABLES = {
     "training_steps": training_steps,
     "statistics_of_ranks": statistics_of_ranks.table,
     "inference": inference,
+    "export": export,
+    "lovasz": lovasz,
     "counted_memory": counted_memory,
     "counted_operations": counted_operations,
 }

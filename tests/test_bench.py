@@ -1,5 +1,6 @@
 """The benchmarks: counted bytes, rows, plots, and that gpu.sh runs."""
 
+import importlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import run as bench
 import torch
-from record import save
+from record import head_of, save
 
 import anchorops as ao
 from anchorops import _doctor_benchmark, doctor
@@ -430,6 +431,33 @@ def test_table_of_options(tmp_path):
     rows = json.loads(out.read_text())["options"]
     assert {row["axes"] for row in rows} == {2, 3} and len(rows) > 100
     assert sum("bf16" in row["option"] for row in rows) == 6
+    trained = {row["option"] for row in rows if row["option"].endswith("trained")}
+    assert trained == {f"{x}, trained" for x in ("cross-entropy", "cross-entropy + Dice", "Lovász")}
     rows = json.loads(dice_rows.read_text())["options"]
     assert len(rows) == 8 and any("compiled" in row["seconds"] for row in rows)
     assert (tmp_path / "options-options.png").exists()
+
+
+@pytest.mark.slow
+def test_rows_of_export(tmp_path):
+    """Of small volumes. In one file with the other sections of the run."""
+    out = tmp_path / "rows.json"
+    save(out, "options", head_of(CPU), [])
+    command = [sys.executable, "bench/export.py", "--quick", "--out", str(out)]
+    answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert answer.returncode == 0, answer.stderr
+    run = json.loads(out.read_text())
+    assert run["options"] == []
+    ways = [row["way"] for row in run["export"] if row["dtype"] == "float16"]
+    assert ways[:3] == ["anchorops", "torch", "SciPy"]
+    assert all(row["differ"] < 1e-2 for row in run["export"])
+
+
+def test_trained_logits():
+    """Few errors, and neighbours of different classes differ by much."""
+    bench_options = importlib.import_module("bench_options")
+    cell = bench_options.Cell("cross-entropy, trained", 19, 4)
+    logits, labels = bench_options.inputs(cell, 64)
+    assert logits.requires_grad and logits.shape == (4, 19, 16, 16)
+    assert (logits.argmax(1) == labels[:, ::4, ::4]).float().mean() > 0.6
+    assert logits.diff(dim=-1).abs().amax() > 10
