@@ -251,7 +251,7 @@ def speedups() -> str:
         trained = [plot_options.gain(x) for x in rows if x["option"] == "cross-entropy, trained"]
         cells.insert(3, f"{trained[0]:.2g}" if trained else "")
         every = [plot_options.gain(row) for row in rows if row["ratio"] == 4]
-        lines.append([*cells, f"{min(every):.2g} to {max(every):.2g}"])
+        lines.append([*cells, f"{min(every):.2g} to {max(every):.0f}"])
     header = [
         *("times as fast", "output stride 8", "4", "4, trained network", "1"),
         "all losses, stride 4",

@@ -53,7 +53,7 @@ def draw(run: dict) -> Figure:
                 for number, ratio in columns
             ],
         )
-        axis.tick_params(length=0, labelsize=8)
+        axis.tick_params(length=0, labelsize=7)
     figure.suptitle(
         "Time of the fastest alternative divided by ours, forward and backward "
         "(pseudo-labels: forward)\nstride 4: logits of output stride 4",

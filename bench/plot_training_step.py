@@ -40,11 +40,11 @@ def draw(run: dict) -> Figure:
     for line, (network, rows) in zip(axes, networks, strict=True):
         times = [row["ratio"]["median"] for row in rows]
         texts = [f"{1e3 * row['seconds']['median']:,.0f} ms" for row in rows]
-        shares_of(line[0], rows, times, texts, f"{network}: time of a step")
+        shares_of(line[0], rows, times, texts, f"{network}: time")
         if all(row["peak_bytes"] for row in rows):
             memory = [row["peak_bytes"] / rows[0]["peak_bytes"] for row in rows]
             texts = [f"{row['peak_bytes'] / 2**20:,.0f} MiB" for row in rows]
-            shares_of(line[1], rows, memory, texts, "most memory in a step")
+            shares_of(line[1], rows, memory, texts, "memory of a step, at most")
         line[1].set_yticklabels([])
     return figure
 
