@@ -24,7 +24,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_pixel_losses import teacher_of, upsampled
-from torch import Tensor, nn
+from cases import trained_logits
+from torch import Tensor
 
 import anchorops as ao
 from anchorops.measure import Run, example_labels
@@ -37,7 +38,6 @@ COMPILED = {(1, 1), (2, 1), (19, 4), (20, 4)}  # K, ratio
 MOST_IMAGES, MOST_LOGITS = 4, 10e6  # of a batch, at full resolution; one image or more
 SIZE, TINY = 512, 32  # of the labels
 BOUND, GAMMA, SMOOTHING = 0.7, 2.0, 0.1
-STEPS, WIDTH, NOISE = 100, 64, 0.5  # of the trained network: Adam's, channels, in its images
 
 Formula = Callable[..., Tensor]  # of logits and labels
 
@@ -313,28 +313,6 @@ def inputs(cell: Cell, size: int) -> tuple[Tensor, Tensor]:
         return logits, labels.to(torch.uint8) if option.masks else labels
     labels = example_labels((batch, size, size), num_classes, "coherent").clamp(min=0)
     return trained_logits(labels, num_classes, ratio) if option.trained else logits, labels
-
-
-def trained_logits(labels: Tensor, num_classes: int, ratio: int) -> Tensor:
-    """Of a network that was trained on images of low resolution, whose noisy colours are those of
-    the classes."""
-    generator = torch.Generator().manual_seed(0)
-    colours = torch.randn(num_classes, 3, generator=generator)
-    images = colours[labels[:, ::ratio, ::ratio]].movedim(-1, 1)
-    images = images + NOISE * torch.randn(images.shape, generator=generator)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = nn.Sequential(
-            *(nn.Conv2d(3, WIDTH, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.ReLU()),
-            nn.Conv2d(WIDTH, num_classes, 1),
-        )
-    optimizer = torch.optim.Adam(network.parameters(), 0.01)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        ao.pixel_cross_entropy(network(images), labels).backward()
-        optimizer.step()
-    return network(images).detach().requires_grad_()
 
 
 @pytest.mark.rank(2)

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import reference
@@ -14,6 +14,7 @@ from anchorops._moments import ClassMoments
 from anchorops.measure import example_labels
 
 IGNORE_INDEX = 255  # in the labels of pixel losses
+STEPS, WIDTH, NOISE = 100, 64, 0.5  # of the trained network: Adam's, channels, in its images
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -130,6 +131,28 @@ class Inputs:
         if self.features.dim() == 2:
             return gradient
         return gradient.view(*self.shape.pixels, -1).movedim(-1, 1)
+
+
+def trained_logits(labels: Tensor, num_classes: int, ratio: int) -> Tensor:
+    """Of a network that was trained on images of low resolution, whose noisy colours are those of
+    the classes."""
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randn(num_classes, 3, generator=generator)
+    images = colours[labels[:, ::ratio, ::ratio]].movedim(-1, 1)
+    images = images + NOISE * torch.randn(images.shape, generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            *(nn.Conv2d(3, WIDTH, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.ReLU()),
+            nn.Conv2d(WIDTH, num_classes, 1),
+        )
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        ao.pixel_cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    return network(images).detach().requires_grad_()
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:

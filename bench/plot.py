@@ -1,6 +1,6 @@
 """Draws the rows of a machine, or counted memory:
 
-    python bench/plot.py bench/results/intel-xeon-avx512-2-threads.json
+    python bench/plot.py bench/results/amd-epyc-avx512-2-threads.json
 
 With --table it prints the README's tables instead. The pictures are written next to the rows:
 

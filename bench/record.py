@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def file_name(device: torch.device) -> str:
-    """As intel-xeon-avx512-2-threads.json."""
+    """As amd-epyc-avx512-2-threads.json."""
     name = re.sub(r"\((R|TM)\)|Processor", "", environment(device)["device"] or "", flags=re.I)
     return "-".join(re.findall(r"[a-z0-9]+", name.lower())) + ".json"
 
