@@ -128,7 +128,7 @@ def uses() -> str:
             f"{torch_exported} as fast as torch, {exported} as nnU-Net",
         ],
         [
-            "Lovász of any library",
+            "Lovász of a softmax",
             "`ao.Lovasz()`, without sorting",
             f"{min(lovasz):.0f} to {max(lovasz):.0f}×",
         ],

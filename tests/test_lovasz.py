@@ -99,17 +99,29 @@ def test_softmax(num_classes: int, size: tuple[int, ...], ratio: int, backend: s
 
 
 @pytest.mark.on("reference", "cpu")
-@pytest.mark.parametrize("pixels", [1, 2, 7, 50])
-def test_rare_classes(pixels: int, backend: str):
-    logits, labels = example(7, 16, 16)
-    labels[labels == 3] = 2
-    labels.flatten()[torch.randperm(labels.numel())[:pixels]] = 3
+@pytest.mark.parametrize(
+    ("pixels", "bins", "median", "largest"),
+    [(1, 1024, 0.02, 0.6), (1, 8192, 0.005, 0.3), (7, 1024, 0.02, 0.1), (50, 1024, 0.01, 0.015)],
+)
+def test_rare_classes(pixels: int, bins: int, median: float, largest: float, backend: str):
+    """The relative error of the gradient of a rare class depends on chance: one of its errors is a
+    bin away from that of another pixel, or in the same one."""
 
     def right(x: Tensor, y: Tensor) -> Tensor:
         return softmax_losses(upsampled(x, y.shape[1:]), y).mean()
 
-    compare(ao.Lovasz(), right, logits, labels, gradient=0.1 if pixels < 50 else 0.01)
-    compare(ao.Lovasz(bins=8192), right, logits, labels, value=1e-5)
+    relative = []
+    for seed in range(9):
+        torch.manual_seed(seed)
+        logits, labels = example(7, 16, 16)
+        labels[labels == 3] = 2
+        labels.flatten()[torch.randperm(labels.numel())[:pixels]] = 3
+        ours = value_and_gradient(ao.Lovasz(bins=bins), logits, labels)
+        exact = value_and_gradient(right, logits, labels)
+        assert abs(ours[0] - exact[0]) <= 1 / (2 * bins)
+        difference = (ours[1] - exact[1])[:, 3].norm() / exact[1][:, 3].norm()
+        relative.append(difference.item())
+    assert sorted(relative)[4] <= median and max(relative) <= largest, relative
 
 
 @pytest.mark.on("reference", "cpu")
@@ -295,23 +307,38 @@ def test_sigmoids_store_no_map():
     ):
         ao.Lovasz(sigmoid=True)(logits, labels)
     sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in stored}
-    assert labels.nbytes < sum(sizes.values()) < labels.nbytes + 3 * 2**21  # the slopes
+    assert labels.nbytes < sum(sizes.values()) < labels.nbytes + 3 * 2**19  # the slopes
 
 
-def test_compiled():
-    logits, labels = example(5, 6, 7)
-    logits = logits.float()
-    masks = labels.where(labels == IGNORED, labels % 2)
-    with ao.use_backend("reference"):
-        on_reference = torch.compile(ao.Lovasz(), fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(on_reference(logits, labels), ao.Lovasz()(logits, labels))
-    softmax = ((loss, logits, labels) for loss in (ao.Lovasz(), ao.Lovasz(classes=[1, 2])))
-    for loss, *inputs in (*softmax, (ao.Lovasz(sigmoid=True), logits[:, :1], masks)):
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+@pytest.mark.on("reference", "cpu")
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_for_several_sizes(dynamic: bool | None, sigmoid: bool, backend: str):
+    torch.compiler.reset()
+    loss = ao.Lovasz(sigmoid=sigmoid, classes=[1, 2] if not sigmoid else None)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    sizes = [(6, 7), (9, 5)] if backend == "cpu" or sigmoid else [(6, 7), (9, 5), (2, 3, 4)]
+    for size in sizes:
+        logits, labels = example(3, *size)
+        logits = logits.float()
+        if sigmoid:
+            logits, labels = logits[:, :1], labels.where(labels == IGNORED, labels % 2)
         for actual, right in zip(
-            value_and_gradient(compiled, *inputs), value_and_gradient(loss, *inputs), strict=True
+            *(value_and_gradient(x, logits, labels) for x in (compiled, loss)), strict=True
         ):
             torch.testing.assert_close(actual, right)
+
+
+@pytest.mark.on("reference", "cpu")
+def test_vmap(backend: str):
+    logits, labels = example(5, 6, 7)
+    masks = labels.where(labels == IGNORED, labels % 2)
+    for loss, *inputs in (
+        (ao.Lovasz(), logits[:, None], labels[:, None]),
+        (ao.Lovasz(sigmoid=True), logits[:, None, :1], masks[:, None]),
+    ):
+        right = torch.stack([loss(x, y) for x, y in zip(*inputs, strict=True)])
+        torch.testing.assert_close(torch.vmap(loss)(*inputs), right)
 
 
 def test_operators():
@@ -329,7 +356,7 @@ def test_second_derivative_raises():
     logits, labels = example(5, 6, 7)
     logits.requires_grad_()
     (gradient,) = torch.autograd.grad(ao.Lovasz()(logits, labels), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+    with pytest.raises(RuntimeError, match=r"Lovasz: second derivatives are not implemented$"):
         torch.autograd.grad(gradient.sum(), logits)
 
 
@@ -353,6 +380,24 @@ def test_sigmoids_that_are_not_finite():
     logits[0, 0, 0, :2] = torch.tensor([torch.nan, -torch.inf])  # the first one is ignored
     value, gradient = value_and_gradient(ao.Lovasz(sigmoid=True), logits[:, :1], labels)
     assert value.isnan() and gradient.isnan().nonzero().tolist() == [[0, 0, 0, 1]]
+    labels[0, 0, 1] = 0  # no error
+    value, gradient = value_and_gradient(ao.Lovasz(sigmoid=True), logits[:, :1], labels)
+    assert value.isfinite() and gradient.isfinite().all() and gradient[0, 0, 0, 1] == 0
+
+
+def test_layout_of_sigmoids():
+    logits = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 2, (2, 3, 16, 20))
+    loss = ao.Lovasz(sigmoid=True)
+    gradient = value_and_gradient(loss, logits, labels)[1]
+    assert gradient.stride() == logits.stride()
+    torch.testing.assert_close(gradient, value_and_gradient(loss, logits.contiguous(), labels)[1])
+
+
+def test_no_labels():
+    logits, labels = torch.randn(2, 1, 4, 5), torch.zeros(2, 1, 0, 20, dtype=torch.int64)
+    value, gradient = value_and_gradient(ao.Lovasz(sigmoid=True), logits, labels)
+    assert value == 0 and not gradient.any()
 
 
 @pytest.mark.on("reference", "cpu")

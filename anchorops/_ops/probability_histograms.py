@@ -64,6 +64,7 @@ define(
         _gradients_fake,
         _setup_context,
         _backward,
+        function="Lovasz",
     ),
     any_strides=True,
 )
@@ -72,10 +73,15 @@ define(
 class _ErrorLoss(torch.autograd.Function):
     """`error_loss` of the reference."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _setup_context(ctx, inputs, inputs[0])
-        return inputs[0].clone()
+    def forward(loss: Tensor, *_: Any) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _setup_context(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,8 +92,12 @@ class _ErrorLoss(torch.autograd.Function):
 
 class _FirstDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, logits: Tensor) -> Tensor:
+    def forward(gradient: Tensor, logits: Tensor) -> Tensor:
         return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -31,6 +31,7 @@ class Gradient(NamedTuple):
         will be requested is not always known when NAME is called (torch.vmap hides it, and a traced
         graph is used again): `backward` computes again what was not saved.
     launch: as in `define`.
+    function: the only one that calls NAME, if its reference has no other derivatives either.
     """
 
     schema: str
@@ -38,13 +39,16 @@ class Gradient(NamedTuple):
     setup_context: Callable[[Any, tuple, Any], None]
     backward: Callable[..., tuple]
     launch: Callable[..., Any] = call
+    function: str | None = None
 
 
-def raise_second_derivative(name: str) -> NoReturn:
-    _raise_not_implemented(name, "second derivatives")
+def raise_second_derivative(name: str, function: str | None = None) -> NoReturn:
+    _raise_not_implemented(name, "second derivatives", function)
 
 
-def _raise_not_implemented(name: str, derivatives: str) -> NoReturn:
+def _raise_not_implemented(name: str, derivatives: str, function: str | None) -> NoReturn:
+    if function is not None:
+        raise RuntimeError(f"{function}: {derivatives} are not implemented")
     raise RuntimeError(
         f"{name}: {derivatives} are not implemented in the fused operators; "
         'use anchorops.use_backend("reference") for them'
@@ -113,10 +117,11 @@ def _register_autograd(name: str, backend: str, gradient: Gradient) -> None:
 
     # If NAME_backward had no autograd, a second derivative would be None, with only a warning.
     def second_derivative(ctx: Any, *grads: Any) -> NoReturn:
-        raise_second_derivative(name)
+        raise_second_derivative(name, gradient.function)
 
-    _differentiate(name, backend, backward, setup_context)
-    _differentiate(f"{name}_backward", backend, second_derivative)
+    function = gradient.function
+    _differentiate(name, backend, backward, setup_context, function=function)
+    _differentiate(f"{name}_backward", backend, second_derivative, function=function)
 
 
 def _differentiate(
@@ -124,6 +129,7 @@ def _differentiate(
     backend: str,
     backward: Callable[..., tuple],
     setup_context: Callable[[Any, tuple, Any], None] | None = None,
+    function: str | None = None,
 ) -> None:
     """As torch.library.register_autograd, which silently drops the tangents of forward mode if no
     input requires a gradient, and has an unclear message for torch.func's derivatives."""
@@ -146,9 +152,9 @@ def _differentiate(
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         for tensor in tensors:
             if forward_ad.unpack_dual(tensor).tangent is not None:
-                _raise_not_implemented(name, "forward-mode derivatives")
+                _raise_not_implemented(name, "forward-mode derivatives", function)
             if in_transform(tensor, only_derivatives=True):
-                _raise_not_implemented(name, "torch.func's derivatives")
+                _raise_not_implemented(name, "torch.func's derivatives", function)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return node.apply(*inputs)
         return without_gradient(*inputs)

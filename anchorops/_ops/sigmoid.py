@@ -41,11 +41,16 @@ def _as_one_batch(logits: Tensor) -> Tensor:
     """(B, C, …) as (B·C, …): a view, or a copy if the channels of an image are not adjacent."""
     batch, channels = logits.shape[:2]
     copied = batch > 1 and channels > 1 and logits.stride(0) != channels * logits.stride(1)
+    return (contiguous(logits) if copied else logits).flatten(0, 1)
+
+
+def contiguous(logits: Tensor) -> Tensor:
+    """A contiguous copy, whose gradient is channels last if the logits are."""
     # torch.jit cannot save a traced Function
-    if copied and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-        compiling = torch.compiler.is_compiling()
-        logits = (_Contiguous if compiling else _ContiguousWithTangent).apply(logits)
-    return logits.flatten(0, 1)
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return logits.contiguous()
+    compiling = torch.compiler.is_compiling()
+    return (_Contiguous if compiling else _ContiguousWithTangent).apply(logits)
 
 
 def sigmoid_moments(

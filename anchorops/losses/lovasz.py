@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,12 +13,13 @@ from torch.nn import functional as F
 from .._checks import check_choice, check_flags, check_pixels, describe, fail
 from .._moments import statistics_dtype
 from .._ops.probability_histograms import error_loss, first_derivative, probability_histograms
+from .._ops.sigmoid import contiguous
 from .._ops.softmax_moments import in_images, labels_outside
 from ..reference.probability_histograms import histogram
 from .pixel import PixelLoss, check_chosen_classes, chosen_classes
 
-# The bins of a hinge's errors: a share of 2^-11 of the error, from 2^-20 to 2^40.
-MANTISSA, EXPONENTS = 11, (-20, 40)
+# The bins of a hinge's errors: a share of 2^-9 of the error, from 2^-20 to 2^40.
+MANTISSA, EXPONENTS = 9, (-20, 40)
 FIRST, LAST = ((127 + exponent) << MANTISSA for exponent in EXPONENTS)  # as bits of a float
 BINS = LAST - FIRST
 
@@ -35,7 +37,7 @@ class Lovasz(PixelLoss):
     mean over the orders of the pixels of its bin: a subgradient at errors that are rounded to bins.
 
     With sigmoid=True, the hinge max(0, 1 − z) of pixels that are 1, and max(0, 1 + z) of others
-    (their section 3.2), of each channel. Hinges are not bounded: a bin is 1/2048 of its error, up
+    (their section 3.2), of each channel. Hinges are not bounded: a bin is 1/512 of its error, up
     to errors of 2^40.
 
     Args:
@@ -45,7 +47,7 @@ class Lovasz(PixelLoss):
         absent: a class (of an image) without pixels in the labels is omitted from the mean
             ("skip"), adds 0 to it ("zero"), or is treated as by the formula ("keep").
         per_image: the mean of the losses of the images.
-        bins: n, at least 2.
+        bins: n, from 2 to 65,536; not used with sigmoid=True. The tables need about 120·K·n bytes.
         ignore_index, align_corners, check_labels: as in `CrossEntropy`.
 
     Comparison with other libraries, for the same logits at full resolution: smp's
@@ -56,8 +58,8 @@ class Lovasz(PixelLoss):
 
     Call it with (logits, labels). `terms`: lovasz, labels_out_of_range, labels_ignored. Derivatives
     of second order are not implemented, and raise an error. Where a logit is NaN or +∞, the error
-    of the pixel's class is 1, and the gradient is NaN. Of sigmoids, a logit that is not finite
-    makes the loss and its own gradient NaN.
+    of the pixel's class is 1, and the gradient is NaN. Of sigmoids, NaN or an infinite error makes
+    the loss and the logit's gradient NaN.
     """
 
     settings = ("sigmoid", "classes", "absent", "per_image", "bins")
@@ -140,78 +142,82 @@ class Lovasz(PixelLoss):
         return (used if self.absent == "keep" else used * present) / total
 
     def _hinges(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        losses, counts = [], []
-        for channel in range(logits.shape[1]):
-            loss, count = self._hinge(
-                logits[:, channel : channel + 1], labels[:, channel], ignore_index
-            )
-            losses.append(loss)
-            counts.append(count)
+        if logits.dim() > 3 and logits.stride(1) < logits.stride(-1):  # channels last
+            logits = contiguous(logits)
+        channels = zip(logits.split(1, 1), labels.unbind(1), strict=True)
+        losses, counts = zip(*(self._hinge(x, y, ignore_index) for x, y in channels), strict=True)
         counts = torch.stack(counts)
         share = self._shares(counts[:, 1])
         return (torch.stack(losses) * share).sum().to(losses[0].dtype), counts.sum(0)
 
     def _hinge(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        options = ignore_index, self.align_corners
-        hinges = _hinges(logits.detach(), labels, *options)
+        """Of a channel (B, 1, h, w)."""
+        z = _upsampled(logits, labels, self.align_corners)
+        hinges = _hinges(z.detach(), labels, ignore_index)
         counts = histogram(hinges.places, hinges.valid, 2 * (BINS + 1)).view(2, -1)
         edges = torch.arange(FIRST - 1, LAST + 1, dtype=torch.int32, device=labels.device)
         edges = (edges << (23 - MANTISSA)).view(torch.float32).double()
         edges[0] = 0
         losses, slopes = _losses_and_slopes(counts[None], edges)
         loss = losses[0].to(hinges.errors.dtype) + (0 * hinges.errors).sum()
-        slopes = slopes.flatten().to(loss.dtype)
-        return _HingeLoss.apply(loss, logits, labels, slopes, *options), counts.sum(1).flip(0)
+        inputs = loss, z, logits, labels, slopes.flatten().to(loss.dtype)
+        loss = _HingeLoss.apply(*inputs, ignore_index, self.align_corners)
+        return loss, counts.sum(1).flip(0)
+
+
+def _upsampled(logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:
+    """Logits (B, 1, h, w) at full resolution, (B, 1, H, W)."""
+    z = logits.to(statistics_dtype(logits.dtype))
+    if labels.numel() == 0:  # F.interpolate takes no empty size
+        return z.new_zeros(labels[:, None].shape) + z[:0].sum()
+    if z.shape[2:] != labels.shape[1:]:
+        mode = "bilinear" if z.dim() == 4 else "trilinear"
+        z = F.interpolate(z, labels.shape[1:], mode=mode, align_corners=align_corners)
+    return z
 
 
 class _Hinges(NamedTuple):
     """Of the pixels [B, H, W] of a channel."""
 
     errors: Tensor
-    slopes: Tensor  # of the errors in the logits: ±1, 0 where the error is 0, or NaN
+    slopes: Tensor  # of the errors in the logits: ±1, 0 where the error is 0; NaN where it is ∞
     places: Tensor  # in a table [2, BINS + 1], of pixels that are 1 and of others
     valid: Tensor
 
 
-def _hinges(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> _Hinges:
-    z = logits.to(statistics_dtype(logits.dtype))
-    if z.shape[2:] != labels.shape[1:]:
-        mode = "bilinear" if z.dim() == 4 else "trilinear"
-        z = F.interpolate(z, labels.shape[1:], mode=mode, align_corners=align_corners)
+def _hinges(z: Tensor, labels: Tensor, ignore_index: int) -> _Hinges:
     z, labels = z[:, 0], labels.long()
     valid = ((labels == 0) | (labels == 1)) & (labels != ignore_index)
     signs = torch.where(labels == 1, -1, 1).to(z.dtype)
     margins = torch.where(valid, 1 + signs * z, -1)
     errors = margins.clamp(min=0)
-    slopes = torch.where(margins >= 0, signs, 0).where(margins.isfinite(), float("nan"))
+    slopes = torch.where(margins >= 0, signs, 0).where(margins < math.inf, math.nan)
     bits = errors.float().clamp(max=2.0 ** EXPONENTS[1]).view(torch.int32)
     places = (bits >> (23 - MANTISSA)).long().sub(FIRST - 1).clamp(0, BINS)
     return _Hinges(errors, slopes, places + (BINS + 1) * (labels != 1).long(), valid)
 
 
 class _HingeLoss(torch.autograd.Function):
-    """A channel's loss, whose backward pass computes the hinges again."""
+    """A channel's loss, from its full-resolution logits z. They are not stored: the backward pass
+    computes them again from the low-resolution ones."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, *inputs: Any) -> Tensor:
-        *tensors, ctx.ignore_index, ctx.align_corners = inputs
-        ctx.save_for_backward(*tensors)
+    def forward(loss: Tensor, *_: Any) -> Tensor:
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.ignore_index, ctx.align_corners = inputs[2:]
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, slopes = ctx.saved_tensors
-        hinges = _hinges(logits, labels, ctx.ignore_index, ctx.align_corners)
-        dz = (grad * slopes[hinges.places] * hinges.slopes)[:, None]
-        if dz.shape != logits.shape:
-            aten = torch.ops.aten
-            transposed, scales = aten.upsample_bilinear2d_backward, (None, None)
-            if logits.dim() == 5:
-                transposed, scales = aten.upsample_trilinear3d_backward, (None, None, None)
-            size = [*dz.shape[2:]]
-            dz = transposed(dz, size, [*logits.shape], ctx.align_corners, *scales)
-        dlogits = first_derivative(dz.to(logits.dtype), logits)
-        return grad, dlogits, None, None, None, None
+        hinges = _hinges(_upsampled(logits, labels, ctx.align_corners), labels, ctx.ignore_index)
+        dz = (grads[0] * slopes[hinges.places] * hinges.slopes)[:, None]
+        return grads[0], first_derivative(dz, logits), None, None, None, None, None
 
 
 def _losses_and_slopes(counts: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:

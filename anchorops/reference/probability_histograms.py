@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .upsampling import upsample
+from .._moments import statistics_dtype
+from .upsampling import rows_near, upsample_rows
 
-CHUNK = 2**22  # probabilities at a time
+CHUNK = 2**21  # probabilities at a time
 
 
 def probability_histograms(
@@ -20,10 +21,12 @@ def probability_histograms(
     [i/bins, (i + 1)/bins). The error is 1 − p_k of the pixels of class k, and p_k of others."""
     num_classes = logits.shape[1]
     counts = labels.new_zeros(num_classes * 2 * bins, dtype=torch.int64)
-    for rows in _chunks(logits, labels):
-        p = upsample(logits.detach(), labels.shape[1:], align_corners, rows).softmax(1)
+    size, source = labels.shape[1:], logits.shape[2]
+    for rows, near in _chunks(logits, labels):
+        x = logits.detach()[:, :, near]
+        p = upsample_rows(x, source, size, align_corners, rows, near).softmax(1)
         index, _, valid = _places(p, labels[:, rows], bins, ignore_index)
-        counts += histogram(index, valid[:, None], len(counts))
+        counts = counts + histogram(index, valid[:, None], len(counts))  # vmap needs a new tensor
     return counts.view(num_classes, 2, bins)
 
 
@@ -32,17 +35,21 @@ def error_gradients(
 ) -> Tensor:
     """The gradient of the logits for the slopes [K, 2, bins] of the loss in each error:
     dz_k = p_k·(u_k − Σ_j p_j·u_j), with u_k the slope, with a minus for the pixel's class."""
-    dlogits = torch.zeros_like(logits)
-    for rows in _chunks(logits, labels):
-        with torch.enable_grad():
-            leaf = logits.detach().requires_grad_()
-            z = upsample(leaf, labels.shape[1:], align_corners, rows)
-        p = z.detach().softmax(1)
+    dlogits = torch.zeros_like(logits, dtype=statistics_dtype(logits.dtype))
+    size, source = labels.shape[1:], logits.shape[2]
+    for rows, near in _chunks(logits, labels):
+
+        def upsampled(x: Tensor, rows: slice = rows, near: slice = near) -> Tensor:
+            return upsample_rows(x, source, size, align_corners, rows, near)
+
+        x = logits.detach()[:, :, near].to(dlogits.dtype)
+        z, transposed = torch.func.vjp(upsampled, x)
+        p = z.softmax(1)
         index, sign, valid = _places(p, labels[:, rows], slopes.shape[2], ignore_index)
         u = sign * slopes.to(p.dtype).flatten()[index]
         dz = torch.where(valid[:, None], p * (u - (p * u).sum(1, keepdim=True)), 0)
-        dlogits += torch.autograd.grad(z, leaf, dz)[0]
-    return dlogits
+        dlogits[:, :, near] += transposed(dz)[0]
+    return dlogits.to(logits.dtype)
 
 
 def histogram(places: Tensor, valid: Tensor, length: int) -> Tensor:
@@ -53,12 +60,13 @@ def histogram(places: Tensor, valid: Tensor, length: int) -> Tensor:
     return counts.index_add(0, places, places.new_ones(1).expand(len(places)))[:length]
 
 
-def _chunks(logits: Tensor, labels: Tensor) -> Iterator[slice]:
-    """Of the first axis of an image or a volume."""
-    row_probabilities = logits.shape[1] * labels[:, :1].numel()
+def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Of the first axis of the labels, and of the logits that these labels read."""
+    row_probabilities, size = logits.shape[1] * labels[:, :1].numel(), labels.shape[1]
     step = max(1, CHUNK // max(row_probabilities, 1))
-    for first in range(0, labels.shape[1], step) if labels.numel() > 0 else ():
-        yield slice(first, first + step)
+    for first in range(0, size, step) if labels.numel() > 0 else ():
+        rows = slice(first, min(first + step, size))
+        yield rows, rows_near(rows, size, logits.shape[2])
 
 
 def _places(

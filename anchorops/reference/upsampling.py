@@ -27,23 +27,43 @@ def bilinear_sources(
     return lower, (lower + 1).clamp(max=source - 1), weight
 
 
-def upsample(
-    logits: Tensor, size: Sequence[int], align_corners: bool, rows: slice = slice(None)
-) -> Tensor:
+def upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """F.interpolate(logits, size, mode="bilinear"), of volumes "trilinear", but terms of weight 0
     are removed by selection, because 0 · NaN and 0 · ∞ would be NaN. logits: (B, K, h, w) or
-    (B, K, d, h, w); returns (B, K, *size), or these rows of it (slices of a volume)."""
+    (B, K, d, h, w); returns (B, K, *size)."""
+    rows, near = slice(0, size[0]), slice(0, logits.shape[2])
+    return upsample_rows(logits, logits.shape[2], size, align_corners, rows, near)
+
+
+def upsample_rows(
+    near_logits: Tensor,
+    source: int,
+    size: Sequence[int],
+    align_corners: bool,
+    rows: slice,
+    near: slice,
+) -> Tensor:
+    """These rows of `upsample` (slices of a volume), from the rows `near` of `source` rows of the
+    logits: those of `rows_near`."""
     # as F.interpolate: coordinates are float32, for float64 logits float64
-    dtype = statistics_dtype(logits.dtype)
-    x = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+    dtype = statistics_dtype(near_logits.dtype)
+    x = near_logits.to(torch.float32 if near_logits.device.type == "mps" else torch.float64)
     for axis, length in enumerate(size, 2):
-        lower, upper, weight = bilinear_sources(
-            length, logits.shape[axis], align_corners, dtype, logits.device
-        )
+        sources = source if axis == 2 else near_logits.shape[axis]
+        lower, upper, weight = bilinear_sources(length, sources, align_corners, dtype, x.device)
         if axis == 2:
-            lower, upper, weight = lower[rows], upper[rows], weight[rows]
+            lower, upper = lower[rows] - near.start, upper[rows] - near.start
+            weight = weight[rows]
         index = (slice(None),) * axis  # the gradient of indexing sums in a fixed order
         low, high, weight = x[(*index, lower)], x[(*index, upper)], weight.to(x.dtype)
         weight = weight.view(-1, *(1,) * (x.dim() - axis - 1))
         x = torch.where(weight == 0, low, (1 - weight) * low + weight * high)
     return x
+
+
+def rows_near(rows: slice, size: int, source: int) -> slice:
+    """A range of the `source` rows of the logits with all that these rows of `size` read, with and
+    without aligned corners."""
+    first = rows.start * (source - 1) // max(size, 1) - 1
+    last = rows.stop * source // max(size - 1, 1) + 2
+    return slice(max(first, 0), min(last + 1, source))
