@@ -73,24 +73,24 @@ def gains() -> str:
     lines = [
         [
             "cross-entropy, forward and backward",
-            f"{gain_of('cross-entropy', 19, 4)} as fast: 19 classes, output stride 4",
-            f"{gain_of('cross-entropy', 150, 8)}: 150 classes, stride 8",
+            f"{gain_of('cross-entropy, trained', 19, 4)} as fast: 19 classes, output stride 4",
+            f"{gain_of('cross-entropy', 150, 8)}: 150 classes, stride 8, random logits",
             "CPU",
         ],
         [
-            "a training step",
+            "a training step, with late upsampling",
             f"{network}: HRNet-W18-small, 19 classes",
             f"{best}: SegFormer-B0, 150 classes",
             "CPU",
         ],
         [
-            "the largest batch in 24 GB",
+            "the largest batch in 24 GB, the same",
             f"{largest_batches('SegFormer-B5')}: SegFormer-B5, 150 classes",
             f"{largest_batches('PSPNet')}: PSPNet-R101, 150 classes",
             "counted",
         ],
     ]
-    return markdown_table(["", "typical", "best", "known from"], lines, words=(0, 1, 2, 3))
+    return markdown_table(["", "typical", "best", "source"], lines, words=(0, 1, 2, 3))
 
 
 def uses() -> str:
@@ -119,7 +119,7 @@ def uses() -> str:
         [
             "MONAI, volumes",
             "`ao.CrossEntropyDice()`",
-            f"{gain_of('cross-entropy + Dice', 14, 4, axes=3)} with 14 classes",
+            f"{gain_of('cross-entropy + Dice', 14, 4, axes=3)} (torch's formulas, 14 classes)",
         ],
         [
             "labels of whole volumes; nnU-Net",
@@ -129,7 +129,7 @@ def uses() -> str:
         ],
         [
             "Lovász of a softmax",
-            "`ao.Lovasz()`, without sorting",
+            "`ao.Lovasz()`, without sorting, [rounded](docs/losses.md#without-sorting-aolovasz)",
             f"{min(lovasz):.0f} to {max(lovasz):.0f}×",
         ],
     ]
