@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from memory import peak_allocated_bytes
 from networks import NO_TORCHVISION
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 import anchorops as ao
 from anchorops import reference
@@ -333,10 +334,10 @@ def test_compiled_for_several_sizes(dynamic: bool | None, sigmoid: bool, backend
 def test_vmap(backend: str):
     logits, labels = example(5, 6, 7)
     masks = labels.where(labels == IGNORED, labels % 2)
-    for loss, *inputs in (
-        (ao.Lovasz(), logits[:, None], labels[:, None]),
-        (ao.Lovasz(sigmoid=True), logits[:, None, :1], masks[:, None]),
-    ):
+    losses = [(ao.Lovasz(), logits[:, None], labels[:, None])]
+    if TorchVersion(torch.__version__) >= (2, 14):  # 2.10 cannot batch a view of another dtype
+        losses.append((ao.Lovasz(sigmoid=True), logits[:, None, :1], masks[:, None]))
+    for loss, *inputs in losses:
         right = torch.stack([loss(x, y) for x, y in zip(*inputs, strict=True)])
         torch.testing.assert_close(torch.vmap(loss)(*inputs), right)
 

@@ -954,7 +954,7 @@ PLUMBING = (
     Mutant(
         "second derivatives",
         "anchorops/_ops/registration.py",
-        '    _differentiate(f"{name}_backward", backend, second_derivative)\n',
+        '    _differentiate(f"{name}_backward", backend, second_derivative, function=function)\n',
         "",
         SECOND,
     ),
