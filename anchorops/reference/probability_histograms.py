@@ -43,7 +43,7 @@ def error_gradients(
             return upsample_rows(x, source, size, align_corners, rows, near)
 
         x = logits.detach()[:, :, near].to(dlogits.dtype)
-        z, transposed = torch.func.vjp(upsampled, x)
+        z, transposed, *_ = torch.func.vjp(upsampled, x)
         p = z.softmax(1)
         index, sign, valid = _places(p, labels[:, rows], slopes.shape[2], ignore_index)
         u = sign * slopes.to(p.dtype).flatten()[index]
