@@ -335,7 +335,9 @@ def test_vmap(backend: str):
     logits, labels = example(5, 6, 7)
     masks = labels.where(labels == IGNORED, labels % 2)
     losses = [(ao.Lovasz(), logits[:, None], labels[:, None])]
-    if TorchVersion(torch.__version__) >= (2, 14):  # 2.10 cannot batch a view of another dtype
+    if TorchVersion(torch.__version__) >= TorchVersion(
+        "2.14"
+    ):  # 2.10 cannot batch a view of another dtype
         losses.append((ao.Lovasz(sigmoid=True), logits[:, None, :1], masks[:, None]))
     for loss, *inputs in losses:
         right = torch.stack([loss(x, y) for x, y in zip(*inputs, strict=True)])
