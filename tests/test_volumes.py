@@ -46,8 +46,9 @@ def inputs(
     return logits, labels
 
 
-def upsampled(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.interpolate(logits.double(), labels.shape[1:], mode="trilinear")
+def upsampled(logits: Tensor, labels: Tensor, align_corners: bool = False) -> Tensor:
+    size = labels.shape[1:]
+    return F.interpolate(logits.double(), size, mode="trilinear", align_corners=align_corners)
 
 
 def assert_same(
@@ -82,13 +83,14 @@ def test_every_statistic(case: Case, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize(("size", "label_size"), SIZES)
-def test_predictions(size: Any, label_size: Any, backend: str) -> None:
+def test_predictions(size: Any, label_size: Any, align_corners: bool, backend: str) -> None:
     logits, labels = inputs(size, label_size)
     with ao.use_backend(backend):
-        classes = ao.pixel_argmax(logits, label_size)
-        matrix = ao.pixel_confusion(logits, labels)
-    z = upsampled(logits, labels)
+        classes = ao.pixel_argmax(logits, label_size, align_corners=align_corners)
+        matrix = ao.pixel_confusion(logits, labels, align_corners=align_corners)
+    z = upsampled(logits, labels, align_corners)
     chosen = z.gather(1, classes[:, None])[:, 0]
     assert (z.amax(1) - chosen <= 1e-5 * z.abs().max()).all()
     assert torch.equal(matrix, ao.confusion(classes, labels, K))
