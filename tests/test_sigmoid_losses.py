@@ -292,3 +292,30 @@ def test_sums_of_tiny_and_large_losses(margin, wrong):
     loss = ao.pixel_binary_cross_entropy(z, labels)
     expected = F.softplus(z.double() * (1 - 2 * labels[:, None])).mean()
     torch.testing.assert_close(loss.double(), expected, rtol=5e-7, atol=0)
+
+
+@pytest.mark.on("reference", "cpu")
+def test_each_image_has_a_dice_of_its_own(backend: str) -> None:
+    logits = torch.randn(3, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 2, (3, 2, 20, 24))
+    labels[0, 1] = 0  # absent in one image
+
+    def theirs(x: Tensor) -> Tensor:
+        p = F.interpolate(x, labels.shape[2:], mode="bilinear").sigmoid()
+        overlaps, axes = (p * labels).sum((2, 3)), (2, 3)
+        scores = (2 * overlaps + 1) / (p.sum(axes) + labels.sum(axes) + 1)
+        return (1 - scores).mean()
+
+    loss = ao.Dice(sigmoid=True, per_image=True, absent="keep", smooth=0.5)
+    actual, expected = loss(logits, labels), theirs(logits)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (actual, expected)))
+
+
+@pytest.mark.on("reference", "cpu")
+@pytest.mark.parametrize("ignored", [0, 1])
+def test_one_of_both_labels_may_be_ignored(ignored: int, backend: str) -> None:
+    logits, labels = torch.randn(2, 3, 8, 9), torch.randint(0, 2, (2, 3, 8, 9))
+    losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+    actual = ao.BinaryCrossEntropy(ignore_index=ignored)(logits, labels)
+    torch.testing.assert_close(actual, losses[labels != ignored].mean())
