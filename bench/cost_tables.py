@@ -84,7 +84,7 @@ def gains() -> str:
             "CPU",
         ],
         [
-            "the largest batch in 24 GB, the same",
+            "largest batch in 24 GB, with late upsampling",
             f"{largest_batches('SegFormer-B5')}: SegFormer-B5, 150 classes",
             f"{largest_batches('PSPNet')}: PSPNet-R101, 150 classes",
             "counted",
