@@ -54,6 +54,19 @@ def test_exported_number_of_hard_examples_is_not_that_of_pixels(backend: str) ->
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_with_aligned_corners() -> None:
+    """vmap hides that a gradient will be requested, so the backward pass computes lse."""
+    loss = ao.CrossEntropyDice(ao.CrossEntropy(align_corners=True), ao.Dice(align_corners=True))
+    logits = torch.randn(3, 2, 5, 4, 5, requires_grad=True)
+    labels = torch.randint(0, 5, (3, 2, 13, 17))
+    expected = torch.stack([loss(x, y) for x, y in zip(logits, labels, strict=True)]).sum()
+    actual = vmap(loss)(logits, labels).sum()
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad(x, logits)[0] for x in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_with_learnable_anchors() -> None:
     features, anchors = torch.randn(3, 9, D).requires_grad_(), ANCHORS.clone().requires_grad_()
 

@@ -879,7 +879,7 @@ PLUMBING = (
         "anchorops/_moments.py",
         "Options(ignore_index=self.ignore_index, align_corners=self.align_corners)",
         "Options(ignore_index=self.ignore_index)",
-        Tests("guarantees_of_torch pixel_losses softmax_moments_torch"),
+        Tests("func_transforms guarantees_of_torch pixel_losses softmax_moments_torch"),
     ),
     Mutant(
         "gradient of an absent map",
