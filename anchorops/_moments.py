@@ -85,6 +85,12 @@ class Options(NamedTuple):
         options = Options(ignore_index=self.ignore_index, align_corners=self.align_corners)
         return options._replace(**requested)
 
+    def of_all_pixels(self) -> "Options":
+        """To request L of all pixels, used or not."""
+        return self.only(pixel_losses=True)._replace(
+            smoothing=self.smoothing, focal_gamma=self.focal_gamma
+        )
+
     def map(
         self, maps: Callable[[Tensor], Tensor], images: Callable[[Tensor], Tensor] | None = None
     ) -> "Options":
@@ -119,20 +125,31 @@ ADDED = ("pixel_weights", "outside")
 # Functions, because Dynamo of torch 2.10 does not trace a property of a NamedTuple.
 
 
+def selects(options: Options) -> bool:
+    """Whether pixels are used or not by their −log p_y."""
+    return options.min_loss > -math.inf
+
+
+def is_unused(options: Options, label_losses: Tensor) -> Tensor:
+    """Which pixels are not used, from their −log p_y."""
+    return label_losses < options.min_loss
+
+
 def changes_losses(options: Options) -> bool:
     """Whether L is not just −log p_y."""
-    return options.smoothing is not None or options.min_loss > -math.inf or options.focal_gamma > 0
+    return options.smoothing is not None or selects(options) or options.focal_gamma > 0
 
 
 def counts_used(options: Options) -> bool:
-    return options.min_loss > -math.inf or options.pixel_weights is not None
+    return selects(options) or options.pixel_weights is not None
 
 
 def lacking(options: Options, backend: str) -> list[str]:
-    """The options of the call that the backend does not have, and that PyTorch does not add."""
+    """The options and requested results of the call that the backend does not have, and that
+    PyTorch does not add."""
     default = Options()
     changed = [x for x in TENSORS if getattr(options, x) is not None]
-    changed += [x for x in NUMBERS if getattr(options, x) != getattr(default, x)]
+    changed += [x for x in (*NUMBERS, *FLAGS) if getattr(options, x) != getattr(default, x)]
     return [x for x in changed if x in LACKS[backend] and x not in ADDED]
 
 

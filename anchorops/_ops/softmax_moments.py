@@ -2,21 +2,13 @@
 computed from low-resolution logits.
 
 Let z be the logits upsampled bilinearly to full resolution, p = softmax_k z, y the labels, V the
-valid pixels q:
+valid pixels q. The results are defined in reference/softmax_moments.py: among others
 
-    counts[k] = #{q ∈ V : y = k}                 hits[k] = #{q ∈ V : y = k = argmax z}
     losses[k] = Σ_{q ∈ V, y = k} w_q·L_q         overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
     masses[k] = Σ_{q ∈ V} p_k(q)                 squares[k] = Σ_{q ∈ V} p_k(q)²
-    pixel_losses[q] = L_q;  0 where ignored
-    used[k] = Σ_{q ∈ V, y = k, not c < min_loss} w_q
-    outside = #{q : y is neither a class nor ignore_index}
-
     L_q = m·(a_y·c + Σ_k v_k·(−log p_k))         c = −log p_y
-    m   = (1 − e^{−c})^γ,  0 where c < min_loss
 
-L is c without the options: a = 1 and v = 0 without label smoothing, m = 1 without a focal factor
-and a smallest loss. w are the pixel weights, 1 if not given. w_q·L_q is 0 where w_q = 0, even if
-L_q = ∞.
+Their gradients are
 
     dz_k = (α + β·Σ_j v_j)·p_k − α·[y = k] − β·v_k + p_k·(u_k − Σ_j p_j u_j)
     α    = d·(m·a_y + dm/dc·(a_y·c + Σ_k v_k·(−log p_k))),  β = d·m
@@ -53,7 +45,9 @@ from .._moments import (
     Signature,
     SoftmaxMoments,
     changes_losses,
+    is_unused,
     lacking,
+    selects,
     statistics_dtype,
 )
 from .class_moments import unchecked_moments as class_sums
@@ -150,12 +144,12 @@ def _dpixel_weights(
     """dw of all pixels."""
     num_classes = max(logits.shape[1], 2)
     plain = options.only(pixel_losses=True)
-    shaped = plain._replace(smoothing=options.smoothing, focal_gamma=options.focal_gamma)
+    shaped = options.of_all_pixels()
     losses = again(shaped, "pixel_losses")
     used = valid_pixels(labels, num_classes, options.ignore_index)
-    if options.min_loss > -math.inf:
+    if selects(options):
         ce = again(plain, "pixel_losses") if changes_losses(shaped) else losses
-        used &= ~(ce < options.min_loss)
+        used &= ~is_unused(options, ce)
     classes = torch.where(used, labels.long(), 0).flatten(1)
     gradient = torch.zeros_like(losses)
     for by_class, factor in ((dlosses, torch.where(losses.isfinite(), losses, 0)), (dused, 1)):
@@ -381,14 +375,14 @@ def _moments_by_maps(
     moments = moments_of(function, logits, labels, unweighted._replace(pixel_losses=True))
     losses = moments.pixel_losses
     assert losses is not None
-    if options.min_loss > -math.inf:
-        ce = losses.detach()  # 0 where not used
-        if options.smoothing is not None or options.focal_gamma > 0:
+    if selects(options):
+        ce = losses.detach()  # 0 where smaller than min_loss
+        if changes_losses(options._replace(min_loss=-math.inf)):
             plain = options.only(pixel_losses=True)
             with torch.no_grad():
                 ce = moments_of(function, logits, labels, plain).pixel_losses
             assert ce is not None
-        shares = torch.where(ce < options.min_loss, 0, shares)
+        shares = torch.where(is_unused(options, ce), 0, shares)
     _, sums, _ = class_sums(
         torch.stack([weighted(losses, shares), shares], 1).flatten(2),
         labels.flatten(1),

@@ -1,11 +1,16 @@
 """Softmax moments of upsampled logits."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from .._moments import Options, SoftmaxMoments, counts_used, statistics_dtype
+from .._moments import (
+    Options,
+    SoftmaxMoments,
+    counts_used,
+    is_unused,
+    selects,
+    statistics_dtype,
+)
 from .class_keys import sum_by_key
 from .upsampling import upsample
 
@@ -51,8 +56,8 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Options) -> Softmax
         # Kept above 0, where the derivative of a power below 1 is infinite.
         miss = miss.clamp(min=torch.finfo(dtype).tiny)
         losses = losses * torch.where(finite, miss**options.focal_gamma, 1)
-    if options.min_loss > -math.inf:
-        used = valid & ~(label_losses < options.min_loss)
+    if selects(options):
+        used = valid & ~is_unused(options, label_losses)
     losses = torch.where(used, losses, 0)
     weighted, shares = losses, used
     if pixel_weights is not None:
