@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import LOG2_E, values_of_labels
+from .lanes import LOG2_E, true_logits, values_of_labels
 from .upsampling import corner_ptrs, corners, next_class, upsampled
 
 _SMALLEST = tl.constexpr(2.0**-24)  # c is rounded to multiples of about this
@@ -78,7 +78,7 @@ def losses_of_all_classes(weighted, lse, lanes, options, image, CELLS: tl.conste
 
 
 @triton.jit
-def read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS: tl.constexpr):
+def _read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS: tl.constexpr):
     """The same, with a loop of its own over the classes."""
     zero = tl.zeros(lanes.x.cell.shape, tl.float32)
     weighted = (zero, zero, zero, zero)
@@ -100,7 +100,7 @@ def weight_of_class(k, options, image):
 
 
 @triton.jit
-def weights_of_labels(labels, options, image):
+def _weights_of_labels(labels, options, image):
     """a_y of each pixel."""
     if options.true_weights is None:
         return [1.0 for _ in labels]
@@ -152,7 +152,7 @@ def loss_of_pixel(c, u, a, used, options):
 
 
 @triton.jit
-def slopes_of_loss(c, u, a, used, options):
+def _slopes_of_loss(c, u, a, used, options):
     """∂L/∂c = m'·(a·c + u) + m·a, with m' = γ·(1 − e^−c)^(γ − 1)·e^−c, and ∂L/∂u = m"""
     by_c, by_u = a, 1.0
     if options.focal_gamma is not None:
@@ -164,6 +164,23 @@ def slopes_of_loss(c, u, a, used, options):
     if options.min_loss is not None:
         by_c, by_u = tl.where(used, by_c, 0.0), tl.where(used, by_u, 0.0)
     return by_c, by_u
+
+
+@triton.jit
+def slopes_of_losses(d, logits, lanes, labels, lse, options, image, CELLS: tl.constexpr):
+    """d·∂L/∂c and d·∂L/∂u of each pixel"""
+    a = _weights_of_labels(labels, options, image)
+    if options.focal_gamma is None and options.min_loss is None:
+        return [d[i] * a[i] for i in () + CELLS.columns], d
+    else:
+        z = true_logits(logits, lanes, labels, CELLS)
+        used = [is_used(z[i], lse[i], options) for i in () + CELLS.columns]
+        c = [tl.where(lse[i] < z[i], 0.0, lse[i] - z[i]) for i in () + CELLS.columns]
+        u = _read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS)
+        slopes = [_slopes_of_loss(c[i], u[i], a[i], used[i], options) for i in () + CELLS.columns]
+        return [d[i] * slopes[i][0] for i in () + CELLS.columns], [
+            d[i] * slopes[i][1] for i in () + CELLS.columns
+        ]
 
 
 @triton.jit

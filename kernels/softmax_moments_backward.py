@@ -30,12 +30,9 @@ from .lanes import (
 from .launch import most_rows, registers
 from .loss_options import (
     add_sum_of_weights,
-    is_used,
     loss_options_of,
-    read_losses_of_all_classes,
-    slopes_of_loss,
+    slopes_of_losses,
     subtract_weighted,
-    weights_of_labels,
 )
 from .upsampling import (
     LOGITS,
@@ -117,24 +114,6 @@ def _add_map(x, pixel_map, pixels, CELLS: tl.constexpr):
     else:
         added = load_map(pixel_map, pixels.image, pixels.lanes, pixels.labels, CELLS)
         return [x[i] + added[i] for i in () + CELLS.columns]
-
-
-@triton.jit
-def _slopes(d, options, pixels, CELLS: tl.constexpr):
-    """α and β of each pixel, for d = dlosses[y] + dpixel_losses."""
-    image, logits, lanes, labels, lse = pixels
-    a = weights_of_labels(labels, options, image)
-    if options.focal_gamma is None and options.min_loss is None:
-        return [d[i] * a[i] for i in () + CELLS.columns], d
-    else:
-        z = true_logits(logits, lanes, labels, CELLS)
-        used = [is_used(z[i], lse[i], options) for i in () + CELLS.columns]
-        c = [tl.where(lse[i] < z[i], 0.0, lse[i] - z[i]) for i in () + CELLS.columns]
-        u = read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS)
-        slopes = [slopes_of_loss(c[i], u[i], a[i], used[i], options) for i in () + CELLS.columns]
-        return [d[i] * slopes[i][0] for i in () + CELLS.columns], [
-            d[i] * slopes[i][1] for i in () + CELLS.columns
-        ]
 
 
 @triton.jit
@@ -251,7 +230,7 @@ def _softmax_moments_bwd_kernel(
     dpixel_losses = PixelMap(dpixel_losses_ptr, dpixel_losses_b, dpixel_losses_h, dpixel_losses_w)
     d = _add_map(d, dpixel_losses, pixels, CELLS)
     d = _add_of_labels(d, gradients.dlosses, pixels, CELLS)
-    alphas, betas = _slopes(d, loss_options, pixels, CELLS)
+    alphas, betas = slopes_of_losses(d, logits, lanes, labels, lse, loss_options, image, CELLS)
     factors = add_sum_of_weights(alphas, betas, loss_options, image, CELLS)
     factors = _subtract_overlaps(factors, gradients, pixels, CELLS)
     factors = _subtract_all_classes(factors, gradients, pixels, CELLS)
