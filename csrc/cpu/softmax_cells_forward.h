@@ -75,18 +75,17 @@ void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDT
   constexpr int L = Row::L, SIZE = Row::HEIGHT * Row::PIXELS;
   const Corners shifts = row.shifts(block);
   const int64_t count = row.rows * WIDTH;
-  float losses[SIZE], values[SIZE];
+  float c[SIZE], shaped[SIZE], values[SIZE];
   Ints counts = {};
-  row.label_logits(block, classes, losses);
+  row.label_logits(block, classes, c);
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats lse[WIDTH];
 #pragma GCC unroll 8
     for (int i = 0; i < WIDTH; ++i) {
       const int64_t n = j * WIDTH + i;
       const Ints k = classes.pixel_classes(n);
-      const Floats log_total = log(totals[n]),
-                   loss = not_below_0(log_total - V::load(losses + n * L));
-      V::store(losses + n * L, k >= 0 ? loss : Floats{});
+      const Floats log_total = log(totals[n]), loss = not_below_0(log_total - V::load(c + n * L));
+      V::store(c + n * L, k >= 0 ? loss : Floats{});
       lse[i] = k >= 0 ? log_total + shifts.at_finite(row.down[j], row.right(block, i)) : Floats{};
       counts -= (k >= 0) & (k == classes.cell_classes);
     }
@@ -96,38 +95,38 @@ void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDT
     if (classes.cell_classes[lane] >= 0) sums.counts[classes.cell_classes[lane]] += counts[lane];
   for (int64_t n = 0; n < classes.count; ++n) ++sums.counts[classes.classes[classes.others[n]]];
   if (sums.overlaps) {
-    for (int64_t n = 0; n < count; ++n)
-      V::store(values + n * L, exp<float>(-V::load(losses + n * L)));
+    for (int64_t n = 0; n < count; ++n) V::store(values + n * L, exp<float>(-V::load(c + n * L)));
     add_by_class(row, classes, values, sums.overlaps);
   }
-  const Map<float>& weights = losses_of.shape.pixel_weights;
-  float used[SIZE];
-  for (int64_t j = 0; j < row.rows && sums.used; ++j) {
-    Floats shares[WIDTH];
-    row.load_map(block, j, weights, shares);
-    for (int i = 0; i < WIDTH; ++i) {
-      const int64_t n = (j * WIDTH + i) * L;
-      const Floats share = weights.data ? shares[i] : Floats{} + 1;
-      V::store(used + n, losses_of.is_unused(V::load(losses + n)) ? Floats{} : share);
-    }
-  }
-  if (sums.used) add_by_class(row, classes, used, sums.used);
+  const float* losses = c;
   if (!losses_of.shape.plain) {
+    losses = shaped;
     for (int64_t n = 0; n < count; ++n) {
       const Ints k = classes.pixel_classes(n);
       const Floats u =
           row.losses_of_all_classes(losses_of, block, n / WIDTH, n % WIDTH, log(totals[n]));
-      const Floats c = V::load(losses + n * L);
-      const auto p = [c]() INLINE_LAMBDA { return chances_of<float>(c); };
-      const Floats loss = losses_of.loss(k, c, u, p);
-      V::store(losses + n * L, k >= 0 ? loss : Floats{});
+      const Floats plain = V::load(c + n * L);
+      const auto p = [plain]() INLINE_LAMBDA { return chances_of<float>(plain); };
+      const Floats loss = losses_of.loss(k, plain, u, p);
+      V::store(shaped + n * L, k >= 0 ? loss : Floats{});
     }
   }
-  if (weights.data) {
-    for (int64_t n = 0; n < count; ++n)
-      V::store(values + n * L, losses_of.weighted(V::load(used + n * L), V::load(losses + n * L)));
+  const Map<float>& map = losses_of.shape.pixel_weights;
+  float weights[SIZE];
+  for (int64_t j = 0; j < row.rows && map.data; ++j) {
+    Floats of_row[WIDTH];
+    row.load_map(block, j, map, of_row);
+    for (int i = 0; i < WIDTH; ++i) V::store(weights + (j * WIDTH + i) * L, of_row[i]);
   }
-  add_by_class(row, classes, weights.data ? values : losses, sums.losses);
+  for (int s = 0; s < LOSS_SUMS; ++s) {
+    if (!sums.of_losses[s]) continue;
+    for (int64_t n = 0; n < count; ++n) {
+      const Floats weight = map.data ? V::load(weights + n * L) : Floats{} + 1;
+      const Floats loss = V::load(losses + n * L);
+      V::store(values + n * L, losses_of.sum_term(s, V::load(c + n * L), loss, weight));
+    }
+    add_by_class(row, classes, values, sums.of_losses[s]);
+  }
   if (!maps.pixel_losses) return;
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats row_losses[WIDTH];

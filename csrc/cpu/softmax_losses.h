@@ -51,11 +51,6 @@ struct LossesOfImage {
   const Stat *true_weights, *all_weights;  // a and v [K]; null: 1 and 0
   Stat total;                              // the sum of v
 
-  // The share of a pixel's loss, or its use, in the sums.
-  static ALWAYS_INLINE Vec weighted(Vec weight, Vec loss) {
-    return weight == 0 ? Vec{} : weight * loss;
-  }
-
   ALWAYS_INLINE LossesOfImage(const LossShape<Stat>& shape, int64_t num_classes, int64_t image)
       : shape(shape), true_weights(nullptr), all_weights(nullptr), total(0) {
     if (!shape.smoothing) return;
@@ -74,6 +69,11 @@ struct LossesOfImage {
   ALWAYS_INLINE Vec loss(Indices<Stat> classes, Vec c, Vec u, P p) const {
     const Vec loss = mixed(true_weight(classes), c, u);
     return is_unused(c) ? Vec{} : (shape.gamma > 0 ? modulation(c, p()).factor * loss : loss);
+  }
+
+  // What a pixel adds to a sum. c: -log p of its class; weight: 1 without pixel weights.
+  ALWAYS_INLINE Vec sum_term(int sum, Vec c, Vec loss, Vec weight) const {
+    return sum == USED ? (is_unused(c) ? Vec{} : weight) : weighted(weight, loss);
   }
 
   // alpha and beta: the derivatives of the loss by c, and by each -log p_k, divided by v_k.
@@ -97,6 +97,9 @@ struct LossesOfImage {
     Vec factor, slope;  // m and its derivative
   };
 
+  static ALWAYS_INLINE Vec weighted(Vec weight, Vec loss) {
+    return weight == 0 ? Vec{} : weight * loss;
+  }
   ALWAYS_INLINE Vec true_weight(Indices<Stat> classes) const {
     return true_weights ? pick(true_weights, classes) : Vec{} + 1;
   }

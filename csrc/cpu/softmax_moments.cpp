@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -113,22 +114,29 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
   const int64_t splits = std::clamp<int64_t>(std::min(tiles_of_group, pixels_of_group / 128), 1,
                                              ceil_div(ITEMS, groups));
   const int64_t items = groups * splits;
-  Partials<double> losses(true, items, num_classes);
+  const std::array<Tensor, LOSS_SUMS> loss_outputs = {out.losses, out.used};
+  std::vector<Partials<double>> of_losses;
+  for (const Tensor& output : loss_outputs)
+    of_losses.emplace_back(output.numel() > 0, items, num_classes);
   Partials<double> overlaps(out.overlaps.numel() > 0, items, num_classes);
   Partials<double> masses(out.masses.numel() > 0, items, num_classes);
   Partials<double> squares(out.squares.numel() > 0, items, num_classes);
   Partials<int64_t> counts(true, items, num_classes);
   Partials<int64_t> hits(out.hits.numel() > 0, items, num_classes);
-  Partials<double> used(out.used.numel() > 0, items, num_classes);
   Partials<int64_t> outside(true, items, 1);
   const Maps<Stat> maps = {data_or_null<Stat>(out.pixel_losses), data_or_null<Stat>(out.lse)};
 
   for_items(tiles, items, num_classes, false, out.masses.numel() + out.squares.numel() > 0,
             [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
               for (int64_t item = first; item < last; ++item) {
-                const Sums sums = {losses.at(item),  overlaps.at(item), masses.at(item),
-                                   squares.at(item), used.at(item),     counts.at(item),
-                                   hits.at(item),    outside.at(item)};
+                Sums sums = {{},
+                             overlaps.at(item),
+                             masses.at(item),
+                             squares.at(item),
+                             counts.at(item),
+                             hits.at(item),
+                             outside.at(item)};
+                for (int s = 0; s < LOSS_SUMS; ++s) sums.of_losses[s] = of_losses[s].at(item);
                 const int64_t start = item / splits * tiles_of_group, split = item % splits;
                 for (int64_t i = tiles_of_group * split / splits;
                      i < tiles_of_group * (split + 1) / splits; ++i)
@@ -136,16 +144,16 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
               }
             });
 
-  losses.add_up(groups, splits, out.losses.mutable_data_ptr<Stat>());
+  for (int s = 0; s < LOSS_SUMS; ++s)
+    if (loss_outputs[s].scalar_type() == ScalarType::Long)
+      of_losses[s].add_up(groups, splits, data_or_null<int64_t>(loss_outputs[s]));
+    else
+      of_losses[s].add_up(groups, splits, data_or_null<Stat>(loss_outputs[s]));
   overlaps.add_up(groups, splits, data_or_null<Stat>(out.overlaps));
   masses.add_up(groups, splits, data_or_null<Stat>(out.masses));
   squares.add_up(groups, splits, data_or_null<Stat>(out.squares));
   counts.add_up(groups, splits, out.counts.mutable_data_ptr<int64_t>());
   hits.add_up(groups, splits, data_or_null<int64_t>(out.hits));
-  if (shape.pixel_weights.data)
-    used.add_up(groups, splits, data_or_null<Stat>(out.used));
-  else
-    used.add_up(groups, splits, data_or_null<int64_t>(out.used));
   if (out.outside.numel()) outside.add_up(1, items, out.outside.mutable_data_ptr<int64_t>());
 }
 

@@ -124,9 +124,13 @@ struct Problem {
   }
 };
 
+// The sums that follow from a pixel's loss and weight: `sum_term` of softmax_losses.h.
+enum LossSum { LOSSES, USED, LOSS_SUMS };
+
 // For each class [K], null if not requested.
 struct Sums {
-  double *losses, *overlaps, *masses, *squares, *used;
+  double* of_losses[LOSS_SUMS];  // the first is never null
+  double *overlaps, *masses, *squares;
   int64_t *counts, *hits;
   int64_t* outside;  // one number, never null
 };

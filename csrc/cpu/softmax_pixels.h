@@ -235,7 +235,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   const int64_t first = problem.pixel(tile, group.y, group.x);
   const LossesOfImage<Stat> losses_of(problem.shape, num_classes, tile.image);
   const Map<Stat>& weights = problem.shape.pixel_weights;
-  Stat shift[GROUP] = {}, losses[GROUP], overlaps[GROUP], used[GROUP];
+  Stat shift[GROUP] = {}, overlaps[GROUP], of_losses[LOSS_SUMS][GROUP];
   uint64_t hits = 0;
   logits_of_group(problem, tile, workspace, group);
   if (problem.upsampled && maps.lse)
@@ -258,17 +258,17 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
             : sum_of_powers<Stat, false>(z, num_classes, workspace.group, losses_of.all_weights);
     if (with_probabilities) scale(z, num_classes, workspace.group, 1 / sum.total);
     const Vec log_total = log_of_sum(sum.total);
-    Vec loss = is_valid ? not_below_0(log_total - (label_logit - sum.largest)) : Vec{};
-    if (sums.overlaps) V::store(overlaps + t, exp<Stat>(-loss));
-    Vec share = Vec{} + 1;
-    if (weights.data) share = load_map(weights, tile.image, group.y, group.x + t, count);
-    if (sums.used) V::store(used + t, losses_of.is_unused(loss) ? Vec{} : share);
+    const Vec c = is_valid ? not_below_0(log_total - (label_logit - sum.largest)) : Vec{};
+    if (sums.overlaps) V::store(overlaps + t, exp<Stat>(-c));
+    Vec loss = c, weight = Vec{} + 1;
+    if (weights.data) weight = load_map(weights, tile.image, group.y, group.x + t, count);
     if (!problem.shape.plain) {
-      const Vec u = losses_of.total * log_total - sum.mixed, c = loss;
+      const Vec u = losses_of.total * log_total - sum.mixed;
       const auto p = [c]() INLINE_LAMBDA { return chances_of<Stat>(c); };
       loss = is_valid ? losses_of.loss(group.classes_at(t), c, u, p) : Vec{};
     }
-    V::store(losses + t, weights.data ? losses_of.weighted(share, loss) : loss);
+    for (int s = 0; s < LOSS_SUMS; ++s)
+      if (sums.of_losses[s]) V::store(of_losses[s] + t, losses_of.sum_term(s, c, loss, weight));
     if (maps.pixel_losses) V::store(maps.pixel_losses + first + t, loss, count);
     if (maps.lse) {
       const Vec lse = log_total + (sum.largest + V::load(shift + t));
@@ -283,9 +283,9 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     rest &= ~same_class;
     sums.counts[k] += __builtin_popcountll(same_class);
     if (sums.hits) sums.hits[k] += __builtin_popcountll(same_class & hits);
-    sums.losses[k] += group.sum_of_class(k, losses);
+    for (int s = 0; s < LOSS_SUMS; ++s)
+      if (sums.of_losses[s]) sums.of_losses[s][k] += group.sum_of_class(k, of_losses[s]);
     if (sums.overlaps) sums.overlaps[k] += group.sum_of_class(k, overlaps);
-    if (sums.used) sums.used[k] += group.sum_of_class(k, used);
   }
   for (int64_t k = 0; with_probabilities && k < num_classes; ++k) {
     Vector<double, LANES<double>> mass = {}, square = {};

@@ -130,11 +130,11 @@ struct LogOfProduct {
 // The sums of a class over a tile.
 struct SumsOfClass {
   using Sum = Vector<double, LANES<double>>;
-  Sum losses = {}, overlaps = {}, masses = {}, squares = {}, used = {};
+  Sum of_losses[LOSS_SUMS] = {}, overlaps = {}, masses = {}, squares = {};
   int64_t counts = 0, hits = 0;
 };
 
-// BY_PRODUCT: neither the loss of a single pixel is needed nor `used`.
+// BY_PRODUCT: the loss of a single pixel is not needed.
 template <bool BY_PRODUCT, bool WITH_PROBABILITIES>
 void forward_differences(const Problem<float>& problem, const Tile& tile,
                          const Workspace<float>& workspace, const Sums& sums,
@@ -144,7 +144,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
   const int64_t count = tile.label_columns.end - tile.label_columns.begin;
   const LossesOfImage<float> losses(problem.shape, 2, tile.image);
   const Map<float>& weights = problem.shape.pixel_weights;
-  const bool with_hits = sums.hits, with_squares = sums.squares, with_used = sums.used;
+  const bool with_hits = sums.hits, with_squares = sums.squares;
   const auto number = [](Ints mask) INLINE_LAMBDA { return __builtin_popcount(lanes_of(mask)); };
   PackedRows<float> packed;
   SumsOfClass by_class[2];
@@ -156,7 +156,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
     float* map = maps.pixel_losses;
     if (map) map += problem.pixel(tile, y, tile.label_columns.begin);
     for (int64_t first = 0; first < count; first += 8 * L) {
-      Floats loss_sums[2] = {}, overlaps[2] = {}, masses[2] = {}, squares[2] = {}, used[2] = {};
+      Floats of_losses[LOSS_SUMS][2] = {}, overlaps[2] = {}, masses[2] = {}, squares[2] = {};
       LogOfProduct totals[2];
       for (int64_t t = first; t < std::min(first + 8 * L, count); t += L) {
         const TwoClasses two(V::load(d + t));
@@ -170,23 +170,22 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
         if constexpr (BY_PRODUCT) {
           const Floats without_log = two.loss(other, Floats{});
           for (int i = 0; i < 2; ++i) {
-            loss_sums[i] += has_label[i] ? without_log : Floats{};
+            of_losses[LOSSES][i] += has_label[i] ? without_log : Floats{};
             totals[i].multiply(has_label[i], two.power);
           }
         } else {
           const Floats log_total = log_of_1_plus(two.power), c = two.loss(other, log_total);
-          Floats loss = c, share = Floats{} + 1;
+          Floats loss = c, weight = Floats{} + 1;
           if (!losses.shape.plain)
             loss = losses.loss(k, c, two.losses(losses, log_total),
                                [&]() INLINE_LAMBDA { return two.chances(k); });
           if (map) V::store(map + t, k >= 0 ? loss : Floats{}, std::min<int64_t>(L, count - t));
-          if (weights.data) {
-            share = load_map(weights, tile.image, y, tile.label_columns.begin + t, count - t);
-            loss = losses.weighted(share, loss);
-          }
-          for (int i = 0; i < 2; ++i) {
-            loss_sums[i] += has_label[i] ? loss : Floats{};
-            if (with_used) used[i] += has_label[i] & ~losses.is_unused(c) ? share : Floats{};
+          if (weights.data)
+            weight = load_map(weights, tile.image, y, tile.label_columns.begin + t, count - t);
+          for (int s = 0; s < LOSS_SUMS; ++s) {
+            if (!sums.of_losses[s]) continue;
+            const Floats term = losses.sum_term(s, c, loss, weight);
+            for (int i = 0; i < 2; ++i) of_losses[s][i] += has_label[i] ? term : Floats{};
           }
         }
         for (int i = 0; WITH_PROBABILITIES && i < 2; ++i) {
@@ -197,9 +196,9 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
         }
       }
       for (int i = 0; i < 2; ++i) {
-        by_class[i].losses +=
-            widen(fold(BY_PRODUCT ? loss_sums[i] + totals[i].value() : loss_sums[i]));
-        if (with_used) by_class[i].used += widen(fold(used[i]));
+        if (BY_PRODUCT) of_losses[LOSSES][i] += totals[i].value();
+        for (int s = 0; s < LOSS_SUMS; ++s)
+          by_class[i].of_losses[s] += widen(fold(of_losses[s][i]));
         if (!WITH_PROBABILITIES) continue;
         by_class[i].overlaps += widen(fold(overlaps[i]));
         by_class[i].masses += widen(fold(masses[i]));
@@ -209,13 +208,13 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
   };
   *sums.outside += for_differences(problem, tile, workspace, [](int64_t) {}, visit);
   for (int i = 0; i < 2; ++i) {
-    sums.losses[i] += sum_of_lanes(by_class[i].losses);
+    for (int s = 0; s < LOSS_SUMS; ++s)
+      if (sums.of_losses[s]) sums.of_losses[s][i] += sum_of_lanes(by_class[i].of_losses[s]);
     sums.counts[i] += by_class[i].counts;
     if (sums.overlaps) sums.overlaps[i] += sum_of_lanes(by_class[i].overlaps);
     if (sums.masses) sums.masses[i] += sum_of_lanes(by_class[i].masses);
     if (sums.squares) sums.squares[i] += sum_of_lanes(by_class[i].squares);
     if (sums.hits) sums.hits[i] += by_class[i].hits;
-    if (sums.used) sums.used[i] += sum_of_lanes(by_class[i].used);
   }
 }
 
@@ -224,7 +223,10 @@ void forward_two_classes(const Problem<float>& problem, const Tile& tile,
                          const Workspace<float>& workspace, const Sums& sums,
                          const Maps<float>& maps) {
   const LossShape<float>& shape = problem.shape;
-  const bool by_product = shape.plain && !shape.pixel_weights.data && !maps.pixel_losses;
+  int loss_sums = 0;
+  for (const double* sum : sums.of_losses) loss_sums += sum != nullptr;
+  const bool by_product =
+      shape.plain && !shape.pixel_weights.data && !maps.pixel_losses && loss_sums == 1;
   const bool with_probabilities = sums.masses || sums.squares;
   const auto add = by_product           ? with_probabilities ? forward_differences<true, true>
                                                              : forward_differences<true, false>
