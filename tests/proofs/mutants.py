@@ -202,9 +202,9 @@ SOFTMAX_MOMENTS = (
     ),
     Mutant(
         "number of hard examples",
-        "csrc/cpu/softmax_cells_forward.h",
-        "losses_of.is_unused(V::load(losses + n)) ? Floats{} : share",
-        "share",
+        "csrc/cpu/softmax_losses.h",
+        "sum == USED ? (is_unused(c) ? Vec{} : weight)",
+        "sum == USED ? weight",
         SOFTMAX,
     ),
     Mutant(
@@ -891,7 +891,7 @@ PLUMBING = (
     Mutant(
         "smallest loss of weighted pixels on a GPU",
         "anchorops/_ops/softmax_moments.py",
-        "shares = torch.where(ce < options.min_loss, 0, shares)",
+        "shares = torch.where(is_unused(options, ce), 0, shares)",
         "pass",
         T_WEIGHTS,
     ),
