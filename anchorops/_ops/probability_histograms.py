@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._moments import statistics_dtype
-from .registration import Gradient, define
+from .registration import Gradient, define, library
 
 BACKENDS = ("cpu",)
 
@@ -57,7 +57,7 @@ define(
     "(Tensor loss, Tensor logits, Tensor labels, Tensor slopes, int ignore_index, "
     "bool align_corners) -> Tensor",
     _loss_fake,
-    backends=BACKENDS,
+    backends=(*BACKENDS, "reference"),
     gradient=Gradient(
         "(Tensor logits, Tensor labels, Tensor slopes, int ignore_index, bool align_corners) "
         "-> Tensor",
@@ -70,45 +70,14 @@ define(
 )
 
 
-class _ErrorLoss(torch.autograd.Function):
-    """`error_loss` of the reference."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(loss: Tensor, *_: Any) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _setup_context(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        loss, dlogits, *nones = _backward(reference.error_gradients, ctx, grads[0])
-        assert dlogits is not None
-        return loss, first_derivative(dlogits, ctx.saved_tensors[0]), *nones
+def _error_loss(loss: Tensor, *_: Any) -> Tensor:
+    return loss.clone()
 
 
-class _FirstDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(gradient: Tensor, logits: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("Lovasz: second derivatives are not implemented")
-
-
-def first_derivative(gradient: Tensor, logits: Tensor) -> Tensor:
-    """The gradient of the logits, whose own derivative raises an error."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
-        return _FirstDerivative.apply(gradient, logits)
-    return gradient
+library.impl("error_loss.reference", _error_loss, "CompositeExplicitAutograd")
+library.impl(
+    "error_loss_backward.reference", reference.error_gradients, "CompositeExplicitAutograd"
+)
 
 
 def probability_histograms(
@@ -140,10 +109,8 @@ def error_loss(
 ) -> Tensor:
     """The loss, a scalar, whose gradient for the logits is that of the slopes [K, 2, bins]."""
     slopes = slopes.to(statistics_dtype(logits.dtype))
-    arguments = loss, logits, labels, slopes, ignore_index, align_corners
-    if _backend(function, logits) == "cpu":
-        return torch.ops.anchorops.error_loss.cpu(*arguments)
-    return _ErrorLoss.apply(*arguments)
+    operator = getattr(torch.ops.anchorops.error_loss, _backend(function, logits))
+    return operator(loss, logits, labels, slopes, ignore_index, align_corners)
 
 
 def _backend(function: str, logits: Tensor) -> str:

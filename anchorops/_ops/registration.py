@@ -150,11 +150,10 @@ def _differentiate(
 
     def differentiable(*inputs: Any) -> Any:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        for tensor in tensors:
-            if forward_ad.unpack_dual(tensor).tangent is not None:
-                _raise_not_implemented(name, "forward-mode derivatives", function)
-            if in_transform(tensor, only_derivatives=True):
-                _raise_not_implemented(name, "torch.func's derivatives", function)
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            _raise_not_implemented(name, "forward-mode derivatives", function)
+        if any(in_transform(x, only_derivatives=True) for x in tensors):
+            _raise_not_implemented(name, "torch.func's derivatives", function)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return node.apply(*inputs)
         return without_gradient(*inputs)

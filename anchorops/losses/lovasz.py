@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .._checks import check_choice, check_flags, check_pixels, describe, fail
-from .._moments import statistics_dtype
-from .._ops.probability_histograms import error_loss, first_derivative, probability_histograms
+from .._ops.hinges import bin_edges, hinge_histograms, hinge_loss, upsampled_channel
+from .._ops.probability_histograms import error_loss, probability_histograms
 from .._ops.sigmoid import contiguous
 from .._ops.softmax_moments import in_images, labels_outside
-from ..reference.probability_histograms import histogram
 from .pixel import PixelLoss, check_chosen_classes, chosen_classes
-
-# The bins of a hinge's errors: a share of 2^-9 of the error, from 2^-20 to 2^40.
-MANTISSA, EXPONENTS = 9, (-20, 40)
-FIRST, LAST = ((127 + exponent) << MANTISSA for exponent in EXPONENTS)  # as bits of a float
-BINS = LAST - FIRST
 
 
 class Lovasz(PixelLoss):
@@ -152,72 +144,12 @@ class Lovasz(PixelLoss):
 
     def _hinge(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """Of a channel (B, 1, h, w)."""
-        z = _upsampled(logits, labels, self.align_corners)
-        hinges = _hinges(z.detach(), labels, ignore_index)
-        counts = histogram(hinges.places, hinges.valid, 2 * (BINS + 1)).view(2, -1)
-        edges = torch.arange(FIRST - 1, LAST + 1, dtype=torch.int32, device=labels.device)
-        edges = (edges << (23 - MANTISSA)).view(torch.float32).double()
-        edges[0] = 0
-        losses, slopes = _losses_and_slopes(counts[None], edges)
-        loss = losses[0].to(hinges.errors.dtype) + (0 * hinges.errors).sum()
-        inputs = loss, z, logits, labels, slopes.flatten().to(loss.dtype)
-        loss = _HingeLoss.apply(*inputs, ignore_index, self.align_corners)
-        return loss, counts.sum(1).flip(0)
-
-
-def _upsampled(logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:
-    """Logits (B, 1, h, w) at full resolution, (B, 1, H, W)."""
-    z = logits.to(statistics_dtype(logits.dtype))
-    if labels.numel() == 0:  # F.interpolate takes no empty size
-        return z.new_zeros(labels[:, None].shape) + z[:0].sum()
-    if z.shape[2:] != labels.shape[1:]:
-        mode = "bilinear" if z.dim() == 4 else "trilinear"
-        z = F.interpolate(z, labels.shape[1:], mode=mode, align_corners=align_corners)
-    return z
-
-
-class _Hinges(NamedTuple):
-    """Of the pixels [B, H, W] of a channel."""
-
-    errors: Tensor
-    slopes: Tensor  # of the errors in the logits: ±1, 0 where the error is 0; NaN where it is ∞
-    places: Tensor  # in a table [2, BINS + 1], of pixels that are 1 and of others
-    valid: Tensor
-
-
-def _hinges(z: Tensor, labels: Tensor, ignore_index: int) -> _Hinges:
-    z, labels = z[:, 0], labels.long()
-    valid = ((labels == 0) | (labels == 1)) & (labels != ignore_index)
-    signs = torch.where(labels == 1, -1, 1).to(z.dtype)
-    margins = torch.where(valid, 1 + signs * z, -1)
-    errors = margins.clamp(min=0)
-    slopes = torch.where(margins >= 0, signs, 0).where(margins < math.inf, math.nan)
-    bits = errors.float().clamp(max=2.0 ** EXPONENTS[1]).view(torch.int32)
-    places = (bits >> (23 - MANTISSA)).long().sub(FIRST - 1).clamp(0, BINS)
-    return _Hinges(errors, slopes, places + (BINS + 1) * (labels != 1).long(), valid)
-
-
-class _HingeLoss(torch.autograd.Function):
-    """A channel's loss, from its full-resolution logits z. They are not stored: the backward pass
-    computes them again from the low-resolution ones."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(loss: Tensor, *_: Any) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.ignore_index, ctx.align_corners = inputs[2:]
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels, slopes = ctx.saved_tensors
-        hinges = _hinges(_upsampled(logits, labels, ctx.align_corners), labels, ctx.ignore_index)
-        dz = (grads[0] * slopes[hinges.places] * hinges.slopes)[:, None]
-        return grads[0], first_derivative(dz, logits), None, None, None, None, None
+        options = {"ignore_index": ignore_index, "align_corners": self.align_corners}
+        z = upsampled_channel(logits, labels, self.align_corners)
+        not_finite, counts = hinge_histograms(z, labels, ignore_index)
+        losses, slopes = _losses_and_slopes(counts[None], bin_edges(z.device))
+        loss = losses[0].to(z.dtype) + not_finite
+        return hinge_loss(loss, z, logits, labels, slopes[0], **options), counts.sum(1).flip(0)
 
 
 def _losses_and_slopes(counts: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
