@@ -31,7 +31,7 @@ def same_bits(ours: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
-@each()
+@each(exact=True)
 def test_values_and_gradients(operator: Operator, backend: str, poisoned: None):
     """The error is at most twice that of torch's functions in float32, plus the floor."""
     inputs = operator.inputs(1)
@@ -42,7 +42,7 @@ def test_values_and_gradients(operator: Operator, backend: str, poisoned: None):
         assert ((ours.double() - right).abs() <= allowed).all()
 
 
-@each("reference", "cpu")
+@each("reference", "cpu", exact=True)
 def test_float64(operator: Operator, backend: str):
     inputs = as_dtype(operator.inputs(1), F64)
     expected = results(operator.formula, inputs)

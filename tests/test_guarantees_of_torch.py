@@ -39,7 +39,7 @@ def weighted_sum(operator: Operator, inputs: Inputs) -> tuple[Function, tuple[Te
     return function, tuple(floating.values())
 
 
-@each("reference", "cpu", differentiable=True)
+@each("reference", "cpu", differentiable=True, exact=True)
 def test_gradcheck(operator: Operator, backend: str):
     function, (x, *others) = weighted_sum(operator, as_dtype(operator.inputs(1), F64))
     leaves = (x.requires_grad_(), *others)
@@ -48,7 +48,7 @@ def test_gradcheck(operator: Operator, backend: str):
         assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
-@each("reference", differentiable=True)
+@each("reference", differentiable=True, exact=True)
 def test_transforms_of_the_reference(operator: Operator, backend: str):
     old = TorchVersion(torch.__version__) < TorchVersion("2.14")
     if operator.name == "CrossEntropy of the hardest" and old:
@@ -72,16 +72,18 @@ def test_other_derivatives_raise(operator: Operator, backend: str):
 
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(function(leaf).square(), leaf, create_graph=True)
-    instead = r'not implemented in the fused operators; use .*use_backend\("reference"\) for them$'
-    with pytest.raises(RuntimeError, match=rf"^\w+: second derivatives are {instead}"):
+    instead = "not implemented"
+    if operator.exact:
+        instead += r' in the fused operators; use .*use_backend\("reference"\) for them'
+    with pytest.raises(RuntimeError, match=rf"^\w+: second derivatives are {instead}$"):
         gradient.square().sum().backward()
     if operator.name == "upsampled_sums":  # in a transform it is the reference
         return
-    with pytest.raises(RuntimeError, match=rf"^\w+: forward-mode derivatives are {instead}"):
+    with pytest.raises(RuntimeError, match=rf"^\w+: forward-mode derivatives are {instead}$"):
         jvp(function, (x,), (x,))
     with (
         forward_ad.dual_level(),
-        pytest.raises(RuntimeError, match=rf"^\w+: forward-mode derivatives are {instead}"),
+        pytest.raises(RuntimeError, match=rf"^\w+: forward-mode derivatives are {instead}$"),
     ):
         function(forward_ad.make_dual(x, x))
     for transformed, argument in (
@@ -89,7 +91,7 @@ def test_other_derivatives_raise(operator: Operator, backend: str):
         (vmap(grad(function)), x[None]),
         (grad(lambda x: vmap(function)(x[None]).sum()), x),
     ):
-        with pytest.raises(RuntimeError, match=rf"^\w+: torch.func's derivatives are {instead}"):
+        with pytest.raises(RuntimeError, match=rf"^\w+: torch.func's derivatives are {instead}$"):
             transformed(argument)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import lovasz_formulas
 import softmax_formulas
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ class Operator(NamedTuple):
     inputs: Callable[[int], Inputs]  # of n² as many pixels; the gradient of the first is tested
     places: tuple[str, ...] = EVERYWHERE
     differentiable: bool = True
+    exact: bool = True  # to rounding; its derivative has derivatives on the reference
     ignores: bool = True  # inputs of which nothing valid reads a part
     tables: tuple[str, ...] = ()  # inputs without images
     dense: tuple[str, ...] = ()  # inputs that are contiguous or channels last
@@ -151,6 +153,18 @@ def statistics(logits: Tensor, labels: Tensor, **options: Any) -> list[Tensor]:
     return [moments[name] for name in STATISTICS]
 
 
+def lovasz(logits: Tensor, labels: Tensor) -> Tensor:
+    z = F.interpolate(logits, labels.shape[1:], mode="bilinear")
+    present = [k for k in range(z.shape[1]) if (labels == k).any()]
+    return lovasz_formulas.softmax_losses(z, labels, -1)[present].mean()
+
+
+def lovasz_of_sigmoids(logits: Tensor, labels: Tensor) -> Tensor:
+    z = F.interpolate(logits, labels.shape[2:], mode="bilinear")
+    losses = [lovasz_formulas.hinge_loss(z[:, k], labels[:, k], -1) for k in range(z.shape[1])]
+    return torch.stack(losses).mean()
+
+
 def our_divergence(logits: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
     size = valid.shape[1:]
     return ao.pixel_kl_divergence(logits, teacher, size, valid=valid, temperature=2.0)
@@ -259,6 +273,22 @@ OPERATORS = [
         without_options(verify._dice, squared=True, per_image=True),
         any_size,
         NOT_CUDA,
+    ),
+    Operator(
+        "Lovasz",
+        our_loss(ao.Lovasz),
+        without_options(lovasz),
+        any_size,
+        ON_CPU,
+        exact=False,  # errors are rounded to bins
+    ),
+    Operator(
+        "Lovasz of sigmoids",
+        our_loss(ao.Lovasz, sigmoid=True, absent="keep"),
+        without_options(lovasz_of_sigmoids),
+        of_channels,
+        ON_CPU,
+        exact=False,
     ),
     Operator(
         "pixel_binary_cross_entropy",
