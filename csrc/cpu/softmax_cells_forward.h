@@ -68,7 +68,7 @@ ALWAYS_INLINE void add_by_class(const CellRow<WIDTH>& row, const BlockClasses<WI
 // Adds a block to the sums and writes its maps. totals: the sums of e^z over the classes.
 template <int WIDTH>
 void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
-               const LossesOfImage<float>& losses_of, const Floats* totals, const Sums& sums,
+               const LossesOfImage<float>& image_losses, const Floats* totals, const Sums& sums,
                const Maps<float>& maps) {
   using Row = CellRow<WIDTH>;
   using V = Simd<float>;
@@ -99,33 +99,33 @@ void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDT
     add_by_class(row, classes, values, sums.overlaps);
   }
   const float* losses = c;
-  if (!losses_of.shape.plain) {
+  if (!image_losses.shape.plain) {
     losses = shaped;
     for (int64_t n = 0; n < count; ++n) {
       const Ints k = classes.pixel_classes(n);
       const Floats u =
-          row.losses_of_all_classes(losses_of, block, n / WIDTH, n % WIDTH, log(totals[n]));
+          row.losses_of_all_classes(image_losses, block, n / WIDTH, n % WIDTH, log(totals[n]));
       const Floats plain = V::load(c + n * L);
       const auto p = [plain]() INLINE_LAMBDA { return chances_of<float>(plain); };
-      const Floats loss = losses_of.loss(k, plain, u, p);
+      const Floats loss = image_losses.loss(k, plain, u, p);
       V::store(shaped + n * L, k >= 0 ? loss : Floats{});
     }
   }
-  const Map<float>& map = losses_of.shape.pixel_weights;
+  const Map<float>& map = image_losses.shape.pixel_weights;
   float weights[SIZE];
   for (int64_t j = 0; j < row.rows && map.data; ++j) {
-    Floats of_row[WIDTH];
-    row.load_map(block, j, map, of_row);
-    for (int i = 0; i < WIDTH; ++i) V::store(weights + (j * WIDTH + i) * L, of_row[i]);
+    Floats line[WIDTH];
+    row.load_map(block, j, map, line);
+    for (int i = 0; i < WIDTH; ++i) V::store(weights + (j * WIDTH + i) * L, line[i]);
   }
   for (int s = 0; s < LOSS_SUMS; ++s) {
-    if (!sums.of_losses[s]) continue;
+    if (!sums.loss_sums[s]) continue;
     for (int64_t n = 0; n < count; ++n) {
       const Floats weight = map.data ? V::load(weights + n * L) : Floats{} + 1;
       const Floats loss = V::load(losses + n * L);
-      V::store(values + n * L, losses_of.sum_term(s, V::load(c + n * L), loss, weight));
+      V::store(values + n * L, image_losses.sum_term(s, V::load(c + n * L), loss, weight));
     }
-    add_by_class(row, classes, values, sums.of_losses[s]);
+    add_by_class(row, classes, values, sums.loss_sums[s]);
   }
   if (!maps.pixel_losses) return;
   for (int64_t j = 0; j < row.rows; ++j) {

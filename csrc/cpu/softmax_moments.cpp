@@ -115,9 +115,9 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
                                              ceil_div(ITEMS, groups));
   const int64_t items = groups * splits;
   const std::array<Tensor, LOSS_SUMS> loss_outputs = {out.losses, out.used};
-  std::vector<Partials<double>> of_losses;
+  std::vector<Partials<double>> loss_sums;
   for (const Tensor& output : loss_outputs)
-    of_losses.emplace_back(output.numel() > 0, items, num_classes);
+    loss_sums.emplace_back(output.numel() > 0, items, num_classes);
   Partials<double> overlaps(out.overlaps.numel() > 0, items, num_classes);
   Partials<double> masses(out.masses.numel() > 0, items, num_classes);
   Partials<double> squares(out.squares.numel() > 0, items, num_classes);
@@ -136,7 +136,7 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
                              counts.at(item),
                              hits.at(item),
                              outside.at(item)};
-                for (int s = 0; s < LOSS_SUMS; ++s) sums.of_losses[s] = of_losses[s].at(item);
+                for (int s = 0; s < LOSS_SUMS; ++s) sums.loss_sums[s] = loss_sums[s].at(item);
                 const int64_t start = item / splits * tiles_of_group, split = item % splits;
                 for (int64_t i = tiles_of_group * split / splits;
                      i < tiles_of_group * (split + 1) / splits; ++i)
@@ -146,9 +146,9 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
 
   for (int s = 0; s < LOSS_SUMS; ++s)
     if (loss_outputs[s].scalar_type() == ScalarType::Long)
-      of_losses[s].add_up(groups, splits, data_or_null<int64_t>(loss_outputs[s]));
+      loss_sums[s].add_up(groups, splits, data_or_null<int64_t>(loss_outputs[s]));
     else
-      of_losses[s].add_up(groups, splits, data_or_null<Stat>(loss_outputs[s]));
+      loss_sums[s].add_up(groups, splits, data_or_null<Stat>(loss_outputs[s]));
   overlaps.add_up(groups, splits, data_or_null<Stat>(out.overlaps));
   masses.add_up(groups, splits, data_or_null<Stat>(out.masses));
   squares.add_up(groups, splits, data_or_null<Stat>(out.squares));

@@ -129,7 +129,7 @@ enum LossSum { LOSSES, USED, LOSS_SUMS };
 
 // For each class [K], null if not requested.
 struct Sums {
-  double* of_losses[LOSS_SUMS];  // the first is never null
+  double* loss_sums[LOSS_SUMS];  // the first is never null
   double *overlaps, *masses, *squares;
   int64_t *counts, *hits;
   int64_t* outside;  // one number, never null

@@ -233,9 +233,9 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   const int64_t num_classes = problem.num_classes;
   const bool with_probabilities = sums.masses || sums.squares;
   const int64_t first = problem.pixel(tile, group.y, group.x);
-  const LossesOfImage<Stat> losses_of(problem.shape, num_classes, tile.image);
+  const LossesOfImage<Stat> image_losses(problem.shape, num_classes, tile.image);
   const Map<Stat>& weights = problem.shape.pixel_weights;
-  Stat shift[GROUP] = {}, overlaps[GROUP], of_losses[LOSS_SUMS][GROUP];
+  Stat shift[GROUP] = {}, overlaps[GROUP], loss_terms[LOSS_SUMS][GROUP];
   uint64_t hits = 0;
   logits_of_group(problem, tile, workspace, group);
   if (problem.upsampled && maps.lse)
@@ -254,8 +254,8 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     const Vec label_logit = group.label_logits(t, z, workspace.group);
     const SumOfPowers<Stat> sum =
         with_probabilities
-            ? sum_of_powers<Stat, true>(z, num_classes, workspace.group, losses_of.all_weights)
-            : sum_of_powers<Stat, false>(z, num_classes, workspace.group, losses_of.all_weights);
+            ? sum_of_powers<Stat, true>(z, num_classes, workspace.group, image_losses.all_weights)
+            : sum_of_powers<Stat, false>(z, num_classes, workspace.group, image_losses.all_weights);
     if (with_probabilities) scale(z, num_classes, workspace.group, 1 / sum.total);
     const Vec log_total = log_of_sum(sum.total);
     const Vec c = is_valid ? not_below_0(log_total - (label_logit - sum.largest)) : Vec{};
@@ -263,12 +263,12 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     Vec loss = c, weight = Vec{} + 1;
     if (weights.data) weight = load_map(weights, tile.image, group.y, group.x + t, count);
     if (!problem.shape.plain) {
-      const Vec u = losses_of.total * log_total - sum.mixed;
+      const Vec u = image_losses.total * log_total - sum.mixed;
       const auto p = [c]() INLINE_LAMBDA { return chances_of<Stat>(c); };
-      loss = is_valid ? losses_of.loss(group.classes_at(t), c, u, p) : Vec{};
+      loss = is_valid ? image_losses.loss(group.classes_at(t), c, u, p) : Vec{};
     }
     for (int s = 0; s < LOSS_SUMS; ++s)
-      if (sums.of_losses[s]) V::store(of_losses[s] + t, losses_of.sum_term(s, c, loss, weight));
+      if (sums.loss_sums[s]) V::store(loss_terms[s] + t, image_losses.sum_term(s, c, loss, weight));
     if (maps.pixel_losses) V::store(maps.pixel_losses + first + t, loss, count);
     if (maps.lse) {
       const Vec lse = log_total + (sum.largest + V::load(shift + t));
@@ -284,7 +284,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     sums.counts[k] += __builtin_popcountll(same_class);
     if (sums.hits) sums.hits[k] += __builtin_popcountll(same_class & hits);
     for (int s = 0; s < LOSS_SUMS; ++s)
-      if (sums.of_losses[s]) sums.of_losses[s][k] += group.sum_of_class(k, of_losses[s]);
+      if (sums.loss_sums[s]) sums.loss_sums[s][k] += group.sum_of_class(k, loss_terms[s]);
     if (sums.overlaps) sums.overlaps[k] += group.sum_of_class(k, overlaps);
   }
   for (int64_t k = 0; with_probabilities && k < num_classes; ++k) {

@@ -130,7 +130,7 @@ struct LogOfProduct {
 // The sums of a class over a tile.
 struct SumsOfClass {
   using Sum = Vector<double, LANES<double>>;
-  Sum of_losses[LOSS_SUMS] = {}, overlaps = {}, masses = {}, squares = {};
+  Sum loss_sums[LOSS_SUMS] = {}, overlaps = {}, masses = {}, squares = {};
   int64_t counts = 0, hits = 0;
 };
 
@@ -156,7 +156,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
     float* map = maps.pixel_losses;
     if (map) map += problem.pixel(tile, y, tile.label_columns.begin);
     for (int64_t first = 0; first < count; first += 8 * L) {
-      Floats of_losses[LOSS_SUMS][2] = {}, overlaps[2] = {}, masses[2] = {}, squares[2] = {};
+      Floats loss_sums[LOSS_SUMS][2] = {}, overlaps[2] = {}, masses[2] = {}, squares[2] = {};
       LogOfProduct totals[2];
       for (int64_t t = first; t < std::min(first + 8 * L, count); t += L) {
         const TwoClasses two(V::load(d + t));
@@ -170,7 +170,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
         if constexpr (BY_PRODUCT) {
           const Floats without_log = two.loss(other, Floats{});
           for (int i = 0; i < 2; ++i) {
-            of_losses[LOSSES][i] += has_label[i] ? without_log : Floats{};
+            loss_sums[LOSSES][i] += has_label[i] ? without_log : Floats{};
             totals[i].multiply(has_label[i], two.power);
           }
         } else {
@@ -183,9 +183,9 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
           if (weights.data)
             weight = load_map(weights, tile.image, y, tile.label_columns.begin + t, count - t);
           for (int s = 0; s < LOSS_SUMS; ++s) {
-            if (!sums.of_losses[s]) continue;
+            if (!sums.loss_sums[s]) continue;
             const Floats term = losses.sum_term(s, c, loss, weight);
-            for (int i = 0; i < 2; ++i) of_losses[s][i] += has_label[i] ? term : Floats{};
+            for (int i = 0; i < 2; ++i) loss_sums[s][i] += has_label[i] ? term : Floats{};
           }
         }
         for (int i = 0; WITH_PROBABILITIES && i < 2; ++i) {
@@ -196,9 +196,9 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
         }
       }
       for (int i = 0; i < 2; ++i) {
-        if (BY_PRODUCT) of_losses[LOSSES][i] += totals[i].value();
+        if (BY_PRODUCT) loss_sums[LOSSES][i] += totals[i].value();
         for (int s = 0; s < LOSS_SUMS; ++s)
-          by_class[i].of_losses[s] += widen(fold(of_losses[s][i]));
+          by_class[i].loss_sums[s] += widen(fold(loss_sums[s][i]));
         if (!WITH_PROBABILITIES) continue;
         by_class[i].overlaps += widen(fold(overlaps[i]));
         by_class[i].masses += widen(fold(masses[i]));
@@ -209,7 +209,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
   *sums.outside += for_differences(problem, tile, workspace, [](int64_t) {}, visit);
   for (int i = 0; i < 2; ++i) {
     for (int s = 0; s < LOSS_SUMS; ++s)
-      if (sums.of_losses[s]) sums.of_losses[s][i] += sum_of_lanes(by_class[i].of_losses[s]);
+      if (sums.loss_sums[s]) sums.loss_sums[s][i] += sum_of_lanes(by_class[i].loss_sums[s]);
     sums.counts[i] += by_class[i].counts;
     if (sums.overlaps) sums.overlaps[i] += sum_of_lanes(by_class[i].overlaps);
     if (sums.masses) sums.masses[i] += sum_of_lanes(by_class[i].masses);
@@ -223,10 +223,10 @@ void forward_two_classes(const Problem<float>& problem, const Tile& tile,
                          const Workspace<float>& workspace, const Sums& sums,
                          const Maps<float>& maps) {
   const LossShape<float>& shape = problem.shape;
-  int loss_sums = 0;
-  for (const double* sum : sums.of_losses) loss_sums += sum != nullptr;
+  int requested = 0;
+  for (const double* sum : sums.loss_sums) requested += sum != nullptr;
   const bool by_product =
-      shape.plain && !shape.pixel_weights.data && !maps.pixel_losses && loss_sums == 1;
+      shape.plain && !shape.pixel_weights.data && !maps.pixel_losses && requested == 1;
   const bool with_probabilities = sums.masses || sums.squares;
   const auto add = by_product           ? with_probabilities ? forward_differences<true, true>
                                                              : forward_differences<true, false>
