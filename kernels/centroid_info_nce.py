@@ -161,8 +161,8 @@ def centroid_info_nce(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """queries, positives [R, D], keys [K, D] -> losses, lse [R]; all float32."""
-    given = queries, keys, positives, present, present_keys, temperature
-    problem, options = problem_of(*given)
+    inputs = queries, keys, positives, present, present_keys, temperature
+    problem, options = problem_of(*inputs)
     losses, lse = queries.new_empty(len(queries)), queries.new_empty(len(queries))
     if len(queries) > 0:
         grid = (triton.cdiv(len(queries), BLOCK_R),)

@@ -144,8 +144,8 @@ def centroid_info_nce_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dlosses [R], contiguous -> dqueries, dkeys, dpositives, float32 and contiguous (the last one
     (0,) if there were none)."""
-    given = queries, keys, positives, present, present_keys, temperature
-    (problem, options), dim = problem_of(*given), keys.shape[1]
+    inputs = queries, keys, positives, present, present_keys, temperature
+    (problem, options), dim = problem_of(*inputs), keys.shape[1]
     dqueries, dkeys, dpositives = (
         queries.new_empty(0 if x is None else x.shape) for x in (queries, keys, positives)
     )

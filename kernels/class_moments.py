@@ -321,7 +321,7 @@ def class_moments(
     partial_sqdists = new(chunks * blocks, num_keys) if has_anchors else None
 
     partials = Partials(partial_sums, partial_sqdists, num_keys)
-    given = anchors_of(anchors, groups), partials, tiles, tiles_per_line, tiles_per_chunk
+    common = anchors_of(anchors, groups), partials, tiles, tiles_per_line, tiles_per_chunk
     sizes = {
         "BLOCK_D": tile.block_d,
         "BLOCK_P": tile.block_p,
@@ -330,14 +330,14 @@ def class_moments(
     }
     tile_summaries, lists, local = tile_keys(keys, view, tile.block_p)
     _one_key_kernel[(blocks, chunks)](
-        *(features_of(features, view), tile_summaries, *given),
+        *(features_of(features, view), tile_summaries, *common),
         PIXELS_CONTIGUOUS=view.stride_p == 1,
         LANES=tile.lanes,
         num_warps=tile.num_warps,
         **sizes,
     )
     _several_keys_kernel[(blocks, chunks)](
-        *(features_of(features, view), keys, tile_summaries, lists, local, *given),
+        *(features_of(features, view), keys, tile_summaries, lists, local, *common),
         num_warps=tile.several_keys_warps,
         **sizes,
         **without_spills(),

@@ -25,7 +25,7 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def _of_one_key(features, anchors, gradients, offset, inside, d, k):
+def _gradient_of_one_key(features, anchors, gradients, offset, inside, d, k):
     """The gradient of a tile whose pixels all have key k; 0 if k is −1."""
     taken = d < tl.where(k >= 0, features.dim, 0)
     out = tl.zeros(inside.shape, tl.float32)
@@ -46,7 +46,7 @@ def _of_one_key(features, anchors, gradients, offset, inside, d, k):
 
 
 @triton.jit
-def _of_several_keys(features, anchors, gradients, offset, inside, d, key):
+def _gradient_of_several_keys(features, anchors, gradients, offset, inside, d, key):
     """The gradient of a tile whose pixels have these keys, −1 where ignored."""
     valid = key >= 0
     taken = (d < features.dim)[:, None] & valid[None, :]
@@ -91,10 +91,12 @@ def _class_moments_bwd_kernel(
     out_ptrs = channel_ptrs(dfeatures, d)[:, None] + out_offset[None, :]
     low, high = tl.min(key, 0), tl.max(key, 0)
     if low == high:
-        out = _of_one_key(features, anchors, gradients, offset, inside, d, low.to(tl.int64))
+        out = _gradient_of_one_key(
+            features, anchors, gradients, offset, inside, d, low.to(tl.int64)
+        )
         tl.store(out_ptrs, out.to(dfeatures.ptr.dtype.element_ty), mask=inside)
     else:
-        out = _of_several_keys(features, anchors, gradients, offset, inside, d, key)
+        out = _gradient_of_several_keys(features, anchors, gradients, offset, inside, d, key)
         tl.store(out_ptrs, out.to(dfeatures.ptr.dtype.element_ty), mask=inside)
 
 

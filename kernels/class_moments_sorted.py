@@ -95,8 +95,8 @@ def _sums_of_key(
     position after them."""
     sums = tl.zeros((channels.shape[0], LANES), tl.float32)
     sqdists = tl.zeros((channels.shape[0], LANES), tl.float32)
-    found = BLOCK_P
-    while found == BLOCK_P:
+    matches = BLOCK_P
+    while matches == BLOCK_P:
         i = position + tl.arange(0, BLOCK_P)
         inside = i < last
         keys = tl.load(keys_ptr + i, inside, -2, eviction_policy="evict_last")
@@ -112,8 +112,8 @@ def _sums_of_key(
         if HAS_SQDISTS:
             residual = tl.where(mask, x - anchor[:, None], 0.0)
             sqdists += fold(residual * residual, LANES, False)
-        found = tl.sum(mine.to(tl.int32), 0)
-        position += found
+        matches = tl.sum(mine.to(tl.int32), 0)
+        position += matches
     return sums, sqdists, position
 
 
@@ -187,14 +187,14 @@ def _join_ranges_kernel(
     if goes_on & (before != key):
         total = tl.load(ends_ptr + (2 * part + 1) * width + column, mask=columns, other=0.0)
         other = part + 1
-        found = BLOCK_R
-        while found == BLOCK_R:
+        matches = BLOCK_R
+        while matches == BLOCK_R:
             r = other + tl.arange(0, BLOCK_R)
             mine = tl.load(keys_ptr + r * range_pixels, mask=r < ranges, other=-2) == key
             rows = ends_ptr + (2 * r * width)[:, None] + column[None, :]
             total += tl.sum(tl.load(rows, mask=mine[:, None] & columns[None, :], other=0.0), 0)
-            found = tl.sum(mine.to(tl.int32), 0)
-            other += found
+            matches = tl.sum(mine.to(tl.int32), 0)
+            other += matches
         tl.store(out_ptr + key.to(tl.int64) * width + column, total, mask=columns)
 
 

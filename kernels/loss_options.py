@@ -33,7 +33,7 @@ class LossOptions(NamedTuple):
     focal_gamma: float | None
 
     @property
-    def given(self) -> bool:
+    def change_losses(self) -> bool:
         return any(x is not None for x in (self.true_weights, self.min_loss, self.focal_gamma))
 
 

@@ -226,7 +226,7 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
 
     logits = class_planes(logits)
     loss_options = loss_options_of(options)
-    rows = most_rows(loss_options.given, len(floats) > 1)
+    rows = most_rows(loss_options.change_losses, len(floats) > 1)
     upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners, rows)
     block = forward_lanes()
     row_bytes = 4 * len(floats) * batch * num_classes

@@ -86,7 +86,7 @@ class Pixels(NamedTuple):
 
 
 @triton.jit
-def _of_class(gradient, image, k):
+def _class_value(gradient, image, k):
     """The number of a class; 0 if there is no gradient."""
     if gradient.ptr is None:
         return 0.0
@@ -137,8 +137,8 @@ def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
         ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
         for k in range(logits.num_classes):
             z = logits_of_pixels(ptrs, lanes, CELLS)
-            dmass = _of_class(gradients.dmasses, image, k)
-            dsquare = 2 * _of_class(gradients.dsquares, image, k)
+            dmass = _class_value(gradients.dmasses, image, k)
+            dsquare = 2 * _class_value(gradients.dsquares, image, k)
             p = [probability(z[i], lse[i]) for i in () + CELLS.columns]
             x = [tl.fma(-p[i], tl.fma(p[i], dsquare, dmass), x[i]) for i in () + CELLS.columns]
             ptrs = next_class(ptrs, logits.stride_k)
@@ -149,10 +149,10 @@ def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
 def _pixel_gradients(k, z, factors, alphas, gradients, pixels, BY_PIXEL: tl.constexpr):
     """dz_k of each pixel, except for β·v_k."""
     image, _, _, labels, lse = pixels
-    alpha = _of_class(gradients.dlosses, image, k)
-    doverlap = _of_class(gradients.doverlaps, image, k)
-    dmass = _of_class(gradients.dmasses, image, k)
-    dsquare = 2 * _of_class(gradients.dsquares, image, k)
+    alpha = _class_value(gradients.dlosses, image, k)
+    doverlap = _class_value(gradients.doverlaps, image, k)
+    dmass = _class_value(gradients.dmasses, image, k)
+    dsquare = 2 * _class_value(gradients.dsquares, image, k)
     dz = ()
     for i in tl.static_range(len(z)):
         p = probability(z[i], lse[i])
@@ -281,9 +281,9 @@ def softmax_moments_backward(
     logits = class_planes(logits)
     loss_options = loss_options_of(options)
     by_class = any(gradient is not None for gradient in (doverlaps, dmasses, dsquares))
-    rows = most_rows(loss_options.given, by_class)
+    rows = most_rows(loss_options.change_losses, by_class)
     upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners, rows)
-    more_registers = by_class or loss_options.given
+    more_registers = by_class or loss_options.change_losses
     tiles = tiles_of(upsampling, more_registers)
     gradients = gradients_of_blocks(dlogits, tiles.blocks)
     _softmax_moments_bwd_kernel[(len(logits) * tiles.down * tiles.across * tiles.blocks,)](
@@ -305,7 +305,7 @@ def softmax_moments_backward(
         options.ignore_index,
         CELLS=upsampling.cells,
         TILE=tiles.tile,
-        BY_PIXEL=dpixel_losses is not None or loss_options.given,
+        BY_PIXEL=dpixel_losses is not None or loss_options.change_losses,
         num_warps=tiles.lanes // 32,
         enable_fp_fusion=False,  # coordinates as in F.interpolate
         # two programs on a multiprocessor, if they do not spill

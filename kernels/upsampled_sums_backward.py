@@ -23,7 +23,7 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def _of_moments(gradients, x, d, some, pixels):
+def _gradient_of_moments(gradients, x, d, some, pixels):
     """Of mean and variance: of all pixels, [BLOCK_D, BLOCK_P] like the features x."""
     mean, dmean = tl.load(gradients.mean + d, mask=some), tl.load(gradients.dmean + d, mask=some)
     dvariance = tl.load(gradients.dvariance + d, mask=some)
@@ -57,7 +57,7 @@ def _upsampled_sums_bwd_kernel(
     mask = some[:, None] & tile.inside[None, :]
     if gradients.dmean is not None:
         x = tl.load(features.ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        gradient = _of_moments(gradients, x, d, some, pixels)
+        gradient = _gradient_of_moments(gradients, x, d, some, pixels)
     else:
         gradient = tl.zeros((BLOCK_D, BLOCK_P), tl.float32)
     columns = columns_around(tile, axes.x, BLOCK_L)

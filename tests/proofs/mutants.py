@@ -252,8 +252,8 @@ SOFTMAX_MOMENTS = (
     Mutant(
         "slope of squared probabilities",
         "kernels/softmax_moments_backward.py",
-        "dsquare = 2 * _of_class(gradients.dsquares, image, k)\n            p = [",
-        "dsquare = _of_class(gradients.dsquares, image, k)\n            p = [",
+        "dsquare = 2 * _class_value(gradients.dsquares, image, k)\n            p = [",
+        "dsquare = _class_value(gradients.dsquares, image, k)\n            p = [",
         T_SOME,
     ),
     Mutant(
