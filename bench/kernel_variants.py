@@ -61,10 +61,10 @@ def launch_info_nce(groups: int, with_positives: bool) -> None:
     queries, keys = (torch.empty((n, 768), device="meta") for n in (150 * groups, 150))
     positives = torch.empty_like(queries) if with_positives else None
     present = torch.empty(len(queries), dtype=torch.bool, device="meta")
-    given = queries, keys, positives, present, None
-    losses, lse = centroid_info_nce.centroid_info_nce(*given, 0.07)
+    inputs = queries, keys, positives, present, None
+    losses, lse = centroid_info_nce.centroid_info_nce(*inputs, 0.07)
     backward = centroid_info_nce_backward.centroid_info_nce_backward
-    backward(losses, *given, losses, lse, 0.07)
+    backward(losses, *inputs, losses, lse, 0.07)
 
 
 def launch_moments(variant: Variant, classes: int) -> None:
@@ -170,10 +170,10 @@ def launch_pixels(variant: PixelVariant) -> None:
         pixel_losses=dice,
         lse=True,
     )
-    found = softmax_moments.softmax_moments(logits, labels, options)
-    gradients = {f"d{name}": found.get(name) for name in GRADIENTS}
+    moments = softmax_moments.softmax_moments(logits, labels, options)
+    gradients = {f"d{name}": moments.get(name) for name in GRADIENTS}
     softmax_moments_backward.softmax_moments_backward(
-        logits, labels, found["lse"], **gradients, options=options
+        logits, labels, moments["lse"], **gradients, options=options
     )
     if dice:
         predictions = pixel_argmax.pixel_argmax(logits, *variant.labels, align_corners, torch.int64)
@@ -210,14 +210,14 @@ def launch_divergence(variant: DivergenceVariant) -> None:
     logits = torch.empty(variant.size, dtype=variant.dtype, device="meta")
     teacher = torch.empty(variant.teacher, dtype=variant.dtype, device="meta")
     valid = torch.empty((variant.size[0], *variant.labels), dtype=torch.bool, device="meta")
-    given = logits, teacher, valid if variant.maps else None
+    inputs = logits, teacher, valid if variant.maps else None
     options = 2.0, variant.align_corners
     total, divergences, lse, teacher_lse = pixel_kl_divergence.pixel_kl_divergence(
-        *given, *variant.labels, *options, variant.maps, True
+        *inputs, *variant.labels, *options, variant.maps, True
     )
     gradients = (None, divergences) if variant.maps else (total, None)
     pixel_kl_divergence_backward.pixel_kl_divergence_backward(
-        *given, lse, teacher_lse, *gradients, *options
+        *inputs, lse, teacher_lse, *gradients, *options
     )
 
 
@@ -234,20 +234,20 @@ def native_sizes(stride: int) -> Iterator[Callable[[], None]]:
 
 def jobs(quick: bool) -> list[tuple[Any, ...]]:
     """Launcher, title of the variant, arguments of the launcher."""
-    found: list[tuple[Any, ...]] = [
+    launches: list[tuple[Any, ...]] = [
         (launch_moments, str(variant), variant, classes)
         for variant in (QUICK if quick else variants())
         for classes in (19, MANY)
     ]
-    found.append((launch_info_nce, "the positives are the keys", 1, False))
-    found.append((launch_info_nce, "two queries of a class, with positives", 2, True))
+    launches.append((launch_info_nce, "the positives are the keys", 1, False))
+    launches.append((launch_info_nce, "two queries of a class, with positives", 2, True))
     for pixels in QUICK_PIXELS if quick else PIXELS:
-        found.append((launch_pixels, str(pixels), pixels))
+        launches.append((launch_pixels, str(pixels), pixels))
     for divergence in QUICK_DIVERGENCES if quick else DIVERGENCES:
-        found.append((launch_divergence, str(divergence), divergence))
+        launches.append((launch_divergence, str(divergence), divergence))
     for dtype in (BF16,) if quick else (BF16, FP16, FP32):
         for layout in (torch.contiguous_format, torch.channels_last):
             title = f"upsampled sums: {str(dtype).removeprefix('torch.')}, {layout}"
-            found.append((launch_upsampled, title, dtype, layout))
-    found.append((launch_groups, "any number of groups"))
-    return found
+            launches.append((launch_upsampled, title, dtype, layout))
+    launches.append((launch_groups, "any number of groups"))
+    return launches

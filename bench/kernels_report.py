@@ -114,7 +114,7 @@ def variants(name: str, calls: Iterable[Callable[[], object]]) -> dict[str, int]
     with instead_of_launches(name, count):
         for call in calls:
             call()
-    return {kernel: len(found) for kernel, found in keys.items()}
+    return {kernel: len(variants) for kernel, variants in keys.items()}
 
 
 def instructions_per_512_bytes(kernel: str, sass: str) -> float:
@@ -154,10 +154,10 @@ class Row(NamedTuple):
 def measure(kernel: Any, seconds: float) -> Row:
     name, shared = kernel.metadata.name, kernel.metadata.shared
     if "amdgcn" in kernel.asm:
-        found = dict(re.findall(r"\.(\w+):\s+(\d+)", kernel.asm["amdgcn"]))
+        counts = dict(re.findall(r"\.(\w+):\s+(\d+)", kernel.asm["amdgcn"]))
         # scalar registers spill into vector registers, and are not counted
-        stack = int(found["private_segment_fixed_size"])
-        return Row(int(found["vgpr_count"]), stack, shared, None, seconds)
+        stack = int(counts["private_segment_fixed_size"])
+        return Row(int(counts["vgpr_count"]), stack, shared, None, seconds)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
@@ -208,8 +208,8 @@ def main() -> None:
     lines: list[tuple[object, ...]] = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         pending = pool.map(rows_of, args.targets, repeat(args.quick))
-        found = dict(zip(args.targets, pending, strict=True))
-    for name, rows in found.items():
+        compiled_rows = dict(zip(args.targets, pending, strict=True))
+    for name, rows in compiled_rows.items():
         faults += faults_of(name, rows)
         for kernel, variant, row in rows:
             *counts, seconds = row
