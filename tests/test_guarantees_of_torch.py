@@ -176,8 +176,8 @@ def test_opcheck(operator: Operator, backend: str):
     inputs = operator.inputs(1)
     with Calls() as calls:
         results(operator.run, inputs)
-    assert calls.found
-    for call, arguments in calls.found:
+    assert calls.recorded
+    for call, arguments in calls.recorded:
         torch.library.opcheck(call, arguments)
 
 
@@ -190,7 +190,7 @@ def test_strides_that_a_compiler_chooses(operator: Operator, backend: str):
     inputs = operator.inputs(1)
     with Calls() as calls:
         results(operator.run, inputs)
-    for call, arguments in calls.found:
+    for call, arguments in calls.recorded:
         if torch.Tag.flexible_layout not in call.tags:
             continue
         expected = call(*arguments)

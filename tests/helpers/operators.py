@@ -44,7 +44,7 @@ class Operator(NamedTuple):
         return self.name
 
 
-def of_labels(*shape: int, num_classes: int = K) -> Tensor:
+def random_labels(*shape: int, num_classes: int = K) -> Tensor:
     """Class 1 is absent. A tenth is ignored, and half of the first image."""
     labels = torch.randint(0, num_classes, shape)
     labels[(labels == 1) & (num_classes > 2)] = 0
@@ -53,23 +53,23 @@ def of_labels(*shape: int, num_classes: int = K) -> Tensor:
     return labels
 
 
-def of_features(n: int) -> Inputs:
-    features, labels = torch.randn(2, D, 5 * n, 7 * n), of_labels(2, 10 * n, 14 * n)
+def feature_inputs(n: int) -> Inputs:
+    features, labels = torch.randn(2, D, 5 * n, 7 * n), random_labels(2, 10 * n, 14 * n)
     return {"features": features, "labels": labels.short(), "anchors": torch.randn(K, D)}
 
 
 def without_anchors(n: int) -> Inputs:
-    inputs = of_features(n)
+    inputs = feature_inputs(n)
     del inputs["anchors"]
     return inputs
 
 
-def of_logits(*sizes: int, num_classes: int = K) -> Callable[[int], Inputs]:
+def logit_inputs(*sizes: int, num_classes: int = K) -> Callable[[int], Inputs]:
     """sizes: height and width of the logits and of the labels."""
     h, w, height, width = sizes
 
     def inputs(n: int) -> Inputs:
-        labels = of_labels(2, n * height, n * width, num_classes=num_classes)
+        labels = random_labels(2, n * height, n * width, num_classes=num_classes)
         logits = 2 * torch.randn(2, num_classes, n * h, n * w)
         return {"logits": logits, "labels": labels.short()}
 
@@ -77,28 +77,28 @@ def of_logits(*sizes: int, num_classes: int = K) -> Callable[[int], Inputs]:
 
 
 def with_pixel_weights(n: int) -> Inputs:
-    inputs = of_logits(3, 5, 12, 20)(n)
+    inputs = logit_inputs(3, 5, 12, 20)(n)
     weights = torch.rand(inputs["labels"].shape)
     return inputs | {"pixel_weights": torch.where(weights < 0.1, 0, weights)}
 
 
-def of_channels(n: int) -> Inputs:
-    labels = of_labels(2, 3, 12 * n, 20 * n, num_classes=2)
+def channel_inputs(n: int) -> Inputs:
+    labels = random_labels(2, 3, 12 * n, 20 * n, num_classes=2)
     return {"logits": 2 * torch.randn(2, 3, 3 * n, 5 * n), "labels": labels}
 
 
-def of_volumes(n: int) -> Inputs:
-    labels = of_labels(2, 9, 8 * n, 10 * n)
+def volume_inputs(n: int) -> Inputs:
+    labels = random_labels(2, 9, 8 * n, 10 * n)
     return {"logits": 2 * torch.randn(2, K, 3, 4 * n, 5 * n), "labels": labels}
 
 
-def of_teacher(volume: bool, n: int) -> Inputs:
-    inputs = of_volumes(n) if volume else of_logits(3, 5, 12, 20)(n)
+def teacher_inputs(volume: bool, n: int) -> Inputs:
+    inputs = volume_inputs(n) if volume else logit_inputs(3, 5, 12, 20)(n)
     labels = inputs.pop("labels")
     return inputs | {"teacher": 2 * torch.randn(inputs["logits"].shape), "valid": labels >= 0}
 
 
-def of_centroids(n: int) -> Inputs:
+def centroid_inputs(n: int) -> Inputs:
     queries, positives = torch.randn(2, 6 * n, 2, 5)
     present = torch.rand(6 * n, 2) < 0.6
     present[0], present[1] = True, False
@@ -205,28 +205,28 @@ GROUPS = {"groups": 2, "per_image": True, "seed": 5}
 ALIGNED = {"align_corners": True}
 shaped = our_loss(ao.CrossEntropy, label_smoothing=0.1, focal_gamma=1.5)
 shaped_formula = partial(verify._cross_entropy, smoothing=0.1, gamma=1.5)
-four_times, any_size = of_logits(3, 5, 12, 20), of_logits(5, 4, 9, 13)
+four_times, any_size = logit_inputs(3, 5, 12, 20), logit_inputs(5, 4, 9, 13)
 argmax = partial(verify._predictions, align=False)
 OPERATORS = [
     Operator(
         "class_moments",
         our_moments,
         without_options(verify._moments, num_classes=K),
-        of_features,
+        feature_inputs,
         tables=("anchors",),
     ),
     Operator(
         "class_moments of groups",
         partial(our_moments, **GROUPS),
         without_options(verify._moments, num_classes=K, **GROUPS),
-        of_features,
+        feature_inputs,
         tables=("anchors",),
     ),
     Operator(
         "pixel_to_anchor_mse",
         our_mse,
         without_options(verify._mse),
-        of_features,
+        feature_inputs,
         tables=("anchors",),
     ),
     Operator("class_centroids", our_centroids, centroids, without_anchors),
@@ -247,7 +247,7 @@ OPERATORS = [
         "pixel_cross_entropy",
         partial(ao.pixel_cross_entropy, ignore_index=-1, reduction="none"),
         without_options(verify._loss_of_pixels),
-        of_logits(6, 7, 6, 7, num_classes=2),
+        logit_inputs(6, 7, 6, 7, num_classes=2),
         NOT_CUDA,
     ),
     Operator("CrossEntropy", shaped, without_options(shaped_formula), with_pixel_weights, NOT_CUDA),
@@ -286,7 +286,7 @@ OPERATORS = [
         "Lovasz of sigmoids",
         our_loss(ao.Lovasz, sigmoid=True, absent="keep"),
         without_options(lovasz_of_sigmoids),
-        of_channels,
+        channel_inputs,
         ON_CPU,
         exact=False,
     ),
@@ -294,27 +294,27 @@ OPERATORS = [
         "pixel_binary_cross_entropy",
         partial(ao.pixel_binary_cross_entropy, pos_weight=2.5, ignore_index=-1),
         without_options(verify._binary, pos_weight=2.5),
-        of_channels,
+        channel_inputs,
     ),
     Operator(
         "CrossEntropyDice of volumes",
         our_loss(ao.CrossEntropyDice),
         without_options(verify._with_dice),
-        of_volumes,
+        volume_inputs,
         ON_CPU,
     ),
     Operator(
         "pixel_kl_divergence",
         our_divergence,
         without_options(verify._divergence, temperature=2.0),
-        partial(of_teacher, False),
+        partial(teacher_inputs, False),
         NOT_CUDA,
     ),
     Operator(
         "pixel_kl_divergence of volumes",
         our_divergence,
         without_options(verify._divergence, temperature=2.0),
-        partial(of_teacher, True),
+        partial(teacher_inputs, True),
         ON_CPU,
     ),
     Operator(
@@ -329,7 +329,7 @@ OPERATORS = [
         "pixel_argmax of volumes",
         without_options(argmax),
         without_options(verify._largest, align=False),
-        of_volumes,
+        volume_inputs,
         ON_CPU,
         differentiable=False,
         ignores=False,
@@ -357,7 +357,7 @@ OPERATORS = [
         "centroid_info_nce",
         our_info_nce,
         without_options(verify._info_nce),
-        of_centroids,
+        centroid_inputs,
         NOT_CPU,
         tables=("queries", "keys", "present", "positives"),
     ),
@@ -383,15 +383,15 @@ def results(run: Callable[..., Any], inputs: Inputs, weights_are_strided: bool =
     """The results; and the gradients of the floating inputs, of a weighted sum of the results."""
     leaves = {name: x.detach() for name, x in inputs.items()}
     floating = [x.requires_grad_() for x in leaves.values() if x.is_floating_point()]
-    found = run(**leaves)
-    found = [found] if isinstance(found, Tensor) else [x for x in found if x is not None]
-    differentiable = [x for x in found if x.requires_grad]
+    outputs = run(**leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if x is not None]
+    differentiable = [x for x in outputs if x.requires_grad]
     gradients = ()
     if differentiable:
         weights = [torch.linspace(0.5, 1.5, x.numel()).view(x.shape).to(x) for x in differentiable]
         weights = [strided(x) for x in weights] if weights_are_strided else weights
         gradients = torch.autograd.grad(differentiable, floating, weights, allow_unused=True)
-    return [*(x.detach() for x in found), *(x for x in gradients if x is not None)]
+    return [*(x.detach() for x in outputs), *(x for x in gradients if x is not None)]
 
 
 class Calls(TorchDispatchMode):
@@ -399,13 +399,13 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[Any, tuple[Any, ...]]] = []
+        self.recorded: list[tuple[Any, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "anchorops":
             assert not kwargs
             backward = func.overloadpacket.__name__.endswith("_backward")
-            self.found.append((func, tuple(_leaf(x, backward) for x in args)))
+            self.recorded.append((func, tuple(_leaf(x, backward) for x in args)))
         return func(*args, **(kwargs or {}))
 
 
