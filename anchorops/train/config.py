@@ -357,6 +357,17 @@ class Config:
         )
 
     @property
+    def prediction(self) -> dict[str, Any]:
+        """How images are predicted: arguments of `predict`."""
+        running = self.running
+        return {
+            "window": self.data.crop if running.evaluation == "sliding" else None,
+            "stride": running.window_stride,
+            "scales": running.eval_scales,
+            "flip": running.eval_flip,
+        }
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The settings in which repetitions of a run agree; they may differ in their seeds."""
         options = _flat(dataclasses.asdict(self))

@@ -96,29 +96,109 @@ _FCN = _OCRNET.replace(dropout=0.1)
 _DEEPLAB = _FCN
 _CECO = _DEEPLAB.replace(weight_decay=1e-3)
 _SEGFORMER = _TRANSFORMER.replace(dropout=0.1)
+_NETWORKS = {
+    "hrnet-w48": _CONVOLUTIONAL.replace(model="hrnet-w48"),
+    "ocrnet-hrnet-w48": _OCRNET.replace(model="mmseg-ocrnet:hrnet-w48"),
+    "fcn-r101": _FCN.replace(model="mmseg-fcn:tu-resnet101c"),
+    "deeplabv3-r101": _DEEPLAB.replace(model="deeplabv3:tu-resnet101c"),
+    "deeplabv3plus-r18": _CECO.replace(model="deeplabv3plus:tu-resnet18"),
+    "deeplabv3plus-r50": _CECO.replace(model="deeplabv3plus:tu-resnet50c"),
+    "deeplabv3plus-r101": _CECO.replace(model="deeplabv3plus:tu-resnet101c"),
+    "segformer-b0": _SEGFORMER.replace(model="mmseg-segformer:mit_b0"),
+    "segformer-b0-20k": _SEGFORMER.replace(model="mmseg-segformer:mit_b0"),
+    "segformer-b4": _SEGFORMER.replace(model="mmseg-segformer:mit_b4"),
+    "segformer-b5": _SEGFORMER.replace(model="mmseg-segformer:mit_b5"),
+    "upernet-swin-t": _TRANSFORMER.replace(
+        model="upernet:tu-swin_tiny_patch4_window7_224",
+        head_lr_factor=1.0,
+        auxiliary_weight=0.4,
+        dropout=0.1,
+    ),
+}
 
-_CITYSCAPES = {"dataset": "cityscapes", "batch_size": 8, "steps": 80_000}
 _ADE20K = {
-    "dataset": "ade20k",
     "crop": (512, 512),
     "short_side": 512,
     "long_side": 2048,
     "batch_size": 16,
     "steps": 160_000,
 }
-_PASCAL_CONTEXT = _ADE20K | {
-    "dataset": "pascal-context",
-    "crop": (480, 480),
-    "short_side": None,
-    "long_side": 520,
-    "evaluation": "sliding",
-    "window_stride": (320, 320),
-    "steps": 40_000,
-    "lr": 0.004,
-    "weight_decay": 1e-4,
+_DATA = {
+    "cityscapes": {"crop": (512, 1024), "batch_size": 8, "steps": 80_000},
+    "ade20k": _ADE20K,
+    "pascal-context": _ADE20K
+    | {
+        "crop": (480, 480),
+        "short_side": None,
+        "long_side": 520,
+        "evaluation": "sliding",
+        "window_stride": (320, 320),
+        "steps": 40_000,
+        "lr": 0.004,
+        "weight_decay": 1e-4,
+    },
+    "coco-stuff-10k": _ADE20K | {"steps": 80_000},
+    "coco-stuff-164k": _ADE20K | {"steps": 320_000},
 }
-_COCO_STUFF_10K = _ADE20K | {"dataset": "coco-stuff-10k", "steps": 80_000}
-_COCO_STUFF_164K = _ADE20K | {"dataset": "coco-stuff-164k", "steps": 320_000}
+
+# options of one preset alone
+_CHANGES = {
+    "cityscapes-segformer-b4": {
+        "crop": (1024, 1024),
+        "evaluation": "sliding",
+        "window_stride": (768, 768),
+    },
+    "ade20k-segformer-b0": {"steps": 40_000},
+    "ade20k-segformer-b0-20k": {"steps": 20_000},
+}
+# data set, network, and what the papers print
+_PAPERS = {
+    "cityscapes": {
+        "hrnet-w48": "SAR's Table 1: 79.9 mIoU, 81.4 with --methods sar.",
+        "ocrnet-hrnet-w48": "SAR's Table 1: 80.7 mIoU, 81.7 with --methods sar.",
+        "fcn-r101": "SAR's Table 1: 75.1 mIoU, 75.9 with --methods sar.",
+        "segformer-b4": (
+            "SAR's Table 1: 81.9 mIoU, which is mmsegmentation's after 160 000 steps (--steps "
+            "160000); 82.3 with --methods sar."
+        ),
+        "deeplabv3-r101": "SAR's Table 1: 80.2 mIoU, 80.6 with --methods sar.",
+        "deeplabv3plus-r18": "CeCo's Table 9: 76.3 mIoU, 77.5 with --methods ceco.",
+        "deeplabv3plus-r50": "CeCo's Table 9: 79.8 mIoU, 80.3 with --methods ceco.",
+    },
+    "ade20k": {
+        "hrnet-w48": "SAR's Table 2: 42.0 mIoU, 42.8 with --methods sar.",
+        "ocrnet-hrnet-w48": "SAR's Table 2: 43.2 mIoU, 43.7 with --methods sar.",
+        "fcn-r101": (
+            "CBP+OCCL's Table 1: 39.9 mIoU, 41.2 with --methods cbp occl; SAR's Table 2: 40.4 with "
+            "--methods sar."
+        ),
+        "deeplabv3-r101": "SAR's Table 2: 45.0 mIoU, 45.3 with --methods sar.",
+        "segformer-b5": (
+            "SAR's Table 2: 49.1 mIoU, 49.5 with --methods sar; CBP+OCCL's Table 1: 48.9, 49.9 "
+            "with --methods cbp occl."
+        ),
+        "segformer-b0": "CBP+OCCL's Table 3, an ablation: 33.4 mIoU, 35.1 with --methods cbp occl.",
+        "segformer-b0-20k": "MVSC's Table 2, an ablation: 30.9 mIoU, 32.6 with --methods mvsc.",
+        "deeplabv3plus-r101": "CeCo's convolutional setting: --methods ceco.",
+        "upernet-swin-t": "CeCo's setting with a transformer: --methods ceco.",
+    },
+    "pascal-context": {
+        "hrnet-w48": "SAR's Table 4, 59 classes: 50.3 mIoU, 51.1 with --methods sar.",
+        "ocrnet-hrnet-w48": (
+            "SAR's Table 4: 52.0 mIoU, measured by its authors; 52.4 with --methods sar."
+        ),
+        "fcn-r101": "SAR's Table 4: 48.4 mIoU, 49.7 with --methods sar.",
+        "deeplabv3-r101": "SAR's Table 4: 52.6 mIoU, 53.3 with --methods sar.",
+    },
+    "coco-stuff-10k": {
+        "fcn-r101": "CBP+OCCL's Table 1: 32.5 mIoU, 33.0 with --methods cbp occl.",
+        "segformer-b5": "CBP+OCCL's Table 1: 43.4 mIoU, 44.9 with --methods cbp occl.",
+        "segformer-b4": "MVSC's Table 1: 42.9 mIoU, 43.6 with --methods mvsc.",
+    },
+    "coco-stuff-164k": {
+        "deeplabv3plus-r101": "CeCo's convolutional setting: --methods ceco.",
+    },
+}
 
 PRESETS = {
     "digits": ("Scenes of handwritten digits, 64×64: minutes on a laptop, no files.", DIGITS),
@@ -127,151 +207,37 @@ PRESETS = {
         "--pretrained or --weights is given.",
         FOLDER,
     ),
-    "cityscapes-hrnet-w48": (
-        "SAR's Table 1: 79.9 mIoU, 81.4 with --methods sar.",
-        _CONVOLUTIONAL.replace(model="hrnet-w48", crop=(512, 1024), **_CITYSCAPES),
-    ),
-    "cityscapes-ocrnet-hrnet-w48": (
-        "SAR's Table 1: 80.7 mIoU, 81.7 with --methods sar.",
-        _OCRNET.replace(model="mmseg-ocrnet:hrnet-w48", crop=(512, 1024), **_CITYSCAPES),
-    ),
-    "cityscapes-fcn-r101": (
-        "SAR's Table 1: 75.1 mIoU, 75.9 with --methods sar.",
-        _FCN.replace(model="mmseg-fcn:tu-resnet101c", crop=(512, 1024), **_CITYSCAPES),
-    ),
-    "cityscapes-segformer-b4": (
-        "SAR's Table 1: 81.9 mIoU, which is mmsegmentation's after 160 000 steps (--steps 160000); "
-        "82.3 with --methods sar.",
-        _SEGFORMER.replace(
-            model="mmseg-segformer:mit_b4",
-            crop=(1024, 1024),
-            evaluation="sliding",
-            window_stride=(768, 768),
-            **_CITYSCAPES,
-        ),
-    ),
-    "cityscapes-deeplabv3-r101": (
-        "SAR's Table 1: 80.2 mIoU, 80.6 with --methods sar.",
-        _DEEPLAB.replace(model="deeplabv3:tu-resnet101c", crop=(512, 1024), **_CITYSCAPES),
-    ),
-    "cityscapes-deeplabv3plus-r18": (
-        "CeCo's Table 9: 76.3 mIoU, 77.5 with --methods ceco.",
-        _CECO.replace(model="deeplabv3plus:tu-resnet18", crop=(512, 1024), **_CITYSCAPES),
-    ),
-    "cityscapes-deeplabv3plus-r50": (
-        "CeCo's Table 9: 79.8 mIoU, 80.3 with --methods ceco.",
-        _CECO.replace(model="deeplabv3plus:tu-resnet50c", crop=(512, 1024), **_CITYSCAPES),
-    ),
-    "ade20k-hrnet-w48": (
-        "SAR's Table 2: 42.0 mIoU, 42.8 with --methods sar.",
-        _CONVOLUTIONAL.replace(model="hrnet-w48", **_ADE20K),
-    ),
-    "ade20k-ocrnet-hrnet-w48": (
-        "SAR's Table 2: 43.2 mIoU, 43.7 with --methods sar.",
-        _OCRNET.replace(model="mmseg-ocrnet:hrnet-w48", **_ADE20K),
-    ),
-    "ade20k-fcn-r101": (
-        "CBP+OCCL's Table 1: 39.9 mIoU, 41.2 with --methods cbp occl; SAR's Table 2: 40.4 with "
-        "--methods sar.",
-        _FCN.replace(model="mmseg-fcn:tu-resnet101c", **_ADE20K),
-    ),
-    "ade20k-deeplabv3-r101": (
-        "SAR's Table 2: 45.0 mIoU, 45.3 with --methods sar.",
-        _DEEPLAB.replace(model="deeplabv3:tu-resnet101c", **_ADE20K),
-    ),
-    "ade20k-segformer-b5": (
-        "SAR's Table 2: 49.1 mIoU, 49.5 with --methods sar; CBP+OCCL's Table 1: 48.9, 49.9 with "
-        "--methods cbp occl.",
-        _SEGFORMER.replace(model="mmseg-segformer:mit_b5", **_ADE20K),
-    ),
-    "ade20k-segformer-b0": (
-        "CBP+OCCL's Table 3, an ablation: 33.4 mIoU, 35.1 with --methods cbp occl.",
-        _SEGFORMER.replace(model="mmseg-segformer:mit_b0", **(_ADE20K | {"steps": 40_000})),
-    ),
-    "ade20k-segformer-b0-20k": (
-        "MVSC's Table 2, an ablation: 30.9 mIoU, 32.6 with --methods mvsc.",
-        _SEGFORMER.replace(model="mmseg-segformer:mit_b0", **(_ADE20K | {"steps": 20_000})),
-    ),
-    "ade20k-deeplabv3plus-r101": (
-        "CeCo's convolutional setting: --methods ceco.",
-        _CECO.replace(model="deeplabv3plus:tu-resnet101c", **_ADE20K),
-    ),
-    "ade20k-upernet-swin-t": (
-        "CeCo's setting with a transformer: --methods ceco.",
-        _TRANSFORMER.replace(
-            model="upernet:tu-swin_tiny_patch4_window7_224",
-            head_lr_factor=1.0,
-            auxiliary_weight=0.4,
-            dropout=0.1,
-            **_ADE20K,
-        ),
-    ),
-    "pascal-context-hrnet-w48": (
-        "SAR's Table 4, 59 classes: 50.3 mIoU, 51.1 with --methods sar.",
-        _CONVOLUTIONAL.replace(model="hrnet-w48", **_PASCAL_CONTEXT),
-    ),
-    "pascal-context-ocrnet-hrnet-w48": (
-        "SAR's Table 4: 52.0 mIoU, measured by its authors; 52.4 with --methods sar.",
-        _OCRNET.replace(model="mmseg-ocrnet:hrnet-w48", **_PASCAL_CONTEXT),
-    ),
-    "pascal-context-fcn-r101": (
-        "SAR's Table 4: 48.4 mIoU, 49.7 with --methods sar.",
-        _FCN.replace(model="mmseg-fcn:tu-resnet101c", **_PASCAL_CONTEXT),
-    ),
-    "pascal-context-deeplabv3-r101": (
-        "SAR's Table 4: 52.6 mIoU, 53.3 with --methods sar.",
-        _DEEPLAB.replace(model="deeplabv3:tu-resnet101c", **_PASCAL_CONTEXT),
-    ),
-    "coco-stuff-10k-fcn-r101": (
-        "CBP+OCCL's Table 1: 32.5 mIoU, 33.0 with --methods cbp occl.",
-        _FCN.replace(model="mmseg-fcn:tu-resnet101c", **_COCO_STUFF_10K),
-    ),
-    "coco-stuff-10k-segformer-b5": (
-        "CBP+OCCL's Table 1: 43.4 mIoU, 44.9 with --methods cbp occl.",
-        _SEGFORMER.replace(model="mmseg-segformer:mit_b5", **_COCO_STUFF_10K),
-    ),
-    "coco-stuff-10k-segformer-b4": (
-        "MVSC's Table 1: 42.9 mIoU, 43.6 with --methods mvsc.",
-        _SEGFORMER.replace(model="mmseg-segformer:mit_b4", **_COCO_STUFF_10K),
-    ),
-    "coco-stuff-164k-deeplabv3plus-r101": (
-        "CeCo's convolutional setting: --methods ceco.",
-        _CECO.replace(model="deeplabv3plus:tu-resnet101c", **_COCO_STUFF_164K),
-    ),
 }
+for _data, _texts in _PAPERS.items():
+    for _network, _text in _texts.items():
+        _preset = f"{_data}-{_network}"
+        _options = _DATA[_data] | _CHANGES.get(_preset, {})
+        PRESETS[_preset] = (_text, _NETWORKS[_network].replace(dataset=_data, **_options))
+
+
+def _cbp_occl(length: str, centroid: str, category: str) -> dict[str, str]:
+    return {
+        "cbp.length": length,
+        "occl.centroid_weight": centroid,
+        "occl.category_weight": category,
+    }
+
 
 # λ, φ and T of CBP+OCCL's section 4.2 and its ablations, λ2 of SAR's section 4.1: options of the
 # methods that the presets add where the method is chosen and the option is not given. All others
 # are the methods' own defaults.
 _SAR_DEEPLAB = {"sar.loss_weight": "0.05"}
-_OCCL_SEGFORMER = {"cbp.length": "1", "occl.centroid_weight": "1", "occl.category_weight": "0.1"}
 METHOD_OPTIONS: dict[str, dict[str, str]] = {
     "cityscapes-deeplabv3-r101": _SAR_DEEPLAB,
     "ade20k-deeplabv3-r101": _SAR_DEEPLAB,
     "pascal-context-deeplabv3-r101": _SAR_DEEPLAB,
-    "ade20k-fcn-r101": {
-        "cbp.length": "2",
-        "occl.centroid_weight": "0.4",
-        "occl.category_weight": "0.1",
-    },
-    "coco-stuff-10k-fcn-r101": {
-        "cbp.length": "0.3",
-        "occl.centroid_weight": "1",
-        "occl.category_weight": "0.3",
-    },
-    "ade20k-segformer-b5": _OCCL_SEGFORMER,
-    "coco-stuff-10k-segformer-b4": _OCCL_SEGFORMER,
-    "coco-stuff-10k-segformer-b5": _OCCL_SEGFORMER,
-    "ade20k-upernet-swin-t": {
-        "cbp.length": "1",
-        "occl.centroid_weight": "1",
-        "occl.category_weight": "0.2",
-    },
-    "ade20k-segformer-b0": {
-        "cbp.length": "2",
-        "occl.centroid_weight": "1",
-        "occl.category_weight": "0.3",
-    },
+    "ade20k-fcn-r101": _cbp_occl("2", "0.4", "0.1"),
+    "coco-stuff-10k-fcn-r101": _cbp_occl("0.3", "1", "0.3"),
+    "ade20k-segformer-b5": _cbp_occl("1", "1", "0.1"),
+    "coco-stuff-10k-segformer-b4": _cbp_occl("1", "1", "0.1"),
+    "coco-stuff-10k-segformer-b5": _cbp_occl("1", "1", "0.1"),
+    "ade20k-upernet-swin-t": _cbp_occl("1", "1", "0.2"),
+    "ade20k-segformer-b0": _cbp_occl("2", "1", "0.3"),
 }
 
 

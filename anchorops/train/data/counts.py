@@ -89,14 +89,10 @@ def _kept_counts(dataset: MaskFolder, cache: Path) -> Counts:
             counts = _sum(masks)
         finally:
             threads.shutdown(cancel_futures=True)  # if one fails, all end
-        record = {
-            name: value.tolist() if isinstance(value, Tensor) else value
-            for name, value in counts._asdict().items()
-        }
         temporary = path.with_suffix(f".{os.getpid()}")  # other runs may be counting too
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(record))
+            temporary.write_text(json.dumps(counts._asdict(), default=Tensor.tolist))
             temporary.replace(path)
         except OSError as error:  # that of a full disk names no file
             raise OSError(f"{path} could not be written: {error}") from error

@@ -50,7 +50,7 @@ class MaskFolder:
 
     Args:
         pairs: paths of images and their masks.
-        classes: names.
+        classes: names, 2 to MAX_EVALUATED.
         labels: class of each value in the masks, −1 ignored; any other value is an error.
         channels: of the images.
     """
@@ -62,8 +62,6 @@ class MaskFolder:
         labels: Mapping[int, int],
         channels: int = 3,
     ) -> None:
-        if not 2 <= len(classes) <= MAX_EVALUATED:
-            raise ValueError(f"expected 2 to {MAX_EVALUATED} classes, got {len(classes)}")
         wrong = {new for new in labels.values() if not (0 <= new < len(classes) or new == IGNORED)}
         if wrong:
             raise ValueError(f"--label-map: expected classes 0 to {len(classes) - 1}, got {wrong}")
@@ -171,24 +169,21 @@ def _read_array(path: Path, *, palette: bool) -> tuple[np.ndarray, int]:
     """The array and its EXIF orientation. palette: whether indexed colours become RGB; in masks the
     indices are the labels."""
     with _errors_of(path):
-        array, orientation = _decode(path, palette=palette)
+        if _is_tiff(path):
+            with tifffile.TiffFile(path) as file:
+                array, orientation = file.asarray(), _tiff_orientation(file)
+        elif path.suffix == ".mat":
+            from scipy.io import loadmat
+
+            array, orientation = loadmat(path)["S"], 1
+        else:
+            with Image.open(path) as image:
+                orientation = _orientation(image, path)
+                to_rgb = image.mode == "CMYK" or (palette and image.mode == "P")
+                array = np.asarray(image.convert("RGB") if to_rgb else image)
     if array.size == 0:
         raise ValueError(f"{path}: expected pixels, got an array of shape {array.shape}")
     return array, orientation
-
-
-def _decode(path: Path, *, palette: bool) -> tuple[np.ndarray, int]:
-    if _is_tiff(path):
-        with tifffile.TiffFile(path) as file:
-            return file.asarray(), _tiff_orientation(file)
-    if path.suffix == ".mat":
-        from scipy.io import loadmat
-
-        return loadmat(path)["S"], 1
-    with Image.open(path) as image:
-        orientation = _orientation(image, path)
-        to_rgb = image.mode == "CMYK" or (palette and image.mode == "P")
-        return np.asarray(image.convert("RGB") if to_rgb else image), orientation
 
 
 def read_size(path: Path, size: Sequence[int]) -> tuple[tuple[int, ...], int]:

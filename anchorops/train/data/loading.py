@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -275,22 +275,14 @@ def training_loader(
     return _loader(data, config.workers, batch_sampler=sampler, pin_memory=pin_memory)
 
 
-def _stack(items: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    sizes = {tuple(labels.shape) for _, labels in items}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"--eval-batch-size: more than 1 needs images of one size, got {sorted(sizes)}"
-        )
-    return default_collate(items)
-
-
 def evaluation_loader(
     dataset: Segmentation, config: Data, *, batch_size: int, rank: int, world: int
 ) -> DataLoader:
-    """Every image once, over all ranks, without augmentation."""
+    """Every image once, over all ranks, without augmentation. With a batch size of more than 1, all
+    images have the same size (`check_one_size`)."""
     data = Validation(dataset, evaluation_transform(config, dataset.channels))
     images = range(rank, len(dataset), world)
-    return _loader(data, config.workers, batch_size=batch_size, sampler=images, collate_fn=_stack)
+    return _loader(data, config.workers, batch_size=batch_size, sampler=images)
 
 
 def _loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
@@ -314,7 +306,7 @@ def batches_of(loader: DataLoader) -> Iterator[Iterator[Any]]:
     if loader.num_workers:
         _start_server()
     with closing(_only_owner(loader)) as batches:
-        yield _or_why_not(batches) if loader.num_workers else batches
+        yield batches
 
 
 def _only_owner(loader: DataLoader) -> Generator[Any, None, None]:
@@ -325,23 +317,21 @@ def _only_owner(loader: DataLoader) -> Generator[Any, None, None]:
         yield from loader
     except BaseException as error:
         clear_frames(error.__traceback__)  # those of torch refer to the iterator
-        raise
-
-
-def _or_why_not(batches: Iterator[Any]) -> Iterator[Any]:
-    try:
-        yield from batches
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        message = str(error)
-        if message.startswith("Caught "):  # the data set's own, from the worker
-            raise
-        cut = isinstance(error, ConnectionError | EOFError)
-        if not (cut or "exited unexpectedly" in message or "killed by signal" in message):
+        if not (loader.num_workers and _of_killed_worker(error)):
             raise
         raise ValueError(
-            f"{message or 'no data'}: a process that loads images was killed, usually because of "
-            "too little memory (or /dev/shm, in a container): use fewer --workers, or none"
+            f"{str(error) or 'no data'}: a process that loads images was killed, usually because "
+            "of too little memory (or /dev/shm, in a container): use fewer --workers, or none"
         ) from error
+
+
+def _of_killed_worker(error: BaseException) -> bool:
+    message = str(error)
+    if message.startswith("Caught "):  # the data set's own, from the worker
+        return False
+    if isinstance(error, RuntimeError):
+        return "exited unexpectedly" in message or "killed by signal" in message
+    return isinstance(error, ConnectionError | EOFError)
 
 
 def _start_server() -> None:

@@ -232,13 +232,10 @@ def evaluate(
     num_classes: int,
     device: torch.device,
     window: tuple[int, int] | None = None,
-    *,
-    stride: tuple[int, int] | None = None,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
+    **prediction: Any,
 ) -> Tensor:
     """Confusion matrix int64 [K, K] (truth × prediction) of the valid pixels, summed over all
-    ranks; window, stride, scales, flip as in `predict`. Restores the mode of the model. Raises
+    ranks; window and prediction: see `predict`. Restores the mode of the model. Raises
     FloatingPointError on all ranks if a logit is NaN or infinite."""
     training = model.training
     model.eval()
@@ -253,15 +250,7 @@ def evaluate(
 
     for images, labels in batches:
         labels = labels.to(device)
-        predictions = predict(
-            checked,
-            images.to(device),
-            labels.shape[1:],
-            window,
-            stride=stride,
-            scales=scales,
-            flip=flip,
-        )
+        predictions = predict(checked, images.to(device), labels.shape[1:], window, **prediction)
         matrix += ao.confusion(predictions, labels, num_classes, ignore_index=IGNORED)
     model.train(training)
     if dist.is_initialized():
@@ -299,10 +288,7 @@ def validate(parts: Parts, before_batch: Callable[[], None]) -> dict[str, Any]:
             watched(batches),
             parts.num_classes,
             ranks.device,
-            parts.window,
-            stride=parts.config.running.window_stride,
-            scales=parts.config.running.eval_scales,
-            flip=parts.config.running.eval_flip,
+            **parts.config.prediction,
         )
     return summarize(
         confusion, parts.training_set.classes, parts.frequencies, parts.config.data.head_tail

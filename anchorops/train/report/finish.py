@@ -50,12 +50,9 @@ def _save_predictions(parts: Parts, results: dict[str, Any]) -> bytes:
         parts.validation_set,
         choose_images(parts.validation_set, PICTURES),
         transform=evaluation_transform(parts.config.data, parts.validation_set.channels),
-        window=parts.window,
-        stride=parts.config.running.window_stride,
-        scales=parts.config.running.eval_scales,
-        flip=parts.config.running.eval_flip,
         title=f"{run.name}: mIoU {100 * results['miou']:.1f} %",
         device=parts.ranks.device,
+        **parts.config.prediction,
     )
     save_atomically(picture, run / "predictions.png")
     return picture

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from ..run.directory import CONFIG
 from ..run.journal import IGNORED_LABELS, METRICS, RATIO, WRONG_LABELS, attempt, read_metrics
 from .compare import MEASURES, comparison
 from .cost import Complexity, Cost
-from .evaluate import GROUPS, predict
+from .evaluate import predict
 from .features import (
     ACCURACY_AND_IMAGES,
     ACCURACY_AND_PIXELS,
@@ -142,14 +143,11 @@ def draw_predictions(
     indices: Sequence[int],
     *,
     transform: v2.Transform,
-    window: tuple[int, int] | None,
-    stride: tuple[int, int] | None = None,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
     title: str,
     device: torch.device,
+    **prediction: Any,
 ) -> bytes:
-    """A PNG file with each image, its labels and its prediction, computed as in an evaluation."""
+    """A PNG file with each image, its labels and its prediction; prediction: see `predict`."""
     model.eval()
     colors = palette(len(dataset.classes))
     rows, seen = [], set[int]()
@@ -157,25 +155,19 @@ def draw_predictions(
         image, labels = dataset[index]
         seen |= set(labels.unique().tolist())
         network_input = transform(tv_tensors.Image(image)).as_subclass(Tensor)[None].to(device)
-        (prediction,) = predict(
-            model, network_input, labels.shape, window, stride=stride, scales=scales, flip=flip
-        )
-        rows.append((_rgb(image), colors[labels.numpy()], colors[prediction.cpu().numpy()]))
+        (classes,) = predict(model, network_input, labels.shape, **prediction)
+        rows.append((_rgb(image), colors[labels.numpy()], colors[classes.cpu().numpy()]))
 
     # images from left to right, in three rows
     height, width = rows[0][0].shape[:2]
     figure = Figure(figsize=(1.6 * len(rows) + 0.6, 1.6 * 3 * height / width + 0.8))
-    axes = figure.subplots(3, len(rows), squeeze=False)
-    for column, row in enumerate(rows):
-        for line, (picture, name) in enumerate(
-            zip(row, ("image", "truth", "prediction"), strict=True)
-        ):
-            axis = axes[line, column]
+    no_ticks = {"xticks": [], "yticks": []}
+    axes = figure.subplots(3, len(rows), squeeze=False, subplot_kw=no_ticks)
+    for column, pictures in zip(axes.T, rows, strict=True):
+        for axis, picture in zip(column, pictures, strict=True):
             axis.imshow(picture, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if column == 0:
-                axis.set_ylabel(name)
+    for axis, name in zip(axes[:, 0], ("image", "truth", "prediction"), strict=True):
+        axis.set_ylabel(name)
     figure.suptitle(plain(title, longest=int(14 * figure.get_figwidth())), fontsize=10)
     names = {k: plain(dataset.classes[k]) for k in sorted(seen - {IGNORED})[:LEGEND_NAMES]}
     bottom = draw_legend(figure, names | {IGNORED: "ignored"}, colors)
@@ -213,15 +205,11 @@ def write_report(
     costs: tuple[Cost, Cost] | None,
     complexity: Complexity | None,
 ) -> None:
-    """Write report.html into the run's directory. A section that fails is omitted, with a message.
+    """Write report.html into the run's directory. A section that fails is omitted, with a message;
+    so is one whose argument is None.
 
-    Args:
-        results: of the run.
-        predictions: a picture, or None.
-        features: of the validation split, or None.
-        classifier: weight [K, D].
-        costs: without and with the regulariser, or None.
-        complexity: of the network, or None.
+    predictions: a picture. features: of the validation split. classifier: weight [K, D]. costs:
+    without and with the regulariser.
     """
     classes, summary = results["classes"], comparison([results])
     config = Config.load(run / CONFIG)
@@ -289,9 +277,7 @@ def _headline(results: dict[str, Any], head_tail: tuple[float, float]) -> str:
     figures = "".join(
         f"<div>{label} %<b>{_percent(results[name])}</b></div>" for label, name in MEASURES.items()
     )
-    members = {group: 0 for group in GROUPS}
-    for c in results["classes"]:
-        members[c["group"]] += 1
+    members = Counter(c["group"] for c in results["classes"])
     head, tail = (f"{100 * share:g} %" for share in head_tail)
     note = (
         "Of the validation images. mIoU: mean over the classes of IoU (intersection over union). "

@@ -10,7 +10,6 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from ..config import Config
-from ..data.digits import DigitScenes
 from ..data.folders import read_image, upright
 from ..data.loading import evaluation_transform
 from ..networks.models import Segmenter, build_model
@@ -40,28 +39,16 @@ def predict_files(
             raise ValueError(f"predict: --out: {mask} {what}: give another directory")
     config = Config.load(run / CONFIG)
     model = _best_model(run, config).to(device).eval()
-    transform, running = evaluation_transform(config.data, _channels(config)), config.running
+    transform = evaluation_transform(config.data, config.data.channels)
     out.mkdir(parents=True, exist_ok=True)
     for path, mask in zip(images, masks, strict=True):
-        image = _read(path, _channels(config))
+        image = _read(path, config.data.channels)
         normalized = transform(tv_tensors.Image(image)).as_subclass(Tensor)[None].to(device)
         with torch.inference_mode():
-            (classes,) = predict(
-                model,
-                normalized,
-                image.shape[1:],
-                config.data.crop if running.evaluation == "sliding" else None,
-                stride=running.window_stride,
-                scales=running.eval_scales,
-                flip=running.eval_flip,
-            )
+            (classes,) = predict(model, normalized, image.shape[1:], **config.prediction)
         kind = np.uint8 if model.classifier.out_channels <= 256 else np.uint16
         Image.fromarray(classes.cpu().numpy().astype(kind)).save(mask)
     return masks
-
-
-def _channels(config: Config) -> int:
-    return DigitScenes.channels if config.data.dataset == "digits" else config.data.channels
 
 
 def _best_model(run: Path, config: Config) -> Segmenter:
@@ -73,7 +60,7 @@ def _best_model(run: Path, config: Config) -> Segmenter:
     model = build_model(
         config.model.model,
         len(weight),
-        channels=_channels(config),
+        channels=config.data.channels,
         auxiliary=config.model.auxiliary_weight > 0,
         dropout=config.model.dropout,
     )

@@ -34,8 +34,13 @@ def new_run(config: Config) -> Iterator[None]:
     --weights is a file of the run that would be deleted, and if there are files but no marker or a
     config.json that is not of a run.
     """
-    _check_name(config.running.name)
-    run = config.run
+    run, name = config.run, config.running.name
+    if name is not None and (
+        name in ("", ".", "..") or re.search(r"[/\\]", name) or not name.isprintable()
+    ):
+        raise ValueError(
+            f"--name: expected a directory's name inside --out, without separators, got {name!r}"
+        )
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run} is a file: give this run a --name")
     if run.exists() and any(run.iterdir()) and not (run / MARKER).exists():
@@ -92,15 +97,6 @@ def held(run: Path) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
-
-
-def _check_name(name: str | None) -> None:
-    if name is None:
-        return
-    if name in ("", ".", "..") or re.search(r"[/\\]", name) or not name.isprintable():
-        raise ValueError(
-            f"--name: expected a directory's name inside --out, without separators, got {name!r}"
-        )
 
 
 def _is_of_a_run(config: Path) -> bool:

@@ -46,11 +46,6 @@ class Parts:
     def num_classes(self) -> int:
         return len(self.training_set.classes)
 
-    @property
-    def window(self) -> tuple[int, int] | None:
-        """The size of the windows of a sliding evaluation."""
-        return self.config.data.crop if self.config.running.evaluation == "sliding" else None
-
 
 def build_parts(config: Config, ranks: Ranks, *, from_checkpoint: bool, new: bool = False) -> Parts:
     """from_checkpoint: a checkpoint will be loaded, so initial weights are not needed. new: the run

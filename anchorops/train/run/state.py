@@ -1,7 +1,7 @@
 """The contents of a checkpoint, and what follows from a run's progress: when it logs, saves,
 evaluates and ends; and its learning rate."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ class DataSummary(NamedTuple):
     pixels: list[int]
 
 
+@dataclass
 class State:
     """Everything that the next step depends on, except the configuration.
 
@@ -48,19 +49,14 @@ class State:
     and BatchSampler. The model's state includes the state of the methods.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        lr: LRScheduler,
-        *,
-        config: Config,
-        data: DataSummary,
-        ranks: int,
-    ) -> None:
-        self.model, self.optimizer, self.lr = model, optimizer, lr
-        self.config, self.data, self.ranks = config, data, ranks
-        self.averages, self.progress = Averages(), Progress()
+    model: nn.Module
+    optimizer: Optimizer
+    lr: LRScheduler
+    config: Config
+    data: DataSummary
+    ranks: int
+    averages: Averages = field(default_factory=Averages)
+    progress: Progress = field(default_factory=Progress)
 
     def save(self, run: Path) -> None:
         state = {
