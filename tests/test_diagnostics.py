@@ -75,16 +75,6 @@ def test_gradient_ratio() -> None:
             diagnostics.gradient_ratio(*arguments)
 
 
-def test_ideal_classifiers() -> None:
-    etf = ao.anchors.simplex_etf(K, 9)
-    assert diagnostics.equiangularity(etf) < 1e-6
-    assert diagnostics.maximal_angle(etf) < 1e-6
-    assert diagnostics.class_separability(ao.anchors.category_basis(K, 9)).abs() < 1e-6
-    torch.testing.assert_close(
-        diagnostics.class_separability(etf), torch.tensor(-K / 2, dtype=torch.float64)
-    )
-
-
 @pytest.mark.parametrize("mean", ["classes", "pixels"])
 @pytest.mark.parametrize("near", [False, True])
 def test_centroid_geometry_accumulates(mean: str, near: bool) -> None:
@@ -157,12 +147,6 @@ def test_frequency_correlation(as_logits: bool) -> None:
     assert narrow.correct.tolist() == [12] + [0] * (K - 1)
     with pytest.raises(ValueError, match="FrequencyCorrelation: predictions"):
         metric.update(torch.zeros(2, 3), torch.zeros(2, 4))
-
-
-def test_reached_from_the_package() -> None:
-    assert ao.diagnostics is diagnostics and ao.plots is plots
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = ao.nothing  # type: ignore[attr-defined]
 
 
 def draws(figure: Any) -> np.ndarray:
