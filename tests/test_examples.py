@@ -7,6 +7,7 @@ import re
 import runpy
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,14 +22,24 @@ import torch.nn.functional as F
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_every_method(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def printed_by(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs an example with arguments, and returns what it prints."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_every_method(tmp_path: Path, printed_by: Callable[..., str]) -> None:
     pytest.importorskip("segmentation_models_pytorch", reason="it is not installed")
     arguments = ["--steps", "1", "--methods", "CBP + OCCL", "SAR", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["every_method.py", *arguments])
-    runpy.run_path(str(EXAMPLES / "every_method.py"), run_name="__main__")
-    printed = capsys.readouterr().out
+    printed = printed_by("every_method", *arguments)
     assert "CBP + OCCL attached to segmentation_head.0" in printed
     assert "step   1: ce" in printed and "occl.centroid" in printed and "equiangularity" in printed
     drawn = {path.name for path in tmp_path.iterdir()}
@@ -46,18 +57,11 @@ def test_every_method(
     ],
 )
 def test_framework(
-    name: str,
-    packages: list[str],
-    expected: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, packages: list[str], expected: str, printed_by: Callable[..., str]
 ) -> None:
     for package in packages:
         pytest.importorskip(package, reason="it is not installed")
-    arguments = [f"{name}.py", "--steps", "1", "--size", "64"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-    printed = capsys.readouterr().out
+    printed = printed_by(name, "--steps", "1", "--size", "64")
     assert expected in printed
     if name == "smp_segformer":
         before, after = (
@@ -181,31 +185,22 @@ def test_mmsegmentation_head_refuses(
     ],
 )
 def test_other_tasks(
-    name: str,
-    arguments: list[str],
-    expected: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, arguments: list[str], expected: list[str], printed_by: Callable[..., str]
 ) -> None:
     if name not in ("point_cloud", "cosine_head"):
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-    printed = capsys.readouterr().out
+    printed = printed_by(name, *arguments)
     assert all(text in printed for text in expected)
 
 
-def test_semi_supervised(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["semi_supervised.py"])
+def test_semi_supervised(printed_by: Callable[..., str]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # its tensors are small: on a busy machine threads wait for each other
     try:
-        runpy.run_path(str(EXAMPLES / "semi_supervised.py"), run_name="__main__")
+        printed = printed_by("semi_supervised")
     finally:
         torch.set_num_threads(threads)
-    alone, with_unlabelled = (float(x) for x in re.findall(r"mIoU (\S+)", capsys.readouterr().out))
+    alone, with_unlabelled = (float(x) for x in re.findall(r"mIoU (\S+)", printed))
     assert alone > 0.4 and with_unlabelled > alone + 0.02
 
 

@@ -99,10 +99,8 @@ def test_wrong_options(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    root = [] if options[0] != "--setting" else ["--root", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *root, *options])
     with pytest.raises(SystemExit):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        run(monkeypatch, tmp_path, *options)
     assert message in capsys.readouterr().err
 
 
@@ -119,16 +117,8 @@ def test_archive_of_cifar(
     for name in ("train", "test"):
         (archive / name).write_bytes(pickle.dumps({"data": data, "fine_labels": labels}))
     (archive / "meta").write_bytes(pickle.dumps({"fine_label_names": ["a", "b", "c"]}))
-    run(
-        monkeypatch,
-        tmp_path,
-        "--setting",
-        "cifar-100",
-        "--network",
-        "cifar-resnet32",
-        "--epochs",
-        "1",
-    )
+    options = ["--setting", "cifar-100", "--network", "cifar-resnet32", "--epochs", "1"]
+    run(monkeypatch, tmp_path, *options)
     assert "3 classes with 4 to 4 images" in capsys.readouterr().out
 
 

@@ -29,12 +29,14 @@ def weights(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
     return checkpoint.load_checkpoint(run / f"checkpoint-{step:08d}.pt")["model"]
 
 
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def metrics(run: Path, name: str = "step") -> list[dict]:
+    """The lines of the journal that contain this name."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if name in line]
 
 
 def losses(run: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["p2a"]) for line in metrics(run) if "loss" in line]
+    return [(line["step"], line["loss"], line["p2a"]) for line in metrics(run, "loss")]
 
 
 def assert_same_run(run: Path, other: Path, step: int = 6) -> None:

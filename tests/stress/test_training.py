@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from image_files import write
 
 from anchorops.train.data.digits import DigitScenes
 from anchorops.train.run.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
@@ -88,14 +88,11 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     root = tmp_path_factory.mktemp("stress")
     for split, count in (("train", 12), ("val", 4)):
         scenes = DigitScenes(split, count, (40, 48), seed=0)
-        for kind in ("images", "masks"):
-            (root / kind / split).mkdir(parents=True)
         for index in range(count):
             image, labels = scenes[index]
-            pixels = image.permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(root / f"images/{split}/{index}.png")
+            write(root / f"images/{split}/{index}.png", image.permute(1, 2, 0).numpy())
             mask = labels.numpy().astype(np.uint8)  # 255 is ignored
-            Image.fromarray(mask).save(root / f"masks/{split}/{index}.png")
+            write(root / f"masks/{split}/{index}.png", mask)
     (root / "classes.txt").write_text("\n".join(DigitScenes.classes))
     program = Program(root)
     yield program

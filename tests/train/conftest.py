@@ -1,3 +1,4 @@
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,12 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = TINY.replace(out=tmp_path_factory.mktemp("runs"), name="straight")
     loop.start(config)
     return config.run
+
+
+@pytest.fixture
+def copied(straight: Path, tmp_path: Path) -> Path:
+    """A copy of that run, which a test may change."""
+    return shutil.copytree(straight, tmp_path / "run")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Checkpoints and journals that are truncated, damaged or from another run."""
 
 import resource
-import shutil
 import signal
 from pathlib import Path
 
@@ -81,20 +80,18 @@ def test_flipped_bit_in_a_checkpoint(tmp_path: Path):
         ),
     ],
 )
-def test_checkpoint_of_something_else(change, message: str, straight: Path, tmp_path: Path):
-    shutil.copytree(straight, tmp_path / "run")
-    path = tmp_path / "run/checkpoint-00000006.pt"
+def test_checkpoint_of_something_else(change, message: str, copied: Path):
+    path = copied / "checkpoint-00000006.pt"
     checkpoint.save_atomically(change(checkpoint.load_checkpoint(path)), path)
     with pytest.raises(SystemExit, match=message):
-        main(["resume", str(tmp_path / "run")])
+        main(["resume", str(copied)])
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"loss": 1}\n', '{"step": "1"}\n'])
-def test_damaged_files_are_named(text: str, straight: Path, tmp_path: Path):
-    shutil.copytree(straight, tmp_path / "run")
-    (tmp_path / "run/metrics.jsonl").write_text(text + "\n")
+def test_damaged_files_are_named(text: str, copied: Path):
+    (copied / "metrics.jsonl").write_text(text + "\n")
     with pytest.raises(ValueError, match=r"metrics.jsonl is damaged \("):
-        read_metrics(tmp_path / "run/metrics.jsonl")
-    (tmp_path / "run/results.json").write_text(text[:2])
+        read_metrics(copied / "metrics.jsonl")
+    (copied / "results.json").write_text(text[:2])
     with pytest.raises(ValueError, match=r"results.json is damaged \("):
-        load_results(tmp_path / "run")
+        load_results(copied)

@@ -61,15 +61,11 @@ def test_curves_in_journal_and_report(tmp_path: Path):
     )
     assert start(with_measures)["miou"] == start(without)["miou"]
     run = with_measures.run
-
-    def lines() -> list[dict]:
-        return [line for line in metrics(run) if "val_miou" in line]
-
-    straight = lines()
+    straight = metrics(run, "val_miou")
     assert [line["step"] for line in straight] == [2, 4]
     assert all(set(COLLAPSE) >= line.keys() & set(COLLAPSE) != set() for line in straight)
     assert "<h2>Neural collapse</h2>" in (run / "report.html").read_text()
     assert "<h2>Neural collapse</h2>" not in (without.run / "report.html").read_text()
     (run / "checkpoint-00000004.pt").unlink()
     resume(run)
-    assert lines() == straight
+    assert metrics(run, "val_miou") == straight

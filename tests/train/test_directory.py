@@ -43,15 +43,14 @@ def test_other_directories_are_not_changed(options: list[str], tmp_path: Path):
     assert contents(model) == before
 
 
-@pytest.mark.parametrize("options", [{}, {"overwrite": True}])
 @pytest.mark.parametrize("config", ['{"model_type": "bert"}', "[]", "{"])
-def test_marker_in_the_directory_of_a_model(config: str, options: dict, tmp_path: Path):
+def test_marker_in_the_directory_of_a_model(config: str, tmp_path: Path):
     """It was copied there, and proves nothing: best.pt may be the model's."""
     for name, text in (("config.json", config), ("best.pt", "months"), (directory.MARKER, "")):
         (tmp_path / name).write_text(text)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"config.json was not written by a run, although"):
-        begin(tmp_path, **options)
+        begin(tmp_path, overwrite=True)
     assert contents(tmp_path) == before
 
 
@@ -113,28 +112,18 @@ def earlier(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"root": Path("/typo")}, r"typo does not exist \(--root is the"),
-        ({"model": "nope"}, "model: expected hrnet"),
-        ({"methods": ("sar",), "method_options": {"sar.nope": "1"}}, "--method-options sar.nope"),
         ({"methods": ("sar",), "method_options": {"sar.dim": "x"}}, "--method-options sar.dim"),
-        ({"methods": ("sar",), "method_options": {"sar.anchors": "@no.npy"}}, "cannot be read"),
         ({"weights": Path("/nowhere.pt")}, "weights /nowhere.pt do not exist"),
         ({"batch_size": 3, "accumulate": 2}, "--batch-size: expected a multiple of accumulate"),
         ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
         ({"given_class_weights": (1.0,)}, "--given-class-weights: expected 11 values, got 1"),
-        ({"eval_batch_size": 2, "root": None}, "--eval-batch-size: more than 1 needs"),
-        ({"lr": 1e30, "optimizer": "sgd"}, r"not finite at step 1: .*\(last checkpoint: none\)"),
+        ({"lr": 1e30, "optimizer": "sgd"}, r"not finite at step 1: .*norm; .*none\).* --lr.*data"),
     ],
     ids=lambda case: "" if isinstance(case, str) else "-".join(case),
 )
-def test_start_that_fails_deletes_no_earlier_run(
-    options: dict, message: str, earlier: Path, folder: Path
-):
+def test_start_that_fails_deletes_no_earlier_run(options: dict, message: str, earlier: Path):
     before = contents(earlier)
     config = TINY.replace(methods=(), out=earlier.parent, name="run", overwrite=True, workers=0)
-    if "root" in options:
-        options = {"dataset": "folder", "train_images": 20_000, "val_images": 200, **options}
-        options["root"] = options["root"] or folder
     with pytest.raises(ValueError, match=message):
         loop.start(config.replace(**options))
     assert contents(earlier) == before
@@ -159,21 +148,19 @@ def test_first_step_that_fails_deletes_no_earlier_run(
     assert contents(earlier) == before
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signal_in_the_first_step_deletes_no_earlier_run(
-    signum: int, earlier: Path, monkeypatch: pytest.MonkeyPatch
+    earlier: Path, monkeypatch: pytest.MonkeyPatch
 ):
     train_step = loop._Run._train_step
 
     def signal_and_step(self: loop._Run, *args: object) -> None:
-        os.kill(os.getpid(), signum)
+        os.kill(os.getpid(), signal.SIGTERM)
         train_step(self, *args)
 
     monkeypatch.setattr(loop._Run, "_train_step", signal_and_step)
     before = contents(earlier)
     config = TINY.replace(out=earlier.parent, name="run", overwrite=True)
-    name = signal.Signals(signum).name
-    with pytest.raises(Interrupted, match=f"^stopped by {name}; it has not begun: start it again$"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; it has not begun: start it again"):
         loop.start(config)
     assert contents(earlier) == before
 
@@ -189,14 +176,11 @@ def test_full_disk_deletes_no_earlier_run(earlier: Path, monkeypatch: pytest.Mon
     assert contents(earlier) == before
 
 
-@pytest.mark.parametrize("by_link", [False, True])
-def test_weights_of_the_run_that_is_overwritten(by_link: bool, earlier: Path):
-    """They would be lost."""
+def test_weights_of_the_run_that_is_overwritten(earlier: Path):
+    """They would be lost, also if a link leads to them."""
     torch.save({"model": build_model("hrnet-w18-small", 11).state_dict()}, earlier / "best.pt")
-    weights, before = earlier / "best.pt", contents(earlier)
-    if by_link:
-        weights = earlier.parent / "link.pt"
-        weights.symlink_to(earlier / "best.pt")
+    weights, before = earlier.parent / "link.pt", contents(earlier)
+    weights.symlink_to(earlier / "best.pt")
     config = TINY.replace(out=earlier.parent, name="run", overwrite=True, weights=weights)
     expected = f"--weights {weights} is a file of the run that --overwrite deletes: give this run a"
     with pytest.raises(ValueError, match=expected):
@@ -256,7 +240,7 @@ def test_start_in_an_empty_directory(tmp_path: Path):
         begin(tmp_path / "file")
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", "a\\b", "a\nb"])
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "a\\b", "a\nb"])
 def test_name_that_is_a_path(name: str, tmp_path: Path):
     with pytest.raises(ValueError, match="--name: expected a directory's name inside --out"):
         loop.start(DIGITS.replace(out=tmp_path, name=name, device="cpu"))

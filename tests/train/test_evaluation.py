@@ -8,7 +8,7 @@ from torch import nn
 import anchorops as ao
 from anchorops.train.data.digits import DigitScenes
 from anchorops.train.networks.models import build_model
-from anchorops.train.report.evaluate import evaluate, predict
+from anchorops.train.report.evaluate import evaluate
 from anchorops.train.report.features import collect_features
 from anchorops.train.report.page import choose_images, draw_legend, palette
 
@@ -29,7 +29,6 @@ def test_confusion_of_images_of_any_size_and_windows():
     for window in (None, (16, 24), (64, 64)):
         confusion = evaluate(Threshold(), [(image, truth)], 2, torch.device("cpu"), window)
         assert confusion.tolist() == [[39 * 32, 0], [0, 39 * 24]], window
-    assert predict(Threshold(), image, (80, 112)).shape == (1, 80, 112)
 
 
 def test_pictures():

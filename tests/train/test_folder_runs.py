@@ -9,6 +9,7 @@ from image_files import image, mask, write
 from PIL import Image
 
 from anchorops.train.commands import main
+from anchorops.train.config import Config
 from anchorops.train.data.counts import class_counts
 from anchorops.train.data.loading import build_datasets
 from anchorops.train.presets import FOLDER
@@ -16,14 +17,20 @@ from anchorops.train.report import finish
 from anchorops.train.report import page as report
 from anchorops.train.run import loop
 
+OPTIONS = "--model segformer-b0 --crop 32 32 --steps 1 --batch-size 2 --workers 0 --device cpu"
+
+
+@pytest.fixture
+def config(folder: Path) -> Config:
+    return FOLDER.replace(root=folder, out=folder, name="run", workers=0, device="cpu")
+
 
 def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[str]):
     names = ["Straße", "thing", *(f"absent {k}" for k in range(12))]
     (folder / "classes.txt").write_text("\n".join([*names, "", ""]), encoding="utf-8")
-    options = ["--model", "segformer-b0", "--crop", "32", "32", "--steps", "1", "--batch-size", "2"]
-    options += ["--workers", "0", "--device", "cpu", "--evaluation", "sliding"]
-    options += ["--window-stride", "16", "24"]
-    main(["folder", "--root", str(folder), "--out", str(folder), "--name", "run", *options])
+    command = ["folder", "--root", str(folder), "--out", str(folder), "--name", "run"]
+    command += f"{OPTIONS} --evaluation sliding --window-stride 16 24".split()
+    main(command)
     absent = f"no training pixels: {', '.join(names[2:12])} and 2 more\n"
     said = capsys.readouterr().err
     assert absent in said
@@ -32,9 +39,8 @@ def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[s
     assert "--pretrained" in said and "--weights FILE" in said
     page = (folder / "run/report.html").read_text(encoding="utf-8")
     assert "Straße" in page and "<h2>Features</h2>" in page
-    options += ["--eval-batch-size", "2", "--overwrite"]
     with pytest.raises(SystemExit, match="--eval-batch-size: more than 1 needs images of one"):
-        main(["folder", "--root", str(folder), "--out", str(folder), "--name", "run", *options])
+        main([*command, "--eval-batch-size", "2", "--overwrite"])
 
 
 NAMES = [r"a $\frac$ thing", "<script>&amp;", "_of which the name is " + 5 * "so very long "]
@@ -42,7 +48,7 @@ NAMES = [r"a $\frac$ thing", "<script>&amp;", "_of which the name is " + 5 * "so
 
 @pytest.mark.parametrize("fails", [None, "draw_predictions", "collect_features", "_curves"])
 def test_results_do_not_depend_on_pictures(
-    fails: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    fails: str | None, folder: Path, config: Config, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     """Names with markup are drawn unchanged; a failure is reported on one line."""
 
@@ -52,8 +58,8 @@ def test_results_do_not_depend_on_pictures(
     if fails:
         monkeypatch.setattr(report if fails == "_curves" else finish, fails, fail)
     (folder / "classes.txt").write_text("\n".join(NAMES))
-    config = FOLDER.replace(root=folder, out=folder, name="a$b$<i>", workers=0, device="cpu")
-    config = config.replace(crop=(32, 32), steps=1, batch_size=2, model="segformer-b0")
+    config = config.replace(name="a$b$<i>", crop=(32, 32), steps=1, batch_size=2)
+    config = config.replace(model="segformer-b0")
     loop.start(config)
     files = {path.name for path in config.run.iterdir()}
     assert {"results.json", "best.pt", "report.html"} <= files
@@ -65,10 +71,8 @@ def test_results_do_not_depend_on_pictures(
 
 
 def test_relative_root_is_found_from_anywhere(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    options = ["--model", "segformer-b0", "--crop", "32", "32", "--steps", "1", "--batch-size", "2"]
-    options += ["--workers", "0", "--device", "cpu", "--out", "runs", "--name", "run"]
     monkeypatch.chdir(folder.parent)
-    main(["folder", "--root", folder.name, *options])
+    main(["folder", "--root", folder.name, "--out", "runs", "--name", "run", *OPTIONS.split()])
     monkeypatch.chdir("/")
     run = folder.parent / "runs/run"
     main(["resume", str(run)])
@@ -80,15 +84,14 @@ def test_relative_root_is_found_from_anywhere(folder: Path, monkeypatch: pytest.
     main(["resume", str(run), "--root", str(moved)])
 
 
-def test_masks_are_read_before_a_run(folder: Path):
-    config = FOLDER.replace(root=folder, out=folder, name="run", workers=0, device="cpu")
+def test_masks_are_read_before_a_run(folder: Path, config: Config):
     write(folder / "masks/val/b.png", mask(9, height=4, width=5))
     with pytest.raises(ValueError, match=r"masks/val/b.png: label values \[9\]"):
         loop.start(config)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_orientations_are_decided_before_a_run(split: str, folder: Path):
+def test_orientations_are_decided_before_a_run(split: str, folder: Path, config: Config):
     """One image of 5 × 4 pixels beside one of 4 × 5; and an image whose sizes tell nothing."""
     shutil.rmtree(folder / f"images/{split}/a")
     shutil.rmtree(folder / f"masks/{split}/a")
@@ -96,7 +99,6 @@ def test_orientations_are_decided_before_a_run(split: str, folder: Path):
     turned[0x112] = 6
     Image.fromarray(image(4, 5)).save(folder / f"images/{split}/c.png", exif=turned)
     write(folder / f"masks/{split}/c.png", mask(0, 1, height=4, width=5))
-    config = FOLDER.replace(root=folder, out=folder, name="run", workers=0, device="cpu")
     config = config.replace(eval_batch_size=2, model="no model")
     sizes = "4 to 5 high and 4 to 5 wide" if split == "val" else "4 to 6 high and 5 to 9 wide"
     with pytest.raises(ValueError, match=f"--eval-batch-size: .*{sizes}"):
@@ -107,11 +109,10 @@ def test_orientations_are_decided_before_a_run(split: str, folder: Path):
         loop.start(config)
 
 
-def test_start_that_failed_is_no_earlier_run(folder: Path):
-    config = FOLDER.replace(root=folder / "typo", out=folder, name="run", device="cpu", workers=0)
+def test_start_that_failed_is_no_earlier_run(folder: Path, config: Config):
     for _ in range(2):
         with pytest.raises(ValueError, match=r"typo does not exist \(--root is the directory"):
-            loop.start(config)
+            loop.start(config.replace(root=folder / "typo"))
 
 
 def test_corrupt_image_in_a_worker(folder: Path):
@@ -124,11 +125,10 @@ def test_corrupt_image_in_a_worker(folder: Path):
     assert message.startswith(f"anchorops-train: {path} cannot be read: ") and "\n" not in message
 
 
-def test_weights_of_absent_classes(folder: Path):
+def test_weights_of_absent_classes(folder: Path, config: Config):
     (folder / "classes.txt").write_text("ground\nthing\nabsent")
-    config = FOLDER.replace(root=folder, out=folder, given_class_weights=(0.0, 0.0, 1.0))
     with pytest.raises(ValueError, match="--given-class-weights: every class with training pixels"):
-        loop.start(config.replace(workers=0, device="cpu"))
+        loop.start(config.replace(given_class_weights=(0.0, 0.0, 1.0)))
 
 
 @pytest.mark.slow

@@ -152,19 +152,15 @@ def test_image_with_a_nan(tmp_path: Path):
 def oriented(path: Path, array: np.ndarray, orientation: int | None) -> np.ndarray:
     """Write a file, and return what PIL shows of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = Image.fromarray(array)
-    exif = stored.getexif()
-    if orientation:
-        exif[0x112] = orientation
     if path.suffix == ".tif":
         extra = [(0x112, "H", 1, orientation or 1, True)]
         tifffile.imwrite(path, array, extratags=extra, metadata=None)
-        stored.save(path.with_suffix(".png"), exif=exif)
-        with Image.open(path.with_suffix(".png")) as copy:
-            shown = np.asarray(ImageOps.exif_transpose(copy))
-        path.with_suffix(".png").unlink()
-        return shown
-    stored.save(path, exif=exif, **({"quality": 100} if path.suffix == ".jpg" else {}))
+    else:
+        stored = Image.fromarray(array)
+        exif = stored.getexif()
+        if orientation:
+            exif[0x112] = orientation
+        stored.save(path, exif=exif, **({"quality": 100} if path.suffix == ".jpg" else {}))
     with Image.open(path) as file:
         return np.asarray(ImageOps.exif_transpose(file))
 

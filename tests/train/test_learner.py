@@ -25,7 +25,6 @@ def test_class_weights():
     [
         (Optimization(), {"ce"}),
         (Optimization(loss="focal", focal_gamma=1.0), {"ce"}),
-        (Optimization(ohem=0.7, ohem_kept=3), {"ce"}),
         (Optimization(loss="dice"), {"dice"}),
         (Optimization(loss="ce+dice"), {"ce", "dice"}),
     ],

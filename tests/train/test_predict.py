@@ -96,6 +96,31 @@ def test_strides_of_windows():
         assert_largest(both, logits.softmax(1) + mirrored.softmax(1))
 
 
+@pytest.mark.parametrize(
+    ("image_size", "size", "window", "flip"),
+    [
+        ((64, 128), (64, 128), None, True),
+        ((64, 128), (130, 140), None, False),
+        ((64, 128), (64, 128), (64, 64), True),
+    ],
+)
+def test_mean_of_probabilities(image_size: Size, size: Size, window: Size | None, flip: bool):
+    """Of several scales and mirror images, the same as mmsegmentation: logits are upsampled to the
+    image's size, then to the labels' size."""
+    torch.manual_seed(0)
+    model, images = nn.Conv2d(3, 5, 4, 4), torch.randn(2, 3, *image_size)
+    scales = (0.5, 1.0, 2.0)
+    total = torch.zeros(2, 5, *size)
+    with torch.no_grad():
+        for scale in scales:
+            sides = [round(scale * side) for side in image_size]
+            scaled = F.interpolate(images, sides, mode="bilinear", antialias=scale != 1)
+            total += stored(model, scaled, size, window).softmax(1)
+            if flip:
+                total += stored(model, scaled.flip(3), size, window).softmax(1).flip(3)
+        assert_largest(predict(model, images, size, window, scales=scales, flip=flip), total)
+
+
 def test_a_whole_image_is_interpolated_once():
     model, images = nn.Conv2d(3, 7, 4, 4), torch.randn(2, 3, 64, 96)
     with torch.no_grad():

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -84,33 +83,34 @@ def test_interrupted_run_continues_bit_for_bit(
     loop.resume(config.run)
     assert steps == [1, 2, 3, 4, 5, 6]
     assert_same_run(config.run, straight)
-    figures = [line for line in metrics(straight) if "val_miou" in line]
-    assert [line for line in metrics(config.run) if "val_miou" in line] == figures
+    figures = metrics(straight, "val_miou")
+    assert metrics(config.run, "val_miou") == figures
     assert [line["step"] for line in figures] == [3, 6]
 
 
-def test_resuming_from_inside(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_resuming_from_inside(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The results of a finished run are written again, only in its directory."""
-    shutil.copytree(straight, tmp_path / "run")
-    monkeypatch.chdir(tmp_path / "run")
+    monkeypatch.chdir(copied)
     Path("results.json").unlink()
-    assert loop.resume(Path("."))["run"] == str(tmp_path / "run")
+    assert loop.resume(Path("."))["run"] == str(copied)
     assert Path("results.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
-def test_other_ranks_need_a_flag(straight: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    shutil.copytree(straight, run)
-    (run / "checkpoint-00000006.pt").unlink()
-    path = run / "checkpoint-00000004.pt"
+def test_other_ranks_need_a_flag(straight: Path, copied: Path):
+    (copied / "checkpoint-00000006.pt").unlink()
+    path = copied / "checkpoint-00000004.pt"
     state = checkpoint.load_checkpoint(path)
     assert state["ranks"] == 1
     checkpoint.save_atomically({**state, "ranks": 2}, path)
     with pytest.raises(ValueError, match=r"4.pt is of 2 ranks, this is 1: .*--allow-other-ranks"):
-        loop.resume(run)
-    main(["resume", str(run), "--allow-other-ranks"])
-    assert_same_run(run, straight)
+        loop.resume(copied)
+    main(["resume", str(copied), "--allow-other-ranks"])
+    assert_same_run(copied, straight)
+
+
+def change_config(run: Path, **options: Any) -> None:
+    Config.load(run / "config.json").replace(**options).save(run / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -121,16 +121,14 @@ def test_other_ranks_need_a_flag(straight: Path, tmp_path: Path):
         ({"data_seed": 1}, r"pixels: \[\d+, .*, now \[\d+, "),
     ],
 )
-def test_other_data_is_refused(options: dict, difference: str, straight: Path, tmp_path: Path):
+def test_other_data_is_refused(options: dict, difference: str, copied: Path):
     """For example by a wrong --root: the images would be drawn in another order."""
-    run = tmp_path / "run"
-    shutil.copytree(straight, run)
-    Config.load(run / "config.json").replace(**options).save(run / "config.json")
-    path = run / "checkpoint-00000006.pt"
+    change_config(copied, **options)
+    path = copied / "checkpoint-00000006.pt"
     state = checkpoint.load_checkpoint(path)
     checkpoint.save_atomically({**state, "options": state["options"] | options}, path)
     with pytest.raises(ValueError, match=rf"6.pt was written with other data \({difference}"):
-        loop.resume(run)
+        loop.resume(copied)
 
 
 @pytest.mark.parametrize(
@@ -138,47 +136,39 @@ def test_other_data_is_refused(options: dict, difference: str, straight: Path, t
     [
         ({"optimizer": "sgd"}, "--optimizer adamw, config.json now has sgd"),
         ({"seed": 1}, "--seed 0, config.json now has 1"),
-        ({"batch_size": 8}, "--batch-size 4, config.json now has 8"),
         ({"steps": 12}, "--steps 6, config.json now has 12"),
         ({"crop": (64, 32)}, r"--crop \[32, 32\], config.json now has \[64, 32\]"),
         ({"method_options": {"sar.tau": "0.5"}}, r"--method-options {}, config.json now has {'sar"),
     ],
 )
-def test_other_options_are_refused(options: dict, difference: str, straight: Path, tmp_path: Path):
+def test_other_options_are_refused(options: dict, difference: str, copied: Path):
     """The run would continue with numbers that are those of no run."""
-    run = tmp_path / "run"
-    shutil.copytree(straight, run)
-    Config.load(run / "config.json").replace(**options).save(run / "config.json")
+    change_config(copied, **options)
     with pytest.raises(ValueError, match=rf"6.pt was written with {difference}"):
-        loop.resume(run)
+        loop.resume(copied)
 
 
-def test_options_that_change_no_number(straight: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    shutil.copytree(straight, run)
-    (run / "checkpoint-00000006.pt").unlink()
-    options: dict[str, Any] = {"log_every": 1, "save_every": 1, "eval_batch_size": 2, "workers": 1}
-    Config.load(run / "config.json").replace(**options).save(run / "config.json")
-    loop.resume(run)
+def test_options_that_change_no_number(straight: Path, copied: Path):
+    (copied / "checkpoint-00000006.pt").unlink()
+    change_config(copied, log_every=1, save_every=1, eval_batch_size=2, workers=1)
+    loop.resume(copied)
     expected = weights(straight)
-    assert all(torch.equal(x, expected[name]) for name, x in weights(run).items())
+    assert all(torch.equal(x, expected[name]) for name, x in weights(copied).items())
 
 
-def test_finished_run_without_checkpoints(straight: Path, tmp_path: Path):
+def test_finished_run_without_checkpoints(straight: Path, copied: Path):
     """It is not trained again, which would replace its results."""
-    run = tmp_path / "run"
-    shutil.copytree(straight, run, ignore=shutil.ignore_patterns("checkpoint-*"))
+    for path in copied.glob("checkpoint-*"):
+        path.unlink()
     with pytest.raises(ValueError, match=r"run has finished, and has no checkpoint"):
-        loop.resume(run)
-    assert metrics(run) == metrics(straight)
+        loop.resume(copied)
+    assert metrics(copied) == metrics(straight)
 
 
-def test_steps_made_fewer_than_done(straight: Path, tmp_path: Path):
+def test_steps_made_fewer_than_done(copied: Path):
     """In config.json, to end a run earlier: it ends where it is."""
-    shutil.copytree(straight, tmp_path / "run")
-    config = Config.load(tmp_path / "run/config.json")
-    config.replace(steps=3).save(tmp_path / "run/config.json")
-    assert loop.resume(tmp_path / "run")["steps"] == 6
+    change_config(copied, steps=3)
+    assert loop.resume(copied)["steps"] == 6
 
 
 def test_error_of_the_first_rank_is_that_of_all(straight: Path, monkeypatch: pytest.MonkeyPatch):
@@ -277,7 +267,7 @@ def test_ranks(ranks: int, deterministic: bool, tmp_path: Path):
     )
     parts.model.load_state_dict(weights(straight, 3))
     measures = collapse_measures(parts, alone["classes"])
-    (line,) = (line for line in metrics(straight) if "val_miou" in line)
+    (line,) = metrics(straight, "val_miou")
     assert {name: line[name] for name in measures} == pytest.approx(measures, rel=1e-5)
     assert together["pixels"] == alone["pixels"]
     assert together["classes"] == alone["classes"]
@@ -299,6 +289,23 @@ def test_patience_ends_a_run(tmp_path: Path):
     config = TINY.replace(out=tmp_path, name="patient", lr=0.0, steps=50, eval_every=1, patience=2)
     results = loop.start(config)
     assert results["steps"] < 50 and loop.resume(config.run)["steps"] == results["steps"]
+
+
+def test_scales_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: set[int] = set()
+    evaluation = loop.validate
+
+    def watched(parts, before_batch):
+        hook = parts.model.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[2]))
+        results = evaluation(parts, before_batch)
+        hook.remove()
+        return results
+
+    monkeypatch.setattr(loop, "validate", watched)
+    config = TINY.replace(out=tmp_path, name="run", steps=1, methods=(), eval_every=0)
+    config = config.replace(eval_scales=(1.0, 2.0), eval_flip=True)
+    assert loop.start(config)["miou"] > 0
+    assert seen == {32, 64}
 
 
 def test_resumption_does_not_need_the_first_weights(tmp_path: Path):
@@ -329,15 +336,6 @@ def test_what_was_found_is_said_before_the_first_step(
     assert any(re.search(r"step 1 of 1 took [\d.]+ s", line) for line in lines[5:])
 
 
-def test_loss_that_is_not_finite(tmp_path: Path):
-    config = TINY.replace(
-        out=tmp_path, name="diverging", lr=1e30, optimizer="sgd", methods=(), save_every=1
-    )
-    with pytest.raises(ValueError, match=r"not finite at step 1: .*norm; .*none\).* --lr.*data"):
-        loop.start(config)
-    assert not list(config.run.glob("*.pt"))
-
-
 @pytest.mark.parametrize("broken", ["logits", "statistics"])
 def test_diverged_network_has_no_results(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -362,4 +360,4 @@ def test_diverged_network_has_no_results(
         loop.start(config)
     assert not (config.run / "results.json").exists()
     assert torch.load(config.run / "best.pt")["step"] == 3
-    assert [line["step"] for line in metrics(config.run) if "val_miou" in line] == [3]
+    assert [line["step"] for line in metrics(config.run, "val_miou")] == [3]

@@ -15,17 +15,12 @@ BENCH = Path(__file__).parents[2] / "bench"
 
 @pytest.mark.slow
 def test_benchmark_of_training_steps(tmp_path: Path):
-    command = [
-        sys.executable,
-        str(BENCH / "training_step.py"),
-        "--dry-run",
-        "--rounds",
-        "1",
-        "--out",
-    ]
-    done = subprocess.run([*command, str(tmp_path / "x/rows.json")], capture_output=True, text=True)
+    rows = tmp_path / "x/rows.json"
+    options = ["--dry-run", "--rounds", "1", "--out", str(rows)]
+    command = [sys.executable, str(BENCH / "training_step.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    run = json.loads((tmp_path / "x/rows.json").read_text())
+    run = json.loads(rows.read_text())
     assert run["dry_run"] and {"device", "torch", "commit"} < run.keys()
     names = ("network", "methods", "cross_entropy")
     networks, methods, losses = ({row[name] for row in run["training_steps"]} for name in names)

@@ -23,9 +23,9 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("method", "option"), [("sar", "anchors"), ("cr", "anchors")])
-def test_anchors(method: str, option: str, rows: Path):
-    regularizer = build_regularizer([method], {f"{method}.{option}": f"@{rows}"}, K, D)
+@pytest.mark.parametrize("method", ["sar", "cr"])
+def test_anchors(method: str, rows: Path):
+    regularizer = build_regularizer([method], {f"{method}.anchors": f"@{rows}"}, K, D)
     assert regularizer is not None
     expected = torch.from_numpy(np.load(rows)).float()
     assert torch.equal(regularizer.get_buffer("anchors"), expected)
