@@ -27,11 +27,6 @@ def test_simplex(num_classes: int, dim: int) -> None:
     torch.testing.assert_close(frame @ frame.T, expected.fill_diagonal_(1), rtol=0, atol=1e-6)
 
 
-def test_category_basis() -> None:
-    basis = ao.anchors.category_basis(6, 10, length=3.0)
-    torch.testing.assert_close(basis @ basis.T, 9 * torch.eye(6))
-
-
 def test_category_basis_is_gram_schmidt() -> None:
     """Algorithm 1, row by row, from given vectors, without the last equalisation."""
     vectors = torch.randn(4, 7, dtype=torch.float64)

@@ -100,6 +100,7 @@ CASES_OF_CPU = [
     Case((2, 3, 100, 100), 3, F32),  # work is split: 20,000 pixels of few keys
     Case((2, 3, 100, 100), 2, F16, "channels_last", "coherent"),
     Case((60, 3), 65_536, F32),
+    Case((2, 5, 6, 7), 65_536, groups=2, per_image=True),  # few keys are present
     Case((20_000, 5), 4, F32, "transposed"),
 ]
 LENGTHS_OF_KEYS = [  # one key with all pixels, keys of one pixel
@@ -445,13 +446,6 @@ def test_nothing_valid(size, labels, backend: str, per_image: bool, path: None, 
     assert not any(s.any() for s in (*statistics, mse, centroids))
     (statistics.sums.sum() + statistics.sqdists.sum() + mse + centroids.sum()).backward()
     assert features.grad.shape == size and not features.grad.any() and not anchors.grad.any()
-
-
-@cpu
-def test_many_keys_and_images(backend: str):
-    """65,536 classes × images × groups, few of them present."""
-    case = Case((2, 5, 6, 7), 65_536, groups=2, per_image=True)
-    check(case, backend)
 
 
 @cpu

@@ -175,7 +175,7 @@ def test_offsets_are_64_bit(backend):
     """Strides of 2^30 elements: the last rows are beyond 2^31. Few pages are touched."""
     torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
     buffer = torch.empty(2**32 + 64, dtype=F16)
-    for size, stride in (  # test_class_moments.py has others
+    for size, stride in (  # test_guarantees.py has others
         ((4, 61), (2**30, 1)),
         ((61, 4), (1, 2**30)),
         ((4, 4, 3, 8), (2**30, 24, 8, 1)),

@@ -17,6 +17,7 @@ K, D = 4, 6
 SEED = torch.tensor(3)
 ANCHORS = torch.linspace(-1, 1, K * D).view(K, D).cos()
 WEIGHT = torch.linspace(0.5, 2, K)
+WITHOUT_CLASSIFIER = ao.SAR(K, D, embed=False)
 
 # of logits (B, K, 5, 6) and labels (B, 10, 12)
 OF_LOGITS: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -28,13 +29,10 @@ OF_LOGITS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "CrossEntropyDice": ao.CrossEntropyDice(),
     "confusion": lambda x, y: ao.confusion(y, y, K),
 }
-# of features (B, D, 5, 6) and the labels
-OF_FEATURES: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "groups": lambda f, y: ao.ops.class_moments(f, y, K, groups=2, seed=SEED)[:2],
-    "SAR": ao.SAR(K, D, embed=False),
-}
-# of the features, the labels and a classifier
-METHODS: dict[str, torch.nn.Module] = {
+# of features (B, D, 5, 6), the labels and a classifier
+OF_FEATURES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "groups": lambda f, y, _: ao.ops.class_moments(f, y, K, groups=2, seed=SEED)[:2],
+    "SAR": lambda f, y, _: WITHOUT_CLASSIFIER(f, y),
     "OCCL": ao.OCCL(K, D),
     "OCCL of images": ao.OCCL(K, D, split="images"),
     "MVSC": ao.MVSC(K, D),
@@ -44,7 +42,12 @@ METHODS: dict[str, torch.nn.Module] = {
 }
 
 
-def _run(function: Callable[[Tensor, Tensor], Any], channels: int) -> None:
+@pytest.mark.parametrize("name", [*OF_LOGITS, *OF_FEATURES])
+def test_batch_sizes(name: str) -> None:
+    if name in OF_LOGITS:
+        function, channels = OF_LOGITS[name], K
+    else:
+        function, channels = lambda f, y: OF_FEATURES[name](f, y, ANCHORS), D
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -59,22 +62,6 @@ def _run(function: Callable[[Tensor, Tensor], Any], channels: int) -> None:
             if losses:  # predictions have no gradient
                 torch.stack(losses).sum().backward()
                 assert x.grad is not None and x.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("name", OF_LOGITS)
-def test_batch_sizes_of_logits(name: str) -> None:
-    _run(OF_LOGITS[name], K)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_batch_sizes_of_methods(name: str) -> None:
-    method = METHODS[name]
-    _run(lambda f, y: method(f, y, ANCHORS), D)
-
-
-@pytest.mark.parametrize("name", OF_FEATURES)
-def test_batch_sizes_of_features(name: str) -> None:
-    _run(OF_FEATURES[name], D)
 
 
 @pytest.mark.slow

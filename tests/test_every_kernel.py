@@ -151,3 +151,14 @@ def test_every_kernel_is_launched(backend: str):
         print(f"{kernel}: {names[0]}" + f", and {len(names) - 1} more" * (len(names) > 1))
     assert cases_of, "no launch was noticed"
     assert cases_of.keys() == kernels_of(backend)
+
+
+def test_volumes_launch_the_kernels_images(backend: str):
+    """Of the same backend, in both directions."""
+
+    def cross_entropy(*size: int) -> None:
+        logits, label_size = torch.randn(size, requires_grad=True), [4 * n for n in size[2:]]
+        ao.pixel_cross_entropy(logits, torch.randint(0, 7, (size[0], *label_size))).backward()
+
+    images = launched_by(lambda: cross_entropy(2, 7, 3, 5), backend)
+    assert launched_by(lambda: cross_entropy(2, 7, 2, 3, 5), backend) == images != set()

@@ -14,31 +14,21 @@ import anchorops as ao
 K, D, DECAY = 3, 8, 0.75
 
 
-def swa(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
-    averaged = swa_utils.AveragedModel(model, use_buffers=True)
+AVERAGES = {
+    "swa": {},
+    "ema": {"avg_fn": swa_utils.get_ema_avg_fn(DECAY)},
+    "multi_ema": {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(DECAY)},
+}
+OF_TIMM = ("ModelEmaV2", "ModelEmaV3")
+
+
+def average(model: nn.Module, name: str) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
+    """The average, and the function that updates it."""
+    if name in OF_TIMM:
+        averaged = getattr(pytest.importorskip("timm.utils"), name)(model, decay=DECAY)
+        return averaged.module, averaged.update
+    averaged = swa_utils.AveragedModel(model, use_buffers=True, **AVERAGES[name])
     return averaged.module, averaged.update_parameters
-
-
-def ema(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
-    function = swa_utils.get_ema_avg_fn(DECAY)
-    averaged = swa_utils.AveragedModel(model, avg_fn=function, use_buffers=True)
-    return averaged.module, averaged.update_parameters
-
-
-def multi_ema(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
-    function = swa_utils.get_ema_multi_avg_fn(DECAY)
-    averaged = swa_utils.AveragedModel(model, multi_avg_fn=function, use_buffers=True)
-    return averaged.module, averaged.update_parameters
-
-
-def timm_v2(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
-    averaged = pytest.importorskip("timm.utils").ModelEmaV2(model, decay=DECAY)
-    return averaged.module, averaged.update
-
-
-def timm_v3(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
-    averaged = pytest.importorskip("timm.utils").ModelEmaV3(model, decay=DECAY)
-    return averaged.module, averaged.update
 
 
 METHODS: dict[str, Callable[[], Any]] = {
@@ -65,22 +55,22 @@ def train(model: nn.Module, loss: Any, steps: int = 1) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("average", [swa, ema, multi_ema, timm_v2, timm_v3])
+@pytest.mark.parametrize("kind", [*AVERAGES, *OF_TIMM])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_average_of_a_model(method: str, average: Callable[..., Any]) -> None:
+def test_the_average_of_a_model(method: str, kind: str) -> None:
     model, loss = model_and_loss(method)
-    averaged, update = average(model)
+    averaged, update = average(model, kind)
     expected: dict[str, Tensor] = {}
     for n in range(4):
         train(model, loss)
         update(model)
         for name, value in model.state_dict().items():
-            if average is swa:
+            if kind == "swa":
                 share = 1 / (n + 1)
             else:  # AveragedModel begins with a copy, timm with the state before the first step
-                share = 1.0 if n == 0 and average in (ema, multi_ema) else 1 - DECAY
+                share = 1.0 if n == 0 and kind not in OF_TIMM else 1 - DECAY
             before = expected.get(name, torch.zeros_like(value))
-            if n == 0 and average in (timm_v2, timm_v3):
+            if n == 0 and kind in OF_TIMM:
                 before = model_and_loss(method)[0].state_dict()[name]
             expected[name] = before + share * (value - before)
     state = averaged.state_dict()
@@ -99,7 +89,7 @@ def test_the_average_of_a_model(method: str, average: Callable[..., Any]) -> Non
 
 def test_the_average_has_the_classes_that_have_started() -> None:
     model, loss = model_and_loss("sar")
-    averaged, update = multi_ema(model)
+    averaged, update = average(model, "multi_ema")
     sar = loss.regularizer
     sar.delta = 1.0  # no class is recognised
     train(model, loss)

@@ -53,13 +53,6 @@ def test_loss_and_gradient_of_the_release(
     torch.testing.assert_close(features.grad, oracle["dfeatures"], rtol=1e-4, atol=1e-7)
 
 
-def test_centers_of_the_release(oracle: dict[str, Tensor]) -> None:
-    ceco = ceco_of_release(oracle)
-    counts, centers = ceco._centers(oracle["features"], oracle["labels"])
-    assert counts.nonzero().flatten().tolist() == oracle["present"].tolist()
-    torch.testing.assert_close(centers[oracle["present"]], oracle["centers"], rtol=1e-5, atol=1e-5)
-
-
 def naive_loss(
     ceco: ao.CeCo, features: Tensor, labels: Tensor, per_image: bool, upsample: bool
 ) -> Tensor:
@@ -109,10 +102,8 @@ def test_options_against_the_naive_computation(
     loss = ceco(features, labels)
     expected = naive_loss(ceco, features, labels, per_image, resolution == "label")
     torch.testing.assert_close(loss, expected)
-    for got, want in zip(
-        torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True
-    ):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    gradients = [torch.autograd.grad(x, inputs) for x in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     assert ceco.terms["present"] == (
         sum(len(im[im < 255].unique()) for im in labels) if per_image else 4
     )
@@ -127,11 +118,18 @@ def test_dropout_only_in_training() -> None:
     assert ceco(features, labels) != ceco(features, labels)
 
 
-def test_wrong_features() -> None:
-    with pytest.raises(ValueError, match="CeCo: features: expected images"):
-        ao.CeCo(10, 16, per_image=True)(torch.randn(7, 16), torch.zeros(7, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"CeCo: features: expected at least one pixel per image"):
-        ao.CeCo(10, 16)(torch.randn(2, 16, 0, 3), torch.zeros(2, 4, 4, dtype=torch.long))
+@pytest.mark.parametrize(
+    ("per_image", "size", "expected"),
+    [
+        (True, (7, 16), "images"),
+        (False, (2, 16, 0, 3), "at least one pixel per image"),
+        (False, (1, 16, 1, 1), "more than one pixel"),  # for the variance
+    ],
+)
+def test_wrong_features(per_image: bool, size: tuple[int, ...], expected: str) -> None:
+    labels = torch.zeros(size[:1] + size[2:], dtype=torch.long)
+    with pytest.raises(ValueError, match=f"CeCo: features: expected {expected}"):
+        ao.CeCo(10, 16, per_image=per_image)(torch.randn(size), labels)
 
 
 def test_synchronized_batch_norm_of_one_process() -> None:
@@ -142,11 +140,6 @@ def test_synchronized_batch_norm_of_one_process() -> None:
     assert isinstance(synchronized.norm, nn.SyncBatchNorm)
     torch.testing.assert_close(synchronized(features, labels), ceco(features, labels))
     torch.testing.assert_close(synchronized.state_dict(), ceco.state_dict())
-
-
-def test_batch_norm_needs_two_pixels() -> None:
-    with pytest.raises(ValueError, match="CeCo: features: expected more than one pixel"):
-        ao.CeCo(5, 6)(torch.randn(1, 6, 1, 1), torch.zeros(1, 2, 2, dtype=torch.long))
 
 
 @pytest.mark.parametrize(

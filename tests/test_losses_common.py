@@ -117,19 +117,6 @@ def test_no_points(build: Callable[[], Regularizer]) -> None:
         assert value.isfinite().all()
 
 
-@each_on_pixels
-def test_channels_last_changes_nothing(build: Callable[[], Regularizer]) -> None:
-    features, labels, classifier = batch()
-    method = open_gate(build())
-    other = copy.deepcopy(method)
-    last = features.detach().clone(memory_format=torch.channels_last).requires_grad_()
-    loss = method(features, labels, classifier)
-    torch.testing.assert_close(other(last, labels, classifier), loss)
-    loss.backward()
-    other(last, labels, classifier).backward()
-    assert last.grad is not None and last.grad.is_contiguous(memory_format=torch.channels_last)
-
-
 @each_method
 def test_nothing_valid_is_finite(build: Callable[[], Regularizer]) -> None:
     features, labels, classifier = batch()
@@ -169,18 +156,6 @@ def test_any_ignore_index(build: Callable[[], Regularizer]) -> None:
         other = torch.where(labels == 255, ignored, labels)
         loss = copy.deepcopy(method)(features, other, classifier)
         torch.testing.assert_close(loss, expected)
-
-
-@each_on_pixels
-def test_backends_agree(build: Callable[[], Regularizer]) -> None:
-    features, labels, classifier = batch()
-    method = open_gate(build())
-    results = []
-    for backend in ("auto", "reference"):
-        with ao.use_backend(backend):
-            loss = copy.deepcopy(method)(features, labels, classifier)
-            results.append((loss, *torch.autograd.grad(loss, features)))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 @each_method
@@ -240,8 +215,7 @@ def test_state_round_trip_and_copies(build: Callable[[], Regularizer]) -> None:
         loss = method(features, labels, classifier)
         torch.testing.assert_close(restored(features, labels, classifier), loss)
         torch.testing.assert_close(copied(features, labels, classifier), loss)
-    for name, value in method.state_dict().items():
-        torch.testing.assert_close(restored.state_dict()[name], value)
+    torch.testing.assert_close(restored.state_dict(), method.state_dict())
 
 
 @each_method
@@ -254,14 +228,6 @@ def test_evaluation_changes_no_state(build: Callable[[], Regularizer]) -> None:
     first = method(features, labels, classifier)
     assert torch.equal(method(features, labels, classifier), first)
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
-
-
-@each_method
-def test_two_forwards_before_one_backward(build: Callable[[], Regularizer]) -> None:
-    features, labels, classifier = batch()
-    method = open_gate(build())
-    total = method(features, labels, classifier) + method(features, labels, classifier)
-    total.backward()
 
 
 def every_loss() -> Regularizer:
@@ -294,8 +260,7 @@ def test_compiles_as_one_graph(build: Callable[[], Regularizer], backend: str) -
             assert (got is None or not got.any()) and (want is None or not want.any())
         else:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-    for name, value in eager.state_dict().items():
-        torch.testing.assert_close(method.state_dict()[name], value)
+    torch.testing.assert_close(method.state_dict(), eager.state_dict())
     assert method.terms.keys() == eager.terms.keys()
 
 
@@ -317,15 +282,13 @@ def test_wrong_inputs(build: Callable[[], Regularizer]) -> None:
         method(labels)  # only the object that attach returns is called like this
 
 
-def test_double_precision_gradients() -> None:
+def test_gradient_of_ceco_in_evaluation() -> None:
+    """It does not use the mean and the variance of the features."""
     torch.manual_seed(0)
     features = torch.randn(2, D, 1, 3, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, K, (2, 1, 3))
-    weight = torch.randn(K, D, dtype=torch.float64, requires_grad=True)
-    # OCCL's centroid term stops a gradient, which finite differences do not.
-    for method in (ao.OCCL(K, D, centroid_weight=0.0), METHODS["ceco"](), METHODS["cr"]()):
-        method.double().eval()
-        assert torch.autograd.gradcheck(lambda f, w, m=method: m(f, labels, w), (features, weight))
+    ceco = METHODS["ceco"]().double().eval()
+    assert torch.autograd.gradcheck(lambda f: ceco(f, labels), features)
 
 
 @each_method

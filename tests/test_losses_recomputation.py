@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -68,8 +69,17 @@ def gradients(step: Step) -> dict[str, Tensor]:
 
 def assert_equal(step: Step, plain: Step) -> None:
     torch.testing.assert_close(gradients(step), gradients(plain), rtol=1e-5, atol=1e-7)
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(step.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(step.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-7)
+
+
+def assert_same_step(
+    run: Callable[..., Any], step: Step, plain: Step, batch: tuple[Tensor, Tensor], seed: int = 1
+) -> None:
+    """run, which recomputes step, and plain draw the same random numbers."""
+    for function in (run, plain):
+        torch.manual_seed(seed)
+        function(*batch).backward()
+    assert_equal(step, plain)
 
 
 @each_method
@@ -89,12 +99,8 @@ def test_steps_are_those_without_checkpoint(name: str, reentrant: bool, whole: b
             loss = checkpoint(step.method, *arguments, use_reentrant=reentrant)
         return loss + step.classifier(features).square().mean()  # type: ignore[operator]
 
-    for (images, labels), n in zip(batches(), range(3), strict=False):
-        torch.manual_seed(n)
-        run(images, labels).backward()
-        torch.manual_seed(n)
-        plain(images, labels).backward()
-        assert_equal(step, plain)
+    for batch, n in zip(batches(), range(3), strict=False):
+        assert_same_step(run, step, plain, batch, n)
         with torch.no_grad():
             for module in (step, plain):
                 module.classifier.weight += 0.1 * (n + 1)
@@ -146,17 +152,12 @@ def test_what_cannot_be_known_raises(name: str) -> None:
 
 @each_method
 def test_a_forward_without_gradients_moves_the_state_once(name: str) -> None:
-    step, plain, batch = Step(name), Step(name), batches()
-    images, labels = next(batch)
+    step, plain, batch = Step(name), Step(name), next(batches())
     for module in (step, plain):
         torch.manual_seed(0)
         with torch.no_grad():
-            module(images, labels)
-    torch.manual_seed(1)
-    checkpoint(step, images, labels, use_reentrant=False).backward()  # type: ignore
-    torch.manual_seed(1)
-    plain(images, labels).backward()
-    assert_equal(step, plain)
+            module(*batch)
+    assert_same_step(partial(checkpoint, step, use_reentrant=False), step, plain, batch)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ZERO])
@@ -184,16 +185,12 @@ def test_an_evaluation_before_the_backward_pass(name: str, reentrant: bool) -> N
 @reentrant_or_not
 def test_recomputation_in_evaluation(name: str, reentrant: bool) -> None:
     """It reads the state that training has left, not the one that training has read."""
-    step, plain, batch = Step(name), Step(name), batches()
-    for mode in (True, False):
-        images, labels = next(batch)
-        for module in (step, plain):
-            torch.manual_seed(1)
-            module.train(mode)
-        checkpoint(step, images, labels, use_reentrant=reentrant).backward()  # type: ignore
-        torch.manual_seed(1)
-        plain(images, labels).backward()
-        assert_equal(step, plain)
+    step, plain = Step(name), Step(name)
+    run = partial(checkpoint, step, use_reentrant=reentrant)
+    for mode, batch in zip((True, False), batches(), strict=False):
+        step.train(mode)
+        plain.train(mode)
+        assert_same_step(run, step, plain, batch)
 
 
 @each_method
@@ -219,18 +216,10 @@ def test_selective_checkpointing(name: str) -> None:
         return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     step, plain = Step(name), Step(name)
-    for (images, labels), n in zip(batches(), range(2), strict=False):
-        torch.manual_seed(n)
-        checkpoint(
-            step,
-            images,
-            labels,
-            use_reentrant=False,
-            context_fn=lambda: create_selective_checkpoint_contexts(policy),
-        ).backward()  # type: ignore[union-attr]
-        torch.manual_seed(n)
-        plain(images, labels).backward()
-        assert_equal(step, plain)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    run = partial(checkpoint, step, use_reentrant=False, context_fn=contexts)
+    for batch, n in zip(batches(), range(2), strict=False):
+        assert_same_step(run, step, plain, batch, n)
 
 
 class Attached(nn.Module):
@@ -257,8 +246,7 @@ def test_attached_within_the_checkpointed_function(name: str) -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        for key, value in plain.state_dict().items():
-            torch.testing.assert_close(step.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(step.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-6)
     assert step.loss._recomputed is None and step.loss._features is None
     copy.deepcopy(step)
     message = f"{type(step.loss.regularizer).__name__}: .*needs use_reentrant=False"

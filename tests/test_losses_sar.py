@@ -111,10 +111,8 @@ def test_auxiliary_loss(reweight: bool, detach_weights: bool, tau: float) -> Non
     torch.testing.assert_close(loss, expected)
     assert sar.terms["unsure"] == len(unsure)
     inputs = [*sar.parameters(), *classifier.parameters()]
-    for got, want in zip(
-        torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True
-    ):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+    gradients = [torch.autograd.grad(x, inputs) for x in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
 
 
 def test_nothing_unsure_costs_nothing() -> None:

@@ -136,19 +136,22 @@ def losses_of_monai() -> set[str]:
     return {kind.__name__ for kind in vars(monai).values() if isinstance(kind, type)}
 
 
+def documented_arguments(section: str) -> set[str]:
+    cells = re.findall(r"^\| ([^|]+) \|", SECTIONS_OF_ARGUMENTS[section], re.M)
+    return {name for cell in cells for name in re.findall(r"`(\w+)[`=]", cell)}
+
+
 @pytest.mark.parametrize(
     ("section", "library"), [("segmentation_models.pytorch", smp), ("MONAI", monai)]
 )
 def test_every_argument_has_a_row(section: str, library: Any):
     """Of the losses that docs/loss-map.md computes."""
-    cells = re.findall(r"^\| ([^|]+) \|", SECTIONS_OF_ARGUMENTS[section], re.M)
-    listed = {name for cell in cells for name in re.findall(r"`(\w+)[`=]", cell)}
     named = re.findall(r"`(\w+Loss)\(", SECTIONS[section])
     losses = {name for name in named if hasattr(library, name)}
     assert len(losses) > 5
     for name in losses:
         arguments = inspect.signature(getattr(library, name).__init__).parameters
-        missing = set(arguments) - listed - {"self", "args", "kwargs"}
+        missing = set(arguments) - documented_arguments(section) - {"self", "args", "kwargs"}
         assert not missing, (name, missing)
 
 
@@ -158,9 +161,7 @@ def test_every_argument_of_mmsegmentation_has_a_row():
         "use_sigmoid use_mask reduction class_weight loss_weight loss_name avg_non_ignore "
         "activate naive_dice eps gamma alpha smooth beta ignore_index ignore_label thres min_kept"
     )
-    cells = re.findall(r"^\| ([^|]+) \|", SECTIONS_OF_ARGUMENTS["mmsegmentation"], re.M)
-    listed = {name for cell in cells for name in re.findall(r"`(\w+)[`=]", cell)}
-    assert not set(arguments.split()) - listed
+    assert not set(arguments.split()) - documented_arguments("mmsegmentation")
 
 
 MMSEGMENTATION = (

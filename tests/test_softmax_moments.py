@@ -1,8 +1,6 @@
 """Values and all gradients of softmax moments on every backend, within the error budget."""
 
-import re
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from softmax_formulas import (
     ALL,
     BF16,
     CE,
-    EVERYTHING,
     F16,
     F32,
     F64,
@@ -35,7 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
-from anchorops._moments import FLAGS, NUMBERS, Options, Signature
+from anchorops._moments import Options, Signature
 from anchorops._ops import softmax_moments as operator_of
 from anchorops._ops.softmax_moments import moments_of as checked_moments
 
@@ -413,24 +410,15 @@ def test_far_from_zero(backend: str):
 
 
 @pytest.mark.on("cpu", "reference", "emulator", "cuda")  # Triton would compile each one
-@pytest.mark.parametrize("statistics", [c for n in range(6) for c in combinations(ALL, n)], ids=str)
+@pytest.mark.parametrize("statistics", [c for n in range(5) for c in combinations(ALL, n)], ids=str)
 def test_every_combination_of_statistics(statistics: tuple[str, ...], backend: str):
     check(Case((2, 7, 3, 5), (12, 20), statistics=statistics), backend)
 
 
-@on_cpu
-@pytest.mark.parametrize("flags", [{}, {"masses": False, "hits": False}, {"squares": True}])
-def test_what_is_not_asked_for_changes_nothing(flags: dict[str, bool], backend: str):
-    case = Case((2, 19, 9, 12), (36, 48))
-    logits, labels = make_logits(case)[0], make_labels(case)
-    everything = ao.ops.softmax_moments(logits, labels, **EVERYTHING)
-    moments = ao.ops.softmax_moments(logits, labels, **flags)
-    for name, value in moments._asdict().items():
-        default = name in ("hits", "masses", "overlaps", "counts", "losses")
-        flag = {"overlaps": "masses"}.get(name, name)
-        assert (value is not None) == flags.get(flag, default)
-        if value is not None:
-            torch.testing.assert_close(value, getattr(everything, name), rtol=1e-6, atol=1e-6)
+def test_statistics_by_default():
+    moments = ao.ops.softmax_moments(torch.zeros(4, 2), torch.zeros(4).long())
+    given = {name for name, x in moments._asdict().items() if x is not None}
+    assert given == {"counts", "hits", "losses", "overlaps", "masses"}
 
 
 @pytest.mark.slow
@@ -524,16 +512,6 @@ def test_float64_is_refused(backend: str):
         ao.ops.softmax_moments(torch.zeros(4, 2, dtype=F64), torch.zeros(4).long())
     with pytest.raises(ValueError, match="at most 16384 classes"):
         ao.ops.softmax_moments(torch.zeros(4, 20_000), torch.zeros(4).long(), ignore_index=-1)
-
-
-def test_flags_and_numbers_have_the_same_order_in_cpp():
-    csrc = Path(__file__).parents[1] / "csrc"
-    text = (csrc / "softmax_flags.h").read_text()
-    names = re.findall(r"^  (?:WITH_)?(\w+) = 1 << (\d),$", text, re.M)
-    assert names == [(name.upper(), str(i)) for i, name in enumerate(FLAGS)]
-    text = (csrc / "cpu/softmax_moments.cpp").read_text()
-    names = re.findall(r"(\w+)\(numbers\.at\((\d)\)\)", text)
-    assert names == [(name, str(i)) for i, name in enumerate(NUMBERS)]
 
 
 @cpu

@@ -57,7 +57,7 @@ def check(function: Callable[..., Tensor | tuple], *inputs: Tensor) -> None:
 @pytest.mark.parametrize(
     ("shapes", "dtype", "backend"),
     [
-        *((name, F32, "cpu") for name in LOGITS if name != "points"),
+        *((name, F32, "cpu") for name in LOGITS),
         ("points", F64, "cpu"),
         ("points of a batch", F32, "reference"),
     ],
@@ -82,14 +82,6 @@ def test_losses_of_many_classes(images: int, dtype: torch.dtype):
     labels = torch.randint(0, num_classes, (images, 3, 5))
     for loss in losses(num_classes).values():
         check(lambda x, loss=loss: loss(x, labels), logits)
-
-
-@pytest.mark.parametrize("shapes", LOGITS.values(), ids=LOGITS)
-def test_softmax_moments(shapes: tuple):
-    size, label_size = shapes
-    labels = torch.randint(0, size[1], label_size)
-    options = {"per_image": True, "squares": True, "pixel_losses": True}
-    check(lambda x: ao.ops.softmax_moments(x, labels, **options), torch.randn(size))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -30,14 +30,8 @@ METHODS: dict[str, Callable[[], Regularizer]] = {
     "cbp_penalty": lambda: ao.CBP(K, D, update="penalty"),
     "combined": combined,
 }
-
-
 on_pixels = {k: v for k, v in METHODS.items() if k != "cbp_penalty"}
-
-
 each_method = pytest.mark.parametrize("build", METHODS.values(), ids=METHODS.keys())
-
-
 each_on_pixels = pytest.mark.parametrize("build", on_pixels.values(), ids=on_pixels.keys())
 
 

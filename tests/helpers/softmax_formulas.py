@@ -171,13 +171,18 @@ def run_reference(case: Case, logits: Tensor, labels: Tensor, weights, through=F
         return run(case, logits.detach().to(statistics_dtype(case.dtype)), labels, weights, through)
 
 
+def interpolated(x: Tensor, size: tuple[int, ...], align_corners: bool = False) -> Tensor:
+    """Images or volumes of this size."""
+    mode = "bilinear" if x.dim() == 4 else "trilinear"
+    return F.interpolate(x, size, mode=mode, align_corners=align_corners)
+
+
 def upsampled(case: Case, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The logits of the pixels [B, K, N], the pixels' labels [B, N], and whether they are valid."""
     if x.dim() == 2:
         x, labels = x.t()[None], labels[None]
     elif x.dim() > 3:
-        mode = "bilinear" if x.dim() == 4 else "trilinear"
-        x = F.interpolate(x, case.pixels, mode=mode, align_corners=case.align_corners)
+        x = interpolated(x, case.pixels, case.align_corners)
     z, valid = x.flatten(2), is_valid(case, labels).flatten(1)
     z = torch.cat([torch.zeros_like(z), z], 1) if case.size[1] == 1 else z
     return z, torch.where(valid, labels.flatten(1).long(), 0), valid
@@ -292,3 +297,12 @@ def check_hits(case: Case, logits: Tensor, labels: Tensor, hits: Tensor, floor: 
         for at_least in (floor, -floor)
     )
     assert ((least <= hits) & (hits <= most)).all()
+
+
+def check_loss(ours: Tensor, expected: Tensor, logits: Tensor) -> None:
+    """The same value and the same gradient."""
+    torch.testing.assert_close(ours, expected)
+    gradients = [
+        torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (ours, expected)
+    ]
+    torch.testing.assert_close(*gradients)

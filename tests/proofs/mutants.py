@@ -78,7 +78,7 @@ T_DIVERGENCE = Tests("pixel_kl_divergence", "", True)
 T_SUMS = Tests("upsampled_sums", "", True)
 T_INFO_NCE = Tests("centroid_info_nce", "", True)
 T_KEYS = Tests("class_keys", "", True)
-T_CONFUSION = Tests("confusion", "", True)
+T_CONFUSION = Tests("confusion guarantees", "confusion", True)
 T_LAUNCHED = Tests("every_kernel", "", True)
 T_WEIGHTS = Tests("pixel_losses", "weights", True)
 T_REFUSED = Tests("class_moments softmax_moments", "float64_is_refused", True)
@@ -324,7 +324,7 @@ SOFTMAX_MOMENTS = (
         "kernels/upsampling.py",
         "    i += (coordinate(i, axis, CELLS.align_corners) < cell).to(tl.int32)\n    return i",
         "    return i",
-        T_SOFTMAX,
+        Tests("softmax_not_finite", "just_above", True),
     ),
     Mutant(
         "sums that underflow",
