@@ -142,17 +142,16 @@ def gather_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
     """The mean squared distance to anchors gathered for each pixel."""
     keys = class_keys(features, labels, len(anchors))
     valid = (keys < len(anchors)).flatten()
-    flat = features.T[None] if features.dim() == 2 else features.flatten(2)
+    rows = reference.feature_rows(features).float()
     nearest = torch.cat([anchors, anchors.new_zeros(1, anchors.shape[1])])[keys.flatten()]
-    squares = torch.where(valid[:, None], _rows(flat) - nearest, 0).square()
+    squares = torch.where(valid[:, None], rows - nearest, 0).square()
     return squares.sum() / (features.shape[1] * valid.sum())
 
 
 def loop_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
     """A mask for each class, as in the released code of SAR."""
     keys = class_keys(features, labels, len(anchors)).flatten()
-    flat = features.T[None] if features.dim() == 2 else features.flatten(2)
-    rows, total = _rows(flat), 0
+    rows, total = reference.feature_rows(features).float(), 0
     for k, anchor in enumerate(anchors):
         total = total + (rows[keys == k] - anchor).square().sum()
     return total / (features.shape[1] * (keys < len(anchors)).sum())

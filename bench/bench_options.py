@@ -316,7 +316,7 @@ def inputs(cell: Cell, size: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.rank(2)
-@pytest.mark.parametrize("cell", cells(), ids=str)
+@pytest.mark.parametrize("cell", [*cells()], ids=str)
 def test_option(bench, cell: Cell):
     if bench.device.type != "cpu":
         pytest.skip("the options are measured on the CPU")

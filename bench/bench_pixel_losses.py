@@ -13,17 +13,17 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, IGNORE_INDEX, Case, backends, grid
+from cases import DTYPES, IGNORE_INDEX, Case, backends, grid, labels_of
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.measure import example_labels
 
 FORWARD, TRAINING = "forward", "forward + backward"
 CE, CE_DICE, DICE, FOCAL = "cross-entropy", "cross-entropy + Dice", "Dice", "focal cross-entropy"
@@ -308,12 +308,8 @@ def make_inputs(shape: Logits, dtype: str, labels: str, device: torch.device):
     if shape.channels_last:
         logits = logits.contiguous(memory_format=torch.channels_last)
     size = (shape.size[0], *shape.label_size)
-    if len(size) == 3:
-        truth = example_labels(size, shape.num_classes, labels)
-    else:
-        truth = example_labels((size[0], size[1] * size[2], size[3]), shape.num_classes, labels)
-    truth = torch.where(truth < 0, IGNORE_INDEX, truth).view(size).to(device)
-    return logits, truth
+    flat = (size[0], math.prod(size[1:-1]), size[-1])
+    return logits, labels_of(flat, shape.num_classes, labels, device).view(size)
 
 
 @lru_cache(2)

@@ -87,6 +87,12 @@ def backends(device: torch.device) -> dict[str, str]:
     return {f"anchorops ({kind})": kind for kind in usable or ["reference"]}
 
 
+def labels_of(size: tuple[int, ...], classes: int, kind: str, device: torch.device) -> Tensor:
+    """Those of pixel losses."""
+    labels = example_labels(size, classes, kind)
+    return torch.where(labels < 0, IGNORE_INDEX, labels).to(device)
+
+
 class Inputs:
     """Features, labels (of maps at four times the size) and anchors, with the exact statistics."""
 

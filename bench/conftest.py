@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case, backends, relative_error
-from record import head_of, save, spread
+from record import GRAPH, by_case, head_of, save, spread
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -26,7 +26,6 @@ from anchorops.measure import (
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}  # also of expanded squares and bfloat16 sums
 NATURAL = {"cpu": "fp32", "cuda": "bf16"}  # the default dtype of a case
-GRAPH = ", CUDA graph"
 # A row is measured again if other processes disturbed it, or if its times differ by more than this:
 # a virtual machine may have given unused memory back to its host, and new pages are slow. The
 # steadiest measurement is kept.
@@ -97,10 +96,10 @@ class Rows:
             size = 2**16 if self.tiny else 2**28 if self.device.type == "cuda" else 2**26
             self.head.update(bandwidth(torch.randn(size, device=self.device)))
         self.operators.append(row)
-        group = [other for other in self.operators if key(other) == key(row)]
-        base = next((other["median"] for other in group if other["ours"]), None)
-        for other in group:
-            other["ratio"] = other["median"] / base if base else None
+        for case in by_case(self.operators):
+            base = next((other["median"] for other in case if other["ours"]), None)
+            for other in case:
+                other["ratio"] = other["median"] / base if base else None
         self._save("operators", self.operators)
 
     def add_option(self, row: dict) -> None:
@@ -110,12 +109,6 @@ class Rows:
     def _save(self, section: str, rows: list[dict]) -> None:
         if self.path:
             save(self.path, section, self.head, rows)
-
-
-def key(row: dict) -> tuple:
-    """The key of rows that are compared: the case, and whether a CUDA graph was replayed."""
-    fields = ("operation", "direction", "shape", "size", "num_classes", "dtype", "labels")
-    return (*(str(row[field]) for field in fields), row["name"].endswith(GRAPH))
 
 
 def unsteadiness(measured: Measurement) -> tuple[bool, float]:
@@ -173,7 +166,6 @@ class Bench:
             "operation": case.operation,
             "direction": case.direction,
             "shape": case.shape.name,
-            "size": list(case.shape.size),
             "sizes": case.shape.sizes,
             "num_classes": case.shape.num_classes,
             "dtype": case.dtype,
@@ -234,8 +226,7 @@ def pytest_terminal_summary(terminalreporter, config):
     write(f"\n{head['device']}, torch {head['torch']}, commit {head['commit']}")
     if rows:
         write(f"bandwidth: copy {head['copy_gbps']:.0f} GB/s, read {head['read_gbps']:.0f} GB/s")
-    for group in dict.fromkeys(map(key, rows)):
-        members = sorted((r for r in rows if key(r) == group), key=lambda row: row["median"])
+    for members in by_case(rows):
         first = members[0]
         write(
             f"\n{first['operation']}, {first['direction']}: {first['shape']} ({first['sizes']}), "

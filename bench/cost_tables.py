@@ -1,32 +1,26 @@
 """Writes the tables of README.md and some pages of docs/ from committed rows.
 
-    python bench/cost_tables.py [--check]
+    python bench/cost_tables.py
 
-A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`. With --check nothing is
-written, and the exit status is 1 if a table differs from its rows.
+A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`.
 """
 
-import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import plot_counted_memory
 import plot_operators
 import plot_options
 import plot_training_step
-import statistics_of_ranks
 from charts import number
 from markdown_table import markdown_table
+from record import grouped
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(
-    ROOT / name
-    for name in (
-        *("README.md", "docs/cost.md", "docs/evaluation.md", "docs/frameworks.md"),
-        "docs/losses.md",
-    )
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("cost.md", "evaluation.md", "frameworks.md", "losses.md")),
 )
 RESULTS = ROOT / "bench/results"
 MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
@@ -37,18 +31,8 @@ BOTH = "late upsampling, ours (both)"  # a row of a training step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
     for page in PAGES:
-        written = page.read_text()
-        expected = with_tables(written)
-        if not options.check:
-            page.write_text(expected)
-        elif written != expected:
-            sys.exit(f"{page}: a table differs from its rows: python bench/cost_tables.py")
+        page.write_text(with_tables(page.read_text()))
 
 
 def with_tables(page: str) -> str:
@@ -58,6 +42,10 @@ def with_tables(page: str) -> str:
 
 def run() -> dict:
     return json.loads(RUN.read_text())
+
+
+def counted_memory() -> dict:
+    return json.loads(COUNTED_MEMORY.read_text())
 
 
 def gain_of(option: str, num_classes: int, ratio: int, axes: int = 2) -> str:
@@ -152,7 +140,7 @@ def rows_of_step(network: str) -> dict[str, dict]:
 
 
 def largest_batches(network: str) -> str:
-    settings = plot_counted_memory.settings(json.loads(COUNTED_MEMORY.read_text()))
+    settings = plot_counted_memory.settings(counted_memory())
     rows = next(
         rows
         for (name, _, precision, checkpointing), rows in settings.items()
@@ -170,12 +158,10 @@ def gains_of_export(way: str) -> str:
     return f"{min(gains):.0f} to {max(gains):.0f}×"
 
 
-def rows_of_export() -> dict[tuple[str, str], dict[str, dict]]:
+def rows_of_export() -> dict[tuple, dict[str, dict]]:
     """By volume and dtype, then by way."""
-    rows: dict[tuple[str, str], dict[str, dict]] = {}
-    for row in run()["export"]:
-        rows.setdefault((row["volume"], row["dtype"]), {})[row["way"]] = row
-    return rows
+    groups = grouped(run()["export"], "volume", "dtype").items()
+    return {case: {row["way"]: row for row in rows} for case, rows in groups}
 
 
 def export() -> str:
@@ -259,10 +245,6 @@ def speedups() -> str:
     return markdown_table(header, lines)
 
 
-def headlines() -> str:
-    return plot_operators.table(run())
-
-
 def milliseconds(row: dict) -> str:
     return number(row["median"] * 1e3)
 
@@ -286,7 +268,7 @@ def sizes(row: dict, seen: set[str]) -> str:
 def cases() -> str:
     """Every case, ours and the fastest other implementation: forward and backward, or forward if
     there is nothing else."""
-    groups = plot_operators.grouped(plot_operators.quick(run())).values()
+    groups = plot_operators.quick_cases(run())
     fields = ("operation", "shape", "sizes", "dtype", "labels")
     trained = {
         tuple(rows[0][field] for field in fields)
@@ -321,14 +303,6 @@ def cases() -> str:
     return markdown_table(header, lines, words=(0, 1, 4))
 
 
-def training_steps() -> str:
-    return plot_training_step.table(run())
-
-
-def inference() -> str:
-    return plot_training_step.inference(run())
-
-
 def counted_operations() -> str:
     lines = []
     for row in json.loads(COUNTED_OPERATIONS.read_text())["rows"]:
@@ -341,22 +315,17 @@ def counted_operations() -> str:
     return markdown_table(header, lines, words=(0, 1, 2))
 
 
-def counted_memory() -> str:
-    return plot_counted_memory.full_table(json.loads(COUNTED_MEMORY.read_text()))
-
-
 TABLES = {
     "gains": gains,
     "uses": uses,
     "speedups": speedups,
-    "headlines": headlines,
+    "headlines": lambda: plot_operators.table(run()),
     "cases": cases,
-    "training_steps": training_steps,
-    "statistics_of_ranks": statistics_of_ranks.table,
-    "inference": inference,
+    "training_steps": lambda: plot_training_step.table(run()),
+    "inference": lambda: plot_training_step.inference(run()),
     "export": export,
     "lovasz": lovasz,
-    "counted_memory": counted_memory,
+    "counted_memory": lambda: plot_counted_memory.table(counted_memory()),
     "counted_operations": counted_operations,
 }
 

@@ -9,14 +9,13 @@ from typing import Any
 
 from markdown_table import markdown_table
 from matplotlib.figure import Figure
-from record import json_of
+from record import grouped, json_of
 
 from anchorops.train.config import PUBLISHED
 from anchorops.train.networks.learner import CLASSES
 from anchorops.train.run.checkpoint import save_atomically
 
-MEASURES = ("miou", "head", "body", "tail")
-TITLES = {"miou": "mIoU", "head": "head", "body": "body", "tail": "tail"}
+MEASURES = {"miou": "mIoU", "head": "head", "body": "body", "tail": "tail"}  # and their titles
 NETWORKS = {"hrnet-w18-small": "HRNet-W18-small", "segformer-b0": "SegFormer-B0"}
 SCENES = {
     "digits": "Digit scenes",
@@ -63,7 +62,7 @@ def write(evidence: dict[str, Any], directory: Path) -> None:
     """evidence.json, evidence.md, and a picture of each network's learning curves."""
     save_atomically(json_of(evidence), directory / "evidence.json")
     save_atomically(page(evidence), directory / "evidence.md")
-    for (scenes, model), rows in _groups(evidence["rows"], "scenes", "model").items():
+    for (scenes, model), rows in grouped(evidence["rows"], "scenes", "model").items():
         if any(row["curve"] for row in rows):
             curves(rows).savefig(directory / _picture(scenes, model), dpi=80)
 
@@ -82,7 +81,7 @@ def page(evidence: dict[str, Any]) -> str:
             missing=_not_run(evidence),
         )
     ]
-    for (scenes, model), group in _groups(rows, "scenes", "model").items():
+    for (scenes, model), group in grouped(rows, "scenes", "model").items():
         title = SCENES[scenes]
         parts.append(f"## {title}, {NETWORKS[model]}\n\n{_baseline_by_schedule(group)}\n")
         if any(row["curve"] for row in group):
@@ -98,15 +97,15 @@ def table(rows: Sequence[Row], seeds: int) -> str:
     network. seeds: how many a figure usually has."""
     schedules = [
         (steps, runs)
-        for (steps,), runs in sorted(_groups(rows, "steps").items())
+        for (steps,), runs in sorted(grouped(rows, "steps").items())
         if {row["methods"] for row in runs} != {"plain"}
     ]
     lines = []
-    for choice in _groups(rows, "methods", "setting"):
+    for choice in grouped(rows, "methods", "setting"):
         cells = []
         for _, runs in schedules:
             baseline = {row["seed"]: row["miou"] for row in runs if row["methods"] == "plain"}
-            chosen = _groups(runs, "methods", "setting").get(choice, [])
+            chosen = grouped(runs, "methods", "setting").get(choice, [])
             if choice[0] == "plain":
                 cells.append(_spread([run["miou"] for run in chosen], seeds=seeds))
             else:
@@ -121,7 +120,7 @@ def table(rows: Sequence[Row], seeds: int) -> str:
 def _seeds(rows: Sequence[Row]) -> int:
     """The most seeds that anything was run with."""
     names = "scenes", "model", "methods", "setting", "steps"
-    return max(map(len, _groups(rows, *names).values()))
+    return max(map(len, grouped(rows, *names).values()))
 
 
 def label(row: Row) -> str:
@@ -134,12 +133,12 @@ def label(row: Row) -> str:
 def curves(rows: Sequence[Row]) -> Figure:
     """A row of axes for each schedule, a column for each measure: mean over the seeds and, as a
     band, their standard deviation."""
-    schedules = sorted(_groups([row for row in rows if row["curve"]], "steps").items())
+    schedules = sorted(grouped([row for row in rows if row["curve"]], "steps").items())
     figure = Figure(figsize=(14, 3 * len(schedules) + 0.6), layout="constrained")
     grid = figure.subplots(len(schedules), len(MEASURES), squeeze=False, sharey="col")
     lines: dict[str, Any] = {}
     for axes, ((steps,), schedule_rows) in zip(grid, schedules, strict=True):
-        for runs in _groups(schedule_rows, "methods", "setting").values():
+        for runs in grouped(schedule_rows, "methods", "setting").values():
             style = "-" if runs[0]["setting"] == PUBLISHED else "--"
             points = list(zip(*(run["curve"] for run in runs), strict=False))
             x = [at_step[0][0] for at_step in points]
@@ -156,8 +155,8 @@ def curves(rows: Sequence[Row]) -> Figure:
                         for sign in (-1, 1)
                     )
                     axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
-        for axis, name in zip(axes, MEASURES, strict=True):
-            axis.set_title(f"{TITLES[name]}, {steps:,} steps", fontsize=10)
+        for axis, title in zip(axes, MEASURES.values(), strict=True):
+            axis.set_title(f"{title}, {steps:,} steps", fontsize=10)
             axis.xaxis.set_major_formatter("{x:,.0f}")
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("IoU on validation scenes, %")
@@ -166,13 +165,6 @@ def curves(rows: Sequence[Row]) -> Figure:
     columns = math.ceil(len(lines) / math.ceil(len(lines) / 6))  # of rows of equal length
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False)
     return figure
-
-
-def _groups(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return groups
 
 
 def _picture(scenes: str, model: str) -> str:
@@ -193,7 +185,7 @@ def _spread(values: Sequence[float], sign: str = "", seeds: int = 0) -> str:
 
 def _baseline_by_schedule(rows: Sequence[Row]) -> str:
     """What a longer schedule adds to the mIoU of the baseline, and where it has converged."""
-    baseline = sorted(_groups([r for r in rows if r["methods"] == "plain"], "steps").items())
+    baseline = sorted(grouped([r for r in rows if r["methods"] == "plain"], "steps").items())
     by_seed = [{run["seed"]: run["miou"] for run in runs} for _, runs in baseline]
     added, converged = [], []
     for ((steps,), _), ((more,), _), here, there in zip(
@@ -231,11 +223,11 @@ def _gradient_ratios(rows: Sequence[Row]) -> str:
         "The norm of the method's gradient on the features, divided by that of the cross-entropy,",
         "every 100 steps: median (smallest–largest) of a schedule's runs on digit scenes.",
     ]
-    for (model,), network_rows in _groups(single, "model").items():
+    for (model,), network_rows in grouped(single, "model").items():
         schedules = sorted({row["steps"] for row in network_rows})
         header = [NETWORKS[model], *(f"{steps:,} steps" for steps in schedules)]
         cells = []
-        for runs in _groups(network_rows, "methods", "setting").values():
+        for runs in grouped(network_rows, "methods", "setting").values():
             ranges = [_range([run for run in runs if run["steps"] == steps]) for steps in schedules]
             cells.append([label(runs[0]), *ranges])
         lines += ["", markdown_table(header, cells)]

@@ -14,7 +14,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,10 @@ from record import ROOT, head_of, save
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.measure import DISTURBED, OtherProcesses
+from anchorops.measure import DISTURBED, in_turns, peak_extra_bytes
 
-THREADS = 2
+CPU = torch.device("cpu")
+THREADS, SECONDS = 2, 5.0  # of the calls of a cell
 NNUNET = ROOT / "build/nnunet/bin/python"
 SIZES = {
     "5 classes, 128³ to 256³": (5, (128, 128, 128), (256, 256, 256)),
@@ -76,16 +76,6 @@ WAYS: dict[str, Callable[[Tensor, Size], Tensor]] = {
 }
 
 
-def resident(name: str) -> int:
-    """Bytes of this process: VmRSS, now, or VmHWM, at most since `clear_peak`. Linux has them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def clear_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def cell(way: str, volume: str, dtype: str) -> dict[str, Any]:
     """Measures in this process."""
     torch.set_num_threads(THREADS)
@@ -93,18 +83,17 @@ def cell(way: str, volume: str, dtype: str) -> dict[str, Any]:
     run = WAYS[way]
     run(torch.randn(1, 2, 2, 2, 2).to(DTYPES[dtype]), (4, 4, 4))  # imports, threads
     logits = torch.randn(1, num_classes, *low).to(DTYPES[dtype])
-    clear_peak()
-    before, others = resident("VmRSS"), OtherProcesses(logits.device)
-    labels = run(logits, size)
-    memory = resident("VmHWM") - before - labels.nbytes
-    seconds, start = [], time.perf_counter()
-    while not seconds or time.perf_counter() - start < 5:
-        call = time.perf_counter()
-        run(logits, size)
-        seconds.append(time.perf_counter() - call)
-    differ = (labels != our_labels(logits, size)).double().mean().item()
+    labels: list[Tensor] = []
+
+    def call() -> Tensor:
+        labels[:] = [run(logits, size)]
+        return labels[0]
+
+    memory = peak_extra_bytes(call, CPU)
+    (seconds,), others = in_turns([call], CPU, seconds=SECONDS, rounds=1)
+    differ = (labels[0] != our_labels(logits, size)).double().mean().item()
     row = {"volume": volume, "dtype": dtype, "way": way, "seconds": min(seconds)}
-    return row | {"memory": max(memory, 0), "differ": differ, "others": others.cores()}
+    return row | {"memory": memory, "differ": differ, "others": others}
 
 
 def main() -> None:
@@ -132,7 +121,7 @@ def main() -> None:
                 rows.append(json.loads(run.stdout))
                 print(rows[-1], file=sys.stderr)
     if arguments.out:
-        save(arguments.out, "export", head_of(torch.device("cpu")), rows)
+        save(arguments.out, "export", head_of(CPU), rows)
     table = [
         [
             row["volume"],

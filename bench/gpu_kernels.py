@@ -31,14 +31,14 @@ import bench_pixel_losses
 import cases
 import time_model
 import torch
-from cases import DTYPES, IGNORE_INDEX, relative_error
+from cases import DTYPES, IGNORE_INDEX, labels_of, relative_error
 from record import head_of
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.profiler import ProfilerActivity, profile
 
 import anchorops as ao
-from anchorops.measure import bandwidth, example_labels
+from anchorops.measure import bandwidth, measure
 
 UNALIGNED = cases.Shape("HRNet, 129×129", (16, 720, 129, 129), 19)
 LAYOUTS = {"planes": torch.contiguous_format, "channels last": torch.channels_last}
@@ -72,11 +72,6 @@ class Call(NamedTuple):
     without_cuda: bool = False
 
 
-def labels_of(size: tuple[int, ...], classes: int, kind: str, device: torch.device) -> Tensor:
-    labels = example_labels(size, classes, kind)
-    return torch.where(labels < 0, IGNORE_INDEX, labels).to(device)
-
-
 def class_moments(
     shape: cases.Shape, dtype: str, layout: str, labels: str, device: torch.device
 ) -> Iterator[Call]:
@@ -94,11 +89,10 @@ def class_moments(
 
     loss = forward()
     title = f"class moments, {shape.name}, {dtype}, {layout}, {labels} labels"
-    at_least = time_model.class_moments_forward, time_model.class_moments_backward
-    forward_least, backward_least = (path(features, classes) for path in at_least)
-    yield Call(f"{title}, forward", forward, forward_least)
     backward = lambda: grad(loss, features, retain_graph=True)  # noqa: E731
-    yield Call(f"{title}, backward", backward, backward_least)
+    for direction, run in (("forward", forward), ("backward", backward)):
+        least = time_model.class_moments(features, classes, direction)
+        yield Call(f"{title}, {direction}", run, least)
 
 
 def pixel_losses(
@@ -284,15 +278,9 @@ def bandwidths(report: Report, device: torch.device, tiny: bool) -> None:
 
     planes, pixels = 32 * 180, 128 * 256
     x = torch.randn(planes, pixels, device=device, dtype=torch.bfloat16)
-    times = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        read_planes(x)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    report.add(read_planes_gbps=x.nbytes / min(times) / 1e9)
+    read_planes(x)  # compiles
+    measured, _ = measure(lambda: read_planes(x), x.nbytes, device, rounds=5)
+    report.add(read_planes_gbps=measured.gbps)
 
 
 def compiled(report: Report, device: torch.device) -> None:

@@ -114,7 +114,6 @@ class PixelVariant(NamedTuple):
     cross-entropy. `shaped`: with label smoothing, a focal factor and a smallest loss."""
 
     dtype: torch.dtype
-    layout: str
     size: tuple[int, ...]
     labels: tuple[int, int]
     align_corners: bool
@@ -126,30 +125,30 @@ class PixelVariant(NamedTuple):
         what += f" with {self.shaped}" if self.shaped else ""
         corners = ", corners aligned" if self.align_corners else ""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype} {self.layout}: {self.size} to {self.labels}{corners}, {what}"
+        return f"{dtype}: {self.size} to {self.labels}{corners}, {what}"
 
 
 # Channels last are copied, and other numbers of classes give the same code.
 ADE20K, DEEPLAB, FEW = (16, 150, 128, 128), (16, 21, 65, 65), (16, 21, 8, 8)
 EVERYTHING = "smoothing, focal factor, smallest loss"
 QUICK_PIXELS = [
-    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False),
-    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False, EVERYTHING),
+    PixelVariant(BF16, ADE20K, (512, 512), False, False),
+    PixelVariant(BF16, ADE20K, (512, 512), False, False, EVERYTHING),
 ]
 PIXELS = [
     *QUICK_PIXELS,
-    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, True),
-    PixelVariant(FP32, "NCHW", DEEPLAB, (513, 513), True, True),
-    PixelVariant(FP16, "NCHW", DEEPLAB, (513, 513), False, False),
-    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), True, False),  # cells of 4 or 5 pixels
-    PixelVariant(BF16, "NCHW", FEW, (512, 512), False, True),  # 64 pixels for each logit
-    PixelVariant(BF16, "points", (16, 21, 64, 4096), (64, 4096), False, True),
-    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False, "smoothing"),
-    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, False, "focal factor"),
-    PixelVariant(FP32, "NCHW", DEEPLAB, (513, 513), True, False, "smallest loss"),
-    PixelVariant(BF16, "NCHW", ADE20K, (512, 512), False, True, EVERYTHING),
-    PixelVariant(FP32, "NCHW", DEEPLAB, (513, 513), True, True, EVERYTHING),
-    PixelVariant(BF16, "points", (16, 21, 64, 4096), (64, 4096), False, False, EVERYTHING),
+    PixelVariant(BF16, ADE20K, (512, 512), False, True),
+    PixelVariant(FP32, DEEPLAB, (513, 513), True, True),
+    PixelVariant(FP16, DEEPLAB, (513, 513), False, False),
+    PixelVariant(BF16, ADE20K, (512, 512), True, False),  # cells of 4 or 5 pixels
+    PixelVariant(BF16, FEW, (512, 512), False, True),  # 64 pixels for each logit
+    PixelVariant(BF16, (16, 21, 64, 4096), (64, 4096), False, True),  # not upsampled
+    PixelVariant(BF16, ADE20K, (512, 512), False, False, "smoothing"),
+    PixelVariant(BF16, ADE20K, (512, 512), False, False, "focal factor"),
+    PixelVariant(FP32, DEEPLAB, (513, 513), True, False, "smallest loss"),
+    PixelVariant(BF16, ADE20K, (512, 512), False, True, EVERYTHING),
+    PixelVariant(FP32, DEEPLAB, (513, 513), True, True, EVERYTHING),
+    PixelVariant(BF16, (16, 21, 64, 4096), (64, 4096), False, False, EVERYTHING),
 ]
 
 
@@ -228,7 +227,7 @@ def native_sizes(stride: int) -> Iterator[Callable[[], None]]:
     for _ in range(40):
         labels = sizes.randint(200, 1000), sizes.randint(200, 1000)
         low = (math.ceil(n / stride) for n in labels)
-        variant = PixelVariant(BF16, "NCHW", (2, 21, *low), labels, False, False)
+        variant = PixelVariant(BF16, (2, 21, *low), labels, False, False)
         yield partial(launch_pixels, variant)
 
 

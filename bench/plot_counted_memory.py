@@ -1,7 +1,6 @@
 """The picture and the tables of counted memory, for bench/plot.py and docs/cost.md."""
 
-from collections.abc import Iterable
-from itertools import groupby
+from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 from charts import OTHER, OURS, PALE
@@ -9,17 +8,18 @@ from markdown_table import markdown_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from record import grouped
 
 
 def gigabytes(row: dict) -> str:
     return f"{row['peak_bytes'] / 1e9:.1f}"
 
 
-def settings(run: dict) -> dict[tuple[str, str, str, bool], dict[str, dict]]:
+def settings(run: dict) -> dict[tuple, dict[str, dict]]:
     """The rows of each network, its sizes, a precision and checkpointing, by label."""
     names = ("network", "sizes", "precision", "checkpointing")
-    groups = groupby(run["rows"], lambda row: tuple(row[name] for name in names))
-    return {key: {label(row): row for row in rows} for key, rows in groups}  # type: ignore[misc]
+    groups = grouped(run["rows"], *names).items()
+    return {key: {label(row): row for row in rows} for key, rows in groups}
 
 
 BASELINE, OWN, LATE, BOTH = "baseline", "our cross-entropy", "late upsampling", "both"
@@ -83,35 +83,18 @@ def bars(axis: Axes, y: int, rows: dict[str, dict]) -> None:
         axis.bar_label(bar, [text], padding=4, fontsize=7)
 
 
-def change(rows: dict[str, dict], capacity: str) -> str:
-    """The largest batches: baseline, with our cross-entropy, and with late upsampling too."""
-    counted = [rows[name] for name in (BASELINE, OWN, BOTH) if name in rows]
-    return " → ".join(str(row["largest_batches"][capacity]) for row in counted)
+def arrows(rows: dict[str, dict], cell: Callable[[dict], object]) -> str:
+    """Baseline, with our cross-entropy, and with late upsampling too."""
+    return " → ".join(str(cell(rows[name])) for name in COLOURS if name in rows)
 
 
 def share(row: dict, baseline: dict) -> str:
     return f"{gigabytes(row)} ({row['peak_bytes'] / baseline['peak_bytes']:.0%})"
 
 
-def cells_of(rows: dict[str, dict], names: Iterable[str]) -> list[str]:
-    return [share(rows[name], rows[BASELINE]) if name in rows else "" for name in names]
-
-
 def table(run: dict) -> str:
-    """For each network with bf16 autocast: memory without and with checkpointing, and batches."""
-    header = ["bf16 autocast", "baseline, GB", OWN, BOTH, "images in 24 GB", "in 40 GB", "in 80 GB"]
-    lines = []
-    for (network, sizes, precision, checkpointing), rows in settings(run).items():
-        if precision == "bf16":
-            what = f"{network}, {sizes}" + (", checkpointing" if checkpointing else "")
-            cells = [what, gigabytes(rows[BASELINE]), *cells_of(rows, (OWN, BOTH))]
-            lines.append([*cells, *(change(rows, f"{size} GB") for size in (24, 40, 80))])
-    return markdown_table(header, lines)
-
-
-def full_table(run: dict) -> str:
     """For each network and checkpointing: memory in GB, with bf16 and float32, and, with bf16, the
-    largest batches. "→" as in `change`."""
+    largest batches. "→" as in `arrows`."""
     groups = settings(run)
     capacities = list(next(iter(groups.values()))[BASELINE]["largest_batches"])
     header = ["network", "bf16 autocast, GB", "with a method, at most"]
@@ -125,15 +108,11 @@ def full_table(run: dict) -> str:
         most = max((row for row in rows.values() if row["method"]), key=lambda r: r["peak_bytes"])
         cells = [
             "checkpointing" if checkpointing and name == seen else name,
-            memory(rows),
+            arrows(rows, gigabytes),
             gigabytes(most),
-            *(change(rows, gb) for gb in capacities),
-            memory(groups[network, sizes, "float32", checkpointing]),
+            *(arrows(rows, lambda row, gb=gb: row["largest_batches"][gb]) for gb in capacities),
+            arrows(groups[network, sizes, "float32", checkpointing], gigabytes),
         ]
         lines.append(cells)
         seen = name
     return markdown_table(header, lines)
-
-
-def memory(rows: dict[str, dict]) -> str:
-    return " → ".join(gigabytes(rows[name]) for name in (BASELINE, OWN, BOTH) if name in rows)

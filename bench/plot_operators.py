@@ -5,6 +5,7 @@ from charts import OTHER, OURS, bars, machine, medians, number
 from markdown_table import markdown_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from record import by_case
 
 BOTH, TRAINING = "class moments with anchors", "forward + backward"
 DIRECTIONS = "forward", TRAINING
@@ -28,9 +29,9 @@ HEADLINES = (
 )
 
 
-def quick(run: dict) -> list[dict]:
-    """The rows without the full grid, which is for tables."""
-    return [row for row in run["operators"] if row["quick"]]
+def quick_cases(run: dict) -> list[list[dict]]:
+    """The rows of each case without the full grid, which is for tables."""
+    return by_case(row for row in run["operators"] if row["quick"])
 
 
 def caption(run: dict) -> str:
@@ -40,30 +41,12 @@ def caption(run: dict) -> str:
     return text
 
 
-def grouped(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Comparable rows, by (operation, direction, shape, dtype, labels); CUDA graphs separately."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        fields = ("operation", "direction", "shape", "num_classes", "dtype", "labels")
-        graph = row["name"].endswith(", CUDA graph")
-        groups.setdefault((*(row[field] for field in fields), graph), []).append(row)
-    return {key: sorted(group, key=lambda row: row["median"]) for key, group in groups.items()}
-
-
-def title(row: dict) -> str:
-    graph = ", CUDA graph" if row["name"].endswith("CUDA graph") else ""
-    what = f"{row['operation']}, {row['direction']}{graph}"
-    if row["shape"] == "centroids":
-        return f"{what}\n{row['sizes']}, {row['dtype']}"
-    return f"{what}\n{row['shape']}: {row['sizes']}, {row['dtype']}, {row['labels']} labels"
-
-
 def headline_groups(run: dict, operation: str, shape: str) -> list[list[dict]]:
     """A headline's case forward, and forward and backward."""
     dtype = "bf16" if run["device_type"] == "cuda" else "fp32"
     by_direction = {
         row["direction"]: group
-        for group in grouped(quick(run)).values()
+        for group in quick_cases(run)
         if (row := group[0])["operation"] == operation
         and (row["shape"], row["dtype"], row["labels"]) == (shape, dtype, "coherent")
     }
@@ -126,7 +109,9 @@ def table(run: dict) -> str:
             cells = [f"{number(r['median'] * 1e3)} ({r['ratio']:.1f}×)" if r else "" for r in times]
             memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:,.0f}"
             rows.append([row["name"], *cells, memory])
-        lines += [f"{what}. {title(training[0]).splitlines()[1]}.", ""]
+        row = training[0]
+        sizes = f"{row['shape']}: {row['sizes']}, {row['dtype']}, {row['labels']} labels"
+        lines += [f"{what}. {sizes}.", ""]
         lines += [markdown_table(["", *header], rows), ""]
         if operation == BOTH:
             share = next(row["read_share"] for row in forward if row["ours"])

@@ -1,23 +1,15 @@
 """The picture and the tables of training steps, for bench/plot.py: time and memory of each
 candidate, relative to the baseline with torch's loss."""
 
-from itertools import groupby
-
 import matplotlib.pyplot as plt
 from charts import GREY, OTHER, OURS, bars
 from markdown_table import markdown_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from record import grouped
 
 NAMES = {"cr": "CR", "sar": "SAR", "cbp": "CBP", "occl": "OCCL", "ceco": "CeCo", "mvsc": "MVSC"}
-
-
-def by_network(run: dict) -> list[tuple[str, list[dict]]]:
-    return [
-        (name, list(rows))
-        for name, rows in groupby(run["training_steps"], lambda row: row["network"])
-    ]
 
 
 def label(row: dict) -> str:
@@ -33,11 +25,11 @@ def label(row: dict) -> str:
 
 
 def draw(run: dict) -> Figure:
-    networks = by_network(run)
+    networks = grouped(run["training_steps"], "network")
     figure, axes = plt.subplots(
         len(networks), 2, figsize=(10, 2.9 * len(networks)), squeeze=False, layout="constrained"
     )
-    for line, (network, rows) in zip(axes, networks, strict=True):
+    for line, ((network,), rows) in zip(axes, networks.items(), strict=True):
         times = [row["ratio"]["median"] for row in rows]
         texts = [f"{1e3 * row['seconds']['median']:,.0f} ms" for row in rows]
         shares_of(line[0], rows, times, texts, f"{network}: time")
@@ -64,14 +56,14 @@ def shares_of(
 def table(run: dict) -> str:
     """Time and memory of every candidate, as shares of the first: the ratio of the medians, and of
     the quartiles to the first's median."""
-    networks = by_network(run)
+    networks = grouped(run["training_steps"], "network")
     heads = ["a training step"]
-    for name, _ in networks:
+    for (name,) in networks:
         heads += [f"{name}: time", "memory"]
     lines = []
-    for column in zip(*(rows for _, rows in networks), strict=True):
+    for column in zip(*networks.values(), strict=True):
         cells = [label(column[0])]
-        for row, (_, rows) in zip(column, networks, strict=True):
+        for row, rows in zip(column, networks.values(), strict=True):
             milliseconds = 1e3 * row["seconds"]["median"]
             ratio = row["ratio"]
             between = f"{100 * ratio['q1']:.0f}–{100 * ratio['q3']:.0f}"
@@ -89,7 +81,7 @@ def inference(run: dict) -> str:
     if not rows:
         return "Not measured yet."
     lines = []
-    for network, group in groupby(rows, lambda row: row["network"]):
+    for (network,), group in grouped(rows, "network").items():
         times = [
             f"{1e3 * row['seconds']['median']:,.0f} ms ({row['ratio']['median']:.0%})"
             for row in group

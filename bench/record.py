@@ -18,6 +18,7 @@ import torch
 from anchorops.measure import environment
 
 ROOT = Path(__file__).parents[1]
+GRAPH = ", CUDA graph"  # of names: the implementation is replayed
 
 
 def file_name(device: torch.device) -> str:
@@ -80,6 +81,25 @@ def save_counts(path: Path, rows: list[dict[str, Any]]) -> None:
     """Counted rows, which do not depend on a machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json_of({"torch": torch.__version__, "commit": commit(), "rows": rows}))
+
+
+def grouped(rows: Iterable[dict], *names: str) -> dict[tuple, list[dict]]:
+    """The rows by their values of these names."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def by_case(rows: Iterable[dict]) -> list[list[dict]]:
+    """The rows of operators that are compared, the fastest first; CUDA graphs separately."""
+    names = ("operation", "direction", "shape", "sizes", "num_classes", "dtype", "labels")
+    cases = [
+        [row for row in group if row["name"].endswith(GRAPH) == graph]
+        for group in grouped(rows, *names).values()
+        for graph in (False, True)
+    ]
+    return [sorted(case, key=lambda row: row["median"]) for case in cases if case]
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:

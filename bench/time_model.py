@@ -58,13 +58,11 @@ class Pass(NamedTuple):
         return max(self.limits(gpu).values()) + self.launches * LAUNCH
 
 
-def class_moments_forward(features: Tensor, num_keys: int, *, sqdists: bool = True) -> Pass:
-    """Two launches: the pass over the features, and the sum of its partials."""
-    return Pass(moments_bytes(features, num_keys, "forward", sqdists=sqdists), 2)
-
-
-def class_moments_backward(features: Tensor, num_keys: int, *, sqdists: bool = True) -> Pass:
-    return Pass(moments_bytes(features, num_keys, "backward", sqdists=sqdists), 1)
+def class_moments(features: Tensor, num_keys: int, direction: str) -> Pass:
+    """With squared distances. Forward there are two launches: the pass over the features, and the
+    sum of its partials."""
+    counted = moments_bytes(features, num_keys, direction, sqdists=True)
+    return Pass(counted, 2 if direction == "forward" else 1)
 
 
 def softmax_moments(logits: Tensor, labels: Tensor, direction: str) -> Pass:
@@ -85,8 +83,9 @@ def passes() -> dict[str, Pass]:
     passes_by_name: dict[str, Pass] = {}
     for shape in (cases.HRNET, cases.SEGFORMER):
         features = torch.empty(shape.size, dtype=torch.bfloat16, device="meta")
-        for path in (class_moments_forward, class_moments_backward):
-            passes_by_name[f"{path.__name__}: {shape.name}"] = path(features, shape.num_classes)
+        for direction in ("forward", "backward"):
+            name = f"class_moments, {direction}: {shape.name}"
+            passes_by_name[name] = class_moments(features, shape.num_classes, direction)
     for shape in (bench_pixel_losses.HRNET, bench_pixel_losses.SEGFORMER):
         logits = torch.empty(shape.size, dtype=torch.bfloat16, device="meta")
         labels = torch.empty(shape.size[:1] + shape.label_size, dtype=torch.int64, device="meta")

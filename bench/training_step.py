@@ -26,8 +26,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from cases import IGNORE_INDEX
+from bench_pixel_losses import cross_entropy, upsampled
+from cases import IGNORE_INDEX, labels_of
 from plain_networks import plain_network
 from plot_training_step import label
 from record import head_of, save, spread
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import Attachment
-from anchorops.measure import OtherProcesses, duration, example_labels, peak_extra_bytes
+from anchorops.measure import OtherProcesses, duration, peak_extra_bytes
 from anchorops.train.networks.learner import (
     build_optimizer,
     build_regularizer,
@@ -109,18 +109,13 @@ def images_and_labels(setting: Setting, device: torch.device) -> tuple[Tensor, T
     height, width = setting.size
     images = torch.randn(setting.batch, 3, height, width)
     coarse = (setting.batch, height // 4, width // 4)
-    labels = example_labels(coarse, setting.num_classes, "coherent")
-    labels = (
-        torch.where(labels < 0, IGNORE_INDEX, labels)
-        .repeat_interleave(4, 1)
-        .repeat_interleave(4, 2)
-    )
-    return images.to(device, memory_format=setting.layout), labels.to(device)
+    labels = labels_of(coarse, setting.num_classes, "coherent", device)
+    labels = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    return images.to(device, memory_format=setting.layout), labels
 
 
 def cross_entropy_of_torch(logits: Tensor, labels: Tensor) -> Tensor:
-    logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+    return cross_entropy(upsampled(logits, labels.shape[1:]), labels)
 
 
 def step_of(
@@ -136,11 +131,11 @@ def step_of(
     groups = parameter_groups(model, options.lr, options.weight_decay, options.head_lr_factor)
     optimizer = build_optimizer(options.optimizer, groups)
     ours = candidate.cross_entropy == "anchorops"
-    cross_entropy = ao.CrossEntropy(ignore_index=IGNORE_INDEX) if ours else cross_entropy_of_torch
+    loss_of = ao.CrossEntropy(ignore_index=IGNORE_INDEX) if ours else cross_entropy_of_torch
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
-            loss = cross_entropy(model(images), labels)
+            loss = loss_of(model(images), labels)
             if regularizer is not None:
                 loss = loss + regularizer(labels)
         loss.backward()

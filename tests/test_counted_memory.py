@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from memory import peak_allocated_bytes
-from plot_counted_memory import full_table, table
+from plot_counted_memory import BASELINE, BOTH, LATE, OWN, settings
 from storages import Storages, as_on_cuda, largest_batch, make_fake
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -170,35 +170,22 @@ class autocast:
 
 def test_committed_rows():
     run = json.loads(ROWS.read_text())
-    groups: dict[tuple, list[dict]] = {}
     for row in run["rows"]:
-        names = ("network", "sizes", "precision", "checkpointing")
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
         assert sum(row["parts"].values()) == row["peak_bytes"]
         batches = list(row["largest_batches"].values())
         assert batches == sorted(batches) and batches[-1] > 0
+    groups = settings(run)
     assert len({key[:2] for key in groups}) == 7
-    moved = {"SegFormer-B5", "HRNet-W48", "PSPNet-R101"}
     for (name, *_), rows in groups.items():
-        candidates = [(row["loss"], row["late"], row["method"]) for row in rows]
-        late = name in moved
-        plain = [(loss, False, "") for loss in ("torch", "anchorops")]
-        plain += [(loss, True, "") for loss in ("torch", "anchorops")] if late else []
-        methods = [("anchorops", late, method) for method in ("SAR", "OCCL", "CeCo", "MVSC")]
-        assert candidates == plain + methods
-    for line in full_table(run).splitlines()[2:]:
-        assert " → " in line
-    assert len(table(run).splitlines()) == 2 + 2 * 7
+        late = name in ("SegFormer-B5", "HRNet-W48", "PSPNet-R101")
+        methods = ["SAR", "OCCL", "CeCo", "MVSC"]
+        assert [*rows] == [BASELINE, OWN, *([LATE, BOTH] if late else []), *methods]
+        assert all(rows[method]["late"] == late for method in methods)
 
 
 def test_late_upsampling_is_in_the_rows():
     """The goals of memory: at most 0.70 of plain, with checkpointing 0.42."""
-    rows = json.loads(ROWS.read_text())["rows"]
-    peaks = {
-        (row["checkpointing"], row["loss"], row["late"]): row["peak_bytes"]
-        for row in rows
-        if (row["network"], row["precision"], row["method"]) == ("SegFormer-B5", "bf16", "")
-    }
+    groups = settings(json.loads(ROWS.read_text()))
     for checkpointing, most in ((False, 0.70), (True, 0.42)):
-        plain = peaks[checkpointing, "torch", False]
-        assert peaks[checkpointing, "anchorops", True] <= most * plain
+        rows = groups["SegFormer-B5", "512×512 B16 K150", "bf16", checkpointing]
+        assert rows[BOTH]["peak_bytes"] <= most * rows[BASELINE]["peak_bytes"]

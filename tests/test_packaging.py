@@ -149,7 +149,6 @@ def checkout(tmp_path):
 
 class Built(NamedTuple):
     checkout: Path
-    sdist: Path
     source: Path
     """The unpacked sdist."""
     wheel: Path
@@ -184,12 +183,12 @@ def built(tmp_path_factory) -> Built:
     assert answer.returncode == 0, answer.stderr
     # .pth files in a directory that a .pth file names are not read, so no editable install
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
-    return Built(checkout, sdist, source, wheel, python)
+    return Built(checkout, source, wheel, python)
 
 
 @needs_sources
 def test_sdist_and_wheel_hold_everything(built):
-    checkout, _, source, wheel, _ = built
+    checkout, source, wheel, _ = built
 
     def files(folder: str) -> set[str]:
         paths = (path for path in (checkout / folder).rglob("*") if path.is_file())
@@ -207,13 +206,6 @@ def test_sdist_and_wheel_hold_everything(built):
 def test_one_version(built):
     assert built.wheel.name.startswith(f"anchorops-{anchorops.__version__}-")
     assert f"\nversion: {anchorops.__version__}\n" in (ROOT / "CITATION.cff").read_text()
-
-
-@needs_sources
-def test_metadata(built):
-    pytest.importorskip("twine", reason="twine is not installed")
-    answer = run(sys.executable, "-m", "twine", "check", "--strict", built.sdist, built.wheel)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
 
 
 @needs_sources

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ import anchorops as ao
 from anchorops import _backend, _verdicts, doctor
 from anchorops._ops.confusion import confusion_for
 from anchorops._ops.upsampled_sums import upsampled_sums
+from tests.test_backend import Gpus
 
 CPU = torch.device("cpu")
 LOGITS, LABELS = torch.randn(2, 3, 4, 5), torch.arange(160).view(2, 8, 10) % 3
@@ -254,32 +254,15 @@ def test_records_of_other_versions(verdicts: Path, field: str):
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], str]:
     """Two GPUs, and a CUDA library for both. The function selects a backend on one of them."""
-    names = ["NVIDIA L4", "NVIDIA H200"]
-
-    def properties(device: torch.device) -> Any:
-        return SimpleNamespace(name=names[torch.device(device).index], major=9, minor=0)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    monkeypatch.setattr(_backend, "_MISSING", dict.fromkeys(_backend.NAMES))
-    monkeypatch.setattr(_backend, "_CUDA_RANGES", _backend._built_for("9.0"))
     monkeypatch.setattr(_verdicts, "driver", lambda: "580.95.05")
-
-    def select(index: int) -> str:
-        features: Any = SimpleNamespace(
-            device=torch.device("cuda", index), dtype=torch.float32, shape=(2, 3, 4, 5)
-        )
-        return _backend.select("class_moments", features, 6)
-
-    return select
+    return partial(Gpus(monkeypatch, "8.9;9.0", "8.9", "9.0").select, function="class_moments")
 
 
 def test_on_gpus(gpus: Callable[[int], str], verdicts: Path, monkeypatch: pytest.MonkeyPatch):
     first = torch.device("cuda", 0)
     _verdicts.remember("cuda", first, {"class_moments": False})
     (message,) = warnings_of(lambda: gpus(0))
-    assert "class_moments of the backend cuda on NVIDIA L4" in message
+    assert "class_moments of the backend cuda on number 0" in message
     assert [gpus(0), gpus(1)] == ["triton", "cuda"]
     _verdicts.remember("triton", first, {"class_moments": False})
     assert len(warnings_of(lambda: gpus(0))) == 1 and gpus(0) == "reference"
@@ -287,7 +270,7 @@ def test_on_gpus(gpus: Callable[[int], str], verdicts: Path, monkeypatch: pytest
     assert (cuda["driver"], cuda["triton"]) == ("580.95.05", "")
     assert triton["triton"] == _verdicts._triton()
     table = [doctor._usable(name) for name in ("cuda", "triton")]
-    wrong = "yes, WRONG on NVIDIA L4: class_moments, never verified on NVIDIA H200"
+    wrong = "yes, WRONG on number 0: class_moments, never verified on number 1"
     assert table == [f"{wrong} (anchorops-doctor --verify)"] * 2
     monkeypatch.setattr(_verdicts, "driver", lambda: "590.1")
     _verdicts.load(ao.__version__)
@@ -304,7 +287,7 @@ def test_a_gpu_that_was_never_verified(
     assert [gpus(0), gpus(0), gpus(1)] == ["cuda"] * 3
     (record,) = caplog.records  # it is said once
     assert (record.name, record.levelno) == ("anchorops", logging.WARNING)
-    message = "the backend cuda was never verified on NVIDIA L4. It takes minutes: "
+    message = "the backend cuda was never verified on number 0. It takes minutes: "
     assert record.getMessage() == message + "anchorops-doctor --verify"
 
 
