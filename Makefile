@@ -76,7 +76,7 @@ stress: setup
 demo: setup
 	$(BIN)/python -m anchorops.train $(DEMO)
 
-# an hour and a half, in which nothing else may run. `make bench BENCH=bench/results` replaces the
+# about an hour, in which nothing else may run. `make bench BENCH=bench/results` replaces the
 # committed rows and pictures of this processor. nnU-Net is one of the alternatives
 bench: setup build/nnunet
 	$(BIN)/python bench/run.py --out $(BENCH)

@@ -2,8 +2,8 @@
 
     python bench/run.py [--out bench/results] [--only SECTION] [--tiny]
 
-The sections are operators, training_steps, options and export. All need about an hour and a half
-on two threads, in which nothing else may run: it does not begin on a machine whose cores other
+The sections are operators, training_steps, options and export. All need about an hour on two
+threads, in which nothing else may run: it does not begin on a machine whose cores other
 processes use, and it fails if other processes disturbed a row. The rows are in one file, named
 after the processor and its instruction set, beside its pictures. At the end it prints the tables
 for the README. ATEN_CPU_CAPABILITY=avx2 measures without AVX-512.
@@ -56,7 +56,7 @@ def disturbed(path: Path) -> list[str]:
     )
     return [
         f"{section}: {', '.join(str(row[name]) for name in names if name in row)}"
-        for section in SECTIONS
+        for section in (*SECTIONS, "inference")
         for row in run.get(section, [])
         if (row["others"] or 0) > DISTURBED
     ]
