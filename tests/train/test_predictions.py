@@ -42,13 +42,19 @@ def test_predictions_are_those_of_the_evaluation(folder: Path, options: str) -> 
     assert miou.item() == pytest.approx(results["best_miou"])
 
 
-def test_images_that_cannot_be_predicted(straight: Path, tmp_path: Path) -> None:
+def test_images_that_can_and_cannot_be_predicted(straight: Path, tmp_path: Path) -> None:
     grey, four = tmp_path / "grey.png", tmp_path / "four.tif"
     write(grey, image()[..., 0])
     write(four, np.zeros((5, 6, 4), np.uint8))
     out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
     main(["predict", str(straight), str(grey), *out])
     assert np.array(Image.open(tmp_path / "out/grey.png")).shape == (6, 9)
+    masks = []
+    for name, array in (("last", image()), ("first", np.moveaxis(image(), 2, 0).copy())):
+        write(tmp_path / f"channels_{name}.tif", array)
+        main(["predict", str(straight), str(tmp_path / f"channels_{name}.tif"), *out])
+        masks.append(np.array(Image.open(tmp_path / f"out/channels_{name}.png")))
+    assert (masks[0] == masks[1]).all() and masks[0].shape == (6, 9)
     for run, images, message in (
         (straight, [grey], "predict: --out: .*out/grey.png exists: give another directory"),
         (straight, [four, four], "four.png would be written twice"),
