@@ -234,7 +234,7 @@ def native_sizes(stride: int) -> Iterator[Callable[[], None]]:
 def jobs(quick: bool) -> list[tuple[Any, ...]]:
     """Launcher, title of the variant, arguments of the launcher."""
     launches: list[tuple[Any, ...]] = [
-        (launch_moments, str(variant), variant, classes)
+        (launch_moments, f"{variant}, {classes} classes", variant, classes)
         for variant in (QUICK if quick else variants())
         for classes in (19, MANY)
     ]
