@@ -338,7 +338,7 @@ class Plans:
             late._fail(f"calls {counts}, where the dry run had {plan.counts}")
         returned = [tensor for _, tensor in tensors(output)]
         if late.postponed or any(late._is_stand_in(x) for x in returned):
-            late._fail("no convolution reads an upsampled map")
+            late._fail("an upsampled map is returned, or no convolution reads it")
         if not torch.compiler.is_compiling():
             left = [weakref.ref(x) for x, _ in stand_ins]
             stand_ins.clear()
