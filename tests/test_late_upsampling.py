@@ -650,7 +650,7 @@ class Unlike(Head):
         reduced = (a, c, b) if self.how == "linear order" else (a, b, c)
         return [up(x, maps[0].shape[2:]) for x in reduced]
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
+    def forward(self, maps: list[Tensor]) -> Any:
         upsampled = self.upsampled(maps)
         if self.how == "reads":
             upsampled[0] = upsampled[0].abs()
@@ -671,6 +671,8 @@ class Unlike(Head):
             joined.tolist()
         if self.how == "kept":
             self.last = joined
+        if self.how == "also returned":
+            return self.mix(joined), joined
         other = self.mix(maps[1].repeat(1, 6, 1, 1)) if self.how == "other" else 0
         return self.mix(joined) + other
 
@@ -684,6 +686,7 @@ class Unlike(Head):
         ("fewer", "torch.cat"),
         ("values", r"torch.Tensor.tolist reads a map"),
         ("returned", r"calls .*'conv': 0.* where the dry run had .*'conv': 1"),
+        ("also returned", "an upsampled map is returned, or no convolution reads it"),
         ("source", "a map is changed in place between its upsampling and the convolution"),
         ("kept", "something keeps a map"),
         ("kernel", "a 3×3 convolution, unlike in the dry run"),

@@ -415,6 +415,10 @@ def test_volumes() -> None:
         ),
         (lambda z, x: upsampled(z, x.shape[2:]) * 2, "torch.Tensor.mul reads the upsampled tensor"),
         (
+            lambda z, x: (upsampled(z, x.shape[2:]), z.clone())[1],
+            "the output is not the input of the last upsampling",
+        ),
+        (
             lambda z, x: (upsampled(z, x.shape[2:]), z.relu_())[0],
             "the logits are changed in place after the upsampling",
         ),
@@ -427,7 +431,7 @@ def test_volumes() -> None:
             "the upsampling has scale_factor=3.9, whose grid",
         ),
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_a_forward_unlike_the_dry_run_raises(
     after: Callable[[Tensor, Tensor], Any], why: str
