@@ -1,5 +1,5 @@
-"""Histograms of the hinges of sigmoids, and the gradient of losses that are functions of them, for
-one channel: as probability_histograms.py for softmax.
+"""Histograms of the hinges of sigmoids, and losses that are functions of them, for one channel: as
+probability_histograms.py for softmax.
 
 With z the full-resolution logit and s = 1 for a pixel that is 1, otherwise −1, the error is the
 hinge max(0, 1 − s·z). Hinges are not bounded: a bin is 1/512 of its error, up to errors of 2^40.
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .._moments import statistics_dtype
 from ..reference.probability_histograms import histogram
-from .registration import define, library
+from .registration import Gradient, define, library
 
 # A float's exponent and the first bits of its mantissa number the bins, from 2^-20 to 2^40.
 MANTISSA, EXPONENTS = 9, (-20, 40)
@@ -58,7 +58,7 @@ def _hinges(z: Tensor, labels: Tensor, ignore_index: int) -> _Hinges:
 def hinge_histograms(z: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """A scalar, 0 if all errors are finite, otherwise NaN; and int64 [2, BINS]: how many pixels
     that are 1, and how many others, have an error in each bin. z: (B, 1, H, W)."""
-    return torch.ops.anchorops.hinge_histograms.reference(z, labels, ignore_index)
+    return torch.ops.anchorops.hinge_histograms.reference(z.detach(), labels, ignore_index)
 
 
 def bin_edges(device: torch.device) -> Tensor:
@@ -69,24 +69,20 @@ def bin_edges(device: torch.device) -> Tensor:
     return F.pad(edges, (1, 0))
 
 
-def hinge_gradients(
-    logits: Tensor, labels: Tensor, slopes: Tensor, ignore_index: int, align_corners: bool
+def hinge_loss(
+    loss: Tensor,
+    z: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    slopes: Tensor,
+    *,
+    ignore_index: int,
+    align_corners: bool,
 ) -> Tensor:
-    """The gradient of the logits (B, 1, h, w) for the slopes [2, BINS] of the loss in each error.
-    The full-resolution logits are computed again."""
-    z = upsampled_channel(logits, labels, align_corners)
-    hinges = _hinges(z, labels, ignore_index)
-    dz = (slopes.flatten()[hinges.places] * hinges.slopes)[:, None]
-    if labels.numel() == 0:
-        return torch.zeros_like(logits)
-    if dz.shape != logits.shape:
-        aten = torch.ops.aten
-        volume = dz.dim() == 5
-        transposed = (
-            aten.upsample_trilinear3d_backward if volume else aten.upsample_bilinear2d_backward
-        )
-        dz = transposed(dz, dz.shape[2:], logits.shape, align_corners)
-    return dz.to(logits.dtype)
+    """The loss, a scalar, whose gradient for the full-resolution logits z is that of the slopes
+    [2, BINS]. z is not saved: the backward pass computes it again from the logits (B, 1, h, w)."""
+    operator = torch.ops.anchorops.hinge_loss.reference
+    return operator(loss, z, logits, labels, slopes.to(loss.dtype), ignore_index, align_corners)
 
 
 def _histograms(z: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -99,11 +95,61 @@ def _histograms_fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return z.new_empty(()), z.new_empty((2, BINS), dtype=torch.int64)
 
 
+def _loss(loss: Tensor, *_: Any) -> Tensor:
+    return loss.clone()
+
+
+def _loss_fake(loss: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(loss)
+
+
+def _gradients(
+    logits: Tensor, labels: Tensor, slopes: Tensor, ignore_index: int, align_corners: bool
+) -> Tensor:
+    """dz (B, 1, H, W)"""
+    hinges = _hinges(upsampled_channel(logits, labels, align_corners), labels, ignore_index)
+    return (slopes.flatten()[hinges.places] * hinges.slopes)[:, None]
+
+
+def _gradients_fake(logits: Tensor, labels: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(labels[:, None].shape, dtype=statistics_dtype(logits.dtype))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, *tensors, ctx.ignore_index, ctx.align_corners = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(operator: Any, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    logits, labels, slopes = ctx.saved_tensors
+    dz = operator(logits, labels, slopes * grad, ctx.ignore_index, ctx.align_corners)
+    return grad, dz, None, None, None, None, None
+
+
 define(
     "hinge_histograms",
     "(Tensor z, Tensor labels, int ignore_index) -> (Tensor, Tensor)",
     _histograms_fake,
     backends=("reference",),
-    in_python=True,
+)
+define(
+    "hinge_loss",
+    "(Tensor loss, Tensor z, Tensor logits, Tensor labels, Tensor slopes, int ignore_index, "
+    "bool align_corners) -> Tensor",
+    _loss_fake,
+    backends=("reference",),
+    gradient=Gradient(
+        "(Tensor logits, Tensor labels, Tensor slopes, int ignore_index, bool align_corners) "
+        "-> Tensor",
+        _gradients_fake,
+        _setup_context,
+        _backward,
+        function="Lovasz",
+    ),
+    any_strides=True,
 )
 library.impl("hinge_histograms.reference", _histograms, "CompositeExplicitAutograd")
+library.impl("hinge_loss.reference", _loss, "CompositeExplicitAutograd")
+library.impl("hinge_loss_backward.reference", _gradients, "CompositeExplicitAutograd")

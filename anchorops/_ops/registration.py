@@ -11,7 +11,9 @@ from .._backend import register_triton
 from .._checks import in_transform
 
 library = torch.library.Library("anchorops", "FRAGMENT")
-FUSED = ("cpu", "triton", "cuda")  # the backends that are operators; the reference is not
+# The backends that are operators. The reference is one only where it has a gradient of its own,
+# because a trace without gradients does not record an autograd.Function.
+FUSED = ("cpu", "triton", "cuda")
 WITHOUT_CUDA = ("cpu", "triton")  # of operators that on GPUs Triton serves
 ON_GPU = ("triton", "cuda")  # of small operators, for which the reference serves on CPU
 
@@ -78,7 +80,7 @@ def define(
         fake: returns results without values, from the arguments.
         gradient: None if no result is differentiable.
         launch: calls Triton's function NAME, its first argument, with the operator's arguments.
-        in_python: the caller implements every overload, from other operators.
+        in_python: the caller implements every overload. It always implements `reference`.
         any_strides: NAME and NAME_backward take tensors of any strides, except results of other
             operators (keys, lse), and the strides of their own results follow from them at run
             time. Then torch.compile, which makes convolutions channels last, does not copy their
