@@ -1,7 +1,8 @@
 """Histograms of the errors of softmax probabilities, and losses that are functions of them.
 
 A loss is computed from the histograms, with its slope in the errors of each bin. `error_loss`
-connects it with the logits: its value is the loss, its gradient that of the slopes.
+connects it with the logits: its value is the loss, its gradient that of the slopes. `hinge_loss`
+does it for the errors of hinges.py.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._moments import statistics_dtype
+from .hinges import hinge_gradients
 from .registration import Gradient, define, library
 
 BACKENDS = ("cpu",)
@@ -52,32 +54,35 @@ define(
     backends=BACKENDS,
     any_strides=True,
 )
-define(
-    "error_loss",
-    "(Tensor loss, Tensor logits, Tensor labels, Tensor slopes, int ignore_index, "
-    "bool align_corners) -> Tensor",
-    _loss_fake,
-    backends=(*BACKENDS, "reference"),
-    gradient=Gradient(
-        "(Tensor logits, Tensor labels, Tensor slopes, int ignore_index, bool align_corners) "
-        "-> Tensor",
-        _gradients_fake,
-        _setup_context,
-        _backward,
-        function="Lovasz",
-    ),
-    any_strides=True,
-)
+for name, backends in (("error_loss", (*BACKENDS, "reference")), ("hinge_loss", ("reference",))):
+    define(
+        name,
+        "(Tensor loss, Tensor logits, Tensor labels, Tensor slopes, int ignore_index, "
+        "bool align_corners) -> Tensor",
+        _loss_fake,
+        backends=backends,
+        gradient=Gradient(
+            "(Tensor logits, Tensor labels, Tensor slopes, int ignore_index, bool align_corners) "
+            "-> Tensor",
+            _gradients_fake,
+            _setup_context,
+            _backward,
+            function="Lovasz",
+        ),
+        any_strides=True,
+    )
 
 
 def _loss(loss: Tensor, *_: Any) -> Tensor:
     return loss.clone()
 
 
-library.impl("error_loss.reference", _loss, "CompositeExplicitAutograd")
-library.impl(
-    "error_loss_backward.reference", reference.error_gradients, "CompositeExplicitAutograd"
-)
+for name, gradients in (
+    ("error_loss", reference.error_gradients),
+    ("hinge_loss", hinge_gradients),
+):
+    library.impl(f"{name}.reference", _loss, "CompositeExplicitAutograd")
+    library.impl(f"{name}_backward.reference", gradients, "CompositeExplicitAutograd")
 
 
 def probability_histograms(
@@ -111,6 +116,20 @@ def error_loss(
     slopes = slopes.to(statistics_dtype(logits.dtype))
     operator = getattr(torch.ops.anchorops.error_loss, _backend(function, logits))
     return operator(loss, logits, labels, slopes, ignore_index, align_corners)
+
+
+def hinge_loss(
+    loss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    slopes: Tensor,
+    *,
+    ignore_index: int,
+    align_corners: bool,
+) -> Tensor:
+    """The same for a channel (B, 1, h, w), with the slopes [2, BINS] of its hinges."""
+    operator = torch.ops.anchorops.hinge_loss.reference
+    return operator(loss, logits, labels, slopes.to(loss.dtype), ignore_index, align_corners)
 
 
 def _backend(function: str, logits: Tensor) -> str:

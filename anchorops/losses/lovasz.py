@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._checks import check_choice, check_flags, check_pixels, describe, fail
-from .._ops.hinges import bin_edges, hinge_histograms, hinge_loss, upsampled_channel
-from .._ops.probability_histograms import error_loss, probability_histograms
+from .._ops.hinges import bin_edges, hinge_histograms
+from .._ops.probability_histograms import error_loss, hinge_loss, probability_histograms
 from .._ops.sigmoid import contiguous
 from .._ops.softmax_moments import in_images, labels_outside
 from .pixel import PixelLoss, check_chosen_classes, chosen_classes
@@ -144,19 +144,11 @@ class Lovasz(PixelLoss):
 
     def _hinge(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """Of a channel (B, 1, h, w)."""
-        z = upsampled_channel(logits, labels, self.align_corners)
-        not_finite, counts = hinge_histograms(z, labels, ignore_index)
-        losses, slopes = _losses_and_slopes(counts[None], bin_edges(z.device))
-        loss = hinge_loss(
-            losses[0].to(z.dtype) + not_finite,
-            z,
-            logits,
-            labels,
-            slopes[0],
-            ignore_index=ignore_index,
-            align_corners=self.align_corners,
-        )
-        return loss, counts.sum(1).flip(0)
+        options = {"ignore_index": ignore_index, "align_corners": self.align_corners}
+        not_finite, counts = hinge_histograms(logits, labels, **options)
+        losses, slopes = _losses_and_slopes(counts[None], bin_edges(logits.device))
+        loss = losses[0].to(not_finite.dtype) + not_finite
+        return hinge_loss(loss, logits, labels, slopes[0], **options), counts.sum(1).flip(0)
 
 
 def _losses_and_slopes(counts: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._moments import statistics_dtype
-from .upsampling import rows_near, upsample_rows
+from .upsampling import rows_near, transposed_rows, upsample_rows
 
 CHUNK = 2**21  # probabilities at a time
 
@@ -38,17 +38,13 @@ def error_gradients(
     dlogits = torch.zeros_like(logits, dtype=statistics_dtype(logits.dtype))
     size, source = labels.shape[1:], logits.shape[2]
     for rows, near in _chunks(logits, labels):
-
-        def upsampled(x: Tensor, rows: slice = rows, near: slice = near) -> Tensor:
-            return upsample_rows(x, source, size, align_corners, rows, near)
-
         x = logits.detach()[:, :, near].to(dlogits.dtype)
-        z, transposed, *_ = torch.func.vjp(upsampled, x)
+        z = upsample_rows(x, source, size, align_corners, rows, near)
         p = z.softmax(1)
         index, sign, valid = _places(p, labels[:, rows], slopes.shape[2], ignore_index)
         u = sign * slopes.to(p.dtype).flatten()[index]
         dz = torch.where(valid[:, None], p * (u - (p * u).sum(1, keepdim=True)), 0)
-        dlogits[:, :, near] += transposed(dz)[0]
+        dlogits[:, :, near] += transposed_rows(dz, x.shape, source, size, align_corners, rows, near)
     return dlogits.to(logits.dtype)
 
 

@@ -45,20 +45,64 @@ def upsample_rows(
 ) -> Tensor:
     """These rows of `upsample` (slices of a volume), from the rows `near` of `source` rows of the
     logits: those of `rows_near`."""
-    # as F.interpolate: coordinates are float32, for float64 logits float64
-    dtype = statistics_dtype(near_logits.dtype)
-    x = near_logits.to(torch.float32 if near_logits.device.type == "mps" else torch.float64)
-    for axis, length in enumerate(size, 2):
-        sources = source if axis == 2 else near_logits.shape[axis]
-        lower, upper, weight = bilinear_sources(length, sources, align_corners, dtype, x.device)
-        if axis == 2:
-            lower, upper = lower[rows] - near.start, upper[rows] - near.start
-            weight = weight[rows]
+    x = _wide(near_logits)
+    sources = (source, *near_logits.shape[3:])
+    for axis in range(2, x.dim()):
+        lower, upper, weight = _sources_of_axis(
+            axis, size, sources, align_corners, rows, near, near_logits
+        )
         index = (slice(None),) * axis  # the gradient of indexing sums in a fixed order
-        low, high, weight = x[(*index, lower)], x[(*index, upper)], weight.to(x.dtype)
+        low, high = x[(*index, lower)], x[(*index, upper)]
         weight = weight.view(-1, *(1,) * (x.dim() - axis - 1))
         x = torch.where(weight == 0, low, (1 - weight) * low + weight * high)
     return x
+
+
+def transposed_rows(
+    dz: Tensor,
+    near_shape: Sequence[int],
+    source: int,
+    size: Sequence[int],
+    align_corners: bool,
+    rows: slice,
+    near: slice,
+) -> Tensor:
+    """The gradient of `upsample_rows`, of logits of this shape, from that of its result. The sums
+    have a fixed order."""
+    x, sources = _wide(dz), (source, *near_shape[3:])
+    for axis in reversed(range(2, x.dim())):
+        lower, upper, weight = _sources_of_axis(axis, size, sources, align_corners, rows, near, dz)
+        x = x.movedim(axis, 0)
+        weight = weight.view(-1, *(1,) * (x.dim() - 1))
+        total = x.new_zeros((near_shape[axis], *x.shape[1:]))
+        total.index_put_((lower,), torch.where(weight == 0, x, (1 - weight) * x), accumulate=True)
+        total.index_put_((upper,), torch.where(weight == 0, 0, weight * x), accumulate=True)
+        x = total.movedim(0, axis)
+    return x
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def _sources_of_axis(
+    axis: int,
+    size: Sequence[int],
+    sources: Sequence[int],
+    align_corners: bool,
+    rows: slice,
+    near: slice,
+    logits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`bilinear_sources` along an axis, as F.interpolate: coordinates are float32, for float64
+    logits float64."""
+    dtype = statistics_dtype(logits.dtype)
+    lower, upper, weight = bilinear_sources(
+        size[axis - 2], sources[axis - 2], align_corners, dtype, logits.device
+    )
+    if axis == 2:
+        lower, upper, weight = lower[rows] - near.start, upper[rows] - near.start, weight[rows]
+    return lower, upper, _wide(weight)
 
 
 def rows_near(rows: slice, size: int, source: int) -> slice:
