@@ -71,7 +71,8 @@ def _best_model(run: Path, config: Config) -> Segmenter:
 def _read(path: Path, channels: int) -> Tensor:
     """An upright image (C, H, W)."""
     image, orientation = read_image(path, ())
-    if len(image) != channels and image.shape[1] == channels:  # a file (C, H, W), read as (H, W, C)
+    is_first = len(image) not in (1, channels) and image.shape[1] in (1, channels)
+    if is_first and path.suffix.lower() in (".tif", ".tiff"):  # (C, H, W) was read as (H, W, C)
         image = image.movedim(0, 2)
     if len(image) == 1 and channels == 3:
         image = image.expand(3, -1, -1)
