@@ -61,7 +61,8 @@ def gains() -> str:
     lines = [
         [
             "cross-entropy, forward and backward",
-            f"{gain_of('cross-entropy, trained', 19, 4)} as fast: 19 classes, output stride 4, trained logits",
+            f"{gain_of('cross-entropy, trained', 19, 4)} as fast: 19 classes, output stride 4, "
+            "trained logits",
             f"{gain_of('cross-entropy', 150, 8)}: 150 classes, stride 8, random logits",
             "CPU",
         ],
