@@ -9,9 +9,11 @@ from lovasz_formulas import hinge_loss, softmax_losses
 from memory import peak_allocated_bytes
 from networks import NO_TORCHVISION
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import anchorops as ao
 from anchorops import reference
+from anchorops.reference.upsampling import transposed_rows
 
 IGNORED = 255
 
@@ -277,6 +279,30 @@ def test_compiled_for_several_sizes(dynamic: bool | None, sigmoid: bool, backend
             *(value_and_gradient(x, logits, labels) for x in (compiled, loss)), strict=True
         ):
             torch.testing.assert_close(actual, right)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_modes_see_through_the_reference(sigmoid: bool):
+    """A mode must see no function transform: FlopCounterMode is one."""
+    logits, labels = example(3, 5, 6)
+    labels = labels[:, None].repeat(1, 3, 1, 1).mT.contiguous().mT % 2 if sigmoid else labels
+    leaf = logits.float().requires_grad_()
+    with ao.use_backend("reference"), FlopCounterMode(display=False):
+        ao.Lovasz(sigmoid=sigmoid)(leaf, labels).backward()
+    assert leaf.grad.isfinite().all() and leaf.grad.any()
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "size"), [((5, 6), (20, 17)), ((5, 6), (3, 4)), ((1, 4), (1, 9))]
+)
+def test_transposed_upsampling(shape, size, align_corners: bool):
+    """It sums in a fixed order, on GPUs too; here it is compared with torch's."""
+    dz, shape = torch.randn(2, 1, *size), (2, 1, *shape)
+    torchs = torch.ops.aten.upsample_bilinear2d_backward(dz, size, shape, align_corners)
+    whole = slice(0, size[0]), slice(0, shape[2])
+    ours = transposed_rows(dz, shape, shape[2], size, align_corners, *whole)
+    torch.testing.assert_close(ours.float(), torchs)
 
 
 @pytest.mark.on("reference", "cpu")

@@ -203,8 +203,8 @@ SOFTMAX_MOMENTS = (
     Mutant(
         "number of hard examples",
         "csrc/cpu/softmax_losses.h",
-        "sum == USED ? (is_unused(c) ? Vec{} : weight)",
-        "sum == USED ? weight",
+        "return is_unused(c) ? Vec{} : sum == USED",
+        "return sum == USED",
         SOFTMAX,
     ),
     Mutant(

@@ -49,12 +49,13 @@ def test_images_that_can_and_cannot_be_predicted(straight: Path, tmp_path: Path)
     out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
     main(["predict", str(straight), str(grey), *out])
     assert np.array(Image.open(tmp_path / "out/grey.png")).shape == (6, 9)
-    masks = []
-    for name, array in (("last", image()), ("first", np.moveaxis(image(), 2, 0).copy())):
-        write(tmp_path / f"channels_{name}.tif", array)
-        main(["predict", str(straight), str(tmp_path / f"channels_{name}.tif"), *out])
-        masks.append(np.array(Image.open(tmp_path / f"out/channels_{name}.png")))
-    assert (masks[0] == masks[1]).all() and masks[0].shape == (6, 9)
+    first, grey_first, low = (tmp_path / f"{name}.tif" for name in ("first", "grey_first", "low"))
+    write(first, np.moveaxis(image(), 2, 0).copy())
+    write(grey_first, image()[None, ..., 0])
+    write(low, image(3)[..., 0])  # three pixels high
+    main(["predict", str(straight), str(first), str(grey_first), str(low), *out])
+    for path, height in ((first, 6), (grey_first, 6), (low, 3)):
+        assert np.array(Image.open(tmp_path / f"out/{path.stem}.png")).shape == (height, 9)
     for run, images, message in (
         (straight, [grey], "predict: --out: .*out/grey.png exists: give another directory"),
         (straight, [four, four], "four.png would be written twice"),
