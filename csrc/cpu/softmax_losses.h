@@ -73,7 +73,7 @@ struct LossesOfImage {
 
   // What a pixel adds to a sum. c: -log p of its class; weight: 1 without pixel weights.
   ALWAYS_INLINE Vec sum_term(int sum, Vec c, Vec loss, Vec weight) const {
-    return is_unused(c) ? Vec{} : sum == USED ? weight : weighted(weight, loss);
+    return sum == USED ? (is_unused(c) ? Vec{} : weight) : weighted(weight, loss);
   }
 
   // alpha and beta: the derivatives of the loss by c, and by each -log p_k, divided by v_k.
