@@ -203,8 +203,8 @@ SOFTMAX_MOMENTS = (
     Mutant(
         "number of hard examples",
         "csrc/cpu/softmax_losses.h",
-        "return is_unused(c) ? Vec{} : sum == USED",
-        "return sum == USED",
+        "sum == USED ? (is_unused(c) ? Vec{} : weight)",
+        "sum == USED ? weight",
         SOFTMAX,
     ),
     Mutant(
