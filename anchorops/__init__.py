@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from . import _verdicts
@@ -68,9 +67,6 @@ if importlib.util.find_spec("torchmetrics"):  # otherwise `from anchorops import
 __version__ = "0.1.0"  # pyproject.toml reads it here
 _verdicts.load(__version__)
 
-# Names that have moved, and their modules; they are removed in 0.2.
-_MOVED = dict.fromkeys(ops.__all__, "ops") | dict.fromkeys(anchors.__all__, "anchors")
-
 # Imported at first use: diagnostics and MeanIoU need torchmetrics, plots needs matplotlib.
 _LAZY = ("diagnostics", "measure", "plots")
 if TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
@@ -85,11 +81,6 @@ else:
             return importlib.import_module(f".{name}", __name__)
         if name == "MeanIoU":
             return importlib.import_module("._mean_iou", __name__).MeanIoU
-        if name in _MOVED:
-            new = f"{__name__}.{_MOVED[name]}.{name}"
-            message = f"{__name__}.{name} is removed in version 0.2; use {new}"
-            warnings.warn(message, DeprecationWarning, stacklevel=2)
-            return getattr(globals()[_MOVED[name]], name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

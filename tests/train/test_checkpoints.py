@@ -72,7 +72,7 @@ def test_flipped_bit_in_a_checkpoint(tmp_path: Path):
         ),
         (
             lambda state: {"step": 6},
-            r"checkpoint .*6.pt does not fit this run: .*KeyError: 'model'",
+            r"checkpoint .*6.pt does not fit this run: .*KeyError: 'options'",
         ),
         (
             lambda state: state | {"evaluated": None},

@@ -199,20 +199,6 @@ def test_parts_of_a_killed_process_are_removed(earlier: Path):
     assert {path.name for path in earlier.iterdir()} == {"config.json", directory.MARKER}
 
 
-def test_run_of_an_earlier_version(tmp_path: Path):
-    """Such a run has no marker. It is not deleted, but it can be resumed."""
-    run = tmp_path / "run"
-    begin(run)
-    checkpoint.save_checkpoint(run, 400, {})
-    (run / directory.MARKER).unlink()
-    with pytest.raises(
-        ValueError, match=rf"earlier version\. continue it with `anchorops-train resume {run}`"
-    ):
-        begin(run, overwrite=True)
-    with directory.held(run):
-        pass
-
-
 def test_demo_overwrites_its_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def start(config: Config) -> dict:
         with directory.new_run(config):
@@ -226,7 +212,7 @@ def test_demo_overwrites_its_own_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         main(["demo", "--out", str(tmp_path)])
     runs = sorted(tmp_path.iterdir())
     assert [run.name for run in runs][:2] == ["hrnet-w18-small-plain", "hrnet-w18-small-sar"]
-    (runs[0] / directory.MARKER).unlink()  # of an earlier version
+    (runs[0] / directory.MARKER).unlink()
     with pytest.raises(SystemExit, match="w18-small-plain contains files but no"):
         main(["demo", "--out", str(tmp_path)])
 

@@ -45,8 +45,8 @@ def new_run(config: Config) -> Iterator[None]:
         raise ValueError(f"{run} is a file: give this run a --name")
     if run.exists() and any(run.iterdir()) and not (run / MARKER).exists():
         raise ValueError(
-            f"{run} contains files but no {MARKER}: they do not belong to a run, or the run is of "
-            f"an earlier version. {_offer(run)}remove them yourself, or give this run a --name"
+            f"{run} contains files but no {MARKER}: they do not belong to a run. Remove them "
+            "yourself, or give this run a --name"
         )
     if (run / CONFIG).exists() and not _is_of_a_run(run / CONFIG):
         raise ValueError(
@@ -100,8 +100,8 @@ def held(run: Path) -> Iterator[None]:
 
 
 def _is_of_a_run(config: Path) -> bool:
-    """Whether a config.json, of this or an earlier version, has the sections of ours. A marker
-    alone proves nothing: it may have been copied into the directory of a model."""
+    """Whether a config.json has the sections of ours. A marker alone proves nothing: it may have
+    been copied into the directory of a model."""
     try:
         sections = json.loads(config.read_text()).keys()
     except (ValueError, AttributeError):

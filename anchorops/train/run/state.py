@@ -1,6 +1,8 @@
 """The contents of a checkpoint, and what follows from a run's progress: when it logs, saves,
 evaluates and ends; and its learning rate."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -75,26 +77,20 @@ class State:
         """Load a checkpoint; returns the number of ranks that wrote it. Raises ValueError if it
         does not match, or was written with other options or data."""
         state = load_checkpoint(path)
-        self._compare_options(path, state.get("options"), state.get("step"))
-        self._compare_data(path, state.get("data"))  # None: of an earlier version
-        try:
+        with _fitting(path):
+            options, data, ranks = dict(state["options"]), dict(state["data"]), int(state["ranks"])
+        self._compare_options(path, options, state.get("step"))
+        self._compare_data(path, data)
+        with _fitting(path):
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.lr.load_state_dict(state["schedule"])
             self.averages.restore(state["averages"])
             types = {name: type(value) for name, value in asdict(Progress()).items()}
             self.progress = Progress(**{name: kind(state[name]) for name, kind in types.items()})
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(
-                f"checkpoint {path} does not fit this run: it is of another model, data set or "
-                f"version ({shorten(reason, 300, placeholder=' …')})"
-            ) from error
-        return state.get("ranks", self.ranks)  # an earlier version did not store it
+        return ranks
 
-    def _compare_options(self, path: Path, saved: dict[str, Any] | None, step: Any) -> None:
-        if saved is None:  # an earlier version did not store them
-            return
+    def _compare_options(self, path: Path, saved: dict[str, Any], step: Any) -> None:
         now = self.config.decisive
         if isinstance(step, int) and now["steps"] <= step:  # a run may be ended where it is
             saved = saved | {"steps": now["steps"]}
@@ -107,9 +103,7 @@ class State:
                     f"--weights {path}"
                 )
 
-    def _compare_data(self, path: Path, saved: dict[str, Any] | None) -> None:
-        if saved is None:  # an earlier version did not store it
-            return
+    def _compare_data(self, path: Path, saved: dict[str, Any]) -> None:
         now = self.data._asdict()
         others = [name for name in now if saved.get(name) != now[name]]
         if others:
@@ -120,6 +114,19 @@ class State:
                 f"{values[0]}, now {values[1]}): the numbers would not be those of the run without "
                 f"a stop. Give --root the same data, or start a new run with --weights {path}"
             )
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """An error inside means that the checkpoint's contents do not fit: raises ValueError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"checkpoint {path} does not fit this run: it is of another model, data set or "
+            f"version ({shorten(reason, 300, placeholder=' …')})"
+        ) from error
 
 
 class Schedule:
