@@ -25,6 +25,8 @@ from ._verdicts import found_wrong
 
 _logger = logging.getLogger("anchorops")
 NAMES = ("cuda", "triton", "cpu", "reference")
+FUSED = ("cpu", "triton")  # the backends of most operators, besides `reference`
+WITH_CUDA = (*FUSED, "cuda")  # of class keys, random groups and class moments
 # The major compute capability that cuda and triton need: our CUDA sources for asynchronous copies
 # and products of bfloat16, and so does Triton from 3.3 on.
 OLDEST_GPU = 8
@@ -220,12 +222,10 @@ def backends() -> dict[str, str | None]:
     """All backends, fastest first: None if the backend is usable here, otherwise the reason why
     not. With several GPUs, `cuda` is usable if at least one GPU supports it. GPUs of a compute
     capability below 8.0 are served by `reference` alone. Usable does not mean every call: `cuda`
-    leaves to `triton` class moments of more than 1,024 keys (images × classes × groups), logits
-    whose labels have less than twice their height or width, pixel losses with label smoothing, a
-    focal factor or hard examples, confusion matrices, CeCo, and pixel_kl_divergence; both leave
-    float64 to `reference`. A backend of which `anchorops-doctor --verify` found an operator wrong
-    is usable too: "auto" does not take it for this operator, and warns; `anchorops-doctor` names
-    the operators."""
+    has class moments of at most 1,024 keys (images × classes × groups) and centroid InfoNCE, and
+    leaves everything else to `triton`; both leave float64 to `reference`. A backend of which
+    `anchorops-doctor --verify` found an operator wrong is usable too: "auto" does not take it for
+    this operator, and warns; `anchorops-doctor` names the operators."""
     reasons = dict(_MISSING)
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     too_old = [_too_old(gpu) for gpu in gpus]
@@ -322,7 +322,7 @@ def select(
     *,
     runs: Sequence[str] = (),
     refusal: Callable[[str], str | None] = _takes_every_call,
-    operators: Sequence[str] = NAMES,
+    operators: Sequence[str] = FUSED,
 ) -> str:
     """The backend of a call with this input (features, logits or predictions). Raises ValueError if
     the chosen backend does not support it.

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import TRITON_INTERPRETED, backends, use_backend
+from ._backend import FUSED, TRITON_INTERPRETED, WITH_CUDA, backends, use_backend
 from ._ops.centroid_info_nce import centroid_info_nce
 from ._ops.class_moments import class_centroids, pixel_to_anchor_mse
 from ._ops.pixel_binary_cross_entropy import pixel_binary_cross_entropy
 from ._ops.pixel_cross_entropy import pixel_cross_entropy
 from ._ops.pixel_kl_divergence import pixel_kl_divergence
-from ._ops.registration import WITHOUT_CUDA
 from ._verdicts import ON_GPU
 from .losses import CrossEntropyDice
 from .measure import (
@@ -57,7 +56,7 @@ class Case(NamedTuple):
     ours: Loss
     formula: Loss
     inputs: Sequence[str] = ("flat", "sharp")
-    backends: Sequence[str] = ("cuda", "triton", "cpu")
+    backends: Sequence[str] = FUSED
 
 
 def _upsampled(x: Tensor, labels: Tensor) -> Tensor:
@@ -113,23 +112,9 @@ def _ours(x: Tensor, _: Tensor, labels: Tensor) -> Tensor:
 
 CASES = [
     Case("cross-entropy, K 19, ratio 4", (1, 19, 64, 128), 4, _ours, _cross_entropy),
-    Case(
-        "cross-entropy, K 19, ratio 1",
-        (1, 19, 256, 512),
-        1,
-        _ours,
-        _cross_entropy,
-        backends=WITHOUT_CUDA,
-    ),
+    Case("cross-entropy, K 19, ratio 1", (1, 19, 256, 512), 1, _ours, _cross_entropy),
     Case("cross-entropy, K 150, ratio 4", (1, 150, 64, 64), 4, _ours, _cross_entropy),
-    Case(
-        "cross-entropy, K 150, ratio 1",
-        (1, 150, 256, 256),
-        1,
-        _ours,
-        _cross_entropy,
-        backends=WITHOUT_CUDA,
-    ),
+    Case("cross-entropy, K 150, ratio 1", (1, 150, 256, 256), 1, _ours, _cross_entropy),
     Case("cross-entropy of a volume", (1, 4, 8, 32, 32), 4, _ours, _cross_entropy),
     Case(
         "cross-entropy + Dice",
@@ -151,7 +136,6 @@ CASES = [
         4,
         lambda x, t, y: pixel_kl_divergence(x, t, y.shape[1:]),
         _kl_divergence,
-        backends=WITHOUT_CUDA,
     ),
     Case(
         "class moments",
@@ -160,6 +144,7 @@ CASES = [
         lambda f, a, y: (class_centroids(f, y, len(a))[0] * a).mean(),
         _centroids,
         inputs=("coherent", "random"),
+        backends=WITH_CUDA,
     ),
     Case(
         "pixel-to-anchor MSE",
@@ -168,6 +153,7 @@ CASES = [
         lambda f, a, y: pixel_to_anchor_mse(f, y, a),
         _anchor_mse,
         inputs=("coherent", "random"),
+        backends=WITH_CUDA,
     ),
     Case(
         "centroid InfoNCE",
@@ -176,6 +162,7 @@ CASES = [
         lambda q, k, _: centroid_info_nce(q, k),
         _info_nce,
         inputs=("centroids",),
+        backends=WITH_CUDA,
     ),
 ]
 

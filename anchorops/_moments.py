@@ -1,6 +1,6 @@
 """What the moments take and give. For softmax moments this is the list of options and results, from
 which schemas, fake kernels, and what reaches C++ and Triton follow. C++ repeats the order of the
-flags (csrc/softmax_flags.h) and of the numbers (softmax_moments.cpp)."""
+flags (csrc/cpu/softmax_flags.h) and of the numbers (softmax_moments.cpp)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -111,15 +111,9 @@ def _fields(kind: Any) -> tuple[str, ...]:
 TENSORS, NUMBERS, FLAGS = _fields(Tensor | None), _fields(float), _fields(bool)
 assert {*TENSORS, *NUMBERS, *FLAGS, "ignore_index"} == {*Options._fields}
 
-# The options and results that a backend does not have. PyTorch computes those of ADDED from the
-# results of the others; a call with another one is for another backend.
-LACKS = {
-    "cpu": (),
-    "triton": ("pixel_weights", "outside"),
-    "cuda": ("smoothing", "pixel_weights", "min_loss", "focal_gamma", "used", "outside"),
-    "reference": (),
-}
-ADDED = ("pixel_weights", "outside")
+# The options and results that a backend does not have. PyTorch computes them from the results of
+# the others.
+LACKS = {"cpu": (), "triton": ("pixel_weights", "outside"), "reference": ()}
 
 
 # Functions, because Dynamo of torch 2.10 does not trace a property of a NamedTuple.
@@ -142,15 +136,6 @@ def changes_losses(options: Options) -> bool:
 
 def counts_used(options: Options) -> bool:
     return selects(options) or options.pixel_weights is not None
-
-
-def lacking(options: Options, backend: str) -> list[str]:
-    """The options and requested results of the call that the backend does not have, and that
-    PyTorch does not add."""
-    default = Options()
-    changed = [x for x in TENSORS if getattr(options, x) is not None]
-    changed += [x for x in (*NUMBERS, *FLAGS) if getattr(options, x) != getattr(default, x)]
-    return [x for x in changed if x in LACKS[backend] and x not in ADDED]
 
 
 class Result(NamedTuple):
@@ -198,7 +183,7 @@ class Signature:
 
     def pack(self, options: Options) -> tuple[Any, ...]:
         """The last arguments of the operator: tensors, numbers, ignore_index, and a bit for each
-        flag, the first one the lowest (csrc/softmax_flags.h)."""
+        flag, the first one the lowest (csrc/cpu/softmax_flags.h)."""
         flags = sum(1 << i for i, x in enumerate(FLAGS) if getattr(options, x))
         numbers = [getattr(options, x) for x in self.numbers]
         tensors = (getattr(options, x) for x in self.tensors)

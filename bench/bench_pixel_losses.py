@@ -278,11 +278,7 @@ def names(case: Case, device: torch.device) -> list[str]:
     alternatives = [*alternative_formulas(case)]
     if alternatives and device.type == "cpu":
         alternatives.append(alternatives[0] + KEPT)
-    without_cuda = case.operation in (FOCAL, CONFUSION, DIVERGENCE)
-    without_cuda |= case.shape.size[2:] == case.shape.label_size
-    ours = [
-        name for name, kind in backends(device).items() if not (without_cuda and kind == "cuda")
-    ]
+    ours = [name for name, kind in backends(device).items() if kind != "cuda"]
     return [*ours, *alternatives]
 
 

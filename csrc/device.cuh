@@ -82,13 +82,6 @@ __device__ __forceinline__ int thread_again() {
 #endif
 }
 
-// Requests a line of 128 bytes, so that it is in the second-level cache before it is loaded.
-__device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
-#ifdef __CUDACC__
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-#endif
-}
-
 // Rounds to nearest even, two at a time if the hardware can.
 template <class T>
 __device__ __forceinline__ Vector<T> round_to(const float (&values)[Vector<T>::SIZE]) {
@@ -148,29 +141,6 @@ __device__ __forceinline__ Vector<T> keep(const Vector<T>& vector, const unsigne
   Vector<T> kept;
   memcpy(&kept, bits, sizeof bits);
   return kept;
-}
-
-// 2^x, to 2 units in the last place; results below 2^-126 are 0.
-__device__ __forceinline__ float exp2_approximate(float x) {
-#ifdef __CUDACC__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  const float y = std::exp2(x);
-  return y < 0x1p-126f ? 0 : y;
-#endif
-}
-
-// log2(x) for x from 2^-126 on, to 2 units in the last place; between ½ and 2, to 2^-22.
-__device__ __forceinline__ float log2_approximate(float x) {
-#ifdef __CUDACC__
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return std::log2(x);
-#endif
 }
 
 // a·b, rounded. It is never fused with an addition.

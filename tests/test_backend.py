@@ -4,7 +4,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from types import SimpleNamespace
@@ -16,8 +15,7 @@ from torch.torch_version import TorchVersion
 
 import anchorops as ao
 from anchorops import _backend, doctor
-from anchorops._moments import Options
-from anchorops._ops import class_moments, softmax_moments
+from anchorops._ops import class_moments
 
 FEATURES, LABELS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int64)
 
@@ -263,6 +261,7 @@ class Gpus:
         features: Any = SimpleNamespace(
             device=torch.device("cuda", index), dtype=torch.bfloat16, shape=(2, 3, 4, 5)
         )
+        options = {"operators": _backend.WITH_CUDA} | options
         return _backend.select(function, features, 6, **options)
 
 
@@ -295,57 +294,20 @@ def test_more_keys_than_cuda_supports_are_for_triton(monkeypatch):
     assert gpus.select(0, refusal=many) == "reference"
 
 
-def test_logits_that_are_upsampled_less_than_twice_are_for_triton(monkeypatch):
+def test_operators_without_cuda_kernels_are_for_triton(monkeypatch):
     gpus = Gpus(monkeypatch, "9.0", "9.0")
-
-    def refusal(size: tuple[int, ...], align_corners: bool = False) -> Callable:
-        options = Options(align_corners=align_corners)
-        return partial(softmax_moments.refusal, torch.zeros(2, 3, 4, 5), size, options)
-
-    for size, align_corners, backend in (
-        ((8, 10), False, "cuda"),
-        ((8, 9), False, "triton"),
-        ((7, 10), False, "triton"),
-        ((4, 5), False, "triton"),
-        ((0, 10), False, "triton"),
-        ((7, 9), True, "cuda"),
-        ((6, 9), True, "triton"),
-        ((1, 8, 10), False, "cuda"),  # of a volume
-        ((8, 7, 10), False, "triton"),
-    ):
-        assert gpus.select(0, refusal=refusal(size, align_corners)) == backend, size
-    with ao.use_backend("cuda"):
-        assert gpus.select(0, refusal=refusal((8, 10))) == "cuda"
-        message = 'f: backend cuda .* at least twice along each axis: choose "triton" or "auto"$'
-        with pytest.raises(ValueError, match=message):
-            gpus.select(0, refusal=refusal((8, 9)))
+    assert gpus.select(0, operators=_backend.FUSED) == "triton"
+    message = '^f: backend cuda .* it does not have this operator: choose "triton" or "auto"$'
+    with ao.use_backend("cuda"), pytest.raises(ValueError, match=message):
+        gpus.select(0, operators=_backend.FUSED)
     monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
-    assert gpus.select(0, refusal=refusal((8, 9))) == "reference"
-
-
-def test_one_compilation_for_all_sizes_that_cuda_leaves_to_triton(monkeypatch):
-    """A reason with numbers would make them constants."""
-    monkeypatch.setitem(_backend._ON_HOST, "cuda", True)
-    graphs = []
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    @torch.compile(fullgraph=True, dynamic=True, backend=keep)
-    def served(x, labels):
-        refusal = partial(softmax_moments.refusal, x, labels.shape, Options())
-        return x + (_backend._why_not("cuda", x, 5, refusal, ("cuda",)) is None)
-
-    for height, width in ((7, 10), (7, 12), (6, 9)):
-        assert not served(torch.zeros(1, 2, 4, 5), torch.zeros(height, width)).any()
-    assert len(graphs) == 1
+    assert gpus.select(0, operators=_backend.FUSED) == "reference"
 
 
 def test_keys_are_images_times_classes_times_groups(monkeypatch):
     num_keys = []
 
-    def select(function, tensor, num_classes, *, runs, refusal):
+    def select(function, tensor, num_classes, *, runs, refusal, operators):
         num_keys.append(refusal.args[0])
         return "reference"
 

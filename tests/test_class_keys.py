@@ -97,7 +97,7 @@ def test_every_ratio_of_sizes(both):
             assert torch.equal(keys, nearest.int().view(1, size))
 
 
-@not_cuda  # for CeCo, which cuda leaves to triton
+@not_cuda  # for CeCo
 @pytest.mark.parametrize(
     ("num_classes", "dtype"),
     [(5, torch.uint8), pytest.param(255, torch.uint8, marks=cpu), (300, torch.int16)],

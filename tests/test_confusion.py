@@ -10,7 +10,6 @@ import anchorops as ao
 from anchorops import reference
 
 pytestmark = pytest.mark.usefixtures("sorted_by_numpy")
-without_cuda = pytest.mark.on("cpu", "reference", "interpreter")  # it leaves them to triton
 INTEGERS = ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"]
 both_backends = pytest.mark.on("cpu", "reference")
 
@@ -118,10 +117,9 @@ def check_argmax(logits, size, align_corners=False):
         ((1, 37, 9, 2), (33, 16)),
         ((1, 2, 3, 40), (12, 160)),
         ((1, 5, 1, 1), (4, 3)),
-        *(
-            pytest.param(*sizes, marks=without_cuda)
-            for sizes in (((2, 150, 5, 4), (5, 4)), ((1, 7, 9, 8), (3, 5)), ((1, 2, 2, 2), (3, 3)))
-        ),
+        ((2, 150, 5, 4), (5, 4)),
+        ((1, 7, 9, 8), (3, 5)),
+        ((1, 2, 2, 2), (3, 3)),
         *(
             pytest.param(*sizes, marks=pytest.mark.on("reference", "cpu"))
             for sizes in (
@@ -151,7 +149,7 @@ def test_layouts(backend, dtype):
         assert torch.equal(ao.pixel_argmax(view, (12, 36)), expected)
 
 
-@pytest.mark.parametrize("pixels", [(8, 12), (5, 7), pytest.param((2, 3), marks=without_cuda)])
+@pytest.mark.parametrize("pixels", [(8, 12), (5, 7), (2, 3)])
 def test_first_of_equal_logits(backend, pixels):
     logits = torch.zeros(1, 40, 2, 3)
     assert not ao.pixel_argmax(logits, pixels).any()
@@ -162,7 +160,7 @@ def test_first_of_equal_logits(backend, pixels):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
-@pytest.mark.parametrize("pixels", [(8, 12), (5, 7), pytest.param((2, 3), marks=without_cuda)])
+@pytest.mark.parametrize("pixels", [(8, 12), (5, 7), (2, 3)])
 def test_nan_is_largest(backend, pixels):
     logits = torch.randn(1, 40, 2, 3)
     logits[0, 5] = torch.inf
@@ -178,14 +176,12 @@ def test_no_images(backend):
     assert ao.pixel_argmax(torch.empty(0, 3, 2, 2), (4, 4)).shape == (0, 4, 4)
 
 
-@without_cuda
 def test_no_pixels(backend):
     assert ao.pixel_argmax(torch.randn(2, 3, 2, 2), (0, 4)).shape == (2, 0, 4)
     empty = torch.empty(0, dtype=torch.int64)
     assert not ao.confusion(empty, empty, 3).any()
 
 
-@without_cuda
 @pytest.mark.parametrize("dtype", [getattr(torch, name) for name in INTEGERS], ids=str)
 def test_label_dtypes_of_confusion(backend, dtype):
     labels = torch.randint(0, 8, (2, 9, 33)).to(dtype)
@@ -197,7 +193,6 @@ def test_label_dtypes_of_confusion(backend, dtype):
     assert torch.equal(ao.pixel_confusion(logits, labels, ignore_index=3), expected)
 
 
-@without_cuda
 @pytest.mark.parametrize("num_classes", [2, 3, 19, 150, 4096])
 def test_classes_of_confusion(backend, num_classes):
     labels = torch.randint(-1, num_classes + 1, (700,))
@@ -207,7 +202,6 @@ def test_classes_of_confusion(backend, num_classes):
     assert torch.equal(ao.confusion(predictions, labels, num_classes, ignore_index=0), expected)
 
 
-@without_cuda
 def test_values_outside_are_left_out(backend):
     labels = torch.tensor([0, 1, 2**40, -(2**40), 2**32 + 1, 255, 2, 2, 2])
     predictions = torch.tensor([1, 1, 1, 1, 1, 1, -1, 2**32 + 2, 3])
@@ -215,17 +209,14 @@ def test_values_outside_are_left_out(backend):
     assert torch.equal(ao.confusion(predictions, labels, 3), expected)
 
 
-@pytest.mark.on("reference", "cpu", "interpreter", "emulator", "gpu")
+@pytest.mark.on("reference", "cpu", "interpreter", "triton")
 @pytest.mark.parametrize(
     ("size", "pixels", "align_corners", "dtype"),
     [
-        pytest.param(*case, marks=pytest.mark.on("reference", "cpu", "interpreter", *places))
-        for *case, places in (
-            ((2, 19, 3, 5), (12, 20), False, BF16, ("emulator", "gpu")),
-            ((2, 5, 4, 6), (17, 25), True, F32, ("emulator", "gpu")),
-            ((1, 37, 6, 7), (6, 7), False, BF16, ("triton",)),
-            ((1, 7, 9, 8), (3, 5), False, F16, ("triton",)),
-        )
+        ((2, 19, 3, 5), (12, 20), False, BF16),
+        ((2, 5, 4, 6), (17, 25), True, F32),
+        ((1, 37, 6, 7), (6, 7), False, BF16),
+        ((1, 7, 9, 8), (3, 5), False, F16),
     ],
 )
 def test_hits_are_the_diagonal(backend, size, pixels, align_corners, dtype):
@@ -237,8 +228,7 @@ def test_hits_are_the_diagonal(backend, size, pixels, align_corners, dtype):
     predictions = ao.pixel_argmax(logits, pixels, **options)
     matrix = reference.confusion(predictions, labels, size[1], ignore_index=255)
     assert torch.equal(ao.ops.softmax_moments(logits, labels, **options).hits, matrix.diagonal())
-    if backend != "cuda":  # it leaves them to triton
-        assert torch.equal(ao.pixel_confusion(logits, labels, **options), matrix)
+    assert torch.equal(ao.pixel_confusion(logits, labels, **options), matrix)
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])

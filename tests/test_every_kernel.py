@@ -76,6 +76,7 @@ def softmax_moments() -> list[Case]:
                 softmax.check,
                 softmax.Case((2, 7, 3, 5), (12, 20), layout=layout, statistics=statistics),
             ),
+            TRITON,
         )
         for layout in ("contiguous", "channels_last")
         for statistics in (softmax.CE, ("masses",), ("masses", "squares"), softmax.ALL)
@@ -101,7 +102,7 @@ def info_nce(backend: str) -> None:
 
 def predictions(backend: str) -> None:
     logits = torch.randn(2, 19, 3, 5)
-    for dtype in (torch.int64, *((torch.uint8, torch.uint16) if backend == "triton" else ())):
+    for dtype in (torch.int64, torch.uint8, torch.uint16):
         actual = ao.pixel_argmax(logits, (12, 20), dtype=dtype)
         with ao.use_backend("reference"):
             assert torch.equal(actual, ao.pixel_argmax(logits, (12, 20), dtype=dtype))
@@ -124,7 +125,7 @@ CASES = [
     *softmax_moments(),
     *(Case(f"class keys of {dtype}", partial(class_keys, dtype), CUDA) for dtype in INTEGERS),
     Case("centroid InfoNCE", info_nce),
-    Case("predictions", predictions),
+    Case("predictions", predictions, TRITON),
     Case("confusion matrix", confusion, TRITON),
     Case("upsampled sums", upsampled_sums, TRITON),
     Case("divergence from a teacher", divergence, TRITON),
@@ -153,6 +154,7 @@ def test_every_kernel_is_launched(backend: str):
     assert cases_of.keys() == kernels_of(backend)
 
 
+@pytest.mark.on("interpreter", "triton")
 def test_volumes_launch_the_kernels_images(backend: str):
     """Of the same backend, in both directions."""
 

@@ -30,7 +30,9 @@ def same(ours, expected) -> bool:
 Calls = tuple[Callable[..., Any], Any, list[Any]]  # a function, its case, further arguments
 
 
-@pytest.fixture(params=["class_moments", "softmax_moments"])
+@pytest.fixture(
+    params=["class_moments", pytest.param("softmax_moments", marks=pytest.mark.on("triton"))]
+)
 def calls(request: pytest.FixtureRequest, backend: str) -> list[Calls]:
     """Values and gradient of an operator, of two inputs."""
     if request.param == "class_moments":
@@ -67,7 +69,6 @@ FIRST_LAUNCHES = """
 import torch, anchorops as ao
 torch.set_default_device("cuda")
 features = torch.randn(2, 64, 16, 32, dtype=torch.bfloat16, requires_grad=True)
-logits = torch.randn(2, 19, 16, 32, requires_grad=True)
 anchors, queries = torch.randn(2, 19, 64).requires_grad_().unbind()
 labels, seed = torch.randint(0, 19, (2, 64, 128)), torch.ones(1, dtype=torch.int64)
 
@@ -77,10 +78,9 @@ def step():
         ao.pixel_to_anchor_mse(features, labels, anchors),
         groups.sums.square().mean(),
         ao.ops.centroid_info_nce(queries, anchors),
-        ao.CrossEntropyDice()(logits, labels),
     ]
     loss = sum(losses)
-    return [loss.detach(), *torch.autograd.grad(loss, (features, logits, anchors, queries))]
+    return [loss.detach(), *torch.autograd.grad(loss, (features, anchors, queries))]
 
 graph = torch.cuda.CUDAGraph()
 with ao.use_backend("cuda"):
@@ -125,7 +125,7 @@ def test_graph_of_a_training_step(backend: str, name: str):
     torch.testing.assert_close(cuda_graph(step)(), step())
 
 
-@pytest.mark.on("triton")  # cuda leaves these losses to it
+@pytest.mark.on("triton")
 def test_losses_wait_for_nothing(backend: str):
     logits = softmax.make_logits(OF_LOGITS)[0].requires_grad_()
     labels = softmax.make_labels(OF_LOGITS)

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from cpu_kernels import passes_with, same_for_all_threads
-from emulator import BACKEND
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from softmax_formulas import (
@@ -29,18 +28,15 @@ from softmax_formulas import (
     run_reference,
 )
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
-from anchorops._moments import Options, Signature
+from anchorops._moments import Options
 from anchorops._ops import softmax_moments as operator_of
 from anchorops._ops.softmax_moments import moments_of as checked_moments
 
 cpu = pytest.mark.on("cpu")
 on_cpu = pytest.mark.on("cpu", "reference")
-on_gpu = pytest.mark.on("gpu")
-emulator = pytest.mark.on("emulator")
-without_cuda = pytest.mark.on("cpu", "reference", "interpreter")  # it leaves them to triton
+on_gpu = pytest.mark.on("triton")
 
 CASES = [
     # ×4: one cell, several tiles of cells, many classes
@@ -91,10 +87,7 @@ CASES = [
         for pixels in ((16, 24), (33, 48), (7, 9))
         for scale in (81.0, 9e3)
     ),
-    # more classes than a block of any size has
-    Case((1, 1100, 1, 2), (2, 4), statistics=CE)
-    if BACKEND == "cuda"
-    else Case((5, 300), (), statistics=CE),
+    Case((5, 300), (), statistics=CE),
 ]
 CASES_OF_CPU = [
     Case((1, 2, 3, 12_400), (2, 1), statistics=("masses",)),  # a tile of logits that no label reads
@@ -231,7 +224,7 @@ STEEP_AND_SHAPED = [
 @pytest.mark.parametrize(
     "case",
     [
-        *marked(SHAPED, without_cuda),
+        *SHAPED,
         *marked(SHAPED_OF_CPU, on_cpu),
         *marked(STEEP_AND_SHAPED, cpu),
     ],
@@ -312,7 +305,7 @@ def test_steep_logits(case: Case, scale: float, backend: str):
             assert error <= 2 * torch_error + 16 * torch.finfo(F32).eps * exact.abs().max()
 
 
-@pytest.mark.on("reference", "interpreter", "emulator")
+@pytest.mark.on("reference", "interpreter")
 def test_largest_logits(backend: str):
     """Neighbours whose difference is not finite in float32: p is 0 or 1, the gradient finite."""
     case = Case((1, 4, 3, 4), (12, 16), statistics=("hits", "masses"))
@@ -379,7 +372,7 @@ def test_rounding_errors_of_even_regions(case: Case, kind: str, backend: str):
     "case",
     [
         Case((1, 5, 4, 6), (32, 48)),
-        pytest.param(Case((1, 5, 4, 6), (7, 9)), marks=without_cuda),
+        Case((1, 5, 4, 6), (7, 9)),
         *marked(STEEP, cpu),
     ],
     ids=str,
@@ -409,7 +402,7 @@ def test_far_from_zero(backend: str):
     torch.testing.assert_close(dlogits, exact_gradient, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.on("cpu", "reference", "emulator", "cuda")  # Triton would compile each one
+@on_cpu  # Triton would compile each one
 @pytest.mark.parametrize("statistics", [c for n in range(5) for c in combinations(ALL, n)], ids=str)
 def test_every_combination_of_statistics(statistics: tuple[str, ...], backend: str):
     check(Case((2, 7, 3, 5), (12, 20), statistics=statistics), backend)
@@ -453,48 +446,6 @@ def test_threads_and_repetition_do_not_matter(case: Case, backend: str):
     same_for_all_threads(lambda: results(*inputs))
 
 
-class Allocated(TorchDispatchMode):
-    """The shapes of new tensors."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.shapes.append(tuple(result.shape))
-        return result
-
-    def __enter__(self):
-        self.shapes = []
-        return super().__enter__()
-
-
-@emulator
-@pytest.mark.parametrize(
-    ("case", "blocks"),
-    [
-        # in launches of one row of patches, or of three
-        (Case((1, 5, 30, 30), (240, 240), statistics=("masses",)), (4, 12)),
-        # in launches of one part of the cells
-        (Case((2, 5, 6, 6), (48, 48), statistics=("masses",), per_image=True), (2, 2)),
-    ],
-    ids=str,
-)
-def test_partials_are_limited(case: Case, blocks: tuple[int, int], backend: str, set_hardware):
-    """To a 64th of the logits, if no multiprocessor permits more; each image has a block."""
-    set_hardware(0, 228)
-    check(case, backend)
-    logits, labels = make_logits(case)[0], make_labels(case)
-    operator = torch.ops.anchorops.softmax_moments.cuda
-    with Allocated() as new:
-        operator._op_dk(
-            torch._C.DispatchKey.CPU, logits, labels, *Signature("cuda").pack(case.options)
-        )
-    num_classes = case.num_classes
-    partials = [shape for shape in new.shapes if len(shape) == 3 and shape[2] == num_classes]
-    assert partials == [(3, blocks[0], num_classes), (1, blocks[1], num_classes)]
-    if not case.per_image:
-        assert 3 * blocks[0] * num_classes <= logits.numel() / 64
-
-
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
 def test_labels_that_are_ignored(dtype: torch.dtype, backend: str):
     """Negative labels, which could be classes as unsigned numbers, and a class."""
@@ -506,7 +457,7 @@ def test_labels_that_are_ignored(dtype: torch.dtype, backend: str):
     assert (moments.losses != 0).nonzero().tolist() == [[3]]
 
 
-@pytest.mark.on("interpreter", "emulator")
+@pytest.mark.on("interpreter")
 def test_float64_is_refused(backend: str):
     with pytest.raises(ValueError, match=rf"softmax_moments: backend {backend} .* float64"):
         ao.ops.softmax_moments(torch.zeros(4, 2, dtype=F64), torch.zeros(4).long())
@@ -515,18 +466,16 @@ def test_float64_is_refused(backend: str):
 
 
 @cpu
-@pytest.mark.parametrize("backend_name", ["triton", "cuda"])
-def test_outside_is_counted_only_if_requested(backend_name: str, monkeypatch):
-    """PyTorch counts it for GPUs: one more pass over the labels."""
+def test_outside_is_counted_only_if_requested(backend: str, monkeypatch):
+    """PyTorch counts it for Triton: one more pass over the labels."""
     logits, labels = torch.empty(1, 3, 2, 2, device="meta"), torch.empty(1, 4, 4, device="meta")
     counted = []
     monkeypatch.setattr(operator_of, "labels_outside", lambda *_: counted.append(1))
     for outside in (False, True):
-        operator_of._fused_moments(backend_name, logits, labels.long(), Options(outside=outside))
+        operator_of._fused_moments("triton", logits, labels.long(), Options(outside=outside))
         assert len(counted) == outside
 
 
-@without_cuda
 def test_nothing_is_used(backend: str):
     logits = torch.randn(2, 4, 5, 5, requires_grad=True)
     labels = torch.randint(0, 4, (2, 10, 10))

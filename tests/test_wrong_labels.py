@@ -33,15 +33,12 @@ SIGMOIDS: dict[str, Callable[..., PixelLoss]] = {
         dice=ao.Dice(sigmoid=True), **options
     ),
 }
-each_backend = pytest.mark.on("reference", "cpu", "gpu")
-without_cuda = pytest.mark.on("reference", "cpu", "triton")  # it leaves them to triton
+each_backend = pytest.mark.on("reference", "cpu", "interpreter", "triton")
 SIZES = [  # of logits and labels
     ((2, 5, 4, 6), (2, 16, 24)),  # by cells
     ((2, 3000, 2, 65), (2, 8, 130)),  # several tiles in a row
     ((2, 5, 4, 6), (2, 1, 16, 24)),  # with a channel
     ((2, 5, 2, 3, 3), (2, 5, 6, 7)),  # volumes
-]
-FEWER_LABELS = [
     ((2, 5, 4, 6), (2, 7, 9)),  # pixel by pixel
     ((2, 5, 40, 6), (2, 40, 6)),  # full resolution
     ((2, 5, 40, 6), (2, 13, 6)),  # down
@@ -75,14 +72,8 @@ def count(loss: PixelLoss, logits: Tensor, labels: Tensor) -> float:
     return loss.terms[NAME].item()
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        *(pytest.param(sizes, marks=each_backend) for sizes in SIZES),
-        *(pytest.param(sizes, marks=without_cuda) for sizes in FEWER_LABELS),
-    ],
-    ids=str,
-)
+@each_backend
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_count(backend: str, sizes: tuple) -> None:
     size, label_size = sizes
     ignore_index = 255 if size[1] < 255 else -100

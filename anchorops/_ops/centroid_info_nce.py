@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import select
+from .._backend import WITH_CUDA, select
 from .._checks import FLOATING, check_choice, check_strided, check_temperature, describe, fail
-from .registration import ON_GPU, Gradient, define
+from .registration import Gradient, define
+
+BACKENDS = ("triton", "cuda")  # on the CPU it is the reference
 
 # float32 queries, positives [R, D] by strides, R = K·G: row r is a query of class r // G; keys
 # [K, D] by strides; bool present [R], present_keys [K]. Without positives, that of a row is the key
@@ -61,7 +63,7 @@ define(
     "centroid_info_nce",
     _SCHEMA,
     _forward_fake,
-    backends=ON_GPU,
+    backends=BACKENDS,
     gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
 )
 
@@ -128,8 +130,8 @@ def centroid_info_nce(
                 fail(function, argument, "a bool tensor", mask.dtype)
     check_temperature(function, temperature)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    backend = select(function, queries, queries.shape[0])
-    if backend not in ON_GPU:
+    backend = select(function, queries, queries.shape[0], operators=WITH_CUDA)
+    if backend not in BACKENDS:
         return reference.centroid_info_nce(
             queries,
             keys,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import CUDA_MAX_KEYS, select
+from .._backend import CUDA_MAX_KEYS, WITH_CUDA, select
 from .._checks import (
     check_anchors,
     check_choice,
@@ -151,6 +151,7 @@ define(
     "class_moments",
     _SCHEMA,
     _forward_fake,
+    backends=WITH_CUDA,
     gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
     any_strides=True,
 )
@@ -304,7 +305,12 @@ def unchecked_moments(
     num_keys = images * num_classes * options["groups"]
     runs = ("class_moments", "split_groups") if options["groups"] > 1 else ("class_moments",)
     backend = select(
-        "class_moments", features, num_classes, runs=runs, refusal=partial(refusal, num_keys)
+        "class_moments",
+        features,
+        num_classes,
+        runs=runs,
+        refusal=partial(refusal, num_keys),
+        operators=WITH_CUDA,
     )
     if backend == "reference":
         return reference.class_moments(features, labels, num_classes, anchors=anchors, **options)
@@ -380,8 +386,14 @@ def pixel_to_anchor_mse(
     num_classes = shape_of(anchors)[0]
     ignored = _check_inputs(function, features, labels, num_classes, ignore_index, check_labels)
     check_choice(function, "reduction", reduction, ("mean", "sum"))
-    refuses = partial(refusal, num_classes)
-    backend = select(function, features, num_classes, runs=("class_moments",), refusal=refuses)
+    backend = select(
+        function,
+        features,
+        num_classes,
+        runs=("class_moments",),
+        refusal=partial(refusal, num_classes),
+        operators=WITH_CUDA,
+    )
     if backend == "reference":
         return reference.pixel_to_anchor_mse(
             features, labels, anchors, ignore_index=ignored, reduction=reduction

@@ -19,7 +19,7 @@ from .._checks import (
 )
 from .._moments import Options
 from .pixel_argmax import pixel_argmax
-from .registration import WITHOUT_CUDA, define
+from .registration import define
 from .sigmoid import sigmoid_moments
 
 MATRIX_CLASSES = 4096  # at most: the matrix then needs 128 MiB
@@ -34,7 +34,6 @@ define(
     "confusion",
     "(Tensor predictions, Tensor labels, SymInt num_classes, int ignore_index) -> Tensor",
     _fake,
-    backends=WITHOUT_CUDA,
 )
 
 
@@ -119,9 +118,7 @@ def confusion_for(
         check_label_values(function, labels, num_classes, ignore_index)
     if labels.dim() > 3:
         predictions, labels = predictions.flatten(2), labels.flatten(2)
-    backend = select(
-        function, predictions, num_classes, runs=("confusion",), operators=WITHOUT_CUDA
-    )
+    backend = select(function, predictions, num_classes, runs=("confusion",))
     if backend == "reference":
         return reference.confusion(predictions, labels, num_classes, ignore_index=ignore_index)
     operator = getattr(torch.ops.anchorops.confusion, backend)

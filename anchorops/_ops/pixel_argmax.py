@@ -13,7 +13,7 @@ from .._checks import check_flags, check_logits, check_size, describe, fail
 from .._moments import Options, statistics_dtype
 from . import volumes as volumes  # it registers the operators of volumes
 from .registration import define
-from .softmax_moments import moments_of, refusal
+from .softmax_moments import moments_of
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
 
@@ -150,13 +150,7 @@ def _classes(
     logits: Tensor, size: Sequence[int], align_corners: bool, dtype: torch.dtype
 ) -> Tensor:
     """(B, *size). Logits may have one channel."""
-
-    def refused(backend: str) -> str | None:
-        if backend == "cuda" and dtype != torch.int64:
-            return "it writes int64"
-        return refusal(logits, size, Options(align_corners=align_corners), backend)
-
-    backend = select("pixel_argmax", logits, logits.shape[1], refusal=refused)
+    backend = select("pixel_argmax", logits, logits.shape[1])
     if logits.shape[1] == 1 and backend != "cpu":
         logits = torch.cat([torch.zeros_like(logits), logits], 1)
     if backend == "reference":

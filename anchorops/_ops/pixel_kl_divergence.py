@@ -33,7 +33,7 @@ from .._checks import (
     without_channel,
 )
 from .._moments import statistics_dtype
-from .registration import WITHOUT_CUDA, Gradient, define
+from .registration import Gradient, define
 
 # logits (B, K, h, w), teacher_logits (B, K, h', w'), valid bool (B, H, W), of any strides. Results
 # are float32, for float64 logits float64: total = Σ D is a scalar, the others are (B, H, W),
@@ -99,7 +99,6 @@ define(
     "pixel_kl_divergence",
     SCHEMA,
     forward_fake,
-    backends=WITHOUT_CUDA,
     gradient=Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward),
     any_strides=True,
 )
@@ -183,7 +182,7 @@ def pixel_kl_divergence(
 
     Raises:
         ValueError: wrong shape, dtype, device or value; a chosen backend that does not support the
-            call. There are no CUDA kernels: on GPUs `auto` selects `triton`.
+            call.
         RuntimeError: a second or a forward-mode derivative was requested from a fused backend.
     """
     function = "pixel_kl_divergence"
@@ -194,7 +193,7 @@ def pixel_kl_divergence(
     check_temperature(function, temperature)
     check_flags(function, align_corners=align_corners)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    backend = select(function, logits, logits.shape[1], operators=WITHOUT_CUDA)
+    backend = select(function, logits, logits.shape[1])
     if backend == "reference":
         return reference.pixel_kl_divergence(
             logits,

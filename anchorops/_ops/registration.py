@@ -7,15 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._backend import register_triton
+from .._backend import FUSED, register_triton
 from .._checks import in_transform
 
 library = torch.library.Library("anchorops", "FRAGMENT")
-# The backends that are operators. The reference is one only where it has a gradient of its own,
-# because a trace without gradients does not record an autograd.Function.
-FUSED = ("cpu", "triton", "cuda")
-WITHOUT_CUDA = ("cpu", "triton")  # of operators that on GPUs Triton serves
-ON_GPU = ("triton", "cuda")  # of small operators, for which the reference serves on CPU
 
 
 def call(launcher: Callable[..., Any], *arguments: Any) -> Any:
@@ -74,6 +69,8 @@ def define(
     implemented here by the function NAME of anchorops.kernels.NAME.
 
     Args:
+        backends: the reference is one only where it has a gradient of its own, because a trace
+            without gradients does not record an autograd.Function.
         schema: "(Tensor features, …) -> Tensor". Floating-point results come first (opcheck
             accumulates into the first one). A result that was not requested is an empty tensor
             (0,).

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import select
+from .._backend import FUSED, select
 from .._checks import check_flags, check_pixels, shape_of
 from .._moments import (
     GRADIENTS,
@@ -46,12 +46,11 @@ from .._moments import (
     SoftmaxMoments,
     changes_losses,
     is_unused,
-    lacking,
     selects,
     statistics_dtype,
 )
 from .class_moments import unchecked_moments as class_sums
-from .registration import FUSED, Gradient, define
+from .registration import Gradient, define
 
 SIGNATURES = {backend: Signature(backend) for backend in FUSED}
 
@@ -314,30 +313,12 @@ def softmax_moments(
     )
 
 
-def refusal(logits: Tensor, size: Sequence[int], options: Options, backend: str) -> str | None:
-    """Of `select`, for logits that are upsampled to this size: (…, H, W). Without the sizes,
-    because torch.compile would compile again for each of them."""
-    if names := lacking(options, backend):
-        return f"it does not support {' and '.join(names)}"
-    if backend == "cuda":
-        (height, width), fewer = logits.shape[-2:], int(options.align_corners)  # then of sizes − 1
-        if 2 * height - fewer > size[-2] or 2 * width - fewer > size[-1]:
-            return "it supports logits that are upsampled at least twice along each axis"
-    return None
-
-
 def moments_of(function: str, logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:
     """Softmax moments with all options, of arguments that `check_pixels` has checked. Logits may
     have one channel. Messages name `function`."""
     shape = labels.shape
     logits, labels, options = _as_images(logits, labels, options)
-    backend = select(
-        function,
-        logits,
-        logits.shape[1],
-        runs=("softmax_moments",),
-        refusal=partial(refusal, logits, labels.shape[1:], options),
-    )
+    backend = select(function, logits, logits.shape[1], runs=("softmax_moments",))
     if logits.shape[1] == 1 and backend != "cpu":
         logits = torch.cat([torch.zeros_like(logits), logits], 1)
     if backend == "reference":

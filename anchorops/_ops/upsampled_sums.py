@@ -24,7 +24,7 @@ from .._checks import in_transform
 from .._moments import UpsampledSums, statistics_dtype
 from ..reference import SPLAT_UNITS
 from .class_keys import class_keys
-from .registration import WITHOUT_CUDA, Gradient, define, library
+from .registration import Gradient, define, library
 
 CACHED = 2**18  # entries of W that fit into a CPU's cache
 
@@ -177,7 +177,6 @@ define(
     "(Tensor features, Tensor keys, SymInt num_keys, SymInt num_classes) "
     "-> (Tensor sums, Tensor mean, Tensor variance)",
     _forward_fake,
-    backends=WITHOUT_CUDA,
     gradient=Gradient(
         "(Tensor features, Tensor keys, Tensor dsums, Tensor mean, Tensor? dmean, "
         "Tensor? dvariance, SymInt num_classes) -> Tensor",
@@ -210,7 +209,7 @@ def upsampled_sums(
     The arguments must already be checked.
     """
     function = "upsampled_sums"
-    backend = select(function, features, num_classes, operators=WITHOUT_CUDA)
+    backend = select(function, features, num_classes)
     if backend == "reference" or in_transform(features):
         return reference.upsampled_sums(
             features,

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._backend import FUSED
 from .._moments import GRADIENTS, RESULTS, Options, Signature, statistics_dtype
 from ..reference import bilinear_sources
 from . import pixel_kl_divergence as kl
-from .registration import FUSED, WITHOUT_CUDA, Gradient, define, library
+from .registration import Gradient, define, library
 from .softmax_moments import SIGNATURES, define_moments, forward_fake
 
 SLAB = 2**22  # logits in a slab, unless one slice has more: 16 MiB
@@ -279,7 +280,6 @@ define(
     "volume_kl_divergence",
     kl.SCHEMA.replace("SymInt height", "SymInt depth, SymInt height"),
     kl.forward_fake,
-    backends=WITHOUT_CUDA,
     gradient=Gradient(kl.BACKWARD_SCHEMA, kl.backward_fake, kl.setup_context, kl.backward),
     in_python=True,
 )
@@ -292,12 +292,12 @@ for _backend, _signature in SIGNATURES.items():
             partial(_function, _signature, _operator),
             "CompositeExplicitAutograd",
         )
-for _name, _function, _backends in (
-    ("volume_argmax", _argmax, FUSED),
-    ("volume_kl_divergence", _divergences, WITHOUT_CUDA),
-    ("volume_kl_divergence_backward", _divergences_backward, WITHOUT_CUDA),
+for _name, _function in (
+    ("volume_argmax", _argmax),
+    ("volume_kl_divergence", _divergences),
+    ("volume_kl_divergence_backward", _divergences_backward),
 ):
-    for _backend in _backends:
+    for _backend in FUSED:
         library.impl(
             f"{_name}.{_backend}", partial(_function, _backend), "CompositeExplicitAutograd"
         )

@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../softmax_flags.h"
+#include "softmax_flags.h"
 #include "softmax_tiles.h"
 
 namespace anchorops::cpu::softmax {

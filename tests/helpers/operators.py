@@ -21,8 +21,8 @@ from anchorops._ops.upsampled_sums import upsampled_sums
 
 K, D = 4, 6
 Inputs = dict[str, Tensor]
-EVERYWHERE = ("reference", "cpu", "interpreter", "emulator")
-NOT_CUDA = ("reference", "cpu", "interpreter")
+FUSED = ("reference", "cpu", "interpreter")
+WITH_CUDA = (*FUSED, "emulator")
 ON_CPU = ("reference", "cpu")
 NOT_CPU = ("reference", "interpreter", "emulator")  # on the CPU it is the reference
 
@@ -32,7 +32,7 @@ class Operator(NamedTuple):
     run: Callable[..., Any]  # of the inputs, by name: a tensor or several
     formula: Callable[..., Any]  # the same by torch, in the dtype of the inputs
     inputs: Callable[[int], Inputs]  # of n² as many pixels; the gradient of the first is tested
-    places: tuple[str, ...] = EVERYWHERE
+    places: tuple[str, ...] = FUSED
     differentiable: bool = True
     exact: bool = True  # to rounding; its derivative has derivatives on the reference
     ignores: bool = True  # inputs of which nothing valid reads a part
@@ -213,6 +213,7 @@ OPERATORS = [
         our_moments,
         without_options(verify._moments, num_classes=K),
         feature_inputs,
+        WITH_CUDA,
         tables=("anchors",),
     ),
     Operator(
@@ -220,6 +221,7 @@ OPERATORS = [
         partial(our_moments, **GROUPS),
         without_options(verify._moments, num_classes=K, **GROUPS),
         feature_inputs,
+        WITH_CUDA,
         tables=("anchors",),
     ),
     Operator(
@@ -227,9 +229,10 @@ OPERATORS = [
         our_mse,
         without_options(verify._mse),
         feature_inputs,
+        WITH_CUDA,
         tables=("anchors",),
     ),
-    Operator("class_centroids", our_centroids, centroids, without_anchors),
+    Operator("class_centroids", our_centroids, centroids, without_anchors, WITH_CUDA),
     Operator(
         "softmax_moments",
         partial(our_statistics, per_image=True),
@@ -241,22 +244,19 @@ OPERATORS = [
         partial(our_statistics, **ALIGNED),
         partial(statistics, **ALIGNED),
         any_size,
-        NOT_CUDA,
     ),
     Operator(
         "pixel_cross_entropy",
         partial(ao.pixel_cross_entropy, ignore_index=-1, reduction="none"),
         without_options(verify._loss_of_pixels),
         logit_inputs(6, 7, 6, 7, num_classes=2),
-        NOT_CUDA,
     ),
-    Operator("CrossEntropy", shaped, without_options(shaped_formula), with_pixel_weights, NOT_CUDA),
+    Operator("CrossEntropy", shaped, without_options(shaped_formula), with_pixel_weights),
     Operator(
         "CrossEntropy of hard pixels",
         our_loss(ao.CrossEntropy, ohem=0.5),
         without_options(verify._cross_entropy, ohem=0.5),
         with_pixel_weights,
-        NOT_CUDA,
         ignores=False,  # other pixels have no gradient either
     ),
     Operator(
@@ -264,7 +264,6 @@ OPERATORS = [
         our_loss(ao.CrossEntropy, ohem_kept=40),
         without_options(verify._cross_entropy, kept=40),
         four_times,
-        NOT_CUDA,
         ignores=False,
     ),
     Operator(
@@ -272,7 +271,6 @@ OPERATORS = [
         our_loss(ao.Dice, squared=True, per_image=True),
         without_options(verify._dice, squared=True, per_image=True),
         any_size,
-        NOT_CUDA,
     ),
     Operator(
         "Lovasz",
@@ -308,7 +306,6 @@ OPERATORS = [
         our_divergence,
         without_options(verify._divergence, temperature=2.0),
         partial(teacher_inputs, False),
-        NOT_CUDA,
     ),
     Operator(
         "pixel_kl_divergence of volumes",
@@ -339,7 +336,6 @@ OPERATORS = [
         partial(ao.pixel_confusion, ignore_index=-1),
         without_options(verify._confusion),
         four_times,
-        NOT_CUDA,
         differentiable=False,
         ignores=False,
     ),
@@ -348,7 +344,6 @@ OPERATORS = [
         our_sums,
         sums_of_upsampled,
         without_anchors,
-        NOT_CUDA,
         ignores=False,
         dense=("features",),
         rtol=1e-6,  # weights are multiples of 1/SPLAT_UNITS

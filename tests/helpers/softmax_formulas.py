@@ -8,7 +8,6 @@ the floor grows with their spread. On a GPU the error is at most ON_GPU of the l
 
 from typing import NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
 from cpu_kernels import in_layout
@@ -46,14 +45,6 @@ class Case(NamedTuple):
     @property
     def num_classes(self) -> int:
         return max(2, self.size[1])
-
-    @property
-    def upsamples_twice(self) -> bool:
-        """At least: cuda leaves other cases to triton."""
-        if len(self.size) != 4:
-            return False
-        sizes = zip(self.size[2:], self.pixels, strict=True)
-        return all(2 * n - self.align_corners <= pixels for n, pixels in sizes)
 
     @property
     def labels_size(self) -> tuple[int, ...]:
@@ -238,8 +229,6 @@ def shaped_losses(case: Case, log_p: Tensor, c: Tensor, classes: Tensor) -> Tens
 
 def check(case: Case, backend: str, through=FLOATING, logits=None, labels=None) -> None:
     """Values and gradients of the backend, which is chosen, are within the error budget."""
-    if backend == "cuda" and not case.upsamples_twice:
-        pytest.skip("cuda leaves logits that are upsampled less than twice to triton")
     logits = make_logits(case)[0] if logits is None else logits
     labels = make_labels(case) if labels is None else labels
     weights, dtype = make_weights(case), statistics_dtype(case.dtype)

@@ -30,16 +30,6 @@ STREAMING = {
     "class_moments_backward_planes_kernel<": 220,
     "class_moments_backward_rows_kernel<": 220,
 }
-# Of the kernels that go through the classes of a cell, instructions for each class.
-CELLS = {
-    "softmax_losses_kernel<": 60,
-    "softmax_masses_kernel<false>": 85,
-    "softmax_masses_kernel<true>": 145,
-    "softmax_slopes_kernel": 115,
-    "softmax_dlogits_kernel<false>": 100,
-    "softmax_dlogits_kernel<true>": 210,
-}
-REGISTERS = 128  # of a cell's thread: more would leave fewer than 16 warps on a multiprocessor
 
 
 def _report(*files: Path) -> subprocess.CompletedProcess[str]:
@@ -62,10 +52,6 @@ def test_library_has_no_faults():
     for kernel, most in STREAMING.items():
         for _, name, *_, per_512_bytes, _ in rows_of(kernel):
             assert per_512_bytes and float(per_512_bytes) < most, name
-    for kernel, most in CELLS.items():
-        for _, name, registers, *_, per_cell in rows_of(kernel):
-            assert per_cell and float(per_cell) <= most, name
-            assert int(registers) <= REGISTERS, name
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from emulator import CASES, CASES_OF_KERNELS
+from emulator import CASES_OF_CUDA, CUDA_KERNELS
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +120,7 @@ def test_kernels(flavour: str):
     _build(flavour)
     _check_planted_faults(flavour)
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
-    command += map(str, CASES if flavour == "plain" else CASES_OF_KERNELS)
+    command += map(str, CASES_OF_CUDA if flavour == "plain" else CUDA_KERNELS)
     run = subprocess.run(command, env=_environment(flavour), capture_output=True, text=True)
     if flavour == "thread" and run.returncode == CAUGHT:
         # Something was reported once, on a busy machine, and not in seven later runs. That report

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from emulator import CASES
+from emulator import CASES_OF_TRITON
 
 pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 1])  # two halves, for two processes
 def test_triton_interpreter(first: int):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += map(str, CASES[first::2])
+    command += map(str, CASES_OF_TRITON[first::2])
     run = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "True"}, capture_output=True, text=True
     )

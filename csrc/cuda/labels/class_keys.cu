@@ -4,8 +4,6 @@
 // Reads each used label once, writes 4 bytes per pixel. Counts use integer atomics, whose order
 // does not matter: a block counts in shared memory, and adds the counts of the classes that it has
 // seen to those in global memory.
-#include "class_keys.cuh"
-
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -13,6 +11,7 @@
 #include <vector>
 
 #include "../../labels.h"
+#include "../tensors.cuh"
 
 namespace anchorops::cuda {
 namespace {
@@ -99,8 +98,9 @@ __global__ void __launch_bounds__(THREADS)
     if (bins[k]) atomicAdd(&counts[k], static_cast<unsigned long long>(bins[k]));
 }
 
-}  // namespace
-
+// Labels (B, H', W') of any strides and integer type -> keys int32 [B, height·width], -1 where
+// ignored, and counts int64 [K]; with per_image keys are image·K + class and counts [B, K].
+// class_dtype must be absent.
 std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t width,
                                       int64_t num_classes, bool per_image, int64_t ignore_index,
                                       std::optional<ScalarType> class_dtype) {
@@ -145,6 +145,7 @@ std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t wid
   return {keys, counts};
 }
 
+}  // namespace
 }  // namespace anchorops::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(anchorops, ANCHOROPS_DISPATCH_KEY, library) {

@@ -157,16 +157,6 @@ inline unsigned __match_any_sync(unsigned mask, int value) {
   return same;
 }
 
-inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
-  const auto* slots = anchorops::on_host::exchange_values(mask, value);
-  unsigned least = value;
-  for (unsigned i = 0; i < 32; ++i) {
-    std::memcpy(&value, &slots[i], sizeof value);
-    if (mask >> i & 1) least = std::min(least, value);
-  }
-  return least;
-}
-
 template <class T>
 T atomicAdd(T* address, T value) {
   return std::atomic_ref<T>(*address).fetch_add(value, std::memory_order_relaxed);
@@ -181,7 +171,6 @@ template <class T>
 T __ldg(const T* address) {
   return *address;
 }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __float_as_uint(float x) {
   unsigned bits;

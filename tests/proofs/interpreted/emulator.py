@@ -1,8 +1,8 @@
 """The backend whose kernels run here on the CPU: the Triton kernels in Triton's interpreter, or the
 CUDA sources in the emulator (tests/proofs/csrc). In other processes it is "".
 
-The processes that tests/proofs starts with one of them run CASES; under a sanitizer, which looks at
-kernels, CASES_OF_KERNELS."""
+The processes that tests/proofs starts with one of them run CASES_OF_TRITON or CASES_OF_CUDA; under
+a sanitizer, which looks at kernels, CUDA_KERNELS."""
 
 import importlib
 import os
@@ -16,28 +16,34 @@ LIBRARY = os.environ.get("ANCHOROPS_CUDA_ON_HOST")
 BACKEND = "cuda" if LIBRARY else "triton" if TRITON_INTERPRETED else ""
 EMULATED = bool(BACKEND)
 HERE = Path(__file__).parent
-OF_PYTORCH = (
-    "guarantees_of_torch",
-    "class_moments_torch",
-    "softmax_moments_torch",
-)  # compile, opcheck, …
-OF_KERNELS = (
+OF_CUDA = (  # files of the operators that have CUDA kernels
     "guarantees",
     "class_keys",
     "class_moments",
     "class_moments_backward",
-    "softmax_moments",
-    "softmax_not_finite",
     "centroid_info_nce",
-    "upsampled_sums",
-    "confusion",
-    "pixel_kl_divergence",
     "methods",
     "every_kernel",
 )
-CASES_OF_KERNELS = [HERE.parents[1] / f"test_{name}.py" for name in OF_KERNELS]
-CASES_OF_KERNELS += sorted(HERE.glob("test_*.py"))
-CASES = [*CASES_OF_KERNELS, *(HERE.parents[1] / f"test_{name}.py" for name in OF_PYTORCH)]
+OF_TRITON = (
+    *OF_CUDA,
+    "softmax_moments",
+    "softmax_not_finite",
+    "wrong_labels",
+    "upsampled_sums",
+    "confusion",
+    "pixel_kl_divergence",
+)
+OF_PYTORCH = ("guarantees_of_torch", "class_moments_torch")  # compile, opcheck, …
+
+
+def _files(*names: str) -> list[Path]:
+    return [HERE.parents[1] / f"test_{name}.py" for name in names]
+
+
+CASES_OF_TRITON = _files(*OF_TRITON, *OF_PYTORCH, "softmax_moments_torch")
+CUDA_KERNELS = [*_files(*OF_CUDA), *sorted(HERE.glob("test_*.py"))]
+CASES_OF_CUDA = [*CUDA_KERNELS, *_files(*OF_PYTORCH)]
 
 
 def controls() -> ModuleType:

@@ -5,8 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from anchorops._moments import Options, Signature
-
 pytestmark = pytest.mark.on("emulator")
 
 
@@ -20,20 +18,13 @@ LABELS = torch.randint(0, K, (2, 8, 12))
 KEYS = torch.randint(-1, K, (2, 12), dtype=torch.int32)
 COUNTS = KEYS[KEYS >= 0].bincount(minlength=K)
 FEATURES, ANCHORS = torch.randn(2, D, 12), torch.randn(K, D)
-LOGITS, MAP, BY_CLASS, ROW = (torch.rand(x) for x in ((2, K, 2, 3), (2, 8, 12), (K,), (ROWS,)))
+BY_CLASS, ROW = torch.rand(K), torch.rand(ROWS)
 NCE = {
     "queries": torch.randn(ROWS, D),
     "keys": ANCHORS,
     "positives": torch.randn(ROWS, D),
     "present": ROW > 0.3,
     "present_keys": BY_CLASS > 0.3,
-}
-SOFTMAX = {
-    "logits": LOGITS,
-    "labels": LABELS,
-    "numbers": [],
-    "ignore_index": 255,
-    "flags": Signature("cuda").pack(Options(lse=True))[-1],
 }
 RIGHT = {
     "class_keys": {
@@ -67,21 +58,9 @@ RIGHT = {
     "centroid_info_nce": NCE | {"temperature": 0.1},
     "centroid_info_nce_backward": NCE
     | {"dlosses": ROW, "losses": ROW, "lse": ROW, "temperature": 0.1},
-    "softmax_moments": SOFTMAX,
-    "softmax_moments_backward": SOFTMAX
-    | dict.fromkeys(("dlosses", "doverlaps", "dmasses", "dsquares"), BY_CLASS)
-    | dict.fromkeys(("lse", "dpixel_losses"), MAP),
-    "pixel_argmax": {
-        "logits": LOGITS,
-        "height": 8,
-        "width": 12,
-        "align_corners": False,
-        "dtype": torch.int64,
-    },
 }
 # Operator, argument, its wrong value, message.
 SHAPE, TABLE = "expected shape", "expected a contiguous"
-TWICE = "expected to upsample at least twice along each axis, got logits .2, 5, 2, 3. and "
 WRONG = [
     ("class_keys", "labels", LABELS[0], "expected .B, H, W., got shape .8, 12."),
     ("class_keys", "labels", LABELS[:, :0], "expected at least one for each image"),
@@ -113,17 +92,6 @@ WRONG = [
     ("centroid_info_nce_backward", "dlosses", ROW[:1].expand(ROWS), TABLE),
     ("centroid_info_nce_backward", "losses", strided(ROW), TABLE),
     ("centroid_info_nce_backward", "lse", ROW[1:], SHAPE),
-    ("softmax_moments", "logits", LOGITS[:, :, :0], "expected .B, K, h, w. that is not empty"),
-    ("softmax_moments", "labels", LABELS[:1], SHAPE),
-    ("softmax_moments", "labels", LABELS[:, :3], TWICE + "3x12 pixels: use the backend triton"),
-    ("softmax_moments_backward", "labels", LABELS[:1], SHAPE),
-    ("softmax_moments_backward", "lse", MAP[:1], SHAPE),
-    ("softmax_moments_backward", "dlosses", BY_CLASS[1:], SHAPE),
-    ("softmax_moments_backward", "dmasses", BY_CLASS.expand(2, K), SHAPE),  # others are [K]
-    ("softmax_moments_backward", "dpixel_losses", MAP[:, 1:], SHAPE),
-    ("pixel_argmax", "width", 5, TWICE + "8x5 pixels: use the backend triton"),
-    ("pixel_argmax", "logits", LOGITS[..., None], "expected .B, K, h, w. that is not empty"),
-    ("pixel_argmax", "logits", LOGITS[..., :0], "expected .B, K, h, w. that is not empty"),
 ]
 
 
@@ -152,17 +120,9 @@ def test_wrong_arguments(operator: str, argument: str, wrong: object, message: s
         ("class_moments_backward", "features", FEATURES.half()),
         ("centroid_info_nce", "positives", NCE["positives"].half()),
         ("centroid_info_nce", "present", NCE["present"].byte()),
-        ("softmax_moments_backward", "lse", MAP.double()),
     ],
     ids=str,
 )
 def test_wrong_dtypes(operator: str, argument: str, wrong: Tensor, backend: str):
     with pytest.raises(RuntimeError, match="expected scalar type"):
         getattr(torch.ops.anchorops, operator).cuda(**RIGHT[operator] | {argument: wrong})
-
-
-def test_more_classes_than_a_label_has_bits(backend: str):
-    logits, labels = torch.zeros(1, 65_536, 1, 1), torch.zeros(1, 2, 2, dtype=torch.int64)
-    wrong = RIGHT["softmax_moments"] | {"logits": logits, "labels": labels}
-    with pytest.raises(RuntimeError, match="expected fewer than 65535 classes, got 65536"):
-        torch.ops.anchorops.softmax_moments.cuda(**wrong)

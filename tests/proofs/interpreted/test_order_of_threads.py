@@ -2,7 +2,6 @@
 
 import masked_sums as moments
 import pytest
-import softmax_formulas as softmax
 import torch
 from masked_sums import BF16, F32
 
@@ -16,11 +15,6 @@ CLASS_MOMENTS = [
     moments.Case((700, 17), 9, F32, "transposed"),
     moments.Case((2, 20, 9, 30), 6, F32, "channels_last", groups=3, per_image=True),
     moments.Case((900, 5), 7, labels="mixed"),
-]
-SOFTMAX_MOMENTS = [
-    softmax.Case((2, 7, 5, 9), (20, 36)),  # cells
-    # neighbours differ widely: single pixels
-    softmax.Case((2, 40, 3, 4), (6, 9), layout="channels_last", per_image=True, scale=81.0),
 ]
 METHODS = {
     "SAR": lambda: ao.SAR(5, 12, delta=0.0, gate="per_class"),
@@ -43,18 +37,6 @@ def check(set_order, run) -> None:
 def test_class_moments(set_order, case: moments.Case):
     inputs = moments.make_inputs(case)
     check(set_order, lambda: moments.run(case, *inputs))
-
-
-@pytest.mark.parametrize("case", SOFTMAX_MOMENTS, ids=str)
-def test_softmax_moments(set_order, case: softmax.Case):
-    logits, labels = softmax.make_logits(case)[0], softmax.make_labels(case)
-    weights = softmax.make_weights(case)
-    check(set_order, lambda: softmax.results(case, logits, labels, weights))
-
-
-def test_predictions(set_order):
-    logits = torch.randn(2, 19, 6, 9)
-    check(set_order, lambda: [ao.pixel_argmax(logits, (24, 36))])
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
