@@ -1,8 +1,11 @@
 """Argument checks. Messages name the function, the argument, what was expected and received."""
 
 import math
+import numbers
+import operator
+from collections.abc import Sequence
 from textwrap import shorten
-from typing import NoReturn, TypeGuard
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,6 +36,51 @@ def describe(value: object) -> str:
         return f"an int of {value.bit_length()} bits"
     text = shorten(repr(value), 80, placeholder=" …")  # on one line
     return f"{text} of type {type(value).__name__}"
+
+
+def as_int(value: object) -> int | None:
+    """The int that `operator.index` gives for a value, or None; a bool is none. Of a tensor this is
+    its only number: reading it synchronises with a GPU, and torch.jit.trace records a constant and
+    warns. A torch.SymInt, the size of an exported program, is returned as it is."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # pyright: ignore[reportReturnType]
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, Tensor):
+        is_int = value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
+        return int(value) if is_int and value.dtype != torch.bool else None
+    try:
+        return operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
+
+
+def as_ints(values: Any) -> tuple[int, ...] | None:
+    """`as_int` of each value of a sequence or an array; None if it is neither, or one is no int."""
+    if not isinstance(values, (tuple, list, Sequence)) and getattr(values, "ndim", 0) != 1:
+        return None
+    ints: list[int] = []
+    for value in values:
+        number = as_int(value)
+        if number is None:
+            return None
+        ints.append(number)
+    return tuple(ints)
+
+
+def check_int(
+    function: str,
+    argument: str,
+    value: object,
+    expected: str,
+    least: int = -(2**63),
+    most: int = 2**63 - 1,
+) -> int:
+    """The value `as_int`, from least to most."""
+    number = as_int(value)
+    if number is None or not least <= number <= most:
+        fail(function, argument, expected, describe(value))
+    return number
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -190,15 +238,12 @@ def flat_pos_weight(function: str, pos_weight: object) -> Tensor:
 def check_pos_weight(function: str, pos_weight: object, logits: Tensor) -> Tensor | float:
     """A number of at least 0; or [1] or [C], from numbers for all or each of the C channels of
     logits. A tensor is on their device, without a gradient."""
-    if isinstance(pos_weight, int | float):
-        numbers = [pos_weight]
-    else:
-        numbers = pos_weight if isinstance(pos_weight, list | tuple) else []
-    for number in numbers:
-        check_number(function, "pos_weight", number)
-        if number > torch.finfo(torch.float32).max:
+    is_number = isinstance(pos_weight, int | float)
+    listed = pos_weight if isinstance(pos_weight, list | tuple) else []
+    for number in [pos_weight] if is_number else listed:
+        if check_number(function, "pos_weight", number) > LARGEST:
             fail(function, "pos_weight", "numbers that float32 can hold", number)
-    if isinstance(pos_weight, int | float):
+    if is_number:
         return pos_weight
     original, pos_weight = pos_weight, flat_pos_weight(function, pos_weight)
     channels = logits.shape[1]
@@ -245,14 +290,16 @@ def check_binary_labels(function: str, labels: Tensor, ignore_index: int) -> Non
             fail(function, "labels", expected, "[0, 255]")
 
 
-def check_num_classes(function: str, num_classes: int) -> None:
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool):
+def check_num_classes(function: str, num_classes: object) -> int:
+    number = as_int(num_classes)
+    if number is None:
         fail(function, "num_classes", "an int", describe(num_classes))
-    if not 1 <= num_classes <= MAX_CLASSES:
-        fail(function, "num_classes", f"1 to {MAX_CLASSES}", num_classes)
+    if not 1 <= number <= MAX_CLASSES:
+        fail(function, "num_classes", f"1 to {MAX_CLASSES}", number)
+    return number
 
 
-def check_ignore_index(function: str, ignore_index: int | None, num_classes: int) -> int:
+def check_ignore_index(function: str, ignore_index: object, num_classes: int) -> int:
     """The label to ignore; the default is 255. A class may be ignored, but only if it is given
     explicitly: with more than 255 classes the default would silently ignore class 255."""
     if ignore_index is None:
@@ -260,10 +307,7 @@ def check_ignore_index(function: str, ignore_index: int | None, num_classes: int
             expected = "a value where num_classes > 255 (the default, 255, is a class there)"
             fail(function, "ignore_index", expected, f"none, with num_classes = {num_classes}")
         return 255
-    integer = isinstance(ignore_index, int) and not isinstance(ignore_index, bool)
-    if not integer or not -(2**63) <= ignore_index < 2**63:
-        fail(function, "ignore_index", "an int of 64 bits", describe(ignore_index))
-    return ignore_index
+    return check_int(function, "ignore_index", ignore_index, "an int of 64 bits")
 
 
 def check_pixels(
@@ -319,65 +363,62 @@ def in_transform(tensor: Tensor, *, only_derivatives: bool = False) -> bool:
     return False
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def as_number(value: object) -> Any:
+    """The value as a Python float or int, or None: NumPy's numbers become floats, and a bool is no
+    number."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    return float(value) if isinstance(value, (float, numbers.Real)) else None
 
 
-def check_number(function: str, argument: str, value: object, *, above: bool = False) -> None:
+def check_number(function: str, argument: str, value: object, *, above: bool = False) -> float:
     """A finite float, or an int of 64 bits, of at least 0, or above 0."""
-    _check_64_bits(function, argument, value, "a float or an int of 64 bits")
-    if not _is_number(value):
-        in_range = False
-    else:
-        # Comparisons alone: torch.compile cannot trace math.isfinite of a dynamic number.
-        in_range = (value > 0 if above else value >= 0) and value < math.inf
-    if not in_range:
+    number = as_number(value)
+    if isinstance(number, int) and not -(2**63) <= number < 2**63:  # torch takes no larger ints
+        fail(function, argument, "a float or an int of 64 bits", describe(value))
+    # Comparisons alone: torch.compile cannot trace math.isfinite of a dynamic number.
+    if number is None or not (number > 0 if above else number >= 0) or not number < math.inf:
         expected = (
             "a finite float or int, above 0" if above else "a finite float or int, at least 0"
         )
         fail(function, argument, expected, describe(value))
+    return number
 
 
-def check_temperature(function: str, value: object) -> None:
+def check_temperature(function: str, value: object) -> float:
     """A number by which float32 can be divided: the reciprocal of a smaller one may be infinite."""
-    check_number(function, "temperature", value, above=True)
-    if not (_is_number(value) and SMALLEST_NORMAL <= value <= LARGEST):
+    number = check_number(function, "temperature", value, above=True)
+    if not SMALLEST_NORMAL <= number <= LARGEST:
         expected = "a normal number of float32, 1.2e-38 to 3.4e38"
         fail(function, "temperature", expected, describe(value))
+    return number
 
 
-def check_share(function: str, argument: str, value: object, *, below_one: bool = False) -> None:
+def check_share(function: str, argument: str, value: object, *, below_one: bool = False) -> float:
     """An int or float from 0 to 1, or below 1."""
-    if not _is_number(value):
-        in_range = False
-    else:
-        in_range = value >= 0 and (value < 1 if below_one else value <= 1)
-    if not in_range:
+    number = as_number(value)
+    if number is None or not (number >= 0 and (number < 1 if below_one else number <= 1)):
         expected = "a float or an int in [0, 1)" if below_one else "a float or an int in [0, 1]"
         fail(function, argument, expected, describe(value))
+    return number
 
 
-def check_size(function: str, size: object, axes: int = 2) -> None:
-    """size: (H, W) of upsampled logits, or (D, H, W)."""
-
-    def is_length(n: object) -> bool:
-        return isinstance(n, int | torch.SymInt) and not isinstance(n, bool) and bool(n >= 0)
-
-    if not isinstance(size, list | tuple) or len(size) != axes or not all(map(is_length, size)):
+def check_size(function: str, size: object, axes: int = 2) -> tuple[int, ...]:
+    """size: (H, W) of upsampled logits, or (D, H, W): a sequence or an array of what
+    `as_int` takes."""
+    lengths = as_ints(size)
+    if lengths is None or len(lengths) != axes or not all(n >= 0 for n in lengths):
         expected = "(H, W), two ints" if axes == 2 else "(D, H, W), three ints"
         fail(function, "size", f"{expected} of at least 0", describe(size))
+    return lengths
 
 
-def _check_64_bits(function: str, argument: str, value: object, expected: str) -> None:
-    """torch takes no larger ints."""
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        fail(function, argument, expected, describe(value))
-
-
-def check_count(function: str, argument: str, value: object) -> None:
-    _check_64_bits(function, argument, value, "an int of 64 bits")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        fail(function, argument, "an int of at least 1", describe(value))
+def check_count(function: str, argument: str, value: object) -> int:
+    number = as_int(value)
+    expected = "an int of at least 1" if number is None or number < 1 else "an int of 64 bits"
+    return check_int(function, argument, number if number is not None else value, expected, 1)
 
 
 def check_flags(function: str, **flags: object) -> None:

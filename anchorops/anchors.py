@@ -21,18 +21,20 @@ def _orthonormal_columns(rows: int, columns: int, generator: torch.Generator | N
     return q * r.diagonal().sign()
 
 
-def _check(function: str, num_classes: int, dim: int, least_classes: int = 1) -> None:
-    check_num_classes(function, num_classes)
-    if num_classes < least_classes:
-        fail(function, "num_classes", f"at least {least_classes}", num_classes)
-    check_count(function, "dim", dim)
+def _check(
+    function: str, num_classes: object, dim: object, least_classes: int = 1
+) -> tuple[int, int]:
+    classes = check_num_classes(function, num_classes)
+    if classes < least_classes:
+        fail(function, "num_classes", f"at least {least_classes}", classes)
+    return classes, check_count(function, "dim", dim)
 
 
 def random_anchors(
     num_classes: int, dim: int, *, generator: torch.Generator | None = None
 ) -> Tensor:
     """Rows drawn from N(0, I) (SAR, arXiv 2312.11872, "ND"): [K, D]."""
-    _check("random_anchors", num_classes, dim)
+    num_classes, dim = _check("random_anchors", num_classes, dim)
     return _normal(num_classes, dim, generator).to(torch.get_default_dtype())
 
 
@@ -43,7 +45,7 @@ def orthogonal_anchors(
 
     Raises ValueError if dim < num_classes, because K orthogonal directions need D ≥ K.
     """
-    _check("orthogonal_anchors", num_classes, dim)
+    num_classes, dim = _check("orthogonal_anchors", num_classes, dim)
     if dim < num_classes:
         expected = f"at least num_classes = {num_classes}, the number of orthogonal rows"
         fail("orthogonal_anchors", "dim", expected, dim)
@@ -58,7 +60,7 @@ def simplex_etf(num_classes: int, dim: int, *, generator: torch.Generator | None
 
     Raises ValueError if dim < num_classes − 1 (no such frame exists) or num_classes < 2.
     """
-    _check("simplex_etf", num_classes, dim, least_classes=2)
+    num_classes, dim = _check("simplex_etf", num_classes, dim, least_classes=2)
     if dim < num_classes - 1:
         expected = f"at least num_classes - 1 = {num_classes - 1}, the rank of a simplex"
         fail("simplex_etf", "dim", expected, dim)
@@ -98,13 +100,13 @@ def category_basis(
         ValueError: D < K, a wrong length or init, or rows of init that are linearly dependent.
     """
     function = "category_basis"
-    _check(function, num_classes, dim)
+    num_classes, dim = _check(function, num_classes, dim)
     check_flags(function, orthogonalize=orthogonalize)
     if orthogonalize and dim < num_classes:
         expected = f"at least num_classes = {num_classes}, the number of orthogonal rows"
         fail(function, "dim", expected, dim)
     if length is not None:
-        check_number(function, "length", length, above=True)
+        length = check_number(function, "length", length, above=True)
     if init is None:
         weight = _normal(num_classes, dim, generator) * (2 / dim) ** 0.5
     elif not isinstance(init, Tensor) or init.shape != (num_classes, dim):

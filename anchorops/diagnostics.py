@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._checks import (
     check_choice,
+    check_count,
     check_ignore_index,
     check_num_classes,
     describe,
@@ -160,7 +161,8 @@ class CentroidGeometry(Metric):
         **metric_arguments: Any,
     ) -> None:
         super().__init__(**metric_arguments)
-        check_num_classes("CentroidGeometry", num_classes)
+        num_classes = check_num_classes("CentroidGeometry", num_classes)
+        dim = check_count("CentroidGeometry", "dim", dim)
         check_choice("CentroidGeometry", "mean", mean, ("classes", "pixels"))
         self.num_classes, self.mean = num_classes, mean
         self.ignore_index = check_ignore_index("CentroidGeometry", ignore_index, num_classes)
@@ -224,8 +226,7 @@ class LabelImbalance(Metric):
         self, num_classes: int, *, ignore_index: int | None = None, **metric_arguments: Any
     ) -> None:
         super().__init__(**metric_arguments)
-        check_num_classes("LabelImbalance", num_classes)
-        self.num_classes = num_classes
+        self.num_classes = num_classes = check_num_classes("LabelImbalance", num_classes)
         self.ignore_index = check_ignore_index("LabelImbalance", ignore_index, num_classes)
         for name in ("pixels", "images"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), "sum")
@@ -268,8 +269,7 @@ class FrequencyCorrelation(Metric):
         self, num_classes: int, *, ignore_index: int | None = None, **metric_arguments: Any
     ) -> None:
         super().__init__(**metric_arguments)
-        check_num_classes("FrequencyCorrelation", num_classes)
-        self.num_classes = num_classes
+        self.num_classes = num_classes = check_num_classes("FrequencyCorrelation", num_classes)
         self.ignore_index = check_ignore_index("FrequencyCorrelation", ignore_index, num_classes)
         for name in ("correct", "pixels"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), "sum")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_ignore_index, describe, fail, missing_extra
+from ._checks import check_count, check_ignore_index, describe, fail, missing_extra
 
 try:
     from matplotlib.axes import Axes
@@ -146,7 +146,8 @@ def features_with_anchors(
     valid = ((keys >= 0) & (keys < len(stars)) & (keys != ignored)).nonzero().flatten()
     if len(valid) == 0:
         fail("features_with_anchors", "labels", "at least one valid pixel", "none")
-    valid = valid[:: max(1, -(-len(valid) // max_points))]
+    most = check_count("features_with_anchors", "max_points", max_points)
+    valid = valid[:: max(1, -(-len(valid) // most))]
     rows = feature_rows(features.detach().cpu())[valid].float()
     drawn = stars.any(1).nonzero().flatten()
     points, method = _project(torch.cat([rows, stars[drawn]]))

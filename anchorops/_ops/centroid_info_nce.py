@@ -128,7 +128,7 @@ def centroid_info_nce(
             _check(argument, mask, shape, queries)
             if mask.dtype != torch.bool:
                 fail(function, argument, "a bool tensor", mask.dtype)
-    check_temperature(function, temperature)
+    temperature = check_temperature(function, temperature)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
     backend = select(function, queries, queries.shape[0], operators=WITH_CUDA)
     if backend not in BACKENDS:

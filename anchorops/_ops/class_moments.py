@@ -25,10 +25,10 @@ from .._checks import (
     check_features,
     check_flags,
     check_ignore_index,
+    check_int,
     check_label_values,
     check_labels,
     check_num_classes,
-    describe,
     fail,
     shape_of,
 )
@@ -185,29 +185,30 @@ def _check_inputs(
     num_classes: int,
     ignore_index: int | None,
     check_labels_: bool,
-) -> int:
-    """Returns the label to ignore."""
+) -> tuple[int, int]:
+    """Returns the number of classes and the label to ignore."""
     check_features(function, features)
     check_labels(function, labels, features)
-    check_num_classes(function, num_classes)
+    num_classes = check_num_classes(function, num_classes)
     ignored = check_ignore_index(function, ignore_index, num_classes)
     check_flags(function, check_labels=check_labels_)
     if check_labels_:
         check_label_values(function, labels, num_classes, ignored)
-    return ignored
+    return num_classes, ignored
 
 
-def _check_groups(groups: int, seed: int | Tensor | None, features: Tensor) -> None:
-    check_count("class_moments", "groups", groups)
+def _check_groups(
+    groups: object, seed: object, features: Tensor
+) -> tuple[int, int | Tensor | None]:
+    groups = check_count("class_moments", "groups", groups)
     if groups == 1:
-        return
+        return 1, None
+    expected = "an int of 64 bits or an int64 tensor of one element where groups > 1"
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != features.device:
-            expected = f"one int64 on {features.device}"
-            fail("class_moments", "seed", expected, describe(seed))
-    elif not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        expected = "an int of 64 bits or an int64 tensor of one element where groups > 1"
-        fail("class_moments", "seed", expected, describe(seed))
+        if seed.dtype == torch.int64 and seed.device == features.device and seed.numel() == 1:
+            return groups, seed  # its value stays on the device
+        expected = f"one int64 on {features.device}"
+    return groups, check_int("class_moments", "seed", seed, expected)
 
 
 def class_moments(
@@ -260,10 +261,10 @@ def class_moments(
     Every loss of SAR (arXiv 2312.11872), CBP+OCCL (doi 10.1016/j.patcog.2024.110431), CeCo
     (CVPR 2023) and MVSC is computed from these statistics.
     """
-    ignored = _check_inputs(
+    num_classes, ignored = _check_inputs(
         "class_moments", features, labels, num_classes, ignore_index, check_labels
     )
-    _check_groups(groups, seed, features)
+    groups, seed = _check_groups(groups, seed, features)
     check_flags("class_moments", per_image=per_image)
     images = features.shape[0] if per_image and features.dim() > 2 else 1
     num_keys = images * num_classes * groups
@@ -348,7 +349,7 @@ def class_centroids(
     Returns:
         centroids [K, D] or [B, K, D], float32 (float64 for float64); counts [K] or [B, K], int64.
     """
-    ignored = _check_inputs(
+    num_classes, ignored = _check_inputs(
         "class_centroids", features, labels, num_classes, ignore_index, check_labels
     )
     check_flags("class_centroids", per_image=per_image)
@@ -384,7 +385,9 @@ def pixel_to_anchor_mse(
     check_features(function, features)
     check_anchors(function, anchors, features)
     num_classes = shape_of(anchors)[0]
-    ignored = _check_inputs(function, features, labels, num_classes, ignore_index, check_labels)
+    num_classes, ignored = _check_inputs(
+        function, features, labels, num_classes, ignore_index, check_labels
+    )
     check_choice(function, "reduction", reduction, ("mean", "sum"))
     backend = select(
         function,

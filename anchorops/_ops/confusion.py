@@ -8,6 +8,7 @@ from .._backend import select
 from .._checks import (
     check_flags,
     check_ignore_index,
+    check_int,
     check_integers,
     check_label_values,
     check_pixels,
@@ -37,15 +38,11 @@ define(
 )
 
 
-def check_matrix_classes(function: str, argument: str, num_classes: int) -> None:
-    if (
-        isinstance(num_classes, bool)
-        or not isinstance(num_classes, int)
-        or not 2 <= num_classes <= MATRIX_CLASSES
-    ):
-        way_out = "a binary mask has two; one sigmoid: MeanIoU(1, sigmoid=True), "
-        way_out += "pixel_confusion(sigmoid=True)"
-        fail(function, argument, f"2 to {MATRIX_CLASSES} classes ({way_out})", num_classes)
+def check_matrix_classes(function: str, argument: str, num_classes: object) -> int:
+    way_out = "a binary mask has two; one sigmoid: MeanIoU(1, sigmoid=True), "
+    way_out += "pixel_confusion(sigmoid=True)"
+    expected = f"2 to {MATRIX_CLASSES} classes ({way_out})"
+    return check_int(function, argument, num_classes, expected, 2, MATRIX_CLASSES)
 
 
 def confusion(
@@ -96,7 +93,7 @@ def confusion_for(
     check_labels: bool = False,
 ) -> Tensor:
     """`confusion`, with messages that name `function`."""
-    check_matrix_classes(function, "num_classes", num_classes)
+    num_classes = check_matrix_classes(function, "num_classes", num_classes)
     check_strided(function, "labels", labels)
     if not isinstance(labels, Tensor) or labels.dim() == 0:
         fail(function, "labels", "a tensor of at least one axis", describe(labels))

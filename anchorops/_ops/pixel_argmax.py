@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_flags, check_logits, check_size, describe, fail
+from .._checks import as_number, check_flags, check_logits, check_size, describe, fail
 from .._moments import Options, statistics_dtype
 from . import volumes as volumes  # it registers the operators of volumes
 from .registration import define
@@ -82,7 +82,10 @@ def pixel_argmax(
         logits: (B, K, h, w), any strides, or volumes (B, K, d, h, w), which are upsampled with
             mode="trilinear"; float32, bfloat16, float16 or float64; K from 2 to 65,536 (16,384 on
             GPU), with `sigmoid` from 1.
-        size: (H, W) of the result, of volumes (D, H, W).
+        size: (H, W) of the result, of volumes (D, H, W): a sequence or an array. Here as in all of
+            anchorops an int may be anything that operator.index takes, except a bool: of NumPy, of
+            torch.export's symbolic sizes, or a tensor of one integer. To read such a tensor of a
+            GPU synchronises with it; in torch.jit.trace its value becomes a constant.
         align_corners: as in F.interpolate.
         confidence: also return the probabilities. The logits are then read twice.
         dtype: of the classes: uint8, int8, int16, uint16, int32 or int64; all K must fit. Except on
@@ -107,9 +110,9 @@ def pixel_argmax(
     check_logits(function, logits, sigmoid=sigmoid)
     if logits.dim() not in (4, 5):
         fail(function, "logits", "a tensor (B, K, h, w) or (B, K, d, h, w)", describe(logits))
-    check_size(function, size, logits.dim() - 2)
+    size = check_size(function, size, logits.dim() - 2)
     _check_dtype(dtype, 2 if sigmoid else logits.shape[1])
-    _check_threshold(threshold, sigmoid)
+    threshold = _check_threshold(threshold, sigmoid)
     if logits.numel() == 0 and logits.shape[0] * math.prod(size) > 0:
         fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
     logits = logits.detach()
@@ -135,11 +138,13 @@ def _check_dtype(dtype: torch.dtype, num_classes: int) -> None:
         fail("pixel_argmax", "dtype", expected, f"{dtype}, whose largest number is {most}")
 
 
-def _check_threshold(threshold: object, sigmoid: bool) -> None:
-    if not isinstance(threshold, float) or not 0 < threshold < 1:
+def _check_threshold(threshold: object, sigmoid: bool) -> float:
+    number = as_number(threshold)
+    if number is None or not 0 < number < 1:
         fail("pixel_argmax", "threshold", "a float in (0, 1)", describe(threshold))
-    if threshold != 0.5 and not sigmoid:
+    if number != 0.5 and not sigmoid:
         fail("pixel_argmax", "threshold", "0.5 without sigmoid=True", describe(threshold))
+    return number
 
 
 def _minus(logits: Tensor, number: float) -> Tensor:

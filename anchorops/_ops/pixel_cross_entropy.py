@@ -59,7 +59,7 @@ def pixel_cross_entropy(
     )
     check_flags(function, align_corners=align_corners)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    check_share(function, "label_smoothing", label_smoothing)
+    label_smoothing = check_share(function, "label_smoothing", label_smoothing)
     if weight is not None:
         check_weight(function, weight, logits)
         if weight.requires_grad and label_smoothing > 0:

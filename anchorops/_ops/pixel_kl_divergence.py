@@ -106,7 +106,8 @@ define(
 
 def _check_inputs(
     function: str, logits: Tensor, teacher_logits: Tensor, size: Sequence[int], valid: object
-) -> None:
+) -> tuple[int, ...]:
+    """Returns the size."""
     check_logits(function, logits)
     if logits.dim() not in (4, 5):
         fail(function, "logits", "a tensor (B, K, h, w) or (B, K, d, h, w)", describe(logits))
@@ -126,7 +127,7 @@ def _check_inputs(
         fail(
             function, "teacher_logits", f"device {logits.device}, as logits", teacher_logits.device
         )
-    check_size(function, size, logits.dim() - 2)
+    size = check_size(function, size, logits.dim() - 2)
     for argument, x in (("logits", logits), ("teacher_logits", teacher_logits)):
         if x.numel() == 0 and batch * math.prod(size) > 0:
             fail(function, argument, "at least one pixel per image", f"shape {tuple(x.shape)}")
@@ -136,6 +137,7 @@ def _check_inputs(
             fail(function, "valid", f"a bool tensor {shape}, or None", describe(valid))
         if valid.device != logits.device:
             fail(function, "valid", f"device {logits.device}, as logits", valid.device)
+    return size
 
 
 def pixel_kl_divergence(
@@ -189,8 +191,8 @@ def pixel_kl_divergence(
     check_strided(function, "valid", valid)
     if isinstance(valid, Tensor) and isinstance(logits, Tensor):
         valid = without_channel(valid, logits.dim() - 1)
-    _check_inputs(function, logits, teacher_logits, size, valid)
-    check_temperature(function, temperature)
+    size = _check_inputs(function, logits, teacher_logits, size, valid)
+    temperature = check_temperature(function, temperature)
     check_flags(function, align_corners=align_corners)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
     backend = select(function, logits, logits.shape[1])

@@ -16,6 +16,7 @@ from .._checks import (
     check_features,
     check_flags,
     check_ignore_index,
+    check_int,
     check_label_values,
     check_labels,
     check_num_classes,
@@ -135,9 +136,8 @@ class Regularizer(Initialized):
         if torch.get_default_device().type == "meta":
             expected = 'a device with memory: build it outside of torch.device("meta")'
             fail(name, "torch.device", expected, "meta")
-        check_num_classes(name, num_classes)
-        check_count(name, "dim", dim)
-        self.num_classes, self.dim = num_classes, dim
+        self.num_classes = num_classes = check_num_classes(name, num_classes)
+        self.dim = check_count(name, "dim", dim)
         self.ignore_index = check_ignore_index(name, ignore_index, num_classes)
         check_flags(name, check_labels=check_labels)
         self.check_labels = check_labels
@@ -171,9 +171,9 @@ class Regularizer(Initialized):
         """Called before the attached classifier runs in training."""
 
     def _count_steps(self, seed: int) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
-            fail(type(self).__name__, "seed", "an int in [0, 2^31)", describe(seed))
-        self.seed, self.has_state = seed, True
+        expected = "an int in [0, 2^31)"
+        self.seed = check_int(type(self).__name__, "seed", seed, expected, 0, 2**31 - 1)
+        self.has_state = True
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def _next_seed(self) -> Tensor:

@@ -125,11 +125,13 @@ class CBP(Regularizer):
         check_choice("CBP", "update", update, ("frozen", "gradient", "ema", "penalty"))
         if update == "penalty" and length is None:
             fail("CBP", "length", 'a number for update="penalty"', None)
-        check_share("CBP", "momentum", momentum)
-        check_number("CBP", "penalty_weight", penalty_weight)
+        self.momentum = check_share("CBP", "momentum", momentum)
+        self.penalty_weight = check_number("CBP", "penalty_weight", penalty_weight)
+        if length is not None:
+            length = check_number("CBP", "length", length, above=True)
         self.length, self.orthogonalize, self.update = length, orthogonalize, update
-        self.momentum, self.penalty_weight = momentum, penalty_weight
         self.uses_classifier, self.has_state = update == "penalty", update == "ema"
+        num_classes, dim = self.num_classes, self.dim
         basis = category_basis(num_classes, dim, length, init=init, orthogonalize=orthogonalize)
         self._replaced: _Replaced | None = None
         # Whether something moves the classifier's rows, or a warning said that nothing does.

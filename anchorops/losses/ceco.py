@@ -88,12 +88,13 @@ class CeCo(Regularizer):
             check_labels=check_labels,
         )
         check_choice("CeCo", "resolution", resolution, ("label", "feature"))
-        check_number("CeCo", "loss_weight", loss_weight)
-        check_number("CeCo", "scale", scale, above=True)
-        check_share("CeCo", "dropout", dropout, below_one=True)
+        num_classes, dim = self.num_classes, self.dim
+        self.loss_weight = check_number("CeCo", "loss_weight", loss_weight)
+        self.scale = check_number("CeCo", "scale", scale, above=True)
+        self.dropout = check_share("CeCo", "dropout", dropout, below_one=True)
         check_flags("CeCo", per_image=per_image, freeze_projection=freeze_projection)
-        check_count("CeCo", "reduced_dim", reduced_dim)
-        check_count("CeCo", "center_dim", center_dim)
+        self.reduced_dim = reduced_dim = check_count("CeCo", "reduced_dim", reduced_dim)
+        self.center_dim = center_dim = check_count("CeCo", "center_dim", center_dim)
         if center_dim < num_classes - 1:
             expected = f"at least num_classes - 1 = {num_classes - 1}, the rank of a simplex"
             fail("CeCo", "center_dim", expected, center_dim)
@@ -103,8 +104,6 @@ class CeCo(Regularizer):
             fail("CeCo", "prior", f"a tensor [{num_classes}]", describe(prior))
         elif not ((prior >= 0) & prior.isfinite()).all() or not prior.any():
             fail("CeCo", "prior", "finite shares of at least 0, and one above 0", prior.tolist())
-        self.loss_weight, self.scale, self.dropout = loss_weight, scale, dropout
-        self.reduced_dim, self.center_dim = reduced_dim, center_dim
         self.resolution, self.per_image = resolution, per_image
         self.freeze_projection = freeze_projection
         self.reduction = nn.Conv2d(dim, reduced_dim, 1, bias=False)

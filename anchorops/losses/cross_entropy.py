@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import check_number, check_share, describe, fail
+from .._checks import check_int, check_number, check_share
 from .._moments import Options, SoftmaxMoments, statistics_dtype
 from .._ops.kth_largest import kth_largest
 from .._ops.pixel_cross_entropy import class_losses, divide, mixture, used_counts
@@ -81,15 +81,14 @@ class CrossEntropy(PixelLoss):
         )
         self._register_weight(weight)
         name = type(self).__name__
-        check_share(name, "label_smoothing", label_smoothing)
-        check_number(name, "focal_gamma", focal_gamma)
+        self.label_smoothing = check_share(name, "label_smoothing", label_smoothing)
+        self.focal_gamma = check_number(name, "focal_gamma", focal_gamma)
         if ohem is not None:
             check_number(name, "ohem", ohem, above=True)
-            check_share(name, "ohem", ohem)
-        if ohem_kept is not None and (type(ohem_kept) is not int or not 1 <= ohem_kept < 2**63):
-            fail(name, "ohem_kept", "an int from 1 to 2^63 − 1", describe(ohem_kept))
-        # float: comparisons of np.float64 give np.bool_
-        self.label_smoothing, self.focal_gamma = float(label_smoothing), float(focal_gamma)
+            ohem = check_share(name, "ohem", ohem)
+        if ohem_kept is not None:
+            expected = "an int from 1 to 2^63 − 1"
+            ohem_kept = check_int(name, "ohem_kept", ohem_kept, expected, least=1)
         self.ohem, self.ohem_kept = ohem, ohem_kept
 
     def class_weight(self, logits: Tensor) -> Tensor | None:

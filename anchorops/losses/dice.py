@@ -117,14 +117,10 @@ class Dice(PixelLoss):
         )
         if smooth_denominator is None:
             smooth_denominator = smooth
-        for argument, value in (
-            ("alpha", alpha),
-            ("beta", beta),
-            ("smooth", smooth),
-            ("smooth_denominator", smooth_denominator),
-        ):
-            check_number("Dice", argument, value)
-        check_number("Dice", "gamma", gamma, above=True)
+        alpha, beta = check_number("Dice", "alpha", alpha), check_number("Dice", "beta", beta)
+        smooth = check_number("Dice", "smooth", smooth)
+        smooth_denominator = check_number("Dice", "smooth_denominator", smooth_denominator)
+        gamma = check_number("Dice", "gamma", gamma, above=True)
         check_flags("Dice", squared=squared, per_image=per_image, log=log, sigmoid=sigmoid)
         # score_k ≤ 1 is s_n ≤ s_d + α·(m_k − o_k) + β·(c_k − o_k). With squares, a pixel of class k
         # adds (1 − p_k)·(β − α·p_k) to the right side; everything else adds at least 0.
@@ -234,8 +230,8 @@ class CrossEntropyDice(PixelLoss):
             cross_entropy = make(align_corners=align_corners)
         if dice is None:
             dice = Dice(sigmoid=sigmoid, align_corners=align_corners)
-        check_number("CrossEntropyDice", "ce_weight", ce_weight)
-        check_number("CrossEntropyDice", "dice_weight", dice_weight)
+        ce_weight = check_number("CrossEntropyDice", "ce_weight", ce_weight)
+        dice_weight = check_number("CrossEntropyDice", "dice_weight", dice_weight)
         check_flags("CrossEntropyDice", check_labels=check_labels)
         for argument, value, kind in (
             ("cross_entropy", cross_entropy, CrossEntropy),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import check_choice, check_flags, check_pixels, describe, fail
+from .._checks import check_choice, check_flags, check_int, check_pixels, fail
 from .._ops.hinges import bin_edges, hinge_histograms
 from .._ops.probability_histograms import error_loss, hinge_loss, probability_histograms
 from .._ops.sigmoid import contiguous
@@ -74,9 +74,8 @@ class Lovasz(PixelLoss):
         )
         check_flags("Lovasz", sigmoid=sigmoid, per_image=per_image)
         check_choice("Lovasz", "absent", absent, ("skip", "zero", "keep"))
-        if not isinstance(bins, int) or isinstance(bins, bool) or not 2 <= bins <= 2**16:
-            fail("Lovasz", "bins", "an int from 2 to 65,536", describe(bins))
-        self.sigmoid, self.per_image, self.bins = sigmoid, per_image, bins
+        self.bins = check_int("Lovasz", "bins", bins, "an int from 2 to 65,536", 2, 2**16)
+        self.sigmoid, self.per_image = sigmoid, per_image
         self.classes, self.absent = chosen_classes("Lovasz", classes), absent
 
     def forward(

@@ -81,16 +81,14 @@ class MVSC(Regularizer):
             process_group=process_group,
             check_labels=check_labels,
         )
-        check_count("MVSC", "groups", groups)
-        check_number("MVSC", "fca_weight", fca_weight)
-        check_number("MVSC", "cos_weight", cos_weight)
-        check_number("MVSC", "visual_weight", visual_weight)
-        check_temperature("MVSC", temperature)
+        self.groups = check_count("MVSC", "groups", groups)
+        self.fca_weight = check_number("MVSC", "fca_weight", fca_weight)
+        self.cos_weight = check_number("MVSC", "cos_weight", cos_weight)
+        self.visual_weight = check_number("MVSC", "visual_weight", visual_weight)
+        self.temperature = check_temperature("MVSC", temperature)
         check_flags("MVSC", enhance=enhance)
-        self.groups, self.enhance, self.temperature = groups, enhance, temperature
-        self.fca_weight, self.cos_weight = fca_weight, cos_weight
-        self.visual_weight = visual_weight
-        self.prototypes = nn.Parameter(torch.empty(groups, num_classes, dim))
+        self.enhance = enhance
+        self.prototypes = nn.Parameter(torch.empty(self.groups, self.num_classes, self.dim))
         for group in self.prototypes.data:
             nn.init.kaiming_normal_(group)
         self._count_steps(seed)

@@ -84,13 +84,11 @@ class OCCL(Regularizer):
         )
         check_choice("OCCL", "reduction", reduction, ("mean", "sum"))
         check_choice("OCCL", "split", split, ("pixels", "images"))
-        check_number("OCCL", "centroid_weight", centroid_weight)
-        check_number("OCCL", "category_weight", category_weight)
-        check_temperature("OCCL", temperature)
+        self.centroid_weight = check_number("OCCL", "centroid_weight", centroid_weight)
+        self.category_weight = check_number("OCCL", "category_weight", category_weight)
+        self.temperature = check_temperature("OCCL", temperature)
         check_flags("OCCL", normalize=normalize)
-        self.centroid_weight, self.category_weight = centroid_weight, category_weight
-        self.temperature, self.normalize, self.reduction = temperature, normalize, reduction
-        self.split = split
+        self.normalize, self.reduction, self.split = normalize, reduction, split
         self._count_steps(seed)
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:

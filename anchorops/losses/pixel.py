@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import (
+    as_ints,
     check_flags,
     check_ignore_index,
     check_pixels,
@@ -59,7 +60,7 @@ class PixelLoss(Initialized):
     ) -> None:
         super().__init__()
         if ignore_index is not None:
-            check_ignore_index(type(self).__name__, ignore_index, 1)
+            ignore_index = check_ignore_index(type(self).__name__, ignore_index, 1)
         check_flags(
             type(self).__name__,
             accuracy=accuracy,
@@ -194,10 +195,10 @@ def chosen_classes(function: str, classes: Sequence[int] | None) -> tuple[int, .
     """The argument `classes`. Raises ValueError if it is not different ints of at least 0."""
     if classes is None:
         return None
-    numbers = isinstance(classes, Sequence) and all(type(k) is int for k in classes)
-    if not numbers or not classes or len({*classes}) < len(classes) or min(classes) < 0:
+    ints = as_ints(classes)
+    if not ints or len({*ints}) < len(ints) or min(ints) < 0:
         fail(function, "classes", "different ints of at least 0", describe(classes))
-    return tuple(classes)
+    return ints
 
 
 def check_chosen_classes(function: str, classes: tuple[int, ...], num_classes: int) -> None:
@@ -210,7 +211,7 @@ def share_ignore_index(function: str, ignore_index: int | None, *parts: PixelLos
     """Give the label to ignore of the whole, or else of one part, to the parts without their own.
     Raises ValueError if two differ."""
     if ignore_index is not None:
-        check_ignore_index(function, ignore_index, 1)
+        ignore_index = check_ignore_index(function, ignore_index, 1)
     values = {i for i in (ignore_index, *(part.ignore_index for part in parts)) if i is not None}
     if len(values) > 1:
         fail(function, "ignore_index", "one label for all parts", sorted(values))

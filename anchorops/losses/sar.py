@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .._checks import check_choice, check_flags, check_number, check_share, describe, fail
+from .._checks import (
+    check_choice,
+    check_flags,
+    check_int,
+    check_number,
+    check_share,
+    describe,
+    fail,
+)
 from .._moments import ClassMoments
 from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
 from ..reference import fixed_order_sum
@@ -114,16 +122,16 @@ class SAR(Regularizer):
             check_labels=check_labels,
         )
         check_choice("SAR", "gate", gate, ("all", "per_class"))
-        if not isinstance(layers, int) or layers not in (2, 3):
-            fail("SAR", "layers", "2 or 3", describe(layers))
-        for argument, value in (("loss_weight", loss_weight), ("aux_weight", aux_weight)):
-            check_number("SAR", argument, value)
-        for argument, value in (("momentum", momentum), ("tau", tau), ("delta", delta)):
-            check_share("SAR", argument, value)
+        num_classes, dim = self.num_classes, self.dim
+        self.layers = check_int("SAR", "layers", layers, "2 or 3", 2, 3)
+        self.loss_weight = check_number("SAR", "loss_weight", loss_weight)
+        self.aux_weight = check_number("SAR", "aux_weight", aux_weight)
+        self.momentum = check_share("SAR", "momentum", momentum)
+        self.tau, self.delta = check_share("SAR", "tau", tau), check_share("SAR", "delta", delta)
         check_flags("SAR", embed=embed, reweight=reweight, detach_weights=detach_weights)
         if embed and num_classes < 2:
             fail("SAR", "num_classes", "at least 2, for batch statistics over anchors", num_classes)
-        self.anchor_kind, self.layers = "given", layers
+        self.anchor_kind = "given"
         if isinstance(anchors, str):
             check_choice("SAR", "anchors", anchors, tuple(_ANCHORS))
             self.anchor_kind = anchors
@@ -132,13 +140,12 @@ class SAR(Regularizer):
             fail("SAR", "anchors", f"a name or a tensor [{num_classes}, {dim}]", describe(anchors))
         elif not anchors.is_floating_point():
             fail("SAR", "anchors", "a floating dtype", anchors.dtype)
-        self.loss_weight, self.aux_weight, self.momentum = loss_weight, aux_weight, momentum
-        self.tau, self.delta, self.gate = tau, delta, gate
-        self.embed, self.reweight, self.detach_weights = embed, reweight, detach_weights
+        self.gate, self.embed = gate, embed
+        self.reweight, self.detach_weights = reweight, detach_weights
         self.uses_classifier = self.has_state = embed
         self.register_buffer("anchors", anchors.detach().clone())
         if embed:
-            self.embedding = _embedding(dim, layers)
+            self.embedding = _embedding(dim, self.layers)
             self.register_buffer("semantic_anchors", torch.zeros_like(self.anchors))
 
     @property
