@@ -226,8 +226,9 @@ def flat_pos_weight(function: str, pos_weight: object) -> Tensor:
     follow."""
     check_strided(function, "pos_weight", pos_weight)
     expected = "a number, or one for each channel"
+    dtype = None if hasattr(pos_weight, "dtype") else torch.float32
     try:
-        numbers = torch.as_tensor(pos_weight)
+        numbers = torch.as_tensor(pos_weight, dtype=dtype)
     except (TypeError, ValueError, RuntimeError):
         fail(function, "pos_weight", expected, describe(pos_weight))
     if numbers.is_complex() or numbers.numel() != numbers.shape[:1].numel():

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ._checks import (
     check_binary_labels,
+    check_choice,
     check_count,
     check_flags,
     check_ignore_index,
@@ -30,16 +31,25 @@ class MeanIoU(Metric):
 
         IoU_k = n_kk / (Σ_j n_kj + Σ_j n_jk − n_kk),   n = the confusion matrix
 
-    The mean is over the classes that occur, in the labels or in the predictions. It equals
-    torchmetrics' JaccardIndex(task="multiclass", average="macro"), and the mIoU of mmsegmentation.
-    (torchmetrics.segmentation.MeanIoU computes a mean over images.) `update` reads low-resolution
-    logits; the upsampled ones are never stored.
+    It equals torchmetrics' JaccardIndex(task="multiclass"), with sigmoid task="multilabel", for
+    every average; with "macro" also the mIoU of mmsegmentation. (torchmetrics.segmentation.MeanIoU
+    computes a mean over images.) `update` reads low-resolution logits; the upsampled ones are never
+    stored.
 
     Args:
         num_classes: K, 2 to 4,096; with sigmoid C, at least 1.
         sigmoid: each channel is a binary problem of its own; its IoU is that of the pixels that are
             1, or predicted as 1 (logit above 0).
-        ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
+        average: what `compute` returns. "macro": the mean over the classes that occur, in the
+            labels or in the predictions; with sigmoid over all channels, and one that does not
+            occur counts as 0. "micro": Σ_k n_kk / Σ_k union_k. "weighted": the mean over the
+            classes, weighted by their number of labels. "none" or None: the IoU of each class,
+            [K], 0 where it does not occur; for torchmetrics' ClasswiseWrapper.
+        ignore_index: the label to ignore, 255 by default; with K > 255 it must be given. It may be
+            a class: this class then has no IoU and is in no mean, but a pixel of another class that
+            is predicted as this one is wrong. (JaccardIndex(task="multilabel") takes a label
+            0 ≤ ignore_index < C also as the number of a channel, and leaves this channel out of its
+            macro mean. Here it is a label alone.)
         align_corners: of the upsampling, as in F.interpolate.
         check_labels: raise an error if a label is neither a class nor ignore_index, and with
             sigmoid if a batch has the labels 0 and 255 alone, as masks of 0 and 255 that need
@@ -62,6 +72,7 @@ class MeanIoU(Metric):
         num_classes: int,
         *,
         sigmoid: bool = False,
+        average: str | None = "macro",
         ignore_index: int | None = None,
         align_corners: bool = False,
         check_labels: bool = False,
@@ -70,11 +81,11 @@ class MeanIoU(Metric):
         super().__init__(**metric_arguments)
         flags = {"align_corners": align_corners, "check_labels": check_labels}
         check_flags("MeanIoU", sigmoid=sigmoid, **flags)
-        if sigmoid:
-            check_count("MeanIoU", "num_classes", num_classes)
-        else:
-            check_matrix_classes("MeanIoU", "num_classes", num_classes)
-        self.num_classes, self.sigmoid = num_classes, sigmoid
+        self.average = "none" if average is None else average
+        check_choice("MeanIoU", "average", self.average, ("macro", "micro", "weighted", "none"))
+        check_classes = check_count if sigmoid else check_matrix_classes
+        self.num_classes = num_classes = check_classes("MeanIoU", "num_classes", num_classes)
+        self.sigmoid = sigmoid
         self.align_corners, self.check_labels = align_corners, check_labels
         classes = 2 if sigmoid else num_classes
         self.ignore_index = check_ignore_index("MeanIoU", ignore_index, classes)
@@ -136,23 +147,41 @@ class MeanIoU(Metric):
             matrix = confusion_for(
                 "MeanIoU", predictions, labels, self.num_classes, **label_options
             )
-        self.confusion += matrix
+        self.confusion = self.confusion + matrix  # new: a state may be a tensor of inference mode
 
-    def per_class(self) -> Tensor:
-        """The IoU of each class, [K], float32. A class that occurs neither in the labels nor in the
-        predictions has none: it is NaN here, and the mean leaves it out. The values are those of
-        this rank; for those of all ranks call it inside `with metric.sync_context():`."""
+    def _hits_and_unions(self) -> tuple[Tensor, Tensor]:
+        """n_kk and the union of each class, [K], int64; 0 for a class that is ignored."""
         if self.sigmoid:
             hits = self.confusion[:, 1, 1]
-            union = self.confusion.sum((1, 2)) - self.confusion[:, 0, 0]
-        else:
-            hits = self.confusion.diagonal()
-            union = self.confusion.sum(0) + self.confusion.sum(1) - hits
-        return hits / union
+            return hits, self.confusion.sum((1, 2)) - self.confusion[:, 0, 0]
+        hits = self.confusion.diagonal()
+        unions = self.confusion.sum(0) + self.confusion.sum(1) - hits
+        if 0 <= self.ignore_index < self.num_classes:
+            unions[self.ignore_index] = 0
+        return hits, unions
+
+    def per_class(self) -> Tensor:
+        """The IoU of each class, [K], float32, whatever the average. A class that is ignored, or
+        occurs neither in the labels nor in the predictions, has none: it is NaN here. The values
+        are those of this rank; for those of all ranks call it inside
+        `with metric.sync_context():`."""
+        hits, unions = self._hits_and_unions()
+        return hits.float() / unions.float()
 
     def compute(self) -> Tensor:
-        """The mean over the classes that occur, a float32 scalar; 0 if none occurs."""
-        return self.per_class().nanmean().nan_to_num(nan=0.0)
+        """The average, a float32 scalar, 0 if no class occurs; or each class, [K], float32."""
+        hits, unions = self._hits_and_unions()
+        if self.average == "micro":
+            hits, unions = hits.sum(), unions.sum()
+        iou = torch.where(unions > 0, hits.float() / unions.float(), 0)
+        if self.average in ("micro", "none"):
+            return iou
+        if self.average == "weighted":
+            weights = self.confusion[:, 1].sum(1) if self.sigmoid else self.confusion.sum(1)
+        else:
+            weights = torch.ones_like(unions) if self.sigmoid else unions > 0
+        weights = weights.float()
+        return (weights * iou).sum() / weights.sum().clamp(min=1)
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "MeanIoU":
         """Changes nothing, because the counts are integers."""

@@ -67,7 +67,7 @@ def maximal_angle(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
 def imbalance_factor(counts: Tensor) -> Tensor:
     """n_max / n_min over the classes that occur (CeCo: PIF of pixels, CIF of centers)."""
     present = counts[counts > 0].double()
-    return present.max() / present.min() if len(present) else torch.tensor(torch.nan)
+    return present.max() / present.min() if len(present) else present.new_tensor(torch.nan)
 
 
 def pearson(x: Tensor, y: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class CentroidGeometry(Metric):
         check_choice("CentroidGeometry", "mean", mean, ("classes", "pixels"))
         self.num_classes, self.mean = num_classes, mean
         self.ignore_index = check_ignore_index("CentroidGeometry", ignore_index, num_classes)
-        zeros = torch.zeros(num_classes, dim)
+        zeros = torch.zeros(num_classes, dim, dtype=torch.float32)
         self.register_buffer("anchors", zeros if anchors is None else anchors.detach().clone())
         self.add_state("counts", torch.zeros(num_classes, dtype=torch.int64), "sum")
         self.add_state("sums", zeros.double(), "sum")
@@ -183,9 +183,10 @@ class CentroidGeometry(Metric):
             ignore_index=self.ignore_index,
         )
         assert sqdists is not None
-        self.counts += counts
-        self.sums += sums
-        self.sqdists += sqdists
+        # new tensors, because a state may be one of inference mode
+        self.counts = self.counts + counts
+        self.sums = self.sums + sums
+        self.sqdists = self.sqdists + sqdists
 
     def centroids(self) -> tuple[Tensor, Tensor]:
         """The values of this rank so far: centroids [K, D], float64, zero if absent; counts [K]."""
@@ -239,12 +240,12 @@ class LabelImbalance(Metric):
         keys = torch.where(valid, labels, self.num_classes)
         counts = keys.new_zeros(len(labels), self.num_classes + 1)
         counts.scatter_add_(1, keys, torch.ones_like(keys))
-        self.pixels += counts[:, :-1].sum(0)
-        self.images += (counts[:, :-1] > 0).sum(0)
+        self.pixels = self.pixels + counts[:, :-1].sum(0)
+        self.images = self.images + (counts[:, :-1] > 0).sum(0)
 
     def prior(self) -> Tensor:
         """Share of the images that contain each class, normalised to sum 1: float32 [K]."""
-        return (self.images / self.images.sum()).float()
+        return self.images.float() / self.images.sum().float()
 
     def compute(self) -> dict[str, Tensor]:
         """pixel_imbalance and center_imbalance, float64 scalars; NaN if no class occurred."""
@@ -293,10 +294,12 @@ class FrequencyCorrelation(Metric):
         labels = labels.long()  # torch has no comparisons for uint16 to uint64
         valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
         labels, predictions = labels[valid], predictions[valid]
-        self.pixels += labels.bincount(minlength=self.num_classes)
-        self.correct += labels[predictions == labels].bincount(minlength=self.num_classes)
+        hits = labels[predictions == labels]
+        self.pixels = self.pixels + labels.bincount(minlength=self.num_classes)
+        self.correct = self.correct + hits.bincount(minlength=self.num_classes)
 
     def compute(self) -> Tensor:
         """The correlation, a float64 scalar; NaN if all classes are equally frequent."""
         present = self.pixels > 0
-        return pearson(self.correct[present] / self.pixels[present], self.pixels[present])
+        correct, pixels = self.correct[present], self.pixels[present]
+        return pearson(correct.double() / pixels, pixels)

@@ -104,7 +104,8 @@ def axis_of(
         cells = Cells(0, 1, 1, True, False, align_corners, True)
         return Axis(source, pixels, ratio, inverse, source), cells
     at = torch.arange(pixels, dtype=torch.float32, device="cpu")
-    at = at * torch.tensor(ratio) if align_corners else (at + 0.5) * torch.tensor(ratio) - 0.5
+    step = torch.tensor(ratio, dtype=torch.float32, device="cpu")
+    at = at * step if align_corners else (at + 0.5) * step - 0.5
     cell = at.floor().clamp(max=source - 1)
     first = 0 if align_corners else -1
     most = int((cell.long() + 1).bincount().max())

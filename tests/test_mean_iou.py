@@ -11,7 +11,7 @@ from torch import Tensor
 import anchorops as ao
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
-from torchmetrics import JaccardIndex, MetricCollection
+from torchmetrics import ClasswiseWrapper, JaccardIndex, MetricCollection
 
 K = 6
 
@@ -67,10 +67,85 @@ def test_of_sigmoids() -> None:
     assert binary.compute() == pytest.approx(1 / 3)
 
 
-def test_without_pixels_and_reset() -> None:
-    metric = ao.MeanIoU(K)
+AVERAGES = ("macro", "micro", "weighted", "none", None)
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("ignore_index", [*range(K), K, 255, -1, -100])
+def test_every_average_and_ignored_label(ignore_index: int, average: str | None) -> None:
+    """An ignored label may be a class: it has no IoU, but wrong predictions of it count. Class
+    K − 1 occurs nowhere, and in the first batch neither does class 0."""
+    options: dict[str, Any] = {"average": average, "ignore_index": ignore_index}
+    theirs = JaccardIndex(task="multiclass", num_classes=K, **options)
+    ours, of_logits = ao.MeanIoU(K, **options), ao.MeanIoU(K, **options)
+    for first, (logits, labels) in zip((1, 0), batches(), strict=True):
+        labels = labels.clamp(min=first).where(labels != 255, ignore_index)
+        full = F.interpolate(logits, labels.shape[1:], mode="bilinear")
+        ours.update(full.argmax(1), labels)
+        of_logits.update(logits, labels)
+        theirs.update(full.argmax(1), labels)
+        torch.testing.assert_close(ours.compute(), theirs.compute())
+        assert torch.equal(of_logits.compute(), ours.compute())
+        each, seen = ours.per_class(), ours.confusion.sum(0) + ours.confusion.sum(1) > 0
+        without = [k for k in range(K) if k == ignore_index or not seen[k]]
+        assert K - 1 in without and each.isnan().nonzero().flatten().tolist() == without
+        if average in ("none", None):
+            assert torch.equal(ours.compute(), each.nan_to_num(nan=0.0))
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("ignore_index", [255, -1])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_average_of_sigmoids(channels: int, ignore_index: int, average: str | None) -> None:
+    """The last channel occurs neither in the labels nor in the predictions."""
+    options: dict[str, Any] = {"average": average, "ignore_index": ignore_index}
+    theirs = JaccardIndex(task="multilabel", num_labels=channels + 1, **options)
+    ours = ao.MeanIoU(channels + 1, sigmoid=True, **options)
+    logits, labels = (
+        torch.randn(2, channels + 1, 8, 9),
+        torch.randint(0, 2, (2, channels + 1, 8, 9)),
+    )
+    labels[:, :, 0] = ignore_index
+    logits[:, -1], labels[:, -1] = -1, 0
+    ours.update(logits, labels)
+    theirs.update(logits.sigmoid(), labels)
+    torch.testing.assert_close(ours.compute(), theirs.compute())
+    assert ours.per_class().isnan().tolist() == [False] * channels + [True]
+
+
+def test_classes_by_name() -> None:
+    """For loggers, alone and in a collection beside the mean, with which it shares the counts."""
+    names = [f"class{k}" for k in range(K)]
+    each, mean = ao.MeanIoU(K, average="none"), ao.MeanIoU(K)
+    alone = ClasswiseWrapper(ao.MeanIoU(K, average="none"), labels=names, prefix="iou_")
+    both = MetricCollection({"mean": mean, "each": each})
+    for logits, labels in batches():
+        alone.update(logits, labels)
+        both.update(logits, labels)
+    values, expected = both.compute(), each.per_class().nan_to_num(nan=0.0)
+    assert torch.equal(values["each"], expected) and values["mean"].dim() == 0
+    assert alone.compute() == {f"iou_{name}": x for name, x in zip(names, expected, strict=True)}
+    assert set(alone(*batches()[0])) == {f"iou_{name}" for name in names}
+
+
+def test_states_of_inference_mode() -> None:
+    """A metric that is reset there is updated outside."""
+    metric, expected = ao.MeanIoU(K), ao.MeanIoU(K)
+    with torch.inference_mode():
+        metric.reset()
+        metric.update(*batches()[0])
+        metric.reset()
+    for batch in batches():
+        metric.update(*batch)
+        expected.update(*batch)
+    assert torch.equal(metric.compute(), expected.compute())
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_without_pixels_and_reset(average: str | None) -> None:
+    metric = ao.MeanIoU(K, average=average)
     metric.update(torch.randn(1, K, 2, 2), torch.full((1, 4, 4), 255))
-    assert metric.compute() == 0 and metric.per_class().isnan().all()
+    assert (metric.compute() == 0).all() and metric.per_class().isnan().all()
     metric.update(torch.randn(1, K, 2, 2), torch.zeros(1, 4, 4).long())
     assert metric.confusion.sum() == 16
     metric.reset()
@@ -135,6 +210,10 @@ def test_messages_of_update(arguments: dict[str, Any], message: str) -> None:
         ({"num_classes": 0, "sigmoid": True}, "num_classes: expected an int of at least 1, got 0"),
         ({"num_classes": 3, "sigmoid": 1}, "sigmoid: expected True or False, got 1"),
         ({"num_classes": 3, "align_corners": None}, "align_corners: expected True or False"),
+        (
+            {"num_classes": 3, "average": "mean"},
+            "average: expected 'macro' or 'micro' or 'weighted' or 'none', got 'mean'",
+        ),
     ],
     ids=str,
 )

@@ -138,7 +138,8 @@ class CBP(Regularizer):
         self._moves_rows = update not in ("ema", "penalty")
         self.basis = basis  # the classifier has it as its state
         if update == "ema":
-            self.register_buffer("centroids", torch.zeros(num_classes, dim))
+            dtype = torch.promote_types(basis.dtype, torch.float32)
+            self.register_buffer("centroids", torch.zeros(num_classes, dim, dtype=dtype))
 
     @property
     def _as_buffer(self) -> bool:

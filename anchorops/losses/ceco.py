@@ -98,8 +98,9 @@ class CeCo(Regularizer):
         if center_dim < num_classes - 1:
             expected = f"at least num_classes - 1 = {num_classes - 1}, the rank of a simplex"
             fail("CeCo", "center_dim", expected, center_dim)
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         if prior is None:
-            prior = torch.ones(num_classes)
+            prior = torch.ones(num_classes, dtype=dtype)
         elif not isinstance(prior, Tensor) or prior.shape != (num_classes,):
             fail("CeCo", "prior", f"a tensor [{num_classes}]", describe(prior))
         elif not ((prior >= 0) & prior.isfinite()).all() or not prior.any():
@@ -110,7 +111,9 @@ class CeCo(Regularizer):
         self.norm = nn.BatchNorm2d(reduced_dim)
         self.projection = nn.Linear(reduced_dim, center_dim)
         self.projection.requires_grad_(not freeze_projection)
-        self.register_buffer("prior", (prior / prior.sum()).to(torch.get_default_dtype()))
+        # in float32 at least, because shares may be small and their sum large
+        prior = prior.to(torch.promote_types(prior.dtype, dtype))
+        self.register_buffer("prior", (prior / prior.sum()).to(dtype))
         self.register_buffer("etf", simplex_etf(num_classes, center_dim))
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:

@@ -113,12 +113,11 @@ class PixelLoss(Initialized):
         moments = self.moments(logits, labels, options)
         parts = self.parts(moments, logits)
         self.terms = {name: part.detach() for name, part in parts.items()}
-        valid, outside = moments.counts.sum(), moments.outside
+        valid, outside, dtype = moments.counts.sum(), moments.outside, moments.losses.dtype
         if moments.hits is not None:
-            self.terms["accuracy"] = moments.hits.sum() / valid.clamp(min=1)
+            self.terms["accuracy"] = moments.hits.sum().to(dtype) / valid.clamp(min=1)
         assert outside is not None
         # floating-point too, because loggers average over steps and ranks
-        dtype = moments.losses.dtype
         self.terms["labels_out_of_range"] = outside.to(dtype)
         self.terms["labels_ignored"] = (labels.numel() - valid - outside).to(dtype)
         return torch.stack(tuple(parts.values())).sum()  # not a part itself, which is in `terms`

@@ -146,7 +146,9 @@ class SAR(Regularizer):
         self.register_buffer("anchors", anchors.detach().clone())
         if embed:
             self.embedding = _embedding(dim, self.layers)
-            self.register_buffer("semantic_anchors", torch.zeros_like(self.anchors))
+            # in float32 at least, because updates of size (1−α) would be lost
+            dtype = torch.promote_types(self.anchors.dtype, torch.float32)
+            self.register_buffer("semantic_anchors", torch.zeros_like(self.anchors, dtype=dtype))
 
     @property
     def started(self) -> Tensor:

@@ -78,7 +78,7 @@ def upsampled_sums(
     rows, columns = (splat_axis(label_size[i], size[i], labels.device) for i in (0, 1))
     keys, counts = class_keys(grid, labels, num_classes, True, ignore_index)
     table = splat_keys(keys, counts.numel(), splat_of(rows, columns, size))
-    weights = (table / SPLAT_UNITS).to(dtype).view(*counts.shape, size[0] * size[1])
+    weights = (table.to(dtype) / SPLAT_UNITS).view(*counts.shape, size[0] * size[1])
     wide = features.to(dtype)
     # Features that no valid label uses are removed by selection, because NaN · 0 would be NaN.
     used = torch.where((weights != 0).any(1, keepdim=True), wide.flatten(2), 0)

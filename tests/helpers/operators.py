@@ -20,6 +20,7 @@ from anchorops import verify
 from anchorops._ops.upsampled_sums import upsampled_sums
 
 K, D = 4, 6
+F32 = torch.float32
 Inputs = dict[str, Tensor]
 FUSED = ("reference", "cpu", "interpreter")
 WITH_CUDA = (*FUSED, "emulator")
@@ -383,7 +384,8 @@ def results(run: Callable[..., Any], inputs: Inputs, weights_are_strided: bool =
     differentiable = [x for x in outputs if x.requires_grad]
     gradients = ()
     if differentiable:
-        weights = [torch.linspace(0.5, 1.5, x.numel()).view(x.shape).to(x) for x in differentiable]
+        weights = [torch.linspace(0.5, 1.5, x.numel(), dtype=F32) for x in differentiable]
+        weights = [w.view(x.shape).to(x) for w, x in zip(weights, differentiable, strict=True)]
         weights = [strided(x) for x in weights] if weights_are_strided else weights
         gradients = torch.autograd.grad(differentiable, floating, weights, allow_unused=True)
     return [*(x.detach() for x in outputs), *(x for x in gradients if x is not None)]

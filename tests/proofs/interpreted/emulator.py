@@ -33,6 +33,7 @@ OF_TRITON = (
     "upsampled_sums",
     "confusion",
     "pixel_kl_divergence",
+    "default_dtype",
 )
 OF_PYTORCH = ("guarantees_of_torch", "class_moments_torch")  # compile, opcheck, …
 

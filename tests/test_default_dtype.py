@@ -1,0 +1,239 @@
+"""No result depends on torch's default dtype: values, gradients, `terms`, metrics and diagnostics
+are those with float32. Only parameters and anchors that are made have this dtype."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import methods
+import numpy as np
+import pytest
+import torch
+from operators import OPERATORS, Operator, results
+from torch import Tensor
+
+import anchorops as ao
+from anchorops import diagnostics
+
+pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+on_cpu = pytest.mark.on("reference", "cpu")
+DTYPES = (torch.float16, torch.bfloat16, torch.float64)
+K, SIZE = 5, 300  # more than 65,504 pixels, the largest float16
+LOGITS = torch.randn(1, K, 30, 30)
+LABELS = torch.randint(0, K, (1, SIZE, SIZE))
+MAPS = torch.stack([LABELS] * K, 1) % 2
+FEATURES = torch.randn(2, 12, 6, 7)
+WEIGHTS = [0.1, 1e5, 1.0, 2.0, 3.0]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """Sets it when it is called."""
+    yield lambda: torch.set_default_dtype(request.param)
+    torch.set_default_dtype(torch.float32)
+
+
+def same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) -> None:
+    assert len(actual) == len(expected) > 0
+    for ours, right in zip(actual, expected, strict=True):
+        assert ours.dtype == right.dtype
+        torch.testing.assert_close(ours, right, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def on(*places: str) -> Any:
+    cases = [
+        pytest.param(operator, marks=pytest.mark.on(*here), id=operator.name)
+        for operator in OPERATORS
+        if (here := [place for place in operator.places if place in places])
+    ]
+    return pytest.mark.parametrize("operator", cases)
+
+
+@pytest.mark.usefixtures("sorted_by_numpy")
+@on("reference", "cpu", "interpreter")
+def test_operators(operator: Operator, backend: str, default_dtype: Callable[[], None]) -> None:
+    inputs = operator.inputs(1)
+    expected = results(operator.run, inputs)
+    default_dtype()
+    same(results(operator.run, inputs), expected, 1e-6)
+
+
+# Large numbers of pixels, and what the operators above do not have.
+CALLS: dict[str, Callable[[], Any]] = {
+    "confusion": lambda: ao.confusion(LABELS, LABELS.flip(1), K),
+    "pixel_confusion": lambda: ao.pixel_confusion(LOGITS, LABELS),
+    "pixel_confusion of sigmoids": lambda: ao.pixel_confusion(LOGITS, MAPS, sigmoid=True),
+    "pixel_argmax": lambda: ao.pixel_argmax(LOGITS, (SIZE, SIZE), confidence=True),
+    "sigmoids": lambda: ao.pixel_argmax(
+        LOGITS, (SIZE, SIZE), sigmoid=True, threshold=0.3, confidence=True
+    ),
+    "softmax_moments": lambda: ao.ops.softmax_moments(LOGITS, LABELS, squares=True),
+    "class_centroids": lambda: ao.class_centroids(LABELS[:, None].float(), LABELS, K),
+    "pixel_cross_entropy": lambda: ao.pixel_cross_entropy(LOGITS, LABELS, label_smoothing=0.1),
+    "pos_weight": lambda: ao.pixel_binary_cross_entropy(LOGITS, MAPS, pos_weight=1e5),
+    "pos_weights": lambda: ao.pixel_binary_cross_entropy(LOGITS, MAPS, pos_weight=WEIGHTS),
+    "divergence": lambda: ao.pixel_kl_divergence(LOGITS, LOGITS.sin(), (SIZE, SIZE)),
+    "valid": lambda: ao.pixel_kl_divergence(
+        LOGITS, LOGITS.sin(), (SIZE, SIZE), valid=LABELS > 1, temperature=0.3
+    ),
+    "class_separability": lambda: diagnostics.class_separability(FEATURES[0, :, :3, 0]),
+    "equiangularity": lambda: diagnostics.equiangularity(FEATURES[0, :, :3, 0]),
+    "maximal_angle": lambda: diagnostics.maximal_angle(FEATURES[0, :, :3, 0]),
+    "imbalance_factor": lambda: diagnostics.imbalance_factor(torch.tensor([90_000, 7, 0])),
+    "no imbalance": lambda: diagnostics.imbalance_factor(torch.zeros(3).long()),
+    "pearson": lambda: diagnostics.pearson(torch.arange(70_000), torch.arange(70_000) ** 2),
+    "norm_correlation": lambda: diagnostics.norm_correlation(
+        FEATURES[0, :, :3, 0], torch.arange(12) * 10_000
+    ),
+}
+LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
+    "CrossEntropy": lambda: ao.CrossEntropy(accuracy=True),
+    "weights": lambda: ao.CrossEntropy(WEIGHTS, accuracy=True, label_smoothing=0.1),
+    "array": lambda: ao.CrossEntropy(np.array(WEIGHTS), focal_gamma=0.7),
+    "ohem": lambda: ao.CrossEntropy(ohem=0.3, ohem_kept=70_000, accuracy=True),
+    "Dice": lambda: ao.Dice(weight=WEIGHTS, accuracy=True, squared=True),
+    "Dice, images": lambda: ao.Dice(per_image=True, log=True, absent="zero"),
+    "Tversky": lambda: ao.Dice(alpha=0.3, beta=0.7, gamma=0.75, smooth=1.0),
+    "CrossEntropyDice": lambda: ao.CrossEntropyDice(ao.CrossEntropy(accuracy=True), ce_weight=0.3),
+    "Lovasz": lambda: ao.Lovasz(per_image=True),
+}
+SIGMOIDS: dict[str, Callable[[], torch.nn.Module]] = {
+    "BinaryCrossEntropy": lambda: ao.BinaryCrossEntropy(accuracy=True),
+    "pos_weight": lambda: ao.BinaryCrossEntropy(WEIGHTS, ohem_kept=70_000, accuracy=True),
+    "Dice": lambda: ao.Dice(sigmoid=True, accuracy=True),
+    "Lovasz": lambda: ao.Lovasz(sigmoid=True),
+}
+
+
+def tensors(x: Any) -> list[Tensor]:
+    return [x] if isinstance(x, Tensor) else [value for value in x if value is not None]
+
+
+@on_cpu
+@pytest.mark.parametrize("name", CALLS)
+def test_functions(name: str, backend: str, default_dtype: Callable[[], None]) -> None:
+    expected = tensors(CALLS[name]())
+    default_dtype()
+    same(tensors(CALLS[name]()), expected, 1e-6)
+
+
+def loss_gradient_and_terms(loss: Any, *inputs: Tensor) -> list[Tensor]:
+    x = inputs[0].detach().requires_grad_()
+    value = loss(x, *inputs[1:])
+    gradient = torch.autograd.grad(value, x)[0]
+    return [value.detach(), gradient, *loss.terms.values()]
+
+
+@on_cpu
+@pytest.mark.parametrize("name", [*LOSSES, *(f"sigmoid {name}" for name in SIGMOIDS)])
+def test_losses(name: str, backend: str, default_dtype: Callable[[], None]) -> None:
+    make = LOSSES[name] if name in LOSSES else SIGMOIDS[name.removeprefix("sigmoid ")]
+    labels = LABELS if name in LOSSES else MAPS
+    expected = loss_gradient_and_terms(make(), LOGITS, labels)
+    default_dtype()
+    same(loss_gradient_and_terms(make(), LOGITS, labels), expected, 1e-6)
+
+
+@on_cpu
+@methods.each_on_pixels
+def test_methods(build: Callable[[], Any], backend: str, default_dtype: Callable[[], None]) -> None:
+    """With parameters and anchors in float32."""
+    features, labels, classifier = methods.batch()
+    method = methods.open_gate(build())
+    ours = copy.deepcopy(method)
+    expected = loss_gradient_and_terms(method, features, labels, classifier)
+    expected += [x.detach() for x in (*method.parameters(), *method.buffers())]
+    default_dtype()
+    actual = loss_gradient_and_terms(ours, features, labels, classifier)
+    actual += [x.detach() for x in (*ours.parameters(), *ours.buffers())]
+    same(actual, expected, 1e-6)
+
+
+@methods.each_on_pixels
+def test_methods_that_are_made(build: Callable[[], Any], default_dtype: Callable[[], None]) -> None:
+    """With parameters and anchors in the default dtype the loss has its precision."""
+    torch.manual_seed(0)
+    features, labels, classifier = methods.batch()
+    default_dtype()
+    method = methods.open_gate(build())
+    assert method(features, labels, classifier).dtype == torch.float32
+    exact = copy.deepcopy(method).double()
+    expected = exact(features.detach().double(), labels, copy.deepcopy(classifier).double())
+    loss = method(features, labels, classifier)
+    torch.testing.assert_close(loss.double(), expected, rtol=0.05, atol=0.05)
+
+
+def test_small_shares_of_images() -> None:
+    """CeCo's prior is float32 at least: 1e-6 is 0 in float16, and 70,000 is ∞."""
+    torch.set_default_dtype(torch.float16)
+    try:
+        prior = torch.tensor([70_000, 1, 0, 5, 9])
+        method = ao.CeCo(K, 12, prior=prior)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(method.prior, prior / prior.sum())
+
+
+PREDICTIONS = LABELS.where(torch.rand(LABELS.shape) < 0.7, LABELS.flip(1))
+METRICS: dict[str, tuple[Callable[[], Any], tuple[Tensor, ...]]] = {
+    **{
+        f"MeanIoU, {average}": (
+            lambda average=average: ao.MeanIoU(K, average=average),
+            (PREDICTIONS, LABELS),
+        )
+        for average in ("macro", "micro", "weighted", "none")
+    },
+    "MeanIoU of logits": (lambda: ao.MeanIoU(K), (LOGITS, LABELS)),
+    "MeanIoU of sigmoids": (lambda: ao.MeanIoU(K, sigmoid=True), (LOGITS, MAPS)),
+    "MeanIoU of masks": (lambda: ao.MeanIoU(K, sigmoid=True), (MAPS.flip(2), MAPS)),
+    "CentroidGeometry": (
+        lambda: diagnostics.CentroidGeometry(K, 12),
+        (FEATURES, LABELS[:, :9, :9].expand(2, -1, -1)),
+    ),
+    "LabelImbalance": (lambda: diagnostics.LabelImbalance(K), (LABELS**2 % K,)),
+    "FrequencyCorrelation": (
+        lambda: diagnostics.FrequencyCorrelation(K),
+        (PREDICTIONS, LABELS**2 % K),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metrics(name: str, default_dtype: Callable[[], None]) -> None:
+    make, batch = METRICS[name]
+
+    def values() -> list[Tensor]:
+        metric = make()
+        for _ in range(2):
+            metric.update(*batch)
+        value = metric.compute()
+        more = [metric.per_class()] if "MeanIoU" in name else []
+        more += [metric.prior()] if name == "LabelImbalance" else []
+        return [*(value.values() if isinstance(value, dict) else [value]), *more]
+
+    expected = values()
+    default_dtype()
+    same(values(), expected, 1e-6)
+
+
+def test_gradient_ratio(default_dtype: Callable[[], None]) -> None:
+    def ratio() -> list[Tensor]:
+        x = LOGITS.clone().requires_grad_()
+        other = ao.pixel_cross_entropy(x, LABELS)
+        return [diagnostics.gradient_ratio(x, ao.Dice()(x, LABELS), other)]
+
+    expected = ratio()
+    default_dtype()
+    same(ratio(), expected, 1e-6)
+
+
+def test_cells_of_triton(default_dtype: Callable[[], None]) -> None:
+    """The kernels' plan is computed in float32, as the kernels compute."""
+    upsampling = pytest.importorskip("anchorops.kernels.upsampling", reason="triton is missing")
+    sizes = [(33, 257, False), (33, 257, True), (100, 333, False), (129, 1024, True)]
+    plans = []
+    for change in (lambda: None, default_dtype):
+        change()
+        upsampling.axis_of.cache_clear()
+        plans.append([upsampling.axis_of(*size, 16, False) for size in sizes])
+    assert plans[0] == plans[1]
