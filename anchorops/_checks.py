@@ -5,11 +5,12 @@ import numbers
 import operator
 from collections.abc import Sequence
 from textwrap import shorten
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 # The positive normal numbers of float32.
 SMALLEST_NORMAL, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -102,6 +103,17 @@ def check_strided(function: str, argument: str, tensor: object) -> None:
         fail(function, argument, expected, "a DTensor")
     if tensor.layout != torch.strided:
         fail(function, argument, "a strided tensor", tensor.layout)
+
+
+def savable(x: T) -> T:
+    """A tensor that was made under torch.inference_mode as one that autograd can save for the
+    backward pass: it has the same memory. Anything else as it is."""
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+        return x
+    if not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    alias: Any = torch.empty(0, dtype=x.dtype, device=x.device)
+    return alias.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
 def check_features(function: str, features: Tensor, argument: str = "features") -> None:

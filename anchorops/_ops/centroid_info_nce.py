@@ -14,7 +14,15 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import WITH_CUDA, select
-from .._checks import FLOATING, check_choice, check_strided, check_temperature, describe, fail
+from .._checks import (
+    FLOATING,
+    check_choice,
+    check_strided,
+    check_temperature,
+    describe,
+    fail,
+    savable,
+)
 from .registration import Gradient, define
 
 BACKENDS = ("triton", "cuda")  # on the CPU it is the reference
@@ -133,11 +141,10 @@ def centroid_info_nce(
     backend = select(function, queries, queries.shape[0], operators=WITH_CUDA)
     if backend not in BACKENDS:
         return reference.centroid_info_nce(
-            queries,
-            keys,
-            positives=positives,
-            present=present,
-            present_keys=present_keys,
+            *map(savable, (queries, keys)),
+            positives=savable(positives),
+            present=savable(present),
+            present_keys=savable(present_keys),
             temperature=temperature,
             reduction=reduction,
         )

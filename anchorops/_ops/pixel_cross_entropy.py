@@ -11,6 +11,7 @@ from .._checks import (
     check_strided,
     describe,
     fail,
+    savable,
     shape_of,
 )
 from .._moments import Options, SoftmaxMoments, statistics_dtype
@@ -65,7 +66,7 @@ def pixel_cross_entropy(
         if weight.requires_grad and label_smoothing > 0:
             expected = "no gradient with label smoothing (its detach())"
             fail(function, "weight", expected, "requires_grad = True")
-        weight = weight.to(statistics_dtype(logits.dtype))
+        weight = savable(weight.to(statistics_dtype(logits.dtype)))
     options = Options(
         smoothing=mixture(weight, label_smoothing, logits.shape[1], logits),
         ignore_index=ignore_index,

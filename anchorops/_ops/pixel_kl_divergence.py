@@ -30,6 +30,7 @@ from .._checks import (
     check_temperature,
     describe,
     fail,
+    savable,
     without_channel,
 )
 from .._moments import statistics_dtype
@@ -166,7 +167,9 @@ def pixel_kl_divergence(
             (B, K, d, h, w), which are upsampled with mode="trilinear".
         teacher_logits: (B, K, h', w') or (B, K, d', h', w'), of its own size and strides; float32,
             bfloat16 or float16, with float64 logits float64. Constants: no gradient flows to it, as
-            if it were detached. Logarithms of probabilities are logits too.
+            if it were detached. Logarithms of probabilities are logits too. It may be a tensor of
+            torch.inference_mode, as may every input of anchorops that needs no gradient (but
+            torch.compile can save none for a backward pass).
         size: (H, W), of volumes (D, H, W).
         valid: bool (B, *size) or (B, 1, *size), any strides: the pixels to compare; by default all.
             Other pixels change nothing, even if their logits are NaN or Inf, and have no gradient.
@@ -201,7 +204,7 @@ def pixel_kl_divergence(
             logits,
             teacher_logits,
             size,
-            valid=valid,
+            valid=savable(valid),
             temperature=temperature,
             align_corners=align_corners,
             reduction=reduction,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._backend import FUSED, register_triton
-from .._checks import in_transform
+from .._checks import in_transform, savable
 
 library = torch.library.Library("anchorops", "FRAGMENT")
 
@@ -141,7 +141,7 @@ def _differentiate(
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = without_gradient(*inputs)
         if setup_context is not None:
-            setup_context(ctx, inputs, output)
+            setup_context(ctx, tuple(map(savable, inputs)), output)
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}

@@ -23,6 +23,7 @@ from .._checks import (
     describe,
     fail,
     in_transform,
+    savable,
 )
 from .._moments import ClassMoments
 from ..distributed import group_name, reduce_moments
@@ -73,6 +74,7 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
         fail(function, "classifier", expected, "a DTensor")
     if weight.dtype not in FLOATING:
         fail(function, "classifier", "a weight that is not quantised", describe(weight))
+    weight = savable(weight)
     if weight.dim() > 2:
         one_position = weight.shape[2:].numel() == 1
         weight = weight.flatten(1) if one_position else weight.flatten(2).sum(2)
@@ -231,6 +233,7 @@ class Regularizer(Initialized):
     ) -> Tensor:
         self.check_initialized()
         self._check_inputs(features, labels, classifier)
+        features = savable(features)
         if not torch.compiler.is_compiling():
             self._count_forward()
         # There is no autocast for the device "meta".

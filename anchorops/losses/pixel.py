@@ -17,6 +17,7 @@ from .._checks import (
     describe,
     fail,
     flat_pos_weight,
+    savable,
 )
 from .._moments import Options, SoftmaxMoments, statistics_dtype
 from .._ops.sigmoid import sigmoid_moments
@@ -105,7 +106,8 @@ class PixelLoss(Initialized):
         )
         if pixel_weights is not None:
             self._check_pixel_weights(pixel_weights, original_labels, labels)
-            pixel_weights = pixel_weights.to(statistics_dtype(logits.dtype)).view(labels.shape)
+            pixel_weights = savable(pixel_weights.to(statistics_dtype(logits.dtype)))
+            pixel_weights = pixel_weights.view(labels.shape)
         options = self.options(logits, labels, pixel_weights)
         if pixel_weights is not None and options.pixel_weights is None:
             fail(function, "pixel_weights", f"None: {function} has no pixel weights", "a tensor")
@@ -187,7 +189,7 @@ def class_weight(loss: PixelLoss, logits: Tensor) -> Tensor | None:
         fail(type(loss).__name__, "weight", expected, len(weight))
     if weight.device != logits.device:
         fail(type(loss).__name__, "logits", f"device {weight.device}, as weight", logits.device)
-    return weight.to(statistics_dtype(logits.dtype))
+    return savable(weight.to(statistics_dtype(logits.dtype)))
 
 
 def chosen_classes(function: str, classes: Sequence[int] | None) -> tuple[int, ...] | None:

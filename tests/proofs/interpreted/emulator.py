@@ -34,6 +34,7 @@ OF_TRITON = (
     "confusion",
     "pixel_kl_divergence",
     "default_dtype",
+    "inference_tensors",
 )
 OF_PYTORCH = ("guarantees_of_torch", "class_moments_torch")  # compile, opcheck, …
 

@@ -1,0 +1,239 @@
+"""Tensors that were made under torch.inference_mode: every input that needs no gradient may be one,
+and everything can be called inside."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import methods
+import pytest
+import torch
+from operators import OPERATORS, Inputs, Operator, channel_inputs, four_times, with_pixel_weights
+from torch import Tensor, nn
+
+import anchorops as ao
+from anchorops import diagnostics
+
+EACH = [
+    pytest.param(operator, marks=pytest.mark.on(*operator.places), id=operator.name)
+    for operator in OPERATORS
+]
+
+
+def inference(x: Any) -> Any:
+    """The same numbers, made under inference mode."""
+    with torch.inference_mode():
+        return x.clone() if isinstance(x, Tensor) else x
+
+
+def outputs(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [x for x in value if x is not None]
+
+
+def gradient(run: Callable[..., Any], inputs: Inputs, of: str) -> list[Tensor]:
+    """The results, and the gradient of this input."""
+    leaf = inputs[of].clone().requires_grad_()
+    values = outputs(run(**inputs | {of: leaf}))
+    total = torch.stack([x.double().sum() for x in values if x.requires_grad]).sum()
+    (dleaf,) = torch.autograd.grad(total, leaf)
+    return [*(x.detach() for x in values), dleaf]
+
+
+def check(run: Callable[..., Any], inputs: Inputs) -> None:
+    """For each input that has a gradient, with all others of inference mode."""
+    made = {name: inference(x) for name, x in inputs.items()}
+    differentiable = 0
+    for name, x in inputs.items():
+        if not x.is_floating_point():
+            continue
+        leaf = x.clone().requires_grad_()
+        if not any(y.requires_grad for y in outputs(run(**inputs | {name: leaf}))):
+            continue  # the gradient of a teacher or of keys is not defined
+        expected = gradient(run, inputs, name)
+        actual = gradient(run, made | {name: x}, name)
+        torch.testing.assert_close(actual, expected)
+        differentiable += 1
+    expected = [x.detach() for x in outputs(run(**inputs))]
+    torch.testing.assert_close(outputs(run(**made)), expected)  # outside
+    with torch.inference_mode():
+        torch.testing.assert_close(outputs(run(**made)), expected)
+        torch.testing.assert_close(outputs(run(**inputs)), expected)
+    assert differentiable > 0 or not any(x.requires_grad for x in expected)
+
+
+@pytest.mark.usefixtures("sorted_by_numpy")
+@pytest.mark.parametrize("operator", EACH)
+def test_operators(operator: Operator, backend: str) -> None:
+    check(operator.run, operator.inputs(1))
+
+
+def with_weight(n: int) -> Inputs:
+    return four_times(n) | {"weight": torch.rand(4)}
+
+
+def with_pos_weight(n: int) -> Inputs:
+    return channel_inputs(n) | {"pos_weight": torch.rand(3)}
+
+
+def points(n: int) -> Inputs:
+    return {"logits": torch.randn(40, 3), "labels": torch.randint(0, 3, (40,))}
+
+
+def channel_weights(n: int) -> Inputs:
+    inputs = channel_inputs(n)
+    return inputs | {"pixel_weights": torch.rand(inputs["labels"].shape)}
+
+
+def with_seed(n: int) -> Inputs:
+    return {
+        "features": torch.randn(2, 6, 5, 7),
+        "labels": torch.randint(0, 4, (2, 10, 14)),
+        "anchors": torch.randn(4, 6),
+        "seed": torch.tensor(3),
+    }
+
+
+def loss_of(make: Callable[[], Any]) -> Callable[..., Tensor]:
+    return lambda **inputs: make()(**inputs)
+
+
+def pixel_weighted(**options: Any) -> tuple[Callable[..., Any], Callable[[int], Inputs]]:
+    return loss_of(lambda: ao.CrossEntropy(**options)), with_pixel_weights
+
+
+# Options and inputs that OPERATORS does not have.
+CALLS: dict[str, tuple[Callable[..., Any], Callable[[int], Inputs]]] = {
+    "pixel_cross_entropy": (ao.pixel_cross_entropy, with_weight),
+    "no reduction": (lambda **i: ao.pixel_cross_entropy(**i, reduction="none"), with_weight),
+    "smoothing": (
+        lambda logits, labels, weight: ao.pixel_cross_entropy(
+            logits, labels, weight=weight.detach(), label_smoothing=0.1
+        ),
+        with_weight,
+    ),
+    "points": (ao.pixel_cross_entropy, points),
+    "pos_weight": (
+        lambda logits, labels, pos_weight: ao.pixel_binary_cross_entropy(
+            logits, labels, pos_weight=pos_weight.detach(), reduction="none"
+        ),
+        with_pos_weight,
+    ),
+    "seed": (lambda **i: ao.ops.class_moments(**i, num_classes=4, groups=2), with_seed),
+    "CrossEntropy": pixel_weighted(),
+    "weights": pixel_weighted(weight=[0.5, 1.0, 2.0, 0.0], label_smoothing=0.1),
+    "ohem": pixel_weighted(ohem=0.5, ohem_kept=40),
+    "BinaryCrossEntropy": (loss_of(lambda: ao.BinaryCrossEntropy([0.5, 1, 2])), channel_weights),
+    "hard labels": (loss_of(lambda: ao.BinaryCrossEntropy(ohem_kept=40)), channel_weights),
+    "Dice": (loss_of(lambda: ao.Dice(weight=[0.5, 1.0, 2.0, 0.0], squared=True)), four_times),
+    "Dice of sigmoids": (loss_of(lambda: ao.Dice(sigmoid=True, per_image=True)), channel_inputs),
+    "CrossEntropyDice": (loss_of(ao.CrossEntropyDice), with_pixel_weights),
+    "Lovasz": (loss_of(lambda: ao.Lovasz(per_image=True)), four_times),
+    "Lovasz of sigmoids": (loss_of(lambda: ao.Lovasz(sigmoid=True)), channel_inputs),
+}
+
+
+@pytest.mark.on("reference", "cpu")
+@pytest.mark.parametrize("name", CALLS)
+def test_options(name: str, backend: str) -> None:
+    run, inputs = CALLS[name]
+    check(run, inputs(1))
+
+
+@pytest.mark.on("reference", "cpu")
+def test_centroids_on_the_cpu(backend: str) -> None:
+    names = ("queries", "keys", "positives")
+    inputs = {name: torch.randn(6, 5) for name in names} | {"present": torch.rand(6) < 0.6}
+    check(ao.ops.centroid_info_nce, inputs | {"present_keys": torch.rand(6) < 0.8})
+
+
+@methods.each_method
+@pytest.mark.on("reference", "cpu")
+def test_methods(build: Callable[[], Any], backend: str) -> None:
+    """With a gradient for the features, or for the classifier and the parameters alone; and inside.
+    The state is that of the same steps."""
+    features, labels, classifier = methods.batch()
+    features = features.detach()
+    method = methods.open_gate(build())
+    frozen, ours = copy.deepcopy(classifier).requires_grad_(False), copy.deepcopy(method)
+    with torch.inference_mode():
+        made = copy.deepcopy(frozen)
+    leaf = features.clone().requires_grad_()
+    steps = (
+        ((leaf, labels, frozen), (leaf, inference(labels), made)),
+        ((features, labels, classifier), (inference(features), inference(labels), classifier)),
+    )
+    for plain, changed in steps:
+        gradients = []
+        for module, inputs in ((method, plain), (ours, changed)):
+            loss = module(*inputs)
+            leaves = [leaf, *module.parameters(), *classifier.parameters()]
+            leaves = [x for x in leaves if x.requires_grad]
+            gradients.append([loss])
+            if loss.requires_grad:
+                gradients[-1] += torch.autograd.grad(loss, leaves, allow_unused=True)
+        for actual, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(actual, expected)
+    with torch.inference_mode():
+        inside = ours(inference(features), inference(labels), classifier)
+    torch.testing.assert_close(inside, method(features, labels, classifier).detach())
+    torch.testing.assert_close(ours.state_dict(), method.state_dict())
+    loss = ours(leaf, labels, classifier)  # afterwards
+    if loss.requires_grad:
+        loss.backward()
+
+
+def test_arguments_of_modules() -> None:
+    """They are copied."""
+    logits, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
+    features = torch.randn(2, 6, 3, 5, requires_grad=True)
+    weight, anchors = torch.rand(4), torch.randn(4, 6)
+    for make in (
+        lambda x: ao.CrossEntropy(weight=x(weight))(logits, labels),
+        lambda x: ao.Dice(weight=x(weight))(logits, labels),
+        lambda x: ao.BinaryCrossEntropy(x(weight))(logits, torch.stack([labels] * 4, 1) % 2),
+        lambda x: ao.SAR(4, 6, anchors=x(anchors), embed=False)(features, labels),
+        lambda x: ao.CeCo(4, 6, prior=x(weight), reduced_dim=3, center_dim=5, dropout=0.0)(
+            features, labels
+        ),
+        lambda x: diagnostics.gradient_ratio(
+            features, features.square().sum(), (features * anchors.sum()).sum()
+        ),
+    ):
+        values = []
+        for convert in (lambda x: x, inference):
+            torch.manual_seed(0)
+            values.append(make(convert))
+        torch.testing.assert_close(*values)
+        if values[1].requires_grad:
+            values[1].backward()
+
+
+def test_a_module_that_is_made_inside() -> None:
+    with torch.inference_mode():
+        losses = [ao.CrossEntropy([0.5, 1.0, 2.0]), ao.Dice(weight=[0.5, 1.0, 2.0])]
+        basis = ao.CBP(3, 6)
+    logits, labels = torch.randn(2, 3, 3, 5, requires_grad=True), torch.randint(0, 3, (2, 6, 10))
+    for loss in losses:
+        loss(logits, labels).backward()
+    layer = nn.Conv2d(6, 3, 1)
+    basis.install(layer)
+    layer(torch.randn(2, 6, 4, 5, requires_grad=True)).sum().backward()
+
+
+def test_metrics() -> None:
+    """Reset and updated inside, then updated outside, with tensors of both kinds."""
+    labels, features = torch.randint(0, 5, (2, 8, 9)), torch.randn(2, 12, 4, 5)
+    for make, batch in (
+        (lambda: diagnostics.CentroidGeometry(5, 12), (features, labels)),
+        (lambda: diagnostics.LabelImbalance(5), (labels**2 % 5,)),
+        (lambda: diagnostics.FrequencyCorrelation(5), (labels.flip(0), labels**2 % 5)),
+        (lambda: ao.MeanIoU(5), (features[:, :5], labels)),
+    ):
+        ours, right = make(), make()
+        with torch.inference_mode():
+            ours.reset()
+            ours.update(*batch)
+        for _ in range(2):
+            right.update(*batch)
+        ours.update(*map(inference, batch))
+        torch.testing.assert_close(ours.compute(), right.compute())
