@@ -111,11 +111,6 @@ def _fields(kind: Any) -> tuple[str, ...]:
 TENSORS, NUMBERS, FLAGS = _fields(Tensor | None), _fields(float), _fields(bool)
 assert {*TENSORS, *NUMBERS, *FLAGS, "ignore_index"} == {*Options._fields}
 
-# The options and results that a backend does not have. PyTorch computes them from the results of
-# the others.
-LACKS = {"cpu": (), "triton": ("pixel_weights", "outside"), "reference": ()}
-
-
 # Functions, because Dynamo of torch 2.10 does not trace a property of a NamedTuple.
 
 
@@ -164,37 +159,35 @@ RESULTS = {
 GRADIENTS = tuple(name for name, result in RESULTS.items() if result.differentiable)
 
 
-class Signature:
-    """The operator of one backend: what it takes and returns, in order."""
+def _schemas() -> tuple[str, str]:
+    tensors = [f"Tensor? {x}" for x in TENSORS]
+    options = ", ".join([*tensors, "float[] numbers, int ignore_index, int flags"])
+    gradients = ", ".join(f"Tensor? d{x}" for x in GRADIENTS)
+    results = ", ".join(f"Tensor {x}" for x in RESULTS)
+    return (
+        f"(Tensor logits, Tensor labels, {options}) -> ({results})",
+        f"(Tensor logits, Tensor labels, Tensor lse, {gradients}, {options}) -> Tensor",
+    )
 
-    def __init__(self, backend: str) -> None:
-        lacks = LACKS[backend]
-        self.tensors = tuple(x for x in TENSORS if x not in lacks)
-        self.numbers = tuple(x for x in NUMBERS if x not in lacks)
-        self.results = tuple(x for x in RESULTS if x not in lacks)
-        tensors = [f"Tensor? {x}" for x in self.tensors]
-        options = ", ".join([*tensors, "float[] numbers, int ignore_index, int flags"])
-        gradients = ", ".join(f"Tensor? d{x}" for x in GRADIENTS)
-        results = ", ".join(f"Tensor {x}" for x in self.results)
-        self.schema = f"(Tensor logits, Tensor labels, {options}) -> ({results})"
-        self.backward_schema = (
-            f"(Tensor logits, Tensor labels, Tensor lse, {gradients}, {options}) -> Tensor"
-        )
 
-    def pack(self, options: Options) -> tuple[Any, ...]:
-        """The last arguments of the operator: tensors, numbers, ignore_index, and a bit for each
-        flag, the first one the lowest (csrc/cpu/softmax_flags.h)."""
-        flags = sum(1 << i for i, x in enumerate(FLAGS) if getattr(options, x))
-        numbers = [getattr(options, x) for x in self.numbers]
-        tensors = (getattr(options, x) for x in self.tensors)
-        return *tensors, numbers, options.ignore_index, flags
+SCHEMA, BACKWARD_SCHEMA = _schemas()
 
-    def unpack(self, *packed: Any) -> Options:
-        *tensors, numbers, ignore_index, flags = packed
-        values: dict[str, Any] = dict(zip(self.tensors, tensors, strict=True))
-        values |= zip(self.numbers, numbers, strict=True)
-        values |= {x: bool(flags >> i & 1) for i, x in enumerate(FLAGS)}
-        return Options(ignore_index=ignore_index, **values)
 
-    def by_name(self, results: Sequence[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.results, results, strict=True))
+def pack(options: Options) -> tuple[Any, ...]:
+    """The last arguments of the operator: tensors, numbers, ignore_index, and a bit for each flag,
+    the first one the lowest (csrc/cpu/softmax_flags.h)."""
+    flags = sum(1 << i for i, x in enumerate(FLAGS) if getattr(options, x))
+    numbers = [getattr(options, x) for x in NUMBERS]
+    return *(getattr(options, x) for x in TENSORS), numbers, options.ignore_index, flags
+
+
+def unpack(*packed: Any) -> Options:
+    *tensors, numbers, ignore_index, flags = packed
+    values: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
+    values |= zip(NUMBERS, numbers, strict=True)
+    values |= {x: bool(flags >> i & 1) for i, x in enumerate(FLAGS)}
+    return Options(ignore_index=ignore_index, **values)
+
+
+def by_name(results: Sequence[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(RESULTS, results, strict=True))

@@ -111,7 +111,8 @@ def launch_upsampled(dtype: torch.dtype, layout: torch.memory_format) -> None:
 
 class PixelVariant(NamedTuple):
     """Upsampled logits; with `dice` masses, squares, hits and all gradients, otherwise only the
-    cross-entropy. `shaped`: with label smoothing, a focal factor and a smallest loss."""
+    cross-entropy. `shaped`: with label smoothing, a focal factor, a smallest loss, pixel weights.
+    `dice` and `shaped` also count the labels outside, as the modules do."""
 
     dtype: torch.dtype
     size: tuple[int, ...]
@@ -130,7 +131,7 @@ class PixelVariant(NamedTuple):
 
 # Channels last are copied, and other numbers of classes give the same code.
 ADE20K, DEEPLAB, FEW = (16, 150, 128, 128), (16, 21, 65, 65), (16, 21, 8, 8)
-EVERYTHING = "smoothing, focal factor, smallest loss"
+EVERYTHING = "smoothing, focal factor, smallest loss, pixel weights"
 QUICK_PIXELS = [
     PixelVariant(BF16, ADE20K, (512, 512), False, False),
     PixelVariant(BF16, ADE20K, (512, 512), False, False, EVERYTHING),
@@ -146,6 +147,7 @@ PIXELS = [
     PixelVariant(BF16, ADE20K, (512, 512), False, False, "smoothing"),
     PixelVariant(BF16, ADE20K, (512, 512), False, False, "focal factor"),
     PixelVariant(FP32, DEEPLAB, (513, 513), True, False, "smallest loss"),
+    PixelVariant(BF16, ADE20K, (512, 512), False, False, "pixel weights"),
     PixelVariant(BF16, ADE20K, (512, 512), False, True, EVERYTHING),
     PixelVariant(FP32, DEEPLAB, (513, 513), True, True, EVERYTHING),
     PixelVariant(BF16, (16, 21, 64, 4096), (64, 4096), False, False, EVERYTHING),
@@ -158,8 +160,10 @@ def launch_pixels(variant: PixelVariant) -> None:
     labels = torch.empty((variant.size[0], *variant.labels), dtype=torch.uint8, device="meta")
     dice, align_corners = variant.dice, variant.align_corners
     smooth = torch.empty((2, variant.size[1]), device="meta")
+    weights = torch.empty(labels.shape, device="meta")
     options = Options(
         smoothing=smooth if "smoothing" in variant.shaped else None,
+        pixel_weights=weights if "weights" in variant.shaped else None,
         min_loss=1.0 if "smallest" in variant.shaped else -math.inf,
         focal_gamma=2.0 if "focal" in variant.shaped else 0.0,
         align_corners=align_corners,
@@ -168,6 +172,7 @@ def launch_pixels(variant: PixelVariant) -> None:
         squares=dice,
         pixel_losses=dice,
         lse=True,
+        outside=dice or variant.shaped != "",
     )
     moments = softmax_moments.softmax_moments(logits, labels, options)
     gradients = {f"d{name}": moments.get(name) for name in GRADIENTS}

@@ -26,8 +26,8 @@ class PixelMap(NamedTuple):
 
 
 def pixel_map_of(tensor: Tensor | None) -> PixelMap:
-    """The pointer is None if there is no map."""
-    return PixelMap(None, 0, 0, 0) if tensor is None else PixelMap(tensor, *tensor.stride())
+    """All are None if there is no map."""
+    return PixelMap(*(None,) * 4) if tensor is None else PixelMap(tensor, *tensor.stride())
 
 
 @triton.jit
@@ -52,21 +52,40 @@ def pointers(pixel_map, image, lanes, CELLS: tl.constexpr):
 
 
 @triton.jit
-def load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS: tl.constexpr):
-    """int32, −1 where ignored or no pixel."""
+def sum_of(x):
+    """Of [rows, lanes]."""
+    return tl.sum(tl.sum(x, ROW_AXIS), 0)
+
+
+@triton.jit
+def number_of(mask):
+    """How many pixels it has: int64."""
+    total = tl.zeros(mask[0].shape, tl.int32)
+    for i in tl.static_range(len(mask)):
+        total += mask[i].to(tl.int32)
+    return sum_of(total).to(tl.int64)
+
+
+@triton.jit
+def load_labels(
+    label_map, image, lanes, num_classes, ignore_index, CELLS: tl.constexpr, outside_ptr=None
+):
+    """int32, −1 where ignored or no pixel. The number of labels that are neither a class nor
+    ignored is added to the number at `outside_ptr`, if there is one."""
     inside, ptrs = inside_of(lanes, CELLS), pointers(label_map, image, lanes, CELLS)
     label = [tl.load(ptrs[i], mask=inside[i], other=0).to(tl.int64) for i in () + CELLS.columns]
+    if outside_ptr is not None:
+        outside = [
+            inside[i] & ((label[i] < 0) | (label[i] >= num_classes)) & (label[i] != ignore_index)
+            for i in () + CELLS.columns
+        ]
+        number = number_of(outside)
+        tl.atomic_add(outside_ptr, number, mask=number > 0, sem="relaxed")  # mostly none
     valid = [
         (label[i] >= 0) & (label[i] < num_classes) & (label[i] != ignore_index)
         for i in () + CELLS.columns
     ]
     return [tl.where(inside[i] & valid[i], label[i], -1).to(tl.int32) for i in () + CELLS.columns]
-
-
-@triton.jit
-def sum_of(x):
-    """Of [rows, lanes]."""
-    return tl.sum(tl.sum(x, ROW_AXIS), 0)
 
 
 @triton.jit

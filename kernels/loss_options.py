@@ -1,11 +1,13 @@
-"""Label smoothing, focal factor and smallest loss of softmax moments, for a pixel of class y:
+"""Label smoothing, focal factor, smallest loss and pixel weights of softmax moments, for a pixel of
+class y:
 
     c = −log p_y = lse − z_y
     u = Σ_k v_k·(−log p_k) = V·lse − Σ_k v_k z_k,   V = Σ_k v_k
     m = (1 − e^−c)^γ, 0 if c < min_loss
     L = m·(a_y·c + u)
 
-Without these options a = 1, v = 0, γ = 0, min_loss = −∞, so L = c.
+Without these options a = 1, v = 0, γ = 0, min_loss = −∞, so L = c. A sum has w·L of its pixels; a
+pixel that is not used, or of w = 0, adds nothing.
 """
 
 import math
@@ -119,6 +121,15 @@ def is_used(z, lse, options):
 
 
 @triton.jit
+def share_of_pixel(w, used, options):
+    """w, 0 if the pixel is not used, also for an infinite w."""
+    if options.min_loss is None:
+        return w
+    else:
+        return tl.where(used, w, 0.0)
+
+
+@triton.jit
 def _factor(c, options):
     """x = 1 − e^−c, x^(γ − 1) and e^−c"""
     e = tl.exp2(c * -LOG2_E)
@@ -167,14 +178,18 @@ def _slopes_of_loss(c, u, a, used, options):
 
 
 @triton.jit
-def slopes_of_losses(d, logits, lanes, labels, lse, options, image, CELLS: tl.constexpr):
-    """d·∂L/∂c and d·∂L/∂u of each pixel"""
+def slopes_of_losses(
+    d, logits, lanes, labels, lse, options, image, WEIGHTED: tl.constexpr, CELLS: tl.constexpr
+):
+    """d·∂L/∂c and d·∂L/∂u of each pixel. WEIGHTED: d contains the weight."""
     a = _weights_of_labels(labels, options, image)
     if options.focal_gamma is None and options.min_loss is None:
         return [d[i] * a[i] for i in () + CELLS.columns], d
     else:
         z = true_logits(logits, lanes, labels, CELLS)
         used = [is_used(z[i], lse[i], options) for i in () + CELLS.columns]
+        if WEIGHTED:
+            d = [share_of_pixel(d[i], used[i], options) for i in () + CELLS.columns]
         c = [tl.where(lse[i] < z[i], 0.0, lse[i] - z[i]) for i in () + CELLS.columns]
         u = _read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS)
         slopes = [_slopes_of_loss(c[i], u[i], a[i], used[i], options) for i in () + CELLS.columns]

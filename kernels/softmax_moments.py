@@ -5,8 +5,8 @@ it computes Σ_k e^(z_k) of the pixels, in one loop over the classes (softmax.py
 statistics of the true class, for one label of the tile after the other; masses and squares need
 another loop over the classes.
 
-A program adds to its own partials; torch.sum adds these in a fixed order. Hits, counts and used
-pixels need integer atomics.
+A program adds to its own partials; torch.sum adds these in a fixed order. Hits, counts, used pixels
+and labels outside need integer atomics.
 """
 
 import math
@@ -23,7 +23,10 @@ from .lanes import (
     PixelMap,
     contiguous_map,
     load_labels,
+    load_map,
     next_label,
+    number_of,
+    pixel_map_of,
     probability,
     store_map,
     sum_of,
@@ -34,6 +37,7 @@ from .loss_options import (
     loss_of_pixel,
     loss_options_of,
     losses_of_all_classes,
+    share_of_pixel,
     weight_of_class,
 )
 from .softmax import cross_entropy, exponent_of, lse_of, softmax_of
@@ -49,6 +53,7 @@ from .upsampling import (
     logits_of_image,
     logits_of_pixels,
     next_class,
+    strides_of,
     upsampling_of,
 )
 
@@ -62,7 +67,8 @@ class Results(NamedTuple):
     squares: Any
     counts: Any  # int64 [K] or [B, K]; also the next two
     hits: Any
-    used: Any
+    used: Any  # with pixel weights partials, as `losses`
+    outside: Any  # int64 []
 
 
 @triton.jit
@@ -82,19 +88,18 @@ def _add_where(mask, ptr, values):
 @triton.jit
 def _count_where(mask, ptr):
     """Adds the number of pixels to a number of all programs."""
-    total = tl.zeros(mask[0].shape, tl.int32)
-    for i in tl.static_range(len(mask)):
-        total += mask[i].to(tl.int32)
-    tl.atomic_add(ptr, sum_of(total).to(tl.int64), sem="relaxed")
+    tl.atomic_add(ptr, number_of(mask), sem="relaxed")
 
 
 @triton.jit
 def _add_true_classes(
-    results, row, counted, logits, lanes, labels, softmax, lse, u, options, image,
+    results, row, counted, logits, lanes, labels, softmax, lse, u, weight_map, options, image,
     KEEP: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """Adds the statistics of the true class, for one label of the tile after the other. With KEEP
     it returns the losses of the pixels."""
+    if weight_map.ptr is not None:
+        weights = load_map(weight_map, image, lanes, labels, CELLS)
     pixel_losses = [tl.zeros(label.shape, tl.float32) for label in labels]
     label = next_label(labels, -1)
     while label < NO_CLASS:
@@ -105,7 +110,14 @@ def _add_true_classes(
         a = weight_of_class(label, options, image)
         used = [is_used(z[i], lse[i], options) for i in () + CELLS.columns]
         losses = [loss_of_pixel(c[i], u[i], a, used[i], options) for i in () + CELLS.columns]
-        _add_where(mine, results.losses + row + label, losses)
+        summed = losses
+        if weight_map.ptr is not None:
+            shares = [share_of_pixel(weights[i], used[i], options) for i in () + CELLS.columns]
+            _add_where(mine, results.used + row + label, shares)
+            summed = [
+                tl.where(shares[i] == 0, 0.0, shares[i] * losses[i]) for i in () + CELLS.columns
+            ]
+        _add_where(mine, results.losses + row + label, summed)
         if KEEP:
             pixel_losses = [
                 tl.where(mine[i], losses[i], pixel_losses[i]) for i in () + CELLS.columns
@@ -117,7 +129,7 @@ def _add_true_classes(
         if results.hits is not None:
             right = [mine[i] & (softmax.predicted[i] == label) for i in () + CELLS.columns]
             _count_where(right, results.hits + counted + label)
-        if results.used is not None:
+        if results.used is not None and weight_map.ptr is None:
             kept = [mine[i] & used[i] for i in () + CELLS.columns]
             _count_where(kept, results.used + counted + label)
         label = next_label(labels, label)
@@ -142,7 +154,12 @@ def _add_all_classes(results, row, logits, lanes, labels, lse, CELLS: tl.constex
         ptrs = next_class(ptrs, logits.stride_k)
 
 
-@triton.jit(do_not_specialize=(*SIZES, *LOGITS, *LABELS, "chunks", "tiles_per_chunk"))
+@triton.jit(
+    do_not_specialize=(
+        *(*SIZES, *LOGITS, *LABELS, "chunks", "tiles_per_chunk"),
+        *strides_of("weights", "bhw"),
+    )
+)
 def _softmax_moments_kernel(
     logits_ptr,  # [B, K, h, w]
     logits_b,
@@ -167,13 +184,17 @@ def _softmax_moments_kernel(
     tiles_per_chunk,
     ignore_index,
     stride_counts_b,
+    weights_ptr,  # float32 [B, H, W], or None
+    weights_b,
+    weights_h,
+    weights_w,
     CELLS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Reads the logits of a tile once from memory, and again from the caches for each further loop
-    and for neighbours. Reads each label once. Writes the requested maps. For each tile it writes
-    one number per class for masses and for squares, and one per label of the tile for the other
-    statistics."""
+    and for neighbours. Reads each label and weight once. Writes the requested maps. For each tile
+    it writes one number per class for masses and for squares, and one per label of the tile for the
+    other statistics."""
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)
     image, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     row = tl.program_id(0).to(tl.int64) * num_classes
@@ -181,10 +202,13 @@ def _softmax_moments_kernel(
     logits = Logits(logits_ptr, num_classes, logits_b, logits_k, logits_h, logits_w)
     logits = logits_of_image(logits, image)
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
+    weight_map = PixelMap(weights_ptr, weights_b, weights_h, weights_w)
     tiles = tl.cdiv(axes.y.lanes * axes.x.lanes, LANES)
     for tile in range(chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, tiles)):
         lanes = lanes_of_tile(tile, axes, logits, CELLS, LANES)
-        labels = load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS)
+        labels = load_labels(
+            label_map, image, lanes, num_classes, ignore_index, CELLS, results.outside
+        )
         softmax = softmax_of(
             logits, lanes, labels, loss_options, image, results.hits is not None, CELLS
         )
@@ -193,8 +217,8 @@ def _softmax_moments_kernel(
             store_map(contiguous_map(lse_ptr, axes), lse, image, lanes, CELLS)
         u = losses_of_all_classes(softmax.weighted, lse, lanes, loss_options, image, CELLS)
         pixel_losses = _add_true_classes(
-            results, row, counted, logits, lanes, labels, softmax, lse, u, loss_options, image,
-            pixel_losses_ptr is not None, CELLS,
+            results, row, counted, logits, lanes, labels, softmax, lse, u, weight_map,
+            loss_options, image, pixel_losses_ptr is not None, CELLS,
         )  # fmt: skip
         if pixel_losses_ptr is not None:
             pixel_losses_map = contiguous_map(pixel_losses_ptr, axes)
@@ -214,19 +238,23 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
     shape = (batch, num_classes) if options.per_image else (num_classes,)
     integers = ["counts"]
     integers += ["hits"] if options.hits else []
-    integers += ["used"] if options.min_loss > -math.inf else []
+    weighted = options.pixel_weights is not None
+    integers += ["used"] if options.min_loss > -math.inf and not weighted else []
     floats = ["losses"]
+    floats += ["used"] if weighted else []
     floats += ["overlaps", "masses"] if options.masses else []
     floats += ["squares"] if options.squares else []
     maps = [name for name in ("pixel_losses", "lse") if getattr(options, name)]
     results = {x: logits.new_zeros(shape, dtype=torch.int64) for x in integers}
     results |= {x: logits.new_empty(labels.shape, dtype=torch.float32) for x in maps}
+    if options.outside:
+        results["outside"] = logits.new_zeros((), dtype=torch.int64)
     if labels.numel() == 0:
         return results | {x: logits.new_zeros(shape, dtype=torch.float32) for x in floats}
 
     logits = class_planes(logits)
     loss_options = loss_options_of(options)
-    rows = most_rows(loss_options.change_losses, len(floats) > 1)
+    rows = most_rows(loss_options.change_losses, options.masses or options.squares)
     upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners, rows)
     block = forward_lanes()
     row_bytes = 4 * len(floats) * batch * num_classes
@@ -254,6 +282,7 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
         tiles_per_chunk,
         options.ignore_index,
         num_classes if options.per_image else 0,
+        *pixel_map_of(options.pixel_weights),
         CELLS=upsampling.cells,
         LANES=block,
         num_warps=max(block // 32, 1),

@@ -1,7 +1,7 @@
 """The gradient of softmax moments. With the terms of loss_options.py, for each valid pixel
 
     dz_k = α·(p_k − [y = k]) + β·(V·p_k − v_k) + p_k·(u_k − Σ_j p_j u_j)
-    α    = (dlosses[y] + dpixel_losses)·∂L/∂c,   β = (dlosses[y] + dpixel_losses)·∂L/∂u
+    α    = d·∂L/∂c,   β = d·∂L/∂u,   d = w·dlosses[y] + dpixel_losses
     u_k  = dmasses[k] + [y = k]·doverlaps[k] + 2·p_k·dsquares[k]
 
 and the transpose of the upsampling (upsampling_transposed.py), of dz. First the terms of a pixel
@@ -96,13 +96,17 @@ def _class_value(gradient, image, k):
 
 
 @triton.jit
-def _add_of_labels(x, gradient, pixels, CELLS: tl.constexpr):
-    """x + the number of the class of each pixel."""
+def _add_of_labels(x, gradient, weight_map, pixels, CELLS: tl.constexpr):
+    """x + w · the number of the class of each pixel."""
     if gradient.ptr is None:
         return x
     else:
-        ptr = gradient.ptr + pixels.image * gradient.stride_b
-        added = values_of_labels(ptr, gradient.stride_k, pixels.labels)
+        image, _, lanes, labels, _ = pixels
+        ptr = gradient.ptr + image * gradient.stride_b
+        added = values_of_labels(ptr, gradient.stride_k, labels)
+        if weight_map.ptr is not None:
+            weights = load_map(weight_map, image, lanes, labels, CELLS)
+            added = [weights[i] * added[i] for i in () + CELLS.columns]
         return [x[i] + added[i] for i in () + CELLS.columns]
 
 
@@ -172,7 +176,7 @@ def _pixel_gradients(k, z, factors, alphas, gradients, pixels, BY_PIXEL: tl.cons
 @triton.jit(
     do_not_specialize=(
         *(*SIZES, *LOGITS, *LABELS, *DLOGITS, "tiles_y", "tiles_x"),
-        *strides_of("dpixel_losses", "bhw"),
+        *(*strides_of("dpixel_losses", "bhw"), *strides_of("weights", "bhw")),
     )
 )
 def _softmax_moments_bwd_kernel(
@@ -207,6 +211,10 @@ def _softmax_moments_bwd_kernel(
     tiles_y,
     tiles_x,
     ignore_index,
+    weights_ptr,  # float32 [B, H, W], or None
+    weights_b,
+    weights_h,
+    weights_w,
     CELLS: tl.constexpr,
     TILE: tl.constexpr,
     BY_PIXEL: tl.constexpr,  # whether α depends on more than the class of a pixel
@@ -229,8 +237,11 @@ def _softmax_moments_bwd_kernel(
     d = [tl.zeros(label.shape, tl.float32) for label in labels]
     dpixel_losses = PixelMap(dpixel_losses_ptr, dpixel_losses_b, dpixel_losses_h, dpixel_losses_w)
     d = _add_map(d, dpixel_losses, pixels, CELLS)
-    d = _add_of_labels(d, gradients.dlosses, pixels, CELLS)
-    alphas, betas = slopes_of_losses(d, logits, lanes, labels, lse, loss_options, image, CELLS)
+    weight_map = PixelMap(weights_ptr, weights_b, weights_h, weights_w)
+    d = _add_of_labels(d, gradients.dlosses, weight_map, pixels, CELLS)
+    alphas, betas = slopes_of_losses(
+        d, logits, lanes, labels, lse, loss_options, image, weights_ptr is not None, CELLS
+    )
     factors = add_sum_of_weights(alphas, betas, loss_options, image, CELLS)
     factors = _subtract_overlaps(factors, gradients, pixels, CELLS)
     factors = _subtract_all_classes(factors, gradients, pixels, CELLS)
@@ -283,6 +294,8 @@ def softmax_moments_backward(
     by_class = any(gradient is not None for gradient in (doverlaps, dmasses, dsquares))
     rows = most_rows(loss_options.change_losses, by_class)
     upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners, rows)
+    weights = options.pixel_weights if dlosses is not None else None
+    by_pixel = dpixel_losses is not None or weights is not None
     more_registers = by_class or loss_options.change_losses
     tiles = tiles_of(upsampling, more_registers)
     gradients = gradients_of_blocks(dlogits, tiles.blocks)
@@ -303,9 +316,10 @@ def softmax_moments_backward(
         tiles.down,
         tiles.across,
         options.ignore_index,
+        *pixel_map_of(weights),
         CELLS=upsampling.cells,
         TILE=tiles.tile,
-        BY_PIXEL=dpixel_losses is not None or loss_options.change_losses,
+        BY_PIXEL=by_pixel or loss_options.change_losses,
         num_warps=tiles.lanes // 32,
         enable_fp_fusion=False,  # coordinates as in F.interpolate
         # two programs on a multiprocessor, if they do not spill

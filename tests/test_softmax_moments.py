@@ -31,7 +31,6 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops._moments import Options
-from anchorops._ops import softmax_moments as operator_of
 from anchorops._ops.softmax_moments import moments_of as checked_moments
 
 cpu = pytest.mark.on("cpu")
@@ -463,17 +462,6 @@ def test_float64_is_refused(backend: str):
         ao.ops.softmax_moments(torch.zeros(4, 2, dtype=F64), torch.zeros(4).long())
     with pytest.raises(ValueError, match="at most 16384 classes"):
         ao.ops.softmax_moments(torch.zeros(4, 20_000), torch.zeros(4).long(), ignore_index=-1)
-
-
-@cpu
-def test_outside_is_counted_only_if_requested(backend: str, monkeypatch):
-    """PyTorch counts it for Triton: one more pass over the labels."""
-    logits, labels = torch.empty(1, 3, 2, 2, device="meta"), torch.empty(1, 4, 4, device="meta")
-    counted = []
-    monkeypatch.setattr(operator_of, "labels_outside", lambda *_: counted.append(1))
-    for outside in (False, True):
-        operator_of._fused_moments("triton", logits, labels.long(), Options(outside=outside))
-        assert len(counted) == outside
 
 
 def test_nothing_is_used(backend: str):

@@ -224,6 +224,44 @@ def test_a_label_of_a_masked_class_without_weights(ratio: int, backend: str):
     assert moments.pixel_losses[0, 0, -1] == torch.inf
 
 
+@pytest.mark.parametrize("focal_gamma", [0.0, 2.0])
+@pytest.mark.parametrize("ratio", [1, 4])
+@pytest.mark.parametrize(
+    "unused",
+    [
+        1e3,
+        # the CPU would need a second comparison for each pixel: 5 to 10 % of two classes' time
+        pytest.param(torch.inf, marks=pytest.mark.on("reference", "interpreter", "triton")),
+    ],
+)
+def test_pixel_weights(unused: float, ratio: int, focal_gamma: float, backend: str):
+    """A pixel that is not used adds nothing, even if its weight is ∞. Nor does a pixel of weight 0,
+    even if its loss is ∞."""
+    logits = torch.randn(1, 3, 4, 8)
+    logits[:, 2] = -torch.inf
+    labels = torch.randint(0, 2, (1, 4 * ratio, 8 * ratio))
+    labels[0, :, 0], labels[0, 0, -1] = 255, 2
+    options = Options(min_loss=0.7, focal_gamma=focal_gamma)
+    with ao.use_backend("reference"):
+        ce = moments_of("test", logits, labels, options.only(pixel_losses=True)).pixel_losses
+    assert ce is not None
+    weights = torch.where(ce < options.min_loss, unused, torch.rand(labels.shape))
+    weights[labels == 255], weights[labels == 2] = torch.nan, 0
+
+    def results() -> list[Tensor]:
+        leaves = logits.clone().requires_grad_(), weights.clone().requires_grad_()
+        moments = moments_of("test", leaves[0], labels, options._replace(pixel_weights=leaves[1]))
+        assert moments.used is not None
+        outputs = [moments.losses, moments.used]
+        gradients = torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs])
+        return [x.detach() for x in (*outputs, *gradients)]
+
+    ours = results()
+    with ao.use_backend("reference"):
+        torch.testing.assert_close(ours, results(), rtol=2e-5, atol=2e-5)
+    assert all(x.isfinite().all() and x.any() for x in ours)
+
+
 def test_gradient_of_nan_reaches_the_logits_that_its_pixel_reads(backend: str):
     """With aligned corners, label pixel (2, 2) reads the logit (1, 1) alone."""
     logits = torch.randn(1, 3, 4, 4)

@@ -11,7 +11,7 @@ from torch.func import vmap
 
 import anchorops as ao
 from anchorops._ops import volumes
-from anchorops._ops.softmax_moments import labels_outside
+from anchorops._ops.probability_histograms import labels_outside
 from anchorops.losses.pixel import PixelLoss
 from tests.helpers.memory import peak_allocated_bytes
 from tests.test_class_keys import INTEGERS
@@ -123,7 +123,7 @@ def test_dtypes_and_ignored_labels(backend: str, dtype: torch.dtype, ignore_inde
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3, 255, 300, 65_535, 2**40, 2**63 - 1])
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_labels_outside(dtype: torch.dtype, ignore_index: int) -> None:
-    """Backends of GPUs leave it to PyTorch."""
+    """Lovasz counts them."""
     limits = torch.iinfo(dtype)
     values = (-(2**63), -100, -1, 0, 3, 4, 5, 44, 127, 128, 255, 300, 65_535, 2**31, 2**63 - 1)
     values = [n for n in (*values, ignore_index) if limits.min <= n <= limits.max]

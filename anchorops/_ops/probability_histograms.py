@@ -132,6 +132,26 @@ def hinge_loss(
     return operator(loss, logits, labels, slopes.to(loss.dtype), ignore_index, align_corners)
 
 
+def labels_outside(labels: Tensor, counts: Tensor, ignore_index: int) -> Tensor:
+    """How many labels are neither a class nor ignored, from the number of labels of each class."""
+    return labels.numel() - counts.sum() - _number_of(ignore_index, labels)
+
+
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+def _number_of(value: int, labels: Tensor) -> Tensor | int:
+    """How many labels have this value. Neither they nor the mask are copied in int64."""
+    limits = torch.iinfo(labels.dtype)
+    if not limits.min <= value <= limits.max:  # it would be converted to another label
+        return 0
+    if labels.dtype in _SIGNED:  # not every torch compares them: the same bits with a sign
+        labels = labels.view(_SIGNED[labels.dtype])
+        value -= limits.max + 1 if value > limits.max // 2 else 0
+    # row by row, because torch first copies a mask in the dtype of its sum
+    return (labels == value).sum(-1, dtype=torch.int32).sum()
+
+
 def _backend(function: str, logits: Tensor) -> str:
     def refused(backend: str) -> str | None:
         volume = backend == "cpu" and logits.dim() == 5

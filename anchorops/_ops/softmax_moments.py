@@ -26,42 +26,39 @@ Logits of one channel are those of a sigmoid: the classes are 0 and 1, and z = (
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import FUSED, select
+from .._backend import select
 from .._checks import check_flags, check_pixels, shape_of
 from .._moments import (
+    BACKWARD_SCHEMA,
     GRADIENTS,
-    LACKS,
     RESULTS,
+    SCHEMA,
+    TENSORS,
     Options,
-    Signature,
     SoftmaxMoments,
+    by_name,
     changes_losses,
     is_unused,
+    pack,
     selects,
     statistics_dtype,
+    unpack,
 )
-from .class_moments import unchecked_moments as class_sums
 from .registration import Gradient, define
 
-SIGNATURES = {backend: Signature(backend) for backend in FUSED}
 
-
-def forward_fake(
-    signature: Signature, logits: Tensor, labels: Tensor, *packed: Any
-) -> tuple[Tensor, ...]:
+def forward_fake(logits: Tensor, labels: Tensor, *packed: Any) -> tuple[Tensor, ...]:
     """Logits (B, K, h, w) of any strides, labels (B, H, W) of any integer dtype and strides. A
     result that was not requested is an empty tensor (0,). On the CPU logits may have one channel:
     K = 2 statistics."""
-    options = signature.unpack(*packed)
+    options = unpack(*packed)
     batch, num_classes = logits.shape[0], max(logits.shape[1], 2)
     by_class = (batch, num_classes) if options.per_image else (num_classes,)
     shapes = {"classes": by_class, "pixels": labels.shape, "": ()}
@@ -71,7 +68,7 @@ def forward_fake(
         shape = shapes[result.axes] if result.requested(options) else (0,)
         return logits.new_empty(shape, dtype=_dtype(name, options, logits))
 
-    return tuple(empty(name) for name in signature.results)
+    return tuple(empty(name) for name in RESULTS)
 
 
 def _dtype(name: str, options: Options, logits: Tensor) -> torch.dtype:
@@ -86,19 +83,17 @@ def backward_fake(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
-def setup_context(
-    signature: Signature, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
-) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, *packed = inputs
-    options = signature.unpack(*packed)
-    results = signature.by_name(output)
+    options = unpack(*packed)
+    results = by_name(output)
     constants = [x for name, x in results.items() if name not in (*GRADIENTS, "used")]
-    if options.pixel_weights is None and "used" in results:
+    if options.pixel_weights is None:
         constants.append(results["used"])
     ctx.mark_non_differentiable(*constants)
-    tensors = (getattr(options, name) for name in signature.tensors)
+    tensors = (getattr(options, name) for name in TENSORS)
     ctx.save_for_backward(logits, labels, results["lse"], *tensors)
-    ctx.options = options._replace(**dict.fromkeys(signature.tensors))
+    ctx.options = options._replace(**dict.fromkeys(TENSORS))
 
 
 def reads_lse(backend: str, logits: Tensor) -> bool:
@@ -106,27 +101,24 @@ def reads_lse(backend: str, logits: Tensor) -> bool:
     return backend != "cpu" or logits.shape[1] > 2
 
 
-def backward(
-    signature: Signature, operator: Any, ctx: Any, *grads: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, labels, lse, *tensors = ctx.saved_tensors
-    options = ctx.options._replace(**dict(zip(signature.tensors, tensors, strict=True)))
-    gradients = dict(zip(signature.results, grads, strict=True))
+    options = ctx.options._replace(**dict(zip(TENSORS, tensors, strict=True)))
+    gradients = dict(zip(RESULTS, grads, strict=True))
     # The gradient of an absent (empty) output is an empty tensor, not None.
     statistic_grads = [gradients[x] if RESULTS[x].requested(options) else None for x in GRADIENTS]
 
     def again(options: Options, result: str) -> Tensor:
-        return signature.by_name(ctx.forward(logits, labels, *signature.pack(options)))[result]
+        return by_name(ctx.forward(logits, labels, *pack(options)))[result]
 
     dlogits = None
     if ctx.needs_input_grad[0] and any(grad is not None for grad in statistic_grads):
         if not options.lse and reads_lse(operator._overloadname, logits):
             # torch.vmap and traces without gradients hide that a gradient will be requested
             lse = again(options.only(lse=True), "lse")
-        dlogits = operator(logits, labels, lse, *statistic_grads, *signature.pack(options))
-    doptions = dict.fromkeys(signature.tensors)
-    weights = signature.tensors.index("pixel_weights") if "pixel_weights" in doptions else None
-    if weights is not None and ctx.needs_input_grad[2 + weights]:
+        dlogits = operator(logits, labels, lse, *statistic_grads, *pack(options))
+    doptions: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
+    if ctx.needs_input_grad[2 + TENSORS.index("pixel_weights")]:
         dlosses, dused = gradients["losses"], gradients["used"]
         doptions["pixel_weights"] = _dpixel_weights(again, logits, labels, options, dlosses, dused)
     return dlogits, None, *doptions.values(), None, None, None
@@ -166,42 +158,26 @@ def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return valid & (labels != ignore_index) if 0 <= ignore_index < num_classes else valid
 
 
-def _launch(signature: Signature, launcher: Any, *arguments: Any) -> tuple[Tensor, ...]:
+def _launch(launcher: Any, logits: Tensor, labels: Tensor, *packed: Any) -> tuple[Tensor, ...]:
     """Call Triton's launcher, whose options and results have names."""
-    logits, labels, *packed = arguments
-    options = signature.unpack(*packed)
+    options = unpack(*packed)
     results = launcher(logits, labels, options)
     return tuple(
         results[x] if x in results else logits.new_empty(0, dtype=_dtype(x, options, logits))
-        for x in signature.results
+        for x in RESULTS
     )
 
 
-def _launch_backward(signature: Signature, launcher: Any, *arguments: Any) -> Tensor:
+def _launch_backward(launcher: Any, *arguments: Any) -> Tensor:
     count = 3 + len(GRADIENTS)  # before the options
-    return launcher(*arguments[:count], signature.unpack(*arguments[count:]))
+    return launcher(*arguments[:count], unpack(*arguments[count:]))
 
 
-def define_moments(name: str, **how: bool) -> None:
-    """Define the operator `name` of each backend, which takes and returns what softmax moments do.
-    how: as in `define`."""
-    for backend_name, signature in SIGNATURES.items():
-        gradient = Gradient(
-            signature.backward_schema,
-            backward_fake,
-            partial(setup_context, signature),
-            partial(backward, signature),
-            partial(_launch_backward, signature),
-        )
-        define(
-            name,
-            signature.schema,
-            partial(forward_fake, signature),
-            backends=(backend_name,),
-            gradient=gradient,
-            launch=partial(_launch, signature),
-            **how,
-        )
+def define_moments(name: str, **how: Any) -> None:
+    """Define the operator `name`, which takes and returns what softmax moments do. how: as in
+    `define`."""
+    gradient = Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward, _launch_backward)
+    define(name, SCHEMA, forward_fake, gradient=gradient, launch=_launch, **how)
 
 
 define_moments("softmax_moments", any_strides=True)
@@ -323,8 +299,6 @@ def moments_of(function: str, logits: Tensor, labels: Tensor, options: Options) 
         logits = torch.cat([torch.zeros_like(logits), logits], 1)
     if backend == "reference":
         moments = reference.softmax_moments(logits, labels, options)
-    elif options.pixel_weights is not None and "pixel_weights" in LACKS[backend]:
-        moments = _moments_by_maps(function, logits, labels, options)
     else:
         moments = _fused_moments(backend, logits, labels, options)
     return in_shape(moments, shape)
@@ -333,72 +307,15 @@ def moments_of(function: str, logits: Tensor, labels: Tensor, options: Options) 
 def _fused_moments(
     backend: str, logits: Tensor, labels: Tensor, options: Options
 ) -> SoftmaxMoments:
-    signature = SIGNATURES[backend]
     differentiates = logits.requires_grad and torch.is_grad_enabled()
     options = options._replace(lse=differentiates and reads_lse(backend, logits))
     name = "softmax_moments" if logits.dim() == 4 else "volume_moments"
     operator = getattr(getattr(torch.ops.anchorops, name), backend)
-    results = signature.by_name(operator(logits, labels, *signature.pack(options)))
-    if options.outside and "outside" not in results:
-        results["outside"] = labels_outside(labels, results["counts"], options.ignore_index)
+    results = by_name(operator(logits, labels, *pack(options)))
     statistics: dict[str, Any] = {
         x: results[x] if RESULTS[x].requested(options) else None for x in SoftmaxMoments._fields
     }
     return SoftmaxMoments(**statistics)
-
-
-def _moments_by_maps(
-    function: str, logits: Tensor, labels: Tensor, options: Options
-) -> SoftmaxMoments:
-    """Softmax moments with pixel weights, from full-resolution maps."""
-    shares, unweighted = options.pixel_weights, options._replace(pixel_weights=None)
-    assert shares is not None
-    moments = moments_of(function, logits, labels, unweighted._replace(pixel_losses=True))
-    losses = moments.pixel_losses
-    assert losses is not None
-    if selects(options):
-        ce = losses.detach()  # 0 where smaller than min_loss
-        if changes_losses(options._replace(min_loss=-math.inf)):
-            plain = options.only(pixel_losses=True)
-            with torch.no_grad():
-                ce = moments_of(function, logits, labels, plain).pixel_losses
-            assert ce is not None
-        shares = torch.where(is_unused(options, ce), 0, shares)
-    _, sums, _ = class_sums(
-        torch.stack([weighted(losses, shares), shares], 1).flatten(2),
-        labels.flatten(1),
-        moments.counts.shape[-1],
-        anchors=None,
-        groups=1,
-        per_image=options.per_image,
-        seed=None,
-        ignore_index=options.ignore_index,
-    )
-    return moments._replace(
-        losses=sums[..., 0],
-        used=sums[..., 1],
-        pixel_losses=losses if options.pixel_losses else None,
-    )
-
-
-def labels_outside(labels: Tensor, counts: Tensor, ignore_index: int) -> Tensor:
-    """`outside`, from the number of labels of each class."""
-    return labels.numel() - counts.sum() - _number_of(ignore_index, labels)
-
-
-_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
-
-
-def _number_of(value: int, labels: Tensor) -> Tensor | int:
-    """How many labels have this value. Neither they nor the mask are copied in int64."""
-    limits = torch.iinfo(labels.dtype)
-    if not limits.min <= value <= limits.max:  # it would be converted to another label
-        return 0
-    if labels.dtype in _SIGNED:  # not every torch compares them: the same bits with a sign
-        labels = labels.view(_SIGNED[labels.dtype])
-        value -= limits.max + 1 if value > limits.max // 2 else 0
-    # row by row, because torch first copies a mask in the dtype of its sum
-    return (labels == value).sum(-1, dtype=torch.int32).sum()
 
 
 def in_shape(moments: SoftmaxMoments, shape: Sequence[int]) -> SoftmaxMoments:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from .._backend import FUSED
-from .._moments import GRADIENTS, RESULTS, Options, Signature, statistics_dtype
+from .._moments import GRADIENTS, RESULTS, Options, pack, statistics_dtype, unpack
 from ..reference import bilinear_sources
 from . import pixel_kl_divergence as kl
 from .registration import Gradient, define, library
-from .softmax_moments import SIGNATURES, define_moments, forward_fake
+from .softmax_moments import define_moments, forward_fake
 
 SLAB = 2**22  # logits in a slab, unless one slice has more: 16 MiB
 
@@ -88,21 +88,20 @@ def _slab_options(slab: _Slab, options: Options) -> Options:
     return options.map(slab.select_pixels, slab.repeat_values)
 
 
-def _moments(
-    signature: Signature, operator: Any, logits: Tensor, labels: Tensor, *packed: Any
-) -> tuple[Tensor, ...]:
-    options = signature.unpack(*packed)
-    results = [x.zero_() for x in forward_fake(signature, logits, labels, *packed)]
+def _moments(backend: str, logits: Tensor, labels: Tensor, *packed: Any) -> tuple[Tensor, ...]:
+    operator = getattr(torch.ops.anchorops.softmax_moments, backend)
+    options = unpack(*packed)
+    results = [x.zero_() for x in forward_fake(logits, labels, *packed)]
     if labels.numel() == 0:
         return tuple(results)
-    axes = [RESULTS[name].axes for name in signature.results]
+    axes = [result.axes for result in RESULTS.values()]
     totals = [
         x if axis == "pixels" or not x.is_floating_point() else x.double()
         for x, axis in zip(results, axes, strict=True)
     ]
     sources = _sources(labels.shape[1], logits, options.align_corners)
     for slab in _slabs(labels.shape[1], logits):
-        packed_options = signature.pack(_slab_options(slab, options))
+        packed_options = pack(_slab_options(slab, options))
         slab_results = operator(
             _images(logits, slab, sources), slab.select_pixels(labels), *packed_options
         )
@@ -117,14 +116,10 @@ def _moments(
 
 
 def _moments_backward(
-    signature: Signature,
-    operator: Any,
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    *packed: Any,
+    backend: str, logits: Tensor, labels: Tensor, lse: Tensor, *packed: Any
 ) -> Tensor:
-    grads, options = packed[: len(GRADIENTS)], signature.unpack(*packed[len(GRADIENTS) :])
+    operator = getattr(torch.ops.anchorops.softmax_moments_backward, backend)
+    grads, options = packed[: len(GRADIENTS)], unpack(*packed[len(GRADIENTS) :])
     depth = labels.shape[1]
     if labels.numel() == 0:
         return torch.zeros_like(logits)
@@ -144,7 +139,7 @@ def _moments_backward(
             slab.select_pixels(labels),
             slab.select_pixels(lse).contiguous() if lse.numel() > 0 else lse,
             *map(select, grads),
-            *signature.pack(_slab_options(slab, options)),
+            *pack(_slab_options(slab, options)),
         )
 
     return _dlogits(logits, depth, options.align_corners, _slabs(depth, logits), slab_gradient)
@@ -284,15 +279,9 @@ define(
     in_python=True,
 )
 define_moments("volume_moments", in_python=True)
-for _backend, _signature in SIGNATURES.items():
-    for _suffix, _function in (("", _moments), ("_backward", _moments_backward)):
-        _operator = getattr(getattr(torch.ops.anchorops, f"softmax_moments{_suffix}"), _backend)
-        library.impl(
-            f"volume_moments{_suffix}.{_backend}",
-            partial(_function, _signature, _operator),
-            "CompositeExplicitAutograd",
-        )
 for _name, _function in (
+    ("volume_moments", _moments),
+    ("volume_moments_backward", _moments_backward),
     ("volume_argmax", _argmax),
     ("volume_kl_divergence", _divergences),
     ("volume_kl_divergence_backward", _divergences_backward),

@@ -10,9 +10,14 @@ from torch.nn import functional as F
 
 from .._checks import check_choice, check_flags, check_int, check_pixels, fail
 from .._ops.hinges import bin_edges, hinge_histograms
-from .._ops.probability_histograms import error_loss, hinge_loss, probability_histograms
+from .._ops.probability_histograms import (
+    error_loss,
+    hinge_loss,
+    labels_outside,
+    probability_histograms,
+)
 from .._ops.sigmoid import contiguous
-from .._ops.softmax_moments import in_images, labels_outside
+from .._ops.softmax_moments import in_images
 from .pixel import PixelLoss, check_chosen_classes, chosen_classes
 
 

@@ -82,7 +82,7 @@ T_CONFUSION = Tests("confusion guarantees", "confusion", True)
 T_LAUNCHED = Tests("every_kernel", "", True)
 T_WEIGHTS = Tests("pixel_losses", "weights", True)
 T_REFUSED = Tests("class_moments softmax_moments", "float64_is_refused", True)
-T_WRONG_LABELS = Tests("wrong_labels proofs/interpreted/wrong_labels", "", True)
+T_WRONG_LABELS = Tests("wrong_labels", "", True)
 
 CLASS_MOMENTS = (
     Mutant(
@@ -795,8 +795,8 @@ VOLUMES_AND_SIGMOIDS = (
     Mutant(
         "pixel weights of volumes dropped in the backward pass",
         "anchorops/_ops/volumes.py",
-        "            *signature.pack(_slab_options(slab, options)),",
-        "            *signature.pack(_slab_options(slab, options._replace(pixel_weights=None))),",
+        "            *pack(_slab_options(slab, options)),",
+        "            *pack(_slab_options(slab, options._replace(pixel_weights=None))),",
         VOLUMES,
     ),
     Mutant(
@@ -869,8 +869,8 @@ PLUMBING = (
     Mutant(
         "align_corners dropped in the backward pass",
         "anchorops/_ops/softmax_moments.py",
-        "operator(logits, labels, lse, *statistic_grads, *signature.pack(options))",
-        "operator(logits, labels, lse, *statistic_grads, *signature.pack(options._replace("
+        "operator(logits, labels, lse, *statistic_grads, *pack(options))",
+        "operator(logits, labels, lse, *statistic_grads, *pack(options._replace("
         "align_corners=False)))",
         Tests("softmax_moments", "cpu and through_some"),
     ),
@@ -890,17 +890,31 @@ PLUMBING = (
     ),
     Mutant(
         "smallest loss of weighted pixels on a GPU",
-        "anchorops/_ops/softmax_moments.py",
-        "shares = torch.where(is_unused(options, ce), 0, shares)",
+        "kernels/loss_options.py",
+        "return tl.where(used, w, 0.0)",
+        "return w",
+        T_WEIGHTS,
+    ),
+    Mutant(
+        "weights of pixels in the gradient on a GPU",
+        "kernels/softmax_moments_backward.py",
+        "added = [weights[i] * added[i] for i in () + CELLS.columns]",
         "pass",
         T_WEIGHTS,
     ),
     Mutant(
         "labels that are wrong, on a GPU",
-        "anchorops/_ops/softmax_moments.py",
+        "kernels/lanes.py",
+        "((label[i] < 0) | (label[i] >= num_classes)) & (label[i] != ignore_index)",
+        "((label[i] < 0) | (label[i] >= num_classes))",
+        T_WRONG_LABELS,
+    ),
+    Mutant(
+        "labels that are wrong, of Lovasz",
+        "anchorops/_ops/probability_histograms.py",
         "labels.numel() - counts.sum() - _number_of(ignore_index, labels)",
         "labels.numel() - counts.sum()",
-        T_WRONG_LABELS,
+        Tests("wrong_labels lovasz"),
     ),
     Mutant(
         "dtype of a result without values",
@@ -933,8 +947,8 @@ PLUMBING = (
     Mutant(
         "overload of another backend for the gradient of volumes",
         "anchorops/_ops/volumes.py",
-        '_operator = getattr(getattr(torch.ops.anchorops, f"softmax_moments{_suffix}"), _backend)',
-        '_operator = getattr(torch.ops.anchorops, f"softmax_moments{_suffix}").cpu',
+        "operator = getattr(torch.ops.anchorops.softmax_moments_backward, backend)",
+        "operator = torch.ops.anchorops.softmax_moments_backward.cpu",
         Tests("volumes every_kernel", "", True),
     ),
     Mutant(
