@@ -58,6 +58,7 @@ class _Choice(threading.local):
 
 _choice = _Choice()
 _launched: set[str] = set()  # operators of triton, in this process
+_told: set[str] = set()  # what was logged once
 
 
 @contextlib.contextmanager
@@ -236,6 +237,8 @@ def backends() -> dict[str, str | None]:
             reasons[name] = reasons[name] or "torch sees no GPU"
         elif None not in too_old:  # then another installation would not help
             reasons[name] = too_old[0]
+        elif name == "triton" and reasons[name]:
+            reasons[name] = f"{reasons[name]}; until then, pixel losses on a GPU take the reference"
         elif not reasons[name]:
             obstacles = [obstacle(gpu) for gpu in gpus]
             reasons[name] = None if None in obstacles else obstacles[0]
@@ -315,6 +318,16 @@ def _takes_every_call(backend: str) -> None:
     return None
 
 
+@torch.compiler.assume_constant_result  # torch.compile calls it when it traces
+def _tell_that_triton_is_missing(function: str) -> bool:
+    """Logs one line in this process."""
+    if "triton" not in _told:
+        _told.add("triton")
+        message = "%s takes the reference, in plain PyTorch, as all that needs Triton on a GPU: %s"
+        _logger.warning(message, function, _MISSING["triton"])
+    return True
+
+
 def select(
     function: str,
     tensor: Tensor,
@@ -347,4 +360,7 @@ def select(
         if not (unusable or _why_not(name, *call) or found_wrong(name, tensor.device, runs)):
             return name
     found_wrong("reference", tensor.device, runs, used=True)
+    on_gpu = tensor.device.type == "cuda" and torch.cuda.is_available()
+    if on_gpu and _MISSING["triton"] and not _why_not("triton", *call):
+        _tell_that_triton_is_missing(function)
     return "reference"

@@ -204,7 +204,8 @@ def test_triton_that_could_launch_nothing(monkeypatch, tmp_path):
     assert "a C compiler and the headers of Python" in doctor._remedy("triton")
     gpus = Gpus(monkeypatch, "", "9.0")
     monkeypatch.setitem(_backend._MISSING, "triton", reason)
-    assert ao.backends()["triton"] == reason and gpus.select(0) == "reference"
+    expected = f"{reason}; until then, pixel losses on a GPU take the reference"
+    assert ao.backends()["triton"] == expected and gpus.select(0) == "reference"
     header.touch()
     assert _backend._find_triton() is None
     monkeypatch.setenv("CC", "icc")
@@ -214,6 +215,39 @@ def test_triton_that_could_launch_nothing(monkeypatch, tmp_path):
     header.rename(tmp_path / "Python.h")
     monkeypatch.setenv("CPATH", f"/nowhere:{tmp_path}")
     assert _backend._find_triton() is None
+
+
+def test_it_is_said_once_that_triton_is_missing(monkeypatch, caplog):
+    """Where a call would have taken it."""
+    gpus = Gpus(monkeypatch, "9.0", "9.0", "7.5")
+    monkeypatch.setitem(_backend._MISSING, "triton", "triton is not installed")
+    monkeypatch.setattr(_backend, "_told", set())
+    pixels = {"operators": _backend.FUSED}
+    assert gpus.select(1, **pixels) == "reference"  # the GPU is too old
+    assert gpus.select(0, operators=("cpu",)) == "reference"
+    assert gpus.select(0, refusal=lambda backend: backend, **pixels) == "reference"
+    with ao.use_backend("reference"):
+        assert gpus.select(0, **pixels) == "reference"
+    assert not caplog.messages
+    for function in ("CrossEntropy", "CrossEntropy", "Dice"):
+        assert gpus.select(0, function, **pixels) == "reference"
+    message = "takes the reference, in plain PyTorch, as all that needs Triton on a GPU"
+    assert caplog.messages == [f"CrossEntropy {message}: triton is not installed"]
+    assert [x.levelname for x in caplog.records] == ["WARNING"]
+    assert gpus.select(0) == "cuda"
+
+
+def test_torch_compile_traces_what_is_said(monkeypatch, caplog):
+    monkeypatch.setitem(_backend._MISSING, "triton", "triton is not installed")
+    monkeypatch.setattr(_backend, "_told", set())
+
+    def step(x):
+        _backend._tell_that_triton_is_missing("Dice")
+        return x + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert [compiled(torch.zeros(())) for _ in range(2)] == [1, 1]
+    assert [x.name for x in caplog.records].count("anchorops") == 1
 
 
 def test_it_is_said_that_kernels_are_compiled(monkeypatch, caplog):
