@@ -27,6 +27,8 @@ _logger = logging.getLogger("anchorops")
 NAMES = ("cuda", "triton", "cpu", "reference")
 FUSED = ("cpu", "triton")  # the backends of most operators, besides `reference`
 WITH_CUDA = (*FUSED, "cuda")  # of class keys, random groups and class moments
+# The functions that torch.onnx.export writes as standard operators: those of predictions.
+IN_ONNX = ("pixel_argmax", "confusion", "pixel_confusion")
 # The major compute capability that cuda and triton need: our CUDA sources for asynchronous copies
 # and products of bfloat16, and so does Triton from 3.3 on.
 OLDEST_GPU = 8
@@ -314,6 +316,23 @@ def _why_not(
     return _no_code_for(tensor.device) if name == "cuda" else _too_old(tensor.device)
 
 
+def onnx_refusal(function: str) -> RuntimeError:
+    return RuntimeError(
+        f"{function}: an ONNX model can contain {', '.join(IN_ONNX)}: export a module that does "
+        "not compute a loss"
+    )
+
+
+def _check_onnx_export(function: str, chosen: str) -> None:
+    if function not in IN_ONNX:
+        raise onnx_refusal(function)
+    if chosen not in ("auto", "reference"):
+        raise ValueError(
+            f"{function}: backend {chosen} does not support this call: ONNX has only standard "
+            'operators: choose "reference" or "auto"'
+        )
+
+
 def _takes_every_call(backend: str) -> None:
     return None
 
@@ -347,6 +366,9 @@ def select(
         operators: the backends that have this operator, besides `reference`.
     """
     chosen, runs = _choice.backend, runs or (function,)
+    if torch.onnx.is_in_onnx_export():
+        _check_onnx_export(function, chosen)
+        return "reference"
     call = tensor, num_classes, refusal, operators
     if chosen != "auto":
         reason = _why_not(chosen, *call)

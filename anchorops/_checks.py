@@ -42,12 +42,15 @@ def describe(value: object) -> str:
 def as_int(value: object) -> int | None:
     """The int that `operator.index` gives for a value, or None; a bool is none. Of a tensor this is
     its only number: reading it synchronises with a GPU, and torch.jit.trace records a constant and
-    warns. A torch.SymInt, the size of an exported program, is returned as it is."""
+    warns. A torch.SymInt, the size of an exported program, is returned as it is, and so is a size
+    that torch.onnx.export traces."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value  # pyright: ignore[reportReturnType]
     if isinstance(value, bool):
         return None
     if isinstance(value, Tensor):
+        if _traces_sizes():
+            return value  # pyright: ignore[reportReturnType]
         is_int = value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
         return int(value) if is_int and value.dtype != torch.bool else None
     try:
@@ -84,10 +87,20 @@ def check_int(
     return number
 
 
+def _is_traced() -> bool:
+    """Whether torch.jit.trace, or torch.onnx.export by means of it, makes tensors of sizes."""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _traces_sizes() -> bool:
+    """Whether such tensors become sizes of an ONNX model, not constants."""
+    return _is_traced() and torch.onnx.is_in_onnx_export()
+
+
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     """The shape in ints: torch.jit.trace makes tensors of them."""
-    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return tuple(map(int, tensor.shape)) if traced else tensor.shape
+    constant = _is_traced() and not _traces_sizes()
+    return tuple(map(int, tensor.shape)) if constant else tensor.shape
 
 
 def check_strided(function: str, argument: str, tensor: object) -> None:

@@ -191,8 +191,10 @@ def pixel_confusion_for(
         options = Options(hits=True, ignore_index=ignore_index, align_corners=align_corners)
         counts, hits, *_ = sigmoid_moments(function, logits.detach(), labels, options)
         assert hits is not None
-        matrices = torch.diag_embed(hits)
-        return matrices + torch.diag_embed((counts - hits).flip(-1)).flip(-2)
+        misses = counts - hits
+        negative = torch.stack([hits[:, 0], misses[:, 0]], -1)
+        positive = torch.stack([misses[:, 1], hits[:, 1]], -1)
+        return torch.stack([negative, positive], -2)
     if logits.dim() not in (4, 5):
         fail(function, "logits", "a tensor (B, K, h, w) or (B, K, d, h, w)", describe(logits))
     num_classes = shape_of(logits)[1]

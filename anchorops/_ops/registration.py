@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table, meta_table
 from torch.autograd import forward_ad
 
 from .._backend import FUSED, register_triton
@@ -88,6 +89,7 @@ def define(
         if gradient is not None:
             _define(f"{name}_backward.{backend}", gradient.schema, gradient.fake, any_strides)
             _register_autograd(name, backend, gradient)
+        _replace_in_onnx(name, backend)
     if "triton" in backends and not in_python:
         register_triton(library, name, launch)
         if gradient is not None:
@@ -100,6 +102,21 @@ def _define(overload: str, schema: str, fake: Callable[..., Any], any_strides: b
         tags.append(torch.Tag.flexible_layout)
     library.define(overload + schema, tags=tags)
     torch.library.register_fake(f"anchorops::{overload}", fake, lib=library)
+
+
+def _replace_in_onnx(name: str, backend: str) -> None:
+    """torch.onnx.export of an ExportedProgram applies torch's global table of decompositions;
+    torch.compile and torch.export have tables of their own, so they keep the operators."""
+    operator = getattr(getattr(torch.ops.anchorops, name), backend)
+
+    def formula(*arguments: Any) -> Any:
+        from . import onnx_export  # it imports the modules that call `define`
+
+        return onnx_export.formula(name, backend)(*arguments)
+
+    decomposition_table[operator] = formula
+    # Otherwise fake tensors of symbolic sizes would compute the formula, not our fake kernel.
+    meta_table[operator] = formula
 
 
 def _register_autograd(name: str, backend: str, gradient: Gradient) -> None:

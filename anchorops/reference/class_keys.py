@@ -44,7 +44,10 @@ def sum_by_key(keys: Tensor, values: Tensor, num_keys: int) -> Tensor:
     """Σ of values [N, …] for each key [N]; values with key −1 are ignored."""
     keys = torch.where(keys >= 0, keys, num_keys)
     out = values.new_zeros(num_keys + 1, *values.shape[1:])
-    if values.is_cuda:  # index_put sorts, and so sums in a fixed order; index_add uses atomics
+    if torch.onnx.is_in_onnx_export():  # its index_add forgets all but one value of a key
+        columns = keys.view(-1, *(1,) * (values.dim() - 1)).expand_as(values)
+        out = out.scatter_add(0, columns, values)
+    elif values.is_cuda:  # index_put sorts, and so sums in a fixed order; index_add uses atomics
         out = out.index_put((keys,), values, accumulate=True)
     else:
         out = out.index_add(0, keys, values)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._moments import statistics_dtype
@@ -31,6 +32,11 @@ def upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor
     """F.interpolate(logits, size, mode="bilinear"), of volumes "trilinear", but terms of weight 0
     are removed by selection, because 0 · NaN and 0 · ∞ would be NaN. logits: (B, K, h, w) or
     (B, K, d, h, w); returns (B, K, *size)."""
+    if torch.onnx.is_in_onnx_export():
+        # one operator of ONNX, Resize, which onnxruntime has for float32, not for float64
+        mode = "bilinear" if logits.dim() == 4 else "trilinear"
+        upsampled = F.interpolate(logits.float(), size, mode=mode, align_corners=align_corners)
+        return upsampled.to(statistics_dtype(logits.dtype))
     rows, near = slice(0, size[0]), slice(0, logits.shape[2])
     return upsample_rows(logits, logits.shape[2], size, align_corners, rows, near)
 
