@@ -59,7 +59,7 @@ def commands() -> list:
 
 
 @pytest.mark.parametrize("snippet", blocks("python"))
-def test_snippet_runs(snippet: str, monkeypatch: pytest.MonkeyPatch):
+def test_snippet_runs(snippet: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for package in (
         "lightning",
         "monai",
@@ -76,6 +76,7 @@ def test_snippet_runs(snippet: str, monkeypatch: pytest.MonkeyPatch):
     torchrun = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(tmp_path)  # some write a file
     exec(compile(snippet, "snippet", "exec"), {})
 
 
