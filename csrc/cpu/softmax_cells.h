@@ -12,6 +12,8 @@
 // a pixel falls below STEEP, because neighbouring logits differ widely, its block is processed
 // pixel by pixel, forward and backward. The same holds for a row of cells with a NaN or +inf.
 
+constexpr int WIDTH = 4, PIXELS = WIDTH * LANES<float>;  // PIXELS: in a row of a block
+constexpr int HEIGHT = VECTOR_BYTES == 64 ? 4 : 2;       // their sums fit into the registers
 constexpr float FAR = -40.0f, STEEP = 0x1p-40f, LOG_STEEP = -27.7258872f, LARGE = 16.0f;
 
 // The four logits of one class around the cells of a block.
@@ -92,9 +94,7 @@ struct Series {
 };
 
 // The classes of a block's pixels [rows][WIDTH][lanes], -1 where there is none.
-template <int WIDTH>
 struct BlockClasses {
-  static constexpr int PIXELS = WIDTH * LANES<float>;
   int32_t classes[ROWS * PIXELS];
   Ints cell_classes;                             // the largest of each cell, mostly the only one
   int32_t others[ROWS * PIXELS + LANES<float>];  // the pixels that are of another class
@@ -104,12 +104,8 @@ struct BlockClasses {
 };
 
 // A row of cells of a tile, with at most ROWS rows of its labels at a time.
-template <int WIDTH>
 struct CellRow {
   static constexpr int L = LANES<float>;
-  static constexpr int PIXELS = WIDTH * L;                       // in a row of a block
-  static constexpr int WHOLE = WIDTH & (WIDTH - 1) ? 1 : WIDTH;  // vectors to be deinterleaved
-  static constexpr int HEIGHT = std::max(1, (VECTOR_BYTES == 64 ? 16 : 8) / WIDTH);
 
   const Problem<float>& problem;
   const Tile& tile;
@@ -219,8 +215,7 @@ struct CellRow {
   // Whether the pixels of a block are neighbours: all its cells have WIDTH labels.
   ALWAYS_INLINE bool is_whole(int64_t block) const {
     const int32_t* columns = columns_of(block);
-    return (WIDTH & (WIDTH - 1)) == 0 && passes == 1 && columns[0] >= 0 &&
-           columns[PIXELS - 1] == columns[0] + PIXELS - 1;
+    return passes == 1 && columns[0] >= 0 && columns[PIXELS - 1] == columns[0] + PIXELS - 1;
   }
   // Loads a row of a block's pixels from a line over the tile's labels; `other` where there is no
   // pixel.
@@ -231,7 +226,7 @@ struct CellRow {
     if (is_whole(block)) {
       Floats neighbours[WIDTH];
       std::memcpy(neighbours, line + columns[0], sizeof neighbours);
-      Simd<float>::template deinterleave<WHOLE>(neighbours);
+      Simd<float>::deinterleave<WIDTH>(neighbours);
       std::memcpy(pixels, neighbours, sizeof neighbours);
       return;
     }
@@ -242,7 +237,7 @@ struct CellRow {
     if (is_whole(block)) {
       Floats neighbours[WIDTH];
       std::memcpy(neighbours, pixels, sizeof neighbours);
-      Simd<float>::template interleave<WHOLE>(neighbours);
+      Simd<float>::interleave<WIDTH>(neighbours);
       std::memcpy(line + columns[0], neighbours, sizeof neighbours);
       return;
     }
@@ -289,7 +284,7 @@ struct CellRow {
     const int64_t at = channel * layout.stride_d + column_of(block) * layout.stride_w;
     __builtin_prefetch(next_logits + problem.bytes * at, 0, 2);
   }
-  ALWAYS_INLINE void find_classes(int64_t block, BlockClasses<WIDTH>& classes) const {
+  ALWAYS_INLINE void find_classes(int64_t block, BlockClasses& classes) const {
     classes.cell_classes = Ints{} - 1;
     for (int64_t j = 0; j < rows; ++j) {
       Ints k[WIDTH];
@@ -318,8 +313,7 @@ struct CellRow {
 
   // The logits of the true classes of a block's pixels [rows][WIDTH][lanes]; any numbers where
   // there is no class.
-  ALWAYS_INLINE void label_logits(int64_t block, const BlockClasses<WIDTH>& classes,
-                                  float* logits) const {
+  ALWAYS_INLINE void label_logits(int64_t block, const BlockClasses& classes, float* logits) const {
     const Corners z = label_corners(block, classes.cell_classes);
     const bool finite = z.all_above(-3e38f);
     for (int64_t j = 0; j < rows; ++j)
@@ -370,10 +364,9 @@ struct CellRow {
 enum class Term { POWER, WEIGHTED, SQUARE };
 
 // Sums over classes for a block's pixels: of e^z, of e^z * weights[k] or of (e^z)^2 * weights[k].
-template <int WIDTH, Term TERM>
-void sum_block(const CellRow<WIDTH>& row, int64_t first_row, int64_t block, const float* weights,
+template <Term TERM>
+void sum_block(const CellRow& row, int64_t first_row, int64_t block, const float* weights,
                Floats* sums) {
-  constexpr int H = CellRow<WIDTH>::HEIGHT;
   const int64_t num_classes = row.problem.num_classes;
   const int64_t column = row.column_of(block), stride = row.workspace.stride;
   const float* upper = row.upper_row(0) + column;
@@ -386,9 +379,9 @@ void sum_block(const CellRow<WIDTH>& row, int64_t first_row, int64_t block, cons
     if constexpr (TERM == Term::WEIGHTED) return v * weights[k];
     if constexpr (TERM == Term::SQUARE) return v * v * weights[k];
   };
-  for (int n = 0; n < H * WIDTH; ++n) sums[n] = Floats{};
+  for (int n = 0; n < HEIGHT * WIDTH; ++n) sums[n] = Floats{};
   for (int64_t start = 0; start < num_classes; start += 128) {
-    Floats some[H * WIDTH] = {};  // sums of few terms, to keep rounding errors small
+    Floats some[HEIGHT * WIDTH] = {};  // sums of few terms, to keep rounding errors small
     const int64_t end = std::min<int64_t>(start + 128, num_classes);
     for (int64_t k = start; k < end; ++k) {
       const Corners z(upper + k * stride, lower + k * stride);
@@ -396,17 +389,17 @@ void sum_block(const CellRow<WIDTH>& row, int64_t first_row, int64_t block, cons
       if (z.all_above(FAR)) {
         Series e(z, at_right, step_right, at_down, step_down);
 #pragma GCC unroll 8
-        for (int j = 0; j < H; ++j) {
+        for (int j = 0; j < HEIGHT; ++j) {
           Floats v = e.first;
 #pragma GCC unroll 8
           for (int i = 0; i < WIDTH; ++i) {
             some[j * WIDTH + i] += term(v, k);
             if (i < WIDTH - 1) v *= e.right;
           }
-          if (j < H - 1) e.next_row();
+          if (j < HEIGHT - 1) e.next_row();
         }
       } else {
-        for (int j = 0; j < H; ++j)
+        for (int j = 0; j < HEIGHT; ++j)
           for (int i = 0; i < WIDTH; ++i) {
             const float down = row.down[std::min<int64_t>(first_row + j, row.rows - 1)];
             const Floats v = exp<float>(z.at(Floats{} + down, row.right(block, i)));
@@ -415,6 +408,6 @@ void sum_block(const CellRow<WIDTH>& row, int64_t first_row, int64_t block, cons
       }
     }
 #pragma GCC unroll 16
-    for (int n = 0; n < H * WIDTH; ++n) sums[n] += some[n];
+    for (int n = 0; n < HEIGHT * WIDTH; ++n) sums[n] += some[n];
   }
 }

@@ -10,11 +10,9 @@ ALWAYS_INLINE Floats between(Floats l, Floats r, Floats w) {
 // The class of the largest z of a block's pixels, the first of equal ones. It is not inlined, so
 // its products are always fused in the same way, and hits equal the diagonal of the confusion
 // matrix.
-template <int WIDTH>
-__attribute__((noinline)) void largest_of_block(const CellRow<WIDTH>& row, int64_t block,
+__attribute__((noinline)) void largest_of_block(const CellRow& row, int64_t block,
                                                 int32_t* classes) {
-  using Row = CellRow<WIDTH>;
-  constexpr int H = std::max(1, Row::HEIGHT / 2);
+  constexpr int H = HEIGHT / 2;
   for (int64_t first = 0; first < row.rows; first += H) {
     Floats largest[H * WIDTH];
     Ints index[H * WIDTH] = {};
@@ -42,31 +40,28 @@ __attribute__((noinline)) void largest_of_block(const CellRow<WIDTH>& row, int64
       }
     }
     const int64_t height = std::min<int64_t>(H, row.rows - first);
-    std::memcpy(classes + first * Row::PIXELS, index, height * Row::PIXELS * sizeof(int32_t));
+    std::memcpy(classes + first * PIXELS, index, height * PIXELS * sizeof(int32_t));
   }
 }
 
-template <int WIDTH>
-void argmax_cells(std::integral_constant<int, WIDTH>, const Problem<float>& problem,
-                  const Tile& tile, const Workspace<float>& workspace,
-                  const Predictions& predictions) {
-  using Row = CellRow<WIDTH>;
-  Row row(problem, tile, workspace);
-  while (row.next(Row::HEIGHT)) {
+void argmax_cells(const Problem<float>& problem, const Tile& tile,
+                  const Workspace<float>& workspace, const Predictions& predictions) {
+  CellRow row(problem, tile, workspace);
+  while (row.next(HEIGHT)) {
     if (!row.ordinary()) {
       row.for_pixels(-1, [&](const Group<float>& group) {
         argmax_group(problem, tile, workspace, group, predictions);
       });
       continue;
     }
-    int32_t classes[Row::HEIGHT * Row::PIXELS];
+    int32_t classes[HEIGHT * PIXELS];
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
       largest_of_block(row, block, classes);
       const int32_t* columns = row.columns_of(block);
       for (int64_t j = 0; j < row.rows; ++j)
         predictions.at(problem.pixel(tile, row.y + j, tile.label_columns.begin), [&](auto* out) {
-          for (int t = 0; t < Row::PIXELS; ++t)
-            if (columns[t] >= 0) out[columns[t]] = classes[j * Row::PIXELS + t];
+          for (int t = 0; t < PIXELS; ++t)
+            if (columns[t] >= 0) out[columns[t]] = classes[j * PIXELS + t];
         });
     }
   }

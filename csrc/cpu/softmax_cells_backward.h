@@ -17,9 +17,9 @@ struct WeightedSums {
 // the sum of dz is a polynomial in r, and the sum of i * dz is r times its derivative. Horner's
 // rule computes both without a power for each pixel. The same holds for the sum over the rows: it
 // is a polynomial in 1 / (ratio down), beginning with the last row.
-template <int WIDTH, class Factor>
-ALWAYS_INLINE WeightedSums sums_by_series(const CellRow<WIDTH>& row, const Corners& z,
-                                          int64_t block, Factor factor) {
+template <class Factor>
+ALWAYS_INLINE WeightedSums sums_by_series(const CellRow& row, const Corners& z, int64_t block,
+                                          Factor factor) {
   const float step_right = row.problem.column_cells.step, step_down = row.problem.row_cells.step;
   const float last = row.at_down + (row.rows - 1) * step_down;
   const Floats at_right = row.right_start(block);
@@ -40,7 +40,7 @@ ALWAYS_INLINE WeightedSums sums_by_series(const CellRow<WIDTH>& row, const Corne
     all = all * up + sum;
     along = along * up + derivative * r;
     r *= twist;
-    // each product adds the rounding error of twist, and r has up to seven powers
+    // each product adds the rounding error of twist, and r has up to three powers
     if (j == 3 && row.rows > 4) r = slopes.ratio_right(row.at_down + 4 * step_down, step_right);
   }
   const Floats scale = slopes.power(last);
@@ -51,9 +51,9 @@ ALWAYS_INLINE WeightedSums sums_by_series(const CellRow<WIDTH>& row, const Corne
 }
 
 // The weighted sums of dz = gradient(e^z, j, i), pixel by pixel.
-template <int WIDTH, class Gradient>
-ALWAYS_INLINE WeightedSums sums_by_pixels(const CellRow<WIDTH>& row, const Corners& z,
-                                          int64_t block, Gradient gradient) {
+template <class Gradient>
+ALWAYS_INLINE WeightedSums sums_by_pixels(const CellRow& row, const Corners& z, int64_t block,
+                                          Gradient gradient) {
   WeightedSums sums;
   const bool far = !z.all_above(FAR);
   Series e = row.series(z, block);  // not used if far
@@ -74,8 +74,7 @@ ALWAYS_INLINE WeightedSums sums_by_pixels(const CellRow<WIDTH>& row, const Corne
 }
 
 // The weighted sums of factors[2].
-template <int WIDTH>
-WeightedSums sums_of_values(const CellRow<WIDTH>& row, int64_t block) {
+WeightedSums sums_of_values(const CellRow& row, int64_t block) {
   WeightedSums sums;
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats all = {}, right_sum = {};
@@ -93,11 +92,11 @@ WeightedSums sums_of_values(const CellRow<WIDTH>& row, int64_t block) {
 // dz = e^z * (factors[0] + factors[1] * (dmasses + 2 * p * dsquares)) and p = factors[1] * e^z.
 // TERMS is 3 with dsquares, otherwise 2 with dmasses, otherwise 1. With
 // all weights, the gradient of the sum of v_k z_k is added, too: dz = factors[2].
-template <int WIDTH, int TERMS>
-void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float* dsquares,
+template <int TERMS>
+void add_gradients(const CellRow& row, const float* dmasses, const float* dsquares,
                    bool with_all_weights) {
   using V = Simd<float>;
-  constexpr int L = CellRow<WIDTH>::L;
+  constexpr int L = LANES<float>;
   const Workspace<float>& workspace = row.workspace;
   const int64_t num_classes = row.problem.num_classes;
   for (int64_t k = 0; k < num_classes + with_all_weights; ++k) {
@@ -147,11 +146,9 @@ void add_gradients(const CellRow<WIDTH>& row, const float* dmasses, const float*
 
 // Subtracts the additional terms of the pixels' true classes: values [rows][WIDTH][lanes], 0 if
 // there is no class.
-template <int WIDTH>
-void subtract_label_terms(const CellRow<WIDTH>& row, int64_t block,
-                          const BlockClasses<WIDTH>& classes, const float* values) {
-  using Row = CellRow<WIDTH>;
-  constexpr int L = Row::L;
+void subtract_label_terms(const CellRow& row, int64_t block, const BlockClasses& classes,
+                          const float* values) {
+  constexpr int L = LANES<float>;
   const Workspace<float>& workspace = row.workspace;
   const int64_t column = row.first_column + row.column_of(block);
   float* const above = workspace.gradients[row.upper & 1] + column;
@@ -185,8 +182,8 @@ void subtract_label_terms(const CellRow<WIDTH>& row, int64_t block,
                right_below[lane]);
   for (int64_t n = 0; n < classes.count; ++n) {
     const int32_t t = classes.others[n];
-    const float down = row.down[t / Row::PIXELS];
-    const float r = values[t] * workspace.cell_weights[block * Row::PIXELS + t % Row::PIXELS];
+    const float down = row.down[t / PIXELS];
+    const float r = values[t] * workspace.cell_weights[block * PIXELS + t % PIXELS];
     const float l = values[t] - r;
     subtract(classes.classes[t], t % L, l, r, l * down, r * down);
   }
@@ -195,12 +192,11 @@ void subtract_label_terms(const CellRow<WIDTH>& row, int64_t block,
 // Writes the factors of a block's pixels and the additional terms of their true classes. Returns
 // false if the block must be processed pixel by pixel. If logits are large, the rounding of lse
 // would be an error of all p. Then the sums are computed again.
-template <int WIDTH>
-bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
+bool factors_of_block(const CellRow& row, int64_t block, const BlockClasses& classes,
                       const LossesOfImage<float>& losses, const Gradients<float>& gradients,
                       const float* dmasses, const float* dsquares, float* label_terms) {
   using V = Simd<float>;
-  constexpr int H = CellRow<WIDTH>::HEIGHT, L = CellRow<WIDTH>::L;
+  constexpr int L = LANES<float>;
   const int64_t image_offset = row.tile.image * gradients.stride_b;
   const auto class_values = [&](const float* by_class, Ints k) INLINE_LAMBDA {
     return by_class ? pick(by_class + image_offset, k) : Floats{};
@@ -211,13 +207,13 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
   const bool plain = losses.shape.plain;
   const bool needs_loss = gradients.doverlaps || losses.needs_c();
   if (needs_loss) row.label_logits(block, classes, label_terms);
-  Floats powers[H * WIDTH] = {}, totals[H * WIDTH] = {}, squares[H * WIDTH] = {};
+  Floats powers[HEIGHT * WIDTH] = {}, totals[HEIGHT * WIDTH] = {}, squares[HEIGHT * WIDTH] = {};
   Ints steep = {};
   for (int64_t j = 0; j < row.rows; ++j) {
-    if (any_valid && j % H == 0) {
-      if (large) sum_block<WIDTH, Term::POWER>(row, j, block, nullptr, powers);
-      if (dmasses) sum_block<WIDTH, Term::WEIGHTED>(row, j, block, dmasses, totals);
-      if (dsquares) sum_block<WIDTH, Term::SQUARE>(row, j, block, dsquares, squares);
+    if (any_valid && j % HEIGHT == 0) {
+      if (large) sum_block<Term::POWER>(row, j, block, nullptr, powers);
+      if (dmasses) sum_block<Term::WEIGHTED>(row, j, block, dmasses, totals);
+      if (dsquares) sum_block<Term::SQUARE>(row, j, block, dsquares, squares);
     }
     Floats lse[WIDTH], weights[WIDTH], dpixel_losses[WIDTH];
     row.load_map(block, j, row.lse_map(gradients.lse), lse);
@@ -226,7 +222,7 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
 #pragma GCC unroll 8
     for (int i = 0; i < WIDTH; ++i) {
       const Ints k = classes.pixel_classes(j * WIDTH + i), valid = k >= 0;
-      const int64_t n = j % H * WIDTH + i;
+      const int64_t n = j % HEIGHT * WIDTH + i;
       const Floats log_total =
           large ? log(powers[n]) : lse[i] - shifts.at_finite(row.down[j], row.right(block, i));
       steep |= valid & ~((log_total >= LOG_STEEP) & (log_total <= 80.0f));
@@ -261,14 +257,12 @@ bool factors_of_block(const CellRow<WIDTH>& row, int64_t block, const BlockClass
   return !any(steep);
 }
 
-template <int WIDTH, class Begin>
-void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& problem,
-                    const Tile& tile, const Workspace<float>& workspace,
-                    const Gradients<float>& gradients, Begin finish_until) {
-  using Row = CellRow<WIDTH>;
+template <class Begin>
+void backward_cells(const Problem<float>& problem, const Tile& tile,
+                    const Workspace<float>& workspace, const Gradients<float>& gradients,
+                    Begin finish_until) {
   using V = Simd<float>;
-  constexpr int PIXELS = Row::PIXELS;
-  Row row(problem, tile, workspace);
+  CellRow row(problem, tile, workspace);
   const LossesOfImage<float> losses(problem.shape, problem.num_classes, tile.image);
   const int64_t image_offset = tile.image * gradients.stride_b;
   const float* dmasses = gradients.dmasses ? gradients.dmasses + image_offset : nullptr;
@@ -284,7 +278,7 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
       continue;
     }
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
-      BlockClasses<WIDTH> classes;
+      BlockClasses classes;
       float label_terms[ROWS * PIXELS];
       row.find_classes(block, classes);
       if (factors_of_block(row, block, classes, losses, gradients, dmasses, dsquares,
@@ -300,9 +294,7 @@ void backward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pr
         }
       row.for_pixels(block, backward_pixels);
     }
-    const auto add = dsquares  ? add_gradients<WIDTH, 3>
-                     : dmasses ? add_gradients<WIDTH, 2>
-                               : add_gradients<WIDTH, 1>;
+    const auto add = dsquares ? add_gradients<3> : dmasses ? add_gradients<2> : add_gradients<1>;
     add(row, dmasses, dsquares, losses.all_weights != nullptr);
   }
 }

@@ -3,9 +3,7 @@
 // masses[k] += the sum over pixels of p = factors * e^z; squares[k] += the sum of p^2, if
 // requested. Sums of one block are float: where p is the same everywhere, each addition to a long
 // sum would have the same rounding error.
-template <int WIDTH>
-void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
-  using Row = CellRow<WIDTH>;
+void add_masses(const CellRow& row, double* masses, double* squares) {
   using V = Simd<float>;
   const Workspace<float>& workspace = row.workspace;
   for (int64_t k = 0; k < row.problem.num_classes; ++k) {
@@ -16,7 +14,7 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
         mass_of_block += p;
         if (squares) square_of_block += p * p;
       };
-      const float* factors = workspace.factors[0] + block * Row::PIXELS;
+      const float* factors = workspace.factors[0] + block * PIXELS;
       const Corners z = row.corners(k, block);
       if (z.all_above(FAR)) {
         Series e = row.series(z, block);
@@ -24,7 +22,7 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
           Floats v = e.first;
 #pragma GCC unroll 8
           for (int i = 0; i < WIDTH; ++i) {
-            add(v * V::load(factors + j * workspace.lanes + i * Row::L));
+            add(v * V::load(factors + j * workspace.lanes + i * LANES<float>));
             v *= e.right;
           }
           e.next_row();
@@ -32,7 +30,7 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
       } else {
         for (int64_t j = 0; j < row.rows; ++j)
           for (int i = 0; i < WIDTH; ++i) {
-            const Floats factor = V::load(factors + j * workspace.lanes + i * Row::L);
+            const Floats factor = V::load(factors + j * workspace.lanes + i * LANES<float>);
             const Floats v = exp<float>(z.at(Floats{} + row.down[j], row.right(block, i)));
             add(factor == 0 ? Floats{} : v * factor);
           }
@@ -47,10 +45,10 @@ void add_masses(const CellRow<WIDTH>& row, double* masses, double* squares) {
 
 // Adds the values of a block's pixels [rows][WIDTH][lanes] to the sums of their classes: pixels
 // that have the class of their cell cell by cell, the others one by one.
-template <int WIDTH, class Sum>
-ALWAYS_INLINE void add_by_class(const CellRow<WIDTH>& row, const BlockClasses<WIDTH>& classes,
+template <class Sum>
+ALWAYS_INLINE void add_by_class(const CellRow& row, const BlockClasses& classes,
                                 const float* values, Sum* sums) {
-  constexpr int L = CellRow<WIDTH>::L;
+  constexpr int L = LANES<float>;
   Floats cell_sums = {};
   for (int64_t n = 0; n < row.rows * WIDTH; ++n)
     cell_sums += classes.pixel_classes(n) == classes.cell_classes
@@ -66,13 +64,11 @@ ALWAYS_INLINE void add_by_class(const CellRow<WIDTH>& row, const BlockClasses<WI
 }
 
 // Adds a block to the sums and writes its maps. totals: the sums of e^z over the classes.
-template <int WIDTH>
-void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDTH>& classes,
+void add_block(const CellRow& row, int64_t block, const BlockClasses& classes,
                const LossesOfImage<float>& image_losses, const Floats* totals, const Sums& sums,
                const Maps<float>& maps) {
-  using Row = CellRow<WIDTH>;
   using V = Simd<float>;
-  constexpr int L = Row::L, SIZE = Row::HEIGHT * Row::PIXELS;
+  constexpr int L = LANES<float>, SIZE = HEIGHT * PIXELS;
   const Corners shifts = row.shifts(block);
   const int64_t count = row.rows * WIDTH;
   float c[SIZE], shaped[SIZE], values[SIZE];
@@ -130,24 +126,20 @@ void add_block(const CellRow<WIDTH>& row, int64_t block, const BlockClasses<WIDT
   if (!maps.pixel_losses) return;
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats row_losses[WIDTH];
-    std::memcpy(row_losses, losses + j * Row::PIXELS, sizeof row_losses);
+    std::memcpy(row_losses, losses + j * PIXELS, sizeof row_losses);
     row.store_map(block, j, maps.pixel_losses, row_losses);
   }
 }
 
-template <int WIDTH>
-void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& problem,
-                   const Tile& tile, const Workspace<float>& workspace, const Sums& sums,
-                   const Maps<float>& maps) {
-  using Row = CellRow<WIDTH>;
+void forward_cells(const Problem<float>& problem, const Tile& tile,
+                   const Workspace<float>& workspace, const Sums& sums, const Maps<float>& maps) {
   using V = Simd<float>;
-  constexpr int PIXELS = Row::PIXELS;
-  Row row(problem, tile, workspace);
+  CellRow row(problem, tile, workspace);
   const LossesOfImage<float> losses(problem.shape, problem.num_classes, tile.image);
   const bool with_probabilities = sums.masses || sums.squares;
   Sums without_hits = sums;
   without_hits.hits = nullptr;
-  while (row.next(Row::HEIGHT)) {
+  while (row.next(HEIGHT)) {
     if (!row.ordinary()) {
       row.for_pixels(-1, [&](const Group<float>& group) {
         forward_group(problem, tile, workspace, group, sums, maps);
@@ -155,12 +147,12 @@ void forward_cells(std::integral_constant<int, WIDTH>, const Problem<float>& pro
       continue;
     }
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
-      int32_t predicted[Row::HEIGHT * PIXELS];
-      Floats totals[Row::HEIGHT * WIDTH] = {};
-      BlockClasses<WIDTH> classes;
+      int32_t predicted[HEIGHT * PIXELS];
+      Floats totals[HEIGHT * WIDTH] = {};
+      BlockClasses classes;
       row.find_classes(block, classes);
       const bool any_valid = any(classes.cell_classes >= 0);
-      if (any_valid) sum_block<WIDTH, Term::POWER>(row, 0, block, nullptr, totals);
+      if (any_valid) sum_block<Term::POWER>(row, 0, block, nullptr, totals);
       Ints steep = {};
       for (int64_t n = 0; n < row.rows * WIDTH; ++n)
         steep |= (classes.pixel_classes(n) >= 0) & ~((totals[n] >= STEEP) & (totals[n] <= 1e38f));

@@ -12,26 +12,12 @@
 #include "softmax_cells_backward.h"
 #include "probability_histograms_kernel.h"
 
-// Calls visit with the WIDTH for this problem, as a constant.
-template <class Visit>
-void for_widths(const Problem<float>& problem, Visit visit) {
-  const int64_t most = problem.column_cells.most, passes = (most + 7) / 8;
-  const int64_t width = (most + passes - 1) / passes;
-  if (width <= 2) return visit(std::integral_constant<int, 2>{});
-  if (width == 3) return visit(std::integral_constant<int, 3>{});
-  if (width == 4) return visit(std::integral_constant<int, 4>{});
-  if (width <= 6) return visit(std::integral_constant<int, 6>{});
-  return visit(std::integral_constant<int, 8>{});
-}
-
 template <class Stat>
 void forward(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
              const Sums& sums, const Maps<Stat>& maps) {
   if constexpr (std::is_same_v<Stat, float>) {
     if (problem.num_classes == 2) return forward_two_classes(problem, tile, workspace, sums, maps);
-    if (problem.column_cells.begin)
-      return for_widths(
-          problem, [&](auto width) { forward_cells(width, problem, tile, workspace, sums, maps); });
+    if (problem.column_cells.begin) return forward_cells(problem, tile, workspace, sums, maps);
   }
   *sums.outside += for_groups(
       problem, tile, workspace, [](int64_t) {},
@@ -46,9 +32,7 @@ void backward(const Problem<Stat>& problem, const Tile& tile, const Workspace<St
       if (problem.num_classes == 2)
         return backward_two_classes(problem, tile, workspace, gradients, output, finish_until);
       if (problem.column_cells.begin)
-        return for_widths(problem, [&](auto width) {
-          backward_cells(width, problem, tile, workspace, gradients, finish_until);
-        });
+        return backward_cells(problem, tile, workspace, gradients, finish_until);
     }
     for_groups(problem, tile, workspace, finish_until, [&](const auto& group) {
       backward_group(problem, tile, workspace, gradients, output, group);
@@ -61,9 +45,7 @@ void argmax(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat
             const Predictions& predictions) {
   if constexpr (std::is_same_v<Stat, float>) {
     if (problem.num_classes == 2) return argmax_two_classes(problem, tile, workspace, predictions);
-    if (problem.column_cells.begin)
-      return for_widths(
-          problem, [&](auto width) { argmax_cells(width, problem, tile, workspace, predictions); });
+    if (problem.column_cells.begin) return argmax_cells(problem, tile, workspace, predictions);
   }
   for_groups(
       problem, tile, workspace, [](int64_t) {},

@@ -77,7 +77,11 @@ class Tiles {
 
   int64_t num_classes() const { return std::max<int64_t>(layout_.dim, 2); }
   bool upsampled() const { return rows_.axis().lower || columns_.axis().lower; }
-  bool by_cells() const { return rows_.cells().begin && columns_.cells().begin; }
+  // Cells of two labels in a row waste half of their width: then they are faster for many classes.
+  bool by_cells() const {
+    return rows_.cells().begin && columns_.cells().begin &&
+           (most_of_cell() > 2 || layout_.dim > 16);
+  }
   int64_t most_of_cell() const { return columns_.cells().most; }
 
   template <class T>
