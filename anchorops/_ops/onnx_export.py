@@ -6,7 +6,6 @@ reference there.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import onnx_refusal
-from .._moments import RESULTS, Signature
-from .softmax_moments import SIGNATURES
+from .._moments import RESULTS, unpack
 
 
 def _two_classes(logits: Tensor) -> Tensor:
@@ -29,14 +27,12 @@ def _argmax(logits: Tensor, *arguments: Any) -> Tensor:
     return reference.pixel_argmax(logits, size, align_corners=align_corners).to(dtype)
 
 
-def _moments(
-    signature: Signature, logits: Tensor, labels: Tensor, *packed: Any
-) -> tuple[Tensor, ...]:
-    options = signature.unpack(*packed)
+def _moments(logits: Tensor, labels: Tensor, *packed: Any) -> tuple[Tensor, ...]:
+    options = unpack(*packed)
     moments = reference.softmax_moments(_two_classes(logits), labels, options)
     absent = logits.new_empty(0)  # also lse, which only a backward pass reads
-    requested = {name for name in signature.results if RESULTS[name].requested(options)} - {"lse"}
-    return tuple(getattr(moments, x) if x in requested else absent for x in signature.results)
+    requested = {name for name, x in RESULTS.items() if x.requested(options)} - {"lse"}
+    return tuple(getattr(moments, x) if x in requested else absent for x in RESULTS)
 
 
 def _confusion(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -50,9 +46,15 @@ def _refused(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-def formula(name: str, backend: str) -> Callable[..., Any]:
+_FORMULAS = {
+    "pixel_argmax": _argmax,
+    "volume_argmax": _argmax,
+    "softmax_moments": _moments,
+    "volume_moments": _moments,
+    "confusion": _confusion,
+}
+
+
+def formula(name: str) -> Callable[..., Any]:
     """What computes the results of an operator; it raises an error for those of losses."""
-    if name in ("softmax_moments", "volume_moments"):
-        return partial(_moments, SIGNATURES[backend])
-    formulas = {"pixel_argmax": _argmax, "volume_argmax": _argmax, "confusion": _confusion}
-    return formulas.get(name) or _refused(name)
+    return _FORMULAS.get(name) or _refused(name)

@@ -112,7 +112,7 @@ def _replace_in_onnx(name: str, backend: str) -> None:
     def formula(*arguments: Any) -> Any:
         from . import onnx_export  # it imports the modules that call `define`
 
-        return onnx_export.formula(name, backend)(*arguments)
+        return onnx_export.formula(name)(*arguments)
 
     decomposition_table[operator] = formula
     # Otherwise fake tensors of symbolic sizes would compute the formula, not our fake kernel.
