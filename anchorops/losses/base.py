@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,8 @@ from .._checks import (
 )
 from .._moments import ClassMoments
 from ..distributed import group_name, reduce_moments
-from .initialized import Initialized
-from .recomputation import KnowAgain, check_reentrant, checkpointed, recomputing
+from .recomputation import Recomputable
 from .statistics import Request, class_statistics
-
-if TYPE_CHECKING:
-    from .._attach import Attachment
 
 Classifier = nn.Module | Tensor
 
@@ -82,7 +78,20 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-class Regularizer(Initialized):
+class Attached(Protocol):
+    """What connects a method to a model: the `Attachment` that `anchorops.attach` returns."""
+
+    classifier_name: str
+    classifier: nn.Module
+
+    def __call__(self, labels: Tensor) -> Tensor: ...
+
+    def forget(self) -> None: ...
+
+    def detach(self) -> None: ...
+
+
+class Regularizer(Recomputable):
     """A loss on the features before a model's last classifier.
 
     Call it with (features, labels, classifier). Or use `anchorops.attach`, which gets the features
@@ -145,11 +154,7 @@ class Regularizer(Initialized):
         self.check_labels = check_labels
         self.process_group = group_name(name, process_group)
         self.terms: dict[str, Tensor] = {}
-        self.attachment: Attachment | None = None
-        # For recomputations (recomputation.py): the state that the last forward read, its number,
-        # and how many forwards without gradients may still be recomputed.
-        self._read: Tensor | None = None
-        self._forwards, self._without_grad, self._last_without_grad = 0, 0, False
+        self.attachment: Attached | None = None
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         """The statistics and the losses of this step; updates the state in training mode."""
@@ -186,56 +191,13 @@ class Regularizer(Initialized):
             self.step.add_(1)
         return self._first_read(read)
 
-    def _updates(self, state: Tensor) -> bool:
-        """Whether this forward updates its state: in training mode, except in a recomputation."""
-        if not self.training or recomputing():
-            return False
-        if torch.compiler.is_compiling():
-            torch.ops.anchorops.first_pass(state, type(self).__name__)
-        return True
-
-    def _first_read(self, read: Tensor) -> Tensor:
-        """What the first pass of this forward read of the state: `read`, unless this is a
-        recomputation."""
-        if not self.training or torch.compiler.is_compiling():
-            return read  # an evaluation that is repeated reads the same state
-        if recomputing():
-            return read if self._read is None else self._read
-        self._read = read
-        return read
-
-    def seen(self) -> tuple[int, list[Tensor | None]]:
-        """The number of the last forward, and what each method read of its state."""
-        methods = [module for module in self.modules() if isinstance(module, Regularizer)]
-        return self._forwards, [method._read for method in methods]
-
-    def see(self, number: int, reads: list[Tensor | None]) -> None:
-        """Set what a recomputation reads: the state that the forward of this number read."""
-        methods = [module for module in self.modules() if isinstance(module, Regularizer)]
-        self._forwards = number
-        for method, read in zip(methods, reads, strict=True):
-            method._read = read
-
-    def _count_forward(self) -> None:
-        if not self.training:  # an evaluation updates no state
-            return
-        if not recomputing():
-            self._forwards += 1
-            self._last_without_grad = not torch.is_grad_enabled()
-            self._without_grad += self._last_without_grad
-        elif not checkpointed():
-            if any(read is not None for read in self.seen()[1]):
-                check_reentrant(self, self._without_grad, self._last_without_grad)
-            self._without_grad = 0
-
     def forward(
         self, features: Tensor, labels: Tensor, classifier: Classifier | None = None
     ) -> Tensor:
         self.check_initialized()
         self._check_inputs(features, labels, classifier)
         features = savable(features)
-        if not torch.compiler.is_compiling():
-            self._count_forward()
+        self._count_forward()
         # There is no autocast for the device "meta".
         with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
             losses = self._losses(features, labels, classifier)
@@ -245,9 +207,7 @@ class Regularizer(Initialized):
         self.terms = {key: value.detach() for key, value in losses.terms.items()}
         # counts too are floating-point, because loggers average over steps and ranks
         self.terms |= {key: value.detach().to(loss.dtype) for key, value in losses.logs.items()}
-        if not torch.compiler.is_compiling() and loss.requires_grad and checkpointed():
-            loss = KnowAgain.apply(loss, self)
-        return loss
+        return self._known_again(loss)
 
     def _losses(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Losses:
         request, losses = self.plan(features, labels, classifier)

@@ -2,7 +2,7 @@
 
 The rule for every method: a training forward updates the state once. A recomputation updates
 nothing, and reads the state that the first pass read. With use_reentrant=False, the first pass adds
-the node `KnowAgain` to the graph, which says which forward is recomputed. With use_reentrant=True
+the node `_KnowAgain` to the graph, which says which forward is recomputed. With use_reentrant=True
 there is no such node, so the recomputation must be that of the last forward. A compiled forward
 cannot be distinguished from its recomputation. Cases that cannot be handled raise an error.
 """
@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-if TYPE_CHECKING:
-    from .base import Regularizer
+from .initialized import Initialized
 
 _WAY_OUT = "call it outside of the checkpointed function"
 _library = torch.library.Library("anchorops", "FRAGMENT")
@@ -36,7 +35,76 @@ def checkpointed() -> bool:
     return hooks(True) is not None
 
 
-class KnowAgain(torch.autograd.Function):
+class Recomputable(Initialized):
+    """A module whose training forward updates its state, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read: Tensor | None = None  # the state that the last forward read
+        self._forwards = 0
+        # forwards without gradients that may still be recomputed; whether the last one is of them
+        self._without_grad, self._last_without_grad = 0, False
+
+    def seen(self) -> tuple[int, list[Tensor | None]]:
+        """The number of the last forward, and what each module read of its state."""
+        return self._forwards, [module._read for module in self._recomputable()]
+
+    def see(self, number: int, reads: list[Tensor | None]) -> None:
+        """Set what a recomputation reads: the state that the forward of this number read."""
+        self._forwards = number
+        for module, read in zip(self._recomputable(), reads, strict=True):
+            module._read = read
+
+    def _recomputable(self) -> list[Recomputable]:
+        return [module for module in self.modules() if isinstance(module, Recomputable)]
+
+    def _updates(self, state: Tensor) -> bool:
+        """Whether this forward updates its state: in training mode, except in a recomputation."""
+        if not self.training or recomputing():
+            return False
+        if torch.compiler.is_compiling():
+            torch.ops.anchorops.first_pass(state, type(self).__name__)
+        return True
+
+    def _first_read(self, read: Tensor) -> Tensor:
+        """What the first pass of this forward read of the state: `read`, unless this is a
+        recomputation."""
+        if not self.training or torch.compiler.is_compiling():
+            return read  # an evaluation that is repeated reads the same state
+        if recomputing():
+            return read if self._read is None else self._read
+        self._read = read
+        return read
+
+    def _count_forward(self) -> None:
+        """Called first in each forward. Raises RuntimeError if it is a recomputation with
+        use_reentrant=True, and which forward it repeats is not known."""
+        if not self.training or torch.compiler.is_compiling():  # an evaluation updates no state
+            return
+        if not recomputing():
+            self._forwards += 1
+            self._last_without_grad = not torch.is_grad_enabled()
+            self._without_grad += self._last_without_grad
+            return
+        if checkpointed():
+            return
+        several = self._without_grad > 1 or not self._last_without_grad
+        if several and any(read is not None for read in self.seen()[1]):
+            raise RuntimeError(
+                f"{type(self).__name__}: several forwards before the recomputation by "
+                "torch.utils.checkpoint(use_reentrant=True): which one it repeats is not known; "
+                f"pass use_reentrant=False, run backward before the next forward, or {_WAY_OUT}"
+            )
+        self._without_grad = 0
+
+    def _known_again(self, loss: Tensor) -> Tensor:
+        """The loss of this forward, from which a recomputation knows which forward it repeats."""
+        if torch.compiler.is_compiling() or not loss.requires_grad or not checkpointed():
+            return loss
+        return _KnowAgain.apply(loss, self)
+
+
+class _KnowAgain(torch.autograd.Function):
     """The identity on the loss of a checkpointed forward.
 
     Its backward pass unpacks a saved tensor, the number of the forward. The checkpoint has not kept
@@ -46,37 +114,26 @@ class KnowAgain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, regularizer: Regularizer) -> Tensor:
-        ctx.regularizer, ctx.seen = regularizer, regularizer.seen()
+    def forward(ctx: Any, loss: Tensor, module: Recomputable) -> Tensor:
+        ctx.module, ctx.seen = module, module.seen()
         ctx.save_for_backward(torch.full((), ctx.seen[0], device="cpu"))
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
-        last = ctx.regularizer.seen()
-        ctx.regularizer.see(*ctx.seen)
+        last = ctx.module.seen()
+        ctx.module.see(*ctx.seen)
         try:
             (number,) = ctx.saved_tensors
         finally:
-            ctx.regularizer.see(*last)
+            ctx.module.see(*last)
         if int(number.numpy()) != ctx.seen[0]:
             raise RuntimeError(
-                f"{type(ctx.regularizer).__name__}: torch.utils.checkpoint recomputed an earlier "
+                f"{type(ctx.module).__name__}: torch.utils.checkpoint recomputed an earlier "
                 "forward with the state of a later one: return its loss from the checkpointed "
                 f"function alone, run backward before the next forward, or {_WAY_OUT}"
             )
         return dloss, None
-
-
-def check_reentrant(regularizer: Regularizer, first_passes: int, was_last: bool) -> None:
-    """first_passes: the number of forwards without gradients that were not recomputed; was_last:
-    whether the last forward is one of them."""
-    if first_passes > 1 or not was_last:
-        raise RuntimeError(
-            f"{type(regularizer).__name__}: several forwards before the recomputation by "
-            "torch.utils.checkpoint(use_reentrant=True): which one it repeats is not known; pass "
-            f"use_reentrant=False, run backward before the next forward, or {_WAY_OUT}"
-        )
 
 
 @contextmanager
