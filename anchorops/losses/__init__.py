@@ -10,7 +10,7 @@ from .dice import CrossEntropyDice, Dice
 from .lovasz import Lovasz
 from .mvsc import MVSC
 from .occl import OCCL
-from .pixel import PixelLoss
+from .pixel import MomentsLoss, PixelLoss
 from .sar import SAR
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "CrossEntropyDice",
     "Dice",
     "Lovasz",
+    "MomentsLoss",
     "PixelLoss",
     "Regularizer",
 ]

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .._checks import check_pos_weight
 from .._ops.pixel_binary_cross_entropy import binary_mixture, class_weights
-from .cross_entropy import CrossEntropy
+from .cross_entropy import BaseCrossEntropy
 
 
-class BinaryCrossEntropy(CrossEntropy):
+class BinaryCrossEntropy(BaseCrossEntropy):
     """Binary cross-entropy of low-resolution logits, compared with labels at their own size.
 
         L = Σ_q v_q·(1 − p_y)^γ·L_q / Σ_q v_q
@@ -42,7 +42,6 @@ class BinaryCrossEntropy(CrossEntropy):
     `terms`: ce, labels_out_of_range, labels_ignored, and accuracy if requested.
     """
 
-    settings = ("label_smoothing", "focal_gamma", "ohem", "ohem_kept")
     sigmoid = True
     pos_weight: Tensor | None
 
@@ -69,7 +68,6 @@ class BinaryCrossEntropy(CrossEntropy):
             align_corners=align_corners,
             check_labels=check_labels,
         )
-        del self.weight
         self._register_weight(pos_weight, "pos_weight")
 
     def class_weight(self, logits: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Cross-entropy with class weights, hard examples, focal factor, label smoothing."""
+"""Cross-entropies with class weights, hard examples, focal factor, label smoothing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,106 @@ from .._ops.pixel_cross_entropy import (
     pixel_weights as weights_of_pixels,
 )
 from ..reference import fixed_order_sum
-from .pixel import PixelLoss, class_weight
+from .pixel import MomentsLoss, class_weight
 
 
-class CrossEntropy(PixelLoss):
+class BaseCrossEntropy(MomentsLoss):
+    """What the cross-entropies of a softmax and of sigmoids share: all but the weights."""
+
+    settings = ("label_smoothing", "focal_gamma", "ohem", "ohem_kept")
+
+    def __init__(
+        self,
+        *,
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
+        ohem: float | None = None,
+        ohem_kept: int | None = None,
+        accuracy: bool = False,
+        ignore_index: int | None = None,
+        align_corners: bool = False,
+        check_labels: bool = False,
+    ) -> None:
+        super().__init__(
+            accuracy=accuracy,
+            ignore_index=ignore_index,
+            align_corners=align_corners,
+            check_labels=check_labels,
+        )
+        name = type(self).__name__
+        self.label_smoothing = check_share(name, "label_smoothing", label_smoothing)
+        self.focal_gamma = check_number(name, "focal_gamma", focal_gamma)
+        if ohem is not None:
+            check_number(name, "ohem", ohem, above=True)
+            ohem = check_share(name, "ohem", ohem)
+        if ohem_kept is not None:
+            expected = "an int from 1 to 2^63 − 1"
+            ohem_kept = check_int(name, "ohem_kept", ohem_kept, expected, least=1)
+        self.ohem, self.ohem_kept = ohem, ohem_kept
+
+    def class_weight(self, logits: Tensor) -> Tensor | None:
+        """The weight of each class: [K], or [C, 2] of C sigmoids; None if all are 1."""
+        raise NotImplementedError
+
+    def smoothing(self, weight: Tensor | None, logits: Tensor) -> Tensor | None:
+        """`Options.smoothing`."""
+        raise NotImplementedError
+
+    def divisors(self, used: Tensor, weight: Tensor | None) -> Tensor:
+        """What the mean divides by, from the numbers of used pixels and their class weights."""
+        raise NotImplementedError
+
+    def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
+        weight = self.class_weight(logits)
+        min_loss = -math.inf if self.ohem is None else -math.log(self.ohem)
+        if self.ohem_kept is not None:
+            with torch.no_grad():  # Dynamo of torch 2.14 does not inline a decorated method in vmap
+                used = self._largest(logits, labels, pixel_weights, weight, min_loss)
+            ones = used.new_ones((), dtype=statistics_dtype(logits.dtype))
+            pixel_weights = torch.where(used, ones if pixel_weights is None else pixel_weights, 0)
+            min_loss = -math.inf  # pixels of smaller losses may be used
+        return Options(
+            smoothing=self.smoothing(weight, logits),
+            pixel_weights=pixel_weights,
+            min_loss=min_loss,
+            focal_gamma=self.focal_gamma,
+        )
+
+    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
+        weight = self.class_weight(logits)
+        losses = class_losses(moments, weight, self.label_smoothing)
+        used = used_counts(moments)
+        if weight is not None and (self.ohem is not None or self.ohem_kept is not None):
+            removed = weight == 0
+            losses, used = torch.where(removed, 0, losses), torch.where(removed, 0, used)
+        return {"ce": divide(fixed_order_sum(losses), fixed_order_sum(self.divisors(used, weight)))}
+
+    def _largest(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        pixel_weights: Tensor | None,
+        weight: Tensor | None,
+        min_loss: float,
+    ) -> Tensor:
+        """Which pixels have one of the ohem_kept largest −log p_y, or at least min_loss: bool, the
+        labels' shape. Any value where the label is ignored or its class has weight 0."""
+        ce = self.moments(logits, labels, Options(pixel_losses=True)).pixel_losses
+        assert ce is not None and self.ohem_kept is not None
+        ce = ce.float()  # kth_largest needs float32
+        if pixel_weights is not None:
+            ce = torch.where(pixel_weights == 0, 0, ce)
+        if weight is not None:
+            valid = self.valid(logits, labels)
+            ce = torch.where(weights_of_pixels(labels, weight, valid) == 0, 0, ce)
+        bound = kth_largest(ce, self.ohem_kept)
+        if min_loss > -math.inf:
+            bound = bound.clamp(max=min_loss)
+        used = ~(ce < bound)  # includes NaN
+        return used if pixel_weights is None else used & (pixel_weights != 0)
+
+
+class CrossEntropy(BaseCrossEntropy):
     """Cross-entropy of low-resolution logits, compared with labels at their own size.
 
         L = Σ_q v_q·(1 − p_y)^γ·L_q / Σ_q v_q·w_y
@@ -57,7 +153,6 @@ class CrossEntropy(PixelLoss):
     of pixel weights.
     """
 
-    settings = ("label_smoothing", "focal_gamma", "ohem", "ohem_kept")
     weight: Tensor | None
 
     def __init__(
@@ -74,79 +169,22 @@ class CrossEntropy(PixelLoss):
         check_labels: bool = False,
     ) -> None:
         super().__init__(
+            label_smoothing=label_smoothing,
+            focal_gamma=focal_gamma,
+            ohem=ohem,
+            ohem_kept=ohem_kept,
             accuracy=accuracy,
             ignore_index=ignore_index,
             align_corners=align_corners,
             check_labels=check_labels,
         )
         self._register_weight(weight)
-        name = type(self).__name__
-        self.label_smoothing = check_share(name, "label_smoothing", label_smoothing)
-        self.focal_gamma = check_number(name, "focal_gamma", focal_gamma)
-        if ohem is not None:
-            check_number(name, "ohem", ohem, above=True)
-            ohem = check_share(name, "ohem", ohem)
-        if ohem_kept is not None:
-            expected = "an int from 1 to 2^63 − 1"
-            ohem_kept = check_int(name, "ohem_kept", ohem_kept, expected, least=1)
-        self.ohem, self.ohem_kept = ohem, ohem_kept
 
     def class_weight(self, logits: Tensor) -> Tensor | None:
         return class_weight(self, logits)
 
     def smoothing(self, weight: Tensor | None, logits: Tensor) -> Tensor | None:
-        """`Options.smoothing`."""
         return mixture(weight, self.label_smoothing, logits.shape[1], logits)
 
-    def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
-        weight = self.class_weight(logits)
-        min_loss = -math.inf if self.ohem is None else -math.log(self.ohem)
-        if self.ohem_kept is not None:
-            with torch.no_grad():  # Dynamo of torch 2.14 does not inline a decorated method in vmap
-                used = self._largest(logits, labels, pixel_weights, weight, min_loss)
-            ones = used.new_ones((), dtype=statistics_dtype(logits.dtype))
-            pixel_weights = torch.where(used, ones if pixel_weights is None else pixel_weights, 0)
-            min_loss = -math.inf  # pixels of smaller losses may be used
-        return Options(
-            smoothing=self.smoothing(weight, logits),
-            pixel_weights=pixel_weights,
-            min_loss=min_loss,
-            focal_gamma=self.focal_gamma,
-        )
-
-    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
-        weight = self.class_weight(logits)
-        losses = class_losses(moments, weight, self.label_smoothing)
-        used = used_counts(moments)
-        if weight is not None and (self.ohem is not None or self.ohem_kept is not None):
-            removed = weight == 0
-            losses, used = torch.where(removed, 0, losses), torch.where(removed, 0, used)
-        return {"ce": divide(fixed_order_sum(losses), fixed_order_sum(self.divisors(used, weight)))}
-
     def divisors(self, used: Tensor, weight: Tensor | None) -> Tensor:
-        """What the mean divides by, from the numbers of used pixels and their class weights."""
         return used if weight is None else used * weight
-
-    def _largest(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        pixel_weights: Tensor | None,
-        weight: Tensor | None,
-        min_loss: float,
-    ) -> Tensor:
-        """Which pixels have one of the ohem_kept largest −log p_y, or at least min_loss: bool, the
-        labels' shape. Any value where the label is ignored or its class has weight 0."""
-        ce = self.moments(logits, labels, Options(pixel_losses=True)).pixel_losses
-        assert ce is not None and self.ohem_kept is not None
-        ce = ce.float()  # kth_largest needs float32
-        if pixel_weights is not None:
-            ce = torch.where(pixel_weights == 0, 0, ce)
-        if weight is not None:
-            valid = self.valid(logits, labels)
-            ce = torch.where(weights_of_pixels(labels, weight, valid) == 0, 0, ce)
-        bound = kth_largest(ce, self.ohem_kept)
-        if min_loss > -math.inf:
-            bound = bound.clamp(max=min_loss)
-        used = ~(ce < bound)  # includes NaN
-        return used if pixel_weights is None else used & (pixel_weights != 0)

@@ -15,7 +15,7 @@ from ..reference import fixed_order_sum
 from .binary_cross_entropy import BinaryCrossEntropy
 from .cross_entropy import CrossEntropy
 from .pixel import (
-    PixelLoss,
+    MomentsLoss,
     check_chosen_classes,
     chosen_classes,
     class_weight,
@@ -23,7 +23,7 @@ from .pixel import (
 )
 
 
-class Dice(PixelLoss):
+class Dice(MomentsLoss):
     """Overlap loss of low-resolution logits, compared with labels at their own size.
 
         score_k = (o_k + s_n) / (o_k + α·(m_k − o_k) + β·(c_k − o_k) + s_d)
@@ -191,7 +191,7 @@ class Dice(PixelLoss):
         return torch.where(mean <= 0, 0, mean.clamp(min=tiny) ** self.gamma)
 
 
-class CrossEntropyDice(PixelLoss):
+class CrossEntropyDice(MomentsLoss):
     """ce_weight·CrossEntropy + dice_weight·Dice, sharing the passes over the logits.
 
     Args:
@@ -213,7 +213,7 @@ class CrossEntropyDice(PixelLoss):
 
     def __init__(
         self,
-        cross_entropy: CrossEntropy | None = None,
+        cross_entropy: CrossEntropy | BinaryCrossEntropy | None = None,
         dice: Dice | None = None,
         *,
         ce_weight: float = 1.0,
@@ -233,12 +233,11 @@ class CrossEntropyDice(PixelLoss):
         ce_weight = check_number("CrossEntropyDice", "ce_weight", ce_weight)
         dice_weight = check_number("CrossEntropyDice", "dice_weight", dice_weight)
         check_flags("CrossEntropyDice", check_labels=check_labels)
-        for argument, value, kind in (
-            ("cross_entropy", cross_entropy, CrossEntropy),
-            ("dice", dice, Dice),
-        ):
-            if not isinstance(value, kind):
-                fail("CrossEntropyDice", argument, f"a {kind.__name__}", describe(value))
+        if not isinstance(cross_entropy, CrossEntropy | BinaryCrossEntropy):
+            expected = "a CrossEntropy or BinaryCrossEntropy"
+            fail("CrossEntropyDice", "cross_entropy", expected, describe(cross_entropy))
+        if not isinstance(dice, Dice):
+            fail("CrossEntropyDice", "dice", "a Dice", describe(dice))
         if cross_entropy.sigmoid != dice.sigmoid:
             expected = f"sigmoid={cross_entropy.sigmoid}, as {type(cross_entropy).__name__} has it"
             fail("CrossEntropyDice", "dice", expected, f"sigmoid={dice.sigmoid}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import check_choice, check_flags, check_int, check_pixels, fail
+from .._checks import check_choice, check_flags, check_int
 from .._ops.hinges import bin_edges, hinge_histograms
 from .._ops.probability_histograms import (
     error_loss,
@@ -18,7 +18,7 @@ from .._ops.probability_histograms import (
 )
 from .._ops.sigmoid import contiguous
 from .._ops.softmax_moments import in_images
-from .pixel import PixelLoss, check_chosen_classes, chosen_classes
+from .pixel import PixelLoss, PixelLosses, check_chosen_classes, chosen_classes
 
 
 class Lovasz(PixelLoss):
@@ -60,7 +60,6 @@ class Lovasz(PixelLoss):
     """
 
     settings = ("sigmoid", "classes", "absent", "per_image", "bins")
-    common_settings = ("ignore_index", "align_corners", "check_labels")
 
     def __init__(
         self,
@@ -83,19 +82,10 @@ class Lovasz(PixelLoss):
         self.sigmoid, self.per_image = sigmoid, per_image
         self.classes, self.absent = chosen_classes("Lovasz", classes), absent
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None
-    ) -> Tensor:
+    def losses(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> PixelLosses:
         if pixel_weights is not None:
-            fail("Lovasz", "pixel_weights", "None: Lovasz has no pixel weights", "a tensor")
-        labels, ignore_index = check_pixels(
-            "Lovasz",
-            logits,
-            labels,
-            sigmoid=self.sigmoid,
-            ignore_index=self.ignore_index,
-            check_labels=self.check_labels,
-        )
+            self._no_pixel_weights()
+        ignore_index = self.ignored(logits)
         if self.classes is not None:
             check_chosen_classes("Lovasz", self.classes, logits.shape[1])
         whole = self._hinges if self.sigmoid else self._softmax
@@ -106,12 +96,7 @@ class Lovasz(PixelLoss):
         else:
             loss, count = whole(logits, labels, ignore_index)
         outside = labels_outside(labels, count, ignore_index)
-        self.terms = {
-            "lovasz": loss.detach(),
-            "labels_out_of_range": outside.to(loss.dtype),
-            "labels_ignored": (labels.numel() - count.sum() - outside).to(loss.dtype),
-        }
-        return loss
+        return PixelLosses({"lovasz": loss}, {}, count.sum(), outside)
 
     def _softmax(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """The loss, and the number of labels of each class."""

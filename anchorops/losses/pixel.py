@@ -1,9 +1,9 @@
-"""The base class of pixel losses, which are computed from softmax moments."""
+"""The base classes of pixel losses: of all, and of those that softmax moments give."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +23,17 @@ from .._moments import Options, SoftmaxMoments, statistics_dtype
 from .._ops.sigmoid import sigmoid_moments
 from .._ops.softmax_moments import moments_of, valid_pixels
 from .initialized import Initialized
+
+
+class PixelLosses(NamedTuple):
+    """parts: weighted, their sum is the loss; logs: other values shown in the loss's `terms`;
+    valid, outside: the numbers of labels that are classes, and of those that are neither a class
+    nor ignored."""
+
+    parts: dict[str, Tensor]
+    logs: dict[str, Tensor]
+    valid: Tensor
+    outside: Tensor
 
 
 class PixelLoss(Initialized):
@@ -48,28 +59,23 @@ class PixelLoss(Initialized):
     """
 
     settings: tuple[str, ...] = ()
-    common_settings = ("accuracy", "ignore_index", "align_corners", "check_labels")
+    common_settings: tuple[str, ...] = ("ignore_index", "align_corners", "check_labels")
     sigmoid = False  # whether each channel of the logits is a sigmoid of its own
 
     def __init__(
         self,
         *,
-        accuracy: bool = False,
         ignore_index: int | None = None,
         align_corners: bool = False,
         check_labels: bool = False,
     ) -> None:
         super().__init__()
+        name = type(self).__name__
         if ignore_index is not None:
-            ignore_index = check_ignore_index(type(self).__name__, ignore_index, 1)
-        check_flags(
-            type(self).__name__,
-            accuracy=accuracy,
-            align_corners=align_corners,
-            check_labels=check_labels,
-        )
-        self.accuracy, self.check_labels = accuracy, check_labels
+            ignore_index = check_ignore_index(name, ignore_index, 1)
+        check_flags(name, align_corners=align_corners, check_labels=check_labels)
         self.ignore_index, self.align_corners = ignore_index, align_corners
+        self.check_labels = check_labels
         self.terms: dict[str, Tensor] = {}
 
     def ignored(self, logits: Tensor) -> int:
@@ -82,13 +88,9 @@ class PixelLoss(Initialized):
         num_classes = 2 if self.sigmoid else logits.shape[1]
         return valid_pixels(labels, num_classes, self.ignored(logits))
 
-    def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
-        """The statistics that the loss needs, except hits. pixel_weights have the labels' shape and
-        the statistics' dtype."""
-        raise NotImplementedError
-
-    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
-        """The weighted parts of the loss, from the requested statistics."""
+    def losses(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> PixelLosses:
+        """Of labels that were already checked. pixel_weights have the labels' shape and the
+        statistics' dtype."""
         raise NotImplementedError
 
     def forward(
@@ -108,30 +110,17 @@ class PixelLoss(Initialized):
             self._check_pixel_weights(pixel_weights, original_labels, labels)
             pixel_weights = savable(pixel_weights.to(statistics_dtype(logits.dtype)))
             pixel_weights = pixel_weights.view(labels.shape)
-        options = self.options(logits, labels, pixel_weights)
-        if pixel_weights is not None and options.pixel_weights is None:
-            fail(function, "pixel_weights", f"None: {function} has no pixel weights", "a tensor")
-        options = options._replace(hits=self.accuracy, outside=True)
-        moments = self.moments(logits, labels, options)
-        parts = self.parts(moments, logits)
-        self.terms = {name: part.detach() for name, part in parts.items()}
-        valid, outside, dtype = moments.counts.sum(), moments.outside, moments.losses.dtype
-        if moments.hits is not None:
-            self.terms["accuracy"] = moments.hits.sum().to(dtype) / valid.clamp(min=1)
-        assert outside is not None
+        parts, logs, valid, outside = self.losses(logits, labels, pixel_weights)
+        loss = torch.stack(tuple(parts.values())).sum()  # not a part itself, which is in `terms`
+        self.terms = {name: part.detach() for name, part in parts.items()} | logs
         # floating-point too, because loggers average over steps and ranks
-        self.terms["labels_out_of_range"] = outside.to(dtype)
-        self.terms["labels_ignored"] = (labels.numel() - valid - outside).to(dtype)
-        return torch.stack(tuple(parts.values())).sum()  # not a part itself, which is in `terms`
+        self.terms["labels_out_of_range"] = outside.to(loss.dtype)
+        self.terms["labels_ignored"] = (labels.numel() - valid - outside).to(loss.dtype)
+        return loss
 
-    def moments(self, logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:
-        """Of labels that were already checked. The statistics of classes are [K], or [C, 2] of C
-        sigmoids; with per_image [B, …]."""
-        options = options._replace(
-            ignore_index=self.ignored(logits), align_corners=self.align_corners
-        )
-        moments = sigmoid_moments if self.sigmoid else moments_of
-        return moments(type(self).__name__, logits, labels, options)
+    def _no_pixel_weights(self) -> NoReturn:
+        function = type(self).__name__
+        fail(function, "pixel_weights", f"None: {function} has no pixel weights", "a tensor")
 
     def _check_pixel_weights(
         self, pixel_weights: Tensor, original_labels: Tensor, labels: Tensor
@@ -149,6 +138,67 @@ class PixelLoss(Initialized):
                 f"a floating tensor {tuple(original_labels.shape)} on {labels.device}, as labels"
             )
             fail(type(self).__name__, "pixel_weights", expected, describe(pixel_weights))
+
+    def extra_repr(self) -> str:
+        names = (*self.settings, *self.common_settings)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+class MomentsLoss(PixelLoss):
+    """A pixel loss that softmax moments give.
+
+    Args:
+        accuracy: add the share of correctly predicted pixels to `terms`.
+        ignore_index, align_corners, check_labels: as in `CrossEntropy`.
+    """
+
+    common_settings = ("accuracy", *PixelLoss.common_settings)
+
+    def __init__(
+        self,
+        *,
+        accuracy: bool = False,
+        ignore_index: int | None = None,
+        align_corners: bool = False,
+        check_labels: bool = False,
+    ) -> None:
+        super().__init__(
+            ignore_index=ignore_index, align_corners=align_corners, check_labels=check_labels
+        )
+        check_flags(type(self).__name__, accuracy=accuracy)
+        self.accuracy = accuracy
+
+    def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
+        """The statistics that the loss needs, except hits. pixel_weights have the labels' shape and
+        the statistics' dtype."""
+        raise NotImplementedError
+
+    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
+        """The weighted parts of the loss, from the requested statistics."""
+        raise NotImplementedError
+
+    def losses(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> PixelLosses:
+        options = self.options(logits, labels, pixel_weights)
+        if pixel_weights is not None and options.pixel_weights is None:
+            self._no_pixel_weights()
+        options = options._replace(hits=self.accuracy, outside=True)
+        moments = self.moments(logits, labels, options)
+        valid, outside = moments.counts.sum(), moments.outside
+        assert outside is not None
+        logs = {}
+        if moments.hits is not None:
+            hits = moments.hits.sum().to(moments.losses.dtype)
+            logs["accuracy"] = hits / valid.clamp(min=1)
+        return PixelLosses(self.parts(moments, logits), logs, valid, outside)
+
+    def moments(self, logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:
+        """Of labels that were already checked. The statistics of classes are [K], or [C, 2] of C
+        sigmoids; with per_image [B, …]."""
+        options = options._replace(
+            ignore_index=self.ignored(logits), align_corners=self.align_corners
+        )
+        moments = sigmoid_moments if self.sigmoid else moments_of
+        return moments(type(self).__name__, logits, labels, options)
 
     def _register_weight(self, weight: object, name: str = "weight") -> None:
         """Register the buffer `name`: None or a copy [K], float32 (float64 if it was that). The
@@ -173,12 +223,8 @@ class PixelLoss(Initialized):
                 fail(function, name, expected, describe(weight))
         self.register_buffer(name, weight)
 
-    def extra_repr(self) -> str:
-        names = (*self.settings, *self.common_settings)
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-
-def class_weight(loss: PixelLoss, logits: Tensor) -> Tensor | None:
+def class_weight(loss: MomentsLoss, logits: Tensor) -> Tensor | None:
     """The module's weight [K] in the statistics' dtype."""
     weight: Any = loss.weight
     if weight is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import anchorops as ao
 
-from ...losses import PixelLoss, Regularizer
+from ...losses import MomentsLoss, Regularizer
 from ..config import IGNORED, Config, Optimization
 from .models import Segmenter
 
@@ -90,7 +90,7 @@ def class_weights(kind: str, frequencies: Tensor) -> Tensor | None:
     return weights.float()
 
 
-def build_loss(options: Optimization, weights: Tensor | None = None) -> PixelLoss:
+def build_loss(options: Optimization, weights: Tensor | None = None) -> MomentsLoss:
     """The loss of the logits; its `terms` contain the accuracy. weights: [K], of the classes."""
     common: dict[str, Any] = {"ignore_index": IGNORED, "accuracy": True}
     if options.loss == "dice":
@@ -182,7 +182,7 @@ class Learner(nn.Module):
         self,
         model: Segmenter,
         regularizer: Regularizer | None,
-        pixel_loss: PixelLoss | None = None,
+        pixel_loss: MomentsLoss | None = None,
         auxiliary_weight: float = 0.4,
     ) -> None:
         super().__init__()
