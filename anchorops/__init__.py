@@ -4,11 +4,10 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from . import _verdicts
 from . import anchors as anchors
 from . import ops as ops
 from ._attach import Attachment, attach
-from ._backend import backends, use_backend
+from ._backend import backends, exclude_from_auto, use_backend
 from ._forward.late_upsampling import LateUpsampling, late_upsampling
 from ._forward.low_resolution import LowResolution, low_resolution
 from ._ops.class_moments import class_centroids, pixel_to_anchor_mse
@@ -50,6 +49,7 @@ __all__ = [
     "backends",
     "class_centroids",
     "confusion",
+    "exclude_from_auto",
     "late_upsampling",
     "low_resolution",
     "pixel_argmax",
@@ -65,7 +65,6 @@ if importlib.util.find_spec("torchmetrics"):  # otherwise `from anchorops import
     __all__ += ["MeanIoU"]
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
-_verdicts.load(__version__)
 
 # Imported at first use: diagnostics and MeanIoU need torchmetrics, plots needs matplotlib.
 _LAZY = ("diagnostics", "measure", "plots")

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice
-from ._verdicts import found_wrong
+from ._checks import check_choice, fail
 
 _logger = logging.getLogger("anchorops")
 NAMES = ("cuda", "triton", "cpu", "reference")
@@ -29,6 +28,20 @@ FUSED = ("cpu", "triton")  # the backends of most operators, besides `reference`
 WITH_CUDA = (*FUSED, "cuda")  # of class keys, random groups and class moments
 # The functions that torch.onnx.export writes as standard operators: those of predictions.
 IN_ONNX = ("pixel_argmax", "confusion", "pixel_confusion")
+# Those for which a backend is selected. `class_moments` includes class_keys, which precede it.
+OPERATORS = (
+    "class_moments",
+    "split_groups",
+    "upsampled_sums",
+    "centroid_info_nce",
+    "softmax_moments",
+    "kth_largest",
+    "pixel_kl_divergence",
+    "pixel_argmax",
+    "confusion",
+    "probability_histograms",
+)
+NOT_AUTO = "ANCHOROPS_NOT_AUTO"
 # The major compute capability that cuda and triton need: our CUDA sources for asynchronous copies
 # and products of bfloat16, and so does Triton from 3.3 on.
 OLDEST_GPU = 8
@@ -221,14 +234,66 @@ def _no_code_for(device: torch.device | int) -> str | None:
     )
 
 
+# For each backend that "auto" may select, the operators for which it does not.
+excluded: dict[str, tuple[str, ...]] = dict.fromkeys(NAMES[:-1], ())
+
+
+def _exclude(function: str, backend: str, operators: Sequence[str]) -> None:
+    check_choice(function, "backend", backend, tuple(excluded))
+    for operator in operators:
+        check_choice(function, "operators", operator, OPERATORS)
+    excluded[backend] = tuple(dict.fromkeys((*excluded[backend], *operators)))
+
+
+def _exclude_from_environment(value: str) -> None:
+    for part in value.split(",") if value else ():
+        backend, colon, operator = part.partition(":")
+        if not colon:
+            fail(NOT_AUTO, "the variable", "BACKEND:OPERATOR,BACKEND:OPERATOR,…", repr(value))
+        _exclude(NOT_AUTO, backend, (operator,))
+
+
+_exclude_from_environment(os.getenv(NOT_AUTO, ""))
+
+
+def exclude_from_auto(backend: str, *operators: str) -> None:
+    """Take operators of a backend out of "auto", in all threads, until the process ends: their
+    calls take the next usable backend, at last the reference. A call of `use_backend` with the
+    backend's name still uses them. `anchorops-doctor --verify` names the operators that are wrong.
+
+    The environment variable ANCHOROPS_NOT_AUTO does the same from the import on, for example
+    ANCHOROPS_NOT_AUTO=triton:softmax_moments,cuda:class_moments. torch.compile selects a backend
+    when it traces.
+
+    Args:
+        backend: "cuda", "triton" or "cpu".
+        operators: at least one of "class_moments" (with their keys), "split_groups" (random groups
+            of pixels), "upsampled_sums", "centroid_info_nce", "softmax_moments", "kth_largest",
+            "pixel_kl_divergence", "pixel_argmax", "confusion" and "probability_histograms".
+
+    Raises ValueError for an unknown name.
+    """
+    if not operators:
+        fail("exclude_from_auto", "operators", "at least one name", "none")
+    _exclude("exclude_from_auto", backend, operators)
+
+
 def backends() -> dict[str, str | None]:
-    """All backends, fastest first: None if the backend is usable here, otherwise the reason why
-    not. With several GPUs, `cuda` is usable if at least one GPU supports it. GPUs of a compute
-    capability below 8.0 are served by `reference` alone. Usable does not mean every call: `cuda`
-    has class moments of at most 1,024 keys (images × classes × groups) and centroid InfoNCE, and
-    leaves everything else to `triton`; both leave float64 to `reference`. A backend of which
-    `anchorops-doctor --verify` found an operator wrong is usable too: "auto" does not take it for
-    this operator, and warns; `anchorops-doctor` names the operators."""
+    """All backends, fastest first: None if "auto" can take the backend here, otherwise the reason
+    why not, or for which operators not (`exclude_from_auto`). With several GPUs, `cuda` is usable
+    if at least one GPU supports it. GPUs of a compute capability below 8.0 are served by
+    `reference` alone. Usable does not mean every call: `cuda` has class moments of at
+    most 1,024 keys (images × classes × groups) and centroid InfoNCE, and leaves everything else to
+    `triton`; both leave float64 to `reference`."""
+    reasons = unusable()
+    for name, operators in excluded.items():
+        if operators and not reasons[name]:
+            reasons[name] = f'usable, but "auto" does not take {", ".join(operators)}'
+    return reasons
+
+
+def unusable() -> dict[str, str | None]:
+    """For each backend, the reason why it is not usable here, or None."""
     reasons = dict(_MISSING)
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     too_old = [_too_old(gpu) for gpu in gpus]
@@ -259,16 +324,15 @@ class use_backend:
     `triton`; on GPUs of a compute capability below 8.0 it is `reference`. (`backends` says which
     calls `cuda` leaves to `triton`.) Float64, and more classes than they support, use `reference`.
     For CPU tensors it is `cpu`, for all others `reference`. An operator that
-    `anchorops-doctor --verify` found wrong on the device is not selected there. A backend chosen by
-    name raises an error if it does not support a call; it is never silently replaced by another
-    one. If one of its operators was found wrong, a call of it warns.
+    `exclude_from_auto` names is not selected. A backend chosen by name raises an error if it does
+    not support a call; it is never silently replaced by another one.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not usable here.
     """
 
     def __init__(self, name: str) -> None:
         check_choice("use_backend", "name", name, ("auto", *NAMES))
-        reason = None if name == "auto" else backends()[name]
+        reason = None if name == "auto" else unusable()[name]
         if reason:
             raise RuntimeError(f"use_backend: {name} is not usable here: {reason}")
         self._name, self._entered = name, False
@@ -374,14 +438,15 @@ def select(
         reason = _why_not(chosen, *call)
         if reason:
             raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
-        found_wrong(chosen, tensor.device, runs, used=True)  # it warns
         return chosen
     for name in NAMES[:-1]:
         # Interpreted and emulated kernels are for tests: they are never selected automatically.
-        unusable = _MISSING[name] or _ON_HOST.get(name)
-        if not (unusable or _why_not(name, *call) or found_wrong(name, tensor.device, runs)):
+        if _MISSING[name] or _ON_HOST.get(name):
+            continue
+        if any(operator in excluded[name] for operator in runs):
+            continue
+        if not _why_not(name, *call):
             return name
-    found_wrong("reference", tensor.device, runs, used=True)
     on_gpu = tensor.device.type == "cuda" and torch.cuda.is_available()
     if on_gpu and _MISSING["triton"] and not _why_not("triton", *call):
         _tell_that_triton_is_missing(function)

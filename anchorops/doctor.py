@@ -1,8 +1,8 @@
 """anchorops-doctor shows which backends are usable here, why others are not, and what they need.
 
 `anchorops-doctor --verify` also checks values and gradients of the operators on each usable
-backend, within two minutes on a CPU, and remembers the verdict. `anchorops-doctor --benchmark`
-also times losses on each backend, beside torch's own formulas; it takes a minute on a CPU.
+backend, within two minutes on a CPU. `anchorops-doctor --benchmark` also times losses on each
+backend, beside torch's own formulas; it takes a minute on a CPU.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from ._backend import (
     backends,
     build_info,
     triton_obstacle,
+    unusable,
 )
 from ._doctor_benchmark import benchmark
-from ._verdicts import ON_GPU, VERIFY, device_name, verified, wrong
 from .measure import environment
 from .verify import report
 
@@ -81,7 +81,7 @@ def _remedy(backend: str) -> str:
 
 
 def _extension() -> list[str]:
-    if reason := backends()["cpu"]:
+    if reason := unusable()["cpu"]:
         return [f"not loaded: {reason}"]
     info = build_info()
     cuda = f"CUDA {info['cuda']} for {info['cuda_arch_list']}" if info["cuda"] else "no CUDA"
@@ -108,23 +108,6 @@ def _machine() -> dict[str, list[str]]:
     }
 
 
-def _usable(backend: str) -> str:
-    """That the backend is usable here, and what `--verify` found."""
-    devices = [torch.device("cpu")]
-    if backend in ON_GPU:
-        gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-        devices = [torch.device("cuda", i) for i in gpus]
-    verdicts = []
-    for device in devices:
-        if operators := sorted(wrong(backend, device)):
-            verdicts.append(f"WRONG on {device_name(device)}: {', '.join(operators)}")
-        elif verified(backend, device):
-            verdicts.append(f"verified on {device_name(device)}")
-        elif backend in ON_GPU:
-            verdicts.append(f"never verified on {device_name(device)} ({VERIFY})")
-    return ", ".join(dict.fromkeys(["yes", *verdicts]))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="anchorops-doctor", description=__doc__)
     parser.add_argument("--benchmark", action="store_true", help="time losses and torch's formulas")
@@ -139,9 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for i, line in enumerate(lines):
             print(f"{'' if i else name:<11}{line}")
     print(f"\n{'backend':<11}usable")
-    reasons = backends()
+    reasons, shown = unusable(), backends()
     for name, reason in reasons.items():
-        print(f"{name:<11}{f'no: {reason}' if reason else _usable(name)}")
+        print(f"{name:<11}{f'no: {reason}' if reason else shown[name] or 'yes'}")
         if reason:
             print(f"{'':<11}needs {_remedy(name)}")
     right = True

@@ -5,17 +5,21 @@ with torch's functions in float64. An error may be twice that of torch's functio
 2⁻²⁰ of the largest number; a gradient in half precision may be rounded once more. A second call
 must give the same bits. Only the methods have no formula here: they are compared with themselves in
 float64, by the backend `reference`.
+
+Each check names the one operator that it tests, or is of a composition. What is wrong can be taken
+out of "auto": `report` prints how.
 """
 
 import json
 import multiprocessing
 import os
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +30,18 @@ from torch import Tensor, nn
 
 import anchorops as ao
 
-from ._backend import TRITON_INTERPRETED, backends
-from ._verdicts import OPERATORS, driver, ignored, remember, wrong
+from ._backend import (
+    NAMES,
+    NOT_AUTO,
+    OPERATORS,
+    TRITON_INTERPRETED,
+    excluded,
+    select,
+    unusable,
+)
+from ._ops.kth_largest import kth_largest
+from ._ops.split_groups import split_groups
+from ._ops.upsampled_sums import upsampled_sums
 from .measure import cuda_graph, environment
 
 FLOOR = 2.0**-20
@@ -35,25 +49,27 @@ F16, F32, F64 = torch.float16, torch.float32, torch.float64
 # Triton's interpreter truncates what it rounds to bfloat16.
 BF16 = F16 if TRITON_INTERPRETED else torch.bfloat16
 MOST_WORKERS = 8  # processes that compile Triton's kernels
+COMPOSITION = "composition"
 Inputs = tuple[Tensor, ...]
 
 
 class Check(NamedTuple):
     """`ours` and `formula` are called with the inputs, and return a tensor or several."""
 
-    operators: str  # names of _verdicts.OPERATORS, separated by spaces
+    operator: str  # of _backend.OPERATORS, or COMPOSITION
     name: str
     inputs: Inputs  # on the CPU; those of floating dtypes have gradients
     ours: Callable[..., Any]
     formula: Callable[..., Any]
     quick: bool = True  # also without --all, by Triton
     floor: float = FLOOR  # of the limit
+    parts: tuple[str, ...] = ()  # the operators of a composition
 
 
 class Row(NamedTuple):
     """What a check found. `error` and `limit` are relative to the largest number."""
 
-    operators: str
+    operator: str  # or COMPOSITION, or "environment"
     backend: str
     check: str
     error: float
@@ -61,13 +77,14 @@ class Row(NamedTuple):
     right: bool | None  # None: not checked, for the reason in `note`, or not served by the backend
     note: str
     seconds: float
+    parts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         unchecked = "not checked" if self.note else "not served"
-        verdict = {True: "ok", False: "WRONG", None: unchecked}[self.right]
+        found = {True: "ok", False: "WRONG", None: unchecked}[self.right]
         numbers = " " * 18 if self.right is None else f"{self.error:9.1e}{self.limit:9.1e}"
-        start = f"{self.operators.split()[0]:<21}{self.backend:<10}{self.check:<52}"
-        return f"{start}{numbers}  {self.note + ' ' if self.note else ''}{verdict}"
+        start = f"{self.operator:<21}{self.backend:<10}{self.check:<52}"
+        return f"{start}{numbers}  {self.note + ' ' if self.note else ''}{found}"
 
 
 def _random(name: str) -> torch.Generator:
@@ -165,8 +182,8 @@ def _with_dice(
     return _cross_entropy(z, y, **options) + dice
 
 
-def _loss_of_pixels(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(_upsampled(z, y, False), y, ignore_index=-1, reduction="none")
+def _loss_of_pixels(z: Tensor, y: Tensor, *, align: bool = False) -> Tensor:
+    return F.cross_entropy(_upsampled(z, y, align), y, ignore_index=-1, reduction="none")
 
 
 def _binary(z: Tensor, y: Tensor, *, pos_weight: float) -> Tensor:
@@ -187,28 +204,78 @@ def _divergence(s: Tensor, t: Tensor, valid: Tensor, *, temperature: float) -> T
     return temperature**2 * (t.exp() * (t - s)).sum(1).mean()
 
 
-def _predictions(z: Tensor, y: Tensor, *, align: bool) -> tuple[Tensor, Tensor]:
+def _logits_at(classes: Tensor, z: Tensor, y: Tensor, align: bool) -> Tensor:
     """Predicted classes may differ where two logits are almost equal: the logits then do not."""
+    return _upsampled(z.double(), y, align).gather(1, classes[:, None])[:, 0]
+
+
+def _argmax(z: Tensor, y: Tensor, *, align: bool) -> Tensor:
+    z = z.detach()
+    return _logits_at(ao.pixel_argmax(z, y.shape[1:], align_corners=align), z, y, align)
+
+
+def _predictions(z: Tensor, y: Tensor, *, align: bool) -> tuple[Tensor, Tensor]:
     size, z = y.shape[1:], z.detach()
     classes, confidence = ao.pixel_argmax(z, size, align_corners=align, confidence=True)
-    return _upsampled(z.double(), y, align).gather(1, classes[:, None])[:, 0], confidence
+    return _logits_at(classes, z, y, align), confidence
+
+
+def _amax(z: Tensor, y: Tensor, *, align: bool) -> Tensor:
+    return _upsampled(z.detach(), y, align).amax(1)
 
 
 def _largest(z: Tensor, y: Tensor, *, align: bool) -> tuple[Tensor, Tensor]:
-    z = _upsampled(z.detach(), y, align)
-    return z.amax(1), z.softmax(1).amax(1)
+    return _amax(z, y, align=align), _upsampled(z.detach(), y, align).softmax(1).amax(1)
 
 
 def _confusion(z: Tensor, y: Tensor) -> Tensor:
-    k = z.shape[1]
-    pairs = y * k + _upsampled(z.detach(), y, False).argmax(1)
-    return torch.bincount(pairs[y >= 0], minlength=k * k).view(k, k)
+    return _pairs(_upsampled(z.detach(), y, False).argmax(1), y, num_classes=z.shape[1])
+
+
+def _pairs(classes: Tensor, y: Tensor, *, num_classes: int) -> Tensor:
+    k = num_classes
+    return torch.bincount((y * k + classes)[y >= 0], minlength=k * k).view(k, k)
 
 
 def _mix32(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
     return x ^ (x >> 15)
+
+
+def _split(key: Tensor, groups: int, seed: int) -> Tensor:
+    """key·groups + group: the rank of a pixel's hash in its key, modulo the number of groups."""
+    pixel = torch.arange(key.numel(), device=key.device)
+    hashes = _mix32(_mix32(pixel ^ _mix32(torch.full_like(pixel, seed))) ^ _mix32(pixel * 0))
+    order = torch.argsort((key.flatten() << 32) | hashes)
+    sorted_keys = key.flatten()[order]
+    rank = pixel - torch.searchsorted(sorted_keys, sorted_keys)
+    return key * groups + torch.empty_like(rank).scatter(0, order, rank % groups).view_as(key)
+
+
+def _our_groups(keys: Tensor, counts: Tensor, *, groups: int, seed: int) -> Inputs:
+    backend = select("split_groups", keys, len(counts))
+    return split_groups(keys, counts, groups, seed, backend=backend)
+
+
+def _groups(keys: Tensor, counts: Tensor, *, groups: int, seed: int) -> Inputs:
+    k, valid = len(counts), keys >= 0
+    split = _split(torch.where(valid, keys.long(), k), groups, seed)
+    new_counts = torch.bincount(split[valid], minlength=k * groups).view(k, groups)
+    return torch.where(valid, split, -1), new_counts
+
+
+def _our_sums(f: Tensor, y: Tensor, *, num_classes: int) -> Inputs:
+    options = {"per_image": True, "upsample": True, "ignore_index": -1}
+    return upsampled_sums(f, y, num_classes, **options)
+
+
+def _sums(f: Tensor, y: Tensor, *, num_classes: int) -> Inputs:
+    """Counts and sums of the classes of each image, mean and variance of the channels."""
+    x = F.interpolate(f, y.shape[1:], mode="bilinear", align_corners=True)
+    one_hot = F.one_hot(y + 1, num_classes + 1)[..., 1:].to(f)
+    counts, sums = one_hot.sum((1, 2)), torch.einsum("bchw,bhwk->bkc", x, one_hot)
+    return counts, sums, f.mean((0, 2, 3)), f.var((0, 2, 3), correction=0)
 
 
 def _moments(
@@ -226,13 +293,8 @@ def _moments(
     valid, f = y >= 0, f.movedim(1, -1)
     key = y + num_classes * torch.arange(len(y), device=y.device)[:, None, None] * per_image
     keys = num_classes * (len(y) if per_image else 1)
-    if groups > 1:  # the rank of a pixel's hash in its key, modulo the number of groups
-        pixel = torch.arange(y.numel(), device=y.device)
-        hashes = _mix32(_mix32(pixel ^ _mix32(torch.full_like(pixel, seed))) ^ _mix32(pixel * 0))
-        order = torch.argsort((torch.where(valid, key, keys).flatten() << 32) | hashes)
-        sorted_keys = torch.where(valid, key, keys).flatten()[order]
-        rank = pixel - torch.searchsorted(sorted_keys, sorted_keys)
-        key = key * groups + torch.empty_like(rank).scatter(0, order, rank % groups).view_as(key)
+    if groups > 1:
+        key = _split(torch.where(valid, key, keys), groups, seed)
     x, k = f[valid], key[valid]
     size = (len(y),) * per_image + (num_classes,) + (groups,) * (groups > 1)
     counts = torch.bincount(k, minlength=keys * groups).to(x)
@@ -345,19 +407,18 @@ def _image_checks() -> Iterator[Check]:
         dice = ao.Dice(squared=True, per_image=True, **options)
         shaped = {"smoothing": 0.1, "gamma": 1.5, "weight": weight}
         exact = partial(_with_dice, squared=True, per_image=True, **shaped)
-        predict = partial(_predictions, align=images.align)
-        often = images.name in ("4×", "1×", "1.5×")
-        # e^−loss: the error of a loss, which is relative to log Σ e^z
-        probability_floor = 8 * floor
-        for name, operators, ours, formula, quick, least in (
-            ("cross-entropy", "", plain, _cross_entropy, images.quick, floor),
-            ("cross-entropy + Dice", "", ao.CrossEntropyDice(*pair), _with_dice, often, floor),
-            ("all options", "", ao.CrossEntropyDice(ce, dice), exact, often, floor),
-            ("argmax, confidence", "pixel_argmax ", predict, _largest, often, probability_floor),
+        of_pixels = partial(ao.pixel_cross_entropy, reduction="none", **options)
+        largest = partial(_argmax, align=images.align)
+        often, moments = images.name in ("4×", "1×", "1.5×"), "softmax_moments"
+        for operator, name, ours, formula, quick in (
+            (moments, "cross-entropy", plain, _cross_entropy, images.quick),
+            (moments, "cross-entropy + Dice", ao.CrossEntropyDice(*pair), _with_dice, often),
+            (moments, "all options", ao.CrossEntropyDice(ce, dice), exact, often),
+            (moments, "a loss for each pixel", of_pixels, _loss_of_pixels, often),
+            ("pixel_argmax", "argmax", largest, _amax, often),
         ):
-            operators, name = f"{operators}softmax_moments", f"{name}, {images.name}"
-            formula = partial(formula, align=images.align)
-            yield Check(operators, name, inputs, ours, formula, quick, least)
+            name, formula = f"{name}, {images.name}", partial(formula, align=images.align)
+            yield Check(operator, name, inputs, ours, formula, quick, floor)
 
 
 def _base() -> Inputs:
@@ -375,14 +436,16 @@ def _loss_checks() -> Iterator[Check]:
     hard = ao.CrossEntropy(ohem=0.3, ignore_index=-1)
     yield Check(moments, "OHEM", (z, y), hard, partial(ce, ohem=0.3))
     hard = ao.CrossEntropy(ohem_kept=len(y[0]) ** 2, ignore_index=-1)
+    formula, parts = partial(ce, kept=len(y[0]) ** 2), ("kth_largest", moments)
+    yield Check(COMPOSITION, "OHEM of a number", (z, y), hard, formula, parts=parts)
+    values, k = (torch.rand(3000, generator=random),), 700
+    formula = lambda x: x.detach().topk(k).values[-1]  # noqa: E731
     yield Check(
-        f"kth_largest {moments}", "OHEM of a number", (z, y), hard, partial(ce, kept=len(y[0]) ** 2)
+        "kth_largest", "k-th largest", values, lambda x: kth_largest(x.detach(), k), formula
     )
     v = torch.rand(y.shape, generator=random)
     weighted = z, y, v.masked_fill(v < 0.1, 0)
     yield Check(moments, "pixel weights", weighted, ao.CrossEntropy(ignore_index=-1), ce)
-    unreduced = partial(plain, reduction="none")
-    yield Check(moments, "a loss for each pixel", (z, y), unreduced, _loss_of_pixels)
     hidden, ignored = z.clone(), y.clone()
     hidden[:, :, :1], ignored[:, :8] = torch.nan, -1
     yield Check(moments, "NaN where ignored", (hidden, ignored), plain, ce)
@@ -412,8 +475,17 @@ def _loss_checks() -> Iterator[Check]:
         ours = partial(_our_divergence, temperature=temperature)
         formula = partial(_divergence, temperature=temperature)
         yield Check("pixel_kl_divergence", name, inputs, ours, formula)
-    counts = partial(ao.pixel_confusion, ignore_index=-1)
-    yield Check("confusion pixel_argmax", "confusion", (z, y), counts, _confusion)
+    predict, formula = (partial(x, align=False) for x in (_predictions, _largest))
+    # e^−loss: the error of a loss, which is relative to log Σ e^z
+    parts, floor = ("pixel_argmax", moments), 8 * FLOOR
+    name = "argmax, confidence"
+    yield Check(COMPOSITION, name, (z, y), predict, formula, floor=floor, parts=parts)
+    counts, parts = partial(ao.pixel_confusion, ignore_index=-1), ("pixel_argmax", "confusion")
+    yield Check(COMPOSITION, "confusion of logits", (z, y), counts, _confusion, parts=parts)
+    classes = y.flip(0).clamp(min=0), y
+    counts = partial(ao.confusion, num_classes=z.shape[1], ignore_index=-1)
+    formula = partial(_pairs, num_classes=z.shape[1])
+    yield Check("confusion", "confusion", classes, counts, formula)
 
 
 class Features(NamedTuple):
@@ -458,19 +530,29 @@ def _feature_checks() -> Iterator[Check]:
         f = _in_layout(f.to(features.dtype), features.layout)
         inputs = f, y, torch.randn(k, size[1], generator=random)
         groups, per_image = features.groups, features.per_image
-        operators = "class_moments split_groups" if groups > 1 else "class_moments"
+        parts = ("class_moments", "split_groups") if groups > 1 else ()
+        check = partial(Check, COMPOSITION if parts else "class_moments", parts=parts)
         options = {"num_classes": k, "groups": groups, "per_image": per_image, "seed": 7}
         ours, formula = partial(_our_moments, **options), partial(_moments, **options)
         name, quick = features.name, features.quick
-        yield Check(operators, f"sums, distances, {name}", inputs, ours, formula, quick)
-        yield Check(operators, f"sums, {name}", inputs[:2], ours, formula, False)
+        yield check(f"sums, distances, {name}", inputs, ours, formula, quick)
+        yield check(f"sums, {name}", inputs[:2], ours, formula, False)
         if groups == 1 and not per_image:
             mse, often = partial(ao.pixel_to_anchor_mse, ignore_index=-1), name == "planes"
-            yield Check(operators, f"pixel-to-anchor MSE, {name}", inputs, mse, _mse, often)
+            yield check(f"pixel-to-anchor MSE, {name}", inputs, mse, _mse, often)
 
 
-def _centroid_checks() -> Iterator[Check]:
-    """Centroid InfoNCE, and one step of each method."""
+def _method_checks() -> Iterator[Check]:
+    """Random groups, sums of upsampled features, centroid InfoNCE, and one step of each method
+    whose loss is not a constant."""
+    random = _random("methods")
+    keys = _labels((2, 24, 32), 7, random).flatten(1)
+    inputs = keys.to(torch.int32), torch.bincount(keys[keys >= 0], minlength=7)
+    ours, formula = (partial(x, groups=3, seed=7) for x in (_our_groups, _groups))
+    yield Check("split_groups", "3 groups of each key", inputs, ours, formula)
+    inputs = 1 + torch.randn(2, 24, 12, 16, generator=random), _labels((2, 24, 32), 7, random)
+    ours, formula = (partial(x, num_classes=7) for x in (_our_sums, _sums))
+    yield Check("upsampled_sums", "sums of upsampled features", inputs, ours, formula)
     for name, groups, positives in (("rows", 0, True), ("groups", 3, True), ("keys", 0, False)):
         random, shape = _random(name), (21, groups, 40) if groups else (21, 40)
         present = torch.rand(shape[:-1], generator=random) < 0.7
@@ -480,26 +562,25 @@ def _centroid_checks() -> Iterator[Check]:
         inputs = (q, k, present, p) if positives else (q, k, present)
         name, quick = f"InfoNCE, {name}", name != "rows"
         yield Check("centroid_info_nce", name, inputs, _our_info_nce, _info_nce, quick)
-    centroid_operators = "centroid_info_nce split_groups class_moments"
-    for name, make, operators in (
-        ("SAR", partial(ao.SAR, gate="per_class", delta=0.0), "class_moments"),
-        ("CBP", ao.CBP, "class_moments"),
-        ("OCCL", ao.OCCL, centroid_operators),
-        ("MVSC", ao.MVSC, centroid_operators),
-        ("CeCo", partial(ao.CeCo, reduced_dim=8, center_dim=14, dropout=0.0), "upsampled_sums"),
+    of_centroids = ("class_moments", "split_groups", "centroid_info_nce")
+    for name, make, parts in (
+        ("SAR", partial(ao.SAR, gate="per_class", delta=0.0), ("class_moments",)),
+        ("OCCL", ao.OCCL, of_centroids),
+        ("MVSC", ao.MVSC, of_centroids),
+        ("CeCo", partial(ao.CeCo, reduced_dim=8, center_dim=14, dropout=0.0), ("upsampled_sums",)),
     ):
         random = _random(name)
         f = 1 + torch.randn(2, 24, 12, 16, generator=random)
         w, y = torch.randn(7, 24, 1, 1, generator=random), _labels((2, 24, 32), 7, random)
         ours, exact = partial(_step, make), partial(_step, make, exact=True)
-        yield Check(
-            operators, f"a step of {name}", (f, w, y), ours, exact, name in ("CeCo", "OCCL")
-        )
+        quick = name in ("CeCo", "OCCL")
+        inputs = f, w, y
+        yield Check(COMPOSITION, f"a step of {name}", inputs, ours, exact, quick, parts=parts)
 
 
 def checks() -> list[Check]:
     """All checks; their inputs are the same numbers on every machine."""
-    return [*_loss_checks(), *_feature_checks(), *_centroid_checks(), *_image_checks()]
+    return [*_loss_checks(), *_feature_checks(), *_method_checks(), *_image_checks()]
 
 
 def _evaluate(function: Callable[..., Any], inputs: Inputs, seed: str) -> list[Tensor | None]:
@@ -570,19 +651,19 @@ def _alive(device: torch.device) -> bool:
 
 
 def _row(
-    operators: str,
+    operator: str,
     backend: str,
     name: str,
     device: torch.device,
     compare: Callable[[], tuple[float, float, str]],
+    parts: tuple[str, ...] = (),
 ) -> Row:
     """What `compare` finds. Everything that it raises is a result, which the user must see."""
     start, error, limit = time.monotonic(), torch.inf, 0.0
     right, note = None, "the GPU failed in an earlier check:"
     if _alive(device):
         try:
-            with ignored():
-                error, limit, note = compare()
+            error, limit, note = compare()
             right = error <= limit
         except Exception as raised:
             note = f"{type(raised).__name__}: {' '.join(str(raised).split())[:200]}"
@@ -590,13 +671,13 @@ def _row(
                 note = ""
             elif not isinstance(raised, torch.OutOfMemoryError) and "unavailable" not in note:
                 right = False
-    return Row(operators, backend, name, error, limit, right, note, time.monotonic() - start)
+    return Row(operator, backend, name, error, limit, right, note, time.monotonic() - start, parts)
 
 
 def run(check: Check, backend: str, device: torch.device) -> Row:
     """One check on the device, whose default is the backend that is verified."""
     compare = partial(_compare, check, backend, device)
-    return _row(check.operators, backend, check.name, device, compare)
+    return _row(check.operator, backend, check.name, device, compare, check.parts)
 
 
 def _environments(
@@ -664,8 +745,8 @@ def device_of(backend: str) -> torch.device:
 
 
 def environment_rows(backend: str, device: torch.device) -> Iterator[Row]:
-    """The ways to call a loss, of which the first gives what the others must give. They are no
-    verdict on an operator."""
+    """The ways to call a loss, of which the first gives what the others must give. They say nothing
+    about an operator."""
     expected: list[Tensor] = []
 
     def same(way: Callable[[Inputs], list[Tensor]]) -> tuple[float, float, str]:
@@ -687,61 +768,70 @@ def _run_number(number: int, backend: str) -> Row:
 
 
 def verify(backend: str, everything: bool) -> Iterator[Row]:
-    """All checks of a backend, `quick` ones alone of Triton's unless `everything`. Processes run
-    them side by side, because Triton compiles each kernel at its first launch."""
+    """All checks of a backend, `quick` ones alone of Triton's unless `everything`."""
     device = device_of(backend)
     torch.set_float32_matmul_precision("highest")
-    if backend != "triton":
+    if backend == "triton":
+        yield from _in_processes(backend, everything)
+    else:
         for check in checks():
             yield run(check, backend, device)
-        yield from environment_rows(backend, device)
-        return
+    yield from environment_rows(backend, device)
+
+
+def _in_processes(backend: str, everything: bool) -> Iterator[Row]:
+    """Side by side, because Triton compiles each kernel at its first launch."""
     chosen = [(i, check) for i, check in enumerate(checks()) if everything or check.quick]
-    chosen.sort(key=lambda numbered: numbered[1].name != "confusion")  # first: compiles in seconds
-    first = run(chosen[0][1], backend, device)
-    yield first
-    if not first.right:  # the others would say the same
-        return
     spawn = multiprocessing.get_context("spawn")
     workers = min(MOST_WORKERS, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        futures = [pool.submit(_run_number, number, backend) for number, _ in chosen[1:]]
-        for future, (_, check) in zip(futures, chosen[1:], strict=True):
+        futures = [pool.submit(_run_number, number, backend) for number, _ in chosen]
+        for future, (_, check) in zip(futures, chosen, strict=True):
             try:
                 yield future.result()
             except BrokenProcessPool:
                 note = "a process that ran checks ended:"
-                yield Row(check.operators, backend, check.name, 0.0, 0.0, None, note, 0.0)
-    yield from environment_rows(backend, device)
+                yield Row(check.operator, backend, check.name, 0.0, 0.0, None, note, 0.0)
 
 
-def _remember(backend: str, rows: Sequence[Row], everything: bool, complete: bool) -> None:
-    """The verdict of these rows. Nothing is right because a run ended early; what `--all` found
-    wrong is not right because fewer checks find nothing."""
-    device = device_of(backend)
-    if device.type == "cpu" and backend in ("cuda", "triton"):  # emulated
-        return
-    all_checked = complete and (everything or backend != "triton")
-    verdicts: dict[str, bool] = {}
-    if not all_checked:
-        verdicts.update((operator, False) for operator in wrong(backend, device))
-    if backend == "triton" and complete and [row.right for row in rows] == [False]:
-        # it does not work here at all
-        verdicts.update((operator, False) for operator in OPERATORS)
-    for operator in OPERATORS:
-        row_verdicts = [row.right for row in rows if operator in row.operators.split()]
-        if False in row_verdicts:
-            verdicts[operator] = False
-        elif True in row_verdicts and complete:
-            verdicts.setdefault(operator, True)
-    if verdicts:
-        remember(backend, device, verdicts)
+def not_auto(rows: Sequence[Row]) -> list[str]:
+    """The lines of a shell that take what is wrong out of "auto", besides what is excluded already.
+    The first is for operators whose own check failed. For a composition without such an operator,
+    one line follows for each of its parts."""
+    out = {(backend, name) for backend, names in excluded.items() for name in names}
+    faults = [row for row in rows if row.right is False and row.backend in excluded]
+    wrong = {(row.backend, row.operator) for row in faults if row.operator in OPERATORS}
+
+    def line(pairs: set[tuple[str, str]]) -> str:
+        parts = [
+            f"{backend}:{name}"
+            for backend in NAMES
+            for name in OPERATORS
+            if (backend, name) in pairs
+        ]
+        return f"export {NOT_AUTO}={','.join(parts)}"
+
+    lines = [line(out | wrong)] if wrong else []
+    for row in faults:
+        pairs = [(row.backend, part) for part in row.parts]
+        if wrong.isdisjoint(pairs):
+            lines += [f"{line(out | wrong | {pair})}  # one of: {row.check}" for pair in pairs]
+    return lines
+
+
+def _driver() -> str:
+    """The version of the GPUs' driver."""
+    for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        with suppress(OSError):
+            if match := re.search(r"\d+\.[\d.]+", Path(file).read_text()):
+                return match[0]
+    return "unknown"
 
 
 def report(backend: str | None, everything: bool, path: Path | None) -> bool:
     """Verify a backend, or all that are usable here; print a line for each check, and a summary.
     True if everything that the backends serve was checked and is right."""
-    reasons = backends()
+    reasons = unusable()
     if backend is not None and reasons[backend]:
         print(f"\n{backend} is not usable here: {reasons[backend]}")
         return False
@@ -751,30 +841,29 @@ def report(backend: str | None, everything: bool, path: Path | None) -> bool:
     names = [name for name, reason in reasons.items() if not reason]
     summary, rows = [], []
     for name in names if backend is None else [backend]:
-        start, backend_rows, complete = time.monotonic(), [], False
-        try:
-            for row in verify(name, everything):
-                print(row, flush=True)
-                backend_rows.append(row)
-            complete = True
-        finally:
-            _remember(name, backend_rows, everything, complete)
+        start, backend_rows = time.monotonic(), []
+        for row in verify(name, everything):
+            print(row, flush=True)
+            backend_rows.append(row)
         faults = [
             row for row in backend_rows if row.right is False or (row.right is None and row.note)
         ]
         right = sum(row.right is True for row in backend_rows)
-        wrong_ = sum(row.right is False for row in backend_rows)
+        wrong = sum(row.right is False for row in backend_rows)
         refused = len(backend_rows) - right - len(faults)
         summary.append(
-            f"{name}: {right} right, {wrong_} WRONG, {len(faults) - wrong_} not checked, "
+            f"{name}: {right} right, {wrong} WRONG, {len(faults) - wrong} not checked, "
             f"{refused} not served, {time.monotonic() - start:.0f} s"
         )
         summary += map(str, faults)
         rows += backend_rows
-    versions = {**environment(device_of(rows[0].backend)), "driver": driver()}
+    versions = {**environment(device_of(rows[0].backend)), "driver": _driver()}
     print("\nPlease report this, for a GPU also if everything is right:\n")
     print(", ".join(f"{name} {value}" for name, value in versions.items()))
     print("\n".join(summary))
+    if lines := not_auto(rows):
+        print('\nWhat takes it out of "auto" (docs/install.md; in Python exclude_from_auto):\n')
+        print("\n".join(lines))
     if path is not None:
         record = [row._replace(error=min(row.error, 1e300))._asdict() for row in rows]  # no ∞
         path.write_text(json.dumps({**versions, "rows": record}, indent=1))

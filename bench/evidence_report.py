@@ -201,8 +201,8 @@ def _baseline_by_schedule(rows: Sequence[Row]) -> str:
             converged.append(f"{steps:,}")
     if not added:
         return "Whether the baseline has converged is not known."
-    verdict = f"converged at {' and '.join(converged)} steps" if converged else "not converged"
-    return f"Baseline: {', '.join(added)}; {verdict}."
+    state = f"converged at {' and '.join(converged)} steps" if converged else "not converged"
+    return f"Baseline: {', '.join(added)}; {state}."
 
 
 def _gradient_ratios(rows: Sequence[Row]) -> str:

@@ -12,16 +12,9 @@ them. Without the mark, a case runs everywhere but on a GPU.
 
 import contextlib
 import ctypes
-import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
-
-# The user's verdicts are neither read nor written, also not by processes that the tests start.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="anchorops-")
 
 import numpy as np
 import pytest
@@ -29,7 +22,6 @@ import torch
 from emulator import BACKEND, EMULATED, controls
 
 import anchorops as ao
-from anchorops import _verdicts
 
 M_PERTURB = -6  # glibc's <malloc.h>
 GPU = ("cuda", "triton")
@@ -37,10 +29,6 @@ ON_A_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in GPU]
 PLACES = {"triton": ["interpreter"], "cuda": ["emulator"]}.get(
     BACKEND, ["reference", "cpu", *ON_A_GPU]
 )
-
-
-def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_report_header() -> str:
@@ -166,14 +154,3 @@ def sorted_by_numpy(monkeypatch):
         return tl.tensor(TensorHandle(np.sort(x.handle.data), x.handle.dtype), x.type)
 
     monkeypatch.setattr(tl, "sort", sort)
-
-
-@pytest.fixture
-def verdicts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The file of the verdicts, in a directory of its own."""
-    with monkeypatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        patch.setattr(_verdicts, "_told", set())
-        _verdicts.load(ao.__version__)
-        yield tmp_path / "anchorops" / "verdicts.json"
-    _verdicts.load(ao.__version__)

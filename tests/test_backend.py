@@ -409,3 +409,117 @@ def test_the_choice_among_gpus_is_traced(monkeypatch):
 
     compiled = torch.compile(served, fullgraph=True, backend="eager")
     assert [y.item() for y in compiled(torch.zeros(()))] == [1, 0]
+
+
+SELECT = partial(_backend.select, "f", FEATURES, 6, runs=("class_moments", "split_groups"))
+
+
+@pytest.fixture
+def nothing_excluded(monkeypatch):
+    monkeypatch.setattr(_backend, "excluded", dict.fromkeys(_backend.excluded, ()))
+
+
+@pytest.mark.usefixtures("nothing_excluded")
+def test_an_operator_that_auto_does_not_take():
+    assert SELECT() == "cpu" and ao.backends()["cpu"] is None
+    ao.exclude_from_auto("cpu", "confusion", "split_groups")
+    ao.exclude_from_auto("cpu", "confusion", "pixel_argmax")
+    assert SELECT() == "reference" and _backend.select("class_moments", FEATURES, 6) == "cpu"
+    shown = 'usable, but "auto" does not take confusion, split_groups, pixel_argmax'
+    assert ao.backends()["cpu"] == shown
+    with ao.use_backend("cpu"):
+        assert SELECT() == "cpu"
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(SELECT()))
+    thread.start()
+    thread.join()
+    assert seen == ["reference"]
+
+
+@pytest.mark.usefixtures("nothing_excluded")
+def test_auto_takes_the_next_backend_of_a_gpu(monkeypatch):
+    gpus = Gpus(monkeypatch, "9.0", "9.0")
+    for backend, following in (("cuda", "triton"), ("triton", "reference")):
+        ao.exclude_from_auto(backend, "class_moments")
+        assert gpus.select(0, "class_moments") == following
+        assert gpus.select(0, "centroid_info_nce") == "cuda"
+
+
+@pytest.mark.usefixtures("nothing_excluded")
+def test_the_doctor_shows_what_is_excluded(capsys):
+    ao.exclude_from_auto("cpu", "softmax_moments")
+    assert doctor.main([]) == 0
+    shown = '\ncpu        usable, but "auto" does not take softmax_moments\nreference  yes\n'
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("nothing_excluded")
+def test_names_that_cannot_be_excluded():
+    message = "^exclude_from_auto: {}: expected {}, got {}$"
+    for arguments, texts in (
+        (("gpu", "confusion"), ("backend", "'cuda' or 'triton' or 'cpu'", "'gpu'")),
+        (("reference", "confusion"), ("backend", "'cuda' or .*", "'reference'")),
+        (("cpu", "confusion", "dice"), ("operators", "'class_moments' or .*", "'dice'")),
+        (("cpu", ["confusion"]), ("operators", ".*", r"\['confusion'\]")),
+        (("cpu",), ("operators", "at least one name", "none")),
+    ):
+        with pytest.raises(ValueError, match=message.format(*texts)):
+            ao.exclude_from_auto(*arguments)
+    assert _backend.excluded["cpu"] == ()
+
+
+@pytest.mark.usefixtures("nothing_excluded")
+def test_the_exclusion_is_traced():
+    """The choice is made when the function is traced, and traced again if it has changed."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.code))
+        return graph
+
+    @torch.compile(fullgraph=True, backend=keep)
+    def centroids(features):
+        return ao.class_centroids(features, LABELS, 6)[0]
+
+    expected = centroids(FEATURES)
+    assert "class_moments_cpu" in graphs[-1]
+    ao.exclude_from_auto("cpu", "class_moments")
+    torch.testing.assert_close(centroids(FEATURES), expected)
+    assert len(graphs) == 2 and "class_moments_cpu" not in graphs[-1]
+
+
+@pytest.mark.parametrize(
+    ("value", "outcome"),
+    [
+        ("", "{'cuda': (), 'triton': (), 'cpu': ()}"),
+        (
+            "triton:softmax_moments,cuda:class_moments,triton:confusion",
+            "{'cuda': ('class_moments',), 'triton': ('softmax_moments', 'confusion'), 'cpu': ()}",
+        ),
+        (
+            "triton",
+            "ValueError: ANCHOROPS_NOT_AUTO: the variable: expected "
+            "BACKEND:OPERATOR,BACKEND:OPERATOR,…, got 'triton'",
+        ),
+        ("gpu:confusion", "ANCHOROPS_NOT_AUTO: backend: expected 'cuda' or 'triton' or 'cpu', got"),
+        ("cpu:confusion,cpu:dice", "ANCHOROPS_NOT_AUTO: operators: expected 'class_moments' or "),
+    ],
+)
+def test_the_environment_variable(monkeypatch, value, outcome):
+    monkeypatch.setenv("ANCHOROPS_NOT_AUTO", value)
+    code = "import anchorops; print(anchorops._backend.excluded)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert outcome in (run.stderr if run.returncode else run.stdout)
+
+
+def test_the_import_does_not_initialise_cuda():
+    code = """
+import torch
+def fail(*args):
+    raise AssertionError("CUDA is asked")
+for name in ("is_available", "device_count", "get_device_properties", "_lazy_init", "init"):
+    setattr(torch.cuda, name, fail)
+import anchorops
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import anchorops as ao
-from anchorops import doctor, verify
+from anchorops import _backend, doctor, verify
 
 CPU = torch.device("cpu")
 BACKEND = "reference" if ao.backends()["cpu"] else "cpu"
@@ -19,9 +20,6 @@ def test_all_is_right():
     rows = [verify.run(check, BACKEND, CPU) for check in verify.checks()]
     environment = list(verify.environment_rows(BACKEND, CPU))
     assert not [str(row) for row in (*rows, *environment) if row.right is not True]
-    operators = {operator for row in rows for operator in row.operators.split()}
-    names = dir(torch.ops.anchorops)  # those of images; volumes are made of them
-    assert operators == {x for x in operators if x in names} and len(operators) == 9
 
 
 class _WrongGradient(torch.autograd.Function):
@@ -92,56 +90,66 @@ def test_after_a_fault_of_the_gpu_nothing_is_checked(monkeypatch):
     assert row.right is None and str(row).endswith("failed in an earlier check: not checked")
 
 
-def row_of(operators: str, right: bool | None) -> verify.Row:
-    return verify.Row(operators, BACKEND, "name", 0.0, 0.0, right, "", 0.0)
+def row_of(operator: str, right: bool | None, backend: str = "cpu", *parts: str) -> verify.Row:
+    return verify.Row(operator, backend, "name", 0.0, 0.0, right, "", 0.0, parts)
 
 
-def test_what_a_run_remembers(verdicts):
-    def remembered(rows: list[verify.Row], everything: bool = False, complete: bool = True) -> dict:
-        verify._remember(BACKEND, rows, everything, complete)
-        return json.loads(verdicts.read_text())[0]["right"]
-
-    two = [row_of("confusion pixel_argmax", True), row_of("softmax_moments", None)]
-    assert remembered(two) == {"confusion": True, "pixel_argmax": True}
-    wrong = row_of("softmax_moments pixel_argmax", False)
-    assert remembered([*two, wrong], complete=False) == {
-        "softmax_moments": False,
-        "pixel_argmax": False,
-    }
-    assert remembered(two, complete=False) == {"softmax_moments": False, "pixel_argmax": False}
-    assert remembered(two) == {"confusion": True, "pixel_argmax": True}  # right again
-
-
-def test_what_a_run_of_some_of_tritons_checks_remembers(verdicts, monkeypatch):
-    monkeypatch.setattr(verify, "device_of", lambda backend: torch.device("meta"))
-    rows = [row_of("confusion", True), row_of("softmax_moments", True)]
-    wrong = row_of("softmax_moments", False)
-    for everything, checked_rows, right in (
-        (True, [*rows, wrong], False),
-        (False, rows, False),  # other checks had found it
-        (True, rows, True),
-    ):
-        verify._remember("triton", checked_rows, everything, complete=True)
-        (record,) = json.loads(verdicts.read_text())
-        assert record["right"] == {"confusion": True, "softmax_moments": right}
-    verify._remember("triton", [row_of("confusion", False)], everything=False, complete=True)
-    (record,) = json.loads(verdicts.read_text())  # the first check, and no other
-    assert record["right"] == dict.fromkeys(verify.OPERATORS, False)
+def test_what_takes_it_out_of_auto(monkeypatch):
+    """A check of a composition names its parts only if the check of none of them failed."""
+    monkeypatch.setattr(verify, "excluded", {"cuda": (), "triton": ("confusion",), "cpu": ()})
+    right = [
+        row_of("confusion", True),
+        row_of("pixel_argmax", None),
+        row_of("environment", False),
+        row_of("softmax_moments", False, "reference"),  # there is nothing after it
+    ]
+    assert verify.not_auto(right) == []
+    step = row_of("composition", False, "cuda", "class_moments", "split_groups")
+    rows = [*right, step, row_of("class_moments", False), row_of("softmax_moments", False)]
+    start, wrong = "export ANCHOROPS_NOT_AUTO=", "cpu:class_moments,cpu:softmax_moments"
+    assert verify.not_auto(rows) == [
+        f"{start}triton:confusion,{wrong}",
+        f"{start}cuda:class_moments,triton:confusion,{wrong}  # one of: name",
+        f"{start}cuda:split_groups,triton:confusion,{wrong}  # one of: name",
+    ]
+    rows.append(row_of("class_moments", False, "cuda"))
+    assert verify.not_auto(rows) == [f"{start}cuda:class_moments,triton:confusion,{wrong}"]
 
 
-def test_an_interrupted_run_remembers_what_is_wrong(capsys, monkeypatch, verdicts):
-    wrong = PLAIN._replace(ours=lambda *inputs: PLAIN.ours(*inputs) * 1.001)
+def test_the_operators_of_the_checks(monkeypatch):
+    """Each check looks up the operator that it names, or all of its parts; class_moments, of its
+    keys, and no other. Each operator has a check of its own."""
+    looked_up: set[str] = set()
 
-    def interrupt(*_: Tensor) -> Tensor:
-        raise KeyboardInterrupt
+    class Record(tuple):
+        def __contains__(self, name: object) -> bool:
+            looked_up.add(str(name))
+            return False
 
-    monkeypatch.setattr(verify, "checks", lambda: [wrong, PLAIN._replace(ours=interrupt)])
-    with pytest.raises(KeyboardInterrupt):
-        doctor.main(["--verify", "--backend", BACKEND])
-    assert json.loads(verdicts.read_text())[0]["right"] == {"softmax_moments": False}
+    monkeypatch.setattr(_backend, "excluded", dict.fromkeys(_backend.excluded, Record()))
+    own = set()
+    for check in verify.checks():
+        looked_up.clear()
+        verify._evaluate(check.ours, check.inputs, check.name)
+        assert looked_up == set(check.parts or [check.operator]), check.name
+        assert bool(check.parts) == (check.operator == verify.COMPOSITION)
+        own.add(check.operator)
+    assert own == {*_backend.OPERATORS, verify.COMPOSITION} - {"probability_histograms"}
 
 
-def test_the_command(capsys, monkeypatch, tmp_path, verdicts):
+def test_the_driver(monkeypatch):
+    nvidia = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n"
+    monkeypatch.setattr(Path, "read_text", lambda file: nvidia)
+    assert verify._driver() == "580.95.05"
+
+    def absent(file: Path) -> str:
+        raise FileNotFoundError(file)
+
+    monkeypatch.setattr(Path, "read_text", absent)
+    assert verify._driver() == "unknown"
+
+
+def test_the_command(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(verify, "checks", lambda: [PLAIN])
     path = tmp_path / "rows.json"
     command = ["--verify", "--backend", BACKEND, "--json", str(path)]
@@ -150,8 +158,7 @@ def test_the_command(capsys, monkeypatch, tmp_path, verdicts):
     assert (
         f"{BACKEND}: 4 right, 0 WRONG, 0 not checked, 0 not served" in report
     )  # 3 of the environment
-    (record,) = json.loads(verdicts.read_text())
-    assert record["backend"] == BACKEND and record["right"] == {"softmax_moments": True}
+    assert "ANCHOROPS_NOT_AUTO" not in report
     record = json.loads(path.read_text())
     assert record["torch"] == torch.__version__ and len(record["rows"]) == 4
 
@@ -162,6 +169,8 @@ def test_the_command(capsys, monkeypatch, tmp_path, verdicts):
     assert (
         "3 right, 1 WRONG" in report and report.count("cross-entropy, 1.5×") == 2
     )  # and at the end
+    line = "export ANCHOROPS_NOT_AUTO=cpu:softmax_moments\n"
+    assert report.endswith(line) == (BACKEND == "cpu")
 
 
 def test_options_of_the_command(capsys):

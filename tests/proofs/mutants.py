@@ -1063,7 +1063,7 @@ VERIFIED = {
 
 
 def _environment(interpreted: bool) -> dict[str, str]:
-    environment = {"PYTHONPATH": str(COPY), "XDG_CACHE_HOME": str(COPY), "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": str(COPY), "OMP_NUM_THREADS": "1"}
     return os.environ | environment | ({"TRITON_INTERPRET": "1"} if interpreted else {})
 
 
@@ -1227,8 +1227,8 @@ def run_verify(mutants: list[Mutant], library: Library) -> int:
                 wrong = first_wrong(backend)
             unnoticed += wrong is None
             seconds = time.monotonic() - start
-            verdict = "NOT NOTICED" if wrong is None else "noticed"
-            print(f"{verdict:<12}{seconds:5.0f} s  {backend:<8}{mutant.name}: {wrong}", flush=True)
+            found = "NOT NOTICED" if wrong is None else "noticed"
+            print(f"{found:<12}{seconds:5.0f} s  {backend:<8}{mutant.name}: {wrong}", flush=True)
     print(f"{unnoticed} are not noticed")
     return int(unnoticed > MOST_UNNOTICED)
 
