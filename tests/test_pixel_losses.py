@@ -140,7 +140,7 @@ def test_accuracy_is_logged():
     right = (z.argmax(1) == labels).sum() / (labels != 255).sum()
     counts = {"labels_out_of_range", "labels_ignored"}
     assert set(loss.terms) == {"ce", "dice", "accuracy", *counts}
-    torch.testing.assert_close(loss.terms["accuracy"], right)
+    torch.testing.assert_close(loss.terms["accuracy"], right.to(total.dtype))
     parts = ao.CrossEntropy()(logits, labels), ao.Dice()(logits, labels)
     check_loss(total, 0.5 * parts[0] + 2 * parts[1], logits)
 
