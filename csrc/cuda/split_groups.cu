@@ -17,9 +17,9 @@
 #include <tuple>
 #include <vector>
 
-#include "../../labels.h"
-#include "../tensors.cuh"
-#include "../warps.cuh"
+#include "../labels.h"
+#include "tensors.cuh"
+#include "warps.cuh"
 
 namespace anchorops::cuda {
 namespace {

@@ -10,8 +10,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../../labels.h"
-#include "../tensors.cuh"
+#include "../labels.h"
+#include "tensors.cuh"
 
 namespace anchorops::cuda {
 namespace {
