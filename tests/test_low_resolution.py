@@ -496,3 +496,56 @@ def test_bad_input() -> None:
     model.forward = lambda x: x  # type: ignore[assignment]
     with pytest.raises(ValueError, match="got Net whose forward was replaced"):
         ao.low_resolution(model, x)
+
+
+AFTER = {
+    "float": lambda z, x: upsampled(z.bfloat16(), x.shape[2:]).float(),
+    "to": lambda z, x: upsampled(z.bfloat16(), x.shape[2:]).to(torch.float32),
+    "type as": lambda z, x: upsampled(z.bfloat16(), x.shape[2:]).type_as(x),
+    "layout": lambda z, x: upsampled(z, x.shape[2:]).contiguous(memory_format=torch.channels_last),
+    "clone, in a dictionary": lambda z, x: {"out": upsampled(z, x.shape[2:]).clone().float()},
+    "axes": lambda z, x: upsampled(z, x.shape[2:])[:, None].squeeze(1).unsqueeze(1)[:, 0],
+    "one class": lambda z, x: upsampled(z[:, :1], x.shape[2:]).squeeze(1),
+    "one class, sizes": lambda z, x: upsampled(z[:, :1], (64, 64)).view(-1, 64, 64),
+    "one class, flat": lambda z, x: upsampled(z[:, :1], x.shape[2:]).float().flatten(0, 1)[None],
+}
+
+
+@pytest.mark.parametrize("after", AFTER)
+def test_what_commutes_with_the_upsampling_passes(after: str) -> None:
+    torch.manual_seed(0)
+    model, (x, _) = Net(AFTER[after]), batch()
+    for module in (model.norm, model.dropout):
+        module.eval()
+    plain = copy.deepcopy(model)
+    ao.low_resolution(model, x)
+    low, full = model(x), plain(x)
+    low, full = (y["out"] if isinstance(y, dict) else y for y in (low, full))
+    assert low.shape[-2:] == (16, 16)
+    assert low.shape[:-2] == full.shape[:-2]
+    assert low.dtype == full.dtype == torch.float32
+    again = upsampled(low.reshape(2, -1, 16, 16), full.shape[-2:]).reshape(full.shape)
+    torch.testing.assert_close(again, full, rtol=1e-2, atol=2e-2)  # bfloat16 upsampled before
+
+
+def test_compiled_conversions_pass() -> None:
+    model, (x, _) = Net(AFTER["float"]), batch()
+    ao.low_resolution(model, x)
+    assert torch.compile(model, fullgraph=True, backend="eager")(x).shape[2:] == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("after", "advice"),
+    [
+        (lambda z, x: upsampled(z, x.shape[2:]).softmax(1), "Tensor.softmax outside"),
+        (lambda z, x: upsampled(z, x.shape[2:]).float()[..., :8, :8], "__getitem__ outside"),
+        (lambda z, x: upsampled(z, x.shape[2:]).long(), "Tensor.long outside"),
+        (lambda z, x: upsampled(z, x.shape[2:]).flatten(2), "Tensor.flatten outside"),
+    ],
+    ids=["softmax", "crop", "integers", "flattened"],
+)
+def test_advice_where_it_does_not_commute(after: Callable[..., Any], advice: str) -> None:
+    model, (x, _) = Net(after), batch()
+    with pytest.raises(ValueError, match=f"return the upsampled logits, and call .*{advice}"):
+        ao.low_resolution(model, x)
+    ao.low_resolution(Net(), x)  # the advice

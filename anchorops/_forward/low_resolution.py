@@ -28,18 +28,65 @@ from .changed import (
 )
 
 _logger = logging.getLogger("anchorops")
+_UPSAMPLED = " of an upsampled tensor"
 # the same for logits at low resolution
 _OF_GRAPH = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
+
+# Functions that may commute with upsampling: conversions, and views that may only add or remove
+# axes of length 1. Those of _WITH_SIZES name the sizes of their result.
+_CONVERSIONS = {torch.clone, Tensor.clone, Tensor.contiguous, Tensor.cpu, Tensor.cuda} | {
+    getattr(Tensor, name)
+    for name in ("float", "double", "half", "bfloat16", "to", "type", "type_as")
+}
+_VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten} | {
+    getattr(Tensor, name) for name in ("squeeze", "unsqueeze", "flatten", "__getitem__", "view_as")
+}
+_WITH_SIZES = {torch.reshape, Tensor.reshape, Tensor.view}
+_COMMUTING = _CONVERSIONS | _VIEWS | _WITH_SIZES
+
+
+def _long_axes(tensor: Tensor) -> list[int]:
+    """The lengths of the axes, without those of length 1."""
+    return [length for length in tensor.shape if length != 1]
+
+
+def _commutes(func: Any, args: Any, upsampled: Tensor, result: object) -> bool:
+    """Whether this call of an upsampled tensor could precede the upsampling: it converts the
+    tensor, or only adds or removes axes of length 1."""
+    return (
+        func in _COMMUTING
+        and isinstance(result, Tensor)
+        and len(args) > 0
+        and args[0] is upsampled
+        and result.is_floating_point()
+        and _long_axes(result) == _long_axes(upsampled)
+    )
+
+
+def _with_low_sizes(low: Tensor, sizes: Any) -> Tensor | None:
+    """A tensor of low resolution in the shape that `sizes` name at full resolution, where only axes
+    of length 1 are added or removed; None where others are."""
+    if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
+        sizes = sizes[0]
+    lengths = iter(_long_axes(low))
+    shape = [1 if size == 1 else next(lengths, 0) for size in sizes]
+    return None if 0 in shape or next(lengths, None) is not None else low.reshape(shape)
 
 
 class _Upsampling:
     """One call of F.interpolate: its input and result, its options, and the functions that read the
-    result."""
+    result. `results` are the result and what was made of it by functions that commute with
+    upsampling, each with the version of its memory."""
 
     def __init__(self, source: Tensor, result: Tensor, options: dict[str, Any]) -> None:
-        self.source, self.result, self.options = source, result, options
-        self.versions = version(source), version(result)
+        self.source, self.options = source, options
+        self.source_version = version(source)
+        self.results = [(result, version(result))]
         self.readers: list[str] = []
+
+    def returns(self, tensor: Tensor) -> bool:
+        """Whether this is the result, or made of it by functions that commute."""
+        return any(tensor is result for result, _ in self.results)
 
     @property
     def align_corners(self) -> bool:
@@ -51,9 +98,9 @@ class _Upsampling:
             return objection
         if self.readers:
             return f"a result that {self.readers[0]} also reads"
-        if version(self.result) != self.versions[1]:
+        if any(version(result) != before for result, before in self.results):
             return "a result that is changed in place"
-        if version(self.source) != self.versions[0]:
+        if version(self.source) != self.source_version:
             return "low-resolution logits that are changed in place after the upsampling"
         return None
 
@@ -95,11 +142,19 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         read = [tensor for _, tensor in tensors([args, kwargs])]
         made = made_by_call(result, read)
-        sources = [up for up in self.upsamplings if _reads(func, args, kwargs, result, [up.result])]
+        sources = [
+            (up, upsampled)
+            for up in self.upsamplings
+            for upsampled, _ in up.results
+            if _reads(func, args, kwargs, result, [upsampled])
+        ]
         for tensor in made:
             self._makers[id(tensor)] = (weakref.ref(tensor), _name(func), bool(sources))
-        for up in sources:
-            up.readers.append(_name(func))
+        for up, upsampled in sources:
+            if _commutes(func, args, upsampled, result):
+                up.results.append((result, version(result)))
+            else:
+                up.readers.append(_name(func))
         if func is F.interpolate:
             self.upsamplings.append(_Upsampling(read[0], result, kwargs))
         return result
@@ -108,7 +163,7 @@ class _Watch(TorchFunctionMode):
         made, name, upsampled = self._makers.get(id(tensor), (lambda: None, "", False))
         if made() is not tensor:
             return "no function of torch"
-        return f"{name} of an upsampled tensor" if upsampled else name
+        return name + _UPSAMPLED if upsampled else name
 
 
 @dataclass(frozen=True)
@@ -121,10 +176,10 @@ class _Plan:
 
 
 class _Skipped(NamedTuple):
-    """What a skipped call returned, a view of its input; and the version of its memory then."""
+    """What a skipped call returned, a view of its input, and what was made of it by functions that
+    commute with upsampling; each with the version of its memory then."""
 
-    result: Tensor
-    version: int
+    results: list[tuple[Tensor, int]]
 
 
 class _Skip(TorchFunctionMode):
@@ -148,12 +203,28 @@ class _Skip(TorchFunctionMode):
                 if objection := _objection(kwargs):
                     _fail(self.model, f"the upsampling has {objection}")
             result = source.view_as(source) if skipped else func(*args, **kwargs)
-            self.calls.append(_Skipped(result, version(source)) if skipped else None)
+            self.calls.append(_Skipped([(result, version(source))]) if skipped else None)
             return result
+        skipped_calls = [call for call in self.calls if call is not None]
+        if skipped_calls and func in _WITH_SIZES and args and not kwargs:
+            for call in skipped_calls:
+                if any(args[0] is low for low, _ in call.results):
+                    return self._reshaped(call, args[0], args[1:], func)
         result = func(*args, **kwargs)
-        results = [call.result for call in self.calls if call is not None]
-        if results and _reads(func, args, kwargs, result, results):
+        for call in skipped_calls:
+            for low, _ in call.results:
+                if _reads(func, args, kwargs, result, [low]):
+                    if not _commutes(func, args, low, result):
+                        _fail(self.model, f"{_name(func)} reads the upsampled tensor")
+                    call.results.append((result, version(result)))
+                    break
+        return result
+
+    def _reshaped(self, call: _Skipped, low: Tensor, sizes: Any, func: Any) -> Tensor:
+        result = _with_low_sizes(low, sizes)
+        if result is None:
             _fail(self.model, f"{_name(func)} reads the upsampled tensor")
+        call.results.append((result, version(result)))
         return result
 
 
@@ -182,9 +253,10 @@ class _Plans:
         outputs = [tensor for _, tensor in tensors(output)]
         for number in plan.returned:
             call = calls[number]
-            if call is None or not any(tensor is call.result for tensor in outputs):
+            results = [] if call is None else call.results
+            if not any(tensor is low for tensor in outputs for low, _ in results):
                 _fail(model, "the output is not the input of the last upsampling")
-            if version(call.result) != call.version:
+            if any(version(low) != before for low, before in results):
                 _fail(model, "the logits are changed in place after the upsampling")
         return output
 
@@ -225,7 +297,7 @@ def _find(
     returned: dict[int, str] = {}
     for place, tensor in outputs.items():
         for number, up in enumerate(watch.upsamplings):
-            if up.result is tensor:
+            if up.returns(tensor):
                 returned.setdefault(number, place)
     expected = (
         "a last step F.interpolate(…, mode='bilinear' or 'trilinear') whose result is returned"
@@ -240,7 +312,13 @@ def _find(
             f"{place} of shape {tuple(tensor.shape)} from {watch.maker(tensor)}"
             for place, tensor in outputs.items()
         )
-        advice = "an output that was not upsampled can be passed to the loss directly"
+        made = next((x for x in map(watch.maker, outputs.values()) if x.endswith(_UPSAMPLED)), "")
+        advice = (
+            f"return the upsampled logits, and call {made.removesuffix(_UPSAMPLED)} outside of the "
+            "model, or pass the logits before the upsampling to the loss"
+            if made
+            else "an output that was not upsampled can be passed to the loss directly"
+        )
         fail("low_resolution", "model", expected, f"{mode}{got or 'no tensor'}; {advice}")
     for number, place in returned.items():
         objection = watch.upsamplings[number].objection()
@@ -268,12 +346,14 @@ def low_resolution(
 
     A dry run of a copy of the model, in training mode without gradients (with always=True another
     one in evaluation mode), finds the calls of F.interpolate whose results the model returns,
-    comparing by object identity. This includes nn.Upsample, also before nn.Identity. During the dry
-    run the parameters are in memory twice. Parameters, gradients, batch-norm statistics and torch's
-    random numbers do not change. After that, every forward in this mode returns the inputs of these
-    calls instead, and checks that it does. A forward that differs from the dry run raises a
-    RuntimeError: one that calls F.interpolate more often or less (some models do for another image
-    size), or that also reads the upsampled tensor or its size. Parameter names do not change.
+    comparing by object identity. This includes nn.Upsample, also before nn.Identity. Between the
+    upsampling and the output there may be conversions of dtype, device or layout, and views that
+    only add or remove axes of length 1: they are applied to the low-resolution logits. During the
+    dry run the parameters are in memory twice. Parameters, gradients, batch-norm statistics and
+    torch's random numbers do not change. After that, every forward in this mode returns the inputs
+    of these calls instead, and checks that it does. A forward that differs from the dry run raises
+    a RuntimeError: one that calls F.interpolate more often or less (some models do for another
+    image size), or that also reads the upsampled tensor or its size. Parameter names do not change.
     Copies and pickles of the model keep low_resolution.
 
     Call it before torch.compile, DDP and FSDP. An upsampling inside a reentrant checkpoint raises
