@@ -35,6 +35,7 @@ from ._backend import (
     NOT_AUTO,
     OPERATORS,
     TRITON_INTERPRETED,
+    WITH_CUDA,
     excluded,
     select,
     unusable,
@@ -254,7 +255,7 @@ def _split(key: Tensor, groups: int, seed: int) -> Tensor:
 
 
 def _our_groups(keys: Tensor, counts: Tensor, *, groups: int, seed: int) -> Inputs:
-    backend = select("split_groups", keys, len(counts))
+    backend = select("split_groups", keys, len(counts), operators=WITH_CUDA)
     return split_groups(keys, counts, groups, seed, backend=backend)
 
 
