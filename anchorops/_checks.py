@@ -121,9 +121,9 @@ def check_strided(function: str, argument: str, tensor: object) -> None:
 def savable(x: T) -> T:
     """A tensor that was made under torch.inference_mode as one that autograd can save for the
     backward pass: it has the same memory. Anything else as it is."""
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or not x.is_inference():
         return x
-    if not x.is_inference() or torch.is_inference_mode_enabled():
+    if torch.is_inference_mode_enabled():
         return x
     alias: Any = torch.empty(0, dtype=x.dtype, device=x.device)
     return alias.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
@@ -293,25 +293,21 @@ def check_integers(function: str, argument: str, values: Tensor) -> None:
 
 
 def check_label_values(function: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Every label is a class or ignore_index. This synchronises with the device."""
+    """Every label is a class or ignore_index; of two classes, these are no masks of 0 and 255 where
+    255 is ignored. This synchronises with the device."""
     labels = labels.long()  # torch has no comparisons for uint16 to uint64
     valid = (labels == ignore_index) | ((labels >= 0) & (labels < num_classes))
     if not valid.all():
         wrong = labels[~valid].unique().tolist()
         expected = f"values in [0, {num_classes}) or ignore_index = {ignore_index}"
         fail(function, "labels", expected, wrong[:8] + (["…"] if len(wrong) > 8 else []))
-
-
-def check_binary_labels(function: str, labels: Tensor, ignore_index: int) -> None:
-    """`check_label_values` of sigmoids. It also finds masks of 0 and 255 where 255 is ignored."""
-    check_label_values(function, labels, 2, ignore_index)
-    if ignore_index == 255:
-        labels = labels.long()
+    if num_classes == 2 and ignore_index == 255:
         has_0, has_1, has_255 = (bool((labels == value).any()) for value in (0, 1, 255))
         if has_0 and has_255 and not has_1:
             expected = (
                 "a label 1 beside 0 and ignore_index = 255 (of masks in which 255 is the object: "
-                "labels = (mask > 0).long())"
+                "labels = (mask > 0).long(); a crop of background and padding is right: leave "
+                "check_labels out)"
             )
             fail(function, "labels", expected, "[0, 255]")
 
@@ -352,9 +348,7 @@ def check_pixels(
     num_classes = 2 if sigmoid else logits.shape[1]
     ignore_index = check_ignore_index(function, ignore_index, num_classes)
     check_flags(function, check_labels=check_labels)
-    if check_labels and sigmoid:
-        check_binary_labels(function, labels, ignore_index)
-    elif check_labels:
+    if check_labels:
         check_label_values(function, labels, num_classes, ignore_index)
     return labels, ignore_index
 

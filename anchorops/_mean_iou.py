@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ._checks import (
-    check_binary_labels,
     check_choice,
     check_count,
     check_flags,
     check_ignore_index,
     check_integers,
+    check_label_values,
     check_strided,
     describe,
     fail,
@@ -51,9 +51,7 @@ class MeanIoU(Metric):
             0 ≤ ignore_index < C also as the number of a channel, and leaves this channel out of its
             macro mean. Here it is a label alone.)
         align_corners: of the upsampling, as in F.interpolate.
-        check_labels: raise an error if a label is neither a class nor ignore_index, and with
-            sigmoid if a batch has the labels 0 and 255 alone, as masks of 0 and 255 that need
-            `mask > 0`; this synchronises with the device.
+        check_labels: as in `confusion`; a sigmoid has two classes, 0 and 1.
         metric_arguments: of torchmetrics.Metric, for example sync_on_compute.
 
     The state is `confusion`, int64 [K, K], truth × prediction, with sigmoid [C, 2, 2]. `compute`
@@ -123,7 +121,7 @@ class MeanIoU(Metric):
             if labels.dtype != torch.bool:
                 check_integers("MeanIoU", "labels", labels)
             if self.check_labels:  # of the given labels, before some are ignored
-                check_binary_labels("MeanIoU", labels, self.ignore_index)
+                check_label_values("MeanIoU", labels, 2, self.ignore_index)
                 label_options["check_labels"] = False
             known = (predictions == 0) | (predictions == 1)
             labels = torch.where(known, labels.long(), self.ignore_index)

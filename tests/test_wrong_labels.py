@@ -29,6 +29,7 @@ LOSSES: dict[str, Callable[..., PixelLoss]] = {
 SIGMOIDS: dict[str, Callable[..., PixelLoss]] = {
     "BinaryCrossEntropy": ao.BinaryCrossEntropy,
     "Dice": lambda **options: ao.Dice(sigmoid=True, **options),
+    "Lovasz": lambda **options: ao.Lovasz(sigmoid=True, **options),
     "CrossEntropyDice": lambda **options: ao.CrossEntropyDice(
         dice=ao.Dice(sigmoid=True), **options
     ),
@@ -237,21 +238,84 @@ CHECKS: dict[str, tuple[str, Callable[..., Callable[[Tensor, Tensor], object]]]]
 }
 
 
-@pytest.mark.parametrize("name", CHECKS)
+def of_classes(call: Callable[..., Any]) -> Callable[..., Callable[[Tensor, Tensor], object]]:
+    """Of logits or features of two channels, and labels without a channel."""
+
+    def make(**options: Any) -> Callable[[Tensor, Tensor], object]:
+        return lambda x, y: call(x.expand(-1, 2, -1, -1), y[:, 0], **options)
+
+    return make
+
+
+def of_method(method: Callable[..., Any]) -> Callable[..., Callable[[Tensor, Tensor], object]]:
+    def make(**options: Any) -> Callable[[Tensor, Tensor], object]:
+        module = method(2, 2, **options)
+        return lambda x, y: module(x.expand(-1, 2, -1, -1), y[:, 0], torch.eye(2))
+
+    return make
+
+
+def of_loss(loss: Callable[..., PixelLoss]) -> Callable[..., Callable[[Tensor, Tensor], object]]:
+    return of_classes(lambda x, y, **options: loss(**options)(x, y))
+
+
+def confusion_of(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    return ao.confusion(torch.zeros_like(y).long(), y, 2, **options)
+
+
+def updated(x: Tensor, y: Tensor, **options: Any) -> None:
+    ao.MeanIoU(2, **options).update(x, y)
+
+
+TWO_CLASSES: dict[str, tuple[str, Callable[..., Callable[[Tensor, Tensor], object]]]] = {
+    **{
+        f"{name} of classes": (name.split()[0], of_loss(make))
+        for name, make in LOSSES.items()
+        if name[0].isupper()
+    },
+    "Lovasz of classes": ("Lovasz", of_loss(ao.Lovasz)),
+    "pixel_cross_entropy": ("pixel_cross_entropy", of_classes(ao.pixel_cross_entropy)),
+    "softmax_moments": ("softmax_moments", of_classes(ao.ops.softmax_moments)),
+    "pixel_confusion of classes": ("pixel_confusion", of_classes(ao.pixel_confusion)),
+    "confusion": ("confusion", of_classes(confusion_of)),
+    "MeanIoU of two classes": ("MeanIoU", of_classes(updated)),
+    "class_moments": (
+        "class_moments",
+        of_classes(lambda x, y, **i: ao.ops.class_moments(x, y, 2, **i)),
+    ),
+    "class_centroids": (
+        "class_centroids",
+        of_classes(lambda x, y, **i: ao.class_centroids(x, y, 2, **i)),
+    ),
+    "pixel_to_anchor_mse": (
+        "pixel_to_anchor_mse",
+        of_classes(lambda x, y, **i: ao.pixel_to_anchor_mse(x, y, torch.eye(2), **i)),
+    ),
+    **{m.__name__: (m.__name__, of_method(m)) for m in (ao.SAR, ao.OCCL, ao.MVSC, ao.CBP)},
+    "CeCo": ("CeCo", of_method(lambda *a, **i: ao.CeCo(*a, reduced_dim=2, center_dim=2, **i))),
+}
+
+
+@pytest.mark.parametrize("name", [*CHECKS, *TWO_CLASSES])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64])
 def test_masks_of_0_and_255(name: str, dtype: torch.dtype) -> None:
     """An error with check_labels alone: background and void without an object are right labels."""
-    function, make = CHECKS[name]
+    function, make = (CHECKS | TWO_CLASSES)[name]
     mask, check = MASK.to(dtype), make(check_labels=True)
     make()(BINARY_LOGITS, mask)
-    message = rf"^{function}: labels: expected a label 1 beside 0 .*\(mask > 0\).*, got \[0, 255\]$"
-    with pytest.raises(ValueError, match=message):
+    message = rf"^{function}: labels: expected a label 1 beside 0 .*\(mask > 0\).*a crop of "
+    with pytest.raises(ValueError, match=message + r".*, got \[0, 255\]$"):
         check(BINARY_LOGITS, mask)
     one = mask.clone()
     one[0, 0, 0, 0] = 1
     for right in (one, (MASK > 0).to(dtype), torch.zeros_like(mask), torch.full_like(mask, 255)):
         check(BINARY_LOGITS, right)
     make(check_labels=True, ignore_index=2)(BINARY_LOGITS, 2 * (MASK > 0).to(dtype))
+
+
+def test_more_classes_may_lack_class_1() -> None:
+    ao.pixel_cross_entropy(torch.randn(2, 3, 4, 6), MASK, check_labels=True)
+    ao.MeanIoU(3, check_labels=True).update(torch.randn(2, 3, 4, 6), MASK)
 
 
 def test_predictions_that_are_no_class_hide_no_label() -> None:

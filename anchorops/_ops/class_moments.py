@@ -244,8 +244,9 @@ def class_moments(
         seed: for the groups: an int, or an int64 tensor with one element (a step counter).
         ignore_index: the label to ignore, 255 by default. With more than 255 classes, 255 is a
             class; then it must be given, for example −1. A class may be given, and is then ignored.
-        check_labels: raise an error if a label is neither a class nor ignore_index; this
-            synchronises with the device.
+        check_labels: raise an error if a label is neither a class nor ignore_index, or if labels of
+            two classes are 0 and 255 alone and 255 is ignored, as in masks of 0 and 255 that need
+            `mask > 0`; this synchronises with the device.
 
     Returns:
         ClassMoments(counts, sums, sqdists) with shapes [K], [K, D], [K]; with groups [K, G, …];

@@ -64,8 +64,9 @@ def confusion(
             ignore_index or not a class, or if its prediction is not a class.
         num_classes: K, 2 to 4,096.
         ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
-        check_labels: raise an error if a label is neither a class nor ignore_index; this
-            synchronises with the device.
+        check_labels: raise an error if a label is neither a class nor ignore_index, or if labels of
+            two classes are 0 and 255 alone and 255 is ignored, as in masks of 0 and 255 that need
+            `mask > 0`; this synchronises with the device.
 
     Returns:
         int64 [K, K], truth × prediction.

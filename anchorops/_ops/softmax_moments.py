@@ -253,8 +253,9 @@ def softmax_moments(
         per_image: compute the statistics of each image separately.
         hits, masses, squares, pixel_losses: what to compute in addition to counts and losses;
             `masses` includes the overlaps. Each of them needs time.
-        check_labels: raise an error if a label is neither a class nor ignore_index; this
-            synchronises with the device.
+        check_labels: raise an error if a label is neither a class nor ignore_index, or if labels of
+            two classes are 0 and 255 alone and 255 is ignored, as in masks of 0 and 255 that need
+            `mask > 0`; this synchronises with the device.
 
     Returns:
         SoftmaxMoments(counts, hits, losses, overlaps, masses, squares, pixel_losses); None for what

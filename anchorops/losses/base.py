@@ -106,8 +106,9 @@ class Regularizer(Recomputable):
             ProcessGroup for those of all its R ranks. The gradient of a rank is then that of the
             sum of the ranks' (equal) losses, R times that of one rank. DDP's mean over the ranks
             gives exactly the gradients of one process on the concatenated batch.
-        check_labels: raise an error if a label is neither a class nor ignore_index; this
-            synchronises with the device.
+        check_labels: raise an error if a label is neither a class nor ignore_index, or if labels of
+            two classes are 0 and 255 alone and 255 is ignored, as in masks of 0 and 255 that need
+            `mask > 0`; this synchronises with the device.
 
     Shapes:
         features: (B, D, H, W), (B, D, N) or (N, D), any strides, float32, bfloat16, float16 or

@@ -32,8 +32,7 @@ class BinaryCrossEntropy(BaseCrossEntropy):
         focal_gamma: γ at least 0 (Lin et al., Focal Loss, arXiv 1708.02002, Eq. 4). torchvision's
             sigmoid_focal_loss, with α, is (1 − α) times this loss with pos_weight α/(1 − α).
         ohem, ohem_kept, accuracy, ignore_index, align_corners, check_labels: as in `CrossEntropy`;
-            each label of each channel is an example. check_labels also raises an error if a batch
-            has the labels 0 and 255 alone, as masks of 0 and 255 that need `mask > 0`.
+            each label of each channel is an example.
 
     Shapes: logits (B, C, h, w), labels (B, C, H, W) of any size, or (B, H, W) if C = 1, of 0, 1 and
     ignore_index; integer or bool. (N, C), (B, C, N) and (B, C, d, h, w) are possible, too.

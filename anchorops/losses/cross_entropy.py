@@ -139,8 +139,9 @@ class CrossEntropy(BaseCrossEntropy):
         accuracy: add the share of correctly predicted pixels to `terms`.
         ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
         align_corners: of the upsampling, as in F.interpolate; the same as in the layer it replaces.
-        check_labels: raise an error if a label is neither a class nor ignore_index; this
-            synchronises with the device.
+        check_labels: raise an error if a label is neither a class nor ignore_index, or if labels of
+            two classes are 0 and 255 alone and 255 is ignored, as in masks of 0 and 255 that need
+            `mask > 0`; this synchronises with the device.
 
     Call it with (logits, labels, pixel_weights=None). pixel_weights is v, a floating-point tensor
     of the labels' shape; 1 if not given. A pixel of weight 0 adds nothing, even if its loss is ∞.

@@ -53,9 +53,8 @@ class PixelLoss(Initialized):
     that are neither a class nor ignore_index (with sigmoids: neither 0, 1 nor ignore_index), on
     this rank. These labels are ignored, so any number above 0 means that labels or arguments are
     wrong. `terms["labels_ignored"]` is the number of labels that are ignore_index, on this rank.
-
-    With sigmoids, check_labels also raises an error if a batch has the labels 0 and 255 alone, and
-    255 is ignored: it may be a mask of 0 and 255, which must be given as `mask > 0`.
+    If this is a large share of them, more than the void pixels of the data set, a class may be
+    stored as ignore_index: of masks of 0 and 255, the object. Then only the rest is learned.
     """
 
     settings: tuple[str, ...] = ()
