@@ -68,12 +68,17 @@ class Attachment:
                 were several.
             ValueError: the labels do not match the features.
         """
-        return self.regularizer(self._take_features(), labels, self.classifier)
+        return self._submodule(self._take_features(), labels, self.classifier)
 
     @property
     def terms(self) -> dict[str, Tensor]:
         """The weighted terms of the last loss, detached, still on their device."""
-        return self.regularizer.terms
+        return self._submodule.terms
+
+    @property
+    def _submodule(self) -> Any:
+        """The regulariser, or what a library put in its place: a trainable copy of peft."""
+        return getattr(self._parent, self._child, self.regularizer)
 
     @property
     def features(self) -> Tensor | None:

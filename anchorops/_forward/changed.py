@@ -14,7 +14,7 @@ import copyreg
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -176,8 +176,20 @@ def _changed_class(cls: type[nn.Module]) -> type[nn.Module]:
             make, args = _new, (cls,)
         return (make, args, *state)
 
+    def __prepare_scriptable__(self: nn.Module) -> NoReturn:  # torch.jit.script calls it
+        changes = ", ".join(getattr(self, "_forward_changes", ()))
+        raise RuntimeError(
+            f"torch.jit.script: {cls.__name__} after {changes} is no TorchScript: remove() the "
+            "handle first, or use torch.export or torch.jit.trace"
+        )
+
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    methods = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_original_class": cls}
+    methods = {
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+        "__prepare_scriptable__": __prepare_scriptable__,
+        "_original_class": cls,
+    }
     return type(cls)(cls.__name__, (cls,), names | methods)  # type: ignore[call-arg]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +157,7 @@ class Regularizer(Recomputable):
         self.process_group = group_name(name, process_group)
         self.terms: dict[str, Tensor] = {}
         self.attachment: Attached | None = None
+        self._frozen_told = False  # whether the warning of frozen parameters was given
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         """The statistics and the losses of this step; updates the state in training mode."""
@@ -197,6 +199,7 @@ class Regularizer(Recomputable):
     ) -> Tensor:
         self.check_initialized()
         self._check_inputs(features, labels, classifier)
+        self._warn_if_frozen()
         features = savable(features)
         self._count_forward()
         # There is no autocast for the device "meta".
@@ -218,6 +221,26 @@ class Regularizer(Recomputable):
             features, labels, self.num_classes, [request], self.ignore_index
         )
         return losses(self.reduce(moments, request))
+
+    def _warn_if_frozen(self) -> None:
+        if not self.training or self._frozen_told or torch.compiler.is_compiling():
+            return
+        parameters = [*self.parameters()]
+        if not parameters or any(parameter.requires_grad for parameter in parameters):
+            return
+        self._frozen_told = True
+        warnings.warn(
+            f"{type(self).__name__}: its parameters are frozen and do not learn. peft freezes all "
+            "parameters of a model: attach the method after get_peft_model, or name it in "
+            'modules_to_save=["regularizer"]',
+            stacklevel=3,
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            f"torch.jit.script: {type(self).__name__} is no TorchScript: detach() it from the "
+            "model, or use torch.export or torch.jit.trace"
+        )
 
     def reduce(self, moments: ClassMoments, request: Request) -> ClassMoments:
         """Reduce over the ranks. Statistics per image stay local: batches may differ in size."""
