@@ -28,19 +28,20 @@ FUSED = ("cpu", "triton")  # the backends of most operators, besides `reference`
 WITH_CUDA = (*FUSED, "cuda")  # of class keys, random groups and class moments
 # The functions that torch.onnx.export writes as standard operators: those of predictions.
 IN_ONNX = ("pixel_argmax", "confusion", "pixel_confusion")
-# Those for which a backend is selected. `class_moments` includes class_keys, which precede it.
-OPERATORS = (
-    "class_moments",
-    "split_groups",
-    "upsampled_sums",
-    "centroid_info_nce",
-    "softmax_moments",
-    "kth_largest",
-    "pixel_kl_divergence",
-    "pixel_argmax",
-    "confusion",
-    "probability_histograms",
-)
+# Those for which a backend is selected, and the backends that have them. `class_moments` includes
+# class_keys, which precede it.
+OPERATORS = {
+    "class_moments": WITH_CUDA,
+    "split_groups": WITH_CUDA,
+    "upsampled_sums": FUSED,
+    "centroid_info_nce": ("triton", "cuda"),
+    "softmax_moments": FUSED,
+    "kth_largest": ("cpu",),
+    "pixel_kl_divergence": FUSED,
+    "pixel_argmax": FUSED,
+    "confusion": FUSED,
+    "probability_histograms": ("cpu",),
+}
 NOT_AUTO = "ANCHOROPS_NOT_AUTO"
 # The major compute capability that cuda and triton need: our CUDA sources for asynchronous copies
 # and products of bfloat16, and so does Triton from 3.3 on.
@@ -240,8 +241,9 @@ excluded: dict[str, tuple[str, ...]] = dict.fromkeys(NAMES[:-1], ())
 
 def _exclude(function: str, backend: str, operators: Sequence[str]) -> None:
     check_choice(function, "backend", backend, tuple(excluded))
+    known = tuple(name for name, names in OPERATORS.items() if backend in names)
     for operator in operators:
-        check_choice(function, "operators", operator, OPERATORS)
+        check_choice(function, "operators", operator, known)
     excluded[backend] = tuple(dict.fromkeys((*excluded[backend], *operators)))
 
 
@@ -271,7 +273,7 @@ def exclude_from_auto(backend: str, *operators: str) -> None:
             of pixels), "upsampled_sums", "centroid_info_nce", "softmax_moments", "kth_largest",
             "pixel_kl_divergence", "pixel_argmax", "confusion" and "probability_histograms".
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, and for an operator that the backend does not have.
     """
     if not operators:
         fail("exclude_from_auto", "operators", "at least one name", "none")

@@ -814,7 +814,7 @@ def not_auto(rows: Sequence[Row]) -> list[str]:
 
     lines = [line(out | wrong)] if wrong else []
     for row in faults:
-        pairs = [(row.backend, part) for part in row.parts]
+        pairs = [(row.backend, part) for part in row.parts if row.backend in OPERATORS[part]]
         if wrong.isdisjoint(pairs):
             lines += [f"{line(out | wrong | {pair})}  # one of: {row.check}" for pair in pairs]
     return lines

@@ -461,6 +461,7 @@ def test_names_that_cannot_be_excluded():
         (("reference", "confusion"), ("backend", "'cuda' or .*", "'reference'")),
         (("cpu", "confusion", "dice"), ("operators", "'class_moments' or .*", "'dice'")),
         (("cpu", ["confusion"]), ("operators", ".*", r"\['confusion'\]")),
+        (("cuda", "softmax_moments"), ("operators", "'class_moments' or .*", "'softmax_moments'")),
         (("cpu",), ("operators", "at least one name", "none")),
     ):
         with pytest.raises(ValueError, match=message.format(*texts)):

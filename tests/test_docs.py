@@ -63,6 +63,7 @@ def test_snippet_runs(snippet: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     for package in (
         "lightning",
         "monai",
+        "peft",
         "segmentation_models_pytorch",
         "timm",
         "torchvision",
