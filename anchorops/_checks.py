@@ -247,8 +247,8 @@ def _fail_labels(function: str, labels: object, logits: Tensor) -> NoReturn:
 
 
 def flat_pos_weight(function: str, pos_weight: object) -> Tensor:
-    """[1] or [C], from numbers [C] in a tensor, an array or a sequence. Axes of length 1 may
-    follow."""
+    """[1] or [C], from numbers of one of the shapes [C], (C, 1, …) and (1, C, 1, 1, …), in a tensor,
+    an array or a sequence."""
     check_strided(function, "pos_weight", pos_weight)
     expected = "a number, or one for each channel"
     dtype = None if hasattr(pos_weight, "dtype") else torch.float32
@@ -256,7 +256,8 @@ def flat_pos_weight(function: str, pos_weight: object) -> Tensor:
         numbers = torch.as_tensor(pos_weight, dtype=dtype)
     except (TypeError, ValueError, RuntimeError):
         fail(function, "pos_weight", expected, describe(pos_weight))
-    if numbers.is_complex() or numbers.numel() != numbers.shape[:1].numel():
+    shape = numbers.shape[1:] if numbers.dim() > 3 and numbers.shape[0] == 1 else numbers.shape
+    if numbers.is_complex() or numbers.numel() != shape[:1].numel():
         fail(function, "pos_weight", expected, describe(pos_weight))
     return numbers.reshape(-1)
 

@@ -238,6 +238,7 @@ WHOLE = INTEGERS.float()
     [
         WHOLE.double(),
         WHOLE.view(3, 1, 1),
+        WHOLE.view(1, 3, 1, 1),
         WHOLE.tolist(),
         tuple(WHOLE.tolist()),
         WHOLE.numpy(),
@@ -255,7 +256,11 @@ def test_forms_of_pos_weight(form):
 
 
 @pytest.mark.parametrize(
-    "form", ["foo", [1.0, -1.0], [[1.0, 2.0]], torch.ones(2, 2), torch.ones(1, 2), torch.ones(3)]
+    "form",
+    [
+        *("foo", [1.0, -1.0], [[1.0, 2.0]], torch.ones(2, 2), torch.ones(3)),
+        *(torch.ones(1, 2), torch.ones(1, 2, 1), torch.ones(1, 1, 2, 1), torch.ones(2, 2, 1, 1)),
+    ],
 )
 def test_wrong_forms_of_pos_weight(form):
     z, y = torch.randn(2, 2, 4, 5), torch.randint(0, 2, (2, 2, 8, 10))

@@ -44,9 +44,9 @@ def pixel_binary_cross_entropy(
             or (B, C, d, h, w). float32, bfloat16, float16 or float64.
         labels: (B, C, H, W) of any size, or (B, H, W) if C = 1; of other logits their shape. 0, 1
             or ignored; any integer dtype, or bool.
-        pos_weight: a number of at least 0, or one for each channel: a tensor [C] or (C, 1, 1), on
-            the logits' device, without a gradient; or an array or a sequence, which is copied to
-            the device in each call.
+        pos_weight: a number of at least 0, or one for each channel: a tensor [C], (C, 1, 1) or
+            (1, C, 1, 1), on the logits' device, without a gradient; or an array or a sequence,
+            which is copied to the device in each call.
         ignore_index: the label to ignore, 255 by default; labels other than 0 and 1 are ignored,
             too.
         align_corners: of the upsampling, as in F.interpolate.

@@ -24,10 +24,10 @@ class BinaryCrossEntropy(BaseCrossEntropy):
     F.interpolate(logits.float(), …) and labels.float(), over the valid labels.
 
     Args:
-        pos_weight: a number of at least 0, or one for each channel: a tensor [C] or (C, 1, 1), an
-            array or a sequence, of which the module keeps a copy; 1 if not given. It weights the
-            positive labels, as in torch.nn.BCEWithLogitsLoss: the denominator remains the number
-            of labels.
+        pos_weight: a number of at least 0, or one for each channel: a tensor [C], (C, 1, 1) or
+            (1, C, 1, 1), an array or a sequence, of which the module keeps a copy; 1 if not given.
+            It weights the positive labels, as in torch.nn.BCEWithLogitsLoss: the denominator
+            remains the number of labels.
         label_smoothing: ε in [0, 1]: the target is 1 − ε/2 for positive labels, else ε/2.
         focal_gamma: γ at least 0 (Lin et al., Focal Loss, arXiv 1708.02002, Eq. 4). torchvision's
             sigmoid_focal_loss, with α, is (1 − α) times this loss with pos_weight α/(1 − α).

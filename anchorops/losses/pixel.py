@@ -201,7 +201,7 @@ class MomentsLoss(PixelLoss):
 
     def _register_weight(self, weight: object, name: str = "weight") -> None:
         """Register the buffer `name`: None or a copy [K], float32 (float64 if it was that). The
-        number `pos_weight` has the shape (1,), and axes of length 1 after the channels are left
+        number `pos_weight` has the shape (1,), and axes of length 1 beside the channels are left
         out."""
         function = type(self).__name__
         if weight is not None:
