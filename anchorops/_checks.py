@@ -247,8 +247,8 @@ def _fail_labels(function: str, labels: object, logits: Tensor) -> NoReturn:
 
 
 def flat_pos_weight(function: str, pos_weight: object) -> Tensor:
-    """[1] or [C], from numbers of one of the shapes [C], (C, 1, …) and (1, C, 1, 1, …), in a tensor,
-    an array or a sequence."""
+    """[1] or [C], from numbers [C], (C, 1, …) or (1, C, 1, 1, …) in a tensor, an array or a
+    sequence."""
     check_strided(function, "pos_weight", pos_weight)
     expected = "a number, or one for each channel"
     dtype = None if hasattr(pos_weight, "dtype") else torch.float32
