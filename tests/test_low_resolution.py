@@ -503,35 +503,49 @@ AFTER = {
     "to": lambda z, x: upsampled(z.bfloat16(), x.shape[2:]).to(torch.float32),
     "type as": lambda z, x: upsampled(z.bfloat16(), x.shape[2:]).type_as(x),
     "layout": lambda z, x: upsampled(z, x.shape[2:]).contiguous(memory_format=torch.channels_last),
-    "clone, in a dictionary": lambda z, x: {"out": upsampled(z, x.shape[2:]).clone().float()},
+    "clone, in a dictionary": lambda z, x: {"out": torch.clone(upsampled(z, x.shape[2:])).float()},
     "axes": lambda z, x: upsampled(z, x.shape[2:])[:, None].squeeze(1).unsqueeze(1)[:, 0],
+    "all of an axis": lambda z, x: upsampled(z, x.shape[2:])[..., : x.shape[2], :],
     "one class": lambda z, x: upsampled(z[:, :1], x.shape[2:]).squeeze(1),
     "one class, sizes": lambda z, x: upsampled(z[:, :1], (64, 64)).view(-1, 64, 64),
+    "one class, another": lambda z, x: upsampled(z[:, :1], scale_factor=4).reshape_as(x[:, 0]),
     "one class, flat": lambda z, x: upsampled(z[:, :1], x.shape[2:]).float().flatten(0, 1)[None],
 }
 
 
+@pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("after", AFTER)
-def test_what_commutes_with_the_upsampling_passes(after: str) -> None:
+def test_what_commutes_with_the_upsampling_passes(after: str, images: int) -> None:
     torch.manual_seed(0)
     model, (x, _) = Net(AFTER[after]), batch()
     for module in (model.norm, model.dropout):
         module.eval()
     plain = copy.deepcopy(model)
     ao.low_resolution(model, x)
+    x = x[:images]
     low, full = model(x), plain(x)
     low, full = (y["out"] if isinstance(y, dict) else y for y in (low, full))
     assert low.shape[-2:] == (16, 16)
     assert low.shape[:-2] == full.shape[:-2]
     assert low.dtype == full.dtype == torch.float32
-    again = upsampled(low.reshape(2, -1, 16, 16), full.shape[-2:]).reshape(full.shape)
+    again = upsampled(low.reshape(images, -1, 16, 16), full.shape[-2:]).reshape(full.shape)
     torch.testing.assert_close(again, full, rtol=1e-2, atol=2e-2)  # bfloat16 upsampled before
 
 
-def test_compiled_conversions_pass() -> None:
-    model, (x, _) = Net(AFTER["float"]), batch()
+def test_low_resolution_of_one_pixel() -> None:
+    def after(z: Tensor, x: Tensor) -> Tensor:
+        return upsampled(z.mean((2, 3), keepdim=True), (64, 64)).reshape(-1, K, 64, 64)
+
+    model, (x, _) = Net(after), batch()
     ao.low_resolution(model, x)
-    assert torch.compile(model, fullgraph=True, backend="eager")(x).shape[2:] == (16, 16)
+    assert model(x).shape == (2, K, 1, 1)
+
+
+@pytest.mark.parametrize("after", ["float", "axes", "one class, sizes"])
+def test_compiled_conversions_pass(after: str) -> None:
+    model, (x, _) = Net(AFTER[after]), batch()
+    ao.low_resolution(model, x)
+    assert torch.compile(model, fullgraph=True, backend="aot_eager")(x).shape[-2:] == (16, 16)
 
 
 @pytest.mark.parametrize(
@@ -541,8 +555,9 @@ def test_compiled_conversions_pass() -> None:
         (lambda z, x: upsampled(z, x.shape[2:]).float()[..., :8, :8], "__getitem__ outside"),
         (lambda z, x: upsampled(z, x.shape[2:]).long(), "Tensor.long outside"),
         (lambda z, x: upsampled(z, x.shape[2:]).flatten(2), "Tensor.flatten outside"),
+        (lambda z, x: upsampled(z, x.shape[2:])[:, :, [*range(63, -1, -1)]], "__getitem__ outside"),
     ],
-    ids=["softmax", "crop", "integers", "flattened"],
+    ids=["softmax", "crop", "integers", "flattened", "flipped"],
 )
 def test_advice_where_it_does_not_commute(after: Callable[..., Any], advice: str) -> None:
     model, (x, _) = Net(after), batch()

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import pytest
@@ -76,6 +77,15 @@ def test_modules_to_save(name: str) -> None:
     assert method.terms
     saved = peft.get_peft_model_state_dict(model)
     assert any("regularizer" in x for x in saved)
+
+
+def test_a_merged_model_keeps_its_method() -> None:
+    model: Any = with_lora(Net())
+    method = ao.attach(model.get_base_model(), ao.SAR(K, D))
+    gradients(model, method)
+    merged = model.merge_and_unload()
+    merged.zero_grad()
+    assert any(x.startswith("regularizer.") for x in gradients(merged, method))
 
 
 def test_a_method_without_parameters_tells_nothing() -> None:

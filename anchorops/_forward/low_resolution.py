@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -33,44 +34,48 @@ _UPSAMPLED = " of an upsampled tensor"
 _OF_GRAPH = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
 
 # Functions that may commute with upsampling: conversions, and views that may only add or remove
-# axes of length 1. Those of _WITH_SIZES name the sizes of their result.
+# axes of length 1.
 _CONVERSIONS = {torch.clone, Tensor.clone, Tensor.contiguous, Tensor.cpu, Tensor.cuda} | {
     getattr(Tensor, name)
     for name in ("float", "double", "half", "bfloat16", "to", "type", "type_as")
 }
-_VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten} | {
-    getattr(Tensor, name) for name in ("squeeze", "unsqueeze", "flatten", "__getitem__", "view_as")
+_VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten, torch.unflatten, torch.reshape} | {
+    *(Tensor.squeeze, Tensor.unsqueeze, Tensor.flatten, Tensor.unflatten, Tensor.__getitem__),
+    *(Tensor.reshape, Tensor.reshape_as, Tensor.view, Tensor.view_as),
 }
-_WITH_SIZES = {torch.reshape, Tensor.reshape, Tensor.view}
-_COMMUTING = _CONVERSIONS | _VIEWS | _WITH_SIZES
 
 
-def _long_axes(tensor: Tensor) -> list[int]:
+def _long_axes(shape: Sequence[int]) -> list[int]:
     """The lengths of the axes, without those of length 1."""
-    return [length for length in tensor.shape if length != 1]
+    return [length for length in shape if length != 1]
 
 
-def _commutes(func: Any, args: Any, upsampled: Tensor, result: object) -> bool:
+def _commutes(func: Any, args: Any, kwargs: Any, upsampled: Tensor, result: object) -> bool:
     """Whether this call of an upsampled tensor could precede the upsampling: it converts the
     tensor, or only adds or removes axes of length 1."""
-    return (
-        func in _COMMUTING
-        and isinstance(result, Tensor)
-        and len(args) > 0
-        and args[0] is upsampled
-        and result.is_floating_point()
-        and _long_axes(result) == _long_axes(upsampled)
-    )
+    if not isinstance(result, Tensor) or not result.is_floating_point():
+        return False
+    if (args[0] if args else kwargs.get("input")) is not upsampled:
+        return False
+    if func is Tensor.__getitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if not all(x is None or x is ... or type(x) in (int, slice) for x in index):
+            return False
+    same_elements = _long_axes(result.shape) == _long_axes(upsampled.shape)
+    return same_elements and (func in _CONVERSIONS or func in _VIEWS)
 
 
-def _with_low_sizes(low: Tensor, sizes: Any) -> Tensor | None:
-    """A tensor of low resolution in the shape that `sizes` name at full resolution, where only axes
-    of length 1 are added or removed; None where others are."""
-    if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
-        sizes = sizes[0]
-    lengths = iter(_long_axes(low))
-    shape = [1 if size == 1 else next(lengths, 0) for size in sizes]
-    return None if 0 in shape or next(lengths, None) is not None else low.reshape(shape)
+def _full_shape(args: Any, kwargs: Any, source: Tensor) -> list[int]:
+    """The shape of the result of this call of F.interpolate."""
+    options = dict(zip(("input", "size", "scale_factor"), args, strict=False)) | kwargs
+    sizes = source.shape[2:]
+    if (size := options.get("size")) is not None:
+        full = size if isinstance(size, list | tuple) else [size] * len(sizes)
+    else:
+        scale = options["scale_factor"]
+        scales = scale if isinstance(scale, list | tuple) else [scale] * len(sizes)
+        full = [math.floor(n * factor) for n, factor in zip(sizes, scales, strict=True)]
+    return [*source.shape[:2], *full]
 
 
 class _Upsampling:
@@ -151,7 +156,7 @@ class _Watch(TorchFunctionMode):
         for tensor in made:
             self._makers[id(tensor)] = (weakref.ref(tensor), _name(func), bool(sources))
         for up, upsampled in sources:
-            if _commutes(func, args, upsampled, result):
+            if _commutes(func, args, kwargs, upsampled, result):
                 up.results.append((result, version(result)))
             else:
                 up.readers.append(_name(func))
@@ -175,11 +180,36 @@ class _Plan:
     align_corners: bool
 
 
+class _Low(NamedTuple):
+    """A tensor of low resolution, the version of its memory when it was made, and the shape that it
+    would have at full resolution."""
+
+    tensor: Tensor
+    version: int
+    full_shape: list[int]
+
+    def view(self, func: Any, args: Any, kwargs: Any) -> _Low | None:
+        """The result of a function of _VIEWS, or None if it does not commute with upsampling. It is
+        called with a tensor of full resolution without memory."""
+        full = torch.empty(self.full_shape, device="meta")
+        if args:
+            args = (full, *args[1:])
+        else:
+            kwargs = kwargs | {"input": full}
+        result = func(*args, **kwargs)
+        if not _commutes(func, args, kwargs, full, result):
+            return None
+        lengths = [low for low, n in zip(self.tensor.shape, self.full_shape, strict=True) if n != 1]
+        shape = [1 if n == 1 else lengths.pop(0) for n in result.shape]
+        low = self.tensor.reshape(shape)
+        return _Low(low, version(low), [*result.shape])
+
+
 class _Skipped(NamedTuple):
     """What a skipped call returned, a view of its input, and what was made of it by functions that
-    commute with upsampling; each with the version of its memory then."""
+    commute with upsampling."""
 
-    results: list[tuple[Tensor, int]]
+    results: list[_Low]
 
 
 class _Skip(TorchFunctionMode):
@@ -203,29 +233,32 @@ class _Skip(TorchFunctionMode):
                 if objection := _objection(kwargs):
                     _fail(self.model, f"the upsampling has {objection}")
             result = source.view_as(source) if skipped else func(*args, **kwargs)
-            self.calls.append(_Skipped([(result, version(source))]) if skipped else None)
+            if skipped:
+                low = _Low(result, version(source), _full_shape(args, kwargs, source))
+            self.calls.append(_Skipped([low]) if skipped else None)
             return result
         skipped_calls = [call for call in self.calls if call is not None]
-        if skipped_calls and func in _WITH_SIZES and args and not kwargs:
+        if func in _VIEWS:
+            first = args[0] if args else kwargs.get("input")
             for call in skipped_calls:
-                if any(args[0] is low for low, _ in call.results):
-                    return self._reshaped(call, args[0], args[1:], func)
+                for low in call.results:
+                    if low.tensor is first:
+                        return self._add(call, low.view(func, args, kwargs), func).tensor
         result = func(*args, **kwargs)
         for call in skipped_calls:
-            for low, _ in call.results:
-                if _reads(func, args, kwargs, result, [low]):
-                    if not _commutes(func, args, low, result):
-                        _fail(self.model, f"{_name(func)} reads the upsampled tensor")
-                    call.results.append((result, version(result)))
+            for low in call.results:
+                if _reads(func, args, kwargs, result, [low.tensor]):
+                    commutes = _commutes(func, args, kwargs, low.tensor, result)
+                    made = _Low(result, version(result), low.full_shape) if commutes else None
+                    self._add(call, made, func)
                     break
         return result
 
-    def _reshaped(self, call: _Skipped, low: Tensor, sizes: Any, func: Any) -> Tensor:
-        result = _with_low_sizes(low, sizes)
-        if result is None:
+    def _add(self, call: _Skipped, made: _Low | None, func: Any) -> _Low:
+        if made is None:
             _fail(self.model, f"{_name(func)} reads the upsampled tensor")
-        call.results.append((result, version(result)))
-        return result
+        call.results.append(made)
+        return made
 
 
 def _fail(model: str, why: str) -> NoReturn:
@@ -254,9 +287,9 @@ class _Plans:
         for number in plan.returned:
             call = calls[number]
             results = [] if call is None else call.results
-            if not any(tensor is low for tensor in outputs for low, _ in results):
+            if not any(tensor is low.tensor for tensor in outputs for low in results):
                 _fail(model, "the output is not the input of the last upsampling")
-            if any(version(low) != before for low, before in results):
+            if any(version(low.tensor) != low.version for low in results):
                 _fail(model, "the logits are changed in place after the upsampling")
         return output
 

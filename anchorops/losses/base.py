@@ -134,6 +134,7 @@ class Regularizer(Recomputable):
     replaces_classifier = False
     has_state = False  # whether it has buffers that a training forward updates
     step: Tensor
+    _frozen_told = False  # whether the warning of frozen parameters was given
 
     def __init__(
         self,
@@ -157,7 +158,6 @@ class Regularizer(Recomputable):
         self.process_group = group_name(name, process_group)
         self.terms: dict[str, Tensor] = {}
         self.attachment: Attached | None = None
-        self._frozen_told = False  # whether the warning of frozen parameters was given
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         """The statistics and the losses of this step; updates the state in training mode."""
