@@ -694,8 +694,8 @@ PREDICTIONS = (
     Mutant(
         "true negatives of a sigmoid",
         "anchorops/_ops/confusion.py",
-        "torch.diag_embed((counts - hits).flip(-1)).flip(-2)",
-        "torch.diag_embed(counts - hits).flip(-2)",
+        "negative = torch.stack([hits[:, 0], misses[:, 0]], -1)",
+        "negative = torch.stack([hits[:, 0], misses[:, 1]], -1)",
         SIGMOIDS,
     ),
     Mutant(
@@ -1016,7 +1016,7 @@ PLUMBING = (
     ),
     Mutant(
         "state that a recomputation updates",
-        "anchorops/losses/base.py",
+        "anchorops/losses/recomputation.py",
         "if not self.training or recomputing():\n            return False",
         "if not self.training:\n            return False",
         METHODS,
