@@ -17,7 +17,7 @@ ABI_TORCHES ?= 2.10 2.11 2.13
 # of make check-torch: those of docs/stability.md
 TORCH ?= 2.10.0 2.12.1 2.14.1 2.15.0
 
-.PHONY: setup test check-torch check-nnunet check-ultralytics proofs stress demo bench counted-memory kernels-report cuda-report lint format docs package check-abi clean
+.PHONY: setup test check-torch check-nnunet check-ultralytics proofs stress demo bench counted-memory kernels-report lint format docs package check-abi clean
 release_of_nnunet = nnunetv2==2.8.1
 release_of_ultralytics = ultralytics==8.4.190
 # or make would delete the environments that it made on the way
@@ -88,9 +88,6 @@ counted-memory: setup
 
 kernels-report: setup
 	$(BIN)/python bench/kernels_report.py
-
-cuda-report: setup
-	$(BIN)/python bench/cuda_report.py
 
 lint: setup
 	$(BIN)/ruff check

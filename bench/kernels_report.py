@@ -4,9 +4,6 @@ The launchers are called with tensors on the meta device and a driver that names
 compiles what it would launch there, and the table is read off the machine code. Its columns:
 - stack: bytes of a thread for spilled registers, on AMD GPUs its scratch memory;
 - shared: bytes of a program;
-- per 512 bytes: instructions of a warp for each 512 bytes of features that it loads (of the
-  gradient that it stores, if nothing is loaded), on the shortest path of the hot loop. On an H200,
-  110 instructions take as long as the memory;
 - seconds: the processor's time for compiling it, ptxas included. On a GPU about half a second of
   gcc is added for the launcher.
 The report fails on spills, and if users would wait too long for the first step of a loss: SECONDS
@@ -14,27 +11,49 @@ for the kernels of one variant, OF_CROSS_ENTROPY for those of plain cross-entrop
 """
 
 import argparse
+import math
 import os
+import random
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise, repeat
+from functools import partial
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import triton
-from kernel_variants import jobs, native_sizes
-from machine_code import LOADS, blocks_of, distances, loop_through, tool
 from markdown_table import markdown_table
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+from anchorops._moments import GRADIENTS, Options
+from anchorops.kernels import (
+    centroid_info_nce,
+    centroid_info_nce_backward,
+    class_keys,
+    class_moments,
+    class_moments_backward,
+    confusion,
+    pixel_argmax,
+    pixel_kl_divergence,
+    pixel_kl_divergence_backward,
+    softmax_moments,
+    softmax_moments_backward,
+    split_groups,
+    upsampled_sums,
+    upsampled_sums_backward,
+)
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),  # A100
     "sm_86": GPUTarget("cuda", 86, 32),  # RTX 30
@@ -45,13 +64,235 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),  # MI300
 }
 SECONDS, OF_CROSS_ENTROPY = 12, 4
-# Kernel -> instructions that the path must contain, in this order.
-PATHS = {
-    "_sorted_pixels_kernel": [r"LDG\.E(?!\.EL)"],  # all the others are evicted last
-    "_one_key_kernel": [LOADS],
-    "_several_keys_kernel": [LOADS, r"MMA"],
-    "_class_moments_bwd_kernel": [r"STG"],
-}
+
+
+class MomentsVariant(NamedTuple):
+    dtype: torch.dtype
+    layout: str
+    anchors: bool
+
+    def __str__(self) -> str:
+        extra = " + anchors" * self.anchors
+        return f"{str(self.dtype).removeprefix('torch.')} {self.layout}: sums{extra}"
+
+
+MANY = 16_381  # classes, sorted by key; like 19 not a multiple of 16, for Triton's constants
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+QUICK = [
+    MomentsVariant(BF16, "NCHW", True),
+    MomentsVariant(BF16, "NHWC", True),
+    MomentsVariant(FP32, "NCHW", True),
+    MomentsVariant(FP16, "cropped", True),
+]
+
+
+def moments_variants() -> Iterator[MomentsVariant]:
+    for dtype in (BF16, FP16, FP32):
+        for layout in ("NCHW", "NHWC", "cropped"):
+            for anchors in (False, True):
+                yield MomentsVariant(dtype, layout, anchors)
+
+
+def launch_info_nce(groups: int, with_positives: bool) -> None:
+    """Both directions of centroid InfoNCE, K = 150, D = 768. The positives are given, or the
+    keys."""
+    queries, keys = (torch.empty((n, 768), device="meta") for n in (150 * groups, 150))
+    positives = torch.empty_like(queries) if with_positives else None
+    present = torch.empty(len(queries), dtype=torch.bool, device="meta")
+    inputs = queries, keys, positives, present, None
+    losses, lse = centroid_info_nce.centroid_info_nce(*inputs, 0.07)
+    backward = centroid_info_nce_backward.centroid_info_nce_backward
+    backward(losses, *inputs, losses, lse, 0.07)
+
+
+def launch_moments(variant: MomentsVariant, classes: int) -> None:
+    """Everything that class moments launch, at the HRNet shape."""
+    batch, dim, height, width = 8, 720, 128, 256
+    size = (batch, dim, height, width)
+    features = torch.empty(size, dtype=variant.dtype, device="meta")
+    if variant.layout == "NHWC":
+        features = features.contiguous(memory_format=torch.channels_last)
+    elif variant.layout == "cropped":
+        features = features.new_empty((batch, dim, height + 2, width + 2))[:, :, 1:-1, 1:-1]
+    labels = torch.empty((batch, 512, 1024), dtype=torch.uint8, device="meta")
+    keys, _ = class_keys.class_keys(labels, height, width, classes, False, 255)
+    anchors = torch.empty((classes, dim), device="meta") if variant.anchors else None
+    sums, sqdists = class_moments.class_moments(features, keys, anchors, classes, 1, True)
+    class_moments_backward.class_moments_backward(
+        features if variant.anchors else None,
+        keys,
+        anchors,
+        sums,
+        sqdists if variant.anchors else None,
+        1,
+        list(size),
+        list(torch.empty_like(features).stride()),
+        variant.dtype,
+    )
+
+
+def launch_groups() -> None:
+    """Everything that random groups launch."""
+    keys = torch.empty((8, 128 * 256), dtype=torch.int32, device="meta")
+    counts, seed = (torch.empty(n, dtype=torch.int64, device="meta") for n in (19, 1))
+    split_groups.split_groups(keys, counts, seed, 2)
+
+
+def launch_upsampled(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Sums of upsampled features and their gradient, as in CeCo at the HRNet shape."""
+    features = torch.empty((8, 128, 128, 256), dtype=dtype, device="meta", memory_format=layout)
+    keys = torch.empty((8, 512, 1024), dtype=torch.uint8, device="meta")
+    sums, mean, variance = upsampled_sums.upsampled_sums(features, keys, 19, 19)
+    for moments in ((mean, variance), (None, None)):
+        upsampled_sums_backward.upsampled_sums_backward(features, keys, sums, mean, *moments, 19)
+
+
+class PixelVariant(NamedTuple):
+    """Upsampled logits; with `dice` masses, squares, hits and all gradients, otherwise only the
+    cross-entropy. `shaped`: with label smoothing, a focal factor, a smallest loss, pixel weights.
+    `dice` and `shaped` also count the labels outside, as the modules do."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    labels: tuple[int, int]
+    align_corners: bool
+    dice: bool
+    shaped: str = ""
+
+    def __str__(self) -> str:
+        what = "masses, squares, hits, maps" if self.dice else "cross-entropy"
+        what += f" with {self.shaped}" if self.shaped else ""
+        corners = ", corners aligned" if self.align_corners else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype}: {self.size} to {self.labels}{corners}, {what}"
+
+
+# Channels last are copied, and other numbers of classes give the same code.
+ADE20K, DEEPLAB, FEW = (16, 150, 128, 128), (16, 21, 65, 65), (16, 21, 8, 8)
+EVERYTHING = "smoothing, focal factor, smallest loss, pixel weights"
+QUICK_PIXELS = [
+    PixelVariant(BF16, ADE20K, (512, 512), False, False),
+    PixelVariant(BF16, ADE20K, (512, 512), False, False, EVERYTHING),
+]
+PIXELS = [
+    *QUICK_PIXELS,
+    PixelVariant(BF16, ADE20K, (512, 512), False, True),
+    PixelVariant(FP32, DEEPLAB, (513, 513), True, True),
+    PixelVariant(FP16, DEEPLAB, (513, 513), False, False),
+    PixelVariant(BF16, ADE20K, (512, 512), True, False),  # cells of 4 or 5 pixels
+    PixelVariant(BF16, FEW, (512, 512), False, True),  # 64 pixels for each logit
+    PixelVariant(BF16, (16, 21, 64, 4096), (64, 4096), False, True),  # not upsampled
+    PixelVariant(BF16, ADE20K, (512, 512), False, False, "smoothing"),
+    PixelVariant(BF16, ADE20K, (512, 512), False, False, "focal factor"),
+    PixelVariant(FP32, DEEPLAB, (513, 513), True, False, "smallest loss"),
+    PixelVariant(BF16, ADE20K, (512, 512), False, False, "pixel weights"),
+    PixelVariant(BF16, ADE20K, (512, 512), False, True, EVERYTHING),
+    PixelVariant(FP32, DEEPLAB, (513, 513), True, True, EVERYTHING),
+    PixelVariant(BF16, (16, 21, 64, 4096), (64, 4096), False, False, EVERYTHING),
+]
+
+
+def launch_pixels(variant: PixelVariant) -> None:
+    """Everything that softmax moments, argmax and confusion launch."""
+    logits = torch.empty(variant.size, dtype=variant.dtype, device="meta")
+    labels = torch.empty((variant.size[0], *variant.labels), dtype=torch.uint8, device="meta")
+    dice, align_corners = variant.dice, variant.align_corners
+    smooth = torch.empty((2, variant.size[1]), device="meta")
+    weights = torch.empty(labels.shape, device="meta")
+    options = Options(
+        smoothing=smooth if "smoothing" in variant.shaped else None,
+        pixel_weights=weights if "weights" in variant.shaped else None,
+        min_loss=1.0 if "smallest" in variant.shaped else -math.inf,
+        focal_gamma=2.0 if "focal" in variant.shaped else 0.0,
+        align_corners=align_corners,
+        hits=dice,
+        masses=dice,
+        squares=dice,
+        pixel_losses=dice,
+        lse=True,
+        outside=dice or variant.shaped != "",
+    )
+    moments = softmax_moments.softmax_moments(logits, labels, options)
+    gradients = {f"d{name}": moments.get(name) for name in GRADIENTS}
+    softmax_moments_backward.softmax_moments_backward(
+        logits, labels, moments["lse"], **gradients, options=options
+    )
+    if dice:
+        predictions = pixel_argmax.pixel_argmax(logits, *variant.labels, align_corners, torch.int64)
+        confusion.confusion(predictions, labels, variant.size[1], 255)
+
+
+class DivergenceVariant(NamedTuple):
+    """Logits of student and teacher; with `maps` a mask, and a gradient of each pixel."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    teacher: tuple[int, ...]
+    labels: tuple[int, int]
+    align_corners: bool
+    maps: bool
+
+    def __str__(self) -> str:
+        what = "mask, divergence of each pixel" if self.maps else "sum of all pixels"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype}: {self.size} and {self.teacher} to {self.labels}, {what}"
+
+
+QUICK_DIVERGENCES = [DivergenceVariant(BF16, ADE20K, ADE20K, (512, 512), False, False)]
+DIVERGENCES = [
+    *QUICK_DIVERGENCES,
+    DivergenceVariant(FP32, ADE20K, (16, 150, 64, 64), (512, 512), False, True),
+    DivergenceVariant(FP16, DEEPLAB, DEEPLAB, (513, 513), True, True),
+    DivergenceVariant(BF16, ADE20K, ADE20K, (128, 128), False, True),
+    DivergenceVariant(BF16, FEW, DEEPLAB, (512, 512), False, False),
+]
+
+
+def launch_divergence(variant: DivergenceVariant) -> None:
+    logits = torch.empty(variant.size, dtype=variant.dtype, device="meta")
+    teacher = torch.empty(variant.teacher, dtype=variant.dtype, device="meta")
+    valid = torch.empty((variant.size[0], *variant.labels), dtype=torch.bool, device="meta")
+    inputs = logits, teacher, valid if variant.maps else None
+    options = 2.0, variant.align_corners
+    total, divergences, lse, teacher_lse = pixel_kl_divergence.pixel_kl_divergence(
+        *inputs, *variant.labels, *options, variant.maps, True
+    )
+    gradients = (None, divergences) if variant.maps else (total, None)
+    pixel_kl_divergence_backward.pixel_kl_divergence_backward(
+        *inputs, lse, teacher_lse, *gradients, *options
+    )
+
+
+def native_sizes(stride: int) -> Iterator[Callable[[], None]]:
+    """Both directions of cross-entropy, of a batch of each of 40 sizes, with a network that gives a
+    logit for stride² pixels."""
+    sizes = random.Random(0)
+    for _ in range(40):
+        labels = sizes.randint(200, 1000), sizes.randint(200, 1000)
+        low = (math.ceil(n / stride) for n in labels)
+        variant = PixelVariant(BF16, (2, 21, *low), labels, False, False)
+        yield partial(launch_pixels, variant)
+
+
+def jobs(quick: bool) -> list[tuple[Any, ...]]:
+    """Launcher, title of the variant, arguments of the launcher."""
+    launches: list[tuple[Any, ...]] = [
+        (launch_moments, f"{variant}, {classes} classes", variant, classes)
+        for variant in (QUICK if quick else moments_variants())
+        for classes in (19, MANY)
+    ]
+    launches.append((launch_info_nce, "the positives are the keys", 1, False))
+    launches.append((launch_info_nce, "two queries of a class, with positives", 2, True))
+    for pixels in QUICK_PIXELS if quick else PIXELS:
+        launches.append((launch_pixels, str(pixels), pixels))
+    for divergence in QUICK_DIVERGENCES if quick else DIVERGENCES:
+        launches.append((launch_divergence, str(divergence), divergence))
+    for dtype in (BF16,) if quick else (BF16, FP16, FP32):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            title = f"upsampled sums: {str(dtype).removeprefix('torch.')}, {layout}"
+            launches.append((launch_upsampled, title, dtype, layout))
+    launches.append((launch_groups, "any number of groups"))
+    return launches
 
 
 class Driver(NamedTuple):
@@ -117,54 +358,26 @@ def variants(name: str, calls: Iterable[Callable[[], object]]) -> dict[str, int]
     return {kernel: len(variants) for kernel, variants in keys.items()}
 
 
-def instructions_per_512_bytes(kernel: str, sass: str) -> float:
-    """On the shortest path of the hot loop, or of the whole kernel if there is no loop."""
-    blocks = blocks_of(sass)
-
-    def holding(pattern: str) -> list[int]:
-        return [i for i, block in enumerate(blocks) if block.count(pattern)]
-
-    first, *others = PATHS[kernel]
-    pattern = LOADS if holding(LOADS) else first
-    best = float("inf")
-    for start in holding(first):
-        stops = [start, *(max(holding(other)) for other in others)]
-        if start in distances(blocks, start):
-            length = loop_through(blocks, list(dict.fromkeys(stops)))
-        else:
-            way = list(dict.fromkeys([0, *stops]))
-            legs = (distances(blocks, a).get(b, float("inf")) for a, b in pairwise(way))
-            length = sum(legs) + len(blocks[way[-1]].instructions)
-        block = blocks[start] if blocks[start].count(pattern) else blocks[min(holding(pattern))]
-        accesses = [x for x in block.instructions if re.search(pattern, x)]
-        widths = (re.search(r"(?:LDG|STG)\S*?\.U?(128|64|16|8)(?![\w])", x) for x in accesses)
-        loaded = sum(int(width[1] if width else 32) // 8 for width in widths)
-        best = min(best, length * 16 / loaded)
-    return best
-
-
 class Row(NamedTuple):
     registers: int
     stack: int
     shared: int
-    per_512_bytes: float | None
     seconds: float
 
 
 def measure(kernel: Any, seconds: float) -> Row:
-    name, shared = kernel.metadata.name, kernel.metadata.shared
+    shared = kernel.metadata.shared
     if "amdgcn" in kernel.asm:
         counts = dict(re.findall(r"\.(\w+):\s+(\d+)", kernel.asm["amdgcn"]))
         # scalar registers spill into vector registers, and are not counted
         stack = int(counts["private_segment_fixed_size"])
-        return Row(int(counts["vgpr_count"]), stack, shared, None, seconds)
+        return Row(int(counts["vgpr_count"]), stack, shared, seconds)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
-        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = tool("nvdisasm", "-c", file.name) if name in PATHS else ""
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
-    of_512_bytes = instructions_per_512_bytes(name, sass) if sass else None
-    return Row(registers, stack, shared, of_512_bytes, seconds)
+    return Row(registers, stack, shared, seconds)
 
 
 COLUMNS = ("GPU", "kernel", "variant", *Row._fields)
@@ -213,8 +426,7 @@ def main() -> None:
         faults += faults_of(name, rows)
         for kernel, variant, row in rows:
             *counts, seconds = row
-            figures = ("" if x is None else round(x) for x in counts)
-            lines.append((name, kernel, variant, *figures, f"{seconds:.1f}"))
+            lines.append((name, kernel, variant, *counts, f"{seconds:.1f}"))
     print(markdown_table(COLUMNS, lines, words=(0, 1, 2)))
     for stride in (4, 8):
         print(

@@ -1,9 +1,8 @@
-"""The benchmarks: counted bytes, rows, plots, and that gpu.sh runs."""
+"""The benchmarks: counted bytes, rows, plots."""
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -234,124 +233,6 @@ def test_disturbed_machine_is_refused(monkeypatch, tmp_path):
     rows = [{"name": "quiet", "others": 0.1}, {"name": "slow", "others": 0.3}, {"others": None}]
     (tmp_path / "rows.json").write_text(json.dumps({"operators": rows}))
     assert bench.disturbed(tmp_path / "rows.json") == ["operators: slow"]
-
-
-def test_gpu_script():
-    script = ROOT / "bench/gpu.sh"
-    answer = subprocess.run(["bash", script, "--help"], text=True, capture_output=True)
-    assert answer.returncode == 2
-    assert "bench/gpu.sh [--out DIR] [--wheels DIR] [--dry-run] [first|" in answer.stdout
-    if shutil.which("shellcheck"):
-        answer = subprocess.run(["shellcheck", script], text=True, capture_output=True)
-        assert answer.returncode == 0, answer.stdout
-
-
-@pytest.mark.parametrize("where", ["dry run", "GPU", "GPU without a sanitizer"])
-def test_gpu_script_records(tmp_path, where):
-    """With a replacement for Python: failed parts are counted, impossible parts are skipped, and
-    each call fits into ten minutes."""
-    stand_ins = {
-        "python": """#!/bin/sh
-case "$*" in
-*find_spec*matplotlib*) echo tyro timm ;;
-*largest*) echo a_kernel ;;
-*bench/bench_losses.py*--rows*) exit 3 ;;
-esac
-""",
-        "compute-sanitizer": "#!/bin/sh\n",
-        "ncu": "#!/bin/sh\necho profiled: $*\n",
-    }
-    if where == "GPU without a sanitizer":
-        stand_ins["compute-sanitizer"] += "echo ========= Device not supported\nexit 99\n"
-    for name, script in stand_ins.items():
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
-    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
-    command = ["bash", ROOT / "bench/gpu.sh", "--out", tmp_path / "out"]
-    answer = subprocess.run(
-        [*command, "--dry-run"] if where == "dry run" else command,
-        env=os.environ | path,
-        text=True,
-        capture_output=True,
-    )
-    assert answer.returncode == 1, answer.stdout + answer.stderr
-    assert "training_step: left out: not installed: tyro timm" in answer.stdout
-    lines = (tmp_path / "out/summary.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["part"] != "build"]
-    parts = {row["part"]: row["exit"] for row in rows}
-    expected = [
-        *("values", "bandwidth", "cuda_tests", "cuda_kernels", "ncu"),
-        *(("memcheck", "racecheck", "synccheck") if where == "GPU" else ("sanitizer",)),
-        *("compilation", "triton_kernels", "triton_tests", "compiled_step"),
-        *("bench", "training_step", "training_program"),
-    ]
-    assert list(parts) == expected
-    assert parts["bench"] == "3"
-    absent = {name for name, status in parts.items() if status == "absent"}
-    impossible = {"sanitizer"} if where == "GPU without a sanitizer" else set()
-    assert absent == {"training_step", "training_program"} | impossible
-    if impossible:
-        assert "sanitizer: left out: exit 99: ========= Device not supported" in answer.stdout
-    if where != "dry run":
-        assert "--kernel-name regex:a_kernel" in answer.stdout
-        for call in ("first", "second", "third"):
-            assert sum(row["limit"] for row in rows if row["call"] == call) <= 570
-    log = (tmp_path / "out/log.txt").read_text()
-    assert all(f"{name}: exit" in log or f"{name}: left out" in log for name in expected)
-    assert len(list((tmp_path / "out").iterdir())) <= 8
-
-
-def test_gpu_script_needs_torch(tmp_path):
-    command = ["bash", ROOT / "bench/gpu.sh", "--out", tmp_path]
-    environment = os.environ | {"PYTHON": "false"}
-    answer = subprocess.run(command, env=environment, text=True, capture_output=True)
-    assert answer.returncode == 2
-    assert "false does not import torch: set PYTHON" in answer.stdout
-
-
-def test_gpu_script_runs_one_call(tmp_path):
-    command = ["bash", ROOT / "bench/gpu.sh", "--dry-run", "--out", tmp_path, "second"]
-    environment = os.environ | {"PYTHON": "true"}
-    answer = subprocess.run(command, env=environment, text=True, capture_output=True)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    rows = [json.loads(row) for row in (tmp_path / "summary.jsonl").read_text().splitlines()]
-    assert {row["call"] for row in rows} == {"second"}
-
-
-def test_gpu_kernels(tmp_path):
-    """Values and bandwidths on the CPU, and which kernels take longest."""
-    rows = tmp_path / "rows.jsonl"
-    for part in ("values", "bandwidth"):
-        command = [sys.executable, "bench/gpu_kernels.py", part, "--tiny", "--rows", rows]
-        answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-        assert answer.returncode == 0, answer.stderr
-    _, *checks, speed = map(json.loads, rows.read_text().splitlines())
-    assert {row["check"] for row in checks} == {"sums", "sqdists", "cross-entropy", "its gradient"}
-    assert all(row["right"] for row in checks) and speed["copy_gbps"] > 0
-    times = {
-        "void anchorops::cuda::(anonymous namespace)::b_kernel<float, 3>(float*)": 2.0,
-        "_a_kernel": 3.0,
-        "void at::native::elementwise_kernel<4>(int)": 9.0,
-        "Memset (Device)": 9.0,
-    }
-    rows.write_text(json.dumps({"kernels": times}) + "\n" + json.dumps({"copy_gbps": 1}) + "\n")
-    command = [sys.executable, "bench/gpu_kernels.py", "largest", "--rows", rows]
-    answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert answer.stdout == "^(_a_kernel|b_kernel)$\n", answer.stderr
-
-
-def test_roofline():
-    """The larger of two times, and the launches; the bytes are those of the benchmarks."""
-    model = pytest.importorskip("time_model")
-    gpu = model.GPU("", copy_bandwidth=1e12, multiprocessors=100, clock=1e9)
-    assert gpu.instructions == 4e11
-    by_bytes, by_instructions = model.Pass(10**8, 2, 1e6), model.Pass(10**8, 0, 8e7)
-    assert by_bytes.seconds(gpu) == pytest.approx(100e-6 + 2 * model.LAUNCH)
-    assert by_instructions.seconds(gpu) == pytest.approx(200e-6)
-    features = torch.empty(8, 720, 128, 256, dtype=torch.bfloat16, device="meta")
-    forward, backward = (model.class_moments(features, 19, x) for x in ("forward", "backward"))
-    assert forward.bytes == moments_bytes(features, 19, "forward", sqdists=True)
-    assert forward.bytes + backward.bytes == pytest.approx(3 * features.nbytes, rel=0.01)
 
 
 def test_doctor_benchmark(capsys, monkeypatch):

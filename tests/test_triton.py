@@ -40,8 +40,7 @@ def test_some_kernels():
 def test_sizes_share_variants(stride: int):
     """Images are evaluated, and some are trained, in their own sizes. Each variant takes seconds to
     compile."""
-    from kernel_variants import native_sizes
-    from kernels_report import variants
+    from kernels_report import native_sizes, variants
 
     found = variants("sm_90", native_sizes(stride))
     assert found["_softmax_moments_kernel"] <= 3

@@ -12,14 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_report import LIBRARY as CUDA_LIBRARY
-from cuda_report import readable
 from emulator import LIBRARY as EMULATED_LIBRARY
 from emulator import controls
 from torch.profiler import ProfilerActivity, profile
 
+from anchorops._backend import CUDA_LIBRARY
+
 SOURCES = Path(__file__).parents[2] / "csrc"
 KERNEL = re.compile(r"__global__[^;{]*?(\w+_kernel)\(")
+
+
+def readable(names: list[str]) -> list[str]:
+    """Of C++ functions, without result, namespaces and arguments."""
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
+    ).stdout
+    text = re.sub(r"\(anonymous namespace\)::|\b(anchorops|cuda|c10)::", "", text)
+    return [line.removeprefix("void ").partition("(")[0] for line in text.splitlines()]
 
 
 @cache
