@@ -1,5 +1,6 @@
 """The benchmarks: counted bytes, rows, plots."""
 
+import importlib
 import json
 import os
 import re
@@ -307,6 +308,20 @@ def test_rows_of_export(tmp_path):
     ways = [row["way"] for row in run["export"] if row["dtype"] == "float16"]
     assert ways[:3] == ["anchorops", "torch", "SciPy"]
     assert all(row["differ"] < 1e-2 for row in run["export"])
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_counted_windows(align_corners: bool):
+    """Equal for one window, and of several that begin at multiples of the output stride almost."""
+    for package in ("monai", "segmentation_models_pytorch", "tyro"):
+        pytest.importorskip(package, reason="it is not installed")
+    windows = importlib.import_module("counted_windows")
+    logits = windows.smooth_noise()
+    for images, most in ((logits[..., :128, :128], 1e-5), (logits, 0.1 if align_corners else 0.01)):
+        network = torch.nn.AvgPool2d(4)
+        full, low = windows.stitched(network, images, align_corners, overlap=0.5, mode="constant")
+        assert full.shape == low.shape == (4, *images.shape[2:])
+        assert (full != low).double().mean() <= most
 
 
 def test_trained_logits():
