@@ -341,7 +341,7 @@ def test_attach_beside() -> None:
         (lambda z, x: upsampled(z, x.shape[2:]).relu_(), "a result that is changed in place"),
         (  # the size is a value of the upsampled tensor
             lambda z, x: (y := upsampled(z, x.shape[2:]), F.interpolate(z[:, :1], y.shape[2:])),
-            r"\[0\]: a result that torch.Tensor.shape.__get__ also reads",
+            "shape.__get__ also reads \\(take the size from the model's input\\)",
         ),
         (
             lambda z, x: (upsampled(z, x.shape[2:]), upsampled(z.relu_(), x.shape[2:])),
@@ -507,6 +507,7 @@ AFTER = {
     "axes": lambda z, x: upsampled(z, x.shape[2:])[:, None].squeeze(1).unsqueeze(1)[:, 0],
     "all of an axis": lambda z, x: upsampled(z, x.shape[2:])[..., : x.shape[2], :],
     "one class": lambda z, x: upsampled(z[:, :1], x.shape[2:]).squeeze(1),
+    "one class, selected": lambda z, x: torch.select(upsampled(z[:, :1], x.shape[2:]), 1, 0),
     "one class, sizes": lambda z, x: upsampled(z[:, :1], (64, 64)).view(-1, 64, 64),
     "one class, another": lambda z, x: upsampled(z[:, :1], scale_factor=4).reshape_as(x[:, 0]),
     "one class, flat": lambda z, x: upsampled(z[:, :1], x.shape[2:]).float().flatten(0, 1)[None],

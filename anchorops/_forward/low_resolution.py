@@ -42,7 +42,9 @@ _CONVERSIONS = {torch.clone, Tensor.clone, Tensor.contiguous, Tensor.cpu, Tensor
 _VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten, torch.unflatten, torch.reshape} | {
     *(Tensor.squeeze, Tensor.unsqueeze, Tensor.flatten, Tensor.unflatten, Tensor.__getitem__),
     *(Tensor.reshape, Tensor.reshape_as, Tensor.view, Tensor.view_as),
+    *(torch.select, Tensor.select),
 }
+_SIZES = {"torch.Tensor.shape.__get__", "torch.Tensor.size"}
 
 
 def _long_axes(shape: Sequence[int]) -> list[int]:
@@ -102,7 +104,8 @@ class _Upsampling:
         if objection := _objection(self.options):
             return objection
         if self.readers:
-            return f"a result that {self.readers[0]} also reads"
+            advice = " (take the size from the model's input)" if self.readers[0] in _SIZES else ""
+            return f"a result that {self.readers[0]} also reads{advice}"
         if any(version(result) != before for result, before in self.results):
             return "a result that is changed in place"
         if version(self.source) != self.source_version:
