@@ -549,6 +549,13 @@ def test_compiled_conversions_pass(after: str) -> None:
     assert torch.compile(model, fullgraph=True, backend="aot_eager")(x).shape[-2:] == (16, 16)
 
 
+def test_exported_conversions_pass() -> None:
+    model, (x, _) = Net(AFTER["axes"]).eval(), batch()
+    ao.low_resolution(model, x, always=True)
+    program = torch.export.export(model, (x,), strict=True)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
 @pytest.mark.parametrize(
     ("after", "advice"),
     [

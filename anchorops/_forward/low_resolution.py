@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ _VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten, torch.unflatten, torch.
     *(Tensor.squeeze, Tensor.unsqueeze, Tensor.flatten, Tensor.unflatten, Tensor.__getitem__),
     *(Tensor.reshape, Tensor.reshape_as, Tensor.view, Tensor.view_as),
     *(torch.select, Tensor.select),
+    operator.getitem,  # torch.export of a strict program calls it for Tensor.__getitem__
 }
 _SIZES = {"torch.Tensor.shape.__get__", "torch.Tensor.size"}
 
@@ -59,7 +61,7 @@ def _commutes(func: Any, args: Any, kwargs: Any, upsampled: Tensor, result: obje
         return False
     if (args[0] if args else kwargs.get("input")) is not upsampled:
         return False
-    if func is Tensor.__getitem__:
+    if func in (Tensor.__getitem__, operator.getitem):
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         if not all(x is None or x is ... or type(x) in (int, slice) for x in index):
             return False
