@@ -1,5 +1,6 @@
-// The logits around each label, as in F.interpolate's "bilinear". Do not use it in vector kernels:
-// for these the compiler would fuse the products.
+// The logits around each label of an axis and their weights, as in F.interpolate's "bilinear".
+// Vector kernels read the results (upsampling.h), but do not compute them: there the compiler would
+// fuse the products.
 #pragma once
 
 #include <algorithm>
@@ -7,9 +8,26 @@
 #include <cstdint>
 #include <vector>
 
-#include "softmax_moments.h"
+#include "types.h"
 
-namespace anchorops::cpu::softmax {
+namespace anchorops::cpu {
+
+// z at label i of an axis is (1 - weight[i]) * logit[lower[i]] + weight[i] * logit[lower[i] + 1],
+// where the last logit is its own neighbour. The pointers are null if label i is logit i.
+template <class Stat>
+struct Axis {
+  int64_t size, source;  // numbers of labels and of logits
+  const int32_t* lower;
+  const Stat* weight;
+};
+
+// Cell c of an axis lies between logits c and c + 1, where logit -1 is logit 0 and the one after
+// the last is the last. Its labels are begin[c + 1] to begin[c + 2] - 1, from cell -1 on.
+struct Cells {
+  const int32_t* begin;  // [source + 2]; null if labels are not at least twice as dense
+  int64_t most;          // labels of the largest cell
+  float step;            // the weight of a label minus that of the label before it
+};
 
 template <class Stat>
 class Bilinear {
@@ -69,4 +87,4 @@ class Bilinear {
   float step_ = 0;
 };
 
-}  // namespace anchorops::cpu::softmax
+}  // namespace anchorops::cpu

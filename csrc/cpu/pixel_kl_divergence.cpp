@@ -65,31 +65,33 @@ void for_tiles(const Arguments& arguments, bool backward, Visit visit) {
   const int64_t chunks = ceil_div(labels, most);
   const auto run = [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
     Divergence<Stat> divergence = {};
-    divergence.student = {problem_of(arguments.logits, tiles), workspace};
+    divergence.student = {problem_of(arguments.logits, tiles), workspace.packed,
+                          workspace.differences.columns};
     divergence.teacher = {problem_of(arguments.teacher_logits, teacher_tiles)};
+    divergence.packed_gradients = workspace.gradients;
     divergence.chunk = ceil_div(ceil_div(labels, chunks), 16) * 16;
     divergence.line = divergence.chunk + 16;
     divergence.valid = map_of<bool>(arguments.valid);
     divergence.temperature = static_cast<Stat>(arguments.temperature);
-    Workspace<Stat>& teacher_workspace = divergence.teacher.workspace;
-    teacher_workspace.stride = ceil_div(teacher_layout.width + 2, 16) * 16 + 16;
-    const int64_t packed = layout.dim * teacher_workspace.stride + 16;
+    auto& [problem, packed, columns, teacher_rows] = divergence.teacher;
+    packed.stride = ceil_div(teacher_layout.width + 2, 16) * 16 + 16;
+    const int64_t packed_row = layout.dim * packed.stride + 16;
     const int64_t rows = layout.dim * divergence.line;
     const std::unique_ptr<Stat[]> memory(
-        new Stat[2 * (packed + teacher_workspace.stride + 2 * rows) + 5 * divergence.line]);
+        new Stat[2 * (packed_row + packed.stride + 2 * rows) + 5 * divergence.line]);
     std::vector<Stat> gradients(backward ? 2 * rows : 0);
     std::vector<int32_t> lower(divergence.line);
     Stat* next = memory.get();
     const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
     for (int i = 0; i < 2; ++i) {
-      teacher_workspace.packed[i] = take(packed);
-      teacher_workspace.shifts[i] = take(teacher_workspace.stride);
+      packed.rows[i] = take(packed_row);
+      packed.shifts[i] = take(packed.stride);
       divergence.student.rows[i] = take(rows);
-      divergence.teacher.rows[i] = take(rows);
+      teacher_rows[i] = take(rows);
       divergence.gradients[i] = gradients.data() + (backward ? i * rows : 0);
     }
     divergence.is_valid = take(4 * divergence.line);
-    teacher_workspace.label_columns = {lower.data(), take(divergence.line), nullptr, nullptr};
+    columns = {lower.data(), take(divergence.line), nullptr, nullptr};
     for (int64_t i = first; i < last; ++i) visit(divergence, i, tiles.tile(i, backward));
   };
   for_items(tiles, tiles.count(), layout.dim, backward, false, run);

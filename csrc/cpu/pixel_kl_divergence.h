@@ -7,21 +7,23 @@
 namespace anchorops::cpu::softmax {
 
 // Student or teacher: its logits, and one thread's memory for them. Labels are processed in chunks
-// of a row. `rows` are logits upsampled along the row, to the labels of a chunk.
+// of a row.
 template <class Stat>
 struct Model {
   Problem<Stat> problem;
-  Workspace<Stat> workspace;  // packed, shifts, label_columns; of the student also gradients
-  Stat* rows[2];              // [K, line]: an even and an odd row of logits
+  PackedMemory<Stat> packed;
+  ColumnMemory<Stat> columns;
+  TwoRows<Stat*> rows;  // [K, line]: logits upsampled along the row, to the labels of a chunk
 };
 
 template <class Stat>
 struct Divergence {
   Model<Stat> student, teacher;
-  int64_t chunk, line;  // most labels of a chunk, a multiple of 16; chunk + 16
-  Stat* gradients[2];   // [K, line], as student.rows, zero; backward only
-  Map<bool> valid;      // all pixels, if its data is null
-  Stat* is_valid;       // [4, line]
+  int64_t chunk, line;              // most labels of a chunk, a multiple of 16; chunk + 16
+  TwoRows<Stat*> gradients;         // [K, line], as student.rows, zero; backward only
+  TwoRows<Stat*> packed_gradients;  // [K, stride], as student.packed, zero; backward only
+  Map<bool> valid;                  // all pixels, if its data is null
+  Stat* is_valid;                   // [4, line]
   Stat temperature;
 };
 

@@ -1,9 +1,12 @@
 // The vector kernels of pixel_kl_divergence. Included once per instruction set, in its namespace,
 // after the kernels of softmax moments.
 //
-// Logits are multiplied by log2(e) / T when they are packed, and upsampled in two steps
-// (softmax_lines.h). Between two lines, 2^z is a geometric sequence down a column: up to DOWN rows
-// of labels need two powers.
+// Logits are multiplied by log2(e) / T when they are packed, and upsampled along the row first.
+// Between two lines, 2^z is a geometric sequence down a column: up to DOWN rows of labels need two
+// powers.
+#pragma once
+
+#include "softmax_pixels.h"
 
 constexpr int DOWN = 4;
 constexpr float LN_2 = 0.693147181f, LEAST = -57.0f;  // powers of smaller z are computed directly
@@ -40,14 +43,11 @@ template <class Stat>
 class ModelRows {
  public:
   ModelRows(const Model<Stat>& model, const Tile& tile, const Divergence<Stat>& divergence)
-      : model_(model),
-        tile_(tile),
-        divergence_(divergence),
-        lines_(model.workspace.label_columns) {}
+      : model_(model), tile_(tile), divergence_(divergence), columns_(model.columns) {}
 
   void start(Range labels) {
-    upsampled_[0] = upsampled_[1] = -1;
-    lines_.start(model_.problem.columns, tile_.columns.begin - 1, labels);
+    upsampled_ = {-1, -1};
+    columns_.start(model_.problem.columns, tile_.columns.begin - 1, labels);
   }
 
   // Whether the next row of labels is between the same rows of logits. A row of weight 0 is alone:
@@ -65,11 +65,12 @@ class ModelRows {
     const int64_t lower = row_of(label_row);
     for (int64_t i = 0; i < count; ++i)
       between.weight[i] = position(model_.problem.rows, label_row + i).weight;
-    const int64_t upper =
-        between.weight[0] == 0 ? lower : std::min(lower + 1, model_.problem.layout.height - 1);
+    const int64_t upper = between.weight[0] == 0
+                              ? lower
+                              : std::min(lower + 1, model_.problem.logits.layout.height - 1);
     between.low = need(lower);
     between.high = need(upper);
-    between.ordinary = ordinary_[lower & 1] && ordinary_[upper & 1];
+    between.ordinary = ordinary_[lower] && ordinary_[upper];
     if (count > 1) between.step = (between.weight[count - 1] - between.weight[0]) / (count - 1);
     return between;
   }
@@ -78,34 +79,34 @@ class ModelRows {
   using V = Simd<Stat>;
 
   const Stat* need(int64_t row) {
-    Stat* rows = model_.rows[row & 1];
-    if (upsampled_[row & 1] == row) return rows;
-    upsampled_[row & 1] = row;
+    Stat* rows = model_.rows[row];
+    if (upsampled_[row] == row) return rows;
+    upsampled_[row] = row;
     pack(row);
-    const Workspace<Stat>& workspace = model_.workspace;
-    for (int64_t k = 0; k < model_.problem.layout.dim; ++k)
-      lines_.upsample(workspace.packed[row & 1] + k * workspace.stride,
-                      rows + k * divergence_.line);
+    for (int64_t k = 0; k < model_.problem.logits.layout.dim; ++k)
+      columns_.upsample(model_.packed.rows[row] + k * model_.packed.stride,
+                        rows + k * divergence_.line);
     return rows;
   }
 
   void pack(int64_t row) {
-    if (packed_[row & 1] == row) return;
-    packed_[row & 1] = row;
-    const Workspace<Stat>& workspace = model_.workspace;
-    ordinary_[row & 1] = model_.problem.pack_row(model_.problem, tile_, row, workspace);
+    if (packed_[row] == row) return;
+    packed_[row] = row;
+    ordinary_[row] =
+        model_.problem.logits.pack_row(model_.problem.logits, tile_, row, model_.packed);
     const Stat scale = Stat(1.4426950408889634) / divergence_.temperature;
-    Stat* packed = workspace.packed[row & 1];
-    for (int64_t i = 0; i < model_.problem.layout.dim * workspace.stride; i += LANES<Stat>)
+    Stat* packed = model_.packed.rows[row];
+    for (int64_t i = 0; i < model_.problem.logits.layout.dim * model_.packed.stride;
+         i += LANES<Stat>)
       V::store(packed + i, V::load(packed + i) * scale);
   }
 
   const Model<Stat>& model_;
   Tile tile_;
   const Divergence<Stat>& divergence_;
-  UpsampledLines<Stat> lines_;
-  int64_t packed_[2] = {-1, -1}, upsampled_[2] = {-1, -1};
-  bool ordinary_[2] = {};
+  LabelColumns<Stat> columns_;
+  TwoRows<int64_t> packed_ = {-1, -1}, upsampled_ = {-1, -1};
+  TwoRows<bool> ordinary_ = {};
 };
 
 // The tile of the teacher's logits that the labels of a student's tile read.
@@ -269,7 +270,7 @@ double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
   using Sums = DivergenceSums<Stat>;
   constexpr int L = LANES<Stat>;
   const Problem<Stat>& problem = divergence.student.problem;
-  const int64_t num_classes = problem.layout.dim, line = divergence.line;
+  const int64_t num_classes = problem.logits.layout.dim, line = divergence.line;
   double totals[L] = {};
   const auto add_rows = [&](int64_t y, int64_t rows, Range columns, const Between<Stat>& students,
                             const Between<Stat>& teachers) INLINE_LAMBDA {
@@ -342,16 +343,14 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
   constexpr int L = LANES<Stat>;
   const Model<Stat>& model = divergence.student;
   const Problem<Stat>& problem = model.problem;
-  const Workspace<Stat>& workspace = model.workspace;
-  GradientLines<Stat> lines(workspace.label_columns);
+  GradientLines<Stat> lines(model.columns);
   const int64_t line = divergence.line;
-  const auto add_up = [&](int64_t parity) {
-    for (int64_t k = 0; k < problem.layout.dim; ++k) {
-      Stat* values = divergence.gradients[parity] + k * line;
-      Stat* class_gradients = workspace.gradients[parity] + k * workspace.stride;
-      lines.for_sums(values, [&](int64_t j, Vec left, Vec right) INLINE_LAMBDA {
-        V::store(class_gradients + j, V::load(class_gradients + j) + left);
-        V::store(class_gradients + j + 1, V::load(class_gradients + j + 1) + right);
+  const auto add_up = [&](int64_t row) {
+    for (int64_t k = 0; k < problem.logits.layout.dim; ++k) {
+      Stat* values = divergence.gradients[row] + k * line;
+      Stat* class_gradients = divergence.packed_gradients[row] + k * model.packed.stride;
+      lines.for_sums(values, [&](int64_t j, Vec sums) INLINE_LAMBDA {
+        V::store(class_gradients + j, V::load(class_gradients + j) + sums);
       });
       std::memset(values, 0, line * sizeof(Stat));
     }
@@ -363,7 +362,8 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
   int64_t next = std::max<int64_t>(tile.rows.begin - 1, 0);  // the first row that is not finished
   const auto finish_until = [&](int64_t row) {
     for (; next < row; ++next)
-      output.finish_row(model.problem, output, tile, next, model.workspace);
+      output.finish_row(problem, output, tile, next, divergence.packed_gradients[next],
+                        model.packed.stride);
   };
   const auto begin = [&](int64_t row, bool another) {
     if (another) finish_lines();
@@ -376,8 +376,8 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
     const auto row = position(problem.rows, y);
     lines.use(row.lower, columns.end - columns.begin);
     lines.use(row.upper, columns.end - columns.begin);
-    Stat* low = divergence.gradients[row.lower & 1];
-    Stat* high = divergence.gradients[row.upper & 1];
+    Stat* low = divergence.gradients[row.lower];
+    Stat* high = divergence.gradients[row.upper];
     for (int64_t j = 0; j < rows; ++j)
       read_valid(divergence, tile.image, y + j, columns, divergence.is_valid + j * line);
     for (int64_t t = 0; t < columns.end - columns.begin; t += L) {
@@ -405,7 +405,7 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
         student_factor[j] = gradient[j] * exp2<Stat>(-lse[j]);
         teacher_factor[j] = gradient[j] * exp2<Stat>(-teacher_lse[j]);
       }
-      for (int64_t k = 0; k < problem.layout.dim; ++k) {
+      for (int64_t k = 0; k < problem.logits.layout.dim; ++k) {
         const int64_t i = k * line + t;
         Vec low_sum = V::load(low + i), high_sum = {};
         const auto by_rows = [&]() INLINE_LAMBDA {
@@ -442,7 +442,7 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
   };
   for_chunks(divergence, tile, begin, add_row_gradients);
   finish_lines();
-  finish_until(std::min(tile.rows.end + 1, problem.layout.height));
+  finish_until(std::min(tile.rows.end + 1, problem.logits.layout.height));
 }
 
 template <class Stat>

@@ -3,8 +3,12 @@
 //
 // The error of a pixel for a class is 1 - p if it is of the class, and p if it is not. p is
 // computed pixel by pixel, from the upsampled logits.
+#pragma once
 
-// Replaces workspace.upsampled by scale * p of the group's pixels, 0 where a pixel is ignored.
+#include "softmax_pixels.h"
+
+// Replaces workspace.group.upsampled by scale * p of the group's pixels, 0 where a pixel is
+// ignored.
 template <class Stat>
 ALWAYS_INLINE void probabilities_of_group(const Problem<Stat>& problem, const Tile& tile,
                                           const Workspace<Stat>& workspace,
@@ -13,12 +17,13 @@ ALWAYS_INLINE void probabilities_of_group(const Problem<Stat>& problem, const Ti
   using Vec = VecOf<Stat>;
   logits_of_group(problem, tile, workspace, group);
   for (int64_t t = 0; t < group.count; t += LANES<Stat>) {
-    Stat* const z = workspace.upsampled + t;
+    Stat* const z = workspace.group.upsampled + t;
     const Vec total =
-        sum_of_powers<Stat, true>(z, problem.num_classes, workspace.group, nullptr).total;
+        sum_of_powers<Stat, true>(z, problem.logits.num_classes, workspace.group.size, nullptr)
+            .total;
     const MaskOf<Stat> is_valid = group.is_valid(t);
-    for (int64_t k = 0; k < problem.num_classes; ++k) {
-      Stat* const p = z + k * workspace.group;
+    for (int64_t k = 0; k < problem.logits.num_classes; ++k) {
+      Stat* const p = z + k * workspace.group.size;
       V::store(p, is_valid ? V::load(p) * (scale / total) : Vec{});
     }
   }
@@ -45,9 +50,9 @@ void count_group(const Problem<Stat>& problem, const Tile& tile, const Workspace
                  const Histograms& histograms, const Group<Stat>& group) {
   const int64_t bins = histograms.bins;
   probabilities_of_group(problem, tile, workspace, group, static_cast<Stat>(bins));
-  for (int64_t k = 0; k < problem.num_classes; ++k) {
+  for (int64_t k = 0; k < problem.logits.num_classes; ++k) {
     int32_t* const others = histograms.counts + (2 * k + 1) * bins;
-    const Stat* const p = workspace.upsampled + k * workspace.group;
+    const Stat* const p = workspace.group.upsampled + k * workspace.group.size;
     for (int64_t t = 0; t < group.count; t += LANES<Stat>) {
       uint32_t pixels = at_least_1<Stat>(Simd<Stat>::load(p + t));
       for (; pixels; pixels &= pixels - 1) ++others[bin_of(p[t + __builtin_ctz(pixels)], bins)];
@@ -56,21 +61,22 @@ void count_group(const Problem<Stat>& problem, const Tile& tile, const Workspace
   for (int64_t t = 0; t < group.count; ++t) {
     const int64_t k = group.classes[t];
     if (k < 0) continue;
-    const Stat p = workspace.upsampled[k * workspace.group + t];
+    const Stat p = workspace.group.upsampled[k * workspace.group.size + t];
     if (p >= 1) --histograms.counts[(2 * k + 1) * bins + bin_of(p, bins)];
     ++histograms.counts[2 * k * bins + bin_of(static_cast<Stat>(bins) - p, bins)];
   }
 }
 
-// Replaces workspace.upsampled by dz = p * (u - sum of p * u), where u is the slope of a class's
-// error, with a minus for the pixel's class.
+// Replaces workspace.group.upsampled by dz = p * (u - sum of p * u), where u is the slope of a
+// class's error, with a minus for the pixel's class.
 template <class Stat>
 void error_gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
                               const Workspace<Stat>& workspace, const ErrorSlopes<Stat>& slopes,
                               const Group<Stat>& group) {
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
-  const int64_t bins = slopes.bins, num_classes = problem.num_classes, stride = workspace.group;
+  const int64_t bins = slopes.bins, num_classes = problem.logits.num_classes,
+                stride = workspace.group.size;
   const Stat scale = static_cast<Stat>(bins);
   probabilities_of_group(problem, tile, workspace, group, Stat(1));
   const auto slopes_of_others = [&](int64_t k, Vec p) INLINE_LAMBDA {
@@ -82,8 +88,8 @@ void error_gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     return look_up<false>(table, reinterpret_cast<const int32_t*>(&bin));
   };
   for (int64_t t = 0; t < group.count; t += LANES<Stat>) {
-    Stat* const p = workspace.upsampled + t;
-    Stat* const u = workspace.slopes + t;
+    Stat* const p = workspace.group.upsampled + t;
+    Stat* const u = workspace.group.slopes + t;
     Vec sum = {};
     for (int64_t k = 0; k < num_classes; ++k) {
       const Vec p_k = V::load(p + k * stride), u_k = slopes_of_others(k, p_k);

@@ -1,6 +1,7 @@
 // Vectors of one instruction set. The kernels include it inside the namespace and under the target
-// of that instruction set, with VECTOR_BYTES defined. It includes nothing, because functions that a
-// header defines under a target would be linked into portable code.
+// of that instruction set, with VECTOR_BYTES defined. They include only one another: functions that
+// other headers define under a target would be linked into portable code.
+#pragma once
 
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define ALWAYS_INLINE inline INLINE_LAMBDA

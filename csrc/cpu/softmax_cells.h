@@ -11,6 +11,9 @@
 // block, its exponentials are computed directly, because its series would underflow. If the sum of
 // a pixel falls below STEEP, because neighbouring logits differ widely, its block is processed
 // pixel by pixel, forward and backward. The same holds for a row of cells with a NaN or +inf.
+#pragma once
+
+#include "softmax_pixels.h"
 
 constexpr int WIDTH = 4, PIXELS = WIDTH * LANES<float>;  // PIXELS: in a row of a block
 constexpr int HEIGHT = VECTOR_BYTES == 64 ? 4 : 2;       // their sums fit into the registers
@@ -137,11 +140,11 @@ struct CellRow {
         for (int64_t i = 0; i < WIDTH; ++i) {
           const int64_t at = block * PIXELS + i * L + lane;
           const bool valid = first + i < end;
-          workspace.cell_columns[at] =
+          workspace.cells.columns[at] =
               static_cast<int32_t>(valid ? first + i - tile.label_columns.begin : -1);
-          workspace.cell_weights[at] = valid ? problem.columns.weight[first + i] : 0;
+          workspace.cells.weights[at] = valid ? problem.columns.weight[first + i] : 0;
         }
-        workspace.cell_starts[block * L + lane] =
+        workspace.cells.starts[block * L + lane] =
             start(problem.columns.weight, first, end, problem.column_cells.step);
       }
   }
@@ -164,9 +167,9 @@ struct CellRow {
       end = problem.row_cells.begin[cell + 2];
       if (y == end) continue;
       upper = std::max<int64_t>(cell, 0);
-      lower = std::min(cell + 1, problem.layout.height - 1);
-      packed.need(problem, tile, upper, workspace);
-      packed.need(problem, tile, lower, workspace);
+      lower = std::min(cell + 1, problem.logits.layout.height - 1);
+      packed.need(problem, tile, upper, workspace.packed);
+      packed.need(problem, tile, lower, workspace.packed);
     }
     rows = std::min(height, end - y);
     for (int64_t j = 0; j < rows; ++j) {
@@ -176,33 +179,35 @@ struct CellRow {
                                        workspace.classes + j * workspace.label_stride);
     }
     at_down = down_start(0);
-    next_logits = static_cast<const char*>(problem.logits) +
-                  problem.bytes * (tile.image * problem.layout.stride_b +
-                                   (lower + 1) * problem.layout.stride_h +
-                                   tile.columns.begin * problem.layout.stride_w);
+    next_logits = static_cast<const char*>(problem.logits.data) +
+                  problem.logits.bytes * (tile.image * problem.logits.layout.stride_b +
+                                          (lower + 1) * problem.logits.layout.stride_h +
+                                          tile.columns.begin * problem.logits.layout.stride_w);
     return true;
   }
-  bool ordinary() const { return packed.ordinary[upper & 1] && packed.ordinary[lower & 1]; }
+  bool ordinary() const { return packed.ordinary[upper] && packed.ordinary[lower]; }
 
   const float* upper_row(int64_t k) const {
-    return workspace.packed[upper & 1] + k * workspace.stride + first_column;
+    return workspace.packed.rows[upper] + k * workspace.packed.stride + first_column;
   }
   const float* lower_row(int64_t k) const {
-    return workspace.packed[lower & 1] + k * workspace.stride + first_column;
+    return workspace.packed.rows[lower] + k * workspace.packed.stride + first_column;
   }
   int64_t column_of(int64_t block) const { return block % blocks * L; }
-  const int32_t* columns_of(int64_t block) const { return workspace.cell_columns + block * PIXELS; }
+  const int32_t* columns_of(int64_t block) const {
+    return workspace.cells.columns + block * PIXELS;
+  }
   Floats right(int64_t block, int64_t i) const {
-    return Simd<float>::load(workspace.cell_weights + block * PIXELS + i * L);
+    return Simd<float>::load(workspace.cells.weights + block * PIXELS + i * L);
   }
   Floats right_start(int64_t block) const {
-    return Simd<float>::load(workspace.cell_starts + block * L);
+    return Simd<float>::load(workspace.cells.starts + block * L);
   }
   float down_start(int64_t row) const {
     return start(problem.rows.weight, y + row, y + rows, problem.row_cells.step);
   }
   float* factors(int which, int64_t block, int64_t j, int64_t i) const {
-    return workspace.factors[which] + j * workspace.lanes + block * PIXELS + i * L;
+    return workspace.cells.factors[which] + j * workspace.cells.lanes + block * PIXELS + i * L;
   }
   // The logit of class k at pixel t of the block.
   ALWAYS_INLINE float logit(int64_t block, int64_t t, int64_t k) const {
@@ -210,7 +215,7 @@ struct CellRow {
     const float *above = upper_row(k) + column, *below = lower_row(k) + column;
     const float weight_down = down[t / PIXELS];
     return blend(blend(above[0], below[0], weight_down), blend(above[1], below[1], weight_down),
-                 workspace.cell_weights[block * PIXELS + t % PIXELS]);
+                 workspace.cells.weights[block * PIXELS + t % PIXELS]);
   }
   // Whether the pixels of a block are neighbours: all its cells have WIDTH labels.
   ALWAYS_INLINE bool is_whole(int64_t block) const {
@@ -274,15 +279,15 @@ struct CellRow {
   }
   ALWAYS_INLINE Corners shifts(int64_t block) const {
     const int64_t column = first_column + column_of(block);
-    return {workspace.shifts[upper & 1] + column, workspace.shifts[lower & 1] + column};
+    return {workspace.packed.shifts[upper] + column, workspace.packed.shifts[lower] + column};
   }
   // Prefetches one class of a block's logits in the row below. The rows of different classes are
   // far apart in memory, so the processor does not prefetch them itself.
   ALWAYS_INLINE void fetch_logits(int64_t block, int64_t k) const {
-    const Layout& layout = problem.layout;
-    const int64_t channel = std::max<int64_t>(k - (problem.num_classes - layout.dim), 0);
+    const Layout& layout = problem.logits.layout;
+    const int64_t channel = std::max<int64_t>(k - (problem.logits.num_classes - layout.dim), 0);
     const int64_t at = channel * layout.stride_d + column_of(block) * layout.stride_w;
-    __builtin_prefetch(next_logits + problem.bytes * at, 0, 2);
+    __builtin_prefetch(next_logits + problem.logits.bytes * at, 0, 2);
   }
   ALWAYS_INLINE void find_classes(int64_t block, BlockClasses& classes) const {
     classes.cell_classes = Ints{} - 1;
@@ -304,7 +309,7 @@ struct CellRow {
   ALWAYS_INLINE Corners label_corners(int64_t block, Ints classes) const {
     Ints at = {};
     for (int lane = 0; lane < L; ++lane) at[lane] = lane;
-    at += (classes >= 0 ? classes : Ints{}) * static_cast<int32_t>(workspace.stride);
+    at += (classes >= 0 ? classes : Ints{}) * static_cast<int32_t>(workspace.packed.stride);
     const float* above = upper_row(0) + column_of(block);
     const float* below = lower_row(0) + column_of(block);
     return {gather(above, at, 0.0f), gather(above + 1, at, 0.0f), gather(below, at, 0.0f),
@@ -330,7 +335,7 @@ struct CellRow {
   ALWAYS_INLINE Floats losses_of_all_classes(const LossesOfImage<float>& losses, int64_t block,
                                              int64_t j, int64_t i, Floats log_total) const {
     if (!losses.all_weights) return Floats{};
-    const Corners z = corners(problem.num_classes, block);
+    const Corners z = corners(problem.logits.num_classes, block);
     return losses.total * log_total - z.at(Floats{} + down[j], right(block, i));
   }
 
@@ -367,8 +372,8 @@ enum class Term { POWER, WEIGHTED, SQUARE };
 template <Term TERM>
 void sum_block(const CellRow& row, int64_t first_row, int64_t block, const float* weights,
                Floats* sums) {
-  const int64_t num_classes = row.problem.num_classes;
-  const int64_t column = row.column_of(block), stride = row.workspace.stride;
+  const int64_t num_classes = row.problem.logits.num_classes;
+  const int64_t column = row.column_of(block), stride = row.workspace.packed.stride;
   const float* upper = row.upper_row(0) + column;
   const float* lower = row.lower_row(0) + column;
   const Floats at_right = row.right_start(block);

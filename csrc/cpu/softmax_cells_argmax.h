@@ -1,4 +1,7 @@
 // The class of the largest logit of each pixel, over the cells of a tile.
+#pragma once
+
+#include "softmax_cells.h"
 
 // l + w (r - l), but (1 - w) l + w r if both are infinite.
 ALWAYS_INLINE Floats between(Floats l, Floats r, Floats w) {
@@ -17,7 +20,7 @@ __attribute__((noinline)) void largest_of_block(const CellRow& row, int64_t bloc
     Floats largest[H * WIDTH];
     Ints index[H * WIDTH] = {};
     for (auto& z : largest) z = Floats{} - __builtin_inff();
-    for (int64_t k = 0; k < row.problem.num_classes; ++k) {
+    for (int64_t k = 0; k < row.problem.logits.num_classes; ++k) {
       const Corners z = row.corners(k, block);
       const bool finite = z.all_above(-3e38f);
       const Floats right_down = z.d - z.b, left_down = z.c - z.a;

@@ -1,4 +1,7 @@
 // The gradient of softmax moments over the cells of a tile.
+#pragma once
+
+#include "softmax_cells.h"
 
 // Sums of dz over the pixels of each cell of a block: unweighted, and with the weights of the right
 // logits, of the lower logits, and of both.
@@ -98,10 +101,10 @@ void add_gradients(const CellRow& row, const float* dmasses, const float* dsquar
   using V = Simd<float>;
   constexpr int L = LANES<float>;
   const Workspace<float>& workspace = row.workspace;
-  const int64_t num_classes = row.problem.num_classes;
+  const int64_t num_classes = row.problem.logits.num_classes;
   for (int64_t k = 0; k < num_classes + with_all_weights; ++k) {
-    float* above = workspace.gradients[row.upper & 1] + k * workspace.stride + row.first_column;
-    float* below = workspace.gradients[row.lower & 1] + k * workspace.stride + row.first_column;
+    float* above = workspace.gradients[row.upper] + k * workspace.packed.stride + row.first_column;
+    float* below = workspace.gradients[row.lower] + k * workspace.packed.stride + row.first_column;
     const bool is_class = k < num_classes;
     const float dmass = is_class && dmasses ? dmasses[k] : 0;
     const float dsquare = is_class && dsquares ? 2 * dsquares[k] : 0;
@@ -151,11 +154,11 @@ void subtract_label_terms(const CellRow& row, int64_t block, const BlockClasses&
   constexpr int L = LANES<float>;
   const Workspace<float>& workspace = row.workspace;
   const int64_t column = row.first_column + row.column_of(block);
-  float* const above = workspace.gradients[row.upper & 1] + column;
-  float* const below = workspace.gradients[row.lower & 1] + column;
+  float* const above = workspace.gradients[row.upper] + column;
+  float* const below = workspace.gradients[row.lower] + column;
   const auto subtract = [&](int32_t k, int64_t lane, float left, float right, float left_below,
                             float right_below) INLINE_LAMBDA {
-    const int64_t at = k * workspace.stride + lane;
+    const int64_t at = k * workspace.packed.stride + lane;
     above[at] -= left - left_below;
     above[at + 1] -= right - right_below;
     below[at] -= left_below;
@@ -183,7 +186,7 @@ void subtract_label_terms(const CellRow& row, int64_t block, const BlockClasses&
   for (int64_t n = 0; n < classes.count; ++n) {
     const int32_t t = classes.others[n];
     const float down = row.down[t / PIXELS];
-    const float r = values[t] * workspace.cell_weights[block * PIXELS + t % PIXELS];
+    const float r = values[t] * workspace.cells.weights[block * PIXELS + t % PIXELS];
     const float l = values[t] - r;
     subtract(classes.classes[t], t % L, l, r, l * down, r * down);
   }
@@ -263,7 +266,7 @@ void backward_cells(const Problem<float>& problem, const Tile& tile,
                     Begin finish_until) {
   using V = Simd<float>;
   CellRow row(problem, tile, workspace);
-  const LossesOfImage<float> losses(problem.shape, problem.num_classes, tile.image);
+  const LossesOfImage<float> losses(problem.shape, problem.logits.num_classes, tile.image);
   const int64_t image_offset = tile.image * gradients.stride_b;
   const float* dmasses = gradients.dmasses ? gradients.dmasses + image_offset : nullptr;
   const float* dsquares = gradients.dsquares ? gradients.dsquares + image_offset : nullptr;
@@ -271,7 +274,7 @@ void backward_cells(const Problem<float>& problem, const Tile& tile,
     finish_until(row.upper);
     const auto backward_pixels = [&](const Group<float>& group) {
       gradients_of_group(problem, tile, workspace, gradients, group);
-      add_gradients_of_group(problem, tile, workspace, group);
+      add_gradients_of_group(problem, workspace, group);
     };
     if (!row.ordinary()) {
       row.for_pixels(-1, backward_pixels);

@@ -1,4 +1,7 @@
 // The statistics of softmax moments over the cells of a tile.
+#pragma once
+
+#include "softmax_cells_argmax.h"
 
 // masses[k] += the sum over pixels of p = factors * e^z; squares[k] += the sum of p^2, if
 // requested. Sums of one block are float: where p is the same everywhere, each addition to a long
@@ -6,7 +9,7 @@
 void add_masses(const CellRow& row, double* masses, double* squares) {
   using V = Simd<float>;
   const Workspace<float>& workspace = row.workspace;
-  for (int64_t k = 0; k < row.problem.num_classes; ++k) {
+  for (int64_t k = 0; k < row.problem.logits.num_classes; ++k) {
     Vector<double, VECTOR_BYTES / sizeof(double)> mass = {}, square = {};
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
       Floats mass_of_block = {}, square_of_block = {};
@@ -14,7 +17,7 @@ void add_masses(const CellRow& row, double* masses, double* squares) {
         mass_of_block += p;
         if (squares) square_of_block += p * p;
       };
-      const float* factors = workspace.factors[0] + block * PIXELS;
+      const float* factors = workspace.cells.factors[0] + block * PIXELS;
       const Corners z = row.corners(k, block);
       if (z.all_above(FAR)) {
         Series e = row.series(z, block);
@@ -22,7 +25,7 @@ void add_masses(const CellRow& row, double* masses, double* squares) {
           Floats v = e.first;
 #pragma GCC unroll 8
           for (int i = 0; i < WIDTH; ++i) {
-            add(v * V::load(factors + j * workspace.lanes + i * LANES<float>));
+            add(v * V::load(factors + j * workspace.cells.lanes + i * LANES<float>));
             v *= e.right;
           }
           e.next_row();
@@ -30,7 +33,7 @@ void add_masses(const CellRow& row, double* masses, double* squares) {
       } else {
         for (int64_t j = 0; j < row.rows; ++j)
           for (int i = 0; i < WIDTH; ++i) {
-            const Floats factor = V::load(factors + j * workspace.lanes + i * LANES<float>);
+            const Floats factor = V::load(factors + j * workspace.cells.lanes + i * LANES<float>);
             const Floats v = exp<float>(z.at(Floats{} + row.down[j], row.right(block, i)));
             add(factor == 0 ? Floats{} : v * factor);
           }
@@ -135,7 +138,7 @@ void forward_cells(const Problem<float>& problem, const Tile& tile,
                    const Workspace<float>& workspace, const Sums& sums, const Maps<float>& maps) {
   using V = Simd<float>;
   CellRow row(problem, tile, workspace);
-  const LossesOfImage<float> losses(problem.shape, problem.num_classes, tile.image);
+  const LossesOfImage<float> losses(problem.shape, problem.logits.num_classes, tile.image);
   const bool with_probabilities = sums.masses || sums.squares;
   Sums without_hits = sums;
   without_hits.hits = nullptr;

@@ -217,7 +217,7 @@ void backward(const Tensor& logits, const Labels& labels, const LossShape<StatOf
   const Output<Stat> output = {layout_of(dlogits), dlogits.mutable_data_ptr<T>(),
                                best_rows<T>().finish_row, best_rows<T>().write_columns};
   const auto kernels = best_kernels<Stat>();
-  for_items(tiles, tiles.count(), problem.num_classes, tiles.upsampled(), true,
+  for_items(tiles, tiles.count(), problem.logits.num_classes, tiles.upsampled(), true,
             [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
               for (int64_t i = first; i < last; ++i)
                 kernels.backward(problem, tiles.tile(i, true), workspace, gradients, output);

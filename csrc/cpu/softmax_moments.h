@@ -3,18 +3,10 @@
 // set).
 #pragma once
 
+#include "bilinear.h"
 #include "types.h"
 
 namespace anchorops::cpu::softmax {
-
-// z at label i of an axis is (1 - weight[i]) * logit[lower[i]] + weight[i] * logit[lower[i] + 1],
-// where the last logit is its own neighbour. The pointers are null if label i is logit i.
-template <class Stat>
-struct Axis {
-  int64_t size, source;  // numbers of labels and of logits
-  const int32_t* lower;
-  const Stat* weight;
-};
 
 // Labels [batch, height, width] of some integer dtype. read writes the classes of a row's columns,
 // -1 if the label is ignored or not a class. It returns the number of labels that are outside:
@@ -25,14 +17,6 @@ struct Labels {
   int64_t num_classes, ignore_index;
   int64_t (*read)(const Labels& labels, int64_t image, int64_t row, Range columns,
                   int32_t* classes);
-};
-
-// Cell c of an axis lies between logits c and c + 1, where logit -1 is logit 0 and the one after
-// the last is the last. Its labels are begin[c + 1] to begin[c + 2] - 1, from cell -1 on.
-struct Cells {
-  const int32_t* begin;  // [source + 2]; null if labels are not at least twice as dense
-  int64_t most;          // labels of the largest cell
-  float step;            // the weight of a label minus that of the label before it
 };
 
 template <class Stat>
@@ -65,53 +49,93 @@ struct Tile {
 // Pixels are processed in groups of one row; cells with at most ROWS rows of labels at a time.
 constexpr int64_t GROUP = 64, ROWS = 8;
 
-// Where the labels of a row are between the columns of packed rows (softmax_lines.h).
+// A value for an even and one for an odd row: two neighbouring rows are kept, and a row replaces
+// the one before the other.
+template <class Value>
+struct TwoRows {
+  Value values[2];
+
+  Value& operator[](int64_t row) { return values[row & 1]; }
+  const Value& operator[](int64_t row) const { return values[row & 1]; }
+};
+
+// The memory of one thread. First, rows of logits (softmax_rows.h).
 template <class Stat>
-struct LabelColumns {
-  int32_t* lower;  // [a row's labels and a vector]: the packed column at the left of each label
+struct PackedMemory {
+  int64_t stride;         // length of a packed row: columns, one more at each side, a vector
+  TwoRows<Stat*> rows;    // [K + 1, stride]; last the sum of v_k times the others
+  TwoRows<Stat*> shifts;  // [stride]
+};
+
+// Where labels of a row are between the columns of packed rows (upsampling.h).
+template <class Stat>
+struct ColumnMemory {
+  int32_t* lower;  // [labels and a vector]: the packed column at the left of each label
   Stat* weight;    // the same: the weight of the column at its right
   int32_t* slots;  // of the transpose
   Stat* slot_weights;
 };
 
-// One thread's memory.
+// Groups of pixels (softmax_pixels.h).
+template <class Stat>
+struct GroupMemory {
+  int64_t size;     // pixels of a group: a multiple of 16, at most GROUP
+  Stat* upsampled;  // [K, size]
+  Stat* slopes;     // [K, size], of errors
+  Stat* line;       // [stride]: scratch
+  ColumnMemory<Stat> columns;
+};
+
+// Rows of cells (softmax_cells.h).
+template <class Stat>
+struct CellMemory {
+  int64_t lanes;     // pixels of a row of cells
+  int32_t* columns;  // [lanes]: each lane's column among the tile's labels; -1: no label
+  Stat* weights;     // [lanes]
+  Stat* starts;      // [lanes]: the weight of the first label of a cell
+  Stat* factors[3];  // [ROWS, lanes]; backward, and forward with masses
+};
+
+// Differences of two logits (softmax_two_classes.h).
+template <class Stat>
+struct DifferenceMemory {
+  int64_t stride;            // the longer one of a packed row and a row of labels
+  Stat* planes;              // [2, stride]
+  TwoRows<Stat*> lines;      // [labels]: of rows of logits
+  Stat* label_line;          // [labels]: of a row of labels
+  TwoRows<Stat*> gradients;  // [labels], zero; backward only
+  ColumnMemory<Stat> columns;
+};
+
 template <class Stat>
 struct Workspace {
-  int64_t stride;         // length of a packed row: columns, one more at each side, a vector
-  int64_t group;          // pixels of a group: a multiple of 16, at most GROUP
-  int64_t label_stride;   // length of a row of classes: labels, a vector
-  int64_t plane_stride;   // the larger one of stride and label_stride
-  int64_t lanes;          // pixels of a row of cells
-  Stat* packed[2];        // [K + 1, stride]: an even and an odd row; last the sum of v_k times them
-  Stat* shifts[2];        // [stride]
-  Stat* gradients[2];     // [K + 1, stride], zero; backward only; last those of the sum
-  Stat* upsampled;        // [K, group]
-  Stat* slopes;           // [K, group], of errors
-  Stat* line;             // [stride, 16]: scratch
-  int32_t* classes;       // [ROWS, label_stride]: rows of the tile's labels
-  int32_t* cell_columns;  // [lanes]: each lane's column among the tile's labels; -1: no label
-  Stat* cell_weights;     // [lanes]
-  Stat* cell_starts;      // [lanes]: the weight of the first label of a cell
-  Stat* factors[3];       // [ROWS, lanes]; backward, and forward with masses
-  LabelColumns<Stat> label_columns;
-  Stat* planes;             // [2, plane_stride]; this and the following of two classes
-  Stat* lines[3];           // [label_stride]: of an even and an odd row of logits, of one of labels
-  Stat* line_gradients[2];  // [label_stride], zero; backward only
+  PackedMemory<Stat> packed;
+  TwoRows<Stat*> gradients;  // as the packed rows, zero; backward only
+  int64_t label_stride;      // length of a row of classes: labels, a vector
+  int32_t* classes;          // [ROWS, label_stride]: rows of the tile's labels
+  GroupMemory<Stat> group;
+  CellMemory<Stat> cells;
+  DifferenceMemory<Stat> differences;
+};
+
+template <class Stat>
+struct Logits {
+  Layout layout;  // [B, K, h, w]
+  const void* data;
+  int64_t bytes;  // size of a logit
+  // K, but 2 if there is one channel: the logits of class 1, while those of class 0 are 0.
+  int64_t num_classes;
+  // Packs a row for a tile. Returns whether all logits are finite or -inf.
+  bool (*pack_row)(const Logits& logits, const Tile& tile, int64_t row,
+                   const PackedMemory<Stat>& packed);
+  // Reads a row's columns into target [num_classes, stride], where whole vectors can be written.
+  void (*read_columns)(const Logits& logits, int64_t image, int64_t row, Range columns,
+                       Stat* target, int64_t stride);
 };
 
 template <class Stat>
 struct Problem {
-  Layout layout;  // logits [B, K, h, w]
-  const void* logits;
-  int64_t bytes;  // size of a logit
-  // K, but 2 if the logits have one channel: those of class 1, while those of class 0 are 0.
-  int64_t num_classes;
-  // Packs a row of logits for a tile. Returns whether all are finite or -inf.
-  bool (*pack_row)(const Problem& problem, const Tile& tile, int64_t row,
-                   const Workspace<Stat>& workspace);
-  // Reads a row's columns into target [num_classes, stride], where whole vectors can be written.
-  void (*read_columns)(const Problem& problem, int64_t image, int64_t row, Range columns,
-                       Stat* target, int64_t stride);
+  Logits<Stat> logits;
   bool upsampled;  // labels are not of the logits' size
   Axis<Stat> rows, columns;
   Cells row_cells, column_cells;
@@ -154,12 +178,13 @@ template <class Stat>
 struct Output {
   Layout layout;  // dlogits
   void* dlogits;
-  // Writes a tile's row of dlogits, if the row is in the tile, and sets its gradients to zero.
+  // Writes a tile's row of dlogits, if the row is in the tile, and sets its gradients to zero:
+  // [K + 1, stride], as in packed rows.
   void (*finish_row)(const Problem<Stat>& problem, const Output& output, const Tile& tile,
-                     int64_t row, const Workspace<Stat>& workspace);
+                     int64_t row, Stat* gradients, int64_t stride);
   // Writes source [num_classes, stride], where whole vectors can be read, to a row's columns.
-  void (*write_columns)(const Problem<Stat>& problem, const Output& output, int64_t image,
-                        int64_t row, Range columns, const Stat* source, int64_t stride);
+  void (*write_columns)(const Output& output, int64_t num_classes, int64_t image, int64_t row,
+                        Range columns, const Stat* source, int64_t stride);
 };
 
 // Predictions [B, H, W], of an integer type of 1, 2, 4 or 8 bytes that holds all classes.
@@ -223,8 +248,8 @@ struct Kernels {
 // Functions that depend on the dtype of the logits.
 template <class T>
 struct Rows {
-  decltype(Problem<StatOf<T>>::pack_row) pack_row;
-  decltype(Problem<StatOf<T>>::read_columns) read_columns;
+  decltype(Logits<StatOf<T>>::pack_row) pack_row;
+  decltype(Logits<StatOf<T>>::read_columns) read_columns;
   decltype(Output<StatOf<T>>::finish_row) finish_row;
   decltype(Output<StatOf<T>>::write_columns) write_columns;
 };

@@ -20,7 +20,6 @@
 
 #define VECTOR_BYTES 32
 namespace anchorops::cpu::softmax::avx2 {
-#include "simd.h"
 #include "softmax_moments_kernel.h"
 }  // namespace anchorops::cpu::softmax::avx2
 

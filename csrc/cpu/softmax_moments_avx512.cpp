@@ -22,7 +22,6 @@
 
 #define VECTOR_BYTES 64
 namespace anchorops::cpu::softmax::avx512 {
-#include "simd.h"
 #include "softmax_moments_kernel.h"
 }  // namespace anchorops::cpu::softmax::avx512
 

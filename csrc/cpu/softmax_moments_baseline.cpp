@@ -10,6 +10,5 @@
 
 #define VECTOR_BYTES 16
 namespace anchorops::cpu::softmax::baseline {
-#include "simd.h"
 #include "softmax_moments_kernel.h"
 }  // namespace anchorops::cpu::softmax::baseline

@@ -1,22 +1,17 @@
 // The vector kernels of softmax moments. Included once per instruction set, in its namespace.
 
-#include "softmax_vectors.h"
-#include "softmax_losses.h"
-#include "softmax_rows.h"
-#include "softmax_pixels.h"
-#include "softmax_lines.h"
-#include "softmax_two_classes.h"
-#include "softmax_cells.h"
 #include "softmax_cells_argmax.h"
-#include "softmax_cells_forward.h"
 #include "softmax_cells_backward.h"
+#include "softmax_cells_forward.h"
+#include "softmax_two_classes.h"
 #include "probability_histograms_kernel.h"
 
 template <class Stat>
 void forward(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
              const Sums& sums, const Maps<Stat>& maps) {
   if constexpr (std::is_same_v<Stat, float>) {
-    if (problem.num_classes == 2) return forward_two_classes(problem, tile, workspace, sums, maps);
+    if (problem.logits.num_classes == 2)
+      return forward_two_classes(problem, tile, workspace, sums, maps);
     if (problem.column_cells.begin) return forward_cells(problem, tile, workspace, sums, maps);
   }
   *sums.outside += for_groups(
@@ -29,7 +24,7 @@ void backward(const Problem<Stat>& problem, const Tile& tile, const Workspace<St
               const Gradients<Stat>& gradients, const Output<Stat>& output) {
   for_rows_of_gradients(problem, tile, workspace, output, [&](const auto& finish_until) {
     if constexpr (std::is_same_v<Stat, float>) {
-      if (problem.num_classes == 2)
+      if (problem.logits.num_classes == 2)
         return backward_two_classes(problem, tile, workspace, gradients, output, finish_until);
       if (problem.column_cells.begin)
         return backward_cells(problem, tile, workspace, gradients, finish_until);
@@ -44,7 +39,8 @@ template <class Stat>
 void argmax(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
             const Predictions& predictions) {
   if constexpr (std::is_same_v<Stat, float>) {
-    if (problem.num_classes == 2) return argmax_two_classes(problem, tile, workspace, predictions);
+    if (problem.logits.num_classes == 2)
+      return argmax_two_classes(problem, tile, workspace, predictions);
     if (problem.column_cells.begin) return argmax_cells(problem, tile, workspace, predictions);
   }
   for_groups(

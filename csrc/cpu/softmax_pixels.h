@@ -1,18 +1,10 @@
 // Softmax moments pixel by pixel, for any ratio of sizes and any values: one exponential for each
 // pixel and class, after subtracting the exact maximum of the pixel.
+#pragma once
 
-template <class Stat>
-struct Position {
-  int64_t lower, upper;
-  Stat weight;
-};
-
-template <class Stat>
-ALWAYS_INLINE Position<Stat> position(const Axis<Stat>& axis, int64_t i) {
-  if (!axis.lower) return {i, i, 0};
-  const int64_t lower = axis.lower[i];
-  return {lower, std::min(lower + 1, axis.source - 1), axis.weight[i]};
-}
+#include "softmax_losses.h"
+#include "softmax_rows.h"
+#include "upsampling.h"
 
 template <class Stat>
 using MaskOf = decltype(VecOf<Stat>{} < VecOf<Stat>{});
@@ -22,10 +14,8 @@ template <class Stat>
 struct Group {
   int64_t y, x, count;  // row, first column, number
   Position<Stat> row;
-  int32_t classes[GROUP];  // -1 from `count` on
-  int32_t lower[GROUP];    // the packed column at the left of each label
-  Stat weight[GROUP];      // of the column at its right
-  bool near;               // the packed columns of any vector of labels are in one vector
+  int32_t classes[GROUP];      // -1 from `count` on
+  LabelColumns<Stat> columns;  // if the logits are upsampled
 
   ALWAYS_INLINE Indices<Stat> classes_at(int64_t t) const {
     Indices<Stat> k;
@@ -63,70 +53,35 @@ struct Group {
   }
 };
 
-template <class Stat>
-void find_packed_columns(const Problem<Stat>& problem, const Tile& tile, Group<Stat>& group) {
-  for (int64_t t = 0; t < group.count; ++t) {
-    const auto at = position(problem.columns, group.x + t);
-    group.lower[t] = static_cast<int32_t>(at.lower - (tile.columns.begin - 1));
-    group.weight[t] = at.weight;
-  }
-  for (int64_t t = group.count; t < GROUP; ++t) {
-    group.lower[t] = group.lower[t - 1];
-    group.weight[t] = 0;
-  }
-  group.near = true;
-  for (int64_t t = 0; t < GROUP; t += LANES<Stat>)
-    group.near &= group.lower[t + LANES<Stat> - 1] - group.lower[t] < LANES<Stat>;
-}
-
 // Calls visit(group) for columns of a row of labels, counted from the tile's first one.
 template <class Stat, class Visit>
 ALWAYS_INLINE void for_groups_of_row(const Problem<Stat>& problem, const Tile& tile,
                                      const Workspace<Stat>& workspace, int64_t row,
                                      const int32_t* classes, Range columns, Visit visit) {
-  Group<Stat> group;
-  group.y = row;
-  group.row = position(problem.rows, row);
-  for (int64_t x = columns.begin; x < columns.end; x += workspace.group) {
+  Group<Stat> group = {
+      row, 0, 0, position(problem.rows, row), {}, LabelColumns<Stat>(workspace.group.columns)};
+  for (int64_t x = columns.begin; x < columns.end; x += workspace.group.size) {
     group.x = tile.label_columns.begin + x;
-    group.count = std::min(workspace.group, columns.end - x);
+    group.count = std::min(workspace.group.size, columns.end - x);
     std::memcpy(group.classes, classes + x, group.count * sizeof(int32_t));
     for (int64_t t = group.count; t < GROUP; ++t) group.classes[t] = -1;
-    if (problem.upsampled) find_packed_columns(problem, tile, group);
+    if (problem.upsampled)
+      group.columns.start(problem.columns, tile.columns.begin - 1,
+                          {group.x, group.x + group.count});
     visit(group);
   }
-}
-
-// (1 - weight) * low + weight * high; with weight 0, high is not used.
-template <class Vec>
-ALWAYS_INLINE Vec blend(Vec low, Vec high, Vec weight) {
-  return weight == 0 ? low : (1 - weight) * low + weight * high;
 }
 
 // The upsampled values of two packed lines at the group's pixels. line: scratch.
 template <class Stat>
 ALWAYS_INLINE void upsample(const Group<Stat>& group, const Stat* low, const Stat* high, Stat* line,
                             Stat* out) {
-  using V = Simd<Stat>;
-  using Vec = VecOf<Stat>;
-  constexpr int L = LANES<Stat>;
-  const Stat* between = low;
   if (group.row.weight != 0) {
-    for (int64_t j = group.lower[0]; j <= group.lower[group.count - 1] + 1; j += L)
-      V::store(line + j, blend(V::load(low + j), V::load(high + j), Vec{} + group.row.weight));
-    between = line;
+    const Range packed = group.columns.packed();
+    blend_lines(low, high, group.row.weight, packed.begin, packed.end, line);
+    low = line;
   }
-  const auto along = [&](auto near) INLINE_LAMBDA {
-    for (int64_t t = 0; t < group.count; t += L) {
-      const Vec left = look_up<near()>(between, group.lower + t);
-      const Vec right = look_up<near()>(between + 1, group.lower + t);
-      V::store(out + t, blend(left, right, V::load(group.weight + t)));
-    }
-  };
-  if (group.near)
-    along(std::true_type{});
-  else
-    along(std::false_type{});
+  group.columns.upsample(low, out);
 }
 
 // The logits of the group's pixels: workspace.upsampled.
@@ -134,12 +89,13 @@ template <class Stat>
 ALWAYS_INLINE void logits_of_group(const Problem<Stat>& problem, const Tile& tile,
                                    const Workspace<Stat>& workspace, const Group<Stat>& group) {
   if (!problem.upsampled)
-    return problem.read_columns(problem, tile.image, group.y, {group.x, group.x + group.count},
-                                workspace.upsampled, workspace.group);
-  for (int64_t k = 0; k < problem.num_classes; ++k)
-    upsample(group, workspace.packed[group.row.lower & 1] + k * workspace.stride,
-             workspace.packed[group.row.upper & 1] + k * workspace.stride, workspace.line,
-             workspace.upsampled + k * workspace.group);
+    return problem.logits.read_columns(problem.logits, tile.image, group.y,
+                                       {group.x, group.x + group.count}, workspace.group.upsampled,
+                                       workspace.group.size);
+  for (int64_t k = 0; k < problem.logits.num_classes; ++k)
+    upsample(group, workspace.packed.rows[group.row.lower] + k * workspace.packed.stride,
+             workspace.packed.rows[group.row.upper] + k * workspace.packed.stride,
+             workspace.group.line, workspace.group.upsampled + k * workspace.group.size);
 }
 
 // The class of the largest logit of each pixel: the first of equal ones; NaN is larger than all.
@@ -149,10 +105,10 @@ ALWAYS_INLINE void largest_of_group(const Problem<Stat>& problem, const Workspac
   using Vec = VecOf<Stat>;
   using Index = MaskOf<Stat>;
   for (int64_t t = 0; t < group.count; t += LANES<Stat>) {
-    Vec largest = Simd<Stat>::load(workspace.upsampled + t);
+    Vec largest = Simd<Stat>::load(workspace.group.upsampled + t);
     Index index = {};
-    for (int64_t k = 1; k < problem.num_classes; ++k) {
-      const Vec z = Simd<Stat>::load(workspace.upsampled + k * workspace.group + t);
+    for (int64_t k = 1; k < problem.logits.num_classes; ++k) {
+      const Vec z = Simd<Stat>::load(workspace.group.upsampled + k * workspace.group.size + t);
       const Index larger = (z > largest) | ((z != z) & (largest == largest));
       largest = larger ? z : largest;
       index = larger ? Index{} + static_cast<std::remove_cvref_t<decltype(index[0])>>(k) : index;
@@ -230,7 +186,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
-  const int64_t num_classes = problem.num_classes;
+  const int64_t num_classes = problem.logits.num_classes;
   const bool with_probabilities = sums.masses || sums.squares;
   const int64_t first = problem.pixel(tile, group.y, group.x);
   const LossesOfImage<Stat> image_losses(problem.shape, num_classes, tile.image);
@@ -239,8 +195,8 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   uint64_t hits = 0;
   logits_of_group(problem, tile, workspace, group);
   if (problem.upsampled && maps.lse)
-    upsample(group, workspace.shifts[group.row.lower & 1], workspace.shifts[group.row.upper & 1],
-             workspace.line, shift);
+    upsample(group, workspace.packed.shifts[group.row.lower],
+             workspace.packed.shifts[group.row.upper], workspace.group.line, shift);
   if (sums.hits) {
     int32_t predicted[GROUP];
     largest_of_group(problem, workspace, group, predicted);
@@ -248,15 +204,16 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
                             INLINE_LAMBDA { return k == load_ints(predicted + t); });
   }
   for (int64_t t = 0; t < group.count; t += L) {
-    Stat* const z = workspace.upsampled + t;
+    Stat* const z = workspace.group.upsampled + t;
     const MaskOf<Stat> is_valid = group.is_valid(t);
     const int64_t count = std::min<int64_t>(L, group.count - t);
-    const Vec label_logit = group.label_logits(t, z, workspace.group);
+    const Vec label_logit = group.label_logits(t, z, workspace.group.size);
     const SumOfPowers<Stat> sum =
-        with_probabilities
-            ? sum_of_powers<Stat, true>(z, num_classes, workspace.group, image_losses.all_weights)
-            : sum_of_powers<Stat, false>(z, num_classes, workspace.group, image_losses.all_weights);
-    if (with_probabilities) scale(z, num_classes, workspace.group, 1 / sum.total);
+        with_probabilities ? sum_of_powers<Stat, true>(z, num_classes, workspace.group.size,
+                                                       image_losses.all_weights)
+                           : sum_of_powers<Stat, false>(z, num_classes, workspace.group.size,
+                                                        image_losses.all_weights);
+    if (with_probabilities) scale(z, num_classes, workspace.group.size, 1 / sum.total);
     const Vec log_total = log_of_sum(sum.total);
     const Vec c = is_valid ? not_below_0(log_total - (label_logit - sum.largest)) : Vec{};
     if (sums.overlaps) V::store(overlaps + t, exp<Stat>(-c));
@@ -290,7 +247,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   for (int64_t k = 0; with_probabilities && k < num_classes; ++k) {
     Vector<double, LANES<double>> mass = {}, square = {};
     for (int64_t t = 0; t < group.count; t += L) {
-      const Vec p = V::load(workspace.upsampled + k * workspace.group + t);
+      const Vec p = V::load(workspace.group.upsampled + k * workspace.group.size + t);
       const Vec valid = group.is_valid(t) ? p : Vec{};
       mass += widen(fold(valid));
       square += widen(fold(valid * valid));
@@ -300,7 +257,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   }
 }
 
-// Replaces workspace.upsampled by dz of the group's pixels.
+// Replaces workspace.group.upsampled by dz of the group's pixels.
 template <class Stat>
 void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
                         const Workspace<Stat>& workspace, const Gradients<Stat>& gradients,
@@ -308,7 +265,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
-  const int64_t num_classes = problem.num_classes, stride = workspace.group;
+  const int64_t num_classes = problem.logits.num_classes, stride = workspace.group.size;
   const int64_t image_offset = tile.image * gradients.stride_b;
   const auto class_values = [&](const Stat* by_class, Indices<Stat> k) INLINE_LAMBDA {
     return by_class ? pick(by_class + image_offset, k) : Vec{};
@@ -325,7 +282,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
 
   // dz_k = p_k * (rest + u_k) - v_k * smoothing_term - label_term at the true class
   for (int64_t t = 0; t < group.count; t += L) {
-    Stat* const z = workspace.upsampled + t;
+    Stat* const z = workspace.group.upsampled + t;
     const Indices<Stat> classes = group.classes_at(t);
     const auto map_values = [&](const Map<Stat>& map) INLINE_LAMBDA {
       return load_map(map, tile.image, group.y, group.x + t, group.count - t);
@@ -374,68 +331,39 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     }
   }
   for (int64_t t = 0; t < group.count; ++t)
-    if (group.classes[t] >= 0) workspace.upsampled[group.classes[t] * stride + t] -= label_terms[t];
+    if (group.classes[t] >= 0)
+      workspace.group.upsampled[group.classes[t] * stride + t] -= label_terms[t];
 }
 
 // Adds the gradients of the logits that a group reads, by the transpose of the upsampling.
 template <class Stat>
-void add_gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
-                            const Workspace<Stat>& workspace, const Group<Stat>& group) {
+void add_gradients_of_group(const Problem<Stat>& problem, const Workspace<Stat>& workspace,
+                            const Group<Stat>& group) {
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
-  constexpr int L = LANES<Stat>;
-  const int64_t stride = workspace.stride, first = group.lower[0];
-  const int64_t last = group.lower[group.count - 1] + 1;
-  const int64_t edge = problem.layout.width - tile.columns.begin;  // the packed column of the last
   const Position<Stat>& row = group.row;
-  Stat* const low = workspace.gradients[row.lower & 1];
-  Stat* const high = workspace.gradients[row.upper & 1];
-  for (int64_t k = 0; k < problem.num_classes; k += L) {  // a vector contains L classes
-    const int64_t classes = std::min<int64_t>(L, problem.num_classes - k);
-    const auto sums = [&](int64_t j) INLINE_LAMBDA { return workspace.line + (j - first) * L; };
-    Vec left = {}, right = {};  // the sums of packed columns j and j + 1
-    int64_t j = first;
-    const auto move_to = [&](int64_t next) INLINE_LAMBDA {
-      for (; j < next; ++j) {
-        V::store(sums(j), left);
-        left = right;
-        right = Vec{};
-      }
-    };
-    for (int64_t t = 0; t < group.count; t += L) {
-      Vec dz[L] = {};
-      for (int64_t c = 0; c < classes; ++c)
-        dz[c] = V::load(workspace.upsampled + (k + c) * workspace.group + t);
-      V::transpose(dz);
-      for (int64_t i = 0; i < std::min<int64_t>(L, group.count - t); ++i) {
-        const Stat weight = group.weight[t + i];
-        move_to(group.lower[t + i]);
-        left += (1 - weight) * dz[i];
-        if (weight != 0) (j == edge ? left : right) += weight * dz[i];
-      }
-    }
-    move_to(last + L);
-    for (j = first; j <= last; j += L) {
-      Vec line[L];
-      for (int64_t i = 0; i < L; ++i) line[i] = V::load(sums(j + i));
-      V::transpose(line);
-      for (int64_t c = 0; c < classes; ++c) {
-        const int64_t at = (k + c) * stride + j;
-        V::store(low + at, V::load(low + at) + (1 - row.weight) * line[c]);
-        if (row.weight != 0) V::store(high + at, V::load(high + at) + row.weight * line[c]);
-      }
-    }
+  GradientLines<Stat> lines(workspace.group.columns);
+  lines.use(row.lower, group.count);
+  for (int64_t k = 0; k < problem.logits.num_classes; ++k) {
+    Stat* const low = workspace.gradients[row.lower] + k * workspace.packed.stride;
+    Stat* const high = workspace.gradients[row.upper] + k * workspace.packed.stride;
+    lines.for_sums(workspace.group.upsampled + k * workspace.group.size,
+                   [&](int64_t j, Vec sums) INLINE_LAMBDA {
+                     V::store(low + j, V::load(low + j) + (1 - row.weight) * sums);
+                     if (row.weight != 0) V::store(high + j, V::load(high + j) + row.weight * sums);
+                   });
   }
 }
 
-// Writes dlogits of a group, or adds to those that it reads. workspace.upsampled: dz.
+// Writes dlogits of a group, or adds to those that it reads. workspace.group.upsampled: dz.
 template <class Stat>
 void write_gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
                               const Workspace<Stat>& workspace, const Output<Stat>& output,
                               const Group<Stat>& group) {
-  if (problem.upsampled) return add_gradients_of_group(problem, tile, workspace, group);
-  output.write_columns(problem, output, tile.image, group.y, {group.x, group.x + group.count},
-                       workspace.upsampled, workspace.group);
+  if (problem.upsampled) return add_gradients_of_group(problem, workspace, group);
+  output.write_columns(output, problem.logits.num_classes, tile.image, group.y,
+                       {group.x, group.x + group.count}, workspace.group.upsampled,
+                       workspace.group.size);
 }
 
 template <class Stat>
@@ -466,8 +394,8 @@ ALWAYS_INLINE void for_label_row(const Problem<Stat>& problem, const Tile& tile,
   const Range& columns = tile.label_columns;
   if (problem.upsampled) {
     const Position<Stat> row = position(problem.rows, y);
-    rows.need(problem, tile, row.lower, workspace);
-    rows.need(problem, tile, row.upper, workspace);
+    rows.need(problem, tile, row.lower, workspace.packed);
+    rows.need(problem, tile, row.upper, workspace.packed);
   }
   for_groups_of_row(problem, tile, workspace, y, workspace.classes,
                     {0, columns.end - columns.begin}, visit);
@@ -499,8 +427,10 @@ ALWAYS_INLINE void for_rows_of_gradients(const Problem<Stat>& problem, const Til
                                          const Output<Stat>& output, Visit visit) {
   int64_t next = std::max<int64_t>(tile.rows.begin - 1, 0);  // the first row that is not finished
   const auto finish_until = [&](int64_t row) {
-    for (; next < row; ++next) output.finish_row(problem, output, tile, next, workspace);
+    for (; next < row; ++next)
+      output.finish_row(problem, output, tile, next, workspace.gradients[next],
+                        workspace.packed.stride);
   };
   visit(finish_until);
-  if (problem.upsampled) finish_until(std::min(tile.rows.end + 1, problem.layout.height));
+  if (problem.upsampled) finish_until(std::min(tile.rows.end + 1, problem.logits.layout.height));
 }

@@ -5,6 +5,9 @@
 // position, the shift. The first and the last column are copied once more at the sides.
 // Full-resolution logits are not packed, but read and written in groups of pixels, or of two
 // classes in rows.
+#pragma once
+
+#include "softmax_losses.h"
 
 template <class Label>
 int64_t read_labels(const Labels& labels, int64_t image, int64_t row, Range columns,
@@ -121,20 +124,20 @@ ALWAYS_INLINE T* logit_at(Element* logits, const Layout& layout, int64_t image, 
 // Column j of packed rows is logit tile.columns.begin - 1 + j. Returns whether all logits are
 // finite or -inf.
 template <class T>
-bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
-              const Workspace<StatOf<T>>& workspace) {
+bool pack_row(const Logits<StatOf<T>>& logits, const Tile& tile, int64_t row,
+              const PackedMemory<StatOf<T>>& memory) {
   using Stat = StatOf<T>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
-  const Layout& layout = problem.layout;
-  const int64_t stride = workspace.stride;
+  const Layout& layout = logits.layout;
+  const int64_t stride = memory.stride;
   const int64_t first = std::max<int64_t>(tile.columns.begin - 1, 0);
   const int64_t columns = std::min(tile.columns.end + 1, layout.width) - first;
   const int64_t left = first - (tile.columns.begin - 1);  // 1 if there is a copy at the left
   const bool right = tile.columns.end == layout.width;
-  const T* source = logit_at<const T>(problem.logits, layout, tile.image, row, first);
-  Stat* packed = workspace.packed[row & 1] + left;
-  Stat* shifts = workspace.shifts[row & 1] + left;
+  const T* source = logit_at<const T>(logits.data, layout, tile.image, row, first);
+  Stat* packed = memory.rows[row] + left;
+  Stat* shifts = memory.shifts[row] + left;
   auto below = Vec{} == Vec{};  // not larger than the shift, and not NaN
 
   const Vec lowest = Vec{} - static_cast<Stat>(__builtin_inf());
@@ -143,7 +146,7 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
     Simd<Stat>::store(packed + k * stride + j, x);
     Simd<Stat>::store(shifts + j, maximum(Simd<Stat>::load(shifts + j), x));
   };
-  const int64_t first_class = problem.num_classes - layout.dim;
+  const int64_t first_class = logits.num_classes - layout.dim;
   for (int64_t j = 0; first_class > 0 && j < columns; j += L) put(0, j, Vec{});
   read_columns(source, layout, columns,
                [&](int64_t k, int64_t j, Vec x) INLINE_LAMBDA { put(first_class + k, j, x); });
@@ -152,7 +155,7 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
     // a position whose largest logit is not finite is not shifted
     Simd<Stat>::store(shifts + j, largest - largest == 0 ? largest : Vec{});
   }
-  for (int64_t k = 0; k < problem.num_classes; ++k)
+  for (int64_t k = 0; k < logits.num_classes; ++k)
     for (int64_t j = 0; j < columns; j += L) {
       Stat* at = packed + k * stride + j;
       const Vec x = Simd<Stat>::load(at) - Simd<Stat>::load(shifts + j);
@@ -160,7 +163,7 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
       below = below & (x <= 0);
     }
   // copies at the sides, then zeros, so that unused lanes have finite numbers
-  for (int64_t k = -1; k < problem.num_classes; ++k) {
+  for (int64_t k = -1; k < logits.num_classes; ++k) {
     Stat* line = k < 0 ? shifts : packed + k * stride;
     if (left) line[-1] = line[0];
     if (right) line[columns] = line[columns - 1];
@@ -173,11 +176,10 @@ bool pack_row(const Problem<StatOf<T>>& problem, const Tile& tile, int64_t row,
 
 template <class T>
 void finish_row(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& output,
-                const Tile& tile, int64_t row, const Workspace<StatOf<T>>& workspace) {
+                const Tile& tile, int64_t row, StatOf<T>* gradients, int64_t stride) {
   using Stat = StatOf<T>;
   const Layout& dlayout = output.layout;
-  const int64_t stride = workspace.stride, num_classes = problem.num_classes;
-  Stat* gradients = workspace.gradients[row & 1];
+  const int64_t num_classes = problem.logits.num_classes;
   Stat* source = gradients + 1;
   const int64_t columns = tile.columns.end - tile.columns.begin;
   if (row >= tile.rows.begin && row < tile.rows.end) {
@@ -198,23 +200,23 @@ void finish_row(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& outp
 }
 
 template <class T>
-void read_row(const Problem<StatOf<T>>& problem, int64_t image, int64_t row, Range columns,
+void read_row(const Logits<StatOf<T>>& logits, int64_t image, int64_t row, Range columns,
               StatOf<T>* target, int64_t stride) {
   using Vec = VecOf<StatOf<T>>;
-  const int64_t first_class = problem.num_classes - problem.layout.dim;
+  const int64_t first_class = logits.num_classes - logits.layout.dim;
   const int64_t count = columns.end - columns.begin;
   for (int64_t j = 0; first_class > 0 && j < count; j += LANES<StatOf<T>>)
     Simd<StatOf<T>>::store(target + j, Vec{});
-  read_columns(logit_at<const T>(problem.logits, problem.layout, image, row, columns.begin),
-               problem.layout, count, [&](int64_t k, int64_t j, Vec x) INLINE_LAMBDA {
+  read_columns(logit_at<const T>(logits.data, logits.layout, image, row, columns.begin),
+               logits.layout, count, [&](int64_t k, int64_t j, Vec x) INLINE_LAMBDA {
                  Simd<StatOf<T>>::store(target + (first_class + k) * stride + j, x);
                });
 }
 
 template <class T>
-void write_row(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& output, int64_t image,
-               int64_t row, Range columns, const StatOf<T>* source, int64_t stride) {
-  const int64_t first_class = problem.num_classes - output.layout.dim;
+void write_row(const Output<StatOf<T>>& output, int64_t num_classes, int64_t image, int64_t row,
+               Range columns, const StatOf<T>* source, int64_t stride) {
+  const int64_t first_class = num_classes - output.layout.dim;
   write_columns(logit_at<T>(output.dlogits, output.layout, image, row, columns.begin),
                 output.layout, columns.end - columns.begin, source + first_class * stride, stride);
 }
@@ -222,7 +224,7 @@ void write_row(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& outpu
 // Appends the sum of v_k z_k to a packed row.
 template <class Stat>
 void mix_row(const Problem<Stat>& problem, int64_t image, Stat* packed, int64_t stride) {
-  const int64_t num_classes = problem.num_classes;
+  const int64_t num_classes = problem.logits.num_classes;
   const LossesOfImage<Stat> losses(problem.shape, num_classes, image);
   if (!losses.all_weights) return;
   Stat* sum = packed + num_classes * stride;
@@ -232,17 +234,17 @@ void mix_row(const Problem<Stat>& problem, int64_t image, Stat* packed, int64_t 
       sum[j] += losses.all_weights[k] * packed[k * stride + j];
 }
 
-// The packed rows of logits: an even one and an odd one.
+// The packed rows of logits.
 template <class Stat>
 struct PackedRows {
-  int64_t kept_rows[2] = {-1, -1};
-  bool ordinary[2];  // neither NaN nor +inf
+  TwoRows<int64_t> kept = {-1, -1};
+  TwoRows<bool> ordinary;  // neither NaN nor +inf
 
   void need(const Problem<Stat>& problem, const Tile& tile, int64_t row,
-            const Workspace<Stat>& workspace) {
-    if (kept_rows[row & 1] == row) return;
-    ordinary[row & 1] = problem.pack_row(problem, tile, row, workspace);
-    mix_row(problem, tile.image, workspace.packed[row & 1], workspace.stride);
-    kept_rows[row & 1] = row;
+            const PackedMemory<Stat>& memory) {
+    if (kept[row] == row) return;
+    ordinary[row] = problem.logits.pack_row(problem.logits, tile, row, memory);
+    mix_row(problem, tile.image, memory.rows[row], memory.stride);
+    kept[row] = row;
   }
 };

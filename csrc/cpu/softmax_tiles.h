@@ -87,12 +87,8 @@ class Tiles {
   template <class T>
   Problem<Stat> problem(const Tensor& logits, const Labels& labels) const {
     const Rows<T> rows = best_rows<T>();
-    return {layout_,
-            logits.const_data_ptr<T>(),
-            sizeof(T),
-            num_classes(),
-            rows.pack_row,
-            rows.read_columns,
+    return {{layout_, logits.const_data_ptr<T>(), sizeof(T), num_classes(), rows.pack_row,
+             rows.read_columns},
             upsampled(),
             rows_.axis(),
             columns_.axis(),
@@ -102,7 +98,7 @@ class Tiles {
             {}};
   }
 
-  // Numbers in LabelColumns::slots: for each column of logits, the most labels at its right.
+  // Numbers in ColumnMemory::slots: for each column of logits, the most labels at its right.
   int64_t slots() const {
     const Axis<Stat> axis = columns_.axis();
     int64_t most = 1;
@@ -155,42 +151,53 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
   const int64_t slots = tiles.slots();
   torch::stable::parallel_for(0, items, 1, [&](int64_t first, int64_t last) {
     Workspace<Stat> workspace;
-    workspace.stride = ceil_div(columns + 2, 16) * 16 + 16;
-    workspace.group = num_classes <= 1024 ? GROUP : 16;
-    workspace.label_stride = ceil_div(labels, 16) * 16 + 16;
-    workspace.plane_stride = std::max(workspace.stride, workspace.label_stride);
-    workspace.lanes = tiles.by_cells() ? workspace.stride * (tiles.most_of_cell() + 8) : 0;
-    const int64_t rows = (num_classes + 1) * workspace.stride + 16;
-    const int64_t factors = needs_factors ? ROWS * workspace.lanes : 0;
-    const int64_t count = 2 * rows + 2 * num_classes * workspace.group + 18 * workspace.stride +
-                          2 * workspace.lanes + 3 * factors + 2 * workspace.plane_stride +
-                          4 * workspace.label_stride + slots;
+    auto& [packed, gradients, label_stride, classes, group, cells, differences] = workspace;
+    packed.stride = ceil_div(columns + 2, 16) * 16 + 16;
+    label_stride = ceil_div(labels, 16) * 16 + 16;
+    group.size = num_classes <= 1024 ? GROUP : 16;
+    cells.lanes = tiles.by_cells() ? packed.stride * (tiles.most_of_cell() + 4) : 0;
+    differences.stride = std::max(packed.stride, label_stride);
+    const int64_t row = (num_classes + 1) * packed.stride + 16;
+    const int64_t factors = needs_factors ? ROWS * cells.lanes : 0;
+    const int64_t count = 2 * row + 3 * packed.stride + 2 * num_classes * group.size + GROUP + 16 +
+                          2 * slots + 2 * cells.lanes + 3 * factors + 2 * differences.stride +
+                          4 * label_stride;
     // not initialised, so pages that a small tile does not need are never touched
     const std::unique_ptr<Stat[]> memory(new Stat[count]);
-    std::vector<Stat> gradients(backward ? 2 * (rows + workspace.label_stride) : 0);
-    std::vector<int32_t> classes(ROWS * workspace.label_stride), cell_columns(workspace.lanes);
-    std::vector<int32_t> lower(workspace.label_stride + slots);
-    Stat* next = memory.get();
+    std::vector<Stat> zeros(backward ? 2 * (row + label_stride) : 0);
+    std::vector<int32_t> integers(ROWS * label_stride + cells.lanes + GROUP + 16 + label_stride +
+                                  2 * slots);
+    Stat *next = memory.get(), *next_zero = zeros.data();
+    int32_t* next_integer = integers.data();
     const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
+    const auto take_zeros = [&](int64_t size) {
+      return std::exchange(next_zero, backward ? next_zero + size : next_zero);
+    };
+    const auto take_integers = [&](int64_t size) {
+      return std::exchange(next_integer, next_integer + size);
+    };
+    const auto take_columns = [&](int64_t size) -> ColumnMemory<Stat> {
+      return {take_integers(size), take(size), take_integers(slots), take(slots)};
+    };
     for (int i = 0; i < 2; ++i) {
-      workspace.packed[i] = take(rows);
-      workspace.shifts[i] = take(workspace.stride);
-      workspace.gradients[i] = gradients.data() + (backward ? i * rows : 0);
-      workspace.line_gradients[i] =
-          gradients.data() + (backward ? 2 * rows + i * workspace.label_stride : 0);
+      packed.rows[i] = take(row);
+      packed.shifts[i] = take(packed.stride);
+      gradients[i] = take_zeros(row);
+      differences.lines[i] = take(label_stride);
+      differences.gradients[i] = take_zeros(label_stride);
     }
-    for (Stat*& pixel_factors : workspace.factors) pixel_factors = take(factors);
-    for (Stat*& line : workspace.lines) line = take(workspace.label_stride);
-    workspace.line = take(16 * workspace.stride);
-    workspace.planes = take(2 * workspace.plane_stride);
-    workspace.upsampled = take(num_classes * workspace.group);
-    workspace.slopes = take(num_classes * workspace.group);
-    workspace.cell_weights = take(workspace.lanes);
-    workspace.cell_starts = take(workspace.lanes);
-    workspace.classes = classes.data();
-    workspace.cell_columns = cell_columns.data();
-    workspace.label_columns = {lower.data(), take(workspace.label_stride),
-                               lower.data() + workspace.label_stride, take(slots)};
+    classes = take_integers(ROWS * label_stride);
+    group.upsampled = take(num_classes * group.size);
+    group.slopes = take(num_classes * group.size);
+    group.line = take(packed.stride);
+    group.columns = take_columns(GROUP + 16);
+    cells.columns = take_integers(cells.lanes);
+    cells.weights = take(cells.lanes);
+    cells.starts = take(cells.lanes);
+    for (Stat*& pixel_factors : cells.factors) pixel_factors = take(factors);
+    differences.planes = take(2 * differences.stride);
+    differences.label_line = take(label_stride);
+    differences.columns = take_columns(label_stride);
     visit(first, last, workspace);
   });
 }

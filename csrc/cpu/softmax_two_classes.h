@@ -4,6 +4,9 @@
 //
 // Rows of labels are processed pixel by pixel (softmax_pixels.h) if a logit around them is not
 // finite.
+#pragma once
+
+#include "softmax_pixels.h"
 
 // The differences of the logits at the labels of a tile, row by row.
 class DifferenceRows {
@@ -11,51 +14,49 @@ class DifferenceRows {
   static constexpr int L = LANES<float>;
 
  public:
-  DifferenceRows(const Problem<float>& problem, const Tile& tile, const Workspace<float>& workspace)
-      : problem_(problem), tile_(tile), workspace_(workspace), lines_(workspace.label_columns) {
+  DifferenceRows(const Problem<float>& problem, const Tile& tile,
+                 const DifferenceMemory<float>& memory)
+      : problem_(problem), tile_(tile), memory_(memory), columns_(memory.columns) {
     if (problem.upsampled)
-      lines_.start(problem.columns, tile.columns.begin - 1, tile.label_columns);
+      columns_.start(problem.columns, tile.columns.begin - 1, tile.label_columns);
   }
 
   // d of a row of labels; null if a logit around it is not finite. It is not inlined, so its
   // products are always fused in the same way, and hits equal the diagonal of the confusion matrix.
   __attribute__((noinline)) const float* label_differences(int64_t y) {
     if (!problem_.upsampled) {
-      float* d = workspace_.planes + workspace_.plane_stride;
+      float* d = memory_.planes + memory_.stride;
       return read(y, tile_.label_columns, 0) ? d : nullptr;
     }
     const Position<float> row = position(problem_.rows, y);
     const float *low = logit_differences(row.lower), *high = logit_differences(row.upper);
-    if (!finite_[row.lower & 1] || !finite_[row.upper & 1]) return nullptr;
+    if (!finite_[row.lower] || !finite_[row.upper]) return nullptr;
     if (row.weight == 0) return low;
-    const Floats weight = Floats{} + row.weight;
-    for (int64_t t = 0; t < lines_.count(); t += L)
-      V::store(workspace_.lines[2] + t,
-               (1 - weight) * V::load(low + t) + weight * V::load(high + t));
-    return workspace_.lines[2];
+    blend_lines(low, high, row.weight, 0, columns_.count(), memory_.label_line);
+    return memory_.label_line;
   }
 
  private:
   // d of a row of logits at the labels' columns.
   const float* logit_differences(int64_t row) {
-    float* line = workspace_.lines[row & 1];
-    if (rows_[row & 1] == row) return line;
-    rows_[row & 1] = row;
-    const int64_t begin = tile_.columns.begin - 1, width = problem_.layout.width;
+    float* line = memory_.lines[row];
+    if (rows_[row] == row) return line;
+    rows_[row] = row;
+    const int64_t begin = tile_.columns.begin - 1, width = problem_.logits.layout.width;
     const Range columns = {std::max<int64_t>(begin, 0), std::min(tile_.columns.end + 1, width)};
-    finite_[row & 1] = read(row, columns, columns.begin - begin);
-    float* packed = workspace_.planes + workspace_.plane_stride;
+    finite_[row] = read(row, columns, columns.begin - begin);
+    float* packed = memory_.planes + memory_.stride;
     packed[columns.end - begin] = packed[columns.end - begin - 1];  // has weight 0
-    lines_.upsample(packed, line);
+    columns_.upsample(packed, line);
     return line;
   }
 
   // Reads a row's d into the second plane, beginning with number `first`. Returns whether all are
   // finite.
   bool read(int64_t row, Range columns, int64_t first) {
-    float* planes = workspace_.planes + first;
-    const int64_t stride = workspace_.plane_stride;
-    problem_.read_columns(problem_, tile_.image, row, columns, planes, stride);
+    float* planes = memory_.planes + first;
+    const int64_t stride = memory_.stride;
+    problem_.logits.read_columns(problem_.logits, tile_.image, row, columns, planes, stride);
     Ints finite = Ints{} == 0;
     for (int64_t j = 0; j < columns.end - columns.begin; j += L) {
       const Floats d = V::load(planes + stride + j) - V::load(planes + j);
@@ -67,10 +68,10 @@ class DifferenceRows {
 
   const Problem<float>& problem_;
   const Tile& tile_;
-  const Workspace<float>& workspace_;
-  UpsampledLines<float> lines_;
-  int64_t rows_[2] = {-1, -1};
-  bool finite_[2] = {};
+  const DifferenceMemory<float>& memory_;
+  LabelColumns<float> columns_;
+  TwoRows<int64_t> rows_ = {-1, -1};
+  TwoRows<bool> finite_ = {};
 };
 
 // Calls visit(y, d) for the rows of a tile's labels, whose classes are read; d is null if the row
@@ -79,7 +80,7 @@ class DifferenceRows {
 template <class Begin, class Visit>
 ALWAYS_INLINE int64_t for_differences(const Problem<float>& problem, const Tile& tile,
                                       const Workspace<float>& workspace, Begin begin, Visit visit) {
-  DifferenceRows rows(problem, tile, workspace);
+  DifferenceRows rows(problem, tile, workspace.differences);
   const int64_t count = tile.label_columns.end - tile.label_columns.begin;
   int64_t outside = 0;
   for (int64_t y = tile.label_rows.begin; y < tile.label_rows.end; ++y) {
@@ -306,15 +307,14 @@ void backward_differences(const Problem<float>& problem, const Tile& tile,
   constexpr int L = LANES<float>;
   const int64_t count = tile.label_columns.end - tile.label_columns.begin;
   const DerivativeByDifference<PLAIN> derivative(problem, gradients, tile.image);
-  GradientLines<float> lines(workspace.label_columns);
+  GradientLines<float> lines(workspace.differences.columns);
   PackedRows<float> packed;
-  const auto add_up = [&](int64_t parity) {
-    float* line = workspace.line_gradients[parity];
-    lines.for_sums(line, [&](int64_t j, Floats left, Floats right) INLINE_LAMBDA {
+  const auto add_up = [&](int64_t row) {
+    float* line = workspace.differences.gradients[row];
+    lines.for_sums(line, [&](int64_t j, Floats sums) INLINE_LAMBDA {
       for (int i = 0; i < 2; ++i) {
-        float* class_gradients = workspace.gradients[parity] + i * workspace.stride + j;
-        V::store(class_gradients, V::load(class_gradients) + (i == 1 ? left : -left));
-        V::store(class_gradients + 1, V::load(class_gradients + 1) + (i == 1 ? right : -right));
+        float* class_gradients = workspace.gradients[row] + i * workspace.packed.stride + j;
+        V::store(class_gradients, V::load(class_gradients) + (i == 1 ? sums : -sums));
       }
     });
     std::memset(line, 0, workspace.label_stride * sizeof(float));
@@ -340,17 +340,17 @@ void backward_differences(const Problem<float>& problem, const Tile& tile,
     if (!problem.upsampled) {  // in the place of d
       for (int64_t t = 0; t < count; t += L) {
         const Floats gradient = at(t);
-        V::store(workspace.planes + t, -gradient);
-        V::store(workspace.planes + workspace.plane_stride + t, gradient);
+        V::store(workspace.differences.planes + t, -gradient);
+        V::store(workspace.differences.planes + workspace.differences.stride + t, gradient);
       }
-      return output.write_columns(problem, output, tile.image, y, tile.label_columns,
-                                  workspace.planes, workspace.plane_stride);
+      return output.write_columns(output, 2, tile.image, y, tile.label_columns,
+                                  workspace.differences.planes, workspace.differences.stride);
     }
     const Position<float> row = position(problem.rows, y);
     lines.use(row.lower, count);
     lines.use(row.upper, count);
-    float* low = workspace.line_gradients[row.lower & 1];
-    float* high = workspace.line_gradients[row.upper & 1];
+    float* low = workspace.differences.gradients[row.lower];
+    float* high = workspace.differences.gradients[row.upper];
     for (int64_t t = 0; t < count; t += L) {
       const Floats gradient = at(t);
       V::store(low + t, V::load(low + t) + (1 - row.weight) * gradient);

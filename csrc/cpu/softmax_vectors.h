@@ -1,5 +1,8 @@
 // Functions on vectors for the kernels of softmax moments: exponentials and logarithms; of floats
 // masks, gathering and scattering.
+#pragma once
+
+#include "simd.h"
 
 template <class Stat>
 using VecOf = typename Simd<Stat>::Vec;
@@ -170,7 +173,7 @@ ALWAYS_INLINE Ints load_ints(const int32_t* source) {
   return v;
 }
 
-// line[lower[i]] of each lane. NEAR: all these are in one vector.
+// line[lower[i]] of each lane; 0 where lower[i] is -1. NEAR: all are in one vector, none is -1.
 template <bool NEAR, class Stat>
 ALWAYS_INLINE VecOf<Stat> look_up(const Stat* line, const int32_t* lower) {
   if constexpr (std::is_same_v<Stat, float>) {
@@ -185,7 +188,7 @@ ALWAYS_INLINE VecOf<Stat> look_up(const Stat* line, const int32_t* lower) {
 #endif
   }
   VecOf<Stat> values;
-  for (int i = 0; i < LANES<Stat>; ++i) values[i] = line[lower[i]];
+  for (int i = 0; i < LANES<Stat>; ++i) values[i] = lower[i] < 0 ? Stat(0) : line[lower[i]];
   return values;
 }
 

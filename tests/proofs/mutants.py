@@ -216,7 +216,7 @@ SOFTMAX_MOMENTS = (
     ),
     Mutant(
         "weight 0 of a logit that is not finite, in C++",
-        "csrc/cpu/softmax_pixels.h",
+        "csrc/cpu/upsampling.h",
         "return weight == 0 ? low : (1 - weight) * low + weight * high;",
         "return (1 - weight) * low + weight * high;",
         SOFTMAX,
