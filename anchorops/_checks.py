@@ -430,7 +430,9 @@ def check_size(function: str, size: object, axes: int = 2) -> tuple[int, ...]:
     """size: (H, W) of upsampled logits, or (D, H, W): a sequence or an array of what
     `as_int` takes."""
     lengths = as_ints(size)
-    if lengths is None or len(lengths) != axes or not all(n >= 0 for n in lengths):
+    # only plain ints have 64 bits at most by themselves, not those of a trace
+    too_long = any(type(n) is int and n >= 2**63 for n in lengths or ())
+    if lengths is None or len(lengths) != axes or too_long or not all(n >= 0 for n in lengths):
         expected = "(H, W), two ints" if axes == 2 else "(D, H, W), three ints"
         fail(function, "size", f"{expected} of at least 0", describe(size))
     return lengths

@@ -32,7 +32,8 @@ class MeanIoU(Metric):
         IoU_k = n_kk / (Σ_j n_kj + Σ_j n_jk − n_kk),   n = the confusion matrix
 
     It equals torchmetrics' JaccardIndex(task="multiclass"), with sigmoid task="multilabel", for
-    every average; with "macro" also the mIoU of mmsegmentation. (torchmetrics.segmentation.MeanIoU
+    every average, except that it is 0 where no pixel is valid (theirs is then NaN for some
+    averages); with "macro" also the mIoU of mmsegmentation. (torchmetrics.segmentation.MeanIoU
     computes a mean over images.) `update` reads low-resolution logits; the upsampled ones are never
     stored.
 

@@ -283,3 +283,8 @@ def test_every_number(name: str, kind: str) -> None:
     actual = tensors(OF_NUMBERS[name](NUMBERS[kind](0.5)))
     for ours, right in zip(actual, expected, strict=True):
         assert torch.equal(ours, right)
+
+
+def test_a_size_of_more_than_64_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"pixel_argmax: size: expected \(H, W\), two ints"):
+        ao.pixel_argmax(torch.randn(1, 3, 4, 4), (10**30, 12))
