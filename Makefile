@@ -77,7 +77,7 @@ demo: setup
 	$(BIN)/python -m anchorops.train $(DEMO)
 
 # about an hour, in which nothing else may run. `make bench BENCH=bench/results` replaces the
-# committed rows and pictures of this processor. nnU-Net is one of the alternatives
+# committed rows and pictures of this device. nnU-Net is one of the alternatives
 bench: setup build/nnunet
 	$(BIN)/python bench/run.py --out $(BENCH)
 

@@ -1,4 +1,4 @@
-"""Every option of the pixel losses against what people write, on the CPU: forward and backward, of
+"""Every option of the pixel losses against what people write: forward and backward, of
 pseudo-labels forward.
 
     pytest bench/bench_options.py --seconds 0.25 --rows ROWS.json [-k OPTION] [--eager]
@@ -152,7 +152,7 @@ def with_channel(loss: Formula) -> Formula:
 
 
 def class_weights(z: Tensor) -> Tensor:
-    return torch.linspace(0.5, 1.5, z.shape[1])
+    return torch.linspace(0.5, 1.5, z.shape[1], device=z.device)
 
 
 DICE = ao.Dice(absent="keep")  # as the formula; smp and MONAI differ for absent classes
@@ -318,10 +318,10 @@ def inputs(cell: Cell, size: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.rank(2)
 @pytest.mark.parametrize("cell", [*cells()], ids=str)
 def test_option(bench, cell: Cell):
-    if bench.device.type != "cpu":
-        pytest.skip("the options are measured on the CPU")
     option = OPTIONS[cell.option]
     logits, labels = inputs(cell, TINY if bench.tiny else SIZE)
+    logits = logits.detach().to(bench.device).requires_grad_()
+    labels = labels.to(bench.device)
     size = labels.shape[-cell.axes :]
 
     def whole(formula: Formula) -> Formula:

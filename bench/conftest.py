@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case, backends, relative_error
-from record import GRAPH, by_case, head_of, save, spread
+from record import DEVICE, GRAPH, add_ratios, by_case, head_of, save, spread
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -37,7 +37,7 @@ ROWS: pytest.StashKey["Rows"] = pytest.StashKey()
 def pytest_addoption(parser):
     group = parser.getgroup("anchorops")
     group.addoption("--full", action="store_true", help="the full grid of cases, not the quick one")
-    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption("--device", default=DEVICE)
     group.addoption("--rows", type=Path, help="write the results to this JSON file")
     group.addoption("--threads", type=int, default=2, help="of torch on the CPU (default 2)")
     group.addoption("--seconds", type=float, default=0.6, help="of timing for each row")
@@ -96,10 +96,7 @@ class Rows:
             size = 2**16 if self.tiny else 2**28 if self.device.type == "cuda" else 2**26
             self.head.update(bandwidth(torch.randn(size, device=self.device)))
         self.operators.append(row)
-        for case in by_case(self.operators):
-            base = next((other["median"] for other in case if other["ours"]), None)
-            for other in case:
-                other["ratio"] = other["median"] / base if base else None
+        add_ratios(self.operators)
         self._save("operators", self.operators)
 
     def add_option(self, row: dict) -> None:
@@ -124,6 +121,7 @@ class Bench:
         self._rows, self._benchmark, self._error = config.stash[ROWS], benchmark, None
         self.eager = bool(config.getoption("--eager"))
         marker = request.node.get_closest_marker("rank")
+        self._test = request.node.nodeid  # with which run.py measures a row again
         self._quick = marker is not None and marker.args[0] == 0
         self.device, self.tiny = self._rows.device, self._rows.tiny
         self.seconds = 0.0 if self.tiny else float(config.getoption("--seconds") or 0)
@@ -178,6 +176,7 @@ class Bench:
             "extra_bytes": None if graph else peak_extra_bytes(run, self.device),
             "error": self._error,
             "quick": self._quick,
+            "test": self._test,
         }
         self._rows.add_operator(row)
         self._report(row, times)
@@ -198,6 +197,7 @@ class Bench:
             "quartiles": {name: [x["q1"], x["q3"]] for name, x in spreads.items()},
             "minimum": {name: seconds["minimum"] for name, seconds in spreads.items()},
             "others": others,
+            "test": self._test,
         }
         self._rows.add_option(row)
         self._report(row, times[0])

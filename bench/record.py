@@ -18,6 +18,7 @@ import torch
 from anchorops.measure import environment
 
 ROOT = Path(__file__).parents[1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where nothing else is chosen
 GRAPH = ", CUDA graph"  # of names: the implementation is replayed
 
 
@@ -100,6 +101,14 @@ def by_case(rows: Iterable[dict]) -> list[list[dict]]:
         for graph in (False, True)
     ]
     return [sorted(case, key=lambda row: row["median"]) for case in cases if case]
+
+
+def add_ratios(rows: list[dict]) -> None:
+    """To rows of operators: the time divided by that of our fastest backend in the same case."""
+    for case in by_case(rows):
+        base = next((row["median"] for row in case if row["ours"]), None)
+        for row in case:
+            row["ratio"] = row["median"] / base if base else None
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:

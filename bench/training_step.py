@@ -30,7 +30,7 @@ from bench_pixel_losses import cross_entropy, upsampled
 from cases import IGNORE_INDEX, labels_of
 from plain_networks import plain_network
 from plot_training_step import label
-from record import head_of, save, spread
+from record import DEVICE, head_of, save, spread
 from torch import Tensor, nn
 
 import anchorops as ao
@@ -293,11 +293,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="at least (default 10)")
     parser.add_argument("--minutes", type=float, default=0.0, help="for all, if more (default 0)")
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
-    parser.add_argument("--dry-run", action="store_true", help="small images on the CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
+    parser.add_argument("--dry-run", action="store_true", help="small images")
     arguments = parser.parse_args()
-    cuda = torch.cuda.is_available() and not arguments.dry_run
-    device = torch.device("cuda" if cuda else "cpu")
-    settings = DRY_RUN if arguments.dry_run else ON_GPU if cuda else ON_CPU
+    device = torch.device(arguments.device)
+    settings = ON_GPU if device.type == "cuda" else ON_CPU
+    if arguments.dry_run:
+        settings = DRY_RUN
     head, rows = {**head_of(device), "dry_run": arguments.dry_run}, []
     print(f"{head['device']}, torch {head['torch']}, commit {head['commit']}")
     inference: list[dict[str, Any]] = []
