@@ -27,6 +27,7 @@ MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S
 RUN = RESULTS / "amd-epyc-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
 COUNTED_OPERATIONS = RESULTS / "counted-operations.json"
+COUNTED_WINDOWS = RESULTS / "counted-windows.json"
 BOTH = "late upsampling, ours (both)"  # a row of a training step
 
 
@@ -316,6 +317,23 @@ def counted_operations() -> str:
     return markdown_table(header, lines, words=(0, 1, 2))
 
 
+def counted_windows() -> str:
+    """The share of labels that differ with constant and with Gaussian weights; the accuracy with
+    constant ones."""
+    lines = []
+    rows = json.loads(COUNTED_WINDOWS.read_text())["rows"]
+    for (align_corners, stride), group in grouped(rows, "align_corners", "stride").items():
+        shares: dict[str, list[str]] = {}
+        for row in group:
+            shares.setdefault(row["logits"], []).append(f"{row['differ'] / row['labels']:.2%}")
+        row = next(row for row in group if row["logits"] == "trained")
+        full, low = (f"{row[right] / row['valid']:.1%}" for right in ("right_full", "right_low"))
+        cells = map(", ".join, shares.values())
+        lines.append([f"`{align_corners}`", stride, *cells, f"{full} → {low}"])
+    header = ["`align_corners`", "stride of the windows", "smooth noise", "random weights"]
+    return markdown_table([*header, "trained", "its accuracy, full → low resolution"], lines)
+
+
 TABLES = {
     "gains": gains,
     "uses": uses,
@@ -328,6 +346,7 @@ TABLES = {
     "lovasz": lovasz,
     "counted_memory": lambda: plot_counted_memory.table(counted_memory()),
     "counted_operations": counted_operations,
+    "counted_windows": counted_windows,
 }
 
 
