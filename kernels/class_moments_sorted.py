@@ -267,7 +267,7 @@ def class_moments_sorted(
         BLOCK_P=block_p,
         LANES=lanes,
         num_warps=1,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,  # lanes that hold copies of a sum must agree
     )
     for each in all_rows:
         if each.ptr is not None:
