@@ -19,7 +19,7 @@ from importlib import metadata
 import numpy as np
 import pytest
 import torch
-from emulator import BACKEND, EMULATED, controls
+from emulator import BACKEND, EMULATED, PTX_ARCH, controls
 
 import anchorops as ao
 
@@ -102,7 +102,7 @@ def patched_once(monkeypatch):
     """The interpreter patches triton.language at each call of a function by another function. For
     our own functions the launch of the kernel has already done this. It takes half of the time of
     kernels with many functions."""
-    if BACKEND != "triton":
+    if BACKEND != "triton" or PTX_ARCH is not None:
         return
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -145,7 +145,7 @@ def other_gpu(request, set_hardware) -> None:
 @pytest.fixture
 def sorted_by_numpy(monkeypatch):
     """NumPy sorts, because Triton's sorting network takes four fifths of the interpreter's time."""
-    if BACKEND != "triton":
+    if BACKEND != "triton" or PTX_ARCH is not None:
         return
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle

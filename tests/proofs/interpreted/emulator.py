@@ -1,5 +1,6 @@
-"""The backend whose kernels run here on the CPU: the Triton kernels in Triton's interpreter, or the
-CUDA sources in the emulator (tests/proofs/csrc). In other processes it is "".
+"""The backend whose kernels run here on the CPU: the Triton kernels, as compiled in the PTX machine
+(tests/proofs/ptx) or in Triton's interpreter, or the CUDA sources in the emulator
+(tests/proofs/csrc). In other processes it is "".
 
 The processes that tests/proofs starts with one of them run CASES_OF_TRITON or CASES_OF_CUDA; under
 a sanitizer, which looks at kernels, CUDA_KERNELS."""
@@ -10,7 +11,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from anchorops._backend import TRITON_INTERPRETED
+PTX_ARCH = os.environ.get("PTX_ARCH")  # of the GPU for which Triton compiles: 80 or 90
+if PTX_ARCH is not None:
+    from ptx import triton_launches
+
+    triton_launches.install(int(PTX_ARCH))
+
+from anchorops._backend import TRITON_INTERPRETED  # noqa: E402
 
 LIBRARY = os.environ.get("ANCHOROPS_CUDA_ON_HOST")
 BACKEND = "cuda" if LIBRARY else "triton" if TRITON_INTERPRETED else ""

@@ -1,0 +1,268 @@
+"""What instructions compute: functions of arrays with one number for each lane, as the PTX manual
+defines them. bfloat16 and tf32 are held as their bits."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.generic] | np.generic
+
+U1, U2, U4, U8 = np.uint8, np.uint16, np.uint32, np.uint64
+I4, I8, F2, F4, F8 = np.int32, np.int64, np.float16, np.float32, np.float64
+NAN16 = U2(0x7FFF)
+
+COMPARE: dict[str, Callable[..., Array]] = {
+    "eq": np.equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "ne": lambda x, y: (x < y) | (x > y),  # false for NaN, where NumPy's is true
+    "neu": np.not_equal,
+    "equ": lambda x, y: ~((x < y) | (x > y)),
+    "ltu": lambda x, y: ~(x >= y),
+    "leu": lambda x, y: ~(x > y),
+    "gtu": lambda x, y: ~(x <= y),
+    "geu": lambda x, y: ~(x < y),
+    "num": lambda x, y: ~(np.isnan(x) | np.isnan(y)),
+    "nan": lambda x, y: np.isnan(x) | np.isnan(y),
+}
+COMBINE = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+
+
+def without_subnormals(x):
+    """`.ftz`: zeros with their signs."""
+    return np.where(np.abs(x) < F4(2.0**-126), np.copysign(F4(0), x), x)
+
+
+def saturated(x):
+    """`.sat`: within [0, 1], and 0 for NaN."""
+    return np.where(np.isnan(x), x.dtype.type(0), np.clip(x, 0, 1)).astype(x.dtype)
+
+
+def high_product(x, y):
+    """The upper half of the product."""
+    bits = 8 * x.dtype.itemsize
+    if bits < 64:
+        wide = np.dtype(f"{x.dtype.kind}{bits // 4}").type
+        return (x.astype(wide) * y.astype(wide) >> wide(bits)).astype(x.dtype)
+    a, b, low, half = x.view(U8), y.view(U8), U8(0xFFFFFFFF), U8(32)
+    a0, a1, b0, b1 = a & low, a >> half, b & low, b >> half
+    middle = a1 * b0 + (a0 * b0 >> half)
+    other = a0 * b1 + (middle & low)
+    high = a1 * b1 + (middle >> half) + (other >> half)
+    if x.dtype.kind == "i":  # of negative numbers, read as 2^64 more
+        high = high - np.where(x < 0, b, U8(0)) - np.where(y < 0, a, U8(0))
+    return high.view(x.dtype)
+
+
+def wide_product(x, y):
+    wide = f"{x.dtype.kind}{2 * x.dtype.itemsize}"
+    return x.astype(wide) * y.astype(wide)
+
+
+def quotient(x, y):
+    """Towards zero. A division by zero is undefined: all bits, as GPUs give."""
+    safe = np.where(y == 0, y.dtype.type(1), y)
+    floor = x // safe
+    up = (floor * safe != x) & ((x < 0) != (safe < 0))
+    return np.where(y == 0, ~(x ^ x), floor + up.astype(x.dtype))
+
+
+def remainder(x, y):
+    return np.where(y == 0, x, x - quotient(x, y) * y)
+
+
+def fma(x, y, z, rounding: str = "rn"):
+    """Of float32. The product is exact in float64; the sum is rounded there first, which differs
+    from one rounding in rare cases."""
+    if x.dtype == F8:
+        return x * y + z
+    exact = x.astype(F8) * y + z
+    result = exact.astype(F4)
+    if rounding == "rm":
+        return np.where(result > exact, np.nextafter(result, F4(-np.inf)), result)
+    if rounding == "rp":
+        return np.where(result < exact, np.nextafter(result, F4(np.inf)), result)
+    return result
+
+
+def shift_left(x, by):
+    bits = 8 * x.dtype.itemsize
+    shifted = x << np.minimum(by, bits - 1).astype(x.dtype)
+    return np.where(by < bits, shifted, x.dtype.type(0))
+
+
+def shift_right(x, by):
+    """Of a signed number its sign fills."""
+    bits = 8 * x.dtype.itemsize
+    shifted = x >> np.minimum(by, bits - 1).astype(x.dtype)
+    return shifted if x.dtype.kind == "i" else np.where(by < bits, shifted, x.dtype.type(0))
+
+
+def funnel_shift(low, high, by, left: bool, wrap: bool):
+    both = (high.astype(U8) << U8(32)) | low.astype(U8)
+    by = (by & U4(31) if wrap else np.minimum(by, U4(32))).astype(U8)
+    return ((both << by) >> U8(32) if left else both >> by).astype(U4)
+
+
+def extracted_bits(x, position, length):
+    """bfe; x is signed or not."""
+    bits = 8 * x.dtype.itemsize
+    position, length = position.astype(I8) & 255, length.astype(I8) & 255
+    unsigned = x.view(f"u{x.dtype.itemsize}").astype(U8)
+    field = np.where(length < 64, (U8(1) << np.minimum(length, 63).astype(U8)) - U8(1), ~U8(0))
+    value = (
+        np.where(position < bits, unsigned >> np.minimum(position, 63).astype(U8), U8(0)) & field
+    )
+    if x.dtype.kind == "i":
+        at = np.minimum(position + length - 1, bits - 1)
+        negative = (unsigned >> np.maximum(at, 0).astype(U8)) & U8(1) == 1
+        missing = ~field | ~np.where(
+            position < bits,
+            ~U8(0) >> (U8(64) - U8(bits) + np.minimum(position, bits - 1).astype(U8)),
+            U8(0),
+        )
+        value = np.where(negative & (length > 0), value | missing, value)
+    return value.astype(f"u{x.dtype.itemsize}").view(x.dtype)
+
+
+def inserted_bits(x, y, position, length):
+    """bfi: the lowest `length` bits of x, in y at `position`."""
+    position, length = position.astype(U8) & U8(255), length.astype(U8) & U8(255)
+    field = np.where(length < 64, (U8(1) << np.minimum(length, U8(63))) - U8(1), ~U8(0))
+    outside = position >= 8 * x.dtype.itemsize
+    mask = np.where(outside, U8(0), field << np.minimum(position, U8(63)))
+    value = x.astype(U8) << np.minimum(position, U8(63))
+    return ((y.astype(U8) & ~mask) | (value & mask)).astype(x.dtype)
+
+
+def permuted_bytes(x, y, selector):
+    """prmt: four bits select a byte of y and x; the highest copies the byte's sign."""
+    both, result = x.astype(U8) | (y.astype(U8) << U8(32)), U8(0)
+    for i in range(4):
+        chosen = (selector >> U4(4 * i)) & U4(15)
+        byte = (both >> ((chosen & U4(7)).astype(U8) * U8(8))) & U8(255)
+        sign = np.where(byte >= 128, U8(255), U8(0))
+        result = result | (np.where(chosen >= 8, sign, byte) << U8(8 * i))
+    return result.astype(U4)
+
+
+def looked_up(x, y, z, table):
+    """lop3: bit (4x + 2y + z) of the table, for each bit."""
+    result = x ^ x
+    for i in range(8):
+        term = (x if i & 4 else ~x) & (y if i & 2 else ~y) & (z if i & 1 else ~z)
+        result = np.where((table >> U4(i)) & U4(1) == 1, result | term, result)
+    return result
+
+
+def leading_zeros(x):
+    bits = 8 * x.dtype.itemsize
+    below, filled = x | (x >> x.dtype.type(1)), 2
+    while filled < bits:
+        below, filled = below | (below >> x.dtype.type(filled)), 2 * filled
+    return (bits - np.bitwise_count(below)).astype(U4)
+
+
+def highest_bit(x, shift: bool):
+    """bfind of an unsigned number: its position, or with `shift` how far it lies from the left."""
+    zeros = leading_zeros(x)
+    return np.where(x == 0, ~U4(0), zeros if shift else U4(8 * x.dtype.itemsize - 1) - zeros)
+
+
+def reversed_bits(x):
+    itemsize = x.dtype.itemsize
+    octets = np.ascontiguousarray(x).reshape(-1).view(U1).reshape(-1, itemsize)
+    bits = np.unpackbits(octets, axis=1, bitorder="little")[:, ::-1]
+    return np.packbits(bits, axis=1, bitorder="little").reshape(-1).view(x.dtype).reshape(x.shape)
+
+
+def rounded_to_integer(x, mode: str, dtype: str):
+    """Within the integers of dtype; NaN is 0."""
+    to_integer = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[mode]
+    rounded, info = to_integer(x.astype(F8)), np.iinfo(dtype)
+    low, above = float(info.min), float(info.max) + (info.bits < 64)  # 2^k
+    inside = (rounded >= low) & (rounded < above)
+    number = np.where(inside, rounded, 0).astype(dtype)
+    number = np.where(rounded >= above, info.max, number)
+    return np.where(rounded < low, info.min, number).astype(dtype)
+
+
+def to_bfloat16(x, towards_zero: bool = False):
+    bits = x.view(U4)
+    even = U4(0x7FFF) + ((bits >> U4(16)) & U4(1))
+    rounded = bits if towards_zero else bits + even
+    return np.where(np.isnan(x), NAN16, (rounded >> U4(16)).astype(U2))
+
+
+def to_float16(x):
+    return np.where(np.isnan(x), NAN16, x.astype(F2).view(U2))
+
+
+def to_tf32(x):
+    """To the nearest, halves away from zero (`.rna`)."""
+    bits = x.view(U4)
+    return np.where(np.isfinite(x), (bits + U4(0x1000)) & ~U4(0x1FFF), bits)
+
+
+def from_bfloat16(bits):
+    return (bits.astype(U4) << U4(16)).view(F4)
+
+
+def halves(x, dtype: str):
+    """Both 16-bit floats of a register: [..., 2] float32."""
+    bits = np.stack([(x & U4(0xFFFF)).astype(U2), (x >> U4(16)).astype(U2)], -1)
+    return bits.view(F2).astype(F4) if dtype.startswith("f16") else from_bfloat16(bits)
+
+
+def packed(low, high):
+    return low.astype(U4) | (high.astype(U4) << U4(16))
+
+
+def fma_of_halves(x, y, z, dtype: str):
+    a, b, c = (halves(value, dtype).astype(F8) for value in (x, y, z))
+    exact = a * b + c
+    result = to_float16(exact) if dtype == "f16x2" else to_bfloat16(exact.astype(F4))
+    return packed(result[..., 0], result[..., 1])
+
+
+def shuffled(x, by, clamp, mode: str):
+    """shfl: the value of another lane of the warp, and whether there is one."""
+    lane = np.arange(32)
+    by, clamp = (v.reshape(-1, 32).astype(I8) for v in (by, clamp))
+    segment, limit = (clamp >> 8) & 31, clamp & 31
+    last, by = (lane & segment) | (limit & ~segment), by & 31
+    if mode == "up":
+        source = lane - by
+        inside = source >= last
+    else:
+        source = {
+            "down": lane + by,
+            "bfly": lane ^ by,
+            "idx": (lane & segment) | (by & ~segment),
+        }[mode]
+        inside = source <= last
+    source = np.where(inside, source, lane)
+    return np.take_along_axis(x.reshape(-1, 32), source, 1).reshape(-1), inside.reshape(-1)
+
+
+def reduced(x, kind: str):
+    """redux: of a warp."""
+    rows = x.reshape(-1, 32)
+    ufunc = {"add": np.add, "min": np.minimum, "max": np.maximum, **COMBINE}[kind]
+    return np.repeat(ufunc.reduce(rows, axis=1, dtype=x.dtype), 32)
+
+
+def ballot(predicate):
+    """Bit i: of lane i of the warp."""
+    bits = predicate.reshape(-1, 32).astype(U4) << np.arange(32, dtype=U4)
+    return np.repeat(np.bitwise_or.reduce(bits, axis=1), 32)
+
+
+def equal_lanes(x):
+    """match.any: the lanes of the warp with the same value."""
+    rows = x.reshape(-1, 32)
+    equal = rows[:, :, None] == rows[:, None, :]
+    return np.bitwise_or.reduce(equal.astype(U4) << np.arange(32, dtype=U4), axis=2).reshape(-1)

@@ -1,0 +1,209 @@
+"""A kernel as Python functions, one for each basic block: an instruction becomes one call for all
+lanes that run the block."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .instructions import Operation, Waits, operation
+from .text import (
+    Address,
+    Block,
+    Instruction,
+    Inverted,
+    Kernel,
+    Literal,
+    Operand,
+    Register,
+    Symbol,
+    Unsupported,
+)
+
+Live = set[Register]
+
+
+def held(x, dtype: str, bits: int):
+    """As a register holds it: unsigned, extended by zeros or by the sign."""
+    x = x.astype(dtype, copy=False)
+    if bits == 1:
+        return x
+    if 8 * x.dtype.itemsize < bits:
+        x = x.astype(f"{x.dtype.kind}{bits // 8}")
+    return x.view(f"u{bits // 8}")
+
+
+def _registers(operands: list[Operand]) -> Live:
+    found = set()
+    for x in operands:
+        x = x.base if isinstance(x, Address) else x.register if isinstance(x, Inverted) else x
+        if isinstance(x, Register):
+            found.add(x)
+    return found
+
+
+class Step:
+    """An instruction of a block, and the registers that it reads and writes."""
+
+    def __init__(self, instruction: Instruction):
+        self.instruction = instruction
+        self.operation: Operation = operation(instruction)
+        self.writes = _registers([x for x, _ in self.operation.results])
+        self.reads = _registers([x for x, _ in self.operation.arguments])
+        if instruction.guard is not None:  # where it is false, results keep their values
+            self.reads = self.reads | {instruction.guard} | self.writes
+
+    def is_method(self, *beginnings: str) -> bool:
+        """Of machine.Batch."""
+        function = self.operation.function
+        return isinstance(function, str) and function.startswith(beginnings)
+
+    @property
+    def bases(self) -> Live:
+        """Registers of its address in memory."""
+        return _registers([x for x, dtype in self.operation.arguments[:1] if dtype == "address"])
+
+
+class Program:
+    """`blocks[i](batch, registers, lanes, everyone)` runs a block and returns for each lane whether
+    it goes to the block's target; None if there is no condition."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+        self.steps = [[Step(i) for i in block.instructions] for block in kernel.blocks]
+        self.instructions = [i for block in kernel.blocks for i in block.instructions]
+        self.waits = [
+            max((s.operation.waits for s in steps), default=Waits.NO) for steps in self.steps
+        ]
+        self.hits = [0] * len(kernel.blocks)  # how often each block ran
+        self._live()
+        kept = sorted(set().union(*self.live_in, *self.live_out))
+        self.slots = {register: slot for slot, register in enumerate(kept)}
+        self.constants: dict[str, Any] = {"np": np, "held": held}
+        number, lines = 0, []
+        for b, steps in enumerate(self.steps):
+            lines += self._block(b, number)
+            number += len(steps)
+        exec(compile("\n".join(lines), f"<{kernel.name}>", "exec"), self.constants)
+        self.blocks: list[Callable[..., Any]] = [
+            self.constants[f"block{b}"] for b in range(len(kernel.blocks))
+        ]
+
+    @staticmethod
+    def successors(block: Block) -> list[int]:
+        ways = [block.following, block.target] if block.condition else [block.following]
+        return [way for way in ways if way is not None]
+
+    def _live(self) -> None:
+        """Registers whose values are needed before and after each block."""
+        blocks = self.kernel.blocks
+        reads: list[Live] = []
+        writes: list[Live] = []
+        for block, steps in zip(blocks, self.steps, strict=True):
+            read: Live = set()
+            written: Live = set()
+            for step in steps:
+                read |= step.reads - written
+                written |= step.writes
+            if block.condition is not None and block.condition not in written:
+                read.add(block.condition)
+            reads.append(read)
+            writes.append(written)
+        self.live_in = [set(read) for read in reads]
+        self.live_out: list[Live] = [set() for _ in blocks]
+        changed = True
+        while changed:
+            changed = False
+            for b in reversed(range(len(blocks))):
+                after = set().union(*(self.live_in[s] for s in self.successors(blocks[b])))
+                before = reads[b] | (after - writes[b])
+                if (before, after) != (self.live_in[b], self.live_out[b]):
+                    self.live_in[b], self.live_out[b], changed = before, after, True
+
+    def _constant(self, value: Any) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants[name] = value
+        return name
+
+    def _value(self, x: Operand, dtype: str) -> str:
+        """An expression: of an array with one number for each lane, or a constant (with `c`)."""
+        if dtype == "address":
+            assert isinstance(x, Address)
+            if isinstance(x.base, Register):
+                base = f"{x.base.name}.{'view' if x.base.bits == 64 else 'astype'}('i8')"
+                return f"({base} + {x.offset})" if x.offset else base
+            base = x.base.value if isinstance(x.base, Literal) else self.kernel.offset(x.base)
+            return self._constant(np.int64(base + x.offset))
+        if isinstance(x, Inverted):
+            return f"~{x.register.name}"
+        if isinstance(x, Register):
+            if dtype == "?":
+                return x.name
+            size = 8 * np.dtype(dtype).itemsize
+            if size > x.bits:
+                raise Unsupported(f"{self.kernel.name}: {size} bits of a register of {x.bits}")
+            text = x.name if size == x.bits else f"{x.name}.astype('u{size // 8}')"
+            return text if dtype[0] == "u" else f"{text}.view('{dtype}')"
+        if isinstance(x, Symbol) and x.name.startswith("%"):
+            return f"batch.special({x.name!r}, lanes).astype('{dtype}')"
+        if isinstance(x, Symbol):
+            return self._constant(np.dtype(dtype).type(self.kernel.offset(x)))
+        assert isinstance(x, Literal)
+        if dtype == "?":
+            return self._constant(np.bool_(x.value != 0))
+        bits = 8 * np.dtype(dtype).itemsize
+        if x.bits not in (None, bits):
+            raise Unsupported(f"{self.kernel.name}: a number of {x.bits} bits as {dtype}")
+        pattern = np.array(x.value & ((1 << bits) - 1), f"u{bits // 8}")
+        return self._constant(pattern.view(dtype)[()])
+
+    def _call(self, step: Step, number: int, guard: str) -> str:
+        function, _, arguments, waits = step.operation
+        texts = [self._value(x, dtype) for x, dtype in arguments]
+        constant = [text in self.constants for text in texts]
+        if waits or isinstance(function, str):
+            spread = constant
+        else:  # one array is enough
+            spread = [all(constant) and k == 0 for k in range(len(texts))]
+        texts = [f"np.full(n, {t})" if s else t for t, s in zip(texts, spread, strict=True)]
+        if not isinstance(function, str):
+            return f"{self._constant(function)}({', '.join(texts)})"
+        method, *static = function.split(":")
+        static = [x if x.lstrip("-").isdigit() else repr(x) for x in static]
+        return f"batch.{method}({', '.join(['lanes', str(number), guard, *static, *texts])})"
+
+    def _block(self, b: int, number: int) -> list[str]:
+        block, steps, live_out = self.kernel.blocks[b], self.steps[b], self.live_out[b]
+        mentioned = set().union(*(s.reads | s.writes for s in steps))
+        if block.condition is not None:
+            mentioned.add(block.condition)
+        lines = [f"def block{b}(batch, registers, lanes, everyone):", " n = len(lanes)"]
+        for r in sorted(self.live_in[b] & mentioned):
+            slot = f"registers[{self.slots[r]}]"
+            lines.append(f" {r.name} = {slot} if everyone else {slot}[lanes]")
+        last = {r: k for k, step in enumerate(steps) for r in step.reads | step.writes}
+        for k, step in enumerate(steps):
+            guard, i = "None", step.instruction
+            if i.guard is not None:
+                guard = f"~{i.guard.name}" if i.inverted else i.guard.name
+            results = step.operation.results
+            lines.append(f" t = {self._call(step, number + k, guard)}")
+            for j, (to, dtype) in enumerate(results):
+                if not isinstance(to, Register):
+                    continue
+                new = f"held({'t' if len(results) == 1 else f't[{j}]'}, {dtype!r}, {to.bits})"
+                if i.guard is not None:
+                    new = f"np.where({guard}, {new}, {to.name})"
+                lines.append(f" {to.name} = {new}")
+            dead = [
+                r.name
+                for r, at in last.items()
+                if at == k and r not in live_out and r != block.condition
+            ]
+            lines.append(f" del t{''.join(', ' + name for name in sorted(dead))}")
+        written = set().union(*(s.writes for s in steps))
+        for r in sorted(written & live_out):
+            lines.append(f" batch.keep({self.slots[r]}, lanes, everyone, {r.name})")
+        if block.condition is not None:
+            lines.append(f" return {'~' if block.inverted else ''}{block.condition.name}")
+        return lines

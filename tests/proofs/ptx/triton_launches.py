@@ -1,0 +1,215 @@
+"""Launches of Triton kernels, run by the machine: Triton compiles for a GPU that is not there, and
+the PTX runs on the memory of CPU tensors."""
+
+import os
+import struct
+from collections import Counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .machine import Launch, Traffic, run
+from .memory import CANARY, Region, bytes_at
+from .program import Program, Step
+from .text import Address, Kernel, Register, Symbol, kernels
+
+programs: dict[str, Program] = {}  # by the hash of what was compiled
+launches: Counter[str] = Counter()  # by kernel
+instructions: Counter[str] = Counter()  # that warps executed, by kernel
+traffic: dict[str, dict[str, Traffic]] | None = None  # by kernel, where it is counted
+seed: int | None = None  # of a random order of the warps
+_new: dict[int, int] = {}  # tensors that launchers allocated: address -> bytes
+
+
+class _Driver(NamedTuple):
+    """What Triton's compiler asks of a driver."""
+
+    arch: int
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> str:
+        return f"sm_{self.arch}"
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+def install(arch: int) -> None:
+    """From now on launches are for this GPU. anchorops registers its Triton operators for CPU
+    tensors if they are interpreted, which it asks once; Triton itself compiles."""
+    import triton.language  # noqa: F401
+
+    os.environ["TRITON_INTERPRET"] = "1"
+    import anchorops._backend  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
+    import torch
+    from triton.runtime import driver, interpreter, jit
+
+    driver._active = _Driver(arch)  # type: ignore[assignment]
+    # tests replace InterpretedFunction.run to see launches
+    interpreter.InterpretedFunction.run = _run  # type: ignore[method-assign]
+
+    def launcher(kernel: Any, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            return interpreter.InterpretedFunction.run(
+                kernel, *args, grid=grid, warmup=False, **kwargs
+            )
+
+        return launch
+
+    jit.JITFunction.__getitem__ = launcher  # type: ignore[method-assign]
+    plain = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = plain(self, *args, **kwargs)
+        if type(result) is torch.Tensor and result.device.type == "cpu" and result.numel():
+            _mark_new(result.data_ptr(), result.numel() * result.element_size())
+        return result
+
+    torch.Tensor.new_empty = new_empty  # type: ignore[method-assign]
+
+
+def _mark_new(address: int, size: int) -> None:
+    """Fills a new tensor with CANARY."""
+    bytes_at(address, size)[:] = np.full(-(-size // 4), CANARY, np.uint32).view(np.uint8)[:size]
+    _new[address] = size
+
+
+def _flat(signature: Any, value: Any) -> list[tuple[str, Any]]:
+    """Types and values of the parameters of the machine code."""
+    if isinstance(signature, tuple | list):
+        return [x for s, v in zip(signature, value, strict=True) for x in _flat(s, v)]
+    return [] if signature == "constexpr" else [(signature, value)]
+
+
+def _packed(kernel: Kernel, values: list[tuple[str, Any]]) -> np.ndarray:
+    data = np.zeros(kernel.params.end, np.uint8)
+    names = list(kernel.params.offsets)
+    assert len(names) == len(values) + 2, (kernel.name, names, values)  # two are Triton's own
+    for name, (kind, value) in zip(names, values, strict=False):
+        begin, size = kernel.params.offsets[name], kernel.params.sizes[name]
+        if kind.startswith("*"):
+            raw = struct.pack("<Q", value.data_ptr())
+        elif kind == "fp32":
+            raw = struct.pack("<f", value)
+        elif kind.startswith(("i", "u")):
+            raw = (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+        else:
+            raise NotImplementedError(f"a parameter of type {kind}")
+        data[begin : begin + size] = np.frombuffer(raw, np.uint8)
+    return data
+
+
+def stored_params(program: Program) -> set[int]:
+    """The bytes of the parameters that addresses of stores and atomics may come from: backwards
+    through all that computes them, as far as loads."""
+    makers: dict[Register, list[Step]] = {}
+    work: list[Register] = []
+    for step in (step for steps in program.steps for step in steps):
+        for register in step.writes:
+            makers.setdefault(register, []).append(step)
+        if step.is_method("store_global", "atomic:global"):
+            work += step.bases
+    seen, found = set(work), set()
+    while work:
+        for step in makers.get(work.pop(), ()):
+            if step.is_method("load_param"):
+                address = step.operation.arguments[0][0]
+                assert isinstance(address, Address)
+                if isinstance(address.base, Symbol):
+                    found.add(program.kernel.offset(address.base) + address.offset)
+                    continue
+            if not step.is_method("load_global", "load_shared"):
+                new = step.reads - seen
+                seen |= new
+                work += new
+    return found
+
+
+def regions_of(tensors: list[tuple[Any, bool]], threads: int) -> list[Region]:
+    """What a kernel may access: from the first to the last element of each tensor. Those that it
+    may store to are tracked."""
+    spans: list[list[int]] = []
+    for x, stored in sorted(tensors, key=lambda pair: pair[0].data_ptr()):
+        if x.numel() == 0:
+            continue
+        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        begin, item = x.data_ptr(), x.element_size()
+        end = begin + extent * item
+        if spans and begin < spans[-1][1]:  # views of one tensor
+            last = spans[-1]
+            last[1:] = max(last[1], end), min(last[2], item), last[3] | stored
+        else:
+            spans.append([begin, end, item, stored])
+    regions = []
+    for begin, end, item, stored in spans:
+        region = Region(begin, end, item)
+        if stored:
+            region.track(threads, replicas=True)
+        _find_unwritten(region)
+        regions.append(region)
+    return regions
+
+
+def _find_unwritten(region: Region) -> None:
+    for address, size in _new.items():
+        if address >= region.end or region.begin >= address + size:
+            continue
+        words = region.bytes.view(np.uint32) == CANARY
+        words[: max(address - region.start, 0) // 4] = False
+        words[-(-(address + size - region.start) // 4) :] = False
+        if words.any():
+            bytes_ = np.repeat(words, 4)[:: 1 << region.shift]
+            region.unwritten = bytes_ if region.unwritten is None else region.unwritten | bytes_
+
+
+def program_of(key: str, ptx: str, name: str) -> Program:
+    if key not in programs:
+        (kernel,) = kernels(ptx, name)
+        programs[key] = Program(kernel)
+    return programs[key]
+
+
+def _device() -> str:
+    from triton.runtime import driver
+
+    active: Any = driver.active
+    return active.get_current_device()
+
+
+def _run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+    """Instead of JITFunction.run."""
+    from triton.runtime import jit
+
+    compiled = jit.JITFunction.run(self, *args, grid=None, warmup=True, **kwargs)
+    binder = self.device_caches[_device()][4]
+    bound = binder(*args, **kwargs)[0]
+    grid = grid(bound) if callable(grid) else grid
+    x, y, z = (*grid, 1, 1)[:3]
+    name, metadata = compiled.metadata.name, compiled.metadata
+    assert not metadata.global_scratch_size and not metadata.profile_scratch_size
+    program = program_of(compiled.hash, compiled.asm["ptx"], name)
+    values = [v for key, s in compiled.src.signature.items() for v in _flat(s, bound[key])]
+    offsets = list(program.kernel.params.offsets.values())
+    stored = stored_params(program)
+    tensors = [
+        (value, offset in stored)
+        for (kind, value), offset in zip(values, offsets, strict=False)
+        if kind.startswith("*")
+    ]
+    threads = 32 * metadata.num_warps
+    params, regions = _packed(program.kernel, values), regions_of(tensors, threads)
+    launch = Launch(program, (x, y, z), (threads, 1, 1), params, metadata.shared, regions)
+    counted = None if traffic is None else traffic.setdefault(name, {})
+    if x * y * z:
+        order = None if seed is None else seed + sum(launches.values())
+        instructions[name] += run(launch, order, counted)
+    launches[name] += 1
+    if len(_new) > 4096:
+        _new.clear()
+    return compiled

@@ -1,0 +1,580 @@
+"""The PTX machine's own arithmetic and detection, by kernels of a few lines, against the PTX
+manual's definitions: integers exactly, floats against float64. Needs neither Triton nor nvcc."""
+
+import math
+import struct
+
+import numpy as np
+import pytest
+from ptx.machine import Finding, Launch, Traffic, run
+from ptx.memory import CANARY, Region
+from ptx.program import Program
+from ptx.text import Unsupported, kernels
+
+KERNEL = """
+.version 8.0
+.target sm_90
+.address_size 64
+.file 1 "source.py"
+{shared}
+.visible .entry tested(.param .u64 .ptr .global .align 1 in, .param .u64 .ptr .global .align 1 out)
+.reqntid {threads}
+{{
+.reg .pred %p<9>; .reg .b16 %h<9>; .reg .b32 %r<99>; .reg .b64 %d<99>; .reg .b32 %f<99>;
+.loc 1 7 1
+ld.param.u64 %d0, [in];
+ld.param.u64 %d1, [out];
+mov.u32 %r0, %tid.x;
+mov.u32 %r1, %ctaid.x;
+mov.u32 %r2, %ntid.x;
+mad.lo.s32 %r3, %r1, %r2, %r0;
+{body}
+ret;
+}}
+"""
+SHARED = ".extern .shared .align 16 .b8 memory[];"
+
+
+def launch(
+    body: str,
+    given: np.ndarray,
+    result: np.ndarray,
+    *,
+    blocks: int = 1,
+    threads: int = 32,
+    shared: int = 0,
+    seed: int | None = None,
+    traffic: dict[str, Traffic] | None = None,
+) -> np.ndarray:
+    """%d0 and %d1 are the addresses of `given` and `result`, %r3 the thread in the grid."""
+    text = KERNEL.format(body=body, threads=threads, shared=SHARED if shared else "")
+    (kernel,) = kernels(text)
+    regions = []
+    for x in (given, result):
+        begin = x.ctypes.data
+        regions.append(Region(begin, begin + x.nbytes, x.itemsize))
+    regions[1].track(threads, replicas=True)
+    params = np.frombuffer(struct.pack("<QQ", given.ctypes.data, result.ctypes.data), np.uint8)
+    regions.sort(key=lambda region: region.begin)
+    program = Program(kernel)
+    run(Launch(program, (blocks, 1, 1), (threads, 1, 1), params, shared, regions), seed, traffic)
+    return result
+
+
+def compute(instruction: str, *arguments: np.ndarray, dtype: str, given: str = "") -> np.ndarray:
+    """`instruction` with {to}, {0}, {1} … of one number for each of 32 lanes."""
+    names = {"2": "h", "4": "r", "8": "d"}
+    loads = ["mov.u64 %d2, %d0;"]
+    registers = []
+    data = np.stack([np.resize(x, 32).view(f"u{x.itemsize}").astype(np.uint64) for x in arguments])
+    for k, x in enumerate(arguments):
+        bits, name = 8 * x.itemsize, f"%{names[str(x.itemsize)]}{k + 4}"
+        loads.append(f"mad.wide.u32 %d3, %r0, 8, %d2; ld.global.b{bits} {name}, [%d3+{256 * k}];")
+        registers.append(name)
+    size = np.dtype(dtype).itemsize
+    to = f"%{names[str(size)]}8" if size != 4 else "%r20"
+    body = "\n".join(loads) + "\n" + instruction.format(*registers, to=to)
+    body += f"\nmad.wide.u32 %d3, %r0, {size}, %d1; st.global.b{8 * size} [%d3], {to};"
+    return launch(body, data, np.zeros(32, dtype))
+
+
+RANDOM = np.random.default_rng(0)
+
+
+def integers(dtype: str) -> np.ndarray:
+    info = np.iinfo(dtype)
+    edges = [info.min, info.min + 1, 0, 1, 2, 3, info.max - 1, info.max, 255, 256, info.max // 3]
+    edges = [x for x in edges if info.min <= x <= info.max]
+    some = RANDOM.integers(info.min, info.max, 32 - len(edges), dtype=dtype, endpoint=True)
+    return RANDOM.permutation(np.concatenate([np.array(edges, dtype), some]))
+
+
+def wrapped(x: int, bits: int, signed: bool) -> int:
+    x &= (1 << bits) - 1
+    return x - (1 << bits) if signed and x >> (bits - 1) else x
+
+
+INTEGERS = {
+    "add": lambda x, y, bits: x + y,
+    "sub": lambda x, y, bits: x - y,
+    "mul.lo": lambda x, y, bits: x * y,
+    "mul.hi": lambda x, y, bits: x * y >> bits,
+    "min": lambda x, y, bits: min(x, y),
+    "max": lambda x, y, bits: max(x, y),
+    "div": lambda x, y, bits: int(math.copysign(1, x) * math.copysign(1, y)) * (abs(x) // abs(y)),
+    "rem": lambda x, y, bits: int(math.copysign(1, x)) * (abs(x) % abs(y)),
+}
+
+
+@pytest.mark.parametrize("ty", ["s16", "u16", "s32", "u32", "s64", "u64"])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers(name: str, ty: str):
+    bits, signed = int(ty[1:]), ty[0] == "s"
+    dtype = f"{'i' if signed else 'u'}{bits // 8}"
+    x, y = integers(dtype), integers(dtype)
+    if name in ("div", "rem"):
+        y = np.where(y == 0, y.dtype.type(7), y)
+    result = compute(f"{name}.{ty} {{to}}, {{0}}, {{1}};", x, y, dtype=dtype)
+    pairs = zip(x.tolist(), y.tolist(), strict=True)
+    exact = [wrapped(INTEGERS[name](a, b, bits), bits, signed) for a, b in pairs]
+    assert result.tolist() == exact
+
+
+@pytest.mark.parametrize("ty", ["s16", "u16", "s32", "u32"])
+def test_wide_products(ty: str):
+    kind, size = ("i" if ty[0] == "s" else "u"), int(ty[1:]) // 8
+    x, y, z = integers(f"{kind}{size}"), integers(f"{kind}{size}"), integers(f"{kind}{2 * size}")
+    bits, signed = 16 * size, kind == "i"
+    product = compute(f"mul.wide.{ty} {{to}}, {{0}}, {{1}};", x, y, dtype=f"{kind}{2 * size}")
+    total = compute(
+        f"mad.wide.{ty} {{to}}, {{0}}, {{1}}, {{2}};", x, y, z, dtype=f"{kind}{2 * size}"
+    )
+    numbers = list(zip(x.tolist(), y.tolist(), z.tolist(), strict=True))
+    assert product.tolist() == [a * b for a, b, _ in numbers]
+    assert total.tolist() == [wrapped(a * b + c, bits, signed) for a, b, c in numbers]
+
+
+@pytest.mark.parametrize("ty", ["s16", "b16", "s32", "u32", "b32", "s64", "u64", "b64"])
+def test_shifts(ty: str):
+    bits, signed = int(ty[1:]), ty[0] == "s"
+    x = integers(f"{'i' if signed else 'u'}{bits // 8}")
+    by = np.resize(np.array([0, 1, 5, 31, 32, 63, 64, 200, 2**31], "u4"), 32)
+    left = compute(f"shl.b{bits} {{to}}, {{0}}, {{1}};", x, by, dtype=x.dtype.str[1:])
+    right = compute(f"shr.{ty} {{to}}, {{0}}, {{1}};", x, by, dtype=x.dtype.str[1:])
+    pairs = list(zip(x.tolist(), by.tolist(), strict=True))
+    assert left.tolist() == [wrapped(a << min(b, bits), bits, signed) for a, b in pairs]
+    assert right.tolist() == [a >> min(b, bits) for a, b in pairs]
+
+
+def test_bits():
+    """Fields, counts, permutations and tables of bits."""
+    x, y, z = integers("u4"), integers("u4"), integers("u4")
+    at, n = RANDOM.integers(0, 32, 32).astype("u4"), RANDOM.integers(0, 40, 32).astype("u4")
+    a, b, c, p, k = (v.tolist() for v in (x, y, z, at, n))
+
+    def field(value: int, position: int, length: int, signed: bool) -> int:
+        top = min(position + length - 1, 31)
+        sign = (value >> top & 1) if signed and length else 0
+        read = [value >> (position + j) & 1 if position + j <= 31 else sign for j in range(32)]
+        return sum((read[j] if j < length else sign) << j for j in range(32))
+
+    for signed in (False, True):
+        ty = "s32" if signed else "u32"
+        result = compute(f"bfe.{ty} {{to}}, {{0}}, {{1}}, {{2}};", x, at, n, dtype="u4")
+        assert result.tolist() == [field(v, i, j, signed) for v, i, j in zip(a, p, k, strict=True)]
+    result = compute("bfi.b32 {to}, {0}, {1}, {2}, {3};", x, y, at, n, dtype="u4")
+    for v, w, i, j, got in zip(a, b, p, k, result.tolist(), strict=True):
+        mask = ((1 << j) - 1) << i & 0xFFFFFFFF
+        assert got == (w & ~mask) | (v << i & mask)
+    for name, exact in (
+        ("popc.b32", lambda v: v.bit_count()),
+        ("clz.b32", lambda v: 32 - v.bit_length()),
+        ("brev.b32", lambda v: int(f"{v:032b}"[::-1], 2)),
+        ("bfind.u32", lambda v: v.bit_length() - 1 & 0xFFFFFFFF),
+        ("bfind.shiftamt.u32", lambda v: 32 - v.bit_length() if v else 0xFFFFFFFF),
+        ("not.b32", lambda v: ~v & 0xFFFFFFFF),
+    ):
+        assert compute(f"{name} {{to}}, {{0}};", x, dtype="u4").tolist() == [exact(v) for v in a], (
+            name
+        )
+    result = compute("lop3.b32 {to}, {0}, {1}, {2}, 0xCA;", x, y, z, dtype="u4")  # x ? y : z
+    assert result.tolist() == [(u & v) | (~u & w) for u, v, w in zip(a, b, c, strict=True)]
+    selector = RANDOM.integers(0, 1 << 16, 32).astype("u4")
+    result = compute("prmt.b32 {to}, {0}, {1}, {2};", x, y, selector, dtype="u4")
+    for u, v, s, got in zip(a, b, selector.tolist(), result.tolist(), strict=True):
+        octets = list((u | v << 32).to_bytes(8, "little"))
+        chosen = [s >> 4 * j & 15 for j in range(4)]
+        exact = [(255 * (octets[q & 7] >> 7)) if q & 8 else octets[q] for q in chosen]
+        assert got == int.from_bytes(bytes(exact), "little")
+    by = np.resize(np.array([0, 1, 31, 32, 40], "u4"), 32)
+    for name, exact in (
+        ("shf.l.wrap", lambda lo, hi, s: (hi << 32 | lo) << (s & 31) >> 32),
+        ("shf.r.wrap", lambda lo, hi, s: (hi << 32 | lo) >> (s & 31)),
+        ("shf.l.clamp", lambda lo, hi, s: (hi << 32 | lo) << min(s, 32) >> 32),
+        ("shf.r.clamp", lambda lo, hi, s: (hi << 32 | lo) >> min(s, 32)),
+    ):
+        result = compute(f"{name}.b32 {{to}}, {{0}}, {{1}}, {{2}};", x, y, by, dtype="u4")
+        numbers = zip(a, b, by.tolist(), strict=True)
+        assert result.tolist() == [exact(*v) & 0xFFFFFFFF for v in numbers], name
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.5, 2.5, 3.4e38, -3.4e38, 1e-40, -1e-40, np.inf, -np.inf, np.nan]
+
+
+def floats(scale: float = 1.0) -> np.ndarray:
+    some = scale * RANDOM.standard_normal(32 - len(SPECIAL))
+    return RANDOM.permutation(np.concatenate([SPECIAL, some])).astype("f4")
+
+
+def test_floats():
+    x, y, z = floats(), floats(), floats()
+    a, b, c = (v.astype("f8") for v in (x, y, z))
+    with np.errstate(all="ignore"):
+        exact = {
+            "add.f32 {to}, {0}, {1};": a + b,
+            "sub.rn.f32 {to}, {0}, {1};": a - b,
+            "mul.f32 {to}, {0}, {1};": a * b,
+            "fma.rn.f32 {to}, {0}, {1}, {2};": a * b + c,
+            "div.rn.f32 {to}, {0}, {1};": a / b,
+            "min.f32 {to}, {0}, {1};": np.fmin(a, b),
+            "max.NaN.f32 {to}, {0}, {1};": np.maximum(a, b),
+            "neg.f32 {to}, {0};": -a,
+            "abs.f32 {to}, {0};": abs(a),
+            "sqrt.rn.f32 {to}, {0};": np.sqrt(a),
+            "rcp.rn.f32 {to}, {0};": 1 / a,
+            "cvt.rni.f32.f32 {to}, {0};": np.rint(a),
+            "cvt.sat.f32.f32 {to}, {0};": np.nan_to_num(np.clip(a, 0, 1)),
+        }
+        exact = {text: values.astype("f4") for text, values in exact.items()}
+    for text, values in exact.items():
+        result = compute(text, x, y, z, dtype="f4")
+        np.testing.assert_array_equal(result, values, err_msg=text)
+    for text, function in (
+        ("ex2.approx.f32 {to}, {0};", np.exp2),
+        ("lg2.approx.f32 {to}, {0};", np.log2),
+        ("rsqrt.approx.f32 {to}, {0};", lambda v: 1 / np.sqrt(v)),
+        ("tanh.approx.f32 {to}, {0};", np.tanh),
+    ):
+        result = compute(text, abs(x), dtype="f4")
+        with np.errstate(all="ignore"):
+            exact = function(abs(a)).astype("f4")
+        np.testing.assert_allclose(result, exact, rtol=4e-7, err_msg=text)
+    small = np.array([1e-40, -1e-40, 2.0, -3.0], "f4")
+    result = compute("mul.ftz.f32 {to}, {0}, {1};", small, np.ones(4, "f4"), dtype="f4")
+    assert result[:4].tolist() == [0, 0, 2, -3] and np.signbit(result[:4]).tolist() == [0, 1, 0, 1]
+    low, high = (
+        compute(f"fma.{r}.f32 {{to}}, {{0}}, {{1}}, {{2}};", x, y, z, dtype="f4")
+        for r in ("rm", "rp")
+    )
+    finite = np.isfinite(a * b + c)
+    assert (low[finite] <= (a * b + c)[finite]).all() and (
+        high[finite] >= (a * b + c)[finite]
+    ).all()
+
+
+def test_conversions():
+    x = np.array([0.4, 0.5, 1.5, 2.5, -0.5, -1.5, -2.7, 3e9, -3e9, np.nan, np.inf, -np.inf], "f4")
+    for mode, function in (
+        ("rzi", np.trunc),
+        ("rni", np.rint),
+        ("rmi", np.floor),
+        ("rpi", np.ceil),
+    ):
+        result = compute(f"cvt.{mode}.s32.f32 {{to}}, {{0}};", x, dtype="i4")[: len(x)]
+        exact = np.clip(np.nan_to_num(function(x.astype("f8")), nan=0), -(2.0**31), 2.0**31 - 1)
+        assert result.tolist() == exact.tolist()
+    wide = compute("cvt.rzi.s64.f32 {to}, {0};", x, dtype="i8")[: len(x)]
+    assert wide[7:].tolist() == [3_000_000_000, -3_000_000_000, 0, 2**63 - 1, -(2**63)]
+    y = integers("i4")
+    assert compute("cvt.s64.s32 {to}, {0};", y, dtype="i8").tolist() == y.tolist()
+    assert compute("cvt.u64.u32 {to}, {0};", y, dtype="u8").tolist() == y.view("u4").tolist()
+    assert compute("cvt.s32.s8 {to}, {0};", y, dtype="i4").tolist() == y.astype("i1").tolist()
+    assert compute("cvt.rn.f32.s32 {to}, {0};", y, dtype="f4").tolist() == y.astype("f4").tolist()
+    z = floats()
+    bits = z.view("u4").astype("u8")
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("u2")
+    result = compute("cvt.rn.bf16.f32 {to}, {0};", z, dtype="u2")
+    assert np.where(np.isnan(z), 0x7FFF, rounded).tolist() == result.tolist()
+    with np.errstate(over="ignore"):
+        half = np.where(np.isnan(z), np.uint16(0x7FFF), z.astype("f2").view("u2"))
+    assert compute("cvt.rn.f16.f32 {to}, {0};", z, dtype="u2").tolist() == half.tolist()
+    pair = compute("cvt.rn.f16x2.f32 {to}, {0}, {1};", z, np.ones(32, "f4"), dtype="u4")
+    assert pair.tolist() == (half.astype("u4") << 16 | 0x3C00).tolist()
+
+
+COMPARISONS = {
+    "eq": lambda x, y: x == y,
+    "ne": lambda x, y: x != y and x == x and y == y,
+    "lt": lambda x, y: x < y,
+    "ge": lambda x, y: x >= y,
+    "equ": lambda x, y: x == y or x != x or y != y,
+    "neu": lambda x, y: x != y,
+    "ltu": lambda x, y: not x >= y,
+    "leu": lambda x, y: not x > y,
+    "gtu": lambda x, y: not x <= y,
+    "geu": lambda x, y: not x < y,
+    "num": lambda x, y: x == x and y == y,
+    "nan": lambda x, y: x != x or y != y,
+}
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_comparisons(name: str):
+    x, y = (
+        np.repeat(np.array([0.0, 1.0, np.nan, -np.inf], "f4"), 4),
+        np.tile(np.array([0.0, 2.0, np.nan, 1.0], "f4"), 4),
+    )
+    text = f"setp.{name}.f32 %p1|%p2, {{0}}, {{1}};" + (
+        "selp.b32 %r30, 1, 0, %p1; selp.b32 %r31, 2, 0, %p2; add.u32 {to}, %r30, %r31;"
+    )
+    result = compute(text, x, y, dtype="u4")[:16]
+    exact = [
+        1 if COMPARISONS[name](a, b) else 2 for a, b in zip(x.tolist(), y.tolist(), strict=True)
+    ]
+    assert result.tolist() == exact
+
+
+def test_relu_of_integers():
+    x = integers("i4")
+    result = compute("min.relu.s32 {to}, {0}, 10;", x, dtype="i4")
+    assert result.tolist() == [max(min(v, 10), 0) for v in x.tolist()]
+
+
+def test_warps():
+    x = integers("u4")
+    lanes = np.arange(32)
+    for mode, by, source in (
+        ("bfly", 5, lanes ^ 5),
+        ("up", 3, np.where(lanes >= 3, lanes - 3, lanes)),
+        ("down", 3, np.where(lanes <= 28, lanes + 3, lanes)),
+        ("idx", 7, np.full(32, 7)),
+    ):
+        clamp = 0 if mode == "up" else 31
+        result = compute(f"shfl.sync.{mode}.b32 {{to}}, {{0}}, {by}, {clamp}, -1;", x, dtype="u4")
+        assert result.tolist() == x[source].tolist(), mode
+    segments = compute("shfl.sync.idx.b32 {to}, {0}, 1, 0x181f, -1;", x, dtype="u4")  # of 8 lanes
+    assert segments.tolist() == x[lanes // 8 * 8 + 1].tolist()
+    y = x.view("i4")
+    assert set(compute("redux.sync.min.s32 {to}, {0}, -1;", y, dtype="i4")) == {y.min()}
+    assert set(compute("redux.sync.add.s32 {to}, {0}, -1;", y, dtype="i4")) == {y.sum(dtype="i4")}
+    odd = "and.b32 %r30, {0}, 1; setp.eq.u32 %p1, %r30, 1; vote.sync.ballot.b32 {to}, %p1, -1;"
+    assert set(compute(odd, x, dtype="u4").tolist()) == {
+        sum(int(v & 1) << k for k, v in enumerate(x))
+    }
+    few = (x % 3).astype("u4")
+    result = compute("match.any.sync.b32 {to}, {0}, -1;", few, dtype="u4")
+    assert result.tolist() == [sum(1 << k for k in range(32) if few[k] == v) for v in few]
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "tf32"])
+def test_matrix_products(dtype: str):
+    """Fragments as the manual draws them."""
+    k = 8 if dtype == "tf32" else 16
+    a, b, c = (RANDOM.integers(-8, 9, size).astype("f4") for size in ((16, k), (k, 8), (16, 8)))
+    lane = np.arange(32)
+    g, t = lane // 4, lane % 4
+
+    def bits(x: np.ndarray) -> np.ndarray:
+        if dtype == "f16":
+            return x.astype("f2").view("u2").astype("u4")
+        return x.view("u4") >> (16 if dtype == "bf16" else 0)
+
+    if dtype == "tf32":
+        of_a = [bits(a[g + 8 * (i % 2), t + 4 * (i // 2)]) for i in range(4)]
+        of_b = [bits(b[t + 4 * i, g]) for i in range(2)]
+    else:
+        two = lambda x, y: bits(x) | bits(y) << 16  # noqa: E731
+        at = [(g + 8 * (i % 2), 2 * t + 8 * (i // 2)) for i in range(4)]
+        of_a = [two(a[r, s], a[r, s + 1]) for r, s in at]
+        of_b = [two(b[2 * t + 8 * i, g], b[2 * t + 8 * i + 1, g]) for i in range(2)]
+    of_c = [c[g + 8 * (i // 2), 2 * t + i % 2] for i in range(4)]
+    given = np.stack([x.view("u4") for x in (*of_a, *of_b, *of_c)])
+    body = "mad.wide.u32 %d2, %r0, 4, %d0;" + "".join(
+        f"ld.global.b32 %r{10 + i}, [%d2+{128 * i}];" for i in range(10)
+    )
+    regs = [f"%r{10 + i}" for i in range(10)]
+    join = lambda x: "{" + ", ".join(x) + "}"  # noqa: E731
+    body += (
+        f"mma.sync.aligned.m16n8k{k}.row.col.f32.{dtype}.{dtype}.f32 {{%f1, %f2, %f3, %f4}}, "
+        f"{join(regs[:4])}, {join(regs[4:6])}, {join(regs[6:])};"
+        "mad.wide.u32 %d3, %r0, 4, %d1;"
+    )
+    body += "".join(f"st.global.b32 [%d3+{128 * i}], %f{1 + i};" for i in range(4))
+    result = launch(body, given, np.zeros((4, 32), "f4"))
+    exact = np.array([(a @ b + c)[g + 8 * (i // 2), 2 * t + i % 2] for i in range(4)])
+    np.testing.assert_array_equal(result, exact)
+
+
+def test_loops_and_divergence():
+    """Each thread adds 1 as often as its number says."""
+    body = """
+    mov.u32 %r4, 0;
+    $loop: setp.ge.u32 %p1, %r4, %r3; @%p1 bra $end; add.u32 %r4, %r4, 1; bra $loop;
+    $end: mad.wide.u32 %d2, %r3, 4, %d1; st.global.b32 [%d2], %r4;
+    """
+    result = launch(body, np.zeros(1, "u4"), np.zeros(128, "u4"), blocks=2, threads=64)
+    assert result.tolist() == list(range(128))
+
+
+def test_atomics():
+    body = """
+    atom.global.gpu.relaxed.add.u32 %r4, [%d1], 1;
+    mad.wide.u32 %d2, %r3, 4, %d1; st.global.b32 [%d2+4], %r4;
+    """
+    result = launch(body, np.zeros(1, "u4"), np.zeros(129, "u4"), blocks=2, threads=64)
+    assert result[0] == 128 and sorted(result[1:].tolist()) == list(range(128))
+
+
+# Lane i stores to shared memory, and reads what the next thread of its block stored.
+ROTATE = """
+shl.b32 %r4, %r0, 2;
+mov.u32 %r5, memory;
+add.u32 %r5, %r5, %r4;
+st.shared.b32 [%r5], %r3;
+{barrier}
+add.u32 %r6, %r0, 1;
+rem.u32 %r6, %r6, %r2;
+shl.b32 %r6, %r6, 2;
+mov.u32 %r7, memory;
+add.u32 %r7, %r7, %r6;
+ld.shared.b32 %r8, [%r7];
+mad.wide.u32 %d2, %r3, 4, %d1;
+st.global.b32 [%d2], %r8;
+"""
+
+
+def rotate(barrier: str, threads: int = 64, **options) -> np.ndarray:
+    size = 2 * threads
+    return launch(
+        ROTATE.format(barrier=barrier),
+        np.zeros(1, "u4"),
+        np.zeros(size, "u4"),
+        blocks=2,
+        threads=threads,
+        shared=4 * threads,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_barriers_order_accesses(seed: int | None):
+    exact = np.roll(np.arange(128).reshape(2, 64), -1, 1).reshape(-1)
+    assert rotate("bar.sync 0;", seed=seed).tolist() == exact.tolist()
+    exact = np.roll(np.arange(64).reshape(2, 32), -1, 1).reshape(-1)
+    assert rotate("bar.warp.sync -1;", 32, seed=seed).tolist() == exact.tolist()
+
+
+ADDRESS = "mad.wide.u32 %d2, %r3, 4, %d1; mad.wide.u32 %d3, %r3, 4, %d0;"
+COPY = """
+mov.u32 %r5, memory; shl.b32 %r4, %r0, 4; add.u32 %r5, %r5, %r4;
+mad.wide.u32 %d3, %r0, 16, %d0;
+cp.async.cg.shared.global [%r5], [%d3], 16;
+cp.async.commit_group;
+{wait}
+ld.shared.b32 %r6, [%r5];
+mad.wide.u32 %d2, %r3, 4, %d1; st.global.b32 [%d2], %r6;
+"""
+FOUND = {
+    "no barrier": (
+        ROTATE.format(barrier=""),
+        r"a race \(shared memory\)|unwritten memory \(shared",
+    ),
+    "a barrier of a warp": (ROTATE.format(barrier="bar.warp.sync -1;"), r"a race|unwritten memory"),
+    "unwritten shared memory": (
+        "mov.u32 %r5, memory; ld.shared.b32 %r6, [%r5];",
+        r"unwritten memory \(shared memory\)",
+    ),
+    "after the last": (
+        ADDRESS + "st.global.b32 [%d2+4], %r3;",
+        r"out of bounds \(global memory\) at tested source.py:7 .*, block \(1, 0, 0\), thread 63",
+    ),
+    "before the first": (
+        ADDRESS + "ld.global.b32 %r4, [%d3+-4];",
+        r"out of bounds \(global memory\)",
+    ),
+    "shared memory that was not requested": (
+        "mov.u32 %r5, memory; st.shared.b32 [%r5+1024], %r3;",
+        r"out of bounds \(shared memory\)",
+    ),
+    "misaligned": (
+        ADDRESS + "ld.global.v2.b32 {%r4, %r5}, [%d3];",
+        "a misaligned access.*thread 1",
+    ),
+    "blocks race": (
+        "mad.wide.u32 %d2, %r0, 4, %d1; st.global.b32 [%d2], %r3;",
+        r"a race \(global memory\).*block \(0, 0, 0\), thread 0",
+    ),
+    "blocks race with reads": (
+        "mad.wide.u32 %d2, %r0, 4, %d1; ld.global.b32 %r5, [%d2]; setp.eq.u32 %p1, %r1, 1;"
+        "@%p1 st.global.b32 [%d2], %r3;",
+        r"a race \(global memory\)",
+    ),
+    "unequal copies": (
+        "setp.lt.u32 %p1, %r3, 32; @%p1 st.global.b32 [%d1], %r0;",
+        "unequal copies",
+    ),
+    "a barrier for some": (
+        "setp.lt.u32 %p1, %r0, 32; @%p1 bra $on; bar.sync 0; $on: bar.sync 1;",
+        "a barrier that some threads do not reach",
+    ),
+    "a shuffle for some": (
+        "setp.lt.u32 %p1, %r0, 7; @%p1 bra $on; shfl.sync.idx.b32 %r4, %r0, 0, 31, -1; $on:"
+        "shfl.sync.idx.b32 %r4, %r0, 1, 31, -1;",
+        "a whole warp's instruction that some threads do not reach",
+    ),
+    "a copy that is read too early": (COPY.format(wait=""), "a copy that was not awaited"),
+    "a copy that nobody awaits": (
+        COPY.format(wait="").partition("ld.shared")[0],
+        "a copy that nobody",
+    ),
+    "too many groups left": (
+        COPY.format(wait="cp.async.wait_group 1;"),
+        "a copy that was not awaited",
+    ),
+    "atomics of one block": (
+        "atom.global.cta.relaxed.add.u32 %r4, [%d1], 1;",
+        "an atomic of one block in a grid of several",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_findings(name: str):
+    body, message = FOUND[name]
+    given = np.zeros(256, "u4")
+    with pytest.raises(Finding, match=message):
+        launch(body, given, np.full(128, 7, "u4"), blocks=2, threads=64, shared=1024)
+
+
+def test_awaited_copies():
+    given = np.arange(256, dtype="u4")
+    result = launch(
+        COPY.format(wait="cp.async.wait_group 0;"),
+        given,
+        np.zeros(64, "u4"),
+        threads=64,
+        shared=1024,
+    )
+    assert result.tolist() == given[::4].tolist()
+
+
+def test_new_memory():
+    body = ADDRESS + "ld.global.b32 %r4, [%d2];"
+    (kernel,) = kernels(KERNEL.format(body=body, threads=32, shared=""))
+    new = np.full(32, CANARY, "u4")
+    region = Region(new.ctypes.data, new.ctypes.data + new.nbytes, 4)
+    region.unwritten = region.bytes.view("u4") == CANARY
+    params = np.frombuffer(struct.pack("<QQ", 0, new.ctypes.data), np.uint8)
+    launched = Launch(Program(kernel), (1, 1, 1), (32, 1, 1), params, 0, [region])
+    with pytest.raises(Finding, match=r"unwritten memory \(global memory\).*thread 0"):
+        run(launched)
+
+
+def test_traffic():
+    """A warp that takes one number in four asks for four times the sectors."""
+    body = "mad.wide.u32 %d2, %r0, {step}, %d0; ld.global.b32 %r4, [%d2];"
+    given = np.arange(1024, dtype="u4")
+    given = given[-given.ctypes.data // 4 % 8 :][:512]  # begins at a sector
+    for step, sectors in ((4, 4), (16, 16), (0, 1)):
+        traffic: dict[str, Traffic] = {}
+        launch(body.format(step=step), given, np.zeros(1, "u4"), traffic=traffic)
+        counted = traffic["loads"]
+        assert (counted.asked, counted.sectors, counted.moved) == (128, sectors, sectors)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "add.cc.s32 %r4, %r3, 1;",
+        "min.xorsign.f32 %f1, %f2, %f3;",
+        "tex.2d.v4.f32 {%f1, %f2, %f3, %f4}, [%d0, {%f1, %f2}];",
+        "ld.global.unknown.b32 %r4, [%d0];",
+        "mad.hi.cc.s32 %r4, %r3, 1, 2;",
+        "cvt.rp.f32.s32 %f1, %r3;",
+        "shfl.sync.idx.b32 %r4, %r3, 0, 31, 7;",
+        "bar.sync 0, 32;",
+    ],
+)
+def test_what_is_not_known_is_refused(instruction: str):
+    with pytest.raises(Unsupported, match="the PTX machine does not know"):
+        launch(instruction, np.zeros(1, "u4"), np.zeros(32, "u4"))
