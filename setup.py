@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from glob import glob
 
 import setuptools
@@ -181,7 +182,10 @@ def compiled_parts() -> dict:
             info |= {"CUDA_CHOICE": CUDA_CHOICE, "CUDA_OBSTACLE": missing}
             macros = [(f"ANCHOROPS_{key}", f'"{value}"') for key, value in info.items()]
             self.extensions[0].define_macros += macros
+            start = time.monotonic()
             super().build_extensions()
+            seconds = time.monotonic() - start
+            print(f"anchorops: compiled in {seconds:.0f} seconds", file=sys.stderr)
 
         def get_ext_filename(self, ext_name):
             # torch.ops.load_library opens these files: their names contain no version of Python
