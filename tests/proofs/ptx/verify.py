@@ -46,21 +46,21 @@ def main() -> int:
     _backend.TRITON_INTERPRETED = verify.TRITON_INTERPRETED = True  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     part, parts = map(int, options.part.split("/"))
-    verdicts: Counter[bool | None] = Counter()
+    results: Counter[bool | None] = Counter()
     for check in verify.checks()[part::parts]:
         if options.only in check.name:
             row = verify.run(check, "triton", torch.device("cpu"))
             print(row, f"{row.seconds:.0f} s", flush=True)
-            verdicts[row.right] += 1
+            results[row.right] += 1
     launches = sum(triton_launches.launches.values())
     executed = sum(triton_launches.instructions.values())
     print(
-        f"sm_{options.arch}: {verdicts[True]} right, {verdicts[False]} WRONG, "
-        f"{verdicts[None]} not served; {launches} launches of {len(triton_launches.programs)} "
+        f"sm_{options.arch}: {results[True]} right, {results[False]} WRONG, "
+        f"{results[None]} not served; {launches} launches of {len(triton_launches.programs)} "
         f"variants, {executed:.3g} instructions of warps"
     )
     print(*(f"not run: {line}" for line in uncovered()), sep="\n")
-    return int(verdicts[True] == 0 or verdicts.total() > verdicts[True])
+    return int(results[True] == 0 or results.total() > results[True])
 
 
 if __name__ == "__main__":
