@@ -1,17 +1,21 @@
 """Registration of operators: one overload per backend, with schema, fake kernel and autograd."""
 
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
-from torch._decomp import decomposition_table, meta_table
+from torch import Tensor, _decomp
 from torch.autograd import forward_ad
 
 from .._backend import FUSED, register_triton
 from .._checks import in_transform, savable
 
 library = torch.library.Library("anchorops", "FRAGMENT")
+_formulas_in_onnx: dict[Any, Callable[..., Any]] = {}
+# In front of torch's table, not in it: where the environment variable CI is set, Inductor raises an
+# error for an operator in the table.
+_decomp.decomposition_table = ChainMap(_formulas_in_onnx, _decomp.decomposition_table)
 
 
 def call(launcher: Callable[..., Any], *arguments: Any) -> Any:
@@ -105,7 +109,7 @@ def _define(overload: str, schema: str, fake: Callable[..., Any], any_strides: b
 
 
 def _replace_in_onnx(name: str, backend: str) -> None:
-    """torch.onnx.export of an ExportedProgram applies torch's global table of decompositions;
+    """torch.onnx.export of an ExportedProgram applies torch._decomp.decomposition_table;
     torch.compile and torch.export have tables of their own, so they keep the operators."""
     operator = getattr(getattr(torch.ops.anchorops, name), backend)
 
@@ -114,9 +118,9 @@ def _replace_in_onnx(name: str, backend: str) -> None:
 
         return onnx_export.formula(name)(*arguments)
 
-    decomposition_table[operator] = formula
+    _formulas_in_onnx[operator] = formula
     # Otherwise fake tensors of symbolic sizes would compute the formula, not our fake kernel.
-    meta_table[operator] = formula
+    _decomp.meta_table[operator] = formula
 
 
 def _register_autograd(name: str, backend: str, gradient: Gradient) -> None:
