@@ -33,6 +33,13 @@ def _rows(function: str, vectors: Tensor) -> Tensor:
     return vectors.detach().flatten(1).double()
 
 
+def _of_classes(function: str, argument: str, values: Tensor) -> Tensor:
+    """[K] in float64."""
+    if not isinstance(values, Tensor) or values.dim() != 1:
+        fail(function, argument, "a tensor [K]", describe(values))
+    return values.double()
+
+
 def _pairwise_cosines(rows: Tensor) -> Tensor:
     """cos of each pair i < j: [K(K−1)/2]."""
     unit = F.normalize(rows, dim=1)
@@ -66,19 +73,24 @@ def maximal_angle(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
 
 def imbalance_factor(counts: Tensor) -> Tensor:
     """n_max / n_min over the classes that occur (CeCo: PIF of pixels, CIF of centers)."""
-    present = counts[counts > 0].double()
+    counts = _of_classes("imbalance_factor", "counts", counts)
+    present = counts[counts > 0]
     return present.max() / present.min() if len(present) else present.new_tensor(torch.nan)
 
 
 def pearson(x: Tensor, y: Tensor) -> Tensor:
     """Pearson's correlation of two tensors [K]; NaN where either is constant."""
-    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    x, y = _of_classes("pearson", "x", x), _of_classes("pearson", "y", y)
+    if len(x) != len(y):
+        fail("pearson", "y", f"a tensor [{len(x)}], as x", describe(y))
+    x, y = x - x.mean(), y - y.mean()
     return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
 
 
 def norm_correlation(weight: Tensor, counts: Tensor) -> Tensor:
     """Pearson's correlation of ‖w_k‖ and the classes' pixel counts ("prior ambiguity" in CBP)."""
-    return pearson(_rows("norm_correlation", weight).norm(dim=1), counts)
+    norms = _rows("norm_correlation", weight).norm(dim=1)
+    return pearson(norms, _of_classes("norm_correlation", "counts", counts))
 
 
 def gradient_ratio(features: Tensor, loss: Tensor, other: Tensor) -> Tensor:

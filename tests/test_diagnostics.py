@@ -56,6 +56,18 @@ def test_measures_of_vectors() -> None:
     close(diagnostics.norm_correlation(vectors, counts), expected)
 
 
+def test_arguments_of_functions() -> None:
+    numbers, counts = np.arange(3), torch.arange(3)
+    for call, message in (
+        (lambda: diagnostics.imbalance_factor(numbers), "imbalance_factor: counts: expected a te"),
+        (lambda: diagnostics.pearson(counts, numbers), r"pearson: y: expected a tensor \[K\]"),
+        (lambda: diagnostics.pearson(counts, counts[:2]), r"y: expected a tensor \[3\], as x, got"),
+        (lambda: diagnostics.norm_correlation(torch.eye(3), None), "norm_correlation: counts: exp"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_gradient_ratio() -> None:
     features = (torch.randn(6, D, requires_grad=True) * 1).bfloat16()
     loss, other = features.sum() * 3, features.sum() * 2

@@ -498,12 +498,17 @@ def test_bad_input() -> None:
         ao.low_resolution(model, x)
 
 
+def view_as_itself(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
 AFTER = {
     "float": lambda z, x: upsampled(z.bfloat16(), x.shape[2:]).float(),
     "to": lambda z, x: upsampled(z.bfloat16(), x.shape[2:]).to(torch.float32),
     "type as": lambda z, x: upsampled(z.bfloat16(), x.shape[2:]).type_as(x),
     "layout": lambda z, x: upsampled(z, x.shape[2:]).contiguous(memory_format=torch.channels_last),
     "clone, in a dictionary": lambda z, x: {"out": torch.clone(upsampled(z, x.shape[2:])).float()},
+    "as another": lambda z, x: view_as_itself(upsampled(z, x.shape[2:])),
     "axes": lambda z, x: upsampled(z, x.shape[2:])[:, None].squeeze(1).unsqueeze(1)[:, 0],
     "all of an axis": lambda z, x: upsampled(z, x.shape[2:])[..., : x.shape[2], :],
     "one class": lambda z, x: upsampled(z[:, :1], x.shape[2:]).squeeze(1),

@@ -197,10 +197,8 @@ class _Low(NamedTuple):
         """The result of a function of _VIEWS, or None if it does not commute with upsampling. It is
         called with a tensor of full resolution without memory."""
         full = torch.empty(self.full_shape, device="meta")
-        if args:
-            args = (full, *args[1:])
-        else:
-            kwargs = kwargs | {"input": full}
+        args = tuple(full if x is self.tensor else x for x in args)
+        kwargs = {name: full if x is self.tensor else x for name, x in kwargs.items()}
         result = func(*args, **kwargs)
         if not _commutes(func, args, kwargs, full, result):
             return None
