@@ -199,9 +199,9 @@ class Attachment:
             self._taken_in_checkpoint = not torch.compiler.is_compiling() and checkpointed()
             return features
         if not self._hooks:
-            why = "it was detached from the model"
+            why = "it was detached from the model: call what the latest attach returned"
         elif self._taken:
-            why = "the features of this forward were already taken: call it once per forward"
+            why = "it was already called after this forward (join several methods by Combined)"
         elif not self.regularizer.training:
             why = "in eval mode no features are kept: omit the term, or call model.train()"
         else:

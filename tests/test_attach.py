@@ -240,7 +240,7 @@ def test_errors() -> None:
         attached(labels)
     model(x)
     attached(labels)
-    with pytest.raises(RuntimeError, match="already taken: call it once per forward"):
+    with pytest.raises(RuntimeError, match="already called after this forward .join several"):
         attached(labels)
 
 
