@@ -129,10 +129,20 @@ def set_hardware():
 
 @pytest.fixture
 def set_order():
-    """The order in which the emulator's threads run: a seed, or 0 for the usual one."""
-    if BACKEND != "cuda":
-        pytest.skip("programs of the interpreter have no threads")
-    set_order = controls().set_order
+    """The order in which threads run in the emulator, and warps in the PTX machine: a seed, or 0
+    for the usual one. Elsewhere it cannot be chosen."""
+    if BACKEND == "cuda":
+        set_order = controls().set_order
+    elif PTX_ARCH is not None:
+        from ptx import triton_launches
+
+        def set_order(seed: int) -> None:
+            triton_launches.seed = seed or None
+    else:
+
+        def set_order(seed: int) -> None:
+            pass
+
     yield set_order
     set_order(0)
 
