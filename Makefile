@@ -17,7 +17,7 @@ ABI_TORCHES ?= 2.10 2.11 2.13
 # of make check-torch: those of docs/stability.md
 TORCH ?= 2.10.0 2.12.1 2.14.1 2.15.0
 
-.PHONY: setup test check-torch check-nnunet check-ultralytics proofs stress demo bench counted-memory kernels-report lint format docs package check-abi clean
+.PHONY: setup test check-torch check-nnunet check-ultralytics proofs faults stress demo bench counted-memory kernels-report lint format docs package check-abi clean
 release_of_nnunet = nnunetv2==2.8.1
 release_of_ultralytics = ultralytics==8.4.190
 # or make would delete the environments that it made on the way
@@ -58,6 +58,11 @@ build/torch/%:
 # behind them.
 proofs: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m slow
+
+# do the tests notice each planted fault? make faults FAULTS='kernels/lanes.py C++' takes those whose
+# file or name contains one of these texts
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/proofs/planted_faults.py $(FAULTS)
 
 # the examples for nnU-Net and Ultralytics against their releases, in environments of their own of 7 GB
 check-nnunet check-ultralytics: check-%: setup build/%

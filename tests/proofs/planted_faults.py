@@ -1,0 +1,99 @@
+"""Do the tests notice wrong code? Plants each fault of planted_faults.toml in a copy of the
+repository in build/faults, and runs the tests that must fail there. Without a fault they must pass.
+
+    python tests/proofs/planted_faults.py [TEXT ...]    (faults whose file or name contains a TEXT)
+
+Of C++ only the kernels of this processor's best instruction set are compiled again."""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import tomllib  # Python 3.11
+import torch
+import triton.language  # noqa: F401
+
+ROOT = Path(__file__).parents[2]
+COPY = ROOT / "build/faults"
+OUTPUT = COPY / "output.txt"
+MOST_SECONDS = 1200  # of a fault's tests, which may never end
+
+
+def prepare() -> None:
+    """A copy of the repository as it is now. Objects that were compiled of these sources stay."""
+    compared = subprocess.run(["diff", "-rq", ROOT / "csrc", COPY / "csrc"], capture_output=True)
+    same = compared.returncode == 0
+    shutil.rmtree(COPY / "anchorops" if same else COPY, ignore_errors=True)
+    left_out = [".*", "__pycache__", "*.so", "build", "site", "dist", "data", "runs"]
+    ignored = shutil.ignore_patterns(*left_out, *["csrc"] * same)
+    shutil.copytree(ROOT, COPY, symlinks=True, dirs_exist_ok=True, ignore=ignored)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=COPY, env=os.environ | {"ANCHOROPS_CUDA": "0"}, check=True)
+
+
+def compile_changes() -> None:
+    folder = next((COPY / "build").glob("temp.*"))
+    best = torch.backends.cpu.get_cpu_capability().lower().replace("default", "baseline")
+    others = tuple(f"_{x}.o" for x in {"baseline", "avx2", "avx512"} - {best})
+    objects = [str(path) for path in folder.rglob("*.o")]
+    made = ["ninja", "-C", folder, *(x for x in objects if not x.endswith(others))]
+    subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
+    linked = [*objects, f"-L{Path(torch.__file__).parent}/lib", "-ltorch_cpu"]
+    subprocess.run(["c++", "-shared", *linked, "-o", COPY / "anchorops/_cpu.so"], check=True)
+
+
+def run_pytest(variables: str, *arguments: str) -> None:
+    os.environ |= dict(word.split("=") for word in variables.split()) | {"PYTHONPATH": str(COPY)}
+    sys.path.insert(0, str(COPY))
+    os.chdir(COPY / "tests")
+    with OUTPUT.open("w") as output, contextlib.redirect_stdout(output):
+        sys.exit(pytest.main(["-q", *arguments]))
+
+
+def failures(variables: str, *arguments: str) -> list[str]:
+    """The tests that fail, with these variables of the environment, or how the process ends."""
+    failed = COPY / ".pytest_cache/v/cache/lastfailed"
+    failed.unlink(missing_ok=True)
+    process = get_context("fork").Process(target=run_pytest, args=(variables, *arguments))
+    process.start()
+    process.join(MOST_SECONDS)
+    if process.exitcode is None or process.exitcode < 0:
+        process.kill()
+        return [f"exit status {process.exitcode}"]
+    if process.exitcode > 1:
+        sys.exit(f"{variables}pytest {shlex.join(arguments)}\n{OUTPUT.read_text()[-4000:]}")
+    tests = json.loads(failed.read_text()) if process.exitcode else ()
+    return [test.removeprefix("tests/") for test in tests]
+
+
+if __name__ == "__main__":
+    prepare()
+    noticed, missed = {}, []
+    table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+    for file, name in ((file, name) for file, faults in table.items() for name in faults):
+        if not any(text in f"{file} {name}" for text in sys.argv[1:] or [""]):
+            continue
+        (tests, right, wrong), path, start = table[file][name], COPY / file, time.monotonic()
+        source = path.read_text()
+        assert source.count(right) == 1, f"{file}, {name}: {right!r} does not occur once"
+        path.write_text(source.replace(right, wrong))
+        compile_changes()
+        variables, test, others = tests.partition("test_")
+        failed = failures(variables, "-x", *shlex.split(test + others))
+        path.write_text(source)
+        noticed.setdefault(variables, set()).update(x for x in failed if x.startswith("test_"))
+        missed += [] if failed else [name]
+        verdict = ", ".join(failed) or "NOT NOTICED"
+        print(f"{time.monotonic() - start:4.0f} s  {file}, {name}: {verdict}", flush=True)
+    compile_changes()
+    for variables, tests in noticed.items():
+        missed += [f"{test} fails without a fault" for test in failures(variables, *sorted(tests))]
+    sys.exit(f"not noticed: {', '.join(missed)}" if missed else 0)
