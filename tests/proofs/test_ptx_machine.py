@@ -436,6 +436,20 @@ def rotate(barrier: str, threads: int = 64, **options) -> np.ndarray:
     )
 
 
+def test_addresses_in_shared_memory_have_32_bits():
+    """So has the sum of a register and an offset: compilers subtract before they add."""
+    body = """
+shl.b32 %r4, %r0, 2;
+add.u32 %r5, %r4, -128;
+st.shared.b32 [%r5+128], %r0;
+ld.shared.b32 %r6, [%r5+128];
+mad.wide.u32 %d2, %r3, 4, %d1;
+st.global.b32 [%d2], %r6;
+"""
+    result = launch(body, np.zeros(1, "u4"), np.zeros(32, "u4"), shared=128)
+    assert result.tolist() == list(range(32))
+
+
 @pytest.mark.parametrize("seed", [None, 1, 2])
 def test_barriers_order_accesses(seed: int | None):
     exact = np.roll(np.arange(128).reshape(2, 64), -1, 1).reshape(-1)

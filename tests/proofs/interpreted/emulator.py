@@ -11,8 +11,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-PTX_ARCH = os.environ.get("PTX_ARCH")  # of the GPU for which Triton compiles: 80 or 90
-if PTX_ARCH is not None:
+PTX_ARCH = os.environ.get("PTX_ARCH")  # of the GPU for which is compiled: 80 or 90
+PTX_BACKEND = os.environ.get("PTX_BACKEND", "triton")
+if PTX_ARCH is not None and PTX_BACKEND == "cuda":
+    from ptx import cuda_launches
+
+    cuda_launches.install(int(PTX_ARCH))
+elif PTX_ARCH is not None:
     from ptx import triton_launches
 
     triton_launches.install(int(PTX_ARCH))
@@ -20,7 +25,7 @@ if PTX_ARCH is not None:
 from anchorops._backend import TRITON_INTERPRETED  # noqa: E402
 
 LIBRARY = os.environ.get("ANCHOROPS_CUDA_ON_HOST")
-BACKEND = "cuda" if LIBRARY else "triton" if TRITON_INTERPRETED else ""
+BACKEND = "cuda" if LIBRARY or PTX_BACKEND == "cuda" else "triton" if TRITON_INTERPRETED else ""
 EMULATED = bool(BACKEND)
 HERE = Path(__file__).parent
 OF_CUDA = (  # files of the operators that have CUDA kernels

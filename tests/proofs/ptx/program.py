@@ -130,7 +130,9 @@ class Program:
         if dtype == "address":
             assert isinstance(x, Address)
             if isinstance(x.base, Register):
-                base = f"{x.base.name}.{'view' if x.base.bits == 64 else 'astype'}('i8')"
+                if x.base.bits == 32:  # the sum has 32 bits, too
+                    return f"({x.base.name} + np.uint32({x.offset % 2**32})).astype('i8')"
+                base = f"{x.base.name}.view('i8')"
                 return f"({base} + {x.offset})" if x.offset else base
             base = x.base.value if isinstance(x.base, Literal) else self.kernel.offset(x.base)
             return self._constant(np.int64(base + x.offset))
