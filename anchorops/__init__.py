@@ -12,6 +12,7 @@ from ._forward.late_upsampling import LateUpsampling, late_upsampling
 from ._forward.low_resolution import LowResolution, low_resolution
 from ._ops.class_moments import class_centroids, pixel_to_anchor_mse
 from ._ops.confusion import confusion, pixel_confusion
+from ._ops.mask_rle import MaskRLE, mask_rle
 from ._ops.pixel_argmax import pixel_argmax
 from ._ops.pixel_binary_cross_entropy import pixel_binary_cross_entropy
 from ._ops.pixel_cross_entropy import pixel_cross_entropy
@@ -45,6 +46,7 @@ __all__ = [
     "LateUpsampling",
     "Lovasz",
     "LowResolution",
+    "MaskRLE",
     "attach",
     "backends",
     "class_centroids",
@@ -52,6 +54,7 @@ __all__ = [
     "exclude_from_auto",
     "late_upsampling",
     "low_resolution",
+    "mask_rle",
     "pixel_argmax",
     "pixel_binary_cross_entropy",
     "pixel_confusion",

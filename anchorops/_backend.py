@@ -41,6 +41,7 @@ OPERATORS = {
     "pixel_argmax": FUSED,
     "confusion": FUSED,
     "probability_histograms": ("cpu",),
+    "mask_rle": ("cpu",),
 }
 NOT_AUTO = "ANCHOROPS_NOT_AUTO"
 # The major compute capability that cuda and triton need: our CUDA sources for asynchronous copies
@@ -271,7 +272,8 @@ def exclude_from_auto(backend: str, *operators: str) -> None:
         backend: "cuda", "triton" or "cpu".
         operators: at least one of "class_moments" (with their keys), "split_groups" (random groups
             of pixels), "upsampled_sums", "centroid_info_nce", "softmax_moments", "kth_largest",
-            "pixel_kl_divergence", "pixel_argmax", "confusion" and "probability_histograms".
+            "pixel_kl_divergence", "pixel_argmax", "confusion", "probability_histograms" and
+            "mask_rle".
 
     Raises ValueError for an unknown name, and for an operator that the backend does not have.
     """

@@ -426,6 +426,14 @@ def check_share(function: str, argument: str, value: object, *, below_one: bool 
     return number
 
 
+def check_threshold(function: str, threshold: object) -> float:
+    """Of a probability."""
+    number = as_number(threshold)
+    if number is None or not 0 < number < 1:
+        fail(function, "threshold", "a float in (0, 1)", describe(threshold))
+    return number
+
+
 def check_size(function: str, size: object, axes: int = 2) -> tuple[int, ...]:
     """size: (H, W) of upsampled logits, or (D, H, W): a sequence or an array of what
     `as_int` takes."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import as_number, check_flags, check_logits, check_size, describe, fail
+from .._checks import check_flags, check_logits, check_size, check_threshold, describe, fail
 from .._moments import Options, statistics_dtype
 from . import volumes as volumes  # it registers the operators of volumes
 from .registration import define
@@ -139,9 +139,7 @@ def _check_dtype(dtype: torch.dtype, num_classes: int) -> None:
 
 
 def _check_threshold(threshold: object, sigmoid: bool) -> float:
-    number = as_number(threshold)
-    if number is None or not 0 < number < 1:
-        fail("pixel_argmax", "threshold", "a float in (0, 1)", describe(threshold))
+    number = check_threshold("pixel_argmax", threshold)
     if number != 0.5 and not sigmoid:
         fail("pixel_argmax", "threshold", "0.5 without sigmoid=True", describe(threshold))
     return number

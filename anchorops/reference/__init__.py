@@ -14,6 +14,7 @@ from .class_keys import class_keys, resize_labels
 from .class_moments import class_centroids, class_moments, feature_rows, pixel_to_anchor_mse
 from .confusion import confusion
 from .fixed_order_sum import fixed_order_sum
+from .mask_rle import decode, mask_rle
 from .pixel_argmax import pixel_argmax
 from .pixel_kl_divergence import pixel_kl_divergence
 from .probability_histograms import error_gradients, probability_histograms
@@ -30,10 +31,12 @@ __all__ = [
     "class_keys",
     "class_moments",
     "confusion",
+    "decode",
     "error_gradients",
     "feature_rows",
     "fixed_order_sum",
     "group_counts",
+    "mask_rle",
     "pixel_argmax",
     "pixel_kl_divergence",
     "pixel_to_anchor_mse",

@@ -1,0 +1,198 @@
+"""Masks of instances as run lengths, from low-resolution logits."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from .._backend import select
+from .._checks import (
+    FLOATING,
+    check_flags,
+    check_size,
+    check_strided,
+    check_threshold,
+    describe,
+    fail,
+    in_transform,
+)
+from .registration import define
+
+BACKENDS = ("cpu",)
+
+
+def _fake(
+    logits: Tensor,
+    height: int,
+    width: int,
+    threshold: float,
+    boxes: Tensor | None,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits (N, h, w) of any strides. The results are those of `reference.mask_rle`."""
+    count = logits.shape[0]
+    characters = torch.library.get_ctx().new_dynamic_size()
+    return (
+        logits.new_empty(characters, dtype=torch.uint8),
+        logits.new_empty(count + 1, dtype=torch.int64),
+        logits.new_empty(count, dtype=torch.int64),
+        logits.new_empty((count, 4), dtype=torch.int64),
+    )
+
+
+define(
+    "mask_rle",
+    "(Tensor logits, SymInt height, SymInt width, float threshold, Tensor? boxes, "
+    "bool align_corners) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    backends=BACKENDS,
+    any_strides=True,
+)
+
+
+class MaskRLE:
+    """N masks of one size as run lengths, on the CPU: what `mask_rle` returns.
+
+    It can be pickled. len(masks) is N. masks[i], masks[i:j], and masks[x] of a tensor of numbers or
+    bools, are MaskRLEs of these masks; they own their memory. `size` is (H, W).
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        characters: Tensor,
+        offsets: Tensor,
+        areas: Tensor,
+        boxes: Tensor,
+    ) -> None:
+        self.size = size
+        self._characters, self._offsets = characters, offsets
+        self._areas, self._boxes = areas, boxes
+
+    def coco(self, compressed: bool = True) -> list[dict[str, Any]]:
+        """[{"size": [H, W], "counts": …}, …], as pycocotools.mask.encode, but the counts are str,
+        which json takes, where pycocotools has bytes. It takes both. With compressed=False they are
+        lists of ints, the lengths of runs in the order of the columns: of zeros, ones, zeros, …"""
+        check_flags("MaskRLE.coco", compressed=compressed)
+        if not compressed:
+            return [{"size": [*self.size], "counts": counts.tolist()} for counts in self._counts()]
+        text = self._characters.numpy().tobytes().decode("ascii")
+        ends = self._offsets.tolist()
+        codes = (text[a:b] for a, b in pairwise(ends))
+        return [{"size": [*self.size], "counts": code} for code in codes]
+
+    def areas(self) -> Tensor:
+        """The number of pixels of each mask, int64 [N]."""
+        return self._areas
+
+    def boxes(self) -> Tensor:
+        """x0, y0, x1, y1 of the pixels of each mask, int64 [N, 4]; x1 and y1 are exclusive. Zeros
+        for an empty mask."""
+        return self._boxes
+
+    def dense(self) -> Tensor:
+        """The masks, bool [N, H, W]."""
+        height, width = self.size
+        masks = torch.empty((len(self), height, width), dtype=torch.bool, device="cpu")
+        for mask, counts in zip(masks, self._counts(), strict=True):
+            ones = torch.arange(len(counts), device="cpu") % 2 == 1
+            mask.copy_(ones.repeat_interleave(counts).view(width, height).T)
+        return masks
+
+    def _counts(self) -> list[Tensor]:
+        codes = self._characters.split(self._offsets.diff().tolist())
+        return [reference.decode(code) for code in codes]
+
+    def __len__(self) -> int:
+        return len(self._areas)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "MaskRLE":
+        chosen = torch.arange(len(self), device="cpu")[index].flatten()
+        begins, ends = self._offsets[chosen].tolist(), self._offsets[chosen + 1].tolist()
+        codes = [self._characters[a:b] for a, b in zip(begins, ends, strict=True)]
+        characters = torch.cat([self._characters[:0], *codes])
+        offsets = F.pad(self._offsets.diff()[chosen].cumsum(0), (1, 0))
+        return MaskRLE(self.size, characters, offsets, self._areas[chosen], self._boxes[chosen])
+
+    def __repr__(self) -> str:
+        return f"MaskRLE({len(self)} masks of {self.size[0]} × {self.size[1]})"
+
+
+@torch.compiler.disable(reason="the size of the result depends on the data")
+def mask_rle(
+    logits: Tensor,
+    size: Sequence[int],
+    *,
+    threshold: float = 0.5,
+    boxes: Tensor | None = None,
+    align_corners: bool = False,
+) -> MaskRLE:
+    """The masks sigmoid(upsampled logits) > threshold as run lengths, as COCO stores them.
+
+    Equal to F.interpolate(logits.float()[None], size, mode="bilinear",
+    align_corners=align_corners)[0].sigmoid() > threshold, except for rounding where both are almost
+    equal, and to `pixel_argmax` with `sigmoid`. Neither upsampled logits nor masks of all pixels
+    are stored: time and memory are those of the borders of the masks.
+
+    It computes on the CPU: logits of a GPU are copied there, which synchronises with the GPU. The
+    size of the result depends on the data, so torch.compile breaks the graph at the call, and it is
+    not for CUDA graphs, torch.export and torch.vmap. Logits are detached.
+
+    Args:
+        logits: (N, h, w), any strides; float32, bfloat16, float16 or float64.
+        size: (H, W) of the masks, below 2³¹ each: a sequence or an array.
+        threshold: of the probability, in (0, 1). NaN is above it.
+        boxes: (N, 4), of any real dtype: x0, y0, x1, y1 in pixels of the masks. Pixel (y, x) is
+            inside if x0 ≤ x < x1 and y0 ≤ y < y1; the others are 0, and are not visited. What is
+            beyond the image is cut off; a box with x1 ≤ x0 or y1 ≤ y0 is empty.
+        align_corners: as in F.interpolate.
+
+    Returns:
+        A `MaskRLE`. If H or W is 0, its masks are empty.
+
+    Raises:
+        ValueError: wrong shape, dtype, size, threshold or box; NaN in a box; a chosen backend that
+            does not support the call.
+    """
+    function = "mask_rle"
+    check_strided(function, "logits", logits)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        fail(function, "logits", "a tensor (N, h, w)", describe(logits))
+    if logits.dtype not in FLOATING:
+        fail(function, "logits", "float32, bfloat16, float16 or float64", logits.dtype)
+    if in_transform(logits):
+        fail(function, "logits", "a tensor outside of torch.func", "one of a transform")
+    height, width = check_size(function, size)
+    for argument, shape in (("size", (height, width)), ("logits", logits.shape[1:])):
+        if max(shape) >= 2**31:
+            fail(function, argument, "axes below 2^31", tuple(shape))
+    if logits.numel() == 0 and len(logits) * height * width > 0:
+        fail(function, "logits", "at least one pixel per mask", f"shape {tuple(logits.shape)}")
+    threshold = check_threshold(function, threshold)
+    check_flags(function, align_corners=align_corners)
+    limits = None if boxes is None else _pixels_inside(boxes, len(logits), height, width)
+    logits = logits.detach().cpu()
+    if select(function, logits, 1, operators=BACKENDS) == "cpu":
+        operator = torch.ops.anchorops.mask_rle.cpu
+        results = operator(logits, height, width, threshold, limits, align_corners)
+    else:
+        results = reference.mask_rle(logits, (height, width), threshold, limits, align_corners)
+    return MaskRLE((height, width), *results)
+
+
+def _pixels_inside(boxes: Tensor, count: int, height: int, width: int) -> Tensor:
+    """The ranges of pixels in the boxes, cut to the image: int64 [N, 4], on the CPU."""
+    check_strided("mask_rle", "boxes", boxes)
+    if not isinstance(boxes, Tensor) or boxes.shape != (count, 4):
+        fail("mask_rle", "boxes", f"a tensor ({count}, 4), as logits", describe(boxes))
+    if boxes.is_complex() or boxes.dtype == torch.bool:
+        fail("mask_rle", "boxes", "a real dtype", boxes.dtype)
+    limits = boxes.detach().to("cpu", torch.float64)
+    if limits.isnan().any():
+        fail("mask_rle", "boxes", "numbers", f"NaN in box {limits.isnan().any(1).nonzero()[0, 0]}")
+    most = limits.new_tensor([width, height, width, height])
+    return limits.ceil().clamp(min=0).minimum(most).long()

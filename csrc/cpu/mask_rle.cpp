@@ -1,0 +1,290 @@
+// The operator anchorops::mask_rle.cpu: masks of upsampled logits as run lengths, in COCO's code,
+// without computing every pixel.
+//
+// The runs are in the order of the columns. Along a column of pixels the upsampled value z is
+// linear between two rows of logits, so its sign changes there at most once, also with rounded
+// terms: each is monotonic in the weight. Bisection finds the pixel, with the formula of each
+// pixel. A cell whose four logits have one sign is not visited.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "operators.h"
+#include "softmax_moments.h"
+
+#define VECTOR_BYTES 16
+namespace anchorops::cpu::masks {
+
+using softmax::ColumnMemory;
+using softmax::TwoRows;
+#include "upsampling.h"
+
+namespace {
+
+struct Box {
+  int64_t x0, y0, x1, y1;
+};
+
+// The code, the area and the box of one mask, from the pixels at which its columns, one after
+// another, change between 0 and 1.
+class Runs {
+ public:
+  explicit Runs(int64_t height) : height_(height) {}
+
+  // Whether the pixels from the last change on are 1.
+  bool ones() const { return ones_; }
+
+  // The change at (x, y), behind the last one.
+  void change(int64_t x, int64_t y) {
+    if (ones_) add_to_box(x, y);
+    write(x * height_ + y);
+    if (!ones_) begin_ = {x, y};
+    ones_ = !ones_;
+  }
+
+  void finish(int64_t width) {
+    if (ones_) add_to_box(width, 0);
+    write(width * height_);
+  }
+
+  const std::vector<uint8_t>& code() const { return code_; }
+  int64_t area() const { return area_; }
+  Box box() const { return area_ == 0 ? Box{} : box_; }
+
+ private:
+  struct Pixel {
+    int64_t x, y;
+  };
+
+  // The run of ones from begin_ until (x, y).
+  void add_to_box(int64_t x, int64_t y) {
+    const int64_t last = y > 0 ? x : x - 1;  // its last column
+    const bool one_column = last == begin_.x;
+    if (area_ == 0) box_ = {begin_.x, height_, 0, 0};
+    box_.x1 = last + 1;
+    box_.y0 = std::min(box_.y0, one_column ? begin_.y : 0);
+    box_.y1 = std::max(box_.y1, one_column && y > 0 ? y : height_);
+    area_ += x * height_ + y - position_;
+  }
+
+  // A run that ends at this position. From the fourth on, a run is coded as its length minus that
+  // of the run before the last; 5 bits are one character, the lowest ones first.
+  void write(int64_t position) {
+    const int64_t length = position - position_;
+    int64_t rest = runs_ > 2 ? length - lengths_[runs_ & 1] : length;
+    lengths_[runs_++ & 1] = length;
+    position_ = position;
+    for (bool more = true; more;) {
+      const int64_t bits = rest & 31;
+      rest >>= 5;
+      more = rest != (bits & 16 ? -1 : 0);
+      code_.push_back(static_cast<uint8_t>(48 + bits + 32 * more));
+    }
+  }
+
+  int64_t height_, position_ = 0, runs_ = 0, area_ = 0;
+  int64_t lengths_[2] = {};  // of the last two runs
+  bool ones_ = false;
+  Pixel begin_ = {};  // of the run, if these are ones
+  Box box_ = {};
+  std::vector<uint8_t> code_;
+};
+
+// What the masks share: where the pixels are between the logits.
+template <class Stat>
+struct Grid {
+  Bilinear<Stat> row_positions, column_positions;
+  Axis<Stat> rows, columns;
+  std::vector<int64_t>
+      first;  // [h + 1]: the first row of pixels whose lower logit is row i or later
+
+  Grid(const Tensor& logits, int64_t height, int64_t width, bool align_corners)
+      : row_positions(height, logits.size(1), align_corners),
+        column_positions(width, logits.size(2), align_corners),
+        rows(row_positions.axis()),
+        columns(column_positions.axis()) {
+    for (int64_t i = 0; i <= rows.source; ++i) first.push_back(row_positions.labels({0, i}).end);
+  }
+};
+
+// The masks of one thread.
+template <class T>
+class Encoder {
+  using Stat = StatOf<T>;
+
+ public:
+  // level: the smallest z that is not 1.
+  Encoder(const Grid<Stat>& grid, const Tensor& logits, Stat level)
+      : grid_(grid),
+        level_(level),
+        logits_(logits.const_data_ptr<T>()),
+        stride_n_(logits.stride(0)),
+        stride_h_(logits.stride(1)),
+        stride_w_(logits.stride(2)),
+        corners_(grid.rows.source) {
+    for (Column& column : columns_.values) {
+      column.z.resize(grid.rows.source + 1);
+      column.ones.resize(grid.rows.source + 1);
+    }
+  }
+
+  // box: not beyond the image.
+  Runs encode(int64_t mask, const Box& box) {
+    const int64_t height = grid_.rows.size, width = grid_.columns.size;
+    Runs runs(height);
+    if (box.x0 < box.x1 && box.y0 < box.y1) {
+      near_ = {position(grid_.rows, box.y0).lower, position(grid_.rows, box.y1 - 1).lower + 1};
+      for (Column& column : columns_.values) column.index = -1;
+      for (int64_t x = box.x0; x < box.x1;) {
+        const auto at = position(grid_.columns, x);
+        const Column& left = load(mask, at.lower);
+        const Column& right = load(mask, at.upper);
+        find_cells(left, right, box);
+        const Range same = grid_.column_positions.labels({at.lower, at.lower + 1});
+        for (const int64_t end = std::min(same.end, box.x1); x < end; ++x)
+          add_column(left, right, x, box, runs);
+      }
+      if (runs.ones() && box.x1 < width) runs.change(box.x1, 0);
+    }
+    runs.finish(width);
+    return runs;
+  }
+
+ private:
+  // A column of logits minus the level; the last one is its own neighbour.
+  struct Column {
+    int64_t index;
+    std::vector<Stat> z;        // [h + 1]
+    std::vector<uint8_t> ones;  // [h + 1]
+  };
+
+  // Pixels of a column between two rows of logits.
+  struct Cell {
+    int64_t row, begin, end;
+    int corners;  // how many of its four are 1
+  };
+
+  static bool is_one(Stat z) { return !(z <= 0); }  // NaN is, as in pixel_argmax
+
+  const Column& load(int64_t mask, int64_t index) {
+    Column& column = columns_[index];
+    if (column.index == index) return column;
+    column.index = index;
+    const T* source = logits_ + mask * stride_n_ + index * stride_w_;
+    for (int64_t i = near_.begin; i <= near_.end; ++i) {
+      const int64_t row = std::min(i, grid_.rows.source - 1);
+      const Stat z = static_cast<Stat>(source[row * stride_h_]) - level_;
+      column.z[i] = z;
+      column.ones[i] = is_one(z);
+    }
+    return column;
+  }
+
+  // The cells between two columns of logits that have pixels, and not all one value, or another one
+  // than the cell before.
+  void find_cells(const Column& left, const Column& right, const Box& box) {
+    const uint8_t *l = left.ones.data(), *r = right.ones.data();
+    for (int64_t i = near_.begin; i < near_.end; ++i)
+      corners_[i] = l[i] + l[i + 1] + r[i] + r[i + 1];
+    cells_.clear();
+    int before = 2;
+    for (int64_t i = near_.begin; i < near_.end; ++i) {
+      const int corners = corners_[i];
+      if (corners == before && corners % 4 == 0) continue;
+      const int64_t begin = std::max(grid_.first[i], box.y0);
+      const int64_t end = std::min(grid_.first[i + 1], box.y1);
+      if (begin >= end) continue;
+      cells_.push_back({i, begin, end, corners});
+      before = corners;
+    }
+  }
+
+  void add_column(const Column& left, const Column& right, int64_t x, const Box& box, Runs& runs) {
+    if (runs.ones() && box.y0 > 0) runs.change(x, 0);
+    const Stat weight = position(grid_.columns, x).weight;
+    for (const Cell& cell : cells_) {
+      if (cell.corners % 4 == 0) {
+        if (runs.ones() != (cell.corners == 4)) runs.change(x, cell.begin);
+        continue;
+      }
+      const Stat low = blend(left.z[cell.row], right.z[cell.row], weight);
+      const Stat high = blend(left.z[cell.row + 1], right.z[cell.row + 1], weight);
+      const auto pixel = [&](int64_t y) {
+        return is_one(blend(low, high, position(grid_.rows, y).weight));
+      };
+      const bool first = pixel(cell.begin);
+      if (first != runs.ones()) runs.change(x, cell.begin);
+      if (pixel(cell.end - 1) == first) continue;
+      int64_t same = cell.begin, other = cell.end - 1;
+      while (other - same > 1) {
+        const int64_t middle = (same + other) / 2;
+        (pixel(middle) == first ? same : other) = middle;
+      }
+      runs.change(x, other);
+    }
+    if (runs.ones() && box.y1 < grid_.rows.size) runs.change(x, box.y1);
+  }
+
+  const Grid<Stat>& grid_;
+  const Stat level_;
+  const T* const logits_;
+  const int64_t stride_n_, stride_h_, stride_w_;
+  Range near_ = {};               // the rows of logits above the pixels of a box
+  TwoRows<Column> columns_;       // two neighbours
+  std::vector<uint8_t> corners_;  // [h]: how many of the four of each cell are 1
+  std::vector<Cell> cells_;
+};
+
+// boxes: int64 [N, 4], x0, y0, x1, y1, not beyond the image.
+std::tuple<Tensor, Tensor, Tensor, Tensor> mask_rle(Tensor logits, int64_t height, int64_t width,
+                                                    double threshold, std::optional<Tensor> boxes,
+                                                    bool align_corners) {
+  const int64_t count = logits.size(0);
+  if (boxes) boxes = torch::stable::contiguous(*boxes);
+  const int64_t* limits = boxes ? boxes->const_data_ptr<int64_t>() : nullptr;
+  std::vector<std::vector<uint8_t>> codes(count);
+  Tensor offsets = new_empty(logits, {count + 1}, ScalarType::Long);
+  Tensor areas = new_empty(logits, {count}, ScalarType::Long);
+  Tensor own_boxes = new_empty(logits, {count, 4}, ScalarType::Long);
+  int64_t* const area = areas.mutable_data_ptr<int64_t>();
+  int64_t* const own_box = own_boxes.mutable_data_ptr<int64_t>();
+  for_dtype("mask_rle.cpu", logits.scalar_type(), [&](auto element) {
+    using Stat = StatOf<decltype(element)>;
+    const Grid<Stat> grid(logits, height, width, align_corners);
+    const auto level = static_cast<Stat>(std::log(threshold) - std::log1p(-threshold));
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      Encoder<decltype(element)> encoder(grid, logits, level);
+      for (int64_t i = begin; i < end; ++i) {
+        Box box = {0, 0, width, height};
+        if (limits) std::memcpy(&box, limits + 4 * i, sizeof box);
+        const Runs runs = encoder.encode(i, box);
+        codes[i] = runs.code();
+        area[i] = runs.area();
+        const Box own = runs.box();
+        std::memcpy(own_box + 4 * i, &own, sizeof own);
+      }
+    });
+  });
+  int64_t* const offset = offsets.mutable_data_ptr<int64_t>();
+  offset[0] = 0;
+  for (int64_t i = 0; i < count; ++i)
+    offset[i + 1] = offset[i] + static_cast<int64_t>(codes[i].size());
+  Tensor characters = new_empty(logits, {offset[count]}, ScalarType::Byte);
+  for (int64_t i = 0; i < count; ++i)
+    std::copy(codes[i].begin(), codes[i].end(), characters.mutable_data_ptr<uint8_t>() + offset[i]);
+  return {characters, offsets, areas, own_boxes};
+}
+
+}  // namespace
+}  // namespace anchorops::cpu::masks
+
+STABLE_TORCH_LIBRARY_IMPL(anchorops, CPU, library) {
+  library.impl("mask_rle.cpu", TORCH_BOX(&anchorops::cpu::masks::mask_rle));
+}

@@ -1,0 +1,308 @@
+"""Run lengths of masks: against pycocotools and torch, pixel_argmax and the reference."""
+
+import json
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import anchorops as ao
+from anchorops import reference
+from anchorops.measure import peak_extra_bytes
+
+coco = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
+ON_CPU = pytest.mark.on("reference", "cpu")
+
+
+def pixels_of(codes: list[dict[str, Any]]) -> Tensor:
+    """By pycocotools, bool [N, H, W]."""
+    return torch.from_numpy(coco.decode(codes)).bool().permute(2, 0, 1)
+
+
+def codes_of(masks: Tensor) -> list[dict[str, Any]]:
+    columns = np.asfortranarray(masks.permute(1, 2, 0).numpy().astype(np.uint8))
+    return [code | {"counts": code["counts"].decode()} for code in coco.encode(columns)]
+
+
+def box_of(mask: Tensor) -> list[int]:
+    if not mask.any():
+        return [0, 0, 0, 0]
+    y, x = mask.nonzero().unbind(1)
+    return torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).tolist()
+
+
+def in_boxes(masks: Tensor, boxes: Tensor) -> Tensor:
+    x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
+    y, x = (torch.arange(n, dtype=torch.float64) for n in masks.shape[1:])
+    y, x = y[:, None], x[None]
+    return masks & (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
+
+
+def check(masks: ao.MaskRLE, pixels: Tensor) -> None:
+    """The results are those of the pixels."""
+    assert masks.coco() == codes_of(pixels)
+    assert torch.equal(masks.dense(), pixels)
+    assert torch.equal(masks.areas(), pixels.sum((1, 2)))
+    assert masks.boxes().tolist() == [box_of(mask) for mask in pixels]
+    for code in masks.coco(compressed=False):
+        counts, (height, width) = code["counts"], code["size"]
+        assert sum(counts) == height * width and all(n > 0 for n in counts[1:])
+
+
+# Largest side of the logits, ratio of the sizes, number of cases.
+KINDS = {
+    "smooth": (24, 12.0, 60),
+    "noisy": (24, 8.0, 60),
+    "ties": (12, 8.0, 60),  # small integers, so that many upsampled values are 0
+    "large": (200, 5.0, 6),
+    "tiny": (3, 30.0, 60),
+    "down": (60, 1.0, 60),
+    "one axis down": (40, 4.0, 60),
+    "extreme": (12, 8.0, 60),
+}
+
+
+def logits_of(kind: str, h: int, w: int) -> Tensor:
+    z = torch.randn(4, h, w)
+    if kind in ("smooth", "large"):
+        z = 5 * F.interpolate(torch.randn(1, 4, 4, 4), (h, w), mode="bicubic")[0]
+    if kind == "ties":
+        z = torch.randint(-2, 3, (4, h, w)).float()
+    return z * 10 ** torch.randint(-30, 30, (4, 1, 1)) if kind == "extreme" else z
+
+
+@ON_CPU
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_to_pycocotools(kind: str, record_property: Any):
+    """Where a pixel differs from that of F.interpolate, its value is the threshold, up to
+    rounding."""
+    most, ratio, cases = KINDS[kind]
+    differing = pixels = 0
+    for case in range(cases):
+        h, w = torch.randint(1, most + 1, (2,)).tolist()
+        height, width = (1 + int(n * ratio * torch.rand(()).item()) for n in (h, w))
+        if kind == "one axis down":
+            height = 1 + h // 3
+        align_corners, threshold = case % 2 == 1, (0.5, 0.5, 0.2)[case % 3]
+        z = logits_of(kind, h, w)
+        if case % 4 == 1:
+            z = z.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # channels last
+        boxes = None
+        if case % 5 == 2:
+            corners = (torch.rand(4, 4) * 1.5 - 0.25) * torch.tensor([width, height] * 2)
+            boxes = torch.cat([corners[:, :2].minimum(corners[:, 2:]), corners[:, 2:]], 1)
+        masks = ao.mask_rle(
+            z, (height, width), threshold=threshold, boxes=boxes, align_corners=align_corners
+        )
+        actual = pixels_of(masks.coco())
+        check(masks, actual)
+        up = F.interpolate(z[None], (height, width), mode="bilinear", align_corners=align_corners)
+        level = float(np.log(threshold / (1 - threshold)))
+        expected = up[0] > level
+        if boxes is not None:
+            expected = in_boxes(expected, boxes.double())
+        exact = reference.upsample(z[None], (height, width), align_corners)[0]
+        scale = z.abs().amax((1, 2), keepdim=True).clamp(min=abs(level)) * 2**-24
+        differ = actual != expected
+        assert ((exact - level).abs() <= 4 * scale)[differ].all()
+        assert masks.coco() == codes_of(expected) or differ.any()
+        differing, pixels = differing + int(differ.sum()), pixels + differ.numel()
+    record_property("differing", f"{differing} of {pixels}")
+    assert differing <= pixels * (1e-3 if kind == "ties" else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("threshold", "align_corners"), [(0.5, False), (0.3, True)])
+def test_equal_to_pixel_argmax_and_reference(
+    dtype: torch.dtype, threshold: float, align_corners: bool
+):
+    options: dict[str, Any] = {"threshold": threshold, "align_corners": align_corners}
+    for size in ((37, 50), (12, 17), (5, 40), (12, 40)):
+        z = 2 * torch.randn(6, 12, 17)
+        z[0, 3:5, 3], z[1, 2, 2], z[2, 5, 5], z[3] = torch.nan, torch.inf, -torch.inf, -torch.inf
+        z[4, 4, 4:6] = torch.tensor([torch.inf, -torch.inf])
+        z = z.to(dtype)
+        masks = ao.mask_rle(z, size, **options)
+        dense = ao.pixel_argmax(z[None], size, sigmoid=True, dtype=torch.uint8, **options)[0]
+        assert (masks.dense() != dense).sum() <= 1
+        with ao.use_backend("reference"):
+            by_reference = ao.mask_rle(z, size, **options)
+        assert (by_reference.dense() != masks.dense()).sum() <= 1
+        check(by_reference, by_reference.dense())
+
+
+@ON_CPU
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 7), (7, 1)])
+def test_one_row_or_column(h: int, w: int):
+    z = torch.randn(9, h, w)
+    for size in ((1, 1), (5, 9), (7, 7), (3, 2)):
+        expected = F.interpolate(z[None], size, mode="bilinear")[0] > 0
+        check(ao.mask_rle(z, size), expected)
+
+
+@ON_CPU
+@pytest.mark.usefixtures("backend")
+def test_empty():
+    none = ao.mask_rle(torch.zeros(0, 4, 5), (8, 10))
+    assert len(none) == 0 and none.coco() == none.coco(compressed=False) == []
+    assert none.dense().shape == (0, 8, 10) and none.boxes().shape == (0, 4)
+    assert len(ao.mask_rle(torch.zeros(0, 0, 5), (8, 10))) == 0
+    for size in ((0, 5), (5, 0), (0, 0)):
+        masks = ao.mask_rle(torch.ones(2, 3, 4), size, boxes=torch.ones(2, 4))
+        assert masks.coco() == [{"size": [*size], "counts": "0"}] * 2
+        assert masks.dense().shape == (2, *size) and masks.coco(False)[0]["counts"] == [0]
+        assert not masks.areas().any() and not masks.boxes().any()
+    assert ao.mask_rle(torch.ones(2, 0, 4), (0, 4)).areas().tolist() == [0, 0]
+    zeros, ones = ao.mask_rle(torch.tensor([-1.0, 1.0]).view(2, 1, 1), (3, 4)).coco(False)
+    assert zeros["counts"] == [12] and ones["counts"] == [0, 12]
+
+
+BOXES = [
+    [1.5, 2.5, 6.0, 7.0],
+    [-torch.inf, -3, torch.inf, 100],
+    [4, 0, 4, 20],
+    [6, 0, 2, 20],
+    [0, 3, 20, 3.001],
+    [30, 0, 40, 10],
+]
+
+
+@ON_CPU
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32, torch.uint8])
+def test_boxes(dtype: torch.dtype):
+    boxes = torch.tensor(BOXES)
+    if not dtype.is_floating_point:
+        boxes = boxes.clamp(0, 100)
+    boxes = boxes.to(dtype)
+    for z in (torch.ones(6, 4, 5), torch.randn(6, 4, 5)):
+        masks = ao.mask_rle(z, (11, 15), boxes=boxes)
+        expected = F.interpolate(z[None], (11, 15), mode="bilinear")[0] > 0
+        check(masks, in_boxes(expected, boxes.double()))
+
+
+def test_more_than_2_to_the_31_pixels():
+    side = 2**16
+    masks = ao.mask_rle(torch.tensor([[[-1.0, 1.0]]]), (side, side))
+    assert masks.areas().item() == 2**31
+    assert masks.boxes().tolist() == [[side // 2, 0, side, side]]
+    assert masks.coco(compressed=False)[0]["counts"] == [2**31, 2**31]
+
+
+def test_result():
+    z = torch.randn(5, 6, 7)
+    masks = ao.mask_rle(z, (20, 30))
+    assert repr(masks) == "MaskRLE(5 masks of 20 × 30)" and masks.size == (20, 30)
+    codes = masks.coco()
+    assert json.loads(json.dumps(codes)) == codes
+    assert pickle.loads(pickle.dumps(masks)).coco() == codes
+    dense = masks.dense()
+    for index in (slice(1, 4), slice(0, 0), [3, 0], torch.tensor([4, 4]), dense.any(2).any(1)):
+        check(masks[index], dense[index])
+    assert masks[-1].coco() == codes[-1:]
+    assert [mask.coco()[0] for mask in masks] == codes
+    assert len(pickle.dumps(masks[:1])) < len(pickle.dumps(masks))
+    with pytest.raises(IndexError):
+        masks[5]
+    with pytest.raises(ValueError, match=r"^MaskRLE.coco: compressed: expected True or False"):
+        masks.coco(1)  # pyright: ignore[reportArgumentType]
+
+
+def test_threads():
+    z = torch.randn(13, 20, 20)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(ao.mask_rle(z, (90, 100)).coco())
+    finally:
+        torch.set_num_threads(before)
+    assert results[0] == results[1] == results[2]
+
+
+def test_no_gradient():
+    z = torch.randn(2, 4, 5, requires_grad=True)
+    masks = ao.mask_rle(z, (8, 10), boxes=torch.tensor([[0.0, 0, 5, 5]] * 2, requires_grad=True))
+    assert masks.coco() and not masks.boxes().requires_grad
+
+
+def test_compiled():
+    """The graph breaks at the call."""
+    z, box = torch.randn(3, 9, 12), torch.tensor([[0.0, 0, 30, 20]] * 3)
+
+    def codes(z: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
+        masks = ao.mask_rle(2 * z - 0.5, (36, 48), boxes=box)
+        return masks.coco(), masks.areas() + 1
+
+    with pytest.raises(Exception, match="the size of the result depends on the data"):
+        torch.compile(codes, backend="aot_eager", fullgraph=True)(z)
+    compiled = torch.compile(codes, backend="aot_eager")(z)
+    assert compiled[0] == codes(z)[0] and torch.equal(compiled[1], codes(z)[1])
+
+
+def test_operator():
+    boxes = torch.tensor([[0, 0, 5, 6], [2, 1, 8, 8]])
+    operator = torch.ops.anchorops.mask_rle.cpu
+    for limits in (None, boxes):
+        torch.library.opcheck(operator, (torch.randn(2, 4, 5), 8, 10, 0.4, limits, False))
+
+
+@pytest.mark.skipif(ao.backends()["cpu"] is not None, reason="the reference stores masks")
+def test_memory():
+    """Of the order of the runs, not of the pixels, 1.4 GB."""
+    z = 5 * F.interpolate(torch.randn(1, 20, 6, 6), (64, 64), mode="bicubic")[0]
+    size = (6000, 12000)
+    characters = sum(len(code["counts"]) for code in ao.mask_rle(z, size).coco())
+    peak = peak_extra_bytes(lambda: ao.mask_rle(z, size), torch.device("cpu"))
+    if peak is None:
+        pytest.skip("the memory of a process needs Linux's /proc")
+    assert peak < 4 * characters + 2**20
+
+
+Z = torch.zeros(2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"logits": [1.0]}, r"logits: expected a tensor \(N, h, w\), got \[1.0\]"),
+        ({"logits": Z[None]}, r"logits: expected a tensor \(N, h, w\), got .*\(1, 2, 4, 5\)"),
+        ({"logits": Z.int()}, "logits: expected float32, .* or float64, got torch.int32"),
+        ({"logits": Z.to_sparse()}, "logits: expected a strided tensor"),
+        ({"logits": Z[:, :0]}, r"logits: expected at least one pixel per mask, got .*\(2, 0, 5\)"),
+        (
+            {"logits": Z[:, :1, :1].expand(2, 2**31, 1)},
+            r"logits: expected axes below 2\^31, got \(2147483648, 1\)",
+        ),
+        ({"size": (8,)}, r"size: expected \(H, W\), two ints of at least 0, got \(8,\)"),
+        ({"size": (8, -1)}, r"size: expected \(H, W\), two ints"),
+        ({"size": (2**31, 1)}, r"size: expected axes below 2\^31, got \(2147483648, 1\)"),
+        ({"threshold": 1}, r"threshold: expected a float in \(0, 1\), got 1 of type int"),
+        ({"threshold": None}, r"threshold: expected a float in \(0, 1\), got None"),
+        ({"align_corners": 1}, "align_corners: expected True or False, got 1"),
+        ({"boxes": [[0, 0, 1, 1]] * 2}, r"boxes: expected a tensor \(2, 4\), as logits, got \[\["),
+        ({"boxes": torch.zeros(1, 4)}, r"boxes: expected a tensor \(2, 4\), .* shape \(1, 4\)"),
+        ({"boxes": torch.zeros(2, 4).bool()}, "boxes: expected a real dtype, got torch.bool"),
+        ({"boxes": torch.zeros(2, 4) * 1j}, "boxes: expected a real dtype, got torch.complex64"),
+        (
+            {"boxes": torch.tensor([[0.0] * 4, [torch.nan] * 4])},
+            "boxes: expected numbers, got NaN in box 1",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_messages(arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^mask_rle: {message}"):
+        ao.mask_rle(**({"logits": Z, "size": (8, 10)} | arguments))
+
+
+def test_transforms_are_refused():
+    with pytest.raises(ValueError, match=r"^mask_rle: logits: expected a tensor outside of torch"):
+        torch.vmap(lambda z: ao.mask_rle(z, (8, 10)).areas())(Z[None])
