@@ -40,7 +40,7 @@ OPERATORS = {
     "pixel_kl_divergence": FUSED,
     "pixel_argmax": FUSED,
     "confusion": FUSED,
-    "probability_histograms": ("cpu",),
+    "probability_histograms": FUSED,
     "mask_rle": ("cpu",),
 }
 NOT_AUTO = "ANCHOROPS_NOT_AUTO"
@@ -377,7 +377,7 @@ def _why_not(
     if name in ("cuda", "triton") and num_classes > GPU_MAX_CLASSES:
         return f"it supports at most {GPU_MAX_CLASSES} classes, num_classes is {num_classes}"
     if reason := refusal(name):
-        other = "triton" if "triton" in operators else "reference"
+        other = "triton" if name == "cuda" else "reference"
         return f'{reason}: choose "{other}" or "auto"'
     if name == "reference" or device == "cpu":
         return None

@@ -175,6 +175,20 @@ def _dice(
     return (1 - scores)[counts > 0].mean()
 
 
+def _lovasz(z: Tensor, y: Tensor, *, align: bool = False) -> Tensor:
+    """The mean of the classes that are present, from sorted errors."""
+    log_p, label, _ = _pixels(z, y, align)
+    losses = []
+    for k in label.unique():
+        p, is_class = log_p[:, k].exp(), label == k
+        errors, order = torch.where(is_class, 1 - p, p).sort(descending=True)
+        in_class = is_class[order].to(p).cumsum(0)
+        others = (~is_class[order]).to(p).cumsum(0)
+        jaccard = 1 - (in_class[-1] - in_class) / (in_class[-1] + others)
+        losses.append((errors * jaccard.diff(prepend=jaccard.new_zeros(1))).sum())
+    return torch.stack(losses).mean()
+
+
 def _with_dice(
     z: Tensor, y: Tensor, *, squared: bool = False, per_image: bool = False, **options: Any
 ) -> Tensor:
@@ -420,6 +434,11 @@ def _image_checks() -> Iterator[Check]:
         ):
             name, formula = f"{name}, {images.name}", partial(formula, align=images.align)
             yield Check(operator, name, inputs, ours, formula, quick, floor)
+        if images.quick:
+            lovasz = ao.Lovasz(bins=2**16, **options)
+            formula = partial(_lovasz, align=images.align)
+            name, floor = f"Lovász, {images.name}", 2.0**-8  # errors are rounded to bins
+            yield Check("probability_histograms", name, inputs, lovasz, formula, often, floor)
 
 
 def _base() -> Inputs:

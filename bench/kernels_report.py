@@ -43,9 +43,11 @@ from anchorops.kernels import (
     class_moments,
     class_moments_backward,
     confusion,
+    error_loss_backward,
     pixel_argmax,
     pixel_kl_divergence,
     pixel_kl_divergence_backward,
+    probability_histograms,
     softmax_moments,
     softmax_moments_backward,
     split_groups,
@@ -263,6 +265,37 @@ def launch_divergence(variant: DivergenceVariant) -> None:
     )
 
 
+class ErrorsVariant(NamedTuple):
+    """Lovász of a softmax."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    labels: tuple[int, int]
+    align_corners: bool
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype}: {self.size} to {self.labels}, Lovász"
+
+
+QUICK_ERRORS = [ErrorsVariant(BF16, ADE20K, (512, 512), False)]
+ERRORS = [
+    *QUICK_ERRORS,
+    ErrorsVariant(FP32, DEEPLAB, (513, 513), True),
+    ErrorsVariant(FP16, FEW, (512, 512), False),
+    ErrorsVariant(BF16, (16, 21, 64, 4096), (64, 4096), False),
+]
+
+
+def launch_errors(variant: ErrorsVariant) -> None:
+    logits = torch.empty(variant.size, dtype=variant.dtype, device="meta")
+    labels = torch.empty((variant.size[0], *variant.labels), dtype=torch.uint8, device="meta")
+    slopes = torch.empty((variant.size[1], 2, 1024), device="meta")
+    options = 255, variant.align_corners
+    probability_histograms.probability_histograms(logits, labels, 1024, *options)
+    error_loss_backward.error_loss_backward(logits, labels, slopes, *options)
+
+
 def native_sizes(stride: int) -> Iterator[Callable[[], None]]:
     """Both directions of cross-entropy, of a batch of each of 40 sizes, with a network that gives a
     logit for stride² pixels."""
@@ -287,6 +320,8 @@ def jobs(quick: bool) -> list[tuple[Any, ...]]:
         launches.append((launch_pixels, str(pixels), pixels))
     for divergence in QUICK_DIVERGENCES if quick else DIVERGENCES:
         launches.append((launch_divergence, str(divergence), divergence))
+    for errors in QUICK_ERRORS if quick else ERRORS:
+        launches.append((launch_errors, str(errors), errors))
     for dtype in (BF16,) if quick else (BF16, FP16, FP32):
         for layout in (torch.contiguous_format, torch.channels_last):
             title = f"upsampled sums: {str(dtype).removeprefix('torch.')}, {layout}"

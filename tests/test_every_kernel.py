@@ -13,7 +13,12 @@ from launches import kernels_of, launched_by
 from masked_sums import BF16, F16, F32
 
 import anchorops as ao
-from tests import test_centroid_info_nce, test_pixel_kl_divergence, test_upsampled_sums
+from tests import (
+    test_centroid_info_nce,
+    test_lovasz,
+    test_pixel_kl_divergence,
+    test_upsampled_sums,
+)
 from tests.test_class_keys import INTEGERS
 
 pytestmark = [
@@ -120,6 +125,11 @@ def divergence(backend: str) -> None:
     test_pixel_kl_divergence.test_divergences_and_gradients(backend, case)
 
 
+def lovasz(backend: str) -> None:
+    case = test_lovasz.CASES[0]
+    test_lovasz.test_equals_the_reference(case, torch.float32, "", backend)
+
+
 CASES = [
     *class_moments(),
     *softmax_moments(),
@@ -129,6 +139,7 @@ CASES = [
     Case("confusion matrix", confusion, TRITON),
     Case("upsampled sums", upsampled_sums, TRITON),
     Case("divergence from a teacher", divergence, TRITON),
+    Case("Lovász", lovasz, TRITON),
 ]
 
 

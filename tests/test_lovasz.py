@@ -16,6 +16,7 @@ from anchorops import reference
 from anchorops.reference.upsampling import transposed_rows
 
 IGNORED = 255
+EVERYWHERE = pytest.mark.on("reference", "cpu", "interpreter", "triton")
 
 
 def upsampled(x: Tensor, size: torch.Size, align_corners: bool = False) -> Tensor:
@@ -34,6 +35,10 @@ def example(num_classes: int, *size: int, ratio: int = 4, noise: float = 1.0) ->
     return logits, labels
 
 
+def dtype_on(backend: str) -> torch.dtype:
+    return torch.float32 if backend == "triton" else torch.float64
+
+
 def value_and_gradient(loss: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     leaf = inputs[0].clone().requires_grad_()
     value = loss(leaf, *inputs[1:])
@@ -49,22 +54,23 @@ def compare(loss: Any, right: Any, *inputs: Tensor, value: float = 1e-4, gradien
         assert (actual - expected).norm() <= gradient * expected.norm() + 1e-12
 
 
-@pytest.mark.on("reference", "cpu")
+@EVERYWHERE
 @pytest.mark.parametrize(
     ("num_classes", "size", "ratio"),
     [
         (2, (9, 18), 4),
         (5, (9, 13), 1),
         (19, (12, 20), 4),
-        (150, (10, 10), 4),
+        pytest.param(150, (10, 10), 4, marks=pytest.mark.on("reference", "cpu")),
         (5, (3, 5, 6), 3),
         (5, (4, 5, 6), 1),
     ],
 )
 def test_softmax(num_classes: int, size: tuple[int, ...], ratio: int, backend: str):
-    if backend == "cpu" and len(size) == 3 and ratio > 1:
+    if backend != "reference" and len(size) == 3 and ratio > 1:
         pytest.skip("the reference serves volumes that are upsampled")
     logits, labels = example(num_classes, *size, ratio=ratio)
+    logits = logits.to(dtype_on(backend))
 
     def right(x: Tensor, y: Tensor) -> Tensor:
         losses = softmax_losses(upsampled(x, y.shape[1:]), y, IGNORED)
@@ -103,9 +109,10 @@ def test_rare_classes(pixels: int, bins: int, median: float, largest: float, bac
     assert sorted(relative)[4] <= median and max(relative) <= largest, relative
 
 
-@pytest.mark.on("reference", "cpu")
+@EVERYWHERE
 def test_settings(backend: str):
     logits, labels = example(5, 12, 20)
+    logits = logits.to(dtype_on(backend))
     labels[labels == 4] = 1  # absent
     z = upsampled(logits, labels.shape[1:])
     losses = softmax_losses(z, labels, IGNORED)
@@ -139,19 +146,26 @@ def test_absent_class_of_all_images_has_the_gradient_of_its_largest_error():
     compare(ao.Lovasz(absent="keep", bins=65536), right, logits, labels, gradient=0.05)
 
 
+CASES = [  # classes, size of the logits and of the labels, align_corners
+    (5, (21, 30), (8, 11), False),
+    (2, (9, 18), (36, 72), False),
+    (19, (9, 13), (9, 13), False),
+    (5, (9, 9), (33, 33), True),
+    (5, (2, 3), (40, 60), False),
+]
+MANY_CLASSES = (1100, (3, 4), (9, 12), False)
+
+
+@pytest.mark.on("cpu", "interpreter", "triton")
 @pytest.mark.parametrize("layout", ["", "channels last", "cropped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(
-    ("num_classes", "size", "labels_size", "align_corners"),
-    [
-        (2, (9, 18), (36, 72), False),
-        (19, (9, 13), (9, 13), False),
-        (5, (21, 30), (8, 11), False),
-        (5, (9, 9), (33, 33), True),
-        (1100, (3, 4), (9, 12), False),
-    ],
+    "case", [*CASES, pytest.param(MANY_CLASSES, marks=pytest.mark.on("cpu"))], ids=str
 )
-def test_cpu_equals_reference(num_classes, size, labels_size, align_corners, dtype, layout):
+def test_equals_the_reference(case: tuple, dtype: torch.dtype, layout: str, backend: str):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the reference serves float64")
+    num_classes, size, labels_size, align_corners = case
     logits = (3 * torch.randn(2, num_classes, *size)).to(dtype)
     if layout:
         logits = logits.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -160,31 +174,25 @@ def test_cpu_equals_reference(num_classes, size, labels_size, align_corners, dty
     if layout == "cropped":
         logits, labels = logits[..., 1:], labels.transpose(1, 2).contiguous().transpose(1, 2)
     options = IGNORED, align_corners
-    counts = [
-        operator(logits, labels, 64, *options)
-        for operator in (
-            torch.ops.anchorops.probability_histograms.cpu,
-            reference.probability_histograms,
-        )
-    ]
-    assert (counts[0].sum((1, 2)) == (labels != IGNORED).sum()).all()
-    moved = (counts[0] - counts[1]).abs().sum()  # errors at the edge of a bin
-    assert moved <= 1e-4 * counts[0].sum() and torch.equal(counts[0].sum(2), counts[1].sum(2))
+    operator = getattr(torch.ops.anchorops.probability_histograms, backend)
+    counts = operator(logits, labels, 64, *options)
+    right = reference.probability_histograms(logits, labels, 64, *options)
+    assert (counts.sum((1, 2)) == (labels != IGNORED).sum()).all()
+    moved = (counts - right).abs().sum()  # errors at the edge of a bin
+    assert moved <= 1e-4 * right.sum() and torch.equal(counts.sum(2), right.sum(2))
     slopes = torch.randn(num_classes, 2, 64, dtype=torch.promote_types(dtype, torch.float32))
-    gradients = [
-        operator(logits, labels, slopes, *options)
-        for operator in (torch.ops.anchorops.error_loss_backward.cpu, reference.error_gradients)
-    ]
-    assert (
-        gradients[0].dtype == dtype and gradients[0].stride() == torch.empty_like(logits).stride()
-    )
+    operator = getattr(torch.ops.anchorops.error_loss_backward, backend)
+    gradient = operator(logits, labels, slopes, *options)
+    assert gradient.dtype == dtype and gradient.stride() == torch.empty_like(logits).stride()
     tolerance = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 1e-3)
-    distance = (gradients[0] - gradients[1]).double().norm()
-    assert distance <= tolerance * gradients[1].double().norm()
+    right = reference.error_gradients(logits, labels, slopes, *options).double()
+    assert (gradient.double() - right).norm() <= tolerance * right.norm()
 
 
-def test_not_finite_logits_are_errors_of_1_and_their_gradients_are_nan():
+@EVERYWHERE
+def test_not_finite_logits_are_errors_of_1_and_their_gradients_are_nan(backend: str):
     logits, labels = example(5, 9, 13, ratio=1)
+    logits = logits.to(dtype_on(backend))
     labels[0, 0, 0] = 2
     logits[0, 1, 0, 0] = torch.nan
     results = [value_and_gradient(ao.Lovasz(), logits, labels)]
@@ -262,14 +270,14 @@ def test_sigmoids_store_no_map():
     assert labels.nbytes < sum(sizes.values()) < labels.nbytes + 3 * 2**19  # the slopes
 
 
-@pytest.mark.on("reference", "cpu")
+@EVERYWHERE
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_for_several_sizes(dynamic: bool | None, sigmoid: bool, backend: str):
     torch.compiler.reset()
     loss = ao.Lovasz(sigmoid=sigmoid, classes=[1, 2] if not sigmoid else None)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    sizes = [(6, 7), (9, 5)] if backend == "cpu" or sigmoid else [(6, 7), (9, 5), (2, 3, 4)]
+    sizes = [(6, 7), (9, 5)] if backend != "reference" or sigmoid else [(6, 7), (9, 5), (2, 3, 4)]
     for size in sizes:
         logits, labels = example(3, *size)
         logits = logits.float()
@@ -305,9 +313,10 @@ def test_transposed_upsampling(shape, size, align_corners: bool):
     torch.testing.assert_close(ours.float(), torchs)
 
 
-@pytest.mark.on("reference", "cpu")
+@EVERYWHERE
 def test_vmap(backend: str):
     logits, labels = example(5, 6, 7)
+    logits = logits.to(dtype_on(backend))
     masks = labels.where(labels == IGNORED, labels % 2)
     for loss, *inputs in (
         (ao.Lovasz(), logits[:, None], labels[:, None]),

@@ -134,7 +134,7 @@ def test_the_operators_of_the_checks(monkeypatch):
         assert looked_up == set(check.parts or [check.operator]), check.name
         assert bool(check.parts) == (check.operator == verify.COMPOSITION)
         own.add(check.operator)
-    assert own == {*_backend.OPERATORS, verify.COMPOSITION} - {"probability_histograms", "mask_rle"}
+    assert own == {*_backend.OPERATORS, verify.COMPOSITION} - {"mask_rle"}
 
 
 def test_the_driver(monkeypatch):

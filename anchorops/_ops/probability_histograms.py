@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import select
+from .._backend import FUSED, register_triton, select
 from .._moments import statistics_dtype
 from .hinges import hinge_gradients
-from .registration import Gradient, define, library
-
-BACKENDS = ("cpu",)
+from .registration import Gradient, call, define, library
 
 
 def _histograms_fake(
@@ -51,10 +49,9 @@ define(
     "probability_histograms",
     "(Tensor logits, Tensor labels, int bins, int ignore_index, bool align_corners) -> Tensor",
     _histograms_fake,
-    backends=BACKENDS,
     any_strides=True,
 )
-for name, backends in (("error_loss", (*BACKENDS, "reference")), ("hinge_loss", ("reference",))):
+for name, backends in (("error_loss", (*FUSED, "reference")), ("hinge_loss", ("reference",))):
     define(
         name,
         "(Tensor loss, Tensor logits, Tensor labels, Tensor slopes, int ignore_index, "
@@ -69,19 +66,22 @@ for name, backends in (("error_loss", (*BACKENDS, "reference")), ("hinge_loss", 
             _backward,
             function="Lovasz",
         ),
+        in_python=True,
         any_strides=True,
     )
+register_triton(library, "error_loss_backward", call)
 
 
 def _loss(loss: Tensor, *_: Any) -> Tensor:
     return loss.clone()
 
 
+for overload in (*(f"error_loss.{x}" for x in (*FUSED, "reference")), "hinge_loss.reference"):
+    library.impl(overload, _loss, "CompositeExplicitAutograd")
 for name, gradients in (
     ("error_loss", reference.error_gradients),
     ("hinge_loss", hinge_gradients),
 ):
-    library.impl(f"{name}.reference", _loss, "CompositeExplicitAutograd")
     library.impl(f"{name}_backward.reference", gradients, "CompositeExplicitAutograd")
 
 
@@ -96,10 +96,11 @@ def probability_histograms(
 ) -> Tensor:
     """`reference.probability_histograms`, by the selected backend."""
     logits = logits.detach()
-    if _backend(function, logits) == "cpu":
-        operator = torch.ops.anchorops.probability_histograms.cpu
-        return operator(logits, labels, bins, ignore_index, align_corners)
-    return reference.probability_histograms(logits, labels, bins, ignore_index, align_corners)
+    backend = _backend(function, logits)
+    if backend == "reference":
+        return reference.probability_histograms(logits, labels, bins, ignore_index, align_corners)
+    operator = getattr(torch.ops.anchorops.probability_histograms, backend)
+    return operator(logits, labels, bins, ignore_index, align_corners)
 
 
 def error_loss(
@@ -154,14 +155,8 @@ def _number_of(value: int, labels: Tensor) -> Tensor | int:
 
 def _backend(function: str, logits: Tensor) -> str:
     def refused(backend: str) -> str | None:
-        volume = backend == "cpu" and logits.dim() == 5
+        volume = backend != "reference" and logits.dim() == 5
         return "it supports no volumes that are upsampled" if volume else None
 
-    return select(
-        function,
-        logits,
-        logits.shape[1],
-        runs=("probability_histograms",),
-        operators=BACKENDS,
-        refusal=refused,
-    )
+    runs = ("probability_histograms",)
+    return select(function, logits, logits.shape[1], runs=runs, refusal=refused)

@@ -1,4 +1,4 @@
-// The operators anchorops::probability_histograms.cpu and error_loss.cpu.
+// The operators anchorops::probability_histograms.cpu and error_loss_backward.cpu.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -58,10 +58,6 @@ Tensor probability_histograms(Tensor logits, Tensor labels, int64_t bins, int64_
   return histograms;
 }
 
-Tensor error_loss(Tensor loss, Tensor, Tensor, Tensor, int64_t, bool) {
-  return torch::stable::clone(loss);
-}
-
 Tensor error_loss_backward(Tensor logits, Tensor labels, Tensor slopes, int64_t ignore_index,
                            bool align_corners) {
   Tensor dlogits = torch::stable::empty_like(logits);
@@ -94,6 +90,5 @@ Tensor error_loss_backward(Tensor logits, Tensor labels, Tensor slopes, int64_t 
 STABLE_TORCH_LIBRARY_IMPL(anchorops, CPU, library) {
   using namespace anchorops::cpu::softmax;
   library.impl("probability_histograms.cpu", TORCH_BOX(&probability_histograms));
-  library.impl("error_loss.cpu", TORCH_BOX(&error_loss));
   library.impl("error_loss_backward.cpu", TORCH_BOX(&error_loss_backward));
 }

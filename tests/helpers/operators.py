@@ -154,12 +154,6 @@ def statistics(logits: Tensor, labels: Tensor, **options: Any) -> list[Tensor]:
     return [moments[name] for name in STATISTICS]
 
 
-def lovasz(logits: Tensor, labels: Tensor) -> Tensor:
-    z = F.interpolate(logits, labels.shape[1:], mode="bilinear")
-    present = [k for k in range(z.shape[1]) if (labels == k).any()]
-    return lovasz_formulas.softmax_losses(z, labels, -1)[present].mean()
-
-
 def lovasz_of_sigmoids(logits: Tensor, labels: Tensor) -> Tensor:
     z = F.interpolate(logits, labels.shape[2:], mode="bilinear")
     losses = [lovasz_formulas.hinge_loss(z[:, k], labels[:, k], -1) for k in range(z.shape[1])]
@@ -276,9 +270,8 @@ OPERATORS = [
     Operator(
         "Lovasz",
         our_loss(ao.Lovasz),
-        without_options(lovasz),
+        without_options(verify._lovasz),
         any_size,
-        ON_CPU,
         exact=False,  # errors are rounded to bins
     ),
     Operator(

@@ -23,6 +23,7 @@ KERNELS = (
     "_centroid_info_nce_bwd_kernel",
     "_softmax_moments_kernel",
     "_pixel_kl_divergence_kernel",
+    "_error_loss_bwd_kernel",
 )
 REPORT = Path(__file__).parents[2] / "bench" / "kernels_report.py"
 USAGE = re.compile(r"Function (\w+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")

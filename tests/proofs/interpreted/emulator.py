@@ -45,6 +45,7 @@ OF_TRITON = (
     "upsampled_sums",
     "confusion",
     "pixel_kl_divergence",
+    "lovasz",
     "default_dtype",
     "inference_tensors",
 )
