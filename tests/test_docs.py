@@ -68,6 +68,7 @@ def test_snippet_runs(snippet: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "timm",
         "torchvision",
         "transformers",
+        "ultralytics",
     ):
         if package in snippet:
             pytest.importorskip(package, reason="it is not installed")

@@ -1,6 +1,7 @@
 """The example for Ultralytics against its released class. `make check-ultralytics` installs it."""
 # pyright: reportMissingImports=false
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,10 @@ pytest.importorskip("ultralytics", reason="ultralytics is not installed: make ch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import ultralytics_loss
+from pycocotools import mask as coco
+from ultralytics.models.yolo.segment import SegmentationValidator
 from ultralytics.nn import tasks
+from ultralytics.utils import ops
 
 BATCH = 3
 
@@ -71,3 +75,46 @@ def test_install(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(model.criterion, ultralytics_loss.SemanticSegmentationLoss)
     total.sum().backward()
     assert all(x.grad is not None for x in model.model[-1].parameters())
+
+
+def masks_of_file(kind: type, shape: tuple[int, int]) -> tuple[list[dict], Tensor]:
+    """What a validator writes to its file of an image of this shape; the masks apart."""
+    torch.manual_seed(0)
+    side, n = 320, 20
+    gain = side / max(shape)
+    pad = [(side - round(x * gain)) / 2 for x in shape]
+    image = {"ori_shape": shape, "imgsz": [side, side], "im_file": "7.jpg"}
+    image["ratio_pad"] = ((gain, gain), (pad[1], pad[0]))
+    boxes = torch.cat([160 + 40 * torch.randn(2, n), 40 + 160 * torch.rand(2, n)])
+    scores = torch.cat([torch.rand(1, n), torch.zeros(1, n)])
+    predictions = torch.cat([boxes, scores, torch.randn(32, n)])[None]
+    protos = nn.functional.interpolate(torch.randn(1, 32, 10, 10), (80, 80), mode="bicubic")
+
+    validator = kind(args={"save_json": True, "conf": 0.1, "iou": 1.0})
+    validator.nc, validator.end2end, validator.process = 2, False, ops.process_mask_native
+    validator.class_map, validator.jdict = [1, 2], []
+    [prediction] = validator.postprocess([predictions, protos])
+    scaled = validator.scale_preds(prediction, image)
+    validator.pred_to_json(scaled, image)
+    entries = validator.jdict
+    masks = torch.from_numpy(coco.decode([x.pop("segmentation") for x in entries]))
+    if kind is not SegmentationValidator:
+        logits = prediction["logits"]
+        native = ops.process_mask_native(logits, torch.eye(len(logits)), scaled["bboxes"], shape)
+        assert (native.permute(1, 2, 0) != masks).float().mean() < 1e-5
+    return entries, masks
+
+
+# Padding of 4 and of 3 pixels at each end, and none.
+@pytest.mark.parametrize("shape", [(720, 739), (628, 640), (500, 500)])
+def test_masks_of_the_recipe(shape: tuple[int, int]):
+    page = (Path(__file__).parents[1] / "docs/evaluation.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.S)
+    [recipe] = [text for text in snippets if "ultralytics" in text]
+    names = {}
+    exec(recipe, names)
+    theirs, their_masks = masks_of_file(SegmentationValidator, shape)
+    ours, our_masks = masks_of_file(names["Validator"], shape)
+    assert len(ours) > 10 and ours == theirs
+    assert (our_masks != their_masks).float().mean() < 0.005
+    assert (our_masks < their_masks).float().mean() < 1e-4
