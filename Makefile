@@ -53,8 +53,8 @@ build/torch/%:
 	    && CXX=false $$pip --no-build-isolation -e ".[$$extras]" \
 	    || { rm -r $@; false; }
 
-# for changes of kernels: Triton's interpreter, the emulator of CUDA and its sanitizers, machine code,
-# and the tests that take long. Three processes, because a few of them take minutes, and others wait
+# for changes of kernels: Triton's interpreter, CUDA kernels in a machine for PTX (if nvcc is
+# there), machine code, and the tests that take long. Three processes, because a few of them take minutes, and others wait
 # behind them.
 proofs: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m slow

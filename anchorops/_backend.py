@@ -52,12 +52,10 @@ GPU_MAX_CLASSES = 16_384  # of cuda and triton; the others support MAX_CLASSES o
 # the partial sums of all keys, which `cuda` writes, would take longer than the sort.
 CUDA_MAX_KEYS = 1024
 
-# Tests without a GPU run the kernels of a backend on CPU tensors. Triton's interpreter runs the
-# Triton kernels (Triton reads the variable when it is imported). The CUDA sources are loaded from a
-# library that a C++ compiler made.
+# Tests without a GPU run the kernels of a backend on CPU tensors: those of Triton in its interpreter
+# (it reads the variable when it is imported), or both as compiled (tests/proofs/ptx).
 TRITON_INTERPRETED = os.getenv("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-_CUDA_ON_HOST = os.getenv("ANCHOROPS_CUDA_ON_HOST")
-_ON_HOST = {"triton": TRITON_INTERPRETED, "cuda": bool(_CUDA_ON_HOST)}
+_ON_HOST = {"triton": TRITON_INTERPRETED, "cuda": False}
 
 # They use LibTorch's stable ABI (of torch 2.10) and no Python: one build is for several versions.
 CPU_LIBRARY = Path(__file__).with_name("_cpu.so")
@@ -139,9 +137,6 @@ def _load_cpu() -> str | None:
 
 
 def _load_cuda() -> str | None:
-    if _CUDA_ON_HOST:
-        torch.ops.load_library(_CUDA_ON_HOST)
-        return None
     # The file may be left from before a build without CUDA, so the build is asked.
     info = build_info()
     built = info.get("cuda")

@@ -1,7 +1,8 @@
-// The device interface on the host: the GPU's properties, and launches.
+// The GPU's properties, cleared memory and launches, on the host.
 #pragma once
 
-#include <algorithm>
+#include <cuda_runtime.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -11,28 +12,18 @@
 #include <string>
 #include <utility>
 
-#include "device.cuh"
-
 namespace anchorops {
 
-#ifdef __CUDACC__
 using Stream = cudaStream_t;
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
-#else
-using Stream = void*;
-#endif
 
 // Zeroes memory, in the order of the stream.
-inline void fill_zero(void* memory, size_t bytes, [[maybe_unused]] Stream stream) {
-#ifdef __CUDACC__
+inline void fill_zero(void* memory, size_t bytes, Stream stream) {
   if (bytes) check(cudaMemsetAsync(memory, 0, bytes, stream), "anchorops: cudaMemsetAsync");
-#else
-  on_host::fill_zero(memory, bytes);
-#endif
 }
 
 // The largest shared memory of a block on every GPU from sm_80 on: sm_86, sm_89 and sm_120 have
@@ -49,7 +40,6 @@ struct Hardware {
 
 // Of the current device, read once for each device.
 inline Hardware hardware() {
-#ifdef __CUDACC__
   static std::mutex mutex;
   static std::map<int, Hardware> by_device;
   int device = 0;
@@ -67,9 +57,6 @@ inline Hardware hardware() {
                               attribute(cudaDevAttrMultiProcessorCount),
                               bytes(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
                               bytes(cudaDevAttrReservedSharedMemoryPerBlock)};
-#else
-  return {9, on_host::multiprocessors(), size_t{on_host::shared_kilobytes()} << 10, 1 << 10};
-#endif
 }
 
 // The number of multiprocessors of the current device: 132 of an H200, 108 of an A100.
@@ -82,7 +69,6 @@ inline int64_t blocks_in_shared(size_t bytes_of_block) {
   return static_cast<int64_t>(device.shared_bytes / (bytes_of_block + device.reserved_bytes));
 }
 
-#ifdef __CUDACC__
 // Configures a kernel at its first launch on a device. The limit is the same for all launches, so
 // host threads that launch at the same time do not interfere. Shared memory that a kernel does not
 // need is used as L1 cache. A kernel that requests none keeps only the 1 KB that each block always
@@ -104,26 +90,16 @@ inline void configure(const char* name, const void* kernel, bool asks_for_shared
         name);
   configured.insert({device, kernel});
 }
-#endif
 
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...); no launch if the grid is empty. If
 // the launch fails, throws an error with the kernel's name.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-            size_t shared_bytes, [[maybe_unused]] Stream stream, const Arguments&... arguments) {
+            size_t shared_bytes, Stream stream, const Arguments&... arguments) {
   if (size_t{grid.x} * grid.y * grid.z == 0) return;
-#ifdef __CUDACC__
   configure(name, reinterpret_cast<const void*>(kernel), shared_bytes > 0);
   const cudaLaunchConfig_t config{grid, block, shared_bytes, stream, nullptr, 0};
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
-#else
-  if (shared_bytes > MAX_SHARED_BYTES)
-    throw std::logic_error(std::string(name) + ": more shared memory than every GPU has");
-  if (grid.x > 0x7fffffff || std::max(grid.y, grid.z) > 65535 || block.x * block.y * block.z > 1024)
-    throw std::logic_error(std::string(name) + ": more blocks or threads than a GPU takes");
-  on_host::note_launch(reinterpret_cast<const void*>(kernel));
-  on_host::launch(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
-#endif
 }
 
 }  // namespace anchorops

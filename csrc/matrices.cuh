@@ -1,4 +1,4 @@
-// The device interface for tensor cores: products of small matrices, by a warp.
+// Products of small matrices, by a warp.
 //
 // A register contains two 16-bit elements, the first in its low half. Lane 4·n + q contains
 // - of a matrix A of 16 rows and 16 columns: a[0] of row n, a[1] of row n + 8, columns 2q and
@@ -9,11 +9,10 @@
 //   and c[3] of row n + 8, the same columns.
 #pragma once
 
-#include "device.cuh"
-#ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#endif
+
+#include "device.cuh"
 
 namespace anchorops {
 
@@ -23,7 +22,6 @@ namespace anchorops {
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4],
                                              const unsigned (&b)[2]) {
-#ifdef __CUDACC__
   if constexpr (std::is_same_v<T, Half>)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
@@ -34,9 +32,6 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-  on_host::multiply_add(c, a, b, std::is_same_v<T, Half>);
-#endif
 }
 
 // Loads four matrices of 8 rows of 16 bytes; lane 8·i + r has the address of row r of matrix i.
@@ -44,7 +39,6 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[
 // TRANSPOSED, it contains rows 2q and 2q + 1 of column n.
 template <bool TRANSPOSED>
 __device__ __forceinline__ void load_matrices(unsigned (&registers)[4], const void* row) {
-#ifdef __CUDACC__
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row));
   if constexpr (TRANSPOSED)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -56,32 +50,20 @@ __device__ __forceinline__ void load_matrices(unsigned (&registers)[4], const vo
                  : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
                  : "r"(address)
                  : "memory");
-#else
-  on_host::load_matrices<TRANSPOSED>(registers, row);
-#endif
 }
 
 // Compares the halves of two registers, which are finite bfloat16 numbers. Each half of the result
 // is the bfloat16 number 1 if the two are equal, and 0 otherwise.
 __device__ __forceinline__ unsigned ones_where_equal(unsigned a, unsigned b) {
-#ifdef __CUDACC__
   const __nv_bfloat162 ones = __heq2(reinterpret_cast<const __nv_bfloat162&>(a),
                                      reinterpret_cast<const __nv_bfloat162&>(b));
   return reinterpret_cast<const unsigned&>(ones);
-#else
-  const unsigned differ = a ^ b;
-  return (differ & 0xffff ? 0 : 0x3f80) | (differ >> 16 ? 0 : 0x3f80u << 16);
-#endif
 }
 
 // The upper halves of two float32 numbers: that of `first` is the low half of the result. The upper
 // half of a float32 number is this number truncated to bfloat16.
 __device__ __forceinline__ unsigned upper_halves(float first, float second) {
-#ifdef __CUDACC__
   return __byte_perm(__float_as_uint(first), __float_as_uint(second), 0x7632);
-#else
-  return __float_as_uint(first) >> 16 | (__float_as_uint(second) & 0xffff0000);
-#endif
 }
 
 // Splits each of two numbers into three bfloat16 numbers, from the largest to the smallest:
@@ -98,18 +80,11 @@ __device__ __forceinline__ void split(float first, float second, unsigned (&term
 // sum + 0·pair, for each half. It remains 0 if all pairs are finite.
 template <class T>
 __device__ __forceinline__ unsigned add_zeros_of(unsigned pair, unsigned sum) {
-#ifdef __CUDACC__
   if constexpr (std::is_same_v<T, Half>)
     asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
   else
     asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
   return sum;
-#else
-  const unsigned infinite = std::is_same_v<T, Half> ? 0x7c00 : 0x7f80;
-  for (unsigned half : {pair, pair >> 16})
-    if ((half & infinite) == infinite) sum = 0x7fff7fff;
-  return sum;
-#endif
 }
 
 }  // namespace anchorops

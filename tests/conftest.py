@@ -2,8 +2,9 @@
 
 A test that takes `backend` runs on each backend of its process. Usual processes have `reference`
 and `cpu`, and `cuda` and `triton` where a case is marked for a GPU. tests/proofs starts processes
-with one emulated backend each: the Triton kernels in Triton's interpreter, or the CUDA sources in
-the emulator. They run the tests that take `backend`, and no others.
+with one backend of GPUs each, on CPU tensors (helpers/emulator.py). Its place is `interpreter` for
+Triton's kernels and `emulator` for those of CUDA. They run the tests that take `backend`, and no
+others.
 
 The mark on("cpu", "interpreter", "emulator", …) limits a case, or the cases of a module that have
 no mark of their own. "gpu" stands for both backends of a GPU, "cuda" and "triton" for one of
@@ -19,7 +20,7 @@ from importlib import metadata
 import numpy as np
 import pytest
 import torch
-from emulator import BACKEND, EMULATED, PTX_ARCH, controls
+from emulator import BACKEND, EMULATED, PTX_ARCH
 
 import anchorops as ao
 
@@ -117,23 +118,10 @@ def patched_once(monkeypatch):
 
 
 @pytest.fixture
-def set_hardware():
-    """The emulator's number of multiprocessors, and KB of shared memory of each: usually two, so
-    that each chunk of a small input has several tiles, with the shared memory of an H200."""
-    if BACKEND != "cuda":
-        pytest.skip("Triton's plans depend on shapes alone")
-    set_hardware = controls().set_hardware
-    yield set_hardware
-    set_hardware(2, 228)
-
-
-@pytest.fixture
 def set_order():
-    """The order in which threads run in the emulator, and warps in the PTX machine: a seed, or 0
-    for the usual one. Elsewhere it cannot be chosen."""
-    if BACKEND == "cuda":
-        set_order = controls().set_order
-    elif PTX_ARCH is not None:
+    """The order in which warps run in the PTX machine: a seed, or 0 for the usual one. Elsewhere it
+    cannot be chosen."""
+    if PTX_ARCH is not None:
         from ptx import triton_launches
 
         def set_order(seed: int) -> None:
@@ -145,11 +133,6 @@ def set_order():
 
     yield set_order
     set_order(0)
-
-
-@pytest.fixture(params=[(132, 228), (58, 100)], ids=["H200", "L4"])
-def other_gpu(request, set_hardware) -> None:
-    set_hardware(*request.param)
 
 
 @pytest.fixture

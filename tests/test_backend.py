@@ -169,7 +169,6 @@ def test_a_cuda_library_of_no_use_says_why(monkeypatch):
 
     built = {"cuda": "13.0"}
     monkeypatch.setattr(_backend, "build_info", lambda: built)
-    monkeypatch.setattr(_backend, "_CUDA_ON_HOST", None)
     monkeypatch.setattr(torch.ops, "load_library", does_not_load)
     for version, reason in (
         (None, "this torch is a CPU build"),

@@ -1,6 +1,8 @@
 // Tensors for the CUDA kernels: pixels by strides, the device's stream, new outputs.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,15 +16,10 @@
 #include <string>
 #include <vector>
 
+#include "../device.cuh"
 #include "../errors.h"
 #include "../launch.cuh"
-#ifdef __CUDACC__
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #define ANCHOROPS_DISPATCH_KEY CUDA
-#else
-#define ANCHOROPS_DISPATCH_KEY CPU
-#endif
 
 namespace anchorops::cuda {
 
@@ -105,7 +102,6 @@ inline std::vector<int64_t> to_vector(Numbers array) { return {array.begin(), ar
 // Makes the tensor's device the current one; the stream is the current one there.
 class OnDevice {
  public:
-#ifdef __CUDACC__
   explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* current = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
@@ -113,14 +109,10 @@ class OnDevice {
     stream = static_cast<Stream>(current);
   }
 
+  Stream stream;
+
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-
- public:
-#else
-  explicit OnDevice(const Tensor&) {}
-#endif
-  Stream stream = nullptr;
 };
 
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {

@@ -1,4 +1,4 @@
-"""The kernels of a backend, and those that a call launches: on a GPU, in the emulator or in the
+"""The kernels of a backend, and those that a call launches: on a GPU, in the PTX machine or in the
 interpreter. A kernel of Triton has one name for all its variants; each instance of a CUDA template
 is a kernel of its own, as class_moments_kernel<float, 3, 0>."""
 
@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import LIBRARY as EMULATED_LIBRARY
-from emulator import controls
+from emulator import EMULATED
 from torch.profiler import ProfilerActivity, profile
 
 from anchorops._backend import CUDA_LIBRARY
@@ -32,22 +31,22 @@ def readable(names: list[str]) -> list[str]:
 
 
 @cache
-def _cuda_kernels() -> dict[int, str]:
-    """Of the library that is loaded, by their addresses in it (on a GPU, of the functions that
-    launch them)."""
-    library = Path(EMULATED_LIBRARY or CUDA_LIBRARY)
-    symbols = subprocess.run(["nm", library], check=True, capture_output=True, text=True).stdout
-    lines = [line.split() for line in symbols.splitlines()]
-    mangled = {int(line[0], 16): line[2] for line in lines if len(line) == 3}
-    names = dict(zip(mangled, readable(list(mangled.values())), strict=True))
+def _cuda_kernels() -> set[str]:
+    if EMULATED:
+        from ptx.cuda_launches import machine
+
+        return set(readable(list(machine.names.values())))
+    command = ["nm", CUDA_LIBRARY]
+    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    names = readable([line.split()[-1] for line in symbols.splitlines()])
     sources = (path.read_text() for path in SOURCES.rglob("*.cu*"))
     kernels = {name for source in sources for name in KERNEL.findall(source)}
-    return {at: name for at, name in names.items() if name.partition("<")[0] in kernels}
+    return {name for name in names if name.partition("<")[0] in kernels}
 
 
 def kernels_of(backend: str) -> set[str]:
     if backend == "cuda":
-        return set(_cuda_kernels().values())
+        return _cuda_kernels()
     from anchorops import kernels
 
     modules = [m.name for m in pkgutil.iter_modules(kernels.__path__, "anchorops.kernels.")]
@@ -63,10 +62,11 @@ def launched_by(run: Callable[[], object], backend: str) -> set[str]:
             torch.cuda.synchronize()
         return set(readable([event.key for event in profiler.key_averages()])) & kernels_of(backend)
     if backend == "cuda":
-        launched = controls().launched_kernels
-        launched()
+        from ptx.triton_launches import launches
+
+        before = launches.copy()
         run()
-        return {_cuda_kernels()[at] for at in launched()}
+        return set(readable(list(launches - before)))
     from triton.runtime.interpreter import InterpretedFunction
 
     names, interpret = set(), InterpretedFunction.run

@@ -3,9 +3,12 @@ manual's definitions: integers exactly, floats against float64. Needs neither Tr
 
 import math
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from ptx import cuda_launches
 from ptx.machine import Finding, Launch, Traffic, run
 from ptx.memory import CANARY, Region
 from ptx.program import Program
@@ -592,3 +595,28 @@ def test_traffic():
 def test_what_is_not_known_is_refused(instruction: str):
     with pytest.raises(Unsupported, match="the PTX machine does not know"):
         launch(instruction, np.zeros(1, "u4"), np.zeros(32, "u4"))
+
+
+REFUSED = {
+    "too much shared memory": ((1, 1, 1), (32, 1, 1), (99 << 10) + 4, "101380 bytes of shared"),
+    "too many rows of blocks": ((1, 65_536, 1), (32, 1, 1), 0, "more blocks or threads"),
+    "too many threads": ((1, 1, 1), (2048, 1, 1), 0, "more blocks or threads"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_launches_that_gpus_refuse(name: str):
+    grid, block, shared_bytes, message = REFUSED[name]
+    sources = SimpleNamespace(kernels=lambda: {1: "tested"}, modules=list)
+    machine = cuda_launches.Machine(80, sources)
+    assert machine.set_attribute(1, cuda_launches.DYNAMIC_SHARED_OF_BLOCK, 99 << 10)
+    assert not machine.launch(1, grid, block, shared_bytes, 0)
+    assert message in str(machine.error)
+
+
+def test_cleared_memory_is_of_a_tensor():
+    machine = cuda_launches.Machine(80, SimpleNamespace(kernels=dict, modules=list))
+    x = torch.ones(4)
+    machine.tensors = [x]
+    assert machine.fill(x.data_ptr() + 4, 0, 8) and x.tolist() == [1, 0, 0, 1]
+    assert not machine.fill(x.data_ptr() + 4, 0, 16)

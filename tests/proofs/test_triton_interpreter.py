@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, compared with the reference. This needs no GPU.
 
-Triton decides whether to interpret when it is imported, so the cases, interpreted/emulator.py, run
+Triton decides whether to interpret when it is imported, so the cases, helpers/emulator.py, run
 in a separate process.
 """
 

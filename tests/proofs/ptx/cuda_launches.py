@@ -16,6 +16,7 @@ the warps.
 """
 
 import ctypes
+import fcntl
 import importlib.machinery
 import importlib.util
 import os
@@ -56,7 +57,7 @@ class Gpu(NamedTuple):
 SMALL = Gpu(2, 228)
 
 
-class _Machine:
+class Machine:
     """What the CUDA runtime asks."""
 
     def __init__(self, arch: int, sources: Any):
@@ -124,7 +125,7 @@ class _Machine:
             grid,
             block,
             params,
-            -(-program.kernel.shared.end // 16) * 16 + shared_bytes,
+            program.kernel.shared.end + shared_bytes,
             regions_of(self._pointed_to(program, params), int(np.prod(block))),
         )
         counted = None if shared.traffic is None else shared.traffic.setdefault(name, {})
@@ -176,7 +177,7 @@ def _extent(x: Tensor) -> int:
     return (1 + steps) * x.element_size() if x.numel() else 0
 
 
-machine: _Machine  # since `install`
+machine: Machine  # since `install`
 
 
 def obstacle() -> str | None:
@@ -193,7 +194,10 @@ def build(csrc: Path = HERE.parents[2] / "csrc", out: Path = BUILD) -> Path:
     """Compiles what has changed."""
     command = ["make", "-s", "-j", str(os.cpu_count()), "-C", str(HERE / "cuda")]
     command += [f"PYTHON={sys.executable}", f"CSRC={csrc}", f"OUT={out}"]
-    made = subprocess.run(command, capture_output=True, text=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as lock:  # of several processes one compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode:
         raise RuntimeError(made.stderr[-4000:])
     return out / "cuda_sources.so"
@@ -211,7 +215,7 @@ def install(arch: int, library: Path | None = None) -> None:
     assert spec is not None
     sources = importlib.util.module_from_spec(spec)
     loader.exec_module(sources)
-    machine = _Machine(arch, sources)
+    machine = Machine(arch, sources)
     sources.connect(
         machine.launch,
         machine.fill,

@@ -123,7 +123,9 @@ def stored_params(program: Program) -> set[int]:
                 assert isinstance(address, Address)
                 if isinstance(address.base, Symbol):
                     found.add(program.kernel.offset(address.base) + address.offset)
-                    continue
+                else:  # any part of any parameter
+                    found.update(range(0, program.kernel.params.end, 8))
+                continue
             if not step.is_method("load_global", "load_shared"):
                 new = step.reads - seen
                 seen |= new

@@ -1,11 +1,30 @@
 """CUDA: plans depend on the GPU. With the multiprocessors of real GPUs, or with less shared memory,
 class moments are within the same error budget."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from masked_sums import BF16, F32, Case, check, make_features, make_labels
 
 import anchorops as ao
+
+pytestmark = [pytest.mark.on("emulator"), pytest.mark.usefixtures("backend")]
+SetHardware = Callable[[int, int], None]
+
+
+@pytest.fixture
+def set_hardware() -> Iterator[SetHardware]:
+    """The number of multiprocessors of the PTX machine, and KB of shared memory of each."""
+    from ptx import cuda_launches
+
+    yield cuda_launches.hardware
+    cuda_launches.hardware(*cuda_launches.SMALL)
+
+
+@pytest.fixture(params=[(132, 228), (58, 100)], ids=["H200", "L4"])
+def other_gpu(request, set_hardware) -> None:
+    set_hardware(*request.param)
 
 
 @pytest.mark.usefixtures("other_gpu")
@@ -22,7 +41,7 @@ def test_class_moments(case: Case, backend: str):
     check(case, backend)
 
 
-def test_the_plan_depends_on_the_gpu(set_hardware):
+def test_the_plan_depends_on_the_gpu(set_hardware: SetHardware):
     """Other chunks round differently; on one kind of GPU, results are always the same."""
     features, labels = torch.randn(2, 64, 10, 136), torch.randint(0, 3, (2, 10, 136))
 
@@ -37,7 +56,7 @@ def test_the_plan_depends_on_the_gpu(set_hardware):
     assert not torch.equal(first, fewer) and not torch.equal(fewer, less)
 
 
-def test_squares_of_values_with_few_bits(set_hardware):
+def test_squares_of_values_with_few_bits(set_hardware: SetHardware):
     """A chunk has 370 pixels of each key. If each square were added to the total of its key, all
     of them would be rounded in the same direction: they have few bits."""
     set_hardware(1, 228)

@@ -1,0 +1,42 @@
+"""The CUDA kernels as nvcc compiles them, in the PTX machine (ptx/cuda_launches.py): the cases of
+all backends, compared with the reference, and the checks of `anchorops-doctor --verify`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulator import CASES_OF_CUDA
+from ptx import cuda_launches
+
+OBSTACLE = cuda_launches.obstacle()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))]
+HERE = Path(__file__).parent
+
+
+def check(arch: int, *arguments: str) -> str:
+    cuda_launches.build()
+    run = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        env=os.environ | {"PTX_ARCH": str(arch), "PTX_BACKEND": "cuda", "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    return run.stdout
+
+
+@pytest.mark.parametrize("first", [0, 1])  # two halves, for two processes
+def test_cases(first: int):
+    check(80, "pytest", "-q", "-p", "no:cacheprovider", *map(str, CASES_OF_CUDA[first::2]))
+
+
+def test_cases_for_sm_90():
+    """One case of each kernel: its PTX has no other instructions than that for sm_80."""
+    check(90, "pytest", "-q", "-p", "no:cacheprovider", str(HERE.parent / "test_every_kernel.py"))
+
+
+@pytest.mark.parametrize("part", ["0/2", "1/2"])
+def test_verify(part: str):
+    assert ", 0 WRONG," in check(80, "ptx.verify", "80", "--backend=cuda", f"--part={part}")
