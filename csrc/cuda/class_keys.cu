@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(THREADS)
       keys[pixel] = static_cast<int32_t>(valid ? key_of_class_0 + label : -1);
   }
 
-  auto* bins = reinterpret_cast<unsigned*>(shared_memory());
+  extern __shared__ unsigned bins[];  // [K]
   for (int k = threadIdx.x; k < shape.num_classes; k += THREADS) bins[k] = 0;
   __syncthreads();
 #pragma unroll
@@ -148,6 +148,6 @@ std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t wid
 }  // namespace
 }  // namespace anchorops::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(anchorops, ANCHOROPS_DISPATCH_KEY, library) {
+STABLE_TORCH_LIBRARY_IMPL(anchorops, CUDA, library) {
   library.impl("class_keys.cuda", TORCH_BOX(&anchorops::cuda::class_keys));
 }

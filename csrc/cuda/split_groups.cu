@@ -19,7 +19,6 @@
 
 #include "../labels.h"
 #include "tensors.cuh"
-#include "warps.cuh"
 
 namespace anchorops::cuda {
 namespace {
@@ -28,12 +27,12 @@ constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 constexpr int64_t MAX_KEYS = 1024;
 
-// The sum of a value over the block's threads before this one. shared: [THREADS / 32].
-__device__ uint64_t sum_before(uint64_t value, uint64_t* shared) {
+// The sum of a value over the block's threads before this one.
+__device__ uint32_t sum_before(uint32_t value, uint32_t* shared) {  // [WARPS]
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint64_t total = value;
+  uint32_t total = value;
   for (unsigned lanes = 1; lanes < 32; lanes *= 2) {
-    const uint64_t other = __shfl_up_sync(FULL_WARP, total, lanes);
+    const uint32_t other = __shfl_up_sync(FULL_WARP, total, lanes);
     if (lane >= lanes) total += other;
   }
   if (lane == 31) shared[warp] = total;
@@ -43,48 +42,38 @@ __device__ uint64_t sum_before(uint64_t value, uint64_t* shared) {
   return total - value;
 }
 
-// By all threads of a block: each processes a range of the keys.
-__device__ void count_groups(const int64_t* counts,  // [num_keys]
-                             int64_t* starts,  // [num_keys]: number of pixels with smaller keys
-                             int64_t* group_counts,  // [num_keys, groups], or null
-                             int64_t num_keys, int64_t groups,
-                             uint64_t* shared  // [WARPS]
-) {
-  const int64_t each = ceil_div(num_keys, int64_t{THREADS});
-  const int64_t begin = min(threadIdx.x * each, num_keys), end = min(begin + each, num_keys);
-  uint64_t pixels = 0;
-  for (int64_t k = begin; k < end; ++k) pixels += counts[k];
-  uint64_t before = sum_before(pixels, shared);
-  for (int64_t k = begin; k < end; ++k) {
-    starts[k] = static_cast<int64_t>(before);
-    before += counts[k];
-    for (int64_t g = 0; group_counts && g < groups; ++g)
-      group_counts[k * groups + g] = (counts[k] - g + groups - 1) / groups;
-  }
-}
-
-struct Lists {
+struct Memory {
   uint32_t* first;   // [pixels], for each bucket: its first pixel + 1, or 0
   uint32_t* totals;  // [blocks]: the number of pixels in the buckets of each block
   uint32_t* next;    // [pixels], for each pixel: the next pixel in its bucket + 1, or 0
+  uint32_t* starts;  // [num_keys]: the number of pixels with smaller keys
 };
 
 __global__ void __launch_bounds__(THREADS)
     link_pixels_kernel(const int32_t* keys,    // [pixels], -1 where ignored
                        const int64_t* counts,  // [num_keys]
-                       int64_t* starts,        // [num_keys]
+                       const int64_t* seed,    // [1]
+                       Memory memory,          // `first` and `totals` are zero on entry
                        int64_t* group_counts,  // [num_keys, groups]
-                       const int64_t* seed,    // one
-                       Lists lists,            // `first` and `totals` are zero on entry
                        int32_t* split,         // [pixels], written here if the key is ignored
                        int64_t pixels, int64_t num_keys, int64_t groups) {
-  auto* shared = reinterpret_cast<uint64_t*>(shared_memory());  // [WARPS]
-  auto* start_of = reinterpret_cast<int64_t*>(shared + WARPS);  // [num_keys]
-  count_groups(counts, start_of, blockIdx.x == 0 ? group_counts : nullptr, num_keys, groups,
-               shared);
+  __shared__ uint32_t shared[WARPS];
+  extern __shared__ uint32_t start_of[];  // [num_keys]
+  // a thread has a range of the keys
+  const int64_t each = ceil_div(num_keys, int64_t{THREADS});
+  const int64_t begin = min(threadIdx.x * each, num_keys), end = min(begin + each, num_keys);
+  uint32_t pixels_of_range = 0;
+  for (int64_t k = begin; k < end; ++k) pixels_of_range += static_cast<uint32_t>(counts[k]);
+  uint32_t before = sum_before(pixels_of_range, shared);
+  for (int64_t k = begin; k < end; ++k) {
+    start_of[k] = before;
+    before += static_cast<uint32_t>(counts[k]);
+    if (blockIdx.x > 0) continue;
+    memory.starts[k] = start_of[k];
+    for (int64_t g = 0; g < groups; ++g)
+      group_counts[k * groups + g] = (counts[k] - g + groups - 1) / groups;
+  }
   __syncthreads();
-  for (int64_t k = threadIdx.x; blockIdx.x == 0 && k < num_keys; k += THREADS)
-    starts[k] = start_of[k];
   const int64_t p = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   if (p >= pixels) return;
   const int32_t key = keys[p];
@@ -93,36 +82,39 @@ __global__ void __launch_bounds__(THREADS)
     return;
   }
   const auto pixel = static_cast<uint32_t>(p);
-  const auto bucket = static_cast<uint32_t>(start_of[key]) +
-                      bucket_of(PixelHash(*seed)(pixel), static_cast<uint32_t>(counts[key]));
-  lists.next[pixel] = atomicExch(&lists.first[bucket], pixel + 1);
-  atomicAdd(&lists.totals[bucket / THREADS], 1u);
+  const uint32_t bucket =
+      start_of[key] + bucket_of(PixelHash(*seed)(pixel), static_cast<uint32_t>(counts[key]));
+  memory.next[pixel] = atomicExch(&memory.first[bucket], pixel + 1);
+  atomicAdd(&memory.totals[bucket / THREADS], 1u);
 }
 
 // A thread processes one bucket. It reads its list m + 2 times if there are m pixels in it.
 __global__ void __launch_bounds__(THREADS)
-    rank_pixels_kernel(const int32_t* keys, const int64_t* starts, const int64_t* seed,
-                       const Lists lists, int32_t* split, int64_t pixels, int32_t groups) {
-  auto* shared = reinterpret_cast<uint64_t*>(shared_memory());
+    rank_pixels_kernel(const int32_t* keys,  // [pixels]
+                       const int64_t* seed,  // [1]
+                       const Memory memory,
+                       int32_t* split,  // [pixels], -1 where ignored
+                       int64_t pixels, int32_t groups) {
+  __shared__ uint32_t shared[WARPS];
   const PixelHash hash(*seed);
   const int64_t bucket = int64_t{blockIdx.x} * THREADS + threadIdx.x;
-  const uint32_t head = bucket < pixels ? lists.first[bucket] : 0;
-  uint64_t size = 0, in_blocks_before = 0;
-  for (uint32_t a = head; a; a = lists.next[a - 1]) ++size;
+  const uint32_t head = bucket < pixels ? memory.first[bucket] : 0;
+  uint32_t size = 0, in_blocks_before = 0;
+  for (uint32_t a = head; a; a = memory.next[a - 1]) ++size;
   for (unsigned block = threadIdx.x; block < blockIdx.x; block += THREADS)
-    in_blocks_before += lists.totals[block];
-  // the number of pixels in the buckets of all blocks before this one
-  in_blocks_before = sum_of_warp(in_blocks_before);
-  uint64_t before = sum_before(size, shared);
+    in_blocks_before += memory.totals[block];
+  uint32_t before = sum_before(size, shared);
+  in_blocks_before = __reduce_add_sync(FULL_WARP, in_blocks_before);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = in_blocks_before;
   __syncthreads();
+  // the number of pixels in the buckets of all blocks before this one
   for (int warp = 0; warp < WARPS; ++warp) before += shared[warp];
 
-  for (uint32_t a = head; a; a = lists.next[a - 1]) {
+  for (uint32_t a = head; a; a = memory.next[a - 1]) {
     unsigned smaller = 0;  // hashes of the bucket
-    for (uint32_t b = head; b; b = lists.next[b - 1]) smaller += hash(b - 1) < hash(a - 1);
+    for (uint32_t b = head; b; b = memory.next[b - 1]) smaller += hash(b - 1) < hash(a - 1);
     const int32_t key = keys[a - 1];
-    const auto rank = static_cast<uint32_t>(before - static_cast<uint64_t>(starts[key])) + smaller;
+    const uint32_t rank = before - memory.starts[key] + smaller;
     split[a - 1] = key * groups + static_cast<int32_t>(rank % static_cast<uint32_t>(groups));
   }
 }
@@ -148,28 +140,27 @@ std::tuple<Tensor, Tensor> split_groups(Tensor keys, Tensor counts, Tensor seed,
     return {split, group_counts};
   }
   const int64_t blocks = ceil_div(pixels, int64_t{THREADS});
-  const Tensor starts = new_empty(counts, {num_keys}, ScalarType::Long);
-  const Tensor memory = new_empty(keys, {2 * pixels + blocks}, ScalarType::Int);
-  auto* first = reinterpret_cast<uint32_t*>(memory.mutable_data_ptr<int32_t>());
-  const Lists lists{first, first + pixels, first + pixels + blocks};
+  const Tensor tensor = new_empty(keys, {2 * pixels + blocks + num_keys}, ScalarType::Int);
+  auto* first = reinterpret_cast<uint32_t*>(tensor.mutable_data_ptr<int32_t>());
+  const Memory memory{.first = first,
+                      .totals = first + pixels,
+                      .next = first + pixels + blocks,
+                      .starts = first + 2 * pixels + blocks};
   fill_zero(first, (pixels + blocks) * sizeof(uint32_t), device.stream);
   const dim3 grid = grid_of(name, blocks);
-  constexpr size_t SHARED_BYTES = WARPS * sizeof(uint64_t);
-  launch("link_pixels_kernel", link_pixels_kernel, grid, THREADS,
-         SHARED_BYTES + num_keys * sizeof(int64_t), device.stream, keys.const_data_ptr<int32_t>(),
-         counts.const_data_ptr<int64_t>(), starts.mutable_data_ptr<int64_t>(), group_counts_data,
-         seed.const_data_ptr<int64_t>(), lists, split.mutable_data_ptr<int32_t>(), pixels, num_keys,
-         groups);
-  launch("rank_pixels_kernel", rank_pixels_kernel, grid, THREADS, SHARED_BYTES, device.stream,
-         keys.const_data_ptr<int32_t>(), starts.const_data_ptr<int64_t>(),
-         seed.const_data_ptr<int64_t>(), lists, split.mutable_data_ptr<int32_t>(), pixels,
-         static_cast<int32_t>(groups));
+  launch("link_pixels_kernel", link_pixels_kernel, grid, THREADS, num_keys * sizeof(uint32_t),
+         device.stream, keys.const_data_ptr<int32_t>(), counts.const_data_ptr<int64_t>(),
+         seed.const_data_ptr<int64_t>(), memory, group_counts_data,
+         split.mutable_data_ptr<int32_t>(), pixels, num_keys, groups);
+  launch("rank_pixels_kernel", rank_pixels_kernel, grid, THREADS, 0, device.stream,
+         keys.const_data_ptr<int32_t>(), seed.const_data_ptr<int64_t>(), memory,
+         split.mutable_data_ptr<int32_t>(), pixels, static_cast<int32_t>(groups));
   return {split, group_counts};
 }
 
 }  // namespace
 }  // namespace anchorops::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(anchorops, ANCHOROPS_DISPATCH_KEY, library) {
+STABLE_TORCH_LIBRARY_IMPL(anchorops, CUDA, library) {
   library.impl("split_groups.cuda", TORCH_BOX(&anchorops::cuda::split_groups));
 }

@@ -40,7 +40,7 @@ struct DlogitsOfRow {
 // The gradient of 16 queries, with that of their positives; or of 16 keys.
 template <bool OF_QUERIES>
 __device__ void write_gradients(const Problem& problem, const Gradients& gradients, int first_our) {
-  auto* shared = reinterpret_cast<float*>(shared_memory());
+  extern __shared__ __align__(16) float shared[];
   float* const dlogits = shared + TILE_FLOATS;  // [OTHERS, OURS]
   const Rows &queries = problem.queries, &keys = problem.keys;
   const Rows &ours = OF_QUERIES ? queries : keys, &others = OF_QUERIES ? keys : queries;
@@ -71,9 +71,11 @@ __device__ void write_gradients(const Problem& problem, const Gradients& gradien
       const float x = d < dim && others.has(first + i) ? others.at(first + i, d) : 0;
 #pragma unroll
       for (int j = 0; j < OURS; j += 4) {
-        const Vector<float> four = load_vector(dlogits + i * OURS + j);
-#pragma unroll
-        for (int m = 0; m < 4; ++m) sums[j + m] = fmaf(four.elements[m], x, sums[j + m]);
+        const auto four = *reinterpret_cast<const float4*>(dlogits + i * OURS + j);
+        sums[j] = fmaf(four.x, x, sums[j]);
+        sums[j + 1] = fmaf(four.y, x, sums[j + 1]);
+        sums[j + 2] = fmaf(four.z, x, sums[j + 2]);
+        sums[j + 3] = fmaf(four.w, x, sums[j + 3]);
       }
     }
 #pragma unroll
@@ -143,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> centroid_info_nce_backward(
 }  // namespace
 }  // namespace anchorops::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(anchorops, ANCHOROPS_DISPATCH_KEY, library) {
+STABLE_TORCH_LIBRARY_IMPL(anchorops, CUDA, library) {
   library.impl("centroid_info_nce_backward.cuda",
                TORCH_BOX(&anchorops::cuda::centroid_info_nce_backward));
 }

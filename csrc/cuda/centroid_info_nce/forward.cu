@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     centroid_info_nce_kernel(const __grid_constant__ Problem problem,
                              float* losses,  // [R]
                              float* lse) {   // [R]
-  auto* shared = reinterpret_cast<float*>(shared_memory());
+  extern __shared__ __align__(16) float shared[];
   const Rows &queries = problem.queries, &keys = problem.keys, &positives = problem.positives;
   const int column = threadIdx.x % 16, first_row = blockIdx.x * OURS;
   const int r = first_row + threadIdx.x / 16;
@@ -81,6 +81,6 @@ std::tuple<Tensor, Tensor> centroid_info_nce(Tensor queries, Tensor keys,
 }  // namespace
 }  // namespace anchorops::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(anchorops, ANCHOROPS_DISPATCH_KEY, library) {
+STABLE_TORCH_LIBRARY_IMPL(anchorops, CUDA, library) {
   library.impl("centroid_info_nce.cuda", TORCH_BOX(&anchorops::cuda::centroid_info_nce));
 }

@@ -42,7 +42,8 @@ struct Problem {
 
 // Adds the products of 16 rows, from first_our on, and 64 rows, from first_other on. Thread t has
 // those of rows t / 16 and t % 16 + 16·i.
-__device__ inline void multiply(float* shared, const Rows& ours, int first_our, const Rows& others,
+__device__ inline void multiply(float* shared,  // [OURS + OTHERS, PITCH]
+                                const Rows& ours, int first_our, const Rows& others,
                                 int first_other, int dim, float (&products)[EACH]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float *from_ours[OURS / WARPS], *from_others[OTHERS / WARPS];
@@ -73,12 +74,14 @@ __device__ inline void multiply(float* shared, const Rows& ours, int first_our, 
     float sums[EACH] = {};  // of few channels first: smaller rounding errors
 #pragma unroll
     for (int c = 0; c < DEPTH; c += 4) {
-      const Vector<float> x = load_vector(our + c);
+      const auto x = *reinterpret_cast<const float4*>(our + c);
 #pragma unroll
       for (int i = 0; i < EACH; ++i) {
-        const Vector<float> y = load_vector(other + 16 * i * PITCH + c);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[i] = fmaf(x.elements[j], y.elements[j], sums[i]);
+        const auto y = *reinterpret_cast<const float4*>(other + 16 * i * PITCH + c);
+        sums[i] = fmaf(x.x, y.x, sums[i]);
+        sums[i] = fmaf(x.y, y.y, sums[i]);
+        sums[i] = fmaf(x.z, y.z, sums[i]);
+        sums[i] = fmaf(x.w, y.w, sums[i]);
       }
     }
 #pragma unroll
