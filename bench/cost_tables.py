@@ -118,6 +118,11 @@ def uses() -> str:
             f"{torch_exported} as fast as torch, {exported} as nnU-Net",
         ],
         [
+            "masks of instances: Ultralytics, SAM",
+            "[`ao.mask_rle(logits, size)`](docs/evaluation.md#masks-of-instances)",
+            gains_of_masks(),
+        ],
+        [
             "Lovász of a softmax",
             "`ao.Lovasz()`, without sorting, [rounded](docs/losses.md#without-sorting-aolovasz)",
             f"{min(lovasz):.0f} to {max(lovasz):.0f}×",
@@ -164,6 +169,13 @@ def rows_of_export() -> dict[tuple, dict[str, dict]]:
     """By volume and dtype, then by way."""
     groups = grouped(run()["export"], "volume", "dtype").items()
     return {case: {row["way"]: row for row in rows} for case, rows in groups}
+
+
+def gains_of_masks() -> str:
+    """Over torch in chunks and pycocotools; nothing where the run has no such rows."""
+    groups = grouped(run().get("masks", []), "masks", "threads").values()
+    gains = [rows[1]["seconds"] / rows[0]["seconds"] for rows in groups]
+    return f"{min(gains):.0f} to {max(gains):.0f}×" if gains else ""
 
 
 def export() -> str:

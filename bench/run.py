@@ -3,9 +3,9 @@
     python bench/run.py [--device cpu] [--out bench/results] [--only SECTION] [--tiny]
 
 The device is the GPU, where there is one. The sections are operators, with rows of every usable
-backend, training_steps, options and export, which is for the CPU alone. On two threads of a CPU all
-need about an hour, in which nothing else may run: it does not begin on a machine whose cores other
-processes use, and it fails if other processes disturbed a row. Rows that contradict each other are
+backend, training_steps, options, and, for the CPU alone, export and masks. On two threads of a CPU
+all need about an hour, in which nothing else may run: it does not begin on a machine whose cores
+other processes use, and it fails if other processes disturbed a row. Rows that contradict each other are
 measured again; if they still do, they are not recorded, and it fails. The rows are in one file,
 named after the device, beside its pictures. At the end it prints the tables for the README, and the
 share of the bandwidth that each backend reaches. ATEN_CPU_CAPABILITY=avx2 measures without AVX-512.
@@ -30,7 +30,7 @@ from anchorops.measure import DISTURBED, OtherProcesses
 
 HERE = Path(__file__).parent
 THREADS, WATCH = 2, 5.0  # seconds before the start
-SECTIONS = ("operators", "training_steps", "options", "export")
+SECTIONS = ("operators", "training_steps", "options", "export", "masks")
 ATTEMPTS = 3  # to measure rows that contradict each other
 # What identifies a row of a section.
 CASES = {
@@ -60,13 +60,11 @@ def commands(path: Path, device: str, tiny: bool) -> dict[str, list[str]]:
             *(["--dry-run", "--rounds", "1"] if tiny else []),
         ],
         "options": [*pytest, str(options), "--seconds", "0.25"],
-        "export": [
-            *(python, str(HERE / "export.py"), "--out", str(path)),
-            *(["--quick"] if tiny else []),
-        ],
     }
-    if device == "cuda":
-        del every["export"]
+    if device == "cpu":
+        for section in ("export", "masks"):
+            command = [python, str(HERE / f"{section}.py"), "--out", str(path)]
+            every[section] = [*command, *(["--quick"] if tiny else [])]
     return every
 
 
@@ -180,7 +178,7 @@ def disturbed(path: Path) -> list[str]:
     run = json.loads(path.read_text())
     names = (
         *("operation", "direction", "shape", "network", "option", "num_classes", "ratio", "name"),
-        *("volume", "dtype", "way"),
+        *("volume", "dtype", "masks", "threads", "way"),
     )
     return [
         f"{section}: {', '.join(str(row[name]) for name in names if name in row)}"

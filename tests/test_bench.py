@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cases
+import cost_tables
 import pytest
 import run as bench
 import torch
@@ -382,6 +383,18 @@ def test_rows_of_export(tmp_path):
     ways = [row["way"] for row in run["export"] if row["dtype"] == "float16"]
     assert ways[:3] == ["anchorops", "torch", "SciPy"]
     assert all(row["differ"] < 1e-2 for row in run["export"])
+
+
+def test_rows_of_masks(tmp_path, monkeypatch):
+    """Of small masks; the tables name the gain."""
+    masks, out = importlib.import_module("masks"), tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["masks.py", "--quick", "--out", str(out)])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # of this process
+    masks.main()
+    run = json.loads(out.read_text())
+    assert len(run["masks"]) == 6 and all(row["differ"] == 0 for row in run["masks"])
+    monkeypatch.setattr(cost_tables, "run", lambda: run)
+    assert re.fullmatch(r"\d+ to \d+×", cost_tables.gains_of_masks())
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

@@ -150,14 +150,8 @@ def test_empty():
     assert zeros["counts"] == [12] and ones["counts"] == [0, 12]
 
 
-BOXES = [
-    [1.5, 2.5, 6.0, 7.0],
-    [-torch.inf, -3, torch.inf, 100],
-    [4, 0, 4, 20],
-    [6, 0, 2, 20],
-    [0, 3, 20, 3.001],
-    [30, 0, 40, 10],
-]
+BOXES = [[1.5, 2.5, 6.0, 7.0], [-torch.inf, -3, torch.inf, 100], [4, 0, 4, 20], [6, 0, 2, 20]]
+BOXES += [[0, 3, 20, 3.001], [30, 0, 40, 10]]
 
 
 @ON_CPU
@@ -250,6 +244,7 @@ def test_memory():
 
 
 Z = torch.zeros(2, 4, 5)
+LONG = Z[:, :1, :1].expand(2, 2**31, 1)
 
 
 @pytest.mark.parametrize(
@@ -260,24 +255,16 @@ Z = torch.zeros(2, 4, 5)
         ({"logits": Z.int()}, "logits: expected float32, .* or float64, got torch.int32"),
         ({"logits": Z.to_sparse()}, "logits: expected a strided tensor"),
         ({"logits": Z[:, :0]}, r"logits: expected at least one pixel per mask, got .*\(2, 0, 5\)"),
-        (
-            {"logits": Z[:, :1, :1].expand(2, 2**31, 1)},
-            r"logits: expected axes below 2\^31, got \(2147483648, 1\)",
-        ),
+        ({"logits": LONG}, r"logits: expected axes below 2\^31, got \(2147483648, 1\)"),
         ({"size": (8,)}, r"size: expected \(H, W\), two ints of at least 0, got \(8,\)"),
-        ({"size": (8, -1)}, r"size: expected \(H, W\), two ints"),
         ({"size": (2**31, 1)}, r"size: expected axes below 2\^31, got \(2147483648, 1\)"),
         ({"threshold": 1}, r"threshold: expected a float in \(0, 1\), got 1 of type int"),
-        ({"threshold": None}, r"threshold: expected a float in \(0, 1\), got None"),
         ({"align_corners": 1}, "align_corners: expected True or False, got 1"),
         ({"boxes": [[0, 0, 1, 1]] * 2}, r"boxes: expected a tensor \(2, 4\), as logits, got \[\["),
         ({"boxes": torch.zeros(1, 4)}, r"boxes: expected a tensor \(2, 4\), .* shape \(1, 4\)"),
         ({"boxes": torch.zeros(2, 4).bool()}, "boxes: expected a real dtype, got torch.bool"),
         ({"boxes": torch.zeros(2, 4) * 1j}, "boxes: expected a real dtype, got torch.complex64"),
-        (
-            {"boxes": torch.tensor([[0.0] * 4, [torch.nan] * 4])},
-            "boxes: expected numbers, got NaN in box 1",
-        ),
+        ({"boxes": Z[:, 0, :4] / torch.tensor([[1], [0]])}, "boxes: expected numbers, .* in box 1"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -287,5 +274,5 @@ def test_messages(arguments: dict[str, Any], message: str):
 
 
 def test_transforms_are_refused():
-    with pytest.raises(ValueError, match=r"^mask_rle: logits: expected a tensor outside of torch"):
+    with pytest.raises(ValueError, match=r"^mask_rle: logits: expected a tensor outside"):
         torch.vmap(lambda z: ao.mask_rle(z, (8, 10)).areas())(Z[None])

@@ -25,14 +25,7 @@ from .registration import define
 BACKENDS = ("cpu",)
 
 
-def _fake(
-    logits: Tensor,
-    height: int,
-    width: int,
-    threshold: float,
-    boxes: Tensor | None,
-    align_corners: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     """Logits (N, h, w) of any strides. The results are those of `reference.mask_rle`."""
     count = logits.shape[0]
     characters = torch.library.get_ctx().new_dynamic_size()
@@ -61,17 +54,9 @@ class MaskRLE:
     bools, are MaskRLEs of these masks; they own their memory. `size` is (H, W).
     """
 
-    def __init__(
-        self,
-        size: tuple[int, int],
-        characters: Tensor,
-        offsets: Tensor,
-        areas: Tensor,
-        boxes: Tensor,
-    ) -> None:
+    def __init__(self, size: tuple[int, int], results: Sequence[Tensor]) -> None:
         self.size = size
-        self._characters, self._offsets = characters, offsets
-        self._areas, self._boxes = areas, boxes
+        self._characters, self._offsets, self._areas, self._boxes = results
 
     def coco(self, compressed: bool = True) -> list[dict[str, Any]]:
         """[{"size": [H, W], "counts": …}, …], as pycocotools.mask.encode, but the counts are str,
@@ -116,7 +101,8 @@ class MaskRLE:
         codes = [self._characters[a:b] for a, b in zip(begins, ends, strict=True)]
         characters = torch.cat([self._characters[:0], *codes])
         offsets = F.pad(self._offsets.diff()[chosen].cumsum(0), (1, 0))
-        return MaskRLE(self.size, characters, offsets, self._areas[chosen], self._boxes[chosen])
+        results = characters, offsets, self._areas[chosen], self._boxes[chosen]
+        return MaskRLE(self.size, results)
 
     def __repr__(self) -> str:
         return f"MaskRLE({len(self)} masks of {self.size[0]} × {self.size[1]})"
@@ -181,7 +167,7 @@ def mask_rle(
         results = operator(logits, height, width, threshold, limits, align_corners)
     else:
         results = reference.mask_rle(logits, (height, width), threshold, limits, align_corners)
-    return MaskRLE((height, width), *results)
+    return MaskRLE((height, width), results)
 
 
 def _pixels_inside(boxes: Tensor, count: int, height: int, width: int) -> Tensor:
