@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cpu_kernels import passes_with, same_for_all_threads
+from cpu_kernels import same_for_all_threads
 from emulator import BACKEND
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -219,14 +219,6 @@ def test_float64_is_refused(backend: str):
         ao.ops.class_moments(torch.zeros(4, 2), torch.zeros(4).long(), 20_000, ignore_index=255)
     with ao.use_backend("auto"):  # never takes an emulated backend
         ao.ops.class_moments(torch.zeros(4, 2, dtype=F64), torch.zeros(4).long(), 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("instructions", ["default", "avx2"])
-def test_lesser_instruction_sets(instructions: str):
-    """The same in a process that uses a lower instruction set than this processor has."""
-    tests = "test_values_and_gradients and cpu or spoil and cpu or pixels_of_one_class or far_from"
-    passes_with(instructions, __file__, tests)
 
 
 @cpu

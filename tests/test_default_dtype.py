@@ -9,7 +9,7 @@ import methods
 import numpy as np
 import pytest
 import torch
-from operators import OPERATORS, Operator, results
+from operators import Operator, each, results
 from torch import Tensor
 
 import anchorops as ao
@@ -40,17 +40,8 @@ def same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) -
         torch.testing.assert_close(ours, right, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def on(*places: str) -> Any:
-    cases = [
-        pytest.param(operator, marks=pytest.mark.on(*here), id=operator.name)
-        for operator in OPERATORS
-        if (here := [place for place in operator.places if place in places])
-    ]
-    return pytest.mark.parametrize("operator", cases)
-
-
 @pytest.mark.usefixtures("sorted_by_numpy")
-@on("reference", "cpu", "interpreter")
+@each("reference", "cpu", "interpreter")
 def test_operators(operator: Operator, backend: str, default_dtype: Callable[[], None]) -> None:
     inputs = operator.inputs(1)
     expected = results(operator.run, inputs)

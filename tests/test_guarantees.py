@@ -4,8 +4,8 @@ torch needs of an operator. The cases and peculiarities of an operator are in it
 
 import pytest
 import torch
-from cpu_kernels import passes_with, same_for_all_threads
-from operators import OPERATORS, Operator, as_dtype, results, strided
+from cpu_kernels import same_for_all_threads
+from operators import Operator, as_dtype, each, results, strided
 from torch import Tensor
 
 F32, F64 = torch.float32, torch.float64
@@ -14,17 +14,6 @@ pytestmark = [
     pytest.mark.usefixtures("sorted_by_numpy"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, in the interpreter
 ]
-
-
-def each(*places: str, **having: object) -> pytest.MarkDecorator:
-    """All operators that have these properties, in these places."""
-    cases = [
-        pytest.param(operator, marks=pytest.mark.on(*here), id=operator.name)
-        for operator in OPERATORS
-        if all(getattr(operator, name) == value for name, value in having.items())
-        and (here := [place for place in operator.places if place in (places or operator.places)])
-    ]
-    return pytest.mark.parametrize("operator", cases)
 
 
 def same_bits(ours: list[Tensor], expected: list[Tensor]) -> bool:
@@ -149,9 +138,3 @@ def test_nothing_valid(images: int, operator: Operator, backend: str, poisoned: 
     if images == 0 and len(operator.tables) == len(inputs):
         pytest.skip("the inputs are tables of classes")
     assert not any(x.any() for x in results(operator.run, inputs))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("instructions", ["default", "avx2"])
-def test_lower_instruction_sets(instructions: str):
-    passes_with(instructions, __file__, "cpu and not instruction_sets")

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from operators import Calls, Inputs, Operator, as_dtype, results, strided
+from operators import Calls, Inputs, Operator, as_dtype, each, results, strided
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.torch_version import TorchVersion
 
-from tests.test_guarantees import each, same_bits
+from tests.test_guarantees import same_bits
 
 F64 = torch.float64
 pytestmark = [

@@ -8,16 +8,11 @@ from typing import Any
 import methods
 import pytest
 import torch
-from operators import OPERATORS, Inputs, Operator, channel_inputs, four_times, with_pixel_weights
+from operators import Inputs, Operator, channel_inputs, each, four_times, with_pixel_weights
 from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import diagnostics
-
-EACH = [
-    pytest.param(operator, marks=pytest.mark.on(*operator.places), id=operator.name)
-    for operator in OPERATORS
-]
 
 
 def inference(x: Any) -> Any:
@@ -62,7 +57,7 @@ def check(run: Callable[..., Any], inputs: Inputs) -> None:
 
 
 @pytest.mark.usefixtures("sorted_by_numpy")
-@pytest.mark.parametrize("operator", EACH)
+@each()
 def test_operators(operator: Operator, backend: str) -> None:
     check(operator.run, operator.inputs(1))
 

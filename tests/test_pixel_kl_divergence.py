@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_kernels import in_layout, passes_with, same_for_all_threads
+from cpu_kernels import in_layout, same_for_all_threads
 from softmax_formulas import interpolated
 from torch import Tensor
 
@@ -309,13 +309,6 @@ def test_the_teacher_is_constant(backend: str) -> None:
 def test_the_same_bits_for_any_number_of_threads(backend: str, case: Case) -> None:
     inputs = make_inputs(case)
     same_for_all_threads(lambda: [*ours(case, inputs), *ours(case, inputs, "sum")])
-
-
-@pytest.mark.parametrize("instructions", ["default", "avx2"])
-def test_lower_instruction_sets(instructions: str) -> None:
-    passes_with(
-        instructions, __file__, "cpu and not instruction_sets and not threads and not compile"
-    )
 
 
 @pytest.mark.on("cpu")

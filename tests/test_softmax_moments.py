@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_kernels import passes_with, same_for_all_threads
+from cpu_kernels import same_for_all_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from softmax_formulas import (
@@ -411,13 +411,6 @@ def test_statistics_by_default():
     moments = ao.ops.softmax_moments(torch.zeros(4, 2), torch.zeros(4).long())
     given = {name for name, x in moments._asdict().items() if x is not None}
     assert given == {"counts", "hits", "losses", "overlaps", "masses"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("instructions", ["default", "avx2"])
-def test_lesser_instruction_sets(instructions: str):
-    """The same in a process that uses a lower instruction set than this processor has."""
-    passes_with(instructions, __file__, "cpu and (values_and_gradients or even_regions) or threads")
 
 
 @cpu

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from cpu_kernels import passes_with
 from softmax_formulas import (
     BF16,
     EVERYTHING,
@@ -307,10 +306,3 @@ def test_nothing_valid(size, labels, dtype, per_image, backend: str, poisoned: N
     outputs = [*moments[2:7], loss]
     (gradient,) = torch.autograd.grad(outputs, logits, outputs)  # pyright: ignore
     assert gradient.shape == size and not gradient.any()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("instructions", ["default", "avx2"])
-def test_lesser_instruction_sets(instructions: str):
-    """The same in a process that uses a lower instruction set than this processor has."""
-    passes_with(instructions, __file__, "cpu and not instruction_sets")

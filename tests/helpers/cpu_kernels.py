@@ -1,11 +1,7 @@
-"""Helpers for the tests of kernels: layouts in memory; on the CPU, instruction sets and threads."""
+"""Helpers for the tests of kernels: layouts in memory, and numbers of threads."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -41,18 +37,6 @@ def in_layout(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     view = view.permute([order.index(i) for i in dims])
     view = view[tuple(slice(margin, margin + step * n, step) for n in size)]
     return view.copy_(values), buffer
-
-
-def passes_with(instructions: str, file: str, tests: str) -> None:
-    """The tests of this file pass in a process with a lower instruction set than the processor."""
-    known = ["default", "avx2", "avx512"]
-    here = torch.backends.cpu.get_cpu_capability().lower()
-    if here not in known or known.index(here) <= known.index(instructions):
-        pytest.skip(f"{here} is the best here: the other tests use no more than {instructions}")
-    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", file, "-k", tests]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": instructions}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
 def same_for_all_threads(run: Callable[[], list[Tensor] | tuple[Tensor, ...]]) -> None:

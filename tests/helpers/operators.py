@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import lovasz_formulas
+import pytest
 import softmax_formulas
 import torch
 import torch.nn.functional as F
@@ -351,6 +352,17 @@ OPERATORS = [
         tables=("queries", "keys", "present", "positives"),
     ),
 ]
+
+
+def each(*places: str, **having: object) -> pytest.MarkDecorator:
+    """All operators that have these properties, in these places."""
+    cases = [
+        pytest.param(operator, marks=pytest.mark.on(*here), id=operator.name)
+        for operator in OPERATORS
+        if all(getattr(operator, name) == value for name, value in having.items())
+        and (here := [place for place in operator.places if place in (places or operator.places)])
+    ]
+    return pytest.mark.parametrize("operator", cases)
 
 
 def as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
