@@ -35,6 +35,8 @@ def prepare() -> None:
     left_out = [".*", "__pycache__", "*.so", "build", "site", "dist", "data", "runs"]
     ignored = shutil.ignore_patterns(*left_out, *["csrc"] * same)
     shutil.copytree(ROOT, COPY, symlinks=True, dirs_exist_ok=True, ignore=ignored)
+    setup = COPY / "setup.py"
+    setup.write_text(setup.read_text().replace("-O3", "-O1"))  # compiled in a quarter of the time
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=COPY, env=os.environ | {"ANCHOROPS_CUDA": "0"}, check=True)
 
