@@ -58,6 +58,7 @@ build/torch/%:
 # behind them.
 proofs: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m slow
+	PYTHONPATH=tests/proofs:bench $(BIN)/python -m ptx.traffic
 
 # do the tests notice each planted fault? make faults FAULTS='kernels/lanes.py C++' takes those whose
 # file or name contains one of these texts

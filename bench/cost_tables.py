@@ -20,7 +20,10 @@ from record import grouped
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("cost.md", "evaluation.md", "frameworks.md", "losses.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("cost.md", "evaluation.md", "frameworks.md", "gpu.md", "losses.md")
+    ),
 )
 RESULTS = ROOT / "bench/results"
 MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
@@ -28,6 +31,7 @@ RUN = RESULTS / "amd-epyc-avx512-2-threads.json"  # of `make bench BENCH=bench/r
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
 COUNTED_OPERATIONS = RESULTS / "counted-operations.json"
 COUNTED_WINDOWS = RESULTS / "counted-windows.json"
+COUNTED_TRAFFIC = RESULTS / "counted-traffic.json"
 BOTH = "late upsampling, ours (both)"  # a row of a training step
 
 
@@ -350,6 +354,31 @@ def counted_windows() -> str:
     return markdown_table([*header, "trained", "its accuracy, full → low resolution"], lines)
 
 
+def traffic_table(rows: list[dict]) -> str:
+    """Of each kernel KB: of its operands; of the different sectors that it moves; of the sectors of
+    all requests, and which part of them the lanes asked for."""
+
+    def kilobytes(size: int) -> str:
+        return f"{size / 1000:,.0f}"
+
+    def requests(row: dict, what: str) -> str:
+        if what not in row:
+            return ""
+        asked, sectors = row[what]["asked"], row[what]["sectors"]
+        return f"{kilobytes(sectors)} ({asked / sectors:.2f})"
+
+    lines, before = [], ""
+    for row in rows:
+        kinds = ("loads", "stores", "atomics")
+        moved = sum(row[what]["moved"] for what in kinds if what in row)
+        cells = [kilobytes(row["operands"]), kilobytes(moved)]
+        cells += [requests(row, what) for what in kinds]
+        lines.append([row["case"] if row["case"] != before else "", f"`{row['kernel']}`", *cells])
+        before = row["case"]
+    header = ["operation", "kernel", "operands, KB", "moved, KB", *("loads", "stores", "atomics")]
+    return markdown_table(header, lines, words=(0, 1))
+
+
 TABLES = {
     "gains": gains,
     "uses": uses,
@@ -363,6 +392,7 @@ TABLES = {
     "counted_memory": lambda: plot_counted_memory.table(counted_memory()),
     "counted_operations": counted_operations,
     "counted_windows": counted_windows,
+    "counted_traffic": lambda: traffic_table(json.loads(COUNTED_TRAFFIC.read_text())["rows"]),
 }
 
 
