@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from emulator import EMULATED
+from ptx import cuda_launches
+from ptx.cuda_launches import readable
+from ptx.triton_launches import launches
 from torch.profiler import ProfilerActivity, profile
 
 from anchorops._backend import CUDA_LIBRARY
@@ -21,21 +24,10 @@ SOURCES = Path(__file__).parents[2] / "csrc"
 KERNEL = re.compile(r"__global__[^;{]*?(\w+_kernel)\(")
 
 
-def readable(names: list[str]) -> list[str]:
-    """Of C++ functions, without result, namespaces and arguments."""
-    text = subprocess.run(
-        ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
-    ).stdout
-    text = re.sub(r"\(anonymous namespace\)::|\b(anchorops|cuda|c10)::", "", text)
-    return [line.removeprefix("void ").partition("(")[0] for line in text.splitlines()]
-
-
 @cache
 def _cuda_kernels() -> set[str]:
     if EMULATED:
-        from ptx.cuda_launches import machine
-
-        return set(readable(list(machine.names.values())))
+        return set(cuda_launches.machine.names.values())
     command = ["nm", CUDA_LIBRARY]
     symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     names = readable([line.split()[-1] for line in symbols.splitlines()])
@@ -62,11 +54,9 @@ def launched_by(run: Callable[[], object], backend: str) -> set[str]:
             torch.cuda.synchronize()
         return set(readable([event.key for event in profiler.key_averages()])) & kernels_of(backend)
     if backend == "cuda":
-        from ptx.triton_launches import launches
-
         before = launches.copy()
         run()
-        return set(readable(list(launches - before)))
+        return set(launches - before)
     from triton.runtime.interpreter import InterpretedFunction
 
     names, interpret = set(), InterpretedFunction.run

@@ -24,6 +24,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from . import triton_launches as shared
 from .machine import Launch, run
 from .memory import bytes_at
 from .program import Program
+from .text import kernels
 from .triton_launches import regions_of, stored_params
 
 HERE = Path(__file__).parent
@@ -57,12 +59,22 @@ class Gpu(NamedTuple):
 SMALL = Gpu(2, 228)
 
 
+def readable(names: Iterable[str]) -> list[str]:
+    """Of C++ functions, without result, namespaces and arguments."""
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
+    ).stdout
+    text = re.sub(r"\(anonymous namespace\)::|\b(anchorops|cuda|c10)::", "", text)
+    return [line.removeprefix("void ").partition("(")[0] for line in text.splitlines()]
+
+
 class Machine:
     """What the CUDA runtime asks."""
 
     def __init__(self, arch: int, sources: Any):
         self.arch = arch
-        self.names: dict[int, str] = sources.kernels()
+        self.mangled: dict[int, str] = sources.kernels()  # by the address of the host's function
+        self.names = dict(zip(self.mangled, readable(self.mangled.values()), strict=True))
         texts = [text for text in sources.modules() if f".target sm_{arch}\n" in text]
         self.texts = {
             name: text for text in texts for name in re.findall(r"\.entry\s+([\w$]+)", text)
@@ -118,7 +130,11 @@ class Machine:
             raise ValueError(f"{name}: {shared_bytes} bytes of shared memory, more than {most}")
         if grid[0] > 0x7FFFFFFF or max(grid[1:]) > 65535 or np.prod(block) > 1024:
             raise ValueError(f"{name}: more blocks or threads than a GPU takes: {grid}, {block}")
-        program = shared.program_of(name, self.texts[name], name)
+        if name not in shared.programs:
+            mangled = self.mangled[kernel]
+            (found,) = kernels(self.texts[mangled], mangled)
+            shared.programs[name] = Program(found._replace(name=name))
+        program = shared.programs[name]
         params = self._params(program, arguments)
         launch = Launch(
             program,
@@ -182,7 +198,7 @@ machine: Machine  # since `install`
 
 def obstacle() -> str | None:
     """Why the CUDA sources cannot be compiled here, or None."""
-    for program in ("nvcc", "make", os.environ.get("CXX", "g++")):
+    for program in ("nvcc", "make", os.environ.get("CXX", "g++"), "c++filt"):
         if shutil.which(program) is None:
             return f"compiling the CUDA sources for the PTX machine needs {program}"
     if importlib.util.find_spec("pybind11") is None:
@@ -204,11 +220,15 @@ def build(csrc: Path = HERE.parents[2] / "csrc", out: Path = BUILD) -> Path:
 
 
 def install(arch: int, library: Path | None = None) -> None:
-    """From now on the backend `cuda` runs in the machine, for this GPU, on CPU tensors."""
+    """From now on the backend `cuda` runs in the machine, for this GPU, on CPU tensors. Where the
+    sources cannot be compiled, it is not usable, for this reason."""
     global machine
     import anchorops._ops  # noqa: F401  the schemas
     from anchorops import _backend
 
+    _backend._ON_HOST["cuda"], _backend._MISSING["cuda"] = True, obstacle()
+    if _backend._MISSING["cuda"] is not None:
+        return
     path = str(library or build())
     loader = importlib.machinery.ExtensionFileLoader("cuda_sources", path)
     spec = importlib.util.spec_from_file_location("cuda_sources", path, loader=loader)
@@ -226,7 +246,6 @@ def install(arch: int, library: Path | None = None) -> None:
     for schema in torch._C._jit_get_all_schemas():
         if schema.name.startswith("anchorops::") and schema.overload_name == "cuda":
             _serve(schema.name.removeprefix("anchorops::"))
-    _backend._ON_HOST["cuda"], _backend._MISSING["cuda"] = True, None
 
 
 _library = torch.library.Library("anchorops", "IMPL")
