@@ -1,10 +1,11 @@
 """What the moments take and give. For softmax moments this is the list of options and results, from
-which schemas, fake kernels, and what reaches C++ and Triton follow. C++ repeats the order of the
-flags (csrc/cpu/softmax_flags.h) and of the numbers (softmax_moments.cpp)."""
+which the schemas, the fake kernels and the saved tensors follow. C++ repeats it in
+csrc/cpu/softmax_moments.cpp."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections import namedtuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,17 +57,18 @@ class SoftmaxMoments(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The arguments of the operator `softmax_moments`, except the logits and the labels.
+    """The arguments of the operator `softmax_moments` after logits and labels, in its order.
 
-    smoothing: a and v as the rows of [2, K], or of each image, [B, 2, K]; of at least 0, in the
-        statistics' dtype. Classes of v_k = 0 are left out of the sum over the classes.
+    true_weights, all_weights: a and v, both or none: [K], or of each image, [B, K]; of at least 0,
+        in the statistics' dtype. Classes of v_k = 0 are left out of the sum over the classes.
     pixel_weights: w, of the labels' shape and any strides, in the statistics' dtype.
     min_loss: pixels of smaller −log p_y are not used in the losses; NaN is not smaller.
-    lse: keep lse for the backward pass; set where a gradient may be requested.
+    with_lse: keep lse for the backward pass; set where a gradient may be requested.
     The other flags request the results of these names; `masses` also the overlaps.
     """
 
-    smoothing: Tensor | None = None
+    true_weights: Tensor | None = None
+    all_weights: Tensor | None = None
     pixel_weights: Tensor | None = None
     min_loss: float = -math.inf
     focal_gamma: float = 0.0
@@ -77,7 +79,7 @@ class Options(NamedTuple):
     masses: bool = False
     squares: bool = False
     pixel_losses: bool = False
-    lse: bool = False
+    with_lse: bool = False
     outside: bool = False
 
     def only(self, **requested: bool) -> "Options":
@@ -88,7 +90,9 @@ class Options(NamedTuple):
     def of_all_pixels(self) -> "Options":
         """To request L of all pixels, used or not."""
         return self.only(pixel_losses=True)._replace(
-            smoothing=self.smoothing, focal_gamma=self.focal_gamma
+            true_weights=self.true_weights,
+            all_weights=self.all_weights,
+            focal_gamma=self.focal_gamma,
         )
 
     def map(
@@ -96,20 +100,22 @@ class Options(NamedTuple):
     ) -> "Options":
         """The options of other images: `maps` converts what each pixel has, `images` what each
         image has."""
-        smoothing, weights = self.smoothing, self.pixel_weights
-        if smoothing is not None and smoothing.dim() == 3 and images is not None:
-            smoothing = images(smoothing)
+
+        def of_class(weights: Tensor | None) -> Tensor | None:
+            if weights is None or weights.dim() == 1 or images is None:
+                return weights
+            return images(weights)
+
         return self._replace(
-            smoothing=smoothing, pixel_weights=None if weights is None else maps(weights)
+            true_weights=of_class(self.true_weights),
+            all_weights=of_class(self.all_weights),
+            pixel_weights=None if self.pixel_weights is None else maps(self.pixel_weights),
         )
 
 
-def _fields(kind: Any) -> tuple[str, ...]:
-    return tuple(name for name, x in Options.__annotations__.items() if x == kind)
-
-
-TENSORS, NUMBERS, FLAGS = _fields(Tensor | None), _fields(float), _fields(bool)
-assert {*TENSORS, *NUMBERS, *FLAGS, "ignore_index"} == {*Options._fields}
+_TYPES = {Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
+_KINDS = {name: _TYPES[kind] for name, kind in Options.__annotations__.items()}
+TENSORS = tuple(name for name, kind in _KINDS.items() if kind == "Tensor?")
 
 # Functions, because Dynamo of torch 2.10 does not trace a property of a NamedTuple.
 
@@ -126,7 +132,7 @@ def is_unused(options: Options, label_losses: Tensor) -> Tensor:
 
 def changes_losses(options: Options) -> bool:
     """Whether L is not just −log p_y."""
-    return options.smoothing is not None or selects(options) or options.focal_gamma > 0
+    return options.true_weights is not None or selects(options) or options.focal_gamma > 0
 
 
 def counts_used(options: Options) -> bool:
@@ -150,44 +156,19 @@ RESULTS = {
     "masses": Result("classes", float, lambda options: options.masses, differentiable=True),
     "squares": Result("classes", float, lambda options: options.squares, differentiable=True),
     "pixel_losses": Result("pixels", float, lambda o: o.pixel_losses, differentiable=True),
-    "lse": Result("pixels", float, lambda options: options.lse),
+    "lse": Result("pixels", float, lambda options: options.with_lse),
     "counts": Result("classes", int, lambda options: True),
     "hits": Result("classes", int, lambda options: options.hits),
     "used": Result("classes", int, counts_used),  # float with pixel weights
     "outside": Result("", int, lambda options: options.outside),
 }
+Results = namedtuple("Results", RESULTS)  # tensors; those that were not requested are empty
 GRADIENTS = tuple(name for name, result in RESULTS.items() if result.differentiable)
 
-
-def _schemas() -> tuple[str, str]:
-    tensors = [f"Tensor? {x}" for x in TENSORS]
-    options = ", ".join([*tensors, "float[] numbers, int ignore_index, int flags"])
-    gradients = ", ".join(f"Tensor? d{x}" for x in GRADIENTS)
-    results = ", ".join(f"Tensor {x}" for x in RESULTS)
-    return (
-        f"(Tensor logits, Tensor labels, {options}) -> ({results})",
-        f"(Tensor logits, Tensor labels, Tensor lse, {gradients}, {options}) -> Tensor",
-    )
-
-
-SCHEMA, BACKWARD_SCHEMA = _schemas()
-
-
-def pack(options: Options) -> tuple[Any, ...]:
-    """The last arguments of the operator: tensors, numbers, ignore_index, and a bit for each flag,
-    the first one the lowest (csrc/cpu/softmax_flags.h)."""
-    flags = sum(1 << i for i, x in enumerate(FLAGS) if getattr(options, x))
-    numbers = [getattr(options, x) for x in NUMBERS]
-    return *(getattr(options, x) for x in TENSORS), numbers, options.ignore_index, flags
-
-
-def unpack(*packed: Any) -> Options:
-    *tensors, numbers, ignore_index, flags = packed
-    values: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
-    values |= zip(NUMBERS, numbers, strict=True)
-    values |= {x: bool(flags >> i & 1) for i, x in enumerate(FLAGS)}
-    return Options(ignore_index=ignore_index, **values)
-
-
-def by_name(results: Sequence[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(RESULTS, results, strict=True))
+_OPTIONS = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
+_RESULTS = ", ".join(f"Tensor {name}" for name in RESULTS)
+_GRADIENTS = ", ".join(f"Tensor? d{name}" for name in GRADIENTS)
+SCHEMA = f"(Tensor logits, Tensor labels, {_OPTIONS}) -> ({_RESULTS})"
+BACKWARD_SCHEMA = (
+    f"(Tensor logits, Tensor labels, Tensor lse, {_GRADIENTS}, {_OPTIONS}) -> Tensor dlogits"
+)

@@ -199,10 +199,11 @@ def launch_pixels(variant: PixelVariant) -> None:
     logits = torch.empty(variant.size, dtype=variant.dtype, device="meta")
     labels = torch.empty((variant.size[0], *variant.labels), dtype=torch.uint8, device="meta")
     dice, align_corners = variant.dice, variant.align_corners
-    smooth = torch.empty((2, variant.size[1]), device="meta")
+    smooth = torch.empty(variant.size[1], device="meta") if "smoothing" in variant.shaped else None
     weights = torch.empty(labels.shape, device="meta")
     options = Options(
-        smoothing=smooth if "smoothing" in variant.shaped else None,
+        true_weights=smooth,
+        all_weights=smooth,
         pixel_weights=weights if "weights" in variant.shaped else None,
         min_loss=1.0 if "smallest" in variant.shaped else -math.inf,
         focal_gamma=2.0 if "focal" in variant.shaped else 0.0,
@@ -211,7 +212,7 @@ def launch_pixels(variant: PixelVariant) -> None:
         masses=dice,
         squares=dice,
         pixel_losses=dice,
-        lse=True,
+        with_lse=True,
         outside=dice or variant.shaped != "",
     )
     moments = softmax_moments.softmax_moments(logits, labels, options)

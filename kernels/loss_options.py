@@ -41,15 +41,13 @@ class LossOptions(NamedTuple):
 
 def loss_options_of(options: Any) -> LossOptions:
     """From Options of _moments.py."""
-    smoothing: Tensor | None = options.smoothing
+    true_weights: Tensor | None = options.true_weights
     min_loss = options.min_loss if options.min_loss > -math.inf else None
     gamma = options.focal_gamma if options.focal_gamma > 0 else None
-    if smoothing is None:
+    if true_weights is None:
         return LossOptions(None, None, 0, None, 0, min_loss, gamma)
-    smoothing = smoothing.contiguous()
-    by_image = smoothing.dim() == 3
-    true_weights, all_weights = smoothing.unbind(-2)
-    strides = (smoothing.stride(0), 1) if by_image else (0, 0)
+    true_weights, all_weights = true_weights.contiguous(), options.all_weights.contiguous()
+    strides = (true_weights.stride(0), 1) if true_weights.dim() == 2 else (0, 0)
     total = all_weights.sum(-1)
     return LossOptions(true_weights, all_weights, strides[0], total, strides[1], min_loss, gamma)
 

@@ -244,7 +244,8 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
     floats += ["used"] if weighted else []
     floats += ["overlaps", "masses"] if options.masses else []
     floats += ["squares"] if options.squares else []
-    maps = [name for name in ("pixel_losses", "lse") if getattr(options, name)]
+    maps = ["pixel_losses"] if options.pixel_losses else []
+    maps += ["lse"] if options.with_lse else []
     results = {x: logits.new_zeros(shape, dtype=torch.int64) for x in integers}
     results |= {x: logits.new_empty(labels.shape, dtype=torch.float32) for x in maps}
     if options.outside:

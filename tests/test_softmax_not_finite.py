@@ -213,13 +213,15 @@ def test_a_label_of_a_masked_class_without_weights(ratio: int, backend: str):
     labels = torch.zeros(1, 4 * ratio, 8 * ratio, dtype=torch.int64)
     labels[:, :, : 2 * ratio] = 255
     labels[0, 0, -1] = 2
-    smoothing = torch.tensor([[0.9, 0.9, 0.0], [0.05, 0.05, 0.0]])
-    options = Options(smoothing=smoothing, focal_gamma=2.0, min_loss=0.1, pixel_losses=True)
+    weights = torch.tensor([0.9, 0.9, 0.0]), torch.tensor([0.05, 0.05, 0.0])
+    options = Options(*weights, focal_gamma=2.0, min_loss=0.1, pixel_losses=True)
     moments = moments_of("test", logits, labels, options)
     (gradient,) = torch.autograd.grad(moments.losses.sum(), logits)
     assert moments.losses.isfinite().all() and gradient.isfinite().all()
     assert gradient[:, :, :, 2:].any() and not gradient[:, 2].any()
-    moments = moments_of("test", logits, labels, options._replace(smoothing=None))
+    moments = moments_of(
+        "test", logits, labels, options._replace(true_weights=None, all_weights=None)
+    )
     assert moments.pixel_losses[0, 0, -1] == torch.inf
 
 

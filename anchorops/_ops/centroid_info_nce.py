@@ -53,18 +53,19 @@ def _backward_fake(
     return queries.new_empty(queries.shape), keys.new_empty(keys.shape), dpositives
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     *tensors, ctx.temperature = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(results.lse)
+    ctx.save_for_backward(*tensors, *results)
 
 
-def _backward(operator: Any, ctx: Any, dlosses: Tensor | None, _: None) -> tuple[Any, ...]:
-    if dlosses is None:
-        return (None,) * 6
+def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
+    if grads.losses is None:
+        return {}
     saved = ctx.saved_tensors
-    dqueries, dkeys, dpositives = operator(dlosses.contiguous(), *saved, ctx.temperature)
-    return dqueries, dkeys, None if saved[2] is None else dpositives, None, None, None
+    dqueries, dkeys, dpositives = operator(grads.losses.contiguous(), *saved, ctx.temperature)
+    gradients = {"queries": dqueries, "keys": dkeys}
+    return gradients if saved[2] is None else gradients | {"positives": dpositives}
 
 
 define(

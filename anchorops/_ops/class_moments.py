@@ -89,28 +89,27 @@ def _backward_fake(
     return keys.new_empty_strided(size, stride, dtype=dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, keys, anchors, _, ctx.groups, ctx.with_sums = inputs
+def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
+    features, anchors = inputs.features, inputs.anchors
+    ctx.groups, ctx.with_sums = inputs.groups, inputs.with_sums
     ctx.size, ctx.dtype = features.shape, features.dtype
     ctx.stride = torch.empty_like(features, device="meta").stride()  # dense, as the features
     ctx.save_for_backward(
         features if anchors is not None else None,
-        keys,
+        inputs.keys,
         anchors,
-        output[0] if ctx.with_sums and ctx.needs_input_grad[2] else None,
+        results.sums if ctx.with_sums and ctx.needs.anchors else None,
     )
 
 
-def _backward(
-    operator: Any, ctx: Any, dsums: Tensor | None, dsqdists: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     features, keys, anchors, sums = ctx.saved_tensors
     # The gradient of an absent (empty) output is an empty tensor, not None.
-    dsums = dsums if ctx.with_sums else None
-    dsqdists = dsqdists if anchors is not None else None
-    dfeatures = danchors = None
-    if ctx.needs_input_grad[0] and not (dsums is None and dsqdists is None):
-        dfeatures = operator(
+    dsums = grads.sums if ctx.with_sums else None
+    dsqdists = grads.sqdists if anchors is not None else None
+    gradients: dict[str, Tensor | None] = {}
+    if ctx.needs.features and not (dsums is None and dsqdists is None):
+        gradients["features"] = operator(
             features if dsqdists is not None else None,
             keys,
             anchors if dsqdists is not None else None,
@@ -121,12 +120,12 @@ def _backward(
             ctx.stride if dsqdists is None else (),
             ctx.dtype,
         )
-    if ctx.needs_input_grad[2] and dsqdists is not None:
+    if ctx.needs.anchors and dsqdists is not None:
         assert anchors is not None
         if sums is None:
             sums, _ = ctx.forward(features, keys, None, dsqdists.numel(), 1, True)
-        danchors = _danchors(keys, anchors, sums, dsqdists, ctx.groups)
-    return dfeatures, None, danchors, None, None, None
+        gradients["anchors"] = _danchors(keys, anchors, sums, dsqdists, ctx.groups)
+    return gradients
 
 
 def _danchors(keys: Tensor, anchors: Tensor, sums: Tensor, dsqdists: Tensor, groups: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import onnx_refusal
-from .._moments import RESULTS, unpack
+from .._moments import RESULTS, Options
 
 
 def _two_classes(logits: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ def _argmax(logits: Tensor, *arguments: Any) -> Tensor:
     return reference.pixel_argmax(logits, size, align_corners=align_corners).to(dtype)
 
 
-def _moments(logits: Tensor, labels: Tensor, *packed: Any) -> tuple[Tensor, ...]:
-    options = unpack(*packed)
+def _moments(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    options = Options(*arguments)
     moments = reference.softmax_moments(_two_classes(logits), labels, options)
     absent = logits.new_empty(0)  # also lse, which only a backward pass reads
     requested = {name for name, x in RESULTS.items() if x.requested(options)} - {"lse"}

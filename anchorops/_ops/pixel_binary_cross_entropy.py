@@ -11,8 +11,8 @@ from ..reference import fixed_order_sum
 from .pixel_cross_entropy import (
     class_losses,
     divide,
-    mixture,
     pixel_weights,
+    smoothed,
     used_counts,
 )
 from .sigmoid import sigmoid_moments
@@ -104,9 +104,12 @@ def class_weights(pos_weight: Tensor | float, logits: Tensor) -> Tensor:
     return torch.stack([torch.ones_like(pos_weight), pos_weight], -1)
 
 
-def binary_mixture(weight: Tensor | None, label_smoothing: float, logits: Tensor) -> Tensor | None:
-    """`Options.smoothing` of the images of `sigmoid_moments`."""
-    smoothing = mixture(weight, label_smoothing, 2, logits)
-    if smoothing is None or smoothing.dim() == 2:
-        return smoothing
-    return smoothing.repeat(1 if logits.dim() == 2 else logits.shape[0], 1, 1)
+def binary_smoothed(
+    weight: Tensor | None, label_smoothing: float, logits: Tensor
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """`smoothed`, of the images of `sigmoid_moments`."""
+    weights = smoothed(weight, label_smoothing, 2, logits)
+    if weights[0] is None or weights[0].dim() == 1:
+        return weights
+    batch = 1 if logits.dim() == 2 else logits.shape[0]
+    return weights[0].repeat(batch, 1), weights[1].repeat(batch, 1)

@@ -67,8 +67,10 @@ def pixel_cross_entropy(
             expected = "no gradient with label smoothing (its detach())"
             fail(function, "weight", expected, "requires_grad = True")
         weight = savable(weight.to(statistics_dtype(logits.dtype)))
+    true_weights, all_weights = smoothed(weight, label_smoothing, logits.shape[1], logits)
     options = Options(
-        smoothing=mixture(weight, label_smoothing, logits.shape[1], logits),
+        true_weights=true_weights,
+        all_weights=all_weights,
         ignore_index=ignore_index,
         align_corners=align_corners,
         pixel_losses=reduction == "none",
@@ -102,16 +104,16 @@ def divide(total: Tensor, weights: Tensor) -> Tensor:
     return torch.where(unused, 0, total) / torch.where(unused, 1, weights)
 
 
-def mixture(
+def smoothed(
     weight: Tensor | None, label_smoothing: float, num_classes: int, logits: Tensor
-) -> Tensor | None:
-    """a and v of `Options.smoothing`: (1 − ε)·w and ε/K·w, for w = weight, [..., K] or 1. None
-    without label smoothing, because then weights apply to the statistics of classes."""
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The options true_weights and all_weights: (1 − ε)·w and ε/K·w, for w = weight, [..., K] or 1.
+    None without label smoothing, because then weights apply to the statistics of classes."""
     if label_smoothing == 0:
-        return None
+        return None, None
     if weight is None:
         weight = logits.new_ones(num_classes, dtype=statistics_dtype(logits.dtype))
-    return torch.stack([(1 - label_smoothing) * weight, label_smoothing / num_classes * weight], -2)
+    return (1 - label_smoothing) * weight, label_smoothing / num_classes * weight
 
 
 def class_losses(moments: SoftmaxMoments, weight: Tensor | None, label_smoothing: float) -> Tensor:

@@ -57,9 +57,9 @@ def forward_fake(
     logits: Tensor,
     teacher_logits: Tensor,
     valid: Tensor | None,
-    *options: Any,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *size, _, _, with_divergences, with_lse = options
+    *size, _, _, with_divergences, with_lse = arguments  # of an image, or of a volume
     dtype = statistics_dtype(logits.dtype)
 
     def pixel_map(requested: bool) -> Tensor:
@@ -74,26 +74,27 @@ def backward_fake(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, teacher_logits, valid, *ctx.options, ctx.with_divergences, ctx.with_lse = inputs
-    lse = output[2:]
+def setup_context(ctx: Any, inputs: Any, results: Any) -> None:
+    lse = results.lse, results.teacher_lse
     ctx.mark_non_differentiable(*lse)
-    ctx.save_for_backward(logits, teacher_logits, valid, *lse)
+    ctx.save_for_backward(inputs.logits, inputs.teacher_logits, inputs.valid, *lse)
+    ctx.inputs = inputs._replace(logits=None, teacher_logits=None, valid=None)
 
 
-def backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    dtotal = grads[0]
+def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
+    inputs = ctx.inputs
     # The gradient of an absent (empty) output is an empty tensor, not None.
-    ddivergences = grads[1] if ctx.with_divergences else None
-    dlogits = None
-    if ctx.needs_input_grad[0] and not (dtotal is None and ddivergences is None):
-        *inputs, lse, teacher_lse = ctx.saved_tensors
-        if not ctx.with_lse:
-            # torch.vmap and traces without gradients hide that a gradient will be requested
-            lse, teacher_lse = ctx.forward(*inputs, *ctx.options, False, True)[2:]
-        options = ctx.options[-2:]  # without the size
-        dlogits = operator(*inputs, lse, teacher_lse, dtotal, ddivergences, *options)
-    return dlogits, *(None,) * (4 + len(ctx.options))
+    ddivergences = grads.divergences if inputs.with_divergences else None
+    if not ctx.needs.logits or (grads.total is None and ddivergences is None):
+        return {}
+    *tensors, lse, teacher_lse = ctx.saved_tensors
+    if not inputs.with_lse:
+        # torch.vmap and traces without gradients hide that a gradient will be requested
+        again = inputs._replace(with_divergences=False, with_lse=True)
+        _, _, lse, teacher_lse = ctx.forward(*tensors, *again[len(tensors) :])
+    options = inputs.temperature, inputs.align_corners
+    dlogits = operator(*tensors, lse, teacher_lse, grads.total, ddivergences, *options)
+    return {"logits": dlogits}
 
 
 define(

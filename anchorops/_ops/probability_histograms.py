@@ -32,17 +32,18 @@ def _gradients_fake(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     _, *tensors, ctx.ignore_index, ctx.align_corners = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(operator: Any, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 6
+def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
+    if grads.value is None:
+        return {}
     logits, labels, slopes = ctx.saved_tensors
-    dlogits = operator(logits, labels, slopes * grad, ctx.ignore_index, ctx.align_corners)
-    return grad, dlogits, None, None, None, None
+    slopes = slopes * grads.value
+    dlogits = operator(logits, labels, slopes, ctx.ignore_index, ctx.align_corners)
+    return {"loss": grads.value, "logits": dlogits}
 
 
 define(
@@ -55,7 +56,7 @@ for name, backends in (("error_loss", (*FUSED, "reference")), ("hinge_loss", ("r
     define(
         name,
         "(Tensor loss, Tensor logits, Tensor labels, Tensor slopes, int ignore_index, "
-        "bool align_corners) -> Tensor",
+        "bool align_corners) -> Tensor value",
         _loss_fake,
         backends=backends,
         gradient=Gradient(

@@ -1,6 +1,6 @@
 """Registration of operators: one overload per backend, with schema, fake kernel and autograd."""
 
-from collections import ChainMap
+from collections import ChainMap, namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -26,20 +26,22 @@ class Gradient(NamedTuple):
     """The operator NAME_backward, and the functions that call it.
 
     schema, fake: as in `define`.
-    setup_context: saves what the backward pass needs, as in torch.library.register_autograd.
-    backward: (operator, ctx, *grads) → a gradient or None for each argument of NAME; `operator` is
-        NAME_backward of the backend that ran the forward pass, and ctx.forward is NAME. Absent
-        gradients are None; the gradient of an empty output is an empty tensor. Whether a gradient
-        will be requested is not always known when NAME is called (torch.vmap hides it, and a traced
-        graph is used again): `backward` computes again what was not saved.
+    setup_context: (ctx, inputs, results) saves what the backward pass needs. Inputs and results
+        have the names of NAME's schema; ctx.needs says by name which inputs need a gradient.
+    backward: (operator, ctx, grads) → the gradients of arguments of NAME, by name; `operator` is
+        NAME_backward of the backend that ran the forward pass, and ctx.forward is NAME. `grads`
+        have the names of the results. Absent gradients are None; the gradient of an empty output is
+        an empty tensor. Whether a gradient will be requested is not always known when NAME is
+        called (torch.vmap hides it, and a traced graph is used again): `backward` computes again
+        what was not saved.
     launch: as in `define`.
     function: the only one that calls NAME, if its reference has no other derivatives either.
     """
 
     schema: str
     fake: Callable[..., Any]
-    setup_context: Callable[[Any, tuple, Any], None]
-    backward: Callable[..., tuple]
+    setup_context: Callable[[Any, Any, Any], None]
+    backward: Callable[[Any, Any, Any], dict[str, Tensor | None]]
     launch: Callable[..., Any] = call
     function: str | None = None
 
@@ -76,9 +78,9 @@ def define(
     Args:
         backends: the reference is one only where it has a gradient of its own, because a trace
             without gradients does not record an autograd.Function.
-        schema: "(Tensor features, …) -> Tensor". Floating-point results come first (opcheck
-            accumulates into the first one). A result that was not requested is an empty tensor
-            (0,).
+        schema: "(Tensor features, …) -> (Tensor sums, …)". Floating-point results come first
+            (opcheck accumulates into the first one). A result that was not requested is an empty
+            tensor (0,).
         fake: returns results without values, from the arguments.
         gradient: None if no result is differentiable.
         launch: calls Triton's function NAME, its first argument, with the operator's arguments.
@@ -126,14 +128,19 @@ def _replace_in_onnx(name: str, backend: str) -> None:
 def _register_autograd(name: str, backend: str, gradient: Gradient) -> None:
     forward = getattr(getattr(torch.ops.anchorops, name), backend)
     operator = getattr(getattr(torch.ops.anchorops, f"{name}_backward"), backend)
+    Inputs = namedtuple("Inputs", [x.name for x in forward._schema.arguments])
+    Results = namedtuple("Results", [x.name for x in forward._schema.returns])
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.set_materialize_grads(False)
-        gradient.setup_context(ctx, inputs, output)
+        ctx.needs = Inputs(*ctx.needs_input_grad)
+        results = output if isinstance(output, tuple) else (output,)
+        gradient.setup_context(ctx, Inputs(*inputs), Results(*results))
 
     def backward(ctx: Any, *grads: Any) -> tuple:
         ctx.forward = forward
-        return gradient.backward(operator, ctx, *grads)
+        gradients = gradient.backward(operator, ctx, Results(*grads))
+        return tuple(map(gradients.get, Inputs._fields))
 
     # If NAME_backward had no autograd, a second derivative would be None, with only a warning.
     def second_derivative(ctx: Any, *grads: Any) -> NoReturn:

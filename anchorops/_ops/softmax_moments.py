@@ -42,23 +42,21 @@ from .._moments import (
     SCHEMA,
     TENSORS,
     Options,
+    Results,
     SoftmaxMoments,
-    by_name,
     changes_losses,
     is_unused,
-    pack,
     selects,
     statistics_dtype,
-    unpack,
 )
 from .registration import Gradient, define
 
 
-def forward_fake(logits: Tensor, labels: Tensor, *packed: Any) -> tuple[Tensor, ...]:
+def forward_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Logits (B, K, h, w) of any strides, labels (B, H, W) of any integer dtype and strides. A
     result that was not requested is an empty tensor (0,). On the CPU logits may have one channel:
     K = 2 statistics."""
-    options = unpack(*packed)
+    options = Options(*arguments)
     batch, num_classes = logits.shape[0], max(logits.shape[1], 2)
     by_class = (batch, num_classes) if options.per_image else (num_classes,)
     shapes = {"classes": by_class, "pixels": labels.shape, "": ()}
@@ -83,16 +81,15 @@ def backward_fake(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, *packed = inputs
-    options = unpack(*packed)
-    results = by_name(output)
-    constants = [x for name, x in results.items() if name not in (*GRADIENTS, "used")]
+def setup_context(ctx: Any, inputs: Any, results: Any) -> None:
+    logits, labels, *arguments = inputs
+    options = Options(*arguments)
+    constants = [results.lse, results.counts, results.hits, results.outside]
     if options.pixel_weights is None:
-        constants.append(results["used"])
+        constants.append(results.used)
     ctx.mark_non_differentiable(*constants)
     tensors = (getattr(options, name) for name in TENSORS)
-    ctx.save_for_backward(logits, labels, results["lse"], *tensors)
+    ctx.save_for_backward(logits, labels, results.lse, *tensors)
     ctx.options = options._replace(**dict.fromkeys(TENSORS))
 
 
@@ -101,31 +98,30 @@ def reads_lse(backend: str, logits: Tensor) -> bool:
     return backend != "cpu" or logits.shape[1] > 2
 
 
-def backward(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     logits, labels, lse, *tensors = ctx.saved_tensors
     options = ctx.options._replace(**dict(zip(TENSORS, tensors, strict=True)))
-    gradients = dict(zip(RESULTS, grads, strict=True))
     # The gradient of an absent (empty) output is an empty tensor, not None.
-    statistic_grads = [gradients[x] if RESULTS[x].requested(options) else None for x in GRADIENTS]
+    result_grads = [getattr(grads, x) if RESULTS[x].requested(options) else None for x in GRADIENTS]
 
-    def again(options: Options, result: str) -> Tensor:
-        return by_name(ctx.forward(logits, labels, *pack(options)))[result]
+    def again(options: Options) -> Any:
+        return Results(*ctx.forward(logits, labels, *options))
 
-    dlogits = None
-    if ctx.needs_input_grad[0] and any(grad is not None for grad in statistic_grads):
-        if not options.lse and reads_lse(operator._overloadname, logits):
+    gradients: dict[str, Tensor | None] = {}
+    if ctx.needs.logits and any(grad is not None for grad in result_grads):
+        if not options.with_lse and reads_lse(operator._overloadname, logits):
             # torch.vmap and traces without gradients hide that a gradient will be requested
-            lse = again(options.only(lse=True), "lse")
-        dlogits = operator(logits, labels, lse, *statistic_grads, *pack(options))
-    doptions: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
-    if ctx.needs_input_grad[2 + TENSORS.index("pixel_weights")]:
-        dlosses, dused = gradients["losses"], gradients["used"]
-        doptions["pixel_weights"] = _dpixel_weights(again, logits, labels, options, dlosses, dused)
-    return dlogits, None, *doptions.values(), None, None, None
+            lse = again(options.only(with_lse=True)).lse
+        gradients["logits"] = operator(logits, labels, lse, *result_grads, *options)
+    if ctx.needs.pixel_weights:
+        gradients["pixel_weights"] = _dpixel_weights(
+            again, logits, labels, options, grads.losses, grads.used
+        )
+    return gradients
 
 
 def _dpixel_weights(
-    again: Callable[[Options, str], Tensor],
+    again: Callable[[Options], Any],
     logits: Tensor,
     labels: Tensor,
     options: Options,
@@ -136,10 +132,10 @@ def _dpixel_weights(
     num_classes = max(logits.shape[1], 2)
     plain = options.only(pixel_losses=True)
     shaped = options.of_all_pixels()
-    losses = again(shaped, "pixel_losses")
+    losses = again(shaped).pixel_losses
     used = valid_pixels(labels, num_classes, options.ignore_index)
     if selects(options):
-        ce = again(plain, "pixel_losses") if changes_losses(shaped) else losses
+        ce = again(plain).pixel_losses if changes_losses(shaped) else losses
         used &= ~is_unused(options, ce)
     classes = torch.where(used, labels.long(), 0).flatten(1)
     gradient = torch.zeros_like(losses)
@@ -158,9 +154,9 @@ def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return valid & (labels != ignore_index) if 0 <= ignore_index < num_classes else valid
 
 
-def _launch(launcher: Any, logits: Tensor, labels: Tensor, *packed: Any) -> tuple[Tensor, ...]:
-    """Call Triton's launcher, whose options and results have names."""
-    options = unpack(*packed)
+def _launch(launcher: Any, logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Call Triton's launcher, which returns the requested results by name."""
+    options = Options(*arguments)
     results = launcher(logits, labels, options)
     return tuple(
         results[x] if x in results else logits.new_empty(0, dtype=_dtype(x, options, logits))
@@ -170,7 +166,7 @@ def _launch(launcher: Any, logits: Tensor, labels: Tensor, *packed: Any) -> tupl
 
 def _launch_backward(launcher: Any, *arguments: Any) -> Tensor:
     count = 3 + len(GRADIENTS)  # before the options
-    return launcher(*arguments[:count], unpack(*arguments[count:]))
+    return launcher(*arguments[:count], Options(*arguments[count:]))
 
 
 def define_moments(name: str, **how: Any) -> None:
@@ -309,12 +305,13 @@ def _fused_moments(
     backend: str, logits: Tensor, labels: Tensor, options: Options
 ) -> SoftmaxMoments:
     differentiates = logits.requires_grad and torch.is_grad_enabled()
-    options = options._replace(lse=differentiates and reads_lse(backend, logits))
+    options = options._replace(with_lse=differentiates and reads_lse(backend, logits))
     name = "softmax_moments" if logits.dim() == 4 else "volume_moments"
     operator = getattr(getattr(torch.ops.anchorops, name), backend)
-    results = by_name(operator(logits, labels, *pack(options)))
+    results = Results(*operator(logits, labels, *options))
     statistics: dict[str, Any] = {
-        x: results[x] if RESULTS[x].requested(options) else None for x in SoftmaxMoments._fields
+        name: getattr(results, name) if RESULTS[name].requested(options) else None
+        for name in SoftmaxMoments._fields
     }
     return SoftmaxMoments(**statistics)
 

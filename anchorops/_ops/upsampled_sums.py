@@ -146,26 +146,21 @@ def _backward_fake(features: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(features)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     features, keys, ctx.num_keys, ctx.num_classes = inputs
-    ctx.save_for_backward(features, keys, output[1])
+    ctx.save_for_backward(features, keys, results.mean)
 
 
-def _gradient(
-    operator: Any,
-    ctx: Any,
-    dsums: Tensor | None,
-    dmean: Tensor | None,
-    dvariance: Tensor | None,
-) -> tuple[Any, ...]:
+def _gradient(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     features, keys, mean = ctx.saved_tensors
+    dsums, dmean, dvariance = grads
     dsums = mean.new_zeros(ctx.num_keys, len(mean)) if dsums is None else dsums.contiguous()
     if dmean is not None or dvariance is not None:
         dmean, dvariance = (
             torch.zeros_like(mean) if d is None else d.contiguous() for d in (dmean, dvariance)
         )
     dfeatures = operator(features, keys, dsums, mean, dmean, dvariance, ctx.num_classes)
-    return dfeatures, None, None, None
+    return {"features": dfeatures}
 
 
 # features: (B, C, H, W), dense, contiguous or channels last. keys: the class of each label, uint8,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._backend import FUSED
-from .._moments import GRADIENTS, RESULTS, Options, pack, statistics_dtype, unpack
+from .._moments import GRADIENTS, RESULTS, Options, statistics_dtype
 from ..reference import bilinear_sources
 from . import pixel_kl_divergence as kl
 from .registration import Gradient, define, library
@@ -88,10 +88,10 @@ def _slab_options(slab: _Slab, options: Options) -> Options:
     return options.map(slab.select_pixels, slab.repeat_values)
 
 
-def _moments(backend: str, logits: Tensor, labels: Tensor, *packed: Any) -> tuple[Tensor, ...]:
+def _moments(backend: str, logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     operator = getattr(torch.ops.anchorops.softmax_moments, backend)
-    options = unpack(*packed)
-    results = [x.zero_() for x in forward_fake(logits, labels, *packed)]
+    options = Options(*arguments)
+    results = [x.zero_() for x in forward_fake(logits, labels, *options)]
     if labels.numel() == 0:
         return tuple(results)
     axes = [result.axes for result in RESULTS.values()]
@@ -101,9 +101,10 @@ def _moments(backend: str, logits: Tensor, labels: Tensor, *packed: Any) -> tupl
     ]
     sources = _sources(labels.shape[1], logits, options.align_corners)
     for slab in _slabs(labels.shape[1], logits):
-        packed_options = pack(_slab_options(slab, options))
         slab_results = operator(
-            _images(logits, slab, sources), slab.select_pixels(labels), *packed_options
+            _images(logits, slab, sources),
+            slab.select_pixels(labels),
+            *_slab_options(slab, options),
         )
         for total, part, axis in zip(totals, slab_results, axes, strict=True):
             if axis == "pixels" and part.numel() > 0:
@@ -116,10 +117,10 @@ def _moments(backend: str, logits: Tensor, labels: Tensor, *packed: Any) -> tupl
 
 
 def _moments_backward(
-    backend: str, logits: Tensor, labels: Tensor, lse: Tensor, *packed: Any
+    backend: str, logits: Tensor, labels: Tensor, lse: Tensor, *arguments: Any
 ) -> Tensor:
     operator = getattr(torch.ops.anchorops.softmax_moments_backward, backend)
-    grads, options = packed[: len(GRADIENTS)], unpack(*packed[len(GRADIENTS) :])
+    grads, options = arguments[: len(GRADIENTS)], Options(*arguments[len(GRADIENTS) :])
     depth = labels.shape[1]
     if labels.numel() == 0:
         return torch.zeros_like(logits)
@@ -139,7 +140,7 @@ def _moments_backward(
             slab.select_pixels(labels),
             slab.select_pixels(lse).contiguous() if lse.numel() > 0 else lse,
             *map(select, grads),
-            *pack(_slab_options(slab, options)),
+            *_slab_options(slab, options),
         )
 
     return _dlogits(logits, depth, options.align_corners, _slabs(depth, logits), slab_gradient)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .._checks import check_pos_weight
-from .._ops.pixel_binary_cross_entropy import binary_mixture, class_weights
+from .._ops.pixel_binary_cross_entropy import binary_smoothed, class_weights
 from .cross_entropy import BaseCrossEntropy
 
 
@@ -76,8 +76,10 @@ class BinaryCrossEntropy(BaseCrossEntropy):
         self.check_initialized()
         return class_weights(check_pos_weight(type(self).__name__, pos_weight, logits), logits)
 
-    def smoothing(self, weight: Tensor | None, logits: Tensor) -> Tensor | None:
-        return binary_mixture(weight, self.label_smoothing, logits)
+    def smoothed(
+        self, weight: Tensor | None, logits: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        return binary_smoothed(weight, self.label_smoothing, logits)
 
     def divisors(self, used: Tensor, weight: Tensor | None) -> Tensor:
         return used

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._checks import check_int, check_number, check_share
 from .._moments import Options, SoftmaxMoments, statistics_dtype
 from .._ops.kth_largest import kth_largest
-from .._ops.pixel_cross_entropy import class_losses, divide, mixture, used_counts
+from .._ops.pixel_cross_entropy import class_losses, divide, smoothed, used_counts
 from .._ops.pixel_cross_entropy import (
     pixel_weights as weights_of_pixels,
 )
@@ -56,8 +56,10 @@ class BaseCrossEntropy(MomentsLoss):
         """The weight of each class: [K], or [C, 2] of C sigmoids; None if all are 1."""
         raise NotImplementedError
 
-    def smoothing(self, weight: Tensor | None, logits: Tensor) -> Tensor | None:
-        """`Options.smoothing`."""
+    def smoothed(
+        self, weight: Tensor | None, logits: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The options true_weights and all_weights."""
         raise NotImplementedError
 
     def divisors(self, used: Tensor, weight: Tensor | None) -> Tensor:
@@ -73,8 +75,10 @@ class BaseCrossEntropy(MomentsLoss):
             ones = used.new_ones((), dtype=statistics_dtype(logits.dtype))
             pixel_weights = torch.where(used, ones if pixel_weights is None else pixel_weights, 0)
             min_loss = -math.inf  # pixels of smaller losses may be used
+        true_weights, all_weights = self.smoothed(weight, logits)
         return Options(
-            smoothing=self.smoothing(weight, logits),
+            true_weights=true_weights,
+            all_weights=all_weights,
             pixel_weights=pixel_weights,
             min_loss=min_loss,
             focal_gamma=self.focal_gamma,
@@ -184,8 +188,10 @@ class CrossEntropy(BaseCrossEntropy):
     def class_weight(self, logits: Tensor) -> Tensor | None:
         return class_weight(self, logits)
 
-    def smoothing(self, weight: Tensor | None, logits: Tensor) -> Tensor | None:
-        return mixture(weight, self.label_smoothing, logits.shape[1], logits)
+    def smoothed(
+        self, weight: Tensor | None, logits: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        return smoothed(weight, self.label_smoothing, logits.shape[1], logits)
 
     def divisors(self, used: Tensor, weight: Tensor | None) -> Tensor:
         return used if weight is None else used * weight

@@ -28,10 +28,11 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Options) -> Softmax
     L_q = m·(a_y·c + Σ_k v_k·(−log p_k)), c = −log p_y, m = (1 − e^{−c})^γ, 0 where not used
 
     logits: (B, K, h, w); labels: (B, H, W); or volumes (B, K, d, h, w) and (B, D, H, W). The
-    options: smoothing is (a, v), pixel_weights w, 1 if not given, focal_gamma γ. Not used are the
-    pixels of c < min_loss. A pixel of weight 0 adds nothing, even if its loss is ∞.
+    options: true_weights is a, all_weights v, 1 and 0 if not given; pixel_weights w, 1 if not
+    given; focal_gamma γ. Not used are the pixels of c < min_loss. A pixel of weight 0 adds nothing,
+    even if its loss is ∞.
     """
-    smoothing, pixel_weights = options.smoothing, options.pixel_weights
+    pixel_weights = options.pixel_weights
     dtype = statistics_dtype(logits.dtype)
     (batch, num_classes), size = logits.shape[:2], labels.shape[1:]
     labels = labels.long()
@@ -43,13 +44,16 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Options) -> Softmax
     all_lse = z.logsumexp(1)
     label_losses = torch.where(valid, all_lse - z.gather(1, classes[:, None])[:, 0], 0)
     losses, used = label_losses, valid
-    if smoothing is not None:
-        weights, priors = smoothing.expand(batch, 2, num_classes).to(z.dtype).unbind(1)
-        weights = weights.gather(1, classes.flatten(1)).view_as(classes)
-        priors = priors.view(batch, num_classes, *(1,) * len(size))
+    if options.true_weights is not None and options.all_weights is not None:
+        a, v = (
+            x.expand(batch, num_classes).to(z.dtype)
+            for x in (options.true_weights, options.all_weights)
+        )
+        a = a.gather(1, classes.flatten(1)).view_as(classes)
+        v = v.reshape(batch, num_classes, *(1,) * len(size))
         # By selection, because 0 · ∞ would be NaN.
-        others = torch.where(priors == 0, 0, priors * (all_lse[:, None] - z))
-        losses = torch.where(weights == 0, 0, weights * losses) + others.sum(1)
+        others = torch.where(v == 0, 0, v * (all_lse[:, None] - z))
+        losses = torch.where(a == 0, 0, a * losses) + others.sum(1)
     if options.focal_gamma > 0:
         finite = label_losses.isfinite()  # where not, the factor is 1 and has no derivative
         miss = -torch.expm1(-torch.where(finite, label_losses, 1))

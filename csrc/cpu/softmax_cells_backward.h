@@ -266,7 +266,7 @@ void backward_cells(const Problem<float>& problem, const Tile& tile,
                     Begin finish_until) {
   using V = Simd<float>;
   CellRow row(problem, tile, workspace);
-  const LossesOfImage<float> losses(problem.shape, problem.logits.num_classes, tile.image);
+  const LossesOfImage<float> losses(problem.shape, tile.image);
   const int64_t image_offset = tile.image * gradients.stride_b;
   const float* dmasses = gradients.dmasses ? gradients.dmasses + image_offset : nullptr;
   const float* dsquares = gradients.dsquares ? gradients.dsquares + image_offset : nullptr;

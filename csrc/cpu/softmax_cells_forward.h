@@ -138,7 +138,7 @@ void forward_cells(const Problem<float>& problem, const Tile& tile,
                    const Workspace<float>& workspace, const Sums& sums, const Maps<float>& maps) {
   using V = Simd<float>;
   CellRow row(problem, tile, workspace);
-  const LossesOfImage<float> losses(problem.shape, problem.logits.num_classes, tile.image);
+  const LossesOfImage<float> losses(problem.shape, tile.image);
   const bool with_probabilities = sums.masses || sums.squares;
   Sums without_hits = sums;
   without_hits.hits = nullptr;

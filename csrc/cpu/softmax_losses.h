@@ -1,5 +1,5 @@
 // The loss of a pixel, from c = -log p of its class and u = the sum of v_k * -log p_k over all
-// classes: L = m * (a * c + u), m = (1 - e^-c)^gamma; 0 where c < least. p is a function that
+// classes: L = m * (a * c + u), m = (1 - e^-c)^gamma; 0 where c < min_loss. p is a function that
 // returns {e^-c, 1 - e^-c}, and is called where m is needed.
 #pragma once
 
@@ -54,24 +54,26 @@ struct LossesOfImage {
   const Stat *true_weights, *all_weights;  // a and v [K]; null: 1 and 0
   Stat total;                              // the sum of v
 
-  ALWAYS_INLINE LossesOfImage(const LossShape<Stat>& shape, int64_t num_classes, int64_t image)
+  ALWAYS_INLINE LossesOfImage(const LossShape<Stat>& shape, int64_t image)
       : shape(shape), true_weights(nullptr), all_weights(nullptr), total(0) {
-    if (!shape.smoothing) return;
-    true_weights = shape.smoothing + image * shape.stride_b;
-    all_weights = true_weights + num_classes;
-    total = shape.totals[shape.stride_b ? image : 0];
+    if (!shape.true_weights) return;
+    true_weights = shape.true_weights + image * shape.stride_b;
+    all_weights = shape.all_weights + image * shape.stride_b;
+    total = shape.sums_of_all_weights[shape.stride_b ? image : 0];
   }
 
   // Pixels of such a loss add nothing; NaN is no such loss.
-  ALWAYS_INLINE auto is_unused(Vec c) const { return c < shape.least; }
+  ALWAYS_INLINE auto is_unused(Vec c) const { return c < shape.min_loss; }
 
   // Whether the derivatives depend on c.
-  ALWAYS_INLINE bool needs_c() const { return shape.gamma > 0 || shape.least > -__builtin_inf(); }
+  ALWAYS_INLINE bool needs_c() const {
+    return shape.focal_gamma > 0 || shape.min_loss > -__builtin_inf();
+  }
 
   template <class P>
   ALWAYS_INLINE Vec loss(Indices<Stat> classes, Vec c, Vec u, P p) const {
     const Vec loss = mixed(true_weight(classes), c, u);
-    return is_unused(c) ? Vec{} : (shape.gamma > 0 ? modulation(c, p()).factor * loss : loss);
+    return is_unused(c) ? Vec{} : (shape.focal_gamma > 0 ? modulation(c, p()).factor * loss : loss);
   }
 
   // What a pixel adds to a sum. c: -log p of its class; weight: 1 without pixel weights.
@@ -85,7 +87,7 @@ struct LossesOfImage {
                                  Vec& beta) const {
     alpha = true_weight(classes);
     beta = Vec{} + 1;
-    if (shape.gamma > 0) {
+    if (shape.focal_gamma > 0) {
       const Modulation m = modulation(c, p());
       const Vec by_factor = m.slope * mixed(alpha, c, u);
       alpha = m.factor * alpha + (c - c == 0 ? by_factor : Vec{});
@@ -113,8 +115,8 @@ struct LossesOfImage {
     // at least half the distance of 1 to the next number: c is rounded to multiples of about this,
     // and powers of smaller numbers have derivatives that are too large
     const Vec x = maximum(Vec{} + std::numeric_limits<Stat>::epsilon() / 2, p.miss);
-    const Vec lower = power_of<Stat>(x, shape.gamma - 1), one = Vec{} + 1;
+    const Vec lower = power_of<Stat>(x, shape.focal_gamma - 1), one = Vec{} + 1;
     // if c is not finite, the factor is 1
-    return {c - c == 0 ? lower * x : one, shape.gamma * lower * p.hit};
+    return {c - c == 0 ? lower * x : one, shape.focal_gamma * lower * p.hit};
   }
 };

@@ -10,7 +10,6 @@
 #include <tuple>
 #include <vector>
 
-#include "softmax_flags.h"
 #include "softmax_tiles.h"
 
 namespace anchorops::cpu::softmax {
@@ -47,7 +46,8 @@ class Partials {
   std::vector<Value> values_;
 };
 
-struct Outputs {
+// RESULTS of anchorops/_moments.py. Empty if not requested.
+struct Results {
   Tensor losses, overlaps, masses, squares, pixel_losses, lse, counts, hits, used, outside;
 };
 
@@ -62,53 +62,71 @@ Map<Stat> map_of(const std::optional<Tensor>& map) {
   return {map->template const_data_ptr<Stat>(), map->stride(0), map->stride(1), map->stride(2)};
 }
 
-// The numbers of Options in anchorops/_moments.py, in its order.
-struct Numbers {
+// Options of anchorops/_moments.py, in its order.
+struct Options {
+  std::optional<Tensor> true_weights, all_weights, pixel_weights;
   double min_loss, focal_gamma;
-
-  explicit Numbers(const std::vector<double>& numbers)
-      : min_loss(numbers.at(0)), focal_gamma(numbers.at(1)) {}
+  int64_t ignore_index;
+  bool align_corners, per_image, hits, masses, squares, pixel_losses, with_lse, outside;
 
   bool has_min_loss() const { return min_loss > -std::numeric_limits<double>::infinity(); }
 };
 
-// totals: where the sums of v are kept. smoothing becomes contiguous.
+// Contiguous weights of the classes, and the sums of all_weights: what LossShape points to.
 template <class Stat>
-LossShape<Stat> loss_shape(std::optional<Tensor>& smoothing,
-                           const std::optional<Tensor>& pixel_weights, const Numbers& numbers,
-                           std::vector<Stat>& totals) {
-  LossShape<Stat> shape;
-  if (smoothing) {
-    smoothing = torch::stable::contiguous(*smoothing);
-    const int64_t num_classes = smoothing->size(-1);
-    shape.smoothing = smoothing->const_data_ptr<Stat>();
-    shape.stride_b = smoothing->dim() == 3 ? smoothing->stride(0) : 0;
-    for (int64_t i = 0; i < smoothing->numel(); i += 2 * num_classes) {
-      const Stat* all_weights = shape.smoothing + i + num_classes;
-      totals.push_back(std::accumulate(all_weights, all_weights + num_classes, Stat(0)));
-    }
-    shape.totals = totals.data();
+struct ClassWeights {
+  std::optional<Tensor> true_weights, all_weights;
+  std::vector<Stat> sums;
+
+  explicit ClassWeights(const Options& options) {
+    STD_TORCH_CHECK(options.true_weights.has_value() == options.all_weights.has_value(),
+                    "softmax_moments.cpu: true_weights and all_weights are given together");
+    if (!options.true_weights) return;
+    true_weights = torch::stable::contiguous(*options.true_weights);
+    all_weights = torch::stable::contiguous(*options.all_weights);
+    const Stat* weights = all_weights->const_data_ptr<Stat>();
+    const int64_t num_classes = all_weights->size(-1);
+    for (int64_t i = 0; i < all_weights->numel(); i += num_classes)
+      sums.push_back(std::accumulate(weights + i, weights + i + num_classes, Stat(0)));
   }
-  shape.least = static_cast<Stat>(numbers.min_loss);
-  shape.gamma = static_cast<Stat>(numbers.focal_gamma);
-  shape.plain = !smoothing && !numbers.has_min_loss() && numbers.focal_gamma == 0;
-  shape.pixel_weights = map_of<Stat>(pixel_weights);
+};
+
+template <class Stat>
+LossShape<Stat> loss_shape(const Options& options, const ClassWeights<Stat>& weights) {
+  LossShape<Stat> shape;
+  if (weights.true_weights) {
+    shape.true_weights = weights.true_weights->template const_data_ptr<Stat>();
+    shape.all_weights = weights.all_weights->template const_data_ptr<Stat>();
+    shape.sums_of_all_weights = weights.sums.data();
+    shape.stride_b = weights.true_weights->dim() == 2 ? weights.true_weights->stride(0) : 0;
+  }
+  shape.min_loss = static_cast<Stat>(options.min_loss);
+  shape.focal_gamma = static_cast<Stat>(options.focal_gamma);
+  shape.plain = !weights.true_weights && !options.has_min_loss() && options.focal_gamma == 0;
+  shape.pixel_weights = map_of<Stat>(options.pixel_weights);
   return shape;
 }
 
+int64_t num_classes_of(const Tensor& logits) { return std::max<int64_t>(logits.size(1), 2); }
+
+Labels class_labels(const Tensor& labels, const Tensor& logits, const Options& options) {
+  return labels_of("softmax_moments.cpu", labels, num_classes_of(logits), options.ignore_index);
+}
+
 template <class T>
-void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<T>>& shape,
-             int64_t height, int64_t width, int64_t flags, const Outputs& out) {
+void forward(const Tensor& logits, const Tensor& labels, const Options& options,
+             const Results& out) {
   using Stat = StatOf<T>;
+  const ClassWeights<Stat> weights(options);
   const Layout layout = layout_of(logits);
-  const Tiles<Stat> tiles(layout, height, width, flags & ALIGN_CORNERS);
+  const Tiles<Stat> tiles(layout, labels.size(1), labels.size(2), options.align_corners);
   const int64_t num_classes = tiles.num_classes();
-  Problem<Stat> problem = tiles.template problem<T>(logits, labels);
-  problem.shape = shape;
+  Problem<Stat> problem = tiles.template problem<T>(logits, class_labels(labels, logits, options));
+  problem.shape = loss_shape(options, weights);
   const auto kernels = best_kernels<Stat>();
 
   // The partials stay below a tenth of the logits.
-  const int64_t groups = flags & PER_IMAGE ? layout.batch : 1;
+  const int64_t groups = options.per_image ? layout.batch : 1;
   const int64_t tiles_of_group = tiles.count() / groups;
   const int64_t pixels_of_group = layout.batch / groups * layout.height * layout.width;
   const int64_t splits = std::clamp<int64_t>(std::min(tiles_of_group, pixels_of_group / 128), 1,
@@ -157,21 +175,17 @@ void forward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<
   if (out.outside.numel()) outside.add_up(1, items, out.outside.mutable_data_ptr<int64_t>());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
-                std::optional<Tensor> pixel_weights, std::vector<double> packed_numbers,
-                int64_t ignore_index, int64_t flags) {
-  const Numbers numbers(packed_numbers);
-  const int64_t batch = logits.size(0), num_classes = std::max<int64_t>(logits.size(1), 2);
-  STD_TORCH_CHECK(!(flags & WITH_LSE) || num_classes > 2,
+Results softmax_moments(const Tensor& logits, const Tensor& labels, const Options& options) {
+  const int64_t batch = logits.size(0), num_classes = num_classes_of(logits);
+  STD_TORCH_CHECK(!options.with_lse || num_classes > 2,
                   "softmax_moments.cpu: two classes need no lse");
   const ScalarType dtype = logits.scalar_type();
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const bool empty = labels.numel() == 0;
   const auto by_class = [&](bool requested, ScalarType type) {
     std::vector<int64_t> size = {0};
-    if (requested && flags & PER_IMAGE) size = {batch, num_classes};
-    if (requested && !(flags & PER_IMAGE)) size = {num_classes};
+    if (requested && options.per_image) size = {batch, num_classes};
+    if (requested && !options.per_image) size = {num_classes};
     return empty ? torch::stable::new_zeros(logits, size, type) : new_empty(logits, size, type);
   };
   const auto by_pixel = [&](bool requested) {
@@ -180,40 +194,53 @@ softmax_moments(Tensor logits, Tensor labels, std::optional<Tensor> smoothing,
     return new_empty(logits, size, stat);
   };
   std::vector<int64_t> outside_size;  // of a scalar
-  if (!(flags & WITH_OUTSIDE)) outside_size = {0};
-  const Tensor outside = torch::stable::new_zeros(logits, outside_size, ScalarType::Long);
-  const Outputs out = {
-      by_class(true, stat),
-      by_class(flags & WITH_MASSES, stat),
-      by_class(flags & WITH_MASSES, stat),
-      by_class(flags & WITH_SQUARES, stat),
-      by_pixel(flags & WITH_PIXEL_LOSSES),
-      by_pixel(flags & WITH_LSE),
-      by_class(true, ScalarType::Long),
-      by_class(flags & WITH_HITS, ScalarType::Long),
-      by_class(pixel_weights || numbers.has_min_loss(), pixel_weights ? stat : ScalarType::Long),
-      outside};
+  if (!options.outside) outside_size = {0};
+  const bool weighted = options.pixel_weights.has_value();
+  const Results results = {
+      .losses = by_class(true, stat),
+      .overlaps = by_class(options.masses, stat),
+      .masses = by_class(options.masses, stat),
+      .squares = by_class(options.squares, stat),
+      .pixel_losses = by_pixel(options.pixel_losses),
+      .lse = by_pixel(options.with_lse),
+      .counts = by_class(true, ScalarType::Long),
+      .hits = by_class(options.hits, ScalarType::Long),
+      .used = by_class(weighted || options.has_min_loss(), weighted ? stat : ScalarType::Long),
+      .outside = torch::stable::new_zeros(logits, outside_size, ScalarType::Long)};
   if (!empty)
-    for_dtype("softmax_moments.cpu", dtype, [&](auto element) {
-      using T = decltype(element);
-      std::vector<StatOf<T>> totals;
-      forward<T>(logits, labels_of("softmax_moments.cpu", labels, num_classes, ignore_index),
-                 loss_shape(smoothing, pixel_weights, numbers, totals), labels.size(1),
-                 labels.size(2), flags, out);
-    });
-  return {out.losses, out.overlaps, out.masses, out.squares, out.pixel_losses,
-          out.lse,    out.counts,   out.hits,   out.used,    out.outside};
+    for_dtype("softmax_moments.cpu", dtype,
+              [&](auto element) { forward<decltype(element)>(logits, labels, options, results); });
+  return results;
 }
 
+// Of the results, None if there is none, and lse of the forward pass.
+struct ResultGradients {
+  std::optional<Tensor> losses, overlaps, masses, squares, pixel_losses;
+  Tensor lse;
+};
+
 template <class T>
-void backward(const Tensor& logits, const Labels& labels, const LossShape<StatOf<T>>& shape,
-              int64_t height, int64_t width, bool align_corners,
-              const Gradients<StatOf<T>>& gradients, const Tensor& dlogits) {
+void backward(const Tensor& logits, const Tensor& labels, const Options& options, ResultGradients d,
+              const Tensor& dlogits) {
   using Stat = StatOf<T>;
+  Gradients<Stat> gradients = {};
+  const auto by_class = [&](std::optional<Tensor>& table) -> const Stat* {
+    if (!table) return nullptr;
+    table = torch::stable::contiguous(*table);
+    gradients.stride_b = table->dim() == 2 ? table->size(1) : 0;
+    return table->template const_data_ptr<Stat>();
+  };
+  gradients.dlosses = by_class(d.losses);
+  gradients.doverlaps = by_class(d.overlaps);
+  gradients.dmasses = by_class(d.masses);
+  gradients.dsquares = by_class(d.squares);
+  gradients.dpixel_losses = map_of<Stat>(d.pixel_losses);
+  gradients.lse = d.lse.const_data_ptr<Stat>();
+  const ClassWeights<Stat> weights(options);
   const Layout layout = layout_of(logits);
-  const Tiles<Stat> tiles(layout, height, width, align_corners);
-  Problem<Stat> problem = tiles.template problem<T>(logits, labels);
-  problem.shape = shape;
+  const Tiles<Stat> tiles(layout, labels.size(1), labels.size(2), options.align_corners);
+  Problem<Stat> problem = tiles.template problem<T>(logits, class_labels(labels, logits, options));
+  problem.shape = loss_shape(options, weights);
   const Output<Stat> output = {layout_of(dlogits), dlogits.mutable_data_ptr<T>(),
                                best_rows<T>().finish_row, best_rows<T>().write_columns};
   const auto kernels = best_kernels<Stat>();
@@ -224,47 +251,44 @@ void backward(const Tensor& logits, const Labels& labels, const LossShape<StatOf
             });
 }
 
-Tensor softmax_moments_backward(Tensor logits, Tensor labels, Tensor lse,
-                                std::optional<Tensor> dlosses, std::optional<Tensor> doverlaps,
-                                std::optional<Tensor> dmasses, std::optional<Tensor> dsquares,
-                                std::optional<Tensor> dpixel_losses,
-                                std::optional<Tensor> smoothing,
-                                std::optional<Tensor> pixel_weights, std::vector<double> numbers,
-                                int64_t ignore_index, int64_t flags) {
+Tensor softmax_moments_backward(const Tensor& logits, const Tensor& labels,
+                                const ResultGradients& d, const Options& options) {
   Tensor dlogits = torch::stable::empty_like(logits);
   if (dlogits.numel() == 0) return dlogits;
   if (labels.numel() == 0) return torch::stable::zero_(dlogits);
+  advise_huge_pages(dlogits);
   for_dtype("softmax_moments.cpu", logits.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using Stat = StatOf<T>;
-    advise_huge_pages(dlogits);
-    Gradients<Stat> gradients = {};
-    const auto by_class = [&](std::optional<Tensor>& table) -> const Stat* {
-      if (!table) return nullptr;
-      table = torch::stable::contiguous(*table);
-      gradients.stride_b = table->dim() == 2 ? table->size(1) : 0;
-      return table->template const_data_ptr<Stat>();
-    };
-    gradients.dlosses = by_class(dlosses);
-    gradients.doverlaps = by_class(doverlaps);
-    gradients.dmasses = by_class(dmasses);
-    gradients.dsquares = by_class(dsquares);
-    gradients.dpixel_losses = map_of<Stat>(dpixel_losses);
-    gradients.lse = lse.const_data_ptr<Stat>();
-    std::vector<Stat> totals;
-    const int64_t num_classes = std::max<int64_t>(logits.size(1), 2);
-    backward<T>(logits, labels_of("softmax_moments.cpu", labels, num_classes, ignore_index),
-                loss_shape(smoothing, pixel_weights, Numbers(numbers), totals), labels.size(1),
-                labels.size(2), flags & ALIGN_CORNERS, gradients, dlogits);
+    backward<decltype(element)>(logits, labels, options, d, dlogits);
   });
   return dlogits;
 }
+
+// The operators: TORCH_BOX needs one parameter for each argument. Options, of these types, are the
+// last arguments of both.
+template <class... OptionTypes>
+struct Operators {
+  static auto forward(Tensor logits, Tensor labels, OptionTypes... options) {
+    const Results x = softmax_moments(logits, labels, Options{options...});
+    return std::make_tuple(x.losses, x.overlaps, x.masses, x.squares, x.pixel_losses, x.lse,
+                           x.counts, x.hits, x.used, x.outside);
+  }
+
+  static Tensor backward(Tensor logits, Tensor labels, Tensor lse, std::optional<Tensor> dlosses,
+                         std::optional<Tensor> doverlaps, std::optional<Tensor> dmasses,
+                         std::optional<Tensor> dsquares, std::optional<Tensor> dpixel_losses,
+                         OptionTypes... options) {
+    const ResultGradients d = {dlosses, doverlaps, dmasses, dsquares, dpixel_losses, lse};
+    return softmax_moments_backward(logits, labels, d, Options{options...});
+  }
+};
+using Boxed = Operators<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,  //
+                        double, double, int64_t, bool, bool, bool, bool, bool, bool, bool, bool>;
 
 }  // namespace
 }  // namespace anchorops::cpu::softmax
 
 STABLE_TORCH_LIBRARY_IMPL(anchorops, CPU, library) {
   using namespace anchorops::cpu::softmax;
-  library.impl("softmax_moments.cpu", TORCH_BOX(&softmax_moments));
-  library.impl("softmax_moments_backward.cpu", TORCH_BOX(&softmax_moments_backward));
+  library.impl("softmax_moments.cpu", TORCH_BOX(&Boxed::forward));
+  library.impl("softmax_moments_backward.cpu", TORCH_BOX(&Boxed::backward));
 }

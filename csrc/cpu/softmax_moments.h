@@ -28,11 +28,12 @@ struct Map {
 // What makes a pixel's loss from -log p (softmax_losses.h).
 template <class Stat>
 struct LossShape {
-  const Stat* smoothing = nullptr;  // rows a and v [2, K], of image b at b * stride_b; null: 1, 0
-  const Stat* totals = nullptr;     // the sum of v, of each row v
+  // a and v [K], of image b at b * stride_b; null: 1 and 0
+  const Stat *true_weights = nullptr, *all_weights = nullptr;
+  const Stat* sums_of_all_weights = nullptr;  // of each image, or of all
   int64_t stride_b = 0;
-  Stat least = -__builtin_inf();
-  Stat gamma = 0;
+  Stat min_loss = -__builtin_inf();
+  Stat focal_gamma = 0;
   bool plain = true;  // nothing but -log p
   Map<Stat> pixel_weights = {};
 };

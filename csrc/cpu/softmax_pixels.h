@@ -189,7 +189,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   const int64_t num_classes = problem.logits.num_classes;
   const bool with_probabilities = sums.masses || sums.squares;
   const int64_t first = problem.pixel(tile, group.y, group.x);
-  const LossesOfImage<Stat> image_losses(problem.shape, num_classes, tile.image);
+  const LossesOfImage<Stat> image_losses(problem.shape, tile.image);
   const Map<Stat>& weights = problem.shape.pixel_weights;
   Stat shift[GROUP] = {}, overlaps[GROUP], loss_terms[LOSS_SUMS][GROUP];
   uint64_t hits = 0;
@@ -276,7 +276,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     const Stat dsquare = gradients.dsquares ? gradients.dsquares[image_offset + k] : 0;
     return dmass + 2 * p * dsquare;
   };
-  const LossesOfImage<Stat> losses(problem.shape, num_classes, tile.image);
+  const LossesOfImage<Stat> losses(problem.shape, tile.image);
   Stat label_terms[GROUP];
   logits_of_group(problem, tile, workspace, group);
 

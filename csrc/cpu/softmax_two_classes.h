@@ -143,7 +143,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
   using V = Simd<float>;
   constexpr int L = LANES<float>;
   const int64_t count = tile.label_columns.end - tile.label_columns.begin;
-  const LossesOfImage<float> losses(problem.shape, 2, tile.image);
+  const LossesOfImage<float> losses(problem.shape, tile.image);
   const Map<float>& weights = problem.shape.pixel_weights;
   const bool with_hits = sums.hits, with_squares = sums.squares;
   const auto number = [](Ints mask) INLINE_LAMBDA { return __builtin_popcount(lanes_of(mask)); };
@@ -243,7 +243,7 @@ class DerivativeByDifference {
  public:
   DerivativeByDifference(const Problem<float>& problem, const Gradients<float>& gradients,
                          int64_t image)
-      : losses_(problem.shape, 2, image), gradients_(gradients), with_squares_(gradients.dsquares) {
+      : losses_(problem.shape, image), gradients_(gradients), with_squares_(gradients.dsquares) {
     const auto at = [&](const float* by_class, int k) {
       return by_class ? by_class[image * gradients.stride_b + k] : 0;
     };

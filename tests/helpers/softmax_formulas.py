@@ -57,16 +57,17 @@ class Case(NamedTuple):
     @property
     def options(self) -> Options:
         """One class has no weight of its own, another one none among all classes."""
-        smoothing = None
+        true_weights = all_weights = None
         if self.smoothing:
             size = (2, self.num_classes)
             size = size if self.smoothing == "class" else (self.size[0], *size)
-            smoothing = torch.arange(torch.Size(size).numel(), dtype=F64).cos().square().view(size)
-            smoothing[..., 0, -1] = smoothing[..., 1, 0] = 0
-            smoothing[..., 1, :] /= self.num_classes
-            smoothing = smoothing.to(statistics_dtype(self.dtype))
+            weights = torch.arange(torch.Size(size).numel(), dtype=F64).cos().square().view(size)
+            weights[..., 0, -1] = weights[..., 1, 0] = 0
+            weights[..., 1, :] /= self.num_classes
+            true_weights, all_weights = weights.to(statistics_dtype(self.dtype)).unbind(-2)
         return Options(
-            smoothing,
+            true_weights,
+            all_weights,
             min_loss=self.min_loss,
             focal_gamma=self.focal_gamma,
             align_corners=self.align_corners,
@@ -217,9 +218,11 @@ def formula(case: Case, logits, labels, weights, dtype: torch.dtype, through=FLO
 
 
 def shaped_losses(case: Case, log_p: Tensor, c: Tensor, classes: Tensor) -> Tensor:
-    losses, smoothing = c, case.options.smoothing
-    if smoothing is not None:
-        true_weights, all_weights = smoothing.to(c.dtype).expand(len(c), 2, -1).unbind(1)
+    losses, options = c, case.options
+    if options.true_weights is not None:
+        true_weights, all_weights = (
+            x.to(c.dtype).expand(len(c), -1) for x in (options.true_weights, options.all_weights)
+        )
         losses = true_weights.gather(1, classes) * c - (all_weights[..., None] * log_p).sum(1)
     if case.focal_gamma > 0:
         miss = -torch.expm1(-c).clamp(max=-torch.finfo(c.dtype).tiny)
