@@ -11,6 +11,7 @@ whose code is not ours. Nothing else may run; --quick is for small masks.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,8 @@ def argmax_codes(logits: Tensor, size: Size) -> list[str]:
 
 def encoded(masks: Tensor) -> list[str]:
     columns = np.asfortranarray(masks.permute(1, 2, 0).numpy().view(np.uint8))
-    return [code["counts"].decode() for code in encode(columns)]
+    codes: Any = encode(columns)
+    return [code["counts"].decode() for code in codes]
 
 
 WAYS = {
