@@ -4,6 +4,7 @@ the PTX runs on the memory of CPU tensors."""
 import os
 import struct
 from collections import Counter
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,6 +78,8 @@ def install(arch: int) -> None:
 def _mark_new(address: int, size: int) -> None:
     """Fills a new tensor with CANARY."""
     bytes_at(address, size)[:] = np.full(-(-size // 4), CANARY, np.uint32).view(np.uint8)[:size]
+    if len(_new) > 4096:
+        _new.clear()
     _new[address] = size
 
 
@@ -105,6 +108,7 @@ def _packed(kernel: Kernel, values: list[tuple[str, Any]]) -> np.ndarray:
     return data
 
 
+@cache
 def stored_params(program: Program) -> set[int]:
     """The bytes of the parameters that addresses of stores and atomics may come from: backwards
     through all that computes them, as far as loads."""
@@ -212,6 +216,4 @@ def _run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) 
         order = None if seed is None else seed + sum(launches.values())
         instructions[name] += run(launch, order, counted)
     launches[name] += 1
-    if len(_new) > 4096:
-        _new.clear()
     return compiled
