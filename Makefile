@@ -17,7 +17,7 @@ ABI_TORCHES ?= 2.10 2.11 2.13
 # of make check-torch: those of docs/stability.md
 TORCH ?= 2.10.0 2.12.1 2.14.1 2.15.0
 
-.PHONY: setup test check-torch check-nnunet check-ultralytics proofs faults stress demo bench counted-memory kernels-report lint format docs package check-abi clean
+.PHONY: setup test check-torch check-nnunet check-ultralytics proofs faults barriers stress demo bench counted-memory kernels-report lint format docs package check-abi clean
 release_of_nnunet = nnunetv2==2.8.1
 release_of_ultralytics = ultralytics==8.4.190
 # or make would delete the environments that it made on the way
@@ -64,6 +64,10 @@ proofs: setup
 # file or name contains one of these texts
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proofs/planted_faults.py $(FAULTS)
+
+# does the machine for PTX notice each barrier that is taken out of Triton's kernels?
+barriers: setup
+	PYTHONPATH=tests/proofs OMP_NUM_THREADS=1 $(BIN)/python -m ptx.removed_barriers 80
 
 # the examples for nnU-Net and Ultralytics against their releases, in environments of their own of 7 GB
 check-nnunet check-ultralytics: check-%: setup build/%
