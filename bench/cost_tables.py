@@ -29,6 +29,7 @@ RESULTS = ROOT / "bench/results"
 MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
 RUN = RESULTS / "amd-epyc-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
+COUNTED_LOVASZ = RESULTS / "counted-lovasz.json"
 COUNTED_OPERATIONS = RESULTS / "counted-operations.json"
 COUNTED_WINDOWS = RESULTS / "counted-windows.json"
 COUNTED_TRAFFIC = RESULTS / "counted-traffic.json"
@@ -325,6 +326,16 @@ def cases() -> str:
     return markdown_table(header, lines, words=(0, 1, 4))
 
 
+def counted_lovasz() -> str:
+    rows = json.loads(COUNTED_LOVASZ.read_text())["rows"]
+    lines = []
+    for (network, sizes), pair in grouped(rows, "network", "sizes").items():
+        memory = " → ".join(f"{row['peak_bytes'] / 1e9:.1f}" for row in pair)
+        images = " → ".join(str(row["largest_batches"]["24 GB"]) for row in pair)
+        lines.append([f"{network}, {sizes}", memory, images])
+    return markdown_table(["network", "bf16 autocast, GB", "images in 24 GB"], lines)
+
+
 def counted_operations() -> str:
     lines = []
     for row in json.loads(COUNTED_OPERATIONS.read_text())["rows"]:
@@ -390,6 +401,7 @@ TABLES = {
     "export": export,
     "lovasz": lovasz,
     "counted_memory": lambda: plot_counted_memory.table(counted_memory()),
+    "counted_lovasz": counted_lovasz,
     "counted_operations": counted_operations,
     "counted_windows": counted_windows,
     "counted_traffic": lambda: traffic_table(json.loads(COUNTED_TRAFFIC.read_text())["rows"]),

@@ -1,12 +1,14 @@
 """Memory of a training step on a GPU, counted without a GPU.
 
     python bench/counted_memory.py [--networks …] [--out bench/results/counted-memory.json]
+    python bench/counted_memory.py --lovasz [--out bench/results/counted-lovasz.json]
 
 A step (forward, loss, backward) runs on fake tensors, which have shapes but no values. Each storage
 is logged when it is made and when it is freed; the peak is the largest sum of bytes at one time.
 Parameters, Adam's state, gradients, images and labels are in it. The network as it is, with
 F.cross_entropy, is compared with the same network with pixel_cross_entropy of low-resolution
-logits, with late_upsampling where it can be applied, with both, and with both and each method.
+logits, with late_upsampling where it can be applied, with both, and with both and each method. With
+--lovasz the Lovász loss is added to each cross-entropy, as its authors compute it or ours.
 
 Every batch makes and frees the same storages, and the size of each is either the same for every
 batch or proportional to the number of images. So one count gives the peak of every batch, and the
@@ -169,13 +171,15 @@ NETWORKS = (
 
 class Setting(NamedTuple):
     """precision: "bf16" (autocast) or "float32". loss: "torch", as the network's users write it, or
-    "anchorops". late: with late_upsampling. method: of METHODS, or "" for none."""
+    "anchorops". late: with late_upsampling. method: of METHODS, or "" for none. lovasz: the Lovász
+    loss is added."""
 
     precision: str
     checkpointing: bool
     loss: str
     late: bool
     method: str
+    lovasz: bool = False
 
 
 def settings_of(late: bool) -> list[Setting]:
@@ -191,10 +195,34 @@ def settings_of(late: bool) -> list[Setting]:
     ]
 
 
-def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def settings_of_lovasz(late: bool) -> list[Setting]:
+    losses = [("torch", False), ("anchorops", late)]
+    return [Setting("bf16", False, *loss, "", True) for loss in losses]
+
+
+def plain_loss(logits: Tensor, labels: Tensor, lovasz: bool = False) -> Tensor:
     if logits.shape[2:] != labels.shape[1:]:
         logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+    return loss + sorted_losses(logits, labels) if lovasz else loss
+
+
+def sorted_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Lovász as its authors compute it, of all classes and all pixels."""
+    p, labels = logits.softmax(1).movedim(1, -1).flatten(0, -2), labels.flatten()
+    losses = []
+    for k in range(p.shape[1]):
+        is_class = (labels == k).to(p.dtype)
+        errors, order = (is_class - p[:, k]).abs().sort(descending=True)
+        truth = is_class[order]
+        jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
+        losses.append((errors * torch.cat([jaccard[:1], jaccard.diff()])).sum())
+    return torch.stack(losses).mean()
+
+
+def our_loss(logits: Tensor, labels: Tensor, lovasz: bool = False) -> Tensor:
+    loss = ao.pixel_cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+    return loss + ao.Lovasz(ignore_index=IGNORE_INDEX)(logits, labels) if lovasz else loss
 
 
 def attach(network: Network, model: Any, method: str) -> Callable[[Tensor], Tensor]:
@@ -248,8 +276,7 @@ def step(
     images = torch.empty(batch, network.channels, *network.size)
     labels = torch.empty(batch, *network.size, dtype=torch.int64)
     ours = setting.loss == "anchorops"
-    cross_entropy = functools.partial(ao.pixel_cross_entropy, ignore_index=IGNORE_INDEX)
-    loss_of = cross_entropy if ours else plain_loss
+    loss_of = functools.partial(our_loss if ours else plain_loss, lovasz=setting.lovasz)
     with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
         storages.phase = "network, forward"
         outputs = network.outputs(model, images, low=ours)
@@ -328,9 +355,9 @@ def row_of(network: Network, model: nn.Module, setting: Setting) -> dict[str, An
     }
 
 
-def rows_of(network: Network) -> Iterator[dict[str, Any]]:
-    model = network.build().to("meta")
-    for setting in settings_of(network.runs_later(model)):
+def rows_of(network: Network, lovasz: bool) -> Iterator[dict[str, Any]]:
+    model, settings = network.build().to("meta"), settings_of_lovasz if lovasz else settings_of
+    for setting in settings(network.runs_later(model)):
         yield row_of(network, model, setting)
 
 
@@ -349,14 +376,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = sorted({network.name for network in NETWORKS})
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
+    parser.add_argument("--lovasz", action="store_true", help="with the Lovász loss, of images")
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for network in NETWORKS:
-        if network.name not in arguments.networks:
+        if network.name not in arguments.networks or (arguments.lovasz and network.volumes):
             continue
         print(network, flush=True)
-        for row in rows_of(network):
+        for row in rows_of(network, arguments.lovasz):
             rows.append(row)
             print(line(row), flush=True)
             if arguments.out:
