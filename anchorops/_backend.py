@@ -429,7 +429,9 @@ def select(
         operators: the backends that have this operator, besides `reference`.
     """
     chosen, runs = _choice.backend, runs or (function,)
-    if torch.onnx.is_in_onnx_export():
+    # torch.onnx.export always traces; is_in_onnx_export takes longer than the rest of this function
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore
+    if tracing and torch.onnx.is_in_onnx_export():
         _check_onnx_export(function, chosen)
         return "reference"
     call = tensor, num_classes, refusal, operators

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,17 +31,9 @@ class BaseCrossEntropy(MomentsLoss):
         focal_gamma: float = 0.0,
         ohem: float | None = None,
         ohem_kept: int | None = None,
-        accuracy: bool = False,
-        ignore_index: int | None = None,
-        align_corners: bool = False,
-        check_labels: bool = False,
+        **arguments: Any,
     ) -> None:
-        super().__init__(
-            accuracy=accuracy,
-            ignore_index=ignore_index,
-            align_corners=align_corners,
-            check_labels=check_labels,
-        )
+        super().__init__(**arguments)
         name = type(self).__name__
         self.label_smoothing = check_share(name, "label_smoothing", label_smoothing)
         self.focal_gamma = check_number(name, "focal_gamma", focal_gamma)

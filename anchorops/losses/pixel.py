@@ -157,13 +157,9 @@ class MomentsLoss(PixelLoss):
         self,
         *,
         accuracy: bool = False,
-        ignore_index: int | None = None,
-        align_corners: bool = False,
-        check_labels: bool = False,
+        **arguments: Any,
     ) -> None:
-        super().__init__(
-            ignore_index=ignore_index, align_corners=align_corners, check_labels=check_labels
-        )
+        super().__init__(**arguments)
         check_flags(type(self).__name__, accuracy=accuracy)
         self.accuracy = accuracy
 
