@@ -82,6 +82,9 @@ class Options(NamedTuple):
     with_lse: bool = False
     outside: bool = False
 
+    def requests(self, result: str) -> bool:
+        return RESULTS[result].requested(self)
+
     def only(self, **requested: bool) -> "Options":
         """To request other results of the same pixels, with L = −log p_y."""
         options = Options(ignore_index=self.ignore_index, align_corners=self.align_corners)

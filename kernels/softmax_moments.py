@@ -9,7 +9,6 @@ A program adds to its own partials; torch.sum adds these in a fixed order. Hits,
 and labels outside need integer atomics.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -236,19 +235,15 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
     """
     batch, num_classes = logits.shape[:2]
     shape = (batch, num_classes) if options.per_image else (num_classes,)
-    integers = ["counts"]
-    integers += ["hits"] if options.hits else []
-    weighted = options.pixel_weights is not None
-    integers += ["used"] if options.min_loss > -math.inf and not weighted else []
-    floats = ["losses"]
-    floats += ["used"] if weighted else []
-    floats += ["overlaps", "masses"] if options.masses else []
-    floats += ["squares"] if options.squares else []
-    maps = ["pixel_losses"] if options.pixel_losses else []
-    maps += ["lse"] if options.with_lse else []
+    integers, floats = ["counts", "hits"], ["losses", "overlaps", "masses", "squares"]
+    (integers if options.pixel_weights is None else floats).append("used")
+    maps = ["pixel_losses", "lse"]
+    integers, floats, maps = (
+        [name for name in names if options.requests(name)] for names in (integers, floats, maps)
+    )
     results = {x: logits.new_zeros(shape, dtype=torch.int64) for x in integers}
     results |= {x: logits.new_empty(labels.shape, dtype=torch.float32) for x in maps}
-    if options.outside:
+    if options.requests("outside"):
         results["outside"] = logits.new_zeros((), dtype=torch.int64)
     if labels.numel() == 0:
         return results | {x: logits.new_zeros(shape, dtype=torch.float32) for x in floats}

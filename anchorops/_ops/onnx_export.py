@@ -31,7 +31,7 @@ def _moments(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, .
     options = Options(*arguments)
     moments = reference.softmax_moments(_two_classes(logits), labels, options)
     absent = logits.new_empty(0)  # also lse, which only a backward pass reads
-    requested = {name for name, x in RESULTS.items() if x.requested(options)} - {"lse"}
+    requested = {name for name in RESULTS if options.requests(name)} - {"lse"}
     return tuple(getattr(moments, x) if x in requested else absent for x in RESULTS)
 
 

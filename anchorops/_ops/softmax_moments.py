@@ -63,7 +63,7 @@ def forward_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tenso
 
     def empty(name: str) -> Tensor:
         result = RESULTS[name]
-        shape = shapes[result.axes] if result.requested(options) else (0,)
+        shape = shapes[result.axes] if options.requests(name) else (0,)
         return logits.new_empty(shape, dtype=_dtype(name, options, logits))
 
     return tuple(empty(name) for name in RESULTS)
@@ -102,7 +102,7 @@ def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     logits, labels, lse, *tensors = ctx.saved_tensors
     options = ctx.options._replace(**dict(zip(TENSORS, tensors, strict=True)))
     # The gradient of an absent (empty) output is an empty tensor, not None.
-    result_grads = [getattr(grads, x) if RESULTS[x].requested(options) else None for x in GRADIENTS]
+    result_grads = [getattr(grads, x) if options.requests(x) else None for x in GRADIENTS]
 
     def again(options: Options) -> Any:
         return Results(*ctx.forward(logits, labels, *options))
@@ -310,7 +310,7 @@ def _fused_moments(
     operator = getattr(getattr(torch.ops.anchorops, name), backend)
     results = Results(*operator(logits, labels, *options))
     statistics: dict[str, Any] = {
-        name: getattr(results, name) if RESULTS[name].requested(options) else None
+        name: getattr(results, name) if options.requests(name) else None
         for name in SoftmaxMoments._fields
     }
     return SoftmaxMoments(**statistics)
