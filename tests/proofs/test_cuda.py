@@ -15,37 +15,28 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(OBSTACLE is not None, reason=
 HERE = Path(__file__).parent
 
 
-VERIFY = """
-import sys
-from ptx import cuda_launches
-cuda_launches.install(80)
-from anchorops import doctor
-sys.exit(doctor.main(["--verify", "--backend", "cuda"]))
-"""
-
-
-def check(*arguments: str, **variables: str) -> str:
+def check(arch: int, *arguments: str) -> str:
     cuda_launches.build()
-    command, environment = [sys.executable, *arguments], os.environ | variables
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        env=os.environ | {"PTX_ARCH": str(arch), "PTX_BACKEND": "cuda", "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     return run.stdout
 
 
-def check_cases(arch: str, *files: Path) -> None:
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
-    check(*command, PTX_ARCH=arch, PTX_BACKEND="cuda")
-
-
 @pytest.mark.parametrize("first", [0, 1])  # two halves, for two processes
 def test_cases(first: int):
-    check_cases("80", *CASES_OF_CUDA[first::2])
+    check(80, "pytest", "-q", "-p", "no:cacheprovider", *map(str, CASES_OF_CUDA[first::2]))
 
 
 def test_cases_for_sm_90():
     """One case of each kernel: its PTX has no other instructions than that for sm_80."""
-    check_cases("90", HERE.parent / "test_every_kernel.py")
+    check(90, "pytest", "-q", "-p", "no:cacheprovider", str(HERE.parent / "test_every_kernel.py"))
 
 
-def test_verify():
-    assert ", 0 WRONG, 0 not checked" in check("-c", VERIFY, PYTHONPATH=str(HERE))
+@pytest.mark.parametrize("part", ["0/2", "1/2"])
+def test_verify(part: str):
+    assert ", 0 WRONG," in check(80, "ptx.verify", "80", "--backend=cuda", f"--part={part}")
