@@ -16,6 +16,13 @@ using torch::headeronly::Half;
 
 constexpr unsigned FULL_WARP = 0xffffffff;
 
+// Of all lanes of a warp; every lane gets it.
+template <class T>
+__device__ __forceinline__ T sum_of_warp(T value) {
+  for (int lanes = 16; lanes; lanes /= 2) value += __shfl_xor_sync(FULL_WARP, value, lanes);
+  return value;
+}
+
 // The elements of one access of 16 bytes.
 template <class T>
 struct alignas(16) Vector {
@@ -41,13 +48,6 @@ __device__ __forceinline__ void store_streaming(T* address, const Vector<T>& vec
 template <class T>
 __device__ __forceinline__ Vector<T> load_vector(const T* address) {
   return *reinterpret_cast<const Vector<T>*>(address);
-}
-
-// threadIdx.x, read again. Values computed from it then need no registers during a loop.
-__device__ __forceinline__ int thread_again() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
 }
 
 // Rounds to nearest even, two at a time if the hardware can.
@@ -94,23 +94,6 @@ __device__ __forceinline__ float to_float(const Vector<T>& vector, int i) {
     memcpy(&pair, &vector.elements[i / 2 * 2], sizeof pair);
     return half_to_float<T>(pair, i % 2);
   }
-}
-
-// The bits of `vector` at the positions that are set in `mask`; all other bits are 0.
-template <class T>
-__device__ __forceinline__ Vector<T> keep(const Vector<T>& vector, const unsigned (&mask)[4]) {
-  unsigned bits[4];
-  memcpy(bits, &vector, sizeof bits);
-  for (int i = 0; i < 4; ++i) bits[i] &= mask[i];
-  Vector<T> kept;
-  memcpy(&kept, bits, sizeof bits);
-  return kept;
-}
-
-// The block's dynamic shared memory, aligned to 16 bytes.
-__device__ __forceinline__ unsigned char* shared_memory() {
-  extern __shared__ __align__(16) unsigned char memory[];
-  return memory;
 }
 
 // Asynchronous copy of `bytes` (0 to 16) to 16 bytes of shared memory; the remaining bytes become

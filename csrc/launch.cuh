@@ -32,7 +32,6 @@ constexpr size_t MAX_SHARED_BYTES = 99 << 10;
 
 // What the division of work depends on, besides shapes.
 struct Hardware {
-  int major;  // of the compute capability
   int multiprocessors;
   // Bytes of shared memory: of a multiprocessor, and of each block in addition to what it requests.
   size_t shared_bytes, reserved_bytes;
@@ -53,8 +52,7 @@ inline Hardware hardware() {
     return value;
   };
   const auto bytes = [&](cudaDeviceAttr which) { return static_cast<size_t>(attribute(which)); };
-  return by_device[device] = {attribute(cudaDevAttrComputeCapabilityMajor),
-                              attribute(cudaDevAttrMultiProcessorCount),
+  return by_device[device] = {attribute(cudaDevAttrMultiProcessorCount),
                               bytes(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
                               bytes(cudaDevAttrReservedSharedMemoryPerBlock)};
 }

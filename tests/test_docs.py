@@ -213,15 +213,6 @@ def test_files_that_are_named_exist(page: Path):
             assert (ROOT / name).exists(), name
 
 
-def test_the_device_interface_has_what_is_named():
-    page = (ROOT / "docs/adding-an-operator.md").read_text()
-    table = page.partition("| device interface |")[2].partition("\n\n")[0]
-    names = re.findall(r"`(\w+)[`<(]", table)  # not paths
-    files = ("csrc/device.cuh", "csrc/launch.cuh", "csrc/matrices.cuh")
-    interface = "".join((ROOT / name).read_text() for name in files)
-    assert len(names) > 10 and all(re.search(rf"\b{name}\(", interface) for name in names)
-
-
 @cache
 def sources() -> str:
     """All sources; strings on several lines are joined."""

@@ -19,7 +19,6 @@
 #include "../device.cuh"
 #include "../errors.h"
 #include "../launch.cuh"
-#define ANCHOROPS_DISPATCH_KEY CUDA
 
 namespace anchorops::cuda {
 

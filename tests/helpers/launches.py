@@ -1,6 +1,6 @@
 """The kernels of a backend, and those that a call launches: on a GPU, in the PTX machine or in the
 interpreter. A kernel of Triton has one name for all its variants; each instance of a CUDA template
-is a kernel of its own, as class_moments_kernel<float, 3, 0>."""
+is a kernel of its own, as class_moments_kernel<float, true, false>."""
 
 import importlib
 import pkgutil

@@ -1,177 +1,236 @@
-// The operator anchorops::class_moments_backward.cuda: the gradient of class moments.
+// The operator anchorops::class_moments_backward.cuda: the gradient of features,
 //
-// dfeatures[p] = 2·dsqdists[k]·(f_p − anchors[k]) + dsums[k],  k = key_p;  0 where ignored
+//     dfeatures[p] = 2·dsqdists[k]·(f_p − a_k) + dsums[k],  k = key_p;  0 where ignored
 //
-// Writes dfeatures once. Reads the features once if dsqdists is given, otherwise not at all. Keys,
-// 4 bytes a pixel, are read again for each slice of channels, from the second-level cache. The
-// tables (anchors, dsums) are read from shared memory or from caches. One launch.
+// Features are read once, and only for dsqdists; dfeatures are written once. The tables of anchors
+// and dsums stay in the first-level cache: 1,024 keys of 32 channels are 128 KB.
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <optional>
 #include <vector>
 
 #include "../../labels.h"
 #include "../tensors.cuh"
-#include "backward_elements.cuh"
-#include "backward_planes.cuh"
-#include "backward_rows.cuh"
 
 namespace anchorops::cuda {
 namespace {
 
 constexpr const char* NAME = "class_moments_backward.cuda";
-constexpr int64_t SMALL_BLOCKS = 2048;  // smaller ones: several for each multiprocessor
-// Of a block for planes: two such blocks are resident on every GPU.
-constexpr int64_t TABLES_IN_SHARED = 48 << 10;
-// The part of the L1 cache for the tables, for channels that are processed together.
-constexpr int64_t TABLES_IN_CACHE = 128 << 10;
+constexpr int THREADS = 128;
+constexpr int SLICE = 32;  // channels of a block, in planes
+constexpr int STEP = 4;    // channels (in rows: pixels) that a thread loads at once
 
-// Images with contiguous pixels become one line.
-void join_lines(Pixels& view, Pixels& out) {
-  const auto joins = [](const Pixels& p) {
-    return p.lines_per_image == 1 &&
-           (p.lines == 1 || p.pixels == 1 || p.stride_b == p.pixels * p.stride_p);
-  };
-  if (!joins(view) || !joins(out)) return;
-  for (Pixels* p : {&view, &out}) {
-    if (p->pixels == 1) p->stride_p = p->stride_b;
-    p->pixels *= p->lines;
-    p->lines = 1;
-    p->stride_b = 0;
+template <class T>
+struct Gradient {
+  const T* features;      // as dfeatures, by strides; without dsqdists null
+  const int32_t* keys;    // int32 [B, P], −1 where ignored
+  const float* anchors;   // float32 [num_classes, D]; of key k: row k / groups mod num_classes
+  const float* dsums;     // float32 [num_keys, D]
+  const float* dsqdists;  // float32 [num_keys]
+  T* dfeatures;           // [B, D, P] by strides
+  Pixels view, out;       // of features, of dfeatures
+  unsigned num_keys, num_classes, groups, blocks_per_line;
+  // In planes: from a channel of a block to the next. The planes of these channels of dfeatures
+  // begin at the same position in 16 bytes.
+  int period;
+  bool tables_aligned;  // rows of the tables begin at multiples of 16 bytes
+
+  __device__ unsigned anchor_of_key(unsigned key) const {
+    return num_keys == num_classes ? key : key / groups % num_classes;
+  }
+};
+
+// SIZE neighbours: 16 bytes, or one element.
+template <class T, int SIZE>
+__device__ __forceinline__ void load(const T* from, float (&x)[SIZE]) {
+  if constexpr (SIZE == 1) {
+    x[0] = static_cast<float>(*from);
+  } else {
+    const Vector<T> v = load_streaming(from);
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) x[i] = to_float(v, i);
   }
 }
 
-// Calls function with whether there are dsums and dsqdists, as constants.
-template <class T, class Function>
-void for_gradients(const Gradient<T>& in, Function function) {
-  if (in.dsums && in.dsqdists)
-    function.template operator()<true, true>();
-  else if (in.dsqdists)
-    function.template operator()<false, true>();
+template <class T, int SIZE>
+__device__ __forceinline__ void store(T* to, const float (&x)[SIZE]) {
+  if constexpr (SIZE == 1)
+    *to = static_cast<T>(x[0]);
   else
-    function.template operator()<true, false>();
+    store_streaming(to, round_to<T>(x));
 }
 
-template <class T>
-int64_t table_bytes_per_channel(const Gradient<T>& in) {
-  return sizeof(float) * ((in.dsums ? in.num_keys : 0) + (in.dsqdists ? in.num_classes : 0));
+// COUNT numbers of a table, `stride` apart.
+template <bool ALIGNED, int COUNT>
+__device__ __forceinline__ void load_table(const float* from, int stride, float (&row)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i += ALIGNED ? 4 : 1) {
+    if constexpr (ALIGNED) {
+      const float4 v = __ldg(reinterpret_cast<const float4*>(from + i));
+      row[i] = v.x, row[i + 1] = v.y, row[i + 2] = v.z, row[i + 3] = v.w;
+    } else {
+      row[i] = __ldg(from + i * stride);
+    }
+  }
 }
 
-template <class T>
-bool tables_aligned(const Gradient<T>& in) {
-  return in.out.dim % 4 == 0 && vectors_aligned(in.anchors, {}, 4) &&
-         vectors_aligned(in.dsums, {}, 4);
-}
-
-// From a channel of a slice to the next, so that all planes of a slice begin at the same position
-// in 16 bytes; 0 if this position is not the same in features and dfeatures.
-template <class T>
-int period_of(const Gradient<T>& in) {
-  constexpr int SIZE = Vector<T>::SIZE;
+// N neighbouring pixels of a line in planes, in a slice of the channels.
+template <int N, bool ALIGNED, bool HAS_DSUMS, bool HAS_DSQDISTS, class T>
+__device__ __forceinline__ void write_slice(const Gradient<T>& in, int64_t line, int64_t pixel,
+                                            int first, int channels) {
   const Pixels &view = in.view, &out = in.out;
-  const int64_t bytes =
-      reinterpret_cast<intptr_t>(in.features) - reinterpret_cast<intptr_t>(in.dfeatures);
-  if (view.stride_p != 1 || out.stride_p != 1) return 0;
-  if (in.dsqdists &&
-      (bytes % int64_t{sizeof(Vector<T>)} || (view.stride_b - out.stride_b) % SIZE ||
-       (view.stride_h - out.stride_h) % SIZE || (view.stride_d - out.stride_d) % SIZE))
-    return 0;
-  int period = 1;
-  while (period * out.stride_d % SIZE) period *= 2;
-  return static_cast<int>(std::min<int64_t>(period, out.dim));
-}
-
-template <class T>
-Slices slices_of(const Gradient<T>& in, int period, int step, int64_t most_channels) {
-  constexpr int SIZE = Vector<T>::SIZE;
-  const Pixels& out = in.out;
-  const bool aligned =
-      vectors_aligned(in.dfeatures, {out.stride_b, out.stride_h, out.stride_d}, sizeof(T));
-  Slices slices{.period = period};
-  slices.vectors_per_line =
-      static_cast<unsigned>(ceil_div(out.pixels + (aligned ? 0 : SIZE - 1), SIZE));
-  slices.vectors = static_cast<unsigned>(out.lines * slices.vectors_per_line);
-  const int64_t vector_blocks = ceil_div(int64_t{slices.vectors}, int64_t{PLANES_THREADS});
-  const int64_t occupied = 4 * multiprocessors();  // two blocks for each, twice
-  const int64_t enough = std::max<int64_t>(out.dim * vector_blocks / occupied, 16);
-  const int64_t channels = ceil_div(out.dim, int64_t{period});
-  const int64_t ranges = ceil_div(channels, std::min({most_channels, enough, int64_t{64}}));
-  slices.channels = static_cast<int>(ceil_div(ceil_div(channels, ranges), int64_t{step}) * step);
-  slices.count = static_cast<int>(ranges * period);
-  const int64_t rounds = ceil_div(vector_blocks * slices.count, occupied);
-  slices.blocks = static_cast<int>(ceil_div(vector_blocks, rounds));
-  return slices;
-}
-
-// Returns false if the layout or the number of keys does not permit it.
-template <class T>
-bool write_planes(const Gradient<T>& in, Stream stream) {
-  const int period = period_of(in);
-  if (period == 0 || in.out.pixels < Vector<T>::SIZE || in.out.lines * in.out.pixels >= 1u << 31)
-    return false;
-  bool written = false;
-  for_gradients(in, [&]<bool HAS_DSUMS, bool HAS_DSQDISTS>() {
-    using Table = TableSlice<T, HAS_DSUMS, HAS_DSQDISTS>;
-    // Rows have an odd number of vectors, so they begin in different banks.
-    const int64_t vectors = (TABLES_IN_SHARED / in.num_keys / int64_t{sizeof(float4)} - 1) | 1;
-    const int64_t most_channels = vectors / Table::TABLES * Table::STEP;
-    if (most_channels <= 0) return;  // more than 1,024 keys with both tables, 3,072 with one
-    Slices slices = slices_of(in, period, Table::STEP, most_channels);
-    slices.row_bytes = (slices.channels / Table::STEP * Table::TABLES | 1) * sizeof(float4);
-    launch("class_moments_backward_planes_kernel",
-           class_moments_backward_planes_kernel<T, HAS_DSUMS, HAS_DSQDISTS>,
-           grid_of(NAME, int64_t{slices.count} * slices.blocks), PLANES_THREADS,
-           int64_t{in.num_keys} * slices.row_bytes, stream, in, slices);
-    written = true;
-  });
-  return written;
-}
-
-// Returns false if the layout does not permit it.
-template <class T>
-bool write_rows(const Gradient<T>& in, Stream stream) {
-  constexpr int SIZE = Vector<T>::SIZE;
-  const Pixels& out = in.out;
-  const auto aligned = [](const Pixels& p, const T* data) {
-    return p.stride_d == 1 &&
-           vectors_aligned(data, {p.stride_b, p.stride_h, p.stride_p}, sizeof(T));
+  const T* features = HAS_DSQDISTS ? in.features + view.offset(line, first, pixel) : nullptr;
+  T* dfeatures = in.dfeatures + out.offset(line, first, pixel);
+  const int64_t stride = in.period * view.stride_d, dstride = in.period * out.stride_d;
+  const float *anchors = in.anchors + first, *dsums = in.dsums + first;
+  unsigned valid = 0, anchor[N], dsum[N];  // rows of the tables, of less than 2^31 elements
+  float scale[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int key = in.keys[line * out.pixels + pixel + i];
+    valid |= (key >= 0 ? 1u : 0u) << i;
+    const unsigned k = max(key, 0), dim = static_cast<unsigned>(out.dim);
+    scale[i] = HAS_DSQDISTS ? 2 * in.dsqdists[k] : 0;
+    anchor[i] = in.anchor_of_key(k) * dim;
+    dsum[i] = k * dim;
+  }
+  const auto write = [&]<int COUNT, bool VECTORS>() {
+    float x[COUNT][N];
+#pragma unroll
+    for (int c = 0; c < COUNT; ++c)
+      if constexpr (HAS_DSQDISTS) load(features + c * stride, x[c]);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      float a[COUNT], s[COUNT] = {};
+      if constexpr (HAS_DSQDISTS) load_table<VECTORS>(anchors + anchor[i], in.period, a);
+      if constexpr (HAS_DSUMS) load_table<VECTORS>(dsums + dsum[i], in.period, s);
+#pragma unroll
+      for (int c = 0; c < COUNT; ++c) {
+        const float y = HAS_DSQDISTS ? fmaf(x[c][i] - a[c], scale[i], s[c]) : s[c];
+        x[c][i] = valid >> i & 1 ? y : 0;  // a selection: the feature may be NaN
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < COUNT; ++c) store(dfeatures + c * dstride, x[c]);
+    features += COUNT * stride, dfeatures += COUNT * dstride;
+    anchors += COUNT * in.period, dsums += COUNT * in.period;
   };
-  if (!aligned(in.view, in.features) || !aligned(out, in.dfeatures) || out.dim % SIZE != 0 ||
-      !tables_aligned(in))
-    return false;
-  const int64_t vectors = out.dim / SIZE;
-  int64_t cached = TABLES_IN_CACHE / (table_bytes_per_channel(in) * SIZE);
-  if (cached < 8) cached = vectors;  // less than a cache line of 128 bytes of features
-  const int64_t count = ceil_div(vectors, cached), slice = ceil_div(vectors, count);
-  constexpr int64_t ROUND = ROWS_THREADS * ROWS_UNROLL;
-  const int64_t rounds =
-      std::clamp<int64_t>(out.lines * out.pixels * vectors / (ROUND * SMALL_BLOCKS), 1, 8);
-  const int64_t blocks_per_line = ceil_div(out.pixels * slice, ROUND * rounds);
-  const RowSlices slices{static_cast<int>(slice), static_cast<int>(rounds),
-                         grid_of(NAME, blocks_per_line).x};
-  for_gradients(in, [&]<bool HAS_DSUMS, bool HAS_DSQDISTS>() {
-    launch("class_moments_backward_rows_kernel",
-           class_moments_backward_rows_kernel<T, HAS_DSUMS, HAS_DSQDISTS>,
-           grid_of(NAME, ceil_div(vectors, slice) * out.lines * blocks_per_line), ROWS_THREADS, 0,
-           stream, in, slices);
-  });
-  return true;
+  int c = 0;
+#pragma unroll 1
+  for (; c + STEP <= channels; c += STEP) write.template operator()<STEP, ALIGNED>();
+#pragma unroll 1
+  for (; c < channels; ++c) write.template operator()<1, false>();
 }
 
-template <int LANES, class T>
-void write_elements(const Gradient<T>& in, Stream stream) {
+// A thread has SIZE neighbouring pixels: 16 bytes, or one. Neighbouring blocks have the same slice.
+template <class T, int SIZE, bool HAS_DSUMS, bool HAS_DSQDISTS>
+__global__ void __launch_bounds__(THREADS, 3)
+    class_moments_backward_planes_kernel(const Gradient<T> in) {
+  const int64_t line = blockIdx.x / in.blocks_per_line;
+  const int first = blockIdx.y / in.period * SLICE * in.period + blockIdx.y % in.period;
+  const int channels = min(ceil_div(static_cast<int>(in.out.dim) - first, in.period), SLICE);
+  int64_t pixel = (int64_t{blockIdx.x % in.blocks_per_line} * THREADS + threadIdx.x) * SIZE;
+  if constexpr (SIZE > 1) {  // vectors begin at multiples of 16 bytes, the line perhaps not
+    const T* const begin = in.dfeatures + in.out.offset(line, first, 0);
+    pixel -= reinterpret_cast<uintptr_t>(begin) % 16 / sizeof(T);
+    if (pixel >= 0 && pixel + SIZE <= in.out.pixels) {
+      if (in.tables_aligned)
+        write_slice<SIZE, true, HAS_DSUMS, HAS_DSQDISTS>(in, line, pixel, first, channels);
+      else
+        write_slice<SIZE, false, HAS_DSUMS, HAS_DSQDISTS>(in, line, pixel, first, channels);
+      return;
+    }
+  }
+  const int64_t end = min(pixel + SIZE, in.out.pixels);
+#pragma unroll 1
+  for (int64_t p = max(pixel, int64_t{0}); p < end; ++p)
+    write_slice<1, false, HAS_DSUMS, HAS_DSQDISTS>(in, line, p, first, channels);
+}
+
+// A thread has SIZE channels, 16 bytes or one, of STEP neighbouring pixels.
+template <class T, int SIZE, bool HAS_DSUMS, bool HAS_DSQDISTS>
+__global__ void __launch_bounds__(THREADS, 3)
+    class_moments_backward_rows_kernel(const Gradient<T> in) {
+  const Pixels &view = in.view, &out = in.out;
+  const int64_t line = blockIdx.x / in.blocks_per_line, vectors = out.dim / SIZE;
+  const int64_t v = int64_t{blockIdx.x % in.blocks_per_line} * THREADS + threadIdx.x;
+  const int64_t first = v / vectors * STEP, d = v % vectors * SIZE;
+  if (first >= out.pixels) return;
+  float x[STEP][SIZE];
+  int key[STEP];
+#pragma unroll
+  for (int n = 0; n < STEP; ++n) {
+    const int64_t p = min(first + n, out.pixels - 1);  // no branch around the loads
+    key[n] = in.keys[line * out.pixels + p];
+    if constexpr (HAS_DSQDISTS) load(in.features + view.offset(line, d, p), x[n]);
+  }
+#pragma unroll
+  for (int n = 0; n < STEP; ++n) {
+    const unsigned k = max(key[n], 0);
+    const float scale = HAS_DSQDISTS ? 2 * in.dsqdists[k] : 0;
+    float a[SIZE], s[SIZE] = {};
+    if constexpr (HAS_DSQDISTS)
+      load_table<(SIZE > 1)>(in.anchors + in.anchor_of_key(k) * out.dim + d, 1, a);
+    if constexpr (HAS_DSUMS) load_table<(SIZE > 1)>(in.dsums + k * out.dim + d, 1, s);
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) {
+      const float y = HAS_DSQDISTS ? fmaf(x[n][i] - a[i], scale, s[i]) : s[i];
+      x[n][i] = key[n] >= 0 ? y : 0;
+    }
+    if (first + n < out.pixels) store(in.dfeatures + out.offset(line, d, first + n), x[n]);
+  }
+}
+
+template <int SIZE, class T>
+void write_gradient(Gradient<T> in, bool rows, Stream stream) {
   const Pixels& out = in.out;
-  const int64_t pixel_blocks = ceil_div(out.lines * out.pixels * LANES, int64_t{ELEMENTS_THREADS});
-  const int64_t cached = std::clamp<int64_t>(TABLES_IN_CACHE / table_bytes_per_channel(in), 16, 64);
-  const int64_t enough = std::max<int64_t>(out.dim * pixel_blocks / SMALL_BLOCKS, 16);
-  const int64_t ranges = LANES > 1 ? 1 : ceil_div(out.dim, std::min(cached, enough));
-  const int64_t channels = ceil_div(ceil_div(out.dim, ranges), int64_t{16}) * 16;
-  for_gradients(in, [&]<bool HAS_DSUMS, bool HAS_DSQDISTS>() {
-    launch("class_moments_backward_elements_kernel",
-           class_moments_backward_elements_kernel<T, LANES, HAS_DSUMS, HAS_DSQDISTS>,
-           grid_of(NAME, pixel_blocks * ceil_div(out.dim, channels)), ELEMENTS_THREADS, 0, stream,
-           in, grid_of(NAME, pixel_blocks).x, static_cast<int>(channels));
-  });
+  // A line in planes may begin within a vector.
+  const int64_t threads = rows ? ceil_div(out.pixels, int64_t{STEP}) * (out.dim / SIZE)
+                               : ceil_div(out.pixels + SIZE - 1, int64_t{SIZE});
+  in.blocks_per_line = grid_of(NAME, ceil_div(threads, int64_t{THREADS})).x;
+  dim3 grid = grid_of(NAME, out.lines * in.blocks_per_line);
+  const int64_t slices = ceil_div(ceil_div(out.dim, int64_t{in.period}), int64_t{SLICE});
+  if (!rows) grid.y = static_cast<unsigned>(in.period * slices);
+  const auto run = [&]<bool HAS_DSUMS, bool HAS_DSQDISTS>() {
+    const auto kernel =
+        rows ? class_moments_backward_rows_kernel<T, SIZE, HAS_DSUMS, HAS_DSQDISTS>
+             : class_moments_backward_planes_kernel<T, SIZE, HAS_DSUMS, HAS_DSQDISTS>;
+    launch("class_moments_backward_kernel", kernel, grid, THREADS, 0, stream, in);
+  };
+  if (in.dsums && in.dsqdists)
+    run.template operator()<true, true>();
+  else if (in.dsqdists)
+    run.template operator()<false, true>();
+  else
+    run.template operator()<true, false>();
+}
+
+template <class T>
+void write_gradient(Gradient<T> in, Stream stream) {
+  constexpr int64_t SIZE = Vector<T>::SIZE;
+  const Pixels &view = in.view, &out = in.out;
+  const bool planes = out.stride_p == 1 && out.pixels >= SIZE;
+  const bool rows = !planes && out.stride_d == 1 && out.dim > 1;
+  const int64_t period = SIZE / std::gcd(out.stride_d, SIZE);
+  in.tables_aligned =
+      out.dim % 4 == 0 && vectors_aligned(in.anchors, {}, 4) && vectors_aligned(in.dsums, {}, 4);
+  const auto position = [](const T* data) { return reinterpret_cast<uintptr_t>(data) % 16; };
+  const auto aligned = [](const T* data, const Pixels& p) {
+    return !data || (p.stride_d == 1 &&
+                     vectors_aligned(data, {p.stride_b, p.stride_h, p.stride_p}, sizeof(T)));
+  };
+  // In planes, vectors of features must lie as those of dfeatures.
+  const bool alike =
+      !in.features ||
+      (view.stride_p == 1 && position(in.features) == position(in.dfeatures) &&
+       (view.stride_b - out.stride_b) % SIZE == 0 && (view.stride_h - out.stride_h) % SIZE == 0 &&
+       (view.stride_d - out.stride_d) * period % SIZE == 0);
+  const bool vectors = planes ? alike
+                              : out.dim % SIZE == 0 && in.tables_aligned &&
+                                    aligned(in.dfeatures, out) && aligned(in.features, view);
+  if (planes && vectors) in.period = static_cast<int>(period), in.tables_aligned &= period == 1;
+  vectors ? write_gradient<SIZE>(in, rows, stream) : write_gradient<1>(in, rows, stream);
 }
 
 Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
@@ -194,33 +253,29 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
   if (anchors) check_shape(NAME, "anchors", anchors, {anchors->size(0), dim});
   check_shape(NAME, "dsums", dsums, {num_keys, dim});
   check_shape(NAME, "dsqdists", dsqdists, {num_keys});
+  STD_TORCH_CHECK(num_keys * dim < int64_t{1} << 31 && dim < 1 << 20, NAME,
+                  ": expected fewer than 2^20 channels and 2^31 sums, got ", num_keys, " keys of ",
+                  dim, " channels");
   const std::vector<int64_t> from = dsqdists ? to_vector(features->strides()) : stride;
   const bool join = rows_join(size, from) && rows_join(size, stride);
-  Pixels view = as_pixels(size, from, join), out = as_pixels(size, stride, join);
-  join_lines(view, out);
-  STD_TORCH_CHECK(out.dim < 1 << 29, NAME, ": features: too many channels");
-
   // If rows are not contiguous, or one row is expanded to all, they are copied: K×D.
   for (auto* table : {&anchors, &dsums, &dsqdists})
     if (*table) *table = torch::stable::contiguous(**table);
   for_dtype(NAME, dtype, [&](auto element) {
     using T = decltype(element);
-    const Gradient<T> in{.features = dsqdists ? features->const_data_ptr<T>() : nullptr,
-                         .keys = keys.const_data_ptr<int32_t>(),
-                         .anchors = optional_data<float>(anchors),
-                         .dsums = optional_data<float>(dsums),
-                         .dsqdists = optional_data<float>(dsqdists),
-                         .dfeatures = dfeatures.mutable_data_ptr<T>(),
-                         .view = view,
-                         .out = out,
-                         .num_keys = static_cast<unsigned>(num_keys),
-                         .num_classes = static_cast<unsigned>(anchors ? anchors->size(0) : 1),
-                         .groups = static_cast<unsigned>(groups)};
-    if (write_planes(in, device.stream) || write_rows(in, device.stream)) return;
-    if (out.stride_d == 1 && out.dim > 1)
-      write_elements<32>(in, device.stream);
-    else
-      write_elements<1>(in, device.stream);
+    write_gradient<T>({.features = dsqdists ? features->const_data_ptr<T>() : nullptr,
+                       .keys = keys.const_data_ptr<int32_t>(),
+                       .anchors = optional_data<float>(anchors),
+                       .dsums = optional_data<float>(dsums),
+                       .dsqdists = optional_data<float>(dsqdists),
+                       .dfeatures = dfeatures.mutable_data_ptr<T>(),
+                       .view = as_pixels(size, from, join),
+                       .out = as_pixels(size, stride, join),
+                       .num_keys = static_cast<unsigned>(num_keys),
+                       .num_classes = static_cast<unsigned>(anchors ? anchors->size(0) : 1),
+                       .groups = static_cast<unsigned>(groups),
+                       .period = 1},
+                      device.stream);
   });
   return dfeatures;
 }
@@ -228,6 +283,6 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
 }  // namespace
 }  // namespace anchorops::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(anchorops, ANCHOROPS_DISPATCH_KEY, library) {
+STABLE_TORCH_LIBRARY_IMPL(anchorops, CUDA, library) {
   library.impl("class_moments_backward.cuda", TORCH_BOX(&anchorops::cuda::class_moments_backward));
 }

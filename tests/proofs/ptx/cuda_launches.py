@@ -43,7 +43,7 @@ from .triton_launches import regions_of, stored_params
 HERE = Path(__file__).parent
 BUILD = HERE.parents[2] / "build/ptx"
 # the arguments of CUDA's cudaDeviceGetAttribute and cudaFuncSetAttribute
-MAJOR, MULTIPROCESSORS, SHARED_OF_MULTIPROCESSOR, RESERVED_OF_BLOCK = 75, 16, 81, 111
+MULTIPROCESSORS, SHARED_OF_MULTIPROCESSOR, RESERVED_OF_BLOCK = 16, 81, 111
 DYNAMIC_SHARED_OF_BLOCK = 8
 MOST_SHARED = 99 << 10  # of a block, on every GPU from sm_80 on
 MOST_WITHOUT_REQUEST = 48 << 10
@@ -72,7 +72,6 @@ class Machine:
     """What the CUDA runtime asks."""
 
     def __init__(self, arch: int, sources: Any):
-        self.arch = arch
         self.mangled: dict[int, str] = sources.kernels()  # by the address of the host's function
         self.names = dict(zip(self.mangled, readable(self.mangled.values()), strict=True))
         texts = [text for text in sources.modules() if f".target sm_{arch}\n" in text]
@@ -88,7 +87,6 @@ class Machine:
     def attribute(self, which: int, device: int) -> int:
         gpu = self.gpus[device]
         return {
-            MAJOR: self.arch // 10,
             MULTIPROCESSORS: gpu.multiprocessors,
             SHARED_OF_MULTIPROCESSOR: gpu.shared_kilobytes << 10,
             RESERVED_OF_BLOCK: 1 << 10,

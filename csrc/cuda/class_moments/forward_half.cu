@@ -1,7 +1,0 @@
-#include "instances.cuh"
-
-namespace anchorops::cuda {
-
-template void launch_moments(int, const Input<Half>&, const Tiling&, const Partials&, Stream);
-
-}  // namespace anchorops::cuda
