@@ -90,9 +90,14 @@ def test_equal_to_pycocotools(kind: str, record_property: Any):
         if case % 4 == 1:
             z = z.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # channels last
         boxes = None
-        if case % 5 == 2:
-            corners = (torch.rand(4, 4) * 1.5 - 0.25) * torch.tensor([width, height] * 2)
-            boxes = torch.cat([corners[:, :2].minimum(corners[:, 2:]), corners[:, 2:]], 1)
+        if case % 5 == 2:  # some are empty, some beyond the image
+            boxes = (torch.rand(4, 4) * 1.5 - 0.25) * torch.tensor([width, height] * 2)
+            boxes[0] = torch.tensor([-torch.inf, 0.5, torch.inf, height + 1])
+            boxes = (
+                boxes
+                if case % 2
+                else boxes.clamp(0, 999).to((torch.uint16, torch.half)[case % 4 // 2])
+            )
         masks = ao.mask_rle(
             z, (height, width), threshold=threshold, boxes=boxes, align_corners=align_corners
         )
@@ -148,24 +153,6 @@ def test_empty():
     assert ao.mask_rle(torch.ones(2, 0, 4), (0, 4)).areas().tolist() == [0, 0]
     zeros, ones = ao.mask_rle(torch.tensor([-1.0, 1.0]).view(2, 1, 1), (3, 4)).coco(False)
     assert zeros["counts"] == [12] and ones["counts"] == [0, 12]
-
-
-BOXES = [[1.5, 2.5, 6.0, 7.0], [-torch.inf, -3, torch.inf, 100], [4, 0, 4, 20], [6, 0, 2, 20]]
-BOXES += [[0, 3, 20, 3.001], [30, 0, 40, 10]]
-
-
-@ON_CPU
-@pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32, torch.uint8])
-def test_boxes(dtype: torch.dtype):
-    boxes = torch.tensor(BOXES)
-    if not dtype.is_floating_point:
-        boxes = boxes.clamp(0, 100)
-    boxes = boxes.to(dtype)
-    for z in (torch.ones(6, 4, 5), torch.randn(6, 4, 5)):
-        masks = ao.mask_rle(z, (11, 15), boxes=boxes)
-        expected = F.interpolate(z[None], (11, 15), mode="bilinear")[0] > 0
-        check(masks, in_boxes(expected, boxes))
 
 
 def test_more_than_2_to_the_31_pixels():
@@ -251,7 +238,6 @@ LONG = Z[:, :1, :1].expand(2, 2**31, 1)
     ("arguments", "message"),
     [
         ({"logits": [1.0]}, r"logits: expected a tensor \(N, h, w\), got \[1.0\]"),
-        ({"logits": Z[None]}, r"logits: expected a tensor \(N, h, w\), got .*\(1, 2, 4, 5\)"),
         ({"logits": Z.int()}, "logits: expected float32, .* or float64, got torch.int32"),
         ({"logits": Z.to_sparse()}, "logits: expected a strided tensor"),
         ({"logits": Z[:, :0]}, r"logits: expected at least one pixel per mask, got .*\(2, 0, 5\)"),

@@ -9,9 +9,6 @@ from torch import Tensor
 from .._moments import statistics_dtype
 from .upsampling import upsample
 
-# of a run: 5 bits each, of 64
-CHARACTERS = 13
-
 
 def mask_rle(
     logits: Tensor,
@@ -54,7 +51,7 @@ def encode(counts: Tensor) -> Tensor:
     the lowest ones first, and whether more follow."""
     numbers = counts.clone()
     numbers[3:] -= counts[1:-2]
-    shifted = numbers[:, None] >> torch.arange(0, 5 * CHARACTERS, 5, device=counts.device)
+    shifted = numbers[:, None] >> torch.arange(0, 64, 5, device=counts.device)
     rest = shifted >> 4  # with the sign of this character's bits: 0 or −1 if nothing is left
     more = (rest != 0) & (rest != -1)
     characters = 48 + (shifted & 31) + 32 * more

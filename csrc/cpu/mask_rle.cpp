@@ -45,7 +45,7 @@ class Runs {
   void change(int64_t x, int64_t y) {
     if (ones_) add_to_box(x, y);
     write(x * height_ + y);
-    if (!ones_) begin_ = {x, y};
+    begin_x_ = x, begin_y_ = y;
     ones_ = !ones_;
   }
 
@@ -59,17 +59,13 @@ class Runs {
   Box box() const { return area_ == 0 ? Box{} : box_; }
 
  private:
-  struct Pixel {
-    int64_t x, y;
-  };
-
-  // The run of ones from begin_ until (x, y).
+  // The run of ones that ends before (x, y).
   void add_to_box(int64_t x, int64_t y) {
     const int64_t last = y > 0 ? x : x - 1;  // its last column
-    const bool one_column = last == begin_.x;
-    if (area_ == 0) box_ = {begin_.x, height_, 0, 0};
+    const bool one_column = last == begin_x_;
+    if (area_ == 0) box_ = {begin_x_, height_, 0, 0};
     box_.x1 = last + 1;
-    box_.y0 = std::min(box_.y0, one_column ? begin_.y : 0);
+    box_.y0 = std::min(box_.y0, one_column ? begin_y_ : 0);
     box_.y1 = std::max(box_.y1, one_column && y > 0 ? y : height_);
     area_ += x * height_ + y - position_;
   }
@@ -90,9 +86,9 @@ class Runs {
   }
 
   int64_t height_, position_ = 0, runs_ = 0, area_ = 0;
-  int64_t lengths_[2] = {};  // of the last two runs
+  int64_t begin_x_ = 0, begin_y_ = 0;  // of the last run
+  int64_t lengths_[2] = {};            // of the last two runs
   bool ones_ = false;
-  Pixel begin_ = {};  // of the run, if these are ones
   Box box_ = {};
   std::vector<uint8_t> code_;
 };
