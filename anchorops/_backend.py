@@ -52,8 +52,8 @@ GPU_MAX_CLASSES = 16_384  # of cuda and triton; the others support MAX_CLASSES o
 # the partial sums of all keys, which `cuda` writes, would take longer than the sort.
 CUDA_MAX_KEYS = 1024
 
-# Tests without a GPU run the kernels of a backend on CPU tensors: those of Triton in its interpreter
-# (it reads the variable when it is imported), or both as compiled (tests/proofs/ptx).
+# Tests without a GPU run the kernels of a backend on CPU tensors: those of Triton in its
+# interpreter (it reads the variable when it is imported), or both as compiled (tests/proofs/ptx).
 TRITON_INTERPRETED = os.getenv("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 _ON_HOST = {"triton": TRITON_INTERPRETED, "cuda": False}
 

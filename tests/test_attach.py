@@ -240,7 +240,7 @@ def test_errors() -> None:
         attached(labels)
     model(x)
     attached(labels)
-    with pytest.raises(RuntimeError, match="already called after this forward .join several"):
+    with pytest.raises(RuntimeError, match="it was already called after this forward"):
         attached(labels)
 
 

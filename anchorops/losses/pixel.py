@@ -148,7 +148,8 @@ class MomentsLoss(PixelLoss):
 
     Args:
         accuracy: add the share of correctly predicted pixels to `terms`.
-        ignore_index, align_corners, check_labels: as in `CrossEntropy`.
+
+    `arguments` are ignore_index, align_corners and check_labels, as in `CrossEntropy`.
     """
 
     common_settings = ("accuracy", *PixelLoss.common_settings)
