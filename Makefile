@@ -53,11 +53,15 @@ build/torch/%:
 	    && CXX=false $$pip --no-build-isolation -e ".[$$extras]" \
 	    || { rm -r $@; false; }
 
-# for changes of kernels: Triton's interpreter, CUDA kernels in a machine for PTX (if nvcc is
-# there), machine code, and the tests that take long. Three processes, because a few of them take minutes, and others wait
-# behind them.
+# for changes of kernels: CUDA's in the machine for PTX (if nvcc is there), machine code, and the tests
+# that take long. Three processes, because a few of them take minutes, and others wait behind them.
+# Then Triton's kernels in the machine: all cases as compiled for sm_80; and for sm_90 a case of each
+# kernel, and the quick checks of --verify, which have all instructions that sm_90 alone has.
+in_machine = OMP_NUM_THREADS=1 PTX_ARCH=$1 $(BIN)/pytest -n 2 --dist worksteal
 proofs: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m slow
+	$(call in_machine,80) tests
+	$(call in_machine,90) -m 'not slow' tests/test_every_kernel.py tests/test_verify.py
 	PYTHONPATH=tests/proofs:bench $(BIN)/python -m ptx.traffic
 
 # do the tests notice each planted fault? make faults FAULTS='kernels/lanes.py C++' takes those whose

@@ -32,6 +32,13 @@ PLACES = {"triton": ["interpreter"], "cuda": ["emulator"]}.get(
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if PTX_ARCH is not None:
+        from ptx import report
+
+        config.pluginmanager.register(report)
+
+
 def pytest_report_header() -> str:
     versions = {"Python": platform.python_version(), "torch": torch.__version__}
     versions |= {name: _version(name) for name in ("torchvision", "triton", "numpy")}

@@ -268,4 +268,5 @@ def test_notebook_for_a_gpu(
             source = source.replace('"--verify"', '"--verify", "--backend", "cpu"')
             exec(compile(source, str(path), "exec"), names)
     report = capsys.readouterr().out.split("```")[-2]
-    assert "cpu: 137 right, 0 WRONG" in report and "cross-entropy, K 150, ratio 4" in report
+    assert re.search(r"cpu: \d+ right, 0 WRONG", report)
+    assert "cross-entropy, K 150, ratio 4" in report

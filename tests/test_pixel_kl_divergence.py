@@ -1,5 +1,5 @@
 """pixel_kl_divergence of each backend, compared with F.interpolate, F.log_softmax and F.kl_div in
-float64. tests/proofs runs the cases that take `backend` again, in Triton's interpreter."""
+float64. `make proofs` runs the cases that take `backend` again, with Triton's kernels."""
 
 from typing import Any, NamedTuple
 

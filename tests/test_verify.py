@@ -22,6 +22,25 @@ def test_all_is_right():
     assert not [str(row) for row in (*rows, *environment) if row.right is not True]
 
 
+@pytest.mark.on("interpreter", "emulator")
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, id=check.name, marks=[pytest.mark.slow] * (not check.quick))
+        for check in verify.checks()
+    ],
+)
+def test_check(check: verify.Check, backend: str, record_property):
+    """Of kernels that run without a GPU."""
+    row = verify.run(check, backend, CPU)
+    if row.right is None or "Unsupported: " in row.note:
+        pytest.skip(row.note or f"{backend} does not serve it")
+    dtype = check.inputs[0].dtype
+    name = str(dtype).removeprefix("torch.") if dtype.is_floating_point else "integers"
+    record_property("check", [check.name, check.operator, name, row.error, row.limit])
+    assert row.right, str(row)
+
+
 class _WrongGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

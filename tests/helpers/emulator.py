@@ -1,7 +1,7 @@
 """The backend whose kernels run here on the CPU: those of Triton or of CUDA as compiled, in the PTX
 machine (tests/proofs/ptx), or those of Triton in its interpreter. In other processes it is "".
 
-The processes that tests/proofs starts with one of them run CASES_OF_TRITON or CASES_OF_CUDA."""
+tests/proofs/test_cuda.py runs CASES_OF_CUDA."""
 
 import os
 from pathlib import Path
@@ -31,18 +31,6 @@ OF_CUDA = (  # files of the operators that have CUDA kernels
     "methods",
     "every_kernel",
 )
-OF_TRITON = (
-    *OF_CUDA,
-    "softmax_moments",
-    "softmax_not_finite",
-    "wrong_labels",
-    "upsampled_sums",
-    "confusion",
-    "pixel_kl_divergence",
-    "lovasz",
-    "default_dtype",
-    "inference_tensors",
-)
 OF_PYTORCH = ("guarantees_of_torch", "class_moments_torch")  # compile, opcheck, …
 
 
@@ -50,8 +38,7 @@ def _files(*names: str) -> list[Path]:
     return [HERE.parent / f"test_{name}.py" for name in names]
 
 
-CASES_OF_TRITON = _files(*OF_TRITON, *OF_PYTORCH, "softmax_moments_torch")
 CASES_OF_CUDA = [
-    *_files(*OF_CUDA, *OF_PYTORCH),
+    *_files(*OF_CUDA, *OF_PYTORCH, "verify"),
     *sorted((HERE.parent / "proofs").glob("test_cuda_*.py")),
 ]

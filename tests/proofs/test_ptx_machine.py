@@ -1,6 +1,7 @@
 """The PTX machine's own arithmetic and detection, by kernels of a few lines, against the PTX
 manual's definitions: integers exactly, floats against float64. Needs neither Triton nor nvcc."""
 
+import ast
 import math
 import struct
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ptx import cuda_launches
+from ptx import cuda_launches, report
 from ptx.machine import Finding, Launch, Traffic, run
 from ptx.memory import CANARY, Region
 from ptx.program import Program
@@ -577,6 +578,33 @@ def test_traffic():
         launch(body.format(step=step), given, np.zeros(1, "u4"), traffic=traffic)
         counted = traffic["loads"]
         assert (counted.asked, counted.sectors, counted.moved) == (128, sectors, sectors)
+
+
+def test_branches_that_never_ran():
+    source = """
+def kernel(x):
+    y = x + 1
+    if y > 2:
+        y = 3
+    else:
+        for i in range(y):
+            y += i
+    return y
+"""
+    (function,) = ast.parse(source).body
+    assert isinstance(function, ast.FunctionDef)
+    compiled = {3, 4, 5, 7, 8}
+    assert list(report._never_run(function.body, compiled, set())) == [3]
+    assert list(report._never_run(function.body, compiled, {3, 4})) == [5, 7]
+    assert list(report._never_run(function.body, compiled, {3, 4, 5, 7})) == [8]
+    assert list(report._never_run(function.body, compiled, {3, 5, 8})) == []
+    assert list(report._never_run(function.body, {3, 5}, {3, 5})) == []
+
+
+def test_nan_is_one():
+    x = np.array([0xFFC00001, 0x7F800001, 0x7F800000], "u4").view("f4")
+    result = compute("add.f32 {to}, {0}, {1};", np.resize(x, 32), np.zeros(32, "f4"), dtype="f4")
+    assert result[:3].view("u4").tolist() == [0x7FFFFFFF, 0x7FFFFFFF, 0x7F800000]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ on a GPU, but with the CUDA runtime of cuda/runtime.cpp, which calls this module
 the memory of CPU tensors.
 
     PTX_BACKEND=cuda PTX_ARCH=80 pytest tests/test_class_moments.py
-    PYTHONPATH=tests/proofs python -m ptx.verify 80 --backend=cuda --only="class moments"
+    PTX_BACKEND=cuda PTX_ARCH=80 pytest tests/test_verify.py
 
 The first call compiles what has changed, into build/ptx. In Python, before any tensor:
 
@@ -254,6 +254,7 @@ def _serve(name: str) -> None:
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
     def call(*arguments: Any) -> Any:
+        shared.note_call(name, arguments)
         machine.tensors = [x for x in arguments if isinstance(x, Tensor)]
         machine.error = None
         try:

@@ -199,6 +199,8 @@ class Region:
             self.written.set(words, of_words)
         for i, v in zip(indices, values, strict=True):
             view[i] = v
+        if self.unwritten is not None:
+            self.unwritten[words] = False
         for i, v in zip(indices, values, strict=True):
             if (bad := view[i] != v).any():
                 one = int(np.flatnonzero(bad)[0])
@@ -210,8 +212,6 @@ class Region:
                 )
                 of_warp = first[one] // 32 == lanes.thread[one] // 32
                 raise Fault("unequal copies" if of_warp else "race", bad, detail)
-        if self.unwritten is not None:
-            self.unwritten[words] = False
 
     def update(self, position, dtype: str, kind: str, values: list, lanes: Lanes):
         """Atomics, in the order of the lanes: the old values."""

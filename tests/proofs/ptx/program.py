@@ -21,13 +21,17 @@ from .text import (
 )
 
 Live = set[Register]
+NAN32 = np.uint32(0x7FFFFFFF).view(np.float32)
 
 
 def held(x, dtype: str, bits: int):
-    """As a register holds it: unsigned, extended by zeros or by the sign."""
+    """As a register holds it: unsigned, extended by zeros or by the sign. All NaN of float32 are
+    one, as on GPUs."""
     x = x.astype(dtype, copy=False)
     if bits == 1:
         return x
+    if dtype == "f4" and (nan := np.isnan(x)).any():
+        x = np.where(nan, NAN32, x)
     if 8 * x.dtype.itemsize < bits:
         x = x.astype(f"{x.dtype.kind}{bits // 8}")
     return x.view(f"u{bits // 8}")

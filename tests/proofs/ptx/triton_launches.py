@@ -1,9 +1,13 @@
 """Launches of Triton kernels, run by the machine: Triton compiles for a GPU that is not there, and
 the PTX runs on the memory of CPU tensors."""
 
+import importlib
+import inspect
 import os
+import pkgutil
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,6 +21,7 @@ from .text import Address, Kernel, Register, Symbol, kernels
 programs: dict[str, Program] = {}  # by the hash of what was compiled
 launches: Counter[str] = Counter()  # by kernel
 instructions: Counter[str] = Counter()  # that warps executed, by kernel
+calls: set[tuple[str, str]] = set()  # operators, and dtypes of features or logits
 traffic: dict[str, dict[str, Traffic]] | None = None  # by kernel, where it is counted
 seed: int | None = None  # of a random order of the warps
 _new: dict[int, int] = {}  # tensors that launchers allocated: address -> bytes
@@ -73,6 +78,36 @@ def install(arch: int) -> None:
         return result
 
     torch.Tensor.new_empty = new_empty  # type: ignore[method-assign]
+    _note_calls()
+
+
+def _note_calls() -> None:
+    """anchorops looks the launcher of an operator up in its module at each call."""
+    from anchorops import kernels
+
+    for _, name, _ in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"anchorops.kernels.{name}")
+        launcher = getattr(module, name, None)
+        if inspect.isfunction(launcher):
+            setattr(module, name, _noted(name, launcher))
+
+
+def _noted(name: str, launcher: Any) -> Any:
+    def launch(*args: Any, **named: Any) -> Any:
+        note_call(name, [*args, *named.values()])
+        return launcher(*args, **named)
+
+    return launch
+
+
+def note_call(operator: str, args: Sequence[Any]) -> None:
+    """The dtype is that of the result, where it is an argument, or of the first floating tensor."""
+    import torch
+
+    dtypes = [x for x in args if isinstance(x, torch.dtype)]
+    dtypes += [x.dtype for x in args if isinstance(x, torch.Tensor)]
+    dtypes = [x for x in dtypes if x.is_floating_point]
+    calls.add((operator, str(dtypes[0]).removeprefix("torch.") if dtypes else "integers"))
 
 
 def _mark_new(address: int, size: int) -> None:

@@ -1,0 +1,153 @@
+"""What ran in the machine: a plugin of pytest (tests/conftest.py) that prints a table after the
+tests. Where all checks of `anchorops-doctor --verify` ran, it is an error if none of them runs a
+branch of kernels/ that some test compiled."""
+
+import ast
+import os
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from . import triton_launches
+from .text import Unsupported
+
+KERNELS = Path(__file__).parents[3] / "kernels"
+
+
+Lines = dict[str, set[int]]  # by file
+
+
+class Row(NamedTuple):
+    operator: str
+    dtype: str
+
+
+class Record:
+    """Of all tests; pytest-xdist's processes send them with the reports."""
+
+    def __init__(self) -> None:
+        self.cases: dict[Row, Counter[str]] = defaultdict(Counter)  # forward, backward, findings
+        self.errors: dict[Row, tuple[float, float]] = {}  # the largest and its limit
+        self.checks: set[str] = set()
+        self.compiled: Lines = defaultdict(set)
+        self.ran: Lines = defaultdict(set)  # by a check
+
+    def add(self, report: pytest.TestReport) -> None:
+        found: dict[str, Any] = dict(report.user_properties)
+        for name, dtype in found["calls"]:
+            operator, backward, _ = name.partition("_backward")
+            cases = self.cases[Row(operator, dtype)]
+            cases["backward" if backward else "forward"] += 1
+            cases["findings"] += "Finding: " in report.longreprtext
+        _add(found["compiled"], self.compiled)
+        if "check" not in found:
+            return
+        name, operator, dtype, error, limit = found["check"]
+        worst, its_limit = self.errors.get(Row(operator, dtype), (0.0, 1.0))
+        if error / limit >= worst / its_limit:
+            self.errors[Row(operator, dtype)] = error, limit
+        self.checks.add(name)
+        _add(found["ran"], self.ran)
+
+    def table(self) -> Iterator[str]:
+        arch, backend = os.environ["PTX_ARCH"], os.environ.get("PTX_BACKEND", "triton")
+        yield f"What ran as compiled for sm_{arch}, backend {backend}, in cases of each direction,"
+        yield "and of the checks of --verify the largest error and its limit:"
+        line = "{:<21}{:<10}{:>8}{:>9}{:>9}{:>9}{:>9}".format
+        yield line("operator", "dtype", "forward", "backward", "error", "limit", "findings")
+        for row, cases in sorted(self.cases.items()):
+            numbers = [f"{x:.1e}" for x in self.errors.get(row, ())] or ["", ""]
+            counts = [cases[what] for what in ("forward", "backward", "findings")]
+            yield line(*row, *counts[:2], *numbers, counts[2])
+
+
+def _add(places: list[str], lines: Lines) -> None:
+    for place in places:
+        file, _, number = place.partition(":")
+        lines[file].add(int(number))
+
+
+def _never_run(body: list[ast.stmt], compiled: set[int], ran: set[int]) -> Iterator[int]:
+    """The first compiled line of each function, branch or loop of which no line ran."""
+    if not body:
+        return
+    lines = set(range(body[0].lineno, (body[-1].end_lineno or 0) + 1))
+    if lines & compiled and not lines & ran:
+        yield min(lines & compiled)
+        return
+    for statement in body:
+        if isinstance(statement, ast.If | ast.For | ast.While):
+            yield from _never_run(statement.body, compiled, ran)
+            yield from _never_run(statement.orelse, compiled, ran)
+
+
+def never_run(compiled: Lines, ran: Lines) -> Iterator[str]:
+    """kernels/file:line."""
+    for path in sorted(KERNELS.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                lines = _never_run(node.body, compiled[path.name], ran[path.name])
+                yield from (f"kernels/{path.name}:{line}" for line in lines)
+
+
+_lines: dict[str, list[set[str]]] = {}  # file:line of each block of code, by program
+
+
+def _new_lines() -> tuple[list[str], list[str]]:
+    """Of programs that are new, and of the blocks that ran, since the last call."""
+    compiled: set[str] = set()
+    ran: set[str] = set()
+    for key, program in triton_launches.programs.items():
+        if key not in _lines:
+            instructions = [block.instructions for block in program.kernel.blocks]
+            _lines[key] = [{i.source for i in some if i.source} for some in instructions]
+            compiled.update(*_lines[key])
+        if any(program.hits):
+            ran.update(
+                *(lines for lines, hits in zip(_lines[key], program.hits, strict=True) if hits)
+            )
+            program.hits = [0] * len(program.hits)
+    return sorted(compiled), sorted(ran)
+
+
+record = Record()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    triton_launches.calls.clear()
+    try:
+        return (yield)
+    except Unsupported as error:
+        pytest.skip(str(error))
+    finally:
+        compiled, ran = _new_lines()
+        calls = sorted(triton_launches.calls)
+        item.user_properties += [("calls", calls), ("compiled", compiled), ("ran", ran)]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and not report.skipped:
+        record.add(report)
+
+
+def _missing() -> list[str]:
+    """Branches that no check runs, if all checks ran."""
+    from anchorops.verify import checks
+
+    all_ran = record.checks >= {check.name for check in checks()}
+    return list(never_run(record.compiled, record.ran)) if all_ran else []
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _missing():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("the PTX machine")
+    lines = [*record.table(), *(f"no check runs {place}" for place in _missing())]
+    terminalreporter.write_line("\n".join(lines))
