@@ -21,7 +21,7 @@ from .._checks import (
 from .._moments import Options
 from .pixel_argmax import pixel_argmax
 from .registration import define
-from .sigmoid import sigmoid_moments
+from .softmax_moments import moments_of
 
 MATRIX_CLASSES = 4096  # at most: the matrix then needs 128 MiB
 
@@ -190,7 +190,7 @@ def pixel_confusion_for(
     )
     if sigmoid:
         options = Options(hits=True, ignore_index=ignore_index, align_corners=align_corners)
-        counts, hits, *_ = sigmoid_moments(function, logits.detach(), labels, options)
+        counts, hits, *_ = moments_of(function, logits.detach(), labels, options, sigmoid=True)
         assert hits is not None
         misses = counts - hits
         negative = torch.stack([hits[:, 0], misses[:, 0]], -1)

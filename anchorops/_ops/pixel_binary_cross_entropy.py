@@ -15,8 +15,7 @@ from .pixel_cross_entropy import (
     smoothed,
     used_counts,
 )
-from .sigmoid import sigmoid_moments
-from .softmax_moments import valid_pixels, weighted
+from .softmax_moments import moments_of, valid_pixels, weighted
 
 
 def pixel_binary_cross_entropy(
@@ -82,7 +81,7 @@ def pixel_binary_cross_entropy(
         align_corners=align_corners,
         pixel_losses=reduction == "none",
     )
-    moments = sigmoid_moments(function, logits, labels, options)
+    moments = moments_of(function, logits, labels, options, sigmoid=True)
     if moments.pixel_losses is not None:
         losses = moments.pixel_losses
         if weight is not None:
@@ -107,7 +106,7 @@ def class_weights(pos_weight: Tensor | float, logits: Tensor) -> Tensor:
 def binary_smoothed(
     weight: Tensor | None, label_smoothing: float, logits: Tensor
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """`smoothed`, of the images of `sigmoid_moments`."""
+    """`smoothed`, of the images of sigmoids."""
     weights = smoothed(weight, label_smoothing, 2, logits)
     if weights[0] is None or weights[0].dim() == 1:
         return weights

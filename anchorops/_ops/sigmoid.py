@@ -1,13 +1,9 @@
-"""Sigmoid logits as softmax moments: sigmoid(x) is the softmax of (0, x), so C independent sigmoids
-over (B, C, h, w) are B·C images of two classes."""
+"""Channels as images: C sigmoids over (B, C, h, w) are B·C images of one channel each."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from .._moments import RESULTS, Options, SoftmaxMoments
-from .softmax_moments import moments_of
 
 
 class _Contiguous(torch.autograd.Function):
@@ -37,7 +33,7 @@ class _ContiguousWithTangent(_Contiguous):
         return tangents[0].contiguous()
 
 
-def _as_one_batch(logits: Tensor) -> Tensor:
+def one_batch(logits: Tensor) -> Tensor:
     """(B, C, …) as (B·C, …): a view, or a copy if the channels of an image are not adjacent."""
     batch, channels = logits.shape[:2]
     copied = batch > 1 and channels > 1 and logits.stride(0) != channels * logits.stride(1)
@@ -51,39 +47,3 @@ def contiguous(logits: Tensor) -> Tensor:
         return logits.contiguous()
     compiling = torch.compiler.is_compiling()
     return (_Contiguous if compiling else _ContiguousWithTangent).apply(logits)
-
-
-def sigmoid_moments(
-    function: str, logits: Tensor, labels: Tensor, options: Options
-) -> SoftmaxMoments:
-    """Softmax moments of the two classes of each channel, of arguments that `check_pixels` has
-    checked.
-
-    Statistics of classes are [C, 2], with per_image [B, C, 2]; maps have the labels' shape, and
-    `outside` is of all channels.
-    """
-    points = logits.dim() == 2
-    batch, channels = (1 if points else logits.shape[0]), logits.shape[1]
-    images = (logits.t() if points else _as_one_batch(logits))[:, None]
-
-    def by_image(pixel_map: Tensor) -> Tensor:
-        return pixel_map.t() if points else pixel_map.flatten(0, 1)
-
-    def by_channel(statistic: Tensor) -> Tensor:
-        statistic = statistic.view(batch, channels, 2)
-        return statistic if options.per_image else statistic.sum(0)
-
-    def by_pixel(pixel_map: Tensor) -> Tensor:
-        return pixel_map.t() if points else pixel_map.view(labels.shape)
-
-    moments = moments_of(
-        function, images, by_image(labels), options.map(by_image)._replace(per_image=True)
-    )
-    shapes = {"classes": by_channel, "pixels": by_pixel, "": lambda statistic: statistic}
-    return moments._replace(
-        **{
-            name: shapes[RESULTS[name].axes](value)
-            for name, value in moments._asdict().items()
-            if value is not None
-        }
-    )

@@ -50,6 +50,7 @@ from .._moments import (
     statistics_dtype,
 )
 from .registration import Gradient, define
+from .sigmoid import one_batch
 
 
 def forward_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -179,25 +180,30 @@ def define_moments(name: str, **how: Any) -> None:
 define_moments("softmax_moments", any_strides=True)
 
 
-def in_images(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`_as_images`, without options."""
-    return _as_images(logits, labels, Options())[:2]
+def as_images(
+    logits: Tensor, labels: Tensor, sigmoid: bool = False
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Logits as images (B, K, h, w), and the function that brings what each pixel has to (B, H, W).
 
-
-def _as_images(logits: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor, Options]:
-    """(B, K, h, w), and what each pixel has as (B, H, W). Points, and full-resolution volumes,
-    become one row of pixels. The results are views, except for a volume whose strides do not allow
-    merging depth, height and width. Other volumes remain volumes."""
-    if logits.dim() == 4 or (logits.dim() == 5 and logits.shape[2:] != labels.shape[1:]):
-        return logits, labels, options
-    if logits.dim() == 2:
+    Points, and full-resolution volumes, become one row of pixels; other volumes remain volumes. C
+    sigmoids become B·C images of one channel. The results are views, except where strides do not
+    allow it.
+    """
+    points = logits.dim() == 2
+    one_row = logits.dim() < 4 or (logits.dim() == 5 and logits.shape[2:] == labels.shape[-3:])
+    if sigmoid:
+        logits = (logits.t() if points else one_batch(logits))[:, None]
+    elif points:
         logits = logits.t()[None]
-        return logits[:, :, None], labels[None, None], options.map(lambda x: x[None, None])
-    return (
-        logits.flatten(2)[:, :, None],
-        labels.flatten(1)[:, None],
-        options.map(lambda x: x.flatten(1)[:, None]),
-    )
+
+    def by_image(pixel_map: Tensor) -> Tensor:
+        if sigmoid:
+            pixel_map = pixel_map.t() if points else pixel_map.flatten(0, 1)
+        elif points:
+            pixel_map = pixel_map[None]
+        return pixel_map.flatten(1)[:, None] if one_row else pixel_map
+
+    return logits.flatten(2)[:, :, None] if one_row else logits, by_image
 
 
 def weighted(losses: Tensor, weights: Tensor) -> Tensor:
@@ -286,19 +292,45 @@ def softmax_moments(
     )
 
 
-def moments_of(function: str, logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:
+def moments_of(
+    function: str, logits: Tensor, labels: Tensor, options: Options, *, sigmoid: bool = False
+) -> SoftmaxMoments:
     """Softmax moments with all options, of arguments that `check_pixels` has checked. Logits may
-    have one channel. Messages name `function`."""
-    shape = labels.shape
-    logits, labels, options = _as_images(logits, labels, options)
-    backend = select(function, logits, logits.shape[1], runs=("softmax_moments",))
-    if logits.shape[1] == 1 and backend != "cpu":
-        logits = torch.cat([torch.zeros_like(logits), logits], 1)
+    have one channel. Messages name `function`.
+
+    With sigmoid, those of the two classes of each channel: sigmoid(x) is the softmax of (0, x).
+    Statistics of classes are then [C, 2], with per_image [B, C, 2]; maps have the labels' shape,
+    and `outside` is of all channels.
+    """
+    images, by_image = as_images(logits, labels, sigmoid)
+    image_options = options.map(by_image)._replace(per_image=sigmoid or options.per_image)
+    backend = select(function, images, images.shape[1], runs=("softmax_moments",))
+    if images.shape[1] == 1 and backend != "cpu":
+        images = torch.cat([torch.zeros_like(images), images], 1)
     if backend == "reference":
-        moments = reference.softmax_moments(logits, labels, options)
+        moments = reference.softmax_moments(images, by_image(labels), image_options)
     else:
-        moments = _fused_moments(backend, logits, labels, options)
-    return in_shape(moments, shape)
+        moments = _fused_moments(backend, images, by_image(labels), image_options)
+    if not sigmoid:
+        return in_shape(moments, labels.shape)
+    points = logits.dim() == 2
+    batch, channels = (1 if points else logits.shape[0]), logits.shape[1]
+
+    def by_channel(statistic: Tensor) -> Tensor:
+        statistic = statistic.view(batch, channels, 2)
+        return statistic if options.per_image else statistic.sum(0)
+
+    def by_pixel(pixel_map: Tensor) -> Tensor:
+        return pixel_map.view(labels.t().shape).t() if points else pixel_map.view(labels.shape)
+
+    shapes = {"classes": by_channel, "pixels": by_pixel, "": lambda statistic: statistic}
+    return moments._replace(
+        **{
+            name: shapes[RESULTS[name].axes](value)
+            for name, value in moments._asdict().items()
+            if value is not None
+        }
+    )
 
 
 def _fused_moments(

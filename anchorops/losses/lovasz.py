@@ -17,7 +17,7 @@ from .._ops.probability_histograms import (
     probability_histograms,
 )
 from .._ops.sigmoid import contiguous
-from .._ops.softmax_moments import in_images
+from .._ops.softmax_moments import as_images
 from .pixel import PixelLoss, PixelLosses, check_chosen_classes, chosen_classes
 
 
@@ -100,7 +100,8 @@ class Lovasz(PixelLoss):
 
     def _softmax(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """The loss, and the number of labels of each class."""
-        logits, labels = in_images(logits, labels)
+        logits, by_image = as_images(logits, labels)
+        labels = by_image(labels)
         options = {"ignore_index": ignore_index, "align_corners": self.align_corners}
         counts = probability_histograms("Lovasz", logits, labels, self.bins, **options)
         edges = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64, device=counts.device)

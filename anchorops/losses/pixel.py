@@ -20,7 +20,6 @@ from .._checks import (
     savable,
 )
 from .._moments import Options, SoftmaxMoments, statistics_dtype
-from .._ops.sigmoid import sigmoid_moments
 from .._ops.softmax_moments import moments_of, valid_pixels
 from .initialized import Initialized
 
@@ -193,8 +192,7 @@ class MomentsLoss(PixelLoss):
         options = options._replace(
             ignore_index=self.ignored(logits), align_corners=self.align_corners
         )
-        moments = sigmoid_moments if self.sigmoid else moments_of
-        return moments(type(self).__name__, logits, labels, options)
+        return moments_of(type(self).__name__, logits, labels, options, sigmoid=self.sigmoid)
 
     def _register_weight(self, weight: object, name: str = "weight") -> None:
         """Register the buffer `name`: None or a copy [K], float32 (float64 if it was that). The
