@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .machine import Launch, Traffic, run
-from .memory import CANARY, Region, bytes_at
+from .memory import CANARY, MOST_TRACKED, Region, bytes_at
 from .program import Program, Step
 from .text import Address, Kernel, Register, Symbol, kernels
 
@@ -111,7 +111,9 @@ def note_call(operator: str, args: Sequence[Any]) -> None:
 
 
 def _mark_new(address: int, size: int) -> None:
-    """Fills a new tensor with CANARY."""
+    """Fills a new tensor with CANARY, unless it is one of gigabytes."""
+    if size > 4 * MOST_TRACKED:
+        return
     bytes_at(address, size)[:] = np.full(-(-size // 4), CANARY, np.uint32).view(np.uint8)[:size]
     if len(_new) > 4096:
         _new.clear()
