@@ -89,6 +89,7 @@ CASES = [
     Case((5, 300), (), statistics=CE),
 ]
 CASES_OF_CPU = [
+    Case((2, 5, 3, 15), (12, 60)),  # as many cells as the lanes of a vector, in a row
     Case((1, 2, 3, 12_400), (2, 1), statistics=("masses",)),  # a tile of logits that no label reads
     Case((2, 7, 5, 6), (20, 24), F64),
     Case((2, 7, 5, 6), (17, 25), F64, True, per_image=True),
