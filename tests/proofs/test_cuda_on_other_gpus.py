@@ -56,7 +56,6 @@ def test_the_plan_depends_on_the_gpu(set_hardware: SetHardware):
     assert not torch.equal(first, fewer) and not torch.equal(fewer, less)
 
 
-@pytest.mark.xfail(strict=True, reason="squares are added to the lane's total of their key")
 def test_squares_of_values_with_few_bits(set_hardware: SetHardware):
     """A chunk has 370 pixels of each key. If each square were added to the total of its key, all
     of them would be rounded in the same direction: they have few bits."""

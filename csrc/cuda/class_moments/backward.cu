@@ -4,7 +4,6 @@
 //
 // Features are read once, and only for dsqdists; dfeatures are written once. The tables of anchors
 // and dsums stay in the first-level cache: 1,024 keys of 32 channels are 128 KB.
-#include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <optional>
@@ -135,11 +134,10 @@ __global__ void __launch_bounds__(THREADS, 3)
     const T* const begin = in.dfeatures + in.out.offset(line, first, 0);
     pixel -= reinterpret_cast<uintptr_t>(begin) % 16 / sizeof(T);
     if (pixel >= 0 && pixel + SIZE <= in.out.pixels) {
-      if (in.tables_aligned)
-        write_slice<SIZE, true, HAS_DSUMS, HAS_DSQDISTS>(in, line, pixel, first, channels);
-      else
-        write_slice<SIZE, false, HAS_DSUMS, HAS_DSQDISTS>(in, line, pixel, first, channels);
-      return;
+      return in.tables_aligned ? write_slice<SIZE, true, HAS_DSUMS, HAS_DSQDISTS>(in, line, pixel,
+                                                                                  first, channels)
+                               : write_slice<SIZE, false, HAS_DSUMS, HAS_DSQDISTS>(in, line, pixel,
+                                                                                   first, channels);
     }
   }
   const int64_t end = min(pixel + SIZE, in.out.pixels);

@@ -6,8 +6,7 @@
 // copies tiles of a chunk of the pixels to shared memory (tiles.cuh) and adds them to the sums of
 // their keys (sums.cuh), in float32; then the partials of the chunks are added (reduction.cuh).
 //
-// This is made for labels that are equal in most neighbouring pixels, as those of segmentation are.
-// docs/gpu.md says what others cost.
+// It is made for labels that are equal in most neighbouring pixels (docs/gpu.md).
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
@@ -18,8 +17,6 @@
 #include "../../labels.h"
 #include "../tensors.cuh"
 #include "reduction.cuh"
-#include "sums.cuh"
-#include "tiles.cuh"
 
 namespace anchorops::cuda {
 namespace {

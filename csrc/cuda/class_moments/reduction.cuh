@@ -27,13 +27,11 @@ __global__ void __launch_bounds__(REDUCTION_THREADS)
   const int step = of_sums ? CHANNELS : 1, first = of_sums ? column / CHANNELS : 0;
   const int last = of_sums ? first : tiling.blocks - 1;
   double total = 0;
-  if (key < num_keys) {
-    for (int64_t chunk = slice; chunk < tiling.chunks; chunk += slices)
 #pragma unroll 4
-      for (int block = first; block <= last; ++block)
-        if (partials.met[(chunk * period + block % period) * num_keys + key])
-          total += from[((chunk * num_keys + key) * blocks + block) * step];
-  }
+  for (int64_t chunk = slice; key < num_keys && chunk < tiling.chunks; chunk += slices)
+    for (int block = first; block <= last; ++block)
+      if (partials.met[(chunk * period + block % period) * num_keys + key])
+        total += from[((chunk * num_keys + key) * blocks + block) * step];
   __shared__ double totals[REDUCTION_THREADS];
   totals[threadIdx.x] = total;
   for (int half = slices / 2; half > 0; half /= 2) {

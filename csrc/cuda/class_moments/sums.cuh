@@ -3,9 +3,8 @@
 // A key that comes gets a slot in shared memory: its anchor and its sums. A lane adds its own two
 // channels alone, so no two threads ever add to the same number. All lanes are at the same pixel,
 // so branches that depend on its key are the same in all lanes. If eight pixels have the same key,
-// they are added in registers first. If all slots are taken when another key comes, all sums are
-// written to the chunk's partials, and all slots are free again; a key that comes again continues
-// from its partial.
+// they are added in registers first. If all slots are taken when another key comes, all sums go to
+// the chunk's partials, from which a key that comes again continues.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +29,7 @@ struct Slots {
   // At least as many as there are keys in 32 pixels, and one more. Random groups without anchors,
   // of which there are many keys, have 80.
   static constexpr int MOST = (20 << 10) / (SLOT * sizeof(float)) + 1;
-  static_assert(MOST > 32 && MOST < 254);
+  static_assert(HAS_ANCHORS ? MOST == 33 : MOST > 32 && MOST < 254);
   // The slot of ignored pixels. Its sums, which may be NaN, are not used.
   static constexpr int IGNORED = 0;
   static constexpr uint8_t NOT_MET = 255, IN_PARTIALS = 254;  // keys without a slot
@@ -47,6 +46,7 @@ struct Slots {
   int* const key_of_slot;      // [slots]
   uint8_t* const slot_of_key;  // [num_keys]
   int used = 1;
+  float distance = 0;  // the squared distance of slot lane + 1, without what is in `sqdist`
 
   __device__ Slots(const Input<T>& in, const Partials& partials, int chunk, int block, int blocks,
                    void* shared)
@@ -78,12 +78,13 @@ struct Slots {
     return (int64_t{chunk} * in.num_keys + key) * blocks + block;
   }
 
-  __device__ void start(int slot) const {
+  __device__ void start(int slot) {
     const int key = key_of_slot[slot];
     const bool again = slot_of_key[key] == IN_PARTIALS;
     sums(slot) = again ? partials.sums[position(key) * 32 + lane] : float2{};
     if constexpr (HAS_ANCHORS) {
-      sqdist(slot) = again && lane == 0 ? partials.sqdists[position(key)] : 0;
+      sqdist(slot) = 0;
+      if (lane == slot - 1) distance = again ? partials.sqdists[position(key)] : 0;
       const int64_t row = in.num_keys == in.num_classes ? key : key / in.groups % in.num_classes;
       const auto of = [&](int j) {
         const int d = channel_of(block, in.period, lane, j, IN_ROWS);
@@ -93,15 +94,22 @@ struct Slots {
     }
   }
 
+  // Adds the squared distances of all lanes. Squares of bfloat16 numbers have few bits: added one
+  // by one to the total of a whole chunk, they would all be rounded in the same direction.
+  __device__ void gather() {
+    for (int s = 1; s < used; ++s) {
+      const float total = sum_of_warp(sqdist(s));
+      if (lane == s - 1) distance += total;
+      sqdist(s) = 0;
+    }
+  }
+
   // Writes the sums of all slots to the partials. Then all are free.
   __device__ void write() {
-    for (int s = 1; s < used; ++s) {
-      const int64_t at = position(key_of_slot[s]);
-      partials.sums[at * 32 + lane] = sums(s);
-      if constexpr (HAS_ANCHORS) {
-        const float total = sum_of_warp(sqdist(s));
-        if (lane == 0) partials.sqdists[at] = total;
-      }
+    for (int s = 1; s < used; ++s) partials.sums[position(key_of_slot[s]) * 32 + lane] = sums(s);
+    if constexpr (HAS_ANCHORS) {
+      gather();
+      if (lane + 1 < used) partials.sqdists[position(key_of_slot[lane + 1])] = distance;
     }
     for (int s = 1 + lane; s < used; s += 32) slot_of_key[key_of_slot[s]] = IN_PARTIALS;
     used = 1;
@@ -170,9 +178,8 @@ struct Slots {
 
   // A segment of one key.
   __device__ void add_run(int slot, const float2 (&x)[SEGMENT]) const {
-    float2 a = {}, sum = {};
+    float2 a = HAS_ANCHORS ? anchor(slot) : float2{}, sum = {};
     float q[2] = {};
-    if constexpr (HAS_ANCHORS) a = anchor(slot);
 #pragma unroll
     for (int i = 0; i < SEGMENT; ++i) {
       q[i % 2] = square(x[i], a, q[i % 2]);
@@ -185,11 +192,11 @@ struct Slots {
   __device__ void add_pixels(const int* slots_of_pixels, unsigned changes,
                              const float2 (&x)[SEGMENT]) const {
     int at[SEGMENT];
-    float2 a[SEGMENT] = {};
+    float2 a[SEGMENT];
 #pragma unroll
     for (int i = 0; i < SEGMENT; ++i) {
       at[i] = load_vector(slots_of_pixels + i / 4 * 4).elements[i % 4];
-      if constexpr (HAS_ANCHORS) a[i] = anchor(at[i]);
+      a[i] = HAS_ANCHORS ? anchor(at[i]) : float2{};
     }
 #pragma unroll
     for (int i = 0; i < SEGMENT; i += 2) {
@@ -248,7 +255,9 @@ __global__ void __launch_bounds__(32, 8)
     commit_copies();
     wait_for_copies<STAGES - 1>();
     __syncwarp();
-    if (tile >= 0) slots.add_tile(stages[tile % STAGES]);
+    if (tile < 0) continue;
+    slots.add_tile(stages[tile % STAGES]);
+    if (HAS_ANCHORS && (tile + 1) % (256 / Tile<T, IN_ROWS>::PIXELS) == 0) slots.gather();
   }
   slots.finish();
 }

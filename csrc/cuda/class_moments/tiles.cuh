@@ -24,9 +24,9 @@ struct Input {
   int num_keys, num_classes, groups;
   bool in_rows;  // the channels of a pixel are contiguous
   bool vectors;  // 16 bytes of features can be copied at once
-  // Planes do not begin at multiples of 16 bytes (129 × 129 pixels). Then tiles do, and the
-  // first one of a line begins up to seven pixels before it. A block has every period-th channel:
-  // the planes of these begin at the same position in 16 bytes.
+  // Planes do not begin at multiples of 16 bytes (129 × 129 pixels). Then tiles do, and the first
+  // one of a line begins up to seven pixels before it. A block has every period-th channel: their
+  // planes begin at the same position in 16 bytes.
   bool shifted;
   int period;
 };
