@@ -1,8 +1,7 @@
 """Do the tests notice wrong code? Plants each fault of planted_faults.toml in a copy of the
 repository in build/faults, and runs the tests that must fail there. Without a fault they must pass.
 
-    python tests/proofs/planted_faults.py [TEXT ...]    (faults whose file or name contains a TEXT)
-"""
+    python tests/proofs/planted_faults.py [TEXT ...]  (faults whose file or name contains a TEXT)"""
 
 import contextlib
 import json
@@ -22,7 +21,6 @@ import triton.language  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 COPY = ROOT / "build/faults"
-OUTPUT = COPY / "output.txt"
 
 
 def prepare() -> None:
@@ -54,7 +52,7 @@ def run_pytest(variables: str, *arguments: str) -> None:
     os.environ |= dict(word.split("=") for word in variables.split()) | {"PYTHONPATH": str(COPY)}
     sys.path.insert(0, str(COPY))
     os.chdir(COPY)
-    with OUTPUT.open("w") as output, contextlib.redirect_stdout(output):
+    with (COPY / "output.txt").open("w") as output, contextlib.redirect_stdout(output):
         sys.exit(pytest.main(["-q", *arguments]))
 
 
@@ -69,7 +67,7 @@ def failures(variables: str, *arguments: str) -> list[str]:
         process.kill()
         return [f"exit status {process.exitcode}"]
     if process.exitcode > 1:
-        sys.exit(f"{variables}pytest {shlex.join(arguments)}\n{OUTPUT.read_text()[-4000:]}")
+        sys.exit(f"{arguments}: {(COPY / 'output.txt').read_text()[-4000:]}")
     return list(json.loads(failed.read_text())) if process.exitcode else []
 
 
