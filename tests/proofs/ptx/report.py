@@ -56,7 +56,7 @@ class Record:
         arch, backend = os.environ["PTX_ARCH"], os.environ.get("PTX_BACKEND", "triton")
         yield f"What ran as compiled for sm_{arch}, backend {backend}, in cases of each direction,"
         yield "and of the checks of --verify the largest error and its limit:"
-        line = "{:<21}{:<10}{:>8}{:>9}{:>9}{:>9}{:>9}".format
+        line = "{:<24}{:<10}{:>8}{:>9}{:>9}{:>9}{:>9}".format
         yield line("operator", "dtype", "forward", "backward", "error", "limit", "findings")
         for row, cases in sorted(self.cases.items()):
             numbers = [f"{x:.1e}" for x in self.errors.get(row, ())] or ["", ""]
