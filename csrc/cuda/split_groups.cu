@@ -56,22 +56,24 @@ __global__ void __launch_bounds__(THREADS)
                        Memory memory,          // `first` and `totals` are zero on entry
                        int64_t* group_counts,  // [num_keys, groups]
                        int32_t* split,         // [pixels], written here if the key is ignored
-                       int64_t pixels, int64_t num_keys, int64_t groups) {
+                       int64_t pixels, int num_keys, int groups) {
   __shared__ uint32_t shared[WARPS];
   extern __shared__ uint32_t start_of[];  // [num_keys]
   // a thread has a range of the keys
-  const int64_t each = ceil_div(num_keys, int64_t{THREADS});
-  const int64_t begin = min(threadIdx.x * each, num_keys), end = min(begin + each, num_keys);
+  const int each = ceil_div(num_keys, THREADS);
+  const int begin = min(static_cast<int>(threadIdx.x) * each, num_keys);
+  const int end = min(begin + each, num_keys);
   uint32_t pixels_of_range = 0;
-  for (int64_t k = begin; k < end; ++k) pixels_of_range += static_cast<uint32_t>(counts[k]);
+  for (int k = begin; k < end; ++k) pixels_of_range += static_cast<uint32_t>(counts[k]);
   uint32_t before = sum_before(pixels_of_range, shared);
-  for (int64_t k = begin; k < end; ++k) {
+  for (int k = begin; k < end; ++k) {
+    const auto count = static_cast<int>(counts[k]);
     start_of[k] = before;
-    before += static_cast<uint32_t>(counts[k]);
+    before += count;
     if (blockIdx.x > 0) continue;
     memory.starts[k] = start_of[k];
-    for (int64_t g = 0; g < groups; ++g)
-      group_counts[k * groups + g] = (counts[k] - g + groups - 1) / groups;
+    const int least = count / groups, larger = count % groups;
+    for (int g = 0; g < groups; ++g) group_counts[int64_t{k} * groups + g] = least + (g < larger);
   }
   __syncthreads();
   const int64_t p = int64_t{blockIdx.x} * THREADS + threadIdx.x;
@@ -151,10 +153,11 @@ std::tuple<Tensor, Tensor> split_groups(Tensor keys, Tensor counts, Tensor seed,
   launch("link_pixels_kernel", link_pixels_kernel, grid, THREADS, num_keys * sizeof(uint32_t),
          device.stream, keys.const_data_ptr<int32_t>(), counts.const_data_ptr<int64_t>(),
          seed.const_data_ptr<int64_t>(), memory, group_counts_data,
-         split.mutable_data_ptr<int32_t>(), pixels, num_keys, groups);
+         split.mutable_data_ptr<int32_t>(), pixels, static_cast<int>(num_keys),
+         static_cast<int>(groups));
   launch("rank_pixels_kernel", rank_pixels_kernel, grid, THREADS, 0, device.stream,
          keys.const_data_ptr<int32_t>(), seed.const_data_ptr<int64_t>(), memory,
-         split.mutable_data_ptr<int32_t>(), pixels, static_cast<int32_t>(groups));
+         split.mutable_data_ptr<int32_t>(), pixels, static_cast<int>(groups));
   return {split, group_counts};
 }
 
