@@ -153,3 +153,16 @@ def test_compiled_code_keeps_the_operator() -> None:
     model, inputs = Model(case).eval(), _inputs(case, 2, 16, 24)
     torch.compile(model, backend=backend, fullgraph=True, dynamic=True)(*inputs)
     assert "anchorops.pixel_argmax.cpu" in graphs[0]
+
+
+def test_other_decompositions_can_be_registered() -> None:
+    """torch's table of decompositions is replaced by one that also has ours (registration.py)."""
+    with torch.library._scoped_library("anchorops_test", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x + x, "CPU")
+        operator = torch.ops.anchorops_test.twice.default
+        torch._decomp.register_decomposition(operator)(lambda x: 2 * x)
+        assert operator in torch._decomp.get_decompositions([operator])
+        ours = torch.ops.anchorops.pixel_argmax.cpu
+        assert not torch._decomp.get_decompositions([ours])
+        assert ours in dict(torch._decomp.decomposition_table.items())

@@ -1,6 +1,6 @@
 """Registration of operators: one overload per backend, with schema, fake kernel and autograd."""
 
-from collections import ChainMap, namedtuple
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -13,9 +13,19 @@ from .._checks import in_transform, savable
 
 library = torch.library.Library("anchorops", "FRAGMENT")
 _formulas_in_onnx: dict[Any, Callable[..., Any]] = {}
-# In front of torch's table, not in it: where the environment variable CI is set, Inductor raises an
-# error for an operator in the table.
-_decomp.decomposition_table = ChainMap(_formulas_in_onnx, _decomp.decomposition_table)
+
+
+class _Decompositions(dict):
+    """torch's table of decompositions. torch.onnx.export reads its items, and finds our formulas
+    among them. They are no keys: Inductor raises an error for an operator in the table where the
+    environment variable CI is set, and fake tensors of symbolic sizes would compute the formula."""
+
+    def items(self) -> Any:
+        return {**self, **_formulas_in_onnx}.items()
+
+
+_decomp.decomposition_table = _Decompositions(_decomp.decomposition_table)
+_decomp.global_decomposition_table["post_autograd"] = _decomp.decomposition_table
 
 
 def call(launcher: Callable[..., Any], *arguments: Any) -> Any:
@@ -121,8 +131,6 @@ def _replace_in_onnx(name: str, backend: str) -> None:
         return onnx_export.formula(name)(*arguments)
 
     _formulas_in_onnx[operator] = formula
-    # Otherwise fake tensors of symbolic sizes would compute the formula, not our fake kernel.
-    _decomp.meta_table[operator] = formula
 
 
 def _register_autograd(name: str, backend: str, gradient: Gradient) -> None:
