@@ -26,9 +26,9 @@ inline void fill_zero(void* memory, size_t bytes, Stream stream) {
   if (bytes) check(cudaMemsetAsync(memory, 0, bytes, stream), "anchorops: cudaMemsetAsync");
 }
 
-// The largest shared memory of a block on every GPU from sm_80 on: sm_86, sm_89 and sm_120 have
-// 99 KB, others more.
-constexpr size_t MAX_SHARED_BYTES = 99 << 10;
+// The largest shared memory that a launch may request, on every GPU from sm_80 on: sm_86, sm_89 and
+// sm_120 have 99 KB for a block, others more. Of that at most 3 KB are variables of the kernel.
+constexpr size_t MAX_SHARED_BYTES = 96 << 10;
 
 // What the division of work depends on, besides shapes.
 struct Hardware {
@@ -69,8 +69,8 @@ inline int64_t blocks_in_shared(size_t bytes_of_block) {
 
 // Configures a kernel at its first launch on a device. The limit is the same for all launches, so
 // host threads that launch at the same time do not interfere. Shared memory that a kernel does not
-// need is used as L1 cache. A kernel that requests none keeps only the 1 KB that each block always
-// needs.
+// need is used as L1 cache. A kernel that requests none keeps only its variables, and the 1 KB that
+// each block always needs.
 inline void configure(const char* name, const void* kernel, bool asks_for_shared) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> configured;

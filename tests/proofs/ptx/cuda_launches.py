@@ -133,13 +133,16 @@ class Machine:
             (found,) = kernels(self.texts[mangled], mangled)
             shared.programs[name] = Program(found._replace(name=name))
         program = shared.programs[name]
+        own = program.kernel.shared.end
+        if self.most_shared.get(kernel, 0) + own > MOST_SHARED:
+            raise ValueError(f"{name}: {most} bytes of shared memory beside its own {own}")
         params = self._params(program, arguments)
         launch = Launch(
             program,
             grid,
             block,
             params,
-            program.kernel.shared.end + shared_bytes,
+            own + shared_bytes,
             regions_of(self._pointed_to(program, params), int(np.prod(block))),
         )
         counted = None if shared.traffic is None else shared.traffic.setdefault(name, {})
