@@ -223,7 +223,7 @@ void write_gradient(Gradient<T> in, Stream stream) {
       !in.features ||
       (view.stride_p == 1 && position(in.features) == position(in.dfeatures) &&
        (view.stride_b - out.stride_b) % SIZE == 0 && (view.stride_h - out.stride_h) % SIZE == 0 &&
-       (view.stride_d - out.stride_d) * period % SIZE == 0);
+       (view.stride_d - out.stride_d) % SIZE == 0);
   const bool vectors = planes ? alike
                               : out.dim % SIZE == 0 && in.tables_aligned &&
                                     aligned(in.dfeatures, out) && aligned(in.features, view);
