@@ -49,6 +49,7 @@ __device__ void write_gradients(const Problem& problem, const Gradients& gradien
   float totals[OURS] = {};
   for (int first = 0; first < others.count; first += OTHERS) {
     float products[EACH] = {};
+    // begins with a barrier: all threads have read the dlogits before
     multiply(shared, ours, first_our, others, first, dim, products);
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
@@ -80,7 +81,6 @@ __device__ void write_gradients(const Problem& problem, const Gradients& gradien
     }
 #pragma unroll
     for (int j = 0; j < OURS; ++j) totals[j] += sums[j];
-    __syncthreads();  // the dlogits have been read
   }
 
 #pragma unroll

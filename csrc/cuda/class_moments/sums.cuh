@@ -61,7 +61,6 @@ struct Slots {
         slot_of_key(reinterpret_cast<uint8_t*>(key_of_slot + slots)) {
     for (int i = lane; i < SLOT; i += 32) memory[IGNORED * SLOT + i] = 0;
     for (int k = lane; k < in.num_keys; k += 32) slot_of_key[k] = NOT_MET;
-    __syncwarp();
   }
 
   // Of the lane's channels.
@@ -148,7 +147,7 @@ struct Slots {
     }
     const int before = __shfl_up_sync(FULL_WARP, slot, 1);
     keys[lane] = slot;
-    __syncwarp();
+    __syncwarp();  // the slots, and what the other lanes have copied
     return __ballot_sync(FULL_WARP, slot != before);
   }
 
@@ -246,15 +245,14 @@ __global__ void __launch_bounds__(32, 8)
   Slots<T, HAS_ANCHORS, IN_ROWS> slots(in, partials, chunk, block, tiling.blocks, stages + STAGES);
 #pragma unroll 1
   for (int tile = 1 - STAGES; tile < tiles; ++tile) {
-    __syncwarp();  // all lanes have read the stage that is overwritten now
+    __syncwarp();  // all lanes have filled the slots, or read the stage that is overwritten now
     const int next = tile + STAGES - 1;
     if (next < tiles) {
       copies.start(stages[next % STAGES]);
       copies.next();
     }
     commit_copies();
-    wait_for_copies<STAGES - 1>();
-    __syncwarp();
+    wait_for_copies<STAGES - 1>();  // of the lane; `find` has the barrier
     if (tile < 0) continue;
     slots.add_tile(stages[tile % STAGES]);
     if (HAS_ANCHORS && (tile + 1) % (256 / Tile<T, IN_ROWS>::PIXELS) == 0) slots.gather();

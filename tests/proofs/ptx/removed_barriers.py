@@ -39,7 +39,6 @@ NOT_NEEDED = {  # by kernel: of tl.debug_barrier(), and in CUDA of all
     "_upsampled_sums_kernel": BY_A_SUM,
     "_one_key_kernel": BY_A_SUM,
     "_several_keys_kernel": BY_A_SUM,
-    "centroid_info_nce_backward_kernel": "the product that follows begins with a barrier",
     "link_pixels_kernel": "nothing is stored there after the sum; rank_pixels_kernel needs it",
 }
 
