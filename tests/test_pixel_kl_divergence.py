@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_kernels import in_layout, same_for_all_threads
+from emulator import TRUNCATES
 from softmax_formulas import interpolated
 from torch import Tensor
 
 import anchorops as ao
-from anchorops._backend import TRITON_INTERPRETED
 from anchorops._ops import volumes
 
 F32, F64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -134,12 +134,7 @@ def test_divergences_and_gradients(backend: str, case: Case) -> None:
     largest = max(float(x.abs().max()) for x in inputs[:2]) / case.temperature
     floor = FLOOR * (1 + largest) * max(case.temperature, 1)
     assert_close(actual, exact[0], plain[0], floor * max(case.temperature, 1))
-    # the interpreter truncates numbers to bfloat16
-    eps = (
-        0.0
-        if case.dtype == F32
-        else torch.finfo(case.dtype).eps * (1 if TRITON_INTERPRETED else 0.5)
-    )
+    eps = 0.0 if case.dtype == F32 else torch.finfo(case.dtype).eps * (1 if TRUNCATES else 0.5)
     tiny = 2**-24 if case.dtype == FP16 else 0.0
     assert_close(gradient, exact[1], plain[1], floor + tiny, eps)
 

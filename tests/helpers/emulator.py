@@ -21,6 +21,7 @@ from anchorops._backend import TRITON_INTERPRETED  # noqa: E402
 
 BACKEND = "cuda" if PTX_BACKEND == "cuda" else "triton" if TRITON_INTERPRETED else ""
 EMULATED = bool(BACKEND)
+TRUNCATES = BACKEND == "triton" and PTX_ARCH is None  # Triton's interpreter, numbers to bfloat16
 HERE = Path(__file__).parent
 OF_CUDA = (  # files of the operators that have CUDA kernels
     "guarantees",
