@@ -15,9 +15,8 @@ from torch import Tensor
 from .lanes import LABELS, PixelMap, load_labels
 from .launch import registers
 from .probability_histograms import (
-    bins_of_errors,
+    places_of_errors,
     probabilities,
-    row_of_errors,
     softmax_of_errors,
 )
 from .upsampling import (
@@ -48,8 +47,10 @@ from .upsampling_transposed import (
 @triton.jit
 def _slopes_of_class(slopes_ptr, p, labels, k, bins, CELLS: tl.constexpr):
     """u_k of the pixels."""
-    bin_index, row = bins_of_errors(p, labels, k, bins, CELLS), row_of_errors(labels, k, bins)
-    u = [tl.load(slopes_ptr + row[i] + bin_index[i]) for i in () + CELLS.columns]
+    places = places_of_errors(p, labels, k, bins, CELLS)[1]
+    u = [
+        tl.load(slopes_ptr + places[i], mask=labels[i] >= 0, other=0.0) for i in () + CELLS.columns
+    ]
     return [tl.where(labels[i] == k, -u[i], u[i]) for i in () + CELLS.columns]
 
 

@@ -90,7 +90,7 @@ def pixel_argmax(
         tiles,
         CELLS=upsampling.cells,
         LANES=block,
-        num_warps=max(block // 32, 1),
+        num_warps=block // 32,
         enable_fp_fusion=False,  # coordinates as in F.interpolate
     )
     return predictions

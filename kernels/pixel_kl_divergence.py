@@ -300,7 +300,7 @@ def pixel_kl_divergence(
         CELLS=upsamplings.student.cells,
         TEACHER_GRID=upsamplings.teacher_grid,
         LANES=block,
-        num_warps=max(block // 32, 1),
+        num_warps=block // 32,
         enable_fp_fusion=False,  # coordinates as in F.interpolate
         **without_spills(),
     )

@@ -45,17 +45,14 @@ def probabilities(z, softmax, CELLS: tl.constexpr):
 
 
 @triton.jit
-def bins_of_errors(p, labels, k, bins, CELLS: tl.constexpr):
-    """Of each pixel, for class k. NaN is an error of 1 for the pixel's class, of 0 for others."""
+def places_of_errors(p, labels, k, bins, CELLS: tl.constexpr):
+    """The bins of the pixels' errors for class k, and where they are in [2, bins]: the first row is
+    that of the pixels of class k. NaN is an error of 1 for the pixel's class, of 0 for others."""
     p = [tl.where(x == x, x, 0.0) for x in p]
     errors = [tl.where(labels[i] == k, 1 - p[i], p[i]) for i in () + CELLS.columns]
-    return [tl.minimum((x * bins).to(tl.int32), bins - 1) for x in errors]
-
-
-@triton.jit
-def row_of_errors(labels, k, bins):
-    """Where the bins of an error begin in [2, bins]: of the pixels of class k, and of others."""
-    return [tl.where(label == k, 0, bins) for label in labels]
+    bin_index = [tl.minimum((x * bins).to(tl.int32), bins - 1) for x in errors]
+    row = [tl.where(label == k, 0, bins) for label in labels]
+    return bin_index, [row[i] + bin_index[i] for i in () + CELLS.columns]
 
 
 @triton.jit(do_not_specialize=(*SIZES, *LOGITS, *LABELS, "tiles"))
@@ -96,11 +93,11 @@ def _probability_histograms_kernel(
     ptrs, class_counts = corner_ptrs(logits.ptr, lanes, CELLS), counts_ptr
     for k in range(num_classes):
         p = probabilities(logits_of_pixels(ptrs, lanes, CELLS), softmax, CELLS)
-        bin_index, row = bins_of_errors(p, labels, k, bins, CELLS), row_of_errors(labels, k, bins)
+        bin_index, places = places_of_errors(p, labels, k, bins, CELLS)
         for i in tl.static_range(len(labels)):
             counted = (labels[i] >= 0) & (bin_index[i] > 0)
             one = tl.full(counted.shape, 1, tl.int64)
-            tl.atomic_add(class_counts + row[i] + bin_index[i], one, mask=counted, sem="relaxed")
+            tl.atomic_add(class_counts + places[i], one, mask=counted, sem="relaxed")
         ptrs, class_counts = next_class(ptrs, logits_k), class_counts + 2 * bins
     label = next_label(labels, -1)
     while label < NO_CLASS:
@@ -136,7 +133,7 @@ def probability_histograms(
         ignore_index,
         CELLS=upsampling.cells,
         LANES=block,
-        num_warps=max(block // 32, 1),
+        num_warps=block // 32,
         enable_fp_fusion=False,  # coordinates as in F.interpolate
         **without_spills(),
     )

@@ -281,7 +281,7 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
         *pixel_map_of(options.pixel_weights),
         CELLS=upsampling.cells,
         LANES=block,
-        num_warps=max(block // 32, 1),
+        num_warps=block // 32,
         enable_fp_fusion=False,  # coordinates as in F.interpolate
         **without_spills(),
     )
