@@ -116,7 +116,7 @@ class Encoder {
   using Stat = StatOf<T>;
 
  public:
-  // level: the smallest z that is not 1.
+  // level: the largest z that is not set.
   Encoder(const Grid<Stat>& grid, const Tensor& logits, Stat level)
       : grid_(grid),
         level_(level),

@@ -82,6 +82,8 @@ struct ClassWeights {
     STD_TORCH_CHECK(options.true_weights.has_value() == options.all_weights.has_value(),
                     "softmax_moments.cpu: true_weights and all_weights are given together");
     if (!options.true_weights) return;
+    STD_TORCH_CHECK(options.true_weights->sizes().equals(options.all_weights->sizes()),
+                    "softmax_moments.cpu: all_weights: expected the shape of true_weights");
     true_weights = torch::stable::contiguous(*options.true_weights);
     all_weights = torch::stable::contiguous(*options.all_weights);
     const Stat* weights = all_weights->const_data_ptr<Stat>();
