@@ -1,11 +1,11 @@
-"""Class statistics as people write them by hand; anchorops is compared with them.
+"""Class statistics, and Lovász, as people write them by hand; anchorops is compared with them.
 
-The arguments of an alternative are features (B, D, P), keys int64 [B, P] in [0, num_keys] (num_keys
-if ignored) and the anchor of each key [num_keys, D] or None. It returns sums [num_keys, D] and
-sqdists [num_keys] or None.
+The arguments of an alternative of class statistics are features (B, D, P), keys int64 [B, P] in
+[0, num_keys] (num_keys if ignored) and the anchor of each key [num_keys, D] or None. It returns
+sums [num_keys, D] and sqdists [num_keys] or None.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from unittest.mock import patch
 
 import torch
@@ -164,3 +164,16 @@ def statistics_by(alternative: Alternative):
         return class_moments(alternative, features, labels, num_classes, **options)
 
     return patch("anchorops.losses.statistics.unchecked_moments", moments)
+
+
+def lovasz_by_sorting(logits: Tensor, labels: Tensor, classes: Iterable) -> Tensor:
+    """Lovász as its authors compute it, of these classes."""
+    p, labels = logits.softmax(1).movedim(1, -1).flatten(0, -2), labels.flatten()
+    losses = []
+    for k in classes:
+        is_class = (labels == k).to(p.dtype)
+        errors, order = (is_class - p[:, k]).abs().sort(descending=True)
+        truth = is_class[order]
+        jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
+        losses.append((errors * torch.cat([jaccard[:1], jaccard.diff()])).sum())
+    return torch.stack(losses).mean()

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from alternatives import lovasz_by_sorting
 from cases import IGNORE_INDEX
 from plain_networks import plain_network, segformer
 from record import save_counts
@@ -204,20 +205,8 @@ def plain_loss(logits: Tensor, labels: Tensor, lovasz: bool = False) -> Tensor:
     if logits.shape[2:] != labels.shape[1:]:
         logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
     loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
-    return loss + sorted_losses(logits, labels) if lovasz else loss
-
-
-def sorted_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Lovász as its authors compute it, of all classes and all pixels."""
-    p, labels = logits.softmax(1).movedim(1, -1).flatten(0, -2), labels.flatten()
-    losses = []
-    for k in range(p.shape[1]):
-        is_class = (labels == k).to(p.dtype)
-        errors, order = (is_class - p[:, k]).abs().sort(descending=True)
-        truth = is_class[order]
-        jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
-        losses.append((errors * torch.cat([jaccard[:1], jaccard.diff()])).sum())
-    return torch.stack(losses).mean()
+    classes = range(logits.shape[1])
+    return loss + lovasz_by_sorting(logits, labels, classes) if lovasz else loss
 
 
 def our_loss(logits: Tensor, labels: Tensor, lovasz: bool = False) -> Tensor:
