@@ -96,6 +96,8 @@ class MaskRLE:
         return len(self._areas)
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "MaskRLE":
+        if isinstance(index, Tensor):
+            index = index.cpu()
         chosen = torch.arange(len(self), device="cpu")[index].flatten()
         begins, ends = self._offsets[chosen].tolist(), self._offsets[chosen + 1].tolist()
         codes = [self._characters[a:b] for a, b in zip(begins, ends, strict=True)]
