@@ -30,6 +30,7 @@ setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt setup.py build_backend.py $(SOURCES)
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt torch torchvision 'setuptools>=77' ninja
+	rm -f build/setup.log
 	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[train,test,dev,docs]' --log build/setup.log
 	@grep -o 'anchorops: compiled in [0-9]* seconds' build/setup.log | tail -1
 	touch $@

@@ -63,7 +63,8 @@ def installed_torch():
 def architectures(torch, nvcc: str) -> str:
     """Those of TORCH_CUDA_ARCH_LIST, or of the GPUs that torch sees, as far as nvcc knows them. The
     library records them, and is not called on other GPUs. Those before 8.0 have no asynchronous
-    copies and no products of bfloat16, so they are left out. Raises LookupError if none remains."""
+    copies and no sums of a warp by one instruction, so they are left out. Raises LookupError if
+    none remains."""
     requested = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if requested:
         if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?[; ]*)+", requested):

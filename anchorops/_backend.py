@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, fail
+from ._checks import check_choice, fail, is_jit_traced
 
 _logger = logging.getLogger("anchorops")
 NAMES = ("cuda", "triton", "cpu", "reference")
@@ -45,7 +45,7 @@ OPERATORS = {
 }
 NOT_AUTO = "ANCHOROPS_NOT_AUTO"
 # The major compute capability that cuda and triton need: our CUDA sources for asynchronous copies
-# and products of bfloat16, and so does Triton from 3.3 on.
+# and sums of a warp by one instruction, and so does Triton from 3.3 on.
 OLDEST_GPU = 8
 GPU_MAX_CLASSES = 16_384  # of cuda and triton; the others support MAX_CLASSES of _checks
 # Class moments of more keys (images × classes × groups) are for `triton`, which sorts their pixels:
@@ -430,8 +430,7 @@ def select(
     """
     chosen, runs = _choice.backend, runs or (function,)
     # torch.onnx.export always traces; is_in_onnx_export takes longer than the rest of this function
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore
-    if tracing and torch.onnx.is_in_onnx_export():
+    if (torch.compiler.is_compiling() or is_jit_traced()) and torch.onnx.is_in_onnx_export():
         _check_onnx_export(function, chosen)
         return "reference"
     call = tensor, num_classes, refusal, operators

@@ -87,19 +87,19 @@ def check_int(
     return number
 
 
-def _is_traced() -> bool:
+def is_jit_traced() -> bool:
     """Whether torch.jit.trace, or torch.onnx.export by means of it, makes tensors of sizes."""
     return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _traces_sizes() -> bool:
     """Whether such tensors become sizes of an ONNX model, not constants."""
-    return _is_traced() and torch.onnx.is_in_onnx_export()
+    return is_jit_traced() and torch.onnx.is_in_onnx_export()
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     """The shape in ints: torch.jit.trace makes tensors of them."""
-    constant = _is_traced() and not _traces_sizes()
+    constant = is_jit_traced() and not _traces_sizes()
     return tuple(map(int, tensor.shape)) if constant else tensor.shape
 
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import is_jit_traced
+
 
 class _Contiguous(torch.autograd.Function):
     """A contiguous copy of x, whose gradient is channels last if x is."""
@@ -43,7 +45,7 @@ def one_batch(logits: Tensor) -> Tensor:
 def contiguous(logits: Tensor) -> Tensor:
     """A contiguous copy, whose gradient is channels last if the logits are."""
     # torch.jit cannot save a traced Function
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if is_jit_traced():
         return logits.contiguous()
     compiling = torch.compiler.is_compiling()
     return (_Contiguous if compiling else _ContiguousWithTangent).apply(logits)

@@ -85,7 +85,7 @@ def backward_fake(logits: Tensor, *_: Any) -> Tensor:
 def setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     logits, labels, *arguments = inputs
     options = Options(*arguments)
-    constants = [results.lse, results.counts, results.hits, results.outside]
+    constants = [getattr(results, name) for name in RESULTS if name not in (*GRADIENTS, "used")]
     if options.pixel_weights is None:
         constants.append(results.used)
     ctx.mark_non_differentiable(*constants)

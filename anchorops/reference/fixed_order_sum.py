@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._checks import is_jit_traced
+
 _RUN = 2**14  # torch divides a sum among threads from 2^15 numbers on
 
 
@@ -16,7 +18,7 @@ def fixed_order_sum(values: Tensor) -> Tensor:
     if values.device.type != "cpu":  # a GPU adds in an order that follows from the shape
         return values.sum()
     dtype = values.dtype
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore
+    if torch.compiler.is_compiling() or is_jit_traced():
         values = values if values.dim() < 2 else values.sum(-1)
         return values.sum(dtype=torch.float64).to(dtype)
     while values.numel() > _RUN:
