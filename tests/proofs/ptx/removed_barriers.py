@@ -4,10 +4,10 @@ notice by a finding, or by other results?
     PYTHONPATH=tests/proofs python -m ptx.removed_barriers 80 [pytest's arguments]
     PTX_BACKEND=cuda PYTHONPATH=tests/proofs python -m ptx.removed_barriers 80
 
-The launches are those of these tests. A launch that runs such an instruction of its kernel for the
-first time is run again without it, on the same memory: in the usual order of the warps, then in two
-random ones. An instruction of a source line that was noticed in one variant of the kernel is not
-taken out of others. For those that are never noticed there must be a reason."""
+The launches are those of these tests. A launch that runs such an instruction of its kernel more
+often than those before is run again without it, on the same memory: in the usual order of the
+warps, then in two random ones. An instruction of a source line that was noticed in one variant of
+the kernel is not taken out of others. For those that are never noticed there must be a reason."""
 
 import copy
 import linecache
@@ -32,7 +32,7 @@ TESTS = (
     "-k=launched or tiles and (long or few or spoil)",
 )
 SEEDS = (1, 2)
-KERNELS = Path(__file__).parents[3] / "kernels"
+ROOT = Path(__file__).parents[3]
 BY_TRITON = "Triton's compiler put it there: it alone orders no accesses of different threads"
 BY_A_SUM = "a sum over threads that follows has a barrier too, which Triton does not promise"
 NOT_NEEDED = {  # by kernel: of tl.debug_barrier(), and in CUDA of all
@@ -53,8 +53,9 @@ class Place(NamedTuple):
 
     @property
     def line(self) -> str:
-        file, _, line = self.source.partition(":")
-        return linecache.getline(str(KERNELS / file), int(line)).strip()
+        name, _, line = self.source.partition(":")
+        files = [file for top in ("kernels", "csrc") for file in (ROOT / top).rglob(name)]
+        return linecache.getline(str(files[0]), int(line)).strip() if files else ""
 
     @property
     def reason(self) -> str | None:
@@ -65,7 +66,7 @@ class Place(NamedTuple):
 
 
 places: dict[Place, bool | None] = {}  # whether it is noticed; None: nothing has run it
-tried: set[tuple[int, Place]] = set()  # with the program
+tried: Counter[tuple[int, Place]] = Counter()  # with the program: how often its block ran
 
 
 def removable(program: Program) -> dict[Place, tuple[int, Step]]:
@@ -137,10 +138,10 @@ def run_and_try(launch: Launch, *arguments: Any) -> int:
 
     for place, (block, step) in removable(program).items():
         places.setdefault(place, None)
-        runs = program.hits[block] > hits[block]
-        if places[place] or not runs or (id(program), place) in tried:
+        runs = program.hits[block] - hits[block]
+        if places[place] or runs <= tried[id(program), place]:
             continue
-        tried.add((id(program), place))
+        tried[id(program), place] = runs
         changed = without(program, block, step)
         # the order of the warps may change the memory, as that of lists, without a fault
         places[place] = is_noticed(changed, None) or any(

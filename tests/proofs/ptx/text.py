@@ -12,6 +12,7 @@ VARIABLE = re.compile(
     r"(?:\.ptr[\w.\s]*?\s)?(?P<name>[\w$]+)(?:\[(?P<size>\d*)\])?$"
 )
 IGNORED = re.compile(r"\.(pragma|section|file|loc|branchtargets)\b")
+LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+))?")
 END = ("bra", "ret", "exit")
 
 
@@ -199,8 +200,11 @@ class _Reader:
         pending = ""
         for line, raw in enumerate(text.split("\n"), line):  # noqa: B020
             rest = raw.partition("//")[0].strip()
-            if loc := re.match(r"\.loc\s+(\d+)\s+(\d+)", rest):
-                self.source = f"{self.files[loc[1]]}:{loc[2]}"
+            if loc := LOCATION.match(rest):
+                file, number, caller, line_of_caller = loc.groups()
+                if caller and self.files[file].endswith(".hpp"):  # a function of CUDA's headers
+                    file, number = caller, line_of_caller
+                self.source = f"{self.files[file]}:{number}"
             while rest and not IGNORED.match(rest):
                 if not pending and (label := re.match(r"([\w$]+):", rest)):
                     self.labels[label[1]] = len(self.instructions)
