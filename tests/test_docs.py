@@ -213,6 +213,17 @@ def test_files_that_are_named_exist(page: Path):
             assert (ROOT / name).exists(), name
 
 
+def test_functions_in_the_drawing_exist():
+    """Each box of docs/call.svg: a function, and its file."""
+    texts = r"<text [^>]*>(\w+)[^<]*</text>\s*<text class=\"file\"[^>]*>([^<]*)</text>"
+    boxes = re.findall(texts, (ROOT / "docs/call.svg").read_text())
+    in_files = [(name, text.split()[-1]) for name, text in boxes if "/" in text]
+    assert len(in_files) == 9
+    for name, file in in_files:
+        source = (ROOT / file).read_text()
+        assert name in source or file == "anchorops/_ops/registration.py", (name, file)
+
+
 @cache
 def sources() -> str:
     """All sources; strings on several lines are joined."""

@@ -36,6 +36,13 @@ def printed_by(
     return run
 
 
+def test_transformers_masks(printed_by: Callable[..., str]) -> None:
+    pytest.importorskip("transformers", reason="it is not installed")
+    printed = printed_by("transformers_masks")
+    same = [float(share) for share in re.findall(r"(\d+\.\d+)%", printed)]
+    assert len(same) == 5 and all(share > 99.9 for share in same[:4]) and same[4] < 5
+
+
 def test_every_method(tmp_path: Path, printed_by: Callable[..., str]) -> None:
     pytest.importorskip("segmentation_models_pytorch", reason="it is not installed")
     arguments = ["--steps", "1", "--methods", "CBP + OCCL", "SAR", "--out", str(tmp_path)]

@@ -3,6 +3,7 @@ are written there, and values and gradients are compared."""
 
 import inspect
 import re
+import runpy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,8 @@ from torch import Tensor, nn
 import anchorops as ao
 
 smp = pytest.importorskip("segmentation_models_pytorch", reason=NO_TORCHVISION).losses
-PAGE, ARGUMENTS = (
-    (Path(__file__).parents[1] / "docs" / name).read_text()
-    for name in ("loss-map.md", "migration.md")
-)
+ROOT = Path(__file__).parents[1]
+PAGE, ARGUMENTS = ((ROOT / "docs" / name).read_text() for name in ("loss-map.md", "migration.md"))
 SECTIONS, SECTIONS_OF_ARGUMENTS = (
     dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", page, re.M | re.S))
     for page in (PAGE, ARGUMENTS)
@@ -126,10 +125,7 @@ def test_row(section: str, kind: str, theirs: str, ours: str, ratio: int):
 
 
 def few_lines() -> dict[str, Any]:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    namespace: dict[str, Any] = {}
-    exec(compile(code, "docs/loss-map.md", "exec"), namespace)
-    return namespace
+    return runpy.run_path(str(ROOT / "examples/other_losses.py"))
 
 
 def losses_of_monai() -> set[str]:

@@ -1,7 +1,6 @@
-"""The example for Ultralytics against its released class. `make check-ultralytics` installs it."""
+"""The examples for Ultralytics and its released classes (`make check-ultralytics`)."""
 # pyright: reportMissingImports=false
 
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ pytest.importorskip("ultralytics", reason="ultralytics is not installed: make ch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import ultralytics_loss
+import ultralytics_validator
 from pycocotools import mask as coco
 from ultralytics.models.yolo.segment import SegmentationValidator
 from ultralytics.nn import tasks
@@ -107,14 +107,9 @@ def masks_of_file(kind: type, shape: tuple[int, int]) -> tuple[list[dict], Tenso
 
 # Padding of 4 and of 3 pixels at each end, and none.
 @pytest.mark.parametrize("shape", [(720, 739), (628, 640), (500, 500)])
-def test_masks_of_the_recipe(shape: tuple[int, int]):
-    page = (Path(__file__).parents[1] / "docs/evaluation.md").read_text()
-    snippets = re.findall(r"```python\n(.*?)```", page, re.S)
-    [recipe] = [text for text in snippets if "ultralytics" in text]
-    names = {}
-    exec(recipe, names)
+def test_masks_of_the_validator(shape: tuple[int, int]):
     theirs, their_masks = masks_of_file(SegmentationValidator, shape)
-    ours, our_masks = masks_of_file(names["Validator"], shape)
+    ours, our_masks = masks_of_file(ultralytics_validator.Validator, shape)
     assert len(ours) > 10 and ours == theirs
     assert (our_masks != their_masks).float().mean() < 0.005
     assert (our_masks < their_masks).float().mean() < 1e-4
