@@ -228,6 +228,18 @@ def lovasz() -> str:
     return markdown_table([*header, "times our Dice"], lines)
 
 
+def slower() -> str:
+    """Losses that take longer than the fastest alternative."""
+    lines = []
+    for row in run()["options"]:
+        if plot_options.gain(row) < 1:
+            what = "channel" if "sigmoid" in row["option"] else "class"
+            plural = {"channel": "channels", "class": "classes"}[what]
+            number_of = f"{row['num_classes']} {plural if row['num_classes'] > 1 else what}"
+            lines.append([row["option"], number_of, f"{plot_options.gain(row):.2f}"])
+    return markdown_table(["loss", "logits", "times as fast"], lines, words=(0, 1))
+
+
 def speedups() -> str:
     """The README's table of the pixel losses."""
     kinds = {
@@ -394,6 +406,7 @@ def traffic_table(rows: list[dict]) -> str:
 TABLES = {
     "gains": gains,
     "uses": uses,
+    "slower": slower,
     "speedups": speedups,
     "headlines": lambda: plot_operators.table(run()),
     "cases": cases,
