@@ -95,7 +95,7 @@ def test_other_derivatives_raise(operator: Operator, backend: str):
             transformed(argument)
 
 
-@each("cpu", "interpreter", "emulator")
+@each("cpu", "interpreter", "emulator", slow=True)
 def test_compiles_as_one_graph(operator: Operator, backend: str):
     """Also for other sizes."""
     torch._dynamo.reset()
@@ -132,7 +132,7 @@ TRACES: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
 }
 
 
-@each("cpu")
+@each("cpu", slow=True)
 @pytest.mark.parametrize("trace", TRACES)
 def test_gradients_that_the_call_does_not_see(trace: str, operator: Operator, backend: str):
     if trace == "jit.trace" and operator.name.startswith(("pixel_kl", "pixel_argmax")):
@@ -171,7 +171,7 @@ def test_meta_tensors(operator: Operator, backend: str):
         assert ours.is_meta and ours.shape == real.shape and ours.dtype == real.dtype
 
 
-@each("cpu", "interpreter", "emulator")
+@each("cpu", "interpreter", "emulator", slow=True)
 def test_opcheck(operator: Operator, backend: str):
     inputs = operator.inputs(1)
     with Calls() as calls:

@@ -176,9 +176,10 @@ FOUR = " before the upsampling of 4 maps"
             [f"decode_head.linear_fuse{FOUR}, 4 multiplied with a linear layer"],
         ),
         (smp_model("PSPNet", psp_out_channels=32), [f"decoder.conv.0{FOUR}"]),
-        (
+        pytest.param(
             smp_model("DPT", "tu-vit_tiny_patch16_224", dynamic_img_size=True),
             [f"decoder.fusion_blocks.{i}.project before the upsampling of 1 map" for i in range(4)],
+            marks=pytest.mark.slow,
         ),
         (lraspp, ["classifier.high_classifier before the upsampling of 1 map"]),
         (Joined, ["mix before the upsampling of 1 map"]),
@@ -254,7 +255,7 @@ def test_multiplied_weights_are_float32_under_autocast() -> None:
             assert (model.head(maps) == 8).all()
 
 
-@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("linear", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_fullgraph(linear: bool) -> None:
     torch.compiler.reset()
     model = Net(Head(linear)).double()
@@ -268,7 +269,7 @@ def test_fullgraph(linear: bool) -> None:
     torch.testing.assert_close(compiled.eval()(x), plain.eval()(x))
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_export(strict: bool) -> None:
     model = Net().eval()
     plain, _ = moved(model)

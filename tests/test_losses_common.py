@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from methods import METHODS, D, K, batch, each_method, each_on_pixels, open_gate
+from slow import slow_but
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -236,12 +237,14 @@ def every_loss() -> Regularizer:
 
 
 @pytest.mark.parametrize(
-    ("build", "backend"),
-    [*((build, "aot_eager") for build in METHODS.values()), (every_loss, "inductor")],
-    ids=[*METHODS, "inductor"],
+    "build",
+    slow_but(
+        "sar", "occl", "ceco", "cbp_penalty", "inductor", of=METHODS | {"inductor": every_loss}
+    ),
 )
-def test_compiles_as_one_graph(build: Callable[[], Regularizer], backend: str) -> None:
+def test_compiles_as_one_graph(build: Callable[[], Regularizer]) -> None:
     torch.compiler.reset()
+    backend = "inductor" if build is every_loss else "aot_eager"
     features, labels, classifier = batch()
     method = open_gate(build())
     eager = copy.deepcopy(method)

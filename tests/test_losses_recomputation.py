@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_but
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -193,7 +194,10 @@ def test_recomputation_in_evaluation(name: str, reentrant: bool) -> None:
         assert_same_step(run, step, plain, batch)
 
 
-@each_method
+@pytest.mark.parametrize(
+    "name",
+    slow_but("sar", "ceco", "cr", "cbp", "cbp_gradient", "cbp_ema", of={x: x for x in METHODS}),
+)
 def test_compiled_and_recomputed(name: str) -> None:
     torch.compiler.reset()
     step, plain = Step(name), Step(name)

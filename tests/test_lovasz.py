@@ -272,12 +272,22 @@ def test_sigmoids_store_no_map():
 
 @EVERYWHERE
 @pytest.mark.parametrize("sigmoid", [False, True])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_for_several_sizes(dynamic: bool | None, sigmoid: bool, backend: str):
+    compare_compiled(dynamic, sigmoid, [(6, 7), (9, 5)])
+
+
+@pytest.mark.slow
+@pytest.mark.on("reference")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_for_images_and_volumes(dynamic: bool | None, backend: str):
+    compare_compiled(dynamic, False, [(6, 7), (9, 5), (2, 3, 4)])
+
+
+def compare_compiled(dynamic: bool | None, sigmoid: bool, sizes: list[tuple[int, ...]]) -> None:
     torch.compiler.reset()
     loss = ao.Lovasz(sigmoid=sigmoid, classes=[1, 2] if not sigmoid else None)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    sizes = [(6, 7), (9, 5)] if backend != "reference" or sigmoid else [(6, 7), (9, 5), (2, 3, 4)]
     for size in sizes:
         logits, labels = example(3, *size)
         logits = logits.float()

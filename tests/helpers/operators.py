@@ -354,10 +354,21 @@ OPERATORS = [
 ]
 
 
-def each(*places: str, **having: object) -> pytest.MarkDecorator:
-    """All operators that have these properties, in these places."""
+FEW = ("class_moments", "CrossEntropy", "Dice", "pixel_argmax", "centroid_info_nce")
+
+
+def each(*places: str, slow: bool = False, **having: object) -> pytest.MarkDecorator:
+    """All operators that have these properties, in these places. slow: a case takes about a second,
+    so `make test` runs a few of them."""
     cases = [
-        pytest.param(operator, marks=pytest.mark.on(*here), id=operator.name)
+        pytest.param(
+            operator,
+            marks=[
+                pytest.mark.on(*here),
+                *[pytest.mark.slow] * (slow and operator.name not in FEW),
+            ],
+            id=operator.name,
+        )
         for operator in OPERATORS
         if all(getattr(operator, name) == value for name, value in having.items())
         and (here := [place for place in operator.places if place in (places or operator.places)])
